@@ -1,0 +1,74 @@
+"""The errors a user can mend: one line each, and the exit code that goes with it.
+
+A command that catches a `VitscopeError` prints `error: <str(error)>` on stderr and ends with
+`error.exit_code`. Errors of the Python interface (a wrong argument of a measure) stay `ValueError`.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class VitscopeError(Exception):
+    """An error with the configuration key it comes from and what to do about it.
+
+    Its text is `<key>=<value>: <why>; <fix>` (`<key>: <why>; <fix>` where `value` is None), always on one
+    line.
+
+    Args:
+        key: Dotted configuration key, such as `data.root`.
+        value: The offending value as the user would recognise it; None leaves it out of the text.
+        why: What is wrong.
+        fix: What to do about it.
+    """
+
+    exit_code: ClassVar[int] = 1
+
+    def __init__(self, key: str, value: object, why: str, fix: str) -> None:
+        # Every argument goes to Exception, so that the error survives pickling by a loader worker.
+        super().__init__(key, value, why, fix)
+        self.key = key
+        self.value = value
+        self.why = why
+        self.fix = fix
+
+    def __str__(self) -> str:
+        """Return the one line a user sees."""
+        subject = self.key if self.value is None else f"{self.key}={self.value}"
+        return " ".join(f"{subject}: {self.why}; {self.fix}".split())
+
+
+class ConfigError(VitscopeError):
+    """A configuration value that cannot work (exit code 2)."""
+
+    exit_code = 2
+
+
+class DataError(VitscopeError):
+    """Data that is missing, unreadable or does not fit (exit code 3)."""
+
+    exit_code = 3
+
+
+class CheckpointError(VitscopeError):
+    """A checkpoint that is missing, corrupt or of another run (exit code 4)."""
+
+    exit_code = 4
+
+
+class NumericalError(VitscopeError):
+    """A loss or result that is not finite (exit code 5)."""
+
+    exit_code = 5
+
+
+class StorageError(VitscopeError):
+    """A disk that is full, read-only or gone (exit code 6)."""
+
+    exit_code = 6
+
+
+class DistributedError(VitscopeError):
+    """A rank that failed, hung or disagrees (exit code 7)."""
+
+    exit_code = 7
