@@ -1,0 +1,55 @@
+"""vitscope: a microscope for vision networks.
+
+Every measure is a function of a `Probe`; names are looked up when they are first used, so that importing the package
+costs nothing::
+
+    import vitscope as vs
+
+    probe = vs.Probe(model, [(x, y)], vs.Objective(weight_decay=0.05))
+    vs.hessian_max_eigenvalue_spectrum(probe, n_top=5).eigenvalues
+"""
+
+from __future__ import annotations
+
+import importlib
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "Probe": "probe",
+    "ObjectiveCard": "probe",
+    "check_comparable": "probe",
+    "Objective": "objective",
+    "Tap": "models.taps",
+    "taps": "models.taps",
+    "plot": "plotting",
+    "load_probe": "runs",
+    "load_results": "runs",
+}
+
+
+@cache
+def measures() -> dict[str, str]:
+    """Return the module path of each measure by its name: every public file of the rooms but the plots."""
+    folder = Path(__file__).parent / "diagnostics"
+    files = (f for f in sorted(folder.glob("*/*.py")) if not f.stem.startswith(("_", "plot")))
+    return {f.stem: f"vitscope.diagnostics.{f.parent.name}.{f.stem}" for f in files}
+
+
+def __getattr__(name: str) -> Any:
+    """Find a public name in its room."""
+    if name in _HOME:
+        return getattr(importlib.import_module(f"vitscope.{_HOME[name]}"), name)
+    if name in measures():
+        module = importlib.import_module(measures()[name])
+        if hasattr(module, name):
+            return getattr(module, name)
+    raise AttributeError(f"module 'vitscope' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """List the lazily found names too."""
+    return sorted({*globals(), *_HOME, *measures(), "models"})

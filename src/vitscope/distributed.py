@@ -1,0 +1,53 @@
+"""What the measures need of ``torch.distributed``: one process behaves as a world of size one.
+
+Every measure is called on every rank with the full sequence of batches, works on its share and adds the
+shares up, so that each rank returns the same numbers.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+def _active() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def rank() -> int:
+    """Return this process's rank, 0 outside ``torch.distributed``."""
+    return dist.get_rank() if _active() else 0
+
+
+def world_size() -> int:
+    """Return the number of processes, 1 outside ``torch.distributed``."""
+    return dist.get_world_size() if _active() else 1
+
+
+def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the sum of ``tensor`` over all ranks (the tensor itself in a single process).
+
+    The sum is made in place where the tensor is contiguous, so pass one that nothing else reads.
+    """
+    if world_size() > 1:
+        tensor = tensor.contiguous()
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def broadcast(tensor: torch.Tensor, source: int = 0) -> torch.Tensor:
+    """Return rank ``source``'s values of ``tensor`` on every rank (in place)."""
+    if world_size() > 1:
+        dist.broadcast(tensor, source)
+    return tensor
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """Return every rank's picklable ``value`` as a list in rank order, on every rank."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values

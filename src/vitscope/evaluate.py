@@ -1,0 +1,107 @@
+"""Loss, accuracy and calibration of a model over batches: what every other measure shares.
+
+All sums are made in float64 over images, never over batches, so that batch sizes do not matter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vitscope import distributed
+from vitscope.objective import Objective, hard_targets
+
+#: equal-width confidence bins of the expected calibration error
+ECE_BINS = 10
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Means over images.
+
+    Attributes:
+        nll: the objective's data term (cross entropy, nats), mean over images.
+        accuracy: share of images whose most probable class is the (most probable) target.
+        ece: expected calibration error, ten equal-width bins, confidence 1.0 counted in the last.
+        n_images: the number of images seen on all ranks.
+        losses: (n_images,) each image's loss, where asked for; else empty. In batch order of this rank.
+        correct: (n_images,) booleans, likewise.
+    """
+
+    nll: float
+    accuracy: float
+    ece: float
+    n_images: int
+    losses: np.ndarray
+    correct: np.ndarray
+
+
+@torch.no_grad()
+def evaluate(
+    forward: Callable[[Tensor], Tensor],
+    batches: Iterable[tuple[Tensor, Tensor]],
+    objective: Objective | None = None,
+    *,
+    per_image: bool = False,
+    reduce: bool = True,
+) -> Evaluation:
+    """Evaluate ``forward`` on ``batches``.
+
+    Args:
+        forward: a model, or any function from images ``(B, C, H, W)`` to logits ``(B, K)``; its mode is the caller's.
+        batches: ``(x, y)`` pairs, ``y`` class indices or soft targets.
+        objective: gives the data term; plain cross entropy by default.
+        per_image: also return each image's loss and correctness.
+        reduce: under ``torch.distributed`` add the ranks' sums up (each rank then passes its own share of batches).
+
+    Raises:
+        ValueError: no image at all.
+    """
+    objective = objective or Objective()
+    sums: Tensor | None = None
+    losses, correct = [], []
+    for x, y in batches:
+        logits = forward(x)
+        loss = objective.data_loss(
+            logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits, y, "none"
+        )
+        probabilities = logits.double().softmax(dim=1)
+        confidence, predicted = probabilities.max(dim=1)
+        right = predicted == hard_targets(y)
+        batch = _batch_sums(loss.double(), confidence, right)
+        sums = batch if sums is None else sums + batch
+        if per_image:
+            losses.append(loss.double().cpu().numpy())
+            correct.append(right.cpu().numpy())
+    if sums is None:
+        sums = torch.zeros(3 + 3 * ECE_BINS, dtype=torch.float64)
+    totals = (distributed.all_reduce_sum(sums) if reduce else sums).cpu().numpy()
+    if totals[0] == 0:
+        raise ValueError("Expected at least one image to evaluate, received none.")
+    return Evaluation(
+        nll=float(totals[1] / totals[0]),
+        accuracy=float(totals[2] / totals[0]),
+        ece=_calibration_error(totals),
+        n_images=int(totals[0]),
+        losses=np.concatenate(losses) if losses else np.empty(0),
+        correct=np.concatenate(correct) if correct else np.empty(0, dtype=bool),
+    )
+
+
+def _batch_sums(loss: Tensor, confidence: Tensor, right: Tensor) -> Tensor:
+    """Return [images, loss, right, then for each bin: images, confidence, right] as one float64 vector."""
+    # bins (0, .1], ..., (.9, 1]: a confidence of exactly 1.0 belongs to the last; a NaN is put there too and shows in its sum
+    bins = (confidence.nan_to_num(1.0) * ECE_BINS).ceil().long().clamp(1, ECE_BINS) - 1
+    member = torch.nn.functional.one_hot(bins, ECE_BINS).double()  # (B, bins)
+    right = right.double()
+    head = torch.stack([torch.full_like(loss.sum(), len(loss)), loss.sum(), right.sum()])
+    return torch.cat([head, member.sum(0), confidence @ member, right @ member])
+
+
+def _calibration_error(totals: np.ndarray) -> float:
+    _, confidence, right = totals[3:].reshape(3, ECE_BINS)
+    return float(np.abs(confidence - right).sum() / totals[0])

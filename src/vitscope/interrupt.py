@@ -1,0 +1,39 @@
+"""The one place where a wish to stop is kept, so that long loops can poll it.
+
+A signal handler calls `request`; loops call `check` once a product, a grid point or a batch.
+"""
+
+from __future__ import annotations
+
+_requested: int | None = None
+
+
+class Interrupted(Exception):
+    """Raised by `check` in a loop that was asked to stop; carries the signal's number."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(f"stopped by signal {signum}")
+        self.signum = signum
+
+
+def request(signum: int) -> None:
+    """Ask every polling loop of this process to stop."""
+    global _requested
+    _requested = signum
+
+
+def requested() -> int | None:
+    """Return the signal that asked to stop, or None."""
+    return _requested
+
+
+def clear() -> None:
+    """Forget an earlier request (a new command in the same process starts afresh)."""
+    global _requested
+    _requested = None
+
+
+def check() -> None:
+    """Raise `Interrupted` where a stop was asked for."""
+    if _requested is not None:
+        raise Interrupted(_requested)

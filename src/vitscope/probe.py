@@ -1,0 +1,377 @@
+"""What a measure looks at: a model, frozen batches and one stated objective.
+
+A measure works inside `Probe.guard`, which makes the model safe to evaluate or to differentiate twice and gives it back
+bit-identical: weights, buffers, modes, gradients and random states.
+"""
+
+from __future__ import annotations
+
+import platform
+import random
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from vitscope import distributed
+from vitscope.objective import Objective
+
+Batch = tuple[Tensor, Tensor]
+
+#: the card's keys in which two results must agree to be overlaid
+COMPARED = (
+    "loss", "l2", "weight_decay", "data", "split", "augmentation", "n_images", "batch_size",
+    "mode", "bn_policy", "parameters", "dtype",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ObjectiveCard:
+    """Under which conditions a number was measured; saved with every result.
+
+    The first group (`COMPARED`) decides whether two results may share an axis; the rest is provenance.
+    """
+
+    loss: str = "unknown"
+    l2: str = "unknown"
+    weight_decay: float = 0.0
+    data: str = "unknown"
+    split: str = "unknown"
+    augmentation: str = "unknown"
+    n_images: int = 0
+    batch_size: int = 0
+    mode: str = "eval"
+    bn_policy: str = "eval"
+    parameters: str = "all"
+    dtype: str = "float32"
+    seed: int | None = None
+    checkpoint: str = "unknown"
+    epoch: int | None = None
+    versions: Mapping[str, str] = field(default_factory=dict)
+    solver: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the card as plain containers."""
+        return asdict(self)
+
+    def differences(self, other: ObjectiveCard) -> list[str]:
+        """Return the names of the compared keys in which ``other`` differs."""
+        return [key for key in COMPARED if getattr(self, key) != getattr(other, key)]
+
+
+def check_comparable(cards: Mapping[str, ObjectiveCard | None]) -> None:
+    """Refuse to overlay results that were measured under different objectives.
+
+    Raises:
+        ValueError: naming the keys that differ and both values.
+    """
+    named = [(name, card) for name, card in cards.items() if card is not None]
+    for name, card in named[1:]:
+        first_name, first = named[0]
+        if keys := first.differences(card):
+            pairs = "; ".join(f"{key}: {getattr(first, key)!r} and {getattr(card, key)!r}" for key in keys)
+            raise ValueError(
+                f"Expected results of one objective, received {first_name!r} and {name!r} that differ in {pairs}. "
+                "Pass allow_different=True to overlay them all the same."
+            )
+
+
+class Probe:
+    """A model, batches and an objective: everything a measure needs.
+
+    Args:
+        model: any module from images ``(B, C, H, W)`` to logits ``(B, K)``.
+        batches: ``[(x, y), ...]`` with augmentation and mixup already applied; a list, or any re-iterable that gives
+            identical tensors on every pass. Under ``torch.distributed`` every rank passes the full sequence.
+        objective: what is differentiated or evaluated; plain cross entropy by default.
+        taps: where feature maps are read, for a model that `vitscope.taps` does not know.
+        about: facts for the card, such as ``data``, ``split``, ``augmentation``, ``seed``, ``checkpoint``, ``epoch``.
+
+    Raises:
+        ValueError: a one-shot iterator, no batch, or a model that is not a module.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: Iterable[Batch],
+        objective: Objective | None = None,
+        taps: Sequence[Any] | None = None,
+        about: Mapping[str, Any] | None = None,
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise ValueError(f"Expected model to be an nn.Module, received {type(model).__name__}.")
+        if isinstance(batches, Iterator):
+            raise ValueError(
+                "Expected batches that can be gone through again (a list of (x, y)), received an iterator: list() it."
+            )
+        self.model = model
+        self.batches = batches
+        self.objective = objective or Objective()
+        self.about = dict(about or {})
+        self._taps = list(taps) if taps is not None else None
+        self._dtype: torch.dtype | None = None
+        self._sizes: tuple[int, int] | None = None
+
+    @property
+    def taps(self) -> list[Any]:
+        """The taps that were passed, or those that `vitscope.taps` finds in the model."""
+        if self._taps is None:
+            from vitscope.models.taps import taps
+
+            self._taps = taps(self.model)
+        return self._taps
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the model's first parameter or buffer; the CPU for a module without any."""
+        for tensor in (*self.model.parameters(), *self.model.buffers()):
+            return tensor.device
+        return torch.device("cpu")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The floating-point type in which batches come out: the guard's, else the model's own."""
+        return self._dtype or _float_dtype(self.model)
+
+    @property
+    def n_images(self) -> int:
+        """The number of images in all batches (counted on the first request)."""
+        return self._counted()[0]
+
+    @property
+    def batch_size(self) -> int:
+        """The number of images in the first batch."""
+        return self._counted()[1]
+
+    @property
+    def n_batches(self) -> int:
+        """The number of batches, on all ranks together."""
+        return len(self.batches) if isinstance(self.batches, Sequence) else sum(1 for _ in self.batches)
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Return the parameters that require gradients by name, tied ones once.
+
+        Raises:
+            ValueError: the model has none.
+        """
+        named = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        if not named:
+            raise ValueError(
+                f"Expected a model with trainable parameters, received {type(self.model).__name__} without any."
+            )
+        return named
+
+    def iter_batches(self) -> Iterator[Batch]:
+        """Yield every batch, checked, in the guard's dtype."""
+        return (self._prepared(index, batch) for index, batch in enumerate(self.batches))
+
+    def local_batches(self) -> Iterator[tuple[int, Batch]]:
+        """Yield ``(index, batch)`` for this rank's share: the indices that equal the rank modulo the world size."""
+        rank, world = distributed.rank(), distributed.world_size()
+        for index, batch in enumerate(self.batches):
+            if index % world == rank:
+                yield index, self._prepared(index, batch)
+
+    def card(self, **overrides: Any) -> ObjectiveCard:
+        """Return the card of this probe; ``overrides`` are what only the measure knows (dtype, bn_policy, solver, ...)."""
+        objective = self.objective
+        soft = "soft targets as given"
+        loss = f"cross entropy, label smoothing {objective.label_smoothing:g}"
+        facts: dict[str, Any] = {
+            "loss": f"cross entropy, {soft}" if self._soft() else loss,
+            "l2": objective.l2,
+            "weight_decay": objective.weight_decay,
+            "n_images": self.n_images,
+            "batch_size": self.batch_size,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "versions": versions(),
+        }
+        known = {f.name for f in fields(ObjectiveCard)}
+        facts.update({key: value for key, value in self.about.items() if key in known})
+        return ObjectiveCard(**{**facts, **overrides})
+
+    @contextmanager
+    def guard(
+        self,
+        *,
+        second_order: bool = False,
+        dtype: torch.dtype | None = None,
+        bn: str = "eval",
+        restore_weights: bool = False,
+    ) -> Iterator[nn.Module]:
+        """Yield the model ready to be measured; give it back bit-identical, also after an exception.
+
+        Inside: eval mode, so no dropout and no drop path; no autocast, no TF32, no inference mode; gradients are enabled for
+        ``second_order`` (with math attention, the only one with a double backward everywhere) and disabled otherwise.
+
+        Args:
+            second_order: whether the model will be differentiated, once or twice.
+            dtype: cast model and batches for the time inside; half precision is lifted to float32 for derivatives.
+            bn: ``eval`` uses BatchNorm's running statistics; ``batch`` those of each batch, buffers untouched.
+            restore_weights: keep a copy of the weights and put it back (for measures that write to them).
+
+        Raises:
+            ValueError: a compiled model or inference tensors with ``second_order``, or an unknown BatchNorm policy.
+        """
+        if bn not in ("eval", "batch"):
+            raise ValueError(f"Expected bn to be 'eval' or 'batch', received {bn!r}.")
+        if second_order:
+            _refuse_undifferentiable(self.model)
+            if dtype is None and self.dtype in (torch.bfloat16, torch.float16):
+                dtype = torch.float32
+        with ExitStack() as stack:
+            stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(_kept_random_states(self.device))
+            stack.enter_context(_full_precision(self.device))
+            stack.enter_context(_kept_model(self.model, dtype, restore_weights))
+            stack.enter_context(_modes(self.model, bn))
+            if second_order:
+                stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+            stack.enter_context(torch.set_grad_enabled(second_order))
+            outer, self._dtype = self._dtype, dtype or self._dtype
+            try:
+                yield self.model
+            finally:
+                self._dtype = outer
+
+    def _counted(self) -> tuple[int, int]:
+        if self._sizes is None:
+            sizes = [len(x) for x, _ in self.batches]
+            if not sizes:
+                raise ValueError("Expected at least one batch (x, y), received none.")
+            self._sizes = sum(sizes), sizes[0]
+        return self._sizes
+
+    def _soft(self) -> bool:
+        return next(iter(self.batches))[1].ndim == 2
+
+    def _prepared(self, index: int, batch: Batch) -> Batch:
+        x, y = batch
+        if len(x) != len(y):
+            raise ValueError(f"Expected as many targets as images in batch {index}, received {len(x)} and {len(y)}.")
+        for tensor in (x, y):
+            if tensor.device != self.device:
+                raise ValueError(
+                    f"Expected batch {index} on the model's device {self.device}, received {tensor.device}: "
+                    "move it there first."
+                )
+        return _usable(x, self.dtype), _usable(y, self.dtype)
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of what the numbers depend on."""
+    import timm
+
+    return {"python": platform.python_version(), "torch": torch.__version__, "timm": timm.__version__}
+
+
+def _usable(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    if tensor.is_inference():  # made under inference mode: autograd may not save it
+        tensor = tensor.clone()
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+
+def _float_dtype(model: nn.Module) -> torch.dtype:
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.is_floating_point():
+            return tensor.dtype
+    return torch.get_default_dtype()
+
+
+def _refuse_undifferentiable(model: nn.Module) -> None:
+    if hasattr(model, "_orig_mod"):
+        raise ValueError(
+            "Expected an uncompiled model (compiled ones cannot be differentiated twice): pass model._orig_mod."
+        )
+    for name, module in model.named_modules():
+        if getattr(module, "_compiled_call_impl", None) is not None:
+            raise ValueError(
+                f"Expected an uncompiled model, received one whose {name or 'root'!r} was compiled in place."
+            )
+    for name, p in model.named_parameters():
+        if p.is_inference():
+            raise ValueError(
+                f"Expected ordinary parameters, received {name!r} made under torch.inference_mode: rebuild it."
+            )
+
+
+@contextmanager
+def _kept_random_states(device: torch.device) -> Iterator[None]:
+    states = random.getstate(), np.random.get_state()  # noqa: NPY002  the global states are what is kept
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        try:
+            yield
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])  # noqa: NPY002
+
+
+@contextmanager
+def _full_precision(device: torch.device) -> Iterator[None]:
+    # read through getattr: torch declares these attributes at run time only
+    backends = [getattr(torch.backends.cudnn, "conv"), torch.backends.cuda.matmul]  # noqa: B009
+    backends += [getattr(torch.backends.mkldnn, op) for op in ("matmul", "conv")]
+    before = [backend.fp32_precision for backend in backends]
+    try:
+        for backend in backends:
+            backend.fp32_precision = "ieee"
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        for backend, precision in zip(backends, before):
+            backend.fp32_precision = precision
+
+
+@contextmanager
+def _kept_model(model: nn.Module, dtype: torch.dtype | None, restore_weights: bool) -> Iterator[None]:
+    parameters = list(model.parameters())
+    gradients = [(p, p.grad, p.requires_grad) for p in parameters]
+    weights = [p.detach().clone() for p in parameters] if restore_weights else []
+    tensors = [(p, p.data) for p in parameters]
+    buffers = [(m, key, b, b.clone()) for m in model.modules() for key, b in m._buffers.items() if b is not None]
+    cast = dtype is not None and dtype != _float_dtype(model)
+    for p in parameters:
+        p.grad = None
+    try:
+        if cast:
+            model.to(dtype)
+        yield
+    finally:
+        for p, data in tensors if cast else ():
+            p.data = data  # the very storage from before, so a round trip through float64 is exact
+        for module, key, buffer, copy in buffers:
+            if module._buffers.get(key) is not buffer:
+                module._buffers[key] = buffer
+            if not torch.equal(buffer, copy):  # NaN compares unequal and is copied: harmless
+                buffer.copy_(copy)
+        with torch.no_grad():
+            for p, weight in zip(parameters, weights):
+                p.copy_(weight)
+        for p, gradient, flag in gradients:
+            p.requires_grad_(flag)
+            p.grad = gradient
+
+
+@contextmanager
+def _modes(model: nn.Module, bn: str) -> Iterator[None]:
+    modes = [(m, m.training) for m in model.modules()]
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    tracked = [(m, m.track_running_stats) for m in norms]
+    model.eval()
+    try:
+        if bn == "batch":
+            for norm in norms:  # training without tracking: batch statistics, buffers neither read nor written
+                norm.train()
+                norm.track_running_stats = False
+        yield
+    finally:
+        for norm, track in tracked:
+            norm.track_running_stats = track
+        for module, training in modes:
+            module.training = training

@@ -1,0 +1,82 @@
+"""Progress of long work: a rich bar on a terminal, a plain line now and then elsewhere, rank 0 only."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from vitscope import interrupt
+from vitscope.distributed import rank
+
+T = TypeVar("T")
+
+#: seconds between two plain lines where the output is no terminal
+PLAIN_INTERVAL = 15.0
+
+#: set to False to silence every bar and line of this process (tests, nested work)
+enabled = True
+
+
+def track(iterable: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
+    """Yield the items of ``iterable`` while showing how far the work is, and poll for termination.
+
+    Args:
+        iterable: what to go through.
+        description: a few words shown before the bar, for example ``"loss landscape"``.
+        total: the number of items, where ``len`` does not know it.
+
+    Raises:
+        Interrupted: before the next item, once a stop was requested.
+    """
+    total = total if total is not None else _length(iterable)
+    if not enabled or rank() != 0:
+        shown: Iterable[T] = iterable
+    elif sys.stderr.isatty():
+        shown = _bar(iterable, description, total)
+    else:
+        shown = _lines(iterable, description, total)
+    for item in shown:
+        interrupt.check()
+        yield item
+
+
+def _length(iterable: Iterable[object]) -> int | None:
+    try:
+        return len(iterable)  # type: ignore[arg-type]
+    except TypeError:
+        return None
+
+
+def _bar(iterable: Iterable[T], description: str, total: int | None) -> Iterator[T]:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        yield from progress.track(iterable, total=total, description=description)
+
+
+def _lines(iterable: Iterable[T], description: str, total: int | None) -> Iterator[T]:
+    started = said = time.monotonic()
+    for done, item in enumerate(iterable):
+        now = time.monotonic()
+        if now - said >= PLAIN_INTERVAL and done:
+            left = f", {(now - started) / done * (total - done):.0f} s left" if total else ""
+            print(f"{description}: {done}/{total or '?'}{left}", file=sys.stderr, flush=True)
+            said = now
+        yield item
