@@ -1,0 +1,169 @@
+"""From a composed configuration to live objects: the model, the data, the objective, a probe."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from torch import Tensor, nn
+
+from vitscope import checkpoint, config
+from vitscope.errors import CheckpointError, ConfigError, DataError
+from vitscope.objective import Objective
+from vitscope.probe import Probe
+
+#: keys of the data group that are hints for other groups, not arguments of the data module
+DATA_HINTS = ("recipe",)
+
+
+def model(cfg: DictConfig) -> nn.Module:
+    """Return the network that ``cfg.model`` describes, initialised from ``cfg.seed`` whatever was drawn before.
+
+    Raises:
+        ConfigError: arguments that do not fit together, or a target that is not a module.
+        DataError: pretrained weights that cannot be fetched.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int(cfg.seed))
+        try:
+            network = config.instantiate(cfg.model, "model")
+        except (OSError, ConnectionError) as error:
+            raise DataError("model.pretrained", cfg.model.get("pretrained"), f"weights not fetched ({_first_line(error)})",
+                            "connect, or set model.pretrained=false") from error  # fmt: skip
+        except RuntimeError as error:
+            if not cfg.model.get("pretrained"):
+                raise ConfigError("model", cfg.model.get("name"), _first_line(error), "check its keys") from error
+            raise DataError("model.pretrained", True, _first_line(error), "set model.pretrained=false") from error
+    if not isinstance(network, nn.Module):
+        raise ConfigError(
+            "model._target_", cfg.model._target_, f"gives a {type(network).__name__}", "name an nn.Module"
+        )
+    return network
+
+
+def data(cfg: DictConfig) -> Any:
+    """Return the data module that ``cfg.data`` describes."""
+    return config.instantiate(cfg.data, "data", drop=DATA_HINTS)
+
+
+def objective(cfg: DictConfig, *, soft: bool, augment: bool, scale: Mapping[str, Tensor] | None = None) -> Objective:
+    """Return the objective of a probe.
+
+    Label smoothing belongs to the training recipe: mixup has it inside its soft targets, clean probes have none.
+    """
+    chosen = cfg.objective
+    if chosen.l2 == "adamw" and scale is None and chosen.weight_decay > 0:
+        raise ConfigError("objective.l2", "adamw", "needs the second moments of a trained AdamW",
+                          "analyse a run's checkpoint, or set objective.l2=half_sq")  # fmt: skip
+    return Objective(
+        weight_decay=float(chosen.weight_decay),
+        l2=chosen.l2,
+        label_smoothing=float(chosen.label_smoothing) if augment and not soft else 0.0,
+        decay_scale=scale,
+    )
+
+
+def probe(
+    cfg: DictConfig,
+    network: nn.Module,
+    datamodule: Any,
+    wanted: Mapping[str, Any],
+    facts: Mapping[str, Any] | None = None,
+    content: Mapping[str, Any] | None = None,
+) -> Probe:
+    """Return the probe that an analysis asks for.
+
+    Args:
+        cfg: the run's configuration: objective and seed.
+        network: the model to look at.
+        datamodule: gives the batches.
+        wanted: ``split, augment, n_images, batch_size`` and optionally ``seed``.
+        facts: what the card should say besides: ``checkpoint``, ``epoch``.
+        content: the checkpoint, for an objective that needs the optimizer's state.
+    """
+    wanted = dict(wanted)
+    seed = wanted.pop("seed", None)
+    seed = int(cfg.seed if seed is None else seed)
+    batches = datamodule.probe_batches(**wanted, seed=seed)
+    augment = bool(wanted.get("augment", False))
+    device = next((p.device for p in network.parameters()), torch.device("cpu"))
+    if device.type != "cpu":
+        batches = _OnDevice(batches, device)
+    soft = next(iter(batches))[1].ndim == 2
+    scale = adamw_scale(network, content) if content is not None and cfg.objective.l2 == "adamw" else None
+    about = {**datamodule.describe(wanted["split"], augment), "mean": datamodule.mean, "std": datamodule.std,
+             "num_classes": datamodule.num_classes, "seed": seed, **(facts or {})}  # fmt: skip
+    return Probe(network, batches, objective(cfg, soft=soft, augment=augment, scale=scale), about=about)
+
+
+class _OnDevice:
+    """Batches moved to the model's device as they are gone through, so that only one is there at a time."""
+
+    def __init__(self, batches: Any, device: torch.device) -> None:
+        self._batches, self._device = batches, device
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __iter__(self):  # noqa: ANN204  an iterator of (x, y)
+        return ((x.to(self._device), y.to(self._device)) for x, y in self._batches)
+
+
+def load_weights(network: nn.Module, content: Mapping[str, Any], path: Path) -> None:
+    """Put a checkpoint's weights into ``network``; every key must be accounted for.
+
+    Raises:
+        CheckpointError: keys or shapes that do not match, the first of them named.
+    """
+    from vitscope.models import load_official_state_dict
+
+    state = checkpoint.model_state(content)
+    own = network.state_dict()
+    if set(state) != set(own):
+        try:
+            load_official_state_dict(network, state)
+            return
+        except (ValueError, KeyError, RuntimeError):
+            pass  # neither ours nor the official code's: say which keys differ
+    for name in sorted(set(own) ^ set(state)):
+        where = "the checkpoint lacks it" if name in own else "the model has no such weight"
+        raise CheckpointError("ckpt_path", path, f"{name}: {where}", "use the model it was made with (model=...)")
+    for name, tensor in own.items():
+        if tensor.shape != state[name].shape:
+            raise CheckpointError("ckpt_path", path, f"{name} is {tuple(state[name].shape)} there and {tuple(tensor.shape)} here",
+                                  "use the model it was made with (model.num_classes, ...)")  # fmt: skip
+    network.load_state_dict(state)
+
+
+def adamw_scale(network: nn.Module, content: Mapping[str, Any]) -> dict[str, Tensor] | None:
+    """Return sqrt(v) + eps of each parameter by name from a checkpoint's AdamW state, v corrected for its bias."""
+    states = content.get("optimizer_states") or []
+    if not states or not states[0].get("state"):
+        return None
+    group = states[0]["param_groups"][0]
+    if "betas" not in group:
+        return None
+    named = [name for name, p in network.named_parameters() if p.requires_grad]
+    scale = {}
+    for name, moments in zip(named, (states[0]["state"][i] for i in sorted(states[0]["state"]))):
+        corrected = moments["exp_avg_sq"] / (1 - group["betas"][1] ** float(moments["step"]))
+        scale[name] = corrected.sqrt() + group["eps"]
+    return scale
+
+
+def weights_hash(network: nn.Module) -> str:
+    """Return the first 16 digits of a SHA-256 over all weights and buffers, in order: the checkpoint's name on cards."""
+    total = hashlib.sha256()
+    for name, tensor in network.state_dict().items():
+        total.update(name.encode())
+        total.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() if tensor.ndim else
+                     str(tensor.item()).encode())  # fmt: skip
+    return total.hexdigest()[:16]
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__

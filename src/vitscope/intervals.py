@@ -1,0 +1,79 @@
+"""Means over images with their t-intervals, from running sums alone: memory does not depend on the number of images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.special import stdtrit
+from torch import Tensor
+
+from vitscope import distributed
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over images.
+
+    Attributes:
+        mean: the mean, float64; NaN where nothing was added.
+        half_width: half the two-sided t-interval, of the mean's shape; NaN with fewer than two images.
+        count: the number of images.
+    """
+
+    mean: np.ndarray
+    half_width: np.ndarray
+    count: int
+
+
+class RunningMean:
+    """Count, sum and sum of squares over images, kept in float64 on the device the values came from."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._sums: Tensor | None = None
+
+    def add(self, values: Tensor) -> None:
+        """Add one row an image: ``values (B, ...)``, the same trailing shape on every call."""
+        values = values.detach().double()
+        sums = torch.stack([values.sum(0), values.square().sum(0)])  # (2, ...)
+        self.count += len(values)
+        self._sums = sums if self._sums is None else self._sums + sums
+
+    def state(self) -> tuple[int, np.ndarray | None]:
+        """Return the count and the two sums ``(2, ...)`` as plain arrays (None where nothing was added)."""
+        return self.count, None if self._sums is None else self._sums.cpu().numpy()
+
+
+def estimates(means: Sequence[RunningMean], level: float = 0.95) -> list[Estimate]:
+    """Return each mean over all ranks' images, with its t-interval.
+
+    Args:
+        means: the same number on every rank; a rank that saw no image leaves its own empty.
+        level: coverage of the interval, in (0, 1).
+
+    Raises:
+        ValueError: a level outside (0, 1).
+    """
+    if not 0.0 < level < 1.0:
+        raise ValueError(f"Expected level in (0, 1), received {level}.")
+    ranks = distributed.gather_objects([m.state() for m in means])
+    return [_estimate(states, level) for states in zip(*ranks)]
+
+
+def _estimate(states: Sequence[tuple[int, Any]], level: float) -> Estimate:
+    count = sum(n for n, _ in states)
+    shares = [sums for _, sums in states if sums is not None]
+    if not shares:
+        return Estimate(np.array(np.nan), np.array(np.nan), 0)
+    total, square = np.sum(shares, axis=0)
+    mean = total / count
+    if count < 2:
+        return Estimate(mean, np.full_like(mean, np.nan), count)
+    # rounding may leave a tiny negative number where all images agree; NaN passes through
+    variance = np.maximum(square - count * mean**2, 0.0) / (count - 1)
+    quantile = stdtrit(count - 1, 0.5 + level / 2)
+    return Estimate(mean, quantile * np.sqrt(variance / count), count)

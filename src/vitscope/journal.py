@@ -1,0 +1,100 @@
+"""`metrics.jsonl`: one line a log call, appended and flushed at once; the truth that every table reads.
+
+Weights & Biases is a mirror that may lose rows; this file may not.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from vitscope.errors import StorageError
+from vitscope.results import finite
+
+FILE = "metrics.jsonl"
+
+
+class Journal:
+    """Appends rows ``{"step", "epoch", "time", metric: value, ...}`` to a run's journal.
+
+    Each row is a single write of the operating system in append mode, so that rows of several processes never mix and a
+    killed process loses at most the row it was writing. Floats keep all their digits; values that are not finite are null.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._descriptor: int | None = None
+
+    def append(self, step: int, epoch: int | None, metrics: Mapping[str, Any]) -> None:
+        """Write one row.
+
+        Raises:
+            StorageError: the disk is full or gone; rows before this one are safe.
+        """
+        row = {"step": step, "epoch": epoch, "time": time.time(), **metrics}
+        line = (json.dumps(finite(row)) + "\n").encode()
+        try:
+            if self._descriptor is None:
+                self._descriptor = self._open()
+            if os.write(self._descriptor, line) != len(line):
+                raise OSError(28, "No space left on device")
+        except OSError as error:
+            raise StorageError(
+                "paths.runs", self.path, f"row not written ({error.strerror})", "free space, then resume"
+            ) from None
+
+    def close(self) -> None:
+        """Close the file; a later row opens it again."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+    def _open(self) -> int:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        torn = self.path.exists() and self.path.stat().st_size > 0 and not _ends_with_newline(self.path)
+        descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        if torn:  # a kill cut the last row short: keep it apart from ours
+            os.write(descriptor, b"\n")
+        return descriptor
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """Return the rows of a journal in the order they were written; a row that a kill cut short is left out."""
+    rows = []
+    if path.is_file():
+        for line in path.read_text(errors="replace").splitlines():
+            try:
+                row = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(row, dict):
+                rows.append(row)
+    return rows
+
+
+def series(path: Path) -> pd.DataFrame:
+    """Return the journal as a table with one row a step, later values winning (a resumed run writes steps again)."""
+    table = pd.DataFrame(read(path))
+    if table.empty:
+        return table
+    return table.groupby("step").last().sort_index()
+
+
+def last_values(path: Path) -> dict[str, Any]:
+    """Return each metric's last value that is not null."""
+    values: dict[str, Any] = {}
+    for row in read(path):
+        values.update({key: value for key, value in row.items() if value is not None})
+    return values
+
+
+def _ends_with_newline(path: Path) -> bool:
+    with path.open("rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read(1) == b"\n"

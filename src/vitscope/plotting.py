@@ -1,0 +1,48 @@
+"""`vs.plot`: find a result's figure in its room, check that results may share it, apply the house style."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from matplotlib import style
+from matplotlib.figure import Figure
+
+from vitscope.probe import check_comparable
+
+STYLE = Path(__file__).parent / "diagnostics" / "vitscope.mplstyle"
+
+
+def plot(results: Any, *, allow_different: bool = False, **options: Any) -> Figure:
+    """Draw one result, or several of one measure by name in one figure.
+
+    Args:
+        results: a result, or a mapping from the name shown in the legend to a result.
+        allow_different: overlay results whose objective cards differ.
+        options: passed to the room's plot function.
+
+    Raises:
+        ValueError: nothing to draw, results of several measures, or objectives that differ.
+    """
+    named: Mapping[str, Any] = results if isinstance(results, Mapping) else {"": results}
+    modules = {type(result).__module__ for result in named.values()}
+    if len(modules) != 1:
+        raise ValueError(f"Expected results of one measure, received {sorted(modules) or 'none'}.")
+    if not allow_different:
+        check_comparable({name: getattr(result, "card", None) for name, result in named.items()})
+    room, _, measure = modules.pop().rpartition(".")
+    draw = getattr(importlib.import_module(f"{room}.plot"), measure)
+    with style.context(STYLE):
+        return draw(named, **options)
+
+
+def save_figure(figure: Figure, stem: Path) -> tuple[Path, Path]:
+    """Write ``<stem>.png`` (300 dots an inch) and ``<stem>.pdf``; return both paths."""
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    paths = stem.with_name(stem.name + ".png"), stem.with_name(stem.name + ".pdf")
+    with style.context(STYLE):
+        for path in paths:
+            figure.savefig(path, dpi=300)
+    return paths

@@ -1,0 +1,256 @@
+"""The run folder: made exclusively, found again, read by reports and notebooks.
+
+Layout: ``config.yaml provenance.json metrics.jsonl checkpoints/ results/ figures/ wandb/ log.txt``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import secrets
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from vitscope import checkpoint, config, journal, results
+from vitscope.errors import CheckpointError, ConfigError, StorageError
+from vitscope.probe import Probe, versions
+
+#: how a parent process hands its run folder to the processes that it starts
+ENVIRONMENT = "VITSCOPE_RUN_DIR"
+_SECRET = re.compile(r"(?i)(password|passwd|secret|token|api_?key|credential)")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run's folder and what lies where in it."""
+
+    path: Path
+
+    @property
+    def id(self) -> str:
+        """The folder's name."""
+        return self.path.name
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of checkpoints and their manifest."""
+        return self.path / "checkpoints"
+
+    @property
+    def results(self) -> Path:
+        """The folder of results, one folder an analysis."""
+        return self.path / "results"
+
+    @property
+    def figures(self) -> Path:
+        """The folder of figures."""
+        return self.path / "figures"
+
+    @property
+    def journal(self) -> Path:
+        """The file of metrics."""
+        return self.path / journal.FILE
+
+    @property
+    def log(self) -> Path:
+        """The file of tracebacks and notices."""
+        return self.path / "log.txt"
+
+    def config(self) -> DictConfig:
+        """Return the configuration that made the run.
+
+        Raises:
+            CheckpointError: the folder has none, so it is no run.
+        """
+        path = self.path / "config.yaml"
+        if not path.is_file():
+            raise CheckpointError("run", self.path, "no config.yaml in it", "name a run folder or a checkpoint in one")
+        loaded = OmegaConf.load(path)
+        assert isinstance(loaded, DictConfig)
+        return loaded
+
+    def provenance(self) -> dict[str, Any]:
+        """Return what is known of how the run was made and how it ended."""
+        try:
+            return json.loads((self.path / "provenance.json").read_text())
+        except (OSError, ValueError):
+            return {}
+
+    def note(self, **facts: Any) -> None:
+        """Add facts to ``provenance.json``."""
+        content = {**self.provenance(), **facts}
+        results.write_atomically(self.path / "provenance.json", json.dumps(content, indent=2, default=str).encode())
+
+
+def create(cfg: DictConfig, command: str) -> Run:
+    """Make the run's folder, exclusively, and write its configuration and provenance.
+
+    The folder is ``cfg.run_dir`` where a parent named one, else ``<paths.runs>/<time>-<random>``; processes of one
+    ``torchrun`` or SLURM job agree on one by the job's id.
+
+    Raises:
+        StorageError: it cannot be made or written.
+        ConfigError: ``run_dir`` already holds a run.
+    """
+    path = _chosen(cfg)
+    try:
+        path.mkdir(parents=True, exist_ok=cfg.get("run_dir") is not None or _job_id() is not None)
+        if (path / "config.yaml").exists() and _job_id() is None:
+            raise ConfigError("run_dir", path, "already holds a run", "choose another, or go on with run=<folder>")
+        results.write_atomically(path / "config.yaml", OmegaConf.to_yaml(redacted(cfg)).encode())
+    except OSError as error:
+        raise StorageError(
+            "paths.runs", path.parent, f"no folder can be made there ({error.strerror})", "choose another"
+        ) from None
+    run = Run(path)
+    run.note(**_provenance(cfg, command), status="running")
+    return run
+
+
+def find(where: str | Path) -> Run:
+    """Return the run of a folder or of a checkpoint file in one.
+
+    Raises:
+        CheckpointError: there is no run.
+    """
+    path = Path(where)
+    if path.is_file():
+        path = path.parent.parent if path.parent.name == "checkpoints" else path.parent
+    if not (path / "config.yaml").is_file():
+        raise CheckpointError(
+            "run", where, "no run there", "name a folder that holds config.yaml, or a checkpoint in one"
+        )
+    return Run(path)
+
+
+def every(root: Path) -> list[Run]:
+    """Return the runs below ``root``, oldest first by name."""
+    return [
+        Run(file.parent) for file in sorted(root.glob("**/config.yaml")) if (file.parent / "provenance.json").exists()
+    ]
+
+
+def unfinished(root: Path, config_hash: str) -> Run | None:
+    """Return the newest run below ``root`` of that configuration that has a checkpoint and is not finished."""
+    for run in reversed(every(root)):
+        facts = run.provenance()
+        if (
+            facts.get("config_hash") == config_hash
+            and facts.get("status") != "finished"
+            and checkpoint.manifest(run.checkpoints)
+        ):
+            return run
+    return None
+
+
+def redacted(cfg: DictConfig) -> DictConfig:
+    """Return a resolved copy in which values whose key looks like a secret's are replaced."""
+
+    def clean(node: Any) -> Any:
+        if isinstance(node, dict):
+            return {
+                key: "redacted" if _SECRET.search(str(key)) and isinstance(value, str) else clean(value)
+                for key, value in node.items()
+            }
+        return [clean(item) for item in node] if isinstance(node, list) else node
+
+    return OmegaConf.create(clean(config.plain(cfg)))
+
+
+def load_results(run: str | Path) -> dict[str, dict[str, Any]]:
+    """Return a run's results as ``{analysis: {tag: result}}``, tags being ``init``, ``epoch-0099`` or ``end``.
+
+    Where one analysis was made with several settings at a tag, the newest counts.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    files = sorted(find(run).results.glob("*/*.npz"), key=lambda file: file.stat().st_mtime_ns)
+    for file in files:
+        tag = file.stem.rpartition("-")[0]
+        found.setdefault(file.parent.name, {})[tag] = results.load(file)
+    return found
+
+
+def load_probe(
+    run: str | Path,
+    split: str = "test",
+    *,
+    augment: bool = False,
+    n_images: int | None = None,
+    batch_size: int | None = None,
+    ckpt: str = "last",
+) -> Probe:
+    """Return a probe of a finished run: its model at a checkpoint, its data, its objective.
+
+    Args:
+        run: a run folder, or a checkpoint file in one (which then wins over ``ckpt``).
+        split: ``train``, ``val`` or ``test``.
+        augment: apply the run's training augmentation and mixup, frozen.
+        n_images: how many images; all of the split by default.
+        batch_size: images a batch; the run's evaluation batch by default.
+        ckpt: the checkpoint's name without its ending.
+
+    Raises:
+        CheckpointError: no such run or checkpoint.
+        DataError: the data are not there.
+    """
+    from vitscope import build
+
+    cfg = find(run).config()
+    model = build.model(cfg)
+    path = Path(run) if Path(run).is_file() else find(run).checkpoints / f"{ckpt}.ckpt"
+    content = checkpoint.read(path)
+    build.load_weights(model, content, path)
+    data = build.data(cfg)
+    wanted = {"split": split, "augment": augment, "n_images": n_images, "batch_size": batch_size}
+    facts = {"checkpoint": build.weights_hash(model), "epoch": content.get("epoch")}
+    return build.probe(cfg, model, data, wanted, facts, content)
+
+
+def _chosen(cfg: DictConfig) -> Path:
+    named = os.environ.get(ENVIRONMENT) or cfg.get("run_dir")
+    if named:
+        return Path(named).absolute()
+    root = Path(cfg.paths.runs).absolute()
+    if job := _job_id():
+        return root / re.sub(r"[^\w.-]", "_", job)
+    return root / f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
+
+
+def _job_id() -> str | None:
+    if "TORCHELASTIC_RUN_ID" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        run_id = os.environ["TORCHELASTIC_RUN_ID"]
+        return f"torchrun-{run_id}-{os.environ.get('MASTER_PORT', '')}" if run_id == "none" else f"torchrun-{run_id}"
+    if "SLURM_JOB_ID" in os.environ and int(os.environ.get("SLURM_NTASKS", "1")) > 1:
+        return f"slurm-{os.environ['SLURM_JOB_ID']}"
+    return None
+
+
+def _provenance(cfg: DictConfig, command: str) -> Mapping[str, Any]:
+    git = subprocess.run(
+        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent, check=False
+    )
+    return {
+        "command": command,
+        "arguments": sys.argv[1:],
+        "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "config_hash": config.config_hash(cfg),
+        "git_commit": git.stdout.strip() or None,
+        "versions": {**versions(), "pytorch_lightning": _version("pytorch_lightning"), "wandb": _version("wandb")},
+        "host": platform.node(),
+        "seed": cfg.get("seed"),
+    }
+
+
+def _version(package: str) -> str:
+    from importlib.metadata import version
+
+    return version(package.replace("_", "-"))
