@@ -1,0 +1,211 @@
+"""AlterNet: a pre-activation ResNet whose stages end in window attention (Park & Kim 2022, Figure 11)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Literal
+
+import torch
+from timm.layers.create_conv2d import create_conv2d
+from timm.layers.drop import DropPath
+from timm.layers.norm_act import BatchNormAct2d
+from timm.models.resnetv2 import DownsampleConv, PreActBasic, PreActBottleneck
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from vitscope.models.stages import (
+    DEFAULT_MSA,
+    ImageSize,
+    Placement,
+    Stem,
+    blocks_of,
+    build_up,
+    check_window,
+    feature_map_sizes,
+    stage_blocks,
+    valid_window_sizes,
+)
+from vitscope.models.window import FixedMixing, PositionBias, WindowAttention
+
+__all__ = ["AlterNet", "MSABlock", "alternet", "build_up", "feature_map_sizes", "valid_window_sizes"]
+
+WIDTHS = (64, 128, 256, 512)
+
+
+class MSABlock(nn.Module):
+    """Pre-activation attention block: BN, GELU, 1x1 convolution, BN, window mixing, plus the shortcut.
+
+    (B, in_chs, H, W) -> (B, out_chs, H, W). The 1x1 convolution narrows to ``in_chs / expansion``, the
+    output projection of the mixing widens to ``out_chs``. A change of width gives the shortcut a 1x1
+    convolution of the pre-activated input.
+    """
+
+    def __init__(self, in_chs: int, out_chs: int, *, mixing: nn.Module, width: int, drop_path: float = 0.0) -> None:
+        super().__init__()
+        self.downsample = nn.Conv2d(in_chs, out_chs, 1, bias=False) if in_chs != out_chs else None
+        self.norm1 = nn.BatchNorm2d(in_chs)
+        self.act = nn.GELU()
+        self.conv = nn.Conv2d(in_chs, width, 1, bias=False)
+        self.norm2 = nn.BatchNorm2d(width)
+        self.attn = mixing
+        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Add the attention branch to the shortcut."""
+        active = self.act(self.norm1(x))
+        shortcut = x if self.downsample is None else self.downsample(active)
+        branch = self.norm2(self.conv(active)).permute(0, 2, 3, 1)  # (B, H, W, C)
+        branch = self.attn(branch).permute(0, 3, 1, 2)
+        return self.drop_path(branch) + shortcut
+
+
+class AlterNet(nn.Module):
+    """Stem, four stages of convolution and attention blocks, BN-ReLU-GAP-Linear. Build it with `alternet`."""
+
+    def __init__(self, stem: nn.Module, stages: Sequence[nn.Sequential], width: int, num_classes: int) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        self.grad_checkpointing = False
+        self.stem = stem
+        self.stages = nn.ModuleList(stages)
+        self.norm = BatchNormAct2d(width)
+        self.fc = nn.Linear(width, num_classes)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute each block in the backward pass of training instead of keeping its activations."""
+        self.grad_checkpointing = enable
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Images (B, C, H, W) to the last feature map, after BN and ReLU."""
+        x = self.stem(x)
+        for stage in self.stages:
+            for block in stage:  # type: ignore[attr-defined]
+                if self.grad_checkpointing and self.training:
+                    x = checkpoint(block, x, use_reentrant=False)  # type: ignore[assignment]
+                else:
+                    x = block(x)
+        return self.norm(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images (B, C, H, W) to logits (B, num_classes)."""
+        return self.fc(self.forward_features(x).mean((2, 3)))
+
+
+def alternet(
+    depth: int = 18,
+    num_classes: int = 10,
+    image_size: ImageSize = 32,
+    window_size: int = 4,
+    n_msa: Sequence[int] | None = None,
+    dim_head: int = 64,
+    stem: Stem = "cifar",
+    pad: bool = False,
+    *,
+    heads: Sequence[int] = (3, 6, 12, 24),
+    mixer: Literal["msa", "conv", "uniform", "blur"] = "msa",
+    blur_size: int = 2,
+    placement: Placement = "stage_end",
+    position_bias: PositionBias = "shared",
+    drop_path: float = 0.0,
+    in_chans: int = 3,
+    grad_checkpointing: bool = False,
+) -> AlterNet:
+    """AlterNet of depth 18, 34 (basic blocks), 50, 101 or 152 (bottlenecks), as the official code builds it.
+
+    Source: PAPER.md section 3; blocks a stage 2222, 3-4-6-4 or 3-4-23-4; convolution blocks are timm's.
+
+    Args:
+        depth: 18, 34, 50, 101 or 152.
+        num_classes: Number of logits.
+        image_size: Height and width of the images, used to check the window.
+        window_size: Side of the attention windows; must divide the map of each stage with attention.
+        n_msa: Attention blocks a stage. None: the official code's default, (0, 1, 1, 1) at depth 18,
+            else (0, 1, 3, 2). The paper's Figure 11 for CIFAR is (0, 1, 1, 2); none at all is the control.
+        dim_head: Width of a head.
+        stem: ``cifar`` (3x3, stride 1) or ``imagenet`` (7x7, stride 2, max pooling).
+        pad: Pad and mask maps that the window does not divide instead of refusing them.
+        heads: Heads of each stage.
+        mixer: What stands in the attention blocks: ``msa``; ``uniform`` (equal weights over the window);
+            ``blur`` (a box blur); ``conv`` (an ordinary convolution block instead: no attention anywhere).
+        blur_size: Side of the box blur, 2 or 3.
+        placement: Where the attention goes, see `vitscope.models.stages.stage_blocks`.
+        position_bias: ``shared`` by all heads (official) or ``per_head``.
+        drop_path: Stochastic depth of the last block; block j of N has ``drop_path * j / (N - 1)``.
+        in_chans: Channels of the images.
+        grad_checkpointing: Trade a second forward pass for activation memory in training.
+
+    Raises:
+        ValueError: For an unknown depth or option, or a window that does not fit (the sizes that do are named).
+    """
+    if mixer not in ("msa", "conv", "uniform", "blur"):
+        raise ValueError(f"Unknown mixer {mixer!r}: msa, conv, uniform or blur.")
+    if blur_size not in (2, 3):
+        raise ValueError(f"blur_size must be 2 or 3, got {blur_size}.")
+    counts = DEFAULT_MSA[depth] if n_msa is None and depth in DEFAULT_MSA else tuple(n_msa or ())
+    sequences = stage_blocks(blocks_of(depth), counts, placement)
+    if mixer == "conv":
+        sequences = tuple("C" * len(sequence) for sequence in sequences)
+    if not pad and mixer in ("msa", "uniform"):
+        check_window(image_size, stem, [sequence.count("M") for sequence in sequences], window_size)
+    expansion = 1 if depth in (18, 34) else 4
+    mixing = partial(
+        _mixing, mixer=mixer, dim_head=dim_head, window_size=window_size, pad=pad,
+        position_bias=position_bias, blur_size=blur_size,
+    )  # fmt: skip
+    rates = iter(torch.linspace(0, drop_path, sum(map(len, sequences))).tolist())
+    stages, channels = [], 64
+    for i, (sequence, width) in enumerate(zip(sequences, WIDTHS)):
+        out = width * expansion
+        blocks = []
+        for j, letter in enumerate(sequence):
+            stride = 2 if i > 0 and j == 0 else 1
+            if letter == "M":
+                inner = channels // expansion
+                block = MSABlock(
+                    channels, out, mixing=mixing(inner, out, heads=heads[i]), width=inner, drop_path=next(rates)
+                )
+            else:
+                block = _conv_block(channels, out, stride, expansion, next(rates))
+            blocks.append(block)
+            channels = out
+        stages.append(nn.Sequential(*blocks))
+    model = AlterNet(_stem(in_chans, stem), stages, channels, num_classes)
+    model.set_grad_checkpointing(grad_checkpointing)
+    return model
+
+
+def _mixing(
+    dim: int, dim_out: int, *, heads: int, mixer: Literal["msa", "uniform", "blur"], dim_head: int,
+    window_size: int, pad: bool, position_bias: PositionBias, blur_size: int,
+) -> nn.Module:  # fmt: skip
+    if mixer == "msa":
+        return WindowAttention(
+            dim, dim_out, heads=heads, dim_head=dim_head, window_size=window_size, pad=pad,
+            position_bias=position_bias,
+        )  # fmt: skip
+    return FixedMixing(
+        dim, dim_out, inner=heads * dim_head, mixer=mixer, window_size=window_size, pad=pad, blur_size=blur_size
+    )
+
+
+def _conv_block(in_chs: int, out_chs: int, stride: int, expansion: int, drop_path: float) -> nn.Module:
+    block = PreActBasic if expansion == 1 else PreActBottleneck
+    return block(
+        in_chs,
+        out_chs,
+        bottle_ratio=1 / expansion,
+        stride=stride,
+        conv_layer=create_conv2d,
+        norm_layer=BatchNormAct2d,
+        proj_layer=DownsampleConv if stride != 1 or in_chs != out_chs else None,
+        drop_path_rate=drop_path,
+    )
+
+
+def _stem(in_chans: int, stem: Stem) -> nn.Sequential:
+    if stem == "imagenet":
+        return nn.Sequential(
+            nn.Conv2d(in_chans, 64, 7, stride=2, padding=3, bias=False), nn.MaxPool2d(3, stride=2, padding=1)
+        )
+    return nn.Sequential(nn.Conv2d(in_chans, 64, 3, padding=1, bias=False))

@@ -1,0 +1,91 @@
+"""Self-attention over tokens with any number and width of heads, global or within a square neighbourhood."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Padding = Literal["masked", "zero"]
+
+
+def neighbourhood(grid: tuple[int, int], kernel_size: int) -> Tensor:
+    """Which keys each query sees: True inside the k x k square around it, (N, N) for N = h * w tokens."""
+    rows, columns = torch.meshgrid(torch.arange(grid[0]), torch.arange(grid[1]), indexing="ij")
+    place = torch.stack((rows.flatten(), columns.flatten()), -1)
+    return (place[:, None] - place[None, :]).abs().amax(-1) <= kernel_size // 2
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention, tokens (B, N, dim) -> (B, N, dim), with the parameter names of timm's.
+
+    With ``kernel_size`` each query attends to the k x k tokens around it (the paper's convolutional MSA,
+    Figure 7). At the border, ``masked`` (default) leaves the missing neighbours out; ``zero`` is the official
+    code's behaviour: each missing neighbour is a key and a value of zeros that takes its share of the
+    softmax. All padded keys of a query have score 0, so they are one extra zero token with the logarithm of
+    their number as bias, which is exact.
+
+    Args:
+        dim: Width of the tokens.
+        heads: Number of heads.
+        dim_head: Width of a head; None: ``dim / heads``.
+        qkv_bias: Whether queries, keys and values have biases.
+        grid: Height and width of the token grid, needed with a kernel.
+        kernel_size: Odd side of the neighbourhood; None: global.
+        padding: ``masked`` or ``zero``.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        dim_head: int | None = None,
+        qkv_bias: bool = False,
+        *,
+        grid: tuple[int, int] | None = None,
+        kernel_size: int | None = None,
+        padding: Padding = "masked",
+    ) -> None:
+        super().__init__()
+        if dim_head is None and dim % heads:
+            raise ValueError(f"heads={heads} does not divide the width {dim}; give dim_head.")
+        if padding not in ("masked", "zero"):
+            raise ValueError(f"Unknown padding {padding!r}: masked or zero.")
+        self.num_heads = heads
+        self.head_dim = dim // heads if dim_head is None else dim_head
+        self.kernel_size, self.padding = kernel_size, padding
+        self.qkv = nn.Linear(dim, 3 * heads * self.head_dim, bias=qkv_bias)
+        self.proj = nn.Linear(heads * self.head_dim, dim)
+        for layer in (self.qkv, self.proj):  # timm's initialisation of a ViT
+            nn.init.trunc_normal_(layer.weight, std=0.02)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+        self.mask: Tensor | None
+        self.register_buffer("mask", self._additive_mask(grid), persistent=False)
+
+    def _additive_mask(self, grid: tuple[int, int] | None) -> Tensor | None:
+        if self.kernel_size is None:
+            return None
+        if grid is None or self.kernel_size < 1 or self.kernel_size % 2 == 0:
+            raise ValueError(f"a neighbourhood needs a grid and an odd kernel_size, got {grid}, {self.kernel_size}.")
+        seen = neighbourhood(grid, self.kernel_size)
+        mask = torch.zeros(seen.shape).masked_fill(~seen, float("-inf"))
+        if self.padding == "masked":
+            return mask
+        outside = self.kernel_size**2 - seen.sum(1, keepdim=True)  # padded keys of each query
+        return torch.cat((mask, outside.float().log()), dim=1)  # (N, N + 1)
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """Attend; ``attn_mask`` and ``is_causal`` exist for timm's blocks and must keep their defaults."""
+        if attn_mask is not None or is_causal:
+            raise ValueError("SelfAttention takes no attention mask from outside.")
+        b, n, _ = x.shape
+        qkv = self.qkv(x).reshape(b, n, 3, self.num_heads, self.head_dim)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, heads, N, dim_head)
+        if self.kernel_size is not None and self.padding == "zero":
+            k, v = F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1))
+        mask = None if self.mask is None else self.mask.to(q.dtype)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return self.proj(out.transpose(1, 2).reshape(b, n, -1))

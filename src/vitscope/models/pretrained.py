@@ -1,0 +1,55 @@
+"""Any timm model by name, with or without its pretrained weights."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from typing import Any
+
+import timm
+from torch import nn
+
+
+def timm_model(
+    name: str,
+    num_classes: int | None = None,
+    image_size: int | tuple[int, int] | None = None,
+    pretrained: bool = False,
+    in_chans: int = 3,
+    *,
+    grad_checkpointing: bool = False,
+    **options: Any,
+) -> nn.Module:
+    """A model of timm: ``name`` is ``architecture`` or ``architecture.tag``, as timm lists them.
+
+    Args:
+        name: Architecture, with the tag of its weights after a dot if there are several.
+        num_classes: Number of logits; None: the weights' own.
+        image_size: Image size for models that are built for one (ViT, Swin, Mixer, ...); others take any.
+        pretrained: Load timm's weights: from its cache, else from the hub. What the hub raises is raised.
+        in_chans: Channels of the images.
+        grad_checkpointing: Trade a second forward pass for activation memory in training, where timm can.
+        **options: Passed on to timm.
+
+    Raises:
+        ValueError: For a name timm does not know; the nearest names are given.
+    """
+    architecture = name.split(".")[0]
+    if not timm.is_model(architecture):
+        near = difflib.get_close_matches(architecture, timm.list_models(), n=3)
+        hint = f"did you mean {', '.join(near)}?" if near else "see timm.list_models()."
+        raise ValueError(f"timm has no model {name!r}; {hint}")
+    if num_classes is not None:
+        options["num_classes"] = num_classes
+    if image_size is not None and _built_for_one_size(name):
+        options["img_size"] = image_size
+    model = timm.create_model(name, pretrained=pretrained, in_chans=in_chans, **options)
+    if grad_checkpointing:
+        model.set_grad_checkpointing(True)
+    return model
+
+
+def _built_for_one_size(name: str) -> bool:
+    entrypoint = timm.model_entrypoint(name.split(".")[0])
+    config = timm.get_pretrained_cfg(name, allow_unregistered=True)
+    return bool(config and config.fixed_input_size) and "img_size" not in inspect.signature(entrypoint).parameters

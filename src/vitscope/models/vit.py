@@ -1,0 +1,145 @@
+"""Vision transformers over timm: any patch, CLS or GAP, free heads, global or local attention."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from timm.models.vision_transformer import Block, VisionTransformer
+
+from vitscope.models.attention import Padding, SelfAttention
+
+SIZES = {"tiny": (192, 12, 3), "small": (384, 12, 6), "base": (768, 12, 12), "large": (1024, 24, 16)}
+"""Width, depth and heads by name (Touvron et al. 2021)."""
+
+
+def vit(
+    size: str = "tiny",
+    num_classes: int = 10,
+    image_size: int | tuple[int, int] = 32,
+    patch_size: int = 2,
+    pool: Literal["cls", "gap"] = "cls",
+    heads: int | None = None,
+    dim_head: int | None = None,
+    qkv_bias: bool = False,
+    depth: int | None = None,
+    drop_path: float = 0.0,
+    in_chans: int = 3,
+    *,
+    reg_tokens: int = 0,
+    class_token: bool | None = None,
+    grad_checkpointing: bool = False,
+) -> VisionTransformer:
+    """ViT (Dosovitskiy et al. 2021), timm's implementation, with the paper's defaults for CIFAR.
+
+    Args:
+        size: ``tiny``, ``small``, ``base`` or ``large``.
+        num_classes: Number of logits.
+        image_size: Height and width of the images, or one number for both.
+        patch_size: Side of a patch; must divide the image.
+        pool: ``cls`` reads the class token; ``gap`` averages the patch tokens, then normalises.
+        heads: Number of heads; None: of that size.
+        dim_head: Width of a head; None: width of the tokens / heads, or that of the size if only ``heads``
+            is given and does not divide it. Varying one of the two alone gives Figures C.5 and C.6.
+        qkv_bias: Biases on queries, keys and values; the paper has none.
+        depth: Number of blocks; None: of that size.
+        drop_path: Stochastic depth of the last block, growing linearly from 0 at the first.
+        in_chans: Channels of the images.
+        reg_tokens: Number of register tokens.
+        class_token: Whether there is a class token; None: only for ``pool="cls"``.
+        grad_checkpointing: Trade a second forward pass for activation memory in training.
+
+    Raises:
+        ValueError: For an unknown size or pool, or a patch that does not divide the image.
+    """
+    if size not in SIZES:
+        raise ValueError(f"Unknown size {size!r}: {', '.join(SIZES)}.")
+    if pool not in ("cls", "gap"):
+        raise ValueError(f"Unknown pool {pool!r}: cls or gap.")
+    dim, default_depth, default_heads = SIZES[size]
+    grid = token_grid(image_size, patch_size)
+    model = VisionTransformer(
+        img_size=(grid[0] * patch_size, grid[1] * patch_size), patch_size=patch_size, in_chans=in_chans,
+        num_classes=num_classes, global_pool="token" if pool == "cls" else "avg",
+        class_token=pool == "cls" if class_token is None else class_token, reg_tokens=reg_tokens,
+        embed_dim=dim, depth=default_depth if depth is None else depth, num_heads=default_heads,
+        qkv_bias=qkv_bias, drop_path_rate=drop_path,
+    )  # fmt: skip
+    heads = default_heads if heads is None else heads
+    if heads != default_heads or dim_head not in (None, dim // default_heads):
+        for block in model.blocks:
+            assert isinstance(block, Block)
+            block.attn = SelfAttention(dim, heads, dim_head, qkv_bias)
+    model.set_grad_checkpointing(grad_checkpointing)
+    return model
+
+
+def convit(
+    size: str = "tiny",
+    num_classes: int = 10,
+    image_size: int | tuple[int, int] = 32,
+    patch_size: int = 4,
+    kernel_size: int | Literal["global"] = 3,
+    padding: Padding = "masked",
+    heads: int | None = None,
+    dim_head: int | None = None,
+    qkv_bias: bool = False,
+    depth: int | None = None,
+    drop_path: float = 0.0,
+    in_chans: int = 3,
+    *,
+    grad_checkpointing: bool = False,
+) -> VisionTransformer:
+    """ViT with convolutional (local) attention, global average pooling and no class token (Figure 7).
+
+    The official code's name; not d'Ascoli et al.'s ConViT. ``global`` is the same model with plain attention, so
+    a comparison of kernels changes nothing else. A kernel of 8 on 8x8 tokens is no substitute: its queries
+    see 16 to 64 of the 64 tokens, hence even kernels are refused.
+
+    Args:
+        size: As in `vit`.
+        num_classes: Number of logits.
+        image_size: Height and width of the images, or one number for both.
+        patch_size: Side of a patch; must divide the image.
+        kernel_size: Odd side of the neighbourhood in tokens, or ``global``.
+        padding: ``masked`` (missing neighbours are left out) or ``zero`` (the official code's zero keys).
+        heads: Number of heads; None: of that size.
+        dim_head: Width of a head; None: width of the tokens / heads.
+        qkv_bias: Biases on queries, keys and values.
+        depth: Number of blocks; None: of that size.
+        drop_path: Stochastic depth of the last block.
+        in_chans: Channels of the images.
+        grad_checkpointing: Trade a second forward pass for activation memory in training.
+
+    Raises:
+        ValueError: For an unknown size, an even kernel, or a patch that does not divide the image.
+    """
+    if kernel_size != "global" and (not isinstance(kernel_size, int) or kernel_size < 1 or kernel_size % 2 == 0):
+        raise ValueError(f"kernel_size must be odd or 'global', got {kernel_size!r}.")
+    model = vit(
+        size, num_classes, image_size, patch_size, "gap", None, None, qkv_bias, depth, drop_path, in_chans,
+        grad_checkpointing=grad_checkpointing,
+    )  # fmt: skip
+    dim, _, default_heads = SIZES[size]
+    for block in model.blocks:
+        assert isinstance(block, Block)
+        block.attn = SelfAttention(
+            dim, heads or default_heads, dim_head, qkv_bias, grid=token_grid(image_size, patch_size),
+            kernel_size=None if kernel_size == "global" else kernel_size, padding=padding,
+        )  # fmt: skip
+    return model
+
+
+def token_grid(image_size: int | tuple[int, int], patch_size: int) -> tuple[int, int]:
+    """Rows and columns of patches.
+
+    Raises:
+        ValueError: If the patch does not divide the image; the patch sizes that do are named.
+    """
+    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+    if patch_size < 1 or height % patch_size or width % patch_size:
+        fitting = [p for p in range(1, min(height, width) + 1) if height % p == 0 and width % p == 0]
+        raise ValueError(
+            f"patch_size={patch_size} does not divide the {height}x{width} image; "
+            f"patch sizes that do: {', '.join(map(str, fitting))}."
+        )
+    return height // patch_size, width // patch_size
