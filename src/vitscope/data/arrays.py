@@ -1,0 +1,57 @@
+"""Images held in memory as bytes, and their batched pipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike
+from torch import Tensor
+from torchvision.transforms.v2.functional import resize
+
+from vitscope.data.augment import Recipe, augment, erase, normalise
+from vitscope.data.counter import Key
+
+
+@dataclass(frozen=True)
+class ArrayImages:
+    """A split in memory.
+
+    Attributes:
+        images: Pixels, uint8 `(N, 3, H, W)`.
+        labels: Class of each image, int64 `(N,)`.
+        class_names: Name of each class.
+        attributes: Further labels by name, each `(N,)`: `texture` in the cue-conflict split of `shapes`.
+    """
+
+    images: Tensor
+    labels: Tensor
+    class_names: tuple[str, ...]
+    attributes: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def select(self, indices: ArrayLike) -> ArrayImages:
+        """Return the images at `indices`, in that order."""
+        chosen = torch.as_tensor(np.asarray(indices))
+        attributes = {name: values[chosen] for name, values in self.attributes.items()}
+        return replace(self, images=self.images[chosen], labels=self.labels[chosen], attributes=attributes)
+
+    def relabelled(self, labels: Tensor) -> ArrayImages:
+        """Return the same images with other labels."""
+        return replace(self, labels=labels)
+
+    def resized(self, size: int) -> ArrayImages:
+        """Return the images at `size` x `size` (bilinear, antialiased); itself where they have it already."""
+        if self.images.shape[-2:] == (size, size):
+            return self
+        return replace(self, images=resize(self.images, [size, size], antialias=True))
+
+    def batch(self, key: Key, recipe: Recipe) -> tuple[Tensor, Tensor]:
+        """Return augmented, normalised images `(B, 3, H, W)` float32 and their labels `(B,)`."""
+        chosen = torch.from_numpy(key.indices)
+        pixels = augment(self.images[chosen], key, recipe)
+        return erase(normalise(pixels, recipe.mean, recipe.std), key, recipe), self.labels[chosen]

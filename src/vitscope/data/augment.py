@@ -1,0 +1,155 @@
+"""Batched augmentation of byte images: crop, flip, RandAugment, normalise, erase.
+
+Each image's parameters are drawn from its own counters, and each operation treats images apart, so an image
+comes out bit-identical in whatever batch it is read.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn.functional import pad
+
+from vitscope.data.counter import Key, uniforms
+from vitscope.data.randaugment import Policy, rand_augment
+from vitscope.errors import ConfigError
+
+PADDING = 4
+_CROP_FLIP_DRAWS = 3
+_ERASE_ATTEMPTS = 10
+_ERASE_DRAWS = 1 + 4 * _ERASE_ATTEMPTS
+_ERASE_AREA = (0.02, 1 / 3)
+_ERASE_LOG_ASPECT = (math.log(0.3), math.log(1 / 0.3))
+# Draws of one image come in this order: crop and flip, erasing, RandAugment.
+_RANDAUGMENT_FROM = _CROP_FLIP_DRAWS + _ERASE_DRAWS
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What happens to an image between storage and model.
+
+    Attributes:
+        augment: `none`, `crop_flip`, or a timm RandAugment string such as `rand-m9-n2-mstd1.0` (after crop
+            and flip).
+        mean: Mean of each channel, pixels in [0, 1].
+        std: Standard deviation of each channel, pixels in [0, 1].
+        image_size: Height and width of what the model sees.
+        flip: Whether crop_flip flips (left and right mean something for digits).
+        crop_fill: Byte that pads the image before its random crop.
+        random_erasing: Probability of erasing a rectangle to the mean.
+        crop_pct: Share of the resized image that the centre crop of files keeps.
+        interpolation: Resizing filter of files.
+    """
+
+    augment: str = "none"
+    mean: tuple[float, ...] = (0.5, 0.5, 0.5)
+    std: tuple[float, ...] = (0.5, 0.5, 0.5)
+    image_size: int = 32
+    flip: bool = True
+    crop_fill: int = 0
+    random_erasing: float = 0.0
+    crop_pct: float = 0.875
+    interpolation: str = "bilinear"
+
+    def __post_init__(self) -> None:
+        if self.augment not in ("none", "crop_flip") and not self.augment.startswith("rand-"):
+            why = "unknown augmentation"
+            fix = "choose none, crop_flip, or RandAugment such as rand-m9-n2-mstd1.0"
+            raise ConfigError("objective.augment", self.augment, why, fix)
+        if self.augment.startswith("rand-"):
+            Policy.parse(self.augment)
+
+    def plain(self) -> Recipe:
+        """Return the recipe of evaluation: resize, crop and normalise only."""
+        return Recipe(
+            mean=self.mean,
+            std=self.std,
+            image_size=self.image_size,
+            crop_pct=self.crop_pct,
+            interpolation=self.interpolation,
+        )
+
+
+def augment(images: Tensor, key: Key, recipe: Recipe) -> Tensor:
+    """Return augmented bytes `(B, C, H, W)` for bytes of that shape; the input is left alone."""
+    if recipe.augment == "none":
+        return images
+    policy = Policy.parse(recipe.augment) if recipe.augment.startswith("rand-") else None
+    n = _RANDAUGMENT_FROM + (policy.n_draws if policy else 0)
+    draws = uniforms(key.indices, n, seed=key.seed, stream=key.stream, epoch=key.epoch)
+    images = crop_flip(images, draws[:, :_CROP_FLIP_DRAWS], flip=recipe.flip, fill=recipe.crop_fill)
+    if policy is None:
+        return images
+    fill = tuple(min(255, round(255 * mean)) for mean in recipe.mean)
+    return rand_augment(images, draws[:, _RANDAUGMENT_FROM:], policy, fill)
+
+
+def crop_flip(images: Tensor, draws: NDArray[np.float64], *, flip: bool = True, fill: int = 0) -> Tensor:
+    """Crop each image at random from its copy padded by 4, then mirror half of them.
+
+    Args:
+        images: Bytes `(B, C, H, W)`.
+        draws: Uniforms `(B, 3)`: row, column, mirror.
+        flip: Whether to mirror at all.
+        fill: Byte of the padding.
+    """
+    height, width = images.shape[-2:]
+    offsets = torch.from_numpy((draws[:, :2] * (2 * PADDING + 1)).astype(np.int64))  # (B, 2)
+    rows = offsets[:, :1] + torch.arange(height)  # (B, H)
+    columns = torch.arange(width).expand(len(images), -1)
+    if flip:
+        columns = torch.where(torch.from_numpy(draws[:, 2:] < 0.5), columns.flip(1), columns)
+    columns = offsets[:, 1:] + columns  # (B, W)
+    padded = pad(images, (PADDING,) * 4, value=fill).permute(0, 2, 3, 1)  # (B, H + 8, W + 8, C)
+    batch = torch.arange(len(images))[:, None, None]
+    return padded[batch, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()
+
+
+@lru_cache(maxsize=8)
+def _constants(mean: tuple[float, ...], std: tuple[float, ...]) -> tuple[Tensor, Tensor]:
+    scale = 1 / (255 * torch.tensor(std, dtype=torch.float64))
+    shift = -torch.tensor(mean, dtype=torch.float64) / torch.tensor(std, dtype=torch.float64)
+    return scale.float().view(1, -1, 1, 1), shift.float().view(1, -1, 1, 1)
+
+
+def normalise(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+    """Return `(x / 255 - mean) / std` as float32 for bytes x `(B, C, H, W)`."""
+    scale, shift = _constants(mean, std)
+    return images.float().mul_(scale).add_(shift)
+
+
+def erase(images: Tensor, key: Key, recipe: Recipe) -> Tensor:
+    """Set a random rectangle of some images to zero, in place, as timm's RandomErasing in mode `const`.
+
+    Zhong et al., "Random Erasing Data Augmentation" (AAAI 2020): area 2% to 33% of the image, aspect ratio
+    log-uniform in 0.3 to 3.3, up to ten attempts until the rectangle fits.
+
+    Args:
+        images: Normalised images `(B, C, H, W)`.
+        key: Their counters.
+        recipe: With the probability `random_erasing`; nothing happens where `augment` is `none`.
+    """
+    if recipe.random_erasing <= 0 or recipe.augment == "none":
+        return images
+    draws = uniforms(key.indices, _RANDAUGMENT_FROM, seed=key.seed, stream=key.stream, epoch=key.epoch)
+    draws = draws[:, _CROP_FLIP_DRAWS:]
+    height, width = images.shape[-2:]
+    area, aspect, top, left = np.moveaxis(draws[:, 1:].reshape(-1, _ERASE_ATTEMPTS, 4), -1, 0)
+    area = (_ERASE_AREA[0] + (_ERASE_AREA[1] - _ERASE_AREA[0]) * area) * height * width
+    aspect = np.exp(_ERASE_LOG_ASPECT[0] + (_ERASE_LOG_ASPECT[1] - _ERASE_LOG_ASPECT[0]) * aspect)
+    rows, columns = np.round(np.sqrt(area * aspect)), np.round(np.sqrt(area / aspect))  # (B, attempts)
+    fits = (rows < height) & (columns < width)
+    first = fits.argmax(1)[:, None]
+    tops, lefts = np.floor(top * (height - rows + 1)), np.floor(left * (width - columns + 1))
+    top, left, rows, columns = (np.take_along_axis(a, first, 1) for a in (tops, lefts, rows, columns))  # (B, 1)
+    y, x = np.arange(height), np.arange(width)
+    inside_y, inside_x = (y >= top) & (y < top + rows), (x >= left) & (x < left + columns)  # (B, H), (B, W)
+    erased = fits.any(1) & (draws[:, 0] <= recipe.random_erasing)
+    mask = erased[:, None, None] & inside_y[:, :, None] & inside_x[:, None, :]
+    return images.masked_fill_(torch.from_numpy(mask)[:, None], 0.0)

@@ -1,0 +1,347 @@
+"""The one data module: splits, loaders that know their position, and frozen batches for diagnostics."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from vitscope import distributed
+from vitscope.data import counter, photos, subset
+from vitscope.data.arrays import ArrayImages
+from vitscope.data.augment import Recipe
+from vitscope.data.files import FileImages, model_recipe
+from vitscope.data.loader import BatchSampler, Draw, Loader
+from vitscope.data.mix import mix
+from vitscope.data.probe_batches import Batch, ProbeBatches
+from vitscope.errors import ConfigError, DataError
+
+Images = ArrayImages | FileImages
+
+
+class DataModule(pl.LightningDataModule):
+    """Any data set, behind one interface.
+
+    `split_seed` decides what the data set is (held-out images, fraction, random labels), `seed` in what order and
+    how augmented it is seen: five seeds of one experiment share their images.
+
+    Args:
+        source: `source(split, root=..., split_seed=...)` gives `ArrayImages` or `FileImages`.
+        name: Name of the data set, for cards and errors.
+        root: Where files are; not used by sets that come with a package.
+        image_size: Height and width of what the model sees.
+        num_classes: Number of classes, checked against the data.
+        mean: Mean of each channel, pixels in [0, 1].
+        std: Standard deviation of each channel, pixels in [0, 1].
+        batch_size: Training images a batch and rank.
+        eval_batch_size: Images a batch and rank in evaluation.
+        fraction: Share of each class's training images that is used.
+        num_workers: Worker processes of each loader.
+        seed: Seed of order and augmentation.
+        split_seed: Seed of held-out images, fraction and random labels.
+        augment: `none`, `crop_flip`, or a RandAugment string such as `rand-m9-n2-mstd1.0`.
+        flip: Whether augmentation may mirror images.
+        crop_fill: Byte that pads an image in memory before its random crop.
+        random_erasing: Probability of erasing a rectangle.
+        mixup: Alpha of mixup, 0 for none.
+        cutmix: Alpha of CutMix, 0 for none.
+        switch_prob: Probability of CutMix where both are on.
+        label_smoothing: Smoothing of mixed targets.
+        random_labels: Train on labels in random order (the random-label baseline).
+        drop_last: Leave out the last, smaller training batch.
+        crop_pct: Share of the resized image that the centre crop of files keeps.
+        interpolation: Resizing filter of files.
+        transform: `model`: size, crop, filter, mean and std are those the model was trained with (see `adapt_to`).
+
+    Raises:
+        ConfigError: A value out of range, or a number of classes that is not the data's.
+        DataError: Data that is missing, unreadable, empty, or labelled out of range.
+    """
+
+    def __init__(
+        self,
+        source: Callable[..., Images] = photos.load,
+        *,
+        name: str = "photos",
+        root: str | None = None,
+        image_size: int = 32,
+        num_classes: int = 16,
+        mean: Sequence[float] = (0.502, 0.502, 0.502),
+        std: Sequence[float] = (0.1647, 0.1647, 0.1647),
+        batch_size: int = 96,
+        eval_batch_size: int = 256,
+        fraction: float = 1.0,
+        num_workers: int = 0,
+        seed: int = 0,
+        split_seed: int = 0,
+        augment: str = "none",
+        flip: bool = True,
+        crop_fill: int = 0,
+        random_erasing: float = 0.0,
+        mixup: float = 0.0,
+        cutmix: float = 0.0,
+        switch_prob: float = 0.5,
+        label_smoothing: float = 0.0,
+        random_labels: bool = False,
+        drop_last: bool = False,
+        crop_pct: float = 0.875,
+        interpolation: str = "bilinear",
+        transform: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.source, self.name, self.root = source, name, root
+        self.num_classes, self.channels = int(num_classes), 3
+        self.batch_size, self.eval_batch_size = _at_least("batch_size", batch_size, 1), eval_batch_size
+        _at_least("eval_batch_size", eval_batch_size, 1)
+        self.num_workers = _at_least("num_workers", num_workers, 0)
+        self.seed, self.split_seed = _at_least("seed", seed, 0), _at_least("split_seed", split_seed, 0)
+        if not 0 < fraction <= 1:
+            raise ConfigError("data.fraction", fraction, "not in (0, 1]", "give the share of each class to train on")
+        self.fraction, self.random_labels, self.drop_last = float(fraction), random_labels, drop_last
+        self.mixup, self.cutmix, self.switch_prob = float(mixup), float(cutmix), float(switch_prob)
+        self.label_smoothing = float(label_smoothing)
+        if transform not in (None, "model"):
+            raise ConfigError("data.transform", transform, "unknown transform", "choose null or model")
+        self.transform = transform
+        self.recipe = Recipe(
+            augment=augment,
+            mean=tuple(float(value) for value in mean),
+            std=tuple(float(value) for value in std),
+            image_size=_at_least("image_size", image_size, 1),
+            flip=flip,
+            crop_fill=crop_fill,
+            random_erasing=float(random_erasing),
+            crop_pct=float(crop_pct),
+            interpolation=interpolation,
+        )
+        self._splits: dict[str, Images] = {}
+        self._position = (0, 0)
+        self._train_sampler: BatchSampler | None = None
+
+    @property
+    def image_size(self) -> int:
+        """Height and width of what the model sees."""
+        return self.recipe.image_size
+
+    @property
+    def mean(self) -> tuple[float, ...]:
+        """Mean of each channel, pixels in [0, 1]: `x * std + mean` is pixel space again."""
+        return self.recipe.mean
+
+    @property
+    def std(self) -> tuple[float, ...]:
+        """Standard deviation of each channel, pixels in [0, 1]."""
+        return self.recipe.std
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Name of each class (reads the test split if nothing was read yet)."""
+        split = next(iter(self._splits), "test")
+        return self.split(split).class_names
+
+    @property
+    def mixes(self) -> bool:
+        """Whether training batches are mixed."""
+        return self.mixup > 0 or self.cutmix > 0
+
+    def adapt_to(self, model: nn.Module) -> None:
+        """Take timm's preprocessing for `model` where `transform` is `model`; otherwise do nothing."""
+        if self.transform == "model":
+            self.recipe = model_recipe(model, self.recipe)
+
+    def setup(self, stage: str | None = None) -> None:
+        """Read the splits of a stage (`fit`, `validate`, `test`; all for None)."""
+        needed = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), None: ("train", "val", "test")}
+        for split in needed.get(stage, ()):
+            self.split(split)
+
+    def split(self, split: str) -> Images:
+        """Return a split's images, read at the first request: `train`, `val`, `test`, or a set's further ones."""
+        if split not in self._splits:
+            images = self.source(split, root=self.root, split_seed=self.split_seed)
+            self._check(split, images)
+            if split == "train":
+                images = self._thinned(images)
+            if isinstance(images, ArrayImages):
+                images = images.resized(self.image_size)
+            self._splits[split] = images
+        return self._splits[split]
+
+    def train_dataloader(self) -> Loader:
+        """Return the training loader; it starts where `resume_at` said."""
+        self._train_sampler = self._sampler("train", self.batch_size, shuffle=True)
+        self._train_sampler.resume_at(*self._position)
+        return self._loader("train", self._train_sampler, self.recipe)
+
+    def val_dataloader(self) -> Loader:
+        """Return the loader of the validation split: in order, not augmented."""
+        return self.eval_dataloader("val")
+
+    def test_dataloader(self) -> Loader:
+        """Return the loader of the test split: in order, not augmented."""
+        return self.eval_dataloader("test")
+
+    def eval_dataloader(self, split: str) -> Loader:
+        """Return a loader over any split: in order, not augmented, each image once over all ranks."""
+        sampler = self._sampler(split, self.eval_batch_size, shuffle=False)
+        return self._loader(split, sampler, self.recipe.plain())
+
+    def resume_at(self, epoch: int, batch: int) -> None:
+        """Start training at `batch` of `epoch`, now or when the loader is made; later epochs start at 0."""
+        self._position = (epoch, batch)
+        if self._train_sampler is not None:
+            self._train_sampler.resume_at(epoch, batch)
+
+    def probe_batches(
+        self,
+        split: str = "train",
+        *,
+        augment: bool = False,
+        n_images: int | None = None,
+        batch_size: int = 16,
+        seed: int | None = None,
+        mix: bool | None = None,
+    ) -> ProbeBatches:
+        """Return frozen batches for diagnostics (PAPER.md section 7, "Hessian batch").
+
+        Batch b holds images b * batch_size and following of an order that `seed` decides; each is augmented by
+        (seed, index) and the batch is mixed by (seed, b): one lambda, partner = flip. Without augmentation and
+        without `n_images`: the whole split in its own order.
+
+        Args:
+            split: Any split.
+            augment: Apply the training augmentation, mixup and CutMix.
+            n_images: How many images; all of them for None.
+            batch_size: Images a batch; the last one may be smaller.
+            seed: Of images, augmentation and mixing; the module's for None.
+            mix: Mix the batches; None: where `augment` is set and the objective mixes.
+
+        Returns:
+            A sequence of `(x, y)`: float32 `(B, 3, H, W)`; class indices `(B,)`, or, mixed, soft targets
+            `(B, num_classes)` with label smoothing included.
+
+        Raises:
+            ConfigError: Fewer than one image or image a batch.
+        """
+        images = self.split(split)
+        seed = self.seed if seed is None else seed
+        n = self._capped(n_images, len(images))
+        _at_least("batch_size", batch_size, 1, "probe")
+        mixed = (augment and self.mixes) if mix is None else mix
+        if n_images is None and not augment:
+            order = np.arange(n)
+        else:
+            order = counter.permutation(len(images), seed=seed, stream=counter.PROBE)[:n]
+        recipe = self.recipe if augment else self.recipe.plain()
+
+        def build(b: int) -> Batch:
+            key = counter.Key(order[b * batch_size : (b + 1) * batch_size], 0, counter.PROBE, seed)
+            x, y = images.batch(key, recipe)
+            return self.mixed(x, y, (seed, counter.PROBE, b)) if mixed else (x, y)
+
+        return ProbeBatches(build, -(-n // batch_size), n, n * 4 * self.channels * self.image_size**2)
+
+    def mixed(self, x: Tensor, y: Tensor, seed: tuple[int, ...]) -> Batch:
+        """Return the batch mixed as the objective says, by `seed` (see `vitscope.data.mix.mix`)."""
+        return mix(
+            x,
+            y,
+            num_classes=self.num_classes,
+            mixup=self.mixup,
+            cutmix=self.cutmix,
+            switch_prob=self.switch_prob,
+            label_smoothing=self.label_smoothing,
+            seed=seed,
+        )
+
+    def describe(self, split: str = "train", augment: bool = False) -> dict[str, Any]:
+        """Return the facts of a split for the objective card: plain values, none of them measured."""
+        parts = [self.recipe.augment] if augment else ["none"]
+        if augment and self.recipe.random_erasing > 0:
+            parts.append(f"erasing {self.recipe.random_erasing:g}")
+        if augment and self.mixes:
+            parts.append(f"mixup {self.mixup:g}, cutmix {self.cutmix:g}, switch {self.switch_prob:g}")
+            parts.append(f"smoothing {self.label_smoothing:g}")
+        data = self.name if self.fraction == 1 else f"{self.name}, {self.fraction:g} of each class"
+        if self.random_labels:
+            data = f"{data}, random labels"
+        return {
+            "data": data,
+            "split": split,
+            "augmentation": " + ".join(parts),
+            "image_size": self.image_size,
+            "seed": self.seed,
+            "split_seed": self.split_seed,
+        }
+
+    def _sampler(self, split: str, batch_size: int, *, shuffle: bool) -> BatchSampler:
+        return BatchSampler(
+            len(self.split(split)),
+            batch_size,
+            shuffle=shuffle,
+            seed=self.seed,
+            rank=distributed.rank(),
+            world_size=distributed.world_size(),
+            drop_last=shuffle and self.drop_last,
+            name=f"{self.name} {split}",
+        )
+
+    def _loader(self, split: str, sampler: BatchSampler, recipe: Recipe) -> Loader:
+        dataset = _Augmented(self.split(split), recipe, self.seed)
+        return Loader(dataset, sampler, num_workers=self.num_workers, pin_memory=torch.cuda.is_available())
+
+    def _thinned(self, images: Images) -> Images:
+        if self.fraction < 1:
+            images = images.select(subset.fraction(images.labels.numpy(), self.fraction, seed=self.split_seed))
+        if self.random_labels:
+            images = images.relabelled(torch.from_numpy(subset.permuted(images.labels.numpy(), seed=self.split_seed)))
+        return images
+
+    def _check(self, split: str, images: Images) -> None:
+        if len(images) == 0:
+            raise DataError("data.root", self.root, f"the {split} split of {self.name} is empty", "put images there")
+        if len(images.class_names) != self.num_classes:
+            why = f"{self.name} has {len(images.class_names)} classes"
+            raise ConfigError("data.num_classes", self.num_classes, why, f"set it to {len(images.class_names)}")
+        low, high = int(images.labels.min()), int(images.labels.max())
+        if low < 0 or high >= self.num_classes:
+            why = f"the {split} split of {self.name} has labels from {low} to {high}"
+            raise DataError("data.num_classes", self.num_classes, why, "labels are 0 to num_classes - 1")
+
+    def _capped(self, n_images: int | None, available: int) -> int:
+        if n_images is None:
+            return available
+        _at_least("n_images", n_images, 1, "probe")
+        if n_images > available:
+            message = f"probe.n_images={n_images}: the split of {self.name} has {available} images; using all of them"
+            warnings.warn(message, stacklevel=3)
+        return min(n_images, available)
+
+
+class _Augmented(Dataset[Batch]):
+    """Images with a recipe: a batch is a function of its draw and the seed."""
+
+    def __init__(self, images: Images, recipe: Recipe, seed: int) -> None:
+        self.images, self.recipe, self.seed = images, recipe, seed
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> Batch:
+        x, y = self.__getitems__(Draw(0, np.array([index])))
+        return x[0], y[0]
+
+    def __getitems__(self, draw: Draw) -> Batch:
+        return self.images.batch(counter.Key(draw.indices, draw.epoch, counter.AUGMENT, self.seed), self.recipe)
+
+
+def _at_least(key: str, value: int, bound: int, group: str = "data") -> int:
+    if int(value) != value or value < bound:
+        raise ConfigError(f"{group}.{key}", value, f"not an integer of at least {bound}", "correct the value")
+    return int(value)

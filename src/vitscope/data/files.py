@@ -1,0 +1,135 @@
+"""Images in files, read one by one and preprocessed by timm's transforms."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike
+from PIL import Image
+from timm.data.config import resolve_model_data_config
+from timm.data.transforms_factory import create_transform
+from torch import Tensor, nn
+
+from vitscope.data.augment import Recipe
+from vitscope.data.counter import Key, uniforms
+from vitscope.errors import ConfigError, DataError
+
+
+@dataclass(frozen=True)
+class FileImages:
+    """A split on disk.
+
+    Attributes:
+        paths: File of each image.
+        labels: Class of each image, int64 `(N,)`.
+        class_names: Name of each class.
+    """
+
+    paths: tuple[str, ...]
+    labels: Tensor
+    class_names: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def select(self, indices: ArrayLike) -> FileImages:
+        """Return the images at `indices`, in that order."""
+        chosen = np.asarray(indices)
+        paths = tuple(self.paths[index] for index in chosen)
+        return replace(self, paths=paths, labels=self.labels[torch.from_numpy(chosen)])
+
+    def relabelled(self, labels: Tensor) -> FileImages:
+        """Return the same images with other labels."""
+        return replace(self, labels=labels)
+
+    def batch(self, key: Key, recipe: Recipe) -> tuple[Tensor, Tensor]:
+        """Return augmented, normalised images `(B, 3, H, W)` float32 and their labels `(B,)`.
+
+        Raises:
+            DataError: A file that is missing, truncated or no image.
+        """
+        words = uniforms(key.indices, 2, seed=key.seed, stream=key.stream, epoch=key.epoch)
+        seeds = (words * 2**32).astype(np.uint64)
+        transform = _transform(recipe)
+        images = []
+        with _kept_random_states():
+            for index, seed in zip(key.indices, seeds):
+                image = _read(self.paths[index])
+                _seed(seed)
+                images.append(transform(image))
+        return torch.stack(images), self.labels[torch.from_numpy(key.indices)]
+
+
+def model_recipe(model: nn.Module, recipe: Recipe) -> Recipe:
+    """Return the recipe with the size, crop, filter, mean and std that timm records for `model`.
+
+    Raises:
+        ConfigError: The model carries no such record.
+    """
+    if not getattr(model, "pretrained_cfg", None):
+        why = f"{type(model).__name__} does not say how its images were preprocessed"
+        raise ConfigError("data.transform", "model", why, "use a timm model, or set data.transform=null")
+    config = resolve_model_data_config(model)
+    return replace(
+        recipe,
+        image_size=config["input_size"][-1],
+        crop_pct=config["crop_pct"],
+        interpolation=config["interpolation"],
+        mean=tuple(config["mean"]),
+        std=tuple(config["std"]),
+    )
+
+
+@lru_cache(maxsize=8)
+def _transform(recipe: Recipe) -> Any:
+    shared = {
+        "input_size": recipe.image_size,
+        "interpolation": recipe.interpolation,
+        "mean": recipe.mean,
+        "std": recipe.std,
+    }
+    if recipe.augment == "none":
+        return create_transform(**shared, is_training=False, crop_pct=recipe.crop_pct)
+    return create_transform(
+        **shared,
+        is_training=True,
+        hflip=0.5 if recipe.flip else 0.0,
+        color_jitter=None,  # pyright: ignore[reportArgumentType]  none at all
+        auto_augment=None if recipe.augment == "crop_flip" else recipe.augment,
+        re_prob=recipe.random_erasing,
+    )
+
+
+def _read(path: str) -> Image.Image:
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        why = f"{path} cannot be read as an image ({error})"
+        raise DataError("data.root", None, why, "replace or remove the file") from error
+
+
+def _seed(words: np.ndarray) -> None:
+    """Seed the generators that timm's and torchvision's transforms draw from."""
+    first, second = int(words[0]), int(words[1])
+    random.seed((first << 32) | second)
+    np.random.seed([first, second])  # noqa: NPY002  timm draws from the global state
+    torch.manual_seed((first << 31) ^ second)
+
+
+@contextmanager
+def _kept_random_states() -> Iterator[None]:
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])  # noqa: NPY002
+        torch.set_rng_state(states[2])

@@ -1,0 +1,185 @@
+"""A loader that knows its position: which images batch b of epoch e holds is a pure function."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from vitscope.data import counter
+from vitscope.errors import DataError, VitscopeError
+
+
+class Draw(NamedTuple):
+    """One batch before it is read: what a dataset's `__getitems__` receives."""
+
+    epoch: int
+    indices: NDArray[np.int64]
+
+
+class BatchSampler(Sampler[Draw]):
+    """Batches of indices as a function of (seed, epoch, batch), disjoint under ranks.
+
+    The epoch's order is cut in global batches of `batch_size * world_size`; a rank takes every `world_size`-th
+    image of each. Nothing is padded or repeated: the last global batch is smaller, and one with fewer images
+    than ranks joins the batch before it, so that all ranks take the same number of steps and none is empty.
+
+    Args:
+        n: Number of images in the split.
+        batch_size: Images a batch and rank.
+        shuffle: A new order each epoch; otherwise the split's own.
+        seed: Seed of the order.
+        rank: This process's rank.
+        world_size: Number of processes.
+        drop_last: Leave out the last, smaller global batch.
+        name: The split, for the error.
+
+    Raises:
+        DataError: There would be no step at all.
+    """
+
+    def __init__(
+        self,
+        n: int,
+        batch_size: int,
+        *,
+        shuffle: bool,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        drop_last: bool = False,
+        name: str = "split",
+    ) -> None:
+        self.n, self.batch_size, self.shuffle, self.seed = n, batch_size, shuffle, seed
+        self.rank, self.world_size, self.drop_last = rank, world_size, drop_last
+        self.epoch = 0
+        self._resumed = (0, 0)
+        full, rest = divmod(n, batch_size * world_size)
+        self._length = full + (not drop_last and rest >= world_size)
+        if self._length == 0:
+            ranks = f" a rank on {world_size} ranks" if world_size > 1 else ""
+            dropped = " and drop_last leaves no batch" if drop_last else ", too few for one batch"
+            fix = "lower data.batch_size or set data.drop_last=false" if drop_last else "use more data"
+            raise DataError("data.batch_size", f"{batch_size}{ranks}", f"{name} has {n} images{dropped}", fix)
+
+    @property
+    def sampler(self) -> BatchSampler:
+        """Itself: where Lightning looks for `set_epoch` at the start of each epoch."""
+        return self
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch whose order and augmentation the next pass uses."""
+        self.epoch = epoch
+
+    def resume_at(self, epoch: int, batch: int) -> None:
+        """Go to `epoch` and start its passes at `batch`; later epochs start at 0 again.
+
+        Raises:
+            ValueError: The epoch is negative or has no such batch.
+        """
+        if epoch < 0 or not 0 <= batch <= self._length:
+            raise ValueError(f"Expected an epoch >= 0 and a batch in 0..{self._length}, received {epoch} and {batch}.")
+        self._resumed = (epoch, batch)
+        self.epoch = epoch
+
+    def batch(self, epoch: int, index: int) -> Draw:
+        """Return batch `index` of `epoch` on this rank."""
+        return self._cut(self._order(epoch), epoch, index)
+
+    def __len__(self) -> int:
+        """Number of batches in a full epoch, wherever it starts."""
+        return self._length
+
+    def __iter__(self) -> Iterator[Draw]:
+        epoch = self.epoch
+        order = self._order(epoch)
+        start = self._resumed[1] if epoch == self._resumed[0] else 0
+        return (self._cut(order, epoch, index) for index in range(start, self._length))
+
+    def _order(self, epoch: int) -> NDArray[np.int64]:
+        if not self.shuffle:
+            return np.arange(self.n)
+        return counter.permutation(self.n, seed=self.seed, stream=counter.ORDER, epoch=epoch)
+
+    def _cut(self, order: NDArray[np.int64], epoch: int, index: int) -> Draw:
+        size = self.batch_size * self.world_size
+        last = index == self._length - 1 and not self.drop_last
+        globally = order[index * size : None if last else (index + 1) * size]
+        return Draw(epoch, globally[self.rank :: self.world_size])
+
+
+class Loader(DataLoader[Any]):
+    """A `DataLoader` whose failures are one-line errors, from the main process and from workers alike.
+
+    Args:
+        dataset: A dataset with `__getitems__(draw: Draw)` that returns the whole batch.
+        batch_sampler: Where each batch comes from.
+        num_workers: Worker processes; they stay alive between epochs.
+        pin_memory: Copy batches to page-locked memory.
+    """
+
+    def __init__(
+        self, dataset: Dataset[Any], batch_sampler: BatchSampler, *, num_workers: int = 0, pin_memory: bool = False
+    ) -> None:
+        super().__init__(
+            _Caught(dataset),
+            batch_sampler=batch_sampler,  # pyright: ignore[reportArgumentType]  a draw, not a list
+            num_workers=num_workers,
+            pin_memory=pin_memory,
+            collate_fn=_as_is,
+            persistent_workers=num_workers > 0,
+            worker_init_fn=_leave_interrupts_to_parent,
+        )
+
+    def __iter__(self) -> Iterator[Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Yield batches.
+
+        Raises:
+            DataError: An image could not be read (with its path), or a worker process died.
+        """
+        batches = super().__iter__()
+        while True:
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            except RuntimeError as error:
+                if "DataLoader worker" not in str(error):
+                    raise
+                why = "a loader worker was killed (out of memory?)"
+                raise DataError("data.num_workers", self.num_workers, why, "try fewer workers, or 0") from error
+            if isinstance(batch, VitscopeError):
+                raise batch
+            yield batch
+
+
+class _Caught(Dataset[Any]):
+    """Hands a `VitscopeError` over as a value: raised in a worker it would arrive as text with a traceback."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, draw: Draw) -> Any:
+        return self.__getitems__(draw)
+
+    def __getitems__(self, draw: Draw) -> Any:
+        try:
+            return self.dataset.__getitems__(draw)
+        except VitscopeError as error:
+            return error
+
+
+def _as_is(batch: Any) -> Any:
+    return batch
+
+
+def _leave_interrupts_to_parent(_worker: int) -> None:
+    # Ctrl-C reaches the whole process group: the parent decides, workers go on feeding it until then.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
