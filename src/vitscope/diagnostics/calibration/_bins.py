@@ -1,0 +1,79 @@
+"""Binned calibration errors: how far confidence is from accuracy."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+BINNINGS = ("equal_width", "official")
+
+
+class Bins(NamedTuple):
+    """A reliability diagram: edges ``(n + 1,)``; count, mean confidence and accuracy ``(n,)``, 0 in empty bins."""
+
+    edges: np.ndarray
+    count: np.ndarray
+    confidence: np.ndarray
+    accuracy: np.ndarray
+
+    @property
+    def error(self) -> float:
+        """The expected calibration error: the gap between confidence and accuracy, averaged over images."""
+        return float(np.abs(self.confidence - self.accuracy) @ self.count / self.count.sum())
+
+    @property
+    def signed_error(self) -> float:
+        """Mean confidence minus accuracy: above 0 for an over-confident model."""
+        return float((self.confidence - self.accuracy) @ self.count / self.count.sum())
+
+
+def equal_width(confidence: np.ndarray, correct: np.ndarray, n_bins: int) -> Bins:
+    """Sort images into the intervals (0, 1/n], ..., (1 - 1/n, 1]: a confidence of exactly 1 belongs to the last."""
+    # the edges are compared as the floating-point numbers they are, so that a confidence of 0.3 meets the edge 3 / 10
+    edges = np.arange(n_bins + 1) / n_bins
+    return _filled(edges, _bin_of(confidence, edges), confidence, correct)
+
+
+def equal_mass(confidence: np.ndarray, correct: np.ndarray, n_bins: int) -> Bins:
+    """Sort images into ``n_bins`` groups of (as nearly as can be) equal size by confidence (Nguyen and O'Connor 2015).
+
+    Images of one and the same confidence are never torn apart, so saturated predictions share a bin and the result does
+    not depend on their order.
+    """
+    ordered = np.sort(confidence)
+    last = np.ceil(np.arange(1, n_bins + 1) * len(ordered) / n_bins).astype(int) - 1
+    edges = np.unique(np.concatenate([[0.0], ordered[last]]))
+    return _filled(edges, _bin_of(confidence, edges), confidence, correct)
+
+
+def official(confidence: np.ndarray, correct: np.ndarray, n_bins: int) -> Bins:
+    """Return the bins of the released code of Park and Kim (ops/tests.py), whose two halves disagree.
+
+    Images are counted in (a, b] but their confidence is summed over [a, b), so that a confidence of exactly 1 is counted
+    and adds nothing: a model that is always right and saturated gets an error near 1.
+    """
+    edges = np.linspace(0.0, 1.0, n_bins + 1)
+    closed_right = _bin_of(confidence, edges)
+    closed_left = np.searchsorted(edges, confidence, side="right") - 1
+    count = np.bincount(closed_right, minlength=n_bins).astype(np.float64)
+    total = np.bincount(closed_left, confidence, minlength=n_bins + 1)[:n_bins]
+    accuracy = np.bincount(closed_right, correct, minlength=n_bins) / np.maximum(count, 1)
+    return Bins(edges, count, total / (count + 1e-7), accuracy)
+
+
+def _bin_of(confidence: np.ndarray, edges: np.ndarray) -> np.ndarray:
+    # interval i is (edges[i], edges[i + 1]]
+    return np.clip(np.searchsorted(edges, confidence, side="left") - 1, 0, max(len(edges) - 2, 0))
+
+
+def _filled(edges: np.ndarray, member: np.ndarray, confidence: np.ndarray, correct: np.ndarray) -> Bins:
+    n = max(len(edges) - 1, 1)
+    count = np.bincount(member, minlength=n).astype(np.float64)
+    full = np.maximum(count, 1)
+    return Bins(
+        edges,
+        count,
+        np.bincount(member, confidence, minlength=n) / full,
+        np.bincount(member, correct, minlength=n) / full,
+    )

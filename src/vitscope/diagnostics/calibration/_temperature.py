@@ -1,0 +1,54 @@
+"""Temperature scaling: one number that divides the logits, fitted on images that were not trained on."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+
+import torch
+from scipy.optimize import brentq
+from torch import Tensor
+
+from vitscope import distributed
+
+#: temperatures outside these bounds are not searched: the predictions are then uniform or one-hot in effect
+LIMITS = (1e-3, 1e3)
+
+
+def fit_temperature(logits: Tensor, labels: Tensor) -> float:
+    """Return the temperature T that minimises the mean negative log-likelihood of ``logits / T`` (Guo et al. 2017, 4.2).
+
+    The likelihood is convex in 1/T, so its slope ``E[sum_k p_k z_k] - E[z_y]`` crosses zero at most once; the crossing is
+    bracketed and found by Brent's method. Under ``torch.distributed`` each rank passes its share.
+
+    Args:
+        logits: (n, classes), float64.
+        labels: (n,) class indices.
+    """
+    slope = _slope(logits, labels)
+    low, high = (math.log(1 / limit) for limit in reversed(LIMITS))
+    if slope(low) >= 0:
+        return _at_limit(LIMITS[1], "the logits do not separate the classes better than chance")
+    if slope(high) <= 0:
+        return _at_limit(LIMITS[0], "every image is classified rightly")
+    return math.exp(-float(brentq(slope, low, high, xtol=1e-10)))  # pyright: ignore[reportArgumentType]
+
+
+def _slope(logits: Tensor, labels: Tensor) -> Callable[[float], float]:
+    chosen = logits.gather(1, labels[:, None]).squeeze(1)
+
+    def slope(log_scale: float) -> float:
+        expected = (logits.mul(math.exp(log_scale)).softmax(dim=1) * logits).sum(dim=1)
+        sums = torch.stack([(expected - chosen).sum(), torch.full_like(chosen.sum(), len(labels))])
+        total, n = distributed.all_reduce_sum(sums).tolist()
+        return total / n
+
+    return slope
+
+
+def _at_limit(temperature: float, why: str) -> float:
+    warnings.warn(
+        f"The temperature has no finite optimum ({why}): it is held at {temperature:g}.", RuntimeWarning, stacklevel=4
+    )
+    return temperature

@@ -1,0 +1,211 @@
+"""Whether a model's confidence can be believed: likelihood, Brier score, calibration errors, temperature scaling."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vitscope import distributed
+from vitscope.diagnostics.calibration import _bins
+from vitscope.diagnostics.calibration._temperature import fit_temperature
+from vitscope.objective import hard_targets
+from vitscope.probe import ObjectiveCard, Probe
+from vitscope.progress import track
+
+#: resamples of the images behind the intervals
+N_BOOTSTRAP = 500
+
+
+@dataclass(frozen=True)
+class CalibrationResult:
+    """Calibration of the most probable class; every mean is over images, intervals are 95% bootstraps over images.
+
+    Attributes:
+        accuracy: share of images that are classified rightly.
+        nll: mean of -log p(label), nats; no label smoothing, whatever the objective.
+        brier: mean of the squared distance between the probabilities and the one-hot label, in [0, 2].
+        ece: expected calibration error over ``n_bins`` intervals of equal width.
+        adaptive_ece: the same over intervals that hold equally many images.
+        signed_error: mean confidence minus accuracy: above 0 for an over-confident model.
+        cutoff: the confidence above which a prediction counts as confident.
+        confident_accuracy: accuracy among confident predictions (Acc-90 at the default cutoff); None without any.
+        confident_frequency: share of confident predictions (Freq-90).
+        unconfidence: share of unconfident predictions among wrong ones (Unc-90); None without a wrong one.
+        intervals: name -> (lower, upper) of accuracy, nll, brier, ece, flattened to ``ece_lower`` and so on.
+        binning: ``equal_width`` or ``official``.
+        bin_edges: (n_bins + 1,) of the equal-width intervals (a, b].
+        bin_count: (n_bins,) images in each.
+        bin_confidence: (n_bins,) mean confidence, 0 in an empty bin.
+        bin_accuracy: (n_bins,) accuracy, 0 in an empty bin.
+        temperature: fitted on the validation images; None without them, as all that follows.
+        scaled_nll: with logits divided by the temperature; likewise the other ``scaled_`` values.
+        scaled_brier: see ``brier``.
+        scaled_ece: see ``ece``.
+        scaled_adaptive_ece: see ``adaptive_ece``.
+        scaled_bin_count: (n_bins,), empty without a temperature.
+        scaled_bin_confidence: (n_bins,), likewise.
+        scaled_bin_accuracy: (n_bins,), likewise.
+        n_images: images measured.
+        n_validation: images that the temperature was fitted on.
+        card: the conditions.
+    """
+
+    accuracy: float
+    nll: float
+    brier: float
+    ece: float
+    adaptive_ece: float
+    signed_error: float
+    cutoff: float
+    confident_accuracy: float | None
+    confident_frequency: float
+    unconfidence: float | None
+    intervals: dict[str, float]
+    binning: str
+    bin_edges: np.ndarray
+    bin_count: np.ndarray
+    bin_confidence: np.ndarray
+    bin_accuracy: np.ndarray
+    temperature: float | None
+    scaled_nll: float | None
+    scaled_brier: float | None
+    scaled_ece: float | None
+    scaled_adaptive_ece: float | None
+    scaled_bin_count: np.ndarray
+    scaled_bin_confidence: np.ndarray
+    scaled_bin_accuracy: np.ndarray
+    n_images: int
+    n_validation: int
+    card: ObjectiveCard | None = None
+
+    def scalars(self) -> dict[str, float]:
+        """Return what is logged."""
+        names = ("accuracy", "nll", "brier", "ece", "adaptive_ece", "signed_error", "confident_accuracy")
+        names += ("confident_frequency", "unconfidence", "temperature", "scaled_nll", "scaled_brier", "scaled_ece")
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
+
+
+def calibration(
+    probe: Probe,
+    *,
+    validation: Probe | None = None,
+    n_bins: int = 10,
+    binning: str = "equal_width",
+    cutoff: float = 0.9,
+    seed: int = 0,
+) -> CalibrationResult:
+    """Measure calibration, and what is left of the error after temperature scaling.
+
+    Args:
+        probe: the images to measure on. Soft targets count as their most probable class.
+        validation: images of neither training nor ``probe``, on which the temperature is fitted; no scaling without.
+        n_bins: number of confidence intervals (10 in Park and Kim).
+        binning: ``equal_width``, or ``official``: the released code's bins, which lose a confidence of exactly 1.
+        cutoff: confidence above which a prediction counts as confident.
+        seed: of the bootstrap.
+
+    Raises:
+        ValueError: an unknown binning, fewer than one bin, a cutoff outside [0, 1) or logits that are not finite.
+    """
+    if binning not in _bins.BINNINGS:
+        raise ValueError(f"Expected binning to be one of {', '.join(_bins.BINNINGS)}, received {binning!r}.")
+    if n_bins < 1 or not 0 <= cutoff < 1:
+        raise ValueError(f"Expected n_bins >= 1 and cutoff in [0, 1), received {n_bins} and {cutoff}.")
+    rule = _bins.equal_width if binning == "equal_width" else _bins.official
+    logits, labels = _logits(probe, "calibration")
+    plain = _scores(logits, labels, rule, n_bins)
+    sure = plain.confidence > cutoff
+    temperature, scaled, n_validation = None, None, 0
+    if validation is not None:
+        temperature = fit_temperature(*_logits(validation, "temperature"))
+        scaled, n_validation = _scores(logits / temperature, labels, rule, n_bins), validation.n_images
+    empty = np.empty(0)
+    return CalibrationResult(
+        accuracy=float(plain.correct.mean()),
+        nll=float(plain.nll.mean()),
+        brier=float(plain.brier.mean()),
+        ece=plain.bins.error,
+        adaptive_ece=plain.adaptive,
+        signed_error=plain.bins.signed_error,
+        cutoff=cutoff,
+        confident_accuracy=_mean(plain.correct[sure]),
+        confident_frequency=float(sure.mean()),
+        unconfidence=_mean(~sure[plain.correct == 0]),
+        intervals=_intervals(plain, rule, n_bins, seed),
+        binning=binning,
+        bin_edges=plain.bins.edges,
+        bin_count=plain.bins.count,
+        bin_confidence=plain.bins.confidence,
+        bin_accuracy=plain.bins.accuracy,
+        temperature=temperature,
+        scaled_nll=float(scaled.nll.mean()) if scaled else None,
+        scaled_brier=float(scaled.brier.mean()) if scaled else None,
+        scaled_ece=scaled.bins.error if scaled else None,
+        scaled_adaptive_ece=scaled.adaptive if scaled else None,
+        scaled_bin_count=scaled.bins.count if scaled else empty,
+        scaled_bin_confidence=scaled.bins.confidence if scaled else empty,
+        scaled_bin_accuracy=scaled.bins.accuracy if scaled else empty,
+        n_images=len(plain.nll),
+        n_validation=n_validation,
+        card=probe.card(),
+    )
+
+
+@dataclass(frozen=True)
+class _Scores:
+    nll: np.ndarray  # (n,) each image's
+    brier: np.ndarray
+    confidence: np.ndarray
+    correct: np.ndarray
+    bins: _bins.Bins
+    adaptive: float
+
+
+def _logits(probe: Probe, description: str) -> tuple[Tensor, Tensor]:
+    """Return this rank's logits ``(n, classes)`` in float64 and labels ``(n,)``."""
+    logits, labels = [], []
+    with probe.guard() as model:
+        for index, (x, y) in track(probe.local_batches(), description):
+            z = model(x).double()
+            if not torch.isfinite(z).all():
+                raise ValueError(f"Expected finite logits, received NaN or infinity in batch {index}.")
+            logits.append(z)
+            labels.append(hard_targets(y))
+    if not logits:  # a rank without a batch still takes part in the sums
+        return torch.zeros(0, 1, dtype=torch.float64, device=probe.device), torch.zeros(
+            0, dtype=torch.long, device=probe.device
+        )
+    return torch.cat(logits), torch.cat(labels)
+
+
+def _scores(logits: Tensor, labels: Tensor, rule: Callable[..., _bins.Bins], n_bins: int) -> _Scores:
+    log_p = logits.log_softmax(dim=1)
+    confidence, predicted = log_p.exp().max(dim=1)
+    nll = -log_p.gather(1, labels[:, None]).squeeze(1)
+    # sum_k (p_k - y_k)^2 = sum_k p_k^2 - 2 p_y + 1
+    brier = log_p.mul(2).exp().sum(dim=1) - 2 * nll.neg().exp() + 1
+    local = torch.stack([nll, brier, confidence, (predicted == labels).double()])  # (4, n)
+    nll, brier, sure, right = np.concatenate(distributed.gather_objects(local.cpu().numpy()), axis=1)
+    sure = np.minimum(sure, 1.0)
+    return _Scores(nll, brier, sure, right, rule(sure, right, n_bins), _bins.equal_mass(sure, right, n_bins).error)
+
+
+def _mean(values: np.ndarray) -> float | None:
+    return float(values.mean()) if len(values) else None
+
+
+def _intervals(scores: _Scores, rule: Callable[..., _bins.Bins], n_bins: int, seed: int) -> dict[str, float]:
+    rng = np.random.default_rng(seed)
+    n, samples = len(scores.nll), {name: [] for name in ("accuracy", "nll", "brier", "ece")}
+    for _ in range(N_BOOTSTRAP):
+        chosen = rng.integers(n, size=n)
+        samples["accuracy"].append(scores.correct[chosen].mean())
+        samples["nll"].append(scores.nll[chosen].mean())
+        samples["brier"].append(scores.brier[chosen].mean())
+        samples["ece"].append(rule(scores.confidence[chosen], scores.correct[chosen], n_bins).error)
+    ends = {name: np.quantile(values, [0.025, 0.975]) for name, values in samples.items()}
+    return {f"{name}_{end}": float(v) for name, pair in ends.items() for end, v in zip(("lower", "upper"), pair)}

@@ -1,0 +1,68 @@
+"""Reliability diagrams."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from vitscope.diagnostics.calibration.calibration import CalibrationResult
+
+
+def calibration(results: Mapping[str, CalibrationResult], *, show_scaled: bool = True) -> Figure:
+    """Draw accuracy against confidence for each result, above the share of images in each confidence bin.
+
+    Below the diagonal a model is over-confident. Dashed lines are after temperature scaling.
+
+    Args:
+        results: one or more results by name.
+        show_scaled: whether to draw the curve after temperature scaling where there is one.
+    """
+    figure = Figure(figsize=(3.4, 4.2), layout="constrained")
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    upper.plot([0, 100], [0, 100], color="0.6", linestyle=":", linewidth=1, zorder=0)
+    for index, (name, result) in enumerate(results.items()):
+        color = f"C{index}"
+        label = name or "as trained"
+        _curve(upper, result.bin_count, result.bin_confidence, result.bin_accuracy, color, "-", label, result.ece)
+        if show_scaled and result.temperature is not None and result.scaled_ece is not None:
+            counts = result.scaled_bin_count, result.scaled_bin_confidence, result.scaled_bin_accuracy
+            scaled = f"{label}, T = {result.temperature:.2f}"
+            _curve(upper, *counts, color, "--", scaled, result.scaled_ece)
+        share = 100 * result.bin_count / result.bin_count.sum()
+        lower.stairs(share, 100 * result.bin_edges, color=color, fill=len(results) == 1, alpha=0.8)
+    upper.set(xlim=(0, 100), ylim=(0, 100), ylabel="Accuracy (%)")
+    figure.legend(
+        loc="outside upper center", fontsize="small", title="Expected calibration error", title_fontsize="small"
+    )
+    lower.set(ylim=(0, None), xlabel="Confidence (%)", ylabel="Images (%)")
+    return figure
+
+
+def _curve(
+    axes: Axes,
+    count: np.ndarray,
+    confidence: np.ndarray,
+    accuracy: np.ndarray,
+    color: str,
+    line: str,
+    label: str,
+    ece: float,
+) -> None:
+    seen = count > 0
+    # the standard error of a share: bins of few images say little, and the bar shows it
+    error = np.sqrt(accuracy[seen] * (1 - accuracy[seen]) / count[seen])
+    axes.errorbar(
+        100 * confidence[seen],
+        100 * accuracy[seen],
+        yerr=100 * error,
+        color=color,
+        linestyle=line,
+        marker="o" if line == "-" else "s",
+        markersize=3,
+        markerfacecolor=color if line == "-" else "white",
+        elinewidth=0.8,
+        label=f"{label}: {100 * ece:.1f}%",
+    )

@@ -1,0 +1,167 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torchmetrics.functional.classification import multiclass_calibration_error
+
+from vitscope import Objective, Probe
+from vitscope.diagnostics.calibration import _bins
+from vitscope.diagnostics.calibration.calibration import calibration
+from vitscope.diagnostics.calibration.plot import calibration as draw
+
+
+class Logits(nn.Module):
+    """Takes images that are logits already, (B, K, 1, 1)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("like", torch.zeros((), dtype=torch.float64))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.flatten(1)
+
+
+def probe_of(logits: torch.Tensor, labels: torch.Tensor, size: int = 50) -> Probe:
+    batches = list(zip(logits.double()[:, :, None, None].split(size), labels.split(size)))
+    return Probe(Logits(), batches)
+
+
+def drawn(n: int = 400, classes: int = 7, scale: float = 2.0, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    logits = scale * torch.randn(n, classes, generator=generator, dtype=torch.float64)
+    labels = torch.multinomial((logits / 2).softmax(dim=1), 1, generator=generator).squeeze(1)
+    return logits, labels
+
+
+@pytest.mark.parametrize("n_bins", [1, 10, 15])
+def test_ece_equals_torchmetrics(n_bins: int) -> None:
+    logits, labels = drawn()
+    # torchmetrics sums in float32
+    expected = multiclass_calibration_error(logits.softmax(1), labels, num_classes=7, n_bins=n_bins, norm="l1").item()
+    assert calibration(probe_of(logits, labels), n_bins=n_bins).ece == pytest.approx(expected, abs=1e-6)
+
+
+def test_scores_equal_closed_forms() -> None:
+    p = torch.tensor([[0.75, 0.15, 0.1], [0.1, 0.35, 0.55]], dtype=torch.float64)
+    result = calibration(probe_of(p.log(), torch.tensor([0, 1])))
+    assert result.nll == pytest.approx(-(np.log(0.75) + np.log(0.35)) / 2, abs=1e-12)
+    assert result.brier == pytest.approx((0.25**2 + 0.15**2 + 0.1**2 + 0.1**2 + 0.65**2 + 0.55**2) / 2, abs=1e-12)
+    assert result.accuracy == 0.5
+    assert result.ece == pytest.approx((0.25 + 0.55) / 2, abs=1e-12)  # each image alone in its bin
+    assert result.signed_error == pytest.approx((-0.25 + 0.55) / 2, abs=1e-12)
+
+
+@pytest.mark.parametrize(("right", "expected"), [(True, 0.0), (False, 1.0)])
+def test_saturated_predictions_are_counted(right: bool, expected: float) -> None:
+    logits = torch.zeros(20, 4)
+    logits[:, 0] = 1000.0  # the softmax is exactly one-hot
+    result = calibration(probe_of(logits, torch.zeros(20, dtype=torch.long) + (0 if right else 2)))
+    assert result.bin_count.tolist() == [0] * 9 + [20]
+    assert result.ece == result.adaptive_ece == expected
+    assert result.nll == pytest.approx(0.0 if right else 1000.0, abs=1e-12)
+
+
+def test_official_bins_lose_a_confidence_of_one() -> None:
+    logits = torch.zeros(20, 4)
+    logits[:, 0] = 1000.0
+    result = calibration(probe_of(logits, torch.zeros(20, dtype=torch.long)), binning="official")
+    assert result.ece == pytest.approx(1.0, abs=1e-6)
+
+
+def test_confidences_on_an_edge_belong_to_the_lower_bin() -> None:
+    bins = _bins.equal_width(np.array([0.1, 0.3, 0.7, 1.0]), np.ones(4), 10)
+    assert np.flatnonzero(bins.count).tolist() == [0, 2, 6, 9]
+
+
+def test_equal_mass_bins_hold_equally_many_images() -> None:
+    rng = np.random.default_rng(0)
+    confidence, correct = rng.uniform(0.2, 1, 103), rng.integers(0, 2, 103).astype(float)
+    bins = _bins.equal_mass(confidence, correct, 10)
+    assert set(bins.count.tolist()) <= {10.0, 11.0}
+    assert bins.count.sum() == 103
+    groups = np.array_split(np.argsort(confidence), np.cumsum(bins.count).astype(int)[:-1])
+    expected = sum(abs(confidence[g].mean() - correct[g].mean()) * len(g) for g in groups) / 103
+    assert bins.error == pytest.approx(expected, abs=1e-12)
+
+
+def test_equal_mass_does_not_tear_ties_apart() -> None:
+    confidence, correct = np.ones(100), np.repeat([1.0, 0.0], 50)
+    assert (
+        _bins.equal_mass(confidence, correct, 10).error == 0.5
+    )  # torn apart it would be 0.5 as well as 0 or 1 by order
+    assert _bins.equal_mass(confidence, correct[::-1], 10).count.tolist() == [100.0]
+
+
+def test_temperature_minimises_the_validation_likelihood() -> None:
+    logits, labels = drawn(seed=1)
+    result = calibration(probe_of(*drawn()), validation=probe_of(logits, labels))
+    assert result.temperature is not None
+    beta = torch.tensor(1 / result.temperature, dtype=torch.float64, requires_grad=True)
+    nll = nn.functional.cross_entropy(beta * logits, labels)
+    (slope,) = torch.autograd.grad(nll, beta)
+    assert abs(slope.item()) < 1e-8  # Brent's tolerance of 1e-10 on log T times a curvature of order one
+    assert 1.5 < result.temperature < 2.6  # the labels were drawn at temperature 2
+    assert result.scaled_nll is not None
+    assert result.scaled_nll < result.nll
+    assert result.scaled_ece is not None
+    assert result.scaled_ece < result.ece
+    assert result.n_validation == 400
+
+
+def test_temperature_without_optimum_is_held_and_said() -> None:
+    logits = torch.eye(4).repeat(5, 1)
+    labels = torch.arange(4).repeat(5)
+    with pytest.warns(RuntimeWarning, match="every image is classified rightly"):
+        assert calibration(probe_of(logits, labels), validation=probe_of(logits, labels)).temperature == 1e-3
+    with pytest.warns(RuntimeWarning, match="better than chance"):
+        assert calibration(probe_of(logits, labels), validation=probe_of(-logits, labels)).temperature == 1e3
+
+
+def test_cutoff_shares() -> None:
+    p = torch.tensor([[0.95, 0.05], [0.97, 0.03], [0.6, 0.4], [0.3, 0.7]], dtype=torch.float64)
+    result = calibration(probe_of(p.log(), torch.tensor([0, 1, 0, 0])))
+    assert result.confident_accuracy == 0.5
+    assert result.confident_frequency == 0.5
+    assert result.unconfidence == 0.5
+
+
+def test_batch_size_soft_targets_and_smoothing_do_not_matter() -> None:
+    logits, labels = drawn()
+    a = calibration(probe_of(logits, labels, 400))
+    b = calibration(probe_of(logits, labels, 7))
+    soft = nn.functional.one_hot(labels, 7).double() * 0.9 + 0.1 / 7
+    batches = [(logits[:, :, None, None], soft)]
+    c = calibration(Probe(Logits(), batches))
+    d = calibration(Probe(Logits(), [(logits[:, :, None, None], labels)], Objective(label_smoothing=0.1)))
+    for other in (b, c, d):
+        assert other.scalars() == pytest.approx(a.scalars(), abs=1e-12)
+
+
+def test_intervals_contain_the_estimate_and_are_reproducible() -> None:
+    probe = probe_of(*drawn())
+    a, b = calibration(probe, seed=3), calibration(probe, seed=3)
+    assert a.intervals == b.intervals
+    for name in ("accuracy", "nll", "brier"):
+        assert a.intervals[f"{name}_lower"] < getattr(a, name) < a.intervals[f"{name}_upper"]
+
+
+def test_refusals() -> None:
+    logits, labels = drawn()
+    with pytest.raises(ValueError, match="binning to be one of equal_width, official, received 'width'"):
+        calibration(probe_of(logits, labels), binning="width")
+    with pytest.raises(ValueError, match="n_bins >= 1"):
+        calibration(probe_of(logits, labels), n_bins=0)
+    logits[60, 0] = float("nan")
+    with pytest.raises(ValueError, match="NaN or infinity in batch 1"):
+        calibration(probe_of(logits, labels))
+
+
+def test_plot_shows_every_result_and_its_scaling() -> None:
+    probe = probe_of(*drawn())
+    results = {"a": calibration(probe, validation=probe), "b": calibration(probe)}
+    (legend,) = draw(results).legends
+    labels = [text.get_text() for text in legend.get_texts()]
+    assert len(labels) == 3
+    assert labels[0] == f"a: {100 * results['a'].ece:.1f}%"
