@@ -109,7 +109,7 @@ class _OnDevice:
     def __len__(self) -> int:
         return len(self._batches)
 
-    def __iter__(self):  # noqa: ANN204  an iterator of (x, y)
+    def __iter__(self):
         return ((x.to(self._device), y.to(self._device)) for x, y in self._batches)
 
 

@@ -47,5 +47,7 @@ def pixels_of(probe: Probe, mean: Sequence[float] | None = None, std: Sequence[f
         )
     m, s = (torch.as_tensor(list(values), dtype=torch.float64)[:, None, None] for values in (mean, std))
     if m.shape != s.shape or not bool((s > 0).all()):
-        raise ValueError(f"Expected one mean and one std above 0 for each channel, received {list(mean)} and {list(std)}.")
+        raise ValueError(
+            f"Expected one mean and one std above 0 for each channel, received {list(mean)} and {list(std)}."
+        )
     return Pixels(m, s)

@@ -163,7 +163,7 @@ def redacted(cfg: DictConfig) -> DictConfig:
             }
         return [clean(item) for item in node] if isinstance(node, list) else node
 
-    return OmegaConf.create(clean(config.plain(cfg)))
+    return DictConfig(clean(config.plain(cfg)))
 
 
 def load_results(run: str | Path) -> dict[str, dict[str, Any]]:

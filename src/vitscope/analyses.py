@@ -1,0 +1,298 @@
+"""One analysis of a configuration: find its result or measure it, save it, draw it, log it.
+
+Training and ``analyze.py`` come through here, so that both give the same numbers under the same names.
+"""
+
+from __future__ import annotations
+
+import inspect
+import shutil
+import traceback
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from omegaconf import DictConfig
+from torch import nn
+
+from vitscope import build, checkpoint, config, interrupt, results, runs
+from vitscope.distributed import gather_objects, rank
+from vitscope.errors import ConfigError, StorageError, VitscopeError
+from vitscope.interrupt import Interrupted
+from vitscope.journal import Journal
+from vitscope.plotting import plot, save_figure
+from vitscope.probe import Probe
+from vitscope.runs import Run
+from vitscope.tracking import Mirror
+
+#: keys of an analysis node that are not options of its measure
+OURS = ("_target_", "probe", "when", "on_error")
+PROBE_KEYS = ("split", "augment", "n_images", "batch_size", "seed", "mix")
+WHEN_KEYS = ("start", "every_n_epochs", "end")
+
+#: options that this module supplies, by the measure's parameter name
+SUPPLIED = ("partial", "checkpoints", "validation", "initial")
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """A node of the ``analysis`` group: what to measure, on which images, when.
+
+    Attributes:
+        name: the node's key, which names the folder of its results.
+        measure: the function.
+        options: its keyword arguments.
+        probe: which images.
+        when: ``start, every_n_epochs, end`` of training.
+        on_error: ``warn`` (training goes on and the result is null) or ``raise``.
+    """
+
+    name: str
+    measure: Callable[..., Any]
+    options: Mapping[str, Any]
+    probe: Mapping[str, Any]
+    when: Mapping[str, Any] = field(default_factory=dict)
+    on_error: str = "warn"
+
+    @property
+    def due_at_start(self) -> bool:
+        """Whether to measure before the first step."""
+        return bool(self.when.get("start", False))
+
+    @property
+    def due_at_end(self) -> bool:
+        """Whether to measure after the last step."""
+        return bool(self.when.get("end", True))
+
+    def due_after(self, epoch: int) -> bool:
+        """Whether to measure after ``epoch``, counted from 0."""
+        every = int(self.when.get("every_n_epochs") or 0)
+        return every > 0 and (epoch + 1) % every == 0
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where and about what an analysis is made.
+
+    Attributes:
+        cfg: the run's configuration.
+        run: its folder.
+        network: the model, on its device.
+        datamodule: where batches come from.
+        tag: ``init``, ``epoch-0099`` or ``end``.
+        epoch: of the weights, for the card.
+        step: of the weights, for the journal.
+        mirror: W&B.
+        content: the checkpoint the weights came from, where there is one.
+    """
+
+    cfg: DictConfig
+    run: Run
+    network: nn.Module
+    datamodule: Any
+    tag: str
+    epoch: int | None = None
+    step: int = 0
+    mirror: Mirror = field(default_factory=Mirror)
+    content: Mapping[str, Any] | None = None
+
+
+def parse(nodes: Mapping[str, Any] | None) -> list[Analysis]:
+    """Return the analyses of a composed ``analysis`` node, in its order."""
+    parsed = []
+    for name, node in (config.plain(nodes) or {}).items():
+        measure = config.resolve(node["_target_"], f"analysis.{name}")
+        options = {key: value for key, value in node.items() if key not in OURS}
+        parsed.append(
+            Analysis(
+                name, measure, options, node.get("probe") or {}, node.get("when") or {}, node.get("on_error", "warn")
+            )
+        )
+    return parsed
+
+
+def perform(analysis: Analysis, place: Place, *, reuse: bool = True) -> Any | None:
+    """Return the analysis's result, from disk where it was made before for the same weights and settings.
+
+    Args:
+        analysis: what to measure.
+        place: on what.
+        reuse: whether an earlier result counts.
+
+    Returns:
+        The result; None where it failed and ``on_error`` is ``warn``.
+
+    Raises:
+        Interrupted: a stop was asked for; rows finished so far are kept.
+        VitscopeError: it failed and ``on_error`` is ``raise``.
+    """
+    stem = f"{place.tag}-{settings_hash(analysis, place)}"
+    folder = place.run.results / analysis.name
+    weights = build.weights_hash(place.network)
+    found = _earlier(folder / f"{stem}.npz", weights) if reuse else None
+    if found is not None:
+        return found
+    rows = results.PartialRows(folder / f".partial-{stem}-{weights}", rank())
+    try:
+        result = _measured(analysis, place, weights, rows)
+    except (Interrupted, KeyboardInterrupt, StorageError):
+        raise
+    except Exception as error:
+        if analysis.on_error == "raise":
+            raise _as_ours(analysis, error) from error
+        _failed(analysis, place, folder, stem, error)
+        return None
+    if rank() == 0:
+        results.save(folder, stem, result)
+        _publish(analysis, place, result)
+    gather_objects(None)  # nobody discards rows before rank 0 has saved
+    if rank() == 0:
+        shutil.rmtree(folder / f".partial-{stem}-{weights}", ignore_errors=True)
+    return result
+
+
+def settings_hash(analysis: Analysis, place: Place) -> str:
+    """Return the 8 digits that name an analysis's settings: its options, its images and the objective."""
+    cfg = place.cfg
+    data = {k: v for k, v in config.plain(cfg.data).items() if k not in ("root", "num_workers", "batch_size", "recipe")}
+    measure = f"{analysis.measure.__module__}.{analysis.measure.__qualname__}"
+    return config.digest([measure, analysis.options, analysis.probe, config.plain(cfg.objective), data, cfg.seed])
+
+
+def _measured(analysis: Analysis, place: Place, weights: str, rows: results.PartialRows) -> Any:
+    interrupt.check()
+    facts = {"checkpoint": weights, "epoch": place.epoch}
+    datamodule = place.datamodule
+    probe = build.probe(
+        place.cfg, place.network, datamodule, _probe_request(analysis, datamodule), facts, place.content
+    )
+    supplied = _supplied(analysis, place, rows)
+    options = {key: _loaded_option(key, value, probe) for key, value in analysis.options.items()}
+    result = analysis.measure(probe, **{**options, **supplied})
+    bad = [name for name, value in result.scalars().items() if not np.isfinite(value)]
+    if bad:
+        warnings.warn(f"analysis.{analysis.name}: {', '.join(bad)} not finite; recorded as null", stacklevel=3)
+    return result
+
+
+def _probe_request(analysis: Analysis, datamodule: Any) -> dict[str, Any]:
+    request = {"split": "test", "augment": False, "n_images": None, "batch_size": datamodule.eval_batch_size}
+    return {
+        **request,
+        **{key: value for key, value in analysis.probe.items() if value is not None or key == "n_images"},
+    }
+
+
+def _supplied(analysis: Analysis, place: Place, rows: results.PartialRows) -> dict[str, Any]:
+    wanted = inspect.signature(analysis.measure).parameters
+    supplied: dict[str, Any] = {}
+    if "partial" in wanted:
+        supplied["partial"] = rows
+    if "checkpoints" in wanted and analysis.options.get("checkpoints") is None:
+        supplied["checkpoints"] = Checkpoints(place.run)
+    if "validation" in wanted and analysis.options.get("validation") is None:
+        request = {"split": "val", "augment": False, "n_images": None, "batch_size": place.datamodule.eval_batch_size}
+        supplied["validation"] = build.probe(place.cfg, place.network, place.datamodule, request)
+    if "initial" in wanted and analysis.options.get("initial") is None:
+        supplied["initial"] = build.model(place.cfg)
+    return supplied
+
+
+def _loaded_option(key: str, value: Any, probe: Probe) -> Any:
+    """Turn ``other=runs/<id>`` into a probe of that run on the same images."""
+    if key != "other" or not isinstance(value, str):
+        return value
+    other = runs.load_probe(value, split=probe.about["split"])
+    other.model.to(probe.device)
+    return Probe(
+        other.model, probe.batches, probe.objective, about={**probe.about, "checkpoint": other.about["checkpoint"]}
+    )
+
+
+class Checkpoints(Sequence[tuple[str, Mapping[str, Any]]]):
+    """A run's checkpoints in the order of their steps, as ``(name, weights)``, each read when it is asked for."""
+
+    def __init__(self, run: Run) -> None:
+        entries = checkpoint.manifest(run.checkpoints)
+        names = [name for name in entries if name != "best.ckpt"]
+        # last.ckpt repeats the newest snapshot where one was made at the same step
+        names.sort(key=lambda name: (entries[name]["global_step"], name))
+        self.labels: list[str] = []
+        seen: set[int] = set()
+        for name in names:
+            step = entries[name]["global_step"]
+            if step not in seen:
+                self.labels.append(Path(name).stem)
+                seen.add(step)
+        self._folder = run.checkpoints
+
+    def __len__(self) -> int:
+        """Return how many there are."""
+        return len(self.labels)
+
+    def __getitem__(self, index: Any) -> Any:
+        """Read one; its weights have the names of the network's own."""
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        label = self.labels[index]
+        return label, checkpoint.model_state(checkpoint.read(self._folder / f"{label}.ckpt"))
+
+
+def _earlier(path: Path, weights: str) -> Any | None:
+    if not path.is_file():
+        return None
+    try:
+        result = results.load(path)
+    except StorageError as error:
+        warnings.warn(f"{error}: measuring again", stacklevel=3)
+        return None
+    card = getattr(result, "card", None)
+    return result if card is not None and card.checkpoint == weights else None
+
+
+def _as_ours(analysis: Analysis, error: Exception) -> Exception:
+    if isinstance(error, VitscopeError):
+        return error
+    if isinstance(error, ValueError):
+        why = str(error).strip().rstrip(".") or type(error).__name__
+        return ConfigError(f"analysis.{analysis.name}", None, why, "change its options")
+    return error
+
+
+def _failed(analysis: Analysis, place: Place, folder: Path, stem: str, error: Exception) -> None:
+    """Record a null result with its reason, and go on."""
+    reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+    warnings.warn(f"analysis.{analysis.name} failed at {place.tag}: {reason}; recorded as null", stacklevel=3)
+    if rank() == 0:
+        record = {"measure": analysis.measure.__name__, "error": reason, "scalars": None}
+        results.write_atomically(folder / f"{stem}.json", config.json.dumps(record, indent=2).encode())
+        with place.run.log.open("a") as log:
+            log.write(f"analysis.{analysis.name} at {place.tag}\n{''.join(traceback.format_exception(error))}\n")
+
+
+def _publish(analysis: Analysis, place: Place, result: Any) -> None:
+    """Journal first, then figures, then the mirror."""
+    scalars = {f"{analysis.name}/{name}": value for name, value in result.scalars().items()}
+    journal = Journal(place.run.journal)
+    journal.append(place.step, place.epoch, {**scalars, "tag": place.tag})
+    journal.close()
+    place.mirror.log({k: v for k, v in scalars.items() if np.isfinite(v)}, place.step)
+    eigenvalues = getattr(result, "eigenvalues", None)
+    if eigenvalues is not None and np.isfinite(eigenvalues).any():
+        place.mirror.histogram(f"{analysis.name}/eigenvalues", eigenvalues[np.isfinite(eigenvalues)], place.step)
+    try:
+        png, _ = save_figure(plot(result), place.run.figures / f"{analysis.name}-{place.tag}")
+    except Exception as error:  # a figure that cannot be drawn must not cost the numbers
+        if isinstance(error, OSError):
+            raise StorageError("paths.runs", place.run.figures, str(error.strerror), "free space") from error
+        warnings.warn(f"analysis.{analysis.name}: no figure ({type(error).__name__}: {error})", stacklevel=3)
+        return
+    place.mirror.image(f"{analysis.name}/figure", png, place.step)
+
+
+def replaced(analysis: Analysis, **changes: Any) -> Analysis:
+    """Return a copy with some attributes changed."""
+    return replace(analysis, **changes)

@@ -1,0 +1,223 @@
+"""What happens around training: diagnostics, checkpoints, signals, progress without a terminal."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+import torch.distributed as dist
+from omegaconf import DictConfig
+from pytorch_lightning import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from vitscope import analyses, interrupt
+from vitscope.analyses import Analysis, Place
+from vitscope.errors import ConfigError, NumericalError
+from vitscope.interrupt import Interrupted
+from vitscope.runs import Run
+from vitscope.tracking import Mirror
+
+
+class DiagnosticCallback(Callback):
+    """Runs analyses on the live network at the start, every n epochs and at the end of training.
+
+    It uses the functions that ``analyze.py`` uses and leaves no trace in training: losses with it and without it are equal
+    bit for bit.
+    """
+
+    def __init__(self, cfg: DictConfig, chosen: Sequence[Analysis], run: Run, mirror: Mirror) -> None:
+        self.cfg, self.chosen, self.run, self.mirror = cfg, list(chosen), run, mirror
+        self.results: dict[str, Any] = {}
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measure the initial network, unless training goes on from a checkpoint."""
+        if trainer.global_step == 0:
+            self._perform([a for a in self.chosen if a.due_at_start], trainer, pl_module, "init", None)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measure what is due after this epoch."""
+        epoch = trainer.current_epoch
+        due = [a for a in self.chosen if a.due_after(epoch)]
+        self._perform(due, trainer, pl_module, f"epoch-{epoch:04d}", epoch)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measure the trained network."""
+        due = [a for a in self.chosen if a.due_at_end]
+        self._perform(due, trainer, pl_module, "end", max(trainer.current_epoch - 1, 0))
+
+    def _perform(
+        self, due: Sequence[Analysis], trainer: Trainer, pl_module: LightningModule, tag: str, epoch: int | None
+    ) -> None:
+        network: Any = pl_module.model
+        for analysis in due:
+            place = Place(
+                self.cfg, self.run, network, getattr(trainer, "datamodule"), tag, epoch, trainer.global_step, self.mirror,  # noqa: B009
+                {"optimizer_states": [optimizer.state_dict() for optimizer in trainer.optimizers]},
+            )  # fmt: skip
+            self.results[analysis.name] = analyses.perform(analysis, place)
+
+
+class Checkpoints(Callback):
+    """Writes ``init``, ``last``, ``best`` and chosen epochs, and saves before a stop.
+
+    Lightning's own callback needs two instances and metric names in paths for this, and takes NaN for the best value.
+
+    Args:
+        monitor: a validation metric; ``best`` is written when it improves.
+        mode: ``max`` or ``min``.
+        every_n_epochs: how often ``last`` is written.
+        snapshots: further epochs to keep as ``epoch-0099.ckpt`` (counted from 0); ``log`` keeps log-spaced ones, None none.
+        warmup_epochs: also keep the epoch that ends the warm-up (with ``snapshots`` only).
+        init: keep the network before its first step.
+    """
+
+    def __init__(
+        self,
+        monitor: str = "val/accuracy",
+        mode: str = "max",
+        every_n_epochs: int = 1,
+        snapshots: str | Sequence[int] | None = None,
+        warmup_epochs: float = 0.0,
+        init: bool = True,
+    ) -> None:
+        if mode not in ("min", "max"):
+            raise ValueError(f"Expected mode to be 'min' or 'max', received {mode!r}.")
+        self.monitor, self.mode, self.every_n_epochs = monitor, mode, every_n_epochs
+        self.snapshots, self.warmup_epochs, self.init = snapshots, warmup_epochs, init
+        self.best: float | None = None
+        self.folder = Path("checkpoints")
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the best value so far."""
+        return {"best": self.best}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take it up again."""
+        self.best = state_dict["best"]
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Keep the network before its first step."""
+        self.folder = Path(trainer.default_root_dir) / "checkpoints"
+        if self.init and trainer.global_step == 0:
+            trainer.save_checkpoint(self.folder / "init.ckpt")
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write what this epoch is worth.
+
+        Raises:
+            ConfigError: the monitored metric does not exist.
+            NumericalError: the weights are not finite; the last checkpoint still is.
+        """
+        _check_finite(pl_module)
+        epoch = trainer.current_epoch
+        if self._improved(trainer.callback_metrics):
+            trainer.save_checkpoint(self.folder / "best.ckpt")
+        if epoch in self._epochs(trainer):
+            trainer.save_checkpoint(self.folder / f"epoch-{epoch:04d}.ckpt")
+        if (epoch + 1) % self.every_n_epochs == 0 or trainer.should_stop or epoch + 1 == trainer.max_epochs:
+            trainer.save_checkpoint(self.folder / "last.ckpt")
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """Save and stop where a signal asked for it (on all ranks at the same step).
+
+        Raises:
+            Interrupted: after the checkpoint is written.
+        """
+        signum = _agreed_signal(pl_module)
+        if signum:
+            trainer.save_checkpoint(self.folder / "last.ckpt")
+            raise Interrupted(signum)
+
+    def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """Save and stop during validation too."""
+        signum = _agreed_signal(pl_module)
+        if signum:
+            if trainer.state.fn == "fit":
+                trainer.save_checkpoint(self.folder / "last.ckpt")
+            raise Interrupted(signum)
+
+    def on_test_batch_end(self, *_: Any, **__: Any) -> None:
+        """Stop during the test; training was saved before."""
+        interrupt.check()
+
+    def _improved(self, metrics: Mapping[str, Tensor]) -> bool:
+        if not metrics:
+            return False
+        if self.monitor not in metrics:
+            known = ", ".join(sorted(metrics))
+            raise ConfigError("callbacks.checkpoint.monitor", self.monitor, "no such metric", f"choose from {known}")
+        value = float(metrics[self.monitor])
+        if not math.isfinite(value):
+            return False
+        better = self.best is None or (value > self.best if self.mode == "max" else value < self.best)
+        if better:
+            self.best = value
+        return better
+
+    def _epochs(self, trainer: Trainer) -> set[int]:
+        last = (trainer.max_epochs or 1) - 1
+        if self.snapshots is None:
+            return set()
+        warmup = {round(self.warmup_epochs) - 1} if self.warmup_epochs >= 1 else set()
+        if self.snapshots == "log":
+            steps = range(0, 1 + math.ceil(math.log2(last + 1)) if last > 0 else 1)
+            return {min(2**k - 1, last) for k in steps} | warmup | {last}
+        return {int(epoch) for epoch in self.snapshots} | warmup
+
+
+class PlainProgress(Callback):
+    """Progress of training where the output is no terminal: a line now and then, rank 0 only."""
+
+    def __init__(self, interval_s: float = 15.0) -> None:
+        self.interval_s = interval_s
+        self._said = 0.0
+        self._started = 0.0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the clock."""
+        self._started = self._said = time.monotonic()
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """Say where training stands."""
+        now = time.monotonic()
+        if trainer.is_global_zero and now - self._said >= self.interval_s:
+            self._said = now
+            self._say(trainer, now)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say how the epoch ended."""
+        if trainer.is_global_zero and time.monotonic() - self._said >= self.interval_s / 5:
+            self._said = time.monotonic()
+            self._say(trainer, self._said)
+
+    def _say(self, trainer: Trainer, now: float) -> None:
+        metrics = trainer.callback_metrics
+        shown = [f"{key} {float(metrics[key]):.3f}" for key in ("train/loss", "val/accuracy") if key in metrics]
+        total = int(trainer.estimated_stepping_batches)
+        done = trainer.global_step
+        left = (now - self._started) / max(done, 1) * (total - done)
+        text = f"epoch {trainer.current_epoch}, step {done}/{total}, {', '.join(shown)}, {left:.0f} s left"
+        print(text, file=sys.stderr, flush=True)
+
+
+def _agreed_signal(pl_module: pl.LightningModule) -> int:
+    signum = interrupt.requested() or 0
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        agreed = torch.tensor(signum, device=pl_module.device)
+        dist.all_reduce(agreed, op=dist.ReduceOp.MAX)
+        signum = int(agreed)
+    return signum
+
+
+def _check_finite(pl_module: pl.LightningModule) -> None:
+    for name, p in pl_module.named_parameters():
+        if not bool(torch.isfinite(p).all()):
+            raise NumericalError(
+                "optimizer.lr", None, f"{name} is not finite", "lower it; the last checkpoint is finite"
+            )

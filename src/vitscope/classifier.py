@@ -1,0 +1,184 @@
+"""The one LightningModule: it trains any ``nn.Module`` that maps images to logits."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+from torchmetrics import MeanMetric, MetricCollection
+from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
+
+from vitscope import schedule
+from vitscope.errors import NumericalError
+from vitscope.objective import Objective, hard_targets
+
+#: seeds of training steps are kept apart from those of data by this constant
+_STEP_STREAM = 0x5EED
+
+
+class Classifier(pl.LightningModule):
+    """Trains and evaluates a network under the stated objective.
+
+    Randomness inside a step (mixup, dropout, drop path) is a function of the seed, the step and the rank, so that a resumed
+    run repeats an uninterrupted one bit for bit, with or without diagnostics in between.
+
+    Args:
+        network: from images ``(B, C, H, W)`` to logits ``(B, num_classes)``.
+        num_classes: K.
+        optimizer: from parameters to an optimizer.
+        lr_schedule: keyword arguments of `vitscope.schedule.factor`.
+        label_smoothing: of index targets.
+        mix: from ``(x, y, seed)`` to mixed ``(x, soft y)``; None for no mixup.
+        seed: of the run.
+        compile: train through ``torch.compile``; diagnostics always see the uncompiled network.
+        identity: plain facts kept in checkpoints and compared on resume.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        *,
+        num_classes: int,
+        optimizer: Callable[[Iterable[nn.Parameter]], Optimizer],
+        lr_schedule: Mapping[str, Any] | None = None,
+        label_smoothing: float = 0.0,
+        mix: Callable[[Tensor, Tensor, tuple[int, ...]], tuple[Tensor, Tensor]] | None = None,
+        seed: int = 0,
+        compile: bool = False,
+        identity: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.model = network
+        self._forward: Callable[[Tensor], Tensor] = torch.compile(network) if compile else network
+        self._optimizer = optimizer
+        self._schedule = dict(lr_schedule or {})
+        self._mix = mix
+        self._seed = seed
+        self._position = (0, 0)
+        self.identity = dict(identity or {})
+        self.hard_objective = Objective(label_smoothing=label_smoothing)
+        self.soft_objective = Objective()
+        self.metrics = nn.ModuleDict({f"{stage}_metrics": _metrics(num_classes) for stage in ("val", "test")})
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return logits ``(B, num_classes)``."""
+        return self._forward(x)
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Note where training stands, for checkpoints."""
+        self._position = (self.current_epoch, batch_idx + 1)
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """Return the mean loss of a batch, mixed if the recipe mixes.
+
+        Raises:
+            NumericalError: the loss is not finite; the weights are those of the step before.
+        """
+        x, y = batch
+        step = self.current_epoch * self._batches_per_epoch() + batch_idx
+        torch.manual_seed(_step_seed(self._seed, step, self.global_rank))
+        if self._mix is not None:
+            x, y = self._mix(x, y, (self._seed, _STEP_STREAM, step, self.global_rank))
+        logits = self(x)
+        objective = self.soft_objective if y.ndim == 2 else self.hard_objective
+        loss = objective.data_loss(logits.float() if logits.dtype != torch.float64 else logits, y)
+        if not torch.isfinite(loss):
+            raise NumericalError("optimizer.lr", self._current_lr(), f"loss {loss.item()} at step {self.global_step}",
+                                 "lower it, warm up longer or clip gradients; the last checkpoint is finite")  # fmt: skip
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(x))
+        accuracy = (logits.detach().argmax(dim=1) == hard_targets(y)).float().mean()
+        self.log("train/accuracy", accuracy, on_step=False, on_epoch=True, batch_size=len(x))
+        return loss
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        """Add a batch to the ``val/`` metrics."""
+        self._evaluate("val", batch)
+
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        """Add a batch to the ``test/`` metrics."""
+        self._evaluate("test", batch)
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Log the gradient's norm before clipping, at the logging interval."""
+        if (self.global_step + 1) % max(getattr(self.trainer, "log_every_n_steps", 1), 1) == 0:
+            gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+            self.log("train/grad_norm", get_total_norm(gradients))
+
+    def configure_optimizers(self) -> Any:
+        """Return the optimizer over all parameters and its schedule by step."""
+        optimizer = self._optimizer([p for p in self.model.parameters() if p.requires_grad])
+        total = int(self.trainer.estimated_stepping_batches)
+        per_epoch = max(1, -(-self._batches_per_epoch() // self.trainer.accumulate_grad_batches))
+        factor = functools.partial(
+            schedule.factor, steps_per_epoch=per_epoch, total_epochs=total / per_epoch, **self._schedule
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "step"}}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep what a resumed run needs besides Lightning's own state."""
+        epoch, batch = self._position
+        if batch >= self._batches_per_epoch():
+            epoch, batch = epoch + 1, 0
+        checkpoint["vitscope"] = {"epoch": epoch, "batch": batch, **self.identity}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Tell the data where to go on."""
+        kept = checkpoint.get("vitscope", {})
+        datamodule = getattr(self.trainer, "datamodule", None)
+        if datamodule is not None and "epoch" in kept:
+            self._position = (kept["epoch"], kept["batch"])
+            datamodule.resume_at(kept["epoch"], kept["batch"])
+
+    def _evaluate(self, stage: str, batch: tuple[Tensor, Tensor]) -> None:
+        x, y = batch
+        logits = self(x)
+        logits = logits.float() if logits.dtype != torch.float64 else logits
+        y = hard_targets(y)
+        probabilities = logits.softmax(dim=1)
+        n = len(x)
+        metrics: Any = self.metrics[f"{stage}_metrics"]
+        metrics["scores"](probabilities, y)
+        brier = probabilities.square().sum(1) + 1 - 2 * probabilities.gather(1, y[:, None]).squeeze(1)
+        means = {
+            "loss": self.hard_objective.data_loss(logits, y),
+            "nll": self.soft_objective.data_loss(logits, y),
+            "brier": brier.mean(),
+        }
+        for name, value in means.items():
+            metrics[name](value, n)
+            self.log(f"{stage}/{name}", metrics[name], batch_size=n, prog_bar=False, on_epoch=True)
+        for name, metric in metrics["scores"].items(keep_base=True):
+            self.log(f"{stage}/{name}", metric, batch_size=n, prog_bar=name == "accuracy", on_epoch=True)
+
+    def _batches_per_epoch(self) -> int:
+        batches = self.trainer.num_training_batches
+        return int(batches) if batches != float("inf") else 1 << 40
+
+    def _current_lr(self) -> float:
+        return float(self.trainer.optimizers[0].param_groups[0]["lr"])
+
+
+def _metrics(num_classes: int) -> nn.ModuleDict:
+    scores = MetricCollection(
+        {
+            "accuracy": MulticlassAccuracy(num_classes, average="micro"),
+            "accuracy_top5": MulticlassAccuracy(num_classes, average="micro", top_k=min(5, num_classes)),
+            "ece": MulticlassCalibrationError(num_classes, n_bins=10),
+        },
+        compute_groups=False,
+    )
+    return nn.ModuleDict({"scores": scores, "loss": MeanMetric(), "nll": MeanMetric(), "brier": MeanMetric()})
+
+
+def _step_seed(seed: int, step: int, rank: int) -> int:
+    # torch.manual_seed takes 64 bits; splitmix64's constants spread neighbouring steps over them
+    mixed = (seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + rank * 0x94D049BB133111EB + _STEP_STREAM) % 2**64
+    mixed = ((mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9) % 2**64
+    return (mixed ^ (mixed >> 31)) % 2**63

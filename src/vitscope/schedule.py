@@ -1,0 +1,55 @@
+"""The learning rate as a function of the step: linear warm-up by iteration, then cosine, milestones or constant."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+
+def factor(
+    step: int,
+    *,
+    steps_per_epoch: int,
+    total_epochs: float,
+    kind: str = "cosine",
+    warmup_epochs: float = 0.0,
+    per_epoch: bool = False,
+    min_factor: float = 0.0,
+    milestones: Sequence[float] = (),
+    gamma: float = 0.2,
+) -> float:
+    """Return the factor of the base learning rate at optimizer step ``step``, counted from 0.
+
+    During the first ``warmup_epochs`` it rises linearly by iteration and reaches 1 with the last of them; the first step
+    already moves, unlike the official code's, whose first step has rate 0. Then, with e the epochs since warm-up and E
+    those left after it: ``cosine`` is min + (1 - min)(1 + cos(pi e / E)) / 2; ``multistep`` is gamma to the number of
+    milestones passed, milestones counted in epochs after warm-up; ``constant`` is 1.
+
+    Args:
+        step: the optimizer step that is about to be made.
+        steps_per_epoch: optimizer steps an epoch.
+        total_epochs: epochs of training, warm-up included.
+        kind: ``cosine``, ``multistep`` or ``constant``.
+        warmup_epochs: length of the warm-up.
+        per_epoch: hold the rate within an epoch, as the official code does.
+        min_factor: where the cosine ends.
+        milestones: epochs after warm-up at which the rate is multiplied by ``gamma``.
+        gamma: see ``milestones``.
+
+    Raises:
+        ValueError: an unknown kind.
+    """
+    warmup_steps = round(warmup_epochs * steps_per_epoch)
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    epoch = (step - warmup_steps) / steps_per_epoch
+    if per_epoch:
+        epoch = math.floor(epoch)
+    if kind == "constant":
+        return 1.0
+    if kind == "multistep":
+        return gamma ** sum(epoch >= milestone for milestone in milestones)
+    if kind == "cosine":
+        left = max(total_epochs - warmup_steps / steps_per_epoch, 1 / steps_per_epoch)
+        return min_factor + (1 - min_factor) * 0.5 * (1 + math.cos(math.pi * min(epoch / left, 1.0)))
+    raise ValueError(f"Expected kind to be cosine, multistep or constant, received {kind!r}.")

@@ -1,0 +1,181 @@
+"""Weights & Biases: a write-only mirror of the journal and the results. The one file that imports ``wandb``.
+
+Nothing here may stop a training: a server that is gone, a missing key or a dead background process cost a warning.
+"""
+
+from __future__ import annotations
+
+import netrc
+import os
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+import wandb
+from omegaconf import DictConfig, OmegaConf
+from pytorch_lightning.loggers.logger import Logger
+
+from vitscope.distributed import rank
+from vitscope.journal import Journal
+from vitscope.runs import Run, redacted
+
+_HOST = "https://api.wandb.ai"
+
+
+class Mirror:
+    """One W&B run; every method is safe to call, also when W&B is off, offline or broken."""
+
+    def __init__(self, run: Any = None) -> None:
+        self._run = run
+
+    @property
+    def url(self) -> str | None:
+        """The run's page, where there is one."""
+        return getattr(self._run, "url", None)
+
+    @property
+    def id(self) -> str | None:
+        """The run's id, by which a resumed run goes on as the same one."""
+        return getattr(self._run, "id", None)
+
+    def log(self, values: Mapping[str, Any], step: int) -> None:
+        """Log scalars; rows carry ``trainer/global_step`` because W&B drops rows whose ``step`` goes backwards."""
+        self._safely(lambda run: run.log({**values, "trainer/global_step": step}))
+
+    def image(self, name: str, path: Path, step: int) -> None:
+        """Log a figure."""
+        self._safely(lambda run: run.log({name: wandb.Image(str(path)), "trainer/global_step": step}))
+
+    def histogram(self, name: str, values: Any, step: int) -> None:
+        """Log the distribution of an array's finite values."""
+        self._safely(lambda run: run.log({name: wandb.Histogram(values), "trainer/global_step": step}))
+
+    def table(self, name: str, columns: list[Any], rows: list[Any]) -> None:
+        """Log a table."""
+        self._safely(lambda run: run.log({name: wandb.Table(columns=columns, data=rows)}))
+
+    def summary(self, values: Mapping[str, Any]) -> None:
+        """Set the run's headline numbers."""
+        self._safely(lambda run: run.summary.update(dict(values)))
+
+    def preempting(self) -> None:
+        """Tell the server that the run will come back."""
+        self._safely(lambda run: run.mark_preempting())
+
+    def finish(self, exit_code: int) -> None:
+        """End the run: without it, two runs of one process would merge."""
+        self._safely(lambda run: run.finish(exit_code=exit_code, quiet=True))
+        self._run = None
+
+    def _safely(self, action: Callable[[Any], Any]) -> None:
+        if self._run is None:
+            return
+        try:
+            action(self._run)
+        except Exception as error:  # whatever W&B raises, training goes on
+            warnings.warn(f"W&B: {type(error).__name__}: {error}; the journal has every row", stacklevel=3)
+
+
+def start(cfg: DictConfig, run: Run, job_type: str, say: Callable[[str], None] = print) -> Mirror:
+    """Start (or, for a resumed folder, go on with) the W&B run of a run folder.
+
+    Offline unless a key is configured or ``WANDB_MODE`` says otherwise. Only rank 0 has one.
+    """
+    options = cfg.get("logger") or {}
+    if rank() != 0 or not options.get("project"):
+        return Mirror()
+    mode = os.environ.get("WANDB_MODE")
+    if mode is None and not has_key():
+        mode = "offline"
+        say("W&B: no key configured, so the run is logged offline (wandb login, or WANDB_MODE=online, to send it)")
+    os.environ.setdefault("WANDB_SILENT", "true")
+    arguments = {
+        "project": options.project,
+        "entity": options.get("entity"),
+        "group": options.get("group"),
+        "tags": list(options.get("tags") or []) or None,
+        "job_type": job_type,
+        "name": options.get("name") or run.id,
+        "id": run.provenance().get("wandb_id"),
+        "resume": "allow",
+        "dir": str(run.path),
+        "config": flattened(cfg),
+    }
+    for attempt in dict.fromkeys((mode, "offline")):
+        try:
+            # in a sweep the agent hands over the run's id: leave it alone
+            if "WANDB_SWEEP_ID" in os.environ:
+                arguments.pop("id", None)
+            mirror = Mirror(wandb.init(mode=attempt, **arguments))  # pyright: ignore[reportArgumentType]
+            run.note(wandb_id=mirror.id, wandb_url=mirror.url)
+            return mirror
+        except Exception as error:  # no server, a wrong key, a dead service: try offline, then do without
+            say(f"W&B: not started ({type(error).__name__}: {error}); trying offline")
+    return Mirror()
+
+
+def has_key() -> bool:
+    """Tell whether a W&B key is configured, in the environment or in the netrc file."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    host = urlparse(os.environ.get("WANDB_BASE_URL", _HOST)).hostname or ""
+    try:
+        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
+def flattened(cfg: DictConfig) -> dict[str, Any]:
+    """Return the configuration with dotted keys.
+
+    A sweep over a group locks the key ``model``, and a nested ``model: {...}`` would be lost.
+    """
+    flat: dict[str, Any] = {}
+
+    def walk(node: Any, prefix: str) -> None:
+        for key, value in node.items():
+            name = f"{prefix}{key}"
+            if isinstance(value, dict) and value:
+                walk(value, f"{name}.")
+            else:
+                flat[name] = value
+
+    walk(OmegaConf.to_container(redacted(cfg), resolve=True), "")
+    return flat
+
+
+class RunLogger(Logger):
+    """Lightning's logger: the journal first, then the mirror."""
+
+    def __init__(self, run: Run, journal: Journal, mirror: Mirror) -> None:
+        super().__init__()
+        self._run, self.journal, self.mirror = run, journal, mirror
+
+    @property
+    def name(self) -> str:
+        """The project's folder name is ours to choose: the run's."""
+        return self._run.id
+
+    @property
+    def version(self) -> str:
+        """There is one version of a run."""
+        return ""
+
+    @property
+    def save_dir(self) -> str:
+        """Where Lightning may put files."""
+        return str(self._run.path)
+
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        """Do nothing: the configuration is in ``config.yaml`` and in the mirror already."""
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Write one row."""
+        if rank() != 0:
+            return
+        values = dict(metrics)
+        epoch = values.pop("epoch", None)
+        self.journal.append(int(step or 0), None if epoch is None else int(epoch), values)
+        self.mirror.log({**values, "epoch": epoch} if epoch is not None else values, int(step or 0))
