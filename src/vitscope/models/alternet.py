@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Literal
 
 import torch
 from timm.layers.create_conv2d import create_conv2d
@@ -14,6 +13,7 @@ from timm.models.resnetv2 import DownsampleConv, PreActBasic, PreActBottleneck
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from vitscope.models.anatomy import Part, Read, parts
 from vitscope.models.stages import (
     DEFAULT_MSA,
     ImageSize,
@@ -26,7 +26,7 @@ from vitscope.models.stages import (
     stage_blocks,
     valid_window_sizes,
 )
-from vitscope.models.window import FixedMixing, PositionBias, WindowAttention
+from vitscope.models.window import FixedMixing, Mixer, PositionBias, WindowAttention
 
 __all__ = ["AlterNet", "MSABlock", "alternet", "build_up", "feature_map_sizes", "valid_window_sizes"]
 
@@ -60,6 +60,13 @@ class MSABlock(nn.Module):
         return self.drop_path(branch) + shortcut
 
 
+@parts.register(MSABlock)
+def _(block: MSABlock) -> tuple[Part, ...]:
+    attention = block.attn if isinstance(block.attn, WindowAttention) else None
+    kind = "pool" if isinstance(block.attn, FixedMixing) and block.attn.mixer == "blur" else "msa"
+    return (Part(kind, Read(block), Read(block.norm1), Read(block.drop_path), attention=attention),)
+
+
 class AlterNet(nn.Module):
     """Stem, four stages of convolution and attention blocks, BN-ReLU-GAP-Linear. Build it with `alternet`."""
 
@@ -81,10 +88,8 @@ class AlterNet(nn.Module):
         x = self.stem(x)
         for stage in self.stages:
             for block in stage:  # type: ignore[attr-defined]
-                if self.grad_checkpointing and self.training:
-                    x = checkpoint(block, x, use_reentrant=False)  # type: ignore[assignment]
-                else:
-                    x = block(x)
+                recompute = self.grad_checkpointing and self.training
+                x = checkpoint(block, x, use_reentrant=False) if recompute else block(x)  # type: ignore[assignment]
         return self.norm(x)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -103,7 +108,7 @@ def alternet(
     pad: bool = False,
     *,
     heads: Sequence[int] = (3, 6, 12, 24),
-    mixer: Literal["msa", "conv", "uniform", "blur"] = "msa",
+    mixer: Mixer = "msa",
     blur_size: int = 2,
     placement: Placement = "stage_end",
     position_bias: PositionBias = "shared",
@@ -176,7 +181,7 @@ def alternet(
 
 
 def _mixing(
-    dim: int, dim_out: int, *, heads: int, mixer: Literal["msa", "uniform", "blur"], dim_head: int,
+    dim: int, dim_out: int, *, heads: int, mixer: Mixer, dim_head: int,
     window_size: int, pad: bool, position_bias: PositionBias, blur_size: int,
 ) -> nn.Module:  # fmt: skip
     if mixer == "msa":

@@ -101,8 +101,7 @@ def preresnet(
         conv_layer=create_conv2d, norm_layer=BatchNormAct2d, zero_init_last=zero_init_last, **options,
     )  # fmt: skip
     if stem == "cifar":
-        model.stem = nn.Sequential(nn.Conv2d(in_chans, 64, 3, padding=1, bias=False))
-        nn.init.kaiming_normal_(model.stem[0].weight, mode="fan_out", nonlinearity="relu")  # as timm's other convs
+        model.stem = nn.Sequential(_cifar_stem(in_chans))
     model.set_grad_checkpointing(grad_checkpointing)
     return model
 
@@ -114,6 +113,12 @@ def _check(depth: int, stem: str) -> None:
         raise ValueError(f"Unknown stem {stem!r}: cifar or imagenet.")
 
 
+def _cifar_stem(in_chans: int) -> nn.Conv2d:
+    conv = nn.Conv2d(in_chans, 64, 3, padding=1, bias=False)
+    nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")  # as timm's other convolutions
+    return conv
+
+
 def _resnet(
     name: str, num_classes: int, stem: str, drop_path: float, in_chans: int, zero_init_last: bool, checkpointing: bool
 ) -> ResNet:
@@ -121,8 +126,7 @@ def _resnet(
         name, num_classes=num_classes, in_chans=in_chans, drop_path_rate=drop_path, zero_init_last=zero_init_last
     ))  # fmt: skip
     if stem == "cifar":
-        model.conv1 = nn.Conv2d(in_chans, 64, 3, padding=1, bias=False)
-        nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")  # as timm's other convs
+        model.conv1 = _cifar_stem(in_chans)
         model.maxpool = nn.Identity()
     model.set_grad_checkpointing(checkpointing)
     return model

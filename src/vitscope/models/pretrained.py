@@ -45,8 +45,18 @@ def timm_model(
         options["img_size"] = image_size
     model = timm.create_model(name, pretrained=pretrained, in_chans=in_chans, **options)
     if grad_checkpointing:
-        model.set_grad_checkpointing(True)
+        checkpoint_gradients(model)
     return model
+
+
+def checkpoint_gradients(model: nn.Module) -> None:
+    """Switch timm's gradient checkpointing on; a ValueError if the model has none."""
+    try:
+        model.set_grad_checkpointing(True)  # type: ignore[operator]
+    except (AssertionError, AttributeError) as error:
+        raise ValueError(
+            f"{type(model).__name__} has no gradient checkpointing; set grad_checkpointing=False."
+        ) from error
 
 
 def _built_for_one_size(name: str) -> bool:

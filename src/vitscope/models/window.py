@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-Mixer = Literal["msa", "uniform", "blur"]
+Mixer = Literal["msa", "conv", "uniform", "blur"]
 PositionBias = Literal["shared", "per_head"]
 
 
@@ -70,6 +70,7 @@ class WindowAttention(nn.Module):
         self.proj = nn.Linear(heads * dim_head, dim_out)
         tables = heads if position_bias == "per_head" else 1
         self.position_bias = nn.Parameter(0.02 * torch.randn(tables, 2 * window_size - 1, 2 * window_size - 1))
+        self.position_index: Tensor
         self.register_buffer("position_index", relative_position_index(window_size), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,0 +1,163 @@
+"""How a model is put together: the residual units and pooling layers that are found by module type."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import singledispatch
+from typing import Literal
+
+from torch import Tensor, nn
+
+Kind = Literal["stem", "conv", "msa", "mlp", "pool", "head"]
+Layout = Literal["NCHW", "NHWC", "NLC", "NCL"]
+
+
+@dataclass(frozen=True)
+class Read:
+    """A tensor of the forward pass: the output or the first input of a module, and the meaning of its axes.
+
+    ``NCHW`` and ``NHWC`` are maps; ``NLC`` (tokens, channels) and ``NCL`` (channels, tokens) are sequences.
+    """
+
+    module: nn.Module
+    at: Literal["output", "input"] = "output"
+    layout: Layout = "NCHW"
+
+
+@dataclass(frozen=True)
+class Part:
+    """One residual unit (or pooling layer) of a block, as the describing function of its type states it.
+
+    Attributes:
+        kind: What the unit does.
+        after: The map after the unit's residual addition.
+        branch_in: The normalised input of the residual branch; without a norm, the stream. None for pooling.
+        branch_out: The branch's output as it is added; its module returns that tensor. None for pooling.
+        suffix: Name of the unit inside its block, empty if the block is one unit.
+        children: The block's children and parameters that belong to this unit; empty for all of them.
+        attention: The module that calls ``scaled_dot_product_attention``, for units of kind ``msa``.
+        conv3x3: The 3x3 convolution that an identity can replace, if there is one.
+        subsamples: Whether the map becomes smaller.
+    """
+
+    kind: Kind
+    after: Read
+    branch_in: Read | None = None
+    branch_out: Read | None = None
+    suffix: str = ""
+    children: tuple[str, ...] = ()
+    attention: nn.Module | None = None
+    conv3x3: nn.Conv2d | None = None
+    subsamples: bool = False
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A `Part` at its place in a model: name, block, stage (from 1), and how its tokens make a grid."""
+
+    name: str
+    part: Part
+    block: nn.Module
+    stage: int
+    n_prefix: int
+    grid: tuple[int, int] | None
+
+
+@singledispatch
+def parts(block: nn.Module) -> tuple[Part, ...]:
+    """The units of a block in the order they run; empty if the type is unknown.
+
+    A new model's file registers its own blocks: ``@parts.register(MyBlock)``.
+    """
+    return ()
+
+
+def subsamples(block: nn.Module) -> bool:
+    """Whether any convolution or pooling of the block has a stride."""
+    strides = (
+        getattr(m, "stride", 1) for m in block.modules() if isinstance(m, nn.Conv2d | nn.AvgPool2d | nn.MaxPool2d)
+    )
+    return any(s > 1 if isinstance(s, int) else max(s) > 1 for s in strides)
+
+
+def replaceable_conv3x3(block: nn.Module) -> nn.Conv2d | None:
+    """The last 3x3 convolution of the block that keeps the number of channels, or None."""
+    found = [
+        m for m in block.modules()
+        if isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3) and m.in_channels == m.out_channels
+    ]  # fmt: skip
+    return found[-1] if found else None
+
+
+def anatomy(model: nn.Module) -> list[Piece]:
+    """The residual units and pooling layers of a model in the order of registration.
+
+    Blocks are recognised by type (`parts`). A stage is a container of blocks, counted from 1. A model without
+    a known block is read after each of its convolutions and pooling layers, a new stage at each
+    subsampling; it has no residual units.
+
+    Raises:
+        ValueError: If there is neither a known block nor a convolution.
+    """
+    pieces: list[Piece] = []
+    stages: list[str] = []
+    for name, module, ancestors in _walk(model):
+        for part in parts(module):
+            if part.branch_out is not None and _container(name) not in stages:
+                stages.append(_container(name))
+            stage = len(stages) + (part.branch_out is None)  # a pooling layer opens the stage after it
+            full = ".".join(filter(None, (name, part.suffix)))
+            pieces.append(Piece(full, part, module, stage, *_tokens(ancestors)))
+    pieces = pieces if any(piece.part.branch_out is not None for piece in pieces) else _plain(model)
+    if not pieces:
+        raise ValueError(
+            f"{type(model).__name__} has no block that vitscope knows; pass "
+            'taps=[vitscope.Tap("block1", "conv", stage=1, depth=0.0, module=model.block1), ...].'
+        )
+    return pieces
+
+
+def _walk(model: nn.Module) -> Iterator[tuple[str, nn.Module, tuple[nn.Module, ...]]]:
+    """Modules in registration order with their ancestors; the inside of a known block is left out."""
+    stack: list[tuple[str, nn.Module, tuple[nn.Module, ...]]] = [("", model, ())]
+    while stack:
+        name, module, ancestors = stack.pop()
+        yield name, module, ancestors
+        if not any(part.branch_out is not None for part in parts(module)):
+            children = [(f"{name}.{k}".strip("."), m, (*ancestors, module)) for k, m in module.named_children()]
+            stack.extend(reversed(children))
+
+
+def _container(name: str) -> str:
+    parent = name.rpartition(".")[0]
+    return parent[: -len("blocks")].rstrip(".") if parent.split(".")[-1] == "blocks" else parent
+
+
+def _tokens(ancestors: tuple[nn.Module, ...]) -> tuple[int, tuple[int, int] | None]:
+    """Number of prefix tokens and the token grid, from the innermost ancestor that states them."""
+    for module in reversed(ancestors):
+        grid = getattr(getattr(module, "patch_embed", None), "grid_size", None)
+        prefix = getattr(module, "num_prefix_tokens", getattr(module, "num_tokens", None))
+        if prefix is None and isinstance(getattr(module, "class_token", None), Tensor):
+            prefix = 1  # torchvision
+        if grid is not None or prefix is not None:
+            return prefix or 0, None if grid is None else (int(grid[0]), int(grid[1]))
+    return 0, None
+
+
+def _plain(model: nn.Module) -> list[Piece]:
+    pieces: list[Piece] = []
+    stage = 1
+    for name, module in model.named_modules():
+        smaller = isinstance(module, nn.Conv2d | nn.MaxPool2d | nn.AvgPool2d) and subsamples(module)
+        if smaller and pieces:
+            stage += 1
+        if isinstance(module, nn.Conv2d):
+            part = Part("conv", Read(module), subsamples=smaller)
+        elif smaller:
+            part = Part("pool", Read(module), subsamples=True)
+        else:
+            continue
+        pieces.append(Piece(name, part, module, stage, 0, None))
+    return pieces

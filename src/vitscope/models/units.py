@@ -1,0 +1,261 @@
+"""Residual units: read their branches, remove them, or rerun a model from one of them onward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from vitscope.models import blocks as blocks  # describes timm's and torchvision's blocks
+from vitscope.models.anatomy import Kind, Read, anatomy
+from vitscope.models.taps import attach, image_size, to_map
+
+Side = Literal["input", "output"]
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One residual branch of a model: what is added to the stream at one place.
+
+    Attributes:
+        name: Unique name, that of the tap after it, such as ``blocks.1.attn``.
+        kind: ``conv``, ``msa``, ``mlp`` or (a blur in an attention block) ``pool``.
+        stage: From 1.
+        depth: Normalised depth, index / (number of units - 1).
+        block: The block it belongs to, called with the stream as first argument.
+        branch_in: The branch's normalised input; where there is no norm before the branch (post-activation
+            ResNet, ConvNeXt, post-norm transformers), the stream.
+        branch_out: The branch's output as it is added.
+        n_prefix: Prefix tokens in front of the grid.
+        grid: Token grid, where the model states it.
+        subsamples: Whether the block makes the map smaller: branch input and output differ in size.
+        attention: The attention module of an ``msa`` unit, if its heads can be told apart.
+        conv3x3: The 3x3 convolution that `conv3x3_identity` replaces, or None.
+    """
+
+    name: str
+    kind: Kind
+    stage: int
+    depth: float
+    block: nn.Module
+    branch_in: Read
+    branch_out: Read
+    n_prefix: int = 0
+    grid: tuple[int, int] | None = None
+    subsamples: bool = False
+    attention: nn.Module | None = None
+    conv3x3: nn.Conv2d | None = None
+
+    @property
+    def n_heads(self) -> int:
+        """Number of attention heads, 0 if the unit has none."""
+        return int(getattr(self.attention, "num_heads", 0))
+
+    @property
+    def window(self) -> tuple[int, int] | None:
+        """Side lengths of the attention window; None if attention sees the whole grid."""
+        size = getattr(self.attention, "window_size", None)
+        if self.branch_in.layout == "NLC":  # a sequence is never cut into windows
+            return None
+        return (size, size) if isinstance(size, int) else size
+
+
+def units(model: nn.Module) -> list[Unit]:
+    """The residual units of a model in order.
+
+    Raises:
+        ValueError: If the model has none that vitscope knows.
+    """
+    pieces = [p for p in anatomy(model) if p.part.branch_out is not None]
+    if not pieces:
+        raise ValueError(
+            f"{type(model).__name__} has no residual unit that vitscope knows; pass units=[vitscope.models.units.Unit(...), ...]."
+        )
+    last = max(len(pieces) - 1, 1)
+    found = []
+    for i, piece in enumerate(pieces):
+        part = piece.part
+        assert part.branch_in is not None
+        assert part.branch_out is not None
+        found.append(Unit(
+            piece.name, part.kind, piece.stage, i / last, piece.block, part.branch_in, part.branch_out, piece.n_prefix,
+            piece.grid, part.subsamples, part.attention, part.conv3x3,
+        ))  # fmt: skip
+    return found
+
+
+@contextmanager
+def reading_branches(
+    model: nn.Module, units: Sequence[Unit], fn: Callable[[int, Unit, Side, Tensor], None]
+) -> Iterator[None]:
+    """Call ``fn(index, unit, side, feature_map)`` for each branch's input and output, (B, C, h, w) each.
+
+    ``side`` is ``input`` or ``output``. As with `vitscope.models.taps.reading`, nothing is kept and the map
+    may be overwritten once ``fn`` has returned.
+    """
+    with ExitStack() as stack:
+        size = image_size(model, stack)
+        for i, unit in enumerate(units):
+            sides: tuple[tuple[Side, Read], ...] = (("input", unit.branch_in), ("output", unit.branch_out))
+            for side, read in sides:
+                attach(
+                    stack, read,
+                    lambda value, i=i, unit=unit, side=side, read=read: fn(
+                        i, unit, side, to_map(value, unit.name, read.layout, unit.n_prefix, unit.grid, size)
+                    ),
+                )  # fmt: skip
+        yield
+
+
+@contextmanager
+def zeroed(*units: Unit) -> Iterator[None]:
+    """Remove units: their branches add zero; shortcuts and downsampling stay (PAPER.md section 7)."""
+    with ExitStack() as stack:
+        for unit in units:
+            hook = unit.branch_out.module.register_forward_hook(
+                lambda module, args, output: output.new_zeros(output.shape)
+            )
+            stack.callback(hook.remove)
+        yield
+
+
+@contextmanager
+def head_zeroed(unit: Unit, head: int) -> Iterator[None]:
+    """Remove one attention head: its part of the output projection's input is zero.
+
+    Raises:
+        ValueError: If the unit has no such head.
+    """
+    if not 0 <= head < unit.n_heads or unit.attention is None:
+        raise ValueError(f"unit {unit.name!r} has {unit.n_heads} heads, there is no head {head}.")
+    projection = unit.attention.proj
+
+    def drop(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        x = args[0].clone()
+        width = x.shape[-1] // unit.n_heads
+        x[..., head * width : (head + 1) * width] = 0  # (..., heads * dim_head)
+        return (x, *args[1:])
+
+    assert isinstance(projection, nn.Module)
+    handle = projection.register_forward_pre_hook(drop)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def conv3x3_identity(unit: Unit) -> Iterator[None]:
+    """Replace the unit's 3x3 convolution by an identity, strided as the convolution: x[::s, ::s].
+
+    The paper's lesion for ResNet: the 3x3 of a bottleneck, the second (channel-preserving) 3x3 of a basic block.
+
+    Raises:
+        ValueError: If the unit has no 3x3 convolution that keeps the number of channels.
+    """
+    if unit.conv3x3 is None:
+        raise ValueError(f"unit {unit.name!r} has no 3x3 convolution with as many outputs as inputs.")
+    vertical, horizontal = unit.conv3x3.stride
+    handle = unit.conv3x3.register_forward_hook(lambda module, args, output: args[0][:, :, ::vertical, ::horizontal])
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def resumed(units: Sequence[Unit], unit: Unit, block_input: Tensor) -> Iterator[None]:
+    """Let the model skip every block before that of ``unit`` and give this block ``block_input`` instead.
+
+    For many lesions on one batch: read the input of each block once in a clean pass (a pre-hook on
+    ``unit.block``), then rerun only what follows. The images passed to the model must be those of that pass;
+    stem and pooling layers still run. ``units`` are all units of the model, in order.
+    """
+    blocks: dict[nn.Module, None] = {}
+    for other in units:
+        if other.block is unit.block:
+            break
+        blocks[other.block] = None
+    with ExitStack() as stack:
+        for block in blocks:
+            stack.callback(_restore, block, block.__dict__.get("forward"))
+            block.forward = lambda x, *args, **kwargs: x  # the blocks' shapes do not matter until block_input
+        hook = unit.block.register_forward_pre_hook(lambda module, args: (block_input, *args[1:]))
+        stack.callback(hook.remove)
+        yield
+
+
+def _restore(block: nn.Module, forward: object) -> None:
+    del block.forward
+    if forward is not None:
+        block.forward = forward  # type: ignore[assignment]
+
+
+@contextmanager
+def reading_attention(units: Sequence[Unit], fn: Callable[[int, Unit, Tensor], None]) -> Iterator[None]:
+    """Call ``fn(index, unit, weights)`` with the attention weights of each unit that has an attention module.
+
+    ``weights`` are (n, heads, queries, keys), rows sum to 1; n is the batch, or batch * windows where
+    ``unit.window`` is not None. Queries and keys start with ``unit.n_prefix`` prefix tokens where attention is
+    global. They are computed eagerly, in float32 at least, from the arguments of
+    ``scaled_dot_product_attention``; the model's output does not change beyond rounding. Attention that
+    does not call that function (Swin V2's cosine attention, torchvision's) is passed over in silence.
+    """
+    current: list[tuple[int, Unit]] = []
+    with ExitStack() as stack:
+        for i, unit in enumerate(units):
+            if unit.attention is None:
+                continue
+            if hasattr(unit.attention, "fused_attn"):  # timm's explicit path never calls the function below
+                stack.callback(setattr, unit.attention, "fused_attn", unit.attention.fused_attn)
+                unit.attention.fused_attn = True  # type: ignore[assignment]
+            enter = unit.attention.register_forward_pre_hook(lambda *_, i=i, unit=unit: current.append((i, unit)))
+            leave = unit.attention.register_forward_hook(lambda *_: (current.pop(), None)[1])
+            stack.callback(enter.remove)
+            stack.callback(leave.remove)
+        stack.enter_context(_Weights(lambda weights: fn(*current[-1], weights) if current else None))
+        yield
+
+
+class _Weights(TorchFunctionMode):
+    """Compute the weights of every scaled_dot_product_attention and hand them on."""
+
+    def __init__(self, fn: Callable[[Tensor], None]) -> None:
+        super().__init__()
+        self.fn = fn
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is F.scaled_dot_product_attention:
+            self.fn(attention_weights(*args, **(kwargs or {})))
+        return func(*args, **(kwargs or {}))
+
+
+def attention_weights(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """softmax(q k' * scale + mask), the weights of ``scaled_dot_product_attention`` with these arguments.
+
+    Raises:
+        ValueError: For causal or grouped attention, which no vision model here uses.
+    """
+    if is_causal or enable_gqa:
+        raise ValueError("attention weights are read for full, ungrouped attention only.")
+    q, k = (t if t.element_size() >= 4 else t.float() for t in (query, key))
+    scores = q @ k.transpose(-2, -1) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    if attn_mask is not None:
+        boolean = attn_mask.dtype == torch.bool
+        scores = scores.masked_fill(~attn_mask, float("-inf")) if boolean else scores + attn_mask
+    return scores.softmax(-1)
