@@ -1,0 +1,127 @@
+"""Figures of the Fourier room, after Figs 2a and 8 of Park & Kim (2022)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+
+from vitscope.diagnostics.fourier.relative_log_amplitude import RelativeLogAmplitudeResult
+
+#: which curve to draw, by the name of its field and what stands at the axis
+CURVES = {
+    "paper": ("log_amplitude", r"$\Delta$ log amplitude"),
+    "size_corrected": ("log_amplitude_size_corrected", r"$\Delta$ log amplitude + ln h"),
+    "first_ac": ("log_amplitude_first_ac", r"$\Delta$ log amplitude (to first AC bin)"),
+}
+
+#: grey behind attention, blue behind pooling and subsampling, as in the paper
+BANDS = {"msa": ("0.85", "MSA"), "pool": ("#cfe3f5", "pooling, subsampling")}
+
+#: one marker and one colour of the style's cycle for each kind, the same in every figure
+MARKERS = {"stem": "DC5", "conv": "sC0", "msa": "oC1", "mlp": "^C2", "pool": "vC4", "head": "XC6"}
+
+
+def relative_log_amplitude(
+    results: Mapping[str, RelativeLogAmplitudeResult],
+    *,
+    view: str = "both",
+    curve: str = "paper",
+    axis: str = "true",
+) -> Figure:
+    """Draw the curves over frequency (Fig 2a), their last bins over depth (Fig 8), or both, a row a model.
+
+    Args:
+        results: by the name in the title or legend.
+        view: ``both``, ``frequency``, or ``depth`` (several models then share one pair of axes).
+        curve: ``paper``, ``size_corrected`` or ``first_ac``.
+        axis: ``true`` frequencies of the bins, or ``paper``, which stretches them so that the last is 1.
+
+    Raises:
+        ValueError: an unknown view, curve or axis.
+    """
+    for name, value, known in (
+        ("view", view, ("both", "frequency", "depth")),
+        ("curve", curve, tuple(CURVES)),
+        ("axis", axis, ("true", "paper")),
+    ):
+        if value not in known:
+            raise ValueError(f"Expected {name} to be one of {', '.join(known)}, received {value!r}.")
+    if view == "depth" and len(results) > 1:
+        return _overlay(results, curve)
+    views = ("frequency", "depth") if view == "both" else (view,)
+    figure = Figure(figsize=(3.4 * len(views), 2.6 * len(results)), layout="constrained")
+    axes = figure.subplots(len(results), len(views), squeeze=False, sharey="col")
+    for row, (name, result) in zip(axes, results.items()):
+        for ax, what in zip(row, views):
+            ax.set_title(name)
+            _over_frequency(figure, ax, result, curve, axis) if what == "frequency" else _over_depth(ax, result, curve)
+    if "frequency" in views:  # the lines set the limits, also where intervals are wider
+        shown = np.concatenate([y for result in results.values() for y in getattr(result, CURVES[curve][0])])
+        shown = shown[np.isfinite(shown)] if np.isfinite(shown).any() else np.zeros(1)
+        axes[0, 0].set_ylim(shown.min() - 0.3, shown.max() + 0.3)
+    handles = {label: handle for row in axes for handle, label in zip(*row[-1].get_legend_handles_labels())}
+    if handles:
+        figure.legend(handles.values(), handles.keys(), loc="outside lower right", ncols=len(handles), fontsize="small")
+    return figure
+
+
+def _over_frequency(figure: Figure, ax: Axes, result: RelativeLogAmplitudeResult, curve: str, axis: str) -> None:
+    field, label = CURVES[curve]
+    colours = ScalarMappable(Normalize(0, 1), "viridis")
+    grid = result.normalized_frequency if axis == "true" else result.paper_frequency
+    for depth, x, y, half in zip(result.depths, grid, getattr(result, field), result.log_amplitude_half_width):
+        colour = colours.to_rgba(depth)
+        ax.plot(x, y, color=colour, linewidth=1.0)
+        ax.fill_between(x, y - half, y + half, color=colour, alpha=0.12, linewidth=0)
+    figure.colorbar(colours, ax=ax, label="normalised depth", pad=0.02)
+    ax.set_xlim(0, 1)
+    ax.set_xlabel(r"frequency ($\times\pi$ rad/pixel)" + ("" if axis == "true" else ", stretched"))
+    ax.set_ylabel(label)
+
+
+def _over_depth(ax: Axes, result: RelativeLogAmplitudeResult, curve: str) -> None:
+    y = _last(result, curve)
+    _draw_bands(ax, result)
+    ax.plot(result.depths, y, color="0.4", linewidth=0.8, zorder=2)
+    for kind in dict.fromkeys(result.kinds):
+        at = np.array(result.kinds) == kind
+        style = {"fmt": MARKERS[kind], "markersize": 3.5, "elinewidth": 0.8, "label": kind, "zorder": 3}
+        ax.errorbar(result.depths[at], y[at], result.high_frequency_half_width[at], **style)
+    _label_depth(ax, curve)
+
+
+def _overlay(results: Mapping[str, RelativeLogAmplitudeResult], curve: str) -> Figure:
+    figure = Figure(figsize=(3.4, 2.6), layout="constrained")
+    ax = figure.subplots()
+    for name, result in results.items():
+        half_width = result.high_frequency_half_width
+        ax.errorbar(result.depths, _last(result, curve), half_width, marker="o", markersize=3, label=name)
+        _label_depth(ax, curve)
+    ax.legend(fontsize="small")
+    return figure
+
+
+def _label_depth(ax: Axes, curve: str) -> None:
+    ax.set_xlim(-0.02, 1.02)
+    ax.set_xlabel("normalised depth")
+    ax.set_ylabel(CURVES[curve][1] + " at the last bin")
+
+
+def _draw_bands(ax: Axes, result: RelativeLogAmplitudeResult) -> None:
+    """Shade from the tap before to the tap after each attention, pooling or subsampling."""
+    areas = result.map_sizes.prod(axis=1)
+    for i in range(1, len(result.taps)):
+        kind = "pool" if result.kinds[i] == "pool" or areas[i] < areas[i - 1] else result.kinds[i]
+        if kind in BANDS:
+            colour, label = BANDS[kind]
+            ax.axvspan(result.depths[i - 1], result.depths[i], color=colour, linewidth=0, zorder=0, label=label)
+
+
+def _last(result: RelativeLogAmplitudeResult, curve: str) -> np.ndarray:
+    values = getattr(result, CURVES[curve][0])
+    return np.array([value[-1] if value.size > 1 else np.nan for value in values])

@@ -1,0 +1,234 @@
+"""How much of each frequency the feature maps hold, relative to the constant part (Park & Kim 2022, Figs 2a, 8, D.2)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from vitscope.diagnostics.fourier._spectrum import EPS, Spectrum, frequencies, spectrum
+from vitscope.distributed import gather_objects, world_size
+from vitscope.intervals import Estimate, RunningMean, estimates
+from vitscope.models.taps import reading
+from vitscope.nulls import warn_nulls
+from vitscope.probe import ObjectiveCard, Probe
+from vitscope.progress import track
+
+#: below this share of the constant part's power a map is looked at value by value, whether it varies at all
+_FAINT = 1e-8
+
+
+@dataclass(frozen=True)
+class RelativeLogAmplitudeResult:
+    """Spectra of the feature maps after each unit; natural logarithms, frequencies in units of pi.
+
+    Tuples hold one array a tap, of ``n_bins`` entries, the constant part (frequency 0) first. NaN is null.
+
+    Attributes:
+        taps: (n_taps) names in the order of the forward pass.
+        kinds: (n_taps) ``stem conv msa mlp pool head``.
+        stages: (n_taps,) stage numbers.
+        depths: (n_taps,) normalised depth in [0, 1].
+        map_sizes: (n_taps, 2) height and width.
+        normalized_frequency: true frequency of each bin.
+        paper_frequency: the official notebook's axis, which labels the last bin 1 whatever it is.
+        log_amplitude: the paper's curve: mean over images and channels of log(|F| + eps), minus its first bin.
+        log_amplitude_half_width: half its t-interval over images.
+        log_amplitude_size_corrected: the curve plus ln(sqrt(h w)) at frequencies above 0: the constant part grows with
+            the map's area, white noise with the root of it, so only this may be compared between map sizes.
+        log_amplitude_first_ac: the mean log amplitude minus that of the first non-constant bin (NaN at frequency 0).
+        high_frequency: (n_taps,) the paper's curve at its last bin (Fig 8).
+        high_frequency_half_width: (n_taps,) half its t-interval.
+        high_frequency_first_ac: (n_taps,) the same relative to the first non-constant bin.
+        high_frequency_change: (n_taps,) ``high_frequency`` minus that of the tap before; NaN without an equal-sized one.
+        high_frequency_change_half_width: (n_taps,) half its t-interval over images, paired.
+        ac_high_share: (n_taps,) share of the power of all non-constant bins of the path that lies above half of pi.
+        level: coverage of the intervals.
+        n_images: number of images.
+        card: under which conditions this was measured.
+    """
+
+    taps: tuple[str, ...]
+    kinds: tuple[str, ...]
+    stages: np.ndarray
+    depths: np.ndarray
+    map_sizes: np.ndarray
+    normalized_frequency: tuple[np.ndarray, ...]
+    paper_frequency: tuple[np.ndarray, ...]
+    log_amplitude: tuple[np.ndarray, ...]
+    log_amplitude_half_width: tuple[np.ndarray, ...]
+    log_amplitude_size_corrected: tuple[np.ndarray, ...]
+    log_amplitude_first_ac: tuple[np.ndarray, ...]
+    high_frequency: np.ndarray
+    high_frequency_half_width: np.ndarray
+    high_frequency_first_ac: np.ndarray
+    high_frequency_change: np.ndarray
+    high_frequency_change_half_width: np.ndarray
+    ac_high_share: np.ndarray
+    level: float
+    n_images: int
+    card: ObjectiveCard | None = None
+
+    def scalars(self) -> dict[str, float]:
+        """Return the last tap's values, and the mean change across the units of each kind where it is defined."""
+        values = {
+            "relative_log_amplitude/high_frequency_last": float(self.high_frequency[-1]),
+            "relative_log_amplitude/ac_high_share_last": float(self.ac_high_share[-1]),
+        }
+        for kind in dict.fromkeys(self.kinds):
+            change = self.high_frequency_change[np.array(self.kinds) == kind]
+            if np.isfinite(change).any():
+                values[f"relative_log_amplitude/high_frequency_change_{kind}"] = float(np.nanmean(change))
+        return values
+
+
+def relative_log_amplitude(
+    probe: Probe, *, path: str = "diagonal", level: float = 0.95, eps: float = EPS
+) -> RelativeLogAmplitudeResult:
+    """Measure the relative log amplitude of the feature maps at every tap, in one forward pass a batch.
+
+    The paper's definition (section 2 and its official notebook): log(|FFT2| + eps) of each map, mean over images and
+    channels after the logarithm, along the half diagonal of the centred spectrum, minus its value at frequency 0.
+    Only running sums are kept; the corrections that comparisons between map sizes need are given beside the curve.
+
+    Args:
+        probe: model and images.
+        path: ``diagonal`` (the paper's; square maps) or ``radial`` (mean over rings one bin wide; any map).
+        level: coverage of the t-intervals over images.
+        eps: added to the amplitudes.
+
+    Raises:
+        ValueError: no tap, maps that are not square on the diagonal, maps whose size changes between batches, or a
+            level or path that does not exist.
+    """
+    if not probe.taps:
+        raise ValueError("Expected at least one tap, received none: pass taps=[...] to the probe.")
+    sums = _Sums(probe.taps, path, eps)
+    with probe.guard() as model, reading(model, probe.taps, sums.read):
+        for _, (x, _) in track(probe.local_batches(), "Fourier", -(-probe.n_batches // world_size())):
+            model(x)
+            sums.close_batch()
+    card = probe.card(solver={"path": path, "eps": eps})
+    return _result(probe.taps, sums, path, level, card)
+
+
+class _Sums:
+    """What is kept between batches: sums over images for each tap, its map size, and whether it varied at all."""
+
+    def __init__(self, taps: Sequence[Any], path: str, eps: float) -> None:
+        self.path, self.eps = path, eps
+        self.curves, self.powers, self.changes = ([RunningMean() for _ in taps] for _ in range(3))
+        self.sizes: dict[int, tuple[int, int]] = {}
+        self.varying: set[int] = set()
+        self._batch: dict[int, Spectrum] = {}
+
+    def read(self, index: int, tap: Any, x: Tensor) -> None:
+        """Take one tap's feature maps ``(B, C, h, w)``."""
+        size = (int(x.shape[-2]), int(x.shape[-1]))
+        if self.sizes.setdefault(index, size) != size:
+            raise ValueError(f"Expected maps of one size at {tap.name}, received {self.sizes[index]} and {size}.")
+        try:
+            found = spectrum(x, self.path, self.eps)
+        except ValueError as error:
+            raise ValueError(f"At tap {tap.name}: {error}") from None
+        if index not in self.varying and _varies(x, found.power):
+            self.varying.add(index)
+        self._batch[index] = found
+
+    def close_batch(self) -> None:
+        """Add the batch's spectra to the sums."""
+        before: tuple[tuple[int, int], Tensor] | None = None
+        for index, found in sorted(self._batch.items()):
+            curve = found.log_amplitude - found.log_amplitude[:, :1]  # (B, n_bins)
+            self.curves[index].add(curve)
+            self.powers[index].add(found.power)
+            if before is not None and before[0] == self.sizes[index]:
+                self.changes[index].add(curve[:, -1] - before[1])
+            before = self.sizes[index], curve[:, -1]
+        self._batch.clear()
+
+
+def _varies(x: Tensor, power: Tensor) -> bool:
+    clearly = (power[:, 1:].sum(1) > _FAINT * power[:, 0]).any()
+    return bool(clearly) or bool((x.amax((-2, -1)) > x.amin((-2, -1))).any())
+
+
+def _result(
+    taps: Sequence[Any], sums: _Sums, path: str, level: float, card: ObjectiveCard
+) -> RelativeLogAmplitudeResult:
+    n = len(taps)
+    found = estimates([*sums.curves, *sums.powers, *sums.changes], level)
+    curves, powers, changes = found[:n], found[n : 2 * n], found[2 * n :]
+    sizes: dict[int, tuple[int, int]] = {}
+    varying: set[int] = set()
+    for rank_sizes, rank_varying in gather_objects((sums.sizes, sums.varying)):
+        sizes.update(rank_sizes)
+        varying |= rank_varying
+    reasons = [_null_reason(i, sizes, curves[i], varying) for i in range(n)]
+    named = {tap.name: reason for tap, reason in zip(taps, reasons) if reason}
+    n_images = max(curve.count for curve in curves)
+    warn_nulls("relative_log_amplitude", named | ({"the intervals": "a single image"} if n_images == 1 else {}))
+    shapes = [sizes.get(i, (0, 0)) for i in range(n)]
+    frequency = [frequencies(size, path) if size[0] else np.empty(0) for size in shapes]
+    null = np.array([bool(reason) for reason in reasons])
+    either = null | np.append(True, null[:-1])  # this tap or the one before
+    rows = [_curves(curves[i], shapes[i], bool(null[i])) for i in range(n)]
+    last = {key: np.array([row[key][-1] if row[key].size > 1 else np.nan for row in rows]) for key in rows[0]}
+    columns = {key: tuple(row[key] for row in rows) for key in rows[0]}
+    return RelativeLogAmplitudeResult(
+        taps=tuple(tap.name for tap in taps),
+        kinds=tuple(tap.kind for tap in taps),
+        stages=np.array([tap.stage for tap in taps]),
+        depths=np.array([tap.depth for tap in taps], dtype=float),
+        map_sizes=np.array(shapes),
+        normalized_frequency=tuple(frequency),
+        paper_frequency=tuple(np.linspace(0, 1, len(f)) for f in frequency),
+        **columns,
+        high_frequency=last["log_amplitude"],
+        high_frequency_half_width=last["log_amplitude_half_width"],
+        high_frequency_first_ac=last["log_amplitude_first_ac"],
+        high_frequency_change=_scalars([c.mean for c in changes], either),
+        high_frequency_change_half_width=_scalars([c.half_width for c in changes], either),
+        ac_high_share=_scalars([_high_share(p.mean, f) for p, f in zip(powers, frequency)], null),
+        level=level,
+        n_images=n_images,
+        card=card,
+    )
+
+
+def _curves(curve: Estimate, size: tuple[int, int], null: bool) -> Mapping[str, np.ndarray]:
+    mean, half_width = np.atleast_1d(curve.mean).copy(), np.atleast_1d(curve.half_width).copy()
+    if null:
+        mean[1:] = half_width[1:] = np.nan
+    corrected = mean.copy()
+    corrected[1:] += 0.5 * np.log(max(size[0] * size[1], 1))
+    first_ac = mean - (mean[1] if mean.size > 1 else np.nan)
+    first_ac[0] = np.nan
+    return {
+        "log_amplitude": mean,
+        "log_amplitude_half_width": half_width,
+        "log_amplitude_size_corrected": corrected,
+        "log_amplitude_first_ac": first_ac,
+    }
+
+
+def _high_share(power: np.ndarray, frequency: np.ndarray) -> float:
+    total = power[1:].sum() if power.ndim else 0.0
+    return float(power[frequency > 0.5].sum() / total) if total > 0 else float("nan")
+
+
+def _scalars(values: Sequence[Any], null: np.ndarray) -> np.ndarray:
+    return np.where(null, np.nan, np.array([float(value) for value in values]))
+
+
+def _null_reason(index: int, sizes: Mapping[int, tuple[int, int]], curve: Estimate, varying: set[int]) -> str:
+    if index not in sizes:
+        return "not reached by the forward pass"
+    if curve.mean.size < 2:
+        return f"{sizes[index][0]}x{sizes[index][1]} map, no frequency but 0"
+    if not np.isfinite(curve.mean).all():
+        return "activations are not finite"
+    return "" if index in varying else "constant over all positions"
