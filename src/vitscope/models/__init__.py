@@ -2,8 +2,27 @@
 
 from vitscope.models.alternet import alternet
 from vitscope.models.convnet import convnet, preresnet, resnext
+from vitscope.models.convnext import convnext
+from vitscope.models.mixer import mixer
+from vitscope.models.official import load_official_state_dict
+from vitscope.models.pit import pit
 from vitscope.models.pretrained import timm_model
 from vitscope.models.stages import build_up
+from vitscope.models.swin import swin
 from vitscope.models.vit import convit, vit
 
-__all__ = ["alternet", "build_up", "convit", "convnet", "preresnet", "resnext", "timm_model", "vit"]
+__all__ = [
+    "alternet",
+    "build_up",
+    "convit",
+    "convnet",
+    "convnext",
+    "load_official_state_dict",
+    "mixer",
+    "pit",
+    "preresnet",
+    "resnext",
+    "swin",
+    "timm_model",
+    "vit",
+]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from typing import Any, Literal, cast
 
 import timm
@@ -101,7 +102,7 @@ def preresnet(
         conv_layer=create_conv2d, norm_layer=BatchNormAct2d, zero_init_last=zero_init_last, **options,
     )  # fmt: skip
     if stem == "cifar":
-        model.stem = nn.Sequential(_cifar_stem(in_chans))
+        model.stem = nn.Sequential(OrderedDict(conv=_cifar_stem(in_chans)))
     model.set_grad_checkpointing(grad_checkpointing)
     return model
 

@@ -60,7 +60,7 @@ def taps(model: nn.Module) -> list[Tap]:
     if first is not None and first.part.branch_in is not None:
         stream = Read(first.block, "input", first.part.branch_in.layout)
         places.append(("stem", "stem", 0, stream, first))
-    places += [(p.name, p.part.kind, p.stage, p.part.after, p) for p in pieces]
+    places.extend((p.name, p.part.kind, p.stage, p.part.after, p) for p in pieces)
     last = max(len(places) - 1, 1)
     return [
         Tap(
