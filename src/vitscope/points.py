@@ -65,7 +65,7 @@ def standing(
                 yield batch
 
         def here() -> dict[str, float]:
-            if half:  # autocast keeps the cast weights until its outermost context ends, and the guard holds one
+            if half:  # autocast keeps cast weights until its outermost context ends, which may be the caller's
                 torch.clear_autocast_cache()
             with torch.autocast(probe.device.type, dtype=dtype if half else None, enabled=half):
                 if bn == "recalibrate":
@@ -73,7 +73,11 @@ def standing(
                 found = evaluate(model, batches(), probe.objective, reduce=False)
             return {"nll": found.nll, "accuracy": found.accuracy, "ece": found.ece}
 
-        yield model, here
+        try:
+            yield model, here
+        finally:
+            if half:
+                torch.clear_autocast_cache()
 
 
 @torch.no_grad()

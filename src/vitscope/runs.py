@@ -101,7 +101,7 @@ def create(cfg: DictConfig, command: str) -> Run:
         StorageError: it cannot be made or written.
         ConfigError: ``run_dir`` already holds a run.
     """
-    path = _chosen(cfg)
+    path = chosen(cfg)
     try:
         path.mkdir(parents=True, exist_ok=cfg.get("run_dir") is not None or _job_id() is not None)
         if (path / "config.yaml").exists() and _job_id() is None:
@@ -215,7 +215,8 @@ def load_probe(
     return build.probe(cfg, model, data, wanted, facts, content)
 
 
-def _chosen(cfg: DictConfig) -> Path:
+def chosen(cfg: DictConfig) -> Path:
+    """Return the folder that a new run takes (a fresh random name each time, unless a parent or a job decides)."""
     named = os.environ.get(ENVIRONMENT) or cfg.get("run_dir")
     if named:
         return Path(named).absolute()

@@ -83,7 +83,7 @@ def start(cfg: DictConfig, run: Run, job_type: str, say: Callable[[str], None] =
 
     Offline unless a key is configured or ``WANDB_MODE`` says otherwise. Only rank 0 has one.
     """
-    options = cfg.get("logger") or {}
+    options = cfg.get("logger") or DictConfig({})
     if rank() != 0 or not options.get("project"):
         return Mirror()
     mode = os.environ.get("WANDB_MODE")
@@ -92,7 +92,7 @@ def start(cfg: DictConfig, run: Run, job_type: str, say: Callable[[str], None] =
         say("W&B: no key configured, so the run is logged offline (wandb login, or WANDB_MODE=online, to send it)")
     os.environ.setdefault("WANDB_SILENT", "true")
     arguments = {
-        "project": options.project,
+        "project": options.get("project"),
         "entity": options.get("entity"),
         "group": options.get("group"),
         "tags": list(options.get("tags") or []) or None,

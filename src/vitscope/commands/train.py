@@ -1,0 +1,213 @@
+"""``train.py``: compose, train, evaluate, diagnose, log."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import time
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import hydra
+from omegaconf import DictConfig
+
+from vitscope import analyses, build, checkpoint, config, exits, runs, tracking
+from vitscope.callbacks import DiagnosticCallback, PlainProgress
+from vitscope.checkpoint import AtomicCheckpointIO
+from vitscope.classifier import Classifier
+from vitscope.commands import overrides
+from vitscope.commands.headline import print_headline
+from vitscope.errors import CheckpointError, ConfigError
+from vitscope.interrupt import Interrupted
+from vitscope.journal import Journal, last_values
+from vitscope.runs import Run
+from vitscope.validation import validate
+
+
+def main() -> None:
+    """Run the command with ``sys.argv`` and end the process with its exit code."""
+    exits.run(_command)
+
+
+def _command() -> None:
+    argv = sys.argv[1:]
+    named = overrides.value_of(argv, "run")
+    if named is None:
+        _composed()
+        return
+    run = runs.find(named)
+    cfg = run.config()
+    overrides.apply(cfg, [a for a in argv if not a.startswith(("run=", "-"))])
+    train(cfg, run)
+
+
+@hydra.main(version_base="1.3", config_path=str(config.folder()), config_name="train")
+def _composed(cfg: DictConfig) -> None:
+    train(cfg)
+
+
+def train(cfg: DictConfig, run: Run | None = None) -> Run:
+    """Train what a composed configuration describes; go on with ``run`` where one is given.
+
+    Returns:
+        The run.
+
+    Raises:
+        VitscopeError: with the exit code of its kind.
+    """
+    config.apply_caps(cfg)
+    validate(cfg)
+    network = build.model(cfg)
+    resume = _resume_point(cfg, run)
+    if run is None:
+        run = resume[0] if resume else _new_run(cfg)
+    exits.entered(run)
+    if resume and run.provenance().get("status") == "finished":
+        print(f"{run.path} is finished; nothing to do")
+        return run
+    started = time.monotonic()
+    mirror = tracking.start(cfg, run, "train", _say)
+    code = 1
+    try:
+        _fit(cfg, run, network, resume[1] if resume else None, mirror)
+        code = 0
+    except BaseException as error:
+        known = exits.explain(error)
+        code = known.exit_code if known else exits.TERMINATED if isinstance(error, Interrupted) else 1
+        if isinstance(error, Interrupted):
+            mirror.preempting()
+        raise
+    finally:
+        if _is_main():
+            status = {0: "finished", exits.TERMINATED: "stopped"}.get(code, "failed")
+            run.note(status=status, exit_code=code, wall_s=round(time.monotonic() - started, 3))
+        mirror.finish(code)
+    return run
+
+
+def _fit(cfg: DictConfig, run: Run, network: Any, ckpt: Path | None, mirror: tracking.Mirror) -> None:
+    data = build.data(cfg)
+    data.adapt_to(network)
+    chosen = analyses.parse(cfg.analysis)
+    module = _classifier(cfg, network, data)
+    diagnostics = DiagnosticCallback(cfg, chosen, run, mirror)
+    logger = tracking.RunLogger(run, Journal(run.journal), mirror)
+    trainer = _trainer(cfg, run, logger, diagnostics)
+    identity = {"batch_size": data.batch_size, "world_size": trainer.world_size, "num_classes": data.num_classes}
+    module.identity = {**identity, "seed": int(cfg.seed), "config_hash": config.config_hash(cfg)}
+    if ckpt is not None:
+        ckpt = _adopted(ckpt, network, identity)
+    trainer.fit(module, datamodule=data, ckpt_path=ckpt, weights_only=True)
+    if cfg.test:
+        trainer.test(module, datamodule=data, verbose=False)
+    if _is_main():
+        values = last_values(run.journal)
+        mirror.summary({k: v for k, v in values.items() if isinstance(v, int | float)})
+        print_headline(run, values, mirror)
+
+
+def _classifier(cfg: DictConfig, network: Any, data: Any) -> Classifier:
+    optimizer = config.plain(cfg.optimizer)
+    lr_schedule = optimizer.pop("schedule", {})
+    return Classifier(
+        network,
+        num_classes=data.num_classes,
+        optimizer=config.instantiate({**optimizer, "_partial_": True}, "optimizer"),
+        lr_schedule=lr_schedule,
+        label_smoothing=float(cfg.objective.label_smoothing),
+        mix=data.mixed if data.mixes else None,
+        seed=int(cfg.seed),
+        compile=bool(cfg.compile),
+    )
+
+
+def _trainer(cfg: DictConfig, run: Run, logger: Any, diagnostics: DiagnosticCallback) -> Any:
+    from pytorch_lightning.callbacks import RichProgressBar
+
+    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+    # the loaders are ours, in memory, and know their position; Lightning's advice on workers and samplers does not apply
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings(
+        "ignore", message=".*The number of training batches .* is smaller than the logging interval.*"
+    )
+    warnings.filterwarnings("ignore", message=".*You're resuming from a checkpoint that ended before the epoch ended.*")
+    shown = cfg.trainer.get("enable_progress_bar", True)
+    bar = [] if not shown else [RichProgressBar() if sys.stdout.isatty() else PlainProgress()]
+    own = [config.instantiate(node, f"callbacks.{name}") for name, node in cfg.callbacks.items()]
+    return config.instantiate(
+        cfg.trainer,
+        "trainer",
+        logger=logger,
+        callbacks=[*own, *bar, diagnostics],
+        plugins=[AtomicCheckpointIO()],
+        default_root_dir=str(run.path),
+        enable_progress_bar=shown and sys.stdout.isatty(),
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        use_distributed_sampler=False,
+        num_sanity_val_steps=0,
+    )
+
+
+def _resume_point(cfg: DictConfig, run: Run | None) -> tuple[Run, Path] | None:
+    """Return the run to go on with and the checkpoint, or None to start afresh (possibly from a file's weights)."""
+    wanted = cfg.ckpt_path
+    if run is None and wanted in ("last", "auto"):
+        run = runs.unfinished(Path(cfg.paths.runs), config.config_hash(cfg))
+        if run is None and wanted == "last":
+            why = "no unfinished run of this configuration has a checkpoint"
+            raise CheckpointError("ckpt_path", "last", why, "start afresh without it, or use ckpt_path=auto")
+    if run is None:
+        return None
+    if wanted in (None, "last", "auto"):
+        if not checkpoint.manifest(run.checkpoints) and wanted != "last":
+            return None
+        return run, checkpoint.newest(run.checkpoints)
+    return run, Path(wanted)
+
+
+def _new_run(cfg: DictConfig) -> Run:
+    if not _is_main():
+        return _awaited(runs.chosen(cfg))
+    run = runs.create(cfg, "train")
+    os.environ[runs.ENVIRONMENT] = str(run.path)  # ranks that Lightning starts must not make another
+    return run
+
+
+def _awaited(path: Path, seconds: float = 60.0) -> Run:
+    deadline = time.monotonic() + seconds
+    while not (path / "provenance.json").exists():
+        if time.monotonic() > deadline:
+            raise ConfigError("run_dir", path, "rank 0 made no run there", "see rank 0's error")
+        time.sleep(0.1)
+    return Run(path)
+
+
+def _adopted(path: Path, network: Any, identity: Mapping[str, Any]) -> Path | None:
+    """Return a checkpoint of ours to resume from; take the weights of any other file and return None.
+
+    Raises:
+        CheckpointError: it was made with another batch size, number of processes or of classes.
+    """
+    content = checkpoint.read(path)
+    if "loops" not in content:
+        build.load_weights(network, content, path)
+        return None
+    kept = content.get("vitscope", {})
+    for key, now in identity.items():
+        if key in kept and kept[key] != now:
+            name = {"world_size": "trainer.devices"}.get(key, f"data.{key}")
+            raise CheckpointError(name, now, f"the checkpoint was made with {kept[key]}", f"use {key} {kept[key]}")
+    return path
+
+
+def _is_main() -> bool:
+    return all(int(os.environ.get(key, "0")) == 0 for key in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
+
+
+def _say(line: str) -> None:
+    if _is_main():
+        print(line, file=sys.stderr, flush=True)

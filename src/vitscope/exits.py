@@ -1,0 +1,168 @@
+"""How a command ends: signals in, one line and one exit code out. The only place that knows both.
+
+=====  =====================================================================
+code   meaning
+=====  =====================================================================
+0      finished
+1      a defect of vitscope or of a library: the traceback is in the run's log
+2      configuration
+3      data
+4      checkpoint
+5      numerical
+6      storage
+7      distributed
+130    interrupted (SIGINT)
+143    terminated (SIGTERM, SIGHUP, SIGUSR1): saved, can be resumed
+=====  =====================================================================
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from types import FrameType
+
+from hydra.errors import HydraException, MissingConfigException
+from omegaconf.errors import OmegaConfBaseException
+
+from vitscope import config, interrupt
+from vitscope.errors import ConfigError, DistributedError, StorageError, VitscopeError
+from vitscope.interrupt import Interrupted
+from vitscope.runs import Run
+
+INTERRUPTED, TERMINATED = 130, 143
+_STORAGE = (errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EACCES, errno.EIO)
+_current: Run | None = None
+
+
+def entered(run: Run) -> None:
+    """Name the run whose log takes tracebacks from now on."""
+    global _current
+    _current = run
+
+
+def run(command: Callable[[], None]) -> None:
+    """Run a command and end the process with its exit code."""
+    sys.exit(code_of(command))
+
+
+def code_of(command: Callable[[], None]) -> int:
+    """Run a command; return its exit code after printing the one line that an error gets."""
+    global _current
+    _current = None
+    interrupt.clear()
+    _install()
+    # Hydra prints its own text and exits 1 unless this is set; the user's own wish for tracebacks is remembered
+    wants_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    try:
+        command()
+    except BaseException as error:
+        return _ended(error, wants_traceback)
+    finally:
+        if not wants_traceback:
+            os.environ.pop("HYDRA_FULL_ERROR", None)
+    return 0
+
+
+def explain(error: BaseException) -> VitscopeError | None:
+    """Return an error as the one line that a user can act on; None for a defect."""
+    for cause in _chain(error):
+        if isinstance(cause, VitscopeError):
+            return cause
+    if isinstance(error, MissingConfigException):
+        return _missing(error)
+    if isinstance(error, HydraException | OmegaConfBaseException):
+        return _refused(error)
+    if isinstance(error, OSError) and error.errno in _STORAGE:
+        return StorageError("paths.runs", error.filename, str(error.strerror), "free space or choose another folder")
+    if type(error).__module__.startswith("torch.distributed") or "ProcessGroup" in str(error) or "gloo" in str(error):
+        return DistributedError("trainer.devices", None, _first_line(error), "see the other ranks' logs")
+    return None
+
+
+def _ended(error: BaseException, wants_traceback: bool) -> int:
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) else int(error.code is not None)
+    text = "".join(traceback.format_exception(error))
+    _log(text)
+    if wants_traceback:
+        sys.stderr.write(text)
+    if isinstance(error, KeyboardInterrupt):
+        error = Interrupted(signal.SIGINT)
+    if isinstance(error, Interrupted):
+        code = INTERRUPTED if error.signum == signal.SIGINT else TERMINATED
+        _say(f"stopped by {signal.Signals(error.signum).name}; go on with run={_current.path} ckpt_path=last" if _current
+             else f"stopped by {signal.Signals(error.signum).name}")  # fmt: skip
+        return code
+    known = explain(error)
+    if known is not None:
+        _say(f"error: {known}")
+        return known.exit_code
+    where = f"; the traceback is in {_current.log}" if _current else "; HYDRA_FULL_ERROR=1 shows the traceback"
+    _say(f"error: {type(error).__name__}: {_first_line(error)}{where}")
+    return 1
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _log(text: str) -> None:
+    if _current is None:
+        return
+    try:
+        with _current.log.open("a") as file:
+            file.write(text)
+    except OSError:
+        pass  # a full disk: the line on stderr has to do
+
+
+def _install() -> None:
+    for signum in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGINT):
+        signal.signal(signum, _handle)
+
+
+def _handle(signum: int, frame: FrameType | None) -> None:
+    if signum == signal.SIGINT and interrupt.requested() == signal.SIGINT:
+        os._exit(INTERRUPTED)  # asked twice: now
+    interrupt.request(signum)
+
+
+def _missing(error: MissingConfigException) -> ConfigError:
+    wanted = error.missing_cfg_file or ""
+    group, _, name = wanted.rpartition("/")
+    names = list(error.options or []) or config.options(group)
+    return ConfigError(group or "config", name, "no such choice", config.nearest(name, names))
+
+
+def _refused(error: BaseException) -> ConfigError:
+    for cause in _chain(error):
+        parent = getattr(cause, "parent_node", None)
+        key = getattr(cause, "full_key", None)
+        if key and parent is not None and "not in struct" in str(cause):
+            return ConfigError(
+                key, None, "no such key", config.nearest(key.rpartition(".")[2], map(str, parent.keys()))
+            )
+    text = _first_line(error)
+    for cause in _chain(error):
+        key = getattr(cause, "full_key", None)
+        if key:
+            return ConfigError(key, None, _first_line(cause), "correct the value")
+    return ConfigError("config", None, text.rstrip("."), "see --help")
+
+
+def _chain(error: BaseException | None) -> list[BaseException]:
+    chain: list[BaseException] = []
+    while error is not None and error not in chain:
+        chain.append(error)
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    return chain
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__

@@ -1,0 +1,265 @@
+"""`validate(cfg)`: refuse what cannot work, before data, model or W&B start, in one line that names the key.
+
+Keys and types are checked against the signatures of what the nodes configure, so that a new model or measure brings its
+own checks; only ranges and relations between groups are written out here.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import os
+import re
+import types
+import typing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from vitscope import config
+from vitscope.analyses import OURS, PROBE_KEYS, SUPPLIED, WHEN_KEYS
+from vitscope.build import DATA_HINTS
+from vitscope.errors import ConfigError, DataError, StorageError
+
+#: metrics of the validation that a checkpoint may follow
+METRICS = tuple(f"val/{name}" for name in ("loss", "nll", "accuracy", "accuracy_top5", "ece", "brier"))
+
+#: (the key's end, test, what is expected), the first match counts; numbers only
+RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+    (r"(optimizer\.lr|\.rho)", lambda v: v > 0, "greater than 0"),
+    (r"(weight_decay|mixup|cutmix|warmup_epochs|min_factor|gradient_clip_val)", lambda v: v >= 0, "at least 0"),
+    (r"label_smoothing|drop_path|dropout", lambda v: 0 <= v < 1, "in [0, 1)"),
+    (r"momentum", lambda v: 0 <= v < 1, "in [0, 1)"),
+    (r"switch_prob|random_erasing|tail", lambda v: 0 <= v <= 1, "in [0, 1]"),
+    (r"fraction", lambda v: 0 < v <= 1, "in (0, 1]"),
+    (r"max_epochs", lambda v: v == -1 or v >= 1, "at least 1 (or -1 with trainer.max_steps)"),
+    (r"max_steps", lambda v: v == -1 or v >= 1, "at least 1 (or -1 for none)"),
+    (r"(batch_size|n_images|n_batches|n_top|n_vectors|n_steps|n_directions|accumulate_grad_batches|image_size|num_classes"
+     r"|patch_size|window_size|depth|dim_head|k|n)", lambda v: v >= 1, "at least 1"),
+    (r"(seed|num_workers|every_n_epochs|split_seed)", lambda v: v >= 0, "at least 0"),
+    (r"span|rms|budget_s", lambda v: v > 0, "greater than 0"),
+)  # fmt: skip
+
+
+def validate(cfg: DictConfig) -> None:
+    """Check a composed configuration.
+
+    Raises:
+        ConfigError: naming the key, its value, why it cannot work and what to do.
+        DataError: ``data.root`` cannot be used.
+        StorageError: ``paths.runs`` cannot be written.
+    """
+    tree = _resolved(cfg)
+    for key, value in _leaves(tree):
+        _check_number(key, value)
+    for group in ("model", "data", "optimizer", "trainer"):
+        if isinstance(tree.get(group), Mapping):
+            _check_target_group(group, tree[group])
+    _check_plain_group("objective", tree.get("objective"))
+    _check_plain_group("logger", tree.get("logger"))
+    _check_analyses(tree.get("analysis") or {})
+    for name, node in (tree.get("callbacks") or {}).items():
+        _check_node(f"callbacks.{name}", node, extra=("_package_",))
+    _check_relations(tree)
+    _check_paths(tree)
+
+
+def _resolved(cfg: DictConfig) -> dict[str, Any]:
+    missing = sorted(OmegaConf.missing_keys(cfg))
+    if missing:
+        raise ConfigError(missing[0], "???", "a value is required", f"set {missing[0]}=...")
+    try:
+        return typing.cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True))
+    except OmegaConfBaseException as error:
+        key = getattr(error, "full_key", None) or "config"
+        raise ConfigError(key, None, str(error).splitlines()[0], "correct the interpolation") from None
+
+
+def _leaves(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(node, Mapping):
+        for key, value in node.items():
+            yield from _leaves(value, f"{path}.{key}" if path else str(key))
+    elif isinstance(node, list):
+        for index, value in enumerate(node):
+            yield from _leaves(value, f"{path}.{index}")
+    else:
+        yield path, node
+
+
+def _check_number(key: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(key, value, "not a finite number", "give one")
+    name = re.sub(r"\.\d+$", "", key)
+    if name.startswith("caps."):
+        return
+    for pattern, good, expected in RANGES:
+        if re.search(rf"(^|\.)({pattern})$", name):
+            if not good(value):
+                raise ConfigError(key, value, f"not {expected}", f"give a number {expected}")
+            return
+
+
+def _check_target_group(group: str, node: Mapping[str, Any]) -> None:
+    extra = {"data": DATA_HINTS, "optimizer": ("schedule",)}.get(group, ())
+    _check_node(group, node, extra=extra)
+    if group == "optimizer" and node.get("schedule"):
+        from vitscope.schedule import factor
+
+        _check_arguments(
+            "optimizer.schedule", node["schedule"], factor, supplied=("step", "steps_per_epoch", "total_epochs")
+        )
+
+
+def _check_node(path: str, node: Any, *, extra: Sequence[str] = (), supplied: Sequence[str] = ()) -> None:
+    if not isinstance(node, Mapping) or "_target_" not in node:
+        raise ConfigError(path, None, "no _target_", f"choose one of {', '.join(config.options(path.split('.')[0]))}")
+    for place, inner in config.targets(node, path):
+        target = config.resolve(inner["_target_"], place)
+        ours = (*config.RESERVED, *(extra if place == path else ()))
+        arguments = {key: value for key, value in inner.items() if key not in ours}
+        _check_arguments(place, arguments, target, supplied=supplied if place == path else ())
+
+
+def _check_arguments(
+    path: str, given: Mapping[str, Any], target: Callable[..., Any], supplied: Sequence[str] = ()
+) -> None:
+    parameters = inspect.signature(target).parameters
+    open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    names = {name for name, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    hints = _hints(target)
+    for key, value in given.items():
+        if key not in names and not open_ended:
+            raise ConfigError(f"{path}.{key}", _shown(value), "no such key", config.nearest(key, names - set(supplied)))
+        if key in hints and not _fits(value, hints[key]):
+            expected = hints[key].__name__ if isinstance(hints[key], type) else str(hints[key]).replace("typing.", "")
+            raise ConfigError(f"{path}.{key}", _shown(value), f"not of type {expected}", "correct the value")
+
+
+def _hints(target: Callable[..., Any]) -> dict[str, Any]:
+    try:
+        return typing.get_type_hints(target.__init__ if inspect.isclass(target) else target)
+    except (NameError, TypeError, AttributeError):  # annotations that need imports which are not there
+        return {}
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Tell whether a plain value may be passed where ``hint`` stands; unknown kinds of hints let everything pass."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        return any(_fits(value, option) for option in arguments)
+    if origin is Literal:
+        return value in arguments
+    if hint is None or hint is type(None):
+        return value is None
+    if isinstance(value, Mapping) and "_target_" in value:
+        return True
+    if hint is bool:
+        return isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if hint is str:
+        return isinstance(value, str)
+    if origin in (list, tuple, Sequence):
+        if not isinstance(value, list | tuple):
+            return False
+        inner = [a for a in arguments if a is not Ellipsis]
+        return not inner or (len(inner) > 1 and origin is tuple) or all(_fits(item, inner[0]) for item in value)
+    if origin in (dict, Mapping):
+        return isinstance(value, Mapping)
+    return True
+
+
+def _check_plain_group(group: str, node: Any) -> None:
+    if not isinstance(node, Mapping):
+        return
+    known = {key: value for name in config.options(group) for key, value in _file(group, name).items()}
+    for key, value in node.items():
+        if key not in known:
+            raise ConfigError(f"{group}.{key}", _shown(value), "no such key", config.nearest(key, known))
+        model = known[key]
+        if isinstance(model, float) and not isinstance(value, int | float):
+            raise ConfigError(f"{group}.{key}", _shown(value), "not a number", "give one")
+    if group == "objective":
+        from vitscope.objective import L2_FORMS
+
+        if node.get("l2") not in L2_FORMS:
+            raise ConfigError(
+                "objective.l2", node.get("l2"), "unknown form", config.nearest(str(node.get("l2")), L2_FORMS)
+            )
+
+
+def _file(group: str, name: str) -> dict[str, Any]:
+    loaded = OmegaConf.to_container(OmegaConf.load(config.folder() / group / f"{name}.yaml"))
+    return {key: value for key, value in typing.cast(dict[str, Any], loaded).items() if key != "defaults"}
+
+
+def _check_analyses(nodes: Mapping[str, Any]) -> None:
+    for name, node in nodes.items():
+        path = f"analysis.{name}"
+        _check_node(path, node, extra=OURS, supplied=("probe", *SUPPLIED))
+        for part, keys in (("probe", PROBE_KEYS), ("when", WHEN_KEYS)):
+            for key, value in (node.get(part) or {}).items():
+                if key not in keys:
+                    raise ConfigError(f"{path}.{part}.{key}", _shown(value), "no such key", config.nearest(key, keys))
+        if node.get("on_error", "warn") not in ("warn", "raise"):
+            raise ConfigError(f"{path}.on_error", node["on_error"], "unknown", "choose warn or raise")
+
+
+def _check_relations(tree: Mapping[str, Any]) -> None:
+    model, data = tree.get("model") or {}, tree.get("data") or {}
+    size = data.get("image_size")
+    for key in ("num_classes", "image_size"):
+        if key in model and key in data and model[key] is not None and model[key] != data[key]:
+            raise ConfigError(f"model.{key}", model[key], f"data.{key} is {data[key]}", "make them equal")
+    if model.get("in_chans", 3) != 3:
+        raise ConfigError("model.in_chans", model["in_chans"], "data give 3 channels", "set model.in_chans=3")
+    patch = model.get("patch_size")
+    if isinstance(patch, int) and isinstance(size, int) and size % patch:
+        good = ", ".join(str(p) for p in range(1, size // 2 + 1) if size % p == 0)
+        raise ConfigError("model.patch_size", patch, f"does not divide data.image_size={size}", f"choose from {good}")
+    _check_window(model, size)
+    checkpoint = (tree.get("callbacks") or {}).get("checkpoint") or {}
+    if checkpoint.get("monitor", METRICS[0]) not in METRICS:
+        monitor = checkpoint["monitor"]
+        raise ConfigError("callbacks.checkpoint.monitor", monitor, "no such metric", config.nearest(monitor, METRICS))
+    trainer = tree.get("trainer") or {}
+    if trainer.get("max_epochs") == -1 and trainer.get("max_steps", -1) == -1 and trainer.get("max_time") is None:
+        raise ConfigError("trainer.max_epochs", -1, "training would never end", "set trainer.max_steps")
+
+
+def _check_window(model: Mapping[str, Any], size: Any) -> None:
+    if model.get("_target_") != "vitscope.models.alternet" or model.get("pad") or not isinstance(size, int):
+        return
+    from vitscope.models.alternet import valid_window_sizes
+
+    good = valid_window_sizes(size, model.get("stem", "cifar"))
+    if model.get("window_size") not in good:
+        raise ConfigError("model.window_size", model.get("window_size"), f"does not divide the maps at data.image_size={size}",
+                          f"choose from {', '.join(map(str, good))}, or set model.pad=true")  # fmt: skip
+
+
+def _check_paths(tree: Mapping[str, Any]) -> None:
+    paths = tree.get("paths") or {}
+    if paths.get("runs") and not _writable(Path(paths["runs"])):
+        raise StorageError("paths.runs", paths["runs"], "not writable", "choose a folder that is")
+    root = (tree.get("data") or {}).get("root")
+    if root and Path(root).exists() and not os.access(root, os.R_OK | os.X_OK):
+        raise DataError("data.root", root, "not readable", "choose a folder that is")
+
+
+def _writable(path: Path) -> bool:
+    path = path.absolute()
+    while not path.exists():
+        path = path.parent
+    return path.is_dir() and os.access(path, os.W_OK | os.X_OK)
+
+
+def _shown(value: Any) -> Any:
+    return value if not isinstance(value, Mapping | list) else "..."
