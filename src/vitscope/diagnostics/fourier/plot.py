@@ -10,6 +10,8 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
+from vitscope.diagnostics.fourier.plot_branch_transfer import branch_transfer as branch_transfer
+from vitscope.diagnostics.fourier.plot_depth import MARKERS, shade_bands, shared_legend
 from vitscope.diagnostics.fourier.relative_log_amplitude import RelativeLogAmplitudeResult
 
 #: which curve to draw, by the name of its field and what stands at the axis
@@ -18,12 +20,6 @@ CURVES = {
     "size_corrected": ("log_amplitude_size_corrected", r"$\Delta$ log amplitude + ln h"),
     "first_ac": ("log_amplitude_first_ac", r"$\Delta$ log amplitude (to first AC bin)"),
 }
-
-#: grey behind attention, blue behind pooling and subsampling, as in the paper
-BANDS = {"msa": ("0.85", "MSA"), "pool": ("#cfe3f5", "pooling, subsampling")}
-
-#: one marker and one colour of the style's cycle for each kind, the same in every figure
-MARKERS = {"stem": "DC5", "conv": "sC0", "msa": "oC1", "mlp": "^C2", "pool": "vC4", "head": "XC6"}
 
 
 def relative_log_amplitude(
@@ -64,9 +60,7 @@ def relative_log_amplitude(
         shown = np.concatenate([y for result in results.values() for y in getattr(result, CURVES[curve][0])])
         shown = shown[np.isfinite(shown)] if np.isfinite(shown).any() else np.zeros(1)
         axes[0, 0].set_ylim(shown.min() - 0.3, shown.max() + 0.3)
-    handles = {label: handle for row in axes for handle, label in zip(*row[-1].get_legend_handles_labels())}
-    if handles:
-        figure.legend(handles.values(), handles.keys(), loc="outside lower right", ncols=len(handles), fontsize="small")
+    shared_legend(figure, [row[-1] for row in axes])
     return figure
 
 
@@ -86,7 +80,8 @@ def _over_frequency(figure: Figure, ax: Axes, result: RelativeLogAmplitudeResult
 
 def _over_depth(ax: Axes, result: RelativeLogAmplitudeResult, curve: str) -> None:
     y = _last(result, curve)
-    _draw_bands(ax, result)
+    areas = result.map_sizes.prod(axis=1)
+    shade_bands(ax, result.depths, result.kinds, np.append(False, areas[1:] < areas[:-1]))
     ax.plot(result.depths, y, color="0.4", linewidth=0.8, zorder=2)
     for kind in dict.fromkeys(result.kinds):
         at = np.array(result.kinds) == kind
@@ -110,16 +105,6 @@ def _label_depth(ax: Axes, curve: str) -> None:
     ax.set_xlim(-0.02, 1.02)
     ax.set_xlabel("normalised depth")
     ax.set_ylabel(CURVES[curve][1] + " at the last bin")
-
-
-def _draw_bands(ax: Axes, result: RelativeLogAmplitudeResult) -> None:
-    """Shade from the tap before to the tap after each attention, pooling or subsampling."""
-    areas = result.map_sizes.prod(axis=1)
-    for i in range(1, len(result.taps)):
-        kind = "pool" if result.kinds[i] == "pool" or areas[i] < areas[i - 1] else result.kinds[i]
-        if kind in BANDS:
-            colour, label = BANDS[kind]
-            ax.axvspan(result.depths[i - 1], result.depths[i], color=colour, linewidth=0, zorder=0, label=label)
 
 
 def _last(result: RelativeLogAmplitudeResult, curve: str) -> np.ndarray:

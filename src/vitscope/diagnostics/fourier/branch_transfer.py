@@ -1,0 +1,257 @@
+"""What each residual unit does to the spectrum: its branch's output against its branch's normalised input.
+
+The cleaner test of "attention is a low-pass filter" (PAPER.md sections 7 and 8): unlike the relative log amplitude it needs
+no constant part, compares maps of one size only, and is not diluted by the residual stream.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from vitscope.diagnostics.fourier._bootstrap import by_kind, percentiles
+from vitscope.diagnostics.fourier._spectrum import EPS, frequencies, spectrum
+from vitscope.distributed import gather_objects, world_size
+from vitscope.intervals import RunningMean, estimates
+from vitscope.models.units import Unit, reading_branches
+from vitscope.models.units import units as units_of
+from vitscope.nulls import warn_nulls
+from vitscope.probe import ObjectiveCard, Probe
+from vitscope.progress import track
+
+
+@dataclass(frozen=True)
+class BranchTransferResult:
+    """Transfer of each residual unit, in natural logarithms; NaN is null.
+
+    Tuples hold one array a unit of ``n_bins`` entries, frequency 0 first (empty for units that change the map's size).
+
+    Attributes:
+        units: (n_units) names in the order of the model.
+        kinds: (n_units) ``conv msa mlp pool``.
+        stages: (n_units,) stage numbers.
+        depths: (n_units,) normalised depth in [0, 1].
+        normalized_frequency: true frequency of each bin in units of pi.
+        transfer: mean over images of log|F(branch output)| - log|F(normalised branch input)|, each averaged over channels.
+        contrast: (n_units,) mean transfer in the highest third of the non-constant bins minus that in the lowest third;
+            negative: a low-pass filter.
+        contrast_half_width: (n_units,) half its t-interval over images.
+        replicates: (n_resamples, n_units) the contrast with images resampled, the same images for every unit.
+        kind_names: (n_kinds) the kinds with at least one contrast.
+        kind_contrast: (n_kinds,) mean contrast over the units of a kind.
+        kind_low: (n_kinds,) lower end of its bootstrap interval; images and units are resampled.
+        kind_high: (n_kinds,) upper end.
+        reference: ``none``; or ``initial``, where an initial model's values were subtracted.
+        level: coverage of the intervals.
+        seed: of the resampling.
+        n_images: number of images.
+        card: under which conditions this was measured.
+    """
+
+    units: tuple[str, ...]
+    kinds: tuple[str, ...]
+    stages: np.ndarray
+    depths: np.ndarray
+    normalized_frequency: tuple[np.ndarray, ...]
+    transfer: tuple[np.ndarray, ...]
+    contrast: np.ndarray
+    contrast_half_width: np.ndarray
+    replicates: np.ndarray
+    kind_names: tuple[str, ...]
+    kind_contrast: np.ndarray
+    kind_low: np.ndarray
+    kind_high: np.ndarray
+    reference: str
+    level: float
+    seed: int
+    n_images: int
+    card: ObjectiveCard | None = None
+
+    def scalars(self) -> dict[str, float]:
+        """Return the mean contrast of each kind and the ends of its interval."""
+        values: dict[str, float] = {}
+        for i, kind in enumerate(self.kind_names):
+            values[f"branch_transfer/contrast_{kind}"] = float(self.kind_contrast[i])
+            values[f"branch_transfer/contrast_{kind}_low"] = float(self.kind_low[i])
+            values[f"branch_transfer/contrast_{kind}_high"] = float(self.kind_high[i])
+        return values
+
+    def minus(self, initial: BranchTransferResult) -> BranchTransferResult:
+        """Return this (trained) result minus that of the same architecture at initialisation, on the same images.
+
+        Intervals are those of the paired differences: both results resampled the same images. The per-unit t-intervals
+        are replaced by half the width of the paired bootstrap intervals.
+
+        Raises:
+            ValueError: other units, another seed, or another number of images.
+        """
+        for name in ("units", "seed", "n_images", "level"):
+            if getattr(self, name) != getattr(initial, name):
+                raise ValueError(
+                    f"Expected two results of one architecture on the same images, received {name} "
+                    f"{getattr(self, name)} and {getattr(initial, name)}."
+                )
+        replicates = self.replicates - initial.replicates
+        contrast = self.contrast - initial.contrast
+        low, high = percentiles(replicates, self.level)
+        difference = replace(
+            self,
+            transfer=tuple(a - b for a, b in zip(self.transfer, initial.transfer)),
+            contrast=contrast,
+            contrast_half_width=(high - low) / 2,
+            replicates=replicates,
+            reference="initial",
+        )
+        return replace(difference, **by_kind(contrast, replicates, self.kinds, self.level, self.seed))
+
+
+def branch_transfer(
+    probe: Probe,
+    *,
+    initial: nn.Module | None = None,
+    units: Sequence[Unit] | None = None,
+    path: str = "radial",
+    level: float = 0.95,
+    n_resamples: int = 1000,
+    seed: int = 0,
+    eps: float = EPS,
+) -> BranchTransferResult:
+    """Measure what each residual unit does to the spectrum, by kind with bootstrap intervals.
+
+    Args:
+        probe: model and images.
+        initial: the same architecture at initialisation; its values on the same images are subtracted.
+        units: the residual units of the probe's model, for one that vitscope does not know.
+        path: ``radial`` (rings of the whole transform; also serves 4x4 and non-square maps) or ``diagonal``.
+        level: coverage of the intervals.
+        n_resamples: bootstrap replicates, kept as running sums: each image weighs a Poisson(1) number of times.
+        seed: of the resampling.
+        eps: added to the amplitudes before the logarithm.
+
+    Raises:
+        ValueError: a model without residual units, fewer than one replicate, or a level outside (0, 1).
+    """
+    if n_resamples < 1:
+        raise ValueError(f"Expected n_resamples to be at least 1, received {n_resamples}.")
+    found = list(units) if units is not None else units_of(probe.model)
+    result = _measured(probe, found, path, level, n_resamples, seed, eps)
+    if initial is None:
+        return result
+    start = Probe(initial, probe.batches, probe.objective, about=probe.about)
+    return result.minus(_measured(start, units_of(initial), path, level, n_resamples, seed, eps))
+
+
+def _measured(
+    probe: Probe, units: Sequence[Unit], path: str, level: float, n_resamples: int, seed: int, eps: float
+) -> BranchTransferResult:
+    sums = _Sums(len(units), path, eps, n_resamples, seed)
+    with probe.guard() as model, reading_branches(model, units, sums.read):
+        for index, (x, _) in track(probe.local_batches(), "branch transfer", -(-probe.n_batches // world_size())):
+            model(x)
+            sums.close_batch(index)
+    contrasts, *curves = estimates([sums.contrasts, *sums.curves], level)
+    sizes = [size for rank in gather_objects(sums.sizes) for size in rank.items()]
+    shape: dict[int, tuple[int, int]] = dict(sizes)
+    contrast = np.broadcast_to(contrasts.mean, len(units)).copy()
+    replicates = sums.replicates()
+    named = {
+        unit.name: _null_reason(curve.mean)
+        for i, (unit, curve) in enumerate(zip(units, curves))
+        if i in shape and not np.isfinite(contrast[i])
+    }
+    single = {"the intervals": "a single image"} if contrasts.count == 1 else {}
+    warn_nulls("branch_transfer", named | single)
+    kinds = tuple(unit.kind for unit in units)
+    return BranchTransferResult(
+        units=tuple(unit.name for unit in units),
+        kinds=kinds,
+        stages=np.array([unit.stage for unit in units]),
+        depths=np.array([unit.depth for unit in units], dtype=float),
+        normalized_frequency=tuple(
+            frequencies(shape[i], path) if i in shape else np.empty(0) for i in range(len(units))
+        ),
+        transfer=tuple(np.atleast_1d(c.mean) if i in shape else np.empty(0) for i, c in enumerate(curves)),
+        contrast=contrast,
+        contrast_half_width=np.broadcast_to(contrasts.half_width, len(units)).copy(),
+        replicates=replicates,
+        **by_kind(contrast, replicates, kinds, level, seed),
+        reference="none",
+        level=level,
+        seed=seed,
+        n_images=contrasts.count,
+        card=probe.card(solver={"path": path, "eps": eps, "n_resamples": n_resamples, "seed": seed}),
+    )
+
+
+class _Sums:
+    """What is kept between batches: sums of curves, of contrasts, and of contrasts weighted for each replicate."""
+
+    def __init__(self, n_units: int, path: str, eps: float, n_resamples: int, seed: int) -> None:
+        self.path, self.eps, self.n_resamples, self.seed = path, eps, n_resamples, seed
+        self.curves = [RunningMean() for _ in range(n_units)]
+        self.contrasts = RunningMean()
+        self.sizes: dict[int, tuple[int, int]] = {}
+        self._weighted: Tensor | None = None
+        self._inputs: dict[int, tuple[tuple[int, int], Tensor]] = {}
+        self._batch: dict[int, Tensor] = {}
+        self._n_images = 0
+
+    def read(self, index: int, unit: Any, side: str, x: Tensor) -> None:
+        """Take one branch's input or output ``(B, C, h, w)``."""
+        size = (int(x.shape[-2]), int(x.shape[-1]))
+        try:
+            logs = spectrum(x, self.path, self.eps).log_amplitude  # (B, n_bins)
+        except ValueError as error:
+            raise ValueError(f"At unit {unit.name}: {error}") from None
+        self._n_images = len(x)
+        if side == "input":
+            self._inputs[index] = size, logs
+            return
+        before = self._inputs.pop(index, None)
+        if before is not None and before[0] == size:
+            self.sizes[index] = size
+            self._batch[index] = logs - before[1]
+
+    def close_batch(self, batch: int) -> None:
+        """Add one batch's transfers to the sums."""
+        columns = []
+        for index in range(len(self.curves)):
+            transfer = self._batch.get(index)
+            if transfer is not None:
+                self.curves[index].add(transfer)
+            columns.append(_contrast(transfer, self._n_images))
+        device = next((c.device for c in columns), torch.device("cpu"))
+        contrast = torch.stack([c.to(device) for c in columns], dim=1)  # (B, n_units)
+        self.contrasts.add(contrast)
+        # a function of (seed, batch) alone, so that a trained and an initial model resample the same images
+        draws = np.random.default_rng([self.seed, batch]).poisson(1.0, (self.n_resamples, len(contrast)))
+        weights = torch.from_numpy(draws).to(contrast)  # (n_resamples, B)
+        sums = torch.cat([weights @ contrast, weights.sum(1, keepdim=True)], dim=1)
+        self._weighted = sums if self._weighted is None else self._weighted + sums
+        self._batch.clear()
+
+    def replicates(self) -> np.ndarray:
+        """Return the contrast of each replicate and unit over all ranks, ``(n_resamples, n_units)``."""
+        shares = gather_objects(None if self._weighted is None else self._weighted.cpu().numpy())
+        total = np.sum([share for share in shares if share is not None], axis=0)
+        weight = total[:, -1:]
+        return np.where(weight > 0, total[:, :-1], np.nan) / np.where(weight > 0, weight, 1.0)
+
+
+def _contrast(transfer: Tensor | None, n_images: int) -> Tensor:
+    """Return each image's mean over the highest third of the bins above 0 minus that over the lowest third."""
+    n_ac = 0 if transfer is None else transfer.shape[1] - 1
+    if transfer is None or n_ac < 2:
+        return torch.full((n_images,), float("nan"), dtype=torch.float64)
+    third = max(1, n_ac // 3)
+    return transfer[:, -third:].mean(1) - transfer[:, 1 : 1 + third].mean(1)
+
+
+def _null_reason(curve: np.ndarray) -> str:
+    finite = bool(np.isfinite(curve).all())
+    return "too small a map for two bands" if finite else "activations are not finite"
