@@ -1,0 +1,173 @@
+"""What a trained model loses when one of its parts is taken out, without retraining (Figs 10b and D.4)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from vitscope.diagnostics.lesion._lesions import Lesion, lesions
+from vitscope.diagnostics.lesion._passes import Partial, batch_by_batch, lesion_by_lesion
+from vitscope.intervals import Estimate, RunningMean, estimates
+from vitscope.models.units import Unit
+from vitscope.models.units import units as units_of
+from vitscope.nulls import warn_nulls
+from vitscope.points import BN_POLICIES
+from vitscope.probe import ObjectiveCard, Probe
+
+#: removal -> what its fields begin with
+PREFIXES = {"branch_zero": "", "conv3x3_identity": "identity_", "stage": "stage_", "head": "head_"}
+
+
+@dataclass(frozen=True)
+class LesionResult:
+    """Changes are lesioned minus whole, over the same images: a part that matters has a negative change of accuracy.
+
+    Half widths belong to 95% t-intervals over images, paired. The fields that begin with ``identity_``, ``stage_`` and
+    ``head_`` are those of the other removals, empty where not asked for or not there.
+
+    Attributes:
+        units: (n_units,) names of the removed branches (``branch_zero``), by depth.
+        kinds: (n_units,) ``conv``, ``msa``, ``mlp`` or ``pool``.
+        stages: (n_units,) from 1.
+        depths: (n_units,) from 0 to 1.
+        accuracy_change: (n_units,) in [-1, 1].
+        accuracy_half_width: (n_units,).
+        nll_change: (n_units,) nats.
+        nll_half_width: (n_units,).
+        identity_units: names of the units whose 3x3 convolution became an identity (``conv3x3_identity``).
+        identity_accuracy_change: one for each of them; the three that follow likewise.
+        identity_accuracy_half_width: see above.
+        identity_nll_change: see above.
+        identity_nll_half_width: see above.
+        stage_units: names such as ``stage 1 msa``: all branches of a kind in a stage at once.
+        stage_accuracy_change: one for each of them; the three that follow likewise.
+        stage_accuracy_half_width: see above.
+        stage_nll_change: see above.
+        stage_nll_half_width: see above.
+        head_units: names such as ``blocks.1.attn head 0``: single attention heads.
+        head_accuracy_change: one for each of them; the three that follow likewise.
+        head_accuracy_half_width: see above.
+        head_nll_change: see above.
+        head_nll_half_width: see above.
+        accuracy: of the whole model.
+        nll: of the whole model, nats.
+        n_images: images measured.
+        bn: ``eval`` or ``recalibrate``.
+        card: the conditions.
+    """
+
+    units: tuple[str, ...]
+    kinds: tuple[str, ...]
+    stages: np.ndarray
+    depths: np.ndarray
+    accuracy_change: np.ndarray
+    accuracy_half_width: np.ndarray
+    nll_change: np.ndarray
+    nll_half_width: np.ndarray
+    identity_units: tuple[str, ...]
+    identity_accuracy_change: np.ndarray
+    identity_accuracy_half_width: np.ndarray
+    identity_nll_change: np.ndarray
+    identity_nll_half_width: np.ndarray
+    stage_units: tuple[str, ...]
+    stage_accuracy_change: np.ndarray
+    stage_accuracy_half_width: np.ndarray
+    stage_nll_change: np.ndarray
+    stage_nll_half_width: np.ndarray
+    head_units: tuple[str, ...]
+    head_accuracy_change: np.ndarray
+    head_accuracy_half_width: np.ndarray
+    head_nll_change: np.ndarray
+    head_nll_half_width: np.ndarray
+    accuracy: float
+    nll: float
+    n_images: int
+    bn: str
+    card: ObjectiveCard | None = None
+
+    def scalars(self) -> dict[str, float]:
+        """Return the mean change by kind, and what the last MSA of a stage adds over the stage's others."""
+        found = {"accuracy": self.accuracy, "nll": self.nll}
+        for kind in sorted(set(self.kinds)):
+            of_kind = np.array([k == kind for k in self.kinds])
+            found[f"{kind}_accuracy_change"] = float(self.accuracy_change[of_kind].mean())
+            found[f"{kind}_nll_change"] = float(self.nll_change[of_kind].mean())
+        excess = []
+        for stage in np.unique(self.stages):
+            nll = self.nll_change[[k == "msa" and s == stage for k, s in zip(self.kinds, self.stages)]]
+            excess += [nll[-1] - nll[:-1].mean()] if len(nll) > 1 else []
+        return found | ({"stage_end_msa_nll_excess": float(np.mean(excess))} if excess else {})
+
+
+def lesion(
+    probe: Probe,
+    *,
+    removals: Sequence[str] = ("branch_zero", "conv3x3_identity", "stage"),
+    bn: str = "eval",
+    cache: bool = True,
+    units: Sequence[Unit] | None = None,
+    partial: Partial | None = None,
+) -> LesionResult:
+    """Remove one part at a time from the trained model and measure what accuracy and likelihood lose.
+
+    ``branch_zero`` lets a residual branch add nothing, shortcut and downsampling kept; ``conv3x3_identity``, the paper's
+    for ResNet, replaces the 3x3 convolution of a block by ``x[::s, ::s]``; ``stage`` removes all MSA or all MLP of a
+    stage; ``head`` single heads. Source: Park and Kim (2022), Fig 10b; PAPER.md section 7.
+
+    Args:
+        probe: model and images.
+        removals: which of the four; ``branch_zero`` is always among them.
+        bn: ``eval`` keeps BatchNorm's running statistics; ``recalibrate`` recomputes them for each lesion, and for the
+            whole model, as the average over the probe's batches.
+        cache: start each lesioned pass at the block it changes, from the activations of a whole pass. The numbers are the
+            same; off with ``recalibrate``, where the statistics before the block change as well.
+        units: the residual units, for a model that `vitscope.models.units.units` does not know.
+        partial: finished batches, see `vitscope.points`.
+
+    Raises:
+        ValueError: an unknown removal or BatchNorm policy, or a model without residual units.
+    """
+    if bn not in BN_POLICIES:
+        raise ValueError(f"Expected bn to be one of {', '.join(BN_POLICIES)}, received {bn!r}.")
+    units = list(units) if units is not None else units_of(probe.model)
+    chosen = lesions(units, ("branch_zero", *(r for r in removals if r != "branch_zero")))
+    losses, correct = RunningMean(), RunningMean()  # of each image: the whole model's value, then each change
+    with probe.guard() as model:
+        if bn == "recalibrate":
+            rows = lesion_by_lesion(probe, model, chosen)
+        else:
+            rows = batch_by_batch(probe, model, units if cache else [], chosen, partial)
+        for pair in rows:
+            for total, values in zip((losses, correct), pair):  # (1 + n_lesions, B)
+                values = torch.from_numpy(values.astype(np.float64))
+                total.add(torch.cat([values[:1], values[1:] - values[:1]]).T)
+    nll, accuracy = estimates([losses, correct])
+    shown = [c.first for c in chosen if c.removal == "branch_zero"]
+    return LesionResult(
+        **_fields(chosen, nll, accuracy),
+        kinds=tuple(unit.kind for unit in shown),
+        stages=np.array([unit.stage for unit in shown]),
+        depths=np.array([unit.depth for unit in shown]),
+        accuracy=float(accuracy.mean[0]),
+        nll=float(nll.mean[0]),
+        n_images=nll.count,
+        bn=bn,
+        card=probe.card(bn_policy=bn),
+    )
+
+
+def _fields(chosen: Sequence[Lesion], nll: Estimate, accuracy: Estimate) -> dict[str, Any]:
+    reason = "its loss is not finite"
+    warn_nulls("lesion", {f"{c.name}, {c.removal}": reason for c, x in zip(chosen, nll.mean[1:]) if not np.isfinite(x)})
+    fields: dict[str, Any] = {}
+    for removal, prefix in PREFIXES.items():
+        index = [i for i, c in enumerate(chosen, start=1) if c.removal == removal]  # 0 is the whole model
+        fields[f"{prefix}units"] = tuple(chosen[i - 1].name for i in index)
+        for name, estimate in (("accuracy", accuracy), ("nll", nll)):
+            fields[f"{prefix}{name}_change"] = estimate.mean[index]
+            fields[f"{prefix}{name}_half_width"] = estimate.half_width[index]
+    return fields

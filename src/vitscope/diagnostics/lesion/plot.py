@@ -1,0 +1,63 @@
+"""What each removed part costs, by depth."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+
+from vitscope.diagnostics.lesion.lesion import LesionResult
+
+#: value -> factor, axis label, and whether a loss is below zero
+VALUES = {"accuracy": (100.0, "Accuracy change (points)"), "nll": (1.0, "NLL change (nats)")}
+
+#: a colour for each kind of unit, the same in every figure
+COLORS = {"conv": "C0", "msa": "C1", "mlp": "C2", "pool": "C4"}
+
+
+def lesion(results: Mapping[str, LesionResult], *, value: str = "accuracy") -> Figure:
+    """Draw the change for each removed branch as a bar by depth, one panel a model (Fig 10b).
+
+    Colours tell the kind of unit, vertical lines the stages, circles the same unit's ``conv3x3_identity``. Bars are means,
+    whiskers 95% intervals over images.
+
+    Args:
+        results: one or more results by name.
+        value: ``accuracy`` or ``nll``.
+
+    Raises:
+        ValueError: an unknown value.
+    """
+    if value not in VALUES:
+        raise ValueError(f"Expected value to be one of {', '.join(VALUES)}, received {value!r}.")
+    wide = max(len(result.units) for result in results.values()) > 20
+    figure = Figure(figsize=(6.8 if wide else 3.4, 0.6 + 1.9 * len(results)), layout="constrained")
+    axes = figure.subplots(len(results), 1, squeeze=False, sharey=True)[:, 0]
+    for ax, (name, result) in zip(axes, results.items()):
+        _bars(ax, result, value)
+        ax.set(title=name, ylabel=VALUES[value][1])
+    kinds = [kind for kind in COLORS if any(kind in result.kinds for result in results.values())]
+    handles: list = [Patch(color=COLORS[kind], label={"msa": "MSA", "mlp": "MLP"}.get(kind, kind)) for kind in kinds]
+    circles = [ax.get_legend_handles_labels()[0][0] for ax in axes if ax.get_legend_handles_labels()[0]]
+    figure.legend(handles=handles + circles[:1], loc="outside upper center", ncols=4)
+    return figure
+
+
+def _bars(ax: Axes, result: LesionResult, value: str) -> None:
+    factor = VALUES[value][0]
+    x = np.arange(len(result.units))
+    change, half = (factor * getattr(result, f"{value}_{field}") for field in ("change", "half_width"))
+    half = np.nan_to_num(half)  # a single image has no interval
+    ax.bar(x, change, yerr=half, color=[COLORS[kind] for kind in result.kinds], width=0.8, error_kw={"linewidth": 0.7})
+    ax.axhline(0, color="black", linewidth=0.6)
+    for end in np.flatnonzero(np.diff(result.stages)):
+        ax.axvline(end + 0.5, color="0.8", linewidth=0.6, zorder=0)
+    if result.identity_units:
+        place = [result.units.index(name) for name in result.identity_units]
+        identity = factor * getattr(result, f"identity_{value}_change")
+        ax.plot(place, identity, "o", color="black", markerfacecolor="white", markersize=4, label="3x3 as identity")
+    ax.set_xticks(x, result.units, rotation=90, fontsize="x-small" if len(x) > 12 else "small")
+    ax.set_xlim(-0.7, len(x) - 0.3)
