@@ -1,0 +1,230 @@
+"""The axes of planes and lines: from a seed, the Hessian, the gradient, a run's checkpoints, or given as they are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from os import PathLike
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vitscope import distributed
+from vitscope.linalg.directions import (
+    Direction,
+    as_direction,
+    difference,
+    filter_parameters,
+    inner,
+    moving,
+    norm,
+    normalize,
+    orthogonalize,
+    principal_directions,
+    random_direction,
+    scale,
+)
+from vitscope.linalg.plane import set_aside
+from vitscope.probe import Probe
+
+KINDS = ("random", "eigenvectors", "pca", "gradient", "checkpoints")
+
+Checkpoints = Sequence[tuple[str, Mapping[str, Tensor]]]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where directions come from; the options that every measure of this room shares.
+
+    Attributes:
+        directions: one of `KINDS`, or directions themselves (mappings by parameter name, or flat vectors).
+        normalization: see `vitscope.linalg.directions.normalize`; None: ``filter`` for random directions and the
+            gradient, which have no scale of their own, ``none`` for the rest.
+        ignore: see `vitscope.linalg.directions.moving`; None: ``bias_bn`` for those two, nothing for the rest.
+        seed: of random directions.
+        eigenvectors: arrays or mappings by parameter name, or the path of a saved result that holds ``eigenvectors`` (k, P).
+        checkpoints: pairs of a label and a state dict.
+    """
+
+    directions: str | Sequence[Any] = "random"
+    normalization: str | None = None
+    ignore: str | Sequence[str] | None = None
+    seed: int = 0
+    eigenvectors: Sequence[Any] | np.ndarray | str | PathLike[str] | None = None
+    checkpoints: Checkpoints | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse a kind that does not exist, or one whose material is missing."""
+        if isinstance(self.directions, str) and self.directions not in KINDS:
+            raise ValueError(f"Expected directions to be one of {', '.join(KINDS)}, received {self.directions!r}.")
+        if self.directions == "eigenvectors" and self.eigenvectors is None:
+            raise ValueError("Expected eigenvectors (arrays, or a saved result's path) for this kind, received None.")
+        if self.directions in ("pca", "checkpoints") and not self.checkpoints:
+            raise ValueError(f"Expected checkpoints for directions={self.directions!r}, received none.")
+
+    @property
+    def kind(self) -> str:
+        """The kind's name; ``given`` for directions that were passed themselves."""
+        return self.directions if isinstance(self.directions, str) else "given"
+
+    @property
+    def scaling(self) -> str:
+        """The normalization in force."""
+        return self.normalization or ("filter" if self.kind in ("random", "gradient") else "none")
+
+    @property
+    def ignored(self) -> tuple[str, ...]:
+        """What stays, in force."""
+        if self.ignore is None:
+            return ("bias_bn",) if self.kind in ("random", "gradient") else ()
+        return (self.ignore,) if isinstance(self.ignore, str) else tuple(self.ignore)
+
+    def facts(self) -> dict[str, Any]:
+        """Return what the card's solver entry says of the directions."""
+        facts = {"directions": self.kind, "normalization": self.scaling, "ignore": list(self.ignored)}
+        return {**facts, "seed": self.seed} if self.kind in ("random", "gradient") else facts
+
+
+@dataclass(frozen=True)
+class Axes:
+    """A plane's two directions, and the checkpoints' places in it.
+
+    Attributes:
+        first: set aside (see `vitscope.linalg.plane.set_aside`).
+        second: on the model's device.
+        norms: (2,) Euclidean norms.
+        cosine: between the two.
+        labels: of the checkpoints, for ``pca`` and ``checkpoints``.
+        path: (n_checkpoints, 2) their coordinates, orthogonally projected.
+        projection_error: (n_checkpoints,) distance from the plane over distance from the centre.
+    """
+
+    first: Direction
+    second: Direction
+    norms: np.ndarray
+    cosine: float
+    labels: tuple[str, ...] = ()
+    path: np.ndarray = field(default_factory=lambda: np.empty((0, 2)))
+    projection_error: np.ndarray = field(default_factory=lambda: np.empty(0))
+
+
+def plane_axes(probe: Probe, source: Source) -> Axes:
+    """Return the two axes of a plane through the probe's weights.
+
+    Raises:
+        ValueError: directions that do not fit the model, fewer than two of them, or parallel ones.
+    """
+    differences: list[Direction] = []
+    if source.kind in ("pca", "checkpoints"):
+        differences = [difference(state, probe.parameters(), label) for label, state in source.checkpoints or ()]
+    if source.kind == "pca":
+        first, second = (_reaching(d, differences) for d in principal_directions(differences)[0])
+        first, second = (_scaled(probe, source, d) for d in (first, second))
+    else:
+        first = set_aside(direction(probe, source, 0, differences))
+        second = direction(probe, source, 1, differences, other=first)
+    norms, product = np.array([norm(first), norm(second)]), inner(first, second)
+    cosine = product / norms.prod() if norms.prod() else float("nan")
+    if not abs(cosine) < 1 - 1e-9:
+        raise ValueError(f"Expected two directions that span a plane, received a cosine of {cosine:.12g}.")
+    labels = tuple(label for label, _ in source.checkpoints or ()) if differences else ()
+    path, errors = _projected(differences, first, second)
+    return Axes(set_aside(first) if source.kind == "pca" else first, second, norms, cosine, labels, path, errors)
+
+
+def direction(
+    probe: Probe, source: Source, index: int, differences: Sequence[Direction] = (), other: Direction | None = None
+) -> Direction:
+    """Return the source's direction number ``index``, scaled, on the model's device.
+
+    Args:
+        probe: whose weights it starts from.
+        source: the options.
+        index: 0 for a line or a plane's first axis.
+        differences: of the checkpoints from the weights, for ``checkpoints`` and ``pca``.
+        other: the plane's first axis, against which the second of ``gradient`` is made orthogonal.
+
+    Raises:
+        ValueError: there are not so many directions.
+    """
+    parameters = probe.parameters()
+    if source.kind == "random":
+        drawn = random_direction(moving(parameters, source.ignored), source.seed, index)
+        return normalize(drawn, parameters, source.scaling, filter_parameters(probe.model))
+    if source.kind == "gradient":
+        if index == 0:
+            found = objective_gradient(probe)
+            return _scaled(probe, source, scale(found, 1 / max(norm(found), 1e-300)))
+        found = _scaled(probe, source, random_direction(parameters, source.seed, index))
+        found = orthogonalize(found, other) if other else found
+        return scale(found, norm(other) / norm(found)) if other and source.scaling == "none" else found
+    given = _given(source, differences)
+    if index >= len(given):
+        raise ValueError(f"Expected at least {index + 1} directions from {source.kind!r}, received {len(given)}.")
+    return _scaled(probe, source, as_direction(given[index], parameters))
+
+
+def objective_gradient(probe: Probe) -> Direction:
+    """Return the gradient of the objective (L2 term included) over all batches, in the model's precision.
+
+    Raises:
+        ValueError: see `Probe.guard`; or a gradient that is not finite.
+    """
+    with probe.guard(second_order=True) as model:
+        parameters = probe.parameters()
+        names, leaves = list(parameters), list(parameters.values())
+        total = [torch.zeros_like(p, dtype=torch.float64) for p in leaves]
+        for _, (x, y) in probe.local_batches():
+            loss = probe.objective.data_loss(model(x), y, "sum") / probe.n_images
+            for t, g in zip(total, torch.autograd.grad(loss, leaves, materialize_grads=True)):
+                t.add_(g)
+        total = [distributed.all_reduce_sum(t) for t in total]
+        l2 = probe.objective.l2_term(dict(model.named_parameters()))
+        if l2.requires_grad:
+            for t, g in zip(total, torch.autograd.grad(l2, leaves, materialize_grads=True)):
+                t.add_(g)
+    found = {name: t.to(dtype=probe.dtype) for name, t in zip(names, total)}
+    if not np.isfinite(size := norm(found)) or size == 0:
+        raise ValueError(f"Expected a finite gradient that is not zero, received one of norm {size}.")
+    return found
+
+
+def _given(source: Source, differences: Sequence[Direction]) -> Sequence[Any] | np.ndarray:
+    if source.kind == "checkpoints":
+        return differences
+    if source.kind == "pca":
+        return [_reaching(d, differences) for d in principal_directions(differences)[0]]
+    if source.kind == "given":
+        return source.directions
+    if isinstance(source.eigenvectors, str | PathLike):
+        with np.load(source.eigenvectors, allow_pickle=False) as archive:
+            if "eigenvectors" not in archive.files:
+                raise ValueError(f"Expected {source.eigenvectors} to hold 'eigenvectors', received {archive.files}.")
+            return archive["eigenvectors"]
+    assert source.eigenvectors is not None
+    return source.eigenvectors
+
+
+def _scaled(probe: Probe, source: Source, found: Direction) -> Direction:
+    if source.ignored:
+        kept = moving(probe.parameters(), source.ignored)
+        found = {name: d for name, d in found.items() if name in kept}
+    return normalize(found, probe.parameters(), source.scaling, filter_parameters(probe.model))
+
+
+def _reaching(unit: Direction, differences: Sequence[Direction]) -> Direction:
+    """Lengthen a unit direction so that the farthest checkpoint's coordinate is 1 or -1."""
+    return scale(unit, max(abs(inner(d, unit)) for d in differences))
+
+
+def _projected(differences: Sequence[Direction], first: Direction, second: Direction) -> tuple[np.ndarray, np.ndarray]:
+    gram = np.array([[inner(a, b) for b in (first, second)] for a in (first, second)])
+    path, errors = np.zeros((len(differences), 2)), np.zeros(len(differences))
+    for row, d in enumerate(differences):
+        products = np.array([inner(d, first), inner(d, second)])
+        path[row] = np.linalg.solve(gram, products)
+        square = inner(d, d)
+        errors[row] = np.sqrt(max(0.0, 1 - path[row] @ products / square)) if square > 0 else 0.0
+    return path, errors

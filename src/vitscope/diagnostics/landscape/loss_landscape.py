@@ -1,0 +1,218 @@
+"""The loss over a plane of weight space around a model (Li et al., NeurIPS 2018; Park & Kim, ICLR 2022, Fig 1a)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from os import PathLike
+from typing import Any
+
+import numpy as np
+import torch
+
+from vitscope.diagnostics.landscape._axes import Axes, Checkpoints, Source, plane_axes
+from vitscope.linalg.directions import OFFICIAL_IGNORE
+from vitscope.linalg.plane import SquaredNorms, squared_norms, walked
+from vitscope.points import Partial, Row, as_dtype, rows, standing
+from vitscope.probe import ObjectiveCard, Probe
+
+PRESETS = ("official",)
+
+
+@dataclass(frozen=True)
+class LossLandscapeResult:
+    """What was found at each point of the plane ``w + x * d1 + y * d2``.
+
+    Attributes:
+        x: (n,) coordinates along the first direction, in units of that direction.
+        y: (n,) coordinates along the second.
+        nll: (n, n) mean cross entropy in nats, first index x; not finite where the model is not.
+        l2_half_sq: (n, n) wd/2 * the sum of squares of all parameters, tied ones once.
+        l2_sum_norm: (n, n) wd * the sum of the tensors' norms (the released code's L2).
+        accuracy: (n, n) share of images classified correctly.
+        ece: (n, n) expected calibration error, ten bins.
+        directions: ``random``, ``eigenvectors``, ``pca``, ``gradient``, ``checkpoints`` or ``given``.
+        normalization: of the directions.
+        preset: ``official`` where the released code's settings were asked for, else empty.
+        direction_norms: (2,) Euclidean norms of the directions.
+        direction_cosine: between them.
+        weight_norm: Euclidean norm of all parameters at the centre.
+        n_nonfinite: the number of points whose nll is NaN or infinite.
+        dtype_error: largest absolute difference in nll (nats) that the reduced precision made, over the centre and the
+            four corners; None in full precision.
+        labels: of the checkpoints, for ``pca`` and ``checkpoints``.
+        path: (n_checkpoints, 2) coordinates of the checkpoints, projected on the plane.
+        projection_error: (n_checkpoints,) distance from the plane over distance from the centre.
+        card: the objective card.
+    """
+
+    x: np.ndarray
+    y: np.ndarray
+    nll: np.ndarray
+    l2_half_sq: np.ndarray
+    l2_sum_norm: np.ndarray
+    accuracy: np.ndarray
+    ece: np.ndarray
+    directions: str
+    normalization: str
+    preset: str
+    direction_norms: np.ndarray
+    direction_cosine: float
+    weight_norm: float
+    n_nonfinite: int
+    dtype_error: float | None
+    labels: tuple[str, ...]
+    path: np.ndarray
+    projection_error: np.ndarray
+    card: ObjectiveCard | None = None
+
+    def minimum(self) -> tuple[float, float, float]:
+        """Return x, y and nll of the lowest finite point; NaN where there is none."""
+        if self.n_nonfinite == self.nll.size:
+            return float("nan"), float("nan"), float("nan")
+        finite = np.where(np.isfinite(self.nll), self.nll, np.inf)
+        i, j = np.unravel_index(finite.argmin(), finite.shape)
+        return float(self.x[i]), float(self.y[j]), float(self.nll[i, j])
+
+    def scalars(self) -> dict[str, float]:
+        """Return the headline numbers: the lowest point, the rise at the border, points that are not finite."""
+        x, y, lowest = self.minimum()
+        border = np.concatenate([self.nll[0], self.nll[-1], self.nll[1:-1, 0], self.nll[1:-1, -1]])
+        border = border[np.isfinite(border)]
+        found = {
+            "nll_minimum": lowest,
+            "minimum_distance": float(np.hypot(x, y)),
+            "nll_rise_at_border": float(border.mean() - lowest) if border.size else float("nan"),
+            "nonfinite_points": float(self.n_nonfinite),
+        }
+        i, j = np.abs(self.x).argmin(), np.abs(self.y).argmin()
+        if self.x[i] == 0 and self.y[j] == 0:
+            found |= {"nll_center": float(self.nll[i, j]), "accuracy_center": float(self.accuracy[i, j])}
+        return found
+
+
+def loss_landscape(
+    probe: Probe,
+    *,
+    directions: str | Sequence[Any] = "random",
+    normalization: str | None = None,
+    ignore: str | Sequence[str] | None = None,
+    span: float = 1.0,
+    n: int = 21,
+    seed: int = 0,
+    bn: str = "eval",
+    dtype: str | torch.dtype | None = None,
+    preset: str | None = None,
+    eigenvectors: Sequence[Any] | np.ndarray | str | PathLike[str] | None = None,
+    checkpoints: Checkpoints | None = None,
+    partial: Partial | None = None,
+) -> LossLandscapeResult:
+    """Measure a model at the points of a plane through its weights, in place.
+
+    The weights move; buffers do not. Memory: the model and two sets of tensors of its size. Weights and buffers are back
+    bit for bit afterwards, also after an exception or a termination.
+
+    Args:
+        probe: the model, its frozen batches, and the objective whose factor scales the L2 surfaces.
+        directions: ``random`` (seeded, shared by models with equal names and shapes); ``eigenvectors``; ``pca`` of the
+            ``checkpoints`` about the model's weights, scaled so that the farthest coordinate is 1; ``gradient`` of the
+            objective (uphill; unit length before normalization) and a random direction orthogonal to it; ``checkpoints``:
+            the ways to the first two (x = 1 is the first one's weights); or two directions themselves.
+        normalization: ``filter`` (Li et al., section 4), ``filter_official``, ``layer`` or ``none``; by default ``filter``
+            for random directions and the gradient, ``none`` for the rest.
+        ignore: what stays: ``bias_bn`` (one-dimensional parameters and position tables; the default for random directions
+            and the gradient), ``one_dim``, ``positions``, or regular expressions on names; an empty list moves everything.
+        span: half the side of the square, in units of the directions.
+        n: points on a side; the centre is one of them where n is odd.
+        seed: of random directions.
+        bn: ``eval`` for BatchNorm's running statistics, ``recalibrate`` to recompute them at each point.
+        dtype: ``bfloat16`` runs the forward passes under autocast (the result states the error); ``float64`` casts the model.
+        preset: ``official``: the released code's directions (``filter_official``, position tables and one-dimensional
+            parameters ignored); with the default span and n its grid; its surface is ``nll + l2_sum_norm``. That code drew
+            augmentations anew at each point and moved some buffers; here both stay.
+        eigenvectors: arrays or mappings by parameter name, or the path of a saved result that holds them.
+        checkpoints: pairs of a label and a state dict.
+        partial: finished points, by coordinates; new ones are stored as soon as they are measured.
+
+    Raises:
+        ValueError: an unknown option, too few points, or directions that do not fit the model or do not span a plane.
+    """
+    if preset is not None:
+        if preset not in PRESETS:
+            raise ValueError(f"Expected preset to be one of {', '.join(PRESETS)}, received {preset!r}.")
+        directions, normalization, ignore = "random", "filter_official", OFFICIAL_IGNORE
+    if n < 2 or not 0 < span < float("inf"):
+        raise ValueError(f"Expected n of at least 2 and a positive span, received n={n} and span={span}.")
+    kind = as_dtype(dtype)
+    source = Source(directions, normalization, ignore, seed, eigenvectors, checkpoints)
+    axes = plane_axes(probe, source)
+    side = np.linspace(-span, span, n)
+    norms = squared_norms(dict(probe.model.named_parameters()), axes.first, axes.second)
+    points = [(float(a), float(b)) for a in side for b in side]
+    found = _measure(probe, axes, points, kind, bn, partial)
+    grids = {key: np.array([row[key] for row in found]).reshape(n, n) for key in ("nll", "accuracy", "ece")}
+    facts = {**source.facts(), "span": span, "n": n, "preset": preset}
+    return LossLandscapeResult(
+        x=side,
+        y=side.copy(),
+        **grids,
+        **_l2(norms, probe.objective.weight_decay, side),
+        directions=source.kind,
+        normalization=source.scaling,
+        preset=preset or "",
+        direction_norms=axes.norms,
+        direction_cosine=axes.cosine,
+        weight_norm=float(np.sqrt(norms.at(np.zeros(()), np.zeros(())).sum())),
+        n_nonfinite=int((~np.isfinite(grids["nll"])).sum()),
+        dtype_error=_dtype_error(probe, axes, span, kind, bn, partial),
+        labels=axes.labels,
+        path=axes.path,
+        projection_error=axes.projection_error,
+        card=probe.card(bn_policy=bn, solver=facts, **({"dtype": str(kind).removeprefix("torch.")} if kind else {})),
+    )
+
+
+def _measure(
+    probe: Probe,
+    axes: Axes,
+    points: Sequence[tuple[float, float]],
+    dtype: torch.dtype | None,
+    bn: str,
+    partial: Partial | None,
+    prefix: str = "",
+) -> list[Row]:
+    with (
+        standing(probe, dtype=dtype, bn=bn) as (_, here),
+        walked(probe.parameters(), axes.first, axes.second) as move,
+    ):
+
+        def compute(point: tuple[float, float]) -> Row:
+            move(*point)
+            return here()
+
+        def name(point: tuple[float, float]) -> str:
+            return f"{prefix}{point[0]!r},{point[1]!r}"
+
+        return rows(points, compute, name=name, partial=partial, description="loss landscape")
+
+
+def _dtype_error(
+    probe: Probe, axes: Axes, span: float, dtype: torch.dtype | None, bn: str, partial: Partial | None
+) -> float | None:
+    """Return the largest difference in nll between reduced and full precision over the centre and the corners."""
+    if dtype not in (torch.bfloat16, torch.float16):
+        return None
+    points = [(0.0, 0.0), *((a, b) for a in (-span, span) for b in (-span, span))]
+    full = _measure(probe, axes, points, None, bn, partial, "full precision ")
+    reduced = _measure(probe, axes, points, dtype, bn, partial)
+    pairs = np.array([(f["nll"], r["nll"]) for f, r in zip(full, reduced)])
+    pairs = pairs[np.isfinite(pairs).all(axis=1)]
+    return float(np.abs(pairs[:, 0] - pairs[:, 1]).max()) if len(pairs) else float("nan")
+
+
+def _l2(norms: SquaredNorms, weight_decay: float, side: np.ndarray) -> Mapping[str, np.ndarray]:
+    a, b = side[:, None], side[None, :]
+    return {
+        "l2_half_sq": norms.half_sq(weight_decay, a, b),
+        "l2_sum_norm": norms.sum_norm(weight_decay, a, b),
+    }

@@ -1,0 +1,94 @@
+"""Figures of curves along lines."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import plotly.graph_objects as go
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from vitscope.diagnostics.landscape.loss_slice import LossSliceResult
+
+LABELS = {
+    "nll": "NLL (nats)",
+    "l2_half_sq": "½ wd Σ‖w‖² (nats)",
+    "l2_sum_norm": "wd Σ‖w‖ (nats)",
+    "accuracy": "accuracy",
+    "ece": "ECE",
+}
+
+
+def loss_slice(results: Mapping[str, LossSliceResult], *, value: str = "nll", log: bool | None = None) -> Figure:
+    """Draw the mean curve of each result, with every direction's own curve and the 95% interval of the mean as a band.
+
+    Crosses on the x axis mark coordinates where a point is not finite; the legend counts them.
+
+    Args:
+        results: by the name in the legend.
+        value: ``nll``, ``l2_half_sq``, ``l2_sum_norm``, ``accuracy`` or ``ece``.
+        log: a logarithmic axis; by default for NLLs that span more than a ratio of 20.
+
+    Raises:
+        ValueError: an unknown value.
+    """
+    if value not in LABELS:
+        raise ValueError(f"Expected value to be one of {', '.join(LABELS)}, received {value!r}.")
+    figure = Figure(figsize=(3.4, 2.5))
+    axes = figure.add_subplot()
+    for index, (name, result) in enumerate(results.items()):
+        curve, color = getattr(result, value), f"C{index}"
+        count = f" ({result.n_nonfinite} points not finite)" if result.n_nonfinite else ""
+        axes.plot(
+            result.x, np.where(np.isfinite(curve), curve, np.nan), color=color, label=f"{name}{count}" or None, zorder=3
+        )
+        if value in ("nll", "accuracy") and len(result.nll_by_direction) > 1:
+            for own in getattr(result, f"{value}_by_direction"):
+                axes.plot(result.x, np.where(np.isfinite(own), own, np.nan), color=color, linewidth=0.4, alpha=0.5)
+        if value == "nll" and len(result.nll_by_direction) > 1:
+            axes.fill_between(result.x, result.nll_low, result.nll_high, color=color, alpha=0.2, linewidth=0)
+        broken = ~np.isfinite(result.nll_by_direction).all(axis=0)
+        axes.plot(
+            result.x[broken],
+            np.zeros(broken.sum()),
+            "x",
+            color=color,
+            transform=axes.get_xaxis_transform(),
+            clip_on=False,
+        )
+    axes.xaxis.set_major_locator(MaxNLocator(5))
+    axes.set(xlabel="x (in units of the direction)", ylabel=LABELS[value])
+    if log or (log is None and value == "nll" and _wide(results)):
+        axes.set_yscale("log")
+        lowest = min(np.nanmin(np.where(r.nll_by_direction > 0, r.nll_by_direction, np.nan)) for r in results.values())
+        axes.set_ylim(bottom=0.8 * lowest)  # an interval may reach below zero
+    if any(label for label in results) or any(r.n_nonfinite for r in results.values()):
+        axes.legend()
+    return figure
+
+
+def plotly_loss_slice(results: Mapping[str, LossSliceResult]) -> go.Figure:
+    """Return the mean curves as an interactive figure, hover showing all measured values."""
+    figure = go.Figure()
+    for name, result in results.items():
+        rest = np.stack([result.accuracy, result.ece, result.l2_half_sq, result.l2_sum_norm], axis=1)
+        figure.add_trace(
+            go.Scatter(
+                x=result.x,
+                y=result.nll,
+                name=name,
+                mode="lines+markers",
+                customdata=rest,
+                hovertemplate="x %{x:.3g}<br>NLL %{y:.4g}<br>accuracy %{customdata[0]:.3f}<br>ECE %{customdata[1]:.3f}"
+                "<br>½ wd Σ‖w‖² %{customdata[2]:.4g}<br>wd Σ‖w‖ %{customdata[3]:.4g}",
+            )
+        )
+    figure.update_layout(xaxis_title="x (in units of the direction)", yaxis_title=LABELS["nll"])
+    return figure
+
+
+def _wide(results: Mapping[str, LossSliceResult]) -> bool:
+    values = np.concatenate([r.nll_by_direction.ravel() for r in results.values()])
+    values = values[np.isfinite(values) & (values > 0)]
+    return bool(values.size and values.max() / values.min() > 20)

@@ -1,0 +1,243 @@
+"""Directions in weight space: random ones with shared seeds, their scaling, and planes through checkpoints.
+
+A direction maps parameter names to tensors of the parameters' shapes; a parameter that it does not name stays where it is.
+Directions cover parameters only, never buffers, and of those the ones that require gradients.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+Direction = dict[str, Tensor]
+
+NORMALIZATIONS = ("filter", "filter_official", "layer", "none")
+
+#: names of position tables (learned position embeddings, relative position biases) in timm, torchvision and vitscope
+POSITION_TABLES = r"pos_?emb|position_(emb|bias)|rel_pos|relative_position|absolute_pos"
+
+#: the ones that the released code of Park & Kim leaves where they are
+OFFICIAL_IGNORE = ("one_dim", "pos_embed|relative_position")
+
+
+def random_direction(parameters: Mapping[str, Tensor], seed: int, index: int = 0) -> Direction:
+    """Return a direction of independent standard normal entries.
+
+    Each tensor's numbers depend on ``(seed, index, name)`` alone, are drawn on the CPU in float32 and then cast: models that
+    share a parameter's name and shape share its numbers, on every device and in every precision.
+
+    Args:
+        parameters: what the direction covers, by name.
+        seed: of the measurement.
+        index: which of the seed's directions.
+    """
+    drawn = {}
+    for name, p in parameters.items():
+        digest = hashlib.sha256(f"{seed}/{index}/{name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+        drawn[name] = torch.randn(p.shape, generator=generator, dtype=torch.float32).to(p)
+    return drawn
+
+
+def moving(parameters: Mapping[str, Tensor], ignore: str | Sequence[str] = "bias_bn") -> dict[str, Tensor]:
+    """Return the parameters that a random direction moves.
+
+    Args:
+        parameters: the candidates, by name.
+        ignore: what stays: ``bias_bn`` (parameters with fewer than two dimensions, and position tables), its two parts
+            ``one_dim`` and ``positions``, or regular expressions searched in the names; an empty sequence moves everything.
+
+    Raises:
+        ValueError: an expression that does not compile, or nothing left to move.
+    """
+    words = {"bias_bn": ("one_dim", "positions"), "": ()}
+    entries = [ignore] if isinstance(ignore, str) else list(ignore)
+    flat = [word for entry in entries for word in words.get(entry, (entry,))]
+    one_dim = "one_dim" in flat
+    patterns = [POSITION_TABLES if word == "positions" else word for word in flat if word != "one_dim"]
+    try:
+        stays = [re.compile(pattern) for pattern in patterns]
+    except re.error as error:
+        raise ValueError(
+            f"Expected ignore to hold words or regular expressions, received {ignore!r}: {error}."
+        ) from None
+    left = {
+        name: p
+        for name, p in parameters.items()
+        if not (one_dim and p.ndim < 2) and not any(pattern.search(name) for pattern in stays)
+    }
+    if not left:
+        raise ValueError(f"Expected a parameter to move, received ignore={ignore!r} that leaves none.")
+    return left
+
+
+def filter_parameters(model: nn.Module) -> set[str]:
+    """Return the names of the parameters whose rows of dimension 0 are filters.
+
+    These are the weights of linear layers and convolutions (grouped and depthwise ones too) and the in-projections of
+    ``nn.MultiheadAttention``. Tied parameters go by their first name, as in ``named_parameters``.
+    """
+    identities = set()
+    for module in model.modules():
+        if isinstance(module, nn.Linear) or (isinstance(module, nn.modules.conv._ConvNd) and not module.transposed):
+            identities.add(id(module.weight))
+        elif isinstance(module, nn.MultiheadAttention):
+            weights = module.in_proj_weight, module.q_proj_weight, module.k_proj_weight, module.v_proj_weight
+            identities.update(id(weight) for weight in weights if weight is not None)
+    return {name for name, p in model.named_parameters() if id(p) in identities}
+
+
+def normalize(
+    direction: Direction, parameters: Mapping[str, Tensor], normalization: str, filters: Iterable[str] = ()
+) -> Direction:
+    """Scale ``direction`` in place to the weights' own scale, and return it.
+
+    - ``filter`` (Li et al., NeurIPS 2018, section 4): each filter, a row of dimension 0 of the parameters named in
+      ``filters``, gets the norm of the weights' filter; any other tensor gets the norm of the weight tensor.
+    - ``filter_official`` (Park & Kim, released code): ``d * norm(w) / (norm(d) + 1e-7)`` with norms *over* dimension 0,
+      so per input column and not per filter.
+    - ``layer``: each tensor gets the norm of the weight tensor.
+    - ``none``: left as it is.
+
+    Norms are accumulated in float64; a filter whose weights are zero does not move.
+
+    Raises:
+        ValueError: an unknown normalization.
+    """
+    if normalization not in NORMALIZATIONS:
+        raise ValueError(
+            f"Expected normalization to be one of {', '.join(NORMALIZATIONS)}, received {normalization!r}."
+        )
+    filters = set(filters)
+    for name, d in direction.items() if normalization != "none" else ():
+        w = parameters[name].detach()
+        if normalization == "filter_official":
+            scale = _norms(w, (0,)) / (_norms(d, (0,)) + 1e-7)
+        else:
+            rows = normalization == "filter" and name in filters
+            over = tuple(range(1, d.ndim)) if rows else tuple(range(d.ndim))
+            scale = (_norms(w, over) / _norms(d, over)).nan_to_num(0.0, posinf=0.0)
+        d.mul_(scale.to(d.dtype))
+    return direction
+
+
+def _norms(tensor: Tensor, over: tuple[int, ...]) -> Tensor:
+    if tensor.ndim == 0:
+        return tensor.double().abs()
+    return torch.linalg.vector_norm(tensor, dim=over, keepdim=True, dtype=torch.float64)
+
+
+def inner(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
+    """Return the inner product of two directions, accumulated in float64."""
+    return float(
+        sum(float(torch.sum(a[name].double() * b[name].to(a[name].device).double())) for name in a if name in b)
+    )
+
+
+def norm(direction: Mapping[str, Tensor]) -> float:
+    """Return the Euclidean norm of a direction."""
+    return inner(direction, direction) ** 0.5
+
+
+def scale(direction: Direction, factor: float) -> Direction:
+    """Multiply a direction in place, and return it."""
+    for d in direction.values():
+        d.mul_(factor)
+    return direction
+
+
+def orthogonalize(direction: Direction, against: Mapping[str, Tensor]) -> Direction:
+    """Subtract the component along ``against`` in place, and return the direction (twice, for rounding)."""
+    square = inner(against, against)
+    for _ in range(2 if square > 0 else 0):
+        factor = inner(direction, against) / square
+        for name in direction:
+            if name in against:
+                direction[name].sub_(against[name].to(direction[name].device), alpha=factor)
+    return direction
+
+
+def as_direction(given: object, parameters: Mapping[str, Tensor]) -> Direction:
+    """Return a copy of ``given`` as a direction: a mapping by parameter name, or one flat vector.
+
+    Args:
+        given: a mapping from parameter names to arrays or tensors, or a vector ``(P,)`` over all of ``parameters`` in order.
+        parameters: the trainable parameters, by name.
+
+    Raises:
+        ValueError: a name that the model lacks, or a shape that does not fit.
+    """
+    if isinstance(given, Mapping):
+        if unknown := [name for name in given if name not in parameters]:
+            raise ValueError(f"Expected directions of the model's trainable parameters, received {unknown[0]!r}.")
+        pieces = {str(name): torch.as_tensor(value) for name, value in given.items()}
+    else:
+        flat = torch.as_tensor(given)
+        total = sum(p.numel() for p in parameters.values())
+        if flat.numel() != total:
+            raise ValueError(f"Expected a direction with {total} entries, received {flat.numel()}.")
+        parts = flat.flatten().split([p.numel() for p in parameters.values()])
+        pieces = {name: part.reshape(p.shape) for (name, p), part in zip(parameters.items(), parts)}
+    for name, piece in pieces.items():
+        if piece.shape != parameters[name].shape:
+            expected, received = tuple(parameters[name].shape), tuple(piece.shape)
+            raise ValueError(f"Expected the direction of {name!r} with shape {expected}, received {received}.")
+    # into a tensor laid out like the parameter: a copy, so that scaling it leaves the caller's alone
+    return {name: torch.empty_like(parameters[name]).detach().copy_(piece) for name, piece in pieces.items()}
+
+
+def difference(state: Mapping[str, Tensor], parameters: Mapping[str, Tensor], label: str = "checkpoint") -> Direction:
+    """Return ``state - parameters``: the direction that leads from the parameters to a checkpoint.
+
+    Raises:
+        ValueError: a parameter that the checkpoint lacks, or of another shape.
+    """
+    for name, p in parameters.items():
+        if name not in state:
+            raise ValueError(f"Expected parameter {name!r} in checkpoint {label!r}, received none: is it this model's?")
+        if state[name].shape != p.shape:
+            raise ValueError(
+                f"Expected {name!r} of shape {tuple(p.shape)} in checkpoint {label!r}, received {tuple(state[name].shape)}."
+            )
+    return {name: state[name].to(p) - p.detach() for name, p in parameters.items()}
+
+
+def principal_directions(differences: Sequence[Mapping[str, Tensor]], k: int = 2) -> tuple[list[Direction], np.ndarray]:
+    """Return the k principal directions of differences from one point, and all squared singular values.
+
+    The singular value decomposition of the matrix of differences, without subtracting their mean (Li et al., NeurIPS 2018,
+    section 7: the plane passes through the final weights), by way of the Gram matrix in float64. Directions have unit
+    norm; the first difference projects on them with positive sign.
+
+    Args:
+        differences: ``checkpoint - final weights`` of each checkpoint.
+        k: how many directions.
+
+    Raises:
+        ValueError: fewer than k differences that are linearly independent.
+    """
+    size = len(differences)
+    gram = np.array([[inner(differences[max(i, j)], differences[min(i, j)]) for j in range(size)] for i in range(size)])
+    squares, vectors = np.linalg.eigh(gram)
+    squares, vectors = np.maximum(squares[::-1], 0.0), vectors[:, ::-1]
+    independent = int((squares > 1e-12 * max(squares.max(initial=0.0), 1e-300)).sum())
+    if independent < k:
+        raise ValueError(
+            f"Expected at least {k} checkpoints that differ from the final weights in independent ways, "
+            f"received {independent}."
+        )
+    found = []
+    for column in range(k):
+        weights = vectors[:, column] / np.sqrt(squares[column])
+        weights = weights if weights[0] >= 0 else -weights  # the first difference's coordinate has its sign
+        total = {name: torch.zeros_like(d) for name, d in differences[0].items()}
+        for weight, difference_ in zip(weights, differences):
+            for name, d in difference_.items():
+                total[name].add_(d, alpha=float(weight))
+        found.append(total)
+    return found, squares

@@ -1,0 +1,141 @@
+"""Walking through a plane or along a line of weight space in place, without a second model.
+
+Beside the model itself two sets of tensors of the weights' size take memory on its device: the row of the plane that is
+being walked, and the second direction. The weights to go back to and the first direction are set aside: in host memory for
+an accelerator, in an unlinked temporary file (mapped, so that the system may drop its pages) for the CPU.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Move = Callable[[float, float], None]
+
+
+def set_aside(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return copies that take none of the device's memory (see the module); on a full disk, copies in memory."""
+    tensors = {name: t.detach() for name, t in tensors.items()}
+    if any(t.device.type != "cpu" for t in tensors.values()):
+        return {name: t.to("cpu", copy=True) for name, t in tensors.items()}
+    try:
+        return _mapped(tensors)
+    except OSError:
+        return {name: t.clone() for name, t in tensors.items()}
+
+
+def _mapped(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    with tempfile.TemporaryFile(prefix="vitscope-") as file:
+        for t in tensors.values():
+            t.contiguous().flatten().view(torch.uint8).numpy().tofile(file)
+        file.flush()
+        total = sum(t.numel() * t.element_size() for t in tensors.values())
+        if total == 0:
+            return {name: t.clone() for name, t in tensors.items()}
+        # copy-on-write: a writable array (torch warns of others) that never reaches the file
+        content = torch.from_numpy(np.memmap(file, dtype=np.uint8, mode="c", shape=(total,)))
+    kept, start = {}, 0
+    for name, t in tensors.items():
+        piece = content[start : start + t.numel() * t.element_size()]
+        start += piece.numel()
+        # a type wider than its offset is a multiple of cannot be a view
+        aligned = piece if piece.storage_offset() % t.element_size() == 0 else piece.clone()
+        kept[name] = aligned.view(t.dtype).reshape(t.shape)
+    return kept
+
+
+@contextmanager
+def walked(
+    parameters: Mapping[str, Tensor], first: Mapping[str, Tensor] | None, second: Mapping[str, Tensor]
+) -> Iterator[Move]:
+    """Yield ``move(a, b)``, which sets the parameters to ``w + a * first + b * second`` in place.
+
+    ``w`` are the weights on entry; on exit, also after an exception, they are back bit for bit. Every point is computed from
+    ``w`` afresh, so its weights do not depend on the points visited before. Moves that keep ``a`` cost one pass over the weights.
+
+    Args:
+        parameters: by name; those in neither direction are not touched.
+        first: the first direction, None for a line (a is then not used); pass it `set_aside` to save memory.
+        second: the second direction, or the line's.
+    """
+    names = [name for name in parameters if name in second or (first is not None and name in first)]
+    weights = [parameters[name].detach() for name in names]
+    row = [torch.empty_like(w).copy_(w) for w in weights]
+    start = row if first is None else list(set_aside(dict(zip(names, weights))).values())
+    here = 0.0
+
+    def move(a: float, b: float) -> None:
+        nonlocal here
+        if first is not None and a != here:
+            for name, r, w in zip(names, row, start):
+                r.copy_(w)
+                if name in first:
+                    r.add_(first[name].to(r.device), alpha=a)
+            here = a
+        for name, p, r in zip(names, weights, row):
+            if name in second:
+                torch.add(r, second[name], alpha=b, out=p)
+            else:
+                p.copy_(r)
+
+    try:
+        with torch.no_grad():
+            yield move
+    finally:
+        with torch.no_grad():
+            for p, w in zip(weights, start):
+                p.copy_(w)
+
+
+@dataclass(frozen=True)
+class SquaredNorms:
+    """The squared norm of each parameter tensor as a quadratic function of the plane's coordinates, exact in float64.
+
+    Attributes:
+        products: (n_tensors, 6) inner products ww, wu, wv, uu, uv, vv of weights w and directions u, v.
+    """
+
+    products: np.ndarray
+
+    def at(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        """Return the squared norms at coordinates of any common shape: (n_tensors, *shape)."""
+        a, b = np.broadcast_arrays(np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64))
+        terms = np.stack([np.ones_like(a), 2 * a, 2 * b, a * a, 2 * a * b, b * b])  # (6, *shape)
+        return np.maximum(np.tensordot(self.products, terms, axes=1), 0.0)
+
+    def half_sq(self, weight_decay: float, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        """Return wd/2 * the sum of squares over all tensors."""
+        return 0.5 * weight_decay * self.at(a, b).sum(axis=0)
+
+    def sum_norm(self, weight_decay: float, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        """Return wd * the sum of the tensors' norms."""
+        return weight_decay * np.sqrt(self.at(a, b)).sum(axis=0)
+
+
+def squared_norms(
+    parameters: Mapping[str, Tensor], first: Mapping[str, Tensor] | None, second: Mapping[str, Tensor]
+) -> SquaredNorms:
+    """Return the squared norms over the plane ``w + a * first + b * second`` (a line where first is None).
+
+    Args:
+        parameters: all parameters that the L2 term counts, by name, those that stay included.
+        first: the first direction.
+        second: the second direction.
+    """
+
+    def product(x: Tensor | None, y: Tensor | None) -> float:
+        if x is None or y is None:
+            return 0.0
+        return float(torch.sum(x.detach().double() * y.detach().to(x.device).double()))
+
+    rows = []
+    for name, w in parameters.items():
+        u, v = (first or {}).get(name), second.get(name)
+        rows.append([product(*pair) for pair in ((w, w), (w, u), (w, v), (u, u), (u, v), (v, v))])
+    return SquaredNorms(np.array(rows))
