@@ -43,6 +43,8 @@ def __getattr__(name: str) -> Any:
     """Find a public name in its room."""
     if name in _HOME:
         return getattr(importlib.import_module(f"vitscope.{_HOME[name]}"), name)
+    if name == "models":
+        return importlib.import_module("vitscope.models")
     if name in measures():
         module = importlib.import_module(measures()[name])
         if hasattr(module, name):

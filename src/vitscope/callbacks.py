@@ -147,7 +147,7 @@ class Checkpoints(Callback):
         interrupt.check()
 
     def _improved(self, metrics: Mapping[str, Tensor]) -> bool:
-        if not metrics:
+        if not any(name.startswith("val/") for name in metrics):  # no validation in this epoch
             return False
         if self.monitor not in metrics:
             known = ", ".join(sorted(metrics))

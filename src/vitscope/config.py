@@ -212,18 +212,20 @@ def _bases() -> tuple[type, ...]:
 def apply_caps(cfg: DictConfig) -> None:
     """Lower the sizes of a composed configuration to the upper bounds in ``cfg.caps``; nothing is added or raised.
 
-    ``epochs``, ``steps`` and ``eval_batches`` bound the trainer; every other name bounds the key of that name wherever it
+    ``epochs``, ``steps`` (an epoch) and ``eval_batches`` bound the trainer; every other name bounds the key of that name wherever it
     stands in ``analysis``.
     """
     caps = dict(cfg.get("caps") or {})
     trainer = cfg.get("trainer") or {}
-    for cap, key in (("epochs", "max_epochs"), ("steps", "max_steps")):
+    bound = caps.pop("epochs", None)
+    if bound is not None and "max_epochs" in trainer:
+        value = trainer["max_epochs"]
+        trainer["max_epochs"] = bound if value is None or value < 0 else min(value, bound)
+    # steps an epoch rather than in all: an epoch that max_steps cuts short would not be validated
+    limits = {"steps": ("limit_train_batches",), "eval_batches": ("limit_val_batches", "limit_test_batches")}
+    for cap, keys in limits.items():
         bound = caps.pop(cap, None)
-        if bound is not None and key in trainer:
-            value = trainer[key]
-            trainer[key] = bound if value is None or value < 0 else min(value, bound)
-    if (bound := caps.pop("eval_batches", None)) is not None:
-        for key in ("limit_val_batches", "limit_test_batches"):
+        for key in keys if bound is not None else ():
             if key in trainer and (not isinstance(trainer[key], int) or trainer[key] > bound):
                 trainer[key] = bound
     if cfg.get("analysis"):

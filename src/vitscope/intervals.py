@@ -73,7 +73,8 @@ def _estimate(states: Sequence[tuple[int, Any]], level: float) -> Estimate:
     mean = total / count
     if count < 2:
         return Estimate(mean, np.full_like(mean, np.nan), count)
-    # rounding may leave a tiny negative number where all images agree; NaN passes through
-    variance = np.maximum(square - count * mean**2, 0.0) / (count - 1)
+    # rounding may leave a tiny negative number where all images agree; NaN passes through, infinities become NaN
+    with np.errstate(invalid="ignore"):
+        variance = np.maximum(square - count * mean**2, 0.0) / (count - 1)
     quantile = stdtrit(count - 1, 0.5 + level / 2)
     return Estimate(mean, quantile * np.sqrt(variance / count), count)

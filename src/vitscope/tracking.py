@@ -66,7 +66,7 @@ class Mirror:
 
     def finish(self, exit_code: int) -> None:
         """End the run: without it, two runs of one process would merge."""
-        self._safely(lambda run: run.finish(exit_code=exit_code, quiet=True))
+        self._safely(lambda run: run.finish(exit_code=exit_code))
         self._run = None
 
     def _safely(self, action: Callable[[Any], Any]) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
@@ -11,6 +12,29 @@ from omegaconf.errors import OmegaConfBaseException
 
 from vitscope import config
 from vitscope.errors import ConfigError
+
+_errors: list[BaseException] = []
+
+
+def kept_error(task: Callable[[DictConfig], None]) -> Callable[[DictConfig], None]:
+    """Keep a task's error for `uncaught`: Hydra would print text of its own on top of our one line."""
+
+    @functools.wraps(task)
+    def guarded(cfg: DictConfig) -> None:
+        try:
+            task(cfg)
+        except BaseException as error:
+            _errors.append(error)
+
+    return guarded
+
+
+def uncaught(composed: Callable[[], None]) -> None:
+    """Run a Hydra command and raise what its task raised."""
+    _errors.clear()
+    composed()
+    if _errors:
+        raise _errors.pop()
 
 
 def value_of(argv: Sequence[str], key: str) -> str | None:

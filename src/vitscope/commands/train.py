@@ -36,7 +36,7 @@ def _command() -> None:
     argv = sys.argv[1:]
     named = overrides.value_of(argv, "run")
     if named is None:
-        _composed()
+        overrides.uncaught(_composed)
         return
     run = runs.find(named)
     cfg = run.config()
@@ -45,6 +45,7 @@ def _command() -> None:
 
 
 @hydra.main(version_base="1.3", config_path=str(config.folder()), config_name="train")
+@overrides.kept_error
 def _composed(cfg: DictConfig) -> None:
     train(cfg)
 
@@ -129,6 +130,7 @@ def _trainer(cfg: DictConfig, run: Run, logger: Any, diagnostics: DiagnosticCall
 
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     # the loaders are ours, in memory, and know their position; Lightning's advice on workers and samplers does not apply
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # Lightning 2.6 on torch 2.14
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings(
         "ignore", message=".*The number of training batches .* is smaller than the logging interval.*"

@@ -1,0 +1,173 @@
+"""``analyze.py``: measure a trained run, a checkpoint file, or any model."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import hydra
+import torch
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from vitscope import analyses, build, checkpoint, config, exits, runs, tracking
+from vitscope.commands import overrides
+from vitscope.commands.headline import print_headline
+from vitscope.errors import CheckpointError, ConfigError
+from vitscope.runs import Run
+from vitscope.validation import validate
+
+#: groups that come from the run, and plain keys besides
+FROM_RUN = ("model", "data", "objective", "optimizer")
+
+_inside: list[str] = []
+
+
+def main() -> None:
+    """Run the command with ``sys.argv`` and end the process with its exit code."""
+    exits.run(_command)
+
+
+def _command() -> None:
+    _inside.clear()
+    if overrides.value_of(sys.argv[1:], "run") is not None:
+        # dotted overrides of the run's groups apply to the run's values, which Hydra does not see
+        composed, inside = overrides.split(sys.argv[1:], FROM_RUN)
+        _inside.extend(inside)
+        sys.argv = [sys.argv[0], *composed]
+    overrides.uncaught(_composed)
+
+
+@hydra.main(version_base="1.3", config_path=str(config.folder()), config_name="analyze")
+@overrides.kept_error
+def _composed(cfg: DictConfig) -> None:
+    chosen = [o.partition("=")[0] for o in HydraConfig.get().overrides.task]
+    analyze(cfg, chosen, _inside)
+
+
+def analyze(cfg: DictConfig, chosen: Sequence[str] = (), inside: Sequence[str] = ()) -> Run:
+    """Measure what a composed configuration names.
+
+    Args:
+        cfg: the configuration of ``conf/analyze.yaml``.
+        chosen: keys and groups that the command line set; they win over the run's.
+        inside: dotted overrides of the run's groups.
+
+    Returns:
+        The run folder that holds the results.
+
+    Raises:
+        VitscopeError: with the exit code of its kind.
+    """
+    run = runs.find(cfg.run) if cfg.run else None
+    if run is not None:
+        cfg = merged(cfg, run.config(), chosen)
+        overrides.apply(cfg, inside)
+    config.apply_caps(cfg)
+    validate(cfg)
+    device = _device(cfg.device)
+    network = build.model(cfg)
+    path, content = _weights(cfg, run, network)
+    if run is None:
+        run = runs.create(cfg, "analyze")
+    exits.entered(run)
+    data = build.data(cfg)
+    data.adapt_to(network)
+    mirror = tracking.start(cfg, run, "analyze", _say)
+    code = 1
+    try:
+        _perform(cfg, run, network.to(device), data, content, path, mirror)
+        code = 0
+    except BaseException as error:
+        known = exits.explain(error)
+        code = known.exit_code if known else 1
+        raise
+    finally:
+        if run.provenance().get("command") == "analyze":
+            run.note(status="finished" if code == 0 else "failed", exit_code=code)
+        mirror.finish(code)
+    return run
+
+
+def merged(cfg: DictConfig, base: DictConfig, chosen: Sequence[str]) -> DictConfig:
+    """Return ``cfg`` with the run's model, data, objective and seed, except where the command line chose another."""
+    merged_cfg = OmegaConf.create(OmegaConf.to_container(cfg))
+    assert isinstance(merged_cfg, DictConfig)
+    with open_dict(merged_cfg):
+        for key in (*FROM_RUN, "seed"):
+            if key not in chosen and key in base:
+                merged_cfg[key] = base[key]
+        if "objective" in chosen and "data" not in chosen:
+            # the run's data node was saved with the recipe of its own objective written in
+            for key, value in merged_cfg.objective.items():
+                if key in merged_cfg.data:
+                    merged_cfg.data[key] = value
+    return merged_cfg
+
+
+def _perform(
+    cfg: DictConfig,
+    run: Run,
+    network: Any,
+    data: Any,
+    content: Mapping[str, Any] | None,
+    path: Path | None,
+    mirror: Any,
+) -> None:
+    tag, epoch, step = _moment(path, content)
+    values: dict[str, Any] = {}
+    for analysis in analyses.parse(cfg.analysis):
+        analysis = analyses.replaced(analysis, on_error="raise")
+        place = analyses.Place(cfg, run, network, data, tag, epoch, step, mirror, content)
+        result = analyses.perform(analysis, place, reuse=bool(cfg.reuse))
+        assert result is not None
+        if hasattr(result, "table"):  # a result that reads best as text brings its own rows
+            print(result.table())
+        values.update({f"{analysis.name}/{key}": value for key, value in result.scalars().items()})
+    print_headline(run, values, mirror)
+
+
+def _weights(cfg: DictConfig, run: Run | None, network: Any) -> tuple[Path | None, Mapping[str, Any] | None]:
+    """Load the weights that the command names; a model without any is measured as it was built."""
+    if run is not None:
+        path = Path(cfg.run) if Path(cfg.run).is_file() else run.checkpoints / f"{cfg.ckpt}.ckpt"
+    elif cfg.ckpt_path:
+        path = Path(cfg.ckpt_path)
+    else:
+        return None, None
+    if run is not None and not path.is_file():
+        names = [Path(name).stem for name in checkpoint.manifest(run.checkpoints)]
+        if not names and not run.checkpoints.exists() and not cfg.ckpt_path:
+            return None, None  # a folder that analyze.py made for a model without a checkpoint
+        raise CheckpointError("ckpt", cfg.ckpt, "the run has no such checkpoint", config.nearest(str(cfg.ckpt), names))
+    content = checkpoint.read(path)
+    build.load_weights(network, content, path)
+    return path, content
+
+
+def _moment(path: Path | None, content: Mapping[str, Any] | None) -> tuple[str, int | None, int]:
+    """Return the tag of results, the epoch and the step of the weights."""
+    if path is None or content is None:
+        return "end", None, 0
+    tag = {"last": "end"}.get(path.stem, path.stem)
+    kept = content.get("vitscope", {})
+    epoch = kept["epoch"] - 1 if kept.get("batch") == 0 else kept.get("epoch")
+    return tag, max(epoch, 0) if epoch is not None else None, int(content.get("global_step", 0))
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError("device", name, "no such device", "choose auto, cpu or cuda") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device", name, "no GPU here", "choose cpu")
+    return device
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
