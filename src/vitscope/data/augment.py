@@ -87,7 +87,7 @@ def augment(images: Tensor, key: Key, recipe: Recipe) -> Tensor:
     if policy is None:
         return images
     fill = tuple(min(255, round(255 * mean)) for mean in recipe.mean)
-    return rand_augment(images, draws[:, _RANDAUGMENT_FROM:], policy, fill)
+    return torch.from_numpy(rand_augment(images.numpy(), draws[:, _RANDAUGMENT_FROM:], policy, fill))
 
 
 def crop_flip(images: Tensor, draws: NDArray[np.float64], *, flip: bool = True, fill: int = 0) -> Tensor:
@@ -106,9 +106,9 @@ def crop_flip(images: Tensor, draws: NDArray[np.float64], *, flip: bool = True, 
     if flip:
         columns = torch.where(torch.from_numpy(draws[:, 2:] < 0.5), columns.flip(1), columns)
     columns = offsets[:, 1:] + columns  # (B, W)
-    padded = pad(images, (PADDING,) * 4, value=fill).permute(0, 2, 3, 1)  # (B, H + 8, W + 8, C)
-    batch = torch.arange(len(images))[:, None, None]
-    return padded[batch, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()
+    padded = pad(images, (PADDING,) * 4, value=fill).flatten(2)  # (B, C, (H + 8) (W + 8))
+    places = (rows * (width + 2 * PADDING))[:, :, None] + columns[:, None, :]  # (B, H, W)
+    return padded.gather(2, places.flatten(1)[:, None].expand(-1, images.shape[1], -1)).view_as(images)
 
 
 @lru_cache(maxsize=8)

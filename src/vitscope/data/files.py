@@ -121,7 +121,7 @@ def _seed(words: np.ndarray) -> None:
     first, second = int(words[0]), int(words[1])
     random.seed((first << 32) | second)
     np.random.seed([first, second])  # noqa: NPY002  timm draws from the global state
-    torch.manual_seed((first << 31) ^ second)
+    torch.default_generator.manual_seed((first << 31) ^ second)  # the CPU's only
 
 
 @contextmanager

@@ -15,25 +15,24 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from scipy.special import ndtri
-from torch import Tensor
 
 from vitscope.data import operations as ops
+from vitscope.data.operations import Bytes, Floats
 from vitscope.errors import ConfigError
 
 OPERATIONS = (
     "AutoContrast", "Equalize", "Invert", "Rotate", "Posterize", "Solarize", "SolarizeAdd", "Color",
     "Contrast", "Brightness", "Sharpness", "ShearX", "ShearY", "TranslateXRel", "TranslateYRel",
 )  # fmt: skip
-_GEOMETRIC = ("Rotate", "ShearX", "ShearY", "TranslateXRel", "TranslateYRel")
-_PLAIN: dict[str, Callable[[Tensor], Tensor]] = {
+_NUMBER = {name: number for number, name in enumerate(OPERATIONS)}
+_PLAIN: dict[str, Callable[[Bytes], Bytes]] = {
     "AutoContrast": ops.auto_contrast,
     "Equalize": ops.equalize,
     "Invert": ops.invert,
 }
-_GRADED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+_GRADED: dict[str, Callable[[Bytes, Floats], Bytes]] = {
     "Posterize": ops.posterize,
     "Solarize": ops.solarize,
     "SolarizeAdd": ops.solarize_add,
@@ -111,12 +110,12 @@ class Choice:
 
     operation: NDArray[np.int64]
     applied: NDArray[np.bool_]
-    level: NDArray[np.float64]
-    sign: NDArray[np.float64]
+    level: Floats
+    sign: Floats
     bicubic: NDArray[np.bool_]
 
 
-def choose(draws: NDArray[np.float64], policy: Policy) -> Choice:
+def choose(draws: Floats, policy: Policy) -> Choice:
     """Turn uniforms `(B, 5)` into one layer's choices."""
     operation, applied, strength, sign, interpolation = draws.T
     uniform = math.isinf(policy.std)
@@ -130,11 +129,11 @@ def choose(draws: NDArray[np.float64], policy: Policy) -> Choice:
     )
 
 
-def rand_augment(images: Tensor, draws: NDArray[np.float64], policy: Policy, fill: tuple[int, ...]) -> Tensor:
+def rand_augment(images: Bytes, draws: Floats, policy: Policy, fill: tuple[int, ...]) -> Bytes:
     """Apply the policy.
 
     Args:
-        images: Bytes `(B, C, H, W)`; overwritten.
+        images: Bytes `(B, 3, H, W)`, square; overwritten.
         draws: Uniforms `(B, policy.n_draws)`.
         policy: What to do.
         fill: Byte of each channel that geometric operations leave uncovered.
@@ -142,13 +141,13 @@ def rand_augment(images: Tensor, draws: NDArray[np.float64], policy: Policy, fil
     Returns:
         `images`, augmented.
     """
-    colour = torch.tensor(fill, dtype=torch.uint8)
+    colour = np.array(fill, dtype=np.uint8)
     for layer in np.split(draws, policy.layers, axis=1):
         _apply(images, choose(layer, policy), policy, colour)
     return images
 
 
-def strength(name: str, choice: Choice, increasing: bool) -> NDArray[np.float64]:
+def strength(name: str, choice: Choice, increasing: bool) -> Floats:
     """Return each image's argument of a graded operation: bits, threshold, amount or blending factor, `(B,)`."""
     level = choice.level
     if name == "Posterize":
@@ -162,44 +161,31 @@ def strength(name: str, choice: Choice, increasing: bool) -> NDArray[np.float64]
     return np.maximum(0.1, 1 + choice.sign * level * 0.9) if increasing else level * 1.8 + 0.1
 
 
-def matrices(choice: Choice, height: int, width: int) -> NDArray[np.float64]:
-    """Return each image's inverse affine matrix `(B, 6)`; the identity where the operation is not geometric."""
-    matrix = np.tile([1.0, 0, 0, 0, 1, 0], (len(choice.operation), 1))
-    signed = choice.sign * choice.level
-    entries = {
-        "ShearX": (1, 0.3 * signed),
-        "ShearY": (3, 0.3 * signed),
-        "TranslateXRel": (2, _MAX_TRANSLATION * width * signed),
-        "TranslateYRel": (5, _MAX_TRANSLATION * height * signed),
-    }
-    for name, (column, values) in entries.items():
-        chosen = choice.operation == OPERATIONS.index(name)
-        matrix[chosen, column] = values[chosen]
-    turned = choice.operation == OPERATIONS.index("Rotate")
-    angle = -np.radians(30 * signed[turned])
-    # rounded as Pillow rounds, which also hides the last digit of the platform's cosine
-    cos, sin = np.round(np.cos(angle), 15), np.round(np.sin(angle), 15)
-    x, y = width / 2, height / 2
-    matrix[turned] = np.stack((cos, sin, x - cos * x - sin * y, -sin, cos, y + sin * x - cos * y), axis=1)
-    return matrix
-
-
-def _apply(images: Tensor, choice: Choice, policy: Policy, fill: Tensor) -> None:
+def _apply(images: Bytes, choice: Choice, policy: Policy, fill: Bytes) -> None:
+    number = np.where(choice.applied, choice.operation, -1)
     for name, plain in _PLAIN.items():
-        if len(chosen := _chosen(choice, (name,))):
+        if len(chosen := np.flatnonzero(number == _NUMBER[name])):
             images[chosen] = plain(images[chosen])
     for name, graded in _GRADED.items():
-        if len(chosen := _chosen(choice, (name,))):
-            arguments = torch.from_numpy(strength(name, choice, policy.increasing))
-            images[chosen] = graded(images[chosen], arguments[chosen])
-    matrix = torch.from_numpy(matrices(choice, *images.shape[-2:]))
-    moved = _chosen(choice, _GEOMETRIC)
-    cubic = torch.from_numpy(choice.bicubic)[moved]
-    for bicubic, chosen in ((False, moved[~cubic]), (True, moved[cubic])):
-        if len(chosen):
-            images[chosen] = ops.affine(images[chosen], matrix[chosen], fill, bicubic=bicubic)
+        if len(chosen := np.flatnonzero(number == _NUMBER[name])):
+            images[chosen] = graded(images[chosen], strength(name, choice, policy.increasing)[chosen])
+    for bicubic in (False, True):
+        same = choice.bicubic == bicubic
+        if len(chosen := np.flatnonzero(same & (number == _NUMBER["Rotate"]))):
+            degrees = 30 * (choice.sign * choice.level)[chosen]
+            images[chosen] = ops.rotate(images[chosen], degrees, fill, bicubic=bicubic)
+        if len(chosen := np.flatnonzero(same & (number >= _NUMBER["ShearX"]))):
+            images[chosen] = _shifted(images[chosen], choice, chosen, fill, bicubic)
 
 
-def _chosen(choice: Choice, names: tuple[str, ...]) -> Tensor:
-    numbers = [OPERATIONS.index(name) for name in names]
-    return torch.from_numpy(np.flatnonzero(choice.applied & np.isin(choice.operation, numbers)))
+def _shifted(images: Bytes, choice: Choice, chosen: NDArray[np.int64], fill: Bytes, bicubic: bool) -> Bytes:
+    """Shear or translate square images, those along y as their transposes along x."""
+    size = images.shape[-1]
+    number, signed = choice.operation[chosen, None], (choice.sign * choice.level)[chosen, None]
+    shears = (number == _NUMBER["ShearX"]) | (number == _NUMBER["ShearY"])
+    shift = np.where(shears, signed * 0.3 * (np.arange(size) + 0.5), signed * _MAX_TRANSLATION * size)  # (B, H)
+    along_y = (number == _NUMBER["ShearY"]) | (number == _NUMBER["TranslateYRel"])
+    flipped = along_y[..., None, None]
+    upright = np.where(flipped, images.transpose(0, 1, 3, 2), images)
+    moved = ops.shift_rows(upright, shift, fill, bicubic=bicubic)
+    return np.where(flipped, moved.transpose(0, 1, 3, 2), moved)

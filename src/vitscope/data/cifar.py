@@ -1,0 +1,121 @@
+"""`cifar10` and `cifar100`, read by torchvision; validation is a held-out part of the training set."""
+
+from __future__ import annotations
+
+import socket
+import urllib.request
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from filelock import FileLock
+from torchvision.datasets import CIFAR10, CIFAR100
+from torchvision.datasets.utils import check_integrity
+
+from vitscope.data.arrays import ArrayImages
+from vitscope.data.subset import hold_out
+from vitscope.errors import ConfigError, DataError
+
+VARIANTS: dict[str, type[CIFAR10]] = {"cifar10": CIFAR10, "cifar100": CIFAR100}
+_REACH_SECONDS = 5.0  # how long to wait for the server before saying that there is no network
+
+
+def load(
+    split: str,
+    *,
+    root: str | Path | None,
+    split_seed: int = 0,
+    variant: str = "cifar10",
+    val_share: float = 0.1,
+    checksums: Mapping[str, str] | None = None,
+) -> ArrayImages:
+    """Return a split of CIFAR, downloaded to `root` where it is missing and there is a network.
+
+    Args:
+        split: `train`, `val` (a stratified part of CIFAR's training set) or `test` (CIFAR's test set).
+        root: Folder that holds the archive or its extracted folder.
+        split_seed: Chooses the held-out images.
+        variant: `cifar10` or `cifar100`.
+        val_share: Share of each class's training images that is held out.
+        checksums: MD5 by file name, for files in CIFAR's format that are not the published ones.
+
+    Raises:
+        ConfigError: No root, or an unknown variant.
+        DataError: Unknown split; files missing or changed and no network; a root that cannot be written.
+    """
+    if variant not in VARIANTS:
+        raise ConfigError("data.source.variant", variant, "unknown", f"choose one of {', '.join(VARIANTS)}")
+    if split not in ("train", "val", "test"):
+        raise DataError("data", variant, f"there is no split {split!r}", "choose one of train, val, test")
+    if root is None:
+        raise ConfigError("data.root", None, f"{variant} needs a folder", "set data.root")
+    dataset = _dataset(_checked(variant, checksums), Path(root), train=split != "test")
+    labels = np.asarray(dataset.targets, dtype=np.int64)
+    images = np.ascontiguousarray(np.asarray(dataset.data).transpose(0, 3, 1, 2))  # (N, 3, 32, 32)
+    every = ArrayImages(torch.from_numpy(images), torch.from_numpy(labels), tuple(dataset.classes))
+    if split == "test":
+        return every
+    kept, held = hold_out(labels, val_share, seed=split_seed)
+    return every.select(held if split == "val" else kept)
+
+
+def _checked(variant: str, checksums: Mapping[str, str] | None) -> type[CIFAR10]:
+    """Return torchvision's class, with other checksums where they are given."""
+    published = VARIANTS[variant]
+    if checksums is None:
+        return published
+    known = [name for name, _ in published.train_list + published.test_list]
+    known += [published.meta["filename"], published.filename]
+    if missing := [name for name in checksums if name not in known]:
+        raise ConfigError("data.source.checksums", missing[0], "no such file", f"files are {', '.join(known)}")
+
+    class Own(published):
+        train_list = [[name, checksums.get(name, md5)] for name, md5 in published.train_list]  # noqa: RUF012
+        test_list = [[name, checksums.get(name, md5)] for name, md5 in published.test_list]  # noqa: RUF012
+        meta = {**published.meta, "md5": checksums.get(published.meta["filename"], published.meta["md5"])}  # noqa: RUF012
+        tgz_md5 = checksums.get(published.filename, published.tgz_md5)
+
+    return Own
+
+
+def _dataset(kind: type[CIFAR10], root: Path, *, train: bool) -> CIFAR10:
+    try:
+        return kind(root, train=train)
+    except (RuntimeError, OSError, EOFError):  # missing, changed or unreadable
+        pass
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with FileLock(root / f".{kind.base_folder}.lock"):  # other runs and ranks wait instead of writing too
+            archive = root / kind.filename
+            if not (complete := check_integrity(archive, kind.tgz_md5)):
+                _need_network(kind, root)
+            socket.setdefaulttimeout(30.0)  # for a server that stops in the middle
+            try:
+                return kind(root, train=train, download=True)
+            finally:
+                socket.setdefaulttimeout(None)
+    except OSError as error:
+        raise DataError("data.root", root, f"cannot be used ({error})", _fix(kind)) from error
+    except RuntimeError as error:
+        why = f"{kind.filename} there does not hold the expected files" if complete else f"download failed ({error})"
+        raise DataError("data.root", root, why, _fix(kind)) from error
+
+
+def _need_network(kind: type[CIFAR10], root: Path) -> None:
+    try:
+        request = urllib.request.Request(kind.url, method="HEAD")
+        with urllib.request.urlopen(request, timeout=_REACH_SECONDS):
+            return
+    except (OSError, ValueError) as error:  # URLError and timeouts are OSErrors
+        folder, archive = root / kind.base_folder, root / kind.filename
+        damaged = [path.name for path in (archive, folder) if path.exists()]
+        why = (
+            f"{' and '.join(damaged)} there differ from the published files" if damaged else f"no {archive.name} there"
+        )
+        why += " and no network to download it"
+        raise DataError("data.root", root, why, _fix(kind)) from error
+
+
+def _fix(kind: type[CIFAR10]) -> str:
+    return f"put {kind.filename} (from {kind.url}) or its folder {kind.base_folder} there"
