@@ -1,0 +1,173 @@
+"""Spatial variance of the feature maps at every depth (Park & Kim 2022, Figs 9, D.1), and what each unit does to it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vitscope.distributed import gather_objects, world_size
+from vitscope.intervals import Estimate, RunningMean, estimates
+from vitscope.models.taps import reading
+from vitscope.nulls import warn_nulls
+from vitscope.probe import ObjectiveCard, Probe
+from vitscope.progress import track
+
+#: variance below this share of the mean square: single precision sums cancel, so the map is measured again in double
+_CANCELLED = 1e-2
+
+
+@dataclass(frozen=True)
+class FeatureMapVarianceResult:
+    """Spatial variance after each unit; NaN is null.
+
+    By Parseval it is the power of the non-constant frequencies: no evidence independent of the spectra.
+
+    Attributes:
+        taps: (n_taps) names in the order of the forward pass.
+        kinds: (n_taps) ``stem conv msa mlp pool head``.
+        stages: (n_taps,) stage numbers.
+        depths: (n_taps,) normalised depth in [0, 1].
+        map_sizes: (n_taps, 2) height and width.
+        variance: (n_taps,) the paper's: unbiased variance over positions, mean over images and channels.
+        variance_half_width: (n_taps,) half its t-interval over images.
+        log_variance_ratio: (n_taps,) log(variance after / before a unit), mean over images, in nats: what claims use, as
+            raw values follow the stream's scale. NaN unless the tap before has maps of the same shape (C, h, w).
+        log_variance_ratio_half_width: (n_taps,) half its t-interval over images.
+        level: coverage of the intervals.
+        n_images: number of images.
+        card: under which conditions this was measured.
+    """
+
+    taps: tuple[str, ...]
+    kinds: tuple[str, ...]
+    stages: np.ndarray
+    depths: np.ndarray
+    map_sizes: np.ndarray
+    variance: np.ndarray
+    variance_half_width: np.ndarray
+    log_variance_ratio: np.ndarray
+    log_variance_ratio_half_width: np.ndarray
+    level: float
+    n_images: int
+    card: ObjectiveCard | None = None
+
+    def scalars(self) -> dict[str, float]:
+        """Return the last tap's variance and the mean log variance ratio of each kind where it is defined."""
+        values = {"feature_map_variance/last": float(self.variance[-1])}
+        for kind in dict.fromkeys(self.kinds):
+            ratios = self.log_variance_ratio[np.array(self.kinds) == kind]
+            if np.isfinite(ratios).any():
+                values[f"feature_map_variance/log_ratio_{kind}"] = float(np.nanmean(ratios))
+        return values
+
+
+def feature_map_variance(probe: Probe, *, level: float = 0.95) -> FeatureMapVarianceResult:
+    """Measure the spatial variance of the feature maps at every tap, in one forward pass a batch.
+
+    The official code's ``latent.var(dim=(-1, -2))`` (unbiased), mean over images and channels, prefix tokens dropped.
+    Only running sums are kept.
+
+    Args:
+        probe: model and images.
+        level: coverage of the t-intervals over images.
+
+    Raises:
+        ValueError: no tap, or a level outside (0, 1).
+    """
+    if not probe.taps:
+        raise ValueError("Expected at least one tap, received none: pass taps=[...] to the probe.")
+    sums = _Sums(len(probe.taps))
+    with probe.guard() as model, reading(model, probe.taps, sums.read):
+        for _, (x, _) in track(probe.local_batches(), "variance", -(-probe.n_batches // world_size())):
+            model(x)
+            sums.close_batch()
+    return _result(probe.taps, sums, level, probe.card())
+
+
+def spatial_variance(x: Tensor) -> Tensor:
+    """Return the unbiased variance over positions of ``x (B, C, h, w)``, mean over channels: ``(B,)`` in float64.
+
+    Two fast sums; maps whose variance is small beside their mean square are measured again in double precision.
+    """
+    x = (x if x.dtype == torch.float64 else x.float()).flatten(2)  # (B, C, n)
+    n = x.shape[-1]
+    if x.is_cuda:
+        return x.var(-1).double().mean(1)
+    # over strided positions (channels last) the norm is eight times slower than square and sum
+    square = torch.linalg.vector_norm(x, dim=-1).double().square() if x.stride(-1) == 1 else x.square().sum(-1).double()
+    centred = square - x.sum(-1).double().square() / n  # (B, C)
+    cancelled = (centred < _CANCELLED * square).nonzero(as_tuple=True)
+    if len(cancelled[0]):
+        centred[cancelled] = x[cancelled].double().var(-1, correction=0) * n
+    return (centred / (n - 1)).mean(1) if n > 1 else torch.full((len(x),), float("nan"), dtype=torch.float64)
+
+
+class _Sums:
+    """What is kept between batches: sums over images of each tap's variance and log ratio, and its map's shape."""
+
+    def __init__(self, n_taps: int) -> None:
+        self.variances = [RunningMean() for _ in range(n_taps)]
+        self.ratios = [RunningMean() for _ in range(n_taps)]
+        self.shapes: dict[int, tuple[int, ...]] = {}
+        self._batch: dict[int, Tensor] = {}
+
+    def read(self, index: int, tap: Any, x: Tensor) -> None:
+        """Take one tap's feature maps ``(B, C, h, w)``."""
+        shape = tuple(x.shape[1:])
+        if self.shapes.setdefault(index, shape) != shape:
+            raise ValueError(f"Expected maps of one shape at {tap.name}, received {self.shapes[index]} and {shape}.")
+        self._batch[index] = spatial_variance(x)
+
+    def close_batch(self) -> None:
+        """Add the batch's variances to the sums."""
+        before: tuple[tuple[int, ...], Tensor] | None = None
+        for index, variance in sorted(self._batch.items()):
+            self.variances[index].add(variance)
+            if before is not None and before[0] == self.shapes[index]:
+                self.ratios[index].add((variance / before[1]).log())
+            before = self.shapes[index], variance
+        self._batch.clear()
+
+
+def _result(taps: Sequence[Any], sums: _Sums, level: float, card: ObjectiveCard) -> FeatureMapVarianceResult:
+    n = len(taps)
+    found = estimates([*sums.variances, *sums.ratios], level)
+    variances, ratios = found[:n], found[n:]
+    shapes: dict[int, tuple[int, ...]] = {}
+    for share in gather_objects(sums.shapes):
+        shapes.update(share)
+    reasons = [_null_reason(i, shapes, variances[i]) for i in range(n)]
+    n_images = max(v.count for v in variances)
+    named = {tap.name: reason for tap, reason in zip(taps, reasons) if reason}
+    warn_nulls("feature_map_variance", named | ({"the intervals": "a single image"} if n_images == 1 else {}))
+    null = np.array([bool(reason) for reason in reasons])
+    either = null | np.append(True, null[:-1])  # this tap or the one before
+    return FeatureMapVarianceResult(
+        taps=tuple(tap.name for tap in taps),
+        kinds=tuple(tap.kind for tap in taps),
+        stages=np.array([tap.stage for tap in taps]),
+        depths=np.array([tap.depth for tap in taps], dtype=float),
+        map_sizes=np.array([shapes.get(i, (0, 0, 0))[1:] for i in range(n)]),
+        variance=np.where(null, np.nan, [float(v.mean) for v in variances]),
+        variance_half_width=np.where(null, np.nan, [float(v.half_width) for v in variances]),
+        log_variance_ratio=np.where(either, np.nan, [float(r.mean) for r in ratios]),
+        log_variance_ratio_half_width=np.where(either, np.nan, [float(r.half_width) for r in ratios]),
+        level=level,
+        n_images=n_images,
+        card=card,
+    )
+
+
+def _null_reason(index: int, shapes: Mapping[int, tuple[int, ...]], variance: Estimate) -> str:
+    if index not in shapes:
+        return "not reached by the forward pass"
+    if shapes[index][1:] == (1, 1):
+        return "1x1 map"
+    if not np.isfinite(variance.mean):
+        return "activations are not finite"
+    return "constant over all positions" if variance.mean == 0 else ""
