@@ -212,8 +212,8 @@ def _bases() -> tuple[type, ...]:
 def apply_caps(cfg: DictConfig) -> None:
     """Lower the sizes of a composed configuration to the upper bounds in ``cfg.caps``; nothing is added or raised.
 
-    ``epochs``, ``steps`` (an epoch) and ``eval_batches`` bound the trainer; every other name bounds the key of that name wherever it
-    stands in ``analysis``.
+    ``epochs``, ``steps`` (an epoch) and ``eval_batches`` bound the trainer; every other name bounds the key of that
+    name wherever it stands in ``analysis``.
     """
     caps = dict(cfg.get("caps") or {})
     trainer = cfg.get("trainer") or {}

@@ -9,8 +9,8 @@ import sys
 import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
-import psutil
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -58,12 +58,13 @@ def _versions() -> list[tuple[str, str]]:
 
 
 def _machine() -> list[tuple[str, str]]:
-    memory = psutil.virtual_memory()
+    page = os.sysconf("SC_PAGE_SIZE") / 2**30
+    free, total = os.sysconf("SC_AVPHYS_PAGES") * page, os.sysconf("SC_PHYS_PAGES") * page
     gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     shown = ", ".join(f"{gpu.name} ({gpu.total_memory / 2**30:.0f} GiB)" for gpu in gpus) or "none"
     return [
         ("CPU cores, threads used", f"{os.cpu_count()}, {torch.get_num_threads()}"),
-        ("memory free", f"{memory.available / 2**30:.1f} of {memory.total / 2**30:.1f} GiB"),
+        ("memory free", f"{free:.1f} of {total:.1f} GiB"),
         ("disk free here", f"{shutil.disk_usage('.').free / 2**30:.0f} GiB"),
         ("GPUs", shown),
     ]
@@ -92,7 +93,7 @@ def _product(name: str) -> tuple[str, bool]:
     """Return how one double-backward product on a timm model went."""
     import timm
 
-    size = {"img_size": 32, "patch_size": 8} if name.startswith("vit") else {}
+    size: dict[str, Any] = {"img_size": 32, "patch_size": 8} if name.startswith("vit") else {}
     try:
         model = timm.create_model(name, num_classes=10, **size)
         probe = Probe(model, [(torch.randn(4, 3, 32, 32), torch.arange(4))], Objective(weight_decay=0.05))
