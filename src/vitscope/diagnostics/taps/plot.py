@@ -1,0 +1,36 @@
+"""Figure of the taps: how large and how deep in channels the maps are along a model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from vitscope.diagnostics.taps.tap_table import TapTableResult
+
+#: one marker and one colour of the style's cycle for each kind
+MARKERS = {"stem": "DC5", "conv": "sC0", "msa": "oC1", "mlp": "^C2", "pool": "vC4", "head": "XC6"}
+
+
+def tap_table(results: Mapping[str, TapTableResult]) -> Figure:
+    """Draw the side and the channels of each tap's map over its index, a column a model."""
+    figure = Figure(figsize=(3.4 * len(results), 3.6), layout="constrained")
+    axes = figure.subplots(2, len(results), squeeze=False, sharex="col", sharey="row")
+    for column, (name, result) in zip(axes.T, results.items()):
+        index = np.arange(len(result.taps))
+        side = np.sqrt(result.shapes[:, 1] * result.shapes[:, 2])
+        for ax, values in zip(column, (side, result.shapes[:, 0])):
+            ax.plot(index, values, color="0.6", linewidth=0.8, zorder=1)
+            for kind in dict.fromkeys(result.kinds):
+                at = np.array(result.kinds) == kind
+                ax.plot(index[at], values[at], MARKERS[kind], markersize=3.5, label=kind)
+            ax.set_yscale("log", base=2)
+            ax.yaxis.set_major_formatter("{x:g}")
+        column[0].set_title(name)
+        column[1].set_xlabel("tap")
+    axes[0, 0].set_ylabel("map side (positions)")
+    axes[1, 0].set_ylabel("channels")
+    handles = {label: handle for ax in axes[0] for handle, label in zip(*ax.get_legend_handles_labels())}
+    figure.legend(handles.values(), handles.keys(), loc="outside lower right", ncols=len(handles), fontsize="small")
+    return figure

@@ -1,0 +1,80 @@
+"""Where a model's feature maps are read: the table of its taps and the shapes of their maps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from vitscope.models.taps import reading
+from vitscope.nulls import warn_nulls
+from vitscope.probe import ObjectiveCard, Probe
+
+
+@dataclass(frozen=True)
+class TapTableResult:
+    """The taps in the order of the forward pass; ``str()`` prints them as a table.
+
+    Attributes:
+        taps: (n_taps) names.
+        kinds: (n_taps) ``stem conv msa mlp pool head``.
+        stages: (n_taps,) stage numbers, 0 for the stem.
+        depths: (n_taps,) normalised depth in [0, 1].
+        shapes: (n_taps, 3) channels, height and width of the maps; 0 where the forward pass does not come by.
+        card: under which conditions this was measured.
+    """
+
+    taps: tuple[str, ...]
+    kinds: tuple[str, ...]
+    stages: np.ndarray
+    depths: np.ndarray
+    shapes: np.ndarray
+    card: ObjectiveCard | None = None
+
+    def scalars(self) -> dict[str, float]:
+        """Return the number of taps of each kind."""
+        counts = {kind: self.kinds.count(kind) for kind in dict.fromkeys(self.kinds)}
+        return {"taps/total": float(len(self.taps))} | {f"taps/{kind}": float(n) for kind, n in counts.items()}
+
+    def __str__(self) -> str:
+        """Return the table: name, kind, stage, depth and map (channels x height x width), a line a tap."""
+        rows = [("tap", "kind", "stage", "depth", "map"), *self._rows()]
+        widths = [max(len(row[i]) for row in rows) for i in range(5)]
+        return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
+
+    def _rows(self) -> Iterator[tuple[str, ...]]:
+        for name, kind, stage, depth, shape in zip(self.taps, self.kinds, self.stages, self.depths, self.shapes):
+            yield name, kind, str(stage), f"{depth:.3f}", "x".join(str(n) for n in shape)
+
+
+def tap_table(probe: Probe) -> TapTableResult:
+    """List a probe's taps, with the shapes that one forward pass of the first image gives them.
+
+    Under ``torch.distributed`` every rank looks at the same image, so no rank waits for another.
+
+    Raises:
+        ValueError: a model without a tap.
+    """
+    if not probe.taps:
+        raise ValueError("Expected at least one tap, received none: pass taps=[...] to the probe.")
+    shapes = np.zeros((len(probe.taps), 3), dtype=int)
+
+    def read(index: int, tap: Any, x: Tensor) -> None:
+        shapes[index] = x.shape[1:]
+
+    with probe.guard() as model, reading(model, probe.taps, read):
+        x, _ = next(probe.iter_batches())
+        model(x[:1])
+    missed = {tap.name: "not reached by the forward pass" for tap, shape in zip(probe.taps, shapes) if not shape[0]}
+    warn_nulls("tap_table", missed)
+    return TapTableResult(
+        taps=tuple(tap.name for tap in probe.taps),
+        kinds=tuple(tap.kind for tap in probe.taps),
+        stages=np.array([tap.stage for tap in probe.taps]),
+        depths=np.array([tap.depth for tap in probe.taps], dtype=float),
+        shapes=shapes,
+        card=probe.card(),
+    )

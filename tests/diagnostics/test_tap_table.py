@@ -1,0 +1,45 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+import vitscope as vs
+from vitscope.nulls import NullWarning
+
+
+def probe_of(model: torch.nn.Module, **options) -> vs.Probe:
+    return vs.Probe(model, [(torch.zeros(2, 3, 32, 32), torch.zeros(2, dtype=torch.long))], **options)
+
+
+def test_table_of_an_alternet():
+    model = vs.models.alternet(depth=18, num_classes=10, image_size=32, window_size=4)
+    result = vs.tap_table(probe_of(model))
+    expected = vs.taps(model)
+    assert result.taps == tuple(tap.name for tap in expected)
+    assert result.kinds.count("msa") == 3  # (0, 1, 1, 1)
+    assert result.shapes[0].tolist() == [64, 32, 32]
+    assert result.shapes[-1].tolist() == [512, 4, 4]
+    assert result.scalars()["taps/msa"] == 3.0
+    lines = str(result).splitlines()
+    assert lines[0].split() == ["tap", "kind", "stage", "depth", "map"]
+    assert lines[1].split() == ["stem", "stem", "0", "0.000", "64x32x32"]
+    assert len(lines) == 1 + len(expected)
+
+
+def test_a_tap_that_is_never_reached_is_named():
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), torch.nn.Flatten(), torch.nn.LazyLinear(2))
+    model(torch.zeros(1, 3, 32, 32))
+    taps = [vs.Tap("conv", "conv", 1, 0.0, model[0]), vs.Tap("lost", "conv", 1, 1.0, torch.nn.Identity())]
+    with pytest.warns(NullWarning, match=r"tap_table: null for lost \(not reached by the forward pass\)"):
+        result = vs.tap_table(probe_of(model, taps=taps))
+    np.testing.assert_array_equal(result.shapes, [[4, 32, 32], [0, 0, 0]])
+    with pytest.raises(ValueError, match="at least one tap"):
+        vs.tap_table(probe_of(model, taps=[]))
+
+
+def test_figure_shows_side_and_channels():
+    result = vs.tap_table(probe_of(vs.models.vit(size="tiny", patch_size=8, num_classes=4, image_size=32)))
+    figure = vs.plot(result)
+    assert [ax.get_ylabel() for ax in figure.axes] == ["map side (positions)", "channels"]
+    np.testing.assert_array_equal(figure.axes[1].get_lines()[0].get_ydata(), result.shapes[:, 0])
