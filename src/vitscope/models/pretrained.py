@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import timm
+from huggingface_hub import constants as hub
 from torch import nn
 
 
@@ -43,7 +49,8 @@ def timm_model(
         options["num_classes"] = num_classes
     if image_size is not None and _built_for_one_size(name):
         options["img_size"] = image_size
-    model = timm.create_model(name, pretrained=pretrained, in_chans=in_chans, **options)
+    with _no_retries() if pretrained else nullcontext():
+        model = timm.create_model(name, pretrained=pretrained, in_chans=in_chans, **options)
     if grad_checkpointing:
         checkpoint_gradients(model)
     return model
@@ -57,6 +64,29 @@ def checkpoint_gradients(model: nn.Module) -> None:
         raise ValueError(
             f"{type(model).__name__} has no gradient checkpointing; set grad_checkpointing=False."
         ) from error
+
+
+@contextmanager
+def _no_retries() -> Iterator[None]:
+    """Take weights from the cache only if the hub's host cannot be reached: else its client retries for 45 s."""
+    was_offline = hub.HF_HUB_OFFLINE
+    hub.HF_HUB_OFFLINE = was_offline or not _reachable(hub.ENDPOINT)
+    try:
+        yield
+    finally:
+        hub.HF_HUB_OFFLINE = was_offline
+
+
+def _reachable(url: str, timeout: float = 5.0) -> bool:
+    """Whether the host accepts a connection; assumed behind a proxy, which resolves names by itself."""
+    address = urlsplit(url)
+    if getproxies() or address.hostname is None:
+        return True
+    try:
+        socket.create_connection((address.hostname, address.port or 443), timeout).close()
+    except OSError:
+        return False
+    return True
 
 
 def _built_for_one_size(name: str) -> bool:
