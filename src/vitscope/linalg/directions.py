@@ -117,17 +117,45 @@ def normalize(
     for name, d in direction.items() if normalization != "none" else ():
         w = parameters[name].detach()
         if normalization == "filter_official":
-            scale = _norms(w, (0,)) / (_norms(d, (0,)) + 1e-7)
+            ratio = _norms(w, (0,)) / (_norms(d, (0,)) + 1e-7)
         else:
-            rows = normalization == "filter" and name in filters
-            over = tuple(range(1, d.ndim)) if rows else tuple(range(d.ndim))
-            scale = (_norms(w, over) / _norms(d, over)).nan_to_num(0.0, posinf=0.0)
-        d.mul_(scale.to(d.dtype))
+            over = _axes(name, d, normalization, filters)
+            ratio = (_norms(w, over) / _norms(d, over)).nan_to_num(0.0, posinf=0.0)
+        d.mul_(ratio.to(d.dtype))
     return direction
 
 
+def project(
+    direction: Direction,
+    parameters: Mapping[str, Tensor],
+    radius: float,
+    normalization: str = "filter",
+    filters: Iterable[str] = (),
+) -> Direction:
+    """Shorten ``direction`` in place to the ball in which each filter's norm is at most ``radius`` times the weights'.
+
+    It is the ball that holds every ``filter`` (or ``layer``) normalised direction times ``radius``.
+
+    Raises:
+        ValueError: a normalization that defines no such ball.
+    """
+    if normalization not in ("filter", "layer"):
+        raise ValueError(f"Expected normalization to be filter or layer for a ball, received {normalization!r}.")
+    filters = set(filters)
+    for name, d in direction.items():
+        over = _axes(name, d, normalization, filters)
+        ratio = radius * _norms(parameters[name].detach(), over) / _norms(d, over)
+        d.mul_(ratio.nan_to_num(1.0).clamp(max=1.0).to(d.dtype))
+    return direction
+
+
+def _axes(name: str, d: Tensor, normalization: str, filters: set[str]) -> tuple[int, ...]:
+    """Return the dimensions that one norm covers: a row's, or all."""
+    return tuple(range(1 if normalization == "filter" and name in filters else 0, d.ndim))
+
+
 def _norms(tensor: Tensor, over: tuple[int, ...]) -> Tensor:
-    if tensor.ndim == 0:
+    if not over:
         return tensor.double().abs()
     return torch.linalg.vector_norm(tensor, dim=over, keepdim=True, dtype=torch.float64)
 

@@ -1,0 +1,127 @@
+"""Extreme eigenvalues of the objective's Hessian, averaged over all batches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from vitscope.linalg.curvatures import curvatures
+from vitscope.linalg.solve import solve
+from vitscope.probe import ObjectiveCard, Probe
+
+
+@dataclass(frozen=True)
+class HessianEigenvaluesResult:
+    """Eigenvalues of one operator.
+
+    Attributes:
+        eigenvalues: (k,) signed, by magnitude descending (``LM``), descending (``LA``), ascending (``SA``); with ``both``
+            (2k,), the largest descending and then the smallest ascending.
+        residuals: (k,) norms of H v - lambda v: an eigenvalue lies within.
+        errors: (k,) estimates of the distance to the eigenvalue, min(residual, residual^2 / gap).
+        converged: (k,) whether that is within the tolerance.
+        l2_contribution: (k,) the L2 term's share of each eigenvalue, v^T H_L2 v; it is an exact part of the sum.
+        n_products: products with the operator.
+        eigenvectors: (k, size) unit vectors where asked for, else (0, 0).
+        parameter_names: of the parameters analysed, in the order of the vectors' entries.
+        card: under which conditions.
+    """
+
+    eigenvalues: np.ndarray
+    residuals: np.ndarray
+    errors: np.ndarray
+    converged: np.ndarray
+    l2_contribution: np.ndarray
+    n_products: int
+    eigenvectors: np.ndarray = field(repr=False)
+    parameter_names: tuple[str, ...] = field(repr=False)
+    card: ObjectiveCard | None = None
+
+    def scalars(self) -> dict[str, float]:
+        """Return what is logged."""
+        return {
+            "eigenvalue_max": float(self.eigenvalues.max()),
+            "eigenvalue_min": float(self.eigenvalues.min()),
+            "largest_relative_error": float(np.max(self.errors / np.maximum(np.abs(self.eigenvalues), 1e-300))),
+            "converged": float(self.converged.mean()),
+            "n_products": float(self.n_products),
+        }
+
+
+def hessian_eigenvalues(
+    probe: Probe,
+    *,
+    k: int = 5,
+    which: str = "LM",
+    tol: float = 1e-3,
+    solver: str = "lanczos",
+    operator: str = "hessian",
+    parameters: str | Sequence[str] | None = None,
+    dtype: str | torch.dtype | None = None,
+    bn: str = "eval",
+    product: str = "reverse",
+    micro_batch: int | None = None,
+    max_products: int = 200,
+    max_memory: float | None = None,
+    eigenvectors: bool = False,
+    seed: int = 0,
+) -> HessianEigenvaluesResult:
+    """Compute the ``k`` extreme eigenvalues of the mean over all batches' images.
+
+    Args:
+        probe: the model, batches and objective. Under ``torch.distributed`` batches are split over ranks.
+        k: how many; with ``both`` at either end.
+        which: ``LM`` by magnitude, ``LA`` the largest, ``SA`` the smallest, ``both`` ends from one run.
+        tol: relative error at which to stop.
+        solver: ``lanczos``, or ``power`` (only ``LM``): power iteration with PyHessian's stopping rule, to compare with
+            numbers published so.
+        operator: ``hessian``, ``ggn``, ``fisher_mc`` or ``fisher_empirical``.
+        parameters: None for all; ``kind:msa``, ``stage:2``, ``layer:blocks.3``, a pattern, or a list of these: then the
+            eigenvalues are those of the diagonal block.
+        dtype: ``float32`` or ``float64``; None for the model's own.
+        bn: BatchNorm on running statistics (``eval``) or on each batch's (``batch``).
+        product: ``reverse`` (kept graph) or ``linearize``.
+        micro_batch: images held at once; None for a whole batch.
+        max_products: the most products; values not converged by then are marked.
+        max_memory: bytes the Lanczos basis may take; it is restarted to keep to it.
+        eigenvectors: also return them.
+        seed: of the start vector and of drawn labels.
+
+    Returns:
+        The eigenvalues with their residuals.
+
+    Raises:
+        ValueError: no parameters, fewer parameters than ``k``, an unknown name, a compiled or inference-mode model, a
+            batch on another device.
+        NumericalError: a loss that is not finite.
+
+    Source: Park & Kim (ICLR 2022), section 3 and appendix A; PAPER.md sections 2 and 7.
+    """
+    with curvatures(
+        probe,
+        operator=operator,
+        parameters=parameters,
+        dtype=dtype,
+        bn=bn,
+        product=product,
+        micro_batch=micro_batch,
+        seed=seed,
+    ) as made:
+        mean = made.mean()
+        options = {"k": k, "which": which, "tol": tol, "seed": seed, "max_products": max_products}
+        solution = solve(mean, solver=solver, max_memory=max_memory, vectors=eigenvectors, shared=True, **options)
+        pairs = solution.pairs
+        return HessianEigenvaluesResult(
+            eigenvalues=pairs.values,
+            residuals=pairs.residuals,
+            errors=pairs.errors,
+            converged=pairs.converged,
+            l2_contribution=solution.l2_contribution,
+            n_products=mean.n_products,
+            eigenvectors=np.zeros((0, 0)) if not eigenvectors or pairs.vectors is None else pairs.vectors.cpu().numpy(),
+            parameter_names=tuple(made.parameters),
+            card=made.card({"solver": solver, **options, "n_products": mean.n_products}),
+        )

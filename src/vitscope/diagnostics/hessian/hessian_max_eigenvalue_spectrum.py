@@ -1,0 +1,205 @@
+"""The paper's Hessian max-eigenvalue spectrum: the top eigenvalues of many mini-batches, pooled."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, MutableMapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from vitscope import distributed
+from vitscope.diagnostics.hessian import _pooled
+from vitscope.linalg.curvatures import Curvatures, curvatures
+from vitscope.linalg.solve import solve
+from vitscope.probe import Batch, ObjectiveCard, Probe
+from vitscope.progress import track
+
+Row = Mapping[str, float | np.ndarray]
+
+
+@dataclass(frozen=True)
+class HessianMaxEigenvalueSpectrumResult:
+    """Top eigenvalues by mini-batch, and what the paper makes of them.
+
+    A value is negative where it is below minus its residual, positive where it is above it; those within their residual of
+    zero are counted apart. Intervals are 95 % percentile bootstraps over batches, NaN for a single batch.
+
+    Attributes:
+        eigenvalues: (n_batches, n_top) signed, by magnitude descending.
+        residuals: (n_batches, n_top) norms of H v - lambda v.
+        errors: (n_batches, n_top) estimates of the distance to the eigenvalue.
+        converged: (n_batches, n_top) whether that is within the tolerance.
+        n_products: (n_batches,) products with the batch's Hessian.
+        l2_contribution: (n_batches, n_top) the L2 term's share of each value.
+        largest, smallest: (n_batches, n_ends) either end by itself, where asked for.
+        batches: (n_batches,) the batches' numbers.
+        negative_eigenvalue_proportion: NEP, share of the pooled values that are negative.
+        negative_eigenvalue_proportion_interval: (2,).
+        average_positive_eigenvalue: APE, mean of the pooled positive values; NaN where there is none.
+        average_positive_eigenvalue_interval: (2,).
+        near_zero_proportion: share within the residual of zero.
+        top1_negative_eigenvalue_proportion, top1_average_positive_eigenvalue: the same of each batch's first value.
+        smallest_negative_proportion: share of the batches whose smallest eigenvalue is negative; NaN unless asked for.
+        largest_average: mean over batches of the largest eigenvalue; NaN unless asked for.
+        grid: (n_grid,) eigenvalues at which the density is given.
+        density: (n_grid,) Gaussian kernel density of the pooled values (for the eye; NEP and APE never come from it).
+        card: under which conditions.
+    """
+
+    eigenvalues: np.ndarray
+    residuals: np.ndarray
+    errors: np.ndarray
+    converged: np.ndarray
+    n_products: np.ndarray
+    l2_contribution: np.ndarray
+    largest: np.ndarray
+    smallest: np.ndarray
+    batches: np.ndarray
+    negative_eigenvalue_proportion: float
+    negative_eigenvalue_proportion_interval: np.ndarray
+    average_positive_eigenvalue: float
+    average_positive_eigenvalue_interval: np.ndarray
+    near_zero_proportion: float
+    top1_negative_eigenvalue_proportion: float
+    top1_average_positive_eigenvalue: float
+    smallest_negative_proportion: float
+    largest_average: float
+    grid: np.ndarray
+    density: np.ndarray
+    card: ObjectiveCard | None = None
+
+    def scalars(self) -> dict[str, float]:
+        """Return what is logged."""
+        return {
+            "negative_eigenvalue_proportion": self.negative_eigenvalue_proportion,
+            "average_positive_eigenvalue": self.average_positive_eigenvalue,
+            "top1_negative_eigenvalue_proportion": self.top1_negative_eigenvalue_proportion,
+            "top1_average_positive_eigenvalue": self.top1_average_positive_eigenvalue,
+            "near_zero_proportion": self.near_zero_proportion,
+            "eigenvalue_max": float(self.eigenvalues.max()),
+            "eigenvalue_min": float(self.eigenvalues.min()),
+            "converged": float(self.converged.mean()),
+            "n_batches": float(len(self.batches)),
+            "n_products": float(self.n_products.sum()),
+        }
+
+
+def hessian_max_eigenvalue_spectrum(
+    probe: Probe,
+    *,
+    n_top: int = 5,
+    n_ends: int = 0,
+    tol: float = 1e-3,
+    solver: str = "lanczos",
+    operator: str = "hessian",
+    parameters: str | Sequence[str] | None = None,
+    dtype: str | torch.dtype | None = None,
+    bn: str = "eval",
+    product: str = "reverse",
+    micro_batch: int | None = None,
+    max_products: int = 200,
+    max_memory: float | None = None,
+    seed: int = 0,
+    partial: MutableMapping[str, Row] | None = None,
+) -> HessianMaxEigenvalueSpectrumResult:
+    """Compute the ``n_top`` eigenvalues of largest magnitude of every mini-batch's Hessian.
+
+    Each batch of the probe gives one Hessian: of the mean over its images plus the L2 term. Under ``torch.distributed``
+    batches are split over ranks.
+
+    Args:
+        probe: the model, frozen augmented mini-batches (16 images in the paper) and the objective.
+        n_top: eigenvalues of each batch.
+        n_ends: also this many of the largest and of the smallest, from the same run; 0 for none.
+        tol: relative error at which to stop.
+        solver: ``lanczos``, or ``power`` with PyHessian's stopping rule.
+        operator: ``hessian``, ``ggn``, ``fisher_mc`` or ``fisher_empirical``.
+        parameters: a subset, see `hessian_eigenvalues`.
+        dtype: ``float32`` or ``float64``; None for the model's own.
+        bn: BatchNorm on running statistics (``eval``) or on each batch's (``batch``).
+        product: ``reverse`` (kept graph) or ``linearize``.
+        micro_batch: images held at once; None for a whole batch.
+        max_products: the most products of a batch.
+        max_memory: bytes the Lanczos basis may take.
+        seed: of start vectors, drawn labels and the bootstrap.
+        partial: rows of batches already done, by ``batch-<number>``; new ones are added as soon as they are known.
+
+    Raises:
+        ValueError: no parameters, fewer parameters than ``n_top``, an unknown name, a compiled or inference-mode model, a
+            batch on another device.
+        NumericalError: a loss that is not finite.
+
+    Source: Park & Kim (ICLR 2022), figures 1c, 4, 6, 7, C.4; PAPER.md sections 2 and 7. Deviation: Lanczos with residuals
+    in place of power iteration with a tolerance on its change (``solver="power"``).
+    """
+    rows: dict[int, Row] = {}
+    partial = {} if partial is None else partial
+    solving = {"tol": tol, "solver": solver, "max_products": max_products, "seed": seed}
+    with curvatures(
+        probe,
+        operator=operator,
+        parameters=parameters,
+        dtype=dtype,
+        bn=bn,
+        product=product,
+        micro_batch=micro_batch,
+        seed=seed,
+    ) as made:
+        share = len(range(distributed.rank(), probe.n_batches, distributed.world_size()))
+        for index, batch in track(probe.local_batches(), "hessian spectrum", total=share):
+            key = f"batch-{index:04d}"
+            if key not in partial:
+                partial[key] = _row(made, index, batch, n_top, n_ends, {**solving, "max_memory": max_memory})
+            rows[index] = partial[key]
+        card = made.card({"n_top": n_top, "n_ends": n_ends, "ranking": "magnitude", **solving})
+    merged = {index: row for share in distributed.gather_objects(rows) for index, row in share.items()}
+    return _result(merged, card, seed)
+
+
+def _row(made: Curvatures, index: int, batch: Batch, n_top: int, n_ends: int, solving: dict) -> Row:
+    curvature = made.batch(index, batch)
+    solution = solve(curvature, k=n_top, n_ends=n_ends, **solving)
+    pairs = solution.pairs
+    return {
+        "eigenvalues": pairs.values[:n_top],
+        "residuals": pairs.residuals[:n_top],
+        "errors": pairs.errors[:n_top],
+        "converged": pairs.converged.astype(float)[:n_top],
+        "l2_contribution": solution.l2_contribution[:n_top],
+        "largest": pairs.values[n_top : n_top + n_ends],
+        "smallest": pairs.values[n_top + n_ends :],
+        "smallest_residuals": pairs.residuals[n_top + n_ends :],
+        "n_products": float(pairs.n_products),
+    }
+
+
+def _result(rows: Mapping[int, Row], card: ObjectiveCard, seed: int) -> HessianMaxEigenvalueSpectrumResult:
+    order = sorted(rows)
+    table = {key: np.array([rows[index][key] for index in order]) for key in rows[order[0]]}
+    values, residuals = table["eigenvalues"], table["residuals"]
+    first, smallest = (values[:, :1], residuals[:, :1]), (table["smallest"], table["smallest_residuals"])
+    grid, density = _pooled.kernel_density(values)
+    return HessianMaxEigenvalueSpectrumResult(
+        eigenvalues=values,
+        residuals=residuals,
+        errors=table["errors"],
+        converged=table["converged"].astype(bool),
+        n_products=table["n_products"].astype(int),
+        l2_contribution=table["l2_contribution"],
+        largest=table["largest"],
+        smallest=table["smallest"],
+        batches=np.array(order),
+        negative_eigenvalue_proportion=_pooled.negative_proportion(values, residuals),
+        negative_eigenvalue_proportion_interval=_pooled.bootstrap(_pooled.negative_proportion, values, residuals, seed),
+        average_positive_eigenvalue=_pooled.positive_average(values, residuals),
+        average_positive_eigenvalue_interval=_pooled.bootstrap(_pooled.positive_average, values, residuals, seed),
+        near_zero_proportion=_pooled.near_zero_proportion(values, residuals),
+        top1_negative_eigenvalue_proportion=_pooled.negative_proportion(*first),
+        top1_average_positive_eigenvalue=_pooled.positive_average(*first),
+        smallest_negative_proportion=_pooled.negative_proportion(smallest[0][:, :1], smallest[1][:, :1]),
+        largest_average=float(table["largest"][:, 0].mean()) if table["largest"].size else float("nan"),
+        grid=grid,
+        density=density,
+        card=card,
+    )

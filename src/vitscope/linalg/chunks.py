@@ -1,0 +1,133 @@
+"""One chunk of images: its loss, its gradient and the product of its curvature with a vector."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.func import functional_call
+
+from vitscope.errors import NumericalError
+from vitscope.linalg.outputs import output_curvature
+
+if TYPE_CHECKING:
+    from vitscope.linalg.hvp import Curvature
+
+Product = Callable[[Sequence[Tensor]], Sequence[Tensor]]
+
+
+class Chunk(NamedTuple):
+    """What one pass over some images gives; sums over its images divided by the operator's ``n_images``.
+
+    Attributes:
+        loss: the data term, a scalar.
+        gradient: of the data term, one tensor a parameter.
+        product: from one tensor a parameter to the data curvature times it; holds the graph.
+    """
+
+    loss: Tensor
+    gradient: list[Tensor]
+    product: Product
+
+
+def build_chunk(operator: Curvature, first_image: int, x: Tensor, y: Tensor) -> Chunk:
+    """Evaluate the operator's model on ``x`` and make what products need.
+
+    Raises:
+        NumericalError: the loss is not finite.
+    """
+    parameters = list(operator.parameters.values())
+    logits = operator.model(x)
+    loss = operator.objective.data_loss(logits, y, "sum") / operator.n_images
+    _check_finite(loss, first_image, len(x))
+    if operator.kind != "hessian":
+        gradient = _gradient(loss, parameters, create_graph=False, retain_graph=True)
+        middle = output_curvature(
+            operator.kind,
+            logits.detach(),
+            y,
+            operator.objective,
+            first_image=first_image,
+            n_samples=operator.n_samples,
+            seed=operator.seed,
+        )
+        return Chunk(loss.detach(), gradient, _sandwich(logits, parameters, middle, 1 / operator.n_images))
+    if operator.product == "linearize":
+        gradient = _gradient(loss, parameters, create_graph=False)
+        return Chunk(loss.detach(), gradient, _linearized(operator, x, y))
+    gradient = _gradient(loss, parameters, create_graph=True)
+    return Chunk(loss.detach(), [g.detach() for g in gradient], _reverse(gradient, parameters))
+
+
+def _gradient(
+    loss: Tensor, parameters: list[Tensor], create_graph: bool, retain_graph: bool | None = None
+) -> list[Tensor]:
+    return list(
+        torch.autograd.grad(
+            loss, parameters, create_graph=create_graph, retain_graph=retain_graph, materialize_grads=True
+        )
+    )
+
+
+def _reverse(gradient: list[Tensor], parameters: list[Tensor]) -> Product:
+    """Return H v as the derivative of <gradient, v>, the gradient's graph kept."""
+    curved = [i for i, g in enumerate(gradient) if g.requires_grad]  # an unused parameter's gradient is a constant 0
+    outputs = [gradient[i] for i in curved]
+
+    def product(v: Sequence[Tensor]) -> Sequence[Tensor]:
+        if not outputs:
+            return [torch.zeros_like(p) for p in parameters]
+        vectors = [v[i] for i in curved]
+        return torch.autograd.grad(outputs, parameters, vectors, retain_graph=True, materialize_grads=True)
+
+    return product
+
+
+def _linearized(operator: Curvature, x: Tensor, y: Tensor) -> Product:
+    """Return H v as the forward derivative of the gradient, traced once."""
+    names = list(operator.parameters)
+
+    def loss(parameters: Mapping[str, Tensor]) -> Tensor:
+        logits = functional_call(operator.model, dict(parameters), (x,))
+        return operator.objective.data_loss(logits, y, "sum") / operator.n_images
+
+    point = {name: p.detach() for name, p in operator.parameters.items()}
+    _, tangent = torch.func.linearize(torch.func.grad(loss), point)
+
+    def product(v: Sequence[Tensor]) -> Sequence[Tensor]:
+        result = tangent(dict(zip(names, v)))
+        return [result[name] for name in names]
+
+    return product
+
+
+def _sandwich(logits: Tensor, parameters: list[Tensor], middle: Callable[[Tensor], Tensor], scale: float) -> Product:
+    """Return J^T M J v. J v comes from reverse passes alone: J^T u is linear in u, and its transpose in u is J."""
+    dummy = torch.zeros_like(logits, requires_grad=True)
+    pulled = torch.autograd.grad(
+        logits, parameters, dummy, create_graph=True, retain_graph=True, materialize_grads=True
+    )
+    used = [i for i, g in enumerate(pulled) if g.requires_grad]
+
+    def product(v: Sequence[Tensor]) -> Sequence[Tensor]:
+        if not used:
+            return [torch.zeros_like(p) for p in parameters]
+        outputs, vectors = [pulled[i] for i in used], [v[i] for i in used]
+        (pushed,) = torch.autograd.grad(outputs, dummy, vectors, retain_graph=True)  # (B, C)
+        return torch.autograd.grad(
+            logits, parameters, middle(pushed) * scale, retain_graph=True, materialize_grads=True
+        )
+
+    return product
+
+
+def _check_finite(loss: Tensor, first_image: int, n: int) -> None:
+    if not torch.isfinite(loss):
+        raise NumericalError(
+            "loss",
+            loss.item(),
+            f"not finite on images {first_image} to {first_image + n - 1}, so it has no curvature",
+            "look at the weights and the batch, or use float64",
+        )

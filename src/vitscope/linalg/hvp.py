@@ -1,0 +1,165 @@
+"""Products of a vector with the curvature of an objective, without the matrix.
+
+The operator is the mean over images of the data term's curvature, plus the L2 term's once. Products with the Hessian are
+reverse-over-reverse (Pearlmutter, Neural Computation 1994): where one chunk of images holds everything, the gradient's
+graph is built once and kept, and a product costs about two gradients; with several chunks each product builds them anew,
+one after the other: about three gradients, in the memory of one chunk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import islice
+
+import torch
+from torch import Tensor, nn
+
+from vitscope import distributed, interrupt
+from vitscope.linalg.chunks import Chunk, build_chunk
+from vitscope.linalg.l2 import add_l2_product, l2_gradient
+from vitscope.objective import Objective
+
+KINDS = ("hessian", "ggn", "fisher_mc", "fisher_empirical")
+PRODUCTS = ("reverse", "linearize")
+
+#: yields ``(number of the batch's first image, (x, y))`` of this rank's share, as often as it is called
+Batches = Callable[[], Iterable[tuple[int, tuple[Tensor, Tensor]]]]
+
+
+class Curvature:
+    """A symmetric operator on flat vectors ``(size,)``: call it with ``v`` to get ``C v``.
+
+    Make and use it inside ``Probe.guard(second_order=True)``.
+
+    Args:
+        model: the guarded model.
+        batches: yields this rank's ``(first image, (x, y))`` on every call.
+        objective: the data term and the L2 term.
+        parameters: those analysed, by name: the operator is the diagonal block that belongs to them.
+        n_images: images on all ranks together, by which sums are divided.
+        kind: ``hessian``, ``ggn``, ``fisher_mc`` or ``fisher_empirical``; the L2 term's Hessian is added to each.
+        product: for ``hessian``: ``reverse``, or ``linearize`` (forward over reverse, `torch.func.linearize`).
+        micro_batch: images held at once; None for a whole batch.
+        reduce: add the ranks' shares up; False where each rank has an operator of its own.
+        n_samples: labels drawn for each image by ``fisher_mc``.
+        seed: of those draws.
+
+    Attributes:
+        size: the number of parameters analysed.
+        n_products: products made so far.
+
+    Raises:
+        ValueError: an unknown ``kind`` or ``product``, no parameters, a ``micro_batch`` below 1.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: Batches,
+        objective: Objective,
+        parameters: Mapping[str, Tensor],
+        *,
+        n_images: int,
+        kind: str = "hessian",
+        product: str = "reverse",
+        micro_batch: int | None = None,
+        reduce: bool = True,
+        n_samples: int = 1,
+        seed: int = 0,
+    ) -> None:
+        _check(kind, product, micro_batch, parameters)
+        self.model, self.objective, self.parameters = model, objective, dict(parameters)
+        self.kind, self.product, self.n_images, self.reduce = kind, product, n_images, reduce
+        self.n_samples, self.seed, self.micro_batch = n_samples, seed, micro_batch
+        self._batches = batches
+        self._shapes = [p.shape for p in parameters.values()]
+        self._sizes = [p.numel() for p in parameters.values()]
+        self.size = sum(self._sizes)
+        first = next(iter(parameters.values()))
+        self.dtype, self.device = first.dtype, first.device
+        self.n_products = 0
+        self._kept: Chunk | None = None
+        self._several: bool | None = None
+
+    def __call__(self, v: Tensor, out: Tensor | None = None) -> Tensor:
+        """Return ``C v (size,)``, written to ``out`` where given.
+
+        Raises:
+            NumericalError: the loss is not finite.
+            Interrupted: a stop was requested.
+        """
+        interrupt.check()
+        self.n_products += 1
+        parts = self.split(v)
+        total = self._sum(lambda chunk: chunk.product(parts), out)
+        return add_l2_product(self.objective, self.parameters, parts, total)
+
+    def data_product(self, v: Tensor) -> Tensor:
+        """Return the product with the data term's curvature alone, without the L2 term's ``(size,)``."""
+        self.n_products += 1
+        return self._sum(lambda chunk: chunk.product(self.split(v)), None)
+
+    def l2_product(self, v: Tensor) -> Tensor:
+        """Return the product with the L2 term's Hessian alone ``(size,)``."""
+        return add_l2_product(self.objective, self.parameters, self.split(v), torch.zeros_like(v))
+
+    def gradient(self, data_only: bool = False) -> Tensor:
+        """Return the objective's gradient ``(size,)``, or the data term's."""
+        total = self._sum(lambda chunk: chunk.gradient, None)
+        if not data_only:
+            total += torch.cat([g.reshape(-1) for g in l2_gradient(self.objective, self.parameters)])
+        return total
+
+    def split(self, v: Tensor) -> list[Tensor]:
+        """Return views of ``v (size,)`` in the parameters' shapes."""
+        return [part.view(shape) for part, shape in zip(v.split(self._sizes), self._shapes)]
+
+    def release(self) -> None:
+        """Free the kept graph."""
+        self._kept = None
+
+    def _sum(self, share: Callable[[Chunk], Iterable[Tensor]], out: Tensor | None) -> Tensor:
+        """Add ``share(chunk)`` up over chunks and ranks into a flat vector."""
+        out = torch.empty(self.size, dtype=self.dtype, device=self.device) if out is None else out
+        empty = True
+        for chunk in self._chunks():
+            flat = [t.reshape(-1) for t in share(chunk)]
+            if empty:
+                torch.cat(flat, out=out)
+            else:
+                out += torch.cat(flat)
+            empty = False
+        if empty:  # more ranks than batches
+            out.zero_()
+        return distributed.all_reduce_sum(out) if self.reduce else out
+
+    def _chunks(self) -> Iterator[Chunk]:
+        if self._kept is not None:
+            yield self._kept
+            return
+        pieces = self._pieces()
+        if self._several is None:
+            ahead = list(islice(self._pieces(), 2))
+            self._several = len(ahead) > 1
+        for first_image, x, y in pieces:
+            chunk = build_chunk(self, first_image, x, y)
+            if not self._several:
+                self._kept = chunk
+            yield chunk
+
+    def _pieces(self) -> Iterator[tuple[int, Tensor, Tensor]]:
+        for first_image, (x, y) in self._batches():
+            step = self.micro_batch or len(x)
+            for a in range(0, len(x), step):
+                yield first_image + a, x[a : a + step], y[a : a + step]
+
+
+def _check(kind: str, product: str, micro_batch: int | None, parameters: Mapping[str, Tensor]) -> None:
+    if kind not in KINDS:
+        raise ValueError(f"Expected operator to be one of {', '.join(KINDS)}, received {kind!r}.")
+    if product not in PRODUCTS:
+        raise ValueError(f"Expected product to be one of {', '.join(PRODUCTS)}, received {product!r}.")
+    if micro_batch is not None and micro_batch < 1:
+        raise ValueError(f"Expected micro_batch to be at least 1 or None, received {micro_batch}.")
+    if not parameters:
+        raise ValueError("Expected at least one parameter to analyse, received none.")

@@ -1,0 +1,278 @@
+"""Extreme eigenvalues of a symmetric operator by Lanczos with full reorthogonalisation and thick restart.
+
+Each step makes one product, orthogonalises it against the whole basis and extends the projection T = Q^T H Q. A Ritz pair
+(theta, Q s) has residual r = |H Q s - theta Q s| = beta |s_last|, at no further product; an eigenvalue lies within r of
+theta, and within r^2/gap where the rest of the spectrum is gap away (Parlett, The Symmetric Eigenvalue Problem, ch. 11).
+When the basis is full the best Ritz vectors are kept (Wu & Simon, SIAM J. Matrix Anal. Appl. 2000).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vitscope import distributed
+from vitscope.linalg.basis import Basis, norm
+from vitscope.linalg.ritz import WHICH, Ritz, count, errors, settled, tolerances, wanted
+
+Operator = Callable[..., Tensor]
+
+#: a remainder below the precision to this power, relative to the operator, is rounding (1e-5 in float32, 1e-11 in
+#: float64): the basis spans an invariant subspace
+BREAKDOWN = 0.7
+
+
+@dataclass(frozen=True)
+class Eigenpairs:
+    """Eigenvalues with what is known about their error.
+
+    Attributes:
+        values: (k,) Ritz values in the order asked for.
+        residuals: (k,) norms of H v - value v; an eigenvalue lies within.
+        errors: (k,) estimates of |value - eigenvalue|: the residual or, where smaller, residual^2 / gap.
+        converged: (k,) whether the estimate is within the tolerance.
+        n_products: products made.
+        vectors: (k, size) orthonormal, or None.
+    """
+
+    values: np.ndarray
+    residuals: np.ndarray
+    errors: np.ndarray
+    converged: np.ndarray
+    n_products: int
+    vectors: Tensor | None
+
+
+class Lanczos:
+    """The process itself: a basis and the projection on it, extended by `step`.
+
+    Args:
+        product: ``product(v, out=row)`` writes H v to ``row``.
+        start: the first vector ``(size,)``, of any positive length.
+        capacity: rows of memory; at most ``capacity - 1`` steps between two calls of `restart`.
+        seed: of the random vectors that continue after an invariant subspace.
+
+    Attributes:
+        projection: (m, m) float64, T.
+        beta: the length of the last remainder, the coupling to the basis' next row.
+        breakdowns: after how many products the basis spanned an invariant subspace and a random vector was taken.
+    """
+
+    def __init__(self, product: Operator, start: Tensor, capacity: int, seed: int = 0) -> None:
+        self.product, self.seed = product, seed
+        self.basis = Basis(min(capacity, len(start) + 1), len(start), start.dtype, start.device)
+        self.projection = np.zeros((0, 0))
+        self.coupling = np.zeros(0)  # of the next row with those before it: what T's next column begins with
+        self.beta = 0.0
+        self.n_products = 0
+        self.breakdowns: list[int] = []
+        length = norm(start)
+        if not np.isfinite(length):
+            raise ValueError("Expected a finite start vector, received one with NaN or infinity.")
+        self.basis.append(*((start, length) if length > 0 else self._fresh()))
+
+    @property
+    def full(self) -> bool:
+        """Whether there is no room for another step."""
+        return self.basis.count >= len(self.basis.rows)
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether the basis spans the whole space."""
+        return len(self.projection) == self.basis.rows.shape[1]
+
+    def step(self) -> None:
+        """Make one product and add a row to the basis, a row and a column to T."""
+        basis, last = self.basis, self.basis.count - 1
+        w = basis.rows[basis.count]
+        self.product(basis.rows[last], out=w)
+        self.n_products += 1
+        first = int(np.argmax(self.coupling != 0)) if self.coupling.any() else last
+        size = basis.subtract(w, self.coupling[first:], slice(first, last))
+        alpha = float(basis.coefficients(w, slice(last, None))[0])
+        before = basis.subtract(w, np.array([alpha]), slice(last, None))
+        column = np.append(self.coupling, alpha)
+        length, correction = self._orthogonalise(w, before)
+        column[last] += correction
+        grown = np.zeros((last + 1, last + 1))
+        grown[:last, :last] = self.projection
+        grown[last], grown[:, last] = column, column
+        self.projection = grown
+        self._extend(w, length, max(size, np.abs(grown).max()))
+
+    def ritz(self) -> Ritz:
+        """Return the eigenvalues of T, ascending, with residuals and the eigenvectors' coefficients."""
+        values, vectors = np.linalg.eigh(self.projection)
+        return Ritz(values, np.abs(self.beta * vectors[-1]), vectors)
+
+    def restart(self, keep: np.ndarray) -> None:
+        """Compress the basis to the Ritz vectors numbered ``keep`` and the last remainder."""
+        ritz = self.ritz()
+        last = self.basis.rows[self.basis.count - 1].clone()
+        self.basis.count -= 1
+        self.basis.compress(ritz.vectors[:, keep].T)
+        self.projection = np.diag(ritz.values[keep])
+        self.coupling = self.beta * ritz.vectors[-1, keep]
+        self.basis.append(last, 1.0)
+
+    def _orthogonalise(self, w: Tensor, before: float) -> tuple[float, float]:
+        """Take from ``w`` what is left along the basis; again where much went, for then rounding weighs more."""
+        correction = 0.0
+        while True:
+            c = self.basis.coefficients(w)
+            length = self.basis.subtract(w, c)
+            correction += c[-1]
+            if length > 0.5 * before or length == 0.0:
+                return length, correction
+            before = length
+
+    def _extend(self, w: Tensor, length: float, scale: float) -> None:
+        self.beta, self.coupling = length, np.zeros(len(self.projection))
+        if self.exhausted:
+            self.beta = 0.0
+            return
+        if length <= torch.finfo(w.dtype).eps ** BREAKDOWN * scale or scale == 0.0:
+            self.beta = 0.0
+            self.breakdowns.append(self.n_products)
+            self.basis.append(*self._fresh())
+            return
+        self.coupling[-1] = length
+        self.basis.append(w, length)
+
+    def _fresh(self) -> tuple[Tensor, float]:
+        """Return a random vector orthogonal to the basis, and its length."""
+        generator = torch.Generator().manual_seed(self.seed + self.basis.count)
+        row = self.basis.rows[self.basis.count]
+        row.copy_(torch.randn(len(row), generator=generator, dtype=torch.float32))
+        length = norm(row)
+        for _ in range(2 if self.basis.count else 0):
+            length = self.basis.subtract(row, self.basis.coefficients(row))
+        return row, length
+
+
+def extreme_eigenvalues(
+    product: Operator,
+    start: Tensor,
+    k: int,
+    *,
+    which: str = "LM",
+    n_ends: int = 0,
+    tol: float = 1e-3,
+    max_products: int = 200,
+    max_memory: float | None = None,
+    vectors: bool = False,
+    seed: int = 0,
+    shared: bool = False,
+) -> Eigenpairs:
+    """Return the ``k`` extreme eigenvalues of a symmetric operator.
+
+    Args:
+        product: ``product(v, out=row)`` writes H v to ``row``.
+        start: the first vector ``(size,)``.
+        k: how many eigenvalues; with ``both`` at either end.
+        which: ``LM`` by magnitude, ``LA`` the largest, ``SA`` the smallest, ``both`` ends from one run.
+        n_ends: this many more of the largest, then of the smallest, after the others.
+        tol: relative error of each eigenvalue at which to stop (of the largest one's magnitude times 1e-3 where smaller).
+        max_products: the most products; what has not converged then says so.
+        max_memory: bytes that the basis may take; thick restarts keep to it. None: a quarter of what is free.
+        vectors: also return the eigenvectors.
+        seed: of the random vectors that continue after an invariant subspace.
+        shared: every rank runs this on one operator whose products are reduced, so that all must stop together.
+
+    Raises:
+        ValueError: fewer dimensions than eigenvalues, an unknown ``which``, ``tol`` or ``max_products`` not positive, or a
+            ``max_memory`` in which Lanczos cannot run.
+    """
+    _check(len(start), k, which, tol, max_products)
+    rows = _rows(start, count(k, which, n_ends), max_products, max_memory)
+    lanczos = Lanczos(product, start, rows, seed)
+    at_breakdown: np.ndarray | None = None
+    while True:
+        lanczos.step()
+        ritz = lanczos.ritz()
+        chosen, done = settled(ritz, k, which, tol, n_ends)
+        if lanczos.breakdowns:
+            done = done and _nothing_new(lanczos, ritz.values[chosen], at_breakdown)
+            at_breakdown = ritz.values[chosen] if lanczos.breakdowns[-1] == lanczos.n_products else at_breakdown
+        stop = done or lanczos.exhausted or lanczos.n_products >= max_products
+        if _agreed(stop, shared, start.device):
+            break
+        if lanczos.full:
+            lanczos.restart(_kept(ritz, chosen, which, rows))
+    return _pairs(lanczos, ritz, chosen, tol, vectors)
+
+
+def _nothing_new(lanczos: Lanczos, values: np.ndarray, before: np.ndarray | None) -> bool:
+    """Return whether the directions after an invariant subspace have had their chance.
+
+    A Krylov space holds one direction of each multiple eigenvalue; the others, and null directions, come from the random
+    vectors that continue: until these break down too without a change, or for as many products as the first subspace took.
+    """
+    if lanczos.n_products - lanczos.breakdowns[-1] >= lanczos.breakdowns[0]:
+        return True
+    again = lanczos.breakdowns[-1] == lanczos.n_products and before is not None and len(before) == len(values)
+    return again and np.allclose(values, before, rtol=1e-3, atol=1e-6 * np.abs(values).max())
+
+
+def _check(size: int, k: int, which: str, tol: float, max_products: int) -> None:
+    if which not in WHICH:
+        raise ValueError(f"Expected which to be one of {', '.join(WHICH)}, received {which!r}.")
+    if k < 1 or k > size:
+        raise ValueError(f"Expected between 1 and {size} eigenvalues (the parameters analysed), received k={k}.")
+    if not 0 < tol < 1:
+        raise ValueError(f"Expected tol between 0 and 1, received {tol}.")
+    if max_products < 1:
+        raise ValueError(f"Expected max_products to be at least 1, received {max_products}.")
+
+
+def _rows(start: Tensor, n_values: int, max_products: int, max_memory: float | None) -> int:
+    """Return how many vectors the basis may hold."""
+    row = start.element_size() * len(start)
+    rows = int((free_memory(start.device) / 4 if max_memory is None else max_memory) // row)
+    least = min(2 * n_values + 4, len(start) + 1, max_products + 1)
+    if rows < least:
+        raise ValueError(
+            f"Expected max_memory for at least {least} vectors of {row / 2**20:.1f} MiB ({least * row / 2**20:.0f} MiB), "
+            f"received {rows * row / 2**20:.0f} MiB: ask for fewer eigenvalues or fewer parameters."
+        )
+    return min(rows, max_products + 1)
+
+
+def free_memory(device: torch.device) -> float:
+    """Return the bytes that are free on ``device``."""
+    if device.type == "cuda":
+        return float(torch.cuda.mem_get_info(device)[0])
+    return float(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+
+
+def _kept(ritz: Ritz, chosen: np.ndarray, which: str, rows: int) -> np.ndarray:
+    """Return the Ritz values to restart with: the wanted ones and, for a wider gap, some that follow them."""
+    following = wanted(ritz.values, len(ritz.values), "LM" if which == "both" else which)
+    ranked = list(dict.fromkeys([*chosen.tolist(), *following.tolist()]))
+    base = len(set(chosen.tolist()))
+    return np.sort(ranked[: min(base + max(2, (rows - base) // 3), rows - 3)])
+
+
+def _agreed(stop: bool, shared: bool, device: torch.device) -> bool:
+    """Return rank 0's decision: rounding may differ between ranks, but all must make the same products."""
+    if not shared or distributed.world_size() == 1:
+        return stop
+    return bool(distributed.broadcast(torch.tensor(float(stop), device=device)).item())
+
+
+def _pairs(lanczos: Lanczos, ritz: Ritz, chosen: np.ndarray, tol: float, vectors: bool) -> Eigenpairs:
+    estimate = errors(ritz)[chosen]
+    lanczos.basis.count = len(ritz.values)
+    return Eigenpairs(
+        values=ritz.values[chosen],
+        residuals=ritz.residuals[chosen],
+        errors=estimate,
+        converged=estimate <= tolerances(ritz.values, chosen, tol),
+        n_products=lanczos.n_products,
+        vectors=lanczos.basis.combine(ritz.vectors[:, chosen].T) if vectors else None,
+    )

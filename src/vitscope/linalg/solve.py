@@ -1,0 +1,93 @@
+"""Extreme eigenvalues of a curvature operator by name of the solver, with the L2 term's share of each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vitscope.linalg.curvatures import start_vector
+from vitscope.linalg.hvp import Curvature
+from vitscope.linalg.lanczos import Eigenpairs, extreme_eigenvalues
+from vitscope.linalg.power import power_iteration
+
+SOLVERS = ("lanczos", "power")
+
+
+@dataclass(frozen=True)
+class Solution:
+    """Eigenpairs (see `Eigenpairs`) and what the L2 term adds to each value.
+
+    Attributes:
+        pairs: values, residuals, errors, flags, products; vectors where asked for.
+        l2_contribution: (k,) v^T H_L2 v.
+    """
+
+    pairs: Eigenpairs
+    l2_contribution: np.ndarray
+
+
+def solve(
+    operator: Curvature,
+    *,
+    k: int,
+    which: str = "LM",
+    n_ends: int = 0,
+    tol: float = 1e-3,
+    solver: str = "lanczos",
+    max_products: int = 200,
+    max_memory: float | None = None,
+    vectors: bool = False,
+    seed: int = 0,
+    shared: bool = False,
+    start: Tensor | None = None,
+) -> Solution:
+    """Return extreme eigenvalues of ``operator``; arguments as in `extreme_eigenvalues`.
+
+    Raises:
+        ValueError: an unknown solver, or ``power`` for anything but ``LM``; and what the solver raises.
+    """
+    if solver not in SOLVERS:
+        raise ValueError(f"Expected solver to be one of {', '.join(SOLVERS)}, received {solver!r}.")
+    if not 1 <= k <= operator.size:
+        raise ValueError(
+            f"Expected between 1 and {operator.size} eigenvalues (the parameters analysed), received k={k}."
+        )
+    needed = vectors or operator.objective.l2 in ("sum_norm", "adamw")
+    if solver == "power":
+        if which != "LM" or n_ends:
+            raise ValueError(
+                "Expected which='LM' and n_ends=0 with solver='power' (it follows the magnitude), "
+                f"received which={which!r}, n_ends={n_ends}."
+            )
+        like = torch.empty(operator.size, dtype=operator.dtype, device=operator.device)
+        pairs = power_iteration(operator, like, k, tol=tol, seed=seed)
+    else:
+        first = start_vector(operator, seed) if start is None else start
+        pairs = extreme_eigenvalues(
+            operator,
+            first,
+            k,
+            which=which,
+            n_ends=n_ends,
+            tol=tol,
+            max_products=max_products,
+            max_memory=max_memory,
+            vectors=needed,
+            seed=seed,
+            shared=shared,
+        )
+    return Solution(pairs, l2_contribution(operator, pairs))
+
+
+def l2_contribution(operator: Curvature, pairs: Eigenpairs) -> np.ndarray:
+    """Return v^T H_L2 v for each eigenvector ``(k,)``."""
+    objective = operator.objective
+    if objective.l2 == "none" or objective.weight_decay == 0.0:
+        return np.zeros(len(pairs.values))
+    if objective.l2 == "half_sq":
+        return np.full(len(pairs.values), objective.weight_decay)
+    assert pairs.vectors is not None
+    return np.array([float(torch.dot(v.double(), operator.l2_product(v).double())) for v in pairs.vectors])
