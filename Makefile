@@ -1,0 +1,47 @@
+# make help lists the targets. Everything happens in .venv, which the first target that needs it creates.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+SETUP := $(VENV)/.installed
+RUN := $(BIN)/python
+PROFILE ?= smoke
+PYTEST ?= $(BIN)/pytest
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-slow lint format bench doctor clean fuzz soak
+
+help: ## list the targets
+	@grep -hE '^[a-zA-Z0-9_%-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  %-24s %s\n", $$1, $$2}'
+
+$(SETUP): pyproject.toml constraints.txt
+	@test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	@echo "installing into $(VENV) (torch and its CUDA libraries are several GB; once)"
+	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+setup: $(SETUP) ## create .venv and install what was tested
+
+demo: $(SETUP) ## the main job: train an AlterNet on photographs, diagnose it, about three minutes on two cores
+	$(RUN) train.py model=alternet
+
+test: $(SETUP) ## the tests that CI runs
+	$(PYTEST)
+
+test-slow: $(SETUP) ## the longer tests too
+	$(PYTEST) -m 'slow or not slow'
+
+lint: $(SETUP) ## ruff and pyright
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+format: $(SETUP) ## let ruff rewrite
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+doctor: $(SETUP) ## what works on this machine
+	@$(RUN) -m vitscope doctor
+
+clean: ## remove caches, not runs
+	rm -rf .pytest_cache .ruff_cache .hypothesis build dist
+	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +

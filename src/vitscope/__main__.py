@@ -1,0 +1,5 @@
+"""``python -m vitscope train | analyze | report | doctor``."""
+
+from vitscope.commands import main
+
+main()

@@ -1,0 +1,43 @@
+"""What every test shares: no network, no W&B server, run folders in a temporary place, few threads."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("WANDB_MODE", "offline")
+os.environ.setdefault("WANDB_SILENT", "true")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("MPLBACKEND", "agg")
+
+import pytest
+import torch
+from torch import nn
+
+import vitscope.progress
+
+
+@pytest.fixture(autouse=True)
+def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No progress lines; every test starts from the same random state and with no stop asked for."""
+    from vitscope import interrupt
+
+    monkeypatch.setattr(vitscope.progress, "enabled", False)
+    interrupt.clear()
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def mlp() -> nn.Module:
+    """Return a small smooth network in float64, from (B, 1, 2, 3) to 4 logits."""
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Flatten(), nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4)).double()
+
+
+@pytest.fixture
+def mlp_batches() -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Return three batches of different sizes for `mlp`."""
+    generator = torch.Generator().manual_seed(2)
+    return [
+        (torch.randn(n, 1, 2, 3, generator=generator, dtype=torch.float64), torch.randint(0, 4, (n,), generator=generator))
+        for n in (4, 7, 2)
+    ]

@@ -1,0 +1,46 @@
+"""Means over images, whatever the batches; calibration error right where everything is certain."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torchmetrics.functional.classification import multiclass_calibration_error
+
+from vitscope.evaluate import ECE_BINS, evaluate
+
+
+def test_batches_do_not_matter(mlp, mlp_batches) -> None:
+    parts = evaluate(mlp, mlp_batches, per_image=True)
+    whole = evaluate(mlp, [(torch.cat([x for x, _ in mlp_batches]), torch.cat([y for _, y in mlp_batches]))])
+    assert parts.n_images == whole.n_images == 13
+    assert parts.nll == pytest.approx(whole.nll, abs=1e-14)
+    assert parts.accuracy == whole.accuracy
+    assert parts.ece == pytest.approx(whole.ece, abs=1e-14)
+    assert parts.losses.mean() == pytest.approx(parts.nll, abs=1e-14)
+    assert parts.correct.mean() == parts.accuracy
+
+
+def test_calibration_error_equals_torchmetrics() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(400, 5, generator=generator, dtype=torch.float64)
+    y = torch.randint(0, 5, (400,), generator=generator)
+    ours = evaluate(lambda x: logits, [(torch.zeros(400, 1), y)]).ece
+    theirs = multiclass_calibration_error(logits.softmax(1), y, num_classes=5, n_bins=ECE_BINS)
+    assert ours == pytest.approx(float(theirs), abs=1e-7)  # torchmetrics sums in float32
+
+
+def test_certain_and_right_is_calibrated() -> None:
+    y = torch.tensor([0, 1, 2])
+    logits = 1000.0 * torch.eye(3)
+    assert evaluate(lambda x: logits, [(torch.zeros(3, 1), y)]).ece == 0.0
+    assert evaluate(lambda x: logits.roll(1, 0), [(torch.zeros(3, 1), y)]).ece == 1.0
+
+
+def test_a_loss_that_is_not_finite_shows() -> None:
+    logits = torch.tensor([[float("nan"), 0.0]])
+    assert evaluate(lambda x: logits, [(torch.zeros(1, 1), torch.tensor([0]))]).nll != 0.0
+
+
+def test_no_images() -> None:
+    with pytest.raises(ValueError, match="at least one image"):
+        evaluate(lambda x: x, [])
