@@ -73,7 +73,7 @@ def test_transfer_of_an_exact_filter_is_the_log_of_its_gain(path: str, h: int):
     assert result.kind_names == ("msa", "mlp")
     np.testing.assert_allclose(result.kind_contrast, result.contrast)
     np.testing.assert_allclose([result.kind_low, result.kind_high], [result.contrast] * 2, atol=1e-4)
-    assert result.scalars()["branch_transfer/contrast_msa"] == result.kind_contrast[0]
+    assert result.scalars()["contrast_msa"] == result.kind_contrast[0]
 
 
 def test_identity_transfers_everything_exactly():
@@ -129,6 +129,9 @@ def test_initial_model_is_measured_on_the_same_images():
     other = vs.branch_transfer(vs.Probe(initial, probe.batches), n_resamples=20)
     alone = vs.branch_transfer(probe, n_resamples=20)
     np.testing.assert_allclose(result.contrast, alone.contrast - other.contrast, rtol=1e-12)
+    np.testing.assert_array_equal(result.contrast_own, alone.contrast)
+    np.testing.assert_array_equal(result.contrast_initial, other.contrast)
+    assert np.isnan(alone.contrast_initial).all()
     assert result.kinds.count("msa") == 12
     assert set(result.kind_names) == {"msa", "mlp"}
 

@@ -86,9 +86,9 @@ def test_log_ratio_of_known_gains_by_kind():
     assert np.isnan(result.log_variance_ratio[[0, 3]]).all()  # nothing before; another size
     np.testing.assert_allclose(result.log_variance_ratio_half_width[[1, 2, 4]], 0, atol=1e-7)  # sums of squares cancel
     scalars = result.scalars()
-    assert scalars["feature_map_variance/log_ratio_msa"] == pytest.approx(-2 * np.log(2))
-    assert scalars["feature_map_variance/log_ratio_mlp"] == pytest.approx(np.log(3) + np.log(4))
-    assert "feature_map_variance/log_ratio_conv" not in scalars
+    assert scalars["log_variance_ratio_msa"] == pytest.approx(-2 * np.log(2))
+    assert scalars["log_variance_ratio_mlp"] == pytest.approx(np.log(3) + np.log(4))
+    assert "log_variance_ratio_conv" not in scalars
     np.testing.assert_array_equal(result.map_sizes, [[8, 8]] * 3 + [[4, 4]] * 2)
 
 

@@ -6,6 +6,7 @@ no constant part, compares maps of one size only, and is not diluted by the resi
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -41,6 +42,8 @@ class BranchTransferResult:
         contrast: (n_units,) mean transfer in the highest third of the non-constant bins minus that in the lowest third;
             negative: a low-pass filter.
         contrast_half_width: (n_units,) half its t-interval over images.
+        contrast_own: (n_units,) the model's own contrast, before anything was subtracted.
+        contrast_initial: (n_units,) the initial model's; NaN without one.
         replicates: (n_resamples, n_units) the contrast with images resampled, the same images for every unit.
         kind_names: (n_kinds) the kinds with at least one contrast.
         kind_contrast: (n_kinds,) mean contrast over the units of a kind.
@@ -61,6 +64,8 @@ class BranchTransferResult:
     transfer: tuple[np.ndarray, ...]
     contrast: np.ndarray
     contrast_half_width: np.ndarray
+    contrast_own: np.ndarray
+    contrast_initial: np.ndarray
     replicates: np.ndarray
     kind_names: tuple[str, ...]
     kind_contrast: np.ndarray
@@ -76,9 +81,9 @@ class BranchTransferResult:
         """Return the mean contrast of each kind and the ends of its interval."""
         values: dict[str, float] = {}
         for i, kind in enumerate(self.kind_names):
-            values[f"branch_transfer/contrast_{kind}"] = float(self.kind_contrast[i])
-            values[f"branch_transfer/contrast_{kind}_low"] = float(self.kind_low[i])
-            values[f"branch_transfer/contrast_{kind}_high"] = float(self.kind_high[i])
+            values[f"contrast_{kind}"] = float(self.kind_contrast[i])
+            values[f"contrast_{kind}_low"] = float(self.kind_low[i])
+            values[f"contrast_{kind}_high"] = float(self.kind_high[i])
         return values
 
     def minus(self, initial: BranchTransferResult) -> BranchTransferResult:
@@ -104,6 +109,8 @@ class BranchTransferResult:
             transfer=tuple(a - b for a, b in zip(self.transfer, initial.transfer)),
             contrast=contrast,
             contrast_half_width=(high - low) / 2,
+            contrast_own=self.contrast,
+            contrast_initial=initial.contrast,
             replicates=replicates,
             reference="initial",
         )
@@ -125,7 +132,8 @@ def branch_transfer(
 
     Args:
         probe: model and images.
-        initial: the same architecture at initialisation; its values on the same images are subtracted.
+        initial: the same architecture at initialisation; its values on the same images are subtracted (a run supplies
+            it).
         units: the residual units of the probe's model, for one that vitscope does not know.
         path: ``radial`` (rings of the whole transform; also serves 4x4 and non-square maps) or ``diagonal``.
         level: coverage of the intervals.
@@ -142,6 +150,8 @@ def branch_transfer(
     result = _measured(probe, found, path, level, n_resamples, seed, eps)
     if initial is None:
         return result
+    if any(p.device != probe.device for p in initial.parameters()):
+        initial = copy.deepcopy(initial).to(probe.device)  # the caller's stays where it is
     start = Probe(initial, probe.batches, probe.objective, about=probe.about)
     return result.minus(_measured(start, units_of(initial), path, level, n_resamples, seed, eps))
 
@@ -178,6 +188,8 @@ def _measured(
         transfer=tuple(np.atleast_1d(c.mean) if i in shape else np.empty(0) for i, c in enumerate(curves)),
         contrast=contrast,
         contrast_half_width=np.broadcast_to(contrasts.half_width, len(units)).copy(),
+        contrast_own=contrast,
+        contrast_initial=np.full(len(units), np.nan),
         replicates=replicates,
         **by_kind(contrast, replicates, kinds, level, seed),
         reference="none",

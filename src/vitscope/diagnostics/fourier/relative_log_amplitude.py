@@ -75,13 +75,13 @@ class RelativeLogAmplitudeResult:
     def scalars(self) -> dict[str, float]:
         """Return the last tap's values, and the mean change across the units of each kind where it is defined."""
         values = {
-            "relative_log_amplitude/high_frequency_last": float(self.high_frequency[-1]),
-            "relative_log_amplitude/ac_high_share_last": float(self.ac_high_share[-1]),
+            "high_frequency_last": float(self.high_frequency[-1]),
+            "ac_high_share_last": float(self.ac_high_share[-1]),
         }
         for kind in dict.fromkeys(self.kinds):
             change = self.high_frequency_change[np.array(self.kinds) == kind]
             if np.isfinite(change).any():
-                values[f"relative_log_amplitude/high_frequency_change_{kind}"] = float(np.nanmean(change))
+                values[f"high_frequency_change_{kind}"] = float(np.nanmean(change))
         return values
 
 

@@ -37,7 +37,7 @@ class TapTableResult:
     def scalars(self) -> dict[str, float]:
         """Return the number of taps of each kind."""
         counts = {kind: self.kinds.count(kind) for kind in dict.fromkeys(self.kinds)}
-        return {"taps/total": float(len(self.taps))} | {f"taps/{kind}": float(n) for kind, n in counts.items()}
+        return {"n_taps": float(len(self.taps))} | {f"n_{kind}": float(n) for kind, n in counts.items()}
 
     def __str__(self) -> str:
         """Return the table: name, kind, stage, depth and map (channels x height x width), a line a tap."""

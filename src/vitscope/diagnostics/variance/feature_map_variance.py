@@ -58,11 +58,11 @@ class FeatureMapVarianceResult:
 
     def scalars(self) -> dict[str, float]:
         """Return the last tap's variance and the mean log variance ratio of each kind where it is defined."""
-        values = {"feature_map_variance/last": float(self.variance[-1])}
+        values = {"variance_last": float(self.variance[-1])}
         for kind in dict.fromkeys(self.kinds):
             ratios = self.log_variance_ratio[np.array(self.kinds) == kind]
             if np.isfinite(ratios).any():
-                values[f"feature_map_variance/log_ratio_{kind}"] = float(np.nanmean(ratios))
+                values[f"log_variance_ratio_{kind}"] = float(np.nanmean(ratios))
         return values
 
 
