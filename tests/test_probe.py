@@ -138,7 +138,10 @@ def test_other_refusals(mlp, mlp_batches) -> None:
 
 def test_models_that_cannot_be_differentiated(mlp, mlp_batches) -> None:
     compiled = torch.compile(mlp)
-    with pytest.raises(ValueError, match=r"pass model\._orig_mod"), vs.Probe(compiled, mlp_batches).guard(second_order=True):
+    with (
+        pytest.raises(ValueError, match=r"pass model\._orig_mod"),
+        vs.Probe(compiled, mlp_batches).guard(second_order=True),
+    ):
         pass
     with torch.inference_mode():
         frozen = nn.Linear(3, 2)

@@ -58,18 +58,27 @@ def estimates(means: Sequence[RunningMean], level: float = 0.95) -> list[Estimat
     Raises:
         ValueError: a level outside (0, 1).
     """
-    if not 0.0 < level < 1.0:
-        raise ValueError(f"Expected level in (0, 1), received {level}.")
+    check_level(level)
     ranks = distributed.gather_objects([m.state() for m in means])
     return [_estimate(states, level) for states in zip(*ranks)]
 
 
+def check_level(level: float) -> None:
+    """Refuse a coverage outside (0, 1) with a ValueError; measures call it before their work, not after."""
+    if not 0.0 < level < 1.0:
+        raise ValueError(f"Expected level in (0, 1), received {level}.")
+
+
 def _estimate(states: Sequence[tuple[int, Any]], level: float) -> Estimate:
-    count = sum(n for n, _ in states)
     shares = [sums for _, sums in states if sums is not None]
     if not shares:
         return Estimate(np.array(np.nan), np.array(np.nan), 0)
     total, square = np.sum(shares, axis=0)
+    return estimate(sum(n for n, _ in states), total, square, level)
+
+
+def estimate(count: int, total: np.ndarray, square: np.ndarray, level: float = 0.95) -> Estimate:
+    """Return a mean over images and its t-interval from the sum and the sum of squares over ``count`` > 0 images."""
     mean = total / count
     if count < 2:
         return Estimate(mean, np.full_like(mean, np.nan), count)

@@ -17,6 +17,10 @@ Row = Mapping[str, Any]
 Partial = MutableMapping[str, Row]
 Key = TypeVar("Key")
 
+#: a label and the weights by name, as a state dict has them
+Checkpoint = tuple[str, Mapping[str, Tensor]]
+Checkpoints = Sequence[Checkpoint]
+
 BN_POLICIES = ("eval", "recalibrate")
 _HALF = (torch.bfloat16, torch.float16)
 
@@ -33,6 +37,25 @@ def as_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
     if dtype is not None and found is None:
         raise ValueError(f"Expected dtype to be float64, float32, bfloat16 or float16, received {dtype!r}.")
     return found
+
+
+def chosen(checkpoints: Checkpoints | None, labels: Sequence[str] | None = None) -> Iterator[Checkpoint]:
+    """Yield the checkpoints of those labels, in the labels' order and one at a time; all of them for None.
+
+    Raises:
+        ValueError: no checkpoint at all, or a label that none has.
+    """
+    if checkpoints is None or len(checkpoints) == 0:
+        raise ValueError("Expected checkpoints (pairs of a label and a state dict), received none.")
+    if labels is None:
+        yield from checkpoints
+        return
+    # a lazy sequence may know its labels; asking for each item would read every file
+    known = getattr(checkpoints, "labels", None) or [label for label, _ in checkpoints]
+    for label in labels:
+        if label not in known:
+            raise ValueError(f"Expected one of the checkpoints {', '.join(known)}, received {label!r}.")
+        yield checkpoints[list(known).index(label)]
 
 
 @contextmanager

@@ -57,7 +57,7 @@ def load(path: Path) -> Any:
         StorageError: the file is damaged, or is not a result of this package.
     """
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             meta = json.loads(str(archive[_META]))
             arrays = {name: archive[name] for name in archive.files if name != _META}
         module, _, name = meta["type"].partition(":")

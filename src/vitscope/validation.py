@@ -53,6 +53,8 @@ def validate(cfg: DictConfig) -> None:
         StorageError: ``paths.runs`` cannot be written.
     """
     tree = _resolved(cfg)
+    for place, node in config.targets(tree):  # before anything looks at arguments
+        config.resolve(node["_target_"], place)
     for key, value in _leaves(tree):
         _check_number(key, value)
     for group in ("model", "data", "optimizer", "trainer"):
@@ -173,7 +175,8 @@ def _fits(value: Any, hint: Any) -> bool:
         return not inner or (len(inner) > 1 and origin is tuple) or all(_fits(item, inner[0]) for item in value)
     if origin in (dict, Mapping):
         return isinstance(value, Mapping)
-    return True
+    # a tensor or module cannot be written in a configuration; other classes (paths, enums) may take plain values
+    return not (isinstance(hint, type) and hint.__module__.partition(".")[0] == "torch")
 
 
 def _check_plain_group(group: str, node: Any) -> None:

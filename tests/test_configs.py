@@ -1,0 +1,86 @@
+"""Every configuration file composes, validates and builds; newcomers enrol themselves by being there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig
+
+from vitscope import analyses, build, config
+from vitscope.validation import validate
+
+CONF = config.folder()
+
+
+def composed(name: str, *overrides: str) -> DictConfig:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return compose(name, overrides=list(overrides), return_hydra_config=False)
+
+
+def options(group: str) -> list[str]:
+    return config.options(group)
+
+
+@pytest.mark.parametrize(
+    "group", ["objective", "optimizer", "trainer", "logger", "caps", "callbacks", "analysis", "profile"]
+)
+def test_every_option_composes_and_validates(group: str, tmp_path: Path) -> None:
+    for option in options(group):
+        choice = f"{group}=[{option}]" if group in ("callbacks", "analysis") else f"{group}={option}"
+        cfg = composed("train", choice, f"paths.runs={tmp_path}")
+        config.apply_caps(cfg)
+        validate(cfg)
+
+
+@pytest.mark.parametrize("experiment", options("experiment"))
+def test_every_experiment_composes_in_smoke_size(experiment: str, tmp_path: Path) -> None:
+    text = (CONF / "experiment" / f"{experiment}.yaml").read_text()
+    for line in ("Claim", "Command", "Cost", "Expected"):
+        assert f"# {line}" in text, f"{experiment}.yaml does not open with its {line.lower()}"
+    cfg = composed("train", f"experiment={experiment}", "caps=smoke", f"paths.runs={tmp_path}")
+    config.apply_caps(cfg)
+    validate(cfg)
+    assert cfg.trainer.max_epochs == 1
+    assert analyses.parse(cfg.analysis)
+
+
+@pytest.mark.parametrize("model", options("model"))
+def test_every_model_does_a_step_at_every_shape(model: str) -> None:
+    sizes = {}
+    for data in options("data"):
+        cfg = composed("train", f"model={model}", f"data={data}")
+        sizes.setdefault((cfg.data.image_size, cfg.data.num_classes), data)
+    for (size, classes), data in sizes.items():
+        if size > 64:
+            continue  # minutes on two cores; the models' own tests build them at 224
+        cfg = composed("train", f"model={model}", f"data={data}")
+        network = build.model(cfg)
+        logits = network(torch.randn(2, 3, size, size))
+        assert logits.shape == (2, classes)
+        torch.nn.functional.cross_entropy(logits, torch.tensor([0, 1])).backward()
+        assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in network.parameters() if p.requires_grad)
+
+
+def test_an_empty_selection_is_empty() -> None:
+    assert composed("train", "analysis=[]").analysis == {}
+    cfg = composed("train", "analysis=[hessian,fourier]")
+    assert [a.name for a in analyses.parse(cfg.analysis)] == ["hessian", "fourier"]
+
+
+def test_caps_lower_and_never_add_or_raise() -> None:
+    cfg = composed("train", "analysis=[hessian]", "caps=smoke", "analysis.hessian.n_top=1")
+    before = set(cfg.analysis.hessian)
+    config.apply_caps(cfg)
+    assert set(cfg.analysis.hessian) == before
+    assert cfg.analysis.hessian.n_top == 1
+    assert cfg.analysis.hessian.probe.n_images == 32
+    assert (cfg.trainer.max_epochs, cfg.trainer.limit_train_batches) == (1, 3)
+
+
+def test_hash_leaves_folders_out() -> None:
+    one = composed("train", "paths.runs=a", "data.num_workers=2", "analysis=[]")
+    assert config.config_hash(one) == config.config_hash(composed("train", "paths.runs=b"))
+    assert config.config_hash(one) != config.config_hash(composed("train", "optimizer.lr=0.5"))

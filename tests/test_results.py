@@ -1,0 +1,112 @@
+"""Results, rows and journals survive what happens to disks and processes."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import vitscope as vs
+from vitscope import journal, results
+from vitscope.errors import StorageError
+
+
+def measured() -> object:
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 3))
+    probe = vs.Probe(model, [(torch.randn(4, 3, 2, 2), torch.tensor([0, 1, 2, 0]))], about={"data": "toy"})
+    return vs.hessian_max_eigenvalue_spectrum(probe, n_top=2)
+
+
+def test_a_result_comes_back_equal(tmp_path: Path) -> None:
+    result = measured()
+    path = results.save(tmp_path, "end-12345678", result)
+    back = results.load(path)
+    assert type(back) is type(result)
+    for name in vars(result):
+        value, other = getattr(result, name), getattr(back, name)
+        if isinstance(value, np.ndarray):
+            np.testing.assert_array_equal(value, other)
+        elif name != "card":
+            assert value == other, name
+    assert back.card.data == "toy"
+    mirror = json.loads((tmp_path / "end-12345678.json").read_text())
+    assert mirror["measure"] == "hessian_max_eigenvalue_spectrum"
+    assert mirror["card"]["n_images"] == 4
+
+
+def test_damaged_results_are_named(tmp_path: Path) -> None:
+    path = results.save(tmp_path, "end-0", measured())
+    content = bytearray(path.read_bytes())
+    path.write_bytes(content[: len(content) // 2])
+    with pytest.raises(StorageError, match="end-0"):
+        results.load(path)
+
+
+def test_only_our_types_are_built(tmp_path: Path) -> None:
+    np.savez(tmp_path / "x.npz", __meta__=np.array(json.dumps({"type": "os:system", "fields": {}})))
+    with pytest.raises(StorageError, match="not a vitscope measure"):
+        results.load(tmp_path / "x.npz")
+
+
+@dataclass(frozen=True)
+class Odd:
+    value: object
+
+    def scalars(self) -> dict[str, float]:
+        return {}
+
+
+def test_what_cannot_be_read_back_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="received Tensor at value"):
+        results.save(tmp_path, "x", Odd(torch.zeros(2)))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tmp_path / "a.json"
+    results.write_atomically(target, b"old")
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(StorageError, match="No space left"):
+        results.write_atomically(target, b"new")
+    assert target.read_bytes() == b"old"
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_rows_outlive_a_kill(tmp_path: Path) -> None:
+    rows = results.PartialRows(tmp_path / "p")
+    rows["0"] = {"nll": 0.1 + 0.2, "v": np.arange(3.0)}
+    rows["1"] = {"nll": float("inf")}
+    with (tmp_path / "p" / "rank-0.jsonl").open("a") as file:
+        file.write('{"key": "2", "row": {"nl')  # killed here
+    again = results.PartialRows(tmp_path / "p", rank=0)
+    assert set(again) == {"0", "1"}
+    assert again["0"]["nll"] == 0.1 + 0.2
+    np.testing.assert_array_equal(again["0"]["v"], np.arange(3.0))
+    again["2"] = {"nll": 3.0}
+    assert results.PartialRows(tmp_path / "p")["2"] == {"nll": 3.0}
+    again.discard()
+    assert not (tmp_path / "p").exists()
+
+
+def test_journal(tmp_path: Path) -> None:
+    book = journal.Journal(tmp_path / "metrics.jsonl")
+    book.append(1, 0, {"train/loss": 0.1 + 0.2, "bad": float("nan")})
+    book.close()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 2, "train')
+    again = journal.Journal(tmp_path / "metrics.jsonl")
+    again.append(2, 0, {"train/loss": 2.0})
+    again.append(2, 0, {"train/loss": 1.0})
+    rows = journal.read(tmp_path / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [1, 2, 2]
+    assert rows[0]["train/loss"] == 0.1 + 0.2
+    assert rows[0]["bad"] is None
+    assert journal.series(tmp_path / "metrics.jsonl")["train/loss"].tolist() == [0.1 + 0.2, 1.0]
