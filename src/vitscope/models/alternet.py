@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 
-import torch
 from timm.layers.create_conv2d import create_conv2d
 from timm.layers.drop import DropPath
 from timm.layers.norm_act import BatchNormAct2d
@@ -158,7 +157,8 @@ def alternet(
         _mixing, mixer=mixer, dim_head=dim_head, window_size=window_size, pad=pad,
         position_bias=position_bias, blur_size=blur_size,
     )  # fmt: skip
-    rates = iter(torch.linspace(0, drop_path, sum(map(len, sequences))).tolist())
+    n_blocks = sum(map(len, sequences))
+    rates = iter([drop_path * i / (n_blocks - 1) for i in range(n_blocks)])
     stages, channels = [], 64
     for i, (sequence, width) in enumerate(zip(sequences, WIDTHS)):
         out = width * expansion

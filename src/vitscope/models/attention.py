@@ -62,20 +62,23 @@ class SelfAttention(nn.Module):
             nn.init.trunc_normal_(layer.weight, std=0.02)
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
-        self.mask: Tensor | None
-        self.register_buffer("mask", self._additive_mask(grid), persistent=False)
+        self.seen: Tensor | None
+        self.register_buffer("seen", self._seen(grid), persistent=False)
 
-    def _additive_mask(self, grid: tuple[int, int] | None) -> Tensor | None:
+    def _seen(self, grid: tuple[int, int] | None) -> Tensor | None:
         if self.kernel_size is None:
             return None
         if grid is None or self.kernel_size < 1 or self.kernel_size % 2 == 0:
             raise ValueError(f"a neighbourhood needs a grid and an odd kernel_size, got {grid}, {self.kernel_size}.")
-        seen = neighbourhood(grid, self.kernel_size)
-        mask = torch.zeros(seen.shape).masked_fill(~seen, float("-inf"))
-        if self.padding == "masked":
-            return mask
-        outside = self.kernel_size**2 - seen.sum(1, keepdim=True)  # padded keys of each query
-        return torch.cat((mask, outside.float().log()), dim=1)  # (N, N + 1)
+        return neighbourhood(grid, self.kernel_size)
+
+    def _zero_token_mask(self, like: Tensor) -> Tensor:
+        """Additive mask (N, N + 1) whose last key stands for all padded keys of a query."""
+        assert self.seen is not None
+        assert self.kernel_size is not None
+        seen = torch.zeros_like(self.seen, dtype=like.dtype).masked_fill(~self.seen, float("-inf"))
+        outside = self.kernel_size**2 - self.seen.sum(1, keepdim=True)
+        return torch.cat((seen, outside.to(like.dtype).log()), dim=1)
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """Attend; ``attn_mask`` and ``is_causal`` exist for timm's blocks and must keep their defaults."""
@@ -84,8 +87,9 @@ class SelfAttention(nn.Module):
         b, n, _ = x.shape
         qkv = self.qkv(x).reshape(b, n, 3, self.num_heads, self.head_dim)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, heads, N, dim_head)
-        if self.kernel_size is not None and self.padding == "zero":
+        mask = self.seen
+        if self.seen is not None and self.padding == "zero":
             k, v = F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1))
-        mask = None if self.mask is None else self.mask.to(q.dtype)
+            mask = self._zero_token_mask(q)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return self.proj(out.transpose(1, 2).reshape(b, n, -1))
