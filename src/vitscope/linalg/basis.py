@@ -1,10 +1,13 @@
-"""An orthonormal basis in one block of memory, with blocked products that accumulate in float64.
+"""An orthogonal basis in one block of memory, with blocked products that accumulate in float64.
 
 A float32 dot product over 11 million entries is off by 1e-4 to 4e-4; here each block of columns is summed in the vectors'
-precision and the blocks in float64, so the error is that of one block.
+precision and the blocks in float64, so the error is that of one block. A step of Lanczos passes over the basis twice: once
+for the coefficients, once to subtract; rows keep their length, and their scale is applied to coefficients instead.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -17,61 +20,89 @@ GPU_BLOCK = 1 << 22
 
 
 class Basis:
-    """Rows ``(capacity, size)`` of which the first ``count`` are orthonormal.
+    """Rows ``(capacity, size)`` of which the first ``count`` are orthogonal; a row times its scale has length 1.
+
+    Args:
+        capacity: the most rows.
+        like: a vector ``(size,)`` whose size, dtype and device are used.
 
     Attributes:
         rows: the memory; on a CPU pages are taken only when a row is first written.
+        scales: (capacity,) one over each row's length.
         count: rows in use.
     """
 
-    def __init__(self, capacity: int, size: int, dtype: torch.dtype, device: torch.device) -> None:
-        self.rows = torch.empty(capacity, size, dtype=dtype, device=device)
+    def __init__(self, capacity: int, like: Tensor) -> None:
+        self.rows = torch.empty(capacity, len(like), dtype=like.dtype, device=like.device)
+        self.scales = np.ones(capacity)
         self.count = 0
-        block = GPU_BLOCK if device.type == "cuda" else CPU_BLOCK
-        self.blocks = [slice(a, min(a + block, size)) for a in range(0, size, block)]
+        self.block = GPU_BLOCK if like.device.type == "cuda" else CPU_BLOCK
 
-    def append(self, w: Tensor, norm: float) -> None:
-        """Add ``w / norm`` as the next row; ``w`` may be that row's own memory."""
-        torch.mul(w, 1.0 / norm, out=self.rows[self.count])
-        self.count += 1
+    def coefficients(self, pieces: Sequence[Tensor]) -> np.ndarray:
+        """Return the inner products ``(count,)`` of the unit rows with the vector that ``pieces`` make up, float64."""
+        total = torch.zeros(self.count, dtype=torch.float64, device=self.rows.device)
+        for block, piece in self._blocks(pieces):
+            total += torch.mv(self.rows[: self.count, block], piece)
+        return total.cpu().numpy() * self.scales[: self.count]
 
-    def coefficients(self, w: Tensor, rows: slice = slice(None)) -> np.ndarray:
-        """Return the inner products of ``w (size,)`` with the rows in use, float64."""
-        basis = self.rows[: self.count][rows]
-        total = torch.zeros(len(basis), dtype=torch.float64, device=w.device)
-        for block in self.blocks:
-            total += basis[:, block] @ w[block]
-        return total.cpu().numpy()
+    def write(self, pieces: Sequence[Tensor], factor: float, coefficients: np.ndarray) -> float:
+        """Write ``factor * vector - coefficients @ unit rows`` to the row after those in use; return its length.
 
-    def subtract(self, w: Tensor, coefficients: np.ndarray, rows: slice = slice(None)) -> float:
-        """Take ``coefficients @ rows`` from ``w`` in place; return the norm of what is left."""
-        basis = self.rows[: self.count][rows]
-        c = torch.from_numpy(np.ascontiguousarray(coefficients)).to(w)
-        square = torch.zeros((), dtype=torch.float64, device=w.device)
-        for block in self.blocks:
-            piece = w[block]
-            piece.addmv_(basis[:, block].T, c, alpha=-1)
-            square += torch.dot(piece, piece)
+        The row is in use from the next `accept` on. ``pieces`` may be that row itself.
+        """
+        target, device = self.rows[self.count], self.rows.device
+        c = torch.from_numpy(coefficients * self.scales[: self.count]).to(device, self.rows.dtype)
+        square = torch.zeros((), dtype=torch.float64, device=device)
+        for block, piece in self._blocks(pieces):
+            out = target[block]
+            if len(c):
+                torch.addmv(piece, self.rows[: self.count, block].T, c, beta=factor, alpha=-1, out=out)
+            else:
+                torch.mul(piece, factor, out=out)
+            square += torch.dot(out, out)
         return float(square.sqrt())
 
+    def accept(self, length: float) -> None:
+        """Take the row that `write` wrote, of that length, into the basis."""
+        self.scales[self.count] = 1.0 / length
+        self.count += 1
+
     def combine(self, weights: np.ndarray) -> Tensor:
-        """Return ``weights (k, count) @ rows``: new vectors ``(k, size)``."""
-        w = torch.from_numpy(np.ascontiguousarray(weights)).to(self.rows)
+        """Return ``weights (k, count) @ unit rows``: new vectors ``(k, size)``."""
+        w = torch.from_numpy(weights * self.scales[: self.count]).to(self.rows)
         out = torch.empty(len(weights), self.rows.shape[1], dtype=self.rows.dtype, device=self.rows.device)
-        for block in self.blocks:
-            torch.mm(w, self.rows[: self.count, block], out=out[:, block])
+        for start in range(0, out.shape[1], self.block):
+            block = slice(start, start + self.block)
+            out[:, block] = w @ self.rows[: self.count, block]
         return out
 
     def compress(self, weights: np.ndarray) -> None:
-        """Replace the rows in use by ``weights (k, count) @ rows`` in place."""
-        w = torch.from_numpy(np.ascontiguousarray(weights)).to(self.rows)
-        for block in self.blocks:
-            self.rows[: len(weights), block] = w @ self.rows[: self.count, block]
-        self.count = len(weights)
+        """Replace all rows in use but the last by ``weights (k, count - 1) @ unit rows``; the last follows them."""
+        before, after = self.count - 1, len(weights)
+        w = torch.from_numpy(weights * self.scales[:before]).to(self.rows)
+        for start in range(0, self.rows.shape[1], self.block):
+            block = slice(start, start + self.block)
+            self.rows[:after, block] = w @ self.rows[:before, block]
+        self.rows[after] = self.rows[before]
+        self.scales[:after], self.scales[after] = 1.0, self.scales[before]
+        self.count = after + 1
+
+    def _blocks(self, pieces: Sequence[Tensor]) -> Iterator[tuple[slice, Tensor]]:
+        """Yield columns and that part of the vector, cut so that no block crosses a piece's border."""
+        at = 0
+        for piece in pieces:
+            for part in piece.reshape(-1).split(self.block):
+                yield slice(at, at + len(part)), part
+                at += len(part)
 
 
-def norm(w: Tensor, block: int = CPU_BLOCK) -> float:
-    """Return the Euclidean norm of ``w (size,)``, blocks accumulated in float64."""
-    if w.device.type == "cuda" or w.dtype == torch.float64:
-        return float(w.double().norm())
-    return float(sum(torch.dot(p, p).double() for p in w.split(block)) ** 0.5)
+def norm(w: Tensor) -> float:
+    """Return the Euclidean norm of ``w (size,)``, accumulated in float64 block by block."""
+    block = GPU_BLOCK if w.device.type == "cuda" else CPU_BLOCK
+    return float(torch.stack([torch.dot(p, p) for p in w.split(block)]).double().sum().sqrt())
+
+
+def dot(a: Tensor, b: Tensor) -> float:
+    """Return the inner product of two vectors ``(size,)``, accumulated in float64 block by block."""
+    block = GPU_BLOCK if a.device.type == "cuda" else CPU_BLOCK
+    return float(torch.stack([torch.dot(p, q) for p, q in zip(a.split(block), b.split(block))]).double().sum())

@@ -1,4 +1,4 @@
-"""Directions in weight space: random ones with shared seeds, their scaling, and planes through checkpoints.
+"""Directions in weight space: random ones with shared seeds, given ones, and their scaling.
 
 A direction maps parameter names to tensors of the parameters' shapes; a parameter that it does not name stays where it is.
 Directions cover parameters only, never buffers, and of those the ones that require gradients.
@@ -10,7 +10,6 @@ import hashlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -217,55 +216,3 @@ def as_direction(given: object, parameters: Mapping[str, Tensor]) -> Direction:
             raise ValueError(f"Expected the direction of {name!r} with shape {expected}, received {received}.")
     # into a tensor laid out like the parameter: a copy, so that scaling it leaves the caller's alone
     return {name: torch.empty_like(parameters[name]).detach().copy_(piece) for name, piece in pieces.items()}
-
-
-def difference(state: Mapping[str, Tensor], parameters: Mapping[str, Tensor], label: str = "checkpoint") -> Direction:
-    """Return ``state - parameters``: the direction that leads from the parameters to a checkpoint.
-
-    Raises:
-        ValueError: a parameter that the checkpoint lacks, or of another shape.
-    """
-    for name, p in parameters.items():
-        if name not in state:
-            raise ValueError(f"Expected parameter {name!r} in checkpoint {label!r}, received none: is it this model's?")
-        if state[name].shape != p.shape:
-            raise ValueError(
-                f"Expected {name!r} of shape {tuple(p.shape)} in checkpoint {label!r}, received {tuple(state[name].shape)}."
-            )
-    return {name: state[name].to(p) - p.detach() for name, p in parameters.items()}
-
-
-def principal_directions(differences: Sequence[Mapping[str, Tensor]], k: int = 2) -> tuple[list[Direction], np.ndarray]:
-    """Return the k principal directions of differences from one point, and all squared singular values.
-
-    The singular value decomposition of the matrix of differences, without subtracting their mean (Li et al., NeurIPS 2018,
-    section 7: the plane passes through the final weights), by way of the Gram matrix in float64. Directions have unit
-    norm; the first difference projects on them with positive sign.
-
-    Args:
-        differences: ``checkpoint - final weights`` of each checkpoint.
-        k: how many directions.
-
-    Raises:
-        ValueError: fewer than k differences that are linearly independent.
-    """
-    size = len(differences)
-    gram = np.array([[inner(differences[max(i, j)], differences[min(i, j)]) for j in range(size)] for i in range(size)])
-    squares, vectors = np.linalg.eigh(gram)
-    squares, vectors = np.maximum(squares[::-1], 0.0), vectors[:, ::-1]
-    independent = int((squares > 1e-12 * max(squares.max(initial=0.0), 1e-300)).sum())
-    if independent < k:
-        raise ValueError(
-            f"Expected at least {k} checkpoints that differ from the final weights in independent ways, "
-            f"received {independent}."
-        )
-    found = []
-    for column in range(k):
-        weights = vectors[:, column] / np.sqrt(squares[column])
-        weights = weights if weights[0] >= 0 else -weights  # the first difference's coordinate has its sign
-        total = {name: torch.zeros_like(d) for name, d in differences[0].items()}
-        for weight, difference_ in zip(weights, differences):
-            for name, d in difference_.items():
-                total[name].add_(d, alpha=float(weight))
-        found.append(total)
-    return found, squares

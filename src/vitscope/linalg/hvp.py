@@ -8,7 +8,7 @@ one after the other: about three gradients, in the memory of one chunk.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from vitscope import distributed, interrupt
 from vitscope.linalg.chunks import Chunk, build_chunk
-from vitscope.linalg.l2 import add_l2_product, l2_gradient
+from vitscope.linalg.l2 import add_l2_product, l2_gradient, l2_shift
 from vitscope.objective import Objective
 
 KINDS = ("hessian", "ggn", "fisher_mc", "fisher_empirical")
@@ -81,23 +81,45 @@ class Curvature:
         self._kept: Chunk | None = None
         self._several: bool | None = None
 
-    def __call__(self, v: Tensor, out: Tensor | None = None) -> Tensor:
-        """Return ``C v (size,)``, written to ``out`` where given.
+    def __call__(self, v: Tensor) -> Tensor:
+        """Return ``C v (size,)``.
 
         Raises:
             NumericalError: the loss is not finite.
             Interrupted: a stop was requested.
         """
-        interrupt.check()
-        self.n_products += 1
-        parts = self.split(v)
-        total = self._sum(lambda chunk: chunk.product(parts), out)
-        return add_l2_product(self.objective, self.parameters, parts, total)
+        product = self.data_product(v)
+        return add_l2_product(self.objective, self.parameters, self.split(v), product)
 
     def data_product(self, v: Tensor) -> Tensor:
         """Return the product with the data term's curvature alone, without the L2 term's ``(size,)``."""
+        parts = self.split(v)
+        return self._counted(lambda chunk: chunk.product(parts))
+
+    @property
+    def shift(self) -> float:
+        """The multiple of the identity that `unshifted` leaves out."""
+        return l2_shift(self.objective)
+
+    def unshifted(self, v: Tensor) -> Sequence[Tensor]:
+        """Return ``C v - shift v`` in pieces, without joining them where that can be spared."""
+        if self._kept is None or (self.reduce and distributed.world_size() > 1) or not self._is_shift:
+            product = self.data_product(v)
+            return [
+                product if self._is_shift else add_l2_product(self.objective, self.parameters, self.split(v), product)
+            ]
+        interrupt.check()
         self.n_products += 1
-        return self._sum(lambda chunk: chunk.product(self.split(v)), None)
+        return self._kept.product(self.split(v))
+
+    @property
+    def _is_shift(self) -> bool:
+        return self.objective.l2 in ("half_sq", "none") or self.objective.weight_decay == 0.0
+
+    def _counted(self, share: Callable[[Chunk], Sequence[Tensor]]) -> Tensor:
+        interrupt.check()
+        self.n_products += 1
+        return self._sum(share)
 
     def l2_product(self, v: Tensor) -> Tensor:
         """Return the product with the L2 term's Hessian alone ``(size,)``."""
@@ -105,7 +127,7 @@ class Curvature:
 
     def gradient(self, data_only: bool = False) -> Tensor:
         """Return the objective's gradient ``(size,)``, or the data term's."""
-        total = self._sum(lambda chunk: chunk.gradient, None)
+        total = self._sum(lambda chunk: chunk.gradient)
         if not data_only:
             total += torch.cat([g.reshape(-1) for g in l2_gradient(self.objective, self.parameters)])
         return total
@@ -118,9 +140,9 @@ class Curvature:
         """Free the kept graph."""
         self._kept = None
 
-    def _sum(self, share: Callable[[Chunk], Iterable[Tensor]], out: Tensor | None) -> Tensor:
+    def _sum(self, share: Callable[[Chunk], Sequence[Tensor]]) -> Tensor:
         """Add ``share(chunk)`` up over chunks and ranks into a flat vector."""
-        out = torch.empty(self.size, dtype=self.dtype, device=self.device) if out is None else out
+        out = torch.empty(self.size, dtype=self.dtype, device=self.device)
         empty = True
         for chunk in self._chunks():
             flat = [t.reshape(-1) for t in share(chunk)]

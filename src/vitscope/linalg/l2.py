@@ -20,6 +20,11 @@ def acts(objective: Objective) -> bool:
     return objective.l2 != "none" and objective.weight_decay != 0.0
 
 
+def l2_shift(objective: Objective) -> float:
+    """Return the part of the L2 term's Hessian that is a multiple of the identity: wd for half_sq."""
+    return objective.weight_decay if objective.l2 == "half_sq" else 0.0
+
+
 def l2_gradient(objective: Objective, parameters: Mapping[str, Tensor]) -> list[Tensor]:
     """Return the L2 term's gradient, one tensor a parameter."""
     parts = [p.detach() for p in parameters.values()]

@@ -9,7 +9,7 @@ When the basis is full the best Ritz vectors are kept (Wu & Simon, SIAM J. Matri
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,14 +17,17 @@ import torch
 from torch import Tensor
 
 from vitscope import distributed
-from vitscope.linalg.basis import Basis, norm
+from vitscope.errors import NumericalError
+from vitscope.linalg.basis import Basis
 from vitscope.linalg.ritz import WHICH, Ritz, count, errors, settled, tolerances, wanted
 
-Operator = Callable[..., Tensor]
+Operator = Callable[[Tensor], Tensor | Sequence[Tensor]]
 
 #: a remainder below the precision to this power, relative to the operator, is rounding (1e-5 in float32, 1e-11 in
 #: float64): the basis spans an invariant subspace
 BREAKDOWN = 0.7
+#: orthogonalise a second time where less than this share of a product is left: rounding is amplified by its inverse
+AGAIN = 0.5
 
 
 @dataclass(frozen=True)
@@ -52,29 +55,33 @@ class Lanczos:
     """The process itself: a basis and the projection on it, extended by `step`.
 
     Args:
-        product: ``product(v, out=row)`` writes H v to ``row``.
-        start: the first vector ``(size,)``, of any positive length.
+        product: ``v (size,) -> H v`` as one tensor or as pieces that, flattened and joined, make up ``(size,)``.
+        start: the first vector ``(size,)``, of any length; a zero one is replaced by a random one.
         capacity: rows of memory; at most ``capacity - 1`` steps between two calls of `restart`.
         seed: of the random vectors that continue after an invariant subspace.
+        shift: added to every eigenvalue: the operator is H + shift I.
 
     Attributes:
         projection: (m, m) float64, T.
-        beta: the length of the last remainder, the coupling to the basis' next row.
+        coupling: (m,) of the basis' last row with the rows before it: what T's next column begins with.
         breakdowns: after how many products the basis spanned an invariant subspace and a random vector was taken.
+        n_products: products made.
     """
 
-    def __init__(self, product: Operator, start: Tensor, capacity: int, seed: int = 0) -> None:
-        self.product, self.seed = product, seed
-        self.basis = Basis(min(capacity, len(start) + 1), len(start), start.dtype, start.device)
+    def __init__(self, product: Operator, start: Tensor, capacity: int, seed: int = 0, shift: float = 0.0) -> None:
+        self.product, self.seed, self.shift = product, seed, shift
+        self.basis = Basis(min(capacity, len(start) + 1), start)
         self.projection = np.zeros((0, 0))
-        self.coupling = np.zeros(0)  # of the next row with those before it: what T's next column begins with
-        self.beta = 0.0
+        self.coupling = np.zeros(0)
         self.n_products = 0
         self.breakdowns: list[int] = []
-        length = norm(start)
+        length = self.basis.write([start], 1.0, np.zeros(0))
         if not np.isfinite(length):
             raise ValueError("Expected a finite start vector, received one with NaN or infinity.")
-        self.basis.append(*((start, length) if length > 0 else self._fresh()))
+        if length == 0.0:
+            self._take_random()
+        else:
+            self.basis.accept(length)
 
     @property
     def full(self) -> bool:
@@ -89,70 +96,61 @@ class Lanczos:
     def step(self) -> None:
         """Make one product and add a row to the basis, a row and a column to T."""
         basis, last = self.basis, self.basis.count - 1
-        w = basis.rows[basis.count]
-        self.product(basis.rows[last], out=w)
+        scale = basis.scales[last]
+        pieces = self.product(basis.rows[last])
+        pieces = [pieces] if isinstance(pieces, Tensor) else pieces
         self.n_products += 1
-        first = int(np.argmax(self.coupling != 0)) if self.coupling.any() else last
-        size = basis.subtract(w, self.coupling[first:], slice(first, last))
-        alpha = float(basis.coefficients(w, slice(last, None))[0])
-        before = basis.subtract(w, np.array([alpha]), slice(last, None))
-        column = np.append(self.coupling, alpha)
-        length, correction = self._orthogonalise(w, before)
-        column[last] += correction
+        c = basis.coefficients(pieces) * scale
+        if not np.isfinite(c).all():
+            raise NumericalError("hessian", None, "a product is not finite", "look at the weights, or use float64")
+        size = float(np.linalg.norm(c))
+        length = basis.write(pieces, scale, c)
+        del pieces
+        diagonal = c[-1] + self.shift
+        if length < AGAIN * size:
+            row = [basis.rows[basis.count]]
+            c = basis.coefficients(row)
+            diagonal += c[-1]
+            length = basis.write(row, 1.0, c)
         grown = np.zeros((last + 1, last + 1))
         grown[:last, :last] = self.projection
-        grown[last], grown[:, last] = column, column
+        grown[last], grown[:, last] = [*self.coupling, diagonal], [*self.coupling, diagonal]
         self.projection = grown
-        self._extend(w, length, max(size, np.abs(grown).max()))
+        self._extend(length, max(size, float(np.abs(grown).max())))
 
     def ritz(self) -> Ritz:
         """Return the eigenvalues of T, ascending, with residuals and the eigenvectors' coefficients."""
         values, vectors = np.linalg.eigh(self.projection)
-        return Ritz(values, np.abs(self.beta * vectors[-1]), vectors)
+        return Ritz(values, np.abs(self.coupling @ vectors), vectors)
 
     def restart(self, keep: np.ndarray) -> None:
-        """Compress the basis to the Ritz vectors numbered ``keep`` and the last remainder."""
+        """Compress the basis to the Ritz vectors numbered ``keep`` and the last row."""
         ritz = self.ritz()
-        last = self.basis.rows[self.basis.count - 1].clone()
-        self.basis.count -= 1
         self.basis.compress(ritz.vectors[:, keep].T)
         self.projection = np.diag(ritz.values[keep])
-        self.coupling = self.beta * ritz.vectors[-1, keep]
-        self.basis.append(last, 1.0)
+        self.coupling = self.coupling @ ritz.vectors[:, keep]
 
-    def _orthogonalise(self, w: Tensor, before: float) -> tuple[float, float]:
-        """Take from ``w`` what is left along the basis; again where much went, for then rounding weighs more."""
-        correction = 0.0
-        while True:
-            c = self.basis.coefficients(w)
-            length = self.basis.subtract(w, c)
-            correction += c[-1]
-            if length > 0.5 * before or length == 0.0:
-                return length, correction
-            before = length
-
-    def _extend(self, w: Tensor, length: float, scale: float) -> None:
-        self.beta, self.coupling = length, np.zeros(len(self.projection))
+    def _extend(self, length: float, scale: float) -> None:
+        """Accept the remainder as the next row, or take a random one where it is rounding."""
+        self.coupling = np.zeros(len(self.projection))
         if self.exhausted:
-            self.beta = 0.0
             return
-        if length <= torch.finfo(w.dtype).eps ** BREAKDOWN * scale or scale == 0.0:
-            self.beta = 0.0
+        if scale == 0.0 or length <= torch.finfo(self.basis.rows.dtype).eps ** BREAKDOWN * scale:
             self.breakdowns.append(self.n_products)
-            self.basis.append(*self._fresh())
+            self._take_random()
             return
         self.coupling[-1] = length
-        self.basis.append(w, length)
+        self.basis.accept(length)
 
-    def _fresh(self) -> tuple[Tensor, float]:
-        """Return a random vector orthogonal to the basis, and its length."""
+    def _take_random(self) -> None:
+        """Make a random vector orthogonal to the basis the next row."""
         generator = torch.Generator().manual_seed(self.seed + self.basis.count)
         row = self.basis.rows[self.basis.count]
         row.copy_(torch.randn(len(row), generator=generator, dtype=torch.float32))
-        length = norm(row)
-        for _ in range(2 if self.basis.count else 0):
-            length = self.basis.subtract(row, self.basis.coefficients(row))
-        return row, length
+        length = 0.0
+        for _ in range(2):
+            length = self.basis.write([row], 1.0, self.basis.coefficients([row]))
+        self.basis.accept(length)
 
 
 def extreme_eigenvalues(
@@ -167,12 +165,13 @@ def extreme_eigenvalues(
     max_memory: float | None = None,
     vectors: bool = False,
     seed: int = 0,
+    shift: float = 0.0,
     shared: bool = False,
 ) -> Eigenpairs:
     """Return the ``k`` extreme eigenvalues of a symmetric operator.
 
     Args:
-        product: ``product(v, out=row)`` writes H v to ``row``.
+        product: ``v -> H v``, see `Lanczos`.
         start: the first vector ``(size,)``.
         k: how many eigenvalues; with ``both`` at either end.
         which: ``LM`` by magnitude, ``LA`` the largest, ``SA`` the smallest, ``both`` ends from one run.
@@ -182,6 +181,7 @@ def extreme_eigenvalues(
         max_memory: bytes that the basis may take; thick restarts keep to it. None: a quarter of what is free.
         vectors: also return the eigenvectors.
         seed: of the random vectors that continue after an invariant subspace.
+        shift: added to every eigenvalue: the operator is H + shift I.
         shared: every rank runs this on one operator whose products are reduced, so that all must stop together.
 
     Raises:
@@ -190,7 +190,7 @@ def extreme_eigenvalues(
     """
     _check(len(start), k, which, tol, max_products)
     rows = _rows(start, count(k, which, n_ends), max_products, max_memory)
-    lanczos = Lanczos(product, start, rows, seed)
+    lanczos = Lanczos(product, start, rows, seed, shift)
     at_breakdown: np.ndarray | None = None
     while True:
         lanczos.step()

@@ -93,6 +93,38 @@ def walked(
                 p.copy_(w)
 
 
+@contextmanager
+def between(
+    tensors: Mapping[str, Tensor], start: Mapping[str, Tensor], end: Mapping[str, Tensor]
+) -> Iterator[Callable[[float], None]]:
+    """Yield ``move(t)``, which sets the tensors to ``(1 - t) * start + t * end`` in place, exactly so at both ends.
+
+    On exit, also after an exception, they are back bit for bit. Tensors that are not floating point (counters) take the
+    nearer end's values.
+
+    Args:
+        tensors: parameters and buffers by name.
+        start: values at t = 0, of every name in ``tensors``.
+        end: values at t = 1.
+    """
+    kept = {name: t.detach().clone() for name, t in tensors.items()}
+    ends = {name: (start[name].detach().to(t), end[name].detach().to(t)) for name, t in kept.items()}
+
+    def move(t: float) -> None:
+        for name, tensor in tensors.items():
+            a, b = ends[name]
+            # under no_grad: a parameter may be written in place
+            tensor.copy_(torch.lerp(a, b, t) if a.is_floating_point() else (a if t < 0.5 else b))
+
+    try:
+        with torch.no_grad():
+            yield move
+    finally:
+        with torch.no_grad():
+            for name, tensor in tensors.items():
+                tensor.copy_(kept[name])
+
+
 @dataclass(frozen=True)
 class SquaredNorms:
     """The squared norm of each parameter tensor as a quadratic function of the plane's coordinates, exact in float64.

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vitscope.linalg.basis import norm
+from vitscope.linalg.basis import dot, norm
 from vitscope.linalg.lanczos import Eigenpairs
 
 
@@ -47,15 +47,15 @@ def power_iteration(
     rows, n_products = [], 0
     for _ in range(k):
         v = torch.randn(len(like), generator=generator, dtype=torch.float32).to(like)
-        value, stopped = None, False
-        for _ in range(max_iterations):
+        value, residual, stopped, kept, length = 0.0, np.inf, False, v, 0.0
+        for iteration in range(max_iterations):
             v = _deflated(v, found)
             hv = product(v)
             n_products += 1
-            before, value = value, _dot(hv, v)
+            before, value = value, dot(hv, v)
             residual = norm(hv - value * v)
             length = norm(hv)
-            if before is not None and abs(value - before) < tol * (abs(before) + 1e-6):
+            if iteration > 0 and abs(value - before) < tol * (abs(before) + 1e-6):
                 stopped = True
             kept = v
             v = hv / length if length > 0 else v
@@ -76,9 +76,5 @@ def power_iteration(
 
 def _deflated(v: Tensor, found: list[Tensor]) -> Tensor:
     for u in found:
-        v = v - _dot(v, u) * u
+        v = v - dot(v, u) * u
     return v / norm(v)
-
-
-def _dot(a: Tensor, b: Tensor) -> float:
-    return float(torch.dot(a.double(), b.double()))

@@ -67,7 +67,7 @@ def solve(
     else:
         first = start_vector(operator, seed) if start is None else start
         pairs = extreme_eigenvalues(
-            operator,
+            operator.unshifted,
             first,
             k,
             which=which,
@@ -77,6 +77,7 @@ def solve(
             max_memory=max_memory,
             vectors=needed,
             seed=seed,
+            shift=operator.shift,
             shared=shared,
         )
     return Solution(pairs, l2_contribution(operator, pairs))
