@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import pad
 
+from vitscope.data import ranges
 from vitscope.data.counter import Key, uniforms
 from vitscope.data.randaugment import Policy, rand_augment
 from vitscope.errors import ConfigError
@@ -58,12 +59,27 @@ class Recipe:
     interpolation: str = "bilinear"
 
     def __post_init__(self) -> None:
+        ranges.integer("data.image_size", self.image_size, 1)
+        ranges.channels("data.mean", self.mean, positive=False)
+        ranges.channels("data.std", self.std, positive=True)
+        ranges.number("data.crop_fill", self.crop_fill, 0, 255)
+        ranges.number("data.crop_pct", self.crop_pct, 0.01, 1)
+        ranges.number("objective.random_erasing", self.random_erasing, 0, 1)
+        if self.interpolation not in ("bilinear", "bicubic", "nearest", "lanczos"):
+            fix = "choose bilinear, bicubic, nearest or lanczos"
+            raise ConfigError("data.interpolation", self.interpolation, "unknown filter", fix)
         if self.augment not in ("none", "crop_flip") and not self.augment.startswith("rand-"):
             why = "unknown augmentation"
             fix = "choose none, crop_flip, or RandAugment such as rand-m9-n2-mstd1.0"
             raise ConfigError("objective.augment", self.augment, why, fix)
         if self.augment.startswith("rand-"):
             Policy.parse(self.augment)
+
+    def __str__(self) -> str:
+        """Say in words what is random, for a card."""
+        erasing = f" + erasing {self.random_erasing:g}" if self.random_erasing > 0 and self.augment != "none" else ""
+        flip = "" if self.flip or self.augment == "none" else " without flip"
+        return f"{self.augment}{flip}{erasing}"
 
     def plain(self) -> Recipe:
         """Return the recipe of evaluation: resize, crop and normalise only."""

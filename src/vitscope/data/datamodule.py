@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
 from vitscope import distributed
-from vitscope.data import counter, photos, subset
+from vitscope.data import counter, photos, ranges, subset
 from vitscope.data.arrays import ArrayImages
 from vitscope.data.augment import Recipe
 from vitscope.data.files import FileImages, model_recipe
-from vitscope.data.loader import BatchSampler, Draw, Loader
-from vitscope.data.mix import mix
+from vitscope.data.loader import Augmented, BatchSampler, Loader
+from vitscope.data.mix import Mixing, mix
 from vitscope.data.probe_batches import Batch, ProbeBatches
 from vitscope.errors import ConfigError, DataError
 
@@ -72,8 +72,8 @@ class DataModule(pl.LightningDataModule):
         root: str | None = None,
         image_size: int = 32,
         num_classes: int = 16,
-        mean: Sequence[float] = (0.5015, 0.5015, 0.5015),
-        std: Sequence[float] = (0.16, 0.16, 0.16),
+        mean: Sequence[float] = (0.502, 0.502, 0.502),
+        std: Sequence[float] = (0.1647, 0.1647, 0.1647),
         batch_size: int = 96,
         eval_batch_size: int = 256,
         fraction: float = 1.0,
@@ -96,28 +96,30 @@ class DataModule(pl.LightningDataModule):
     ) -> None:
         super().__init__()
         self.source, self.name, self.root = source, name, root
-        self.num_classes, self.channels = int(num_classes), 3
-        self.batch_size, self.eval_batch_size = _at_least("batch_size", batch_size, 1), eval_batch_size
-        _at_least("eval_batch_size", eval_batch_size, 1)
-        self.num_workers = _at_least("num_workers", num_workers, 0)
-        self.seed, self.split_seed = _at_least("seed", seed, 0), _at_least("split_seed", split_seed, 0)
+        self.num_classes, self.channels = ranges.integer("data.num_classes", num_classes, 1), 3
+        self.batch_size = ranges.integer("data.batch_size", batch_size, 1)
+        self.eval_batch_size = ranges.integer("data.eval_batch_size", eval_batch_size, 1)
+        self.num_workers = ranges.integer("data.num_workers", num_workers, 0)
+        self.seed, self.split_seed = (
+            ranges.integer("data.seed", seed, 0),
+            ranges.integer("data.split_seed", split_seed, 0),
+        )
         if not 0 < fraction <= 1:
             raise ConfigError("data.fraction", fraction, "not in (0, 1]", "give the share of each class to train on")
         self.fraction, self.random_labels, self.drop_last = float(fraction), random_labels, drop_last
-        self.mixup, self.cutmix, self.switch_prob = float(mixup), float(cutmix), float(switch_prob)
-        self.label_smoothing = float(label_smoothing)
         if transform not in (None, "model"):
             raise ConfigError("data.transform", transform, "unknown transform", "choose null or model")
         self.transform = transform
+        self.mixing = Mixing(mixup, cutmix, switch_prob, label_smoothing)
         self.recipe = Recipe(
             augment=augment,
-            mean=tuple(float(value) for value in mean),
-            std=tuple(float(value) for value in std),
-            image_size=_at_least("image_size", image_size, 1),
+            mean=tuple(mean),
+            std=tuple(std),
+            image_size=image_size,
             flip=flip,
             crop_fill=crop_fill,
-            random_erasing=float(random_erasing),
-            crop_pct=float(crop_pct),
+            random_erasing=random_erasing,
+            crop_pct=crop_pct,
             interpolation=interpolation,
         )
         self._splits: dict[str, Images] = {}
@@ -148,12 +150,13 @@ class DataModule(pl.LightningDataModule):
     @property
     def mixes(self) -> bool:
         """Whether training batches are mixed."""
-        return self.mixup > 0 or self.cutmix > 0
+        return self.mixing.on
 
     def adapt_to(self, model: nn.Module) -> None:
         """Take timm's preprocessing for `model` where `transform` is `model`; otherwise do nothing."""
         if self.transform == "model":
             self.recipe = model_recipe(model, self.recipe)
+            self._splits.clear()  # images in memory are kept at the size that was known
 
     def setup(self, stage: str | None = None) -> None:
         """Read the splits of a stage (`fit`, `validate`, `test`; all for None)."""
@@ -232,7 +235,7 @@ class DataModule(pl.LightningDataModule):
         images = self.split(split)
         seed = self.seed if seed is None else seed
         n = self._capped(n_images, len(images))
-        _at_least("batch_size", batch_size, 1, "probe")
+        ranges.integer("probe.batch_size", batch_size, 1)
         mixed = (augment and self.mixes) if mix is None else mix
         if n_images is None and not augment:
             order = np.arange(n)
@@ -245,36 +248,25 @@ class DataModule(pl.LightningDataModule):
             x, y = images.batch(key, recipe)
             return self.mixed(x, y, (seed, counter.PROBE, b)) if mixed else (x, y)
 
-        return ProbeBatches(build, -(-n // batch_size), n, n * 4 * self.channels * self.image_size**2)
+        attributes = images.select(order).attributes if isinstance(images, ArrayImages) and not mixed else {}
+        return ProbeBatches(build, -(-n // batch_size), n, n * 4 * self.channels * self.image_size**2, attributes)
 
     def mixed(self, x: Tensor, y: Tensor, seed: tuple[int, ...]) -> Batch:
         """Return the batch mixed as the objective says, by `seed` (see `vitscope.data.mix.mix`)."""
-        return mix(
-            x,
-            y,
-            num_classes=self.num_classes,
-            mixup=self.mixup,
-            cutmix=self.cutmix,
-            switch_prob=self.switch_prob,
-            label_smoothing=self.label_smoothing,
-            seed=seed,
-        )
+        return mix(x, y, num_classes=self.num_classes, seed=seed, **asdict(self.mixing))
 
     def describe(self, split: str = "train", augment: bool = False) -> dict[str, Any]:
         """Return the facts of a split for the objective card: plain values, none of them measured."""
-        parts = [self.recipe.augment] if augment else ["none"]
-        if augment and self.recipe.random_erasing > 0:
-            parts.append(f"erasing {self.recipe.random_erasing:g}")
+        augmentation = str(self.recipe if augment else self.recipe.plain())
         if augment and self.mixes:
-            parts.append(f"mixup {self.mixup:g}, cutmix {self.cutmix:g}, switch {self.switch_prob:g}")
-            parts.append(f"smoothing {self.label_smoothing:g}")
+            augmentation += f" + {self.mixing}"
         data = self.name if self.fraction == 1 else f"{self.name}, {self.fraction:g} of each class"
         if self.random_labels:
             data = f"{data}, random labels"
         return {
             "data": data,
             "split": split,
-            "augmentation": " + ".join(parts),
+            "augmentation": augmentation,
             "image_size": self.image_size,
             "seed": self.seed,
             "split_seed": self.split_seed,
@@ -293,7 +285,7 @@ class DataModule(pl.LightningDataModule):
         )
 
     def _loader(self, split: str, sampler: BatchSampler, recipe: Recipe) -> Loader:
-        dataset = _Augmented(self.split(split), recipe, self.seed)
+        dataset = Augmented(self.split(split), recipe, self.seed)
         return Loader(dataset, sampler, num_workers=self.num_workers, pin_memory=torch.cuda.is_available())
 
     def _thinned(self, images: Images) -> Images:
@@ -317,31 +309,8 @@ class DataModule(pl.LightningDataModule):
     def _capped(self, n_images: int | None, available: int) -> int:
         if n_images is None:
             return available
-        _at_least("n_images", n_images, 1, "probe")
+        ranges.integer("probe.n_images", n_images, 1)
         if n_images > available:
             message = f"probe.n_images={n_images}: the split of {self.name} has {available} images; using all of them"
             warnings.warn(message, stacklevel=3)
         return min(n_images, available)
-
-
-class _Augmented(Dataset[Batch]):
-    """Images with a recipe: a batch is a function of its draw and the seed."""
-
-    def __init__(self, images: Images, recipe: Recipe, seed: int) -> None:
-        self.images, self.recipe, self.seed = images, recipe, seed
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> Batch:
-        x, y = self.__getitems__(Draw(0, np.array([index])))
-        return x[0], y[0]
-
-    def __getitems__(self, draw: Draw) -> Batch:
-        return self.images.batch(counter.Key(draw.indices, draw.epoch, counter.AUGMENT, self.seed), self.recipe)
-
-
-def _at_least(key: str, value: int, bound: int, group: str = "data") -> int:
-    if int(value) != value or value < bound:
-        raise ConfigError(f"{group}.{key}", value, f"not an integer of at least {bound}", "correct the value")
-    return int(value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from vitscope.data import counter
+from vitscope.data.augment import Recipe
 from vitscope.errors import DataError, VitscopeError
 
 
@@ -118,13 +120,14 @@ class Loader(DataLoader[Any]):
     Args:
         dataset: A dataset with `__getitems__(draw: Draw)` that returns the whole batch.
         batch_sampler: Where each batch comes from.
-        num_workers: Worker processes; they stay alive between epochs.
+        num_workers: Worker processes, at most one a CPU; they stay alive between epochs.
         pin_memory: Copy batches to page-locked memory.
     """
 
     def __init__(
         self, dataset: Dataset[Any], batch_sampler: BatchSampler, *, num_workers: int = 0, pin_memory: bool = False
     ) -> None:
+        num_workers = min(num_workers, os.cpu_count() or 1)
         super().__init__(
             _Caught(dataset),
             batch_sampler=batch_sampler,  # pyright: ignore[reportArgumentType]  a draw, not a list
@@ -150,11 +153,43 @@ class Loader(DataLoader[Any]):
             except RuntimeError as error:
                 if "DataLoader worker" not in str(error):
                     raise
+                self.stop_workers()
                 why = "a loader worker was killed (out of memory?)"
                 raise DataError("data.num_workers", self.num_workers, why, "try fewer workers, or 0") from error
             if isinstance(batch, VitscopeError):
+                self.stop_workers()
                 raise batch
             yield batch
+
+    def stop_workers(self) -> None:
+        """End the worker processes now: left to the garbage collector, each takes five seconds."""
+        if self.num_workers and self._iterator is not None:
+            self._iterator._shutdown_workers()  # pyright: ignore[reportAttributeAccessIssue]
+            self._iterator = None
+
+
+class Augmented(Dataset[Any]):
+    """Images with a recipe: a batch is a function of its draw and the seed.
+
+    Args:
+        images: `ArrayImages` or `FileImages`.
+        recipe: What happens to them.
+        seed: Of their augmentation.
+    """
+
+    def __init__(self, images: Any, recipe: Recipe, seed: int) -> None:
+        self.images, self.recipe, self.seed = images, recipe, seed
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> Any:
+        x, y = self.__getitems__(Draw(0, np.array([index])))
+        return x[0], y[0]
+
+    def __getitems__(self, draw: Draw) -> Any:
+        """Return the batch `(x, y)` of a draw."""
+        return self.images.batch(counter.Key(draw.indices, draw.epoch, counter.AUGMENT, self.seed), self.recipe)
 
 
 class _Caught(Dataset[Any]):

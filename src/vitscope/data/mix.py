@@ -2,9 +2,48 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+
 import numpy as np
 from timm.data.mixup import Mixup, mixup_target
 from torch import Tensor
+
+from vitscope.data import ranges
+
+
+@dataclass(frozen=True)
+class Mixing:
+    """The mixing part of an objective.
+
+    Attributes:
+        mixup: Alpha of mixup, 0 for none.
+        cutmix: Alpha of CutMix, 0 for none.
+        switch_prob: Probability of CutMix where both are on.
+        label_smoothing: Part of the soft targets.
+
+    Raises:
+        ConfigError: A value out of its range.
+    """
+
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    switch_prob: float = 0.5
+    label_smoothing: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name, high in (("mixup", math.inf), ("cutmix", math.inf), ("switch_prob", 1.0), ("label_smoothing", 1.0)):
+            ranges.number(f"objective.{name}", getattr(self, name), 0, high)
+
+    @property
+    def on(self) -> bool:
+        """Whether batches are mixed at all."""
+        return self.mixup > 0 or self.cutmix > 0
+
+    def __str__(self) -> str:
+        """Say it in words, for a card."""
+        parts = [f"mixup {self.mixup:g}", f"cutmix {self.cutmix:g}", f"switch {self.switch_prob:g}"]
+        return f"{', '.join(parts)}, smoothing {self.label_smoothing:g}"
 
 
 def mix(

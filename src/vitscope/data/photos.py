@@ -50,7 +50,9 @@ REGIONS = {"train": (0.0, 0.55, 512), "val": (0.55, 0.70, 64), "test": (0.70, 1.
 SHORT_SIDE, CROP = 256, 32
 WINDOW = 6.0  # standard deviation of the contrast window, in pixels
 QUIET = 0.25  # share of positions, those with the least contrast, that are never cropped (empty sky)
+LIMIT = 3.0  # standard deviations at which a crop is clipped
 LEVELS = 42.0  # gray levels a standard deviation
+_ROUNDS = 8  # of standardising and clipping
 
 
 def load(split: str, *, root: str | None = None, split_seed: int = 0) -> ArrayImages:
@@ -89,9 +91,11 @@ def _crops(name: str, split: str) -> NDArray[np.uint8]:
     order = counter.permutation(len(positions), seed=label, stream=counter.PIXELS, epoch=list(REGIONS).index(split))
     rows, columns = np.unravel_index(positions[order[: REGIONS[split][2]]], contrast.shape)
     crops = windows[rows, columns].astype(np.float64)  # (n, 32, 32)
-    crops -= crops.mean((1, 2), keepdims=True)
-    crops /= crops.std((1, 2), keepdims=True) + 1e-6
-    return np.clip(np.round(128 + LEVELS * crops), 0, 255).astype(np.uint8)
+    for _ in range(_ROUNDS):  # clipped highlights would leave their class in the crop's contrast
+        crops -= crops.mean((1, 2), keepdims=True)
+        crops /= crops.std((1, 2), keepdims=True) + 1e-6
+        crops = crops.clip(-LIMIT, LIMIT)
+    return np.round(128 + LEVELS * crops).astype(np.uint8)
 
 
 @cache

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import overload
 
 from torch import Tensor
@@ -23,12 +23,21 @@ class ProbeBatches(Sequence[Batch]):
         n_batches: How many there are.
         n_images: Images in all of them.
         n_bytes: Size of all of them in memory, an estimate.
+        attributes: Further labels by name, each `(n_images,)` in the order of the images: `texture` of `shapes`.
     """
 
-    def __init__(self, build: Callable[[int], Batch], n_batches: int, n_images: int, n_bytes: int) -> None:
+    def __init__(
+        self,
+        build: Callable[[int], Batch],
+        n_batches: int,
+        n_images: int,
+        n_bytes: int,
+        attributes: Mapping[str, Tensor] | None = None,
+    ) -> None:
         self._build = build
         self._n_batches = n_batches
         self.n_images = n_images
+        self.attributes = dict(attributes or {})
         self._kept: dict[int, Batch] | None = {} if n_bytes <= KEEP_BYTES else None
 
     def __len__(self) -> int:

@@ -1,0 +1,44 @@
+"""Ranges of configured numbers, refused in one line that names the key."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from vitscope.errors import ConfigError
+
+
+def integer(key: str, value: float, at_least: int) -> int:
+    """Return `value` as an integer.
+
+    Raises:
+        ConfigError: It is none, or below `at_least`.
+    """
+    if isinstance(value, bool) or not math.isfinite(value) or int(value) != value or value < at_least:
+        raise ConfigError(key, value, f"not an integer of at least {at_least}", "correct the value")
+    return int(value)
+
+
+def number(key: str, value: float, low: float, high: float) -> float:
+    """Return `value` as a float.
+
+    Raises:
+        ConfigError: It is not finite, or not in [low, high].
+    """
+    if not (math.isfinite(value) and low <= value <= high):
+        bracket = ")" if math.isinf(high) else "]"
+        raise ConfigError(key, value, f"not in [{low:g}, {high:g}{bracket}", "correct the value")
+    return float(value)
+
+
+def channels(key: str, values: Sequence[float], *, positive: bool) -> tuple[float, ...]:
+    """Return one float a channel.
+
+    Raises:
+        ConfigError: There are not three, or one is not finite, or not positive where it must be.
+    """
+    found = tuple(float(value) for value in values)
+    if len(found) != 3 or not all(math.isfinite(value) and (value > 0 or not positive) for value in found):
+        kind = "positive" if positive else "finite"
+        raise ConfigError(key, found, f"not three {kind} numbers", "give one a channel")
+    return found

@@ -1,0 +1,104 @@
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import pytest
+import torch
+from torchvision.datasets import CIFAR10, CIFAR100
+
+from vitscope.data import cifar
+from vitscope.errors import ConfigError, DataError
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch):
+    """The published addresses lead nowhere, quickly, also on a machine with a network."""
+    for published in (CIFAR10, CIFAR100):
+        monkeypatch.setattr(published, "url", "http://127.0.0.1:9/nothing.tar.gz")
+
+
+@pytest.mark.parametrize(("variant", "classes"), [("cifar10", 10), ("cifar100", 100)])
+def test_validation_is_a_stratified_part_of_train_and_never_the_test_set(tmp_path, write_cifar, variant, classes):
+    sums = write_cifar(tmp_path, variant)
+    train, val, test = (
+        cifar.load(split, root=tmp_path, variant=variant, checksums=sums) for split in ("train", "val", "test")
+    )
+    assert (len(train), len(val), len(test)) == (9 * classes, classes, 2 * classes)
+    assert torch.equal(val.labels.bincount(), torch.ones(classes, dtype=torch.int64))
+    assert train.class_names[3] == "class 3"
+    rows = [{image.numpy().tobytes() for image in split.images} for split in (train, val, test)]
+    assert not rows[0] & rows[1]
+    assert not (rows[0] | rows[1]) & rows[2]
+    other = cifar.load("val", root=tmp_path, variant=variant, checksums=sums, split_seed=1)
+    assert {image.numpy().tobytes() for image in other.images} != rows[1]
+    assert {image.numpy().tobytes() for image in other.images} < rows[0] | rows[1]
+
+
+def test_pixels_and_labels_are_those_of_the_file(tmp_path, write_cifar):
+    import pickle
+
+    sums = write_cifar(tmp_path)
+    test = cifar.load("test", root=tmp_path, checksums=sums)
+    content = pickle.loads((tmp_path / "cifar-10-batches-py" / "test_batch").read_bytes())
+    # CIFAR stores 1024 red, 1024 green, 1024 blue bytes an image, row by row
+    np.testing.assert_array_equal(test.images.numpy(), content["data"].reshape(-1, 3, 32, 32))
+    assert test.labels.tolist() == content["labels"]
+
+
+def test_an_archive_is_unpacked_without_a_network(tmp_path, write_cifar):
+    sums = write_cifar(tmp_path, archive=True)
+    assert len(cifar.load("train", root=tmp_path, checksums=sums)) == 90
+    assert (tmp_path / "cifar-10-batches-py").is_dir()
+
+
+def test_missing_files_without_a_network_are_one_quick_line(tmp_path):
+    start = time.perf_counter()
+    with pytest.raises(DataError) as caught:
+        cifar.load("train", root=tmp_path / "new", variant="cifar100")
+    assert time.perf_counter() - start < 6
+    text = str(caught.value)
+    assert text.startswith(f"data.root={tmp_path / 'new'}: no cifar-100-python.tar.gz there and no network")
+    assert "put cifar-100-python.tar.gz" in text
+    assert "cifar-100-python there" in text
+    assert "\n" not in text
+
+
+def test_files_that_are_not_the_published_ones_are_named(tmp_path, write_cifar):
+    write_cifar(tmp_path)
+    with pytest.raises(DataError, match="cifar-10-batches-py there differ from the published files and no network"):
+        cifar.load("test", root=tmp_path)
+
+
+def test_a_changed_file_is_noticed(tmp_path, write_cifar):
+    sums = write_cifar(tmp_path)
+    path = tmp_path / "cifar-10-batches-py" / "data_batch_2"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(DataError, match="differ from the published files"):
+        cifar.load("test", root=tmp_path, checksums=sums)
+
+
+def test_an_archive_of_other_files_is_noticed(tmp_path, write_cifar):
+    sums = write_cifar(tmp_path, archive=True)
+    sums["data_batch_1"] = "0" * 32
+    with pytest.raises(DataError, match=r"cifar-10-python\.tar\.gz there does not hold the expected files"):
+        cifar.load("test", root=tmp_path, checksums=sums)
+
+
+def test_a_root_that_cannot_be_used_is_named(tmp_path):
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(DataError, match=r"data\.root=.*file: cannot be used"):
+        cifar.load("train", root=tmp_path / "file")
+
+
+def test_arguments_are_checked(tmp_path):
+    with pytest.raises(ConfigError, match=r"data\.source\.variant=cifar1000: unknown; choose one of cifar10, cifar100"):
+        cifar.load("train", root=tmp_path, variant="cifar1000")
+    with pytest.raises(ConfigError, match=r"data\.root: cifar10 needs a folder"):
+        cifar.load("train", root=None)
+    with pytest.raises(DataError, match="there is no split 'dev'"):
+        cifar.load("dev", root=tmp_path)
+    with pytest.raises(ConfigError, match=r"data\.source\.checksums=batch_9: no such file"):
+        cifar.load("train", root=tmp_path, checksums={"batch_9": ""})
