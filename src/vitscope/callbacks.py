@@ -92,6 +92,7 @@ class Checkpoints(Callback):
         self.snapshots, self.warmup_epochs, self.init = snapshots, warmup_epochs, init
         self.best: float | None = None
         self.folder = Path("checkpoints")
+        self._stop = 0
 
     def state_dict(self) -> dict[str, Any]:
         """Return the best value so far."""
@@ -124,23 +125,29 @@ class Checkpoints(Callback):
             trainer.save_checkpoint(self.folder / "last.ckpt")
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        """Save and stop where a signal asked for it (on all ranks at the same step).
-
-        Raises:
-            Interrupted: after the checkpoint is written.
-        """
-        signum = _agreed_signal(pl_module)
-        if signum:
+        """Save where a signal asked to stop, on all ranks at the same step; the stop itself waits for the step's row."""
+        self._stop = _agreed_signal(pl_module)
+        if self._stop:
             trainer.save_checkpoint(self.folder / "last.ckpt")
-            raise Interrupted(signum)
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        """Stop after a step that was saved and logged."""
+        self._raise_if_saved()
+
+    def on_validation_start(self, *_: Any) -> None:
+        """Stop before a validation, likewise."""
+        self._raise_if_saved()
 
     def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Save and stop during validation too."""
-        signum = _agreed_signal(pl_module)
-        if signum:
-            if trainer.state.fn == "fit":
-                trainer.save_checkpoint(self.folder / "last.ckpt")
-            raise Interrupted(signum)
+        self._stop = _agreed_signal(pl_module)
+        if self._stop and trainer.state.fn == "fit":
+            trainer.save_checkpoint(self.folder / "last.ckpt")
+        self._raise_if_saved()
+
+    def _raise_if_saved(self) -> None:
+        if self._stop:
+            raise Interrupted(self._stop)
 
     def on_test_batch_end(self, *_: Any, **__: Any) -> None:
         """Stop during the test; training was saved before."""

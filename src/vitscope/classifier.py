@@ -56,7 +56,8 @@ class Classifier(pl.LightningModule):
     ) -> None:
         super().__init__()
         self.model = network
-        self._forward: Callable[[Tensor], Tensor] = torch.compile(network) if compile else network
+        # in a tuple, for a module that is an attribute would be registered, and its weights saved, a second time
+        self._compiled = (torch.compile(network),) if compile else (network,)
         self._optimizer = optimizer
         self._schedule = dict(lr_schedule or {})
         self._mix = mix
@@ -69,7 +70,7 @@ class Classifier(pl.LightningModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return logits ``(B, num_classes)``."""
-        return self._forward(x)
+        return self._compiled[0](x)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Note where training stands, for checkpoints."""
