@@ -1,0 +1,122 @@
+"""The published data sets as they lie on disk: CIFAR-10-C and CIFAR-100-C arrays, ImageNet-C folders."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from vitscope.errors import DataError
+
+KEY = "analysis.corruption.root"
+SUFFIXES = (".jpeg", ".jpg", ".png", ".bmp")
+
+
+@dataclass(frozen=True)
+class Arrays:
+    """``<type>.npy`` of (5 n, h, w, 3) uint8, severities one after the other, and ``labels.npy`` of 5 n (or n) labels."""
+
+    root: Path
+    n_images: int | None
+
+    def read(self, name: str, severity: int, batch_size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Yield ``(pixels (B, h, w, 3) uint8, labels (B,))``."""
+        pixels = _load(self.root / f"{name}.npy", mmap=True)
+        labels = _load(self.root / "labels.npy")
+        if pixels.ndim != 4 or pixels.shape[3] != 3 or pixels.dtype != np.uint8 or len(pixels) % 5:
+            what = f"{name}.npy holds {pixels.dtype} {pixels.shape}, not uint8 (5 n, height, width, 3)"
+            raise DataError(KEY, self.root, what, "unpack CIFAR-10-C or CIFAR-100-C again")
+        n = len(pixels) // 5
+        if len(labels) not in (n, 5 * n):
+            what = f"labels.npy holds {len(labels)} labels for {n} images a severity"
+            raise DataError(KEY, self.root, what, "unpack it again")
+        for part in _spread(n, self.n_images, batch_size):
+            yield np.asarray(pixels[(severity - 1) * n + part]), np.asarray(labels[part]).astype(np.int64)
+
+
+@dataclass(frozen=True)
+class Folders:
+    """``<type>/<severity>/<class>/<image>``, with or without a folder such as ``blur`` around the types."""
+
+    root: Path
+    n_images: int | None
+    classes: tuple[str, ...] | None
+
+    def read(self, name: str, severity: int, batch_size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Yield ``(pixels (B, h, w, 3) uint8, labels (B,))``, images sorted by class and name."""
+        folder = _type_folder(self.root, name) / str(severity)
+        if not folder.is_dir():
+            raise DataError(
+                KEY, self.root, f"there is no {folder.relative_to(self.root)}", "unpack all five severities"
+            )
+        present = sorted(f.name for f in folder.iterdir() if f.is_dir())
+        classes = self.classes if self.classes and set(present) <= set(self.classes) else tuple(present)
+        if self.classes and len(classes) != len(self.classes):
+            what = f"{folder.name} has {len(present)} classes, the data {len(self.classes)}"
+            raise DataError(KEY, self.root, what, "give the data's class folders the same names")
+        index = {name: i for i, name in enumerate(classes)}
+        files = [(f, index[c]) for c in present for f in sorted((folder / c).iterdir()) if f.suffix.lower() in SUFFIXES]
+        if not files:
+            raise DataError(KEY, self.root, f"there is no image in {folder.relative_to(self.root)}", "unpack it again")
+        for part in _spread(len(files), self.n_images, batch_size):
+            pixels = [_image(files[i][0]) for i in part]
+            if len({p.shape for p in pixels}) > 1:
+                raise DataError(
+                    KEY, self.root, f"images of several sizes in {folder}", "use the published 224x224 crops"
+                )
+            yield np.stack(pixels), np.array([files[i][1] for i in part])
+
+
+def archive(
+    root: str | Path, types: Sequence[str], n_images: int | None, classes: Sequence[str] | None = None
+) -> Arrays | Folders:
+    """Return the published data set at ``root``, its layout recognised.
+
+    Args:
+        root: the folder that holds the types.
+        types: what will be read; all of them must be there.
+        n_images: how many images a condition, spread evenly over the data set; None for all.
+        classes: names of the class folders in the order of the model's outputs; sorted folder names without.
+
+    Raises:
+        DataError: no such folder, or types that are missing.
+    """
+    root = Path(root).expanduser()
+    if not root.is_dir():
+        raise DataError(KEY, root, "there is no such folder", "download the data set, or set it to null to generate")
+    arrays = any(root.glob("*.npy"))
+    there = [t for t in types if (root / f"{t}.npy").is_file() or (not arrays and _type_folder(root, t).is_dir())]
+    if missing := [t for t in types if t not in there]:
+        what = f"{', '.join(missing[:3])}{' and more' if len(missing) > 3 else ''} missing"
+        raise DataError(
+            KEY, root, what, "unpack all of it, or name the types that are there in analysis.corruption.types"
+        )
+    return Arrays(root, n_images) if arrays else Folders(root, n_images, tuple(classes) if classes else None)
+
+
+def _type_folder(root: Path, name: str) -> Path:
+    found = [root / name, *(folder / name for folder in sorted(root.iterdir()) if folder.is_dir())]
+    return next((folder for folder in found if folder.is_dir()), root / name)
+
+
+def _load(path: Path, mmap: bool = False) -> np.ndarray:
+    try:
+        return np.load(path, mmap_mode="r" if mmap else None, allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise DataError(KEY, path.parent, f"{path.name} cannot be read", "unpack it again") from error
+
+
+def _spread(n: int, wanted: int | None, batch_size: int) -> Iterator[np.ndarray]:
+    chosen = np.arange(n) if wanted is None or wanted >= n else np.arange(wanted) * n // wanted
+    yield from (chosen[i : i + batch_size] for i in range(0, len(chosen), batch_size))
+
+
+def _image(path: Path) -> np.ndarray:
+    try:
+        with Image.open(path) as image:
+            return np.asarray(image.convert("RGB"))
+    except OSError as error:
+        raise DataError(KEY, path, "the image cannot be read", "unpack the data set again") from error

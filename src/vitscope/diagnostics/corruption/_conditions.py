@@ -1,0 +1,98 @@
+"""A model under each corruption at each severity."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from functools import partial as with_arguments
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vitscope import interrupt
+from vitscope.diagnostics.corruption._archives import Arrays, Folders
+from vitscope.diagnostics.corruption._tables import COMMON, VALIDATION
+from vitscope.diagnostics.corruption._transforms import corrupted
+from vitscope.evaluate import evaluate
+from vitscope.objective import Objective, hard_targets
+from vitscope.pixels import Pixels
+from vitscope.points import rows
+from vitscope.probe import Batch, Probe
+
+Condition = tuple[str, int]
+
+#: the images as they are
+CLEAN: Condition = ("clean", 0)
+
+
+def measured(
+    probe: Probe,
+    conditions: Sequence[Condition],
+    label: str,
+    *,
+    source: Arrays | Folders | None,
+    pixels: Pixels,
+    seed: int,
+    partial: MutableMapping[str, Mapping[str, Any]] | None,
+) -> list[Mapping[str, Any]]:
+    """Return accuracy, nll, ece and each image's ``correct`` under every condition; ranks share out the conditions.
+
+    Args:
+        probe: the model and the clean images.
+        conditions: pairs of type and severity.
+        label: tells the rows of several models apart in ``partial``.
+        source: a published data set; None makes the corruptions from the probe's images.
+        pixels: the model's normalisation.
+        seed: of the made ones.
+        partial: finished rows.
+    """
+    with probe.guard() as model:
+
+        def row(condition: Condition) -> Mapping[str, Any]:
+            if condition == CLEAN:
+                batches: Iterator[Batch] = probe.iter_batches()
+            elif source is None:
+                batches = _made(probe, pixels, condition, seed)
+            else:
+                batches = _published(probe, pixels, source, condition)
+            hard = ((x, hard_targets(y)) for x, y in _polled(batches))
+            found = evaluate(model, hard, Objective(), per_image=True, reduce=False)
+            return {"accuracy": found.accuracy, "nll": found.nll, "ece": found.ece, "correct": found.correct}
+
+        name = with_arguments("{0} {1[0]} {1[1]}".format, label)
+        return rows(conditions, row, name=name, partial=partial, description="corruption")
+
+
+def _made(probe: Probe, pixels: Pixels, condition: Condition, seed: int) -> Iterator[Batch]:
+    kind, severity = condition
+    number = (COMMON + VALIDATION).index(kind)
+    place = 0
+    for x, y in probe.iter_batches():
+        images = pixels.to_pixels(x.double()).clamp(0, 1).permute(0, 2, 3, 1).cpu().numpy()  # (B, h, w, C)
+        changed = [
+            corrupted(image, kind, severity, np.random.default_rng((seed, number, place + i)))
+            for i, image in enumerate(images)
+        ]
+        place += len(images)
+        yield _as_input(torch.from_numpy(np.stack(changed)), pixels, probe), y
+
+
+def _published(probe: Probe, pixels: Pixels, source: Arrays | Folders, condition: Condition) -> Iterator[Batch]:
+    size = next(probe.iter_batches())[0].shape[-2:]
+    for images, labels in source.read(*condition, batch_size=probe.batch_size):
+        x = _as_input(torch.from_numpy(images).double() / 255, pixels, probe)
+        if x.shape[-2:] != size:
+            x = F.interpolate(x, size=size, mode="bicubic", antialias=True)
+        yield x, torch.from_numpy(labels).to(probe.device)
+
+
+def _as_input(images: Tensor, pixels: Pixels, probe: Probe) -> Tensor:
+    return pixels.to_input(images.permute(0, 3, 1, 2)).to(probe.device, probe.dtype)  # (B, C, h, w)
+
+
+def _polled(batches: Iterator[Batch]) -> Iterator[Batch]:
+    for batch in batches:
+        interrupt.check()
+        yield batch

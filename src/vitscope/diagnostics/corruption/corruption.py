@@ -1,0 +1,190 @@
+"""Accuracy under common corruptions: published data sets, or the same corruptions made on the fly (Fig 12b)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, MutableMapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from vitscope.diagnostics.corruption._archives import archive
+from vitscope.diagnostics.corruption._baselines import ALEXNET
+from vitscope.diagnostics.corruption._conditions import CLEAN, measured
+from vitscope.diagnostics.corruption._scores import Baseline, alexnet, corruption_errors, relative_errors
+from vitscope.diagnostics.corruption._tables import COMMON, SEVERITIES, VALIDATION
+from vitscope.nulls import warn_nulls
+from vitscope.pixels import pixels_of
+from vitscope.probe import ObjectiveCard, Probe
+
+SETS = {"common": COMMON, "validation": VALIDATION, "all": COMMON + VALIDATION}
+
+
+@dataclass(frozen=True)
+class CorruptionResult:
+    """Means go over the fifteen common types that were measured (over the others where none of them was).
+
+    Attributes:
+        types: (n_types,) names.
+        severities: (n_severities,) from 1 to 5.
+        accuracy: (n_types, n_severities).
+        nll: (n_types, n_severities) nats.
+        ece: (n_types, n_severities), ten equal-width bins.
+        clean_accuracy: on the probe's images.
+        clean_nll: nats.
+        clean_ece: likewise.
+        mean_accuracy: over types and severities.
+        mean_accuracy_standard_error: over images: an image's conditions are averaged first, they are not independent.
+        baseline: what the errors are divided by; empty for nothing.
+        ce: (n_types,) corruption error in percent of the baseline's, NaN where it has none; empty without a baseline.
+        relative_ce: (n_types,) likewise of the loss against clean images.
+        mce: mean of ``ce``, percent; None without a baseline.
+        relative_mce: mean of ``relative_ce``, percent; None also where the baseline's clean error is not published.
+        source: ``generated``, or the layout of the data set: ``arrays`` or ``folders``.
+        n_images: images a condition.
+        card: the conditions.
+    """
+
+    types: tuple[str, ...]
+    severities: np.ndarray
+    accuracy: np.ndarray
+    nll: np.ndarray
+    ece: np.ndarray
+    clean_accuracy: float
+    clean_nll: float
+    clean_ece: float
+    mean_accuracy: float
+    mean_accuracy_standard_error: float
+    baseline: str
+    ce: np.ndarray
+    relative_ce: np.ndarray
+    mce: float | None
+    relative_mce: float | None
+    source: str
+    n_images: int
+    card: ObjectiveCard | None = None
+
+    def scalars(self) -> dict[str, float]:
+        """Return the means, and the mean accuracy at each severity."""
+        found: dict[str, float | None] = {"clean_accuracy": self.clean_accuracy, "mean_accuracy": self.mean_accuracy}
+        found |= {"mce": self.mce, "relative_mce": self.relative_mce}
+        by_severity = self.accuracy[_reported(self.types)].mean(axis=0)
+        found |= {f"severity_{s}_accuracy": float(a) for s, a in zip(self.severities, by_severity)}
+        return {name: value for name, value in found.items() if value is not None}
+
+
+def corruption(
+    probe: Probe,
+    *,
+    root: str | None = None,
+    types: str | Sequence[str] = "common",
+    severities: Sequence[int] = SEVERITIES,
+    baseline: str = "auto",
+    other: Probe | None = None,
+    n_images: int | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    seed: int = 0,
+    partial: MutableMapping[str, Mapping[str, Any]] | None = None,
+) -> CorruptionResult:
+    """Measure accuracy under fifteen types of corruption at five severities.
+
+    Source: Hendrycks and Dietterich (2019). Without ``root`` the corruptions are made from the probe's images, each image's
+    draws fixed by ``seed``, its place and the type. They are not the published files: numbers compare among models of
+    this package, not with the literature.
+
+    Args:
+        probe: the model and the clean images.
+        root: a folder of CIFAR-10-C or CIFAR-100-C arrays, or of ImageNet-C folders.
+        types: ``common`` (15), ``validation`` (4), ``all``, or names.
+        severities: from 1 to 5.
+        baseline: ``imagenet``, ``cifar10``, ``cifar100`` (AlexNet's published errors), ``none``, or ``auto``: the one of the
+            probe's data where ``root`` is given.
+        other: a reference model to divide by instead, measured under the same conditions.
+        n_images: images a condition of a published data set, spread evenly; None for all.
+        mean: the data's normalisation; by default the probe's (see `vitscope.pixels`).
+        std: likewise.
+        seed: of the generated corruptions.
+        partial: finished conditions, see `vitscope.points`.
+
+    Raises:
+        ValueError: an unknown type, severity or baseline, or no normalisation.
+        DataError: a data set that is missing or damaged.
+    """
+    names = _names(types)
+    if not severities or not set(severities) <= set(SEVERITIES):
+        raise ValueError(f"Expected severities from 1 to 5, received {list(severities)}.")
+    source = archive(root, names, n_images, probe.about.get("class_names")) if root is not None else None
+    conditions = [CLEAN, *((name, severity) for name in names for severity in severities)]
+    shape = (len(names), len(severities))
+    reference = _published(probe, baseline, root, names, severities)
+    normalised = pixels_of(probe, mean, std)
+    found = measured(probe, conditions, "model", source=source, pixels=normalised, seed=seed, partial=partial)
+    if other is not None:
+        own = pixels_of(other, mean, std)
+        theirs = measured(other, conditions, "other", source=source, pixels=own, seed=seed, partial=partial)
+        reference = Baseline("another model", 1 - _table(theirs, "accuracy", shape), 1 - float(theirs[0]["accuracy"]))
+    accuracy, clean = _table(found, "accuracy", shape), float(found[0]["accuracy"])
+    ce = corruption_errors(1 - accuracy, reference) if reference else np.empty(0)
+    relative = relative_errors(1 - accuracy, 1 - clean, reference) if reference else np.empty(0)
+    if reference:
+        null = [name for name, errors in zip(names, reference.error) if errors.sum() == 0]
+        warn_nulls("corruption", dict.fromkeys(null, "the baseline has no errors there to divide by"))
+    correct = np.stack([row["correct"] for row in found[1:]]).reshape(*shape, -1)
+    by_image = correct[_reported(names)].mean(axis=(0, 1))
+    return CorruptionResult(
+        types=names,
+        severities=np.array(severities),
+        accuracy=accuracy,
+        nll=_table(found, "nll", shape),
+        ece=_table(found, "ece", shape),
+        clean_accuracy=clean,
+        clean_nll=float(found[0]["nll"]),
+        clean_ece=float(found[0]["ece"]),
+        mean_accuracy=float(by_image.mean()),
+        mean_accuracy_standard_error=float(by_image.std(ddof=1) / np.sqrt(len(by_image)))
+        if len(by_image) > 1
+        else np.nan,
+        baseline=reference.name if reference else "",
+        ce=ce,
+        relative_ce=relative,
+        mce=_mean(ce, names),
+        relative_mce=_mean(relative, names),
+        source="generated" if source is None else type(source).__name__.lower(),
+        n_images=len(by_image),
+        card=probe.card(solver={"corruptions": root or "generated", "seed": seed}),
+    )
+
+
+def _names(types: str | Sequence[str]) -> tuple[str, ...]:
+    names = SETS.get(types, (types,)) if isinstance(types, str) else tuple(types)
+    unknown = [name for name in names if name not in SETS["all"]]
+    if unknown or not names or len(set(names)) < len(names):
+        raise ValueError(
+            f"Expected types to be common, validation, all, or different names among {', '.join(SETS['all'])}, "
+            f"received {unknown[0] if unknown else list(names)!r}."
+        )
+    return names
+
+
+def _published(
+    probe: Probe, baseline: str, root: str | None, names: Sequence[str], severities: Sequence[int]
+) -> Baseline | None:
+    if baseline == "auto":
+        data = str(probe.about.get("data", "")).partition(",")[0]
+        baseline = data if root is not None and data in ALEXNET else "none"
+    return None if baseline == "none" else alexnet(baseline, names, severities)
+
+
+def _table(found: Sequence[Mapping[str, Any]], key: str, shape: tuple[int, int]) -> np.ndarray:
+    return np.array([float(row[key]) for row in found[1:]]).reshape(shape)
+
+
+def _reported(types: Sequence[str]) -> np.ndarray:
+    common = np.array([name in COMMON for name in types])
+    return common if common.any() else ~common
+
+
+def _mean(errors: np.ndarray, types: Sequence[str]) -> float | None:
+    mean = float(errors[_reported(types)].mean()) if len(errors) else np.nan
+    return mean if np.isfinite(mean) else None

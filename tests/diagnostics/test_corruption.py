@@ -1,0 +1,378 @@
+from __future__ import annotations
+
+from io import BytesIO
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import skimage.color
+import skimage.data
+import torch
+from PIL import Image
+from scipy.ndimage import gaussian_filter
+from skimage.transform import resize
+from torch import nn
+
+from vitscope import Probe, progress
+from vitscope.data import photos
+from vitscope.diagnostics.corruption import _scores
+from vitscope.diagnostics.corruption._baselines import ALEXNET, CLEAN
+from vitscope.diagnostics.corruption._kernels import disk, streak, zoom_matrix
+from vitscope.diagnostics.corruption._tables import COMMON, LARGE, SEVERITIES, SMALL, VALIDATION
+from vitscope.diagnostics.corruption._transforms import corrupted, gaussian_blur, shot_noise, zoom_blur
+from vitscope.diagnostics.corruption._weather import clouds, fog
+from vitscope.diagnostics.corruption.corruption import corruption
+from vitscope.diagnostics.corruption.plot import corruption as draw
+from vitscope.errors import DataError
+from vitscope.nulls import NullWarning
+
+
+@pytest.fixture(autouse=True)
+def _quiet(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "enabled", False)
+
+
+def rng(seed: int = 0) -> np.random.Generator:
+    return np.random.default_rng(seed)
+
+
+def cat(side: int = 32) -> np.ndarray:
+    return np.asarray(resize(skimage.data.chelsea()[:, 60:360], (side, side), anti_aliasing=True))
+
+
+class ReadsPixels(nn.Module):
+    """Predicts the class that the mean pixel of the image codes: 20 levels a class."""
+
+    centres: torch.Tensor
+
+    def __init__(self, classes: int = 5) -> None:
+        super().__init__()
+        self.register_buffer("centres", (20 * torch.arange(classes) + 10).double())
+        self.calls = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        level = 255 * (0.25 * x + 0.5).mean((1, 2, 3))
+        return -((level[:, None] - self.centres) ** 2)
+
+
+def coded(classes: np.ndarray, side: int = 8) -> np.ndarray:
+    """Return gray images (n, side, side, 3) uint8 that `ReadsPixels` takes for these classes."""
+    return np.broadcast_to((20 * classes + 10)[:, None, None, None], (len(classes), side, side, 3)).astype(np.uint8)
+
+
+def probe_of(labels: np.ndarray, size: int = 4, side: int = 8, **about: object) -> Probe:
+    x = (torch.from_numpy(coded(labels, side)).double() / 255 - 0.5).permute(0, 3, 1, 2) / 0.25
+    y = torch.from_numpy(labels)
+    facts = {"mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25], **about}
+    return Probe(ReadsPixels(), list(zip(x.split(size), y.split(size))), about=facts)
+
+
+LABELS = np.array([0, 1, 2, 3, 4, 0, 1, 2, 3, 4])
+
+
+def predictions(kind: int, severity: int) -> np.ndarray:
+    """Return classes of which the first ``kind + severity`` are wrong."""
+    wrong = np.arange(10) < kind + severity
+    return np.where(wrong, (LABELS + 1) % 5, LABELS)
+
+
+# --- corruptions that are made -------------------------------------------------------------------------------------------
+
+
+def test_damage_grows_with_every_step_on_photos() -> None:
+    data = photos.load("test")
+    images = data.images[:: len(data) // 24].permute(0, 2, 3, 1).double().numpy() / 255
+    for name in COMMON + tuple(v for v in VALIDATION if v != "saturate"):  # gray has no saturation
+        damage = [
+            np.mean([np.square(corrupted(x, name, s, rng(i)) - x).mean() ** 0.5 for i, x in enumerate(images)])
+            for s in SEVERITIES
+        ]
+        assert all(b > 1.01 * a for a, b in pairwise(damage)), (name, damage)
+        assert damage[0] > 0.005
+
+
+@pytest.mark.parametrize("name", COMMON + VALIDATION)
+def test_damage_grows_with_every_step_on_a_colour_image(name: str) -> None:
+    for side in (32, 64, 128, 160):  # two sides of each table
+        x = cat(side)
+        damage = [np.mean([np.square(corrupted(x, name, s, rng(i)) - x).mean() for i in range(4)]) for s in SEVERITIES]
+        assert all(b > a for a, b in pairwise(damage)), damage
+
+
+@pytest.mark.parametrize("name", COMMON + VALIDATION)
+@pytest.mark.parametrize("shape", [(32, 32, 3), (33, 41, 3), (70, 64, 1)])
+def test_results_are_images_of_the_same_shape_and_reproducible(name: str, shape: tuple[int, int, int]) -> None:
+    x = rng().random(shape)
+    for severity in (1, 5):
+        y = corrupted(x, name, severity, rng(5))
+        assert y.shape == shape
+        assert 0 <= y.min() <= y.max() <= 1
+        np.testing.assert_array_equal(255 * y, np.round(255 * y))  # 8 bits, as the published files
+        np.testing.assert_array_equal(y, corrupted(x, name, severity, rng(5)))
+
+
+def test_tables_have_every_type_at_five_severities() -> None:
+    assert len(COMMON) == 15
+    assert set(SMALL) == set(LARGE) == set(COMMON + VALIDATION)
+    assert all(len(steps) == 5 for table in (SMALL, LARGE) for steps in table.values())
+
+
+def test_noises_have_their_moments() -> None:
+    x = np.full((128, 128, 3), 0.5)
+    n = x.size
+    for severity, (deviation,) in zip(SEVERITIES, LARGE["gaussian_noise"][:2]):
+        noise = corrupted(x, "gaussian_noise", severity, rng()) - x
+        # four standard errors of a standard deviation, and the rounding to 8 bits
+        assert noise.std() == pytest.approx(deviation, abs=4 * deviation / np.sqrt(2 * n) + 1e-3)
+    photons = LARGE["shot_noise"][0][0]
+    counts = photons * shot_noise(x, rng(), 1.0, photons)
+    assert counts.var() == pytest.approx(photons / 2, rel=0.06)  # Poisson: variance equals mean
+    np.testing.assert_allclose(counts, np.round(counts), atol=1e-9)
+    hit = corrupted(x, "impulse_noise", 3, rng()) != np.round(255 * x) / 255
+    share = LARGE["impulse_noise"][2][0]
+    assert hit.mean() == pytest.approx(share, abs=4 * np.sqrt(share / n))
+
+
+@pytest.mark.parametrize("severity", SEVERITIES)
+def test_colour_changes_equal_skimage(severity: int) -> None:
+    x = np.round(255 * cat()) / 255
+    hsv = skimage.color.rgb2hsv(x)
+    hsv[..., 2] = np.clip(hsv[..., 2] + SMALL["brightness"][severity - 1][0], 0, 1)
+    np.testing.assert_allclose(
+        corrupted(x, "brightness", severity, rng()), skimage.color.hsv2rgb(hsv), atol=0.5 / 255 + 1e-9
+    )
+    hsv = skimage.color.rgb2hsv(x)
+    factor, amount = SMALL["saturate"][severity - 1]
+    hsv[..., 1] = np.clip(factor * hsv[..., 1] + amount, 0, 1)
+    np.testing.assert_allclose(
+        corrupted(x, "saturate", severity, rng()), skimage.color.hsv2rgb(hsv), atol=0.5 / 255 + 1e-9
+    )
+
+
+def test_digital_corruptions_equal_their_libraries() -> None:
+    pixels = np.round(255 * cat()).astype(np.uint8)
+    buffer = BytesIO()
+    Image.fromarray(pixels).save(buffer, "JPEG", quality=58)
+    np.testing.assert_array_equal(
+        np.round(255 * corrupted(pixels / 255, "jpeg_compression", 3, rng())), np.asarray(Image.open(buffer))
+    )
+    half = pixels.reshape(16, 2, 16, 2, 3).mean((1, 3)).repeat(2, 0).repeat(2, 1)
+    table = {**SMALL, "pixelate": ((0.5,),) * 5}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("vitscope.diagnostics.corruption._transforms.SMALL", table)
+        boxed = corrupted(pixels / 255, "pixelate", 1, rng())
+    np.testing.assert_allclose(255 * boxed, half, atol=1)  # PIL rounds between its two passes
+    mean = pixels.mean((0, 1)) / 255
+    np.testing.assert_allclose(
+        corrupted(pixels / 255, "contrast", 2, rng()), mean + 0.5 * (pixels / 255 - mean), atol=0.5 / 255 + 1e-9
+    )
+
+
+def test_blurs_keep_constants_and_equal_their_closed_forms() -> None:
+    flat = np.full((40, 32, 3), 0.4)
+    for name in ("defocus_blur", "glass_blur", "motion_blur", "zoom_blur", "gaussian_blur", "elastic_transform"):
+        np.testing.assert_allclose(corrupted(flat, name, 5, rng()), flat, atol=0.5 / 255)
+    x = cat()
+    np.testing.assert_allclose(gaussian_blur(x, rng(), 2.0, 0.7), gaussian_filter(x, (1.4, 1.4, 0), mode="nearest"))
+    kernel = disk(3.0, 1e-6)
+    assert kernel.sum() == pytest.approx(1.0, abs=1e-12)
+    assert np.count_nonzero(kernel > 1e-9) == 29  # lattice points in a circle of radius 3
+    line = streak(4, 100.0, 0.0)
+    np.testing.assert_allclose(line[line > 0], np.full(9, 1 / 9), rtol=0.01)  # nine pixels to the right
+    assert np.unique(np.nonzero(line)[0]).tolist() == [line.shape[0] // 2]
+    assert np.nonzero(streak(4, 100.0, 90.0) > 1e-9)[1].max() == streak(4, 100.0, 90.0).shape[1] // 2
+
+
+def test_zoom_maps_a_ramp_to_a_flatter_ramp() -> None:
+    ramp = np.arange(21.0)
+    np.testing.assert_allclose(zoom_matrix(21, 2.0) @ ramp, 10 + (ramp - 10) / 2, atol=1e-12)
+    np.testing.assert_array_equal(zoom_matrix(7, 1.0), np.eye(7))
+    x = cat()
+    np.testing.assert_allclose(zoom_blur(x, rng(), 1.0, 0.0, 0.01), x, atol=1e-12)  # the image twice
+
+
+def test_fog_keeps_the_brightest_value_at_most() -> None:
+    x = cat()
+    assert fog(x, rng(), 1.0, 2.0, 2.0).max() <= x.max() + 1e-12
+    landscape = clouds((20, 50), rng(), 2.0)
+    assert (landscape.min(), landscape.max()) == (0.0, 1.0)
+
+
+def test_unknown_corruption_and_severity() -> None:
+    with pytest.raises(ValueError, match="received 'rain'"):
+        corrupted(cat(), "rain", 1, rng())
+    with pytest.raises(ValueError, match="severities from 1 to 5, received 6"):
+        corrupted(cat(), "fog", 6, rng())
+
+
+# --- scores --------------------------------------------------------------------------------------------------------------
+
+
+def test_published_errors_have_the_published_means() -> None:
+    # the normalisers in use everywhere (Hendrycks' evaluation code), in the order of COMMON
+    known = (0.886428, 0.894468, 0.922640, 0.819880, 0.826268, 0.785948, 0.798360, 0.866816, 0.826572, 0.819324,
+             0.564592, 0.853204, 0.646056, 0.717840, 0.606500)  # fmt: skip
+    np.testing.assert_allclose([np.mean(ALEXNET["imagenet"][name]) for name in COMMON], known, atol=1e-9)
+    assert np.mean([ALEXNET["cifar10"][name] for name in COMMON]) == pytest.approx(1 - 0.761, abs=5e-4)
+    assert all(tuple(table) == COMMON for table in ALEXNET.values())
+
+
+def test_corruption_errors_by_hand() -> None:
+    base = _scores.Baseline("b", np.array([[0.5, 0.7], [0.4, 0.4]]), 0.3)
+    error = np.array([[0.3, 0.6], [0.2, 0.6]])
+    np.testing.assert_allclose(_scores.corruption_errors(error, base), [75.0, 100.0])
+    np.testing.assert_allclose(_scores.relative_errors(error, 0.1, base), [100 * 0.7 / 0.6, 100 * 0.6 / 0.2])
+    easy = base._replace(error=np.array([[0.3, 0.3], [0.4, 0.4]]))
+    assert np.isnan(_scores.relative_errors(error, 0.1, easy)).tolist() == [True, False]  # it loses nothing there
+
+
+# --- the measure ---------------------------------------------------------------------------------------------------------
+
+
+def write_arrays(root: Path, names: tuple[str, ...], labels: int = 5) -> None:
+    for kind, name in enumerate(names):
+        np.save(root / f"{name}.npy", np.concatenate([coded(predictions(kind, s)) for s in SEVERITIES]))
+    np.save(root / "labels.npy", np.tile(LABELS, labels).astype(np.uint8))
+
+
+@pytest.mark.parametrize("labels", [5, 1])
+def test_cifar_arrays(tmp_path: Path, labels: int) -> None:
+    write_arrays(tmp_path, ("fog", "snow"), labels)
+    probe = probe_of(LABELS, data="cifar10")
+    result = corruption(probe, root=str(tmp_path), types=("fog", "snow"))
+    expected = 1 - (np.arange(2)[:, None] + np.arange(1, 6)) / 10
+    np.testing.assert_allclose(result.accuracy, expected)
+    assert result.clean_accuracy == 1.0
+    assert result.mean_accuracy == pytest.approx(expected.mean())
+    wrong = np.mean([predictions(k, s) != LABELS for k in range(2) for s in SEVERITIES], axis=0)
+    assert result.mean_accuracy_standard_error == pytest.approx(np.std(wrong, ddof=1) / np.sqrt(10))
+    alexnet = [sum(ALEXNET["cifar10"][name]) for name in ("fog", "snow")]
+    np.testing.assert_allclose(result.ce, 100 * (1 - expected).sum(1) / alexnet)
+    assert result.mce == pytest.approx(result.ce.mean())
+    assert result.relative_mce is None  # no clean error is published
+    assert (result.source, result.n_images) == ("arrays", 10)
+    assert result.scalars()["severity_2_accuracy"] == pytest.approx(expected[:, 1].mean())
+
+
+def test_imagenet_folders(tmp_path: Path) -> None:
+    classes = [f"n{i:08d}" for i in range(5)]
+    for kind, name in enumerate(("gaussian_blur", "contrast")):
+        for severity in SEVERITIES:
+            for i, (label, image) in enumerate(zip(LABELS, coded(predictions(kind, severity), 12))):
+                folder = tmp_path / ("extra" if kind == 0 else "digital") / name / str(severity) / classes[label]
+                folder.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(image).save(folder / f"ILSVRC2012_val_{i:08d}.png")
+    probe = probe_of(LABELS, data="imagenet", class_names=tuple(classes))
+    result = corruption(probe, root=str(tmp_path), types=("gaussian_blur", "contrast"))
+    expected = 1 - (np.arange(2)[:, None] + np.arange(1, 6)) / 10
+    np.testing.assert_allclose(result.accuracy, expected)  # also resized from 12 to 8 pixels
+    assert result.source == "folders"
+    lost = (1 - expected[1]).sum() / (sum(ALEXNET["imagenet"]["contrast"]) - 5 * CLEAN["imagenet"])
+    assert result.relative_mce == pytest.approx(100 * lost)  # gaussian_blur is a validation type: not in the means
+    assert np.isnan(result.ce[0])
+    reversed_names = probe_of(LABELS, class_names=tuple(classes[::-1]))
+    turned = corruption(reversed_names, root=str(tmp_path), types=("contrast",), severities=(1,))
+    assert turned.accuracy[0, 0] != expected[1, 0]  # labels follow the names, not their order
+
+
+def test_images_are_spread_over_a_published_set(tmp_path: Path) -> None:
+    write_arrays(tmp_path, ("fog",))
+    result = corruption(probe_of(LABELS), root=str(tmp_path), types="fog", n_images=5)
+    np.testing.assert_allclose(result.accuracy[0], [0.8, 0.8, 0.6, 0.6, 0.4])  # images 0 2 4 6 8
+    assert result.baseline == ""
+
+
+def test_made_corruptions_do_not_depend_on_batches() -> None:
+    labels = rng().integers(0, 5, 12)
+    options = {"types": ("fog", "brightness"), "severities": (1, 5)}
+    a, b = (corruption(probe_of(labels, size), **options) for size in (12, 4))
+    np.testing.assert_allclose(a.nll, b.nll, rtol=1e-12)
+    assert a.accuracy.shape == (2, 2)
+    assert a.clean_accuracy == 1.0
+    assert a.accuracy[1, 1] == np.mean(labels == 4)  # 77 levels brighter: only the last class is still the nearest
+    other_seed = corruption(probe_of(labels), seed=1, **options)
+    assert other_seed.nll[0, 0] != a.nll[0, 0]
+    assert other_seed.nll[1, 0] == pytest.approx(a.nll[1, 0])
+
+
+def test_a_model_is_its_own_reference() -> None:
+    probe = probe_of(LABELS)
+    result = corruption(probe, other=probe_of(LABELS), types=("brightness", "frost"))
+    assert result.ce.tolist() == result.relative_ce.tolist() == [100.0, 100.0]
+    assert result.mce == result.relative_mce == 100.0
+    assert result.baseline == "another model"
+    with pytest.warns(NullWarning, match="contrast .the baseline has no errors"):
+        assert corruption(probe, other=probe_of(LABELS), types=("contrast",)).mce is None
+
+
+def test_finished_conditions_are_not_computed_again() -> None:
+    probe, partial = probe_of(LABELS), {}
+    first = corruption(probe, types=("fog",), partial=partial)
+    assert set(partial) == {"model clean 0", *(f"model fog {s}" for s in SEVERITIES)}
+    calls = probe.model.calls
+    del partial["model fog 3"]
+    second = corruption(probe, types=("fog",), partial=partial)
+    assert probe.model.calls == calls + 3  # three batches
+    np.testing.assert_array_equal(first.nll, second.nll)
+
+
+def test_damaged_or_missing_data(tmp_path: Path) -> None:
+    probe = probe_of(LABELS)
+    with pytest.raises(DataError, match=r"analysis.corruption.root=.*there is no such folder"):
+        corruption(probe, root=str(tmp_path / "none"))
+    write_arrays(tmp_path, ("fog", "snow"))
+    with pytest.raises(DataError, match="gaussian_noise, shot_noise, impulse_noise and more missing"):
+        corruption(probe, root=str(tmp_path))
+    np.save(tmp_path / "fog.npy", np.zeros((7, 8, 8, 3), np.uint8))
+    with pytest.raises(DataError, match=r"fog.npy holds uint8 \(7, 8, 8, 3\), not uint8"):
+        corruption(probe, root=str(tmp_path), types="fog")
+    np.save(tmp_path / "snow.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
+    with pytest.raises(DataError, match=r"snow.npy cannot be read"):
+        corruption(probe, root=str(tmp_path), types="snow")
+    write_arrays(tmp_path, ("frost",))
+    np.save(tmp_path / "labels.npy", np.zeros(3, np.uint8))
+    with pytest.raises(DataError, match=r"labels.npy holds 3 labels for 10 images"):
+        corruption(probe, root=str(tmp_path), types="frost")
+
+
+def test_damaged_folders(tmp_path: Path) -> None:
+    folder = tmp_path / "fog" / "1" / "n0"
+    folder.mkdir(parents=True)
+    with pytest.raises(DataError, match="there is no image in fog/1"):
+        corruption(probe_of(LABELS), root=str(tmp_path), types="fog", severities=(1,))
+    (folder / "a.jpeg").write_bytes(b"no image")
+    with pytest.raises(DataError, match="the image cannot be read"):
+        corruption(probe_of(LABELS), root=str(tmp_path), types="fog", severities=(1,))
+    with pytest.raises(DataError, match="there is no fog/2"):
+        corruption(probe_of(LABELS), root=str(tmp_path), types="fog", severities=(2,))
+    with pytest.raises(DataError, match="1 has 1 classes, the data 5"):
+        corruption(probe_of(LABELS, class_names=tuple("abcde")), root=str(tmp_path), types="fog", severities=(1,))
+
+
+def test_refusals() -> None:
+    with pytest.raises(ValueError, match="received 'rain'"):
+        corruption(probe_of(LABELS), types=("rain",))
+    with pytest.raises(ValueError, match=r"severities from 1 to 5, received \[0\]"):
+        corruption(probe_of(LABELS), severities=(0,))
+    with pytest.raises(ValueError, match="baseline to be auto, none, imagenet, cifar10, cifar100, received 'resnet'"):
+        corruption(probe_of(LABELS), types="fog", baseline="resnet")
+    bare = probe_of(LABELS)
+    bare.about.clear()
+    with pytest.raises(ValueError, match=r"pass mean=\.\.\. and std=\.\.\."):
+        corruption(bare, types="fog")
+    with pytest.raises(ValueError, match="one mean and one std above 0"):
+        corruption(bare, types="fog", mean=[0.5], std=[0.0])
+
+
+def test_plots() -> None:
+    result = corruption(probe_of(LABELS), types=("fog", "contrast"))
+    figure = draw({"a": result, "b": result})
+    assert [t.get_text() for t in figure.axes[1].get_xticklabels()] == ["fog", "contrast"]
+    assert len(figure.axes[1].patches) == 4
+    shown = np.asarray(figure.axes[0].lines[0].get_ydata())
+    np.testing.assert_allclose(shown[1:], 100 * result.accuracy.mean(0))
+    assert [len(draw({"": result}, view=view).axes) for view in ("severity", "type")] == [1, 1]
+    with pytest.raises(ValueError, match="view to be one of both, severity, type, received 'x'"):
+        draw({"": result}, view="x")
