@@ -26,7 +26,7 @@ class Nasty(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         self.count += 1
         random.random()
-        np.random.rand()  # noqa: NPY002
+        np.random.rand()
         return self.linear(self.norm(x + 0 * torch.rand_like(x)))
 
 
@@ -37,7 +37,7 @@ def state(model: nn.Module) -> list:
         [(None if p.grad is None else p.grad.clone(), p.requires_grad, p.dtype) for p in model.parameters()],
         torch.random.get_rng_state(),
         random.getstate(),
-        np.random.get_state()[1].tolist(),  # noqa: NPY002
+        np.random.get_state()[1].tolist(),
         torch.backends.cuda.matmul.fp32_precision,
     ]
 
