@@ -89,6 +89,7 @@ def probe(
     seed = wanted.pop("seed", None)
     seed = int(cfg.seed if seed is None else seed)
     batches = datamodule.probe_batches(**wanted, seed=seed)
+    attributes = getattr(batches, "attributes", {})
     augment = bool(wanted.get("augment", False))
     device = next((p.device for p in network.parameters()), torch.device("cpu"))
     if device.type != "cpu":
@@ -96,7 +97,7 @@ def probe(
     soft = next(iter(batches))[1].ndim == 2
     scale = adamw_scale(network, content) if content is not None and cfg.objective.l2 == "adamw" else None
     about = {**datamodule.describe(wanted["split"], augment), "mean": datamodule.mean, "std": datamodule.std,
-             "num_classes": datamodule.num_classes, "seed": seed, **(facts or {})}  # fmt: skip
+             "num_classes": datamodule.num_classes, "seed": seed, **attributes, **(facts or {})}  # fmt: skip
     return Probe(network, batches, objective(cfg, soft=soft, augment=augment, scale=scale), about=about)
 
 

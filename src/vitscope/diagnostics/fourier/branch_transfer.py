@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from vitscope.diagnostics.fourier._bootstrap import by_kind, percentiles
 from vitscope.diagnostics.fourier._spectrum import EPS, frequencies, spectrum
 from vitscope.distributed import gather_objects, world_size
-from vitscope.intervals import RunningMean, estimates
+from vitscope.intervals import RunningMean, check_level, estimates
 from vitscope.models.units import Unit, reading_branches
 from vitscope.models.units import units as units_of
 from vitscope.nulls import warn_nulls
@@ -144,6 +144,7 @@ def branch_transfer(
     Raises:
         ValueError: a model without residual units, fewer than one replicate, or a level outside (0, 1).
     """
+    check_level(level)
     if n_resamples < 1:
         raise ValueError(f"Expected n_resamples to be at least 1, received {n_resamples}.")
     found = list(units) if units is not None else units_of(probe.model)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vitscope.diagnostics.fourier._spectrum import EPS, Spectrum, frequencies, spectrum
 from vitscope.distributed import gather_objects, world_size
-from vitscope.intervals import Estimate, RunningMean, estimates
+from vitscope.intervals import Estimate, RunningMean, check_level, estimates
 from vitscope.models.taps import reading
 from vitscope.nulls import warn_nulls
 from vitscope.probe import ObjectiveCard, Probe
@@ -104,6 +104,7 @@ def relative_log_amplitude(
         ValueError: no tap, maps that are not square on the diagonal, maps whose size changes between batches, or a
             level or path that does not exist.
     """
+    check_level(level)
     if not probe.taps:
         raise ValueError("Expected at least one tap, received none: pass taps=[...] to the probe.")
     sums = _Sums(probe.taps, path, eps)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vitscope.distributed import gather_objects, world_size
-from vitscope.intervals import Estimate, RunningMean, estimates
+from vitscope.intervals import Estimate, RunningMean, check_level, estimates
 from vitscope.models.taps import reading
 from vitscope.nulls import warn_nulls
 from vitscope.probe import ObjectiveCard, Probe
@@ -79,6 +79,7 @@ def feature_map_variance(probe: Probe, *, level: float = 0.95) -> FeatureMapVari
     Raises:
         ValueError: no tap, or a level outside (0, 1).
     """
+    check_level(level)
     if not probe.taps:
         raise ValueError("Expected at least one tap, received none: pass taps=[...] to the probe.")
     sums = _Sums(len(probe.taps))

@@ -1,0 +1,91 @@
+"""A model's losses and answers on clean and on changed images, image by image."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vitscope.distributed import gather_objects, world_size
+from vitscope.evaluate import evaluate
+from vitscope.intervals import Estimate, RunningMean, estimates
+from vitscope.probe import Probe
+from vitscope.progress import track
+
+Partial = MutableMapping[str, Mapping[str, Any]]
+
+#: takes the images ``(B, C, H, W)`` of a batch, the batch's number and the change's number; returns changed images
+Change = Callable[[Tensor, int, int], Tensor]
+
+
+def perturbed(
+    probe: Probe, names: Sequence[str], change: Change, description: str, partial: Partial | None = None
+) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
+    """Yield, for each batch of this rank, what the model does on the clean images and on those of each change.
+
+    Args:
+        probe: model and images.
+        names: of the changes, as keys of finished rows.
+        change: makes the changed images.
+        description: shown with the progress.
+        partial: finished rows, one for each batch and change.
+
+    Yields:
+        Losses in nats ``(1 + n_changes, B)``, correctness 0 or 1 of the same shape, and the number of classes; the clean
+        images come first.
+    """
+    rows: MutableMapping[str, Mapping[str, Any]] = {} if partial is None else partial
+    keys = ["clean", *names]
+    total = -(-probe.n_batches // world_size()) * len(keys)
+    with probe.guard() as model:
+        todo = ((index, batch, v) for index, batch in probe.local_batches() for v in range(len(keys)))
+        losses, correct, n_classes = [], [], 0
+        for index, (x, y), v in track(todo, description, total):
+            key = f"batch-{index}/{keys[v]}"
+            if key not in rows:
+                images = x if v == 0 else change(x, index, v - 1)
+                rows[key] = _row(model, images, y, probe)
+            losses.append(np.asarray(rows[key]["losses"]))
+            correct.append(np.asarray(rows[key]["correct"]))
+            n_classes = int(rows[key]["n_classes"])
+            if partial is None:
+                del rows[key]
+            if v == len(names):
+                yield np.stack(losses), np.stack(correct), n_classes
+                losses, correct = [], []
+
+
+def _row(model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, probe: Probe) -> dict[str, Any]:
+    n_classes = 0
+
+    def forward(images: Tensor) -> Tensor:
+        nonlocal n_classes
+        logits = model(images)
+        n_classes = logits.shape[1]
+        return logits
+
+    found = evaluate(forward, [(x, y)], probe.objective, per_image=True, reduce=False)
+    # an answer from logits that are not finite is none
+    correct = np.where(np.isfinite(found.losses), found.correct.astype(float), np.nan)
+    return {"losses": found.losses, "correct": correct, "n_classes": n_classes}
+
+
+class Means:
+    """Running means over images, by name, and the number of classes; the same on every rank once `finish`ed."""
+
+    def __init__(self, *names: str) -> None:
+        self._means = {name: RunningMean() for name in names}
+        self.n_classes = 0
+
+    def add(self, **values: np.ndarray) -> None:
+        """Add one batch: each array ``(B, ...)`` to the mean of its name."""
+        for name, value in values.items():
+            self._means[name].add(torch.from_numpy(np.ascontiguousarray(value, dtype=np.float64)))
+
+    def finish(self, level: float) -> dict[str, Estimate]:
+        """Return the estimates over all ranks' images by name."""
+        self.n_classes = max(gather_objects(self.n_classes))
+        return dict(zip(self._means, estimates(list(self._means.values()), level)))

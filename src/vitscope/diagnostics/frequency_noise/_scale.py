@@ -1,0 +1,31 @@
+"""The scale of a probe's images: how far a change of one in pixels of [0, 1] moves what the model sees."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from vitscope.pixels import pixels_of
+from vitscope.probe import Probe
+
+
+def pixel_std(probe: Probe, std: Sequence[float] | None, measure: str) -> Tensor:
+    """Return the standard deviations that the images were divided by, ``(C, 1, 1)`` or ``(1, 1, 1)``.
+
+    Those given here, else ``probe.about["std"]``, else one, with a warning: a probe made by hand may hold pixels.
+
+    Raises:
+        ValueError: a standard deviation that is not above 0.
+    """
+    if std is None and probe.about.get("std") is None:
+        warnings.warn(
+            f"{measure}: no normalisation is known, so images are taken for pixels in [0, 1]; pass std=[...] or "
+            "Probe(..., about={'mean': ..., 'std': ...})",
+            stacklevel=3,
+        )
+        return torch.ones(1, 1, 1, dtype=torch.float64)
+    given = list(std) if std is not None else list(probe.about["std"])
+    return pixels_of(probe, mean=[0.0] * len(given), std=given).std

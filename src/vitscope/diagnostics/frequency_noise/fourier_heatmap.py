@@ -1,0 +1,144 @@
+"""Error rate under one plane wave at a time: "A Fourier Perspective on Model Robustness" (Yin et al., NeurIPS 2019)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vitscope.diagnostics.frequency_noise._perturbed import Means, Partial, perturbed
+from vitscope.diagnostics.frequency_noise._scale import pixel_std
+from vitscope.intervals import check_level
+from vitscope.nulls import warn_nulls
+from vitscope.probe import ObjectiveCard, Probe
+
+
+@dataclass(frozen=True)
+class FourierHeatmapResult:
+    """Error rates (shares in [0, 1]) under plane waves; the lowest frequency stands in the centre.
+
+    A real wave has the frequencies (k, l) and (-k, -l), so the map is symmetric about its centre, ``[h // 2, w // 2]``.
+
+    Attributes:
+        error_rate: (h, w), or (n, n) where only the lowest frequencies were asked for.
+        error_rate_half_width: half the t-intervals over images, of the same shape.
+        vertical: (h,) frequency of each row in units of pi, from -1 (or above) to 1.
+        horizontal: (w,) frequency of each column.
+        clean_error_rate: without a wave.
+        rms: root mean square of the wave in each channel, in pixels of [0, 1].
+        level: coverage of the intervals.
+        n_images: number of images.
+        card: under which conditions this was measured.
+    """
+
+    error_rate: np.ndarray
+    error_rate_half_width: np.ndarray
+    vertical: np.ndarray
+    horizontal: np.ndarray
+    clean_error_rate: float
+    rms: float
+    level: float
+    n_images: int
+    card: ObjectiveCard | None = None
+
+    def scalars(self) -> dict[str, float]:
+        """Return the clean error rate, and the mean error rate below and above half of pi (larger axis)."""
+        rho = np.maximum(np.abs(self.vertical)[:, None], np.abs(self.horizontal))
+        values = {"clean_error_rate": self.clean_error_rate}
+        for name, part in (("low", (rho > 0) & (rho <= 0.5)), ("high", rho > 0.5)):
+            if part.any():
+                values[f"error_rate_{name}"] = float(self.error_rate[part].mean())
+        return values
+
+
+def fourier_heatmap(
+    probe: Probe,
+    *,
+    rms: float = 0.1,
+    n: int | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    level: float = 0.95,
+    seed: int = 0,
+    partial: Partial | None = None,
+) -> FourierHeatmapResult:
+    """Measure the error rate under each plane wave that the image size can hold.
+
+    The wave of bin (k, l) is cos(2 pi (k m / h + l n / w)), scaled to the same rms, its sign drawn for each image and
+    channel, added in pixel space before normalisation, not clamped. Yin et al. state its l2 norm a channel: 4 on 32x32
+    images is an rms of .125, 15.7 on 224x224 one of .070.
+
+    Args:
+        probe: model and images; about h w / 2 forward passes each.
+        rms: root mean square a channel, pixels in [0, 1].
+        n: only the n by n lowest frequencies (Yin et al. show 63 on ImageNet); all of them by default.
+        mean: not needed; accepted so that both values of a normalisation can be passed.
+        std: as for `frequency_noise_robustness`.
+        level: coverage of the intervals.
+        seed: of the signs.
+        partial: finished rows of an interrupted measurement.
+
+    Raises:
+        ValueError: an rms that is not above 0, n below 1, or a level outside (0, 1).
+    """
+    del mean
+    check_level(level)
+    if not 0 < rms < float("inf") or (n is not None and n < 1):
+        raise ValueError(f"Expected rms above 0 and n at least 1 (or None), received rms={rms} and n={n}.")
+    deviation = pixel_std(probe, std, "fourier_heatmap")
+    x, _ = next(iter(probe.batches))
+    h, w = int(x.shape[-2]), int(x.shape[-1])
+    rows, columns = _lowest(h, n), _lowest(w, n)
+    # each pair of mirror images once; at even sizes -h/2 is its own mirror image
+    pairs = {_canonical(int(k), int(l), h, w): None for k in rows for l in columns}
+    bins = list(pairs)
+
+    def change(images: Tensor, batch: int, v: int) -> Tensor:
+        wave = rms * plane_wave(h, w, *bins[v]) / deviation  # (C or 1, h, w)
+        generator = torch.Generator().manual_seed(int(np.random.SeedSequence([seed, batch, v]).generate_state(1)[0]))
+        signs = torch.randint(0, 2, (*images.shape[:2], 1, 1), generator=generator) * 2 - 1
+        return images + (signs * wave).to(images)
+
+    means = Means("wrong")
+    for _, correct, _ in perturbed(
+        probe, [f"{k},{l}-rms-{rms:g}-seed-{seed}" for k, l in bins], change, "heat map", partial
+    ):
+        means.add(wrong=1 - correct.T)
+    wrong = means.finish(level)["wrong"]
+    nulls = {f"the wave {b}": "logits are not finite" for b, e in zip(bins, wrong.mean[1:]) if not np.isfinite(e)}
+    warn_nulls("fourier_heatmap", nulls | ({"the intervals": "a single image"} if wrong.count == 1 else {}))
+    place = {pair: 1 + v for v, pair in enumerate(bins)}
+    where = np.array([[place[_canonical(int(k), int(l), h, w)] for l in columns] for k in rows])
+    return FourierHeatmapResult(
+        error_rate=wrong.mean[where],
+        error_rate_half_width=wrong.half_width[where],
+        vertical=2 * rows / h,
+        horizontal=2 * columns / w,
+        clean_error_rate=float(wrong.mean[0]),
+        rms=rms,
+        level=level,
+        n_images=wrong.count,
+        card=probe.card(solver={"rms": rms, "std": deviation.flatten().tolist(), "seed": seed}),
+    )
+
+
+def plane_wave(h: int, w: int, k: int, l: int) -> Tensor:
+    """Return cos(2 pi (k m / h + l n / w)) scaled to rms 1, ``(h, w)`` float64."""
+    # reduced modulo the size in integers, so that phases are exact
+    rows, columns = (k * torch.arange(h) % h).double() / h, (l * torch.arange(w) % w).double() / w
+    wave = torch.cos(2 * torch.pi * (rows[:, None] + columns))
+    return wave / wave.square().mean().sqrt()
+
+
+def _lowest(size: int, n: int | None) -> np.ndarray:
+    """Return the bins -size//2 ... of an axis in ascending order, or the n lowest, 0 at index n // 2."""
+    count = size if n is None else min(n, size)
+    return np.arange(count) - count // 2
+
+
+def _canonical(k: int, l: int, h: int, w: int) -> tuple[int, int]:
+    """Return the one of (k, l) and (-k, -l), both modulo the image size, that comes first."""
+    return min((k % h, l % w), (-k % h, -l % w))

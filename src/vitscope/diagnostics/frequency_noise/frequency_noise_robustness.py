@@ -1,0 +1,254 @@
+"""Accuracy under noise of one frequency band (Park & Kim 2022, Fig 2b), with the same energy in every band."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor
+
+from vitscope.diagnostics.frequency_noise._bands import (
+    band_noise,
+    multiplicity,
+    official_mask,
+    official_noise,
+    official_rms,
+    rings,
+    white_noise,
+)
+from vitscope.diagnostics.frequency_noise._perturbed import Means, Partial, perturbed
+from vitscope.diagnostics.frequency_noise._scale import pixel_std
+from vitscope.intervals import Estimate, check_level
+from vitscope.nulls import warn_nulls
+from vitscope.probe import ObjectiveCard, Probe
+
+CONSTRUCTIONS = ("equal_rms", "official")
+
+
+@dataclass(frozen=True)
+class FrequencyNoiseRobustnessResult:
+    """Change under noise of each frequency band; accuracies are shares in [0, 1], frequencies in units of pi.
+
+    A band without a bin at this image size is NaN. Half widths are those of t-intervals over images, paired with the clean
+    image.
+
+    Attributes:
+        normalized_frequency: (n_bands,) the bands' centres.
+        band_edges: (n_bands, 2) lower and upper edge; bins on the upper one belong to the band.
+        band_sizes: (n_bands,) number of bins in the whole plane.
+        band_rms: (n_bands,) root mean square of the noise in pixels of [0, 1], expected for the official construction.
+        accuracy_change: (n_bands,) noisy minus clean accuracy.
+        accuracy_change_half_width: (n_bands,) of its interval.
+        nll_change: (n_bands,) noisy minus clean loss, nats.
+        nll_change_half_width: (n_bands,) of its interval.
+        relative_change: (n_bands,) ``accuracy_change`` divided by clean minus chance accuracy; NaN where that is not
+            positive.
+        high_minus_low: ``accuracy_change`` averaged over the highest third of the bands minus over the lowest third.
+        high_minus_low_half_width: of its interval.
+        rms: the noise's scale: its rms (``equal_rms``), or the official eps.
+        curve_rms: (n_rms,) all scales that were measured, ascending.
+        curve_accuracy_change: (n_rms, n_bands) at each of them.
+        construction: ``equal_rms`` or ``official``.
+        clean_accuracy: without noise.
+        clean_nll: without noise, nats.
+        chance: one over the number of classes.
+        level: coverage of the intervals.
+        n_images: number of images.
+        card: under which conditions this was measured.
+    """
+
+    normalized_frequency: np.ndarray
+    band_edges: np.ndarray
+    band_sizes: np.ndarray
+    band_rms: np.ndarray
+    accuracy_change: np.ndarray
+    accuracy_change_half_width: np.ndarray
+    nll_change: np.ndarray
+    nll_change_half_width: np.ndarray
+    relative_change: np.ndarray
+    high_minus_low: float
+    high_minus_low_half_width: float
+    rms: float
+    curve_rms: np.ndarray
+    curve_accuracy_change: np.ndarray
+    construction: str
+    clean_accuracy: float
+    clean_nll: float
+    chance: float
+    level: float
+    n_images: int
+    card: ObjectiveCard | None = None
+
+    def scalars(self) -> dict[str, float]:
+        """Return the clean accuracy, the worst band, and the contrast between high and low bands."""
+        worst = np.nanargmin(self.accuracy_change) if np.isfinite(self.accuracy_change).any() else 0
+        return {
+            "clean_accuracy": self.clean_accuracy,
+            "worst_accuracy_change": float(self.accuracy_change[worst]),
+            "worst_frequency": float(self.normalized_frequency[worst]),
+            "high_minus_low": self.high_minus_low,
+        }
+
+
+def frequency_noise_robustness(
+    probe: Probe,
+    *,
+    n_bands: int = 10,
+    rms: float = 0.1,
+    curve_rms: Sequence[float] = (),
+    construction: str = "equal_rms",
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    level: float = 0.95,
+    seed: int = 0,
+    partial: Partial | None = None,
+) -> FrequencyNoiseRobustnessResult:
+    """Measure how accuracy and loss change when the images carry noise of one frequency band.
+
+    ``equal_rms`` (PAPER.md section 7): the non-constant bins are divided into ``n_bands`` square rings of equal width;
+    white Gaussian noise is cut to a ring and scaled to the same root mean square in each image and band. The same white
+    noise serves all bands. ``official``: the paper's released construction, whose rings of width 1/n_bands around 1/n_bands,
+    2/n_bands, ... differ in energy and so favour a conclusion (signs of noise times eps, real part, no scaling). Noise is
+    added in pixel space before normalisation and nothing is clamped.
+
+    Args:
+        probe: model and images.
+        n_bands: number of bands between 0 and pi; 10 gives the paper's width of 0.1 pi.
+        rms: root mean square over an image's channels and pixels, pixels in [0, 1]; the official eps.
+        curve_rms: further scales, for the curve over rms.
+        construction: ``equal_rms`` or ``official``.
+        mean: not needed for noise; accepted so that both values of a normalisation can be passed.
+        std: per channel, of the normalisation the images went through; that of ``probe.about`` by default. Without either,
+            the images are taken for pixels, with a warning.
+        level: coverage of the intervals.
+        seed: of the noise.
+        partial: finished rows of an interrupted measurement.
+
+    Raises:
+        ValueError: no band, an rms that is not above 0, an unknown construction, or a level outside (0, 1).
+    """
+    del mean
+    check_level(level)
+    scales = sorted({float(rms), *map(float, curve_rms)})
+    _check(n_bands, scales, construction)
+    x, _ = next(iter(probe.batches))
+    h, w = int(x.shape[-2]), int(x.shape[-1])
+    bands = _Bands(h, w, n_bands, construction)
+    deviation = pixel_std(probe, std, "frequency_noise_robustness")
+    used = np.flatnonzero(bands.sizes > 0)
+    if not len(used):
+        raise ValueError(f"Expected images with at least one bin in a band, received {h}x{w} ones.")
+    names = [f"{construction}-{j}-of-{n_bands}-rms-{scale:g}-seed-{seed}" for scale in scales for j in used]
+
+    white: dict[int, Tensor] = {}
+
+    def change(images: Tensor, batch: int, v: int) -> Tensor:
+        if batch not in white:
+            white.clear()
+            white[batch] = white_noise(tuple(images.shape), seed, batch).to(images)
+        scale, band = scales[v // len(used)], int(used[v % len(used)])
+        return images + scale * bands.noise(white[batch], band) / deviation.to(images)
+
+    means = Means("clean_nll", "clean_accuracy", "nll", "accuracy", "contrast")
+    for losses, correct, n_classes in perturbed(probe, names, change, "band noise", partial):
+        difference = (correct[1:] - correct[0]).reshape(len(scales), len(used), -1)
+        at = scales.index(float(rms))
+        third = max(1, len(used) // 3)
+        contrast = difference[at, -third:].mean(0) - difference[at, :third].mean(0)
+        contrast = contrast if len(used) > 1 else np.full_like(contrast, np.nan)
+        nll = (losses[1:] - losses[0]).reshape(len(scales), len(used), -1)[at]
+        means.n_classes = n_classes
+        means.add(clean_nll=losses[0], clean_accuracy=correct[0], nll=nll.T, contrast=contrast)
+        means.add(accuracy=np.moveaxis(difference, -1, 0))  # (B, n_rms, n_used)
+    solver = {"construction": construction, "n_bands": n_bands, "rms": rms, "std": deviation.flatten().tolist()}
+    card = probe.card(solver={**solver, "seed": seed})
+    return _result(means, bands, used, scales, float(rms), level, card)
+
+
+class _Bands:
+    """The bands of one construction at one image size."""
+
+    def __init__(self, h: int, w: int, n_bands: int, construction: str) -> None:
+        self.official = construction == "official"
+        width = 1 / n_bands
+        if self.official:
+            self.centres = np.arange(1, n_bands) * width
+            self.masks = [official_mask(h, w, centre, width / 2) for centre in self.centres]
+            self.sizes = np.array([mask.sum() for mask in self.masks], dtype=int)
+            self.unit_rms = np.array([official_rms(mask) for mask in self.masks])
+        else:
+            self.centres = (np.arange(n_bands) + 0.5) * width
+            index, times = rings(h, w, n_bands), multiplicity(h, w)
+            self.masks = [index == j for j in range(n_bands)]
+            self.sizes = np.array([times[mask].sum() for mask in self.masks], dtype=int)
+            self.unit_rms = np.ones(n_bands)
+        self.edges = np.stack([self.centres - width / 2, self.centres + width / 2], axis=1)
+
+    def noise(self, white: Tensor, band: int) -> Tensor:
+        """Return the band's noise at scale 1."""
+        return official_noise(white, self.masks[band]) if self.official else band_noise(white, self.masks[band])
+
+
+def _check(n_bands: int, scales: Sequence[float], construction: str) -> None:
+    if construction not in CONSTRUCTIONS:
+        raise ValueError(f"Expected construction to be one of {', '.join(CONSTRUCTIONS)}, received {construction!r}.")
+    least = 2 if construction == "official" else 1
+    if n_bands < least:
+        raise ValueError(f"Expected n_bands to be at least {least}, received {n_bands}.")
+    if not all(0 < scale < float("inf") for scale in scales):
+        raise ValueError(f"Expected every rms to be finite and above 0, received {scales}.")
+
+
+def _result(
+    means: Means, bands: _Bands, used: np.ndarray, scales: list[float], rms: float, level: float, card: ObjectiveCard
+) -> FrequencyNoiseRobustnessResult:
+    found = means.finish(level)
+    at = scales.index(rms)
+    n = len(bands.centres)
+
+    def spread(values: np.ndarray) -> np.ndarray:
+        full = np.full((*values.shape[:-1], n), np.nan)
+        full[..., used] = values
+        return full
+
+    clean, chance = float(found["clean_accuracy"].mean), 1 / max(means.n_classes, 1)
+    change = spread(found["accuracy"].mean)
+    _warn(bands, change[at], clean, chance, found["contrast"])
+    return FrequencyNoiseRobustnessResult(
+        normalized_frequency=bands.centres,
+        band_edges=bands.edges,
+        band_sizes=bands.sizes,
+        band_rms=np.where(bands.sizes > 0, rms * bands.unit_rms, np.nan),
+        accuracy_change=change[at],
+        accuracy_change_half_width=spread(found["accuracy"].half_width)[at],
+        nll_change=spread(found["nll"].mean),
+        nll_change_half_width=spread(found["nll"].half_width),
+        relative_change=change[at] / (clean - chance) if clean > chance else np.full(n, np.nan),
+        high_minus_low=float(found["contrast"].mean),
+        high_minus_low_half_width=float(found["contrast"].half_width),
+        rms=rms,
+        curve_rms=np.array(scales),
+        curve_accuracy_change=change,
+        construction="official" if bands.official else "equal_rms",
+        clean_accuracy=clean,
+        clean_nll=float(found["clean_nll"].mean),
+        chance=chance,
+        level=level,
+        n_images=found["clean_accuracy"].count,
+        card=card,
+    )
+
+
+def _warn(bands: _Bands, change: np.ndarray, clean: float, chance: float, contrast: Estimate) -> None:
+    reasons = {}
+    for centre, size, value in zip(bands.centres, bands.sizes, change):
+        if size == 0:
+            reasons[f"the band at {centre:.3g} pi"] = "no bin at this image size"
+        elif not np.isfinite(value):
+            reasons[f"the band at {centre:.3g} pi"] = "logits are not finite"
+    if not clean > chance:
+        reasons["relative_change"] = f"clean accuracy {clean:.3g} is not above chance {chance:.3g}"
+    if contrast.count == 1:
+        reasons["the intervals"] = "a single image"
+    warn_nulls("frequency_noise_robustness", reasons)

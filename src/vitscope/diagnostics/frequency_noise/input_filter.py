@@ -1,0 +1,123 @@
+"""Accuracy on low-pass and on high-pass images, by cut-off: which frequencies a model needs, and which suffice."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor
+
+from vitscope.diagnostics.frequency_noise._bands import filtered, frequency
+from vitscope.diagnostics.frequency_noise._perturbed import Means, Partial, perturbed
+from vitscope.intervals import check_level
+from vitscope.nulls import warn_nulls
+from vitscope.probe import ObjectiveCard, Probe
+
+
+@dataclass(frozen=True)
+class InputFilterResult:
+    """Accuracy (shares in [0, 1]) and loss (nats) by cut-off, whose unit is pi.
+
+    Attributes:
+        cutoff: (n_cutoffs,) ascending.
+        low_pass_accuracy: (n_cutoffs,) on images of the frequencies up to the cut-off.
+        low_pass_accuracy_half_width: (n_cutoffs,) half its t-interval over images.
+        low_pass_nll: (n_cutoffs,) the loss there.
+        high_pass_accuracy: (n_cutoffs,) on images of the constant part and the frequencies above the cut-off.
+        high_pass_accuracy_half_width: (n_cutoffs,) half its t-interval over images.
+        high_pass_nll: (n_cutoffs,) the loss there.
+        clean_accuracy: on unfiltered images.
+        clean_nll: on unfiltered images, nats.
+        chance: one over the number of classes.
+        level: coverage of the intervals.
+        n_images: number of images.
+        card: under which conditions this was measured.
+    """
+
+    cutoff: np.ndarray
+    low_pass_accuracy: np.ndarray
+    low_pass_accuracy_half_width: np.ndarray
+    low_pass_nll: np.ndarray
+    high_pass_accuracy: np.ndarray
+    high_pass_accuracy_half_width: np.ndarray
+    high_pass_nll: np.ndarray
+    clean_accuracy: float
+    clean_nll: float
+    chance: float
+    level: float
+    n_images: int
+    card: ObjectiveCard | None = None
+
+    def scalars(self) -> dict[str, float]:
+        """Return the clean accuracy, and the mean over cut-offs of both kinds of images."""
+        return {
+            "clean_accuracy": self.clean_accuracy,
+            "low_pass_accuracy_mean": float(self.low_pass_accuracy.mean()),
+            "high_pass_accuracy_mean": float(self.high_pass_accuracy.mean()),
+        }
+
+
+def input_filter(
+    probe: Probe,
+    *,
+    cutoffs: Sequence[float] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9),
+    level: float = 0.95,
+    partial: Partial | None = None,
+) -> InputFilterResult:
+    """Measure accuracy on images without the frequencies above, or below, each cut-off.
+
+    The filters are ideal squares, rho = max(|k|/(h/2), |l|/(w/2)) <= cut-off in units of pi, the bands of
+    `frequency_noise_robustness`. High-pass images keep their constant part, so colour and brightness stay what they were;
+    hence filtering pixels and filtering normalised images are the same. Nothing is clamped.
+
+    Args:
+        probe: model and images.
+        cutoffs: in [0, 1].
+        level: coverage of the intervals.
+        partial: finished rows of an interrupted measurement.
+
+    Raises:
+        ValueError: no cut-off, one outside [0, 1], or a level outside (0, 1).
+    """
+    check_level(level)
+    ordered = sorted({float(cutoff) for cutoff in cutoffs})
+    if not ordered or not all(0 <= cutoff <= 1 for cutoff in ordered):
+        raise ValueError(f"Expected at least one cut-off, each in [0, 1], received {list(cutoffs)}.")
+    x, _ = next(iter(probe.batches))
+    rho = frequency(int(x.shape[-2]), int(x.shape[-1]))
+    below = [rho <= cutoff + 1e-9 for cutoff in ordered]
+    keep = [*below, *(~mask | (rho == 0) for mask in below)]
+    names = [f"{side}-{cutoff:g}" for side in ("low", "high") for cutoff in ordered]
+
+    def change(images: Tensor, batch: int, v: int) -> Tensor:
+        return filtered(images, keep[v])
+
+    means = Means("correct", "losses")
+    for losses, correct, n_classes in perturbed(probe, names, change, "filtered images", partial):
+        means.n_classes = n_classes
+        means.add(correct=correct.T, losses=losses.T)
+    found = means.finish(level)
+    (clean, *accuracy), (_, *half_width), (clean_nll, *nll) = (
+        a.tolist() for a in (found["correct"].mean, found["correct"].half_width, found["losses"].mean)
+    )
+    bad = {
+        name: "logits are not finite" for name, value in zip(["clean", *names], [clean, *accuracy]) if value != value
+    }
+    warn_nulls("input_filter", bad | ({"the intervals": "a single image"} if found["correct"].count == 1 else {}))
+    n = len(ordered)
+    return InputFilterResult(
+        cutoff=np.array(ordered),
+        low_pass_accuracy=np.array(accuracy[:n]),
+        low_pass_accuracy_half_width=np.array(half_width[:n]),
+        low_pass_nll=np.array(nll[:n]),
+        high_pass_accuracy=np.array(accuracy[n:]),
+        high_pass_accuracy_half_width=np.array(half_width[n:]),
+        high_pass_nll=np.array(nll[n:]),
+        clean_accuracy=clean,
+        clean_nll=clean_nll,
+        chance=1 / max(means.n_classes, 1),
+        level=level,
+        n_images=found["correct"].count,
+        card=probe.card(solver={"filter": "ideal square, constant part kept"}),
+    )
