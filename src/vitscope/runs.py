@@ -210,7 +210,8 @@ def load_probe(
     content = checkpoint.read(path)
     build.load_weights(model, content, path)
     data = build.data(cfg)
-    wanted = {"split": split, "augment": augment, "n_images": n_images, "batch_size": batch_size}
+    size = batch_size or data.eval_batch_size
+    wanted = {"split": split, "augment": augment, "n_images": n_images, "batch_size": size}
     facts = {"checkpoint": build.weights_hash(model), "epoch": content.get("epoch")}
     return build.probe(cfg, model, data, wanted, facts, content)
 
