@@ -41,7 +41,7 @@ def test_a_run_gives_the_numbers_of_training_and_they_are_reused(call, run, monk
     assert "did you mean split_seed" in capsys.readouterr().err
 
 
-@pytest.mark.filterwarnings("ignore:relative_log_amplitude. null for")  # its last maps are 2x2 and 1x1
+@pytest.mark.filterwarnings("ignore:relative_log_amplitude. null for", "ignore:analysis.fourier. ")  # 2x2 and 1x1 maps
 def test_a_timm_model(call, tmp_path) -> None:
     model = ["model=timm", "model.name=resnet10t", "data=digits", f"paths.runs={tmp_path}/runs"]
     assert call("analyze", *model, *FOURIER) == 0
