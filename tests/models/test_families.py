@@ -125,3 +125,13 @@ def test_non_square_images() -> None:
         models.mixer(image_size=(32, 64), patch_size=8),
     ):
         assert model(x).shape == (1, 10)
+
+
+@pytest.mark.parametrize(("patch", "sizes"), [(1, [32, 16, 8, 4]), (2, [16, 8, 4, 2]), (4, [8, 4, 2, 1])])
+def test_convnext_starts_at_image_over_patch(patch: int, sizes: list[int]) -> None:
+    model = models.convnext(patch_size=patch)
+    x, found = model.stem(torch.zeros(1, 3, 32, 32)), []
+    for stage in model.stages:
+        x = stage(x)
+        found.append(x.shape[-1])
+    assert found == sizes

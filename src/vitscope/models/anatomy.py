@@ -93,9 +93,9 @@ def replaceable_conv3x3(block: nn.Module) -> nn.Conv2d | None:
 def anatomy(model: nn.Module) -> list[Piece]:
     """The residual units and pooling layers of a model in the order of registration.
 
-    Blocks are recognised by type (`parts`). A stage is a container of blocks, counted from 1. A model without
-    a known block is read after each of its convolutions and pooling layers, a new stage at each
-    subsampling; it has no residual units.
+    Blocks are recognised by type (`parts`); strided convolutions and pooling between them count as pooling
+    layers. A stage is a container of blocks, counted from 1. A model without a known block is read after each
+    of its convolutions and pooling layers, with a new stage at each subsampling; it has no residual units.
 
     Raises:
         ValueError: If there is neither a known block nor a convolution.
@@ -103,13 +103,15 @@ def anatomy(model: nn.Module) -> list[Piece]:
     pieces: list[Piece] = []
     stages: list[str] = []
     for name, module, ancestors in _walk(model):
-        for part in parts(module):
+        for part in _parts(module):
             if part.branch_out is not None and _container(name) not in stages:
                 stages.append(_container(name))
             stage = len(stages) + (part.branch_out is None)  # a pooling layer opens the stage after it
             full = ".".join(filter(None, (name, part.suffix)))
             pieces.append(Piece(full, part, module, stage, *_tokens(ancestors)))
-    pieces = pieces if any(piece.part.branch_out is not None for piece in pieces) else _plain(model)
+    residual = [i for i, piece in enumerate(pieces) if piece.part.branch_out is not None]
+    # pooling before the first unit belongs to the stem, after the last to the head
+    pieces = pieces[residual[0] : residual[-1] + 1] if residual else _plain(model)
     if not pieces:
         raise ValueError(
             f"{type(model).__name__} has no block that vitscope knows; pass "
@@ -118,15 +120,29 @@ def anatomy(model: nn.Module) -> list[Piece]:
     return pieces
 
 
+def _parts(module: nn.Module) -> tuple[Part, ...]:
+    """What is registered for the type, else pooling for any strided layer that stands between blocks."""
+    found = parts(module)
+    if not found and isinstance(module, nn.Conv2d | nn.MaxPool2d | nn.AvgPool2d) and subsamples(module):
+        return (Part("pool", Read(module), subsamples=True),)
+    return found
+
+
 def _walk(model: nn.Module) -> Iterator[tuple[str, nn.Module, tuple[nn.Module, ...]]]:
-    """Modules in registration order with their ancestors; the inside of a known block is left out."""
+    """Modules in registration order with their ancestors; the inside of what is described is left out."""
     stack: list[tuple[str, nn.Module, tuple[nn.Module, ...]]] = [("", model, ())]
     while stack:
         name, module, ancestors = stack.pop()
         yield name, module, ancestors
-        if not any(part.branch_out is not None for part in parts(module)):
-            children = [(f"{name}.{k}".strip("."), m, (*ancestors, module)) for k, m in module.named_children()]
-            stack.extend(reversed(children))
+        found = parts(module)
+        described = [part.suffix for part in found]
+        if any(part.branch_out is not None for part in found) or "" in described:
+            continue
+        children = [
+            (f"{name}.{child}".strip("."), m, (*ancestors, module))
+            for child, m in module.named_children() if child not in described
+        ]  # fmt: skip
+        stack.extend(reversed(children))
 
 
 def _container(name: str) -> str:

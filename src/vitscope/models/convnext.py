@@ -6,6 +6,7 @@ from typing import cast
 
 import timm
 from timm.models.convnext import ConvNeXt
+from torch import nn
 
 SIZES = ("atto", "femto", "pico", "nano", "tiny", "small", "base", "large")
 
@@ -28,7 +29,8 @@ def convnext(
         size: ``atto`` (3.4M parameters) to ``large``.
         num_classes: Number of logits.
         image_size: Size of the images, at least 8 patches on each side (each later stage halves the map).
-        patch_size: Side of the stem's patches; 4 in the publication, for 224x224.
+        patch_size: Side of the stem's patches: the first stage has image / patch positions a side. 4 in the
+            publication, for 224x224.
         kernel_size: Odd side of the depthwise convolutions.
         layer_scale: Initial scale of the branches, None for no scale. At the published 1e-6 a fresh model is
             nearly its shortcuts: choose 1 to compare spectra of branches with those of the random baseline.
@@ -50,5 +52,7 @@ def convnext(
         f"convnext_{size}", num_classes=num_classes, in_chans=in_chans, patch_size=patch_size,
         kernel_sizes=kernel_size, ls_init_value=layer_scale, drop_path_rate=drop_path,
     ))  # fmt: skip
+    if patch_size == 2:  # timm would make up for the finer stem by subsampling once more before the first stage
+        model.stages[0].downsample = nn.Identity()  # type: ignore[union-attr]
     model.set_grad_checkpointing(grad_checkpointing)
     return model

@@ -1,0 +1,28 @@
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from torch import nn
+
+CONFIGS = sorted(p.stem for p in (Path(__file__).parents[2] / "conf" / "model").glob("*.yaml"))
+
+
+def from_config(name: str, num_classes: int = 3, image_size: int = 32, **changes: Any) -> nn.Module:
+    """Build the model of conf/model/<name>.yaml, without Hydra, in float64 and eval mode, with random norms."""
+    file = OmegaConf.load(Path(__file__).parents[2] / "conf" / "model" / f"{name}.yaml")
+    config = OmegaConf.create({"data": {"num_classes": num_classes, "image_size": image_size}, "model": file})
+    options = OmegaConf.to_container(config, resolve=True)["model"]  # type: ignore[index, call-overload]
+    module, _, function = options.pop("_target_").rpartition(".")
+    torch.manual_seed(0)
+    model = getattr(importlib.import_module(module), function)(**options | changes).double().eval()
+    with torch.no_grad():
+        for name_, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            if name_.endswith(("cls_token", "reg_token", "gamma")):  # near zero in a fresh model
+                tensor.uniform_(0.1, 0.5)
+            elif name_.endswith(("running_mean", "running_var", "bias")) or tensor.ndim == 1:
+                tensor.add_(torch.rand_like(tensor) * 0.1)
+    return model
