@@ -2,36 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from os import PathLike
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from vitscope import distributed
 from vitscope.linalg.directions import (
     Direction,
     as_direction,
-    difference,
     filter_parameters,
     inner,
     moving,
     norm,
     normalize,
     orthogonalize,
-    principal_directions,
     random_direction,
     scale,
 )
 from vitscope.linalg.plane import set_aside
+from vitscope.linalg.principal import difference, principal_directions
+from vitscope.points import Checkpoints, chosen
 from vitscope.probe import Probe
 
 KINDS = ("random", "eigenvectors", "pca", "gradient", "checkpoints")
-
-Checkpoints = Sequence[tuple[str, Mapping[str, Tensor]]]
 
 
 @dataclass(frozen=True)
@@ -46,6 +43,7 @@ class Source:
         seed: of random directions.
         eigenvectors: arrays or mappings by parameter name, or the path of a saved result that holds ``eigenvectors`` (k, P).
         checkpoints: pairs of a label and a state dict.
+        labels: which of the checkpoints, in that order; None: all.
     """
 
     directions: str | Sequence[Any] = "random"
@@ -54,6 +52,7 @@ class Source:
     seed: int = 0
     eigenvectors: Sequence[Any] | np.ndarray | str | PathLike[str] | None = None
     checkpoints: Checkpoints | None = None
+    labels: Sequence[str] | None = None
 
     def __post_init__(self) -> None:
         """Refuse a kind that does not exist, or one whose material is missing."""
@@ -116,11 +115,12 @@ def plane_axes(probe: Probe, source: Source) -> Axes:
     Raises:
         ValueError: directions that do not fit the model, fewer than two of them, or parallel ones.
     """
-    differences: list[Direction] = []
-    if source.kind in ("pca", "checkpoints"):
-        differences = [difference(state, probe.parameters(), label) for label, state in source.checkpoints or ()]
+    labels, differences = checkpoint_differences(probe, source)
     if source.kind == "pca":
-        first, second = (_reaching(d, differences) for d in principal_directions(differences)[0])
+        found = [_reaching(d, differences) for d in principal_directions(differences)[0]]
+        if len(found) < 2:
+            raise ValueError(f"Expected checkpoints that span a plane with the model, received {', '.join(labels)}.")
+        first, second = found
         first, second = (_scaled(probe, source, d) for d in (first, second))
     else:
         first = set_aside(direction(probe, source, 0, differences))
@@ -129,9 +129,17 @@ def plane_axes(probe: Probe, source: Source) -> Axes:
     cosine = product / norms.prod() if norms.prod() else float("nan")
     if not abs(cosine) < 1 - 1e-9:
         raise ValueError(f"Expected two directions that span a plane, received a cosine of {cosine:.12g}.")
-    labels = tuple(label for label, _ in source.checkpoints or ()) if differences else ()
     path, errors = _projected(differences, first, second)
     return Axes(set_aside(first) if source.kind == "pca" else first, second, norms, cosine, labels, path, errors)
+
+
+def checkpoint_differences(probe: Probe, source: Source) -> tuple[tuple[str, ...], list[Direction]]:
+    """Return the labels of the checkpoints that ``pca`` and ``checkpoints`` use, and the ways there; else nothing."""
+    labels, differences = [], []
+    for label, state in chosen(source.checkpoints, source.labels) if source.kind in ("pca", "checkpoints") else ():
+        labels.append(label)
+        differences.append(difference(state, probe.parameters(), label))
+    return tuple(labels), differences
 
 
 def direction(

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from vitscope.diagnostics.landscape._axes import Axes, Checkpoints, Source, plane_axes
+from vitscope.diagnostics.landscape._axes import Axes, Source, plane_axes
 from vitscope.linalg.directions import OFFICIAL_IGNORE
 from vitscope.linalg.plane import SquaredNorms, squared_norms, walked
-from vitscope.points import Partial, Row, as_dtype, rows, standing
+from vitscope.points import Checkpoints, Partial, Row, as_dtype, rows, standing
 from vitscope.probe import ObjectiveCard, Probe
 
 PRESETS = ("official",)
@@ -105,6 +105,7 @@ def loss_landscape(
     preset: str | None = None,
     eigenvectors: Sequence[Any] | np.ndarray | str | PathLike[str] | None = None,
     checkpoints: Checkpoints | None = None,
+    labels: Sequence[str] | None = None,
     partial: Partial | None = None,
 ) -> LossLandscapeResult:
     """Measure a model at the points of a plane through its weights, in place.
@@ -132,6 +133,7 @@ def loss_landscape(
             augmentations anew at each point and moved some buffers; here both stay.
         eigenvectors: arrays or mappings by parameter name, or the path of a saved result that holds them.
         checkpoints: pairs of a label and a state dict.
+        labels: which of the checkpoints, in that order; all by default.
         partial: finished points, by coordinates; new ones are stored as soon as they are measured.
 
     Raises:
@@ -144,7 +146,7 @@ def loss_landscape(
     if n < 2 or not 0 < span < float("inf"):
         raise ValueError(f"Expected n of at least 2 and a positive span, received n={n} and span={span}.")
     kind = as_dtype(dtype)
-    source = Source(directions, normalization, ignore, seed, eigenvectors, checkpoints)
+    source = Source(directions, normalization, ignore, seed, eigenvectors, checkpoints, labels)
     axes = plane_axes(probe, source)
     side = np.linspace(-span, span, n)
     norms = squared_norms(dict(probe.model.named_parameters()), axes.first, axes.second)

@@ -9,13 +9,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.special import stdtrit
-from torch import Tensor
 
-from vitscope.diagnostics.landscape._axes import Checkpoints, Source, direction
-from vitscope.linalg.directions import OFFICIAL_IGNORE, Direction, difference, norm
-from vitscope.linalg.plane import squared_norms, walked
-from vitscope.points import Partial, Row, as_dtype, rows, standing
+from vitscope.diagnostics.landscape._axes import Source
+from vitscope.diagnostics.landscape._lines import measure_lines, t_half_width
+from vitscope.linalg.directions import OFFICIAL_IGNORE
+from vitscope.points import Checkpoints, Partial, as_dtype
 from vitscope.probe import ObjectiveCard, Probe
 
 
@@ -90,6 +88,7 @@ def loss_slice(
     preset: str | None = None,
     eigenvectors: Sequence[Any] | np.ndarray | str | PathLike[str] | None = None,
     checkpoints: Checkpoints | None = None,
+    labels: Sequence[str] | None = None,
     partial: Partial | None = None,
 ) -> LossSliceResult:
     """Measure a model along one or more lines through its weights, in place.
@@ -110,6 +109,7 @@ def loss_slice(
         preset: ``official``.
         eigenvectors: for directions of that kind.
         checkpoints: for directions of that kind.
+        labels: which of the checkpoints, in that order; all by default.
         partial: finished points; new ones are stored as soon as they are measured.
 
     Raises:
@@ -125,80 +125,24 @@ def loss_slice(
             f"and span={span}."
         )
     kind = as_dtype(dtype)
-    source = Source(directions, normalization, ignore, seed, eigenvectors, checkpoints)
+    source = Source(directions, normalization, ignore, seed, eigenvectors, checkpoints, labels)
     x = np.linspace(-span, span, n)
-    found, lengths, half_sq, sum_norm = _all_lines(probe, source, x, n_directions, kind, bn, partial)
-    nll, accuracy, ece = (
-        np.array([[row[key] for row in line] for line in found]) for key in ("nll", "accuracy", "ece")
-    )
-    half_width = _half_width(nll)
+    keys = [(index, float(point)) for index in range(n_directions) for point in x]
+    found = measure_lines(probe, source, keys, dtype=kind, bn=bn, partial=partial, description="loss slice")
+    lines = {key: np.array([row[key] for row in found]).reshape(n_directions, n) for key in found[0]}
+    mean = {key: lines[key].mean(axis=0) for key in ("nll", "accuracy", "ece", "l2_half_sq", "l2_sum_norm")}
+    half_width = t_half_width(lines["nll"])
     facts = {**source.facts(), "span": span, "n": n, "n_directions": n_directions, "preset": preset}
     return LossSliceResult(
         x=x,
-        nll=nll.mean(axis=0),
-        nll_low=nll.mean(axis=0) - half_width,
-        nll_high=nll.mean(axis=0) + half_width,
-        l2_half_sq=half_sq,
-        l2_sum_norm=sum_norm,
-        accuracy=accuracy.mean(axis=0),
-        ece=ece.mean(axis=0),
-        nll_by_direction=nll,
-        accuracy_by_direction=accuracy,
+        **mean,
+        nll_low=mean["nll"] - half_width,
+        nll_high=mean["nll"] + half_width,
+        nll_by_direction=lines["nll"],
+        accuracy_by_direction=lines["accuracy"],
         directions=source.kind,
         normalization=source.scaling,
-        direction_norms=lengths,
-        n_nonfinite=int((~np.isfinite(nll)).sum()),
+        direction_norms=lines["direction_norm"][:, 0],
+        n_nonfinite=int((~np.isfinite(lines["nll"])).sum()),
         card=probe.card(bn_policy=bn, solver=facts, **({"dtype": str(kind).removeprefix("torch.")} if kind else {})),
     )
-
-
-def _all_lines(
-    probe: Probe,
-    source: Source,
-    x: np.ndarray,
-    n_directions: int,
-    dtype: torch.dtype | None,
-    bn: str,
-    partial: Partial | None,
-) -> tuple[list[list[Row]], np.ndarray, np.ndarray, np.ndarray]:
-    """Return the rows of each line, the directions' norms, and both L2 curves averaged over the lines."""
-    differences: list[Direction] = []
-    if source.kind in ("pca", "checkpoints"):
-        differences = [difference(state, probe.parameters(), label) for label, state in source.checkpoints or ()]
-    everything: dict[str, Tensor] = dict(probe.model.named_parameters())
-    found, lengths, half_sq, sum_norm = [], [], [], []
-    other: Direction | None = None
-    for index in range(n_directions):
-        d = direction(probe, source, index, differences, other)
-        other = d if source.kind == "gradient" and index == 0 else other
-        norms = squared_norms(everything, None, d)
-        lengths.append(norm(d))
-        half_sq.append(norms.half_sq(probe.objective.weight_decay, np.zeros(()), x))
-        sum_norm.append(norms.sum_norm(probe.objective.weight_decay, np.zeros(()), x))
-        found.append(_line(probe, d, index, x, dtype, bn, partial))
-    return found, np.array(lengths), np.mean(half_sq, axis=0), np.mean(sum_norm, axis=0)
-
-
-def _line(
-    probe: Probe, d: Direction, index: int, x: np.ndarray, dtype: torch.dtype | None, bn: str, partial: Partial | None
-) -> list[Row]:
-    with standing(probe, dtype=dtype, bn=bn) as (_, here), walked(probe.parameters(), None, d) as move:
-
-        def compute(point: float) -> Row:
-            move(0.0, point)
-            return here()
-
-        def name(point: float) -> str:
-            return f"direction {index}: {point!r}"
-
-        points = [float(point) for point in x]
-        return rows(points, compute, name=name, partial=partial, description=f"loss slice {index + 1}")
-
-
-def _half_width(nll: np.ndarray) -> np.ndarray:
-    """Return half the 95% t-interval of the mean over directions (n_directions, n); NaN with fewer than two."""
-    count = len(nll)
-    if count < 2:
-        return np.full(nll.shape[1], np.nan)
-    with np.errstate(invalid="ignore"):
-        return stdtrit(count - 1, 0.975) * nll.std(axis=0, ddof=1) / np.sqrt(count)

@@ -6,9 +6,12 @@ from collections.abc import Mapping
 
 import numpy as np
 import plotly.graph_objects as go
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from vitscope.diagnostics.landscape.linear_interpolation import LinearInterpolationResult
+from vitscope.diagnostics.landscape.loss_barrier import LossBarrierResult
 from vitscope.diagnostics.landscape.loss_slice import LossSliceResult
 
 LABELS = {
@@ -49,14 +52,7 @@ def loss_slice(results: Mapping[str, LossSliceResult], *, value: str = "nll", lo
         if value == "nll" and len(result.nll_by_direction) > 1:
             axes.fill_between(result.x, result.nll_low, result.nll_high, color=color, alpha=0.2, linewidth=0)
         broken = ~np.isfinite(result.nll_by_direction).all(axis=0)
-        axes.plot(
-            result.x[broken],
-            np.zeros(broken.sum()),
-            "x",
-            color=color,
-            transform=axes.get_xaxis_transform(),
-            clip_on=False,
-        )
+        _crosses(axes, result.x[broken], color)
     axes.xaxis.set_major_locator(MaxNLocator(5))
     axes.set(xlabel="x (in units of the direction)", ylabel=LABELS[value])
     if log or (log is None and value == "nll" and _wide(results)):
@@ -86,6 +82,68 @@ def plotly_loss_slice(results: Mapping[str, LossSliceResult]) -> go.Figure:
         )
     figure.update_layout(xaxis_title="x (in units of the direction)", yaxis_title=LABELS["nll"])
     return figure
+
+
+def linear_interpolation(results: Mapping[str, LinearInterpolationResult]) -> Figure:
+    """Draw NLL and accuracy along each way; crosses on the x axis mark points that are not finite.
+
+    Args:
+        results: by the name in the legend.
+    """
+    figure = Figure(figsize=(3.4, 3.6))
+    upper, lower = figure.subplots(2, 1, sharex=True)
+    for index, (name, r) in enumerate(results.items()):
+        label = f"{name}: {r.start} to {r.end}" if name else f"{r.start} to {r.end}"
+        count = f" ({r.n_nonfinite} points not finite)" if r.n_nonfinite else ""
+        upper.plot(r.t, np.where(np.isfinite(r.nll), r.nll, np.nan), "o-", color=f"C{index}", label=label + count)
+        lower.plot(r.t, r.accuracy, "o-", color=f"C{index}")
+        _crosses(upper, r.t[~np.isfinite(r.nll)], f"C{index}")
+    upper.set(ylabel=LABELS["nll"])
+    lower.set(xlabel="t (0: start, 1: end)", ylabel="accuracy")
+    upper.legend(fontsize=6)
+    return figure
+
+
+def loss_barrier(results: Mapping[str, LossBarrierResult]) -> Figure:
+    """Draw each way's NLL, its chord (dashed) and the barrier between them as a bar.
+
+    Args:
+        results: by the name in the legend.
+    """
+    figure = Figure(figsize=(3.4, 2.5))
+    axes = figure.add_subplot()
+    for index, (name, r) in enumerate(results.items()):
+        label = f"{name}: {r.start} to {r.end}" if name else f"{r.start} to {r.end}"
+        color = f"C{index}"
+        shown = np.where(np.isfinite(r.nll), r.nll, np.nan)
+        axes.plot(r.t, shown, "o-", color=color, label=f"{label}: {r.barrier:.3g}")
+        axes.plot(r.t, r.chord, "--", color=color, linewidth=0.8)
+        if np.isfinite(r.barrier):
+            at = int(np.abs(r.t - r.t_barrier).argmin())
+            axes.plot([r.t[at], r.t[at]], [r.chord[at], r.nll[at]], "_-", color=color, linewidth=0.8, markersize=8)
+        _crosses(axes, r.t[~np.isfinite(r.nll)], color)
+    axes.set(xlabel="t (0: start, 1: end)", ylabel=LABELS["nll"])
+    axes.legend(title="barrier (nats)", title_fontsize=6, fontsize=6)
+    return figure
+
+
+def plotly_linear_interpolation(results: Mapping[str, LinearInterpolationResult]) -> go.Figure:
+    """Return the ways as an interactive figure, accuracy on hover."""
+    figure = go.Figure()
+    for name, r in results.items():
+        hover = "t %{x:.3g}<br>NLL %{y:.4g}<br>accuracy %{customdata:.3f}"
+        figure.add_trace(
+            go.Scatter(x=r.t, y=r.nll, name=name, mode="lines+markers", customdata=r.accuracy, hovertemplate=hover)
+        )
+    figure.update_layout(xaxis_title="t (0: start, 1: end)", yaxis_title=LABELS["nll"])
+    return figure
+
+
+def _crosses(axes: Axes, x: np.ndarray, color: str) -> None:
+    """Mark coordinates on the x axis, where a point is not finite."""
+    if not len(x):  # an empty unclipped line would take part in the layout, at the figure's corner
+        return
+    axes.plot(x, np.zeros(len(x)), "x", color=color, transform=axes.get_xaxis_transform(), clip_on=False)
 
 
 def _wide(results: Mapping[str, LossSliceResult]) -> bool:

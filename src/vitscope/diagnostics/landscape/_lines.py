@@ -1,0 +1,73 @@
+"""Points on lines through the weights, one line after another: what slices and sharpness share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+
+import numpy as np
+import torch
+from scipy.special import stdtrit
+
+from vitscope.diagnostics.landscape._axes import Source, checkpoint_differences, direction
+from vitscope.linalg.directions import norm
+from vitscope.linalg.plane import Move, SquaredNorms, squared_norms, walked
+from vitscope.points import Partial, Row, rows, standing
+from vitscope.probe import Probe
+
+LineKey = tuple[int, float]
+
+
+def measure_lines(
+    probe: Probe,
+    source: Source,
+    keys: Sequence[LineKey],
+    *,
+    dtype: torch.dtype | None,
+    bn: str,
+    partial: Partial | None,
+    description: str,
+) -> list[Row]:
+    """Return nll, accuracy, ece, both L2 forms and the direction's norm at each (direction number, coordinate).
+
+    Keys of one direction should be neighbours: a direction is made when the first of its points is measured.
+
+    Raises:
+        ValueError: directions that do not fit the model.
+    """
+    _, differences = checkpoint_differences(probe, source)
+    first = direction(probe, source, 0) if source.kind == "gradient" else None
+    everything, decay = probe.model, probe.objective.weight_decay
+    with standing(probe, dtype=dtype, bn=bn) as (_, here), ExitStack() as line:
+        current: tuple[int, Move, SquaredNorms, float] | None = None
+
+        def begin(index: int) -> tuple[int, Move, SquaredNorms, float]:
+            line.close()  # the weights are back: directions are scaled by them
+            d = first if first is not None and index == 0 else direction(probe, source, index, differences, first)
+            norms = squared_norms(dict(everything.named_parameters()), None, d)
+            return index, line.enter_context(walked(probe.parameters(), None, d)), norms, norm(d)
+
+        def compute(key: LineKey) -> Row:
+            nonlocal current
+            if current is None or current[0] != key[0]:
+                current = begin(key[0])
+            _, move, norms, length = current
+            move(0.0, key[1])
+            zero, at = np.zeros(()), np.asarray(key[1])
+            l2 = {"l2_half_sq": norms.half_sq(decay, zero, at), "l2_sum_norm": norms.sum_norm(decay, zero, at)}
+            return {**here(), **{name: float(value) for name, value in l2.items()}, "direction_norm": length}
+
+        return rows(keys, compute, name=_name, partial=partial, description=description)
+
+
+def t_half_width(samples: np.ndarray) -> np.ndarray:
+    """Return half the 95% t-interval of the mean over the first axis; NaN with fewer than two samples."""
+    count = len(samples)
+    if count < 2:
+        return np.full(samples.shape[1:], np.nan)
+    with np.errstate(invalid="ignore"):  # points that are not finite
+        return stdtrit(count - 1, 0.975) * samples.std(axis=0, ddof=1) / np.sqrt(count)
+
+
+def _name(key: LineKey) -> str:
+    return f"direction {key[0]}: {key[1]!r}"

@@ -1,0 +1,177 @@
+"""The loss on the straight way between two sets of weights (Goodfellow et al., ICLR 2015)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vitscope.linalg.directions import norm
+from vitscope.linalg.plane import between, squared_norms
+from vitscope.points import Checkpoints, Partial, Row, as_dtype, chosen, rows, standing
+from vitscope.probe import ObjectiveCard, Probe
+
+#: the name under which the probe's own weights are an end
+MODEL = "model"
+
+
+@dataclass(frozen=True)
+class LinearInterpolationResult:
+    """What was found at ``(1 - t) * start + t * end``.
+
+    Attributes:
+        t: (n,) positions, 0 at the start and 1 at the end.
+        nll: (n,) mean cross entropy in nats.
+        l2_half_sq: (n,) wd/2 * the sum of squares of all parameters.
+        l2_sum_norm: (n,) wd * the sum of the tensors' norms.
+        accuracy: (n,) share of images classified correctly.
+        ece: (n,) expected calibration error.
+        start: label of the weights at t = 0.
+        end: label of the weights at t = 1; ``model`` for the probe's own.
+        distance: Euclidean distance between the ends.
+        n_nonfinite: the number of points whose nll is NaN or infinite.
+        card: the objective card.
+    """
+
+    t: np.ndarray
+    nll: np.ndarray
+    l2_half_sq: np.ndarray
+    l2_sum_norm: np.ndarray
+    accuracy: np.ndarray
+    ece: np.ndarray
+    start: str
+    end: str
+    distance: float
+    n_nonfinite: int
+    card: ObjectiveCard | None = None
+
+    def scalars(self) -> dict[str, float]:
+        """Return the nll at both ends and its largest rise along the way (0 for a monotone descent)."""
+        lowest_before = np.minimum.accumulate(self.nll)
+        return {
+            "nll_start": float(self.nll[0]),
+            "nll_end": float(self.nll[-1]),
+            "largest_rise": float((self.nll - lowest_before).max()),
+            "nonfinite_points": float(self.n_nonfinite),
+        }
+
+
+def linear_interpolation(
+    probe: Probe,
+    *,
+    checkpoints: Checkpoints,
+    start: str | None = None,
+    end: str | None = None,
+    n: int = 21,
+    t_min: float = 0.0,
+    t_max: float = 1.0,
+    bn: str = "eval",
+    dtype: str | torch.dtype | None = None,
+    partial: Partial | None = None,
+) -> LinearInterpolationResult:
+    """Measure a model on the straight way between two checkpoints, or between one and the model itself.
+
+    All parameters and floating-point buffers are interpolated, so that at both ends the network is exactly the one that was
+    saved. Everything is back bit for bit afterwards.
+
+    Args:
+        probe: the model and its frozen batches.
+        checkpoints: pairs of a label and a state dict.
+        start: label of the weights at t = 0; by default the first checkpoint.
+        end: label of the weights at t = 1, or ``model`` for the probe's own; by default the last of several
+            checkpoints, and the probe's own where there is one checkpoint.
+        n: points.
+        t_min: the first; below 0 extrapolates.
+        t_max: the last.
+        bn: ``eval``: running statistics, interpolated like the weights; ``recalibrate``: recomputed at each point, as networks
+            with BatchNorm need between independent solutions.
+        dtype: ``bfloat16``, ``float64``, or None for the model's own.
+        partial: finished points; new ones are stored as soon as they are measured.
+
+    Raises:
+        ValueError: an unknown option or label, fewer than two points, or a checkpoint of another model.
+    """
+    if n < 2 or not t_min < t_max:
+        raise ValueError(f"Expected at least 2 points and t_min < t_max, received n={n}, t_min={t_min}, t_max={t_max}.")
+    kind = as_dtype(dtype)
+    (first, a), (last, b) = _ends(probe, checkpoints, start, end)
+    t = np.linspace(t_min, t_max, n)
+    names = [name for name, _ in probe.model.named_parameters()]
+    way = {name: b[name].to(a[name]) - a[name] for name in names}
+    norms = squared_norms({name: a[name] for name in names}, None, way)
+    found = _measure(probe, a, b, t, f"{first} to {last}", kind, bn, partial)
+    values = {key: np.array([row[key] for row in found]) for key in ("nll", "accuracy", "ece")}
+    decay, zero = probe.objective.weight_decay, np.zeros(())
+    facts = {"start": first, "end": last, "t_min": t_min, "t_max": t_max, "n": n}
+    return LinearInterpolationResult(
+        t=t,
+        **values,
+        l2_half_sq=norms.half_sq(decay, zero, t),
+        l2_sum_norm=norms.sum_norm(decay, zero, t),
+        start=first,
+        end=last,
+        distance=norm(way),
+        n_nonfinite=int((~np.isfinite(values["nll"])).sum()),
+        card=probe.card(bn_policy=bn, solver=facts, **({"dtype": str(kind).removeprefix("torch.")} if kind else {})),
+    )
+
+
+def _measure(
+    probe: Probe,
+    a: Mapping[str, Tensor],
+    b: Mapping[str, Tensor],
+    t: np.ndarray,
+    way: str,
+    dtype: torch.dtype | None,
+    bn: str,
+    partial: Partial | None,
+) -> list[Row]:
+    with standing(probe, dtype=dtype, bn=bn) as (model, here):
+        tensors = dict(model.named_parameters()) | {name: v for name, v in model.named_buffers() if name in a}
+        with between(tensors, a, b) as move:
+
+            def compute(point: float) -> Row:
+                move(point)
+                return here()
+
+            def name(point: float) -> str:
+                return f"{way}: {point!r}"
+
+            points = [float(point) for point in t]
+            return rows(points, compute, name=name, partial=partial, description="linear interpolation")
+
+
+def _ends(
+    probe: Probe, checkpoints: Checkpoints, start: str | None, end: str | None
+) -> tuple[tuple[str, Mapping[str, Tensor]], tuple[str, Mapping[str, Tensor]]]:
+    if checkpoints is None or len(checkpoints) == 0:
+        raise ValueError("Expected checkpoints (pairs of a label and a state dict), received none.")
+    several = len(checkpoints) > 1
+    first = checkpoints[0] if start is None else _one(probe, checkpoints, start)
+    last = checkpoints[-1] if end is None and several else _one(probe, checkpoints, end or MODEL)
+    return _checked(probe, first), _checked(probe, last)
+
+
+def _one(probe: Probe, checkpoints: Checkpoints, label: str) -> tuple[str, Mapping[str, Tensor]]:
+    if label == MODEL:
+        return MODEL, {name: value.detach().clone() for name, value in probe.model.state_dict().items()}
+    return next(chosen(checkpoints, [label]))
+
+
+def _checked(probe: Probe, checkpoint: tuple[str, Mapping[str, Tensor]]) -> tuple[str, Mapping[str, Tensor]]:
+    """Return the checkpoint with its values on the probe's device.
+
+    Raises:
+        ValueError: a name that it lacks, or a shape that differs.
+    """
+    label, state = checkpoint
+    for name, value in probe.model.state_dict().items():
+        if name not in state:
+            raise ValueError(f"Expected {name!r} in checkpoint {label!r}, received none: is it this model's?")
+        if state[name].shape != value.shape:
+            expected, received = tuple(value.shape), tuple(state[name].shape)
+            raise ValueError(f"Expected {name!r} of shape {expected} in checkpoint {label!r}, received {received}.")
+    return label, {name: value.to(probe.device) for name, value in state.items()}

@@ -1,0 +1,227 @@
+"""How much the loss rises near a model, at stated distances and with error bars: one number for "flatter"."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from vitscope import interrupt
+from vitscope.diagnostics.landscape._axes import Source
+from vitscope.diagnostics.landscape._lines import measure_lines, t_half_width
+from vitscope.linalg.directions import Direction, filter_parameters, moving, normalize, project, random_direction, scale
+from vitscope.linalg.plane import walked
+from vitscope.points import Partial, Row, as_dtype, rows, standing
+from vitscope.probe import ObjectiveCard, Probe
+
+#: from here on every model tried was near chance: such radii are marked, never compared
+SATURATED_RADIUS = 0.5
+
+#: a radius is saturated too where this share of the accuracy above chance is left, or less
+SATURATED_SHARE = 0.1
+
+#: the ascent's steps add up to this many radii, so that it can cross the ball
+STEP = 2.5
+
+
+@dataclass(frozen=True)
+class SharpnessResult:
+    """Rises of the NLL (nats) above the model's own, at distances relative to the filters' norms.
+
+    Attributes:
+        radii: (n_radii,) distances: 0.1 moves each filter by a tenth of its norm.
+        rise: (n_radii,) mean rise over direction pairs, each the mean over both directions and both signs.
+        rise_low: (n_radii,) lower end of the 95% t-interval over pairs; NaN with fewer than two pairs.
+        rise_high: (n_radii,) its upper end.
+        rise_by_pair: (n_radii, n_pairs) each pair's rise.
+        accuracy: (n_radii,) mean accuracy at that distance.
+        saturated: (n_radii,) whether the radius is at least 0.5, or at most a tenth of the accuracy above chance is left
+            there: such a rise says how wrong a broken model is, not how flat the minimum.
+        worst_rise: (n_radii,) the largest rise found in the ball of that radius; NaN at saturated radii.
+        worst_rise_by_start: (n_radii, n_starts) the largest rise found from each start.
+        nll_center: the model's own nll.
+        accuracy_center: the model's own accuracy.
+        n_nonfinite: the number of points whose nll is NaN or infinite.
+        card: the objective card.
+    """
+
+    radii: np.ndarray
+    rise: np.ndarray
+    rise_low: np.ndarray
+    rise_high: np.ndarray
+    rise_by_pair: np.ndarray
+    accuracy: np.ndarray
+    saturated: np.ndarray
+    worst_rise: np.ndarray
+    worst_rise_by_start: np.ndarray
+    nll_center: float
+    accuracy_center: float
+    n_nonfinite: int
+    card: ObjectiveCard | None = None
+
+    def scalars(self) -> dict[str, float]:
+        """Return rises with intervals, and worst rises, at the radii that are not saturated."""
+        found = {"nll_center": self.nll_center, "nonfinite_points": float(self.n_nonfinite)}
+        for i in np.flatnonzero(~self.saturated):
+            at = f"r{self.radii[i]:g}"
+            found |= {
+                f"rise_{at}": float(self.rise[i]),
+                f"rise_low_{at}": float(self.rise_low[i]),
+                f"rise_high_{at}": float(self.rise_high[i]),
+                f"worst_rise_{at}": float(self.worst_rise[i]),
+            }
+        return {key: value for key, value in found.items() if not np.isnan(value)}
+
+
+def sharpness(
+    probe: Probe,
+    *,
+    radii: Sequence[float] = (0.05, 0.1, 0.2, 0.5, 1.0),
+    n_pairs: int = 20,
+    normalization: str = "filter",
+    ignore: str | Sequence[str] = "bias_bn",
+    n_steps: int = 10,
+    n_starts: int = 2,
+    seed: int = 0,
+    bn: str = "eval",
+    dtype: str | torch.dtype | None = None,
+    partial: Partial | None = None,
+) -> SharpnessResult:
+    """Measure the mean rise of the NLL at given radii over random directions, and the worst rise in the ball.
+
+    The mean: over ``n_pairs`` pairs of filter-normalised directions (Li et al., NeurIPS 2018), shared by models through the seed,
+    ``nll(w + r d) - nll(w)`` averaged over both directions and both signs, which cancels the slope. The worst: projected
+    gradient ascent on the NLL in the ball in which each filter moves by at most r times its norm, which contains those
+    random points; steps of 2.5 r / n_steps along the filter-normalised gradient from random points of its surface; the
+    largest value met is a lower bound of the true one. The L2 term is left out: its rise is known in closed form.
+
+    Args:
+        probe: the model and its frozen batches.
+        radii: distances, positive.
+        n_pairs: pairs of directions; at least 20 for a claim.
+        normalization: ``filter`` or ``layer``.
+        ignore: what stays (see `vitscope.linalg.directions.moving`).
+        n_steps: of gradient ascent; 0 leaves the worst rise out.
+        n_starts: random starts of the ascent.
+        seed: of directions and starts.
+        bn: ``eval`` or ``recalibrate``, for the mean; the ascent uses running statistics.
+        dtype: ``bfloat16``, ``float64``, or None for the model's own; the ascent never runs in half precision.
+        partial: finished points; new ones are stored as soon as they are measured.
+
+    Raises:
+        ValueError: an unknown option, no pair, or a radius that is not positive.
+    """
+    radii = tuple(float(r) for r in radii)
+    if not radii or min(radii) <= 0 or n_pairs < 1 or n_steps < 0 or n_starts < 1:
+        raise ValueError(
+            f"Expected positive radii, at least one pair and one start, received radii={radii}, n_pairs={n_pairs}, "
+            f"n_steps={n_steps}, n_starts={n_starts}."
+        )
+    if normalization not in ("filter", "layer"):
+        raise ValueError(f"Expected normalization to be filter or layer, received {normalization!r}.")
+    kind = as_dtype(dtype)
+    source = Source("random", normalization, ignore, seed)
+    keys = [(0, 0.0), *((d, s * r) for d in range(2 * n_pairs) for r in radii for s in (-1.0, 1.0))]
+    center, *found = measure_lines(probe, source, keys, dtype=kind, bn=bn, partial=partial, description="sharpness")
+    # (pairs, two directions, radii, two signs)
+    nll, accuracy = (
+        np.array([row[key] for row in found]).reshape(n_pairs, 2, len(radii), 2) for key in ("nll", "accuracy")
+    )
+    by_pair = nll.mean(axis=(1, 3)) - center["nll"]
+    half_width = t_half_width(by_pair)
+    saturated = _saturated(probe, radii, accuracy.mean(axis=(0, 1, 3)), center["accuracy"])
+    worst = _worst(probe, source, radii, ~saturated, n_steps, n_starts, kind, partial)
+    facts = {**source.facts(), "radii": list(radii), "n_pairs": n_pairs, "n_steps": n_steps, "n_starts": n_starts}
+    return SharpnessResult(
+        radii=np.array(radii),
+        rise=by_pair.mean(axis=0),
+        rise_low=by_pair.mean(axis=0) - half_width,
+        rise_high=by_pair.mean(axis=0) + half_width,
+        rise_by_pair=by_pair.T,
+        accuracy=accuracy.mean(axis=(0, 1, 3)),
+        saturated=saturated,
+        worst_rise=worst.max(axis=1),
+        worst_rise_by_start=worst,
+        nll_center=center["nll"],
+        accuracy_center=center["accuracy"],
+        n_nonfinite=int((~np.isfinite(nll)).sum()),
+        card=probe.card(bn_policy=bn, solver=facts, **({"dtype": str(kind).removeprefix("torch.")} if kind else {})),
+    )
+
+
+def _saturated(probe: Probe, radii: Sequence[float], accuracy: np.ndarray, center: float) -> np.ndarray:
+    with probe.guard() as model:
+        x, _ = next(iter(probe.iter_batches()))
+        chance = 1.0 / model(x[:1]).shape[1]
+    broken = accuracy - chance <= SATURATED_SHARE * max(center - chance, 0.0)
+    return broken | (np.array(radii) >= SATURATED_RADIUS)
+
+
+def _worst(
+    probe: Probe,
+    source: Source,
+    radii: Sequence[float],
+    wanted: np.ndarray,
+    n_steps: int,
+    n_starts: int,
+    dtype: torch.dtype | None,
+    partial: Partial | None,
+) -> np.ndarray:
+    """Return the largest rise met from each start (n_radii, n_starts), NaN where it is not wanted."""
+    found = np.full((len(radii), n_starts), np.nan)
+    keys = [(i, start) for i in np.flatnonzero(wanted).tolist() for start in range(n_starts)] if n_steps else []
+    kind = dtype if dtype in (torch.float64, torch.float32) else None
+    with standing(probe, dtype=kind) as (model, here):
+
+        def compute(key: tuple[int, int]) -> Row:
+            i, start = key
+            return {"rise": -here()["nll"] + _ascended(probe, model, source, radii[i], start, n_steps)}
+
+        def name(key: tuple[int, int]) -> str:
+            return f"worst {radii[key[0]]!r} from start {key[1]}"
+
+        values = rows(keys, compute, name=name, partial=partial, description="sharpness, worst case")
+    for key, row in zip(keys, values):
+        found[key] = row["rise"]
+    return found
+
+
+def _ascended(probe: Probe, model: nn.Module, source: Source, radius: float, start: int, n_steps: int) -> float:
+    """Return the largest nll met by projected gradient ascent; the weights are back afterwards."""
+    parameters, filters = probe.parameters(), filter_parameters(model)
+    moved = moving(parameters, source.ignored)
+    # a stream of its own: the starts must not be directions of the mean
+    offset = normalize(random_direction(moved, source.seed, -1 - start), parameters, source.scaling, filters)
+    offset = scale(offset, radius)
+    # norms that scale and bound are those of the weights on entry, which move while this runs
+    origin = {name: p.detach().clone() for name, p in moved.items()}
+    best = -np.inf
+    with walked(moved, None, offset) as move:
+        for step in range(n_steps + 1):
+            move(0.0, 1.0)
+            nll, gradient = _nll_and_gradient(probe, model, moved)
+            best = max(best, nll) if np.isfinite(nll) else np.inf
+            if step == n_steps or not np.isfinite(nll):
+                break
+            normalize(gradient, origin, source.scaling, filters)
+            for name, d in offset.items():
+                d.add_(gradient[name], alpha=STEP * radius / n_steps)
+            project(offset, origin, radius, source.scaling, filters)
+    return float(best)
+
+
+def _nll_and_gradient(probe: Probe, model: nn.Module, parameters: Mapping[str, Tensor]) -> tuple[float, Direction]:
+    names, leaves = list(parameters), list(parameters.values())
+    total = {name: torch.zeros_like(p) for name, p in parameters.items()}
+    nll = 0.0
+    with torch.enable_grad():
+        for x, y in probe.iter_batches():
+            interrupt.check()
+            loss = probe.objective.data_loss(model(x), y, "sum") / probe.n_images
+            nll += float(loss.detach().double())
+            for name, g in zip(names, torch.autograd.grad(loss, leaves, materialize_grads=True)):
+                total[name].add_(g)
+    return nll, total

@@ -1,0 +1,159 @@
+"""The figures of a trajectory: its principal plane with the errors of that plane, and the polar form."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import plotly.graph_objects as go
+from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm, Normalize
+from matplotlib.figure import Figure, SubFigure
+from matplotlib.ticker import MaxNLocator, NullLocator
+
+from vitscope.diagnostics.trajectory.trajectory import TrajectoryResult
+
+#: inches
+HEIGHTS = {"pca": 2.8, "loss": 2.2, "polar": 2.8}
+
+
+def trajectory(results: Mapping[str, TrajectoryResult], *, kind: str = "pca") -> Figure:
+    """Draw each trajectory in its principal plane, over the loss there where it was measured, with the plane's errors.
+
+    Below the plane: the NLL of each checkpoint against that of its projection, and how far off the plane it lies. The polar
+    form (``kind="polar"``) is Fig 1b of Park & Kim, which its author asked readers to ignore; it is for comparison only.
+
+    Args:
+        results: by the name shown above each column.
+        kind: ``pca`` or ``polar``.
+
+    Raises:
+        ValueError: an unknown kind.
+    """
+    if kind not in ("pca", "polar"):
+        raise ValueError(f"Expected kind to be pca or polar, received {kind!r}.")
+    if kind == "polar":
+        return _polar(results)
+    heights = [HEIGHTS["pca"], HEIGHTS["loss"]]
+    figure = Figure(figsize=(3.4 * len(results), sum(heights)))
+    cells = figure.subfigures(2, len(results), squeeze=False, height_ratios=heights)
+    for column, (name, result) in enumerate(results.items()):
+        cells[0, column].suptitle(_title(name, result))
+        _plane(cells[0, column], result)
+        _losses(cells[1, column], result)
+    return figure
+
+
+def plotly_trajectory(results: Mapping[str, TrajectoryResult]) -> go.Figure:
+    """Return the paths in their planes as an interactive figure, each checkpoint's numbers on hover."""
+    figure = go.Figure()
+    for name, result in results.items():
+        columns = result.nll, result.in_plane_nll, result.projection_error, result.accuracy
+        figure.add_trace(
+            go.Scatter(
+                x=result.coordinates[:, 0],
+                y=result.coordinates[:, 1],
+                name=name,
+                mode="lines+markers",
+                text=list(result.labels),
+                customdata=np.stack(columns, axis=1),
+                hovertemplate="%{text}<br>NLL %{customdata[0]:.4g}, in the plane %{customdata[1]:.4g}"
+                "<br>%{customdata[2]:.0%} of its distance off the plane<br>accuracy %{customdata[3]:.3f}",
+            )
+        )
+    figure.update_layout(xaxis_title="first principal direction", yaxis_title="second principal direction")
+    return figure
+
+
+def _title(name: str, result: TrajectoryResult) -> str:
+    held, off = result.explained_variance.sum(), result.projection_error.max()
+    lines = [name] if name else []
+    lines += [
+        f"the plane holds {held:.1%} of the variance,",
+        f"checkpoints lie up to {off:.0%} of their distance off it",
+    ]
+    if result.n_nonfinite:
+        lines.append(f"{result.n_nonfinite} measured points not finite")
+    return "\n".join(lines)
+
+
+def _plane(figure: SubFigure, result: TrajectoryResult) -> None:
+    axes = figure.add_subplot()
+    if result.plane_nll.size:
+        _surface(figure, axes, result)
+    path = np.concatenate([result.coordinates, [[0.0, 0.0]]])
+    axes.plot(*path.T, "-", color="black", linewidth=2, alpha=0.6)
+    axes.plot(*path.T, "o-", color="white", markeredgecolor="black", markeredgewidth=0.4, linewidth=1, markersize=3)
+    axes.plot(
+        *path[0],
+        "s",
+        color="#D55E00",
+        markeredgecolor="black",
+        markeredgewidth=0.4,
+        markersize=5,
+        label=result.labels[0],
+    )
+    axes.plot(
+        *path[-1], "*", color="#E69F00", markeredgecolor="black", markeredgewidth=0.4, markersize=8, label="model"
+    )
+    axes.legend(loc="upper left", frameon=True, framealpha=0.8, fontsize=6)
+    axes.xaxis.set_major_locator(MaxNLocator(5))
+    shares = result.explained_variance
+    axes.set(xlabel=f"direction 1 ({shares[0]:.0%})", ylabel=f"direction 2 ({shares[1]:.0%})")
+    if result.plane_nll.size:
+        axes.set(xlim=result.x[[0, -1]], ylim=result.y[[0, -1]])
+    axes.set_aspect("equal", adjustable="box" if result.plane_nll.size else "datalim")
+
+
+def _surface(figure: SubFigure, axes: Axes, result: TrajectoryResult) -> None:
+    z = np.ma.masked_invalid(result.plane_nll.T)  # matplotlib wants (y, x)
+    if z.count() == 0:
+        return
+    low, high = float(z.min()), float(z.max())
+    logarithmic = low > 0 and high / low > 20
+    levels = np.geomspace(low, high, 14) if logarithmic else np.linspace(low, max(high, low + 1e-9), 14)
+    levels[-1] = np.nextafter(levels[-1], np.inf)  # contourf leaves out what lies on the last level
+    scale = LogNorm(levels[0], levels[-1]) if logarithmic else Normalize(levels[0], levels[-1])
+    drawn = axes.contourf(result.x, result.y, z, levels=levels, norm=scale, cmap="viridis")
+    axes.contour(result.x, result.y, z, levels=levels, colors="black", linewidths=0.3, alpha=0.5)
+    broken = np.ma.masked_where(~np.ma.getmaskarray(z), np.ones(z.shape))
+    if broken.count():
+        axes.pcolor(
+            result.x, result.y, broken, shading="nearest", facecolor="none", edgecolor="#D55E00", hatch="////", linewidth=0.0
+        )  # fmt: skip
+    bar = figure.colorbar(drawn, ax=axes, label="NLL in the plane (nats)", pad=0.02)
+    bar.set_ticks(levels[::3].tolist(), labels=[f"{level:.3g}" for level in levels[::3]])
+    bar.ax.yaxis.set_minor_locator(NullLocator())
+
+
+def _losses(figure: SubFigure, result: TrajectoryResult) -> None:
+    axes = figure.add_subplot()
+    at = np.arange(len(result.labels))
+    axes.plot(at, result.nll, "o-", label="checkpoint itself")
+    axes.plot(at, result.in_plane_nll, "s--", label="its projection")
+    axes.set(xlabel="checkpoint", ylabel="NLL (nats)")
+    step = max(1, len(at) // 6)
+    axes.set_xticks(at[::step], [result.labels[i] for i in at[::step]], rotation=30, ha="right")
+    other = axes.twinx()
+    other.spines["right"].set_visible(True)
+    other.bar(at, result.projection_error, width=0.5, color="C2", alpha=0.25, linewidth=0)
+    other.set(ylim=(0, 1), ylabel="distance off the plane")
+    axes.set_zorder(other.get_zorder() + 1)
+    axes.patch.set_visible(False)
+    axes.legend(loc="upper right")
+
+
+def _polar(results: Mapping[str, TrajectoryResult]) -> Figure:
+    figure = Figure(figsize=(3.4, HEIGHTS["polar"]), layout="constrained")
+    axes: Any = figure.add_subplot(projection="polar")
+    if engine := figure.get_layout_engine():
+        engine.set(rect=(0.0, 0.06, 1.0, 0.92))  # pyright: ignore[reportCallIssue]  labels of a wedge are not counted
+    for name, result in results.items():
+        axes.plot(result.angle, result.radius, "o-", label=name or None)
+    axes.set_thetalim(0, np.pi / 2 if max(np.nanmax(r.angle) for r in results.values()) <= np.pi / 2 else np.pi)
+    axes.set_ylim(0, 1.05 * max(r.radius.max() for r in results.values()))
+    figure.suptitle("r: distance from the end, θ: angle to the start\n(two numbers of a long way: for comparison only)")
+    if any(results):
+        axes.legend(loc="upper right", bbox_to_anchor=(1.12, 1.05))
+    return figure

@@ -1,0 +1,198 @@
+"""The way that training took through weight space, seen from its end: in polar form, and in its principal plane."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vitscope.diagnostics.trajectory._measure import checkpoint_rows, plane_rows
+from vitscope.linalg.directions import Direction, inner, norm, orthogonalize, random_direction, scale
+from vitscope.linalg.principal import difference, gram, principal_directions
+from vitscope.points import Checkpoints, Partial, Row, as_dtype, chosen
+from vitscope.probe import ObjectiveCard, Probe
+
+
+@dataclass(frozen=True)
+class TrajectoryResult:
+    """Checkpoints seen from the final weights w_end; a difference is ``w_t - w_end`` over all parameters.
+
+    Attributes:
+        labels: of the checkpoints, in order.
+        radius: (T,) distance from the final weights over that of the first checkpoint (polar r).
+        angle: (T,) angle in radians between a checkpoint's difference and the first one's (polar theta); NaN where the
+            difference is zero.
+        coordinates: (T, 2) projections on the two principal directions, in units of weights.
+        explained_variance: (2,) share of the squared distances that each direction holds.
+        projection_error: (T,) distance from the plane over distance from the final weights, 0 to 1.
+        nll: (T,) mean cross entropy (nats) of each checkpoint itself, with its own buffers.
+        in_plane_nll: (T,) that of its projection on the plane, with the final model's buffers.
+        accuracy: (T,) of each checkpoint itself.
+        in_plane_accuracy: (T,) of its projection.
+        straightness: the first checkpoint's distance over the length of the way through all; 1 for a straight way.
+        x: (n,) coordinates of the surface along the first direction, in units of weights; empty without one.
+        y: (n,) along the second.
+        plane_nll: (n, n) nll over the plane, first index x.
+        plane_accuracy: (n, n) accuracy over the plane.
+        n_nonfinite: the number of measured points whose nll is NaN or infinite.
+        card: the objective card.
+    """
+
+    labels: tuple[str, ...]
+    radius: np.ndarray
+    angle: np.ndarray
+    coordinates: np.ndarray
+    explained_variance: np.ndarray
+    projection_error: np.ndarray
+    nll: np.ndarray
+    in_plane_nll: np.ndarray
+    accuracy: np.ndarray
+    in_plane_accuracy: np.ndarray
+    straightness: float
+    x: np.ndarray
+    y: np.ndarray
+    plane_nll: np.ndarray
+    plane_accuracy: np.ndarray
+    n_nonfinite: int
+    card: ObjectiveCard | None = None
+
+    def scalars(self) -> dict[str, float]:
+        """Return how far the plane can be trusted, and how straight the way is."""
+        gap = np.abs(self.nll - self.in_plane_nll)
+        return {
+            "explained_variance": float(self.explained_variance.sum()),
+            "largest_projection_error": float(self.projection_error.max()),
+            "largest_nll_gap": float(gap.max()),
+            "straightness": self.straightness,
+            "nonfinite_points": float(self.n_nonfinite),
+        }
+
+
+def trajectory(
+    probe: Probe,
+    *,
+    checkpoints: Checkpoints,
+    labels: Sequence[str] | None = None,
+    n: int = 0,
+    margin: float = 0.2,
+    seed: int = 0,
+    bn: str = "eval",
+    dtype: str | torch.dtype | None = None,
+    partial: Partial | None = None,
+) -> TrajectoryResult:
+    """Describe the way from the first checkpoint to the model, and measure its points and their plane.
+
+    The polar form is Fig 1b of Park & Kim (ICLR 2022): ``r = |w_t - w_end| / |w_first - w_end|`` and theta, the angle
+    between ``w_t - w_end`` and ``w_first - w_end``. **The paper's author asked readers to ignore that figure.** It keeps two
+    numbers of a way through millions of dimensions and no measure of what is lost; near the end theta is the direction of
+    the last few steps, mostly noise; and checkpoints with equal (r, theta) may be far apart. The principal plane is safer
+    because it states its own error: the share of the squared distances that it holds, how far each checkpoint lies off
+    it, and each checkpoint's loss beside the loss of its projection. Where those differ, the path on the contours is not the
+    path that was taken.
+
+    The plane passes through the final weights; its directions are the first two right singular vectors of the differences
+    (Li et al., NeurIPS 2018, section 7). With fewer than two independent differences the second is random and orthogonal.
+    Memory: the model and one set of weights for each checkpoint.
+
+    Args:
+        probe: the final model and its frozen batches.
+        checkpoints: pairs of a label and a state dict, in the order of training; the final weights may be among them.
+        labels: which of them; all by default.
+        n: points on a side of the surface behind the path; 0 for none.
+        margin: how far the surface reaches beyond the path, as a share of the path's extent.
+        seed: of a random second direction.
+        bn: ``eval``: a checkpoint's own running statistics, and the final model's in the plane; ``recalibrate``: recomputed at
+            every point.
+        dtype: ``bfloat16``, ``float64``, or None for the model's own.
+        partial: finished points; new ones are stored as soon as they are measured.
+
+    Raises:
+        ValueError: no checkpoint, one of another model, or none that differs from the final weights.
+    """
+    if n < 0 or n == 1 or margin < 0:
+        raise ValueError(f"Expected n of 0 or at least 2 and a margin of at least 0, received n={n}, margin={margin}.")
+    kind = as_dtype(dtype)
+    parameters = dict(probe.model.named_parameters())
+    names, differences = [], []
+    for label, state in chosen(checkpoints, labels):
+        names.append(label)
+        differences.append(difference(state, parameters, label))
+    products = gram(differences)
+    if products[0, 0] == 0:
+        raise ValueError(f"Expected a first checkpoint that differs from the model, received {names[0]!r}.")
+    first, second, squares = _plane(differences, parameters, seed)
+    coordinates = np.array([[inner(d, first), inner(d, second)] for d in differences])
+    radius, angle = _polar(products)
+    own = checkpoint_rows(probe, names, checkpoints, kind, bn, partial)
+    sides = _sides(coordinates, n, margin)
+    grid = [(float(a), float(b)) for a in sides[0] for b in sides[1]]
+    places = [(float(a), float(b)) for a, b in coordinates]
+    plane = plane_rows(probe, first, second, [*places, *grid], kind, bn, partial)
+    projected, surface = plane[: len(places)], plane[len(places) :]
+    facts = {"labels": names, "n": n, "margin": margin, "seed": seed}
+    return TrajectoryResult(
+        labels=tuple(names),
+        radius=radius,
+        angle=angle,
+        coordinates=coordinates,
+        explained_variance=np.pad(squares[:2], (0, max(0, 2 - len(squares)))) / squares.sum(),
+        projection_error=_off_plane(products, coordinates),
+        nll=_column(own, "nll"),
+        in_plane_nll=_column(projected, "nll"),
+        accuracy=_column(own, "accuracy"),
+        in_plane_accuracy=_column(projected, "accuracy"),
+        straightness=_straightness(products),
+        x=sides[0],
+        y=sides[1],
+        plane_nll=_column(surface, "nll").reshape(n, n),
+        plane_accuracy=_column(surface, "accuracy").reshape(n, n),
+        n_nonfinite=int(sum(not np.isfinite(row["nll"]) for row in [*own, *plane])),
+        card=probe.card(bn_policy=bn, solver=facts, **({"dtype": str(kind).removeprefix("torch.")} if kind else {})),
+    )
+
+
+def _plane(
+    differences: Sequence[Direction], parameters: Mapping[str, Tensor], seed: int
+) -> tuple[Direction, Direction, np.ndarray]:
+    found, squares = principal_directions(differences)
+    if len(found) == 1:
+        filler = orthogonalize(random_direction(parameters, seed), found[0])
+        found.append(scale(filler, 1 / norm(filler)))
+    return found[0], found[1], squares
+
+
+def _polar(products: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    lengths = np.sqrt(np.diag(products))
+    with np.errstate(invalid="ignore"):  # the final weights themselves
+        cosines = products[0] / (lengths[0] * lengths)
+    return lengths / lengths[0], np.arccos(np.clip(cosines, -1, 1))
+
+
+def _off_plane(products: np.ndarray, coordinates: np.ndarray) -> np.ndarray:
+    squares = np.diag(products)
+    left = np.maximum(squares - (coordinates**2).sum(axis=1), 0.0)
+    # directions are stored in float32: below this share of the square the difference is rounding
+    share = np.divide(left, squares, out=np.zeros_like(left), where=squares > 0)
+    return np.sqrt(np.where(share < 1e-6, 0.0, share))
+
+
+def _straightness(products: np.ndarray) -> float:
+    """Return the first distance over the length of the polygon through all checkpoints to the final weights."""
+    squares = np.diag(products)
+    steps = squares[:-1] + squares[1:] - 2 * np.diag(products, 1)
+    return float(np.sqrt(squares[0]) / (np.sqrt(np.maximum(steps, 0.0)).sum() + np.sqrt(squares[-1])))
+
+
+def _sides(coordinates: np.ndarray, n: int, margin: float) -> tuple[np.ndarray, np.ndarray]:
+    """Return both coordinates of the surface: the path and the final weights, with a margin of the longer extent."""
+    low, high = np.minimum(coordinates.min(axis=0), 0.0), np.maximum(coordinates.max(axis=0), 0.0)
+    border = margin * (high - low).max()
+    x, y = (np.linspace(low[axis] - border, high[axis] + border, n) for axis in (0, 1))
+    return x, y
+
+
+def _column(found: Sequence[Row], key: str) -> np.ndarray:
+    return np.array([row[key] for row in found], dtype=np.float64)
