@@ -5,10 +5,13 @@ BIN := $(VENV)/bin
 SETUP := $(VENV)/.installed
 RUN := $(BIN)/python
 PROFILE ?= smoke
+SEEDS ?= 1
+MODELS := convnet vit alternet
+TABLE_RUNS := runs/table-models-$(PROFILE)
 PYTEST ?= $(BIN)/pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow lint format bench doctor clean fuzz soak
+.PHONY: help setup demo test test-slow lint format bench doctor clean table-models
 
 help: ## list the targets
 	@grep -hE '^[a-zA-Z0-9_%-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  %-24s %s\n", $$1, $$2}'
@@ -38,6 +41,13 @@ lint: $(SETUP) ## ruff and pyright
 format: $(SETUP) ## let ruff rewrite
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+table-models: $(SETUP) ## train what is missing and print parameters, accuracy, NLL, ECE, NEP, APE (PROFILE=smoke SEEDS=1)
+	@for seed in $$(seq 0 $$(($(SEEDS) - 1))); do for model in $(MODELS); do \
+	  $(RUN) train.py model=$$model seed=$$seed profile=$(PROFILE) skip_finished=true ckpt_path=auto \
+	    'analysis=[hessian]' paths.runs=$(TABLE_RUNS) || exit $$?; done; done
+	$(RUN) report.py table=models strict=true paths.runs=$(TABLE_RUNS) out=figures/table-models-$(PROFILE) \
+	  'expect.models=[convnet,vit,alternet]'
 
 doctor: $(SETUP) ## what works on this machine
 	@$(RUN) -m vitscope doctor

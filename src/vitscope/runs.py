@@ -13,7 +13,7 @@ import secrets
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -141,15 +141,18 @@ def every(root: Path) -> list[Run]:
 
 def unfinished(root: Path, config_hash: str) -> Run | None:
     """Return the newest run below ``root`` of that configuration that has a checkpoint and is not finished."""
-    for run in reversed(every(root)):
-        facts = run.provenance()
-        if (
-            facts.get("config_hash") == config_hash
-            and facts.get("status") != "finished"
-            and checkpoint.manifest(run.checkpoints)
-        ):
-            return run
-    return None
+    same = (run for run in _alike(root, config_hash) if run.provenance().get("status") != "finished")
+    return next((run for run in same if checkpoint.manifest(run.checkpoints)), None)
+
+
+def finished(root: Path, config_hash: str) -> Run | None:
+    """Return the newest finished run below ``root`` of that configuration."""
+    return next((run for run in _alike(root, config_hash) if run.provenance().get("status") == "finished"), None)
+
+
+def _alike(root: Path, config_hash: str) -> Iterator[Run]:
+    """Yield the runs of that configuration, newest first."""
+    return (run for run in reversed(every(root)) if run.provenance().get("config_hash") == config_hash)
 
 
 def redacted(cfg: DictConfig) -> DictConfig:

@@ -183,3 +183,12 @@ def test_bad_input_gets_one_line(call, tmp_path, capsys, monkeypatch, arguments,
     err = capsys.readouterr().err.strip()
     assert err.startswith(text)
     assert len(err.splitlines()) == 1
+
+
+def test_a_finished_run_is_not_trained_again(call, tiny, tmp_path, capsys) -> None:
+    arguments = [*tiny, "analysis=[]", "test=false", "skip_finished=true", "ckpt_path=auto"]
+    assert call("train", *arguments) == 0
+    assert call("train", *arguments) == 0
+    assert "nothing to do" in capsys.readouterr().err
+    assert call("train", *arguments, "seed=1") == 0
+    assert len(list((tmp_path / "runs").iterdir())) == 2

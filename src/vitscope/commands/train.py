@@ -61,6 +61,10 @@ def train(cfg: DictConfig, run: Run | None = None) -> Run:
     """
     config.apply_caps(cfg)
     validate(cfg)
+    done = runs.finished(Path(cfg.paths.runs), config.config_hash(cfg)) if cfg.skip_finished and run is None else None
+    if done is not None:
+        _say(f"{done.path} is a finished run of this configuration; nothing to do")
+        return done
     network = build.model(cfg)
     resume = _resume_point(cfg, run)
     if run is None:
