@@ -237,6 +237,13 @@ def test_a_model_without_anything_known_says_how_to_pass_taps() -> None:
     assert "\n" not in str(error.value)
 
 
+def test_a_transformer_of_unknown_blocks_is_refused_rather_than_read_at_its_patches() -> None:
+    model = timm.create_model("cait_xxs24_224", img_size=32)
+    with pytest.raises(ValueError, match=r"Cait has no block that vitscope knows; pass taps="):
+        taps(model)
+    assert len(taps(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4, 2)))) == 1
+
+
 def test_taps_of_ones_own() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Flatten(2), nn.Conv1d(4, 5, 1)).double()
     own = [

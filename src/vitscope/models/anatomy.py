@@ -98,7 +98,7 @@ def anatomy(model: nn.Module) -> list[Piece]:
     of its convolutions and pooling layers, with a new stage at each subsampling; it has no residual units.
 
     Raises:
-        ValueError: If there is neither a known block nor a convolution.
+        ValueError: If there is neither a known block nor a convolution other than a lone patch embedding.
     """
     pieces: list[Piece] = []
     stages: list[str] = []
@@ -176,4 +176,9 @@ def _plain(model: nn.Module) -> list[Piece]:
         else:
             continue
         pieces.append(Piece(name, part, module, stage, 0, None))
-    return pieces
+    return [] if len(pieces) == 1 and _is_patch_embedding(pieces[0].block) else pieces
+
+
+def _is_patch_embedding(module: nn.Module) -> bool:
+    """Whether a model whose only convolution this is must be a transformer of unknown blocks."""
+    return isinstance(module, nn.Conv2d) and module.stride == module.kernel_size and max(module.kernel_size) > 1
