@@ -1,0 +1,176 @@
+"""How many directions a layer's features use: effective rank and participation ratio by depth."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vitscope import distributed
+from vitscope.models.taps import Tap, reading
+from vitscope.nulls import warn_nulls
+from vitscope.probe import ObjectiveCard, Probe
+from vitscope.progress import track
+
+
+@dataclass(frozen=True)
+class EffectiveRankResult:
+    """Features are the channel vectors at positions of the maps; their covariance is over images and positions.
+
+    Attributes:
+        taps: (n_taps,) names, by depth.
+        kinds: (n_taps,) such as ``msa``.
+        stages: (n_taps,) from 0, the stem.
+        depths: (n_taps,) from 0 to 1.
+        channels: (n_taps,) the largest rank there can be.
+        effective_rank: (n_taps,) exp of the entropy of the normalised singular values; NaN where the features do not vary
+            or are not finite.
+        participation_ratio: (n_taps,) squared sum over sum of squares of the covariance's eigenvalues; NaN likewise.
+        spectrum: one array (channels,) a tap: eigenvalues of the covariance, descending, summing to 1; NaN likewise.
+        n_samples: (n_taps,) feature vectors: images times positions.
+        n_images: images used.
+        card: the conditions.
+    """
+
+    taps: tuple[str, ...]
+    kinds: tuple[str, ...]
+    stages: np.ndarray
+    depths: np.ndarray
+    channels: np.ndarray
+    effective_rank: np.ndarray
+    participation_ratio: np.ndarray
+    spectrum: tuple[np.ndarray, ...]
+    n_samples: np.ndarray
+    n_images: int
+    card: ObjectiveCard | None = None
+
+    def scalars(self) -> dict[str, float]:
+        """Return both at the last tap, and the mean effective rank as a share of the channels."""
+        share = self.effective_rank / self.channels
+        found = {
+            "effective_rank_last": float(self.effective_rank[-1]),
+            "participation_ratio_last": float(self.participation_ratio[-1]),
+            "effective_rank_share": float(share[np.isfinite(share)].mean()) if np.isfinite(share).any() else np.nan,
+        }
+        return {name: value for name, value in found.items() if np.isfinite(value)}
+
+
+def effective_rank(probe: Probe, *, positions: int | None = 16) -> EffectiveRankResult:
+    """Measure the rank of the features at every tap in one forward pass a batch, from running sums alone.
+
+    With covariance eigenvalues l_i and singular values s_i = sqrt(l_i): effective rank ``exp(-sum p_i ln p_i)``, ``p_i = s_i /
+    sum s`` (Roy and Vetterli 2007), and participation ratio ``(sum l)^2 / sum l^2`` (Gao et al. 2017). Both are at most the
+    number of samples less one, so images should number several times the channels over the positions.
+
+    Args:
+        probe: model, images and taps.
+        positions: at most this many positions of a map, drawn once, to keep the sums cheap; None for all.
+
+    Raises:
+        ValueError: fewer than one position, fewer than two feature vectors, or a tap that was not reached.
+    """
+    if positions is not None and positions < 1:
+        raise ValueError(f"Expected at least one position, received {positions}.")
+    sums = [_Moments() for _ in probe.taps]
+    n_images = 0
+    with probe.guard() as model:
+        for _, (x, _) in track(probe.local_batches(), "effective rank"):
+            with reading(model, probe.taps, lambda i, _, features: sums[i].add(_samples(features, positions))):
+                model(x)
+            n_images += len(x)
+    totals = [_merged(shares) for shares in zip(*distributed.gather_objects([s.state() for s in sums]))]
+    for tap, (n, _) in zip(probe.taps, totals):
+        if n < 2:
+            raise ValueError(f"Expected at least two feature vectors at tap {tap.name!r}, received {n}.")
+    found = [_ranks(covariance) for _, covariance in totals]
+    _say_what_is_null(probe.taps, totals)
+    return EffectiveRankResult(
+        taps=tuple(tap.name for tap in probe.taps),
+        kinds=tuple(tap.kind for tap in probe.taps),
+        stages=np.array([tap.stage for tap in probe.taps]),
+        depths=np.array([tap.depth for tap in probe.taps], dtype=np.float64),
+        channels=np.array([len(covariance) for _, covariance in totals]),
+        effective_rank=np.array([rank for rank, _, _ in found]),
+        participation_ratio=np.array([ratio for _, ratio, _ in found]),
+        spectrum=tuple(spectrum for _, _, spectrum in found),
+        n_samples=np.array([n for n, _ in totals]),
+        n_images=sum(distributed.gather_objects(n_images)),
+        card=probe.card(),
+    )
+
+
+class _Moments:
+    """Count, mean and scatter matrix of feature vectors, merged batch by batch (Chan et al. 1979): no cancellation."""
+
+    def __init__(self) -> None:
+        self.n = 0
+        self.mean: Tensor | None = None
+        self.scatter: Tensor | None = None
+
+    def add(self, samples: Tensor) -> None:
+        """Add feature vectors ``(n, C)`` in float64."""
+        mean = samples.mean(dim=0)
+        self.merge(len(samples), mean, (samples - mean).T @ (samples - mean))
+
+    def merge(self, n: int, mean: Tensor, scatter: Tensor) -> None:
+        """Add the moments of n other feature vectors."""
+        if self.mean is None or self.scatter is None:
+            self.n, self.mean, self.scatter = n, mean, scatter
+            return
+        total, difference = self.n + n, mean - self.mean
+        self.scatter = self.scatter + scatter + torch.outer(difference, difference) * (self.n * n / total)
+        self.mean = self.mean + difference * (n / total)
+        self.n = total
+
+    def state(self) -> tuple[int, np.ndarray | None, np.ndarray | None]:
+        """Return count, mean and scatter as plain arrays."""
+        arrays = (None if t is None else t.cpu().numpy() for t in (self.mean, self.scatter))
+        return self.n, *arrays  # type: ignore[return-value]
+
+
+def _samples(features: Tensor, positions: int | None) -> Tensor:
+    """Return feature vectors ``(B * n, C)`` in float64 from a map ``(B, C, h, w)``."""
+    flat = features.flatten(2)  # (B, C, h * w)
+    if positions is not None and positions < flat.shape[2]:
+        # drawn once and for all: equal strides would fall on a few columns of the map
+        drawn = torch.randperm(flat.shape[2], generator=torch.Generator().manual_seed(0))[:positions]
+        flat = flat[:, :, drawn.to(flat.device)]
+    return flat.transpose(1, 2).reshape(-1, flat.shape[1]).double()
+
+
+def _merged(states: Sequence[tuple]) -> tuple[int, np.ndarray]:
+    """Return the number of samples and their covariance over all ranks."""
+    total = _Moments()
+    for n, mean, scatter in states:
+        if n:
+            total.merge(n, torch.from_numpy(mean), torch.from_numpy(scatter))
+    scatter = np.zeros((0, 0)) if total.scatter is None else total.scatter.numpy()
+    return total.n, scatter / max(total.n - 1, 1)
+
+
+def _ranks(covariance: np.ndarray) -> tuple[float, float, np.ndarray]:
+    """Return effective rank, participation ratio and the normalised spectrum of a covariance matrix ``(C, C)``."""
+    null = np.nan, np.nan, np.full(len(covariance), np.nan)
+    if not np.isfinite(covariance).all():
+        return null
+    values = np.linalg.eigvalsh(covariance)[::-1]
+    # rounding leaves eigenvalues of this size where there are none
+    values = np.where(values > len(values) * np.finfo(np.float64).eps * max(values[0], 0), values, 0)
+    if values.sum() == 0:
+        return null
+    p = np.sqrt(values) / np.sqrt(values).sum()
+    entropy = -(p[p > 0] * np.log(p[p > 0])).sum()
+    return float(np.exp(entropy)), float(values.sum() ** 2 / (values**2).sum()), values / values.sum()
+
+
+def _say_what_is_null(taps: Sequence[Tap], totals: Sequence[tuple[int, np.ndarray]]) -> None:
+    reasons = {}
+    for tap, (_, covariance) in zip(taps, totals):
+        if not np.isfinite(covariance).all():
+            reasons[tap.name] = "its activations are not finite"
+        elif not covariance.any():
+            reasons[tap.name] = "its features do not vary"
+    warn_nulls("effective_rank", reasons)

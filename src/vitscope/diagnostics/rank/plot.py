@@ -1,0 +1,47 @@
+"""Effective rank and participation ratio by depth."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from vitscope.diagnostics.rank.effective_rank import EffectiveRankResult
+
+#: grey behind attention, blue behind pooling, as in the paper's figures over depth
+BANDS = {"msa": "0.85", "pool": "#cfe3f5"}
+
+QUANTITIES = {"effective_rank": "Effective rank", "participation_ratio": "Participation ratio"}
+
+
+def effective_rank(results: Mapping[str, EffectiveRankResult], *, share: bool = True) -> Figure:
+    """Draw both quantities over normalised depth, by default as a share of the number of channels.
+
+    Bands mark attention (grey) and pooling (blue) where a single result is drawn.
+
+    Args:
+        results: one or more results by name.
+        share: divide by the number of channels, so that stages of different widths compare.
+    """
+    figure = Figure(figsize=(3.4, 3.8), layout="constrained")
+    axes = figure.subplots(2, 1, sharex=True)
+    for ax, (field, label) in zip(axes, QUANTITIES.items()):
+        for name, result in results.items():
+            values = getattr(result, field) / result.channels if share else getattr(result, field)
+            ax.plot(result.depths, values, "o-", label=name)
+            if len(results) == 1:
+                _bands(ax, result)
+        ax.set_ylabel(f"{label}\n(share of channels)" if share else label)
+        ax.set_ylim(bottom=0)
+    axes[-1].set_xlabel("Normalised depth")
+    if any(results):
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
+    return figure
+
+
+def _bands(ax: Axes, result: EffectiveRankResult) -> None:
+    half = 0.5 / max(len(result.taps) - 1, 1)
+    for depth, kind in zip(result.depths, result.kinds):
+        if kind in BANDS:
+            ax.axvspan(depth - half, depth + half, color=BANDS[kind], zorder=0, linewidth=0)
