@@ -1,0 +1,107 @@
+"""Curvature with BatchNorm on running statistics against curvature with each batch's own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+
+from vitscope.diagnostics.hessian import _pooled
+from vitscope.diagnostics.hessian.hessian_max_eigenvalue_spectrum import hessian_max_eigenvalue_spectrum
+from vitscope.probe import ObjectiveCard, Probe
+
+
+@dataclass(frozen=True)
+class BnPolicyResult:
+    """Top eigenvalues of the same mini-batches under both policies.
+
+    Attributes:
+        eigenvalues_eval, eigenvalues_batch: (n_batches, n_top) by magnitude descending: running and batch statistics.
+        residuals_eval, residuals_batch: of the same shape.
+        nep: (2,) negative eigenvalue proportion under ``eval`` and ``batch``.
+        nep_intervals: (2, 2) 95 % bootstrap over batches.
+        ape: (2,) average positive eigenvalue.
+        ape_intervals: (2, 2).
+        n_norms: BatchNorm layers in the model.
+        card: under which conditions; ``bn_policy`` is ``both``.
+    """
+
+    eigenvalues_eval: np.ndarray
+    eigenvalues_batch: np.ndarray
+    residuals_eval: np.ndarray
+    residuals_batch: np.ndarray
+    nep: np.ndarray
+    nep_intervals: np.ndarray
+    ape: np.ndarray
+    ape_intervals: np.ndarray
+    n_norms: int
+    card: ObjectiveCard | None = None
+
+    def scalars(self) -> dict[str, float]:
+        """Return what is logged."""
+        names = [f"{name}_{policy}" for name in ("nep", "ape") for policy in ("eval", "batch")]
+        return {n: float(v) for n, v in zip(names, [*self.nep, *self.ape]) if np.isfinite(v)}
+
+
+def bn_policy(
+    probe: Probe,
+    *,
+    n_top: int = 5,
+    tol: float = 1e-3,
+    parameters: str | Sequence[str] | None = None,
+    dtype: str | torch.dtype | None = None,
+    max_products: int = 200,
+    seed: int = 0,
+) -> BnPolicyResult:
+    """Compute the Hessian max-eigenvalue spectrum twice, with BatchNorm's running and its batch statistics.
+
+    The paper's ResNet has no negative eigenvalues in eval mode; training sees the other curvature.
+
+    Args:
+        probe: the model, mini-batches and objective; batches are split over ranks.
+        n_top: eigenvalues of each batch.
+        tol: relative error at which to stop.
+        parameters: a subset, see `hessian_eigenvalues`.
+        dtype: ``float32`` or ``float64``; None for the model's own.
+        max_products: the most products of a batch.
+        seed: of start vectors and of the bootstrap.
+
+    Raises:
+        ValueError: a model without BatchNorm; and as `hessian_max_eigenvalue_spectrum`.
+        NumericalError: a loss that is not finite.
+
+    Source: PAPER.md section 9.
+    """
+    n_norms = sum(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in probe.model.modules())
+    if n_norms == 0:
+        raise ValueError(f"Expected a model with BatchNorm layers, received {type(probe.model).__name__} without any.")
+    options = {
+        "n_top": n_top,
+        "tol": tol,
+        "parameters": parameters,
+        "dtype": dtype,
+        "max_products": max_products,
+        "seed": seed,
+    }
+    both = [hessian_max_eigenvalue_spectrum(probe, bn=bn, **options) for bn in ("eval", "batch")]
+    assert both[0].card is not None
+    return BnPolicyResult(
+        eigenvalues_eval=both[0].eigenvalues,
+        eigenvalues_batch=both[1].eigenvalues,
+        residuals_eval=both[0].residuals,
+        residuals_batch=both[1].residuals,
+        nep=np.array([r.negative_eigenvalue_proportion for r in both]),
+        nep_intervals=np.array([r.negative_eigenvalue_proportion_interval for r in both]),
+        ape=np.array([r.average_positive_eigenvalue for r in both]),
+        ape_intervals=np.array([r.average_positive_eigenvalue_interval for r in both]),
+        n_norms=n_norms,
+        card=probe.card(
+            bn_policy="both",
+            parameters=both[0].card.parameters,
+            dtype=both[0].card.dtype,
+            solver={**both[0].card.solver, "pooled": _pooled.RESAMPLES},
+        ),
+    )

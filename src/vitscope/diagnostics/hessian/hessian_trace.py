@@ -1,0 +1,158 @@
+"""Trace of the Hessian by Hutchinson's estimator or Hutch++."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vitscope.linalg.basis import dot
+from vitscope.linalg.curvatures import curvatures
+from vitscope.linalg.hvp import Curvature
+from vitscope.probe import ObjectiveCard, Probe
+from vitscope.progress import track
+
+METHODS = ("hutchinson", "hutch++")
+
+
+@dataclass(frozen=True)
+class HessianTraceResult:
+    """The sum of all eigenvalues.
+
+    Attributes:
+        trace: the estimate.
+        standard_error: of the estimate, over random vectors; NaN for a single one. 0 where no part was random.
+        estimates: (n,) the estimate of each random vector.
+        sketch_trace: the part that ``hutch++`` computes exactly, 0 for ``hutchinson``; included in ``trace``.
+        size: number of parameters analysed.
+        n_products: products with the operator.
+        card: under which conditions.
+    """
+
+    trace: float
+    standard_error: float
+    estimates: np.ndarray
+    sketch_trace: float
+    size: int
+    n_products: int
+    card: ObjectiveCard | None = None
+
+    def scalars(self) -> dict[str, float]:
+        """Return what is logged."""
+        logged = {
+            "trace": self.trace,
+            "standard_error": self.standard_error,
+            "mean_eigenvalue": self.trace / self.size,
+            "n_products": float(self.n_products),
+        }
+        return {name: value for name, value in logged.items() if np.isfinite(value)}
+
+
+def hessian_trace(
+    probe: Probe,
+    *,
+    method: str = "hutchinson",
+    n_vectors: int = 30,
+    operator: str = "hessian",
+    parameters: str | Sequence[str] | None = None,
+    dtype: str | torch.dtype | None = None,
+    bn: str = "eval",
+    product: str = "reverse",
+    micro_batch: int | None = None,
+    seed: int = 0,
+) -> HessianTraceResult:
+    """Estimate the trace of the mean over all batches.
+
+    Hutchinson: the mean of g^T H g over vectors g of random signs. Hutch++: a third of the products sketch the range, a
+    third give the trace on an orthonormal basis Q of it exactly, and the rest Hutchinson's estimate of what is left,
+    (I - QQ^T) H (I - QQ^T), whose variance lacks the large eigenvalues.
+
+    Args:
+        probe: the model, batches and objective; batches are split over ranks.
+        method: ``hutchinson`` or ``hutch++``.
+        n_vectors: products in all; at least 3 for ``hutch++``, which holds a third as many vectors in memory.
+        operator: ``hessian``, ``ggn``, ``fisher_mc`` or ``fisher_empirical``.
+        parameters: a subset, see `hessian_eigenvalues`.
+        dtype: ``float32`` or ``float64``; None for the model's own.
+        bn: BatchNorm on running statistics (``eval``) or on each batch's (``batch``).
+        product: ``reverse`` or ``linearize``.
+        micro_batch: images held at once; None for a whole batch.
+        seed: of the random vectors.
+
+    Raises:
+        ValueError: an unknown method, too few vectors; and as `hessian_eigenvalues`.
+        NumericalError: a loss that is not finite.
+
+    Source: Hutchinson (1989); Meyer, Musco, Musco & Woodruff, Hutch++ (SOSA 2021), algorithm 1.
+    """
+    if method not in METHODS:
+        raise ValueError(f"Expected method to be one of {', '.join(METHODS)}, received {method!r}.")
+    least = 3 if method == "hutch++" else 1
+    if n_vectors < least:
+        raise ValueError(f"Expected n_vectors to be at least {least} with method={method!r}, received {n_vectors}.")
+    with curvatures(
+        probe,
+        operator=operator,
+        parameters=parameters,
+        dtype=dtype,
+        bn=bn,
+        product=product,
+        micro_batch=micro_batch,
+        seed=seed,
+    ) as made:
+        mean = made.mean()
+        exact, basis, left = 0.0, None, n_vectors
+        if method == "hutch++":
+            basis = _range(mean, min(n_vectors // 3, mean.size), seed)
+            exact = float(sum(dot(q, _product(mean, q)) for q in track(basis, "hutch++ basis")))
+            left = n_vectors - 2 * (n_vectors // 3)
+        covered = basis is not None and len(basis) == mean.size
+        estimates = np.array(
+            [0.0] if covered else [_estimate(mean, seed, i, basis) for i in track(range(left), "trace")]
+        )
+        error = float(estimates.std(ddof=1) / np.sqrt(len(estimates))) if len(estimates) > 1 else float("nan")
+        return HessianTraceResult(
+            trace=exact + float(estimates.mean()) + mean.shift * mean.size,
+            standard_error=0.0 if covered else error,
+            estimates=exact + estimates + mean.shift * mean.size,
+            sketch_trace=exact,
+            size=mean.size,
+            n_products=mean.n_products,
+            card=made.card({"solver": method, "n_vectors": n_vectors, "seed": seed}),
+        )
+
+
+def _product(operator: Curvature, v: Tensor) -> Tensor:
+    """Return the product without the multiple of the identity, whose trace is known."""
+    return torch.cat([piece.reshape(-1) for piece in operator.unshifted(v)])
+
+
+def _signs(operator: Curvature, seed: int, stream: int, number: int) -> Tensor:
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + number) * 2 + stream)
+    signs = torch.randint(0, 2, (operator.size,), generator=generator, dtype=torch.int8)
+    return signs.to(operator.device, operator.dtype).mul_(2).sub_(1)
+
+
+def _range(operator: Curvature, rank: int, seed: int) -> list[Tensor]:
+    """Return an orthonormal basis of the operator's image of ``rank`` random vectors."""
+    basis: list[Tensor] = []
+    for number in range(rank):
+        v = _product(operator, _signs(operator, seed, 1, number))
+        before = dot(v, v)
+        for _ in range(2):
+            for q in basis:
+                v -= dot(q, v) * q
+        square = dot(v, v)
+        if square > 1e-10 * before:  # the image of a low-rank operator is exhausted before the sketch
+            basis.append(v / square**0.5)
+    return basis
+
+
+def _estimate(operator: Curvature, seed: int, number: int, basis: list[Tensor] | None) -> float:
+    g = _signs(operator, seed, 0, number)
+    for q in basis or ():
+        g -= dot(q, g) * q
+    return dot(g, _product(operator, g))

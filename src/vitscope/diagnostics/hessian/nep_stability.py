@@ -1,0 +1,186 @@
+"""How far NEP and APE depend on what the paper leaves open: k, batch size, tolerance and mixup."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from vitscope import distributed
+from vitscope.diagnostics.hessian import _pooled
+from vitscope.linalg.curvatures import Curvatures, curvatures
+from vitscope.linalg.solve import solve
+from vitscope.probe import Batch, ObjectiveCard, Probe
+from vitscope.progress import track
+
+Row = Mapping[str, float | np.ndarray]
+
+
+@dataclass(frozen=True)
+class NepStabilityResult:
+    """NEP and APE under one setting a row.
+
+    Attributes:
+        k: (n_settings,) eigenvalues pooled from each batch.
+        batch_size: (n_settings,).
+        tol: (n_settings,) relative error at which Lanczos stopped.
+        mixup: (n_settings,) whether mixup was applied here.
+        n_batches: (n_settings,).
+        nep: (n_settings,) negative eigenvalue proportion.
+        nep_interval: (n_settings, 2) 95 % bootstrap over batches; NaN for a single batch.
+        ape: (n_settings,) average positive eigenvalue.
+        ape_interval: (n_settings, 2).
+        n_products: products in all.
+        card: under which conditions; ``batch_size`` is the probe's.
+    """
+
+    k: np.ndarray
+    batch_size: np.ndarray
+    tol: np.ndarray
+    mixup: np.ndarray
+    n_batches: np.ndarray
+    nep: np.ndarray
+    nep_interval: np.ndarray
+    ape: np.ndarray
+    ape_interval: np.ndarray
+    n_products: int = 0
+    card: ObjectiveCard | None = field(default=None)
+
+    def scalars(self) -> dict[str, float]:
+        """Return what is logged: the range over all settings."""
+        logged = {"nep_min": self.nep.min(), "nep_max": self.nep.max()}
+        logged |= {"ape_min": np.min(self.ape), "ape_max": np.max(self.ape), "n_products": self.n_products}
+        return {name: float(value) for name, value in logged.items() if np.isfinite(value)}
+
+
+def nep_stability(
+    probe: Probe,
+    *,
+    ks: Sequence[int] = (1, 2, 5, 10, 20),
+    batch_sizes: Sequence[int] = (16, 32, 64, 128, 256),
+    tols: Sequence[float] = (1e-1, 1e-2, 1e-3),
+    mixup: bool = True,
+    k: int = 5,
+    parameters: str | Sequence[str] | None = None,
+    dtype: str | torch.dtype | None = None,
+    bn: str = "eval",
+    max_products: int = 200,
+    max_memory: float | None = None,
+    seed: int = 0,
+    partial: MutableMapping[str, Row] | None = None,
+) -> NepStabilityResult:
+    """Vary one choice at a time around the paper's (k = 5, the probe's batch size, tolerance 1e-3).
+
+    All settings see the same images. Batches are joined from the probe's, so its batch size should be the smallest. The
+    settings: every k from one run with the largest; every batch size; every tolerance; and, where the targets are class
+    indices, batch-mode mixup (one lambda from Beta(1, 1) by the batch's number, partner = the batch flipped).
+
+    Args:
+        probe: the model, mini-batches and objective; batches are split over ranks.
+        ks: numbers of eigenvalues.
+        batch_sizes: multiples of the probe's batch size that do not exceed its images; others are left out.
+        tols: relative errors at which to stop.
+        mixup: whether to add that setting.
+        k: eigenvalues where k is not what varies.
+        parameters: a subset, see `hessian_eigenvalues`.
+        dtype: ``float32`` or ``float64``; None for the model's own.
+        bn: BatchNorm on running statistics (``eval``) or on each batch's (``batch``).
+        max_products: the most products of a batch.
+        max_memory: bytes the Lanczos basis may take.
+        seed: of start vectors, mixup and the bootstrap.
+        partial: rows already done.
+
+    Raises:
+        ValueError: an empty or non-positive choice; and as `hessian_eigenvalues`.
+        NumericalError: a loss that is not finite.
+
+    Source: PAPER.md section 9.
+    """
+    for name, values in (("ks", ks), ("tols", tols), ("k", [k])):
+        if not len(values) or min(values) <= 0:
+            raise ValueError(f"Expected {name} to hold positive numbers, received {list(values)}.")
+    store = {} if partial is None else partial
+    base = probe.batch_size
+    finest = min(tols)
+    index_targets = next(iter(probe.batches))[1].ndim == 1
+    runs = [(base, max(*ks, k), finest, False)]
+    runs += [(size, k, finest, False) for size in batch_sizes if size != base and _fits(size, probe)]
+    runs += [(base, k, tol, False) for tol in tols if tol != finest]
+    runs += [(base, k, finest, True)] if mixup and index_targets else []
+    settings, products = [], 0
+    with curvatures(probe, parameters=parameters, dtype=dtype, bn=bn, seed=seed) as made:
+        for run in runs:
+            rows = _rows(made, run, {"max_products": max_products, "max_memory": max_memory, "seed": seed}, store)
+            products += int(sum(row["n_products"] for row in rows))
+            counts = sorted({*ks, k}) if run == runs[0] else [k]
+            settings += [_setting(run, count, rows, seed) for count in counts]
+        card = made.card({"solver": "lanczos", "max_products": max_products, "seed": seed}, mode="eval")
+    table = {key: np.array([setting[key] for setting in settings]) for key in settings[0]}
+    return NepStabilityResult(**table, n_products=products, card=card)
+
+
+def _fits(size: int, probe: Probe) -> bool:
+    return size > 0 and size % probe.batch_size == 0 and size <= probe.n_images
+
+
+def _rows(
+    made: Curvatures, run: tuple[int, int, float, bool], solving: dict, store: MutableMapping[str, Row]
+) -> list[Row]:
+    size, k, tol, mixup = run
+    rows = {}
+    for number, batch in track(_joined(made.probe, size), f"batches of {size}"):
+        key = f"size-{size}-k-{k}-tol-{tol:g}-mixup-{int(mixup)}-batch-{number:04d}"
+        if key not in store:
+            pairs = solve(
+                made.batch(number, _mixed(batch, number, made) if mixup else batch), k=k, tol=tol, **solving
+            ).pairs
+            store[key] = {"values": pairs.values, "residuals": pairs.residuals, "n_products": float(pairs.n_products)}
+        rows[number] = store[key]
+    merged = {n: row for share in distributed.gather_objects(rows) for n, row in share.items()}
+    return [merged[number] for number in sorted(merged)]
+
+
+def _joined(probe: Probe, size: int) -> Iterator[tuple[int, Batch]]:
+    """Yield this rank's share of batches of ``size`` images, joined from the probe's; a shorter rest is dropped."""
+    rank, world = distributed.rank(), distributed.world_size()
+    held: list[Batch] = []
+    number = 0
+    for batch in probe.iter_batches():
+        held.append(batch)
+        if sum(len(x) for x, _ in held) < size:
+            continue
+        if number % world == rank:
+            yield number, (torch.cat([x for x, _ in held])[:size], torch.cat([y for _, y in held])[:size])
+        held, number = [], number + 1
+
+
+def _mixed(batch: Batch, number: int, made: Curvatures) -> Batch:
+    """Return the batch with mixup: one lambda, each image's partner at the mirrored place."""
+    x, y = batch
+    share = float(np.random.default_rng((made.options["seed"], number)).beta(1.0, 1.0))
+    with torch.no_grad():
+        n_classes = made.model(x[:1]).shape[1]
+    smoothing = made.probe.objective.label_smoothing
+    if smoothing > 0:
+        raise ValueError(f"Expected label_smoothing=0 with mixup=True, received {smoothing}: set mixup=False.")
+    targets = F.one_hot(y, n_classes).to(x.dtype)
+    return share * x + (1 - share) * x.flip(0), share * targets + (1 - share) * targets.flip(0)
+
+
+def _setting(run: tuple[int, int, float, bool], k: int, rows: list[Row], seed: int) -> dict[str, object]:
+    size, _, tol, mixup = run
+    values, residuals = (np.array([np.asarray(row[key])[:k] for row in rows]) for key in ("values", "residuals"))
+    return {
+        "k": k,
+        "batch_size": size,
+        "tol": tol,
+        "mixup": mixup,
+        "n_batches": len(rows),
+        "nep": _pooled.negative_proportion(values, residuals),
+        "nep_interval": _pooled.bootstrap(_pooled.negative_proportion, values, residuals, seed),
+        "ape": _pooled.positive_average(values, residuals),
+        "ape_interval": _pooled.bootstrap(_pooled.positive_average, values, residuals, seed),
+    }

@@ -1,0 +1,140 @@
+"""Where the extreme eigenvalues come from: Gauss-Newton part, remainder and L2 term, and which kind of parameter."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from vitscope.linalg.basis import dot
+from vitscope.linalg.curvatures import curvatures
+from vitscope.linalg.solve import solve
+from vitscope.models.parameters import parameter_kinds
+from vitscope.probe import ObjectiveCard, Probe
+
+
+@dataclass(frozen=True)
+class RayleighSplitResult:
+    """Each eigenvalue as a sum, each eigenvector's mass by kind of parameter.
+
+    Attributes:
+        eigenvalues: (k + 2 n_ends,) the top k by magnitude, then the largest, then the smallest.
+        residuals: of the same shape, norms of H v - lambda v.
+        gauss_newton: v^T G v, never negative: the curvature of the loss in the logits seen through the Jacobian.
+        remainder: v^T (H - G) v without the L2 term: the curvature of the network. Only this part can be negative.
+        l2: v^T H_L2 v. The three add up to the eigenvalue.
+        mass: (k + 2 n_ends, n_kinds) squared length of v on the parameters of each kind; rows sum to 1.
+        kinds: (n_kinds,) the kinds that occur.
+        share_of_parameters: (n_kinds,) the mass that a random vector would have.
+        card: under which conditions.
+    """
+
+    eigenvalues: np.ndarray
+    residuals: np.ndarray
+    gauss_newton: np.ndarray
+    remainder: np.ndarray
+    l2: np.ndarray
+    mass: np.ndarray
+    kinds: tuple[str, ...]
+    share_of_parameters: np.ndarray
+    card: ObjectiveCard | None = None
+
+    def scalars(self) -> dict[str, float]:
+        """Return what is logged: the split of the smallest eigenvalue and of the largest one by magnitude."""
+        low = int(np.argmin(self.eigenvalues))
+        logged = {
+            "top_eigenvalue": self.eigenvalues[0],
+            "top_gauss_newton": self.gauss_newton[0],
+            "top_remainder": self.remainder[0],
+            "smallest_eigenvalue": self.eigenvalues[low],
+            "smallest_gauss_newton": self.gauss_newton[low],
+            "smallest_remainder": self.remainder[low],
+        }
+        logged |= {f"top_mass_{kind}": self.mass[0, i] for i, kind in enumerate(self.kinds)}
+        return {name: float(value) for name, value in logged.items()}
+
+
+def rayleigh_split(
+    probe: Probe,
+    *,
+    k: int = 5,
+    n_ends: int = 2,
+    tol: float = 1e-3,
+    parameters: str | Sequence[str] | None = None,
+    dtype: str | torch.dtype | None = None,
+    bn: str = "eval",
+    micro_batch: int | None = None,
+    max_products: int = 200,
+    max_memory: float | None = None,
+    seed: int = 0,
+) -> RayleighSplitResult:
+    """Split the Rayleigh quotient of each extreme eigenvector of the Hessian of the mean over all batches.
+
+    H = G + (H - G): G is positive semi-definite for the cross entropy, so a negative eigenvalue owes its sign to H - G.
+
+    Args:
+        probe: the model, batches and objective; batches are split over ranks.
+        k: eigenvalues of largest magnitude.
+        n_ends: also this many of the largest and of the smallest.
+        tol: relative error at which to stop.
+        parameters: a subset, see `hessian_eigenvalues`.
+        dtype: ``float32`` or ``float64``; None for the model's own.
+        bn: BatchNorm on running statistics (``eval``) or on each batch's (``batch``).
+        micro_batch: images held at once; None for a whole batch.
+        max_products: the most products.
+        max_memory: bytes the Lanczos basis may take.
+        seed: of the start vector.
+
+    Raises:
+        ValueError: as `hessian_eigenvalues`.
+        NumericalError: a loss that is not finite.
+
+    Source: PAPER.md section 9.
+    """
+    options = {"parameters": parameters, "dtype": dtype, "bn": bn, "micro_batch": micro_batch}
+    solving = {"k": k, "n_ends": n_ends, "tol": tol, "max_products": max_products, "seed": seed}
+    with curvatures(probe, **options) as made:
+        hessian = made.mean()
+        pairs = solve(hessian, vectors=True, shared=True, max_memory=max_memory, **solving).pairs
+        assert pairs.vectors is not None
+        l2 = np.array([dot(v, hessian.l2_product(v)) for v in pairs.vectors])
+        hessian.release()
+        kinds = _kinds(made.model, list(made.parameters))
+        names = tuple(sorted(set(kinds.values())))
+        parts = [hessian.split(v) for v in pairs.vectors]
+        mass = np.array([_mass(part, list(made.parameters), kinds, names) for part in parts])
+        sizes = _mass([torch.ones_like(p).sqrt() for p in made.parameters.values()], list(kinds), kinds, names)
+        card = made.card({**solving, "ranking": "magnitude"})
+    with curvatures(probe, operator="ggn", **options) as made:
+        ggn = made.mean()
+        gauss_newton = np.array([dot(v, ggn.data_product(v)) for v in pairs.vectors])
+    return RayleighSplitResult(
+        eigenvalues=pairs.values,
+        residuals=pairs.residuals,
+        gauss_newton=gauss_newton,
+        remainder=pairs.values - gauss_newton - l2,
+        l2=l2,
+        mass=mass,
+        kinds=names,
+        share_of_parameters=np.array(sizes) / np.sum(sizes),
+        card=card,
+    )
+
+
+def _kinds(model: nn.Module, names: list[str]) -> dict[str, str]:
+    """Return each parameter's kind; for a model that nothing is known of, all are ``unknown``."""
+    try:
+        known = parameter_kinds(model)
+    except ValueError:
+        return dict.fromkeys(names, "unknown")
+    return {name: str(known.get(name, "unknown")) for name in names}
+
+
+def _mass(parts: Sequence[Tensor], names: list[str], kinds: dict[str, str], order: tuple[str, ...]) -> list[float]:
+    total = dict.fromkeys(order, 0.0)
+    for name, part in zip(names, parts):
+        total[kinds[name]] += float(part.double().square().sum())
+    return list(total.values())

@@ -1,0 +1,200 @@
+"""Spectral density of the Hessian by stochastic Lanczos quadrature (SLQ)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, MutableMapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from scipy.special import stdtrit
+from torch import Tensor
+
+from vitscope.linalg.curvatures import curvatures
+from vitscope.linalg.hvp import Curvature
+from vitscope.linalg.lanczos import Lanczos
+from vitscope.probe import ObjectiveCard, Probe
+from vitscope.progress import track
+
+Row = Mapping[str, float | np.ndarray]
+
+#: moments that are reported: the means of lambda, lambda^2, ...
+N_MOMENTS = 4
+
+
+@dataclass(frozen=True)
+class SpectralDensityResult:
+    """Quadrature rules of the spectrum and the density they make.
+
+    The spectrum as a distribution over the ``size`` eigenvalues, each of mass 1 / size. Intervals are 95 % t-intervals over
+    probe vectors, NaN for a single one.
+
+    Attributes:
+        nodes: (n_vectors, n_steps) Ritz values, ascending.
+        weights: (n_vectors, n_steps) their masses; each row sums to 1.
+        grid: (n_grid,) eigenvalues at which the density is given.
+        density: (n_grid,) the rules smoothed by a Gaussian of width ``sigma``, mean over vectors; integrates to 1.
+        density_low, density_high: (n_grid,) its interval, never below 0.
+        sigma: the Gaussian's standard deviation, in units of the eigenvalues.
+        moments: (4,) means of lambda^p, p = 1 to 4; unbiased, as the rules are exact up to degree 2 n_steps - 1.
+        moments_half_width: (4,) half their intervals.
+        negative_mass: mass at nodes below zero.
+        size: number of parameters analysed.
+        n_products: products with the operator.
+        card: under which conditions.
+    """
+
+    nodes: np.ndarray
+    weights: np.ndarray
+    grid: np.ndarray
+    density: np.ndarray
+    density_low: np.ndarray
+    density_high: np.ndarray
+    sigma: float
+    moments: np.ndarray
+    moments_half_width: np.ndarray
+    negative_mass: float
+    size: int
+    n_products: int
+    card: ObjectiveCard | None = None
+
+    def scalars(self) -> dict[str, float]:
+        """Return what is logged."""
+        return {
+            "negative_mass": self.negative_mass,
+            "mean": float(self.moments[0]),
+            "mean_square": float(self.moments[1]),
+            "node_max": float(self.nodes.max()),
+            "node_min": float(self.nodes.min()),
+            "n_products": float(self.n_products),
+        }
+
+
+def spectral_density(
+    probe: Probe,
+    *,
+    n_vectors: int = 4,
+    n_steps: int = 30,
+    n_grid: int = 1024,
+    sigma: float | None = None,
+    operator: str = "hessian",
+    parameters: str | Sequence[str] | None = None,
+    dtype: str | torch.dtype | None = None,
+    bn: str = "eval",
+    product: str = "reverse",
+    micro_batch: int | None = None,
+    seed: int = 0,
+    partial: MutableMapping[str, Row] | None = None,
+) -> SpectralDensityResult:
+    """Estimate the density of all eigenvalues of the mean over all batches.
+
+    Each random sign vector gives a tridiagonal matrix by ``n_steps`` of Lanczos (with full reorthogonalisation, so that no
+    ghost copies of the largest eigenvalues add mass); its eigenvalues are the nodes, the squared first entries of its
+    eigenvectors the weights of a Gauss quadrature.
+
+    Args:
+        probe: the model, batches and objective; batches are split over ranks.
+        n_vectors: probe vectors; the interval shrinks with their root.
+        n_steps: Lanczos steps of each, at most the number of parameters.
+        n_grid: points of the density.
+        sigma: width of the smoothing Gaussian; None for a hundredth of the nodes' range.
+        operator: ``hessian``, ``ggn``, ``fisher_mc`` or ``fisher_empirical``.
+        parameters: a subset, see `hessian_eigenvalues`.
+        dtype: ``float32`` or ``float64``; None for the model's own.
+        bn: BatchNorm on running statistics (``eval``) or on each batch's (``batch``).
+        product: ``reverse`` or ``linearize``.
+        micro_batch: images held at once; None for a whole batch.
+        seed: of the probe vectors; vector i depends on ``(seed, i)`` alone.
+        partial: rows of vectors already done, by ``vector-<number>``.
+
+    Raises:
+        ValueError: fewer than one vector, step or grid point, a ``sigma`` that is not positive; and as
+            `hessian_eigenvalues`.
+        NumericalError: a loss that is not finite.
+
+    Source: Ubaru, Chen & Saad (SIAM J. Matrix Anal. Appl. 2017); Ghorbani et al. (ICML 2019); PAPER.md section 6.
+    """
+    for name, value in (("n_vectors", n_vectors), ("n_steps", n_steps), ("n_grid", n_grid)):
+        if value < 1:
+            raise ValueError(f"Expected {name} to be at least 1, received {value}.")
+    if sigma is not None and not sigma > 0:
+        raise ValueError(f"Expected sigma to be positive or None, received {sigma}.")
+    partial = {} if partial is None else partial
+    rules = []
+    with curvatures(
+        probe,
+        operator=operator,
+        parameters=parameters,
+        dtype=dtype,
+        bn=bn,
+        product=product,
+        micro_batch=micro_batch,
+        seed=seed,
+    ) as made:
+        mean = made.mean()
+        steps = min(n_steps, mean.size)
+        for number in track(range(n_vectors), "spectral density"):
+            key = f"vector-{number:04d}"
+            if key not in partial:
+                partial[key] = _quadrature(mean, random_signs(mean, seed, number), steps)
+            rules.append(partial[key])
+        card = made.card({"solver": "slq", "n_vectors": n_vectors, "n_steps": steps, "seed": seed})
+        size, n_products = mean.size, n_vectors * steps
+    nodes, weights = (np.array([rule[key] for rule in rules]) for key in ("nodes", "weights"))
+    return _result(nodes, weights, n_grid, sigma, size, n_products, card)
+
+
+def random_signs(operator: Curvature, seed: int, number: int) -> Tensor:
+    """Return vector ``number`` of a sequence of independent random signs ``(size,)``."""
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
+    signs = torch.randint(0, 2, (operator.size,), generator=generator, dtype=torch.int8)
+    return signs.to(operator.device, operator.dtype).mul_(2).sub_(1)
+
+
+def _quadrature(operator: Curvature, start: Tensor, n_steps: int) -> Row:
+    process = Lanczos(operator.unshifted, start, n_steps + 1, shift=operator.shift)
+    for _ in range(n_steps):
+        process.step()
+    ritz = process.ritz()
+    return {"nodes": ritz.values, "weights": ritz.vectors[0] ** 2}
+
+
+def _result(
+    nodes: np.ndarray,
+    weights: np.ndarray,
+    n_grid: int,
+    sigma: float | None,
+    size: int,
+    n_products: int,
+    card: ObjectiveCard,
+) -> SpectralDensityResult:
+    extent = float(nodes.max() - nodes.min())
+    width = sigma or (extent or max(abs(float(nodes.max())), 1.0)) / 100
+    grid = np.linspace(nodes.min() - 4 * width, nodes.max() + 4 * width, n_grid)
+    bells = np.exp(-0.5 * ((grid - nodes[..., None]) / width) ** 2) / (width * np.sqrt(2 * np.pi))
+    rows = (weights[..., None] * bells).sum(1)  # (n_vectors, n_grid)
+    half = half_width(rows)
+    powers = np.stack([(weights * nodes**p).sum(1) for p in range(1, N_MOMENTS + 1)], axis=1)  # (n_vectors, 4)
+    return SpectralDensityResult(
+        nodes=nodes,
+        weights=weights,
+        grid=grid,
+        density=rows.mean(0),
+        density_low=np.maximum(rows.mean(0) - half, 0.0),
+        density_high=rows.mean(0) + half,
+        sigma=float(width),
+        moments=powers.mean(0),
+        moments_half_width=half_width(powers),
+        negative_mass=float((weights * (nodes < 0)).sum(1).mean()),
+        size=size,
+        n_products=n_products,
+        card=card,
+    )
+
+
+def half_width(rows: np.ndarray) -> np.ndarray:
+    """Return half the 95 % t-interval of the mean of ``rows (n, ...)``; NaN for a single row."""
+    n = len(rows)
+    if n < 2:
+        return np.full(rows.shape[1:], np.nan)
+    return float(stdtrit(n - 1, 0.975)) * rows.std(axis=0, ddof=1) / np.sqrt(n)
