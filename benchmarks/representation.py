@@ -1,0 +1,173 @@
+"""What reading every tap costs beside the plain forward pass, and that memory does not grow with the number of images.
+
+Each round times, one after the other in one process, the forward pass alone (same guard, same batches) and each measure;
+the peers are what the measures replace: a full FFT of every map as in the official notebook, and ``Tensor.var``. The number
+given is the median over rounds of a measure's time divided by the forward pass's of the same round. Rounds during which
+other processes used more than 0.1 core are left out, unless that leaves none: then all are used and the line says so.
+
+Claims: relative_log_amplitude <= 1.05, feature_map_variance <= 1.02; Fourier, variance, rank and CKA together <= 1.3
+(each measure makes its own forward pass, so "together" is one plus the sum of what each adds to it).
+
+    python benchmarks/representation.py [--models resnet50 vit_tiny_patch16_224] [--rounds 7] [--images 32] [--batch 8]
+    python benchmarks/representation.py --memory          # peak memory of new processes with 4 and 16 batches
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+
+import timm
+import torch
+
+import vitscope as vs
+import vitscope.progress
+from vitscope.models.taps import reading
+
+TICK = os.sysconf("SC_CLK_TCK")
+FOREIGN = 0.1  # cores
+CLAIMS = {"relative_log_amplitude": 1.05, "feature_map_variance": 1.02}
+TOGETHER = ("relative_log_amplitude", "feature_map_variance", "effective_rank", "cka")
+
+
+class Images:
+    """Batches of noise made when they are read, the same on every pass: nothing is held between batches."""
+
+    def __init__(self, n_batches: int, batch: int, size: int) -> None:
+        self.n_batches, self.batch, self.size = n_batches, batch, size
+
+    def __len__(self) -> int:
+        return self.n_batches
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        for index in range(self.n_batches):
+            generator = torch.Generator().manual_seed(index)
+            x = torch.randn(self.batch, 3, self.size, self.size, generator=generator)
+            yield x, torch.zeros(self.batch, dtype=torch.long)
+
+
+def probe_of(name: str, n_batches: int, batch: int, held: bool) -> vs.Probe:
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=10)
+    images = Images(n_batches, batch, model.default_cfg["input_size"][-1])
+    return vs.Probe(model, list(images) if held else images)
+
+
+def forward(probe: vs.Probe) -> None:
+    with probe.guard() as model:
+        for _, (x, _) in probe.local_batches():
+            model(x)
+
+
+def peer(read: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[vs.Probe], None]:
+    def run(probe: vs.Probe) -> None:
+        sums: dict[int, torch.Tensor | float] = {}
+
+        def add(index: int, tap: vs.Tap, x: torch.Tensor) -> None:
+            sums[index] = sums.get(index, 0.0) + read(x)
+
+        with probe.guard() as model, reading(model, probe.taps, add):
+            for _, (x, _) in probe.local_batches():
+                model(x)
+
+    return run
+
+
+def subjects() -> dict[str, Callable[[vs.Probe], object]]:
+    ours = {name: getattr(vs, name) for name in TOGETHER if name in vs.measures()}
+    return {
+        **ours,
+        "peer: full FFT": peer(lambda x: (torch.fft.fft2(x).abs() + 1e-6).log().mean((0, 1))),
+        "peer: Tensor.var": peer(lambda x: x.var((-2, -1)).mean()),
+    }
+
+
+def busy() -> tuple[float, float]:
+    """Return the CPU seconds of the whole machine and of this process."""
+    with open("/proc/stat") as file:
+        user, nice, system, _, _, irq, softirq, *_ = (int(n) for n in file.readline().split()[1:])
+    own = os.times()
+    return (user + nice + system + irq + softirq) / TICK, own.user + own.system
+
+
+def timed(work: Callable[[vs.Probe], object], probe: vs.Probe) -> tuple[float, float]:
+    """Return the seconds that ``work`` took, and how many cores others used meanwhile."""
+    machine, own, start = *busy(), time.perf_counter()
+    work(probe)
+    seconds = time.perf_counter() - start
+    machine_after, own_after = busy()
+    return seconds, max(0.0, (machine_after - machine) - (own_after - own)) / seconds
+
+
+def compare(name: str, rounds: int, images: int, batch: int) -> None:
+    probe = probe_of(name, max(1, images // batch), batch, held=True)
+    works = subjects()
+    for work in (forward, *works.values()):
+        work(probe)
+    samples: dict[str, list[tuple[float, float]]] = {key: [] for key in works}
+    plain = []
+    for _ in range(rounds):
+        for key, work in works.items():
+            base, load_base = timed(forward, probe)
+            seconds, load = timed(work, probe)
+            plain.append(base)
+            samples[key].append((seconds / base, max(load, load_base)))
+    print(f"{name}: {probe.n_images} images, batch {batch}, {torch.get_num_threads()} thread(s), ", end="")
+    print(f"forward {statistics.median(plain):.3f} s")
+    ratios = {}
+    for key, found in samples.items():
+        quiet = [ratio for ratio, load in found if load <= FOREIGN]
+        used = quiet or [ratio for ratio, _ in found]
+        ratios[key] = statistics.median(used)
+        claim = f", claimed <= {CLAIMS[key]:.2f}" if key in CLAIMS else ""
+        note = "" if quiet else ", every round disturbed"
+        print(f"  {key:24s} {ratios[key]:.3f} x ({min(used):.3f} to {max(used):.3f}, n = {len(used)}{note}){claim}")
+    shown = [key for key in TOGETHER if key in ratios]
+    together = 1 + sum(ratios[key] - 1 for key in shown)
+    print(f"  together ({', '.join(shown)}): {together:.3f} x, claimed <= 1.30 with all four")
+
+
+def peak(name: str, n_batches: int, batch: int) -> None:
+    probe = probe_of(name, n_batches, batch, held=False)
+    vs.relative_log_amplitude(probe)
+    vs.feature_map_variance(probe)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+
+
+def memory(name: str, batch: int) -> None:
+    found = []
+    for n_batches in (4, 16):
+        command = [sys.executable, __file__, "--peak", str(n_batches), "--models", name, "--batch", str(batch)]
+        found.append(float(subprocess.run(command, capture_output=True, text=True, check=True).stdout))
+    print(f"{name}: peak memory {found[0]:.0f} MB with 4 batches of {batch}, {found[1]:.0f} MB with 16")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=["resnet50", "vit_tiny_patch16_224"])
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--images", type=int, default=32)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--memory", action="store_true", help="peak memory instead of times")
+    parser.add_argument("--peak", type=int, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    vitscope.progress.enabled = False
+    for name in arguments.models:
+        if arguments.peak:
+            peak(name, arguments.peak, arguments.batch)
+        elif arguments.memory:
+            memory(name, arguments.batch)
+        else:
+            compare(name, arguments.rounds, arguments.images, arguments.batch)
+
+
+if __name__ == "__main__":
+    main()
