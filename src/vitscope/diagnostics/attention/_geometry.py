@@ -1,0 +1,82 @@
+"""Where the queries and keys of an attention map lie in the image."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """The places of one unit's tokens.
+
+    Attributes:
+        distance: (Q, K) pixels between the places of query and key; 0 where one of them has no place.
+        queries: (n_windows, Q) True for queries that lie in the map: no class token, no padding.
+        keys: (n_windows, K) the same for keys.
+        uniform: mean distance over all pairs in the map, what equal weights would give.
+    """
+
+    distance: Tensor
+    queries: Tensor
+    keys: Tensor
+    uniform: float
+
+
+def geometry(
+    n_queries: int,
+    n_keys: int,
+    n_windows: int,
+    *,
+    grid: tuple[int, int],
+    window: tuple[int, int] | None,
+    n_prefix: int,
+    image: tuple[int, int],
+) -> Geometry:
+    """Return the places of queries and keys.
+
+    Args:
+        n_queries: rows of one attention map.
+        n_keys: its columns; those beyond the tokens (a padding key) have no place.
+        n_windows: attention maps an image; 1 without windows.
+        grid: rows and columns of the feature map.
+        window: rows and columns of a window; None for attention over the whole map.
+        n_prefix: tokens without a place in front.
+        image: height and width in pixels.
+
+    Raises:
+        ValueError: numbers that do not fit together.
+    """
+    h, w = window if window is not None else grid
+    prefix = n_prefix if window is None else 0
+    tokens = prefix + h * w
+    if n_queries != tokens or n_keys < tokens:
+        raise ValueError(
+            f"Expected attention maps of {tokens} queries, received {n_queries} queries and {n_keys} keys."
+        )
+    rows, columns = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
+    place = torch.zeros(n_keys, 2, dtype=torch.float64)
+    pitch = torch.tensor([image[0] / grid[0], image[1] / grid[1]], dtype=torch.float64)
+    place[prefix:tokens] = torch.stack([rows.flatten(), columns.flatten()], dim=1) * pitch
+    known = torch.zeros(n_keys, dtype=torch.bool)
+    known[prefix:tokens] = True
+    distance = torch.cdist(place[:n_queries], place) * (known[:n_queries, None] & known)
+    inside = _inside(grid, window, n_windows) if window is not None else torch.ones(1, h * w, dtype=torch.bool)
+    keys = known.repeat(n_windows, 1)
+    keys[:, prefix:tokens] &= inside
+    queries = keys[:, :n_queries]
+    pairs = (queries[:, :, None] & keys[:, None, :]).double()  # (n_windows, Q, K)
+    return Geometry(distance, queries, keys, float((pairs * distance).sum() / pairs.sum()))
+
+
+def _inside(grid: tuple[int, int], window: tuple[int, int], n_windows: int) -> Tensor:
+    """Return which positions of each window lie in the map: padding is at the bottom and right, ``(n_windows, area)``."""
+    down, right = -(-grid[0] // window[0]), -(-grid[1] // window[1])
+    if down * right != n_windows:
+        raise ValueError(f"Expected {down * right} windows of {window} in a map of {grid}, received {n_windows}.")
+    inside = torch.zeros(down * window[0], right * window[1], dtype=torch.bool)
+    inside[: grid[0], : grid[1]] = True
+    cut = inside.reshape(down, window[0], right, window[1]).transpose(1, 2)  # (down, right, rows, columns)
+    return cut.reshape(n_windows, -1)

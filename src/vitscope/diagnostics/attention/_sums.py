@@ -1,0 +1,66 @@
+"""Running sums over images of what each attention head does."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from vitscope import distributed
+from vitscope.diagnostics.attention._geometry import Geometry, geometry
+from vitscope.intervals import RunningMean
+from vitscope.models.units import Unit
+
+
+class Sums:
+    """Distance, entropy and share off the map of each unit's heads, and the geometry of its attention."""
+
+    def __init__(self, units: Sequence[Unit]) -> None:
+        self.means = [[RunningMean() for _ in range(3)] for _ in units]  # distance, entropy, share off the map
+        self._places: dict[int, Geometry] = {}
+        self._sizes: dict[int, tuple[int, int]] = {}
+        self._image = (0, 0)
+        self._n = 0
+
+    def begin(self, x: Tensor) -> None:
+        """Note the batch ``(B, C, H, W)`` that the model is about to see."""
+        self._n, self._image = len(x), (x.shape[2], x.shape[3])
+
+    def note_size(self, index: int, unit: Unit, side: str, features: Tensor) -> None:
+        """Note the size of the map ``(B, C, h, w)`` that a unit's attention reads."""
+        if side == "input":
+            self._sizes[index] = (features.shape[2], features.shape[3])
+
+    def add(self, index: int, unit: Unit, weights: Tensor) -> None:
+        """Add a batch's attention weights ``(B * n_windows, heads, queries, keys)``."""
+        weights = weights.unflatten(0, (self._n, -1)).double()  # (B, n_windows, heads, Q, K)
+        n_windows, q, k = weights.shape[1], weights.shape[3], weights.shape[4]
+        place = geometry(
+            q, k, n_windows, grid=self._sizes[index], window=unit.window, n_prefix=unit.n_prefix, image=self._image
+        )
+        self._places[index] = place
+        for mean, value in zip(self.means[index], _looked(weights, place)):
+            mean.add(value)
+
+    def keys_and_uniform(self) -> dict[int, tuple[int, float]]:
+        """Return each unit's number of keys and the distance of equal weights, by index, from whichever rank saw it."""
+        own = {index: (place.keys.shape[1], place.uniform) for index, place in self._places.items()}
+        return {index: value for share in distributed.gather_objects(own) for index, value in share.items()}
+
+
+def _looked(weights: Tensor, place: Geometry) -> tuple[Tensor, Tensor, Tensor]:
+    """Return distance, entropy and share off the map of each image's heads, ``(B, heads)`` each."""
+    queries, keys = (mask.to(weights.device) for mask in (place.queries, place.keys))
+    distance = place.distance.to(weights)
+    on_map = weights * keys[None, :, None, None, :]
+    mass = on_map.sum(dim=-1)  # (B, n_windows, heads, Q)
+    far = (on_map * distance).sum(dim=-1) / mass.clamp_min(torch.finfo(mass.dtype).tiny)
+    entropy = torch.special.entr(weights).sum(dim=-1)
+
+    def over_queries(value: Tensor) -> Tensor:
+        # padding queries may attend to nothing and be NaN: they are chosen away, not multiplied by zero
+        chosen = torch.where(queries[None, :, None, :], value, 0.0)
+        return chosen.sum(dim=(1, 3)) / queries.sum()
+
+    return over_queries(far), over_queries(entropy), over_queries(1 - mass)

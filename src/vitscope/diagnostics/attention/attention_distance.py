@@ -1,0 +1,113 @@
+"""How far and how widely each attention head looks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from vitscope.diagnostics.attention._sums import Sums
+from vitscope.intervals import estimates
+from vitscope.models.attention_weights import reading_attention
+from vitscope.models.units import Unit, reading_branches
+from vitscope.models.units import units as units_of
+from vitscope.nulls import warn_nulls
+from vitscope.probe import ObjectiveCard, Probe
+from vitscope.progress import track
+
+
+@dataclass(frozen=True)
+class AttentionDistanceResult:
+    """Means over images and over the queries of the map; half widths belong to 95% t-intervals over images.
+
+    Attributes:
+        units: (n_units,) names of the attention units that could be read, by depth.
+        stages: (n_units,) from 1.
+        depths: (n_units,) from 0 to 1, among all units of the model.
+        n_heads: (n_units,).
+        n_keys: (n_units,) keys of a query, class tokens included.
+        distance: one array (n_heads,) a unit: pixels.
+        distance_half_width: likewise.
+        entropy: one array (n_heads,) a unit: nats, at most ln(n_keys).
+        entropy_half_width: likewise.
+        off_map: one array (n_heads,) a unit: share of attention on keys without a place (class tokens, padding).
+        uniform_distance: (n_units,) pixels that equal weights over the map, or window, would give.
+        n_images: images used.
+        card: the conditions.
+    """
+
+    units: tuple[str, ...]
+    stages: np.ndarray
+    depths: np.ndarray
+    n_heads: np.ndarray
+    n_keys: np.ndarray
+    distance: tuple[np.ndarray, ...]
+    distance_half_width: tuple[np.ndarray, ...]
+    entropy: tuple[np.ndarray, ...]
+    entropy_half_width: tuple[np.ndarray, ...]
+    off_map: tuple[np.ndarray, ...]
+    uniform_distance: np.ndarray
+    n_images: int
+    card: ObjectiveCard | None = None
+
+    def scalars(self) -> dict[str, float]:
+        """Return means over heads: of the first and last unit, and of all as shares of what equal weights give."""
+        distance = np.array([heads.mean() for heads in self.distance])
+        entropy = np.array([heads.mean() for heads in self.entropy])
+        return {
+            "distance_first": float(distance[0]),
+            "distance_last": float(distance[-1]),
+            "distance_share": float((distance / self.uniform_distance).mean()),
+            "entropy_share": float((entropy / np.log(self.n_keys)).mean()),
+        }
+
+
+def attention_distance(probe: Probe, *, units: Sequence[Unit] | None = None) -> AttentionDistanceResult:
+    """Measure the mean distance and the entropy of the attention of every head, from explicit attention weights.
+
+    Distance: pixels between query and key, averaged with the weights over keys that have a place in the map, then over
+    queries and images (Dosovitskiy et al. 2021, Fig 7; there for 128 images). Entropy: of the weights over all keys.
+
+    Args:
+        probe: model and images.
+        units: the residual units, for a model that `vitscope.models.units.units` does not know.
+
+    Raises:
+        ValueError: no attention whose weights can be read.
+    """
+    units = [unit for unit in (units if units is not None else units_of(probe.model)) if unit.kind == "msa"]
+    sums = Sums(units)
+    with probe.guard() as model:
+        for _, (x, _) in track(probe.local_batches(), "attention distance"):
+            sums.begin(x)
+            with reading_branches(model, units, sums.note_size), reading_attention(units, sums.add):
+                model(x)
+    found = estimates([mean for means in sums.means for mean in means])
+    distance, entropy, off_map = found[0::3], found[1::3], found[2::3]
+    read = [i for i, estimate in enumerate(distance) if estimate.count]
+    if not read:
+        raise ValueError(
+            f"Expected attention whose weights can be read, received none in {type(probe.model).__name__}."
+        )
+    chosen, known = [units[i] for i in read], sums.keys_and_uniform()
+    reasons = {unit.name: "its attention weights cannot be read, left out" for unit in units if unit not in chosen}
+    reasons |= {
+        u.name: "its weights are not finite" for u, i in zip(chosen, read) if not np.isfinite(distance[i].mean).all()
+    }
+    warn_nulls("attention_distance", reasons)
+    return AttentionDistanceResult(
+        units=tuple(unit.name for unit in chosen),
+        stages=np.array([unit.stage for unit in chosen]),
+        depths=np.array([unit.depth for unit in chosen], dtype=np.float64),
+        n_heads=np.array([len(distance[i].mean) for i in read]),
+        n_keys=np.array([known[i][0] for i in read]),
+        distance=tuple(distance[i].mean for i in read),
+        distance_half_width=tuple(distance[i].half_width for i in read),
+        entropy=tuple(entropy[i].mean for i in read),
+        entropy_half_width=tuple(entropy[i].half_width for i in read),
+        off_map=tuple(off_map[i].mean for i in read),
+        uniform_distance=np.array([known[i][1] for i in read]),
+        n_images=max(estimate.count for estimate in distance),
+        card=probe.card(),
+    )
