@@ -38,6 +38,9 @@ def mlp_batches() -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Return three batches of different sizes for `mlp`."""
     generator = torch.Generator().manual_seed(2)
     return [
-        (torch.randn(n, 1, 2, 3, generator=generator, dtype=torch.float64), torch.randint(0, 4, (n,), generator=generator))
+        (
+            torch.randn(n, 1, 2, 3, generator=generator, dtype=torch.float64),
+            torch.randint(0, 4, (n,), generator=generator),
+        )
         for n in (4, 7, 2)
     ]

@@ -21,7 +21,7 @@ def test_table_of_an_alternet():
     assert result.shapes[0].tolist() == [64, 32, 32]
     assert result.shapes[-1].tolist() == [512, 4, 4]
     assert result.scalars()["n_msa"] == 3.0
-    lines = str(result).splitlines()
+    lines = result.table().splitlines()
     assert lines[0].split() == ["tap", "kind", "stage", "depth", "map"]
     assert lines[1].split() == ["stem", "stem", "0", "0.000", "64x32x32"]
     assert len(lines) == 1 + len(expected)

@@ -12,7 +12,7 @@ SPECTRA = {
     "both signs": np.linspace(-50, 100, 120),
     "geometric": np.concatenate([100 * 0.8 ** np.arange(50), -30 * 0.7 ** np.arange(50)]),
     "rank three": np.array([5.0, -3.0, 2.0] + [0.0] * 60),
-    "clustered": np.concatenate([[10, 9.999, 9.998, 5.0], np.linspace(-1, 1, 60), [-4, -4.001, -4.002, -8]]),
+    "clustered": np.concatenate([[10, 9.97, 9.94, 5.0], np.linspace(-1, 1, 60), [-4, -4.03, -4.06, -8]]),
     "repeated": np.array([7.0, 7.0, 7.0, -4.0, -4.0, 1.0] + [0.0] * 40),
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -94,7 +95,9 @@ def _linearized(operator: Curvature, x: Tensor, y: Tensor) -> Product:
         return operator.objective.data_loss(logits, y, "sum") / operator.n_images
 
     point = {name: p.detach() for name, p in operator.parameters.items()}
-    _, tangent = torch.func.linearize(torch.func.grad(loss), point)
+    with warnings.catch_warnings():  # torch's own tracing calls a function that torch deprecates
+        warnings.filterwarnings("ignore", "`torch.jit.script` is", FutureWarning)
+        _, tangent = torch.func.linearize(torch.func.grad(loss), point)
 
     def product(v: Sequence[Tensor]) -> Sequence[Tensor]:
         result = tangent(dict(zip(names, v)))

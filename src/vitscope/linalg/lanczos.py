@@ -3,6 +3,7 @@
 Each step makes one product, orthogonalises it against the whole basis and extends the projection T = Q^T H Q. A Ritz pair
 (theta, Q s) has residual r = |H Q s - theta Q s| = beta |s_last|, at no further product; an eigenvalue lies within r of
 theta, and within r^2/gap where the rest of the spectrum is gap away (Parlett, The Symmetric Eigenvalue Problem, ch. 11).
+A Krylov space holds one direction of each eigenvalue: of a cluster tighter than the tolerance it may show only some members.
 When the basis is full the best Ritz vectors are kept (Wu & Simon, SIAM J. Matrix Anal. Appl. 2000).
 """
 
@@ -215,8 +216,9 @@ def _nothing_new(lanczos: Lanczos, values: np.ndarray, before: np.ndarray | None
     """
     if lanczos.n_products - lanczos.breakdowns[-1] >= lanczos.breakdowns[0]:
         return True
-    again = lanczos.breakdowns[-1] == lanczos.n_products and before is not None and len(before) == len(values)
-    return again and np.allclose(values, before, rtol=1e-3, atol=1e-6 * np.abs(values).max())
+    if before is None or len(before) != len(values) or lanczos.breakdowns[-1] != lanczos.n_products:
+        return False
+    return np.allclose(values, before, rtol=1e-3, atol=1e-6 * np.abs(values).max())
 
 
 def _check(size: int, k: int, which: str, tol: float, max_products: int) -> None:

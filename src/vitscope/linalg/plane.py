@@ -108,13 +108,15 @@ def between(
         end: values at t = 1.
     """
     kept = {name: t.detach().clone() for name, t in tensors.items()}
-    ends = {name: (start[name].detach().to(t), end[name].detach().to(t)) for name, t in kept.items()}
+    ends = {name: tuple(_apart(given[name], tensors[name], t) for given in (start, end)) for name, t in kept.items()}
 
     def move(t: float) -> None:
         for name, tensor in tensors.items():
             a, b = ends[name]
-            # under no_grad: a parameter may be written in place
-            tensor.copy_(torch.lerp(a, b, t) if a.is_floating_point() else (a if t < 0.5 else b))
+            if t in (0.0, 1.0) or not a.is_floating_point():  # lerp would carry one end's NaN to the other
+                tensor.copy_(a if t < 0.5 else b)
+            else:
+                tensor.copy_(torch.lerp(a, b, t))
 
     try:
         with torch.no_grad():
@@ -123,6 +125,13 @@ def between(
         with torch.no_grad():
             for name, tensor in tensors.items():
                 tensor.copy_(kept[name])
+
+
+def _apart(given: Tensor, moving: Tensor, kept: Tensor) -> Tensor:
+    """Return ``given`` on the device and in the type of ``kept``, which stands in for it where it is what moves."""
+    if given.device == moving.device and given.data_ptr() == moving.data_ptr() and given.dtype == moving.dtype:
+        return kept  # a live state dict: its values would move too
+    return given.detach().to(kept)
 
 
 @dataclass(frozen=True)

@@ -190,7 +190,7 @@ def _part(made: Curvatures, n_batches: int, solving: dict) -> tuple[dict[str, fl
 @torch.no_grad()
 def _loss(made: Curvatures, offset: Tensor | None) -> float:
     """Return the objective on all batches, with the analysed parameters moved by ``offset (size,)``."""
-    point = dict(made.model.named_parameters())
+    point: dict[str, Tensor] = dict(made.model.named_parameters())
     if offset is not None:
         at = 0
         for name, p in made.parameters.items():

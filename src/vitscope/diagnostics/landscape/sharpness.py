@@ -23,9 +23,6 @@ SATURATED_RADIUS = 0.5
 #: a radius is saturated too where this share of the accuracy above chance is left, or less
 SATURATED_SHARE = 0.1
 
-#: the ascent's steps add up to this many radii, so that it can cross the ball
-STEP = 2.5
-
 
 @dataclass(frozen=True)
 class SharpnessResult:
@@ -95,7 +92,7 @@ def sharpness(
     The mean: over ``n_pairs`` pairs of filter-normalised directions (Li et al., NeurIPS 2018), shared by models through the seed,
     ``nll(w + r d) - nll(w)`` averaged over both directions and both signs, which cancels the slope. The worst: projected
     gradient ascent on the NLL in the ball in which each filter moves by at most r times its norm, which contains those
-    random points; steps of 2.5 r / n_steps along the filter-normalised gradient from random points of its surface; the
+    random points; steps along the filter-normalised gradient that shrink from r to r / n_steps, from random points of its surface; the
     largest value met is a lower bound of the true one. The L2 term is left out: its rise is known in closed form.
 
     Args:
@@ -208,7 +205,7 @@ def _ascended(probe: Probe, model: nn.Module, source: Source, radius: float, sta
                 break
             normalize(gradient, origin, source.scaling, filters)
             for name, d in offset.items():
-                d.add_(gradient[name], alpha=STEP * radius / n_steps)
+                d.add_(gradient[name], alpha=radius * (1 - step / n_steps))
             project(offset, origin, radius, source.scaling, filters)
     return float(best)
 

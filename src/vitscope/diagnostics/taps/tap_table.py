@@ -16,7 +16,7 @@ from vitscope.probe import ObjectiveCard, Probe
 
 @dataclass(frozen=True)
 class TapTableResult:
-    """The taps in the order of the forward pass; ``str()`` prints them as a table.
+    """The taps in the order of the forward pass; `table` gives them as text, which ``analyze.py`` prints.
 
     Attributes:
         taps: (n_taps) names.
@@ -39,8 +39,8 @@ class TapTableResult:
         counts = {kind: self.kinds.count(kind) for kind in dict.fromkeys(self.kinds)}
         return {"n_taps": float(len(self.taps))} | {f"n_{kind}": float(n) for kind, n in counts.items()}
 
-    def __str__(self) -> str:
-        """Return the table: name, kind, stage, depth and map (channels x height x width), a line a tap."""
+    def table(self) -> str:
+        """Return the taps as text: name, kind, stage, depth and map (channels x height x width), a line a tap."""
         rows = [("tap", "kind", "stage", "depth", "map"), *self._rows()]
         widths = [max(len(row[i]) for row in rows) for i in range(5)]
         return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)

@@ -1,0 +1,136 @@
+"""``report.py``: overlay runs in figures, tables and one page; nothing is computed that a measure should compute."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import hydra
+from omegaconf import DictConfig
+
+from vitscope import config, exits, runs
+from vitscope.commands import overrides
+from vitscope.errors import ConfigError, DataError
+from vitscope.progress import track
+from vitscope.reports import cells, evidence, figures, page, panels, tables, verdicts
+from vitscope.reports.cells import Problem, Table
+from vitscope.reports.costs import Costs
+from vitscope.reports.effects import Bench
+from vitscope.reports.selection import Selection
+
+TABLES = (*tables.TABLES, "claims")
+GROUP_BY = ("model", "run")
+
+#: problems printed one by one; the page and strict runs name all
+MOST_LINES = 20
+
+
+def main() -> None:
+    """Run the command with ``sys.argv`` and end the process with its exit code."""
+    exits.run(_command)
+
+
+def _command() -> None:
+    overrides.uncaught(_composed)
+
+
+@hydra.main(version_base="1.3", config_path=str(config.folder()), config_name="report")
+@overrides.kept_error
+def _composed(cfg: DictConfig) -> None:
+    report(cfg)
+
+
+def report(cfg: DictConfig) -> Path:
+    """Write what a composed configuration asks for; print the table that was asked for, or the headline one.
+
+    Args:
+        cfg: the configuration of ``conf/report.yaml``.
+
+    Returns:
+        The page, or the table's Markdown file.
+
+    Raises:
+        ConfigError: an unknown table or grouping.
+        CheckpointError: a named run that is none.
+        DataError: no run at all; with ``strict``, a number or a figure that is missing or failed.
+        StorageError: the folder cannot be written.
+    """
+    _check(cfg)
+    out = Path(cfg.out)
+    found = evidence.collect(_folders(cfg))
+    selection = Selection(found, cfg.tag if cfg.tag != "all" else "end", bool(cfg.allow_different))
+    costs = Costs(out / ".costs.json")
+    wanted = [cfg.table] if cfg.table else list(TABLES)
+    judged = verdicts.judge(Bench(selection, costs)) if "claims" in wanted else []
+    made = {name: _table(name, cfg, selection, costs, judged) for name in wanted}
+    costs.save()
+    written = [path for table in made.values() for path in cells.write(table, out / "tables")]
+    problems = [problem for table in made.values() for problem in table.problems]
+    print(cells.markdown(made[wanted[0]]), end="")
+    target = written[0]
+    if not cfg.table:
+        names = list(cfg.analyses) if cfg.analyses is not None else None
+        drawn = _figures(cfg, found, out)
+        problems += panels.absent(found, names or [], cfg.tag)
+        problems += [
+            Problem("failed", f"figure {d.panel.name}", d.panel.analysis, d.problem) for d in drawn if d.problem
+        ]
+        if cfg.page:
+            target = page.write(out / f"{cfg.name}.html", found, made, judged, drawn, problems)
+            print(f"\n{len(drawn)} figures, {len(made)} tables: {target}")
+    _tell(list(dict.fromkeys(problems)), bool(cfg.strict), cfg.table)
+    return target
+
+
+def _check(cfg: DictConfig) -> None:
+    for key, value, names in (("table", cfg.table, TABLES), ("group_by", cfg.group_by, GROUP_BY)):
+        if value not in names and not (key == "table" and value is None):
+            raise ConfigError(key, value, "no such choice", config.nearest(str(value), names))
+    if cfg.runs is not None and not list(cfg.runs):
+        raise ConfigError("runs", "[]", "no run named", "name run folders, or leave it out for all of paths.runs")
+
+
+def _folders(cfg: DictConfig) -> list[runs.Run]:
+    if cfg.runs is not None:
+        return list(dict.fromkeys(runs.find(path) for path in cfg.runs))
+    root = Path(cfg.paths.runs)
+    if found := runs.every(root):
+        return found
+    raise DataError("paths.runs", root, "no run there", "train one (python train.py), or name another folder")
+
+
+def _table(name: str, cfg: DictConfig, selection: Selection, costs: Costs, judged: Sequence[verdicts.Judged]) -> Table:
+    if name == "claims":
+        return verdicts.table(judged)
+    models = list(cfg.expect.models or []) if name == cfg.table else []
+    seeds = [int(seed) for seed in cfg.expect.seeds or []] if name == cfg.table else []
+    return tables.build(name, selection, costs, models, seeds)
+
+
+def _figures(cfg: DictConfig, found: Sequence[evidence.Entry], out: Path) -> list[figures.Drawn]:
+    names = list(cfg.analyses) if cfg.analyses is not None else None
+    options: Mapping[str, Any] = config.plain(cfg.plot) or {}
+    chosen = panels.panels(
+        found, tag=cfg.tag, analyses=names, group_by=cfg.group_by, allow_different=bool(cfg.allow_different)
+    )
+    drawn = []
+    for panel in track(chosen, "figures"):
+        drawn.append(figures.draw(panel, out, options.get(panel.analysis)))
+    return drawn
+
+
+def _tell(problems: Sequence[Problem], strict: bool, table: str | None) -> None:
+    """Name what is missing or failed on stderr; with ``strict`` end with an error."""
+    shown = problems if strict or table else problems[:MOST_LINES]
+    for problem in shown:
+        print(problem, file=sys.stderr)
+    if len(shown) < len(problems):
+        print(f"... and {len(problems) - len(shown)} more; the page names them all", file=sys.stderr)
+    if strict and problems:
+        kinds = {kind: sum(p.kind == kind for p in problems) for kind in ("missing", "failed")}
+        counted = " and ".join(f"{n} {kind}" for kind, n in kinds.items() if n)
+        raise DataError(
+            "table" if table else "analyses", table, f"{counted}, named above", "train or measure them again"
+        )

@@ -1,0 +1,180 @@
+"""A table: cells over seeds with intervals, and the same cells as Markdown, CSV, LaTeX and HTML."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+from pandas.io.formats.style import Styler
+
+from vitscope import results
+from vitscope.reports.inference import Interval, t_interval
+from vitscope.reports.selection import FAILED, MISSING, Value
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A number that is not there.
+
+    Attributes:
+        kind: ``missing`` or ``failed``.
+        run: which run, or which row where there is no run.
+        metric: which number.
+        why: in words.
+    """
+
+    kind: str
+    run: str
+    metric: str
+    why: str
+
+    def __str__(self) -> str:
+        """Return the line that the command prints."""
+        return f"{self.kind}: {self.run}: {self.metric}" + (f" ({self.why})" if self.why else "")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A number of one row: text, or a mean over seeds.
+
+    Attributes:
+        text: as it is printed.
+        interval: mean, half width and number of seeds; None for text.
+        problem: ``missing`` or ``failed`` where no seed has a number, or where some lack one.
+    """
+
+    text: str
+    interval: Interval | None = None
+    problem: str = ""
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of cells.
+
+    Attributes:
+        name: of the files.
+        title: in words.
+        columns: headings; the first column names the row.
+        rows: one list of cells a row, the first being the name.
+        note: what the numbers are, and over what.
+        problems: every number that is missing or failed.
+        ids: keys of the columns for the CSV file.
+    """
+
+    name: str
+    title: str
+    columns: tuple[str, ...]
+    ids: tuple[str, ...]
+    rows: tuple[tuple[Cell, ...], ...]
+    note: str = ""
+    problems: tuple[Problem, ...] = ()
+
+
+def over_seeds(values: Mapping[str, Value], metric: str, style: str, expected: int) -> tuple[Cell, list[Problem]]:
+    """Return the cell of one value a seed, and what is wrong with it.
+
+    Seeds without a number are named, left out of the mean and counted in the cell: ``0.81 ± 0.02 (2 of 3)``.
+
+    Args:
+        values: by run.
+        metric: for the names of problems.
+        style: format of a number, such as ``.3f``; ``si`` for counts such as 9.50M.
+        expected: the number of seeds that there should be.
+    """
+    problems = [Problem(v.problem, run, metric, v.why) for run, v in values.items() if v.number is None]
+    numbers = [v.number for v in values.values() if v.number is not None]
+    if not numbers:
+        kind = FAILED if any(p.kind == FAILED for p in problems) else MISSING
+        return Cell(kind, None, kind), problems
+    found = t_interval(numbers)
+    text = shown(found, style)
+    if len(numbers) < expected:
+        text += f" ({len(numbers)} of {expected})"
+    return Cell(text, found, problems[0].kind if problems else ""), problems
+
+
+def shown(found: Interval, style: str) -> str:
+    """Return ``mean ± half width``; the mean alone where there is no interval, or where it has no width.
+
+    General styles (``.4g``) give the half width two digits, and the mean as many decimals.
+    """
+    if not found.half_width > 0:
+        return number(found.mean, style)
+    if style.endswith("g") and 1e-4 < found.half_width < 1e6:
+        style = f".{max(0, 1 - math.floor(math.log10(found.half_width)))}f"
+    return f"{number(found.mean, style)} ± {number(found.half_width, style)}"
+
+
+def number(value: float, style: str) -> str:
+    """Return one number in a style: a format specification, or ``si`` for counts."""
+    if style != "si":
+        return format(value, style)
+    for size, suffix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= size:
+            return f"{value / size:.2f}{suffix}"
+    return f"{value:.0f}"
+
+
+def markdown(table: Table) -> str:
+    """Return a table that is also readable as text."""
+    grid = [list(table.columns), *[[_escaped(cell.text) for cell in row] for row in table.rows]]
+    widths = [max(3, *(len(line[i]) for line in grid)) for i in range(len(table.columns))]
+    rule = ["-" * w if i == 0 else "-" * (w - 1) + ":" for i, w in enumerate(widths)]
+    lines = ["| " + " | ".join(_aligned(line, widths)) + " |" for line in (grid[0], rule, *grid[1:])]
+    return "\n".join([f"**{table.title}**", "", *lines, *(["", table.note] if table.note else [])]) + "\n"
+
+
+def frame(table: Table) -> pd.DataFrame:
+    """Return the numbers: for each column the mean, ``<id>_half_width`` and ``<id>_n``, and problems as text."""
+    rows = []
+    for cells in table.rows:
+        row: dict[str, object] = {}
+        for key, cell in zip(table.ids, cells):
+            if cell.interval is None:
+                row[key] = cell.text
+                continue
+            row[key] = cell.interval.mean
+            if cell.interval.half_width >= 0:
+                row[f"{key}_half_width"] = cell.interval.half_width
+            row[f"{key}_n"] = cell.interval.n
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def latex(table: Table) -> str:
+    """Return a ``tabular`` with booktabs rules."""
+    texts = pd.DataFrame([[cell.text for cell in row] for row in table.rows], columns=pd.Index(table.columns))
+    styler = Styler(texts)
+    styler.hide(axis="index")
+    styler.format(escape="latex")
+    styler.format_index(escape="latex", axis="columns")
+    text = styler.to_latex(hrules=True, column_format="l" + "r" * (len(table.columns) - 1))
+    for sign, command in (("±", r"$\pm$"), ("λ", r"$\lambda$"), ("−", "$-$"), ("≤", r"$\leq$")):
+        text = text.replace(sign, command)
+    return text
+
+
+def write(table: Table, folder: Path) -> list[Path]:
+    """Write ``<name>.md``, ``.csv`` and ``.tex``; return the paths.
+
+    Raises:
+        StorageError: the folder cannot be written.
+    """
+    texts = {"md": markdown(table), "csv": frame(table).to_csv(index=False), "tex": latex(table)}
+    paths = []
+    for ending, text in texts.items():
+        paths.append(folder / f"{table.name}.{ending}")
+        results.write_atomically(paths[-1], text.encode())
+    return paths
+
+
+def _escaped(text: str) -> str:
+    return text.replace("|", r"\|")
+
+
+def _aligned(line: Sequence[str], widths: Sequence[int]) -> list[str]:
+    return [text.ljust(w) if i == 0 else text.rjust(w) for i, (text, w) in enumerate(zip(line, widths))]

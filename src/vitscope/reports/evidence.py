@@ -1,0 +1,245 @@
+"""What the runs of a report left behind: configurations, metrics and results; arrays are read when they are drawn."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from vitscope import config, journal, results
+from vitscope.errors import StorageError
+from vitscope.probe import COMPARED, ObjectiveCard
+from vitscope.reports import identity
+from vitscope.runs import Run
+
+#: keys of the card in which results must agree to stand in one table; rows name their data themselves
+IN_A_TABLE = tuple(key for key in COMPARED if key != "data")
+
+#: points kept of each curve over training
+MOST_POINTS = 120
+
+_CARD_KEYS = {f.name for f in fields(ObjectiveCard)}
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One result on disk, or the record of a measure that failed.
+
+    Attributes:
+        analysis: the configuration's name for it.
+        tag: ``init``, ``epoch-0099`` or ``end``.
+        measure: the function that made it.
+        path: the ``.npz``.
+        scalars: by name; None is a number that is not finite.
+        card: under which conditions.
+        error: why there is no result, else empty.
+        time: of the file, for the newest.
+    """
+
+    analysis: str
+    tag: str
+    measure: str
+    path: Path
+    scalars: Mapping[str, float | None]
+    card: ObjectiveCard | None
+    error: str
+    time: float
+
+    def load(self) -> Any:
+        """Return the result with its arrays.
+
+        Raises:
+            StorageError: the file is damaged or gone.
+        """
+        return results.load(self.path)
+
+    def conditions(self, keys: Sequence[str]) -> tuple[Any, ...]:
+        """Return the analysis and the card's values of ``keys``: results that share them may be compared."""
+        card = self.card
+        return (self.analysis, *(None if card is None else getattr(card, key) for key in keys))
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One run.
+
+    Attributes:
+        run: its folder.
+        config: its resolved configuration, plain.
+        facts: its provenance.
+        metrics: each metric's last value; None is one that was not finite.
+        curves: metric -> (epochs or steps, values) of what is worth a line in a comparison.
+        results: what was measured.
+        group: digest of the experiment, the seed left out.
+        label: the experiment's name in this report.
+        superseded: whether a later run repeats it (then only the list of runs shows it).
+    """
+
+    run: Run
+    config: Mapping[str, Any]
+    facts: Mapping[str, Any]
+    metrics: Mapping[str, float | None]
+    curves: Mapping[str, tuple[list[float], list[float]]] = field(repr=False)
+    results: tuple[Measured, ...] = field(repr=False)
+    group: str = ""
+    label: str = ""
+    superseded: bool = False
+
+    @property
+    def id(self) -> str:
+        """The folder's name."""
+        return self.run.id
+
+    @property
+    def seed(self) -> int:
+        """The run's seed."""
+        return int(self.config.get("seed") or 0)
+
+    @property
+    def status(self) -> str:
+        """``finished``, ``failed``, ``stopped``, ``running`` or ``unknown``."""
+        return str(self.facts.get("status", "unknown"))
+
+    @property
+    def trained(self) -> bool:
+        """Whether the run is a training (rather than an analysis of a model that was not trained here)."""
+        return self.facts.get("command") != "analyze"
+
+    @property
+    def family(self) -> str:
+        """The model's builder."""
+        return identity.family(self.config)
+
+    @property
+    def data(self) -> str:
+        """The data set's name, with the share that was trained on."""
+        node = self.config.get("data") or {}
+        fraction = node.get("fraction", 1.0)
+        return f"{node.get('name', '?')}" + (f" ({fraction:g})" if fraction != 1 else "")
+
+    def tags(self) -> list[str]:
+        """Return the moments at which something was measured, in their order."""
+        return sorted({m.tag for m in self.results}, key=moment)
+
+
+def moment(tag: str) -> tuple[int, str]:
+    """Sort key of tags: ``init``, the epochs, ``end``."""
+    return {"init": 0, "end": 2}.get(tag, 1), tag
+
+
+def collect(found: Sequence[Run]) -> list[Entry]:
+    """Return the entries of ``found`` with their labels, runs of one experiment together, by data, label and seed.
+
+    Where an experiment was run twice with one seed, the newest finished run counts and the others are superseded.
+    """
+    raw = [_read(run) for run in found]
+    groups = {entry.group: entry.config for entry in raw}
+    named = identity.labels(groups)
+    counting: dict[tuple[str, int], Entry] = {}
+    for entry in raw:
+        best = counting.setdefault((entry.group, entry.seed), entry)
+        if _rank(entry) >= _rank(best):
+            counting[entry.group, entry.seed] = entry
+    kept = {entry.id for entry in counting.values()}
+    labelled = [
+        replace(entry, label=named[entry.group], superseded=entry.trained and entry.id not in kept) for entry in raw
+    ]
+    return sorted(labelled, key=lambda e: (e.data, e.family, _natural(e.label), e.group, e.superseded, e.seed, e.id))
+
+
+def _rank(entry: Entry) -> tuple[bool, str, str]:
+    return entry.status == "finished", str(entry.facts.get("created", "")), entry.id
+
+
+def _natural(text: str) -> tuple[Any, ...]:
+    parts = [part for part in text.replace(",", " ").split() if part]
+    return tuple((0, float(p), "") if p.replace(".", "", 1).isdigit() else (1, 0.0, p) for p in parts)
+
+
+def _read(run: Run) -> Entry:
+    text = (run.path / "config.yaml").read_text()
+    try:
+        cfg = yaml.load(text, Loader=_LOADER) or {}
+    except yaml.YAMLError as error:
+        raise StorageError(
+            "runs", run.path, f"config.yaml is damaged ({type(error).__name__})", "delete the run"
+        ) from None
+    facts = run.provenance()
+    metrics, curves = _journal(run.journal)
+    found = sorted((m for m in map(_measured, sorted(run.results.glob("*/*.json"))) if m), key=lambda m: m.time)
+    what = {**identity.identity(cfg), "weights": cfg.get("ckpt_path") if facts.get("command") == "analyze" else None}
+    return Entry(run, cfg, facts, metrics, curves, tuple(found), config.digest(what))
+
+
+def _measured(path: Path) -> Measured | None:
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None  # being written, or cut short: there is no result
+    tag = path.stem.rpartition("-")[0]
+    if path.name.startswith(".") or not tag or "measure" not in content:
+        return None
+    card = content.get("card")
+    known = {k: v for k, v in card.items() if k in _CARD_KEYS} if card else None
+    return Measured(
+        analysis=path.parent.name,
+        tag=tag,
+        measure=str(content["measure"]),
+        path=path.with_suffix(".npz"),
+        scalars=content.get("scalars") or {},
+        card=ObjectiveCard(**known) if known else None,
+        error=str(content.get("error") or ""),
+        time=path.stat().st_mtime,
+    )
+
+
+def _journal(path: Path) -> tuple[dict[str, float | None], dict[str, tuple[list[float], list[float]]]]:
+    """Return each metric's last value (also where it is null), and the curves over epochs."""
+    last: dict[str, float | None] = {}
+    curves: dict[str, tuple[list[float], list[float]]] = {}
+    for row in journal.read(path):
+        at = row.get("step")
+        for key, value in row.items():
+            if key in ("step", "epoch", "time", "tag") or not (value is None or isinstance(value, int | float)):
+                continue
+            last[key] = None if value is None else float(value)
+            if key.startswith(("train/", "val/")) and value is not None and isinstance(at, int):
+                xs, ys = curves.setdefault(key, ([], []))
+                xs.append(at)
+                ys.append(float(value))
+    return last, {key: _thinned(*curve) for key, curve in curves.items()}
+
+
+def _thinned(xs: list[float], ys: list[float]) -> tuple[list[float], list[float]]:
+    """Return at most MOST_POINTS points: means over equal stretches, so that a noisy curve stays readable."""
+    stretch = math.ceil(len(xs) / MOST_POINTS)
+    if stretch <= 1:
+        return xs, ys
+    starts = range(0, len(xs), stretch)
+    return [xs[min(i + stretch, len(xs)) - 1] for i in starts], [
+        math.fsum(ys[i : i + stretch]) / len(ys[i : i + stretch]) for i in starts
+    ]
+
+
+def majority(measured: Mapping[str, Sequence[Measured]], keys: Sequence[str]) -> tuple[Any, ...] | None:
+    """Return the conditions under which most runs were measured (the newest of equals).
+
+    Args:
+        measured: results of one measure at one moment, by run.
+        keys: of the card.
+    """
+    counts: Counter[tuple[Any, ...]] = Counter()
+    newest: dict[tuple[Any, ...], float] = {}
+    for found in measured.values():
+        for m in found:
+            if not m.error:
+                newest[m.conditions(keys)] = max(newest.get(m.conditions(keys), 0.0), m.time)
+        counts.update({m.conditions(keys) for m in found if not m.error})
+    return max(counts, key=lambda c: (counts[c], newest[c]), default=None)

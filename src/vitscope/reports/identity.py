@@ -1,0 +1,112 @@
+"""Which runs are seeds of one experiment, and what to call them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from vitscope import config
+
+#: what may differ between two runs of one experiment: where and how it was computed, and what was watched
+INCIDENTAL = (
+    "data.root", "data.num_workers", "data.seed", "data.eval_batch_size", "data.recipe", "callbacks.checkpoint",
+    "callbacks.lr_monitor", "trainer.accelerator", "trainer.devices", "trainer.num_nodes", "trainer.strategy",
+    "trainer.default_root_dir", "trainer.enable_progress_bar", "trainer.enable_model_summary", "trainer.profiler",
+    "trainer.logger", "trainer.log_every_n_steps", "trainer.benchmark", "trainer.max_time", "model.grad_checkpointing",
+)  # fmt: skip
+
+GROUPS = ("model", "data", "objective", "optimizer", "trainer", "callbacks")
+
+#: keys of the objective that the data node repeats: named once
+REPEATED = ("augment", "random_erasing", "mixup", "cutmix", "switch_prob", "label_smoothing")
+
+#: a label names this many of the keys in which experiments of one model differ
+MOST_KEYS = 3
+
+
+def identity(cfg: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what makes a run the experiment that it is, the seed left out, as ``{dotted key: value}``."""
+    flat = flattened({group: cfg.get(group) for group in GROUPS})
+    kept = {k: v for k, v in flat.items() if not any(k == i or k.startswith(f"{i}.") for i in INCIDENTAL)}
+    return {k: v for k, v in kept.items() if k.removeprefix("data.") not in REPEATED}
+
+
+def setting(cfg: Mapping[str, Any], without: Sequence[str] = ()) -> str:
+    """Return a digest of what two models must share to be compared: data, objective and length of training.
+
+    Args:
+        cfg: a run's configuration.
+        without: dotted keys that may differ all the same.
+    """
+    lengths = ("trainer.max_epochs", "trainer.max_steps")
+    shared = {k: v for k, v in identity(cfg).items() if k.startswith(("data.", "objective.")) or k in lengths}
+    return config.digest({k: v for k, v in shared.items() if k not in without})
+
+
+def flattened(node: Any, prefix: str = "") -> dict[str, Any]:
+    """Return a nested mapping with dotted keys; lists and empty mappings are leaves."""
+    flat: dict[str, Any] = {}
+    for key, value in node.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping) and value:
+            flat |= flattened(value, f"{name}.")
+        else:
+            flat[name] = value
+    return flat
+
+
+def family(cfg: Mapping[str, Any]) -> str:
+    """Return the model's builder, such as ``alternet``; a timm model's own name."""
+    node = cfg.get("model") or {}
+    builder = str(node.get("_target_", "model")).rpartition(".")[2]
+    return str(node.get("name", builder)) if builder == "timm_model" else builder
+
+
+def short_name(cfg: Mapping[str, Any]) -> str:
+    """Return the family and the size, such as ``alternet-18``, ``vit-tiny``."""
+    node = cfg.get("model") or {}
+    size = node.get("depth") if isinstance(node.get("depth"), int) and "size" not in node else node.get("size")
+    return f"{family(cfg)}-{size}" if size is not None else family(cfg)
+
+
+def labels(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """Return a name for each experiment: the model, and the keys in which those of one model differ.
+
+    Args:
+        configs: one configuration for each experiment, by its digest.
+
+    Returns:
+        By digest; no two names are equal.
+    """
+    named: dict[str, list[str]] = {}
+    for digest, cfg in configs.items():
+        named.setdefault(short_name(cfg), []).append(digest)
+    found: dict[str, str] = {}
+    for name, digests in named.items():
+        facts = [identity(configs[d]) for d in digests]
+        varying = [k for k in facts[0] | dict.fromkeys(k for f in facts for k in f) if _varies(k, facts)]
+        varying.sort(key=lambda key: GROUPS.index(key.partition(".")[0]))  # stable: what is built, then how trained
+        for digest, fact in zip(digests, facts):
+            words = [f"{key.rpartition('.')[2]} {_said(fact.get(key))}" for key in varying[:MOST_KEYS]]
+            found[digest] = ", ".join([name, *words])
+    counts: dict[str, int] = {}
+    for digest, label in found.items():  # what MOST_KEYS cut off
+        counts[label] = counts.get(label, 0) + 1
+        found[digest] = label if counts[label] == 1 else f"{label}, no. {counts[label]}"
+    return found
+
+
+def _varies(key: str, facts: Sequence[Mapping[str, Any]]) -> bool:
+    return len({config.digest(fact.get(key)) for fact in facts}) > 1
+
+
+def _said(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:g}"
+    if isinstance(value, list | tuple):
+        return "(" + ",".join(map(_said, value)) + ")"
+    return (
+        {None: "default", True: "on", False: "off"}.get(value, str(value))
+        if not isinstance(value, int) or isinstance(value, bool)
+        else str(value)
+    )

@@ -1,0 +1,208 @@
+"""`report.html`: one file that opens from disk with no network: tables, claims, figures with their cards, runs compared."""
+
+from __future__ import annotations
+
+import base64
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from PIL import Image
+from plotly.offline import get_plotlyjs
+
+from vitscope import __version__, results
+from vitscope.reports import figures
+from vitscope.reports.cells import Cell, Problem, Table
+from vitscope.reports.evidence import Entry
+from vitscope.reports.figures import Drawn
+from vitscope.reports.identity import identity
+from vitscope.reports.panels import Curve
+from vitscope.reports.verdicts import NOT_MEASURED, Judged, said
+
+#: CSS pixels an inch of a figure is shown at, and the dots an inch that it was saved with
+SHOWN_DPI, SAVED_DPI = 116, 300
+
+#: pictures up to this width have their text beside them
+NARROW = 480
+
+#: curves over training that the comparison offers, in this order, and metrics of its table
+CURVES = ("val/accuracy", "val/nll", "val/loss", "train/loss", "train/accuracy")
+METRICS = ("test/accuracy", "test/nll", "test/ece", "test/brier", "val/accuracy", "val/nll", "train/loss")
+
+#: provenance that stands under each figure, beside the compared keys of the card
+PROVENANCE = ("seed", "epoch", "checkpoint", "solver", "versions")
+
+TEMPLATES = Path(__file__).parent / "templates"
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A figure as the template wants it.
+
+    Attributes:
+        drawn: what it is.
+        picture: the PNG as a data address; empty where there is none.
+        width: in CSS pixels.
+        height: likewise.
+        shared: the card's values that all curves share.
+        differing: the card's keys in which they differ.
+        cards: ``(label, run, {key: value})`` of each curve: what differs and the provenance.
+        heads: of the table of numbers over seeds.
+        numbers: its rows.
+    """
+
+    drawn: Drawn
+    picture: str
+    width: int
+    height: int
+    shared: Mapping[str, Any]
+    differing: Sequence[str]
+    cards: Sequence[tuple[str, str, Mapping[str, Any]]]
+    heads: Sequence[str]
+    numbers: Sequence[Sequence[Cell]]
+
+    @property
+    def narrow(self) -> bool:
+        """Whether there is room for text beside the picture."""
+        return 0 < self.width <= NARROW
+
+
+def write(
+    path: Path,
+    entries: Sequence[Entry],
+    tables: Mapping[str, Table],
+    judged: Sequence[Judged],
+    drawn: Sequence[Drawn],
+    problems: Sequence[Problem],
+) -> Path:
+    """Write the page; return its path.
+
+    Raises:
+        StorageError: the folder cannot be written.
+    """
+    shown: dict[str, list[Shown]] = {}
+    for figure in drawn:
+        shown.setdefault(figure.panel.analysis, []).append(_shown(figure))
+    compared = comparison(entries)
+    interactive = any(figure.interactive for figure in drawn) or any(run["curves"] for run in compared["runs"])
+    counting = [entry for entry in entries if not entry.superseded]
+    html = _template().render(
+        title="vitscope report",
+        made=time.strftime("%Y-%m-%d %H:%M"),
+        version=__version__,
+        counts=_counts(counting),
+        headline=tables["models"],
+        tables=[t for name, t in tables.items() if name not in ("models", "claims") and _says_something(t)],
+        judged=judged,
+        claims_note=tables["claims"].note,
+        measured=sum(j.verdict != NOT_MEASURED for j in judged),
+        said=said,
+        sections=shown,
+        problems=problems,
+        entries=entries,
+        compared=_script_json(compared),
+        plotly=get_plotlyjs() if interactive else "",
+        css=(TEMPLATES / "report.css").read_text(),
+        js=(TEMPLATES / "report.js").read_text(),
+    )
+    results.write_atomically(path, html.encode())
+    return path
+
+
+def comparison(entries: Sequence[Entry]) -> dict[str, Any]:
+    """Return what the page needs to compare runs: differing configuration, last metrics, thinned curves."""
+    facts = {entry.id: {**identity(entry.config), "seed": entry.seed} for entry in entries}
+    keys = dict.fromkeys(key for fact in facts.values() for key in fact)
+    varying = [key for key in keys if len({json.dumps(fact.get(key), default=str) for fact in facts.values()}) > 1]
+    return {
+        "runs": [
+            {
+                "id": entry.id,
+                "label": entry.label,
+                "seed": entry.seed,
+                "config": {key: facts[entry.id].get(key) for key in varying},
+                "metrics": {name: entry.metrics[name] for name in METRICS if name in entry.metrics},
+                "curves": {name: _rounded(entry.curves[name]) for name in CURVES if name in entry.curves},
+            }
+            for entry in entries
+        ],
+        "keys": varying,
+        "metrics": list(METRICS),
+        "curves": [name for name in CURVES if any(name in entry.curves for entry in entries)],
+    }
+
+
+def _template() -> jinja2.Template:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters["fact"] = _fact
+    environment.filters["metric"] = _metric
+    environment.filters["anchor"] = anchor
+    environment.filters["script_json"] = lambda text: text.replace("<", r"\u003c").replace("\u2028", r"\u2028")
+    return environment.get_template("report.html.j2")
+
+
+def anchor(text: str) -> str:
+    """Return an id for a name: letters, digits and dashes."""
+    return "".join(c if c.isalnum() and c.isascii() else "-" for c in text).strip("-").lower()
+
+
+def _shown(drawn: Drawn) -> Shown:
+    picture, width, height = "", 0, 0
+    if drawn.png is not None:
+        picture = "data:image/png;base64," + base64.b64encode(drawn.png.read_bytes()).decode()
+        with Image.open(drawn.png) as image:
+            width, height = (round(side * SHOWN_DPI / SAVED_DPI) for side in image.size)
+    curves = drawn.panel.curves
+    shared, differing = figures.common(curves) if curves else ({}, [])
+    heads, numbers = figures.numbers(drawn.panel)
+    cards = [(curve.label, curve.entry.id, _card(curve, differing)) for curve in curves]
+    return Shown(drawn, picture, width, height, shared, differing, cards, heads, numbers)
+
+
+def _card(curve: Curve, differing: Sequence[str]) -> dict[str, Any]:
+    card = curve.measured.card
+    return {} if card is None else {key: getattr(card, key) for key in (*differing, *PROVENANCE)}
+
+
+def _counts(entries: Sequence[Entry]) -> str:
+    numbers = (len(entries), len({e.group for e in entries}), len({e.data for e in entries}))
+    words = ("run", "experiment", "data set")
+    return ", ".join(f"{n} {word}{'s' if n != 1 else ''}" for n, word in zip(numbers, words))
+
+
+def _says_something(table: Table) -> bool:
+    """Whether a table adds something to the headline one: another row of a comparison, or a measure."""
+    if table.name == "buildup":
+        return len(table.rows) > 1
+    measures = [i for i, key in enumerate(table.ids) if "/" in key and not key.startswith("test/")]
+    return any(row[i].interval for row in table.rows for i in measures)
+
+
+def _fact(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {_fact(item)}" for key, item in value.items()) or "–"
+    if isinstance(value, list | tuple):
+        return ", ".join(map(_fact, value)) or "–"
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return "–" if value is None or value == "" else str(value)
+
+
+def _metric(entry: Entry, name: str) -> str:
+    value = entry.metrics.get(name)
+    return "–" if value is None else f"{value:.3f}"
+
+
+def _rounded(curve: tuple[list[float], list[float]]) -> list[list[float]]:
+    xs, ys = curve
+    return [xs, [float(f"{y:.5g}") for y in ys]]
+
+
+def _script_json(value: Any) -> str:
+    return json.dumps(results.finite(value), separators=(",", ":"), default=str)

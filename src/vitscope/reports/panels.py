@@ -1,0 +1,190 @@
+"""Which figures a report draws: results of one measure at one moment, under one objective, a curve an experiment."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from vitscope.probe import COMPARED
+from vitscope.reports.cells import Problem
+from vitscope.reports.evidence import Entry, Measured, moment
+from vitscope.reports.selection import FAILED, MISSING
+
+#: experiments in one figure; more are spread over several
+PER_FIGURE = 6
+
+#: what decides whether two results may share a figure
+CONDITIONS = ("analysis", *COMPARED)
+
+
+@dataclass(frozen=True)
+class Curve:
+    """What one name in a figure stands for.
+
+    Attributes:
+        label: in the legend.
+        entry: the run that is drawn.
+        measured: its result.
+        others: the results of the other seeds, for the table of numbers.
+    """
+
+    label: str
+    entry: Entry
+    measured: Measured
+    others: tuple[tuple[Entry, Measured], ...] = ()
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One figure that is to be drawn: results of one measure, at one moment or along training.
+
+    Attributes:
+        name: of the files.
+        analysis: the configuration's name.
+        tag: the moment, or ``training`` where a model's moments are overlaid.
+        curves: what is in it.
+        notice: why something that one would expect in it is not.
+    """
+
+    name: str
+    analysis: str
+    tag: str
+    curves: tuple[Curve, ...]
+    notice: str = ""
+
+
+def panels(
+    entries: Sequence[Entry],
+    *,
+    tag: str = "end",
+    analyses: Sequence[str] | None = None,
+    group_by: str = "model",
+    allow_different: bool = False,
+) -> list[Panel]:
+    """Return the figures to draw, by analysis and moment.
+
+    Several seeds of one experiment give one name: the figure shows the lowest seed that has the result, its table of
+    numbers all of them. Results whose objective cards differ stand in figures of their own, with a notice that names the
+    keys.
+
+    Args:
+        entries: the runs.
+        tag: a moment, or ``all``: each moment, and each model's moments overlaid.
+        analyses: only these.
+        group_by: ``model`` (an experiment) or ``run``.
+        allow_different: overlay results whose cards differ, the differing keys in their names.
+    """
+    found: dict[tuple[str, str, str], dict[str, list[tuple[Entry, Measured]]]] = {}
+    for entry in entries:
+        if entry.superseded:
+            continue
+        label = entry.label if group_by == "model" else f"{entry.label}, {entry.id}"
+        for m in entry.results:
+            if not m.error and (tag == "all" or m.tag == tag) and (analyses is None or m.analysis in analyses):
+                found.setdefault((m.analysis, m.measure, m.tag), {}).setdefault(label, []).append((entry, m))
+    made: list[Panel] = []
+    for (analysis, _, when), by_label in sorted(found.items(), key=lambda item: (item[0][0], moment(item[0][2]))):
+        made += _of_moment(analysis, when, by_label, allow_different)
+    made += _along_training(found) if tag == "all" else []
+    taken: set[str] = set()
+    for index, panel in enumerate(made):  # two measures under one analysis's name
+        name = panel.name if panel.name not in taken else f"{panel.name}-{panel.curves[0].measured.measure}"
+        taken.add(name)
+        made[index] = replace(panel, name=name)
+    return made
+
+
+def absent(entries: Sequence[Entry], analyses: Sequence[str], tag: str) -> list[Problem]:
+    """Return what runs lack of the named analyses at a moment."""
+    problems = []
+    for entry in entries:
+        for analysis in analyses if not entry.superseded else ():
+            found = [m for m in entry.results if m.analysis == analysis and tag in (m.tag, "all")]
+            if not any(not m.error for m in found):
+                kind, why = (FAILED, found[-1].error) if found else (MISSING, f"not measured at {tag}")
+                problems.append(Problem(kind, f"run {entry.id}", analysis, why))
+    return problems
+
+
+def _of_moment(
+    analysis: str, tag: str, by_label: Mapping[str, Sequence[tuple[Entry, Measured]]], allow_different: bool
+) -> list[Panel]:
+    classes: dict[tuple[Any, ...], dict[str, list[tuple[Entry, Measured]]]] = {}
+    for label, results in by_label.items():
+        for entry, m in results:
+            key = m.conditions(COMPARED)
+            classes.setdefault(key, {}).setdefault(label, []).append((entry, m))
+    differing = _differing(classes)
+    ordered = sorted(classes.items(), key=lambda item: -len(item[1]))
+    if allow_different and differing:
+        merged = {
+            f"{lab}, {_values(key, differing)}": found for key, labels in ordered for lab, found in labels.items()
+        }
+        ordered, notice = [((), merged)], f"Objective cards differ in {', '.join(differing)} (overlaid as asked)."
+        differing = []
+    else:
+        notice = ""
+    made = []
+    for index, (key, labels) in enumerate(ordered):
+        stem = f"{analysis}-{tag}" + (f"-{index + 1}" if len(ordered) > 1 else "")
+        if differing:
+            notice = (
+                f"Shown apart: objective cards differ in {', '.join(differing)}; here {_values(key, differing)}. "
+                "allow_different=true overlays them all the same."
+            )
+        curves = [_curve(label, found) for label, found in labels.items()]
+        made += _spread(Panel(stem, analysis, tag, tuple(curves), notice))
+    return made
+
+
+def _curve(label: str, found: Sequence[tuple[Entry, Measured]]) -> Curve:
+    newest: dict[str, tuple[Entry, Measured]] = {entry.id: (entry, m) for entry, m in found}  # results are by age
+    first, *others = sorted(newest.values(), key=lambda pair: (pair[0].seed, pair[0].id))
+    return Curve(label, *first, tuple(others))
+
+
+def _spread(panel: Panel) -> list[Panel]:
+    """Divide a crowded panel; its parts have nearly equal numbers of curves."""
+    n = len(panel.curves)
+    parts = -(-n // PER_FIGURE)
+    if parts <= 1:
+        return [panel]
+    ends = [round(i * n / parts) for i in range(parts + 1)]
+    return [
+        replace(panel, name=f"{panel.name}-part{i + 1}", curves=panel.curves[start:end])
+        for i, (start, end) in enumerate(itertools.pairwise(ends))
+    ]
+
+
+def _along_training(
+    found: Mapping[tuple[str, str, str], Mapping[str, Sequence[tuple[Entry, Measured]]]],
+) -> list[Panel]:
+    moments: dict[tuple[str, str], list[tuple[str, Entry, Measured]]] = {}
+    for (analysis, _, tag), by_label in sorted(found.items(), key=lambda item: moment(item[0][2])):
+        for label, results in by_label.items():
+            curve = _curve(label, results)
+            moments.setdefault((analysis, label), []).append((tag, curve.entry, curve.measured))
+    made = []
+    for (analysis, label), steps in moments.items():
+        run = steps[0][1].id
+        curves = tuple(Curve(tag, entry, m) for tag, entry, m in steps if entry.id == run)
+        if len(curves) > 1:
+            made += _spread(
+                Panel(f"{analysis}-training-{_slug(label)}", analysis, "training", curves, f"{label}, {run}")
+            )
+    return made
+
+
+def _differing(classes: Mapping[tuple[Any, ...], Any]) -> list[str]:
+    return [key for i, key in enumerate(CONDITIONS) if len({c[i] for c in classes}) > 1]
+
+
+def _values(conditions: Sequence[Any], keys: Sequence[str]) -> str:
+    return ", ".join(f"{key} {conditions[CONDITIONS.index(key)]}" for key in keys)
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^\w.-]+", "-", text).strip("-")

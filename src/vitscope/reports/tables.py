@@ -1,0 +1,198 @@
+"""The headline tables: models, curvature, robustness, build-up. A cell that is missing is named, never filled."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from vitscope.models.stages import DEFAULT_MSA
+from vitscope.reports.cells import Cell, Problem, Table, over_seeds
+from vitscope.reports.costs import Costs
+from vitscope.reports.evidence import Entry
+from vitscope.reports.selection import FAILED, MISSING, Selection, Value
+
+#: where a column's number comes from besides measures: the journal, or the model itself
+METRIC, MODEL = "metric", "model"
+
+SPECTRUM = "hessian_max_eigenvalue_spectrum"
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column.
+
+    Attributes:
+        title: its heading.
+        source: ``metric``, ``model``, or a measure's name.
+        key: the metric, ``parameters`` or ``flops``, or the measure's scalar.
+        style: format of its numbers.
+        optional: left out where no run has the measure at all.
+    """
+
+    title: str
+    source: str
+    key: str
+    style: str = ".3f"
+    optional: bool = False
+
+    @property
+    def id(self) -> str:
+        """A name for files: the metric's, the measure's and its scalar's."""
+        return self.key if self.source in (METRIC, MODEL) else f"{self.source}/{self.key}"
+
+
+_COST = (Column("parameters", MODEL, "parameters", "si"), Column("FLOPs", MODEL, "flops", "si"))
+_TEST = (
+    Column("accuracy", METRIC, "test/accuracy"),
+    Column("NLL", METRIC, "test/nll"),
+    Column("ECE", METRIC, "test/ece"),
+)
+_CURVATURE = (
+    Column("NEP", SPECTRUM, "negative_eigenvalue_proportion"),
+    Column("APE", SPECTRUM, "average_positive_eigenvalue", ".4g"),
+)
+_ACCURACY_CORRUPTED = Column("corrupted accuracy", "corruption", "mean_accuracy", optional=True)
+
+TITLES = {
+    "models": "Models",
+    "curvature": "Curvature and sharpness",
+    "robustness": "Robustness and calibration",
+    "buildup": "Build-up of AlterNet",
+}
+
+TABLES: Mapping[str, tuple[Column, ...]] = {
+    "models": (*_COST, *_TEST, *_CURVATURE),
+    "curvature": (
+        *_CURVATURE,
+        Column("NEP, k=1", SPECTRUM, "top1_negative_eigenvalue_proportion"),
+        Column("APE, k=1", SPECTRUM, "top1_average_positive_eigenvalue", ".4g"),
+        Column("max λ", SPECTRUM, "eigenvalue_max", ".4g"),
+        Column("min λ", SPECTRUM, "eigenvalue_min", ".4g"),
+        Column("trace", "hessian_trace", "trace", ".4g", optional=True),
+        Column("rise at r=.1", "sharpness", "rise_r0.1", ".4g", optional=True),
+        Column("worst rise at r=.1", "sharpness", "worst_rise_r0.1", ".4g", optional=True),
+    ),
+    "robustness": (
+        *_TEST,
+        Column("Brier", METRIC, "test/brier"),
+        _ACCURACY_CORRUPTED,
+        Column("mCE (%)", "corruption", "mce", ".1f", optional=True),
+        Column("band noise, high − low", "frequency_noise_robustness", "high_minus_low", optional=True),
+        Column("FGSM 8/255", "adversarial", "fgsm_8_accuracy", optional=True),
+        Column("PGD 8/255", "adversarial", "pgd_8_accuracy", optional=True),
+        Column("ECE, T scaled", "calibration", "scaled_ece", optional=True),
+        Column("shape bias", "shape_bias", "shape_bias", optional=True),
+    ),
+    "buildup": (*_COST, *_TEST, *_CURVATURE, _ACCURACY_CORRUPTED),
+}
+
+
+def build(
+    name: str,
+    selection: Selection,
+    costs: Costs,
+    expect_models: Sequence[str] = (),
+    expect_seeds: Sequence[int] = (),
+) -> Table:
+    """Return one of `TABLES`: a row an experiment, means and 95% t-intervals over its seeds.
+
+    Args:
+        name: of the table.
+        selection: the runs.
+        costs: parameters and operations of models.
+        expect_models: families that must have a row; one that no run has is a row of missing cells.
+        expect_seeds: seeds that every row must have.
+    """
+    keep = _in_build_up if name == "buildup" else (lambda entry: entry.trained)
+    groups = list(selection.groups(keep).values())
+    if name == "buildup":
+        groups.sort(key=lambda runs: (_first(runs).data, sum(_n_msa(_first(runs))), _n_msa(_first(runs))))
+    columns = [c for c in TABLES[name] if not c.optional or _anyone_has(selection, c)]
+    several = len({entry.data for runs in groups for entry in runs.values()}) > 1
+    rows: list[tuple[Cell, ...]] = []
+    problems: list[Problem] = []
+    for runs in groups:
+        cells, found = _row(runs, columns, selection, costs, expect_seeds)
+        rows.append((*_head(name, _first(runs), several), *cells))
+        problems += found
+    families = {entry.family for runs in groups for entry in runs.values()}
+    for model in [model for model in expect_models if model not in families]:
+        rows.append((*(Cell(t) for t in [model, *[""] * (len(_heading(name, several)) - 1)]),
+                     *(Cell(MISSING, None, MISSING) for _ in columns)))  # fmt: skip
+        problems += [Problem(MISSING, model, column.id, "no run of this model") for column in columns]
+    head = _heading(name, several)
+    return Table(
+        name=name,
+        title=TITLES[name],
+        columns=(*head, *(c.title for c in columns)),
+        ids=(*head, *(c.id for c in columns)),
+        rows=tuple(rows),
+        note=_note(groups, columns, selection),
+        problems=tuple(dict.fromkeys(problems)),
+    )
+
+
+def read(column: Column, entry: Entry, selection: Selection, costs: Costs) -> Value:
+    """Return a column's number of one run, or why there is none."""
+    if column.source == METRIC:
+        return selection.metric(entry, column.key)
+    if column.source == MODEL:
+        cost = costs.of(entry)
+        found: Any = getattr(cost, column.key)
+        return Value(None, FAILED, cost.why) if found is None else Value(float(found))
+    return selection.scalar(entry, column.source, column.key)
+
+
+def _row(
+    runs: Mapping[int, Entry], columns: Sequence[Column], selection: Selection, costs: Costs, seeds: Sequence[int]
+) -> tuple[list[Cell], list[Problem]]:
+    cells, problems = [], []
+    absent = [seed for seed in seeds if seed not in runs]
+    for column in columns:
+        values = {f"run {entry.id}": read(column, entry, selection, costs) for entry in runs.values()}
+        values |= {f"{_first(runs).label}, seed {seed}": Value(None, MISSING, "no run") for seed in absent}
+        cell, found = over_seeds(values, column.id, column.style, len(runs) + len(absent))
+        cells.append(cell)
+        problems += found
+    return cells, problems
+
+
+def _heading(name: str, several: bool) -> list[str]:
+    return ["model", *(["data"] if several else []), *(["MSAs"] if name == "buildup" else [])]
+
+
+def _head(name: str, entry: Entry, several: bool) -> list[Cell]:
+    texts = [entry.label, *([entry.data] if several else [])]
+    return [Cell(t) for t in (*texts, *([",".join(map(str, _n_msa(entry)))] if name == "buildup" else []))]
+
+
+def _first(runs: Mapping[int, Entry]) -> Entry:
+    return runs[min(runs)]
+
+
+def _anyone_has(selection: Selection, column: Column) -> bool:
+    """Whether some run has the scalar, or tried and failed."""
+    found = (m for e in selection.entries for m in e.results if m.measure == column.source and m.tag == selection.tag)
+    return any(m.error or column.key in m.scalars for m in found)
+
+
+def _in_build_up(entry: Entry) -> bool:
+    return entry.trained and entry.family in ("alternet", "preresnet")
+
+
+def _n_msa(entry: Entry) -> tuple[int, ...]:
+    node = entry.config.get("model") or {}
+    if entry.family != "alternet":
+        return (0, 0, 0, 0)
+    return tuple(node.get("n_msa") or DEFAULT_MSA.get(node.get("depth", 18), ()))
+
+
+def _note(groups: Sequence[Mapping[int, Entry]], columns: Sequence[Column], selection: Selection) -> str:
+    if not groups:
+        return "No run."
+    counts = sorted({len(runs) for runs in groups})
+    seeds = " to ".join(str(n) for n in dict.fromkeys((counts[0], counts[-1])))
+    interval = ", ± half of the 95% t-interval" if counts[-1] > 1 else ""
+    flops = " FLOPs: forward pass of one image, two for each multiply-add." if _COST[1] in columns else ""
+    return f"Means over seeds ({seeds} a row){interval}; measures at {selection.tag}.{flops}"

@@ -1,0 +1,162 @@
+"""What the runs say of each claim: supported, contradicted, inconclusive or not measured. Nothing is decided beforehand."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from vitscope.reports.cells import Cell, Table
+from vitscope.reports.claims import CLAIMS, Claim, Part
+from vitscope.reports.effects import Bench, Effect
+from vitscope.reports.inference import LEVEL, Interval, holm, t_interval
+
+SUPPORTED, CONTRADICTED, INCONCLUSIVE, NOT_MEASURED = "supported", "contradicted", "inconclusive", "not measured"
+
+#: fewer seeds than these decide nothing
+MIN_SEEDS = 5
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A part of a claim with what was measured.
+
+    Attributes:
+        part: the statistic.
+        effect: by seed, and what was compared.
+        interval: mean over seeds with its t-interval; None where nothing was measured.
+        verdict: by this part alone, at the level before the correction over claims; ``shown`` where it tests nothing.
+        reason: why it is not decided.
+    """
+
+    part: Part
+    effect: Effect
+    interval: Interval | None
+    verdict: str
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A claim with its verdict.
+
+    Attributes:
+        claim: what was claimed.
+        findings: its parts.
+        verdict: one of the four.
+        p: of the direction that the evidence takes, before the correction; NaN where it takes none.
+        p_holm: corrected over all claims.
+        reason: in words.
+    """
+
+    claim: Claim
+    findings: tuple[Finding, ...]
+    verdict: str
+    p: float
+    p_holm: float
+    reason: str
+
+
+def judge(bench: Bench, claims: Sequence[Claim] = CLAIMS) -> list[Judged]:
+    """Return every claim's verdict.
+
+    A claim is the conjunction of its tested parts. It is supported where every one of them was measured on at least
+    `MIN_SEEDS` seeds, has the predicted sign, and the largest of their p-values passes Holm's correction over the claims
+    (an intersection-union test needs no correction within a claim). It is contradicted where one part has the opposite
+    sign and its p-value, times the number of parts, passes. Otherwise it is inconclusive, or not measured.
+    """
+    found = {claim.name: tuple(_finding(part, part.measure(bench)) for part in claim.parts) for claim in claims}
+    evidence = {claim.name: _evidence(found[claim.name]) for claim in claims}
+    adjusted = holm({name: p for name, (_, p) in evidence.items()})
+    judged = []
+    for claim in claims:
+        direction, p = evidence[claim.name]
+        verdict, reason = _verdict(found[claim.name], direction, adjusted[claim.name])
+        judged.append(Judged(claim, found[claim.name], verdict, p, adjusted[claim.name], reason))
+    return judged
+
+
+def _finding(part: Part, effect: Effect) -> Finding:
+    if not effect.values:
+        return Finding(part, effect, None, NOT_MEASURED, f"needs {effect.lacking}" if effect.lacking else "no values")
+    interval = t_interval(list(effect.values.values()))
+    if not part.tested:
+        return Finding(part, effect, interval, "shown")
+    reason = _undecided(interval, effect)
+    if reason:
+        return Finding(part, effect, interval, INCONCLUSIVE, reason)
+    agrees = interval.mean * part.sign > 0
+    if agrees and effect.blocked:
+        return Finding(part, effect, interval, INCONCLUSIVE, effect.blocked)
+    return Finding(part, effect, interval, SUPPORTED if agrees else CONTRADICTED)
+
+
+def _undecided(interval: Interval, effect: Effect) -> str:
+    if interval.n < MIN_SEEDS:
+        return f"{interval.n} of {MIN_SEEDS} seeds"
+    if math.isnan(interval.p):
+        return "the seeds do not differ, so there is no interval"
+    return "the interval crosses zero" if interval.p >= 1 - LEVEL else ""
+
+
+def _evidence(findings: Sequence[Finding]) -> tuple[int, float]:
+    """Return the direction that the measured parts take (1 for the claim, -1 against it, 0 for neither) and its p-value.
+
+    Parts on too few seeds are evidence for neither.
+    """
+    tested = [f for f in findings if f.part.tested]
+    usable = [
+        f for f in tested if f.interval is not None and f.interval.n >= MIN_SEEDS and not math.isnan(f.interval.p)
+    ]
+    if not usable:
+        return 0, math.nan
+    against = [f.interval.p for f in usable if f.interval and f.interval.mean * f.part.sign < 0]
+    contra = min(1.0, len(tested) * min(against)) if against else 1.0
+    whole = len(usable) == len(tested) and not against and not any(f.effect.blocked for f in usable)
+    pro = max(f.interval.p for f in usable if f.interval) if whole else 1.0
+    return (1, pro) if pro <= contra and whole else (-1, contra) if against else (0, 1.0)
+
+
+def _verdict(findings: Sequence[Finding], direction: int, p_holm: float) -> tuple[str, str]:
+    tested = [f for f in findings if f.part.tested]
+    measured = [f for f in tested if f.interval is not None]
+    if not measured:
+        return NOT_MEASURED, "; ".join(dict.fromkeys(f.reason for f in tested))
+    if direction and p_holm < 1 - LEVEL:
+        which = [f.part.name for f in tested if f.verdict == CONTRADICTED]
+        return (SUPPORTED, "") if direction > 0 else (CONTRADICTED, "; ".join(which))
+    reasons = [f"{f.part.name}: {f.verdict if f.verdict == CONTRADICTED else f.reason}" for f in tested
+               if f.verdict != SUPPORTED]  # fmt: skip
+    if not reasons:
+        reasons = [f"not after the correction over claims (p {p_holm:.2g})"]
+    return INCONCLUSIVE, "; ".join(dict.fromkeys(reasons))
+
+
+def table(judged: Sequence[Judged]) -> Table:
+    """Return the claims as a table: a row a claim, and a row for each part of those that were measured at all."""
+    rows: list[tuple[Cell, ...]] = []
+    for j in judged:
+        p = "" if math.isnan(j.p_holm) else f"{j.p_holm:.2g}"
+        rows.append(tuple(Cell(t) for t in (j.claim.statement, j.claim.figure, j.verdict, "", "", p, j.reason)))
+        for f in j.findings if j.verdict != NOT_MEASURED else ():
+            n = "" if f.interval is None else str(f.interval.n)
+            rest = (Cell(t) for t in (n, "", f.effect.compared or f.reason))
+            rows.append((Cell(f"– {f.part.name}"), Cell(""), Cell(f.verdict), Cell(said(f), f.interval), *rest))
+    return Table(
+        name="claims",
+        title="Claims of the paper",
+        columns=("claim", "figure", "verdict", "effect [95% interval]", "seeds", "p (Holm)", "compared, or why not"),
+        ids=("claim", "figure", "verdict", "effect", "seeds", "p_holm", "compared"),
+        rows=tuple(rows),
+        note=f"Effects are means over paired seeds with 95% t-intervals; a claim needs all its parts, {MIN_SEEDS} seeds of "
+        "each, and Holm's correction over the claims. Verdicts of parts are before that correction.",
+    )
+
+
+def said(finding: Finding) -> str:
+    """Return an effect with its interval, such as ``-0.31 [-0.52, -0.10] ln``."""
+    found = finding.interval
+    if found is None:
+        return ""
+    ends = f" [{found.low:.3g}, {found.high:.3g}]" if found.half_width >= 0 else ""
+    return f"{found.mean:.3g}{ends} {finding.part.unit}".strip()

@@ -1,0 +1,234 @@
+"""The spectrum, density, trace, critical point and the reviewer's measures against dense matrices in float64."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).parent))
+from hessian_oracle import by_magnitude, dense_hessian, logit_jacobian, make
+
+import vitscope as vs
+from vitscope.diagnostics.hessian import _pooled
+
+
+def probe_of(model, x, y, size=4, **objective):
+    return vs.Probe(
+        model, [(x[i : i + size], y[i : i + size]) for i in range(0, len(x), size)], vs.Objective(**objective)
+    )
+
+
+def spectra(probe):
+    return [np.linalg.eigvalsh(dense_hessian(probe.model, x, y, probe.objective)) for x, y in probe.batches]
+
+
+def test_spectrum_by_batch():
+    model, x, y = make("transformer")
+    probe = probe_of(model, x, y, weight_decay=0.05)
+    dense = spectra(probe)
+    result = vs.hessian_max_eigenvalue_spectrum(probe, n_top=4, n_ends=1)
+    expected = np.array([by_magnitude(s, 4) for s in dense])
+    np.testing.assert_allclose(result.eigenvalues, expected, rtol=1e-3)
+    np.testing.assert_allclose(result.smallest[:, 0], [s[0] for s in dense], rtol=1e-3)
+    np.testing.assert_allclose(result.largest[:, 0], [s[-1] for s in dense], rtol=1e-3)
+    assert result.negative_eigenvalue_proportion == (expected < -result.residuals).mean()
+    positive = result.eigenvalues[result.eigenvalues > result.residuals]
+    assert result.average_positive_eigenvalue == pytest.approx(positive.mean(), rel=1e-12)
+    np.testing.assert_array_equal(result.l2_contribution, 0.05)
+    # the density integrates to one: four bandwidths of margin hold all but 6e-5 of a Gaussian
+    assert np.trapezoid(result.density, result.grid) == pytest.approx(1, abs=1e-3)
+
+
+def test_spectrum_resumes_from_partial_rows():
+    model, x, y = make()
+    probe = probe_of(model, x, y)
+    partial = {}
+    whole = vs.hessian_max_eigenvalue_spectrum(probe, n_top=3, partial=partial)
+    assert sorted(partial) == ["batch-0000", "batch-0001", "batch-0002"]
+    partial.pop("batch-0002")
+    marked = {**partial["batch-0000"], "eigenvalues": np.full(3, 123.0)}
+    again = vs.hessian_max_eigenvalue_spectrum(probe, n_top=3, partial={**partial, "batch-0000": marked})
+    np.testing.assert_array_equal(again.eigenvalues[0], 123.0)
+    np.testing.assert_array_equal(again.eigenvalues[2], whole.eigenvalues[2])
+
+
+def test_pooled_statistics_of_known_values():
+    values, residuals = np.array([[-3.0, 2.0], [0.05, 4.0]]), np.full((2, 2), 0.1)
+    assert _pooled.negative_proportion(values, residuals) == 0.25
+    assert _pooled.near_zero_proportion(values, residuals) == 0.25
+    assert _pooled.positive_average(values, residuals) == 3.0
+    assert np.isnan(_pooled.positive_average(-np.ones((1, 1)), np.zeros((1, 1))))
+    low, high = _pooled.bootstrap(_pooled.negative_proportion, values, residuals)
+    assert (low, high) == (0.0, 0.5)  # the batches' own proportions are 0.5 and 0
+    assert np.isnan(_pooled.bootstrap(_pooled.negative_proportion, values[:1], residuals[:1])).all()
+    grid, density = _pooled.kernel_density(np.full((2, 2), 5.0))
+    assert np.trapezoid(density, grid) == pytest.approx(1, abs=1e-3)
+
+
+def test_density_moments_are_the_probe_vectors_own():
+    model, x, y = make()
+    probe = probe_of(model, x, y, weight_decay=0.05)
+    dense = dense_hessian(model, x, y, probe.objective)
+    result = vs.spectral_density(probe, n_vectors=3, n_steps=12)
+    # a Gauss rule of 12 nodes is exact to degree 23, so its moments are v^T H^p v for the same sign vectors
+    from vitscope.diagnostics.hessian.spectral_density import random_signs
+    from vitscope.linalg.curvatures import curvatures
+
+    with curvatures(probe) as made:
+        signs = np.array([random_signs(made.mean(), 0, i).numpy() for i in range(3)])
+    powers = [np.mean([v @ np.linalg.matrix_power(dense, p) @ v / len(v) for v in signs]) for p in range(1, 5)]
+    np.testing.assert_allclose(result.moments, powers, rtol=1e-9)
+    np.testing.assert_allclose(result.weights.sum(1), 1, atol=1e-12)
+    assert np.trapezoid(result.density, result.grid) == pytest.approx(1, abs=1e-3)
+
+
+def test_density_with_all_steps_holds_every_eigenvalue():
+    model, x, y = make()
+    probe = probe_of(model, x, y)
+    dense = np.linalg.eigvalsh(dense_hessian(model, x, y, probe.objective))
+    result = vs.spectral_density(probe, n_vectors=1, n_steps=10_000)
+    np.testing.assert_allclose(result.nodes[0], dense, atol=1e-8)
+    assert result.n_products == len(dense)
+
+
+@pytest.mark.parametrize("method", ["hutchinson", "hutch++"])
+def test_trace(method):
+    model, x, y = make()
+    probe = probe_of(model, x, y, weight_decay=0.05)
+    trace = np.trace(dense_hessian(model, x, y, probe.objective))
+    result = vs.hessian_trace(probe, method=method, n_vectors=60)
+    assert abs(result.trace - trace) < 4 * result.standard_error
+    assert result.n_products == 60
+
+
+def test_hutch_plus_plus_is_exact_with_a_full_sketch():
+    model, x, y = make()
+    probe = probe_of(model, x, y, weight_decay=0.05)
+    dense = dense_hessian(model, x, y, probe.objective)
+    result = vs.hessian_trace(probe, method="hutch++", n_vectors=3 * len(dense))
+    assert result.trace == pytest.approx(np.trace(dense), abs=1e-8)
+
+
+def test_rayleigh_split_adds_up():
+    model, x, y = make("transformer")
+    probe = probe_of(model, x, y, weight_decay=0.05)
+    result = vs.rayleigh_split(probe, k=3, n_ends=1, tol=1e-8)
+    dense = dense_hessian(model, x, y, probe.objective)
+    values, vectors = np.linalg.eigh(dense)
+    jacobian, p = logit_jacobian(model, x).numpy(), torch.softmax(model(x), 1).detach().numpy()
+    inner = np.einsum("bc,cd->bcd", p, np.eye(3)) - np.einsum("bc,bd->bcd", p, p)
+    ggn = np.einsum("bci,bcd,bdj->ij", jacobian, inner, jacobian) / len(x)
+    assert result.eigenvalues[-1] == pytest.approx(values[0], rel=1e-8)
+    # the eigenvector is known to the root of the eigenvalue's accuracy
+    assert result.gauss_newton[-1] == pytest.approx(vectors[:, 0] @ ggn @ vectors[:, 0], abs=1e-3)
+    np.testing.assert_allclose(result.gauss_newton + result.remainder + result.l2, result.eigenvalues, atol=1e-12)
+    np.testing.assert_allclose(result.mass.sum(1), 1, atol=1e-12)
+    assert (result.gauss_newton >= 0).all()
+
+
+def test_normalised_hessian_ignores_a_rescaling():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(25, 6, bias=False), nn.ReLU(), nn.Linear(6, 3, bias=False)).double()
+    _, x, y = make()
+    first = vs.normalised_hessian(probe_of(model, x, y), k=3, tol=1e-8)
+    plain = vs.hessian_eigenvalues(probe_of(model, x, y), k=3).eigenvalues
+    with torch.no_grad():  # the same function: ReLU is positively homogeneous
+        model[1].weight.mul_(4)
+        model[3].weight.mul_(0.25)
+    second = vs.normalised_hessian(probe_of(model, x, y), k=3, tol=1e-8)
+    np.testing.assert_allclose(second.eigenvalues, first.eigenvalues, rtol=1e-7)
+    assert not np.allclose(vs.hessian_eigenvalues(probe_of(model, x, y), k=3).eigenvalues, plain, rtol=0.1)
+
+
+def test_preconditioned_sharpness():
+    model, x, y = make()
+    scale = {name: 0.1 + torch.rand_like(p) for name, p in model.named_parameters()}
+    probe = probe_of(model, x, y, weight_decay=0.1, l2="adamw", decay_scale=scale)
+    dense = dense_hessian(model, x, y, probe.objective)
+    flat = torch.cat([s.reshape(-1) for s in scale.values()]).numpy()
+    result = vs.preconditioned_sharpness(probe, lr=1e-3, k=2, tol=1e-6)
+    expected = np.sort(np.linalg.eigvals(dense / flat[:, None]).real)[::-1][:2]
+    np.testing.assert_allclose(result.eigenvalues, expected, rtol=1e-6)
+    assert result.threshold == pytest.approx(38 / 1e-3)
+    assert result.ratio == pytest.approx(expected[0] * 1e-3 / 38, rel=1e-6)
+    with pytest.raises(ValueError, match="preconditioner='adamw', received None"):
+        vs.preconditioned_sharpness(probe_of(model, x, y), preconditioner="adamw")
+
+
+def test_nep_stability_agrees_with_the_spectrum():
+    model, x, y = make("transformer")
+    probe = probe_of(model, x, y)
+    result = vs.nep_stability(probe, ks=(1, 3), batch_sizes=(4, 12, 5), tols=(1e-1, 1e-3), k=3)
+    rows = list(zip(result.k, result.batch_size, result.tol, result.mixup))
+    assert rows == [
+        (1, 4, 1e-3, False),
+        (3, 4, 1e-3, False),
+        (3, 12, 1e-3, False),
+        (3, 4, 1e-1, False),
+        (3, 4, 1e-3, True),
+    ]
+    expected = vs.hessian_max_eigenvalue_spectrum(probe, n_top=3)
+    assert result.nep[1] == expected.negative_eigenvalue_proportion
+    assert result.ape[1] == pytest.approx(expected.average_positive_eigenvalue, rel=1e-9)
+    assert list(result.n_batches) == [3, 3, 1, 3, 3]
+
+
+def test_bn_policy():
+    model, x, y = make()
+    model.norm.running_mean.fill_(0.5)
+    probe = probe_of(model, x, y)
+    result = vs.bn_policy(probe, n_top=3)
+    np.testing.assert_allclose(result.eigenvalues_eval, [by_magnitude(s, 3) for s in spectra(probe)], rtol=1e-3)
+    model.train()
+    model.norm.track_running_stats = False
+    np.testing.assert_allclose(result.eigenvalues_batch, [by_magnitude(s, 3) for s in spectra(probe)], rtol=1e-3)
+    with pytest.raises(ValueError, match="BatchNorm layers, received SmallTransformer without any"):
+        vs.bn_policy(probe_of(*make("transformer")))
+
+
+class Bowl(nn.Module):
+    """Logits (u, -u) with u = a b or (a^2 + b^2)/2 of its two weights, for every image."""
+
+    def __init__(self, a, b, saddle):
+        super().__init__()
+        self.w = nn.Parameter(torch.tensor([a, b], dtype=torch.float64))
+        self.saddle = saddle
+
+    def forward(self, x):
+        u = self.w[0] * self.w[1] if self.saddle else -0.5 * self.w.square().sum()
+        return torch.stack([u, -u]).expand(len(x), 2)
+
+
+@pytest.mark.parametrize(
+    ("point", "saddle", "verdict"),
+    [((0.0, 0.0), True, "saddle"), ((0.0, 0.0), False, "minimum"), ((1.0, 0.5), False, "not stationary")],
+)
+def test_critical_point_of_known_shapes(point, saddle, verdict):
+    batches = [(torch.zeros(2, 1, dtype=torch.float64), torch.ones(2, dtype=torch.long)) for _ in range(3)]
+    result = vs.critical_point(vs.Probe(Bowl(*point, saddle), batches))
+    assert result.verdict == verdict
+    np.testing.assert_array_equal(result.n_images, [2, 4, 6])
+    if saddle:  # log(1 + exp(2 a b)) has the Hessian [[0, 1], [1, 0]] at 0
+        np.testing.assert_allclose(result.smallest_eigenvalue, -1, atol=1e-9)
+        assert result.slice_loss.min() < result.slice_loss[len(result.slice_loss) // 2]
+
+
+def test_critical_point_gradient_norms():
+    model, x, y = make()
+    scale = {name: torch.full_like(p, 0.3) for name, p in model.named_parameters()}
+    result = vs.critical_point(probe_of(model, x, y, weight_decay=0.1, l2="adamw", decay_scale=scale), n_points=3)
+    parameters = list(model.parameters())
+    data = torch.autograd.grad(vs.Objective().data_loss(model(x), y), parameters)
+
+    def norm(factor):
+        return float(sum((g + factor * p).square().sum() for g, p in zip(data, parameters)).sqrt())
+
+    assert result.gradient_norm_nll == pytest.approx(norm(0.0), rel=1e-12)
+    assert result.gradient_norm_half_sq == pytest.approx(norm(0.1), rel=1e-12)
+    assert result.gradient_norm_adamw == pytest.approx(norm(0.03), rel=1e-12)
+    assert result.gradient_norm[-1] == pytest.approx(norm(0.03), rel=1e-12)

@@ -1,0 +1,41 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+from scipy import stats
+
+from vitscope.reports.inference import holm, t_interval
+
+
+def test_the_interval_of_three_seeds_is_four_point_three_standard_errors() -> None:
+    found = t_interval([1.0, 2.0, 4.0])
+    standard_error = stats.sem([1.0, 2.0, 4.0])  # an independent implementation
+    assert found.mean == pytest.approx(7 / 3, rel=1e-15)
+    quantile = 0.95 / math.sqrt(2 * 0.975 * 0.025)  # of t with two degrees of freedom, in closed form
+    assert quantile == pytest.approx(4.30, abs=0.005)
+    assert found.half_width / standard_error == pytest.approx(quantile, rel=1e-10)
+    assert found.p == pytest.approx(stats.ttest_1samp([1.0, 2.0, 4.0], 0).pvalue, rel=1e-12)
+    assert (found.low, found.high) == (found.mean - found.half_width, found.mean + found.half_width)
+
+
+def test_one_seed_has_no_interval_and_equal_seeds_no_p() -> None:
+    assert math.isnan(t_interval([3.0]).half_width)
+    assert math.isnan(t_interval([]).mean)
+    same = t_interval([0.2, 0.2, 0.2])
+    assert same.half_width == 0
+    assert math.isnan(same.p)
+
+
+def test_values_that_are_not_finite_are_refused() -> None:
+    with pytest.raises(ValueError, match="finite values, received"):
+        t_interval([1.0, math.nan])
+
+
+def test_holm_by_hand_and_against_its_definition() -> None:
+    adjusted = holm({"a": 0.01, "b": 0.04, "c": 0.03, "d": math.nan})
+    assert adjusted["a"] == pytest.approx(0.03)
+    assert adjusted["c"] == pytest.approx(0.06)
+    assert adjusted["b"] == pytest.approx(0.06)  # 1 x 0.04 is raised to the one before
+    assert math.isnan(adjusted["d"])
+    assert holm({"a": 0.9, "b": 0.8}) == {"a": 1.0, "b": 1.0}
