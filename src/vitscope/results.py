@@ -7,6 +7,7 @@ a mixture. The ``.json`` mirrors its scalars and its objective card for people a
 from __future__ import annotations
 
 import base64
+import contextlib
 import dataclasses
 import importlib
 import io
@@ -89,7 +90,8 @@ def write_atomically(path: Path, content: bytes) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # where the folder is none, there is nothing to remove
+            temporary.unlink(missing_ok=True)
         raise StorageError(
             "paths.runs", path, f"not writable ({error.strerror})", "free space or choose another folder"
         ) from None

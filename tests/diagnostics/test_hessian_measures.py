@@ -16,6 +16,8 @@ from hessian_oracle import by_magnitude, dense_hessian, logit_jacobian, make
 import vitscope as vs
 from vitscope.diagnostics.hessian import _pooled
 
+pytestmark = pytest.mark.slow  # minutes on two cores
+
 
 def probe_of(model, x, y, size=4, **objective):
     return vs.Probe(
@@ -202,33 +204,3 @@ class Bowl(nn.Module):
     def forward(self, x):
         u = self.w[0] * self.w[1] if self.saddle else -0.5 * self.w.square().sum()
         return torch.stack([u, -u]).expand(len(x), 2)
-
-
-@pytest.mark.parametrize(
-    ("point", "saddle", "verdict"),
-    [((0.0, 0.0), True, "saddle"), ((0.0, 0.0), False, "minimum"), ((1.0, 0.5), False, "not stationary")],
-)
-def test_critical_point_of_known_shapes(point, saddle, verdict):
-    batches = [(torch.zeros(2, 1, dtype=torch.float64), torch.ones(2, dtype=torch.long)) for _ in range(3)]
-    result = vs.critical_point(vs.Probe(Bowl(*point, saddle), batches))
-    assert result.verdict == verdict
-    np.testing.assert_array_equal(result.n_images, [2, 4, 6])
-    if saddle:  # log(1 + exp(2 a b)) has the Hessian [[0, 1], [1, 0]] at 0
-        np.testing.assert_allclose(result.smallest_eigenvalue, -1, atol=1e-9)
-        assert result.slice_loss.min() < result.slice_loss[len(result.slice_loss) // 2]
-
-
-def test_critical_point_gradient_norms():
-    model, x, y = make()
-    scale = {name: torch.full_like(p, 0.3) for name, p in model.named_parameters()}
-    result = vs.critical_point(probe_of(model, x, y, weight_decay=0.1, l2="adamw", decay_scale=scale), n_points=3)
-    parameters = list(model.parameters())
-    data = torch.autograd.grad(vs.Objective().data_loss(model(x), y), parameters)
-
-    def norm(factor):
-        return float(sum((g + factor * p).square().sum() for g, p in zip(data, parameters)).sqrt())
-
-    assert result.gradient_norm_nll == pytest.approx(norm(0.0), rel=1e-12)
-    assert result.gradient_norm_half_sq == pytest.approx(norm(0.1), rel=1e-12)
-    assert result.gradient_norm_adamw == pytest.approx(norm(0.03), rel=1e-12)
-    assert result.gradient_norm[-1] == pytest.approx(norm(0.03), rel=1e-12)

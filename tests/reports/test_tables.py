@@ -44,7 +44,9 @@ def test_means_and_intervals_over_seeds(make_run: Callable, tmp_path: Path) -> N
     assert by_id["test/accuracy"].text == f"{expected.mean:.3f} ± {expected.half_width:.3f}" == "0.530 ± 0.090"
     assert by_id["test/nll"].text == "1.500"  # no width, no ±
     assert by_id["hessian_max_eigenvalue_spectrum/negative_eigenvalue_proportion"].text == "0.250"
-    assert by_id["hessian_max_eigenvalue_spectrum/average_positive_eigenvalue"].text == "101.0 ± 2.5"  # 4.303 x 1 / 3**.5
+    assert (
+        by_id["hessian_max_eigenvalue_spectrum/average_positive_eigenvalue"].text == "101.0 ± 2.5"
+    )  # 4.303 x 1 / 3**.5
 
 
 def test_what_is_missing_is_named_and_never_filled(make_run: Callable, tmp_path: Path) -> None:
@@ -117,7 +119,13 @@ def test_files_hold_the_numbers(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("value", "style", "text"),
-    [(999, "si", "999"), (1234, "si", "1.23k"), (9_499_063, "si", "9.50M"), (3.34e12, "si", "3.34T"), (0.5, ".3f", "0.500")],
+    [
+        (999, "si", "999"),
+        (1234, "si", "1.23k"),
+        (9_499_063, "si", "9.50M"),
+        (3.34e12, "si", "3.34T"),
+        (0.5, ".3f", "0.500"),
+    ],
 )
 def test_numbers(value: float, style: str, text: str) -> None:
     assert cells.number(value, style) == text

@@ -92,8 +92,9 @@ def sharpness(
     The mean: over ``n_pairs`` pairs of filter-normalised directions (Li et al., NeurIPS 2018), shared by models through the seed,
     ``nll(w + r d) - nll(w)`` averaged over both directions and both signs, which cancels the slope. The worst: projected
     gradient ascent on the NLL in the ball in which each filter moves by at most r times its norm, which contains those
-    random points; steps along the filter-normalised gradient that shrink from r to r / n_steps, from random points of its surface; the
-    largest value met is a lower bound of the true one. The L2 term is left out: its rise is known in closed form.
+    random points; from random points of its surface, in steps along the filter-normalised gradient that shrink from r to
+    r / n_steps; the largest value met is a lower bound of the true one. The L2 term is left out: its rise is known in
+    closed form.
 
     Args:
         probe: the model and its frozen batches.

@@ -1,0 +1,116 @@
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import pytest
+from scipy import stats
+
+from vitscope.reports import verdicts
+from vitscope.reports.claims import CLAIMS, Claim, Part
+from vitscope.reports.costs import Costs
+from vitscope.reports.effects import Bench, Effect
+from vitscope.reports.selection import Selection
+
+NOTHING = Bench(Selection([]), Costs())
+CLEAR = {0: 1.0, 1: 1.1, 2: 0.9, 3: 1.05, 4: 0.95}
+UNCLEAR = {0: 1.0, 1: -1.1, 2: 0.9, 3: -0.9, 4: 0.2}
+
+
+def part(values: Mapping[int, float], sign: int = 1, *, blocked: str = "", tested: bool = True) -> Part:
+    effect = Effect(values, "a − b", "" if values else "runs", blocked)
+    return Part(f"part {sign} {values}", sign, lambda bench: effect, "nats", tested)
+
+
+def claim(*parts: Part, name: str = "x") -> Claim:
+    return Claim(name, f"Statement {name}", "1", "statistic", "runs", parts)
+
+
+def judge(*parts: Part) -> verdicts.Judged:
+    (found,) = verdicts.judge(NOTHING, [claim(*parts)])
+    return found
+
+
+def test_the_sign_decides_between_supported_and_contradicted() -> None:
+    assert judge(part(CLEAR)).verdict == "supported"
+    against = judge(part(CLEAR, -1))
+    assert against.verdict == "contradicted"
+    assert "part -1" in against.reason
+    negative = {seed: -value for seed, value in CLEAR.items()}
+    assert judge(part(negative, -1)).verdict == "supported"
+    assert judge(part(CLEAR)).p == pytest.approx(stats.ttest_1samp(list(CLEAR.values()), 0).pvalue, rel=1e-12)
+
+
+def test_an_interval_that_crosses_zero_decides_nothing() -> None:
+    found = judge(part(UNCLEAR))
+    assert found.verdict == "inconclusive"
+    assert "crosses zero" in found.reason
+
+
+def test_fewer_than_five_seeds_decide_nothing_however_clear() -> None:
+    few = {seed: CLEAR[seed] for seed in range(4)}
+    for sign in (1, -1):
+        found = judge(part(few, sign))
+        assert (found.verdict, found.p_holm) == ("inconclusive", pytest.approx(math.nan, nan_ok=True))
+        assert "4 of 5 seeds" in found.reason
+
+
+def test_nothing_measured_says_what_is_lacking() -> None:
+    found = judge(part({}))
+    assert (found.verdict, found.reason) == ("not measured", "needs runs")
+
+
+def test_a_claim_needs_all_its_parts_and_falls_with_one() -> None:
+    assert judge(part(CLEAR), part(CLEAR, 1)).verdict == "supported"
+    assert judge(part(CLEAR), part({})).verdict == "inconclusive"
+    assert judge(part(CLEAR), part(UNCLEAR)).verdict == "inconclusive"
+    assert judge(part(CLEAR), part(CLEAR, -1)).verdict == "contradicted"
+    assert judge(part(CLEAR), part(CLEAR, -1, tested=False)).verdict == "supported"  # shown, not tested
+
+
+def test_parts_against_a_claim_are_counted_against_its_number_of_parts() -> None:
+    p = judge(part(CLEAR, -1)).p
+    assert judge(part(CLEAR, -1), part(CLEAR), part({})).p == pytest.approx(3 * p, rel=1e-12)
+
+
+def test_what_blocks_an_effect_blocks_support_and_not_contradiction() -> None:
+    found = judge(part(CLEAR, blocked="not monotone"))
+    assert found.verdict == "inconclusive"
+    assert "not monotone" in found.reason
+    assert judge(part(CLEAR, -1, blocked="not monotone")).verdict == "contradicted"
+
+
+def test_seeds_that_do_not_differ_give_no_interval() -> None:
+    found = judge(part(dict.fromkeys(range(5), 0.25)))
+    assert found.verdict == "inconclusive"
+    assert "do not differ" in found.reason
+
+
+def test_the_correction_goes_over_the_claims_that_were_measured() -> None:
+    weak = {0: 1.0, 1: 2.0, 2: 0.4, 3: 2.4, 4: 0.7}  # p = 0.026 alone
+    (alone,) = verdicts.judge(NOTHING, [claim(part(weak))])
+    assert alone.verdict == "supported"
+    assert alone.p == pytest.approx(stats.ttest_1samp(list(weak.values()), 0).pvalue)
+    three = [claim(part(weak), name="a"), claim(part(UNCLEAR), name="b"), claim(part({}), name="c")]
+    first, second, third = verdicts.judge(NOTHING, three)
+    assert first.p_holm == pytest.approx(2 * alone.p)
+    assert first.verdict == "inconclusive"
+    assert "correction" in first.reason
+    assert second.p_holm >= first.p_holm
+    assert math.isnan(third.p_holm)
+
+
+def test_without_runs_every_claim_of_the_paper_is_not_measured() -> None:
+    found = verdicts.judge(NOTHING)
+    assert [j.verdict for j in found] == ["not measured"] * len(CLAIMS)
+    assert all(f.reason.startswith("needs ") for j in found for f in j.findings)
+    assert len({c.name for c in CLAIMS}) == len(CLAIMS)
+    assert all(p.sign in (1, -1) for c in CLAIMS for p in c.parts)
+
+
+def test_the_table_lists_parts_where_something_was_measured() -> None:
+    table = verdicts.table(verdicts.judge(NOTHING, [claim(part(CLEAR), name="a"), claim(part({}), name="b")]))
+    texts = [[cell.text for cell in row] for row in table.rows]
+    assert [row[0] for row in texts] == ["Statement a", "– " + part(CLEAR).name, "Statement b"]
+    assert texts[1][3] == "1 [0.902, 1.1] nats"  # 2.776 x 0.0791 / 5**.5 = 0.098
+    assert texts[2][2] == "not measured"
