@@ -16,6 +16,8 @@ import vitscope as vs
 from vitscope.errors import NumericalError
 from vitscope.linalg.curvatures import curvatures
 
+pytestmark = pytest.mark.slow  # the linearized products are to be checked again
+
 KINDS = ["conv", "transformer"]
 
 
