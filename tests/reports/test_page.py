@@ -18,7 +18,7 @@ import pytest
 from tests.reports.conftest import CARD, curve, other_card, rise, spectrum, write_run
 from vitscope import runs
 from vitscope.diagnostics.landscape.loss_landscape import LossLandscapeResult
-from vitscope.reports import evidence, figures, page, panels, tables, verdicts
+from vitscope.reports import drawing, evidence, figures, page, panels, tables, verdicts
 from vitscope.reports.costs import Cost, Costs
 from vitscope.reports.effects import Bench
 from vitscope.reports.selection import Selection
@@ -111,7 +111,8 @@ def build(root: Path) -> Path:
     made = {name: tables.build(name, selection, Given()) for name in tables.TABLES}
     judged = verdicts.judge(Bench(selection, Given()))
     made["claims"] = verdicts.table(judged)
-    drawn = [figures.draw(panel, root / "out") for panel in panels.panels(entries)]
+    chosen = panels.panels(entries)
+    drawn = [figures.drawn(panel, drawing.draw(figures.job(panel, root / "out"))) for panel in chosen]
     problems = [p for table in made.values() for p in table.problems]
     return page.write(root / "out" / "report.html", entries, made, judged, drawn, problems)
 

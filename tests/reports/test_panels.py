@@ -9,12 +9,16 @@ import pytest
 from tests.reports.conftest import curve, other_card, rise, spectrum
 from vitscope import runs
 from vitscope.errors import StorageError
-from vitscope.reports import evidence, figures
-from vitscope.reports.panels import PER_FIGURE, absent, panels
+from vitscope.reports import drawing, evidence, figures
+from vitscope.reports.panels import PER_FIGURE, Panel, absent, panels
 
 
 def collect(root: Path) -> list[evidence.Entry]:
     return evidence.collect(runs.every(root / "runs"))
+
+
+def draw(panel: Panel, folder: Path, options: dict | None = None) -> figures.Drawn:
+    return figures.drawn(panel, drawing.draw(figures.job(panel, folder, options)))
 
 
 def test_seeds_share_a_curve_and_models_a_figure(make_run: Callable, tmp_path: Path) -> None:
@@ -80,12 +84,15 @@ def test_a_figure_is_drawn_with_its_numbers(make_run: Callable, tmp_path: Path) 
         make_run("vit", seed, measured={"slice": curve(depth=1.0 + seed)})
     make_run("convnet", measured={"slice": curve(depth=3.0)})
     (panel,) = panels(collect(tmp_path))
-    drawn = figures.draw(panel, tmp_path / "out")
-    assert drawn.png is not None
-    assert drawn.pdf is not None
-    assert (drawn.png.read_bytes()[:4], drawn.pdf.read_bytes()[:4]) == (b"\x89PNG", b"%PDF")
+    drawn = draw(panel, tmp_path / "out")
+    assert drawn.picture.png is not None
+    assert drawn.picture.pdf is not None
+    assert (drawn.picture.png.read_bytes()[:4], drawn.picture.pdf.read_bytes()[:4]) == (b"\x89PNG", b"%PDF")
     assert drawn.caption.startswith("The loss along lines")
-    assert [trace["name"] for trace in json.loads(drawn.interactive or "")["data"]] == ["convnet-18", "vit-tiny"]
+    assert [trace["name"] for trace in json.loads(drawn.picture.interactive or "")["data"]] == [
+        "convnet-18",
+        "vit-tiny",
+    ]
     heads, rows = figures.numbers(panel)
     assert heads == ["convnet-18", "vit-tiny"]
     texts = {row[0].text: [cell.text for cell in row[1:]] for row in rows}
@@ -101,12 +108,12 @@ def test_a_damaged_result_or_a_refused_option_costs_one_figure(make_run: Callabl
     (bad.results / "slice" / "end-0badcafe.npz").write_bytes(b"no")
     (bad.results / "sharpness" / "end-0badcafe.npz").write_bytes(b"no")
     by_name = {p.analysis: p for p in panels(collect(tmp_path))}
-    drawn = figures.draw(by_name["slice"], tmp_path / "out")
-    assert drawn.labels == ("convnet-18",)
+    drawn = draw(by_name["slice"], tmp_path / "out")
+    assert drawn.picture.labels == ("convnet-18",)
     assert "measure again" in drawn.panel.notice
-    assert figures.draw(by_name["sharpness"], tmp_path / "out").png is None
-    refused = figures.draw(by_name["slice"], tmp_path / "out", {"value": "nonsense"})
-    assert refused.problem.startswith("not drawn: ValueError: Expected value")
+    assert draw(by_name["sharpness"], tmp_path / "out").picture.png is None
+    refused = draw(by_name["slice"], tmp_path / "out", {"value": "nonsense"})
+    assert refused.picture.problem.startswith("not drawn: ValueError: Expected value")
 
 
 def test_a_folder_that_cannot_be_written_ends_the_report(make_run: Callable, tmp_path: Path) -> None:
@@ -114,7 +121,7 @@ def test_a_folder_that_cannot_be_written_ends_the_report(make_run: Callable, tmp
     (panel,) = panels(collect(tmp_path))
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match="not writable"):
-        figures.draw(panel, tmp_path / "file")
+        draw(panel, tmp_path / "file")
 
 
 def test_what_a_figure_lacks_is_named(make_run: Callable, tmp_path: Path) -> None:
@@ -125,3 +132,19 @@ def test_what_a_figure_lacks_is_named(make_run: Callable, tmp_path: Path) -> Non
         f"failed: run {first.id}: hessian (RuntimeError: out of memory)",
         f"missing: run {second.id}: hessian (not measured at end)",
     ]
+
+
+def test_other_processes_draw_the_same(make_run: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_run("vit", measured={"slice": curve()})
+    jobs = [figures.job(p, tmp_path / "here") for p in panels(collect(tmp_path))]
+    away = [figures.job(p, tmp_path / "away") for p in panels(collect(tmp_path))]
+    with drawing.drawing(jobs) as finish:
+        (here,) = finish()
+    monkeypatch.setattr(drawing, "MANY", 1)
+    with drawing.drawing(away) as finish:
+        (there,) = finish()
+    assert here.png is not None
+    assert there.png is not None
+    assert there.png.parent.name == "away"
+    assert there.png.read_bytes() == here.png.read_bytes()
+    assert there.interactive == here.interactive

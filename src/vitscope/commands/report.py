@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import hydra
 from omegaconf import DictConfig
@@ -13,8 +12,7 @@ from omegaconf import DictConfig
 from vitscope import config, exits, runs
 from vitscope.commands import overrides
 from vitscope.errors import ConfigError, DataError
-from vitscope.progress import track
-from vitscope.reports import cells, evidence, figures, page, panels, tables, verdicts
+from vitscope.reports import cells, drawing, evidence, figures, page, panels, tables, verdicts
 from vitscope.reports.cells import Problem, Table
 from vitscope.reports.costs import Costs
 from vitscope.reports.effects import Bench
@@ -60,22 +58,21 @@ def report(cfg: DictConfig) -> Path:
     _check(cfg)
     out = Path(cfg.out)
     found = evidence.collect(_folders(cfg))
-    selection = Selection(found, cfg.tag if cfg.tag != "all" else "end", bool(cfg.allow_different))
-    costs = Costs(out / ".costs.json")
-    wanted = [cfg.table] if cfg.table else list(TABLES)
-    judged = verdicts.judge(Bench(selection, costs)) if "claims" in wanted else []
-    made = {name: _table(name, cfg, selection, costs, judged) for name in wanted}
-    costs.save()
-    written = [path for table in made.values() for path in cells.write(table, out / "tables")]
+    chosen = [] if cfg.table else _panels(cfg, found)
+    options = config.plain(cfg.plot) or {}
+    jobs = [figures.job(panel, out, options.get(panel.analysis), cfg.pdf) for panel in chosen]
+    with drawing.drawing(jobs) as finish:
+        made, judged = _tables(cfg, found, out)
+        drawn = [figures.drawn(panel, picture) for panel, picture in zip(chosen, finish())]
+    print(cells.markdown(next(iter(made.values()))), end="")
     problems = [problem for table in made.values() for problem in table.problems]
-    print(cells.markdown(made[wanted[0]]), end="")
-    target = written[0]
+    target = out / "tables" / f"{next(iter(made))}.md"
     if not cfg.table:
-        names = list(cfg.analyses) if cfg.analyses is not None else None
-        drawn = _figures(cfg, found, out)
-        problems += panels.absent(found, names or [], cfg.tag)
+        problems += panels.absent(found, _analyses(cfg) or [], cfg.tag)
         problems += [
-            Problem("failed", f"figure {d.panel.name}", d.panel.analysis, d.problem) for d in drawn if d.problem
+            Problem("failed", f"figure {d.panel.name}", d.panel.analysis, d.picture.problem)
+            for d in drawn
+            if d.picture.problem
         ]
         if cfg.page:
             target = page.write(out / f"{cfg.name}.html", found, made, judged, drawn, problems)
@@ -101,24 +98,34 @@ def _folders(cfg: DictConfig) -> list[runs.Run]:
     raise DataError("paths.runs", root, "no run there", "train one (python train.py), or name another folder")
 
 
-def _table(name: str, cfg: DictConfig, selection: Selection, costs: Costs, judged: Sequence[verdicts.Judged]) -> Table:
-    if name == "claims":
-        return verdicts.table(judged)
-    models = list(cfg.expect.models or []) if name == cfg.table else []
-    seeds = [int(seed) for seed in cfg.expect.seeds or []] if name == cfg.table else []
-    return tables.build(name, selection, costs, models, seeds)
+def _tables(
+    cfg: DictConfig, found: Sequence[evidence.Entry], out: Path
+) -> tuple[dict[str, Table], list[verdicts.Judged]]:
+    """Build and write the tables that were asked for; return them, and the claims where they are among them."""
+    selection = Selection(found, cfg.tag if cfg.tag != "all" else "end", bool(cfg.allow_different))
+    costs = Costs(out / ".costs.json")
+    wanted = [cfg.table] if cfg.table else list(TABLES)
+    judged = verdicts.judge(Bench(selection, costs)) if "claims" in wanted else []
+    models = list(cfg.expect.models or []) if cfg.table else []
+    seeds = [int(seed) for seed in cfg.expect.seeds or []] if cfg.table else []
+    made = {
+        name: verdicts.table(judged) if name == "claims" else tables.build(name, selection, costs, models, seeds)
+        for name in wanted
+    }
+    costs.save()
+    for table in made.values():
+        cells.write(table, out / "tables")
+    return made, judged
 
 
-def _figures(cfg: DictConfig, found: Sequence[evidence.Entry], out: Path) -> list[figures.Drawn]:
-    names = list(cfg.analyses) if cfg.analyses is not None else None
-    options: Mapping[str, Any] = config.plain(cfg.plot) or {}
-    chosen = panels.panels(
-        found, tag=cfg.tag, analyses=names, group_by=cfg.group_by, allow_different=bool(cfg.allow_different)
+def _analyses(cfg: DictConfig) -> list[str] | None:
+    return None if cfg.analyses is None else list(cfg.analyses)
+
+
+def _panels(cfg: DictConfig, found: Sequence[evidence.Entry]) -> list[panels.Panel]:
+    return panels.panels(
+        found, tag=cfg.tag, analyses=_analyses(cfg), group_by=cfg.group_by, allow_different=bool(cfg.allow_different)
     )
-    drawn = []
-    for panel in track(chosen, "figures"):
-        drawn.append(figures.draw(panel, out, options.get(panel.analysis)))
-    return drawn
 
 
 def _tell(problems: Sequence[Problem], strict: bool, table: str | None) -> None:

@@ -100,12 +100,13 @@ def over_seeds(values: Mapping[str, Value], metric: str, style: str, expected: i
 def shown(found: Interval, style: str) -> str:
     """Return ``mean ± half width``; the mean alone where there is no interval, or where it has no width.
 
-    General styles (``.4g``) give the half width two digits, and the mean as many decimals.
+    General styles (``.4g``) give both as many decimals as the smaller needs for two digits.
     """
     if not found.half_width > 0:
         return number(found.mean, style)
     if style.endswith("g") and 1e-4 < found.half_width < 1e6:
-        style = f".{max(0, 1 - math.floor(math.log10(found.half_width)))}f"
+        smaller = min(found.half_width, abs(found.mean)) or found.half_width
+        style = f".{min(6, max(0, 1 - math.floor(math.log10(smaller))))}f"
     return f"{number(found.mean, style)} ± {number(found.half_width, style)}"
 
 

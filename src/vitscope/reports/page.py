@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import io
 import json
 import time
 from collections.abc import Mapping, Sequence
@@ -25,6 +26,9 @@ from vitscope.reports.verdicts import NOT_MEASURED, Judged, said
 
 #: CSS pixels an inch of a figure is shown at, and the dots an inch that it was saved with
 SHOWN_DPI, SAVED_DPI = 116, 300
+
+#: pixels of the widest picture on the page: a screen shows no more; the files keep all
+WIDEST = 2200
 
 #: pictures up to this width have their text beside them
 NARROW = 480
@@ -88,7 +92,7 @@ def write(
     for figure in drawn:
         shown.setdefault(figure.panel.analysis, []).append(_shown(figure))
     compared = comparison(entries)
-    interactive = any(figure.interactive for figure in drawn) or any(run["curves"] for run in compared["runs"])
+    interactive = any(figure.picture.interactive for figure in drawn) or any(run["curves"] for run in compared["runs"])
     counting = [entry for entry in entries if not entry.superseded]
     html = _template().render(
         title="vitscope report",
@@ -154,15 +158,26 @@ def anchor(text: str) -> str:
 
 def _shown(drawn: Drawn) -> Shown:
     picture, width, height = "", 0, 0
-    if drawn.png is not None:
-        picture = "data:image/png;base64," + base64.b64encode(drawn.png.read_bytes()).decode()
-        with Image.open(drawn.png) as image:
-            width, height = (round(side * SHOWN_DPI / SAVED_DPI) for side in image.size)
+    if drawn.picture.png is not None:
+        picture, width, height = _embedded(drawn.picture.png)
     curves = drawn.panel.curves
     shared, differing = figures.common(curves) if curves else ({}, [])
     heads, numbers = figures.numbers(drawn.panel)
     cards = [(curve.label, curve.entry.id, _card(curve, differing)) for curve in curves]
     return Shown(drawn, picture, width, height, shared, differing, cards, heads, numbers)
+
+
+def _embedded(png: Path) -> tuple[str, int, int]:
+    """Return a picture as a data address, and the size to show it at."""
+    content = png.read_bytes()
+    with Image.open(io.BytesIO(content)) as image:
+        width, height = (round(side * SHOWN_DPI / SAVED_DPI) for side in image.size)
+        if image.width > WIDEST:
+            image.thumbnail((WIDEST, image.height))
+            smaller = io.BytesIO()
+            image.save(smaller, "png")
+            content = smaller.getvalue()
+    return "data:image/png;base64," + base64.b64encode(content).decode(), width, height
 
 
 def _card(curve: Curve, differing: Sequence[str]) -> dict[str, Any]:

@@ -47,6 +47,7 @@ class Panel:
         tag: the moment, or ``training`` where a model's moments are overlaid.
         curves: what is in it.
         notice: why something that one would expect in it is not.
+        overview: whether it is one of more than two parts: something to look through, not to print.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Panel:
     tag: str
     curves: tuple[Curve, ...]
     notice: str = ""
+    overview: bool = False
 
 
 def panels(
@@ -154,7 +156,7 @@ def _spread(panel: Panel) -> list[Panel]:
         return [panel]
     ends = [round(i * n / parts) for i in range(parts + 1)]
     return [
-        replace(panel, name=f"{panel.name}-part{i + 1}", curves=panel.curves[start:end])
+        replace(panel, name=f"{panel.name}-part{i + 1}", curves=panel.curves[start:end], overview=parts > 2)
         for i, (start, end) in enumerate(itertools.pairwise(ends))
     ]
 
