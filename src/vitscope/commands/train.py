@@ -87,6 +87,7 @@ def train(cfg: DictConfig, run: Run | None = None) -> Run:
         raise
     finally:
         if _is_main():
+            os.environ.pop(runs.ENVIRONMENT, None)  # the next run of this process makes a folder of its own
             status = {0: "finished", exits.TERMINATED: "stopped"}.get(code, "failed")
             run.note(status=status, exit_code=code, wall_s=round(time.monotonic() - started, 3))
         mirror.finish(code)
