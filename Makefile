@@ -24,7 +24,7 @@ $(SETUP): pyproject.toml constraints.txt
 
 setup: $(SETUP) ## create .venv and install what was tested
 
-demo: $(SETUP) ## the main job: train an AlterNet on photographs, diagnose it, about three minutes on two cores
+demo: $(SETUP) ## the main job: train an AlterNet on photographs, diagnose it, minutes on two cores
 	$(RUN) train.py model=alternet
 
 test: $(SETUP) ## the tests that CI runs
