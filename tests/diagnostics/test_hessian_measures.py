@@ -16,8 +16,6 @@ from hessian_oracle import by_magnitude, dense_hessian, logit_jacobian, make
 import vitscope as vs
 from vitscope.diagnostics.hessian import _pooled
 
-pytestmark = pytest.mark.slow  # minutes on two cores
-
 
 def probe_of(model, x, y, size=4, **objective):
     return vs.Probe(
@@ -133,6 +131,13 @@ def test_rayleigh_split_adds_up():
     assert (result.gauss_newton >= 0).all()
 
 
+def test_rayleigh_split_lists_no_pair_twice():
+    model, x, y = make("transformer")
+    result = vs.rayleigh_split(probe_of(model, x, y), k=3, n_ends=2, tol=1e-8)
+    assert 4 <= len(result.eigenvalues) < 7  # three by magnitude and the ends, of which the top is one
+    assert len(np.unique(result.eigenvalues)) == len(result.eigenvalues) == len(result.mass)
+
+
 def test_normalised_hessian_ignores_a_rescaling():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(25, 6, bias=False), nn.ReLU(), nn.Linear(6, 3, bias=False)).double()
@@ -196,11 +201,49 @@ def test_bn_policy():
 class Bowl(nn.Module):
     """Logits (u, -u) with u = a b or (a^2 + b^2)/2 of its two weights, for every image."""
 
-    def __init__(self, a, b, saddle):
+    def __init__(self, a, b, saddle, sign=1):
         super().__init__()
         self.w = nn.Parameter(torch.tensor([a, b], dtype=torch.float64))
-        self.saddle = saddle
+        self.saddle, self.sign = saddle, sign
 
     def forward(self, x):
-        u = self.w[0] * self.w[1] if self.saddle else -0.5 * self.w.square().sum()
+        u = self.w[0] * self.w[1] if self.saddle else 0.5 * self.sign * self.w.square().sum()
         return torch.stack([u, -u]).expand(len(x), 2)
+
+
+@pytest.mark.parametrize(
+    ("point", "saddle", "verdict"),
+    [((0.0, 0.0), True, "saddle"), ((0.0, 0.0), False, "minimum"), ((1.0, 0.5), False, "not stationary")],
+)
+def test_critical_point_of_known_shapes(point, saddle, verdict):
+    batches = [(torch.zeros(2, 1, dtype=torch.float64), torch.ones(2, dtype=torch.long)) for _ in range(3)]
+    result = vs.critical_point(vs.Probe(Bowl(*point, saddle), batches))
+    assert result.verdict == verdict
+    np.testing.assert_array_equal(result.n_images, [2, 4, 6])
+    if saddle:  # log(1 + exp(2 a b)) has the Hessian [[0, 1], [1, 0]] at 0
+        np.testing.assert_allclose(result.smallest_eigenvalue, -1, atol=1e-9)
+        assert result.slice_loss.min() < result.slice_loss[len(result.slice_loss) // 2]
+
+
+def test_a_maximum_is_no_minimum():
+    # log(1 + exp(-|w|^2)) has the Hessian -I at 0: every direction falls
+    batches = [(torch.zeros(2, 1, dtype=torch.float64), torch.ones(2, dtype=torch.long))]
+    result = vs.critical_point(vs.Probe(Bowl(0.0, 0.0, False, sign=-1), batches))
+    np.testing.assert_allclose(result.smallest_eigenvalue, -1, atol=1e-9)
+    assert result.verdict == "saddle"
+
+
+def test_critical_point_gradient_norms():
+    model, x, y = make()
+    scale = {name: torch.full_like(p, 0.3) for name, p in model.named_parameters()}
+    result = vs.critical_point(probe_of(model, x, y, weight_decay=0.1, l2="adamw", decay_scale=scale), n_points=3)
+    parameters = list(model.parameters())
+    data = torch.autograd.grad(vs.Objective().data_loss(model(x), y), parameters)
+
+    def norm(factor):
+        return float(sum((g + factor * p.detach()).square().sum() for g, p in zip(data, parameters)).sqrt())
+
+    assert result.gradient_norm_nll == pytest.approx(norm(0.0), rel=1e-12)
+    assert result.gradient_norm_half_sq == pytest.approx(norm(0.1), rel=1e-12)
+    assert result.gradient_norm_adamw == pytest.approx(norm(0.03), rel=1e-12)
+    assert result.gradient_norm[-1] == pytest.approx(norm(0.03), rel=1e-12)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from vitscope.linalg.basis import dot
 from vitscope.linalg.curvatures import curvatures
+from vitscope.linalg.lanczos import Eigenpairs
 from vitscope.linalg.solve import solve
 from vitscope.models.parameters import parameter_kinds
 from vitscope.probe import ObjectiveCard, Probe
@@ -21,12 +22,12 @@ class RayleighSplitResult:
     """Each eigenvalue as a sum, each eigenvector's mass by kind of parameter.
 
     Attributes:
-        eigenvalues: (k + 2 n_ends,) the top k by magnitude, then the largest, then the smallest.
+        eigenvalues: (n,) the top k by magnitude, then those of the n_ends largest and n_ends smallest that are not among them.
         residuals: of the same shape, norms of H v - lambda v.
         gauss_newton: v^T G v, never negative: the curvature of the loss in the logits seen through the Jacobian.
         remainder: v^T (H - G) v without the L2 term: the curvature of the network. Only this part can be negative.
         l2: v^T H_L2 v. The three add up to the eigenvalue.
-        mass: (k + 2 n_ends, n_kinds) squared length of v on the parameters of each kind; rows sum to 1.
+        mass: (n, n_kinds) squared length of v on the parameters of each kind; rows sum to 1.
         kinds: (n_kinds,) the kinds that occur.
         share_of_parameters: (n_kinds,) the mass that a random vector would have.
         card: under which conditions.
@@ -98,7 +99,7 @@ def rayleigh_split(
     solving = {"k": k, "n_ends": n_ends, "tol": tol, "max_products": max_products, "seed": seed}
     with curvatures(probe, **options) as made:
         hessian = made.mean()
-        pairs = solve(hessian, vectors=True, shared=True, max_memory=max_memory, **solving).pairs
+        pairs = _distinct(solve(hessian, vectors=True, shared=True, max_memory=max_memory, **solving).pairs)
         assert pairs.vectors is not None
         l2 = np.array([dot(v, hessian.l2_product(v)) for v in pairs.vectors])
         hessian.release()
@@ -122,6 +123,15 @@ def rayleigh_split(
         share_of_parameters=np.array(sizes) / np.sum(sizes),
         card=card,
     )
+
+
+def _distinct(pairs: Eigenpairs) -> Eigenpairs:
+    """Drop the pairs that came a second time: the smallest by magnitude may be among the top k too."""
+    assert pairs.vectors is not None
+    overlap = np.abs((pairs.vectors @ pairs.vectors.T).double().cpu().numpy())
+    rows = [i for i in range(len(pairs.values)) if (overlap[i, :i] < 0.5).all()]  # orthonormal but for repeats
+    kept = {name: getattr(pairs, name)[rows] for name in ("values", "residuals", "errors", "converged", "vectors")}
+    return replace(pairs, **kept)
 
 
 def _kinds(model: nn.Module, names: list[str]) -> dict[str, str]:

@@ -1,0 +1,245 @@
+"""Is the end of training a minimum or a saddle, and of which objective?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.func import functional_call
+
+from vitscope import distributed
+from vitscope.linalg.basis import norm
+from vitscope.linalg.curvatures import Curvatures, curvatures
+from vitscope.linalg.solve import solve
+from vitscope.probe import Batch, ObjectiveCard, Probe
+from vitscope.progress import track
+
+
+@dataclass(frozen=True)
+class CriticalPointResult:
+    """Gradient and extreme curvature on growing parts of the data, and what follows from them.
+
+    Attributes:
+        n_images: (n_sizes,) images of each part, the last one all.
+        gradient_norm: (n_sizes,) norm of the objective's gradient.
+        smallest_eigenvalue, smallest_residual: (n_sizes,) the most negative eigenvalue of the objective's Hessian.
+        largest_eigenvalue, largest_residual: (n_sizes,).
+        converged: (n_sizes,) whether both ends are within the tolerance.
+        distance: (n_points,) along the unit eigenvector of the smallest eigenvalue on all images.
+        slice_loss: (n_points,) the objective there.
+        gradient_norm_nll: on all images, of the cross entropy alone.
+        gradient_norm_half_sq: of cross entropy + wd/2 |w|^2, the probe's wd.
+        gradient_norm_adamw: of cross entropy + wd/2 sum (sqrt(v) + eps) w^2, which vanishes where AdamW rests; NaN where
+            the optimizer's state is not at hand.
+        decrease: the share of the objective that one gradient step of length 1 / largest curvature is predicted to gain.
+        slice_drop: how far the slice falls below its centre, as a share of the objective; 0 where it does not.
+        verdict: ``minimum``, ``saddle``, ``not stationary`` or ``inconclusive``, of the probe's objective.
+        reasons: why, one sentence each.
+        card: under which conditions.
+    """
+
+    n_images: np.ndarray
+    gradient_norm: np.ndarray
+    smallest_eigenvalue: np.ndarray
+    smallest_residual: np.ndarray
+    largest_eigenvalue: np.ndarray
+    largest_residual: np.ndarray
+    converged: np.ndarray
+    distance: np.ndarray
+    slice_loss: np.ndarray
+    gradient_norm_nll: float
+    gradient_norm_half_sq: float
+    gradient_norm_adamw: float
+    decrease: float
+    slice_drop: float
+    verdict: str
+    reasons: tuple[str, ...]
+    card: ObjectiveCard | None = None
+
+    def scalars(self) -> dict[str, float]:
+        """Return what is logged."""
+        logged = {
+            "gradient_norm": self.gradient_norm[-1],
+            "gradient_norm_nll": self.gradient_norm_nll,
+            "gradient_norm_half_sq": self.gradient_norm_half_sq,
+            "gradient_norm_adamw": self.gradient_norm_adamw,
+            "smallest_eigenvalue": self.smallest_eigenvalue[-1],
+            "smallest_eigenvalue_first_batch": self.smallest_eigenvalue[0],
+            "largest_eigenvalue": self.largest_eigenvalue[-1],
+            "predicted_decrease": self.decrease,
+            "slice_drop": self.slice_drop,
+        }
+        return {name: float(value) for name, value in logged.items() if np.isfinite(value)}
+
+
+def critical_point(
+    probe: Probe,
+    *,
+    tol: float = 1e-2,
+    stationary: float = 1e-3,
+    n_points: int = 21,
+    span: float = 1.0,
+    parameters: str | Sequence[str] | None = None,
+    dtype: str | torch.dtype | None = None,
+    bn: str = "eval",
+    micro_batch: int | None = None,
+    max_products: int = 200,
+    max_memory: float | None = None,
+    seed: int = 0,
+) -> CriticalPointResult:
+    """Judge whether the model is at a minimum or a saddle of the objective that the probe states.
+
+    On the first batch, the first two, four, ... up to all: the gradient's norm and both ends of the spectrum, so that
+    negative curvature that only mini-batches have shows as such. On all: the loss along the eigenvector of the smallest
+    eigenvalue. *Not stationary*: a gradient step is predicted to gain more than the share ``stationary`` of the objective,
+    |g|^2 / (2 lambda_max L). *Saddle*: stationary, with an eigenvalue below zero by more than its residual and by more than
+    ``tol`` of the largest, and a slice that falls (a maximum counts, for it can be left downhill too). *Minimum*: stationary,
+    and no such eigenvalue. Else inconclusive.
+
+    Args:
+        probe: the model, batches and the objective that was trained; batches are split over ranks.
+        tol: relative error of the eigenvalues.
+        stationary: the share above.
+        n_points: points of the slice, at least 3.
+        span: the slice goes from -span to span, in units of the step that the curvature predicts to change the objective by
+            a tenth, sqrt(0.2 L / |lambda|).
+        parameters: a subset, see `hessian_eigenvalues`.
+        dtype: ``float32`` or ``float64``; None for the model's own.
+        bn: BatchNorm on running statistics (``eval``) or on each batch's (``batch``).
+        micro_batch: images held at once; None for a whole batch.
+        max_products: the most products of a part.
+        max_memory: bytes the Lanczos basis may take.
+        seed: of start vectors.
+
+    Raises:
+        ValueError: fewer than 3 points, fewer than 2 parameters, a span or share that is not positive; and as
+            `hessian_eigenvalues`.
+        NumericalError: a loss that is not finite.
+
+    Source: PAPER.md sections 6 and 7: an AdamW solution is not stationary for cross entropy + wd/2 |w|^2.
+    """
+    if n_points < 3:
+        raise ValueError(f"Expected n_points to be at least 3, received {n_points}.")
+    for name, value in (("stationary", stationary), ("span", span)):
+        if not value > 0:
+            raise ValueError(f"Expected {name} to be positive, received {value}.")
+    with curvatures(probe, parameters=parameters, dtype=dtype, bn=bn, micro_batch=micro_batch, seed=seed) as made:
+        solving = {"tol": tol, "max_products": max_products, "max_memory": max_memory, "seed": seed}
+        rows, direction = [], None
+        for n_batches in track(_sizes(probe.n_batches), "critical point"):
+            row, direction = _part(made, n_batches, solving)
+            rows.append(row)
+        table = {key: np.array([row[key] for row in rows]) for key in rows[0]}
+        loss = _loss(made, None)
+        step = float(np.sqrt(0.2 * loss / max(abs(table["smallest_eigenvalue"][-1]), 1e-12)))
+        distance = np.linspace(-span, span, n_points) * step
+        assert direction is not None
+        values = np.array([_loss(made, direction * x) for x in track(distance, "slice")])
+        norms = _gradient_norms(made)
+        card = made.card({"solver": "lanczos", "tol": tol, "stationary": stationary, "seed": seed})
+    largest = max(float(table["largest_eigenvalue"][-1]), 1e-300)
+    decrease = float(table["gradient_norm"][-1]) ** 2 / (2 * largest * max(loss, 1e-300))
+    drop = max(0.0, float((loss - values.min()) / max(abs(loss), 1e-300)))
+    verdict, reasons = _judge(table, decrease, drop, stationary, tol, norms, probe.objective.l2)
+    return CriticalPointResult(
+        **table,
+        distance=distance,
+        slice_loss=values,
+        gradient_norm_nll=norms["nll"],
+        gradient_norm_half_sq=norms["half_sq"],
+        gradient_norm_adamw=norms["adamw"],
+        decrease=decrease,
+        slice_drop=drop,
+        verdict=verdict,
+        reasons=reasons,
+        card=card,
+    )
+
+
+def _sizes(n_batches: int) -> list[int]:
+    sizes = [2**i for i in range(n_batches.bit_length()) if 2**i < n_batches]
+    return [*sizes, n_batches]
+
+
+def _part(made: Curvatures, n_batches: int, solving: dict) -> tuple[dict[str, float], Tensor]:
+    """Return gradient norm and both ends on the first batches, and the smallest eigenvalue's eigenvector."""
+
+    def batches() -> Iterator[tuple[int, Batch]]:
+        return ((index, batch) for index, batch in made.probe.local_batches() if index < n_batches)
+
+    own = torch.tensor(float(sum(len(x) for _, (x, _) in batches())), dtype=torch.float64)
+    n_images = int(distributed.all_reduce_sum(own.to(made.probe.device)).item())
+    operator = made.of(batches, n_images, reduce=True)
+    gradient = norm(operator.gradient())
+    pairs = solve(operator, k=1, which="both", vectors=True, shared=True, **solving).pairs
+    assert pairs.vectors is not None
+    row = {
+        "n_images": n_images,
+        "gradient_norm": gradient,
+        "smallest_eigenvalue": pairs.values[1],
+        "smallest_residual": pairs.residuals[1],
+        "largest_eigenvalue": pairs.values[0],
+        "largest_residual": pairs.residuals[0],
+        "converged": bool(pairs.converged.all()),
+    }
+    return row, pairs.vectors[1].clone()
+
+
+@torch.no_grad()
+def _loss(made: Curvatures, offset: Tensor | None) -> float:
+    """Return the objective on all batches, with the analysed parameters moved by ``offset (size,)``."""
+    point: dict[str, Tensor] = dict(made.model.named_parameters())
+    if offset is not None:
+        at = 0
+        for name, p in made.parameters.items():
+            point[name] = p + offset[at : at + p.numel()].view_as(p)
+            at += p.numel()
+    total = torch.zeros((), dtype=torch.float64, device=made.probe.device)
+    for _, (x, y) in made.probe.local_batches():
+        total += made.probe.objective.data_loss(functional_call(made.model, point, (x,)), y, "sum").double()
+    data = distributed.all_reduce_sum(total).item() / made.probe.n_images
+    return data + float(made.probe.objective.l2_term(point).double())
+
+
+def _gradient_norms(made: Curvatures) -> dict[str, float]:
+    objective, data = made.probe.objective, made.mean().gradient(data_only=True)
+    weights = torch.cat([p.detach().reshape(-1) for p in made.parameters.values()])
+    norms = {"nll": norm(data), "half_sq": norm(data + objective.weight_decay * weights), "adamw": float("nan")}
+    if objective.decay_scale is not None:
+        scale = torch.cat([objective.decay_scale[name].reshape(-1).to(weights) for name in made.parameters])
+        norms["adamw"] = norm(data + objective.weight_decay * scale * weights)
+    return norms
+
+
+def _judge(
+    table: Mapping[str, np.ndarray],
+    decrease: float,
+    drop: float,
+    stationary: float,
+    tol: float,
+    norms: Mapping[str, float],
+    l2: str,
+) -> tuple[str, tuple[str, ...]]:
+    low, residual = float(table["smallest_eigenvalue"][-1]), float(table["smallest_residual"][-1])
+    high = float(table["largest_eigenvalue"][-1])
+    negative = low < -max(residual, tol * abs(high))
+    few, many = int(table["n_images"][0]), int(table["n_images"][-1])
+    reasons = [
+        f"gradient norm {table['gradient_norm'][-1]:.3g} on {many} images: a gradient step is predicted to gain "
+        f"{100 * decrease:.3g} % of the objective (stationary: below {100 * stationary:.3g} %)",
+        f"smallest eigenvalue {low:.3g} (residual {residual:.1g}) on {many} images, "
+        f"{float(table['smallest_eigenvalue'][0]):.3g} on {few}; largest {high:.3g}",
+        f"the slice along its eigenvector falls by {100 * drop:.3g} % of the objective",
+        f"gradient norms: cross entropy {norms['nll']:.3g}, with half_sq {norms['half_sq']:.3g}, "
+        f"with adamw {norms['adamw']:.3g}; the objective judged has l2={l2}",
+    ]
+    if not table["converged"][-1]:
+        return "inconclusive", ("the eigenvalues did not converge: raise max_products", *reasons)
+    if decrease > stationary:
+        return "not stationary", tuple(reasons)
+    if not negative:
+        return "minimum", tuple(reasons)
+    return ("saddle" if drop > 0 else "inconclusive"), tuple(reasons)
