@@ -6,6 +6,7 @@ import pytest
 import torch
 from torchmetrics.functional.classification import multiclass_calibration_error
 
+from vitscope import distributed
 from vitscope.evaluate import ECE_BINS, evaluate
 
 
@@ -44,3 +45,16 @@ def test_a_loss_that_is_not_finite_shows() -> None:
 def test_no_images() -> None:
     with pytest.raises(ValueError, match="at least one image"):
         evaluate(lambda x: x, [])
+
+
+def test_a_rank_without_batches_adds_zeros_on_the_device_of_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def added_up(sums: torch.Tensor) -> torch.Tensor:  # as if another rank had four images, all right, of loss 2 in sum
+        seen.append(sums.device)
+        return torch.tensor([4.0, 2.0, 4.0, *[0.0] * (3 * ECE_BINS)], dtype=torch.float64)
+
+    monkeypatch.setattr(distributed, "all_reduce_sum", added_up)
+    found = evaluate(lambda x: x, [], device=torch.device("meta"))
+    assert seen == [torch.device("meta")]
+    assert (found.n_images, found.nll, found.accuracy) == (4, 0.5, 1.0)

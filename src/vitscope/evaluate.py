@@ -48,6 +48,7 @@ def evaluate(
     *,
     per_image: bool = False,
     reduce: bool = True,
+    device: torch.device | None = None,
 ) -> Evaluation:
     """Evaluate ``forward`` on ``batches``.
 
@@ -57,6 +58,7 @@ def evaluate(
         objective: gives the data term; plain cross entropy by default.
         per_image: also return each image's loss and correctness.
         reduce: under ``torch.distributed`` add the ranks' sums up (each rank then passes its own share of batches).
+        device: the model's, for a rank without a batch of its own, whose zeros must lie where the others' sums do.
 
     Raises:
         ValueError: no image at all.
@@ -78,7 +80,7 @@ def evaluate(
             losses.append(loss.double().cpu().numpy())
             correct.append(right.cpu().numpy())
     if sums is None:
-        sums = torch.zeros(3 + 3 * ECE_BINS, dtype=torch.float64)
+        sums = torch.zeros(3 + 3 * ECE_BINS, dtype=torch.float64, device=device)
     totals = (distributed.all_reduce_sum(sums) if reduce else sums).cpu().numpy()
     if totals[0] == 0:
         raise ValueError("Expected at least one image to evaluate, received none.")

@@ -103,7 +103,7 @@ def adversarial(
     conditions = [(attack, float(epsilon)) for attack in attacks for epsilon in epsilons]
     with probe.guard() as model:
         hard = ((x, hard_targets(y)) for _, (x, y) in probe.local_batches())
-        clean = evaluate(model, hard, Objective())
+        clean = evaluate(model, hard, Objective(), device=probe.device)
     with probe.guard(second_order=True) as model:
         for p in model.parameters():
             p.requires_grad_(False)  # only images are differentiated; the guard gives the flags back
