@@ -116,13 +116,13 @@ def calibration(
     if n_bins < 1 or not 0 <= cutoff < 1:
         raise ValueError(f"Expected n_bins >= 1 and cutoff in [0, 1), received {n_bins} and {cutoff}.")
     rule = _bins.equal_width if binning == "equal_width" else _bins.official
-    logits, labels = _logits(probe, "calibration")
-    plain = _scores(logits, labels, rule, n_bins)
+    logits, labels, numbers = _logits(probe, "calibration")
+    plain = _scores(logits, labels, numbers, rule, n_bins)
     sure = plain.confidence > cutoff
     temperature, scaled, n_validation = None, None, 0
     if validation is not None:
-        temperature = fit_temperature(*_logits(validation, "temperature"))
-        scaled, n_validation = _scores(logits / temperature, labels, rule, n_bins), validation.n_images
+        temperature = fit_temperature(*_logits(validation, "temperature")[:2])
+        scaled, n_validation = _scores(logits / temperature, labels, numbers, rule, n_bins), validation.n_images
     empty = np.empty(0)
     return CalibrationResult(
         accuracy=float(plain.correct.mean()),
@@ -165,9 +165,9 @@ class _Scores:
     adaptive: float
 
 
-def _logits(probe: Probe, description: str) -> tuple[Tensor, Tensor]:
-    """Return this rank's logits ``(n, classes)`` in float64 and labels ``(n,)``."""
-    logits, labels = [], []
+def _logits(probe: Probe, description: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Return this rank's logits ``(n, classes)`` in float64, labels ``(n,)`` and batch numbers ``(n,)``."""
+    logits, labels, numbers = [], [], []
     with probe.guard() as model:
         for index, (x, y) in track(probe.local_batches(), description):
             z = model(x).double()
@@ -175,21 +175,23 @@ def _logits(probe: Probe, description: str) -> tuple[Tensor, Tensor]:
                 raise ValueError(f"Expected finite logits, received NaN or infinity in batch {index}.")
             logits.append(z)
             labels.append(hard_targets(y))
+            numbers.append(torch.full_like(labels[-1], index))
     if not logits:  # a rank without a batch still takes part in the sums
-        return torch.zeros(0, 1, dtype=torch.float64, device=probe.device), torch.zeros(
-            0, dtype=torch.long, device=probe.device
-        )
-    return torch.cat(logits), torch.cat(labels)
+        none = torch.zeros(0, dtype=torch.long, device=probe.device)
+        return torch.zeros(0, 1, dtype=torch.float64, device=probe.device), none, none
+    return torch.cat(logits), torch.cat(labels), torch.cat(numbers)
 
 
-def _scores(logits: Tensor, labels: Tensor, rule: Callable[..., _bins.Bins], n_bins: int) -> _Scores:
+def _scores(logits: Tensor, labels: Tensor, numbers: Tensor, rule: Callable[..., _bins.Bins], n_bins: int) -> _Scores:
     log_p = logits.log_softmax(dim=1)
     confidence, predicted = log_p.exp().max(dim=1)
     nll = -log_p.gather(1, labels[:, None]).squeeze(1)
     # sum_k (p_k - y_k)^2 = sum_k p_k^2 - 2 p_y + 1
     brier = log_p.mul(2).exp().sum(dim=1) - 2 * nll.neg().exp() + 1
-    local = torch.stack([nll, brier, confidence, (predicted == labels).double()])  # (4, n)
-    nll, brier, sure, right = np.concatenate(distributed.gather_objects(local.cpu().numpy()), axis=1)
+    local = torch.stack([numbers.double(), nll, brier, confidence, (predicted == labels).double()])  # (5, n)
+    rows = np.concatenate(distributed.gather_objects(local.cpu().numpy()), axis=1)
+    # in the order of the batches, not of the ranks: what the bootstrap draws depends on it
+    _, nll, brier, sure, right = rows[:, np.argsort(rows[0], kind="stable")]
     sure = np.minimum(sure, 1.0)
     return _Scores(nll, brier, sure, right, rule(sure, right, n_bins), _bins.equal_mass(sure, right, n_bins).error)
 
