@@ -86,3 +86,14 @@ def test_folders_that_cannot_be_written(tmp_path: Path) -> None:
 
 def test_errors_are_one_kind() -> None:
     assert issubclass(ConfigError, VitscopeError)
+
+
+@pytest.mark.parametrize(
+    ("override", "why"),
+    [("trainer.accumulate_grad_batches=2", "one batch only"), ("trainer.precision=16-mixed", "two passes")],
+)
+def test_sam_refuses_what_its_second_pass_cannot_do(override: str, why: str) -> None:
+    with pytest.raises(ConfigError, match=why) as caught:
+        validate(composed("train", "optimizer=sam", override))
+    assert override in str(caught.value)
+    validate(composed("train", "optimizer=adamw", override))

@@ -18,6 +18,7 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibratio
 from vitscope import schedule
 from vitscope.errors import NumericalError
 from vitscope.objective import Objective, hard_targets
+from vitscope.sam import SAM, still_statistics
 
 #: seeds of training steps are kept apart from those of data by this constant
 _STEP_STREAM = 0x5EED
@@ -87,12 +88,16 @@ class Classifier(pl.LightningModule):
         torch.manual_seed(_step_seed(self._seed, step, self.global_rank))
         if self._mix is not None:
             x, y = self._mix(x, y, (self._seed, _STEP_STREAM, step, self.global_rank))
-        logits = self(x)
+        again = self._second_pass()
+        with still_statistics(self.model, again):
+            logits = self(x)
         objective = self.soft_objective if y.ndim == 2 else self.hard_objective
         loss = objective.data_loss(logits.float() if logits.dtype != torch.float64 else logits, y)
         if not torch.isfinite(loss):
             raise NumericalError("optimizer.lr", self._current_lr(), f"loss {loss.item()} at step {self.global_step}",
                                  "lower it, warm up longer or clip gradients; the last checkpoint is finite")  # fmt: skip
+        if again:  # the loss at the end of SAM's ascent is not the training loss
+            return loss
         self.log("train/loss", loss, prog_bar=True, batch_size=len(x))
         accuracy = (logits.detach().argmax(dim=1) == hard_targets(y)).float().mean()
         self.log("train/accuracy", accuracy, on_step=False, on_epoch=True, batch_size=len(x))
@@ -108,7 +113,10 @@ class Classifier(pl.LightningModule):
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Log the gradient's norm before clipping, at the logging interval."""
-        if (self.global_step + 1) % max(getattr(self.trainer, "log_every_n_steps", 1), 1) == 0:
+        if (
+            not self._second_pass()
+            and (self.global_step + 1) % max(getattr(self.trainer, "log_every_n_steps", 1), 1) == 0
+        ):
             gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
             self.log("train/grad_norm", get_total_norm(gradients))
 
@@ -161,6 +169,10 @@ class Classifier(pl.LightningModule):
     def _batches_per_epoch(self) -> int:
         batches = self.trainer.num_training_batches
         return int(batches) if batches != float("inf") else 1 << 40
+
+    def _second_pass(self) -> bool:
+        optimizer = next(iter(self.trainer.optimizers), None)
+        return isinstance(optimizer, SAM) and optimizer.perturbed
 
     def _current_lr(self) -> float:
         return float(self.trainer.optimizers[0].param_groups[0]["lr"])

@@ -81,9 +81,18 @@ def test_diagnostics_leave_no_trace_in_training(call, tiny, tmp_path) -> None:
     assert set(vs.load_results(tmp_path / "with")["fourier"]) == {"init", "epoch-0000", "epoch-0001", "end"}
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "sam"])
 @pytest.mark.parametrize("stop_after", [2, 4, 5])
-def test_resumed_equals_uninterrupted(call, tiny, tmp_path, monkeypatch, stop_after) -> None:
-    shared = [*tiny, "trainer.max_epochs=3", "model.drop_path=0.2", "objective=strong", "analysis=[]", "test=false"]
+def test_resumed_equals_uninterrupted(call, tiny, tmp_path, monkeypatch, stop_after, optimizer) -> None:
+    shared = [
+        *tiny,
+        f"optimizer={optimizer}",
+        "trainer.max_epochs=3",
+        "model.drop_path=0.2",
+        "objective=strong",
+        "analysis=[]",
+        "test=false",
+    ]
     assert call("train", *shared, f"run_dir={tmp_path}/whole") == 0
     begin = Classifier.on_train_batch_start
     seen = []
