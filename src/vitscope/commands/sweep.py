@@ -1,0 +1,81 @@
+"""``make sweep-local`` and ``make sweep``: the trials of a W&B sweep file, with or without a server."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from vitscope import exits
+from vitscope.errors import ConfigError
+from vitscope.sweep import agents, children, lint, spec, table
+from vitscope.sweep.local import LocalSweep
+
+USAGE = """usage: vitscope sweep FILE [gpus=0,1 | jobs=2] [limit=n] [server=true [sweep_id=ID]] [key=value ...]
+
+  FILE        a W&B sweep file such as sweeps/models.yaml
+  gpus=0,1    one trial at a time on each of these GPUs (0+1: a trial on two)
+  jobs=2      so many trials side by side on the CPU, which share its cores
+  limit=n     the first n trials only
+  server=true create the sweep on the W&B server and start one agent a GPU or job; sweep_id: go on with that one
+  key=value   holds for every trial: profile=smoke caps=smoke trainer.max_epochs=5"""
+OPTIONS = ("gpus", "jobs", "limit", "server", "sweep_id")
+
+
+def main() -> None:
+    """Run the command with ``sys.argv`` and end the process with its exit code."""
+    exits.run(lambda: sys.exit(command(sys.argv[1:])))
+
+
+def command(argv: Sequence[str]) -> int:
+    """Run a sweep.
+
+    Returns:
+        0 only if every trial finished, else the first failing trial's exit code.
+
+    Raises:
+        ConfigError: a wrong option, or a sweep that would break.
+    """
+    if not argv or {"-h", "--help"} & set(argv):
+        print(USAGE)
+        return 0
+    file, *rest = argv
+    pairs = [item.partition("=") for item in rest]
+    chosen = {key: value for key, _, value in pairs if key in OPTIONS and value}  # make leaves what was not set empty
+    overrides = [item for item, (key, _, _) in zip(rest, pairs) if key not in OPTIONS]
+    sweep = spec.read(file, overrides)
+    slots = children.slots(chosen.get("gpus"), _whole("jobs", chosen.get("jobs")))
+    limit = _whole("limit", chosen.get("limit"))
+    children.check_gpus(chosen.get("gpus"))
+    lint.check(sweep)
+    root = Path(os.environ.get("VITSCOPE_RUNS", "runs")) / "sweeps"
+    if chosen.get("server") == "true":
+        return _server(sweep, root, slots, limit, chosen.get("sweep_id"))
+    with table.Shown() as shown:
+        local = LocalSweep(sweep, root, slots, limit=limit, show=shown)
+        try:
+            code = local.run()
+        except BaseException:
+            table.report(local)
+            raise
+    table.report(local)
+    return code
+
+
+def _server(
+    sweep: spec.Sweep, root: Path, slots: Sequence[children.Slot], limit: int | None, sweep_id: str | None
+) -> int:
+    if sweep_id is None:
+        sweep_id = agents.create(sweep)
+        print(f"created sweep {sweep_id}; go on with SWEEP_ID={sweep_id}", flush=True)
+    folder = (root / f"{sweep.path.stem}-{sweep_id.rpartition('/')[2]}").absolute()
+    return agents.run(sweep, sweep_id, folder, slots, limit)
+
+
+def _whole(name: str, text: str | None) -> int | None:
+    if text is None:
+        return None
+    if not text.isdigit() or int(text) < 1:
+        raise ConfigError(name.upper(), text, "not a whole number from 1", "give one, or leave it out")
+    return int(text)

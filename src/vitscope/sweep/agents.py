@@ -1,0 +1,154 @@
+"""``make sweep``: a sweep on a W&B server, one pinned agent a slot; how it ended is read from the run folders."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from vitscope import interrupt, runs
+from vitscope.errors import ConfigError
+from vitscope.interrupt import Interrupted
+from vitscope.sweep import children
+from vitscope.sweep.children import Slot
+from vitscope.sweep.spec import Sweep
+
+#: groups of keys that decide a run's config hash, so that a preempted trial finds its own checkpoint by it
+_IDENTITY = ("model", "data", "objective", "optimizer", "trainer", "callbacks", "compile", "seed")
+
+
+def create(sweep: Sweep) -> str:
+    """Create the sweep with ``wandb sweep`` and return its full id, ``entity/project/id``.
+
+    Raises:
+        ConfigError: the server refused it or cannot be reached.
+    """
+    with tempfile.TemporaryDirectory() as place:
+        path = Path(place, f"{sweep.path.stem}.yaml")
+        path.write_text(yaml.safe_dump(content(sweep), sort_keys=False))
+        env = children.environment(PATH=_path(), WANDB_DIR=place)
+        env.pop("WANDB_SILENT", None)  # the id is in what it prints
+        ask = [_wandb(), "sweep", str(path)]
+        done = subprocess.run(ask, env=env, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
+    found = re.search(r"wandb agent (\S+)", done.stdout + done.stderr)
+    if found is None:
+        lines = [line for line in (done.stderr + done.stdout).splitlines() if line.strip()]
+        why = next((line for line in reversed(lines) if "rror" in line), lines[-1] if lines else "no answer")
+        fix = "run wandb login and check the network, or use make sweep-local, which needs no server"
+        raise ConfigError("SWEEP", sweep.path, f"wandb sweep failed ({why.strip()})", fix)
+    return found[1]
+
+
+def content(sweep: Sweep) -> dict[str, Any]:
+    """Return the file that the server gets: the sweep's, with a trial that was preempted going on where it stopped."""
+    parameters = dict(sweep.parameters)
+    if all(key.split(".")[0] in _IDENTITY for key in sweep.swept):
+        parameters["ckpt_path"] = {"value": "auto"}
+    return {"name": sweep.path.stem, **sweep.content, "parameters": parameters}
+
+
+def run(sweep: Sweep, sweep_id: str, folder: Path, slots: Sequence[Slot], limit: int | None = None) -> int:
+    """Run one agent a slot until the server has no more trials.
+
+    Args:
+        sweep: the file that made it.
+        sweep_id: ``entity/project/id`` or ``id``.
+        folder: where the runs and the agents' logs go.
+        slots: where agents run.
+        limit: at most this many trials, shared among the agents.
+
+    Returns:
+        0 if every trial that an agent started has finished; else the exit code of the first that has not.
+
+    Raises:
+        Interrupted: asked to stop; the trials have saved and ended.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    agents: list[subprocess.Popen[bytes]] = []
+    for number, slot in enumerate(slots):
+        share = [] if limit is None else ["--count", str(limit // len(slots) + (number < limit % len(slots)))]
+        if share[1:] == ["0"]:
+            continue
+        env = children.environment(
+            slot, PATH=_path(), VITSCOPE_RUNS=str(folder), WANDB_DIR=str(folder), WANDB_RUN_GROUP=folder.name
+        )
+        command = [_wandb(), "agent", "--forward-signals", *share, sweep_id]
+        agents.append(children.start(command, env, folder / f"agent-{slot.name}.log"))
+    seen: dict[str, str] = {}
+    try:
+        while any(agent.poll() is None for agent in agents):
+            if (signum := interrupt.requested()) is not None:
+                raise Interrupted(signum)
+            _tell(folder, seen)
+            time.sleep(0.2)
+    finally:
+        children.stop(agents, interrupt.requested() or 15)
+        _tell(folder, seen)
+    broken = [agent for agent in agents if agent.returncode]
+    return report(folder, len(broken), may_stop="early_terminate" in sweep.content)
+
+
+def report(folder: Path, broken: int = 0, *, may_stop: bool = False) -> int:
+    """Name on stderr the trials of a sweep's folder that have not finished; return the first one's exit code.
+
+    Agents exit 0 after failed trials, so only run folders count. A trial that an agent started and that left no folder
+    (its command line was refused) failed too.
+
+    Args:
+        folder: of the sweep.
+        broken: how many agents ended with an error.
+        may_stop: whether the server may stop trials early, so that a stopped one is complete.
+    """
+    first, finished = 0, 0
+    found = runs.every(folder)
+    for run_ in found:
+        said = children.outcome(run_.path)
+        if said.finished or (said.status == "stopped" and may_stop):
+            finished += 1
+            continue
+        code = said.exit_code or 1
+        first = first or code
+        state = said.status if said.status != "running" else "killed"
+        print(f"failed: {run_.path}: {state}, exit {code}; {children.last_error(run_.log)}", file=sys.stderr)
+    known = {run_.provenance().get("wandb_id") for run_ in found}
+    for path in sorted(folder.glob("wandb/sweep-*/config-*.yaml")):
+        run_id = path.stem.removeprefix("config-")
+        if run_id not in known:
+            first = first or 2
+            print(f"failed: W&B run {run_id} left no run folder; see {folder}/agent-*.log", file=sys.stderr)
+    if broken:
+        first = first or 1
+        print(
+            f"failed: {broken} agent{'s' * (broken > 1)} ended with an error; see {folder}/agent-*.log", file=sys.stderr
+        )
+    print(f"{finished} of {len(found)} trials finished; {folder}", flush=True)
+    return first
+
+
+def _tell(folder: Path, seen: dict[str, str]) -> None:
+    """Print a line for each run whose state has changed."""
+    for run_ in runs.every(folder):
+        said = children.outcome(run_.path)
+        state = f"{said.status}{f' (exit {said.exit_code})' if said.exit_code else ''}"
+        if seen.get(run_.id) != state:
+            seen[run_.id] = state
+            print(f"{run_.id}: {state}", flush=True)
+
+
+def _wandb() -> str:
+    beside = Path(sys.executable).parent / "wandb"
+    return str(beside) if beside.exists() else shutil.which("wandb") or "wandb"
+
+
+def _path() -> str:
+    # the command of a sweep says `python`: it must be this one
+    return f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"

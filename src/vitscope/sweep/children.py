@@ -1,0 +1,162 @@
+"""Child processes of a sweep: where each runs, how it is stopped, and what its result files say of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vitscope.errors import ConfigError
+
+#: how long a child that was asked to stop may take to save, in seconds
+GRACE = 120.0
+
+#: what a parent process sets for itself and children of it must not inherit
+_PRIVATE = re.compile(
+    r"RANK|LOCAL_RANK|NODE_RANK|GROUP_RANK|ROLE_RANK|WORLD_SIZE|LOCAL_WORLD_SIZE|GROUP_WORLD_SIZE|ROLE_WORLD_SIZE|ROLE_NAME"
+    r"|MASTER_ADDR|MASTER_PORT|TORCHELASTIC_.*|PL_.*|SLURM_(PROCID|LOCALID|NTASKS|NTASKS_PER_NODE|STEP_.*)|VITSCOPE_RUN_DIR"
+    r"|HYDRA_FULL_ERROR"
+)
+_THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A place where one trial runs at a time: a GPU (or several, ``0+1``), or a share of the CPU's cores."""
+
+    name: str
+    environment: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run folder's own files say: the state of ``provenance.json`` and its exit code."""
+
+    status: str | None
+    exit_code: int | None
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run says that it is complete."""
+        return self.status == "finished" and self.exit_code in (0, None)
+
+
+def slots(gpus: str | None, jobs: int | None) -> list[Slot]:
+    """Return the slots of ``GPUS=0,1`` or ``JOBS=2`` (one job on whatever is here by default).
+
+    A slot's threads are its share of the cores this process may use, and never more than the caller asked for.
+
+    Raises:
+        ConfigError: both given, or names that are no GPUs.
+    """
+    if gpus is not None and jobs is not None:
+        raise ConfigError("JOBS", jobs, "GPUS is given too", "give one of them")
+    if gpus is None:
+        n = 1 if jobs is None else jobs
+        if n < 1:
+            raise ConfigError("JOBS", jobs, "not a whole number from 1", "give the number of trials side by side")
+        # a single job may use a GPU that is here; several side by side would share it
+        pinned = {} if jobs is None else {"CUDA_VISIBLE_DEVICES": ""}
+        return [Slot(f"cpu{i}" if jobs is not None else "here", {**pinned, **_threads(n)}) for i in range(n)]
+    names = gpus.split(",")
+    for name in names:
+        if not re.fullmatch(r"(\d+|(GPU|MIG)-[\w/-]+)(\+\d+)*", name) or names.count(name) > 1:
+            raise ConfigError("GPUS", gpus, "not a list of different GPUs", "write GPUS=0,1 (0+1 for a trial on two)")
+    return [
+        Slot(f"gpu{name}", {"CUDA_VISIBLE_DEVICES": name.replace("+", ","), **_threads(len(names))}) for name in names
+    ]
+
+
+def check_gpus(gpus: str | None) -> None:
+    """Refuse GPU numbers that this machine does not have.
+
+    Raises:
+        ConfigError: naming how many there are.
+    """
+    if gpus is None:
+        return
+    import torch
+
+    there = torch.cuda.device_count()
+    wanted = [int(number) for number in re.findall(r"(?<![\w-])\d+", gpus)]
+    if there == 0 or any(number >= there for number in wanted):
+        raise ConfigError(
+            "GPUS", gpus, f"this machine has {there or 'no'} GPU{'s' * (there != 1)}", "use JOBS=n for the CPU"
+        )
+
+
+def _threads(n: int) -> dict[str, str]:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    share = max(1, cores // n)
+    asked = {name: os.environ.get(name, "") for name in _THREADS}
+    return {
+        name: str(min(share, int(value)) if value.isdigit() and int(value) else share) for name, value in asked.items()
+    }
+
+
+def environment(slot: Slot | None = None, **more: str) -> dict[str, str]:
+    """Return a child's environment: this one without what belongs to this process, pinned to a slot."""
+    kept = {key: value for key, value in os.environ.items() if not _PRIVATE.fullmatch(key)}
+    return {**kept, **(slot.environment if slot else {}), **more}
+
+
+def start(command: Sequence[str], env: Mapping[str, str], log: Path | None) -> subprocess.Popen[bytes]:
+    """Start a child in a session of its own, so that Ctrl-C in the terminal reaches only us and is passed on once.
+
+    Its output goes to ``log`` (appended), or where ours goes. It gets SIGTERM should we be killed.
+    """
+    tied = [sys.executable, "-m", "vitscope.sweep.tied", str(os.getpid()), *command]
+    if log is None:
+        return subprocess.Popen(tied, env=dict(env), stdin=subprocess.DEVNULL, start_new_session=True)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("ab") as file:
+        return subprocess.Popen(
+            tied, env=dict(env), stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+        )
+
+
+def stop(processes: Iterable[subprocess.Popen[bytes]], signum: int, grace: float = GRACE) -> None:
+    """Pass a signal on, wait until the children have saved, and kill what is left with all its own children."""
+    alive = [process for process in processes if process.poll() is None]
+    for process in alive:
+        process.send_signal(signum)
+    deadline = time.monotonic() + grace
+    for process in alive:
+        try:
+            process.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def exit_code(process: subprocess.Popen[bytes]) -> int | None:
+    """Return a child's exit code as a shell gives it (128 + signal for a killed one), None while it runs."""
+    code = process.poll()
+    return code if code is None or code >= 0 else 128 - code
+
+
+def outcome(folder: Path) -> Outcome:
+    """Read what a run folder says of its run."""
+    try:
+        facts: dict[str, Any] = json.loads((folder / "provenance.json").read_text())
+    except (OSError, ValueError):
+        return Outcome(None, None)
+    return Outcome(facts.get("status"), facts.get("exit_code"))
+
+
+def last_error(log: Path) -> str:
+    """Return the last line of a child's output that says what went wrong, else its last line."""
+    try:
+        lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    except OSError:
+        return ""
+    errors = [line for line in lines if re.match(r"(error:|stopped by|\w*(Error|Exception)\b)", line)]
+    return (errors or lines or [""])[-1][:300]

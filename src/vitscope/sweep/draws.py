@@ -1,0 +1,105 @@
+"""Values of a sweep's parameters: the lists of a grid, and W&B's distributions, drawn reproducibly."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Mapping
+from typing import Any
+
+from vitscope.errors import ConfigError
+
+#: distributions and the keys that each needs
+DISTRIBUTIONS = {
+    "constant": ("value",),
+    "categorical": ("values",),
+    "int_uniform": ("min", "max"),
+    "uniform": ("min", "max"),
+    "q_uniform": ("min", "max"),
+    "log_uniform": ("min", "max"),
+    "log_uniform_values": ("min", "max"),
+    "q_log_uniform_values": ("min", "max"),
+    "normal": ("mu", "sigma"),
+    "q_normal": ("mu", "sigma"),
+}
+KEYS = {"value", "values", "distribution", "probabilities", "min", "max", "mu", "sigma", "q"}
+
+
+def distribution(key: str, node: Mapping[str, Any]) -> str:
+    """Return the name of a parameter's distribution, inferred as W&B does where it is not stated.
+
+    Raises:
+        ConfigError: an unknown one, or one whose bounds are missing or not numbers in order.
+    """
+    if "distribution" in node:
+        name = str(node["distribution"])
+    elif "value" in node:
+        name = "constant"
+    elif "values" in node:
+        name = "categorical"
+    else:
+        whole = all(isinstance(node.get(bound), int) for bound in ("min", "max"))
+        name = "int_uniform" if whole else "uniform"
+    if name not in DISTRIBUTIONS:
+        raise ConfigError(
+            f"parameters.{key}", name, "no such distribution here", f"choose from {', '.join(DISTRIBUTIONS)}"
+        )
+    for needed in DISTRIBUTIONS[name]:
+        if needed not in node:
+            raise ConfigError(
+                f"parameters.{key}", None, f"{name} needs {needed}", f"give {' and '.join(DISTRIBUTIONS[name])}"
+            )
+        if needed not in ("value", "values") and not _number(node[needed]):
+            raise ConfigError(f"parameters.{key}.{needed}", node[needed], "not a number", "write 1.0e-3, not 1e-3")
+    if "min" in DISTRIBUTIONS[name] and not node["min"] < node["max"]:
+        raise ConfigError(f"parameters.{key}", None, f"min {node['min']} is not below max {node['max']}", "swap them")
+    if name.endswith("log_uniform_values") and node["min"] <= 0:
+        raise ConfigError(f"parameters.{key}.min", node["min"], "not greater than 0", "a logarithm needs that")
+    return name
+
+
+def listed(key: str, node: Mapping[str, Any]) -> list[Any]:
+    """Return a parameter's values for a grid.
+
+    Raises:
+        ConfigError: a distribution that has no finite list.
+    """
+    name = distribution(key, node)
+    if name == "constant":
+        return [node["value"]]
+    if name == "categorical":
+        return list(node["values"])
+    if name == "int_uniform":
+        return list(range(node["min"], node["max"] + 1))
+    raise ConfigError(f"parameters.{key}", name, "a grid needs a list", "give values, or use method: random")
+
+
+def draw(parameters: Mapping[str, Any], seed: str) -> dict[str, Any]:
+    """Return one value a parameter; equal seeds give equal values on every machine."""
+    return {key: _value(key, node, random.Random(f"{seed}/{key}")) for key, node in parameters.items()}
+
+
+def _value(key: str, node: Mapping[str, Any], source: random.Random) -> Any:
+    name = distribution(key, node)
+    if name == "constant":
+        return node["value"]
+    if name == "categorical":
+        return source.choices(list(node["values"]), weights=node.get("probabilities"))[0]
+    if name == "int_uniform":
+        return source.randint(node["min"], node["max"])
+    if name in ("normal", "q_normal"):
+        drawn = source.gauss(node["mu"], node["sigma"])
+    elif name == "log_uniform":  # W&B's bounds are exponents of e here
+        drawn = math.exp(source.uniform(node["min"], node["max"]))
+    elif name in ("log_uniform_values", "q_log_uniform_values"):
+        drawn = math.exp(source.uniform(math.log(node["min"]), math.log(node["max"])))
+    else:
+        drawn = source.uniform(node["min"], node["max"])
+    if not name.startswith("q_"):
+        return drawn
+    step = node.get("q", 1)
+    return type(step)(round(drawn / step) * step)
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -1,0 +1,115 @@
+"""Who proposes the next trial: a list made beforehand, or Optuna's TPE for ``method: bayes``."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from vitscope.errors import ConfigError
+from vitscope.sweep import draws, spec
+from vitscope.sweep.spec import Sweep
+
+
+class Search(Protocol):
+    """Proposes trials by their number and may learn from their values."""
+
+    def ask(self, index: int) -> dict[str, Any] | None:
+        """Return the parameters of trial ``index``, None where there is no such trial."""
+        ...
+
+    def tell(self, index: int, params: Mapping[str, Any], value: float | None) -> None:
+        """Take note of how a trial ended; None: without a value."""
+        ...
+
+
+def start(sweep: Sweep, limit: int | None, known: Mapping[int, dict[str, Any]]) -> Search:
+    """Return the search of a sweep's method.
+
+    Args:
+        sweep: the sweep.
+        limit: at most this many trials.
+        known: trials that an earlier invocation proposed, by number; a search that learns must propose them again.
+
+    Raises:
+        ConfigError: a search that has no end, or Optuna is not installed.
+    """
+    if sweep.method == "bayes":
+        n = spec.count(sweep, limit)
+        if n is None:
+            raise ConfigError(
+                "run_cap", None, "a bayes sweep has no end without it", "set run_cap in the file, or LIMIT=n"
+            )
+        return Bayes(sweep, n, known)
+    return Listed(spec.planned(sweep, limit))
+
+
+class Listed:
+    """Grid and random: every trial is known beforehand."""
+
+    def __init__(self, trials: list[dict[str, Any]]) -> None:
+        self.trials = trials
+
+    def ask(self, index: int) -> dict[str, Any] | None:
+        """Return trial ``index``."""
+        return self.trials[index] if index < len(self.trials) else None
+
+    def tell(self, index: int, params: Mapping[str, Any], value: float | None) -> None:
+        """Do nothing: the list is fixed."""
+
+
+class Bayes:
+    """Optuna's tree-structured Parzen estimator, seeded by the sweep; trials that run count as bad ones meanwhile."""
+
+    def __init__(self, sweep: Sweep, n: int, known: Mapping[int, dict[str, Any]]) -> None:
+        try:
+            import optuna  # pyright: ignore[reportMissingImports]
+        except ImportError:
+            raise ConfigError(
+                "method", "bayes", "needs optuna, which is not installed", "pip install optuna, or use method: random"
+            ) from None
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        self._optuna, self._n, self._known, self._asked = optuna, n, dict(known), {}
+        self._parameters = sweep.parameters
+        self._space = {key: _space(optuna, key, node) for key, node in sweep.parameters.items() if "value" not in node}
+        seed = int(sweep.name.rpartition("-")[2], 16) % 2**31
+        direction = "maximize" if sweep.metric[1] else "minimize"
+        sampler = optuna.samplers.TPESampler(seed=seed, constant_liar=True, n_startup_trials=min(10, max(2, n // 3)))
+        self._study = optuna.create_study(direction=direction, sampler=sampler)
+
+    def ask(self, index: int) -> dict[str, Any] | None:
+        """Return trial ``index``: the earlier proposal where there was one, else a new one."""
+        if index >= self._n:
+            return None
+        if index in self._known:
+            self._study.enqueue_trial({key: self._known[index][key] for key in self._space})
+        trial = self._study.ask(self._space)
+        self._asked[index] = trial
+        single = {key: node["value"] for key, node in self._parameters.items() if "value" in node}
+        drawn = {**single, **trial.params}
+        return {key: drawn[key] for key in self._parameters}
+
+    def tell(self, index: int, params: Mapping[str, Any], value: float | None) -> None:
+        """Report a trial's value; a trial without a finite one counts as failed and teaches nothing."""
+        trial = self._asked.pop(index)
+        if value is None or not math.isfinite(value):
+            self._study.tell(trial, state=self._optuna.trial.TrialState.FAIL)
+        else:
+            self._study.tell(trial, value)
+
+
+def _space(optuna: Any, key: str, node: Mapping[str, Any]) -> Any:
+    name = draws.distribution(key, node)
+    made = optuna.distributions
+    if name == "categorical":
+        return made.CategoricalDistribution(list(node["values"]))
+    if name == "int_uniform":
+        return made.IntDistribution(node["min"], node["max"])
+    if name == "uniform":
+        return made.FloatDistribution(node["min"], node["max"])
+    if name == "q_uniform":
+        return made.FloatDistribution(node["min"], node["max"], step=node.get("q", 1))
+    if name == "log_uniform_values":
+        return made.FloatDistribution(node["min"], node["max"], log=True)
+    why = "has no counterpart in Optuna"
+    raise ConfigError(f"parameters.{key}", name, why, "use log_uniform_values, uniform, int_uniform or values")
