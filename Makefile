@@ -11,7 +11,7 @@ TABLE_RUNS := runs/table-models-$(PROFILE)
 PYTEST ?= $(BIN)/pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow lint format bench doctor clean table-models
+.PHONY: help setup demo test test-slow lint format bench doctor clean table-models sweep sweep-local
 
 help: ## list the targets
 	@grep -hE '^[a-zA-Z0-9_%-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  %-24s %s\n", $$1, $$2}'
@@ -48,6 +48,16 @@ table-models: $(SETUP) ## train what is missing and print parameters, accuracy, 
 	    'analysis=[hessian]' paths.runs=$(TABLE_RUNS) || exit $$?; done; done
 	$(RUN) report.py table=models strict=true paths.runs=$(TABLE_RUNS) out=figures/table-models-$(PROFILE) \
 	  'expect.models=[convnet,vit,alternet]'
+
+# empty settings are left out; OVERRIDES="caps=smoke trainer.max_epochs=5" holds for every trial
+SWEEP_OPTIONS = $(if $(GPUS),gpus=$(GPUS)) $(if $(JOBS),jobs=$(JOBS)) $(if $(LIMIT),limit=$(LIMIT)) \
+  $(if $(PROFILE),profile=$(PROFILE)) $(OVERRIDES)
+
+sweep-local: $(SETUP) ## a sweep on this machine, no server (SWEEP=sweeps/x.yaml GPUS=0,1 or JOBS=2, LIMIT=n PROFILE=smoke)
+	@$(RUN) -m vitscope sweep $(SWEEP) $(SWEEP_OPTIONS)
+
+sweep: $(SETUP) ## a W&B sweep, one agent a GPU (SWEEP=sweeps/x.yaml GPUS=0,1 SWEEP_ID=to-go-on PROFILE=smoke)
+	@$(RUN) -m vitscope sweep $(SWEEP) server=true $(if $(SWEEP_ID),sweep_id=$(SWEEP_ID)) $(SWEEP_OPTIONS)
 
 doctor: $(SETUP) ## what works on this machine
 	@$(RUN) -m vitscope doctor

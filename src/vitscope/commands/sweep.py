@@ -41,6 +41,10 @@ def command(argv: Sequence[str]) -> int:
         print(USAGE)
         return 0
     file, *rest = argv
+    if "=" in file:
+        raise ConfigError(
+            "SWEEP", None, "no sweep file named", "write make sweep-local SWEEP=sweeps/models.yaml JOBS=2"
+        )
     pairs = [item.partition("=") for item in rest]
     chosen = {key: value for key, _, value in pairs if key in OPTIONS and value}  # make leaves what was not set empty
     overrides = [item for item, (key, _, _) in zip(rest, pairs) if key not in OPTIONS]
