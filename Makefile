@@ -6,12 +6,14 @@ SETUP := $(VENV)/.installed
 RUN := $(BIN)/python
 PROFILE ?= smoke
 SEEDS ?= 1
-MODELS := convnet vit alternet
-TABLE_RUNS := runs/table-models-$(PROFILE)
+REPRODUCE := $(RUN) -m vitscope reproduce
+REPRODUCED = profile=$(PROFILE) seeds=$(SEEDS)
+QUESTIONS := landscape-objective msa-placement sam
+TABLES := table-models table-curvature table-robustness table-buildup table-claims
 PYTEST ?= $(BIN)/pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow lint format bench doctor clean table-models sweep sweep-local
+.PHONY: help setup demo test test-slow lint format bench doctor clean reproduce $(QUESTIONS) $(TABLES) sweep sweep-local
 
 help: ## list the targets
 	@grep -hE '^[a-zA-Z0-9_%-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  %-24s %s\n", $$1, $$2}'
@@ -42,12 +44,20 @@ format: $(SETUP) ## let ruff rewrite
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-table-models: $(SETUP) ## train what is missing and print parameters, accuracy, NLL, ECE, NEP, APE (PROFILE=smoke SEEDS=1)
-	@for seed in $$(seq 0 $$(($(SEEDS) - 1))); do for model in $(MODELS); do \
-	  $(RUN) train.py model=$$model seed=$$seed profile=$(PROFILE) skip_finished=true ckpt_path=auto \
-	    'analysis=[hessian]' paths.runs=$(TABLE_RUNS) || exit $$?; done; done
-	$(RUN) report.py table=models strict=true paths.runs=$(TABLE_RUNS) out=figures/table-models-$(PROFILE) \
-	  'expect.models=[convnet,vit,alternet]'
+reproduce: $(SETUP) ## every figure and table, and the page (PROFILE=smoke|cifar100|imagenet SEEDS=1)
+	$(REPRODUCE) all $(REPRODUCED)
+
+$(QUESTIONS): $(SETUP)
+	$(REPRODUCE) $@ $(REPRODUCED)
+
+$(TABLES): $(SETUP)
+	$(REPRODUCE) $@ $(REPRODUCED)
+
+fig%: $(SETUP) ## one figure with all its parts: fig1 to fig12, figB, figC1 to figC7, figD1 to figD4, figE, figF1, figF2
+	$(REPRODUCE) $@ $(REPRODUCED)
+
+table-%: $(SETUP) ## one table: models, curvature, robustness, buildup, claims (train and measure what is missing)
+	$(REPRODUCE) $@ $(REPRODUCED)
 
 # empty settings are left out; OVERRIDES="caps=smoke trainer.max_epochs=5" holds for every trial
 SWEEP_OPTIONS = $(if $(GPUS),gpus=$(GPUS)) $(if $(JOBS),jobs=$(JOBS)) $(if $(LIMIT),limit=$(LIMIT)) \

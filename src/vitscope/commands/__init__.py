@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 
-COMMANDS = ("train", "analyze", "report", "doctor", "sweep")
+COMMANDS = ("train", "analyze", "report", "doctor", "sweep", "reproduce")
 
 
 def main() -> None:

@@ -1,0 +1,169 @@
+"""``vitscope reproduce fig4 profile=smoke``: a figure or table of the paper by its name, from nothing or from what is there."""
+
+from __future__ import annotations
+
+import multiprocessing
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from vitscope import config, exits, interrupt, reproduction
+from vitscope.commands.trial import Outcome, perform
+from vitscope.errors import ConfigError, DataError
+from vitscope.interrupt import Interrupted
+from vitscope.reproduction import Target, Trial
+
+OPTIONS = {"profile": "smoke", "seeds": "1", "runs": "", "out": ""}
+
+Work = Callable[[Sequence[Trial], Path], Iterator[tuple[Trial, Outcome]]]
+
+
+def main() -> None:
+    """Run the command with ``sys.argv`` and end the process with its exit code."""
+    exits.run(lambda: reproduce(*arguments(sys.argv[1:])))
+
+
+def arguments(argv: Sequence[str]) -> tuple[list[str], str, int, Path, Path]:
+    """Return targets, profile, number of seeds, the folder of runs and that of figures from a command line.
+
+    Raises:
+        ConfigError: an unknown option, or seeds that are no number.
+    """
+    if not argv or argv[0] in ("-h", "--help"):
+        known = " ".join(reproduction.read()["targets"])
+        print(
+            f"usage: vitscope reproduce TARGET ... [profile=smoke] [seeds=1] [runs=FOLDER] [out=FOLDER]\ntargets: all {known}"
+        )
+        raise SystemExit(0)
+    names = [a for a in argv if "=" not in a]
+    given = {key: value for key, _, value in (a.partition("=") for a in argv if "=" in a)}
+    for key in given:
+        if key not in OPTIONS:
+            raise ConfigError(key, given[key], "no such option", config.nearest(key, OPTIONS))
+    chosen = {**OPTIONS, **given}
+    if not chosen["seeds"].isdigit() or int(chosen["seeds"]) < 1:
+        raise ConfigError("seeds", chosen["seeds"], "not a number of at least 1", "give one, such as seeds=5")
+    root = Path(chosen["runs"] or f"runs/reproduce-{chosen['profile']}")
+    return names, chosen["profile"], int(chosen["seeds"]), root, Path(chosen["out"] or f"figures/{chosen['profile']}")
+
+
+def reproduce(names: Sequence[str], profile: str, seeds: int, root: Path, out: Path, work: Work | None = None) -> None:
+    """Train and measure what the targets lack, draw them, and name every cell that is missing.
+
+    Args:
+        names: of targets; ``all``, or a figure for all its parts.
+        profile: of ``conf/reproduce.yaml``.
+        seeds: of each experiment.
+        root: the folder of runs.
+        out: the folder of figures, a folder a target in it.
+        work: performs trials; other processes do by default.
+
+    Raises:
+        ConfigError: an unknown target or profile.
+        DataError: numbers or figures are missing; each is named on stderr.
+        Interrupted: a stop was asked for; what was finished is kept.
+    """
+    from vitscope.reports import targets as drawing
+
+    plan = reproduction.read()
+    chosen = [reproduction.target(name, plan, profile, seeds) for name in reproduction.select(names, plan)]
+    trials = list(dict.fromkeys(trial for target in chosen for trial in target.trials))
+    outcomes: dict[Trial, Outcome] = {}
+    started = time.monotonic()
+    for trial, outcome in (work or in_processes)(trials, root):
+        outcomes[trial] = outcome
+        state = "failed" if outcome.problems else "done"
+        _say(f"[{len(outcomes)}/{len(trials)}, {time.monotonic() - started:.0f} s] {state}: {trial.name}")
+    problems = [p for target in chosen for p in _drawn(target, outcomes, out, drawing.draw)]
+    if "all" in names:
+        _page(root, out)
+    problems = list(dict.fromkeys(problems))
+    for problem in problems:
+        _say(problem)
+    if problems:
+        raise DataError("target", " ".join(names), f"{len(problems)} missing or failed, named above",
+                        "see the runs' log.txt and run the same command again")  # fmt: skip
+
+
+def in_processes(trials: Sequence[Trial], root: Path) -> Iterator[tuple[Trial, Outcome]]:
+    """Perform trials in one other process, which pays for imports once; one that dies is replaced for those left.
+
+    Raises:
+        Interrupted: a stop was asked for; the trial that ran has saved its checkpoint.
+    """
+    left = list(trials)
+    context = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
+    while left:
+        ours, theirs = context.Pipe()
+        process = context.Process(target=_serve, args=(theirs, list(left), root))
+        process.start()
+        theirs.close()
+        try:
+            while left:
+                outcome = _awaited(ours)
+                yield left.pop(0), outcome
+        except EOFError:  # killed, out of memory, a crash in a library
+            process.join()
+            name = left[0].name
+            yield left.pop(0), Outcome(None, (f"failed: {name} (its process ended with {process.exitcode})",))
+        except (Interrupted, GeneratorExit):
+            process.terminate()  # it saves, then ends
+            raise
+        finally:
+            process.join()
+
+
+def _awaited(pipe: Any) -> Outcome:
+    while not pipe.poll(0.5):
+        interrupt.check()
+    received = pipe.recv()
+    if isinstance(received, int):
+        raise Interrupted(received)
+    return received
+
+
+def _serve(pipe: Any, trials: Sequence[Trial], root: Path) -> None:
+    """Perform trials and send what became of each; stop at a signal."""
+    for trial in trials:
+        kept: list[Outcome] = []
+        code = exits.code_of(lambda trial=trial, kept=kept: kept.append(attempted(trial, root)))
+        if interrupt.requested() is not None:
+            pipe.send(interrupt.requested())
+            return
+        pipe.send(kept[0] if kept else Outcome(None, (f"failed: {trial.name} (exit code {code}, see above)",)))
+
+
+def attempted(trial: Trial, root: Path) -> Outcome:
+    """Perform a trial; one that fails is an outcome with its reason, and its traceback goes where errors go."""
+    try:
+        return perform(trial, root)
+    except (Interrupted, KeyboardInterrupt):
+        raise
+    except Exception as error:
+        known = exits.explain(error)
+        _say(f"error: {known or repr(error)}")
+        return Outcome(None, (f"{trial.name} ({known or repr(error)})",))
+
+
+def _drawn(target: Target, outcomes: dict[Trial, Outcome], out: Path, draw: Callable[..., list[str]]) -> list[str]:
+    made = {trial: outcomes[trial] for trial in target.trials if trial in outcomes}
+    problems = [f"failed: {target.name}: {p}" for outcome in made.values() for p in outcome.problems]
+    problems += [f"missing: {target.name}: {trial.name}" for trial in target.trials if trial not in outcomes]
+    return problems + draw(target, [outcome for outcome in made.values() if outcome.run is not None], out)
+
+
+def _page(root: Path, out: Path) -> None:
+    from hydra import compose, initialize_config_dir
+
+    from vitscope.commands.report import report
+
+    overrides = [f"paths.runs={root.absolute()}", f"out={out.absolute()}", "tag=end"]
+    with initialize_config_dir(str(config.folder()), version_base="1.3", job_name="report"):
+        cfg = compose("report", overrides=overrides)
+    report(cfg)
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

@@ -1,0 +1,150 @@
+"""One trial of a reproduction: train what is not trained, measure what is not measured, tell what is missing."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from vitscope import analyses, build, checkpoint, config, runs
+from vitscope.analyses import Place
+from vitscope.commands.train import train
+from vitscope.errors import CheckpointError, VitscopeError
+from vitscope.interrupt import Interrupted
+from vitscope.reproduction import Trial
+from vitscope.runs import Run
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a trial.
+
+    Attributes:
+        run: its folder; None where it could not be trained.
+        problems: every analysis that failed or gave a number that is not finite, named.
+        results: what was measured, as ``analysis/tag-settings``: a run may have the same analysis with other settings.
+    """
+
+    run: Path | None
+    problems: tuple[str, ...] = ()
+    results: tuple[str, ...] = ()
+
+
+def perform(trial: Trial, root: Path) -> Outcome:
+    """Train and measure, both only where it has not been done.
+
+    Args:
+        trial: what.
+        root: the folder of runs.
+
+    Raises:
+        Interrupted: a stop was asked for.
+        VitscopeError: it cannot be trained.
+    """
+    cfg = composed(trial, root)
+    wanted = cfg.analysis
+    cfg.analysis = {}
+    run = _trained(cfg, trial, root)
+    problems: list[str] = []
+    results: list[str] = []
+    for tag in trial.tags:
+        failed, made = _measured(run, wanted, tag)
+        problems += failed
+        results += made
+    return Outcome(run.path, tuple(problems), tuple(results))
+
+
+def composed(trial: Trial, root: Path) -> DictConfig:
+    """Return the trial's configuration with its sizes lowered to the profile's bounds."""
+    always = [f"paths.runs={root.absolute()}", "skip_finished=true", "ckpt_path=auto"]
+    with initialize_config_dir(str(config.folder()), version_base="1.3", job_name="reproduce"):
+        cfg = compose("train", overrides=[*trial.overrides, *always])
+    with open_dict(cfg):
+        config.apply_caps(cfg)
+    return cfg
+
+
+def _trained(cfg: DictConfig, trial: Trial, root: Path) -> Run:
+    identity = config.config_hash(cfg)
+    if (done := runs.finished(root, identity)) is not None:
+        return done
+    if _needs_processes(cfg):
+        # Lightning starts the other ranks with this process's command line: it must be train.py's
+        overrides = [
+            *trial.overrides,
+            "analysis=[]",
+            f"paths.runs={root.absolute()}",
+            "skip_finished=true",
+            "ckpt_path=auto",
+        ]
+        code = subprocess.run([sys.executable, "-m", "vitscope", "train", *overrides], check=False).returncode
+        done = runs.finished(root, identity)
+        if done is None:
+            raise CheckpointError("train", None, f"ended with exit code {code}", "see its message above")
+        run = done
+    else:
+        run = train(cfg)
+    slim(run)
+    return run
+
+
+def _needs_processes(cfg: DictConfig) -> bool:
+    return cfg.trainer.get("devices", 1) not in (1, "1") or cfg.trainer.get("num_nodes", 1) != 1
+
+
+def slim(run: Run) -> None:
+    """Drop the optimizer's state from a finished run's checkpoints but the last: two thirds of their size."""
+    for name in checkpoint.manifest(run.checkpoints):
+        path = run.checkpoints / name
+        if name == "last.ckpt" or not checkpoint.verified(path):
+            continue
+        content = checkpoint.read(path)
+        if content.get("optimizer_states"):
+            checkpoint.write({**content, "optimizer_states": []}, path)
+
+
+def _measured(run: Run, wanted: Any, tag: str) -> tuple[list[str], list[str]]:
+    """Measure at one moment; return what failed and what is there."""
+    cfg = run.config()
+    OmegaConf.update(cfg, "analysis", OmegaConf.create(config.plain(wanted)), force_add=True, merge=False)
+    chosen = analyses.parse(cfg.analysis)
+    try:
+        place = _place(cfg, run, tag)
+    except VitscopeError as error:
+        return [f"run {run.id}: {', '.join(a.name for a in chosen)} at {tag} ({error})"], []
+    problems: list[str] = []
+    results: list[str] = []
+    for analysis in chosen:
+        try:
+            result = analyses.perform(analyses.replaced(analysis, on_error="raise"), place)
+        except (Interrupted, KeyboardInterrupt):
+            raise
+        except Exception as error:  # one analysis must not take the others with it
+            text = str(error).strip().splitlines()
+            problems.append(f"run {run.id}: {analysis.name} at {tag} ({text[0] if text else type(error).__name__})")
+            continue
+        results.append(f"{analysis.name}/{tag}-{analyses.settings_hash(analysis, place)}")
+        scalars = result.scalars() if result is not None else {}
+        bad = [name for name, value in scalars.items() if not np.isfinite(value)]
+        problems += [f"run {run.id}: {analysis.name}.{name} at {tag} (not finite)" for name in bad]
+    return problems, results
+
+
+def _place(cfg: DictConfig, run: Run, tag: str) -> Place:
+    path = run.checkpoints / ("last.ckpt" if tag == "end" else f"{tag}.ckpt")
+    content = checkpoint.read(path)
+    network = build.model(cfg)
+    build.load_weights(network, content, path)
+    data = build.data(cfg)
+    data.adapt_to(network)
+    kept = content.get("vitscope", {})
+    epoch = max(kept.get("epoch", 0) - (kept.get("batch") == 0), 0)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return Place(cfg, run, network.to(device), data, tag, epoch, int(content.get("global_step", 0)), content=content)

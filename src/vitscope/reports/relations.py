@@ -1,0 +1,202 @@
+"""Figures of numbers of runs: one over another, or over a key of the configuration; means over seeds with intervals."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from matplotlib import style
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from vitscope.plotting import STYLE
+from vitscope.reports import identity
+from vitscope.reports.cells import Cell, Problem, Table, over_seeds
+from vitscope.reports.evidence import Entry
+from vitscope.reports.inference import Interval
+from vitscope.reports.selection import MISSING, Selection, Value
+
+#: what stands at the axes
+WORDS = {
+    "1-test/accuracy": "test error",
+    "test/accuracy": "test accuracy",
+    "nll_center": "NLL on training images",
+    "negative_eigenvalue_proportion": "NEP",
+    "average_positive_eigenvalue": "APE",
+    "mean_accuracy": "corrupted accuracy",
+    "rise_r0.1": "rise of NLL at r=.1",
+    "data.fraction": "share of the training data",
+}
+
+MARKERS = "osD^vPX*"
+
+
+@dataclass(frozen=True)
+class Point:
+    """One experiment.
+
+    Attributes:
+        series: what it is connected with: its model, without the key on the x axis.
+        label: its name in the report.
+        x: a number's interval over seeds, or the key's value.
+        y: an interval a quantity; None where there is no number.
+    """
+
+    series: str
+    label: str
+    x: Any
+    y: tuple[Interval | None, ...]
+
+
+def collect(selection: Selection, x: str, y: Sequence[str], name: str) -> tuple[list[Point], Table]:
+    """Return the experiments' points, and the table of their numbers with every one that is missing.
+
+    A quantity is a metric (``test/accuracy``), one minus it (``1-test/accuracy``), a scalar of an analysis
+    (``hessian.average_positive_eigenvalue``), or a dotted key of the configuration (x only).
+
+    Args:
+        selection: the runs.
+        x: the quantity below.
+        y: the quantities of the panels.
+        name: of the table.
+    """
+    points: list[Point] = []
+    rows: list[tuple[Cell, ...]] = []
+    problems: list[Problem] = []
+    groups = list(selection.groups(lambda entry: entry.trained).values())
+    keyed = any(x in _keys(entry) for runs in groups for entry in runs.values())
+    read = y if keyed else (x, *y)
+    for runs in groups:
+        first = runs[min(runs)]
+        cells = []
+        for quantity in read:
+            values = {f"run {entry.id}": value(selection, entry, quantity) for entry in runs.values()}
+            cell, found = over_seeds(values, quantity, ".4g", len(runs))
+            cells.append(cell)
+            problems += found
+        key = _keys(first).get(x) if keyed else None
+        intervals = [cell.interval for cell in cells]
+        at, heights = (key, intervals) if keyed else (intervals[0], intervals[1:])
+        points.append(Point(_series(first, x), first.label, at, tuple(heights)))
+        rows.append((Cell(first.label), *([Cell(_said(key))] if keyed else []), *cells))
+    columns = ("model", x, *y)
+    note = "Means over seeds ± half of the 95% t-interval where there are several."
+    return points, Table(
+        name, f"{', '.join(map(word, y))} over {word(x)}", columns, columns, tuple(rows), note, tuple(problems)
+    )
+
+
+def value(selection: Selection, entry: Entry, quantity: str) -> Value:
+    """Return one number of one run, or why there is none."""
+    if quantity.startswith("1-"):
+        found = value(selection, entry, quantity[2:])
+        return found if found.number is None else Value(1 - found.number)
+    if "/" in quantity:
+        return selection.metric(entry, quantity)
+    analysis, _, scalar = quantity.partition(".")
+    measured = [m for m in entry.results if m.analysis == analysis and m.tag == selection.tag]
+    good = [m for m in measured if not m.error]
+    if not good:
+        return (
+            Value(None, "failed", measured[-1].error)
+            if measured
+            else Value(None, MISSING, f"not measured at {selection.tag}")
+        )
+    if scalar not in good[-1].scalars:
+        return Value(None, MISSING, f"{analysis} has no {scalar}")
+    number = good[-1].scalars[scalar]
+    return Value(None, "failed", "not finite") if number is None else Value(number)
+
+
+def draw(points: Sequence[Point], x: str, y: Sequence[str]) -> Figure:
+    """Draw a panel a quantity; experiments of one model are connected where x is a key of the configuration.
+
+    Args:
+        points: at least one with a number.
+        x: for the axis.
+        y: for the panels.
+
+    Raises:
+        ValueError: no point.
+    """
+    if not points:
+        raise ValueError("Expected at least one experiment, received none.")
+    with style.context(STYLE):
+        series = list(dict.fromkeys(point.series for point in points))
+        rows = -(-len(series) // 2)
+        figure = Figure(figsize=(max(3.4, 2.6 * len(y)), 2.3 + 0.16 * rows))
+        axes = figure.subplots(1, len(y), squeeze=False)[0]
+        for panel, (ax, quantity) in enumerate(zip(axes, y)):
+            _panel(ax, points, panel, x, series)
+            ax.set_ylabel(word(quantity))
+            ax.set_xlabel(word(x))
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=2, frameon=False)
+    return figure
+
+
+def _panel(ax: Axes, points: Sequence[Point], panel: int, x: str, series: Sequence[str]) -> None:
+    measured = any(isinstance(point.x, Interval) for point in points)
+    categories = [] if measured else _categories(points)
+    for number, name in enumerate(series):
+        own = [p for p in points if p.series == name and p.y[panel] is not None and p.x is not None]
+        at = [_place(p.x, categories) for p in own]
+        order = sorted(range(len(own)), key=lambda i: at[i])
+        heights = [h for i in order if (h := own[i].y[panel]) is not None]
+        xerr = [_width(p.x) for p in (own[i] for i in order)] if measured else None
+        ax.errorbar([at[i] for i in order], [h.mean for h in heights], yerr=[_width(h) for h in heights], xerr=xerr,
+                    fmt=MARKERS[number % len(MARKERS)], linestyle="none" if measured else "-", label=name)  # fmt: skip
+    if categories:
+        ax.set_xticks(range(len(categories)), categories, rotation=30 if max(map(len, categories)) > 6 else 0)
+    elif not measured:
+        ax.set_xscale("log" if x == "data.fraction" else "linear")
+        values = sorted({float(point.x) for point in points})
+        ax.set_xticks(values, [f"{v:g}" for v in values], minor=False)
+        ax.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
+
+
+def _categories(points: Sequence[Point]) -> list[str]:
+    """Return the names of the places on the x axis where the key's values are no numbers, else nothing."""
+    values = [p.x for p in points]
+    if all(isinstance(v, int | float) and not isinstance(v, bool) for v in values):
+        return []
+    numbers = sorted({v for v in values if isinstance(v, int | float)})
+    others = dict.fromkeys(_said(v) for v in values if not isinstance(v, int | float))
+    return [*map(_said, numbers), *others]
+
+
+def _place(x: Any, categories: Sequence[str]) -> float:
+    if isinstance(x, Interval):
+        return x.mean
+    return float(categories.index(_said(x))) if categories else float(x)
+
+
+def _width(found: Interval | None) -> float:
+    return found.half_width if found is not None and found.half_width > 0 else 0.0
+
+
+def _keys(entry: Entry) -> Mapping[str, Any]:
+    return identity.flattened({k: v for k, v in entry.config.items() if isinstance(v, Mapping)})
+
+
+def _series(entry: Entry, x: str) -> str:
+    """Return the model's name with what sets its experiment apart, but for the key on the x axis."""
+    name, *rest = entry.label.split(", ")
+    key = x.rpartition(".")[2]
+    return ", ".join([name, *(part for part in rest if not part.startswith(f"{key} "))])
+
+
+def word(quantity: str) -> str:
+    """Return a quantity as it stands at an axis."""
+    analysis, _, scalar = quantity.partition(".")
+    if quantity in WORDS:
+        return WORDS[quantity]
+    if scalar in WORDS:
+        return WORDS[scalar] + (" (clean images)" if analysis.endswith("_clean") else "")
+    return (scalar or analysis).replace("_", " ")
+
+
+def _said(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return "".join(map(str, value)) if all(isinstance(v, int) and v < 10 for v in value) else str(value)
+    return "default" if value is None else f"{value:g}" if isinstance(value, float) else str(value)

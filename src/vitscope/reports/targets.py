@@ -1,0 +1,111 @@
+"""A target of `vitscope reproduce` drawn: its figures, its relations, its table; what is missing is named."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Protocol
+
+from vitscope import runs
+from vitscope.plotting import save_figure
+from vitscope.reports import cells, drawing, evidence, figures, panels, relations, tables, verdicts
+from vitscope.reports.cells import Table
+from vitscope.reports.costs import Costs
+from vitscope.reports.effects import Bench
+from vitscope.reports.evidence import Entry
+from vitscope.reports.selection import Selection
+from vitscope.reproduction import Drawing, Relation, Target
+
+
+class Made(Protocol):
+    """What a trial left: its run and its results as ``analysis/tag-settings``."""
+
+    @property
+    def run(self) -> Path | None:
+        """The run's folder."""
+        ...
+
+    @property
+    def results(self) -> tuple[str, ...]:
+        """What was measured."""
+        ...
+
+
+def draw(target: Target, made: Sequence[Made], out: Path) -> list[str]:
+    """Write a target's figures and tables to ``<out>/<target>``; return what is missing or failed, a line each.
+
+    Args:
+        target: what to draw.
+        made: its trials that have a run.
+        out: the folder of all targets.
+    """
+    if not made:
+        return [f"missing: {target.name}: no run"]
+    folder = out / target.name
+    found = entries(made)
+    problems: list[str] = []
+    for wanted in target.drawings:
+        problems += _figures(target, wanted, found, folder)
+    for relation in target.relations:
+        problems += _relation(target, relation, found, folder)
+    if target.table:
+        problems += _table(target, found, folder, out / ".costs.json")
+    return problems
+
+
+def entries(made: Sequence[Made]) -> list[Entry]:
+    """Return the runs with those results only that their trials asked for."""
+    asked: dict[str, set[str]] = {}
+    for outcome in made:
+        if outcome.run is not None:
+            asked.setdefault(outcome.run.name, set()).update(outcome.results)
+    found = evidence.collect([runs.find(path) for path in dict.fromkeys(o.run for o in made if o.run is not None)])
+    return [
+        replace(e, results=tuple(m for m in e.results if f"{m.analysis}/{m.path.stem}" in asked[e.id])) for e in found
+    ]
+
+
+def _figures(target: Target, wanted: Drawing, found: Sequence[Entry], folder: Path) -> list[str]:
+    tag = target.tags[0] if len(target.tags) == 1 else "all"
+    made = panels.panels(found, tag=tag, analyses=[wanted.analysis])
+    problems = [str(p) for t in target.tags for p in panels.absent(found, [wanted.analysis], t)]
+    suffix = "".join(f"-{value}" for value in wanted.options.values())
+    for panel in made:
+        picture = drawing.draw(figures.job(replace(panel, name=panel.name + suffix), folder, wanted.options))
+        if picture.problem:
+            problems.append(f"failed: figure {panel.name}: {picture.problem}")
+        else:
+            print(picture.png)
+    if not made:
+        problems.append(f"missing: figure {wanted.analysis} (no result)")
+    return [_of(target, problem) for problem in problems]
+
+
+def _relation(target: Target, relation: Relation, found: Sequence[Entry], folder: Path) -> list[str]:
+    selection = Selection(found, "end" if "end" in target.tags else target.tags[0])
+    name = "numbers"
+    points, table = relations.collect(selection, relation.x, relation.y, name)
+    cells.write(table, folder)
+    print(cells.markdown(table), end="")
+    if points:
+        print(save_figure(relations.draw(points, relation.x, relation.y), folder / name)[0])
+    return [_of(target, str(problem)) for problem in table.problems]
+
+
+def _table(target: Target, found: Sequence[Entry], folder: Path, kept: Path) -> list[str]:
+    selection, costs = Selection(found), Costs(kept)
+    table: Table
+    if target.table == "claims":
+        table = verdicts.table(verdicts.judge(Bench(selection, costs)))
+    else:
+        table = tables.build(str(target.table), selection, costs)
+    costs.save()
+    cells.write(table, folder)
+    print(cells.markdown(table), end="")
+    return [_of(target, str(problem)) for problem in table.problems]
+
+
+def _of(target: Target, problem: str) -> str:
+    kind, _, rest = problem.partition(": ")
+    return f"{kind}: {target.name}: {rest}"
