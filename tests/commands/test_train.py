@@ -192,6 +192,7 @@ def test_bad_input_gets_one_line(call, tmp_path, capsys, monkeypatch, arguments,
     err = capsys.readouterr().err.strip()
     assert err.startswith(text)
     assert len(err.splitlines()) == 1
+    assert not (tmp_path / "runs").exists()  # no run is made, no W&B run started
 
 
 def test_a_finished_run_is_not_trained_again(call, tiny, tmp_path, capsys) -> None:

@@ -17,7 +17,7 @@ def splits():
 
 
 def test_sizes_and_balance(splits):
-    for split, size in (("train", 8192), ("val", 1024), ("test", 2048)):
+    for split, size in (("train", 8192), ("val", 512), ("test", 1024)):
         images = splits[split]
         assert images.images.shape == (size, 3, 32, 32)
         assert images.images.dtype == torch.uint8

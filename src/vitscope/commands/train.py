@@ -24,7 +24,11 @@ from vitscope.errors import CheckpointError, ConfigError
 from vitscope.interrupt import Interrupted
 from vitscope.journal import Journal, last_values
 from vitscope.runs import Run
+from vitscope.sweep import multirun
 from vitscope.validation import validate
+
+#: what a sweeper of Hydra that learns is told of a job
+METRIC = "val/accuracy"
 
 
 def main() -> None:
@@ -35,8 +39,9 @@ def main() -> None:
 def _command() -> None:
     argv = sys.argv[1:]
     named = overrides.value_of(argv, "run")
-    if named is None:
-        overrides.uncaught(_composed)
+    if named is None or multirun.asked(argv):
+        with multirun.reported(argv):
+            overrides.uncaught(_composed)
         return
     run = runs.find(named)
     cfg = run.config()
@@ -46,8 +51,11 @@ def _command() -> None:
 
 @hydra.main(version_base="1.3", config_path=str(config.folder()), config_name="train")
 @overrides.kept_error
-def _composed(cfg: DictConfig) -> None:
+def _composed(cfg: DictConfig) -> float | None:
+    if multirun.is_job():
+        return multirun.job(METRIC)
     train(cfg)
+    return None
 
 
 def train(cfg: DictConfig, run: Run | None = None) -> Run:
@@ -67,6 +75,9 @@ def train(cfg: DictConfig, run: Run | None = None) -> Run:
         return done
     network = build.model(cfg)
     resume = _resume_point(cfg, run)
+    data = build.data(cfg)
+    data.adapt_to(network)
+    data.setup("fit")  # what is missing or broken is found before there is a run
     if run is None:
         run = resume[0] if resume else _new_run(cfg)
     exits.entered(run)
@@ -77,7 +88,7 @@ def train(cfg: DictConfig, run: Run | None = None) -> Run:
     mirror = tracking.start(cfg, run, "train", _say)
     code = 1
     try:
-        _fit(cfg, run, network, resume[1] if resume else None, mirror)
+        _fit(cfg, run, network, data, resume[1] if resume else None, mirror)
         code = 0
     except BaseException as error:
         known = exits.explain(error)
@@ -94,9 +105,7 @@ def train(cfg: DictConfig, run: Run | None = None) -> Run:
     return run
 
 
-def _fit(cfg: DictConfig, run: Run, network: Any, ckpt: Path | None, mirror: tracking.Mirror) -> None:
-    data = build.data(cfg)
-    data.adapt_to(network)
+def _fit(cfg: DictConfig, run: Run, network: Any, data: Any, ckpt: Path | None, mirror: tracking.Mirror) -> None:
     chosen = analyses.parse(cfg.analysis)
     module = _classifier(cfg, network, data)
     diagnostics = DiagnosticCallback(cfg, chosen, run, mirror)

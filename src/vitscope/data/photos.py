@@ -45,7 +45,7 @@ PHOTOGRAPHS = {
 }
 
 #: Split to (first column, end column, crops a class): columns as shares of the width.
-REGIONS = {"train": (0.0, 0.55, 512), "val": (0.55, 0.70, 64), "test": (0.70, 1.0, 128)}
+REGIONS = {"train": (0.0, 0.55, 512), "val": (0.55, 0.70, 32), "test": (0.70, 1.0, 64)}
 
 SHORT_SIDE, CROP = 256, 32
 WINDOW = 6.0  # standard deviation of the contrast window, in pixels
@@ -56,7 +56,7 @@ _ROUNDS = 8  # of standardising and clipping
 
 
 def load(split: str, *, root: str | None = None, split_seed: int = 0) -> ArrayImages:
-    """Return a split: 8192, 1024 or 2048 gray crops in three equal channels.
+    """Return a split: 8192, 512 or 1024 gray crops in three equal channels.
 
     Args:
         split: `train`, `val` or `test`.
