@@ -18,7 +18,8 @@ from torch import Tensor
 
 from vitscope import analyses, interrupt
 from vitscope.analyses import Analysis, Place
-from vitscope.errors import ConfigError, NumericalError
+from vitscope.distributed import gather_objects
+from vitscope.errors import ConfigError, DistributedError, NumericalError
 from vitscope.interrupt import Interrupted
 from vitscope.runs import Run
 from vitscope.tracking import Mirror
@@ -176,6 +177,21 @@ class Checkpoints(Callback):
             steps = range(0, 1 + math.ceil(math.log2(last + 1)) if last > 0 else 1)
             return {min(2**k - 1, last) for k in steps} | warmup | {last}
         return {int(epoch) for epoch in self.snapshots} | warmup
+
+
+class SameConfiguration(Callback):
+    """Refuses ranks that composed different configurations: they would average gradients of different experiments."""
+
+    def __init__(self, config_hash: str) -> None:
+        self.config_hash = config_hash
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Compare the ranks' hashes."""
+        hashes = gather_objects(self.config_hash)
+        other = next((rank for rank, found in enumerate(hashes) if found != hashes[0]), None)
+        if other is not None:
+            why = f"rank {other} composed another configuration than rank 0 ({hashes[other]}, {hashes[0]})"
+            raise DistributedError("trainer.devices", len(hashes), why, "start every rank with the same overrides")
 
 
 class PlainProgress(Callback):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
@@ -13,23 +14,26 @@ from omegaconf.errors import OmegaConfBaseException
 from vitscope import config
 from vitscope.errors import ConfigError
 
+T = TypeVar("T")
+
 _errors: list[BaseException] = []
 
 
-def kept_error(task: Callable[[DictConfig], None]) -> Callable[[DictConfig], None]:
+def kept_error(task: Callable[[DictConfig], T]) -> Callable[[DictConfig], T | None]:
     """Keep a task's error for `uncaught`: Hydra would print text of its own on top of our one line."""
 
     @functools.wraps(task)
-    def guarded(cfg: DictConfig) -> None:
+    def guarded(cfg: DictConfig) -> T | None:
         try:
-            task(cfg)
+            return task(cfg)
         except BaseException as error:
             _errors.append(error)
+            return None
 
     return guarded
 
 
-def uncaught(composed: Callable[[], None]) -> None:
+def uncaught(composed: Callable[[], object]) -> None:
     """Run a Hydra command and raise what its task raised."""
     _errors.clear()
     composed()

@@ -15,7 +15,7 @@ import hydra
 from omegaconf import DictConfig
 
 from vitscope import analyses, build, checkpoint, config, exits, runs, tracking
-from vitscope.callbacks import DiagnosticCallback, PlainProgress
+from vitscope.callbacks import DiagnosticCallback, PlainProgress, SameConfiguration
 from vitscope.checkpoint import AtomicCheckpointIO
 from vitscope.classifier import Classifier
 from vitscope.commands import overrides
@@ -157,7 +157,7 @@ def _trainer(cfg: DictConfig, run: Run, logger: Any, diagnostics: DiagnosticCall
         cfg.trainer,
         "trainer",
         logger=logger,
-        callbacks=[*own, *bar, diagnostics],
+        callbacks=[SameConfiguration(config.config_hash(cfg)), *own, *bar, diagnostics],
         plugins=[AtomicCheckpointIO()],
         default_root_dir=str(run.path),
         enable_progress_bar=shown and sys.stdout.isatty(),

@@ -65,13 +65,13 @@ def slots(gpus: str | None, jobs: int | None) -> list[Slot]:
             raise ConfigError("JOBS", jobs, "not a whole number from 1", "give the number of trials side by side")
         # a single job may use a GPU that is here; several side by side would share it
         pinned = {} if jobs is None else {"CUDA_VISIBLE_DEVICES": ""}
-        return [Slot(f"cpu{i}" if jobs is not None else "here", {**pinned, **_threads(n)}) for i in range(n)]
+        return [Slot(f"cpu{i}" if jobs is not None else "here", {**pinned, **threads(n)}) for i in range(n)]
     names = gpus.split(",")
     for name in names:
         if not re.fullmatch(r"(\d+|(GPU|MIG)-[\w/-]+)(\+\d+)*", name) or names.count(name) > 1:
             raise ConfigError("GPUS", gpus, "not a list of different GPUs", "write GPUS=0,1 (0+1 for a trial on two)")
     return [
-        Slot(f"gpu{name}", {"CUDA_VISIBLE_DEVICES": name.replace("+", ","), **_threads(len(names))}) for name in names
+        Slot(f"gpu{name}", {"CUDA_VISIBLE_DEVICES": name.replace("+", ","), **threads(len(names))}) for name in names
     ]
 
 
@@ -93,7 +93,8 @@ def check_gpus(gpus: str | None) -> None:
         )
 
 
-def _threads(n: int) -> dict[str, str]:
+def threads(n: int) -> dict[str, str]:
+    """Return the variables that give one of ``n`` processes its share of the cores, at least one."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     share = max(1, cores // n)
     asked = {name: os.environ.get(name, "") for name in _THREADS}
@@ -106,6 +107,14 @@ def environment(slot: Slot | None = None, **more: str) -> dict[str, str]:
     """Return a child's environment: this one without what belongs to this process, pinned to a slot."""
     kept = {key: value for key, value in os.environ.items() if not _PRIVATE.fullmatch(key)}
     return {**kept, **(slot.environment if slot else {}), **more}
+
+
+def training(program: Sequence[str], arguments: Sequence[str], folder: Path) -> list[str]:
+    """Return the command that begins a run in ``folder``, or goes on with the one that was begun there."""
+    if (folder / "config.yaml").is_file() and (folder / "provenance.json").is_file():
+        return [*program, f"run={folder}", "ckpt_path=auto"]  # with its own configuration
+    (folder / "config.yaml").unlink(missing_ok=True)  # a kill between the two files
+    return [*program, *arguments, f"run_dir={folder}"]
 
 
 def start(command: Sequence[str], env: Mapping[str, str], log: Path | None) -> subprocess.Popen[bytes]:

@@ -152,12 +152,7 @@ class LocalSweep:
         return None
 
     def _start(self, trial: Trial, slot: Slot) -> None:
-        if (trial.folder / "config.yaml").is_file() and (trial.folder / "provenance.json").is_file():
-            place = [f"run={trial.folder}", "ckpt_path=auto"]  # begun earlier: its own configuration goes on
-            command = [sys.executable, self.sweep.program, *place]
-        else:
-            (trial.folder / "config.yaml").unlink(missing_ok=True)  # a kill between the two files
-            command = [sys.executable, self.sweep.program, *spec.arguments(trial.params), f"run_dir={trial.folder}"]
+        command = children.training([sys.executable, self.sweep.program], spec.arguments(trial.params), trial.folder)
         env = children.environment(slot, WANDB_RUN_GROUP=self.sweep.name)
         self._note(event="start", trial=trial.index, params=trial.params, slot=slot.name)
         trial.process = children.start(command, env, trial.folder / OUTPUT)

@@ -10,6 +10,8 @@ from vitscope.errors import ConfigError
 from vitscope.sweep import draws, spec
 from vitscope.sweep.spec import Sweep
 
+_SPACES = ("categorical", "int_uniform", "uniform", "q_uniform", "log_uniform_values")
+
 
 class Search(Protocol):
     """Proposes trials by their number and may learn from their values."""
@@ -71,7 +73,11 @@ class Bayes:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self._optuna, self._n, self._known, self._asked = optuna, n, dict(known), {}
         self._parameters = sweep.parameters
-        self._space = {key: _space(optuna, key, node) for key, node in sweep.parameters.items() if "value" not in node}
+        self._space = {key: node for key, node in sweep.parameters.items() if "value" not in node}
+        for key, node in self._space.items():
+            if (name := draws.distribution(key, node)) not in _SPACES:
+                why = "has no counterpart in Optuna"
+                raise ConfigError(f"parameters.{key}", name, why, f"use {', '.join(_SPACES)} (categorical: values)")
         seed = int(sweep.name.rpartition("-")[2], 16) % 2**31
         direction = "maximize" if sweep.metric[1] else "minimize"
         sampler = optuna.samplers.TPESampler(seed=seed, constant_liar=True, n_startup_trials=min(10, max(2, n // 3)))
@@ -83,7 +89,9 @@ class Bayes:
             return None
         if index in self._known:
             self._study.enqueue_trial({key: self._known[index][key] for key in self._space})
-        trial = self._study.ask(self._space)
+        trial = self._study.ask()
+        for key, node in self._space.items():
+            _suggest(trial, key, node)
         self._asked[index] = trial
         single = {key: node["value"] for key, node in self._parameters.items() if "value" in node}
         drawn = {**single, **trial.params}
@@ -98,18 +106,12 @@ class Bayes:
             self._study.tell(trial, value)
 
 
-def _space(optuna: Any, key: str, node: Mapping[str, Any]) -> Any:
+def _suggest(trial: Any, key: str, node: Mapping[str, Any]) -> None:
     name = draws.distribution(key, node)
-    made = optuna.distributions
     if name == "categorical":
-        return made.CategoricalDistribution(list(node["values"]))
-    if name == "int_uniform":
-        return made.IntDistribution(node["min"], node["max"])
-    if name == "uniform":
-        return made.FloatDistribution(node["min"], node["max"])
-    if name == "q_uniform":
-        return made.FloatDistribution(node["min"], node["max"], step=node.get("q", 1))
-    if name == "log_uniform_values":
-        return made.FloatDistribution(node["min"], node["max"], log=True)
-    why = "has no counterpart in Optuna"
-    raise ConfigError(f"parameters.{key}", name, why, "use log_uniform_values, uniform, int_uniform or values")
+        trial.suggest_categorical(key, list(node["values"]))
+    elif name == "int_uniform":
+        trial.suggest_int(key, node["min"], node["max"])
+    else:
+        step = node.get("q", 1) if name == "q_uniform" else None
+        trial.suggest_float(key, node["min"], node["max"], step=step, log=name == "log_uniform_values")

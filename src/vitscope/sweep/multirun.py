@@ -1,0 +1,184 @@
+"""``python train.py -m seed=0,1``: Hydra's multirun, each job a process of its own.
+
+Jobs in one process would share signals, W&B's state and, with several ranks, restart the whole multirun in every rank (a
+sweeper that learns would train different jobs on different ranks). So whatever the launcher, a job starts
+``train.py <its overrides> run_dir=<its folder>`` without the parent's distributed variables and reads its result files.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import os
+import secrets
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.experimental.callback import Callback
+from hydra.types import RunMode
+from omegaconf import DictConfig
+
+from vitscope import config, interrupt, journal
+from vitscope.errors import ConfigError
+from vitscope.interrupt import Interrupted
+from vitscope.sweep import children
+
+#: how the folder's name reaches Hydra's configuration (``hydra.sweep.dir``)
+ENVIRONMENT = "VITSCOPE_MULTIRUN"
+#: what a job leaves beside its run's own files
+JOB = "job.json"
+OUTPUT = "output.txt"
+#: (group, choice) to the plugin's package and the extra that installs it
+PLUGINS = {
+    ("hydra/launcher", "joblib"): ("hydra_plugins.hydra_joblib_launcher", "joblib"),
+    ("hydra/launcher", "submitit_local"): ("hydra_plugins.hydra_submitit_launcher", "submitit"),
+    ("hydra/launcher", "submitit_slurm"): ("hydra_plugins.hydra_submitit_launcher", "submitit"),
+    ("hydra/sweeper", "optuna"): ("hydra_plugins.hydra_optuna_sweeper", "optuna"),
+}
+_folder: Path | None = None
+
+
+def asked(argv: Sequence[str]) -> bool:
+    """Tell whether a command line asks for a multirun."""
+    return bool({"-m", "--multirun", "hydra.mode=MULTIRUN"} & set(argv))
+
+
+def check(argv: Sequence[str]) -> None:
+    """Refuse a multirun that could not be right.
+
+    Raises:
+        ConfigError: a plugin that is not installed, a folder or run that all jobs would share, ranks started outside.
+    """
+    given = {key: value for key, _, value in (a.partition("=") for a in argv)}
+    for key in ("run", "run_dir"):
+        if given.get(key, "null") not in ("null", ""):
+            raise ConfigError(key, given[key], "all jobs of a multirun would share it", "leave it out, or leave out -m")
+    for (group, choice), (package, extra) in PLUGINS.items():
+        if given.get(group) == choice and not _installed(package):
+            raise ConfigError(group, choice, "its plugin is not installed", f"pip install 'vitscope[{extra}]'")
+    if given.get("hydra/launcher") == "submitit_slurm" and shutil.which("sbatch") is None:
+        raise ConfigError("hydra/launcher", "submitit_slurm", "no SLURM here (sbatch not found)", "use submitit_local")
+    for key in ("hydra.launcher.tasks_per_node", "hydra.launcher.nodes"):
+        if given.get(key, "1") != "1":
+            raise ConfigError(key, given[key], "a job starts its own ranks", "leave it 1 and set trainer.devices")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        why = "every rank of torchrun would run every job"
+        raise ConfigError("-m", None, why, "start it once with plain python; trainer.devices gives each job its ranks")
+
+
+def _installed(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ModuleNotFoundError:
+        return False
+
+
+@contextlib.contextmanager
+def reported(argv: Sequence[str]) -> Iterator[None]:
+    """Around a command that may be a multirun: check it, and end with the first failed job's exit code.
+
+    Raises:
+        SystemExit: a job failed; all that did are named on stderr.
+    """
+    global _folder
+    if not asked(argv):
+        yield
+        return
+    check(argv)
+    _folder = None
+    os.environ[ENVIRONMENT] = f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
+    if any(a.startswith("hydra/launcher=") and not a.endswith("=basic") for a in argv):
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(signum, _raise)  # the launcher waits where nothing polls
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, Interrupted) or not _told():
+            raise  # else the sweeper's complaint follows from the failed jobs, which have been named
+    finally:
+        os.environ.pop(ENVIRONMENT, None)
+    if code := _told():
+        sys.exit(code)
+
+
+def _raise(signum: int, frame: FrameType | None) -> None:
+    raise Interrupted(signum)
+
+
+def _told() -> int:
+    """Name the failed jobs on stderr, once; return the first one's exit code."""
+    global _folder
+    files = sorted(_folder.glob(f"*/{JOB}"), key=lambda f: int(f.parent.name)) if _folder else []
+    jobs = [(file.parent, json.loads(file.read_text())) for file in files]
+    failed = [(folder, job) for folder, job in jobs if job["exit_code"] != 0]
+    shared = set.intersection(*(set(job["overrides"]) for _, job in jobs)) if len(jobs) > 1 else set()
+    for folder, job in failed:
+        why = children.last_error(folder / OUTPUT) or children.last_error(folder / "log.txt") or "see above"
+        what = " ".join(override for override in job["overrides"] if override not in shared)
+        print(f"failed: job {folder.name} ({what}): exit {job['exit_code']}; {folder}: {why}", file=sys.stderr)
+    if jobs:
+        print(f"{len(jobs) - len(failed)} of {len(jobs)} jobs finished; {_folder}", flush=True)
+    _folder = None
+    return failed[0][1]["exit_code"] if failed else 0
+
+
+class Folder(Callback):
+    """Hydra's callback (``hydra.callbacks``) that tells this module where the jobs' folders are."""
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Remember the folder."""
+        global _folder
+        _folder = Path(str(config.hydra.sweep.dir)).absolute()
+
+
+def is_job() -> bool:
+    """Tell whether Hydra is running a job of a multirun in this process."""
+    return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
+
+
+def job(metric: str) -> float | None:
+    """Run the job that Hydra composed, as a process; return the last value of ``metric``, None where it failed.
+
+    Raises:
+        Interrupted: asked to stop; the job has saved and ended.
+    """
+    interrupt.check()
+    hydra = HydraConfig.get()
+    folder = Path(hydra.runtime.output_dir)
+    overrides = list(hydra.overrides.task)
+    launcher = str(hydra.launcher.get("_target_", ""))
+    side_by_side = int(hydra.launcher.get("n_jobs", 1))
+    slot = children.Slot("job", children.threads(max(1, side_by_side))) if side_by_side > 1 else None
+    log = None if launcher.endswith("BasicLauncher") else folder / OUTPUT
+    process = children.start(children.training(_program(), overrides, folder), children.environment(slot), log)
+    signum = None
+    try:
+        while process.poll() is None and signum is None:
+            signum = interrupt.requested()
+            time.sleep(0.05)
+    except KeyboardInterrupt:  # a launcher's worker has no handler of ours
+        signum = signal.SIGINT
+    finally:
+        children.stop([process], signum or signal.SIGTERM)
+    code = children.exit_code(process)
+    said = children.outcome(folder)
+    if code == 0 and not said.finished:
+        code = said.exit_code or 1
+    (folder / JOB).write_text(json.dumps({"overrides": overrides, "exit_code": code}))
+    if signum is not None:
+        raise Interrupted(signum)
+    value = journal.last_values(folder / journal.FILE).get(metric) if code == 0 else None
+    return None if value is None else float(value)
+
+
+def _program() -> list[str]:
+    script = config.folder().parent / "train.py"  # Lightning starts ranks by the script's path, which a module lacks
+    return [sys.executable, str(script)] if script.is_file() else [sys.executable, "-m", "vitscope", "train"]
