@@ -5,6 +5,7 @@ Training and ``analyze.py`` come through here, so that both give the same number
 
 from __future__ import annotations
 
+import copy
 import inspect
 import shutil
 import traceback
@@ -197,8 +198,17 @@ def _supplied(analysis: Analysis, place: Place, rows: results.PartialRows) -> di
         request = {"split": "val", "augment": False, "n_images": None, "batch_size": place.datamodule.eval_batch_size}
         supplied["validation"] = build.probe(place.cfg, place.network, place.datamodule, request)
     if "initial" in wanted and analysis.options.get("initial") is None:
-        supplied["initial"] = build.model(place.cfg)
+        supplied["initial"] = build.model(_untrained(place.cfg))
     return supplied
+
+
+def _untrained(cfg: DictConfig) -> DictConfig:
+    """Return the configuration without pretrained weights, which are no initialisation."""
+    if not cfg.model.get("pretrained", False):
+        return cfg
+    cfg = copy.deepcopy(cfg)
+    cfg.model.pretrained = False
+    return cfg
 
 
 def _loaded_option(key: str, value: Any, probe: Probe) -> Any:

@@ -25,7 +25,7 @@ class Evaluation:
 
     Attributes:
         nll: the objective's data term (cross entropy, nats), mean over images.
-        accuracy: share of images whose most probable class is the (most probable) target.
+        accuracy: share of images whose most probable class is the (most probable) target; NaN where logits are not finite.
         ece: expected calibration error, ten equal-width bins, confidence 1.0 counted in the last.
         n_images: the number of images seen on all ranks.
         losses: (n_images,) each image's loss, where asked for; else empty. In batch order of this rank.
@@ -74,7 +74,9 @@ def evaluate(
         probabilities = logits.double().softmax(dim=1)
         confidence, predicted = probabilities.max(dim=1)
         right = predicted == hard_targets(y)
-        batch = _batch_sums(loss.double(), confidence, right)
+        # logits that are not finite have no most probable class: argmax would say the first one
+        counted = right.double().masked_fill(confidence.isnan(), torch.nan)
+        batch = _batch_sums(loss.double(), confidence, counted)
         sums = batch if sums is None else sums + batch
         if per_image:
             losses.append(loss.double().cpu().numpy())
@@ -99,7 +101,6 @@ def _batch_sums(loss: Tensor, confidence: Tensor, right: Tensor) -> Tensor:
     # bins (0, .1], ..., (.9, 1]: a confidence of exactly 1.0 belongs to the last; a NaN is put there too and shows in its sum
     bins = (confidence.nan_to_num(1.0) * ECE_BINS).ceil().long().clamp(1, ECE_BINS) - 1
     member = torch.nn.functional.one_hot(bins, ECE_BINS).double()  # (B, bins)
-    right = right.double()
     head = torch.stack([torch.full_like(loss.sum(), len(loss)), loss.sum(), right.sum()])
     return torch.cat([head, member.sum(0), confidence @ member, right @ member])
 

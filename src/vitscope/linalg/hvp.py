@@ -145,6 +145,10 @@ class Curvature:
         out = torch.empty(self.size, dtype=self.dtype, device=self.device)
         empty = True
         for chunk in self._chunks():
+            if (
+                not empty and distributed.world_size() == 1
+            ):  # of several ranks none may leave the others' reduction waiting
+                interrupt.check()
             flat = [t.reshape(-1) for t in share(chunk)]
             if empty:
                 torch.cat(flat, out=out)

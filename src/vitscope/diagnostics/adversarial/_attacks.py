@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vitscope.errors import NumericalError
+
 NORMS = ("linf", "l2")
 ATTACKS = ("fgsm", "pgd")
 
@@ -129,5 +131,7 @@ def _looked_at(forward: Forward, pixels: Tensor, change: Tensor, labels: Tensor)
     change = change.detach().requires_grad_()
     logits = forward(pixels + change)
     loss = F.cross_entropy(logits, labels, reduction="none")
+    if not bool(torch.isfinite(logits).all()):
+        raise NumericalError("analysis.adversarial", None, "logits are not finite", "look at the weights")
     (gradient,) = torch.autograd.grad(loss.sum(), change)  # images do not see each other
     return Found(change.detach(), loss.detach(), logits.detach().argmax(dim=1) == labels), gradient

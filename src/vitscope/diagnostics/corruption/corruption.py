@@ -141,7 +141,7 @@ def corruption(
         clean_accuracy=clean,
         clean_nll=float(found[0]["nll"]),
         clean_ece=float(found[0]["ece"]),
-        mean_accuracy=float(by_image.mean()),
+        mean_accuracy=float(by_image.mean()) if np.isfinite(accuracy[_reported(names)]).all() else np.nan,
         mean_accuracy_standard_error=float(by_image.std(ddof=1) / np.sqrt(len(by_image)))
         if len(by_image) > 1
         else np.nan,

@@ -59,7 +59,7 @@ class LossSliceResult:
         """Return the lowest point, the mean rise at both ends, and the points that are not finite."""
         finite = np.isfinite(self.nll)
         if not finite.any():
-            return {"nonfinite_points": float(self.n_nonfinite)}
+            return {"nll_center": float("nan"), "nonfinite_points": float(self.n_nonfinite)}
         lowest = int(np.where(finite, self.nll, np.inf).argmin())
         found = {
             "nll_minimum": float(self.nll[lowest]),

@@ -70,7 +70,7 @@ class SharpnessResult:
                 f"rise_high_{at}": float(self.rise_high[i]),
                 f"worst_rise_{at}": float(self.worst_rise[i]),
             }
-        return {key: value for key, value in found.items() if not np.isnan(value)}
+        return {key: value for key, value in found.items() if key == "nll_center" or not np.isnan(value)}
 
 
 def sharpness(

@@ -1,0 +1,100 @@
+"""What every file of ``conf/analysis`` has to survive: a stop in the middle, and a model whose numbers are not finite."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.test_configs import composed
+from vitscope import analyses, build, checkpoint, config, interrupt, runs
+from vitscope.analyses import Place
+from vitscope.interrupt import Interrupted
+
+#: says nothing about the weights
+STATIC = {"taps"}
+#: refuses the model at hand, so that there is no middle
+NEEDS_BATCHNORM = {"bn_policy"}
+NAMES = config.options("analysis")
+ARGUMENTS = ["model=vit", "model.depth=1", "model.patch_size=8", "data=shapes", "data.fraction=0.02", "caps=smoke"]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Place:
+    """Return a run with two checkpoints, its data and its network, which tests copy."""
+    root = tmp_path_factory.mktemp("runs")
+    cfg = composed("train", *ARGUMENTS, f"analysis=[{','.join(NAMES)}]", f"paths.runs={root}")
+    config.apply_caps(cfg)
+    run = runs.create(cfg, "train")
+    network = build.model(cfg)
+    for step, name in enumerate(("init", "last")):
+        state = {f"model.{key}": value + 0.01 * (1 - step) for key, value in network.state_dict().items()}
+        content = {"epoch": 0, "global_step": step, "state_dict": state}
+        checkpoint.write(content, run.checkpoints / f"{name}.ckpt")
+    data = build.data(cfg)
+    data.adapt_to(network)
+    return Place(cfg, run, network.eval(), data, "end", epoch=0)
+
+
+def state(network: torch.nn.Module) -> dict[str, object]:
+    tensors = {f"value of {key}": value.clone() for key, value in network.state_dict().items()}
+    grads = {f"grad of {key}": p.grad for key, p in network.named_parameters()}
+    return {**tensors, **grads, **{f"mode of {key}": m.training for key, m in network.named_modules()}}
+
+
+def assert_same(before: dict[str, object], network: torch.nn.Module) -> None:
+    for key, value in state(network).items():
+        same = (
+            torch.equal(value.nan_to_num(), before[key].nan_to_num())
+            if isinstance(value, torch.Tensor)
+            else value == before[key]
+        )
+        assert same, key
+
+
+def chosen(place: Place, name: str) -> analyses.Analysis:
+    """Return an analysis on three batches."""
+    (analysis,) = [a for a in analyses.parse(place.cfg.analysis) if a.name == name]
+    return analyses.replaced(analysis, probe={**analysis.probe, "n_images": 24, "batch_size": 8})
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in STATIC | NEEDS_BATCHNORM])
+def test_a_stop_in_the_middle(made: Place, name: str) -> None:
+    before = state(made.network)
+    handle = made.network.register_forward_pre_hook(lambda *_: interrupt.request(signal.SIGTERM))
+    try:
+        with pytest.raises(Interrupted):
+            analyses.perform(chosen(made, name), made, reuse=False)
+    finally:
+        handle.remove()
+    assert_same(before, made.network)
+    assert not list((made.run.results / name).glob("*.npz"))
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in STATIC])
+def test_numbers_that_are_not_finite(made: Place, name: str, tmp_path: Path) -> None:
+    network = build.model(made.cfg).eval()
+    with torch.no_grad():
+        for p in network.parameters():
+            p.view(-1)[0] = float("nan")
+    folder = tmp_path / "run"
+    shutil.copytree(made.run.path, folder)
+    for file in ("init", "last"):
+        content = checkpoint.read(folder / "checkpoints" / f"{file}.ckpt")
+        content["state_dict"] = {f"model.{key}": value for key, value in network.state_dict().items()}
+        checkpoint.write(content, folder / "checkpoints" / f"{file}.ckpt")
+    place = Place(made.cfg, runs.Run(folder), network, made.datamodule, "end", epoch=0)
+    before = state(network)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        analyses.perform(chosen(place, name), place, reuse=False)
+    assert any("null" in str(warning.message) for warning in caught), [str(w.message) for w in caught]
+    assert_same(before, network)
+    (record,) = (folder / "results" / name).glob("*.json")
+    scalars = json.loads(record.read_text())["scalars"]
+    assert not scalars or any(value is None for value in scalars.values())
