@@ -151,9 +151,13 @@ def start_vector(operator: Curvature, seed: int = 0) -> Tensor:
     The gradient lies mostly in the span of the top eigenvectors, which saves products; the random part reaches the
     eigenvectors that are orthogonal to it.
     """
+    return start_along(operator.gradient(data_only=True), seed)
+
+
+def start_along(gradient: Tensor, seed: int = 0) -> Tensor:
+    """Return the direction of ``gradient (size,)``, which is written to, plus some of a random one (see `start_vector`)."""
     generator = torch.Generator().manual_seed(seed)
-    random = torch.randn(operator.size, generator=generator, dtype=torch.float32).to(operator.device, operator.dtype)
-    gradient = operator.gradient(data_only=True)
+    random = torch.randn(len(gradient), generator=generator, dtype=torch.float32).to(gradient)
     length, other = norm(gradient), norm(random)
     if not length > 0:
         return random

@@ -56,7 +56,8 @@ class Lanczos:
     """The process itself: a basis and the projection on it, extended by `step`.
 
     Args:
-        product: ``v (size,) -> H v`` as one tensor or as pieces that, flattened and joined, make up ``(size,)``.
+        product: ``v (size,) -> H v`` as one tensor or as pieces that, flattened and joined, make up ``(size,)``; None where
+            products come from outside, to `absorb`.
         start: the first vector ``(size,)``, of any length; a zero one is replaced by a random one.
         capacity: rows of memory; at most ``capacity - 1`` steps between two calls of `restart`.
         seed: of the random vectors that continue after an invariant subspace.
@@ -69,7 +70,9 @@ class Lanczos:
         n_products: products made.
     """
 
-    def __init__(self, product: Operator, start: Tensor, capacity: int, seed: int = 0, shift: float = 0.0) -> None:
+    def __init__(
+        self, product: Operator | None, start: Tensor, capacity: int, seed: int = 0, shift: float = 0.0
+    ) -> None:
         self.product, self.seed, self.shift = product, seed, shift
         self.basis = Basis(min(capacity, len(start) + 1), start)
         self.projection = np.zeros((0, 0))
@@ -96,9 +99,18 @@ class Lanczos:
 
     def step(self) -> None:
         """Make one product and add a row to the basis, a row and a column to T."""
+        assert self.product is not None
+        self.absorb(self.product(self.row))
+
+    @property
+    def row(self) -> Tensor:
+        """The vector ``(size,)`` whose product is next, of any length."""
+        return self.basis.rows[self.basis.count - 1]
+
+    def absorb(self, pieces: Tensor | Sequence[Tensor]) -> None:
+        """Take the product with `row` and extend the basis and T."""
         basis, last = self.basis, self.basis.count - 1
         scale = basis.scales[last]
-        pieces = self.product(basis.rows[last])
         pieces = [pieces] if isinstance(pieces, Tensor) else pieces
         self.n_products += 1
         c = basis.coefficients(pieces) * scale
@@ -189,23 +201,65 @@ def extreme_eigenvalues(
         ValueError: fewer dimensions than eigenvalues, an unknown ``which``, ``tol`` or ``max_products`` not positive, or a
             ``max_memory`` in which Lanczos cannot run.
     """
-    _check(len(start), k, which, tol, max_products)
-    rows = _rows(start, count(k, which, n_ends), max_products, max_memory)
-    lanczos = Lanczos(product, start, rows, seed, shift)
-    at_breakdown: np.ndarray | None = None
+    search = Search(
+        start, k, which=which, n_ends=n_ends, tol=tol, max_products=max_products, max_memory=max_memory,
+        seed=seed, shift=shift,
+    )  # fmt: skip
     while True:
-        lanczos.step()
-        ritz = lanczos.ritz()
-        chosen, done = settled(ritz, k, which, tol, n_ends)
-        if lanczos.breakdowns:
-            done = done and _nothing_new(lanczos, ritz.values[chosen], at_breakdown)
-            at_breakdown = ritz.values[chosen] if lanczos.breakdowns[-1] == lanczos.n_products else at_breakdown
-        stop = done or lanczos.exhausted or lanczos.n_products >= max_products
+        stop = search.absorb(product(search.lanczos.row))
         if _agreed(stop, shared, start.device):
-            break
-        if lanczos.full:
-            lanczos.restart(_kept(ritz, chosen, which, rows))
-    return _pairs(lanczos, ritz, chosen, tol, vectors)
+            return search.pairs(vectors)
+        search.make_room()
+
+
+class Search:
+    """A run of Lanczos towards extreme eigenvalues, one product at a time, so that several can run side by side.
+
+    Args and raises: as `extreme_eigenvalues`.
+
+    Attributes:
+        lanczos: the process; ``lanczos.row`` is the vector whose product `absorb` takes.
+    """
+
+    def __init__(
+        self,
+        start: Tensor,
+        k: int,
+        *,
+        which: str = "LM",
+        n_ends: int = 0,
+        tol: float = 1e-3,
+        max_products: int = 200,
+        max_memory: float | None = None,
+        seed: int = 0,
+        shift: float = 0.0,
+    ) -> None:
+        _check(len(start), k, which, tol, max_products)
+        self.k, self.which, self.n_ends, self.tol, self.max_products = k, which, n_ends, tol, max_products
+        self.rows = basis_rows(start, count(k, which, n_ends), max_products, max_memory)
+        self.lanczos = Lanczos(None, start, self.rows, seed, shift)
+        self._at_breakdown: np.ndarray | None = None
+
+    def absorb(self, pieces: Tensor | Sequence[Tensor]) -> bool:
+        """Take the product with ``lanczos.row``; return whether this is the end."""
+        lanczos = self.lanczos
+        lanczos.absorb(pieces)
+        self._ritz = ritz = lanczos.ritz()
+        self._chosen, done = settled(ritz, self.k, self.which, self.tol, self.n_ends)
+        if lanczos.breakdowns:
+            values = ritz.values[self._chosen]
+            done = done and _nothing_new(lanczos, values, self._at_breakdown)
+            self._at_breakdown = values if lanczos.breakdowns[-1] == lanczos.n_products else self._at_breakdown
+        return done or lanczos.exhausted or lanczos.n_products >= self.max_products
+
+    def make_room(self) -> None:
+        """Restart where the basis is full."""
+        if self.lanczos.full:
+            self.lanczos.restart(_kept(self._ritz, self._chosen, self.which, self.rows))
+
+    def pairs(self, vectors: bool) -> Eigenpairs:
+        """Return what is known after the last product."""
+        return _pairs(self.lanczos, self._ritz, self._chosen, self.tol, vectors)
 
 
 def _nothing_new(lanczos: Lanczos, values: np.ndarray, before: np.ndarray | None) -> bool:
@@ -232,7 +286,7 @@ def _check(size: int, k: int, which: str, tol: float, max_products: int) -> None
         raise ValueError(f"Expected max_products to be at least 1, received {max_products}.")
 
 
-def _rows(start: Tensor, n_values: int, max_products: int, max_memory: float | None) -> int:
+def basis_rows(start: Tensor, n_values: int, max_products: int, max_memory: float | None) -> int:
     """Return how many vectors the basis may hold."""
     row = start.element_size() * len(start)
     rows = int((free_memory(start.device) / 4 if max_memory is None else max_memory) // row)

@@ -8,14 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from vitscope import distributed
 from vitscope.diagnostics.hessian import _pooled
-from vitscope.linalg.curvatures import Curvatures, curvatures
-from vitscope.linalg.solve import solve
-from vitscope.probe import Batch, ObjectiveCard, Probe
-from vitscope.progress import track
-
-Row = Mapping[str, float | np.ndarray]
+from vitscope.diagnostics.hessian._batchwise import Row, Work
+from vitscope.linalg.curvatures import curvatures
+from vitscope.probe import ObjectiveCard, Probe
 
 
 @dataclass(frozen=True)
@@ -100,6 +96,8 @@ def hessian_max_eigenvalue_spectrum(
     micro_batch: int | None = None,
     max_products: int = 200,
     max_memory: float | None = None,
+    budget_s: float | None = None,
+    batches_at_once: int | None = None,
     seed: int = 0,
     partial: MutableMapping[str, Row] | None = None,
 ) -> HessianMaxEigenvalueSpectrumResult:
@@ -121,20 +119,23 @@ def hessian_max_eigenvalue_spectrum(
         product: ``reverse`` (kept graph) or ``linearize``.
         micro_batch: images held at once; None for a whole batch.
         max_products: the most products of a batch.
-        max_memory: bytes the Lanczos basis may take.
+        max_memory: bytes the Lanczos basis may take; of batches at once all bases together.
+        budget_s: seconds that may be spent: one product is timed first, time and memory are predicted and printed, and as
+            many batches are analysed as fit, at least one; the card states what was done. None for all batches.
+        batches_at_once: batches of equal shape analysed together under vmap (`linalg.side_by_side`): 1 one after the other,
+            None for what fits on a GPU and 1 on a CPU.
         seed: of start vectors, drawn labels and the bootstrap.
         partial: rows of batches already done, by ``batch-<number>``; new ones are added as soon as they are known.
 
     Raises:
         ValueError: no parameters, fewer parameters than ``n_top``, an unknown name, a compiled or inference-mode model, a
-            batch on another device.
+            batch on another device, a budget that is not positive, or several batches at once where that cannot be: power
+            iteration, another operator, batch statistics, or a model that vmap cannot differentiate.
         NumericalError: a loss that is not finite.
 
     Source: Park & Kim (ICLR 2022), figures 1c, 4, 6, 7, C.4; PAPER.md sections 2 and 7. Deviation: Lanczos with residuals
     in place of power iteration with a tolerance on its change (``solver="power"``).
     """
-    rows: dict[int, Row] = {}
-    partial = {} if partial is None else partial
     solving = {"tol": tol, "solver": solver, "max_products": max_products, "seed": seed}
     with curvatures(
         probe,
@@ -146,32 +147,18 @@ def hessian_max_eigenvalue_spectrum(
         micro_batch=micro_batch,
         seed=seed,
     ) as made:
-        share = len(range(distributed.rank(), probe.n_batches, distributed.world_size()))
-        for index, batch in track(probe.local_batches(), "hessian spectrum", total=share):
-            key = f"batch-{index:04d}"
-            if key not in partial:
-                partial[key] = _row(made, index, batch, n_top, n_ends, {**solving, "max_memory": max_memory})
-            rows[index] = partial[key]
-        card = made.card({"n_top": n_top, "n_ends": n_ends, "ranking": "magnitude", **solving})
-    merged = {index: row for share in distributed.gather_objects(rows) for index, row in share.items()}
-    return _result(merged, card, seed)
+        work = Work(made, n_top, n_ends, {**solving, "max_memory": max_memory}, batches_at_once, budget_s)
+        rows, facts = work.rows({} if partial is None else partial)
+        used = _images(probe, rows)
+        card = made.card({"n_top": n_top, "n_ends": n_ends, "ranking": "magnitude", **solving, **facts}, n_images=used)
+    return _result(rows, card, seed)
 
 
-def _row(made: Curvatures, index: int, batch: Batch, n_top: int, n_ends: int, solving: dict) -> Row:
-    curvature = made.batch(index, batch)
-    solution = solve(curvature, k=n_top, n_ends=n_ends, **solving)
-    pairs = solution.pairs
-    return {
-        "eigenvalues": pairs.values[:n_top],
-        "residuals": pairs.residuals[:n_top],
-        "errors": pairs.errors[:n_top],
-        "converged": pairs.converged.astype(float)[:n_top],
-        "l2_contribution": solution.l2_contribution[:n_top],
-        "largest": pairs.values[n_top : n_top + n_ends],
-        "smallest": pairs.values[n_top + n_ends :],
-        "smallest_residuals": pairs.residuals[n_top + n_ends :],
-        "n_products": float(pairs.n_products),
-    }
+def _images(probe: Probe, rows: Mapping[int, Row]) -> int:
+    """Return the images in the batches that were analysed."""
+    if len(rows) == probe.n_batches:
+        return probe.n_images
+    return sum(len(x) for index, (x, _) in enumerate(probe.batches) if index in rows)
 
 
 def _result(rows: Mapping[int, Row], card: ObjectiveCard, seed: int) -> HessianMaxEigenvalueSpectrumResult:
