@@ -110,8 +110,8 @@ def test_a_stop_reaches_the_job_and_no_other_starts(hydra_job: Path, monkeypatch
             ["hydra/launcher=joblib"],
             r"hydra/launcher=joblib: its plugin is not installed; pip install 'vitscope\[joblib\]'",
         ),
-        (["hydra/sweeper=optuna"], r"pip install 'vitscope\[optuna\]'"),
-        (["hydra/launcher=submitit_local"], r"pip install 'vitscope\[submitit\]'"),
+        (["hydra/sweeper=bayes"], r"pip install 'vitscope\[optuna\]'"),
+        (["hydra/launcher=local"], r"pip install 'vitscope\[submitit\]'"),
         (["hydra.launcher.nodes=2"], "leave it 1 and set trainer.devices"),
     ],
 )
@@ -125,8 +125,10 @@ def test_slurm_and_torchrun_are_looked_for(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(multirun, "_installed", lambda package: True)
     monkeypatch.setenv("PATH", "")
     with pytest.raises(ConfigError, match="no SLURM here"):
-        multirun.check(["-m", "hydra/launcher=submitit_slurm"])
-    multirun.check(["-m", "hydra/launcher=submitit_local"])
+        multirun.check(["-m", "hydra/launcher=slurm"])
+    with pytest.raises(ConfigError, match="would minimise the accuracy; use hydra/sweeper=bayes"):
+        multirun.check(["-m", "hydra/sweeper=optuna"])
+    multirun.check(["-m", "hydra/launcher=local", "hydra/sweeper=bayes"])
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match="every rank of torchrun would run every job"):
         multirun.check(["-m", "seed=0,1"])
@@ -134,7 +136,7 @@ def test_slurm_and_torchrun_are_looked_for(monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.parametrize(
     "choice",
-    ["launcher=basic", "launcher=joblib", "launcher=submitit_local", "launcher=submitit_slurm", "sweeper=optuna"],
+    ["launcher=basic", "launcher=parallel", "launcher=local", "launcher=slurm", "sweeper=bayes"],
 )
 def test_every_launcher_and_sweeper_composes(choice: str) -> None:
     with initialize_config_dir(str(config.folder()), version_base="1.3"):

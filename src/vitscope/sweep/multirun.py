@@ -38,9 +38,13 @@ JOB = "job.json"
 OUTPUT = "output.txt"
 #: (group, choice) to the plugin's package and the extra that installs it
 PLUGINS = {
+    ("hydra/launcher", "parallel"): ("hydra_plugins.hydra_joblib_launcher", "joblib"),
     ("hydra/launcher", "joblib"): ("hydra_plugins.hydra_joblib_launcher", "joblib"),
+    ("hydra/launcher", "local"): ("hydra_plugins.hydra_submitit_launcher", "submitit"),
+    ("hydra/launcher", "slurm"): ("hydra_plugins.hydra_submitit_launcher", "submitit"),
     ("hydra/launcher", "submitit_local"): ("hydra_plugins.hydra_submitit_launcher", "submitit"),
     ("hydra/launcher", "submitit_slurm"): ("hydra_plugins.hydra_submitit_launcher", "submitit"),
+    ("hydra/sweeper", "bayes"): ("hydra_plugins.hydra_optuna_sweeper", "optuna"),
     ("hydra/sweeper", "optuna"): ("hydra_plugins.hydra_optuna_sweeper", "optuna"),
 }
 _folder: Path | None = None
@@ -64,8 +68,11 @@ def check(argv: Sequence[str]) -> None:
     for (group, choice), (package, extra) in PLUGINS.items():
         if given.get(group) == choice and not _installed(package):
             raise ConfigError(group, choice, "its plugin is not installed", f"pip install 'vitscope[{extra}]'")
-    if given.get("hydra/launcher") == "submitit_slurm" and shutil.which("sbatch") is None:
-        raise ConfigError("hydra/launcher", "submitit_slurm", "no SLURM here (sbatch not found)", "use submitit_local")
+    if given.get("hydra/launcher") in ("slurm", "submitit_slurm") and shutil.which("sbatch") is None:
+        raise ConfigError("hydra/launcher", given["hydra/launcher"], "no SLURM here (sbatch not found)", "use local")
+    if given.get("hydra/sweeper") == "optuna" and "hydra.sweeper.direction" not in given:
+        why = "the plugin's default would minimise the accuracy"
+        raise ConfigError("hydra/sweeper", "optuna", why, "use hydra/sweeper=bayes, or set hydra.sweeper.direction")
     for key in ("hydra.launcher.tasks_per_node", "hydra.launcher.nodes"):
         if given.get(key, "1") != "1":
             raise ConfigError(key, given[key], "a job starts its own ranks", "leave it 1 and set trainer.devices")
