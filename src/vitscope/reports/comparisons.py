@@ -39,7 +39,7 @@ def bias_trend(bench: Bench) -> Effect:
     """Return NEP's slope over ViT, PiT, Swin, ResNet: each family's plainest model, all in one setting."""
     best: list[tuple[float, Runs]] = []
     for groups in by_setting(bench.groups(is_family(*BIAS))).values():
-        found = [(i, plainest([g for g in groups if first(g).family == name])) for i, name in enumerate(BIAS)]
+        found = [(i, plainest([g for g in groups if first(g).kin == name])) for i, name in enumerate(BIAS)]
         ordered = [(float(i), runs) for i, runs in found if runs is not None]
         best = max(best, ordered, key=lambda o: (len(o), sum(len(runs) for _, runs in o)))
     return trend(best, bench.scalar(*NEP), -1, "ViT, PiT, Swin and ResNet in one setting, with hessian", least=4)
@@ -132,7 +132,7 @@ def noise_interaction(bench: Bench) -> Effect:
         return -change / (clean - 1 / classes)
 
     for groups in by_setting(bench.groups(is_family("vit", "convnet"))).values():
-        vit, cnn = (plainest([g for g in groups if first(g).family == name]) for name in ("vit", "convnet"))
+        vit, cnn = (plainest([g for g in groups if first(g).kin == name]) for name in ("vit", "convnet"))
         if vit and cnn and (values := difference(vit, cnn, read)):
             return Effect(values, f"{bench.said(vit)} − {bench.said(cnn)}")
     return Effect(lacking="a ViT and a ResNet in one setting, with frequency_noise (equal rms) and above chance")
@@ -164,11 +164,11 @@ def winner(bench: Bench, families: Sequence[str], read: Reader, what: str) -> Ef
     Blocked where only one recipe was tried for a side: then it is not known to be at its best.
     """
     datasets: dict[str, list[Runs]] = {}
-    for runs in bench.groups(lambda e: has_attention(e) or e.family in families):
+    for runs in bench.groups(lambda e: has_attention(e) or e.kin in families):
         datasets.setdefault(first(runs).data, []).append(runs)
     for groups in datasets.values():
         ours = [g for g in groups if has_attention(first(g))]
-        theirs = [g for g in groups if first(g).family in families]
+        theirs = [g for g in groups if first(g).kin in families]
         one, two = _best(bench, ours), _best(bench, theirs)
         if one and two and (values := difference(one, two, read)):
             tried = (_recipes(ours, one), _recipes(theirs, two))

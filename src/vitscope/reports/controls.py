@@ -61,7 +61,7 @@ def without_attention(entry: Entry) -> bool:
     if entry.family == "alternet":
         n_msa = option(entry, "n_msa")
         return option(entry, "mixer", "msa") == "conv" or (n_msa is not None and not any(n_msa))
-    return entry.family in PLAIN
+    return entry.kin in PLAIN
 
 
 def _control(bench: Bench, runs: Runs, control: str) -> Runs | None:

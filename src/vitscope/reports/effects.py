@@ -86,8 +86,8 @@ def option(entry: Entry, key: str, default: Any = None) -> Any:
 
 
 def is_family(*names: str) -> Callable[[Entry], bool]:
-    """Return a test of the model's builder."""
-    return lambda entry: entry.family in names
+    """Return a test of the family that the model belongs to."""
+    return lambda entry: entry.kin in names
 
 
 def difference(a: Runs, b: Runs, read: Reader) -> dict[int, float]:

@@ -15,7 +15,7 @@ import yaml
 from vitscope import config, journal, results
 from vitscope.errors import StorageError
 from vitscope.probe import COMPARED, ObjectiveCard
-from vitscope.reports import identity
+from vitscope.reports import identity, kinds
 from vitscope.runs import Run
 
 #: keys of the card in which results must agree to stand in one table; rows name their data themselves
@@ -116,6 +116,11 @@ class Entry:
     def family(self) -> str:
         """The model's builder."""
         return identity.family(self.config)
+
+    @property
+    def kin(self) -> str:
+        """The family of the paper that the model belongs to, timm's by the kinds of their units."""
+        return kinds.kin(self.config)
 
     @property
     def data(self) -> str:

@@ -69,6 +69,8 @@ TABLES: Mapping[str, tuple[Column, ...]] = {
         Column("APE, k=1", SPECTRUM, "top1_average_positive_eigenvalue", ".4g"),
         Column("max λ", SPECTRUM, "eigenvalue_max", ".4g"),
         Column("min λ", SPECTRUM, "eigenvalue_min", ".4g"),
+        Column("max λ, all images", "hessian_eigenvalues", "eigenvalue_max", ".4g", optional=True),
+        Column("min λ, all images", "hessian_eigenvalues", "eigenvalue_min", ".4g", optional=True),
         Column("trace", "hessian_trace", "trace", ".4g", optional=True),
         Column("rise at r=.1", "sharpness", "rise_r0.1", ".4g", optional=True),
         Column("worst rise at r=.1", "sharpness", "worst_rise_r0.1", ".4g", optional=True),
