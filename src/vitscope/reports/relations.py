@@ -139,7 +139,7 @@ def _panel(ax: Axes, points: Sequence[Point], panel: int, x: str, series: Sequen
     measured = any(isinstance(point.x, Interval) for point in points)
     categories = [] if measured else _categories(points)
     for number, name in enumerate(series):
-        own = [p for p in points if p.series == name and p.y[panel] is not None and p.x is not None]
+        own = [p for p in points if p.series == name and p.y[panel] is not None and (p.x is not None or not measured)]
         at = [_place(p.x, categories) for p in own]
         order = sorted(range(len(own)), key=lambda i: at[i])
         heights = [h for i in order if (h := own[i].y[panel]) is not None]

@@ -1,0 +1,82 @@
+"""One trial for real, in seconds: trained once, measured once, its checkpoints kept small."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from vitscope import analyses, checkpoint, reproduction
+from vitscope.commands import reproduce
+from vitscope.commands.trial import composed, perform
+from vitscope.probe import Probe
+from vitscope.reproduction import Trial
+
+# libraries that warn about themselves
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*LeafSpec.*", "ignore:.*does not have many workers.*", "ignore:.*smaller than the logging interval.*",
+    "ignore:.*GPU available but not used.*", "ignore:.*lr_scheduler.step.*", "ignore:.*torch.jit.*",
+)  # fmt: skip
+
+TINY = (
+    "experiment=fig4_hessian_spectra", "profile=smoke", "caps=smoke", "logger=none", "objective=weak", "model=vit",
+    "model.depth=1", "model.patch_size=8", "trainer.max_epochs=2", "callbacks.checkpoint.snapshots=[0]",
+    "trainer.accelerator=cpu", "seed=0",
+)  # fmt: skip
+
+
+def test_bounds_of_the_profile_hold(tmp_path: Path) -> None:
+    cfg = composed(Trial(tuple(o for o in TINY if o != "caps=smoke")), tmp_path)
+    assert cfg.analysis.hessian.probe.n_images == cfg.caps.n_images == 16
+    assert (cfg.trainer.max_epochs, cfg.trainer.limit_train_batches) == (2, 16)
+
+
+def test_trained_and_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trial = Trial(TINY, ("init", "end"))
+    first = perform(trial, tmp_path)
+    assert first.run is not None
+    assert first.problems == ()
+    assert [name.partition("-")[0] for name in first.results] == ["hessian/init", "hessian/end"]
+    assert all((first.run / "results" / f"{name}.npz").is_file() for name in first.results)
+    for name in ("init.ckpt", "best.ckpt", "epoch-0000.ckpt"):
+        assert checkpoint.read(first.run / "checkpoints" / name)["optimizer_states"] == [], name
+    assert checkpoint.read(first.run / "checkpoints" / "last.ckpt")["optimizer_states"] != []
+
+    def forbidden(*_: object, **__: object) -> None:
+        raise AssertionError("measured or trained again")
+
+    monkeypatch.setattr("vitscope.commands.trial.train", forbidden)
+    monkeypatch.setattr(analyses, "_measured", forbidden)
+    assert perform(trial, tmp_path) == first
+
+
+def test_an_analysis_that_fails_or_lacks_its_checkpoint_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(probe: Probe, **_: object) -> None:
+        raise RuntimeError("no memory left")
+
+    parse = analyses.parse
+    monkeypatch.setattr(analyses, "parse", lambda nodes: [analyses.replaced(a, measure=broken) for a in parse(nodes)])
+    outcome = perform(Trial(TINY, ("epoch-0007", "end")), tmp_path)
+    assert outcome.run is not None
+    assert outcome.results == ()
+    lacking, failed = outcome.problems
+    assert "hessian at epoch-0007" in lacking
+    assert "no such file" in lacking
+    assert failed == f"run {outcome.run.name}: hessian at end (no memory left)"
+
+
+@pytest.mark.slow
+def test_a_figure_for_real(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    plan = {
+        "profiles": {"smoke": {"overrides": list(TINY[2:5]), "models": {"vit": " ".join(TINY[5:8])}}},
+        "targets": {"fig2a": {"experiment": "fig2a_fourier", "runs": [{"model": "vit"}],
+                              "draw": [{"fourier": {"view": "depth"}}, "branch_transfer", "variance"]}},
+    }  # fmt: skip
+    monkeypatch.setattr(reproduction, "read", lambda path=None: plan)
+    for _ in range(2):
+        reproduce.reproduce(["fig2"], "smoke", 1, tmp_path / "runs", tmp_path / "figures")
+    assert len(list((tmp_path / "runs").iterdir())) == 1
+    drawn = {file.name for file in (tmp_path / "figures" / "fig2a").glob("*.png")}
+    assert drawn == {"fourier-end-depth.png", "branch_transfer-end.png", "variance-end.png"}
