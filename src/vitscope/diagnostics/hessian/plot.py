@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import numpy as np
+import plotly.graph_objects as go
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -18,6 +19,9 @@ from vitscope.diagnostics.hessian.plot_spectra import (
     spectral_density,
 )
 
+#: the style sheet's cycle (Okabe & Ito), which plotly does not read
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+
 __all__ = [
     "bn_policy",
     "critical_point",
@@ -26,6 +30,7 @@ __all__ = [
     "hessian_trace",
     "nep_stability",
     "normalised_hessian",
+    "plotly_hessian_max_eigenvalue_spectrum",
     "preconditioned_sharpness",
     "rayleigh_split",
     "spectral_density",
@@ -50,8 +55,7 @@ def hessian_max_eigenvalue_spectrum(
     step = 0.05 * tallest
     for row, (name, result) in enumerate(results.items()):
         pooled = result.eigenvalues.reshape(-1)
-        drawn = (result.grid >= pooled.min()) & (result.grid <= pooled.max()) if np.ptp(pooled) > 0 else slice(None)
-        grid, density = result.grid[drawn], result.density[drawn]
+        grid, density = _drawn(result)
         (line,) = axes.plot(grid, density, label=_legend(name, result))
         axes.fill_between(grid, density, color=line.get_color(), alpha=0.15, linewidth=0)
         axes.plot(pooled, [-step * (row + 0.8)] * len(pooled), "|", color=line.get_color(), markersize=4, alpha=0.7)
@@ -66,6 +70,40 @@ def hessian_max_eigenvalue_spectrum(
     axes.set_ylabel("Density")
     figure.legend(loc="outside upper left", ncols=1)
     return figure
+
+
+def plotly_hessian_max_eigenvalue_spectrum(results: Mapping[str, HessianMaxEigenvalueSpectrumResult]) -> go.Figure:
+    """Return the densities as an interactive figure; below the axis each value, with batch, rank and residual on hover."""
+    figure = go.Figure()
+    step = 0.05 * max(float(r.density.max()) for r in results.values())
+    for row, (name, result) in enumerate(results.items()):
+        grid, density = _drawn(result)
+        color = COLORS[row % len(COLORS)]
+        figure.add_trace(
+            go.Scatter(
+                x=grid, y=density, name=_legend(name, result), legendgroup=str(row), mode="lines", line_color=color,
+                fill="tozeroy", hovertemplate="eigenvalue %{x:.4g}<br>density %{y:.3g}",
+            )
+        )  # fmt: skip
+        batch, rank = (part.reshape(-1) for part in np.indices(result.eigenvalues.shape))
+        facts = np.stack([result.batches[batch], rank + 1, result.residuals.reshape(-1)], axis=1)
+        figure.add_trace(
+            go.Scatter(
+                x=result.eigenvalues.reshape(-1), y=np.full(len(batch), -step * (row + 0.8)), legendgroup=str(row),
+                mode="markers", marker={"symbol": "line-ns-open", "color": color}, showlegend=False, customdata=facts,
+                hovertemplate="eigenvalue %{x:.4g}<br>batch %{customdata[0]}, rank %{customdata[1]}"
+                "<br>residual %{customdata[2]:.2g}",
+            )
+        )  # fmt: skip
+    figure.update_layout(xaxis_title="Hessian max eigenvalue", yaxis_title="Density")
+    return figure
+
+
+def _drawn(result: HessianMaxEigenvalueSpectrumResult) -> tuple[np.ndarray, np.ndarray]:
+    """Return grid and density between the smallest and the largest value."""
+    low, high = float(result.eigenvalues.min()), float(result.eigenvalues.max())
+    inside = (result.grid >= low) & (result.grid <= high) if high > low else slice(None)
+    return result.grid[inside], result.density[inside]
 
 
 def _legend(name: str, result: HessianMaxEigenvalueSpectrumResult) -> str:
