@@ -73,6 +73,7 @@ class Target:
         drawings: figures of analyses.
         relations: figures of numbers.
         table: a table of ``report.py``, or None.
+        different: whether results whose objective cards differ share a figure: that is then what it shows.
     """
 
     name: str
@@ -81,6 +82,7 @@ class Target:
     drawings: tuple[Drawing, ...] = ()
     relations: tuple[Relation, ...] = ()
     table: str | None = None
+    different: bool = False
 
 
 def read(path: Path | None = None) -> dict[str, Any]:
@@ -137,6 +139,7 @@ def target(name: str, plan: Mapping[str, Any], profile: str, seeds: int = 1) -> 
         tuple(_drawing(entry) for entry in node.get("draw", ())),
         tuple(Relation(entry["x"], tuple(entry["y"])) for entry in node.get("relate", ())),
         node.get("table"),
+        bool(node.get("different", False)),
     )
 
 

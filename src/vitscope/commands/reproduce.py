@@ -71,12 +71,18 @@ def reproduce(names: Sequence[str], profile: str, seeds: int, root: Path, out: P
     chosen = [reproduction.target(name, plan, profile, seeds) for name in reproduction.select(names, plan)]
     trials = list(dict.fromkeys(trial for target in chosen for trial in target.trials))
     outcomes: dict[Trial, Outcome] = {}
+    waiting = list(chosen)
+    problems: list[str] = []
     started = time.monotonic()
     for trial, outcome in (work or in_processes)(trials, root):
         outcomes[trial] = outcome
         state = "failed" if outcome.problems else "done"
         _say(f"[{len(outcomes)}/{len(trials)}, {time.monotonic() - started:.0f} s] {state}: {trial.name}")
-    problems = [p for target in chosen for p in _drawn(target, outcomes, out, drawing.draw)]
+        for target in [t for t in waiting if all(needed in outcomes for needed in t.trials)]:
+            waiting.remove(target)
+            problems += _drawn(target, outcomes, out, drawing.draw)
+    for target in waiting:
+        problems += _drawn(target, outcomes, out, drawing.draw)
     if "all" in names:
         _page(root, out)
     problems = list(dict.fromkeys(problems))
@@ -116,6 +122,7 @@ def in_processes(trials: Sequence[Trial], root: Path) -> Iterator[tuple[Trial, O
 
 
 def _awaited(pipe: Any) -> Outcome:
+    interrupt.check()
     while not pipe.poll(0.5):
         interrupt.check()
     received = pipe.recv()

@@ -68,7 +68,7 @@ def entries(made: Sequence[Made]) -> list[Entry]:
 
 def _figures(target: Target, wanted: Drawing, found: Sequence[Entry], folder: Path) -> list[str]:
     tag = target.tags[0] if len(target.tags) == 1 else "all"
-    made = panels.panels(found, tag=tag, analyses=[wanted.analysis])
+    made = panels.panels(found, tag=tag, analyses=[wanted.analysis], allow_different=target.different)
     problems = [str(p) for t in target.tags for p in panels.absent(found, [wanted.analysis], t)]
     suffix = "".join(f"-{value}" for value in wanted.options.values())
     for panel in made:
