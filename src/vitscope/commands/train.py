@@ -153,7 +153,7 @@ def _trainer(cfg: DictConfig, run: Run, logger: Any, diagnostics: DiagnosticCall
     shown = cfg.trainer.get("enable_progress_bar", True)
     bar = [] if not shown else [RichProgressBar() if sys.stdout.isatty() else PlainProgress()]
     own = [config.instantiate(node, f"callbacks.{name}") for name, node in cfg.callbacks.items()]
-    return config.instantiate(
+    trainer = config.instantiate(
         cfg.trainer,
         "trainer",
         logger=logger,
@@ -166,6 +166,9 @@ def _trainer(cfg: DictConfig, run: Run, logger: Any, diagnostics: DiagnosticCall
         use_distributed_sampler=False,
         num_sanity_val_steps=0,
     )
+    # Lightning would put its SIGTERM handler before ours, broadcast from inside it and end with exit code 0
+    trainer._signal_connector.register_signal_handlers = lambda: None
+    return trainer
 
 
 def _resume_point(cfg: DictConfig, run: Run | None) -> tuple[Run, Path] | None:
