@@ -10,12 +10,13 @@ import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-
-import pandas as pd
+from typing import TYPE_CHECKING, Any
 
 from vitscope.errors import StorageError
 from vitscope.results import finite
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 FILE = "metrics.jsonl"
 
@@ -80,6 +81,8 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 def series(path: Path) -> pd.DataFrame:
     """Return the journal as a table with one row a step, later values winning (a resumed run writes steps again)."""
+    import pandas as pd  # a training does not need it
+
     table = pd.DataFrame(read(path))
     if table.empty:
         return table

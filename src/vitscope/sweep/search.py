@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping
 from typing import Any, Protocol
 
@@ -80,7 +81,11 @@ class Bayes:
                 raise ConfigError(f"parameters.{key}", name, why, f"use {', '.join(_SPACES)} (categorical: values)")
         seed = int(sweep.name.rpartition("-")[2], 16) % 2**31
         direction = "maximize" if sweep.metric[1] else "minimize"
-        sampler = optuna.samplers.TPESampler(seed=seed, constant_liar=True, n_startup_trials=min(10, max(2, n // 3)))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Optuna 2 calls constant_liar experimental
+            sampler = optuna.samplers.TPESampler(
+                seed=seed, constant_liar=True, n_startup_trials=min(10, max(2, n // 3))
+            )
         self._study = optuna.create_study(direction=direction, sampler=sampler)
 
     def ask(self, index: int) -> dict[str, Any] | None:
@@ -88,7 +93,9 @@ class Bayes:
         if index >= self._n:
             return None
         if index in self._known:
-            self._study.enqueue_trial({key: self._known[index][key] for key in self._space})
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # so it does enqueue_trial
+                self._study.enqueue_trial({key: self._known[index][key] for key in self._space})
         trial = self._study.ask()
         for key, node in self._space.items():
             _suggest(trial, key, node)
