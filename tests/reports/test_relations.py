@@ -7,9 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from omegaconf import OmegaConf
 
 from tests.reports.conftest import curve, spectrum
-from vitscope import runs
+from vitscope import config, runs
 from vitscope.reports import evidence, relations
 from vitscope.reports.inference import Interval, t_interval
 from vitscope.reports.selection import Selection
@@ -53,6 +54,16 @@ def test_categories_keep_numbers_first(make_run: Callable, tmp_path: Path) -> No
     points, _ = relations.collect(selection(tmp_path), "model.kernel_size", ("test/accuracy",), "numbers")
     figure = relations.draw(points, "model.kernel_size", ("test/accuracy",))
     assert [t.get_text() for t in figure.axes[0].get_xticklabels()] == ["3", "5", "global"]
+
+
+def test_objectives_by_their_names(make_run: Callable, tmp_path: Path) -> None:
+    for name in ("weak", "strong"):
+        node = OmegaConf.to_container(OmegaConf.load(config.folder() / "objective" / f"{name}.yaml"))
+        make_run("vit", objective=node)
+    make_run("vit", objective={"augment": "none"})
+    points, _ = relations.collect(selection(tmp_path), "objective", ("test/accuracy",), "numbers")
+    assert sorted(p.x for p in points) == ["other", "strong", "weak"]
+    assert {p.series.split(", ")[0] for p in points} == {"vit-tiny"}
 
 
 def test_what_is_missing_is_named_and_not_drawn(make_run: Callable, tmp_path: Path) -> None:

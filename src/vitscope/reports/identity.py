@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from omegaconf import OmegaConf
+
 from vitscope import config
 
 #: what may differ between two runs of one experiment: where and how it was computed, and what was watched
@@ -67,6 +69,20 @@ def short_name(cfg: Mapping[str, Any]) -> str:
     node = cfg.get("model") or {}
     size = node.get("depth") if isinstance(node.get("depth"), int) and "size" not in node else node.get("size")
     return f"{family(cfg)}-{size}" if size is not None else family(cfg)
+
+
+def recipe(cfg: Mapping[str, Any]) -> str:
+    """Return the name of the objective in ``conf/objective`` that has the run's values; an empty text for none.
+
+    Args:
+        cfg: a run's configuration.
+    """
+    node = cfg.get("objective") or {}
+    for name in config.options("objective"):
+        known = OmegaConf.to_container(OmegaConf.load(config.folder() / "objective" / f"{name}.yaml"))
+        if isinstance(known, dict) and node == known:
+            return name
+    return ""
 
 
 def labels(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:

@@ -53,7 +53,7 @@ def collect(selection: Selection, x: str, y: Sequence[str], name: str) -> tuple[
     """Return the experiments' points, and the table of their numbers with every one that is missing.
 
     A quantity is a metric (``test/accuracy``), one minus it (``1-test/accuracy``), a scalar of an analysis
-    (``hessian.average_positive_eigenvalue``), or a dotted key of the configuration (x only).
+    (``hessian.average_positive_eigenvalue``), or a dotted key of the configuration or ``objective``, its name (x only).
 
     Args:
         selection: the runs.
@@ -176,14 +176,15 @@ def _width(found: Interval | None) -> float:
 
 
 def _keys(entry: Entry) -> Mapping[str, Any]:
-    return identity.flattened({k: v for k, v in entry.config.items() if isinstance(v, Mapping)})
+    keys = identity.flattened({k: v for k, v in entry.config.items() if isinstance(v, Mapping)})
+    return {**keys, "objective": identity.recipe(entry.config) or "other"}
 
 
 def _series(entry: Entry, x: str) -> str:
     """Return the model's name with what sets its experiment apart, but for the key on the x axis."""
     name, *rest = entry.label.split(", ")
-    key = x.rpartition(".")[2]
-    return ", ".join([name, *(part for part in rest if not part.startswith(f"{key} "))])
+    keys = identity.REPEATED if x == "objective" else (x.rpartition(".")[2],)
+    return ", ".join([name, *(part for part in rest if part.partition(" ")[0] not in keys)])
 
 
 def word(quantity: str) -> str:

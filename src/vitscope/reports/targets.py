@@ -9,11 +9,12 @@ from typing import Protocol
 
 from vitscope import runs
 from vitscope.plotting import save_figure
-from vitscope.reports import cells, drawing, evidence, figures, panels, relations, tables, verdicts
+from vitscope.reports import cells, drawing, evidence, figures, identity, panels, relations, tables, verdicts
 from vitscope.reports.cells import Table
 from vitscope.reports.costs import Costs
 from vitscope.reports.effects import Bench
 from vitscope.reports.evidence import Entry
+from vitscope.reports.panels import Panel
 from vitscope.reports.selection import Selection
 from vitscope.reproduction import Drawing, Relation, Target
 
@@ -71,7 +72,7 @@ def _figures(target: Target, wanted: Drawing, found: Sequence[Entry], folder: Pa
     made = panels.panels(found, tag=tag, analyses=[wanted.analysis], allow_different=target.different)
     problems = [str(p) for t in target.tags for p in panels.absent(found, [wanted.analysis], t)]
     suffix = "".join(f"-{value}" for value in wanted.options.values())
-    for panel in made:
+    for panel in map(_named, made) if target.different else made:
         picture = drawing.draw(figures.job(replace(panel, name=panel.name + suffix), folder, wanted.options))
         if picture.problem:
             problems.append(f"failed: figure {panel.name}: {picture.problem}")
@@ -80,6 +81,17 @@ def _figures(target: Target, wanted: Drawing, found: Sequence[Entry], folder: Pa
     if not made:
         problems.append(f"missing: figure {wanted.analysis} (no result)")
     return [_of(target, problem) for problem in problems]
+
+
+def _named(panel: Panel) -> Panel:
+    """Return the panel with its curves named by their objectives, where that tells them apart."""
+    names = []
+    for curve in panel.curves:
+        parts = [p for p in curve.entry.label.split(", ") if p.partition(" ")[0] not in identity.REPEATED]
+        names.append(", ".join([*parts, identity.recipe(curve.entry.config) or "other objective"]))
+    if len(set(names)) < len(names):
+        return panel
+    return replace(panel, curves=tuple(replace(c, label=name) for c, name in zip(panel.curves, names)))
 
 
 def _relation(target: Target, relation: Relation, found: Sequence[Entry], folder: Path) -> list[str]:
