@@ -11,9 +11,10 @@ REPRODUCED = profile=$(PROFILE) seeds=$(SEEDS)
 QUESTIONS := landscape-objective msa-placement sam
 TABLES := table-models table-curvature table-robustness table-buildup table-claims
 PYTEST ?= $(BIN)/pytest
+BENCH ?= hessian landscape representation data report
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow lint format bench doctor clean reproduce $(QUESTIONS) $(TABLES) sweep sweep-local
+.PHONY: help setup demo test test-slow lint format bench fuzz soak doctor clean reproduce $(QUESTIONS) $(TABLES) sweep sweep-local
 
 help: ## list the targets
 	@grep -hE '^[a-zA-Z0-9_%-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  %-24s %s\n", $$1, $$2}'
@@ -68,6 +69,17 @@ sweep-local: $(SETUP) ## a sweep on this machine, no server (SWEEP=sweeps/x.yaml
 
 sweep: $(SETUP) ## a W&B sweep, one agent a GPU (SWEEP=sweeps/x.yaml GPUS=0,1 SWEEP_ID=to-go-on PROFILE=smoke)
 	@$(RUN) -m vitscope sweep $(SWEEP) server=true $(if $(SWEEP_ID),sweep_id=$(SWEEP_ID)) $(SWEEP_OPTIONS)
+
+bench: $(SETUP) ## every claim about speed, its peers in the same run (installs .[bench]; BENCH=hessian for one)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
+	@for name in $(BENCH); do echo "== $$name"; $(RUN) benchmarks/$$name.py || exit $$?; done
+
+fuzz: $(SETUP) ## random input against every guard, thousands of cases each; kills at random moments
+	HYPOTHESIS_PROFILE=fuzz $(PYTEST) -m 'slow or not slow' tests/test_fuzz.py tests/test_checkpoint.py tests/test_survival.py \
+	  tests/data/test_loader.py
+
+soak: $(SETUP) ## a million rows, 50 killed saves of 300 MB, 8 writers, 2,000 steps, 200 runs: prints figures
+	$(RUN) benchmarks/soak.py
 
 doctor: $(SETUP) ## what works on this machine
 	@$(RUN) -m vitscope doctor
