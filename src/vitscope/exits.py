@@ -86,6 +86,9 @@ def explain(error: BaseException) -> VitscopeError | None:
 
 
 def _ended(error: BaseException, wants_traceback: bool) -> int:
+    stopped = interrupt.requested()
+    if isinstance(error, SystemExit) and stopped is not None:
+        error = Interrupted(stopped)  # Lightning's own answer to SIGTERM, where it comes before ours
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else int(error.code is not None)
     text = "".join(traceback.format_exception(error))

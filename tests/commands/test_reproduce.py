@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.reports.conftest import CARD, curve, spectrum, write_run
-from vitscope import exits, reproduction
+from vitscope import exits, interrupt, reproduction
 from vitscope.commands import reproduce
 from vitscope.commands.trial import Outcome
 from vitscope.errors import ConfigError, DataError
@@ -176,3 +177,12 @@ def test_an_unknown_target_ends_with_2(monkeypatch: pytest.MonkeyPatch, capsys: 
     code = exits.code_of(lambda: reproduce.reproduce(*reproduce.arguments(sys.argv[1:])))
     assert code == 2
     assert "target=fig44: no such figure or table; did you mean fig4" in capsys.readouterr().err
+
+
+def test_lightnings_own_end_at_sigterm_is_no_success() -> None:
+    def command() -> None:
+        interrupt.request(signal.SIGTERM)
+        raise SystemExit
+
+    assert exits.code_of(command) == exits.TERMINATED
+    interrupt.clear()
