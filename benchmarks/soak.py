@@ -120,7 +120,8 @@ def steps(folder: Path, n: int = 2000) -> str:
     _train(folder, "analysis=[hessian,fourier,slice]",
            "analysis.hessian.probe.n_images=16", "analysis.fourier.probe.n_images=16",
            "analysis.slice.n=3", "analysis.slice.probe.n_images=16", *every, f"trainer.max_epochs={epochs}",
-           "trainer.limit_train_batches=100", "trainer.limit_val_batches=1", "trainer.limit_test_batches=1", "logger=none")  # fmt: skip
+           "trainer.limit_train_batches=100", "trainer.limit_val_batches=1", "trainer.limit_test_batches=1",
+           "logger=none")  # fmt: skip
     callbacks.Checkpoints.on_train_epoch_end = original
     middle, last = samples[len(samples) // 2], samples[-1]
     return (f"{n} steps, diagnostics every 100: resident {samples[1][0]:.0f} -> {middle[0]:.0f} -> {last[0]:.0f} MiB "
