@@ -32,7 +32,7 @@ import vitscope as vs
 from vitscope import progress
 from vitscope.linalg.curvatures import curvatures
 
-K, TOL = 5, 1e-3
+TOL = 1e-3
 PEERS = ("pyhessian", "curvlinops", "hessian_eigenthings")
 
 Batch = tuple[Tensor, Tensor]
@@ -62,22 +62,22 @@ def trained(model: nn.Module, device: torch.device, steps: int, batch: int) -> n
     return model.eval()
 
 
-def vitscope_top(model: nn.Module, batches: list[Batch]) -> np.ndarray:
-    return vs.hessian_max_eigenvalue_spectrum(vs.Probe(model, batches), n_top=K, tol=TOL).eigenvalues
+def vitscope_top(model: nn.Module, batches: list[Batch], k: int) -> np.ndarray:
+    return vs.hessian_max_eigenvalue_spectrum(vs.Probe(model, batches), n_top=k, tol=TOL).eigenvalues
 
 
-def pyhessian_top(model: nn.Module, batches: list[Batch]) -> np.ndarray:
+def pyhessian_top(model: nn.Module, batches: list[Batch], k: int) -> np.ndarray:
     from pyhessian import hessian
 
     found = []
     for batch in batches:
         operator = hessian(model, nn.CrossEntropyLoss(), data=batch, cuda=batch[0].is_cuda)
-        found.append(operator.eigenvalues(maxIter=1000, tol=1e-4, top_n=K)[0])
+        found.append(operator.eigenvalues(maxIter=1000, tol=1e-4, top_n=k)[0])
     model.zero_grad(set_to_none=True)  # it leaves gradients with their graph behind
     return np.array(found)
 
 
-def curvlinops_top(model: nn.Module, batches: list[Batch]) -> np.ndarray:
+def curvlinops_top(model: nn.Module, batches: list[Batch], k: int) -> np.ndarray:
     from curvlinops import HessianLinearOperator
     from scipy.sparse.linalg import eigsh
 
@@ -86,32 +86,32 @@ def curvlinops_top(model: nn.Module, batches: list[Batch]) -> np.ndarray:
         operator = HessianLinearOperator(
             model, nn.CrossEntropyLoss(), list(model.parameters()), [batch], check_deterministic=False
         )
-        values = eigsh(operator.to_scipy(), k=K, which="LM", tol=TOL, return_eigenvectors=False)
+        values = eigsh(operator.to_scipy(), k=k, which="LM", tol=TOL, return_eigenvectors=False)
         found.append(sorted(values, key=lambda v: -abs(v)))
     return np.array(found)
 
 
-def eigenthings_top(model: nn.Module, batches: list[Batch]) -> np.ndarray:
+def eigenthings_top(model: nn.Module, batches: list[Batch], k: int) -> np.ndarray:
     from hessian_eigenthings import HessianOperator, lanczos, supervised_loss
 
     found = []
     for batch in batches:
         operator = HessianOperator(model, [batch], supervised_loss(nn.CrossEntropyLoss()))
-        found.append(lanczos(operator, k=K, max_iter=30, tol=TOL, seed=0).eigenvalues.cpu().numpy())
+        found.append(lanczos(operator, k=k, max_iter=30, tol=TOL, seed=0).eigenvalues.cpu().numpy())
     return np.array(found)
 
 
-def sides_of(model: nn.Module, batches: list[Batch], peers: tuple[str, ...]) -> Sides:
+def sides_of(model: nn.Module, batches: list[Batch], peers: tuple[str, ...], k: int) -> Sides:
     known = {"pyhessian": pyhessian_top, "curvlinops": curvlinops_top, "hessian_eigenthings": eigenthings_top}
     chosen = {"vitscope": vitscope_top, **{name: known[name] for name in peers}}
-    return {name: (lambda run=run: run(model, batches)) for name, run in chosen.items()}
+    return {name: (lambda run=run: run(model, batches, k)) for name, run in chosen.items()}
 
 
-def reference(model: nn.Module, batches: list[Batch]) -> np.ndarray:
+def reference(model: nn.Module, batches: list[Batch], k: int) -> np.ndarray:
     """Return the eigenvalues in float64, and stop where an independent product does not confirm the first of them."""
     rows = []
     for x, y in batches:
-        found = vs.hessian_eigenvalues(vs.Probe(model, [(x, y)]), k=K, tol=1e-5, dtype="float64", eigenvectors=True)
+        found = vs.hessian_eigenvalues(vs.Probe(model, [(x, y)]), k=k, tol=1e-5, dtype="float64", eigenvectors=True)
         rows.append(found.eigenvalues)
     model.double()
     x, y = batches[-1]
@@ -174,7 +174,7 @@ def slq(model: nn.Module, batch: Batch, steps: int, peers: tuple[str, ...]) -> S
     return {"vitscope": ours} | ({"pyhessian (products alone)": theirs} if "pyhessian" in peers else {})
 
 
-def per_gradient(name: str, model: nn.Module, batch: Batch, rounds: int, device: torch.device) -> None:
+def per_gradient(name: str, model: nn.Module, batch: Batch, rounds: int, device: torch.device, k: int) -> None:
     """Print what a product costs in gradients, and the peak memory above a gradient's."""
     parameters = list(model.parameters())
 
@@ -195,8 +195,8 @@ def per_gradient(name: str, model: nn.Module, batch: Batch, rounds: int, device:
                 ratios.append(two / one)
     size = sum(4 * p.numel() for p in parameters)
     lowest = peak(gradient, device)
-    found = vs.hessian_eigenvalues(probe, k=K)
-    above = (peak(lambda: vs.hessian_eigenvalues(probe, k=K), device) - lowest) / size
+    found = vs.hessian_eigenvalues(probe, k=k)
+    above = (peak(lambda: vs.hessian_eigenvalues(probe, k=k), device) - lowest) / size
     shown = f"{statistics.median(ratios):.2f}" if ratios else "disturbed"
     print(
         f"| {name} | {shown} | {len(ratios)} of {max(3 * rounds, 1)} | {above:.1f} | {found.n_products} |", flush=True
@@ -206,7 +206,9 @@ def per_gradient(name: str, model: nn.Module, batch: Batch, rounds: int, device:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--quick", action="store_true", help="few images and steps, the first pass timed: does it run?")
+    parser.add_argument(
+        "--quick", action="store_true", help="few images, steps and eigenvalues, the first pass timed: does it run?"
+    )
     options = parser.parse_args()
     peers = tuple(name for name in PEERS if importlib.util.find_spec(name))
     if len(peers) < len(PEERS):
@@ -222,26 +224,26 @@ def main() -> None:
     x, y = data(1024, device)
     print(f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}, {rounds} rounds\n")
     print("| work | side | error | median | against vitscope | clean samples |\n| - | - | - | - | - | - |")
-    n = 4 if quick else 64
-    mini = list(zip(x[: 4 * n].split(n // 2), y[: 4 * n].split(n // 2)))[: 2 if quick else 16]
+    n, k = (4, 1) if quick else (64, 5)
+    mini = list(zip(x[: 8 * n].split(n // 2), y[: 8 * n].split(n // 2)))[: 2 if quick else 16]
     work: list[tuple[str, nn.Module, list[Batch], tuple[str, ...]]] = [
-        (f"top-{K}, ResNet-18, batch {n}", resnet, [(x[:n], y[:n])], peers),
-        (f"top-{K}, ViT-Ti/4, batch {max(2, n // 4)}", vit, [(x[: max(2, n // 4)], y[: max(2, n // 4)])], peers),
-        (f"top-{K} of {len(mini)} batches of {n // 2}, ResNet-18", resnet, mini, peers[:1]),
+        (f"top-{k}, ResNet-18, batch {n}", resnet, [(x[:n], y[:n])], peers),
+        (f"top-{k}, ViT-Ti/4, batch {max(2, n // 4)}", vit, [(x[: max(2, n // 4)], y[: max(2, n // 4)])], peers),
+        (f"top-{k} of {len(mini)} batches of {n // 2}, ResNet-18", resnet, mini, peers[:1]),
     ]
     if device.type == "cuda":
         many = list(zip(x.split(16), y.split(16)))
-        work.append((f"top-{K} of {len(many)} batches of 16, ResNet-18", resnet, many, peers[:1]))
+        work.append((f"top-{k} of {len(many)} batches of 16, ResNet-18", resnet, many, peers[:1]))
     with contextlib.redirect_stderr(io.StringIO()), sdpa_kernel(SDPBackend.MATH):
         for title, model, batches, chosen in work:
-            compare(title, sides_of(model, batches, chosen), rounds, device, reference(model, batches))
+            compare(title, sides_of(model, batches, chosen, k), rounds, device, reference(model, batches, k))
         steps = 10 if quick else 30
         compare(f"SLQ, {steps} steps, ResNet-18", slq(resnet, (x[:n], y[:n]), steps, peers), rounds, device)
     print("\n| model | product / gradient | clean samples | memory above a gradient's, parameter sizes | products |")
     print("| - | - | - | - | - |")
     alternet = vs.models.alternet().to(device).eval()
     for name, model in (("ResNet-18", resnet), ("ViT-Ti/4", vit), ("AlterNet-18", alternet)):
-        per_gradient(name, model, (x[: max(2, n // 4)], y[: max(2, n // 4)]), rounds, device)
+        per_gradient(name, model, (x[: max(2, n // 4)], y[: max(2, n // 4)]), rounds, device, k)
 
 
 if __name__ == "__main__":
