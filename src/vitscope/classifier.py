@@ -98,9 +98,10 @@ class Classifier(pl.LightningModule):
                                  "lower it, warm up longer or clip gradients; the last checkpoint is finite")  # fmt: skip
         if again:  # the loss at the end of SAM's ascent is not the training loss
             return loss
-        self.log("train/loss", loss, prog_bar=True, batch_size=len(x))
+        shared = self.trainer.world_size > 1  # the mean of equal shares is the single process's value
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(x), sync_dist=shared)
         accuracy = (logits.detach().argmax(dim=1) == hard_targets(y)).float().mean()
-        self.log("train/accuracy", accuracy, on_step=False, on_epoch=True, batch_size=len(x))
+        self.log("train/accuracy", accuracy, on_step=False, on_epoch=True, batch_size=len(x), sync_dist=shared)
         return loss
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:

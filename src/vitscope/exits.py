@@ -36,6 +36,7 @@ from vitscope.runs import Run
 
 INTERRUPTED, TERMINATED = 130, 143
 _STORAGE = (errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EACCES, errno.EIO)
+_OURS = "VITSCOPE_SET_HYDRA_FULL_ERROR"
 _current: Run | None = None
 
 
@@ -57,8 +58,11 @@ def code_of(command: Callable[[], None]) -> int:
     interrupt.clear()
     _install()
     # Hydra prints its own text and exits 1 unless this is set; the user's own wish for tracebacks is remembered
-    wants_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
-    os.environ["HYDRA_FULL_ERROR"] = "1"
+    wants_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1" and _OURS not in os.environ
+    os.environ |= {
+        "HYDRA_FULL_ERROR": "1",
+        _OURS: "1",
+    }  # the second tells the processes of other ranks whose wish it is
     try:
         command()
     except BaseException as error:
@@ -66,6 +70,7 @@ def code_of(command: Callable[[], None]) -> int:
     finally:
         if not wants_traceback:
             os.environ.pop("HYDRA_FULL_ERROR", None)
+        os.environ.pop(_OURS, None)
     return 0
 
 
@@ -81,7 +86,10 @@ def explain(error: BaseException) -> VitscopeError | None:
     if isinstance(error, OSError) and error.errno in _STORAGE:
         return StorageError("paths.runs", error.filename, str(error.strerror), "free space or choose another folder")
     if type(error).__module__.startswith("torch.distributed") or "ProcessGroup" in str(error) or "gloo" in str(error):
-        return DistributedError("trainer.devices", None, _first_line(error), "see the other ranks' logs")
+        why = _first_line(error).partition("] ")[2].partition(". ")[0] or _first_line(
+            error
+        )  # after the place in its source
+        return DistributedError("trainer.devices", None, f"another process died or hangs ({why})", "see its output")
     return None
 
 

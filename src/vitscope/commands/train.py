@@ -23,6 +23,7 @@ from vitscope.commands.headline import print_headline
 from vitscope.errors import CheckpointError, ConfigError
 from vitscope.interrupt import Interrupted
 from vitscope.journal import Journal, last_values
+from vitscope.ranks import end_others
 from vitscope.runs import Run
 from vitscope.sweep import multirun
 from vitscope.validation import validate
@@ -115,9 +116,13 @@ def _fit(cfg: DictConfig, run: Run, network: Any, data: Any, ckpt: Path | None, 
     module.identity = {**identity, "seed": int(cfg.seed), "config_hash": config.config_hash(cfg)}
     if ckpt is not None:
         ckpt = _adopted(ckpt, network, identity)
-    trainer.fit(module, datamodule=data, ckpt_path=ckpt, weights_only=True)
-    if cfg.test:
-        trainer.test(module, datamodule=data, verbose=False)
+    try:
+        trainer.fit(module, datamodule=data, ckpt_path=ckpt, weights_only=True)
+        if cfg.test:
+            trainer.test(module, datamodule=data, verbose=False)
+    except BaseException:
+        end_others(trainer)
+        raise
     if _is_main():
         values = last_values(run.journal)
         mirror.summary({k: v for k, v in values.items() if isinstance(v, int | float)})

@@ -70,7 +70,7 @@ def settled(ritz: Ritz, k: int, which: str, tol: float, n_ends: int = 0) -> tupl
 
     A value's tolerance is relative to its own magnitude, at least to 1e-3 of the largest. Error bounds say that there is an
     eigenvalue near, not that none has been passed over: so the next Ritz values in line may not reach among the wanted ones
-    within their residuals either (on small networks this left a third of the misses, for 1 % more products).
+    within their residuals either (on small networks this left two thirds of the misses, for 2 % more products).
     """
     chosen = wanted(ritz.values, k, which, n_ends)
     if len(chosen) < count(k, which, n_ends):
