@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 
 COMMANDS = ("train", "analyze", "report", "doctor", "sweep", "reproduce")
+_COMMAND = "VITSCOPE_COMMAND"
 
 
 def main() -> None:
     """Run ``vitscope <command> <overrides>``."""
+    if "LOCAL_RANK" in os.environ and _COMMAND in os.environ:
+        # another rank, which Lightning starts with what is left of the arguments
+        sys.argv.insert(1, os.environ.pop(_COMMAND))
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name in ("-h", "--help"):
         print(f"usage: vitscope {{{','.join(COMMANDS)}}} [overrides]\nvitscope <command> --help shows what can be set")
@@ -17,6 +22,8 @@ def main() -> None:
     if name not in COMMANDS:
         from vitscope.config import nearest
 
-        sys.exit(f"error: {name}: no such command; {nearest(name, COMMANDS)}")
-    sys.argv = [f"vitscope {name}", *sys.argv[2:]]
+        print(f"error: {name}: no such command; {nearest(name, COMMANDS)}", file=sys.stderr)
+        sys.exit(2)
+    os.environ[_COMMAND] = name
+    sys.argv = [sys.argv[0], *sys.argv[2:]]
     importlib.import_module(f"vitscope.commands.{name}").main()
