@@ -164,7 +164,7 @@ def _surface(figure: SubFigure, result: LossLandscapeResult, z: np.ndarray, scal
         axis.set_major_locator(MaxNLocator(4))
         axis.labelpad = -4
     if logarithmic:
-        axes.zaxis.set_major_formatter(FuncFormatter(lambda exponent, _: f"{10**exponent:.2g}"))
+        axes.zaxis.set_major_formatter(FuncFormatter(lambda exponent, _: f"{10**exponent:.3g}"))
     axes.tick_params(pad=-1)
     axes.zaxis.labelpad = -1
 
@@ -214,7 +214,7 @@ def _mark_best(axes: Axes, result: LossLandscapeResult, z: np.ndarray, value: st
     i, j = np.unravel_index(best(np.where(np.isfinite(z), z, np.nan)), z.shape)
     x, y = float(result.x[i]), float(result.y[j])
     axes.plot(x, y, "*", color="#E69F00", markeredgecolor="black", markeredgewidth=0.4, markersize=7)
-    axes.set_title(f"star: {word} {z[i, j]:.3g} at ({x:.2g}, {y:.2g})", fontsize=7)
+    axes.set_title(f"star: {word} {z[i, j]:.3g} at ({x:.3g}, {y:.2g})", fontsize=7)
 
 
 def _hatch(axes: Axes, result: LossLandscapeResult, broken: np.ndarray) -> None:

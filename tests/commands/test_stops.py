@@ -1,0 +1,97 @@
+"""Where a training is stopped or its disk is full: what is saved, how it ends, that it goes on to the same numbers."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+import vitscope as vs
+from tests.commands.test_train import losses, only_run, pytestmark  # noqa: F401 (the same libraries warn)
+from vitscope import checkpoint, interrupt, journal, results
+from vitscope.classifier import Classifier
+from vitscope.errors import StorageError
+
+
+@pytest.mark.parametrize("place", ["validation", "save"])
+def test_a_stop_in_validation_or_in_a_save(call, tiny, tmp_path, monkeypatch, place) -> None:
+    shared = [*tiny, "trainer.max_epochs=3", "model.drop_path=0.2", "objective=strong", "analysis=[]", "test=false"]
+    assert call("train", *shared, f"run_dir={tmp_path}/whole") == 0
+    seen = []
+    with monkeypatch.context() as patch:
+        owner, name = (Classifier, "validation_step") if place == "validation" else (checkpoint, "write")
+        original = getattr(owner, name)
+
+        def stopping(*args, **kwargs):
+            seen.append(None)
+            if len(seen) == 2:  # the second epoch's validation; the checkpoint after the first epoch
+                interrupt.request(signal.SIGTERM)
+            return original(*args, **kwargs)
+
+        patch.setattr(owner, name, stopping)
+        assert call("train", *shared, f"run_dir={tmp_path}/cut") == 143
+    assert len(losses(tmp_path / "cut")) < len(losses(tmp_path / "whole"))
+    assert call("train", f"run={tmp_path}/cut", "ckpt_path=last") == 0
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+    one, other = (checkpoint.read(tmp_path / name / "checkpoints" / "last.ckpt") for name in ("whole", "cut"))
+    for key, tensor in one["state_dict"].items():
+        assert torch.equal(tensor, other["state_dict"][key]), key
+
+
+def test_a_stop_in_a_diagnostic_at_the_end(call, tiny, tmp_path, monkeypatch) -> None:
+    shared = [*tiny, "analysis=[fourier]", "analysis.fourier.probe.n_images=32", "analysis.fourier.probe.batch_size=8"]
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            "vitscope.analyses.build.probe", lambda *_: interrupt.request(signal.SIGTERM) or interrupt.check()
+        )
+        assert call("train", *shared) == 143
+    run = only_run(tmp_path)
+    assert not list((run / "results").glob("fourier/*.npz"))
+    assert call("train", f"run={run}", "ckpt_path=last") == 0
+    assert vs.load_results(run)["fourier"]["end"].scalars()
+    assert call("train", f"run={run}", "ckpt_path=last") == 0  # a finished one: nothing to do
+
+
+def test_a_checkpoint_of_another_model_is_refused(call, tiny, tmp_path, capsys) -> None:
+    assert call("train", *tiny, "analysis=[]", "test=false", f"run_dir={tmp_path}/one") == 0
+    file = tmp_path / "one" / "checkpoints" / "last.ckpt"
+    capsys.readouterr()
+    assert call("train", f"run={tmp_path}/one", f"ckpt_path={file}", "model.depth=2") in (2, 4)
+    err = capsys.readouterr().err.strip()
+    assert err.startswith("error: ")
+    assert len(err.splitlines()) == 1, err
+    assert call("analyze", f"run={file}", "analysis=[taps]", "model.depth=2") in (2, 4)
+    assert capsys.readouterr().err.strip().splitlines()[-1].startswith("error: ")
+
+
+def test_a_disk_that_is_full_at_a_result(call, tiny, tmp_path, monkeypatch, capsys) -> None:
+    """Exit 6; the journal and the checkpoint are whole, and the run goes on when there is space."""
+    write = results.write_atomically
+
+    def full(path: Path, content: bytes) -> None:
+        if path.suffix == ".npz":
+            raise StorageError("paths.runs", path, "not writable (No space left on device)", "free space")
+        write(path, content)
+
+    shared = [*tiny, "analysis=[fourier]", "analysis.fourier.probe.n_images=8"]
+    with monkeypatch.context() as patch:
+        patch.setattr(results, "write_atomically", full)
+        assert call("train", *shared) == 6
+    assert "No space left on device" in capsys.readouterr().err
+    run = only_run(tmp_path)
+    assert sorted(losses(run)) == list(range(4))
+    assert checkpoint.newest(run / "checkpoints").name == "last.ckpt"
+    assert call("train", f"run={run}", "ckpt_path=last") == 0
+    assert "fourier/high_frequency_last" in journal.last_values(run / "metrics.jsonl")
+
+
+def test_memory_that_runs_out_in_a_diagnostic(call, tiny, tmp_path, monkeypatch) -> None:
+    def starved(*args: object, **kwargs: object) -> None:
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr("vitscope.analyses._measured", starved)
+    with pytest.warns(UserWarning, match="analysis.fourier failed at end: OutOfMemoryError"):
+        assert call("train", *tiny, "analysis=[fourier]") == 0
+    assert "test/accuracy" in journal.last_values(only_run(tmp_path) / "metrics.jsonl")
