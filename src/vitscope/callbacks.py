@@ -35,11 +35,17 @@ class DiagnosticCallback(Callback):
     def __init__(self, cfg: DictConfig, chosen: Sequence[Analysis], run: Run, mirror: Mirror) -> None:
         self.cfg, self.chosen, self.run, self.mirror = cfg, list(chosen), run, mirror
         self.results: dict[str, Any] = {}
+        self._ended = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measure the initial network, unless training goes on from a checkpoint."""
+        """Measure the initial network; going on from the end of an epoch, what a stop left unmeasured there."""
         if trainer.global_step == 0:
             self._perform([a for a in self.chosen if a.due_at_start], trainer, pl_module, "init", None)
+            return
+        epoch, batch = getattr(pl_module, "position")  # noqa: B009
+        if batch == 0 and epoch > 0:  # results that are there are not measured again
+            due = [a for a in self.chosen if a.due_after(epoch - 1)]
+            self._perform(due, trainer, pl_module, f"epoch-{epoch - 1:04d}", epoch - 1)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure what is due after this epoch."""
@@ -49,8 +55,14 @@ class DiagnosticCallback(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure the trained network."""
+        self._ended = True
         due = [a for a in self.chosen if a.due_at_end]
         self._perform(due, trainer, pl_module, "end", max(trainer.current_epoch - 1, 0))
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measure it where nothing was left to train: the run was stopped in its last diagnostics."""
+        if not self._ended:
+            self.on_train_end(trainer, pl_module)
 
     def _perform(
         self, due: Sequence[Analysis], trainer: Trainer, pl_module: LightningModule, tag: str, epoch: int | None

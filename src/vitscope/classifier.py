@@ -69,6 +69,11 @@ class Classifier(pl.LightningModule):
         self.soft_objective = Objective()
         self.metrics = nn.ModuleDict({f"{stage}_metrics": _metrics(num_classes) for stage in ("val", "test")})
 
+    @property
+    def position(self) -> tuple[int, int]:
+        """The epoch and the batches of it that are done, as the last checkpoint read or written states them."""
+        return self._position
+
     def forward(self, x: Tensor) -> Tensor:
         """Return logits ``(B, num_classes)``."""
         return self._compiled[0](x)

@@ -54,8 +54,27 @@ def test_a_stop_in_a_diagnostic_at_the_end(call, tiny, tmp_path, monkeypatch) ->
     assert call("train", f"run={run}", "ckpt_path=last") == 0  # a finished one: nothing to do
 
 
+def test_a_stop_in_a_diagnostic_after_an_epoch(call, tiny, tmp_path, monkeypatch) -> None:
+    """It is measured when the run goes on, on the weights of that epoch."""
+    sizes = ["analysis.fourier.probe.n_images=8", "analysis.fourier.when.every_n_epochs=1", "trainer.max_epochs=3"]
+    shared = [*tiny, *sizes, "analysis=[fourier]", "test=false"]
+    assert call("train", *shared, f"run_dir={tmp_path}/whole") == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            "vitscope.analyses.build.probe", lambda *_: interrupt.request(signal.SIGTERM) or interrupt.check()
+        )
+        assert call("train", *shared, f"run_dir={tmp_path}/cut") == 143
+    assert call("train", f"run={tmp_path}/cut", "ckpt_path=last") == 0
+    whole, cut = (vs.load_results(tmp_path / name)["fourier"] for name in ("whole", "cut"))
+    assert set(whole) == set(cut) == {"epoch-0000", "epoch-0001", "epoch-0002", "end"}
+    for tag, result in whole.items():
+        assert result.scalars() == cut[tag].scalars()
+        assert result.card == cut[tag].card
+
+
 def test_a_checkpoint_of_another_model_is_refused(call, tiny, tmp_path, capsys) -> None:
     assert call("train", *tiny, "analysis=[]", "test=false", f"run_dir={tmp_path}/one") == 0
+    (tmp_path / "one" / "provenance.json").write_text("{}")  # as if it were not finished
     file = tmp_path / "one" / "checkpoints" / "last.ckpt"
     capsys.readouterr()
     assert call("train", f"run={tmp_path}/one", f"ckpt_path={file}", "model.depth=2") in (2, 4)

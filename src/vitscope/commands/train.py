@@ -217,8 +217,8 @@ def _adopted(path: Path, network: Any, identity: Mapping[str, Any]) -> Path | No
         CheckpointError: it was made with another batch size, number of processes or of classes.
     """
     content = checkpoint.read(path)
+    build.load_weights(network, content, path)  # refuses another model's in one line
     if "loops" not in content:
-        build.load_weights(network, content, path)
         return None
     kept = content.get("vitscope", {})
     for key, now in identity.items():
