@@ -164,7 +164,7 @@ def _surface(figure: SubFigure, result: LossLandscapeResult, z: np.ndarray, scal
         axis.set_major_locator(MaxNLocator(4))
         axis.labelpad = -4
     if logarithmic:
-        axes.zaxis.set_major_formatter(FuncFormatter(lambda exponent, _: f"{10**exponent:.3g}"))
+        axes.zaxis.set_major_formatter(FuncFormatter(lambda exponent, _: _short(10**exponent)))
     axes.tick_params(pad=-1)
     axes.zaxis.labelpad = -1
 
@@ -181,7 +181,7 @@ def _contours(figure: SubFigure, result: LossLandscapeResult, z: np.ndarray, sca
     if not np.isfinite(z).all():
         _hatch(axes, result, ~np.isfinite(z))
     bar = figure.colorbar(drawn, ax=axes, label=LABELS[value], pad=0.02)
-    bar.set_ticks(levels[::3].tolist(), labels=[f"{level:.3g}" for level in levels[::3]])
+    bar.set_ticks(levels[::3].tolist(), labels=[_short(level) for level in levels[::3]])
     bar.ax.yaxis.set_minor_locator(NullLocator())
     if len(result.path):
         _path(axes, result)
@@ -214,7 +214,7 @@ def _mark_best(axes: Axes, result: LossLandscapeResult, z: np.ndarray, value: st
     i, j = np.unravel_index(best(np.where(np.isfinite(z), z, np.nan)), z.shape)
     x, y = float(result.x[i]), float(result.y[j])
     axes.plot(x, y, "*", color="#E69F00", markeredgecolor="black", markeredgewidth=0.4, markersize=7)
-    axes.set_title(f"star: {word} {z[i, j]:.3g} at ({x:.3g}, {y:.2g})", fontsize=7)
+    axes.set_title(f"star: {word} {z[i, j]:.3g} at ({x:.2g}, {y:.2g})", fontsize=7)
 
 
 def _hatch(axes: Axes, result: LossLandscapeResult, broken: np.ndarray) -> None:
@@ -222,3 +222,8 @@ def _hatch(axes: Axes, result: LossLandscapeResult, broken: np.ndarray) -> None:
     axes.pcolor(
         result.x, result.y, cells, shading="nearest", facecolor="none", edgecolor="#D55E00", hatch="////", linewidth=0.0
     )  # fmt: skip
+
+
+def _short(value: float) -> str:
+    """Return a number for a tick: 2.5, 40, 1580; no exponent where four digits do."""
+    return f"{value:.0f}" if 10 <= abs(value) < 1e4 else f"{value:.2g}"
