@@ -66,8 +66,8 @@ class HessianMaxEigenvalueSpectrumResult:
     card: ObjectiveCard | None = None
 
     def scalars(self) -> dict[str, float]:
-        """Return what is logged."""
-        return {
+        """Return what is logged; an average over positive values only where there are some."""
+        logged = {
             "negative_eigenvalue_proportion": self.negative_eigenvalue_proportion,
             "average_positive_eigenvalue": self.average_positive_eigenvalue,
             "top1_negative_eigenvalue_proportion": self.top1_negative_eigenvalue_proportion,
@@ -79,6 +79,8 @@ class HessianMaxEigenvalueSpectrumResult:
             "n_batches": float(len(self.batches)),
             "n_products": float(self.n_products.sum()),
         }
+        undefined = [name for name in logged if name.endswith("average_positive_eigenvalue") and np.isnan(logged[name])]
+        return {name: value for name, value in logged.items() if name not in undefined}
 
 
 def hessian_max_eigenvalue_spectrum(
