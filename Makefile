@@ -11,6 +11,7 @@ REPRODUCED = profile=$(PROFILE) seeds=$(SEEDS)
 QUESTIONS := landscape-objective msa-placement sam
 TABLES := table-models table-curvature table-robustness table-buildup table-claims
 PYTEST ?= $(BIN)/pytest
+FUZZ ?= 1000
 BENCH ?= hessian landscape representation data report
 
 .DEFAULT_GOAL := help
@@ -74,8 +75,8 @@ bench: $(SETUP) ## every claim about speed, its peers in the same run (installs 
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
 	@for name in $(BENCH); do echo "== $$name"; $(RUN) benchmarks/$$name.py || exit $$?; done
 
-fuzz: $(SETUP) ## random input against every guard, thousands of cases each; kills at random moments
-	HYPOTHESIS_PROFILE=fuzz $(PYTEST) -m 'slow or not slow' tests/test_fuzz.py tests/test_checkpoint.py tests/test_survival.py \
+fuzz: $(SETUP) ## random input against every guard, a thousand cases each (FUZZ=1000); kills at random moments
+	FUZZ=$(FUZZ) $(PYTEST) -m 'slow or not slow' tests/test_fuzz.py tests/test_checkpoint.py tests/test_survival.py \
 	  tests/data/test_loader.py
 
 soak: $(SETUP) ## a million rows, 50 killed saves of 300 MB, 8 writers, 2,000 steps, 200 runs: prints figures

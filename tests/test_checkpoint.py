@@ -116,7 +116,7 @@ def test_what_could_not_be_read_back_is_rejected_when_saved(tmp_path: Path, valu
     assert not (tmp_path / "last.ckpt").exists()
 
 
-@settings(max_examples=2000 if os.environ.get("HYPOTHESIS_PROFILE") == "fuzz" else 40, deadline=None)
+@settings(max_examples=int(os.environ.get("FUZZ", "40")), deadline=None)
 @given(data=st.data())
 def test_any_damage_is_seen(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
     folder = tmp_path_factory.mktemp("fuzz")

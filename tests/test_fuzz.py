@@ -1,4 +1,4 @@
-"""Random input against the guards: bounded here, longer with ``make fuzz`` (HYPOTHESIS_PROFILE=fuzz)."""
+"""Random input against the guards: bounded here, longer with ``make fuzz FUZZ=1000``."""
 
 from __future__ import annotations
 
@@ -26,8 +26,7 @@ from vitscope.diagnostics.variance.feature_map_variance import FeatureMapVarianc
 from vitscope.errors import ConfigError, VitscopeError
 from vitscope.validation import validate
 
-settings.register_profile("fuzz", max_examples=3000, deadline=None)
-N_EXAMPLES = 3000 if os.environ.get("HYPOTHESIS_PROFILE") == "fuzz" else 30
+N_EXAMPLES = int(os.environ.get("FUZZ", "30"))
 bounded = settings(
     max_examples=N_EXAMPLES,
     deadline=None,
