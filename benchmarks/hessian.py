@@ -209,7 +209,9 @@ def per_gradient(name: str, model: nn.Module, batch: Batch, rounds: int, device:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--works", type=int, nargs="*", help="numbers of the comparisons to make, from 0; all by default")
+    parser.add_argument(
+        "--works", type=int, nargs="*", help="numbers of the comparisons to make, from 0; all by default"
+    )
     parser.add_argument(
         "--quick", action="store_true", help="few images, steps and eigenvalues, the first pass timed: does it run?"
     )

@@ -83,6 +83,8 @@ def explain(error: BaseException) -> VitscopeError | None:
         return _missing(error)
     if isinstance(error, HydraException | OmegaConfBaseException):
         return _refused(error)
+    if isinstance(error, ValueError) and "Config group override must be" in str(error):
+        return ConfigError("config", None, "a group was given a value that is no name", "choose a name; see --help")
     if isinstance(error, OSError) and error.errno in _STORAGE:
         return StorageError("paths.runs", error.filename, str(error.strerror), "free space or choose another folder")
     if type(error).__module__.startswith("torch.distributed") or "ProcessGroup" in str(error) or "gloo" in str(error):

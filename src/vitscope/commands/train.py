@@ -123,6 +123,8 @@ def _fit(cfg: DictConfig, run: Run, network: Any, data: Any, ckpt: Path | None, 
     except BaseException:
         end_others(trainer)
         raise
+    finally:
+        logger.journal.close()
     if _is_main():
         values = last_values(run.journal)
         mirror.summary({k: v for k, v in values.items() if isinstance(v, int | float)})
