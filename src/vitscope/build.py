@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -125,11 +126,10 @@ def load_weights(network: nn.Module, content: Mapping[str, Any], path: Path) -> 
     state = checkpoint.model_state(content)
     own = network.state_dict()
     if set(state) != set(own):
-        try:
+        # neither ours nor the official code's: say below which keys differ
+        with contextlib.suppress(ValueError, KeyError, RuntimeError):
             load_official_state_dict(network, state)
             return
-        except (ValueError, KeyError, RuntimeError):
-            pass  # neither ours nor the official code's: say which keys differ
     for name in sorted(set(own) ^ set(state)):
         where = "the checkpoint lacks it" if name in own else "the model has no such weight"
         raise CheckpointError("ckpt_path", path, f"{name}: {where}", "use the model it was made with (model=...)")

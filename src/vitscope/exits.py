@@ -18,6 +18,7 @@ code   meaning
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import signal
@@ -128,11 +129,8 @@ def _say(line: str) -> None:
 def _log(text: str) -> None:
     if _current is None:
         return
-    try:
-        with _current.log.open("a") as file:
-            file.write(text)
-    except OSError:
-        pass  # a full disk: the line on stderr has to do
+    with contextlib.suppress(OSError), _current.log.open("a") as file:  # a full disk: the line on stderr has to do
+        file.write(text)
 
 
 def _install() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import urllib.request
 from collections.abc import Mapping
@@ -80,10 +81,8 @@ def _checked(variant: str, checksums: Mapping[str, str] | None) -> type[CIFAR10]
 
 
 def _dataset(kind: type[CIFAR10], root: Path, *, train: bool) -> CIFAR10:
-    try:
+    with contextlib.suppress(RuntimeError, OSError, EOFError):  # missing, changed or unreadable
         return kind(root, train=train)
-    except (RuntimeError, OSError, EOFError):  # missing, changed or unreadable
-        pass
     try:
         root.mkdir(parents=True, exist_ok=True)
         with FileLock(root / f".{kind.base_folder}.lock"):  # other runs and ranks wait instead of writing too
