@@ -21,8 +21,9 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from vitscope import checkpoint, config, journal, results
+from vitscope.card import versions
 from vitscope.errors import CheckpointError, ConfigError, StorageError
-from vitscope.probe import Probe, versions
+from vitscope.probe import Probe
 
 #: how a parent process hands its run folder to the processes that it starts
 ENVIRONMENT = "VITSCOPE_RUN_DIR"

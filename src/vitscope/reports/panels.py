@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from vitscope.probe import COMPARED
+from vitscope.card import COMPARED
 from vitscope.reports.cells import Problem
 from vitscope.reports.evidence import Entry, Measured, moment
 from vitscope.reports.selection import FAILED, MISSING
