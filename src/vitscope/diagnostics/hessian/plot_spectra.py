@@ -98,7 +98,7 @@ def hessian_by_kind(results: Mapping[str, HessianByKindResult]) -> Figure:
     smallest = min(float(np.abs(result.eigenvalues).max(axis=(1, 2)).min()) for result in results.values())
     axes.set_xscale("symlog", linthresh=max(10.0 ** np.floor(np.log10(max(smallest, 1e-30))), 1e-12))
     axes.axvline(0, color="0.6", linewidth=0.6, zorder=0)
-    axes.set_xlabel("Max eigenvalues of the block's Hessian (dot: median)")
+    axes.set_xlabel("Block max eigenvalue (dot: median)")
     return figure
 
 
