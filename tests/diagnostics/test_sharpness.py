@@ -28,6 +28,21 @@ def test_mean_rise_of_a_bowl_is_half_its_curvature():
     assert np.isnan(r.worst_rise).all()
 
 
+def test_l2_rises_have_their_closed_forms():
+    probe = bowl(weight_decay=0.3)
+    r = vs.sharpness(probe, radii=(0.1, 0.2), n_pairs=3, n_steps=0)
+    w = probe.model[0].weight.detach()
+    square = float(w.square().sum())
+    for i, radius in enumerate(r.radii):
+        # a filter-normalised direction is as long as the weights, and both signs cancel the product with them
+        np.testing.assert_allclose(r.l2_half_sq_rise_by_pair[i], 0.15 * radius**2 * square, rtol=1e-9)
+        assert r.scalars()[f"l2_half_sq_rise_r{radius:g}"] == pytest.approx(0.15 * radius**2 * square, rel=1e-9)
+    d = [normalize(random_direction(probe.parameters(), 0, k), probe.parameters(), "filter", ["0.weight"])["0.weight"]
+         for k in (0, 1)]  # fmt: skip
+    lengths = [float((w + sign * 0.1 * one).norm()) for one in d for sign in (-1, 1)]
+    assert r.l2_sum_norm_rise_by_pair[0, 0] == pytest.approx(0.3 * (np.mean(lengths) - square**0.5), rel=1e-9)
+
+
 def test_worst_rise_of_a_slope_is_at_the_edge_of_the_ball():
     """One filter that moves, one image: the loss 1/2 (w x - y)^2 is largest where w moves by r |w| along x, away from y."""
     model = nn.Linear(3, 2, bias=False).double()

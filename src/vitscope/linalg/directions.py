@@ -9,13 +9,15 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 Direction = dict[str, Tensor]
 
-NORMALIZATIONS = ("filter", "filter_official", "layer", "none")
+Normalization = Literal["filter", "filter_official", "layer", "none"]
+NORMALIZATIONS = get_args(Normalization)
 
 #: names of position tables (learned position embeddings, relative position biases) in timm, torchvision and vitscope
 POSITION_TABLES = r"pos_?emb|position_(emb|bias)|rel_pos|relative_position|absolute_pos"
