@@ -338,6 +338,14 @@ def test_a_missing_label_is_named():
         vs.loss_landscape(bowl(), directions="pca", checkpoints=[("a", {})], labels=["b"])
 
 
+def test_ticks_tell_levels_apart():
+    from vitscope.diagnostics.landscape.plot_surface import _apart
+
+    assert _apart(np.array([2.26, 2.31, 2.36])) == ["2.26", "2.31", "2.36"]
+    assert _apart(np.array([0.5, 40.0, 1580.0])) == ["0.5", "40", "1580"]
+    assert _apart(np.array([1234.1, 1234.4])) == ["1234.1", "1234.4"]
+
+
 def test_figures_show_what_is_broken():
     r = overflowing()
     figure = vs.plot({"one": r, "other": r})
@@ -346,7 +354,11 @@ def test_figures_show_what_is_broken():
     from vitscope.diagnostics.landscape.plot import plotly_loss_landscape
 
     interactive = plotly_loss_landscape({"one": r})
-    np.testing.assert_array_equal(interactive.data[0].z, r.nll.T)
+    np.testing.assert_array_equal(interactive.data[0].z, np.where(np.isfinite(r.nll), r.nll, np.nan).T)
+    crosses = {(x, y) for x, y in zip(interactive.data[1].x, interactive.data[1].y)}
+    assert crosses == {(x, y) for x in (-1.0, 1.0) for y in (-1.0, 0.0, 1.0)}
+    assert set(interactive.data[1].z) == {r.minimum()[2]}
+    assert all(len(button.args[0]["z"]) == 2 for button in interactive.layout.updatemenus[0].buttons)
     assert len(interactive.layout.updatemenus[0].buttons) == 7
     with pytest.raises(ValueError, match="received 'loss'"):
         vs.plot(r, value="loss")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -117,3 +119,13 @@ def test_figure_draws_saturated_radii_hollow():
     assert [list(line.get_xdata()) for line in hollow] == [
         [x for x in r.radii[r.saturated] if r.rise[r.radii == x] > 0]
     ]
+
+
+def test_figure_marks_rises_that_are_not_finite():
+    r = vs.sharpness(real(), radii=(0.05, 0.1), n_pairs=2, n_steps=0)
+    broken = dataclasses.replace(r, rise=np.array([np.nan, 0.1]), saturated=np.zeros(2, bool), n_nonfinite=3)
+    assert np.isnan(broken.scalars()["rise_r0.05"])  # recorded as null, not left out
+    axes = vs.plot({"a": broken}).axes[0]
+    (crosses,) = [line for line in axes.lines if line.get_marker() == "x"]
+    assert list(crosses.get_xdata()) == [0.05]
+    assert "3 points not finite" in axes.get_legend().get_texts()[0].get_text()

@@ -17,7 +17,8 @@ def sharpness(results: Mapping[str, SharpnessResult]) -> Figure:
     """Draw the mean rise with its 95% interval and the worst rise found, over the radius.
 
     Saturated radii are shaded and hollow: every model is near chance there, and the rise says nothing about flatness. Rises
-    that are not positive cannot be drawn on the logarithmic axis; they are marked by a triangle at its foot.
+    that are not positive cannot be drawn on the logarithmic axis; they are marked by a triangle at its foot, those that are
+    not finite by a cross; the legend counts the points that are not.
 
     Args:
         results: by the name in the legend.
@@ -30,7 +31,8 @@ def sharpness(results: Mapping[str, SharpnessResult]) -> Figure:
         keep = ~r.saturated & (r.rise > 0) & np.isfinite(r.rise)
         low = np.clip(r.rise - r.rise_low, 0, 0.999 * r.rise.clip(min=0))  # a bar may not reach zero
         bars = np.nan_to_num(np.stack([low, r.rise_high - r.rise]))[:, keep]
-        axes.errorbar(r.radii[keep], r.rise[keep], yerr=bars, fmt="o-", color=color, label=f"{prefix}mean")
+        count = f" ({r.n_nonfinite} points not finite)" if r.n_nonfinite else ""
+        axes.errorbar(r.radii[keep], r.rise[keep], yerr=bars, fmt="o-", color=color, label=f"{prefix}mean{count}")
         hollow = r.saturated & (r.rise > 0) & np.isfinite(r.rise)
         axes.plot(r.radii[hollow], r.rise[hollow], "o", color=color, markerfacecolor="white")
         worst = np.isfinite(r.worst_rise) & (r.worst_rise > 0)
@@ -38,9 +40,11 @@ def sharpness(results: Mapping[str, SharpnessResult]) -> Figure:
             axes.plot(
                 r.radii[worst], r.worst_rise[worst], "^--", color=color, linewidth=0.8, label=f"{prefix}worst found"
             )
-        sunk = r.radii[~r.saturated & ~(r.rise > 0)]
-        if len(sunk):
-            axes.plot(sunk, np.zeros(len(sunk)), "v", color=color, transform=axes.get_xaxis_transform(), clip_on=False)
+        for marker, at in (("v", r.radii[~r.saturated & (r.rise <= 0)]), ("x", r.radii[~np.isfinite(r.rise)])):
+            if len(at):
+                axes.plot(
+                    at, np.zeros(len(at)), marker, color=color, transform=axes.get_xaxis_transform(), clip_on=False
+                )
     _shade(axes, results)
     axes.legend(fontsize=6)
     return figure
