@@ -115,6 +115,7 @@ def test_figure_draws_saturated_radii_hollow():
     figure = vs.plot({"a": r})
     figure.draw_without_rendering()
     assert figure.axes[0].get_legend() is not None
+    assert len(figure.axes) == 2  # the worst rises below
     hollow = [line for line in figure.axes[0].lines if line.get_markerfacecolor() == "white"]
     assert [list(line.get_xdata()) for line in hollow] == [
         [x for x in r.radii[r.saturated] if r.rise[r.radii == x] > 0]
