@@ -217,7 +217,7 @@ def _file(group: str, name: str) -> dict[str, Any]:
 def _check_analyses(nodes: Mapping[str, Any]) -> None:
     for name, node in nodes.items():
         path = f"analysis.{name}"
-        _check_node(path, node, extra=(*OURS, "checkpoints"), supplied=("probe", *SUPPLIED))
+        _check_node(path, node, extra=(*OURS, *_paths_of(path, node)), supplied=("probe", *SUPPLIED))
         _check_saved(path, node)
         for part, keys in (("probe", PROBE_KEYS), ("when", WHEN_KEYS)):
             for key, value in (node.get(part) or {}).items():
@@ -229,6 +229,14 @@ def _check_analyses(nodes: Mapping[str, Any]) -> None:
             raise ConfigError(f"{path}.probe.augment", recipe, "neither true, false nor an objective", why)
         if node.get("on_error", "warn") not in ("warn", "raise"):
             raise ConfigError(f"{path}.on_error", node["on_error"], "unknown", "choose warn or raise")
+
+
+def _paths_of(path: str, node: Any) -> tuple[str, ...]:
+    """Return the keys that hold paths where the measure takes what is read from them."""
+    if not isinstance(node, Mapping) or "_target_" not in node:
+        return ()
+    measure = config.resolve(node["_target_"], path)
+    return ("checkpoints",) if "checkpoints" in inspect.signature(measure).parameters else ()
 
 
 def _check_saved(path: str, node: Mapping[str, Any]) -> None:
