@@ -163,9 +163,13 @@ def _norms(tensor: Tensor, over: tuple[int, ...]) -> Tensor:
 
 def inner(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
     """Return the inner product of two directions, accumulated in float64."""
-    return float(
-        sum(float(torch.sum(a[name].double() * b[name].to(a[name].device).double())) for name in a if name in b)
-    )
+    total = 0.0
+    for name in a:
+        if name in b:
+            x = a[name].reshape(-1).double()
+            y = x if b[name] is a[name] else b[name].to(x.device).reshape(-1).double()
+            total += float(torch.dot(x, y))
+    return total
 
 
 def norm(direction: Mapping[str, Tensor]) -> float:
