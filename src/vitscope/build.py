@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
 from vitscope import checkpoint, config
@@ -51,11 +51,20 @@ def data(cfg: DictConfig) -> Any:
     return config.instantiate(cfg.data, "data", drop=DATA_HINTS)
 
 
-def objective(cfg: DictConfig, *, soft: bool, augment: bool, scale: Mapping[str, Tensor] | None = None) -> Objective:
-    """Return the objective of a probe.
+def named_objective(name: str) -> dict[str, Any]:
+    """Return the values of ``conf/objective/<name>.yaml``.
 
-    Label smoothing belongs to the training recipe: mixup has it inside its soft targets, clean probes have none.
+    Raises:
+        ConfigError: there is no such file.
     """
+    names = config.options("objective")
+    if name not in names:
+        raise ConfigError("probe.augment", name, "no such objective", config.nearest(name, names))
+    return {str(k): v for k, v in OmegaConf.load(config.folder() / "objective" / f"{name}.yaml").items()}
+
+
+def objective(cfg: DictConfig, *, smoothing: float, scale: Mapping[str, Tensor] | None = None) -> Objective:
+    """Return the objective of a probe: the L2 term is the run's, the smoothing that of the images' recipe."""
     chosen = cfg.objective
     if chosen.l2 == "adamw" and scale is None and chosen.weight_decay > 0:
         raise ConfigError("objective.l2", "adamw", "needs the second moments of a trained AdamW",
@@ -63,7 +72,7 @@ def objective(cfg: DictConfig, *, soft: bool, augment: bool, scale: Mapping[str,
     return Objective(
         weight_decay=float(chosen.weight_decay),
         l2=chosen.l2,
-        label_smoothing=float(chosen.label_smoothing) if augment and not soft else 0.0,
+        label_smoothing=smoothing,
         decay_scale=scale,
     )
 
@@ -82,11 +91,16 @@ def probe(
         cfg: the run's configuration: objective and seed.
         network: the model to look at.
         datamodule: gives the batches.
-        wanted: ``split, augment, n_images, batch_size`` and optionally ``seed``.
+        wanted: ``split, augment, n_images, batch_size`` and optionally ``seed``; ``augment`` is whether to apply the run's
+            training augmentation, or the name of the objective whose augmentation to apply whatever the run was trained with.
         facts: what the card should say besides: ``checkpoint``, ``epoch``.
         content: the checkpoint, for an objective that needs the optimizer's state.
     """
     wanted = dict(wanted)
+    recipe: Mapping[Any, Any] = cfg.objective
+    if isinstance(wanted.get("augment"), str):
+        recipe = named_objective(wanted["augment"])
+        datamodule, wanted["augment"] = datamodule.augmented_as(recipe), True
     seed = wanted.pop("seed", None)
     seed = int(cfg.seed if seed is None else seed)
     batches = datamodule.probe_batches(**wanted, seed=seed)
@@ -99,7 +113,9 @@ def probe(
     scale = adamw_scale(network, content) if content is not None and cfg.objective.l2 == "adamw" else None
     about = {**datamodule.describe(wanted["split"], augment), "mean": datamodule.mean, "std": datamodule.std,
              "num_classes": datamodule.num_classes, "seed": seed, **attributes, **(facts or {})}  # fmt: skip
-    return Probe(network, batches, objective(cfg, soft=soft, augment=augment, scale=scale), about=about)
+    # mixup has the smoothing inside its soft targets, clean images have none
+    smoothing = float(recipe["label_smoothing"]) if augment and not soft else 0.0
+    return Probe(network, batches, objective(cfg, smoothing=smoothing, scale=scale), about=about)
 
 
 class _OnDevice:

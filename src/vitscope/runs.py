@@ -187,7 +187,7 @@ def load_probe(
     run: str | Path,
     split: str = "test",
     *,
-    augment: bool = False,
+    augment: bool | str = False,
     n_images: int | None = None,
     batch_size: int | None = None,
     ckpt: str = "last",
@@ -197,7 +197,7 @@ def load_probe(
     Args:
         run: a run folder, or a checkpoint file in one (which then wins over ``ckpt``).
         split: ``train``, ``val`` or ``test``.
-        augment: apply the run's training augmentation and mixup, frozen.
+        augment: apply the run's training augmentation and mixup, frozen; or those of the objective of that name.
         n_images: how many images; all of the split by default.
         batch_size: images a batch; the run's evaluation batch by default.
         ckpt: the checkpoint's name without its ending.

@@ -22,7 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 from vitscope import config
 from vitscope.analyses import OURS, PROBE_KEYS, SUPPLIED, WHEN_KEYS
 from vitscope.build import DATA_HINTS
-from vitscope.errors import ConfigError, DataError, StorageError
+from vitscope.errors import CheckpointError, ConfigError, DataError, StorageError
 
 #: metrics of the validation that a checkpoint may follow
 METRICS = tuple(f"val/{name}" for name in ("loss", "nll", "accuracy", "accuracy_top5", "ece", "brier"))
@@ -42,6 +42,8 @@ RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     (r"(seed|num_workers|every_n_epochs|split_seed)", lambda v: v >= 0, "at least 0"),
     (r"span|rms|budget_s", lambda v: v > 0, "greater than 0"),
 )  # fmt: skip
+
+_UNIONS = (Union, types.UnionType)
 
 
 def validate(cfg: DictConfig) -> None:
@@ -138,6 +140,8 @@ def _check_arguments(
         if key not in names and not open_ended:
             raise ConfigError(f"{path}.{key}", _shown(value), "no such key", config.nearest(key, names - set(supplied)))
         if key in hints and not _fits(value, hints[key]):
+            if isinstance(value, str) and (names := _choices(hints[key])):
+                raise ConfigError(f"{path}.{key}", value, "no such choice", config.nearest(value, names))
             expected = hints[key].__name__ if isinstance(hints[key], type) else str(hints[key]).replace("typing.", "")
             raise ConfigError(f"{path}.{key}", _shown(value), f"not of type {expected}", "correct the value")
 
@@ -149,10 +153,17 @@ def _hints(target: Callable[..., Any]) -> dict[str, Any]:
         return {}
 
 
+def _choices(hint: Any) -> list[str]:
+    """Return the words that a hint's ``Literal`` lists."""
+    if get_origin(hint) is Literal:
+        return [str(word) for word in get_args(hint)]
+    return [word for option in get_args(hint) for word in _choices(option)] if get_origin(hint) in _UNIONS else []
+
+
 def _fits(value: Any, hint: Any) -> bool:
     """Tell whether a plain value may be passed where ``hint`` stands; unknown kinds of hints let everything pass."""
     origin, arguments = get_origin(hint), get_args(hint)
-    if origin in (Union, types.UnionType):
+    if origin in _UNIONS:
         return any(_fits(value, option) for option in arguments)
     if origin is Literal:
         return value in arguments
@@ -206,13 +217,46 @@ def _file(group: str, name: str) -> dict[str, Any]:
 def _check_analyses(nodes: Mapping[str, Any]) -> None:
     for name, node in nodes.items():
         path = f"analysis.{name}"
-        _check_node(path, node, extra=OURS, supplied=("probe", *SUPPLIED))
+        _check_node(path, node, extra=(*OURS, *_paths_of(path, node)), supplied=("probe", *SUPPLIED))
+        _check_saved(path, node)
         for part, keys in (("probe", PROBE_KEYS), ("when", WHEN_KEYS)):
             for key, value in (node.get(part) or {}).items():
                 if key not in keys:
                     raise ConfigError(f"{path}.{part}.{key}", _shown(value), "no such key", config.nearest(key, keys))
+        recipe = (node.get("probe") or {}).get("augment")
+        if isinstance(recipe, str) and recipe not in config.options("objective"):
+            why = config.nearest(recipe, ["true", "false", *config.options("objective")])
+            raise ConfigError(f"{path}.probe.augment", recipe, "neither true, false nor an objective", why)
         if node.get("on_error", "warn") not in ("warn", "raise"):
             raise ConfigError(f"{path}.on_error", node["on_error"], "unknown", "choose warn or raise")
+
+
+def _paths_of(path: str, node: Any) -> tuple[str, ...]:
+    """Return the keys that hold paths where the measure takes what is read from them."""
+    if not isinstance(node, Mapping) or "_target_" not in node:
+        return ()
+    measure = config.resolve(node["_target_"], path)
+    return ("checkpoints",) if "checkpoints" in inspect.signature(measure).parameters else ()
+
+
+def _check_saved(path: str, node: Mapping[str, Any]) -> None:
+    """Refuse files of other runs that are not there, before a training that would be the first to miss them."""
+    vectors = node.get("eigenvectors")
+    result = "name a saved result that holds them (analysis=[hessian_eigenvalues] analysis.hessian_eigenvalues.eigenvectors=true)"
+    if isinstance(vectors, str) and not Path(vectors).is_file():
+        raise ConfigError(f"{path}.eigenvectors", vectors, "no such file", result)
+    if node.get("directions") == "eigenvectors" and not vectors:
+        raise ConfigError(f"{path}.eigenvectors", None, "directions=eigenvectors needs them", result)
+    named = node.get("checkpoints")
+    if named is not None and not (isinstance(named, list) and named and all(isinstance(n, str) for n in named)):
+        raise ConfigError(
+            f"{path}.checkpoints", _shown(named), "not a list of paths", "name run folders or checkpoint files"
+        )
+    for file in map(Path, named or ()):
+        if not (file.is_file() or (file / "checkpoints" / "last.ckpt").is_file()):
+            raise CheckpointError(
+                f"{path}.checkpoints", file, "no checkpoint there", "name run folders or checkpoint files"
+            )
 
 
 def _check_relations(tree: Mapping[str, Any]) -> None:

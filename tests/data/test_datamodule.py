@@ -325,3 +325,28 @@ def test_no_step_at_all_is_refused():
         DataError, match=r"data\.batch_size=64: small train has 60 images and drop_last leaves no batch"
     ):
         module(batch_size=64, drop_last=True).train_dataloader()
+
+
+def test_another_objectives_augmentation_gives_its_images_whatever_the_run_was_trained_with() -> None:
+    from vitscope import build
+
+    strong, weak = build.named_objective("strong"), build.named_objective("weak")
+    modules = {}
+    for name, own in (("strong", strong), ("weak", weak)):
+        arguments = {key: value for key, value in own.items() if key not in ("weight_decay", "l2")}
+        modules[name] = module(**arguments)
+    lent = modules["weak"].augmented_as(strong)
+    for (x, y), (own_x, own_y) in zip(
+        lent.probe_batches(augment=True, n_images=8, batch_size=4),
+        modules["strong"].probe_batches(augment=True, n_images=8, batch_size=4),
+        strict=True,
+    ):
+        assert torch.equal(x, own_x)
+        assert torch.equal(y, own_y)
+        assert y.shape == (4, 3)  # mixed
+    assert lent.describe("train", True) == modules["strong"].describe("train", True)
+    assert not modules["weak"].mixes
+    (_, y), *_ = modules["weak"].probe_batches(augment=True, n_images=8, batch_size=4)
+    assert y.ndim == 1
+    with pytest.raises(ConfigError, match="did you mean strong"):
+        build.named_objective("stong")

@@ -12,13 +12,13 @@ from omegaconf import DictConfig
 from vitscope import config, exits, runs
 from vitscope.commands import overrides
 from vitscope.errors import ConfigError, DataError
-from vitscope.reports import cells, drawing, evidence, figures, page, panels, tables, verdicts
+from vitscope.reports import cells, drawing, evidence, factor_tables, figures, page, panels, tables, verdicts
 from vitscope.reports.cells import Problem, Table
 from vitscope.reports.costs import Costs
 from vitscope.reports.effects import Bench
 from vitscope.reports.selection import Selection
 
-TABLES = (*tables.TABLES, "claims")
+TABLES = (*tables.TABLES, "claims", *factor_tables.NAMES)
 GROUP_BY = ("model", "run")
 
 #: problems printed one by one; the page and strict runs name all
@@ -104,7 +104,10 @@ def _tables(
     """Build and write the tables that were asked for; return them, and the claims where they are among them."""
     selection = Selection(found, cfg.tag if cfg.tag != "all" else "end", bool(cfg.allow_different))
     costs = Costs(out / ".costs.json")
-    wanted = [cfg.table] if cfg.table else list(TABLES)
+    crossed = factor_tables.made(selection, out) if cfg.table in (None, *factor_tables.NAMES) else {}
+    if cfg.table in factor_tables.NAMES:
+        return _written({cfg.table: crossed[cfg.table]}, out), []
+    wanted = [cfg.table] if cfg.table else [name for name in TABLES if name not in factor_tables.NAMES]
     judged = verdicts.judge(Bench(selection, costs)) if "claims" in wanted else []
     models = list(cfg.expect.models or []) if cfg.table else []
     seeds = [int(seed) for seed in cfg.expect.seeds or []] if cfg.table else []
@@ -113,9 +116,14 @@ def _tables(
         for name in wanted
     }
     costs.save()
+    made |= {name: table for name, table in crossed.items() if table.rows}
+    return _written(made, out), judged
+
+
+def _written(made: dict[str, Table], out: Path) -> dict[str, Table]:
     for table in made.values():
         cells.write(table, out / "tables")
-    return made, judged
+    return made
 
 
 def _analyses(cfg: DictConfig) -> list[str] | None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -250,6 +251,19 @@ class DataModule(pl.LightningDataModule):
 
         attributes = images.select(order).attributes if isinstance(images, ArrayImages) and not mixed else {}
         return ProbeBatches(build, -(-n // batch_size), n, n * 4 * self.channels * self.image_size**2, attributes)
+
+    def augmented_as(self, objective: Mapping[str, Any]) -> DataModule:
+        """Return this module with the augmentation and the mixing of another objective, its images shared.
+
+        Args:
+            objective: the keys of a file of `conf/objective`.
+        """
+        other = copy.copy(self)
+        keys = ("augment", "random_erasing")
+        other.recipe = replace(self.recipe, **{key: objective[key] for key in keys})
+        keys = ("mixup", "cutmix", "switch_prob", "label_smoothing")
+        other.mixing = Mixing(*(float(objective[key]) for key in keys))
+        return other
 
     def mixed(self, x: Tensor, y: Tensor, seed: tuple[int, ...]) -> Batch:
         """Return the batch mixed as the objective says, by `seed` (see `vitscope.data.mix.mix`)."""

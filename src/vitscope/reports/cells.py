@@ -63,6 +63,7 @@ class Table:
         note: what the numbers are, and over what.
         problems: every number that is missing or failed.
         ids: keys of the columns for the CSV file.
+        picture: its figure on disk, where it has one.
     """
 
     name: str
@@ -72,6 +73,7 @@ class Table:
     rows: tuple[tuple[Cell, ...], ...]
     note: str = ""
     problems: tuple[Problem, ...] = ()
+    picture: Path | None = None
 
 
 def over_seeds(values: Mapping[str, Value], metric: str, style: str, expected: int) -> tuple[Cell, list[Problem]]:

@@ -9,7 +9,18 @@ from typing import Protocol
 
 from vitscope import runs
 from vitscope.plotting import save_figure
-from vitscope.reports import cells, drawing, evidence, figures, identity, panels, relations, tables, verdicts
+from vitscope.reports import (
+    cells,
+    drawing,
+    evidence,
+    factor_tables,
+    figures,
+    identity,
+    panels,
+    relations,
+    tables,
+    verdicts,
+)
 from vitscope.reports.cells import Table
 from vitscope.reports.costs import Costs
 from vitscope.reports.effects import Bench
@@ -108,6 +119,8 @@ def _relation(target: Target, relation: Relation, found: Sequence[Entry], folder
 def _table(target: Target, found: Sequence[Entry], folder: Path, kept: Path) -> list[str]:
     selection, costs = Selection(found), Costs(kept)
     table: Table
+    if target.table == "factors":
+        return _factors(target, selection, folder)
     if target.table == "claims":
         table = verdicts.table(verdicts.judge(Bench(selection, costs)))
     else:
@@ -116,6 +129,16 @@ def _table(target: Target, found: Sequence[Entry], folder: Path, kept: Path) -> 
     cells.write(table, folder)
     print(cells.markdown(table), end="")
     return [_of(target, str(problem)) for problem in table.problems]
+
+
+def _factors(target: Target, selection: Selection, folder: Path) -> list[str]:
+    made = factor_tables.made(selection, folder)
+    for table in made.values():
+        cells.write(table, folder)
+        print(cells.markdown(table), end="\n")
+    if picture := made["factors"].picture:
+        print(picture)
+    return [_of(target, str(problem)) for problem in made["factors"].problems]
 
 
 def _of(target: Target, problem: str) -> str:
