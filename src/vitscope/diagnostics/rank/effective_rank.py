@@ -15,6 +15,9 @@ from vitscope.nulls import warn_nulls
 from vitscope.probe import ObjectiveCard, Probe
 from vitscope.progress import track
 
+#: columns of a scatter matrix that are computed at once
+_STRIP = 256
+
 
 @dataclass(frozen=True)
 class EffectiveRankResult:
@@ -143,18 +146,29 @@ class _Moments:
 
 def _moments(samples: Tensor) -> tuple[int, Tensor, Tensor]:
     mean = samples.mean(dim=0)
-    centred = samples - mean
-    return len(samples), mean, centred.T @ centred
+    return len(samples), mean, _scatter(samples - mean)
+
+
+def _scatter(centred: Tensor) -> Tensor:
+    """Return ``centred.T @ centred`` of ``(n, C)``; of wide matrices only what lies right of the diagonal is computed."""
+    channels = centred.shape[1]
+    scatter = centred.new_empty(channels, channels)
+    for start in range(0, channels, _STRIP):
+        strip = centred[:, start : start + _STRIP].T @ centred[:, start:]
+        scatter[start : start + _STRIP, start:] = strip
+        scatter[start:, start : start + _STRIP] = strip.T
+    return scatter
 
 
 def _samples(features: Tensor, positions: int | None) -> Tensor:
     """Return feature vectors ``(B * n, C)`` from a map ``(B, C, h, w)``."""
-    flat = features.flatten(2)  # (B, C, h * w)
-    if positions is not None and positions < flat.shape[2]:
+    vectors = features.flatten(2).transpose(1, 2)  # (B, h * w, C)
+    n = vectors.shape[1]
+    if positions is not None and positions < n:
         # drawn once and for all: equal strides would fall on a few columns of the map
-        drawn = torch.randperm(flat.shape[2], generator=torch.Generator().manual_seed(0))[:positions]
-        flat = flat[:, :, drawn.to(flat.device)]
-    return flat.transpose(1, 2).reshape(-1, flat.shape[1])
+        drawn = torch.randperm(n, generator=torch.Generator().manual_seed(0))[:positions]
+        vectors = vectors[:, drawn.to(vectors.device)]
+    return vectors.reshape(-1, vectors.shape[2])
 
 
 def _merged(states: Sequence[tuple]) -> tuple[int, np.ndarray]:
