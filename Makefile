@@ -8,7 +8,7 @@ PROFILE ?= smoke
 SEEDS ?= 1
 REPRODUCE := $(RUN) -m vitscope reproduce
 REPRODUCED = profile=$(PROFILE) seeds=$(SEEDS)
-QUESTIONS := landscape-objective msa-placement sam
+QUESTIONS := landscape-objective msa-placement baselines sam
 TABLES := table-models table-curvature table-robustness table-buildup table-claims
 PYTEST ?= $(BIN)/pytest
 FUZZ ?= 1000

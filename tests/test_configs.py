@@ -83,4 +83,5 @@ def test_caps_lower_and_never_add_or_raise() -> None:
 def test_hash_leaves_folders_out() -> None:
     one = composed("train", "paths.runs=a", "data.num_workers=2", "analysis=[]")
     assert config.config_hash(one) == config.config_hash(composed("train", "paths.runs=b"))
-    assert config.config_hash(one) != config.config_hash(composed("train", "optimizer.lr=0.5"))
+    for change in ("optimizer.lr=0.5", "data.random_labels=true"):
+        assert config.config_hash(one) != config.config_hash(composed("train", change))

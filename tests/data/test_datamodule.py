@@ -277,6 +277,7 @@ def test_describe_states_what_was_done_to_the_images():
     for part in ("rand-m9-n2-mstd1.0", "erasing 0.25", "mixup 1", "cutmix 0.8", "switch 0.5", "smoothing 0.1"):
         assert part in facts["augmentation"]
     assert data.describe("test")["augmentation"] == "none"
+    assert data.describe("test")["data"] == "small"  # whole, and with its true labels
 
 
 @pytest.mark.parametrize(

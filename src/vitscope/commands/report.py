@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 from vitscope import config, exits, runs
 from vitscope.commands import overrides
 from vitscope.errors import ConfigError, DataError
-from vitscope.reports import cells, drawing, evidence, factor_tables, figures, page, panels, tables, verdicts
+from vitscope.reports import baselines, cells, drawing, evidence, factor_tables, figures, page, panels, tables, verdicts
 from vitscope.reports.cells import Problem, Table
 from vitscope.reports.costs import Costs
 from vitscope.reports.effects import Bench
@@ -59,6 +59,10 @@ def report(cfg: DictConfig) -> Path:
     out = Path(cfg.out)
     found = evidence.collect(_folders(cfg))
     chosen = [] if cfg.table else _panels(cfg, found)
+    lacking: list[Problem] = []
+    if cfg.baselines and not cfg.table:
+        beside, lacking = baselines.panels(found, _analyses(cfg), bool(cfg.allow_different))
+        chosen += beside
     options = config.plain(cfg.plot) or {}
     jobs = [figures.job(panel, out, options.get(panel.analysis), cfg.pdf) for panel in chosen]
     with drawing.drawing(jobs) as finish:
@@ -68,7 +72,7 @@ def report(cfg: DictConfig) -> Path:
     problems = [problem for table in made.values() for problem in table.problems]
     target = out / "tables" / f"{next(iter(made))}.md"
     if not cfg.table:
-        problems += panels.absent(found, _analyses(cfg) or [], cfg.tag)
+        problems += panels.absent(found, _analyses(cfg) or [], cfg.tag) + lacking
         problems += [
             Problem("failed", f"figure {d.panel.name}", d.panel.analysis, d.picture.problem)
             for d in drawn

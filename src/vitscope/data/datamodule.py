@@ -274,9 +274,10 @@ class DataModule(pl.LightningDataModule):
         augmentation = str(self.recipe if augment else self.recipe.plain())
         if augment and self.mixes:
             augmentation += f" + {self.mixing}"
-        data = self.name if self.fraction == 1 else f"{self.name}, {self.fraction:g} of each class"
-        if self.random_labels:
-            data = f"{data}, random labels"
+        data = self.name
+        if split == "train":  # evaluation is on whole splits and true labels, whatever the training was on
+            data += "" if self.fraction == 1 else f", {self.fraction:g} of each class"
+            data += ", random labels" if self.random_labels else ""
         return {
             "data": data,
             "split": split,

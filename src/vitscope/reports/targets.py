@@ -10,6 +10,7 @@ from typing import Protocol
 from vitscope import runs
 from vitscope.plotting import save_figure
 from vitscope.reports import (
+    baselines,
     cells,
     drawing,
     evidence,
@@ -82,6 +83,9 @@ def _figures(target: Target, wanted: Drawing, found: Sequence[Entry], folder: Pa
     tag = target.tags[0] if len(target.tags) == 1 else "all"
     made = panels.panels(found, tag=tag, analyses=[wanted.analysis], allow_different=target.different)
     problems = [str(p) for t in target.tags for p in panels.absent(found, [wanted.analysis], t)]
+    if target.baselines:
+        made, lacking = baselines.panels(found, [wanted.analysis])
+        problems += map(str, lacking)
     suffix = "".join(f"-{value}" for value in wanted.options.values())
     for panel in map(_named, made) if target.different else made:
         picture = drawing.draw(figures.job(replace(panel, name=panel.name + suffix), folder, wanted.options))
