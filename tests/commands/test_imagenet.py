@@ -29,7 +29,9 @@ def wnids() -> list[str]:
 def tree(tmp_path: Path) -> Path:
     """Validation images of three of the 1000 classes: the layout of ImageNet-A, and ImageNet-C's with one type."""
     rng = np.random.default_rng(0)
-    for split in ("imagenet/val", "imagenet-c/weather/fog/3"):
+    (tmp_path / "imagenet-a").mkdir()
+    (tmp_path / "imagenet-a/README.txt").write_text("as it is published: class folders and a text")
+    for split in ("imagenet/val", "imagenet-a", "imagenet-c/weather/fog/3"):
         for name in wnids():
             (tmp_path / split / name).mkdir(parents=True)
             for index in range(2):
@@ -65,14 +67,17 @@ def top(logits: torch.Tensor, labels: torch.Tensor, k: int) -> float:
 def test_top_1_and_top_5_with_timms_preprocessing(call: Callable[..., int], tree: Path, weights: tuple) -> None:
     file, model = weights
     logits, labels = expected_logits(model, tree / "imagenet" / "val")
-    run = [*MODEL, f"data.root={tree}/imagenet", f"ckpt_path={file}", "analysis=[evaluation]"]
+    run = [*MODEL, f"ckpt_path={file}", "analysis=[evaluation]"]
     with pytest.warns(UserWarning, match="images of 3 of the model's 1000 classes"):
-        assert call("analyze", *run, f"run_dir={tree}/all") == 0
-    assert call("analyze", *run, "analysis.evaluation.classes=present", f"run_dir={tree}/present") == 0
+        assert call("analyze", *run, f"data.root={tree}/imagenet", f"run_dir={tree}/all") == 0
+    masking = [*run, f"data.root={tree}/imagenet-a", "analysis.evaluation.classes=present"]
+    assert call("analyze", *masking, f"run_dir={tree}/present") == 0
     everything, masked = (vs.load_results(tree / name)["evaluation"] for name in ("all", "present"))
     (everything,), (masked,) = everything.values(), masked.values()
     assert (everything.accuracy, everything.accuracy_top5) == (top(logits, labels, 1), top(logits, labels, 5))
     assert everything.nll == pytest.approx(torch.nn.functional.cross_entropy(logits, labels).item(), rel=1e-5)
+    logits, labels = expected_logits(model, tree / "imagenet-a")
+    assert masked.n_images == len(labels) == 6
     only = torch.full_like(logits, float("-inf"))
     only[:, list(PRESENT)] = logits[:, list(PRESENT)]
     assert masked.accuracy == top(only, labels, 1)
