@@ -98,7 +98,7 @@ def lightning(model: nn.Module, batches: Iterable[Batch], n: int, mix: Mix, devi
         run = Run(Path(folder))
         cfg = OmegaConf.create({"seed": 0})
         logger = RunLogger(run, Journal(run.journal), Mirror())
-        watching = [SameConfiguration("x"), Checkpoints(init=False), LearningRateMonitor(), PlainProgress()]
+        watching = [SameConfiguration("x"), Checkpoints(init=False), LearningRateMonitor("step"), PlainProgress()]
         trainer = pl.Trainer(
             accelerator="gpu" if device.type == "cuda" else "cpu", devices=1, max_epochs=1, logger=logger,
             precision="bf16-mixed" if half else "32-true", gradient_clip_val=5.0, log_every_n_steps=10,
@@ -239,7 +239,8 @@ def main() -> None:
     parser.add_argument("--pipeline", action="store_true", help="data included, against timm's loader")
     options = parser.parse_args()
     warnings.filterwarnings(
-        "ignore", message=".*(LeafSpec|does not have many workers|smaller than the logging|is an iterable).*"
+        "ignore",
+        message=".*(LeafSpec|does not have many workers|smaller than the logging|is an iterable|val_dataloader).*",
     )
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

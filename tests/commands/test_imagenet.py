@@ -18,7 +18,7 @@ from tests.data.conftest import write_cifar  # noqa: F401  a fixture
 
 PRESENT = (7, 402, 990)
 MODEL = ["model=timm", "model.name=resnet10t.c3_in1k", "data=imagenet", "data.transform=model", "data.num_workers=0",
-         "logger=none", "device=cpu"]  # fmt: skip
+         "device=cpu"]  # fmt: skip
 
 
 def wnids() -> list[str]:

@@ -16,7 +16,7 @@ from tests.models import official
 from vitscope import build, checkpoint, models
 
 EVALUATE = ["data=digits", "analysis=[evaluation]", "analysis.evaluation.probe.n_images=12", "device=cpu"]
-RESNET = ["model=convnet", "model.depth=18", "logger=none"]
+RESNET = ["model=convnet", "model.depth=18"]
 
 
 @pytest.fixture
@@ -64,7 +64,7 @@ def test_a_file_of_another_model_is_one_line(call, file, tmp_path, capsys, comma
     assert call(command, *RESNET, "data=photos", f"ckpt_path={file}", where) == 4
     err = capsys.readouterr().err.strip()
     assert f"error: ckpt_path={file}: fc.weight has shape (10, 512) in the checkpoint, the model needs (16, 512)" in err
-    assert call(command, "model=vit", "model.depth=1", "logger=none", "data=digits", f"ckpt_path={file}", where) == 4
+    assert call(command, "model=vit", "model.depth=1", "data=digits", f"ckpt_path={file}", where) == 4
     assert len(capsys.readouterr().err.strip().splitlines()) == 1
     assert call(command, *RESNET, "data=digits", f"ckpt_path={tmp_path}/none.pth.tar", where) == 4
     assert "no such file" in capsys.readouterr().err
