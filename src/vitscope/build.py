@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -31,7 +30,7 @@ def model(cfg: DictConfig) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(cfg.seed))
         try:
-            network = config.instantiate(cfg.model, "model")
+            network = config.instantiate(_at_own_size(cfg), "model")
         except (OSError, ConnectionError) as error:
             raise DataError("model.pretrained", cfg.model.get("pretrained"), f"weights not fetched ({_first_line(error)})",
                             "connect, or set model.pretrained=false") from error  # fmt: skip
@@ -44,6 +43,13 @@ def model(cfg: DictConfig) -> nn.Module:
             "model._target_", cfg.model._target_, f"gives a {type(network).__name__}", "name an nn.Module"
         )
     return network
+
+
+def _at_own_size(cfg: DictConfig) -> dict[str, Any]:
+    """Return ``cfg.model``, a timm model at the size of its weights where the images take its preprocessing."""
+    node = config.plain(cfg.model)
+    own = (cfg.get("data") or {}).get("transform") == "model" and node.get("_target_") == "vitscope.models.timm_model"
+    return {**node, "image_size": None} if own else node
 
 
 def data(cfg: DictConfig) -> Any:
@@ -112,7 +118,9 @@ def probe(
     soft = next(iter(batches))[1].ndim == 2
     scale = adamw_scale(network, content) if content is not None and cfg.objective.l2 == "adamw" else None
     about = {**datamodule.describe(wanted["split"], augment), "mean": datamodule.mean, "std": datamodule.std,
-             "num_classes": datamodule.num_classes, "seed": seed, **attributes, **(facts or {})}  # fmt: skip
+             "num_classes": datamodule.num_classes, "class_names": datamodule.class_names,
+             "present_classes": datamodule.present_classes(wanted["split"]), "seed": seed,
+             **attributes, **(facts or {})}  # fmt: skip
     # mixup has the smoothing inside its soft targets, clean images have none
     smoothing = float(recipe["label_smoothing"]) if augment and not soft else 0.0
     return Probe(network, batches, objective(cfg, smoothing=smoothing, scale=scale), about=about)
@@ -136,16 +144,22 @@ def load_weights(network: nn.Module, content: Mapping[str, Any], path: Path) -> 
 
     Raises:
         CheckpointError: keys or shapes that do not match, the first of them named.
+
+    A file of the official code or of timm 0.5.4 is known by its key names, see `load_official_state_dict`.
     """
     from vitscope.models import load_official_state_dict
 
     state = checkpoint.model_state(content)
     own = network.state_dict()
     if set(state) != set(own):
-        # neither ours nor the official code's: say below which keys differ
-        with contextlib.suppress(ValueError, KeyError, RuntimeError):
+        try:
             load_official_state_dict(network, state)
             return
+        except ValueError as error:
+            # the official code's names for another size of the model; otherwise say below which keys differ
+            if " has shape " in str(error):
+                fix = "use the model it was made with (model.num_classes, ...)"
+                raise CheckpointError("ckpt_path", path, str(error).rstrip("."), fix) from error
     for name in sorted(set(own) ^ set(state)):
         where = "the checkpoint lacks it" if name in own else "the model has no such weight"
         raise CheckpointError("ckpt_path", path, f"{name}: {where}", "use the model it was made with (model=...)")

@@ -66,6 +66,8 @@ def config_hash(cfg: DictConfig) -> str:
     """Return the hash (16 digits) of what makes a run the experiment that it is; folders and logging left out."""
     resolved = plain(cfg)
     identity = {key: resolved.get(key) for key in IDENTITY}
+    if resolved.get("channels_last"):  # changes the order of sums; a run without it keeps the hash it always had
+        identity["channels_last"] = True
     if isinstance(identity["data"], dict):
         identity["data"] = {k: v for k, v in identity["data"].items() if k not in ("root", "num_workers")}
     if isinstance(identity["trainer"], dict):

@@ -214,6 +214,7 @@ def load_probe(
     content = checkpoint.read(path)
     build.load_weights(model, content, path)
     data = build.data(cfg)
+    data.adapt_to(model)
     size = batch_size or data.eval_batch_size
     wanted = {"split": split, "augment": augment, "n_images": n_images, "batch_size": size}
     facts = {"checkpoint": build.weights_hash(model), "epoch": content.get("epoch")}

@@ -70,12 +70,16 @@ def train(cfg: DictConfig, run: Run | None = None) -> Run:
     """
     config.apply_caps(cfg)
     validate(cfg)
-    done = runs.finished(Path(cfg.paths.runs), config.config_hash(cfg)) if cfg.skip_finished and run is None else None
+    afresh = run is None and _start_file(cfg) is None
+    done = runs.finished(Path(cfg.paths.runs), config.config_hash(cfg)) if cfg.skip_finished and afresh else None
     if done is not None:
         _say(f"{done.path} is a finished run of this configuration; nothing to do")
         return done
     network = build.model(cfg)
     resume = _resume_point(cfg, run)
+    start = resume[1] if resume else _start_file(cfg)
+    if start is not None and resume is None:
+        build.load_weights(network, checkpoint.read(start), start)  # a wrong file is found before there is a run
     data = build.data(cfg)
     data.adapt_to(network)
     data.setup("fit")  # what is missing or broken is found before there is a run
@@ -89,7 +93,7 @@ def train(cfg: DictConfig, run: Run | None = None) -> Run:
     mirror = tracking.start(cfg, run, "train", _say)
     code = 1
     try:
-        _fit(cfg, run, network, data, resume[1] if resume else None, mirror)
+        _fit(cfg, run, network, data, start, mirror)
         code = 0
     except BaseException as error:
         known = exits.explain(error)
@@ -143,6 +147,7 @@ def _classifier(cfg: DictConfig, network: Any, data: Any) -> Classifier:
         mix=data.mixed if data.mixes else None,
         seed=int(cfg.seed),
         compile=bool(cfg.compile),
+        channels_last=bool(cfg.get("channels_last", False)),
     )
 
 
@@ -179,7 +184,7 @@ def _trainer(cfg: DictConfig, run: Run, logger: Any, diagnostics: DiagnosticCall
 
 
 def _resume_point(cfg: DictConfig, run: Run | None) -> tuple[Run, Path] | None:
-    """Return the run to go on with and the checkpoint, or None to start afresh (possibly from a file's weights)."""
+    """Return the run to go on with and the checkpoint, or None for a new run."""
     wanted = cfg.ckpt_path
     if run is None and wanted in ("last", "auto"):
         run = runs.unfinished(Path(cfg.paths.runs), config.config_hash(cfg))
@@ -193,6 +198,11 @@ def _resume_point(cfg: DictConfig, run: Run | None) -> tuple[Run, Path] | None:
             return None
         return run, checkpoint.newest(run.checkpoints)
     return run, Path(wanted)
+
+
+def _start_file(cfg: DictConfig) -> Path | None:
+    """Return the checkpoint file whose weights (or, if it is one of ours, whose training) a new run starts from."""
+    return None if cfg.ckpt_path in (None, "last", "auto") else Path(cfg.ckpt_path)
 
 
 def _new_run(cfg: DictConfig) -> Run:

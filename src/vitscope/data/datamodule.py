@@ -148,6 +148,10 @@ class DataModule(pl.LightningDataModule):
         split = next(iter(self._splits), "test")
         return self.split(split).class_names
 
+    def present_classes(self, split: str) -> tuple[int, ...]:
+        """Return the classes that have images in a split: not all of the 1000 in ImageNet-A and -R."""
+        return tuple(self.split(split).labels.unique().tolist())
+
     @property
     def mixes(self) -> bool:
         """Whether training batches are mixed."""
