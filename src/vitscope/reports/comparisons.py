@@ -194,8 +194,8 @@ def _recipes(groups: Sequence[Runs], chosen: Runs) -> int:
 
 
 def training_nll(bench: Bench) -> Reader:
-    """Return a reader of the loss on training images at the tables' moment."""
-    return train_nll(bench, bench.selection.tag)
+    """Return a reader of the loss on training images at the tables' moment, of the slice where a run has several."""
+    return train_nll(bench, bench.selection.tag, ("loss_slice", "sharpness", "loss_landscape"))
 
 
 def test_error(bench: Bench) -> Reader:
