@@ -104,22 +104,32 @@ class Selection:
 
 
 def of_result(measured: Measured, name: str) -> Value:
-    """Return a result's scalar, or why there is none: it is unknown, not finite, or left out by its definition."""
-    if name not in measured.scalars:
-        why = undefined(measured, name)
-        return Value(None, "", why) if why else Value(None, MISSING, f"{measured.analysis} has no {name}")
-    number = measured.scalars[name]
-    return Value(None, FAILED, "not finite") if number is None or not math.isfinite(number) else Value(number)
+    """Return a result's scalar, or why there is none: it is unknown, not finite, or its definition gives none."""
+    number = measured.scalars.get(name)
+    if number is not None and math.isfinite(number):
+        return Value(number)
+    if why := undefined(measured.measure, measured.scalars, name):
+        return Value(None, "", why)
+    return (
+        Value(None, FAILED, "not finite")
+        if name in measured.scalars
+        else Value(None, MISSING, f"{measured.analysis} has no {name}")
+    )
 
 
-def undefined(measured: Measured, name: str) -> str:
-    """Return in a word why a good result has no such number by definition, or an empty text."""
-    scalars = measured.scalars
-    if measured.measure == "hessian_max_eigenvalue_spectrum" and name == "top1_average_positive_eigenvalue":
-        return "none positive" if "top1_negative_eigenvalue_proportion" in scalars else ""
+def undefined(measure: str, scalars: Mapping[str, float | None], name: str) -> str:
+    """Return in words why a good result has no such number by its definition, or an empty text.
+
+    The mean of the positive eigenvalues where none is positive; a rise of the loss at a radius that is saturated.
+    """
+    if measure == "hessian_max_eigenvalue_spectrum" and name == "average_positive_eigenvalue":
+        shares = [scalars.get(key) for key in ("negative_eigenvalue_proportion", "near_zero_proportion")]
+        return "none positive" if sum(share or 0.0 for share in shares) > 1 - 1e-9 else ""
+    if measure == "hessian_max_eigenvalue_spectrum" and name == "top1_average_positive_eigenvalue":
+        return "none positive" if name not in scalars and "top1_negative_eigenvalue_proportion" in scalars else ""
     quantity, _, radius = name.rpartition("_r")
-    if measured.measure == "sharpness" and quantity in ("rise", "worst_rise"):
-        return "saturated" if f"rise_r{radius}" not in scalars and "nll_center" in scalars else ""
+    if measure == "sharpness" and quantity in ("rise", "worst_rise"):
+        return "saturated" if f"rise_r{radius}" not in scalars and scalars.get("nll_center") is not None else ""
     return ""
 
 
