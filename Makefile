@@ -12,7 +12,7 @@ QUESTIONS := landscape-objective msa-placement sam
 TABLES := table-models table-curvature table-robustness table-buildup table-claims
 PYTEST ?= $(BIN)/pytest
 FUZZ ?= 1000
-BENCH ?= hessian landscape representation data report
+BENCH ?= hessian landscape representation data report sweep
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-slow lint format bench fuzz soak doctor clean reproduce $(QUESTIONS) $(TABLES) sweep sweep-local
