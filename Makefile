@@ -12,7 +12,7 @@ QUESTIONS := landscape-objective msa-placement baselines sam
 TABLES := table-models table-curvature table-robustness table-buildup table-claims
 PYTEST ?= $(BIN)/pytest
 FUZZ ?= 1000
-BENCH ?= hessian landscape representation attention training data report
+BENCH ?= hessian landscape representation attention training data report sweep
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-slow lint format bench fuzz soak doctor clean reproduce $(QUESTIONS) $(TABLES) sweep sweep-local

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 from vitscope.errors import ConfigError
 
@@ -209,6 +209,21 @@ def _bases() -> tuple[type, ...]:
         torch.nn.Module, torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler, pl.Callback, pl.LightningDataModule,
         pl.Trainer, Logger, Profiler, Strategy,
     )  # fmt: skip
+
+
+def drop_unchosen(cfg: DictConfig) -> list[str]:
+    """Take what an experiment sets for diagnostics that were not chosen out of ``cfg.analysis``; return their names."""
+    nodes = cfg.get("analysis") or {}
+    known = options("analysis")
+    unchosen = [
+        str(name)
+        for name in nodes
+        if name in known and OmegaConf.is_dict(nodes[name]) and "_target_" not in nodes[name]
+    ]
+    with open_dict(cfg):
+        for name in unchosen:
+            del nodes[name]
+    return unchosen
 
 
 def apply_caps(cfg: DictConfig) -> None:

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
+from hydra import compose, initialize_config_dir
 
-from vitscope import distributed
+from vitscope import build, config, distributed
 from vitscope.data import DataModule, counter, digits, shapes
 from vitscope.data.arrays import ArrayImages
 from vitscope.data.mix import mix
@@ -69,13 +70,27 @@ def test_an_epoch_has_each_image_once_and_the_next_another_order():
 
 
 @pytest.mark.parametrize("split", ["val", "test"])
-def test_evaluation_is_in_order_and_never_augmented(split):
+def test_evaluation_is_never_augmented_and_its_order_the_same_each_epoch(split):
     data = module(**STRONG)
     loader = data.val_dataloader() if split == "val" else data.test_dataloader()
     x = torch.cat([x for x, _ in loader])
     plain = torch.cat([x for x, _ in module().eval_dataloader(split)])
-    assert torch.equal(x, plain)
-    assert indices(data, x) == list(range(len(data.split(split))))
+    assert indices(data, plain) == list(range(len(data.split(split))))
+    order = indices(data, x)
+    assert sorted(order) == list(range(len(data.split(split))))
+    assert torch.equal(x, plain[order])
+    loader.batch_sampler.set_epoch(1)
+    assert torch.equal(x, torch.cat([x for x, _ in loader]))
+
+
+def test_the_first_batch_of_an_evaluation_stands_for_all_classes():
+    with initialize_config_dir(str(config.folder()), version_base="1.3"):
+        data = build.data(compose("train", overrides=["data=photos"]))
+    data.setup("test")
+    for loader in (data.val_dataloader(), data.test_dataloader()):  # of splits that lie class by class
+        _, y = next(iter(loader))
+        assert len(y) == 256
+        assert len(y.unique()) == 16
 
 
 def test_workers_batch_size_and_seed_of_the_order_do_not_change_an_image():

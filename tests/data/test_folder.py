@@ -164,7 +164,7 @@ def test_the_models_own_preprocessing(tmp_path, write_folder):
     assert (data.mean, data.std) == (config["mean"], config["std"])
     expected = timm.data.create_transform(**config, is_training=False)
     images = data.split("test")
-    x, _ = next(iter(data.test_dataloader()))
+    x, _ = next(iter(data.eval_dataloader("test")))
     with Image.open(images.paths[0]) as image:
         assert torch.equal(x[0], expected(image.convert("RGB")))
 

@@ -68,6 +68,8 @@ def train(cfg: DictConfig, run: Run | None = None) -> Run:
     Raises:
         VitscopeError: with the exit code of its kind.
     """
+    for name in config.drop_unchosen(cfg):
+        _say(f"analysis.{name}: the experiment sets it, but it was not chosen; left out")
     config.apply_caps(cfg)
     validate(cfg)
     afresh = run is None and _start_file(cfg) is None

@@ -183,21 +183,28 @@ class DataModule(pl.LightningDataModule):
 
     def train_dataloader(self) -> Loader:
         """Return the training loader; it starts where `resume_at` said."""
-        self._train_sampler = self._sampler("train", self.batch_size, shuffle=True)
+        self._train_sampler = self._sampler("train", self.batch_size, shuffle=True, drop_last=self.drop_last)
         self._train_sampler.resume_at(*self._position)
         return self._loader("train", self._train_sampler, self.recipe)
 
     def val_dataloader(self) -> Loader:
-        """Return the loader of the validation split: in order, not augmented."""
-        return self.eval_dataloader("val")
+        """Return the loader of the validation split, not augmented.
+
+        In one mixed order, for splits lie class by class: so the first batches (`trainer.limit_val_batches`) stand for all.
+        """
+        return self._mixed_loader("val")
 
     def test_dataloader(self) -> Loader:
-        """Return the loader of the test split: in order, not augmented."""
-        return self.eval_dataloader("test")
+        """Return the loader of the test split, not augmented, in one mixed order as the validation split's."""
+        return self._mixed_loader("test")
 
     def eval_dataloader(self, split: str) -> Loader:
         """Return a loader over any split: in order, not augmented, each image once over all ranks."""
         sampler = self._sampler(split, self.eval_batch_size, shuffle=False)
+        return self._loader(split, sampler, self.recipe.plain())
+
+    def _mixed_loader(self, split: str) -> Loader:
+        sampler = self._sampler(split, self.eval_batch_size, shuffle=True, fixed=True, seed=self.split_seed)
         return self._loader(split, sampler, self.recipe.plain())
 
     def resume_at(self, epoch: int, batch: int) -> None:
@@ -291,16 +298,14 @@ class DataModule(pl.LightningDataModule):
             "split_seed": self.split_seed,
         }
 
-    def _sampler(self, split: str, batch_size: int, *, shuffle: bool) -> BatchSampler:
+    def _sampler(self, split: str, batch_size: int, **options: Any) -> BatchSampler:
         return BatchSampler(
             len(self.split(split)),
             batch_size,
-            shuffle=shuffle,
-            seed=self.seed,
             rank=distributed.rank(),
             world_size=distributed.world_size(),
-            drop_last=shuffle and self.drop_last,
             name=f"{self.name} {split}",
+            **{"seed": self.seed, **options},
         )
 
     def _loader(self, split: str, sampler: BatchSampler, recipe: Recipe) -> Loader:

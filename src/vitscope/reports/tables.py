@@ -109,7 +109,7 @@ def build(
     keep = _in_build_up if name == "buildup" else (lambda entry: entry.trained)
     groups = list(selection.groups(keep).values())
     if name == "buildup":
-        groups.sort(key=lambda runs: (_first(runs).data, sum(_n_msa(_first(runs))), _n_msa(_first(runs))))
+        groups.sort(key=lambda runs: (_first(runs).data, sum(n_msa(_first(runs))), n_msa(_first(runs))))
     columns = [c for c in TABLES[name] if not c.optional or _anyone_has(selection, c)]
     several = len({entry.data for runs in groups for entry in runs.values()}) > 1
     rows: list[tuple[Cell, ...]] = []
@@ -166,7 +166,7 @@ def _heading(name: str, several: bool) -> list[str]:
 
 def _head(name: str, entry: Entry, several: bool) -> list[Cell]:
     texts = [entry.label, *([entry.data] if several else [])]
-    return [Cell(t) for t in (*texts, *([",".join(map(str, _n_msa(entry)))] if name == "buildup" else []))]
+    return [Cell(t) for t in (*texts, *([",".join(map(str, n_msa(entry)))] if name == "buildup" else []))]
 
 
 def _first(runs: Mapping[int, Entry]) -> Entry:
@@ -183,7 +183,8 @@ def _in_build_up(entry: Entry) -> bool:
     return entry.trained and entry.family in ("alternet", "preresnet")
 
 
-def _n_msa(entry: Entry) -> tuple[int, ...]:
+def n_msa(entry: Entry) -> tuple[int, ...]:
+    """Return the number of attention blocks in each stage of an AlterNet or a ResNet."""
     node = entry.config.get("model") or {}
     if entry.family != "alternet":
         return (0, 0, 0, 0)

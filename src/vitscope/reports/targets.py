@@ -99,11 +99,12 @@ def _figures(target: Target, wanted: Drawing, found: Sequence[Entry], folder: Pa
 
 
 def _named(panel: Panel) -> Panel:
-    """Return the panel with its curves named by their objectives, where that tells them apart."""
+    """Return the panel with its curves named by their objectives, where these differ and tell them apart."""
+    recipes = [identity.recipe(curve.entry.config) or "other objective" for curve in panel.curves]
     names = []
-    for curve in panel.curves:
+    for curve, recipe in zip(panel.curves, recipes):
         parts = [p for p in curve.entry.label.split(", ") if p.partition(" ")[0] not in identity.REPEATED]
-        names.append(", ".join([*parts, identity.recipe(curve.entry.config) or "other objective"]))
+        names.append(", ".join([*parts, recipe] if len(set(recipes)) > 1 else parts))
     if len(set(names)) < len(names):
         return panel
     return replace(panel, curves=tuple(replace(c, label=name) for c, name in zip(panel.curves, names)))
@@ -121,14 +122,14 @@ def _relation(target: Target, relation: Relation, found: Sequence[Entry], folder
 
 
 def _table(target: Target, found: Sequence[Entry], folder: Path, kept: Path) -> list[str]:
-    selection, costs = Selection(found), Costs(kept)
+    costs = Costs(kept)
     table: Table
     if target.table == "factors":
         return _factors(target, selection, folder)
     if target.table == "claims":
-        table = verdicts.table(verdicts.judge(Bench(selection, costs)))
+        table = verdicts.table(verdicts.judge(Bench(Selection(found, any_size=True), costs)))
     else:
-        table = tables.build(str(target.table), selection, costs)
+        table = tables.build(str(target.table), Selection(found), costs)
     costs.save()
     cells.write(table, folder)
     print(cells.markdown(table), end="")

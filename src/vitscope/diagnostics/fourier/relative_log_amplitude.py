@@ -70,10 +70,14 @@ class RelativeLogAmplitudeResult:
     card: ObjectiveCard | None = None
 
     def scalars(self) -> dict[str, float]:
-        """Return the last tap's values, and the mean change across the units of each kind where it is defined."""
+        """Return the last tap's values, and the mean change across the units of each kind where it is defined.
+
+        The last tap is the last whose map has a frequency above 0: one of 2x2 (the end of a small Swin or PiT) has none.
+        """
+        last = max((i for i, bins in enumerate(self.normalized_frequency) if len(bins) > 1), default=-1)
         values = {
-            "high_frequency_last": float(self.high_frequency[-1]),
-            "ac_high_share_last": float(self.ac_high_share[-1]),
+            "high_frequency_last": float(self.high_frequency[last]),
+            "ac_high_share_last": float(self.ac_high_share[last]),
         }
         for kind in dict.fromkeys(self.kinds):
             change = self.high_frequency_change[np.array(self.kinds) == kind]
