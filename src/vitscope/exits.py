@@ -174,7 +174,8 @@ def _log(text: str) -> None:
 
 def _install() -> None:
     for signum in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGINT):
-        signal.signal(signum, _handle)
+        if signum != signal.SIGHUP or signal.getsignal(signum) != signal.SIG_IGN:  # ignored: started under nohup
+            signal.signal(signum, _handle)
 
 
 def _handle(signum: int, frame: FrameType | None) -> None:

@@ -13,6 +13,9 @@ from torch import nn
 from vitscope import config, schedule
 from vitscope.errors import ConfigError, DataError
 
+#: what a callee raises for a value that its signature does not tell from a good one
+REFUSALS = (TypeError, ValueError, RuntimeError, KeyError, AttributeError)
+
 
 def rehearse(cfg: DictConfig, network: nn.Module, data: Any) -> None:
     """Build the trainer, callbacks, optimizer, schedule and loaders of a training, and send two images through the network.
@@ -45,12 +48,7 @@ def rehearse(cfg: DictConfig, network: nn.Module, data: Any) -> None:
 def _built(node: Any, path: str, **supplied: Any) -> Any:
     try:
         return config.instantiate(node, path, **supplied)
-    except (
-        TypeError,
-        RuntimeError,
-        KeyError,
-        AttributeError,
-    ) as error:  # of a value that the signature did not tell from a good one
+    except REFUSALS as error:
         raise ConfigError(path, None, _first_line(error), "correct its values") from error
 
 
@@ -68,12 +66,12 @@ def _optimizer(node: dict[str, Any]) -> None:
 
     try:
         make([weight]).step(loss)
-    except (TypeError, ValueError, RuntimeError, NotImplementedError) as error:
+    except REFUSALS as error:
         raise ConfigError("optimizer", None, _first_line(error), "correct its values") from error
     try:
         for step in (0, 99):
             schedule.factor(step, steps_per_epoch=10, total_epochs=10, **options)
-    except (TypeError, ValueError) as error:
+    except REFUSALS as error:
         raise ConfigError("optimizer.schedule", None, _first_line(error), "correct its values") from error
 
 

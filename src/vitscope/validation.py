@@ -93,10 +93,9 @@ def _resolved(cfg: DictConfig) -> dict[str, Any]:
 
 def _check_roots(tree: Mapping[str, Any], *, whole: bool) -> None:
     """Check the keys outside groups, and that every group is there and is one."""
-    groups, keys = _roots("train")
-    if not {"trainer", "optimizer"} & set(tree):
-        groups, keys = _roots("analyze")
-    groups, keys = groups | {"optimizer"}, {**keys, "run": {str, type(None)}}
+    groups, keys = _roots("analyze" if {"device", "reuse"} & set(tree) else "train")
+    needed = groups - {"profile", "experiment", "caps", "logger"}
+    groups = groups | {"optimizer"}  # analyze.py takes it over from the run
     for key, value in tree.items():
         if key not in keys and key not in groups:
             raise ConfigError(key, _shown(value), "no such key", config.nearest(str(key), groups | set(keys)))
@@ -107,8 +106,7 @@ def _check_roots(tree: Mapping[str, Any], *, whole: bool) -> None:
     for key in sorted(keys) if whole else ():
         if key not in tree:
             raise ConfigError(key, None, "is missing", "do not remove it")
-    optional = {"profile", "experiment", "caps", "logger"} | ({"optimizer"} if "trainer" not in groups else set())
-    for group in sorted(groups - optional - {key for key, value in tree.items() if isinstance(value, Mapping)}):
+    for group in sorted(needed - {key for key, value in tree.items() if isinstance(value, Mapping)}):
         raise ConfigError(group, None, "is missing", f"choose one of {', '.join(config.options(group))}")
 
 

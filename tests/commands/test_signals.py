@@ -26,6 +26,7 @@ CODES = {signal.SIGTERM: 143, signal.SIGHUP: 143, signal.SIGUSR1: 143, signal.SI
 @pytest.fixture(autouse=True)
 def handlers() -> Iterator[None]:
     kept = {signum: signal.getsignal(signum) for signum in CODES}
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # these tests may run under nohup
     yield
     for signum, handler in kept.items():
         signal.signal(signum, handler)
@@ -55,6 +56,36 @@ def test_every_signal_saves_and_has_its_code(call, tiny, tmp_path, monkeypatch, 
     facts = json.loads((run / "provenance.json").read_text())
     assert (facts["status"], facts["exit_code"]) == ("stopped", CODES[signum])
     assert told == ["preempting", CODES[signum]]
+
+
+def test_nohup_is_respected() -> None:
+    """A terminal that closes does not end what was started so that it would not; the scheduler's signals still do."""
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+    def command() -> None:
+        os.kill(os.getpid(), signal.SIGHUP)
+        interrupt.check()
+        os.kill(os.getpid(), signal.SIGUSR1)
+        interrupt.check()
+
+    assert exits.code_of(command) == 143
+    assert interrupt.requested() == signal.SIGUSR1
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("place", ["training_step", "validation_step", "test_step"])
+def test_a_training_without_checkpoints_stops_too(call, tiny, tmp_path, monkeypatch, capsys, place, signum) -> None:
+    step = getattr(Classifier, place)
+
+    def signalled(self: Classifier, *args: object) -> object:
+        os.kill(os.getpid(), signum)
+        return step(self, *args)
+
+    monkeypatch.setattr(Classifier, place, signalled)
+    assert call("train", *tiny, "analysis=[]", "callbacks=[]") == CODES[signum]
+    err = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("epoch ")]
+    assert err == [f"stopped by {signal.Signals(signum).name}"]  # there is nothing to go on from
+    assert len(losses(only_run(tmp_path))) == (0 if place == "training_step" else 4)
 
 
 def test_a_second_interrupt_ends_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
