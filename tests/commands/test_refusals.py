@@ -27,7 +27,7 @@ def one_line(capsys: pytest.CaptureFixture[str]) -> str:
     ("arguments", "text"),
     [
         (["optimizer.betas=[2,2]"], "error: optimizer: Invalid beta"),
-        (["optimizer.betas=[0.9]"], "error: optimizer: "),
+        (["optimizer.betas=[0.9]"], "error: optimizer.betas"),
         (["optimizer.eps=-1"], "error: optimizer: Invalid epsilon"),
         (["optimizer._target_=torch.optim.Optimizer", "~optimizer.betas", "~optimizer.eps"], "error: optimizer"),
         (

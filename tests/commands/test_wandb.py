@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import wandb
 
 from tests.commands.test_train import losses, only_run, pytestmark  # noqa: F401 (the same libraries warn)
 from tests.wandb_server import Server
@@ -16,6 +17,14 @@ from vitscope import tracking
 from vitscope.classifier import Classifier
 
 ONLINE = ["logger=wandb", "analysis=[]", "test=false", "trainer.limit_train_batches=6"]
+
+
+@pytest.fixture(autouse=True)
+def afresh() -> Iterator[None]:
+    """W&B reads the environment once a process: these tests change it."""
+    wandb.teardown()
+    yield
+    wandb.teardown()
 
 
 @pytest.fixture

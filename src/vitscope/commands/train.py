@@ -128,7 +128,7 @@ def _fit(cfg: DictConfig, run: Run, network: Any, data: Any, ckpt: Path | None, 
             trainer.test(module, datamodule=data, verbose=False)
     except BaseException as error:
         end_others(trainer)
-        if ckpt is not None and not diagnostics.started and isinstance(error, Exception) and not exits.explain(error):
+        if ckpt is not None and not diagnostics.started and _is_defect(error):  # it was being restored
             why = f"cannot be gone on from ({type(error).__name__}: {' '.join(str(error).split())[:160]})"
             fix = "use the model, optimizer and callbacks it was made with"
             raise CheckpointError("ckpt_path", ckpt, why, fix) from error
@@ -139,6 +139,10 @@ def _fit(cfg: DictConfig, run: Run, network: Any, data: Any, ckpt: Path | None, 
         values = last_values(run.journal)
         mirror.summary({k: v for k, v in values.items() if isinstance(v, int | float)})
         print_headline(run, values, mirror)
+
+
+def _is_defect(error: BaseException) -> bool:
+    return isinstance(error, Exception) and not isinstance(error, Interrupted) and exits.explain(error) is None
 
 
 def _classifier(cfg: DictConfig, network: Any, data: Any) -> Classifier:
