@@ -8,6 +8,7 @@ in one folder).
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import random
@@ -138,9 +139,19 @@ def runs(folder: Path, n: int = 200) -> str:
     assert len(facts) == n
     assert all(fact["status"] == "finished" for fact in facts)
     assert len({fact["wandb_id"] for fact in facts}) == n, "runs merged in W&B"
-    tenth, last = samples[n // 10], samples[-1]
-    return (f"{n} offline runs in {time.perf_counter() - started:.0f} s, every one finished under an id of its own; resident "
-            f"{tenth[0]:.0f} -> {last[0]:.0f} MiB, open files {tenth[1]} -> {last[1]} (a tenth in, end)")  # fmt: skip
+    seconds = time.perf_counter() - started
+    tenth, half, last = samples[n // 10], samples[n // 2], samples[-1]
+    return (f"{n} offline runs in {seconds:.0f} s, every one finished under an id of its own; resident {tenth[0]:.0f} -> "
+            f"{half[0]:.0f} -> {last[0]:.0f} MiB, most {max(s[0] for s in samples):.0f}, open files {tenth[1]} -> {half[1]} -> "
+            f"{last[1]} (a tenth in, half way, end); trainers still there {alive()}")  # fmt: skip
+
+
+def alive() -> int:
+    """Return how many trainers of this process are still there after a collection; the last run's may be."""
+    from pytorch_lightning import Trainer
+
+    gc.collect()
+    return sum(isinstance(found, Trainer) for found in gc.get_objects())
 
 
 def _train(folder: Path, *arguments: str) -> None:

@@ -7,10 +7,12 @@ configuration, history rows and exit code. Nothing is stored on disk, uploads ar
 from __future__ import annotations
 
 import base64
+import contextlib
 import gzip
 import itertools
 import json
 import re
+import socket
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -71,6 +73,7 @@ class Server(ThreadingHTTPServer):
         self.sweeps: dict[str, ServerSweep] = {}
         self.agents: dict[str, str] = {}
         self.unknown: list[str] = []
+        self.connections: list[socket.socket] = []
 
     @property
     def environment(self) -> dict[str, str]:
@@ -79,6 +82,20 @@ class Server(ThreadingHTTPServer):
             "WANDB_BASE_URL": self.url, "WANDB_API_KEY": "0" * 40, "WANDB_ENTITY": ENTITY, "WANDB_PROJECT": PROJECT,
             "WANDB_MODE": "online", "WANDB_ERROR_REPORTING": "false", "WANDB_X_DISABLE_STATS": "true",
         }  # fmt: skip
+
+    def get_request(self) -> tuple[socket.socket, Any]:
+        """Remember the connection: a client keeps it, and would be answered after the server is gone."""
+        accepted = super().get_request()
+        self.connections.append(accepted[0])
+        return accepted
+
+    def vanish(self) -> None:
+        """Go away in the middle, connections and all."""
+        self.shutdown()
+        self.server_close()
+        for connection in self.connections:
+            with contextlib.suppress(OSError):  # closed already
+                connection.shutdown(socket.SHUT_RDWR)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Stay quiet: clients cut idle connections when they end."""

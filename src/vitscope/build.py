@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
 from vitscope import checkpoint, config
-from vitscope.errors import CheckpointError, ConfigError, DataError
+from vitscope.errors import CheckpointError, ConfigError, DataError, VitscopeError
 from vitscope.objective import Objective
 from vitscope.probe import Probe
 
@@ -34,7 +34,9 @@ def model(cfg: DictConfig) -> nn.Module:
         except (OSError, ConnectionError) as error:
             raise DataError("model.pretrained", cfg.model.get("pretrained"), f"weights not fetched ({_first_line(error)})",
                             "connect, or set model.pretrained=false") from error  # fmt: skip
-        except RuntimeError as error:
+        except VitscopeError:
+            raise
+        except Exception as error:  # of values that the signature did not tell from good ones
             if not cfg.model.get("pretrained"):
                 raise ConfigError("model", cfg.model.get("name"), _first_line(error), "check its keys") from error
             raise DataError("model.pretrained", True, _first_line(error), "set model.pretrained=false") from error
@@ -167,22 +169,33 @@ def load_weights(network: nn.Module, content: Mapping[str, Any], path: Path) -> 
         if tensor.shape != state[name].shape:
             raise CheckpointError("ckpt_path", path, f"{name} is {tuple(state[name].shape)} there and {tuple(tensor.shape)} here",
                                   "use the model it was made with (model.num_classes, ...)")  # fmt: skip
-    network.load_state_dict(state)
+    try:
+        network.load_state_dict(state)
+    except RuntimeError as error:  # kinds of tensors that do not go into weights
+        raise CheckpointError("ckpt_path", path, _first_line(error), "use the model it was made with") from None
 
 
 def adamw_scale(network: nn.Module, content: Mapping[str, Any]) -> dict[str, Tensor] | None:
-    """Return sqrt(v) + eps of each parameter by name from a checkpoint's AdamW state, v corrected for its bias."""
-    states = content.get("optimizer_states") or []
-    if not states or not states[0].get("state"):
-        return None
-    group = states[0]["param_groups"][0]
-    if "betas" not in group:
-        return None
-    named = [name for name, p in network.named_parameters() if p.requires_grad]
-    scale = {}
-    for name, moments in zip(named, (states[0]["state"][i] for i in sorted(states[0]["state"]))):
-        corrected = moments["exp_avg_sq"] / (1 - group["betas"][1] ** float(moments["step"]))
-        scale[name] = corrected.sqrt() + group["eps"]
+    """Return sqrt(v) + eps of each parameter by name from a checkpoint's AdamW state, v corrected for its bias.
+
+    Raises:
+        CheckpointError: the state is not one that AdamW writes.
+    """
+    try:
+        states = content.get("optimizer_states") or []
+        if not states or not states[0].get("state"):
+            return None
+        group = states[0]["param_groups"][0]
+        if "betas" not in group:
+            return None
+        named = [name for name, p in network.named_parameters() if p.requires_grad]
+        scale = {}
+        for name, moments in zip(named, (states[0]["state"][i] for i in sorted(states[0]["state"]))):
+            corrected = moments["exp_avg_sq"] / (1 - group["betas"][1] ** float(moments["step"]))
+            scale[name] = corrected.sqrt() + group["eps"]
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+        why = f"its optimizer state is damaged ({type(error).__name__}: {_first_line(error)})"
+        raise CheckpointError("ckpt_path", None, why, "use another checkpoint, or objective.l2=half_sq") from None
     return scale
 
 

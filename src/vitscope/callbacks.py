@@ -35,10 +35,16 @@ class DiagnosticCallback(Callback):
     def __init__(self, cfg: DictConfig, chosen: Sequence[Analysis], run: Run, mirror: Mirror) -> None:
         self.cfg, self.chosen, self.run, self.mirror = cfg, list(chosen), run, mirror
         self.results: dict[str, Any] = {}
+        self.started = False
         self._ended = False
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Nothing is measured before a checkpoint is restored."""
+        self.started = stage != "fit"
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure the initial network; going on from the end of an epoch, what a stop left unmeasured there."""
+        self.started = True
         if trainer.global_step == 0:
             self._perform([a for a in self.chosen if a.due_at_start], trainer, pl_module, "init", None)
             return
@@ -103,7 +109,9 @@ class Checkpoints(Callback):
         if mode not in ("min", "max"):
             raise ValueError(f"Expected mode to be 'min' or 'max', received {mode!r}.")
         if isinstance(snapshots, str) and snapshots != "log":
-            raise ValueError(f"Expected snapshots to be 'log' or a list of epochs, received {snapshots!r}.")
+            raise ValueError(f"Expected snapshots to be 'log', a list of epochs or None, received {snapshots!r}.")
+        if snapshots is not None and any(not isinstance(s, str) and s < 0 for s in snapshots):
+            raise ValueError(f"Expected epochs counted from 0 in snapshots, received {list(snapshots)!r}.")
         self.monitor, self.mode, self.every_n_epochs = monitor, mode, every_n_epochs
         self.snapshots, self.warmup_epochs, self.init = snapshots, warmup_epochs, init
         self.best: float | None = None
@@ -192,6 +200,23 @@ class Checkpoints(Callback):
         if self.snapshots == "log":  # after 1, 2, 4, ... epochs, and the last
             return (epoch + 1) & epoch == 0 or epoch + 1 == trainer.max_epochs
         return epoch in self.snapshots
+
+
+class StopsWithoutSaving(Callback):
+    """Stops where a signal asks for it in a training that keeps no checkpoints."""
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """Stop after a step, on all ranks at the same one."""
+        if signum := _agreed_signal(pl_module):
+            raise Interrupted(signum)
+
+    def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """Stop during a validation."""
+        self.on_train_batch_end(trainer, pl_module)
+
+    def on_test_batch_end(self, *_: Any, **__: Any) -> None:
+        """Stop during the test."""
+        interrupt.check()
 
 
 class SameConfiguration(Callback):

@@ -6,11 +6,12 @@ A file that the manifest does not vouch for is not resumed from. Reading never e
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
-import pickle
 import warnings
+from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -71,8 +72,11 @@ def write(checkpoint: Mapping[str, Any], path: Path) -> None:
         os.replace(temporary, path)
         _sync_folder(path.parent)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
-        temporary.unlink(missing_ok=True)
-        why = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        with contextlib.suppress(OSError):  # where the folder is none, there is nothing to remove
+            temporary.unlink(missing_ok=True)
+        # while torch closes its archive after the system's refusal, it raises one of its own
+        cause = error.__context__ if isinstance(error.__context__, OSError) else error
+        why = getattr(cause, "strerror", None) or str(cause).splitlines()[0]
         raise StorageError(
             "paths.runs", path, f"checkpoint not written ({why})", "free space or choose another folder"
         ) from None
@@ -96,8 +100,7 @@ def read(path: Path, *, verify: bool = True) -> dict[str, Any]:
     kept = {key: os.environ.pop(key) for key in _FORCED if key in os.environ}
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, TypeError, OSError, AttributeError,
-            ImportError, IndexError, AssertionError, UnicodeDecodeError, OverflowError, MemoryError) as error:  # fmt: skip
+    except Exception as error:  # bytes that are no checkpoint make the readers of archives and pickles raise anything
         why = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(
             "ckpt_path", path, f"not a safe checkpoint ({why[:160]})", "use another checkpoint"
@@ -136,12 +139,22 @@ def verified(path: Path) -> bool:
 
 
 def manifest(folder: Path) -> dict[str, Any]:
-    """Return the manifest's entries by file name; empty where it is missing or unreadable."""
+    """Return the manifest's entries by file name; empty where it is missing or unreadable.
+
+    Entries that `write` cannot have made (they may come from a stranger) are left out: names that lead elsewhere, sizes or
+    hashes that are none.
+    """
     try:
         entries = json.loads((folder / MANIFEST).read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
-    return entries if isinstance(entries, dict) else {}
+    entries = entries if isinstance(entries, dict) else {}
+    return {name: entry for name, entry in entries.items() if name == Path(name).name and _is_entry(entry)}
+
+
+def _is_entry(entry: Any) -> bool:
+    kinds = {"sha256": str, "bytes": int, "epoch": int, "global_step": int}
+    return isinstance(entry, dict) and all(type(entry.get(key)) is kind for key, kind in kinds.items())
 
 
 def sha256(path: Path) -> str:
@@ -171,6 +184,23 @@ def model_state(content: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     return state
 
 
+def facts(content: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """Return what a training of ours noted in its checkpoint (``epoch, batch, batch_size, ...``); empty for other files.
+
+    Raises:
+        CheckpointError: the note is not one that `write` was given.
+    """
+    noted = content.get("vitscope", {})
+    plain = isinstance(noted, dict) and all(type(value) in (int, str) for value in noted.values())
+    if not plain or type(content.get("global_step", 0)) is not int:
+        raise CheckpointError(
+            "ckpt_path", path, "its note of where training stood is damaged", "use another checkpoint"
+        )
+    if noted and not all(type(noted.get(key)) is int and noted[key] >= 0 for key in ("epoch", "batch")):
+        raise CheckpointError("ckpt_path", path, "it does not say where training stood", "use another checkpoint")
+    return noted
+
+
 def _write_manifest(folder: Path, entries: Mapping[str, Any]) -> None:
     write_atomically(folder / MANIFEST, json.dumps(entries, indent=1).encode())
 
@@ -184,9 +214,14 @@ def _sync_folder(folder: Path) -> None:
 
 
 def _check_plain(value: Any, place: str) -> None:
-    if isinstance(value, dict):
+    if type(value) in (dict, OrderedDict):
         for key, item in value.items():
-            if not isinstance(key, str | int | float | bool):
+            if type(key) not in (
+                str,
+                int,
+                float,
+                bool,
+            ):  # a number of numpy's is an instance of float and is not read back
                 raise CheckpointError(place, repr(key), f"a key of type {type(key).__name__}", "use text or numbers")
             _check_plain(item, f"{place}.{key}")
     elif type(value) in (list, tuple, set):

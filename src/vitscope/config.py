@@ -1,29 +1,27 @@
 """The composed configuration: where it lives, what it may name, its hash, and the upper bounds of `caps`.
 
-Checks of values are in `validation.py`. A configuration can come from a stranger together with a checkpoint, so that a
-``_target_`` may only name what is meant to be configured; the resolved object is judged, not its spelling.
+Checks of values are in `validation.py`, what a ``_target_`` may name is in `trust.py`.
 """
 
 from __future__ import annotations
 
 import copy
-import difflib
 import functools
 import hashlib
-import importlib
-import inspect
 import json
-import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from vitscope.errors import ConfigError
+from vitscope.errors import ConfigError, nearest
+from vitscope.trust import PACKAGES, check_role, check_target, resolve
 
-#: packages from which a `_target_` may come, before its kind is judged
-PACKAGES = ("vitscope", "torch.nn", "torch.optim", "torchvision", "timm", "torchmetrics", "pytorch_lightning")
+__all__ = [
+    "PACKAGES", "RESERVED", "apply_caps", "check_role", "check_target", "config_hash", "digest", "folder", "instantiate",
+    "nearest", "options", "plain", "refused", "resolve", "targets",
+]  # fmt: skip
 
 #: what decides whether two runs are the same experiment
 IDENTITY = ("model", "data", "objective", "optimizer", "trainer", "callbacks", "compile", "seed")
@@ -42,13 +40,6 @@ def folder() -> Path:
 def options(group: str) -> list[str]:
     """Return the names that ``group=<name>`` accepts."""
     return sorted(file.stem for file in (folder() / group).glob("*.yaml"))
-
-
-def nearest(name: str, names: Iterable[str]) -> str:
-    """Return a few words that lead from a wrong name to the right ones."""
-    names = sorted(names)
-    close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
-    return f"did you mean {' or '.join(close)}?" if close else f"choose from {', '.join(names[:40])}"
 
 
 def plain(node: Any) -> Any:
@@ -102,7 +93,7 @@ def instantiate(node: Any, path: str, *, drop: Iterable[str] = (), **arguments: 
     """
     tree = plain(node)
     for place, inner in targets(tree, path):
-        resolve(inner["_target_"], place)
+        check_target(inner, place)
     return _build({k: v for k, v in tree.items() if k not in set(drop)}, path, arguments)
 
 
@@ -120,95 +111,19 @@ def _build(node: Any, path: str, arguments: Mapping[str, Any]) -> Any:
         return functools.partial(target, **keywords)
     try:
         return target(**keywords)
-    except (TypeError, ValueError) as error:
-        if not _raised_at_call(error):
+    except Exception as error:
+        if not refused(error):
             raise
         raise ConfigError(path, None, str(error).rstrip("."), f"see the arguments of {node['_target_']}") from error
 
 
-def _raised_at_call(error: Exception) -> bool:
-    # a refusal by the callee (or by what it delegates to) is the user's to mend; both kinds are raised on purpose there
-    return isinstance(error, ValueError) or "argument" in str(error)
+def refused(error: Exception) -> bool:
+    """Tell whether a callee refused its arguments, which is the user's to mend: such errors are raised on purpose there."""
+    from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
-
-def resolve(target: Any, path: str) -> Callable[..., Any]:
-    """Return the object that a dotted ``_target_`` names, if it is meant to be configured.
-
-    Raises:
-        ConfigError: unknown, or not a model, optimizer, data set, metric, callback, logger or measure.
-    """
-    key = f"{path}._target_"
-    if not isinstance(target, str) or not all(part.isidentifier() for part in target.split(".")):
-        raise ConfigError(key, target, "not a dotted name", "name a callable such as vitscope.models.vit")
-    trusted = {name for name in os.environ.get("VITSCOPE_TRUST", "").split(",") if name}
-    top = target.partition(".")[0]
-    if top not in {p.partition(".")[0] for p in PACKAGES} | trusted:
-        raise ConfigError(key, target, "its package is not trusted", f"set VITSCOPE_TRUST={top} if it is your own")
-    found = _locate(target, key)
-    module = getattr(found, "__module__", None) or ""
-    if not callable(found) or inspect.ismodule(found):
-        raise ConfigError(key, target, f"a {type(found).__name__}, not a callable", "name a class or a function")
-    if module.partition(".")[0] in trusted or _configurable(found, module):
-        return found
-    raise ConfigError(key, target, f"{module}.{getattr(found, '__qualname__', '?')} is not meant to be configured",
-                      "name a model, optimizer, data set, metric, callback or measure")  # fmt: skip
-
-
-def _locate(target: str, key: str) -> Any:
-    parts = target.split(".")
-    try:
-        found: Any = importlib.import_module(parts[0])
-        for index, part in enumerate(parts[1:], start=2):
-            if part.startswith("_"):
-                raise ConfigError(key, target, "a private name", "name something public")
-            if not hasattr(found, part):
-                importlib.import_module(".".join(parts[:index]))
-            found = getattr(found, part)
-    except (ImportError, AttributeError):
-        raise ConfigError(key, target, "no such name", _suggest(parts)) from None
-    return found
-
-
-def _suggest(parts: list[str]) -> str:
-    try:
-        parent = importlib.import_module(".".join(parts[:-1]))
-    except ImportError:
-        return "check the spelling"
-    return nearest(parts[-1], (name for name in dir(parent) if not name.startswith("_")))
-
-
-def _configurable(found: Any, module: str) -> bool:
-    if not any(module == package or module.startswith(f"{package}.") for package in PACKAGES):
-        return False
-    name = getattr(found, "__qualname__", "_")
-    if "." in name or name.startswith("_"):
-        return False
-    if inspect.isclass(found):
-        return issubclass(found, _bases())
-    if not inspect.isfunction(found):
-        return False
-    import timm
-    import torchvision
-
-    if module.startswith("vitscope."):
-        return module.startswith(("vitscope.models.", "vitscope.data.", "vitscope.diagnostics."))
-    if module.startswith("timm.models."):
-        return timm.is_model(name)
-    return module.startswith("torchvision.models.") and name in torchvision.models.list_models()
-
-
-@functools.cache
-def _bases() -> tuple[type, ...]:
-    import pytorch_lightning as pl
-    import torch
-    from pytorch_lightning.loggers import Logger
-    from pytorch_lightning.profilers import Profiler
-    from pytorch_lightning.strategies import Strategy
-
-    return (
-        torch.nn.Module, torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler, pl.Callback, pl.LightningDataModule,
-        pl.Trainer, Logger, Profiler, Strategy,
-    )  # fmt: skip
+    return isinstance(error, ValueError | MisconfigurationException) or (
+        isinstance(error, TypeError) and "argument" in str(error)
+    )
 
 
 def drop_unchosen(cfg: DictConfig) -> list[str]:
@@ -231,22 +146,34 @@ def apply_caps(cfg: DictConfig) -> None:
 
     ``epochs``, ``steps`` (an epoch) and ``eval_batches`` bound the trainer; every other name bounds the key of that
     name wherever it stands in ``analysis``.
+
+    Raises:
+        ConfigError: a bound that is none.
     """
-    caps = dict(cfg.get("caps") or {})
+    caps = {name: bound for name, bound in dict(cfg.get("caps") or {}).items() if bound is not None}
+    for name, bound in caps.items():
+        if isinstance(bound, bool) or not isinstance(bound, int | float) or not bound >= 1:
+            raise ConfigError(f"caps.{name}", bound, "not a number of at least 1", "give one, or null for no bound")
     trainer = cfg.get("trainer") or {}
     bound = caps.pop("epochs", None)
     if bound is not None and "max_epochs" in trainer:
         value = trainer["max_epochs"]
-        trainer["max_epochs"] = bound if value is None or value < 0 else min(value, bound)
+        if value is None or (isinstance(value, int) and (value == -1 or value > bound)):  # other kinds validate refuses
+            trainer["max_epochs"] = bound
     # steps an epoch rather than in all: an epoch that max_steps cuts short would not be validated
     limits = {"steps": ("limit_train_batches",), "eval_batches": ("limit_val_batches", "limit_test_batches")}
     for cap, keys in limits.items():
         bound = caps.pop(cap, None)
         for key in keys if bound is not None else ():
-            if key in trainer and (not isinstance(trainer[key], int) or trainer[key] > bound):
+            if key in trainer and _exceeds(trainer[key], bound):
                 trainer[key] = bound
     if cfg.get("analysis"):
         _cap(cfg.analysis, caps)
+
+
+def _exceeds(limit: Any, bound: float) -> bool:
+    """Tell whether a limit of batches lies above a bound; a share of them always may."""
+    return limit is None or (isinstance(limit, float) and 0 < limit <= 1) or (type(limit) is int and limit > bound)
 
 
 def _cap(node: Any, caps: Mapping[str, Any]) -> None:

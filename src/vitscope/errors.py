@@ -6,7 +6,11 @@ A command that catches a `VitscopeError` prints `error: <str(error)>` on stderr 
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
 from typing import ClassVar
+
+from vitscope import secrecy
 
 
 class VitscopeError(Exception):
@@ -34,8 +38,9 @@ class VitscopeError(Exception):
 
     def __str__(self) -> str:
         """Return the one line a user sees."""
-        subject = self.key if self.value is None else f"{self.key}={self.value}"
-        return " ".join(f"{subject}: {self.why}; {self.fix}".split())
+        value = secrecy.REDACTED if secrecy.is_secret(self.key) else self.value
+        subject = self.key if self.value is None else f"{self.key}={value}"
+        return secrecy.masked(" ".join(f"{subject}: {self.why}; {self.fix}".split()))
 
 
 class ConfigError(VitscopeError):
@@ -72,3 +77,10 @@ class DistributedError(VitscopeError):
     """A rank that failed, hung or disagrees (exit code 7)."""
 
     exit_code = 7
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """Return a few words that lead from a wrong name to the right ones."""
+    names = sorted(names)
+    close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+    return f"did you mean {' or '.join(close)}?" if close else f"choose from {', '.join(names[:40])}"

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import gc
 import os
 import signal
 import sys
@@ -29,14 +30,24 @@ from types import FrameType
 
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf.errors import OmegaConfBaseException
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
-from vitscope import config, interrupt
+from vitscope import checkpoint, config, interrupt, secrecy
 from vitscope.errors import ConfigError, DistributedError, StorageError, VitscopeError
 from vitscope.interrupt import Interrupted
 from vitscope.runs import Run
 
 INTERRUPTED, TERMINATED = 130, 143
-_STORAGE = (errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EACCES, errno.EIO)
+_STORAGE = (
+    errno.ENOSPC,
+    errno.EROFS,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EACCES,
+    errno.EIO,
+    errno.ENOTDIR,
+    errno.ENAMETOOLONG,
+)
 _OURS = "VITSCOPE_SET_HYDRA_FULL_ERROR"
 _current: Run | None = None
 
@@ -55,6 +66,8 @@ def run(command: Callable[[], None]) -> None:
 def code_of(command: Callable[[], None]) -> int:
     """Run a command; return its exit code after printing the one line that an error gets."""
     global _current
+    if _current is not None:
+        gc.collect()  # trainer, module and callbacks refer to each other: the last run's memory would wait for a chance
     _current = None
     interrupt.clear()
     _install()
@@ -84,6 +97,8 @@ def explain(error: BaseException) -> VitscopeError | None:
         return _missing(error)
     if isinstance(error, HydraException | OmegaConfBaseException):
         return _refused(error)
+    if isinstance(error, MisconfigurationException):
+        return ConfigError("trainer", None, _first_line(error).rstrip("."), "correct its options")
     if isinstance(error, ValueError) and "Config group override must be" in str(error):
         return ConfigError("config", None, "a group was given a value that is no name", "choose a name; see --help")
     if isinstance(error, OSError) and error.errno in _STORAGE:
@@ -94,6 +109,29 @@ def explain(error: BaseException) -> VitscopeError | None:
         )  # after the place in its source
         return DistributedError("trainer.devices", None, f"another process died or hangs ({why})", "see its output")
     return None
+
+
+def code_for(error: BaseException) -> int:
+    """Return the exit code that an error will end the command with."""
+    if isinstance(error, KeyboardInterrupt):
+        return INTERRUPTED
+    if isinstance(error, SystemExit) and (stopped := interrupt.requested()) is not None:
+        error = Interrupted(stopped)  # Lightning's own answer to SIGTERM
+    if isinstance(error, Interrupted):
+        return INTERRUPTED if error.signum == signal.SIGINT else TERMINATED
+    known = explain(error)
+    return known.exit_code if known else 1
+
+
+def note_end(run: Run, code: int, **facts: object) -> None:
+    """Write down in the run's folder how it ended; a disk that is full does not hide why it did."""
+    status = {0: "finished", INTERRUPTED: "stopped", TERMINATED: "stopped"}.get(code, "failed")
+    try:
+        run.note(status=status, exit_code=code, **facts)
+    except StorageError as error:
+        if code == 0:
+            raise
+        _say(f"{error}")
 
 
 def _ended(error: BaseException, wants_traceback: bool) -> int:
@@ -109,9 +147,10 @@ def _ended(error: BaseException, wants_traceback: bool) -> int:
     if isinstance(error, KeyboardInterrupt):
         error = Interrupted(signal.SIGINT)
     if isinstance(error, Interrupted):
-        code = INTERRUPTED if error.signum == signal.SIGINT else TERMINATED
-        _say(f"stopped by {signal.Signals(error.signum).name}; go on with run={_current.path} ckpt_path=last" if _current
-             else f"stopped by {signal.Signals(error.signum).name}")  # fmt: skip
+        code = code_for(error)
+        saved = _current is not None and checkpoint.manifest(_current.checkpoints)
+        then = f"; go on with run={_current.path} ckpt_path=last" if _current and saved else ""
+        _say(f"stopped by {signal.Signals(error.signum).name}{then}")
         return code
     known = explain(error)
     if known is not None:
@@ -130,12 +169,13 @@ def _log(text: str) -> None:
     if _current is None:
         return
     with contextlib.suppress(OSError), _current.log.open("a") as file:  # a full disk: the line on stderr has to do
-        file.write(text)
+        file.write(secrecy.masked(text))
 
 
 def _install() -> None:
     for signum in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGINT):
-        signal.signal(signum, _handle)
+        if signum != signal.SIGHUP or signal.getsignal(signum) != signal.SIG_IGN:  # ignored: started under nohup
+            signal.signal(signum, _handle)
 
 
 def _handle(signum: int, frame: FrameType | None) -> None:

@@ -46,6 +46,7 @@ class Journal:
             if os.write(self._descriptor, line) != len(line):
                 raise OSError(28, "No space left on device")
         except OSError as error:
+            self.close()  # the file may end in the middle of this row: opened again, the next one begins a line
             raise StorageError(
                 "paths.runs", self.path, f"row not written ({error.strerror})", "free space, then resume"
             ) from None

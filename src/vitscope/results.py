@@ -199,12 +199,12 @@ class PartialRows(MutableMapping[str, Mapping[str, Any]]):
 
 def _read_rows(file: Path) -> dict[str, Mapping[str, Any]]:
     rows: dict[str, Mapping[str, Any]] = {}
-    for line in file.read_text().splitlines():
+    for line in file.read_text(errors="replace").splitlines():
         try:
             entry = json.loads(line)
             rows[entry["key"]] = {name: _unpack(value) for name, value in entry["row"].items()}
-        except (ValueError, KeyError, TypeError):
-            continue  # cut short by a kill: that row is measured again
+        except Exception:  # cut short by a kill, or damaged: that row is measured again
+            continue
     return rows
 
 

@@ -18,16 +18,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
-from vitscope import checkpoint, config, journal, results
+from vitscope import checkpoint, config, journal, results, secrecy
 from vitscope.card import versions
 from vitscope.errors import CheckpointError, ConfigError, StorageError
 from vitscope.probe import Probe
 
 #: how a parent process hands its run folder to the processes that it starts
 ENVIRONMENT = "VITSCOPE_RUN_DIR"
-_SECRET = re.compile(r"(?i)(password|passwd|secret|token|api_?key|credential)")
 
 
 @dataclass(frozen=True)
@@ -70,21 +71,27 @@ class Run:
         """Return the configuration that made the run.
 
         Raises:
-            CheckpointError: the folder has none, so it is no run.
+            CheckpointError: the folder has none, so it is no run, or it is damaged.
         """
         path = self.path / "config.yaml"
         if not path.is_file():
             raise CheckpointError("run", self.path, "no config.yaml in it", "name a run folder or a checkpoint in one")
-        loaded = OmegaConf.load(path)
-        assert isinstance(loaded, DictConfig)
+        try:
+            loaded = OmegaConf.load(path)
+        except (OSError, ValueError, yaml.YAMLError, OmegaConfBaseException, RecursionError) as error:
+            why = f"config.yaml is damaged ({type(error).__name__})"
+            raise CheckpointError("run", self.path, why, "use another run") from None
+        if not isinstance(loaded, DictConfig):
+            raise CheckpointError("run", self.path, "config.yaml holds no configuration", "use another run")
         return loaded
 
     def provenance(self) -> dict[str, Any]:
         """Return what is known of how the run was made and how it ended."""
         try:
-            return json.loads((self.path / "provenance.json").read_text())
-        except (OSError, ValueError):
+            facts = json.loads((self.path / "provenance.json").read_text())
+        except (OSError, ValueError, RecursionError):
             return {}
+        return facts if isinstance(facts, dict) else {}
 
     def note(self, **facts: Any) -> None:
         """Add facts to ``provenance.json``."""
@@ -157,15 +164,17 @@ def _alike(root: Path, config_hash: str) -> Iterator[Run]:
 
 
 def redacted(cfg: DictConfig) -> DictConfig:
-    """Return a resolved copy in which values whose key looks like a secret's are replaced."""
+    """Return a resolved copy without secrets: texts under a key that looks like a secret's, and texts with one in them."""
 
     def clean(node: Any) -> Any:
         if isinstance(node, dict):
             return {
-                key: "redacted" if _SECRET.search(str(key)) and isinstance(value, str) else clean(value)
+                key: secrecy.REDACTED if secrecy.is_secret(str(key)) and isinstance(value, str) else clean(value)
                 for key, value in node.items()
             }
-        return [clean(item) for item in node] if isinstance(node, list) else node
+        if isinstance(node, list):
+            return [clean(item) for item in node]
+        return secrecy.cleaned(node) if isinstance(node, str) else node
 
     return DictConfig(clean(config.plain(cfg)))
 
@@ -228,7 +237,7 @@ def chosen(cfg: DictConfig) -> Path:
         return Path(named).absolute()
     root = Path(cfg.paths.runs).absolute()
     if job := _job_id():
-        return root / re.sub(r"[^\w.-]", "_", job)
+        return root / re.sub(r"[^\w.-]", "_", job)[:100]
     return root / f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
 
 
@@ -247,7 +256,7 @@ def _provenance(cfg: DictConfig, command: str) -> Mapping[str, Any]:
     )
     return {
         "command": command,
-        "arguments": sys.argv[1:],
+        "arguments": [secrecy.cleaned(argument) for argument in sys.argv[1:]],
         "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "config_hash": config.config_hash(cfg),
         "git_commit": git.stdout.strip() or None,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import netrc
 import os
+import sys
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -20,8 +21,13 @@ from pytorch_lightning.loggers.logger import Logger
 from vitscope.distributed import rank
 from vitscope.journal import Journal
 from vitscope.runs import Run, redacted
+from vitscope.secrecy import cleaned, masked
 
 _HOST = "https://api.wandb.ai"
+
+#: seconds that a server which does not answer may cost at the start and at the end (W&B's own: 90, and without end); the
+#: rows that were not sent are on disk, for `wandb sync`. Set the variables to wait longer
+PATIENCE = {"WANDB_INIT_TIMEOUT": "60", "WANDB_FINISH_TIMEOUT": "120"}
 
 
 class Mirror:
@@ -33,12 +39,12 @@ class Mirror:
     @property
     def url(self) -> str | None:
         """The run's page, where there is one."""
-        return getattr(self._run, "url", None)
+        return self._fact("url")
 
     @property
     def id(self) -> str | None:
         """The run's id, by which a resumed run goes on as the same one."""
-        return getattr(self._run, "id", None)
+        return self._fact("id")
 
     def log(self, values: Mapping[str, Any], step: int) -> None:
         """Log scalars; rows carry ``trainer/global_step`` because W&B drops rows whose ``step`` goes backwards."""
@@ -69,13 +75,19 @@ class Mirror:
         self._safely(lambda run: run.finish(exit_code=exit_code))
         self._run = None
 
+    def _fact(self, name: str) -> str | None:
+        try:
+            return getattr(self._run, name, None)
+        except Exception:  # as below
+            return None
+
     def _safely(self, action: Callable[[Any], Any]) -> None:
         if self._run is None:
             return
         try:
             action(self._run)
         except Exception as error:  # whatever W&B raises, training goes on
-            warnings.warn(f"W&B: {type(error).__name__}: {error}; the journal has every row", stacklevel=3)
+            warnings.warn(f"W&B: {type(error).__name__}: {_one_line(error)}; the journal has every row", stacklevel=3)
 
 
 def start(cfg: DictConfig, run: Run, job_type: str, say: Callable[[str], None] = print) -> Mirror:
@@ -91,6 +103,8 @@ def start(cfg: DictConfig, run: Run, job_type: str, say: Callable[[str], None] =
         mode = "offline"
         say("W&B: no key configured, so the run is logged offline (wandb login, or WANDB_MODE=online, to send it)")
     os.environ.setdefault("WANDB_SILENT", "true")
+    for name, seconds in PATIENCE.items():
+        os.environ.setdefault(name, seconds)
     arguments = {
         "project": options.get("project"),
         "entity": options.get("entity"),
@@ -103,6 +117,8 @@ def start(cfg: DictConfig, run: Run, job_type: str, say: Callable[[str], None] =
         "dir": str(run.path),
         "config": flattened(cfg),
     }
+    if [cleaned(argument) for argument in sys.argv] != sys.argv:  # W&B would upload the command line as it is
+        arguments["settings"] = wandb.Settings(x_disable_meta=True)
     for attempt in dict.fromkeys((mode, "offline")):
         try:
             # in a sweep the agent hands over the run's id: leave it alone
@@ -112,8 +128,13 @@ def start(cfg: DictConfig, run: Run, job_type: str, say: Callable[[str], None] =
             run.note(wandb_id=mirror.id, wandb_url=mirror.url)
             return mirror
         except Exception as error:  # no server, a wrong key, a dead service: try offline, then do without
-            say(f"W&B: not started ({type(error).__name__}: {error}); trying offline")
+            then = "trying offline" if attempt != "offline" else "going on without it; the journal has every row"
+            say(f"W&B: not started ({type(error).__name__}: {_one_line(error)}); {then}")
     return Mirror()
+
+
+def _one_line(error: Exception) -> str:
+    return masked(" ".join(str(error).split())[:300])
 
 
 def has_key() -> bool:

@@ -6,6 +6,7 @@ own checks; only ranges and relations between groups are written out here.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 import os
@@ -19,27 +20,36 @@ from typing import Any, Literal, Union, get_args, get_origin
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from vitscope import config
-from vitscope.analyses import OURS, PROBE_KEYS, SUPPLIED, WHEN_KEYS
+from vitscope import config, relations
+from vitscope.analyses import OURS, SUPPLIED
 from vitscope.build import DATA_HINTS
 from vitscope.errors import CheckpointError, ConfigError, DataError, StorageError
 
-#: metrics of the validation that a checkpoint may follow
-METRICS = tuple(f"val/{name}" for name in ("loss", "nll", "accuracy", "accuracy_top5", "ece", "brier"))
+METRICS = relations.METRICS
+
+#: what the keys of an analysis that are not options of its measure may hold
+PROBE_TYPES = {"split": str, "augment": bool | str, "n_images": int | None, "batch_size": int | None, "seed": int | None,
+               "mix": bool | None}  # fmt: skip
+WHEN_TYPES = {"start": bool, "every_n_epochs": int | None, "end": bool}
 
 #: (the key's end, test, what is expected), the first match counts; numbers only
 RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     (r"(optimizer\.lr|\.rho)", lambda v: v > 0, "greater than 0"),
-    (r"(weight_decay|mixup|cutmix|warmup_epochs|min_factor|gradient_clip_val)", lambda v: v >= 0, "at least 0"),
+    (r"(weight_decay|mixup|cutmix|warmup_epochs|gradient_clip_val|gamma|log_every_n_steps)", lambda v: v >= 0, "at least 0"),
+    (r"limit_train_batches", lambda v: v >= 1 if isinstance(v, int) else 0 < v <= 1, "at least 1, or a share in (0.0, 1.0]"),
+    (r"val_check_interval", lambda v: v >= 1 if isinstance(v, int) else 0 < v <= 1, "at least 1, or a share in (0.0, 1.0]"),
+    (r"limit_\w+_batches", lambda v: v >= 0 if isinstance(v, int) else v <= 1, "at least 0, or a share in [0.0, 1.0]"),
+    (r"check_val_every_n_epoch|callbacks\.\w+\.every_n_epochs|num_nodes", lambda v: v >= 1, "at least 1"),
     (r"label_smoothing|drop_path|dropout", lambda v: 0 <= v < 1, "in [0, 1)"),
     (r"momentum", lambda v: 0 <= v < 1, "in [0, 1)"),
-    (r"switch_prob|random_erasing|tail", lambda v: 0 <= v <= 1, "in [0, 1]"),
+    (r"switch_prob|random_erasing|tail|min_factor", lambda v: 0 <= v <= 1, "in [0, 1]"),
     (r"fraction", lambda v: 0 < v <= 1, "in (0, 1]"),
     (r"max_epochs", lambda v: v == -1 or v >= 1, "at least 1 (or -1 with trainer.max_steps)"),
     (r"max_steps", lambda v: v == -1 or v >= 1, "at least 1 (or -1 for none)"),
     (r"(batch_size|n_images|n_batches|n_top|n_vectors|n_steps|n_directions|accumulate_grad_batches|image_size|num_classes"
-     r"|patch_size|window_size|depth|dim_head|k|n)", lambda v: v >= 1, "at least 1"),
-    (r"(seed|num_workers|every_n_epochs|split_seed)", lambda v: v >= 0, "at least 0"),
+     r"|patch_size|window_size|depth|dim_head|heads|k|n)", lambda v: v >= 1, "at least 1"),
+    (r"(seed|split_seed)", lambda v: 0 <= v < 2**63, "in 0 .. 2^63 - 1"),
+    (r"(num_workers|every_n_epochs)", lambda v: v >= 0, "at least 0"),
     (r"span|rms|budget_s", lambda v: v > 0, "greater than 0"),
 )  # fmt: skip
 
@@ -56,18 +66,19 @@ def validate(cfg: DictConfig) -> None:
     """
     tree = _resolved(cfg)
     for place, node in config.targets(tree):  # before anything looks at arguments
-        config.resolve(node["_target_"], place)
+        config.check_target(node, place)
     for key, value in _leaves(tree):
         _check_number(key, value)
+    _check_roots(tree, whole=bool(OmegaConf.is_struct(cfg)))  # a run's own file may be older than a key
     for group in ("model", "data", "optimizer", "trainer"):
-        if isinstance(tree.get(group), Mapping):
+        if group in tree:
             _check_target_group(group, tree[group])
-    _check_plain_group("objective", tree.get("objective"))
-    _check_plain_group("logger", tree.get("logger"))
+    for group in ("objective", "logger", "paths", "caps"):
+        _check_plain_group(group, tree.get(group) or {})
     _check_analyses(tree.get("analysis") or {})
     for name, node in (tree.get("callbacks") or {}).items():
         _check_node(f"callbacks.{name}", node, extra=("_package_",))
-    _check_relations(tree)
+    relations.check(tree)
     _check_paths(tree)
 
 
@@ -80,6 +91,50 @@ def _resolved(cfg: DictConfig) -> dict[str, Any]:
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None) or "config"
         raise ConfigError(key, None, str(error).splitlines()[0], "correct the interpolation") from None
+
+
+def _check_roots(tree: Mapping[str, Any], *, whole: bool) -> None:
+    """Check the keys outside groups, and that every group is there and is one."""
+    groups, keys = _roots("analyze" if {"device", "reuse"} & set(tree) else "train")
+    needed = groups - {"profile", "experiment", "caps", "logger"}
+    groups = groups | {"optimizer"}  # analyze.py takes it over from the run
+    for key, value in tree.items():
+        if key not in keys and key not in groups:
+            raise ConfigError(key, _shown(value), "no such key", config.nearest(str(key), groups | set(keys)))
+        if key in groups and not isinstance(value, Mapping | None):
+            raise ConfigError(key, _shown(value), "not a group", f"choose one of {', '.join(config.options(key))}")
+        if key in keys and not any(_fits(value, kind) for kind in keys[key]):
+            raise ConfigError(key, _shown(value), f"not {_named(keys[key])}", "correct the value")
+    for key in sorted(keys) if whole else ():
+        if key not in tree:
+            raise ConfigError(key, None, "is missing", "do not remove it")
+    for group in sorted(needed - {key for key, value in tree.items() if isinstance(value, Mapping)}):
+        raise ConfigError(group, None, "is missing", f"choose one of {', '.join(config.options(group))}")
+
+
+@functools.cache
+def _roots(root: str) -> tuple[set[str], dict[str, set[Any]]]:
+    """Return the groups of ``train`` or ``analyze``, and their other keys with the types these take."""
+    content: Any = OmegaConf.to_container(OmegaConf.load(config.folder() / f"{root}.yaml"))
+    named = {str(name) for entry in content.pop("defaults") if isinstance(entry, Mapping) for name in entry}
+    groups = {name for name in named if not name.startswith("override ")}
+    return groups, {str(key): _kinds(value) for key, value in content.items() if key not in groups and key != "hydra"}
+
+
+def _kinds(value: Any) -> set[Any]:
+    """Return the types that may replace a value of a configuration file; null stands for a text that is not given."""
+    if isinstance(value, bool):
+        return {bool}
+    if isinstance(value, int | float):
+        return {float} if isinstance(value, float) else {int}
+    if isinstance(value, list):
+        return {list[str]}
+    return {str, type(None)} if value is None else {str}
+
+
+def _named(kinds: set[Any]) -> str:
+    names = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", type(None): "null"}
+    return " or ".join(sorted(names.get(kind, "a list of texts") for kind in kinds))
 
 
 def _leaves(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
@@ -111,6 +166,13 @@ def _check_number(key: str, value: Any) -> None:
 def _check_target_group(group: str, node: Mapping[str, Any]) -> None:
     extra = {"data": DATA_HINTS, "optimizer": ("schedule",)}.get(group, ())
     _check_node(group, node, extra=extra)
+    if group == "data" and isinstance(node.get("recipe"), Mapping):
+        known = {key for name in config.options("data") for key in _file("data", name).get("recipe", {})}
+        for key in node["recipe"]:
+            if key not in known:
+                raise ConfigError(
+                    f"data.recipe.{key}", _shown(node["recipe"][key]), "no such key", config.nearest(key, known)
+                )
     if group == "optimizer" and node.get("schedule"):
         from vitscope.schedule import factor
 
@@ -123,6 +185,7 @@ def _check_node(path: str, node: Any, *, extra: Sequence[str] = (), supplied: Se
     if not isinstance(node, Mapping) or "_target_" not in node:
         raise ConfigError(path, None, "no _target_", f"choose one of {', '.join(config.options(path.split('.')[0]))}")
     for place, inner in config.targets(node, path):
+        config.check_role(inner, place)
         target = config.resolve(inner["_target_"], place)
         ours = (*config.RESERVED, *(extra if place == path else ()))
         arguments = {key: value for key, value in inner.items() if key not in ours}
@@ -182,24 +245,30 @@ def _fits(value: Any, hint: Any) -> bool:
     if origin in (list, tuple, Sequence):
         if not isinstance(value, list | tuple):
             return False
-        inner = [a for a in arguments if a is not Ellipsis]
-        return not inner or (len(inner) > 1 and origin is tuple) or all(_fits(item, inner[0]) for item in value)
+        if origin is tuple and arguments and Ellipsis not in arguments:
+            return len(value) == len(arguments) and all(map(_fits, value, arguments))
+        return not arguments or all(_fits(item, arguments[0]) for item in value)
+    if origin is Callable:  # nothing plain is one; a node with a _target_ was let through above
+        return False
     if origin in (dict, Mapping):
         return isinstance(value, Mapping)
-    # a tensor or module cannot be written in a configuration; other classes (paths, enums) may take plain values
-    return not (isinstance(hint, type) and hint.__module__.partition(".")[0] == "torch")
+    # a tensor or profiler cannot be written in a configuration; other classes (paths, enums) may take plain values
+    return not (
+        isinstance(hint, type) and hint.__module__.partition(".")[0] in ("torch", "pytorch_lightning", "datetime")
+    )
 
 
-def _check_plain_group(group: str, node: Any) -> None:
-    if not isinstance(node, Mapping):
-        return
-    known = {key: value for name in config.options(group) for key, value in _file(group, name).items()}
+def _check_plain_group(group: str, node: Mapping[str, Any]) -> None:
+    known: dict[str, set[Any]] = {}
+    for name in config.options(group):
+        for key, value in _file(group, name).items():
+            kinds = _kinds(value)  # a bound, or a number that another file gives with a fraction
+            known.setdefault(key, set()).update(kinds if kinds != {int} else {float})
     for key, value in node.items():
         if key not in known:
-            raise ConfigError(f"{group}.{key}", _shown(value), "no such key", config.nearest(key, known))
-        model = known[key]
-        if isinstance(model, float) and not isinstance(value, int | float):
-            raise ConfigError(f"{group}.{key}", _shown(value), "not a number", "give one")
+            raise ConfigError(f"{group}.{key}", _shown(value), "no such key", config.nearest(str(key), known))
+        if not any(_fits(value, kind) for kind in known[key]) and not (group == "caps" and value is None):
+            raise ConfigError(f"{group}.{key}", _shown(value), f"not {_named(known[key])}", "correct the value")
     if group == "objective":
         from vitscope.objective import L2_FORMS
 
@@ -219,10 +288,17 @@ def _check_analyses(nodes: Mapping[str, Any]) -> None:
         path = f"analysis.{name}"
         _check_node(path, node, extra=(*OURS, *_paths_of(path, node)), supplied=("probe", *SUPPLIED))
         _check_saved(path, node)
-        for part, keys in (("probe", PROBE_KEYS), ("when", WHEN_KEYS)):
+        for part, types_ in (("probe", PROBE_TYPES), ("when", WHEN_TYPES)):
+            if not isinstance(node.get(part), Mapping | None):
+                raise ConfigError(
+                    f"{path}.{part}", _shown(node[part]), "not a group of keys", f"set {', '.join(types_)}"
+                )
             for key, value in (node.get(part) or {}).items():
-                if key not in keys:
-                    raise ConfigError(f"{path}.{part}.{key}", _shown(value), "no such key", config.nearest(key, keys))
+                if key not in types_:
+                    raise ConfigError(f"{path}.{part}.{key}", _shown(value), "no such key", config.nearest(key, types_))
+                if not _fits(value, types_[key]):
+                    why = f"not of type {getattr(types_[key], '__name__', types_[key])}"
+                    raise ConfigError(f"{path}.{part}.{key}", _shown(value), why, "correct the value")
         recipe = (node.get("probe") or {}).get("augment")
         if isinstance(recipe, str) and recipe not in config.options("objective"):
             why = config.nearest(recipe, ["true", "false", *config.options("objective")])
@@ -259,62 +335,19 @@ def _check_saved(path: str, node: Mapping[str, Any]) -> None:
             )
 
 
-def _check_relations(tree: Mapping[str, Any]) -> None:
-    model, data = tree.get("model") or {}, tree.get("data") or {}
-    size = data.get("image_size")
-    for key in ("num_classes", "image_size"):
-        if key in model and key in data and model[key] is not None and model[key] != data[key]:
-            raise ConfigError(f"model.{key}", model[key], f"data.{key} is {data[key]}", "make them equal")
-    if model.get("in_chans", 3) != 3:
-        raise ConfigError("model.in_chans", model["in_chans"], "data give 3 channels", "set model.in_chans=3")
-    patch = model.get("patch_size")
-    if isinstance(patch, int) and isinstance(size, int) and size % patch:
-        good = ", ".join(str(p) for p in range(1, size // 2 + 1) if size % p == 0)
-        raise ConfigError("model.patch_size", patch, f"does not divide data.image_size={size}", f"choose from {good}")
-    _check_window(model, size)
-    checkpoint = (tree.get("callbacks") or {}).get("checkpoint") or {}
-    if checkpoint.get("monitor", METRICS[0]) not in METRICS:
-        monitor = checkpoint["monitor"]
-        raise ConfigError("callbacks.checkpoint.monitor", monitor, "no such metric", config.nearest(monitor, METRICS))
-    trainer = tree.get("trainer") or {}
-    if trainer.get("max_epochs") == -1 and trainer.get("max_steps", -1) == -1 and trainer.get("max_time") is None:
-        raise ConfigError("trainer.max_epochs", -1, "training would never end", "set trainer.max_steps")
-    _check_sam(tree.get("optimizer") or {}, trainer)
-
-
-def _check_sam(optimizer: Mapping[str, Any], trainer: Mapping[str, Any]) -> None:
-    if "rho" not in optimizer:
-        return
-    if trainer.get("accumulate_grad_batches", 1) != 1:
-        value = trainer["accumulate_grad_batches"]
-        raise ConfigError("trainer.accumulate_grad_batches", value, "SAM's second pass sees one batch only",
-                          "set it to 1 and data.batch_size higher, or choose optimizer=adamw")  # fmt: skip
-    if trainer.get("precision") in ("16-mixed", "16", 16):
-        raise ConfigError("trainer.precision", trainer["precision"], "SAM makes two passes, which gradient scaling does not",
-                          "use bf16-mixed or 32-true")  # fmt: skip
-
-
-def _check_window(model: Mapping[str, Any], size: Any) -> None:
-    if model.get("_target_") != "vitscope.models.alternet" or model.get("pad") or not isinstance(size, int):
-        return
-    from vitscope.models.alternet import valid_window_sizes
-
-    good = valid_window_sizes(size, model.get("stem", "cifar"))
-    if model.get("window_size") not in good:
-        raise ConfigError("model.window_size", model.get("window_size"), f"does not divide the maps at data.image_size={size}",
-                          f"choose from {', '.join(map(str, good))}, or set model.pad=true")  # fmt: skip
-
-
 def _check_paths(tree: Mapping[str, Any]) -> None:
-    paths = tree.get("paths") or {}
-    if paths.get("runs") and not _writable(Path(paths["runs"])):
+    paths = tree["paths"]
+    if not paths.get("runs"):
+        raise ConfigError("paths.runs", paths.get("runs"), "no folder", "name one")
+    if not writable(Path(paths["runs"])):
         raise StorageError("paths.runs", paths["runs"], "not writable", "choose a folder that is")
     root = (tree.get("data") or {}).get("root")
     if root and Path(root).exists() and not os.access(root, os.R_OK | os.X_OK):
         raise DataError("data.root", root, "not readable", "choose a folder that is")
 
 
-def _writable(path: Path) -> bool:
+def writable(path: Path) -> bool:
+    """Tell whether files can be made in a folder, or the folder itself where it is not there yet."""
     path = path.absolute()
     while not path.exists():
         path = path.parent

@@ -106,6 +106,25 @@ def test_a_disk_that_is_full_at_a_result(call, tiny, tmp_path, monkeypatch, caps
     assert "fourier/high_frequency_last" in journal.last_values(run / "metrics.jsonl")
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_best_is_never_a_number_that_is_none(call, tiny, tmp_path, monkeypatch, bad) -> None:
+    """A validation loss that is not finite is no best one, and the loss of training keeps the last finite checkpoint."""
+    forward = Classifier.forward
+
+    def broken(self: Classifier, x: torch.Tensor) -> torch.Tensor:
+        wrong = self.global_step > 5 or (not self.training and self.current_epoch == 0)
+        return forward(self, x) * (bad if wrong else 1)
+
+    monkeypatch.setattr(Classifier, "forward", broken)
+    monitor = ["callbacks.checkpoint.monitor=val/nll", "callbacks.checkpoint.mode=min", "trainer.max_epochs=2"]
+    assert call("train", *tiny, "analysis=[]", *monitor) == 5
+    folder = only_run(tmp_path) / "checkpoints"
+    assert not (folder / "best.ckpt").exists()
+    content = checkpoint.read(folder / "last.ckpt")
+    assert content["global_step"] == 4
+    assert all(bool(torch.isfinite(value).all()) for value in content["state_dict"].values())
+
+
 def test_memory_that_runs_out_in_a_diagnostic(call, tiny, tmp_path, monkeypatch) -> None:
     def starved(*args: object, **kwargs: object) -> None:
         raise torch.OutOfMemoryError("out of memory")

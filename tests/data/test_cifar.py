@@ -1,5 +1,10 @@
 from __future__ import annotations
 
+import hashlib
+import os
+import pickle
+import shutil
+import tarfile
 import time
 
 import numpy as np
@@ -102,3 +107,44 @@ def test_arguments_are_checked(tmp_path):
         cifar.load("dev", root=tmp_path)
     with pytest.raises(ConfigError, match=r"data\.source\.checksums=batch_9: no such file"):
         cifar.load("train", root=tmp_path, checksums={"batch_9": ""})
+
+
+class Evil:
+    def __init__(self, flag):
+        self.flag = str(flag)
+
+    def __reduce__(self):
+        return os.mkdir, (self.flag,)
+
+
+@pytest.mark.parametrize("name", ["data_batch_3", "test_batch", "batches.meta"])
+@pytest.mark.parametrize("archive", [False, True])
+def test_checksums_of_ones_own_do_not_vouch_for_what_a_file_does(tmp_path, write_cifar, name, archive):
+    """A configuration may bring its own checksums: the files are still read as arrays and lists, and nothing else."""
+    sums = write_cifar(tmp_path)
+    folder = tmp_path / "cifar-10-batches-py"
+    (folder / name).write_bytes(pickle.dumps({"data": Evil(tmp_path / "executed"), "labels": []}))
+    sums[name] = hashlib.md5((folder / name).read_bytes()).hexdigest()
+    if archive:
+        packed = tmp_path / "cifar-10-python.tar.gz"
+        with tarfile.open(packed, "w:gz") as tar:
+            tar.add(folder, folder.name)
+        sums[packed.name] = hashlib.md5(packed.read_bytes()).hexdigest()
+        shutil.rmtree(folder)
+    for split in ("train", "test"):
+        with pytest.raises(DataError, match="not a file of CIFAR's format"):
+            cifar.load(split, root=tmp_path, checksums=sums)
+    assert not (tmp_path / "executed").exists()
+
+
+def test_an_archive_does_not_write_outside_of_its_folder(tmp_path, write_cifar):
+    root = tmp_path / "root"
+    sums = write_cifar(root, archive=True)
+    packed = root / "cifar-10-python.tar.gz"
+    (tmp_path / "x").write_text("x")
+    with tarfile.open(packed, "w:gz") as tar:
+        tar.add(tmp_path / "x", "../escaped")
+    sums[packed.name] = hashlib.md5(packed.read_bytes()).hexdigest()
+    with pytest.raises(DataError, match=r"cannot be used"):
+        cifar.load("train", root=root, checksums=sums)
+    assert not (tmp_path / "escaped").exists()

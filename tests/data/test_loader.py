@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from vitscope.data.loader import BatchSampler, Loader
 from vitscope.errors import DataError
 
+FUZZ = int(os.environ.get("FUZZ", "0"))
+
 
 class Numbers(torch.utils.data.Dataset):
     """Returns what it was asked for: epoch and indices."""
@@ -37,7 +39,7 @@ class Deadly(Numbers):
         return super().__getitems__(draw)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=max(150, FUZZ), deadline=None)
 @given(
     n=st.integers(1, 60),
     batch_size=st.integers(1, 12),
@@ -68,7 +70,7 @@ def test_each_index_once_for_any_size_batch_ranks_and_cut(n, batch_size, world, 
     assert min(len(batch) for batch in before + after) >= 1
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=max(60, FUZZ), deadline=None)
 @given(n=st.integers(1, 60), batch_size=st.integers(1, 12), world=st.integers(1, 4))
 def test_drop_last_gives_full_batches_of_distinct_images(n, batch_size, world):
     if n < batch_size * world:

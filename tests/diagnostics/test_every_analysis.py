@@ -6,6 +6,7 @@ import json
 import shutil
 import signal
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -38,12 +39,16 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Place:
         checkpoint.write(content, run.checkpoints / f"{name}.ckpt")
     data = build.data(cfg)
     data.adapt_to(network)
-    return Place(cfg, run, network.eval(), data, "end", epoch=0)
+    network.eval()
+    network.get_submodule("norm").train()  # as it is found: a mixture of modes, gradients of a step
+    for p in network.parameters():
+        p.grad = torch.randn_like(p)
+    return Place(cfg, run, network, data, "end", epoch=0)
 
 
 def state(network: torch.nn.Module) -> dict[str, object]:
     tensors = {f"value of {key}": value.clone() for key, value in network.state_dict().items()}
-    grads = {f"grad of {key}": p.grad for key, p in network.named_parameters()}
+    grads = {f"grad of {key}": None if p.grad is None else p.grad.clone() for key, p in network.named_parameters()}
     return {**tensors, **grads, **{f"mode of {key}": m.training for key, m in network.named_modules()}}
 
 
@@ -74,6 +79,36 @@ def test_a_stop_in_the_middle(made: Place, name: str) -> None:
         handle.remove()
     assert_same(before, made.network)
     assert not list((made.run.results / name).glob("*.npz"))
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in STATIC | NEEDS_BATCHNORM])
+def test_memory_that_runs_out_in_the_middle(made: Place, name: str, tmp_path: Path) -> None:
+    """Null with its reason, a warning, and the model as it was; with ``on_error=raise`` the error comes out."""
+    folder = tmp_path / "run"
+    shutil.copytree(made.run.path, folder, ignore=shutil.ignore_patterns("results"))
+    place = replace(made, run=runs.Run(folder))
+    before = state(made.network)
+    passes = []
+
+    def starved(*_: object) -> None:
+        passes.append(None)
+        if len(passes) >= 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+
+    handle = made.network.register_forward_pre_hook(starved)
+    try:
+        with pytest.warns(UserWarning, match=f"analysis.{name} failed at end: OutOfMemoryError: .*; recorded as null"):
+            assert analyses.perform(chosen(place, name), place, reuse=False) is None
+        assert_same(before, made.network)
+        raising = analyses.replaced(chosen(place, name), on_error="raise")
+        with pytest.raises(torch.OutOfMemoryError):
+            analyses.perform(raising, place, reuse=False)
+    finally:
+        handle.remove()
+    assert_same(before, made.network)
+    (record,) = (folder / "results" / name).glob("*.json")
+    assert json.loads(record.read_text())["scalars"] is None
+    assert "OutOfMemoryError" in place.run.log.read_text()
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in STATIC])

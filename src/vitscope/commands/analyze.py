@@ -61,7 +61,7 @@ def analyze(cfg: DictConfig, chosen: Sequence[str] = (), inside: Sequence[str] =
     Raises:
         VitscopeError: with the exit code of its kind.
     """
-    run = runs.find(cfg.run) if cfg.run else None
+    run = runs.find(str(cfg.run)) if cfg.run else None
     if run is not None:
         cfg = merged(cfg, run.config(), chosen)
         overrides.apply(cfg, inside)
@@ -70,23 +70,22 @@ def analyze(cfg: DictConfig, chosen: Sequence[str] = (), inside: Sequence[str] =
     device = _device(cfg.device)
     network = build.model(cfg)
     path, content = _weights(cfg, run, network)
+    data = build.data(cfg)
+    data.adapt_to(network)
     if run is None:
         run = runs.create(cfg, "analyze")
     exits.entered(run)
-    data = build.data(cfg)
-    data.adapt_to(network)
     mirror = tracking.start(cfg, run, "analyze", _say)
     code = 1
     try:
         _perform(cfg, run, network.to(device), data, content, path, mirror)
         code = 0
     except BaseException as error:
-        known = exits.explain(error)
-        code = known.exit_code if known else 1
+        code = exits.code_for(error)
         raise
     finally:
         if run.provenance().get("command") == "analyze":
-            run.note(status="finished" if code == 0 else "failed", exit_code=code)
+            exits.note_end(run, code)
         mirror.finish(code)
     return run
 
@@ -132,10 +131,14 @@ def _perform(
 def _weights(cfg: DictConfig, run: Run | None, network: Any) -> tuple[Path | None, Mapping[str, Any] | None]:
     """Load the weights that the command names; a model without any is measured as it was built."""
     if run is not None:
-        path = Path(cfg.run) if Path(cfg.run).is_file() else run.checkpoints / f"{cfg.ckpt}.ckpt"
+        path = Path(str(cfg.run)) if Path(str(cfg.run)).is_file() else run.checkpoints / f"{cfg.ckpt}.ckpt"
     elif cfg.ckpt_path:
         path = Path(cfg.ckpt_path)
     else:
+        if cfg.ckpt != "last":
+            raise ConfigError(
+                "ckpt", cfg.ckpt, "names a checkpoint of a run, and there is none", "set run=, or ckpt_path="
+            )
         return None, None
     if run is not None and not path.is_file():
         names = [Path(name).stem for name in checkpoint.manifest(run.checkpoints)]
@@ -152,7 +155,7 @@ def _moment(path: Path | None, content: Mapping[str, Any] | None) -> tuple[str, 
     if path is None or content is None:
         return "end", None, 0
     tag = {"last": "end"}.get(path.stem, path.stem)
-    kept = content.get("vitscope", {})
+    kept = checkpoint.facts(content, path)
     epoch = kept["epoch"] - 1 if kept.get("batch") == 0 else kept.get("epoch")
     return tag, max(epoch, 0) if epoch is not None else None, int(content.get("global_step", 0))
 
@@ -166,6 +169,8 @@ def _device(name: str) -> torch.device:
         raise ConfigError("device", name, "no such device", "choose auto, cpu or cuda") from None
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device", name, "no GPU here", "choose cpu")
+    if device.type == "meta" or (device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()):
+        raise ConfigError("device", name, "no such device", "choose auto, cpu or cuda")
     return device
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import functools
-from collections.abc import Callable, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NoReturn, TypeVar
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
@@ -36,9 +38,25 @@ def kept_error(task: Callable[[DictConfig], T]) -> Callable[[DictConfig], T | No
 def uncaught(composed: Callable[[], object]) -> None:
     """Run a Hydra command and raise what its task raised."""
     _errors.clear()
-    composed()
+    with _refusals_of_argparse():
+        composed()
     if _errors:
         raise _errors.pop()
+
+
+@contextlib.contextmanager
+def _refusals_of_argparse() -> Iterator[None]:
+    """Let an option that Hydra does not know be an error of one line; argparse would print its usage and exit."""
+
+    def refuse(parser: argparse.ArgumentParser, message: str) -> NoReturn:
+        raise ConfigError("arguments", None, message, "see --help")
+
+    original = argparse.ArgumentParser.error
+    argparse.ArgumentParser.error = refuse
+    try:
+        yield
+    finally:
+        argparse.ArgumentParser.error = original
 
 
 def value_of(argv: Sequence[str], key: str) -> str | None:
@@ -62,20 +80,37 @@ def apply(cfg: DictConfig, arguments: Sequence[str]) -> None:
     """Apply ``key=value`` overrides to a composed configuration, in place.
 
     Raises:
-        ConfigError: a key that the configuration does not have (without ``+``).
+        ConfigError: a key that the configuration does not have (without ``+``), a group chosen anew, several values, a
+            removal or an option of Hydra's: what is written down in a run's folder is not composed again.
     """
+    for argument in arguments:
+        if argument.startswith("-"):
+            raise ConfigError(argument, None, "an option of composing, and a run's configuration is not composed again",
+                              "leave it out, or leave out run=")  # fmt: skip
     for override in _parsed(arguments):
-        key = override.key_or_group
-        known = OmegaConf.select(cfg, key, default=None) is not None or _has(cfg, key)
-        if not known and not override.is_add() and not override.is_force_add():
+        key, value = override.key_or_group, _value(override)
+        node = OmegaConf.select(cfg, key, default=None)
+        if node is None and not _has(cfg, key) and not override.is_add() and not override.is_force_add():
             parent, _, name = key.rpartition(".")
-            node = OmegaConf.select(cfg, parent) if parent else cfg
-            names = list(node.keys()) if isinstance(node, DictConfig) else []
-            raise ConfigError(key, override.value(), "no such key", config.nearest(name, map(str, names)))
+            above = OmegaConf.select(cfg, parent) if parent else cfg
+            names = list(above.keys()) if isinstance(above, DictConfig) else []
+            raise ConfigError(key, value, "no such key", config.nearest(name, map(str, names)))
+        if isinstance(node, DictConfig) and config.options(key):
+            raise ConfigError(key, value, "a group, and the run has its own", "start a new run to choose another")
         try:
-            OmegaConf.update(cfg, key, override.value(), force_add=True)
+            OmegaConf.update(cfg, key, value, force_add=True)
         except OmegaConfBaseException as error:
-            raise ConfigError(key, override.value(), str(error).splitlines()[0], "correct the override") from None
+            raise ConfigError(key, value, str(error).splitlines()[0], "correct the override") from None
+
+
+def _value(override: Override) -> Any:
+    if override.is_delete():
+        raise ConfigError(
+            override.key_or_group, None, "a run's key cannot be removed", "set it, null where that is allowed"
+        )
+    if override.is_sweep_override():
+        raise ConfigError(override.key_or_group, override.get_value_string(), "several values", "give one")
+    return override.value()
 
 
 def _parsed(arguments: Sequence[str]) -> list[Override]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -10,7 +11,7 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig
 
-from vitscope import config, exits, runs
+from vitscope import config, exits, interrupt, runs
 from vitscope.commands import overrides
 from vitscope.errors import ConfigError, DataError
 from vitscope.reports import baselines, cells, drawing, evidence, factor_tables, figures, page, panels, tables, verdicts
@@ -58,6 +59,7 @@ def report(cfg: DictConfig) -> Path:
     """
     _check(cfg)
     out = Path(cfg.out)
+    interrupt.check()
     found = evidence.collect(_folders(cfg))
     chosen = [] if cfg.table else _panels(cfg, found)
     lacking: list[Problem] = []
@@ -68,7 +70,9 @@ def report(cfg: DictConfig) -> Path:
     jobs = [figures.job(panel, out, options.get(panel.analysis), cfg.pdf) for panel in chosen]
     with drawing.drawing(jobs) as finish:
         made, judged = _tables(cfg, found, out)
+        interrupt.check()
         drawn = [figures.drawn(panel, picture) for panel, picture in zip(chosen, finish())]
+    interrupt.check()
     print(cells.markdown(next(iter(made.values()))), end="")
     problems = [problem for table in made.values() for problem in table.problems]
     target = out / "tables" / f"{next(iter(made))}.md"
@@ -90,6 +94,10 @@ def _check(cfg: DictConfig) -> None:
     for key, value, names in (("table", cfg.table, TABLES), ("group_by", cfg.group_by, GROUP_BY)):
         if value not in names and not (key == "table" and value is None):
             raise ConfigError(key, value, "no such choice", config.nearest(str(value), names))
+    if not re.fullmatch(r"[^/\\\0\n]{1,100}", str(cfg.name)) or str(cfg.name) in (".", ".."):
+        raise ConfigError(
+            "name", repr(cfg.name), "not the name of a file", "leave out folders; out=... says where it goes"
+        )
     if cfg.runs is not None and not list(cfg.runs):
         raise ConfigError("runs", "[]", "no run named", "name run folders, or leave it out for all of paths.runs")
 

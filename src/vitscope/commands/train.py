@@ -15,18 +15,19 @@ import hydra
 from omegaconf import DictConfig
 
 from vitscope import analyses, build, checkpoint, config, exits, runs, tracking
-from vitscope.callbacks import DiagnosticCallback, PlainProgress, SameConfiguration
+from vitscope.callbacks import Checkpoints, DiagnosticCallback, PlainProgress, SameConfiguration, StopsWithoutSaving
 from vitscope.checkpoint import AtomicCheckpointIO
 from vitscope.classifier import Classifier
 from vitscope.commands import overrides
 from vitscope.commands.headline import print_headline
-from vitscope.errors import CheckpointError, ConfigError
+from vitscope.errors import CheckpointError, ConfigError, StorageError
 from vitscope.interrupt import Interrupted
 from vitscope.journal import Journal, last_values
 from vitscope.ranks import end_others
+from vitscope.rehearsal import rehearse
 from vitscope.runs import Run
 from vitscope.sweep import multirun
-from vitscope.validation import validate
+from vitscope.validation import validate, writable
 
 #: what a sweeper of Hydra that learns is told of a job
 METRIC = "val/accuracy"
@@ -46,7 +47,7 @@ def _command() -> None:
         return
     run = runs.find(named)
     cfg = run.config()
-    overrides.apply(cfg, [a for a in argv if not a.startswith(("run=", "-"))])
+    overrides.apply(cfg, [a for a in argv if not a.startswith("run=")])
     train(cfg, run)
 
 
@@ -72,42 +73,42 @@ def train(cfg: DictConfig, run: Run | None = None) -> Run:
         _say(f"analysis.{name}: the experiment sets it, but it was not chosen; left out")
     config.apply_caps(cfg)
     validate(cfg)
-    afresh = run is None and _start_file(cfg) is None
+    afresh = run is None and cfg.ckpt_path in (None, "last", "auto")
     done = runs.finished(Path(cfg.paths.runs), config.config_hash(cfg)) if cfg.skip_finished and afresh else None
     if done is not None:
         _say(f"{done.path} is a finished run of this configuration; nothing to do")
         return done
+    run, ckpt = _resume_point(cfg, run)
+    if run is not None and ckpt is not None and run.provenance().get("status") == "finished":
+        print(f"{run.path} is finished; nothing to do")
+        return run
+    if run is not None and not (writable(run.path) and writable(run.checkpoints)):
+        raise StorageError("run", run.path, "not writable", "make it so, or start a new run")
     network = build.model(cfg)
-    resume = _resume_point(cfg, run)
-    start = resume[1] if resume else _start_file(cfg)
-    if start is not None and resume is None:
-        build.load_weights(network, checkpoint.read(start), start)  # a wrong file is found before there is a run
     data = build.data(cfg)
     data.adapt_to(network)
     data.setup("fit")  # what is missing or broken is found before there is a run
+    rehearse(cfg, network, data)
     if run is None:
-        run = resume[0] if resume else _new_run(cfg)
+        if ckpt is not None:
+            build.load_weights(network, checkpoint.read(ckpt), ckpt)  # a file that does not fit leaves no run behind
+        run = _new_run(cfg)
     exits.entered(run)
-    if resume and run.provenance().get("status") == "finished":
-        print(f"{run.path} is finished; nothing to do")
-        return run
     started = time.monotonic()
     mirror = tracking.start(cfg, run, "train", _say)
     code = 1
     try:
-        _fit(cfg, run, network, data, start, mirror)
+        _fit(cfg, run, network, data, ckpt, mirror)
         code = 0
     except BaseException as error:
-        known = exits.explain(error)
-        code = known.exit_code if known else exits.TERMINATED if isinstance(error, Interrupted) else 1
+        code = exits.code_for(error)
         if isinstance(error, Interrupted):
             mirror.preempting()
         raise
     finally:
         if _is_main():
             os.environ.pop(runs.ENVIRONMENT, None)  # the next run of this process makes a folder of its own
-            status = {0: "finished", exits.TERMINATED: "stopped"}.get(code, "failed")
-            run.note(status=status, exit_code=code, wall_s=round(time.monotonic() - started, 3))
+            exits.note_end(run, code, wall_s=round(time.monotonic() - started, 3))
         mirror.finish(code)
     return run
 
@@ -118,7 +119,9 @@ def _fit(cfg: DictConfig, run: Run, network: Any, data: Any, ckpt: Path | None, 
     diagnostics = DiagnosticCallback(cfg, chosen, run, mirror)
     logger = tracking.RunLogger(run, Journal(run.journal), mirror)
     trainer = _trainer(cfg, run, logger, diagnostics)
-    identity = {"batch_size": data.batch_size, "world_size": trainer.world_size, "num_classes": data.num_classes}
+    rates = {key: value for key, value in config.plain(cfg.optimizer).items() if key != "schedule"}
+    identity = {"batch_size": data.batch_size, "world_size": trainer.world_size, "num_classes": data.num_classes,
+                "optimizer": config.digest(rates)}  # fmt: skip
     module.identity = {**identity, "seed": int(cfg.seed), "config_hash": config.config_hash(cfg)}
     if ckpt is not None:
         ckpt = _adopted(ckpt, network, identity)
@@ -126,8 +129,12 @@ def _fit(cfg: DictConfig, run: Run, network: Any, data: Any, ckpt: Path | None, 
         trainer.fit(module, datamodule=data, ckpt_path=ckpt, weights_only=True)
         if cfg.test:
             trainer.test(module, datamodule=data, verbose=False)
-    except BaseException:
+    except BaseException as error:
         end_others(trainer)
+        if ckpt is not None and not diagnostics.started and _is_defect(error):  # it was being restored
+            why = f"cannot be gone on from ({type(error).__name__}: {' '.join(str(error).split())[:160]})"
+            fix = "use the model, optimizer and callbacks it was made with"
+            raise CheckpointError("ckpt_path", ckpt, why, fix) from error
         raise
     finally:
         logger.journal.close()
@@ -135,6 +142,10 @@ def _fit(cfg: DictConfig, run: Run, network: Any, data: Any, ckpt: Path | None, 
         values = last_values(run.journal)
         mirror.summary({k: v for k, v in values.items() if isinstance(v, int | float)})
         print_headline(run, values, mirror)
+
+
+def _is_defect(error: BaseException) -> bool:
+    return isinstance(error, Exception) and not isinstance(error, Interrupted) and exits.explain(error) is None
 
 
 def _classifier(cfg: DictConfig, network: Any, data: Any) -> Classifier:
@@ -167,6 +178,8 @@ def _trainer(cfg: DictConfig, run: Run, logger: Any, diagnostics: DiagnosticCall
     shown = cfg.trainer.get("enable_progress_bar", True)
     bar = [] if not shown else [RichProgressBar() if sys.stdout.isatty() else PlainProgress()]
     own = [config.instantiate(node, f"callbacks.{name}") for name, node in cfg.callbacks.items()]
+    if not any(isinstance(callback, Checkpoints) for callback in own):
+        own.append(StopsWithoutSaving())
     trainer = config.instantiate(
         cfg.trainer,
         "trainer",
@@ -185,26 +198,19 @@ def _trainer(cfg: DictConfig, run: Run, logger: Any, diagnostics: DiagnosticCall
     return trainer
 
 
-def _resume_point(cfg: DictConfig, run: Run | None) -> tuple[Run, Path] | None:
-    """Return the run to go on with and the checkpoint, or None for a new run."""
+def _resume_point(cfg: DictConfig, run: Run | None) -> tuple[Run | None, Path | None]:
+    """Return the run to go on with and the checkpoint; no run: a new one, from a file's state where one is named."""
     wanted = cfg.ckpt_path
     if run is None and wanted in ("last", "auto"):
         run = runs.unfinished(Path(cfg.paths.runs), config.config_hash(cfg))
         if run is None and wanted == "last":
             why = "no unfinished run of this configuration has a checkpoint"
             raise CheckpointError("ckpt_path", "last", why, "start afresh without it, or use ckpt_path=auto")
-    if run is None:
-        return None
-    if wanted in (None, "last", "auto"):
-        if not checkpoint.manifest(run.checkpoints) and wanted != "last":
-            return None
-        return run, checkpoint.newest(run.checkpoints)
-    return run, Path(wanted)
-
-
-def _start_file(cfg: DictConfig) -> Path | None:
-    """Return the checkpoint file whose weights (or, if it is one of ours, whose training) a new run starts from."""
-    return None if cfg.ckpt_path in (None, "last", "auto") else Path(cfg.ckpt_path)
+    if wanted not in (None, "last", "auto"):
+        return run, Path(wanted)
+    if run is None or (not checkpoint.manifest(run.checkpoints) and wanted != "last"):
+        return run, None
+    return run, checkpoint.newest(run.checkpoints)
 
 
 def _new_run(cfg: DictConfig) -> Run:
@@ -234,8 +240,11 @@ def _adopted(path: Path, network: Any, identity: Mapping[str, Any]) -> Path | No
     build.load_weights(network, content, path)  # refuses another model's in one line
     if "loops" not in content:
         return None
-    kept = content.get("vitscope", {})
+    kept = checkpoint.facts(content, path)
     for key, now in identity.items():
+        if key == "optimizer" and kept.get(key, now) != now:
+            why = "the checkpoint's own values (rate, decay, ...) would be used and these be passed over"
+            raise CheckpointError("optimizer", None, why, "leave it as it was, or start from a file of weights alone")
         if key in kept and kept[key] != now:
             name = {"world_size": "trainer.devices"}.get(key, f"data.{key}")
             raise CheckpointError(name, now, f"the checkpoint was made with {kept[key]}", f"use {key} {kept[key]}")

@@ -146,7 +146,7 @@ def _place(cfg: DictConfig, run: Run, tag: str) -> Place:
     build.load_weights(network, content, path)
     data = build.data(cfg)
     data.adapt_to(network)
-    kept = content.get("vitscope", {})
+    kept = checkpoint.facts(content, path)
     epoch = max(kept.get("epoch", 0) - (kept.get("batch") == 0), 0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return Place(cfg, run, network.to(device), data, tag, epoch, int(content.get("global_step", 0)), content=content)

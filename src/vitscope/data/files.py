@@ -111,7 +111,9 @@ def _read(path: str) -> Image.Image:
     try:
         with Image.open(path) as image:
             return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # decoders of damaged files raise nearly anything
         why = f"{path} cannot be read as an image ({error})"
         raise DataError("data.root", None, why, "replace or remove the file") from error
 

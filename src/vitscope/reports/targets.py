@@ -125,7 +125,7 @@ def _table(target: Target, found: Sequence[Entry], folder: Path, kept: Path) -> 
     costs = Costs(kept)
     table: Table
     if target.table == "factors":
-        return _factors(target, selection, folder)
+        return _factors(target, Selection(found), folder)
     if target.table == "claims":
         table = verdicts.table(verdicts.judge(Bench(Selection(found, any_size=True), costs)))
     else:

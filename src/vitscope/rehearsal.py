@@ -1,0 +1,106 @@
+"""What only fails when it is built or called is built and called once before there is a run: then it leaves nothing behind."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from torch import nn
+
+from vitscope import config, schedule
+from vitscope.errors import ConfigError, DataError
+
+#: what a callee raises for a value that its signature does not tell from a good one
+REFUSALS = (TypeError, ValueError, RuntimeError, KeyError, AttributeError)
+
+
+def rehearse(cfg: DictConfig, network: nn.Module, data: Any) -> None:
+    """Build the trainer, callbacks, optimizer, schedule and loaders of a training, and send two images through the network.
+
+    Args:
+        cfg: a validated configuration.
+        network: on the CPU; it is left as it was.
+        data: the data module, set up for training.
+
+    Raises:
+        ConfigError: naming the group that does not work.
+        DataError: there would be no step.
+    """
+    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+    callbacks = [_built(node, f"callbacks.{name}") for name, node in cfg.callbacks.items()]
+    quiet = {"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    _built(cfg.trainer, "trainer", logger=False, callbacks=callbacks, **quiet)
+    _optimizer(config.plain(cfg.optimizer))
+    _steps(cfg.trainer, data)
+    for name, node in cfg.analysis.items():
+        split = (node.get("probe") or {}).get("split") or "test"
+        if split not in ("train", "val", "test"):  # a further one of this set, or a slip
+            try:
+                data.split(split)
+            except DataError as error:
+                raise ConfigError(f"analysis.{name}.probe.split", split, error.why, error.fix) from error
+    _forward(cfg, network, data)
+
+
+def _built(node: Any, path: str, **supplied: Any) -> Any:
+    try:
+        return config.instantiate(node, path, **supplied)
+    except REFUSALS as error:
+        raise ConfigError(path, None, _first_line(error), "correct its values") from error
+
+
+def _optimizer(node: dict[str, Any]) -> None:
+    options = node.pop("schedule", None) or {}
+    make = config.instantiate({**node, "_partial_": True}, "optimizer")
+    weight = nn.Parameter(torch.ones(1))
+
+    def loss() -> torch.Tensor:
+        with torch.enable_grad():
+            weight.grad = None
+            value = weight.square().sum()
+            value.backward()
+        return value
+
+    try:
+        make([weight]).step(loss)
+    except REFUSALS as error:
+        raise ConfigError("optimizer", None, _first_line(error), "correct its values") from error
+    try:
+        for step in (0, 99):
+            schedule.factor(step, steps_per_epoch=10, total_epochs=10, **options)
+    except REFUSALS as error:
+        raise ConfigError("optimizer.schedule", None, _first_line(error), "correct its values") from error
+
+
+def _steps(trainer: Mapping[str, Any], data: Any) -> None:
+    loaders = {"train": data.train_dataloader, "val": data.val_dataloader}
+    for stage, loader in loaders.items():
+        limit, there = trainer.get(f"limit_{stage}_batches"), len(loader())
+        if isinstance(limit, float) and limit > 0 and int(limit * there) == 0:
+            why = f"no batch of the {there} there are"
+            raise ConfigError(f"trainer.limit_{stage}_batches", limit, why, "raise it, or give a number of batches")
+
+
+def _forward(cfg: DictConfig, network: nn.Module, data: Any) -> None:
+    modes = {name: module.training for name, module in network.named_modules()}
+    images = torch.zeros(2, data.channels, data.image_size, data.image_size)
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            logits = network.eval()(images)
+    except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
+        raise ConfigError("data.image_size", data.image_size, f"the model cannot take its images ({_first_line(error)})",
+                          "make model and data.image_size fit") from error  # fmt: skip
+    finally:
+        for name, module in network.named_modules():
+            module.training = modes[name]
+    shape = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
+    if shape != (2, data.num_classes):
+        raise ConfigError("data.num_classes", data.num_classes, f"two images give {cfg.model._target_}'s outputs {shape}",
+                          "make the model's number of classes equal")  # fmt: skip
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0][:200].rstrip(".") if str(error).strip() else type(error).__name__

@@ -1,0 +1,106 @@
+"""Relations between configuration keys that no signature knows: what one group says must fit what another says."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from vitscope import config
+from vitscope.errors import ConfigError
+
+#: metrics of the validation that a checkpoint may follow
+METRICS = tuple(f"val/{name}" for name in ("loss", "nll", "accuracy", "accuracy_top5", "ece", "brier"))
+
+#: metrics that other callbacks may follow too
+TRAINING_METRICS = ("train/loss", "train/accuracy")
+
+#: what vitscope itself passes to Lightning's Trainer; a value here would be dropped in silence
+SUPPLIED_TO_TRAINER = (
+    "logger", "callbacks", "plugins", "default_root_dir", "enable_model_summary", "enable_checkpointing",
+    "use_distributed_sampler", "num_sanity_val_steps",
+)  # fmt: skip
+
+#: options of the Trainer that switch off the journal or train on other images than the configuration says
+REFUSED_OF_TRAINER = {
+    "fast_dev_run": "it switches the journal and checkpoints off; use caps=smoke",
+    "barebones": "it switches the journal and checkpoints off; use caps=smoke",
+    "overfit_batches": "it replaces the loaders; use data.fraction or trainer.limit_train_batches",
+    "reload_dataloaders_every_n_epochs": "a resumed run would not repeat it; leave it out",
+}
+
+
+def check(tree: Mapping[str, Any]) -> None:
+    """Check a resolved configuration.
+
+    Raises:
+        ConfigError: naming the keys that do not fit.
+    """
+    model, data = tree.get("model") or {}, tree.get("data") or {}
+    _check_model(model, data)
+    _check_monitors(tree.get("callbacks") or {})
+    _check_trainer(tree.get("trainer") or {})
+    _check_sam(tree.get("optimizer") or {}, tree.get("trainer") or {})
+    for name in (*(tree.get("analysis") or {}), *(tree.get("callbacks") or {})):
+        if not re.fullmatch(r"[\w-]{1,100}", str(name)):  # it names a folder of the run
+            raise ConfigError("analysis", repr(name), "not a name of letters, digits, - and _", "rename it")
+
+
+def _check_model(model: Mapping[str, Any], data: Mapping[str, Any]) -> None:
+    size = data.get("image_size")
+    for key in ("num_classes", "image_size"):
+        if key in model and key in data and model[key] is not None and model[key] != data[key]:
+            raise ConfigError(f"model.{key}", model[key], f"data.{key} is {data[key]}", "make them equal")
+    if model.get("in_chans", 3) != 3:
+        raise ConfigError("model.in_chans", model["in_chans"], "data give 3 channels", "set model.in_chans=3")
+    patch = model.get("patch_size")
+    if isinstance(patch, int) and isinstance(size, int) and size % patch:
+        good = ", ".join(str(p) for p in range(1, size // 2 + 1) if size % p == 0)
+        raise ConfigError("model.patch_size", patch, f"does not divide data.image_size={size}", f"choose from {good}")
+    _check_window(model, size)
+
+
+def _check_window(model: Mapping[str, Any], size: Any) -> None:
+    if model.get("_target_") != "vitscope.models.alternet" or model.get("pad") or not isinstance(size, int):
+        return
+    from vitscope.models.alternet import valid_window_sizes
+
+    good = valid_window_sizes(size, model.get("stem", "cifar"))
+    if model.get("window_size") not in good:
+        raise ConfigError("model.window_size", model.get("window_size"), f"does not divide the maps at data.image_size={size}",
+                          f"choose from {', '.join(map(str, good))}, or set model.pad=true")  # fmt: skip
+
+
+def _check_monitors(callbacks: Mapping[str, Any]) -> None:
+    for name, node in callbacks.items():
+        if "monitor" not in node:
+            continue
+        monitor = node["monitor"]
+        known = METRICS if name == "checkpoint" else (*METRICS, *TRAINING_METRICS)
+        if monitor not in known and not (monitor is None and name != "checkpoint"):
+            key = f"callbacks.{name}.monitor"
+            raise ConfigError(key, monitor, "no such metric", config.nearest(str(monitor), known))
+
+
+def _check_trainer(trainer: Mapping[str, Any]) -> None:
+    if trainer.get("max_epochs") == -1 and trainer.get("max_steps", -1) == -1 and trainer.get("max_time") is None:
+        raise ConfigError("trainer.max_epochs", -1, "training would never end", "set trainer.max_steps")
+    for key in SUPPLIED_TO_TRAINER:
+        if key in trainer:
+            raise ConfigError(f"trainer.{key}", "...", "vitscope supplies it", "leave it out")
+    for key, why in REFUSED_OF_TRAINER.items():
+        if trainer.get(key):
+            reason, fix = why.split("; ")
+            raise ConfigError(f"trainer.{key}", trainer[key], reason, fix)
+
+
+def _check_sam(optimizer: Mapping[str, Any], trainer: Mapping[str, Any]) -> None:
+    if "rho" not in optimizer:
+        return
+    if trainer.get("accumulate_grad_batches", 1) != 1:
+        value = trainer["accumulate_grad_batches"]
+        raise ConfigError("trainer.accumulate_grad_batches", value, "SAM's second pass sees one batch only",
+                          "set it to 1 and data.batch_size higher, or choose optimizer=adamw")  # fmt: skip
+    if trainer.get("precision") in ("16-mixed", "16", 16):
+        raise ConfigError("trainer.precision", trainer["precision"], "SAM makes two passes, which gradient scaling does not",
+                          "use bf16-mixed or 32-true")  # fmt: skip

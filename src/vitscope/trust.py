@@ -1,0 +1,167 @@
+"""What a configuration's ``_target_`` may name.
+
+A configuration can come from a stranger together with a checkpoint, so that only what is meant to be configured is called;
+the resolved object is judged, not its spelling.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+import os
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from vitscope.errors import ConfigError, nearest
+
+#: packages from which a `_target_` may come, before its kind is judged
+PACKAGES = ("vitscope", "torch.nn", "torch.optim", "torchvision", "timm", "torchmetrics", "pytorch_lightning")
+
+#: arguments of timm by which it loads a file: its older releases unpickle whatever such a file holds
+_FILES_OF_WEIGHTS = {"checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay"}
+
+
+def check_target(node: Mapping[str, Any], path: str) -> Callable[..., Any]:
+    """Return what a node's ``_target_`` names, if it may be configured and is given no file to unpickle.
+
+    Raises:
+        ConfigError: naming the target or the argument.
+    """
+    for key in _FILES_OF_WEIGHTS & set(node):
+        raise ConfigError(f"{path}.{key}", "...", "names a file of weights, which only ckpt_path may", "use ckpt_path")
+    return resolve(node["_target_"], path)
+
+
+def check_role(node: Mapping[str, Any], path: str) -> None:
+    """Refuse a target that may be configured, but not in this place: an optimizer for a callback, a model for a data set.
+
+    Raises:
+        ConfigError: naming the target and what belongs there.
+    """
+    import pytorch_lightning as pl
+    import torch
+
+    from vitscope.data import DataModule
+
+    place = re.sub(r"^(callbacks|analysis)\.[^.]+$", r"\1", path)
+    roles = {
+        "model": (torch.nn.Module, ("vitscope.models.", "timm.", "torchvision."), "a model"),
+        "data": (DataModule, (), "vitscope.data.DataModule"),
+        "data.source": ((), ("vitscope.data.",), "a loader such as vitscope.data.folder.load"),
+        "optimizer": (torch.optim.Optimizer, (), "an optimizer"),
+        "trainer": (pl.Trainer, (), "pytorch_lightning.Trainer"),
+        "callbacks": (pl.Callback, (), "a callback"),
+        "analysis": ((), ("vitscope.diagnostics.",), "a measure"),
+    }
+    if place not in roles:
+        return
+    kind, modules, wanted = roles[place]
+    found = resolve(node["_target_"], path)
+    fits = issubclass(found, kind) if inspect.isclass(found) else found.__module__.startswith(modules)
+    if not fits and not _trusted(found):
+        raise ConfigError(f"{path}._target_", node["_target_"], f"not {wanted}", "name one")
+
+
+def resolve(target: Any, path: str) -> Callable[..., Any]:
+    """Return the object that a dotted ``_target_`` names, if it is meant to be configured.
+
+    Raises:
+        ConfigError: unknown, or not a model, optimizer, data set, metric, callback, logger or measure.
+    """
+    key = f"{path}._target_"
+    if not isinstance(target, str) or not all(part.isidentifier() for part in target.split(".")):
+        raise ConfigError(key, target, "not a dotted name", "name a callable such as vitscope.models.vit")
+    trusted = _trust()
+    top = target.partition(".")[0]
+    if top not in {p.partition(".")[0] for p in PACKAGES} | trusted:
+        raise ConfigError(key, target, "its package is not trusted", f"set VITSCOPE_TRUST={top} if it is your own")
+    found = _locate(target, key)
+    module = getattr(found, "__module__", None) or ""
+    if not callable(found) or inspect.ismodule(found):
+        raise ConfigError(key, target, f"a {type(found).__name__}, not a callable", "name a class or a function")
+    if _trusted(found) or _configurable(found, module):
+        return found
+    raise ConfigError(key, target, f"{module}.{getattr(found, '__qualname__', '?')} is not meant to be configured",
+                      "name a model, optimizer, data set, metric, callback or measure")  # fmt: skip
+
+
+def _trust() -> set[str]:
+    """Return the packages that the user's environment admits."""
+    return {name for name in os.environ.get("VITSCOPE_TRUST", "").split(",") if name}
+
+
+def _trusted(found: Any) -> bool:
+    return (getattr(found, "__module__", None) or "").partition(".")[0] in _trust()
+
+
+def _locate(target: str, key: str) -> Any:
+    parts = target.split(".")
+    try:
+        found: Any = importlib.import_module(parts[0])
+        for index, part in enumerate(parts[1:], start=2):
+            if part.startswith("_"):
+                raise ConfigError(key, target, "a private name", "name something public")
+            if not hasattr(found, part):
+                importlib.import_module(".".join(parts[:index]))
+            found = getattr(found, part)
+    except ConfigError:
+        raise
+    except Exception:  # modules that make their attributes when asked (torch.ops, torch.classes) raise anything
+        raise ConfigError(key, target, "no such name", _suggest(parts)) from None
+    return found
+
+
+def _suggest(parts: list[str]) -> str:
+    try:
+        parent = importlib.import_module(".".join(parts[:-1]))
+    except Exception:
+        return "check the spelling"
+    return nearest(parts[-1], (name for name in dir(parent) if not name.startswith("_")))
+
+
+def _configurable(found: Any, module: str) -> bool:
+    if not any(module == package or module.startswith(f"{package}.") for package in PACKAGES):
+        return False
+    name = getattr(found, "__qualname__", "_")
+    if "." in name or name.startswith("_"):
+        return False
+    if inspect.isclass(found):
+        return issubclass(found, _bases())
+    if not inspect.isfunction(found):
+        return False
+    import timm
+    import torchvision
+
+    if module.startswith("vitscope."):
+        return _ours(found, module, name)
+    if module.startswith("timm.models."):
+        return timm.is_model(name)
+    return module.startswith("torchvision.models.") and name in torchvision.models.list_models()
+
+
+def _ours(found: Any, module: str, name: str) -> bool:
+    """Tell whether a function of this package is a model, the loader of a data set or a measure."""
+    import vitscope
+    from vitscope import models
+
+    if module.startswith("vitscope.models."):
+        return name in models.__all__ and getattr(models, name) is found and name != "load_official_state_dict"
+    if module.startswith("vitscope.data."):
+        return name == "load"
+    return vitscope.measures().get(name) == module
+
+
+@functools.cache
+def _bases() -> tuple[type, ...]:
+    import pytorch_lightning as pl
+    import torch
+    from pytorch_lightning.loggers import Logger
+    from pytorch_lightning.profilers import Profiler
+    from pytorch_lightning.strategies import Strategy
+
+    return (
+        torch.nn.Module, torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler, pl.Callback, pl.LightningDataModule,
+        pl.Trainer, Logger, Profiler, Strategy,
+    )  # fmt: skip
