@@ -8,6 +8,11 @@ other processes used more than 0.1 core are left out, unless that leaves none: t
 Claims: relative_log_amplitude <= 1.05, feature_map_variance <= 1.02; Fourier, variance, rank and CKA together <= 1.3
 (each measure makes its own forward pass, so "together" is one plus the sum of what each adds to it).
 
+What the last two add grows with more than the images: a Gram matrix takes batch * features products an image in float64 (at
+batch 8, 46 million for ResNet-50 at 224 against 4.1 billion of its forward pass; at batch 128 sixteen times as many), a scatter
+matrix positions * channels^2 / 2 once there are more vectors than channels, and its eigenvalues a time that does not depend on
+the images.
+
     python benchmarks/representation.py [--models resnet50 vit_tiny_patch16_224] [--rounds 7] [--images 32] [--batch 8]
     python benchmarks/representation.py --memory          # peak memory of new processes with 4 and 16 batches
 """
