@@ -77,6 +77,9 @@ def test_masked_classes_are_as_if_the_model_had_no_others(classes: object) -> No
     assert result.class_names == ("n02", "n03", "n11")
     assert result.card is not None
     assert result.card.solver == {"classes": "3 of 12 logits"}
+    everything = evaluation(probe_of(logits, labels)).card
+    assert everything is not None
+    assert result.card.differences(everything) == ["loss"]
 
 
 def test_present_classes_are_those_of_the_split_not_of_the_images_at_hand() -> None:

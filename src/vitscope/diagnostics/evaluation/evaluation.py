@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -144,7 +144,9 @@ def _result(probe: Probe, rows: np.ndarray, classes: np.ndarray, n_logits: int) 
     names: Sequence[str] = probe.about.get("class_names") or ()
     accuracy = float(right.mean())
     lower, upper = _wilson(right)
-    masked: Mapping[str, Any] = {"classes": f"{len(classes)} of {n_logits} logits"}
+    facts: dict[str, Any] = {"solver": {"classes": f"{len(classes)} of {n_logits} logits"}}
+    if len(classes) < n_logits:  # another softmax: not to be overlaid with one over all classes
+        facts["loss"] = f"cross entropy over {len(classes)} of {n_logits} classes"
     return EvaluationResult(
         accuracy=accuracy,
         accuracy_top5=float(top5.mean()),
@@ -158,5 +160,5 @@ def _result(probe: Probe, rows: np.ndarray, classes: np.ndarray, n_logits: int) 
         class_accuracy=by_class,
         n_logits=n_logits,
         n_images=len(rows),
-        card=probe.card(solver=masked),
+        card=probe.card(**facts),
     )
