@@ -228,7 +228,7 @@ def apply_caps(cfg: DictConfig) -> None:
     """Lower the sizes of a composed configuration to the upper bounds in ``cfg.caps``; nothing is added or raised.
 
     ``epochs``, ``steps`` (an epoch) and ``eval_batches`` bound the trainer; every other name bounds the key of that
-    name wherever it stands in ``analysis``.
+    name wherever it stands in ``analysis``; a list of numbers keeps those up to the bound.
     """
     caps = dict(cfg.get("caps") or {})
     trainer = cfg.get("trainer") or {}
@@ -252,5 +252,7 @@ def _cap(node: Any, caps: Mapping[str, Any]) -> None:
         value = None if OmegaConf.is_missing(node, key) else node[key]
         if OmegaConf.is_dict(value):
             _cap(value, caps)
+        elif key in caps and OmegaConf.is_list(value):
+            node[key] = [v for v in value if v <= caps[key]]
         elif key in caps and (value is None or (isinstance(value, int | float) and value > caps[key])):
             node[key] = caps[key]
