@@ -79,6 +79,9 @@ def test_caps_lower_and_never_add_or_raise() -> None:
     assert cfg.analysis.hessian.n_top == 1
     assert cfg.analysis.hessian.probe.n_images == 32
     assert (cfg.trainer.max_epochs, cfg.trainer.limit_train_batches) == (1, 3)
+    cfg = composed("train", "analysis=[sharpness]", "caps=smoke", "+caps.radii=0.1")
+    config.apply_caps(cfg)
+    assert list(cfg.analysis.sharpness.radii) == [0.05, 0.1]
 
 
 def test_what_an_experiment_sets_for_a_diagnostic_that_was_not_chosen_is_left_out(tmp_path: Path) -> None:

@@ -145,15 +145,15 @@ def apply_caps(cfg: DictConfig) -> None:
     """Lower the sizes of a composed configuration to the upper bounds in ``cfg.caps``; nothing is added or raised.
 
     ``epochs``, ``steps`` (an epoch) and ``eval_batches`` bound the trainer; every other name bounds the key of that
-    name wherever it stands in ``analysis``.
+    name wherever it stands in ``analysis``; a list of numbers keeps those up to the bound.
 
     Raises:
         ConfigError: a bound that is none.
     """
     caps = {name: bound for name, bound in dict(cfg.get("caps") or {}).items() if bound is not None}
     for name, bound in caps.items():
-        if isinstance(bound, bool) or not isinstance(bound, int | float) or not bound >= 1:
-            raise ConfigError(f"caps.{name}", bound, "not a number of at least 1", "give one, or null for no bound")
+        if isinstance(bound, bool) or not isinstance(bound, int | float) or not 0 < bound < float("inf"):
+            raise ConfigError(f"caps.{name}", bound, "not a positive number", "give one, or null for no bound")
     trainer = cfg.get("trainer") or {}
     bound = caps.pop("epochs", None)
     if bound is not None and "max_epochs" in trainer:
@@ -181,5 +181,7 @@ def _cap(node: Any, caps: Mapping[str, Any]) -> None:
         value = None if OmegaConf.is_missing(node, key) else node[key]
         if OmegaConf.is_dict(value):
             _cap(value, caps)
+        elif key in caps and OmegaConf.is_list(value):
+            node[key] = [v for v in value if v <= caps[key]]
         elif key in caps and (value is None or (isinstance(value, int | float) and value > caps[key])):
             node[key] = caps[key]

@@ -75,10 +75,11 @@ def test_what_is_missing_is_named_and_never_filled(make_run: Callable, tmp_path:
 
 
 def test_a_rise_that_is_saturated_is_no_missing_cell(make_run: Callable, tmp_path: Path) -> None:
-    broken = dataclasses.replace(rise(9.0), saturated=np.array([True]), worst_rise=np.array([np.nan]))
+    card = other_card(solver={"radii": [0.1]})
+    broken = dataclasses.replace(rise(9.0, card=card), saturated=np.array([True]), worst_rise=np.array([np.nan]))
     make_run("vit", 0, measured={"hessian": spectrum(), "sharpness": broken})
     make_run("convnet", 0, measured={"hessian": spectrum(), "sharpness": broken})
-    make_run("convnet", 1, measured={"hessian": spectrum(), "sharpness": rise(0.5)})
+    make_run("convnet", 1, measured={"hessian": spectrum(), "sharpness": rise(0.5, card=card)})
     table = build(tmp_path, "curvature")
     assert table.problems == ()
     at = table.ids.index("sharpness/rise_r0.1")

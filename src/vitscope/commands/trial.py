@@ -67,6 +67,7 @@ def composed(trial: Trial, root: Path) -> DictConfig:
     always = [f"paths.runs={root.absolute()}", "skip_finished=true", "ckpt_path=auto"]
     with initialize_config_dir(str(config.folder()), version_base="1.3", job_name="reproduce"):
         cfg = compose("train", overrides=[*trial.overrides, *always])
+    config.drop_unchosen(cfg)
     with open_dict(cfg):
         config.apply_caps(cfg)
     return cfg
@@ -79,7 +80,7 @@ def _trained(cfg: DictConfig, trial: Trial, root: Path) -> Run:
     if _needs_processes(cfg):
         # Lightning starts the other ranks with this process's command line: it must be train.py's
         overrides = [
-            *trial.overrides,
+            *(o for o in trial.overrides if not o.startswith("analysis")),
             "analysis=[]",
             f"paths.runs={root.absolute()}",
             "skip_finished=true",

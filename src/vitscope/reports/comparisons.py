@@ -164,10 +164,11 @@ def placement(bench: Bench) -> Effect:
 def winner(bench: Bench, families: Sequence[str], read: Reader, what: str) -> Effect:
     """Return the best AlterNet minus the best model of other families, each chosen by its mean validation accuracy.
 
-    Blocked where only one recipe was tried for a side: then it is not known to be at its best.
+    Among those that have what is compared. Blocked where only one recipe was tried for a side: then it is not known to be
+    at its best.
     """
     datasets: dict[str, list[Runs]] = {}
-    for runs in bench.groups(lambda e: has_attention(e) or e.kin in families):
+    for runs in bench.groups(lambda e: (has_attention(e) or e.kin in families) and read(e) is not None):
         datasets.setdefault(first(runs).data, []).append(runs)
     for groups in datasets.values():
         ours = [g for g in groups if has_attention(first(g))]

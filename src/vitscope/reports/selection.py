@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from vitscope.probe import ObjectiveCard
 from vitscope.reports.evidence import IN_A_TABLE, Entry, Measured, majority
 
 MISSING, FAILED = "missing", "failed"
@@ -108,7 +109,7 @@ def of_result(measured: Measured, name: str) -> Value:
     number = measured.scalars.get(name)
     if number is not None and math.isfinite(number):
         return Value(number)
-    if why := undefined(measured.measure, measured.scalars, name):
+    if why := undefined(measured.measure, measured.scalars, name, measured.card):
         return Value(None, "", why)
     return (
         Value(None, FAILED, "not finite")
@@ -117,10 +118,10 @@ def of_result(measured: Measured, name: str) -> Value:
     )
 
 
-def undefined(measure: str, scalars: Mapping[str, float | None], name: str) -> str:
+def undefined(measure: str, scalars: Mapping[str, float | None], name: str, card: ObjectiveCard | None = None) -> str:
     """Return in words why a good result has no such number by its definition, or an empty text.
 
-    The mean of the positive eigenvalues where none is positive; a rise of the loss at a radius that is saturated.
+    The mean of the positive eigenvalues where none is positive; a rise of the loss at a measured radius that is saturated.
     """
     if measure == "hessian_max_eigenvalue_spectrum" and name == "average_positive_eigenvalue":
         shares = [scalars.get(key) for key in ("negative_eigenvalue_proportion", "near_zero_proportion")]
@@ -128,8 +129,9 @@ def undefined(measure: str, scalars: Mapping[str, float | None], name: str) -> s
     if measure == "hessian_max_eigenvalue_spectrum" and name == "top1_average_positive_eigenvalue":
         return "none positive" if name not in scalars and "top1_negative_eigenvalue_proportion" in scalars else ""
     quantity, _, radius = name.rpartition("_r")
-    if measure == "sharpness" and quantity in ("rise", "worst_rise"):
-        return "saturated" if f"rise_r{radius}" not in scalars and scalars.get("nll_center") is not None else ""
+    if measure == "sharpness" and quantity in ("rise", "worst_rise") and f"rise_r{radius}" not in scalars:
+        radii = card.solver.get("radii", ()) if card is not None else ()
+        return "saturated" if radius in {f"{r:g}" for r in radii} else ""
     return ""
 
 
