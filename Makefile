@@ -8,11 +8,11 @@ PROFILE ?= smoke
 SEEDS ?= 1
 REPRODUCE := $(RUN) -m vitscope reproduce
 REPRODUCED = profile=$(PROFILE) seeds=$(SEEDS)
-QUESTIONS := landscape-objective msa-placement sam
+QUESTIONS := landscape-objective msa-placement baselines sam
 TABLES := table-models table-curvature table-robustness table-buildup table-claims
 PYTEST ?= $(BIN)/pytest
 FUZZ ?= 1000
-BENCH ?= hessian landscape representation data report
+BENCH ?= hessian landscape representation attention training data report sweep
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-slow lint format bench fuzz soak doctor clean reproduce $(QUESTIONS) $(TABLES) sweep sweep-local

@@ -5,6 +5,7 @@ compared with a float64 reference, whose residual an independent double backward
 vitscope's must be at most 1e-3. A sample during which other processes used more than 0.1 core is left out; without an
 undisturbed one no ratio is given. Peers run with the tolerance that gives them about that error: PyHessian's rule (a change
 of the value) 1e-4, SciPy's eigsh on curvlinops' operator 1e-3, hessian-eigenthings a Lanczos run of 30 steps.
+The last comparison, numbered one more than the others, is of densities.
 
     pip install .[bench]
     python benchmarks/hessian.py [--rounds 5] [--quick]
@@ -158,23 +159,47 @@ def compare(title: str, sides: Sides, rounds: int, device: torch.device, expecte
 
 
 def slq(model: nn.Module, batch: Batch, steps: int, peers: tuple[str, ...]) -> Sides:
-    """Density of ``steps``: PyHessian's cannot run on current torch, so its products alone are timed."""
+    """The density of ``steps`` from one probe vector; what is compared is its largest node.
+
+    PyHessian's calls ``torch.eig``, which torch no longer has: a stand-in for it is passed in, and its products are also
+    timed alone, without its Lanczos.
+    """
 
     def ours() -> np.ndarray:
-        return vs.spectral_density(vs.Probe(model, [batch]), n_vectors=1, n_steps=steps).nodes
+        return vs.spectral_density(vs.Probe(model, [batch]), n_vectors=1, n_steps=steps).nodes.max(axis=1)
 
-    def theirs() -> np.ndarray:
+    def operator():
         from pyhessian import hessian
+
+        return hessian(model, nn.CrossEntropyLoss(), data=batch, cuda=batch[0].is_cuda)
+
+    def density() -> np.ndarray:
+        torch.eig = eig_of_symmetric
+        try:
+            nodes, _ = operator().density(iter=steps, n_v=1)
+        finally:
+            del torch.eig
+            model.zero_grad(set_to_none=True)
+        return np.array([max(nodes[0])])
+
+    def products() -> np.ndarray:
         from pyhessian.utils import hessian_vector_product
 
-        operator = hessian(model, nn.CrossEntropyLoss(), data=batch, cuda=batch[0].is_cuda)
-        v = [torch.randn_like(p) for p in operator.params]
+        made = operator()
+        v = [torch.randn_like(p) for p in made.params]
         for _ in range(steps):
-            hessian_vector_product(operator.gradsH, operator.params, v)
+            hessian_vector_product(made.gradsH, made.params, v)
         model.zero_grad(set_to_none=True)
-        return np.zeros(0)
+        return np.array([np.nan])
 
-    return {"vitscope": ours} | ({"pyhessian (products alone)": theirs} if "pyhessian" in peers else {})
+    theirs = {"pyhessian": density, "pyhessian (products alone)": products} if "pyhessian" in peers else {}
+    return {"vitscope": ours} | theirs
+
+
+def eig_of_symmetric(matrix: Tensor, eigenvectors: bool = True) -> tuple[Tensor, Tensor]:
+    """Stand in for ``torch.eig``: eigenvalues ``(n, 2)``, real and imaginary parts, and eigenvectors as columns."""
+    values, vectors = torch.linalg.eigh(matrix)
+    return torch.stack([values, torch.zeros_like(values)], 1), vectors
 
 
 def per_gradient(name: str, model: nn.Module, batch: Batch, rounds: int, device: torch.device, k: int) -> None:
@@ -242,10 +267,13 @@ def main() -> None:
         work.append((f"top-{k} of {len(many)} batches of 16, ResNet-18", resnet, many, peers[:1]))
     with contextlib.redirect_stderr(io.StringIO()), sdpa_kernel(SDPBackend.MATH):
         chosen_works = range(len(work)) if options.works is None else options.works
-        for title, model, batches, chosen in (work[i] for i in chosen_works):
+        for title, model, batches, chosen in (work[i] for i in chosen_works if i < len(work)):
             compare(title, sides_of(model, batches, chosen, k), rounds, device, reference(model, batches, k))
         steps = 10 if quick else 30
-        compare(f"SLQ, {steps} steps, ResNet-18", slq(resnet, (x[:n], y[:n]), steps, peers), rounds, device)
+        if options.works is None or len(work) in options.works:
+            largest = reference(resnet, [(x[:n], y[:n])], 1)[:, 0]
+            sides = slq(resnet, (x[:n], y[:n]), steps, peers)
+            compare(f"SLQ, {steps} steps, ResNet-18", sides, rounds, device, largest)
     print("\n| model | product / gradient | clean samples | memory above a gradient's, parameter sizes | products |")
     print("| - | - | - | - | - |")
     alternet = vs.models.alternet(num_classes=16).to(device).eval()

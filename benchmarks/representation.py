@@ -133,10 +133,10 @@ def compare(name: str, rounds: int, images: int, batch: int) -> None:
     print(f"  together ({', '.join(shown)}): {together:.3f} x, claimed <= 1.30 with all four")
 
 
-def peak(name: str, n_batches: int, batch: int) -> None:
-    probe = probe_of(name, n_batches, batch, held=False)
-    vs.relative_log_amplitude(probe)
-    vs.feature_map_variance(probe)
+def peak(model: str, n_batches: int, batch: int) -> None:
+    probe = probe_of(model, n_batches, batch, held=False)
+    for name in TOGETHER:
+        getattr(vs, name)(probe)
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 
 

@@ -10,6 +10,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
 from vitscope import analyses, build, config
+from vitscope.errors import ConfigError
 from vitscope.validation import validate
 
 CONF = config.folder()
@@ -80,7 +81,20 @@ def test_caps_lower_and_never_add_or_raise() -> None:
     assert (cfg.trainer.max_epochs, cfg.trainer.limit_train_batches) == (1, 3)
 
 
+def test_what_an_experiment_sets_for_a_diagnostic_that_was_not_chosen_is_left_out(tmp_path: Path) -> None:
+    cfg = composed("train", "experiment=table_models", "analysis=[fourier]", f"paths.runs={tmp_path}")
+    assert config.drop_unchosen(cfg) == ["hessian"]
+    validate(cfg)
+    assert list(cfg.analysis) == ["fourier"]
+    assert config.drop_unchosen(cfg) == []
+    mistyped = composed("train", "analysis=[]", "+analysis.hesian.n_top=3", f"paths.runs={tmp_path}")
+    assert config.drop_unchosen(mistyped) == []
+    with pytest.raises(ConfigError, match=r"analysis.hesian: no _target_"):
+        validate(mistyped)
+
+
 def test_hash_leaves_folders_out() -> None:
     one = composed("train", "paths.runs=a", "data.num_workers=2", "analysis=[]")
     assert config.config_hash(one) == config.config_hash(composed("train", "paths.runs=b"))
-    assert config.config_hash(one) != config.config_hash(composed("train", "optimizer.lr=0.5"))
+    for change in ("optimizer.lr=0.5", "data.random_labels=true"):
+        assert config.config_hash(one) != config.config_hash(composed("train", change))

@@ -98,7 +98,7 @@ def test_the_plan_names_what_there_is(profile: str) -> None:
         for trial in target.trials:
             assert trial.overrides[0].removeprefix("experiment=") in experiments, trial.name
         assert target.drawings or target.relations or target.table, f"{name} draws nothing"
-        assert target.table in (*TABLES, "claims", None)
+        assert target.table in (*TABLES, "claims", "factors", None)
 
 
 def test_every_figure_of_the_paper_has_a_target() -> None:

@@ -54,19 +54,6 @@ def test_every_trial_composes_and_builds(file: Path) -> None:
         assert lint.problems(spec.read(file, [f"profile={profile}"]), thorough=True) == []
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
-def test_the_first_trial_of_every_file_runs(file: Path, tmp_path: Path) -> None:
-    (first, *_) = spec.planned(spec.read(file, SMALL), 1)
-    arguments = [*spec.arguments(first), f"run_dir={tmp_path / 'run'}"]
-    done = subprocess.run(
-        [sys.executable, "train.py", *arguments], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-1000:]
-    assert children.outcome(tmp_path / "run").finished
-    assert "failed" not in done.stderr
-
-
 @pytest.mark.parametrize(
     ("parameters", "message"),
     [

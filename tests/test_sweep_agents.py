@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
 from vitscope import runs
 from vitscope.errors import ConfigError
@@ -82,6 +83,28 @@ def test_two_agents_run_a_sweep(server: Server, tmp_path: Path, capfd: pytest.Ca
     sync = [str(Path(sys.executable).parent / "wandb"), "sync", *options, str(local)]
     subprocess.run(sync, check=True, capture_output=True, env={**os.environ, "WANDB_DIR": str(tmp_path)})
     assert [row["train/loss"] for row in server.runs["again"].history if "train/loss" in row] == pytest.approx(losses)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file", sorted((ROOT / "sweeps").glob("*.yaml")), ids=lambda file: file.stem)
+def test_the_first_trial_of_every_file_runs_under_an_agent(
+    file: Path, server: Server, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    sweep = spec.read(file, ["profile=smoke", "caps=smoke", "trainer.accelerator=cpu"])
+    folder = tmp_path / "sweep"
+    code = agents.run(sweep, agents.create(sweep), folder, children.slots(None, 1), limit=1)
+    assert code == 0, capfd.readouterr().err
+    (run,) = runs.every(folder)
+    assert "recorded as null" not in (folder / "agent-cpu0.log").read_text()
+    mirrored = server.runs[run.provenance()["wandb_id"]]
+    assert (mirrored.group, mirrored.job_type, mirrored.exit_code) == (file.stem, "train", 0)
+    config = run.config()
+    for key in (key for key in sweep.swept if "." in key):  # flat, so that a table has a column for each
+        assert _plain(mirrored.config[key]) == _plain(OmegaConf.select(config, key)), key
+
+
+def _plain(value: object) -> str:
+    return str(value).replace(" ", "")  # a list was handed out as a text
 
 
 def test_a_server_that_is_gone_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,6 +24,13 @@ import yaml
 ENTITY, PROJECT = "tests", "vitscope"
 
 
+def _values(node: dict[str, Any]) -> list[Any]:
+    """Return a parameter's values; of a range its ends."""
+    if "values" in node:
+        return node["values"]
+    return [node["value"]] if "value" in node else [node["min"], node["max"]]
+
+
 def _key(kind: str, name: str) -> str:
     return base64.b64encode(f"{kind}:{name}".encode()).decode()
 
@@ -105,7 +112,7 @@ class Server(ThreadingHTTPServer):
     def _upsert_sweep(self, given: dict[str, Any]) -> dict[str, Any]:
         name = f"sweep{len(self.sweeps)}"
         content = yaml.safe_load(given["config"])
-        lists = {key: node.get("values", [node.get("value")]) for key, node in content["parameters"].items()}
+        lists = {key: _values(node) for key, node in content["parameters"].items()}
         trials = (dict(zip(lists, chosen)) for chosen in itertools.product(*lists.values()))
         self.sweeps[name] = ServerSweep(name, given["config"], trials)
         return {"upsertSweep": {"sweep": self._sweep_node(name), "configValidationWarnings": []}}

@@ -21,7 +21,7 @@ __version__ = "0.1.0"
 _HOME = {
     "Probe": "probe",
     "ObjectiveCard": "probe",
-    "check_comparable": "probe",
+    "check_comparable": "card",
     "Objective": "objective",
     "Tap": "models.taps",
     "taps": "models.taps",

@@ -10,7 +10,7 @@ import inspect
 import shutil
 import traceback
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ import numpy as np
 from omegaconf import DictConfig
 from torch import nn
 
-from vitscope import build, checkpoint, config, interrupt, results, runs
+from vitscope import build, checkpoint, config, interrupt, results, runs, snapshots
 from vitscope.distributed import gather_objects, rank
 from vitscope.errors import ConfigError, StorageError, VitscopeError
 from vitscope.interrupt import Interrupted
@@ -156,11 +156,25 @@ def perform(analysis: Analysis, place: Place, *, reuse: bool = True) -> Any | No
 
 
 def settings_hash(analysis: Analysis, place: Place) -> str:
-    """Return the 8 digits that name an analysis's settings: its options, its images and the objective."""
+    """Return the 8 digits that name an analysis's settings: its options, its images and the objective.
+
+    Files that options name count with their content, so that a result is not taken for that of other weights.
+    """
     cfg = place.cfg
     data = {k: v for k, v in config.plain(cfg.data).items() if k not in ("root", "num_workers", "batch_size", "recipe")}
     measure = f"{analysis.measure.__module__}.{analysis.measure.__qualname__}"
-    return config.digest([measure, analysis.options, analysis.probe, config.plain(cfg.objective), data, cfg.seed])
+    facts = [measure, analysis.options, analysis.probe, config.plain(cfg.objective), data, cfg.seed]
+    if isinstance(recipe := analysis.probe.get("augment"), str):
+        facts.append(build.named_objective(recipe))
+    return config.digest(facts + [checkpoint.sha256(path) for path in _files(analysis.options)])
+
+
+def _files(options: Mapping[str, Any]) -> list[Path]:
+    """Return the files that options name: of saved results and of checkpoints."""
+    named = [options.get("eigenvectors"), *(options.get("checkpoints") or [])]
+    paths = [Path(path) for path in named if isinstance(path, str)]
+    paths = [path / "checkpoints" / "last.ckpt" if path.is_dir() else path for path in paths]
+    return [path for path in paths if path.is_file()]
 
 
 def _measured(analysis: Analysis, place: Place, weights: str, rows: results.PartialRows) -> Any:
@@ -193,7 +207,7 @@ def _supplied(analysis: Analysis, place: Place, rows: results.PartialRows) -> di
     if "partial" in wanted:
         supplied["partial"] = rows
     if "checkpoints" in wanted and analysis.options.get("checkpoints") is None:
-        supplied["checkpoints"] = Checkpoints(place.run)
+        supplied["checkpoints"] = snapshots.of_run(place.run)
     if "validation" in wanted and analysis.options.get("validation") is None:
         request = {"split": "val", "augment": False, "n_images": None, "batch_size": place.datamodule.eval_batch_size}
         supplied["validation"] = build.probe(place.cfg, place.network, place.datamodule, request)
@@ -212,7 +226,9 @@ def _untrained(cfg: DictConfig) -> DictConfig:
 
 
 def _loaded_option(key: str, value: Any, probe: Probe) -> Any:
-    """Turn ``other=runs/<id>`` into a probe of that run on the same images."""
+    """Turn ``other=runs/<id>`` into a probe of that run on the same images, named checkpoints into their weights."""
+    if key == "checkpoints" and value is not None:
+        return snapshots.named(value)
     if key != "other" or not isinstance(value, str):
         return value
     other = runs.load_probe(value, split=probe.about["split"])
@@ -220,35 +236,6 @@ def _loaded_option(key: str, value: Any, probe: Probe) -> Any:
     return Probe(
         other.model, probe.batches, probe.objective, about={**probe.about, "checkpoint": other.about["checkpoint"]}
     )
-
-
-class Checkpoints(Sequence[tuple[str, Mapping[str, Any]]]):
-    """A run's checkpoints in the order of their steps, as ``(name, weights)``, each read when it is asked for."""
-
-    def __init__(self, run: Run) -> None:
-        entries = checkpoint.manifest(run.checkpoints)
-        names = [name for name in entries if name != "best.ckpt"]
-        # last.ckpt repeats the newest snapshot where one was made at the same step
-        names.sort(key=lambda name: (entries[name]["global_step"], name))
-        self.labels: list[str] = []
-        seen: set[int] = set()
-        for name in names:
-            step = entries[name]["global_step"]
-            if step not in seen:
-                self.labels.append(Path(name).stem)
-                seen.add(step)
-        self._folder = run.checkpoints
-
-    def __len__(self) -> int:
-        """Return how many there are."""
-        return len(self.labels)
-
-    def __getitem__(self, index: Any) -> Any:
-        """Read one; its weights have the names of the network's own."""
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        label = self.labels[index]
-        return label, checkpoint.model_state(checkpoint.read(self._folder / f"{label}.ckpt"))
 
 
 def _earlier(path: Path, weights: str) -> Any | None:

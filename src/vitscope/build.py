@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
 from vitscope import checkpoint, config
@@ -31,7 +30,7 @@ def model(cfg: DictConfig) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(cfg.seed))
         try:
-            network = config.instantiate(cfg.model, "model")
+            network = config.instantiate(_at_own_size(cfg), "model")
         except (OSError, ConnectionError) as error:
             raise DataError("model.pretrained", cfg.model.get("pretrained"), f"weights not fetched ({_first_line(error)})",
                             "connect, or set model.pretrained=false") from error  # fmt: skip
@@ -48,16 +47,32 @@ def model(cfg: DictConfig) -> nn.Module:
     return network
 
 
+def _at_own_size(cfg: DictConfig) -> dict[str, Any]:
+    """Return ``cfg.model``, a timm model at the size of its weights where the images take its preprocessing."""
+    node = config.plain(cfg.model)
+    own = (cfg.get("data") or {}).get("transform") == "model" and node.get("_target_") == "vitscope.models.timm_model"
+    return {**node, "image_size": None} if own else node
+
+
 def data(cfg: DictConfig) -> Any:
     """Return the data module that ``cfg.data`` describes."""
     return config.instantiate(cfg.data, "data", drop=DATA_HINTS)
 
 
-def objective(cfg: DictConfig, *, soft: bool, augment: bool, scale: Mapping[str, Tensor] | None = None) -> Objective:
-    """Return the objective of a probe.
+def named_objective(name: str) -> dict[str, Any]:
+    """Return the values of ``conf/objective/<name>.yaml``.
 
-    Label smoothing belongs to the training recipe: mixup has it inside its soft targets, clean probes have none.
+    Raises:
+        ConfigError: there is no such file.
     """
+    names = config.options("objective")
+    if name not in names:
+        raise ConfigError("probe.augment", name, "no such objective", config.nearest(name, names))
+    return {str(k): v for k, v in OmegaConf.load(config.folder() / "objective" / f"{name}.yaml").items()}
+
+
+def objective(cfg: DictConfig, *, smoothing: float, scale: Mapping[str, Tensor] | None = None) -> Objective:
+    """Return the objective of a probe: the L2 term is the run's, the smoothing that of the images' recipe."""
     chosen = cfg.objective
     if chosen.l2 == "adamw" and scale is None and chosen.weight_decay > 0:
         raise ConfigError("objective.l2", "adamw", "needs the second moments of a trained AdamW",
@@ -65,7 +80,7 @@ def objective(cfg: DictConfig, *, soft: bool, augment: bool, scale: Mapping[str,
     return Objective(
         weight_decay=float(chosen.weight_decay),
         l2=chosen.l2,
-        label_smoothing=float(chosen.label_smoothing) if augment and not soft else 0.0,
+        label_smoothing=smoothing,
         decay_scale=scale,
     )
 
@@ -84,11 +99,16 @@ def probe(
         cfg: the run's configuration: objective and seed.
         network: the model to look at.
         datamodule: gives the batches.
-        wanted: ``split, augment, n_images, batch_size`` and optionally ``seed``.
+        wanted: ``split, augment, n_images, batch_size`` and optionally ``seed``; ``augment`` is whether to apply the run's
+            training augmentation, or the name of the objective whose augmentation to apply whatever the run was trained with.
         facts: what the card should say besides: ``checkpoint``, ``epoch``.
         content: the checkpoint, for an objective that needs the optimizer's state.
     """
     wanted = dict(wanted)
+    recipe: Mapping[Any, Any] = cfg.objective
+    if isinstance(wanted.get("augment"), str):
+        recipe = named_objective(wanted["augment"])
+        datamodule, wanted["augment"] = datamodule.augmented_as(recipe), True
     seed = wanted.pop("seed", None)
     seed = int(cfg.seed if seed is None else seed)
     batches = datamodule.probe_batches(**wanted, seed=seed)
@@ -100,8 +120,12 @@ def probe(
     soft = next(iter(batches))[1].ndim == 2
     scale = adamw_scale(network, content) if content is not None and cfg.objective.l2 == "adamw" else None
     about = {**datamodule.describe(wanted["split"], augment), "mean": datamodule.mean, "std": datamodule.std,
-             "num_classes": datamodule.num_classes, "seed": seed, **attributes, **(facts or {})}  # fmt: skip
-    return Probe(network, batches, objective(cfg, soft=soft, augment=augment, scale=scale), about=about)
+             "num_classes": datamodule.num_classes, "class_names": datamodule.class_names,
+             "present_classes": datamodule.present_classes(wanted["split"]), "seed": seed,
+             **attributes, **(facts or {})}  # fmt: skip
+    # mixup has the smoothing inside its soft targets, clean images have none
+    smoothing = float(recipe["label_smoothing"]) if augment and not soft else 0.0
+    return Probe(network, batches, objective(cfg, smoothing=smoothing, scale=scale), about=about)
 
 
 class _OnDevice:
@@ -122,16 +146,22 @@ def load_weights(network: nn.Module, content: Mapping[str, Any], path: Path) -> 
 
     Raises:
         CheckpointError: keys or shapes that do not match, the first of them named.
+
+    A file of the official code or of timm 0.5.4 is known by its key names, see `load_official_state_dict`.
     """
     from vitscope.models import load_official_state_dict
 
     state = checkpoint.model_state(content)
     own = network.state_dict()
     if set(state) != set(own):
-        # neither ours nor the official code's: say below which keys differ
-        with contextlib.suppress(ValueError, KeyError, RuntimeError):
+        try:
             load_official_state_dict(network, state)
             return
+        except ValueError as error:
+            # the official code's names for another size of the model; otherwise say below which keys differ
+            if " has shape " in str(error):
+                fix = "use the model it was made with (model.num_classes, ...)"
+                raise CheckpointError("ckpt_path", path, str(error).rstrip("."), fix) from error
     for name in sorted(set(own) ^ set(state)):
         where = "the checkpoint lacks it" if name in own else "the model has no such weight"
         raise CheckpointError("ckpt_path", path, f"{name}: {where}", "use the model it was made with (model=...)")

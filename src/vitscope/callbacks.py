@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytorch_lightning as pl
 import torch
@@ -91,8 +91,9 @@ class Checkpoints(Callback):
         monitor: a validation metric; ``best`` is written when it improves.
         mode: ``max`` or ``min``.
         every_n_epochs: how often ``last`` is written.
-        snapshots: further epochs to keep as ``epoch-0099.ckpt`` (counted from 0); ``log`` keeps log-spaced ones, None none.
-        warmup_epochs: also keep the epoch that ends the warm-up (with ``snapshots`` only).
+        snapshots: further epochs to keep as ``epoch-0099.ckpt`` (counted from 0); ``log`` keeps those that end 1, 2, 4, ...
+            epochs of training and the last, None none.
+        warmup_epochs: also keep the epoch that ends the warm-up (with ``snapshots`` only), where it lasts one at least.
         init: keep the network before its first step.
     """
 
@@ -101,7 +102,7 @@ class Checkpoints(Callback):
         monitor: str = "val/accuracy",
         mode: str = "max",
         every_n_epochs: int = 1,
-        snapshots: str | Sequence[int] | None = None,
+        snapshots: Literal["log"] | Sequence[int] | None = None,
         warmup_epochs: float = 0.0,
         init: bool = True,
     ) -> None:
@@ -142,7 +143,7 @@ class Checkpoints(Callback):
         epoch = trainer.current_epoch
         if self._improved(trainer.callback_metrics):
             trainer.save_checkpoint(self.folder / "best.ckpt")
-        if epoch in self._epochs(trainer):
+        if self._kept(epoch, trainer):
             trainer.save_checkpoint(self.folder / f"epoch-{epoch:04d}.ckpt")
         if (epoch + 1) % self.every_n_epochs == 0 or trainer.should_stop or epoch + 1 == trainer.max_epochs:
             trainer.save_checkpoint(self.folder / "last.ckpt")
@@ -190,15 +191,15 @@ class Checkpoints(Callback):
             self.best = value
         return better
 
-    def _epochs(self, trainer: Trainer) -> set[int]:
-        last = (trainer.max_epochs or 1) - 1
+    def _kept(self, epoch: int, trainer: Trainer) -> bool:
+        """Whether the schedule keeps this epoch under its own name."""
         if self.snapshots is None:
-            return set()
-        warmup = {round(self.warmup_epochs) - 1} if self.warmup_epochs >= 1 else set()
-        if self.snapshots == "log":
-            steps = range(0, 1 + math.ceil(math.log2(last + 1)) if last > 0 else 1)
-            return {min(2**k - 1, last) for k in steps} | warmup | {last}
-        return {int(epoch) for epoch in self.snapshots} | warmup
+            return False
+        if self.warmup_epochs >= 1 and epoch == round(self.warmup_epochs) - 1:
+            return True
+        if self.snapshots == "log":  # after 1, 2, 4, ... epochs, and the last
+            return (epoch + 1) & epoch == 0 or epoch + 1 == trainer.max_epochs
+        return epoch in self.snapshots
 
 
 class StopsWithoutSaving(Callback):

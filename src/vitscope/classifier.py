@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -39,6 +41,7 @@ class Classifier(pl.LightningModule):
         mix: from ``(x, y, seed)`` to mixed ``(x, soft y)``; None for no mixup.
         seed: of the run.
         compile: train through ``torch.compile``; diagnostics always see the uncompiled network.
+        channels_last: hand images over in NHWC order, which convolutions keep; weights stay as they are.
         identity: plain facts kept in checkpoints and compared on resume.
     """
 
@@ -53,12 +56,19 @@ class Classifier(pl.LightningModule):
         mix: Callable[[Tensor, Tensor, tuple[int, ...]], tuple[Tensor, Tensor]] | None = None,
         seed: int = 0,
         compile: bool = False,
+        channels_last: bool = False,
         identity: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self.model = network
         # in a tuple, for a module that is an attribute would be registered, and its weights saved, a second time
         self._compiled = (torch.compile(network),) if compile else (network,)
+        self._format = torch.channels_last if channels_last else torch.contiguous_format
+        # layers with running statistics that gradient checkpointing runs a second time in the backward pass
+        again = any(getattr(m, "grad_checkpointing", False) for m in network.modules())
+        self._run_again = [
+            m for m in network.modules() if again and isinstance(m, _BatchNorm) and m.track_running_stats
+        ]
         self._optimizer = optimizer
         self._schedule = dict(lr_schedule or {})
         self._mix = mix
@@ -76,7 +86,7 @@ class Classifier(pl.LightningModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return logits ``(B, num_classes)``."""
-        return self._compiled[0](x)
+        return self._compiled[0](x.contiguous(memory_format=self._format))
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Note where training stands, for checkpoints."""
@@ -108,6 +118,11 @@ class Classifier(pl.LightningModule):
         accuracy = (logits.detach().argmax(dim=1) == hard_targets(y)).float().mean()
         self.log("train/accuracy", accuracy, on_step=False, on_epoch=True, batch_size=len(x), sync_dist=shared)
         return loss
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Differentiate; what is run again for that moves no running statistics a second time."""
+        with _kept_buffers(self._run_again):
+            super().backward(loss, *args, **kwargs)
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         """Add a batch to the ``val/`` metrics."""
@@ -194,6 +209,14 @@ def _metrics(num_classes: int) -> nn.ModuleDict:
         compute_groups=False,
     )
     return nn.ModuleDict({"scores": scores, "loss": MeanMetric(), "nll": MeanMetric(), "brier": MeanMetric()})
+
+
+@contextmanager
+def _kept_buffers(layers: Sequence[nn.Module]) -> Iterator[None]:
+    kept = [(buffer, buffer.clone()) for layer in layers for buffer in layer.buffers()]
+    yield
+    for buffer, value in kept:
+        buffer.copy_(value)
 
 
 def _step_seed(seed: int, step: int, rank: int) -> int:

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 from vitscope.errors import ConfigError, nearest
 from vitscope.trust import PACKAGES, check_role, check_target, resolve
@@ -57,6 +57,8 @@ def config_hash(cfg: DictConfig) -> str:
     """Return the hash (16 digits) of what makes a run the experiment that it is; folders and logging left out."""
     resolved = plain(cfg)
     identity = {key: resolved.get(key) for key in IDENTITY}
+    if resolved.get("channels_last"):  # changes the order of sums; a run without it keeps the hash it always had
+        identity["channels_last"] = True
     if isinstance(identity["data"], dict):
         identity["data"] = {k: v for k, v in identity["data"].items() if k not in ("root", "num_workers")}
     if isinstance(identity["trainer"], dict):
@@ -122,6 +124,21 @@ def refused(error: Exception) -> bool:
     return isinstance(error, ValueError | MisconfigurationException) or (
         isinstance(error, TypeError) and "argument" in str(error)
     )
+
+
+def drop_unchosen(cfg: DictConfig) -> list[str]:
+    """Take what an experiment sets for diagnostics that were not chosen out of ``cfg.analysis``; return their names."""
+    nodes = cfg.get("analysis") or {}
+    known = options("analysis")
+    unchosen = [
+        str(name)
+        for name in nodes
+        if name in known and OmegaConf.is_dict(nodes[name]) and "_target_" not in nodes[name]
+    ]
+    with open_dict(cfg):
+        for name in unchosen:
+            del nodes[name]
+    return unchosen
 
 
 def apply_caps(cfg: DictConfig) -> None:

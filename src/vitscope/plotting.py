@@ -10,7 +10,7 @@ from typing import Any
 from matplotlib import style
 from matplotlib.figure import Figure
 
-from vitscope.probe import check_comparable
+from vitscope.card import check_comparable
 
 STYLE = Path(__file__).parent / "diagnostics" / "vitscope.mplstyle"
 

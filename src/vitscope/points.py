@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,9 @@ Key = TypeVar("Key")
 Checkpoint = tuple[str, Mapping[str, Tensor]]
 Checkpoints = Sequence[Checkpoint]
 
-BN_POLICIES = ("eval", "recalibrate")
+BatchNormPolicy = Literal["eval", "recalibrate"]
+BN_POLICIES = get_args(BatchNormPolicy)
+DtypeName = Literal["float64", "float32", "bfloat16", "float16"]
 _HALF = (torch.bfloat16, torch.float16)
 
 

@@ -74,6 +74,7 @@ class Target:
         relations: figures of numbers.
         table: a table of ``report.py``, or None.
         different: whether results whose objective cards differ share a figure: that is then what it shows.
+        baselines: whether each model is also drawn beside itself at initialisation and trained on random labels.
     """
 
     name: str
@@ -83,6 +84,7 @@ class Target:
     relations: tuple[Relation, ...] = ()
     table: str | None = None
     different: bool = False
+    baselines: bool = False
 
 
 def read(path: Path | None = None) -> dict[str, Any]:
@@ -140,6 +142,7 @@ def target(name: str, plan: Mapping[str, Any], profile: str, seeds: int = 1) -> 
         tuple(Relation(entry["x"], tuple(entry["y"])) for entry in node.get("relate", ())),
         node.get("table"),
         bool(node.get("different", False)),
+        bool(node.get("baselines", False)),
     )
 
 

@@ -155,6 +155,7 @@ class PartialRows(MutableMapping[str, Mapping[str, Any]]):
         self._folder = folder
         self._file = folder / f"rank-{rank}.jsonl"
         self._rows: dict[str, Mapping[str, Any]] = {}
+        self._torn: bool | None = None  # whether the file's last line was cut short; None until it is written to
         for file in sorted(folder.glob("rank-*.jsonl")):
             self._rows.update(_read_rows(file))
 
@@ -168,9 +169,11 @@ class PartialRows(MutableMapping[str, Mapping[str, Any]]):
         line = json.dumps({"key": key, "row": {name: _pack(value) for name, value in row.items()}}) + "\n"
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            torn = self._file.exists() and not self._file.read_bytes().endswith(b"\n")
+            if self._torn is None:
+                self._torn = self._file.exists() and not self._file.read_bytes().endswith(b"\n")
             with self._file.open("a") as file:
-                file.write(("\n" if torn else "") + line)
+                file.write(("\n" if self._torn else "") + line)
+            self._torn = False
         except OSError as error:
             raise StorageError("paths.runs", self._file, f"not writable ({error.strerror})", "free space") from None
 

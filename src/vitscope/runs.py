@@ -23,8 +23,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from vitscope import checkpoint, config, journal, results, secrecy
+from vitscope.card import versions
 from vitscope.errors import CheckpointError, ConfigError, StorageError
-from vitscope.probe import Probe, versions
+from vitscope.probe import Probe
 
 #: how a parent process hands its run folder to the processes that it starts
 ENVIRONMENT = "VITSCOPE_RUN_DIR"
@@ -195,7 +196,7 @@ def load_probe(
     run: str | Path,
     split: str = "test",
     *,
-    augment: bool = False,
+    augment: bool | str = False,
     n_images: int | None = None,
     batch_size: int | None = None,
     ckpt: str = "last",
@@ -205,7 +206,7 @@ def load_probe(
     Args:
         run: a run folder, or a checkpoint file in one (which then wins over ``ckpt``).
         split: ``train``, ``val`` or ``test``.
-        augment: apply the run's training augmentation and mixup, frozen.
+        augment: apply the run's training augmentation and mixup, frozen; or those of the objective of that name.
         n_images: how many images; all of the split by default.
         batch_size: images a batch; the run's evaluation batch by default.
         ckpt: the checkpoint's name without its ending.
@@ -222,6 +223,7 @@ def load_probe(
     content = checkpoint.read(path)
     build.load_weights(model, content, path)
     data = build.data(cfg)
+    data.adapt_to(model)
     size = batch_size or data.eval_batch_size
     wanted = {"split": split, "augment": augment, "n_images": n_images, "batch_size": size}
     facts = {"checkpoint": build.weights_hash(model), "epoch": content.get("epoch")}

@@ -23,12 +23,12 @@ from omegaconf.errors import OmegaConfBaseException
 from vitscope import config, relations
 from vitscope.analyses import OURS, SUPPLIED
 from vitscope.build import DATA_HINTS
-from vitscope.errors import ConfigError, DataError, StorageError
+from vitscope.errors import CheckpointError, ConfigError, DataError, StorageError
 
 METRICS = relations.METRICS
 
 #: what the keys of an analysis that are not options of its measure may hold
-PROBE_TYPES = {"split": str, "augment": bool, "n_images": int | None, "batch_size": int | None, "seed": int | None,
+PROBE_TYPES = {"split": str, "augment": bool | str, "n_images": int | None, "batch_size": int | None, "seed": int | None,
                "mix": bool | None}  # fmt: skip
 WHEN_TYPES = {"start": bool, "every_n_epochs": int | None, "end": bool}
 
@@ -53,6 +53,8 @@ RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     (r"span|rms|budget_s", lambda v: v > 0, "greater than 0"),
 )  # fmt: skip
 
+_UNIONS = (Union, types.UnionType)
+
 
 def validate(cfg: DictConfig) -> None:
     """Check a composed configuration.
@@ -71,8 +73,9 @@ def validate(cfg: DictConfig) -> None:
     for group in ("model", "data", "optimizer", "trainer"):
         if group in tree:
             _check_target_group(group, tree[group])
-    for group in ("objective", "logger", "paths", "caps"):
+    for group in ("objective", "logger", "paths"):
         _check_plain_group(group, tree.get(group) or {})
+    _check_caps(tree.get("caps") or {})
     _check_analyses(tree.get("analysis") or {})
     for name, node in (tree.get("callbacks") or {}).items():
         _check_node(f"callbacks.{name}", node, extra=("_package_",))
@@ -201,6 +204,8 @@ def _check_arguments(
         if key not in names and not open_ended:
             raise ConfigError(f"{path}.{key}", _shown(value), "no such key", config.nearest(key, names - set(supplied)))
         if key in hints and not _fits(value, hints[key]):
+            if isinstance(value, str) and (names := _choices(hints[key])):
+                raise ConfigError(f"{path}.{key}", value, "no such choice", config.nearest(value, names))
             expected = hints[key].__name__ if isinstance(hints[key], type) else str(hints[key]).replace("typing.", "")
             raise ConfigError(f"{path}.{key}", _shown(value), f"not of type {expected}", "correct the value")
 
@@ -212,10 +217,17 @@ def _hints(target: Callable[..., Any]) -> dict[str, Any]:
         return {}
 
 
+def _choices(hint: Any) -> list[str]:
+    """Return the words that a hint's ``Literal`` lists."""
+    if get_origin(hint) is Literal:
+        return [str(word) for word in get_args(hint)]
+    return [word for option in get_args(hint) for word in _choices(option)] if get_origin(hint) in _UNIONS else []
+
+
 def _fits(value: Any, hint: Any) -> bool:
     """Tell whether a plain value may be passed where ``hint`` stands; unknown kinds of hints let everything pass."""
     origin, arguments = get_origin(hint), get_args(hint)
-    if origin in (Union, types.UnionType):
+    if origin in _UNIONS:
         return any(_fits(value, option) for option in arguments)
     if origin is Literal:
         return value in arguments
@@ -256,7 +268,7 @@ def _check_plain_group(group: str, node: Mapping[str, Any]) -> None:
     for key, value in node.items():
         if key not in known:
             raise ConfigError(f"{group}.{key}", _shown(value), "no such key", config.nearest(str(key), known))
-        if not any(_fits(value, kind) for kind in known[key]) and not (group == "caps" and value is None):
+        if not any(_fits(value, kind) for kind in known[key]):
             raise ConfigError(f"{group}.{key}", _shown(value), f"not {_named(known[key])}", "correct the value")
     if group == "objective":
         from vitscope.objective import L2_FORMS
@@ -267,6 +279,19 @@ def _check_plain_group(group: str, node: Mapping[str, Any]) -> None:
             )
 
 
+def _check_caps(caps: Mapping[str, Any]) -> None:
+    """Refuse bounds of what there is not: each is the name of a size in some file of ``conf/analysis``, or the trainer's."""
+    for name in caps:
+        if name not in _bounded():
+            raise ConfigError(f"caps.{name}", _shown(caps[name]), "no such key", config.nearest(str(name), _bounded()))
+
+
+@functools.cache
+def _bounded() -> set[str]:
+    files = [_file("analysis", name) for name in config.options("analysis")] + [_file("caps", "smoke")]
+    return {key.rpartition(".")[2] for file in files for key, _ in _leaves(file)}
+
+
 def _file(group: str, name: str) -> dict[str, Any]:
     loaded = OmegaConf.to_container(OmegaConf.load(config.folder() / group / f"{name}.yaml"))
     return {key: value for key, value in typing.cast(dict[str, Any], loaded).items() if key != "defaults"}
@@ -275,7 +300,8 @@ def _file(group: str, name: str) -> dict[str, Any]:
 def _check_analyses(nodes: Mapping[str, Any]) -> None:
     for name, node in nodes.items():
         path = f"analysis.{name}"
-        _check_node(path, node, extra=OURS, supplied=("probe", *SUPPLIED))
+        _check_node(path, node, extra=(*OURS, *_paths_of(path, node)), supplied=("probe", *SUPPLIED))
+        _check_saved(path, node)
         for part, types_ in (("probe", PROBE_TYPES), ("when", WHEN_TYPES)):
             if not isinstance(node.get(part), Mapping | None):
                 raise ConfigError(
@@ -287,8 +313,40 @@ def _check_analyses(nodes: Mapping[str, Any]) -> None:
                 if not _fits(value, types_[key]):
                     why = f"not of type {getattr(types_[key], '__name__', types_[key])}"
                     raise ConfigError(f"{path}.{part}.{key}", _shown(value), why, "correct the value")
+        recipe = (node.get("probe") or {}).get("augment")
+        if isinstance(recipe, str) and recipe not in config.options("objective"):
+            why = config.nearest(recipe, ["true", "false", *config.options("objective")])
+            raise ConfigError(f"{path}.probe.augment", recipe, "neither true, false nor an objective", why)
         if node.get("on_error", "warn") not in ("warn", "raise"):
             raise ConfigError(f"{path}.on_error", node["on_error"], "unknown", "choose warn or raise")
+
+
+def _paths_of(path: str, node: Any) -> tuple[str, ...]:
+    """Return the keys that hold paths where the measure takes what is read from them."""
+    if not isinstance(node, Mapping) or "_target_" not in node:
+        return ()
+    measure = config.resolve(node["_target_"], path)
+    return ("checkpoints",) if "checkpoints" in inspect.signature(measure).parameters else ()
+
+
+def _check_saved(path: str, node: Mapping[str, Any]) -> None:
+    """Refuse files of other runs that are not there, before a training that would be the first to miss them."""
+    vectors = node.get("eigenvectors")
+    result = "name a saved result that holds them (analysis=[hessian_eigenvalues] analysis.hessian_eigenvalues.eigenvectors=true)"
+    if isinstance(vectors, str) and not Path(vectors).is_file():
+        raise ConfigError(f"{path}.eigenvectors", vectors, "no such file", result)
+    if node.get("directions") == "eigenvectors" and not vectors:
+        raise ConfigError(f"{path}.eigenvectors", None, "directions=eigenvectors needs them", result)
+    named = node.get("checkpoints")
+    if named is not None and not (isinstance(named, list) and named and all(isinstance(n, str) for n in named)):
+        raise ConfigError(
+            f"{path}.checkpoints", _shown(named), "not a list of paths", "name run folders or checkpoint files"
+        )
+    for file in map(Path, named or ()):
+        if not (file.is_file() or (file / "checkpoints" / "last.ckpt").is_file()):
+            raise CheckpointError(
+                f"{path}.checkpoints", file, "no checkpoint there", "name run folders or checkpoint files"
+            )
 
 
 def _check_paths(tree: Mapping[str, Any]) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.reports.conftest import curve, spectrum, write_run
+from tests.reports.test_factors import write as crossed
 from vitscope import exits
 from vitscope.commands import report
 
@@ -105,3 +106,24 @@ def test_a_folder_that_cannot_be_written_is_exit_6(
     (tmp_path / "file").write_text("")
     assert run(f"out={tmp_path}/file/x") == 6
     assert "not writable" in capsys.readouterr().err
+
+
+def test_the_crossed_factors_have_two_tables_and_a_figure(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    crossed(lambda model, seed, **options: write_run(tmp_path / "runs", model, seed, **options))
+    assert run("table=factors") == 0
+    assert capsys.readouterr().out.startswith("**Which factor decides who looks flatter**")
+    assert run("analyses=[]") == 0
+    out = tmp_path / "figures"
+    assert {"conditions.md", "factors.csv"} <= {p.name for p in (out / "tables").iterdir()}
+    html = (out / "report.html").read_text()
+    section = html[html.index('id="table-factors"') :]
+    assert section.index('<img src="data:image/png;base64,') < section.index("<table")
+
+
+def test_without_crossed_factors_their_table_is_missing(
+    run: Run, two: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("table=factors", "strict=true") == 3
+    assert "missing: landscape_objective" in capsys.readouterr().err

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
+from hydra import compose, initialize_config_dir
 
-from vitscope import distributed
+from vitscope import build, config, distributed
 from vitscope.data import DataModule, counter, digits, shapes
 from vitscope.data.arrays import ArrayImages
 from vitscope.data.mix import mix
@@ -69,13 +70,27 @@ def test_an_epoch_has_each_image_once_and_the_next_another_order():
 
 
 @pytest.mark.parametrize("split", ["val", "test"])
-def test_evaluation_is_in_order_and_never_augmented(split):
+def test_evaluation_is_never_augmented_and_its_order_the_same_each_epoch(split):
     data = module(**STRONG)
     loader = data.val_dataloader() if split == "val" else data.test_dataloader()
     x = torch.cat([x for x, _ in loader])
     plain = torch.cat([x for x, _ in module().eval_dataloader(split)])
-    assert torch.equal(x, plain)
-    assert indices(data, x) == list(range(len(data.split(split))))
+    assert indices(data, plain) == list(range(len(data.split(split))))
+    order = indices(data, x)
+    assert sorted(order) == list(range(len(data.split(split))))
+    assert torch.equal(x, plain[order])
+    loader.batch_sampler.set_epoch(1)
+    assert torch.equal(x, torch.cat([x for x, _ in loader]))
+
+
+def test_the_first_batch_of_an_evaluation_stands_for_all_classes():
+    with initialize_config_dir(str(config.folder()), version_base="1.3"):
+        data = build.data(compose("train", overrides=["data=photos"]))
+    data.setup("test")
+    for loader in (data.val_dataloader(), data.test_dataloader()):  # of splits that lie class by class
+        _, y = next(iter(loader))
+        assert len(y) == 256
+        assert len(y.unique()) == 16
 
 
 def test_workers_batch_size_and_seed_of_the_order_do_not_change_an_image():
@@ -277,6 +292,7 @@ def test_describe_states_what_was_done_to_the_images():
     for part in ("rand-m9-n2-mstd1.0", "erasing 0.25", "mixup 1", "cutmix 0.8", "switch 0.5", "smoothing 0.1"):
         assert part in facts["augmentation"]
     assert data.describe("test")["augmentation"] == "none"
+    assert data.describe("test")["data"] == "small"  # whole, and with its true labels
 
 
 @pytest.mark.parametrize(
@@ -325,3 +341,28 @@ def test_no_step_at_all_is_refused():
         DataError, match=r"data\.batch_size=64: small train has 60 images and drop_last leaves no batch"
     ):
         module(batch_size=64, drop_last=True).train_dataloader()
+
+
+def test_another_objectives_augmentation_gives_its_images_whatever_the_run_was_trained_with() -> None:
+    from vitscope import build
+
+    strong, weak = build.named_objective("strong"), build.named_objective("weak")
+    modules = {}
+    for name, own in (("strong", strong), ("weak", weak)):
+        arguments = {key: value for key, value in own.items() if key not in ("weight_decay", "l2")}
+        modules[name] = module(**arguments)
+    lent = modules["weak"].augmented_as(strong)
+    for (x, y), (own_x, own_y) in zip(
+        lent.probe_batches(augment=True, n_images=8, batch_size=4),
+        modules["strong"].probe_batches(augment=True, n_images=8, batch_size=4),
+        strict=True,
+    ):
+        assert torch.equal(x, own_x)
+        assert torch.equal(y, own_y)
+        assert y.shape == (4, 3)  # mixed
+    assert lent.describe("train", True) == modules["strong"].describe("train", True)
+    assert not modules["weak"].mixes
+    (_, y), *_ = modules["weak"].probe_batches(augment=True, n_images=8, batch_size=4)
+    assert y.ndim == 1
+    with pytest.raises(ConfigError, match="did you mean strong"):
+        build.named_objective("stong")

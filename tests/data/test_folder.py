@@ -69,6 +69,15 @@ def test_wordnet_folders_get_the_labels_of_the_1000_classes(tmp_path, write_fold
         folder.load("test", root=tmp_path, classes="imagenet-1k")
 
 
+def test_wordnet_folders_alone_are_a_test_split_as_a_whole(tmp_path, write_folder):
+    wnids = ImageNetInfo("imagenet-1k").label_names()
+    write_folder(tmp_path, (".",), classes=(wnids[7], wnids[990]))
+    assert len(folder.load("test", root=tmp_path, classes="imagenet-1k")) == 12
+    for split in ("train", "val"):
+        with pytest.raises(DataError, match=f"there is no train folder, which the {split} split needs"):
+            folder.load(split, root=tmp_path, classes="imagenet-1k")
+
+
 def test_batches_are_a_function_of_seed_epoch_and_index(tmp_path, write_folder):
     images = folder.load("train", root=write_folder(tmp_path, ("train",)))
     recipe = Recipe(augment="rand-m9-n2-mstd0.5", image_size=16, random_erasing=0.5)
@@ -155,7 +164,7 @@ def test_the_models_own_preprocessing(tmp_path, write_folder):
     assert (data.mean, data.std) == (config["mean"], config["std"])
     expected = timm.data.create_transform(**config, is_training=False)
     images = data.split("test")
-    x, _ = next(iter(data.test_dataloader()))
+    x, _ = next(iter(data.eval_dataloader("test")))
     with Image.open(images.paths[0]) as image:
         assert torch.equal(x[0], expected(image.convert("RGB")))
 

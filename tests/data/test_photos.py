@@ -7,7 +7,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from vitscope.data import photos
+from vitscope.data import DataModule, photos
 from vitscope.errors import DataError
 
 
@@ -92,3 +92,16 @@ def test_no_photograph_is_downloaded(monkeypatch):
     monkeypatch.setattr(socket.socket, "connect", refuse)
     for name in photos.PHOTOGRAPHS:
         assert min(photos._photograph(name).size) > 100
+
+
+def test_whole_photographs_are_the_files_in_colour():
+    images = photos.whole("test")
+    assert images.class_names == tuple(photos.PHOTOGRAPHS)
+    data = DataModule(photos.whole, name="photographs", image_size=224, batch_size=16)
+    x, y = data.probe_batches("test", n_images=4, batch_size=4)[0]
+    assert x.shape == (4, 3, 224, 224)
+    assert y.unique().numel() == 4
+    assert any(not torch.equal(image[0], image[1]) for image in x)
+    for split in ("train", "val"):
+        with pytest.raises(DataError, match=f"16 photographs have no {split} split; measure on split=test"):
+            photos.whole(split)

@@ -15,6 +15,7 @@ from vitscope.diagnostics.attention._geometry import geometry
 from vitscope.diagnostics.attention.attention_distance import attention_distance
 from vitscope.diagnostics.attention.plot import attention_distance as draw
 from vitscope.models import alternet, convit, convnet
+from vitscope.nulls import NullWarning
 
 
 @pytest.fixture(autouse=True)
@@ -136,6 +137,15 @@ def test_batch_size_does_not_matter_and_intervals_are_over_images() -> None:
     np.testing.assert_allclose(a.entropy_half_width, b.entropy_half_width, rtol=1e-5)
     assert a.n_images == b.n_images == 6
     assert (np.array(a.distance_half_width) > 0).all()
+
+
+def test_a_single_token_has_no_distance() -> None:
+    model = VisionTransformer(8, 8, num_classes=3, embed_dim=12, depth=1, num_heads=3)
+    with pytest.warns(NullWarning, match=r"blocks.0.attn \(a single token has no distance\)"):
+        result = attention_distance(probe_of(model, side=8))
+    assert result.distance[0].tolist() == [0.0, 0.0, 0.0]
+    assert np.isnan(result.scalars()["distance_share"])
+    assert result.scalars()["entropy_share"] > 0  # between itself and the class token
 
 
 def test_models_without_attention_that_can_be_read() -> None:

@@ -154,6 +154,17 @@ def test_small_maps_and_nan_are_null_and_named():
         measure(Net(Filter()), ["msa"], noise(1, 1, 8, 8))
 
 
+def test_a_branch_that_adds_nothing_is_null_and_named():
+    net = Net(Filter(), Filter())
+    net.branches[1].scale.data.zero_()  # as branches that start at zero: only the eps would be left of their output
+    with pytest.warns(NullWarning, match=r"branch_transfer: null for unit1 \(constant over all positions\)$"):
+        result = measure(net, ["conv", "mlp"], noise(3, 2, 8, 8), n_resamples=10)
+    assert np.isfinite(result.contrast).tolist() == [True, False]
+    assert np.isnan(result.transfer[1]).all()
+    assert np.isnan(result.replicates[:, 1]).all()
+    assert result.kind_names == ("conv",)
+
+
 def test_refusals():
     net, x = Net(Filter()), noise(2, 1, 8, 8)
     with pytest.raises(ValueError, match="n_resamples to be at least 1, received 0"):

@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 from torchmetrics.functional.classification import multiclass_calibration_error
 
-from vitscope import Objective, Probe
+from tests.test_configs import composed
+from vitscope import Objective, Probe, analyses, build, runs
 from vitscope.diagnostics.calibration import _bins
 from vitscope.diagnostics.calibration.calibration import calibration
 from vitscope.diagnostics.calibration.plot import calibration as draw
@@ -108,6 +111,24 @@ def test_temperature_minimises_the_validation_likelihood() -> None:
     assert result.scaled_ece is not None
     assert result.scaled_ece < result.ece
     assert result.n_validation == 400
+
+
+def test_an_analysis_fits_the_temperature_on_the_validation_split(tmp_path: Path) -> None:
+    arguments = ["model=vit", "model.depth=1", "model.patch_size=8", "data=digits", "analysis=[calibration]"]
+    cfg = composed("train", *arguments, "analysis.calibration.probe.n_images=60", f"paths.runs={tmp_path}")
+    network, data = build.model(cfg).eval(), build.data(cfg)
+    x, y = (torch.cat(parts) for parts in zip(*data.probe_batches("val", batch_size=64)))
+    with torch.no_grad():  # a head that knows something, or no temperature is the best
+        features = network.forward_head(network.forward_features(x), pre_logits=True)  # type: ignore[operator]
+        onehot = nn.functional.one_hot(y, 10).float()
+        network.head.weight.copy_(torch.linalg.lstsq(features, onehot).solution.T)  # type: ignore[union-attr, operator]
+        logits = network(x).double()
+    place = analyses.Place(cfg, runs.create(cfg, "train"), network, data, "end")
+    result = analyses.perform(analyses.parse(cfg.analysis)[0], place)
+    assert (result.n_images, result.n_validation) == (60, len(data.split("val")))  # type: ignore[union-attr]
+    beta = torch.tensor(1 / result.temperature, dtype=torch.float64, requires_grad=True)  # type: ignore[union-attr]
+    (slope,) = torch.autograd.grad(nn.functional.cross_entropy(beta * logits, y), beta)
+    assert abs(slope.item()) < 1e-5  # the network's logits are float32, in batches of another size
 
 
 def test_temperature_without_optimum_is_held_and_said() -> None:

@@ -56,6 +56,20 @@ def test_hsic_equals_its_definition_as_a_u_statistic() -> None:
     assert value == pytest.approx(np.mean(total), abs=1e-12)
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_gram_part_by_part_equals_the_whole_in_float64(layout: torch.memory_format) -> None:
+    x = (
+        (normal(7, 6, 90, 97) + 50.0).float().to(memory_format=layout)
+    )  # 52,380 features: several parts, one of them short
+    whole = x.double().flatten(1)
+    whole = whole - whole.mean(dim=0)
+    # both are float64 sums of 5e4 products of about 1; only their order differs
+    torch.testing.assert_close(gram(x), whole @ whole.T, rtol=0.0, atol=1e-12 * 52380)
+    tokens = x.flatten(2).transpose(1, 2)[:, 1:]  # a view that begins after a prefix token, as of a ViT
+    kept = tokens.double().flatten(1) - tokens.double().flatten(1).mean(dim=0)
+    torch.testing.assert_close(gram(tokens.transpose(1, 2)), kept @ kept.T, rtol=0.0, atol=1e-12 * 52380)
+
+
 def test_same_rotated_scaled_and_shifted_representations_are_one() -> None:
     x = normal(60, 5, 2, 3)
     rotation = torch.linalg.qr(normal(30, 30, seed=3))[0]
@@ -160,6 +174,22 @@ def test_block_structure_matches_distances() -> None:
     assert p is not None
     assert 0.1 < p < 0.3  # one of five places for the boundary
     assert p_value(decay, stages, 20, seed=0) == 1.0
+
+
+def test_block_structure_equals_a_loop_over_pairs() -> None:
+    similarity, stages = normal(9, 9).numpy(), np.array([0, 0, 1, 1, 1, 2, 2, 3, 3])
+    similarity = (similarity + similarity.T) / 2
+    similarity[4, :] = similarity[:, 4] = np.nan  # a null representation is left out
+    total = weights = 0.0
+    for distance in range(1, 9):
+        pairs = [(i, i + distance) for i in range(9 - distance) if 4 not in (i, i + distance)]
+        within, across = (
+            [similarity[i, j] for i, j in pairs if bool(stages[i] == stages[j]) is same] for same in (True, False)
+        )
+        weight = min(len(within), len(across))
+        total += weight * (np.mean(within) - np.mean(across)) if weight else 0.0
+        weights += weight
+    assert block_structure(similarity, stages) == pytest.approx(total / weights, rel=1e-12)
 
 
 def test_of_a_model_with_stages() -> None:

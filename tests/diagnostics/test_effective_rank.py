@@ -73,6 +73,19 @@ def test_all_positions_equal_the_covariance_of_numpy_whatever_the_batches() -> N
         assert result.n_samples[0] == 20 * 12
 
 
+@pytest.mark.parametrize("images", [5, 11, 12, 31])
+def test_fewer_samples_than_channels_and_more_equal_the_covariance_of_numpy(images: int) -> None:
+    x = (
+        normal(images, 12, 1, 1) * torch.arange(1, 13)[:, None, None] + 7
+    )  # 12 channels: Gram matrix below, scatter from there
+    values = np.linalg.eigvalsh(np.cov(x[:, :, 0, 0].T.numpy()))[::-1]
+    result = effective_rank(probe_of(x, 4))
+    # eigenvalues of a 12 x 12 float64 matrix, relative to the largest
+    np.testing.assert_allclose(result.spectrum[0], values / values.sum(), atol=1e-14)
+    assert result.n_samples[0] == images
+    assert (result.spectrum[0] > 1e-14).sum() == min(images - 1, 12)
+
+
 def test_positions_are_few_and_of_all_rows_and_columns() -> None:
     x = normal(20, 5, 4, 4)
     few, all_ = (effective_rank(probe_of(x), positions=p) for p in (4, 16))
@@ -85,7 +98,9 @@ def test_positions_are_few_and_of_all_rows_and_columns() -> None:
 
 def test_what_does_not_vary_or_is_not_finite_is_null_and_named() -> None:
     with pytest.warns(NullWarning, match=r"t \(its features do not vary\)"):
-        constant = effective_rank(probe_of(torch.ones(8, 3, 2, 2, dtype=torch.float64)))
+        constant = effective_rank(
+            probe_of(torch.full((7, 3, 2, 2), 0.1, dtype=torch.float64))
+        )  # 7 x 0.1 / 7 is not 0.1
     broken = normal(8, 3, 2, 2)
     broken[5, 1, 0, 0] = float("inf")
     with pytest.warns(NullWarning, match=r"t \(its activations are not finite\)"):

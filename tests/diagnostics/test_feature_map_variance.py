@@ -109,6 +109,15 @@ def test_what_has_no_variance_is_null_with_a_warning_that_names_the_tap(function
     assert np.isfinite(result.variance[:2]).all()
 
 
+def test_an_image_without_variance_makes_a_ratio_null_and_named():
+    x = noise(3, 2, 8, 8)
+    x[1] = 0.0
+    with pytest.warns(NullWarning, match=r"null for the ratio at tap1, the ratio at tap2 \(an image without variance"):
+        result = vs.feature_map_variance(Chain(same, lambda x: 2 * x, lambda x: x + noise(2, 8, 8)).probe(x))
+    assert np.isnan(result.log_variance_ratio).all()  # of one image 0 / 0, then infinite
+    assert np.isfinite(result.variance).all()
+
+
 def test_a_single_image_has_no_interval():
     with pytest.warns(NullWarning, match="the intervals"):
         result = vs.feature_map_variance(Chain(same).probe(noise(1, 2, 8, 8)))

@@ -12,7 +12,7 @@ from torch import nn
 
 import vitscope as vs
 from vitscope import interrupt
-from vitscope.linalg.directions import random_direction
+from vitscope.linalg.directions import filter_parameters, normalize, random_direction
 from vitscope.points import recalibrate
 
 NAME = "0.weight"
@@ -173,6 +173,40 @@ def test_frozen_and_ignored_parameters_stay_and_models_without_batchnorm_work():
     assert_untouched(model, before)
 
 
+class Tied(nn.Module):
+    """A depthwise convolution, and one matrix that is used twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.depthwise = nn.Conv2d(3, 3, 3, padding=1, groups=3, bias=False)
+        self.first, self.second = nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False)
+        self.second.weight = self.first.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(self.first(self.depthwise(x).mean((2, 3))).tanh())
+
+
+def test_tied_parameters_move_together_and_count_once():
+    torch.manual_seed(1)
+    model = Tied().double()
+    probe = vs.Probe(model, batches(shape=(3, 4, 4), classes=3), vs.Objective(weight_decay=0.1))
+    before = snapshot(model)
+    assert model.second.weight is model.first.weight
+    r = vs.loss_landscape(probe, n=3)
+    assert_untouched(model, before)
+    d = [normalize(random_direction(probe.parameters(), 0, k), probe.parameters(), "filter", filter_parameters(model))
+         for k in (0, 1)]  # fmt: skip
+    assert set(d[0]) == {"depthwise.weight", "first.weight"}
+    moved = Tied().double()
+    with torch.no_grad():
+        for name, p in moved.named_parameters():
+            p.copy_(before[name] + r.x[0] * d[0][name] + r.y[2] * d[1][name])
+        x, y = (torch.cat(parts) for parts in zip(*probe.batches))
+        assert r.nll[0, 2] == pytest.approx(float(nn.functional.cross_entropy(moved(x), y)), rel=1e-12)
+    squares = float(moved.depthwise.weight.square().sum() + moved.first.weight.square().sum())
+    assert r.l2_half_sq[0, 2] == pytest.approx(0.05 * squares, rel=1e-12)
+
+
 def test_the_first_direction_is_shared_by_slices_and_landscapes():
     surface = vs.loss_landscape(real(), n=3)
     line = vs.loss_slice(real(), n=3)
@@ -228,6 +262,17 @@ def test_eigenvectors_from_a_saved_file(tmp_path: Path):
     assert np.diff(r.nll[1], 2)[0] == pytest.approx(float(values[0]), rel=1e-10)
 
 
+def test_rise_at_the_border_is_over_what_is_finite():
+    r = overflowing()
+    middle = r.nll[1]  # the only finite row: its ends are on the border
+    assert r.rise_at_border() == pytest.approx((middle[0] + middle[2]) / 2 - middle.min(), rel=1e-12)
+    assert r.rise_at_border(np.full((3, 3), 2.0)) == pytest.approx(r.rise_at_border(), rel=1e-12)
+    whole = vs.loss_landscape(bowl(weight_decay=0.2), n=3)
+    total = whole.nll + whole.l2_sum_norm
+    border = np.delete(total.ravel(), 4)
+    assert whole.scalars()["nll_l2_sum_norm_rise_at_border"] == pytest.approx(border.mean() - total.min(), rel=1e-12)
+
+
 def test_official_preset():
     r = vs.loss_landscape(real(), n=3, preset="official")
     by_hand = vs.loss_landscape(
@@ -273,6 +318,10 @@ def test_float64_on_a_float32_model():
         ({"bn": "train"}, "eval, recalibrate, received 'train'"),
         ({"dtype": "bf16"}, "received 'bf16'"),
         ({"preset": "paper"}, "official, received 'paper'"),
+        (
+            {"preset": "official", "normalization": "layer"},
+            "neither normalization nor ignore, received 'random', 'layer'",
+        ),
         ({"directions": "pca"}, "checkpoints for directions='pca', received none"),
         ({"directions": "eigenvectors"}, "eigenvectors .* received None"),
         ({"directions": [np.ones(24)]}, "at least 2 directions from 'given', received 1"),
@@ -289,6 +338,14 @@ def test_a_missing_label_is_named():
         vs.loss_landscape(bowl(), directions="pca", checkpoints=[("a", {})], labels=["b"])
 
 
+def test_ticks_tell_levels_apart():
+    from vitscope.diagnostics.landscape.plot_surface import _apart
+
+    assert _apart(np.array([2.26, 2.31, 2.36])) == ["2.26", "2.31", "2.36"]
+    assert _apart(np.array([0.5, 40.0, 1580.0])) == ["0.5", "40", "1580"]
+    assert _apart(np.array([1234.1, 1234.4])) == ["1234.1", "1234.4"]
+
+
 def test_figures_show_what_is_broken():
     r = overflowing()
     figure = vs.plot({"one": r, "other": r})
@@ -297,7 +354,11 @@ def test_figures_show_what_is_broken():
     from vitscope.diagnostics.landscape.plot import plotly_loss_landscape
 
     interactive = plotly_loss_landscape({"one": r})
-    np.testing.assert_array_equal(interactive.data[0].z, r.nll.T)
+    np.testing.assert_array_equal(interactive.data[0].z, np.where(np.isfinite(r.nll), r.nll, np.nan).T)
+    crosses = {(x, y) for x, y in zip(interactive.data[1].x, interactive.data[1].y)}
+    assert crosses == {(x, y) for x in (-1.0, 1.0) for y in (-1.0, 0.0, 1.0)}
+    assert set(interactive.data[1].z) == {r.minimum()[2]}
+    assert all(len(button.args[0]["z"]) == 2 for button in interactive.layout.updatemenus[0].buttons)
     assert len(interactive.layout.updatemenus[0].buttons) == 7
     with pytest.raises(ValueError, match="received 'loss'"):
         vs.plot(r, value="loss")

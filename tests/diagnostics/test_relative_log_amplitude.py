@@ -189,6 +189,19 @@ def test_one_bad_tap_leaves_the_others():
     assert np.isnan(result.high_frequency_change).all()  # both neighbours of the spoiled tap
 
 
+def test_last_is_the_last_map_that_has_frequencies():
+    class Shrinking(Taps):
+        def forward(self, x):
+            x = self.places[1](self.places[0](x) + 1)
+            return self.places[2](x[..., ::4, ::4]).flatten(1)[:, :2]
+
+    with pytest.warns(NullWarning, match=r"null for tap2 \(2x2 map"):
+        result = vs.relative_log_amplitude(Shrinking(3).probe(noise(3, 2, 8, 8) + 1))
+    assert np.isnan(result.high_frequency[2])
+    assert result.scalars()["high_frequency_last"] == result.high_frequency[1]
+    assert result.scalars()["ac_high_share_last"] == result.ac_high_share[1]
+
+
 def test_a_single_image_has_a_curve_but_no_interval():
     with pytest.warns(NullWarning, match="the intervals"):
         result = measure(noise(1, 3, 8, 8))

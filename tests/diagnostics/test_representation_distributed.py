@@ -34,6 +34,7 @@ def measured(n_batches: int) -> dict:
             "filter": vs.input_filter(probe, cutoffs=(0.5,)),
             "heat": vs.fourier_heatmap(probe, n=3),
             "shape": vs.shape_bias(probe),
+            "evaluation": vs.evaluation(probe),
         }
 
 

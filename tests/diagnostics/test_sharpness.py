@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -26,6 +28,21 @@ def test_mean_rise_of_a_bowl_is_half_its_curvature():
     low, high = stats.t.interval(0.95, 2, r.rise_by_pair[1].mean(), stats.sem(r.rise_by_pair[1]))
     assert (r.rise_low[1], r.rise_high[1]) == pytest.approx((low, high), rel=1e-10)
     assert np.isnan(r.worst_rise).all()
+
+
+def test_l2_rises_have_their_closed_forms():
+    probe = bowl(weight_decay=0.3)
+    r = vs.sharpness(probe, radii=(0.1, 0.2), n_pairs=3, n_steps=0)
+    w = probe.model[0].weight.detach()
+    square = float(w.square().sum())
+    for i, radius in enumerate(r.radii):
+        # a filter-normalised direction is as long as the weights, and both signs cancel the product with them
+        np.testing.assert_allclose(r.l2_half_sq_rise_by_pair[i], 0.15 * radius**2 * square, rtol=1e-9)
+        assert r.scalars()[f"l2_half_sq_rise_r{radius:g}"] == pytest.approx(0.15 * radius**2 * square, rel=1e-9)
+    d = [normalize(random_direction(probe.parameters(), 0, k), probe.parameters(), "filter", ["0.weight"])["0.weight"]
+         for k in (0, 1)]  # fmt: skip
+    lengths = [float((w + sign * 0.1 * one).norm()) for one in d for sign in (-1, 1)]
+    assert r.l2_sum_norm_rise_by_pair[0, 0] == pytest.approx(0.3 * (np.mean(lengths) - square**0.5), rel=1e-9)
 
 
 def test_worst_rise_of_a_slope_is_at_the_edge_of_the_ball():
@@ -98,7 +115,18 @@ def test_figure_draws_saturated_radii_hollow():
     figure = vs.plot({"a": r})
     figure.draw_without_rendering()
     assert figure.axes[0].get_legend() is not None
+    assert len(figure.axes) == 2  # the worst rises below
     hollow = [line for line in figure.axes[0].lines if line.get_markerfacecolor() == "white"]
     assert [list(line.get_xdata()) for line in hollow] == [
         [x for x in r.radii[r.saturated] if r.rise[r.radii == x] > 0]
     ]
+
+
+def test_figure_marks_rises_that_are_not_finite():
+    r = vs.sharpness(real(), radii=(0.05, 0.1), n_pairs=2, n_steps=0)
+    broken = dataclasses.replace(r, rise=np.array([np.nan, 0.1]), saturated=np.zeros(2, bool), n_nonfinite=3)
+    assert np.isnan(broken.scalars()["rise_r0.05"])  # recorded as null, not left out
+    axes = vs.plot({"a": broken}).axes[0]
+    (crosses,) = [line for line in axes.lines if line.get_marker() == "x"]
+    assert list(crosses.get_xdata()) == [0.05]
+    assert "3 points not finite" in axes.get_legend().get_texts()[0].get_text()

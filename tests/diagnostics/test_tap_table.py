@@ -27,6 +27,16 @@ def test_table_of_an_alternet():
     assert len(lines) == 1 + len(expected)
 
 
+def test_a_model_of_unknown_blocks_says_where_it_is_read():
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Conv2d(4, 4, 3), torch.nn.Flatten())
+    result = vs.tap_table(probe_of(model))
+    assert (result.taps, result.n_units) == (("0", "1"), 0)
+    assert (
+        result.table().splitlines()[-1].startswith("no residual unit is known in this model: maps are read after conv")
+    )
+    assert "taps=[vitscope.Tap(" in result.table()
+
+
 def test_a_tap_that_is_never_reached_is_named():
     model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), torch.nn.Flatten(), torch.nn.LazyLinear(2))
     model(torch.zeros(1, 3, 32, 32))

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from vitscope.linalg.lanczos import Lanczos, extreme_eigenvalues
+from vitscope.linalg.extreme import extreme_eigenvalues
+from vitscope.linalg.lanczos import Lanczos
 
 SPECTRA = {
     "both signs": np.linspace(-50, 100, 120),
@@ -92,8 +93,9 @@ def test_basis_stays_orthonormal_in_float32():
         process.step()
     count = process.basis.count
     q = process.basis.rows[:count].double() * torch.from_numpy(process.basis.scales[:count, None])
-    # 38 steps, long after the first values converged: plain Lanczos would have lost orthogonality altogether
-    assert (q @ q.T - torch.eye(len(q))).abs().max() < 1e-5
+    # 38 steps, long after the first values converged: plain Lanczos would have lost orthogonality altogether. Below the root of
+    # the precision (3.5e-4) T is as accurate as with an exactly orthonormal basis (Simon, Math. Comp. 1984)
+    assert (q @ q.T - torch.eye(len(q))).abs().max() < 1e-4
 
 
 def test_zero_operator_and_zero_start():

@@ -90,6 +90,15 @@ def test_placements_within_a_stage_have_equal_parameters() -> None:
     assert len(set(counts.values())) == 1
 
 
+@pytest.mark.parametrize(("depth", "dim_head"), [(34, 91), (50, 40)])
+def test_heads_of_that_width_make_every_placement_as_large(depth: int, dim_head: int) -> None:
+    placements, n_msa = ("stage_end", "stage_start", "late", "alternating"), (0, 1, 1, 2)
+    counts = [count(depth=depth, n_msa=n_msa, dim_head=dim_head, placement=p) for p in placements]
+    sequences = {stage_blocks((3, 4, 6, 4), n_msa, p) for p in placements}  # type: ignore[arg-type]
+    assert len(sequences) == 4
+    assert max(counts) / min(counts) < 1.001  # what conf/experiment/msa_placement.yaml and conf/reproduce.yaml set
+
+
 def test_feature_map_sizes_are_those_of_the_model() -> None:
     for stem, size in (("cifar", (20, 33)), ("imagenet", (75, 90))):
         model = models.alternet(image_size=size, stem=stem, pad=True).eval()  # type: ignore[arg-type]

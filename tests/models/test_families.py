@@ -31,6 +31,7 @@ def count(build, **options) -> int:
         (models.pit, {"size": "tiny"}, 4_582_436),
         (models.swin, {"size": "tiny"}, 27_562_126),
         (models.swin, {"size": "tiny", "num_classes": 10}, 27_492_916),
+        (models.convit, {"patch_size": 2}, 5_403_172 - 2 * 192),  # ViT-Ti without class token and its position
     ],
 )
 def test_parameter_counts(build, options: dict, n: int) -> None:
@@ -135,3 +136,31 @@ def test_convnext_starts_at_image_over_patch(patch: int, sizes: list[int]) -> No
         x = stage(x)
         found.append(x.shape[-1])
     assert found == sizes
+
+
+@pytest.mark.parametrize(
+    ("build", "options"),
+    [
+        (models.convnet, {}),
+        (models.preresnet, {"depth": 18}),
+        (models.vit, {"patch_size": 8, "depth": 3}),
+        (models.convit, {"patch_size": 8, "depth": 2}),
+        (models.swin, {"patch_size": 4, "size": "tiny"}),
+        (models.mixer, {"patch_size": 8}),
+        (models.convnext, {}),
+    ],
+)
+def test_gradient_checkpointing_gives_the_same_gradients(build, options: dict) -> None:
+    plain, saving = build(**options), build(**options, grad_checkpointing=True)
+    saving.load_state_dict(plain.state_dict())
+    x, kept = torch.randn(2, 3, 32, 32), []
+    for model in (plain, saving):
+        model.train()
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept[-1].append(t.numel()) or t, lambda t: t):
+            kept.append([])
+            loss = model(x).square().sum()
+        loss.backward()
+    assert sum(kept[1]) < 0.7 * sum(kept[0])  # activations that wait for the backward pass
+    for (name, a), b in zip(plain.named_parameters(), saving.parameters()):
+        assert a.grad is not None
+        assert torch.equal(a.grad, b.grad), name

@@ -215,6 +215,19 @@ def test_a_model_inside_another_is_found() -> None:
     assert read["backbone.blocks.0.attn"].shape == (2, 192, 4, 4)
 
 
+def test_gates_of_an_unknown_convnet_are_not_read() -> None:
+    model = timm.create_model("regnety_002", num_classes=3).eval()
+    read = maps(model, torch.rand(1, 3, 64, 64))
+    assert not any(".se." in name for name in read)
+    assert read["s1.b1.conv1.conv"].shape == (1, 24, 32, 32)
+
+
+def test_maps_that_are_not_one_an_image_are_refused() -> None:
+    model = timm.create_model("mobilevit_xxs", num_classes=3).eval()  # its blocks see 4 sets of pixels an image
+    with pytest.raises(ValueError, match=r"tap 'stem' reads 8 maps of 2 images; pass taps=\[...\] without it"):
+        maps(model, torch.rand(2, 3, 64, 64))
+
+
 def test_an_unknown_convnet_is_read_at_its_convolutions_and_pooling() -> None:
     model = nn.Sequential(
         nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(4, 6, 3, padding=1), nn.Flatten()

@@ -86,7 +86,8 @@ def rise(value: float, nll: float = 1.0, card: ObjectiveCard = CARD) -> Sharpnes
     """Return a sharpness of ``value`` at radius 0.1."""
     one = np.array([value])
     return SharpnessResult(
-        radii=np.array([0.1]), rise=one, rise_low=one, rise_high=one, rise_by_pair=one[:, None], accuracy=one,
+        radii=np.array([0.1]), rise=one, rise_low=one, rise_high=one, rise_by_pair=one[:, None],
+        l2_half_sq_rise_by_pair=one[:, None], l2_sum_norm_rise_by_pair=one[:, None], accuracy=one,
         saturated=np.array([False]), worst_rise=one, worst_rise_by_start=one[:, None], nll_center=nll,
         accuracy_center=0.5, n_nonfinite=0, card=card,
     )  # fmt: skip

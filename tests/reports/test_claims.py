@@ -157,6 +157,11 @@ def test_kinds_are_averaged_over_models_that_share_their_seeds(make_run: Callabl
         for seed in (0, 1):
             write_scalars(make_run(model, seed), "feature_map_variance", {"log_variance_ratio_msa": base + seed})
     write_scalars(make_run("swin", 0), "feature_map_variance", {"log_variance_ratio_msa": 9.0})  # one seed only
+    for seed in (0, 1):  # a control, and a baseline
+        uniform = make_run("alternet", seed, model__mixer="uniform")
+        write_scalars(uniform, "feature_map_variance", {"log_variance_ratio_msa": 7.0})
+        random = make_run("vit", seed, data__random_labels=True)
+        write_scalars(random, "feature_map_variance", {"log_variance_ratio_msa": 5.0})
     found = comparisons.by_kind(bench(tmp_path), "feature_map_variance", "log_variance_ratio_msa")
     assert found.values == pytest.approx({0: -0.3, 1: 0.7}, rel=1e-9)
     assert balanced([]) == {}

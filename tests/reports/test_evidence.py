@@ -74,6 +74,17 @@ def test_numbers_come_from_the_conditions_that_most_runs_share(make_run: Callabl
     assert [loose.scalar(e, SPECTRUM, NEP).number for e in entries] == [0.1, 0.2, 0.3, 0.4]
 
 
+def test_claims_take_other_numbers_of_images_and_nothing_else(make_run: Callable, tmp_path: Path) -> None:
+    make_run("vit", 0, measured={"hessian": spectrum(0.1)})
+    make_run("vit", 1, measured={"hessian": spectrum(0.2)})
+    fewer = other_card(n_images=16)
+    make_run("vit", 2, measured={"hessian": spectrum(0.3, card=fewer)})
+    make_run("vit", 3, measured={"hessian@end": spectrum(0.4, card=other_card(n_images=16, batch_size=8))})
+    entries = collect(tmp_path)
+    sized = Selection(entries, any_size=True)
+    assert [sized.scalar(e, SPECTRUM, NEP).number for e in entries] == [0.1, 0.2, 0.3, None]
+
+
 def test_failed_missing_and_unknown_are_told_apart(make_run: Callable, tmp_path: Path) -> None:
     make_run("vit", 0, measured={"hessian": "ValueError: boom"})
     make_run("vit", 1)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
@@ -71,6 +72,31 @@ def test_what_is_missing_is_named_and_never_filled(make_run: Callable, tmp_path:
     assert f"failed: run {pit}: parameters (cannot be built)" in lines
     assert "missing: convnet-18, seed 1: test/accuracy (no run)" in lines
     assert f"missing: alternet: {nep} (no run of this model)" in lines
+
+
+def test_a_rise_that_is_saturated_is_no_missing_cell(make_run: Callable, tmp_path: Path) -> None:
+    broken = dataclasses.replace(rise(9.0), saturated=np.array([True]), worst_rise=np.array([np.nan]))
+    make_run("vit", 0, measured={"hessian": spectrum(), "sharpness": broken})
+    make_run("convnet", 0, measured={"hessian": spectrum(), "sharpness": broken})
+    make_run("convnet", 1, measured={"hessian": spectrum(), "sharpness": rise(0.5)})
+    table = build(tmp_path, "curvature")
+    assert table.problems == ()
+    at = table.ids.index("sharpness/rise_r0.1")
+    assert {row[0].text: row[at].text for row in table.rows} == {"vit-tiny": "saturated", "convnet-18": "0.5 (1 of 2)"}
+
+
+def test_a_mean_of_no_positive_eigenvalue_is_no_failed_cell(make_run: Callable, tmp_path: Path) -> None:
+    nan = float("nan")
+    make_run(
+        "vit", 0, measured={"hessian": dataclasses.replace(spectrum(1.0, nan), top1_average_positive_eigenvalue=nan)}
+    )
+    make_run("convnet", 0, measured={"hessian": spectrum(0.5, nan)})  # half of the values are positive: a failure
+    table = build(tmp_path)
+    assert [str(p) for p in table.problems] == [
+        f"failed: run {evidence.collect(runs.every(tmp_path / 'runs'))[0].id}: "
+        "hessian_max_eigenvalue_spectrum/average_positive_eigenvalue (not finite)"
+    ]
+    assert {row[0].text: row[-1].text for row in table.rows} == {"vit-tiny": "none positive", "convnet-18": "failed"}
 
 
 def test_columns_that_nobody_measured_are_left_out_and_data_sets_told_apart(make_run: Callable, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import hydra
@@ -13,13 +14,13 @@ from omegaconf import DictConfig
 from vitscope import config, exits, interrupt, runs
 from vitscope.commands import overrides
 from vitscope.errors import ConfigError, DataError
-from vitscope.reports import cells, drawing, evidence, figures, page, panels, tables, verdicts
+from vitscope.reports import baselines, cells, drawing, evidence, factor_tables, figures, page, panels, tables, verdicts
 from vitscope.reports.cells import Problem, Table
 from vitscope.reports.costs import Costs
 from vitscope.reports.effects import Bench
 from vitscope.reports.selection import Selection
 
-TABLES = (*tables.TABLES, "claims")
+TABLES = (*tables.TABLES, "claims", *factor_tables.NAMES)
 GROUP_BY = ("model", "run")
 
 #: problems printed one by one; the page and strict runs name all
@@ -61,6 +62,10 @@ def report(cfg: DictConfig) -> Path:
     interrupt.check()
     found = evidence.collect(_folders(cfg))
     chosen = [] if cfg.table else _panels(cfg, found)
+    lacking: list[Problem] = []
+    if cfg.baselines and not cfg.table:
+        beside, lacking = baselines.panels(found, _analyses(cfg), bool(cfg.allow_different))
+        chosen += beside
     options = config.plain(cfg.plot) or {}
     jobs = [figures.job(panel, out, options.get(panel.analysis), cfg.pdf) for panel in chosen]
     with drawing.drawing(jobs) as finish:
@@ -72,7 +77,7 @@ def report(cfg: DictConfig) -> Path:
     problems = [problem for table in made.values() for problem in table.problems]
     target = out / "tables" / f"{next(iter(made))}.md"
     if not cfg.table:
-        problems += panels.absent(found, _analyses(cfg) or [], cfg.tag)
+        problems += panels.absent(found, _analyses(cfg) or [], cfg.tag) + lacking
         problems += [
             Problem("failed", f"figure {d.panel.name}", d.panel.analysis, d.picture.problem)
             for d in drawn
@@ -112,8 +117,11 @@ def _tables(
     """Build and write the tables that were asked for; return them, and the claims where they are among them."""
     selection = Selection(found, cfg.tag if cfg.tag != "all" else "end", bool(cfg.allow_different))
     costs = Costs(out / ".costs.json")
-    wanted = [cfg.table] if cfg.table else list(TABLES)
-    judged = verdicts.judge(Bench(selection, costs)) if "claims" in wanted else []
+    crossed = factor_tables.made(selection, out) if cfg.table in (None, *factor_tables.NAMES) else {}
+    if cfg.table in factor_tables.NAMES:
+        return _written({cfg.table: crossed[cfg.table]}, out), []
+    wanted = [cfg.table] if cfg.table else [name for name in TABLES if name not in factor_tables.NAMES]
+    judged = verdicts.judge(Bench(replace(selection, any_size=True), costs)) if "claims" in wanted else []
     models = list(cfg.expect.models or []) if cfg.table else []
     seeds = [int(seed) for seed in cfg.expect.seeds or []] if cfg.table else []
     made = {
@@ -121,9 +129,14 @@ def _tables(
         for name in wanted
     }
     costs.save()
+    made |= {name: table for name, table in crossed.items() if table.rows}
+    return _written(made, out), judged
+
+
+def _written(made: dict[str, Table], out: Path) -> dict[str, Table]:
     for table in made.values():
         cells.write(table, out / "tables")
-    return made, judged
+    return made
 
 
 def _analyses(cfg: DictConfig) -> list[str] | None:

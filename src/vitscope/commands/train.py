@@ -69,9 +69,12 @@ def train(cfg: DictConfig, run: Run | None = None) -> Run:
     Raises:
         VitscopeError: with the exit code of its kind.
     """
+    for name in config.drop_unchosen(cfg):
+        _say(f"analysis.{name}: the experiment sets it, but it was not chosen; left out")
     config.apply_caps(cfg)
     validate(cfg)
-    done = runs.finished(Path(cfg.paths.runs), config.config_hash(cfg)) if cfg.skip_finished and run is None else None
+    afresh = run is None and _start_file(cfg) is None
+    done = runs.finished(Path(cfg.paths.runs), config.config_hash(cfg)) if cfg.skip_finished and afresh else None
     if done is not None:
         _say(f"{done.path} is a finished run of this configuration; nothing to do")
         return done
@@ -103,10 +106,12 @@ def train(cfg: DictConfig, run: Run | None = None) -> Run:
             mirror.preempting()
         raise
     finally:
-        if _is_main():
-            os.environ.pop(runs.ENVIRONMENT, None)  # the next run of this process makes a folder of its own
-            exits.note_end(run, code, wall_s=round(time.monotonic() - started, 3))
-        mirror.finish(code)
+        try:
+            if _is_main():
+                os.environ.pop(runs.ENVIRONMENT, None)  # the next run of this process makes a folder of its own
+                exits.note_end(run, code, wall_s=round(time.monotonic() - started, 3))
+        finally:
+            mirror.finish(code)
     return run
 
 
@@ -157,6 +162,7 @@ def _classifier(cfg: DictConfig, network: Any, data: Any) -> Classifier:
         mix=data.mixed if data.mixes else None,
         seed=int(cfg.seed),
         compile=bool(cfg.compile),
+        channels_last=bool(cfg.get("channels_last", False)),
     )
 
 
@@ -202,11 +208,16 @@ def _resume_point(cfg: DictConfig, run: Run | None) -> tuple[Run | None, Path | 
         if run is None and wanted == "last":
             why = "no unfinished run of this configuration has a checkpoint"
             raise CheckpointError("ckpt_path", "last", why, "start afresh without it, or use ckpt_path=auto")
-    if wanted not in (None, "last", "auto"):
-        return run, Path(wanted)
+    if (file := _start_file(cfg)) is not None:
+        return run, file
     if run is None or (not checkpoint.manifest(run.checkpoints) and wanted != "last"):
         return run, None
     return run, checkpoint.newest(run.checkpoints)
+
+
+def _start_file(cfg: DictConfig) -> Path | None:
+    """Return the checkpoint file whose weights (or, if it is one of ours, whose training) a new run starts from."""
+    return None if cfg.ckpt_path in (None, "last", "auto") else Path(cfg.ckpt_path)
 
 
 def _new_run(cfg: DictConfig) -> Run:

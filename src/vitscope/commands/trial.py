@@ -18,6 +18,7 @@ from vitscope.analyses import Place
 from vitscope.commands.train import train
 from vitscope.errors import CheckpointError, VitscopeError
 from vitscope.interrupt import Interrupted
+from vitscope.reports.selection import undefined
 from vitscope.reproduction import Trial
 from vitscope.runs import Run
 
@@ -132,7 +133,8 @@ def _measured(run: Run, wanted: Any, tag: str) -> tuple[list[str], list[str]]:
             continue
         results.append(f"{analysis.name}/{tag}-{analyses.settings_hash(analysis, place)}")
         scalars = result.scalars() if result is not None else {}
-        bad = [name for name, value in scalars.items() if not np.isfinite(value)]
+        measure = analysis.measure.__name__
+        bad = [n for n, value in scalars.items() if not np.isfinite(value) and not undefined(measure, scalars, n)]
         problems += [f"run {run.id}: {analysis.name}.{name} at {tag} (not finite)" for name in bad]
     return problems, results
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -147,6 +148,10 @@ class DataModule(pl.LightningDataModule):
         split = next(iter(self._splits), "test")
         return self.split(split).class_names
 
+    def present_classes(self, split: str) -> tuple[int, ...]:
+        """Return the classes that have images in a split: not all of the 1000 in ImageNet-A and -R."""
+        return tuple(self.split(split).labels.unique().tolist())
+
     @property
     def mixes(self) -> bool:
         """Whether training batches are mixed."""
@@ -178,21 +183,28 @@ class DataModule(pl.LightningDataModule):
 
     def train_dataloader(self) -> Loader:
         """Return the training loader; it starts where `resume_at` said."""
-        self._train_sampler = self._sampler("train", self.batch_size, shuffle=True)
+        self._train_sampler = self._sampler("train", self.batch_size, shuffle=True, drop_last=self.drop_last)
         self._train_sampler.resume_at(*self._position)
         return self._loader("train", self._train_sampler, self.recipe)
 
     def val_dataloader(self) -> Loader:
-        """Return the loader of the validation split: in order, not augmented."""
-        return self.eval_dataloader("val")
+        """Return the loader of the validation split, not augmented.
+
+        In one mixed order, for splits lie class by class: so the first batches (`trainer.limit_val_batches`) stand for all.
+        """
+        return self._mixed_loader("val")
 
     def test_dataloader(self) -> Loader:
-        """Return the loader of the test split: in order, not augmented."""
-        return self.eval_dataloader("test")
+        """Return the loader of the test split, not augmented, in one mixed order as the validation split's."""
+        return self._mixed_loader("test")
 
     def eval_dataloader(self, split: str) -> Loader:
         """Return a loader over any split: in order, not augmented, each image once over all ranks."""
         sampler = self._sampler(split, self.eval_batch_size, shuffle=False)
+        return self._loader(split, sampler, self.recipe.plain())
+
+    def _mixed_loader(self, split: str) -> Loader:
+        sampler = self._sampler(split, self.eval_batch_size, shuffle=True, fixed=True, seed=self.split_seed)
         return self._loader(split, sampler, self.recipe.plain())
 
     def resume_at(self, epoch: int, batch: int) -> None:
@@ -251,6 +263,19 @@ class DataModule(pl.LightningDataModule):
         attributes = images.select(order).attributes if isinstance(images, ArrayImages) and not mixed else {}
         return ProbeBatches(build, -(-n // batch_size), n, n * 4 * self.channels * self.image_size**2, attributes)
 
+    def augmented_as(self, objective: Mapping[str, Any]) -> DataModule:
+        """Return this module with the augmentation and the mixing of another objective, its images shared.
+
+        Args:
+            objective: the keys of a file of `conf/objective`.
+        """
+        other = copy.copy(self)
+        keys = ("augment", "random_erasing")
+        other.recipe = replace(self.recipe, **{key: objective[key] for key in keys})
+        keys = ("mixup", "cutmix", "switch_prob", "label_smoothing")
+        other.mixing = Mixing(*(float(objective[key]) for key in keys))
+        return other
+
     def mixed(self, x: Tensor, y: Tensor, seed: tuple[int, ...]) -> Batch:
         """Return the batch mixed as the objective says, by `seed` (see `vitscope.data.mix.mix`)."""
         return mix(x, y, num_classes=self.num_classes, seed=seed, **asdict(self.mixing))
@@ -260,9 +285,10 @@ class DataModule(pl.LightningDataModule):
         augmentation = str(self.recipe if augment else self.recipe.plain())
         if augment and self.mixes:
             augmentation += f" + {self.mixing}"
-        data = self.name if self.fraction == 1 else f"{self.name}, {self.fraction:g} of each class"
-        if self.random_labels:
-            data = f"{data}, random labels"
+        data = self.name
+        if split == "train":  # evaluation is on whole splits and true labels, whatever the training was on
+            data += "" if self.fraction == 1 else f", {self.fraction:g} of each class"
+            data += ", random labels" if self.random_labels else ""
         return {
             "data": data,
             "split": split,
@@ -272,16 +298,14 @@ class DataModule(pl.LightningDataModule):
             "split_seed": self.split_seed,
         }
 
-    def _sampler(self, split: str, batch_size: int, *, shuffle: bool) -> BatchSampler:
+    def _sampler(self, split: str, batch_size: int, **options: Any) -> BatchSampler:
         return BatchSampler(
             len(self.split(split)),
             batch_size,
-            shuffle=shuffle,
-            seed=self.seed,
             rank=distributed.rank(),
             world_size=distributed.world_size(),
-            drop_last=shuffle and self.drop_last,
             name=f"{self.name} {split}",
+            **{"seed": self.seed, **options},
         )
 
     def _loader(self, split: str, sampler: BatchSampler, recipe: Recipe) -> Loader:

@@ -5,7 +5,8 @@ Layouts, found by what is there:
 - `root/train`, `root/val`, `root/test`: the splits as they are.
 - `root/train`, `root/val` (ImageNet): `val` is the test split; validation is a held-out part of `train`.
 - `root/train`: test and validation are held-out parts of it.
-- classes directly in `root`: as `root/train`.
+- classes directly in `root`: as `root/train`; but where they are of a known list (`classes`), all of them are the test
+  split, for that is how ImageNet-A and ImageNet-R come.
 
 Only the folders that a split needs are looked at, so `root/val` alone serves an evaluation.
 """
@@ -56,13 +57,15 @@ def load(
         raise DataError("data.root", root, "there is no such folder", _LAYOUT)
     has = {name: (root / name).is_dir() for name in ("train", "val", "test")}
     own_val, own_test = has["val"] and has["test"], has["val"] or has["test"]
+    if split == "test" and classes is not None and not any(has.values()):
+        return _read(root, root, classes)
     if split == "test" and own_test:
         return _read(root / ("test" if has["test"] else "val"), root, classes)
     if split == "val" and own_val:
         return _read(root / "val", root, classes)
     if split not in ("train", "val", "test"):
         raise DataError("data.root", root, f"there is no split {split!r}", "choose one of train, val, test")
-    if own_test and not has["train"]:
+    if (own_test or classes is not None) and not has["train"]:
         raise DataError("data.root", root, f"there is no train folder, which the {split} split needs", _LAYOUT)
     return _held_out(
         _read(root / "train" if has["train"] else root, root, classes),

@@ -33,7 +33,8 @@ class BatchSampler(Sampler[Draw]):
     Args:
         n: Number of images in the split.
         batch_size: Images a batch and rank.
-        shuffle: A new order each epoch; otherwise the split's own.
+        shuffle: Not in the split's own order: a new one each epoch.
+        fixed: With `shuffle`, the same order in each epoch.
         seed: Seed of the order.
         rank: This process's rank.
         world_size: Number of processes.
@@ -50,6 +51,7 @@ class BatchSampler(Sampler[Draw]):
         batch_size: int,
         *,
         shuffle: bool,
+        fixed: bool = False,
         seed: int = 0,
         rank: int = 0,
         world_size: int = 1,
@@ -58,7 +60,7 @@ class BatchSampler(Sampler[Draw]):
     ) -> None:
         self.n, self.batch_size, self.shuffle, self.seed = n, batch_size, shuffle, seed
         self.rank, self.world_size, self.drop_last = rank, world_size, drop_last
-        self.epoch = 0
+        self.epoch, self.fixed = 0, fixed
         self._resumed = (0, 0)
         full, rest = divmod(n, batch_size * world_size)
         self._length = full + (not drop_last and rest >= world_size)
@@ -105,7 +107,7 @@ class BatchSampler(Sampler[Draw]):
     def _order(self, epoch: int) -> NDArray[np.int64]:
         if not self.shuffle:
             return np.arange(self.n)
-        return counter.permutation(self.n, seed=self.seed, stream=counter.ORDER, epoch=epoch)
+        return counter.permutation(self.n, seed=self.seed, stream=counter.ORDER, epoch=0 if self.fixed else epoch)
 
     def _cut(self, order: NDArray[np.int64], epoch: int, index: int) -> Draw:
         size = self.batch_size * self.world_size

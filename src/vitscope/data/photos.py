@@ -5,6 +5,9 @@ cut in three vertical regions before anything else happens: train (left 55%), va
 (right 30%); no pixel of one region touches another. A region is made gray, scaled as if the photograph's short
 side were 256, locally contrast-normalised and cropped; a crop has mean 0 and variance 1, so that neither
 colour nor brightness nor contrast tells the class.
+
+`whole` (`data=photographs`) gives the 16 photographs as they are, in colour, to models built for larger images: something to
+measure on, not to train on.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from scipy.ndimage import gaussian_filter, uniform_filter
 
 from vitscope.data import counter
 from vitscope.data.arrays import ArrayImages
+from vitscope.data.files import FileImages
 from vitscope.errors import DataError
 
 _SKIMAGE, _SKLEARN = "skimage.data", "sklearn.datasets.images"
@@ -72,6 +76,37 @@ def load(split: str, *, root: str | None = None, split_seed: int = 0) -> ArrayIm
     gray = torch.from_numpy(crops)[:, None]  # (N, 1, 32, 32)
     labels = torch.arange(len(PHOTOGRAPHS)).repeat_interleave(REGIONS[split][2])
     return ArrayImages(gray.expand(-1, 3, -1, -1).contiguous(), labels, tuple(PHOTOGRAPHS))
+
+
+def whole(split: str, *, root: str | None = None, split_seed: int = 0) -> FileImages:
+    """Return the 16 photographs, uncut and in colour, the label being the photograph.
+
+    Args:
+        split: `test`, the only one.
+        root: Not used; the files come with the wheels.
+        split_seed: Not used; the data set is always the same one.
+
+    Raises:
+        DataError: Another split, or a wheel without its images.
+    """
+    if split != "test":
+        raise DataError(
+            "data",
+            "photographs",
+            f"16 photographs have no {split} split",
+            "measure on split=test; train on data=photos",
+        )
+    paths = tuple(_path(name) for name in PHOTOGRAPHS)
+    return FileImages(paths, torch.arange(len(PHOTOGRAPHS)), tuple(PHOTOGRAPHS))
+
+
+def _path(name: str) -> str:
+    package, file = PHOTOGRAPHS[name]
+    path = files(package) / file
+    if not path.is_file():
+        why = f"{file} is missing from the installed {package.split('.')[0]}"
+        raise DataError("data", "photographs", why, "reinstall it from its wheel")
+    return str(path)
 
 
 def region_columns(width: int, split: str) -> tuple[int, int]:

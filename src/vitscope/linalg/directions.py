@@ -9,13 +9,15 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 Direction = dict[str, Tensor]
 
-NORMALIZATIONS = ("filter", "filter_official", "layer", "none")
+Normalization = Literal["filter", "filter_official", "layer", "none"]
+NORMALIZATIONS = get_args(Normalization)
 
 #: names of position tables (learned position embeddings, relative position biases) in timm, torchvision and vitscope
 POSITION_TABLES = r"pos_?emb|position_(emb|bias)|rel_pos|relative_position|absolute_pos"
@@ -161,9 +163,13 @@ def _norms(tensor: Tensor, over: tuple[int, ...]) -> Tensor:
 
 def inner(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
     """Return the inner product of two directions, accumulated in float64."""
-    return float(
-        sum(float(torch.sum(a[name].double() * b[name].to(a[name].device).double())) for name in a if name in b)
-    )
+    total = 0.0
+    for name in a:
+        if name in b:
+            x = a[name].reshape(-1).double()
+            y = x if b[name] is a[name] else b[name].to(x.device).reshape(-1).double()
+            total += float(torch.dot(x, y))
+    return total
 
 
 def norm(direction: Mapping[str, Tensor]) -> float:

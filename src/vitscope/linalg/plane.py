@@ -18,6 +18,9 @@ from torch import Tensor
 
 Move = Callable[[float, float], None]
 
+#: entries that are held in float64 at once
+_PIECE = 2**18
+
 
 def set_aside(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return copies that take none of the device's memory (see the module); on a full disk, copies in memory."""
@@ -170,13 +173,23 @@ def squared_norms(
         second: the second direction.
     """
 
-    def product(x: Tensor | None, y: Tensor | None) -> float:
-        if x is None or y is None:
-            return 0.0
-        return float(torch.sum(x.detach().double() * y.detach().to(x.device).double()))
-
-    rows = []
+    pairs = ((0, 0), (0, 1), (0, 2), (1, 1), (1, 2), (2, 2))
+    found = []
     for name, w in parameters.items():
-        u, v = (first or {}).get(name), second.get(name)
-        rows.append([product(*pair) for pair in ((w, w), (w, u), (w, v), (u, u), (u, v), (v, v))])
-    return SquaredNorms(np.array(rows))
+        gram = _gram(w, (first or {}).get(name), second.get(name))
+        found.append([float(gram[pair]) for pair in pairs])
+    return SquaredNorms(np.array(found))
+
+
+def _gram(*vectors: Tensor | None) -> Tensor:
+    """Return the inner products of tensors of one size in float64, zero for those that are None; on the host."""
+    like = next(t for t in vectors if t is not None)
+    flat = [None if t is None else t.detach().to(like.device).reshape(-1) for t in vectors]
+    total = torch.zeros(len(flat), len(flat), dtype=torch.float64, device=like.device)
+    for start in range(0, like.numel(), _PIECE):
+        piece = torch.zeros(len(flat), min(_PIECE, like.numel() - start), dtype=torch.float64, device=like.device)
+        for row, t in zip(piece, flat):
+            if t is not None:
+                row.copy_(t[start : start + _PIECE])
+        total += piece @ piece.T
+    return total.cpu()

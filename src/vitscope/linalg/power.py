@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from vitscope.linalg.basis import dot, norm
-from vitscope.linalg.lanczos import Eigenpairs
+from vitscope.linalg.extreme import Eigenpairs
 
 
 def power_iteration(

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from vitscope.linalg.basis import norm
 from vitscope.linalg.curvatures import start_vector
+from vitscope.linalg.extreme import Eigenpairs, extreme_eigenvalues
 from vitscope.linalg.hvp import Curvature
-from vitscope.linalg.lanczos import Eigenpairs, extreme_eigenvalues
 
 
 def scaled_eigenvalues(operator: Curvature, scale: Sequence[Tensor], **solving: object) -> Eigenpairs:

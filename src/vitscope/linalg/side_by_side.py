@@ -2,7 +2,7 @@
 
 A batch of 16 leaves a GPU idle. Here one call multiplies the Hessian of each of B batches with a vector of its own: forward
 over reverse (`torch.func.jvp` of `torch.func.grad`) under `torch.func.vmap`, the weights shared, about four gradients of
-B batches, no graph kept. The runs are those of `linalg.lanczos`; one that has ended leaves the group.
+B batches, no graph kept. The runs are those of `linalg.extreme`; one that has ended leaves the group.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from vitscope import interrupt
 from vitscope.errors import NumericalError
 from vitscope.linalg.basis import norm
 from vitscope.linalg.curvatures import Curvatures, start_along
+from vitscope.linalg.extreme import Search, free_memory
 from vitscope.linalg.l2 import add_l2_product
-from vitscope.linalg.lanczos import Search, free_memory
 from vitscope.linalg.ritz import count
 from vitscope.linalg.solve import Solution, l2_contribution
 from vitscope.probe import Batch

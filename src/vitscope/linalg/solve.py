@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from vitscope.linalg.curvatures import start_vector
+from vitscope.linalg.extreme import Eigenpairs, extreme_eigenvalues
 from vitscope.linalg.hvp import Curvature
-from vitscope.linalg.lanczos import Eigenpairs, extreme_eigenvalues
 from vitscope.linalg.power import power_iteration
 
 SOLVERS = ("lanczos", "power")

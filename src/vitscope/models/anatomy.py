@@ -165,7 +165,10 @@ def _tokens(ancestors: tuple[nn.Module, ...]) -> tuple[int, tuple[int, int] | No
 def _plain(model: nn.Module) -> list[Piece]:
     pieces: list[Piece] = []
     stage = 1
+    gates = tuple(f"{name}." for name, module in model.named_modules() if _is_gate(module))
     for name, module in model.named_modules():
+        if name.startswith(gates):  # a gate's convolutions see one average for the whole map
+            continue
         smaller = isinstance(module, nn.Conv2d | nn.MaxPool2d | nn.AvgPool2d) and subsamples(module)
         if smaller and pieces:
             stage += 1
@@ -177,6 +180,11 @@ def _plain(model: nn.Module) -> list[Piece]:
             continue
         pieces.append(Piece(name, part, module, stage, 0, None))
     return [] if len(pieces) == 1 and _is_patch_embedding(pieces[0].block) else pieces
+
+
+def _is_gate(module: nn.Module) -> bool:
+    """Whether a module is squeeze and excitation (timm's and torchvision's have these names)."""
+    return "squeezeexcit" in type(module).__name__.lower() or type(module).__name__ == "SEModule"
 
 
 def _is_patch_embedding(module: nn.Module) -> bool:

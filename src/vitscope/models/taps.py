@@ -86,17 +86,19 @@ def reading(model: nn.Module, taps: Sequence[Tap], fn: Callable[[int, Tap, Tenso
         for i, tap in enumerate(taps):
             attach(
                 stack, Read(tap.module, tap.at, tap.layout),
-                lambda value, i=i, tap=tap: fn(i, tap, to_map(value, tap.name, tap.layout, tap.n_prefix, tap.grid, size)),
+                lambda value, i=i, tap=tap: fn(
+                    i, tap, one_an_image(to_map(value, tap.name, tap.layout, tap.n_prefix, tap.grid, size[:2]), tap.name, size)
+                ),
             )  # fmt: skip
         yield
 
 
 def image_size(model: nn.Module, stack: ExitStack) -> list[int]:
-    """A list that holds (height, width) of the last images the model was called with, while the stack is open."""
+    """A list that holds height, width and number of the last images the model was called with, while the stack is open."""
     size: list[int] = []
 
     def note(_: nn.Module, args: tuple[Any, ...]) -> None:
-        size[:] = args[0].shape[-2:] if args and isinstance(args[0], Tensor) else []
+        size[:] = (*args[0].shape[-2:], len(args[0])) if args and isinstance(args[0], Tensor) else []
 
     stack.callback(model.register_forward_pre_hook(note).remove)
     return size
@@ -133,6 +135,16 @@ def to_map(
     value = value[:, :, n_prefix:]  # (B, C, h * w)
     h, w = token_grid(value.shape[-1], grid, tuple(image))
     return value.reshape(*value.shape[:2], h, w)
+
+
+def one_an_image(value: Tensor, name: str, images: Sequence[int]) -> Tensor:
+    """Return the maps (B, C, h, w) if they are as many as the images, as `image_size` gives them; else ValueError.
+
+    Blocks that cut images in windows or patches and stack these as a batch would otherwise count as more images.
+    """
+    if len(images) == 3 and len(value) != images[2]:
+        raise ValueError(f"tap {name!r} reads {len(value)} maps of {images[2]} images; pass taps=[...] without it.")
+    return value
 
 
 @cache

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from vitscope.models import blocks as blocks  # describes timm's and torchvision's blocks
 from vitscope.models.anatomy import Kind, Read, anatomy
-from vitscope.models.taps import attach, image_size, to_map
+from vitscope.models.taps import attach, image_size, one_an_image, to_map
 
 Side = Literal["input", "output"]
 
@@ -104,7 +104,10 @@ def reading_branches(
                 attach(
                     stack, read,
                     lambda value, i=i, unit=unit, side=side, read=read: fn(
-                        i, unit, side, to_map(value, unit.name, read.layout, unit.n_prefix, unit.grid, size)
+                        i, unit, side,
+                        one_an_image(
+                            to_map(value, unit.name, read.layout, unit.n_prefix, unit.grid, size[:2]), unit.name, size
+                        ),
                     ),
                 )  # fmt: skip
         yield

@@ -63,6 +63,7 @@ class Table:
         note: what the numbers are, and over what.
         problems: every number that is missing or failed.
         ids: keys of the columns for the CSV file.
+        picture: its figure on disk, where it has one.
     """
 
     name: str
@@ -72,12 +73,14 @@ class Table:
     rows: tuple[tuple[Cell, ...], ...]
     note: str = ""
     problems: tuple[Problem, ...] = ()
+    picture: Path | None = None
 
 
 def over_seeds(values: Mapping[str, Value], metric: str, style: str, expected: int) -> tuple[Cell, list[Problem]]:
     """Return the cell of one value a seed, and what is wrong with it.
 
-    Seeds without a number are named, left out of the mean and counted in the cell: ``0.81 ± 0.02 (2 of 3)``.
+    Seeds without a number are named, left out of the mean and counted in the cell: ``0.81 ± 0.02 (2 of 3)``. Where the
+    measure's definition gives no number, nothing is wrong: the cell says why, such as ``saturated``.
 
     Args:
         values: by run.
@@ -85,8 +88,10 @@ def over_seeds(values: Mapping[str, Value], metric: str, style: str, expected: i
         style: format of a number, such as ``.3f``; ``si`` for counts such as 9.50M.
         expected: the number of seeds that there should be.
     """
-    problems = [Problem(v.problem, run, metric, v.why) for run, v in values.items() if v.number is None]
+    problems = [Problem(v.problem, run, metric, v.why) for run, v in values.items() if v.problem]
     numbers = [v.number for v in values.values() if v.number is not None]
+    if not numbers and not problems:
+        return Cell(next((v.why for v in values.values() if v.why), "–")), []
     if not numbers:
         kind = FAILED if any(p.kind == FAILED for p in problems) else MISSING
         return Cell(kind, None, kind), problems

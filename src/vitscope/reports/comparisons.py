@@ -92,10 +92,13 @@ def data_trend(bench: Bench, read: Reader, sign: int, *, fixed: str, what: str) 
 
 
 def by_kind(bench: Bench, measure: str, scalar: str, keep: Callable[[Entry], bool] | None = None) -> Effect:
-    """Return a measure's scalar of one kind of unit: mean over the experiments that have it."""
+    """Return a measure's scalar of one kind of unit: mean over the experiments that have it.
+
+    AlterNets with something else in attention's place are controls and count for no kind.
+    """
     read = bench.scalar(measure, scalar)
     parts, names = [], []
-    for runs in bench.groups(lambda _: True):
+    for runs in bench.groups(lambda entry: option(entry, "mixer", "msa") == "msa"):
         found = {seed: read(entry) for seed, entry in runs.items() if keep is None or keep(entry)}
         values = {seed: value for seed, value in found.items() if value is not None}
         if values:
@@ -194,8 +197,8 @@ def _recipes(groups: Sequence[Runs], chosen: Runs) -> int:
 
 
 def training_nll(bench: Bench) -> Reader:
-    """Return a reader of the loss on training images at the tables' moment."""
-    return train_nll(bench, bench.selection.tag)
+    """Return a reader of the loss on training images at the tables' moment, of the slice where a run has several."""
+    return train_nll(bench, bench.selection.tag, ("loss_slice", "sharpness", "loss_landscape"))
 
 
 def test_error(bench: Bench) -> Reader:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from vitscope.reports.effects import Bench, Effect, Reader, Runs, balanced, difference, first, log_of, option, same_but
 from vitscope.reports.evidence import Entry
@@ -18,7 +18,7 @@ NLL_TOLERANCE = 0.1
 PLAIN = ("convnet", "preresnet", "resnext")
 
 #: measures that know the loss on training images at the moment they were made, best first
-TRAIN_NLL = (("sharpness", "nll_center"), ("loss_slice", "nll_center"), ("loss_landscape", "nll_center"))
+TRAIN_NLL = ("sharpness", "loss_slice", "loss_landscape")
 
 
 def flattening(bench: Bench, measure: str, scalar: str, *, control: str, matched: str, log: bool) -> Effect:
@@ -91,14 +91,14 @@ def _wanted(control: str) -> str:
     return f"the same AlterNet with mixer={control}"
 
 
-def train_nll(bench: Bench, tag: str) -> Reader:
-    """Return a reader of the loss on training images at a moment, from whichever measure knows it."""
+def train_nll(bench: Bench, tag: str, measures: Sequence[str] = TRAIN_NLL) -> Reader:
+    """Return a reader of the loss on training images at a moment, from the first of the measures that knows it."""
 
     def read(entry: Entry) -> float | None:
-        for measure, scalar in TRAIN_NLL:
+        for measure in measures:
             measured, _ = bench.selection.measured(entry, measure, tag)
             if measured is not None and measured.card is not None and measured.card.split == "train":
-                return measured.scalars.get(scalar)
+                return measured.scalars.get("nll_center")
         return None
 
     return read

@@ -54,8 +54,8 @@ class Bench:
     costs: Costs
 
     def groups(self, keep: Callable[[Entry], bool]) -> list[Runs]:
-        """Return the trained experiments that ``keep`` accepts, by seed."""
-        return list(self.selection.groups(lambda entry: entry.trained and keep(entry)).values())
+        """Return the trained experiments that ``keep`` accepts, by seed; those on random labels are evidence for nothing."""
+        return list(self.selection.groups(lambda e: e.trained and not _random_labels(e) and keep(e)).values())
 
     def scalar(self, measure: str, name: str, tag: str | None = None) -> Reader:
         """Return a reader of a measure's scalar."""
@@ -72,6 +72,10 @@ class Bench:
         if cost.parameters is None or cost.flops is None:
             return entry.label
         return f"{entry.label} ({cost.parameters / 1e6:.2f}M parameters, {cost.flops / 1e9:.3g} GFLOPs)"
+
+
+def _random_labels(entry: Entry) -> bool:
+    return bool((entry.config.get("data") or {}).get("random_labels"))
 
 
 def first(runs: Runs) -> Entry:

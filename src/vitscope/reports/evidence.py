@@ -13,8 +13,8 @@ from typing import Any
 import yaml
 
 from vitscope import config, journal, results
+from vitscope.card import COMPARED, ObjectiveCard
 from vitscope.errors import StorageError
-from vitscope.probe import COMPARED, ObjectiveCard
 from vitscope.reports import identity, kinds
 from vitscope.runs import Run
 

@@ -22,6 +22,9 @@ GROUPS = ("model", "data", "objective", "optimizer", "trainer", "callbacks")
 #: keys of the objective that the data node repeats: named once
 REPEATED = ("augment", "random_erasing", "mixup", "cutmix", "switch_prob", "label_smoothing")
 
+#: what a label says of a value, where key and value would not be plain words
+WORDS = {"data.random_labels": {True: "random labels", False: "true labels"}}
+
 #: a label names this many of the keys in which experiments of one model differ
 MOST_KEYS = 3
 
@@ -103,7 +106,7 @@ def labels(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
         varying = [k for k in facts[0] | dict.fromkeys(k for f in facts for k in f) if _varies(k, facts)]
         varying.sort(key=lambda key: GROUPS.index(key.partition(".")[0]))  # stable: what is built, then how trained
         for digest, fact in zip(digests, facts):
-            words = [f"{key.rpartition('.')[2]} {_said(fact.get(key))}" for key in varying[:MOST_KEYS]]
+            words = [_word(key, fact.get(key)) for key in varying[:MOST_KEYS]]
             found[digest] = ", ".join([name, *words])
     counts: dict[str, int] = {}
     for digest, label in found.items():  # what MOST_KEYS cut off
@@ -114,6 +117,12 @@ def labels(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
 
 def _varies(key: str, facts: Sequence[Mapping[str, Any]]) -> bool:
     return len({config.digest(fact.get(key)) for fact in facts}) > 1
+
+
+def _word(key: str, value: Any) -> str:
+    if key in WORDS:
+        return WORDS[key][bool(value)]
+    return f"{key.rpartition('.')[2]} {_said(value)}"
 
 
 def _said(value: Any) -> str:

@@ -16,7 +16,7 @@ from PIL import Image
 from plotly.offline import get_plotlyjs
 
 from vitscope import __version__, results
-from vitscope.reports import figures
+from vitscope.reports import factor_tables, figures
 from vitscope.reports.cells import Cell, Problem, Table
 from vitscope.reports.evidence import Entry
 from vitscope.reports.figures import Drawn
@@ -100,7 +100,11 @@ def write(
         version=__version__,
         counts=_counts(counting),
         headline=tables["models"],
-        tables=[t for name, t in tables.items() if name not in ("models", "claims") and _says_something(t)],
+        tables=[
+            (t, *(_embedded(t.picture) if t.picture else ("", 0, 0)))
+            for name, t in tables.items()
+            if name not in ("models", "claims") and _says_something(t)
+        ],
         judged=judged,
         claims_note=tables["claims"].note,
         measured=sum(j.verdict != NOT_MEASURED for j in judged),
@@ -195,6 +199,8 @@ def _says_something(table: Table) -> bool:
     """Whether a table adds something to the headline one: another row of a comparison, or a measure."""
     if table.name == "buildup":
         return len(table.rows) > 1
+    if table.name in factor_tables.NAMES:
+        return bool(table.rows)
     measures = [i for i, key in enumerate(table.ids) if "/" in key and not key.startswith("test/")]
     return any(row[i].interval for row in table.rows for i in measures)
 

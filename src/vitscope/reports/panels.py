@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from vitscope.probe import COMPARED
+from vitscope.card import COMPARED
 from vitscope.reports.cells import Problem
 from vitscope.reports.evidence import Entry, Measured, moment
 from vitscope.reports.selection import FAILED, MISSING
@@ -137,12 +137,13 @@ def _of_moment(
                 f"Shown apart: objective cards differ in {', '.join(differing)}; here {_values(key, differing)}. "
                 "allow_different=true overlays them all the same."
             )
-        curves = [_curve(label, found) for label, found in labels.items()]
+        curves = [curve_of(label, found) for label, found in labels.items()]
         made += _spread(Panel(stem, analysis, tag, tuple(curves), notice))
     return made
 
 
-def _curve(label: str, found: Sequence[tuple[Entry, Measured]]) -> Curve:
+def curve_of(label: str, found: Sequence[tuple[Entry, Measured]]) -> Curve:
+    """Return the curve of an experiment's results: the newest of each run, the lowest seed drawn."""
     newest: dict[str, tuple[Entry, Measured]] = {entry.id: (entry, m) for entry, m in found}  # results are by age
     first, *others = sorted(newest.values(), key=lambda pair: (pair[0].seed, pair[0].id))
     return Curve(label, *first, tuple(others))
@@ -167,7 +168,7 @@ def _along_training(
     moments: dict[tuple[str, str], list[tuple[str, Entry, Measured]]] = {}
     for (analysis, _, tag), by_label in sorted(found.items(), key=lambda item: moment(item[0][2])):
         for label, results in by_label.items():
-            curve = _curve(label, results)
+            curve = curve_of(label, results)
             moments.setdefault((analysis, label), []).append((tag, curve.entry, curve.measured))
     made = []
     for (analysis, label), steps in moments.items():
@@ -175,7 +176,7 @@ def _along_training(
         curves = tuple(Curve(tag, entry, m) for tag, entry, m in steps if entry.id == run)
         if len(curves) > 1:
             made += _spread(
-                Panel(f"{analysis}-training-{_slug(label)}", analysis, "training", curves, f"{label}, {run}")
+                Panel(f"{analysis}-training-{slug(label)}", analysis, "training", curves, f"{label}, {run}")
             )
     return made
 
@@ -188,5 +189,6 @@ def _values(conditions: Sequence[Any], keys: Sequence[str]) -> str:
     return ", ".join(f"{key} {conditions[CONDITIONS.index(key)]}" for key in keys)
 
 
-def _slug(text: str) -> str:
+def slug(text: str) -> str:
+    """Return a text as part of a file's name."""
     return re.sub(r"[^\w.-]+", "-", text).strip("-")

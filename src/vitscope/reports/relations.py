@@ -15,7 +15,8 @@ from vitscope.reports import identity
 from vitscope.reports.cells import Cell, Problem, Table, over_seeds
 from vitscope.reports.evidence import Entry
 from vitscope.reports.inference import Interval
-from vitscope.reports.selection import MISSING, Selection, Value
+from vitscope.reports.selection import MISSING, Selection, Value, of_result
+from vitscope.reports.tables import n_msa
 
 #: what stands at the axes
 WORDS = {
@@ -27,6 +28,14 @@ WORDS = {
     "mean_accuracy": "corrupted accuracy",
     "rise_r0.1": "rise of NLL at r=.1",
     "data.fraction": "share of the training data",
+    "model.n_msa": "attention blocks in each stage",
+    "model.kernel_size": "kernel (tokens)",
+    "model.patch_size": "patch (pixels)",
+    "model.heads": "heads",
+    "model.dim_head": "dimensions of a head",
+    "model.placement": "place of attention in a stage",
+    "optimizer.rho": "radius of SAM",
+    "trainer.max_epochs": "epochs",
 }
 
 MARKERS = "osD^vPX*"
@@ -103,10 +112,7 @@ def value(selection: Selection, entry: Entry, quantity: str) -> Value:
             if measured
             else Value(None, MISSING, f"not measured at {selection.tag}")
         )
-    if scalar not in good[-1].scalars:
-        return Value(None, MISSING, f"{analysis} has no {scalar}")
-    number = good[-1].scalars[scalar]
-    return Value(None, "failed", "not finite") if number is None else Value(number)
+    return of_result(good[-1], scalar)
 
 
 def draw(points: Sequence[Point], x: str, y: Sequence[str]) -> Figure:
@@ -177,7 +183,10 @@ def _width(found: Interval | None) -> float:
 
 def _keys(entry: Entry) -> Mapping[str, Any]:
     keys = identity.flattened({k: v for k, v in entry.config.items() if isinstance(v, Mapping)})
-    return {**keys, "objective": identity.recipe(entry.config) or "other"}
+    named = {"objective": identity.recipe(entry.config) or "other"}
+    if entry.family == "alternet":
+        named["model.n_msa"] = list(n_msa(entry))  # also where the model's default counts were taken
+    return {**keys, **named}
 
 
 def _series(entry: Entry, x: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from vitscope.models.stages import DEFAULT_MSA
@@ -52,7 +52,7 @@ _CURVATURE = (
     Column("NEP", SPECTRUM, "negative_eigenvalue_proportion"),
     Column("APE", SPECTRUM, "average_positive_eigenvalue", ".4g"),
 )
-_ACCURACY_CORRUPTED = Column("corrupted accuracy", "corruption", "mean_accuracy", optional=True)
+_ROBUST = Column("robust accuracy", "corruption", "mean_accuracy", optional=True)
 
 TITLES = {
     "models": "Models",
@@ -62,7 +62,7 @@ TITLES = {
 }
 
 TABLES: Mapping[str, tuple[Column, ...]] = {
-    "models": (*_COST, *_TEST, *_CURVATURE),
+    "models": (*_COST, *_TEST, _ROBUST, *(replace(column, optional=True) for column in _CURVATURE)),
     "curvature": (
         *_CURVATURE,
         Column("NEP, k=1", SPECTRUM, "top1_negative_eigenvalue_proportion"),
@@ -78,7 +78,7 @@ TABLES: Mapping[str, tuple[Column, ...]] = {
     "robustness": (
         *_TEST,
         Column("Brier", METRIC, "test/brier"),
-        _ACCURACY_CORRUPTED,
+        _ROBUST,
         Column("mCE (%)", "corruption", "mce", ".1f", optional=True),
         Column("band noise, high − low", "frequency_noise_robustness", "high_minus_low", optional=True),
         Column("FGSM 8/255", "adversarial", "fgsm_8_accuracy", optional=True),
@@ -86,7 +86,7 @@ TABLES: Mapping[str, tuple[Column, ...]] = {
         Column("ECE, T scaled", "calibration", "scaled_ece", optional=True),
         Column("shape bias", "shape_bias", "shape_bias", optional=True),
     ),
-    "buildup": (*_COST, *_TEST, *_CURVATURE, _ACCURACY_CORRUPTED),
+    "buildup": (*_COST, *_TEST, *_CURVATURE, _ROBUST),
 }
 
 
@@ -109,7 +109,7 @@ def build(
     keep = _in_build_up if name == "buildup" else (lambda entry: entry.trained)
     groups = list(selection.groups(keep).values())
     if name == "buildup":
-        groups.sort(key=lambda runs: (_first(runs).data, sum(_n_msa(_first(runs))), _n_msa(_first(runs))))
+        groups.sort(key=lambda runs: (_first(runs).data, sum(n_msa(_first(runs))), n_msa(_first(runs))))
     columns = [c for c in TABLES[name] if not c.optional or _anyone_has(selection, c)]
     several = len({entry.data for runs in groups for entry in runs.values()}) > 1
     rows: list[tuple[Cell, ...]] = []
@@ -166,7 +166,7 @@ def _heading(name: str, several: bool) -> list[str]:
 
 def _head(name: str, entry: Entry, several: bool) -> list[Cell]:
     texts = [entry.label, *([entry.data] if several else [])]
-    return [Cell(t) for t in (*texts, *([",".join(map(str, _n_msa(entry)))] if name == "buildup" else []))]
+    return [Cell(t) for t in (*texts, *([",".join(map(str, n_msa(entry)))] if name == "buildup" else []))]
 
 
 def _first(runs: Mapping[int, Entry]) -> Entry:
@@ -183,7 +183,8 @@ def _in_build_up(entry: Entry) -> bool:
     return entry.trained and entry.family in ("alternet", "preresnet")
 
 
-def _n_msa(entry: Entry) -> tuple[int, ...]:
+def n_msa(entry: Entry) -> tuple[int, ...]:
+    """Return the number of attention blocks in each stage of an AlterNet or a ResNet."""
     node = entry.config.get("model") or {}
     if entry.family != "alternet":
         return (0, 0, 0, 0)
@@ -197,4 +198,5 @@ def _note(groups: Sequence[Mapping[int, Entry]], columns: Sequence[Column], sele
     seeds = " to ".join(str(n) for n in dict.fromkeys((counts[0], counts[-1])))
     interval = ", ± half of the 95% t-interval" if counts[-1] > 1 else ""
     flops = " FLOPs: forward pass of one image, two for each multiply-add." if _COST[1] in columns else ""
-    return f"Means over seeds ({seeds} a row){interval}; measures at {selection.tag}.{flops}"
+    robust = " Robust accuracy: mean over types and severities of corruption." if _ROBUST in columns else ""
+    return f"Means over seeds ({seeds} a row){interval}; measures at {selection.tag}.{flops}{robust}"

@@ -9,7 +9,19 @@ from typing import Protocol
 
 from vitscope import runs
 from vitscope.plotting import save_figure
-from vitscope.reports import cells, drawing, evidence, figures, identity, panels, relations, tables, verdicts
+from vitscope.reports import (
+    baselines,
+    cells,
+    drawing,
+    evidence,
+    factor_tables,
+    figures,
+    identity,
+    panels,
+    relations,
+    tables,
+    verdicts,
+)
 from vitscope.reports.cells import Table
 from vitscope.reports.costs import Costs
 from vitscope.reports.effects import Bench
@@ -71,6 +83,9 @@ def _figures(target: Target, wanted: Drawing, found: Sequence[Entry], folder: Pa
     tag = target.tags[0] if len(target.tags) == 1 else "all"
     made = panels.panels(found, tag=tag, analyses=[wanted.analysis], allow_different=target.different)
     problems = [str(p) for t in target.tags for p in panels.absent(found, [wanted.analysis], t)]
+    if target.baselines:
+        made, lacking = baselines.panels(found, [wanted.analysis])
+        problems += map(str, lacking)
     suffix = "".join(f"-{value}" for value in wanted.options.values())
     for panel in map(_named, made) if target.different else made:
         picture = drawing.draw(figures.job(replace(panel, name=panel.name + suffix), folder, wanted.options))
@@ -84,11 +99,12 @@ def _figures(target: Target, wanted: Drawing, found: Sequence[Entry], folder: Pa
 
 
 def _named(panel: Panel) -> Panel:
-    """Return the panel with its curves named by their objectives, where that tells them apart."""
+    """Return the panel with its curves named by their objectives, where these differ and tell them apart."""
+    recipes = [identity.recipe(curve.entry.config) or "other objective" for curve in panel.curves]
     names = []
-    for curve in panel.curves:
+    for curve, recipe in zip(panel.curves, recipes):
         parts = [p for p in curve.entry.label.split(", ") if p.partition(" ")[0] not in identity.REPEATED]
-        names.append(", ".join([*parts, identity.recipe(curve.entry.config) or "other objective"]))
+        names.append(", ".join([*parts, recipe] if len(set(recipes)) > 1 else parts))
     if len(set(names)) < len(names):
         return panel
     return replace(panel, curves=tuple(replace(c, label=name) for c, name in zip(panel.curves, names)))
@@ -106,16 +122,28 @@ def _relation(target: Target, relation: Relation, found: Sequence[Entry], folder
 
 
 def _table(target: Target, found: Sequence[Entry], folder: Path, kept: Path) -> list[str]:
-    selection, costs = Selection(found), Costs(kept)
+    costs = Costs(kept)
     table: Table
+    if target.table == "factors":
+        return _factors(target, Selection(found), folder)
     if target.table == "claims":
-        table = verdicts.table(verdicts.judge(Bench(selection, costs)))
+        table = verdicts.table(verdicts.judge(Bench(Selection(found, any_size=True), costs)))
     else:
-        table = tables.build(str(target.table), selection, costs)
+        table = tables.build(str(target.table), Selection(found), costs)
     costs.save()
     cells.write(table, folder)
     print(cells.markdown(table), end="")
     return [_of(target, str(problem)) for problem in table.problems]
+
+
+def _factors(target: Target, selection: Selection, folder: Path) -> list[str]:
+    made = factor_tables.made(selection, folder)
+    for table in made.values():
+        cells.write(table, folder)
+        print(cells.markdown(table), end="\n")
+    if picture := made["factors"].picture:
+        print(picture)
+    return [_of(target, str(problem)) for problem in made["factors"].problems]
 
 
 def _of(target: Target, problem: str) -> str:

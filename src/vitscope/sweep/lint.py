@@ -195,6 +195,7 @@ def compose_trial(params: Mapping[str, Any]) -> DictConfig:
             cfg = compose("train", overrides=spec.arguments(params))
         except (HydraException, OmegaConfBaseException) as error:
             raise exits.explain(error) or error from None
+    config.drop_unchosen(cfg)
     config.apply_caps(cfg)
     validate(cfg)
     return cfg

@@ -58,7 +58,9 @@ class AttentionDistanceResult:
         return {
             "distance_first": float(distance[0]),
             "distance_last": float(distance[-1]),
-            "distance_share": float((distance / self.uniform_distance).mean()),
+            "distance_share": float(
+                (distance / np.where(self.uniform_distance > 0, self.uniform_distance, np.nan)).mean()
+            ),
             "entropy_share": float((entropy / np.log(self.n_keys)).mean()),
         }
 
@@ -95,6 +97,7 @@ def attention_distance(probe: Probe, *, units: Sequence[Unit] | None = None) -> 
     reasons |= {
         u.name: "its weights are not finite" for u, i in zip(chosen, read) if not np.isfinite(distance[i].mean).all()
     }
+    reasons |= {u.name: "a single token has no distance" for u, i in zip(chosen, read) if not known[i][1] > 0}
     warn_nulls("attention_distance", reasons)
     return AttentionDistanceResult(
         units=tuple(unit.name for unit in chosen),

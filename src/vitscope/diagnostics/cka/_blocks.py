@@ -16,17 +16,8 @@ def block_structure(similarity: np.ndarray, stages: np.ndarray) -> float | None:
         similarity: (n_taps, n_taps); pairs that are not finite are left out.
         stages: (n_taps,) the stage of each tap.
     """
-    total, weights = 0.0, 0.0
-    for distance in range(1, len(stages)):
-        values = np.diagonal(similarity, distance)
-        finite = np.isfinite(values)
-        within = (stages[:-distance] == stages[distance:]) & finite
-        across = ~within & finite
-        weight = min(within.sum(), across.sum())
-        if weight:
-            total += weight * (values[within].mean() - values[across].mean())
-            weights += weight
-    return float(total / weights) if weights else None
+    value = _structures(similarity, stages[None])[0]
+    return None if np.isnan(value) else float(value)
 
 
 def p_value(similarity: np.ndarray, stages: np.ndarray, n_permutations: int, seed: int) -> float | None:
@@ -40,10 +31,24 @@ def p_value(similarity: np.ndarray, stages: np.ndarray, n_permutations: int, see
     rng = np.random.default_rng(seed)
     places = np.arange(1, len(stages))
     n_boundaries = int((np.diff(stages) != 0).sum())
-    drawn = []
-    for _ in range(n_permutations):
-        boundaries = rng.choice(places, n_boundaries, replace=False)
-        null = np.isin(np.arange(len(stages)), boundaries).cumsum()
-        drawn.append(block_structure(similarity, null))
-    exceeding = sum(value is not None and value >= observed - 1e-12 for value in drawn)
+    boundaries = np.stack([rng.choice(places, n_boundaries, replace=False) for _ in range(n_permutations)])
+    nulls = (boundaries[:, :, None] <= np.arange(len(stages))).sum(1)  # (n_permutations, n_taps), stages from 0
+    exceeding = int((_structures(similarity, nulls) >= observed - 1e-12).sum())
     return (1 + exceeding) / (1 + n_permutations)
+
+
+def _structures(similarity: np.ndarray, stages: np.ndarray) -> np.ndarray:
+    """Return the block structure under each row of ``stages (m, n_taps)``, ``(m,)``; NaN where it does not exist."""
+    total, weights = np.zeros(len(stages)), np.zeros(len(stages))
+    for distance in range(1, stages.shape[1]):
+        values = np.diagonal(similarity, distance)
+        finite = np.isfinite(values)
+        values = np.where(finite, values, 0.0)
+        within = (stages[:, :-distance] == stages[:, distance:]) & finite
+        across = ~within & finite
+        n_within, n_across = within.sum(1), across.sum(1)
+        means = within @ values / np.maximum(n_within, 1), across @ values / np.maximum(n_across, 1)
+        weight = np.minimum(n_within, n_across)
+        total += weight * (means[0] - means[1])
+        weights += weight
+    return np.where(weights > 0, total / np.maximum(weights, 1), np.nan)

@@ -9,17 +9,38 @@ from torch import Tensor
 MIN_IMAGES = 4
 
 
+#: float64 numbers that are worked on at once on a CPU, so that they stay in its cache
+_CHUNK = 1 << 15
+
+
 def gram(features: Tensor) -> Tensor:
     """Return the Gram matrix ``(n, n)`` of features ``(n, ...)``, float64, centred over the images.
 
     The estimator does not depend on a common shift, but its rounding does. Features that agree in every image up to the
-    rounding of their own dtype have a Gram matrix of exact zeros.
+    rounding of their own dtype have a Gram matrix of exact zeros. A few features at a time are made float64, so that no
+    double-precision copy of a map is ever written to memory (float32 sums over a map of 800,000 features were off by 5e-5).
     """
-    x = features.flatten(1).double()
-    size = torch.finfo(features.dtype).eps * x.norm()
-    x = x - x.mean(dim=0)
-    product = x @ x.T
-    return torch.zeros_like(product) if bool(product.diagonal().sum() <= size**2) else product
+    x = _rows(features)
+    n = len(x)
+    product = torch.zeros(n, n, dtype=torch.float64, device=x.device)
+    common = torch.zeros((), dtype=torch.float64, device=x.device)  # squared norm of what is common to all images
+    step = x.shape[1] if x.is_cuda else max(1, _CHUNK // n)
+    space = x.new_empty(n, min(step, x.shape[1]), dtype=torch.float64)
+    for part in x.split(step, dim=1):
+        centred = space[:, : part.shape[1]].copy_(part)
+        mean = centred.mean(dim=0)
+        centred -= mean
+        product.addmm_(centred, centred.T)
+        common += n * mean.dot(mean)
+    spread = product.diagonal().sum()
+    rounding = torch.finfo(features.dtype).eps ** 2 * (spread + common)
+    return torch.zeros_like(product) if bool(spread <= rounding) else product
+
+
+def _rows(features: Tensor) -> Tensor:
+    """Return ``(n, D)``, an image's features in the order of memory (a Gram matrix does not depend on it): seldom a copy."""
+    axes = sorted(range(1, features.ndim), key=features.stride, reverse=True)
+    return features.permute(0, *axes).flatten(1)
 
 
 def hsic(grams: Tensor, others: Tensor) -> Tensor:

@@ -19,6 +19,9 @@ PATHS = ("diagonal", "radial")
 #: added to amplitudes before the logarithm, as in the official notebook
 EPS = 1e-6
 
+#: below this share of the constant part's power a map is looked at value by value, whether it varies at all
+_FAINT = 1e-8
+
 #: maps up to this side take one matrix product; larger ones are folded first
 _FOLD_ABOVE = 14
 
@@ -74,6 +77,12 @@ def spectrum(x: Tensor, path: str = "diagonal", eps: float = EPS) -> Spectrum:
     average, total = _ring_matrices(h, w, x.dtype, x.device)
     power = torch.view_as_real(torch.fft.rfft2(x)).square().sum(-1).flatten(2)  # (B, C, h * (w // 2 + 1))
     return Spectrum(((power.sqrt() + eps).log().mean(1) @ average).double(), (power.mean(1) @ total).double())
+
+
+def varies(x: Tensor, power: Tensor) -> bool:
+    """Return whether any map ``x (B, C, h, w)`` of that power ``(B, n_bins)`` is not constant over its positions."""
+    clearly = (power[:, 1:].sum(1) > _FAINT * power[:, 0]).any()
+    return bool(clearly) or bool((x.amax((-2, -1)) > x.amin((-2, -1))).any())
 
 
 def diagonal(x: Tensor) -> Tensor:

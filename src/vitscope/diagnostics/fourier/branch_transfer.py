@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from vitscope.diagnostics.fourier._bootstrap import by_kind, percentiles
-from vitscope.diagnostics.fourier._spectrum import EPS, frequencies, spectrum
+from vitscope.diagnostics.fourier._spectrum import EPS, frequencies, spectrum, varies
 from vitscope.distributed import gather_objects, world_size
 from vitscope.intervals import RunningMean, check_level, estimates
 from vitscope.models.units import Unit, reading_branches
@@ -169,9 +169,13 @@ def _measured(
     sizes = [size for rank in gather_objects(sums.sizes) for size in rank.items()]
     shape: dict[int, tuple[int, int]] = dict(sizes)
     contrast = np.broadcast_to(contrasts.mean, len(units)).copy()
+    half_width = np.broadcast_to(contrasts.half_width, len(units)).copy()
     replicates = sums.replicates()
+    seen = set().union(*gather_objects(sums.varying))
+    flat = [i for i in shape if not {(i, "input"), (i, "output")} <= seen]  # all that is left of it is the eps
+    contrast[flat] = half_width[flat] = replicates[:, flat] = np.nan
     named = {
-        unit.name: _null_reason(curve.mean)
+        unit.name: _null_reason(curve.mean, i in flat)
         for i, (unit, curve) in enumerate(zip(units, curves))
         if i in shape and not np.isfinite(contrast[i])
     }
@@ -186,9 +190,12 @@ def _measured(
         normalized_frequency=tuple(
             frequencies(shape[i], path) if i in shape else np.empty(0) for i in range(len(units))
         ),
-        transfer=tuple(np.atleast_1d(c.mean) if i in shape else np.empty(0) for i, c in enumerate(curves)),
+        transfer=tuple(
+            np.where(i in flat, np.nan, np.atleast_1d(c.mean)) if i in shape else np.empty(0)
+            for i, c in enumerate(curves)
+        ),
         contrast=contrast,
-        contrast_half_width=np.broadcast_to(contrasts.half_width, len(units)).copy(),
+        contrast_half_width=half_width,
         contrast_own=contrast,
         contrast_initial=np.full(len(units), np.nan),
         replicates=replicates,
@@ -209,6 +216,7 @@ class _Sums:
         self.curves = [RunningMean() for _ in range(n_units)]
         self.contrasts = RunningMean()
         self.sizes: dict[int, tuple[int, int]] = {}
+        self.varying: set[tuple[int, str]] = set()
         self._weighted: Tensor | None = None
         self._inputs: dict[int, tuple[tuple[int, int], Tensor]] = {}
         self._batch: dict[int, Tensor] = {}
@@ -218,9 +226,12 @@ class _Sums:
         """Take one branch's input or output ``(B, C, h, w)``."""
         size = (int(x.shape[-2]), int(x.shape[-1]))
         try:
-            logs = spectrum(x, self.path, self.eps).log_amplitude  # (B, n_bins)
+            found = spectrum(x, self.path, self.eps)
         except ValueError as error:
             raise ValueError(f"At unit {unit.name}: {error}") from None
+        logs = found.log_amplitude  # (B, n_bins)
+        if (index, side) not in self.varying and varies(x, found.power):
+            self.varying.add((index, side))
         self._n_images = len(x)
         if side == "input":
             self._inputs[index] = size, logs
@@ -265,6 +276,7 @@ def _contrast(transfer: Tensor | None, n_images: int) -> Tensor:
     return transfer[:, -third:].mean(1) - transfer[:, 1 : 1 + third].mean(1)
 
 
-def _null_reason(curve: np.ndarray) -> str:
-    finite = bool(np.isfinite(curve).all())
-    return "too small a map for two bands" if finite else "activations are not finite"
+def _null_reason(curve: np.ndarray, flat: bool) -> str:
+    if not np.isfinite(curve).all():
+        return "activations are not finite"
+    return "constant over all positions" if flat else "too small a map for two bands"

@@ -9,16 +9,13 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from vitscope.diagnostics.fourier._spectrum import EPS, Spectrum, frequencies, spectrum
+from vitscope.diagnostics.fourier._spectrum import EPS, Spectrum, frequencies, spectrum, varies
 from vitscope.distributed import gather_objects, world_size
 from vitscope.intervals import Estimate, RunningMean, check_level, estimates
 from vitscope.models.taps import reading
 from vitscope.nulls import warn_nulls
 from vitscope.probe import ObjectiveCard, Probe
 from vitscope.progress import track
-
-#: below this share of the constant part's power a map is looked at value by value, whether it varies at all
-_FAINT = 1e-8
 
 
 @dataclass(frozen=True)
@@ -73,10 +70,14 @@ class RelativeLogAmplitudeResult:
     card: ObjectiveCard | None = None
 
     def scalars(self) -> dict[str, float]:
-        """Return the last tap's values, and the mean change across the units of each kind where it is defined."""
+        """Return the last tap's values, and the mean change across the units of each kind where it is defined.
+
+        The last tap is the last whose map has a frequency above 0: one of 2x2 (the end of a small Swin or PiT) has none.
+        """
+        last = max((i for i, bins in enumerate(self.normalized_frequency) if len(bins) > 1), default=-1)
         values = {
-            "high_frequency_last": float(self.high_frequency[-1]),
-            "ac_high_share_last": float(self.ac_high_share[-1]),
+            "high_frequency_last": float(self.high_frequency[last]),
+            "ac_high_share_last": float(self.ac_high_share[last]),
         }
         for kind in dict.fromkeys(self.kinds):
             change = self.high_frequency_change[np.array(self.kinds) == kind]
@@ -135,7 +136,7 @@ class _Sums:
             found = spectrum(x, self.path, self.eps)
         except ValueError as error:
             raise ValueError(f"At tap {tap.name}: {error}") from None
-        if index not in self.varying and _varies(x, found.power):
+        if index not in self.varying and varies(x, found.power):
             self.varying.add(index)
         self._batch[index] = found
 
@@ -150,11 +151,6 @@ class _Sums:
                 self.changes[index].add(curve[:, -1] - before[1])
             before = self.sizes[index], curve[:, -1]
         self._batch.clear()
-
-
-def _varies(x: Tensor, power: Tensor) -> bool:
-    clearly = (power[:, 1:].sum(1) > _FAINT * power[:, 0]).any()
-    return bool(clearly) or bool((x.amax((-2, -1)) > x.amin((-2, -1))).any())
 
 
 def _result(

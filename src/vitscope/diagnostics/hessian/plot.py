@@ -12,6 +12,7 @@ from matplotlib.ticker import MaxNLocator
 from vitscope.diagnostics.hessian.hessian_max_eigenvalue_spectrum import HessianMaxEigenvalueSpectrumResult
 from vitscope.diagnostics.hessian.plot_checks import bn_policy, critical_point, nep_stability, rayleigh_split
 from vitscope.diagnostics.hessian.plot_spectra import (
+    hessian_by_kind,
     hessian_eigenvalues,
     hessian_trace,
     normalised_hessian,
@@ -25,6 +26,7 @@ COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#00
 __all__ = [
     "bn_policy",
     "critical_point",
+    "hessian_by_kind",
     "hessian_eigenvalues",
     "hessian_max_eigenvalue_spectrum",
     "hessian_trace",

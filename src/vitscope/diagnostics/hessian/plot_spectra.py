@@ -9,6 +9,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from vitscope.diagnostics.hessian.hessian_by_kind import HessianByKindResult
 from vitscope.diagnostics.hessian.hessian_eigenvalues import HessianEigenvaluesResult
 from vitscope.diagnostics.hessian.hessian_trace import HessianTraceResult
 from vitscope.diagnostics.hessian.normalised_hessian import NormalisedHessianResult
@@ -77,6 +78,27 @@ def hessian_trace(results: Mapping[str, HessianTraceResult]) -> Figure:
     axes.set_ylim(len(results) - 0.5, -0.5)
     axes.axvline(0, color="0.6", linewidth=0.6, zorder=0)
     axes.set_xlabel("Hessian trace (bar: 2 standard errors)")
+    return figure
+
+
+def hessian_by_kind(results: Mapping[str, HessianByKindResult]) -> Figure:
+    """Draw each group's pooled top eigenvalues as ticks on a symmetric logarithmic axis; a dot marks their median."""
+    rows = [(name, result, i) for name, result in results.items() for i in range(len(result.groups))]
+    figure = Figure(figsize=(3.4, 0.8 + 0.3 * len(rows)))
+    axes = figure.subplots()
+    labels = []
+    for row, (name, result, i) in enumerate(rows):
+        pooled = result.eigenvalues[i].reshape(-1)
+        color = f"C{list(results).index(name) % 7}"
+        axes.plot(pooled, np.full(len(pooled), row), "|", color=color, markersize=7, alpha=0.8)
+        axes.plot(np.median(pooled), row, "o", color=color, markersize=3)
+        labels.append(f"{name} {result.groups[i]}".strip() + f" (NEP {result.nep[i]:.2f})")
+    axes.set_yticks(range(len(labels)), labels, fontsize=6)
+    axes.set_ylim(len(labels) - 0.5, -0.5)
+    smallest = min(float(np.abs(result.eigenvalues).max(axis=(1, 2)).min()) for result in results.values())
+    axes.set_xscale("symlog", linthresh=max(10.0 ** np.floor(np.log10(max(smallest, 1e-30))), 1e-12))
+    axes.axvline(0, color="0.6", linewidth=0.6, zorder=0)
+    axes.set_xlabel("Block max eigenvalue (dot: median)")
     return figure
 
 

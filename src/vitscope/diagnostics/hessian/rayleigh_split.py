@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from vitscope.linalg.basis import dot
 from vitscope.linalg.curvatures import curvatures
-from vitscope.linalg.lanczos import Eigenpairs
+from vitscope.linalg.extreme import Eigenpairs
 from vitscope.linalg.solve import solve
 from vitscope.models.parameters import parameter_kinds
 from vitscope.probe import ObjectiveCard, Probe

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from os import PathLike
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 
 from vitscope import distributed
 from vitscope.linalg.directions import (
+    NORMALIZATIONS,
+    OFFICIAL_IGNORE,
     Direction,
     as_direction,
     filter_parameters,
@@ -28,7 +30,12 @@ from vitscope.linalg.principal import difference, principal_directions
 from vitscope.points import Checkpoints, chosen
 from vitscope.probe import Probe
 
-KINDS = ("random", "eigenvectors", "pca", "gradient", "checkpoints")
+Kind = Literal["random", "eigenvectors", "pca", "gradient", "checkpoints"]
+KINDS = get_args(Kind)
+
+#: named sets of directions, normalization and ignore
+Preset = Literal["official"]
+PRESETS = get_args(Preset)
 
 
 @dataclass(frozen=True)
@@ -56,6 +63,9 @@ class Source:
 
     def __post_init__(self) -> None:
         """Refuse a kind that does not exist, or one whose material is missing."""
+        if self.normalization is not None and self.normalization not in NORMALIZATIONS:
+            known = ", ".join(NORMALIZATIONS)
+            raise ValueError(f"Expected normalization to be one of {known}, received {self.normalization!r}.")
         if isinstance(self.directions, str) and self.directions not in KINDS:
             raise ValueError(f"Expected directions to be one of {', '.join(KINDS)}, received {self.directions!r}.")
         if self.directions == "eigenvectors" and self.eigenvectors is None:
@@ -84,6 +94,22 @@ class Source:
         """Return what the card's solver entry says of the directions."""
         facts = {"directions": self.kind, "normalization": self.scaling, "ignore": list(self.ignored)}
         return {**facts, "seed": self.seed} if self.kind in ("random", "gradient") else facts
+
+
+def preset_source(preset: str, source: Source) -> Source:
+    """Return a source with the directions, normalization and ignore that a preset stands for.
+
+    Raises:
+        ValueError: an unknown preset, or one together with settings that it would replace.
+    """
+    if preset not in PRESETS:
+        raise ValueError(f"Expected preset to be one of {', '.join(PRESETS)}, received {preset!r}.")
+    if source.kind != "random" or source.normalization is not None or source.ignore is not None:
+        raise ValueError(
+            f"Expected preset={preset!r} with directions='random' and neither normalization nor ignore, received "
+            f"{source.kind!r}, {source.normalization!r} and {source.ignore!r}."
+        )
+    return replace(source, normalization="filter_official", ignore=OFFICIAL_IGNORE)
 
 
 @dataclass(frozen=True)

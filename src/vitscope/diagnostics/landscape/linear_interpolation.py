@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vitscope.linalg.directions import norm
 from vitscope.linalg.plane import between, squared_norms
-from vitscope.points import Checkpoints, Partial, Row, as_dtype, chosen, rows, standing
+from vitscope.points import BatchNormPolicy, Checkpoints, DtypeName, Partial, Row, as_dtype, chosen, rows, standing
 from vitscope.probe import ObjectiveCard, Probe
 
 #: the name under which the probe's own weights are an end
@@ -68,8 +68,8 @@ def linear_interpolation(
     n: int = 21,
     t_min: float = 0.0,
     t_max: float = 1.0,
-    bn: str = "eval",
-    dtype: str | torch.dtype | None = None,
+    bn: BatchNormPolicy = "eval",
+    dtype: DtypeName | torch.dtype | None = None,
     partial: Partial | None = None,
 ) -> LinearInterpolationResult:
     """Measure a model on the straight way between two checkpoints, or between one and the model itself.

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from vitscope.diagnostics.landscape.linear_interpolation import linear_interpolation
-from vitscope.points import Checkpoints, Partial
+from vitscope.points import BatchNormPolicy, Checkpoints, DtypeName, Partial
 from vitscope.probe import ObjectiveCard, Probe
 
 
@@ -63,8 +63,8 @@ def loss_barrier(
     start: str | None = None,
     end: str | None = None,
     n: int = 21,
-    bn: str = "eval",
-    dtype: str | torch.dtype | None = None,
+    bn: BatchNormPolicy = "eval",
+    dtype: DtypeName | torch.dtype | None = None,
     partial: Partial | None = None,
 ) -> LossBarrierResult:
     """Measure the largest excess of the loss over the chord between two checkpoints; see `linear_interpolation`.

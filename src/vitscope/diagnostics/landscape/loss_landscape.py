@@ -10,13 +10,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from vitscope.diagnostics.landscape._axes import Axes, Source, plane_axes
-from vitscope.linalg.directions import OFFICIAL_IGNORE
+from vitscope.diagnostics.landscape._axes import Axes, Kind, Preset, Source, plane_axes, preset_source
+from vitscope.linalg.directions import Normalization
 from vitscope.linalg.plane import SquaredNorms, squared_norms, walked
-from vitscope.points import Checkpoints, Partial, Row, as_dtype, rows, standing
+from vitscope.points import BatchNormPolicy, Checkpoints, DtypeName, Partial, Row, as_dtype, rows, standing
 from vitscope.probe import ObjectiveCard, Probe
-
-PRESETS = ("official",)
 
 
 @dataclass(frozen=True)
@@ -74,15 +72,22 @@ class LossLandscapeResult:
         i, j = np.unravel_index(finite.argmin(), finite.shape)
         return float(self.x[i]), float(self.y[j]), float(self.nll[i, j])
 
-    def scalars(self) -> dict[str, float]:
-        """Return the headline numbers: the lowest point, the rise at the border, points that are not finite."""
-        x, y, lowest = self.minimum()
-        border = np.concatenate([self.nll[0], self.nll[-1], self.nll[1:-1, 0], self.nll[1:-1, -1]])
+    def rise_at_border(self, l2: np.ndarray | float = 0.0) -> float:
+        """Return the mean of ``nll + l2`` over the border minus its lowest value, over points that are finite."""
+        surface = self.nll + l2
+        border = np.concatenate([surface[0], surface[-1], surface[1:-1, 0], surface[1:-1, -1]])
         border = border[np.isfinite(border)]
+        return float(border.mean() - surface[np.isfinite(surface)].min()) if border.size else float("nan")
+
+    def scalars(self) -> dict[str, float]:
+        """Return the headline numbers: the lowest point, rises at the border, points that are not finite."""
+        x, y, lowest = self.minimum()
         found = {
             "nll_minimum": lowest,
             "minimum_distance": float(np.hypot(x, y)),
-            "nll_rise_at_border": float(border.mean() - lowest) if border.size else float("nan"),
+            "nll_rise_at_border": self.rise_at_border(),
+            "nll_l2_half_sq_rise_at_border": self.rise_at_border(self.l2_half_sq),
+            "nll_l2_sum_norm_rise_at_border": self.rise_at_border(self.l2_sum_norm),
             "nonfinite_points": float(self.n_nonfinite),
         }
         i, j = np.abs(self.x).argmin(), np.abs(self.y).argmin()
@@ -94,15 +99,15 @@ class LossLandscapeResult:
 def loss_landscape(
     probe: Probe,
     *,
-    directions: str | Sequence[Any] = "random",
-    normalization: str | None = None,
+    directions: Kind | Sequence[Any] = "random",
+    normalization: Normalization | None = None,
     ignore: str | Sequence[str] | None = None,
     span: float = 1.0,
     n: int = 21,
     seed: int = 0,
-    bn: str = "eval",
-    dtype: str | torch.dtype | None = None,
-    preset: str | None = None,
+    bn: BatchNormPolicy = "eval",
+    dtype: DtypeName | torch.dtype | None = None,
+    preset: Preset | None = None,
     eigenvectors: Sequence[Any] | np.ndarray | str | PathLike[str] | None = None,
     checkpoints: Checkpoints | None = None,
     labels: Sequence[str] | None = None,
@@ -139,14 +144,11 @@ def loss_landscape(
     Raises:
         ValueError: an unknown option, too few points, or directions that do not fit the model or do not span a plane.
     """
-    if preset is not None:
-        if preset not in PRESETS:
-            raise ValueError(f"Expected preset to be one of {', '.join(PRESETS)}, received {preset!r}.")
-        directions, normalization, ignore = "random", "filter_official", OFFICIAL_IGNORE
     if n < 2 or not 0 < span < float("inf"):
         raise ValueError(f"Expected n of at least 2 and a positive span, received n={n} and span={span}.")
     kind = as_dtype(dtype)
     source = Source(directions, normalization, ignore, seed, eigenvectors, checkpoints, labels)
+    source = source if preset is None else preset_source(preset, source)
     axes = plane_axes(probe, source)
     side = np.linspace(-span, span, n)
     norms = squared_norms(dict(probe.model.named_parameters()), axes.first, axes.second)

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from vitscope.diagnostics.landscape._axes import Source
+from vitscope.diagnostics.landscape._axes import Kind, Preset, Source, preset_source
 from vitscope.diagnostics.landscape._lines import measure_lines, t_half_width
-from vitscope.linalg.directions import OFFICIAL_IGNORE
-from vitscope.points import Checkpoints, Partial, as_dtype
+from vitscope.linalg.directions import Normalization
+from vitscope.points import BatchNormPolicy, Checkpoints, DtypeName, Partial, as_dtype
 from vitscope.probe import ObjectiveCard, Probe
 
 
@@ -76,16 +76,16 @@ class LossSliceResult:
 def loss_slice(
     probe: Probe,
     *,
-    directions: str | Sequence[Any] = "random",
-    normalization: str | None = None,
+    directions: Kind | Sequence[Any] = "random",
+    normalization: Normalization | None = None,
     ignore: str | Sequence[str] | None = None,
     span: float = 1.0,
     n: int = 21,
     n_directions: int = 1,
     seed: int = 0,
-    bn: str = "eval",
-    dtype: str | torch.dtype | None = None,
-    preset: str | None = None,
+    bn: BatchNormPolicy = "eval",
+    dtype: DtypeName | torch.dtype | None = None,
+    preset: Preset | None = None,
     eigenvectors: Sequence[Any] | np.ndarray | str | PathLike[str] | None = None,
     checkpoints: Checkpoints | None = None,
     labels: Sequence[str] | None = None,
@@ -115,10 +115,6 @@ def loss_slice(
     Raises:
         ValueError: an unknown option, too few points or directions, or directions that do not fit the model.
     """
-    if preset is not None:
-        if preset != "official":
-            raise ValueError(f"Expected preset to be official, received {preset!r}.")
-        directions, normalization, ignore = "random", "filter_official", OFFICIAL_IGNORE
     if n < 2 or n_directions < 1 or not 0 < span < float("inf"):
         raise ValueError(
             f"Expected n of at least 2, a direction and a positive span, received n={n}, n_directions={n_directions} "
@@ -126,6 +122,7 @@ def loss_slice(
         )
     kind = as_dtype(dtype)
     source = Source(directions, normalization, ignore, seed, eigenvectors, checkpoints, labels)
+    source = source if preset is None else preset_source(preset, source)
     x = np.linspace(-span, span, n)
     keys = [(index, float(point)) for index in range(n_directions) for point in x]
     found = measure_lines(probe, source, keys, dtype=kind, bn=bn, partial=partial, description="loss slice")

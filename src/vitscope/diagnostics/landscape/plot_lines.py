@@ -116,7 +116,8 @@ def loss_barrier(results: Mapping[str, LossBarrierResult]) -> Figure:
         label = f"{name}: {r.start} to {r.end}" if name else f"{r.start} to {r.end}"
         color = f"C{index}"
         shown = np.where(np.isfinite(r.nll), r.nll, np.nan)
-        axes.plot(r.t, shown, "o-", color=color, label=f"{label}: {r.barrier:.3g}")
+        count = f" ({r.n_nonfinite} points not finite)" if r.n_nonfinite else ""
+        axes.plot(r.t, shown, "o-", color=color, label=f"{label}: {r.barrier:.3g}{count}")
         axes.plot(r.t, r.chord, "--", color=color, linewidth=0.8)
         if np.isfinite(r.barrier):
             at = int(np.abs(r.t - r.t_barrier).argmin())

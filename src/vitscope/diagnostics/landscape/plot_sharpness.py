@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import plotly.graph_objects as go
@@ -14,36 +14,49 @@ from vitscope.diagnostics.landscape.sharpness import SharpnessResult
 
 
 def sharpness(results: Mapping[str, SharpnessResult]) -> Figure:
-    """Draw the mean rise with its 95% interval and the worst rise found, over the radius.
+    """Draw the mean rise with its 95% interval over the radius, and below it the worst rise found, where there is one.
 
     Saturated radii are shaded and hollow: every model is near chance there, and the rise says nothing about flatness. Rises
-    that are not positive cannot be drawn on the logarithmic axis; they are marked by a triangle at its foot.
+    that are not positive cannot be drawn on the logarithmic axis; they are marked by a triangle at its foot, those that are
+    not finite by a cross; the legend counts the points that are not.
 
     Args:
         results: by the name in the legend.
     """
-    figure = Figure(figsize=(3.4, 2.7))
-    axes = figure.add_subplot()
-    axes.set(xscale="log", yscale="log", xlabel="radius (share of each filter's norm)", ylabel="rise of the NLL (nats)")
+    worst = any((np.isfinite(r.worst_rise) & (r.worst_rise > 0)).any() for r in results.values())
+    figure = Figure(figsize=(3.4, 4.2 if worst else 2.7))
+    # apart: the worst rises of deep networks are orders of magnitude above the means
+    panels = figure.subplots(
+        2 if worst else 1, 1, sharex=True, squeeze=False, height_ratios=[1.5, 1] if worst else None
+    )
+    axes: Axes = panels[0, 0]
+    axes.set(xscale="log", yscale="log", ylabel="mean rise of the NLL (nats)")
     for index, (name, r) in enumerate(results.items()):
-        color, prefix = f"C{index}", f"{name}, " if name else ""
-        keep = ~r.saturated & (r.rise > 0) & np.isfinite(r.rise)
-        low = np.clip(r.rise - r.rise_low, 0, 0.999 * r.rise.clip(min=0))  # a bar may not reach zero
-        bars = np.nan_to_num(np.stack([low, r.rise_high - r.rise]))[:, keep]
-        axes.errorbar(r.radii[keep], r.rise[keep], yerr=bars, fmt="o-", color=color, label=f"{prefix}mean")
-        hollow = r.saturated & (r.rise > 0) & np.isfinite(r.rise)
-        axes.plot(r.radii[hollow], r.rise[hollow], "o", color=color, markerfacecolor="white")
-        worst = np.isfinite(r.worst_rise) & (r.worst_rise > 0)
-        if worst.any():
-            axes.plot(
-                r.radii[worst], r.worst_rise[worst], "^--", color=color, linewidth=0.8, label=f"{prefix}worst found"
-            )
-        sunk = r.radii[~r.saturated & ~(r.rise > 0)]
-        if len(sunk):
-            axes.plot(sunk, np.zeros(len(sunk)), "v", color=color, transform=axes.get_xaxis_transform(), clip_on=False)
-    _shade(axes, results)
-    axes.legend(fontsize=6)
+        _mean(axes, name, r, f"C{index}")
+        if worst:
+            found = np.isfinite(r.worst_rise) & (r.worst_rise > 0)
+            panels[1, 0].plot(r.radii[found], r.worst_rise[found], "^--", color=f"C{index}", linewidth=0.8)
+    if worst:
+        panels[1, 0].set(yscale="log", ylabel="worst rise\nfound (nats)")
+    _shade(panels[:, 0], results)
+    panels[-1, 0].set_xlabel("radius (share of each filter's norm)")
+    if any(results) or any(r.n_nonfinite for r in results.values()):
+        axes.legend(fontsize=6)
     return figure
+
+
+def _mean(axes: Axes, name: str, r: SharpnessResult, color: str) -> None:
+    keep = ~r.saturated & (r.rise > 0) & np.isfinite(r.rise)
+    low = np.clip(r.rise - r.rise_low, 0, 0.999 * r.rise.clip(min=0))  # a bar may not reach zero
+    bars = np.nan_to_num(np.stack([low, r.rise_high - r.rise]))[:, keep]
+    count = f"{r.n_nonfinite} points not finite" if r.n_nonfinite else ""
+    label = " ".join(filter(None, [name, f"({count})" if name and count else count]))
+    axes.errorbar(r.radii[keep], r.rise[keep], yerr=bars, fmt="o-", color=color, label=label or None)
+    hollow = r.saturated & (r.rise > 0) & np.isfinite(r.rise)
+    axes.plot(r.radii[hollow], r.rise[hollow], "o", color=color, markerfacecolor="white")
+    for marker, at in (("v", r.radii[~r.saturated & (r.rise <= 0)]), ("x", r.radii[~np.isfinite(r.rise)])):
+        if len(at):
+            axes.plot(at, np.zeros(len(at)), marker, color=color, transform=axes.get_xaxis_transform(), clip_on=False)
 
 
 def plotly_sharpness(results: Mapping[str, SharpnessResult]) -> go.Figure:
@@ -61,13 +74,16 @@ def plotly_sharpness(results: Mapping[str, SharpnessResult]) -> go.Figure:
     return figure
 
 
-def _shade(axes: Axes, results: Mapping[str, SharpnessResult]) -> None:
+def _shade(panels: Sequence[Axes], results: Mapping[str, SharpnessResult]) -> None:
     """Shade from the first radius that is saturated for every result, and tick the radii that were measured."""
     radii = np.unique(np.concatenate([r.radii for r in results.values()]))
     saturated = [x for x in radii if all(r.saturated[r.radii == x].all() for r in results.values())]
-    if saturated:
+    for axes in panels if saturated else ():
         axes.axvspan(0.85 * min(saturated), 1.2 * radii.max(), color="0.92", zorder=0, linewidth=0)
+    if saturated:
+        axes = panels[0]
         axes.text(0.99, 0.98, "saturated", transform=axes.transAxes, ha="right", va="top", fontsize=6, color="0.4")
-    axes.set_xlim(0.85 * radii.min(), 1.2 * radii.max())
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.set_xticks(radii.tolist(), [f"{x:g}" for x in radii])
+    for axes in panels:
+        axes.set_xlim(0.85 * radii.min(), 1.2 * radii.max())
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.set_xticks(radii.tolist(), [f"{x:g}" for x in radii])

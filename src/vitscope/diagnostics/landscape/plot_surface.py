@@ -89,15 +89,16 @@ def plotly_loss_landscape(results: Mapping[str, LossLandscapeResult], *, value: 
     )
     for column, result in enumerate(results.values(), start=1):
         surface = go.Surface(
-            x=result.x, y=result.y, z=grid(result, first).T, colorscale="Viridis", coloraxis="coloraxis",
+            x=result.x, y=result.y, z=_heights(result, first), colorscale="Viridis", coloraxis="coloraxis",
             hovertemplate="x %{x:.3g}<br>y %{y:.3g}<br>%{z:.4g}<extra></extra>",
         )  # fmt: skip
         figure.add_trace(surface, row=1, col=column)
+        figure.add_trace(_broken(result, first), row=1, col=column)
     scenes = ["scene" if column == 1 else f"scene{column}" for column in range(1, len(results) + 1)]
     menu = []
     for key, label in LABELS.items():
         layout = {f"{scene}.zaxis.title.text": label for scene in scenes}
-        restyle = {"z": [grid(result, key).T for result in results.values()]}
+        restyle = {"z": [z for r in results.values() for z in (_heights(r, key), _broken(r, key).z)]}
         menu.append({"label": label, "method": "update", "args": [restyle, layout]})
     figure.update_scenes(
         {"xaxis.title": "x (direction 1)", "yaxis.title": "y (direction 2)", "zaxis.title": LABELS[first]}
@@ -109,6 +110,23 @@ def plotly_loss_landscape(results: Mapping[str, LossLandscapeResult], *, value: 
         margin={"l": 0, "r": 0, "t": 90, "b": 0},
     )
     return figure
+
+
+def _heights(result: LossLandscapeResult, value: str) -> np.ndarray:
+    z = grid(result, value).T  # plotly wants (y, x)
+    return np.where(np.isfinite(z), z, np.nan)
+
+
+def _broken(result: LossLandscapeResult, value: str) -> go.Scatter3d:
+    """Return crosses at the surface's foot, where a point is not finite."""
+    heights = grid(result, value)
+    at = np.argwhere(~np.isfinite(heights))
+    foot = heights[np.isfinite(heights)].min(initial=np.inf)
+    return go.Scatter3d(
+        x=result.x[at[:, 0]], y=result.y[at[:, 1]], z=np.full(len(at), foot if np.isfinite(foot) else 0.0), mode="markers",
+        marker={"symbol": "x", "size": 3, "color": "#D55E00"}, showlegend=False,
+        hovertemplate="x %{x:.3g}<br>y %{y:.3g}<br>not finite<extra></extra>",
+    )  # fmt: skip
 
 
 def grid(result: LossLandscapeResult, value: str) -> np.ndarray:
@@ -181,7 +199,7 @@ def _contours(figure: SubFigure, result: LossLandscapeResult, z: np.ndarray, sca
     if not np.isfinite(z).all():
         _hatch(axes, result, ~np.isfinite(z))
     bar = figure.colorbar(drawn, ax=axes, label=LABELS[value], pad=0.02)
-    bar.set_ticks(levels[::3].tolist(), labels=[_short(level) for level in levels[::3]])
+    bar.set_ticks(levels[::3].tolist(), labels=_apart(levels[::3]))
     bar.ax.yaxis.set_minor_locator(NullLocator())
     if len(result.path):
         _path(axes, result)
@@ -224,6 +242,18 @@ def _hatch(axes: Axes, result: LossLandscapeResult, broken: np.ndarray) -> None:
     )  # fmt: skip
 
 
-def _short(value: float) -> str:
+def _apart(values: np.ndarray) -> list[str]:
+    """Return the shortest words for ticks that tell them apart."""
+    words = [_short(float(value)) for value in values]
+    for digits in range(3, 7):
+        if len(set(words)) == len(words):
+            break
+        words = [_short(float(value), digits) for value in values]
+    return words
+
+
+def _short(value: float, digits: int = 2) -> str:
     """Return a number for a tick: 2.5, 40, 1580; no exponent where four digits do."""
-    return f"{value:.0f}" if 10 <= abs(value) < 1e4 else f"{value:.2g}"
+    if 1 <= abs(value) < 1e4:
+        return f"{value:.{max(0, digits - len(str(int(abs(value)))))}f}"
+    return f"{value:.{digits}g}"

@@ -15,6 +15,9 @@ from vitscope.nulls import warn_nulls
 from vitscope.probe import ObjectiveCard, Probe
 from vitscope.progress import track
 
+#: columns of a scatter matrix that are computed at once
+_STRIP = 256
+
 
 @dataclass(frozen=True)
 class EffectiveRankResult:
@@ -85,14 +88,14 @@ def effective_rank(probe: Probe, *, positions: int | None = 16) -> EffectiveRank
     for tap, (n, _) in zip(probe.taps, totals):
         if n < 2:
             raise ValueError(f"Expected at least two feature vectors at tap {tap.name!r}, received {n}.")
-    found = [_ranks(covariance) for _, covariance in totals]
+    found = [_ranks(values) for _, values in totals]
     _say_what_is_null(probe.taps, totals)
     return EffectiveRankResult(
         taps=tuple(tap.name for tap in probe.taps),
         kinds=tuple(tap.kind for tap in probe.taps),
         stages=np.array([tap.stage for tap in probe.taps]),
         depths=np.array([tap.depth for tap in probe.taps], dtype=np.float64),
-        channels=np.array([len(covariance) for _, covariance in totals]),
+        channels=np.array([len(values) for _, values in totals]),
         effective_rank=np.array([rank for rank, _, _ in found]),
         participation_ratio=np.array([ratio for _, ratio, _ in found]),
         spectrum=tuple(spectrum for _, _, spectrum in found),
@@ -103,17 +106,26 @@ def effective_rank(probe: Probe, *, positions: int | None = 16) -> EffectiveRank
 
 
 class _Moments:
-    """Count, mean and scatter matrix of feature vectors, merged batch by batch (Chan et al. 1979): no cancellation."""
+    """Count, mean and scatter matrix of feature vectors, merged part by part (Chan et al. 1979): no cancellation.
+
+    Vectors wait until they are as many as their channels: one large product costs less than many small ones, and fewer
+    vectors than that have fewer eigenvalues to be found.
+    """
 
     def __init__(self) -> None:
         self.n = 0
         self.mean: Tensor | None = None
         self.scatter: Tensor | None = None
+        self.eps = 0.0  # of the features' own dtype
+        self._waiting: list[Tensor] = []
 
     def add(self, samples: Tensor) -> None:
-        """Add feature vectors ``(n, C)`` in float64."""
-        mean = samples.mean(dim=0)
-        self.merge(len(samples), mean, (samples - mean).T @ (samples - mean))
+        """Add feature vectors ``(n, C)``."""
+        self.eps = torch.finfo(samples.dtype).eps
+        self._waiting.append(samples.double())
+        if sum(map(len, self._waiting)) >= samples.shape[1]:
+            self.merge(*_moments(torch.cat(self._waiting)))
+            self._waiting.clear()
 
     def merge(self, n: int, mean: Tensor, scatter: Tensor) -> None:
         """Add the moments of n other feature vectors."""
@@ -125,42 +137,76 @@ class _Moments:
         self.mean = self.mean + difference * (n / total)
         self.n = total
 
-    def state(self) -> tuple[int, np.ndarray | None, np.ndarray | None]:
-        """Return count, mean and scatter as plain arrays."""
-        arrays = (None if t is None else t.cpu().numpy() for t in (self.mean, self.scatter))
-        return self.n, *arrays  # type: ignore[return-value]
+    def state(self) -> tuple[int, np.ndarray | None, np.ndarray | None, np.ndarray | None, float]:
+        """Return count, mean and scatter, the vectors that wait, and the rounding, as plain arrays."""
+        waiting = torch.cat(self._waiting) if self._waiting else None
+        arrays = (None if t is None else t.cpu().numpy() for t in (self.mean, self.scatter, waiting))
+        return self.n, *arrays, self.eps  # type: ignore[return-value]
+
+
+def _moments(samples: Tensor) -> tuple[int, Tensor, Tensor]:
+    mean = samples.mean(dim=0)
+    return len(samples), mean, _scatter(samples - mean)
+
+
+def _scatter(centred: Tensor) -> Tensor:
+    """Return ``centred.T @ centred`` of ``(n, C)``; of wide matrices only what lies right of the diagonal is computed."""
+    channels = centred.shape[1]
+    scatter = centred.new_empty(channels, channels)
+    for start in range(0, channels, _STRIP):
+        strip = centred[:, start : start + _STRIP].T @ centred[:, start:]
+        scatter[start : start + _STRIP, start:] = strip
+        scatter[start:, start : start + _STRIP] = strip.T
+    return scatter
 
 
 def _samples(features: Tensor, positions: int | None) -> Tensor:
-    """Return feature vectors ``(B * n, C)`` in float64 from a map ``(B, C, h, w)``."""
-    flat = features.flatten(2)  # (B, C, h * w)
-    if positions is not None and positions < flat.shape[2]:
+    """Return feature vectors ``(B * n, C)`` from a map ``(B, C, h, w)``."""
+    vectors = features.flatten(2).transpose(1, 2)  # (B, h * w, C)
+    n = vectors.shape[1]
+    if positions is not None and positions < n:
         # drawn once and for all: equal strides would fall on a few columns of the map
-        drawn = torch.randperm(flat.shape[2], generator=torch.Generator().manual_seed(0))[:positions]
-        flat = flat[:, :, drawn.to(flat.device)]
-    return flat.transpose(1, 2).reshape(-1, flat.shape[1]).double()
+        drawn = torch.randperm(n, generator=torch.Generator().manual_seed(0))[:positions]
+        vectors = vectors[:, drawn.to(vectors.device)]
+    return vectors.reshape(-1, vectors.shape[2])
 
 
 def _merged(states: Sequence[tuple]) -> tuple[int, np.ndarray]:
-    """Return the number of samples and their covariance over all ranks."""
+    """Return the number of samples and the eigenvalues of their covariance ``(C,)``, descending, over all ranks.
+
+    Zero where the samples agree up to the rounding of their own dtype; NaN where they are not finite.
+    """
     total = _Moments()
-    for n, mean, scatter in states:
+    for n, mean, scatter, _, _ in states:
         if n:
             total.merge(n, torch.from_numpy(mean), torch.from_numpy(scatter))
-    scatter = np.zeros((0, 0)) if total.scatter is None else total.scatter.numpy()
-    return total.n, scatter / max(total.n - 1, 1)
+    left = [torch.from_numpy(waiting) for *_, waiting, _ in states if waiting is not None]
+    rows = torch.cat(left) if left else None
+    if rows is not None and total.scatter is None and len(rows) < rows.shape[1]:
+        mean, matrix = rows.mean(dim=0), rows - rows.mean(dim=0)
+        matrix, n, channels = matrix @ matrix.T, len(rows), rows.shape[1]  # the same eigenvalues but for zeros
+    else:
+        if rows is not None:
+            total.merge(*_moments(rows))
+        if total.mean is None or total.scatter is None:
+            return 0, np.zeros(0)
+        mean, matrix, n, channels = total.mean, total.scatter, total.n, len(total.mean)
+    spread, common = float(matrix.trace()), n * float(mean.square().sum())
+    eps = max(state[-1] for state in states)
+    if not np.isfinite(spread):
+        return n, np.full(channels, np.nan)
+    if spread <= eps**2 * (spread + common):
+        return n, np.zeros(channels)
+    values = torch.linalg.eigvalsh(matrix).flip(0).numpy() / max(n - 1, 1)
+    return n, np.pad(values, (0, channels - len(values)))
 
 
-def _ranks(covariance: np.ndarray) -> tuple[float, float, np.ndarray]:
-    """Return effective rank, participation ratio and the normalised spectrum of a covariance matrix ``(C, C)``."""
-    null = np.nan, np.nan, np.full(len(covariance), np.nan)
-    if not np.isfinite(covariance).all():
-        return null
-    values = np.linalg.eigvalsh(covariance)[::-1]
+def _ranks(values: np.ndarray) -> tuple[float, float, np.ndarray]:
+    """Return effective rank, participation ratio and the normalised spectrum of eigenvalues ``(C,)``, descending."""
     # rounding leaves eigenvalues of this size where there are none
-    values = np.where(values > len(values) * np.finfo(np.float64).eps * max(values[0], 0), values, 0)
-    if values.sum() == 0:
-        return null
+    values = np.where(values > len(values) * np.finfo(np.float64).eps * max(values[0], 0), values, values * 0)
+    if not values.sum() > 0:
+        return np.nan, np.nan, np.full(len(values), np.nan)
     p = np.sqrt(values) / np.sqrt(values).sum()
     entropy = -(p[p > 0] * np.log(p[p > 0])).sum()
     return float(np.exp(entropy)), float(values.sum() ** 2 / (values**2).sum()), values / values.sum()
@@ -168,9 +214,9 @@ def _ranks(covariance: np.ndarray) -> tuple[float, float, np.ndarray]:
 
 def _say_what_is_null(taps: Sequence[Tap], totals: Sequence[tuple[int, np.ndarray]]) -> None:
     reasons = {}
-    for tap, (_, covariance) in zip(taps, totals):
-        if not np.isfinite(covariance).all():
+    for tap, (_, values) in zip(taps, totals):
+        if not np.isfinite(values).all():
             reasons[tap.name] = "its activations are not finite"
-        elif not covariance.any():
+        elif not values.any():
             reasons[tap.name] = "its features do not vary"
     warn_nulls("effective_rank", reasons)

@@ -7,11 +7,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from torch import Tensor
+from torch import Tensor, nn
 
 from vitscope.models.taps import reading
+from vitscope.models.units import units
 from vitscope.nulls import warn_nulls
 from vitscope.probe import ObjectiveCard, Probe
+
+#: what is said below the table of a model whose blocks are not known
+UNKNOWN = (
+    "no residual unit is known in this model: maps are read after convolutions and pooling, not after additions; "
+    "pass Probe(..., taps=[vitscope.Tap(name, kind, stage, depth, module), ...]) to read others"
+)
 
 
 @dataclass(frozen=True)
@@ -24,6 +31,7 @@ class TapTableResult:
         stages: (n_taps,) stage numbers, 0 for the stem.
         depths: (n_taps,) normalised depth in [0, 1].
         shapes: (n_taps, 3) channels, height and width of the maps; 0 where the forward pass does not come by.
+        n_units: residual units that vitscope knows in the model; with none, its taps follow convolutions and pooling.
         card: under which conditions this was measured.
     """
 
@@ -32,6 +40,7 @@ class TapTableResult:
     stages: np.ndarray
     depths: np.ndarray
     shapes: np.ndarray
+    n_units: int
     card: ObjectiveCard | None = None
 
     def scalars(self) -> dict[str, float]:
@@ -43,7 +52,8 @@ class TapTableResult:
         """Return the taps as text: name, kind, stage, depth and map (channels x height x width), a line a tap."""
         rows = [("tap", "kind", "stage", "depth", "map"), *self._rows()]
         widths = [max(len(row[i]) for row in rows) for i in range(5)]
-        return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
+        return "\n".join(lines if self.n_units else [*lines, UNKNOWN])
 
     def _rows(self) -> Iterator[tuple[str, ...]]:
         for name, kind, stage, depth, shape in zip(self.taps, self.kinds, self.stages, self.depths, self.shapes):
@@ -76,5 +86,13 @@ def tap_table(probe: Probe) -> TapTableResult:
         stages=np.array([tap.stage for tap in probe.taps]),
         depths=np.array([tap.depth for tap in probe.taps], dtype=float),
         shapes=shapes,
+        n_units=_n_units(probe.model),
         card=probe.card(),
     )
+
+
+def _n_units(model: nn.Module) -> int:
+    try:
+        return len(units(model))
+    except ValueError:  # none, or a model of which nothing is known
+        return 0

@@ -122,7 +122,8 @@ def _surface(figure: SubFigure, axes: Axes, result: TrajectoryResult) -> None:
         axes.pcolor(
             result.x, result.y, broken, shading="nearest", facecolor="none", edgecolor="#D55E00", hatch="////", linewidth=0.0
         )  # fmt: skip
-    bar = figure.colorbar(drawn, ax=axes, label="NLL in the plane (nats)", pad=0.02)
+    # in the axes' own frame: they are as flat as the path is, and the bar with them
+    bar = figure.colorbar(drawn, cax=axes.inset_axes((1.03, 0.0, 0.05, 1.0)), label="NLL in the plane (nats)")
     bar.set_ticks(levels[::3].tolist(), labels=[f"{level:.3g}" for level in levels[::3]])
     bar.ax.yaxis.set_minor_locator(NullLocator())
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from vitscope.diagnostics.trajectory._measure import checkpoint_rows, plane_rows
 from vitscope.linalg.directions import Direction, inner, norm, orthogonalize, random_direction, scale
 from vitscope.linalg.principal import difference, gram, principal_directions
-from vitscope.points import Checkpoints, Partial, Row, as_dtype, chosen
+from vitscope.points import BatchNormPolicy, Checkpoints, DtypeName, Partial, Row, as_dtype, chosen
 from vitscope.probe import ObjectiveCard, Probe
 
 
@@ -79,8 +79,8 @@ def trajectory(
     n: int = 0,
     margin: float = 0.2,
     seed: int = 0,
-    bn: str = "eval",
-    dtype: str | torch.dtype | None = None,
+    bn: BatchNormPolicy = "eval",
+    dtype: DtypeName | torch.dtype | None = None,
     partial: Partial | None = None,
 ) -> TrajectoryResult:
     """Describe the way from the first checkpoint to the model, and measure its points and their plane.

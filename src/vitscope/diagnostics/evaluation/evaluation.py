@@ -1,0 +1,162 @@
+"""Top-1 and top-5 accuracy of a model on a split, with the logits of absent classes masked where asked for."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.stats import binomtest
+from torch import Tensor
+
+from vitscope import distributed
+from vitscope.objective import hard_targets
+from vitscope.probe import ObjectiveCard, Probe
+from vitscope.progress import track
+
+#: what ``classes`` may say besides a list
+CHOICES = ("all", "present")
+
+
+@dataclass(frozen=True)
+class EvaluationResult:
+    """Means over images; NaN where a logit that counts is not finite.
+
+    Attributes:
+        accuracy: share of images whose largest logit is the label's.
+        accuracy_top5: share of images whose label is among the five largest logits (all, where there are fewer).
+        accuracy_lower: lower end of the 95% Wilson interval of ``accuracy``.
+        accuracy_upper: upper end.
+        mean_class_accuracy: mean of ``class_accuracy`` over the classes that have images.
+        nll: mean of -log p(label), nats, p being the softmax over the classes that count.
+        classes: (n_classes,) the logits that count, ascending.
+        class_names: (n_classes,) their names, where they are known.
+        class_count: (n_classes,) images of each.
+        class_accuracy: (n_classes,) NaN without an image.
+        n_logits: logits of the model.
+        n_images: images measured.
+        card: the conditions.
+    """
+
+    accuracy: float
+    accuracy_top5: float
+    accuracy_lower: float
+    accuracy_upper: float
+    mean_class_accuracy: float
+    nll: float
+    classes: np.ndarray
+    class_names: tuple[str, ...]
+    class_count: np.ndarray
+    class_accuracy: np.ndarray
+    n_logits: int
+    n_images: int
+    card: ObjectiveCard | None = None
+
+    def scalars(self) -> dict[str, float]:
+        """Return what is logged."""
+        names = ("accuracy", "accuracy_top5", "accuracy_lower", "accuracy_upper", "mean_class_accuracy", "nll")
+        return {**{name: getattr(self, name) for name in names}, "n_classes": float(len(self.classes))}
+
+
+def evaluation(probe: Probe, *, classes: str | Sequence[int | str] = "all") -> EvaluationResult:
+    """Evaluate a model on the probe's images.
+
+    Args:
+        probe: the images; soft targets count as their most probable class.
+        classes: which logits compete. ``all``; ``present``: the classes that have images in the split, as ImageNet-A and
+            ImageNet-R are scored (Hendrycks et al. 2021); or a list of indices or of class names.
+
+    Raises:
+        ValueError: an unknown choice or class, or an image of a class that is left out or that the model does not have.
+    """
+    rows, n_logits, chosen = [], 0, torch.empty(0, dtype=torch.long)
+    with probe.guard() as model:
+        for index, (x, y) in track(probe.local_batches(), "evaluation"):
+            logits, labels = model(x), hard_targets(y)
+            if not rows:
+                n_logits = logits.shape[1]
+                chosen = torch.tensor(_chosen(probe, classes, n_logits), device=logits.device)
+            rows.append(torch.cat([torch.full_like(labels, index)[:, None], _scored(logits, labels, chosen)], dim=1))
+    local = torch.cat(rows).cpu().numpy() if rows else np.empty((0, 5))
+    shares = distributed.gather_objects((local, n_logits, chosen.cpu().numpy()))
+    n_logits, competing = next((n, c) for _, n, c in shares if n)  # a rank may have no batch
+    every = np.concatenate([share for share, _, _ in shares])
+    return _result(probe, every[np.argsort(every[:, 0], kind="stable")], competing, n_logits)
+
+
+def _scored(logits: Tensor, labels: Tensor, chosen: Tensor) -> Tensor:
+    """Return label, top-1, top-5 and NLL of each image ``(B, 4)`` in float64; NaN where its logits are not finite."""
+    z = logits.double()[:, chosen]
+    place = torch.searchsorted(chosen, labels.contiguous()).clamp_max(len(chosen) - 1)
+    if bool((chosen[place] != labels).any()):
+        stranger = int(labels[chosen[place] != labels][0])
+        raise ValueError(f"Expected images of the {len(chosen)} classes that count, received one of class {stranger}.")
+    best = z.topk(min(5, len(chosen)), dim=1).indices == place[:, None]  # (B, 5)
+    right = torch.stack([best[:, 0], best.any(dim=1)], dim=1).double()
+    nll = -z.log_softmax(dim=1).gather(1, place[:, None])
+    right = right.masked_fill(~torch.isfinite(z).all(dim=1, keepdim=True), torch.nan)
+    return torch.cat([labels.double()[:, None], right, nll], dim=1)
+
+
+def _chosen(probe: Probe, classes: str | Sequence[int | str], n_logits: int) -> list[int]:
+    names = tuple(probe.about.get("class_names") or ())
+    present = probe.about.get("present_classes")
+    if classes == "all":
+        wanted: list[Any] = list(range(n_logits))
+        if present and len(present) < n_logits:
+            what = f"the split has images of {len(present)} of the model's {n_logits} classes and all of them compete"
+            warnings.warn(f"evaluation: {what}; classes=present masks the others", stacklevel=3)
+    elif classes == "present":
+        wanted = list(present or _seen(probe))
+    elif isinstance(classes, str):
+        raise ValueError(f"Expected classes to be {', '.join(CHOICES)} or a list, received {classes!r}.")
+    else:
+        wanted = [names.index(c) if c in names else c for c in classes]
+    bad = [c for c in wanted if not isinstance(c, int) or not 0 <= c < n_logits]
+    if bad or not wanted:
+        raise ValueError(f"Expected classes among the model's {n_logits}, received {bad[0] if bad else 'none'!r}.")
+    return sorted(set(wanted))
+
+
+def _wilson(right: np.ndarray) -> tuple[float, float]:
+    if np.isnan(right).any():
+        return np.nan, np.nan
+    interval = binomtest(int(right.sum()), len(right)).proportion_ci(method="wilson")
+    return float(interval.low), float(interval.high)
+
+
+def _seen(probe: Probe) -> list[int]:
+    found: set[int] = set()
+    for _, y in probe.batches:
+        found.update(hard_targets(y).tolist())
+    return sorted(found)
+
+
+def _result(probe: Probe, rows: np.ndarray, classes: np.ndarray, n_logits: int) -> EvaluationResult:
+    _, labels, right, top5, nll = rows.T
+    place = np.searchsorted(classes, labels)
+    count = np.bincount(place, minlength=len(classes))
+    with np.errstate(invalid="ignore"):  # 0 / 0 where a class has no image
+        by_class = np.bincount(place, right, minlength=len(classes)) / count
+    names: Sequence[str] = probe.about.get("class_names") or ()
+    accuracy = float(right.mean())
+    lower, upper = _wilson(right)
+    masked: Mapping[str, Any] = {"classes": f"{len(classes)} of {n_logits} logits"}
+    return EvaluationResult(
+        accuracy=accuracy,
+        accuracy_top5=float(top5.mean()),
+        accuracy_lower=lower,
+        accuracy_upper=upper,
+        mean_class_accuracy=float(by_class[count > 0].mean()),
+        nll=float(nll.mean()),
+        classes=classes,
+        class_names=tuple(names[c] for c in classes) if len(names) > int(classes[-1]) else (),
+        class_count=count,
+        class_accuracy=by_class,
+        n_logits=n_logits,
+        n_images=len(rows),
+        card=probe.card(solver=masked),
+    )

@@ -1,0 +1,24 @@
+"""Accuracy class by class, worst first."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from vitscope.diagnostics.evaluation.evaluation import EvaluationResult
+
+
+def evaluation(results: Mapping[str, EvaluationResult]) -> Figure:
+    """Draw the accuracy of each class that has images, sorted, over the share of classes; top-1 and top-5 in the legend."""
+    figure = Figure(layout="constrained")
+    axes = figure.subplots()
+    for name, result in results.items():
+        seen = np.sort(result.class_accuracy[result.class_count > 0])
+        share = 100 * (np.arange(len(seen)) + 1) / len(seen)
+        label = f"{name or 'model'}: {100 * result.accuracy:.1f}%, top-5 {100 * result.accuracy_top5:.1f}%"
+        axes.step(np.append(0, share), 100 * np.append(seen[0], seen), where="pre", label=label)
+    axes.set(xlim=(0, 100), ylim=(0, 101), xlabel="Classes, worst first (%)", ylabel="Accuracy of a class (%)")
+    figure.legend(loc="outside upper center")
+    return figure

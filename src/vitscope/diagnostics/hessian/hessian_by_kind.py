@@ -1,0 +1,121 @@
+"""The curvature of attention against that of convolutions and MLPs: spectra of the Hessian's diagonal blocks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from vitscope.diagnostics.hessian.hessian_max_eigenvalue_spectrum import hessian_max_eigenvalue_spectrum
+from vitscope.models.parameters import parameter_kinds, parameter_stages
+from vitscope.probe import ObjectiveCard, Probe
+
+#: the order of kinds in results and figures
+ORDER = ("stem", "conv", "msa", "mlp", "pool", "head")
+
+
+@dataclass(frozen=True)
+class HessianByKindResult:
+    """Top eigenvalues of each block by mini-batch; signs and intervals as in `hessian_max_eigenvalue_spectrum`.
+
+    Attributes:
+        groups: (n_groups,) kinds of unit such as ``msa``, or numbers of stages.
+        n_parameters: (n_groups,) parameters of each.
+        eigenvalues: (n_groups, n_batches, n_top) signed, by magnitude descending.
+        residuals: (n_groups, n_batches, n_top) norms of H v - lambda v within the block.
+        converged: (n_groups, n_batches, n_top) whether the estimated error is within the tolerance.
+        n_products: (n_groups,) products made.
+        nep: (n_groups,) negative eigenvalue proportion.
+        nep_intervals: (n_groups, 2) 95 % bootstrap over batches.
+        ape: (n_groups,) average positive eigenvalue; NaN where there is none.
+        ape_intervals: (n_groups, 2).
+        card: under which conditions; ``parameters`` is ``by kind`` or ``by stage``.
+    """
+
+    groups: tuple[str, ...]
+    n_parameters: np.ndarray
+    eigenvalues: np.ndarray
+    residuals: np.ndarray
+    converged: np.ndarray
+    n_products: np.ndarray
+    nep: np.ndarray
+    nep_intervals: np.ndarray
+    ape: np.ndarray
+    ape_intervals: np.ndarray
+    card: ObjectiveCard | None = None
+
+    def scalars(self) -> dict[str, float]:
+        """Return what is logged: NEP and APE of each group; an average only where a value is positive."""
+        logged = {f"nep_{group}": float(value) for group, value in zip(self.groups, self.nep)}
+        logged |= {f"ape_{group}": float(value) for group, value in zip(self.groups, self.ape) if np.isfinite(value)}
+        return {**logged, "converged": float(self.converged.mean()), "n_products": float(self.n_products.sum())}
+
+
+def hessian_by_kind(
+    probe: Probe,
+    *,
+    by: str = "kind",
+    n_top: int = 5,
+    tol: float = 1e-3,
+    dtype: str | torch.dtype | None = None,
+    bn: str = "eval",
+    max_products: int = 200,
+    seed: int = 0,
+) -> HessianByKindResult:
+    """Compute the Hessian max-eigenvalue spectrum of each kind of unit's parameters, or of each stage's.
+
+    The Hessian of the parameters of one group, all others held fixed, is a diagonal block of the whole one. By Cauchy's
+    interlacing its largest eigenvalue is at most the whole Hessian's and its smallest at least: negative eigenvalues of a
+    block are the network's, but a network can have more.
+
+    Args:
+        probe: the model, frozen augmented mini-batches and the objective; batches are split over ranks.
+        by: ``kind`` (stem, conv, msa, mlp, pool, head) or ``stage`` (0 is the stem).
+        n_top: eigenvalues of each batch, at most the parameters of the smallest group.
+        tol: relative error at which to stop.
+        dtype: ``float32`` or ``float64``; None for the model's own.
+        bn: BatchNorm on running statistics (``eval``) or on each batch's (``batch``).
+        max_products: the most products of a batch and group.
+        seed: of start vectors and of the bootstrap.
+
+    Raises:
+        ValueError: another ``by``, a model of no known unit; and as `hessian_max_eigenvalue_spectrum`.
+        NumericalError: a loss that is not finite.
+
+    Source: vitscope's own; the blocks are those of `vitscope.models.parameters`.
+    """
+    sizes = _sizes(probe, by)
+    spectra = [
+        hessian_max_eigenvalue_spectrum(
+            probe, parameters=f"{by}:{group}", n_top=n_top, tol=tol, dtype=dtype, bn=bn, max_products=max_products, seed=seed
+        )
+        for group in sizes
+    ]  # fmt: skip
+    card = spectra[0].card
+    assert card is not None
+    return HessianByKindResult(
+        groups=tuple(sizes),
+        n_parameters=np.array(list(sizes.values())),
+        eigenvalues=np.stack([s.eigenvalues for s in spectra]),
+        residuals=np.stack([s.residuals for s in spectra]),
+        converged=np.stack([s.converged for s in spectra]),
+        n_products=np.array([int(s.n_products.sum()) for s in spectra]),
+        nep=np.array([s.negative_eigenvalue_proportion for s in spectra]),
+        nep_intervals=np.stack([s.negative_eigenvalue_proportion_interval for s in spectra]),
+        ape=np.array([s.average_positive_eigenvalue for s in spectra]),
+        ape_intervals=np.stack([s.average_positive_eigenvalue_interval for s in spectra]),
+        card=probe.card(parameters=f"by {by}", bn_policy=bn, dtype=card.dtype, solver=card.solver),
+    )
+
+
+def _sizes(probe: Probe, by: str) -> dict[str, int]:
+    """Return the number of trainable parameters of each group that has any, in the order shown."""
+    if by not in ("kind", "stage"):
+        raise ValueError(f"Expected by to be kind or stage, received {by!r}.")
+    places = parameter_kinds(probe.model) if by == "kind" else parameter_stages(probe.model)
+    sizes: dict[str, int] = {}
+    for name, p in probe.parameters().items():
+        group = str(places[name])
+        sizes[group] = sizes.get(group, 0) + p.numel()
+    return dict(sorted(sizes.items(), key=lambda pair: ORDER.index(pair[0]) if by == "kind" else int(pair[0])))

@@ -1,0 +1,209 @@
+"""Extreme eigenvalues of a symmetric operator, with what is known about their error.
+
+An eigenvalue lies within a Ritz pair's residual r of its value, and within r^2/gap where the rest of the spectrum is gap away
+(Parlett, The Symmetric Eigenvalue Problem, ch. 11). A Krylov space holds one direction of each eigenvalue: of a cluster tighter
+than the tolerance it may show only some members.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vitscope import distributed
+from vitscope.linalg.lanczos import Lanczos, Operator
+from vitscope.linalg.ritz import WHICH, Ritz, count, errors, settled, tolerances, wanted
+
+
+@dataclass(frozen=True)
+class Eigenpairs:
+    """Eigenvalues with what is known about their error.
+
+    Attributes:
+        values: (k,) Ritz values in the order asked for.
+        residuals: (k,) norms of H v - value v; an eigenvalue lies within.
+        errors: (k,) estimates of |value - eigenvalue|: the residual or, where smaller, residual^2 / gap.
+        converged: (k,) whether the estimate is within the tolerance.
+        n_products: products made.
+        vectors: (k, size) orthonormal, or None.
+    """
+
+    values: np.ndarray
+    residuals: np.ndarray
+    errors: np.ndarray
+    converged: np.ndarray
+    n_products: int
+    vectors: Tensor | None
+
+
+def extreme_eigenvalues(
+    product: Operator,
+    start: Tensor,
+    k: int,
+    *,
+    which: str = "LM",
+    n_ends: int = 0,
+    tol: float = 1e-3,
+    max_products: int = 200,
+    max_memory: float | None = None,
+    vectors: bool = False,
+    seed: int = 0,
+    shift: float = 0.0,
+    shared: bool = False,
+) -> Eigenpairs:
+    """Return the ``k`` extreme eigenvalues of a symmetric operator.
+
+    Args:
+        product: ``v -> H v``, see `Lanczos`.
+        start: the first vector ``(size,)``.
+        k: how many eigenvalues; with ``both`` at either end.
+        which: ``LM`` by magnitude, ``LA`` the largest, ``SA`` the smallest, ``both`` ends from one run.
+        n_ends: this many more of the largest, then of the smallest, after the others.
+        tol: relative error of each eigenvalue at which to stop (of the largest one's magnitude times 1e-3 where smaller).
+        max_products: the most products; what has not converged then says so.
+        max_memory: bytes that the basis may take; thick restarts keep to it. None: a quarter of what is free.
+        vectors: also return the eigenvectors.
+        seed: of the random vectors that continue after an invariant subspace.
+        shift: added to every eigenvalue: the operator is H + shift I.
+        shared: every rank runs this on one operator whose products are reduced, so that all must stop together.
+
+    Raises:
+        ValueError: fewer dimensions than eigenvalues, an unknown ``which``, ``tol`` or ``max_products`` not positive, or a
+            ``max_memory`` in which Lanczos cannot run.
+    """
+    search = Search(
+        start, k, which=which, n_ends=n_ends, tol=tol, max_products=max_products, max_memory=max_memory,
+        seed=seed, shift=shift,
+    )  # fmt: skip
+    while True:
+        stop = search.absorb(product(search.lanczos.row))
+        if _agreed(stop, shared, start.device):
+            return search.pairs(vectors)
+        search.make_room()
+
+
+class Search:
+    """A run of Lanczos towards extreme eigenvalues, one product at a time, so that several can run side by side.
+
+    Args and raises: as `extreme_eigenvalues`.
+
+    Attributes:
+        lanczos: the process; ``lanczos.row`` is the vector whose product `absorb` takes.
+    """
+
+    def __init__(
+        self,
+        start: Tensor,
+        k: int,
+        *,
+        which: str = "LM",
+        n_ends: int = 0,
+        tol: float = 1e-3,
+        max_products: int = 200,
+        max_memory: float | None = None,
+        seed: int = 0,
+        shift: float = 0.0,
+    ) -> None:
+        _check(len(start), k, which, tol, max_products)
+        self.k, self.which, self.n_ends, self.tol, self.max_products = k, which, n_ends, tol, max_products
+        self.rows = basis_rows(start, count(k, which, n_ends), max_products, max_memory)
+        self.lanczos = Lanczos(None, start, self.rows, seed, shift)
+        self._at_breakdown: np.ndarray | None = None
+
+    def absorb(self, pieces: Tensor | Sequence[Tensor]) -> bool:
+        """Take the product with ``lanczos.row``; return whether this is the end."""
+        lanczos = self.lanczos
+        lanczos.absorb(pieces)
+        self._ritz = ritz = lanczos.ritz()
+        self._chosen, done = settled(ritz, self.k, self.which, self.tol, self.n_ends)
+        if lanczos.breakdowns:
+            values = ritz.values[self._chosen]
+            done = done and _nothing_new(lanczos, values, self._at_breakdown)
+            self._at_breakdown = values if lanczos.breakdowns[-1] == lanczos.n_products else self._at_breakdown
+        return done or lanczos.exhausted or lanczos.n_products >= self.max_products
+
+    def make_room(self) -> None:
+        """Restart where the basis is full."""
+        if self.lanczos.full:
+            self.lanczos.restart(_kept(self._ritz, self._chosen, self.which, self.rows))
+
+    def pairs(self, vectors: bool) -> Eigenpairs:
+        """Return what is known after the last product."""
+        return _pairs(self.lanczos, self._ritz, self._chosen, self.tol, vectors)
+
+
+def _nothing_new(lanczos: Lanczos, values: np.ndarray, before: np.ndarray | None) -> bool:
+    """Return whether the directions after an invariant subspace have had their chance.
+
+    A Krylov space holds one direction of each multiple eigenvalue; the others, and null directions, come from the random
+    vectors that continue: until these break down too without a change, or for as many products as the first subspace took.
+    """
+    if lanczos.n_products - lanczos.breakdowns[-1] >= lanczos.breakdowns[0]:
+        return True
+    if before is None or len(before) != len(values) or lanczos.breakdowns[-1] != lanczos.n_products:
+        return False
+    return np.allclose(values, before, rtol=1e-3, atol=1e-6 * np.abs(values).max())
+
+
+def _check(size: int, k: int, which: str, tol: float, max_products: int) -> None:
+    if which not in WHICH:
+        raise ValueError(f"Expected which to be one of {', '.join(WHICH)}, received {which!r}.")
+    if k < 1 or k > size:
+        raise ValueError(f"Expected between 1 and {size} eigenvalues (the parameters analysed), received k={k}.")
+    if not 0 < tol < 1:
+        raise ValueError(f"Expected tol between 0 and 1, received {tol}.")
+    if max_products < 1:
+        raise ValueError(f"Expected max_products to be at least 1, received {max_products}.")
+
+
+def basis_rows(start: Tensor, n_values: int, max_products: int, max_memory: float | None) -> int:
+    """Return how many vectors the basis may hold."""
+    row = start.element_size() * len(start)
+    rows = int((free_memory(start.device) / 4 if max_memory is None else max_memory) // row)
+    least = min(2 * n_values + 4, len(start) + 1, max_products + 1)
+    if rows < least:
+        raise ValueError(
+            f"Expected max_memory for at least {least} vectors of {row / 2**20:.1f} MiB ({least * row / 2**20:.0f} MiB), "
+            f"received {rows * row / 2**20:.0f} MiB: ask for fewer eigenvalues or fewer parameters."
+        )
+    return min(rows, max_products + 1)
+
+
+def free_memory(device: torch.device) -> float:
+    """Return the bytes that are free on ``device``."""
+    if device.type == "cuda":
+        return float(torch.cuda.mem_get_info(device)[0])
+    return float(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+
+
+def _kept(ritz: Ritz, chosen: np.ndarray, which: str, rows: int) -> np.ndarray:
+    """Return the Ritz values to restart with: the wanted ones and, for a wider gap, some that follow them."""
+    following = wanted(ritz.values, len(ritz.values), "LM" if which == "both" else which)
+    ranked = list(dict.fromkeys([*chosen.tolist(), *following.tolist()]))
+    base = len(set(chosen.tolist()))
+    return np.sort(ranked[: min(base + max(2, (rows - base) // 3), rows - 3)])
+
+
+def _agreed(stop: bool, shared: bool, device: torch.device) -> bool:
+    """Return rank 0's decision: rounding may differ between ranks, but all must make the same products."""
+    if not shared or distributed.world_size() == 1:
+        return stop
+    return bool(distributed.broadcast(torch.tensor(float(stop), device=device)).item())
+
+
+def _pairs(lanczos: Lanczos, ritz: Ritz, chosen: np.ndarray, tol: float, vectors: bool) -> Eigenpairs:
+    estimate = errors(ritz)[chosen]
+    lanczos.basis.count = len(ritz.values)
+    return Eigenpairs(
+        values=ritz.values[chosen],
+        residuals=ritz.residuals[chosen],
+        errors=estimate,
+        converged=estimate <= tolerances(ritz.values, chosen, tol),
+        n_products=lanczos.n_products,
+        vectors=lanczos.basis.combine(ritz.vectors[:, chosen].T) if vectors else None,
+    )

@@ -1,0 +1,91 @@
+"""The runs of the 2x2x2: a ConvNet and a ViT trained weak and strong in one setting, measured on clean and augmented images."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from vitscope import config
+from vitscope.errors import StorageError
+from vitscope.probe import COMPARED
+from vitscope.reports.cells import Problem
+from vitscope.reports.effects import Runs, by_setting, first, plainest
+from vitscope.reports.evidence import Entry, Measured
+from vitscope.reports.identity import identity, recipe
+from vitscope.reports.selection import FAILED, MISSING, Selection, seeds_of
+
+#: the two models, by family: the difference is the second minus the first
+MODELS = {"convnet": "ConvNet", "vit": "ViT"}
+TRAININGS = ("weak", "strong")
+#: images, and what their analyses' names end with
+IMAGES = {"clean": "_clean", "augmented": ""}
+
+#: results by family, training, analysis and seed
+Results = Mapping[tuple[str, str, str, int], Any]
+
+
+def design(selection: Selection) -> dict[tuple[str, str], Runs] | None:
+    """Return the experiments by family and training: of the plainest models, in the setting with most seeds."""
+    groups = list(selection.groups(lambda entry: entry.trained and entry.kin in MODELS).values())
+    objective = {key for runs in groups for key in identity(first(runs).config) if key.startswith("objective.")}
+    best: dict[tuple[str, str], Runs] | None = None
+    for alike in by_setting(groups, tuple(objective)).values():
+        found = {
+            (family, training): runs
+            for family in MODELS
+            for training, runs in _pair([g for g in alike if first(g).kin == family], objective).items()
+        }
+        if len(found) == 4 and (best is None or len(seeds_of(found.values())) > len(seeds_of(best.values()))):
+            best = found
+    return best if best is not None and seeds_of(best.values()) else None
+
+
+def _pair(groups: Sequence[Runs], objective: set[str]) -> dict[str, Runs]:
+    """Return the plainest model that was trained both ways, by training."""
+    pairs: dict[str, dict[str, Runs]] = {}
+    for runs in groups:
+        kept = {k: v for k, v in identity(first(runs).config).items() if k not in objective}
+        pairs.setdefault(config.digest(kept), {})[recipe(first(runs).config)] = runs
+    whole = [pair for pair in pairs.values() if set(TRAININGS) <= set(pair)]
+    chosen = plainest([pair["weak"] for pair in whole])
+    return next(({t: pair[t] for t in TRAININGS} for pair in whole if pair["weak"] is chosen), {})
+
+
+def results(
+    found: Mapping[tuple[str, str], Runs], analyses: Sequence[str], seeds: Sequence[int], tag: str
+) -> tuple[dict[tuple[str, str, str, int], Any], list[Problem]]:
+    """Return results by family, training, analysis and seed; an analysis measured under several conditions is none."""
+    loaded: dict[tuple[str, str, str, int], Any] = {}
+    problems: list[Problem] = []
+    for name in (analysis + end for analysis in analyses for end in IMAGES.values()):
+        measured: dict[tuple[str, str, str, int], Measured] = {}
+        for (family, training), runs in found.items():
+            for seed in seeds:
+                newest = _newest(runs[seed], name, tag)
+                if isinstance(newest, Problem):
+                    problems.append(newest)
+                else:
+                    measured[family, training, name, seed] = newest
+        differing = [
+            k for i, k in enumerate(COMPARED) if len({m.conditions(COMPARED)[i + 1] for m in measured.values()}) > 1
+        ]
+        if differing:
+            why = f"objective cards differ in {', '.join(differing)}: the factors are not crossed"
+            problems.append(Problem(MISSING, "landscape_objective", name, why))
+            continue
+        for key, m in measured.items():
+            try:
+                loaded[key] = m.load()
+            except StorageError as error:
+                problems.append(Problem(FAILED, f"run {found[key[0], key[1]][key[3]].id}", name, str(error)))
+    return loaded, problems
+
+
+def _newest(entry: Entry, analysis: str, tag: str) -> Measured | Problem:
+    made = [m for m in entry.results if m.analysis == analysis and m.tag == tag]
+    good = [m for m in made if not m.error]
+    if good:
+        return good[-1]
+    return Problem(
+        FAILED if made else MISSING, f"run {entry.id}", analysis, made[-1].error if made else f"not measured at {tag}"
+    )

@@ -1,0 +1,167 @@
+"""The answer of `vitscope.reports.factors` as tables: who looks flatter under each condition, and which factor decides."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from vitscope.errors import StorageError
+from vitscope.plotting import save_figure
+from vitscope.reports import factors_figure
+from vitscope.reports.cells import Cell, Problem, Table, shown
+from vitscope.reports.crossed import MODELS
+from vitscope.reports.factors import CONDITIONS, OBJECTIVES, QUANTITIES, Answer, Effect, answer
+from vitscope.reports.inference import Interval
+from vitscope.reports.selection import MISSING, Selection
+
+NAMES = ("conditions", "factors")
+
+#: what switching a factor means
+SWITCHES = {"training": "trained strong, not weak", "images": "augmented images, not clean"}
+
+NOTHING = Problem(
+    MISSING,
+    "landscape_objective",
+    "ConvNet and ViT trained weak and strong",
+    "no such runs in one setting; run `vitscope reproduce landscape-objective`",
+)
+
+
+def made(selection: Selection, folder: Path) -> dict[str, Table]:
+    """Return both tables of the runs by name, the figure (``factors.png`` and ``.pdf``) drawn into ``folder``.
+
+    Raises:
+        StorageError: the folder cannot be written.
+    """
+    found = answer(selection)
+    by_name = {table.name: table for table in tables(found)}
+    if found is not None and found.values:
+        try:
+            picture, *_ = save_figure(factors_figure.draw(found), folder / "factors")
+        except OSError as error:
+            raise StorageError("out", folder, f"not writable ({error.strerror})", "choose another") from None
+        by_name["factors"] = replace(by_name["factors"], picture=picture)
+    return by_name
+
+
+def tables(found: Answer | None) -> list[Table]:
+    """Return `conditions` and `factors`; both without rows, and with the problem named, where there is no answer."""
+    problems = (NOTHING,) if found is None else found.problems
+    return [
+        _table("conditions", "Who looks flatter", _condition_heads(), _condition_rows(found), _notes(found), problems),
+        _table("factors", "Which factor decides who looks flatter", _FACTOR_HEADS, _factor_rows(found), _verdicts(found),
+               problems),
+    ]  # fmt: skip
+
+
+def switch(effect: Effect) -> str:
+    """Return in words what is switched."""
+    return SWITCHES.get(effect.factor, f"{OBJECTIVES[effect.l2].removeprefix('NLL ')}, not NLL alone")
+
+
+def verdict(found: Answer, quantity: str, l2: str) -> str:
+    """Return a sentence: who looks flatter how often, and which factor the difference between the models follows most."""
+    of_it = [e for e in found.effects if (e.quantity, e.l2) == (quantity, l2)]
+    if not all(math.isfinite(e.share) for e in of_it):
+        return ""
+    title = next(q.title for q in QUANTITIES if q.key == quantity)
+    lower, most = found.lower(quantity, l2), max(of_it, key=lambda e: e.share)
+    rest = 1 - sum(e.share for e in of_it)
+    led = f"{most.factor} makes {most.share:.0%} of how the difference varies"
+    if rest > most.share:
+        led = f"no factor alone: interactions make {rest:.0%} of how the difference varies"
+    return f"{title}, {OBJECTIVES[l2]}: {MODELS['vit']} looks flatter in {lower} of 8 conditions; {led}."
+
+
+_FACTOR_HEADS = (
+    ("quantity", "quantity"), ("L2 form", "l2"), ("switched", "switched"), *((name, key) for key, name in MODELS.items()),
+    ("ViT − ConvNet", "difference"), ("share of its variation", "share"), ("flips who is flatter", "flips"),
+)  # fmt: skip
+
+
+def _table(
+    name: str,
+    title: str,
+    heads: Sequence[tuple[str, str]],
+    rows: Sequence[tuple[Cell, ...]],
+    note: str,
+    problems: Sequence[Problem],
+) -> Table:
+    titles, ids = zip(*heads)
+    return Table(name, title, titles, ids, tuple(rows), note, tuple(problems))
+
+
+def _condition_heads() -> list[tuple[str, str]]:
+    heads = [("trained, images, objective", "condition")]
+    for q in QUANTITIES:
+        heads += [(f"{q.title}: {name}", f"{q.key}/{key}") for key, name in MODELS.items()]
+        heads += [("ViT − ConvNet", f"{q.key}/difference"), ("flatter", f"{q.key}/flatter")]
+    return heads
+
+
+def _condition_rows(found: Answer | None) -> list[tuple[Cell, ...]]:
+    rows = []
+    for c in CONDITIONS if found is not None else ():
+        cells = [Cell(f"{c[0]}, {c[1]}, {OBJECTIVES[c[2]]}")]
+        for q in QUANTITIES:
+            three = [found.values.get((q.key, c, column)) for column in (*MODELS, "difference")]
+            cells += [_cell(value, c[2] in q.objectives) for value in three]
+            cells.append(Cell(_flatter(three[2])))
+        rows.append(tuple(cells))
+    return rows
+
+
+def _factor_rows(found: Answer | None) -> list[tuple[Cell, ...]]:
+    titles = {q.key: q.title for q in QUANTITIES}
+    rows = []
+    for e in found.effects if found is not None else ():
+        share = f"{e.share:.0%}" if math.isfinite(e.share) else "–"
+        texts = (titles[e.quantity], OBJECTIVES[e.l2].removeprefix("NLL + "), switch(e))
+        values = (_cell(value) for value in (e.convnet, e.vit, e.difference))
+        rows.append((*map(Cell, texts), *values, Cell(share), Cell(f"{e.flips} of 4" if share != "–" else "–")))
+    return rows
+
+
+def _cell(value: Interval | None, defined: bool = True) -> Cell:
+    if value is None:
+        return Cell(MISSING, None, MISSING) if defined else Cell("–")
+    return Cell(shown(value, ".3g"), value) if math.isfinite(value.mean) else Cell("failed", None, "failed")
+
+
+def _flatter(difference: Interval | None) -> str:
+    """Return the name of the flatter model; a question mark where the interval holds zero."""
+    if difference is None or not math.isfinite(difference.mean):
+        return "–"
+    name = MODELS["vit" if difference.mean < 0 else "convnet"]
+    return f"{name} ?" if difference.half_width >= abs(difference.mean) else name
+
+
+def _notes(found: Answer | None) -> str:
+    if found is None:
+        return "No runs."
+    if len(found.seeds) > 1:
+        sampled = f"± half of the 95% t-interval over {len(found.seeds)} seeds, differences paired by seed."
+    else:
+        parts = ", ".join(f"{q.sampled} ({q.title})" for q in QUANTITIES if q.sampled)
+        sampled = (
+            f"One seed: ± half of the 95% interval over {parts}, which says nothing of other trainings; SEEDS=5 does."
+        )
+    return (
+        f"{found.labels['convnet']} and {found.labels['vit']}; less is flatter; ? where the interval holds zero. {sampled} "
+        "Both trainings are measured on the same images, augmented ones by the strong recipe. APE under wd Σ‖w‖ is not "
+        "measured: that term curves a tensor by wd/‖w‖ of itself."
+    )
+
+
+def _verdicts(found: Answer | None) -> str:
+    if found is None:
+        return "No runs."
+    pairs = dict.fromkeys((e.quantity, e.l2) for e in found.effects)
+    said = [verdict(found, *pair) for pair in pairs]
+    return (
+        "Effect of switching one factor: mean over the four pairs of conditions that differ in nothing else, for each model and "
+        "for the difference (negative: the switch makes ViT look flatter against ConvNet). What the three shares lack of 100% "
+        "are interactions. " + " ".join(filter(None, said))
+    )

@@ -1,0 +1,225 @@
+"""Which factor decides which of two models looks flatter: objective, images and training crossed (PAPER.md section 6).
+
+Eight conditions, {NLL, NLL + L2} x {clean, augmented images} x {trained weak, strong}, and so for either L2 form. In each
+the difference ViT minus ConvNet of a rise or a curvature says who looks flatter; a factor's effect is the mean change of that
+difference when the factor alone is switched. The effects of a full 2x2x2 are orthogonal: their shares of the variation of the
+difference over the eight conditions, with that of the interactions, add up to one.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from vitscope.reports import crossed
+from vitscope.reports.cells import Problem
+from vitscope.reports.crossed import IMAGES, MODELS, TRAININGS, Results
+from vitscope.reports.effects import first
+from vitscope.reports.inference import Interval, t_interval
+from vitscope.reports.selection import FAILED, Selection, seeds_of
+
+OBJECTIVES = {"nll": "NLL", "half_sq": "NLL + ½ wd Σ‖w‖²", "sum_norm": "NLL + wd Σ‖w‖"}
+L2_FORMS = ("half_sq", "sum_norm")
+FACTORS = ("training", "images", "objective")
+
+#: of the rise that is compared; 0.5 and 1 are saturated
+RADIUS = 0.1
+
+#: training, images, objective
+Condition = tuple[str, str, str]
+CONDITIONS: tuple[Condition, ...] = tuple(itertools.product(TRAININGS, IMAGES, OBJECTIVES))
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """A number of which less means flatter.
+
+    Attributes:
+        key: for files.
+        title: for readers, with the unit.
+        analysis: whose result holds it, on augmented images.
+        objectives: for which it is defined.
+        units: how many independent parts a result has.
+        sampled: what they are, in words; empty where there is one.
+        value: of a result under an objective, over some of its parts.
+    """
+
+    key: str
+    title: str
+    analysis: str
+    objectives: tuple[str, ...]
+    units: Callable[[Any], int]
+    sampled: str
+    value: Callable[[Any, str, np.ndarray], float]
+
+
+@dataclass(frozen=True)
+class Effect:
+    """What switching one factor does.
+
+    Attributes:
+        quantity: its key.
+        l2: which L2 form the third factor adds.
+        factor: one of `FACTORS`.
+        convnet: mean change of the ConvNet's number.
+        vit: of the ViT's.
+        difference: of ViT minus ConvNet.
+        share: of the variation of the difference over the eight conditions.
+        flips: in how many of the four pairs of conditions the switch changes who looks flatter.
+    """
+
+    quantity: str
+    l2: str
+    factor: str
+    convnet: Interval
+    vit: Interval
+    difference: Interval
+    share: float
+    flips: int
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The numbers of all conditions, and what each factor does to them.
+
+    Attributes:
+        labels: of the two experiments, by family.
+        seeds: that all four trainings have.
+        values: an interval by quantity, condition and column: ``convnet``, ``vit``, ``difference``.
+        effects: by quantity, L2 form and factor.
+        problems: what is missing or failed.
+    """
+
+    labels: Mapping[str, str]
+    seeds: tuple[int, ...]
+    values: Mapping[tuple[str, Condition, str], Interval]
+    effects: tuple[Effect, ...]
+    problems: tuple[Problem, ...]
+
+    def lower(self, quantity: str, l2: str) -> int:
+        """Return in how many of the eight conditions of that L2 form the ViT looks flatter."""
+        return sum(self.values[quantity, c, "difference"].mean < 0 for c in conditions(l2))
+
+
+def conditions(l2: str) -> list[Condition]:
+    """Return the eight conditions with and without that L2 form."""
+    return [c for c in CONDITIONS if c[2] in ("nll", l2)]
+
+
+def answer(selection: Selection) -> Answer | None:
+    """Return what the runs say; None where no ConvNet and ViT were trained both weak and strong in one setting."""
+    found = crossed.design(selection)
+    if found is None:
+        return None
+    seeds = seeds_of(found.values())
+    results, problems = crossed.results(found, [q.analysis for q in QUANTITIES], seeds, selection.tag)
+    values: dict[tuple[str, Condition, str], Interval] = {}
+    effects: list[Effect] = []
+    for quantity in QUANTITIES:
+        read = _Reader(quantity, results, seeds)
+        if not read.complete:
+            continue
+        for c in CONDITIONS:
+            for column in (*MODELS, "difference") if c[2] in quantity.objectives else ():
+                values[quantity.key, c, column] = read.interval({c: 1.0}, column)
+        effects += [
+            _effect(read, values, l2, factor) for l2 in L2_FORMS if l2 in quantity.objectives for factor in FACTORS
+        ]
+    bad = [(q, c) for (q, c, column), v in values.items() if column == "difference" and not math.isfinite(v.mean)]
+    problems += [Problem(FAILED, ", ".join(c), q, "not finite, or at chance there (saturated)") for q, c in bad]
+    labels = {family: first(found[family, "weak"]).label.split(",")[0] for family in MODELS}
+    return Answer(labels, tuple(seeds), values, tuple(effects), tuple(problems))
+
+
+class _Reader:
+    """One quantity of every condition, and intervals of weighted sums of it.
+
+    Over several seeds a sum has the t-interval of its values by seed. With one seed it has the jackknife's over the parts that
+    all results share (pairs of directions, mini-batches): for means that is the t-interval over parts, and since parts are
+    left out of all results at once, random directions and images that conditions have in common cancel.
+    """
+
+    def __init__(self, quantity: Quantity, results: Results, seeds: Sequence[int]) -> None:
+        self.quantity, self._results, self._seeds = quantity, results, seeds
+        names = [quantity.analysis + end for end in IMAGES.values()]
+        wanted = list(itertools.product(MODELS, TRAININGS, names, seeds))
+        self.complete = all(key in results for key in wanted)
+        counts = {quantity.units(results[key]) for key in wanted} if self.complete else set()
+        self._units = counts.pop() if len(counts) == 1 else 0
+
+    def interval(self, weights: Mapping[Condition, float], column: str) -> Interval:
+        """Return the weighted sum over conditions of a model's number, or of the difference between the models'."""
+        by_seed = [self._sum(weights, column, seed, None) for seed in self._seeds]
+        if len(by_seed) > 1:
+            return (
+                t_interval(by_seed)
+                if np.isfinite(by_seed).all()
+                else Interval(math.nan, math.nan, math.nan, len(by_seed))
+            )
+        (whole,), n = by_seed, self._units
+        if n < 2 or not math.isfinite(whole):
+            return Interval(whole, math.nan, math.nan, 1)
+        without = [self._sum(weights, column, self._seeds[0], part) for part in range(n)]
+        if not np.isfinite(without).all():
+            return Interval(whole, math.nan, math.nan, 1)
+        spread = t_interval([n * whole - (n - 1) * value for value in without])  # pseudo-values
+        return Interval(whole, spread.half_width, spread.p, 1)
+
+    def _sum(self, weights: Mapping[Condition, float], column: str, seed: int, left_out: int | None) -> float:
+        signs = {"vit": 1.0, "convnet": -1.0} if column == "difference" else {column: 1.0}
+        return sum(
+            w * sign * self._one(family, c, seed, left_out)
+            for c, w in weights.items()
+            for family, sign in signs.items()
+        )
+
+    def _one(self, family: str, c: Condition, seed: int, left_out: int | None) -> float:
+        result = self._results[family, c[0], self.quantity.analysis + IMAGES[c[1]], seed]
+        parts = np.arange(self.quantity.units(result))
+        return self.quantity.value(result, c[2], parts if left_out is None else np.delete(parts, left_out))
+
+
+def _effect(read: _Reader, values: Mapping[tuple[str, Condition, str], Interval], l2: str, factor: str) -> Effect:
+    eight, place = conditions(l2), FACTORS.index(factor)
+    on = ("strong", "augmented", l2)[place]
+    weights = {c: 0.25 if c[place] == on else -0.25 for c in eight}
+    columns = {column: read.interval(weights, column) for column in (*MODELS, "difference")}
+    height = {c: values[read.quantity.key, c, "difference"].mean for c in eight}
+    total = float(np.square(np.array(list(height.values())) - np.mean(list(height.values()))).sum())
+    share = 2 * columns["difference"].mean ** 2 / total if total > 0 else math.nan
+    off = [c for c in eight if c[place] != on]
+    flips = sum(height[c] * height[(*c[:place], on, *c[place + 1 :])] < 0 for c in off)  # type: ignore[index]
+    return Effect(read.quantity.key, l2, factor, **columns, share=share, flips=flips)
+
+
+def _rise(result: Any, objective: str, parts: np.ndarray) -> float:
+    at = np.flatnonzero(np.isclose(result.radii, RADIUS))
+    if not len(at) or result.saturated[at[0]]:
+        return math.nan  # a broken model's rise says nothing of flatness
+    rise = result.rise_by_pair + (getattr(result, f"l2_{objective}_rise_by_pair") if objective != "nll" else 0.0)
+    return float(rise[at[0], parts].mean())
+
+
+def _ape(result: Any, objective: str, parts: np.ndarray) -> float:
+    # half_sq adds wd to every eigenvalue; the result's own L2 term, whatever its form, is taken off first
+    shift = result.card.weight_decay if objective == "half_sq" else 0.0
+    values = (result.eigenvalues - result.l2_contribution)[parts] + shift
+    positive = values[values > result.residuals[parts]]
+    return float(positive.mean()) if positive.size else math.nan
+
+
+def _border(result: Any, objective: str, _: np.ndarray) -> float:
+    return result.rise_at_border(getattr(result, f"l2_{objective}") if objective != "nll" else 0.0)
+
+
+QUANTITIES = (
+    Quantity("rise", f"rise at r = {RADIUS:g} (nats)", "sharpness", tuple(OBJECTIVES),
+             lambda r: r.rise_by_pair.shape[1], "pairs of directions", _rise),
+    Quantity("ape", "APE (curvature)", "hessian", ("nll", "half_sq"), lambda r: len(r.eigenvalues), "mini-batches", _ape),
+    Quantity("border", "surface's rise at its border (nats)", "landscape", tuple(OBJECTIVES), lambda r: 1, "", _border),
+)  # fmt: skip

@@ -1,0 +1,72 @@
+"""Checkpoints by name, each read when it is asked for: a run's own in the order of its steps, or any that were named."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from vitscope import checkpoint, runs
+from vitscope.errors import CheckpointError
+from vitscope.runs import Run
+
+
+class Snapshots(Sequence[tuple[str, Mapping[str, Any]]]):
+    """Pairs of a label and the weights (with the names of the network's own), read one at a time.
+
+    Args:
+        files: by label, in order.
+    """
+
+    def __init__(self, files: Mapping[str, Path]) -> None:
+        self._files = dict(files)
+        self.labels: list[str] = list(files)
+
+    def __len__(self) -> int:
+        """Return how many there are."""
+        return len(self.labels)
+
+    def __getitem__(self, index: Any) -> Any:
+        """Read one, or those of a slice."""
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        label = self.labels[index]
+        return label, checkpoint.model_state(checkpoint.read(self._files[label]))
+
+
+def of_run(run: Run) -> Snapshots:
+    """Return a run's checkpoints in the order of their steps, without the best one, which repeats one of them."""
+    entries = checkpoint.manifest(run.checkpoints)
+    names = [name for name in entries if name != "best.ckpt"]
+    # last.ckpt repeats the newest snapshot where one was made at the same step
+    names.sort(key=lambda name: (entries[name]["global_step"], name))
+    files: dict[str, Path] = {}
+    seen: set[int] = set()
+    for name in names:
+        step = entries[name]["global_step"]
+        if step not in seen:
+            files[Path(name).stem] = run.checkpoints / name
+            seen.add(step)
+    return Snapshots(files)
+
+
+def named(paths: Sequence[str | Path]) -> Snapshots:
+    """Return the checkpoints of run folders (their last) and of checkpoint files.
+
+    A run's label is its folder's name, a file's ``<run>/<name>``, or its name alone outside a run.
+
+    Raises:
+        CheckpointError: a path that is neither, or one named twice.
+    """
+    files: dict[str, Path] = {}
+    for path in map(Path, paths):
+        inside = path.parent.name == "checkpoints"
+        label = f"{path.parent.parent.name}/{path.stem}" if inside else path.stem
+        file = path
+        if not path.is_file():
+            run = runs.find(path)
+            label, file = run.id, run.checkpoints / "last.ckpt"
+        if label in files:
+            raise CheckpointError("checkpoints", path, "named twice, or two of one name", "name each once")
+        files[label] = file
+    return Snapshots(files)

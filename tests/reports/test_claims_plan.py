@@ -1,0 +1,86 @@
+"""Every statistic of every claim finds its numbers in the runs that ``conf/reproduce.yaml`` lists for the claims' table."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.reports.conftest import CARD
+from vitscope import config, reproduction, runs
+from vitscope.commands.trial import composed
+from vitscope.journal import Journal
+from vitscope.reports import evidence, verdicts
+from vitscope.reports.costs import Costs
+from vitscope.reports.effects import Bench
+from vitscope.reports.evidence import Measured
+from vitscope.reports.selection import Selection
+from vitscope.runs import Run
+
+#: training images of each profile's data
+IMAGES = {"smoke": 8192, "cifar100": 45_000, "imagenet": 1_281_167}
+
+KINDS = ("msa", "conv", "mlp")
+SCALARS = {
+    "hessian_max_eigenvalue_spectrum": ["negative_eigenvalue_proportion", "average_positive_eigenvalue"],
+    "sharpness": ["rise_r0.1", "nll_center"],
+    "loss_slice": ["nll_center"],
+    "branch_transfer": [f"contrast_{kind}" for kind in KINDS],
+    "feature_map_variance": [f"log_variance_ratio_{kind}" for kind in KINDS],
+    "frequency_noise_robustness": ["high_minus_low", "clean_accuracy"],
+    "lesion": ["stage_end_msa_nll_excess"],
+    "cka": ["block_structure"],
+    "corruption": ["mean_accuracy"],
+}  # fmt: skip
+
+
+def write(cfg: dict[str, Any], tags: tuple[str, ...], analyses: dict[str, Any], path: Path, images: int) -> None:
+    """Write what training and measuring a trial leaves behind, with the cards that its probes would have."""
+    run = Run(path)
+    if not path.exists():
+        path.mkdir(parents=True)
+        (path / "config.yaml").write_text(yaml.safe_dump(cfg))
+        (path / "provenance.json").write_text(json.dumps({"command": "train", "status": "finished"}))
+        journal = Journal(run.journal)
+        journal.append(1, 0, {"val/accuracy": 0.4, "test/accuracy": 0.5})
+        journal.close()
+    fraction = cfg["data"]["fraction"]
+    for name, node in analyses.items():
+        probe, measure = node["probe"], node["_target_"].rpartition(".")[2]
+        n = min(probe["n_images"], int(images * fraction) if probe["split"] == "train" else 10_000)
+        card = dataclasses.replace(
+            CARD, data=f"{cfg['data']['name']}, {fraction}", split=probe["split"], n_images=n,
+            augmentation=cfg["objective"]["augment"] if probe["augment"] else "none",
+            batch_size=min(n, probe["batch_size"]), solver={"construction": "equal_rms"},
+        )  # fmt: skip
+        record = {"measure": measure, "scalars": dict.fromkeys(SCALARS[measure], 0.5), "card": card.to_dict()}
+        (run.results / name).mkdir(parents=True, exist_ok=True)
+        for tag in tags:
+            (run.results / name / f"{tag}-{config.digest(node)}.json").write_text(json.dumps(record))
+
+
+@pytest.mark.parametrize(
+    "profile", ["cifar100", *(pytest.param(p, marks=pytest.mark.slow) for p in ("smoke", "imagenet"))]
+)
+def test_no_part_of_a_claim_goes_without(profile: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Measured, "load", lambda self: SimpleNamespace(reference="initial"))
+    for trial in reproduction.target("table-claims", reproduction.read(), profile).trials:
+        if "seed=0" not in trial.overrides:
+            continue
+        composition = composed(trial, tmp_path)
+        folder = tmp_path / config.config_hash(composition)  # a run that several trials share is trained once
+        cfg: Any = config.plain(composition)
+        write(cfg, trial.tags, cfg.pop("analysis"), folder, IMAGES[profile])
+    found = Selection(evidence.collect(runs.every(tmp_path)), any_size=True)
+    lacking = {
+        f"{judged.claim.name}: {finding.part.name}": finding.reason
+        for judged in verdicts.judge(Bench(found, Costs()))
+        for finding in judged.findings
+        if finding.interval is None
+    }
+    assert lacking == {}

@@ -1,0 +1,206 @@
+"""The 2x2x2 on runs whose numbers are sums of known factors: effects, shares, flips and intervals come back."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from omegaconf import OmegaConf
+from scipy import stats
+
+from tests.reports.conftest import CARD, other_card, rise, spectrum
+from vitscope import config, runs
+from vitscope.diagnostics.landscape.loss_landscape import LossLandscapeResult
+from vitscope.diagnostics.landscape.sharpness import SharpnessResult
+from vitscope.reports import evidence, factor_tables, factors, factors_figure
+from vitscope.reports.selection import Selection
+
+PAIRS = np.array([-0.3, 0.1, 0.2])  # what each pair of directions adds everywhere
+WD = CARD.weight_decay
+
+
+def value(model: str, training: str, images: str) -> float:
+    """Return the rise: training and images act on the ViT alone, by -3 and -1; the ConvNet stands at 5, the ViT at 6."""
+    base = 5.0 if model == "convnet" else 6.0
+    return base + (model == "vit") * (-3.0 * (training == "strong") - 1.0 * (images == "augmented"))
+
+
+def sharp(number: float, model: str, **changes: Any) -> SharpnessResult:
+    by_pair = (number + PAIRS)[None]
+    l2 = 2.0 if model == "convnet" else 1.0
+    fields = {
+        "rise_by_pair": by_pair,
+        "l2_half_sq_rise_by_pair": np.full_like(by_pair, 0.01 * l2),
+        "l2_sum_norm_rise_by_pair": np.full_like(by_pair, 10.0 * l2),
+    }
+    return dataclasses.replace(rise(number), **{**fields, **changes})
+
+
+def surface(number: float, model: str) -> LossLandscapeResult:
+    """Return a surface that is 0 at its centre and ``number`` at its border, with an L2 that rises twice as far for ConvNets."""
+    ring = np.ones((3, 3)) - np.eye(3)[1][:, None] * np.eye(3)[1]
+    l2 = ring * (2.0 if model == "convnet" else 1.0)
+    nothing = np.zeros((3, 3))
+    side = np.linspace(-1, 1, 3)
+    return LossLandscapeResult(
+        x=side, y=side, nll=number * ring, l2_half_sq=l2, l2_sum_norm=5 * l2, accuracy=nothing, ece=nothing,
+        directions="random", normalization="filter", preset="", direction_norms=np.ones(2), direction_cosine=0.0,
+        weight_norm=1.0, n_nonfinite=0, dtype_error=None, labels=(), path=np.empty((0, 2)), projection_error=np.empty(0),
+        card=CARD,
+    )  # fmt: skip
+
+
+def write(make_run: Callable, seeds: int = 1, shift: float = 0.0, change: Callable | None = None) -> None:
+    for model in ("convnet", "vit"):
+        for training in ("weak", "strong"):
+            node = OmegaConf.to_container(OmegaConf.load(config.folder() / "objective" / f"{training}.yaml"))
+            for seed in range(seeds):
+                measured: dict[str, Any] = {}
+                for images, end in (("clean", "_clean"), ("augmented", "")):
+                    number = value(model, training, images) + shift * seed * (model == "vit")
+                    measured[f"sharpness{end}"] = sharp(number, model)
+                    measured[f"hessian{end}"] = spectrum(ape=100 * number)
+                    measured[f"landscape{end}"] = surface(number, model)
+                if change is not None:
+                    measured = change(measured, model, training)
+                make_run(model, seed, objective=node, measured=measured)
+
+
+def answer(tmp_path: Path) -> factors.Answer:
+    found = factors.answer(Selection(evidence.collect(runs.every(tmp_path / "runs"))))
+    assert found is not None
+    return found
+
+
+def effects(found: factors.Answer, quantity: str, l2: str) -> dict[str, factors.Effect]:
+    return {e.factor: e for e in found.effects if (e.quantity, e.l2) == (quantity, l2)}
+
+
+def test_effects_are_the_factors_that_made_the_numbers(make_run: Callable, tmp_path: Path) -> None:
+    write(make_run)
+    found = answer(tmp_path)
+    assert found.problems == ()
+    by = effects(found, "rise", "half_sq")
+    # differences: 1, 0, -2, -3 for the NLL over (weak, strong) x (clean, augmented), -0.01 with the L2 term
+    assert [by[f].difference.mean for f in factors.FACTORS] == pytest.approx([-3.0, -1.0, -0.01], abs=1e-12)
+    assert by["training"].vit.mean == pytest.approx(-3)
+    assert by["training"].convnet.mean == pytest.approx(0, abs=1e-12)
+    assert by["objective"].convnet.mean == pytest.approx(0.02)
+    shares = [by[f].share for f in factors.FACTORS]
+    assert shares == pytest.approx(np.array([9, 1, 1e-4]) / 10.0001)  # additive: no interaction
+    # the switch of the training turns +1 into -2 and, with the L2 term, +.99 into -2.01; 0 has no sign to flip
+    assert by["training"].flips == 2
+    assert by["images"].flips == 1  # .99 to -.01
+    assert found.lower("rise", "half_sq") == 5
+
+
+def test_the_l2_terms_have_their_own_say(make_run: Callable, tmp_path: Path) -> None:
+    write(make_run)
+    found = answer(tmp_path)
+    assert effects(found, "rise", "sum_norm")["objective"].difference.mean == pytest.approx(-10)
+    assert effects(found, "rise", "sum_norm")["objective"].share > 0.9
+    # half_sq moves every eigenvalue by wd: no difference between models
+    by = effects(found, "ape", "half_sq")
+    assert by["objective"].vit.mean == pytest.approx(WD, rel=1e-9)
+    assert by["objective"].difference.mean == pytest.approx(0, abs=1e-9)
+    assert not effects(found, "ape", "sum_norm")
+    key = ("border", ("weak", "clean", "half_sq"), "convnet")
+    assert found.values[key].mean == pytest.approx(5 + 2)
+    assert np.isnan(found.values[key].half_width)  # one plane has no interval
+
+
+def test_the_run_s_own_l2_is_taken_off_the_spectrum_first(make_run: Callable, tmp_path: Path) -> None:
+    def shifted(measured: dict[str, Any], *_: str) -> dict[str, Any]:
+        own = np.full((2, 2), WD)
+        return {
+            name: dataclasses.replace(r, eigenvalues=r.eigenvalues + WD, l2_contribution=own)
+            if name.startswith("hessian")
+            else r
+            for name, r in measured.items()
+        }
+
+    write(make_run, change=shifted)
+    values = answer(tmp_path).values
+    # the positive values of convnets: 500, 500 and 1
+    assert values["ape", ("weak", "clean", "nll"), "convnet"].mean == pytest.approx(1001 / 3)
+    assert values["ape", ("weak", "clean", "half_sq"), "convnet"].mean == pytest.approx(1001 / 3 + WD)
+
+
+def test_one_seed_has_the_interval_over_pairs_and_what_pairs_share_cancels(make_run: Callable, tmp_path: Path) -> None:
+    write(make_run)
+    found = answer(tmp_path)
+    single = found.values["rise", ("weak", "clean", "nll"), "vit"]
+    low, high = stats.t.interval(0.95, 2, 6 + PAIRS.mean(), stats.sem(PAIRS))
+    assert (single.low, single.high) == pytest.approx((low, high))
+    # the same directions for both models: their differences do not vary at all
+    assert found.values["rise", ("weak", "clean", "nll"), "difference"].half_width == pytest.approx(0, abs=1e-12)
+
+
+def test_several_seeds_have_the_paired_interval_over_seeds(make_run: Callable, tmp_path: Path) -> None:
+    write(make_run, seeds=3, shift=0.5)
+    found = answer(tmp_path)
+    assert found.seeds == (0, 1, 2)
+    difference = found.values["rise", ("weak", "clean", "nll"), "difference"]
+    low, high = stats.t.interval(0.95, 2, 1.5, stats.sem([1.0, 1.5, 2.0]))
+    assert (difference.low, difference.high) == pytest.approx((low, high))
+    assert effects(found, "rise", "half_sq")["training"].difference.half_width == pytest.approx(0, abs=1e-12)
+
+
+def test_images_that_follow_the_training_are_refused(make_run: Callable, tmp_path: Path) -> None:
+    def otherwise(measured: dict[str, Any], _: str, training: str) -> dict[str, Any]:
+        card = other_card(augmentation="mixup") if training == "strong" else CARD
+        return measured | {"sharpness": dataclasses.replace(measured["sharpness"], card=card)}
+
+    write(make_run, change=otherwise)
+    found = answer(tmp_path)
+    assert [str(p) for p in found.problems] == [
+        "missing: landscape_objective: sharpness (objective cards differ in augmentation: the factors are not crossed)"
+    ]
+    assert {e.quantity for e in found.effects} == {"ape", "border"}
+
+
+def test_what_is_saturated_or_missing_is_named(make_run: Callable, tmp_path: Path) -> None:
+    def broken(measured: dict[str, Any], model: str, training: str) -> dict[str, Any]:
+        if (model, training) == ("vit", "weak"):
+            del measured["hessian"]
+            measured["sharpness"] = dataclasses.replace(measured["sharpness"], saturated=np.array([True]))
+        return measured
+
+    write(make_run, change=broken)
+    found = answer(tmp_path)
+    said = [str(p) for p in found.problems]
+    assert sum("weak, augmented" in s and "saturated" in s for s in said) == 3  # three objectives
+    assert sum("hessian (not measured at end)" in s for s in said) == 1
+    tables = {t.name: t for t in factor_tables.tables(found)}
+    assert any(cell.problem == "missing" for row in tables["conditions"].rows for cell in row)
+    assert any(cell.problem == "failed" for row in tables["factors"].rows for cell in row)
+    factors_figure.draw(found).draw_without_rendering()
+
+
+def test_without_the_four_trainings_there_is_no_answer(make_run: Callable, tmp_path: Path) -> None:
+    make_run("vit")
+    selection = Selection(evidence.collect(runs.every(tmp_path / "runs")))
+    assert factors.answer(selection) is None
+    made = factor_tables.made(selection, tmp_path)
+    assert not made["factors"].rows
+    assert "landscape-objective" in str(made["factors"].problems[0])
+
+
+def test_tables_and_figure_say_who_and_why(make_run: Callable, tmp_path: Path) -> None:
+    write(make_run)
+    selection = Selection(evidence.collect(runs.every(tmp_path / "runs")))
+    made = factor_tables.made(selection, tmp_path / "figures")
+    texts = [[cell.text for cell in row] for row in made["conditions"].rows]
+    assert len(texts) == 12
+    assert texts[0][:5] == ["weak, clean, NLL", "5.00 ± 0.66", "6.00 ± 0.66", "1", "ConvNet"]
+    assert len(made["factors"].rows) == 3 * (2 + 1 + 2)
+    note = made["factors"].note
+    assert (
+        "rise at r = 0.1 (nats), NLL + ½ wd Σ‖w‖²: ViT looks flatter in 5 of 8 conditions; training makes 90%" in note
+    )
+    assert made["factors"].picture == tmp_path / "figures" / "factors.png"
+    assert made["factors"].picture.stat().st_size > 10_000
