@@ -73,7 +73,7 @@ def train(cfg: DictConfig, run: Run | None = None) -> Run:
         _say(f"analysis.{name}: the experiment sets it, but it was not chosen; left out")
     config.apply_caps(cfg)
     validate(cfg)
-    afresh = run is None and _start_file(cfg) is None
+    afresh = run is None and cfg.ckpt_path in (None, "last", "auto")
     done = runs.finished(Path(cfg.paths.runs), config.config_hash(cfg)) if cfg.skip_finished and afresh else None
     if done is not None:
         _say(f"{done.path} is a finished run of this configuration; nothing to do")
@@ -213,11 +213,6 @@ def _resume_point(cfg: DictConfig, run: Run | None) -> tuple[Run | None, Path | 
     if run is None or (not checkpoint.manifest(run.checkpoints) and wanted != "last"):
         return run, None
     return run, checkpoint.newest(run.checkpoints)
-
-
-def _start_file(cfg: DictConfig) -> Path | None:
-    """Return the checkpoint file whose weights (or, if it is one of ours, whose training) a new run starts from."""
-    return None if cfg.ckpt_path in (None, "last", "auto") else Path(cfg.ckpt_path)
 
 
 def _new_run(cfg: DictConfig) -> Run:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from vitscope import config
-from vitscope.probe import COMPARED
+from vitscope.card import COMPARED
 from vitscope.reports import identity
 from vitscope.reports.cells import Problem
 from vitscope.reports.evidence import Entry, Measured

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vitscope import config
+from vitscope.card import COMPARED
 from vitscope.errors import StorageError
-from vitscope.probe import COMPARED
 from vitscope.reports.cells import Problem
 from vitscope.reports.effects import Runs, by_setting, first, plainest
 from vitscope.reports.evidence import Entry, Measured
