@@ -73,8 +73,9 @@ def validate(cfg: DictConfig) -> None:
     for group in ("model", "data", "optimizer", "trainer"):
         if group in tree:
             _check_target_group(group, tree[group])
-    for group in ("objective", "logger", "paths", "caps"):
+    for group in ("objective", "logger", "paths"):
         _check_plain_group(group, tree.get(group) or {})
+    _check_caps(tree.get("caps") or {})
     _check_analyses(tree.get("analysis") or {})
     for name, node in (tree.get("callbacks") or {}).items():
         _check_node(f"callbacks.{name}", node, extra=("_package_",))
@@ -267,7 +268,7 @@ def _check_plain_group(group: str, node: Mapping[str, Any]) -> None:
     for key, value in node.items():
         if key not in known:
             raise ConfigError(f"{group}.{key}", _shown(value), "no such key", config.nearest(str(key), known))
-        if not any(_fits(value, kind) for kind in known[key]) and not (group == "caps" and value is None):
+        if not any(_fits(value, kind) for kind in known[key]):
             raise ConfigError(f"{group}.{key}", _shown(value), f"not {_named(known[key])}", "correct the value")
     if group == "objective":
         from vitscope.objective import L2_FORMS
@@ -276,6 +277,19 @@ def _check_plain_group(group: str, node: Mapping[str, Any]) -> None:
             raise ConfigError(
                 "objective.l2", node.get("l2"), "unknown form", config.nearest(str(node.get("l2")), L2_FORMS)
             )
+
+
+def _check_caps(caps: Mapping[str, Any]) -> None:
+    """Refuse bounds of what there is not: each is the name of a size in some file of ``conf/analysis``, or the trainer's."""
+    for name in caps:
+        if name not in _bounded():
+            raise ConfigError(f"caps.{name}", _shown(caps[name]), "no such key", config.nearest(str(name), _bounded()))
+
+
+@functools.cache
+def _bounded() -> set[str]:
+    files = [_file("analysis", name) for name in config.options("analysis")] + [_file("caps", "smoke")]
+    return {key.rpartition(".")[2] for file in files for key, _ in _leaves(file)}
 
 
 def _file(group: str, name: str) -> dict[str, Any]:

@@ -106,10 +106,12 @@ def train(cfg: DictConfig, run: Run | None = None) -> Run:
             mirror.preempting()
         raise
     finally:
-        if _is_main():
-            os.environ.pop(runs.ENVIRONMENT, None)  # the next run of this process makes a folder of its own
-            exits.note_end(run, code, wall_s=round(time.monotonic() - started, 3))
-        mirror.finish(code)
+        try:
+            if _is_main():
+                os.environ.pop(runs.ENVIRONMENT, None)  # the next run of this process makes a folder of its own
+                exits.note_end(run, code, wall_s=round(time.monotonic() - started, 3))
+        finally:
+            mirror.finish(code)
     return run
 
 
@@ -206,8 +208,8 @@ def _resume_point(cfg: DictConfig, run: Run | None) -> tuple[Run | None, Path | 
         if run is None and wanted == "last":
             why = "no unfinished run of this configuration has a checkpoint"
             raise CheckpointError("ckpt_path", "last", why, "start afresh without it, or use ckpt_path=auto")
-    if wanted not in (None, "last", "auto"):
-        return run, Path(wanted)
+    if (file := _start_file(cfg)) is not None:
+        return run, file
     if run is None or (not checkpoint.manifest(run.checkpoints) and wanted != "last"):
         return run, None
     return run, checkpoint.newest(run.checkpoints)
