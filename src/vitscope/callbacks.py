@@ -197,7 +197,7 @@ class Checkpoints(Callback):
             return False
         if self.warmup_epochs >= 1 and epoch == round(self.warmup_epochs) - 1:
             return True
-        if self.snapshots == "log":  # after 1, 2, 4, ... epochs, and the last
+        if isinstance(self.snapshots, str):  # log: after 1, 2, 4, ... epochs, and the last
             return (epoch + 1) & epoch == 0 or epoch + 1 == trainer.max_epochs
         return epoch in self.snapshots
 

@@ -119,7 +119,7 @@ def _build(node: Any, path: str, arguments: Mapping[str, Any]) -> Any:
 
 def refused(error: Exception) -> bool:
     """Tell whether a callee refused its arguments, which is the user's to mend: such errors are raised on purpose there."""
-    from pytorch_lightning.utilities.exceptions import MisconfigurationException
+    from lightning_fabric.utilities.exceptions import MisconfigurationException
 
     return isinstance(error, ValueError | MisconfigurationException) or (
         isinstance(error, TypeError) and "argument" in str(error)
@@ -164,7 +164,9 @@ def apply_caps(cfg: DictConfig) -> None:
     limits = {"steps": ("limit_train_batches",), "eval_batches": ("limit_val_batches", "limit_test_batches")}
     for cap, keys in limits.items():
         bound = caps.pop(cap, None)
-        for key in keys if bound is not None else ():
+        if bound is None:
+            continue
+        for key in keys:
             if key in trainer and _exceeds(trainer[key], bound):
                 trainer[key] = bound
     if cfg.get("analysis"):
@@ -178,7 +180,7 @@ def _exceeds(limit: Any, bound: float) -> bool:
 
 def _cap(node: Any, caps: Mapping[str, Any]) -> None:
     for key in list(node):
-        value = None if OmegaConf.is_missing(node, key) else node[key]
+        value: Any = None if OmegaConf.is_missing(node, key) else node[key]
         if OmegaConf.is_dict(value):
             _cap(value, caps)
         elif key in caps and OmegaConf.is_list(value):

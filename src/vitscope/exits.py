@@ -29,8 +29,8 @@ from collections.abc import Callable
 from types import FrameType
 
 from hydra.errors import HydraException, MissingConfigException
+from lightning_fabric.utilities.exceptions import MisconfigurationException
 from omegaconf.errors import OmegaConfBaseException
-from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from vitscope import checkpoint, config, interrupt, secrecy
 from vitscope.errors import ConfigError, DistributedError, StorageError, VitscopeError

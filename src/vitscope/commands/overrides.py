@@ -52,7 +52,7 @@ def _refusals_of_argparse() -> Iterator[None]:
         raise ConfigError("arguments", None, message, "see --help")
 
     original = argparse.ArgumentParser.error
-    argparse.ArgumentParser.error = refuse
+    setattr(argparse.ArgumentParser, "error", refuse)  # noqa: B010  its own signature says NoReturn
     try:
         yield
     finally:

@@ -208,8 +208,8 @@ def _resume_point(cfg: DictConfig, run: Run | None) -> tuple[Run | None, Path | 
         if run is None and wanted == "last":
             why = "no unfinished run of this configuration has a checkpoint"
             raise CheckpointError("ckpt_path", "last", why, "start afresh without it, or use ckpt_path=auto")
-    if (file := _start_file(cfg)) is not None:
-        return run, file
+    if wanted not in (None, "last", "auto"):
+        return run, Path(wanted)
     if run is None or (not checkpoint.manifest(run.checkpoints) and wanted != "last"):
         return run, None
     return run, checkpoint.newest(run.checkpoints)

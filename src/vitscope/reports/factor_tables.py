@@ -102,8 +102,10 @@ def _condition_heads() -> list[tuple[str, str]]:
 
 
 def _condition_rows(found: Answer | None) -> list[tuple[Cell, ...]]:
+    if found is None:
+        return []
     rows = []
-    for c in CONDITIONS if found is not None else ():
+    for c in CONDITIONS:
         cells = [Cell(f"{c[0]}, {c[1]}, {OBJECTIVES[c[2]]}")]
         for q in QUANTITIES:
             three = [found.values.get((q.key, c, column)) for column in (*MODELS, "difference")]

@@ -155,7 +155,7 @@ def _result(probe: Probe, rows: np.ndarray, classes: np.ndarray, n_logits: int) 
         mean_class_accuracy=float(by_class[count > 0].mean()),
         nll=float(nll.mean()),
         classes=classes,
-        class_names=tuple(names[c] for c in classes) if len(names) > int(classes[-1]) else (),
+        class_names=tuple(str(names[c]) for c in classes) if len(names) > int(classes[-1]) else (),
         class_count=count,
         class_accuracy=by_class,
         n_logits=n_logits,
