@@ -183,7 +183,7 @@ def _width(found: Interval | None) -> float:
 
 def _keys(entry: Entry) -> Mapping[str, Any]:
     keys = identity.flattened({k: v for k, v in entry.config.items() if isinstance(v, Mapping)})
-    named = {"objective": identity.recipe(entry.config) or "other"}
+    named: dict[str, Any] = {"objective": identity.recipe(entry.config) or "other"}
     if entry.family == "alternet":
         named["model.n_msa"] = list(n_msa(entry))  # also where the model's default counts were taken
     return {**keys, **named}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import warnings
 from collections.abc import Mapping
@@ -71,7 +72,7 @@ class Bayes:
             raise ConfigError(
                 "method", "bayes", "needs optuna, which is not installed", "pip install optuna, or use method: random"
             ) from None
-        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        optuna.logging.set_verbosity(logging.WARNING)
         self._optuna, self._n, self._known, self._asked = optuna, n, dict(known), {}
         self._parameters = sweep.parameters
         self._space = {key: node for key, node in sweep.parameters.items() if "value" not in node}
