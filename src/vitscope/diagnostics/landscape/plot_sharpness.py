@@ -13,6 +13,10 @@ from matplotlib.ticker import NullLocator
 from vitscope.diagnostics.landscape.sharpness import SharpnessResult
 
 
+#: entries of a legend that fit into the axes
+MOST_INSIDE = 4
+
+
 def sharpness(results: Mapping[str, SharpnessResult]) -> Figure:
     """Draw the mean rise with its 95% interval and the worst rise found, over the radius.
 
@@ -42,7 +46,12 @@ def sharpness(results: Mapping[str, SharpnessResult]) -> Figure:
         if len(sunk):
             axes.plot(sunk, np.zeros(len(sunk)), "v", color=color, transform=axes.get_xaxis_transform(), clip_on=False)
     _shade(axes, results)
-    axes.legend(fontsize=6)
+    handles, labels = axes.get_legend_handles_labels()
+    if len(labels) > MOST_INSIDE:  # above, where it hides no curve
+        figure.set_figheight(2.7 + 0.13 * len(labels))
+        figure.legend(handles, labels, loc="outside upper center", fontsize=6, ncols=1)
+    else:
+        axes.legend(fontsize=6)
     return figure
 
 
