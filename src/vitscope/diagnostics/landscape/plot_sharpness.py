@@ -12,7 +12,6 @@ from matplotlib.ticker import NullLocator
 
 from vitscope.diagnostics.landscape.sharpness import SharpnessResult
 
-
 #: entries of a legend that fit into the axes
 MOST_INSIDE = 4
 
