@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 
 from vitscope.errors import ConfigError, nearest
 from vitscope.trust import PACKAGES, check_role, check_target, resolve
@@ -183,7 +183,7 @@ def _cap(node: Any, caps: Mapping[str, Any]) -> None:
         value: Any = None if OmegaConf.is_missing(node, key) else node[key]
         if OmegaConf.is_dict(value):
             _cap(value, caps)
-        elif key in caps and OmegaConf.is_list(value):
+        elif key in caps and isinstance(value, ListConfig):
             node[key] = [v for v in value if v <= caps[key]]
         elif key in caps and (value is None or (isinstance(value, int | float) and value > caps[key])):
             node[key] = caps[key]

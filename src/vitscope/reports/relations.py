@@ -135,7 +135,7 @@ def draw(points: Sequence[Point], x: str, y: Sequence[str]) -> Figure:
         axes = figure.subplots(1, len(y), squeeze=False)[0]
         for panel, (ax, quantity) in enumerate(zip(axes, y)):
             _panel(ax, points, panel, x, series)
-            ax.set_ylabel(word(quantity))
+            ax.set_ylabel(word(quantity).replace(" (", "\n("))
             ax.set_xlabel(word(x))
         figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=2, frameon=False)
     return figure

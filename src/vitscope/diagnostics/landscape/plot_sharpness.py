@@ -12,6 +12,9 @@ from matplotlib.ticker import NullLocator
 
 from vitscope.diagnostics.landscape.sharpness import SharpnessResult
 
+#: entries of a legend that fit into the axes
+MOST_INSIDE = 4
+
 
 def sharpness(results: Mapping[str, SharpnessResult]) -> Figure:
     """Draw the mean rise with its 95% interval over the radius, and below it the worst rise found, where there is one.
@@ -40,7 +43,11 @@ def sharpness(results: Mapping[str, SharpnessResult]) -> Figure:
         panels[1, 0].set(yscale="log", ylabel="worst rise\nfound (nats)")
     _shade(list(panels[:, 0]), results)
     panels[-1, 0].set_xlabel("radius (share of each filter's norm)")
-    if any(results) or any(r.n_nonfinite for r in results.values()):
+    handles, labels = axes.get_legend_handles_labels()
+    if len(labels) > MOST_INSIDE:  # above, where it hides no curve
+        figure.set_figheight(figure.get_figheight() + 0.13 * len(labels))
+        figure.legend(handles, labels, loc="outside upper center", fontsize=6, ncols=1)
+    elif labels:
         axes.legend(fontsize=6)
     return figure
 
