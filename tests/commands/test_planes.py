@@ -110,6 +110,7 @@ def test_a_barrier_to_another_run(call, run: Path, tmp_path: Path) -> None:
     file = other / "checkpoints" / "init.ckpt"
     assert call("analyze", f"run={run}", *options, f"analysis.loss_barrier.checkpoints=[{file},{other}]") == 0
     assert newest(run, "loss_barrier").start == "other/init"
+    assert call("analyze", f"run={run}", *options, f"analysis.loss_barrier.checkpoints=[{other},{other}]") == 4
     # the same path with other weights is another measurement
     assert call("analyze", f"run={run}", *options, f"analysis.loss_barrier.checkpoints=[{other}]") == 0
     last = other / "checkpoints" / "last.ckpt"
