@@ -289,7 +289,8 @@ def _check_caps(caps: Mapping[str, Any]) -> None:
 @functools.cache
 def _bounded() -> set[str]:
     files = [_file("analysis", name) for name in config.options("analysis")] + [_file("caps", "smoke")]
-    return {key.rpartition(".")[2] for file in files for key, _ in _leaves(file)}
+    names = ([part for part in key.split(".") if not part.isdigit()] for file in files for key, _ in _leaves(file))
+    return {parts[-1] for parts in names}  # radii.0 is the first of a list named radii
 
 
 def _file(group: str, name: str) -> dict[str, Any]:
