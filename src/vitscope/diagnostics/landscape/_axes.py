@@ -243,7 +243,7 @@ def _saved_vectors(path: str | PathLike[str]) -> np.ndarray:
     try:
         with np.load(path, allow_pickle=False) as archive:
             found = archive["eigenvectors"] if "eigenvectors" in archive.files else np.empty((0, 0))
-    except (OSError, ValueError, AttributeError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, TypeError, AttributeError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(f"Expected eigenvectors to be a saved result, received {str(path)!r} ({error}).") from None
     if not len(found):
         raise ValueError(f"Expected a result saved with eigenvectors=true, received {str(path)!r}, which holds none.")
