@@ -38,7 +38,7 @@ def sharpness(results: Mapping[str, SharpnessResult]) -> Figure:
             panels[1, 0].plot(r.radii[found], r.worst_rise[found], "^--", color=f"C{index}", linewidth=0.8)
     if worst:
         panels[1, 0].set(yscale="log", ylabel="worst rise\nfound (nats)")
-    _shade(panels[:, 0], results)
+    _shade(list(panels[:, 0]), results)
     panels[-1, 0].set_xlabel("radius (share of each filter's norm)")
     if any(results) or any(r.n_nonfinite for r in results.values()):
         axes.legend(fontsize=6)
