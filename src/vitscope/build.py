@@ -68,7 +68,7 @@ def named_objective(name: str) -> dict[str, Any]:
     names = config.options("objective")
     if name not in names:
         raise ConfigError("probe.augment", name, "no such objective", config.nearest(name, names))
-    return {str(k): v for k, v in OmegaConf.load(config.folder() / "objective" / f"{name}.yaml").items()}
+    return config.plain(OmegaConf.load(config.folder() / "objective" / f"{name}.yaml"))
 
 
 def objective(cfg: DictConfig, *, smoothing: float, scale: Mapping[str, Tensor] | None = None) -> Objective:

@@ -262,6 +262,15 @@ def test_eigenvectors_from_a_saved_file(tmp_path: Path):
     assert np.diff(r.nll[1], 2)[0] == pytest.approx(float(values[0]), rel=1e-10)
 
 
+def test_files_without_eigenvectors_are_refused(tmp_path: Path):
+    (tmp_path / "text.npz").write_text("no archive")
+    np.save(tmp_path / "array.npy", np.ones(3))
+    np.savez(tmp_path / "empty.npz", eigenvectors=np.zeros((0, 0)))
+    for name, why in (("text.npz", "a saved result"), ("array.npy", "a saved result"), ("empty.npz", "holds none")):
+        with pytest.raises(ValueError, match=why):
+            vs.loss_landscape(bowl(), directions="eigenvectors", eigenvectors=tmp_path / name)
+
+
 def test_rise_at_the_border_is_over_what_is_finite():
     r = overflowing()
     middle = r.nll[1]  # the only finite row: its ends are on the border

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from os import PathLike
@@ -233,12 +234,20 @@ def _given(source: Source, differences: Sequence[Direction]) -> Sequence[Any] | 
     if source.kind == "given":
         return source.directions
     if isinstance(source.eigenvectors, str | PathLike):
-        with np.load(source.eigenvectors, allow_pickle=False) as archive:
-            if "eigenvectors" not in archive.files:
-                raise ValueError(f"Expected {source.eigenvectors} to hold 'eigenvectors', received {archive.files}.")
-            return archive["eigenvectors"]
+        return _saved_vectors(source.eigenvectors)
     assert source.eigenvectors is not None
     return source.eigenvectors
+
+
+def _saved_vectors(path: str | PathLike[str]) -> np.ndarray:
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            found = archive["eigenvectors"] if "eigenvectors" in archive.files else np.empty((0, 0))
+    except (OSError, ValueError, TypeError, AttributeError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(f"Expected eigenvectors to be a saved result, received {str(path)!r} ({error}).") from None
+    if not len(found):
+        raise ValueError(f"Expected a result saved with eigenvectors=true, received {str(path)!r}, which holds none.")
+    return found
 
 
 def _scaled(probe: Probe, source: Source, found: Direction) -> Direction:
