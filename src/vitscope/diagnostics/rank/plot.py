@@ -34,7 +34,8 @@ def effective_rank(results: Mapping[str, EffectiveRankResult], *, share: bool = 
             if len(results) == 1:
                 _bands(ax, result)
         ax.set_ylabel(f"{label}\n(share of channels)" if share else label)
-        ax.set_ylim(0, 1.08 * max(np.nanmax([np.nanmax(line.get_ydata(), initial=0) for line in ax.lines]), 1e-9))
+        highest = max((np.nan_to_num(np.asarray(line.get_ydata(), float)).max() for line in ax.lines), default=0.0)
+        ax.set_ylim(0, 1.08 * highest or 1.0)
     axes[-1].set_xlabel("Normalised depth")
     if any(results):
         figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
