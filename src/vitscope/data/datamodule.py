@@ -260,7 +260,7 @@ class DataModule(pl.LightningDataModule):
         augmentation = str(self.recipe if augment else self.recipe.plain())
         if augment and self.mixes:
             augmentation += f" + {self.mixing}"
-        data = self.name
+        data = str(self.name)
         if split == "train":  # evaluation is on whole splits and true labels, whatever the training was on
             data += "" if self.fraction == 1 else f", {self.fraction:g} of each class"
             data += ", random labels" if self.random_labels else ""

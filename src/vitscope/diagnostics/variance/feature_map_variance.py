@@ -148,7 +148,9 @@ def _result(taps: Sequence[Any], sums: _Sums, level: float, card: ObjectiveCard)
     null = np.array([bool(reason) for reason in reasons])
     either = null | np.append(True, null[:-1])  # this tap or the one before
     flat = ~either & np.array([r.count > 0 and not np.isfinite(r.mean) for r in ratios])
-    named |= {f"the ratio at {taps[i].name}": "an image without variance there or before" for i in np.flatnonzero(flat)}
+    named |= {
+        f"the ratio at {taps[int(i)].name}": "an image without variance there or before" for i in np.flatnonzero(flat)
+    }
     warn_nulls("feature_map_variance", named | ({"the intervals": "a single image"} if n_images == 1 else {}))
     either |= flat
     return FeatureMapVarianceResult(
