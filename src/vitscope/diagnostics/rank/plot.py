@@ -43,7 +43,8 @@ def effective_rank(results: Mapping[str, EffectiveRankResult], *, share: bool = 
 
 
 def _bands(ax: Axes, result: EffectiveRankResult) -> None:
-    half = 0.5 / max(len(result.taps) - 1, 1)
-    for depth, kind in zip(result.depths, result.kinds):
+    """Shade from the tap before to the tap after each attention, pooling or first unit of a later stage."""
+    for i in range(1, len(result.taps)):
+        kind = "pool" if result.stages[i] > result.stages[i - 1] > 0 else result.kinds[i]
         if kind in BANDS:
-            ax.axvspan(depth - half, depth + half, color=BANDS[kind], zorder=0, linewidth=0)
+            ax.axvspan(result.depths[i - 1], result.depths[i], color=BANDS[kind], zorder=0, linewidth=0)
