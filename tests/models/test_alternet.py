@@ -96,7 +96,7 @@ def test_heads_of_that_width_make_every_placement_as_large(depth: int, dim_head:
     counts = [count(depth=depth, n_msa=n_msa, dim_head=dim_head, placement=p) for p in placements]
     sequences = {stage_blocks((3, 4, 6, 4), n_msa, p) for p in placements}  # type: ignore[arg-type]
     assert len(sequences) == 4
-    assert max(counts) / min(counts) < 1.001  # what conf/experiment/msa_placement.yaml and conf/reproduce.yaml set
+    assert max(counts) / min(counts) < 1.002  # what conf/experiment/msa_placement.yaml and conf/reproduce.yaml set
 
 
 def test_feature_map_sizes_are_those_of_the_model() -> None:

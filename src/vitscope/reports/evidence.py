@@ -113,6 +113,13 @@ class Entry:
         return self.facts.get("command") != "analyze"
 
     @property
+    def untrained(self) -> bool:
+        """Whether one of our models was analysed as it was built, without weights from anywhere."""
+        node = self.config.get("model") or {}
+        ours = str(node.get("_target_", "")).startswith("vitscope.models.")
+        return ours and not (self.trained or node.get("pretrained") or self.config.get("ckpt_path"))
+
+    @property
     def family(self) -> str:
         """The model's builder."""
         return identity.family(self.config)
@@ -154,7 +161,12 @@ def collect(found: Sequence[Run]) -> list[Entry]:
             counting[entry.group, entry.seed] = entry
     kept = {entry.id for entry in counting.values()}
     labelled = [
-        replace(entry, label=named[entry.group], superseded=entry.trained and entry.id not in kept) for entry in raw
+        replace(
+            entry,
+            label=named[entry.group] + (", random weights" if entry.untrained else ""),
+            superseded=entry.trained and entry.id not in kept,
+        )
+        for entry in raw
     ]
     return sorted(labelled, key=lambda e: (e.data, e.family, _natural(e.label), e.group, e.superseded, e.seed, e.id))
 

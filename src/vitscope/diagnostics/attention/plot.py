@@ -30,7 +30,7 @@ def attention_distance(results: Mapping[str, AttentionDistanceResult]) -> Figure
         upper.plot(result.depths, result.uniform_distance, color=color, linestyle=":", label=label)
     upper.set(ylabel="Distance (pixels)")
     lower.set(ylabel="Entropy / ln(keys)", xlabel="Normalised depth", ylim=(0, 1.03))
-    upper.set_ylim(bottom=0)
+    upper.set_ylim(0, 1.08 * max(upper.dataLim.y1, 1e-9))
     figure.legend(*upper.get_legend_handles_labels(), loc="outside upper center", ncols=3)
     return figure
 

@@ -8,6 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
+from matplotlib.ticker import MaxNLocator
 
 from vitscope.diagnostics.cka.cka import CKAResult
 
@@ -33,6 +34,8 @@ def cka(results: Mapping[str, CKAResult], *, vmin: float = 0.0, vmax: float = 1.
     for ax, (name, result) in zip(axes, results.items()):
         image = ax.imshow(result.similarity.T, origin="lower", vmin=vmin, vmax=vmax, cmap="magma", aspect="auto")
         ax.set_facecolor("0.6")
+        for axis in (ax.xaxis, ax.yaxis):
+            axis.set_major_locator(MaxNLocator(integer=True))
         _stages(ax, result.stages, result.other_stages)
         within = result.taps == result.other_taps
         ax.set(title=name, xlabel="Layer", ylabel="Layer" if within else "Layer of the other model", box_aspect=1)

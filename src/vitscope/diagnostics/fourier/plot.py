@@ -67,11 +67,12 @@ def relative_log_amplitude(
 def _over_frequency(figure: Figure, ax: Axes, result: RelativeLogAmplitudeResult, curve: str, axis: str) -> None:
     field, label = CURVES[curve]
     colours = ScalarMappable(Normalize(0, 1), "viridis")
+    shade = 1 - 0.5 ** (1 / max(len(result.taps), 1))  # all intervals on top of each other are half opaque
     grid = result.normalized_frequency if axis == "true" else result.paper_frequency
     for depth, x, y, half in zip(result.depths, grid, getattr(result, field), result.log_amplitude_half_width):
         colour = colours.to_rgba(depth)
         ax.plot(x, y, color=colour, linewidth=1.0)
-        ax.fill_between(x, y - half, y + half, color=colour, alpha=0.12, linewidth=0)
+        ax.fill_between(x, y - half, y + half, color=colour, alpha=shade, linewidth=0)
     figure.colorbar(colours, ax=ax, label="normalised depth", pad=0.02)
     ax.set_xlim(0, 1)
     ax.set_xlabel(r"frequency ($\times\pi$ rad/pixel)" + ("" if axis == "true" else ", stretched"))

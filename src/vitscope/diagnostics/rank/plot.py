@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -33,7 +34,8 @@ def effective_rank(results: Mapping[str, EffectiveRankResult], *, share: bool = 
             if len(results) == 1:
                 _bands(ax, result)
         ax.set_ylabel(f"{label}\n(share of channels)" if share else label)
-        ax.set_ylim(bottom=0)
+        highest = max((np.nan_to_num(np.asarray(line.get_ydata(), float)).max() for line in ax.lines), default=0.0)
+        ax.set_ylim(0, 1.08 * highest or 1.0)
     axes[-1].set_xlabel("Normalised depth")
     if any(results):
         figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
@@ -41,7 +43,8 @@ def effective_rank(results: Mapping[str, EffectiveRankResult], *, share: bool = 
 
 
 def _bands(ax: Axes, result: EffectiveRankResult) -> None:
-    half = 0.5 / max(len(result.taps) - 1, 1)
-    for depth, kind in zip(result.depths, result.kinds):
+    """Shade from the tap before to the tap after each attention, pooling or first unit of a later stage."""
+    for i in range(1, len(result.taps)):
+        kind = "pool" if result.stages[i] > result.stages[i - 1] > 0 else result.kinds[i]
         if kind in BANDS:
-            ax.axvspan(depth - half, depth + half, color=BANDS[kind], zorder=0, linewidth=0)
+            ax.axvspan(result.depths[i - 1], result.depths[i], color=BANDS[kind], zorder=0, linewidth=0)
