@@ -208,7 +208,9 @@ def _metrics(num_classes: int) -> nn.ModuleDict:
         },
         compute_groups=False,
     )
-    return nn.ModuleDict({"scores": scores, "loss": MeanMetric(), "nll": MeanMetric(), "brier": MeanMetric()})
+    # by default torchmetrics leaves NaN out of a mean, which would be that of the other images
+    means = {name: MeanMetric(nan_strategy="disable") for name in ("loss", "nll", "brier")}
+    return nn.ModuleDict({"scores": scores, **means})
 
 
 @contextmanager

@@ -88,14 +88,15 @@ def test_top_1_and_top_5_with_timms_preprocessing(call: Callable[..., int], tree
 def test_imagenet_c_folders_get_the_labels_of_the_1000_classes(call: Callable[..., int], tree: Path, weights) -> None:
     file, model = weights
     options = ["analysis=[corruption]", f"analysis.corruption.root={tree}/imagenet-c", "analysis.corruption.types=[fog]",
-               "analysis.corruption.severities=[3]", "data.transform=null", "data.image_size=224"]  # fmt: skip
+               "analysis.corruption.severities=[3]", "analysis.corruption.probe.n_images=6",
+               "data.transform=null", "data.image_size=224"]  # fmt: skip
     run = [*MODEL, f"data.root={tree}/imagenet", f"ckpt_path={file}", f"paths.runs={tree}/runs"]
     assert call("analyze", *run, *options) == 0
     (result,) = vs.load_results(only_run(tree))["corruption"].values()
     pixels, labels = [], []
     for name, i in zip(wnids(), PRESENT):
         for f in sorted((tree / "imagenet-c/weather/fog/3" / name).iterdir()):
-            pixels.append(torch.from_numpy(np.asarray(Image.open(f))).permute(2, 0, 1) / 255)
+            pixels.append(torch.from_numpy(np.array(Image.open(f))).permute(2, 0, 1) / 255)
             labels.append(i)
     mean, std = (torch.tensor(v)[:, None, None] for v in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
     with torch.no_grad():

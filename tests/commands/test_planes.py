@@ -168,5 +168,5 @@ def test_one_key_keeps_the_start_the_end_of_warm_up_and_log_spaced_epochs(run: P
     endless: Any = SimpleNamespace(max_epochs=-1)
     assert [epoch for epoch in range(20) if schedule._kept(epoch, endless)] == [0, 1, 3, 4, 7, 15]
     assert not any(Checkpoints(warmup_epochs=5)._kept(epoch, trainer) for epoch in range(305))
-    with pytest.raises(ValueError, match="'log' or a list of epochs, received 'lgo'"):
+    with pytest.raises(ValueError, match="'log', a list of epochs or None, received 'lgo'"):
         Checkpoints(snapshots="lgo")  # type: ignore[arg-type]

@@ -203,7 +203,7 @@ def test_tied_parameters_move_together_and_count_once():
             p.copy_(before[name] + r.x[0] * d[0][name] + r.y[2] * d[1][name])
         x, y = (torch.cat(parts) for parts in zip(*probe.batches))
         assert r.nll[0, 2] == pytest.approx(float(nn.functional.cross_entropy(moved(x), y)), rel=1e-12)
-    squares = float(moved.depthwise.weight.square().sum() + moved.first.weight.square().sum())
+    squares = sum(float(w.detach().square().sum()) for w in (moved.depthwise.weight, moved.first.weight))
     assert r.l2_half_sq[0, 2] == pytest.approx(0.05 * squares, rel=1e-12)
 
 

@@ -180,6 +180,9 @@ def _trainer(cfg: DictConfig, run: Run, logger: Any, diagnostics: DiagnosticCall
     shown = cfg.trainer.get("enable_progress_bar", True)
     bar = [] if not shown else [RichProgressBar() if sys.stdout.isatty() else PlainProgress()]
     own = [config.instantiate(node, f"callbacks.{name}") for name, node in cfg.callbacks.items()]
+    own.sort(
+        key=lambda callback: isinstance(callback, Checkpoints)
+    )  # a stop is saved after an average has seen the step
     if not any(isinstance(callback, Checkpoints) for callback in own):
         own.append(StopsWithoutSaving())
     trainer = config.instantiate(

@@ -55,7 +55,7 @@ def sharpness(results: Mapping[str, SharpnessResult]) -> Figure:
 def _mean(axes: Axes, name: str, r: SharpnessResult, color: str) -> None:
     keep = ~r.saturated & (r.rise > 0) & np.isfinite(r.rise)
     low = np.clip(r.rise - r.rise_low, 0, 0.999 * r.rise.clip(min=0))  # a bar may not reach zero
-    bars = np.nan_to_num(np.stack([low, r.rise_high - r.rise]))[:, keep]
+    bars = np.nan_to_num(np.stack([low, (r.rise_high - r.rise).clip(min=0)]))[:, keep]
     count = f"{r.n_nonfinite} points not finite" if r.n_nonfinite else ""
     label = " ".join(filter(None, [name, f"({count})" if name and count else count]))
     axes.errorbar(r.radii[keep], r.rise[keep], yerr=bars, fmt="o-", color=color, label=label or None)
