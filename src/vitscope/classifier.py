@@ -208,8 +208,8 @@ def _metrics(num_classes: int) -> nn.ModuleDict:
         },
         compute_groups=False,
     )
-    # by default torchmetrics leaves NaN out of a mean, which would be that of the other images
-    means = {name: MeanMetric(nan_strategy="disable") for name in ("loss", "nll", "brier")}
+    # NaN stays NaN: by default torchmetrics leaves it out, and the mean is that of the other batches ("disable" drops the weights)
+    means = {name: MeanMetric(nan_strategy=float("nan")) for name in ("loss", "nll", "brier")}
     return nn.ModuleDict({"scores": scores, **means})
 
 
