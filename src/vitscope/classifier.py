@@ -208,7 +208,7 @@ def _metrics(num_classes: int) -> nn.ModuleDict:
         },
         compute_groups=False,
     )
-    # NaN stays NaN: by default torchmetrics leaves it out, and the mean is that of the other batches ("disable" drops the weights)
+    # NaN stays NaN: by default torchmetrics leaves such batches out of the mean, and "disable" drops the weights
     means = {name: MeanMetric(nan_strategy=float("nan")) for name in ("loss", "nll", "brier")}
     return nn.ModuleDict({"scores": scores, **means})
 

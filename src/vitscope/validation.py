@@ -11,11 +11,10 @@ import inspect
 import math
 import os
 import re
-import types
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -24,6 +23,7 @@ from vitscope import config, relations
 from vitscope.analyses import OURS, SUPPLIED
 from vitscope.build import DATA_HINTS
 from vitscope.errors import CheckpointError, ConfigError, DataError, StorageError
+from vitscope.signatures import check_arguments, check_node, fits, shown
 
 METRICS = relations.METRICS
 
@@ -53,8 +53,6 @@ RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     (r"span|rms|budget_s", lambda v: v > 0, "greater than 0"),
 )  # fmt: skip
 
-_UNIONS = (Union, types.UnionType)
-
 
 def validate(cfg: DictConfig) -> None:
     """Check a composed configuration.
@@ -78,7 +76,7 @@ def validate(cfg: DictConfig) -> None:
     _check_caps(tree.get("caps") or {})
     _check_analyses(tree.get("analysis") or {})
     for name, node in (tree.get("callbacks") or {}).items():
-        _check_node(f"callbacks.{name}", node, extra=("_package_",))
+        check_node(f"callbacks.{name}", node, extra=("_package_",))
     relations.check(tree)
     _check_paths(tree)
 
@@ -101,11 +99,11 @@ def _check_roots(tree: Mapping[str, Any], *, whole: bool) -> None:
     groups = groups | {"optimizer"}  # analyze.py takes it over from the run
     for key, value in tree.items():
         if key not in keys and key not in groups:
-            raise ConfigError(key, _shown(value), "no such key", config.nearest(str(key), groups | set(keys)))
+            raise ConfigError(key, shown(value), "no such key", config.nearest(str(key), groups | set(keys)))
         if key in groups and not isinstance(value, Mapping | None):
-            raise ConfigError(key, _shown(value), "not a group", f"choose one of {', '.join(config.options(key))}")
-        if key in keys and not any(_fits(value, kind) for kind in keys[key]):
-            raise ConfigError(key, _shown(value), f"not {_named(keys[key])}", "correct the value")
+            raise ConfigError(key, shown(value), "not a group", f"choose one of {', '.join(config.options(key))}")
+        if key in keys and not any(fits(value, kind) for kind in keys[key]):
+            raise ConfigError(key, shown(value), f"not {_named(keys[key])}", "correct the value")
     for key in sorted(keys) if whole else ():
         if key not in tree:
             raise ConfigError(key, None, "is missing", "do not remove it")
@@ -166,97 +164,20 @@ def _check_number(key: str, value: Any) -> None:
 
 def _check_target_group(group: str, node: Mapping[str, Any]) -> None:
     extra = {"data": DATA_HINTS, "optimizer": ("schedule",)}.get(group, ())
-    _check_node(group, node, extra=extra)
+    check_node(group, node, extra=extra)
     if group == "data" and isinstance(node.get("recipe"), Mapping):
         known = {key for name in config.options("data") for key in _file("data", name).get("recipe", {})}
         for key in node["recipe"]:
             if key not in known:
                 raise ConfigError(
-                    f"data.recipe.{key}", _shown(node["recipe"][key]), "no such key", config.nearest(key, known)
+                    f"data.recipe.{key}", shown(node["recipe"][key]), "no such key", config.nearest(key, known)
                 )
     if group == "optimizer" and node.get("schedule"):
         from vitscope.schedule import factor
 
-        _check_arguments(
+        check_arguments(
             "optimizer.schedule", node["schedule"], factor, supplied=("step", "steps_per_epoch", "total_epochs")
         )
-
-
-def _check_node(path: str, node: Any, *, extra: Sequence[str] = (), supplied: Sequence[str] = ()) -> None:
-    if not isinstance(node, Mapping) or "_target_" not in node:
-        raise ConfigError(path, None, "no _target_", f"choose one of {', '.join(config.options(path.split('.')[0]))}")
-    for place, inner in config.targets(node, path):
-        config.check_role(inner, place)
-        target = config.resolve(inner["_target_"], place)
-        ours = (*config.RESERVED, *(extra if place == path else ()))
-        arguments = {key: value for key, value in inner.items() if key not in ours}
-        _check_arguments(place, arguments, target, supplied=supplied if place == path else ())
-
-
-def _check_arguments(
-    path: str, given: Mapping[str, Any], target: Callable[..., Any], supplied: Sequence[str] = ()
-) -> None:
-    parameters = inspect.signature(target).parameters
-    open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    names = {name for name, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
-    hints = _hints(target)
-    for key, value in given.items():
-        if key not in names and not open_ended:
-            raise ConfigError(f"{path}.{key}", _shown(value), "no such key", config.nearest(key, names - set(supplied)))
-        if key in hints and not _fits(value, hints[key]):
-            if isinstance(value, str) and (names := _choices(hints[key])):
-                raise ConfigError(f"{path}.{key}", value, "no such choice", config.nearest(value, names))
-            expected = hints[key].__name__ if isinstance(hints[key], type) else str(hints[key]).replace("typing.", "")
-            raise ConfigError(f"{path}.{key}", _shown(value), f"not of type {expected}", "correct the value")
-
-
-def _hints(target: Callable[..., Any]) -> dict[str, Any]:
-    try:
-        return typing.get_type_hints(target.__init__ if inspect.isclass(target) else target)
-    except (NameError, TypeError, AttributeError):  # annotations that need imports which are not there
-        return {}
-
-
-def _choices(hint: Any) -> list[str]:
-    """Return the words that a hint's ``Literal`` lists."""
-    if get_origin(hint) is Literal:
-        return [str(word) for word in get_args(hint)]
-    return [word for option in get_args(hint) for word in _choices(option)] if get_origin(hint) in _UNIONS else []
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    """Tell whether a plain value may be passed where ``hint`` stands; unknown kinds of hints let everything pass."""
-    origin, arguments = get_origin(hint), get_args(hint)
-    if origin in _UNIONS:
-        return any(_fits(value, option) for option in arguments)
-    if origin is Literal:
-        return value in arguments
-    if hint is None or hint is type(None):
-        return value is None
-    if isinstance(value, Mapping) and "_target_" in value:
-        return True
-    if hint is bool:
-        return isinstance(value, bool)
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    if hint is str:
-        return isinstance(value, str)
-    if origin in (list, tuple, Sequence):
-        if not isinstance(value, list | tuple):
-            return False
-        if origin is tuple and arguments and Ellipsis not in arguments:
-            return len(value) == len(arguments) and all(map(_fits, value, arguments))
-        return not arguments or all(_fits(item, arguments[0]) for item in value)
-    if origin is Callable:  # nothing plain is one; a node with a _target_ was let through above
-        return False
-    if origin in (dict, Mapping):
-        return isinstance(value, Mapping)
-    # a tensor or profiler cannot be written in a configuration; other classes (paths, enums) may take plain values
-    return not (
-        isinstance(hint, type) and hint.__module__.partition(".")[0] in ("torch", "pytorch_lightning", "datetime")
-    )
 
 
 def _check_plain_group(group: str, node: Mapping[str, Any]) -> None:
@@ -267,9 +188,9 @@ def _check_plain_group(group: str, node: Mapping[str, Any]) -> None:
             known.setdefault(key, set()).update(kinds if kinds != {int} else {float})
     for key, value in node.items():
         if key not in known:
-            raise ConfigError(f"{group}.{key}", _shown(value), "no such key", config.nearest(str(key), known))
-        if not any(_fits(value, kind) for kind in known[key]):
-            raise ConfigError(f"{group}.{key}", _shown(value), f"not {_named(known[key])}", "correct the value")
+            raise ConfigError(f"{group}.{key}", shown(value), "no such key", config.nearest(str(key), known))
+        if not any(fits(value, kind) for kind in known[key]):
+            raise ConfigError(f"{group}.{key}", shown(value), f"not {_named(known[key])}", "correct the value")
     if group == "objective":
         from vitscope.objective import L2_FORMS
 
@@ -283,7 +204,7 @@ def _check_caps(caps: Mapping[str, Any]) -> None:
     """Refuse bounds of what there is not: each is the name of a size in some file of ``conf/analysis``, or the trainer's."""
     for name in caps:
         if name not in _bounded():
-            raise ConfigError(f"caps.{name}", _shown(caps[name]), "no such key", config.nearest(str(name), _bounded()))
+            raise ConfigError(f"caps.{name}", shown(caps[name]), "no such key", config.nearest(str(name), _bounded()))
 
 
 @functools.cache
@@ -301,19 +222,19 @@ def _file(group: str, name: str) -> dict[str, Any]:
 def _check_analyses(nodes: Mapping[str, Any]) -> None:
     for name, node in nodes.items():
         path = f"analysis.{name}"
-        _check_node(path, node, extra=(*OURS, *_paths_of(path, node)), supplied=("probe", *SUPPLIED))
+        check_node(path, node, extra=(*OURS, *_paths_of(path, node)), supplied=("probe", *SUPPLIED))
         _check_saved(path, node)
         for part, types_ in (("probe", PROBE_TYPES), ("when", WHEN_TYPES)):
             if not isinstance(node.get(part), Mapping | None):
                 raise ConfigError(
-                    f"{path}.{part}", _shown(node[part]), "not a group of keys", f"set {', '.join(types_)}"
+                    f"{path}.{part}", shown(node[part]), "not a group of keys", f"set {', '.join(types_)}"
                 )
             for key, value in (node.get(part) or {}).items():
                 if key not in types_:
-                    raise ConfigError(f"{path}.{part}.{key}", _shown(value), "no such key", config.nearest(key, types_))
-                if not _fits(value, types_[key]):
+                    raise ConfigError(f"{path}.{part}.{key}", shown(value), "no such key", config.nearest(key, types_))
+                if not fits(value, types_[key]):
                     why = f"not of type {getattr(types_[key], '__name__', types_[key])}"
-                    raise ConfigError(f"{path}.{part}.{key}", _shown(value), why, "correct the value")
+                    raise ConfigError(f"{path}.{part}.{key}", shown(value), why, "correct the value")
         recipe = (node.get("probe") or {}).get("augment")
         if isinstance(recipe, str) and recipe not in config.options("objective"):
             why = config.nearest(recipe, ["true", "false", *config.options("objective")])
@@ -341,7 +262,7 @@ def _check_saved(path: str, node: Mapping[str, Any]) -> None:
     named = node.get("checkpoints")
     if named is not None and not (isinstance(named, list) and named and all(isinstance(n, str) for n in named)):
         raise ConfigError(
-            f"{path}.checkpoints", _shown(named), "not a list of paths", "name run folders or checkpoint files"
+            f"{path}.checkpoints", shown(named), "not a list of paths", "name run folders or checkpoint files"
         )
     for file in map(Path, named or ()):
         if not (file.is_file() or (file / "checkpoints" / "last.ckpt").is_file()):
@@ -367,7 +288,3 @@ def writable(path: Path) -> bool:
     while not path.exists():
         path = path.parent
     return path.is_dir() and os.access(path, os.W_OK | os.X_OK)
-
-
-def _shown(value: Any) -> Any:
-    return value if not isinstance(value, Mapping | list) else "..."

@@ -1,0 +1,112 @@
+"""Values of a configuration against the signatures of what they configure: unknown keys, wrong types, wrong words."""
+
+from __future__ import annotations
+
+import inspect
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, Union, get_args, get_origin
+
+from vitscope import config
+from vitscope.errors import ConfigError
+
+_UNIONS = (Union, types.UnionType)
+
+
+def check_node(path: str, node: Any, *, extra: Sequence[str] = (), supplied: Sequence[str] = ()) -> None:
+    """Check a node with a ``_target_``, and those inside it, against the signatures of what they name.
+
+    Args:
+        path: the node's key.
+        node: its plain values.
+        extra: keys of the node itself that are not the target's arguments.
+        supplied: arguments that vitscope passes, which a configuration need not name.
+
+    Raises:
+        ConfigError: naming the key.
+    """
+    if not isinstance(node, Mapping) or "_target_" not in node:
+        raise ConfigError(path, None, "no _target_", f"choose one of {', '.join(config.options(path.split('.')[0]))}")
+    for place, inner in config.targets(node, path):
+        config.check_role(inner, place)
+        target = config.resolve(inner["_target_"], place)
+        ours = (*config.RESERVED, *(extra if place == path else ()))
+        arguments = {key: value for key, value in inner.items() if key not in ours}
+        check_arguments(place, arguments, target, supplied=supplied if place == path else ())
+
+
+def check_arguments(
+    path: str, given: Mapping[str, Any], target: Callable[..., Any], supplied: Sequence[str] = ()
+) -> None:
+    """Check the keys and types of ``given`` against a signature.
+
+    Raises:
+        ConfigError: an unknown key, with the nearest ones, or a value of another type.
+    """
+    parameters = inspect.signature(target).parameters
+    open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    names = {name for name, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    hints = _hints(target)
+    for key, value in given.items():
+        if key not in names and not open_ended:
+            raise ConfigError(f"{path}.{key}", shown(value), "no such key", config.nearest(key, names - set(supplied)))
+        if key in hints and not fits(value, hints[key]):
+            if isinstance(value, str) and (names := _choices(hints[key])):
+                raise ConfigError(f"{path}.{key}", value, "no such choice", config.nearest(value, names))
+            expected = hints[key].__name__ if isinstance(hints[key], type) else str(hints[key]).replace("typing.", "")
+            raise ConfigError(f"{path}.{key}", shown(value), f"not of type {expected}", "correct the value")
+
+
+def _hints(target: Callable[..., Any]) -> dict[str, Any]:
+    try:
+        return typing.get_type_hints(target.__init__ if inspect.isclass(target) else target)
+    except (NameError, TypeError, AttributeError):  # annotations that need imports which are not there
+        return {}
+
+
+def _choices(hint: Any) -> list[str]:
+    """Return the words that a hint's ``Literal`` lists."""
+    if get_origin(hint) is Literal:
+        return [str(word) for word in get_args(hint)]
+    return [word for option in get_args(hint) for word in _choices(option)] if get_origin(hint) in _UNIONS else []
+
+
+def fits(value: Any, hint: Any) -> bool:
+    """Tell whether a plain value may be passed where ``hint`` stands; unknown kinds of hints let everything pass."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin in _UNIONS:
+        return any(fits(value, option) for option in arguments)
+    if origin is Literal:
+        return value in arguments
+    if hint is None or hint is type(None):
+        return value is None
+    if isinstance(value, Mapping) and "_target_" in value:
+        return True
+    if hint is bool:
+        return isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if hint is str:
+        return isinstance(value, str)
+    if origin in (list, tuple, Sequence):
+        if not isinstance(value, list | tuple):
+            return False
+        if origin is tuple and arguments and Ellipsis not in arguments:
+            return len(value) == len(arguments) and all(map(fits, value, arguments))
+        return not arguments or all(fits(item, arguments[0]) for item in value)
+    if origin is Callable:  # nothing plain is one; a node with a _target_ was let through above
+        return False
+    if origin in (dict, Mapping):
+        return isinstance(value, Mapping)
+    # a tensor or profiler cannot be written in a configuration; other classes (paths, enums) may take plain values
+    return not (
+        isinstance(hint, type) and hint.__module__.partition(".")[0] in ("torch", "pytorch_lightning", "datetime")
+    )
+
+
+def shown(value: Any) -> Any:
+    """Return a value as an error shows it: containers are long."""
+    return value if not isinstance(value, Mapping | list) else "..."
