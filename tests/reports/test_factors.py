@@ -163,7 +163,7 @@ def test_images_that_follow_the_training_are_refused(make_run: Callable, tmp_pat
     assert {e.quantity for e in found.effects} == {"ape", "border"}
 
 
-def test_what_is_saturated_or_missing_is_named(make_run: Callable, tmp_path: Path) -> None:
+def test_what_is_saturated_is_said_and_what_is_missing_named(make_run: Callable, tmp_path: Path) -> None:
     def broken(measured: dict[str, Any], model: str, training: str) -> dict[str, Any]:
         if (model, training) == ("vit", "weak"):
             del measured["hessian"]
@@ -173,11 +173,13 @@ def test_what_is_saturated_or_missing_is_named(make_run: Callable, tmp_path: Pat
     write(make_run, change=broken)
     found = answer(tmp_path)
     said = [str(p) for p in found.problems]
-    assert sum("weak, augmented" in s and "saturated" in s for s in said) == 3  # three objectives
+    assert not any("sharpness" in s or "rise" in s for s in said)  # by its definition: nothing is wrong
+    assert [c[:2] for q, c in found.undefined if q == "rise"] == [("weak", "augmented")] * 3  # three objectives
     assert sum("hessian (not measured at end)" in s for s in said) == 1
     tables = {t.name: t for t in factor_tables.tables(found)}
     assert any(cell.problem == "missing" for row in tables["conditions"].rows for cell in row)
-    assert any(cell.problem == "failed" for row in tables["factors"].rows for cell in row)
+    assert any(cell.text == "saturated" and not cell.problem for row in tables["factors"].rows for cell in row)
+    assert not any(cell.problem == "failed" for table in tables.values() for row in table.rows for cell in row)
     factors_figure.draw(found).draw_without_rendering()
 
 

@@ -109,7 +109,8 @@ def _condition_rows(found: Answer | None) -> list[tuple[Cell, ...]]:
         cells = [Cell(f"{c[0]}, {c[1]}, {OBJECTIVES[c[2]]}")]
         for q in QUANTITIES:
             three = [found.values.get((q.key, c, column)) for column in (*MODELS, "difference")]
-            cells += [_cell(value, c[2] in q.objectives) for value in three]
+            word = found.undefined.get((q.key, c), "")
+            cells += [_cell(value, c[2] in q.objectives, word) for value in three]
             cells.append(Cell(_flatter(three[2])))
         rows.append(tuple(cells))
     return rows
@@ -118,18 +119,21 @@ def _condition_rows(found: Answer | None) -> list[tuple[Cell, ...]]:
 def _factor_rows(found: Answer | None) -> list[tuple[Cell, ...]]:
     titles = {q.key: q.title for q in QUANTITIES}
     rows = []
+    words = {quantity: word for (quantity, _), word in found.undefined.items()} if found is not None else {}
     for e in found.effects if found is not None else ():
         share = f"{e.share:.0%}" if math.isfinite(e.share) else "–"
         texts = (titles[e.quantity], OBJECTIVES[e.l2].removeprefix("NLL + "), switch(e))
-        values = (_cell(value) for value in (e.convnet, e.vit, e.difference))
+        values = (_cell(value, word=words.get(e.quantity, "")) for value in (e.convnet, e.vit, e.difference))
         rows.append((*map(Cell, texts), *values, Cell(share), Cell(f"{e.flips} of 4" if share != "–" else "–")))
     return rows
 
 
-def _cell(value: Interval | None, defined: bool = True) -> Cell:
+def _cell(value: Interval | None, defined: bool = True, word: str = "") -> Cell:
     if value is None:
         return Cell(MISSING, None, MISSING) if defined else Cell("–")
-    return Cell(shown(value, ".3g"), value) if math.isfinite(value.mean) else Cell("failed", None, "failed")
+    if math.isfinite(value.mean):
+        return Cell(shown(value, ".3g"), value)
+    return Cell(word) if word else Cell("failed", None, "failed")
 
 
 def _flatter(difference: Interval | None) -> str:

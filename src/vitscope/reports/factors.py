@@ -47,6 +47,7 @@ class Quantity:
         units: how many independent parts a result has.
         sampled: what they are, in words; empty where there is one.
         value: of a result under an objective, over some of its parts.
+        undefined: why a good result has no such number by its definition, in a word; an empty text where it has one.
     """
 
     key: str
@@ -56,6 +57,7 @@ class Quantity:
     units: Callable[[Any], int]
     sampled: str
     value: Callable[[Any, str, np.ndarray], float]
+    undefined: Callable[[Any], str]
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,7 @@ class Answer:
         values: an interval by quantity, condition and column: ``convnet``, ``vit``, ``difference``.
         effects: by quantity, L2 form and factor.
         problems: what is missing or failed.
+        undefined: by quantity and condition, why there is no number though nothing is wrong: ``saturated``, ``none positive``.
     """
 
     labels: Mapping[str, str]
@@ -100,6 +103,7 @@ class Answer:
     values: Mapping[tuple[str, Condition, str], Interval]
     effects: tuple[Effect, ...]
     problems: tuple[Problem, ...]
+    undefined: Mapping[tuple[str, Condition], str]
 
     def lower(self, quantity: str, l2: str) -> int:
         """Return in how many of the eight conditions of that L2 form the ViT looks flatter."""
@@ -120,10 +124,12 @@ def answer(selection: Selection) -> Answer | None:
     results, problems = crossed.results(found, [q.analysis for q in QUANTITIES], seeds, selection.tag)
     values: dict[tuple[str, Condition, str], Interval] = {}
     effects: list[Effect] = []
+    undefined: dict[tuple[str, Condition], str] = {}
     for quantity in QUANTITIES:
         read = _Reader(quantity, results, seeds)
         if not read.complete:
             continue
+        undefined |= {(quantity.key, c): word for c in CONDITIONS if (word := read.undefined(c))}
         for c in CONDITIONS:
             for column in (*MODELS, "difference") if c[2] in quantity.objectives else ():
                 values[quantity.key, c, column] = read.interval({c: 1.0}, column)
@@ -131,9 +137,9 @@ def answer(selection: Selection) -> Answer | None:
             _effect(read, values, l2, factor) for l2 in L2_FORMS if l2 in quantity.objectives for factor in FACTORS
         ]
     bad = [(q, c) for (q, c, column), v in values.items() if column == "difference" and not math.isfinite(v.mean)]
-    problems += [Problem(FAILED, ", ".join(c), q, "not finite, or at chance there (saturated)") for q, c in bad]
+    problems += [Problem(FAILED, ", ".join(c), q, "not finite") for q, c in bad if (q, c) not in undefined]
     labels = {family: first(found[family, "weak"]).label.split(",")[0] for family in MODELS}
-    return Answer(labels, tuple(seeds), values, tuple(effects), tuple(problems))
+    return Answer(labels, tuple(seeds), values, tuple(effects), tuple(problems), undefined)
 
 
 class _Reader:
@@ -170,6 +176,12 @@ class _Reader:
         spread = t_interval([n * whole - (n - 1) * value for value in without])  # pseudo-values
         return Interval(whole, spread.half_width, spread.p, 1)
 
+    def undefined(self, c: Condition) -> str:
+        """Return the word for a condition in which a result has no such number by its definition."""
+        name = self.quantity.analysis + IMAGES[c[1]]
+        words = (self.quantity.undefined(self._results[m, c[0], name, seed]) for m in MODELS for seed in self._seeds)
+        return next(filter(None, words), "")
+
     def _sum(self, weights: Mapping[Condition, float], column: str, seed: int, left_out: int | None) -> float:
         signs = {"vit": 1.0, "convnet": -1.0} if column == "difference" else {column: 1.0}
         return sum(
@@ -205,6 +217,15 @@ def _rise(result: Any, objective: str, parts: np.ndarray) -> float:
     return float(rise[at[0], parts].mean())
 
 
+def _saturated(result: Any) -> str:
+    at = np.flatnonzero(np.isclose(result.radii, RADIUS))
+    return "saturated" if len(at) and result.saturated[at[0]] else ""
+
+
+def _none_positive(result: Any) -> str:
+    return "" if (result.eigenvalues > result.residuals).any() else "none positive"
+
+
 def _ape(result: Any, objective: str, parts: np.ndarray) -> float:
     # half_sq adds wd to every eigenvalue; the result's own L2 term, whatever its form, is taken off first
     shift = result.card.weight_decay if objective == "half_sq" else 0.0
@@ -219,7 +240,9 @@ def _border(result: Any, objective: str, _: np.ndarray) -> float:
 
 QUANTITIES = (
     Quantity("rise", f"rise at r = {RADIUS:g} (nats)", "sharpness", tuple(OBJECTIVES),
-             lambda r: r.rise_by_pair.shape[1], "pairs of directions", _rise),
-    Quantity("ape", "APE (curvature)", "hessian", ("nll", "half_sq"), lambda r: len(r.eigenvalues), "mini-batches", _ape),
-    Quantity("border", "surface's rise at its border (nats)", "landscape", tuple(OBJECTIVES), lambda r: 1, "", _border),
+             lambda r: r.rise_by_pair.shape[1], "pairs of directions", _rise, _saturated),
+    Quantity("ape", "APE (curvature)", "hessian", ("nll", "half_sq"), lambda r: len(r.eigenvalues), "mini-batches", _ape,
+             _none_positive),
+    Quantity("border", "surface's rise at its border (nats)", "landscape", tuple(OBJECTIVES), lambda r: 1, "", _border,
+             lambda r: ""),
 )  # fmt: skip
