@@ -32,9 +32,21 @@ def test_names_say_what_differs_and_nothing_else() -> None:
     assert named["c"] == "vit-tiny, patch_size 4, fraction 0.06"
 
 
+def test_what_most_share_goes_without_saying() -> None:
+    changes = [{}, {"model__patch_size": 4}, {"data__fraction": 0.06},
+               {"data__name": "digits", "data__num_classes": 10, "model__num_classes": 10}]  # fmt: skip
+    named = labels({str(i): configuration("vit", 0, **change) for i, change in enumerate(changes)})
+    assert named == {
+        "0": "vit-tiny",
+        "1": "vit-tiny, patch_size 4",
+        "2": "vit-tiny, fraction 0.06",
+        "3": "vit-tiny, digits",
+    }
+
+
 def test_names_that_run_out_of_keys_are_numbered() -> None:
     changes = [{"model__patch_size": p, "model__depth": d, "data__fraction": f, "optimizer__lr": lr}
-               for p, d, f, lr in ((2, 1, 0.1, 0.1), (4, 2, 0.2, 0.1), (2, 1, 0.1, 0.2))]  # fmt: skip
+               for p, d, f, lr in ((2, 1, 0.1, 0.1), (4, 2, 0.2, 0.1), (2, 1, 0.1, 0.2), (4, 2, 0.2, 0.2))]  # fmt: skip
     named = labels({str(i): configuration("vit", 0, **change) for i, change in enumerate(changes)})
-    assert len(set(named.values())) == 3
+    assert len(set(named.values())) == 4
     assert named["2"] == named["0"] + ", no. 2"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -24,6 +25,9 @@ REPEATED = ("augment", "random_erasing", "mixup", "cutmix", "switch_prob", "labe
 
 #: what a label says of a value, where key and value would not be plain words
 WORDS = {"data.random_labels": {True: "random labels", False: "true labels"}}
+
+#: keys that follow from the name of the data, which labels say instead
+IMPLIED = ("model.num_classes", "data.num_classes", "data.source._target_", "data.mean", "data.std", "data.split_seed")
 
 #: a label names this many of the keys in which experiments of one model differ
 MOST_KEYS = 3
@@ -91,6 +95,9 @@ def recipe(cfg: Mapping[str, Any]) -> str:
 def labels(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
     """Return a name for each experiment: the model, and the keys in which those of one model differ.
 
+    What most of them share goes without saying: beside many trainings of a ViT one with another patch size is
+    ``vit-tiny, patch_size 8`` and the others do not name theirs.
+
     Args:
         configs: one configuration for each experiment, by its digest.
 
@@ -104,9 +111,12 @@ def labels(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
     for name, digests in named.items():
         facts = [identity(configs[d]) for d in digests]
         varying = [k for k in facts[0] | dict.fromkeys(k for f in facts for k in f) if _varies(k, facts)]
+        varying = [k for k in varying if k not in IMPLIED]
         varying.sort(key=lambda key: GROUPS.index(key.partition(".")[0]))  # stable: what is built, then how trained
+        usual = {key: _usual(key, facts) for key in varying}
         for digest, fact in zip(digests, facts):
-            words = [_word(key, fact.get(key)) for key in varying[:MOST_KEYS]]
+            said = [key for key in varying if config.digest(fact.get(key)) != usual[key]]
+            words = [_word(key, fact.get(key)) for key in said[:MOST_KEYS]]
             found[digest] = ", ".join([name, *words])
     counts: dict[str, int] = {}
     for digest, label in found.items():  # what MOST_KEYS cut off
@@ -119,7 +129,15 @@ def _varies(key: str, facts: Sequence[Mapping[str, Any]]) -> bool:
     return len({config.digest(fact.get(key)) for fact in facts}) > 1
 
 
+def _usual(key: str, facts: Sequence[Mapping[str, Any]]) -> str | None:
+    """Return the digest of the value that more than half of the experiments have, None where there is no such value."""
+    (digest, count), *_ = Counter(config.digest(fact.get(key)) for fact in facts).most_common(1)
+    return digest if 2 * count > len(facts) else None
+
+
 def _word(key: str, value: Any) -> str:
+    if key == "data.name":
+        return str(value)
     if key in WORDS:
         return WORDS[key][bool(value)]
     return f"{key.rpartition('.')[2]} {_said(value)}"
