@@ -144,7 +144,10 @@ class Classifier(pl.LightningModule):
     def configure_optimizers(self) -> Any:
         """Return the optimizer over all parameters and its schedule by step."""
         optimizer = self._optimizer([p for p in self.model.parameters() if p.requires_grad])
-        total = int(self.trainer.estimated_stepping_batches)
+        if self.trainer.num_training_batches == float("inf"):
+            # a training of steps alone: Lightning has not looked yet, and an epoch without end would be all warm-up
+            self.trainer.fit_loop.setup_data()
+        total = float(self.trainer.estimated_stepping_batches)
         per_epoch = max(1, -(-self._batches_per_epoch() // self.trainer.accumulate_grad_batches))
         factor = functools.partial(
             schedule.factor, steps_per_epoch=per_epoch, total_epochs=total / per_epoch, **self._schedule

@@ -112,7 +112,8 @@ def labels(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
         facts = [identity(configs[d]) for d in digests]
         varying = [k for k in facts[0] | dict.fromkeys(k for f in facts for k in f) if _varies(k, facts)]
         varying = [k for k in varying if k not in IMPLIED]
-        varying.sort(key=lambda key: GROUPS.index(key.partition(".")[0]))  # stable: what is built, then how trained
+        # stable: what is built, then how trained; what only some optimizers have comes last
+        varying.sort(key=lambda key: (GROUPS.index(key.partition(".")[0]), key in ("optimizer.betas", "optimizer.eps")))
         usual = {key: _usual(key, facts) for key in varying}
         for digest, fact in zip(digests, facts):
             said = [key for key in varying if config.digest(fact.get(key)) != usual[key]]
@@ -138,6 +139,8 @@ def _usual(key: str, facts: Sequence[Mapping[str, Any]]) -> str | None:
 def _word(key: str, value: Any) -> str:
     if key == "data.name":
         return str(value)
+    if key.endswith("._target_"):
+        return str(value).rpartition(".")[2]
     if key in WORDS:
         return WORDS[key][bool(value)]
     return f"{key.rpartition('.')[2]} {_said(value)}"
