@@ -38,25 +38,26 @@ class Basis:
         self.count = 0
         self.block = GPU_BLOCK if like.device.type == "cuda" else CPU_BLOCK
 
-    def coefficients(self, pieces: Sequence[Tensor]) -> np.ndarray:
-        """Return the inner products ``(count,)`` of the unit rows with the vector that ``pieces`` make up, float64."""
-        total = torch.zeros(self.count, dtype=torch.float64, device=self.rows.device)
+    def coefficients(self, pieces: Sequence[Tensor], first: int = 0) -> np.ndarray:
+        """Return the inner products of the unit rows from ``first`` on with the vector that ``pieces`` make up, float64."""
+        total = torch.zeros(self.count - first, dtype=torch.float64, device=self.rows.device)
         for block, piece in self._blocks(pieces):
-            total += torch.mv(self.rows[: self.count, block], piece)
-        return total.cpu().numpy() * self.scales[: self.count]
+            total += torch.mv(self.rows[first : self.count, block], piece)
+        return total.cpu().numpy() * self.scales[first : self.count]
 
-    def write(self, pieces: Sequence[Tensor], factor: float, coefficients: np.ndarray) -> float:
+    def write(self, pieces: Sequence[Tensor], factor: float, coefficients: np.ndarray, first: int = 0) -> float:
         """Write ``factor * vector - coefficients @ unit rows`` to the row after those in use; return its length.
 
-        The row is in use from the next `accept` on. ``pieces`` may be that row itself.
+        The row is in use from the next `accept` on. ``pieces`` may be that row itself; the unit rows are those from ``first``
+        on.
         """
         target, device = self.rows[self.count], self.rows.device
-        c = torch.from_numpy(coefficients * self.scales[: self.count]).to(device, self.rows.dtype)
+        c = torch.from_numpy(coefficients * self.scales[first : self.count]).to(device, self.rows.dtype)
         square = torch.zeros((), dtype=torch.float64, device=device)
         for block, piece in self._blocks(pieces):
             out = target[block]
             if len(c):
-                torch.addmv(piece, self.rows[: self.count, block].T, c, beta=factor, alpha=-1, out=out)
+                torch.addmv(piece, self.rows[first : self.count, block].T, c, beta=factor, alpha=-1, out=out)
             else:
                 torch.mul(piece, factor, out=out)
             square += torch.dot(out, out)

@@ -84,14 +84,10 @@ class Lanczos:
 
     def absorb(self, pieces: Tensor | Sequence[Tensor]) -> None:
         """Take the product with `row` and extend the basis and T."""
-        basis, last = self.basis, self.basis.count - 1
-        scale = basis.scales[last]
-        pieces = [pieces] if isinstance(pieces, Tensor) else pieces
-        pieces = [piece.reshape(-1) for piece in pieces]  # once: second derivatives of convolutions come transposed
-        self.n_products += 1
+        basis = self.basis
+        pieces, scale = self._received(pieces)
         c = basis.coefficients(pieces) * scale
-        if not np.isfinite(c).all():
-            raise NumericalError("hessian", None, "a product is not finite", "look at the weights, or use float64")
+        self._check(c)
         size = float(np.linalg.norm(c))
         length = basis.write(pieces, scale, c)
         del pieces
@@ -101,11 +97,7 @@ class Lanczos:
             c = basis.coefficients(row)
             diagonal += c[-1]
             length = basis.write(row, 1.0, c)
-        grown = np.zeros((last + 1, last + 1))
-        grown[:last, :last] = self.projection
-        grown[last], grown[:, last] = [*self.coupling, diagonal], [*self.coupling, diagonal]
-        self.projection = grown
-        self._extend(length, max(size, float(np.abs(grown).max())))
+        self._grow(diagonal, length, size)
 
     def ritz(self) -> Ritz:
         """Return the eigenvalues of T, ascending, with residuals and the eigenvectors' coefficients."""
@@ -118,6 +110,26 @@ class Lanczos:
         self.basis.compress(ritz.vectors[:, keep].T)
         self.projection = np.diag(ritz.values[keep])
         self.coupling = self.coupling @ ritz.vectors[:, keep]
+
+    def _received(self, pieces: Tensor | Sequence[Tensor]) -> tuple[list[Tensor], float]:
+        """Return the product's pieces, flat, and the scale that makes it one with a unit vector."""
+        self.n_products += 1
+        pieces = [pieces] if isinstance(pieces, Tensor) else pieces
+        # flattened once: second derivatives of convolutions come transposed
+        return [piece.reshape(-1) for piece in pieces], float(self.basis.scales[self.basis.count - 1])
+
+    def _check(self, coefficients: np.ndarray) -> None:
+        if not np.isfinite(coefficients).all():
+            raise NumericalError("hessian", None, "a product is not finite", "look at the weights, or use float64")
+
+    def _grow(self, diagonal: float, length: float, scale: float) -> None:
+        """Add T's next row and column, and the remainder of that length to the basis."""
+        last = len(self.projection)
+        grown = np.zeros((last + 1, last + 1))
+        grown[:last, :last] = self.projection
+        grown[last], grown[:, last] = [*self.coupling, diagonal], [*self.coupling, diagonal]
+        self.projection = grown
+        self._extend(length, max(scale, float(np.abs(grown).max())))
 
     def _extend(self, length: float, scale: float) -> None:
         """Accept the remainder as the next row, or take a random one where it is rounding."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vitscope.linalg.curvatures import curvatures
 from vitscope.linalg.hvp import Curvature
-from vitscope.linalg.lanczos import Lanczos
+from vitscope.linalg.semiorthogonal import SemiorthogonalLanczos
 from vitscope.probe import ObjectiveCard, Probe
 from vitscope.progress import track
 
@@ -88,8 +88,8 @@ def spectral_density(
 ) -> SpectralDensityResult:
     """Estimate the density of all eigenvalues of the mean over all batches.
 
-    Each random sign vector gives a tridiagonal matrix by ``n_steps`` of Lanczos (with full reorthogonalisation, so that no
-    ghost copies of the largest eigenvalues add mass); its eigenvalues are the nodes, the squared first entries of its
+    Each random sign vector gives a tridiagonal matrix by ``n_steps`` of Lanczos (on a basis kept orthogonal to the root of
+    the precision, which is what it takes that no ghost copies of the largest eigenvalues add mass); its eigenvalues are the nodes, the squared first entries of its
     eigenvectors the weights of a Gauss quadrature.
 
     Args:
@@ -152,7 +152,7 @@ def random_signs(operator: Curvature, seed: int, number: int) -> Tensor:
 
 
 def _quadrature(operator: Curvature, start: Tensor, n_steps: int) -> Row:
-    process = Lanczos(operator.unshifted, start, n_steps + 1, shift=operator.shift)
+    process = SemiorthogonalLanczos(operator.unshifted, start, n_steps + 1, shift=operator.shift)
     for _ in range(n_steps):
         process.step()
     ritz = process.ritz()

@@ -1,0 +1,83 @@
+"""Lanczos that reorthogonalises only when it must: for quadrature, which needs the projection T and no vectors.
+
+As long as no two rows of the basis have an inner product above the root of the precision, T equals a projection of the
+operator on an orthonormal basis up to the precision itself (Simon, Math. Comp. 42, 1984), so that Ritz values have no ghost
+copies. The inner products of a new row with the old ones follow a recurrence in the entries of T, which costs nothing; where it
+passes the root, that row and the next are orthogonalised against the whole basis. Most steps then read two rows of it, not all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vitscope.linalg.lanczos import AGAIN, Lanczos, Operator
+
+#: what the recurrence takes for the rounding of a product, in units of the precision, until it has seen worse
+ROUNDING = 8.0
+
+
+class SemiorthogonalLanczos(Lanczos):
+    """A `Lanczos` process without restarts whose basis is orthonormal to the root of the precision.
+
+    Attributes:
+        noise: rounding of a product relative to the operator, as far as seen.
+        cleaned: number of rows that were orthogonalised against the whole basis.
+    """
+
+    def __init__(self, product: Operator, start: Tensor, capacity: int, seed: int = 0, shift: float = 0.0) -> None:
+        eps = float(torch.finfo(start.dtype).eps)
+        self.noise, self.threshold, self.cleaned = ROUNDING * eps, eps**0.5, 0
+        self._before, self._level = np.zeros(1), np.ones(1)  # inner products of the last two rows with all rows
+        self._second = False
+        super().__init__(product, start, capacity, seed, shift)
+
+    def restart(self, keep: np.ndarray) -> None:
+        """Refuse: the recurrence holds for a tridiagonal T."""
+        raise NotImplementedError("a semiorthogonal basis cannot be restarted: use Lanczos")
+
+    def absorb(self, pieces: Tensor | Sequence[Tensor]) -> None:
+        """Take the product with `row`; orthogonalise against the last two rows, or all where the recurrence asks for it."""
+        basis, last = self.basis, self.basis.count - 1
+        pieces, scale = self._received(pieces)
+        near = basis.coefficients(pieces, first=max(0, last - 1)) * scale
+        self._check(near)
+        size = float(np.linalg.norm(near))
+        length = basis.write(pieces, scale, near, first=max(0, last - 1))
+        del pieces
+        diagonal = near[-1] + self.shift
+        norm = max(size, float(np.abs(self.projection).max(initial=0.0)))
+        if last > 0:
+            self.noise = max(self.noise, abs(near[0] - self.coupling[-1]) / max(norm, 1e-300))
+        level = self._predicted(diagonal, length, norm)
+        due = self._second or bool(np.abs(level[:-1]).max() > self.threshold)
+        if due or length < AGAIN * size:
+            row = [basis.rows[basis.count]]
+            c = basis.coefficients(row)
+            if due and not self._second and last > 0:  # the recurrence was that much too hopeful
+                seen = float(np.abs(c).max()) / max(length, 1e-300)
+                self.noise = min(self.threshold, self.noise * max(1.0, seen / float(np.abs(level[:-1]).max())))
+            diagonal += c[-1]
+            length = basis.write(row, 1.0, c)
+            level[:-1] = self.noise
+            self.cleaned += 1
+            self._second = due and not self._second
+        self._before, self._level = np.append(self._level, 0.0), level
+        self._grow(diagonal, length, norm)
+
+    def _predicted(self, diagonal: float, length: float, norm: float) -> np.ndarray:
+        """Return estimates ``(count + 1,)`` of the new row's inner products with every row; the last one is its own, 1."""
+        count = self.basis.count
+        found = np.ones(count + 1)
+        rounding = self.noise * norm
+        found[count - 1] = rounding / max(length, 1e-300)
+        if count > 1:
+            level, old = self._level, slice(0, count - 1)
+            diagonals, couplings = np.diag(self.projection), np.append(np.diag(self.projection, 1), self.coupling[-1])
+            grown = couplings * level[1:] + (diagonals - diagonal) * level[old] - couplings[-1] * self._before[old]
+            grown[1:] += couplings[:-1] * level[: count - 2]
+            found[old] = (grown + np.copysign(rounding, grown)) / max(length, 1e-300)
+        return found
