@@ -16,7 +16,7 @@ from omegaconf import DictConfig
 from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from vitscope import analyses, interrupt
+from vitscope import analyses, interrupt, pending
 from vitscope.analyses import Analysis, Place
 from vitscope.distributed import gather_objects
 from vitscope.errors import ConfigError, DistributedError, NumericalError
@@ -149,8 +149,12 @@ class Checkpoints(Callback):
             trainer.save_checkpoint(self.folder / "last.ckpt")
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        """Save where a signal asked to stop, on all ranks at the same step; the stop itself waits for the step's row."""
-        self._stop = _agreed_signal(pl_module)
+        """Save where a signal asked to stop, on all ranks at the same step; the stop itself waits for the step's row.
+
+        Gradients that are being accumulated would be lost, so the stop waits for the optimizer's step; after the last of
+        ``max_steps`` nothing would go on, so what is left is finished.
+        """
+        self._stop = 0 if _must_go_on(trainer) else _agreed_signal(pl_module)
         if self._stop:
             trainer.save_checkpoint(self.folder / "last.ckpt")
 
@@ -164,8 +168,10 @@ class Checkpoints(Callback):
 
     def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Save and stop during validation too."""
-        self._stop = _agreed_signal(pl_module)
-        if self._stop and trainer.state.fn == "fit":
+        fits = trainer.state.fn == "fit"
+        self._stop = 0 if fits and _must_go_on(trainer) else _agreed_signal(pl_module)
+        if self._stop and fits:
+            pending.swap_back(trainer, pl_module)
             trainer.save_checkpoint(self.folder / "last.ckpt")
         self._raise_if_saved()
 
@@ -267,6 +273,11 @@ class PlainProgress(Callback):
         left = (now - self._started) / max(done, 1) * (total - done)
         text = f"epoch {trainer.current_epoch}, step {done}/{total}, {', '.join(shown)}, {left:.0f} s left"
         print(text, file=sys.stderr, flush=True)
+
+
+def _must_go_on(trainer: Trainer) -> bool:
+    accumulates = trainer.fit_loop.epoch_loop._should_accumulate()
+    return accumulates or 0 < trainer.max_steps <= trainer.global_step
 
 
 def _agreed_signal(pl_module: pl.LightningModule) -> int:

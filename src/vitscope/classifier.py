@@ -17,7 +17,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
 
-from vitscope import schedule
+from vitscope import pending, schedule
+from vitscope.distributed import gather_objects
 from vitscope.errors import NumericalError
 from vitscope.objective import Objective, hard_targets
 from vitscope.sam import SAM, still_statistics
@@ -74,10 +75,12 @@ class Classifier(pl.LightningModule):
         self._mix = mix
         self._seed = seed
         self._position = (0, 0)
+        self._pending: str = ""
         self.identity = dict(identity or {})
         self.hard_objective = Objective(label_smoothing=label_smoothing)
         self.soft_objective = Objective()
         self.metrics = nn.ModuleDict({f"{stage}_metrics": _metrics(num_classes) for stage in ("val", "test")})
+        self.train_accuracy = MeanMetric(nan_strategy=float("nan"))
 
     @property
     def position(self) -> tuple[int, int]:
@@ -87,6 +90,15 @@ class Classifier(pl.LightningModule):
     def forward(self, x: Tensor) -> Tensor:
         """Return logits ``(B, num_classes)``."""
         return self._compiled[0](x.contiguous(memory_format=self._format))
+
+    def on_train_start(self) -> None:
+        """Do what a stop left to do."""
+        pending.take_up(self.trainer, self._pending)
+        self._pending = ""
+
+    def on_train_epoch_end(self) -> None:
+        """Log the accuracy on the epoch's batches, those before a stop included."""
+        self.log("train/accuracy", self.train_accuracy)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Note where training stands, for checkpoints."""
@@ -115,8 +127,7 @@ class Classifier(pl.LightningModule):
             return loss
         shared = self.trainer.world_size > 1  # the mean of equal shares is the single process's value
         self.log("train/loss", loss, prog_bar=True, batch_size=len(x), sync_dist=shared)
-        accuracy = (logits.detach().argmax(dim=1) == hard_targets(y)).float().mean()
-        self.log("train/accuracy", accuracy, on_step=False, on_epoch=True, batch_size=len(x), sync_dist=shared)
+        self.train_accuracy.update((logits.detach().argmax(dim=1) == hard_targets(y)).float().mean(), len(x))
         return loss
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
@@ -157,17 +168,25 @@ class Classifier(pl.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what a resumed run needs besides Lightning's own state."""
         epoch, batch = self._position
-        if batch >= self._batches_per_epoch():
+        over = batch >= self._batches_per_epoch()
+        left = pending.leave(self.trainer, checkpoint, over) if self.trainer.state.fn == "fit" else None
+        # the sums over this epoch's batches, of all ranks together: they are one where it goes on
+        sums = gather_objects((float(self.train_accuracy.mean_value), float(self.train_accuracy.weight)))
+        kept = [sum(column) for column in zip(*sums)] if left or not over else [0.0, 0.0]
+        if over:
             epoch, batch = epoch + 1, 0
-        checkpoint["vitscope"] = {"epoch": epoch, "batch": batch, **self.identity}
+        facts = {"epoch": epoch, "batch": batch, "pending": left or "", "right": kept[0], "seen": kept[1]}
+        checkpoint["vitscope"] = {**facts, **self.identity}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Tell the data where to go on."""
         kept = checkpoint.get("vitscope", {})
         datamodule = getattr(self.trainer, "datamodule", None)
         if datamodule is not None and "epoch" in kept:
-            self._position = (kept["epoch"], kept["batch"])
+            self._position, self._pending = (kept["epoch"], kept["batch"]), kept.get("pending", "")
             datamodule.resume_at(kept["epoch"], kept["batch"])
+            if (seen := kept.get("seen", 0.0)) and self.global_rank == 0:
+                self.train_accuracy.update(kept["right"] / seen, seen)
 
     def _evaluate(self, stage: str, batch: tuple[Tensor, Tensor]) -> None:
         x, y = batch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,9 +30,12 @@ WATCHED = ["analysis=[fourier]", "analysis.fourier.when.every_n_epochs=1", "anal
            "analysis.fourier.probe.n_images=8"]  # fmt: skip
 
 
-def stopped(call, monkeypatch: pytest.MonkeyPatch, arguments: Sequence[str], after: int) -> None:
-    """Run a training and end it with SIGTERM in its ``after``-th step."""
-    begin, seen = Classifier.on_train_batch_start, []
+def stopped(
+    call, monkeypatch: pytest.MonkeyPatch, arguments: Sequence[str], after: int, during: str = "training"
+) -> None:
+    """Run a training and ask it to stop in its ``after``-th batch of training or of validation."""
+    method, seen = {"training": "on_train_batch_start", "validation": "validation_step"}[during], []
+    begin = getattr(Classifier, method)
 
     def stopping(self: Classifier, batch: object, batch_idx: int) -> None:
         seen.append(batch_idx)
@@ -40,9 +44,18 @@ def stopped(call, monkeypatch: pytest.MonkeyPatch, arguments: Sequence[str], aft
         begin(self, batch, batch_idx)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Classifier, "on_train_batch_start", stopping)
+        patch.setattr(Classifier, method, stopping)
         assert call("train", *arguments) == 143
-    assert len(seen) == after
+    assert during == "validation" or len(seen) == after or "trainer.accumulate_grad_batches=2" in arguments
+
+
+def measured(run: Path) -> dict[tuple[int, int, str], float]:
+    """Return the last row of each epoch's metrics in the journal, by step, epoch and name."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return {
+        (row["step"], row["epoch"], name): value
+        for row in rows for name, value in row.items() if name.startswith("val/") or name == "train/accuracy"
+    }  # fmt: skip
 
 
 def assert_equal_files(one: Path, other: Path) -> None:
@@ -80,6 +93,45 @@ def resumed(call, monkeypatch, arguments: list[str], folder: Path, stops: Sequen
         stopped(call, monkeypatch, first, after)
         first = [f"run={folder}", "ckpt_path=last"]
     assert call("train", *first) == 0
+
+
+#: further settings, and where to stop: in the n-th batch of training (t) or of validation (v) since the start before
+CUTS = [
+    ([], ["t3", "t1"]), ([], ["v1", "t1"]), ([], ["t3", "v2", "t2"]), ([], ["t6", "t3"]), ([], ["t9"]), ([], ["v1", "v1"]),
+    (["trainer.limit_val_batches=0"], ["t3", "t1"]),
+    (["trainer.check_val_every_n_epoch=2"], ["t3", "t1"]), (["trainer.check_val_every_n_epoch=2"], ["t6", "v1"]),
+    (["+trainer.val_check_interval=2", "trainer.limit_train_batches=4"], ["t2", "t2"]),
+    (["+trainer.val_check_interval=2", "trainer.limit_train_batches=4"], ["v1", "v2", "v4", "t1"]),
+    (["trainer.max_epochs=-1", "trainer.max_steps=5"], ["t3", "t1"]),
+    (["trainer.max_epochs=-1", "trainer.max_steps=4"], ["v3"]),
+    (["trainer.accumulate_grad_batches=2", "trainer.limit_train_batches=4"], ["t1"]),
+    (["trainer.accumulate_grad_batches=2"], ["t1"]),
+    (["trainer.accumulate_grad_batches=2", "+trainer.val_check_interval=1", "trainer.limit_train_batches=4"], ["v1"]),
+]  # fmt: skip
+#: one for each way to go on (a validation from its start, an epoch's end alone, gradients that are being accumulated)
+QUICK = (2, 6, 13)
+
+
+@pytest.mark.parametrize(
+    ("settings", "stops"),
+    [pytest.param(*cut, marks=() if i in QUICK else pytest.mark.slow, id="-".join([*cut[0], *cut[1]])) for i, cut in
+     enumerate(CUTS)],
+)  # fmt: skip
+def test_between_an_epochs_last_batch_and_its_end(call, tiny, tmp_path, monkeypatch, settings, stops) -> None:
+    """The losses, every epoch's validation and training accuracy, and the files are those of the uninterrupted run."""
+    arguments = [*everything(tiny, "32-true", 0, False), "trainer.limit_val_batches=3", *settings]
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert call("train", *arguments, f"run_dir={whole}") == 0
+    first = [*arguments, f"run_dir={cut}"]
+    for stop in stops:
+        stopped(call, monkeypatch, first, int(stop[1:]), {"t": "training", "v": "validation"}[stop[0]])
+        first = [f"run={cut}", "ckpt_path=last"]
+    assert call("train", *first) == 0
+    assert losses(cut) == losses(whole)
+    assert measured(cut) == measured(whole)
+    assert_equal_files(whole, cut)
+    best = whole / "checkpoints" / "best.ckpt"
+    assert best.exists() == (cut / "checkpoints" / "best.ckpt").exists()
 
 
 def test_bf16_average_dropout_and_diagnostics_cut_twice(call, tiny, tmp_path, monkeypatch) -> None:

@@ -88,9 +88,9 @@ def spectral_density(
 ) -> SpectralDensityResult:
     """Estimate the density of all eigenvalues of the mean over all batches.
 
-    Each random sign vector gives a tridiagonal matrix by ``n_steps`` of Lanczos (on a basis kept orthogonal to the root of
-    the precision, which is what it takes that no ghost copies of the largest eigenvalues add mass); its eigenvalues are the nodes, the squared first entries of its
-    eigenvectors the weights of a Gauss quadrature.
+    Each random sign vector gives a tridiagonal matrix by ``n_steps`` of Lanczos (on a basis kept orthogonal to the root of the
+    precision, which is what it takes that no ghost copies of the largest eigenvalues add mass); its eigenvalues are the nodes,
+    the squared first entries of its eigenvectors the weights of a Gauss quadrature.
 
     Args:
         probe: the model, batches and objective; batches are split over ranks.
