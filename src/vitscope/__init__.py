@@ -25,6 +25,7 @@ _HOME = {
     "Objective": "objective",
     "Tap": "models.taps",
     "taps": "models.taps",
+    "one_pass": "onepass",
     "plot": "plotting",
     "load_probe": "runs",
     "load_results": "runs",

@@ -8,9 +8,8 @@ from __future__ import annotations
 import copy
 import inspect
 import shutil
-import traceback
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,12 +18,10 @@ import numpy as np
 from omegaconf import DictConfig
 from torch import nn
 
-from vitscope import build, checkpoint, config, interrupt, results, runs, snapshots
+from vitscope import build, checkpoint, config, interrupt, onepass, recorded, results, runs, snapshots
 from vitscope.distributed import gather_objects, rank
 from vitscope.errors import ConfigError, StorageError, VitscopeError
 from vitscope.interrupt import Interrupted
-from vitscope.journal import Journal
-from vitscope.plotting import plot, save_figure
 from vitscope.probe import Probe
 from vitscope.runs import Run
 from vitscope.tracking import Mirror
@@ -88,6 +85,8 @@ class Place:
         step: of the weights, for the journal.
         mirror: W&B.
         content: the checkpoint the weights came from, where there is one.
+        due: the analyses that will be made here; those of the feature maps of the same images share a forward pass.
+        ahead: results of such a pass by name, until their turn comes.
     """
 
     cfg: DictConfig
@@ -99,6 +98,8 @@ class Place:
     step: int = 0
     mirror: Mirror = field(default_factory=Mirror)
     content: Mapping[str, Any] | None = None
+    due: Sequence[Analysis] = ()
+    ahead: dict[str, Any] = field(default_factory=dict)
 
 
 def parse(nodes: Mapping[str, Any] | None) -> list[Analysis]:
@@ -130,29 +131,30 @@ def perform(analysis: Analysis, place: Place, *, reuse: bool = True) -> Any | No
         Interrupted: a stop was asked for; rows finished so far are kept.
         VitscopeError: it failed and ``on_error`` is ``raise``.
     """
-    stem = f"{place.tag}-{settings_hash(analysis, place)}"
-    folder = place.run.results / analysis.name
-    weights = build.weights_hash(place.network)
-    found = _earlier(folder / f"{stem}.npz", weights) if reuse else None
-    if found is not None:
+    folder, stem, weights = place.run.results / analysis.name, _stem(analysis, place), build.weights_hash(place.network)
+    if reuse and (found := _earlier(folder / f"{stem}.npz", weights)) is not None:
         return found
     rows = results.PartialRows(folder / f".partial-{stem}-{weights}", rank())
     try:
-        result = _measured(analysis, place, weights, rows)
+        result = _measured(analysis, place, weights, rows, reuse)
     except (Interrupted, KeyboardInterrupt, StorageError):
         raise
     except Exception as error:
         if analysis.on_error == "raise":
             raise _as_ours(analysis, error) from error
-        _failed(analysis, place, folder, stem, error)
+        recorded.failure(analysis, place, folder, stem, error)
         return None
     if rank() == 0:
         results.save(folder, stem, result)
-        _publish(analysis, place, result)
+        recorded.publish(analysis, place, result)
     gather_objects(None)  # nobody discards rows before rank 0 has saved
     if rank() == 0:
         shutil.rmtree(folder / f".partial-{stem}-{weights}", ignore_errors=True)
     return result
+
+
+def _stem(analysis: Analysis, place: Place) -> str:
+    return f"{place.tag}-{settings_hash(analysis, place)}"
 
 
 def settings_hash(analysis: Analysis, place: Place) -> str:
@@ -177,8 +179,10 @@ def _files(options: Mapping[str, Any]) -> list[Path]:
     return [path for path in paths if path.is_file()]
 
 
-def _measured(analysis: Analysis, place: Place, weights: str, rows: results.PartialRows) -> Any:
+def _measured(analysis: Analysis, place: Place, weights: str, rows: results.PartialRows, reuse: bool) -> Any:
     interrupt.check()
+    if analysis.name in place.ahead:
+        return place.ahead.pop(analysis.name)
     facts = {"checkpoint": weights, "epoch": place.epoch}
     datamodule = place.datamodule
     probe = build.probe(
@@ -186,11 +190,40 @@ def _measured(analysis: Analysis, place: Place, weights: str, rows: results.Part
     )
     supplied = _supplied(analysis, place, rows)
     options = {key: _loaded_option(key, value, probe) for key, value in analysis.options.items()}
-    result = analysis.measure(probe, **{**options, **supplied})
+    result = _with_others(analysis, probe, options, place, weights, reuse)
+    if result is None:
+        result = analysis.measure(probe, **{**options, **supplied})
     bad = [name for name, value in result.scalars().items() if not np.isfinite(value)]
     if bad:
         warnings.warn(f"analysis.{analysis.name}: {', '.join(bad)} not finite; recorded as null", stacklevel=3)
     return result
+
+
+def _with_others(
+    analysis: Analysis, probe: Probe, options: Mapping[str, Any], place: Place, weights: str, reuse: bool
+) -> Any | None:
+    """Return the result from a forward pass that others share, whose results wait in ``ahead``; None where none can."""
+    if onepass.accumulator_of(analysis.measure, options) is None:
+        return None
+    request = _probe_request(analysis, place.datamodule)
+    later = list(place.due)[next((i for i, a in enumerate(place.due) if a.name == analysis.name), len(place.due)) + 1 :]
+    others = [
+        other for other in later
+        if onepass.accumulator_of(other.measure, other.options) and _probe_request(other, place.datamodule) == request
+        and not (reuse and _earlier(place.run.results / other.name / f"{_stem(other, place)}.npz", weights))
+    ]  # fmt: skip
+    if not others:
+        return None
+    try:
+        found = onepass.collect(
+            probe, [(analysis.measure, options), *((other.measure, other.options) for other in others)]
+        )
+    except (Interrupted, KeyboardInterrupt):
+        raise
+    except Exception:  # whichever it was will fail again, alone
+        return None
+    place.ahead.update(zip((other.name for other in others), found[1:]))
+    return found[0]
 
 
 def _probe_request(analysis: Analysis, datamodule: Any) -> dict[str, Any]:
@@ -257,37 +290,6 @@ def _as_ours(analysis: Analysis, error: Exception) -> Exception:
         why = str(error).strip().rstrip(".") or type(error).__name__
         return ConfigError(f"analysis.{analysis.name}", None, why, "change its options")
     return error
-
-
-def _failed(analysis: Analysis, place: Place, folder: Path, stem: str, error: Exception) -> None:
-    """Record a null result with its reason, and go on."""
-    reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
-    warnings.warn(f"analysis.{analysis.name} failed at {place.tag}: {reason}; recorded as null", stacklevel=3)
-    if rank() == 0:
-        record = {"measure": analysis.measure.__name__, "error": reason, "scalars": None}
-        results.write_atomically(folder / f"{stem}.json", config.json.dumps(record, indent=2).encode())
-        with place.run.log.open("a") as log:
-            log.write(f"analysis.{analysis.name} at {place.tag}\n{''.join(traceback.format_exception(error))}\n")
-
-
-def _publish(analysis: Analysis, place: Place, result: Any) -> None:
-    """Journal first, then figures, then the mirror."""
-    scalars = {f"{analysis.name}/{name}": value for name, value in result.scalars().items()}
-    journal = Journal(place.run.journal)
-    journal.append(place.step, place.epoch, {**scalars, "tag": place.tag})
-    journal.close()
-    place.mirror.log({k: v for k, v in scalars.items() if np.isfinite(v)}, place.step)
-    eigenvalues = getattr(result, "eigenvalues", None)
-    if eigenvalues is not None and np.isfinite(eigenvalues).any():
-        place.mirror.histogram(f"{analysis.name}/eigenvalues", eigenvalues[np.isfinite(eigenvalues)], place.step)
-    try:
-        png, _ = save_figure(plot(result), place.run.figures / f"{analysis.name}-{place.tag}")
-    except Exception as error:  # a figure that cannot be drawn must not cost the numbers
-        if isinstance(error, OSError):
-            raise StorageError("paths.runs", place.run.figures, str(error.strerror), "free space") from error
-        warnings.warn(f"analysis.{analysis.name}: no figure ({type(error).__name__}: {error})", stacklevel=3)
-        return
-    place.mirror.image(f"{analysis.name}/figure", png, place.step)
 
 
 def replaced(analysis: Analysis, **changes: Any) -> Analysis:

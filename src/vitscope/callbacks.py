@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import pytorch_lightning as pl
 import torch
@@ -73,12 +73,12 @@ class DiagnosticCallback(Callback):
     def _perform(
         self, due: Sequence[Analysis], trainer: Trainer, pl_module: LightningModule, tag: str, epoch: int | None
     ) -> None:
-        network: Any = pl_module.model
+        place = Place(
+            self.cfg, self.run, cast(Any, pl_module.model), getattr(trainer, "datamodule"), tag, epoch,  # noqa: B009
+            trainer.global_step, self.mirror,
+            {"optimizer_states": [optimizer.state_dict() for optimizer in trainer.optimizers]}, due,
+        )  # fmt: skip
         for analysis in due:
-            place = Place(
-                self.cfg, self.run, network, getattr(trainer, "datamodule"), tag, epoch, trainer.global_step, self.mirror,  # noqa: B009
-                {"optimizer_states": [optimizer.state_dict() for optimizer in trainer.optimizers]},
-            )  # fmt: skip
             self.results[analysis.name] = analyses.perform(analysis, place)
 
 

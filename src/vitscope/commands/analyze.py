@@ -117,9 +117,9 @@ def _perform(
 ) -> None:
     tag, epoch, step = _moment(path, content)
     values: dict[str, Any] = {}
-    for analysis in analyses.parse(cfg.analysis):
-        analysis = analyses.replaced(analysis, on_error="raise")
-        place = analyses.Place(cfg, run, network, data, tag, epoch, step, mirror, content)
+    due = [analyses.replaced(analysis, on_error="raise") for analysis in analyses.parse(cfg.analysis)]
+    place = analyses.Place(cfg, run, network, data, tag, epoch, step, mirror, content, due)
+    for analysis in due:
         result = analyses.perform(analysis, place, reuse=bool(cfg.reuse))
         assert result is not None
         if hasattr(result, "table"):  # a result that reads best as text brings its own rows

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -116,16 +116,16 @@ def _measured(run: Run, wanted: Any, tag: str) -> tuple[list[str], list[str]]:
     """Measure at one moment; return what failed and what is there."""
     cfg = run.config()
     OmegaConf.update(cfg, "analysis", OmegaConf.create(config.plain(wanted)), force_add=True, merge=False)
-    chosen = analyses.parse(cfg.analysis)
+    chosen = [analyses.replaced(analysis, on_error="raise") for analysis in analyses.parse(cfg.analysis)]
     try:
-        place = _place(cfg, run, tag)
+        place = replace(_place(cfg, run, tag), due=chosen)
     except VitscopeError as error:
         return [f"run {run.id}: {', '.join(a.name for a in chosen)} at {tag} ({error})"], []
     problems: list[str] = []
     results: list[str] = []
     for analysis in chosen:
         try:
-            result = analyses.perform(analyses.replaced(analysis, on_error="raise"), place)
+            result = analyses.perform(analysis, place)
         except (Interrupted, KeyboardInterrupt):
             raise
         except Exception as error:  # one analysis must not take the others with it

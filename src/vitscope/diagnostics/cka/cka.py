@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vitscope import distributed
 from vitscope.diagnostics.cka._blocks import block_structure, p_value
 from vitscope.diagnostics.cka._hsic import MIN_IMAGES, gram, hsic
 from vitscope.models.taps import Tap, reading
 from vitscope.nulls import warn_nulls
+from vitscope.onepass import through
 from vitscope.probe import ObjectiveCard, Probe
 from vitscope.progress import track
 
@@ -85,57 +86,89 @@ def cka(probe: Probe, other: Probe | None = None, *, n_permutations: int = 1000,
     Raises:
         ValueError: no batch of four images, batches that differ between the probes, or a tap that was not reached.
     """
-    second = other or probe
-    parts = list(_hsic_of_batches(probe, other))
-    gathered = sorted(part for share in distributed.gather_objects(parts) for part in share)
-    if not gathered:
-        raise ValueError(f"Expected batches of at least {MIN_IMAGES} images for the unbiased estimator, received none.")
-    weights = np.array([n for _, n, _ in gathered], dtype=np.float64)
-    values = np.stack([hsic_ for _, _, hsic_ in gathered])  # (n_batches, S + T, S + T)
-    if len(gathered) < probe.n_batches:
-        warn_nulls("cka", {f"{probe.n_batches - len(gathered)} batch(es)": f"fewer than {MIN_IMAGES} images, left out"})
+    sums = _Sums(probe, other, n_permutations, seed)
+    if other is None:
+        through(probe, [sums], "cka")
+    else:
+        _through_both(probe, other, sums)
+    return sums.result()
+
+
+def accumulate(probe: Probe, *, n_permutations: int = 1000, seed: int = 0) -> _Sums:
+    """Return what `cka` within one model keeps between batches; arguments and errors are its own."""
+    return _Sums(probe, None, n_permutations, seed)
+
+
+class _Sums:
+    """What is kept between batches: the HSIC of every pair of taps, a small matrix a batch."""
+
+    def __init__(self, probe: Probe, other: Probe | None, n_permutations: int, seed: int) -> None:
+        self.probe, self.other, self.n_permutations, self.seed = probe, other, n_permutations, seed
+        self.parts: list[tuple[int, int, np.ndarray]] = []  # batch, images, (S + T, S + T)
+        self._grams: dict[int, Tensor] = {}
+
+    def read(self, index: int, tap: Tap, x: Tensor) -> None:
+        """Take one tap's feature maps ``(B, C, h, w)``."""
+        if len(x) >= MIN_IMAGES:
+            self._grams[index] = gram(x)
+
+    def close_batch(self, number: int, n_images: int) -> None:
+        """Compare the batch's maps, the first model's and the second's."""
+        if n_images < MIN_IMAGES:
+            return
+        taps = (*self.probe.taps, *(self.other.taps if self.other else ()))
+        for index, tap in enumerate(taps):
+            if index not in self._grams:
+                raise ValueError(
+                    f"Expected a feature map at tap {tap.name!r}, received none: the model did not run it."
+                )
+        stacked = torch.stack([self._grams[index] for index in range(len(taps))])
+        self.parts.append((number, n_images, hsic(stacked, stacked).cpu().numpy()))
+        self._grams.clear()
+
+    def result(self) -> CKAResult:
+        """Return the similarities over the batches of all ranks."""
+        probe, other = self.probe, self.other
+        gathered = sorted(part for share in distributed.gather_objects(self.parts) for part in share)
+        if not gathered:
+            raise ValueError(
+                f"Expected batches of at least {MIN_IMAGES} images for the unbiased estimator, received none."
+            )
+        weights = np.array([n for _, n, _ in gathered], dtype=np.float64)
+        values = np.stack([hsic_ for _, _, hsic_ in gathered])  # (n_batches, S + T, S + T)
+        if len(gathered) < probe.n_batches:
+            left = probe.n_batches - len(gathered)
+            warn_nulls("cka", {f"{left} batch(es)": f"fewer than {MIN_IMAGES} images, left out"})
+        s, total = len(probe.taps), np.tensordot(weights, values, 1)
+        similarity = _ratio(total, s, other is not None)
+        _say_what_is_null(total, (*probe.taps, *(other.taps if other else ())))
+        stages = np.array([tap.stage for tap in probe.taps])
+        p = p_value(similarity, stages, self.n_permutations, self.seed) if other is None else None
+        return CKAResult(
+            **_describe(probe.taps, ""),
+            **_describe((other or probe).taps, "other_"),
+            similarity=similarity,
+            standard_error=_jackknife(weights, values, s, other is not None),
+            block_structure=block_structure(similarity, stages) if other is None else None,
+            block_structure_p=p,
+            n_images=int(weights.sum()),
+            n_batches=len(gathered),
+            card=probe.card(),
+        )
+
+
+def _through_both(probe: Probe, other: Probe, sums: _Sums) -> None:
+    """Make a forward pass of each model over this rank's batches, the second's taps numbered after the first's."""
     s = len(probe.taps)
-    similarity = _ratio(np.tensordot(weights, values, 1), s, other is not None)
-    _say_what_is_null(np.tensordot(weights, values, 1), (*probe.taps, *(second.taps if other else ())))
-    stages = np.array([tap.stage for tap in probe.taps])
-    return CKAResult(
-        **_describe(probe.taps, ""),
-        **_describe(second.taps, "other_"),
-        similarity=similarity,
-        standard_error=_jackknife(weights, values, s, other is not None),
-        block_structure=block_structure(similarity, stages) if other is None else None,
-        block_structure_p=p_value(similarity, stages, n_permutations, seed) if other is None else None,
-        n_images=int(weights.sum()),
-        n_batches=len(gathered),
-        card=probe.card(),
-    )
-
-
-def _hsic_of_batches(probe: Probe, other: Probe | None) -> Iterator[tuple[int, int, np.ndarray]]:
-    """Yield ``(index, images, HSIC of every pair of taps)`` of each batch of this rank that is large enough."""
-    seconds = other.local_batches() if other else ()
-    with probe.guard() as model, (other or probe).guard() as other_model:
-        for first, second in zip_longest(track(probe.local_batches(), "cka"), seconds):
-            if other is not None:
-                _check_same(first, second)
-            index, (x, _) = first
-            if len(x) < MIN_IMAGES:
-                continue
-            grams = _grams(model, probe.taps, x)
-            if other is not None:
-                grams += _grams(other_model, other.taps, second[1][0])
-            stacked = torch.stack(grams)
-            yield index, len(x), hsic(stacked, stacked).cpu().numpy()
-
-
-def _grams(model: nn.Module, taps: Sequence[Tap], x: Tensor) -> list[Tensor]:
-    found: dict[int, Tensor] = {}
-    with reading(model, taps, lambda index, _, features: found.__setitem__(index, gram(features))):
-        model(x)
-    for index, tap in enumerate(taps):
-        if index not in found:
-            raise ValueError(f"Expected a feature map at tap {tap.name!r}, received none: the model did not run it.")
-    return [found[index] for index in range(len(taps))]
+    with probe.guard() as model, other.guard() as other_model:
+        for first, second in zip_longest(track(probe.local_batches(), "cka"), other.local_batches()):
+            _check_same(first, second)
+            number, (x, _) = first
+            with reading(model, probe.taps, sums.read):
+                model(x)
+            with reading(other_model, other.taps, lambda index, tap, maps: sums.read(s + index, tap, maps)):
+                other_model(second[1][0])
+            sums.close_batch(number, len(x))
 
 
 def _check_same(first: tuple | None, second: tuple | None) -> None:

@@ -10,12 +10,11 @@ import numpy as np
 from torch import Tensor
 
 from vitscope.diagnostics.fourier._spectrum import EPS, Spectrum, frequencies, spectrum, varies
-from vitscope.distributed import gather_objects, world_size
+from vitscope.distributed import gather_objects
 from vitscope.intervals import Estimate, RunningMean, check_level, estimates
-from vitscope.models.taps import reading
 from vitscope.nulls import warn_nulls
+from vitscope.onepass import through
 from vitscope.probe import ObjectiveCard, Probe
-from vitscope.progress import track
 
 
 @dataclass(frozen=True)
@@ -105,24 +104,25 @@ def relative_log_amplitude(
         ValueError: no tap, maps that are not square on the diagonal, maps whose size changes between batches, or a
             level or path that does not exist.
     """
+    sums = accumulate(probe, path=path, level=level, eps=eps)
+    through(probe, [sums], "Fourier")
+    return sums.result()
+
+
+def accumulate(probe: Probe, *, path: str = "diagonal", level: float = 0.95, eps: float = EPS) -> _Sums:
+    """Return what `relative_log_amplitude` keeps between batches; arguments and errors are its own."""
     check_level(level)
     if not probe.taps:
         raise ValueError("Expected at least one tap, received none: pass taps=[...] to the probe.")
-    sums = _Sums(probe.taps, path, eps)
-    with probe.guard() as model, reading(model, probe.taps, sums.read):
-        for _, (x, _) in track(probe.local_batches(), "Fourier", -(-probe.n_batches // world_size())):
-            model(x)
-            sums.close_batch()
-    card = probe.card(solver={"path": path, "eps": eps})
-    return _result(probe.taps, sums, path, level, card)
+    return _Sums(probe, path, eps, level)
 
 
 class _Sums:
     """What is kept between batches: sums over images for each tap, its map size, and whether it varied at all."""
 
-    def __init__(self, taps: Sequence[Any], path: str, eps: float) -> None:
-        self.path, self.eps = path, eps
-        self.curves, self.powers, self.changes = ([RunningMean() for _ in taps] for _ in range(3))
+    def __init__(self, probe: Probe, path: str, eps: float, level: float) -> None:
+        self.probe, self.path, self.eps, self.level = probe, path, eps, level
+        self.curves, self.powers, self.changes = ([RunningMean() for _ in probe.taps] for _ in range(3))
         self.sizes: dict[int, tuple[int, int]] = {}
         self.varying: set[int] = set()
         self._batch: dict[int, Spectrum] = {}
@@ -140,7 +140,7 @@ class _Sums:
             self.varying.add(index)
         self._batch[index] = found
 
-    def close_batch(self) -> None:
+    def close_batch(self, number: int, n_images: int) -> None:
         """Add the batch's spectra to the sums."""
         before: tuple[tuple[int, int], Tensor] | None = None
         for index, found in sorted(self._batch.items()):
@@ -151,6 +151,11 @@ class _Sums:
                 self.changes[index].add(curve[:, -1] - before[1])
             before = self.sizes[index], curve[:, -1]
         self._batch.clear()
+
+    def result(self) -> RelativeLogAmplitudeResult:
+        """Return the curves and their intervals."""
+        card = self.probe.card(solver={"path": self.path, "eps": self.eps})
+        return _result(self.probe.taps, self, self.path, self.level, card)
 
 
 def _result(

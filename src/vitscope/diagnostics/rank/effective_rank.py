@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from vitscope import distributed
-from vitscope.models.taps import Tap, reading
+from vitscope.models.taps import Tap
 from vitscope.nulls import warn_nulls
+from vitscope.onepass import through
 from vitscope.probe import ObjectiveCard, Probe
-from vitscope.progress import track
 
 #: columns of a scatter matrix that are computed at once
 _STRIP = 256
@@ -75,34 +75,57 @@ def effective_rank(probe: Probe, *, positions: int | None = 16) -> EffectiveRank
     Raises:
         ValueError: fewer than one position, fewer than two feature vectors, or a tap that was not reached.
     """
+    sums = accumulate(probe, positions=positions)
+    through(probe, [sums], "effective rank")
+    return sums.result()
+
+
+def accumulate(probe: Probe, *, positions: int | None = 16) -> _Sums:
+    """Return what `effective_rank` keeps between batches; arguments and errors are its own."""
     if positions is not None and positions < 1:
         raise ValueError(f"Expected at least one position, received {positions}.")
-    sums = [_Moments() for _ in probe.taps]
-    n_images = 0
-    with probe.guard() as model:
-        for _, (x, _) in track(probe.local_batches(), "effective rank"):
-            with reading(model, probe.taps, lambda i, _, features: sums[i].add(_samples(features, positions))):
-                model(x)
-            n_images += len(x)
-    totals = [_merged(shares) for shares in zip(*distributed.gather_objects([s.state() for s in sums]))]
-    for tap, (n, _) in zip(probe.taps, totals):
-        if n < 2:
-            raise ValueError(f"Expected at least two feature vectors at tap {tap.name!r}, received {n}.")
-    found = [_ranks(values) for _, values in totals]
-    _say_what_is_null(probe.taps, totals)
-    return EffectiveRankResult(
-        taps=tuple(tap.name for tap in probe.taps),
-        kinds=tuple(tap.kind for tap in probe.taps),
-        stages=np.array([tap.stage for tap in probe.taps]),
-        depths=np.array([tap.depth for tap in probe.taps], dtype=np.float64),
-        channels=np.array([len(values) for _, values in totals]),
-        effective_rank=np.array([rank for rank, _, _ in found]),
-        participation_ratio=np.array([ratio for _, ratio, _ in found]),
-        spectrum=tuple(spectrum for _, _, spectrum in found),
-        n_samples=np.array([n for n, _ in totals]),
-        n_images=sum(distributed.gather_objects(n_images)),
-        card=probe.card(),
-    )
+    return _Sums(probe, positions)
+
+
+class _Sums:
+    """What is kept between batches: the moments of each tap's feature vectors."""
+
+    def __init__(self, probe: Probe, positions: int | None) -> None:
+        self.probe, self.positions = probe, positions
+        self.moments = [_Moments() for _ in probe.taps]
+        self.n_images = 0
+
+    def read(self, index: int, tap: Tap, x: Tensor) -> None:
+        """Take one tap's feature maps ``(B, C, h, w)``."""
+        self.moments[index].add(_samples(x, self.positions))
+
+    def close_batch(self, number: int, n_images: int) -> None:
+        """Count the batch's images."""
+        self.n_images += n_images
+
+    def result(self) -> EffectiveRankResult:
+        """Return the ranks of the covariances."""
+        taps = self.probe.taps
+        states = distributed.gather_objects([m.state() for m in self.moments])
+        totals = [_merged(shares) for shares in zip(*states)]
+        for tap, (n, _) in zip(taps, totals):
+            if n < 2:
+                raise ValueError(f"Expected at least two feature vectors at tap {tap.name!r}, received {n}.")
+        found = [_ranks(values) for _, values in totals]
+        _say_what_is_null(taps, totals)
+        return EffectiveRankResult(
+            taps=tuple(tap.name for tap in taps),
+            kinds=tuple(tap.kind for tap in taps),
+            stages=np.array([tap.stage for tap in taps]),
+            depths=np.array([tap.depth for tap in taps], dtype=np.float64),
+            channels=np.array([len(values) for _, values in totals]),
+            effective_rank=np.array([rank for rank, _, _ in found]),
+            participation_ratio=np.array([ratio for _, ratio, _ in found]),
+            spectrum=tuple(spectrum for _, _, spectrum in found),
+            n_samples=np.array([n for n, _ in totals]),
+            n_images=sum(distributed.gather_objects(self.n_images)),
+            card=self.probe.card(),
+        )
 
 
 class _Moments:
@@ -180,24 +203,25 @@ def _merged(states: Sequence[tuple]) -> tuple[int, np.ndarray]:
     for n, mean, scatter, _, _ in states:
         if n:
             total.merge(n, torch.from_numpy(mean), torch.from_numpy(scatter))
-    left = [torch.from_numpy(waiting) for *_, waiting, _ in states if waiting is not None]
-    rows = torch.cat(left) if left else None
+    left = [waiting for *_, waiting, _ in states if waiting is not None]
+    rows = np.concatenate(left) if left else None
     if rows is not None and total.scatter is None and len(rows) < rows.shape[1]:
-        mean, matrix = rows.mean(dim=0), rows - rows.mean(dim=0)
-        matrix, n, channels = matrix @ matrix.T, len(rows), rows.shape[1]  # the same eigenvalues but for zeros
+        mean = rows.mean(axis=0)
+        centred = rows - mean
+        matrix, n, channels = centred @ centred.T, len(rows), rows.shape[1]  # the same eigenvalues but for zeros
     else:
         if rows is not None:
-            total.merge(*_moments(rows))
+            total.merge(*_moments(torch.from_numpy(rows)))
         if total.mean is None or total.scatter is None:
             return 0, np.zeros(0)
-        mean, matrix, n, channels = total.mean, total.scatter, total.n, len(total.mean)
-    spread, common = float(matrix.trace()), n * float(mean.square().sum())
+        mean, matrix, n, channels = total.mean.numpy(), total.scatter.numpy(), total.n, len(total.mean)
+    spread, common = float(matrix.trace()), n * float(mean @ mean)
     eps = max(state[-1] for state in states)
     if not np.isfinite(spread):
         return n, np.full(channels, np.nan)
     if spread <= eps**2 * (spread + common):
         return n, np.zeros(channels)
-    values = torch.linalg.eigvalsh(matrix).flip(0).numpy() / max(n - 1, 1)
+    values = torch.linalg.eigvalsh(torch.from_numpy(matrix)).flip(0).numpy() / max(n - 1, 1)
     return n, np.pad(values, (0, channels - len(values)))
 
 

@@ -10,12 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vitscope.distributed import gather_objects, world_size
+from vitscope.distributed import gather_objects
 from vitscope.intervals import Estimate, RunningMean, check_level, estimates
-from vitscope.models.taps import reading
 from vitscope.nulls import warn_nulls
+from vitscope.onepass import through
 from vitscope.probe import ObjectiveCard, Probe
-from vitscope.progress import track
 
 #: variance below this share of the mean square: single precision sums cancel, so the map is measured again in double
 _CANCELLED = 1e-2
@@ -79,15 +78,17 @@ def feature_map_variance(probe: Probe, *, level: float = 0.95) -> FeatureMapVari
     Raises:
         ValueError: no tap, or a level outside (0, 1).
     """
+    sums = accumulate(probe, level=level)
+    through(probe, [sums], "variance")
+    return sums.result()
+
+
+def accumulate(probe: Probe, *, level: float = 0.95) -> _Sums:
+    """Return what `feature_map_variance` keeps between batches; arguments and errors are its own."""
     check_level(level)
     if not probe.taps:
         raise ValueError("Expected at least one tap, received none: pass taps=[...] to the probe.")
-    sums = _Sums(len(probe.taps))
-    with probe.guard() as model, reading(model, probe.taps, sums.read):
-        for _, (x, _) in track(probe.local_batches(), "variance", -(-probe.n_batches // world_size())):
-            model(x)
-            sums.close_batch()
-    return _result(probe.taps, sums, level, probe.card())
+    return _Sums(probe, level)
 
 
 def spatial_variance(x: Tensor) -> Tensor:
@@ -111,9 +112,9 @@ def spatial_variance(x: Tensor) -> Tensor:
 class _Sums:
     """What is kept between batches: sums over images of each tap's variance and log ratio, and its map's shape."""
 
-    def __init__(self, n_taps: int) -> None:
-        self.variances = [RunningMean() for _ in range(n_taps)]
-        self.ratios = [RunningMean() for _ in range(n_taps)]
+    def __init__(self, probe: Probe, level: float) -> None:
+        self.probe, self.level = probe, level
+        self.variances, self.ratios = ([RunningMean() for _ in probe.taps] for _ in range(2))
         self.shapes: dict[int, tuple[int, ...]] = {}
         self._batch: dict[int, Tensor] = {}
 
@@ -124,7 +125,7 @@ class _Sums:
             raise ValueError(f"Expected maps of one shape at {tap.name}, received {self.shapes[index]} and {shape}.")
         self._batch[index] = spatial_variance(x)
 
-    def close_batch(self) -> None:
+    def close_batch(self, number: int, n_images: int) -> None:
         """Add the batch's variances to the sums."""
         before: tuple[tuple[int, ...], Tensor] | None = None
         for index, variance in sorted(self._batch.items()):
@@ -133,6 +134,10 @@ class _Sums:
                 self.ratios[index].add((variance / before[1]).log())
             before = self.shapes[index], variance
         self._batch.clear()
+
+    def result(self) -> FeatureMapVarianceResult:
+        """Return the variances, the log ratios and their intervals."""
+        return _result(self.probe.taps, self, self.level, self.probe.card())
 
 
 def _result(taps: Sequence[Any], sums: _Sums, level: float, card: ObjectiveCard) -> FeatureMapVarianceResult:

@@ -1,0 +1,103 @@
+"""Measures of the feature maps from one forward pass: bit for bit those of passes of their own, and really one pass."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+
+import numpy as np
+import pytest
+import timm
+import torch
+
+import vitscope as vs
+from tests.diagnostics.test_every_analysis import made as made  # a run, its network and data
+from vitscope import analyses
+from vitscope.analyses import Place
+
+MEASURES = {
+    "relative_log_amplitude": {},
+    "feature_map_variance": {},
+    "effective_rank": {"positions": 4},
+    "cka": {"seed": 3},
+}
+SHARED = ("fourier", "variance", "effective_rank", "cka")
+
+
+def probe_of(name: str) -> vs.Probe:
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=5)
+    size = 96 if "resnet" in name else 224
+    return vs.Probe(model, [(torch.randn(n, 3, size, size), torch.zeros(n, dtype=torch.long)) for n in (5, 4)])
+
+
+def passes_of(network: torch.nn.Module) -> tuple[list[int], torch.utils.hooks.RemovableHandle]:
+    passes: list[int] = []
+    return passes, network.register_forward_pre_hook(lambda _, args: passes.append(len(args[0])))
+
+
+def assert_same(one: object, other: object) -> None:
+    assert type(one) is type(other)
+    for f in dataclasses.fields(one):  # type: ignore[arg-type]
+        if f.name != "card":
+            values = ([v] if not isinstance(v, tuple) else v for v in (getattr(one, f.name), getattr(other, f.name)))
+            for a, b in zip(*values, strict=True):
+                np.testing.assert_array_equal(a, b, err_msg=f.name)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "vit_tiny_patch16_224"])
+def test_results_are_those_of_passes_of_their_own(name: str) -> None:
+    probe = probe_of(name)
+    passes, handle = passes_of(probe.model)
+    found = vs.one_pass(probe, MEASURES)
+    handle.remove()
+    assert passes == [5, 4]
+    assert list(found) == list(MEASURES)
+    for measure, options in MEASURES.items():
+        assert_same(found[measure], getattr(vs, measure)(probe, **options))
+
+
+@pytest.mark.parametrize(
+    ("name", "options"), [("lesion", {}), ("nothing", {}), ("cka", {"other": object()}), ("Probe", {})]
+)
+def test_what_needs_more_than_one_pass_is_refused(name: str, options: dict) -> None:
+    with pytest.raises(ValueError, match=f"the feature maps of one pass, received '{name}'"):
+        vs.one_pass(probe_of("resnet18"), {name: options})
+
+
+def with_due(place: Place, *names: str, **changes: dict) -> Place:
+    parsed = {a.name: a for a in analyses.parse(place.cfg.analysis)}
+    request = {"split": "test", "augment": False, "n_images": 16, "batch_size": 8}
+    due = [analyses.replaced(parsed[name], probe=request | changes.get(name, {}), on_error="raise") for name in names]
+    return dataclasses.replace(place, due=due, ahead={})
+
+
+def test_analyses_of_the_same_images_share_a_pass(made: Place) -> None:
+    place = with_due(made, *SHARED, variance={"n_images": 8})
+    passes, handle = passes_of(made.network)
+    shared = {analysis.name: analyses.perform(analysis, place, reuse=False) for analysis in place.due}
+    handle.remove()
+    assert passes == [8, 8, 8]  # two batches for three of them, and one of its own for the variance
+    assert not place.ahead
+    for analysis in place.due:
+        assert_same(shared[analysis.name], analyses.perform(analysis, dataclasses.replace(place, due=()), reuse=False))
+        assert analyses.perform(analysis, place) is not None
+
+
+def test_what_is_there_is_not_measured_again(made: Place) -> None:
+    place = with_due(made, *SHARED, **{key: {"seed": 7} for key in SHARED})
+    analyses.perform(place.due[2], dataclasses.replace(place, due=()))
+    passes, handle = passes_of(made.network)
+    for analysis in place.due:
+        analyses.perform(analysis, place)
+    handle.remove()
+    assert passes == [8, 8]
+
+
+def test_one_that_fails_does_not_take_the_others_with_it(made: Place) -> None:
+    place = with_due(made, "fourier", "cka", **{key: {"batch_size": 2} for key in SHARED})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert analyses.perform(place.due[0], place, reuse=False) is not None
+    with pytest.raises(analyses.ConfigError, match="at least 4 images"):  # too few for the unbiased estimator
+        analyses.perform(place.due[1], place, reuse=False)
