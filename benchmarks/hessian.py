@@ -277,8 +277,10 @@ def main() -> None:
     print("\n| model | product / gradient | clean samples | memory above a gradient's, parameter sizes | products |")
     print("| - | - | - | - | - |")
     alternet = vs.models.alternet(num_classes=16).to(device).eval()
-    for name, model in (("ResNet-18", resnet), ("ViT-Ti/4", vit), ("AlterNet-18", alternet)):
-        per_gradient(name, model, (x[: max(2, n // 4)], y[: max(2, n // 4)]), rounds, device, k)
+    few = max(2, n // 4)
+    for name, model, size in (("ResNet-18", resnet, n), ("ResNet-18", resnet, few), ("ViT-Ti/4", vit, few),
+                              ("AlterNet-18", alternet, few)):  # fmt: skip
+        per_gradient(f"{name}, batch {size}", model, (x[:size], y[:size]), rounds, device, k)
 
 
 if __name__ == "__main__":

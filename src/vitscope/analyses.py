@@ -87,6 +87,7 @@ class Place:
         content: the checkpoint the weights came from, where there is one.
         due: the analyses that will be made here; those of the feature maps of the same images share a forward pass.
         ahead: results of such a pass by name, until their turn comes.
+        alone: names of those that such a pass failed for.
     """
 
     cfg: DictConfig
@@ -100,6 +101,7 @@ class Place:
     content: Mapping[str, Any] | None = None
     due: Sequence[Analysis] = ()
     ahead: dict[str, Any] = field(default_factory=dict)
+    alone: set[str] = field(default_factory=set)
 
 
 def parse(nodes: Mapping[str, Any] | None) -> list[Analysis]:
@@ -132,7 +134,8 @@ def perform(analysis: Analysis, place: Place, *, reuse: bool = True) -> Any | No
         VitscopeError: it failed and ``on_error`` is ``raise``.
     """
     folder, stem, weights = place.run.results / analysis.name, _stem(analysis, place), build.weights_hash(place.network)
-    if reuse and (found := _earlier(folder / f"{stem}.npz", weights)) is not None:
+    # what lies ahead is not looked for: another rank may have saved it already and wait for this one
+    if reuse and analysis.name not in place.ahead and (found := _earlier(folder / f"{stem}.npz", weights)) is not None:
         return found
     rows = results.PartialRows(folder / f".partial-{stem}-{weights}", rank())
     try:
@@ -180,38 +183,41 @@ def _files(options: Mapping[str, Any]) -> list[Path]:
 
 
 def _measured(analysis: Analysis, place: Place, weights: str, rows: results.PartialRows, reuse: bool) -> Any:
-    interrupt.check()
-    if analysis.name in place.ahead:
-        return place.ahead.pop(analysis.name)
-    facts = {"checkpoint": weights, "epoch": place.epoch}
-    datamodule = place.datamodule
-    probe = build.probe(
-        place.cfg, place.network, datamodule, _probe_request(analysis, datamodule), facts, place.content
-    )
-    supplied = _supplied(analysis, place, rows)
-    options = {key: _loaded_option(key, value, probe) for key, value in analysis.options.items()}
-    result = _with_others(analysis, probe, options, place, weights, reuse)
+    result = place.ahead.pop(analysis.name, None)
     if result is None:
-        result = analysis.measure(probe, **{**options, **supplied})
+        interrupt.check()
+        facts = {"checkpoint": weights, "epoch": place.epoch}
+        request = _probe_request(analysis, place.datamodule)
+        probe = build.probe(place.cfg, place.network, place.datamodule, request, facts, place.content)
+        options = {key: _loaded_option(key, value, probe) for key, value in analysis.options.items()}
+        result = _with_others(analysis, _sharing(analysis, place, weights, reuse), probe, options, place)
+        if result is None:
+            result = analysis.measure(probe, **{**options, **_supplied(analysis, place, rows)})
     bad = [name for name, value in result.scalars().items() if not np.isfinite(value)]
     if bad:
         warnings.warn(f"analysis.{analysis.name}: {', '.join(bad)} not finite; recorded as null", stacklevel=3)
     return result
 
 
-def _with_others(
-    analysis: Analysis, probe: Probe, options: Mapping[str, Any], place: Place, weights: str, reuse: bool
-) -> Any | None:
-    """Return the result from a forward pass that others share, whose results wait in ``ahead``; None where none can."""
-    if onepass.accumulator_of(analysis.measure, options) is None:
-        return None
+def _sharing(analysis: Analysis, place: Place, weights: str, reuse: bool) -> list[Analysis]:
+    """Return the analyses whose turn is still to come and that can share this one's forward pass."""
+    if onepass.accumulator_of(analysis.measure, analysis.options) is None or analysis.name in place.alone:
+        return []
     request = _probe_request(analysis, place.datamodule)
-    later = list(place.due)[next((i for i, a in enumerate(place.due) if a.name == analysis.name), len(place.due)) + 1 :]
-    others = [
+    names = [other.name for other in place.due]
+    later = place.due[names.index(analysis.name) + 1 :] if analysis.name in names else ()
+    return [
         other for other in later
-        if onepass.accumulator_of(other.measure, other.options) and _probe_request(other, place.datamodule) == request
+        if onepass.accumulator_of(other.measure, other.options) is not None and other.name not in place.alone
+        and _probe_request(other, place.datamodule) == request
         and not (reuse and _earlier(place.run.results / other.name / f"{_stem(other, place)}.npz", weights))
     ]  # fmt: skip
+
+
+def _with_others(
+    analysis: Analysis, others: Sequence[Analysis], probe: Probe, options: Mapping[str, Any], place: Place
+) -> Any | None:
+    """Return the result of a forward pass shared with ``others``, whose own wait in ``ahead``; None without or on failure."""
     if not others:
         return None
     try:
@@ -220,7 +226,8 @@ def _with_others(
         )
     except (Interrupted, KeyboardInterrupt):
         raise
-    except Exception:  # whichever it was will fail again, alone
+    except Exception:  # each is measured alone, where the one that fails says why
+        place.alone.update({analysis.name, *(other.name for other in others)})
         return None
     place.ahead.update(zip((other.name for other in others), found[1:]))
     return found[0]

@@ -1,10 +1,8 @@
-"""What happens around training: diagnostics, checkpoints, signals, progress without a terminal."""
+"""What happens around training: diagnostics, checkpoints, signals."""
 
 from __future__ import annotations
 
 import math
-import sys
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -115,16 +113,17 @@ class Checkpoints(Callback):
         self.monitor, self.mode, self.every_n_epochs = monitor, mode, every_n_epochs
         self.snapshots, self.warmup_epochs, self.init = snapshots, warmup_epochs, init
         self.best: float | None = None
+        self._validated: float | None = None  # the monitored value of a validation within this epoch
         self.folder = Path("checkpoints")
         self._stop = 0
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the best value so far."""
-        return {"best": self.best}
+        """Return the best value so far, and that of a validation whose epoch has not ended."""
+        return {"best": self.best, "validated": self._validated}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take it up again."""
-        self.best = state_dict["best"]
+        self.best, self._validated = state_dict["best"], state_dict.get("validated")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep the network before its first step."""
@@ -141,11 +140,12 @@ class Checkpoints(Callback):
         """
         _check_finite(pl_module)
         epoch = trainer.current_epoch
-        if self._improved(trainer.callback_metrics):
+        improved, self._validated = self._improved(trainer.callback_metrics), None
+        if improved:
             trainer.save_checkpoint(self.folder / "best.ckpt")
         if self._kept(epoch, trainer):
             trainer.save_checkpoint(self.folder / f"epoch-{epoch:04d}.ckpt")
-        if (epoch + 1) % self.every_n_epochs == 0 or trainer.should_stop or epoch + 1 == trainer.max_epochs:
+        if (epoch + 1) % self.every_n_epochs == 0 or trainer.should_stop or _over(trainer):
             trainer.save_checkpoint(self.folder / "last.ckpt")
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
@@ -175,6 +175,11 @@ class Checkpoints(Callback):
             trainer.save_checkpoint(self.folder / "last.ckpt")
         self._raise_if_saved()
 
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Keep the monitored value until the epoch's end, over a stop in between."""
+        if self.monitor in trainer.callback_metrics:
+            self._validated = float(trainer.callback_metrics[self.monitor])
+
     def _raise_if_saved(self) -> None:
         if self._stop:
             raise Interrupted(self._stop)
@@ -184,12 +189,13 @@ class Checkpoints(Callback):
         interrupt.check()
 
     def _improved(self, metrics: Mapping[str, Tensor]) -> bool:
-        if not any(name.startswith("val/") for name in metrics):  # no validation in this epoch
-            return False
-        if self.monitor not in metrics:
+        if self.monitor in metrics:
+            value = float(metrics[self.monitor])
+        elif any(name.startswith("val/") for name in metrics):
             known = ", ".join(sorted(metrics))
             raise ConfigError("callbacks.checkpoint.monitor", self.monitor, "no such metric", f"choose from {known}")
-        value = float(metrics[self.monitor])
+        else:  # no validation since this process began
+            value = math.nan if self._validated is None else self._validated
         if not math.isfinite(value):
             return False
         better = self.best is None or (value > self.best if self.mode == "max" else value < self.best)
@@ -240,44 +246,14 @@ class SameConfiguration(Callback):
             raise DistributedError("trainer.devices", len(hashes), why, "start every rank with the same overrides")
 
 
-class PlainProgress(Callback):
-    """Progress of training where the output is no terminal: a line now and then, rank 0 only."""
-
-    def __init__(self, interval_s: float = 15.0) -> None:
-        self.interval_s = interval_s
-        self._said = 0.0
-        self._started = 0.0
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the clock."""
-        self._started = self._said = time.monotonic()
-
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        """Say where training stands."""
-        now = time.monotonic()
-        if trainer.is_global_zero and now - self._said >= self.interval_s:
-            self._said = now
-            self._say(trainer, now)
-
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say how the epoch ended."""
-        if trainer.is_global_zero and time.monotonic() - self._said >= self.interval_s / 5:
-            self._said = time.monotonic()
-            self._say(trainer, self._said)
-
-    def _say(self, trainer: Trainer, now: float) -> None:
-        metrics = trainer.callback_metrics
-        shown = [f"{key} {float(metrics[key]):.3f}" for key in ("train/loss", "val/accuracy") if key in metrics]
-        total = int(trainer.estimated_stepping_batches)
-        done = trainer.global_step
-        left = (now - self._started) / max(done, 1) * (total - done)
-        text = f"epoch {trainer.current_epoch}, step {done}/{total}, {', '.join(shown)}, {left:.0f} s left"
-        print(text, file=sys.stderr, flush=True)
-
-
 def _must_go_on(trainer: Trainer) -> bool:
-    accumulates = trainer.fit_loop.epoch_loop._should_accumulate()
-    return accumulates or 0 < trainer.max_steps <= trainer.global_step
+    """Whether a stop has to wait: gradients are being accumulated, or no step is left to go on with."""
+    return trainer.fit_loop.epoch_loop._should_accumulate() or 0 < trainer.max_steps <= trainer.global_step
+
+
+def _over(trainer: Trainer) -> bool:
+    """Whether the epoch that ends is the last."""
+    return trainer.current_epoch + 1 == trainer.max_epochs or 0 < trainer.max_steps <= trainer.global_step
 
 
 def _agreed_signal(pl_module: pl.LightningModule) -> int:

@@ -191,7 +191,7 @@ def facts(content: Mapping[str, Any], path: Path) -> dict[str, Any]:
         CheckpointError: the note is not one that `write` was given.
     """
     noted = content.get("vitscope", {})
-    plain = isinstance(noted, dict) and all(type(value) in (int, float, str) for value in noted.values())
+    plain = isinstance(noted, dict) and all(type(value) in (int, str) for value in noted.values())
     if not plain or type(content.get("global_step", 0)) is not int:
         raise CheckpointError(
             "ckpt_path", path, "its note of where training stood is damaged", "use another checkpoint"

@@ -18,7 +18,7 @@ from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
 
 from vitscope import pending, schedule
-from vitscope.distributed import gather_objects
+from vitscope.distributed import all_reduce_sum, gather_objects
 from vitscope.errors import NumericalError
 from vitscope.objective import Objective, hard_targets
 from vitscope.sam import SAM, still_statistics
@@ -75,12 +75,12 @@ class Classifier(pl.LightningModule):
         self._mix = mix
         self._seed = seed
         self._position = (0, 0)
-        self._pending: str = ""
+        self._pending = ""
+        self._counts = torch.zeros(2, dtype=torch.int64)  # this epoch's training images: right, seen
         self.identity = dict(identity or {})
         self.hard_objective = Objective(label_smoothing=label_smoothing)
         self.soft_objective = Objective()
         self.metrics = nn.ModuleDict({f"{stage}_metrics": _metrics(num_classes) for stage in ("val", "test")})
-        self.train_accuracy = MeanMetric(nan_strategy=float("nan"))
 
     @property
     def position(self) -> tuple[int, int]:
@@ -96,9 +96,11 @@ class Classifier(pl.LightningModule):
         pending.take_up(self.trainer, self._pending)
         self._pending = ""
 
-    def on_train_epoch_end(self) -> None:
-        """Log the accuracy on the epoch's batches, those before a stop included."""
-        self.log("train/accuracy", self.train_accuracy)
+    def epoch_accuracy(self) -> float | None:
+        """Return the accuracy on this epoch's training batches of all ranks, those before a stop included, and forget them."""
+        right, seen = all_reduce_sum(self._counts).tolist()
+        self._counts = torch.zeros_like(self._counts)
+        return right / seen if seen else None
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Note where training stands, for checkpoints."""
@@ -127,7 +129,9 @@ class Classifier(pl.LightningModule):
             return loss
         shared = self.trainer.world_size > 1  # the mean of equal shares is the single process's value
         self.log("train/loss", loss, prog_bar=True, batch_size=len(x), sync_dist=shared)
-        self.train_accuracy.update((logits.detach().argmax(dim=1) == hard_targets(y)).float().mean(), len(x))
+        self._counts = self._counts.to(x.device)
+        self._counts[0] += (logits.detach().argmax(dim=1) == hard_targets(y)).sum()
+        self._counts[1] += len(x)
         return loss
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
@@ -170,12 +174,12 @@ class Classifier(pl.LightningModule):
         epoch, batch = self._position
         over = batch >= self._batches_per_epoch()
         left = pending.leave(self.trainer, checkpoint, over) if self.trainer.state.fn == "fit" else None
-        # the sums over this epoch's batches, of all ranks together: they are one where it goes on
-        sums = gather_objects((float(self.train_accuracy.mean_value), float(self.train_accuracy.weight)))
-        kept = [sum(column) for column in zip(*sums)] if left or not over else [0.0, 0.0]
+        right, seen = (
+            sum(column) for column in zip(*gather_objects(self._counts.tolist()))
+        )  # one sum where it goes on
         if over:
             epoch, batch = epoch + 1, 0
-        facts = {"epoch": epoch, "batch": batch, "pending": left or "", "right": kept[0], "seen": kept[1]}
+        facts = {"epoch": epoch, "batch": batch, "pending": left or "", "right": right, "seen": seen}
         checkpoint["vitscope"] = {**facts, **self.identity}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -185,8 +189,8 @@ class Classifier(pl.LightningModule):
         if datamodule is not None and "epoch" in kept:
             self._position, self._pending = (kept["epoch"], kept["batch"]), kept.get("pending", "")
             datamodule.resume_at(kept["epoch"], kept["batch"])
-            if (seen := kept.get("seen", 0.0)) and self.global_rank == 0:
-                self.train_accuracy.update(kept["right"] / seen, seen)
+            counts = (kept.get("right", 0), kept.get("seen", 0)) if self.global_rank == 0 else (0, 0)
+            self._counts = torch.tensor(counts, dtype=torch.int64)
 
     def _evaluate(self, stage: str, batch: tuple[Tensor, Tensor]) -> None:
         x, y = batch

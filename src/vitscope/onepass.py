@@ -12,7 +12,8 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from vitscope.distributed import world_size
+from vitscope.distributed import gather_objects, world_size
+from vitscope.interrupt import Interrupted
 from vitscope.models.taps import Tap, reading
 from vitscope.probe import Probe
 from vitscope.progress import track
@@ -22,7 +23,7 @@ class Accumulator(Protocol):
     """What a measure keeps between batches."""
 
     def read(self, index: int, tap: Tap, x: Tensor) -> None:
-        """Take the maps ``(B, C, h, w)`` of one tap; they may be changed in place afterwards."""
+        """Take the maps ``(B, C, h, w)`` of one tap: others read them too, and the model may change them afterwards."""
 
     def close_batch(self, number: int, n_images: int) -> None:
         """Take note that all maps of batch ``number`` were read."""
@@ -33,8 +34,10 @@ class Accumulator(Protocol):
 
 def accumulator_of(measure: Callable[..., Any], options: Mapping[str, Any]) -> Callable[..., Accumulator] | None:
     """Return the measure's ``accumulate``; None where it has none, or where a second model (``other``) is asked for."""
-    found = getattr(importlib.import_module(measure.__module__), "accumulate", None)
-    return found if options.get("other") is None else None
+    module = importlib.import_module(measure.__module__)
+    found = getattr(module, "accumulate", None)
+    own = getattr(found, "__module__", None) == module.__name__ and module.__name__.endswith(f".{measure.__name__}")
+    return found if own and options.get("other") is None else None
 
 
 def through(probe: Probe, accumulators: Sequence[Accumulator], description: str) -> None:
@@ -76,10 +79,17 @@ def one_pass(probe: Probe, measures: Mapping[str, Mapping[str, Any]]) -> dict[st
 
 def collect(probe: Probe, chosen: Sequence[tuple[Callable[..., Any], Mapping[str, Any]]]) -> list[Any]:
     """Return the results of pairs of a measure and its options, see `one_pass`; each must have an accumulator."""
-    accumulators = []
-    for measure, options in chosen:
-        make = accumulator_of(measure, options)
-        assert make is not None
-        accumulators.append(make(probe, **{key: value for key, value in options.items() if key != "other"}))
-    through(probe, accumulators, "feature maps")
+    accumulators, error = [], None
+    try:
+        for measure, options in chosen:
+            make = accumulator_of(measure, options)
+            assert make is not None
+            accumulators.append(make(probe, **{key: value for key, value in options.items() if key != "other"}))
+        through(probe, accumulators, "feature maps")
+    except Interrupted:
+        raise
+    except Exception as found:  # told to the other ranks, which would wait for this one's sums
+        error = found
+    if any(gather_objects(error is not None)):
+        raise error or RuntimeError("another rank failed")
     return [accumulator.result() for accumulator in accumulators]

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.callbacks import WeightAveraging
+from pytorch_lightning.loops.loop import _Loop
 
 Pending = Literal["validation", "epoch end"]
 
@@ -48,9 +49,18 @@ def leave(trainer: Trainer, checkpoint: dict[str, Any], over: bool) -> Pending |
 
 
 def take_up(trainer: Trainer, pending: str) -> None:
-    """Before the first batch of a resumed training: let an epoch end that needs no further batch and no validation."""
-    if pending == "epoch end":
-        trainer.fit_loop.epoch_loop.val_loop._has_run = True
+    """Before the first batch of a resumed training: let an epoch end that needs no further batch and no validation.
+
+    Lightning waits for a validation there, which marking it as run prevents; and with ``max_steps`` it would end an epoch again
+    that had ended before the stop.
+    """
+    loop = trainer.fit_loop
+    if pending == "epoch end" or not trainer.enable_validation:
+        loop.epoch_loop.val_loop._has_run = True
+    if loop.restarted_on_epoch_end:
+        loop.epoch_progress.increment_completed()
+        _Loop.restarting.fset(loop, False)  # pyright: ignore[reportOptionalCall]  of the class: the loop's own never lets go
+        loop.reset_restart_stage()
 
 
 def swap_back(trainer: Trainer, pl_module: LightningModule) -> None:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 def failure(analysis: Analysis, place: Place, folder: Path, stem: str, error: Exception) -> None:
     """Record a null result with its reason, and go on."""
     reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
-    warnings.warn(f"analysis.{analysis.name} failed at {place.tag}: {reason}; recorded as null", stacklevel=4)
+    warnings.warn(f"analysis.{analysis.name} failed at {place.tag}: {reason}; recorded as null", stacklevel=3)
     if rank() == 0:
         record = {"measure": analysis.measure.__name__, "error": reason, "scalars": None}
         results.write_atomically(folder / f"{stem}.json", config.json.dumps(record, indent=2).encode())
@@ -45,6 +45,6 @@ def publish(analysis: Analysis, place: Place, result: Any) -> None:
     except Exception as error:  # a figure that cannot be drawn must not cost the numbers
         if isinstance(error, OSError):
             raise StorageError("paths.runs", place.run.figures, str(error.strerror), "free space") from error
-        warnings.warn(f"analysis.{analysis.name}: no figure ({type(error).__name__}: {error})", stacklevel=4)
+        warnings.warn(f"analysis.{analysis.name}: no figure ({type(error).__name__}: {error})", stacklevel=3)
         return
     place.mirror.image(f"{analysis.name}/figure", png, place.step)

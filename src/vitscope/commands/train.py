@@ -15,7 +15,7 @@ import hydra
 from omegaconf import DictConfig
 
 from vitscope import analyses, build, checkpoint, config, exits, runs, tracking
-from vitscope.callbacks import Checkpoints, DiagnosticCallback, PlainProgress, SameConfiguration, StopsWithoutSaving
+from vitscope.callbacks import Checkpoints, DiagnosticCallback, SameConfiguration, StopsWithoutSaving
 from vitscope.checkpoint import AtomicCheckpointIO
 from vitscope.classifier import Classifier
 from vitscope.commands import overrides
@@ -27,6 +27,7 @@ from vitscope.ranks import end_others
 from vitscope.rehearsal import rehearse
 from vitscope.runs import Run
 from vitscope.sweep import multirun
+from vitscope.training_progress import EpochAccuracy, PlainProgress
 from vitscope.validation import validate, writable
 
 #: what a sweeper of Hydra that learns is told of a job
@@ -189,7 +190,7 @@ def _trainer(cfg: DictConfig, run: Run, logger: Any, diagnostics: DiagnosticCall
         cfg.trainer,
         "trainer",
         logger=logger,
-        callbacks=[SameConfiguration(config.config_hash(cfg)), *own, *bar, diagnostics],
+        callbacks=[SameConfiguration(config.config_hash(cfg)), EpochAccuracy(), *own, *bar, diagnostics],
         plugins=[AtomicCheckpointIO()],
         default_root_dir=str(run.path),
         enable_progress_bar=shown and sys.stdout.isatty(),

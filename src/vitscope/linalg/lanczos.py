@@ -22,9 +22,8 @@ Operator = Callable[[Tensor], Tensor | Sequence[Tensor]]
 #: a remainder below the precision to this power, relative to the operator, is rounding (1e-5 in float32, 1e-11 in
 #: float64): the basis spans an invariant subspace
 BREAKDOWN = 0.7
-#: orthogonalise a second time where less than this share of a product is left: rounding is amplified by its inverse, so the
-#: basis stays orthonormal to ten times that of a product; with the usual 0.5 every other step of a network's spectrum repeats
-AGAIN = 0.1
+#: rounding of a coefficient, in units of the precision
+ROUNDING = 4.0
 
 
 class Lanczos:
@@ -54,6 +53,10 @@ class Lanczos:
         self.coupling = np.zeros(0)
         self.n_products = 0
         self.breakdowns: list[int] = []
+        eps = float(torch.finfo(start.dtype).eps)
+        # bounds of the inner products of different unit rows: each step multiplies them by how much of a product it takes away,
+        # and below the root of the precision T is as exact as with an orthonormal basis (Simon, Math. Comp. 42, 1984)
+        self.inner, self.rounding, self.threshold = np.zeros((0, 0)), ROUNDING * eps, 0.1 * eps**0.5
         length = self.basis.write([start], 1.0, np.zeros(0))
         if not np.isfinite(length):
             raise ValueError("Expected a finite start vector, received one with NaN or infinity.")
@@ -92,12 +95,28 @@ class Lanczos:
         length = basis.write(pieces, scale, c)
         del pieces
         diagonal = c[-1] + self.shift
-        if length < AGAIN * size:
+        inner = self._bounds(c, length)
+        if inner.max(initial=0.0) > self.threshold:
             row = [basis.rows[basis.count]]
             c = basis.coefficients(row)
             diagonal += c[-1]
             length = basis.write(row, 1.0, c)
+            inner = self._bounds(c, length)
+        self._take_bounds(inner)
         self._grow(diagonal, length, size)
+
+    def _bounds(self, c: np.ndarray, length: float) -> np.ndarray:
+        """Return bounds of the new unit row's inner products with the rows it was orthogonalised against, ``(count,)``."""
+        if len(self.inner) < len(c):
+            self.inner = np.pad(self.inner, (0, len(c) - len(self.inner)))
+        lost = np.abs(c) @ self.inner + self.rounding * float(np.linalg.norm(c))
+        return self.rounding + lost / max(length, 1e-300)
+
+    def _take_bounds(self, inner: np.ndarray) -> None:
+        n = len(inner)
+        grown = np.zeros((n + 1, n + 1))
+        grown[:n, :n], grown[n, :n], grown[:n, n] = self.inner, inner, inner
+        self.inner = grown
 
     def ritz(self) -> Ritz:
         """Return the eigenvalues of T, ascending, with residuals and the eigenvectors' coefficients."""
@@ -107,7 +126,11 @@ class Lanczos:
     def restart(self, keep: np.ndarray) -> None:
         """Compress the basis to the Ritz vectors numbered ``keep`` and the last row."""
         ritz = self.ritz()
+        weights = np.abs(ritz.vectors[:, keep].T)
         self.basis.compress(ritz.vectors[:, keep].T)
+        inner = weights @ self.inner[:-1, :-1] @ weights.T + self.rounding
+        border = weights @ self.inner[:-1, -1]
+        self.inner = np.block([[inner - np.diag(np.diag(inner)), border[:, None]], [border[None, :], np.zeros((1, 1))]])
         self.projection = np.diag(ritz.values[keep])
         self.coupling = self.coupling @ ritz.vectors[:, keep]
 

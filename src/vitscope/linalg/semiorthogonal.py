@@ -14,10 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vitscope.linalg.lanczos import AGAIN, Lanczos, Operator
+from vitscope.linalg.lanczos import Lanczos, Operator
 
+#: orthogonalise against the whole basis where less than this share of a product is left by the last two rows
+AGAIN = 0.1
 #: what the recurrence takes for the rounding of a product, in units of the precision, until it has seen worse
-ROUNDING = 8.0
+PESSIMISM = 8.0
 
 
 class SemiorthogonalLanczos(Lanczos):
@@ -30,10 +32,11 @@ class SemiorthogonalLanczos(Lanczos):
 
     def __init__(self, product: Operator, start: Tensor, capacity: int, seed: int = 0, shift: float = 0.0) -> None:
         eps = float(torch.finfo(start.dtype).eps)
-        self.noise, self.threshold, self.cleaned = ROUNDING * eps, eps**0.5, 0
+        self.noise, self.cleaned = PESSIMISM * eps, 0
         self._before, self._level = np.zeros(1), np.ones(1)  # inner products of the last two rows with all rows
         self._second = False
         super().__init__(product, start, capacity, seed, shift)
+        self.threshold = eps**0.5
 
     def restart(self, keep: np.ndarray) -> None:
         """Refuse: the recurrence holds for a tridiagonal T."""
@@ -51,7 +54,8 @@ class SemiorthogonalLanczos(Lanczos):
         diagonal = near[-1] + self.shift
         norm = max(size, float(np.abs(self.projection).max(initial=0.0)))
         if last > 0:
-            self.noise = max(self.noise, abs(near[0] - self.coupling[-1]) / max(norm, 1e-300))
+            known = float(np.abs(self._level[:-1]).max())  # what the rows' own inner products explain
+            self.noise = max(self.noise, abs(near[0] - self.coupling[-1]) / max(norm, 1e-300) - known)
         level = self._predicted(diagonal, length, norm)
         due = self._second or bool(np.abs(level[:-1]).max() > self.threshold)
         if due or length < AGAIN * size:
