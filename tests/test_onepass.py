@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
 import timm
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 
 import vitscope as vs
 from tests.diagnostics.test_every_analysis import made as made  # a run, its network and data
-from vitscope import analyses
+from tests.test_configs import composed
+from vitscope import analyses, build
 from vitscope.analyses import Place
+from vitscope.runs import Run
 
 MEASURES = {
     "relative_log_amplitude": {},
@@ -101,3 +107,36 @@ def test_one_that_fails_does_not_take_the_others_with_it(made: Place) -> None:
         assert analyses.perform(place.due[0], place, reuse=False) is not None
     with pytest.raises(analyses.ConfigError, match="at least 4 images"):  # too few for the unbiased estimator
         analyses.perform(place.due[1], place, reuse=False)
+
+
+def _late_rank(rank: int, folder: str) -> None:
+    """Two analyses that share a pass; rank 1 comes to the second once rank 0 has saved it."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    options = ["model=vit", "model.depth=1", "model.patch_size=8", "data=shapes", "data.fraction=0.02",
+               "analysis=[variance,effective_rank]"]  # fmt: skip
+    cfg = composed("train", *options)
+    torch.manual_seed(0)
+    network, data = build.model(cfg), build.data(cfg)
+    data.adapt_to(network)
+    place = with_due(Place(cfg, Run(Path(folder)), network, data, "end", 0), "variance", "effective_rank")
+    found = []
+    for number, analysis in enumerate(place.due):
+        if (rank, number) == (1, 1):
+            results = Path(folder, "results", "effective_rank")
+            while not list(results.glob("*.npz")):
+                time.sleep(0.05)
+        found.append(analyses.perform(analysis, place).scalars())
+    meeting = torch.tensor([1.0 + rank])
+    dist.all_reduce(meeting)  # in step
+    torch.save((found, float(meeting)), f"{folder}/rank{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_a_rank_that_is_late_does_not_take_a_saved_result_for_an_earlier_one(tmp_path: Path) -> None:
+    for name in ("results", "figures"):
+        (tmp_path / name).mkdir()
+    mp.start_processes(_late_rank, (str(tmp_path),), nprocs=2, start_method="spawn")
+    found = [torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1)]
+    assert found[0] == found[1]
+    assert found[0][1] == 3.0
