@@ -103,7 +103,7 @@ def _plane(figure: SubFigure, result: TrajectoryResult) -> None:
     axes.set(xlabel=f"direction 1 ({shares[0]:.0%})", ylabel=f"direction 2 ({shares[1]:.0%})")
     if result.plane_nll.size:
         axes.set(xlim=result.x[[0, -1]], ylim=result.y[[0, -1]])
-    axes.set_aspect("equal", adjustable="box" if result.plane_nll.size else "datalim")
+    axes.set_aspect("equal", adjustable="box" if result.plane_nll.size else "datalim", anchor="N")
 
 
 def _surface(figure: SubFigure, axes: Axes, result: TrajectoryResult) -> None:
@@ -132,7 +132,10 @@ def _losses(figure: SubFigure, result: TrajectoryResult) -> None:
     axes = figure.add_subplot()
     at = np.arange(len(result.labels))
     axes.plot(at, result.nll, "o-", label="checkpoint itself")
-    axes.plot(at, result.in_plane_nll, "s--", label="its projection")
+    # an older checkpoint's weights with the last one's statistics are another function, however near the plane is
+    borrowed = result.batchnorm and result.card is not None and result.card.bn_policy == "eval"
+    its = "its projection,\nBatchNorm as at the end" if borrowed else "its projection"
+    axes.plot(at, result.in_plane_nll, "s--", label=its)
     axes.set(xlabel="checkpoint", ylabel="NLL (nats)")
     step = max(1, len(at) // 6)
     axes.set_xticks(at[::step], [result.labels[i] for i in at[::step]], rotation=30, ha="right")
@@ -142,7 +145,7 @@ def _losses(figure: SubFigure, result: TrajectoryResult) -> None:
     other.set(ylim=(0, 1), ylabel="distance off the plane")
     axes.set_zorder(other.get_zorder() + 1)
     axes.patch.set_visible(False)
-    axes.legend(loc="upper right")
+    axes.legend(loc="best")
 
 
 def _polar(results: Mapping[str, TrajectoryResult]) -> Figure:

@@ -38,6 +38,7 @@ class TrajectoryResult:
         plane_nll: (n, n) nll over the plane, first index x.
         plane_accuracy: (n, n) accuracy over the plane.
         n_nonfinite: the number of measured points whose nll is NaN or infinite.
+        batchnorm: whether the model has running statistics, which are the final model's everywhere in the plane.
         card: the objective card.
     """
 
@@ -57,6 +58,7 @@ class TrajectoryResult:
     plane_nll: np.ndarray
     plane_accuracy: np.ndarray
     n_nonfinite: int
+    batchnorm: bool = False
     card: ObjectiveCard | None = None
 
     def scalars(self) -> dict[str, float]:
@@ -149,6 +151,7 @@ def trajectory(
         y=sides[1],
         plane_nll=_column(surface, "nll").reshape(n, n),
         plane_accuracy=_column(surface, "accuracy").reshape(n, n),
+        batchnorm=any(getattr(m, "running_mean", None) is not None for m in probe.model.modules()),
         n_nonfinite=int(sum(not np.isfinite(row["nll"]) for row in [*own, *plane])),
         card=probe.card(bn_policy=bn, solver=facts, **({"dtype": str(kind).removeprefix("torch.")} if kind else {})),
     )
