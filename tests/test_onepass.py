@@ -133,6 +133,7 @@ def _late_rank(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_a_rank_that_is_late_does_not_take_a_saved_result_for_an_earlier_one(tmp_path: Path) -> None:
     for name in ("results", "figures"):
         (tmp_path / name).mkdir()
