@@ -56,7 +56,7 @@ class Lanczos:
         eps = float(torch.finfo(start.dtype).eps)
         # bounds of the inner products of different unit rows: each step multiplies them by how much of a product it takes away,
         # and below the root of the precision T is as exact as with an orthonormal basis (Simon, Math. Comp. 42, 1984)
-        self.inner, self.rounding, self.threshold = np.zeros((0, 0)), ROUNDING * eps, 0.1 * eps**0.5
+        self.inner, self.rounding, self.threshold = np.zeros((0, 0)), ROUNDING * eps, eps**0.5
         length = self.basis.write([start], 1.0, np.zeros(0))
         if not np.isfinite(length):
             raise ValueError("Expected a finite start vector, received one with NaN or infinity.")
