@@ -57,17 +57,19 @@ def test_hsic_equals_its_definition_as_a_u_statistic() -> None:
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_gram_part_by_part_equals_the_whole_in_float64(layout: torch.memory_format) -> None:
-    x = (
-        (normal(7, 6, 90, 97) + 50.0).float().to(memory_format=layout)
-    )  # 52,380 features: several parts, one of them short
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_gram_part_by_part_equals_the_whole_in_float64(layout: torch.memory_format, dtype: torch.dtype) -> None:
+    # 52,380 features around 50: several parts, one of them short
+    x = (normal(7, 6, 90, 97) + 50.0).float().to(dtype).to(memory_format=layout)
     whole = x.double().flatten(1)
     whole = whole - whole.mean(dim=0)
-    # both are float64 sums of 5e4 products of about 1; only their order differs
-    torch.testing.assert_close(gram(x), whole @ whole.T, rtol=0.0, atol=1e-12 * 52380)
+    # sums of 5e4 products of about 1: in float64 only their order differs; float32 rounds the mean of 50 by 2e-6 and the sum over
+    # a part of 4,681 by as much, at random
+    close = {"rtol": 0.0, "atol": 52380 * (1e-12 if dtype == torch.float64 else 1e-6)}
+    torch.testing.assert_close(gram(x), whole @ whole.T, **close)
     tokens = x.flatten(2).transpose(1, 2)[:, 1:]  # a view that begins after a prefix token, as of a ViT
     kept = tokens.double().flatten(1) - tokens.double().flatten(1).mean(dim=0)
-    torch.testing.assert_close(gram(tokens.transpose(1, 2)), kept @ kept.T, rtol=0.0, atol=1e-12 * 52380)
+    torch.testing.assert_close(gram(tokens.transpose(1, 2)), kept @ kept.T, **close)
 
 
 def test_same_rotated_scaled_and_shifted_representations_are_one() -> None:

@@ -63,28 +63,6 @@ class Basis:
             square += torch.dot(out, out)
         return float(square.sqrt())
 
-    def clean(self, n: int) -> np.ndarray:
-        """Orthogonalise ``n`` rows, the last in use and those written after it, against the rows before them, all in one pass.
-
-        Returns:
-            ``(n, count - 1)`` the coefficients that were taken away, of unit rows, float64.
-        """
-        before = self.count - 1
-        rows, vectors = self.rows[:before], self.rows[before : before + n]
-        blocks = [slice(start, start + self.block) for start in range(0, self.rows.shape[1], self.block)]
-        products = torch.zeros(n, before, dtype=torch.float64, device=self.rows.device)
-        squares = torch.zeros(n, dtype=torch.float64, device=self.rows.device)
-        for block in blocks:
-            products += vectors[:, block] @ rows[:, block].T
-        c = products.cpu().numpy() * self.scales[:before]
-        taken = torch.from_numpy(c * self.scales[:before]).to(self.rows)
-        for block in blocks:
-            vectors[:, block] -= taken @ rows[:, block]
-            squares += vectors[:, block].square().sum(1)
-        lengths = squares.sqrt().cpu().numpy()
-        self.scales[before] = 1.0 / lengths[0]
-        return c / np.maximum(lengths[:, None], 1e-300)
-
     def accept(self, length: float) -> None:
         """Take the row that `write` wrote, of that length, into the basis."""
         self.scales[self.count] = 1.0 / length

@@ -3,8 +3,7 @@
 As long as no two rows of the basis have an inner product above the root of the precision, T equals a projection of the
 operator on an orthonormal basis up to the precision itself (Simon, Math. Comp. 42, 1984), so that Ritz values have no ghost
 copies. The inner products of a new row with the old ones follow a recurrence in the entries of T, which costs nothing; where it
-passes the root, that row and the next are orthogonalised against the whole basis, both in one go: the row has been multiplied
-already, but what is taken from it moves T by the square of its size. Most steps then read two rows of the basis, not all.
+passes the root, that row and the next are orthogonalised against the whole basis. Most steps then read two rows of it, not all.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ class SemiorthogonalLanczos(Lanczos):
         eps = float(torch.finfo(start.dtype).eps)
         self.noise, self.cleaned = PESSIMISM * eps, 0
         self._before, self._level = np.zeros(1), np.ones(1)  # inner products of the last two rows with all rows
-        self._due = False
+        self._second = False
         super().__init__(product, start, capacity, seed, shift)
 
     def restart(self, keep: np.ndarray) -> None:
@@ -43,39 +42,34 @@ class SemiorthogonalLanczos(Lanczos):
         raise NotImplementedError("a semiorthogonal basis cannot be restarted: use Lanczos")
 
     def absorb(self, pieces: Tensor | Sequence[Tensor]) -> None:
-        """Take the product with `row`; orthogonalise against the last two rows, and clean both new ones where that is due."""
-        basis, first = self.basis, max(0, self.basis.count - 2)
+        """Take the product with `row`; orthogonalise against the last two rows, or all where the recurrence asks for it."""
+        basis, last = self.basis, self.basis.count - 1
         pieces, scale = self._received(pieces)
-        near = basis.coefficients(pieces, first) * scale
+        near = basis.coefficients(pieces, first=max(0, last - 1)) * scale
         self._check(near)
         size = float(np.linalg.norm(near))
-        length = basis.write(pieces, scale, near, first)
+        length = basis.write(pieces, scale, near, first=max(0, last - 1))
         del pieces
         diagonal = near[-1] + self.shift
         norm = max(size, float(np.abs(self.projection).max(initial=0.0)))
+        if last > 0:
+            known = float(np.abs(self._level[:-1]).max())  # what the rows' own inner products explain
+            self.noise = max(self.noise, abs(near[0] - self.coupling[-1]) / max(norm, 1e-300) - known)
         level = self._predicted(diagonal, length, norm)
-        if self._due or length < AGAIN * size:
-            seen, length = self._clean(length)
-            if self._due:  # the recurrence was that much too hopeful
-                expected = float(np.abs(self._level[:-1]).max(initial=self.noise))
-                self.noise = min(self.threshold, self.noise * max(1.0, seen / expected))
-            self._level[:-1] = level[:-1] = self.noise
-        self._due = bool(np.abs(level[:-1]).max() > self.threshold)
+        due = self._second or bool(np.abs(level[:-1]).max() > self.threshold)
+        if due or length < AGAIN * size:
+            row = [basis.rows[basis.count]]
+            c = basis.coefficients(row)
+            if due and not self._second and last > 0:  # the recurrence was that much too hopeful
+                seen = float(np.abs(c).max()) / max(length, 1e-300)
+                self.noise = min(self.threshold, self.noise * max(1.0, seen / float(np.abs(level[:-1]).max())))
+            diagonal += c[-1]
+            length = basis.write(row, 1.0, c)
+            level[:-1] = self.noise
+            self.cleaned += 1
+            self._second = due and not self._second
         self._before, self._level = np.append(self._level, 0.0), level
         self._grow(diagonal, length, norm)
-
-    def _clean(self, length: float) -> tuple[float, float]:
-        """Orthogonalise the last row and the one after it, of that length, against all before in one go, then one another.
-
-        Returns:
-            the last row's largest inner product with those before it, and the new row's length.
-        """
-        basis = self.basis
-        last = basis.count - 1
-        seen = np.abs(basis.clean(2)[0]).max(initial=0.0) if last > 0 else 0.0
-        row = [basis.rows[basis.count]]
-        self.cleaned += 2
-        return float(seen), basis.write(row, 1.0, basis.coefficients(row, last), last)
 
     def _predicted(self, diagonal: float, length: float, norm: float) -> np.ndarray:
         """Return estimates ``(count + 1,)`` of the new row's inner products with every row; the last one is its own, 1."""
