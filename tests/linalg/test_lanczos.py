@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
-from vitscope.linalg.extreme import extreme_eigenvalues
+from vitscope.linalg.extreme import extreme_eigenvalues, free_memory
 from vitscope.linalg.lanczos import Lanczos
 
 SPECTRA = {
@@ -144,3 +146,21 @@ def test_start_vector_must_be_finite():
     a = matrix(np.arange(20.0))
     with pytest.raises(ValueError, match="finite start vector"):
         extreme_eigenvalues(product_of(a), start_for(a) * float("nan"), 2)
+
+
+def test_little_free_memory_is_used_as_far_as_lanczos_needs_it(monkeypatch):
+    a = matrix(SPECTRA["both signs"])
+    row = a.shape[0] * 8
+    monkeypatch.setattr(
+        "vitscope.linalg.extreme.free_memory", lambda _: 24.0 * row
+    )  # a quarter is 6 rows, 10 are needed
+    pairs = extreme_eigenvalues(product_of(a), start_for(a), 3, tol=1e-6, max_products=2000)
+    assert pairs.converged.all()
+    monkeypatch.setattr("vitscope.linalg.extreme.free_memory", lambda _: 18.0 * row)
+    with pytest.raises(ValueError, match="at least 10 vectors .* received 0 MiB: .* or use a micro_batch"):
+        extreme_eigenvalues(product_of(a), start_for(a), 3)
+
+
+def test_free_memory_counts_what_the_file_cache_gives_back():
+    available = next(l for l in Path("/proc/meminfo").read_text().splitlines() if l.startswith("MemAvailable"))
+    assert free_memory(torch.device("cpu")) == pytest.approx(1024 * int(available.split()[1]), rel=0.5)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -164,20 +165,26 @@ def _check(size: int, k: int, which: str, tol: float, max_products: int) -> None
 def basis_rows(start: Tensor, n_values: int, max_products: int, max_memory: float | None) -> int:
     """Return how many vectors the basis may hold."""
     row = start.element_size() * len(start)
-    rows = int((free_memory(start.device) / 4 if max_memory is None else max_memory) // row)
     least = min(2 * n_values + 4, len(start) + 1, max_products + 1)
+    free = free_memory(start.device) if max_memory is None else 0.0
+    # a quarter of what is free; where that is too little, as much as Lanczos needs and up to half
+    rows = int((max(free / 4, min(free / 2, least * row)) if max_memory is None else max_memory) // row)
     if rows < least:
         raise ValueError(
             f"Expected max_memory for at least {least} vectors of {row / 2**20:.1f} MiB ({least * row / 2**20:.0f} MiB), "
-            f"received {rows * row / 2**20:.0f} MiB: ask for fewer eigenvalues or fewer parameters."
+            f"received {rows * row / 2**20:.0f} MiB: ask for fewer eigenvalues or parameters, or use a micro_batch."
         )
     return min(rows, max_products + 1)
 
 
 def free_memory(device: torch.device) -> float:
-    """Return the bytes that are free on ``device``."""
+    """Return the bytes that are free on ``device``; on Linux's host with the file cache, which gives way."""
     if device.type == "cuda":
         return float(torch.cuda.mem_get_info(device)[0])
+    meminfo = Path("/proc/meminfo")
+    for line in meminfo.read_text().splitlines() if meminfo.exists() else ():
+        if line.startswith("MemAvailable:"):
+            return 1024.0 * int(line.split()[1])
     return float(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
 
 
