@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vitscope import config, tracking
+from vitscope.linalg.extreme import free_memory
 from vitscope.objective import Objective
 from vitscope.probe import Probe
 
@@ -59,7 +60,7 @@ def _versions() -> list[tuple[str, str]]:
 
 def _machine() -> list[tuple[str, str]]:
     page = os.sysconf("SC_PAGE_SIZE") / 2**30
-    free, total = os.sysconf("SC_AVPHYS_PAGES") * page, os.sysconf("SC_PHYS_PAGES") * page
+    free, total = free_memory(torch.device("cpu")) / 2**30, os.sysconf("SC_PHYS_PAGES") * page
     gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     shown = ", ".join(f"{gpu.name} ({gpu.total_memory / 2**30:.0f} GiB)" for gpu in gpus) or "none"
     return [
