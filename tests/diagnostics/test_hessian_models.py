@@ -145,7 +145,7 @@ def second_derivative(loss: Callable[[Tensor], Tensor], flat: Tensor) -> np.ndar
     columns = torch.func.vmap(lambda e: torch.func.jvp(gradient, (flat,), (e,))[1], chunk_size=64)
     matrix = columns(torch.eye(len(flat), dtype=flat.dtype))
     assert torch.allclose(matrix, matrix.T, atol=1e-11)
-    return matrix.numpy()
+    return matrix.detach().numpy()
 
 
 def rows(
