@@ -42,7 +42,7 @@ from torch.utils.data import DataLoader
 
 import vitscope as vs
 from vitscope import schedule
-from vitscope.callbacks import Checkpoints, DiagnosticCallback, PlainProgress, SameConfiguration
+from vitscope.callbacks import Checkpoints, DiagnosticCallback, SameConfiguration
 from vitscope.classifier import _STEP_STREAM, Classifier, _step_seed
 from vitscope.data import DataModule
 from vitscope.journal import Journal
@@ -50,6 +50,7 @@ from vitscope.models.window import WindowAttention
 from vitscope.objective import Objective
 from vitscope.runs import Run
 from vitscope.tracking import Mirror, RunLogger
+from vitscope.training_progress import EpochAccuracy, PlainProgress
 
 STRONG = {"augment": "rand-m9-n2-mstd1.0", "mixup": 1.0, "cutmix": 0.8, "switch_prob": 0.5, "label_smoothing": 0.1}
 RATES = {"kind": "cosine", "warmup_epochs": 0.3}  # of one epoch, which a sample is
@@ -98,7 +99,13 @@ def lightning(model: nn.Module, batches: Iterable[Batch], n: int, mix: Mix, devi
         run = Run(Path(folder))
         cfg = OmegaConf.create({"seed": 0})
         logger = RunLogger(run, Journal(run.journal), Mirror())
-        watching = [SameConfiguration("x"), Checkpoints(init=False), LearningRateMonitor("step"), PlainProgress()]
+        watching = [
+            SameConfiguration("x"),
+            EpochAccuracy(),
+            Checkpoints(init=False),
+            LearningRateMonitor("step"),
+            PlainProgress(),
+        ]
         trainer = pl.Trainer(
             accelerator="gpu" if device.type == "cuda" else "cpu", devices=1, max_epochs=1, logger=logger,
             precision="bf16-mixed" if half else "32-true", gradient_clip_val=5.0, log_every_n_steps=10,
