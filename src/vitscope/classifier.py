@@ -98,7 +98,8 @@ class Classifier(pl.LightningModule):
 
     def epoch_accuracy(self) -> float | None:
         """Return the accuracy on this epoch's training batches of all ranks, those before a stop included, and forget them."""
-        right, seen = all_reduce_sum(self._counts).tolist()
+        # an epoch that a stop left only its end to has counts from a file, not yet where the ranks can add them up
+        right, seen = all_reduce_sum(self._counts.to(self.device)).tolist()
         self._counts = torch.zeros_like(self._counts)
         return right / seen if seen else None
 
@@ -174,9 +175,7 @@ class Classifier(pl.LightningModule):
         epoch, batch = self._position
         over = batch >= self._batches_per_epoch()
         left = pending.leave(self.trainer, checkpoint, over) if self.trainer.state.fn == "fit" else None
-        right, seen = (
-            sum(column) for column in zip(*gather_objects(self._counts.tolist()))
-        )  # one sum where it goes on
+        right, seen = map(sum, zip(*gather_objects(self._counts.tolist())))  # of all ranks: one sum where it goes on
         if over:
             epoch, batch = epoch + 1, 0
         facts = {"epoch": epoch, "batch": batch, "pending": left or "", "right": right, "seen": seen}

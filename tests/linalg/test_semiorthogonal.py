@@ -130,5 +130,5 @@ def test_the_shift_moves_every_node():
 
 def test_no_restart():
     a = matrix(SPECTRA["spread"])
-    with pytest.raises(NotImplementedError, match="use Lanczos"):
+    with pytest.raises(ValueError, match="Expected Lanczos for a thick restart"):
         walked(SemiorthogonalLanczos, lambda v: a @ v, signs(a, 0)).restart(np.arange(3))

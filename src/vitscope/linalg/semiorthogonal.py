@@ -39,7 +39,7 @@ class SemiorthogonalLanczos(Lanczos):
 
     def restart(self, keep: np.ndarray) -> None:
         """Refuse: the recurrence holds for a tridiagonal T."""
-        raise NotImplementedError("a semiorthogonal basis cannot be restarted: use Lanczos")
+        raise ValueError("Expected Lanczos for a thick restart, received a semiorthogonal basis.")
 
     def absorb(self, pieces: Tensor | Sequence[Tensor]) -> None:
         """Take the product with `row`; orthogonalise against the last two rows, or all where the recurrence asks for it."""
