@@ -68,13 +68,23 @@ class Basis:
         self.scales[self.count] = 1.0 / length
         self.count += 1
 
+    def gram(self) -> np.ndarray:
+        """Return the inner products ``(count, count)`` of the unit rows in use, float64."""
+        total = torch.zeros(self.count, self.count, dtype=torch.float64, device=self.rows.device)
+        for start in range(0, self.rows.shape[1], self.block):
+            part = self.rows[: self.count, start : start + self.block]
+            total += part @ part.T
+        scales = self.scales[: self.count]
+        return total.cpu().numpy() * np.outer(scales, scales)
+
     def combine(self, weights: np.ndarray) -> Tensor:
-        """Return ``weights (k, count) @ unit rows``: new vectors ``(k, size)``."""
-        w = torch.from_numpy(weights * self.scales[: self.count]).to(self.rows)
+        """Return ``weights (k, m) @ the first m unit rows``: new vectors ``(k, size)``."""
+        m = weights.shape[1]
+        w = torch.from_numpy(weights * self.scales[:m]).to(self.rows)
         out = torch.empty(len(weights), self.rows.shape[1], dtype=self.rows.dtype, device=self.rows.device)
         for start in range(0, out.shape[1], self.block):
             block = slice(start, start + self.block)
-            out[:, block] = w @ self.rows[: self.count, block]
+            out[:, block] = w @ self.rows[:m, block]
         return out
 
     def compress(self, weights: np.ndarray) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from vitscope.errors import NumericalError
+from vitscope.linalg.double_backward import cheap_double_backward
 from vitscope.linalg.outputs import output_curvature
 
 if TYPE_CHECKING:
@@ -40,11 +41,18 @@ def build_chunk(operator: Curvature, first_image: int, x: Tensor, y: Tensor) -> 
         NumericalError: the loss is not finite.
     """
     parameters = list(operator.parameters.values())
-    logits = operator.model(x)
-    loss = operator.objective.data_loss(logits, y, "sum") / operator.n_images
-    _check_finite(loss, first_image, len(x))
-    if operator.kind != "hessian":
-        gradient = _gradient(loss, parameters, create_graph=False, retain_graph=True)
+    reverse = operator.kind == "hessian" and operator.product == "reverse"
+    linearized = operator.kind == "hessian" and not reverse
+    with cheap_double_backward(convolutions=reverse):
+        logits = operator.model(x)
+        loss = operator.objective.data_loss(logits, y, "sum") / operator.n_images
+        _check_finite(loss, first_image, len(x))
+        gradient = _gradient(loss, parameters, create_graph=reverse, retain_graph=not linearized)
+    if reverse:
+        product = _reverse(gradient, parameters)
+    elif linearized:
+        product = _linearized(operator, x, y)
+    else:
         middle = output_curvature(
             operator.kind,
             logits.detach(),
@@ -54,12 +62,8 @@ def build_chunk(operator: Curvature, first_image: int, x: Tensor, y: Tensor) -> 
             n_samples=operator.n_samples,
             seed=operator.seed,
         )
-        return Chunk(loss.detach(), gradient, _sandwich(logits, parameters, middle, 1 / operator.n_images))
-    if operator.product == "linearize":
-        gradient = _gradient(loss, parameters, create_graph=False)
-        return Chunk(loss.detach(), gradient, _linearized(operator, x, y))
-    gradient = _gradient(loss, parameters, create_graph=True)
-    return Chunk(loss.detach(), [g.detach() for g in gradient], _reverse(gradient, parameters))
+        product = _sandwich(logits, parameters, middle, 1 / operator.n_images)
+    return Chunk(loss.detach(), [g.detach() for g in gradient], product)
 
 
 def _gradient(
@@ -81,7 +85,8 @@ def _reverse(gradient: list[Tensor], parameters: list[Tensor]) -> Product:
         if not outputs:
             return [torch.zeros_like(p) for p in parameters]
         vectors = [v[i] for i in curved]
-        return torch.autograd.grad(outputs, parameters, vectors, retain_graph=True, materialize_grads=True)
+        with cheap_double_backward():
+            return torch.autograd.grad(outputs, parameters, vectors, retain_graph=True, materialize_grads=True)
 
     return product
 
@@ -109,19 +114,21 @@ def _linearized(operator: Curvature, x: Tensor, y: Tensor) -> Product:
 def _sandwich(logits: Tensor, parameters: list[Tensor], middle: Callable[[Tensor], Tensor], scale: float) -> Product:
     """Return J^T M J v. J v comes from reverse passes alone: J^T u is linear in u, and its transpose in u is J."""
     dummy = torch.zeros_like(logits, requires_grad=True)
-    pulled = torch.autograd.grad(
-        logits, parameters, dummy, create_graph=True, retain_graph=True, materialize_grads=True
-    )
+    with cheap_double_backward(convolutions=False):
+        pulled = torch.autograd.grad(
+            logits, parameters, dummy, create_graph=True, retain_graph=True, materialize_grads=True
+        )
     used = [i for i, g in enumerate(pulled) if g.requires_grad]
 
     def product(v: Sequence[Tensor]) -> Sequence[Tensor]:
         if not used:
             return [torch.zeros_like(p) for p in parameters]
         outputs, vectors = [pulled[i] for i in used], [v[i] for i in used]
-        (pushed,) = torch.autograd.grad(outputs, dummy, vectors, retain_graph=True)  # (B, C)
-        return torch.autograd.grad(
-            logits, parameters, middle(pushed) * scale, retain_graph=True, materialize_grads=True
-        )
+        with cheap_double_backward(convolutions=False):
+            (pushed,) = torch.autograd.grad(outputs, dummy, vectors, retain_graph=True)  # (B, C)
+            return torch.autograd.grad(
+                logits, parameters, middle(pushed) * scale, retain_graph=True, materialize_grads=True
+            )
 
     return product
 

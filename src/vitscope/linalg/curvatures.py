@@ -126,6 +126,8 @@ def curvatures(
     named = probe.parameters()
     with probe.guard(second_order=True, dtype=float_type(dtype), bn=bn) as model:
         chosen = select_parameters(model, named, subset)
+        for name, p in model.named_parameters():
+            p.requires_grad_(name in chosen)  # the others' gradients need not be made; the guard puts the flags back
         warn_of_sum_norm(probe.objective, chosen)
         yield Curvatures(probe, model, chosen, options, bn, subset)
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from vitscope import distributed
 from vitscope.linalg.lanczos import Lanczos, Operator
 from vitscope.linalg.ritz import WHICH, Ritz, count, errors, settled, tolerances, wanted
+from vitscope.linalg.semiorthogonal import SemiorthogonalLanczos
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,7 @@ class Search:
         _check(len(start), k, which, tol, max_products)
         self.k, self.which, self.n_ends, self.tol, self.max_products = k, which, n_ends, tol, max_products
         self.rows = basis_rows(start, count(k, which, n_ends), max_products, max_memory)
-        self.lanczos = Lanczos(None, start, self.rows, seed, shift)
+        self.lanczos = SemiorthogonalLanczos(None, start, self.rows, seed, shift)
         self._at_breakdown: np.ndarray | None = None
 
     def absorb(self, pieces: Tensor | Sequence[Tensor]) -> bool:
@@ -205,12 +206,11 @@ def _agreed(stop: bool, shared: bool, device: torch.device) -> bool:
 
 def _pairs(lanczos: Lanczos, ritz: Ritz, chosen: np.ndarray, tol: float, vectors: bool) -> Eigenpairs:
     estimate = errors(ritz)[chosen]
-    lanczos.basis.count = len(ritz.values)
     return Eigenpairs(
         values=ritz.values[chosen],
         residuals=ritz.residuals[chosen],
         errors=estimate,
         converged=estimate <= tolerances(ritz.values, chosen, tol),
         n_products=lanczos.n_products,
-        vectors=lanczos.basis.combine(ritz.vectors[:, chosen].T) if vectors else None,
+        vectors=lanczos.vectors(ritz, chosen) if vectors else None,
     )

@@ -1,9 +1,12 @@
-"""Lanczos that reorthogonalises only when it must: for quadrature, which needs the projection T and no vectors.
+"""Lanczos that reorthogonalises only when it must.
 
 As long as no two rows of the basis have an inner product above the root of the precision, T equals a projection of the
 operator on an orthonormal basis up to the precision itself (Simon, Math. Comp. 42, 1984), so that Ritz values have no ghost
 copies. The inner products of a new row with the old ones follow a recurrence in the entries of T, which costs nothing; where it
 passes the root, that row and the next are orthogonalised against the whole basis. Most steps then read two rows of it, not all.
+
+T is the projection on the basis that a Cholesky factor of the rows' inner products makes orthonormal: Ritz vectors, and the
+rows that a restart keeps, are combined of that one. From the first restart on every row is orthogonalised against all.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ import torch
 from torch import Tensor
 
 from vitscope.linalg.lanczos import Lanczos, Operator
+from vitscope.linalg.ritz import Ritz
 
 #: orthogonalise against the whole basis where less than this share of a product is left by the last two rows
 AGAIN = 0.1
@@ -23,26 +27,52 @@ PESSIMISM = 8.0
 
 
 class SemiorthogonalLanczos(Lanczos):
-    """A `Lanczos` process without restarts whose basis is orthonormal to the root of the precision.
+    """A `Lanczos` process whose basis is orthonormal to the root of the precision.
 
     Attributes:
         noise: rounding of a product relative to the operator, as far as seen.
         cleaned: number of rows that were orthogonalised against the whole basis.
     """
 
-    def __init__(self, product: Operator, start: Tensor, capacity: int, seed: int = 0, shift: float = 0.0) -> None:
+    def __init__(
+        self, product: Operator | None, start: Tensor, capacity: int, seed: int = 0, shift: float = 0.0
+    ) -> None:
         eps = float(torch.finfo(start.dtype).eps)
         self.noise, self.cleaned = PESSIMISM * eps, 0
         self._before, self._level = np.zeros(1), np.ones(1)  # inner products of the last two rows with all rows
-        self._second = False
+        self._second, self._full = False, False
         super().__init__(product, start, capacity, seed, shift)
 
     def restart(self, keep: np.ndarray) -> None:
-        """Refuse: the recurrence holds for a tridiagonal T."""
-        raise ValueError("Expected Lanczos for a thick restart, received a semiorthogonal basis.")
+        """Compress the basis to the Ritz vectors numbered ``keep`` and the last row, and keep it orthonormal from here on."""
+        if self._full:
+            return super().restart(keep)
+        ritz = self.ritz()
+        self.basis.compress(self._orthonormal(ritz.vectors[:, keep].T))
+        self.basis.count -= 1
+        for _ in range(2):  # the last row, which follows those kept
+            row = [self.basis.rows[self.basis.count]]
+            length = self.basis.write(row, 1.0, self.basis.coefficients(row))
+        self.basis.accept(length)
+        self.projection, self.coupling = np.diag(ritz.values[keep]), self.coupling @ ritz.vectors[:, keep]
+        n = len(keep) + 1
+        self.inner, self._full = self.rounding * (1.0 - np.eye(n)), True
+
+    def vectors(self, ritz: Ritz, chosen: np.ndarray) -> Tensor:
+        """Return the Ritz vectors numbered ``chosen``, orthonormal rows ``(k, size)``, before another step is made."""
+        weights = ritz.vectors[:, chosen].T
+        return self.basis.combine(weights if self._full else self._orthonormal(weights))
+
+    def _orthonormal(self, weights: np.ndarray) -> np.ndarray:
+        """Return which combinations of the rows are those of ``weights (k, m)`` of the first m rows made orthonormal."""
+        m = weights.shape[1]
+        lower = np.linalg.cholesky(self.basis.gram()[:m, :m])
+        return np.linalg.solve(lower.T, weights.T).T
 
     def absorb(self, pieces: Tensor | Sequence[Tensor]) -> None:
         """Take the product with `row`; orthogonalise against the last two rows, or all where the recurrence asks for it."""
+        if self._full:
+            return super().absorb(pieces)
         basis, last = self.basis, self.basis.count - 1
         pieces, scale = self._received(pieces)
         near = basis.coefficients(pieces, first=max(0, last - 1)) * scale
