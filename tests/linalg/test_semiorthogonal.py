@@ -135,7 +135,7 @@ def test_a_restart_makes_the_basis_orthonormal(name, dtype):
     process = walked(SemiorthogonalLanczos, lambda v: a @ v, signs(a, 0))
     largest = process.ritz().values[-1]
     eps = torch.finfo(dtype).eps
-    assert worst_inner_product(process) > 30 * eps, "the case needs no mending"
+    assert worst_inner_product(process) > 20 * eps, "the case needs no mending"
     process.restart(np.arange(len(process.projection) - 8, len(process.projection)))
     assert worst_inner_product(process) < 10 * eps
     assert process.ritz().values[-1] == pytest.approx(largest, rel=10 * eps)
@@ -152,10 +152,10 @@ def test_vectors_are_orthonormal_though_the_basis_is_not(dtype):
     a = matrix(SPECTRA["outliers"], dtype)
     process = walked(SemiorthogonalLanczos, lambda v: a @ v, signs(a, 0))
     eps = torch.finfo(dtype).eps
-    assert worst_inner_product(process) > 30 * eps, "the case needs no mending"
+    assert worst_inner_product(process) > 20 * eps, "the case needs no mending"
     ritz = process.ritz()
     v = process.vectors(ritz, np.argsort(-np.abs(ritz.values))[:8]).double()
-    assert float((v @ v.T - torch.eye(8, dtype=torch.float64)).abs().max()) < 20 * eps
+    assert float((v @ v.T - torch.eye(8, dtype=torch.float64)).abs().max()) < 10 * eps
     values = np.sort(ritz.values)[::-1]
     residual = (v[0] @ a.double() - values[0] * v[0]).norm() / values[0]
     assert float(residual) < 50 * eps
