@@ -6,18 +6,16 @@ bit-identical: weights, buffers, modes, gradients and random states.
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import fields
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from vitscope import distributed
+from vitscope import distributed, guard
 from vitscope.card import ObjectiveCard as ObjectiveCard
 from vitscope.card import versions
 from vitscope.objective import Objective
@@ -81,7 +79,7 @@ class Probe:
     @property
     def dtype(self) -> torch.dtype:
         """The floating-point type in which batches come out: the guard's, else the model's own."""
-        return self._dtype or _float_dtype(self.model)
+        return self._dtype or guard.float_dtype(self.model)
 
     @property
     def n_images(self) -> int:
@@ -166,15 +164,15 @@ class Probe:
         if bn not in ("eval", "batch"):
             raise ValueError(f"Expected bn to be 'eval' or 'batch', received {bn!r}.")
         if second_order:
-            _refuse_undifferentiable(self.model)
+            guard.refuse_undifferentiable(self.model)
             if dtype is None and self.dtype in (torch.bfloat16, torch.float16):
                 dtype = torch.float32
         with ExitStack() as stack:
             stack.enter_context(torch.inference_mode(False))
-            stack.enter_context(_kept_random_states(self.device))
-            stack.enter_context(_full_precision(self.device))
-            stack.enter_context(_kept_model(self.model, dtype, restore_weights))
-            stack.enter_context(_modes(self.model, bn))
+            stack.enter_context(guard.kept_random_states(self.device))
+            stack.enter_context(guard.full_precision(self.device))
+            stack.enter_context(guard.kept_model(self.model, dtype, restore_weights))
+            stack.enter_context(guard.modes(self.model, bn))
             if second_order:
                 stack.enter_context(sdpa_kernel(SDPBackend.MATH))
             stack.enter_context(torch.set_grad_enabled(second_order))
@@ -212,103 +210,3 @@ def _usable(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     if tensor.is_inference():  # made under inference mode: autograd may not save it
         tensor = tensor.clone()
     return tensor.to(dtype) if tensor.is_floating_point() else tensor
-
-
-def _float_dtype(model: nn.Module) -> torch.dtype:
-    for tensor in (*model.parameters(), *model.buffers()):
-        if tensor.is_floating_point():
-            return tensor.dtype
-    return torch.get_default_dtype()
-
-
-def _refuse_undifferentiable(model: nn.Module) -> None:
-    if hasattr(model, "_orig_mod"):
-        raise ValueError(
-            "Expected an uncompiled model (compiled ones cannot be differentiated twice): pass model._orig_mod."
-        )
-    for name, module in model.named_modules():
-        if getattr(module, "_compiled_call_impl", None) is not None:
-            raise ValueError(
-                f"Expected an uncompiled model, received one whose {name or 'root'!r} was compiled in place."
-            )
-    for name, p in model.named_parameters():
-        if p.is_inference():
-            raise ValueError(
-                f"Expected ordinary parameters, received {name!r} made under torch.inference_mode: rebuild it."
-            )
-
-
-@contextmanager
-def _kept_random_states(device: torch.device) -> Iterator[None]:
-    states = random.getstate(), np.random.get_state()  # noqa: NPY002  the global states are what is kept
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        try:
-            yield
-        finally:
-            random.setstate(states[0])
-            np.random.set_state(states[1])  # noqa: NPY002
-
-
-@contextmanager
-def _full_precision(device: torch.device) -> Iterator[None]:
-    # read through getattr: torch declares these attributes at run time only
-    backends = [getattr(torch.backends.cudnn, "conv"), torch.backends.cuda.matmul]  # noqa: B009
-    backends += [getattr(torch.backends.mkldnn, op) for op in ("matmul", "conv")]
-    before = [backend.fp32_precision for backend in backends]
-    try:
-        for backend in backends:
-            backend.fp32_precision = "ieee"
-        with torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        for backend, precision in zip(backends, before):
-            backend.fp32_precision = precision
-
-
-@contextmanager
-def _kept_model(model: nn.Module, dtype: torch.dtype | None, restore_weights: bool) -> Iterator[None]:
-    parameters = list(model.parameters())
-    gradients = [(p, p.grad, p.requires_grad) for p in parameters]
-    weights = [p.detach().clone() for p in parameters] if restore_weights else []
-    tensors = [(p, p.data) for p in parameters]
-    buffers = [(m, key, b, b.clone()) for m in model.modules() for key, b in m._buffers.items() if b is not None]
-    cast = dtype is not None and dtype != _float_dtype(model)
-    for p in parameters:
-        p.grad = None
-    try:
-        if cast:
-            model.to(dtype)
-        yield
-    finally:
-        for p, data in tensors if cast else ():
-            p.data = data  # the very storage from before, so a round trip through float64 is exact
-        for module, key, buffer, copy in buffers:
-            if module._buffers.get(key) is not buffer:
-                module._buffers[key] = buffer
-            if not torch.equal(buffer, copy):  # NaN compares unequal and is copied: harmless
-                buffer.copy_(copy)
-        with torch.no_grad():
-            for p, weight in zip(parameters, weights):
-                p.copy_(weight)
-        for p, gradient, flag in gradients:
-            p.requires_grad_(flag)
-            p.grad = gradient
-
-
-@contextmanager
-def _modes(model: nn.Module, bn: str) -> Iterator[None]:
-    modes = [(m, m.training) for m in model.modules()]
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    tracked = [(m, m.track_running_stats) for m in norms]
-    model.eval()
-    try:
-        if bn == "batch":
-            for norm in norms:  # training without tracking: batch statistics, buffers neither read nor written
-                norm.train()
-                norm.track_running_stats = False
-        yield
-    finally:
-        for norm, track in tracked:
-            norm.track_running_stats = track
-        for module, training in modes:
-            module.training = training

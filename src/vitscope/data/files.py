@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -20,6 +18,7 @@ from torch import Tensor, nn
 from vitscope.data.augment import Recipe
 from vitscope.data.counter import Key, uniforms
 from vitscope.errors import ConfigError, DataError
+from vitscope.guard import kept_random_states
 
 
 @dataclass(frozen=True)
@@ -59,7 +58,7 @@ class FileImages:
         seeds = (words * 2**32).astype(np.uint64)
         transform = _transform(recipe)
         images = []
-        with _kept_random_states():
+        with kept_random_states(torch.device("cpu")):
             for index, seed in zip(key.indices, seeds):
                 image = _read(self.paths[index])
                 _seed(seed)
@@ -124,14 +123,3 @@ def _seed(words: np.ndarray) -> None:
     random.seed((first << 32) | second)
     np.random.seed([first, second])  # noqa: NPY002  timm draws from the global state
     torch.default_generator.manual_seed((first << 31) ^ second)  # the CPU's only
-
-
-@contextmanager
-def _kept_random_states() -> Iterator[None]:
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
-    try:
-        yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])  # noqa: NPY002
-        torch.set_rng_state(states[2])

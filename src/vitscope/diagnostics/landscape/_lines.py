@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from scipy.special import stdtrit
 
-from vitscope.diagnostics.landscape._axes import Source, checkpoint_differences, direction
+from vitscope.diagnostics.landscape._axes import checkpoint_differences, direction
+from vitscope.diagnostics.landscape._source import Source
 from vitscope.linalg.directions import norm
 from vitscope.linalg.plane import Move, SquaredNorms, squared_norms, walked
 from vitscope.points import Partial, Row, rows, standing

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from vitscope.diagnostics.landscape._axes import Axes, Kind, Preset, Source, plane_axes, preset_source
+from vitscope.diagnostics.landscape._axes import Axes, plane_axes
+from vitscope.diagnostics.landscape._source import Kind, Preset, Source, preset_source
 from vitscope.linalg.directions import Normalization
 from vitscope.linalg.plane import SquaredNorms, squared_norms, walked
 from vitscope.points import BatchNormPolicy, Checkpoints, DtypeName, Partial, Row, as_dtype, rows, standing

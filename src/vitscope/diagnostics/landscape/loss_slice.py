@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from vitscope.diagnostics.landscape._axes import Kind, Preset, Source, preset_source
 from vitscope.diagnostics.landscape._lines import measure_lines, t_half_width
+from vitscope.diagnostics.landscape._source import Kind, Preset, Source, preset_source
 from vitscope.linalg.directions import Normalization
 from vitscope.points import BatchNormPolicy, Checkpoints, DtypeName, Partial, as_dtype
 from vitscope.probe import ObjectiveCard, Probe

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from vitscope import interrupt
-from vitscope.diagnostics.landscape._axes import Source
 from vitscope.diagnostics.landscape._lines import measure_lines, t_half_width
+from vitscope.diagnostics.landscape._source import Source
 from vitscope.linalg.directions import Direction, filter_parameters, moving, normalize, project, random_direction, scale
 from vitscope.linalg.plane import walked
 from vitscope.points import BatchNormPolicy, DtypeName, Partial, Row, as_dtype, rows, standing
