@@ -2,7 +2,9 @@
 
 An eigenvalue lies within a Ritz pair's residual r of its value, and within r^2/gap where the rest of the spectrum is gap away
 (Parlett, The Symmetric Eigenvalue Problem, ch. 11). A Krylov space holds one direction of each eigenvalue: of a cluster tighter
-than the tolerance it may show only some members.
+than the tolerance it may show only some members. An eigenvalue of which the start vector has next to nothing may be passed over
+while its neighbours look converged; before it appears their residuals rise again, so a search ends after two products in a row
+with which all is known.
 """
 
 from __future__ import annotations
@@ -116,13 +118,16 @@ class Search:
         self.rows = basis_rows(start, count(k, which, n_ends), max_products, max_memory)
         self.lanczos = SemiorthogonalLanczos(None, start, self.rows, seed, shift)
         self._at_breakdown: np.ndarray | None = None
+        self._known = False
 
     def absorb(self, pieces: Tensor | Sequence[Tensor]) -> bool:
         """Take the product with ``lanczos.row``; return whether this is the end."""
         lanczos = self.lanczos
         lanczos.absorb(pieces)
         self._ritz = ritz = lanczos.ritz()
-        self._chosen, done = settled(ritz, self.k, self.which, self.tol, self.n_ends)
+        before = self._known
+        self._chosen, self._known = settled(ritz, self.k, self.which, self.tol, self.n_ends)
+        done = self._known and before  # an eigenvalue passed over shows in the next product: residuals rise again
         if lanczos.breakdowns:
             values = ritz.values[self._chosen]
             done = done and _nothing_new(lanczos, values, self._at_breakdown)
