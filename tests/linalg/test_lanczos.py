@@ -183,3 +183,6 @@ def test_inner_products_of_long_float32_vectors_are_exact_to_rounding():
     assert 1 / basis.scales[0] == pytest.approx(float(lengths[0]), rel=2e-7)
     assert norm(rows[1]) == pytest.approx(float(lengths[1]), rel=2e-7)
     assert dot(rows[0], rows[1]) == pytest.approx(float(exact[1]), abs=3e-7 * float(lengths[0] * lengths[1]))
+    np.testing.assert_allclose(
+        basis.gram()[0], (exact / lengths / lengths[0]).numpy(), atol=2e-6
+    )  # summed less carefully

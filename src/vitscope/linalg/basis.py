@@ -18,6 +18,8 @@ from torch import Tensor
 CPU_BLOCK = 1 << 18
 #: entries of several rows at once on a CPU
 CPU_ENTRIES = 1 << 21
+#: a matrix product sums its columns one after the other: this much fewer at once
+GRAM_SHARE = 64
 #: on a GPU sums are trees already, and each block is a kernel launch
 GPU_BLOCK = 1 << 22
 
@@ -76,8 +78,9 @@ class Basis:
     def gram(self) -> np.ndarray:
         """Return the inner products ``(count, count)`` of the unit rows in use, float64."""
         total = torch.zeros(self.count, self.count, dtype=torch.float64, device=self.rows.device)
-        for start in range(0, self.rows.shape[1], self.block):
-            part = self.rows[: self.count, start : start + self.block]
+        step = self.block // GRAM_SHARE
+        for start in range(0, self.rows.shape[1], step):
+            part = self.rows[: self.count, start : start + step]
             total += part @ part.T
         scales = self.scales[: self.count]
         return total.cpu().numpy() * np.outer(scales, scales)
