@@ -28,7 +28,7 @@ import traceback
 from collections.abc import Callable
 from types import FrameType
 
-from hydra.errors import HydraException, MissingConfigException
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from omegaconf.errors import OmegaConfBaseException
 
@@ -204,7 +204,9 @@ def _refused(error: BaseException) -> ConfigError:
         key = getattr(cause, "full_key", None)
         if key:
             return ConfigError(key, None, _first_line(cause), "correct the value")
-    return ConfigError("config", None, text.rstrip("."), "see --help")
+    unread = any(isinstance(cause, OverrideParseException) for cause in _chain(error))
+    fix = "write key=value, a list as runs=[a,b]; see --help" if unread else "see --help"
+    return ConfigError("config", None, text.rstrip("."), fix)
 
 
 def _chain(error: BaseException | None) -> list[BaseException]:

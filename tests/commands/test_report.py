@@ -85,6 +85,11 @@ def test_a_missing_analysis_fails_strict_figures(
     ("arguments", "code", "line"),
     [
         (["table=model"], 2, "error: table=model: no such choice; did you mean models?"),
+        (
+            ["runs/a", "runs/b"],
+            2,
+            "error: config: Error parsing override 'runs/a'; write key=value, a list as runs=[a,b]",
+        ),
         (["group_by=seed"], 2, "error: group_by=seed: no such choice; choose from model, run"),
         (["runs=[]"], 2, "error: runs=[]: no run named"),
         (["tabel=models"], 2, "error: tabel"),
