@@ -123,7 +123,7 @@ def test_other_refusals(mlp, mlp_batches) -> None:
     with pytest.raises(ValueError, match=r"Expected model to be an nn\.Module"):
         vs.Probe(lambda x: x, mlp_batches)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="Expected bn to be"), vs.Probe(mlp, mlp_batches).guard(bn="train"):
-        pass
+        pytest.fail("entered")
     with pytest.raises(ValueError, match="trainable parameters"):
         vs.Probe(nn.Flatten(), mlp_batches).parameters()
     with pytest.raises(ValueError, match="at least one batch"):

@@ -111,9 +111,9 @@ def test_conv3x3_identity(depth: int, conv: str) -> None:
 def test_units_without_a_3x3_convolution_or_heads_are_refused() -> None:
     unit = units(models.vit(patch_size=8, depth=1))[1]
     with pytest.raises(ValueError, match=r"'blocks.0.mlp' has no 3x3"), conv3x3_identity(unit):
-        pass
+        pytest.fail("entered")
     with pytest.raises(ValueError, match=r"'blocks.0.mlp' has 0 heads, there is no head 0"), head_zeroed(unit, 0):
-        pass
+        pytest.fail("entered")
 
 
 @pytest.mark.parametrize("name", ["vit", "alternet", "swin", "convit", "pit"])
