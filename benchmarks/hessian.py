@@ -174,11 +174,11 @@ def main() -> None:
         chosen_works = range(len(work)) if options.works is None else options.works
         for title, model, batches, chosen in (work[i] for i in chosen_works if i < len(work)):
             compare(title, sides_of(model, batches, chosen, k), rounds, device, reference(model, batches, k))
-        steps = 10 if quick else 30
+        steps, vectors = (10, 1) if quick else (30, 4)
         if options.works is None or len(work) in options.works:
             largest = reference(resnet, [(x[:n], y[:n])], 1)[:, 0]
-            sides = slq(resnet, (x[:n], y[:n]), steps, peers)
-            compare(f"SLQ, {steps} steps, ResNet-18", sides, rounds, device, largest)
+            sides = slq(resnet, (x[:n], y[:n]), steps, vectors, peers)
+            compare(f"SLQ, {vectors} x {steps} steps, ResNet-18", sides, rounds, device, largest)
     print("\n| model | product / gradient | clean samples | memory above a gradient's, parameter sizes | products |")
     print("| - | - | - | - | - |")
     alternet = vs.models.alternet(num_classes=16).to(device).eval()

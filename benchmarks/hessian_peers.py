@@ -62,15 +62,15 @@ def sides_of(model: nn.Module, batches: list[Batch], peers: tuple[str, ...], k: 
     return {name: (lambda run=run: run(model, batches, k)) for name, run in chosen.items()}
 
 
-def slq(model: nn.Module, batch: Batch, steps: int, peers: tuple[str, ...]) -> Sides:
-    """The density of ``steps`` from one probe vector; what is compared is its largest node.
+def slq(model: nn.Module, batch: Batch, steps: int, n_vectors: int, peers: tuple[str, ...]) -> Sides:
+    """The density of ``steps`` from each of some probe vectors; what is compared is the largest node of each.
 
     PyHessian's calls ``torch.eig``, which torch no longer has: a stand-in for it is passed in, and its products are also
     timed alone, without its Lanczos.
     """
 
     def ours() -> np.ndarray:
-        return vs.spectral_density(vs.Probe(model, [batch]), n_vectors=1, n_steps=steps).nodes.max(axis=1)
+        return vs.spectral_density(vs.Probe(model, [batch]), n_vectors=n_vectors, n_steps=steps).nodes.max(axis=1)
 
     def operator():
         from pyhessian import hessian
@@ -80,18 +80,18 @@ def slq(model: nn.Module, batch: Batch, steps: int, peers: tuple[str, ...]) -> S
     def density() -> np.ndarray:
         torch.eig = eig_of_symmetric
         try:
-            nodes, _ = operator().density(iter=steps, n_v=1)
+            nodes, _ = operator().density(iter=steps, n_v=n_vectors)
         finally:
             del torch.eig
             model.zero_grad(set_to_none=True)
-        return np.array([max(nodes[0])])
+        return np.array([max(row) for row in nodes])
 
     def products() -> np.ndarray:
         from pyhessian.utils import hessian_vector_product
 
         made = operator()
         v = [torch.randn_like(p) for p in made.params]
-        for _ in range(steps):
+        for _ in range(steps * n_vectors):
             hessian_vector_product(made.gradsH, made.params, v)
         model.zero_grad(set_to_none=True)
         return np.array([np.nan])

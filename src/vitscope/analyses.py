@@ -5,8 +5,6 @@ Training and ``analyze.py`` come through here, so that both give the same number
 
 from __future__ import annotations
 
-import copy
-import inspect
 import shutil
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +16,7 @@ import numpy as np
 from omegaconf import DictConfig
 from torch import nn
 
-from vitscope import build, checkpoint, config, interrupt, onepass, recorded, results, runs, snapshots
+from vitscope import build, checkpoint, config, interrupt, onepass, recorded, results, supplied
 from vitscope.distributed import gather_objects, rank
 from vitscope.errors import ConfigError, StorageError, VitscopeError
 from vitscope.interrupt import Interrupted
@@ -30,9 +28,6 @@ from vitscope.tracking import Mirror
 OURS = ("_target_", "probe", "when", "on_error")
 PROBE_KEYS = ("split", "augment", "n_images", "batch_size", "seed", "mix")
 WHEN_KEYS = ("start", "every_n_epochs", "end")
-
-#: options that this module supplies, by the measure's parameter name
-SUPPLIED = ("partial", "checkpoints", "validation", "initial")
 
 
 @dataclass(frozen=True)
@@ -189,10 +184,10 @@ def _measured(analysis: Analysis, place: Place, weights: str, rows: results.Part
         facts = {"checkpoint": weights, "epoch": place.epoch}
         request = _probe_request(analysis, place.datamodule)
         probe = build.probe(place.cfg, place.network, place.datamodule, request, facts, place.content)
-        options = {key: _loaded_option(key, value, probe) for key, value in analysis.options.items()}
+        options = {key: supplied.loaded(key, value, probe) for key, value in analysis.options.items()}
         result = _with_others(analysis, _sharing(analysis, place, weights, reuse), probe, options, place)
         if result is None:
-            result = analysis.measure(probe, **{**options, **_supplied(analysis, place, rows)})
+            result = analysis.measure(probe, **{**options, **supplied.options(analysis, place, rows)})
     bad = [name for name, value in result.scalars().items() if not np.isfinite(value)]
     if bad:
         warnings.warn(f"analysis.{analysis.name}: {', '.join(bad)} not finite; recorded as null", stacklevel=3)
@@ -239,43 +234,6 @@ def _probe_request(analysis: Analysis, datamodule: Any) -> dict[str, Any]:
         **request,
         **{key: value for key, value in analysis.probe.items() if value is not None or key == "n_images"},
     }
-
-
-def _supplied(analysis: Analysis, place: Place, rows: results.PartialRows) -> dict[str, Any]:
-    wanted = inspect.signature(analysis.measure).parameters
-    supplied: dict[str, Any] = {}
-    if "partial" in wanted:
-        supplied["partial"] = rows
-    if "checkpoints" in wanted and analysis.options.get("checkpoints") is None:
-        supplied["checkpoints"] = snapshots.of_run(place.run)
-    if "validation" in wanted and analysis.options.get("validation") is None:
-        request = {"split": "val", "augment": False, "n_images": None, "batch_size": place.datamodule.eval_batch_size}
-        supplied["validation"] = build.probe(place.cfg, place.network, place.datamodule, request)
-    if "initial" in wanted and analysis.options.get("initial") is None:
-        supplied["initial"] = build.model(_untrained(place.cfg))
-    return supplied
-
-
-def _untrained(cfg: DictConfig) -> DictConfig:
-    """Return the configuration without pretrained weights, which are no initialisation."""
-    if not cfg.model.get("pretrained", False):
-        return cfg
-    cfg = copy.deepcopy(cfg)
-    cfg.model.pretrained = False
-    return cfg
-
-
-def _loaded_option(key: str, value: Any, probe: Probe) -> Any:
-    """Turn ``other=runs/<id>`` into a probe of that run on the same images, named checkpoints into their weights."""
-    if key == "checkpoints" and value is not None:
-        return snapshots.named(value)
-    if key != "other" or not isinstance(value, str):
-        return value
-    other = runs.load_probe(value, split=probe.about["split"])
-    other.model.to(probe.device)
-    return Probe(
-        other.model, probe.batches, probe.objective, about={**probe.about, "checkpoint": other.about["checkpoint"]}
-    )
 
 
 def _earlier(path: Path, weights: str) -> Any | None:

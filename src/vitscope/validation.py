@@ -19,8 +19,8 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from vitscope import config, relations
-from vitscope.analyses import OURS, SUPPLIED
+from vitscope import config, relations, supplied
+from vitscope.analyses import OURS
 from vitscope.build import DATA_HINTS
 from vitscope.errors import CheckpointError, ConfigError, DataError, StorageError
 from vitscope.signatures import check_arguments, check_node, fits, shown
@@ -222,7 +222,7 @@ def _file(group: str, name: str) -> dict[str, Any]:
 def _check_analyses(nodes: Mapping[str, Any]) -> None:
     for name, node in nodes.items():
         path = f"analysis.{name}"
-        check_node(path, node, extra=(*OURS, *_paths_of(path, node)), supplied=("probe", *SUPPLIED))
+        check_node(path, node, extra=(*OURS, *_paths_of(path, node)), supplied=("probe", *supplied.NAMES))
         _check_saved(path, node)
         for part, types_ in (("probe", PROBE_TYPES), ("when", WHEN_TYPES)):
             if not isinstance(node.get(part), Mapping | None):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from vitscope.linalg.basis import Basis, dot, norm
+from vitscope.linalg.basis import Basis, Memory, dot, norm
 from vitscope.linalg.extreme import extreme_eigenvalues, free_memory
 from vitscope.linalg.lanczos import Lanczos
 
@@ -186,3 +186,28 @@ def test_inner_products_of_long_float32_vectors_are_exact_to_rounding():
     np.testing.assert_allclose(
         basis.gram()[0], (exact / lengths / lengths[0]).numpy(), atol=2e-6
     )  # summed less carefully
+
+
+def test_memory_is_used_again_and_changes_no_number():
+    a, b = (matrix(SPECTRA[name], torch.float32) for name in ("both signs", "clustered"))
+    memory = Memory()
+    for m in (a, b, a):
+        own = extreme_eigenvalues(product_of(m), start_for(m), 3, vectors=True)
+        shared = extreme_eigenvalues(product_of(m), start_for(m), 3, vectors=True, memory=memory)
+        np.testing.assert_array_equal(own.values, shared.values)
+        assert own.vectors is not None
+        assert shared.vectors is not None
+        kept = shared.vectors.clone()
+        extreme_eigenvalues(product_of(m), start_for(m, 2), 3, memory=memory)
+        assert torch.equal(shared.vectors, kept)
+        assert torch.equal(own.vectors, kept)
+
+
+def test_memory_grows_and_follows_size_and_dtype():
+    memory, like = Memory(), torch.zeros(10)
+    first = memory.rows(4, like)
+    assert memory.rows(3, like).data_ptr() == first.data_ptr()
+    assert memory.rows(3, like).shape == (3, 10)
+    assert memory.rows(6, like).shape == (6, 10)
+    assert memory.rows(2, like.double()).dtype == torch.float64
+    assert memory.rows(2, torch.zeros(7)).shape == (2, 7)

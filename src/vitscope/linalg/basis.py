@@ -24,12 +24,28 @@ GRAM_SHARE = 64
 GPU_BLOCK = 1 << 22
 
 
+class Memory:
+    """Memory that one basis after another uses: taking pages from the operating system costs as much as filling them."""
+
+    def __init__(self) -> None:
+        self._kept: Tensor | None = None
+
+    def rows(self, capacity: int, like: Tensor) -> Tensor:
+        """Return ``(capacity, size)``, of the size, dtype and device of ``like (size,)``; the rows given before are lost."""
+        kept, kind = self._kept, (len(like), like.dtype, like.device)
+        if kept is None or len(kept) < capacity or (kept.shape[1], kept.dtype, kept.device) != kind:
+            self._kept = None  # freed before its successor is made
+            self._kept = kept = torch.empty(capacity, len(like), dtype=like.dtype, device=like.device)
+        return kept[:capacity]
+
+
 class Basis:
     """Rows ``(capacity, size)`` of which the first ``count`` are orthogonal; a row times its scale has length 1.
 
     Args:
         capacity: the most rows.
         like: a vector ``(size,)`` whose size, dtype and device are used.
+        memory: where the rows are; None for a new place.
 
     Attributes:
         rows: the memory; on a CPU pages are taken only when a row is first written.
@@ -37,8 +53,8 @@ class Basis:
         count: rows in use.
     """
 
-    def __init__(self, capacity: int, like: Tensor) -> None:
-        self.rows = torch.empty(capacity, len(like), dtype=like.dtype, device=like.device)
+    def __init__(self, capacity: int, like: Tensor, memory: Memory | None = None) -> None:
+        self.rows = (memory or Memory()).rows(capacity, like)
         self.scales = np.ones(capacity)
         self.count = 0
         self.block = GPU_BLOCK if like.device.type == "cuda" else CPU_BLOCK

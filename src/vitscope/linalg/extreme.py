@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from vitscope import distributed
+from vitscope.linalg.basis import Memory
 from vitscope.linalg.lanczos import Lanczos, Operator
 from vitscope.linalg.ritz import WHICH, Ritz, count, errors, settled, tolerances, wanted
 from vitscope.linalg.semiorthogonal import SemiorthogonalLanczos
@@ -59,6 +60,7 @@ def extreme_eigenvalues(
     seed: int = 0,
     shift: float = 0.0,
     shared: bool = False,
+    memory: Memory | None = None,
 ) -> Eigenpairs:
     """Return the ``k`` extreme eigenvalues of a symmetric operator.
 
@@ -75,6 +77,7 @@ def extreme_eigenvalues(
         seed: of the random vectors that continue after an invariant subspace.
         shift: added to every eigenvalue: the operator is H + shift I.
         shared: every rank runs this on one operator whose products are reduced, so that all must stop together.
+        memory: of the basis, to be used again by the next search; None for its own.
 
     Raises:
         ValueError: fewer dimensions than eigenvalues, an unknown ``which``, ``tol`` or ``max_products`` not positive, or a
@@ -82,7 +85,7 @@ def extreme_eigenvalues(
     """
     search = Search(
         start, k, which=which, n_ends=n_ends, tol=tol, max_products=max_products, max_memory=max_memory,
-        seed=seed, shift=shift,
+        seed=seed, shift=shift, memory=memory,
     )  # fmt: skip
     while True:
         stop = search.absorb(product(search.lanczos.row))
@@ -112,11 +115,12 @@ class Search:
         max_memory: float | None = None,
         seed: int = 0,
         shift: float = 0.0,
+        memory: Memory | None = None,
     ) -> None:
         _check(len(start), k, which, tol, max_products)
         self.k, self.which, self.n_ends, self.tol, self.max_products = k, which, n_ends, tol, max_products
         self.rows = basis_rows(start, count(k, which, n_ends), max_products, max_memory)
-        self.lanczos = SemiorthogonalLanczos(None, start, self.rows, seed, shift)
+        self.lanczos = SemiorthogonalLanczos(None, start, self.rows, seed, shift, memory)
         self._at_breakdown: np.ndarray | None = None
         self._known = False
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from vitscope.errors import NumericalError
-from vitscope.linalg.basis import Basis
+from vitscope.linalg.basis import Basis, Memory
 from vitscope.linalg.ritz import Ritz
 
 Operator = Callable[[Tensor], Tensor | Sequence[Tensor]]
@@ -36,6 +36,7 @@ class Lanczos:
         capacity: rows of memory; at most ``capacity - 1`` steps between two calls of `restart`.
         seed: of the random vectors that continue after an invariant subspace.
         shift: added to every eigenvalue: the operator is H + shift I.
+        memory: of the basis; None for its own.
 
     Attributes:
         projection: (m, m) float64, T.
@@ -45,10 +46,16 @@ class Lanczos:
     """
 
     def __init__(
-        self, product: Operator | None, start: Tensor, capacity: int, seed: int = 0, shift: float = 0.0
+        self,
+        product: Operator | None,
+        start: Tensor,
+        capacity: int,
+        seed: int = 0,
+        shift: float = 0.0,
+        memory: Memory | None = None,
     ) -> None:
         self.product, self.seed, self.shift = product, seed, shift
-        self.basis = Basis(min(capacity, len(start) + 1), start)
+        self.basis = Basis(min(capacity, len(start) + 1), start, memory)
         self.projection = np.zeros((0, 0))
         self.coupling = np.zeros(0)
         self.n_products = 0

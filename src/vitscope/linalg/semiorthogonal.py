@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vitscope.linalg.basis import Memory
 from vitscope.linalg.lanczos import Lanczos, Operator
 from vitscope.linalg.ritz import Ritz
 
@@ -35,13 +36,19 @@ class SemiorthogonalLanczos(Lanczos):
     """
 
     def __init__(
-        self, product: Operator | None, start: Tensor, capacity: int, seed: int = 0, shift: float = 0.0
+        self,
+        product: Operator | None,
+        start: Tensor,
+        capacity: int,
+        seed: int = 0,
+        shift: float = 0.0,
+        memory: Memory | None = None,
     ) -> None:
         eps = float(torch.finfo(start.dtype).eps)
         self.noise, self.cleaned = PESSIMISM * eps, 0
         self._before, self._level = np.zeros(1), np.ones(1)  # inner products of the last two rows with all rows
         self._second, self._full = False, False
-        super().__init__(product, start, capacity, seed, shift)
+        super().__init__(product, start, capacity, seed, shift, memory)
 
     def restart(self, keep: np.ndarray) -> None:
         """Compress the basis to the Ritz vectors numbered ``keep`` and the last row, and keep it orthonormal from here on."""

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vitscope.linalg.basis import Memory
 from vitscope.linalg.curvatures import start_vector
 from vitscope.linalg.extreme import Eigenpairs, extreme_eigenvalues
 from vitscope.linalg.hvp import Curvature
@@ -43,6 +44,7 @@ def solve(
     seed: int = 0,
     shared: bool = False,
     start: Tensor | None = None,
+    memory: Memory | None = None,
 ) -> Solution:
     """Return extreme eigenvalues of ``operator``; arguments as in `extreme_eigenvalues`.
 
@@ -79,6 +81,7 @@ def solve(
             seed=seed,
             shift=operator.shift,
             shared=shared,
+            memory=memory,
         )
     return Solution(pairs, l2_contribution(operator, pairs))
 

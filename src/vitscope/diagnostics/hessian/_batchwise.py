@@ -11,6 +11,7 @@ import numpy as np
 
 from vitscope import distributed
 from vitscope.diagnostics.hessian import _budget
+from vitscope.linalg.basis import Memory
 from vitscope.linalg.curvatures import Curvatures
 from vitscope.linalg.side_by_side import CannotBatch, at_once, eigenvalues_side_by_side, obstacle
 from vitscope.linalg.solve import Solution, solve
@@ -52,6 +53,7 @@ class Work:
             reason = f"Expected solver='lanczos' with several batches at once, received {self.solving['solver']!r}."
         if (self.batches_at_once or 1) > 1 and reason:
             raise ValueError(reason)
+        self._memory = Memory()
         self._automatic = self.batches_at_once is None and not reason
 
     def rows(self, partial: MutableMapping[str, Row]) -> tuple[dict[int, Row], dict[str, Any]]:
@@ -103,7 +105,8 @@ class Work:
                     raise
                 warnings.warn(f"one batch after the other: {error}", UserWarning, stacklevel=6)
         for index, batch in group:
-            yield self._row(solve(self.made.batch(index, batch), k=self.n_top, n_ends=self.n_ends, **self.solving))
+            operator = self.made.batch(index, batch)
+            yield self._row(solve(operator, k=self.n_top, n_ends=self.n_ends, memory=self._memory, **self.solving))
 
     def _row(self, solution: Solution) -> Row:
         pairs, top, ends = solution.pairs, self.n_top, self.n_ends

@@ -10,6 +10,7 @@ import torch
 from scipy.special import stdtrit
 from torch import Tensor
 
+from vitscope.linalg.basis import Memory
 from vitscope.linalg.curvatures import curvatures
 from vitscope.linalg.hvp import Curvature
 from vitscope.linalg.semiorthogonal import SemiorthogonalLanczos
@@ -132,11 +133,11 @@ def spectral_density(
         seed=seed,
     ) as made:
         mean = made.mean()
-        steps = min(n_steps, mean.size)
+        steps, memory = min(n_steps, mean.size), Memory()
         for number in track(range(n_vectors), "spectral density"):
             key = f"vector-{number:04d}"
             if key not in partial:
-                partial[key] = _quadrature(mean, random_signs(mean, seed, number), steps)
+                partial[key] = _quadrature(mean, random_signs(mean, seed, number), steps, memory)
             rules.append(partial[key])
         card = made.card({"solver": "slq", "n_vectors": n_vectors, "n_steps": steps, "seed": seed})
         size, n_products = mean.size, n_vectors * steps
@@ -151,8 +152,8 @@ def random_signs(operator: Curvature, seed: int, number: int) -> Tensor:
     return signs.to(operator.device, operator.dtype).mul_(2).sub_(1)
 
 
-def _quadrature(operator: Curvature, start: Tensor, n_steps: int) -> Row:
-    process = SemiorthogonalLanczos(operator.unshifted, start, n_steps + 1, shift=operator.shift)
+def _quadrature(operator: Curvature, start: Tensor, n_steps: int, memory: Memory) -> Row:
+    process = SemiorthogonalLanczos(operator.unshifted, start, n_steps + 1, shift=operator.shift, memory=memory)
     for _ in range(n_steps):
         process.step()
     ritz = process.ritz()
