@@ -23,8 +23,10 @@ from vitscope.linalg.ritz import Ritz
 
 #: orthogonalise against the whole basis where less than this share of a product is left by the last two rows
 AGAIN = 0.1
-#: what the recurrence takes for the rounding of a product, in units of the precision, until it has seen worse
+#: what the recurrence takes for the rounding of a product, in units of the precision, until it has seen any
 PESSIMISM = 8.0
+#: from then on it is to predict this many times the inner products that are seen, from no less rounding than that
+CAUTION, LEAST = 4.0, 1 / 64
 
 
 class SemiorthogonalLanczos(Lanczos):
@@ -45,7 +47,7 @@ class SemiorthogonalLanczos(Lanczos):
         memory: Memory | None = None,
     ) -> None:
         eps = float(torch.finfo(start.dtype).eps)
-        self.noise, self.cleaned = PESSIMISM * eps, 0
+        self.noise, self.least, self.cleaned = PESSIMISM * eps, LEAST * eps, 0
         self._before, self._level = np.zeros(1), np.ones(1)  # inner products of the last two rows with all rows
         self._second, self._full = False, False
         super().__init__(product, start, capacity, seed, shift, memory)
@@ -97,9 +99,8 @@ class SemiorthogonalLanczos(Lanczos):
         if due or length < AGAIN * size:
             row = [basis.rows[basis.count]]
             c = basis.coefficients(row)
-            if due and not self._second and last > 0:  # the recurrence was that much too hopeful
-                seen = float(np.abs(c).max()) / max(length, 1e-300)
-                self.noise = min(self.threshold, self.noise * max(1.0, seen / float(np.abs(level[:-1]).max())))
+            if due and not self._second and last > 0:
+                self._learn(float(np.abs(c).max()) / max(length, 1e-300), float(np.abs(level[:-1]).max()))
             diagonal += c[-1]
             length = basis.write(row, 1.0, c)
             level[:-1] = self.noise
@@ -107,6 +108,10 @@ class SemiorthogonalLanczos(Lanczos):
             self._second = due and not self._second
         self._before, self._level = np.append(self._level, 0.0), level
         self._grow(diagonal, length, norm)
+
+    def _learn(self, seen: float, predicted: float) -> None:
+        """Scale the rounding that is assumed by how far the recurrence was off."""
+        self.noise = min(self.threshold, max(self.least, self.noise * CAUTION * seen / predicted))
 
     def _predicted(self, diagonal: float, length: float, norm: float) -> np.ndarray:
         """Return estimates ``(count + 1,)`` of the new row's inner products with every row; the last one is its own, 1."""
