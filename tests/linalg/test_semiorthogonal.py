@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from vitscope.errors import NumericalError
 from vitscope.linalg.lanczos import Lanczos
 from vitscope.linalg.semiorthogonal import PESSIMISM, SemiorthogonalLanczos
 
@@ -174,3 +175,11 @@ def test_vectors_are_orthonormal_though_the_basis_is_not(dtype):
     values = np.sort(ritz.values)[::-1]
     residual = (v[0] @ a.double() - values[0] * v[0]).norm() / values[0]
     assert float(residual) < 50 * eps
+
+
+def test_rows_that_depend_on_each_other_are_one_clear_line(monkeypatch):
+    a = matrix(SPECTRA["outliers"])
+    process = walked(SemiorthogonalLanczos, lambda v: a @ v, signs(a, 0), steps=12)
+    monkeypatch.setattr(process.basis, "gram", lambda: np.ones((13, 13)))
+    with pytest.raises(NumericalError, match="lost their independence; use float64"):
+        process.vectors(process.ritz(), np.arange(3))

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vitscope.errors import NumericalError
 from vitscope.linalg.basis import Memory
 from vitscope.linalg.lanczos import Lanczos, Operator
 from vitscope.linalg.ritz import Ritz
@@ -75,7 +76,10 @@ class SemiorthogonalLanczos(Lanczos):
     def _orthonormal(self, weights: np.ndarray) -> np.ndarray:
         """Return which combinations of the rows are those of ``weights (k, m)`` of the first m rows made orthonormal."""
         m = weights.shape[1]
-        lower = np.linalg.cholesky(self.basis.gram()[:m, :m])
+        try:
+            lower = np.linalg.cholesky(self.basis.gram()[:m, :m])
+        except np.linalg.LinAlgError as error:
+            raise NumericalError("hessian", None, "Lanczos' vectors lost their independence", "use float64") from error
         return np.linalg.solve(lower.T, weights.T).T
 
     def absorb(self, pieces: Tensor | Sequence[Tensor]) -> None:
