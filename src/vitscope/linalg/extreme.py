@@ -120,7 +120,7 @@ class Search:
         _check(len(start), k, which, tol, max_products)
         self.k, self.which, self.n_ends, self.tol, self.max_products = k, which, n_ends, tol, max_products
         self.rows = basis_rows(start, count(k, which, n_ends), max_products, max_memory)
-        self.lanczos = SemiorthogonalLanczos(None, start, self.rows, seed, shift, memory)
+        self.lanczos = SemiorthogonalLanczos(None, start, self.rows, seed=seed, shift=shift, memory=memory)
         self._at_breakdown: np.ndarray | None = None
         self._known = False
 

@@ -12,13 +12,13 @@ rows that a restart keeps, are combined of that one. From the first restart on e
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from vitscope.errors import NumericalError
-from vitscope.linalg.basis import Memory
 from vitscope.linalg.lanczos import Lanczos, Operator
 from vitscope.linalg.ritz import Ritz
 
@@ -33,25 +33,19 @@ CAUTION, LEAST = 4.0, 1 / 64
 class SemiorthogonalLanczos(Lanczos):
     """A `Lanczos` process whose basis is orthonormal to the root of the precision.
 
+    Args: as `Lanczos`.
+
     Attributes:
         noise: rounding of a product relative to the operator, as far as seen.
         cleaned: number of rows that were orthogonalised against the whole basis.
     """
 
-    def __init__(
-        self,
-        product: Operator | None,
-        start: Tensor,
-        capacity: int,
-        seed: int = 0,
-        shift: float = 0.0,
-        memory: Memory | None = None,
-    ) -> None:
+    def __init__(self, product: Operator | None, start: Tensor, capacity: int, **options: Any) -> None:
         eps = float(torch.finfo(start.dtype).eps)
         self.noise, self.least, self.cleaned = PESSIMISM * eps, LEAST * eps, 0
         self._before, self._level = np.zeros(1), np.ones(1)  # inner products of the last two rows with all rows
         self._second, self._full = False, False
-        super().__init__(product, start, capacity, seed, shift, memory)
+        super().__init__(product, start, capacity, **options)
 
     def restart(self, keep: np.ndarray) -> None:
         """Compress the basis to the Ritz vectors numbered ``keep`` and the last row, and keep it orthonormal from here on."""
