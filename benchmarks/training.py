@@ -147,11 +147,11 @@ def plain(model: nn.Module, batches: Iterable[Batch], n: int, mix: Mix, device: 
 @contextmanager
 def written_out() -> Iterator[None]:
     fused = WindowAttention.forward
-    WindowAttention.forward = einsum_attention  # type: ignore[method-assign]
+    WindowAttention.forward = einsum_attention
     try:
         yield
     finally:
-        WindowAttention.forward = fused  # type: ignore[method-assign]
+        WindowAttention.forward = fused
 
 
 def with_einsum(*args: Any, **options: Any) -> tuple[list[Tensor], tuple[float, float]]:
@@ -184,7 +184,7 @@ def steps(name: str, options: argparse.Namespace, device: torch.device) -> None:
     torch.manual_seed(1)
     mix = DataModule(**STRONG).mixed
     one = (torch.randn(options.batch, 3, 32, 32), torch.randint(16, (options.batch,)))
-    batches = DataLoader([one] * (WARM + options.steps + 1), batch_size=None)  # type: ignore[arg-type]
+    batches = DataLoader([one] * (WARM + options.steps + 1), batch_size=None)
     sides: dict[str, Any] = {"plain": plain, "lightning": lightning}
     if name.startswith("alternet"):
         sides["einsum"] = with_einsum
@@ -217,7 +217,7 @@ def pipeline(name: str, options: argparse.Namespace, device: torch.device) -> No
     half, mix = device.type == "cuda", DataModule(**STRONG).mixed
     ours = {"half": half, "channels_last": half}
     batches = endless(options.workers)
-    there = DataLoader([next(batches)] * (WARM + options.steps + 1), batch_size=None)  # type: ignore[arg-type]
+    there = DataLoader([next(batches)] * (WARM + options.steps + 1), batch_size=None)
     sides: dict[str, Any] = {
         "timm, plain": (plain, timm_batches(options.workers, device), lambda x, y, seed: (x, y), {"half": half}),
         "vitscope": (lightning, batches, mix, ours),

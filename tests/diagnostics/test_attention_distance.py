@@ -33,7 +33,7 @@ def probe_of(model: nn.Module, n: int = 4, side: int = 16, size: int = 2) -> Pro
 def vit(**options: object) -> nn.Module:
     torch.manual_seed(0)
     wanted = {"num_classes": 3, "embed_dim": 12, "depth": 2, "num_heads": 3, **options}
-    model = VisionTransformer(16, 4, **wanted)  # pyright: ignore[reportArgumentType]
+    model = VisionTransformer(16, 4, **wanted)
     for p in model.parameters():  # a fresh model's weights are so small that all attention is nearly equal
         nn.init.normal_(p, std=0.3)
     return model

@@ -41,7 +41,7 @@ def small_convnet() -> nn.Module:
     """timm's ResNet as `vs.models.convnet` makes it, of single blocks."""
     model = ResNet(
         BasicBlock, layers=(1, 1, 1, 1), channels=(4, 4, 5, 5), num_classes=CLASSES, stem_type="deep", stem_width=2
-    )  # type: ignore[arg-type]
+    )
     model.maxpool = nn.Identity()
     return model
 
@@ -51,7 +51,7 @@ def small_vit() -> nn.Module:
     model = VisionTransformer(
         img_size=8, patch_size=4, num_classes=CLASSES, embed_dim=6, depth=1, num_heads=2, mlp_ratio=2
     )
-    model.blocks[0].attn = SelfAttention(6, 2, 2, qkv_bias=True)  # type: ignore[index, union-attr]
+    model.blocks[0].attn = SelfAttention(6, 2, 2, qkv_bias=True)
     return model
 
 

@@ -48,9 +48,9 @@ def test_vit_taps_equal_an_explicit_forward_of_each_half(name: str) -> None:
     read = maps(model, x)
     prefix = model.num_prefix_tokens
     with torch.no_grad():
-        tokens = model.norm_pre(model._pos_embed(model.patch_embed(x)))  # type: ignore[operator]
+        tokens = model.norm_pre(model._pos_embed(model.patch_embed(x)))
         assert torch.equal(read["stem"], as_map(tokens, prefix, 4, 4))
-        for i, block in enumerate(model.blocks):  # type: ignore[arg-type]
+        for i, block in enumerate(model.blocks):
             tokens = tokens + block.ls1(block.attn(block.norm1(tokens)))
             assert (read[f"blocks.{i}.attn"] - as_map(tokens, prefix, 4, 4)).abs().max() < 1e-12
             tokens = tokens + block.ls2(block.mlp(block.norm2(tokens)))
@@ -197,7 +197,7 @@ def test_hand_written_residual_blocks_are_known_by_their_children(pre: bool) -> 
     ]
     x = image(8, 8)
     read = maps(model, x)
-    assert torch.equal(read["2.0"], blocks[0](model[:2](x)))  # type: ignore[index]
+    assert torch.equal(read["2.0"], blocks[0](model[:2](x)))
 
 
 def test_a_model_inside_another_is_found() -> None:

@@ -48,7 +48,7 @@ def test_branch_of_a_pre_activation_block_starts_before_the_activation() -> None
     read = branches(model, x := image())
     with torch.no_grad():
         norm, z = model.stages[0].blocks[0].norm1, model.stem(x)  # type: ignore[union-attr, operator, index]
-        expected = F.batch_norm(z, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps)  # type: ignore[arg-type, union-attr]
+        expected = F.batch_norm(z, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps)
     assert (read["stages.0.blocks.0", "input"] - expected).abs().max() < 1e-12
     assert read["stages.0.blocks.0", "input"].min() < 0
 

@@ -86,7 +86,7 @@ def test_convit_global_is_a_gap_vit() -> None:
 
 
 def test_convit_kernels_differ_and_have_equal_parameters() -> None:
-    built = [models.convit(kernel_size=k, depth=1).eval() for k in (3, 5, 7, "global")]  # type: ignore[arg-type]
+    built = [models.convit(kernel_size=k, depth=1).eval() for k in (3, 5, 7, "global")]
     assert len({sum(p.numel() for p in m.parameters()) for m in built}) == 1
     x = torch.randn(1, 3, 32, 32)
     outputs = []

@@ -140,7 +140,7 @@ class Loader(DataLoader[Any]):
             worker_init_fn=_leave_interrupts_to_parent,
         )
 
-    def __iter__(self) -> Iterator[Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def __iter__(self) -> Iterator[Any]:
         """Yield batches.
 
         Raises:

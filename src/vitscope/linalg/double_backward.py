@@ -84,7 +84,7 @@ class _Convolution(torch.autograd.Function):
         return aten.convolution(x, weight, bias, *ctx.options)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, g: Tensor) -> Any:
         x, weight = ctx.saved_tensors
         wanted = ctx.needs_input_grad[:3]
         dx, dw = _Backward.apply(g, x, weight, ctx.options, wanted[:2])

@@ -88,7 +88,7 @@ class AlterNet(nn.Module):
         for stage in self.stages:
             for block in stage:  # type: ignore[attr-defined]
                 recompute = self.grad_checkpointing and self.training
-                x = checkpoint(block, x, use_reentrant=False) if recompute else block(x)  # type: ignore[assignment]
+                x = checkpoint(block, x, use_reentrant=False) if recompute else block(x)
         return self.norm(x)
 
     def forward(self, x: Tensor) -> Tensor:

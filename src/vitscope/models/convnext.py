@@ -53,6 +53,6 @@ def convnext(
         kernel_sizes=kernel_size, ls_init_value=layer_scale, drop_path_rate=drop_path,
     ))  # fmt: skip
     if patch_size == 2:  # timm would make up for the finer stem by subsampling once more before the first stage
-        model.stages[0].downsample = nn.Identity()  # type: ignore[union-attr]
+        model.stages[0].downsample = nn.Identity()
     model.set_grad_checkpointing(grad_checkpointing)
     return model
