@@ -155,7 +155,11 @@ def test_the_card(mlp, mlp_batches) -> None:
     assert (card.n_images, card.batch_size, card.data, card.weight_decay) == (13, 4, "toy", 0.05)
     assert (card.bn_policy, card.solver["tol"], card.dtype, card.l2) == ("batch", 1e-3, "float64", "half_sq")
     other = vs.Probe(mlp, mlp_batches[:1], vs.Objective(0.05), about={"data": "toy", "split": "test", "seed": 3}).card()
-    assert set(card.differences(other)) == {"n_images", "split", "bn_policy"}
+    assert set(card.differences(other)) == {"n_images", "split", "bn_policy", "solver.tol"}
     with pytest.raises(ValueError, match="'a' and 'b' that differ in split: 'train' and 'test'"):
         check_comparable({"a": probe.card(n_images=4), "b": other})
+    for key, one, two in (("tol", 1e-3, 1e-4), ("solver", "lanczos", "power"), ("operator", "hessian", "ggn")):
+        with pytest.raises(ValueError, match=f"differ in solver.{key}: {one!r} and {two!r}"):
+            check_comparable({"a": probe.card(solver={key: one}), "b": probe.card(solver={key: two})})
+    check_comparable({"a": probe.card(solver={"seed": 0, "n_products": 9}), "b": probe.card(solver={"seed": 1})})
     check_comparable({"a": card, "b": card, "c": None})

@@ -245,7 +245,12 @@ def _earlier(path: Path, weights: str) -> Any | None:
         warnings.warn(f"{error}: measuring again", stacklevel=3)
         return None
     card = getattr(result, "card", None)
-    return result if card is not None and card.checkpoint == weights else None
+    if card is None or card.checkpoint != weights:
+        return None
+    if card.options is None:
+        warnings.warn(f"{path}: saved by a version that did not record options: measuring again", stacklevel=3)
+        return None
+    return result
 
 
 def _as_ours(analysis: Analysis, error: Exception) -> Exception:

@@ -3,24 +3,39 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 
-#: the card's keys in which two results must agree to be overlaid
+#: the card's keys in which two results must agree to be overlaid, beside the options and what the solver states
 COMPARED = (
     "loss", "l2", "weight_decay", "data", "split", "augmentation", "n_images", "batch_size",
     "mode", "bn_policy", "parameters", "dtype",
 )  # fmt: skip
+
+#: what ``solver`` states of the course of the computation, not of the meaning of the number: draws, chunks, memory and time,
+#: names of the model's own checkpoints, the model's own preprocessing. Any other fact is compared.
+INCIDENTAL_FACTS = frozenset({
+    "seed", "product", "micro_batch", "max_memory", "batches_at_once", "n_products", "budget_s", "seconds_per_product",
+    "predicted_s", "predicted_bytes", "batches", "dropout", "labels", "start", "end", "std",
+})  # fmt: skip
+
+#: stands for the options of a result that a version without them on the card has saved
+NOT_RECORDED = "not recorded (a result of an older version)"
 
 
 @dataclass(frozen=True)
 class ObjectiveCard:
     """Under which conditions a number was measured; saved with every result.
 
-    The first group (`COMPARED`) decides whether two results may share an axis; the rest is provenance.
+    The first group (`COMPARED`), the measure's ``options`` and the facts in ``solver`` that are not in `INCIDENTAL_FACTS`
+    decide whether two results may share an axis; the rest is provenance.
+
+    Attributes:
+        options: the measure's arguments, defaults included, but for those of `vitscope.measure_options.INCIDENTAL`; None
+            where a version saved the result that did not record them.
     """
 
     loss: str = "unknown"
@@ -40,27 +55,71 @@ class ObjectiveCard:
     epoch: int | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
     solver: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the card as plain containers."""
         return asdict(self)
 
+    def conditions(self) -> dict[str, Any]:
+        """Return everything that is compared: `COMPARED`, ``options.<name>`` and ``solver.<fact>``, all hashable.
+
+        A fact that repeats an option is left out; one that says what an option such as ``auto`` came to stays.
+        """
+        compared = {key: getattr(self, key) for key in COMPARED}
+        if self.options is None:
+            compared["options"] = NOT_RECORDED
+        options = {key: _hashable(value) for key, value in sorted((self.options or {}).items())}
+        facts = {key: _hashable(value) for key, value in sorted(self.solver.items()) if key not in INCIDENTAL_FACTS}
+        compared |= {f"options.{key}": value for key, value in options.items()}
+        return compared | {f"solver.{k}": v for k, v in facts.items() if k not in options or options[k] != v}
+
     def differences(self, other: ObjectiveCard) -> list[str]:
-        """Return the names of the compared keys in which ``other`` differs."""
-        return [key for key in COMPARED if getattr(self, key) != getattr(other, key)]
+        """Return the names of the compared keys in which ``other`` differs, see `conditions`."""
+        return differing_keys([self.conditions(), other.conditions()])
+
+
+def differing_keys(conditions: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Return the keys that do not have one value in all of the given conditions, in their order.
+
+    A result without recorded options differs from one with them in ``options`` alone: its single options are not known.
+    """
+    given = list(conditions)
+    keys = dict.fromkeys(key for one in given for key in one)
+    differing = [key for key in keys if any(_differs(given[0], one, key) for one in given[1:])]
+    if "options" in differing:
+        differing = [key for key in differing if not key.startswith(("options.", "solver."))]
+    return differing
+
+
+def _differs(one: Mapping[str, Any], other: Mapping[str, Any], key: str) -> bool:
+    return (key in one) != (key in other) or one.get(key) != other.get(key)
+
+
+def shown_value(conditions: Mapping[str, Any], key: str) -> Any:
+    """Return a compared value as an error or a notice shows it."""
+    return conditions.get(key, "recorded" if key == "options" else "not stated")
+
+
+def _hashable(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return tuple((str(key), _hashable(value[key])) for key in sorted(value, key=str))
+    return tuple(map(_hashable, value)) if isinstance(value, list | tuple) else value
 
 
 def check_comparable(cards: Mapping[str, ObjectiveCard | None]) -> None:
-    """Refuse to overlay results that were measured under different objectives.
+    """Refuse to overlay results that were measured under different objectives or with different options.
 
     Raises:
         ValueError: naming the keys that differ and both values.
     """
-    named = [(name, card) for name, card in cards.items() if card is not None]
-    for name, card in named[1:]:
+    named = [(name, card.conditions()) for name, card in cards.items() if card is not None]
+    for name, conditions in named[1:]:
         first_name, first = named[0]
-        if keys := first.differences(card):
-            pairs = "; ".join(f"{key}: {getattr(first, key)!r} and {getattr(card, key)!r}" for key in keys)
+        if keys := differing_keys([first, conditions]):
+            pairs = "; ".join(
+                f"{key}: {shown_value(first, key)!r} and {shown_value(conditions, key)!r}" for key in keys
+            )
             raise ValueError(
                 f"Expected results of one objective, received {first_name!r} and {name!r} that differ in {pairs}. "
                 "Pass allow_different=True to overlay them all the same."

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from vitscope.distributed import gather_objects, world_size
 from vitscope.interrupt import Interrupted
+from vitscope.measure_options import with_options
 from vitscope.models.taps import Tap, reading
 from vitscope.probe import Probe
 from vitscope.progress import track
@@ -92,4 +93,7 @@ def collect(probe: Probe, chosen: Sequence[tuple[Callable[..., Any], Mapping[str
         error = found
     if any(gather_objects(error is not None)):
         raise error or RuntimeError("another rank failed")
-    return [accumulator.result() for accumulator in accumulators]
+    return [
+        with_options(accumulator.result(), measure, probe, **options)
+        for accumulator, (measure, options) in zip(accumulators, chosen, strict=True)
+    ]

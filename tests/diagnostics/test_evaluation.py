@@ -79,7 +79,7 @@ def test_masked_classes_are_as_if_the_model_had_no_others(classes: object) -> No
     assert result.card.solver == {"classes": "3 of 12 logits"}
     everything = evaluation(probe_of(logits, labels)).card
     assert everything is not None
-    assert result.card.differences(everything) == ["loss"]
+    assert result.card.differences(everything) == ["loss", "options.classes", "solver.classes"]
 
 
 def test_present_classes_are_those_of_the_split_not_of_the_images_at_hand() -> None:

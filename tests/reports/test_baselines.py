@@ -42,7 +42,7 @@ def test_other_models_and_other_conditions_are_no_baselines(make_run: Callable, 
     made, (problem,) = baselines.panels(collect(tmp_path))
     assert [c.label for c in made[0].curves] == ["trained", "at initialisation"]
     assert str(problem) == (
-        f"missing: run {run.id}: slice trained on random labels (measured under another objective card)"
+        f"missing: run {run.id}: slice trained on random labels (measured under another objective card (data))"
     )
     made, lacking = baselines.panels(collect(tmp_path), allow_different=True)
     assert (len(made[0].curves), lacking) == (3, [])

@@ -240,3 +240,48 @@ def test_a_verdict_follows_the_numbers(make_run: Callable, tmp_path: Path, sign:
             write_scalars(run, "frequency_noise_robustness", scalars, solver={"construction": "equal_rms"})
     judged = verdicts.judge(bench(tmp_path), [c for c in CLAIMS if c.name == "noise_bands"])
     assert [j.verdict for j in judged] == [verdict]
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({"options": {"solver": "power"}}, "options.solver 'power'"),
+        ({"options": {"operator": "ggn"}}, "options.operator 'ggn'"),
+        ({"options": {"n_top": 9}}, "options.n_top 9"),
+        ({"n_images": 64}, "n_images 64"),
+    ],
+)
+def test_spectra_of_other_conditions_are_never_set_against_each_other(
+    make_run: Callable, tmp_path: Path, changes: dict[str, Any], key: str
+) -> None:
+    options = {"solver": "lanczos", "operator": "hessian", "n_top": 5}
+    card = other_card(options=options)
+    other = other_card(**{**changes, "options": {**options, **changes.get("options", {})}})
+    for seed in SEEDS:
+        make_run("convnet", seed, measured={"hessian": spectrum(ape=200.0, card=other)})
+        make_run("alternet", seed, measured={"hessian": spectrum(ape=100.0 + seed, card=card)})
+    (claim,) = [c for c in CLAIMS if c.name == "msa_flattens"]
+    (judged,) = verdicts.judge(bench(tmp_path), [claim])
+    finding = judged.findings[0]
+    assert finding.verdict == verdicts.NOT_MEASURED
+    assert f"measured otherwise: {key}, most runs" in finding.reason
+    assert "(5 left out)" in finding.reason
+    asked = bench(tmp_path)
+    asked.selection.allow_different = True
+    (judged,) = verdicts.judge(asked, [claim])
+    assert len(judged.findings[0].effect.values) == 5
+
+
+def test_runs_of_another_comparison_do_not_decide_under_which_conditions_this_one_is_made(
+    make_run: Callable, tmp_path: Path
+) -> None:
+    many = other_card(n_images=64)
+    for seed in range(9):  # the majority of all runs
+        make_run("pit", seed, measured={"hessian": spectrum(card=many)})
+    for seed in SEEDS:
+        make_run("alternet", seed, measured={"hessian": spectrum(ape=100.0 + seed)})
+        make_run("convnet", seed, measured={"hessian": spectrum(ape=200.0)})
+    (claim,) = [c for c in CLAIMS if c.name == "msa_flattens"]
+    (judged,) = verdicts.judge(bench(tmp_path), [claim])
+    assert len(judged.findings[0].effect.values) == 5
+    assert judged.findings[0].effect.refused == ""

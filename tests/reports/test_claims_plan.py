@@ -76,7 +76,7 @@ def test_no_part_of_a_claim_goes_without(profile: str, tmp_path: Path, monkeypat
         folder = tmp_path / config.config_hash(composition)  # a run that several trials share is trained once
         cfg: Any = config.plain(composition)
         write(cfg, trial.tags, cfg.pop("analysis"), folder, IMAGES[profile])
-    found = Selection(evidence.collect(runs.every(tmp_path)), any_size=True)
+    found = Selection(evidence.collect(runs.every(tmp_path)))
     lacking = {
         f"{judged.claim.name}: {finding.part.name}": finding.reason
         for judged in verdicts.judge(Bench(found, Costs()))

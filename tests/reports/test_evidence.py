@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 
 from tests.reports.conftest import CARD, curve, other_card, rise, spectrum
 from vitscope import runs
+from vitscope.card import check_comparable
 from vitscope.errors import StorageError
 from vitscope.journal import Journal
 from vitscope.reports import evidence
@@ -74,15 +76,60 @@ def test_numbers_come_from_the_conditions_that_most_runs_share(make_run: Callabl
     assert [loose.scalar(e, SPECTRUM, NEP).number for e in entries] == [0.1, 0.2, 0.3, 0.4]
 
 
-def test_claims_take_other_numbers_of_images_and_nothing_else(make_run: Callable, tmp_path: Path) -> None:
-    make_run("vit", 0, measured={"hessian": spectrum(0.1)})
-    make_run("vit", 1, measured={"hessian": spectrum(0.2)})
-    fewer = other_card(n_images=16)
-    make_run("vit", 2, measured={"hessian": spectrum(0.3, card=fewer)})
-    make_run("vit", 3, measured={"hessian@end": spectrum(0.4, card=other_card(n_images=16, batch_size=8))})
-    entries = collect(tmp_path)
-    sized = Selection(entries, any_size=True)
-    assert [sized.scalar(e, SPECTRUM, NEP).number for e in entries] == [0.1, 0.2, 0.3, None]
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"n_images": 16}, "n_images 16, most runs 32"),
+        ({"batch_size": 8}, "batch_size 8, most runs 16"),
+        ({"solver": {"solver": "power"}}, "solver.solver 'power', most runs 'not stated'"),
+        ({"options": {"n_top": 5}}, r"options 'recorded', most runs 'not recorded \(a result of an older version\)'"),
+    ],
+)
+def test_a_number_under_other_conditions_is_left_out_with_the_keys_named(
+    make_run: Callable, tmp_path: Path, changes: dict, said: str
+) -> None:
+    for seed in range(2):
+        make_run("vit", seed, measured={"hessian": spectrum(0.1)})
+    make_run("vit", 2, measured={"hessian": spectrum(0.3, card=other_card(**changes))})
+    selection = Selection(collect(tmp_path))
+    values = [selection.scalar(e, SPECTRUM, NEP) for e in selection.entries]
+    assert [v.number for v in values] == [0.1, 0.1, None]
+    assert re.search(said, values[2].why)
+    assert len(selection.refusals()) == 1
+    assert re.search(f"{said} \\(1 left out\\)", selection.refusals()[0])
+
+
+OPTIONS = {"solver": "lanczos", "operator": "hessian", "n_top": 5, "tol": 1e-3, "root": None, "normalization": "filter",
+           "which": "LM", "radii": [0.1, 0.2], "attacks": ["fgsm", "pgd"], "epsilons": [1, 2, 4, 8]}  # fmt: skip
+CHANGED = {"solver": "power", "operator": "ggn", "n_top": 6, "tol": 1e-2, "root": "data/CIFAR-10-C", "normalization": "layer",
+           "which": "SA", "radii": [0.1], "attacks": ["fgsm"], "epsilons": [2, 4, 8]}  # fmt: skip
+
+
+@pytest.mark.parametrize("key", OPTIONS)
+def test_every_option_of_a_measure_is_compared(make_run: Callable, tmp_path: Path, key: str) -> None:
+    with_options = other_card(options=OPTIONS)
+    for seed in range(2):
+        make_run("vit", seed, measured={"hessian": spectrum(0.1, card=with_options)})
+    other = other_card(options={**OPTIONS, key: CHANGED[key]})
+    make_run("vit", 2, measured={"hessian": spectrum(0.3, card=other)})
+    selection = Selection(collect(tmp_path))
+    values = [selection.scalar(e, SPECTRUM, NEP) for e in selection.entries]
+    assert [v.number for v in values] == [0.1, 0.1, None]
+    assert f"options.{key}" in values[2].why
+    assert with_options.differences(other) == [f"options.{key}"]
+    with pytest.raises(ValueError, match=f"differ in options.{key}: "):
+        check_comparable({"a": with_options, "b": other})
+    assert Selection(selection.entries, allow_different=True).scalar(selection.entries[2], SPECTRUM, NEP).number == 0.3
+
+
+def test_results_without_recorded_options_compare_with_each_other_by_what_their_solver_states() -> None:
+    old = [other_card(solver={"tol": 1e-3, "n_products": n}) for n in (3, 4)]
+    check_comparable({"a": old[0], "b": old[1]})
+    new = other_card(options={"tol": 1e-3}, solver={"tol": 1e-3})
+    with pytest.raises(
+        ValueError, match="differ in options: 'not recorded .a result of an older version.' and 'recorded'"
+    ):
+        check_comparable({"a": old[0], "b": new})
 
 
 def test_failed_missing_and_unknown_are_told_apart(make_run: Callable, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from omegaconf import OmegaConf
 
-from tests.reports.conftest import curve, spectrum
+from tests.reports.conftest import curve, other_card, spectrum
 from vitscope import config, runs
 from vitscope.reports import evidence, relations
 from vitscope.reports.inference import Interval, t_interval
@@ -86,3 +86,14 @@ def test_what_is_missing_is_named_and_not_drawn(make_run: Callable, tmp_path: Pa
 def test_nothing_to_draw() -> None:
     with pytest.raises(ValueError, match="at least one experiment"):
         relations.draw([], "x", ("y",))
+
+
+def test_a_number_of_other_options_is_no_point_of_the_figure(make_run: Callable, tmp_path: Path) -> None:
+    nep = "hessian.negative_eigenvalue_proportion"
+    for patch, solver in ((2, "lanczos"), (4, "lanczos"), (8, "power")):
+        card = other_card(options={"solver": solver}, augmentation=f"recipe {patch}")  # what the runs vary may differ
+        make_run("vit", model__patch_size=patch, measured={"hessian": spectrum(0.1 * patch, card=card)})
+    points, table = relations.collect(selection(tmp_path), "model.patch_size", (nep,), "numbers")
+    assert {p.x: p.y[0].mean for p in points if p.y[0]} == pytest.approx({2: 0.2, 4: 0.4})
+    (problem,) = table.problems
+    assert "options.solver 'power', most runs 'lanczos'" in str(problem)

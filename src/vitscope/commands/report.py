@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import hydra
@@ -121,7 +120,7 @@ def _tables(
     if cfg.table in factor_tables.NAMES:
         return _written({cfg.table: crossed[cfg.table]}, out), []
     wanted = [cfg.table] if cfg.table else [name for name in TABLES if name not in factor_tables.NAMES]
-    judged = verdicts.judge(Bench(replace(selection, any_size=True), costs)) if "claims" in wanted else []
+    judged = verdicts.judge(Bench(selection, costs)) if "claims" in wanted else []
     models = list(cfg.expect.models or []) if cfg.table else []
     seeds = [int(seed) for seed in cfg.expect.seeds or []] if cfg.table else []
     made = {

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from vitscope import config
-from vitscope.card import COMPARED
 from vitscope.reports import identity
 from vitscope.reports.cells import Problem
-from vitscope.reports.evidence import Entry, Measured
+from vitscope.reports.evidence import Entry, Measured, differing
 from vitscope.reports.panels import Panel, curve_of, slug
 from vitscope.reports.selection import MISSING
 
@@ -43,12 +42,14 @@ def panels(
         for role in (INITIAL, RANDOM):
             like = [
                 pair for pair in found.get(role, ())
-                if allow_different or pair[1].conditions(COMPARED) == first.measured.conditions(COMPARED)
+                if allow_different or pair[1].conditions() == first.measured.conditions()
             ]  # fmt: skip
             if like:
                 curves.append(curve_of(role, like))
             else:
-                why = "measured under another objective card" if role in found else ""
+                others = [pair[1].conditions() for pair in found.get(role, ())]
+                keys = ", ".join(differing([first.measured.conditions(), *others]))
+                why = f"measured under another objective card ({keys})" if others else ""
                 remedy = REMEDIES[role].format(run=first.entry.id, analysis=analysis)
                 problems.append(
                     Problem(MISSING, f"run {first.entry.id}", f"{analysis} {role}", why or f"to have it: {remedy}")

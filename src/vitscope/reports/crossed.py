@@ -6,11 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vitscope import config
-from vitscope.card import COMPARED
 from vitscope.errors import StorageError
 from vitscope.reports.cells import Problem
 from vitscope.reports.effects import Runs, by_setting, first, plainest
-from vitscope.reports.evidence import Entry, Measured
+from vitscope.reports.evidence import Entry, Measured, differing
 from vitscope.reports.identity import identity, recipe
 from vitscope.reports.selection import FAILED, MISSING, Selection, seeds_of
 
@@ -66,11 +65,8 @@ def results(
                     problems.append(newest)
                 else:
                     measured[family, training, name, seed] = newest
-        differing = [
-            k for i, k in enumerate(COMPARED) if len({m.conditions(COMPARED)[i + 1] for m in measured.values()}) > 1
-        ]
-        if differing:
-            why = f"objective cards differ in {', '.join(differing)}: the factors are not crossed"
+        if keys := differing(m.conditions() for m in measured.values()):
+            why = f"objective cards differ in {', '.join(keys)}: the factors are not crossed"
             problems.append(Problem(MISSING, "landscape_objective", name, why))
             continue
         for key, m in measured.items():

@@ -33,12 +33,14 @@ class Effect:
         compared: between which experiments, in words.
         lacking: what would have to be run or measured for it, in words.
         blocked: why it supports nothing, whatever its interval says; empty otherwise.
+        refused: which results were left out because they were measured under other conditions than the rest, in words.
     """
 
     values: Mapping[int, float] = field(default_factory=dict)
     compared: str = ""
     lacking: str = ""
     blocked: str = ""
+    refused: str = ""
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -13,13 +13,19 @@ from typing import Any
 import yaml
 
 from vitscope import config, journal, results
-from vitscope.card import COMPARED, ObjectiveCard
+from vitscope.card import ObjectiveCard, differing_keys, shown_value
 from vitscope.errors import StorageError
 from vitscope.reports import identity, kinds
 from vitscope.runs import Run
 
-#: keys of the card in which results must agree to stand in one table; rows name their data themselves
-IN_A_TABLE = tuple(key for key in COMPARED if key != "data")
+#: keys of the card in which results of one table may differ: rows name their data themselves
+NAMED_BY_ROWS = ("data",)
+
+#: keys of the card that follow from the run's own configuration, in which experiments of a figure over such a key differ
+OF_THE_RUN = ("data", "loss", "l2", "weight_decay", "augmentation")
+
+#: an analysis and everything that its card compares, as sorted pairs: results that share them may be compared
+Conditions = tuple[tuple[str, Any], ...]
 
 #: points kept of each curve over training
 MOST_POINTS = 120
@@ -60,10 +66,10 @@ class Measured:
         """
         return results.load(self.path)
 
-    def conditions(self, keys: Sequence[str]) -> tuple[Any, ...]:
-        """Return the analysis and the card's values of ``keys``: results that share them may be compared."""
-        card = self.card
-        return (self.analysis, *(None if card is None else getattr(card, key) for key in keys))
+    def conditions(self, without: Sequence[str] = ()) -> Conditions:
+        """Return the analysis and all that the card compares but for ``without``, see `Conditions`."""
+        compared = {"card": "none"} if self.card is None else self.card.conditions()
+        return (("analysis", self.analysis), *(pair for pair in compared.items() if pair[0] not in without))
 
 
 @dataclass(frozen=True)
@@ -245,18 +251,32 @@ def _thinned(xs: list[float], ys: list[float]) -> tuple[list[float], list[float]
     ]
 
 
-def majority(measured: Mapping[str, Sequence[Measured]], keys: Sequence[str]) -> tuple[Any, ...] | None:
+def differing(conditions: Iterable[Conditions]) -> list[str]:
+    """Return the keys in which conditions differ."""
+    return differing_keys(map(dict, conditions))
+
+
+def stated(conditions: Conditions, keys: Sequence[str]) -> str:
+    """Return the values of some keys in words."""
+    return ", ".join(f"{key} {_written(shown_value(dict(conditions), key))}" for key in keys)
+
+
+def _written(value: Any) -> str:
+    return f"[{', '.join(map(_written, value))}]" if isinstance(value, tuple) else str(value)
+
+
+def majority(measured: Mapping[str, Sequence[Measured]], without: Sequence[str] = NAMED_BY_ROWS) -> Conditions | None:
     """Return the conditions under which most runs were measured (the newest of equals).
 
     Args:
         measured: results of one measure at one moment, by run.
-        keys: of the card.
+        without: keys of the card that do not count.
     """
-    counts: Counter[tuple[Any, ...]] = Counter()
-    newest: dict[tuple[Any, ...], float] = {}
+    counts: Counter[Conditions] = Counter()
+    newest: dict[Conditions, float] = {}
     for found in measured.values():
-        for m in found:
-            if not m.error:
-                newest[m.conditions(keys)] = max(newest.get(m.conditions(keys), 0.0), m.time)
-        counts.update({m.conditions(keys) for m in found if not m.error})
+        good = [(m.conditions(without), m.time) for m in found if not m.error]
+        for conditions, time in good:
+            newest[conditions] = max(newest.get(conditions, 0.0), time)
+        counts.update({conditions for conditions, _ in good})
     return max(counts, key=lambda c: (counts[c], newest[c]), default=None)

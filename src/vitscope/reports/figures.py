@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from vitscope.card import COMPARED, ObjectiveCard
+from vitscope.card import ObjectiveCard, differing_keys
 from vitscope.reports.cells import Cell, over_seeds
 from vitscope.reports.drawing import Job, Picture
 from vitscope.reports.panels import Curve, Panel
@@ -63,9 +63,10 @@ def numbers(panel: Panel) -> tuple[list[str], list[list[Cell]]]:
 
 def common(curves: Sequence[Curve]) -> tuple[dict[str, Any], list[str]]:
     """Return the compared values that all cards share, and the keys in which they differ."""
-    cards = [c.measured.card or ObjectiveCard() for c in curves]
-    shared = {k: getattr(cards[0], k) for k in COMPARED if len({getattr(card, k) for card in cards}) == 1}
-    return shared, [key for key in COMPARED if key not in shared]
+    stated = [(c.measured.card or ObjectiveCard()).conditions() for c in curves]
+    differing = differing_keys(stated)
+    first = {key: value for key, value in stated[0].items() if all(key in other for other in stated)}
+    return {key: value for key, value in first.items() if key not in differing}, differing
 
 
 def _value(number: float | None, there: bool) -> Value:

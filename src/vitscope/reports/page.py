@@ -16,6 +16,7 @@ from PIL import Image
 from plotly.offline import get_plotlyjs
 
 from vitscope import __version__, results
+from vitscope.card import shown_value
 from vitscope.reports import factor_tables, figures
 from vitscope.reports.cells import Cell, Problem, Table
 from vitscope.reports.evidence import Entry
@@ -186,7 +187,10 @@ def _embedded(png: Path) -> tuple[str, int, int]:
 
 def _card(curve: Curve, differing: Sequence[str]) -> dict[str, Any]:
     card = curve.measured.card
-    return {} if card is None else {key: getattr(card, key) for key in (*differing, *PROVENANCE)}
+    if card is None:
+        return {}
+    compared = card.conditions()
+    return {key: shown_value(compared, key) for key in differing} | {key: getattr(card, key) for key in PROVENANCE}
 
 
 def _counts(entries: Sequence[Entry]) -> str:

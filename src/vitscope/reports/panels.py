@@ -6,18 +6,13 @@ import itertools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
-from vitscope.card import COMPARED
 from vitscope.reports.cells import Problem
-from vitscope.reports.evidence import Entry, Measured, moment
+from vitscope.reports.evidence import Conditions, Entry, Measured, differing, moment, stated
 from vitscope.reports.selection import FAILED, MISSING
 
 #: experiments in one figure; more are spread over several
 PER_FIGURE = 6
-
-#: what decides whether two results may share a figure
-CONDITIONS = ("analysis", *COMPARED)
 
 
 @dataclass(frozen=True)
@@ -114,27 +109,24 @@ def absent(entries: Sequence[Entry], analyses: Sequence[str], tag: str) -> list[
 def _of_moment(
     analysis: str, tag: str, by_label: Mapping[str, Sequence[tuple[Entry, Measured]]], allow_different: bool
 ) -> list[Panel]:
-    classes: dict[tuple[Any, ...], dict[str, list[tuple[Entry, Measured]]]] = {}
+    classes: dict[Conditions, dict[str, list[tuple[Entry, Measured]]]] = {}
     for label, results in by_label.items():
         for entry, m in results:
-            key = m.conditions(COMPARED)
-            classes.setdefault(key, {}).setdefault(label, []).append((entry, m))
-    differing = _differing(classes)
+            classes.setdefault(m.conditions(), {}).setdefault(label, []).append((entry, m))
+    keys = differing(classes)
     ordered = sorted(classes.items(), key=lambda item: -len(item[1]))
-    if allow_different and differing:
-        merged = {
-            f"{lab}, {_values(key, differing)}": found for key, labels in ordered for lab, found in labels.items()
-        }
-        ordered, notice = [((), merged)], f"Objective cards differ in {', '.join(differing)} (overlaid as asked)."
-        differing = []
+    if allow_different and keys:
+        merged = {f"{lab}, {stated(key, keys)}": found for key, labels in ordered for lab, found in labels.items()}
+        ordered, notice = [((), merged)], f"Objective cards differ in {', '.join(keys)} (overlaid as asked)."
+        keys = []
     else:
         notice = ""
     made = []
     for index, (key, labels) in enumerate(ordered):
         stem = f"{analysis}-{tag}" + (f"-{index + 1}" if len(ordered) > 1 else "")
-        if differing:
+        if keys:
             notice = (
-                f"Shown apart: objective cards differ in {', '.join(differing)}; here {_values(key, differing)}. "
+                f"Shown apart: objective cards differ in {', '.join(keys)}; here {stated(key, keys)}. "
                 "allow_different=true overlays them all the same."
             )
         curves = [curve_of(label, found) for label, found in labels.items()]
@@ -179,14 +171,6 @@ def _along_training(
                 Panel(f"{analysis}-training-{slug(label)}", analysis, "training", curves, f"{label}, {run}")
             )
     return made
-
-
-def _differing(classes: Mapping[tuple[Any, ...], Any]) -> list[str]:
-    return [key for i, key in enumerate(CONDITIONS) if len({c[i] for c in classes}) > 1]
-
-
-def _values(conditions: Sequence[Any], keys: Sequence[str]) -> str:
-    return ", ".join(f"{key} {conditions[CONDITIONS.index(key)]}" for key in keys)
 
 
 def slug(text: str) -> str:

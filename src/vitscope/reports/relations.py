@@ -15,7 +15,7 @@ from vitscope.reports import identity
 from vitscope.reports.cells import Cell, Problem, Table, over_seeds
 from vitscope.reports.evidence import Entry
 from vitscope.reports.inference import Interval
-from vitscope.reports.selection import MISSING, Selection, Value, of_result
+from vitscope.reports.selection import Selection, Value, of_result
 from vitscope.reports.tables import n_msa
 
 #: what stands at the axes
@@ -104,15 +104,8 @@ def value(selection: Selection, entry: Entry, quantity: str) -> Value:
     if "/" in quantity:
         return selection.metric(entry, quantity)
     analysis, _, scalar = quantity.partition(".")
-    measured = [m for m in entry.results if m.analysis == analysis and m.tag == selection.tag]
-    good = [m for m in measured if not m.error]
-    if not good:
-        return (
-            Value(None, "failed", measured[-1].error)
-            if measured
-            else Value(None, MISSING, f"not measured at {selection.tag}")
-        )
-    return of_result(good[-1], scalar)
+    measured, why = selection.of_analysis(entry, analysis)
+    return why if measured is None else of_result(measured, scalar)
 
 
 def draw(points: Sequence[Point], x: str, y: Sequence[str]) -> Figure:

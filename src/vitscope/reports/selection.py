@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
+from vitscope.card import shown_value
 from vitscope.probe import ObjectiveCard
-from vitscope.reports.evidence import IN_A_TABLE, Entry, Measured, majority
+from vitscope.reports.evidence import NAMED_BY_ROWS, OF_THE_RUN, Conditions, Entry, Measured, differing, majority
 
 MISSING, FAILED = "missing", "failed"
 
@@ -36,15 +37,15 @@ class Selection:
         entries: superseded ones are left out.
         tag: the moment that tables show.
         allow_different: take results whose objective cards differ.
-        any_size: where a run has no result under the shared conditions, take one that differs in the number of images alone.
-            Claims compare means over images or batches, and a run on a few images cannot be measured on many.
     """
 
     entries: Sequence[Entry]
     tag: str = "end"
     allow_different: bool = False
-    any_size: bool = False
-    _conditions: dict[str, tuple[Any, ...] | None] = field(default_factory=dict, repr=False)
+    _conditions: dict[str, Conditions | None] = field(default_factory=dict, repr=False)
+    _asked: dict[str, dict[str, Entry]] = field(default_factory=dict, repr=False)
+    _by_analysis: dict[str, Conditions | None] = field(default_factory=dict, repr=False)
+    _refused: list[str] = field(default_factory=list, repr=False)
 
     def __post_init__(self) -> None:
         self.entries = [entry for entry in self.entries if not entry.superseded]
@@ -75,7 +76,24 @@ class Selection:
     def measured(self, entry: Entry, measure: str, tag: str | None = None) -> tuple[Measured | None, Value]:
         """Return the newest result of a measure under the shared conditions, or why there is none."""
         tag = self.tag if tag is None else tag
+        self._asked.setdefault(measure, {})[entry.id] = entry
         found = [m for m in entry.results if m.measure == measure and m.tag == tag]
+        return self._of_shared(entry, found, self.conditions(measure), NAMED_BY_ROWS, tag)
+
+    def of_analysis(self, entry: Entry, analysis: str) -> tuple[Measured | None, Value]:
+        """Return the newest result of an analysis, at the tables' moment, under the conditions that most runs share.
+
+        The objective and the data may differ: they are what a figure over a key of the configuration may vary.
+        """
+        if analysis not in self._by_analysis:
+            named = {e.id: [m for m in e.results if m.analysis == analysis] for e in self.entries}
+            self._by_analysis[analysis] = majority(named, OF_THE_RUN)
+        found = [m for m in entry.results if m.analysis == analysis and m.tag == self.tag]
+        return self._of_shared(entry, found, self._by_analysis[analysis], OF_THE_RUN, self.tag)
+
+    def _of_shared(
+        self, entry: Entry, found: Sequence[Measured], shared: Conditions | None, without: Sequence[str], tag: str
+    ) -> tuple[Measured | None, Value]:
         good = [m for m in found if not m.error]
         if not good:
             if found:
@@ -84,20 +102,34 @@ class Selection:
             return None, Value(
                 None, FAILED if failed else MISSING, "the run failed" if failed else f"not measured at {tag}"
             )
-        shared = self.conditions(measure)
-        same = [m for m in good if self.allow_different or m.conditions(IN_A_TABLE) == shared]
-        if not same and self.any_size:
-            same = [m for m in good if _but_size(m.conditions(IN_A_TABLE)) == _but_size(shared or ())]
+        same = [m for m in good if self.allow_different or m.conditions(without) == shared]
         if not same:
-            return None, Value(None, MISSING, f"measured otherwise: {difference(good[-1], shared or ())}")
+            why = f"measured otherwise: {difference(good[-1], shared, without)}"
+            self._refused.append(f"{good[-1].measure} {why}")
+            return None, Value(None, MISSING, why)
         return same[-1], Value(None)
 
-    def conditions(self, measure: str) -> tuple[Any, ...] | None:
+    def conditions(self, measure: str) -> Conditions | None:
         """Return the conditions under which most runs have the measure, at any moment."""
         if measure not in self._conditions:
-            found = {entry.id: [m for m in entry.results if m.measure == measure] for entry in self.entries}
-            self._conditions[measure] = majority(found, IN_A_TABLE)
+            self._conditions[measure] = _shared(measure, self.entries)
         return self._conditions[measure]
+
+    def anew(self, allow_different: bool = False) -> Selection:
+        """Return the same selection that remembers nothing of what was asked of it."""
+        return Selection(self.entries, self.tag, allow_different)
+
+    def of_those_asked(self) -> Selection:
+        """Return a selection that shares conditions among the runs that this one was asked for, measure by measure.
+
+        Runs of another comparison, with more images or another solver, then do not decide what counts in this one.
+        """
+        shared = {measure: _shared(measure, list(asked.values())) for measure, asked in self._asked.items()}
+        return Selection(self.entries, self.tag, _conditions=shared)
+
+    def refusals(self) -> list[str]:
+        """Return in words which results were asked for and left out because their conditions differ, and how many."""
+        return [f"{why} ({n} left out)" for why, n in Counter(self._refused).items()]
 
     def tags(self, entry: Entry, measure: str) -> list[str]:
         """Return the moments at which a run has the measure."""
@@ -135,18 +167,15 @@ def undefined(measure: str, scalars: Mapping[str, float | None], name: str, card
     return ""
 
 
-def _but_size(conditions: Sequence[Any]) -> list[Any]:
-    keys = ("analysis", *IN_A_TABLE)
-    return [value for key, value in zip(keys, conditions) if key != "n_images"]
+def _shared(measure: str, entries: Sequence[Entry]) -> Conditions | None:
+    return majority({entry.id: [m for m in entry.results if m.measure == measure] for entry in entries})
 
 
-def difference(measured: Measured, shared: Sequence[Any]) -> str:
+def difference(measured: Measured, shared: Conditions | None, without: Sequence[str] = NAMED_BY_ROWS) -> str:
     """Return in words how a result's conditions differ from the shared ones."""
-    keys = ("analysis", *IN_A_TABLE)
-    own = measured.conditions(IN_A_TABLE)
-    return (
-        "; ".join(f"{k} {a!r}, most runs {b!r}" for k, a, b in zip(keys, own, shared) if a != b) or "unknown conditions"
-    )
+    own, most = dict(measured.conditions(without)), dict(shared or ())
+    keys = differing([tuple(own.items()), tuple(most.items())])
+    return "; ".join(f"{k} {shown_value(own, k)!r}, most runs {shown_value(most, k)!r}" for k in keys)
 
 
 def seeds_of(groups: Iterable[Mapping[int, Entry]]) -> list[int]:

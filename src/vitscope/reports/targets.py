@@ -127,7 +127,7 @@ def _table(target: Target, found: Sequence[Entry], folder: Path, kept: Path) -> 
     if target.table == "factors":
         return _factors(target, Selection(found), folder)
     if target.table == "claims":
-        table = verdicts.table(verdicts.judge(Bench(Selection(found, any_size=True), costs)))
+        table = verdicts.table(verdicts.judge(Bench(Selection(found), costs)))
     else:
         table = tables.build(str(target.table), Selection(found), costs)
     costs.save()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from vitscope.reports.cells import Cell, Table
 from vitscope.reports.claims import CLAIMS, Claim, Part
@@ -64,8 +64,11 @@ def judge(bench: Bench, claims: Sequence[Claim] = CLAIMS) -> list[Judged]:
     `MIN_SEEDS` seeds, has the predicted sign, and the largest of their p-values passes Holm's correction over the claims
     (an intersection-union test needs no correction within a claim). It is contradicted where one part has the opposite
     sign and its p-value, times the number of parts, passes. Otherwise it is inconclusive, or not measured.
+
+    Numbers that a part sets against each other were measured under the same conditions, see `vitscope.card`; those that
+    were not are left out and named, unless the selection allows them to differ.
     """
-    found = {claim.name: tuple(_finding(part, part.measure(bench)) for part in claim.parts) for claim in claims}
+    found = {claim.name: tuple(_finding(part, _effect(part, bench)) for part in claim.parts) for claim in claims}
     evidence = {claim.name: _evidence(found[claim.name]) for claim in claims}
     adjusted = holm({name: p for name, (_, p) in evidence.items()})
     judged = []
@@ -76,9 +79,21 @@ def judge(bench: Bench, claims: Sequence[Claim] = CLAIMS) -> list[Judged]:
     return judged
 
 
+def _effect(part: Part, bench: Bench) -> Effect:
+    """Return what the runs say of a part, over results that share their conditions among the runs it compares."""
+    if bench.selection.allow_different:
+        return part.measure(bench)
+    asked = bench.selection.anew(allow_different=True)
+    part.measure(replace(bench, selection=asked))
+    shared = asked.of_those_asked()
+    effect = part.measure(replace(bench, selection=shared))
+    return replace(effect, refused="; ".join(shared.refusals()))
+
+
 def _finding(part: Part, effect: Effect) -> Finding:
     if not effect.values:
-        return Finding(part, effect, None, NOT_MEASURED, f"needs {effect.lacking}" if effect.lacking else "no values")
+        reasons = [f"needs {effect.lacking}" if effect.lacking else "no values", effect.refused]
+        return Finding(part, effect, None, NOT_MEASURED, "; ".join(filter(None, reasons)))
     interval = t_interval(list(effect.values.values()))
     if not part.tested:
         return Finding(part, effect, interval, "shown")
@@ -140,7 +155,7 @@ def table(judged: Sequence[Judged]) -> Table:
         rows.append(tuple(Cell(t) for t in (j.claim.statement, j.claim.figure, j.verdict, "", "", p, j.reason)))
         for f in j.findings if j.verdict != NOT_MEASURED else ():
             n = "" if f.interval is None else str(f.interval.n)
-            rest = (Cell(t) for t in (n, "", f.effect.compared or f.reason))
+            rest = (Cell(t) for t in (n, "", _compared(f)))
             rows.append((Cell(f"– {f.part.name}"), Cell(""), Cell(f.verdict), Cell(said(f), f.interval), *rest))
     return Table(
         name="claims",
@@ -150,6 +165,15 @@ def table(judged: Sequence[Judged]) -> Table:
         rows=tuple(rows),
         note=f"Effects are means over paired seeds with 95% t-intervals; a claim needs all its parts, {MIN_SEEDS} seeds of "
         "each, and Holm's correction over the claims. Verdicts of parts are before that correction.",
+    )
+
+
+def _compared(finding: Finding) -> str:
+    effect = finding.effect
+    return (
+        "; ".join(filter(None, (effect.compared, effect.refused)))
+        if effect.values
+        else effect.compared or finding.reason
     )
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from vitscope import interrupt
 from vitscope.diagnostics.adversarial._attacks import ATTACKS, NORMS, Ball, Found, fgsm, pgd
 from vitscope.evaluate import evaluate
+from vitscope.measure_options import record_options
 from vitscope.objective import Objective, hard_targets
 from vitscope.pixels import Pixels, pixels_of
 from vitscope.points import rows
@@ -63,6 +64,7 @@ class AdversarialResult:
         return found
 
 
+@record_options
 def adversarial(
     probe: Probe,
     *,

@@ -9,6 +9,7 @@ import numpy as np
 
 from vitscope.diagnostics.attention._sums import Sums
 from vitscope.intervals import estimates
+from vitscope.measure_options import record_options
 from vitscope.models.attention_weights import reading_attention
 from vitscope.models.units import Unit, reading_branches
 from vitscope.models.units import units as units_of
@@ -65,6 +66,7 @@ class AttentionDistanceResult:
         }
 
 
+@record_options
 def attention_distance(probe: Probe, *, units: Sequence[Unit] | None = None) -> AttentionDistanceResult:
     """Measure the mean distance and the entropy of the attention of every head, from explicit attention weights.
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from vitscope import distributed
 from vitscope.diagnostics.calibration import _bins
 from vitscope.diagnostics.calibration._temperature import fit_temperature
+from vitscope.measure_options import record_options
 from vitscope.objective import hard_targets
 from vitscope.probe import ObjectiveCard, Probe
 from vitscope.progress import track
@@ -89,6 +90,7 @@ class CalibrationResult:
         return {name: value for name in names if (value := getattr(self, name)) is not None}
 
 
+@record_options
 def calibration(
     probe: Probe,
     *,

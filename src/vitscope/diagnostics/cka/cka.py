@@ -13,6 +13,7 @@ from torch import Tensor
 from vitscope import distributed
 from vitscope.diagnostics.cka._blocks import block_structure, p_value
 from vitscope.diagnostics.cka._hsic import MIN_IMAGES, gram, hsic
+from vitscope.measure_options import record_options
 from vitscope.models.taps import Tap, reading
 from vitscope.nulls import warn_nulls
 from vitscope.onepass import through
@@ -70,6 +71,7 @@ class CKAResult:
         return {name: value for name, value in found.items() if value is not None}
 
 
+@record_options
 def cka(probe: Probe, other: Probe | None = None, *, n_permutations: int = 1000, seed: int = 0) -> CKAResult:
     """Compare every pair of feature maps, within a model or between two, on the same images.
 

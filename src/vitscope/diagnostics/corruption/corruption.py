@@ -13,6 +13,7 @@ from vitscope.diagnostics.corruption._baselines import ALEXNET
 from vitscope.diagnostics.corruption._conditions import CLEAN, measured
 from vitscope.diagnostics.corruption._scores import Baseline, alexnet, corruption_errors, relative_errors
 from vitscope.diagnostics.corruption._tables import COMMON, SEVERITIES, VALIDATION
+from vitscope.measure_options import record_options
 from vitscope.nulls import warn_nulls
 from vitscope.pixels import pixels_of
 from vitscope.probe import ObjectiveCard, Probe
@@ -73,6 +74,7 @@ class CorruptionResult:
         return {name: value for name, value in found.items() if value is not None}
 
 
+@record_options
 def corruption(
     probe: Probe,
     *,

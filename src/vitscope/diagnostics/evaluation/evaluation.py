@@ -13,6 +13,7 @@ from scipy.stats import binomtest
 from torch import Tensor
 
 from vitscope import distributed
+from vitscope.measure_options import record_options
 from vitscope.objective import hard_targets
 from vitscope.probe import ObjectiveCard, Probe
 from vitscope.progress import track
@@ -61,6 +62,7 @@ class EvaluationResult:
         return {**{name: getattr(self, name) for name in names}, "n_classes": float(len(self.classes))}
 
 
+@record_options
 def evaluation(probe: Probe, *, classes: str | Sequence[int | str] = "all") -> EvaluationResult:
     """Evaluate a model on the probe's images.
 

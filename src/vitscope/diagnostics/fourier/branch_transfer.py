@@ -19,6 +19,7 @@ from vitscope.diagnostics.fourier._bootstrap import by_kind, percentiles
 from vitscope.diagnostics.fourier._spectrum import EPS, frequencies, spectrum, varies
 from vitscope.distributed import gather_objects, world_size
 from vitscope.intervals import RunningMean, check_level, estimates
+from vitscope.measure_options import record_options
 from vitscope.models.units import Unit, reading_branches
 from vitscope.models.units import units as units_of
 from vitscope.nulls import warn_nulls
@@ -117,6 +118,7 @@ class BranchTransferResult:
         return replace(difference, **by_kind(contrast, replicates, self.kinds, self.level, self.seed))
 
 
+@record_options
 def branch_transfer(
     probe: Probe,
     *,

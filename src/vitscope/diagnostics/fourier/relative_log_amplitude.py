@@ -12,6 +12,7 @@ from torch import Tensor
 from vitscope.diagnostics.fourier._spectrum import EPS, Spectrum, frequencies, spectrum, varies
 from vitscope.distributed import gather_objects
 from vitscope.intervals import Estimate, RunningMean, check_level, estimates
+from vitscope.measure_options import record_options
 from vitscope.nulls import warn_nulls
 from vitscope.onepass import through
 from vitscope.probe import ObjectiveCard, Probe
@@ -85,6 +86,7 @@ class RelativeLogAmplitudeResult:
         return values
 
 
+@record_options
 def relative_log_amplitude(
     probe: Probe, *, path: str = "diagonal", level: float = 0.95, eps: float = EPS
 ) -> RelativeLogAmplitudeResult:

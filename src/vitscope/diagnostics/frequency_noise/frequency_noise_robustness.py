@@ -20,6 +20,7 @@ from vitscope.diagnostics.frequency_noise._bands import (
 from vitscope.diagnostics.frequency_noise._perturbed import Means, Partial, perturbed
 from vitscope.diagnostics.frequency_noise._scale import pixel_std
 from vitscope.intervals import Estimate, check_level
+from vitscope.measure_options import record_options
 from vitscope.nulls import warn_nulls
 from vitscope.probe import ObjectiveCard, Probe
 
@@ -91,6 +92,7 @@ class FrequencyNoiseRobustnessResult:
         }
 
 
+@record_options
 def frequency_noise_robustness(
     probe: Probe,
     *,

@@ -11,6 +11,7 @@ from torch import Tensor
 from vitscope.diagnostics.frequency_noise._bands import filtered, frequency
 from vitscope.diagnostics.frequency_noise._perturbed import Means, Partial, perturbed
 from vitscope.intervals import check_level
+from vitscope.measure_options import record_options
 from vitscope.nulls import warn_nulls
 from vitscope.probe import ObjectiveCard, Probe
 
@@ -58,6 +59,7 @@ class InputFilterResult:
         }
 
 
+@record_options
 def input_filter(
     probe: Probe,
     *,

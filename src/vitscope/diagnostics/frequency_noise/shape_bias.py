@@ -11,6 +11,7 @@ from scipy.special import ndtri
 
 from vitscope.distributed import all_reduce_sum, world_size
 from vitscope.intervals import check_level
+from vitscope.measure_options import record_options
 from vitscope.nulls import warn_nulls
 from vitscope.objective import hard_targets
 from vitscope.probe import ObjectiveCard, Probe
@@ -58,6 +59,7 @@ class ShapeBiasResult:
         }
 
 
+@record_options
 def shape_bias(probe: Probe, *, texture: Sequence[int] | None = None, level: float = 0.95) -> ShapeBiasResult:
     """Measure how often a model follows shape where shape and texture disagree.
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from vitscope.diagnostics.hessian import _pooled
 from vitscope.diagnostics.hessian.hessian_max_eigenvalue_spectrum import hessian_max_eigenvalue_spectrum
+from vitscope.measure_options import record_options
 from vitscope.probe import ObjectiveCard, Probe
 
 
@@ -46,6 +47,7 @@ class BnPolicyResult:
         return {n: float(v) for n, v in zip(names, [*self.nep, *self.ape]) if np.isfinite(v)}
 
 
+@record_options
 def bn_policy(
     probe: Probe,
     *,

@@ -14,6 +14,7 @@ from vitscope import distributed
 from vitscope.linalg.basis import norm
 from vitscope.linalg.curvatures import Curvatures, curvatures
 from vitscope.linalg.solve import solve
+from vitscope.measure_options import record_options
 from vitscope.probe import Batch, ObjectiveCard, Probe
 from vitscope.progress import track
 
@@ -75,6 +76,7 @@ class CriticalPointResult:
         return {name: float(value) for name, value in logged.items() if np.isfinite(value)}
 
 
+@record_options
 def critical_point(
     probe: Probe,
     *,

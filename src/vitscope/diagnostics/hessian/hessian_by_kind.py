@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from vitscope.diagnostics.hessian.hessian_max_eigenvalue_spectrum import hessian_max_eigenvalue_spectrum
+from vitscope.measure_options import record_options
 from vitscope.models.parameters import parameter_kinds, parameter_stages
 from vitscope.probe import ObjectiveCard, Probe
 
@@ -52,6 +53,7 @@ class HessianByKindResult:
         return {**logged, "converged": float(self.converged.mean()), "n_products": float(self.n_products.sum())}
 
 
+@record_options
 def hessian_by_kind(
     probe: Probe,
     *,

@@ -10,6 +10,7 @@ import torch
 
 from vitscope.linalg.curvatures import curvatures
 from vitscope.linalg.solve import solve
+from vitscope.measure_options import record_options
 from vitscope.probe import ObjectiveCard, Probe
 
 
@@ -51,6 +52,7 @@ class HessianEigenvaluesResult:
         }
 
 
+@record_options
 def hessian_eigenvalues(
     probe: Probe,
     *,

@@ -11,6 +11,7 @@ import torch
 from vitscope.diagnostics.hessian import _pooled
 from vitscope.diagnostics.hessian._batchwise import Row, Work
 from vitscope.linalg.curvatures import curvatures
+from vitscope.measure_options import record_options
 from vitscope.probe import ObjectiveCard, Probe
 
 
@@ -84,6 +85,7 @@ class HessianMaxEigenvalueSpectrumResult:
         return logged
 
 
+@record_options
 def hessian_max_eigenvalue_spectrum(
     probe: Probe,
     *,

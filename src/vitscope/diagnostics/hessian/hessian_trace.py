@@ -12,6 +12,7 @@ from torch import Tensor
 from vitscope.linalg.basis import dot
 from vitscope.linalg.curvatures import curvatures
 from vitscope.linalg.hvp import Curvature
+from vitscope.measure_options import record_options
 from vitscope.probe import ObjectiveCard, Probe
 from vitscope.progress import track
 
@@ -51,6 +52,7 @@ class HessianTraceResult:
         return {name: value for name, value in logged.items() if np.isfinite(value)}
 
 
+@record_options
 def hessian_trace(
     probe: Probe,
     *,

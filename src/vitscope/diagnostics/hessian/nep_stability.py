@@ -13,6 +13,7 @@ from vitscope import distributed
 from vitscope.diagnostics.hessian import _pooled
 from vitscope.linalg.curvatures import Curvatures, curvatures
 from vitscope.linalg.solve import solve
+from vitscope.measure_options import record_options
 from vitscope.probe import Batch, ObjectiveCard, Probe
 from vitscope.progress import track
 
@@ -56,6 +57,7 @@ class NepStabilityResult:
         return {name: float(value) for name, value in logged.items() if np.isfinite(value)}
 
 
+@record_options
 def nep_stability(
     probe: Probe,
     *,

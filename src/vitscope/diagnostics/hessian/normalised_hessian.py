@@ -11,6 +11,7 @@ from torch import Tensor
 from vitscope.linalg.curvatures import curvatures
 from vitscope.linalg.directions import filter_parameters, moving
 from vitscope.linalg.scaled import scaled_eigenvalues
+from vitscope.measure_options import record_options
 from vitscope.probe import ObjectiveCard, Probe
 
 
@@ -46,6 +47,7 @@ class NormalisedHessianResult:
         }
 
 
+@record_options
 def normalised_hessian(
     probe: Probe,
     *,

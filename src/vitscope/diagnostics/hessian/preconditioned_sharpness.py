@@ -11,6 +11,7 @@ from torch import Tensor
 
 from vitscope.linalg.curvatures import curvatures
 from vitscope.linalg.scaled import scaled_eigenvalues
+from vitscope.measure_options import record_options
 from vitscope.probe import ObjectiveCard, Probe
 
 
@@ -54,6 +55,7 @@ class PreconditionedSharpnessResult:
         return {name: value for name, value in logged.items() if np.isfinite(value)}
 
 
+@record_options
 def preconditioned_sharpness(
     probe: Probe,
     *,

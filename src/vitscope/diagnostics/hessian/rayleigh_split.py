@@ -13,6 +13,7 @@ from vitscope.linalg.basis import dot
 from vitscope.linalg.curvatures import curvatures
 from vitscope.linalg.extreme import Eigenpairs
 from vitscope.linalg.solve import solve
+from vitscope.measure_options import record_options
 from vitscope.models.parameters import parameter_kinds
 from vitscope.probe import ObjectiveCard, Probe
 
@@ -58,6 +59,7 @@ class RayleighSplitResult:
         return {name: float(value) for name, value in logged.items()}
 
 
+@record_options
 def rayleigh_split(
     probe: Probe,
     *,

@@ -14,6 +14,7 @@ from vitscope.linalg.basis import Memory
 from vitscope.linalg.curvatures import curvatures
 from vitscope.linalg.hvp import Curvature
 from vitscope.linalg.semiorthogonal import SemiorthogonalLanczos
+from vitscope.measure_options import record_options
 from vitscope.probe import ObjectiveCard, Probe
 from vitscope.progress import track
 
@@ -71,6 +72,7 @@ class SpectralDensityResult:
         }
 
 
+@record_options
 def spectral_density(
     probe: Probe,
     *,

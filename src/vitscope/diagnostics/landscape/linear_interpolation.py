@@ -11,6 +11,7 @@ from torch import Tensor
 
 from vitscope.linalg.directions import norm
 from vitscope.linalg.plane import between, squared_norms
+from vitscope.measure_options import record_options
 from vitscope.points import BatchNormPolicy, Checkpoints, DtypeName, Partial, Row, as_dtype, chosen, rows, standing
 from vitscope.probe import ObjectiveCard, Probe
 
@@ -59,6 +60,7 @@ class LinearInterpolationResult:
         }
 
 
+@record_options
 def linear_interpolation(
     probe: Probe,
     *,

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from vitscope.diagnostics.landscape.linear_interpolation import linear_interpolation
+from vitscope.measure_options import record_options
 from vitscope.points import BatchNormPolicy, Checkpoints, DtypeName, Partial
 from vitscope.probe import ObjectiveCard, Probe
 
@@ -56,6 +57,7 @@ class LossBarrierResult:
         }
 
 
+@record_options
 def loss_barrier(
     probe: Probe,
     *,

@@ -14,6 +14,7 @@ from vitscope.diagnostics.landscape._axes import Axes, plane_axes
 from vitscope.diagnostics.landscape._source import Kind, Preset, Source, preset_source
 from vitscope.linalg.directions import Normalization
 from vitscope.linalg.plane import SquaredNorms, squared_norms, walked
+from vitscope.measure_options import record_options
 from vitscope.points import BatchNormPolicy, Checkpoints, DtypeName, Partial, Row, as_dtype, rows, standing
 from vitscope.probe import ObjectiveCard, Probe
 
@@ -97,6 +98,7 @@ class LossLandscapeResult:
         return found
 
 
+@record_options
 def loss_landscape(
     probe: Probe,
     *,

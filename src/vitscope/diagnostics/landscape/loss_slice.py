@@ -13,6 +13,7 @@ import torch
 from vitscope.diagnostics.landscape._lines import measure_lines, t_half_width
 from vitscope.diagnostics.landscape._source import Kind, Preset, Source, preset_source
 from vitscope.linalg.directions import Normalization
+from vitscope.measure_options import record_options
 from vitscope.points import BatchNormPolicy, Checkpoints, DtypeName, Partial, as_dtype
 from vitscope.probe import ObjectiveCard, Probe
 
@@ -73,6 +74,7 @@ class LossSliceResult:
         return found
 
 
+@record_options
 def loss_slice(
     probe: Probe,
     *,

@@ -14,6 +14,7 @@ from vitscope.diagnostics.landscape._lines import measure_lines, t_half_width
 from vitscope.diagnostics.landscape._source import Source
 from vitscope.linalg.directions import Direction, filter_parameters, moving, normalize, project, random_direction, scale
 from vitscope.linalg.plane import walked
+from vitscope.measure_options import record_options
 from vitscope.points import BatchNormPolicy, DtypeName, Partial, Row, as_dtype, rows, standing
 from vitscope.probe import ObjectiveCard, Probe
 
@@ -79,6 +80,7 @@ class SharpnessResult:
         return found
 
 
+@record_options
 def sharpness(
     probe: Probe,
     *,

@@ -12,6 +12,7 @@ import torch
 from vitscope.diagnostics.lesion._lesions import Lesion, lesions
 from vitscope.diagnostics.lesion._passes import Partial, batch_by_batch, lesion_by_lesion
 from vitscope.intervals import Estimate, RunningMean, estimates
+from vitscope.measure_options import record_options
 from vitscope.models.units import Unit
 from vitscope.models.units import units as units_of
 from vitscope.nulls import warn_nulls
@@ -103,6 +104,7 @@ class LesionResult:
         return found | ({"stage_end_msa_nll_excess": float(np.mean(excess))} if excess else {})
 
 
+@record_options
 def lesion(
     probe: Probe,
     *,

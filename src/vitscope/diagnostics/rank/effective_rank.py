@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from vitscope import distributed
+from vitscope.measure_options import record_options
 from vitscope.models.taps import Tap
 from vitscope.nulls import warn_nulls
 from vitscope.onepass import through
@@ -61,6 +62,7 @@ class EffectiveRankResult:
         return {name: value for name, value in found.items() if np.isfinite(value)}
 
 
+@record_options
 def effective_rank(probe: Probe, *, positions: int | None = 16) -> EffectiveRankResult:
     """Measure the rank of the features at every tap in one forward pass a batch, from running sums alone.
 

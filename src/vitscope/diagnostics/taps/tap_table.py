@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
+from vitscope.measure_options import record_options
 from vitscope.models.taps import reading
 from vitscope.models.units import units
 from vitscope.nulls import warn_nulls
@@ -60,6 +61,7 @@ class TapTableResult:
             yield name, kind, str(stage), f"{depth:.3f}", "x".join(str(n) for n in shape)
 
 
+@record_options
 def tap_table(probe: Probe) -> TapTableResult:
     """List a probe's taps, with the shapes that one forward pass of the first image gives them.
 

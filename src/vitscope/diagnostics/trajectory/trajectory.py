@@ -12,6 +12,7 @@ from torch import Tensor
 from vitscope.diagnostics.trajectory._measure import checkpoint_rows, plane_rows
 from vitscope.linalg.directions import Direction, inner, norm, orthogonalize, random_direction, scale
 from vitscope.linalg.principal import difference, gram, principal_directions
+from vitscope.measure_options import record_options
 from vitscope.points import BatchNormPolicy, Checkpoints, DtypeName, Partial, Row, as_dtype, chosen
 from vitscope.probe import ObjectiveCard, Probe
 
@@ -73,6 +74,7 @@ class TrajectoryResult:
         }
 
 
+@record_options
 def trajectory(
     probe: Probe,
     *,

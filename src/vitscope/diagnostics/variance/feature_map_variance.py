@@ -12,6 +12,7 @@ from torch import Tensor
 
 from vitscope.distributed import gather_objects
 from vitscope.intervals import Estimate, RunningMean, check_level, estimates
+from vitscope.measure_options import record_options
 from vitscope.nulls import warn_nulls
 from vitscope.onepass import through
 from vitscope.probe import ObjectiveCard, Probe
@@ -65,6 +66,7 @@ class FeatureMapVarianceResult:
         return values
 
 
+@record_options
 def feature_map_variance(probe: Probe, *, level: float = 0.95) -> FeatureMapVarianceResult:
     """Measure the spatial variance of the feature maps at every tap, in one forward pass a batch.
 

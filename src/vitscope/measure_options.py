@@ -1,0 +1,83 @@
+"""Record a measure's options on the card of its result, so that results with other options are not compared unseen."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from os import PathLike, fspath
+from typing import Any, ParamSpec, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from vitscope.probe import Probe
+
+#: arguments of measures that do not change what a number means: draws, memory, chunks, finished rows, how a product or a pass
+#: is computed, and what belongs to the model itself (its checkpoints, its initial weights, its units). ``dtype`` is on the
+#: card as the type that was used. Every other argument, also of a measure that is added later, is compared.
+INCIDENTAL = frozenset({
+    "probe", "partial", "seed", "micro_batch", "max_memory", "batches_at_once", "budget_s", "product", "cache",
+    "eigenvectors", "checkpoints", "initial", "units", "dtype",
+})  # fmt: skip
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def record_options(measure: Callable[P, R]) -> Callable[P, R]:
+    """Decorate a measure: its result's card gets the options it was called with, defaults included."""
+
+    @functools.wraps(measure)
+    def recording(*args: P.args, **kwargs: P.kwargs) -> R:
+        return with_options(measure(*args, **kwargs), recording, *args, **kwargs)
+
+    return recording
+
+
+def with_options(result: Any, measure: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Return ``result`` with the options of the call ``measure(*args, **kwargs)`` on its card; unchanged without a card."""
+    card = getattr(result, "card", None)
+    return result if card is None else replace(result, card=replace(card, options=options_of(measure, *args, **kwargs)))
+
+
+def options_of(measure: Callable[..., Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
+    """Return the arguments of a call by name as plain values, defaults included and `INCIDENTAL` ones left out."""
+    bound = inspect.signature(measure).bind(*args, **kwargs)
+    bound.apply_defaults()
+    probe = bound.arguments.get("probe")
+    given = {key: value for key, value in bound.arguments.items() if key not in INCIDENTAL}
+    return {key: _plain(value, probe) for key, value in given.items()}
+
+
+def _plain(value: Any, probe: Probe | None) -> Any:
+    """Return a value as what JSON holds; tensors and modules, which belong to one model, by their kind alone."""
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if value is None or isinstance(value, str | int | float):
+        return value
+    if isinstance(value, Probe):
+        facts = {key: str(value.about.get(key, "unknown")) for key in ("data", "split", "augmentation")}
+        same = probe is not None and value.batches is probe.batches
+        return {**facts, "n_images": probe.n_images if probe is not None and same else value.n_images}
+    if isinstance(value, Tensor | np.ndarray):
+        return f"tensor of shape {tuple(value.shape)}"
+    if isinstance(value, nn.Module):
+        return type(value).__name__
+    if isinstance(value, torch.dtype):
+        return str(value).removeprefix("torch.")
+    if isinstance(value, PathLike):
+        return fspath(value)
+    if isinstance(value, Mapping):
+        if any(isinstance(item, Tensor | np.ndarray) for item in value.values()):
+            return f"{len(value)} tensors"
+        return {str(key): _plain(item, probe) for key, item in value.items()}
+    if isinstance(value, list | tuple | range | set | frozenset):
+        items = sorted(value, key=str) if isinstance(value, set | frozenset) else value
+        return [_plain(item, probe) for item in items]
+    return getattr(value, "__qualname__", type(value).__name__)
