@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.special import stdtrit
+from scipy.special import ndtri, stdtrit
 from torch import Tensor
 
 from vitscope import distributed
@@ -87,3 +87,18 @@ def estimate(count: int, total: np.ndarray, square: np.ndarray, level: float = 0
         variance = np.maximum(square - count * mean**2, 0.0) / (count - 1)
     quantile = stdtrit(count - 1, 0.5 + level / 2)
     return Estimate(mean, quantile * np.sqrt(variance / count), count)
+
+
+def wilson(successes: np.ndarray | float, n: np.ndarray | int, level: float = 0.95) -> tuple[np.ndarray, np.ndarray]:
+    """Return both ends of the Wilson interval of shares ``successes / n``; NaN where ``n`` is 0.
+
+    It covers near shares of 0 and 1 too, where the normal interval has no width.
+    """
+    k, n = np.broadcast_arrays(np.asarray(successes, np.float64), np.asarray(n, np.float64))
+    z2 = float(ndtri(0.5 + level / 2)) ** 2
+    with np.errstate(invalid="ignore", divide="ignore"):
+        share = k / n
+        center = (share + z2 / (2 * n)) / (1 + z2 / n)
+        half = np.sqrt(z2 * (share * (1 - share) / n + z2 / (4 * n**2))) / (1 + z2 / n)
+    # the ends of none and of all are exactly 0 and 1, whatever rounding says
+    return np.where((k == 0) & (n > 0), 0.0, center - half), np.where((k == n) & (n > 0), 1.0, center + half)

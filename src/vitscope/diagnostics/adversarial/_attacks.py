@@ -1,4 +1,4 @@
-"""Attacks in pixel space: small changes that raise the loss, kept inside a ball and inside the range of pixels."""
+"""The ball of allowed changes, what the model makes of a change, and the attacks FGSM and PGD in pixel space."""
 
 from __future__ import annotations
 
@@ -7,13 +7,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from vitscope.diagnostics.adversarial._losses import Loss, log_odds
 from vitscope.errors import NumericalError
 
 NORMS = ("linf", "l2")
-ATTACKS = ("fgsm", "pgd")
 
 Forward = Callable[[Tensor], Tensor]
 
@@ -46,7 +45,9 @@ class Ball:
         """Return the step of that length along which the loss rises fastest."""
         if self.norm == "linf":
             return length * gradient.sign()
-        return length * gradient / self.length(gradient).clamp_min(1e-30)
+        # the squares of very small entries would be zero
+        scaled = gradient / gradient.abs().amax(dim=(1, 2, 3), keepdim=True).clamp_min(torch.finfo(gradient.dtype).tiny)
+        return length * scaled / self.length(scaled).clamp_min(1e-30)
 
     def length(self, change: Tensor) -> Tensor:
         """Return each image's norm ``(B, 1, 1, 1)``."""
@@ -69,28 +70,51 @@ class Ball:
 
 @dataclass(frozen=True)
 class Found:
-    """The worst change of each image: the change ``(B, C, H, W)``, its loss and whether the class stays right ``(B,)``."""
+    """The worst change of each image.
+
+    Attributes:
+        change: ``(B, C, H, W)`` pixels of [0, 1].
+        score: ``(B,)`` log odds of a wrong class, float64: the cross entropy is ``softplus(score)``.
+        right: ``(B,)`` whether the class stays right.
+        blind: ``(B,)`` whether every gradient that was taken was exactly zero; True where none was taken.
+    """
 
     change: Tensor
-    loss: Tensor
+    score: Tensor
     right: Tensor
+    blind: Tensor
 
     def or_worse(self, other: Found) -> Found:
         """Return for each image the worse of two: a wrong class first, then the larger loss."""
-        worse = torch.where(self.right == other.right, other.loss > self.loss, self.right)
+        worse = torch.where(self.right == other.right, other.score > self.score, self.right)
         pick = worse[:, None, None, None]
         return Found(
             torch.where(pick, other.change, self.change),
-            torch.where(worse, other.loss, self.loss),
+            torch.where(worse, other.score, self.score),
             torch.where(worse, other.right, self.right),
+            self.blind & other.blind,
         )
 
+    def replaced(self, index: Tensor, other: Found) -> Found:
+        """Return this with ``other`` in the place of the images ``index``."""
+        pairs = (
+            (self.change, other.change),
+            (self.score, other.score),
+            (self.right, other.right),
+            (self.blind, other.blind),
+        )
+        return Found(*(whole.index_copy(0, index, part) for whole, part in pairs))
 
-def fgsm(forward: Forward, pixels: Tensor, labels: Tensor, ball: Ball) -> Found:
+    def at(self, index: Tensor) -> Found:
+        """Return those of the images ``index``."""
+        return Found(self.change[index], self.score[index], self.right[index], self.blind[index])
+
+
+def fgsm(forward: Forward, pixels: Tensor, labels: Tensor, ball: Ball, loss: Loss) -> Found:
     """One step to the border of the ball along the gradient's sign (Goodfellow et al. 2015, section 4)."""
-    _, gradient = _looked_at(forward, pixels, torch.zeros_like(pixels), labels)
-    change = ball.into(ball.steepest(gradient, ball.radius), pixels)
-    return _looked_at(forward, pixels, change, labels)[0]
+    first, gradient, _ = evaluated(forward, pixels, torch.zeros_like(pixels), labels, loss)
+    found, _ = looked_at(forward, pixels, ball.into(ball.steepest(gradient, ball.radius), pixels), labels, loss)
+    return Found(found.change, found.score, found.right, first.blind)
 
 
 def pgd(
@@ -98,40 +122,76 @@ def pgd(
     pixels: Tensor,
     labels: Tensor,
     ball: Ball,
+    loss: Loss,
     *,
     steps: int,
     step_size: float,
     starts: list[list[np.random.Generator]],
 ) -> Found:
-    """Projected gradient ascent from random starts, the worst point on the way kept (Madry et al. 2018, section 2.1).
+    """Projected gradient ascent from random starts (Madry et al. 2018, section 2.1).
+
+    The worst point on the way is kept, the image as it is included.
 
     Args:
         forward: pixels to logits.
         pixels: ``(B, C, H, W)``.
         labels: ``(B,)``.
         ball: what is allowed.
+        loss: logits and labels to what is raised.
         steps: at each start.
         step_size: in pixels of [0, 1].
         starts: for each start, each image's generator.
     """
-    worst: Found | None = None
+    worst, _ = looked_at(forward, pixels, torch.zeros_like(pixels), labels, loss)
     for generators in starts:
         change = ball.drawn(pixels, generators)
         for step in range(steps + 1):
-            found, gradient = _looked_at(forward, pixels, change, labels)
-            worst = found if worst is None else worst.or_worse(found)
+            found, gradient, _ = evaluated(forward, pixels, change, labels, loss)
+            worst = worst.or_worse(found)
             if step < steps:
                 change = ball.into(change + ball.steepest(gradient, step_size), pixels)
-    assert worst is not None
     return worst
 
 
-def _looked_at(forward: Forward, pixels: Tensor, change: Tensor, labels: Tensor) -> tuple[Found, Tensor]:
-    """Return what the model makes of a change, and the gradient of the loss with respect to it."""
+def evaluated(
+    forward: Forward, pixels: Tensor, change: Tensor, labels: Tensor, loss: Loss
+) -> tuple[Found, Tensor, Tensor]:
+    """Return what the model makes of a change, the gradient of the loss with respect to it, and the loss ``(B,)``.
+
+    Raises:
+        ValueError: the model's logits do not depend differentiably on the pixels.
+    """
     change = change.detach().requires_grad_()
-    logits = forward(pixels + change)
-    loss = F.cross_entropy(logits, labels, reduction="none")
+    with torch.enable_grad():
+        logits = _finite(forward(pixels + change)).double()
+        value = loss(logits, labels)
+        if not value.requires_grad:
+            raise ValueError(
+                "Expected a model whose logits can be differentiated by the image, received one without gradients: "
+                "use attacks=('square',), which needs none."
+            )
+        (gradient,) = torch.autograd.grad(value.sum(), change)  # images do not see each other
+    if not bool(torch.isfinite(gradient).all()):
+        raise NumericalError("analysis.adversarial", None, "gradients are not finite", "look at the weights")
+    logits = logits.detach()
+    blind = gradient.abs().amax(dim=(1, 2, 3)) == 0
+    found = Found(change.detach(), log_odds(logits, labels), logits.argmax(dim=1) == labels, blind)
+    return found, gradient, value.detach()
+
+
+@torch.no_grad()
+def looked_at(forward: Forward, pixels: Tensor, change: Tensor, labels: Tensor, loss: Loss) -> tuple[Found, Tensor]:
+    """Return what the model makes of a change, and the loss ``(B,)``, without a gradient."""
+    logits = _finite(forward(pixels + change)).double()
+    right = logits.argmax(dim=1) == labels
+    return Found(change, log_odds(logits, labels), right, torch.ones_like(right)), loss(logits, labels)
+
+
+def _finite(logits: Tensor) -> Tensor:
     if not bool(torch.isfinite(logits).all()):
         raise NumericalError("analysis.adversarial", None, "logits are not finite", "look at the weights")
-    (gradient,) = torch.autograd.grad(loss.sum(), change)  # images do not see each other
-    return Found(change.detach(), loss.detach(), logits.detach().argmax(dim=1) == labels), gradient
+    if logits.ndim != 2 or logits.shape[1] < 2:
+        raise ValueError(
+            f"Expected logits of shape (images, classes) of two classes or more, received {tuple(logits.shape)}."
+        )
+    return logits

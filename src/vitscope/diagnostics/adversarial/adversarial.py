@@ -1,17 +1,22 @@
-"""Accuracy under attack: FGSM and PGD in pixel space."""
+"""Accuracy under attack in pixel space: FGSM, PGD, Auto-PGD, the Square Attack and a suite of the last two."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from vitscope import interrupt
-from vitscope.diagnostics.adversarial._attacks import ATTACKS, NORMS, Ball, Found, fgsm, pgd
+from vitscope.diagnostics.adversarial._attacks import NORMS, Ball
+from vitscope.diagnostics.adversarial._losses import LOSSES
+from vitscope.diagnostics.adversarial._suite import ATTACKS, SUITE, Images, Settings, attacked
 from vitscope.evaluate import evaluate
+from vitscope.intervals import wilson
 from vitscope.measure_options import record_options
 from vitscope.objective import Objective, hard_targets
 from vitscope.pixels import Pixels, pixels_of
@@ -27,17 +32,22 @@ class AdversarialResult:
     """Robust accuracy is an upper bound: a stronger attack may find more.
 
     Attributes:
-        attacks: (n_attacks,) ``fgsm``, ``pgd``.
+        attacks: (n_attacks,) names, see `adversarial`.
         epsilons: (n_epsilons,) radii in gray levels, 1/255 of the pixels' range.
         norm: ``linf`` or ``l2``.
         accuracy: (n_attacks, n_epsilons).
-        accuracy_standard_error: (n_attacks, n_epsilons) over images.
-        nll: (n_attacks, n_epsilons) nats, of the worst change found.
+        accuracy_low: (n_attacks, n_epsilons) lower ends of the 95% Wilson intervals over images.
+        accuracy_high: (n_attacks, n_epsilons) upper ends.
+        nll: (n_attacks, n_epsilons) nats, of the worst change found; all but FGSM and PGD leave an image alone once its class
+            is wrong.
+        zero_gradient: (n_attacks, n_epsilons) share of images at which all gradients were exactly zero, so that the attack was
+            blind; NaN for ``square``, which takes none.
+        suite_attacks: (n_members,) the attacks that ``suite`` ran in their order, empty without it.
+        suite_accuracy: (n_members, n_epsilons) accuracy left after each of them and those before it.
+        settings: for each attack that ran, members of the suite included, its loss, steps, starts and the like.
         largest_change: (n_attacks, n_epsilons) the largest norm among the changes, gray levels; at most epsilon.
         clean_accuracy: on the images as they are.
         clean_nll: nats.
-        steps: of PGD, at each start.
-        restarts: random starts of PGD.
         n_images: images attacked.
         card: the conditions.
     """
@@ -46,13 +56,16 @@ class AdversarialResult:
     epsilons: np.ndarray
     norm: str
     accuracy: np.ndarray
-    accuracy_standard_error: np.ndarray
+    accuracy_low: np.ndarray
+    accuracy_high: np.ndarray
     nll: np.ndarray
+    zero_gradient: np.ndarray
+    suite_attacks: tuple[str, ...]
+    suite_accuracy: np.ndarray
+    settings: Mapping[str, Mapping[str, Any]]
     largest_change: np.ndarray
     clean_accuracy: float
     clean_nll: float
-    steps: int
-    restarts: int
     n_images: int
     card: ObjectiveCard | None = None
 
@@ -61,6 +74,8 @@ class AdversarialResult:
         found = {"clean_accuracy": self.clean_accuracy}
         for attack, accuracies in zip(self.attacks, self.accuracy):
             found |= {f"{attack}_{epsilon:g}_accuracy": float(a) for epsilon, a in zip(self.epsilons, accuracies)}
+        for member, accuracies in zip(self.suite_attacks, self.suite_accuracy):
+            found |= {f"suite_after_{member}_{e:g}_accuracy": float(a) for e, a in zip(self.epsilons, accuracies)}
         return found
 
 
@@ -68,12 +83,16 @@ class AdversarialResult:
 def adversarial(
     probe: Probe,
     *,
-    attacks: Sequence[str] = ATTACKS,
+    attacks: Sequence[str] = ("fgsm", "pgd"),
     epsilons: Sequence[float] = (1, 2, 4, 8),
     norm: str = "linf",
+    loss: str = "ce",
     steps: int = 20,
     step_size: float = 2.5,
     restarts: int = 1,
+    iterations: int = 100,
+    n_targets: int = 9,
+    queries: int = 5000,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     seed: int = 0,
@@ -81,96 +100,135 @@ def adversarial(
 ) -> AdversarialResult:
     """Attack every image and measure what accuracy is left.
 
-    The loss is the cross entropy on the label; the model stays in eval mode. Changes are measured in pixels, before the
-    normalisation, and pixels stay in [0, 1]. PGD keeps the worst point that it meets, so it is never weaker for more steps.
+    The model stays in eval mode. Changes are measured in pixels, before the normalisation, and pixels stay in [0, 1]. Every
+    attack keeps the worst point that it meets, so more starts or another member of the suite never raise the accuracy.
+
+    The cross entropy is raised by its log odds, log((1 - p) / p): the same direction, but it does not underflow where the margin
+    is large. Where a gradient is exactly zero all the same, the result and a warning say so.
 
     Args:
         probe: model and images; soft targets count as their most probable class.
-        attacks: ``fgsm`` (Goodfellow et al. 2015), ``pgd`` (Madry et al. 2018).
+        attacks: ``fgsm`` (Goodfellow et al. 2015); ``pgd`` (Madry et al. 2018); ``apgd_ce``, ``apgd_dlr``, ``apgd_cw``: Auto-PGD
+            on a loss, ``apgd_t``: on the targeted DLR of several classes (Croce and Hein 2020); ``square``: random search
+            without gradients (Andriushchenko et al. 2020); ``suite``: apgd_ce, apgd_t and square, each on the images that are
+            left, which is AutoAttack's standard version without FAB-T.
         epsilons: radii in gray levels.
         norm: ``linf``: each value changes by at most epsilon; ``l2``: an image by at most epsilon as a vector.
+        loss: of FGSM and PGD: ``ce`` (cross entropy), ``dlr`` (difference of logits ratio), ``cw`` (Carlini and Wagner's
+            difference of logits).
         steps: of PGD, at each start.
         step_size: of PGD as a multiple of epsilon / steps.
-        restarts: random starts of PGD.
+        restarts: random starts of every attack but FGSM; for ``apgd_t`` those of each target class.
+        iterations: of APGD (AutoAttack's 100).
+        n_targets: target classes of ``apgd_t`` (AutoAttack's 9), at most all but the label.
+        queries: of ``square`` (AutoAttack's 5000).
         mean: the data's normalisation; by default the probe's (see `vitscope.pixels`).
         std: likewise.
         seed: of the starts; each image has its own draws.
         partial: finished attacks, see `vitscope.points`.
 
     Raises:
-        ValueError: an unknown attack or norm, a negative radius, no step, no start or no normalisation.
+        ValueError: an unknown attack, norm or loss, a negative radius, no step, no start or no normalisation; a model without
+            gradients and an attack that needs them.
+        NumericalError: logits or gradients that are not finite.
     """
-    _check(attacks, epsilons, norm, steps, restarts)
+    settings = Settings(loss, steps, step_size, restarts, iterations, n_targets, queries)
+    _check(attacks, epsilons, norm, settings)
     pixels = pixels_of(probe, mean, std)
     conditions = [(attack, float(epsilon)) for attack in attacks for epsilon in epsilons]
     with probe.guard() as model:
         hard = ((x, hard_targets(y)) for _, (x, y) in probe.local_batches())
         clean = evaluate(model, hard, Objective(), device=probe.device)
-    with probe.guard(second_order=True) as model:
+    with probe.guard(second_order=any(attack != "square" for attack in attacks)) as model:
         for p in model.parameters():
             p.requires_grad_(False)  # only images are differentiated; the guard gives the flags back
 
         def row(condition: tuple[str, float]) -> Mapping[str, Any]:
             attack, epsilon = condition
-            ball = Ball(norm, epsilon * LEVEL)
-            options = {"steps": steps, "step_size": step_size * ball.radius / steps}
-            return _attacked(probe, model, pixels, attack, ball, options, restarts, seed)
+            return _row(probe, model, pixels, attack, Ball(norm, epsilon * LEVEL), settings, seed)
 
         found = rows(conditions, row, name=lambda c: f"{c[0]} {c[1]:g}", partial=partial, description="adversarial")
     shape = (len(attacks), len(epsilons))
-    accuracy, nll, largest = (np.array([float(r[key]) for r in found]).reshape(shape) for key in _KEYS)
+    accuracy, nll, largest, blind = (np.array([float(r[key]) for r in found]).reshape(shape) for key in _KEYS)
+    _warn_blind(conditions, blind.reshape(-1))
+    low, high = wilson(accuracy * clean.n_images, clean.n_images)
+    ran = tuple(dict.fromkeys(name for a in attacks for name in (SUITE if a == "suite" else (a,))))
+    stated = {name: settings.of(name) for name in ran}
+    suite = SUITE if "suite" in attacks else ()
+    left = [r["left"] for (attack, _), r in zip(conditions, found) if attack == "suite"]  # (n_epsilons, n_members)
     return AdversarialResult(
         attacks=tuple(attacks),
         epsilons=np.array(epsilons, dtype=np.float64),
         norm=norm,
         accuracy=accuracy,
-        accuracy_standard_error=np.sqrt(accuracy * (1 - accuracy) / max(clean.n_images - 1, 1)),
+        accuracy_low=low,
+        accuracy_high=high,
         nll=nll,
+        zero_gradient=blind,
+        suite_attacks=suite,
+        suite_accuracy=np.array(left, dtype=np.float64).T if left else np.empty((0, len(epsilons))),
+        settings=stated,
         largest_change=largest,
         clean_accuracy=clean.accuracy,
         clean_nll=clean.nll,
-        steps=steps,
-        restarts=restarts,
         n_images=clean.n_images,
-        card=probe.card(),
+        card=probe.card(solver={"attacks": stated, "norm": norm, "suite": list(suite), "seed": seed}),
     )
 
 
-_KEYS = ("accuracy", "nll", "largest")
+_KEYS = ("accuracy", "nll", "largest", "blind")
 
 
-def _attacked(
-    probe: Probe, model: nn.Module, pixels: Pixels, attack: str, ball: Ball, options: dict, restarts: int, seed: int
+def _row(
+    probe: Probe, model: nn.Module, pixels: Pixels, attack: str, ball: Ball, settings: Settings, seed: int
 ) -> Mapping[str, Any]:
+    """Return the means over all images of one attack at one radius."""
+
     def forward(images: Tensor) -> Tensor:
         interrupt.check()
         return model(pixels.to_input(images))
 
-    totals, largest, place = np.zeros(3), 0.0, 0
+    totals, left, largest, place = np.zeros(4), np.zeros(len(SUITE)), 0.0, 0
     for x, y in probe.iter_batches():
-        images, labels = pixels.to_pixels(x), hard_targets(y)
-        if attack == "fgsm":
-            found: Found = fgsm(forward, images, labels, ball)
-        else:
-            starts = [
-                [np.random.default_rng((seed, start, place + i)) for i in range(len(x))] for start in range(restarts)
-            ]
-            found = pgd(forward, images, labels, ball, starts=starts, **options)
+        images = Images(pixels.to_pixels(x), hard_targets(y), torch.arange(place, place + len(x)), seed)
+        found, remaining = attacked(attack, forward, images, ball, settings)
         place += len(x)
-        totals += [len(x), float(found.right.sum()), float(found.loss.double().sum())]
+        nll = torch.nn.functional.softplus(found.score)
+        totals += [len(x), float(found.right.sum()), float(nll.sum()), float(found.blind.sum())]
+        left += remaining or 0
         largest = max(largest, float(ball.length(found.change).max()) / LEVEL)
-    return {"accuracy": totals[1] / totals[0], "nll": totals[2] / totals[0], "largest": largest}
+    n = totals[0]
+    blind = np.nan if attack == "square" else totals[3] / n
+    return {"accuracy": totals[1] / n, "nll": totals[2] / n, "largest": largest, "blind": blind, "left": left / n}
 
 
-def _check(attacks: Sequence[str], epsilons: Sequence[float], norm: str, steps: int, restarts: int) -> None:
-    unknown = [attack for attack in attacks if attack not in ATTACKS]
-    if unknown or not attacks:
-        raise ValueError(
-            f"Expected attacks among {', '.join(ATTACKS)}, received {unknown[0] if unknown else 'none'!r}."
+def _warn_blind(conditions: Sequence[tuple[str, float]], blind: np.ndarray) -> None:
+    """Warn of attacks that saw no gradient: the accuracy that they leave says nothing of the model."""
+    seen = [(attack, share) for (attack, radius), share in zip(conditions, blind) if radius > 0 and share > 0]
+    for attack in dict.fromkeys(name for name, _ in seen):
+        share = max(s for name, s in seen if name == attack)
+        warnings.warn(
+            f"adversarial: every gradient that {attack} took was exactly zero at {share:.0%} of the images, so it could not "
+            "search there: use attacks=[square], which needs no gradients, or attacks=[suite]",
+            RuntimeWarning,
+            stacklevel=4,
         )
-    if norm not in NORMS:
-        raise ValueError(f"Expected norm to be one of {', '.join(NORMS)}, received {norm!r}.")
+
+
+def _check(attacks: Sequence[str], epsilons: Sequence[float], norm: str, settings: Settings) -> None:
+    unknown = [attack for attack in attacks if attack not in ATTACKS]
+    if unknown or not attacks or isinstance(attacks, str):
+        received = repr(attacks) if isinstance(attacks, str) else repr(unknown[0]) if unknown else "none"
+        raise ValueError(f"Expected attacks among {', '.join(ATTACKS)}, received {received}.")
+    if len(set(attacks)) < len(attacks):
+        raise ValueError(f"Expected each attack once, received {', '.join(attacks)}.")
+    for name, value, known in (("norm", norm, NORMS), ("loss", settings.loss, tuple(LOSSES))):
+        if value not in known:
+            raise ValueError(f"Expected {name} to be one of {', '.join(known)}, received {value!r}.")
     if not epsilons or any(not 0 <= epsilon < np.inf for epsilon in epsilons):
         raise ValueError(f"Expected epsilons of at least 0, received {list(epsilons)}.")
-    if steps < 1 or restarts < 1:
-        raise ValueError(f"Expected at least one step and one start, received steps={steps} and restarts={restarts}.")
+    for name in ("steps", "restarts", "iterations", "n_targets", "queries"):
+        if (value := getattr(settings, name)) < 1:
+            raise ValueError(f"Expected {name} of at least 1, received {value}.")
+    if not 0 < settings.step_size < np.inf:
+        raise ValueError(f"Expected step_size above 0, received {settings.step_size}.")

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import numpy as np
 from matplotlib.figure import Figure
 
 from vitscope.diagnostics.adversarial.adversarial import AdversarialResult
 
 NORM = {"linf": r"$\ell_\infty$", "l2": r"$\ell_2$"}
-LINES = {"fgsm": "--", "pgd": "-"}
+LINES = {"fgsm": "--", "pgd": "-", "suite": "-", "square": ":"}
+MARKERS = {"fgsm": "s", "pgd": "o", "square": "D", "suite": "v"}
+NAMES = {"apgd_ce": "APGD-CE", "apgd_dlr": "APGD-DLR", "apgd_cw": "APGD-CW", "apgd_t": "APGD-T", "square": "Square"}
 
 
 def adversarial(results: Mapping[str, AdversarialResult]) -> Figure:
     """Draw accuracy over the radius for each attack and result; radius 0 is the clean accuracy.
 
-    Whiskers are 95% intervals over images.
+    Whiskers are 95% Wilson intervals over images. The suite is named by its members.
 
     Args:
         results: one or more results by name, of one norm.
@@ -29,19 +32,28 @@ def adversarial(results: Mapping[str, AdversarialResult]) -> Figure:
     figure = Figure(figsize=(3.4, 2.7), layout="constrained")
     ax = figure.subplots()
     for index, (name, result) in enumerate(results.items()):
-        for attack, accuracy, error in zip(result.attacks, result.accuracy, result.accuracy_standard_error):
+        for attack, accuracy, low, high in zip(
+            result.attacks, result.accuracy, result.accuracy_low, result.accuracy_high
+        ):
             ax.errorbar(
                 [0, *result.epsilons],
                 [100 * result.clean_accuracy, *(100 * accuracy)],
-                yerr=[0, *(196 * error)],
+                # an end may miss the share itself by a rounding
+                yerr=100 * np.maximum([[0, *(accuracy - low)], [0, *(high - accuracy)]], 0.0),
                 color=f"C{index}",
-                linestyle=LINES[attack],
-                marker="o" if attack == "pgd" else "s",
-                markerfacecolor=f"C{index}" if attack == "pgd" else "white",
+                linestyle=LINES.get(attack, "-."),
+                marker=MARKERS.get(attack, "^"),
+                markerfacecolor=f"C{index}" if attack in ("pgd", "suite") else "white",
                 elinewidth=0.7,
-                label=" ".join(filter(None, (name, attack.upper()))),
+                label=" ".join(filter(None, (name, _named(attack, result)))),
             )
     ax.set(xlabel=f"{NORM[norms[0]]} radius (gray levels, 1/255)", ylabel="Accuracy (%)")
     ax.set_ylim(bottom=-1)
     figure.legend(loc="outside upper center", ncols=2)
     return figure
+
+
+def _named(attack: str, result: AdversarialResult) -> str:
+    if attack == "suite":
+        return " + ".join(NAMES[member] for member in result.suite_attacks)
+    return NAMES.get(attack, attack.upper())

@@ -1,0 +1,140 @@
+"""Attacks by name, and the suite that runs several of them one after the other on the images that are still classified right."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vitscope.diagnostics.adversarial._apgd import apgd
+from vitscope.diagnostics.adversarial._attacks import Ball, Forward, Found, fgsm, looked_at, pgd
+from vitscope.diagnostics.adversarial._losses import LOSSES, log_odds, towards
+from vitscope.diagnostics.adversarial._square import square
+
+#: the members of ``suite`` in their order: AutoAttack's (Croce and Hein 2020) without FAB-T
+SUITE = ("apgd_ce", "apgd_t", "square")
+ATTACKS = ("fgsm", "pgd", "apgd_ce", "apgd_dlr", "apgd_cw", "apgd_t", "square", "suite")
+
+Generators = list[np.random.Generator]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How hard the attacks try.
+
+    Attributes:
+        loss: of FGSM and PGD, one of ``ce dlr cw``.
+        steps: of PGD, at each start.
+        step_size: of PGD as a multiple of the radius divided by ``steps``.
+        restarts: random starts of every attack but FGSM.
+        iterations: of each run of APGD.
+        n_targets: classes that APGD-T tries, those of the largest logits of the clean image.
+        queries: of the Square Attack at each start.
+    """
+
+    loss: str = "ce"
+    steps: int = 20
+    step_size: float = 2.5
+    restarts: int = 1
+    iterations: int = 100
+    n_targets: int = 9
+    queries: int = 5000
+
+    def of(self, attack: str) -> dict[str, Any]:
+        """Return those that count for an attack."""
+        used = {
+            "fgsm": ("loss",),
+            "pgd": ("loss", "steps", "step_size", "restarts"),
+            "apgd_t": ("iterations", "n_targets", "restarts"),
+            "square": ("queries", "restarts"),
+        }.get(attack, ("iterations", "restarts"))
+        stated = {"apgd_t": "targeted dlr", "square": "cw"}.get(attack, attack.removeprefix("apgd_"))
+        return {"loss": stated} | {key: value for key, value in asdict(self).items() if key in used}
+
+
+@dataclass(frozen=True)
+class Images:
+    """What is attacked.
+
+    Attributes:
+        pixels: ``(B, C, H, W)`` in [0, 1].
+        labels: ``(B,)``.
+        places: ``(B,)`` each image's number among all images, which decides its draws.
+        seed: of all draws.
+    """
+
+    pixels: Tensor
+    labels: Tensor
+    places: Tensor
+    seed: int
+
+    def at(self, index: Tensor) -> Images:
+        """Return the images ``index``."""
+        return Images(self.pixels[index], self.labels[index], self.places[index.to(self.places.device)], self.seed)
+
+    def generators(self, *stream: int) -> Generators:
+        """Return each image's own generator of a stream of draws."""
+        return [np.random.default_rng((self.seed, *stream, place)) for place in self.places.tolist()]
+
+
+def attacked(attack: str, forward: Forward, images: Images, ball: Ball, settings: Settings) -> tuple[Found, list[int]]:
+    """Return the worst changes found, and how many images were still right after each member of the suite.
+
+    Args:
+        attack: one of `ATTACKS`.
+        forward: pixels to logits.
+        images: what is attacked.
+        ball: the allowed changes.
+        settings: how hard.
+    """
+    pixels, labels = images.pixels, images.labels
+    if attack == "fgsm":
+        return fgsm(forward, pixels, labels, ball, LOSSES[settings.loss]), []
+    if attack == "pgd":
+        starts = [images.generators(start) for start in range(settings.restarts)]
+        size = settings.step_size * ball.radius / settings.steps
+        loss = LOSSES[settings.loss]
+        return pgd(forward, pixels, labels, ball, loss, steps=settings.steps, step_size=size, starts=starts), []
+    found, _ = looked_at(forward, pixels, torch.zeros_like(pixels), labels, log_odds)
+    attackable, left = found.right, []
+    for member in SUITE if attack == "suite" else (attack,):
+        for run in _runs(member, forward, images, ball, settings):
+            index = torch.nonzero(found.right).squeeze(1)
+            if not len(index):
+                break
+            found = found.replaced(index, found.at(index).or_worse(run(index)))
+        left.append(int(found.right.sum()))
+    found = replace(found, blind=found.blind & attackable)  # at the others no gradient was wanted
+    return found, left if attack == "suite" else []
+
+
+def _runs(
+    attack: str, forward: Forward, images: Images, ball: Ball, settings: Settings
+) -> Iterator[Callable[[Tensor], Found]]:
+    """Yield the runs of an attack, each a function of the images that it is made on."""
+    number = ATTACKS.index(attack)
+    ranking = _ranked_classes(forward, images, settings.n_targets) if attack == "apgd_t" else images.labels[:, None]
+    for start in range(settings.restarts):
+        for which in range(ranking.shape[1]):  # once, but for targets
+
+            def run(index: Tensor, start: int = start, which: int = which) -> Found:
+                part = images.at(index)
+                shared = {"generators": part.generators(number, start, which)}
+                if attack == "square":
+                    return square(forward, part.pixels, part.labels, ball, queries=settings.queries, **shared)
+                targeted = attack == "apgd_t"
+                loss = towards(ranking[index, which]) if targeted else LOSSES[attack.removeprefix("apgd_")]
+                return apgd(forward, part.pixels, part.labels, ball, loss, iterations=settings.iterations, **shared)
+
+            yield run
+
+
+@torch.no_grad()
+def _ranked_classes(forward: Forward, images: Images, n_targets: int) -> Tensor:
+    """Return each image's classes but its label by descending logit, at most ``n_targets`` of them ``(B, n)``."""
+    logits = forward(images.pixels).double().scatter(1, images.labels[:, None], -torch.inf)
+    return logits.argsort(dim=1, descending=True, stable=True)[:, : min(n_targets, logits.shape[1] - 1)]
