@@ -31,11 +31,12 @@ class Eigenpairs:
 
     Attributes:
         values: (k,) Ritz values in the order asked for.
-        residuals: (k,) norms of H v - value v; an eigenvalue lies within.
+        residuals: (k,) norms of H v - value v, at least `resolution`; an eigenvalue lies within.
         errors: (k,) estimates of |value - eigenvalue|: the residual or, where smaller, residual^2 / gap.
         converged: (k,) whether the estimate is within the tolerance.
         n_products: products made.
         vectors: (k, size) orthonormal, or None.
+        resolution: values nearer to zero than that may owe their sign to rounding, see `Lanczos.resolution`.
     """
 
     values: np.ndarray
@@ -44,6 +45,7 @@ class Eigenpairs:
     converged: np.ndarray
     n_products: int
     vectors: Tensor | None
+    resolution: float = 0.0
 
 
 def extreme_eigenvalues(
@@ -214,12 +216,13 @@ def _agreed(stop: bool, shared: bool, device: torch.device) -> bool:
 
 
 def _pairs(lanczos: Lanczos, ritz: Ritz, chosen: np.ndarray, tol: float, vectors: bool) -> Eigenpairs:
-    estimate = errors(ritz)[chosen]
+    estimate, resolution = errors(ritz)[chosen], lanczos.resolution(ritz)
     return Eigenpairs(
         values=ritz.values[chosen],
-        residuals=ritz.residuals[chosen],
+        residuals=np.maximum(ritz.residuals[chosen], resolution),
         errors=estimate,
         converged=estimate <= tolerances(ritz.values, chosen, tol),
         n_products=lanczos.n_products,
         vectors=lanczos.vectors(ritz, chosen) if vectors else None,
+        resolution=resolution,
     )

@@ -24,6 +24,8 @@ Operator = Callable[[Tensor], Tensor | Sequence[Tensor]]
 BREAKDOWN = 0.7
 #: rounding of a coefficient, in units of the precision
 ROUNDING = 4.0
+#: an error matrix with entries of at most a in three diagonals has a norm of at most three times a
+DIAGONALS = 3.0
 
 
 class Lanczos:
@@ -43,6 +45,8 @@ class Lanczos:
         coupling: (m,) of the basis' last row with the rows before it: what T's next column begins with.
         breakdowns: after how many products the basis spanned an invariant subspace and a random vector was taken.
         n_products: products made.
+        asymmetry: the largest difference seen between <p, H q> and <q, H p> of unit rows p and q, which is 0 in exact
+            arithmetic: the rounding of products as it is.
     """
 
     def __init__(
@@ -60,6 +64,7 @@ class Lanczos:
         self.coupling = np.zeros(0)
         self.n_products = 0
         self.breakdowns: list[int] = []
+        self.asymmetry = 0.0
         eps = float(torch.finfo(start.dtype).eps)
         # bounds of the inner products of different unit rows: each step multiplies them by how much of a product it takes away,
         # and below the root of the precision T is as exact as with an orthonormal basis (Simon, Math. Comp. 42, 1984)
@@ -98,6 +103,7 @@ class Lanczos:
         pieces, scale = self._received(pieces)
         c = basis.coefficients(pieces) * scale
         self._check(c)
+        self.asymmetry = max(self.asymmetry, float(np.abs(c[:-1] - self.coupling).max(initial=0.0)))
         size = float(np.linalg.norm(c))
         length = basis.write(pieces, scale, c)
         del pieces
@@ -129,6 +135,17 @@ class Lanczos:
         """Return the eigenvalues of T, ascending, with residuals and the eigenvectors' coefficients."""
         values, vectors = np.linalg.eigh(self.projection)
         return Ritz(values, np.abs(self.coupling @ vectors), vectors)
+
+    def resolution(self, ritz: Ritz) -> float:
+        """Return the distance from zero within which rounding may have made a Ritz value's sign.
+
+        Inner products of n entries, summed pairwise, are off by log2(n) units of the precision (Higham, Accuracy and Stability
+        of Numerical Algorithms, section 4.2), relative to the operator's norm; products with a network's curvature by more,
+        which `asymmetry` measures: eps |H| (1 + log2 n) + 3 asymmetry.
+        """
+        size, eps = self.basis.rows.shape[1], float(torch.finfo(self.basis.rows.dtype).eps)
+        norm = float(np.abs(ritz.values).max(initial=0.0))
+        return eps * norm * (1.0 + float(np.log2(size))) + DIAGONALS * self.asymmetry
 
     def restart(self, keep: np.ndarray) -> None:
         """Compress the basis to the Ritz vectors numbered ``keep`` and the last row."""

@@ -64,13 +64,17 @@ def power_iteration(
         # the next iterate is what PyHessian keeps for deflation, the value belongs to the one before
         found.append(v)
         rows.append((value, residual, stopped or length == 0, kept))
+    # of products that are off by rounding, as inner products of that many entries are (see `Lanczos.resolution`)
+    largest = max(abs(row[0]) for row in rows)
+    resolution = float(torch.finfo(like.dtype).eps) * largest * (1.0 + float(np.log2(len(like))))
     return Eigenpairs(
         values=np.array([row[0] for row in rows]),
-        residuals=np.array([row[1] for row in rows]),
+        residuals=np.maximum([row[1] for row in rows], resolution),
         errors=np.array([row[1] for row in rows]),
         converged=np.array([row[2] for row in rows]),
         n_products=n_products,
         vectors=torch.stack([row[3] for row in rows]),
+        resolution=resolution,
     )
 
 

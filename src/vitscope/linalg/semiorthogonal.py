@@ -91,7 +91,9 @@ class SemiorthogonalLanczos(Lanczos):
         norm = max(size, float(np.abs(self.projection).max(initial=0.0)))
         if last > 0:
             known = float(np.abs(self._level[:-1]).max())  # what the rows' own inner products explain
-            self.noise = max(self.noise, abs(near[0] - self.coupling[-1]) / max(norm, 1e-300) - known)
+            difference = float(abs(near[0] - self.coupling[-1]))
+            self.asymmetry = max(self.asymmetry, difference)
+            self.noise = max(self.noise, difference / max(norm, 1e-300) - known)
         level = self._predicted(diagonal, length, norm)
         due = self._second or bool(np.abs(level[:-1]).max() > self.threshold)
         if due or length < AGAIN * size:

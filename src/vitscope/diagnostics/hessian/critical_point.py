@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,12 +11,28 @@ from torch import Tensor
 from torch.func import functional_call
 
 from vitscope import distributed
+from vitscope.diagnostics.hessian._verdict import ROUNDING, TINY, Limits, Row, judge, predicted_decrease, slice_drop
 from vitscope.linalg.basis import norm
 from vitscope.linalg.curvatures import Curvatures, curvatures
 from vitscope.linalg.solve import solve
 from vitscope.measure_options import record_options
 from vitscope.probe import Batch, ObjectiveCard, Probe
 from vitscope.progress import track
+
+#: shares of the slice's end that are looked at besides its points: terms of higher order may hide the fall farther out
+NEARER = (0.1, 0.01)
+#: the tolerance's factors in further searches, as long as the sign of the smallest eigenvalue is not known
+SHARPER = (1e-3, 1e-6)
+#: what a row gives to the result
+COLUMNS = (
+    "n_images",
+    "gradient_norm",
+    "smallest_eigenvalue",
+    "smallest_residual",
+    "largest_eigenvalue",
+    "largest_residual",
+    "converged",
+)
 
 
 @dataclass(frozen=True)
@@ -36,7 +52,8 @@ class CriticalPointResult:
         gradient_norm_adamw: of cross entropy + wd/2 sum (sqrt(v) + eps) w^2, which vanishes where AdamW rests; NaN where
             the optimizer's state is not at hand.
         decrease: the share of the objective that one gradient step of length 1 / largest curvature is predicted to gain.
-        slice_drop: how far the slice falls below its centre, as a share of the objective; 0 where it does not.
+        slice_drop: how far the slice falls below its centre, as a share of the objective; 0 where it does not fall by more
+            than rounding.
         verdict: ``minimum``, ``saddle``, ``not stationary`` or ``inconclusive``, of the probe's objective.
         reasons: why, one sentence each.
         card: under which conditions.
@@ -96,10 +113,20 @@ def critical_point(
 
     On the first batch, the first two, four, ... up to all: the gradient's norm and both ends of the spectrum, so that
     negative curvature that only mini-batches have shows as such. On all: the loss along the eigenvector of the smallest
-    eigenvalue. *Not stationary*: a gradient step is predicted to gain more than the share ``stationary`` of the objective,
-    |g|^2 / (2 lambda_max L). *Saddle*: stationary, with an eigenvalue below zero by more than its residual and by more than
-    ``tol`` of the largest, and a slice that falls (a maximum counts, for it can be left downhill too). *Minimum*: stationary,
-    and no such eigenvalue. Else inconclusive.
+    eigenvalue. A value is negative where it is below minus its residual (which is never below the resolution of the
+    precision), however large the largest one is. The verdicts, in this order:
+
+    - *inconclusive*: eigenvalues that did not converge.
+    - *not stationary*: a gradient step is predicted to gain more than the share ``stationary`` of the objective L. The step
+      is 1 / |H| times the gradient, |H| the largest eigenvalue by magnitude, and gains |g|^2 / (2 |H|); or it is as long as
+      the weights (with a norm |w| of 1 at least) where that is shorter, and gains |g| |w| at most.
+    - *inconclusive*: a zero Hessian. No eigenvalue is beyond the resolution of zero, or |H| |w|^2 / 2 is below the rounding
+      of L.
+    - *saddle*: a negative eigenvalue, and a slice that falls (a maximum counts, for it can be left downhill too);
+      *inconclusive* where the slice does not fall.
+    - *minimum*: a smallest eigenvalue that is positive; or one within its residual of zero (a flat direction) along which the
+      slice falls by no more than the share ``stationary``, and that is known so well that no step as long as the weights
+      could fall by more than that share. *Inconclusive*: a smallest eigenvalue within its residual of zero otherwise.
 
     Args:
         probe: the model, batches and the objective that was trained; batches are split over ranks.
@@ -107,7 +134,8 @@ def critical_point(
         stationary: the share above.
         n_points: points of the slice, at least 3.
         span: the slice goes from -span to span, in units of the step that the curvature predicts to change the objective by
-            a tenth, sqrt(0.2 L / |lambda|).
+            a tenth, sqrt(0.2 L / |lambda|); where lambda is within its residual of zero, with the residual in its place and
+            no more than the weights' norm (1 where they are zero).
         parameters: a subset, see `hessian_eigenvalues`.
         dtype: ``float32`` or ``float64``; None for the model's own.
         bn: BatchNorm on running statistics (``eval``) or on each batch's (``batch``).
@@ -132,20 +160,23 @@ def critical_point(
         solving = {"tol": tol, "max_products": max_products, "max_memory": max_memory, "seed": seed}
         rows, direction = [], None
         for n_batches in track(_sizes(probe.n_batches), "critical point"):
-            row, direction = _part(made, n_batches, solving)
+            row, direction = _part(made, n_batches, solving, decide=n_batches == probe.n_batches)
             rows.append(row)
-        table = {key: np.array([row[key] for row in rows]) for key in rows[0]}
-        loss = _loss(made, None)
-        step = float(np.sqrt(0.2 * loss / max(abs(table["smallest_eigenvalue"][-1]), 1e-12)))
-        distance = np.linspace(-span, span, n_points) * step
+        table = {key: np.array([row[key] for row in rows]) for key in rows[0] if key in COLUMNS}
+        last, loss = rows[-1], _loss(made, None)
+        weights = norm(torch.cat([p.detach().reshape(-1) for p in made.parameters.values()]))
+        distance = np.linspace(-span, span, n_points) * _step(last, loss, weights)
         assert direction is not None
         values = np.array([_loss(made, direction * x) for x in track(distance, "slice")])
+        near = [_loss(made, direction * (distance[-1] * share * sign)) for share in NEARER for sign in (-1, 1)]
         norms = _gradient_norms(made)
+        eps = float(torch.finfo(next(iter(made.parameters.values())).dtype).eps)
         card = made.card({"solver": "lanczos", "tol": tol, "stationary": stationary, "seed": seed})
-    largest = max(float(table["largest_eigenvalue"][-1]), 1e-300)
-    decrease = float(table["gradient_norm"][-1]) ** 2 / (2 * largest * max(loss, 1e-300))
-    drop = max(0.0, float((loss - values.min()) / max(abs(loss), 1e-300)))
-    verdict, reasons = _judge(table, decrease, drop, stationary, tol, norms, probe.objective.l2)
+    decrease = predicted_decrease(last, loss, weights)
+    drop = slice_drop(loss, [*values, *near], eps)
+    reach = 0.5 * max(weights, 1.0) ** 2 / max(loss, TINY)  # share of the objective that a curvature of 1 can change
+    limits = Limits(stationary, flat=max(ROUNDING * eps / reach, last["resolution"]), unknown=stationary / reach)
+    verdict, reasons = judge(rows, decrease, drop, limits, norms, probe.objective.l2)
     return CriticalPointResult(
         **table,
         distance=distance,
@@ -166,8 +197,15 @@ def _sizes(n_batches: int) -> list[int]:
     return [*sizes, n_batches]
 
 
-def _part(made: Curvatures, n_batches: int, solving: dict) -> tuple[dict[str, float], Tensor]:
-    """Return gradient norm and both ends on the first batches, and the smallest eigenvalue's eigenvector."""
+def _part(made: Curvatures, n_batches: int, solving: dict, decide: bool) -> tuple[Row, Tensor]:
+    """Return gradient norm and both ends on the first batches, and the smallest eigenvalue's eigenvector.
+
+    Args:
+        made: the operators.
+        n_batches: how many batches.
+        solving: options of `solve`.
+        decide: search again, with a finer tolerance, where the smallest eigenvalue's sign is not known.
+    """
 
     def batches() -> Iterator[tuple[int, Batch]]:
         return ((index, batch) for index, batch in made.probe.local_batches() if index < n_batches)
@@ -177,6 +215,15 @@ def _part(made: Curvatures, n_batches: int, solving: dict) -> tuple[dict[str, fl
     operator = made.of(batches, n_images, reduce=True)
     gradient = norm(operator.gradient())
     pairs = solve(operator, k=1, which="both", vectors=True, shared=True, **solving).pairs
+    converged = bool(pairs.converged.all())
+    for share in SHARPER if decide and converged else ():
+        if (
+            not pairs.resolution < pairs.residuals[1] >= abs(pairs.values[1])
+            or pairs.n_products >= solving["max_products"]
+        ):
+            break
+        options = {**solving, "tol": solving["tol"] * share}
+        pairs = solve(operator, k=1, which="both", vectors=True, shared=True, **options).pairs
     assert pairs.vectors is not None
     row = {
         "n_images": n_images,
@@ -185,9 +232,20 @@ def _part(made: Curvatures, n_batches: int, solving: dict) -> tuple[dict[str, fl
         "smallest_residual": pairs.residuals[1],
         "largest_eigenvalue": pairs.values[0],
         "largest_residual": pairs.residuals[0],
-        "converged": bool(pairs.converged.all()),
+        "converged": converged,
+        "smallest_error": max(float(pairs.errors[1]), pairs.resolution),
+        "resolution": pairs.resolution,
     }
     return row, pairs.vectors[1].clone()
+
+
+def _step(row: Row, loss: float, weights: float) -> float:
+    """Return the slice's unit of distance, see `critical_point`."""
+    low, residual = abs(row["smallest_eigenvalue"]), row["smallest_residual"]
+    if low > residual:
+        return float(np.sqrt(0.2 * loss / low))
+    longest = weights if weights > 0 else 1.0
+    return min(float(np.sqrt(0.2 * loss / max(residual, TINY))), longest)
 
 
 @torch.no_grad()
@@ -214,34 +272,3 @@ def _gradient_norms(made: Curvatures) -> dict[str, float]:
         scale = torch.cat([objective.decay_scale[name].reshape(-1).to(weights) for name in made.parameters])
         norms["adamw"] = norm(data + objective.weight_decay * scale * weights)
     return norms
-
-
-def _judge(
-    table: Mapping[str, np.ndarray],
-    decrease: float,
-    drop: float,
-    stationary: float,
-    tol: float,
-    norms: Mapping[str, float],
-    l2: str,
-) -> tuple[str, tuple[str, ...]]:
-    low, residual = float(table["smallest_eigenvalue"][-1]), float(table["smallest_residual"][-1])
-    high = float(table["largest_eigenvalue"][-1])
-    negative = low < -max(residual, tol * abs(high))
-    few, many = int(table["n_images"][0]), int(table["n_images"][-1])
-    reasons = [
-        f"gradient norm {table['gradient_norm'][-1]:.3g} on {many} images: a gradient step is predicted to gain "
-        f"{100 * decrease:.3g} % of the objective (stationary: below {100 * stationary:.3g} %)",
-        f"smallest eigenvalue {low:.3g} (residual {residual:.1g}) on {many} images, "
-        f"{float(table['smallest_eigenvalue'][0]):.3g} on {few}; largest {high:.3g}",
-        f"the slice along its eigenvector falls by {100 * drop:.3g} % of the objective",
-        f"gradient norms: cross entropy {norms['nll']:.3g}, with half_sq {norms['half_sq']:.3g}, "
-        f"with adamw {norms['adamw']:.3g}; the objective judged has l2={l2}",
-    ]
-    if not table["converged"][-1]:
-        return "inconclusive", ("the eigenvalues did not converge: raise max_products", *reasons)
-    if decrease > stationary:
-        return "not stationary", tuple(reasons)
-    if not negative:
-        return "minimum", tuple(reasons)
-    return ("saddle" if drop > 0 else "inconclusive"), tuple(reasons)
