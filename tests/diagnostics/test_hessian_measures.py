@@ -263,12 +263,16 @@ class Quartic(nn.Module):
 
     def __init__(self, a, gradient=0.0, quartic=0.0):
         super().__init__()
-        self.a = torch.as_tensor(a, dtype=torch.float64)
-        self.w = nn.Parameter(torch.zeros(len(self.a), dtype=torch.float64))
+        self.register_buffer("a", torch.as_tensor(a, dtype=torch.float64))
+        self.w = nn.Parameter(torch.zeros(len(a), dtype=torch.float64))
         self.gradient, self.quartic = torch.as_tensor(gradient, dtype=torch.float64), quartic
 
     def forward(self, x):
-        u = 0.5 * self.w @ (self.a @ self.w) + (self.gradient * self.w).sum() + (self.quartic * self.w**4).sum()
+        u = (
+            0.5 * self.w @ (torch.mv(self.get_buffer("a"), self.w))
+            + (self.gradient * self.w).sum()
+            + (self.quartic * self.w**4).sum()
+        )
         return torch.stack([u, -u]).expand(len(x), 2)
 
 
@@ -353,3 +357,59 @@ def test_unconverged_eigenvalues_are_inconclusive():
     found = judged(Quartic(rotated(np.linspace(-1, 50, 60))), max_products=3)
     assert not found.converged[-1]
     assert found.verdict == "inconclusive"
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+@pytest.mark.parametrize("width", [8, 64])
+@pytest.mark.parametrize("scale", [1.0, 20.0])
+def test_a_semi_definite_matrix_has_no_negative_mass(dtype, width, scale):
+    """With large weights the softmax saturates: its curvature is a difference of nearly equal numbers."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(25, width), nn.ReLU(), nn.Linear(width, 3))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(scale)
+    x, y = torch.randn(4, 1, 5, 5), torch.randint(3, (4,))
+    for operator in ("ggn", "fisher_mc", "fisher_empirical"):
+        found = vs.spectral_density(vs.Probe(model, [(x, y)]), operator=operator, dtype=dtype, n_vectors=2, n_steps=40)
+        assert found.negative_mass == 0.0, operator
+        assert 0.0 <= found.near_zero_mass <= 1 + 1e-9
+        if scale == 1.0 and width == 64:  # of 1,859 eigenvalues at most 8 (images times classes less one) are not zero
+            assert found.near_zero_mass > 0.9
+            top = vs.hessian_max_eigenvalue_spectrum(
+                vs.Probe(model, [(x, y)]), operator=operator, dtype=dtype, n_top=12
+            )
+            assert top.negative_eigenvalue_proportion == 0.0
+            assert top.near_zero_proportion >= 4 / 12
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_known_negative_mass(dtype):
+    spectrum = np.concatenate([np.full(20, -1e-3), np.full(50, 0.0), np.linspace(0.5, 100, 30)])
+    batches = [(torch.zeros(2, 1, dtype=torch.float64), torch.ones(2, dtype=torch.long))]
+    found = vs.spectral_density(vs.Probe(Quartic(rotated(spectrum)), batches), n_vectors=25, n_steps=40, dtype=dtype)
+    # v^T P v / 100 of a projection P of rank r and sign vectors: mean r / 100, variance below 2 r / 100^2; 25 vectors
+    for mass, rank in ((found.negative_mass, 20), (found.near_zero_mass, 50)):
+        assert abs(mass - rank / 100) < 4 * np.sqrt(2 * rank / 25) / 100
+
+
+def test_mass_of_a_continuous_spectrum_is_bounded():
+    spectrum = np.linspace(-1, 3, 400)
+    batches = [(torch.zeros(2, 1, dtype=torch.float64), torch.ones(2, dtype=torch.long))]
+    found = vs.spectral_density(vs.Probe(Quartic(rotated(spectrum)), batches), n_vectors=10, n_steps=30)
+    spread = 4 * np.sqrt(2 * 100 / 10) / 400
+    assert found.negative_mass - spread <= 0.25 <= found.negative_mass + found.near_zero_mass + spread
+    assert found.near_zero_mass < 0.15
+
+
+def test_masses_by_sign_of_given_nodes():
+    from vitscope.diagnostics.hessian.spectral_density import masses_by_sign
+
+    nodes = np.array([[-3.0, -2.0, -0.1, 1e-9, 0.5, 4.0]])
+    weights = np.array([[0.1, 0.1, 0.1, 0.4, 0.1, 0.2]])
+    for residuals, resolution, expected in (
+        (np.zeros((1, 6)), 0.0, (0.3, 0.0)),
+        (np.zeros((1, 6)), 1e-8, (0.3, 0.4)),
+        (np.full((1, 6), 5.0), 1e-8, (0.2, 0.6)),  # the next nodes on either side, not those beyond
+    ):
+        assert masses_by_sign(nodes, weights, residuals, np.array([resolution])) == pytest.approx(expected)

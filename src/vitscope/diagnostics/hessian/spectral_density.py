@@ -34,13 +34,19 @@ class SpectralDensityResult:
     Attributes:
         nodes: (n_vectors, n_steps) Ritz values, ascending.
         weights: (n_vectors, n_steps) their masses; each row sums to 1.
+        residuals: (n_vectors, n_steps) of the nodes as Ritz values; 0 where the steps span an invariant subspace.
+        resolution: nodes nearer to zero than that may owe their sign to rounding: eps |H| (1 + log2 size) plus three times
+            the asymmetry measured between products; the largest over vectors.
         grid: (n_grid,) eigenvalues at which the density is given.
         density: (n_grid,) the rules smoothed by a Gaussian of width ``sigma``, mean over vectors; integrates to 1.
         density_low, density_high: (n_grid,) its interval, never below 0.
         sigma: the Gaussian's standard deviation, in units of the eigenvalues.
         moments: (4,) means of lambda^p, p = 1 to 4; unbiased, as the rules are exact up to degree 2 n_steps - 1.
         moments_half_width: (4,) half their intervals.
-        negative_mass: mass at nodes below zero.
+        negative_mass: mass at nodes below zero, those of unknown sign left out.
+        near_zero_mass: mass at nodes of unknown sign: those within the resolution of zero, and the next one on either side
+            where zero is within its residual (by the inequalities of Chebyshev, Markov and Stieltjes all other nodes' masses
+            are on their side).
         size: number of parameters analysed.
         n_products: products with the operator.
         card: under which conditions.
@@ -48,6 +54,7 @@ class SpectralDensityResult:
 
     nodes: np.ndarray
     weights: np.ndarray
+    residuals: np.ndarray
     grid: np.ndarray
     density: np.ndarray
     density_low: np.ndarray
@@ -56,6 +63,8 @@ class SpectralDensityResult:
     moments: np.ndarray
     moments_half_width: np.ndarray
     negative_mass: float
+    near_zero_mass: float
+    resolution: float
     size: int
     n_products: int
     card: ObjectiveCard | None = None
@@ -64,6 +73,7 @@ class SpectralDensityResult:
         """Return what is logged."""
         return {
             "negative_mass": self.negative_mass,
+            "near_zero_mass": self.near_zero_mass,
             "mean": float(self.moments[0]),
             "mean_square": float(self.moments[1]),
             "node_max": float(self.nodes.max()),
@@ -138,13 +148,13 @@ def spectral_density(
         steps, memory = min(n_steps, mean.size), Memory()
         for number in track(range(n_vectors), "spectral density"):
             key = f"vector-{number:04d}"
-            if key not in partial:
+            if "residuals" not in partial.get(key, ()):  # rows of earlier versions have none
                 partial[key] = _quadrature(mean, random_signs(mean, seed, number), steps, memory)
             rules.append(partial[key])
         card = made.card({"solver": "slq", "n_vectors": n_vectors, "n_steps": steps, "seed": seed})
         size, n_products = mean.size, n_vectors * steps
-    nodes, weights = (np.array([rule[key] for rule in rules]) for key in ("nodes", "weights"))
-    return _result(nodes, weights, n_grid, sigma, size, n_products, card)
+    table = {key: np.array([rule[key] for rule in rules]) for key in ("nodes", "weights", "residuals", "resolution")}
+    return _result(table, n_grid, sigma, size, n_products, card)
 
 
 def random_signs(operator: Curvature, seed: int, number: int) -> Tensor:
@@ -159,18 +169,41 @@ def _quadrature(operator: Curvature, start: Tensor, n_steps: int, memory: Memory
     for _ in range(n_steps):
         process.step()
     ritz = process.ritz()
-    return {"nodes": ritz.values, "weights": ritz.vectors[0] ** 2}
+    return {
+        "nodes": ritz.values,
+        "weights": ritz.vectors[0] ** 2,
+        "residuals": ritz.residuals,
+        "resolution": process.resolution(ritz),
+    }
+
+
+def masses_by_sign(
+    nodes: np.ndarray, weights: np.ndarray, residuals: np.ndarray, resolution: np.ndarray
+) -> tuple[float, float]:
+    """Return the mass below zero and the mass of unknown sign, means over vectors.
+
+    Args:
+        nodes: (n_vectors, n_steps) ascending.
+        weights: (n_vectors, n_steps).
+        residuals: (n_vectors, n_steps).
+        resolution: (n_vectors,) see `SpectralDensityResult`.
+    """
+    below, above = nodes < -resolution[:, None], nodes > resolution[:, None]
+    next_below = below & (np.cumsum(below[:, ::-1], axis=1)[:, ::-1] == 1)
+    next_above = above & (np.cumsum(above, axis=1) == 1)
+    unknown = ~(below | above) | ((next_below | next_above) & (np.abs(nodes) <= residuals))
+    return float((weights * (below & ~unknown)).sum(1).mean()), float((weights * unknown).sum(1).mean())
 
 
 def _result(
-    nodes: np.ndarray,
-    weights: np.ndarray,
+    table: dict[str, np.ndarray],
     n_grid: int,
     sigma: float | None,
     size: int,
     n_products: int,
     card: ObjectiveCard,
 ) -> SpectralDensityResult:
+    nodes, weights = table["nodes"], table["weights"]
     extent = float(nodes.max() - nodes.min())
     width = sigma or (extent or max(abs(float(nodes.max())), 1.0)) / 100
     grid = np.linspace(nodes.min() - 4 * width, nodes.max() + 4 * width, n_grid)
@@ -178,9 +211,11 @@ def _result(
     rows = (weights[..., None] * bells).sum(1)  # (n_vectors, n_grid)
     half = half_width(rows)
     powers = np.stack([(weights * nodes**p).sum(1) for p in range(1, N_MOMENTS + 1)], axis=1)  # (n_vectors, 4)
+    negative, near_zero = masses_by_sign(nodes, weights, table["residuals"], table["resolution"])
     return SpectralDensityResult(
         nodes=nodes,
         weights=weights,
+        residuals=table["residuals"],
         grid=grid,
         density=rows.mean(0),
         density_low=np.maximum(rows.mean(0) - half, 0.0),
@@ -188,7 +223,9 @@ def _result(
         sigma=float(width),
         moments=powers.mean(0),
         moments_half_width=half_width(powers),
-        negative_mass=float((weights * (nodes < 0)).sum(1).mean()),
+        negative_mass=negative,
+        near_zero_mass=near_zero,
+        resolution=float(table["resolution"].max()),
         size=size,
         n_products=n_products,
         card=card,
