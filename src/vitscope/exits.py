@@ -32,7 +32,7 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from omegaconf.errors import OmegaConfBaseException
 
-from vitscope import checkpoint, config, interrupt, secrecy
+from vitscope import checkpoint, config, interrupt, secrecy, trust
 from vitscope.errors import ConfigError, DistributedError, StorageError, VitscopeError
 from vitscope.interrupt import Interrupted
 from vitscope.runs import Run
@@ -78,7 +78,8 @@ def code_of(command: Callable[[], None]) -> int:
         _OURS: "1",
     }  # the second tells the processes of other ranks whose wish it is
     try:
-        command()
+        with trust.held():  # Hydra may change the environment as a configuration says
+            command()
     except BaseException as error:
         return _ended(error, wants_traceback)
     finally:

@@ -6,12 +6,13 @@ the resolved object is judged, not its spelling.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import inspect
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from vitscope.errors import ConfigError, nearest
@@ -73,7 +74,7 @@ def resolve(target: Any, path: str) -> Callable[..., Any]:
     key = f"{path}._target_"
     if not isinstance(target, str) or not all(part.isidentifier() for part in target.split(".")):
         raise ConfigError(key, target, "not a dotted name", "name a callable such as vitscope.models.vit")
-    trusted = _trust()
+    trusted = packages()
     top = target.partition(".")[0]
     if top not in {p.partition(".")[0] for p in PACKAGES} | trusted:
         raise ConfigError(key, target, "its package is not trusted", f"set VITSCOPE_TRUST={top} if it is your own")
@@ -87,13 +88,34 @@ def resolve(target: Any, path: str) -> Callable[..., Any]:
                       "name a model, optimizer, data set, metric, callback or measure")  # fmt: skip
 
 
-def _trust() -> set[str]:
-    """Return the packages that the user's environment admits."""
-    return {name for name in os.environ.get("VITSCOPE_TRUST", "").split(",") if name}
+#: the environment variable by which a user admits packages
+VARIABLE = "VITSCOPE_TRUST"
+_held: set[str] | None = None
+
+
+def packages() -> set[str]:
+    """Return the packages that the user's environment admits: while a command runs, what it admitted when it began."""
+    return _named() if _held is None else _held
+
+
+@contextlib.contextmanager
+def held() -> Iterator[None]:
+    """Read the environment once, before any configuration is composed; what is set later does not count."""
+    global _held
+    before = _held
+    _held = packages()
+    try:
+        yield
+    finally:
+        _held = before
+
+
+def _named() -> set[str]:
+    return {name.strip() for name in os.environ.get(VARIABLE, "").split(",") if name.strip()}
 
 
 def _trusted(found: Any) -> bool:
-    return (getattr(found, "__module__", None) or "").partition(".")[0] in _trust()
+    return (getattr(found, "__module__", None) or "").partition(".")[0] in packages()
 
 
 def _locate(target: str, key: str) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn, TypeVar
 
@@ -13,7 +14,7 @@ from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from vitscope import config
+from vitscope import composition, config
 from vitscope.errors import ConfigError
 
 T = TypeVar("T")
@@ -38,6 +39,7 @@ def kept_error(task: Callable[[DictConfig], T]) -> Callable[[DictConfig], T | No
 def uncaught(composed: Callable[[], object]) -> None:
     """Run a Hydra command and raise what its task raised."""
     _errors.clear()
+    composition.check_options(sys.argv[1:])
     with _refusals_of_argparse():
         composed()
     if _errors:

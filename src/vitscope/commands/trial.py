@@ -13,7 +13,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from vitscope import analyses, build, checkpoint, config, runs
+from vitscope import analyses, build, checkpoint, composition, config, runs
 from vitscope.analyses import Place
 from vitscope.commands.train import train
 from vitscope.errors import CheckpointError, VitscopeError
@@ -65,6 +65,7 @@ def perform(trial: Trial, root: Path) -> Outcome:
 def composed(trial: Trial, root: Path) -> DictConfig:
     """Return the trial's configuration with its sizes lowered to the profile's bounds."""
     always = [f"paths.runs={root.absolute()}", "skip_finished=true", "ckpt_path=auto"]
+    composition.install()
     with initialize_config_dir(str(config.folder()), version_base="1.3", job_name="reproduce"):
         cfg = compose("train", overrides=[*trial.overrides, *always])
     config.drop_unchosen(cfg)

@@ -1,0 +1,259 @@
+"""Judges every configuration that Hydra composes before Hydra acts on it.
+
+Hydra creates its callbacks, launcher and sweeper, configures logging and sets environment variables before a command's
+function is called, so that `validation.validate` would come too late. Importing this module makes Hydra's loader judge each
+configuration that it returns: for a single run, a multirun, each job of one (also in a launcher's worker process), and
+`hydra.compose`.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from omegaconf import DictConfig, OmegaConf, flag_override
+from omegaconf.errors import OmegaConfBaseException
+
+from vitscope import config, trust
+from vitscope.errors import ConfigError
+
+_BASIC = "hydra._internal.core_plugins"
+#: what may be created below hydra.callbacks, hydra.launcher and hydra.sweeper
+PLUGINS: dict[str, tuple[str, ...]] = {
+    "callbacks": (
+        "vitscope.sweep.multirun.Folder",
+        "hydra.experimental.callbacks.LogJobReturnCallback",
+    ),
+    "launcher": (
+        f"{_BASIC}.basic_launcher.BasicLauncher",
+        "hydra_plugins.hydra_joblib_launcher.joblib_launcher.JoblibLauncher",
+        "hydra_plugins.hydra_submitit_launcher.submitit_launcher.LocalLauncher",
+        "hydra_plugins.hydra_submitit_launcher.submitit_launcher.SlurmLauncher",
+    ),
+    "sweeper": (
+        f"{_BASIC}.basic_sweeper.BasicSweeper",
+        "hydra_plugins.hydra_optuna_sweeper.optuna_sweeper.OptunaSweeper",
+    ),
+}
+_SAMPLER = re.compile(r"optuna\.samplers\.[A-Z]\w*Sampler")
+
+#: environment variables that a configuration may set: none that names a program, a library, a server or a package
+VARIABLES = {
+    "CUBLAS_WORKSPACE_CONFIG", "CUDA_DEVICE_ORDER", "CUDA_LAUNCH_BLOCKING", "CUDA_VISIBLE_DEVICES", "GLOO_SOCKET_IFNAME",
+    "HF_HUB_OFFLINE", "KMP_AFFINITY", "KMP_BLOCKTIME", "MKL_NUM_THREADS", "NCCL_ASYNC_ERROR_HANDLING", "NCCL_BLOCKING_WAIT",
+    "NCCL_DEBUG", "NCCL_IB_DISABLE", "NCCL_P2P_DISABLE", "NCCL_SOCKET_IFNAME", "NUMEXPR_NUM_THREADS", "OMP_NUM_THREADS",
+    "OMP_PROC_BIND", "OPENBLAS_NUM_THREADS", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "TOKENIZERS_PARALLELISM",
+    "TZ", "WANDB_MODE", "WANDB_SILENT",
+}  # fmt: skip
+
+#: classes that a logging configuration may name
+HANDLERS = {
+    "colorlog.ColoredFormatter", "logging.FileHandler", "logging.Formatter", "logging.NullHandler", "logging.StreamHandler",
+    "logging.handlers.RotatingFileHandler", "logging.handlers.TimedRotatingFileHandler",
+}  # fmt: skip
+_STREAMS = {"ext://sys.stdout", "ext://sys.stderr"}
+#: keys of a logging configuration whose text may be interpolated: it is never taken for a class
+_TEXTS = {"filename", "format", "fmt", "datefmt", "level"}
+
+#: keys of a launcher that reach a shell: taken from the command line only, never from a file
+_SHELL = {"additional_parameters", "python", "setup", "srun_args", "slurm_python", "slurm_setup", "slurm_srun_args"}
+
+
+def judge(cfg: DictConfig, overrides: Sequence[str] = ()) -> None:
+    """Refuse a composed configuration that would make Hydra run code, grant trust or write secrets down.
+
+    The targets of the command's own groups are judged by `validation.validate`. Interpolations below ``hydra.callbacks``,
+    ``hydra.launcher`` and ``hydra.sweeper`` are replaced by their values, so that what is created is what was judged.
+
+    Args:
+        cfg: the configuration as Hydra composed it, its ``hydra`` node included; changed in place.
+        overrides: the overrides that it was composed with.
+
+    Raises:
+        ConfigError: naming the key.
+    """
+    hydra = cfg.get("hydra")
+    if OmegaConf.is_dict(hydra):
+        _check_environment(hydra)
+        for group in PLUGINS:
+            _check_plugins(hydra, group, overrides)
+        for key in ("job_logging", "hydra_logging"):
+            _check_logging(hydra, key)
+        if hydra.get("output_subdir") is not None:
+            why = "Hydra would write the configuration there, secrets included"
+            raise ConfigError("hydra.output_subdir", hydra.output_subdir, why, "set hydra.output_subdir=null")
+        for place, node in config.targets(_raw(hydra), "hydra"):
+            if place.split(".")[1] not in PLUGINS:
+                _refuse(f"{place}._target_", node["_target_"], "nothing is created there")
+
+
+def check_options(argv: Sequence[str]) -> None:
+    """Refuse the option of Hydra that loads a pickle.
+
+    Raises:
+        ConfigError: naming the option.
+    """
+    for argument in argv:
+        option = argument.partition("=")[0]
+        if option == "-er" or (len(option) > 3 and "--experimental-rerun".startswith(option)):
+            raise ConfigError(option, None, "would load a pickle", "use run=<folder> to go on with a run")
+
+
+def check_search_path(entries: Any) -> None:
+    """Refuse packages in ``hydra.searchpath``: to look into one imports it.
+
+    Raises:
+        ConfigError: naming the entry.
+    """
+    for entry in entries if isinstance(entries, Sequence) and not isinstance(entries, str) else [entries]:
+        scheme, separator, rest = str(entry).partition("://")
+        package = re.split(r"[./]", rest)[0]
+        if (
+            separator
+            and scheme not in ("file", "structured")
+            and package not in {"vitscope", "hydra", *trust.packages()}
+        ):
+            raise ConfigError("hydra.searchpath", entry, "would import a package that is not trusted",
+                              f"name a folder, or set VITSCOPE_TRUST={package} if it is your own")  # fmt: skip
+
+
+def _check_environment(hydra: DictConfig) -> None:
+    for key in ("env_set", "env_copy"):
+        node = OmegaConf.select(hydra, f"job.{key}") if not OmegaConf.is_missing(hydra, "job") else None
+        for name in list(node) if node is not None else ():
+            if str(name) not in VARIABLES:
+                grants = "TRUST" in str(name).upper()
+                why = (
+                    "a configuration must not grant trust" if grants else "not a variable that a configuration may set"
+                )
+                raise ConfigError(f"hydra.job.{key}", name, why, f"set {name} in the environment of the command")
+
+
+def _check_plugins(hydra: DictConfig, group: str, overrides: Sequence[str]) -> None:
+    if OmegaConf.is_missing(hydra, group) or hydra.get(group) is None:
+        return
+    path = f"hydra.{group}"
+    try:
+        tree = OmegaConf.to_container(hydra[group], resolve=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(path, None, str(error).splitlines()[0], "correct the interpolation") from None
+    for place, node in config.targets(tree, path):
+        _check_plugin(group, place, node["_target_"])
+    if group == "launcher":
+        _check_launcher(tree, overrides)
+    if group == "sweeper" and isinstance(tree, Mapping) and tree.get("custom_search_space") is not None:
+        _check_trusted("hydra.sweeper.custom_search_space", tree["custom_search_space"], "a function of your own")
+    if tree != _raw(hydra[group]) or OmegaConf.is_interpolation(hydra, group):
+        with flag_override(hydra, ["struct", "readonly"], False):
+            hydra[group] = tree
+
+
+def _check_plugin(group: str, place: str, target: Any) -> None:
+    depth = place.count(".")
+    top = depth == (2 if group == "callbacks" else 1)
+    if top and target in PLUGINS[group]:
+        return
+    if group == "sweeper" and isinstance(target, str) and _SAMPLER.fullmatch(target):
+        return
+    _check_trusted(f"{place}._target_", target, f"one of {', '.join(PLUGINS[group])}")
+
+
+def _check_trusted(key: str, target: Any, wanted: str) -> None:
+    """Refuse a dotted name that does not lead to a package which the user trusts."""
+    if isinstance(target, str) and target.partition(".")[0] in trust.packages():
+        trust.resolve(target, key.removesuffix("._target_"))
+        return
+    _refuse(key, target, f"not {wanted}")
+
+
+def _refuse(key: str, target: Any, why: str) -> None:
+    top = target.partition(".")[0] if isinstance(target, str) else ""
+    own = f"leave it out, or set VITSCOPE_TRUST={top} if it is your own" if top.isidentifier() else "leave it out"
+    raise ConfigError(key, target, why, own)
+
+
+def _check_launcher(tree: Any, overrides: Sequence[str]) -> None:
+    chosen = {re.split(r"[=@]", o.lstrip("+~"))[0] for o in overrides}
+    for key in _SHELL & set(tree) if isinstance(tree, Mapping) else ():
+        place = f"hydra.launcher.{key}"
+        if tree[key] and not any(name == place or name.startswith(f"{place}.") for name in chosen):
+            raise ConfigError(place, None, "reaches a shell, so that no file may set it", "set it on the command line")
+    for place, value in _leaves(tree, "hydra.launcher"):
+        if isinstance(value, str) and any(ord(c) < 32 for c in value):
+            raise ConfigError(
+                place, repr(value), "holds a line break, which would add a line to a script", "use one line"
+            )
+
+
+def _check_logging(hydra: DictConfig, key: str) -> None:
+    if OmegaConf.is_interpolation(hydra, key):
+        raise ConfigError(f"hydra.{key}", "${...}", "an interpolation", "choose one by hydra/job_logging=none")
+    if OmegaConf.is_missing(hydra, key) or hydra.get(key) is None:
+        return
+    for place, value in _leaves(_raw(hydra[key]), f"hydra.{key}"):
+        name = place.rpartition(".")[2]
+        text = str(value)
+        if name in ("class", "()", "factory", "_target_", "queue", "listener") and text not in HANDLERS:
+            raise ConfigError(place, value, f"not one of {', '.join(sorted(HANDLERS))}", "choose one, or leave it out")
+        if (text.startswith("ext://") and text not in _STREAMS) or ("${" in text and name not in _TEXTS):
+            raise ConfigError(place, value, "could name any object", "use ext://sys.stdout or ext://sys.stderr")
+        if any(part in ("()", ".", "listener", "queue") for part in place.split(".")[2:-1]):
+            raise ConfigError(place, value, "builds an object of its own", "leave it out")
+
+
+def _raw(node: Any) -> Any:
+    return OmegaConf.to_container(node, resolve=False) if OmegaConf.is_config(node) else node
+
+
+def _leaves(node: Any, path: str) -> Iterator[tuple[str, Any]]:
+    if isinstance(node, Mapping):
+        for key, value in node.items():
+            yield from _leaves(value, f"{path}.{key}")
+    elif isinstance(node, list | tuple):
+        for value in node:
+            yield from _leaves(value, path)
+    else:
+        yield path, node
+
+
+def install() -> None:
+    """Replace the loader's method by one that judges what it composed."""
+    composed = ConfigLoaderImpl.load_configuration  # where a release of Hydra has none, the import fails
+    if getattr(composed, "judged", False):
+        return
+
+    @functools.wraps(composed)
+    def load_configuration(self: Any, config_name: str | None, overrides: list[str], *args: Any, **kwargs: Any) -> Any:
+        _check_sources(self, config_name, overrides)
+        try:
+            cfg = composed(self, config_name, overrides, *args, **kwargs)
+        except KeyError as error:  # of hydra.job.env_copy
+            name = error.args[0] if error.args else None
+            if isinstance(name, str) and name not in os.environ:
+                raise ConfigError("hydra.job.env_copy", name, "not set in the environment", "leave it out") from None
+            raise
+        judge(cfg, overrides)
+        return cfg
+
+    setattr(load_configuration, "judged", True)  # noqa: B010  a function has no such attribute for a type checker
+    ConfigLoaderImpl.load_configuration = load_configuration
+
+
+def _check_sources(loader: Any, config_name: str | None, overrides: Sequence[str]) -> None:
+    """Judge the search path before the loader looks into it."""
+    for override in overrides:
+        key, _, value = override.partition("=")
+        if key.lstrip("+~") == "hydra.searchpath":
+            check_search_path([entry.strip(" '\"") for entry in value.strip().strip("[]").split(",")])
+    if config_name is None:
+        return
+    loaded = loader.repository.load_config(config_path=config_name)
+    if loaded is not None and OmegaConf.is_dict(loaded.config):
+        check_search_path(OmegaConf.select(loaded.config, "hydra.searchpath") or [])
+
+
+install()
