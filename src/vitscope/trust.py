@@ -15,13 +15,16 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from vitscope import weight_files
 from vitscope.errors import ConfigError, nearest
 
 #: packages from which a `_target_` may come, before its kind is judged
 PACKAGES = ("vitscope", "torch.nn", "torch.optim", "torchvision", "timm", "torchmetrics", "pytorch_lightning")
 
-#: arguments of timm by which it loads a file: its older releases unpickle whatever such a file holds
-_FILES_OF_WEIGHTS = {"checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay"}
+#: parts of those packages whose classes load networks, files or data sets by themselves
+_LOADERS = ("timm.task", "timm.utils", "timm.data", "timm.scheduler", "torchvision.datasets", "torchvision.io",
+            "torchmetrics.audio", "torchmetrics.functional", "torchmetrics.image", "torchmetrics.multimodal",
+            "torchmetrics.text", "torchmetrics.video", "pytorch_lightning.demos")  # fmt: skip
 
 
 def check_target(node: Mapping[str, Any], path: str) -> Callable[..., Any]:
@@ -30,9 +33,10 @@ def check_target(node: Mapping[str, Any], path: str) -> Callable[..., Any]:
     Raises:
         ConfigError: naming the target or the argument.
     """
-    for key in _FILES_OF_WEIGHTS & set(node):
-        raise ConfigError(f"{path}.{key}", "...", "names a file of weights, which only ckpt_path may", "use ckpt_path")
-    return resolve(node["_target_"], path)
+    found = resolve(node["_target_"], path)
+    if not _trusted(found):
+        weight_files.check(node, path, getattr(found, "__module__", None) or "")
+    return found
 
 
 def check_role(node: Mapping[str, Any], path: str) -> None:
@@ -145,6 +149,8 @@ def _suggest(parts: list[str]) -> str:
 
 def _configurable(found: Any, module: str) -> bool:
     if not any(module == package or module.startswith(f"{package}.") for package in PACKAGES):
+        return False
+    if any(module == part or module.startswith(f"{part}.") for part in _LOADERS):
         return False
     name = getattr(found, "__qualname__", "_")
     if "." in name or name.startswith("_"):

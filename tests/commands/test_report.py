@@ -38,7 +38,7 @@ def test_everything_is_written(run: Run, two: list[str], tmp_path: Path, capsys:
     assert run() == 0
     out = tmp_path / "figures"
     assert {p.name for p in out.iterdir()} == {
-        "hessian-end.png", "hessian-end.pdf", "slice-end.png", "slice-end.pdf", "report.html", "tables", ".costs.json",
+        "hessian-end.png", "hessian-end.pdf", "slice-end.png", "slice-end.pdf", "report.html", "tables",
     }  # fmt: skip
     names = ("models", "curvature", "robustness", "buildup", "claims")
     assert {p.name for p in (out / "tables").iterdir()} == {f"{n}.{e}" for n in names for e in ("md", "csv", "tex")}

@@ -1,13 +1,15 @@
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import torch
+from omegaconf import OmegaConf
 from torch import nn
 
-from vitscope import runs
+from tests.reports.conftest import configuration
+from vitscope import build, config, model_facts, runs
 from vitscope.reports import evidence
 from vitscope.reports.costs import Cost, Costs, count
 
@@ -31,22 +33,40 @@ def test_operations_by_hand() -> None:
     assert count(Attention(), (8, 4, 6)) == Cost(8 * 24, 2 * n * 8 * 24 + 2 * (2 * n * n * 8))
 
 
-def test_a_run_s_model_is_counted_once_and_kept(make_run: Callable, tmp_path: Path) -> None:
-    make_run("alternet", model__depth=18, data__num_classes=100, model__num_classes=100)
-    (entry,) = evidence.collect(runs.every(tmp_path / "runs"))
-    costs = Costs(tmp_path / "costs.json")
-    assert costs.of(entry).parameters == 9_499_063  # PAPER.md section 3
-    costs.save()
-    (key,) = json.loads((tmp_path / "costs.json").read_text())
-    (tmp_path / "costs.json").write_text(json.dumps({key: {"parameters": 1, "flops": 2}}))
-    assert Costs(tmp_path / "costs.json").of(entry) == Cost(1, 2)
-    (tmp_path / "costs.json").write_text("{")
-    assert Costs(tmp_path / "costs.json").of(entry).parameters == 9_499_063
+def test_a_model_s_facts_are_those_of_the_paper(tmp_path: Path) -> None:
+    cfg = configuration("alternet", 0, data__num_classes=100, model__num_classes=100)
+    facts = model_facts.of_model(OmegaConf.create(cfg))
+    assert (facts["parameters"], facts["family"], facts["why"]) == (9_499_063, "alternet", "")  # the paper's count
+    assert facts["flops"] > 0
 
 
-def test_a_model_that_cannot_be_built_says_why(make_run: Callable, tmp_path: Path) -> None:
-    make_run("vit", model__patch_size=7)
+def test_a_model_that_cannot_be_built_says_why() -> None:
+    facts = model_facts.of_model(OmegaConf.create(configuration("vit", 0, model__patch_size=7)))
+    assert (facts["parameters"], facts["flops"]) == (None, None)
+    assert "7" in facts["why"]
+
+
+@pytest.mark.parametrize(
+    ("noted", "cost"),
+    [
+        ({"parameters": 10, "flops": 20}, Cost(10, 20)),
+        ({"parameters": None, "flops": None, "why": "no"}, Cost(None, None, "no")),
+        ({"parameters": "10", "flops": 20}, Cost(None, None, "its provenance holds no count")),
+        ({"parameters": -1, "flops": 2.5}, Cost(None, None, "its provenance holds no count")),
+        (5, Cost(None, None, model_facts.UNRECORDED)),
+    ],
+)
+def test_a_report_reads_costs_from_provenance(
+    noted: object, cost: Cost, make_run: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No model is built from a run's configuration, which may be a stranger's."""
+
+    def built(*args: object, **kwargs: object) -> None:
+        raise AssertionError("a report built a model")
+
+    monkeypatch.setattr(build, "model", built)
+    monkeypatch.setattr(config, "instantiate", built)
+    make_run("vit", facts={"model": noted}, model___target_="vitscope.models.timm_model", model__name="local-dir:x")
     (entry,) = evidence.collect(runs.every(tmp_path / "runs"))
-    cost = Costs().of(entry)
-    assert (cost.parameters, cost.flops) == (None, None)
-    assert "7" in cost.why
+    assert Costs().of(entry) == cost
+    assert entry.kin == "local-dir:x"

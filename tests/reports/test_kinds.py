@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 import yaml
+from omegaconf import OmegaConf
 
 from tests.reports.conftest import configuration, spectrum
 from tests.reports.test_claims import bench
+from vitscope import model_facts
 from vitscope.reports import comparisons
 from vitscope.reports.kinds import kin
 
@@ -38,18 +40,25 @@ def timm(name: str, image_size: int = 224) -> dict:
     ],
 )
 def test_timm_models_by_their_units(name: str, family: str) -> None:
-    assert kin(timm(name)) == family
+    cfg = timm(name)
+    assert kin(cfg, {"model": model_facts.of_model(OmegaConf.create(cfg))}) == family
+
+
+def test_an_older_run_s_timm_model_keeps_its_name() -> None:
+    assert kin(timm("resnet18"), {}) == "resnet18"
+    assert kin(timm("resnet18"), {"model": {"family": ["vit"]}}) == "resnet18"
 
 
 def test_our_models_by_their_builder() -> None:
     for name in ("alternet", "convnet", "vit", "convit", "pit", "swin"):
-        assert kin(configuration(name, 0)) == name
+        assert kin(configuration(name, 0), {}) == name
 
 
 def test_claims_count_timm_models(make_run: Callable, tmp_path: Path) -> None:
     neps = {"vit_tiny_patch16_224": 0.6, "pit_ti_224": 0.4, "swin_tiny_patch4_window7_224": 0.2, "resnet18": 0.0}
     for name, nep in neps.items():
-        run = make_run("vit", measured={"hessian": spectrum(nep)})
+        facts = {"model": model_facts.of_model(OmegaConf.create(timm(name)))}
+        run = make_run("vit", measured={"hessian": spectrum(nep)}, facts=facts)
         (run.path / "config.yaml").write_text(yaml.safe_dump(timm(name)))
     found = comparisons.bias_trend(bench(tmp_path))
     assert found.values == pytest.approx({0: -0.2}, rel=1e-9)

@@ -12,9 +12,10 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from vitscope import analyses, build, checkpoint, config, exits, runs, tracking
+from vitscope import analyses, build, checkpoint, config, exits, model_facts, runs, tracking
 from vitscope.commands import overrides
 from vitscope.commands.headline import print_headline
+from vitscope.distributed import rank
 from vitscope.errors import CheckpointError, ConfigError
 from vitscope.runs import Run
 from vitscope.validation import validate
@@ -75,6 +76,8 @@ def analyze(cfg: DictConfig, chosen: Sequence[str] = (), inside: Sequence[str] =
     if run is None:
         run = runs.create(cfg, "analyze")
     exits.entered(run)
+    if rank() == 0 and model_facts.KEY not in run.provenance() and _is_own_model(cfg, run):
+        run.note(**{model_facts.KEY: model_facts.of_model(cfg)})
     mirror = tracking.start(cfg, run, "analyze", _say)
     code = 1
     try:
@@ -104,6 +107,14 @@ def merged(cfg: DictConfig, base: DictConfig, chosen: Sequence[str]) -> DictConf
                 if key in merged_cfg.data:
                     merged_cfg.data[key] = value
     return merged_cfg
+
+
+def _is_own_model(cfg: DictConfig, run: Run) -> bool:
+    """Tell whether the model is the run's own, at its own image size, rather than one that the command line changed."""
+    own = run.config()
+    if config.plain(cfg.model) != config.plain(own.get("model")):
+        return False
+    return all(cfg.data.get(key) == (own.get("data") or {}).get(key) for key in ("image_size", "transform"))
 
 
 def _perform(

@@ -115,7 +115,7 @@ def _tables(
 ) -> tuple[dict[str, Table], list[verdicts.Judged]]:
     """Build and write the tables that were asked for; return them, and the claims where they are among them."""
     selection = Selection(found, cfg.tag if cfg.tag != "all" else "end", bool(cfg.allow_different))
-    costs = Costs(out / ".costs.json")
+    costs = Costs()
     crossed = factor_tables.made(selection, out) if cfg.table in (None, *factor_tables.NAMES) else {}
     if cfg.table in factor_tables.NAMES:
         return _written({cfg.table: crossed[cfg.table]}, out), []
@@ -127,7 +127,6 @@ def _tables(
         name: verdicts.table(judged) if name == "claims" else tables.build(name, selection, costs, models, seeds)
         for name in wanted
     }
-    costs.save()
     made |= {name: table for name, table in crossed.items() if table.rows}
     return _written(made, out), judged
 

@@ -14,7 +14,7 @@ from typing import Any
 import hydra
 from omegaconf import DictConfig
 
-from vitscope import analyses, build, checkpoint, config, exits, runs, tracking
+from vitscope import analyses, build, checkpoint, config, exits, model_facts, runs, tracking
 from vitscope.callbacks import Checkpoints, DiagnosticCallback, SameConfiguration, StopsWithoutSaving
 from vitscope.checkpoint import AtomicCheckpointIO
 from vitscope.classifier import Classifier
@@ -95,6 +95,8 @@ def train(cfg: DictConfig, run: Run | None = None) -> Run:
             build.load_weights(network, checkpoint.read(ckpt), ckpt)  # a file that does not fit leaves no run behind
         run = _new_run(cfg)
     exits.entered(run)
+    if _is_main() and model_facts.KEY not in run.provenance():
+        run.note(**{model_facts.KEY: model_facts.of_model(cfg)})
     started = time.monotonic()
     mirror = tracking.start(cfg, run, "train", _say)
     code = 1

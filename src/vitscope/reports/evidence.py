@@ -133,7 +133,7 @@ class Entry:
     @property
     def kin(self) -> str:
         """The family of the paper that the model belongs to, timm's by the kinds of their units."""
-        return kinds.kin(self.config)
+        return kinds.kin(self.config, self.facts)
 
     @property
     def data(self) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from vitscope.model_facts import UNRECORDED
 from vitscope.models.stages import DEFAULT_MSA
 from vitscope.reports.cells import Cell, Problem, Table, over_seeds
 from vitscope.reports.costs import Costs
@@ -142,7 +143,11 @@ def read(column: Column, entry: Entry, selection: Selection, costs: Costs) -> Va
     if column.source == MODEL:
         cost = costs.of(entry)
         found: Any = getattr(cost, column.key)
-        return Value(None, FAILED, cost.why) if found is None else Value(float(found))
+        return (
+            Value(None, MISSING if cost.why == UNRECORDED else FAILED, cost.why)
+            if found is None
+            else Value(float(found))
+        )
     return selection.scalar(entry, column.source, column.key)
 
 

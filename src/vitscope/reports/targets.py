@@ -63,7 +63,7 @@ def draw(target: Target, made: Sequence[Made], out: Path) -> list[str]:
     for relation in target.relations:
         problems += _relation(target, relation, found, folder)
     if target.table:
-        problems += _table(target, found, folder, out / ".costs.json")
+        problems += _table(target, found, folder)
     return problems
 
 
@@ -121,8 +121,8 @@ def _relation(target: Target, relation: Relation, found: Sequence[Entry], folder
     return [_of(target, str(problem)) for problem in table.problems]
 
 
-def _table(target: Target, found: Sequence[Entry], folder: Path, kept: Path) -> list[str]:
-    costs = Costs(kept)
+def _table(target: Target, found: Sequence[Entry], folder: Path) -> list[str]:
+    costs = Costs()
     table: Table
     if target.table == "factors":
         return _factors(target, Selection(found), folder)
@@ -130,7 +130,6 @@ def _table(target: Target, found: Sequence[Entry], folder: Path, kept: Path) -> 
         table = verdicts.table(verdicts.judge(Bench(Selection(found), costs)))
     else:
         table = tables.build(str(target.table), Selection(found), costs)
-    costs.save()
     cells.write(table, folder)
     print(cells.markdown(table), end="")
     return [_of(target, str(problem)) for problem in table.problems]
