@@ -11,7 +11,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
-from vitscope import checkpoint, config
+from vitscope import checkpoint, config, secrecy
 from vitscope.errors import CheckpointError, ConfigError, DataError, VitscopeError
 from vitscope.objective import Objective
 from vitscope.probe import Probe
@@ -210,4 +210,5 @@ def weights_hash(network: nn.Module) -> str:
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+    text = secrecy.masked(str(error)).strip()  # before it is cut: half of a secret would not be known
+    return text.splitlines()[0][:200] if text else type(error).__name__

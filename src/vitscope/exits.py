@@ -219,4 +219,5 @@ def _chain(error: BaseException | None) -> list[BaseException]:
 
 
 def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
+    text = secrecy.masked(str(error)).strip()  # before it is cut: half of a secret would not be known
+    return text.splitlines()[0][:300] if text else type(error).__name__

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vitscope import config, results
+from vitscope import config, results, secrecy
 from vitscope.distributed import rank
 from vitscope.errors import StorageError
 from vitscope.journal import Journal
@@ -21,13 +21,15 @@ if TYPE_CHECKING:
 
 def failure(analysis: Analysis, place: Place, folder: Path, stem: str, error: Exception) -> None:
     """Record a null result with its reason, and go on."""
-    reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+    text = secrecy.masked(str(error)).strip()
+    reason = f"{type(error).__name__}: {text.splitlines()[0] if text else ''}"
     warnings.warn(f"analysis.{analysis.name} failed at {place.tag}: {reason}; recorded as null", stacklevel=3)
     if rank() == 0:
         record = {"measure": analysis.measure.__name__, "error": reason, "scalars": None}
         results.write_atomically(folder / f"{stem}.json", config.json.dumps(record, indent=2).encode())
         with place.run.log.open("a") as log:
-            log.write(f"analysis.{analysis.name} at {place.tag}\n{''.join(traceback.format_exception(error))}\n")
+            trace = secrecy.masked("".join(traceback.format_exception(error)))
+            log.write(f"analysis.{analysis.name} at {place.tag}\n{trace}\n")
 
 
 def publish(analysis: Analysis, place: Place, result: Any) -> None:

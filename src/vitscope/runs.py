@@ -95,7 +95,7 @@ class Run:
 
     def note(self, **facts: Any) -> None:
         """Add facts to ``provenance.json``."""
-        content = {**self.provenance(), **facts}
+        content = secrecy.redacted({**self.provenance(), **facts})
         results.write_atomically(self.path / "provenance.json", json.dumps(content, indent=2, default=str).encode())
 
 
@@ -164,19 +164,8 @@ def _alike(root: Path, config_hash: str) -> Iterator[Run]:
 
 
 def redacted(cfg: DictConfig) -> DictConfig:
-    """Return a resolved copy without secrets: texts under a key that looks like a secret's, and texts with one in them."""
-
-    def clean(node: Any) -> Any:
-        if isinstance(node, dict):
-            return {
-                key: secrecy.REDACTED if secrecy.is_secret(str(key)) and isinstance(value, str) else clean(value)
-                for key, value in node.items()
-            }
-        if isinstance(node, list):
-            return [clean(item) for item in node]
-        return secrecy.cleaned(node) if isinstance(node, str) else node
-
-    return DictConfig(clean(config.plain(cfg)))
+    """Return a resolved copy without secrets, see `secrecy.redacted`."""
+    return DictConfig(secrecy.redacted(config.plain(cfg)))
 
 
 def load_results(run: str | Path) -> dict[str, dict[str, Any]]:

@@ -134,7 +134,7 @@ def start(cfg: DictConfig, run: Run, job_type: str, say: Callable[[str], None] =
 
 
 def _one_line(error: Exception) -> str:
-    return masked(" ".join(str(error).split())[:300])
+    return masked(" ".join(str(error).split()))[:300]
 
 
 def has_key() -> bool:

@@ -21,12 +21,13 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import yaml
 from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from vitscope import config, interrupt, journal
+from vitscope import config, interrupt, journal, results, secrecy
 from vitscope.errors import ConfigError
 from vitscope.interrupt import Interrupted
 from vitscope.sweep import children
@@ -160,6 +161,7 @@ def job(metric: str) -> float | None:
     interrupt.check()
     hydra = HydraConfig.get()
     folder = Path(hydra.runtime.output_dir)
+    _redact(folder.parent / "multirun.yaml")
     overrides = list(hydra.overrides.task)
     launcher = str(hydra.launcher.get("_target_", ""))
     side_by_side = int(hydra.launcher.get("n_jobs", 1))
@@ -179,11 +181,19 @@ def job(metric: str) -> float | None:
     said = children.outcome(folder)
     if code == 0 and not said.finished:
         code = said.exit_code or 1
-    (folder / JOB).write_text(json.dumps({"overrides": overrides, "exit_code": code}))
+    (folder / JOB).write_text(json.dumps({"overrides": list(map(secrecy.cleaned, overrides)), "exit_code": code}))
     if signum is not None:
         raise Interrupted(signum)
     value = journal.last_values(folder / journal.FILE).get(metric) if code == 0 else None
     return None if value is None else float(value)
+
+
+def _redact(file: Path) -> None:
+    """Take the secrets out of the configuration that Hydra writes for a multirun before its first job."""
+    if file.is_file() and not file.is_symlink():
+        content = yaml.safe_load(file.read_text())
+        if (clean := secrecy.redacted(content)) != content:
+            results.write_atomically(file, yaml.safe_dump(clean, sort_keys=False).encode())
 
 
 def _program() -> list[str]:

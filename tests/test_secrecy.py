@@ -1,0 +1,142 @@
+"""No secret is written down, in whatever form a configuration, a command line or an error holds it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from tests.test_configs import composed, options
+from vitscope import config, exits, runs, secrecy, tracking
+from vitscope.errors import ConfigError
+
+SECRET = "hunter2-hunter2"
+
+
+@pytest.mark.parametrize("key", [
+    "OPENAI_KEY", "MYSQL_PWD", "api-key", "private-key", "api_key", "apiKey", "APIKEY", "openaiKey", "ssh-key", "SSH_KEY", "auth",
+    "DB_PASS", "db-password", "PGPASSWORD", "hf_token", "GITHUB_TOKEN", "token", "access-token", "accessToken", "authToken",
+    "model.hf_token", "client_secret", "credentials", "aws.secret_access_key", "wandb_api_key", "passphrase", "GH_PAT", "bearer",
+    "session_cookie", "ENCRYPTION_KEY", "license.key", "REDIS_AUTH", "X-Auth-Token", "TOKEN_GITHUB", "secret_key",
+])  # fmt: skip
+def test_names_of_secrets(key: str) -> None:
+    assert secrecy.is_secret(key)
+
+
+@pytest.mark.parametrize("key", [
+    "tokens", "tokenizer", "tokens_dim", "class_token", "cls_token", "reg_tokens", "num_token", "token_dim", "token_mixer", "author",
+    "PWD", "OLDPWD", "key", "key_dim", "sort_key", "qkv_bias", "keys", "forward_pass", "path", "compass", "passes", "patch_size",
+    "monkey", "label_key", "analysis", "pass", "n_pass",
+])  # fmt: skip
+def test_names_of_this_field_are_none(key: str) -> None:
+    assert not secrecy.is_secret(key)
+
+
+def test_no_configuration_of_ours_is_changed() -> None:
+    for group in ("model", "data", "objective", "optimizer", "trainer", "logger", "experiment", "caps", "callbacks"):
+        for option in options(group):
+            choice = f"{group}=[{option}]" if group == "callbacks" else f"{group}={option}"
+            tree = config.plain(composed("train", choice))
+            assert secrecy.redacted(tree) == tree
+    tree = config.plain(composed("train", f"analysis=[{','.join(options('analysis'))}]"))
+    assert secrecy.redacted(tree) == tree
+
+
+@pytest.mark.parametrize("tree", [
+    {"api_key": SECRET}, {"api_key": 1234567890}, {"pin_token": 12345678.5}, {"api_key": [SECRET]}, {"auth": {"user": SECRET}},
+    {"auth": {"a": {"b": [{"c": SECRET}]}}}, {"private-key": f"-----BEGIN-----\n{SECRET}\n-----END-----"},
+    {"a": [{"b": {"hf_token": SECRET}}]}, {"api_key": SECRET, "copy": SECRET}, {"api_key": SECRET, "x": f"https://h/?k={SECRET}"},
+    {"auth": {"k": SECRET}, "x": [f"--k {SECRET}"]}, {"x": f"{{api_key: {SECRET}}}"}, {"x": f"{{'api_key': '{SECRET}'}}"},
+    {"x": f"api_key={SECRET}"}, {"x": json.dumps({"a": {"password": SECRET}})}, {"x": f"https://user:{SECRET}@host"},
+    {"x": f"https://{SECRET}@host"}, {SECRET: 1, "api_key": SECRET}, {"api_key": (SECRET, 1)}, {"api_key": {SECRET: 1}},
+    {"x": [f"model.api_key={SECRET}", f"+a={{b: {{password: [{SECRET}]}}, c: 1}}"]},
+], ids=str)  # fmt: skip
+def test_trees(tree: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(secrecy, "_remembered", set())
+    text = repr(secrecy.redacted(tree))
+    assert not any(part in text for part in (SECRET, "hunter2", "1234567"))
+    assert secrecy.REDACTED in text
+
+
+def test_what_tells_nothing_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    tree = {
+        "api_key": None,
+        "password": "",
+        "token": False,
+        "credentials": {},
+        "secret": [],
+        "n": 5,
+        "x": (1, 2.5),
+        "y": "text",
+    }
+    assert secrecy.redacted(tree) == tree
+
+
+@pytest.mark.parametrize("argument", [
+    f"api_key={SECRET}", f"+model.api_key={SECRET} more", f"++a.private-key='{SECRET}'", f"model.auth={{user: {SECRET}}}",
+    f"+model.options={{api_key: {SECRET}, x: 1}}", f"+model.options={{'api-key': '{SECRET}'}}", f"+a=[{{token: {SECRET}}}]",
+    f'+a={{b: {{password: "{SECRET}, and"}}}}', f"+a={{x: 1, OPENAI_KEY: [{SECRET}, {SECRET}]}}", f"a.url=https://u:{SECRET}@h/p",
+    f"+a={{MYSQL_PWD:{SECRET}}}", f"https://h/?api_key={SECRET}&x=1", f"a@b.api_key={SECRET}",
+])  # fmt: skip
+def test_arguments(argument: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(secrecy, "_remembered", set())
+    assert "hunter2" not in secrecy.cleaned(argument)
+    assert secrecy.REDACTED in secrecy.cleaned(argument)
+
+
+@pytest.mark.parametrize("argument", ["model.name=resnet18", "analysis=[cka]", "+x={a: 1, b: [2, 3]}", "optimizer.lr=1e-3",
+                                      "data.root=/a/b:c", "model.class_token=true", "callbacks.checkpoint.monitor=val/nll"])  # fmt: skip
+def test_other_arguments_stay(argument: str) -> None:
+    assert secrecy.cleaned(argument) == argument
+
+
+LINES = f"-----BEGIN KEY-----\n{SECRET}\t'quoted' \"twice\"\n\u00e9nd-of-the-key"
+
+
+@pytest.mark.parametrize("text", [
+    SECRET, repr(LINES), json.dumps(LINES), json.dumps(LINES, ensure_ascii=False), LINES, " ".join(LINES.split()),
+    LINES.replace("\n", "\n    "), repr(ValueError(LINES)), repr(repr(LINES)), f"line {SECRET} of it", f"{SECRET}-and-more",
+    f"{SECRET}%2Band%20more",
+], ids=str)  # fmt: skip
+def test_values_of_the_environment_in_every_form(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several lines, escaped, one secret that begins with another (the longer one leaves no rest)."""
+    monkeypatch.setattr(secrecy, "_remembered", set())
+    monkeypatch.setenv("A_PRIVATE_KEY", LINES)
+    monkeypatch.setenv("B_KEY", SECRET)
+    monkeypatch.setenv("C_TOKEN", f"{SECRET}-and-more")
+    monkeypatch.setenv("D_TOKEN", f"{SECRET}+and more")
+    found = secrecy.masked(text)
+    assert "hunter2" not in found
+    assert "and-more" not in found
+    assert "and%20more" not in found
+    assert "nd-of-the-key" not in found
+
+
+def test_a_number_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BANK_TOKEN", "1234567890")
+    cfg = OmegaConf.create({"x": "${oc.decode:${oc.env:BANK_TOKEN}}", "y": 5})
+    assert config.plain(runs.redacted(cfg)) == {"x": "redacted", "y": 5}
+
+
+def test_no_file_of_a_run_and_nothing_for_the_mirror(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``config.yaml``, ``provenance.json`` (arguments and notes), ``log.txt``, errors that are cut, W&B's configuration."""
+    monkeypatch.setattr(secrecy, "_remembered", set())
+    monkeypatch.setattr(
+        "sys.argv", ["train.py", f"+model.options={{api-key: {SECRET}}}", f"+model.auth=[{SECRET}]", "seed=1"]
+    )
+    cfg = OmegaConf.create({
+        "paths": {"runs": str(tmp_path / "runs")}, "seed": 1, "model": {"options": {"api-key": SECRET}, "auth": [SECRET], "n": 3},
+        "copy": "${model.options.api-key}",
+    })  # fmt: skip
+    run = runs.create(cfg, "train")
+    run.note(reason=f"refused by {SECRET}")
+    exits.entered(run)
+    exits._log(f"Traceback: {SECRET!r}")
+    text = "".join(file.read_text() for file in run.path.iterdir())
+    assert "hunter2" not in text
+    assert "hunter2" not in repr(tracking.flattened(cfg))
+    assert "hunter2" not in str(ConfigError("x", None, f"not {SECRET}", "mend"))
+    assert "hunter2" not in exits._first_line(ValueError("x" * 292 + SECRET))  # cut inside of the secret
+    assert run.config().model.n == 3
