@@ -50,7 +50,14 @@ def streak(radius: float, deviation: float, degrees: float) -> np.ndarray:
 
 @lru_cache(maxsize=256)
 def zoom_matrix(n: int, factor: float) -> np.ndarray:
-    """Return the matrix ``(n, n)`` that enlarges a line of n pixels about its centre, linearly interpolated."""
-    centre = (n - 1) / 2
-    place = np.clip((np.arange(n) - centre) / factor + centre, 0, n - 1)
+    """Return the matrix ``(n, n)`` that enlarges the middle of a line of n pixels.
+
+    As the released code does: the ``ceil(n / factor)`` pixels in the middle are stretched linearly, first on first and last on
+    last, over ``round(n' * factor)`` pixels, of which the middle n are kept. Whole pixels, so a small zoom of a small image is
+    none, or shifts it.
+    """
+    part = int(np.ceil(n / factor))
+    first = (n - part) // 2
+    larger = max(n, round(part * factor))
+    place = first + (np.arange(n) + (larger - n) // 2) * (part - 1) / max(larger - 1, 1)
     return np.maximum(0, 1 - np.abs(place[:, None] - np.arange(n)))

@@ -3,13 +3,14 @@
 Images are ``(h, w, channels)`` float64 in [0, 1]. Lengths are in pixels of the table's own image size; ``scale`` brings
 them to another size. The random draws of an image do not depend on the severity, so that a step up only makes the
 same corruption stronger. The maintained library (imagecorruptions) is not used: it knows the strengths for 224 pixels only,
-cannot be seeded throughout, and brings OpenCV and numba. At 224 pixels the damage agrees with its within a few percent
-for the types whose table and textures are the published ones.
+cannot be seeded throughout, and brings OpenCV and numba. What differs from the released code: the crystals of frost and the
+clouds of fog are drawn instead of cut out of photographs or a diamond-square map, motion is a sampled line, blurs take 64 bits.
 """
 
 from __future__ import annotations
 
 from io import BytesIO
+from typing import Literal
 
 import numpy as np
 from numpy.random import Generator
@@ -18,7 +19,7 @@ from scipy.ndimage import gaussian_filter, map_coordinates
 
 from vitscope.diagnostics.corruption import _weather
 from vitscope.diagnostics.corruption._kernels import convolved, disk, streak, zoom_matrix
-from vitscope.diagnostics.corruption._tables import COMMON, LARGE, SEVERITIES, SMALL, SMALL_BELOW, VALIDATION
+from vitscope.diagnostics.corruption._tables import COMMON, SEVERITIES, TABLES, VALIDATION, reference_side
 
 Array = np.ndarray
 
@@ -27,22 +28,27 @@ def corrupted(image: Array, name: str, severity: int, rng: Generator) -> Array:
     """Return ``image (h, w, channels)`` in [0, 1] corrupted, rounded to 8 bits as the published data sets are.
 
     Args:
-        image: one or three channels.
+        image: one or three channels; rounded to 8 bits first, as the published code reads files.
         name: one of the fifteen common or four validation types.
         severity: 1 to 5.
         rng: the image's own generator; the same one gives the same draws at every severity.
 
     Raises:
-        ValueError: an unknown type or severity.
+        ValueError: an unknown type or severity, or an image that is empty, not finite or of other channels.
     """
     if name not in FUNCTIONS:
         raise ValueError(f"Expected a corruption among {', '.join(COMMON + VALIDATION)}, received {name!r}.")
     if severity not in SEVERITIES:
         raise ValueError(f"Expected severities from 1 to 5, received {severity!r}.")
+    if image.ndim != 3 or image.shape[2] not in (1, 3) or image.size == 0:
+        raise ValueError(f"Expected an image (height, width, 1 or 3 channels), received {image.shape}.")
+    if not np.isfinite(image).all():
+        raise ValueError("Expected an image of finite values, received NaN or infinity.")
     side = min(image.shape[:2])
-    table, reference = (SMALL, 32) if side < SMALL_BELOW else (LARGE, 224)
-    strength = table[name][severity - 1]
-    result = FUNCTIONS[name](image.astype(np.float64), rng, side / reference, *strength)
+    reference = reference_side(side)
+    strength = TABLES[reference][name][severity - 1]
+    pixels = np.round(255 * np.clip(image.astype(np.float64), 0, 1)) / 255  # else rounding of black pixels has a hue
+    result = FUNCTIONS[name](pixels, rng, side / reference, *strength)
     return np.round(255 * np.clip(result, 0, 1)) / 255
 
 
@@ -77,19 +83,35 @@ def defocus_blur(x: Array, rng: Generator, scale: float, radius: float, smoothin
     return convolved(x, disk(radius * scale, smoothing), "reflect")
 
 
-def glass_blur(
-    x: Array, rng: Generator, scale: float, deviation: float, reach: float, rounds: float, share: float
-) -> Array:
-    """Take a share of the pixels from somewhere near them, between two blurs."""
+def glass_blur(x: Array, rng: Generator, scale: float, deviation: float, reach: float, rounds: float) -> Array:
+    """Take the pixels, except at the border, from somewhere near them, between two blurs."""
     x = _blurred(x, deviation * scale)
     h, w = x.shape[:2]
-    rows, columns = np.mgrid[:h, :w]
-    for _ in range(int(rounds)):
-        # whole steps from -reach to reach, each as likely; a reach of .3 moves few pixels, and by one
-        down, right = (np.rint((reach * scale + 0.5) * rng.uniform(-1, 1, (h, w))).astype(int) for _ in range(2))
-        moved = rng.random((h, w)) < share
-        x = x[np.clip(rows + down * moved, 0, h - 1), np.clip(columns + right * moved, 0, w - 1)]
+    steps = max(1, round(reach * scale))
+    draws = rng.uniform(-1, 1, (2, 3, h, w))  # of up to three rounds, alike at every severity
+    for down, right in zip(*np.floor(steps * draws[:, : int(rounds)]).astype(int)):  # from -steps to steps - 1
+        x = x.reshape(h * w, -1)[shuffled(down, right, steps)].reshape(x.shape)
     return _blurred(x, deviation * scale)
+
+
+def shuffled(down: Array, right: Array, border: int) -> Array:
+    """Return the pixel ``(h * w,)`` that each pixel shows after one round of the shuffle.
+
+    The pixels within ``border < row <= h - border`` (columns likewise) are overwritten one after the other, from the last to the
+    first, each by the pixel ``(down, right)`` of it as that is then: one that was overwritten before hands on what it shows.
+    """
+    h, w = down.shape
+    rows, columns = np.mgrid[:h, :w]
+    moved = (rows > border) & (rows <= h - border) & (columns > border) & (columns <= w - border)
+    own = np.arange(h * w)
+    target = np.where(
+        moved, (rows + down).clip(0, h - 1) * w + (columns + right).clip(0, w - 1), rows * w + columns
+    ).ravel()
+    moved = moved.ravel()
+    goes_on = moved & moved[target] & (target > own)
+    while goes_on.any():  # each pass doubles the length of the chains that are resolved
+        target, goes_on = np.where(goes_on, target[target], target), goes_on & goes_on[target]
+    return target
 
 
 def motion_blur(x: Array, rng: Generator, scale: float, radius: float, deviation: float) -> Array:
@@ -97,13 +119,13 @@ def motion_blur(x: Array, rng: Generator, scale: float, radius: float, deviation
     return convolved(x, streak(radius * scale, deviation * scale, rng.uniform(-45, 45)), "edge")
 
 
-def zoom_blur(x: Array, rng: Generator, scale: float, largest: float, step: float) -> Array:
+def zoom_blur(x: Array, rng: Generator, scale: float, end: float, step: float) -> Array:
     """Average over zooms into the centre, the image itself twice among them."""
-    factors = 1 + step * np.arange(round(largest / step) + 1)
+    factors = np.arange(1, end, step)
     h, w = x.shape[:2]
     total = x.copy()
     for factor in factors:
-        rows, columns = zoom_matrix(h, factor), zoom_matrix(w, factor)
+        rows, columns = zoom_matrix(h, float(factor)), zoom_matrix(w, float(factor))
         total += np.einsum("ij,jkc,lk->ilc", rows, x, columns, optimize=True)
     return total / (len(factors) + 1)
 
@@ -131,22 +153,31 @@ def contrast(x: Array, rng: Generator, scale: float, factor: float) -> Array:
 
 
 def elastic_transform(
-    x: Array, rng: Generator, scale: float, jitter: float, displacement: float, smoothness: float
+    x: Array, rng: Generator, scale: float, amplitude: float, smoothness: float, jitter: float
 ) -> Array:
     """Move three corners at random, then every pixel by a smooth random field."""
     h, w = x.shape[:2]
-    side = min(h, w)
-    corners = np.array([[-1.0, -1.0], [-1.0, 1.0], [1.0, -1.0]]) * side / 3
-    moved = corners + side * jitter * rng.uniform(-1, 1, (3, 2))
-    basis = np.column_stack([corners, np.ones(3)])
-    affine = np.linalg.solve(basis, moved)  # (3, 2): [row, column, 1] @ affine is where a pixel is read
-    centre = (np.array([h, w]) - 1) / 2
-    grid = np.moveaxis(np.mgrid[:h, :w], 0, -1) - centre  # (h, w, 2)
+    side = max(1, min(h, w) // 3)
+    corners = np.array([h // 2, w // 2]) + side * np.array([[1.0, 1.0], [1.0, -1.0], [-1.0, -1.0]])
+    moved = corners + jitter * scale * rng.uniform(-1, 1, (3, 2))
+    affine = np.linalg.solve(
+        np.column_stack([moved, np.ones(3)]), corners
+    )  # [row, column, 1] @ affine: where it is read
+    grid = np.moveaxis(np.mgrid[:h, :w].astype(np.float64), 0, -1)  # (h, w, 2)
+    x = _read_at(x, grid @ affine[:2] + affine[2], "mirror")
     field = rng.uniform(-1, 1, (h, w, 2))
-    field = gaussian_filter(field, (side * smoothness, side * smoothness, 0), mode="reflect")
-    field *= side * displacement / max(np.sqrt(np.mean(field**2)), 1e-12)
-    place = np.moveaxis(grid @ affine[:2] + affine[2] + centre + field, -1, 0)
-    return np.stack([map_coordinates(x[..., c], place, order=1, mode="mirror") for c in range(x.shape[2])], axis=-1)
+    if amplitude == 0:
+        return x
+    sigma = smoothness * scale
+    # smoothing over sigma pixels leaves a displacement in proportion to amplitude / sigma, which is to grow with scale
+    field = gaussian_filter(field, (sigma, sigma, 0), mode="reflect", truncate=3) * amplitude * scale**2
+    return _read_at(x, grid + field, "reflect")
+
+
+def _read_at(x: Array, place: Array, mode: Literal["mirror", "reflect"]) -> Array:
+    """Return ``x (h, w, channels)`` interpolated at ``place (h, w, 2)``, rows and columns."""
+    where = np.moveaxis(place, -1, 0)
+    return np.stack([map_coordinates(x[..., c], where, order=1, mode=mode) for c in range(x.shape[2])], axis=-1)
 
 
 def pixelate(x: Array, rng: Generator, scale: float, factor: float) -> Array:

@@ -41,7 +41,7 @@ def snow(
     flakes = np.where(flakes < threshold, 0, np.clip(flakes, 0, 1))
     angle = rng.uniform(-135, -45)
     fallen = convolved(flakes[..., None], streak(radius * scale, blur * scale, angle), "edge")
-    gray = x.mean(axis=2, keepdims=True)
+    gray = x @ np.array([0.299, 0.587, 0.114])[:, None] if x.shape[2] == 3 else x  # luminance, (h, w, 1)
     whitened = kept * x + (1 - kept) * np.maximum(x, 1.5 * gray + 0.5)
     return whitened + fallen + np.rot90(fallen, 2)
 
@@ -50,7 +50,8 @@ def spatter(x: Array, rng: Generator, scale: float, size: float, covered: float,
     """Cover a share of the image with drops of mud."""
     drops = gaussian_filter(rng.standard_normal(x.shape[:2]), size * scale, mode="wrap")
     edge = np.quantile(drops, 1 - covered)
-    mask = opacity * np.clip((drops - edge) / (0.3 * drops.std()) + 0.5, 0, 1)[..., None]
+    spread = max(float(drops.std()), 1e-12)  # 0 where all of the image is one drop
+    mask = opacity * np.clip((drops - edge) / (0.3 * spread) + 0.5, 0, 1)[..., None]
     mud = np.array([63, 42, 20]) / 255 if x.shape[2] == 3 else np.full(1, 42 / 255)
     return (1 - mask) * x + mask * mud
 
