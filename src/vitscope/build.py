@@ -160,7 +160,7 @@ def load_weights(network: nn.Module, content: Mapping[str, Any], path: Path) -> 
         except ValueError as error:
             # the official code's names for another size of the model; otherwise say below which keys differ
             if " has shape " in str(error):
-                fix = "use the model it was made with (model.num_classes, ...)"
+                fix = "use the model it was made with (data.num_classes, model.depth, ...)"
                 raise CheckpointError("ckpt_path", path, str(error).rstrip("."), fix) from error
     for name in sorted(set(own) ^ set(state)):
         where = "the checkpoint lacks it" if name in own else "the model has no such weight"
@@ -168,7 +168,7 @@ def load_weights(network: nn.Module, content: Mapping[str, Any], path: Path) -> 
     for name, tensor in own.items():
         if tensor.shape != state[name].shape:
             raise CheckpointError("ckpt_path", path, f"{name} is {tuple(state[name].shape)} there and {tuple(tensor.shape)} here",
-                                  "use the model it was made with (model.num_classes, ...)")  # fmt: skip
+                                  "use the model it was made with (data.num_classes, model.depth, ...)")  # fmt: skip
     try:
         network.load_state_dict(state)
     except RuntimeError as error:  # kinds of tensors that do not go into weights

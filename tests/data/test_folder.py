@@ -12,6 +12,7 @@ from timm.data.imagenet_info import ImageNetInfo
 from vitscope.data import DataModule, folder
 from vitscope.data.augment import Recipe
 from vitscope.data.counter import AUGMENT, Key
+from vitscope.data.files import model_recipe
 from vitscope.errors import ConfigError, DataError
 
 
@@ -33,14 +34,123 @@ def test_three_folders_are_the_splits(tmp_path, write_folder):
         assert images.class_names == ("cat", "dog")
 
 
-def test_imagenets_val_is_the_test_split_and_validation_is_held_out_of_train(tmp_path, write_folder):
+def test_val_is_the_validation_and_without_a_test_folder_the_test_split(tmp_path, write_folder, capsys):
     write_folder(tmp_path, ("train", "val"), per_class=10)
     train, val, test = (folder.load(split, root=tmp_path) for split in ("train", "val", "test"))
-    assert (len(train), len(val), len(test)) == (18, 2, 20)
-    assert val.labels.tolist() == [0, 1]
-    assert not set(train.paths) & set(val.paths)
-    assert all("/train/" in path for path in (*train.paths, *val.paths))
-    assert all("/val/" in path for path in test.paths)
+    assert (len(train), len(val), len(test)) == (20, 20, 20)
+    assert all("/train/" in path for path in train.paths)
+    assert val.paths == test.paths
+    assert all("/val/" in path for path in val.paths)
+    folder.load("test", root=tmp_path)
+    assert capsys.readouterr().err.count("no test folder: the test split is the images of val/") == 1
+
+
+@pytest.mark.parametrize(
+    ("train", "val", "test"),
+    [("Train", "Validation", "TEST"), ("training", "valid", "testing"), ("TRAIN", "dev", "eval")],
+)
+def test_split_folders_are_known_by_their_usual_names(tmp_path, write_folder, train, val, test):
+    write_folder(tmp_path, (train, val, test))
+    for split, name in (("train", train), ("val", val), ("test", test)):
+        images = folder.load(split, root=tmp_path)
+        assert len(images) == 12
+        assert all(f"/{name}/" in path for path in images.paths)
+
+
+def test_two_folders_for_one_split_are_refused(tmp_path, write_folder):
+    write_folder(tmp_path, ("train", "val", "validation"))
+    with pytest.raises(DataError, match="val and validation are both a val folder; rename or merge them"):
+        folder.load("train", root=tmp_path)
+
+
+def test_a_class_named_as_a_split(tmp_path, write_folder, capsys):
+    write_folder(tmp_path, (".",), classes=("bus", "car", "train"))
+    assert folder.load("train", root=tmp_path).class_names == ("bus", "car", "train")
+    assert folder.load("test", root=tmp_path).class_names == ("bus", "car", "train")
+    assert "the test split is held out of its classes" in capsys.readouterr().err
+
+
+def test_folders_beside_the_splits_are_said(tmp_path, write_folder, capsys):
+    write_folder(tmp_path, ("train", "extra"))
+    folder.load("train", root=tmp_path)
+    assert "read as the splits train; folders beside them are not read: extra" in capsys.readouterr().err
+
+
+def test_classes_are_numbered_by_name_from_train(tmp_path, write_folder, capsys):
+    write_folder(tmp_path, ("train",), classes=("ant", "bee", "cat", "dog"))
+    write_folder(tmp_path, ("val",), classes=("bee", "dog"))
+    val = folder.load("val", root=tmp_path)
+    assert val.class_names == ("ant", "bee", "cat", "dog")
+    assert {path.split("/")[-2]: label for path, label in zip(val.paths, val.labels.tolist())} == {"bee": 1, "dog": 3}
+    assert "no image of 2 of the classes in" in capsys.readouterr().err
+    data = module(tmp_path, num_classes=4)
+    assert data.present_classes("val") == (1, 3)
+
+
+@pytest.mark.parametrize(
+    ("extra", "advice"),
+    [("Dog", "rename it to dog"), ("dogs", r"did you mean dog\?"), ("zebra", "rename or remove it")],
+)
+def test_a_class_that_train_lacks_is_refused(tmp_path, write_folder, extra, advice):
+    write_folder(tmp_path, ("train",))
+    write_folder(tmp_path, ("val",), classes=("cat", extra))
+    with pytest.raises(DataError, match=f"val/ has the class '{extra}', but .* are cat, dog; .*{advice}"):
+        folder.load("val", root=tmp_path)
+
+
+def test_a_list_of_classes_numbers_what_is_there(tmp_path, write_folder):
+    write_folder(tmp_path, ("val",), classes=("cat", "dog"))
+    images = folder.load("test", root=tmp_path, classes=["dog", "fox", "cat"])
+    assert images.class_names == ("dog", "fox", "cat")
+    assert images.labels.unique().tolist() == [0, 2]
+    with pytest.raises(DataError, match=r"val/ has the class 'dog', but data\.source\.classes has cat, fox"):
+        folder.load("test", root=tmp_path, classes=["cat", "fox"])
+    with pytest.raises(ConfigError, match=r"data\.source\.classes=.*not a list of different names"):
+        folder.load("test", root=tmp_path, classes=["cat", "cat"])
+
+
+def test_hidden_folders_are_no_classes(tmp_path, write_folder):
+    write_folder(tmp_path, ("train", ".git", "__MACOSX"))
+    write_folder(tmp_path / "train", (".",), classes=(".ipynb_checkpoints", "__MACOSX", ".git"))
+    assert folder.load("train", root=tmp_path).class_names == ("cat", "dog")
+
+
+def test_links_nested_folders_and_accents(tmp_path, write_folder):
+    write_folder(tmp_path / "store", ("x",), classes=("real",))
+    write_folder(tmp_path / "data", ("train",), classes=("a/deep/er", "cafe\u0301"))
+    (tmp_path / "data/train/link").symlink_to(tmp_path / "store/x/real")
+    (tmp_path / "data/train/a/loop").symlink_to(tmp_path / "data/train/a")
+    write_folder(tmp_path / "data", ("val",), classes=("caf\u00e9",))
+    train, val = (folder.load(split, root=tmp_path / "data", val_share=0) for split in ("train", "val"))
+    assert train.class_names == ("a", "caf\u00e9", "link")
+    assert train.labels.bincount().tolist() == [6, 6, 6]
+    assert val.labels.unique().tolist() == [1]
+
+
+def test_class_folders_that_differ_by_capitals_are_refused(tmp_path, write_folder):
+    write_folder(tmp_path, ("train",), classes=("Cat", "cat"))
+    with pytest.raises(DataError, match="the class folders Cat and cat of .* differ by capitals only; merge them"):
+        folder.load("train", root=tmp_path)
+
+
+def test_a_training_class_without_images_is_refused(tmp_path, write_folder):
+    write_folder(tmp_path, ("train", "val"))
+    (tmp_path / "train/eel").mkdir()
+    with pytest.raises(DataError, match="no image of 1 of the classes in .*train: eel; put images there"):
+        folder.load("train", root=tmp_path)
+    assert folder.load("val", root=tmp_path).class_names == ("cat", "dog", "eel")
+
+
+def test_one_class_only(tmp_path, write_folder):
+    write_folder(tmp_path, ("train", "val"), classes=("cat",))
+    assert module(tmp_path, num_classes=1).split("val").labels.tolist() == [0] * 6
+
+
+def test_another_number_of_classes_names_the_key(tmp_path, write_folder):
+    write_folder(tmp_path, ("val",))
+    with pytest.raises(ConfigError, match=r"data\.num_classes=10: folder has 2 classes \(cat, dog\); set it to 2, or "
+                                          r"name all classes in data\.source\.classes"):  # fmt: skip
+        module(tmp_path, num_classes=10).split("test")
 
 
 @pytest.mark.parametrize("layout", ["train", "."])
@@ -54,8 +164,9 @@ def test_without_other_folders_both_are_held_out_of_the_images(tmp_path, write_f
 def test_an_evaluation_needs_no_training_images(tmp_path, write_folder):
     write_folder(tmp_path, ("val",))
     assert len(folder.load("test", root=tmp_path)) == 12
-    with pytest.raises(DataError, match="there is no train folder, which the val split needs"):
-        folder.load("val", root=tmp_path)
+    assert len(folder.load("val", root=tmp_path)) == 12
+    with pytest.raises(DataError, match="there is no train folder, which the train split needs"):
+        folder.load("train", root=tmp_path)
 
 
 def test_wordnet_folders_get_the_labels_of_the_1000_classes(tmp_path, write_folder):
@@ -143,10 +254,10 @@ def test_an_unreadable_image_is_one_line_with_its_path(tmp_path, write_folder, w
 def test_missing_and_empty_folders_are_named(tmp_path):
     with pytest.raises(DataError, match=r"data\.root=.*none: there is no such folder; put images in"):
         folder.load("train", root=tmp_path / "none")
-    with pytest.raises(DataError, match="Couldn't find any class folder"):
+    with pytest.raises(DataError, match="there is no class folder in"):
         folder.load("train", root=tmp_path)
     (tmp_path / "train" / "cat").mkdir(parents=True)
-    with pytest.raises(DataError, match="Found no valid file for the classes cat"):
+    with pytest.raises(DataError, match=r"there is no image in the class folders of .*train \(cat\)"):
         folder.load("train", root=tmp_path)
     with pytest.raises(ConfigError, match=r"data\.root: a folder of images is needed"):
         folder.load("train", root=None)
@@ -176,3 +287,56 @@ def test_a_model_without_a_record_is_refused(tmp_path, write_folder):
     plain = module(tmp_path)
     plain.adapt_to(torch.nn.Linear(2, 2))
     assert plain.image_size == 16
+
+
+def preprocessings():
+    """Return one pretrained configuration of timm for each way of preprocessing."""
+    import timm
+
+    ways = {}
+    for name in timm.list_pretrained():
+        config = timm.data.resolve_data_config(pretrained_cfg=timm.get_pretrained_cfg(name).to_dict())
+        size = config["input_size"]
+        if size[0] == 3 and size[1] == size[2]:
+            ways.setdefault(
+                (config["crop_mode"], config["crop_pct"], config["interpolation"], size, config["mean"], config["std"]),
+                name,
+            )
+    return ways
+
+
+def test_every_preprocessing_of_timms_pretrained_models(tmp_path):
+    import timm
+
+    rng = np.random.default_rng(0)
+    (tmp_path / "val" / "cat").mkdir(parents=True)
+    small = rng.integers(0, 256, (7, 11, 3), dtype=np.uint8)
+    Image.fromarray(small).resize((110, 70)).save(tmp_path / "val/cat/a.png")
+    images = folder.load("test", root=tmp_path)
+    image = Image.open(tmp_path / "val/cat/a.png").convert("RGB")
+    ways = preprocessings()
+    assert {mode for mode, *_ in ways} == {"center", "squash", "border"}
+    key = Key(np.array([0]), 0, AUGMENT, 0)
+    for way, name in ways.items():
+        model = torch.nn.Identity()
+        model.pretrained_cfg = timm.get_pretrained_cfg(name).to_dict()
+        expected = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)(image)
+        recipe = model_recipe(model, Recipe())
+        x, _ = images.batch(key, recipe.plain())
+        assert torch.equal(x[0], expected), (way, name)
+
+
+def test_a_model_of_images_that_are_not_square_is_refused():
+    model = torch.nn.Identity()
+    model.pretrained_cfg = {"input_size": (3, 64, 48)}
+    with pytest.raises(ConfigError, match=r"data\.transform=model: Identity was trained on images of 3x64x48"):
+        model_recipe(model, Recipe())
+
+
+def test_images_in_memory_refuse_a_models_crop():
+    data = DataModule(transform="model")
+    model = torch.nn.Identity()
+    model.pretrained_cfg = {"input_size": (3, 32, 32)}
+    with pytest.raises(ConfigError, match=r"data\.transform=model: the images of photos are in memory"):
+        data.adapt_to(model)
+        data.split("test")

@@ -19,7 +19,7 @@ from vitscope.data import photos
 from vitscope.diagnostics.corruption import _scores
 from vitscope.diagnostics.corruption._baselines import ALEXNET, CLEAN
 from vitscope.diagnostics.corruption._kernels import disk, streak, zoom_matrix
-from vitscope.diagnostics.corruption._tables import COMMON, LARGE, SEVERITIES, SMALL, VALIDATION
+from vitscope.diagnostics.corruption._tables import COMMON, LARGE, MEDIUM, SEVERITIES, SMALL, TABLES, VALIDATION
 from vitscope.diagnostics.corruption._transforms import corrupted, gaussian_blur, shot_noise, zoom_blur
 from vitscope.diagnostics.corruption._weather import clouds, fog
 from vitscope.diagnostics.corruption.corruption import corruption
@@ -81,10 +81,15 @@ def predictions(kind: int, severity: int) -> np.ndarray:
 # --- corruptions that are made -------------------------------------------------------------------------------------------
 
 
+#: types whose published steps do not always do more damage than the one before
+BACK_AND_FORTH = ("glass_blur", "elastic_transform", "frost", "motion_blur", "fog", "snow")
+GROWING = tuple(name for name in COMMON + VALIDATION if name not in BACK_AND_FORTH)
+
+
 def test_damage_grows_with_every_step_on_photos() -> None:
     data = photos.load("test")
     images = data.images[:: len(data) // 24].permute(0, 2, 3, 1).double().numpy() / 255
-    for name in COMMON + tuple(v for v in VALIDATION if v != "saturate"):  # gray has no saturation
+    for name in (v for v in GROWING if v != "saturate"):  # gray has no saturation
         damage = [
             np.mean([np.square(corrupted(x, name, s, rng(i)) - x).mean() ** 0.5 for i, x in enumerate(images)])
             for s in SEVERITIES
@@ -93,7 +98,7 @@ def test_damage_grows_with_every_step_on_photos() -> None:
         assert damage[0] > 0.005
 
 
-@pytest.mark.parametrize("name", COMMON + VALIDATION)
+@pytest.mark.parametrize("name", GROWING)
 def test_damage_grows_with_every_step_on_a_colour_image(name: str) -> None:
     for side in (32, 64, 128, 160):  # two sides of each table
         x = cat(side)
@@ -115,8 +120,8 @@ def test_results_are_images_of_the_same_shape_and_reproducible(name: str, shape:
 
 def test_tables_have_every_type_at_five_severities() -> None:
     assert len(COMMON) == 15
-    assert set(SMALL) == set(LARGE) == set(COMMON + VALIDATION)
-    assert all(len(steps) == 5 for table in (SMALL, LARGE) for steps in table.values())
+    assert set(SMALL) == set(MEDIUM) == set(LARGE) == set(COMMON + VALIDATION)
+    assert all(len(steps) == 5 for table in TABLES.values() for steps in table.values())
 
 
 def test_noises_have_their_moments() -> None:
@@ -161,7 +166,7 @@ def test_digital_corruptions_equal_their_libraries() -> None:
     half = pixels.reshape(16, 2, 16, 2, 3).mean((1, 3)).repeat(2, 0).repeat(2, 1)
     table = {**SMALL, "pixelate": ((0.5,),) * 5}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("vitscope.diagnostics.corruption._transforms.SMALL", table)
+        patch.setitem(TABLES, 32, table)
         boxed = corrupted(pixels / 255, "pixelate", 1, rng())
     np.testing.assert_allclose(255 * boxed, half, atol=1)  # PIL rounds between its two passes
     mean = pixels.mean((0, 1)) / 255
@@ -187,10 +192,11 @@ def test_blurs_keep_constants_and_equal_their_closed_forms() -> None:
 
 def test_zoom_maps_a_ramp_to_a_flatter_ramp() -> None:
     ramp = np.arange(21.0)
-    np.testing.assert_allclose(zoom_matrix(21, 2.0) @ ramp, 10 + (ramp - 10) / 2, atol=1e-12)
+    # 11 pixels from the 6th on stretched over 22, of which the first 21 are shown
+    np.testing.assert_allclose(zoom_matrix(21, 2.0) @ ramp, 5 + ramp * 10 / 21, atol=1e-12)
     np.testing.assert_array_equal(zoom_matrix(7, 1.0), np.eye(7))
     x = cat()
-    np.testing.assert_allclose(zoom_blur(x, rng(), 1.0, 0.0, 0.01), x, atol=1e-12)  # the image twice
+    np.testing.assert_allclose(zoom_blur(x, rng(), 1.0, 1.005, 0.01), x, atol=1e-12)  # the image twice
 
 
 def test_fog_keeps_the_brightest_value_at_most() -> None:
@@ -343,11 +349,11 @@ def test_damaged_folders(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="there is no image in fog/1"):
         corruption(probe_of(LABELS), root=str(tmp_path), types="fog", severities=(1,))
     (folder / "a.jpeg").write_bytes(b"no image")
-    with pytest.raises(DataError, match="the image cannot be read"):
+    with pytest.raises(DataError, match=r"a\.jpeg cannot be read as an image"):
         corruption(probe_of(LABELS), root=str(tmp_path), types="fog", severities=(1,))
     with pytest.raises(DataError, match="there is no fog/2"):
         corruption(probe_of(LABELS), root=str(tmp_path), types="fog", severities=(2,))
-    with pytest.raises(DataError, match="1 has 1 classes, the data 5"):
+    with pytest.raises(DataError, match="fog/1 has the class 'n0', the data has a, b, c, d, e"):
         corruption(probe_of(LABELS, class_names=tuple("abcde")), root=str(tmp_path), types="fog", severities=(1,))
 
 

@@ -46,6 +46,10 @@ class Recipe:
         random_erasing: Probability of erasing a rectangle to the mean.
         crop_pct: Share of the resized image that the centre crop of files keeps.
         interpolation: Resizing filter of files.
+        crop_mode: How files are brought to `image_size / crop_pct` before the crop: `center` (shorter side), `squash` (both
+            sides, whatever their ratio) or `border` (longer side, the rest filled with the mean).
+        background: Red, green and blue that show through transparent pixels of files.
+        pixel_range: Samples of files that become black and white where they are not of 8 bits, see `vitscope.data.decode`.
     """
 
     augment: str = "none"
@@ -57,13 +61,23 @@ class Recipe:
     random_erasing: float = 0.0
     crop_pct: float = 0.875
     interpolation: str = "bilinear"
+    crop_mode: str = "center"
+    background: tuple[int, ...] = (255, 255, 255)
+    pixel_range: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         ranges.integer("data.image_size", self.image_size, 1)
         ranges.channels("data.mean", self.mean, positive=False)
         ranges.channels("data.std", self.std, positive=True)
         ranges.number("data.crop_fill", self.crop_fill, 0, 255)
-        ranges.number("data.crop_pct", self.crop_pct, 0.01, 1)
+        ranges.number("data.crop_pct", self.crop_pct, 0.01, 2)  # above 1 the image is enlarged by its border
+        if self.crop_mode not in ("center", "squash", "border"):
+            raise ConfigError("data.crop_mode", self.crop_mode, "unknown crop", "choose center, squash or border")
+        if len(self.background) != 3 or any(value not in range(256) for value in self.background):
+            why = "not three integers from 0 to 255"
+            raise ConfigError("data.background", list(self.background), why, "give red, green and blue")
+        if self.pixel_range is not None:
+            _check_pixel_range(self.pixel_range)
         ranges.number("objective.random_erasing", self.random_erasing, 0, 1)
         if self.interpolation not in ("bilinear", "bicubic", "nearest", "lanczos"):
             fix = "choose bilinear, bicubic, nearest or lanczos"
@@ -89,7 +103,16 @@ class Recipe:
             image_size=self.image_size,
             crop_pct=self.crop_pct,
             interpolation=self.interpolation,
+            crop_mode=self.crop_mode,
+            background=self.background,
+            pixel_range=self.pixel_range,
         )
+
+
+def _check_pixel_range(values: tuple[float, ...]) -> None:
+    if len(values) != 2 or not all(map(math.isfinite, values)) or values[0] >= values[1]:
+        why = "not two finite numbers, the first below the second"
+        raise ConfigError("data.pixel_range", list(values), why, "give the samples of black and white, such as [0,1]")
 
 
 def augment(images: Tensor, key: Key, recipe: Recipe) -> Tensor:

@@ -17,6 +17,7 @@ from vitscope import distributed
 from vitscope.data import counter, photos, ranges, subset
 from vitscope.data.arrays import ArrayImages
 from vitscope.data.augment import Recipe
+from vitscope.data.class_folders import listed
 from vitscope.data.files import FileImages, model_recipe
 from vitscope.data.loader import Augmented, BatchSampler, Loader
 from vitscope.data.mix import Mixing, mix
@@ -58,6 +59,10 @@ class DataModule(pl.LightningDataModule):
         drop_last: Leave out the last, smaller training batch.
         crop_pct: Share of the resized image that the centre crop of files keeps.
         interpolation: Resizing filter of files.
+        crop_mode: `center`, `squash` or `border`: how files are resized before the crop (see `Recipe`).
+        background: Red, green and blue, 0 to 255, that show through transparent pixels of files.
+        pixel_range: Samples of files that become black and white, `[low, high]`: needed by 32-bit integers and floats; None
+            for 8-bit images, and for 16-bit ones on their full scale.
         transform: `model`: size, crop, filter, mean and std are those the model was trained with (see `adapt_to`).
 
     Raises:
@@ -93,6 +98,9 @@ class DataModule(pl.LightningDataModule):
         drop_last: bool = False,
         crop_pct: float = 0.875,
         interpolation: str = "bilinear",
+        crop_mode: str = "center",
+        background: Sequence[int] = (255, 255, 255),
+        pixel_range: Sequence[float] | None = None,
         transform: str | None = None,
     ) -> None:
         super().__init__()
@@ -122,6 +130,9 @@ class DataModule(pl.LightningDataModule):
             random_erasing=random_erasing,
             crop_pct=crop_pct,
             interpolation=interpolation,
+            crop_mode=crop_mode,
+            background=tuple(background),
+            pixel_range=None if pixel_range is None else tuple(pixel_range),
         )
         self._splits: dict[str, Images] = {}
         self._position = (0, 0)
@@ -177,6 +188,9 @@ class DataModule(pl.LightningDataModule):
             if split == "train":
                 images = self._thinned(images)
             if isinstance(images, ArrayImages):
+                if self.transform == "model":
+                    why = f"the images of {self.name} are in memory and are neither resized nor cropped as a model's files"
+                    raise ConfigError("data.transform", "model", why, "set data.transform=null, data.mean and data.std")
                 images = images.resized(self.image_size)
             self._splits[split] = images
         return self._splits[split]
@@ -323,8 +337,12 @@ class DataModule(pl.LightningDataModule):
         if len(images) == 0:
             raise DataError("data.root", self.root, f"the {split} split of {self.name} is empty", "put images there")
         if len(images.class_names) != self.num_classes:
-            why = f"{self.name} has {len(images.class_names)} classes"
-            raise ConfigError("data.num_classes", self.num_classes, why, f"set it to {len(images.class_names)}")
+            names = images.class_names
+            why, fix = f"{self.name} has {len(names)} classes", f"set it to {len(names)}"
+            if isinstance(images, FileImages):
+                why += f" ({listed(names)})"
+                fix += ", or name all classes in data.source.classes=[...] if some have no folder here"
+            raise ConfigError("data.num_classes", self.num_classes, why, fix)
         low, high = int(images.labels.min()), int(images.labels.max())
         if low < 0 or high >= self.num_classes:
             why = f"the {split} split of {self.name} has labels from {low} to {high}"

@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import ArrayLike
-from PIL import Image
 from timm.data.config import resolve_model_data_config
 from timm.data.transforms_factory import create_transform
 from torch import Tensor, nn
 
 from vitscope.data.augment import Recipe
 from vitscope.data.counter import Key, uniforms
-from vitscope.errors import ConfigError, DataError
+from vitscope.data.decode import read_image
+from vitscope.errors import ConfigError
 from vitscope.guard import kept_random_states
 
 
@@ -52,7 +52,7 @@ class FileImages:
         """Return augmented, normalised images `(B, 3, H, W)` float32 and their labels `(B,)`.
 
         Raises:
-            DataError: A file that is missing, truncated or no image.
+            DataError: A file that cannot be read as an image, see `vitscope.data.decode`.
         """
         words = uniforms(key.indices, 2, seed=key.seed, stream=key.stream, epoch=key.epoch)
         seeds = (words * 2**32).astype(np.uint64)
@@ -60,26 +60,32 @@ class FileImages:
         images = []
         with kept_random_states(torch.device("cpu")):
             for index, seed in zip(key.indices, seeds):
-                image = _read(self.paths[index])
+                image = read_image(self.paths[index], background=recipe.background, pixel_range=recipe.pixel_range)
                 _seed(seed)
                 images.append(transform(image))
         return torch.stack(images), self.labels[torch.from_numpy(key.indices)]
 
 
 def model_recipe(model: nn.Module, recipe: Recipe) -> Recipe:
-    """Return the recipe with the size, crop, filter, mean and std that timm records for `model`.
+    """Return the recipe with the size, share and mode of the crop, filter, mean and std that timm records for `model`.
 
     Raises:
-        ConfigError: The model carries no such record.
+        ConfigError: The model carries no such record, or one of images that are not square or not of three channels.
     """
     if not getattr(model, "pretrained_cfg", None):
         why = f"{type(model).__name__} does not say how its images were preprocessed"
         raise ConfigError("data.transform", "model", why, "use a timm model, or set data.transform=null")
     config = resolve_model_data_config(model)
+    channels, height, width = config["input_size"]
+    if height != width or channels != 3:
+        shape = f"{channels}x{height}x{width}"
+        why = f"{type(model).__name__} was trained on images of {shape}; only square images of 3 channels are supported"
+        raise ConfigError("data.transform", "model", why, "use another model, or set data.transform=null")
     return replace(
         recipe,
-        image_size=config["input_size"][-1],
+        image_size=width,
         crop_pct=config["crop_pct"],
+        crop_mode=config["crop_mode"],
         interpolation=config["interpolation"],
         mean=tuple(config["mean"]),
         std=tuple(config["std"]),
@@ -95,7 +101,7 @@ def _transform(recipe: Recipe) -> Any:
         "std": recipe.std,
     }
     if recipe.augment == "none":
-        return create_transform(**shared, is_training=False, crop_pct=recipe.crop_pct)
+        return create_transform(**shared, is_training=False, crop_pct=recipe.crop_pct, crop_mode=recipe.crop_mode)
     return create_transform(
         **shared,
         is_training=True,
@@ -104,17 +110,6 @@ def _transform(recipe: Recipe) -> Any:
         auto_augment=None if recipe.augment == "crop_flip" else recipe.augment,
         re_prob=recipe.random_erasing,
     )
-
-
-def _read(path: str) -> Image.Image:
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except MemoryError:
-        raise
-    except Exception as error:  # decoders of damaged files raise nearly anything
-        why = f"{path} cannot be read as an image ({error})"
-        raise DataError("data.root", None, why, "replace or remove the file") from error
 
 
 def _seed(words: np.ndarray) -> None:

@@ -1,29 +1,35 @@
 """`folder` and `imagenet`: images in one folder a class.
 
-Layouts, found by what is there:
+The folders of the splits are known by their names, capitals or not: `train` or `training`; `val`, `valid`, `validation` or
+`dev`; `test`, `testing` or `eval`. Splits that have no folder of their own:
 
-- `root/train`, `root/val`, `root/test`: the splits as they are.
-- `root/train`, `root/val` (ImageNet): `val` is the test split; validation is a held-out part of `train`.
-- `root/train`: test and validation are held-out parts of it.
-- classes directly in `root`: as `root/train`; but where they are of a known list (`classes`), all of them are the test
-  split, for that is how ImageNet-A and ImageNet-R come.
+- `val`: a part of `train`, held out class by class.
+- `test`: the images of the `val` folder where there is one (as ImageNet's), otherwise a part of `train`.
+- without any of these folders the classes are directly in `root`, as if it were `train`; but where the classes are of a known
+  list (`classes`), all of them are the test split, for that is how ImageNet-A and ImageNet-R come.
 
-Only the folders that a split needs are looked at, so `root/val` alone serves an evaluation.
+Each of these assumptions is printed once. There is one list of classes for all splits, compared by name: the
+configured list, else the class folders of `train`, else those of `val`, else those of `test`. Only the folders that a split needs
+are looked at, so `root/val` alone serves an evaluation.
 """
 
 from __future__ import annotations
 
+import unicodedata
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from torchvision.datasets import ImageFolder
 
+from vitscope.data.class_folders import class_folders, image_files, listed, split_folders
 from vitscope.data.files import FileImages
+from vitscope.data.notices import report_once
 from vitscope.data.subset import hold_out
-from vitscope.errors import ConfigError, DataError
+from vitscope.errors import ConfigError, DataError, nearest
 
 _LAYOUT = "put images in <root>/train/<class>/ and <root>/val/<class>/ (see data/folder.py for the layouts)"
+SPLITS = ("train", "val", "test")
 
 
 def load(
@@ -33,7 +39,7 @@ def load(
     split_seed: int = 0,
     val_share: float = 0.1,
     test_share: float = 0.2,
-    classes: str | None = None,
+    classes: str | Sequence[str] | None = None,
 ) -> FileImages:
     """Return a split of a folder of images.
 
@@ -42,38 +48,66 @@ def load(
         root: The folder.
         split_seed: Chooses held-out images.
         val_share: Share of each training class that is held out for validation, where there is no such folder.
-        test_share: Share of each class that is held out for testing, where there is no such folder.
-        classes: None: the class folders in alphabetic order. `imagenet-1k`: folders are WordNet ids and labels
-            those of the 1000 classes, also where only some of them are there (ImageNet-A, ImageNet-R).
+        test_share: Share of each class that is held out for testing, where there is neither a test nor a validation folder.
+        classes: None: the class folders of `train` (see above) in alphabetic order. A list of names: in the order of the labels.
+            `imagenet-1k`: folders are WordNet ids and labels those of the 1000 classes. Of a list only some may be there
+            (ImageNet-A, ImageNet-R).
 
     Raises:
         ConfigError: No root, or unknown classes.
-        DataError: A root or split that is missing or empty, or train and test folders of different classes.
+        DataError: A root or split that is missing or empty, or a class that is not in the list.
     """
     if root is None:
         raise ConfigError("data.root", None, "a folder of images is needed", "set data.root")
     root = Path(root)
     if not root.is_dir():
         raise DataError("data.root", root, "there is no such folder", _LAYOUT)
-    has = {name: (root / name).is_dir() for name in ("train", "val", "test")}
-    own_val, own_test = has["val"] and has["test"], has["val"] or has["test"]
-    if split == "test" and classes is not None and not any(has.values()):
-        return _read(root, root, classes)
-    if split == "test" and own_test:
-        return _read(root / ("test" if has["test"] else "val"), root, classes)
-    if split == "val" and own_val:
-        return _read(root / "val", root, classes)
-    if split not in ("train", "val", "test"):
+    if split not in SPLITS:
         raise DataError("data.root", root, f"there is no split {split!r}", "choose one of train, val, test")
-    if (own_test or classes is not None) and not has["train"]:
-        raise DataError("data.root", root, f"there is no train folder, which the {split} split needs", _LAYOUT)
+    folders = split_folders(root)
+    names = _class_list(classes)
+    if not folders and names is not None:
+        if split != "test":
+            raise DataError("data.root", root, f"there is no train folder, which the {split} split needs", _LAYOUT)
+        _assume(root, f"no train, val or test folder: all of its images are the test split of {_called(classes)}")
+        return _images(root, root, names, classes, complete=False)
+    source = _source(split, folders, root)
+    if names is None:
+        reference = folders.get("train") or folders.get("val") or folders.get("test") or root
+        names = tuple(class_folders(reference, root))
+    images = _images(source, root, names, classes, complete=split == "train")
+    if source != folders.get("train", root):
+        return images
     return _held_out(
-        _read(root / "train" if has["train"] else root, root, classes),
+        images,
         split,
-        test_share=0.0 if own_test else test_share,
-        val_share=0.0 if own_val else val_share,
+        test_share=0.0 if {"val", "test"} & set(folders) else test_share,
+        val_share=0.0 if "val" in folders else val_share,
         seed=split_seed,
     )
+
+
+def _source(split: str, folders: Mapping[str, Path], root: Path) -> Path:
+    """Return the folder that a split's images are read from; it is said where that is not the split's own."""
+    if split in folders:
+        return folders[split]
+    if split == "test" and "val" in folders:
+        own = folders["val"].name
+        _assume(root, f"no test folder: the test split is the images of {own}/, which the val split has too; "
+                      "metrics of a checkpoint that was chosen on them are optimistic")  # fmt: skip
+        return folders["val"]
+    if not folders:
+        if split != "train":
+            _assume(root, f"no train, val or test folder: the {split} split is held out of its classes")
+        return root
+    if "train" not in folders:
+        raise DataError("data.root", root, f"there is no train folder, which the {split} split needs", _LAYOUT)
+    _assume(root, f"no {split} folder: the {split} split is held out of {folders['train'].name}/")
+    return folders["train"]
+
+
+def _assume(root: Path, what: str) -> None:
+    report_once(f"data.root={root}: {what}")
 
 
 def _held_out(images: FileImages, split: str, *, test_share: float, val_share: float, seed: int) -> FileImages:
@@ -81,33 +115,79 @@ def _held_out(images: FileImages, split: str, *, test_share: float, val_share: f
     rest, test = np.arange(len(labels)), np.arange(0)
     if test_share:
         rest, test = hold_out(labels, test_share, seed=0)  # the same test images for every seed
-    kept, val = np.arange(len(rest)), np.arange(0)
+    train, val = np.arange(len(rest)), np.arange(0)
     if val_share:
-        kept, val = hold_out(labels[rest], val_share, seed=seed)
-    return images.select({"train": rest[kept], "val": rest[val], "test": test}[split])
+        train, val = hold_out(labels[rest], val_share, seed=seed)
+    return images.select({"train": rest[train], "val": rest[val], "test": test}[split])
 
 
-def _read(folder: Path, root: Path, classes: str | None) -> FileImages:
-    try:
-        found = ImageFolder(folder)
-    except FileNotFoundError as error:  # no class folder, or one without an image
-        raise DataError("data.root", root, " ".join(str(error).split()), _LAYOUT) from error
-    except OSError as error:
-        raise DataError("data.root", root, f"cannot be read ({error})", "check the folder's permissions") from error
-    names = tuple(found.classes) if classes is None else _class_names(classes)
+def _images(
+    folder: Path, root: Path, names: tuple[str, ...], classes: str | Sequence[str] | None, *, complete: bool
+) -> FileImages:
+    """Return the images of a folder, labelled by their class's place in `names`.
+
+    Args:
+        folder: Holds class folders.
+        root: For errors.
+        names: The classes of all splits.
+        classes: As configured, for errors.
+        complete: Whether a class without an image is an error; otherwise it is a notice.
+    """
+    present = class_folders(folder, root)
     number = {name: index for index, name in enumerate(names)}
-    if unknown := [name for name in found.classes if name not in number]:
-        raise DataError(
-            "data.root", root, f"{unknown[0]!r} is not a class of {classes}", "set data.source.classes=null"
-        )
-    renumbered = np.array([number[name] for name in found.classes])
-    labels = renumbered[np.array([label for _, label in found.samples])]
-    return FileImages(tuple(path for path, _ in found.samples), torch.from_numpy(labels), names)
+    if unknown := [name for name in present if name not in number]:
+        raise DataError("data.root", root, *_unknown_class(unknown, names, folder, classes))
+    files = image_files(present, folder, root)
+    if not any(files.values()):
+        why = f"there is no image in the class folders of {folder} ({listed(present)})"
+        raise DataError("data.root", root, why, _LAYOUT)
+    if classes is None and (lacking := [name for name in names if not files.get(name)]):
+        _report_lacking(lacking, folder, root, complete)
+    paths = tuple(path for name in present for path in files[name])
+    labels = [number[name] for name in present for _ in files[name]]
+    return FileImages(paths, torch.tensor(labels, dtype=torch.int64), names)
 
 
-def _class_names(classes: str) -> tuple[str, ...]:
+def _report_lacking(lacking: Sequence[str], folder: Path, root: Path, complete: bool) -> None:
+    why = f"no image of {len(lacking)} of the classes in {folder}: {listed(lacking)}"
+    if complete:
+        raise DataError("data.root", root, why, "put images there, or remove the empty folders")
+    report_once(f"data.root={root}: {why}; labels keep their numbers, metrics are over the others")
+
+
+def _unknown_class(
+    unknown: Sequence[str], names: tuple[str, ...], folder: Path, classes: str | Sequence[str] | None
+) -> tuple[str, str]:
+    if isinstance(classes, str):
+        return f"{unknown[0]!r} is not a class of {classes}", "set data.source.classes=null"
+    folded = {name.casefold(): name for name in names}
+    fix = "rename or remove it"
+    if (same := folded.get(unknown[0].casefold())) is not None:
+        fix = f"rename it to {same}"
+    elif len(names) <= 40:
+        fix = f"rename or remove it ({nearest(unknown[0], names)})"
+    where = "data.source.classes has" if classes is not None else "the class folders of train/ (the class list) are"
+    more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
+    return f"{folder.name}/ has the class {unknown[0]!r}{more}, but {where} {listed(names)}", fix
+
+
+def _called(classes: str | Sequence[str] | None) -> str:
+    return classes if isinstance(classes, str) else "data.source.classes"
+
+
+def _class_list(classes: str | Sequence[str] | None) -> tuple[str, ...] | None:
     from timm.data.imagenet_info import ImageNetInfo
 
+    if classes is None:
+        return None
+    if not isinstance(classes, str):
+        names = tuple(unicodedata.normalize("NFC", str(name)) for name in classes)
+        if not names or len(set(names)) < len(names):
+            raise ConfigError(
+                "data.source.classes", list(names), "not a list of different names", "name each class once"
+            )
+        return names
     if classes != "imagenet-1k":
-        raise ConfigError("data.source.classes", classes, "unknown classes", "choose null or imagenet-1k")
+        fix = "choose null, imagenet-1k or a list of class names"
+        raise ConfigError("data.source.classes", classes, "unknown classes", fix)
     return tuple(ImageNetInfo("imagenet-1k").label_names())

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
+from vitscope.data.class_folders import class_folders, image_files, listed, subfolders
+from vitscope.data.decode import read_image
 from vitscope.errors import DataError
 
 KEY = "analysis.corruption.root"
-SUFFIXES = (".jpeg", ".jpg", ".png", ".bmp")
 
 
 @dataclass(frozen=True)
@@ -39,11 +39,17 @@ class Arrays:
 
 @dataclass(frozen=True)
 class Folders:
-    """``<type>/<severity>/<class>/<image>``, with or without a folder such as ``blur`` around the types."""
+    """``<type>/<severity>/<class>/<image>``, with or without a folder such as ``blur`` around the types.
+
+    Attributes:
+        root: the folder that holds the types.
+        n_images: images a condition, spread evenly; None for all.
+        classes: the names that number the labels, the same for every type and severity.
+    """
 
     root: Path
     n_images: int | None
-    classes: tuple[str, ...] | None
+    classes: tuple[str, ...]
 
     def read(self, name: str, severity: int, batch_size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Yield ``(pixels (B, h, w, 3) uint8, labels (B,))``, images sorted by class and name."""
@@ -52,13 +58,13 @@ class Folders:
             raise DataError(
                 KEY, self.root, f"there is no {folder.relative_to(self.root)}", "unpack all five severities"
             )
-        present = sorted(f.name for f in folder.iterdir() if f.is_dir())
-        classes = self.classes if self.classes and set(present) <= set(self.classes) else tuple(present)
-        if self.classes and len(classes) != len(self.classes):
-            what = f"{folder.name} has {len(present)} classes, the data {len(self.classes)}"
-            raise DataError(KEY, self.root, what, "give the data's class folders the same names")
-        index = {name: i for i, name in enumerate(classes)}
-        files = [(f, index[c]) for c in present for f in sorted((folder / c).iterdir()) if f.suffix.lower() in SUFFIXES]
+        present = class_folders(folder, self.root, KEY)
+        index = {name: i for i, name in enumerate(self.classes)}
+        if unknown := [name for name in present if name not in index]:
+            what = f"{folder.relative_to(self.root)} has the class {unknown[0]!r}, the data has {listed(self.classes)}"
+            raise DataError(KEY, self.root, what, "give its class folders the names of the data's classes")
+        by_class = image_files(present, folder, self.root, KEY)
+        files = [(Path(path), index[name]) for name in present for path in by_class[name]]
         if not files:
             raise DataError(KEY, self.root, f"there is no image in {folder.relative_to(self.root)}", "unpack it again")
         for part in _spread(len(files), self.n_images, batch_size):
@@ -94,12 +100,23 @@ def archive(
         raise DataError(
             KEY, root, what, "unpack all of it, or name the types that are there in analysis.corruption.types"
         )
-    return Arrays(root, n_images) if arrays else Folders(root, n_images, tuple(classes) if classes else None)
+    if arrays:
+        return Arrays(root, n_images)
+    return Folders(root, n_images, tuple(classes) if classes else _classes(root, types))
+
+
+def _classes(root: Path, types: Sequence[str]) -> tuple[str, ...]:
+    """Return the names of all class folders under any type and severity, so that all conditions number them alike."""
+    names: set[str] = set()
+    for name in types:
+        for severity in subfolders(_type_folder(root, name), root, KEY).values():
+            names |= set(subfolders(severity, root, KEY))
+    return tuple(sorted(names))
 
 
 def _type_folder(root: Path, name: str) -> Path:
-    found = [root / name, *(folder / name for folder in sorted(root.iterdir()) if folder.is_dir())]
-    return next((folder for folder in found if folder.is_dir()), root / name)
+    places = [root / name, *(folder / name for folder in subfolders(root, root, KEY).values())]
+    return next((folder for folder in places if folder.is_dir()), root / name)
 
 
 def _load(path: Path, mmap: bool = False) -> np.ndarray:
@@ -115,8 +132,4 @@ def _spread(n: int, wanted: int | None, batch_size: int) -> Iterator[np.ndarray]
 
 
 def _image(path: Path) -> np.ndarray:
-    try:
-        with Image.open(path) as image:
-            return np.asarray(image.convert("RGB"))
-    except OSError as error:
-        raise DataError(KEY, path, "the image cannot be read", "unpack the data set again") from error
+    return np.asarray(read_image(path, key=KEY))

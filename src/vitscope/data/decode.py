@@ -1,0 +1,138 @@
+"""Decode an image file to 8-bit RGB: orientation, transparency and sample range by stated rules.
+
+- Only the formats of `FORMATS` are decoded, whatever the file's extension says.
+- The orientation of EXIF is applied.
+- Transparent pixels show a stated background, not the colors that are stored under them.
+- 16-bit samples are scaled by 1/257 (12-bit TIFF by 255/4095), so that full scale is 255. 32-bit integers and floats have no
+  scale of their own and are refused unless a range is stated.
+- The first frame of an animation or of a file with several pages is used, with a notice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from vitscope.data.notices import report_once
+from vitscope.errors import DataError
+
+#: Pillow's decoders that are used. Its others (EPS, PSD, FITS, ...) are never started by a file's content.
+FORMATS = ("JPEG", "PNG", "GIF", "BMP", "DIB", "TIFF", "WEBP", "AVIF", "PPM")
+
+#: Extensions of image files, in small letters.
+EXTENSIONS = (
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".gif", ".bmp", ".dib", ".tif", ".tiff", ".webp", ".avif", ".ppm", ".pgm",
+    ".pbm", ".pnm",
+)  # fmt: skip
+
+WHITE = (255, 255, 255)
+_BITS_PER_SAMPLE = 258  # tag of TIFF
+
+
+def read_image(
+    path: str | Path,
+    *,
+    background: Sequence[int] = WHITE,
+    pixel_range: Sequence[float] | None = None,
+    key: str = "data.root",
+) -> Image.Image:
+    """Return a file's image in mode RGB.
+
+    Args:
+        path: The file.
+        background: Red, green and blue, 0 to 255, that show through transparent pixels.
+        pixel_range: Sample values that become 0 and 255, for images whose samples are not of 8 bits; None: 0 and full scale for
+            16-bit samples, while 32-bit integers and floats are refused.
+        key: Configuration key that errors name.
+
+    Raises:
+        DataError: A file that is missing, damaged, too large, of another format, or of samples without a range.
+    """
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            _report_frames(image, path)
+            full_scale = _full_scale(image)
+            image.load()
+            orientation = _oriented(image, path)
+            return _to_rgb(orientation, tuple(background), pixel_range, full_scale, path)
+    except (MemoryError, DataError):
+        raise
+    except Image.DecompressionBombError as error:
+        why = f"{path} has more pixels than Pillow's limit ({' '.join(str(error).split())})"
+        raise DataError(key, None, why, "make the image smaller, or remove it") from error
+    except Exception as error:  # decoders of damaged files raise nearly anything
+        why = f"{path} cannot be read as an image ({' '.join(str(error).split())})"
+        raise DataError(key, None, why, f"replace or remove the file; read are {', '.join(FORMATS)}") from error
+
+
+def _oriented(image: Image.Image, path: str | Path) -> Image.Image:
+    try:
+        return ImageOps.exif_transpose(image)
+    except MemoryError:
+        raise
+    except Exception as error:  # the pixels are good, only their description is not
+        report_once(f"{path}: its EXIF data cannot be read ({error}); no orientation is applied")
+        return image
+
+
+def _report_frames(image: Image.Image, path: str | Path) -> None:
+    if image.format != "MPO" and (n := getattr(image, "n_frames", 1)) > 1:
+        report_once(f"{path}: the first of its {n} frames is used")
+
+
+def _full_scale(image: Image.Image) -> float | None:
+    """Return the sample value that is white, None for 8-bit modes and where nothing tells it."""
+    if image.mode.startswith("I;16"):
+        bits = getattr(image, "tag_v2", {}).get(_BITS_PER_SAMPLE, (16,))
+        return float(2 ** min(int(bits[0]), 16) - 1)
+    if image.mode == "I" and image.format in ("PNG", "PPM"):  # 16-bit samples, which Pillow holds in 32 bits
+        return 65535.0
+    return None
+
+
+def _to_rgb(
+    image: Image.Image,
+    background: tuple[int, ...],
+    pixel_range: Sequence[float] | None,
+    full_scale: float | None,
+    path: str | Path,
+) -> Image.Image:
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        return _scaled(image, background, pixel_range, full_scale, path)
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        return _composited(image.convert("RGBA"), background)
+    return image.convert("RGB")
+
+
+def _composited(image: Image.Image, background: tuple[int, ...]) -> Image.Image:
+    below = Image.new("RGBA", image.size, (*background, 255))
+    return Image.alpha_composite(below, image).convert("RGB")
+
+
+def _scaled(
+    image: Image.Image,
+    background: tuple[int, ...],
+    pixel_range: Sequence[float] | None,
+    full_scale: float | None,
+    path: str | Path,
+) -> Image.Image:
+    """Return samples of more than 8 bits scaled linearly to 0..255, gray in three channels."""
+    if pixel_range is None and full_scale is None:
+        kind = "floats" if image.mode == "F" else "32-bit integers"
+        why = f"the samples of {path} are {kind}, which have no scale of their own"
+        fix = "set data.pixel_range=[<black>,<white>] to the values that are black and white, such as [0,1]"
+        raise DataError("data.pixel_range", None, why, fix)
+    low, high = pixel_range if pixel_range is not None else (0.0, full_scale)
+    samples = np.asarray(image).astype(np.float64)
+    if not np.isfinite(samples).all():
+        raise DataError("data.root", None, f"{path} has samples that are not finite", "replace or remove the file")
+    gray = np.round(255 * np.clip((samples - low) / (high - low), 0, 1)).astype(np.uint8)
+    result = Image.fromarray(gray).convert("RGB")
+    if isinstance(hidden := image.info.get("transparency"), int):  # the gray value that is transparent
+        alpha = Image.fromarray(np.where(samples == hidden, 0, 255).astype(np.uint8))
+        result.putalpha(alpha)
+        return _composited(result, background)
+    return result

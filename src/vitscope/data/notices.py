@@ -1,0 +1,17 @@
+"""Print what a data set was taken for: each assumption one line on stderr, once a process."""
+
+from __future__ import annotations
+
+import sys
+
+from vitscope.distributed import rank
+
+_printed: set[str] = set()
+
+
+def report_once(text: str) -> None:
+    """Print `note: <text>` on stderr, on rank 0 and at the first call with this text only."""
+    line = " ".join(f"note: {text}".split())
+    if line not in _printed and rank() == 0:
+        _printed.add(line)
+        print(line, file=sys.stderr, flush=True)
