@@ -9,7 +9,7 @@ import pytest
 
 SRC = Path(__file__).parents[1] / "src" / "vitscope"
 FILES = sorted(SRC.rglob("*.py"))
-PURE = {"objective.py", "evaluate.py", "probe.py", "guard.py", "card.py"}
+PURE = {"objective.py", "evaluate.py", "probe.py", "guard.py", "card.py", "eager.py", "checks.py"}
 HEAVY = {"pytorch_lightning", "lightning", "wandb", "hydra", "omegaconf", "matplotlib", "plotly", "seaborn"}
 
 

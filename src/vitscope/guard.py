@@ -19,24 +19,6 @@ def float_dtype(model: nn.Module) -> torch.dtype:
     return torch.get_default_dtype()
 
 
-def refuse_undifferentiable(model: nn.Module) -> None:
-    """Raise ValueError where the model cannot be differentiated twice: compiled, or made in inference mode."""
-    if hasattr(model, "_orig_mod"):
-        raise ValueError(
-            "Expected an uncompiled model (compiled ones cannot be differentiated twice): pass model._orig_mod."
-        )
-    for name, module in model.named_modules():
-        if getattr(module, "_compiled_call_impl", None) is not None:
-            raise ValueError(
-                f"Expected an uncompiled model, received one whose {name or 'root'!r} was compiled in place."
-            )
-    for name, p in model.named_parameters():
-        if p.is_inference():
-            raise ValueError(
-                f"Expected ordinary parameters, received {name!r} made under torch.inference_mode: rebuild it."
-            )
-
-
 @contextmanager
 def kept_random_states(device: torch.device) -> Iterator[None]:
     """Put the random states of Python, NumPy and torch back afterwards."""

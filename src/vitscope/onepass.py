@@ -48,7 +48,7 @@ def through(probe: Probe, accumulators: Sequence[Accumulator], description: str)
         for accumulator in accumulators:
             accumulator.read(index, tap, x)
 
-    with probe.guard() as model, reading(model, probe.taps, read):
+    with probe.guard(logits=False) as model, reading(model, probe.taps, read):
         for number, (x, _) in track(probe.local_batches(), description, -(-probe.n_batches // world_size())):
             model(x)
             for accumulator in accumulators:

@@ -18,6 +18,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from vitscope import distributed, guard
 from vitscope.card import ObjectiveCard as ObjectiveCard
 from vitscope.card import versions
+from vitscope.checks import CheckedBatches, InputChecks, check_weights
+from vitscope.eager import eager_execution, uncompiled
 from vitscope.objective import Objective
 
 Batch = tuple[Tensor, Tensor]
@@ -27,9 +29,11 @@ class Probe:
     """A model, batches and an objective: everything a measure needs.
 
     Args:
-        model: any module from images ``(B, C, H, W)`` to logits ``(B, K)``.
+        model: any module from images ``(B, C, H, W)`` to logits ``(B, K)``. A compiled one is measured uncompiled: the module
+            that ``torch.compile`` wraps takes its place.
         batches: ``[(x, y), ...]`` with augmentation and mixup already applied; a list, or any re-iterable that gives
-            identical tensors on every pass. Under ``torch.distributed`` every rank passes the full sequence.
+            identical tensors on every pass. Under ``torch.distributed`` every rank passes the full sequence. What a batch
+            must be like is said in `vitscope.checks`; it is checked when it is first seen.
         objective: what is differentiated or evaluated; plain cross entropy by default.
         taps: where feature maps are read, for a model that `vitscope.taps` does not know.
         about: facts for the card, such as ``data``, ``split``, ``augmentation``, ``seed``, ``checkpoint``, ``epoch``.
@@ -52,8 +56,9 @@ class Probe:
             raise ValueError(
                 "Expected batches that can be gone through again (a list of (x, y)), received an iterator: list() it."
             )
-        self.model = model
-        self.batches = batches
+        self.model = uncompiled(model)
+        self._checks = InputChecks()
+        self.batches: CheckedBatches = CheckedBatches(batches, self._checks)
         self.objective = objective or Objective()
         self.about = dict(about or {})
         self._taps = list(taps) if taps is not None else None
@@ -94,7 +99,7 @@ class Probe:
     @property
     def n_batches(self) -> int:
         """The number of batches, on all ranks together."""
-        return len(self.batches) if isinstance(self.batches, Sequence) else sum(1 for _ in self.batches)
+        return len(self.batches)
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """Return the parameters that require gradients by name, tied ones once.
@@ -146,29 +151,33 @@ class Probe:
         dtype: torch.dtype | None = None,
         bn: str = "eval",
         restore_weights: bool = False,
+        logits: bool = True,
     ) -> Iterator[nn.Module]:
         """Yield the model ready to be measured; give it back bit-identical, also after an exception.
 
-        Inside: eval mode, so no dropout and no drop path; no autocast, no TF32, no inference mode; gradients are enabled for
-        ``second_order`` (with math attention, the only one with a double backward everywhere) and disabled otherwise.
+        Inside: nothing runs compiled; eval mode, so no dropout and no drop path; no autocast, no TF32, no inference mode;
+        gradients are enabled for ``second_order`` (with math attention, the only one with a double backward everywhere) and
+        disabled otherwise.
 
         Args:
             second_order: whether the model will be differentiated, once or twice.
             dtype: cast model and batches for the time inside; half precision is lifted to float32 for derivatives.
             bn: ``eval`` uses BatchNorm's running statistics; ``batch`` those of each batch, buffers untouched.
             restore_weights: keep a copy of the weights and put it back (for measures that write to them).
+            logits: whether the model must return logits; False for measures of feature maps alone.
 
         Raises:
-            ValueError: a compiled model or inference tensors with ``second_order``, or an unknown BatchNorm policy.
+            ValueError: a part made by ``torch.jit``, weights made in inference mode, outputs that are no logits, or an unknown
+                BatchNorm policy.
         """
         if bn not in ("eval", "batch"):
             raise ValueError(f"Expected bn to be 'eval' or 'batch', received {bn!r}.")
-        if second_order:
-            guard.refuse_undifferentiable(self.model)
-            if dtype is None and self.dtype in (torch.bfloat16, torch.float16):
-                dtype = torch.float32
+        check_weights(self.model)
+        if second_order and dtype is None and self.dtype in (torch.bfloat16, torch.float16):
+            dtype = torch.float32
         with ExitStack() as stack:
             stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(eager_execution(self.model))
             stack.enter_context(guard.kept_random_states(self.device))
             stack.enter_context(guard.full_precision(self.device))
             stack.enter_context(guard.kept_model(self.model, dtype, restore_weights))
@@ -176,6 +185,7 @@ class Probe:
             if second_order:
                 stack.enter_context(sdpa_kernel(SDPBackend.MATH))
             stack.enter_context(torch.set_grad_enabled(second_order))
+            stack.enter_context(self._checks.of_outputs(self.model, logits))
             outer, self._dtype = self._dtype, dtype or self._dtype
             try:
                 yield self.model
@@ -195,8 +205,6 @@ class Probe:
 
     def _prepared(self, index: int, batch: Batch) -> Batch:
         x, y = batch
-        if len(x) != len(y):
-            raise ValueError(f"Expected as many targets as images in batch {index}, received {len(x)} and {len(y)}.")
         for tensor in (x, y):
             if tensor.device != self.device:
                 raise ValueError(

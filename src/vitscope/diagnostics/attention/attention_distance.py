@@ -82,7 +82,7 @@ def attention_distance(probe: Probe, *, units: Sequence[Unit] | None = None) -> 
     """
     units = [unit for unit in (units if units is not None else units_of(probe.model)) if unit.kind == "msa"]
     sums = Sums(units)
-    with probe.guard() as model:
+    with probe.guard(logits=False) as model:
         for _, (x, _) in track(probe.local_batches(), "attention distance"):
             sums.begin(x)
             with reading_branches(model, units, sums.note_size), reading_attention(units, sums.add):

@@ -162,7 +162,7 @@ class _Sums:
 def _through_both(probe: Probe, other: Probe, sums: _Sums) -> None:
     """Make a forward pass of each model over this rank's batches, the second's taps numbered after the first's."""
     s = len(probe.taps)
-    with probe.guard() as model, other.guard() as other_model:
+    with probe.guard(logits=False) as model, other.guard(logits=False) as other_model:
         for first, second in zip_longest(track(probe.local_batches(), "cka"), other.local_batches()):
             _check_same(first, second)
             number, (x, _) = first

@@ -163,7 +163,7 @@ def _measured(
     probe: Probe, units: Sequence[Unit], path: str, level: float, n_resamples: int, seed: int, eps: float
 ) -> BranchTransferResult:
     sums = _Sums(len(units), path, eps, n_resamples, seed)
-    with probe.guard() as model, reading_branches(model, units, sums.read):
+    with probe.guard(logits=False) as model, reading_branches(model, units, sums.read):
         for index, (x, _) in track(probe.local_batches(), "branch transfer", -(-probe.n_batches // world_size())):
             model(x)
             sums.close_batch(index)

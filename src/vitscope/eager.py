@@ -1,0 +1,38 @@
+"""Run models uncompiled: inside a compiled graph no hook is called and no second derivative exists."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import cast
+
+import torch
+from torch import nn
+
+
+def uncompiled(model: nn.Module) -> nn.Module:
+    """Return the module that ``torch.compile(model)`` wraps, with the same weights; any other module itself."""
+    while isinstance(getattr(model, "_orig_mod", None), nn.Module):
+        model = cast(nn.Module, model._orig_mod)
+    return model
+
+
+@contextmanager
+def eager_execution(model: nn.Module) -> Iterator[None]:
+    """Run everything uncompiled that ``torch.compile`` or ``module.compile()`` compiled, whole models, parts and methods.
+
+    Raises:
+        ValueError: the model has a part made by ``torch.jit``, whose Python code is gone.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise ValueError(
+                f"Expected modules of Python code, received {name or 'a model'!r} made by torch.jit.script or torch.jit.trace, "
+                "whose parts cannot be observed: pass the nn.Module that it was made from."
+            )
+    if "torch._dynamo" not in sys.modules:  # nothing was compiled in this process; its import takes seconds
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
