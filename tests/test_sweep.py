@@ -251,3 +251,31 @@ def test_a_trial_of_the_real_train(tmp_path: Path) -> None:
     assert children.outcome(run).finished
     assert "trial 0 (seed=0): finished, cpu0, val/accuracy" in done.stdout
     assert "1 finished" in done.stdout
+
+
+@pytest.mark.parametrize("method", ["grid", "random"])
+@pytest.mark.parametrize(
+    ("node", "text"),
+    [
+        (
+            {"values": ["x", "y"], "probabilities": [0.5, 0.6]},
+            r"probabilities=\[0.5, 0.6\]: they sum to 1.1, expected 1; give",
+        ),
+        (
+            {"values": ["x", "y"], "probabilities": [0.5]},
+            r"expected 2 numbers, one for each value; .* such as \[0.5, 0.5\]",
+        ),
+        ({"values": ["x", "y"], "probabilities": [1.5, -0.5]}, "expected numbers of at least 0"),
+        ({"values": ["x", "y"], "probabilities": ["a", 1]}, "expected numbers of at least 0"),
+        ({"values": ["x", "y"], "probabilities": 0.5}, "expected 2 numbers"),
+        ({"values": []}, r"values=\[\]: values must be a list of at least one value"),
+        ({"values": "xy"}, "values=xy: values must be a list of at least one value"),
+    ],
+)
+def test_shares_that_are_no_probabilities_are_one_line(node: dict[str, Any], text: str, method: str) -> None:
+    with pytest.raises(ConfigError, match=text):
+        spec.planned(sweep_of({"c": node}, method=method, run_cap=1))
+
+
+def test_shares_rounded_to_four_decimals_are_probabilities() -> None:
+    spec.planned(sweep_of({"c": {"values": [1, 2, 3], "probabilities": [0.3333] * 3}}, method="random", run_cap=1))

@@ -148,3 +148,17 @@ def test_an_archive_does_not_write_outside_of_its_folder(tmp_path, write_cifar):
     with pytest.raises(DataError, match=r"cannot be used"):
         cifar.load("train", root=root, checksums=sums)
     assert not (tmp_path / "escaped").exists()
+
+
+@pytest.mark.parametrize("variant", ["cifar10", "cifar100"])
+def test_pickles_whose_keys_are_bytes_are_one_line(tmp_path, write_cifar, variant):
+    write_cifar(tmp_path, variant)
+    folder = next(path for path in tmp_path.iterdir() if path.is_dir())
+    sums = {}
+    for path in folder.iterdir():
+        content = {key.encode(): value for key, value in pickle.loads(path.read_bytes()).items()}
+        path.write_bytes(pickle.dumps(content))
+        sums[path.name] = hashlib.md5(path.read_bytes()).hexdigest()
+    with pytest.raises(DataError, match=r"data\.root=.*not of CIFAR's format \(no key '\w+'.*decode the keys") as error:
+        cifar.load("train", root=tmp_path, variant=variant, checksums=sums)
+    assert error.value.exit_code == 3

@@ -115,7 +115,7 @@ def _check_pickle(path: Path) -> None:
 
 def _dataset(kind: type[CIFAR10], root: Path, *, train: bool) -> CIFAR10:
     with contextlib.suppress(RuntimeError, OSError, EOFError):  # missing, changed or unreadable
-        return kind(root, train=train)
+        return _opened(kind, root, train=train)
     try:
         root.mkdir(parents=True, exist_ok=True)
         with FileLock(root / f".{kind.base_folder}.lock"):  # other runs and ranks wait instead of writing too
@@ -123,11 +123,11 @@ def _dataset(kind: type[CIFAR10], root: Path, *, train: bool) -> CIFAR10:
             if complete := check_integrity(archive, kind.tgz_md5):
                 with tarfile.open(archive) as packed:  # torchvision would let an archive write outside of the folder
                     packed.extractall(root, filter="data")
-                return kind(root, train=train)
+                return _opened(kind, root, train=train)
             _need_network(kind, root)
             socket.setdefaulttimeout(30.0)  # for a server that stops in the middle
             try:
-                return kind(root, train=train, download=True)
+                return _opened(kind, root, train=train, download=True)
             finally:
                 socket.setdefaulttimeout(None)
     except (OSError, tarfile.TarError, EOFError, zlib.error) as error:
@@ -135,6 +135,18 @@ def _dataset(kind: type[CIFAR10], root: Path, *, train: bool) -> CIFAR10:
     except RuntimeError as error:
         why = f"{kind.filename} there does not hold the expected files" if complete else f"download failed ({error})"
         raise DataError("data.root", root, why, _fix(kind)) from error
+
+
+def _opened(kind: type[CIFAR10], root: Path, **options: bool) -> CIFAR10:
+    """Return torchvision's data set; what its files lack is a DataError."""
+    try:
+        return kind(str(root), **options)
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError, pickle.UnpicklingError) as error:
+        lacking = f"no key {error}" if isinstance(error, KeyError) else f"{type(error).__name__}: {error}"
+        path = root / kind.base_folder
+        why = f"files there are not of CIFAR's format ({lacking}; their keys are the texts data and labels or fine_labels)"
+        fix = "read them with encoding='bytes', decode the keys and write them again, or use the published files"
+        raise DataError("data.root", path, why, fix) from error
 
 
 def _need_network(kind: type[CIFAR10], root: Path) -> None:

@@ -29,7 +29,7 @@ def distribution(key: str, node: Mapping[str, Any]) -> str:
     """Return the name of a parameter's distribution, inferred as W&B does where it is not stated.
 
     Raises:
-        ConfigError: an unknown one, or one whose bounds are missing or not numbers in order.
+        ConfigError: an unknown one, one whose bounds are missing or not numbers in order, or shares that are no probabilities.
     """
     if "distribution" in node:
         name = str(node["distribution"])
@@ -53,9 +53,29 @@ def distribution(key: str, node: Mapping[str, Any]) -> str:
             raise ConfigError(f"parameters.{key}.{needed}", node[needed], "not a number", "write 1.0e-3, not 1e-3")
     if "min" in DISTRIBUTIONS[name] and not node["min"] < node["max"]:
         raise ConfigError(f"parameters.{key}", None, f"min {node['min']} is not below max {node['max']}", "swap them")
+    if name == "categorical":
+        _check_choices(key, node)
     if name.endswith("log_uniform_values") and node["min"] <= 0:
         raise ConfigError(f"parameters.{key}.min", node["min"], "not greater than 0", "a logarithm needs that")
     return name
+
+
+def _check_choices(key: str, node: Mapping[str, Any]) -> None:
+    values, shares = node["values"], node.get("probabilities")
+    if not isinstance(values, list | tuple) or not values:
+        raise ConfigError(
+            f"parameters.{key}.values", values, "values must be a list of at least one value", "write values: [0, 1]"
+        )
+    if shares is None:
+        return
+    where, equal = f"parameters.{key}.probabilities", [round(1 / len(values), 4)] * len(values)
+    fix = f"give one share for each of the {len(values)} values, such as {equal}"
+    if not isinstance(shares, list | tuple) or len(shares) != len(values):
+        raise ConfigError(where, shares, f"expected {len(values)} numbers, one for each value", fix)
+    if not all(_number(share) and share >= 0 for share in shares):
+        raise ConfigError(where, shares, "expected numbers of at least 0", fix)
+    if abs(sum(shares) - 1) > 5e-5 * len(shares):  # each may be rounded to four decimals
+        raise ConfigError(where, shares, f"they sum to {sum(shares):.6g}, expected 1", fix)
 
 
 def listed(key: str, node: Mapping[str, Any]) -> list[Any]:
