@@ -150,8 +150,13 @@ def test_cache_runs_no_block_before_the_lesion() -> None:
         if name.endswith(".mlp.fc1"):
             module.register_forward_hook(lambda *_, name=name: calls.append(name))
     lesion(Probe(model, batches(4, 4)), removals=())
-    # the whole pass, then two lesions in each of three blocks, each followed by what comes after it
-    assert [calls.count(f"blocks.{i}.mlp.fc1") for i in range(3)] == [1 + 2, 1 + 4, 1 + 6]
+    # a single batch: the whole pass and six lesions, each a full pass
+    assert [calls.count(f"blocks.{i}.mlp.fc1") for i in range(3)] == [7, 7, 7]
+    calls.clear()
+    lesion(Probe(model, batches(8, 4)), removals=())
+    # each batch: the whole pass, then two lesions in each of three blocks, each followed by what comes after it;
+    # and on the first batch the six full passes with which they are compared
+    assert [calls.count(f"blocks.{i}.mlp.fc1") for i in range(3)] == [2 * (1 + 2) + 6, 2 * (1 + 4) + 6, 2 * (1 + 6) + 6]
 
 
 def test_recalibration_equals_torch_update_bn() -> None:

@@ -12,6 +12,12 @@ from torch import Tensor, nn
 Kind = Literal["stem", "conv", "msa", "mlp", "pool", "head"]
 Layout = Literal["NCHW", "NHWC", "NLC", "NCL"]
 
+#: parameters that stand in front of the patches in models that do not state how many do
+_TOKENS = (
+    "class_token", "cls_token", "dist_token", "distillation_token", "reg_token", "reg_tokens", "register_token",
+    "register_tokens",
+)  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Read:
@@ -54,14 +60,13 @@ class Part:
 
 @dataclass(frozen=True)
 class Piece:
-    """A `Part` at its place in a model: name, block, stage (from 1), and how its tokens make a grid."""
+    """A `Part` at its place in a model: name, block, stage (from 1), and the number of its prefix tokens."""
 
     name: str
     part: Part
     block: nn.Module
     stage: int
     n_prefix: int
-    grid: tuple[int, int] | None
 
 
 @singledispatch
@@ -108,7 +113,7 @@ def anatomy(model: nn.Module) -> list[Piece]:
                 stages.append(_container(name))
             stage = len(stages) + (part.branch_out is None)  # a pooling layer opens the stage after it
             full = ".".join(filter(None, (name, part.suffix)))
-            pieces.append(Piece(full, part, module, stage, *_tokens(ancestors)))
+            pieces.append(Piece(full, part, module, stage, _prefix_tokens(ancestors)))
     residual = [i for i, piece in enumerate(pieces) if piece.part.branch_out is not None]
     # pooling before the first unit belongs to the stem, after the last to the head
     pieces = pieces[residual[0] : residual[-1] + 1] if residual else _plain(model)
@@ -150,16 +155,17 @@ def _container(name: str) -> str:
     return parent[: -len("blocks")].rstrip(".") if parent.split(".")[-1] == "blocks" else parent
 
 
-def _tokens(ancestors: tuple[nn.Module, ...]) -> tuple[int, tuple[int, int] | None]:
-    """Number of prefix tokens and the token grid, from the innermost ancestor that states them."""
+def _prefix_tokens(ancestors: tuple[nn.Module, ...]) -> int:
+    """Number of prefix tokens, as the innermost ancestor states it or shows by its class, distillation and register tokens."""
     for module in reversed(ancestors):
-        grid = getattr(getattr(module, "patch_embed", None), "grid_size", None)
-        prefix = getattr(module, "num_prefix_tokens", getattr(module, "num_tokens", None))
-        if prefix is None and isinstance(getattr(module, "class_token", None), Tensor):
-            prefix = 1  # torchvision
-        if grid is not None or prefix is not None:
-            return prefix or 0, None if grid is None else (int(grid[0]), int(grid[1]))
-    return 0, None
+        for name in ("num_prefix_tokens", "num_tokens"):
+            stated = getattr(module, name, None)
+            if isinstance(stated, int):
+                return stated
+        tokens = [token for name in _TOKENS if isinstance(token := getattr(module, name, None), Tensor)]
+        if tokens:
+            return sum(token.shape[-2] if token.ndim > 1 else 1 for token in tokens)  # (1, n, C), (n, C) or (C,)
+    return 0
 
 
 def _plain(model: nn.Module) -> list[Piece]:
@@ -178,7 +184,7 @@ def _plain(model: nn.Module) -> list[Piece]:
             part = Part("pool", Read(module), subsamples=True)
         else:
             continue
-        pieces.append(Piece(name, part, module, stage, 0, None))
+        pieces.append(Piece(name, part, module, stage, 0))
     return [] if len(pieces) == 1 and _is_patch_embedding(pieces[0].block) else pieces
 
 

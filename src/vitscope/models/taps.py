@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import cache
-from math import log
 from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from vitscope.eager import uncompiled
 from vitscope.models import blocks as blocks  # describes timm's and torchvision's blocks
 from vitscope.models.anatomy import Kind, Layout, Piece, Read, anatomy
+from vitscope.models.feature_maps import observed_pass, to_map
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Tap:
         at: Which of the two.
         layout: Axes of that tensor: ``NCHW``, ``NHWC``, ``NLC`` (tokens) or ``NCL``.
         n_prefix: Class, distillation and register tokens in front of the grid, dropped from the map.
-        grid: Rows and columns of the tokens, where the model states them; else they follow from the image.
+        grid: Rows and columns of the tokens, to be declared where no convolution or pooling of the forward pass shows them.
         subsamples: Whether the unit made the map smaller (strided blocks, pooling, patch merging).
     """
 
@@ -54,7 +54,7 @@ def taps(model: nn.Module) -> list[Tap]:
     Raises:
         ValueError: If the model has neither a known block nor a convolution; says how to pass taps.
     """
-    pieces = anatomy(model)
+    pieces = anatomy(uncompiled(model))
     places: list[tuple[str, Kind, int, Read, Piece]] = []
     first = next((p for p in pieces if p.part.branch_in is not None), None)
     if first is not None and first.part.branch_in is not None:
@@ -64,7 +64,7 @@ def taps(model: nn.Module) -> list[Tap]:
     last = max(len(places) - 1, 1)
     return [
         Tap(
-            name, kind, stage, i / last, read.module, read.at, read.layout, piece.n_prefix, piece.grid,
+            name, kind, stage, i / last, read.module, read.at, read.layout, piece.n_prefix,
             subsamples=kind != "stem" and piece.part.subsamples,
         )
         for i, (name, kind, stage, read, piece) in enumerate(places)
@@ -75,84 +75,51 @@ def taps(model: nn.Module) -> list[Tap]:
 def reading(model: nn.Module, taps: Sequence[Tap], fn: Callable[[int, Tap, Tensor], None]) -> Iterator[None]:
     """Call ``fn(index, tap, feature_map)`` for each tap as its map (B, C, h, w) appears in a forward pass.
 
-    Run ``model(images)`` inside. Nothing is kept here; the map may be changed in place by the model once
-    ``fn`` has returned, so ``fn`` reduces or copies it. A map that is no map raises ValueError.
+    Run ``model(images)`` inside; it runs uncompiled. Nothing is kept here; the map may be changed in place by the model once
+    ``fn`` has returned, so ``fn`` reduces or copies it.
+
+    Raises:
+        ValueError: in the forward pass: a map that is no map, tokens whose grid is not certain, a tap that runs more than
+            once, or a stem that runs after another tap.
 
     Example:
         ``with reading(model, taps(model), lambda i, tap, x: total[i].add_(x.mean())): model(images)``
     """
     with ExitStack() as stack:
-        size = image_size(model, stack)
+        shown = stack.enter_context(observed_pass(model))
+
+        def read(index: int, tap: Tap, value: Tensor) -> None:
+            if tap.kind == "stem" and shown.order:
+                raise ValueError(
+                    f"Expected the stem {tap.name!r} to run first, received {shown.order[0]!r} before it: pass taps=[...] in "
+                    "the order of execution."
+                )
+            shown.ran(tap.name)
+            fn(index, tap, to_map(value, tap.name, tap.layout, tap.n_prefix, tap.grid, shown))
+
         for i, tap in enumerate(taps):
-            attach(
-                stack, Read(tap.module, tap.at, tap.layout),
-                lambda value, i=i, tap=tap: fn(
-                    i, tap, one_an_image(to_map(value, tap.name, tap.layout, tap.n_prefix, tap.grid, size[:2]), tap.name, size)
-                ),
-            )  # fmt: skip
+            attach(stack, Read(tap.module, tap.at, tap.layout), lambda value, i=i, tap=tap: read(i, tap, value))
         yield
-
-
-def image_size(model: nn.Module, stack: ExitStack) -> list[int]:
-    """A list that holds height, width and number of the last images the model was called with, while the stack is open."""
-    size: list[int] = []
-
-    def note(_: nn.Module, args: tuple[Any, ...]) -> None:
-        size[:] = (*args[0].shape[-2:], len(args[0])) if args and isinstance(args[0], Tensor) else []
-
-    stack.callback(model.register_forward_pre_hook(note).remove)
-    return size
 
 
 def attach(stack: ExitStack, read: Read, fn: Callable[[Tensor], None]) -> None:
     """Call ``fn`` with the tensor that ``read`` names, at every forward pass while the stack is open."""
 
     def first(value: Any) -> Tensor:
-        while isinstance(value, tuple | list):
+        while isinstance(value, tuple | list) and value:
             value = value[0]
+        if not isinstance(value, Tensor):
+            raise ValueError(
+                f"Expected a {type(read.module).__name__} whose {read.at} is a tensor, received {type(value).__name__}: pass "
+                "taps=[...] (or units=[...]) at a module that gives one."
+            )
         return value
 
+    def on_input(_: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> None:
+        fn(first(args or tuple(options.values())))
+
     if read.at == "input":
-        handle = read.module.register_forward_pre_hook(lambda module, args: fn(first(args)))
+        handle = read.module.register_forward_pre_hook(on_input, with_kwargs=True)
     else:
         handle = read.module.register_forward_hook(lambda module, args, output: fn(first(output)))
     stack.callback(handle.remove)
-
-
-def to_map(
-    value: Tensor, name: str, layout: Layout, n_prefix: int, grid: tuple[int, int] | None, image: Sequence[int]
-) -> Tensor:
-    """Bring a tensor of the given layout into (B, C, h, w), without prefix tokens."""
-    wanted = 4 if layout in ("NCHW", "NHWC") else 3
-    if value.ndim != wanted:
-        raise ValueError(f"tap {name!r} reads a tensor of shape {tuple(value.shape)}, not a {layout} map.")
-    if layout == "NCHW":
-        return value
-    if layout == "NHWC":
-        return value.permute(0, 3, 1, 2)
-    if layout == "NLC":
-        value = value.transpose(1, 2)
-    value = value[:, :, n_prefix:]  # (B, C, h * w)
-    h, w = token_grid(value.shape[-1], grid, tuple(image))
-    return value.reshape(*value.shape[:2], h, w)
-
-
-def one_an_image(value: Tensor, name: str, images: Sequence[int]) -> Tensor:
-    """Return the maps (B, C, h, w) if they are as many as the images, as `image_size` gives them; else ValueError.
-
-    Blocks that cut images in windows or patches and stack these as a batch would otherwise count as more images.
-    """
-    if len(images) == 3 and len(value) != images[2]:
-        raise ValueError(f"tap {name!r} reads {len(value)} maps of {images[2]} images; pass taps=[...] without it.")
-    return value
-
-
-@cache
-def token_grid(n: int, grid: tuple[int, int] | None, image: tuple[int, ...]) -> tuple[int, int]:
-    """Rows and columns of n tokens: the stated grid if it has n, else the split closest to the image's shape."""
-    if grid is not None and grid[0] * grid[1] == n:
-        return grid
-    height, width = image if len(image) == 2 else (1, 1)
-    rows = [h for h in range(1, n + 1) if n % h == 0]
-    best = min(rows, key=lambda h: abs(log(h * h / n) - log(height / width)))
-    return best, n // best

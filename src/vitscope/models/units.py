@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from vitscope.eager import uncompiled
 from vitscope.models import blocks as blocks  # describes timm's and torchvision's blocks
 from vitscope.models.anatomy import Kind, Read, anatomy
-from vitscope.models.taps import attach, image_size, one_an_image, to_map
+from vitscope.models.feature_maps import observed_pass, to_map
+from vitscope.models.taps import attach
 
 Side = Literal["input", "output"]
 
@@ -30,7 +32,7 @@ class Unit:
             ResNet, ConvNeXt, post-norm transformers), the stream.
         branch_out: The branch's output as it is added.
         n_prefix: Prefix tokens in front of the grid.
-        grid: Token grid, where the model states it.
+        grid: Rows and columns of the tokens, to be declared where no convolution or pooling of the forward pass shows them.
         subsamples: Whether the block makes the map smaller: branch input and output differ in size.
         attention: The attention module of an ``msa`` unit, if its heads can be told apart.
         conv3x3: The 3x3 convolution that `conv3x3_identity` replaces, or None.
@@ -51,8 +53,9 @@ class Unit:
 
     @property
     def n_heads(self) -> int:
-        """Number of attention heads, 0 if the unit has none."""
-        return int(getattr(self.attention, "num_heads", 0))
+        """Number of attention heads, 0 if the unit has none or no output projection that tells them apart."""
+        told_apart = isinstance(getattr(self.attention, "proj", None), nn.Module)
+        return int(getattr(self.attention, "num_heads", 0)) if told_apart else 0
 
     @property
     def window(self) -> tuple[int, int] | None:
@@ -69,7 +72,7 @@ def units(model: nn.Module) -> list[Unit]:
     Raises:
         ValueError: If the model has none that vitscope knows.
     """
-    pieces = [p for p in anatomy(model) if p.part.branch_out is not None]
+    pieces = [p for p in anatomy(uncompiled(model)) if p.part.branch_out is not None]
     if not pieces:
         raise ValueError(
             f"{type(model).__name__} has no residual unit that vitscope knows; pass units=[vitscope.models.units.Unit(...), ...]."
@@ -82,7 +85,7 @@ def units(model: nn.Module) -> list[Unit]:
         assert part.branch_out is not None
         found.append(Unit(
             piece.name, part.kind, piece.stage, i / last, piece.block, part.branch_in, part.branch_out, piece.n_prefix,
-            piece.grid, part.subsamples, part.attention, part.conv3x3,
+            None, part.subsamples, part.attention, part.conv3x3,
         ))  # fmt: skip
     return found
 
@@ -97,32 +100,34 @@ def reading_branches(
     may be overwritten once ``fn`` has returned.
     """
     with ExitStack() as stack:
-        size = image_size(model, stack)
+        sides = [(unit, side) for unit in units for side in ("input", "output")]
+        shown = stack.enter_context(observed_pass(model, [f"{unit.name} ({side})" for unit, side in sides]))
+
+        def read(index: int, unit: Unit, side: Side, place: Read, value: Tensor) -> None:
+            shown.ran(f"{unit.name} ({side})")
+            fn(index, unit, side, to_map(value, unit.name, place.layout, unit.n_prefix, unit.grid, shown))
+
         for i, unit in enumerate(units):
-            sides: tuple[tuple[Side, Read], ...] = (("input", unit.branch_in), ("output", unit.branch_out))
-            for side, read in sides:
+            places: tuple[tuple[Side, Read], ...] = (("input", unit.branch_in), ("output", unit.branch_out))
+            for side, place in places:
                 attach(
-                    stack, read,
-                    lambda value, i=i, unit=unit, side=side, read=read: fn(
-                        i, unit, side,
-                        one_an_image(
-                            to_map(value, unit.name, read.layout, unit.n_prefix, unit.grid, size[:2]), unit.name, size
-                        ),
-                    ),
+                    stack, place,
+                    lambda value, i=i, unit=unit, side=side, place=place: read(i, unit, side, place, value),
                 )  # fmt: skip
         yield
 
 
 @contextmanager
 def zeroed(*units: Unit) -> Iterator[None]:
-    """Remove units: their branches add zero; shortcuts and downsampling stay (PAPER.md section 7)."""
+    """Remove units: their branches add zero; shortcuts and downsampling stay.
+
+    Raises:
+        ValueError: the branch of a unit did not run inside, so that nothing was removed.
+    """
     with ExitStack() as stack:
-        for unit in units:
-            hook = unit.branch_out.module.register_forward_hook(
-                lambda module, args, output: output.new_zeros(output.shape)
-            )
-            stack.callback(hook.remove)
+        ran = {unit.name: _changed_output(stack, unit.branch_out.module, _zeros) for unit in units}
         yield
+        _check_ran(ran)
 
 
 @contextmanager
@@ -130,13 +135,14 @@ def head_zeroed(unit: Unit, head: int) -> Iterator[None]:
     """Remove one attention head: its part of the output projection's input is zero.
 
     Raises:
-        ValueError: If the unit has no such head.
+        ValueError: If the unit has no such head, or its projection did not run inside.
     """
     if not 0 <= head < unit.n_heads or unit.attention is None:
         raise ValueError(f"unit {unit.name!r} has {unit.n_heads} heads, there is no head {head}.")
-    projection = unit.attention.proj
+    projection, ran = unit.attention.proj, []
 
     def drop(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        ran.append(True)
         x = args[0].clone()
         width = x.shape[-1] // unit.n_heads
         x[..., head * width : (head + 1) * width] = 0  # (..., heads * dim_head)
@@ -148,6 +154,7 @@ def head_zeroed(unit: Unit, head: int) -> Iterator[None]:
         yield
     finally:
         handle.remove()
+    _check_ran({unit.name: ran})
 
 
 @contextmanager
@@ -157,16 +164,45 @@ def conv3x3_identity(unit: Unit) -> Iterator[None]:
     The paper's lesion for ResNet: the 3x3 of a bottleneck, the second (channel-preserving) 3x3 of a basic block.
 
     Raises:
-        ValueError: If the unit has no 3x3 convolution that keeps the number of channels.
+        ValueError: If the unit has no 3x3 convolution that keeps the number of channels, or it did not run inside.
     """
     if unit.conv3x3 is None:
         raise ValueError(f"unit {unit.name!r} has no 3x3 convolution with as many outputs as inputs.")
     vertical, horizontal = unit.conv3x3.stride
-    handle = unit.conv3x3.register_forward_hook(lambda module, args, output: args[0][:, :, ::vertical, ::horizontal])
-    try:
+    with ExitStack() as stack:
+        ran = _changed_output(stack, unit.conv3x3, lambda args, output: args[0][:, :, ::vertical, ::horizontal])
         yield
-    finally:
-        handle.remove()
+        _check_ran({unit.name: ran})
+
+
+def _changed_output(stack: ExitStack, module: nn.Module, change: Callable[[Any, Any], Any]) -> list[bool]:
+    """Let the module return ``change(args, output)`` while the stack is open; the list grows with each call."""
+    ran: list[bool] = []
+
+    def hook(_: nn.Module, args: Any, output: Any) -> Any:
+        ran.append(True)
+        return change(args, output)
+
+    stack.callback(module.register_forward_hook(hook).remove)
+    return ran
+
+
+def _zeros(_: Any, output: Any) -> Any:
+    """Return the output with zeros for its first tensor, which is what a branch adds (attention may return weights too)."""
+    if isinstance(output, tuple | list) and output:
+        return type(output)([_zeros(None, output[0]), *output[1:]])
+    if not isinstance(output, Tensor):
+        raise ValueError(f"Expected a branch that returns a tensor, received {type(output).__name__}.")
+    return output.new_zeros(output.shape)
+
+
+def _check_ran(calls: Mapping[str, Sequence[bool]]) -> None:
+    for name, ran in calls.items():
+        if not ran:
+            raise ValueError(
+                f"Expected the branch of unit {name!r} to run in the forward pass, received a model that does not call its "
+                "modules: pass units=[...] without it."
+            )
 
 
 @contextmanager

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
-from contextlib import ExitStack
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
@@ -11,6 +13,7 @@ from torch import Tensor, nn
 
 from vitscope import interrupt
 from vitscope.diagnostics.lesion._lesions import Lesion
+from vitscope.distributed import world_size
 from vitscope.evaluate import evaluate
 from vitscope.models.units import Unit, resumed
 from vitscope.points import recalibrate
@@ -26,6 +29,9 @@ def batch_by_batch(
 ) -> Iterator[Rows]:
     """Yield ``(losses, correct)`` of each batch of this rank, ``(1 + n_lesions, B)``: the whole model, then each lesion.
 
+    The first batch is measured by full passes. Where more batches follow, each of its lesioned passes is also started at the
+    block that the lesion changes; only if all logits are equal, bit for bit, are the other batches measured that way.
+
     Args:
         probe: model and images.
         model: the guarded model.
@@ -33,15 +39,29 @@ def batch_by_batch(
         chosen: the lesions.
         partial: finished batches.
     """
+    verified = False
     for index, batch in track(probe.local_batches(), "lesion"):
         key = f"batch {index}"
         row = partial.get(key) if partial is not None else None
         if row is None:
-            losses, correct = _one_batch(probe, model, units, chosen, batch)
-            row = {"losses": losses, "correct": correct}
+            passes = _Passes(probe, model, chosen, batch)
+            if units and not verified and index + world_size() < probe.n_batches:
+                rows, difference = passes.compared(units)
+                verified = not difference
+                if difference:
+                    units = ()
+                    _say_full_passes(difference)
+            else:
+                rows = passes.resumed(units) if units and verified else passes.full()
+            row = {"losses": rows[0], "correct": rows[1]}
             if partial is not None:
                 partial[key] = row
         yield np.asarray(row["losses"]), np.asarray(row["correct"])
+
+
+def _say_full_passes(difference: str) -> None:
+    text = f"lesion: {difference}; every lesion is measured by full passes instead, with correct numbers in more time"
+    warnings.warn(text, stacklevel=4)
 
 
 def lesion_by_lesion(probe: Probe, model: nn.Module, chosen: Sequence[Lesion]) -> Iterator[Rows]:
@@ -53,32 +73,119 @@ def lesion_by_lesion(probe: Probe, model: nn.Module, chosen: Sequence[Lesion]) -
                 stack.enter_context(lesion.removed())
             recalibrate(model, probe.iter_batches())
             rows.append(_measured(probe, model, (batch for _, batch in probe.local_batches())))
-    losses, correct = zip(*rows)
-    yield np.stack(losses), np.stack(correct)
+    yield _stacked(rows)
 
 
-def _one_batch(probe: Probe, model: nn.Module, units: Sequence[Unit], chosen: Sequence[Lesion], batch: Batch) -> Rows:
-    inputs: dict[nn.Module, Tensor] = {}
-    with ExitStack() as stack:
-        for block in {unit.block for unit in units}:
-            stack.callback(block.register_forward_pre_hook(lambda m, args: _keep(inputs, m, args[0])).remove)
-        rows = [_measured(probe, model, [batch])]
-    for lesion in chosen:
+class _Passes:
+    """Forward passes of one batch: by the whole model, and with each lesion."""
+
+    def __init__(self, probe: Probe, model: nn.Module, chosen: Sequence[Lesion], batch: Batch) -> None:
+        self.probe, self.model, self.chosen, self.batch = probe, model, chosen, batch
+
+    def full(self) -> Rows:
+        """Return losses and correctness ``(1 + n_lesions, B)``, every pass from the images to the logits."""
+        rows = [self._pass()[0]]
+        for lesion in self.chosen:
+            rows.append(self._lesioned(lesion)[0])
+        return _stacked(rows)
+
+    def resumed(self, units: Sequence[Unit]) -> Rows:
+        """Return the same from passes that start at the block which the lesion changes."""
+        inputs = _BlockInputs(units)
+        with inputs.recorded():
+            rows = [self._pass()[0]]
+        for lesion in self.chosen:
+            rows.append(self._lesioned(lesion, units, inputs)[0])
+        return _stacked(rows)
+
+    def compared(self, units: Sequence[Unit]) -> tuple[Rows, str]:
+        """Return what `full` does, and how a pass that starts at a block differs from it; empty if none does."""
+        inputs, difference = _BlockInputs(units), ""
+        with inputs.recorded():
+            rows = [self._pass()[0]]
+        difference = inputs.obstacle()
+        for lesion in self.chosen:
+            row, logits = self._lesioned(lesion)
+            rows.append(row)
+            if not difference:
+                difference = self._difference(lesion, logits, units, inputs)
+        return _stacked(rows), difference
+
+    def _difference(self, lesion: Lesion, expected: Tensor, units: Sequence[Unit], inputs: _BlockInputs) -> str:
+        where = f"a pass that starts at the block of {lesion.first.name!r}"
+        try:
+            logits = self._lesioned(lesion, units, inputs)[1]
+        except interrupt.Interrupted:
+            raise
+        except Exception as error:  # the model's own code met an input of a kind that it never has
+            return f"{where} fails ({type(error).__name__})"
+        if logits.shape == expected.shape and bool(((logits == expected) | (logits.isnan() & expected.isnan())).all()):
+            return ""
+        if logits.shape != expected.shape:
+            return f"{where} gives another number of logits"
+        return f"{where} changes the logits of a full pass by up to {float((logits - expected).abs().max()):.2g}"
+
+    def _lesioned(
+        self, lesion: Lesion, units: Sequence[Unit] = (), inputs: _BlockInputs | None = None
+    ) -> tuple[Rows, Tensor]:
         interrupt.check()
         with lesion.removed(), ExitStack() as stack:
-            if lesion.first.block in inputs:
-                stack.enter_context(resumed(units, lesion.first, inputs[lesion.first.block]))
-            rows.append(_measured(probe, model, [batch]))
+            block = lesion.first.block
+            if inputs is not None and block in inputs.values:
+                stack.enter_context(resumed(units, lesion.first, inputs.values[block]))
+            return self._pass()
+
+    def _pass(self) -> tuple[Rows, Tensor]:
+        logits: list[Tensor] = []
+
+        def forward(x: Tensor) -> Tensor:
+            logits.append(self.model(x))
+            return logits[-1]
+
+        return _measured(self.probe, forward, [self.batch]), logits[0]
+
+
+class _BlockInputs:
+    """The first argument of every block in a whole pass, and what forbids to start a pass there."""
+
+    def __init__(self, units: Sequence[Unit]) -> None:
+        self.names = {unit.block: unit.name for unit in units}
+        self.values: dict[nn.Module, Tensor] = {}
+        self.calls: Counter[nn.Module] = Counter()
+        self._others: set[nn.Module] = set()  # called with something else than a tensor in front
+
+    @contextmanager
+    def recorded(self) -> Iterator[None]:
+        """Keep the inputs of the pass inside."""
+        with ExitStack() as stack:
+            for block in self.names:
+                stack.callback(block.register_forward_pre_hook(self._note).remove)
+            yield
+
+    def _note(self, block: nn.Module, args: tuple[Any, ...]) -> None:
+        self.calls[block] += 1
+        if args and isinstance(args[0], Tensor):
+            self.values[block] = args[0].clone()  # the model may go on to change its stream in place
+        else:
+            self._others.add(block)
+
+    def obstacle(self) -> str:
+        """Return why no pass can start at a block; empty if nothing forbids it."""
+        for block, name in self.names.items():
+            if self.calls[block] > 1:
+                return f"the block of {name!r} runs {self.calls[block]} times in one pass"
+            if block in self._others:
+                return f"the block of {name!r} does not have one tensor as its first argument"
+        return ""
+
+
+def _stacked(rows: Sequence[Rows]) -> Rows:
     losses, correct = zip(*rows)
     return np.stack(losses), np.stack(correct)
 
 
-def _keep(inputs: dict[nn.Module, Tensor], block: nn.Module, x: Tensor) -> None:
-    inputs[block] = x.clone()  # the model may go on to change its stream in place
-
-
-def _measured(probe: Probe, model: nn.Module, batches: Iterable[Batch]) -> Rows:
-    found = [evaluate(model, [batch], probe.objective, per_image=True, reduce=False) for batch in batches]
+def _measured(probe: Probe, forward: Callable[[Tensor], Tensor], batches: Iterable[Batch]) -> Rows:
+    found = [evaluate(forward, [batch], probe.objective, per_image=True, reduce=False) for batch in batches]
     # a rank without a batch has no image
     losses, correct = [np.empty(0)] + [f.losses for f in found], [np.empty(0)] + [f.correct for f in found]
     return np.concatenate(losses), np.concatenate(correct)

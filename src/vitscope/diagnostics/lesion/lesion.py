@@ -125,13 +125,14 @@ def lesion(
         removals: which of the four; ``branch_zero`` is always among them.
         bn: ``eval`` keeps BatchNorm's running statistics; ``recalibrate`` recomputes them for each lesion, and for the
             whole model, as the average over the probe's batches.
-        cache: start each lesioned pass at the block it changes, from the activations of a whole pass. The numbers are the
-            same; off with ``recalibrate``, where the statistics before the block change as well.
+        cache: start each lesioned pass at the block it changes, from the activations of a whole pass, where the first batch
+            shows that this gives the logits of full passes bit for bit; else a warning says that full passes are made. Off
+            with ``recalibrate``, where the statistics before the block change as well, and for a single batch.
         units: the residual units, for a model that `vitscope.models.units.units` does not know.
         partial: finished batches, see `vitscope.points`.
 
     Raises:
-        ValueError: an unknown removal or BatchNorm policy, or a model without residual units.
+        ValueError: an unknown removal or BatchNorm policy, a model without residual units, or a unit that does not run.
     """
     if bn not in BN_POLICIES:
         raise ValueError(f"Expected bn to be one of {', '.join(BN_POLICIES)}, received {bn!r}.")

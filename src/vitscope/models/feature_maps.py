@@ -1,0 +1,162 @@
+"""Bring what a module returned into a feature map (B, C, h, w): the tokens' grid is observed in the forward pass.
+
+Convolutions and pooling layers show which maps a pass has. Tokens are a map only where one of these maps has as many
+positions as there are tokens: neither the grid that a model was built for nor a factorization of their number is proof.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from vitscope.eager import eager_execution, uncompiled
+from vitscope.models.anatomy import Layout
+
+#: modules whose outputs are maps (B, C, h, w)
+_SPATIAL = (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
+
+
+class ForwardPass:
+    """What the forward pass in progress has shown so far.
+
+    Attributes:
+        number: of the passes that began, 0 before the first.
+        n_images: images of this pass; None where the model was not called with one tensor of images in front.
+        sizes: (h, w) of the maps that were seen in this pass.
+        order: the names that `ran` was told in this pass, in that order.
+    """
+
+    def __init__(self) -> None:
+        self.number = 0
+        self.n_images: int | None = None
+        self.sizes: set[tuple[int, int]] = set()
+        self.order: list[str] = []
+
+    def begin(self, args: tuple[Any, ...]) -> None:
+        """Forget the pass before; ``args`` are those of the model."""
+        self.number += 1
+        images = args[0] if args else None
+        self.n_images = len(images) if isinstance(images, Tensor) and images.ndim > 0 else None
+        self.sizes.clear()
+        self.order.clear()
+
+    def see(self, value: Any) -> None:
+        """Take note of a map (B, C, h, w)."""
+        if isinstance(value, Tensor) and value.ndim == 4:
+            self.sizes.add((int(value.shape[2]), int(value.shape[3])))
+
+    def ran(self, name: str) -> None:
+        """Take note that a module was read.
+
+        Raises:
+            ValueError: it was read before in the same pass, so that its maps would count as more images.
+        """
+        if self.number and name in self.order:
+            raise ValueError(
+                f"Expected {name!r} to run once in a forward pass, received a second call: it has no one feature map; pass "
+                "taps=[...] (or units=[...]) without it."
+            )
+        self.order.append(name)
+
+    def check_complete(self, names: Collection[str]) -> None:
+        """Raise ValueError where a pass came to its end and one of ``names`` was not read in it."""
+        missing = [name for name in names if name not in self.order] if self.number else []
+        if missing:
+            raise ValueError(
+                f"Expected {missing[0]!r} to run in the forward pass, received a model that does not call it: pass taps=[...] "
+                "(or units=[...]) without it."
+            )
+
+
+@contextmanager
+def observed_pass(model: nn.Module, names: Collection[str] = ()) -> Iterator[ForwardPass]:
+    """Observe the forward passes inside, uncompiled; each must read all of ``names``.
+
+    Raises:
+        ValueError: a name that was not read in a pass that came to its end.
+    """
+    model = uncompiled(model)
+    shown = ForwardPass()
+    handles = [model.register_forward_pre_hook(lambda _, args: shown.begin(args))]
+    handles.append(model.register_forward_hook(lambda *_: shown.check_complete(names)))
+    handles += [
+        module.register_forward_hook(lambda _, args, output: shown.see(output))
+        for module in model.modules()
+        if isinstance(module, _SPATIAL)
+    ]
+    try:
+        with eager_execution(model):
+            yield shown
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def to_map(
+    value: Tensor, name: str, layout: Layout, n_prefix: int, grid: tuple[int, int] | None, shown: ForwardPass
+) -> Tensor:
+    """Bring a tensor of the given layout into (B, C, h, w), without prefix tokens.
+
+    Args:
+        value: the tensor.
+        name: of the tap or unit, for errors.
+        layout: of its axes.
+        n_prefix: tokens in front that are no part of the map.
+        grid: rows and columns of the tokens as a user declares them; None to find them among the maps of the pass.
+        shown: the pass in which it was read.
+
+    Raises:
+        ValueError: a tensor of another number of axes, tokens whose grid is not certain, or not one map an image.
+    """
+    wanted = 4 if layout in ("NCHW", "NHWC") else 3
+    if value.ndim != wanted:
+        raise ValueError(f"tap {name!r} reads a tensor of shape {tuple(value.shape)}, not a {layout} map.")
+    if shown.n_images is not None and len(value) != shown.n_images:
+        raise ValueError(
+            f"tap {name!r} reads {len(value)} maps of {shown.n_images} images; pass taps=[...] without it."
+        )
+    if wanted == 4:
+        value = value if layout == "NCHW" else value.permute(0, 3, 1, 2)
+        shown.see(value)
+        return value
+    if layout == "NLC":
+        value = value.transpose(1, 2)
+    h, w = token_grid(name, value.shape[-1], n_prefix, grid, shown.sizes)
+    return value[:, :, n_prefix:].reshape(*value.shape[:2], h, w)  # (B, C, h * w) before
+
+
+def token_grid(
+    name: str, n_tokens: int, n_prefix: int, grid: tuple[int, int] | None, sizes: Collection[tuple[int, int]]
+) -> tuple[int, int]:
+    """Return rows and columns of the tokens: those declared, else the one map of the pass with as many positions.
+
+    Args:
+        name: of the tap or unit, for errors.
+        n_tokens: tokens of the sequence.
+        n_prefix: those of them in front of the grid.
+        grid: rows and columns that a user declared.
+        sizes: (h, w) of the maps that the pass has shown.
+
+    Raises:
+        ValueError: no such map, several, or a declared grid of another size.
+    """
+    n = n_tokens - n_prefix
+    fitting = [grid] if grid is not None else sorted(sizes)
+    fitting = [size for size in fitting if size[0] * size[1] == n]
+    if len(fitting) == 1:
+        return fitting[0]
+    received = f"{n_tokens} tokens, {n_prefix} of them declared as prefix tokens,"
+    if grid is not None:
+        why = f"and a declared grid of {grid[0]}x{grid[1]}"
+    elif fitting:
+        why = f"which fit several maps of the forward pass ({', '.join(f'{h}x{w}' for h, w in fitting)})"
+    else:
+        shapes = ", ".join(f"{h}x{w}" for h, w in sorted(sizes)[-4:]) or "none"
+        why = f"while no convolution or pooling of the forward pass has a map of {n} positions (maps seen: {shapes})"
+    raise ValueError(
+        f"Expected at {name!r} tokens of a known grid, received {received} {why}; declare them: "
+        f"taps=[vitscope.Tap({name!r}, ..., n_prefix=..., grid=(rows, columns))]."
+    )
