@@ -15,9 +15,10 @@ from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import MeanMetric, MetricCollection
-from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
+from torchmetrics.classification import MulticlassAccuracy
 
 from vitscope import pending, schedule
+from vitscope.calibration_metric import ExpectedCalibrationError
 from vitscope.distributed import all_reduce_sum, gather_objects
 from vitscope.errors import NumericalError
 from vitscope.objective import Objective, hard_targets
@@ -229,7 +230,7 @@ def _metrics(num_classes: int) -> nn.ModuleDict:
         {
             "accuracy": MulticlassAccuracy(num_classes, average="micro"),
             "accuracy_top5": MulticlassAccuracy(num_classes, average="micro", top_k=min(5, num_classes)),
-            "ece": MulticlassCalibrationError(num_classes, n_bins=10),
+            "ece": ExpectedCalibrationError(),
         },
         compute_groups=False,
     )

@@ -26,7 +26,7 @@ class Evaluation:
     Attributes:
         nll: the objective's data term (cross entropy, nats), mean over images.
         accuracy: share of images whose most probable class is the (most probable) target; NaN where logits are not finite.
-        ece: expected calibration error, ten equal-width bins, confidence 1.0 counted in the last.
+        ece: expected calibration error, ten equal-width bins (a, b], see `confidence_bins`.
         n_images: the number of images seen on all ranks.
         losses: (n_images,) each image's loss, where asked for; else empty. In batch order of this rank.
         correct: (n_images,) booleans, likewise.
@@ -89,22 +89,36 @@ def evaluate(
     return Evaluation(
         nll=float(totals[1] / totals[0]),
         accuracy=float(totals[2] / totals[0]),
-        ece=_calibration_error(totals),
+        ece=float(calibration_error(torch.from_numpy(totals[3:].reshape(3, ECE_BINS)))),
         n_images=int(totals[0]),
         losses=np.concatenate(losses) if losses else np.empty(0),
         correct=np.concatenate(correct) if correct else np.empty(0, dtype=bool),
     )
 
 
+def confidence_bins(confidence: Tensor, n_bins: int = ECE_BINS) -> Tensor:
+    """Return the bin (0, 1/n], (1/n, 2/n], ..., (1 - 1/n, 1] of each confidence ``(B,)``, counted from 0; 0 is in the first.
+
+    The edges are the floating-point numbers k / n, so that a confidence of 0.3 is on the edge 3/10. NaN goes to the last bin and
+    shows in its sum.
+    """
+    edges = torch.arange(1, n_bins, dtype=torch.float64, device=confidence.device) / n_bins
+    return torch.bucketize(confidence.double().nan_to_num(1.0), edges)  # edges[i - 1] < x <= edges[i]
+
+
+def bin_sums(confidence: Tensor, right: Tensor, n_bins: int = ECE_BINS) -> Tensor:
+    """Return images, confidence and right answers ``(3, n_bins)`` of each bin, from those of images ``(B,)`` in float64."""
+    member = torch.nn.functional.one_hot(confidence_bins(confidence, n_bins), n_bins).double()  # (B, bins)
+    return torch.stack([member.sum(0), confidence.double() @ member, right.double() @ member])
+
+
+def calibration_error(sums: Tensor) -> Tensor:
+    """Return the expected calibration error of the sums of `bin_sums`: the gap of each bin, averaged over images."""
+    images, confidence, right = sums
+    return (confidence - right).abs().sum() / images.sum()
+
+
 def _batch_sums(loss: Tensor, confidence: Tensor, right: Tensor) -> Tensor:
     """Return [images, loss, right, then for each bin: images, confidence, right] as one float64 vector."""
-    # bins (0, .1], ..., (.9, 1]: a confidence of exactly 1.0 belongs to the last; a NaN is put there too and shows in its sum
-    bins = (confidence.nan_to_num(1.0) * ECE_BINS).ceil().long().clamp(1, ECE_BINS) - 1
-    member = torch.nn.functional.one_hot(bins, ECE_BINS).double()  # (B, bins)
     head = torch.stack([torch.full_like(loss.sum(), len(loss)), loss.sum(), right.sum()])
-    return torch.cat([head, member.sum(0), confidence @ member, right @ member])
-
-
-def _calibration_error(totals: np.ndarray) -> float:
-    _, confidence, right = totals[3:].reshape(3, ECE_BINS)
-    return float(np.abs(confidence - right).sum() / totals[0])
+    return torch.cat([head, bin_sums(confidence, right).reshape(-1)])

@@ -13,6 +13,10 @@ from torch import Tensor
 
 from vitscope import distributed
 
+#: images that must differ from the most frequent answer for a mean of answers to have an interval: with fewer, Student's does not
+#: cover (and has no width where all agree)
+LEAST_EVENTS = 10
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -20,7 +24,8 @@ class Estimate:
 
     Attributes:
         mean: the mean, float64; NaN where nothing was added.
-        half_width: half the two-sided t-interval, of the mean's shape; NaN with fewer than two images.
+        half_width: half the two-sided t-interval, of the mean's shape; NaN with fewer than two images, and for answers where
+            fewer than `LEAST_EVENTS` images differ from the rest.
         count: the number of images.
     """
 
@@ -30,10 +35,14 @@ class Estimate:
 
 
 class RunningMean:
-    """Count, sum and sum of squares over images, kept in float64 on the device the values came from."""
+    """Count, sum and sum of squares over images, kept in float64 on the device the values came from.
 
-    def __init__(self) -> None:
-        self.count = 0
+    Args:
+        answers: whether the values are right or wrong answers (0, 1) or their changes (-1, 0, 1) rather than measurements.
+    """
+
+    def __init__(self, answers: bool = False) -> None:
+        self.count, self.answers = 0, answers
         self._sums: Tensor | None = None
 
     def add(self, values: Tensor) -> None:
@@ -60,7 +69,7 @@ def estimates(means: Sequence[RunningMean], level: float = 0.95) -> list[Estimat
     """
     check_level(level)
     ranks = distributed.gather_objects([m.state() for m in means])
-    return [_estimate(states, level) for states in zip(*ranks)]
+    return [_estimate(states, level, mean.answers) for mean, states in zip(means, zip(*ranks))]
 
 
 def check_level(level: float) -> None:
@@ -69,12 +78,18 @@ def check_level(level: float) -> None:
         raise ValueError(f"Expected level in (0, 1), received {level}.")
 
 
-def _estimate(states: Sequence[tuple[int, Any]], level: float) -> Estimate:
+def _estimate(states: Sequence[tuple[int, Any]], level: float, answers: bool) -> Estimate:
     shares = [sums for _, sums in states if sums is not None]
     if not shares:
         return Estimate(np.array(np.nan), np.array(np.nan), 0)
     total, square = np.sum(shares, axis=0)
-    return estimate(sum(n for n, _ in states), total, square, level)
+    count = sum(n for n, _ in states)
+    found = estimate(count, total, square, level)
+    if not answers:
+        return found
+    # of values -1, 0 and 1 the two sums give how often each occurs
+    most = np.maximum(np.maximum(square + total, square - total) / 2, count - square)
+    return Estimate(found.mean, np.where(count - most >= LEAST_EVENTS, found.half_width, np.nan), count)
 
 
 def estimate(count: int, total: np.ndarray, square: np.ndarray, level: float = 0.95) -> Estimate:

@@ -10,9 +10,12 @@ from torchmetrics.functional.classification import multiclass_calibration_error
 
 from tests.test_configs import composed
 from vitscope import Objective, Probe, analyses, build, runs
+from vitscope.calibration_metric import ExpectedCalibrationError
+from vitscope.classifier import Classifier
 from vitscope.diagnostics.calibration import _bins
 from vitscope.diagnostics.calibration.calibration import calibration
 from vitscope.diagnostics.calibration.plot import calibration as draw
+from vitscope.evaluate import confidence_bins, evaluate
 
 
 class Logits(nn.Module):
@@ -187,3 +190,60 @@ def test_plot_shows_every_result_and_its_scaling() -> None:
     labels = [text.get_text() for text in legend.get_texts()]
     assert len(labels) == 3
     assert labels[0] == f"a: {100 * results['a'].ece:.1f}%"
+
+
+def test_one_definition_of_the_error_where_confidence_is_exactly_one() -> None:
+    generator = torch.Generator().manual_seed(0)
+    on_edges = torch.tensor([0.5, 0.7, 0.9] * 20)
+    anywhere = torch.rand(60, generator=generator) / 2 + 0.5
+    confidence = torch.cat([torch.ones(40), torch.full((40,), 0.95), on_edges, anywhere])
+    probabilities = torch.stack([confidence, 1 - confidence], dim=1).double()
+    labels = (torch.rand(len(confidence), generator=generator) < 0.3).long()
+    labels[:40], labels[40:80] = 0, 1  # the certain ones right, those of the same bin wrong
+    logits = probabilities.log()  # minus infinity where the confidence is 1: as far below as matters
+    logits = logits.clamp_min(-1000.0)
+    ours = calibration(probe_of(logits, labels)).ece
+    shared = evaluate(lambda x: x.flatten(1), [(logits[:, :, None, None], labels)]).ece
+    metric = ExpectedCalibrationError()
+    for part, target in zip(probabilities.split(33), labels.split(33)):
+        metric.update(part, target)
+    right = (labels == 0).double()
+    sure = confidence.double()
+    # by hand, in bins (a, b]
+    member = (np.searchsorted(np.arange(11) / 10, sure.numpy(), side="left") - 1).clip(0, 9)
+    expected = sum(abs((sure - right).numpy()[member == b].sum()) for b in range(10)) / len(sure)
+    assert ours == pytest.approx(expected, abs=1e-12)
+    assert shared == pytest.approx(expected, abs=1e-12)
+    assert metric.compute().item() == pytest.approx(expected, rel=1e-6)  # returned in float32
+    theirs = multiclass_calibration_error(probabilities, labels, num_classes=2, n_bins=10, norm="l1").item()
+    assert abs(theirs - expected) > 0.01  # torchmetrics puts a confidence of 1 into a bin of its own
+    for n_bins in (1, 3, 7, 10, 15):
+        edges = np.arange(n_bins + 1) / n_bins
+        torch_bins = confidence_bins(torch.from_numpy(np.concatenate([edges, sure.numpy()])), n_bins)
+        np.testing.assert_array_equal(torch_bins, _bins._bin_of(np.concatenate([edges, sure.numpy()]), edges))
+
+
+def test_training_logs_the_error_of_the_diagnostics() -> None:
+    metrics = Classifier(nn.Identity(), num_classes=2, optimizer=torch.optim.SGD).metrics["test_metrics"]["scores"]
+    assert isinstance(metrics["ece"], ExpectedCalibrationError)
+
+
+def test_intervals_hold_both_errors_and_zero_for_a_calibrated_model() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = 2 * torch.randn(2000, 5, generator=generator, dtype=torch.float64)
+    labels = torch.multinomial(logits.softmax(1), 1, generator=generator).squeeze(1)
+    result = calibration(probe_of(logits, labels, 500))
+    assert result.intervals["ece_lower"] == 0.0
+    assert result.ece <= result.intervals["ece_upper"]
+    assert 0 <= result.ece_debiased < result.ece
+    wrong = calibration(probe_of(3 * logits, labels, 500))
+    assert 0 < wrong.intervals["ece_lower"] < wrong.ece_debiased <= wrong.intervals["ece_upper"]
+    assert wrong.ece_debiased == pytest.approx(wrong.ece, rel=0.05)  # far from zero there is hardly any bias
+    few = calibration(probe_of(logits[:60], labels[:60]))
+    assert np.isnan(few.intervals["ece_lower"])
+    assert np.isnan(few.intervals["ece_upper"])
+    perfect = calibration(probe_of(torch.eye(5).repeat(20, 1) * 50, torch.arange(5).repeat(20)))
+    assert perfect.intervals["accuracy_upper"] == 1.0
+    assert perfect.intervals["accuracy_lower"] == pytest.approx(
+        100 / (100 + 1.959964**2), rel=1e-6
+    )  # Wilson's, not [1, 1]

@@ -64,9 +64,6 @@ def test_pooled_statistics_of_known_values():
     assert _pooled.near_zero_proportion(values, residuals) == 0.25
     assert _pooled.positive_average(values, residuals) == 3.0
     assert np.isnan(_pooled.positive_average(-np.ones((1, 1)), np.zeros((1, 1))))
-    low, high = _pooled.bootstrap(_pooled.negative_proportion, values, residuals)
-    assert (low, high) == (0.0, 0.5)  # the batches' own proportions are 0.5 and 0
-    assert np.isnan(_pooled.bootstrap(_pooled.negative_proportion, values[:1], residuals[:1])).all()
     grid, density = _pooled.kernel_density(np.full((2, 2), 5.0))
     assert np.trapezoid(density, grid) == pytest.approx(1, abs=1e-3)
 

@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from vitscope.intervals import wilson
+
 BINNINGS = ("equal_width", "official")
 
 
@@ -45,6 +47,11 @@ def equal_mass(confidence: np.ndarray, correct: np.ndarray, n_bins: int) -> Bins
     last = np.ceil(np.arange(1, n_bins + 1) * len(ordered) / n_bins).astype(int) - 1
     edges = np.unique(np.concatenate([[0.0], ordered[last]]))
     return _filled(edges, _bin_of(confidence, edges), confidence, correct)
+
+
+def accuracy_interval(count: np.ndarray, accuracy: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return both ends of the 95 % Wilson interval of each bin's accuracy ``(n,)``."""
+    return wilson(accuracy * count, count)
 
 
 def official(confidence: np.ndarray, correct: np.ndarray, n_bins: int) -> Bins:

@@ -8,6 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from vitscope.diagnostics.calibration._bins import accuracy_interval
 from vitscope.diagnostics.calibration.calibration import CalibrationResult
 
 
@@ -52,8 +53,9 @@ def _curve(
     ece: float,
 ) -> None:
     seen = count > 0
-    # the standard error of a share: bins of few images say little, and the bar shows it
-    error = np.sqrt(accuracy[seen] * (1 - accuracy[seen]) / count[seen])
+    # Wilson's interval of a share: bins of few images say little, and the bar shows it, also where all are right
+    low, high = accuracy_interval(count[seen], accuracy[seen])
+    error = np.maximum([accuracy[seen] - low, high - accuracy[seen]], 0.0)
     axes.errorbar(
         100 * confidence[seen],
         100 * accuracy[seen],

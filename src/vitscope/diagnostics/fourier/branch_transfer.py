@@ -48,7 +48,7 @@ class BranchTransferResult:
         replicates: (n_resamples, n_units) the contrast with images resampled, the same images for every unit.
         kind_names: (n_kinds) the kinds with at least one contrast.
         kind_contrast: (n_kinds,) mean contrast over the units of a kind.
-        kind_low: (n_kinds,) lower end of its bootstrap interval; images and units are resampled.
+        kind_low: (n_kinds,) lower end of its interval over units and images (over images alone for a single unit).
         kind_high: (n_kinds,) upper end.
         reference: ``none``; or ``initial``, where an initial model's values were subtracted.
         level: coverage of the intervals.
@@ -115,7 +115,7 @@ class BranchTransferResult:
             replicates=replicates,
             reference="initial",
         )
-        return replace(difference, **by_kind(contrast, replicates, self.kinds, self.level, self.seed))
+        return replace(difference, **by_kind(contrast, replicates, self.kinds, self.level))
 
 
 @record_options
@@ -201,7 +201,7 @@ def _measured(
         contrast_own=contrast,
         contrast_initial=np.full(len(units), np.nan),
         replicates=replicates,
-        **by_kind(contrast, replicates, kinds, level, seed),
+        **by_kind(contrast, replicates, kinds, level),
         reference="none",
         level=level,
         seed=seed,

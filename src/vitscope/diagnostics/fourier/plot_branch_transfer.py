@@ -49,8 +49,7 @@ def _contrasts(ax: Axes, result: BranchTransferResult) -> None:
 def _means(ax: Axes, result: BranchTransferResult) -> None:
     low, high = result.kind_contrast - result.kind_low, result.kind_high - result.kind_contrast
     for i, kind in enumerate(result.kind_names):
-        # a percentile interval may leave its own mean out by a hair
-        ends = np.maximum([[low[i]], [high[i]]], 0)
+        ends = [[low[i]], [high[i]]]
         ax.errorbar([i], result.kind_contrast[i : i + 1], ends, fmt=MARKERS[kind], markersize=4)
     ax.axhline(0, color="0.6", linewidth=0.6, zorder=0)
     ax.set_xticks(range(len(result.kind_names)), result.kind_names)

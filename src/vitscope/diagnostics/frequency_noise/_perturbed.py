@@ -74,10 +74,15 @@ def _row(model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, probe: Probe) 
 
 
 class Means:
-    """Running means over images, by name, and the number of classes; the same on every rank once `finish`ed."""
+    """Running means over images, by name, and the number of classes; the same on every rank once `finish`ed.
 
-    def __init__(self, *names: str) -> None:
-        self._means = {name: RunningMean() for name in names}
+    Args:
+        names: of measurements.
+        answers: of right or wrong answers, or of their changes.
+    """
+
+    def __init__(self, *names: str, answers: Sequence[str] = ()) -> None:
+        self._means = {name: RunningMean(name in answers) for name in (*names, *answers)}
         self.n_classes = 0
 
     def add(self, **values: np.ndarray) -> None:

@@ -25,7 +25,7 @@ class FourierHeatmapResult:
 
     Attributes:
         error_rate: (h, w), or (n, n) where only the lowest frequencies were asked for.
-        error_rate_half_width: half the t-intervals over images, of the same shape.
+        error_rate_half_width: half the t-intervals over images, of the same shape; NaN where fewer than 10 are right, or wrong.
         vertical: (h,) frequency of each row in units of pi, from -1 (or above) to 1.
         horizontal: (w,) frequency of each column.
         clean_error_rate: without a wave.
@@ -104,7 +104,7 @@ def fourier_heatmap(
         signs = torch.randint(0, 2, (*images.shape[:2], 1, 1), generator=generator) * 2 - 1
         return images + (signs * wave).to(images)
 
-    means = Means("wrong")
+    means = Means(answers=("wrong",))
     for _, correct, _ in perturbed(
         probe, [f"{k},{l}-rms-{rms:g}-seed-{seed}" for k, l in bins], change, "heat map", partial
     ):

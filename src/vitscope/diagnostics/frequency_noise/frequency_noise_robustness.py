@@ -40,13 +40,13 @@ class FrequencyNoiseRobustnessResult:
         band_sizes: (n_bands,) number of bins in the whole plane.
         band_rms: (n_bands,) root mean square of the noise in pixels of [0, 1], expected for the official construction.
         accuracy_change: (n_bands,) noisy minus clean accuracy.
-        accuracy_change_half_width: (n_bands,) of its interval.
+        accuracy_change_half_width: (n_bands,) of its interval; NaN where fewer than 10 answers change.
         nll_change: (n_bands,) noisy minus clean loss, nats.
         nll_change_half_width: (n_bands,) of its interval.
         relative_change: (n_bands,) ``accuracy_change`` divided by clean minus chance accuracy; NaN where that is not
             positive.
         high_minus_low: ``accuracy_change`` averaged over the highest third of the bands minus over the lowest third.
-        high_minus_low_half_width: of its interval.
+        high_minus_low_half_width: of its interval; NaN where no answer changes.
         rms: the noise's scale: its rms (``equal_rms``), or the official eps.
         curve_rms: (n_rms,) all scales that were measured, ascending.
         curve_accuracy_change: (n_rms, n_bands) at each of them.
@@ -152,7 +152,7 @@ def frequency_noise_robustness(
         scale, band = scales[v // len(used)], int(used[v % len(used)])
         return images + scale * bands.noise(white[batch], band) / deviation.to(images)
 
-    means = Means("clean_nll", "clean_accuracy", "nll", "accuracy", "contrast")
+    means = Means("clean_nll", "nll", "contrast", answers=("clean_accuracy", "accuracy"))
     for losses, correct, n_classes in perturbed(probe, names, change, "band noise", partial):
         difference = (correct[1:] - correct[0]).reshape(len(scales), len(used), -1)
         at = scales.index(float(rms))
@@ -228,7 +228,7 @@ def _result(
         nll_change_half_width=spread(found["nll"].half_width),
         relative_change=change[at] / (clean - chance) if clean > chance else np.full(n, np.nan),
         high_minus_low=float(found["contrast"].mean),
-        high_minus_low_half_width=float(found["contrast"].half_width),
+        high_minus_low_half_width=float(found["contrast"].half_width) or float("nan"),  # no spread is no interval
         rms=rms,
         curve_rms=np.array(scales),
         curve_accuracy_change=change,

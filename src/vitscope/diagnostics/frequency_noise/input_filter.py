@@ -23,10 +23,11 @@ class InputFilterResult:
     Attributes:
         cutoff: (n_cutoffs,) ascending.
         low_pass_accuracy: (n_cutoffs,) on images of the frequencies up to the cut-off.
-        low_pass_accuracy_half_width: (n_cutoffs,) half its t-interval over images.
+        low_pass_accuracy_half_width: (n_cutoffs,) half its t-interval over images; NaN where fewer than 10
+            answers are right, or wrong.
         low_pass_nll: (n_cutoffs,) the loss there.
         high_pass_accuracy: (n_cutoffs,) on images of the constant part and the frequencies above the cut-off.
-        high_pass_accuracy_half_width: (n_cutoffs,) half its t-interval over images.
+        high_pass_accuracy_half_width: (n_cutoffs,) likewise.
         high_pass_nll: (n_cutoffs,) the loss there.
         clean_accuracy: on unfiltered images.
         clean_nll: on unfiltered images, nats.
@@ -95,7 +96,7 @@ def input_filter(
     def change(images: Tensor, batch: int, v: int) -> Tensor:
         return filtered(images, keep[v])
 
-    means = Means("correct", "losses")
+    means = Means("losses", answers=("correct",))
     for losses, correct, n_classes in perturbed(probe, names, change, "filtered images", partial):
         means.n_classes = n_classes
         means.add(correct=correct.T, losses=losses.T)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
+from scipy.special import ndtri, stdtrit
 from scipy.stats import gaussian_kde
 
-Statistic = Callable[[np.ndarray, np.ndarray], float]
+from vitscope.intervals import wilson
 
-#: resamples of the bootstrap over batches
-RESAMPLES = 2000
+#: mini-batches below which NEP has no interval: with fewer, none of the usual ones covers for clustered shares
+NEP_BATCHES = 8
+
+#: mini-batches below which APE has no interval
+APE_BATCHES = 4
 
 
 def negative_proportion(values: np.ndarray, residuals: np.ndarray) -> float:
@@ -29,18 +31,45 @@ def positive_average(values: np.ndarray, residuals: np.ndarray) -> float:
     return float(positive.mean()) if positive.size else float("nan")
 
 
-def bootstrap(statistic: Statistic, values: np.ndarray, residuals: np.ndarray, seed: int = 0) -> np.ndarray:
-    """Return the 95 % percentile interval ``(2,)`` of ``statistic`` when batches (rows) are drawn with replacement.
+def proportion_interval(values: np.ndarray, residuals: np.ndarray, level: float = 0.95) -> np.ndarray:
+    """Return the interval ``(2,)`` of NEP, `negative_proportion`, over batches (rows); NaN with fewer than `NEP_BATCHES`.
 
-    NaN for a single batch: there is nothing to draw from.
+    Wilson's interval with the number of eigenvalues divided by the design effect, the variance of the mean over batches against
+    that of independent eigenvalues (Korn and Graubard 1998), held between 1 and the eigenvalues a batch. The quantile is
+    Student's, with Satterthwaite's degrees of freedom: only the excess over independence is estimated from the batches.
+    """
+    n_batches, k = values.shape
+    if n_batches < NEP_BATCHES or not k:
+        return np.full(2, np.nan)
+    shares = (values < -residuals).mean(axis=1)
+    mean, n = shares.mean(), n_batches * k
+    independent = mean * (1 - mean) / n
+    # without a negative eigenvalue, or with nothing else, batches say nothing of how alike their eigenvalues are
+    effect = np.clip(shares.var(ddof=1) / n_batches / independent, 1.0, k) if independent > 0 else float(k)
+    freedom = (n_batches - 1) * (effect / (effect - 1)) ** 2 if effect > 1 else np.inf
+    quantile = stdtrit(freedom, 0.5 + level / 2) if np.isfinite(freedom) else ndtri(0.5 + level / 2)
+    effective = n / effect * (ndtri(0.5 + level / 2) / quantile) ** 2
+    return np.array(wilson(mean * effective, effective, level), dtype=np.float64)
+
+
+def average_interval(values: np.ndarray, residuals: np.ndarray, level: float = 0.95) -> np.ndarray:
+    """Return the interval ``(2,)`` of APE, `positive_average`, over batches (rows); NaN with fewer than `APE_BATCHES`.
+
+    Student's for the logarithm of APE, with the jackknife's variance over batches: eigenvalues are positive and skewed. NaN also
+    where a batch left out leaves no positive eigenvalue, and where batches do not differ.
     """
     n_batches = len(values)
-    if n_batches < 2:
+    if n_batches < APE_BATCHES:
         return np.full(2, np.nan)
-    draws = np.random.default_rng(seed).integers(n_batches, size=(RESAMPLES, n_batches))
-    sample = np.array([statistic(values[rows], residuals[rows]) for rows in draws])
-    sample = sample[np.isfinite(sample)]
-    return np.percentile(sample, [2.5, 97.5]) if sample.size else np.full(2, np.nan)
+    whole = positive_average(values, residuals)
+    without = [positive_average(np.delete(values, i, 0), np.delete(residuals, i, 0)) for i in range(n_batches)]
+    logs = np.log(without)
+    variance = (n_batches - 1) / n_batches * np.square(logs - logs.mean()).sum()
+    # equal up to rounding: there is nothing to judge the spread by
+    if not np.isfinite(variance) or np.ptp(logs) <= 8 * np.finfo(np.float64).eps * np.abs(logs).max(initial=1.0):
+        return np.full(2, np.nan)
+    half = stdtrit(n_batches - 1, 0.5 + level / 2) * np.sqrt(variance)
+    return whole * np.exp([-half, half])
 
 
 def kernel_density(values: np.ndarray, n_grid: int = 400) -> tuple[np.ndarray, np.ndarray]:

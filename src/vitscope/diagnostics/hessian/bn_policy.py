@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from torch import nn
 
-from vitscope.diagnostics.hessian import _pooled
 from vitscope.diagnostics.hessian.hessian_max_eigenvalue_spectrum import hessian_max_eigenvalue_spectrum
 from vitscope.measure_options import record_options
 from vitscope.probe import ObjectiveCard, Probe
@@ -23,9 +22,9 @@ class BnPolicyResult:
         eigenvalues_eval, eigenvalues_batch: (n_batches, n_top) by magnitude descending: running and batch statistics.
         residuals_eval, residuals_batch: of the same shape.
         nep: (2,) negative eigenvalue proportion under ``eval`` and ``batch``.
-        nep_intervals: (2, 2) 95 % bootstrap over batches.
+        nep_intervals: (2, 2) 95 % over batches, NaN with fewer than 8 of them.
         ape: (2,) average positive eigenvalue.
-        ape_intervals: (2, 2).
+        ape_intervals: (2, 2), NaN with fewer than 4.
         n_norms: BatchNorm layers in the model.
         card: under which conditions; ``bn_policy`` is ``both``.
     """
@@ -69,7 +68,7 @@ def bn_policy(
         parameters: a subset, see `hessian_eigenvalues`.
         dtype: ``float32`` or ``float64``; None for the model's own.
         max_products: the most products of a batch.
-        seed: of start vectors and of the bootstrap.
+        seed: of start vectors.
 
     Raises:
         ValueError: a model without BatchNorm; and as `hessian_max_eigenvalue_spectrum`.
@@ -104,6 +103,6 @@ def bn_policy(
             bn_policy="both",
             parameters=both[0].card.parameters,
             dtype=both[0].card.dtype,
-            solver={**both[0].card.solver, "pooled": _pooled.RESAMPLES},
+            solver=both[0].card.solver,
         ),
     )

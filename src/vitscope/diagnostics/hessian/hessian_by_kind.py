@@ -28,9 +28,9 @@ class HessianByKindResult:
         converged: (n_groups, n_batches, n_top) whether the estimated error is within the tolerance.
         n_products: (n_groups,) products made.
         nep: (n_groups,) negative eigenvalue proportion.
-        nep_intervals: (n_groups, 2) 95 % bootstrap over batches.
+        nep_intervals: (n_groups, 2) 95 % over batches, NaN with fewer than 8 of them.
         ape: (n_groups,) average positive eigenvalue; NaN where there is none.
-        ape_intervals: (n_groups, 2).
+        ape_intervals: (n_groups, 2), NaN with fewer than 4.
         card: under which conditions; ``parameters`` is ``by kind`` or ``by stage``.
     """
 
@@ -79,7 +79,7 @@ def hessian_by_kind(
         dtype: ``float32`` or ``float64``; None for the model's own.
         bn: BatchNorm on running statistics (``eval``) or on each batch's (``batch``).
         max_products: the most products of a batch and group.
-        seed: of start vectors and of the bootstrap.
+        seed: of start vectors.
 
     Raises:
         ValueError: another ``by``, a model of no known unit; and as `hessian_max_eigenvalue_spectrum`.

@@ -20,7 +20,7 @@ class HessianMaxEigenvalueSpectrumResult:
     """Top eigenvalues by mini-batch, and what the paper makes of them.
 
     A value is negative where it is below minus its residual, positive where it is above it; those within their residual of
-    zero are counted apart. Intervals are 95 % percentile bootstraps over batches, NaN for a single batch.
+    zero are counted apart. Intervals are of 95 % over batches: NEP's needs 8 of them, APE's 4, and is NaN otherwise.
 
     Attributes:
         eigenvalues: (n_batches, n_top) signed, by magnitude descending.
@@ -129,7 +129,7 @@ def hessian_max_eigenvalue_spectrum(
             many batches are analysed as fit, at least one; the card states what was done. None for all batches.
         batches_at_once: batches of equal shape analysed together under vmap (`linalg.side_by_side`): 1 one after the other,
             None for what fits on a GPU and 1 on a CPU.
-        seed: of start vectors, drawn labels and the bootstrap.
+        seed: of start vectors and drawn labels.
         partial: rows of batches already done, by ``batch-<number>``; new ones are added as soon as they are known.
 
     Raises:
@@ -156,7 +156,7 @@ def hessian_max_eigenvalue_spectrum(
         rows, facts = work.rows({} if partial is None else partial)
         used = _images(probe, rows)
         card = made.card({"n_top": n_top, "n_ends": n_ends, "ranking": "magnitude", **solving, **facts}, n_images=used)
-    return _result(rows, card, seed)
+    return _result(rows, card)
 
 
 def _images(probe: Probe, rows: Mapping[int, Row]) -> int:
@@ -166,7 +166,7 @@ def _images(probe: Probe, rows: Mapping[int, Row]) -> int:
     return sum(len(x) for index, (x, _) in enumerate(probe.batches) if index in rows)
 
 
-def _result(rows: Mapping[int, Row], card: ObjectiveCard, seed: int) -> HessianMaxEigenvalueSpectrumResult:
+def _result(rows: Mapping[int, Row], card: ObjectiveCard) -> HessianMaxEigenvalueSpectrumResult:
     order = sorted(rows)
     table = {key: np.array([rows[index][key] for index in order]) for key in rows[order[0]]}
     values, residuals = table["eigenvalues"], table["residuals"]
@@ -183,9 +183,9 @@ def _result(rows: Mapping[int, Row], card: ObjectiveCard, seed: int) -> HessianM
         smallest=table["smallest"],
         batches=np.array(order),
         negative_eigenvalue_proportion=_pooled.negative_proportion(values, residuals),
-        negative_eigenvalue_proportion_interval=_pooled.bootstrap(_pooled.negative_proportion, values, residuals, seed),
+        negative_eigenvalue_proportion_interval=_pooled.proportion_interval(values, residuals),
         average_positive_eigenvalue=_pooled.positive_average(values, residuals),
-        average_positive_eigenvalue_interval=_pooled.bootstrap(_pooled.positive_average, values, residuals, seed),
+        average_positive_eigenvalue_interval=_pooled.average_interval(values, residuals),
         near_zero_proportion=_pooled.near_zero_proportion(values, residuals),
         top1_negative_eigenvalue_proportion=_pooled.negative_proportion(*first),
         top1_average_positive_eigenvalue=_pooled.positive_average(*first),

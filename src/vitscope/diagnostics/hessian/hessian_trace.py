@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from scipy.special import stdtrit
 from torch import Tensor
 
 from vitscope.linalg.basis import dot
@@ -17,6 +18,9 @@ from vitscope.probe import ObjectiveCard, Probe
 from vitscope.progress import track
 
 METHODS = ("hutchinson", "hutch++")
+
+#: random vectors below which there is no interval: one large eigenvalue makes the estimates as skewed as chi-square
+LEAST_VECTORS = 20
 
 
 @dataclass(frozen=True)
@@ -41,11 +45,20 @@ class HessianTraceResult:
     n_products: int
     card: ObjectiveCard | None = None
 
+    @property
+    def half_width(self) -> float:
+        """Half the 95 % t-interval over random vectors; NaN with fewer than `LEAST_VECTORS`, 0 where no part was random."""
+        if self.standard_error == 0.0 and len(self.estimates) == 1:
+            return 0.0
+        n = len(self.estimates)
+        return float(stdtrit(n - 1, 0.975)) * self.standard_error if n >= LEAST_VECTORS else float("nan")
+
     def scalars(self) -> dict[str, float]:
         """Return what is logged."""
         logged = {
             "trace": self.trace,
             "standard_error": self.standard_error,
+            "half_width": self.half_width,
             "mean_eigenvalue": self.trace / self.size,
             "n_products": float(self.n_products),
         }

@@ -31,9 +31,9 @@ class NepStabilityResult:
         mixup: (n_settings,) whether mixup was applied here.
         n_batches: (n_settings,).
         nep: (n_settings,) negative eigenvalue proportion.
-        nep_interval: (n_settings, 2) 95 % bootstrap over batches; NaN for a single batch.
+        nep_interval: (n_settings, 2) 95 % over batches; NaN with fewer than 8 of them.
         ape: (n_settings,) average positive eigenvalue.
-        ape_interval: (n_settings, 2).
+        ape_interval: (n_settings, 2), NaN with fewer than 4.
         n_products: products in all.
         card: under which conditions; ``batch_size`` is the probe's.
     """
@@ -92,7 +92,7 @@ def nep_stability(
         bn: BatchNorm on running statistics (``eval``) or on each batch's (``batch``).
         max_products: the most products of a batch.
         max_memory: bytes the Lanczos basis may take.
-        seed: of start vectors, mixup and the bootstrap.
+        seed: of start vectors and mixup.
         partial: rows already done.
 
     Raises:
@@ -118,7 +118,7 @@ def nep_stability(
             rows = _rows(made, run, {"max_products": max_products, "max_memory": max_memory, "seed": seed}, store)
             products += int(sum(row["n_products"] for row in rows))
             counts = sorted({*ks, k}) if run == runs[0] else [k]
-            settings += [_setting(run, count, rows, seed) for count in counts]
+            settings += [_setting(run, count, rows) for count in counts]
         card = made.card({"solver": "lanczos", "max_products": max_products, "seed": seed}, mode="eval")
     table = {key: np.array([setting[key] for setting in settings]) for key in settings[0]}
     return NepStabilityResult(**table, n_products=products, card=card)
@@ -172,7 +172,7 @@ def _mixed(batch: Batch, number: int, made: Curvatures) -> Batch:
     return share * x + (1 - share) * x.flip(0), share * targets + (1 - share) * targets.flip(0)
 
 
-def _setting(run: tuple[int, int, float, bool], k: int, rows: list[Row], seed: int) -> dict[str, object]:
+def _setting(run: tuple[int, int, float, bool], k: int, rows: list[Row]) -> dict[str, object]:
     size, _, tol, mixup = run
     values, residuals = (np.array([np.asarray(row[key])[:k] for row in rows]) for key in ("values", "residuals"))
     return {
@@ -182,7 +182,7 @@ def _setting(run: tuple[int, int, float, bool], k: int, rows: list[Row], seed: i
         "mixup": mixup,
         "n_batches": len(rows),
         "nep": _pooled.negative_proportion(values, residuals),
-        "nep_interval": _pooled.bootstrap(_pooled.negative_proportion, values, residuals, seed),
+        "nep_interval": _pooled.proportion_interval(values, residuals),
         "ape": _pooled.positive_average(values, residuals),
-        "ape_interval": _pooled.bootstrap(_pooled.positive_average, values, residuals, seed),
+        "ape_interval": _pooled.average_interval(values, residuals),
     }

@@ -68,16 +68,16 @@ def preconditioned_sharpness(results: Mapping[str, PreconditionedSharpnessResult
 
 
 def hessian_trace(results: Mapping[str, HessianTraceResult]) -> Figure:
-    """Draw the trace of each result with two standard errors."""
+    """Draw the trace of each result with its 95 % interval, where there is one."""
     figure = Figure(figsize=(3.4, 0.8 + 0.3 * len(results)))
     axes = figure.subplots()
     for row, result in enumerate(results.values()):
-        error = 2 * result.standard_error if np.isfinite(result.standard_error) else 0.0
+        error = np.nan_to_num(result.half_width)
         axes.errorbar(result.trace, row, xerr=error, fmt="o", color="C0")
     axes.set_yticks(range(len(results)), [name or "model" for name in results])
     axes.set_ylim(len(results) - 0.5, -0.5)
     axes.axvline(0, color="0.6", linewidth=0.6, zorder=0)
-    axes.set_xlabel("Hessian trace (bar: 2 standard errors)")
+    axes.set_xlabel("Hessian trace (bar: 95 % interval)")
     return figure
 
 

@@ -36,7 +36,7 @@ class LesionResult:
         stages: (n_units,) from 1.
         depths: (n_units,) from 0 to 1.
         accuracy_change: (n_units,) in [-1, 1].
-        accuracy_half_width: (n_units,).
+        accuracy_half_width: (n_units,); NaN where fewer than 10 answers change.
         nll_change: (n_units,) nats.
         nll_half_width: (n_units,).
         identity_units: names of the units whose 3x3 convolution became an identity (``conv3x3_identity``).
@@ -138,7 +138,10 @@ def lesion(
         raise ValueError(f"Expected bn to be one of {', '.join(BN_POLICIES)}, received {bn!r}.")
     units = list(units) if units is not None else units_of(probe.model)
     chosen = lesions(units, ("branch_zero", *(r for r in removals if r != "branch_zero")))
-    losses, correct = RunningMean(), RunningMean()  # of each image: the whole model's value, then each change
+    losses, correct = (
+        RunningMean(),
+        RunningMean(answers=True),
+    )  # of each image: the whole model's value, then each change
     with probe.guard() as model:
         if bn == "recalibrate":
             rows = lesion_by_lesion(probe, model, chosen)

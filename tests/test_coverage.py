@@ -1,0 +1,257 @@
+"""Every interval that is printed or stored holds the truth at about its nominal rate, by simulation of what it is made for.
+
+A fast test of each is held by a binomial bound on a few hundred data sets; the slow ones ask for 92 to 98 % of thousands. All
+draws are seeded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import binom
+
+from vitscope.diagnostics.calibration import _bins
+from vitscope.diagnostics.calibration._debiased import IMAGES_A_BIN, DebiasedError, debiased_error, gaps
+from vitscope.diagnostics.fourier._bootstrap import by_kind
+from vitscope.diagnostics.hessian import _pooled
+from vitscope.diagnostics.hessian.hessian_trace import LEAST_VECTORS, HessianTraceResult
+from vitscope.intervals import LEAST_EVENTS, RunningMean, estimate, estimates, wilson
+from vitscope.reports.inference import t_interval
+
+FAST, SLOW = 200, 2000
+
+
+def held(covered: np.ndarray, lowest: float = 0.92, highest: float = 0.98) -> None:
+    """Assert a coverage in [lowest, highest], give or take what the number of simulations leaves open at 1 in 1000."""
+    n, hits = len(covered), int(np.sum(covered))
+    assert binom.ppf(1e-3, n, lowest) <= hits <= binom.ppf(1 - 1e-3, n, highest), f"{hits} of {n}"
+
+
+# ---- negative eigenvalue proportion and average positive eigenvalue, over mini-batches
+
+
+def spectra(rng: np.random.Generator, n_batches: int, share: float, alike: float, k: int = 5) -> np.ndarray:
+    """Return top-k eigenvalues ``(n_batches, k)``: falling, scaled by batch, negative with a batch's own probability."""
+    scale = rng.lognormal(0, 0.4, (n_batches, 1))
+    sizes = scale * 100 * np.exp(-0.35 * np.arange(k)) * rng.lognormal(0, 0.2, (n_batches, k))
+    a, b = (p * (1 - alike) / alike for p in (share, 1 - share)) if alike else (1.0, 1.0)
+    own = rng.beta(a, b, (n_batches, 1)) if alike else np.full((n_batches, 1), share)
+    return np.where(rng.random((n_batches, k)) < own, -0.3, 1.0) * sizes
+
+
+def covered_by_pooled(n: int, n_batches: int, share: float, alike: float) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(7)
+    many = spectra(rng, 400_000, share, alike)
+    truth = many[many > 0].mean()
+    nep, ape = [], []
+    for _ in range(n):
+        values = spectra(rng, n_batches, share, alike)
+        zero = np.zeros_like(values)
+        for found, interval, statistic, true in (
+            (nep, _pooled.proportion_interval, _pooled.negative_proportion, share),
+            (ape, _pooled.average_interval, _pooled.positive_average, truth),
+        ):
+            low, high = interval(values, zero)
+            if np.isfinite(low):
+                assert low <= statistic(values, zero) <= high
+                found.append(low <= true <= high)
+    return np.array(nep), np.array(ape)
+
+
+def test_nep_and_ape_cover_with_few_batches() -> None:
+    for n_batches in (8, 16):
+        nep, ape = covered_by_pooled(FAST, n_batches, 0.2, 0.1)
+        held(nep)
+        held(ape)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("alike", [0.0, 0.2])
+@pytest.mark.parametrize("share", [0.05, 0.2, 0.4])
+@pytest.mark.parametrize("n_batches", [4, 8, 16, 64])
+def test_nep_and_ape_cover(n_batches: int, share: float, alike: float) -> None:
+    nep, ape = covered_by_pooled(SLOW, n_batches, share, alike)
+    assert len(nep) == (SLOW if n_batches >= _pooled.NEP_BATCHES else 0)
+    assert len(ape) >= 0.99 * SLOW
+    held(ape)
+    if len(nep):
+        held(nep)
+
+
+def test_below_the_stated_number_of_batches_there_is_no_interval() -> None:
+    values = spectra(np.random.default_rng(0), 64, 0.2, 0.0)
+    for n, interval in (
+        (_pooled.NEP_BATCHES, _pooled.proportion_interval),
+        (_pooled.APE_BATCHES, _pooled.average_interval),
+    ):
+        assert np.isnan(interval(values[: n - 1], np.zeros((n - 1, 5)))).all()
+        assert np.isfinite(interval(values[:n], np.zeros((n, 5)))).all()
+    none = np.abs(values)
+    low, high = _pooled.proportion_interval(none[:16], np.zeros((16, 5)))
+    assert low == 0
+    assert 0.15 < high < 0.25  # no negative one of 16 batches, as if the eigenvalues of a batch were one
+    assert np.isnan(_pooled.average_interval(np.ones((8, 5)), np.zeros((8, 5)))).all()  # no spread to judge by
+    assert np.isnan(_pooled.average_interval(-none[:8], np.zeros((8, 5)))).all()  # nothing positive
+
+
+# ---- expected calibration error
+
+CONFIDENCE: dict[str, Callable[[np.random.Generator, int], np.ndarray]] = {
+    "spread": lambda rng, n: rng.uniform(0.2, 1, n),
+    "saturated": lambda rng, n: 1 - 0.9 * rng.beta(0.3, 3, n),
+    "unsure": lambda rng, n: 0.05 + 0.9 * rng.beta(2, 8, n),
+}
+ACCURACY: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "calibrated": lambda c: c,
+    "slightly off": lambda c: np.clip(c - 0.02, 0, 1),
+    "over-confident": lambda c: c**1.5,
+    "mixed": lambda c: np.clip(c + 0.1 * np.sin(6 * c), 0, 1),
+}
+
+
+def covered_by_ece(
+    n: int, images: int, confidence: str, accuracy: str, n_bins: int = 10
+) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(3)
+    many = CONFIDENCE[confidence](rng, 1_000_000)
+    truth = _bins.equal_width(many, ACCURACY[accuracy](many), n_bins).error
+    covered, errors = [], []
+    for _ in range(n):
+        c = CONFIDENCE[confidence](rng, images)
+        y = (rng.random(images) < ACCURACY[accuracy](c)).astype(float)
+        bins = _bins.equal_width(c, y, n_bins)
+        found: DebiasedError = debiased_error(gaps(bins, c, y))
+        assert found.low <= found.error <= found.high
+        high = max(found.high, bins.error)
+        covered.append(found.low <= truth <= high)
+        errors.append((found.error - truth, bins.error - truth))
+    return np.array(covered), np.array(errors)
+
+
+@pytest.mark.parametrize("confidence", ["spread", "saturated"])
+def test_the_interval_of_the_calibration_error_holds_zero_for_a_calibrated_model(confidence: str) -> None:
+    covered, errors = covered_by_ece(FAST, 1000, confidence, "calibrated")
+    held(covered)
+    debiased, plain = errors.mean(axis=0)
+    assert 0 <= debiased < 0.5 * plain  # the plain error is nothing but bias here
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("images", [400, 2000])
+@pytest.mark.parametrize("accuracy", ACCURACY)
+@pytest.mark.parametrize("confidence", CONFIDENCE)
+def test_the_interval_of_the_calibration_error_covers(confidence: str, accuracy: str, images: int) -> None:
+    covered, errors = covered_by_ece(1000, images, confidence, accuracy)
+    held(covered)
+    debiased, plain = np.abs(errors.mean(axis=0))
+    assert debiased <= plain + 2e-3
+
+
+def test_few_images_have_a_debiased_error_and_no_interval() -> None:
+    rng = np.random.default_rng(0)
+    c = rng.uniform(0.5, 0.6, IMAGES_A_BIN - 1)  # one bin
+    found = debiased_error(gaps(_bins.equal_width(c, np.ones_like(c), 10), c, np.ones_like(c)))
+    assert found.error > 0.3
+    assert np.isnan([found.low, found.high]).all()
+
+
+# ---- means and shares over images
+
+
+def covered_by_estimates(draws: np.ndarray, truth: float, answers: bool) -> np.ndarray:
+    """Return which of the simulations ``(n, images)`` hold the truth, of those that have an interval."""
+    mean = RunningMean(answers)
+    mean.add(torch.from_numpy(draws.T))  # one column a simulation
+    (found,) = estimates([mean])
+    good = np.isfinite(found.half_width)
+    return (np.abs(found.mean - truth) <= found.half_width)[good]
+
+
+@pytest.mark.parametrize(("share", "images"), [(0.5, 128), (0.1, 256), (0.9, 256), (0.05, 1024)])
+def test_shares_of_answers_cover_where_they_have_an_interval(share: float, images: int) -> None:
+    rng = np.random.default_rng(0)
+    right = (rng.random((4000, images)) < share).astype(float)
+    held(covered_by_estimates(right, share, answers=True))
+    low, high = wilson(right.sum(1), images)
+    held((low <= share) & (share <= high))
+    assert ((low <= right.mean(1)) & (right.mean(1) <= high)).all()
+
+
+@pytest.mark.parametrize(("gained", "lost", "images"), [(0.02, 0.1, 512), (0.05, 0.4, 256), (0.01, 0.03, 2000)])
+def test_changes_of_answers_cover_where_they_have_an_interval(gained: float, lost: float, images: int) -> None:
+    rng = np.random.default_rng(1)
+    u = rng.random((4000, images))
+    change = (u < gained).astype(float) - (u > 1 - lost)
+    held(covered_by_estimates(change, gained - lost, answers=True))
+
+
+@pytest.mark.parametrize("value", [-1.0, 0.0, 1.0])
+def test_answers_that_hardly_differ_have_no_interval(value: float) -> None:
+    for events, expected in ((0, True), (LEAST_EVENTS - 1, True), (LEAST_EVENTS, False)):
+        changes = torch.full((64, 1), value, dtype=torch.float64)
+        changes[:events] = 0.0 if value else 1.0
+        mean = RunningMean(answers=True)
+        mean.add(changes)
+        (found,) = estimates([mean])
+        assert np.isnan(found.half_width[0]) == expected
+
+
+@pytest.mark.parametrize(("skew", "images"), [(0.5, 64), (0.8, 256)])
+def test_means_of_measurements_over_images_cover(skew: float, images: int) -> None:
+    rng = np.random.default_rng(2)
+    held(covered_by_estimates(rng.lognormal(0, skew, (4000, images)), np.exp(skew**2 / 2), answers=False))
+
+
+def test_losses_and_brier_scores_of_a_classifier_cover() -> None:
+    rng = np.random.default_rng(4)
+    confidence = 1 - 0.9 * rng.beta(0.5, 2, (2000, 256))
+    right = rng.random(confidence.shape) < confidence
+    many = 1 - 0.9 * rng.beta(0.5, 2, 2_000_000)
+    for true, values in (
+        ((-many * np.log(many) - (1 - many) * np.log1p(-many)).mean(),
+         -np.log(np.where(right, confidence, 1 - confidence))),
+        ((2 * many * (1 - many)).mean(), 2 * np.where(right, 1 - confidence, confidence) ** 2),
+    ):  # fmt: skip
+        found = [estimate(256, np.array(row.sum()), np.array(np.square(row).sum())) for row in values]
+        held(np.array([abs(f.mean - true) <= f.half_width for f in found]))
+
+
+# ---- over seeds, directions, units and random vectors
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 5])
+def test_means_over_seeds_cover(seeds: int) -> None:
+    rng = np.random.default_rng(5)
+    found = [t_interval(list(rng.normal(0.7, 0.01, seeds))) for _ in range(1000)]
+    held(np.array([f.low <= 0.7 <= f.high for f in found]))
+
+
+@pytest.mark.parametrize(("units", "images"), [(2, 0.1), (4, 0.3), (8, 1.0)])
+def test_contrasts_by_kind_cover_with_few_units(units: int, images: float) -> None:
+    """The truth is the mean over units and images; images are common to all units, ``images`` times as noisy as units."""
+    rng = np.random.default_rng(6)
+    covered = []
+    for _ in range(1000):
+        own = rng.normal(0.3, 1.0, units) + images * rng.normal() + images * rng.normal(size=units)
+        replicates = own + images * (rng.normal(size=(200, 1)) + rng.normal(size=(200, units)))
+        found = by_kind(own, replicates, ["msa"] * units, 0.95)
+        covered.append(found["kind_low"][0] <= 0.3 <= found["kind_high"][0])
+    held(np.array(covered), highest=0.99)  # noise of images within units counts in both variances
+
+
+@pytest.mark.parametrize("n", [LEAST_VECTORS, 30])
+def test_the_trace_covers_for_a_falling_spectrum(n: int) -> None:
+    rng = np.random.default_rng(8)
+    values = 0.9 ** np.arange(60)
+    covered = []
+    for _ in range(1000):
+        estimates_ = np.square(rng.normal(size=(n, 60))) @ values
+        error = float(estimates_.std(ddof=1) / np.sqrt(n))
+        found = HessianTraceResult(float(estimates_.mean()), error, estimates_, 0.0, 60, n)
+        covered.append(abs(found.trace - values.sum()) <= found.half_width)
+    held(np.array(covered))
+    few = HessianTraceResult(1.0, 0.1, np.ones(LEAST_VECTORS - 1), 0.0, 60, 9)
+    assert np.isnan(few.half_width)
