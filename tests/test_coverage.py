@@ -18,6 +18,8 @@ from vitscope.diagnostics.calibration._debiased import IMAGES_A_BIN, DebiasedErr
 from vitscope.diagnostics.fourier._bootstrap import by_kind
 from vitscope.diagnostics.hessian import _pooled
 from vitscope.diagnostics.hessian.hessian_trace import LEAST_VECTORS, HessianTraceResult
+from vitscope.diagnostics.hessian.spectral_density import half_width, positive_interval
+from vitscope.diagnostics.landscape._lines import t_half_width
 from vitscope.intervals import LEAST_EVENTS, RunningMean, estimate, estimates, wilson
 from vitscope.reports.inference import t_interval
 
@@ -255,3 +257,24 @@ def test_the_trace_covers_for_a_falling_spectrum(n: int) -> None:
     held(np.array(covered))
     few = HessianTraceResult(1.0, 0.1, np.ones(LEAST_VECTORS - 1), 0.0, 60, 9)
     assert np.isnan(few.half_width)
+
+
+@pytest.mark.parametrize("vectors", [4, 10])
+@pytest.mark.parametrize("eigenvalues", [1, 5, 20])
+def test_the_density_covers_at_a_lone_eigenvalue_and_in_the_bulk(vectors: int, eigenvalues: int) -> None:
+    rng = np.random.default_rng(9)
+    rows = rng.chisquare(1, (vectors, 4000, eigenvalues)).mean(axis=2)  # (vectors, simulations)
+    low, high = positive_interval(rows)
+    held((low <= 1) & (high >= 1))
+    assert ((low <= rows.mean(0)) & (rows.mean(0) <= high)).all()
+    assert np.isnan(half_width(rows)).all()  # of moments, with so few vectors
+    low, high = positive_interval(np.zeros((4, 3)))
+    assert (low == 0).all()
+    assert (high == 0).all()
+
+
+@pytest.mark.parametrize("directions", [2, 5, 20])
+def test_rises_over_directions_cover(directions: int) -> None:
+    rng = np.random.default_rng(10)
+    rises = rng.lognormal(0, 0.4, (directions, 4000))
+    held(np.abs(rises.mean(0) - np.exp(0.08)) <= t_half_width(rises))

@@ -194,12 +194,12 @@ def test_plot_shows_every_result_and_its_scaling() -> None:
 
 def test_one_definition_of_the_error_where_confidence_is_exactly_one() -> None:
     generator = torch.Generator().manual_seed(0)
-    on_edges = torch.tensor([0.5, 0.7, 0.9] * 20)
-    anywhere = torch.rand(60, generator=generator) / 2 + 0.5
+    on_edges = torch.tensor([0.5, 0.7, 0.8] * 20)
+    anywhere = 0.5 + 0.35 * torch.rand(60, generator=generator)
     confidence = torch.cat([torch.ones(40), torch.full((40,), 0.95), on_edges, anywhere])
     probabilities = torch.stack([confidence, 1 - confidence], dim=1).double()
     labels = (torch.rand(len(confidence), generator=generator) < 0.3).long()
-    labels[:40], labels[40:80] = 0, 1  # the certain ones right, those of the same bin wrong
+    labels[:40], labels[40:80] = 1, 0  # the certain ones wrong, those of the same bin right: gaps of opposite signs
     logits = probabilities.log()  # minus infinity where the confidence is 1: as far below as matters
     logits = logits.clamp_min(-1000.0)
     ours = calibration(probe_of(logits, labels)).ece

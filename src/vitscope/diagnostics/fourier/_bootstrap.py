@@ -22,7 +22,7 @@ def by_kind(contrast: np.ndarray, replicates: np.ndarray, kinds: Sequence[str], 
     """Return each kind's mean contrast over its units and its interval over units and images.
 
     A model has few units of a kind, of which a percentile interval would hold the truth far too rarely: the interval is
-    Student's, of the variance between units plus that of the mean over resampled images, with Satterthwaite's degrees of freedom.
+    Student's over units, and the normal one of the mean over resampled images, their half widths added in squares.
     That of a kind of one unit is over images alone.
 
     Args:
@@ -38,10 +38,11 @@ def by_kind(contrast: np.ndarray, replicates: np.ndarray, kinds: Sequence[str], 
             continue
         mean = contrast[members].mean()
         units = contrast[members].var(ddof=1) / len(members) if len(members) > 1 else 0.0
-        images = replicates[:, members].mean(axis=1).var(ddof=1) if len(replicates) > 1 else np.nan
-        freedom = (len(members) - 1) * ((units + images) / units) ** 2 if units > 0 else np.inf
-        quantile = stdtrit(freedom, 0.5 + level / 2) if np.isfinite(freedom) else ndtri(0.5 + level / 2)
-        half = quantile * np.sqrt(units + images)
+        resampled = replicates[:, members].mean(axis=1)
+        resampled = resampled[np.isfinite(resampled)]  # of few images a replicate may have drawn none
+        images = resampled.var(ddof=1) if len(resampled) > 1 else np.nan
+        quantile = stdtrit(len(members) - 1, 0.5 + level / 2) if len(members) > 1 else 0.0
+        half = np.sqrt(quantile**2 * units + ndtri(0.5 + level / 2) ** 2 * images)
         names.append(kind)
         rows.append((mean, mean - half, mean + half))
     mean, low, high = np.array(rows).reshape(-1, 3).T
