@@ -26,9 +26,9 @@ def test_names_of_secrets(key: str) -> None:
 
 
 @pytest.mark.parametrize("key", [
-    "tokens", "tokenizer", "tokens_dim", "class_token", "cls_token", "reg_tokens", "num_token", "token_dim", "token_mixer", "author",
-    "PWD", "OLDPWD", "key", "key_dim", "sort_key", "qkv_bias", "keys", "forward_pass", "path", "compass", "passes", "patch_size",
-    "monkey", "label_key", "analysis", "pass", "n_pass",
+    "tokens", "tokenizer", "tokens_dim", "class_token", "cls_token", "reg_tokens", "num_token", "token_dim", "token_mixer",
+    "author", "PWD", "OLDPWD", "key", "key_dim", "sort_key", "qkv_bias", "keys", "forward_pass", "path", "compass", "passes",
+    "patch_size", "monkey", "label_key", "analysis", "pass", "n_pass",
 ])  # fmt: skip
 def test_names_of_this_field_are_none(key: str) -> None:
     assert not secrecy.is_secret(key)
@@ -87,7 +87,8 @@ def test_arguments(argument: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("argument", ["model.name=resnet18", "analysis=[cka]", "+x={a: 1, b: [2, 3]}", "optimizer.lr=1e-3",
-                                      "data.root=/a/b:c", "model.class_token=true", "callbacks.checkpoint.monitor=val/nll"])  # fmt: skip
+                                      "data.root=/a/b:c", "model.class_token=true",
+                                      "callbacks.checkpoint.monitor=val/nll"])  # fmt: skip
 def test_other_arguments_stay(argument: str) -> None:
     assert secrecy.cleaned(argument) == argument
 

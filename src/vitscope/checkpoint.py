@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from pytorch_lightning.plugins.io import CheckpointIO
 
+from vitscope import run_files
 from vitscope.errors import CheckpointError, StorageError
 from vitscope.results import write_atomically
 
@@ -41,6 +42,7 @@ class AtomicCheckpointIO(CheckpointIO):
     def remove_checkpoint(self, path: Any) -> None:
         """Delete a file and its line in the manifest."""
         path = Path(path)
+        run_files.refuse_links(path.parent)
         path.unlink(missing_ok=True)
         entries = manifest(path.parent)
         if entries.pop(path.name, None) is not None:
@@ -57,9 +59,11 @@ def write(checkpoint: Mapping[str, Any], path: Path) -> None:
     _check_plain(checkpoint, "checkpoint")
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     try:
+        run_files.refuse_links(path.parent)
         path.parent.mkdir(parents=True, exist_ok=True)
         sweep(path.parent)
-        with temporary.open("wb") as file:
+        temporary.unlink(missing_ok=True)
+        with temporary.open("xb") as file:  # never through a link that waits under that name
             torch.save(checkpoint, file)
             file.flush()
             os.fsync(file.fileno())
@@ -93,6 +97,7 @@ def read(path: Path, *, verify: bool = True) -> dict[str, Any]:
     Raises:
         CheckpointError: missing, damaged, altered, or holding more than plain containers and tensors.
     """
+    run_files.refuse_links(path)
     if not path.is_file():
         raise CheckpointError("ckpt_path", path, "no such file", "name a checkpoint file, or ckpt_path=last")
     if verify and not verified(path):
@@ -145,7 +150,7 @@ def manifest(folder: Path) -> dict[str, Any]:
     hashes that are none.
     """
     try:
-        entries = json.loads((folder / MANIFEST).read_text())
+        entries = json.loads(run_files.read_text(folder / MANIFEST, run_files.LARGEST))
     except (OSError, ValueError, RecursionError):
         return {}
     entries = entries if isinstance(entries, dict) else {}
@@ -165,6 +170,7 @@ def sha256(path: Path) -> str:
 
 def sweep(folder: Path) -> None:
     """Delete the temporary files that dead processes left behind."""
+    run_files.refuse_links(folder)
     for file in folder.glob(".*.tmp-*"):
         owner = file.name.rpartition("-")[2]
         if owner.isdigit() and int(owner) != os.getpid() and not Path(f"/proc/{owner}").exists():

@@ -32,7 +32,7 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from omegaconf.errors import OmegaConfBaseException
 
-from vitscope import checkpoint, config, interrupt, secrecy, trust
+from vitscope import checkpoint, config, interrupt, run_files, secrecy, trust
 from vitscope.errors import ConfigError, DistributedError, StorageError, VitscopeError
 from vitscope.interrupt import Interrupted
 from vitscope.runs import Run
@@ -169,8 +169,8 @@ def _say(line: str) -> None:
 def _log(text: str) -> None:
     if _current is None:
         return
-    with contextlib.suppress(OSError), _current.log.open("a") as file:  # a full disk: the line on stderr has to do
-        file.write(secrecy.masked(text))
+    with contextlib.suppress(OSError, StorageError):  # a full disk: the line on stderr has to do
+        run_files.append_text(_current.log, secrecy.masked(text))
 
 
 def _install() -> None:

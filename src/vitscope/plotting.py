@@ -10,6 +10,7 @@ from typing import Any
 from matplotlib import style
 from matplotlib.figure import Figure
 
+from vitscope import run_files
 from vitscope.card import check_comparable
 
 STYLE = Path(__file__).parent / "diagnostics" / "vitscope.mplstyle"
@@ -45,6 +46,7 @@ def save_figure(figure: Figure, stem: Path, *, formats: Sequence[str] = ("png", 
     engine = figure.get_layout_engine()
     with style.context(STYLE):
         for path in paths:
+            run_files.refuse_links(path)
             figure.savefig(path, dpi=300)
             figure.set_layout_engine("none")  # laid out once: again for each file would cost a fifth of the time
     figure.set_layout_engine(engine)

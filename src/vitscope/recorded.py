@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vitscope import config, results, secrecy
+from vitscope import config, results, run_files, secrecy
 from vitscope.distributed import rank
 from vitscope.errors import StorageError
 from vitscope.journal import Journal
@@ -27,9 +27,8 @@ def failure(analysis: Analysis, place: Place, folder: Path, stem: str, error: Ex
     if rank() == 0:
         record = {"measure": analysis.measure.__name__, "error": reason, "scalars": None}
         results.write_atomically(folder / f"{stem}.json", config.json.dumps(record, indent=2).encode())
-        with place.run.log.open("a") as log:
-            trace = secrecy.masked("".join(traceback.format_exception(error)))
-            log.write(f"analysis.{analysis.name} at {place.tag}\n{trace}\n")
+        trace = secrecy.masked("".join(traceback.format_exception(error)))
+        run_files.append_text(place.run.log, f"analysis.{analysis.name} at {place.tag}\n{trace}\n")
 
 
 def publish(analysis: Analysis, place: Place, result: Any) -> None:

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from vitscope import run_files
 from vitscope.errors import StorageError
 from vitscope.probe import ObjectiveCard
 
@@ -58,7 +59,7 @@ def load(path: Path) -> Any:
         StorageError: the file is damaged, or is not a result of this package.
     """
     try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
+        with os.fdopen(run_files.open_to_read(path), "rb") as file, np.load(file, allow_pickle=False) as archive:
             meta = json.loads(str(archive[_META]))
             arrays = {name: archive[name] for name in archive.files if name != _META}
         module, _, name = meta["type"].partition(":")
@@ -83,8 +84,10 @@ def write_atomically(path: Path, content: bytes) -> None:
     """
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     try:
+        run_files.refuse_links(path.parent)
         path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
+        temporary.unlink(missing_ok=True)
+        with temporary.open("xb") as file:  # never through a link that waits under that name
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
@@ -152,6 +155,7 @@ class PartialRows(MutableMapping[str, Mapping[str, Any]]):
     """
 
     def __init__(self, folder: Path, rank: int = 0) -> None:
+        run_files.refuse_links(folder)
         self._folder = folder
         self._file = folder / f"rank-{rank}.jsonl"
         self._rows: dict[str, Mapping[str, Any]] = {}
@@ -170,9 +174,8 @@ class PartialRows(MutableMapping[str, Mapping[str, Any]]):
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             if self._torn is None:
-                self._torn = self._file.exists() and not self._file.read_bytes().endswith(b"\n")
-            with self._file.open("a") as file:
-                file.write(("\n" if self._torn else "") + line)
+                self._torn = self._file.is_file() and not run_files.read_text(self._file).endswith("\n")
+            run_files.append_text(self._file, ("\n" if self._torn else "") + line)
             self._torn = False
         except OSError as error:
             raise StorageError("paths.runs", self._file, f"not writable ({error.strerror})", "free space") from None
@@ -199,7 +202,7 @@ class PartialRows(MutableMapping[str, Mapping[str, Any]]):
 
 def _read_rows(file: Path) -> dict[str, Mapping[str, Any]]:
     rows: dict[str, Mapping[str, Any]] = {}
-    for line in file.read_text(errors="replace").splitlines():
+    for line in run_files.read_text(file).splitlines():
         try:
             entry = json.loads(line)
             rows[entry["key"]] = {name: _unpack(value) for name, value in entry["row"].items()}

@@ -22,7 +22,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from vitscope import checkpoint, config, journal, results, secrecy
+from vitscope import checkpoint, config, journal, results, run_files, secrecy
 from vitscope.card import versions
 from vitscope.errors import CheckpointError, ConfigError, StorageError
 from vitscope.probe import Probe
@@ -77,6 +77,7 @@ class Run:
         if not path.is_file():
             raise CheckpointError("run", self.path, "no config.yaml in it", "name a run folder or a checkpoint in one")
         try:
+            run_files.refuse_links(path)
             loaded = OmegaConf.load(path)
         except (OSError, ValueError, yaml.YAMLError, OmegaConfBaseException, RecursionError) as error:
             why = f"config.yaml is damaged ({type(error).__name__})"
@@ -88,7 +89,7 @@ class Run:
     def provenance(self) -> dict[str, Any]:
         """Return what is known of how the run was made and how it ended."""
         try:
-            facts = json.loads((self.path / "provenance.json").read_text())
+            facts = json.loads(run_files.read_text(self.path / "provenance.json", run_files.LARGEST))
         except (OSError, ValueError, RecursionError):
             return {}
         return facts if isinstance(facts, dict) else {}
@@ -143,7 +144,19 @@ def find(where: str | Path) -> Run:
 def every(root: Path) -> list[Run]:
     """Return the runs below ``root``, oldest first by name."""
     return [
-        Run(file.parent) for file in sorted(root.glob("**/config.yaml")) if (file.parent / "provenance.json").exists()
+        Run(file.parent)
+        for file in sorted(root.glob("**/config.yaml"))
+        if os.path.lexists(file.parent / "provenance.json")
+    ]
+
+
+def incomplete(root: Path) -> list[tuple[Path, str]]:
+    """Return folders below ``root`` that hold a run's metrics or provenance, and which file of a run they lack."""
+    folders = {file.parent for name in ("provenance.json", journal.FILE) for file in root.glob(f"**/{name}")}
+    lacking = [path for path in sorted(folders) if not (path / "config.yaml").exists()]
+    unrecorded = sorted(folders - set(lacking))
+    return [(path, "config.yaml") for path in lacking] + [
+        (path, "provenance.json") for path in unrecorded if not os.path.lexists(path / "provenance.json")
     ]
 
 
@@ -160,7 +173,14 @@ def finished(root: Path, config_hash: str) -> Run | None:
 
 def _alike(root: Path, config_hash: str) -> Iterator[Run]:
     """Yield the runs of that configuration, newest first."""
-    return (run for run in reversed(every(root)) if run.provenance().get("config_hash") == config_hash)
+    return (run for run in reversed(every(root)) if _recorded_hash(run) == config_hash)
+
+
+def _recorded_hash(run: Run) -> str | None:
+    try:
+        return run.provenance().get("config_hash")
+    except StorageError:  # a damaged folder beside ours is no run to go on with
+        return None
 
 
 def redacted(cfg: DictConfig) -> DictConfig:

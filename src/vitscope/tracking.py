@@ -18,6 +18,7 @@ import wandb
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.loggers.logger import Logger
 
+from vitscope import run_files
 from vitscope.distributed import rank
 from vitscope.journal import Journal
 from vitscope.runs import Run, redacted
@@ -98,6 +99,7 @@ def start(cfg: DictConfig, run: Run, job_type: str, say: Callable[[str], None] =
     options = cfg.get("logger") or DictConfig({})
     if rank() != 0 or not options.get("project"):
         return Mirror()
+    run_files.refuse_links(run.path / "wandb")
     mode = os.environ.get("WANDB_MODE")
     if mode is None and not has_key():
         mode = "offline"

@@ -53,13 +53,21 @@ def report(cfg: DictConfig) -> Path:
     Raises:
         ConfigError: an unknown table or grouping.
         CheckpointError: a named run that is none.
-        DataError: no run at all; with ``strict``, a number or a figure that is missing or failed.
+        DataError: no run at all; run folders that are damaged, after the others are reported; with ``strict``, a number or
+            a figure that is missing or failed.
         StorageError: the folder cannot be written.
     """
     _check(cfg)
     out = Path(cfg.out)
     interrupt.check()
-    found = evidence.collect(_folders(cfg))
+    damaged: list[evidence.Damage] = []
+    found = evidence.collect(_folders(cfg, damaged), damaged)
+    for damage in damaged:
+        print(damage, file=sys.stderr)
+    if not found:
+        raise DataError(
+            "runs" if cfg.runs is not None else "paths.runs", None, "no run that can be read", "name others"
+        )
     chosen = [] if cfg.table else _panels(cfg, found)
     lacking: list[Problem] = []
     if cfg.baselines and not cfg.table:
@@ -86,6 +94,9 @@ def report(cfg: DictConfig) -> Path:
             target = page.write(out / f"{cfg.name}.html", found, made, judged, drawn, problems)
             print(f"\n{len(drawn)} figures, {len(made)} tables: {target}")
     _tell(list(dict.fromkeys(problems)), bool(cfg.strict), cfg.table)
+    if damaged:
+        why = f"{len(damaged)} run folder{'s' * (len(damaged) != 1)} damaged and left out, named above"
+        raise DataError("runs", None, why, "mend or delete them; the report holds the others")
     return target
 
 
@@ -101,11 +112,14 @@ def _check(cfg: DictConfig) -> None:
         raise ConfigError("runs", "[]", "no run named", "name run folders, or leave it out for all of paths.runs")
 
 
-def _folders(cfg: DictConfig) -> list[runs.Run]:
+def _folders(cfg: DictConfig, damaged: list[evidence.Damage]) -> list[runs.Run]:
+    """Return the runs to read; folders that look like runs without what makes one are added to ``damaged``."""
     if cfg.runs is not None:
         return list(dict.fromkeys(runs.find(path) for path in cfg.runs))
     root = Path(cfg.paths.runs)
-    if found := runs.every(root):
+    incomplete = runs.incomplete(root)
+    damaged += [evidence.Damage(path, f"has no {name}") for path, name in incomplete]
+    if (found := runs.every(root)) or incomplete:
         return found
     raise DataError("paths.runs", root, "no run there", "train one (python train.py), or name another folder")
 

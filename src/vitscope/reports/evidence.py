@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import stat
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import yaml
 
-from vitscope import config, journal, results
+from vitscope import config, journal, results, run_files, secrecy
 from vitscope.card import ObjectiveCard, differing_keys, shown_value
-from vitscope.errors import StorageError
+from vitscope.errors import StorageError, VitscopeError
 from vitscope.reports import identity, kinds
 from vitscope.runs import Run
+from vitscope.signatures import fits
 
 #: keys of the card in which results of one table may differ: rows name their data themselves
 NAMED_BY_ROWS = ("data",)
@@ -31,6 +34,7 @@ Conditions = tuple[tuple[str, Any], ...]
 MOST_POINTS = 120
 
 _CARD_KEYS = {f.name for f in fields(ObjectiveCard)}
+_CARD_TYPES = get_type_hints(ObjectiveCard)
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
@@ -147,17 +151,38 @@ class Entry:
         return sorted({m.tag for m in self.results}, key=moment)
 
 
+@dataclass(frozen=True)
+class Damage:
+    """A run folder that a report leaves out.
+
+    Attributes:
+        path: the folder.
+        why: what is damaged in it.
+    """
+
+    path: Path
+    why: str
+
+    def __str__(self) -> str:
+        """Return the line of standard error."""
+        return secrecy.masked(" ".join(f"damaged: {self.path}: {self.why}; left out".split()))
+
+
 def moment(tag: str) -> tuple[int, str]:
     """Sort key of tags: ``init``, the epochs, ``end``."""
     return {"init": 0, "end": 2}.get(tag, 1), tag
 
 
-def collect(found: Sequence[Run]) -> list[Entry]:
+def collect(found: Sequence[Run], damaged: list[Damage] | None = None) -> list[Entry]:
     """Return the entries of ``found`` with their labels, runs of one experiment together, by data, label and seed.
+
+    Args:
+        found: run folders.
+        damaged: takes the folders that cannot be read, which are then left out; None raises the first one's error.
 
     Where an experiment was run twice with one seed, the newest finished run counts and the others are superseded.
     """
-    raw = [_read(run) for run in found]
+    raw = [entry for run in found if (entry := _readable(run, damaged)) is not None]
     groups = {entry.group: entry.config for entry in raw}
     named = identity.labels(groups)
     counting: dict[tuple[str, int], Entry] = {}
@@ -186,52 +211,136 @@ def _natural(text: str) -> tuple[Any, ...]:
     return tuple((0, float(p), "") if p.replace(".", "", 1).isdigit() else (1, 0.0, p) for p in parts)
 
 
-def _read(run: Run) -> Entry:
-    text = (run.path / "config.yaml").read_text()
+def _readable(run: Run, damaged: list[Damage] | None) -> Entry | None:
+    """Return a run's entry, None for a damaged one; whatever is derived from it is tried here, not in a table."""
     try:
-        cfg = yaml.load(text, Loader=_LOADER) or {}
-    except yaml.YAMLError as error:
-        raise StorageError(
-            "runs", run.path, f"config.yaml is damaged ({type(error).__name__})", "delete the run"
-        ) from None
-    facts = run.provenance()
+        entry = _read(run, whole=damaged is not None)
+        _ = (entry.seed, entry.status, entry.family, entry.kin, entry.data, entry.untrained, entry.tags(), _rank(entry))
+        identity.labels({entry.group: entry.config})
+        return entry
+    except Exception as error:  # a stranger's folder may hold anything
+        if damaged is None:
+            raise
+        damaged.append(Damage(run.path, _reason(error)))
+        return None
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, VitscopeError):
+        return f"{error.value}: {error.why}" if error.value is not None else error.why
+    if isinstance(error, OSError):
+        return f"{error.filename}: {error.strerror}"
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:200] if lines else ''}"
+
+
+def _read(run: Run, whole: bool = True) -> Entry:
+    cfg = _mapping(run.path / "config.yaml")
+    for group in ("model", "data"):
+        _expect(cfg.get(group), Mapping, run.path / "config.yaml", group)
+    for group, key in (("model", "_target_"), ("data", "name")):
+        _expect(cfg[group].get(key) or "", str, run.path / "config.yaml", f"{group}.{key}")
+    for group in ("objective", "optimizer", "trainer", "callbacks", "analysis", "paths"):
+        _expect(cfg.get(group) or {}, Mapping, run.path / "config.yaml", group)
+    _expect(cfg.get("seed") or 0, int, run.path / "config.yaml", "seed")
+    facts = _mapping(run.path / "provenance.json")
+    for key in ("status", "command", "created"):
+        _expect(facts.get(key) or "", str, run.path / "provenance.json", key)
+    if not stat.S_ISDIR(os.stat(run.path).st_mode):
+        raise StorageError("runs", run.path, "not a folder", "delete it")
     metrics, curves = _journal(run.journal)
-    found = sorted((m for m in map(_measured, sorted(run.results.glob("*/*.json"))) if m), key=lambda m: m.time)
+    run_files.refuse_links(run.results / "x")
+    if os.path.lexists(run.results) and not run.results.is_dir():
+        raise StorageError("runs", run.results, "not a folder", "delete it")
+    measured = [m for path in sorted(run.results.glob("*/*.json")) if (m := _measured(path, whole))]
+    found = sorted(measured, key=lambda m: m.time)
     what = {**identity.identity(cfg), "weights": cfg.get("ckpt_path") if facts.get("command") == "analyze" else None}
     return Entry(run, cfg, facts, metrics, curves, tuple(found), config.digest(what))
 
 
-def _measured(path: Path) -> Measured | None:
+def _mapping(path: Path) -> dict[str, Any]:
+    """Return the mapping that a run's YAML or JSON file holds.
+
+    Raises:
+        StorageError: it is damaged, or larger than such a file can be.
+    """
+    text = run_files.read_text(path, run_files.LARGEST)
     try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return None  # being written, or cut short: there is no result
+        content = json.loads(text) if path.suffix == ".json" else yaml.load(text, Loader=_LOADER)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        why = f"{path.name} is damaged ({type(error).__name__})"
+        raise StorageError("runs", path.parent, why, "delete it, or the run") from None
+    _expect(content, Mapping, path, "its content")
+    return content
+
+
+def _expect(value: Any, kind: Any, path: Path, name: str) -> None:
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        wanted = {Mapping: "a mapping", str: "a text", int: "a whole number"}.get(
+            kind, getattr(kind, "__name__", "of its kind")
+        )
+        raise StorageError("runs", path, f"{name} is a {type(value).__name__}, not {wanted}", "delete the run")
+
+
+def _measured(path: Path, whole: bool) -> Measured | None:
+    """Return what a result's readable file says; one that is cut short is an error if the folder must be whole, else None."""
     tag = path.stem.rpartition("-")[0]
-    if path.name.startswith(".") or not tag or "measure" not in content:
+    if path.name.startswith(".") or not tag:
         return None
-    card = content.get("card")
-    known = {k: v for k, v in card.items() if k in _CARD_KEYS} if card else None
+    try:
+        content = _mapping(path)
+    except FileNotFoundError:
+        return None  # replaced just now
+    except StorageError:
+        if whole:
+            raise
+        return None
+    if "measure" not in content:
+        return None
+    scalars, card = content.get("scalars") or {}, content.get("card") or {}
+    _expect(scalars, Mapping, path, "scalars")
+    _expect(card, Mapping, path, "card")
+    for name, value in scalars.items():
+        if value is not None and (isinstance(value, bool | str) or not isinstance(value, int | float)):
+            raise StorageError(
+                "runs", path, f"scalars.{name} is a {type(value).__name__}, not a number", "measure again"
+            )
+        if value is not None and not math.isfinite(value):
+            raise StorageError("runs", path, f"scalars.{name} is {value}, which is written as null", "measure again")
+    for key in _CARD_KEYS & set(card):
+        _expect_card(card[key], key, path)
+    known = {k: v for k, v in card.items() if k in _CARD_KEYS}
     return Measured(
         analysis=path.parent.name,
         tag=tag,
         measure=str(content["measure"]),
         path=path.with_suffix(".npz"),
-        scalars=content.get("scalars") or {},
+        scalars=scalars,
         card=ObjectiveCard(**known) if known else None,
         error=str(content.get("error") or ""),
         time=path.stat().st_mtime,
     )
 
 
+def _expect_card(value: Any, key: str, path: Path) -> None:
+    """Refuse a card's value of another kind than its field's, as far as reports sort and compare it."""
+    if value is not None and not fits(value, _CARD_TYPES[key]):
+        raise StorageError("runs", path, f"card.{key} is a {type(value).__name__}", "measure again")
+
+
 def _journal(path: Path) -> tuple[dict[str, float | None], dict[str, tuple[list[float], list[float]]]]:
     """Return each metric's last value (also where it is null), and the curves over epochs."""
     last: dict[str, float | None] = {}
     curves: dict[str, tuple[list[float], list[float]]] = {}
-    for row in journal.read(path):
+    rows = journal.read(path)
+    if os.path.lexists(path) and (not path.is_file() or (not rows and path.stat().st_size > 0)):
+        raise StorageError("runs", path, "holds no row of metrics", "delete the run")
+    for row in rows:
         at = row.get("step")
         for key, value in row.items():
             if key in ("step", "epoch", "time", "tag") or not (value is None or isinstance(value, int | float)):
                 continue
+            value = value if value is not None and math.isfinite(value) else None
             last[key] = None if value is None else float(value)
             if key.startswith(("train/", "val/")) and value is not None and isinstance(at, int):
                 xs, ys = curves.setdefault(key, ([], []))

@@ -181,7 +181,8 @@ def job(metric: str) -> float | None:
     said = children.outcome(folder)
     if code == 0 and not said.finished:
         code = said.exit_code or 1
-    (folder / JOB).write_text(json.dumps({"overrides": list(map(secrecy.cleaned, overrides)), "exit_code": code}))
+    job_facts = {"overrides": list(map(secrecy.cleaned, overrides)), "exit_code": code}
+    results.write_atomically(folder / JOB, json.dumps(job_facts).encode())
     if signum is not None:
         raise Interrupted(signum)
     value = journal.last_values(folder / journal.FILE).get(metric) if code == 0 else None
