@@ -1,4 +1,4 @@
-"""Eigenvalues of D H D with D the filters' norms: curvature that a rescaling of the network does not change."""
+"""Compute eigenvalues of D H D, D the weights' own size: curvature that a rescaling of units does not change."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class NormalisedHessianResult:
         errors: (k,) estimates of the distance to the eigenvalue.
         converged: (k,) booleans.
         n_products: products with the Hessian.
-        n_moving: parameters that D does not set to zero.
+        n_moving: parameters that ``ignore`` leaves to move.
         card: under which conditions.
     """
 
@@ -54,6 +54,7 @@ def normalised_hessian(
     k: int = 5,
     which: str = "LM",
     tol: float = 1e-3,
+    normalization: str = "weight",
     ignore: str = "bias_bn",
     dtype: str | torch.dtype | None = None,
     bn: str = "eval",
@@ -62,17 +63,30 @@ def normalised_hessian(
     max_memory: float | None = None,
     seed: int = 0,
 ) -> NormalisedHessianResult:
-    """Compute extreme eigenvalues of D H D, the Hessian in filter-normalised coordinates.
+    """Compute extreme eigenvalues of D H D, the Hessian in coordinates of the weights' own size.
 
-    D is diagonal: an entry of a filter (a row of dimension 0 of a Linear or Conv weight) has that filter's norm, an entry of
-    another tensor the tensor's norm. Scaling a filter by c and its successor by 1/c changes H, but not D H D. These are the
-    coordinates of the ``filter`` landscape: its curvature along a unit direction lies between the extreme eigenvalues.
+    D is diagonal. With ``weight`` its entries are the weights' absolute values, D = diag(|w|). Where w' = S w with a positive
+    diagonal S gives the same function, H' = S^-1 H S^-1 and D' = S D, so that D' H' D' = D H D entry by entry: the eigenvalues
+    are unchanged by every rescaling of single weights that leaves the function alone. Such are, in a network of ReLUs
+    (positively homogeneous), a unit's or channel's incoming weights and bias times c and its outgoing weights times 1 / c, in
+    linear layers and convolutions alike; a convolution's filter times c before a BatchNorm on its own statistics
+    (``bn="batch"``), up to the layer's eps; before one on running statistics where the running mean and deviation are scaled too.
+    Changing signs changes no eigenvalue either; rotations do. A weight that is zero does not move.
+
+    With ``filter`` an entry of a filter (a row of dimension 0 of a Linear or Conv weight) has that filter's norm, an entry of
+    another tensor the tensor's norm. These are the coordinates of the ``filter`` landscape: its curvature along a unit direction
+    lies between the extreme eigenvalues. They are unchanged where all of a layer's units are scaled by one c and the next layer
+    by 1 / c, and where a filter is scaled before a BatchNorm; **not** where one unit is, for the next layer's rows mix
+    columns of scaled and other units.
+
+    What ``ignore`` leaves out does not move: the block of H that belongs to the others is as invariant as the whole.
 
     Args:
         probe: the model, batches and objective; batches are split over ranks.
         k: how many eigenvalues.
         which: ``LM``, ``LA``, ``SA`` or ``both``.
         tol: relative error at which to stop.
+        normalization: ``weight`` or ``filter``, see above.
         ignore: what does not move, as for the landscape: ``bias_bn`` (one-dimensional parameters and position tables).
         dtype: ``float32`` or ``float64``; None for the model's own.
         bn: BatchNorm on running statistics (``eval``) or on each batch's (``batch``).
@@ -82,17 +96,23 @@ def normalised_hessian(
         seed: of the start vector.
 
     Raises:
-        ValueError: as `hessian_eigenvalues`.
+        ValueError: an unknown normalization; and as `hessian_eigenvalues`.
         NumericalError: a loss that is not finite.
 
-    Source: PAPER.md section 9; filter norms of Li et al. (NeurIPS 2018), section 4.
+    Source: D = diag(|w|) is that of Kwon et al., ASAM (ICML 2021), element-wise; filter norms of Li et al. (NeurIPS 2018),
+    section 4.
     """
+    if normalization not in ("weight", "filter"):
+        raise ValueError(f"Expected normalization to be weight or filter, received {normalization!r}.")
     solving = {"k": k, "which": which, "tol": tol, "max_products": max_products, "seed": seed}
     subset = list(moving(dict(probe.parameters()), ignore))
     with curvatures(probe, parameters=subset, dtype=dtype, bn=bn, micro_batch=micro_batch, seed=seed) as made:
         mean = made.mean()
         filters = filter_parameters(made.model)
-        scale = [_norms(p, name in filters) for name, p in made.parameters.items()]
+        scale = [
+            p.detach().double().abs() if normalization == "weight" else _norms(p, name in filters)
+            for name, p in made.parameters.items()
+        ]
         pairs = scaled_eigenvalues(mean, scale, shared=True, max_memory=max_memory, **solving)
         return NormalisedHessianResult(
             eigenvalues=pairs.values,
@@ -101,7 +121,7 @@ def normalised_hessian(
             converged=pairs.converged,
             n_products=pairs.n_products,
             n_moving=mean.size,
-            card=made.card({**solving, "normalization": "filter"}, parameters=f"all but {ignore}"),
+            card=made.card({**solving, "normalization": normalization}, parameters=f"all but {ignore}"),
         )
 
 
