@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from torch import Tensor, nn
 from vitscope import checkpoint, config, secrecy
 from vitscope.errors import CheckpointError, ConfigError, DataError, VitscopeError
 from vitscope.objective import Objective
+from vitscope.optimizer_stability import adam_scale
+from vitscope.optimizer_state import OptimizerState, of_checkpoint
 from vitscope.probe import Probe
 
 #: keys of the data group that are hints for other groups, not arguments of the data module
@@ -118,14 +121,15 @@ def probe(
     if device.type != "cpu":
         batches = _OnDevice(batches, device)
     soft = next(iter(batches))[1].ndim == 2
-    scale = adamw_scale(network, content) if content is not None and cfg.objective.l2 == "adamw" else None
+    scale = adamw_scale(network, content, cfg) if content is not None and cfg.objective.l2 == "adamw" else None
     about = {**datamodule.describe(wanted["split"], augment), "mean": datamodule.mean, "std": datamodule.std,
              "num_classes": datamodule.num_classes, "class_names": datamodule.class_names,
              "present_classes": datamodule.present_classes(wanted["split"]), "seed": seed,
              **attributes, **(facts or {})}  # fmt: skip
     # mixup has the smoothing inside its soft targets, clean images have none
     smoothing = float(recipe["label_smoothing"]) if augment and not soft else 0.0
-    return Probe(network, batches, objective(cfg, smoothing=smoothing, scale=scale), about=about)
+    stated = objective(cfg, smoothing=smoothing, scale=scale)
+    return Probe(network, batches, stated, about=about, optimizer=lambda: optimizer_state(network, content, cfg))
 
 
 class _OnDevice:
@@ -175,28 +179,54 @@ def load_weights(network: nn.Module, content: Mapping[str, Any], path: Path) -> 
         raise CheckpointError("ckpt_path", path, _first_line(error), "use the model it was made with") from None
 
 
-def adamw_scale(network: nn.Module, content: Mapping[str, Any]) -> dict[str, Tensor] | None:
-    """Return sqrt(v) + eps of each parameter by name from a checkpoint's AdamW state, v corrected for its bias.
+def optimizer_state(
+    network: nn.Module, content: Mapping[str, Any] | None, cfg: Mapping[str, Any] | None = None
+) -> OptimizerState | None:
+    """Return the optimizer that a checkpoint holds: its class, hyper-parameters by group and state; None where it holds none.
+
+    Args:
+        network: whose parameters it trains.
+        content: the checkpoint.
+        cfg: the run's configuration, which names the optimizer's class.
+
+    Raises:
+        CheckpointError: the state is not one that an optimizer writes.
+    """
+    saved = (content or {}).get("optimizer_states") or []
+    if not saved:
+        return None
+    target = config.plain((cfg or {}).get("optimizer")) if cfg is not None and cfg.get("optimizer") else None
+    with _readable_state():
+        if len(saved) > 1:
+            return OptimizerState("optimizers", {}, f"{len(saved)} optimizers take turns")
+        return of_checkpoint(saved[0], network, target)
+
+
+def adamw_scale(
+    network: nn.Module, content: Mapping[str, Any], cfg: Mapping[str, Any] | None = None
+) -> dict[str, Tensor] | None:
+    """Return sqrt(v) + eps of each parameter by name from a checkpoint's AdamW or Adam state, v corrected for its bias.
+
+    None where the checkpoint holds no such state.
 
     Raises:
         CheckpointError: the state is not one that AdamW writes.
     """
+    state = optimizer_state(network, content, cfg)
+    if state is None:
+        return None
+    with _readable_state():
+        return adam_scale(state)
+
+
+@contextmanager
+def _readable_state() -> Iterator[None]:
+    """Turn what reading a damaged optimizer state raises into one line."""
     try:
-        states = content.get("optimizer_states") or []
-        if not states or not states[0].get("state"):
-            return None
-        group = states[0]["param_groups"][0]
-        if "betas" not in group:
-            return None
-        named = [name for name, p in network.named_parameters() if p.requires_grad]
-        scale = {}
-        for name, moments in zip(named, (states[0]["state"][i] for i in sorted(states[0]["state"]))):
-            corrected = moments["exp_avg_sq"] / (1 - group["betas"][1] ** float(moments["step"]))
-            scale[name] = corrected.sqrt() + group["eps"]
+        yield
     except (KeyError, IndexError, TypeError, AttributeError, ValueError, RuntimeError) as error:
         why = f"its optimizer state is damaged ({type(error).__name__}: {_first_line(error)})"
         raise CheckpointError("ckpt_path", None, why, "use another checkpoint, or objective.l2=half_sq") from None
-    return scale
 
 
 def weights_hash(network: nn.Module) -> str:

@@ -6,7 +6,7 @@ bit-identical: weights, buffers, modes, gradients and random states.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import fields
 from typing import Any
@@ -21,6 +21,7 @@ from vitscope.card import versions
 from vitscope.checks import CheckedBatches, InputChecks, check_weights
 from vitscope.eager import eager_execution, uncompiled
 from vitscope.objective import Objective
+from vitscope.optimizer_state import OptimizerState
 
 Batch = tuple[Tensor, Tensor]
 
@@ -37,6 +38,7 @@ class Probe:
         objective: what is differentiated or evaluated; plain cross entropy by default.
         taps: where feature maps are read, for a model that `vitscope.taps` does not know.
         about: facts for the card, such as ``data``, ``split``, ``augmentation``, ``seed``, ``checkpoint``, ``epoch``.
+        optimizer: gives the optimizer at this point of training, where it is known.
 
     Raises:
         ValueError: a one-shot iterator, no batch, or a model that is not a module.
@@ -49,6 +51,7 @@ class Probe:
         objective: Objective | None = None,
         taps: Sequence[Any] | None = None,
         about: Mapping[str, Any] | None = None,
+        optimizer: Callable[[], OptimizerState | None] | None = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise ValueError(f"Expected model to be an nn.Module, received {type(model).__name__}.")
@@ -61,6 +64,7 @@ class Probe:
         self.batches: CheckedBatches = CheckedBatches(batches, self._checks)
         self.objective = objective or Objective()
         self.about = dict(about or {})
+        self._optimizer = optimizer
         self._taps = list(taps) if taps is not None else None
         self._dtype: torch.dtype | None = None
         self._sizes: tuple[int, int] | None = None
@@ -100,6 +104,14 @@ class Probe:
     def n_batches(self) -> int:
         """The number of batches, on all ranks together."""
         return len(self.batches)
+
+    def optimizer(self) -> OptimizerState | None:
+        """Return the optimizer's class, hyper-parameters and state at this point of training; None where they are not known.
+
+        Raises:
+            CheckpointError: its state is damaged.
+        """
+        return self._optimizer() if self._optimizer is not None else None
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """Return the parameters that require gradients by name, tied ones once.

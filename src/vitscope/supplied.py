@@ -42,9 +42,8 @@ def loaded(key: str, value: Any, probe: Probe) -> Any:
         return value
     other = runs.load_probe(value, split=probe.about["split"])
     other.model.to(probe.device)
-    return Probe(
-        other.model, probe.batches, probe.objective, about={**probe.about, "checkpoint": other.about["checkpoint"]}
-    )
+    about = {**probe.about, "checkpoint": other.about["checkpoint"]}
+    return Probe(other.model, probe.batches, probe.objective, about=about, optimizer=other.optimizer)
 
 
 def _untrained(cfg: DictConfig) -> DictConfig:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -13,7 +13,9 @@ from vitscope.linalg.extreme import Eigenpairs, extreme_eigenvalues
 from vitscope.linalg.hvp import Curvature
 
 
-def scaled_eigenvalues(operator: Curvature, scale: Sequence[Tensor], **solving: object) -> Eigenpairs:
+def scaled_eigenvalues(
+    operator: Curvature, scale: Sequence[Tensor], product: Callable[[Tensor], Tensor] | None = None, **solving: object
+) -> Eigenpairs:
     """Return extreme eigenvalues of D C D, D diagonal with the entries ``scale`` (one tensor a parameter).
 
     Where C is a Hessian this is the Hessian in the coordinates u with w = w0 + D u.
@@ -21,6 +23,7 @@ def scaled_eigenvalues(operator: Curvature, scale: Sequence[Tensor], **solving: 
     Args:
         operator: C.
         scale: D's entries in the parameters' shapes.
+        product: ``v -> C v`` where C is not the operator itself but its data term with another L2 term.
         solving: as for `extreme_eigenvalues`.
     """
     d = torch.cat([part.expand(p.shape).reshape(-1) for part, p in zip(scale, operator.parameters.values())])
@@ -28,4 +31,5 @@ def scaled_eigenvalues(operator: Curvature, scale: Sequence[Tensor], **solving: 
     start = start_vector(operator) * d
     if not norm(start) > 0:
         start = torch.zeros_like(start)
-    return extreme_eigenvalues(lambda v: operator(v * d).mul_(d), start, **solving)  # type: ignore[arg-type]
+    multiply = product or operator
+    return extreme_eigenvalues(lambda v: multiply(v * d).mul_(d), start, **solving)  # type: ignore[arg-type]

@@ -16,6 +16,7 @@ from vitscope.linalg.basis import norm
 from vitscope.linalg.curvatures import Curvatures, curvatures
 from vitscope.linalg.solve import solve
 from vitscope.measure_options import record_options
+from vitscope.optimizer_stability import adam_scale
 from vitscope.probe import Batch, ObjectiveCard, Probe
 from vitscope.progress import track
 
@@ -268,7 +269,10 @@ def _gradient_norms(made: Curvatures) -> dict[str, float]:
     objective, data = made.probe.objective, made.mean().gradient(data_only=True)
     weights = torch.cat([p.detach().reshape(-1) for p in made.parameters.values()])
     norms = {"nll": norm(data), "half_sq": norm(data + objective.weight_decay * weights), "adamw": float("nan")}
-    if objective.decay_scale is not None:
-        scale = torch.cat([objective.decay_scale[name].reshape(-1).to(weights) for name in made.parameters])
+    scales = objective.decay_scale
+    if scales is None and (optimizer := made.probe.optimizer()) is not None:
+        scales = adam_scale(optimizer)  # of the checkpoint, whatever form of L2 the objective has
+    if scales is not None and all(name in scales for name in made.parameters):
+        scale = torch.cat([scales[name].reshape(-1).to(weights) for name in made.parameters])
         norms["adamw"] = norm(data + objective.weight_decay * scale * weights)
     return norms

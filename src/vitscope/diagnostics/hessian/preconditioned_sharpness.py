@@ -2,34 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
-from vitscope.linalg.curvatures import curvatures
+from vitscope.errors import CheckpointError
+from vitscope.linalg.curvatures import Curvatures, curvatures
+from vitscope.linalg.hvp import Curvature
 from vitscope.linalg.scaled import scaled_eigenvalues
 from vitscope.measure_options import record_options
+from vitscope.optimizer_stability import StabilityLimit, stability_limit
+from vitscope.optimizer_state import OptimizerState, of_optimizer
 from vitscope.probe import ObjectiveCard, Probe
 
 
 @dataclass(frozen=True)
 class PreconditionedSharpnessResult:
-    """Eigenvalues of P^-1 H, with P = diag(sqrt(v) + eps) of AdamW, or the identity.
+    """Eigenvalues of P^-1 H, with P the optimizer's preconditioner, and what its iteration bears.
 
     Attributes:
         eigenvalues: (k,) the largest, descending.
         residuals: (k,) of the symmetric form P^-1/2 H P^-1/2.
         converged: (k,) booleans.
-        threshold: 2 (1 + beta1) / ((1 - beta1) lr), 38 / lr for beta1 = 0.9: above it the linearised iteration diverges;
-            NaN without ``lr``.
-        ratio: largest eigenvalue / threshold; NaN without ``lr``.
-        lr: the learning rate, NaN where not given.
-        beta1: the momentum.
-        preconditioner: ``adamw`` or ``identity``.
+        threshold: above it the linearized full-batch iteration with frozen second moments diverges, see
+            `vitscope.optimizer_stability`: 2 (1 + beta1) / ((1 - beta1) lr) for Adam and AdamW (38 / lr for beta1 = 0.9),
+            2 (1 + m) / lr for SGD with momentum m (3.8 / lr for 0.9). NaN where it is unknown, infinite at rate 0.
+        ratio: largest eigenvalue / threshold; NaN where that is unknown.
+        lr: the learning rate, NaN where it is unknown.
+        beta1: the momentum coefficient, NaN where it is unknown or there is none.
+        preconditioner: ``adamw`` (also of Adam), ``identity`` (also of SGD), ``nadam``, ``rmsprop`` or ``adagrad``.
         n_products: products with the Hessian.
+        optimizer: the optimizer's class, empty where none is known.
+        limit: the threshold's formula, or why it is unknown.
         card: under which conditions.
     """
 
@@ -42,6 +51,8 @@ class PreconditionedSharpnessResult:
     beta1: float
     preconditioner: str
     n_products: int
+    optimizer: str = ""
+    limit: str = ""
     card: ObjectiveCard | None = None
 
     def scalars(self) -> dict[str, float]:
@@ -59,8 +70,9 @@ class PreconditionedSharpnessResult:
 def preconditioned_sharpness(
     probe: Probe,
     *,
+    optimizer: Optimizer | None = None,
     lr: float | None = None,
-    beta1: float = 0.9,
+    beta1: float | None = None,
     preconditioner: str = "auto",
     k: int = 1,
     tol: float = 1e-3,
@@ -74,14 +86,19 @@ def preconditioned_sharpness(
 ) -> PreconditionedSharpnessResult:
     """Compute the largest eigenvalues of P^-1 H and compare them with the optimizer's limit of stability.
 
-    P^-1 H has the eigenvalues of the symmetric P^-1/2 H P^-1/2, which is what Lanczos sees. P comes from the objective's
-    ``decay_scale``, AdamW's frozen sqrt(v) + eps.
+    P^-1 H has the eigenvalues of the symmetric P^-1/2 H P^-1/2, which is what Lanczos sees. With ``auto`` the optimizer is the
+    one given, or that of the run's checkpoint: its class, its hyper-parameters by group and its state, whatever form of L2 the
+    objective has. H is then the Hessian of the data term plus the optimizer's own coupled weight decay; decoupled decay scales
+    P by 1 - lr wd / 2, which is exact, and groups of different rates or momenta scale P by what their limits differ. Without
+    an optimizer, H is the objective's, and P its ``decay_scale`` (AdamW's frozen sqrt(v) + eps) where there is one.
 
     Args:
         probe: the model, batches and objective; batches are split over ranks.
-        lr: the learning rate at the point measured; None leaves the threshold out.
-        beta1: AdamW's first momentum coefficient, in [0, 1).
-        preconditioner: ``adamw``, ``identity``, or ``auto``: ``adamw`` where its state is at hand.
+        optimizer: of the model, at the point measured; None for that of the checkpoint the probe was made from.
+        lr: the learning rate in place of the optimizer's; without an optimizer, None leaves the threshold out.
+        beta1: only without an optimizer: Adam's first momentum coefficient, None for 0.9; with the identity SGD's momentum, None
+            leaves the threshold out.
+        preconditioner: ``auto``; or, of a stated optimizer instead of the run's: ``adamw`` (its state is needed), ``identity``.
         k: how many eigenvalues.
         tol: relative error at which to stop.
         parameters: a subset, see `hessian_eigenvalues`.
@@ -93,54 +110,155 @@ def preconditioned_sharpness(
         seed: of the start vector.
 
     Raises:
-        ValueError: ``adamw`` without a ``decay_scale``, an ``lr`` that is not positive, ``beta1`` outside [0, 1); and as
+        ValueError: ``adamw`` without its state, an ``lr`` that is not positive, ``beta1`` outside [0, 1); and as
             `hessian_eigenvalues`.
+        CheckpointError: an optimizer state that is damaged.
         NumericalError: a loss that is not finite.
 
-    Source: Cohen et al., Adaptive gradient methods at the edge of stability (2022); PAPER.md section 9.
+    Source: Cohen et al., Adaptive gradient methods at the edge of stability (2022).
     """
     if lr is not None and not 0 < lr < float("inf"):
         raise ValueError(f"Expected lr to be positive or None, received {lr}.")
-    if not 0 <= beta1 < 1:
-        raise ValueError(f"Expected beta1 in [0, 1), received {beta1}.")
-    given = probe.objective.decay_scale
-    chosen = _choice(preconditioner, given)
+    if beta1 is not None and not 0 <= beta1 < 1:
+        raise ValueError(f"Expected beta1 in [0, 1) or None, received {beta1}.")
+    if preconditioner not in ("auto", "adamw", "identity"):
+        raise ValueError(f"Expected preconditioner to be auto, adamw or identity, received {preconditioner!r}.")
+    plan = _plan(probe, optimizer, lr, beta1, preconditioner)
     solving = {"k": k, "which": "LA", "tol": tol, "max_products": max_products, "seed": seed}
     with curvatures(probe, parameters=parameters, dtype=dtype, bn=bn, micro_batch=micro_batch, seed=seed) as made:
         mean = made.mean()
-        scale = [_inverse_root(name, p, given if chosen == "adamw" else None) for name, p in made.parameters.items()]
-        pairs = scaled_eigenvalues(mean, scale, shared=True, max_memory=max_memory, **solving)
-        threshold = 2 * (1 + beta1) / ((1 - beta1) * lr) if lr else float("nan")
-        return PreconditionedSharpnessResult(
-            eigenvalues=pairs.values,
-            residuals=pairs.residuals,
-            converged=pairs.converged,
-            threshold=threshold,
-            ratio=float(pairs.values[0]) / threshold,
-            lr=lr or float("nan"),
-            beta1=beta1,
-            preconditioner=chosen,
-            n_products=pairs.n_products,
-            card=made.card({**solving, "preconditioner": chosen}),
+        scale = [_inverse_root(name, p, plan.scale) for name, p in made.parameters.items()]
+        product = None if plan.decay is None else _with_decay(mean, _flat(made, plan.decay))
+        pairs = scaled_eigenvalues(mean, scale, product, shared=True, max_memory=max_memory, **solving)
+        card = made.card({**solving, "preconditioner": plan.preconditioner, "optimizer": plan.optimizer}, **plan.l2)
+    ratio = float(pairs.values[0]) / plan.threshold
+    return PreconditionedSharpnessResult(
+        eigenvalues=pairs.values,
+        residuals=pairs.residuals,
+        converged=pairs.converged,
+        threshold=plan.threshold,
+        ratio=ratio,
+        lr=plan.lr,
+        beta1=plan.beta1,
+        preconditioner=plan.preconditioner,
+        n_products=pairs.n_products,
+        optimizer=plan.optimizer,
+        limit=plan.limit,
+        card=card,
+    )
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What P and H are, and the limit that belongs to them.
+
+    ``scale`` is P by parameter name (None: the identity), ``decay`` the coupled decay that replaces the objective's L2 term
+    (None: the objective's own), ``l2`` how the card names that.
+    """
+
+    preconditioner: str
+    scale: Mapping[str, Tensor] | None
+    decay: Mapping[str, float] | None
+    threshold: float
+    lr: float
+    beta1: float
+    optimizer: str
+    limit: str
+    l2: Mapping[str, object]
+
+
+def _plan(
+    probe: Probe, optimizer: Optimizer | None, lr: float | None, beta1: float | None, preconditioner: str
+) -> _Plan:
+    state = of_optimizer(optimizer, probe.model) if optimizer is not None else probe.optimizer()
+    adam = state is not None and state.name in ("Adam", "AdamW") and any(p.state for p in state.parameters.values())
+    if state is None or preconditioner == "identity" or (preconditioner == "adamw" and not adam):
+        return _stated(probe.objective.decay_scale, lr, beta1, preconditioner)
+    try:
+        limit = stability_limit(state, lr)
+    except LookupError as error:
+        if isinstance(error, KeyError):
+            raise _damaged(state, error) from None
+        return _unknown(probe, state, str(error), lr)
+    except (TypeError, AttributeError, ValueError) as error:
+        raise _damaged(state, error) from None
+    if beta1 is not None and beta1 != limit.beta1:
+        warnings.warn(
+            f"beta1={beta1:g} is not used: {limit.name} has {limit.beta1:g} in its state", UserWarning, stacklevel=4
         )
+    return _of_limit(limit)
 
 
-def _choice(preconditioner: str, given: Mapping[str, Tensor] | None) -> str:
-    if preconditioner not in ("auto", "adamw", "identity"):
-        raise ValueError(f"Expected preconditioner to be auto, adamw or identity, received {preconditioner!r}.")
-    if preconditioner == "adamw" and given is None:
+def _of_limit(limit: StabilityLimit) -> _Plan:
+    coupled = sorted(set(limit.decay.values()))
+    scale = {name: critical / limit.unit for name, critical in limit.critical.items()}
+    names = {"AdamW": "adamw", "Adam": "adamw", "SGD": "identity"}
+    return _Plan(
+        preconditioner=names.get(limit.name, limit.name.lower()),
+        scale=scale,
+        decay=limit.decay,
+        threshold=limit.threshold,
+        lr=limit.lr,
+        beta1=limit.beta1,
+        optimizer=limit.name,
+        limit=limit.formula,
+        l2={"l2": "the optimizer's own", "weight_decay": coupled[-1]},
+    )
+
+
+def _stated(scale: Mapping[str, Tensor] | None, lr: float | None, beta1: float | None, preconditioner: str) -> _Plan:
+    """Return the plan of an optimizer that is not at hand: AdamW's by its scale, or gradient descent."""
+    if preconditioner == "adamw" and scale is None:
         raise ValueError(
             "Expected Objective(decay_scale=...) (AdamW's sqrt(v) + eps by parameter name) with preconditioner='adamw', "
             "received None: measure a checkpoint that holds the optimizer's state, or use preconditioner='identity'."
         )
-    return preconditioner if preconditioner != "auto" else "identity" if given is None else "adamw"
+    if preconditioner == "identity" or scale is None:
+        known = lr is not None and beta1 is not None
+        threshold = 2 * (1 + beta1) / lr if lr is not None and beta1 is not None else float("nan")
+        why = (
+            "2 (1 + m) / lr"
+            if known
+            else "unknown: no optimizer is at hand (optimizer=, or lr= and SGD's momentum as beta1=)"
+        )
+        return _Plan(
+            "identity", None, None, threshold, lr or float("nan"), float("nan") if beta1 is None else beta1, "", why, {}
+        )
+    beta = 0.9 if beta1 is None else beta1
+    threshold = 2 * (1 + beta) / ((1 - beta) * lr) if lr is not None else float("nan")
+    why = "2 (1 + beta1) / ((1 - beta1) lr)" if lr is not None else "unknown: no lr is given"
+    return _Plan("adamw", scale, None, threshold, lr or float("nan"), beta, "", why, {})
+
+
+def _unknown(probe: Probe, state: OptimizerState, why: str, lr: float | None) -> _Plan:
+    """Return the plan for eigenvalues of the objective's own Hessian, without a limit, and say so."""
+    warnings.warn(
+        f"the limit of stability is unknown: {why}; eigenvalues are the Hessian's own", UserWarning, stacklevel=5
+    )
+    nan = float("nan")
+    return _Plan("identity", None, None, nan, lr or nan, nan, state.name, f"unknown: {why}", {})
+
+
+def _damaged(state: OptimizerState, error: Exception) -> CheckpointError:
+    why = f"the state of {state.name} is damaged ({type(error).__name__}: {error})"
+    return CheckpointError("ckpt_path", None, why, "use another checkpoint, or preconditioner=identity")
+
+
+def _with_decay(operator: Curvature, decay: Tensor) -> Callable[[Tensor], Tensor]:
+    """Return the product with the data term's curvature plus the diagonal ``decay (size,)``."""
+    return lambda v: operator.data_product(v).addcmul_(v, decay)
+
+
+def _flat(made: Curvatures, values: Mapping[str, float]) -> Tensor:
+    """Return one number a parameter, expanded to ``(size,)``."""
+    return torch.cat([torch.full((p.numel(),), values[name]).to(p) for name, p in made.parameters.items()])
 
 
 def _inverse_root(name: str, p: Tensor, scale: Mapping[str, Tensor] | None) -> Tensor:
     if scale is None:
         return torch.ones_like(p)
     if name not in scale:
-        raise ValueError(f"Expected decay_scale for every parameter, received none for {name!r}.")
+        raise ValueError(f"Expected the optimizer's scale for every parameter, received none for {name!r}.")
     if not bool((scale[name] > 0).all()):
-        raise ValueError(f"Expected a positive decay_scale (sqrt(v) + eps), received one with zeros for {name!r}.")
+        raise ValueError(f"Expected a positive scale (sqrt(v) + eps), received one with zeros for {name!r}.")
     return scale[name].to(p.device).double().rsqrt()

@@ -1,0 +1,198 @@
+"""Derive up to which curvature an optimizer's iteration is stable.
+
+On a quadratic w^T H w / 2, full batch, with the second moments frozen, an optimizer of torch.optim is a linear iteration. Of one
+weight with the curvature h it diverges where h passes a critical curvature; each follows from the characteristic polynomial at
+z = -1, where its root leaves the unit disc (eta the rate, wd the decay, p the preconditioner, a = 1 - eta wd where the decay is
+decoupled and 1 elsewhere):
+
+- SGD: z^2 - (1 + m - eta (1 - d) h) z + m gives 2 (1 + m) / ((1 - d) eta), momentum m and dampening d; torch's buffer is
+  m b + (1 - d) g, without a factor 1 - m. Without momentum there is no buffer and no dampening: 2 / eta.
+- SGD, Nesterov: z^2 - (1 + m) (1 - eta h) z + m (1 - eta h) gives 2 (1 + m) / ((1 + 2 m) eta).
+- Adam, AdamW: z^2 - (a + b - eta (1 - b) h / p) z + a b gives p (1 + a) (1 + b) / ((1 - b) eta), with b = beta1 and
+  p = sqrt(v / (1 - beta2^t)) + eps (the largest v so far with amsgrad). The bias correction of the first moment, 1 / (1 - b^t),
+  is transient and taken as 1.
+- NAdam: p (1 + a) (1 + b) / ((1 + b - 2 mu b) eta), with mu = b (1 - 0.96^(t md) / 2) of the next step t, md the momentum decay.
+- RMSprop: 2 (1 + m) p / eta, p = sqrt(v) + eps, v less the squared mean of gradients where centered.
+- Adagrad: 2 p / eta with p = sqrt(sum) + eps and eta = lr / (1 + (t - 1) lr_decay) of the next step t.
+
+Coupled decay adds wd to h. Many weights: with L the diagonal of critical curvatures, the quadratic eigenvalue problem has
+symmetric coefficients (multiplied by a diagonal), so that roots leave the unit disc at z = -1 alone, and the iteration is stable
+where the largest eigenvalue of L^-1/2 (H + wd) L^-1/2 is below 1; rates, decays and momenta of several groups may differ
+(Nesterov: not the momenta).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vitscope.optimizer_state import OptimizerState, ParameterState
+
+
+@dataclass(frozen=True)
+class StabilityLimit:
+    """The critical curvature of every weight, and the same as a preconditioner and one threshold.
+
+    Attributes:
+        name: the optimizer's class.
+        critical: the critical curvature by parameter name, float64 and broadcastable; infinite where the weight does not move.
+        decay: coupled decay by parameter name, which adds to the curvature.
+        unit: of ``critical``: divided by it they are the preconditioner P of which ``threshold`` is the limit.
+        threshold: of the first group that moves, without p: 2 (1 + beta1) / ((1 - beta1) lr) for Adam; infinite where the rate
+            of every group is 0, and ``critical`` is then that of a rate of 1.
+        lr: the rate of that group.
+        beta1: its momentum coefficient, NaN where it has none.
+        formula: of the threshold.
+    """
+
+    name: str
+    critical: Mapping[str, Tensor]
+    decay: Mapping[str, float]
+    unit: float
+    threshold: float
+    lr: float
+    beta1: float
+    formula: str
+
+
+def stability_limit(optimizer: OptimizerState, lr: float | None = None) -> StabilityLimit:
+    """Return the limit of a known optimizer.
+
+    Args:
+        optimizer: class, hyper-parameters and state.
+        lr: a rate in place of every group's own.
+
+    Raises:
+        LookupError: there is no known limit; the message says why.
+        KeyError, TypeError, AttributeError: a state that the optimizer does not write.
+    """
+    if optimizer.unknown:
+        raise LookupError(optimizer.unknown)
+    parameters = optimizer.parameters
+    if any(p.group.get("maximize") for p in parameters.values()):
+        raise LookupError("it maximizes")
+    if optimizer.name == "SGD" and _mixes_nesterov(parameters):
+        raise LookupError("groups with Nesterov's momentum differ in it")
+    if any(float(p.group.get("dampening") or 0.0) >= 1 for p in parameters.values()):
+        raise LookupError("dampening of 1 or more leaves nothing of the gradient")
+    if optimizer.name != "SGD" and not any(p.state for p in parameters.values()):
+        raise LookupError(f"{optimizer.name} has made no step, so it has no preconditioner")
+    rates = {name: _rate(optimizer.name, p, lr) for name, p in parameters.items()}
+    if resting := not any(rates.values()):
+        rates = dict.fromkeys(rates, 1.0)
+    factors = {name: _factor(optimizer.name, p) for name, p in parameters.items()}
+    critical = {}
+    for name, p in parameters.items():
+        still = rates[name] == 0 or (optimizer.name != "SGD" and not p.state)  # a weight without gradients has no state
+        scale = (
+            torch.ones((), dtype=torch.float64)
+            if optimizer.name == "SGD" or still
+            else _preconditioner(optimizer.name, p)
+        )
+        shrinking = 1.0 - rates[name] * _decoupled(optimizer.name, p) / 2  # (1 + a) / 2
+        critical[name] = (
+            torch.full_like(scale, float("inf")) if still else scale * (shrinking * factors[name] / rates[name])
+        )
+    first = next(name for name in parameters if rates[name] > 0)
+    rate, group = rates[first], parameters[first].group
+    return StabilityLimit(
+        name=optimizer.name,
+        critical=critical,
+        decay={name: _coupled(optimizer.name, p) for name, p in parameters.items()},
+        unit=factors[first] / rate,
+        threshold=float("inf") if resting else factors[first] / rate,
+        lr=0.0 if resting else float(group["lr"] if lr is None else lr),
+        beta1=float(group["betas"][0]) if "betas" in group else float(group.get("momentum", float("nan"))),
+        formula="infinite: the rate is 0 (give lr)" if resting else _formula(optimizer.name, group),
+    )
+
+
+def _formula(name: str, group: Mapping[str, Any]) -> str:
+    return "2 (1 + m) / ((1 + 2 m) lr)" if group.get("nesterov") else _FORMULAS[name]
+
+
+_FORMULAS = {
+    "SGD": "2 (1 + m) / ((1 - dampening) lr)",
+    "Adam": "2 (1 + beta1) / ((1 - beta1) lr)",
+    "AdamW": "2 (1 + beta1) / ((1 - beta1) lr)",
+    "NAdam": "2 (1 + beta1) / ((1 + beta1 - 2 mu beta1) lr)",
+    "RMSprop": "2 (1 + m) / lr",
+    "Adagrad": "2 (1 + t lr_decay) / lr",
+}
+
+
+def adam_scale(optimizer: OptimizerState) -> dict[str, Tensor] | None:
+    """Return sqrt(v) + eps by parameter name, v corrected for its bias; None for another optimizer or before its first step.
+
+    A parameter that never had a gradient has the scale eps.
+    """
+    if optimizer.name not in ("Adam", "AdamW") or not any(p.state for p in optimizer.parameters.values()):
+        return None
+    return {
+        name: _preconditioner(optimizer.name, p)
+        if p.state
+        else torch.full(p.shape, float(p.group["eps"]), dtype=torch.float64)
+        for name, p in optimizer.parameters.items()
+    }
+
+
+def _mixes_nesterov(parameters: Mapping[str, ParameterState]) -> bool:
+    momenta = {(bool(p.group["nesterov"]), float(p.group["momentum"])) for p in parameters.values()}
+    return len(momenta) > 1 and any(nesterov for nesterov, _ in momenta)
+
+
+def _rate(name: str, p: ParameterState, lr: float | None) -> float:
+    rate = float(p.group["lr"] if lr is None else lr)
+    if name == "Adagrad":
+        rate /= 1 + float(p.state.get("step", 0)) * float(p.group["lr_decay"])
+    return rate
+
+
+def _factor(name: str, p: ParameterState) -> float:
+    """Return the critical curvature times the rate over the preconditioner, without decay."""
+    group = p.group
+    if name in ("Adam", "AdamW", "NAdam"):
+        beta = float(group["betas"][0])
+        if name != "NAdam":
+            return 2 * (1 + beta) / (1 - beta)
+        step = float(p.state.get("step", 0)) + 1
+        mu = beta * (1 - 0.5 * 0.96 ** (step * float(group["momentum_decay"])))
+        return 2 * (1 + beta) / (1 + beta - 2 * mu * beta)
+    m = float(group.get("momentum", 0.0))
+    if name == "SGD" and group["nesterov"]:
+        return 2 * (1 + m) / (1 + 2 * m)
+    if name == "SGD":
+        return 2 * (1 + m) / (1 - float(group["dampening"])) if m else 2.0
+    return 2 * (1 + m)
+
+
+def _preconditioner(name: str, p: ParameterState) -> Tensor:
+    group, state = p.group, p.state
+    eps = float(group["eps"])
+    if name in ("Adam", "AdamW", "NAdam"):
+        square = state["max_exp_avg_sq"] if group.get("amsgrad") else state["exp_avg_sq"]
+        square = square.double() / (1 - float(group["betas"][1]) ** float(state["step"]))
+        return square.sqrt() + eps
+    if name == "Adagrad":
+        return state["sum"].double().sqrt() + eps
+    square = state["square_avg"].double()
+    if group["centered"]:
+        square = (square - state["grad_avg"].double().square()).clamp(min=0.0)
+    return square.sqrt() + eps
+
+
+def _coupled(name: str, p: ParameterState) -> float:
+    """Return the decay that is added to the gradient."""
+    return 0.0 if _is_decoupled(name, p) else float(p.group.get("weight_decay", 0.0))
+
+
+def _decoupled(name: str, p: ParameterState) -> float:
+    return float(p.group.get("weight_decay", 0.0)) if _is_decoupled(name, p) else 0.0
+
+
+def _is_decoupled(name: str, p: ParameterState) -> bool:
+    return name == "AdamW" or (name == "NAdam" and bool(p.group.get("decoupled_weight_decay")))

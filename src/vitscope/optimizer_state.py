@@ -1,0 +1,145 @@
+"""Read an optimizer's class, hyper-parameters and state by parameter name, from a live optimizer or a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+#: keys by which the parameter groups of an optimizer of torch.optim are known, the most particular ones first
+_KEYS = {
+    "SGD": {"momentum", "dampening", "nesterov"},
+    "NAdam": {"betas", "eps", "momentum_decay"},
+    "RMSprop": {"alpha", "eps", "momentum", "centered"},
+    "Adagrad": {"lr_decay", "initial_accumulator_value", "eps"},
+    "Adam": {"betas", "eps", "amsgrad"},
+}
+
+
+@dataclass(frozen=True)
+class ParameterState:
+    """What an optimizer knows of one parameter.
+
+    Attributes:
+        group: the hyper-parameters of its group.
+        state: its moments and steps; empty before the first step.
+        shape: of the parameter.
+    """
+
+    group: Mapping[str, Any]
+    state: Mapping[str, Any]
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class OptimizerState:
+    """An optimizer at a point of training.
+
+    Attributes:
+        name: its class in `torch.optim`, such as ``AdamW``; another class's name where it is none of those.
+        parameters: what it knows of each parameter that it trains, by name; empty where it cannot be told.
+        unknown: why no limit of stability can be derived, or an empty text.
+    """
+
+    name: str
+    parameters: Mapping[str, ParameterState]
+    unknown: str = ""
+
+    @property
+    def decoupled(self) -> bool:
+        """Whether it is AdamW: the decay acts on the weights beside the preconditioned step."""
+        return self.name == "AdamW"
+
+
+def of_optimizer(optimizer: Optimizer, model: nn.Module) -> OptimizerState:
+    """Return the state of a live optimizer of ``model``'s parameters."""
+    from vitscope.sam import SAM
+
+    named = {id(p): name for name, p in model.named_parameters()}
+    parameters = {
+        named[id(p)]: ParameterState(
+            {key: value for key, value in group.items() if key != "params"}, optimizer.state.get(p, {}), tuple(p.shape)
+        )
+        for group in optimizer.param_groups
+        for p in group["params"]
+        if id(p) in named
+    }
+    if isinstance(optimizer, SAM):
+        return _around(type(optimizer.base).__name__, parameters, float(optimizer.rho), type(optimizer.base).__module__)
+    return _known(type(optimizer).__name__, parameters, type(optimizer).__module__)
+
+
+def of_checkpoint(saved: Mapping[str, Any], model: nn.Module, target: Mapping[str, Any] | None) -> OptimizerState:
+    """Return the state that a checkpoint holds (``optimizer.state_dict()``) of an optimizer of ``model``'s parameters.
+
+    Args:
+        saved: ``param_groups`` and ``state``.
+        model: whose trainable parameters the optimizer was given, in their order.
+        target: the configuration's optimizer (``_target_``, of SAM with ``rho`` and ``base``), where it is known.
+
+    Raises:
+        KeyError, TypeError, ValueError, AttributeError: a state that no optimizer writes.
+    """
+    groups, state = list(saved["param_groups"]), saved["state"]
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    target = dict(target or {})
+    inner = target.get("base") if str(target.get("_target_", "")).endswith(".SAM") else target
+    path = str((inner or {}).get("_target_", ""))
+    module, _, name = path.rpartition(".")
+    if all("param_names" in group for group in groups):
+        names = [[_own_name(n, trained) for n in group["param_names"]] for group in groups]
+    elif len(groups) == 1:
+        names = [list(trained)]
+    else:
+        return OptimizerState(name or "optimizer", {}, f"{len(groups)} groups of parameters without names")
+    parameters = {}
+    for group, own in zip(groups, names):
+        if len(group["params"]) != len(own) or not all(n in trained for n in own):
+            why = f"its groups hold {len(group['params'])} parameters where the model trains {len(own)}"
+            return OptimizerState(name or "optimizer", {}, why)
+        facts = {key: value for key, value in group.items() if key not in ("params", "param_names")}
+        for number, parameter in zip(group["params"], own):
+            of_one = state.get(number, {})
+            _check_shapes(parameter, trained[parameter], of_one)
+            parameters[parameter] = ParameterState(facts, of_one, tuple(trained[parameter].shape))
+    if inner is not target:
+        return _around(name, parameters, float(target.get("rho", 0.05)), module)
+    return _known(name, parameters, module)
+
+
+def _own_name(name: str, trained: Mapping[str, Any]) -> str:
+    return name if name in trained else name.removeprefix("model.")
+
+
+def _check_shapes(name: str, p: Tensor, state: Mapping[str, Any]) -> None:
+    for key, value in state.items():
+        if isinstance(value, Tensor) and value.ndim and value.shape != p.shape:
+            raise ValueError(f"{key} of {name} is {tuple(value.shape)}, the parameter {tuple(p.shape)}")
+
+
+def _around(base: str, parameters: Mapping[str, ParameterState], rho: float, module: str) -> OptimizerState:
+    known = _known(base, parameters, module)
+    if rho == 0:  # no ascent: the base optimizer itself
+        return known
+    why = (
+        f"SAM takes the gradient at the end of an ascent of length rho={rho:g}, which changes the limit of {known.name}"
+    )
+    return replace(known, unknown=why)
+
+
+def _known(name: str, parameters: Mapping[str, ParameterState], module: str) -> OptimizerState:
+    """Return the state with the class that its groups' keys and its own name agree on."""
+    foreign = bool(module) and not (module == "torch.optim" or module.startswith("torch.optim."))
+    keys = [set(p.group) for p in parameters.values()]
+    found = next((n for n, wanted in _KEYS.items() if keys and all(wanted <= k for k in keys)), "")
+    if found == "Adam":  # the two share their keys
+        apart = [bool(p.group.get("decoupled_weight_decay", name == "AdamW")) for p in parameters.values()]
+        found = "AdamW" if all(apart) else "Adam" if not any(apart) else ""
+    same = not name or name == found or {name, found} == {"Adam", "AdamW"}
+    if foreign or not found or not same:
+        shown = name or "an optimizer of another kind"
+        return OptimizerState(shown, {}, f"no limit is known of {shown}")
+    return OptimizerState(found, parameters)
