@@ -18,6 +18,9 @@ from vitscope.probe import Batch, ObjectiveCard, Probe
 
 #: parts of modules' class names whose randomness the eval mode switches off
 _RANDOM = ("Dropout", "DropPath", "StochasticDepth")
+#: length of a start vector's random part, in units of the gradient's. Of 60 constructed searches for an end that the gradient
+#: does not show 23 passed it over with 0.1, and 3 do with 1, with as many products
+RANDOM_SHARE = 1.0
 
 
 @dataclass(frozen=True)
@@ -148,19 +151,19 @@ def float_type(dtype: str | torch.dtype | None) -> torch.dtype | None:
 
 
 def start_vector(operator: Curvature, seed: int = 0) -> Tensor:
-    """Return a first vector for Krylov methods: the data gradient's direction plus some of a random one.
+    """Return a first vector for Krylov methods: the data gradient's direction plus as much of a random one.
 
     The gradient lies mostly in the span of the top eigenvectors, which saves products; the random part reaches the
-    eigenvectors that are orthogonal to it.
+    eigenvectors that are nearly orthogonal to it, such as the most negative ones, at the same number of products.
     """
     return start_along(operator.gradient(data_only=True), seed)
 
 
 def start_along(gradient: Tensor, seed: int = 0) -> Tensor:
-    """Return the direction of ``gradient (size,)``, which is written to, plus some of a random one (see `start_vector`)."""
+    """Return the direction of ``gradient (size,)``, which is written to, plus as much of a random one (see `start_vector`)."""
     generator = torch.Generator().manual_seed(seed)
     random = torch.randn(len(gradient), generator=generator, dtype=torch.float32).to(gradient)
     length, other = norm(gradient), norm(random)
     if not length > 0:
         return random
-    return gradient.div_(length).add_(random, alpha=0.1 / other)
+    return gradient.div_(length).add_(random, alpha=RANDOM_SHARE / other)
