@@ -4,12 +4,15 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+import torchvision
 from conftest import from_config
+from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from vitscope import models
 from vitscope.models.attention_weights import attention_weights, reading_attention
 from vitscope.models.parameters import parameter_kinds, parameter_stages
+from vitscope.models.taps import taps
 from vitscope.models.units import Unit, conv3x3_identity, head_zeroed, reading_branches, units, zeroed
 
 
@@ -216,3 +219,55 @@ def test_kinds_and_stages_of_parameters() -> None:
 def test_kinds_of_a_plain_convnet() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(4, 2))
     assert list(parameter_kinds(model).values()) == ["conv"] * 6 + ["head"] * 2
+
+
+class ParallelBlock(Block):
+    """Attention and MLP side by side."""
+
+    def forward(self, x: Tensor, **_: object) -> Tensor:  # type: ignore[override]
+        y = self.norm1(x)
+        return x + self.attn(y) + self.mlp(y)
+
+
+def test_a_block_that_runs_otherwise_than_its_type_is_refused() -> None:
+    model = models.vit(patch_size=8, depth=2)
+    model.blocks[1] = ParallelBlock(192, 3)  # type: ignore[index, operator]
+    for find in (units, taps, parameter_kinds):
+        with pytest.raises(ValueError, match=r"ParallelBlock with a forward of its own: .* pass taps=.* units="):
+            find(model)
+    other = models.vit(patch_size=8, depth=1)
+    other.blocks[0].forward = torch.compile(other.blocks[0].forward, backend="eager")  # type: ignore[index, union-attr]
+    assert len(units(other)) == 2
+    other.blocks[0].forward = lambda x: x  # type: ignore[index, union-attr]
+    with pytest.raises(ValueError, match="Block with a forward of its own"):
+        units(other)
+
+
+class Gated(nn.Module):
+    """A hand-written residual block with squeeze and excitation at its end."""
+
+    def __init__(self, width: int, gate: nn.Module) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(width, width, 3, 1, 1), nn.BatchNorm2d(width)
+        self.conv2, self.bn2 = nn.Conv2d(width, width, 3, 1, 1), nn.BatchNorm2d(width)
+        self.gate, self.shortcut = gate, nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.gate(self.bn2(self.conv2(self.bn1(self.conv1(x)).relu()))) + self.shortcut(x)
+
+
+def test_the_branch_of_a_hand_written_block_ends_after_its_gate() -> None:
+    gate = torchvision.ops.SqueezeExcitation(4, 2)
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), Gated(4, gate), nn.Flatten()).double().eval()
+    (unit,) = units(model)
+    assert unit.branch_out.module is gate
+    x = image(6)
+    with torch.no_grad(), zeroed(unit):
+        assert torch.equal(model(x), model[0](x).flatten(1))
+    unknown = nn.Sequential(nn.Conv2d(3, 4, 1), Gated(4, nn.Conv2d(4, 4, 1)), nn.Flatten())
+    with pytest.raises(
+        ValueError, match=r"Gated with a child 'gate' \(Conv2d\) whose place in the branch is not known"
+    ):
+        units(unknown)
+    (legacy,) = {type(u.branch_out.module).__name__ for u in units(timm.create_model("legacy_seresnet18"))}
+    assert legacy == "SEModule"

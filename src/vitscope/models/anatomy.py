@@ -128,9 +128,27 @@ def anatomy(model: nn.Module) -> list[Piece]:
 def _parts(module: nn.Module) -> tuple[Part, ...]:
     """What is registered for the type, else pooling for any strided layer that stands between blocks."""
     found = parts(module)
+    if found:
+        _check_forward(module)
     if not found and isinstance(module, nn.Conv2d | nn.MaxPool2d | nn.AvgPool2d) and subsamples(module):
         return (Part("pool", Read(module), subsamples=True),)
     return found
+
+
+def _check_forward(block: nn.Module) -> None:
+    """Raise ValueError where a block runs other code than the type that describes it: its units may lie elsewhere."""
+    described = next(cls for cls in type(block).__mro__ if cls in parts.registry)
+    if described is nn.Module:  # known by its name or children
+        return
+    own = block.__dict__.get("forward")
+    own = getattr(own, "_torchdynamo_orig_callable", own)  # compiled: the method that was
+    run = getattr(own, "__func__", own) if own is not None else type(block).forward
+    if run is not described.forward:
+        name = type(block).__name__
+        raise ValueError(
+            f"Expected blocks that run as {described.__module__}.{described.__name__}, received {name} with a forward of its "
+            f"own: describe it, @vitscope.models.anatomy.parts.register({name}), or pass taps=[...] and units=[...]."
+        )
 
 
 def _walk(model: nn.Module) -> Iterator[tuple[str, nn.Module, tuple[nn.Module, ...]]]:
@@ -171,7 +189,7 @@ def _prefix_tokens(ancestors: tuple[nn.Module, ...]) -> int:
 def _plain(model: nn.Module) -> list[Piece]:
     pieces: list[Piece] = []
     stage = 1
-    gates = tuple(f"{name}." for name, module in model.named_modules() if _is_gate(module))
+    gates = tuple(f"{name}." for name, module in model.named_modules() if is_gate(module))
     for name, module in model.named_modules():
         if name.startswith(gates):  # a gate's convolutions see one average for the whole map
             continue
@@ -188,9 +206,10 @@ def _plain(model: nn.Module) -> list[Piece]:
     return [] if len(pieces) == 1 and _is_patch_embedding(pieces[0].block) else pieces
 
 
-def _is_gate(module: nn.Module) -> bool:
-    """Whether a module is squeeze and excitation (timm's and torchvision's have these names)."""
-    return "squeezeexcit" in type(module).__name__.lower() or type(module).__name__ == "SEModule"
+def is_gate(module: nn.Module) -> bool:
+    """Return whether a module is squeeze and excitation, by the names of timm's, torchvision's and usual hand-written ones."""
+    name = type(module).__name__.lower()
+    return "squeezeexcit" in name or name in ("semodule", "selayer", "seblock", "se")
 
 
 def _is_patch_embedding(module: nn.Module) -> bool:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import cast
 
 from timm.models import beit, convnext, eva, mlp_mixer, pit, resnet, resnetv2, swin_transformer, vision_transformer
 from timm.models import swin_transformer_v2 as swin_v2
 from torch import nn
 
-from vitscope.models.anatomy import Layout, Part, Read, parts, replaceable_conv3x3, subsamples
+from vitscope.models.anatomy import Layout, Part, Read, is_gate, parts, replaceable_conv3x3, subsamples
 
 
 def _first(block: nn.Module, *names: str) -> nn.Module:
@@ -157,7 +158,33 @@ def by_structure(block: nn.Module) -> tuple[Part, ...]:
     if not (has_shortcut and {"conv1", "conv2", "bn1", "bn2"} <= set(layers)):
         return ()
     first = Read(children["bn1"]) if layers[0] == "bn1" else Read(children["conv1"], "input")
-    return (_conv(block, first, Read(children[layers[-1]])),)
+    return (_conv(block, first, Read(_branch_end(block, children, layers))),)
+
+
+def _branch_end(block: nn.Module, children: Mapping[str, nn.Module], layers: Sequence[str]) -> nn.Module:
+    """Return the last layer of the branch of a hand-written block: a gate after its last norm or convolution belongs to it.
+
+    Raises:
+        ValueError: other weights of the block, whose place in the branch its children do not tell.
+    """
+    names, end = list(children), children[layers[-1]]
+    for name, module in children.items():
+        if name in layers or name in ("shortcut", "downsample") or not any(True for _ in module.parameters()):
+            continue
+        if not is_gate(module) or names.index(name) < names.index(layers[-1]):
+            raise _unclear(block, f"a child {name!r} ({type(module).__name__})")
+        end = module
+    for name in block._parameters:
+        raise _unclear(block, f"a parameter {name!r}")
+    return end
+
+
+def _unclear(block: nn.Module, what: str) -> ValueError:
+    kind = type(block).__name__
+    return ValueError(
+        f"Expected a residual block of convolutions and norms, received {kind} with {what} whose place in the branch is not "
+        f"known: describe it, @vitscope.models.anatomy.parts.register({kind}), or pass taps=[...] and units=[...]."
+    )
 
 
 def _torchvision_encoder(block: nn.Module) -> tuple[Part, ...]:
