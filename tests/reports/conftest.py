@@ -121,7 +121,9 @@ def write_run(
     run.path.mkdir(parents=True)
     (run.path / "config.yaml").write_text(yaml.safe_dump(configuration(model, seed, **changes)))
     created = f"2026-01-01T00:{number // 60:02d}:{number % 60:02d}"
-    provenance = {"command": "train", "status": "finished", "seed": seed, "created": created, **(facts or {})}
+    size = {"parameters": 5_000_000, "flops": 10**9, "family": "", "why": ""}
+    known = {"command": "train", "status": "finished", "seed": seed, "created": created, "model": size}
+    provenance = {**known, **(facts or {})}
     (run.path / "provenance.json").write_text(json.dumps(provenance))
     journal = Journal(run.journal)
     for step in range(3):
