@@ -18,10 +18,11 @@ from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
 from vitscope import pending, schedule
+from vitscope.accumulation import StepGroup, is_first
 from vitscope.calibration_metric import ExpectedCalibrationError
 from vitscope.distributed import all_reduce_sum, gather_objects
-from vitscope.errors import NumericalError
-from vitscope.objective import Objective, hard_targets
+from vitscope.errors import DataError, NumericalError
+from vitscope.objective import Objective, hard_targets, labeled, n_labeled
 from vitscope.sam import SAM, still_statistics
 
 #: seeds of training steps are kept apart from those of data by this constant
@@ -77,6 +78,7 @@ class Classifier(pl.LightningModule):
         self._seed = seed
         self._position = (0, 0)
         self._pending = ""
+        self._group = StepGroup()
         self._counts = torch.zeros(2, dtype=torch.int64)  # this epoch's training images: right, seen
         self.identity = dict(identity or {})
         self.hard_objective = Objective(label_smoothing=label_smoothing)
@@ -109,32 +111,61 @@ class Classifier(pl.LightningModule):
         self._position = (self.current_epoch, batch_idx + 1)
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        """Return the mean loss of a batch, mixed if the recipe mixes.
+        """Return the loss of a micro-batch, mixed if the recipe mixes, with its weight in the optimizer step's mean over images.
 
         Raises:
             NumericalError: the loss is not finite; the weights are those of the step before.
+            DataError: no image of the whole step has a label.
         """
+        if self._second_pass():
+            return self._loss_at_ascent()
+        loss, logits, y = self._loss(batch, batch_idx, ascended=False)
+        trainer = self.trainer
+        if is_first(batch_idx, trainer.accumulate_grad_batches):
+            self._group = StepGroup()
+        weight = self._group.add(loss, n_labeled(y), trainer.world_size)
+        if self._steps_twice():
+            self._group.parts.append((batch, batch_idx, weight))
+        if self._group.images == 0 and not trainer.fit_loop._should_accumulate():
+            raise DataError("data", None, f"no image of step {self.global_step} has a label: all are ignored (-100)",
+                            "leave such images out")  # fmt: skip
+        self.log("train/loss", torch.tensor(self._group.mean_loss, dtype=torch.float64).to(loss), prog_bar=True,
+                 batch_size=len(y))  # fmt: skip
+        counts = labeled(y)
+        self._counts = self._counts.to(y.device)
+        self._counts[0] += (logits.detach().argmax(dim=1) == hard_targets(y))[counts].sum()
+        self._counts[1] += counts.sum()
+        return loss * weight
+
+    def _loss(self, batch: tuple[Tensor, Tensor], batch_idx: int, *, ascended: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the mean loss over the images with a label (0 where there is none), the logits and the targets."""
         x, y = batch
         step = self.current_epoch * self._batches_per_epoch() + batch_idx
         torch.manual_seed(_step_seed(self._seed, step, self.global_rank))
         if self._mix is not None:
             x, y = self._mix(x, y, (self._seed, _STEP_STREAM, step, self.global_rank))
-        again = self._second_pass()
-        with still_statistics(self.model, again):
+        with still_statistics(self.model, ascended):
             logits = self(x)
         objective = self.soft_objective if y.ndim == 2 else self.hard_objective
-        loss = objective.data_loss(logits.float() if logits.dtype != torch.float64 else logits, y)
+        precise = logits.float() if logits.dtype != torch.float64 else logits
+        loss = objective.data_loss(precise, y) if n_labeled(y) else precise.sum() * 0
         if not torch.isfinite(loss):
             raise NumericalError("optimizer.lr", self._current_lr(), f"loss {loss.item()} at step {self.global_step}",
                                  "lower it, warm up longer or clip gradients; the last checkpoint is finite")  # fmt: skip
-        if again:  # the loss at the end of SAM's ascent is not the training loss
-            return loss
-        shared = self.trainer.world_size > 1  # the mean of equal shares is the single process's value
-        self.log("train/loss", loss, prog_bar=True, batch_size=len(x), sync_dist=shared)
-        self._counts = self._counts.to(x.device)
-        self._counts[0] += (logits.detach().argmax(dim=1) == hard_targets(y)).sum()
-        self._counts[1] += len(x)
-        return loss
+        return loss, logits, y
+
+    def _loss_at_ascent(self) -> Tensor:
+        """Differentiate the group's micro-batches once more, at the end of SAM's ascent; return the last one's loss for that.
+
+        It is not the training loss, so it is neither logged nor counted.
+        """
+        *earlier, (batch, batch_idx, weight) = self._group.parts
+        if earlier:  # the gradient of the first pass; the trainer clears it at the first micro-batch of a group alone
+            self.trainer.optimizers[0].zero_grad()
+        for part, number, share in earlier:
+            loss = self._loss(part, number, ascended=True)[0] * share / self.trainer.accumulate_grad_batches
+            self.trainer.strategy.backward(loss, None)
+        return self._loss(batch, batch_idx, ascended=True)[0] * weight
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """Differentiate; what is run again for that moves no running statistics a second time."""
@@ -150,7 +181,10 @@ class Classifier(pl.LightningModule):
         self._evaluate("test", batch)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Log the gradient's norm before clipping, at the logging interval."""
+        """Make the gradient that of the mean over the step's images; log its norm before clipping, at the logging interval."""
+        factor = self._group.gradient_factor(self.trainer.accumulate_grad_batches)
+        if factor != 1:
+            torch._foreach_mul_([p.grad for p in self.model.parameters() if p.grad is not None], factor)
         if (
             not self._second_pass()
             and (self.global_step + 1) % max(getattr(self.trainer, "log_every_n_steps", 1), 1) == 0
@@ -194,13 +228,15 @@ class Classifier(pl.LightningModule):
 
     def _evaluate(self, stage: str, batch: tuple[Tensor, Tensor]) -> None:
         x, y = batch
-        logits = self(x)
+        counts = labeled(y)
+        logits = self(x)[counts]
         logits = logits.float() if logits.dtype != torch.float64 else logits
-        y = hard_targets(y)
+        y = hard_targets(y)[counts]
         probabilities = logits.softmax(dim=1)
-        n = len(x)
+        n = len(y)
         metrics: Any = self.metrics[f"{stage}_metrics"]
-        metrics["scores"](probabilities, y)
+        if n:
+            metrics["scores"](probabilities, y)
         brier = probabilities.square().sum(1) + 1 - 2 * probabilities.gather(1, y[:, None]).squeeze(1)
         means = {
             "loss": self.hard_objective.data_loss(logits, y),
@@ -208,7 +244,7 @@ class Classifier(pl.LightningModule):
             "brier": brier.mean(),
         }
         for name, value in means.items():
-            metrics[name](value, n)
+            metrics[name](value if n else torch.zeros_like(value), n)  # a mean over no image is NaN
             self.log(f"{stage}/{name}", metrics[name], batch_size=n, prog_bar=False, on_epoch=True)
         for name, metric in metrics["scores"].items(keep_base=True):
             self.log(f"{stage}/{name}", metric, batch_size=n, prog_bar=name == "accuracy", on_epoch=True)
@@ -216,6 +252,9 @@ class Classifier(pl.LightningModule):
     def _batches_per_epoch(self) -> int:
         batches = self.trainer.num_training_batches
         return int(batches) if batches != float("inf") else 1 << 40
+
+    def _steps_twice(self) -> bool:
+        return isinstance(next(iter(self.trainer.optimizers), None), SAM)
 
     def _second_pass(self) -> bool:
         optimizer = next(iter(self.trainer.optimizers), None)

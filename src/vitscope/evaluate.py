@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from vitscope import distributed
-from vitscope.objective import Objective, hard_targets
+from vitscope.objective import Objective, hard_targets, labeled
 
 #: equal-width confidence bins of the expected calibration error
 ECE_BINS = 10
@@ -21,13 +21,13 @@ ECE_BINS = 10
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Means over images.
+    """Means over the images that have a label.
 
     Attributes:
         nll: the objective's data term (cross entropy, nats), mean over images.
         accuracy: share of images whose most probable class is the (most probable) target; NaN where logits are not finite.
         ece: expected calibration error, ten equal-width bins (a, b], see `confidence_bins`.
-        n_images: the number of images seen on all ranks.
+        n_images: the number of images with a label on all ranks.
         losses: (n_images,) each image's loss, where asked for; else empty. In batch order of this rank.
         correct: (n_images,) booleans, likewise.
     """
@@ -54,20 +54,22 @@ def evaluate(
 
     Args:
         forward: a model, or any function from images ``(B, C, H, W)`` to logits ``(B, K)``; its mode is the caller's.
-        batches: ``(x, y)`` pairs, ``y`` class indices or soft targets.
+        batches: ``(x, y)`` pairs, ``y`` class indices (-100: no label, the image counts nowhere) or soft targets.
         objective: gives the data term; plain cross entropy by default.
         per_image: also return each image's loss and correctness.
         reduce: under ``torch.distributed`` add the ranks' sums up (each rank then passes its own share of batches).
         device: the model's, for a rank without a batch of its own, whose zeros must lie where the others' sums do.
 
     Raises:
-        ValueError: no image at all.
+        ValueError: no image that has a label.
     """
     objective = objective or Objective()
     sums: Tensor | None = None
     losses, correct = [], []
     for x, y in batches:
-        logits = forward(x)
+        logits, counts = forward(x), labeled(y)
+        if not bool(counts.all()):
+            logits, y = logits[counts], y[counts]
         loss = objective.data_loss(
             logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits, y, "none"
         )
@@ -85,7 +87,7 @@ def evaluate(
         sums = torch.zeros(3 + 3 * ECE_BINS, dtype=torch.float64, device=device)
     totals = (distributed.all_reduce_sum(sums) if reduce else sums).cpu().numpy()
     if totals[0] == 0:
-        raise ValueError("Expected at least one image to evaluate, received none.")
+        raise ValueError("Expected at least one image with a label to evaluate, received none.")
     return Evaluation(
         nll=float(totals[1] / totals[0]),
         accuracy=float(totals[2] / totals[0]),

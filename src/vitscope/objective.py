@@ -16,6 +16,19 @@ from torch import Tensor, nn
 
 L2_FORMS = ("half_sq", "sum_norm", "adamw", "none")
 
+#: the class index of an image without a label, as `torch.nn.functional.cross_entropy` has it: it counts in no mean
+IGNORED_LABEL = -100
+
+
+def labeled(y: Tensor) -> Tensor:
+    """Return which targets count ``(B,)``, booleans: every soft target, and every class index but ``IGNORED_LABEL``."""
+    return y != IGNORED_LABEL if y.ndim == 1 else torch.ones(len(y), dtype=torch.bool, device=y.device)
+
+
+def n_labeled(y: Tensor) -> int:
+    """Return the number of targets that count: what a mean over images divides by."""
+    return int(labeled(y).sum()) if y.ndim == 1 else len(y)
+
 
 def hard_targets(y: Tensor) -> Tensor:
     """Return class indices ``(B,)``: ``y`` itself, or the most probable class of soft targets ``(B, C)``."""
@@ -66,6 +79,8 @@ class Objective:
 
     def data_loss(self, logits: Tensor, y: Tensor, reduction: str = "mean") -> Tensor:
         """Return the cross entropy in nats of ``logits (B, C)`` against indices ``(B,)`` or soft targets ``(B, C)``.
+
+        An image whose index is ``IGNORED_LABEL`` has loss 0 and counts in no mean; a mean over no image is NaN.
 
         Raises:
             ValueError: soft targets together with smoothing, or shapes that do not match.

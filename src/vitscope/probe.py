@@ -20,7 +20,7 @@ from vitscope.card import ObjectiveCard as ObjectiveCard
 from vitscope.card import versions
 from vitscope.checks import CheckedBatches, InputChecks, check_weights
 from vitscope.eager import eager_execution, uncompiled
-from vitscope.objective import Objective
+from vitscope.objective import Objective, n_labeled
 from vitscope.optimizer_state import OptimizerState
 
 Batch = tuple[Tensor, Tensor]
@@ -67,7 +67,7 @@ class Probe:
         self._optimizer = optimizer
         self._taps = list(taps) if taps is not None else None
         self._dtype: torch.dtype | None = None
-        self._sizes: tuple[int, int] | None = None
+        self._sizes: tuple[int, int, int] | None = None
 
     @property
     def taps(self) -> list[Any]:
@@ -94,6 +94,20 @@ class Probe:
     def n_images(self) -> int:
         """The number of images in all batches (counted on the first request)."""
         return self._counted()[0]
+
+    @property
+    def n_labeled(self) -> int:
+        """The number of images whose target counts: what sums of losses over all batches are divided by.
+
+        Raises:
+            ValueError: none has a label.
+        """
+        count = self._counted()[2]
+        if count == 0:
+            raise ValueError(
+                "Expected at least one image with a label, received batches in which every label is ignored."
+            )
+        return count
 
     @property
     def batch_size(self) -> int:
@@ -204,12 +218,14 @@ class Probe:
             finally:
                 self._dtype = outer
 
-    def _counted(self) -> tuple[int, int]:
+    def _counted(self) -> tuple[int, int, int]:
+        """Return the images in all batches, those in the first, and those with a label."""
         if self._sizes is None:
-            sizes = [len(x) for x, _ in self.batches]
+            counts = [(len(x), n_labeled(y)) for x, y in self.batches]
+            sizes = [size for size, _ in counts]
             if not sizes:
                 raise ValueError("Expected at least one batch (x, y), received none.")
-            self._sizes = sum(sizes), sizes[0]
+            self._sizes = sum(sizes), sizes[0], sum(count for _, count in counts)
         return self._sizes
 
     def _soft(self) -> bool:

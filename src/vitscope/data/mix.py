@@ -10,6 +10,7 @@ from timm.data.mixup import Mixup, mixup_target
 from torch import Tensor
 
 from vitscope.data import ranges
+from vitscope.objective import IGNORED_LABEL
 
 
 @dataclass(frozen=True)
@@ -77,10 +78,14 @@ def mix(
         smoothed one-hot targets.
 
     Raises:
-        ValueError: `y` is not one class index an image.
+        ValueError: `y` is not one class index an image, or an image has no label.
     """
     if y.ndim != 1 or len(y) != len(x) or y.is_floating_point():
         raise ValueError(f"Expected {len(x)} class indices, received {y.dtype} of shape {tuple(y.shape)}.")
+    if bool((y == IGNORED_LABEL).any()):
+        raise ValueError(
+            f"Expected a label for every image, received {IGNORED_LABEL} (ignored): set mixup=0 and cutmix=0."
+        )
     if mixup <= 0 and cutmix <= 0:
         return x, mixup_target(y, num_classes, 1.0, label_smoothing)
     mixer = Mixup(mixup, cutmix, switch_prob=switch_prob, num_classes=num_classes)

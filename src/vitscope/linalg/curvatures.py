@@ -14,6 +14,7 @@ from vitscope.linalg.basis import norm
 from vitscope.linalg.hvp import Curvature
 from vitscope.linalg.l2 import warn_of_sum_norm
 from vitscope.linalg.subsets import select_parameters, subset_name
+from vitscope.objective import n_labeled
 from vitscope.probe import Batch, ObjectiveCard, Probe
 
 #: parts of modules' class names whose randomness the eval mode switches off
@@ -50,15 +51,15 @@ class Curvatures:
         def batches() -> Iterator[tuple[int, Batch]]:
             return ((index * size, batch) for index, batch in self.probe.local_batches())
 
-        return self._operator(batches, self.probe.n_images, reduce=True)
+        return self._operator(batches, self.probe.n_labeled, reduce=True)
 
     def batch(self, index: int, batch: Batch) -> Curvature:
         """Return the operator of one batch alone, on this rank alone."""
         pairs = [(index * self.probe.batch_size, batch)]
-        return self._operator(lambda: pairs, len(batch[0]), reduce=False)
+        return self._operator(lambda: pairs, n_labeled(batch[1]), reduce=False)
 
     def of(self, batches: Callable[[], Iterable[tuple[int, Batch]]], n_images: int, reduce: bool = False) -> Curvature:
-        """Return the operator of chosen ``(index, batch)`` pairs."""
+        """Return the operator of chosen ``(index, batch)`` pairs, ``n_images`` being those of them that have a label."""
         size = self.probe.batch_size
         return self._operator(lambda: ((i * size, batch) for i, batch in batches()), n_images, reduce=reduce)
 

@@ -36,7 +36,7 @@ class Curvature:
         batches: yields this rank's ``(first image, (x, y))`` on every call.
         objective: the data term and the L2 term.
         parameters: those analysed, by name: the operator is the diagonal block that belongs to them.
-        n_images: images on all ranks together, by which sums are divided.
+        n_images: images with a label on all ranks together, by which sums are divided.
         kind: ``hessian``, ``ggn``, ``fisher_mc`` or ``fisher_empirical``; the L2 term's Hessian is added to each.
         product: for ``hessian``: ``reverse``, or ``linearize`` (forward over reverse, `torch.func.linearize`).
         micro_batch: images held at once; None for a whole batch.
@@ -49,7 +49,7 @@ class Curvature:
         n_products: products made so far.
 
     Raises:
-        ValueError: an unknown ``kind`` or ``product``, no parameters, a ``micro_batch`` below 1.
+        ValueError: an unknown ``kind`` or ``product``, no parameters, a ``micro_batch`` below 1, no image with a label.
     """
 
     def __init__(
@@ -68,6 +68,10 @@ class Curvature:
         seed: int = 0,
     ) -> None:
         _check(kind, product, micro_batch, parameters)
+        if n_images < 1:
+            raise ValueError(
+                "Expected at least one image with a label, received batches in which every label is ignored."
+            )
         self.model, self.objective, self.parameters = model, objective, dict(parameters)
         self.kind, self.product, self.n_images, self.reduce = kind, product, n_images, reduce
         self.n_samples, self.seed, self.micro_batch = n_samples, seed, micro_batch

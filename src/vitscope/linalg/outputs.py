@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vitscope.objective import Objective
+from vitscope.objective import Objective, labeled
 
 OutputCurvature = Callable[[Tensor], Tensor]
 
@@ -28,7 +28,7 @@ def output_curvature(
     Args:
         kind: ``ggn``, ``fisher_empirical`` or ``fisher_mc``.
         logits: ``(B, C)``, without a graph.
-        y: class indices ``(B,)`` or soft targets ``(B, C)``.
+        y: class indices ``(B,)`` or soft targets ``(B, C)``; M is 0 for an image without a label.
         objective: gives the label smoothing.
         first_image: the number of the first image in the whole sequence; draws depend on it and on ``seed`` only, not on
             how the images are split into batches.
@@ -45,14 +45,16 @@ def output_curvature(
     else:
         labels = _drawn_labels(p, first_image, n_samples, seed)  # (B, S)
         residuals = (p[:, None] - F.one_hot(labels, p.shape[1])) / n_samples**0.5  # (B, S, C)
+        residuals = residuals * labeled(y)[:, None, None]
     return lambda z: torch.einsum("bsc,bs->bc", residuals, torch.einsum("bsc,bc->bs", residuals, z))
 
 
 def _dense_targets(y: Tensor, logits: Tensor, smoothing: float) -> Tensor:
     if y.ndim == 2:
         return y.to(logits.dtype)
-    n_classes = logits.shape[1]
-    return F.one_hot(y, n_classes).to(logits.dtype) * (1 - smoothing) + smoothing / n_classes
+    n_classes, counts = logits.shape[1], labeled(y)
+    dense = F.one_hot(y.where(counts, 0), n_classes).to(logits.dtype) * (1 - smoothing) + smoothing / n_classes
+    return dense * counts[:, None]  # without a label: no mass at all
 
 
 def _drawn_labels(p: Tensor, first_image: int, n_samples: int, seed: int) -> Tensor:

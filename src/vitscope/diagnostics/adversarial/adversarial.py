@@ -18,7 +18,7 @@ from vitscope.diagnostics.adversarial._suite import ATTACKS, SUITE, Images, Sett
 from vitscope.evaluate import evaluate
 from vitscope.intervals import wilson
 from vitscope.measure_options import record_options
-from vitscope.objective import Objective, hard_targets
+from vitscope.objective import Objective, hard_targets, labeled
 from vitscope.pixels import Pixels, pixels_of
 from vitscope.points import rows
 from vitscope.probe import ObjectiveCard, Probe
@@ -190,11 +190,15 @@ def _row(
 
     totals, left, largest, place = np.zeros(4), np.zeros(len(SUITE)), 0.0, 0
     for x, y in probe.iter_batches():
-        images = Images(pixels.to_pixels(x), hard_targets(y), torch.arange(place, place + len(x)), seed)
-        found, remaining = attacked(attack, forward, images, ball, settings)
+        counts = labeled(y)
+        numbers = torch.arange(place, place + len(x))[counts.cpu()]
         place += len(x)
+        if not len(numbers):
+            continue
+        images = Images(pixels.to_pixels(x[counts]), hard_targets(y)[counts], numbers, seed)
+        found, remaining = attacked(attack, forward, images, ball, settings)
         nll = torch.nn.functional.softplus(found.score)
-        totals += [len(x), float(found.right.sum()), float(nll.sum()), float(found.blind.sum())]
+        totals += [len(numbers), float(found.right.sum()), float(nll.sum()), float(found.blind.sum())]
         left += remaining or 0
         largest = max(largest, float(ball.length(found.change).max()) / LEVEL)
     n = totals[0]

@@ -15,7 +15,7 @@ from vitscope.diagnostics.calibration._debiased import DebiasedError, debiased_e
 from vitscope.diagnostics.calibration._temperature import fit_temperature
 from vitscope.intervals import estimate, wilson
 from vitscope.measure_options import record_options
-from vitscope.objective import hard_targets
+from vitscope.objective import hard_targets, labeled
 from vitscope.probe import ObjectiveCard, Probe
 from vitscope.progress import track
 
@@ -195,8 +195,9 @@ def _logits(probe: Probe, description: str) -> tuple[Tensor, Tensor, Tensor]:
             z = model(x).double()
             if not torch.isfinite(z).all():
                 raise ValueError(f"Expected finite logits, received NaN or infinity in batch {index}.")
-            logits.append(z)
-            labels.append(hard_targets(y))
+            counts = labeled(y)
+            logits.append(z[counts])
+            labels.append(hard_targets(y)[counts])
             numbers.append(torch.full_like(labels[-1], index))
     if not logits:  # a rank without a batch still takes part in the sums
         none = torch.zeros(0, dtype=torch.long, device=probe.device)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vitscope import distributed
 from vitscope.measure_options import record_options
-from vitscope.objective import hard_targets
+from vitscope.objective import hard_targets, labeled
 from vitscope.probe import ObjectiveCard, Probe
 from vitscope.progress import track
 
@@ -38,7 +38,7 @@ class EvaluationResult:
         class_count: (n_classes,) images of each.
         class_accuracy: (n_classes,) NaN without an image.
         n_logits: logits of the model.
-        n_images: images measured.
+        n_images: images measured: those that have a label.
         card: the conditions.
     """
 
@@ -77,7 +77,8 @@ def evaluation(probe: Probe, *, classes: str | Sequence[int | str] = "all") -> E
     rows, n_logits, chosen = [], 0, torch.empty(0, dtype=torch.long)
     with probe.guard() as model:
         for index, (x, y) in track(probe.local_batches(), "evaluation"):
-            logits, labels = model(x), hard_targets(y)
+            counts = labeled(y)
+            logits, labels = model(x)[counts], hard_targets(y)[counts]
             if not rows:
                 n_logits = logits.shape[1]
                 chosen = torch.tensor(_chosen(probe, classes, n_logits), device=logits.device)
@@ -133,7 +134,7 @@ def _wilson(right: np.ndarray) -> tuple[float, float]:
 def _seen(probe: Probe) -> list[int]:
     found: set[int] = set()
     for _, y in probe.batches:
-        found.update(hard_targets(y).tolist())
+        found.update(hard_targets(y)[labeled(y)].tolist())
     return sorted(found)
 
 

@@ -13,7 +13,7 @@ from vitscope.distributed import all_reduce_sum, world_size
 from vitscope.intervals import check_level
 from vitscope.measure_options import record_options
 from vitscope.nulls import warn_nulls
-from vitscope.objective import hard_targets
+from vitscope.objective import hard_targets, labeled
 from vitscope.probe import ObjectiveCard, Probe
 from vitscope.progress import track
 
@@ -117,7 +117,7 @@ def _counts(probe: Probe, textures: torch.Tensor) -> torch.Tensor:
             logits = model(x)
             shape, answer = hard_targets(y), logits.argmax(1)
             texture = textures[starts[index] : starts[index] + len(x)].to(answer)
-            conflict = shape != texture
+            conflict = (shape != texture) & labeled(y)
             kind = torch.where(answer == shape, 0, torch.where(answer == texture, 1, 2))
             kind = torch.where(logits.isfinite().all(1), kind, 3)
             counts.index_put_((shape[conflict], kind[conflict]), torch.ones_like(counts[:1, 0]), accumulate=True)

@@ -17,6 +17,7 @@ from vitscope.linalg.curvatures import Curvatures, curvatures
 from vitscope.linalg.solve import solve
 from vitscope.measure_options import record_options
 from vitscope.optimizer_stability import adam_scale
+from vitscope.objective import n_labeled
 from vitscope.probe import Batch, ObjectiveCard, Probe
 from vitscope.progress import track
 
@@ -41,7 +42,7 @@ class CriticalPointResult:
     """Gradient and extreme curvature on growing parts of the data, and what follows from them.
 
     Attributes:
-        n_images: (n_sizes,) images of each part, the last one all.
+        n_images: (n_sizes,) images with a label of each part, the last one all.
         gradient_norm: (n_sizes,) norm of the objective's gradient.
         smallest_eigenvalue, smallest_residual: (n_sizes,) the most negative eigenvalue of the objective's Hessian.
         largest_eigenvalue, largest_residual: (n_sizes,).
@@ -211,7 +212,7 @@ def _part(made: Curvatures, n_batches: int, solving: dict, decide: bool) -> tupl
     def batches() -> Iterator[tuple[int, Batch]]:
         return ((index, batch) for index, batch in made.probe.local_batches() if index < n_batches)
 
-    own = torch.tensor(float(sum(len(x) for _, (x, _) in batches())), dtype=torch.float64)
+    own = torch.tensor(float(sum(n_labeled(y) for _, (_, y) in batches())), dtype=torch.float64)
     n_images = int(distributed.all_reduce_sum(own.to(made.probe.device)).item())
     operator = made.of(batches, n_images, reduce=True)
     gradient = norm(operator.gradient())
@@ -261,7 +262,7 @@ def _loss(made: Curvatures, offset: Tensor | None) -> float:
     total = torch.zeros((), dtype=torch.float64, device=made.probe.device)
     for _, (x, y) in made.probe.local_batches():
         total += made.probe.objective.data_loss(functional_call(made.model, point, (x,)), y, "sum").double()
-    data = distributed.all_reduce_sum(total).item() / made.probe.n_images
+    data = distributed.all_reduce_sum(total).item() / made.probe.n_labeled
     return data + float(made.probe.objective.l2_term(point).double())
 
 

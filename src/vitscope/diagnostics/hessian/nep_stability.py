@@ -14,6 +14,7 @@ from vitscope.diagnostics.hessian import _pooled
 from vitscope.linalg.curvatures import Curvatures, curvatures
 from vitscope.linalg.solve import solve
 from vitscope.measure_options import record_options
+from vitscope.objective import labeled
 from vitscope.probe import Batch, ObjectiveCard, Probe
 from vitscope.progress import track
 
@@ -165,6 +166,10 @@ def _mixed(batch: Batch, number: int, made: Curvatures) -> Batch:
     share = float(np.random.default_rng((made.options["seed"], number)).beta(1.0, 1.0))
     with torch.no_grad():
         n_classes = made.model(x[:1]).shape[1]
+    if not bool(labeled(y).all()):
+        raise ValueError(
+            "Expected a label for every image with mixup=True, received ignored ones (-100): set mixup=False."
+        )
     smoothing = made.probe.objective.label_smoothing
     if smoothing > 0:
         raise ValueError(f"Expected label_smoothing=0 with mixup=True, received {smoothing}: set mixup=False.")

@@ -230,7 +230,7 @@ def _nll_and_gradient(probe: Probe, model: nn.Module, parameters: Mapping[str, T
     with torch.enable_grad():
         for x, y in probe.iter_batches():
             interrupt.check()
-            loss = probe.objective.data_loss(model(x), y, "sum") / probe.n_images
+            loss = probe.objective.data_loss(model(x), y, "sum") / probe.n_labeled
             nll += float(loss.detach().double())
             for name, g in zip(names, torch.autograd.grad(loss, leaves, materialize_grads=True)):
                 total[name].add_(g)

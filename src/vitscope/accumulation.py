@@ -1,0 +1,76 @@
+"""Weights of micro-batches, so that an optimizer step follows the gradient of the mean over all images of its group.
+
+An optimizer step sees a group of micro-batches k = 1, ..., K on ranks r = 1, ..., W; micro-batch (k, r) has n_kr images with
+a label and the mean loss L_kr over them. The loss of the step is the mean over all those images,
+
+    L = sum_kr n_kr L_kr / N,    N = sum_kr n_kr.
+
+Lightning divides each loss by A = ``accumulate_grad_batches`` and averages gradients over the ranks, which gives
+sum_kr L_kr / (A W): another loss where the last group of an epoch has K < A micro-batches, or where the n_kr differ. Here a
+micro-batch enters with the weight ``W n_kr / N_1``, N_1 being the images of the first micro-batch on all ranks, and the
+gradient of the whole group is multiplied by ``A N_1 / N``; the product is the gradient of L. Both factors are exactly 1 where
+all n_kr are equal and K = A.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from vitscope.distributed import all_reduce_sum
+
+Batch = tuple[Tensor, Tensor]
+
+
+@dataclass
+class StepGroup:
+    """The micro-batches of one optimizer step so far, counted on all ranks.
+
+    Attributes:
+        first: images of the first micro-batch on all ranks, at least 1.
+        images: images of all micro-batches on all ranks: N once the group is complete.
+        loss_sum: sum of their losses.
+        parts: ``(batch, number within the epoch, weight)`` of this rank's micro-batches, where they are needed again.
+    """
+
+    first: int = 0
+    images: int = 0
+    loss_sum: float = 0.0
+    parts: list[tuple[Batch, int, float]] = field(default_factory=list)
+
+    def add(self, mean_loss: Tensor, n_images: int, world_size: int) -> float:
+        """Count a micro-batch of this rank and those of the others; return its weight.
+
+        Args:
+            mean_loss: over its images with a label; any value where there is none.
+            n_images: how many these are.
+            world_size: number of ranks, each of which calls this at the same micro-batch.
+        """
+        own = float(mean_loss.detach()) * n_images if n_images else 0.0
+        images, loss_sum = n_images, own
+        if world_size > 1:
+            shared = all_reduce_sum(
+                torch.tensor([n_images, own], dtype=torch.float64, device=mean_loss.device)
+            ).tolist()
+            images, loss_sum = int(shared[0]), shared[1]
+        if self.first == 0:
+            self.first = max(images, 1)
+        self.images += images
+        self.loss_sum += loss_sum
+        return world_size * n_images / self.first
+
+    @property
+    def mean_loss(self) -> float:
+        """The mean loss over the images so far; NaN where none has a label."""
+        return self.loss_sum / self.images if self.images else float("nan")
+
+    def gradient_factor(self, accumulate_grad_batches: int) -> float:
+        """Return what the accumulated gradient is multiplied by."""
+        return accumulate_grad_batches * self.first / self.images
+
+
+def is_first(batch_idx: int, accumulate_grad_batches: int) -> bool:
+    """Tell whether a micro-batch opens a group: groups are counted from the start of each epoch."""
+    return batch_idx % accumulate_grad_batches == 0
