@@ -148,15 +148,16 @@ class _OnDevice:
 def load_weights(network: nn.Module, content: Mapping[str, Any], path: Path) -> None:
     """Put a checkpoint's weights into ``network``; every key must be accounted for.
 
+    A file of the official code or of timm 0.5.4 is known by its key names, see `load_official_state_dict`. What torch's own
+    `load_state_dict` fills in or renames (counters of batches that old files lack, a module's own hooks) is not missed.
+
     Raises:
         CheckpointError: keys or shapes that do not match, the first of them named.
-
-    A file of the official code or of timm 0.5.4 is known by its key names, see `load_official_state_dict`.
     """
     from vitscope.models import load_official_state_dict
 
-    state = checkpoint.model_state(content)
     own = network.state_dict()
+    state = _fitting_state(content, own)
     if set(state) != set(own):
         try:
             load_official_state_dict(network, state)
@@ -166,17 +167,30 @@ def load_weights(network: nn.Module, content: Mapping[str, Any], path: Path) -> 
             if " has shape " in str(error):
                 fix = "use the model it was made with (data.num_classes, model.depth, ...)"
                 raise CheckpointError("ckpt_path", path, str(error).rstrip("."), fix) from error
-    for name in sorted(set(own) ^ set(state)):
-        where = "the checkpoint lacks it" if name in own else "the model has no such weight"
-        raise CheckpointError("ckpt_path", path, f"{name}: {where}", "use the model it was made with (model=...)")
     for name, tensor in own.items():
-        if tensor.shape != state[name].shape:
+        if name in state and tensor.shape != state[name].shape:
             raise CheckpointError("ckpt_path", path, f"{name} is {tuple(state[name].shape)} there and {tuple(tensor.shape)} here",
                                   "use the model it was made with (data.num_classes, model.depth, ...)")  # fmt: skip
     try:
-        network.load_state_dict(state)
-    except RuntimeError as error:  # kinds of tensors that do not go into weights
+        found = network.load_state_dict(state, strict=False)
+    except (
+        RuntimeError,
+        KeyError,
+    ) as error:  # kinds of tensors that do not go into weights, or a hook that misses its own
         raise CheckpointError("ckpt_path", path, _first_line(error), "use the model it was made with") from None
+    for name in sorted({*found.missing_keys, *found.unexpected_keys}):
+        where = "the checkpoint lacks it" if name in own else "the model has no such weight"
+        raise CheckpointError("ckpt_path", path, f"{name}: {where}", "use the model it was made with (model=...)")
+
+
+def _fitting_state(content: Mapping[str, Any], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a checkpoint's tensors without the prefixes of wrappers: of the readings, the one with most of ``own``'s keys.
+
+    A network may itself keep everything under ``model.``, and wrappers may stand around each other (``module._orig_mod.``).
+    """
+    usual = checkpoint.model_state(content)
+    readings = [usual, *checkpoint.unwrapped(content)]
+    return max(readings, key=lambda state: len(state.keys() & own.keys()))
 
 
 def optimizer_state(

@@ -25,6 +25,9 @@ from vitscope.results import write_atomically
 
 MANIFEST = "manifest.json"
 _FORCED = ("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_WEIGHTS_ONLY_LOAD")
+#: where checkpoints keep the weights, and what wrappers put before their names
+_NESTED = ("state_dict", "model", "model_state_dict")
+_PREFIXES = ("model.", "module.", "_orig_mod.")
 _PLAIN = (str, int, float, bool, bytes, type(None), torch.Tensor, torch.Size, torch.dtype, torch.device)
 
 
@@ -179,15 +182,28 @@ def sweep(folder: Path) -> None:
 
 def model_state(content: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     """Return the network's own weights of a vitscope, Lightning or plain checkpoint, prefixes removed."""
-    for key in ("state_dict", "model", "model_state_dict"):
-        if isinstance(content.get(key), Mapping):
-            content = content[key]
-            break
-    state = {str(k): v for k, v in content.items() if isinstance(v, torch.Tensor)}
-    for prefix in ("model.", "module.", "_orig_mod."):
-        if state and all(name.startswith(prefix) for name in state):
-            state = {name.removeprefix(prefix): value for name, value in state.items()}
+    state = _tensors(content)
+    for prefix in _PREFIXES:
+        state = _without(prefix, state)
     return state
+
+
+def unwrapped(content: Mapping[str, Any]) -> list[dict[str, torch.Tensor]]:
+    """Return a checkpoint's tensors by name as they are, then without one, two, ... prefixes of wrappers that all names share."""
+    readings = [_tensors(content)]
+    while prefix := next((p for p in _PREFIXES if readings[-1] and all(n.startswith(p) for n in readings[-1])), None):
+        readings.append(_without(prefix, readings[-1]))
+    return readings
+
+
+def _tensors(content: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    nested = next((content[key] for key in _NESTED if isinstance(content.get(key), Mapping)), content)
+    return {str(name): value for name, value in nested.items() if isinstance(value, torch.Tensor)}
+
+
+def _without(prefix: str, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    shared = bool(state) and all(name.startswith(prefix) for name in state)
+    return {name.removeprefix(prefix): value for name, value in state.items()} if shared else state
 
 
 def facts(content: Mapping[str, Any], path: Path) -> dict[str, Any]:

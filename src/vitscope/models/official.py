@@ -15,6 +15,7 @@ from timm.models.swin_transformer import SwinTransformer
 from torch import Tensor, nn
 
 from vitscope.models.alternet import AlterNet
+from vitscope.models.state_dicts import default_keys
 
 _RESNET = (
     (r"layer0\.0\.", "conv1."),
@@ -53,6 +54,7 @@ def load_official_state_dict(model: nn.Module, state_dict: Mapping[str, Any]) ->
     Knows the official ResNet, ResNeXt, pre-activation ResNet and AlterNet (any depth, stem and window), and ViT,
     PiT and Swin as timm 0.5.4 named them (pooling and downsampling have moved to the next stage since). Keys
     that fit already are taken as they are. A checkpoint's ``state_dict`` entry is unwrapped.
+    Counters of batches (``num_batches_tracked``) may be absent, as in files of old versions of torch.
     ``attn_mask`` and ``relative_position_index`` are dropped: today's models compute them. Where they disagree
     with the model's, a warning says so.
 
@@ -72,13 +74,15 @@ def load_official_state_dict(model: nn.Module, state_dict: Mapping[str, Any]) ->
         state = _without_computed(model, state)
         state = _renamed(model, state)
     unknown = sorted(set(state) - set(expected))
-    missing = sorted(set(expected) - set(state))
+    missing = sorted(set(expected) - set(state) - default_keys(model))
     if unknown or missing:
         raise ValueError(
             f"the checkpoint does not fit {type(model).__name__}: {len(unknown)} keys left over {unknown[:3]}, "
             f"{len(missing)} keys missing {missing[:3]}."
         )
-    model.load_state_dict({name: _shaped(name, state[name], value.shape) for name, value in expected.items()})
+    model.load_state_dict(
+        {name: _shaped(name, state[name], value.shape) for name, value in expected.items() if name in state}
+    )
     return model
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from vitscope.linalg.directions import norm
 from vitscope.linalg.plane import between, squared_norms
 from vitscope.measure_options import record_options
+from vitscope.models.state_dicts import with_default_keys
 from vitscope.points import BatchNormPolicy, Checkpoints, DtypeName, Partial, Row, as_dtype, chosen, rows, standing
 from vitscope.probe import ObjectiveCard, Probe
 
@@ -169,7 +170,7 @@ def _checked(probe: Probe, checkpoint: tuple[str, Mapping[str, Tensor]]) -> tupl
     Raises:
         ValueError: a name that it lacks, or a shape that differs.
     """
-    label, state = checkpoint
+    label, state = checkpoint[0], with_default_keys(probe.model, checkpoint[1])
     for name, value in probe.model.state_dict().items():
         if name not in state:
             raise ValueError(f"Expected {name!r} in checkpoint {label!r}, received none: is it this model's?")
