@@ -10,9 +10,10 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.test_survival import ENVIRONMENT, ROOT, run_of
-from vitscope import exits, journal
+from vitscope import checkpoint, exits, journal
 from vitscope.commands import train
 
 SMALL = ["model=vit", "model.depth=1", "model.patch_size=8", "data.eval_batch_size=100", "logger=none",
@@ -69,6 +70,21 @@ def test_two_processes_give_one_process_s_numbers(tmp_path: Path, monkeypatch: p
         if not key[1].startswith("test/"):  # three batches of the test split are other images on two ranks
             # sums in another order: torchmetrics keeps some of them in single precision
             assert two[key] == pytest.approx(value, rel=1e-6, abs=1e-7), key
+
+
+def test_two_processes_average_weights_with_mixed_batches(tmp_path: Path) -> None:
+    """The average of a module whose batches the data module mixes; it is what is tested and saved."""
+    shared = [*SMALL, *PAIR, "objective=strong", "callbacks=[checkpoint,ema]", "callbacks.ema.decay=0.5", "data.batch_size=4",
+              "trainer.max_epochs=1", "trainer.limit_val_batches=1", "trainer.limit_test_batches=1", "analysis=[]"]  # fmt: skip
+    process = start(*shared, f"run_dir={tmp_path}/two")
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    content = checkpoint.read(tmp_path / "two" / "checkpoints" / "last.ckpt")
+    assert content["averaging_state"]["n_averaged"] == 4
+    average, last = content["state_dict"], content["current_model_state"]
+    assert average.keys() == last.keys()
+    assert any(not torch.equal(average[name], last[name]) for name in average)
+    assert "test/nll" in journal.last_values(tmp_path / "two" / "metrics.jsonl")
 
 
 @pytest.mark.slow

@@ -64,8 +64,9 @@ class DiagnosticCallback(Callback):
         self._perform(due, trainer, pl_module, "end", max(trainer.current_epoch - 1, 0))
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measure it where nothing was left to train: the run was stopped in its last diagnostics."""
+        """Measure it where nothing was left to train: the run was stopped after its last epoch was saved."""
         if not self._ended:
+            pending.take_average(trainer, pl_module)
             self.on_train_end(trainer, pl_module)
 
     def _perform(
@@ -116,6 +117,7 @@ class Checkpoints(Callback):
         self._validated: float | None = None  # the monitored value of a validation within this epoch
         self.folder = Path("checkpoints")
         self._stop = 0
+        self._epoch_unsaved = False  # between the end of an epoch whose last.ckpt is not due and the next one's start
 
     def state_dict(self) -> dict[str, Any]:
         """Return the best value so far, and that of a validation whose epoch has not ended."""
@@ -145,8 +147,23 @@ class Checkpoints(Callback):
             trainer.save_checkpoint(self.folder / "best.ckpt")
         if self._kept(epoch, trainer):
             trainer.save_checkpoint(self.folder / f"epoch-{epoch:04d}.ckpt")
-        if (epoch + 1) % self.every_n_epochs == 0 or trainer.should_stop or _over(trainer):
-            trainer.save_checkpoint(self.folder / "last.ckpt")
+        self._epoch_unsaved = True
+        due = (epoch + 1) % self.every_n_epochs == 0 or trainer.should_stop or _over(trainer)
+        if due or _agreed_signal(pl_module):
+            self._save_last(trainer)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Save an epoch whose ``last.ckpt`` was not due where a stop comes in its diagnostics: nothing of it would be left."""
+        if isinstance(exception, Interrupted) and self._epoch_unsaved:
+            self._save_last(trainer)
+
+    def on_train_epoch_start(self, *_: Any) -> None:
+        """Leave the epoch before to the next ``last.ckpt``."""
+        self._epoch_unsaved = False
+
+    def _save_last(self, trainer: Trainer) -> None:
+        trainer.save_checkpoint(self.folder / "last.ckpt")
+        self._epoch_unsaved = False
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Save where a signal asked to stop, on all ranks at the same step; the stop itself waits for the step's row.

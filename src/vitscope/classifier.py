@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -84,6 +85,14 @@ class Classifier(pl.LightningModule):
         self.hard_objective = Objective(label_smoothing=label_smoothing)
         self.soft_objective = Objective()
         self.metrics = nn.ModuleDict({f"{stage}_metrics": _metrics(num_classes) for stage in ("val", "test")})
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Classifier:
+        """Copy what is the module's own: weights, metrics and settings; neither the trainer nor the data module that mixes."""
+        memo[id(self._mix)] = self._mix  # a method of the data module, shared in place of copied
+        twin = self.__class__.__new__(self.__class__)
+        memo[id(self)] = twin
+        twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))  # Lightning's leaves the trainer out
+        return twin
 
     @property
     def position(self) -> tuple[int, int]:

@@ -63,6 +63,16 @@ def take_up(trainer: Trainer, pending: str) -> None:
         loop.reset_restart_stage()
 
 
+def take_average(trainer: Trainer, pl_module: LightningModule) -> None:
+    """Where no step was left to make, so that training never ended: put the average in the place of the trained weights.
+
+    Lightning does so at the end of training, which a run that was stopped after its last epoch does not reach again.
+    """
+    for callback in getattr(trainer, "callbacks"):  # noqa: B009  declared at run time only
+        if isinstance(callback, WeightAveraging):
+            callback.on_train_end(trainer, pl_module)
+
+
 def swap_back(trainer: Trainer, pl_module: LightningModule) -> None:
     """Within a validation that will not go on: put the trained weights back in the place of their average."""
     for callback in getattr(trainer, "callbacks"):  # noqa: B009  declared at run time only

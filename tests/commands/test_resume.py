@@ -9,11 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from pytorch_lightning.callbacks import EarlyStopping, WeightAveraging
 
+import vitscope as vs
 from tests.commands.test_train import losses, pytestmark  # noqa: F401 (the same libraries warn)
-from vitscope import checkpoint, interrupt
+from vitscope import checkpoint, interrupt, journal
 from vitscope.callbacks import DiagnosticCallback
 from vitscope.classifier import Classifier
+from vitscope.data import DataModule
 
 #: mixup and random erasing, an average of the weights, dropout and drop path
 EVERYTHING = [
@@ -176,3 +179,122 @@ def test_every_combination(call, tiny, tmp_path, monkeypatch, precision, workers
             resumed(call, monkeypatch, arguments, cut, stops)
             assert losses(cut) == losses(whole), f"diagnostics {diagnostics}, stops {stops}"
             assert_equal_files(whole, cut)
+
+
+AVERAGED = [
+    "callbacks=[checkpoint,ema]", "callbacks.ema.decay=0.9", "trainer.max_epochs=2", "trainer.limit_train_batches=3",
+    "analysis=[fourier]", "analysis.fourier.probe.n_images=8", "analysis.fourier.when.every_n_epochs=0",
+]  # fmt: skip
+
+
+def end_of(run: Path) -> tuple[dict[str, float], dict[str, float], object]:
+    """Return the test metrics, the scalars of the end diagnostic and its card."""
+    values = journal.last_values(run / "metrics.jsonl")
+    result = vs.load_results(run)["fourier"]["end"]
+    return {name: value for name, value in values.items() if name.startswith("test/")}, result.scalars(), result.card
+
+
+@pytest.mark.parametrize("place", ["end diagnostics", "test"])
+def test_the_average_is_tested_after_a_stop_behind_the_last_checkpoint(
+    call, tiny, tmp_path, monkeypatch, place
+) -> None:
+    """Stopped by TERM or INT after the last epoch was saved: test metrics and end diagnostics are of the average, bit for bit."""
+    signum = signal.SIGTERM if place == "test" else signal.SIGINT
+    arguments = [*tiny, *AVERAGED]
+    assert call("train", *arguments, f"run_dir={tmp_path}/whole") == 0
+    with monkeypatch.context() as patch:
+        if place == "test":
+            step = Classifier.test_step
+            patch.setattr(Classifier, "test_step", lambda *a: (interrupt.request(signum), step(*a))[1])
+        else:
+            patch.setattr("vitscope.analyses.build.probe", lambda *_: (interrupt.request(signum), interrupt.check()))
+        assert call("train", *arguments, f"run_dir={tmp_path}/cut") == (143 if place == "test" else 130)
+    assert call("train", f"run={tmp_path}/cut", "ckpt_path=last") == 0
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+    whole, cut = end_of(tmp_path / "whole"), end_of(tmp_path / "cut")
+    assert set(whole[0]) >= {"test/nll", "test/accuracy"}
+    assert cut == whole
+
+
+def test_an_average_copies_neither_trainer_nor_data(call, tiny, tmp_path, monkeypatch) -> None:
+    """The module that holds the average shares the mixing with the data module, and knows no trainer."""
+    copies = []
+    setup = WeightAveraging.setup
+
+    def noted(self: WeightAveraging, trainer, pl_module, stage: str) -> None:
+        setup(self, trainer, pl_module, stage)
+        if stage == "fit":
+            copies.append((self._average_model.module, pl_module, trainer))
+
+    monkeypatch.setattr(WeightAveraging, "setup", noted)
+    monkeypatch.setattr(DataModule, "__deepcopy__", lambda *_: pytest.fail("the data module was copied"), raising=False)
+    arguments = [
+        "objective=strong",
+        "callbacks=[checkpoint,ema]",
+        "trainer.limit_train_batches=1",
+        "analysis=[]",
+        "test=false",
+    ]
+    assert call("train", *tiny, *arguments) == 0
+    ((copied, module, _),) = copies
+    assert copied._trainer is None
+    assert copied._mix.__self__ is module._mix.__self__
+    assert copied._compiled[0] is copied.model is not module.model
+    for one, other in zip(copied.parameters(), module.parameters()):
+        assert one.data_ptr() != other.data_ptr()
+
+
+#: a value of the monitor for each epoch: the best is the third, so that patience 2 ends training after the fifth
+MONITORED = [3.0, 2.0, 1.0, 1.5, 1.2, 0.5, 0.4, 0.3]
+EARLY = [
+    "callbacks=[checkpoint,ema,early_stopping]", "callbacks.ema.decay=0.9", "callbacks.early_stopping.monitor=val/nll",
+    "callbacks.early_stopping.mode=min", "callbacks.early_stopping.patience=2", "trainer.max_epochs=8",
+    "trainer.limit_train_batches=2", "analysis=[fourier]", "analysis.fourier.probe.n_images=4",
+    "analysis.fourier.when.every_n_epochs=1",
+]  # fmt: skip
+
+
+@pytest.fixture
+def monitored(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the callbacks see the values above in place of the validation's."""
+    begin = EarlyStopping._run_early_stopping_check
+
+    def told(self: EarlyStopping, trainer) -> None:
+        trainer.callback_metrics["val/nll"] = torch.tensor(MONITORED[trainer.current_epoch])
+        begin(self, trainer)
+
+    monkeypatch.setattr(EarlyStopping, "_run_early_stopping_check", told)
+    monkeypatch.setattr("vitscope.recorded.plot", lambda *_: None)  # figures take longer than the training
+    monkeypatch.setattr("vitscope.recorded.save_figure", lambda *_: (None, None))
+
+
+@pytest.mark.parametrize(
+    ("every", "stops"),
+    [
+        (1, ["d1"]),
+        (5, ["d2"]),
+        (5, ["d5"]),
+        pytest.param(1, ["d3", "d1"], marks=pytest.mark.slow),
+        pytest.param(5, ["t5"], marks=pytest.mark.slow),
+        pytest.param(1, ["v4"], marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_early_stopping_keeps_its_checks(call, tiny, tmp_path, monkeypatch, monitored, every, stops) -> None:
+    """Cut at an epoch's end, within one, or after the check that ended the training: as many epochs, the same weights."""
+    arguments = [*tiny, *EARLY, f"callbacks.checkpoint.every_n_epochs={every}"]
+    assert call("train", *arguments, f"run_dir={tmp_path}/whole") == 0
+    assert len(losses(tmp_path / "whole")) == 10, "five epochs of two steps"
+    cut = tmp_path / "cut"
+    first = [*arguments, f"run_dir={cut}"]
+    for stop in stops:
+        stopped(call, monkeypatch, first, int(stop[1:]), PLACES[stop[0]])
+        assert (cut / "checkpoints" / "last.ckpt").exists()
+        first = [f"run={cut}", "ckpt_path=last"]
+    assert call("train", *first) == 0
+    assert losses(cut) == losses(tmp_path / "whole")
+    assert_equal_files(tmp_path / "whole", cut)
+    assert end_of(cut) == end_of(tmp_path / "whole")
+    states = [checkpoint.read(run / "checkpoints" / "last.ckpt")["callbacks"] for run in (tmp_path / "whole", cut)]
+    (key,) = [key for key in states[0] if key.startswith("EarlyStopping")]
+    assert states[0][key]["wait_count"] == states[1][key]["wait_count"] == 2

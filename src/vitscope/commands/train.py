@@ -20,6 +20,7 @@ from vitscope.checkpoint import AtomicCheckpointIO
 from vitscope.classifier import Classifier
 from vitscope.commands import overrides
 from vitscope.commands.headline import print_headline
+from vitscope.early_stopping import EarlyChecks
 from vitscope.errors import CheckpointError, ConfigError, StorageError
 from vitscope.interrupt import Interrupted
 from vitscope.journal import Journal, last_values
@@ -170,7 +171,7 @@ def _classifier(cfg: DictConfig, network: Any, data: Any) -> Classifier:
 
 
 def _trainer(cfg: DictConfig, run: Run, logger: Any, diagnostics: DiagnosticCallback) -> Any:
-    from pytorch_lightning.callbacks import RichProgressBar
+    from pytorch_lightning.callbacks import EarlyStopping, RichProgressBar
 
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     # the loaders are ours, in memory, and know their position; Lightning's advice on workers and samplers does not apply
@@ -186,6 +187,9 @@ def _trainer(cfg: DictConfig, run: Run, logger: Any, diagnostics: DiagnosticCall
     own.sort(
         key=lambda callback: isinstance(callback, Checkpoints)
     )  # a stop is saved after an average has seen the step
+    stoppings = [callback for callback in own if isinstance(callback, EarlyStopping)]
+    if stoppings:  # an epoch is checked before it is saved
+        own.insert(0, EarlyChecks(stoppings))
     if not any(isinstance(callback, Checkpoints) for callback in own):
         own.append(StopsWithoutSaving())
     trainer = config.instantiate(
