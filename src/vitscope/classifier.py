@@ -104,7 +104,9 @@ class Classifier(pl.LightningModule):
         return self._compiled[0](x.contiguous(memory_format=self._format))
 
     def on_train_start(self) -> None:
-        """Do what a stop left to do."""
+        """Do what a stop left to do; let the rates follow the schedule that is in force from here on."""
+        for found in self.trainer.lr_scheduler_configs:
+            _put_back_rates(found.scheduler)
         pending.take_up(self.trainer, self._pending)
         self._pending = ""
 
@@ -285,6 +287,14 @@ def _metrics(num_classes: int) -> nn.ModuleDict:
     # NaN stays NaN: by default torchmetrics leaves such batches out of the mean, and "disable" drops the weights
     means = {name: MeanMetric(nan_strategy=float("nan")) for name in ("loss", "nll", "brier")}
     return nn.ModuleDict({"scores": scores, **means})
+
+
+def _put_back_rates(scheduler: Any) -> None:
+    """Give the optimizer the rates of a schedule at its step: those restored with it may be of a shorter or a longer training."""
+    rates = [base * factor(scheduler.last_epoch) for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas)]
+    for group, rate in zip(scheduler.optimizer.param_groups, rates):
+        group["lr"] = rate
+    scheduler._last_lr = rates
 
 
 @contextmanager

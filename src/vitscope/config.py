@@ -173,6 +173,19 @@ def apply_caps(cfg: DictConfig) -> None:
         _cap(cfg.analysis, caps)
 
 
+def apply_analysis_caps(cfg: DictConfig) -> None:
+    """Lower the sizes in ``cfg.analysis`` alone to the upper bounds in ``cfg.caps``.
+
+    Raises:
+        ConfigError: a bound that is none.
+    """
+    trainer = cfg.get("trainer")
+    kept = copy.deepcopy(trainer)
+    apply_caps(cfg)
+    if kept is not None:
+        cfg.trainer = kept
+
+
 def _exceeds(limit: Any, bound: float) -> bool:
     """Tell whether a limit of batches lies above a bound; a share of them always may."""
     return limit is None or (isinstance(limit, float) and 0 < limit <= 1) or (type(limit) is int and limit > bound)

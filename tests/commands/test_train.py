@@ -170,7 +170,7 @@ def test_another_batch_size_is_refused_on_resume(call, tiny, tmp_path, monkeypat
     monkeypatch.setattr(Classifier, "on_train_batch_start", stopping)
     assert call("train", *tiny, "analysis=[]") == 143
     assert call("train", f"run={only_run(tmp_path)}", "data.batch_size=8") == 4
-    assert "data.batch_size=8: the checkpoint was made with 16" in capsys.readouterr().err
+    assert "data.batch_size=8: the run was made with 16" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -7,14 +7,14 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import hydra
 from omegaconf import DictConfig
 
-from vitscope import analyses, build, checkpoint, config, exits, model_facts, runs, tracking
+from vitscope import analyses, build, checkpoint, config, exits, model_facts, resume_changes, runs, tracking
 from vitscope.callbacks import Checkpoints, DiagnosticCallback, SameConfiguration, StopsWithoutSaving
 from vitscope.checkpoint import AtomicCheckpointIO
 from vitscope.classifier import Classifier
@@ -26,6 +26,7 @@ from vitscope.interrupt import Interrupted
 from vitscope.journal import Journal, last_values
 from vitscope.ranks import end_others
 from vitscope.rehearsal import rehearse
+from vitscope.resume_changes import Change
 from vitscope.runs import Run
 from vitscope.sweep import multirun
 from vitscope.training_progress import EpochAccuracy, PlainProgress
@@ -73,7 +74,10 @@ def train(cfg: DictConfig, run: Run | None = None) -> Run:
     """
     for name in config.drop_unchosen(cfg):
         _say(f"analysis.{name}: the experiment sets it, but it was not chosen; left out")
-    config.apply_caps(cfg)
+    if run is None:
+        config.apply_caps(cfg)
+    else:  # the run's own limits have been lowered already, and those of this command are meant
+        config.apply_analysis_caps(cfg)
     validate(cfg)
     afresh = run is None and cfg.ckpt_path in (None, "last", "auto")
     done = runs.finished(Path(cfg.paths.runs), config.config_hash(cfg)) if cfg.skip_finished and afresh else None
@@ -81,8 +85,10 @@ def train(cfg: DictConfig, run: Run | None = None) -> Run:
         _say(f"{done.path} is a finished run of this configuration; nothing to do")
         return done
     run, ckpt = _resume_point(cfg, run)
-    if run is not None and ckpt is not None and run.provenance().get("status") == "finished":
-        print(f"{run.path} is finished; nothing to do")
+    changed = _judged_changes(cfg, run, ckpt)
+    finished = run is not None and ckpt is not None and run.provenance().get("status") == "finished"
+    if run is not None and ckpt is not None and finished and not _goes_further(cfg, changed, ckpt):
+        _say_nothing_to_do(run, changed)
         return run
     if run is not None and not (writable(run.path) and writable(run.checkpoints)):
         raise StorageError("run", run.path, "not writable", "make it so, or start a new run")
@@ -102,7 +108,7 @@ def train(cfg: DictConfig, run: Run | None = None) -> Run:
     mirror = tracking.start(cfg, run, "train", _say)
     code = 1
     try:
-        _fit(cfg, run, network, data, ckpt, mirror)
+        _fit(cfg, run, network, data, ckpt, mirror, changed)
         code = 0
     except BaseException as error:
         code = exits.code_for(error)
@@ -119,7 +125,15 @@ def train(cfg: DictConfig, run: Run | None = None) -> Run:
     return run
 
 
-def _fit(cfg: DictConfig, run: Run, network: Any, data: Any, ckpt: Path | None, mirror: tracking.Mirror) -> None:
+def _fit(
+    cfg: DictConfig,
+    run: Run,
+    network: Any,
+    data: Any,
+    ckpt: Path | None,
+    mirror: tracking.Mirror,
+    changed: Sequence[Change] | None,
+) -> None:
     chosen = analyses.parse(cfg.analysis)
     module = _classifier(cfg, network, data)
     diagnostics = DiagnosticCallback(cfg, chosen, run, mirror)
@@ -129,8 +143,15 @@ def _fit(cfg: DictConfig, run: Run, network: Any, data: Any, ckpt: Path | None, 
     identity = {"batch_size": data.batch_size, "world_size": trainer.world_size, "num_classes": data.num_classes,
                 "optimizer": config.digest(rates)}  # fmt: skip
     module.identity = {**identity, "seed": int(cfg.seed), "config_hash": config.config_hash(cfg)}
+    if changed is not None:
+        identity["seed"] = int(cfg.seed)
     if ckpt is not None:
-        ckpt = _adopted(ckpt, network, identity)
+        ckpt = _adopted(ckpt, network, identity, run, weights_only=bool(cfg.get("ckpt_weights_only")))
+    if _is_main():
+        if changed is not None:
+            resume_changes.record(run, cfg, changed, _step(ckpt))
+        elif cfg.ckpt_path not in (None, "last", "auto"):
+            run.note(started_from={"checkpoint": str(cfg.ckpt_path), "step": _step(ckpt), "weights_only": ckpt is None})
     try:
         trainer.fit(module, datamodule=data, ckpt_path=ckpt, weights_only=True)
         if cfg.test:
@@ -233,6 +254,55 @@ def _new_run(cfg: DictConfig) -> Run:
     return run
 
 
+def _judged_changes(cfg: DictConfig, run: Run | None, ckpt: Path | None) -> list[Change] | None:
+    """Return what the configuration of a run that goes on changes, every key of it allowed; None for a new run.
+
+    Raises:
+        VitscopeError: a change that makes another experiment, or a limit below what is done.
+    """
+    if run is None:
+        return None
+    if cfg.get("ckpt_weights_only"):
+        fix = "leave it out, or start a new run from the weights: leave out run= and name a file with ckpt_path="
+        raise ConfigError("ckpt_weights_only", True, "a run that goes on needs the whole state of its checkpoint", fix)
+    stored = run.config()
+    changed = resume_changes.changes(stored, cfg)
+    resume_changes.refuse_another_experiment(changed, stored, cfg, run)
+    if ckpt is not None and any(change.key in ("trainer.max_epochs", "trainer.max_steps") for change in changed):
+        epochs, steps = _done(ckpt)
+        resume_changes.refuse_less_than_done(changed, cfg, epochs, steps)
+    return changed
+
+
+def _done(ckpt: Path) -> tuple[int, int]:
+    """Return the epochs begun and the steps made."""
+    content = checkpoint.read(ckpt)
+    kept = checkpoint.facts(content, ckpt)
+    return kept.get("epoch", 0) + (kept.get("batch", 0) > 0), int(content.get("global_step", 0))
+
+
+def _step(ckpt: Path | None) -> int:
+    return 0 if ckpt is None else _done(ckpt)[1]
+
+
+def _goes_further(cfg: DictConfig, changed: Sequence[Change] | None, ckpt: Path) -> bool:
+    """Tell whether a finished run has something left to train under limits that were changed."""
+    if not any(
+        change.key in ("trainer.max_epochs", "trainer.max_steps", "trainer.max_time") for change in changed or ()
+    ):
+        return False
+    epochs, steps = _done(ckpt)
+    bounds = ((cfg.trainer.get("max_epochs"), epochs), (cfg.trainer.get("max_steps"), steps))
+    return all(bound in (None, -1) or bound > done for bound, done in bounds)
+
+
+def _say_nothing_to_do(run: Run, changed: Sequence[Change] | None) -> None:
+    print(f"{run.path} is finished; nothing to do")
+    if changed:
+        keys = ", ".join(change.key for change in changed)
+        _say(f"not applied, for no step is left to make: {keys}; measure it with analyze.py run={run.path}")
+
+
 def _awaited(path: Path, seconds: float = 60.0) -> Run:
     deadline = time.monotonic() + seconds
     while not (path / "provenance.json").exists():
@@ -242,23 +312,29 @@ def _awaited(path: Path, seconds: float = 60.0) -> Run:
     return Run(path)
 
 
-def _adopted(path: Path, network: Any, identity: Mapping[str, Any]) -> Path | None:
-    """Return a checkpoint of ours to resume from; take the weights of any other file and return None.
+def _adopted(path: Path, network: Any, identity: Mapping[str, Any], run: Run, *, weights_only: bool) -> Path | None:
+    """Return a checkpoint of ours to resume from; take the weights of any other file, or where only they are wanted.
+
+    Returns:
+        None where only the weights were taken.
 
     Raises:
-        CheckpointError: it was made with another batch size, number of processes or of classes.
+        CheckpointError: it was made with another optimizer, batch size, seed, number of processes or of classes.
     """
     content = checkpoint.read(path)
     build.load_weights(network, content, path)  # refuses another model's in one line
-    if "loops" not in content:
+    if weights_only or "loops" not in content:
         return None
     kept = checkpoint.facts(content, path)
     for key, now in identity.items():
         if key == "optimizer" and kept.get(key, now) != now:
             why = "the checkpoint's own values (rate, decay, ...) would be used and these be passed over"
-            raise CheckpointError("optimizer", None, why, "leave it as it was, or start from a file of weights alone")
+            command = resume_changes.weights_command(run, path.absolute(), {})
+            raise CheckpointError(
+                "optimizer", None, why, f"leave it as it was, or start from the weights alone: {command}"
+            )
         if key in kept and kept[key] != now:
-            name = {"world_size": "trainer.devices"}.get(key, f"data.{key}")
+            name = {"world_size": "trainer.devices", "seed": "seed"}.get(key, f"data.{key}")
             raise CheckpointError(name, now, f"the checkpoint was made with {kept[key]}", f"use {key} {kept[key]}")
     return path
 
