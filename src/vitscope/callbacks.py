@@ -59,15 +59,19 @@ class DiagnosticCallback(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure the trained network."""
-        self._ended = True
-        due = [a for a in self.chosen if a.due_at_end]
-        self._perform(due, trainer, pl_module, "end", max(trainer.current_epoch - 1, 0))
+        self._measure_end(trainer, pl_module, trainer.current_epoch - 1)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure it where nothing was left to train: the run was stopped after its last epoch was saved."""
         if not self._ended:
             pending.take_average(trainer, pl_module)
-            self.on_train_end(trainer, pl_module)
+            epoch, batch = getattr(pl_module, "position")  # noqa: B009
+            self._measure_end(trainer, pl_module, epoch if batch else epoch - 1)
+
+    def _measure_end(self, trainer: Trainer, pl_module: LightningModule, epoch: int) -> None:
+        self._ended = True
+        due = [a for a in self.chosen if a.due_at_end]
+        self._perform(due, trainer, pl_module, "end", max(epoch, 0))
 
     def _perform(
         self, due: Sequence[Analysis], trainer: Trainer, pl_module: LightningModule, tag: str, epoch: int | None
