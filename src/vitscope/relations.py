@@ -97,10 +97,6 @@ def _check_trainer(trainer: Mapping[str, Any]) -> None:
 def _check_sam(optimizer: Mapping[str, Any], trainer: Mapping[str, Any]) -> None:
     if "rho" not in optimizer:
         return
-    if trainer.get("accumulate_grad_batches", 1) != 1:
-        value = trainer["accumulate_grad_batches"]
-        raise ConfigError("trainer.accumulate_grad_batches", value, "SAM's second pass sees one batch only",
-                          "set it to 1 and data.batch_size higher, or choose optimizer=adamw")  # fmt: skip
     if trainer.get("precision") in ("16-mixed", "16", 16):
         raise ConfigError("trainer.precision", trainer["precision"], "SAM makes two passes, which gradient scaling does not",
                           "use bf16-mixed or 32-true")  # fmt: skip
