@@ -16,8 +16,8 @@ from vitscope.linalg.basis import norm
 from vitscope.linalg.curvatures import Curvatures, curvatures
 from vitscope.linalg.solve import solve
 from vitscope.measure_options import record_options
-from vitscope.optimizer_stability import adam_scale
 from vitscope.objective import n_labeled
+from vitscope.optimizer_stability import adam_scale
 from vitscope.probe import Batch, ObjectiveCard, Probe
 from vitscope.progress import track
 
