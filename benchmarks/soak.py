@@ -81,7 +81,7 @@ def saves(folder: Path, megabytes: int = 300, n: int = 50) -> str:
         assert content["global_step"] >= max(said)
         assert bool((content["state_dict"]["w"] == content["global_step"]).all())
         fallbacks += len(list(folder.glob(".*.tmp-*")))
-    checkpoint.sweep(folder)
+    checkpoint.repair(folder)
     assert not list(folder.glob(".*.tmp-*"))
     return (f"{seen} saves of {megabytes} MB, {kills} kills, {fallbacks} of them within a save: every time the newest verified "
             f"checkpoint was whole and as new as the last one announced; {time.perf_counter() - started:.0f} s")  # fmt: skip

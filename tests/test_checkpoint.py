@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pickle
 from collections import OrderedDict
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from vitscope import checkpoint
+from vitscope import checkpoint, results
 from vitscope.errors import CheckpointError, StorageError
 
 
@@ -76,7 +78,7 @@ def test_temporaries_of_dead_processes_are_swept(tmp_path: Path) -> None:
     stale, ours = tmp_path / ".last.ckpt.tmp-999999999", tmp_path / f".best.ckpt.tmp-{os.getpid()}"
     stale.write_bytes(b"x")
     ours.write_bytes(b"x")
-    checkpoint.sweep(tmp_path)
+    results.sweep(tmp_path)
     assert not stale.exists()
     assert ours.exists()
 
@@ -146,9 +148,175 @@ def test_prefixes_of_others(tmp_path: Path) -> None:
         assert list(state) == ["conv.weight"]
 
 
+def stored_run(folder: Path) -> None:
+    checkpoint.write(content(0), folder / "init.ckpt")
+    checkpoint.write(content(2), folder / "last.ckpt", copies=["best.ckpt"])
+
+
+def without_digest(folder: Path) -> None:
+    """Write the manifest as earlier versions did."""
+    (folder / "manifest.json").write_text(json.dumps(checkpoint.manifest(folder), indent=1))
+
+
 def test_manifest_that_is_no_json(tmp_path: Path) -> None:
     checkpoint.write(content(), tmp_path / "last.ckpt")
     (tmp_path / "manifest.json").write_text("{")
-    with pytest.raises(CheckpointError, match="no verified checkpoint"):
+    for refused in (checkpoint.newest, checkpoint.manifest, checkpoint.repair):
+        with pytest.raises(CheckpointError, match=r"manifest\.json cannot be trusted \(no JSON\)"):
+            refused(tmp_path)
+    whole = (tmp_path / "last.ckpt").read_bytes()
+    with pytest.raises(CheckpointError, match="cannot be trusted"):
+        checkpoint.write(content(2), tmp_path / "last.ckpt")
+    assert (tmp_path / "last.ckpt").read_bytes() == whole
+
+
+@pytest.mark.parametrize("earlier_version", [False, True])
+@pytest.mark.filterwarnings("ignore:checkpoint .* is damaged")
+def test_no_flipped_bit_of_a_manifest_is_trusted(tmp_path: Path, earlier_version: bool) -> None:
+    """Every bit of a manifest, three of each byte of one of an earlier version, which has no digest of itself."""
+    checkpoint.write(content(0), tmp_path / "init.ckpt")
+    checkpoint.write(content(2), tmp_path / "last.ckpt")
+    if earlier_version:
+        without_digest(tmp_path)
+    assert checkpoint.newest(tmp_path).name == "last.ckpt"
+    path = tmp_path / "manifest.json"
+    whole = path.read_bytes()
+    accepted = []
+    for place in range(len(whole)):
+        for bit in (0, 2, 5) if earlier_version else range(8):
+            path.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << bit]) + whole[place + 1 :])
+            try:
+                checkpoint.newest(tmp_path) if earlier_version else checkpoint.manifest(tmp_path)
+            except CheckpointError:
+                continue
+            accepted.append((place, bit))
+    assert accepted == []
+
+
+@pytest.mark.parametrize("earlier_version", [False, True])
+def test_a_manifest_that_is_missing_or_misses_entries(tmp_path: Path, earlier_version: bool) -> None:
+    stored_run(tmp_path)
+    if earlier_version:
+        without_digest(tmp_path)
+    stored = json.loads((tmp_path / "manifest.json").read_text())
+    for name in checkpoint.manifest(tmp_path):
+        (tmp_path / "manifest.json").write_text(json.dumps({k: v for k, v in stored.items() if k != name}, indent=1))
+        with pytest.raises(CheckpointError, match="cannot be trusted"):
+            checkpoint.newest(tmp_path)
+    for text in ("{}", "", "null"):
+        (tmp_path / "manifest.json").write_text(text)
+        with pytest.raises(CheckpointError, match="cannot be trusted"):
+            checkpoint.newest(tmp_path)
+    (tmp_path / "manifest.json").unlink()
+    with pytest.raises(CheckpointError, match="cannot be trusted"):
         checkpoint.newest(tmp_path)
-    assert json.loads("{}") == checkpoint.manifest(tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore:checkpoint .* is damaged")
+def test_damage_does_not_begin_again_at_step_0(tmp_path: Path) -> None:
+    """Where only the initial weights are whole, the user has to ask for them."""
+    stored_run(tmp_path)
+    for name in ("last.ckpt", "best.ckpt"):
+        (tmp_path / name).write_bytes(b"damaged")
+    with pytest.raises(CheckpointError, match=r"only init\.ckpt, at step 0, is left"):
+        checkpoint.newest(tmp_path)
+
+
+def test_a_checkpoint_is_verified_by_what_it_holds(tmp_path: Path) -> None:
+    """Altered and saved again, in a folder with no manifest: the hash of the file says nothing, that of the content does."""
+    checkpoint.write(content(3), tmp_path / "last.ckpt")
+    (tmp_path / "manifest.json").unlink()
+    stored = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    one_bit_off = OrderedDict(w=torch.full((5,), 3.0).nextafter(torch.ones(5)))
+    altered = {"epoch": 1, "global_step": float("nan"), "loops": {"a": 0}, "state_dict": one_bit_off}
+    for key, value in altered.items():
+        torch.save({**stored, key: value}, tmp_path / "altered.ckpt")
+        with pytest.raises(CheckpointError, match="its content is not what was written"):
+            checkpoint.read(tmp_path / "altered.ckpt")
+    torch.save(stored, tmp_path / "again.ckpt")
+    assert checkpoint.read(tmp_path / "again.ckpt")["global_step"] == 3
+
+
+@contextlib.contextmanager
+def stopped_at(call: int, raised: BaseException | None) -> Iterator[list[str]]:
+    """At that call which reaches the disk: raise, or end the process as a kill does (None)."""
+    calls: list[str] = []
+
+    def watched(name: str, original):
+        def deadly(*args, **kwargs):
+            calls.append(name)
+            if len(calls) == call:
+                if raised is None:
+                    os._exit(9)
+                raise raised
+            return original(*args, **kwargs)
+
+        return deadly
+
+    def opened(original):
+        counted = watched("open", original)
+        return lambda path, mode="r", *a, **k: (counted if set(mode) & set("wax") else original)(path, mode, *a, **k)
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("replace", "fsync"):
+            patch.setattr(os, name, watched(name, getattr(os, name)))
+        patch.setattr(Path, "open", opened(Path.open))
+        yield calls
+
+
+def state_of(folder: Path) -> dict[str, int]:
+    return {name: checkpoint.read(folder / name)["global_step"] for name in checkpoint.manifest(folder)}
+
+
+NAMES = ["last.ckpt", "best.ckpt", "epoch-0001.ckpt"]
+
+
+def test_an_event_of_three_files_is_killed_at_every_write(tmp_path: Path) -> None:
+    """All three files are of the epoch before or all are of the new one; after the next start nothing else is left."""
+    with stopped_at(0, None) as calls:
+        checkpoint.write(content(2), tmp_path / "count" / NAMES[0], copies=NAMES[1:])
+    outcomes = []
+    for at in range(1, len(calls) + 1):
+        folder = tmp_path / str(at)
+        stored_run(folder)
+        if (child := os.fork()) == 0:
+            with stopped_at(at, None):
+                checkpoint.write(content(5), folder / NAMES[0], copies=NAMES[1:])
+            os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+        seen = state_of(folder)  # what a reader sees before the next start is verified too
+        assert seen.keys() <= {"init.ckpt", *NAMES}
+        checkpoint.repair(folder)
+        state = state_of(folder)
+        outcomes.append(state)
+        assert sorted(file.name for file in folder.iterdir()) == sorted([*state, "manifest.json"])
+        assert checkpoint.read(checkpoint.newest(folder))["global_step"] == state["last.ckpt"]
+    before = {"init.ckpt": 0, "last.ckpt": 2, "best.ckpt": 2}
+    after = {"init.ckpt": 0, **dict.fromkeys(NAMES, 5)}
+    assert [state for state in outcomes if state not in (before, after)] == []
+    assert before in outcomes
+    assert after in outcomes
+
+
+def test_a_disk_that_is_full_at_every_write_of_an_event(tmp_path: Path) -> None:
+    with stopped_at(0, None) as calls:
+        checkpoint.write(content(2), tmp_path / "count" / NAMES[0], copies=NAMES[1:])
+    for at in range(1, len(calls) + 1):
+        folder = tmp_path / str(at)
+        stored_run(folder)
+        with stopped_at(at, OSError(28, "No space left on device")), pytest.raises(StorageError, match="No space left"):
+            checkpoint.write(content(5), folder / NAMES[0], copies=NAMES[1:])
+        checkpoint.repair(folder)
+        state = state_of(folder)
+        assert state in ({"init.ckpt": 0, "last.ckpt": 2, "best.ckpt": 2}, {"init.ckpt": 0, **dict.fromkeys(NAMES, 5)})
+        assert sorted(file.name for file in folder.iterdir()) == sorted([*state, "manifest.json"])
+
+
+def test_only_temporaries_of_this_machine_are_swept(tmp_path: Path) -> None:
+    ours = tmp_path / f".last.ckpt.tmp-{results.host_identity()}-999999999"
+    others = tmp_path / ".last.ckpt.tmp-00000000-999999999"
+    user = tmp_path / ".notes.tmp-x"
+    for file in (ours, others, user):
+        file.write_bytes(b"x")
+    results.sweep(tmp_path)
+    assert [file.exists() for file in (ours, others, user)] == [False, True, True]

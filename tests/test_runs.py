@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from omegaconf import DictConfig, OmegaConf
 
-from vitscope import runs
+from vitscope import run_lock, runs
 from vitscope.errors import CheckpointError, ConfigError
 
 
@@ -26,7 +26,8 @@ def test_runs_of_one_second_have_folders_of_their_own(tmp_path: Path) -> None:
 
 
 def test_a_folder_is_not_used_twice(tmp_path: Path) -> None:
-    runs.create(cfg(tmp_path, run_dir=str(tmp_path / "a")), "train")
+    with run_lock.released_at_end():
+        runs.create(cfg(tmp_path, run_dir=str(tmp_path / "a")), "train")
     with pytest.raises(ConfigError, match="already holds a run"):
         runs.create(cfg(tmp_path, run_dir=str(tmp_path / "a")), "train")
 

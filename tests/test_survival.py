@@ -53,7 +53,7 @@ def killed_while_saving(folder: Path, megabytes: int, rounds: int, seed: int = 0
         assert torch.equal(
             content["state_dict"]["w"], torch.full_like(content["state_dict"]["w"], content["global_step"])
         )
-    checkpoint.sweep(folder)
+    checkpoint.repair(folder)
     assert not list(folder.glob(".*.tmp-*"))
 
 

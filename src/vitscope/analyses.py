@@ -16,7 +16,7 @@ import numpy as np
 from omegaconf import DictConfig
 from torch import nn
 
-from vitscope import build, checkpoint, config, interrupt, onepass, recorded, results, supplied
+from vitscope import build, checkpoint, config, interrupt, onepass, recorded, results, run_lock, supplied
 from vitscope.distributed import gather_objects, rank
 from vitscope.errors import ConfigError, StorageError, VitscopeError
 from vitscope.interrupt import Interrupted
@@ -131,6 +131,9 @@ def perform(analysis: Analysis, place: Place, *, reuse: bool = True) -> Any | No
     folder, stem, weights = place.run.results / analysis.name, _stem(analysis, place), build.weights_hash(place.network)
     # what lies ahead is not looked for: another rank may have saved it already and wait for this one
     if reuse and analysis.name not in place.ahead and (found := _earlier(folder / f"{stem}.npz", weights)) is not None:
+        if rank() == 0:
+            recorded.complete(analysis, place, folder, stem, found)
+            shutil.rmtree(folder / f".partial-{stem}-{weights}", ignore_errors=True)
         return found
     rows = results.PartialRows(folder / f".partial-{stem}-{weights}", rank())
     try:
@@ -143,8 +146,8 @@ def perform(analysis: Analysis, place: Place, *, reuse: bool = True) -> Any | No
         recorded.failure(analysis, place, folder, stem, error)
         return None
     if rank() == 0:
-        results.save(folder, stem, result)
-        recorded.publish(analysis, place, result)
+        run_lock.check(place.run.path)  # a folder that was deleted is not made anew
+        recorded.store(analysis, place, folder, stem, result)
     gather_objects(None)  # nobody discards rows before rank 0 has saved
     if rank() == 0:
         shutil.rmtree(folder / f".partial-{stem}-{weights}", ignore_errors=True)

@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from vitscope import analyses, interrupt, pending
+from vitscope import analyses, interrupt, pending, run_lock
 from vitscope.analyses import Analysis, Place
 from vitscope.distributed import gather_objects
 from vitscope.errors import ConfigError, DistributedError, NumericalError
@@ -42,14 +42,21 @@ class DiagnosticCallback(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure the initial network; going on from the end of an epoch, what a stop left unmeasured there."""
-        self.started = True
         if trainer.global_step == 0:
             self._perform([a for a in self.chosen if a.due_at_start], trainer, pl_module, "init", None)
             return
+        self._after_epoch_before(trainer, pl_module)
+
+    def _after_epoch_before(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Going on from the end of an epoch: measure what is due after it; results that are there are not measured again."""
         epoch, batch = getattr(pl_module, "position")  # noqa: B009
-        if batch == 0 and epoch > 0:  # results that are there are not measured again
+        if batch == 0 and epoch > 0:
             due = [a for a in self.chosen if a.due_after(epoch - 1)]
             self._perform(due, trainer, pl_module, f"epoch-{epoch - 1:04d}", epoch - 1)
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        """Note that training goes on: the first step has used all that a checkpoint restored."""
+        self.started = True
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure what is due after this epoch."""
@@ -64,6 +71,7 @@ class DiagnosticCallback(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure it where nothing was left to train: the run was stopped after its last epoch was saved."""
         if not self._ended:
+            self._after_epoch_before(trainer, pl_module)  # of the trained weights; their average is measured at the end
             pending.take_average(trainer, pl_module)
             epoch, batch = getattr(pl_module, "position")  # noqa: B009
             self._measure_end(trainer, pl_module, epoch if batch else epoch - 1)
@@ -81,6 +89,7 @@ class DiagnosticCallback(Callback):
             trainer.global_step, self.mirror,
             {"optimizer_states": [optimizer.state_dict() for optimizer in trainer.optimizers]}, due,
         )  # fmt: skip
+        self.started = self.started or bool(due)
         for analysis in due:
             self.results[analysis.name] = analyses.perform(analysis, place)
 
@@ -147,14 +156,14 @@ class Checkpoints(Callback):
         _check_finite(pl_module)
         epoch = trainer.current_epoch
         improved, self._validated = self._improved(trainer.callback_metrics), None
-        if improved:
-            trainer.save_checkpoint(self.folder / "best.ckpt")
-        if self._kept(epoch, trainer):
-            trainer.save_checkpoint(self.folder / f"epoch-{epoch:04d}.ckpt")
         self._epoch_unsaved = True
         due = (epoch + 1) % self.every_n_epochs == 0 or trainer.should_stop or _over(trainer)
-        if due or _agreed_signal(pl_module):
-            self._save_last(trainer)
+        due = due or _agreed_signal(pl_module) != 0
+        wanted = {"last": due, "best": improved, f"epoch-{epoch:04d}": self._kept(epoch, trainer)}
+        names = [f"{name}.ckpt" for name, is_wanted in wanted.items() if is_wanted]
+        if names:  # of one event: a kill leaves all of them as they were, or all of them written
+            trainer.save_checkpoint(self.folder / names[0], storage_options={"copies": names[1:]})
+        self._epoch_unsaved = not due
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Save an epoch whose ``last.ckpt`` was not due where a stop comes in its diagnostics: nothing of it would be left."""
@@ -250,6 +259,33 @@ class StopsWithoutSaving(Callback):
     def on_test_batch_end(self, *_: Any, **__: Any) -> None:
         """Stop during the test."""
         interrupt.check()
+
+
+class HeldFolder(Callback):
+    """Ends a training whose run folder was deleted or taken over, before anything more is written there."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        """Check before a step."""
+        run_lock.check(self.run.path)
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        """Check before a stop is saved."""
+        run_lock.check(self.run.path)
+
+    def on_train_epoch_end(self, *_: Any) -> None:
+        """Check before the epoch's checkpoints."""
+        run_lock.check(self.run.path)
+
+    def on_validation_batch_end(self, *_: Any) -> None:
+        """Check during a validation."""
+        run_lock.check(self.run.path)
+
+    def on_test_batch_end(self, *_: Any) -> None:
+        """Check during the test."""
+        run_lock.check(self.run.path)
 
 
 class SameConfiguration(Callback):

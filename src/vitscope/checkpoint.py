@@ -1,7 +1,10 @@
-"""Checkpoints that are whole or not there: atomic writes, a manifest of hashes, no pickled code.
+"""Write, verify and read checkpoints: one commit point for all files of an event, hashes of what they hold, no pickled code.
 
-A file is written beside its target, flushed to the disk and renamed; then ``manifest.json`` is replaced in the same way.
-A file that the manifest does not vouch for is not resumed from. Reading never executes code, whatever the environment says.
+All files of one event (``last``, ``best`` and an epoch's own) are written beside their targets and flushed to the disk. Then
+``manifest.json`` is replaced by one that lists them as pending: from there on the event holds, and `repair` finishes the
+renames that a kill prevented. The manifest ends with the SHA-256 of its own text, each checkpoint holds the SHA-256 of its
+content. A manifest that differs in one bit is an error and never an empty one: nothing is overwritten on its word.
+Reading never executes code, whatever the environment says.
 """
 
 from __future__ import annotations
@@ -10,9 +13,12 @@ import contextlib
 import hashlib
 import json
 import os
+import shutil
+import struct
 import warnings
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +27,13 @@ from pytorch_lightning.plugins.io import CheckpointIO
 
 from vitscope import run_files
 from vitscope.errors import CheckpointError, StorageError
-from vitscope.results import write_atomically
+from vitscope.results import sweep, temporary_path, write_atomically
 
 MANIFEST = "manifest.json"
+#: keys of the manifest that are no file's name: the digest of its own text, and files whose renames are not done
+_DIGEST, _PENDING = "manifest_sha256", "pending"
+#: key of a checkpoint that holds the digest of all its other entries
+CONTENT_DIGEST = "content_sha256"
 _FORCED = ("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_WEIGHTS_ONLY_LOAD")
 #: where checkpoints keep the weights, and what wrappers put before their names
 _NESTED = ("state_dict", "model", "model_state_dict")
@@ -35,8 +45,9 @@ class AtomicCheckpointIO(CheckpointIO):
     """Lightning's way to write and read checkpoints, replaced by `write` and `read`."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
-        """Write atomically; the options of remote stores do not apply."""
-        write(checkpoint, Path(path))
+        """Write atomically; ``storage_options={"copies": names}`` adds files of the same content to the same event."""
+        path = Path(path)
+        write(checkpoint, path, copies=(storage_options or {}).get("copies", ()))
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         """Read a verified file on the CPU, never executing anything."""
@@ -47,47 +58,121 @@ class AtomicCheckpointIO(CheckpointIO):
         path = Path(path)
         run_files.refuse_links(path.parent)
         path.unlink(missing_ok=True)
-        entries = manifest(path.parent)
-        if entries.pop(path.name, None) is not None:
-            _write_manifest(path.parent, entries)
+        stored = _stored_manifest(path.parent)
+        if stored.entries.pop(path.name, None) is not None:
+            _write_manifest(path.parent, stored.entries)
 
 
-def write(checkpoint: Mapping[str, Any], path: Path) -> None:
-    """Write a checkpoint of plain containers and tensors to ``path``, then vouch for it in the manifest.
+@dataclass
+class _Manifest:
+    """What ``manifest.json`` says: entries by file name, entries whose renames are not done, whether a digest holds them."""
+
+    entries: dict[str, Any] = field(default_factory=dict)
+    pending: dict[str, Any] = field(default_factory=dict)
+    has_digest: bool = True
+
+
+def write(checkpoint: Mapping[str, Any], path: Path, *, copies: Sequence[str] = ()) -> None:
+    """Write a checkpoint of plain containers and tensors to ``path`` and its hash to the manifest.
+
+    Args:
+        checkpoint: what to save.
+        path: the file.
+        copies: names of further files of the same folder with the same content. A kill leaves all of them old or all of them
+            new: all are on the disk under temporary names before the manifest lists them as pending, which is the commit
+            point, and a kill between the renames that follow is repaired by `repair`.
 
     Raises:
-        CheckpointError: it holds something that could not be read back safely, named by its place.
-        StorageError: the disk is full or read-only; an earlier file of that name is left as it was.
+        CheckpointError: it holds something that could not be read back safely, named by its place; the manifest is damaged.
+        StorageError: the disk is full or read-only; earlier files of these names are left as they were.
     """
+    folder, names = path.parent, [path.name, *copies]
     _check_plain(checkpoint, "checkpoint")
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    content = {**checkpoint, CONTENT_DIGEST: content_digest(checkpoint)}
+    temporaries = {name: temporary_path(folder / name) for name in names}
     try:
-        run_files.refuse_links(path.parent)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        sweep(path.parent)
-        temporary.unlink(missing_ok=True)
-        with temporary.open("xb") as file:  # never through a link that waits under that name
-            torch.save(checkpoint, file)
+        run_files.refuse_links(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        repair(folder)
+        first = temporaries[names[0]]
+        first.unlink(missing_ok=True)
+        with first.open("xb") as file:  # never through a link that waits under that name
+            torch.save(content, file)
             file.flush()
             os.fsync(file.fileno())
+        for name in names[1:]:
+            _copy(first, temporaries[name])
         entry = {
-            "sha256": sha256(temporary),
-            "bytes": temporary.stat().st_size,
+            "sha256": sha256(first),
+            "bytes": first.stat().st_size,
             "epoch": int(checkpoint.get("epoch", 0)),
             "global_step": int(checkpoint.get("global_step", 0)),
         }
-        os.replace(temporary, path)
-        _sync_folder(path.parent)
+        pending = {name: {**entry, "temporary": temporaries[name].name} for name in names}
+        entries = _stored_manifest(folder).entries
+        _write_manifest(folder, entries, pending)  # the commit point
+        for name in names:
+            os.replace(temporaries[name], folder / name)
+        _sync_folder(folder)
+        _write_manifest(folder, {**entries, **dict.fromkeys(names, entry)})
+    except StorageError:
+        _remove_uncommitted(folder, temporaries.values())
+        raise
     except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
-        with contextlib.suppress(OSError):  # where the folder is none, there is nothing to remove
-            temporary.unlink(missing_ok=True)
+        _remove_uncommitted(folder, temporaries.values())
         # while torch closes its archive after the system's refusal, it raises one of its own
         cause = error.__context__ if isinstance(error.__context__, OSError) else error
         why = getattr(cause, "strerror", None) or str(cause).splitlines()[0]
         raise StorageError(
-            "paths.runs", path, f"checkpoint not written ({why})", "free space or choose another folder"
+            "paths.runs", folder / names[0], f"checkpoint not written ({why})", "free space or choose another folder"
         ) from None
-    _write_manifest(path.parent, {**manifest(path.parent), path.name: entry})
+
+
+def repair(folder: Path) -> None:
+    """Finish the renames of an event that was committed and then killed, and delete what dead processes left behind.
+
+    Only the process that writes the folder may call it.
+
+    Raises:
+        CheckpointError: the manifest cannot be trusted.
+        StorageError: the folder cannot be written.
+    """
+    run_files.refuse_links(folder)
+    stored = _stored_manifest(folder)
+    if stored.pending:
+        for name, entry in stored.pending.items():
+            temporary = folder / entry["temporary"]
+            try:
+                if _is_content_of(temporary, entry):
+                    os.replace(temporary, folder / name)
+            except OSError as error:
+                raise StorageError(
+                    "paths.runs",
+                    folder / name,
+                    f"not writable ({error.strerror})",
+                    "free space or choose another folder",
+                ) from None
+            if _is_content_of(folder / name, entry):
+                stored.entries[name] = {key: value for key, value in entry.items() if key != "temporary"}
+        _write_manifest(folder, stored.entries)
+    sweep(folder)
+
+
+def _copy(source: Path, target: Path) -> None:
+    target.unlink(missing_ok=True)
+    with source.open("rb") as reader, target.open("xb") as writer:
+        shutil.copyfileobj(reader, writer, 1 << 20)
+        writer.flush()
+        os.fsync(writer.fileno())
+
+
+def _remove_uncommitted(folder: Path, temporaries: Any) -> None:
+    """Delete temporary files after an error, except those that the manifest already counts on."""
+    with contextlib.suppress(OSError, CheckpointError):  # where the folder is none, there is nothing to remove
+        committed = {entry["temporary"] for entry in _stored_manifest(folder).pending.values()}
+        for temporary in temporaries:
+            if temporary.name not in committed:
+                temporary.unlink(missing_ok=True)
 
 
 def read(path: Path, *, verify: bool = True) -> dict[str, Any]:
@@ -117,67 +202,176 @@ def read(path: Path, *, verify: bool = True) -> dict[str, Any]:
         os.environ.update(kept)
     if not isinstance(content, dict):
         raise CheckpointError("ckpt_path", path, f"holds a {type(content).__name__}", "use a dictionary of tensors")
+    if CONTENT_DIGEST in content and content.pop(CONTENT_DIGEST) != content_digest(content):
+        raise CheckpointError("ckpt_path", path, "its content is not what was written", "use another checkpoint")
     return content
+
+
+def content_digest(content: Any) -> str:
+    """Return the SHA-256 of a tree of containers, numbers, text and tensors: types, keys, order, shapes and every bit.
+
+    The entry under `CONTENT_DIGEST` at the top is left out.
+    """
+    total = hashlib.sha256()
+    _add_to_digest(total, {k: v for k, v in content.items() if k != CONTENT_DIGEST})
+    return total.hexdigest()
+
+
+def _add_to_digest(total: Any, value: Any) -> None:
+    total.update(f"<{'dict' if isinstance(value, dict) else type(value).__name__}>".encode())
+    if isinstance(value, dict):
+        total.update(struct.pack("<q", len(value)))
+        for key, item in value.items():
+            _add_to_digest(total, key)
+            _add_to_digest(total, item)
+    elif isinstance(value, list | tuple):
+        total.update(struct.pack("<q", len(value)))
+        for item in value:
+            _add_to_digest(total, item)
+    elif isinstance(value, torch.Tensor):
+        total.update(f"{value.dtype}{tuple(value.shape)}".encode())
+        if value.layout is torch.strided and not value.is_quantized:
+            total.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    elif isinstance(value, float):
+        total.update(struct.pack("<d", value))
+    else:
+        text = repr(sorted(map(repr, value)) if isinstance(value, set) else value)
+        total.update(f"{len(text)}:{text}".encode())
 
 
 def newest(folder: Path) -> Path:
     """Return the verified checkpoint of ``folder`` with the most steps, warning of damaged ones passed over.
 
+    A manifest of an earlier version, which holds no digest of itself, has to agree with every file.
+
     Raises:
-        CheckpointError: none is left.
+        CheckpointError: there is none, the manifest cannot be trusted, or what is left would begin again at step 0.
     """
+    stored = _stored_manifest(folder)
     entries = manifest(folder)
+    fix = "restore it from a copy, or move a checkpoint to another folder and name it with ckpt_path=<file>"
+    unlisted = sorted(file.name for file in folder.glob("*.ckpt") if file.name not in entries)
+    if unlisted:
+        why = f"{MANIFEST} is missing or does not list {unlisted[0]}, so it cannot be trusted"
+        raise CheckpointError("ckpt_path", folder, why, fix)
+    if not stored.has_digest:
+        for name in entries:
+            if not _agrees_in_full(folder / name, entries[name]):
+                why = f"{MANIFEST} and {name} disagree, and nothing says which is damaged"
+                raise CheckpointError("ckpt_path", folder, why, fix)
     ranked = sorted(entries, key=lambda name: (entries[name]["global_step"], name == "last.ckpt"), reverse=True)
     for name in ranked:
         if verified(folder / name):
+            if entries[name]["global_step"] == 0 and entries[ranked[0]]["global_step"] > 0:
+                why = f"{ranked[0]} is damaged or missing, and only {name}, at step 0, is left"
+                raise CheckpointError("ckpt_path", folder, why, f"use ckpt_path={folder / name} to begin again there")
             return folder / name
         warnings.warn(f"checkpoint {name} is damaged or missing: falling back to an earlier one", stacklevel=2)
     raise CheckpointError("ckpt_path", folder, "no verified checkpoint", "start afresh without ckpt_path")
 
 
-def verified(path: Path) -> bool:
-    """Tell whether the manifest beside ``path`` vouches for it; a file from elsewhere, with no manifest, passes."""
-    entries = manifest(path.parent)
-    if not entries:
-        return path.is_file() and not (path.parent / MANIFEST).exists()
-    entry = entries.get(path.name)
-    if entry is None or not path.is_file():
+def _agrees_in_full(path: Path, entry: Mapping[str, Any]) -> bool:
+    """Tell whether a file has the hash of its entry and holds the epoch and step that the entry gives."""
+    if not _is_content_of(path, entry):
         return False
-    return path.stat().st_size == entry["bytes"] and sha256(path) == entry["sha256"]
+    content = read(path, verify=False)
+    return all(content.get(key, 0) == entry[key] for key in ("epoch", "global_step"))
+
+
+def verified(path: Path) -> bool:
+    """Tell whether the manifest beside ``path`` vouches for it; a file from elsewhere, with no manifest, passes.
+
+    Raises:
+        CheckpointError: the manifest cannot be trusted.
+    """
+    for _ in range(3):  # a training may replace the file and the manifest meanwhile
+        if not (path.parent / MANIFEST).exists():
+            return path.is_file()
+        stored = _stored_manifest(path.parent)
+        vouched = [entries[path.name] for entries in (stored.entries, stored.pending) if path.name in entries]
+        if any(_is_content_of(path, entry) for entry in vouched):
+            return True
+        if _stored_manifest(path.parent) == stored:
+            return False
+    return False
+
+
+def present(folder: Path) -> bool:
+    """Tell whether there is anything to go on from in ``folder``, whole or damaged: a manifest or a checkpoint."""
+    return (folder / MANIFEST).exists() or any(folder.glob("*.ckpt"))
+
+
+def is_settled(folder: Path) -> bool:
+    """Tell whether no rename of a committed event is left to do."""
+    return not _stored_manifest(folder).pending
 
 
 def manifest(folder: Path) -> dict[str, Any]:
-    """Return the manifest's entries by file name; empty where it is missing or unreadable.
+    """Return the manifest's entries by file name; empty where there is none.
 
-    Entries that `write` cannot have made (they may come from a stranger) are left out: names that lead elsewhere, sizes or
-    hashes that are none.
+    Raises:
+        CheckpointError: it is not what was written.
     """
+    stored = _stored_manifest(folder)
+    renamed = {name: e for name, e in stored.pending.items() if not (folder / e["temporary"]).exists()}
+    return {**stored.entries, **renamed}
+
+
+def _stored_manifest(folder: Path) -> _Manifest:
+    path = folder / MANIFEST
     try:
-        entries = json.loads(run_files.read_text(folder / MANIFEST, run_files.LARGEST))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    entries = entries if isinstance(entries, dict) else {}
-    return {name: entry for name, entry in entries.items() if name == Path(name).name and _is_entry(entry)}
+        with os.fdopen(run_files.open_to_read(path), "rb") as file:
+            raw = file.read(run_files.LARGEST)
+    except (FileNotFoundError, NotADirectoryError):
+        return _Manifest()
+    except OSError as error:
+        raise _untrusted(path, f"not readable: {error.strerror}") from None
+    try:
+        tree = json.loads(raw)
+    except (ValueError, RecursionError):
+        raise _untrusted(path, "no JSON") from None
+    if not isinstance(tree, dict):
+        raise _untrusted(path, f"it holds a {type(tree).__name__}")
+    has_digest = _DIGEST in tree
+    pending = tree.pop(_PENDING, {})
+    tree.pop(_DIGEST, None)
+    wrong = [name for name, entry in tree.items() if not _is_entry(name, entry)]
+    if isinstance(pending, dict):
+        wrong += [name for name, entry in pending.items() if not (_is_entry(name, entry) and _is_temporary(entry))]
+    if wrong or not isinstance(pending, dict):
+        raise _untrusted(path, f"{(wrong or [_PENDING])[0]!r:.80} is no entry of a checkpoint")
+    if has_digest and raw != _manifest_text(tree, pending):
+        raise _untrusted(path, "it is not what was written")
+    return _Manifest(tree, pending, has_digest)
 
 
-def _is_entry(entry: Any) -> bool:
+def _untrusted(path: Path, why: str) -> CheckpointError:
+    fix = "restore it from a copy, or move a checkpoint to another folder and name it with ckpt_path=<file>"
+    return CheckpointError("ckpt_path", path.parent, f"{MANIFEST} cannot be trusted ({why})", fix)
+
+
+def _is_content_of(path: Path, entry: Mapping[str, Any]) -> bool:
+    try:
+        return path.stat().st_size == entry["bytes"] and sha256(path) == entry["sha256"]
+    except OSError:
+        return False
+
+
+def _is_entry(name: Any, entry: Any) -> bool:
     kinds = {"sha256": str, "bytes": int, "epoch": int, "global_step": int}
-    return isinstance(entry, dict) and all(type(entry.get(key)) is kind for key, kind in kinds.items())
+    typed = isinstance(entry, dict) and all(type(entry.get(key)) is kind for key, kind in kinds.items())
+    return name == Path(name).name and typed and min(entry["bytes"], entry["epoch"], entry["global_step"]) >= 0
+
+
+def _is_temporary(entry: Mapping[str, Any]) -> bool:
+    name = entry.get("temporary")
+    return isinstance(name, str) and name == Path(name).name and name.startswith(".")
 
 
 def sha256(path: Path) -> str:
     """Return the SHA-256 of a file as hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def sweep(folder: Path) -> None:
-    """Delete the temporary files that dead processes left behind."""
-    run_files.refuse_links(folder)
-    for file in folder.glob(".*.tmp-*"):
-        owner = file.name.rpartition("-")[2]
-        if owner.isdigit() and int(owner) != os.getpid() and not Path(f"/proc/{owner}").exists():
-            file.unlink(missing_ok=True)
 
 
 def model_state(content: Mapping[str, Any]) -> dict[str, torch.Tensor]:
@@ -223,8 +417,14 @@ def facts(content: Mapping[str, Any], path: Path) -> dict[str, Any]:
     return noted
 
 
-def _write_manifest(folder: Path, entries: Mapping[str, Any]) -> None:
-    write_atomically(folder / MANIFEST, json.dumps(entries, indent=1).encode())
+def _write_manifest(folder: Path, entries: Mapping[str, Any], pending: Mapping[str, Any] | None = None) -> None:
+    write_atomically(folder / MANIFEST, _manifest_text(entries, pending or {}))
+
+
+def _manifest_text(entries: Mapping[str, Any], pending: Mapping[str, Any]) -> bytes:
+    tree = {**entries, **({_PENDING: pending} if pending else {})}
+    digest = hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
+    return json.dumps({**tree, _DIGEST: digest}, indent=1, sort_keys=True).encode()
 
 
 def _sync_folder(folder: Path) -> None:

@@ -47,6 +47,9 @@ _STORAGE = (
     errno.EIO,
     errno.ENOTDIR,
     errno.ENAMETOOLONG,
+    errno.EMFILE,
+    errno.ENFILE,
+    errno.ESTALE,
 )
 _OURS = "VITSCOPE_SET_HYDRA_FULL_ERROR"
 _current: Run | None = None
@@ -132,7 +135,8 @@ def note_end(run: Run, code: int, **facts: object) -> None:
     except StorageError as error:
         if code == 0:
             raise
-        _say(f"{error}")
+        if run.path.is_dir():  # one that was deleted is what the command ends with already
+            _say(f"{error}")
 
 
 def _ended(error: BaseException, wants_traceback: bool) -> int:
@@ -149,7 +153,7 @@ def _ended(error: BaseException, wants_traceback: bool) -> int:
         error = Interrupted(signal.SIGINT)
     if isinstance(error, Interrupted):
         code = code_for(error)
-        saved = _current is not None and checkpoint.manifest(_current.checkpoints)
+        saved = _current is not None and checkpoint.present(_current.checkpoints)
         then = f"; go on with run={_current.path} ckpt_path=last" if _current and saved else ""
         _say(f"stopped by {signal.Signals(error.signum).name}{then}")
         return code

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from matplotlib.figure import Figure
 
 from vitscope import run_files
 from vitscope.card import check_comparable
+from vitscope.results import temporary_path
 
 STYLE = Path(__file__).parent / "diagnostics" / "vitscope.mplstyle"
 
@@ -47,7 +49,10 @@ def save_figure(figure: Figure, stem: Path, *, formats: Sequence[str] = ("png", 
     with style.context(STYLE):
         for path in paths:
             run_files.refuse_links(path)
-            figure.savefig(path, dpi=300)
+            temporary = temporary_path(path)  # a kill leaves the file of before, or this one
+            temporary.unlink(missing_ok=True)  # never through a link that waits under that name
+            figure.savefig(temporary, dpi=300, format=path.suffix[1:])
+            os.replace(temporary, path)
             figure.set_layout_engine("none")  # laid out once: again for each file would cost a fifth of the time
     figure.set_layout_engine(engine)
     return paths

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import traceback
 import warnings
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vitscope import config, results, run_files, secrecy
+from vitscope import config, journal, results, run_files, secrecy
 from vitscope.distributed import rank
 from vitscope.errors import StorageError
 from vitscope.journal import Journal
@@ -31,18 +32,65 @@ def failure(analysis: Analysis, place: Place, folder: Path, stem: str, error: Ex
         run_files.append_text(place.run.log, f"analysis.{analysis.name} at {place.tag}\n{trace}\n")
 
 
+def store(analysis: Analysis, place: Place, folder: Path, stem: str, result: Any) -> None:
+    """Save a result and publish it; a mark beside it says that this is not done yet, until it is.
+
+    A kill or a full disk in between leaves the mark, and `complete` does what is left when the result is asked for again.
+    """
+    results.write_atomically(_mark(folder, stem), b"")
+    results.save(folder, stem, result)
+    publish(analysis, place, result)
+    _mark(folder, stem).unlink(missing_ok=True)
+
+
+def complete(analysis: Analysis, place: Place, folder: Path, stem: str, result: Any) -> None:
+    """Do what a stop left undone for a result that is on the disk: its ``.json``, its row, its figure, its copy in W&B."""
+    figure = _figure_stem(analysis, place)
+    png, pdf = (figure.with_name(f"{figure.name}.{ending}") for ending in ("png", "pdf"))
+    whole = not _mark(folder, stem).exists() and results.has_readable_copy(folder, stem, result)
+    if whole and _has_row(analysis, place, result) and png.is_file() and pdf.is_file():
+        return
+    results.write_atomically(_mark(folder, stem), b"")
+    results.save_readable_copy(folder, stem, result)
+    publish(analysis, place, result)
+    _mark(folder, stem).unlink(missing_ok=True)
+
+
+def _mark(folder: Path, stem: str) -> Path:
+    return folder / f".unpublished-{stem}"
+
+
+def _figure_stem(analysis: Analysis, place: Place) -> Path:
+    return place.run.figures / f"{analysis.name}-{place.tag}"
+
+
+def _row(analysis: Analysis, place: Place, result: Any) -> dict[str, Any]:
+    return {**{f"{analysis.name}/{name}": value for name, value in result.scalars().items()}, "tag": place.tag}
+
+
+def _has_row(analysis: Analysis, place: Place, result: Any) -> bool:
+    """Tell whether the metrics log ends, for this analysis at this moment, with the result's numbers."""
+    wanted = json.loads(json.dumps(results.finite(_row(analysis, place, result))))
+    rows = [
+        row for row in journal.read(place.run.journal) if row.get("tag") == place.tag and wanted.keys() <= row.keys()
+    ]
+    return bool(rows) and all(rows[-1][name] == value for name, value in wanted.items())
+
+
 def publish(analysis: Analysis, place: Place, result: Any) -> None:
-    """Journal first, then figures, then the mirror."""
-    scalars = {f"{analysis.name}/{name}": value for name, value in result.scalars().items()}
-    journal = Journal(place.run.journal)
-    journal.append(place.step, place.epoch, {**scalars, "tag": place.tag})
-    journal.close()
+    """Metrics log first (unless its last row of this analysis says the same), then the figure and W&B."""
+    row = _row(analysis, place, result)
+    scalars = {name: value for name, value in row.items() if name != "tag"}
+    if not _has_row(analysis, place, result):
+        book = Journal(place.run.journal)
+        book.append(place.step, place.epoch, row)
+        book.close()
     place.mirror.log({k: v for k, v in scalars.items() if np.isfinite(v)}, place.step)
     eigenvalues = getattr(result, "eigenvalues", None)
     if eigenvalues is not None and np.isfinite(eigenvalues).any():
         place.mirror.histogram(f"{analysis.name}/eigenvalues", eigenvalues[np.isfinite(eigenvalues)], place.step)
     try:
-        png, _ = save_figure(plot(result), place.run.figures / f"{analysis.name}-{place.tag}")
+        png, _ = save_figure(plot(result), _figure_stem(analysis, place))
     except Exception as error:  # a figure that cannot be drawn must not cost the numbers
         if isinstance(error, OSError):
             raise StorageError("paths.runs", place.run.figures, str(error.strerror), "free space") from error

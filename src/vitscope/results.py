@@ -9,10 +9,13 @@ from __future__ import annotations
 import base64
 import contextlib
 import dataclasses
+import functools
+import hashlib
 import importlib
 import io
 import json
 import os
+import socket
 from collections.abc import Iterator, Mapping, MutableMapping
 from pathlib import Path
 from typing import Any
@@ -39,17 +42,39 @@ def save(folder: Path, stem: str, result: Any) -> Path:
     buffer = io.BytesIO()
     arrays[_META] = np.array(json.dumps(meta))
     np.savez_compressed(buffer, allow_pickle=False, **arrays)
+    target = folder / f"{stem}.npz"
+    write_atomically(target, buffer.getvalue())
+    save_readable_copy(folder, stem, result)
+    return target
+
+
+def save_readable_copy(folder: Path, stem: str, result: Any) -> None:
+    """Write the ``.json`` beside a result's ``.npz``: its scalars and its objective card.
+
+    Raises:
+        StorageError: the disk is full or not writable.
+    """
+    write_atomically(folder / f"{stem}.json", _readable(stem, result))
+
+
+def has_readable_copy(folder: Path, stem: str, result: Any) -> bool:
+    """Tell whether the ``.json`` beside a result's ``.npz`` is there and holds the result's numbers."""
+    try:
+        stored = json.loads((folder / f"{stem}.json").read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(stored, dict) and stored.get("scalars") == json.loads(_readable(stem, result))["scalars"]
+
+
+def _readable(stem: str, result: Any) -> bytes:
     card = getattr(result, "card", None)
     readable = {
-        "measure": kind.__module__.rpartition(".")[2],
+        "measure": type(result).__module__.rpartition(".")[2],
         "scalars": result.scalars(),
         "card": card.to_dict() if card else None,
         "arrays": f"{stem}.npz",
     }
-    target = folder / f"{stem}.npz"
-    write_atomically(target, buffer.getvalue())
-    write_atomically(folder / f"{stem}.json", json.dumps(finite(readable), indent=2, default=str).encode())
-    return target
+    return json.dumps(finite(readable), indent=2, default=str).encode()
 
 
 def load(path: Path) -> Any:
@@ -82,7 +107,7 @@ def write_atomically(path: Path, content: bytes) -> None:
     Raises:
         StorageError: with what the system said.
     """
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    temporary = temporary_path(path)
     try:
         run_files.refuse_links(path.parent)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -98,6 +123,42 @@ def write_atomically(path: Path, content: bytes) -> None:
         raise StorageError(
             "paths.runs", path, f"not writable ({error.strerror})", "free space or choose another folder"
         ) from None
+
+
+def temporary_path(path: Path) -> Path:
+    """Return where this process writes what it will rename to ``path``: its host and process are in the name."""
+    return path.with_name(f".{path.name}.tmp-{host_identity()}-{os.getpid()}")
+
+
+@functools.cache
+def host_identity() -> str:
+    """Return 8 digits that name this machine since it was started, and the space in which its process ids hold."""
+    facts = [socket.gethostname()]
+    for read in (Path("/proc/sys/kernel/random/boot_id").read_text, lambda: os.readlink("/proc/self/ns/pid")):
+        with contextlib.suppress(OSError):  # no Linux: the name has to do
+            facts.append(read())
+    return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:8]
+
+
+def sweep(folder: Path) -> None:
+    """Delete the temporary files that dead processes of this machine left in ``folder``; other machines' are left alone."""
+    run_files.refuse_links(folder)
+    for file in folder.glob(".*.tmp-*"):
+        *host, owner = file.name.rpartition(".tmp-")[2].split("-")
+        if owner.isdigit() and host in ([], [host_identity()]) and not is_alive(int(owner)):
+            with contextlib.suppress(OSError):  # a folder, or no longer ours
+                file.unlink(missing_ok=True)
+
+
+def is_alive(pid: int) -> bool:
+    """Tell whether a process of that number runs on this machine."""
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # another user's
+        return True
+    return True
 
 
 def finite(value: Any) -> Any:

@@ -5,6 +5,8 @@ Layout: ``config.yaml provenance.json metrics.jsonl checkpoints/ results/ figure
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
 import platform
@@ -22,7 +24,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from vitscope import checkpoint, config, journal, results, run_files, secrecy
+from vitscope import checkpoint, config, journal, results, run_files, run_lock, secrecy
 from vitscope.card import versions
 from vitscope.errors import CheckpointError, ConfigError, StorageError
 from vitscope.probe import Probe
@@ -95,9 +97,22 @@ class Run:
         return facts if isinstance(facts, dict) else {}
 
     def note(self, **facts: Any) -> None:
-        """Add facts to ``provenance.json``."""
-        content = secrecy.redacted({**self.provenance(), **facts})
-        results.write_atomically(self.path / "provenance.json", json.dumps(content, indent=2, default=str).encode())
+        """Add facts to ``provenance.json``; facts that another process adds at the same time are kept.
+
+        Raises:
+            StorageError: the folder is gone (it is not made anew) or cannot be written.
+        """
+        try:
+            descriptor = os.open(self.path, os.O_RDONLY)
+        except OSError as error:
+            raise StorageError("run", self.path, f"no such folder ({error.strerror})", "start a new run") from None
+        try:
+            with contextlib.suppress(OSError):  # a file system without locks: the last writer wins
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+            content = secrecy.redacted({**self.provenance(), **facts})
+            results.write_atomically(self.path / "provenance.json", json.dumps(content, indent=2, default=str).encode())
+        finally:
+            os.close(descriptor)  # and with it the lock
 
 
 def create(cfg: DictConfig, command: str) -> Run:
@@ -106,23 +121,66 @@ def create(cfg: DictConfig, command: str) -> Run:
     The folder is ``cfg.run_dir`` where a parent named one, else ``<paths.runs>/<time>-<random>``; processes of one
     ``torchrun`` or SLURM job agree on one by the job's id.
 
+    The folder's lock is taken before anything is written; the caller gives it back with `run_lock.release`.
+
     Raises:
-        StorageError: it cannot be made or written.
+        StorageError: it cannot be made or written, or another process trains in it.
         ConfigError: ``run_dir`` already holds a run.
     """
     path = chosen(cfg)
     try:
         path.mkdir(parents=True, exist_ok=cfg.get("run_dir") is not None or _job_id() is not None)
-        if (path / "config.yaml").exists() and _job_id() is None:
-            raise ConfigError("run_dir", path, "already holds a run", "choose another, or go on with run=<folder>")
+    except OSError as error:
+        raise _no_folder(path, error) from None
+    run_lock.acquire(path)  # before anything is written: a second process with this run_dir is refused
+    try:
+        return _described(cfg, command, Run(path))
+    except BaseException:
+        run_lock.release(path)
+        raise
+
+
+def _described(cfg: DictConfig, command: str, run: Run) -> Run:
+    """Write what makes a folder a run: its configuration, then its provenance.
+
+    A folder that a kill left without the second, and in which nothing was trained, is written anew.
+    """
+    path = run.path
+    is_begun = (path / "provenance.json").exists() or run.journal.exists() or checkpoint.present(run.checkpoints)
+    if (path / "config.yaml").exists() and is_begun and _job_id() is None:
+        raise ConfigError("run_dir", path, "already holds a run", "choose another, or go on with run=<folder>")
+    try:
+        results.sweep(path)
         results.write_atomically(path / "config.yaml", OmegaConf.to_yaml(redacted(cfg)).encode())
     except OSError as error:
-        raise StorageError(
-            "paths.runs", path.parent, f"no folder can be made there ({error.strerror})", "choose another"
-        ) from None
-    run = Run(path)
+        raise _no_folder(path, error) from None
     run.note(**_provenance(cfg, command), status="running")
     return run
+
+
+def _no_folder(path: Path, error: OSError) -> StorageError:
+    return StorageError("paths.runs", path.parent, f"no folder can be made there ({error.strerror})", "choose another")
+
+
+def take_up(run: Run, cfg: DictConfig, command: str) -> None:
+    """Hold a run's folder to go on with it: repair what a kill left half done, delete stale temporary files.
+
+    The caller gives it back with `run_lock.release`.
+
+    Raises:
+        StorageError: another process trains in it.
+        CheckpointError: its manifest cannot be trusted.
+    """
+    run_lock.acquire(run.path)
+    try:
+        checkpoint.repair(run.checkpoints)
+        for folder in (run.path, run.figures, run.results, *run.results.glob("*/")):
+            results.sweep(folder)
+        if not (run.path / "provenance.json").exists():
+            run.note(**_provenance(cfg, command), status="running")
+    except BaseException:
+        run_lock.release(run.path)
+        raise
 
 
 def find(where: str | Path) -> Run:
@@ -163,7 +221,7 @@ def incomplete(root: Path) -> list[tuple[Path, str]]:
 def unfinished(root: Path, config_hash: str) -> Run | None:
     """Return the newest run below ``root`` of that configuration that has a checkpoint and is not finished."""
     same = (run for run in _alike(root, config_hash) if run.provenance().get("status") != "finished")
-    return next((run for run in same if checkpoint.manifest(run.checkpoints)), None)
+    return next((run for run in same if checkpoint.present(run.checkpoints)), None)
 
 
 def finished(root: Path, config_hash: str) -> Run | None:

@@ -63,7 +63,7 @@ def test_a_device_without_space(tmp_path: Path) -> None:
 
 def test_a_training_whose_second_checkpoint_does_not_fit(call, tiny, tmp_path, monkeypatch, capsys) -> None:
     """Exit 6 in one line; the first epoch's checkpoint is whole, the journal has every step, and the run goes on later."""
-    shared = [*tiny, "trainer.max_epochs=2", "analysis=[]", "test=false"]
+    shared = [*tiny, "trainer.max_epochs=2", "analysis=[]", "test=false", "trainer.enable_progress_bar=false"]
     with monkeypatch.context() as patch, no_file_longer_than(resource.RLIM_INFINITY):
         save = callbacks.Checkpoints.on_train_epoch_end
 

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import contextlib
 import os
+import resource
 import signal
 
 import numpy as np
@@ -10,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vitscope.data.loader import BatchSampler, Loader
-from vitscope.errors import DataError
+from vitscope.errors import DataError, StorageError
 
 FUZZ = int(os.environ.get("FUZZ", "0"))
 
@@ -146,3 +148,43 @@ def test_a_killed_worker_is_an_error_and_no_hang():
     loader = Loader(Deadly(), BatchSampler(40, 5, shuffle=False), num_workers=2)
     with pytest.raises(DataError, match=r"data.num_workers=2: a loader worker was killed"):
         list(loader)
+
+
+class Hungry(Numbers):
+    """Takes all descriptors of its process at the third batch, and leaves as many as it is told."""
+
+    def __init__(self, left: int) -> None:
+        self.left, self.opened = left, []
+
+    def __getitems__(self, draw):
+        if 12 in draw.indices:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (256, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+            with contextlib.suppress(OSError):
+                while True:
+                    self.opened.append(os.open(os.devnull, os.O_RDONLY))
+            for _ in range(self.left):
+                os.close(self.opened.pop())
+        return super().__getitems__(draw)
+
+
+@pytest.mark.parametrize("left", [0, 1, 4])
+def test_a_worker_without_descriptors_is_a_storage_error_and_no_hang(left):
+    loader = Loader(Hungry(left), BatchSampler(40, 5, shuffle=False), num_workers=1)
+    with pytest.raises(StorageError, match="too many open files"):
+        list(loader)
+
+
+def test_a_process_that_cannot_start_workers_for_lack_of_descriptors():
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    opened = []
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+        with contextlib.suppress(OSError):
+            while True:
+                opened.append(os.open(os.devnull, os.O_RDONLY))
+        with pytest.raises(StorageError, match="too many open files"):
+            list(Loader(Numbers(), BatchSampler(40, 5, shuffle=False), num_workers=1))
+    finally:
+        for descriptor in opened:
+            os.close(descriptor)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

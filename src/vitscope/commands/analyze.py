@@ -12,7 +12,7 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from vitscope import analyses, build, checkpoint, config, exits, model_facts, runs, tracking
+from vitscope import analyses, build, checkpoint, config, exits, model_facts, run_lock, runs, tracking
 from vitscope.commands import overrides
 from vitscope.commands.headline import print_headline
 from vitscope.distributed import rank
@@ -48,6 +48,7 @@ def _composed(cfg: DictConfig) -> None:
     analyze(cfg, chosen, _inside)
 
 
+@run_lock.released_at_end()
 def analyze(cfg: DictConfig, chosen: Sequence[str] = (), inside: Sequence[str] = ()) -> Run:
     """Measure what a composed configuration names.
 

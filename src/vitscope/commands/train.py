@@ -14,8 +14,20 @@ from typing import Any
 import hydra
 from omegaconf import DictConfig
 
-from vitscope import analyses, build, checkpoint, config, exits, model_facts, resume_changes, runs, tracking
-from vitscope.callbacks import Checkpoints, DiagnosticCallback, SameConfiguration, StopsWithoutSaving
+from vitscope import (
+    analyses,
+    build,
+    checkpoint,
+    checkpoint_schema,
+    config,
+    exits,
+    model_facts,
+    resume_changes,
+    run_lock,
+    runs,
+    tracking,
+)
+from vitscope.callbacks import Checkpoints, DiagnosticCallback, HeldFolder, SameConfiguration, StopsWithoutSaving
 from vitscope.checkpoint import AtomicCheckpointIO
 from vitscope.classifier import Classifier
 from vitscope.commands import overrides
@@ -63,6 +75,7 @@ def _composed(cfg: DictConfig) -> float | None:
     return None
 
 
+@run_lock.released_at_end()
 def train(cfg: DictConfig, run: Run | None = None) -> Run:
     """Train what a composed configuration describes; go on with ``run`` where one is given.
 
@@ -90,6 +103,8 @@ def train(cfg: DictConfig, run: Run | None = None) -> Run:
     if run is not None and ckpt is not None and finished and not _goes_further(cfg, changed, ckpt):
         _say_nothing_to_do(run, changed)
         return run
+    if run is not None and not run_lock.holds(run.path):  # a finished one that goes further
+        _take_up(run, cfg)
     if run is not None and not (writable(run.path) and writable(run.checkpoints)):
         raise StorageError("run", run.path, "not writable", "make it so, or start a new run")
     network = build.model(cfg)
@@ -146,7 +161,7 @@ def _fit(
     if changed is not None:
         identity["seed"] = int(cfg.seed)
     if ckpt is not None:
-        ckpt = _adopted(ckpt, network, identity, run, weights_only=bool(cfg.get("ckpt_weights_only")))
+        ckpt = _adopted(ckpt, network, identity, run, trainer, weights_only=bool(cfg.get("ckpt_weights_only")))
     if _is_main():
         if changed is not None:
             resume_changes.record(run, cfg, changed, _step(ckpt))
@@ -217,7 +232,14 @@ def _trainer(cfg: DictConfig, run: Run, logger: Any, diagnostics: DiagnosticCall
         cfg.trainer,
         "trainer",
         logger=logger,
-        callbacks=[SameConfiguration(config.config_hash(cfg)), EpochAccuracy(), *own, *bar, diagnostics],
+        callbacks=[
+            HeldFolder(run),
+            SameConfiguration(config.config_hash(cfg)),
+            EpochAccuracy(),
+            *own,
+            *bar,
+            diagnostics,
+        ],
         plugins=[AtomicCheckpointIO()],
         default_root_dir=str(run.path),
         enable_progress_bar=shown and sys.stdout.isatty(),
@@ -239,11 +261,23 @@ def _resume_point(cfg: DictConfig, run: Run | None) -> tuple[Run | None, Path | 
         if run is None and wanted == "last":
             why = "no unfinished run of this configuration has a checkpoint"
             raise CheckpointError("ckpt_path", "last", why, "start afresh without it, or use ckpt_path=auto")
+    if run is not None and run.provenance().get("status") != "finished":
+        _take_up(run, cfg)
     if wanted not in (None, "last", "auto"):
         return run, Path(wanted)
-    if run is None or (not checkpoint.manifest(run.checkpoints) and wanted != "last"):
+    if run is None or (not checkpoint.present(run.checkpoints) and wanted != "last"):
         return run, None
     return run, checkpoint.newest(run.checkpoints)
+
+
+def _take_up(run: Run, cfg: DictConfig) -> None:
+    """Hold the run's folder and repair it on rank 0; the others wait until that is done."""
+    if _is_main():
+        runs.take_up(run, cfg, "train")
+        return
+    deadline = time.monotonic() + 60
+    while not checkpoint.is_settled(run.checkpoints) and time.monotonic() < deadline:
+        time.sleep(0.1)
 
 
 def _new_run(cfg: DictConfig) -> Run:
@@ -312,7 +346,9 @@ def _awaited(path: Path, seconds: float = 60.0) -> Run:
     return Run(path)
 
 
-def _adopted(path: Path, network: Any, identity: Mapping[str, Any], run: Run, *, weights_only: bool) -> Path | None:
+def _adopted(
+    path: Path, network: Any, identity: Mapping[str, Any], run: Run, trainer: Any, *, weights_only: bool
+) -> Path | None:
     """Return a checkpoint of ours to resume from; take the weights of any other file, or where only they are wanted.
 
     Returns:
@@ -336,6 +372,7 @@ def _adopted(path: Path, network: Any, identity: Mapping[str, Any], run: Run, *,
         if key in kept and kept[key] != now:
             name = {"world_size": "trainer.devices", "seed": "seed"}.get(key, f"data.{key}")
             raise CheckpointError(name, now, f"the checkpoint was made with {kept[key]}", f"use {key} {kept[key]}")
+    checkpoint_schema.check(content, path, network, trainer)
     return path
 
 

@@ -77,6 +77,7 @@ def composed(trial: Trial, root: Path) -> DictConfig:
 def _trained(cfg: DictConfig, trial: Trial, root: Path) -> Run:
     identity = config.config_hash(cfg)
     if (done := runs.finished(root, identity)) is not None:
+        slim(done)  # where a kill left it undone
         return done
     if _needs_processes(cfg):
         # Lightning starts the other ranks with this process's command line: it must be train.py's
@@ -103,7 +104,13 @@ def _needs_processes(cfg: DictConfig) -> bool:
 
 
 def slim(run: Run) -> None:
-    """Drop the optimizer's state from a finished run's checkpoints but the last: two thirds of their size."""
+    """Drop the optimizer's state from a finished run's checkpoints but the last: two thirds of their size.
+
+    Each file is replaced as a whole; a run that a kill left half done is gone on with, and one that is done is not read again.
+    """
+    if run.provenance().get("slim"):
+        return
+    checkpoint.repair(run.checkpoints)
     for name in checkpoint.manifest(run.checkpoints):
         path = run.checkpoints / name
         if name == "last.ckpt" or not checkpoint.verified(path):
@@ -111,6 +118,7 @@ def slim(run: Run) -> None:
         content = checkpoint.read(path)
         if content.get("optimizer_states"):
             checkpoint.write({**content, "optimizer_states": []}, path)
+    run.note(slim=True)
 
 
 def _measured(run: Run, wanted: Any, tag: str) -> tuple[list[str], list[str]]:

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
+from vitscope.data import descriptors
 from vitscope.data.notices import report_once
 from vitscope.errors import DataError
 
@@ -64,6 +65,8 @@ def read_image(
         why = f"{path} has more pixels than Pillow's limit ({' '.join(str(error).split())})"
         raise DataError(key, None, why, "make the image smaller, or remove it") from error
     except Exception as error:  # decoders of damaged files raise nearly anything
+        if descriptors.is_shortage(error):
+            raise descriptors.shortage() from error
         why = f"{path} cannot be read as an image ({' '.join(str(error).split())})"
         raise DataError(key, None, why, f"replace or remove the file; read are {', '.join(FORMATS)}") from error
 

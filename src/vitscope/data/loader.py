@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
-from vitscope.data import counter
+from vitscope.data import counter, descriptors
 from vitscope.data.augment import Recipe
 from vitscope.errors import DataError, VitscopeError
 
@@ -145,14 +145,21 @@ class Loader(DataLoader[Any]):
 
         Raises:
             DataError: An image could not be read (with its path), or a worker process died.
+            StorageError: No file descriptor is left, here or in a worker.
         """
-        batches = super().__iter__()
+        try:
+            batches = super().__iter__()
+        except OSError as error:  # a worker that cannot be started
+            raise (descriptors.shortage() if descriptors.is_shortage(error) else error) from error
         while True:
             try:
                 batch = next(batches)
             except StopIteration:
                 return
-            except RuntimeError as error:
+            except (RuntimeError, OSError) as error:
+                if descriptors.is_shortage(error):
+                    self.stop_workers()
+                    raise descriptors.shortage() from error
                 if "DataLoader worker" not in str(error):
                     raise
                 self.stop_workers()
@@ -208,9 +215,16 @@ class _Caught(Dataset[Any]):
 
     def __getitems__(self, draw: Draw) -> Any:
         try:
-            return self.dataset.__getitems__(draw)
+            batch = self.dataset.__getitems__(draw)
+            if get_worker_info() is not None:
+                descriptors.check_spare()
         except VitscopeError as error:
             return error
+        except (RuntimeError, OSError) as error:
+            if not descriptors.is_shortage(error):
+                raise
+            return descriptors.shortage()
+        return batch
 
 
 def _as_is(batch: Any) -> Any:

@@ -1,0 +1,204 @@
+"""Hold a run folder for one training: a lock file with host, process, its start and a heartbeat.
+
+The process that trains (rank 0) holds ``run.lock`` from before it writes anything until it ends. A second one is refused with
+exit code 6 and the holder's name. A lock is stale, and taken over with a notice, where its process is dead or another of the
+same number was started since (same machine), or where its heartbeat is older than `STALE_AFTER` seconds (another machine).
+Reports and ``analyze.py run=...`` need no lock: their files have names of their own and rows are appended whole.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import socket
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vitscope import run_files
+from vitscope.errors import StorageError
+from vitscope.results import host_identity, is_alive, temporary_path
+
+FILE = "run.lock"
+#: seconds between two heartbeats, and after how many without one another machine's lock is stale
+HEARTBEAT, STALE_AFTER = 10.0, 120.0
+
+
+@dataclass
+class _Held:
+    """A lock of this process: its text, and the event that ends its heartbeat."""
+
+    text: str
+    ended: threading.Event
+
+
+_held: dict[Path, _Held] = {}
+
+
+def acquire(folder: Path) -> None:
+    """Take the lock of a run folder, which exists, and start its heartbeat.
+
+    Raises:
+        StorageError: another training holds it, or the folder cannot be written.
+    """
+    folder = folder.absolute()
+    path = folder / FILE
+    text = json.dumps(_own_facts())
+    candidate = temporary_path(path)
+    run_files.refuse_links(path)
+    try:
+        candidate.unlink(missing_ok=True)
+        with candidate.open("x") as file:  # never through a link that waits under that name
+            file.write(text)
+        try:
+            while not _linked(candidate, path, text):
+                _refuse_or_take_over(path, candidate.stat().st_mtime)
+        finally:
+            candidate.unlink(missing_ok=True)
+    except OSError as error:
+        raise StorageError(
+            "run", folder, f"not writable ({error.strerror})", "make it so, or start a new run"
+        ) from None
+    held = _Held(text, threading.Event())
+    _held[folder] = held
+    threading.Thread(target=_beat, args=(path, held), name="run-lock-heartbeat", daemon=True).start()
+
+
+def release(folder: Path) -> None:
+    """Give the lock back where this process holds it."""
+    held = _held.pop(folder.absolute(), None)
+    if held is None:
+        return
+    held.ended.set()
+    path = folder.absolute() / FILE
+    with contextlib.suppress(OSError):  # the folder is gone
+        if path.read_text() == held.text:
+            path.unlink()
+
+
+@contextlib.contextmanager
+def released_at_end() -> Iterator[None]:
+    """Give back, at the end of the block, the locks that were taken in it."""
+    before = set(_held)
+    try:
+        yield
+    finally:
+        for folder in set(_held) - before:
+            release(folder)
+
+
+def check(folder: Path) -> None:
+    """Raise where this process held the folder's lock and lost it.
+
+    Raises:
+        StorageError: the folder was deleted, or another process took the lock over.
+    """
+    held = _held.get(folder.absolute())
+    if held is None:
+        return
+    try:
+        text = (folder / FILE).read_text()
+    except FileNotFoundError:
+        why = "the run folder was deleted or renamed" if not folder.is_dir() else f"{FILE} was deleted"
+        raise StorageError("run", folder, f"{why} while it trained", "start a new run") from None
+    except OSError:  # a file server that does not answer for a moment
+        return
+    if text != held.text:
+        raise StorageError("run", folder, f"{_name_of(_facts(text))} took it over", "let one process train in it")
+
+
+def holds(folder: Path) -> bool:
+    """Tell whether this process holds the folder's lock."""
+    return folder.absolute() in _held
+
+
+def _linked(candidate: Path, path: Path, text: str) -> bool:
+    """Make the lock file, exclusively and with its text; return whether there was none."""
+    try:
+        os.link(candidate, path)
+    except FileExistsError:
+        return False
+    except OSError:  # a file system without hard links: the text follows a moment later
+        try:
+            with path.open("x") as file:
+                file.write(text)
+        except FileExistsError:
+            return False
+    return True
+
+
+def _refuse_or_take_over(path: Path, now: float) -> None:
+    """Raise where the holder lives; else move its lock aside, once, however many processes try.
+
+    Args:
+        path: of the lock.
+        now: by the clock of the file system, which also dates the heartbeats.
+    """
+    try:
+        text, age = run_files.read_text(path, 1 << 16), now - path.stat().st_mtime
+    except FileNotFoundError:  # given back meanwhile
+        return
+    facts = _facts(text)
+    if _is_held(facts, age, path.parent):
+        why = f"{_name_of(facts)} trains in this folder (last heartbeat {max(age, 0):.0f} s ago)"
+        fix = f"wait until it ends, or choose another folder; a lock is stale after {STALE_AFTER:.0f} s without a heartbeat"
+        raise StorageError("run", path.parent, why, fix)
+    aside = path.with_name(f".{path.name}.tmp-{host_identity()}-{os.getpid()}-{secrets.token_hex(4)}")
+    try:
+        os.rename(path, aside)
+    except FileNotFoundError:  # another process took it over
+        return
+    if aside.read_text(errors="replace") != text:  # another process took it over before: its lock is put back
+        with contextlib.suppress(FileExistsError):
+            os.link(aside, path)
+    else:
+        print(f"{path.parent}: the lock of {_name_of(facts)} is stale and was taken over", file=sys.stderr, flush=True)
+    aside.unlink(missing_ok=True)
+
+
+def _is_held(facts: dict[str, Any], age: float, folder: Path) -> bool:
+    if facts.get("machine") == host_identity() and isinstance(pid := facts.get("pid"), int):
+        if pid == os.getpid() and facts.get("started") == _start_time(pid):
+            return folder in _held
+        return is_alive(pid) and facts.get("started") == _start_time(pid)
+    return age <= STALE_AFTER
+
+
+def _own_facts() -> dict[str, Any]:
+    pid = os.getpid()
+    return {"host": socket.gethostname(), "machine": host_identity(), "pid": pid, "started": _start_time(pid),
+            "token": secrets.token_hex(8)}  # fmt: skip
+
+
+def _start_time(pid: int) -> int | None:
+    """Return when a process was started, in clock ticks since the machine was; None where the system does not tell."""
+    try:
+        # the name, in parentheses, may hold blanks: the fields after it are split
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+    except (OSError, ValueError, IndexError):
+        return None
+
+
+def _facts(text: str) -> dict[str, Any]:
+    try:
+        facts = json.loads(text)
+    except (ValueError, RecursionError):
+        return {}
+    return facts if isinstance(facts, dict) else {}
+
+
+def _name_of(facts: dict[str, Any]) -> str:
+    return f"process {facts.get('pid', '?')} on {facts.get('host', 'an unknown host')}"
+
+
+def _beat(path: Path, held: _Held) -> None:
+    """Renew the lock's time until it is given back, or is no longer this process's."""
+    while not held.ended.wait(HEARTBEAT):
+        with contextlib.suppress(OSError):
+            if path.read_text() == held.text and not held.ended.is_set():
+                os.utime(path)
