@@ -156,8 +156,8 @@ class Loader(DataLoader[Any]):
                 batch = next(batches)
             except StopIteration:
                 return
-            except (RuntimeError, OSError) as error:
-                if descriptors.is_shortage(error):
+            except (RuntimeError, OSError, EOFError) as error:
+                if descriptors.is_shortage(error) or self._cannot_hand_over(error):
                     self.stop_workers()
                     raise descriptors.shortage() from error
                 if "DataLoader worker" not in str(error):
@@ -169,6 +169,12 @@ class Loader(DataLoader[Any]):
                 self.stop_workers()
                 raise batch
             yield batch
+
+    def _cannot_hand_over(self, error: BaseException) -> bool:
+        """Tell whether workers that live could not send what they had read, which takes them a descriptor."""
+        workers = getattr(self._iterator, "_workers", [])
+        alive = bool(workers) and all(worker.is_alive() for worker in workers)
+        return isinstance(error, EOFError | ConnectionError) and alive
 
     def stop_workers(self) -> None:
         """End the worker processes now: left to the garbage collector, each takes five seconds."""
