@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 from scipy import stats
 
@@ -22,9 +23,29 @@ def test_the_interval_of_three_seeds_is_four_point_three_standard_errors() -> No
 def test_one_seed_has_no_interval_and_equal_seeds_no_p() -> None:
     assert math.isnan(t_interval([3.0]).half_width)
     assert math.isnan(t_interval([]).mean)
-    same = t_interval([0.2, 0.2, 0.2])
-    assert same.half_width == 0
-    assert math.isnan(same.p)
+    assert math.isnan(t_interval([0.2, 0.2, 0.2]).half_width)
+
+
+@pytest.mark.parametrize(
+    ("values", "magnitude"),
+    [
+        ([0.2] * 5, 0.0),
+        ([0.0] * 5, 0.0),
+        ([0.05, 0.9 - 0.85, 0.8 - 0.75, 0.7 - 0.65, 0.6 - 0.55], 0.0),  # equal but for the rounding of float64
+        ([float(np.float32(0.3)) + i * float(np.finfo(np.float32).eps) / 4 for i in range(5)], 0.0),
+        ([1e-17, 3e-17, 2e-17, 1e-17, 2e-17], 1.0),  # what is left of differences of numbers of magnitude 1
+    ],
+)
+def test_equal_seeds_have_neither_interval_nor_p(values: list[float], magnitude: float) -> None:
+    found = t_interval(values, magnitude)
+    assert found.mean == pytest.approx(values[0], rel=1e-6, abs=1e-16)
+    assert found.n == 5
+    assert np.isnan([found.half_width, found.p]).all()
+
+
+def test_seeds_that_differ_by_more_than_rounding_have_an_interval() -> None:
+    found = t_interval([1.0, 1.0 + 1e-5, 1.0 - 1e-5])
+    assert found.half_width == pytest.approx(4.3026527 * 1e-5 / 3**0.5, rel=1e-6)
 
 
 def test_values_that_are_not_finite_are_refused() -> None:

@@ -156,3 +156,14 @@ def test_files_hold_the_numbers(tmp_path: Path) -> None:
 )
 def test_numbers(value: float, style: str, text: str) -> None:
     assert cells.number(value, style) == text
+
+
+@pytest.mark.parametrize("noise", [0.0, 1e-9])
+def test_equal_seeds_have_a_mean_and_no_half_width(noise: float) -> None:
+    values = {f"run {i}": Value(0.25 + i * noise) for i in range(3)}
+    cell, _ = cells.over_seeds(values, "m_x", ".2f", 3)
+    assert cell.text == "0.25"
+    table = cells.Table("t", "Title", ("model", "x"), ("model", "m_x"), ((cells.Cell("a"), cell),))
+    frame = cells.frame(table)
+    assert list(frame.columns) == ["model", "m_x", "m_x_n"]
+    assert frame["m_x_n"][0] == 3

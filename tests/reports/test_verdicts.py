@@ -80,10 +80,16 @@ def test_what_blocks_an_effect_blocks_support_and_not_contradiction() -> None:
     assert judge(part(CLEAR, -1, blocked="not monotone")).verdict == "contradicted"
 
 
-def test_seeds_that_do_not_differ_give_no_interval() -> None:
-    found = judge(part(dict.fromkeys(range(5), 0.25)))
+@pytest.mark.parametrize("noise", [0.0, 2e-17, 1e-8])  # equal, and equal but for the rounding of float64 and of float32
+@pytest.mark.parametrize("sign", [1, -1])
+def test_seeds_that_do_not_differ_give_no_interval_and_no_verdict(sign: int, noise: float) -> None:
+    found = judge(part({seed: 0.25 + seed * noise for seed in range(5)}, sign))
     assert found.verdict == "inconclusive"
     assert "do not differ" in found.reason
+    assert math.isnan(found.p)
+    table = verdicts.table([found])
+    assert table.rows[1][3].text == "0.25 nats"  # the mean without brackets
+    assert judge(part(CLEAR), part({seed: 0.25 + seed * noise for seed in range(5)})).verdict == "inconclusive"
 
 
 def test_the_correction_goes_over_the_claims_that_were_measured() -> None:

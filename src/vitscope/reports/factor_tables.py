@@ -137,11 +137,11 @@ def _cell(value: Interval | None, defined: bool = True, word: str = "") -> Cell:
 
 
 def _flatter(difference: Interval | None) -> str:
-    """Return the name of the flatter model; a question mark where the interval holds zero."""
+    """Return the name of the flatter model; a question mark where the interval holds zero or there is none."""
     if difference is None or not math.isfinite(difference.mean):
         return "–"
     name = MODELS["vit" if difference.mean < 0 else "convnet"]
-    return f"{name} ?" if difference.half_width >= abs(difference.mean) else name
+    return name if difference.half_width < abs(difference.mean) else f"{name} ?"
 
 
 def _notes(found: Answer | None) -> str:
@@ -155,8 +155,8 @@ def _notes(found: Answer | None) -> str:
             f"One seed: ± half of the 95% interval over {parts}, which says nothing of other trainings; SEEDS=5 does."
         )
     return (
-        f"{found.labels['convnet']} and {found.labels['vit']}; less is flatter; ? where the interval holds zero. {sampled} "
-        "Both trainings are measured on the same images, augmented ones by the strong recipe. APE under wd Σ‖w‖ is not "
+        f"{found.labels['convnet']} and {found.labels['vit']}; less is flatter; ? where the interval holds zero, or there is none. "
+        f"{sampled} Both trainings are measured on the same images, augmented ones by the strong recipe. APE under wd Σ‖w‖ is not "
         "measured: that term curves a tensor by wd/‖w‖ of itself."
     )
 

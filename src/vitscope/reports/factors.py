@@ -163,7 +163,7 @@ class _Reader:
         by_seed = [self._sum(weights, column, seed, None) for seed in self._seeds]
         if len(by_seed) > 1:
             return (
-                t_interval(by_seed)
+                t_interval(by_seed, max(self._magnitude(weights, column, seed) for seed in self._seeds))
                 if np.isfinite(by_seed).all()
                 else Interval(math.nan, math.nan, math.nan, len(by_seed))
             )
@@ -173,7 +173,8 @@ class _Reader:
         without = [self._sum(weights, column, self._seeds[0], part) for part in range(n)]
         if not np.isfinite(without).all():
             return Interval(whole, math.nan, math.nan, 1)
-        spread = t_interval([n * whole - (n - 1) * value for value in without])  # pseudo-values
+        pseudo_values = [n * whole - (n - 1) * value for value in without]
+        spread = t_interval(pseudo_values, n * self._magnitude(weights, column, self._seeds[0]))
         return Interval(whole, spread.half_width, spread.p, 1)
 
     def undefined(self, c: Condition) -> str:
@@ -183,12 +184,19 @@ class _Reader:
         return next(filter(None, words), "")
 
     def _sum(self, weights: Mapping[Condition, float], column: str, seed: int, left_out: int | None) -> float:
+        return sum(self._terms(weights, column, seed, left_out))
+
+    def _magnitude(self, weights: Mapping[Condition, float], column: str, seed: int) -> float:
+        """Return the sum of what a weighted sum adds up, without its signs: its rounding is a share of that."""
+        return sum(map(abs, self._terms(weights, column, seed, None)))
+
+    def _terms(self, weights: Mapping[Condition, float], column: str, seed: int, left_out: int | None) -> list[float]:
         signs = {"vit": 1.0, "convnet": -1.0} if column == "difference" else {column: 1.0}
-        return sum(
+        return [
             w * sign * self._one(family, c, seed, left_out)
             for c, w in weights.items()
             for family, sign in signs.items()
-        )
+        ]
 
     def _one(self, family: str, c: Condition, seed: int, left_out: int | None) -> float:
         result = self._results[family, c[0], self.quantity.analysis + IMAGES[c[1]], seed]

@@ -11,6 +11,10 @@ from scipy import stats
 #: two-sided level of intervals and tests
 LEVEL = 0.95
 
+#: values that differ by no more than this share of their magnitude are equal: networks compute in float32, and a mean or a
+#: difference of what they compute is some roundings apart
+ROUNDING = 8 * float(np.finfo(np.float32).eps)
+
 
 @dataclass(frozen=True)
 class Interval:
@@ -18,7 +22,7 @@ class Interval:
 
     Attributes:
         mean: NaN where there is no seed.
-        half_width: half the two-sided 95% t-interval; NaN with fewer than two seeds.
+        half_width: half the two-sided 95% t-interval; NaN with fewer than two seeds or without spread.
         p: two-sided p-value of the t-test that the mean is 0; NaN with fewer than two seeds or without spread.
         n: number of seeds.
     """
@@ -39,10 +43,15 @@ class Interval:
         return self.mean + self.half_width
 
 
-def t_interval(values: Sequence[float]) -> Interval:
+def t_interval(values: Sequence[float], magnitude: float = 0.0) -> Interval:
     """Return the mean of one value a seed with its t-interval (3 seeds: 4.30 standard errors).
 
-    Values that are all equal have no spread to judge by: their interval has no width, and p is NaN.
+    Values that are equal, up to `ROUNDING`, have no spread to judge by: an interval without width would hold the truth only if
+    it were known. They have no interval and no p (both NaN), and so decide no claim.
+
+    Args:
+        values: one number a seed.
+        magnitude: of the numbers that the values are sums or differences of; that of the values themselves where it is smaller.
 
     Raises:
         ValueError: a value that is not finite.
@@ -54,9 +63,9 @@ def t_interval(values: Sequence[float]) -> Interval:
     mean = float(sample.mean()) if n else float("nan")
     if n < 2:
         return Interval(mean, float("nan"), float("nan"), n)
+    if np.ptp(sample) <= ROUNDING * max(magnitude, float(np.abs(sample).max())):
+        return Interval(mean, float("nan"), float("nan"), n)
     error = float(sample.std(ddof=1)) / n**0.5
-    if np.ptp(sample) == 0:
-        return Interval(mean, 0.0, float("nan"), n)
     quantile = float(stats.t.ppf(0.5 + LEVEL / 2, n - 1))
     return Interval(mean, quantile * error, float(2 * stats.t.sf(abs(mean) / error, n - 1)), n)
 

@@ -90,7 +90,7 @@ def collect(selection: Selection, x: str, y: Sequence[str], name: str) -> tuple[
         points.append(Point(_series(first, x), first.label, at, tuple(heights)))
         rows.append((Cell(first.label), *([Cell(_said(key))] if keyed else []), *cells))
     columns = ("model", x, *y)
-    note = "Means over seeds ± half of the 95% t-interval where there are several."
+    note = "Means over seeds ± half of the 95% t-interval where there are several that differ."
     return points, Table(
         name, f"{', '.join(map(word, y))} over {word(x)}", columns, columns, tuple(rows), note, tuple(problems)
     )

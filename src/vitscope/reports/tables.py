@@ -201,7 +201,7 @@ def _note(groups: Sequence[Mapping[int, Entry]], columns: Sequence[Column], sele
         return "No run."
     counts = sorted({len(runs) for runs in groups})
     seeds = " to ".join(str(n) for n in dict.fromkeys((counts[0], counts[-1])))
-    interval = ", ± half of the 95% t-interval" if counts[-1] > 1 else ""
+    interval = ", ± half of the 95% t-interval where they differ" if counts[-1] > 1 else ""
     flops = " FLOPs: forward pass of one image, two for each multiply-add." if _COST[1] in columns else ""
     robust = " Robust accuracy: mean over types and severities of corruption." if _ROBUST in columns else ""
     return f"Means over seeds ({seeds} a row){interval}; measures at {selection.tag}.{flops}{robust}"
