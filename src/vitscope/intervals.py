@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.special import ndtri, stdtrit
+from scipy.special import betaincinv, ndtri, stdtrit
 from torch import Tensor
 
 from vitscope import distributed
@@ -107,7 +107,9 @@ def estimate(count: int, total: np.ndarray, square: np.ndarray, level: float = 0
 def wilson(successes: np.ndarray | float, n: np.ndarray | int, level: float = 0.95) -> tuple[np.ndarray, np.ndarray]:
     """Return both ends of the Wilson interval of shares ``successes / n``; NaN where ``n`` is 0.
 
-    It covers near shares of 0 and 1 too, where the normal interval has no width.
+    It has a width near shares of 0 and 1 too, where the normal interval has none. At a nominal 95 % it holds a true share at 91 %
+    or more where at least 1 success and 1 failure are to be expected. Where fewer are, it does so at 95 % on average over shares,
+    but at 83 % where 0.18 are.
     """
     k, n = np.broadcast_arrays(np.asarray(successes, np.float64), np.asarray(n, np.float64))
     z2 = float(ndtri(0.5 + level / 2)) ** 2
@@ -117,3 +119,17 @@ def wilson(successes: np.ndarray | float, n: np.ndarray | int, level: float = 0.
         half = np.sqrt(z2 * (share * (1 - share) / n + z2 / (4 * n**2))) / (1 + z2 / n)
     # the ends of none and of all are exactly 0 and 1, whatever rounding says
     return np.where((k == 0) & (n > 0), 0.0, center - half), np.where((k == n) & (n > 0), 1.0, center + half)
+
+
+def exact_ends(successes: np.ndarray | float, n: np.ndarray | float, alpha: float) -> tuple[np.ndarray, np.ndarray]:
+    """Return exact lower and upper bounds of shares, each wrong with a chance of at most ``alpha`` (Clopper and Pearson 1934).
+
+    The lower bound of no success is 0, the upper bound of nothing but successes 1; NaN where ``n`` is 0. Neither number needs to
+    be whole.
+    """
+    k, n = np.broadcast_arrays(np.asarray(successes, np.float64), np.asarray(n, np.float64))
+    least = np.finfo(np.float64).tiny  # a share without successes is taken below
+    low = betaincinv(np.maximum(k, least), n - k + 1, alpha)
+    high = betaincinv(k + 1, np.maximum(n - k, least), 1 - alpha)
+    low, high = np.where(k <= 0, 0.0, low), np.where(k >= n, 1.0, high)
+    return np.where(n > 0, low, np.nan), np.where(n > 0, high, np.nan)

@@ -7,10 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from scipy.special import ndtri
 
 from vitscope.distributed import all_reduce_sum, world_size
-from vitscope.intervals import check_level
+from vitscope.intervals import check_level, wilson
 from vitscope.measure_options import record_options
 from vitscope.nulls import warn_nulls
 from vitscope.objective import hard_targets, labeled
@@ -90,7 +89,7 @@ def shape_bias(probe: Probe, *, texture: Sequence[int] | None = None, level: flo
         reasons["shape_bias"] = "no image was answered with its shape or its texture"
     warn_nulls("shape_bias", reasons)
     decided = counts[:, 0] + counts[:, 1]
-    low, high = _wilson(shape, shape + texture_count, level)
+    low, high = map(float, wilson(shape, shape + texture_count, level))
     return ShapeBiasResult(
         shape_bias=shape / (shape + texture_count) if shape + texture_count else float("nan"),
         shape_bias_low=low,
@@ -128,13 +127,3 @@ def _n_classes(probe: Probe) -> int:
     with probe.guard() as model:
         x, _ = next(probe.iter_batches())
         return int(model(x[:1]).shape[1])
-
-
-def _wilson(successes: int, n: int, level: float) -> tuple[float, float]:
-    if n == 0:
-        return float("nan"), float("nan")
-    z = float(ndtri(0.5 + level / 2))
-    share = successes / n
-    centre = (share + z**2 / (2 * n)) / (1 + z**2 / n)
-    half_width = z / (1 + z**2 / n) * np.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
-    return float(centre - half_width), float(centre + half_width)

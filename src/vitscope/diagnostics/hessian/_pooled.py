@@ -6,10 +6,13 @@ import numpy as np
 from scipy.special import ndtri, stdtrit
 from scipy.stats import gaussian_kde
 
-from vitscope.intervals import wilson
+from vitscope.intervals import exact_ends
 
 #: mini-batches below which NEP has no interval: with fewer, none of the usual ones covers for clustered shares
 NEP_BATCHES = 8
+
+#: mini-batches that must have a negative eigenvalue, and another, before their shares tell how alike eigenvalues of a batch are
+LEAST_SEEN = 5
 
 #: mini-batches below which APE has no interval
 APE_BATCHES = 4
@@ -34,9 +37,12 @@ def positive_average(values: np.ndarray, residuals: np.ndarray) -> float:
 def proportion_interval(values: np.ndarray, residuals: np.ndarray, level: float = 0.95) -> np.ndarray:
     """Return the interval ``(2,)`` of NEP, `negative_proportion`, over batches (rows); NaN with fewer than `NEP_BATCHES`.
 
-    Wilson's interval with the number of eigenvalues divided by the design effect, the variance of the mean over batches against
-    that of independent eigenvalues (Korn and Graubard 1998), held between 1 and the eigenvalues a batch. The quantile is
-    Student's, with Satterthwaite's degrees of freedom: only the excess over independence is estimated from the batches.
+    The exact interval (Clopper and Pearson) with the number of eigenvalues divided by the design effect, the variance of the mean
+    over batches against that of independent eigenvalues, held between 1 and the eigenvalues a batch, and scaled by the quantiles
+    of Student and Gauss (Korn and Graubard 1998), with Satterthwaite's degrees of freedom: only the excess over independence is
+    estimated from the batches. Where fewer than `LEAST_SEEN` batches have a negative eigenvalue, or fewer have another, the
+    eigenvalues of a batch count as one. The interval errs to the wide side: where negative eigenvalues are rare, or alike within
+    a batch, it holds the truth more often than ``level`` says, up to always.
     """
     n_batches, k = values.shape
     if n_batches < NEP_BATCHES or not k:
@@ -44,12 +50,15 @@ def proportion_interval(values: np.ndarray, residuals: np.ndarray, level: float 
     shares = (values < -residuals).mean(axis=1)
     mean, n = shares.mean(), n_batches * k
     independent = mean * (1 - mean) / n
-    # without a negative eigenvalue, or with nothing else, batches say nothing of how alike their eigenvalues are
-    effect = np.clip(shares.var(ddof=1) / n_batches / independent, 1.0, k) if independent > 0 else float(k)
-    freedom = (n_batches - 1) * (effect / (effect - 1)) ** 2 if effect > 1 else np.inf
-    quantile = stdtrit(freedom, 0.5 + level / 2) if np.isfinite(freedom) else ndtri(0.5 + level / 2)
-    effective = n / effect * (ndtri(0.5 + level / 2) / quantile) ** 2
-    return np.array(wilson(mean * effective, effective, level), dtype=np.float64)
+    normal = quantile = ndtri(0.5 + level / 2)
+    if min((shares > 0).sum(), (shares < 1).sum()) < LEAST_SEEN:
+        effect = float(k)
+    else:
+        effect = np.clip(shares.var(ddof=1) / n_batches / independent, 1.0, k)
+        if effect > 1:
+            quantile = stdtrit((n_batches - 1) * (effect / (effect - 1)) ** 2, 0.5 + level / 2)
+    effective = n / effect * (normal / quantile) ** 2
+    return np.array(exact_ends(mean * effective, effective, (1 - level) / 2), dtype=np.float64)
 
 
 def average_interval(values: np.ndarray, residuals: np.ndarray, level: float = 0.95) -> np.ndarray:
