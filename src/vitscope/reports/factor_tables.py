@@ -155,9 +155,9 @@ def _notes(found: Answer | None) -> str:
             f"One seed: ± half of the 95% interval over {parts}, which says nothing of other trainings; SEEDS=5 does."
         )
     return (
-        f"{found.labels['convnet']} and {found.labels['vit']}; less is flatter; ? where the interval holds zero, or there is none. "
-        f"{sampled} Both trainings are measured on the same images, augmented ones by the strong recipe. APE under wd Σ‖w‖ is not "
-        "measured: that term curves a tensor by wd/‖w‖ of itself."
+        f"{found.labels['convnet']} and {found.labels['vit']}; less is flatter; "
+        f"? where the interval holds zero, or there is none. {sampled} Both trainings are measured on the same images, augmented ones by the strong recipe. "
+        "APE under wd Σ‖w‖ is not measured: that term curves a tensor by wd/‖w‖ of itself."
     )
 
 
