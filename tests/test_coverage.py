@@ -7,6 +7,7 @@ draws are seeded.
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,12 +16,16 @@ from scipy.stats import binom, binomtest
 
 from vitscope.diagnostics.calibration import _bins
 from vitscope.diagnostics.calibration._debiased import IMAGES_A_BIN, DebiasedError, debiased_error, gaps
-from vitscope.diagnostics.fourier._bootstrap import by_kind
+from vitscope.diagnostics.cka._hsic import hsic
+from vitscope.diagnostics.cka.cka import _jackknife, _ratio
+from vitscope.diagnostics.corruption.corruption import standard_error
+from vitscope.diagnostics.fourier._bootstrap import by_kind, half_width_over_images
 from vitscope.diagnostics.hessian import _pooled
 from vitscope.diagnostics.hessian.hessian_trace import LEAST_VECTORS, HessianTraceResult
 from vitscope.diagnostics.hessian.spectral_density import half_width, positive_interval
 from vitscope.diagnostics.landscape._lines import t_half_width
 from vitscope.intervals import LEAST_EVENTS, RunningMean, estimate, estimates, exact_ends, wilson
+from vitscope.reports.factors import QUANTITIES, _Reader
 from vitscope.reports.inference import t_interval
 
 FAST, SLOW = 200, 2000
@@ -281,7 +286,7 @@ def test_contrasts_by_kind_cover_with_few_units(units: int, images: float) -> No
     for _ in range(1000):
         own = rng.normal(0.3, 1.0, units) + images * rng.normal() + images * rng.normal(size=units)
         replicates = own + images * (rng.normal(size=(200, 1)) + rng.normal(size=(200, units)))
-        found = by_kind(own, replicates, ["msa"] * units, 0.95)
+        found = by_kind(own, replicates, ["msa"] * units, 0.95, n_images=10_000)
         covered.append(found["kind_low"][0] <= 0.3 <= found["kind_high"][0])
     held(np.array(covered), highest=0.99)  # noise of images within units counts in both variances
 
@@ -320,3 +325,126 @@ def test_rises_over_directions_cover(directions: int) -> None:
     rng = np.random.default_rng(10)
     rises = rng.lognormal(0, 0.4, (directions, 4000))
     held(np.abs(rises.mean(0) - np.exp(0.08)) <= t_half_width(rises))
+
+
+@pytest.mark.parametrize("images", [2, 4, 8, 16, 64])
+def test_contrasts_of_resampled_images_cover(images: int) -> None:
+    """Of one unit, and of a kind with a single unit; the interval over replicates alone held 50 to 94 %."""
+    rng = np.random.default_rng(12)
+    values = rng.normal(0.3, 1, (images, 2000))
+    weights = rng.poisson(1.0, (300, images)).astype(float)
+    with np.errstate(invalid="ignore"):  # replicates without an image
+        replicates = weights @ values / weights.sum(1, keepdims=True)
+    half = half_width_over_images(replicates, images, 0.95)
+    held(np.abs(values.mean(0) - 0.3) <= half, highest=0.985)  # Poisson weights add some width for few images
+    alone = by_kind(values.mean(0)[:1], replicates[:, :1], ["msa"], 0.95, images)
+    assert alone["kind_high"][0] - alone["kind_contrast"][0] == pytest.approx(half[0])
+    assert np.isnan(half_width_over_images(replicates, 1, 0.95)).all()
+
+
+@pytest.mark.parametrize("images", [4, 16, 128])
+@pytest.mark.parametrize("sharpness", [0.5, 3.0])
+def test_attention_distances_and_entropies_cover(images: int, sharpness: float) -> None:
+    """Of softmax weights over 49 keys, nearer or farther from image to image; over 4 images the skewed ones fall short."""
+    rng = np.random.default_rng(13)
+    place = np.stack(np.meshgrid(np.arange(7), np.arange(7)), -1).reshape(-1, 2)
+    far = 4.0 * np.hypot(*(place - 3).T)
+
+    def measured(n: int) -> tuple[np.ndarray, np.ndarray]:
+        logits = -rng.lognormal(-1.5, 0.5, (n, 1)) * far + sharpness * rng.normal(size=(n, 49))
+        weights = np.exp(logits - logits.max(1, keepdims=True))
+        weights /= weights.sum(1, keepdims=True)
+        return weights @ far, -(weights * np.log(np.maximum(weights, 1e-300))).sum(1)
+
+    truths = measured(100_000)
+    for truth, values in zip(truths, measured(2000 * images)):
+        held(
+            covered_by_estimates(values.reshape(2000, images), truth.mean(), answers=False),
+            0.92 if images > 8 else 0.88,
+        )
+
+
+# ---- standard errors that are printed as such: their squares are right on average
+
+
+def calibrated(squares: np.ndarray, numbers: np.ndarray, lowest: float = 1.0, highest: float = 1.0) -> None:
+    """Assert that mean ``squares`` of standard errors over the variance of ``numbers`` lies in [lowest, highest].
+
+    Give or take 3.3 standard errors of that ratio (1 in 1000), from the spread of both over the simulations.
+    """
+    n = len(numbers)
+    deviation = np.square(numbers - numbers.mean())
+    variance = deviation.mean() * n / (n - 1)
+    ratio = squares.mean() / variance
+    noise = ratio * np.std(squares / squares.mean() - deviation / deviation.mean()) / np.sqrt(n)
+    assert lowest - 3.3 * noise <= ratio <= highest + 3.3 * noise, f"{ratio:.3f} ± {noise:.3f}"
+
+
+@pytest.mark.parametrize(("batches", "images"), [(2, 16), (4, 16), (16, 16), (6, 40)])
+@pytest.mark.parametrize("alike", [0.0, 0.5, 0.9])
+def test_the_jackknife_of_cka_is_calibrated(batches: int, images: int, alike: float) -> None:
+    """The jackknife's variance errs upward (Efron and Stein 1981)."""
+    rng = np.random.default_rng(14)
+    n = 400
+    scale = 0.7 ** np.arange(6)
+    a = rng.normal(size=(n * batches, images, 6)) * scale
+    b = alike * a + (1 - alike) * rng.normal(size=a.shape) * scale
+    grams = torch.from_numpy(
+        np.stack([x @ x.swapaxes(1, 2) for x in (a, b)], axis=1)
+    )  # (n * batches, 2, images, images)
+    values = np.stack([hsic(g, g).numpy() for g in grams]).reshape(n, batches, 2, 2)
+    weights = np.full(batches, float(images))
+    numbers = np.array([_ratio(np.tensordot(weights, v, 1), 2, False)[0, 1] for v in values])
+    errors = np.array([_jackknife(weights, v, 2, False)[0, 1] for v in values])
+    calibrated(np.square(errors), numbers, highest=1.2)
+
+
+@pytest.mark.parametrize("images", [2, 10, 100])
+def test_the_standard_error_of_the_mean_accuracy_under_corruption_is_calibrated(images: int) -> None:
+    """An image's 15 conditions go right or wrong together: it is easy or hard for all of them."""
+    rng = np.random.default_rng(15)
+    by_image = rng.binomial(15, rng.beta(2, 1, (5000, images))) / 15
+    errors = np.array([standard_error(row) for row in by_image])
+    none = np.isnan(errors)
+    assert (none == (np.ptp(by_image, axis=1) == 0)).all()
+    calibrated(np.where(none, 0.0, np.square(errors)), by_image.mean(1))  # where all images agree there is none
+
+
+def test_images_that_agree_have_no_standard_error() -> None:
+    for agreeing in (np.ones(50), np.zeros(3), np.full(7, 0.1), np.ones(1), np.ones(0)):
+        assert np.isnan(standard_error(agreeing))
+
+
+# ---- factors, over mini-batches of a single seed
+
+
+@pytest.mark.parametrize("n_batches", [4, 8, 16])
+def test_the_jackknife_over_mini_batches_of_one_seed_covers(n_batches: int) -> None:
+    """Of each model's APE, and of the difference between models, which see the same mini-batches."""
+    rng = np.random.default_rng(16)
+    (quantity,) = (q for q in QUANTITIES if q.key == "ape")
+    size = {"vit": 1.0, "convnet": 0.8}
+    condition = ("weak", "clean", "nll")
+
+    def eigenvalues(n: int) -> dict[str, np.ndarray]:
+        shared = rng.lognormal(0, 0.3, (n, 1))
+        return {family: by * shared * spectra(rng, n, 0.1, 0.0) for family, by in size.items()}
+
+    many = {family: v[v > 0].mean() for family, v in eigenvalues(400_000).items()}
+    truth = {**many, "difference": many["vit"] - many["convnet"]}
+    covered: dict[str, list[bool]] = {column: [] for column in truth}
+    for _ in range(500):
+        zero = np.zeros((n_batches, 5))
+        results = {
+            (family, training, f"hessian{end}", 0): SimpleNamespace(eigenvalues=v, residuals=zero, l2_contribution=zero)
+            for family, v in eigenvalues(n_batches).items()
+            for training in ("weak", "strong")
+            for end in ("", "_clean")
+        }
+        read = _Reader(quantity, results, [0])  # type: ignore[arg-type]
+        assert read.complete
+        for column, true in truth.items():
+            found = read.interval({condition: 1.0}, column)
+            covered[column].append(found.low <= true <= found.high)
+    for column in truth:
+        held(np.array(covered[column]), lowest=0.9 if column != "difference" else 0.92)

@@ -93,7 +93,11 @@ def _estimate(states: Sequence[tuple[int, Any]], level: float, answers: bool) ->
 
 
 def estimate(count: int, total: np.ndarray, square: np.ndarray, level: float = 0.95) -> Estimate:
-    """Return a mean over images and its t-interval from the sum and the sum of squares over ``count`` > 0 images."""
+    """Return a mean over images and its t-interval from the sum and the sum of squares over ``count`` > 0 images.
+
+    Of measurements that are skewed between images a nominal 95 % holds less over few images: 92 % over 4 to 16 lognormal ones
+    with a standard deviation of the logarithm of 0.5, and 87 to 89 % with one of 0.8, which has 92 % from 64 images on.
+    """
     mean = total / count
     if count < 2:
         return Estimate(mean, np.full_like(mean, np.nan), count)

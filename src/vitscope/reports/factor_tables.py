@@ -156,7 +156,8 @@ def _notes(found: Answer | None) -> str:
         )
     return (
         f"{found.labels['convnet']} and {found.labels['vit']}; less is flatter; "
-        f"? where the interval holds zero, or there is none. {sampled} Both trainings are measured on the same images, augmented ones by the strong recipe. "
+        f"? where the interval holds zero, or there is none. {sampled} "
+        "Both trainings are measured on the same images, augmented ones by the strong recipe. "
         "APE under wd Σ‖w‖ is not measured: that term curves a tensor by wd/‖w‖ of itself."
     )
 

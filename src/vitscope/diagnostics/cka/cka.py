@@ -35,7 +35,8 @@ class CKAResult:
         other_stages: see above.
         other_depths: see above.
         similarity: (n_taps, n_other); NaN where a representation does not vary or is not finite.
-        standard_error: (n_taps, n_other), jackknife over batches; NaN with a single batch.
+        standard_error: (n_taps, n_other), jackknife over batches, whose square is right on average (up to 20 %
+            too large for few small batches); NaN with a single batch.
         block_structure: similarity within minus across stages at equal distance; None between two models or within
             one stage.
         block_structure_p: one-sided p-value under stage boundaries drawn at random; None likewise.

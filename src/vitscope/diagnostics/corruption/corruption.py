@@ -35,7 +35,8 @@ class CorruptionResult:
         clean_nll: nats.
         clean_ece: likewise.
         mean_accuracy: over types and severities.
-        mean_accuracy_standard_error: over images: an image's conditions are averaged first, they are not independent.
+        mean_accuracy_standard_error: over images: an image's conditions are averaged first, they are not independent. NaN where
+            all images agree, and for a single one.
         baseline: what the errors are divided by; empty for nothing.
         ce: (n_types,) corruption error in percent of the baseline's, NaN where it has none; empty without a baseline.
         relative_ce: (n_types,) likewise of the loss against clean images.
@@ -144,9 +145,7 @@ def corruption(
         clean_nll=float(found[0]["nll"]),
         clean_ece=float(found[0]["ece"]),
         mean_accuracy=float(by_image.mean()) if np.isfinite(accuracy[_reported(names)]).all() else np.nan,
-        mean_accuracy_standard_error=float(by_image.std(ddof=1) / np.sqrt(len(by_image)))
-        if len(by_image) > 1
-        else np.nan,
+        mean_accuracy_standard_error=standard_error(by_image),
         baseline=reference.name if reference else "",
         ce=ce,
         relative_ce=relative,
@@ -190,3 +189,13 @@ def _reported(types: Sequence[str]) -> np.ndarray:
 def _mean(errors: np.ndarray, types: Sequence[str]) -> float | None:
     mean = float(errors[_reported(types)].mean()) if len(errors) else np.nan
     return mean if np.isfinite(mean) else None
+
+
+def standard_error(by_image: np.ndarray) -> float:
+    """Return the standard error of the mean of ``by_image (n,)``; NaN for fewer than two images, and where all of them agree.
+
+    Images that agree have no spread to judge by: an error of 0 would say that the mean is known.
+    """
+    if len(by_image) < 2 or np.ptp(by_image) <= 8 * np.finfo(np.float64).eps * np.abs(by_image).max():
+        return float("nan")
+    return float(by_image.std(ddof=1) / np.sqrt(len(by_image)))

@@ -6,23 +6,31 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from scipy.special import ndtri, stdtrit
+from scipy.special import stdtrit
 
 
-def percentiles(replicates: np.ndarray, level: float) -> tuple[np.ndarray, np.ndarray]:
-    """Return both ends of the interval that holds ``level`` of the replicates (axis 0); NaN where none is finite."""
-    columns = replicates.reshape(len(replicates), -1).T
-    ends = (1 - level) / 2, (1 + level) / 2
-    rows = [np.quantile(c[np.isfinite(c)], ends) if np.isfinite(c).any() else np.full(2, np.nan) for c in columns]
-    low, high = np.array(rows).reshape(-1, 2).T
-    return low, high
+def half_width_over_images(replicates: np.ndarray, n_images: int, level: float) -> np.ndarray:
+    """Return half the t-interval over images of the mean of each column of ``replicates (n_resamples, ...)``.
+
+    Its standard error is the standard deviation of the finite replicates. The share of the replicates themselves, a percentile
+    interval, is too narrow for few images: of 95 % intervals over 8 or 16 images 90 % hold the truth. NaN for fewer than two
+    images or two finite replicates.
+    """
+    good = np.isfinite(replicates)
+    count = good.sum(axis=0)
+    mean = np.where(good, replicates, 0.0).sum(axis=0) / np.maximum(count, 1)
+    squares = np.square(np.where(good, replicates - mean, 0.0)).sum(axis=0)
+    error = np.sqrt(np.where(count > 1, squares, np.nan) / np.maximum(count - 1, 1))
+    return error * (stdtrit(n_images - 1, 0.5 + level / 2) if n_images > 1 else np.nan)
 
 
-def by_kind(contrast: np.ndarray, replicates: np.ndarray, kinds: Sequence[str], level: float) -> dict[str, Any]:
+def by_kind(
+    contrast: np.ndarray, replicates: np.ndarray, kinds: Sequence[str], level: float, n_images: int
+) -> dict[str, Any]:
     """Return each kind's mean contrast over its units and its interval over units and images.
 
     A model has few units of a kind, of which a percentile interval would hold the truth far too rarely: the interval is
-    Student's over units, and the normal one of the mean over resampled images, their half widths added in squares.
+    Student's over units, and that of the mean over resampled images, their half widths added in squares.
     That of a kind of one unit is over images alone.
 
     Args:
@@ -30,6 +38,7 @@ def by_kind(contrast: np.ndarray, replicates: np.ndarray, kinds: Sequence[str], 
         replicates: (n_resamples, n_units) with images resampled.
         kinds: (n_units) of the units.
         level: coverage.
+        n_images: that were resampled; of a single one there is no interval.
     """
     names, rows = [], []
     for kind in dict.fromkeys(kinds):
@@ -38,11 +47,10 @@ def by_kind(contrast: np.ndarray, replicates: np.ndarray, kinds: Sequence[str], 
             continue
         mean = contrast[members].mean()
         units = contrast[members].var(ddof=1) / len(members) if len(members) > 1 else 0.0
-        resampled = replicates[:, members].mean(axis=1)
-        resampled = resampled[np.isfinite(resampled)]  # of few images a replicate may have drawn none
-        images = resampled.var(ddof=1) if len(resampled) > 1 else np.nan
+        # of few images a replicate may have drawn none: it is not finite, and left out
+        images = half_width_over_images(replicates[:, members].mean(axis=1), n_images, level)
         quantile = stdtrit(len(members) - 1, 0.5 + level / 2) if len(members) > 1 else 0.0
-        half = np.sqrt(quantile**2 * units + ndtri(0.5 + level / 2) ** 2 * images)
+        half = np.sqrt(quantile**2 * units + images**2)
         names.append(kind)
         rows.append((mean, mean - half, mean + half))
     mean, low, high = np.array(rows).reshape(-1, 3).T

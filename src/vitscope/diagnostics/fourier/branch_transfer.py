@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vitscope.diagnostics.fourier._bootstrap import by_kind, percentiles
+from vitscope.diagnostics.fourier._bootstrap import by_kind, half_width_over_images
 from vitscope.diagnostics.fourier._spectrum import EPS, frequencies, spectrum, varies
 from vitscope.distributed import gather_objects, world_size
 from vitscope.intervals import RunningMean, check_level, estimates
@@ -91,7 +91,7 @@ class BranchTransferResult:
         """Return this (trained) result minus that of the same architecture at initialisation, on the same images.
 
         Intervals are those of the paired differences: both results resampled the same images. The per-unit t-intervals
-        are replaced by half the width of the paired bootstrap intervals.
+        are replaced by those of the standard errors over paired replicates.
 
         Raises:
             ValueError: other units, another seed, or another number of images.
@@ -104,18 +104,17 @@ class BranchTransferResult:
                 )
         replicates = self.replicates - initial.replicates
         contrast = self.contrast - initial.contrast
-        low, high = percentiles(replicates, self.level)
         difference = replace(
             self,
             transfer=tuple(a - b for a, b in zip(self.transfer, initial.transfer)),
             contrast=contrast,
-            contrast_half_width=(high - low) / 2,
+            contrast_half_width=half_width_over_images(replicates, self.n_images, self.level),
             contrast_own=self.contrast,
             contrast_initial=initial.contrast,
             replicates=replicates,
             reference="initial",
         )
-        return replace(difference, **by_kind(contrast, replicates, self.kinds, self.level))
+        return replace(difference, **by_kind(contrast, replicates, self.kinds, self.level, self.n_images))
 
 
 @record_options
@@ -201,7 +200,7 @@ def _measured(
         contrast_own=contrast,
         contrast_initial=np.full(len(units), np.nan),
         replicates=replicates,
-        **by_kind(contrast, replicates, kinds, level),
+        **by_kind(contrast, replicates, kinds, level, contrasts.count),
         reference="none",
         level=level,
         seed=seed,
