@@ -65,7 +65,7 @@ def gaps(bins: Bins, confidence: np.ndarray, correct: np.ndarray) -> Gaps:
 def debiased_error(given: Gaps, level: float = 0.95) -> DebiasedError:
     """Return the debiased error of binned gaps with its interval of coverage ``level``."""
     model = _Model(given)
-    high = _crossing(model.mean, model.observed, 0.0, 1.0) if model.observed > model.at_zero else 0.0
+    high = model.estimate()
     if given.n_images < IMAGES_A_BIN * len(given.weight):
         return DebiasedError(high, float("nan"), float("nan"))
 
@@ -73,20 +73,31 @@ def debiased_error(given: Gaps, level: float = 0.95) -> DebiasedError:
         return model.p_value(error) - (1 - level)
 
     low = 0.0 if high == 0.0 or accepted(0.0) >= 0 else _crossing(accepted, 0.0, 0.0, high)
-    return DebiasedError(high, low, _crossing(lambda error: -accepted(error), 0.0, high, 1.0))
+    # bins of few images that are off by more than the rest are shrunk towards it, which takes their error for noise: the upper
+    # end is also that of the shape of the gaps as they were observed
+    observed = _Model(given, np.abs(given.gap))
+    ends = (
+        _crossing(lambda error, m=m: 1 - level - m.p_value(error), 0.0, max(high, m.estimate()), 1.0)
+        for m in (model, observed)
+    )
+    return DebiasedError(high, low, max(ends))
 
 
 class _Model:
     """The distribution of the binned error x at a true error e."""
 
-    def __init__(self, given: Gaps) -> None:
+    def __init__(self, given: Gaps, shape: np.ndarray | None = None) -> None:
         self._weight, self._scale = given.weight, np.sqrt(given.variance)
         self._n = given.n_images
-        shape = _expected_sizes(given)
+        shape = _expected_sizes(given) if shape is None else shape
         total = float(given.weight @ shape)
         self._shape = shape / total if total > 0 else np.ones_like(shape)
         self.observed = float(given.weight @ np.abs(given.gap))
         self.at_zero = self.mean(0.0)
+
+    def estimate(self) -> float:
+        """Return the error at which x is expected where it was observed; 0 where it is below what noise makes."""
+        return _crossing(self.mean, self.observed, 0.0, 1.0) if self.observed > self.at_zero else 0.0
 
     def mean(self, error: float) -> float:
         """Return the expectation of x."""
