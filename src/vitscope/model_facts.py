@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from vitscope import build, config
-from vitscope.models.taps import Tap, taps
+from vitscope.models.taps import Tap, known_taps
 
 #: key of the facts in ``provenance.json``
 KEY = "model"
@@ -123,7 +123,7 @@ def family_of(found: Sequence[Tap]) -> str:
 
 def _family(model: torch.nn.Module) -> str:
     try:
-        return family_of(taps(model))
+        return family_of(known_taps(model))
     except Exception:  # a model without a unit that is known is none of the families
         return ""
 

@@ -66,6 +66,8 @@ class Probe:
         self.about = dict(about or {})
         self._optimizer = optimizer
         self._taps = list(taps) if taps is not None else None
+        self._own_taps = taps is not None
+        self._missing: list[tuple[str, str]] | None = None
         self._dtype: torch.dtype | None = None
         self._sizes: tuple[int, int, int] | None = None
 
@@ -73,10 +75,36 @@ class Probe:
     def taps(self) -> list[Any]:
         """The taps that were passed, or those that `vitscope.taps` finds in the model."""
         if self._taps is None:
-            from vitscope.models.taps import taps
+            from vitscope.models.coverage import warn_missing_units
+            from vitscope.models.taps import known_taps
 
-            self._taps = taps(self.model)
+            self._taps = known_taps(self.model)
+            warn_missing_units(self.model, self._missing_units())
         return self._taps
+
+    def first_images(self) -> Tensor | None:
+        """Return the first batch's images, the same on every rank; None without a batch."""
+        first = next(iter(self.batches), None)
+        return first[0] if first is not None else None
+
+    def check_kinds(self) -> None:
+        """Check that the model's taps follow all of its attention and MLPs, before a measure compares kinds of units.
+
+        Raises:
+            ValueError: they do not, and no taps were passed by hand.
+        """
+        if not self._own_taps:
+            from vitscope.models.coverage import refuse_missing_units
+
+            refuse_missing_units(self.model, self._missing_units())
+
+    def _missing_units(self) -> list[tuple[str, str]]:
+        """Return what `vitscope.models.coverage.missing_units` does; the model runs once for it."""
+        if self._missing is None:
+            from vitscope.models.coverage import missing_units
+
+            self._missing = missing_units(self.model, self.first_images())
+        return self._missing
 
     @property
     def device(self) -> torch.device:

@@ -13,7 +13,7 @@ Kind = Literal["stem", "conv", "msa", "mlp", "pool", "head"]
 Layout = Literal["NCHW", "NHWC", "NLC", "NCL"]
 
 #: parameters that stand in front of the patches in models that do not state how many do
-_TOKENS = (
+TOKENS = (
     "class_token", "cls_token", "dist_token", "distillation_token", "reg_token", "reg_tokens", "register_token",
     "register_tokens",
 )  # fmt: skip
@@ -180,7 +180,7 @@ def _prefix_tokens(ancestors: tuple[nn.Module, ...]) -> int:
             stated = getattr(module, name, None)
             if isinstance(stated, int):
                 return stated
-        tokens = [token for name in _TOKENS if isinstance(token := getattr(module, name, None), Tensor)]
+        tokens = [token for name in TOKENS if isinstance(token := getattr(module, name, None), Tensor)]
         if tokens:
             return sum(token.shape[-2] if token.ndim > 1 else 1 for token in tokens)  # (1, n, C), (n, C) or (C,)
     return 0

@@ -2,42 +2,143 @@
 
 from __future__ import annotations
 
-from torch import nn
+import warnings
+from collections.abc import Mapping, Sequence
 
+from torch import Tensor, nn
+
+from vitscope.eager import uncompiled
 from vitscope.models import blocks as blocks  # describes timm's and torchvision's blocks
-from vitscope.models.anatomy import Kind, Piece, anatomy
+from vitscope.models.anatomy import TOKENS, Kind, Piece, anatomy, is_gate
+from vitscope.models.coverage import check_units, residual_blocks
+from vitscope.models.execution import Execution, execution
+
+Place = tuple[Kind, int]
 
 
-def parameter_kinds(model: nn.Module) -> dict[str, Kind]:
+def parameter_kinds(model: nn.Module, images: Tensor | None = None) -> dict[str, Kind]:
     """Kind of every parameter by its name in ``named_parameters()``: ``stem conv msa mlp pool head``.
 
-    A parameter inside a residual unit or pooling layer has that unit's kind (norms with their branch, a
-    projection shortcut with its block); one before the first block is ``stem`` (class token and position
-    embedding too), one after the last ``head``.
+    A parameter inside a residual unit or pooling layer has that unit's kind (norms with their branch, a projection
+    shortcut with its block). The others are ordered by one forward pass: ``stem`` is what is first used before the first
+    unit is called (class token and position embedding too), ``head`` what is first used after the last unit. Norms between
+    units belong to the unit before, convolutions are ``conv``. Only where the model does not run on ``images``, or on
+    images of the size that it states, the order of registration takes the place of the order of execution.
+
+    Args:
+        model: the model.
+        images: (B, C, H, W), of which the first is used; None to try the sizes that the model states.
 
     Raises:
-        ValueError: If nothing in the model is known, see `vitscope.models.taps.taps`.
+        ValueError: nothing in the model is known, see `vitscope.models.taps.taps`; attention or an MLP outside of its
+            units; a parameter outside of its units that is not used, or used between them for something else.
     """
-    return {name: kind for name, (kind, _) in _places(model).items()}
+    return {name: kind for name, (kind, _) in _places(model, images).items()}
 
 
-def parameter_stages(model: nn.Module) -> dict[str, int]:
-    """Stage of every parameter by name: 0 for the stem, from 1 for the blocks, one past the last for the head."""
-    return {name: stage for name, (_, stage) in _places(model).items()}
+def parameter_stages(model: nn.Module, images: Tensor | None = None) -> dict[str, int]:
+    """Stage of every parameter by name: 0 for the stem, from 1 for the blocks, one past the last for the head.
+
+    Arguments and errors are those of `parameter_kinds`.
+    """
+    return {name: stage for name, (_, stage) in _places(model, images).items()}
 
 
-def _places(model: nn.Module) -> dict[str, tuple[Kind, int]]:
-    pieces = anatomy(model)
+def _places(model: nn.Module, images: Tensor | None) -> dict[str, Place]:
     names = [name for name, _ in model.named_parameters()]
-    owned = {name: piece for name in names for piece in pieces if _owns(model, piece, name)}
+    inner = uncompiled(model)
+    pieces = anatomy(inner)
+    original = [name for name, _ in inner.named_parameters()]  # those of a compiled model have a prefix
+    owned = {name: piece for name in original for piece in pieces if _owns(inner, piece, name)}
+    seen = execution(inner, residual_blocks(pieces), images)
+    check_units(inner, pieces, seen)
+    places = _by_registration(original, owned, pieces) if seen is None else _by_execution(inner, owned, pieces, seen)
+    return dict(zip(names, (places[name] for name in original), strict=True))
+
+
+def _by_registration(names: Sequence[str], owned: Mapping[str, Piece], pieces: Sequence[Piece]) -> dict[str, Place]:
     last = max((i for i, name in enumerate(names) if name in owned), default=-1)
-    places: dict[str, tuple[Kind, int]] = {}
-    latest: tuple[Kind, int] = ("stem", 0)
+    places: dict[str, Place] = {}
+    latest: Place = ("stem", 0)
     for i, name in enumerate(names):
         if name in owned:
             latest = (owned[name].part.kind, owned[name].stage)
         places[name] = latest if i <= last else ("head", pieces[-1].stage + 1)
     return places
+
+
+def _by_execution(
+    model: nn.Module, owned: Mapping[str, Piece], pieces: Sequence[Piece], seen: Execution
+) -> dict[str, Place]:
+    _check_used(model, owned, seen)
+    units = residual_blocks(pieces) or [piece.block for piece in pieces]
+    start = min((seen.starts[block] for block in units if block in seen.starts), default=0)
+    end = max((seen.ends[block] for block in units if block in seen.ends), default=0)
+    owners = {
+        f"{path}.{key}".strip("."): module for path, module in model.named_modules() for key in module._parameters
+    }
+    inside = tuple(f"{path}." for path, module in model.named_modules() if module in units or is_gate(module))
+    places: dict[str, Place] = {}
+    latest: Place = (pieces[0].part.kind, pieces[0].stage)
+    for name in sorted((name for name, _ in model.named_parameters()), key=lambda name: seen.first_use.get(name, 0)):
+        time = seen.first_use.get(name, 0)
+        if name in owned:
+            places[name] = (owned[name].part.kind, owned[name].stage)
+            latest = places[name] if time else latest
+        elif time > end:
+            places[name] = ("head", pieces[-1].stage + 1)
+        elif name not in seen.reaching:
+            raise _unclear(
+                name, "used before the end of the last unit without an effect on its output, as in a second head"
+            )
+        elif time < start:
+            places[name] = ("stem", 0)
+        else:
+            p = model.get_parameter(name)
+            latest = latest if name.startswith(inside) else _between(name, p, owners[name], model, latest)
+            places[name] = ("stem", 0) if _is_token(name) else latest
+    return places
+
+
+def _between(name: str, p: Tensor, owner: nn.Module, model: nn.Module, latest: Place) -> Place:
+    """Return the place of a parameter that no unit owns and that runs between units: a convolution or the layer before.
+
+    Raises:
+        ValueError: it is neither of a convolution or norm, nor a vector (a scale or an offset of channels), nor a token.
+    """
+    if isinstance(owner, nn.Conv2d):
+        return "conv", latest[1]
+    is_vector = owner is not model and not isinstance(owner, nn.Linear) and p.numel() == max(p.shape, default=1)
+    if is_vector or "norm" in type(owner).__name__.lower() or _is_token(name):
+        return latest
+    raise _unclear(name, f"of {type(owner).__name__}, used between units")
+
+
+def _is_token(name: str) -> bool:
+    """Whether it is a class token or position embedding, which a hybrid adds after its convolutions."""
+    key = name.rpartition(".")[2]
+    return key in TOKENS or key in ("pos_embed", "pos_embedding", "position_embeddings", "cls_pos")
+
+
+def _check_used(model: nn.Module, owned: Mapping[str, Piece], seen: Execution) -> None:
+    unused = [name for name, _ in model.named_parameters() if name not in seen.first_use]
+    for name in unused:
+        if name not in owned:
+            raise _unclear(name, "that the forward pass in eval mode does not use")
+    if unused:
+        more = f" and {len(unused) - 3} more" if len(unused) > 3 else ""
+        warnings.warn(
+            f"parameters that the forward pass in eval mode does not use have their unit's kind: {', '.join(unused[:3])}{more}",
+            stacklevel=5,
+        )
+
+
+def _unclear(name: str, what: str) -> ValueError:
+    return ValueError(
+        f"Expected each parameter in a known unit, before the first (stem) or after the last (head), received {name!r} {what}: "
+        "delete it from the model, describe its block with @vitscope.models.anatomy.parts.register(Block), or choose parameters "
+        "by layer:<module> or a name pattern."
+    )
 
 
 def _owns(model: nn.Module, piece: Piece, name: str) -> bool:

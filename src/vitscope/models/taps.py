@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from vitscope.eager import uncompiled
 from vitscope.models import blocks as blocks  # describes timm's and torchvision's blocks
 from vitscope.models.anatomy import Kind, Layout, Piece, Read, anatomy
+from vitscope.models.coverage import missing_units, warn_missing_units
 from vitscope.models.feature_maps import observed_pass, to_map
 
 
@@ -44,16 +45,30 @@ class Tap:
     subsamples: bool = False
 
 
-def taps(model: nn.Module) -> list[Tap]:
+def taps(model: nn.Module, images: Tensor | None = None) -> list[Tap]:
     """The taps of a model from the stem to the last block, found by module type.
 
     One after the stem (with position embeddings), one after each residual addition (attention and MLP
     halves apart: in a pre-norm block the map after the attention is ``norm2``'s input), one after each
     pooling layer between stages. The head is left out, as in the paper's figures.
 
+    A warning names attention that the model has outside of its known units, after which no map is read.
+
+    Args:
+        model: the model.
+        images: (B, C, H, W) that the model takes, of which the first shows where the model attends; None to try the sizes
+            that the model states.
+
     Raises:
         ValueError: If the model has neither a known block nor a convolution; says how to pass taps.
     """
+    found = known_taps(model)
+    warn_missing_units(model, missing_units(model, images))
+    return found
+
+
+def known_taps(model: nn.Module) -> list[Tap]:
+    """Return the taps as `taps` does, without looking for attention outside of the known units."""
     pieces = anatomy(uncompiled(model))
     places: list[tuple[str, Kind, int, Read, Piece]] = []
     first = next((p for p in pieces if p.part.branch_in is not None), None)

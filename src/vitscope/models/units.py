@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from vitscope.eager import uncompiled
 from vitscope.models import blocks as blocks  # describes timm's and torchvision's blocks
 from vitscope.models.anatomy import Kind, Read, anatomy
+from vitscope.models.coverage import check_units, residual_blocks
+from vitscope.models.execution import execution
 from vitscope.models.feature_maps import observed_pass, to_map
 from vitscope.models.taps import attach
 
@@ -66,8 +68,28 @@ class Unit:
         return (size, size) if isinstance(size, int) else size
 
 
-def units(model: nn.Module) -> list[Unit]:
+def units(model: nn.Module, images: Tensor | None = None) -> list[Unit]:
     """The residual units of a model in order.
+
+    Args:
+        model: the model.
+        images: (B, C, H, W) that the model takes, of which the first shows where the model attends; None to try the sizes
+            that the model states.
+
+    Raises:
+        ValueError: If the model has none that vitscope knows, or attention or an MLP outside of those.
+    """
+    found = known_units(model)
+    inner = uncompiled(model)
+    pieces = anatomy(inner)
+    check_units(inner, pieces, execution(inner, residual_blocks(pieces), images))
+    return found
+
+
+def known_units(model: nn.Module) -> list[Unit]:
+    """The residual units that vitscope knows, where the model may have others: for ``units=`` of a measure.
+
+    Depths and stages are counted over the known units alone.
 
     Raises:
         ValueError: If the model has none that vitscope knows.

@@ -80,7 +80,8 @@ def attention_distance(probe: Probe, *, units: Sequence[Unit] | None = None) -> 
     Raises:
         ValueError: no attention whose weights can be read.
     """
-    units = [unit for unit in (units if units is not None else units_of(probe.model)) if unit.kind == "msa"]
+    everything = units if units is not None else units_of(probe.model, probe.first_images())
+    units = [unit for unit in everything if unit.kind == "msa"]
     sums = Sums(units)
     with probe.guard(logits=False) as model:
         for _, (x, _) in track(probe.local_batches(), "attention distance"):

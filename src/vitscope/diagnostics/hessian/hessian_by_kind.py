@@ -115,7 +115,8 @@ def _sizes(probe: Probe, by: str) -> dict[str, int]:
     """Return the number of trainable parameters of each group that has any, in the order shown."""
     if by not in ("kind", "stage"):
         raise ValueError(f"Expected by to be kind or stage, received {by!r}.")
-    places = parameter_kinds(probe.model) if by == "kind" else parameter_stages(probe.model)
+    find = parameter_kinds if by == "kind" else parameter_stages
+    places = find(probe.model, probe.first_images())
     sizes: dict[str, int] = {}
     for name, p in probe.parameters().items():
         group = str(places[name])

@@ -105,7 +105,7 @@ def rayleigh_split(
         assert pairs.vectors is not None
         l2 = np.array([dot(v, hessian.l2_product(v)) for v in pairs.vectors])
         hessian.release()
-        kinds = _kinds(made.model, list(made.parameters))
+        kinds = _kinds(made.model, list(made.parameters), probe.first_images())
         names = tuple(sorted(set(kinds.values())))
         parts = [hessian.split(v) for v in pairs.vectors]
         mass = np.array([_mass(part, list(made.parameters), kinds, names) for part in parts])
@@ -136,10 +136,10 @@ def _distinct(pairs: Eigenpairs) -> Eigenpairs:
     return replace(pairs, **kept)
 
 
-def _kinds(model: nn.Module, names: list[str]) -> dict[str, str]:
-    """Return each parameter's kind; for a model that nothing is known of, all are ``unknown``."""
+def _kinds(model: nn.Module, names: list[str], images: Tensor | None) -> dict[str, str]:
+    """Return each parameter's kind; where the kinds are not certain all are ``unknown``."""
     try:
-        known = parameter_kinds(model)
+        known = parameter_kinds(model, images)
     except ValueError:
         return dict.fromkeys(names, "unknown")
     return {name: str(known.get(name, "unknown")) for name in names}

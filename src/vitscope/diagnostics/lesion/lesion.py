@@ -136,7 +136,7 @@ def lesion(
     """
     if bn not in BN_POLICIES:
         raise ValueError(f"Expected bn to be one of {', '.join(BN_POLICIES)}, received {bn!r}.")
-    units = list(units) if units is not None else units_of(probe.model)
+    units = list(units) if units is not None else units_of(probe.model, probe.first_images())
     chosen = lesions(units, ("branch_zero", *(r for r in removals if r != "branch_zero")))
     losses, correct = (
         RunningMean(),

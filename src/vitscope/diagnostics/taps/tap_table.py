@@ -10,8 +10,9 @@ import numpy as np
 from torch import Tensor, nn
 
 from vitscope.measure_options import record_options
+from vitscope.models.anatomy import anatomy
+from vitscope.models.coverage import residual_blocks
 from vitscope.models.taps import reading
-from vitscope.models.units import units
 from vitscope.nulls import warn_nulls
 from vitscope.probe import ObjectiveCard, Probe
 
@@ -95,6 +96,6 @@ def tap_table(probe: Probe) -> TapTableResult:
 
 def _n_units(model: nn.Module) -> int:
     try:
-        return len(units(model))
+        return len(residual_blocks(anatomy(model)))
     except ValueError:  # none, or a model of which nothing is known
         return 0

@@ -88,6 +88,7 @@ def feature_map_variance(probe: Probe, *, level: float = 0.95) -> FeatureMapVari
 def accumulate(probe: Probe, *, level: float = 0.95) -> _Sums:
     """Return what `feature_map_variance` keeps between batches; arguments and errors are its own."""
     check_level(level)
+    probe.check_kinds()
     if not probe.taps:
         raise ValueError("Expected at least one tap, received none: pass taps=[...] to the probe.")
     return _Sums(probe, level)

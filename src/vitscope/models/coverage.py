@@ -1,0 +1,170 @@
+"""Check that all attention of a model lies inside units of kind ``msa``, and no MLP after the last unit."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+
+from torch import Tensor, nn
+
+from vitscope.eager import uncompiled
+from vitscope.models.anatomy import Piece, anatomy, is_gate
+from vitscope.models.execution import Execution, Stack, execution
+
+#: attention that weighs channels or positions and mixes none, and pooling by attention in a head
+_NO_MIXING = ("channel", "spatial", "split", "coord", "kernel", "pool", "gate", "cbam", "eca", "effective")
+_ADVICE = (
+    "describe its block, @vitscope.models.anatomy.parts.register({block}), or pass Probe(..., taps=[vitscope.Tap(...), ...]) "
+    "and units=[vitscope.models.units.Unit(...), ...] by hand (vitscope.models.units.known_units(model) leaves it out)"
+)
+
+
+def missing_units(model: nn.Module, images: Tensor | None = None) -> list[tuple[str, str]]:
+    """Return, for each module that attends, or is an MLP on tokens, outside of the known units, what it is and its block's class.
+
+    One small forward pass shows what attends: calls of attention, and products of activations with a softmax or a product
+    of activations. Squeeze and excitation is none, nor is pooling by attention in a head. Where the model does not run, the
+    modules' class names tell.
+
+    Args:
+        model: the model.
+        images: (B, C, H, W) that the model takes; None to try the sizes that it states.
+
+    Raises:
+        ValueError: a model of which nothing is known.
+    """
+    model = uncompiled(model)
+    pieces = anatomy(model)
+    return list(_missing(model, pieces, execution(model, residual_blocks(pieces), images)))
+
+
+def check_units(model: nn.Module, pieces: Sequence[Piece], seen: Execution | None) -> None:
+    """Raise ValueError where attention or an MLP of the model lies outside of its known units."""
+    refuse_missing_units(model, list(_missing(model, pieces, seen)))
+
+
+def refuse_missing_units(model: nn.Module, missing: Sequence[tuple[str, str]]) -> None:
+    """Raise ValueError that names the first of what `missing_units` gave, if there is any."""
+    for text, block in missing[:1]:
+        raise ValueError(
+            f"Expected every attention and MLP of {type(model).__name__} in a residual unit that vitscope knows, received "
+            f"{text}: {_ADVICE.format(block=block)}."
+        )
+
+
+def warn_missing_units(model: nn.Module, missing: Sequence[tuple[str, str]]) -> None:
+    """Warn once, in one line, of what `missing_units` gave: no tap of the model follows it."""
+    if missing:
+        texts = [text for text, _ in missing]
+        shown = ", ".join(texts[:4]) + (f" and {len(texts) - 4} more" if len(texts) > 4 else "")
+        warnings.warn(
+            f"taps of {type(model).__name__}: no map is read after {shown}; pass Probe(..., taps=[vitscope.Tap(...), ...])",
+            stacklevel=3,
+        )
+
+
+def residual_blocks(pieces: Sequence[Piece]) -> list[nn.Module]:
+    """Return the blocks of the residual units, none for a plain network."""
+    return [piece.block for piece in pieces if piece.part.branch_out is not None]
+
+
+def _missing(model: nn.Module, pieces: Sequence[Piece], seen: Execution | None) -> Iterator[tuple[str, str]]:
+    """Yield the description and the parent's class name of each module that is not covered, once."""
+    told: set[str] = set()
+    for what, stack in _uncovered(model, pieces, seen):
+        name, module = stack[-1]
+        if name not in told:
+            told.add(name)
+            parent = type(stack[-2][1] if len(stack) > 1 else module).__name__
+            yield f"{what} in {name or 'the model itself'!r} ({type(module).__name__})", parent
+
+
+def _uncovered(model: nn.Module, pieces: Sequence[Piece], seen: Execution | None) -> Iterator[tuple[str, Stack]]:
+    if seen is None:
+        for stack in _stacks(model):
+            if _is_named_attention(stack[-1][1]) and not _is_covered(stack, pieces, by_name=True):
+                yield "attention", stack
+        return
+    blocks = residual_blocks(pieces)
+    end = max((seen.ends.get(block, 0) for block in blocks), default=0)
+    for call in seen.attention:
+        if _is_gated(call.stack) or (call.time > end and _is_pooling(call.stack)):
+            continue
+        if not _is_covered(call.stack, pieces, by_name=call.queries < 2 and not call.fused):
+            yield "attention", _owner(call.stack)
+    for stack in _stacks(model):
+        module = stack[-1][1]
+        used = module in seen.starts and _is_named_attention(module) and not _is_gated(stack)
+        if used and not _is_covered(stack, pieces, by_name=True):
+            yield "attention", stack
+    last = end or max((seen.starts.get(piece.block, 0) for piece in pieces), default=0)
+    for stack in _stacks(model):
+        if seen.ends.get(stack[-1][1], last) < last and _is_named_mlp(stack) and not _in_block(stack, blocks):
+            yield "an MLP", stack
+    for stack, time in seen.token_layers:
+        if time > end and not _is_gated(stack) and not _is_pooling(stack) and not _in_block(stack, blocks):
+            yield "a linear layer on tokens after the last unit", stack
+
+
+def _is_covered(stack: Stack, pieces: Sequence[Piece], by_name: bool) -> bool:
+    """Whether the innermost module belongs to an msa unit; by name alone, a gate of a known convolution unit is covered too."""
+    modules = [module for _, module in stack]
+    for piece in pieces:
+        kinds = ("msa", "pool", "conv") if by_name else ("msa",)
+        if piece.part.branch_out is None or piece.part.kind not in kinds or piece.block not in modules:
+            continue
+        depth = modules.index(piece.block)
+        inside = stack[depth + 1][0].removeprefix(stack[depth][0]).strip(".") if depth + 1 < len(stack) else ""
+        if not piece.part.children or not inside or inside.split(".")[0] in piece.part.children:
+            return True
+    return False
+
+
+def _owner(stack: Stack) -> Stack:
+    """Cut the stack after the innermost module that has parameters: a softmax or dropout has none."""
+    for depth in range(len(stack), 0, -1):
+        if next(stack[depth - 1][1].parameters(), None) is not None:
+            return stack[:depth]
+    return stack[:1]
+
+
+def _in_block(stack: Stack, blocks: Sequence[nn.Module]) -> bool:
+    return any(module is block for _, module in stack for block in blocks)
+
+
+def _is_gated(stack: Stack) -> bool:
+    return any(is_gate(module) or "globalcontext" in type(module).__name__.lower() for _, module in stack)
+
+
+def _is_pooling(stack: Stack) -> bool:
+    names = [type(module).__name__.lower() for _, module in stack]
+    return any(name.startswith(("attentionpool", "attnpool", "rotattentionpool")) for name in names)
+
+
+def _is_named_attention(module: nn.Module) -> bool:
+    if isinstance(module, nn.MultiheadAttention):
+        return True
+    name = type(module).__name__
+    holds = "Attention" in name or "Attn" in name
+    if not holds or any(word in name.lower() for word in _NO_MIXING) or is_gate(module):
+        return False
+    return next(module.parameters(), None) is not None and "block" not in name.lower()
+
+
+def _is_named_mlp(stack: Stack) -> bool:
+    if _is_gated(stack) or "head" in type(stack[-1][1]).__name__.lower():
+        return False
+    name = type(stack[-1][1]).__name__.lower()
+    return (
+        any(word in name for word in ("mlp", "feedforward", "ffn"))
+        and next(stack[-1][1].parameters(), None) is not None
+    )
+
+
+def _stacks(model: nn.Module) -> Iterator[Stack]:
+    """Yield every module with its ancestors and their names."""
+    modules = dict(model.named_modules())
+    for name in modules:
+        words = name.split(".") if name else []
+        paths = ["", *(".".join(words[: i + 1]) for i in range(len(words)))]
+        yield tuple((path, modules[path]) for path in paths if path in modules)

@@ -1,0 +1,245 @@
+"""Observe one forward pass: when parameters and modules are used, which parameters reach a map, and what attends."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from vitscope import guard
+from vitscope.eager import eager_execution
+
+#: products of two tensors, which mix positions by what is in the image where both depend on it
+_PRODUCTS = frozenset({"matmul", "__matmul__", "__rmatmul__", "bmm", "baddbmm", "einsum"})
+#: attention as one call
+_ATTENTION = frozenset({
+    "scaled_dot_product_attention", "multi_head_attention_forward", "_native_multi_head_attention",
+    "_transformer_encoder_layer_fwd",
+})  # fmt: skip
+#: sides of the images that are tried where a model states none
+_SIDES = (32, 64, 224, 28, 16, 8)
+
+Stack = tuple[tuple[str, nn.Module], ...]
+
+
+@dataclass(frozen=True)
+class Attending:
+    """Attention in the forward pass: one call, or a product of activations with a softmax or product of activations.
+
+    Attributes:
+        stack: the modules that were running, outermost first, with their names.
+        time: when.
+        queries: rows of its result; 1 for pooling by attention.
+        fused: whether it is one call of attention.
+    """
+
+    stack: Stack
+    time: int
+    queries: int
+    fused: bool
+
+
+@dataclass
+class Execution:
+    """One forward pass, with a clock that counts the calls of modules and functions.
+
+    Attributes:
+        first_use: time of each parameter's first use by name; those that were not used are missing.
+        starts: time of each module's first call.
+        ends: time at which each module's last call ended.
+        attention: where the pass attends.
+        token_layers: (stack, time) of linear layers that were applied to several positions.
+        reaching: names of the parameters on which the output of the last of the blocks depends.
+    """
+
+    first_use: dict[str, int] = field(default_factory=dict)
+    starts: dict[nn.Module, int] = field(default_factory=dict)
+    ends: dict[nn.Module, int] = field(default_factory=dict)
+    attention: list[Attending] = field(default_factory=list)
+    token_layers: list[tuple[Stack, int]] = field(default_factory=list)
+    reaching: set[str] = field(default_factory=set)
+
+
+def execution(model: nn.Module, blocks: Collection[nn.Module], images: Tensor | None = None) -> Execution | None:
+    """Run the model once in eval mode and return what was observed; None where it does not run.
+
+    Weights, buffers, modes, gradients and random states are given back as they were.
+
+    Args:
+        model: the model, not compiled.
+        blocks: the residual blocks; `Execution.reaching` is about the one that ends last, without any about the model's output.
+        images: (B, C, H, W), of which the first is used; None for a random one of a size that the model states or takes.
+    """
+    for x in _images(model, images):
+        recorder = _Recorder(model, set(blocks))
+        try:
+            with ExitStack() as stack:
+                _enter_guards(stack, model)
+                stack.enter_context(recorder.hooks())
+                with recorder:
+                    output = model.forward(x)  # the hooks of the model itself belong to its user, who may count passes
+                recorder.finish(output)
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, TypeError, AttributeError, LookupError, AssertionError, ValueError):
+            continue
+        return recorder.seen
+    return None
+
+
+def _enter_guards(stack: ExitStack, model: nn.Module) -> None:
+    device = next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
+    stack.enter_context(torch.inference_mode(False))
+    stack.enter_context(eager_execution(model))
+    stack.enter_context(guard.kept_random_states(device))
+    stack.enter_context(guard.kept_model(model, None, False))
+    stack.enter_context(guard.modes(model, "eval"))
+    stack.enter_context(torch.enable_grad())
+    for p in model.parameters():  # frozen ones too: the graph shows what they reach
+        if p.is_floating_point() and not p.is_inference():
+            p.requires_grad_(True)
+
+
+def _images(model: nn.Module, images: Tensor | None) -> Iterator[Tensor]:
+    first = next(model.parameters(), torch.empty(0))
+    dtype = guard.float_dtype(model)
+    if images is not None:
+        yield images[:1].to(first.device, dtype)
+        return
+    n_channels = next((m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)), 3)
+    generator = torch.Generator().manual_seed(0)
+    for size in dict.fromkeys((*_stated_sizes(model), *((side, side) for side in _SIDES))):
+        yield torch.rand(1, n_channels, *size, generator=generator, dtype=torch.float32).to(first.device, dtype)
+
+
+def _stated_sizes(model: nn.Module) -> Iterator[tuple[int, int]]:
+    """The image sizes that the model or its patch embedding states, and that of timm's pretrained configuration."""
+    places = [(m, key) for m in (model, getattr(model, "patch_embed", None)) for key in ("img_size", "image_size")]
+    sizes = [getattr(m, key, None) for m, key in places]
+    configuration = getattr(model, "pretrained_cfg", None)
+    if isinstance(configuration, dict):
+        sizes.append((configuration.get("input_size") or ())[-2:])
+    for size in sizes:
+        if isinstance(size, int):
+            yield size, size
+        elif isinstance(size, Sequence) and len(size) == 2 and all(isinstance(side, int) for side in size):
+            yield size[0], size[1]
+
+
+class _Recorder(TorchFunctionMode):
+    """Take note of each function's tensors: parameters, and what is made of parameters and constants alone."""
+
+    def __init__(self, model: nn.Module, blocks: Collection[nn.Module]) -> None:
+        super().__init__()
+        self.model, self.blocks, self.seen = model, blocks, Execution()
+        self.time = 0
+        self.stack: list[tuple[str, nn.Module]] = []
+        self.names = {id(p): name for name, p in model.named_parameters()}
+        # tensors that do not depend on the image; they are held so that no id is used twice
+        self.constant: dict[int, Tensor] = {id(t): t for t in (*model.parameters(), *model.buffers())}
+        # softmax and products of activations, and what is made of them without a layer: attention multiplies them again
+        self.weights: dict[int, Tensor] = {}
+        self.last: Any = None
+
+    def hooks(self) -> ExitStack:
+        """Follow which modules run while the returned context is open."""
+        stack = ExitStack()
+        self._begin("", self.model)
+        for name, module in self.model.named_modules():
+            if module is self.model:
+                continue
+            before = module.register_forward_pre_hook(lambda module, args, name=name: self._begin(name, module))
+            after = module.register_forward_hook(lambda module, args, output: self._end(module, output))
+            stack.callback(before.remove)
+            stack.callback(after.remove)
+        return stack
+
+    def _begin(self, name: str, module: nn.Module) -> None:
+        self.time += 1
+        self.seen.starts.setdefault(module, self.time)
+        self.stack.append((name, module))
+
+    def _end(self, module: nn.Module, output: Any) -> None:
+        self.time += 1
+        self.seen.ends[module] = self.time
+        self.stack.pop()
+        if module in self.blocks:
+            self.last = output
+
+    def finish(self, output: Any) -> None:
+        """Find which parameters reach the last block's output, and what only the graph shows of their use."""
+        self.seen.reaching = _leaves(self.last if self.last is not None else output, self.names)
+        owners = {
+            f"{name}.{key}".strip("."): module
+            for name, module in self.model.named_modules()
+            for key in module._parameters
+        }
+        for name in self.seen.reaching | _leaves(output, self.names):
+            if name not in self.seen.first_use and owners.get(name) in self.seen.starts:
+                self.seen.first_use[name] = self.seen.starts[owners[name]]
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        results = list(_tensors(result))
+        if not results:  # a shape or a type: nothing was computed
+            return result
+        self.time += 1
+        given = list(_tensors((args, tuple(kwargs.values()))))
+        for tensor in given:
+            if id(tensor) in self.names:
+                self.seen.first_use.setdefault(self.names[id(tensor)], self.time)
+        varying = [tensor for tensor in given if id(tensor) not in self.constant]
+        if not varying:
+            self.constant.update((id(tensor), tensor) for tensor in results)
+        self._note(func, varying, given, results[0])
+        return result
+
+    def _note(self, func: Any, varying: list[Tensor], given: list[Tensor], result: Tensor) -> None:
+        name = getattr(func, "__name__", "")
+        fused = name in _ATTENTION
+        is_product = name in _PRODUCTS and len(varying) > 1
+        weighed = any(id(tensor) in self.weights for tensor in varying)
+        if fused or (is_product and weighed):
+            queries = result.shape[-2] if result.ndim > 1 else 1
+            self.seen.attention.append(Attending(tuple(self.stack), self.time, int(queries), fused))
+        elif is_product or (name == "softmax" and varying) or (weighed and not _has_weights(name)):
+            self.weights[id(result)] = result
+        if func is F.linear and varying and given[0].ndim > 2 and given[0].shape[1:-1].numel() > 1:
+            self.seen.token_layers.append((tuple(self.stack), self.time))
+
+
+def _has_weights(name: str) -> bool:
+    return name == "linear" or name.startswith("conv") or name.endswith("norm")
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        yield from _tensors(tuple(value.values()))
+    elif isinstance(value, tuple | list):
+        for entry in value:
+            yield from _tensors(entry)
+
+
+def _leaves(output: Any, names: dict[int, str]) -> set[str]:
+    """Return the names of the parameters on which the output's tensors depend, by autograd's graph."""
+    waiting = [t.grad_fn for t in _tensors(output) if t.grad_fn is not None]
+    known, leaves = set(waiting), set()
+    while waiting:
+        node = waiting.pop()
+        variable = getattr(node, "variable", None)
+        if variable is not None and id(variable) in names:
+            leaves.add(names[id(variable)])
+        for parent, _ in node.next_functions:
+            if parent is not None and parent not in known:
+                known.add(parent)
+                waiting.append(parent)
+    return leaves
