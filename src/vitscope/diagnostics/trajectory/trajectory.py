@@ -11,6 +11,7 @@ from torch import Tensor
 
 from vitscope.diagnostics.trajectory._measure import checkpoint_rows, plane_rows
 from vitscope.linalg.directions import Direction, inner, norm, orthogonalize, random_direction, scale
+from vitscope.linalg.effective_weights import canonical_names
 from vitscope.linalg.principal import difference, gram, principal_directions
 from vitscope.measure_options import record_options
 from vitscope.points import BatchNormPolicy, Checkpoints, DtypeName, Partial, Row, as_dtype, chosen
@@ -164,7 +165,7 @@ def _plane(
 ) -> tuple[Direction, Direction, np.ndarray]:
     found, squares = principal_directions(differences)
     if len(found) == 1:
-        filler = orthogonalize(random_direction(parameters, seed), found[0])
+        filler = orthogonalize(random_direction(parameters, seed, names=canonical_names(probe.model)), found[0])
         found.append(scale(filler, 1 / norm(filler)))
     return found[0], found[1], squares
 
