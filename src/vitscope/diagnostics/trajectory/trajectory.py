@@ -128,7 +128,7 @@ def trajectory(
     products = gram(differences)
     if products[0, 0] == 0:
         raise ValueError(f"Expected a first checkpoint that differs from the model, received {names[0]!r}.")
-    first, second, squares = _plane(differences, parameters, seed)
+    first, second, squares = _plane(differences, parameters, canonical_names(probe.model), seed)
     coordinates = np.array([[inner(d, first), inner(d, second)] for d in differences])
     radius, angle = _polar(products)
     own = checkpoint_rows(probe, names, checkpoints, kind, bn, partial)
@@ -161,11 +161,11 @@ def trajectory(
 
 
 def _plane(
-    differences: Sequence[Direction], parameters: Mapping[str, Tensor], seed: int
+    differences: Sequence[Direction], parameters: Mapping[str, Tensor], names: Mapping[str, str], seed: int
 ) -> tuple[Direction, Direction, np.ndarray]:
     found, squares = principal_directions(differences)
     if len(found) == 1:
-        filler = orthogonalize(random_direction(parameters, seed, names=canonical_names(probe.model)), found[0])
+        filler = orthogonalize(random_direction(parameters, seed, names=names), found[0])
         found.append(scale(filler, 1 / norm(filler)))
     return found[0], found[1], squares
 
