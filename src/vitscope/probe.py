@@ -20,10 +20,10 @@ from vitscope.card import ObjectiveCard as ObjectiveCard
 from vitscope.card import versions
 from vitscope.checks import CheckedBatches, InputChecks, check_weights
 from vitscope.eager import eager_execution, uncompiled
-from vitscope.objective import Objective, n_labeled
-from vitscope.optimizer_state import OptimizerState
 from vitscope.fingerprints import SeenBatches
 from vitscope.module_state import Place, empty_place, kept_attributes, pure_forward, refilled_places
+from vitscope.objective import Objective, n_labeled
+from vitscope.optimizer_state import OptimizerState
 from vitscope.repeatability import Repeatability
 
 Batch = tuple[Tensor, Tensor]
