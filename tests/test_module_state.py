@@ -198,7 +198,7 @@ def test_derivatives_reach_the_weight_behind_a_table(kind: type[Net], mlp_batche
 
 @pytest.mark.parametrize("name", ["levit_128s", "efficientvit_m0", "tiny_vit_5m_224", "efficientformer_l1"])
 def test_attention_bias_tables_of_timm(name: str) -> None:
-    sizes = {"levit_128s": 224, "efficientformer_l1": 224}
+    sizes = {"levit_128s": 224, "efficientformer_l1": 224, "efficientvit_m0": 224}  # maps of more than one position
     model = timm.create_model(name, num_classes=3).eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -319,10 +319,10 @@ def test_forward_derivatives_reach_the_weights_of_a_recurrent_layer() -> None:
             self.head = nn.Linear(4, 3)
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.head(self.rnn(x)[0][:, -1])
+            return self.head(self.rnn(x[:, 0])[0][:, -1])  # (B, 1, steps, features) -> (B, classes)
 
     model = Recurrent().double()
-    probe = vs.Probe(model, [(torch.randn(3, 5, 3, dtype=torch.float64), torch.tensor([0, 1, 2]))])
+    probe = vs.Probe(model, [(torch.randn(3, 1, 5, 3, dtype=torch.float64), torch.tensor([0, 1, 2]))])
     options = {"k": 1, "tol": 1e-8, "parameters": "rnn.*"}
     want = vs.hessian_eigenvalues(probe, **options).eigenvalues
     found = vs.hessian_eigenvalues(probe, **options, product="linearize").eigenvalues

@@ -57,7 +57,7 @@ def network(middle: nn.Module) -> nn.Module:
 
 MEASURES = {
     "hessian_eigenvalues": lambda probe: vs.hessian_eigenvalues(probe, k=1, max_products=3),
-    "hessian_trace": lambda probe: vs.hessian_trace(probe, max_products=3),
+    "hessian_trace": lambda probe: vs.hessian_trace(probe, n_vectors=2),
     "loss_landscape": lambda probe: vs.loss_landscape(probe, n=3),
     "loss_slice": lambda probe: vs.loss_slice(probe, n=3),
     "sharpness": lambda probe: vs.sharpness(probe, n_pairs=1, n_steps=1),

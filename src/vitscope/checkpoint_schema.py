@@ -124,7 +124,7 @@ def _compare(value: Any, like: Any, place: str) -> None:
             raise _Wrong(place, f"is a {_kind(value)}, not a number")
     elif type(value) is not type(like) and not (value is None and isinstance(like, str)):
         raise _Wrong(place, f"is a {_kind(value)}, not a {_kind(like)}")
-    elif type(like) is int and value < 0 <= like:
+    elif type(like) is int and isinstance(value, int) and value < 0 <= like:
         raise _Wrong(place, f"is {value}, which is negative")
 
 

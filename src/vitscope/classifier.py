@@ -195,7 +195,9 @@ class Classifier(pl.LightningModule):
         """Make the gradient that of the mean over the step's images; log its norm before clipping, at the logging interval."""
         factor = self._group.gradient_factor(self.trainer.accumulate_grad_batches)
         if factor != 1:
-            torch._foreach_mul_([p.grad for p in self.model.parameters() if p.grad is not None], factor)
+            for p in self.model.parameters():
+                if p.grad is not None:
+                    p.grad.mul_(factor)
         if (
             not self._second_pass()
             and (self.global_step + 1) % max(getattr(self.trainer, "log_every_n_steps", 1), 1) == 0

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 
 from vitscope.errors import NumericalError
 from vitscope.fingerprints import dense_parts, same_bits
@@ -30,7 +31,7 @@ def refuse_unfit_weights(model: nn.Module, differentiated: bool) -> None:
         ValueError: parameters without a shape yet; with ``differentiated`` also quantized, sparse or opaque weights.
     """
     for name, p in model.named_parameters():
-        if isinstance(p, nn.parameter.UninitializedTensorMixin):
+        if isinstance(p, UninitializedParameter):
             raise ValueError(f"Expected parameters with values, received {name!r} without a shape: run the model once.")
     if differentiated:
         _refuse_quantized(model)
@@ -64,8 +65,8 @@ def refuse_nonfinite(model: nn.Module) -> None:
 
     Infinities in other buffers are masks.
     """
-    strict = {f"parameter {name!r}": p for name, p in model.named_parameters()}
-    loose = {}
+    strict: dict[str, Tensor] = {f"parameter {name!r}": p for name, p in model.named_parameters()}
+    loose: dict[str, Tensor] = {}
     for path, module in model.named_modules():
         for key, buffer in module._buffers.items():
             if buffer is not None:

@@ -119,7 +119,7 @@ def record(run: Run, cfg: DictConfig, found: Sequence[Change], step: int) -> Non
         step: the optimizer step from which they hold.
     """
     kept = run.config()
-    now = OmegaConf.create(config.plain(runs.redacted(cfg)))
+    now = DictConfig(config.plain(runs.redacted(cfg)))
     for key in INVOCATION:
         now.pop(key, None)
         if key in kept:

@@ -137,7 +137,7 @@ def _dataset(kind: type[CIFAR10], root: Path, *, train: bool) -> CIFAR10:
         raise DataError("data.root", root, why, _fix(kind)) from error
 
 
-def _opened(kind: type[CIFAR10], root: Path, **options: bool) -> CIFAR10:
+def _opened(kind: type[CIFAR10], root: Path, **options: Any) -> CIFAR10:
     """Return torchvision's data set; what its files lack is a DataError."""
     try:
         return kind(str(root), **options)

@@ -128,7 +128,7 @@ def _scaled(
         why = f"the samples of {path} are {kind}, which have no scale of their own"
         fix = "set data.pixel_range=[<black>,<white>] to the values that are black and white, such as [0,1]"
         raise DataError("data.pixel_range", None, why, fix)
-    low, high = pixel_range if pixel_range is not None else (0.0, full_scale)
+    low, high = pixel_range or (0.0, float(full_scale or 1))
     samples = np.asarray(image).astype(np.float64)
     if not np.isfinite(samples).all():
         raise DataError("data.root", None, f"{path} has samples that are not finite", "replace or remove the file")
