@@ -182,7 +182,7 @@ def pure_forward(model: nn.Module) -> Iterator[None]:
     buffers stay (statistics that are recomputed on purpose). The images of a caller are not changed in place.
     """
     clear = method_caches(model)
-    references = list(_parameter_references(model))
+    references = list(parameter_references(model))
     open_passes: list[AttributeSnapshot] = []
 
     def before(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -209,7 +209,7 @@ def pure_forward(model: nn.Module) -> Iterator[None]:
             empty()
 
 
-def _parameter_references(model: nn.Module) -> Iterator[tuple[Any, Any, nn.Module, str]]:
+def parameter_references(model: nn.Module) -> Iterator[tuple[Any, Any, nn.Module, str]]:
     """Yield ``(container, key, module, name)`` of each plain attribute or list entry that is a parameter of the model.
 
     Such as ``nn.LSTM._flat_weights``. `torch.func.functional_call` puts other tensors in place of the parameters, but not
