@@ -11,6 +11,8 @@ REPRODUCED = profile=$(PROFILE) seeds=$(SEEDS)
 QUESTIONS := landscape-objective msa-placement baselines sam
 TABLES := table-models table-curvature table-robustness table-buildup table-claims
 PYTEST ?= $(BIN)/pytest
+# two worker processes of one thread each: tests of small networks gain nothing from more threads
+PARALLEL ?= -n 2 --dist worksteal
 FUZZ ?= 1000
 BENCH ?= hessian landscape representation attention training data report sweep
 
@@ -32,7 +34,7 @@ demo: $(SETUP) ## the main job: train an AlterNet on photographs, diagnose it, m
 	$(RUN) train.py model=alternet
 
 test: $(SETUP) ## the tests that CI runs
-	$(PYTEST)
+	OMP_NUM_THREADS=1 $(PYTEST) $(PARALLEL)
 
 test-slow: $(SETUP) ## the longer tests too
 	$(PYTEST) -m 'slow or not slow'
