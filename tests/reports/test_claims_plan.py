@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 import yaml
+from omegaconf import OmegaConf
 
 from tests.reports.conftest import CARD
-from vitscope import config, reproduction, runs
+from vitscope import config, model_facts, reproduction, runs
 from vitscope.commands.trial import composed
 from vitscope.journal import Journal
 from vitscope.reports import evidence, verdicts
@@ -39,13 +40,22 @@ SCALARS = {
 }  # fmt: skip
 
 
+def recorded_facts(cfg: dict[str, Any], known: dict[str, Any] = {}) -> dict[str, Any]:  # noqa: B006  a cache
+    """Return what training records of a model, counted once for each architecture."""
+    key = config.digest([cfg["model"], cfg["data"]["image_size"]])
+    if key not in known:
+        known[key] = model_facts.of_model(OmegaConf.create({"model": cfg["model"], "data": cfg["data"]}))
+    return known[key]
+
+
 def write(cfg: dict[str, Any], tags: tuple[str, ...], analyses: dict[str, Any], path: Path, images: int) -> None:
     """Write what training and measuring a trial leaves behind, with the cards that its probes would have."""
     run = Run(path)
     if not path.exists():
         path.mkdir(parents=True)
         (path / "config.yaml").write_text(yaml.safe_dump(cfg))
-        (path / "provenance.json").write_text(json.dumps({"command": "train", "status": "finished"}))
+        facts = {"command": "train", "status": "finished", model_facts.KEY: recorded_facts(cfg)}
+        (path / "provenance.json").write_text(json.dumps(facts))
         journal = Journal(run.journal)
         journal.append(1, 0, {"val/accuracy": 0.4, "test/accuracy": 0.5})
         journal.close()
