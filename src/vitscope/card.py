@@ -19,7 +19,7 @@ COMPARED = (
 #: names of the model's own checkpoints, the model's own preprocessing. Any other fact is compared.
 INCIDENTAL_FACTS = frozenset({
     "seed", "product", "micro_batch", "max_memory", "batches_at_once", "n_products", "budget_s", "seconds_per_product",
-    "predicted_s", "predicted_bytes", "batches", "dropout", "labels", "start", "end", "std",
+    "predicted_s", "predicted_bytes", "batches", "dropout", "labels", "start", "end", "std", "images_of_other",
 })  # fmt: skip
 
 #: stands for the options of a result that a version without them on the card has saved

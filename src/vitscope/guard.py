@@ -8,7 +8,11 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
+
+from vitscope.errors import NumericalError
+from vitscope.fingerprints import dense_parts, same_bits
 
 
 def float_dtype(model: nn.Module) -> torch.dtype:
@@ -17,6 +21,94 @@ def float_dtype(model: nn.Module) -> torch.dtype:
         if tensor.is_floating_point():
             return tensor.dtype
     return torch.get_default_dtype()
+
+
+def refuse_unfit_weights(model: nn.Module, differentiated: bool) -> None:
+    """Raise where no measure, or none that differentiates or moves the weights, can work with them.
+
+    Raises:
+        NumericalError: a parameter or a buffer holds NaN, or a parameter or a BatchNorm statistic an infinity.
+        ValueError: parameters without a shape yet; with ``differentiated`` also quantized, sparse or opaque weights.
+    """
+    for name, p in model.named_parameters():
+        if isinstance(p, UninitializedParameter):
+            raise ValueError(f"Expected parameters with values, received {name!r} without a shape: run the model once.")
+    if differentiated:
+        _refuse_quantized(model)
+        for name, p in model.named_parameters():
+            if p.layout != torch.strided:
+                raise ValueError(
+                    f"Expected dense weights, received {name!r} of layout {str(p.layout).removeprefix('torch.')}: "
+                    "pass a copy of the model with to_dense() weights."
+                )
+    refuse_nonfinite(model)
+
+
+def _refuse_quantized(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        packed = any(isinstance(value, torch.ScriptObject) for value in vars(module).values())
+        integers = [key for key, p in module._parameters.items() if p is not None and not _is_continuous(p)]
+        if packed or integers or ".quantized" in type(module).__module__:
+            what = f"{name}.{integers[0]}".lstrip(".") if integers else name or "model"
+            raise ValueError(
+                f"Expected floating-point weights (integers have no gradient), received {what!r} of "
+                f"{type(module).__name__}: measure the model before it is quantized."
+            )
+
+
+def _is_continuous(p: Tensor) -> bool:
+    return (p.is_floating_point() or p.is_complex()) and not p.is_quantized
+
+
+def refuse_nonfinite(model: nn.Module) -> None:
+    """Raise NumericalError where a parameter or a BatchNorm statistic is not finite, or another buffer holds NaN.
+
+    Infinities in other buffers are masks.
+    """
+    strict: dict[str, Tensor] = {f"parameter {name!r}": p for name, p in model.named_parameters()}
+    loose: dict[str, Tensor] = {}
+    for path, module in model.named_modules():
+        for key, buffer in module._buffers.items():
+            if buffer is not None:
+                statistic = isinstance(module, nn.modules.batchnorm._BatchNorm)
+                (strict if statistic else loose)[f"buffer {f'{path}.{key}'.lstrip('.')!r}"] = buffer
+    for tensors, bad, word in ((strict, _not_finite, "NaN or infinite"), (loose, torch.isnan, "NaN")):
+        for name in _suspects(tensors):
+            values = _values(tensors[name])
+            if count := int(bad(values).sum()):
+                raise NumericalError(
+                    "model",
+                    None,
+                    f"{name} holds {count} {word} values of {values.numel()}",
+                    "measure a checkpoint from before the training diverged",
+                )
+
+
+def _not_finite(values: Tensor) -> Tensor:
+    return ~torch.isfinite(values)
+
+
+def _suspects(tensors: dict[str, Tensor]) -> list[str]:
+    """Return the names of the tensors whose sum is not finite: one number each, read from the device together."""
+    sums: dict[torch.device, list[tuple[str, Tensor]]] = {}
+    for name, t in tensors.items():
+        if _is_continuous(t) and not t.is_meta:
+            values = _values(t)
+            real = torch.view_as_real(values) if values.is_complex() else values
+            wide = torch.float32 if real.element_size() < 4 else real.dtype
+            sums.setdefault(t.device, []).append((name, real.sum(dtype=wide).double()))
+    found = []
+    for pairs in sums.values():
+        finite = torch.isfinite(torch.stack([total for _, total in pairs])).tolist()
+        found += [name for (name, _), good in zip(pairs, finite) if not good]
+    return found
+
+
+def _values(tensor: Tensor) -> Tensor:
+    try:
+        return dense_parts(tensor.detach())[-1]
+    except ValueError:  # an opaque layout
+        return tensor.detach().to_dense()
 
 
 @contextmanager
@@ -49,11 +141,14 @@ def full_precision(device: torch.device) -> Iterator[None]:
 
 
 @contextmanager
-def kept_model(model: nn.Module, dtype: torch.dtype | None, restore_weights: bool) -> Iterator[None]:
-    """Cast the model for the time inside; give parameters, buffers, gradients and flags back as they were."""
+def kept_model(model: nn.Module, dtype: torch.dtype | None, copy_weights: bool) -> Iterator[list[Tensor]]:
+    """Cast the model for the time inside; give parameters, buffers, gradients and flags back as they were.
+
+    Yields the copies of the weights that ``copy_weights`` asks for; whoever empties the list says that none will be written to.
+    """
     parameters = list(model.parameters())
     gradients = [(p, p.grad, p.requires_grad) for p in parameters]
-    weights = [p.detach().clone() for p in parameters] if restore_weights else []
+    copies = [p.detach().clone() for p in parameters] if copy_weights else []
     tensors = [(p, p.data) for p in parameters]
     buffers = [(m, key, b, b.clone()) for m in model.modules() for key, b in m._buffers.items() if b is not None]
     cast = dtype is not None and dtype != float_dtype(model)
@@ -62,18 +157,19 @@ def kept_model(model: nn.Module, dtype: torch.dtype | None, restore_weights: boo
     try:
         if cast:
             model.to(dtype)
-        yield
+        yield copies
     finally:
-        for p, data in tensors if cast else ():
+        for p, data in tensors if cast or copies else ():
             p.data = data  # the very storage from before, so a round trip through float64 is exact
         for module, key, buffer, copy in buffers:
             if module._buffers.get(key) is not buffer:
                 module._buffers[key] = buffer
-            if not torch.equal(buffer, copy):  # NaN compares unequal and is copied: harmless
+            if not same_bits(buffer, copy):  # NaN compares unequal and is copied: harmless
                 buffer.copy_(copy)
         with torch.no_grad():
-            for p, weight in zip(parameters, weights):
-                p.copy_(weight)
+            for p, weight in zip(parameters, copies):
+                if not same_bits(p, weight):
+                    p.copy_(weight)
         for p, gradient, flag in gradients:
             p.requires_grad_(flag)
             p.grad = gradient

@@ -82,7 +82,7 @@ def standing(
     if bn not in BN_POLICIES:
         raise ValueError(f"Expected bn to be one of {', '.join(BN_POLICIES)}, received {bn!r}.")
     half = dtype in _HALF
-    with probe.guard(dtype=None if half else dtype) as model:
+    with probe.guard(dtype=None if half else dtype, moves_weights=True) as model:
 
         def batches() -> Iterator[tuple[Tensor, Tensor]]:
             for batch in probe.iter_batches():

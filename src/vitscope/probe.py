@@ -15,13 +15,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from vitscope import distributed, guard
+from vitscope import distributed, guard, repeatability
 from vitscope.card import ObjectiveCard as ObjectiveCard
 from vitscope.card import versions
 from vitscope.checks import CheckedBatches, InputChecks, check_weights
 from vitscope.eager import eager_execution, uncompiled
+from vitscope.fingerprints import SeenBatches
+from vitscope.module_state import Place, empty_place, kept_attributes, pure_forward, refilled_places
 from vitscope.objective import Objective, n_labeled
 from vitscope.optimizer_state import OptimizerState
+from vitscope.repeatability import Repeatability
 
 Batch = tuple[Tensor, Tensor]
 
@@ -70,6 +73,9 @@ class Probe:
         self._missing: list[tuple[str, str]] | None = None
         self._dtype: torch.dtype | None = None
         self._sizes: tuple[int, int, int] | None = None
+        self._seen = SeenBatches()
+        self._tables: dict[Place, str] | None = None
+        self._repeatability: dict[str, Repeatability] = {}
 
     @property
     def taps(self) -> list[Any]:
@@ -170,12 +176,12 @@ class Probe:
 
     def iter_batches(self) -> Iterator[Batch]:
         """Yield every batch, checked, in the guard's dtype."""
-        return (self._prepared(index, batch) for index, batch in enumerate(self.batches))
+        return (self._prepared(index, batch) for index, batch in enumerate(self._seen.checked(self.batches)))
 
     def local_batches(self) -> Iterator[tuple[int, Batch]]:
         """Yield ``(index, batch)`` for this rank's share: the indices that equal the rank modulo the world size."""
         rank, world = distributed.rank(), distributed.world_size()
-        for index, batch in enumerate(self.batches):
+        for index, batch in enumerate(self._seen.checked(self.batches)):
             if index % world == rank:
                 yield index, self._prepared(index, batch)
 
@@ -191,6 +197,7 @@ class Probe:
             "n_images": self.n_images,
             "batch_size": self.batch_size,
             "dtype": str(self.dtype).removeprefix("torch."),
+            "mode": self._mode(),
             "versions": versions(),
         }
         known = {f.name for f in fields(ObjectiveCard)}
@@ -206,12 +213,19 @@ class Probe:
         bn: str = "eval",
         restore_weights: bool = False,
         logits: bool = True,
+        moves_weights: bool = False,
+        micro_batch: int | None = None,
     ) -> Iterator[nn.Module]:
         """Yield the model ready to be measured; give it back bit-identical, also after an exception.
 
         Inside: nothing runs compiled; eval mode, so no dropout and no drop path; no autocast, no TF32, no inference mode;
         gradients are enabled for ``second_order`` (with math attention, the only one with a double backward everywhere) and
-        disabled otherwise.
+        disabled otherwise. What a forward pass writes to plain attributes of modules is undone after it, so that nothing made
+        from the weights outlives them, and the model works on copies of the images.
+
+        The first time, the first batch is read twice and evaluated twice (with its gradient for ``second_order``). Outputs
+        that differ by more than rounding explains are refused with ``second_order`` and ``moves_weights``, and otherwise
+        stated on the card (``mode``) with a warning.
 
         Args:
             second_order: whether the model will be differentiated, once or twice.
@@ -219,14 +233,19 @@ class Probe:
             bn: ``eval`` uses BatchNorm's running statistics; ``batch`` those of each batch, buffers untouched.
             restore_weights: keep a copy of the weights and put it back (for measures that write to them).
             logits: whether the model must return logits; False for measures of feature maps alone.
+            moves_weights: whether the model will be evaluated at other weights than its own.
+            micro_batch: images that the measure evaluates at once; the check uses no more. None for a whole batch.
 
         Raises:
-            ValueError: a part made by ``torch.jit``, weights made in inference mode, outputs that are no logits, or an unknown
-                BatchNorm policy.
+            NumericalError: weights that are not finite.
+            ValueError: a part made by ``torch.jit``, weights made in inference mode, outputs that are no logits, an unknown
+                BatchNorm policy, batches that differ between passes, or, with ``second_order`` or ``moves_weights``, a model
+                that is quantized, sparse, random in eval mode or that writes to its own weights.
         """
         if bn not in ("eval", "batch"):
             raise ValueError(f"Expected bn to be 'eval' or 'batch', received {bn!r}.")
         check_weights(self.model)
+        guard.refuse_unfit_weights(self.model, second_order or moves_weights)
         if second_order and dtype is None and self.dtype in (torch.bfloat16, torch.float16):
             dtype = torch.float32
         with ExitStack() as stack:
@@ -234,7 +253,10 @@ class Probe:
             stack.enter_context(eager_execution(self.model))
             stack.enter_context(guard.kept_random_states(self.device))
             stack.enter_context(guard.full_precision(self.device))
-            stack.enter_context(guard.kept_model(self.model, dtype, restore_weights))
+            stack.enter_context(kept_attributes(self.model))
+            known = self._repeatability
+            copy_weights = restore_weights or not known or any(found.written for found in known.values())
+            copies = stack.enter_context(guard.kept_model(self.model, dtype, copy_weights))
             stack.enter_context(guard.modes(self.model, bn))
             if second_order:
                 stack.enter_context(sdpa_kernel(SDPBackend.MATH))
@@ -242,14 +264,62 @@ class Probe:
             stack.enter_context(self._checks.of_outputs(self.model, logits))
             outer, self._dtype = self._dtype, dtype or self._dtype
             try:
-                yield self.model
+                found = self._examined(second_order, micro_batch)
+                if second_order or moves_weights:
+                    found.refuse()
+                else:
+                    found.warn()
+                if not found.written and not restore_weights:
+                    copies.clear()
+                with pure_forward(self.model):
+                    yield self.model
             finally:
                 self._dtype = outer
+
+    def _examined(self, gradient: bool, n_images: int | None) -> Repeatability:
+        """Empty the tables made from weights; return whether the model repeats itself, which is measured once."""
+        level = "gradient" if gradient else "outputs"
+        known = self._repeatability.get(level) or self._repeatability.get("gradient")
+        if known is not None:
+            self._empty_tables()
+            return known
+        found, error = None, None
+        try:
+            with guard.kept_random_states(self.device):
+                found = self._examine(gradient, n_images)
+        except Exception as raised:
+            error = raised
+        # every rank looks at the same first batch: where one fails all do, and none waits for another
+        told = [text for text in distributed.gather_objects(str(error) if error else None) if text]
+        if error is not None or found is None:
+            raise error or ValueError(told[0])
+        if told:
+            raise ValueError(told[0])
+        self._repeatability[level] = found
+        return found
+
+    def _examine(self, gradient: bool, n_images: int | None) -> Repeatability:
+        batches = [next(self.iter_batches(), None) for _ in range(2)]  # read twice: a shuffled loader shows at once
+        if batches[0] is None:
+            raise ValueError("Expected at least one batch (x, y), received none.")
+        x, y = (t[:n_images] for t in batches[0])
+        if self._tables is None:
+            self._tables = refilled_places(self.model, lambda: self.model(x.clone()))
+        self._empty_tables()
+        return repeatability.examine(self.model, x, y, self.objective if gradient else None)
+
+    def _empty_tables(self) -> None:
+        for place, way in (self._tables or {}).items():
+            empty_place(self.model, place, way)
+
+    def _mode(self) -> str:
+        names = next((found.random for found in self._repeatability.values() if found.random), ())
+        return f"eval, random outputs of {', '.join(names)}" if names else "eval"
 
     def _counted(self) -> tuple[int, int, int]:
         """Return the images in all batches, those in the first, and those with a label."""
         if self._sizes is None:
-            counts = [(len(x), n_labeled(y)) for x, y in self.batches]
+            counts = [(len(x), n_labeled(y)) for x, y in self._seen.checked(self.batches)]
             sizes = [size for size, _ in counts]
             if not sizes:
                 raise ValueError("Expected at least one batch (x, y), received none.")

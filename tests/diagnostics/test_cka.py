@@ -104,8 +104,12 @@ def test_batch_size_does_not_bias_the_estimate() -> None:
 
 def test_two_models_equal_the_block_of_one() -> None:
     x, z = normal(40, 5, 2, 2), normal(40, 6, 2, 2, seed=1)
-    whole = cka(probe_of(20, x=x, xx=x**2, z=z + x[:, :1]))
-    between = cka(probe_of(20, x=x, xx=x**2), other=probe_of(20, z=z + x[:, :1]))
+    parts = {"x": x, "xx": x**2, "z": z + x[:, :1]}
+    one, other = probe_of(20, **parts), probe_of(20, **parts)  # the same images, each model read at some of its taps
+    whole = cka(one)
+    between = cka(
+        Probe(one.model, one.batches, taps=one.taps[:2]), other=Probe(other.model, other.batches, taps=other.taps[2:])
+    )
     np.testing.assert_allclose(between.similarity, whole.similarity[:2, 2:], atol=1e-12)
     np.testing.assert_allclose(between.standard_error, whole.standard_error[:2, 2:], atol=1e-12)
     assert between.taps == ("x", "xx")

@@ -128,7 +128,7 @@ def curvatures(
     }
     subset = list(parameters) if parameters is not None and not isinstance(parameters, str) else parameters
     named = probe.parameters()
-    with probe.guard(second_order=True, dtype=float_type(dtype), bn=bn) as model:
+    with probe.guard(second_order=True, dtype=float_type(dtype), bn=bn, micro_batch=micro_batch) as model:
         chosen = select_parameters(model, named, subset)
         for name, p in model.named_parameters():
             p.requires_grad_(name in chosen)  # the others' gradients need not be made; the guard puts the flags back

@@ -14,6 +14,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from vitscope.linalg.effective_weights import masked
+
 Direction = dict[str, Tensor]
 
 Normalization = Literal["filter", "filter_official", "layer", "none"]
@@ -26,7 +28,9 @@ POSITION_TABLES = r"pos_?emb|position_(emb|bias)|rel_pos|relative_position|absol
 OFFICIAL_IGNORE = ("one_dim", "pos_embed|relative_position")
 
 
-def random_direction(parameters: Mapping[str, Tensor], seed: int, index: int = 0) -> Direction:
+def random_direction(
+    parameters: Mapping[str, Tensor], seed: int, index: int = 0, names: Mapping[str, str] | None = None
+) -> Direction:
     """Return a direction of independent standard normal entries.
 
     Each tensor's numbers depend on ``(seed, index, name)`` alone, are drawn on the CPU in float32 and then cast: models that
@@ -36,12 +40,15 @@ def random_direction(parameters: Mapping[str, Tensor], seed: int, index: int = 0
         parameters: what the direction covers, by name.
         seed: of the measurement.
         index: which of the seed's directions.
+        names: the names that the numbers depend on, by the parameters' own (see
+            `vitscope.linalg.effective_weights.canonical_names`, which leave wrappers out); by default these.
     """
     drawn = {}
-    for name, p in parameters.items():
+    for own, p in parameters.items():
+        name = own if names is None else names.get(own, own)
         digest = hashlib.sha256(f"{seed}/{index}/{name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-        drawn[name] = torch.randn(p.shape, generator=generator, dtype=torch.float32).to(p)
+        drawn[own] = torch.randn(p.shape, generator=generator, dtype=torch.float32).to(p)
     return drawn
 
 
@@ -81,20 +88,28 @@ def filter_parameters(model: nn.Module) -> set[str]:
     """Return the names of the parameters whose rows of dimension 0 are filters.
 
     These are the weights of linear layers and convolutions (grouped and depthwise ones too) and the in-projections of
-    ``nn.MultiheadAttention``. Tied parameters go by their first name, as in ``named_parameters``.
+    ``nn.MultiheadAttention``, pruned ones included. Tied parameters go by their first name, as in ``named_parameters``.
     """
     identities = set()
     for module in model.modules():
+        keys: tuple[str, ...] = ()
         if isinstance(module, nn.Linear) or (isinstance(module, nn.modules.conv._ConvNd) and not module.transposed):
-            identities.add(id(module.weight))
+            keys = ("weight",)
         elif isinstance(module, nn.MultiheadAttention):
-            weights = module.in_proj_weight, module.q_proj_weight, module.k_proj_weight, module.v_proj_weight
-            identities.update(id(weight) for weight in weights if weight is not None)
+            keys = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+        own = module._parameters
+        for key in keys:
+            pruned = f"{key}_mask" in module._buffers
+            identities.add(id(own.get(f"{key}_orig" if pruned else key)))
     return {name for name, p in model.named_parameters() if id(p) in identities}
 
 
 def normalize(
-    direction: Direction, parameters: Mapping[str, Tensor], normalization: str, filters: Iterable[str] = ()
+    direction: Direction,
+    parameters: Mapping[str, Tensor],
+    normalization: str,
+    filters: Iterable[str] = (),
+    masks: Mapping[str, Tensor] | None = None,
 ) -> Direction:
     """Scale ``direction`` in place to the weights' own scale, and return it.
 
@@ -105,7 +120,8 @@ def normalize(
     - ``layer``: each tensor gets the norm of the weight tensor.
     - ``none``: left as it is.
 
-    Norms are accumulated in float64; a filter whose weights are zero does not move.
+    Norms are accumulated in float64; a filter whose weights are zero does not move. Pruned entries, zero in ``masks``, count
+    neither in the direction, which does not move them, nor in the weights.
 
     Raises:
         ValueError: an unknown normalization.
@@ -114,9 +130,10 @@ def normalize(
         raise ValueError(
             f"Expected normalization to be one of {', '.join(NORMALIZATIONS)}, received {normalization!r}."
         )
-    filters = set(filters)
+    filters, masks = set(filters), masks or {}
+    masked(direction, masks)
     for name, d in direction.items() if normalization != "none" else ():
-        w = parameters[name].detach()
+        w = _used(parameters, name, masks)
         if normalization == "filter_official":
             ratio = _norms(w, (0,)) / (_norms(d, (0,)) + 1e-7)
         else:
@@ -132,6 +149,7 @@ def project(
     radius: float,
     normalization: str = "filter",
     filters: Iterable[str] = (),
+    masks: Mapping[str, Tensor] | None = None,
 ) -> Direction:
     """Shorten ``direction`` in place to the ball in which each filter's norm is at most ``radius`` times the weights'.
 
@@ -142,12 +160,19 @@ def project(
     """
     if normalization not in ("filter", "layer"):
         raise ValueError(f"Expected normalization to be filter or layer for a ball, received {normalization!r}.")
-    filters = set(filters)
+    filters, masks = set(filters), masks or {}
+    masked(direction, masks)
     for name, d in direction.items():
         over = _axes(name, d, normalization, filters)
-        ratio = radius * _norms(parameters[name].detach(), over) / _norms(d, over)
+        ratio = radius * _norms(_used(parameters, name, masks), over) / _norms(d, over)
         d.mul_(ratio.nan_to_num(1.0).clamp(max=1.0).to(d.dtype))
     return direction
+
+
+def _used(parameters: Mapping[str, Tensor], name: str, masks: Mapping[str, Tensor]) -> Tensor:
+    """Return the weight that the layer uses: without the entries that are pruned."""
+    weight = parameters[name].detach()
+    return weight * masks[name].to(weight) if name in masks else weight
 
 
 def _axes(name: str, d: Tensor, normalization: str, filters: set[str]) -> tuple[int, ...]:

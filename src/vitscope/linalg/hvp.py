@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from vitscope import distributed, interrupt
 from vitscope.linalg.chunks import Chunk, build_chunk
 from vitscope.linalg.l2 import add_l2_product, l2_gradient, l2_shift
+from vitscope.module_state import parameter_references
 from vitscope.objective import Objective
 
 KINDS = ("hessian", "ggn", "fisher_mc", "fisher_empirical")
@@ -71,6 +72,13 @@ class Curvature:
         if n_images < 1:
             raise ValueError(
                 "Expected at least one image with a label, received batches in which every label is ignored."
+            )
+        reference = next(iter(parameter_references(model)), None) if product == "linearize" else None
+        if reference is not None:  # forward derivatives would miss what is read past the module's own parameters
+            owner, name = reference[2:]
+            raise ValueError(
+                f"Expected product='reverse' for a model that keeps parameters on plain attributes, received 'linearize' and a "
+                f"{type(owner).__name__} that does so with {name!r}."
             )
         self.model, self.objective, self.parameters = model, objective, dict(parameters)
         self.kind, self.product, self.n_images, self.reduce = kind, product, n_images, reduce

@@ -22,10 +22,14 @@ class Sums:
         self._sizes: dict[int, tuple[int, int]] = {}
         self._image = (0, 0)
         self._n = 0
+        self._called: set[int] = set()
+        #: units whose attention module computed more than one map for an image
+        self.repeated: set[int] = set()
 
     def begin(self, x: Tensor) -> None:
         """Note the batch ``(B, C, H, W)`` that the model is about to see."""
         self._n, self._image = len(x), (x.shape[2], x.shape[3])
+        self._called.clear()
 
     def note_size(self, index: int, unit: Unit, side: str, features: Tensor) -> None:
         """Note the size of the map ``(B, C, h, w)`` that a unit's attention reads."""
@@ -33,7 +37,11 @@ class Sums:
             self._sizes[index] = (features.shape[2], features.shape[3])
 
     def add(self, index: int, unit: Unit, weights: Tensor) -> None:
-        """Add a batch's attention weights ``(B * n_windows, heads, queries, keys)``."""
+        """Add a batch's attention weights ``(B * n_windows, heads, queries, keys)``; those of one call, the batch's first."""
+        if index in self._called:
+            self.repeated.add(index)
+            return
+        self._called.add(index)
         weights = weights.unflatten(0, (self._n, -1)).double()  # (B, n_windows, heads, Q, K)
         n_windows, q, k = weights.shape[1], weights.shape[3], weights.shape[4]
         place = geometry(

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from vitscope import distributed
 from vitscope.diagnostics.attention._sums import Sums
 from vitscope.intervals import estimates
 from vitscope.measure_options import record_options
@@ -71,7 +72,8 @@ def attention_distance(probe: Probe, *, units: Sequence[Unit] | None = None) -> 
     """Measure the mean distance and the entropy of the attention of every head, from explicit attention weights.
 
     Distance: pixels between query and key, averaged with the weights over keys that have a place in the map, then over
-    queries and images (Dosovitskiy et al. 2021, Fig 7; there for 128 images). Entropy: of the weights over all keys.
+    queries and images (Dosovitskiy et al. 2021, Fig 7; there for 128 images). Entropy: of the weights over all keys. A unit
+    whose module computes attention several times an image has no one map: it is left out with a warning.
 
     Args:
         probe: model and images.
@@ -90,13 +92,17 @@ def attention_distance(probe: Probe, *, units: Sequence[Unit] | None = None) -> 
                 model(x)
     found = estimates([mean for means in sums.means for mean in means])
     distance, entropy, off_map = found[0::3], found[1::3], found[2::3]
-    read = [i for i, estimate in enumerate(distance) if estimate.count]
+    repeated = set[int]().union(*distributed.gather_objects(sums.repeated))
+    read = [i for i, estimate in enumerate(distance) if estimate.count and i not in repeated]
     if not read:
+        why = "; their modules compute attention several times an image" if repeated else ""
         raise ValueError(
-            f"Expected attention whose weights can be read, received none in {type(probe.model).__name__}."
+            f"Expected attention whose weights can be read, received none in {type(probe.model).__name__}{why}."
         )
     chosen, known = [units[i] for i in read], sums.keys_and_uniform()
-    reasons = {unit.name: "its attention weights cannot be read, left out" for unit in units if unit not in chosen}
+    several = "its module computes attention several times an image, left out"
+    unread = "its attention weights cannot be read, left out"
+    reasons = {u.name: several if i in repeated else unread for i, u in enumerate(units) if i not in read}
     reasons |= {
         u.name: "its weights are not finite" for u, i in zip(chosen, read) if not np.isfinite(distance[i].mean).all()
     }

@@ -13,6 +13,8 @@ from torch import Tensor
 from vitscope import distributed
 from vitscope.diagnostics.cka._blocks import block_structure, p_value
 from vitscope.diagnostics.cka._hsic import MIN_IMAGES, gram, hsic
+from vitscope.diagnostics.cka._images import image_relation
+from vitscope.interrupt import Interrupted
 from vitscope.measure_options import record_options
 from vitscope.models.taps import Tap, reading
 from vitscope.nulls import warn_nulls
@@ -87,13 +89,22 @@ def cka(probe: Probe, other: Probe | None = None, *, n_permutations: int = 1000,
         seed: of that draw.
 
     Raises:
-        ValueError: no batch of four images, batches that differ between the probes, or a tap that was not reached.
+        ValueError: no batch of four images, images or targets that differ between the probes or come in another order, or a
+            tap that was not reached.
     """
     sums = _Sums(probe, other, n_permutations, seed)
     if other is None:
         through(probe, [sums], "cka")
     else:
-        _through_both(probe, other, sums)
+        error: Exception | None = None
+        try:
+            _through_both(probe, other, sums)
+        except Interrupted:
+            raise
+        except Exception as raised:  # told to the other ranks, which would wait for this one's sums
+            error = raised
+        if any(distributed.gather_objects(error is not None)):
+            raise error or RuntimeError("another rank failed")
     return sums.result()
 
 
@@ -109,6 +120,7 @@ class _Sums:
         self.probe, self.other, self.n_permutations, self.seed = probe, other, n_permutations, seed
         self.parts: list[tuple[int, int, np.ndarray]] = []  # batch, images, (S + T, S + T)
         self._grams: dict[int, Tensor] = {}
+        self.relations: set[str] = set()  # how the second model's images are related to the first's
 
     def read(self, index: int, tap: Tap, x: Tensor) -> None:
         """Take one tap's feature maps ``(B, C, h, w)``."""
@@ -156,8 +168,14 @@ class _Sums:
             block_structure_p=p,
             n_images=int(weights.sum()),
             n_batches=len(gathered),
-            card=probe.card(),
+            card=probe.card(**self._facts()),
         )
+
+    def _facts(self) -> dict[str, dict[str, str]]:
+        if self.other is None:
+            return {}
+        relations = set[str]().union(*distributed.gather_objects(self.relations))
+        return {"solver": {"images_of_other": "; ".join(sorted(relations))}}
 
 
 def _through_both(probe: Probe, other: Probe, sums: _Sums) -> None:
@@ -165,7 +183,7 @@ def _through_both(probe: Probe, other: Probe, sums: _Sums) -> None:
     s = len(probe.taps)
     with probe.guard(logits=False) as model, other.guard(logits=False) as other_model:
         for first, second in zip_longest(track(probe.local_batches(), "cka"), other.local_batches()):
-            _check_same(first, second)
+            sums.relations.add(_check_same(first, second))
             number, (x, _) = first
             with reading(model, probe.taps, sums.read):
                 model(x)
@@ -174,7 +192,8 @@ def _through_both(probe: Probe, other: Probe, sums: _Sums) -> None:
             sums.close_batch(number, len(x))
 
 
-def _check_same(first: tuple | None, second: tuple | None) -> None:
+def _check_same(first: tuple | None, second: tuple | None) -> str:
+    """Return how the two batches' images are related (see `image_relation`); ValueError where they are not the same."""
     if first is None or second is None:
         raise ValueError(
             "Expected the same images in the same batches of both probes, received more batches in one of them."
@@ -187,6 +206,7 @@ def _check_same(first: tuple | None, second: tuple | None) -> None:
             else f"of shapes {tuple(labels.shape)} and {tuple(others.shape)}"
         )
         raise ValueError(f"Expected the same images in the same batches of both probes, received targets {what}.")
+    return image_relation(first[1][0], second[1][0])
 
 
 def _ratio(total: np.ndarray, n_first: int, between: bool) -> np.ndarray:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from vitscope.linalg.curvatures import curvatures
 from vitscope.linalg.directions import filter_parameters, moving
+from vitscope.linalg.effective_weights import pruning_masks, refuse_made_weights
 from vitscope.linalg.scaled import scaled_eigenvalues
 from vitscope.measure_options import record_options
 from vitscope.probe import ObjectiveCard, Probe
@@ -96,7 +97,8 @@ def normalised_hessian(
         seed: of the start vector.
 
     Raises:
-        ValueError: an unknown normalization; and as `hessian_eigenvalues`.
+        ValueError: an unknown normalization, or weights that are made from parameters (weight norm, spectral norm); and as
+            `hessian_eigenvalues`.
         NumericalError: a loss that is not finite.
 
     Source: D = diag(|w|) is that of Kwon et al., ASAM (ICML 2021), element-wise; filter norms of Li et al. (NeurIPS 2018),
@@ -108,9 +110,13 @@ def normalised_hessian(
     subset = list(moving(dict(probe.parameters()), ignore))
     with curvatures(probe, parameters=subset, dtype=dtype, bn=bn, micro_batch=micro_batch, seed=seed) as made:
         mean = made.mean()
-        filters = filter_parameters(made.model)
+        refuse_made_weights(made.model, made.parameters, "filter")
+        filters, masks = filter_parameters(made.model), pruning_masks(made.model)
+        # a pruned entry counts in no norm, and D sets it to zero
+        used = {name: masks[name].to(p) if name in masks else torch.ones_like(p) for name, p in made.parameters.items()}
         scale = [
-            p.detach().double().abs() if normalization == "weight" else _norms(p, name in filters)
+            (p.detach().double().abs() if normalization == "weight" else _norms(p * used[name], name in filters))
+            * used[name]
             for name, p in made.parameters.items()
         ]
         pairs = scaled_eigenvalues(mean, scale, shared=True, max_memory=max_memory, **solving)

@@ -25,6 +25,7 @@ from vitscope.linalg.directions import (
     random_direction,
     scale,
 )
+from vitscope.linalg.effective_weights import canonical_names, pruning_masks, refuse_made_weights
 from vitscope.linalg.plane import set_aside
 from vitscope.linalg.principal import difference, principal_directions
 from vitscope.points import chosen
@@ -104,13 +105,14 @@ def direction(
     """
     parameters = probe.parameters()
     if source.kind == "random":
-        drawn = random_direction(moving(parameters, source.ignored), source.seed, index)
-        return normalize(drawn, parameters, source.scaling, filter_parameters(probe.model))
+        names = canonical_names(probe.model)
+        return _scaled(probe, source, random_direction(moving(parameters, source.ignored), source.seed, index, names))
     if source.kind == "gradient":
         if index == 0:
             found = objective_gradient(probe)
             return _scaled(probe, source, scale(found, 1 / max(norm(found), 1e-300)))
-        found = _scaled(probe, source, random_direction(parameters, source.seed, index))
+        found = random_direction(parameters, source.seed, index, canonical_names(probe.model))
+        found = _scaled(probe, source, found)
         found = orthogonalize(found, other) if other else found
         return scale(found, norm(other) / norm(found)) if other and source.scaling == "none" else found
     given = _given(source, differences)
@@ -172,7 +174,11 @@ def _scaled(probe: Probe, source: Source, found: Direction) -> Direction:
     if source.ignored:
         kept = moving(probe.parameters(), source.ignored)
         found = {name: d for name, d in found.items() if name in kept}
-    return normalize(found, probe.parameters(), source.scaling, filter_parameters(probe.model))
+    refuse_made_weights(probe.model, found, source.scaling)
+    filters, masks = filter_parameters(probe.model), pruning_masks(probe.model)
+    # given points are reached as they are: a pruned entry counts in their L2 term
+    masks = masks if source.kind in ("random", "gradient") or source.scaling != "none" else {}
+    return normalize(found, probe.parameters(), source.scaling, filters, masks)
 
 
 def _reaching(unit: Direction, differences: Sequence[Direction]) -> Direction:

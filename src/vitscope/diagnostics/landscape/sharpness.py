@@ -13,6 +13,7 @@ from vitscope import interrupt
 from vitscope.diagnostics.landscape._lines import measure_lines, t_half_width
 from vitscope.diagnostics.landscape._source import Source
 from vitscope.linalg.directions import Direction, filter_parameters, moving, normalize, project, random_direction, scale
+from vitscope.linalg.effective_weights import canonical_names, pruning_masks
 from vitscope.linalg.plane import walked
 from vitscope.measure_options import record_options
 from vitscope.points import BatchNormPolicy, DtypeName, Partial, Row, as_dtype, rows, standing
@@ -201,10 +202,11 @@ def _worst(
 
 def _ascended(probe: Probe, model: nn.Module, source: Source, radius: float, start: int, n_steps: int) -> float:
     """Return the largest nll met by projected gradient ascent; the weights are back afterwards."""
-    parameters, filters = probe.parameters(), filter_parameters(model)
+    parameters, filters, masks = probe.parameters(), filter_parameters(model), pruning_masks(model)
     moved = moving(parameters, source.ignored)
     # a stream of its own: the starts must not be directions of the mean
-    offset = normalize(random_direction(moved, source.seed, -1 - start), parameters, source.scaling, filters)
+    offset = random_direction(moved, source.seed, -1 - start, canonical_names(model))
+    offset = normalize(offset, parameters, source.scaling, filters, masks)
     offset = scale(offset, radius)
     # norms that scale and bound are those of the weights on entry, which move while this runs
     origin = {name: p.detach().clone() for name, p in moved.items()}
@@ -216,10 +218,10 @@ def _ascended(probe: Probe, model: nn.Module, source: Source, radius: float, sta
             best = max(best, nll) if np.isfinite(nll) else np.inf
             if step == n_steps or not np.isfinite(nll):
                 break
-            normalize(gradient, origin, source.scaling, filters)
+            normalize(gradient, origin, source.scaling, filters, masks)
             for name, d in offset.items():
                 d.add_(gradient[name], alpha=radius * (1 - step / n_steps))
-            project(offset, origin, radius, source.scaling, filters)
+            project(offset, origin, radius, source.scaling, filters, masks)
     return float(best)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from vitscope.diagnostics.trajectory._measure import checkpoint_rows, plane_rows
 from vitscope.linalg.directions import Direction, inner, norm, orthogonalize, random_direction, scale
+from vitscope.linalg.effective_weights import canonical_names
 from vitscope.linalg.principal import difference, gram, principal_directions
 from vitscope.measure_options import record_options
 from vitscope.points import BatchNormPolicy, Checkpoints, DtypeName, Partial, Row, as_dtype, chosen
@@ -127,7 +128,7 @@ def trajectory(
     products = gram(differences)
     if products[0, 0] == 0:
         raise ValueError(f"Expected a first checkpoint that differs from the model, received {names[0]!r}.")
-    first, second, squares = _plane(differences, parameters, seed)
+    first, second, squares = _plane(differences, parameters, canonical_names(probe.model), seed)
     coordinates = np.array([[inner(d, first), inner(d, second)] for d in differences])
     radius, angle = _polar(products)
     own = checkpoint_rows(probe, names, checkpoints, kind, bn, partial)
@@ -160,11 +161,11 @@ def trajectory(
 
 
 def _plane(
-    differences: Sequence[Direction], parameters: Mapping[str, Tensor], seed: int
+    differences: Sequence[Direction], parameters: Mapping[str, Tensor], names: Mapping[str, str], seed: int
 ) -> tuple[Direction, Direction, np.ndarray]:
     found, squares = principal_directions(differences)
     if len(found) == 1:
-        filler = orthogonalize(random_direction(parameters, seed), found[0])
+        filler = orthogonalize(random_direction(parameters, seed, names=names), found[0])
         found.append(scale(filler, 1 / norm(filler)))
     return found[0], found[1], squares
 
