@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import vitscope as vs
+from vitscope import progress
 from vitscope.repeatability import RandomOutputsWarning
 
 
@@ -193,3 +197,44 @@ def test_a_plain_loader_and_a_list_are_the_same(mlp: nn.Module) -> None:
     loader = DataLoader(TensorDataset(torch.arange(48.0).reshape(8, 1, 2, 3), torch.arange(8) % 4), batch_size=4)
     mlp = mlp.float()
     assert vs.evaluation(vs.Probe(mlp, loader)).nll == vs.evaluation(vs.Probe(mlp, list(loader))).nll
+
+
+class RandomOnOneRank(nn.Module):
+    """Draws on rank 1 alone: only that rank can see it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 4).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x.flatten(1)) * (1.0 + dist.get_rank() * random.random())
+
+
+def _refused_rank(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    progress.enabled = False
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    generator = torch.Generator().manual_seed(0)
+    batches = [(torch.randn(3, 1, 2, 3, generator=generator, dtype=torch.float64), torch.arange(3)) for _ in range(3)]
+    texts = []
+    for measure in (
+        lambda probe: vs.hessian_eigenvalues(probe, k=1),
+        lambda probe: vs.loss_slice(probe, n=3),
+    ):
+        try:
+            measure(vs.Probe(RandomOnOneRank(), batches))
+            texts.append("no error")
+        except ValueError as error:
+            texts.append(str(error))
+    # both ranks are still in step
+    total = vs.evaluation(vs.Probe(nn.Sequential(nn.Flatten(), nn.Linear(6, 4)).double(), batches)).n_images
+    torch.save({"texts": texts, "images": total}, f"{folder}/rank{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_ranks_refuse_together(tmp_path: Path) -> None:
+    mp.spawn(_refused_rank, (str(tmp_path),), nprocs=2)
+    for rank in range(2):
+        found = torch.load(tmp_path / f"rank{rank}.pt", weights_only=True)
+        assert found["images"] == 9
+        assert all("repeats itself" in text and "RandomOnOneRank" in text for text in found["texts"])

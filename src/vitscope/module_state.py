@@ -29,7 +29,6 @@ _OPAQUE = (type, types.FunctionType, types.MethodType, types.BuiltinFunctionType
 
 #: where a table is kept: the module's class and the attribute
 Place = tuple[type, str]
-_ABSENT = object()
 _FRAMEWORKS = ("torch", "lightning", "pytorch_lightning", "builtins", "functools")
 
 
@@ -38,7 +37,7 @@ class AttributeSnapshot:
 
     Args:
         model: whose modules are looked at, and those that they hold in plain lists and dictionaries.
-        hooks: also keep the modules' hooks.
+        hooks: also keep the modules' hooks and the attributes that every module has, such as ``training``.
         values: also keep copies of tensors on plain attributes, to undo changes in place.
     """
 
@@ -80,12 +79,13 @@ class AttributeSnapshot:
         self._seen.add(id(module))
         own = vars(module)
         self._registered.append((module, tuple(dict(own[name]) for name in _TENSORS)))
-        plain = {key: value for key, value in own.items() if key not in _TENSORS}
-        self._dicts.append((_Plain(own), plain))
+        skipped = frozenset(_TENSORS) if self._hooks else _OWN
+        plain = {key: value for key, value in own.items() if key not in skipped}
+        self._dicts.append((_Plain(own, skipped), plain))
         for key, value in plain.items():
             if key not in _OWN:
                 self._add(value, 1)
-            elif self._hooks and isinstance(value, dict):
+            elif isinstance(value, dict):
                 self._dicts.append((value, dict(value)))
 
     def _add(self, value: Any, depth: int) -> None:
@@ -125,10 +125,10 @@ def _is_opaque(value: Any) -> bool:
 
 
 class _Plain(MutableMapping[str, Any]):
-    """A module's ``__dict__`` without the registries of parameters, buffers and submodules."""
+    """A module's ``__dict__`` without some of its keys."""
 
-    def __init__(self, own: dict[str, Any]) -> None:
-        self.own = own
+    def __init__(self, own: dict[str, Any], skipped: frozenset[str]) -> None:
+        self.own, self.skipped = own, skipped
 
     def __getitem__(self, key: str) -> Any:
         return self.own[key]
@@ -140,7 +140,7 @@ class _Plain(MutableMapping[str, Any]):
         del self.own[key]
 
     def __iter__(self) -> Iterator[str]:
-        return (key for key in self.own if key not in _TENSORS)
+        return (key for key in self.own if key not in self.skipped)
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
@@ -150,7 +150,7 @@ def _restore_mapping(entries: MutableMapping[Any, Any], before: dict[Any, Any]) 
     for key in [key for key in entries if key not in before]:
         del entries[key]
     for key, value in before.items():
-        if entries.get(key, _ABSENT) is not value:
+        if key not in entries or entries[key] is not value:
             entries[key] = value
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from vitscope import distributed, interrupt, progress
 from vitscope.evaluate import evaluate
+from vitscope.guard import refuse_unfit_weights
 from vitscope.probe import Probe
 
 Row = Mapping[str, Any]
@@ -58,6 +59,16 @@ def chosen(checkpoints: Checkpoints | None, labels: Sequence[str] | None = None)
         if label not in known:
             raise ValueError(f"Expected one of the checkpoints {', '.join(known)}, received {label!r}.")
         yield checkpoints[list(known).index(label)]
+
+
+def check_movable(probe: Probe) -> None:
+    """Raise where the probe's weights cannot be moved or are not finite: before directions are made from them.
+
+    Raises:
+        NumericalError: weights that are not finite.
+        ValueError: weights that are quantized or sparse.
+    """
+    refuse_unfit_weights(probe.model, differentiated=True)
 
 
 @contextmanager

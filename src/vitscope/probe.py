@@ -24,7 +24,7 @@ from vitscope.fingerprints import SeenBatches
 from vitscope.module_state import Place, empty_place, kept_attributes, pure_forward, refilled_places
 from vitscope.objective import Objective, n_labeled
 from vitscope.optimizer_state import OptimizerState
-from vitscope.repeatability import Repeatability
+from vitscope.repeatability import Repeatability, worst_of
 
 Batch = tuple[Tensor, Tensor]
 
@@ -289,14 +289,14 @@ class Probe:
                 found = self._examine(gradient, n_images)
         except Exception as raised:
             error = raised
-        # every rank looks at the same first batch: where one fails all do, and none waits for another
-        told = [text for text in distributed.gather_objects(str(error) if error else None) if text]
-        if error is not None or found is None:
-            raise error or ValueError(told[0])
-        if told:
+        # what one rank has seen all ranks act on: none waits for another
+        shares = distributed.gather_objects((None if error is None else str(error), found))
+        if error is not None:
+            raise error
+        if told := [text for text, _ in shares if text is not None]:
             raise ValueError(told[0])
-        self._repeatability[level] = found
-        return found
+        self._repeatability[level] = worst_of([share for _, share in shares if share is not None])
+        return self._repeatability[level]
 
     def _examine(self, gradient: bool, n_images: int | None) -> Repeatability:
         batches = [next(self.iter_batches(), None) for _ in range(2)]  # read twice: a shuffled loader shows at once

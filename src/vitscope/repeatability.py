@@ -64,6 +64,11 @@ class Repeatability:
             )
 
 
+def worst_of(found: Sequence[Repeatability]) -> Repeatability:
+    """Return the first that saw randomness, else the first that saw weights being written, else the first."""
+    return max(found, key=lambda one: (bool(one.random), bool(one.written)))
+
+
 class RandomOutputsWarning(UserWarning):
     """The network is random in eval mode; the text names the modules."""
 

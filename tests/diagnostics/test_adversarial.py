@@ -86,7 +86,8 @@ def test_no_image_ever_leaves_its_ball_or_the_pixel_range(norm: str) -> None:
     radius = 20 if norm == "linf" else 300
     result = adversarial(probe_of(model, pixels, 24), epsilons=(radius,), norm=norm, steps=5, restarts=2)
     mean, std = (torch.tensor(v, dtype=torch.float64)[:, None, None] for v in (MEAN, STD))
-    assert len(seen) == 1 + 2 + 1 + 2 * 6  # clean, FGSM, PGD with the image itself
+    # the first batch twice without and twice with its gradient; clean, FGSM, PGD with the image itself
+    assert len(seen) == 2 + 2 + 1 + 2 + 1 + 2 * 6
     largest = []
     for x in seen:
         attacked = x * std + mean
@@ -146,7 +147,8 @@ def test_finished_attacks_are_not_computed_again() -> None:
     del partial["fgsm 4"]
     model.register_forward_hook(lambda *_: calls.append(1))
     second = adversarial(probe_of(model, images()), **options)
-    assert len(calls) == 3 + 2 * 3  # clean and FGSM's two passes, three batches each
+    # the first batch four times to see that the model repeats itself; clean and FGSM's two passes, three batches each
+    assert len(calls) == 4 + 3 + 2 * 3
     np.testing.assert_array_equal(first.nll, second.nll)
 
 

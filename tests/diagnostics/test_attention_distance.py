@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from vitscope.diagnostics.attention._geometry import geometry
 from vitscope.diagnostics.attention.attention_distance import attention_distance
 from vitscope.diagnostics.attention.plot import attention_distance as draw
 from vitscope.models import alternet, convit, convnet
+from vitscope.models.units import units
 from vitscope.nulls import NullWarning
 
 
@@ -94,6 +96,34 @@ def test_equals_an_explicit_computation_from_the_weights(fused: bool) -> None:
     grid_rows = weights[:, :, 3:]
     np.testing.assert_allclose(result.entropy[1], -(grid_rows * np.log(grid_rows)).sum(-1).mean((0, 2)), rtol=1e-9)
     np.testing.assert_allclose(result.off_map[1], grid_rows[..., :3].sum(-1).mean((0, 2)), rtol=1e-9)
+
+
+class Twice(nn.Module):
+    """Attends twice an image, with the same weights: rows, then columns, as it were."""
+
+    def __init__(self, attention: Any) -> None:
+        super().__init__()
+        self.attention = attention
+        self.fused_attn, self.num_heads, self.qkv = True, attention.num_heads, attention.qkv
+
+    def forward(self, x: torch.Tensor, **_: object) -> torch.Tensor:
+        return self.attention(self.attention(x))
+
+
+def test_a_module_that_attends_twice_an_image_is_left_out() -> None:
+    model: Any = vit()
+    listed = units(model)
+    want = attention_distance(probe_of(model), units=listed)
+    model.blocks[1].attn = Twice(model.blocks[1].attn)
+    listed[2] = dataclasses.replace(listed[2], attention=model.blocks[1].attn)
+    assert listed[2].name == "blocks.1.attn"
+    with pytest.warns(NullWarning, match=r"blocks\.1\.attn \(its module computes attention several times an image"):
+        found = attention_distance(probe_of(model), units=listed)
+    assert found.units == ("blocks.0.attn",)
+    assert found.n_images == want.n_images == 4
+    np.testing.assert_array_equal(found.distance[0], want.distance[0])
+    with pytest.raises(ValueError, match="modules compute attention several times an image"):
+        attention_distance(probe_of(model), units=listed[2:3])
 
 
 def test_windows_measure_inside_the_window_at_the_pitch_of_their_stage() -> None:

@@ -168,6 +168,53 @@ def test_other_images_are_refused() -> None:
         cka(probe_of(6, x=x), other=probe_of(6, x=x[:6]))
 
 
+def pictures(n: int = 6, side: int = 16) -> torch.Tensor:
+    """Return images in [0, 1] that differ in coarse structure, as photographs do."""
+    coarse = torch.rand(n, 3, 4, 4, generator=torch.Generator().manual_seed(3))
+    return torch.nn.functional.interpolate(coarse, size=side, mode="bilinear")
+
+
+def resnet_probe(x: torch.Tensor, **changes: object) -> Probe:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(16, 3))
+    places = [Tap(str(i), "conv", i, float(i), model[i]) for i in (0, 1)]
+    y = torch.zeros(len(x), dtype=torch.long)  # one class: the labels say nothing of the order
+    return Probe(model, [(x, y)], taps=places)
+
+
+def test_two_models_images_are_compared_in_their_order() -> None:
+    x = pictures()
+    with pytest.raises(
+        ValueError, match=r"the same images in the same batches of both probes, received image 0.*image 5"
+    ):
+        cka(resnet_probe(x), other=resnet_probe(x.flip(0)))
+    swapped = x[[0, 1, 3, 2, 4, 5]]
+    with pytest.raises(ValueError, match=r"image 2 of a batch .*most like the other's image 3"):
+        cka(resnet_probe(x), other=resnet_probe(swapped))
+    with pytest.raises(ValueError, match="image 1 of a batch differs"):
+        cka(resnet_probe(x), other=resnet_probe(torch.cat([x[:1], 1 - x[1:]])))
+
+
+def test_each_model_may_have_its_own_preprocessing() -> None:
+    x = pictures()
+    mean, std = torch.tensor([0.485, 0.456, 0.406])[:, None, None], torch.tensor([0.229, 0.224, 0.225])[:, None, None]
+    normalized = (x - mean) / std
+    smaller = torch.nn.functional.interpolate(x, size=12, mode="bilinear", antialias=True)
+    for other, relation in (
+        (x.clone(), "equal"),
+        (normalized, "equal but for each channel's normalization"),
+        ((x - 0.5) / 0.5, "equal but for each channel's normalization"),
+        (smaller, "recognized by thumbnails: other sizes, crops or interpolations"),
+    ):
+        found = cka(resnet_probe(x), other=resnet_probe(other))
+        assert found.card is not None
+        assert found.card.solver["images_of_other"] == relation
+    with pytest.raises(ValueError, match="most like the other's image"):
+        cka(resnet_probe(x), other=resnet_probe(smaller.flip(0)))
+    with pytest.raises(ValueError, match="most like the other's image"):
+        cka(resnet_probe(x), other=resnet_probe(normalized.roll(1, 0)))
+
+
 def test_block_structure_matches_distances() -> None:
     stages = np.array([0, 0, 0, 1, 1, 1])
     distance = np.abs(np.subtract.outer(np.arange(6), np.arange(6)))

@@ -151,13 +151,13 @@ def test_cache_runs_no_block_before_the_lesion() -> None:
         if name.endswith(".mlp.fc1"):
             module.register_forward_hook(lambda *_, name=name: calls.append(name))
     lesion(Probe(model, batches(4, 4)), removals=(), units=own)
-    # a single batch: the whole pass and six lesions, each a full pass
-    assert [calls.count(f"blocks.{i}.mlp.fc1") for i in range(3)] == [7, 7, 7]
+    # a single batch: twice to see that the model repeats itself, then the whole pass and six lesions, each a full pass
+    assert [calls.count(f"blocks.{i}.mlp.fc1") for i in range(3)] == [2 + 7, 2 + 7, 2 + 7]
     calls.clear()
     lesion(Probe(model, batches(8, 4)), removals=(), units=own)
     # each batch: the whole pass, then two lesions in each of three blocks, each followed by what comes after it;
-    # and on the first batch the six full passes with which they are compared
-    assert [calls.count(f"blocks.{i}.mlp.fc1") for i in range(3)] == [2 * (1 + 2) + 6, 2 * (1 + 4) + 6, 2 * (1 + 6) + 6]
+    # and on the first batch two passes of the check and the six full passes with which they are compared
+    assert [calls.count(f"blocks.{i}.mlp.fc1") for i in range(3)] == [2 * (1 + n) + 8 for n in (2, 4, 6)]
 
 
 def test_recalibration_equals_torch_update_bn() -> None:
@@ -197,7 +197,9 @@ def test_finished_batches_are_not_computed_again() -> None:
     own = units.units(model)
     model.register_forward_hook(lambda *_: calls.append(1))
     resumed = lesion(Probe(model, batches()), partial=partial, units=own)
-    assert len(calls) == 1 + 8  # one batch of three: the whole model and 6 branches, 2 stages
+    assert (
+        len(calls) == 2 + 1 + 8
+    )  # two passes of the check; one batch of three: the whole model and 6 branches, 2 stages
     np.testing.assert_array_equal(resumed.nll_change, lesion(Probe(model, batches())).nll_change)
 
 

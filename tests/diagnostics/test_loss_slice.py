@@ -9,6 +9,7 @@ from scipy import stats
 
 import vitscope as vs
 from vitscope.linalg.directions import filter_parameters, normalize, random_direction
+from vitscope.linalg.effective_weights import canonical_names
 
 
 def test_each_line_has_its_known_values():
@@ -17,7 +18,9 @@ def test_each_line_has_its_known_values():
     w = parameters["0.weight"].detach().clone()
     r = vs.loss_slice(probe, span=0.5, n=5, n_directions=3, seed=7)
     for k in range(3):
-        d = normalize(random_direction(parameters, 7, k), parameters, "filter", filters)["0.weight"]
+        d = normalize(random_direction(parameters, 7, k, canonical_names(probe.model)), parameters, "filter", filters)[
+            "0.weight"
+        ]
         np.testing.assert_allclose(r.nll_by_direction[k], [bowl_at(w + a * d) for a in r.x], rtol=1e-13)
         assert r.direction_norms[k] == pytest.approx(float(w.norm()), rel=1e-13)  # every filter's norm is the weights'
 

@@ -13,6 +13,7 @@ from torch import nn
 
 import vitscope as vs
 from vitscope.linalg.directions import filter_parameters, normalize, random_direction
+from vitscope.linalg.effective_weights import canonical_names
 
 
 def test_mean_rise_of_a_bowl_is_half_its_curvature():
@@ -20,7 +21,12 @@ def test_mean_rise_of_a_bowl_is_half_its_curvature():
     parameters, filters = probe.parameters(), filter_parameters(probe.model)
     r = vs.sharpness(probe, radii=(0.1, 0.2), n_pairs=3, n_steps=0, seed=5)
     x = torch.cat([x for x, _ in batches()])
-    d = [normalize(random_direction(parameters, 5, k), parameters, "filter", filters)["0.weight"] for k in range(6)]
+    d = [
+        normalize(random_direction(parameters, 5, k, canonical_names(probe.model)), parameters, "filter", filters)[
+            "0.weight"
+        ]
+        for k in range(6)
+    ]
     curvatures = np.array([float((x @ one.T).square().sum(dim=1).mean()) for one in d]).reshape(3, 2).mean(axis=1)
     for i, radius in enumerate(r.radii):
         # both signs cancel the slope exactly in a quadratic; differences of nearby losses keep about ten digits
@@ -39,8 +45,9 @@ def test_l2_rises_have_their_closed_forms():
         # a filter-normalised direction is as long as the weights, and both signs cancel the product with them
         np.testing.assert_allclose(r.l2_half_sq_rise_by_pair[i], 0.15 * radius**2 * square, rtol=1e-9)
         assert r.scalars()[f"l2_half_sq_rise_r{radius:g}"] == pytest.approx(0.15 * radius**2 * square, rel=1e-9)
-    d = [normalize(random_direction(probe.parameters(), 0, k), probe.parameters(), "filter", ["0.weight"])["0.weight"]
-         for k in (0, 1)]  # fmt: skip
+    names, own = canonical_names(probe.model), probe.parameters()
+    drawn = [random_direction(own, 0, k, names) for k in (0, 1)]
+    d = [normalize(one, own, "filter", ["0.weight"])["0.weight"] for one in drawn]
     lengths = [float((w + sign * 0.1 * one).norm()) for one in d for sign in (-1, 1)]
     assert r.l2_sum_norm_rise_by_pair[0, 0] == pytest.approx(0.3 * (np.mean(lengths) - square**0.5), rel=1e-9)
 

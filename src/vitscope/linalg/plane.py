@@ -118,6 +118,8 @@ def between(
             a, b = ends[name]
             if t in (0.0, 1.0) or not a.is_floating_point():  # lerp would carry one end's NaN to the other
                 tensor.copy_(a if t < 0.5 else b)
+            elif a.layout != torch.strided:
+                tensor.copy_((1 - t) * a + t * b)
             else:
                 tensor.copy_(torch.lerp(a, b, t))
 
@@ -132,6 +134,8 @@ def between(
 
 def _apart(given: Tensor, moving: Tensor, kept: Tensor) -> Tensor:
     """Return ``given`` on the device and in the type of ``kept``, which stands in for it where it is what moves."""
+    if given.layout != torch.strided:  # whose parts may be another tensor's too
+        return given.detach().to(kept).clone()
     if given.device == moving.device and given.data_ptr() == moving.data_ptr() and given.dtype == moving.dtype:
         return kept  # a live state dict: its values would move too
     return given.detach().to(kept)

@@ -28,7 +28,7 @@ from vitscope.linalg.directions import (
 from vitscope.linalg.effective_weights import canonical_names, pruning_masks, refuse_made_weights
 from vitscope.linalg.plane import set_aside
 from vitscope.linalg.principal import difference, principal_directions
-from vitscope.points import chosen
+from vitscope.points import check_movable, chosen
 from vitscope.probe import Probe
 
 
@@ -61,6 +61,7 @@ def plane_axes(probe: Probe, source: Source) -> Axes:
     Raises:
         ValueError: directions that do not fit the model, fewer than two of them, or parallel ones.
     """
+    check_movable(probe)
     labels, differences = checkpoint_differences(probe, source)
     if source.kind == "pca":
         found = [_reaching(d, differences) for d in principal_directions(differences)[0]]

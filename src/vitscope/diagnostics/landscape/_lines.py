@@ -13,7 +13,7 @@ from vitscope.diagnostics.landscape._axes import checkpoint_differences, directi
 from vitscope.diagnostics.landscape._source import Source
 from vitscope.linalg.directions import norm
 from vitscope.linalg.plane import Move, SquaredNorms, squared_norms, walked
-from vitscope.points import Partial, Row, rows, standing
+from vitscope.points import Partial, Row, check_movable, rows, standing
 from vitscope.probe import Probe
 
 LineKey = tuple[int, float]
@@ -36,6 +36,7 @@ def measure_lines(
     Raises:
         ValueError: directions that do not fit the model.
     """
+    check_movable(probe)
     _, differences = checkpoint_differences(probe, source)
     first = direction(probe, source, 0) if source.kind == "gradient" else None
     everything, decay = probe.model, probe.objective.weight_decay

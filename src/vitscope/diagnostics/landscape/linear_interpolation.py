@@ -13,7 +13,18 @@ from vitscope.linalg.directions import norm
 from vitscope.linalg.plane import between, squared_norms
 from vitscope.measure_options import record_options
 from vitscope.models.state_dicts import with_default_keys
-from vitscope.points import BatchNormPolicy, Checkpoints, DtypeName, Partial, Row, as_dtype, chosen, rows, standing
+from vitscope.points import (
+    BatchNormPolicy,
+    Checkpoints,
+    DtypeName,
+    Partial,
+    Row,
+    as_dtype,
+    check_movable,
+    chosen,
+    rows,
+    standing,
+)
 from vitscope.probe import ObjectiveCard, Probe
 
 #: the name under which the probe's own weights are an end
@@ -100,6 +111,7 @@ def linear_interpolation(
     if n < 2 or not t_min < t_max:
         raise ValueError(f"Expected at least 2 points and t_min < t_max, received n={n}, t_min={t_min}, t_max={t_max}.")
     kind = as_dtype(dtype)
+    check_movable(probe)
     (first, a), (last, b) = _ends(probe, checkpoints, start, end)
     t = np.linspace(t_min, t_max, n)
     names = [name for name, _ in probe.model.named_parameters()]

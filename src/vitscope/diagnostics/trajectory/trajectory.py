@@ -14,7 +14,7 @@ from vitscope.linalg.directions import Direction, inner, norm, orthogonalize, ra
 from vitscope.linalg.effective_weights import canonical_names
 from vitscope.linalg.principal import difference, gram, principal_directions
 from vitscope.measure_options import record_options
-from vitscope.points import BatchNormPolicy, Checkpoints, DtypeName, Partial, Row, as_dtype, chosen
+from vitscope.points import BatchNormPolicy, Checkpoints, DtypeName, Partial, Row, as_dtype, check_movable, chosen
 from vitscope.probe import ObjectiveCard, Probe
 
 
@@ -120,6 +120,7 @@ def trajectory(
     if n < 0 or n == 1 or margin < 0:
         raise ValueError(f"Expected n of 0 or at least 2 and a margin of at least 0, received n={n}, margin={margin}.")
     kind = as_dtype(dtype)
+    check_movable(probe)
     parameters = dict(probe.model.named_parameters())
     names, differences = [], []
     for label, state in chosen(checkpoints, labels):
