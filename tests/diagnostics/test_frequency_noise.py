@@ -20,7 +20,8 @@ class Detector(nn.Module):
     def __init__(self, where: np.ndarray, threshold: float = 1e-6) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones((), dtype=torch.float64))
-        self.where, self.threshold = torch.from_numpy(where), threshold
+        self.register_buffer("where", torch.from_numpy(where))
+        self.threshold = threshold
 
     def forward(self, x):
         power = (torch.fft.fft2(x).abs().square() * self.where).sum((1, 2, 3)) / x[0].numel()

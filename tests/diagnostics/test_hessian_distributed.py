@@ -114,7 +114,7 @@ def assert_equal(one: object, other: object, rtol: float, name: str) -> None:
             elif isinstance(left, np.ndarray):
                 np.testing.assert_array_equal(left, right, err_msg=message)
             else:
-                assert left == right, message
+                np.testing.assert_equal(left, right, err_msg=message)  # NaN, for no interval, equals NaN
 
 
 @pytest.mark.parametrize("split", SPLITS)
