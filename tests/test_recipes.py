@@ -1,4 +1,4 @@
-"""The paper's recipes, PAPER.md section 4, to the number, as they are composed."""
+"""The paper's recipes, docs/paper.md section 3, to the number, as they are composed."""
 
 from __future__ import annotations
 

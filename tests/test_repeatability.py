@@ -110,8 +110,8 @@ def test_rounding_alone_is_no_randomness(mlp_batches: list) -> None:
         index = next(order)
         return x + 1e-3 * sum((x[:, i : i + 1] for i in index[1:]), x[:, index[0] : index[0] + 1])
 
-    with vs.Probe(network(Wrapped(reordered_sum)).float(), mlp_batches).guard(second_order=True):
-        pass
+    with vs.Probe(network(Wrapped(reordered_sum)).float(), mlp_batches).guard(second_order=True) as model:
+        assert not model.training  # entered: nothing was refused
 
 
 @pytest.mark.parametrize("second_order", [False, True])

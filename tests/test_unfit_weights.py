@@ -79,8 +79,8 @@ def test_masks_and_large_weights_are_finite() -> None:
     half = network().half()
     with torch.no_grad():
         half[0].weight.fill_(60000.0)
-    with vs.Probe(half, [(torch.zeros(2, 1, 4, 4), torch.tensor([0, 1]))]).guard():
-        pass
+    with vs.Probe(half, [(torch.zeros(2, 1, 4, 4), torch.tensor([0, 1]))]).guard() as model:
+        assert not model.training  # entered: nothing was refused
 
 
 class WithSparse(nn.Module):

@@ -1,6 +1,6 @@
 """Sharpness-aware minimisation (Foret et al. 2021, arXiv 2010.01412) around any optimizer: two passes a step.
 
-The paper under study trained nothing with it; it is an extension (PAPER.md section 6). Neither torch nor timm has one.
+An extension: the paper under study trained nothing with it (docs/definitions.md section 11). Neither torch nor timm has one.
 """
 
 from __future__ import annotations

@@ -101,8 +101,8 @@ def test_white_noise_depends_on_seed_and_batch_alone():
 
 
 def test_official_masks_have_the_energy_that_the_released_code_gives():
-    # rms of one draw each at h = 32, eps 1, measured with the released code (PAPER.md section 7): a draw of a few dozen
-    # bins in three channels spreads by up to 6%
+    # rms of one draw each at h = 32, eps 1, measured with the released code (docs/definitions.md section 6): a draw of a
+    # few dozen bins in three channels spreads by up to 6%
     measured = [0.116, 0.195, 0.136, 0.264, 0.170, 0.331, 0.359, 0.223, 0.411]
     masks = [bands.official_mask(32, 32, (j + 1) / 10, 0.05) for j in range(9)]
     np.testing.assert_allclose([bands.official_rms(mask) for mask in masks], measured, rtol=0.06)

@@ -1,4 +1,4 @@
-"""An independent forward pass over official state dicts, written from the description of the architecture (PAPER.md 3)."""
+"""An independent forward pass over official state dicts, written from the architecture in docs/paper.md section 2."""
 
 from __future__ import annotations
 

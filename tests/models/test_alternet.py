@@ -19,7 +19,7 @@ def count(**options) -> int:
 
 @pytest.mark.parametrize(
     ("options", "n"),
-    [  # PAPER.md section 3
+    [  # docs/paper.md section 2
         ({"depth": 18}, 9_499_063),
         ({"depth": 34}, 22_362_954),
         ({"depth": 50}, 34_062_538),

@@ -15,7 +15,7 @@ def count(build, **options) -> int:
 
 @pytest.mark.parametrize(
     ("build", "options", "n"),
-    [  # PAPER.md section 3
+    [  # docs/paper.md section 2
         (models.convnet, {"depth": 18}, 11_220_132),
         (models.convnet, {"depth": 34}, 21_328_292),
         (models.convnet, {"depth": 50}, 23_705_252),

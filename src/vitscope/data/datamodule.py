@@ -237,7 +237,7 @@ class DataModule(pl.LightningDataModule):
         seed: int | None = None,
         mix: bool | None = None,
     ) -> ProbeBatches:
-        """Return frozen batches for diagnostics (PAPER.md section 7, "Hessian batch").
+        """Return frozen batches for diagnostics (docs/definitions.md section 2, "Batches").
 
         Batch b holds images b * batch_size and following of an order that `seed` decides; each is augmented by
         (seed, index) and the batch is mixed by (seed, b): one lambda, partner = flip. Without augmentation and

@@ -117,7 +117,7 @@ def alternet(
 ) -> AlterNet:
     """AlterNet of depth 18, 34 (basic blocks), 50, 101 or 152 (bottlenecks), as the official code builds it.
 
-    Source: PAPER.md section 3; blocks a stage 2222, 3-4-6-4 or 3-4-23-4; convolution blocks are timm's.
+    Source: docs/paper.md section 2; blocks a stage 2222, 3-4-6-4 or 3-4-23-4; convolution blocks are timm's.
 
     Args:
         depth: 18, 34, 50, 101 or 152.

@@ -63,7 +63,7 @@ def _counted_from_the_end(blocks: Sequence[int], n_msa: int, step: int) -> tuple
 def build_up(depth: int = 50, *, overshoot: bool = False) -> list[tuple[int, int, int, int]]:
     """The paper's build-up path for Figure 12a: attention blocks a stage, from none to AlterNet.
 
-    Rules (PAPER.md section 3): convolutions are replaced by attention alternately from the end of the
+    Rules (docs/paper.md section 2): convolutions are replaced by attention alternately from the end of the
     model until the last stage is full, then at the end of each earlier stage up to the second.
     Depth 50 gives 0000, 0001, 0002, 0012, 0112. Build each with ``alternet(depth, n_msa=...)``.
 

@@ -1,4 +1,4 @@
-"""The paper's claims as data: what each says, and the statistics that test it (PAPER.md section 8)."""
+"""The paper's claims as data: what each says, and the statistics that test it (docs/definitions.md section 10)."""
 
 from __future__ import annotations
 

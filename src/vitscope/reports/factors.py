@@ -1,4 +1,4 @@
-"""Which factor decides which of two models looks flatter: objective, images and training crossed (PAPER.md section 6).
+"""Effects of objective, images and training on which of two models looks flatter (docs/definitions.md section 11).
 
 Eight conditions, {NLL, NLL + L2} x {clean, augmented images} x {trained weak, strong}, and so for either L2 form. In each
 the difference ViT minus ConvNet of a rise or a curvature says who looks flatter; a factor's effect is the mean change of that

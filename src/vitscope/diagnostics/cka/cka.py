@@ -80,7 +80,7 @@ def cka(probe: Probe, other: Probe | None = None, *, n_permutations: int = 1000,
 
     Centred kernel alignment with linear kernels of the flattened maps (all positions and channels, prefix tokens left
     out): ``mean HSIC_1(K, L) / sqrt(mean HSIC_1(K, K) mean HSIC_1(L, L))``, HSIC_1 unbiased, averaged over mini-batches
-    weighted by their images. Source: Nguyen et al. (2021), section 3; PAPER.md section 7.
+    weighted by their images. Source: Nguyen et al. (2021), section 3; docs/definitions.md section 7.
 
     Args:
         probe: model, images and taps; at least four images a batch.

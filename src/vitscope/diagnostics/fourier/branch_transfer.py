@@ -1,7 +1,7 @@
 """What each residual unit does to the spectrum: its branch's output against its branch's normalised input.
 
-The cleaner test of "attention is a low-pass filter" (PAPER.md sections 7 and 8): unlike the relative log amplitude it needs
-no constant part, compares maps of one size only, and is not diluted by the residual stream.
+The cleaner test of "attention is a low-pass filter" (docs/definitions.md sections 5 and 10): unlike the relative log
+amplitude it needs no constant part, compares maps of one size only, and is not diluted by the residual stream.
 """
 
 from __future__ import annotations

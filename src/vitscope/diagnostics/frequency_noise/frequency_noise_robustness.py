@@ -108,7 +108,7 @@ def frequency_noise_robustness(
 ) -> FrequencyNoiseRobustnessResult:
     """Measure how accuracy and loss change when the images carry noise of one frequency band.
 
-    ``equal_rms`` (PAPER.md section 7): the non-constant bins are divided into ``n_bands`` square rings of equal width;
+    ``equal_rms`` (docs/definitions.md section 6): the non-constant bins are divided into ``n_bands`` square rings of equal width;
     white Gaussian noise is cut to a ring and scaled to the same root mean square in each image and band. The same white
     noise serves all bands. ``official``: the paper's released construction, whose rings of width 1/n_bands around 1/n_bands,
     2/n_bands, ... differ in energy and so favour a conclusion (signs of noise times eps, real part, no scaling). Noise is

@@ -74,7 +74,7 @@ def bn_policy(
         ValueError: a model without BatchNorm; and as `hessian_max_eigenvalue_spectrum`.
         NumericalError: a loss that is not finite.
 
-    Source: PAPER.md section 9.
+    Source: docs/definitions.md section 2.
     """
     n_norms = sum(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in probe.model.modules())
     if n_norms == 0:

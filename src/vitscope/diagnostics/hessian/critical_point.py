@@ -151,7 +151,7 @@ def critical_point(
             `hessian_eigenvalues`.
         NumericalError: a loss that is not finite.
 
-    Source: PAPER.md sections 6 and 7: an AdamW solution is not stationary for cross entropy + wd/2 |w|^2.
+    Source: docs/definitions.md sections 1 and 3: an AdamW solution is not stationary for cross entropy + wd/2 |w|^2.
     """
     if n_points < 3:
         raise ValueError(f"Expected n_points to be at least 3, received {n_points}.")

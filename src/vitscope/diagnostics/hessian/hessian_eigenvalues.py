@@ -100,7 +100,7 @@ def hessian_eigenvalues(
             batch on another device.
         NumericalError: a loss that is not finite.
 
-    Source: Park & Kim (ICLR 2022), section 3 and appendix A; PAPER.md sections 2 and 7.
+    Source: Park & Kim (ICLR 2022), section 3 and appendix A; docs/definitions.md section 2.
     """
     with curvatures(
         probe,

@@ -138,7 +138,7 @@ def hessian_max_eigenvalue_spectrum(
             iteration, another operator, batch statistics, or a model that vmap cannot differentiate.
         NumericalError: a loss that is not finite.
 
-    Source: Park & Kim (ICLR 2022), figures 1c, 4, 6, 7, C.4; PAPER.md sections 2 and 7. Deviation: Lanczos with residuals
+    Source: Park & Kim (ICLR 2022), figures 1c, 4, 6, 7, C.4; docs/definitions.md section 2. Deviation: Lanczos with residuals
     in place of power iteration with a tolerance on its change (``solver="power"``).
     """
     solving = {"tol": tol, "solver": solver, "max_products": max_products, "seed": seed}

@@ -100,7 +100,7 @@ def nep_stability(
         ValueError: an empty or non-positive choice; and as `hessian_eigenvalues`.
         NumericalError: a loss that is not finite.
 
-    Source: PAPER.md section 9.
+    Source: docs/definitions.md section 2.
     """
     for name, values in (("ks", ks), ("tols", tols), ("k", [k])):
         if not len(values) or min(values) <= 0:

@@ -95,7 +95,7 @@ def rayleigh_split(
         ValueError: as `hessian_eigenvalues`.
         NumericalError: a loss that is not finite.
 
-    Source: PAPER.md section 9.
+    Source: docs/definitions.md section 2.
     """
     options = {"parameters": parameters, "dtype": dtype, "bn": bn, "micro_batch": micro_batch}
     solving = {"k": k, "n_ends": n_ends, "tol": tol, "max_products": max_products, "seed": seed}

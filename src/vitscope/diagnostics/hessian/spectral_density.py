@@ -126,7 +126,7 @@ def spectral_density(
             `hessian_eigenvalues`.
         NumericalError: a loss that is not finite.
 
-    Source: Ubaru, Chen & Saad (SIAM J. Matrix Anal. Appl. 2017); Ghorbani et al. (ICML 2019); PAPER.md section 6.
+    Source: Ubaru, Chen & Saad (SIAM J. Matrix Anal. Appl. 2017); Ghorbani et al. (ICML 2019); docs/definitions.md section 2.
     """
     for name, value in (("n_vectors", n_vectors), ("n_steps", n_steps), ("n_grid", n_grid)):
         if value < 1:

@@ -118,7 +118,7 @@ def lesion(
 
     ``branch_zero`` lets a residual branch add nothing, shortcut and downsampling kept; ``conv3x3_identity``, the paper's
     for ResNet, replaces the 3x3 convolution of a block by ``x[::s, ::s]``; ``stage`` removes all MSA or all MLP of a
-    stage; ``head`` single heads. Source: Park and Kim (2022), Fig 10b; PAPER.md section 7.
+    stage; ``head`` single heads. Source: Park and Kim (2022), Fig 10b; docs/definitions.md section 7.
 
     Args:
         probe: model and images.
