@@ -56,8 +56,11 @@ HANDLERS = {
     "logging.handlers.RotatingFileHandler", "logging.handlers.TimedRotatingFileHandler",
 }  # fmt: skip
 _STREAMS = {"ext://sys.stdout", "ext://sys.stderr"}
-#: keys of a logging configuration whose text may be interpolated: it is never taken for a class
-_TEXTS = {"filename", "format", "fmt", "datefmt", "level"}
+#: files that a logging configuration may write: logs in the folder where the command runs, or in Hydra's own. Any other name
+#: would let a configuration put a text of its own into a file that a shell reads, or empty one with ``mode: w``
+_LOG_FILE = re.compile(r"(\$\{hydra\.(runtime\.output_dir|run\.dir)\}/)?(\$\{hydra\.job\.name\}|[\w-]+)\.log")
+#: stores of studies that a file may name: a server's could hold pickled objects
+_LOCAL_STORE = re.compile(r"sqlite:///[\w./-]+")
 
 #: keys of a launcher that reach a shell: taken from the command line only, never from a file
 _SHELL = {"additional_parameters", "python", "setup", "srun_args", "slurm_python", "slurm_setup", "slurm_srun_args"}
@@ -86,8 +89,11 @@ def judge(cfg: DictConfig, overrides: Sequence[str] = ()) -> None:
         if hydra.get("output_subdir") is not None:
             why = "Hydra would write the configuration there, secrets included"
             raise ConfigError("hydra.output_subdir", hydra.output_subdir, why, "set hydra.output_subdir=null")
+        if OmegaConf.select(hydra, "job.chdir"):
+            why = "W&B and others read settings from the folder where they run, and run= and paths would mean other folders"
+            raise ConfigError("hydra.job.chdir", True, why, "set hydra.job.chdir=false")
         for place, node in config.targets(_raw(hydra), "hydra"):
-            if place.split(".")[1] not in PLUGINS:
+            if place.partition(".")[2].partition(".")[0] not in PLUGINS:
                 _refuse(f"{place}._target_", node["_target_"], "nothing is created there")
 
 
@@ -145,8 +151,8 @@ def _check_plugins(hydra: DictConfig, group: str, overrides: Sequence[str]) -> N
         _check_plugin(group, place, node["_target_"])
     if group == "launcher":
         _check_launcher(tree, overrides)
-    if group == "sweeper" and isinstance(tree, Mapping) and tree.get("custom_search_space") is not None:
-        _check_trusted("hydra.sweeper.custom_search_space", tree["custom_search_space"], "a function of your own")
+    if group == "sweeper" and isinstance(tree, Mapping):
+        _check_sweeper(tree, overrides)
     if tree != _raw(hydra[group]) or OmegaConf.is_interpolation(hydra, group):
         with flag_override(hydra, ["struct", "readonly"], False):
             hydra[group] = tree
@@ -176,8 +182,24 @@ def _refuse(key: str, target: Any, why: str) -> None:
     raise ConfigError(key, target, why, own)
 
 
+def _check_sweeper(tree: Mapping[str, Any], overrides: Sequence[str]) -> None:
+    if tree.get("custom_search_space") is not None:
+        _check_trusted("hydra.sweeper.custom_search_space", tree["custom_search_space"], "a function of your own")
+    store = tree.get("storage")
+    if store is None or "hydra.sweeper.storage" in _chosen(overrides):
+        return
+    if not (isinstance(store, str) and _LOCAL_STORE.fullmatch(store)):
+        why = "a store whose server could send pickled objects, so that no file may set it"
+        raise ConfigError("hydra.sweeper.storage", None, why, "set it on the command line, or use sqlite:///<file>")
+
+
+def _chosen(overrides: Sequence[str]) -> set[str]:
+    """Return the keys that a command line sets."""
+    return {re.split(r"[=@]", override.lstrip("+~"))[0] for override in overrides}
+
+
 def _check_launcher(tree: Any, overrides: Sequence[str]) -> None:
-    chosen = {re.split(r"[=@]", o.lstrip("+~"))[0] for o in overrides}
+    chosen = _chosen(overrides)
     for key in _SHELL & set(tree) if isinstance(tree, Mapping) else ():
         place = f"hydra.launcher.{key}"
         if tree[key] and not any(name == place or name.startswith(f"{place}.") for name in chosen):
@@ -199,7 +221,10 @@ def _check_logging(hydra: DictConfig, key: str) -> None:
         text = str(value)
         if name in ("class", "()", "factory", "_target_", "queue", "listener") and text not in HANDLERS:
             raise ConfigError(place, value, f"not one of {', '.join(sorted(HANDLERS))}", "choose one, or leave it out")
-        if (text.startswith("ext://") and text not in _STREAMS) or ("${" in text and name not in _TEXTS):
+        if name == "filename":
+            if not _LOG_FILE.fullmatch(text):
+                raise ConfigError(place, value, "not a log in the folder of the command", "name one, such as train.log")
+        elif (text.startswith("ext://") and text not in _STREAMS) or "${" in text:
             raise ConfigError(place, value, "could name any object", "use ext://sys.stdout or ext://sys.stderr")
         if any(part in ("()", ".", "listener", "queue") for part in place.split(".")[2:-1]):
             raise ConfigError(place, value, "builds an object of its own", "leave it out")

@@ -78,6 +78,21 @@ HOSTILE = [
     ({"job_logging": {"handlers": "${y}"}, "y": {"x": {"()": CALLED}}}, "hydra.job_logging.handlers"),
     ({"job_logging": {"handlers": {"x": {"class": "${y}"}}}, "y": CALLED}, "hydra.job_logging.handlers.x.class"),
     ({"hydra_logging": {"version": 1, "filters": {"x": {"()": CALLED}}}}, "hydra.hydra_logging.filters.x.()"),
+    ({"job_logging": {"version": 1, "formatters": {"x": {"format": "touch x"}}, "root": {"handlers": ["x"]}, "handlers": {
+        "x": {"class": "logging.FileHandler", "filename": "/home/user/.profile", "formatter": "x"}}}}, "handlers.x.filename"),
+    ({"job_logging": {"handlers": {"x": {"class": "logging.FileHandler", "filename": "train.py", "mode": "w"}}}}, "x.filename"),
+    ({"job_logging": {"handlers": {"x": {"class": "logging.FileHandler", "filename": "../x.log"}}}}, "x.filename"),
+    ({"job_logging": {"handlers": {"x": {"class": "logging.FileHandler", "filename": "${oc.env:HOME}/x.log"}}}}, "x.filename"),
+    ({"hydra_logging": {"handlers": {"x": {"class": "logging.handlers.RotatingFileHandler", "filename": "${y}"}}},
+      "y": "/etc/x"}, "x.filename"),
+    ({"job_logging": {"handlers": {"x": {"class": "logging.StreamHandler", "level": "${y}"}}}, "y": "ext://a.b"}, "x.level"),
+    ({"job_logging": {"formatters": {"x": {"format": "${y}"}}}, "y": "ext://a.b"}, "formatters.x.format"),
+    ({"job": {"chdir": True}, "run": {"dir": "/tmp/stranger"}}, "hydra.job.chdir"),
+    ({"job": {"chdir": "${y}"}, "y": True}, "hydra.job.chdir"),
+    ({"sweeper": {"storage": "redis://stranger/0"}}, "hydra.sweeper.storage"),
+    ({"sweeper": {"storage": "mysql+pymysql://stranger/db"}}, "hydra.sweeper.storage"),
+    ({"sweeper": {"storage": {"url": "redis://stranger/0"}}}, "hydra.sweeper.storage"),
+    ({"_target_": CALLED}, "hydra._target_"),
     ({"output_subdir": ".hydra"}, "hydra.output_subdir"),
     ({"help": {"x": {"_target_": CALLED}}}, "hydra.help.x._target_"),
 ]  # fmt: skip
@@ -233,6 +248,9 @@ def composed(*overrides: str) -> object:
     ["+hydra.job.env_set.OMP_NUM_THREADS=1", "+hydra.job.env_set.WANDB_MODE=offline"], ["hydra.searchpath=[file://.]"],
     ["hydra/launcher=local"], ["hydra/launcher=slurm", "hydra.launcher.setup=[module load cuda]"], ["hydra/sweeper=bayes"],
     ["hydra/launcher=parallel"], ["hydra.callbacks.jobs=null"],
+    ["hydra/sweeper=bayes", "hydra.sweeper.storage=sqlite:///studies/a.db"],
+    ["hydra/sweeper=bayes", "hydra.sweeper.storage=mysql://host/db"],
+    ["hydra/job_logging=default", "hydra.job_logging.handlers.file.filename=train.log"],
 ])  # fmt: skip
 def test_what_a_user_may_set(given: list[str]) -> None:
     cfg = composed(*given)
