@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from pathlib import Path
 
@@ -19,6 +20,8 @@ SECRET = "hunter2-hunter2"
     "OPENAI_KEY", "MYSQL_PWD", "api-key", "private-key", "api_key", "apiKey", "APIKEY", "openaiKey", "ssh-key", "SSH_KEY", "auth",
     "DB_PASS", "db-password", "PGPASSWORD", "hf_token", "GITHUB_TOKEN", "token", "access-token", "accessToken", "authToken",
     "model.hf_token", "client_secret", "credentials", "aws.secret_access_key", "wandb_api_key", "passphrase", "GH_PAT", "bearer",
+    "hf_tokens", "access_tokens", "OPENAI_KEYS", "db_pw", "Authorization", "SLACK_WEBHOOK_URL", "SENTRY_DSN", "SSHPASS", "PGPASS",
+    "mysqlpwd", "oauth2", "connection_string", "SharedAccessSignature", "cookies", "wandbkey", "hfToken",
     "session_cookie", "ENCRYPTION_KEY", "license.key", "REDIS_AUTH", "X-Auth-Token", "TOKEN_GITHUB", "secret_key",
 ])  # fmt: skip
 def test_names_of_secrets(key: str) -> None:
@@ -28,7 +31,7 @@ def test_names_of_secrets(key: str) -> None:
 @pytest.mark.parametrize("key", [
     "tokens", "tokenizer", "tokens_dim", "class_token", "cls_token", "reg_tokens", "num_token", "token_dim", "token_mixer",
     "author", "PWD", "OLDPWD", "key", "key_dim", "sort_key", "qkv_bias", "keys", "forward_pass", "path", "compass", "passes",
-    "patch_size", "monkey", "label_key", "analysis", "pass", "n_pass",
+    "patch_size", "monkey", "label_key", "analysis", "pass", "n_pass", "hf_tokenizer",
 ])  # fmt: skip
 def test_names_of_this_field_are_none(key: str) -> None:
     assert not secrecy.is_secret(key)
@@ -51,13 +54,48 @@ def test_no_configuration_of_ours_is_changed() -> None:
     {"auth": {"k": SECRET}, "x": [f"--k {SECRET}"]}, {"x": f"{{api_key: {SECRET}}}"}, {"x": f"{{'api_key': '{SECRET}'}}"},
     {"x": f"api_key={SECRET}"}, {"x": json.dumps({"a": {"password": SECRET}})}, {"x": f"https://user:{SECRET}@host"},
     {"x": f"https://{SECRET}@host"}, {SECRET: 1, "api_key": SECRET}, {"api_key": (SECRET, 1)}, {"api_key": {SECRET: 1}},
+    {"mysql": {"pwd": SECRET}}, {"db": {"pass": SECRET}}, {"openai": {"key": SECRET}}, {"x": SECRET.encode(), "api_key": SECRET},
+    {"api_key": SECRET.encode(), "x": SECRET}, {"env": [{"name": "OPENAI_KEY", "value": SECRET}]}, {"x": ["--password", SECRET]},
+    {"x": {"key": "api_key", "value": SECRET}}, {"headers": {"Authorization": f"Bearer {SECRET}"}}, {"x": [["api_key", SECRET]]},
+    {"x": [f"Authorization: Bearer {SECRET}"]}, {"x": f"run --password {SECRET}"}, {"x": f"curl -u user:{SECRET} h"},
+    {"x": f"user:{SECRET}@host"}, {"x": f"https://h/?sig={SECRET}&a=1"}, {"x": f"https://h/?X-Amz-Signature={SECRET}"},
+    {"x": json.dumps(json.dumps({"api_key": SECRET}))}, {"x": f"api_key: |\n  {SECRET}\n  {SECRET}\nb: 1\n"},
+    {"x": f"api_key:\n  - a\n  - {SECRET}\nb: 1"}, {"x": f"api_key => {SECRET}"}, {"x": f"https://user:a/{SECRET}@host"},
+    {"api_key": SECRET, "x": base64.b64encode(SECRET.encode()).decode()}, {"api_key": SECRET, "x": SECRET.encode().hex()},
     {"x": [f"model.api_key={SECRET}", f"+a={{b: {{password: [{SECRET}]}}, c: 1}}"]},
 ], ids=str)  # fmt: skip
 def test_trees(tree: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(secrecy, "_remembered", set())
     text = repr(secrecy.redacted(tree))
-    assert not any(part in text for part in (SECRET, "hunter2", "1234567"))
+    encoded = (base64.b64encode(SECRET.encode()).decode().rstrip("="), SECRET.encode().hex())
+    assert not any(part in text for part in (SECRET, "hunter2", "1234567", *encoded))
     assert secrecy.REDACTED in text
+
+
+@pytest.mark.parametrize("value", [
+    "hf_abcdefghijklmnopqrstuvwxyzABCDEFGH", "sk-proj-abcdefghijklmnopqrstuvwxyz0123456789", "AKIAIOSFODNN7EXAMPLE",
+    "ghp_abcdefghijklmnopqrstuvwxyz0123456789", "glpat-abcdefghijklmnopqrst", "xoxb-1234567890-abcdefgh",
+    "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0NTY3ODkwIn0.dozjgNryP4J3jVmNHl0w5N",
+    "-----BEGIN RSA PRIVATE KEY-----\nMIIEabcdefgh\nzzzz\n-----END RSA PRIVATE KEY-----",
+])  # fmt: skip
+def test_known_forms_under_any_name(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(secrecy, "_remembered", set())
+    assert secrecy.redacted({"x": value, "y": [f"a {value} b"]}) == {"x": "redacted", "y": ["a redacted b"]}
+    assert secrecy.masked(f"failed with {value}") == "failed with redacted"
+
+
+def test_names_of_a_project_are_sent_without_secrets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: dict = {}
+    monkeypatch.setenv("HF_TOKEN", SECRET)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setattr(tracking.wandb, "init", lambda **arguments: sent.update(arguments))
+    every = dict.fromkeys(("project", "group", "name", "entity"), "x-${oc.env:HF_TOKEN}")
+    cfg = OmegaConf.create(
+        {"paths": {"runs": str(tmp_path)}, "seed": 1, "logger": {**every, "tags": ["${oc.env:HF_TOKEN}"]}}
+    )
+    tracking.start(cfg, runs.create(cfg, "train"), "train", lambda line: None)
+    assert sent["project"] == "x-redacted"
+    assert "hunter2" not in repr(sent)
 
 
 def test_what_tells_nothing_stays(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,6 +116,8 @@ def test_what_tells_nothing_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     f"api_key={SECRET}", f"+model.api_key={SECRET} more", f"++a.private-key='{SECRET}'", f"model.auth={{user: {SECRET}}}",
     f"+model.options={{api_key: {SECRET}, x: 1}}", f"+model.options={{'api-key': '{SECRET}'}}", f"+a=[{{token: {SECRET}}}]",
     f'+a={{b: {{password: "{SECRET}, and"}}}}', f"+a={{x: 1, OPENAI_KEY: [{SECRET}, {SECRET}]}}", f"a.url=https://u:{SECRET}@h/p",
+    f"+openai={{key: {SECRET}}}", f"+db={{pwd: {SECRET}}}", f"+e=[{{name: HF_TOKEN, value: {SECRET}}}]",
+    f"+x=[password,{SECRET}]", f"+h='Authorization: Bearer {SECRET}'", f"+h={{Authorization: 'Bearer {SECRET}'}}",
     f"+a={{MYSQL_PWD:{SECRET}}}", f"https://h/?api_key={SECRET}&x=1", f"a@b.api_key={SECRET}",
 ])  # fmt: skip
 def test_arguments(argument: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,6 +127,7 @@ def test_arguments(argument: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("argument", ["model.name=resnet18", "analysis=[cka]", "+x={a: 1, b: [2, 3]}", "optimizer.lr=1e-3",
+                                      "+x={key: 64, layers: [a, b]}", "model.name=vit_base_patch16_224.augreg", "+x=[cls, avg]",
                                       "data.root=/a/b:c", "model.class_token=true",
                                       "callbacks.checkpoint.monitor=val/nll"])  # fmt: skip
 def test_other_arguments_stay(argument: str) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 from urllib.parse import quote
 
@@ -15,10 +16,16 @@ REDACTED = "redacted"
 _SHORTEST = 8
 
 _PARTS = re.compile(
-    r"password|passwd|passphrase|passcode|secret|credential|(api|access|private|auth|signing|encryption|ssh|license)key"
-    r"|(auth|access|bearer|refresh|session|api)token(?!s|iz)"
+    r"password|passwd|passphrase|passcode|secret|credential|authorization|webhook|connectionstring|sharedaccess|amzsignature"
+    r"|(api|access|private|auth|signing|encryption|ssh|license)key|(auth|access|bearer|refresh|session|api)tokens?(?!iz)"
+    r"|(anthropic|aws|comet|github|gitlab|hf|huggingface|kaggle|mlflow|neptune|ngc|openai|slack|wandb)(key|token)s?(?!iz)"
 )
-_WORDS = {"auth", "bearer", "jwt", "cookie", "pat"}
+_WORDS = {
+    "auth", "bearer", "cookie", "cookies", "creds", "csrf", "dsn", "hmac", "jwt", "mysqlpwd", "oauth", "oauth2", "otp", "pat",
+    "pats", "pgpass", "psk", "sessionid", "sshpass", "totp", "xsrf",
+}  # fmt: skip
+#: words that name a secret after another word, or below another key
+_LAST_WORDS = ("key", "pwd", "pass", "pw")
 #: words before `token`, `key`, `pwd` and `pass` in names of this field that hold no secret
 _HARMLESS_BEFORE = {
     "backward", "bos", "cache", "class", "cls", "dist", "distillation", "eos", "forward", "foreign", "full", "global",
@@ -29,11 +36,26 @@ _HARMLESS_AFTER = {
     "count", "dim", "dims", "drop", "dropout", "embed", "grid", "index", "label", "labels", "len", "length", "mix", "mixer",
     "mlp", "norm", "num", "pool", "ratio", "shape", "size", "type",
 }  # fmt: skip
-#: a user and a password, or a token alone, before a host's name
-_IN_ADDRESS = re.compile(r"(?<=://)(?:[^/@\s:'\"]*:[^/@\s'\"]+|[^/@\s:'\"]{8,})(?=@)")
-#: in texts: 'name': value, "name": value, name=value; in values and arguments also name: value
-_QUOTED_OR_EQUAL = re.compile(r"(?:(?P<quote>[\"'])(?P<name>[\w.-]+)(?P=quote)\s*[:=]|(?P<plain>[\w.-]+)=)\s*")
-_ANY_PAIR = re.compile(r"(?P<quote>[\"']?)(?P<name>[A-Za-z_][\w.-]*)(?P=quote)\s*[:=](?P<plain>)\s*")
+#: a user and a password, or a token alone, before a host's name; a signature in a query; what an option of curl names
+_IN_ADDRESS = re.compile(
+    r"(?<=://)(?:[^/@\s:'\"]*:[^@\s'\"]+|[^/@\s:'\"]{8,})(?=@)|(?<![^\s'\"\[{(,=])[\w.+-]+:[^\s:@'\"]{3,}(?=@[A-Za-z])"
+    r"|(?<=[?&]sig=)[^&\s'\"]+|(?<=-u )[\w.+-]+:[^\s'\"]+|(?<=--user )[\w.+-]+:[^\s'\"]+"
+)
+#: secrets that are known by their form: keys and tokens of services, of HTTP headers, private keys
+_BY_FORM = re.compile(
+    r"\b(?:hf_[A-Za-z0-9]{30,}|sk-[A-Za-z0-9]{20,}|sk-(?:ant|proj|svcacct)-[\w-]{20,}|gh[opsur]_[A-Za-z0-9]{36,}"
+    r"|github_pat_\w{22,}|glpat-[\w-]{20,}|xox[abprs]-[\w-]{10,}|AKIA[0-9A-Z]{16}|AIza[\w-]{35}"
+    r"|eyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]*)|(?<=\bBearer )[\w.~+/=-]{8,}|(?<=\bBasic )[\w+/=-]{8,}"
+    r"|-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)",
+    re.DOTALL,
+)
+#: in texts: 'name': value, "name": value (quotes may be escaped), name=value, name => value; in values and arguments also
+#: name: value
+_QUOTED_OR_EQUAL = re.compile(
+    r"(?:(?P<quote>\\*[\"'])(?P<name>[\w.-]+)(?P=quote)\s*(?:[:=]>?)|(?P<plain>[\w.-]+)(?:=|\s+=>))\s*"
+)
+_ANY_PAIR = re.compile(r"(?P<quote>(?:\\*[\"'])?)(?P<name>[A-Za-z_][\w.-]*)(?P=quote)\s*(?:[:=]>?)(?P<plain>)\s*")
+_OPTION = re.compile(r"(?<![\w-])(?P<quote>)--?(?P<name>[A-Za-z][\w-]*)(?P<plain>)\s+(?!-)")
 
 #: values that stood under a secret's key in a configuration or on the command line of this process
 _remembered: set[str] = set()
@@ -49,7 +71,7 @@ def is_secret(key: str) -> bool:
         before, after = words[index - 1] if index else "", words[index + 1] if index + 1 < len(words) else ""
         if word == "token" and before not in _HARMLESS_BEFORE and after not in _HARMLESS_AFTER:
             return True
-        if word in ("key", "pwd", "pass") and not after and before and before not in _HARMLESS_BEFORE:
+        if word in _LAST_WORDS and not after and before and before not in _HARMLESS_BEFORE:
             return True
     return False
 
@@ -74,7 +96,8 @@ def masked(text: str) -> str:
     """
     for secret in _known():
         text = text.replace(secret, REDACTED)
-    return _IN_ADDRESS.sub(REDACTED, _without_pairs(text, _QUOTED_OR_EQUAL))
+    text = _BY_FORM.sub(REDACTED, _IN_ADDRESS.sub(REDACTED, text))
+    return _without_pairs(_without_pairs(text, _QUOTED_OR_EQUAL), _OPTION)
 
 
 def cleaned(text: str) -> str:
@@ -83,24 +106,57 @@ def cleaned(text: str) -> str:
     if equals and re.fullmatch(r"[+~]*[\w./@:-]+", key) and is_secret(key):
         _remember([value.strip("'\"")])
         return f"{key}={REDACTED}"
-    return masked(_without_pairs(text, _ANY_PAIR) if equals or text.lstrip().startswith(("{", "[")) else text)
+    _remember(_in_listed_pairs(value if equals else text))
+    return masked(_without_pairs(_BY_FORM.sub(REDACTED, text), _ANY_PAIR, key if equals else ""))
 
 
-def _clean(value: Any) -> Any:
+def _clean(value: Any, above: str = "") -> Any:
     if isinstance(value, Mapping):
+        named = _named_value(value)
         return {
             (masked(key) if isinstance(key, str) else key): (
-                REDACTED if is_secret(str(key)) and _tells(item) else _clean(item)
+                REDACTED
+                if (key == named or _is_secret_below(above, key, item)) and _tells(item)
+                else _clean(item, str(key))
             )
             for key, item in value.items()
         }
     if isinstance(value, list | tuple):
-        return type(value)([_clean(item) for item in value]) if type(value) in (list, tuple) else [*map(_clean, value)]
+        items = [REDACTED if hidden else _clean(item, above) for item, hidden in zip(value, _follow_names(value))]
+        return tuple(items) if type(value) is tuple else items
     if isinstance(value, str):
         return cleaned(value)
+    if isinstance(value, bytes):
+        text = value.decode("latin-1")
+        return value if masked(text) == text else REDACTED
     if isinstance(value, int | float) and not isinstance(value, bool) and str(value) in _known():
         return REDACTED
     return value
+
+
+def _is_secret_below(above: str, key: Any, item: Any) -> bool:
+    """Tell whether a key's value is a secret, by the key and, for names such as ``key`` or ``pwd``, by the key above it."""
+    name = str(key)
+    if is_secret(name):
+        return True
+    text = isinstance(item, str) and (name.lower() != "key" or len(item) >= _SHORTEST)
+    return text and name.lower() in _LAST_WORDS and is_secret(f"{above}.{name}")
+
+
+def _named_value(node: Mapping[Any, Any]) -> str | None:
+    """Return ``value`` where a mapping says whose value it is: ``{name: OPENAI_KEY, value: ...}``."""
+    names = (node.get(key) for key in ("name", "key", "variable"))
+    return "value" if "value" in node and any(isinstance(name, str) and is_secret(name) for name in names) else None
+
+
+def _follow_names(items: Sequence[Any]) -> list[bool]:
+    """Tell of each item whether the one before it names it: ``[--password, x]``, or a pair ``[password, x]``."""
+    hidden = [False]
+    for name in items[:-1]:
+        option = isinstance(name, str) and re.fullmatch(r"-{1,2}[A-Za-z][\w-]*", name)
+        pair = isinstance(name, str) and len(items) == 2 and re.fullmatch(r"[A-Za-z][\w.-]*", name)
+        hidden.append(bool(option or pair) and is_secret(str(name)))
+    return [flag and _tells(item) for flag, item in zip(hidden, items)]
 
 
 def _tells(value: Any) -> bool:
@@ -110,15 +166,30 @@ def _tells(value: Any) -> bool:
     )
 
 
-def _under_secret_keys(value: Any, secret: bool = False) -> Iterator[str]:
+def _under_secret_keys(value: Any, secret: bool = False, above: str = "") -> Iterator[str]:
     if isinstance(value, Mapping):
+        named = _named_value(value)
         for key, item in value.items():
-            yield from _under_secret_keys(item, secret or is_secret(str(key)))
+            below = secret or key == named or _is_secret_below(above, key, item)
+            yield from _under_secret_keys(item, below, str(key))
     elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _under_secret_keys(item, secret)
+        for item, hidden in zip(value, _follow_names(value)):
+            yield from _under_secret_keys(item, secret or hidden, above)
     elif secret and _tells(value):
-        yield str(value)
+        yield value.decode("latin-1") if isinstance(value, bytes) else str(value)
+
+
+#: pairs of a name and its value inside of a list that is written out: [password, x], {name: HF_TOKEN, value: x}
+_LISTED_PAIR = re.compile(
+    r"\[\s*['\"]?(?P<first>[A-Za-z][\w.-]*)['\"]?\s*,\s*(?P<second>[^\s,\]\[{}]+)\s*\]"
+    r"|\b(?:name|key|variable)['\"]?\s*:\s*['\"]?(?P<name>[\w.-]+)['\"]?\s*,\s*['\"]?value['\"]?\s*:\s*(?P<value>[^\s,\]\[{}]+)"
+)
+
+
+def _in_listed_pairs(text: str) -> Iterator[str]:
+    for match in _LISTED_PAIR.finditer(text):
+        if is_secret(match["first"] or match["name"]):
+            yield (match["second"] or match["value"]).strip("'\"")
 
 
 def _remember(values: Any) -> None:
@@ -143,37 +214,51 @@ def _forms(value: str) -> Iterator[str]:
     yield json.dumps(value, ensure_ascii=False)[1:-1]
     yield repr(repr(value)[1:-1])[1:-1]  # a message inside of a message
     yield quote(value, safe="")
+    yield base64.b64encode(value.encode()).decode().rstrip("=")
+    yield value.encode().hex()
     yield " ".join(value.split())
     if len(lines := value.splitlines()) > 1:
         yield from (line.strip() for line in lines)
 
 
-def _without_pairs(text: str, pattern: re.Pattern[str]) -> str:
-    """Return the text with the value after each secret's name replaced."""
+def _without_pairs(text: str, pattern: re.Pattern[str], above: str = "") -> str:
+    """Return the text with the value after each secret's name replaced; ``above`` is the key that holds the text."""
     pieces, position = [], 0
     for match in pattern.finditer(text):
         name = match["plain"] or match["name"] or ""
-        if match.start() < position or not is_secret(name):
-            continue
         end = _end_of_value(text, match.end())
+        value = text[match.end() : end]
+        if match.start() < position or not _is_secret_below(above or "text", name, value):
+            continue
         if text.startswith(REDACTED, match.end()) or end == match.end():
             continue
-        if text[match.end() : end].lower() in ("none", "null", "true", "false"):
+        if value.lower() in ("none", "null", "true", "false"):
             continue
         pieces += [text[position : match.end()], REDACTED]
         position = end
     return "".join([*pieces, text[position:]])
 
 
+#: the rest of a block of lines in YAML: ``|`` or ``>`` and the lines below it, or items of a list
+_BLOCK = re.compile(r"(?:[|>][+-]?\d*[ \t]*|- [^\n]*)(?:\n(?:[ \t]+[^\n]*|(?=\n)|$|- [^\n]*))*")
+
+
 def _end_of_value(text: str, start: int) -> int:
-    """Return where a value ends that begins at ``start``: at its quote or bracket, else before a separator."""
+    """Return where a value ends that begins at ``start``: at its quote, bracket or block, else before a separator."""
     if start >= len(text):
         return start
+    escaped = re.compile(r"\\+[\"']").match(text, start)
+    if escaped:
+        end = text.find(escaped[0], escaped.end())
+        return len(text) if end < 0 else end + len(escaped[0])
     if text[start] in "\"'":
         end = start + 1
         while end < len(text) and text[end] != text[start]:
             end += 2 if text[end] == "\\" else 1
         return min(end + 1, len(text))
+    block = _BLOCK.match(text, start) if "\n" in text[start:] else None
+    if block:
+        return block.end()
     depth, end = 0, start
     while end < len(text):
         letter = text[end]

@@ -96,7 +96,7 @@ def start(cfg: DictConfig, run: Run, job_type: str, say: Callable[[str], None] =
 
     Offline unless a key is configured or ``WANDB_MODE`` says otherwise. Only rank 0 has one.
     """
-    options = cfg.get("logger") or DictConfig({})
+    options = redacted(cfg).get("logger") or DictConfig({})  # names of projects and tags are sent, too
     if rank() != 0 or not options.get("project"):
         return Mirror()
     run_files.refuse_links(run.path / "wandb")
