@@ -196,3 +196,45 @@ def test_weights_and_batches_on_other_devices_are_one_line() -> None:
 def test_batches_that_are_no_list_of_pairs(batches: Any) -> None:
     with pytest.raises(ValueError, match=r"Expected batches \[\(x, y\), \.\.\.\], received a"):
         vs.Probe(network(), batches)
+
+
+class Cut(nn.Module):
+    """Gives logits that no gradient leads back from."""
+
+    def __init__(self, context: Callable[[], Any] | None) -> None:
+        super().__init__()
+        self.net, self.context = network(), context
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.context is None:
+            return torch.as_tensor(self.net(x).detach().numpy())
+        with self.context():
+            return self.net(x)
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode, None])
+@pytest.mark.parametrize("measure", [MEASURES[2], vs.critical_point, lambda p: vs.hessian_eigenvalues(p, k=1)])
+def test_logits_without_a_gradient_are_one_line(measure: Callable[[vs.Probe], Any], context: Any) -> None:
+    probe = vs.Probe(Cut(context), [(images(), LABELS)], vs.Objective())
+    with pytest.raises(
+        ValueError, match=r"Expected logits that depend on the parameters .* without a gradient"
+    ) as caught:
+        measure(probe)
+    assert "\n" not in str(caught.value)
+
+
+def test_logits_that_are_not_dense_are_one_line() -> None:
+    probe = vs.Probe(Returning(lambda z: z.to_sparse()), [(images(), LABELS)], vs.Objective())
+    for measure in (vs.evaluation, vs.calibration, vs.critical_point):
+        with pytest.raises(ValueError, match=r"Expected .* a dense tensor of logits .* received sparse_coo \(4, 3\)"):
+            measure(probe)
+
+
+@pytest.mark.parametrize("kind", [torch.uint16, torch.uint32, torch.uint64])
+def test_unsigned_class_indices(kind: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model = network()
+    found, expected = (
+        vs.evaluation(vs.Probe(model, [(images(), y)], vs.Objective())) for y in (LABELS.to(kind), LABELS)
+    )
+    assert found.scalars() == pytest.approx(expected.scalars(), nan_ok=True)

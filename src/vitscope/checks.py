@@ -18,7 +18,11 @@ from torch import Tensor, nn
 
 #: the class index that torch's losses leave out
 IGNORED = -100
-_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+_INTEGERS = (
+    torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32, torch.uint64,
+)  # fmt: skip
+#: what torch says where a derivative is asked of an output that no differentiable operation leads to
+_NO_GRADIENT = ("does not require grad", "does not have a grad_fn", "Inference tensors cannot be saved")
 _WRAP = (
     "wrap it in a module that returns the tensor alone, e.g. class Logits(nn.Module) with "
     "forward(self, x): return self.model(x){access}"
@@ -97,6 +101,12 @@ class InputChecks:
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, TypeError, AttributeError, LookupError, AssertionError) as error:
+            if any(words in str(error) for words in _NO_GRADIENT):
+                raise ValueError(
+                    "Expected logits that depend on the parameters by differentiable operations, received an output without a "
+                    "gradient: take detach(), no_grad and inference_mode out of the model's forward, and let its parameters "
+                    "require gradients."
+                ) from error
             if not running or passed:
                 raise
             raise ValueError(_on_failure(running[0], error)) from error
@@ -132,6 +142,11 @@ def check_logits(output: Any, n_images: int | None) -> None:
             f"Expected a model that returns logits (B, K), received {_described(output)}: {_wrapper(output)}."
         )
     shape, fix = tuple(output.shape), ""
+    if output.layout is not torch.strided:
+        kind = str(output.layout).removeprefix("torch.")
+        raise ValueError(
+            f"Expected a model that returns a dense tensor of logits (B, K), received {kind} {shape}: return output.to_dense()."
+        )
     if not output.is_floating_point():
         kind = str(output.dtype).removeprefix("torch.")
         raise ValueError(

@@ -27,6 +27,8 @@ from vitscope.results import host_identity, is_alive, temporary_path
 FILE = "run.lock"
 #: seconds between two heartbeats, and after how many without one another machine's lock is stale
 HEARTBEAT, STALE_AFTER = 10.0, 120.0
+#: bytes that a lock stays below
+_LARGEST = 1 << 16
 
 
 @dataclass
@@ -76,8 +78,8 @@ def release(folder: Path) -> None:
         return
     held.ended.set()
     path = folder.absolute() / FILE
-    with contextlib.suppress(OSError):  # the folder is gone
-        if path.read_text() == held.text:
+    with contextlib.suppress(OSError, StorageError):  # the folder is gone, or something else lies there
+        if run_files.read_text(path, _LARGEST) == held.text:
             path.unlink()
 
 
@@ -102,7 +104,7 @@ def check(folder: Path) -> None:
     if held is None:
         return
     try:
-        text = (folder / FILE).read_text()
+        text = run_files.read_text(folder / FILE, _LARGEST)
     except FileNotFoundError:
         why = "the run folder was deleted or renamed" if not folder.is_dir() else f"{FILE} was deleted"
         raise StorageError("run", folder, f"{why} while it trained", "start a new run") from None
@@ -140,7 +142,7 @@ def _refuse_or_take_over(path: Path, now: float) -> None:
         now: by the clock of the file system, which also dates the heartbeats.
     """
     try:
-        text, age = run_files.read_text(path, 1 << 16), now - path.stat().st_mtime
+        text, age = run_files.read_text(path, _LARGEST), now - path.stat().st_mtime
     except FileNotFoundError:  # given back meanwhile
         return
     facts = _facts(text)
@@ -199,6 +201,6 @@ def _name_of(facts: dict[str, Any]) -> str:
 def _beat(path: Path, held: _Held) -> None:
     """Renew the lock's time until it is given back, or is no longer this process's."""
     while not held.ended.wait(HEARTBEAT):
-        with contextlib.suppress(OSError):
-            if path.read_text() == held.text and not held.ended.is_set():
-                os.utime(path)
+        with contextlib.suppress(OSError, StorageError):
+            if run_files.read_text(path, _LARGEST) == held.text and not held.ended.is_set():
+                os.utime(path, follow_symlinks=False)

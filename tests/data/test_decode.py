@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import struct
 from pathlib import Path
 
@@ -217,3 +218,16 @@ def test_background_and_range_reach_the_batches(tmp_path: Path) -> None:
 def test_options_out_of_range(options: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         Recipe(**options)  # type: ignore[arg-type]
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.png")
+    with pytest.raises(DataError, match=r"a\.png is not a regular file"):
+        read_image(tmp_path / "a.png")
+
+
+def test_signed_bytes_are_refused(tmp_path: Path) -> None:
+    """Pillow reads -1 as 255."""
+    Image.new("L", (2, 2), 200).save(tmp_path / "a.tif", tiffinfo={339: 2})
+    with pytest.raises(DataError, match=r"a\.tif are signed 8-bit integers"):
+        read_image(tmp_path / "a.tif")

@@ -340,3 +340,37 @@ def test_images_in_memory_refuse_a_models_crop():
     with pytest.raises(ConfigError, match=r"data\.transform=model: the images of photos are in memory"):
         data.adapt_to(model)
         data.split("test")
+
+
+@pytest.mark.parametrize(("places", "message"), [
+    (["images/train/cat", "images/val/cat"], r"the splits are in its folder images; set data\.root=.*images"),
+    (["train_images/cat", "val_images/cat"], r"train_images, val_images are named like splits"),
+    (["train2017/cat", "val2017/cat"], r"train2017, val2017 are named like splits"),
+    (["test set/cat", "train set/cat"], r"test set, train set are named like splits"),
+    (["cat/train", "cat/val", "dog/train", "dog/val"], r"cat/ holds folders named like splits \(train, val\), .* mixed"),
+])  # fmt: skip
+@pytest.mark.parametrize("split", ["train", "val", "test"])
+def test_layouts_that_are_no_classes_are_refused(tmp_path, split, places, message):
+    """Images of one split would be mixed with those of another, and the splits would be the classes."""
+    for place in places:
+        (tmp_path / place).mkdir(parents=True)
+        for index in range(3):
+            Image.new("RGB", (4, 4)).save(tmp_path / place / f"{index}.png")
+    with pytest.raises(DataError, match=message):
+        folder.load(split, root=tmp_path)
+
+
+@pytest.mark.parametrize("below", ["", "cat"])
+def test_a_split_that_is_a_link_to_another_is_refused(tmp_path, write_folder, below):
+    write_folder(tmp_path, ("train",))
+    (tmp_path / "val").symlink_to(tmp_path / "train" / below)
+    with pytest.raises(DataError, match=r"the \w+ folder is a link to the \w+ folder or into it"):
+        folder.load("val", root=tmp_path)
+
+
+def test_a_class_named_like_a_split_beside_others_is_a_class(tmp_path, write_folder):
+    for name in ("training shoes", "dog"):
+        (tmp_path / name).mkdir()
+        for index in range(10):
+            Image.new("RGB", (4, 4)).save(tmp_path / name / f"{index}.png")
+    assert folder.load("train", root=tmp_path).class_names == ("dog", "training shoes")

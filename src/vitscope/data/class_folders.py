@@ -6,6 +6,7 @@ Names are compared in Unicode normal form C: an accented name that was written o
 from __future__ import annotations
 
 import os
+import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -22,6 +23,11 @@ SPLIT_NAMES = {
     "test": ("test", "testing", "eval"),
 }
 
+#: Names such as train_images, "test set" or val2017, which tell of a split but are none of its names.
+_LIKE_A_SPLIT = re.compile(
+    r"(.*[\W_])?(train|training|val|valid|validation|dev|test|testing|eval)([\W_\d].*)?", re.IGNORECASE
+)
+
 #: Folders that programs leave behind, besides those whose name starts with a dot.
 _BY_PROGRAMS = {"__macosx", "__pycache__", "lost+found", "@eadir", "$recycle.bin", "system volume information"}
 
@@ -33,7 +39,7 @@ def split_folders(root: Path) -> dict[str, Path]:
     set of vehicles).
 
     Raises:
-        DataError: Two folders for one split, or a root that cannot be read.
+        DataError: Two folders for one split, one folder for two, another layout, or a root that cannot be read.
     """
     folders = subfolders(root, root)
     named = {folder: split for folder in folders for split, names in SPLIT_NAMES.items() if folder.casefold() in names}
@@ -45,12 +51,47 @@ def split_folders(root: Path) -> dict[str, Path]:
             raise DataError(
                 "data.root", root, f"{' and '.join(same)} are both a {split} folder", "rename or merge them"
             )
+    if not named:
+        _refuse_other_layouts(folders, root)
+    _refuse_shared_folders({split: folders[folder] for folder, split in named.items()}, root)
     if named and (unread := [folder for folder in folders if folder not in named]):
         report_once(
             f"data.root={root}: read as the splits {', '.join(sorted(named))}; folders beside them are not read: "
             f"{listed(unread)}"
         )
     return {split: folders[folder] for folder, split in named.items()}
+
+
+def _refuse_other_layouts(folders: Mapping[str, Path], root: Path) -> None:
+    """Refuse folders that are not classes: all named like splits, one that holds the splits, classes split inside."""
+    fix = "name them train/, val/ and test/"
+    if len(folders) > 1 and all(_LIKE_A_SPLIT.fullmatch(name) for name in folders):
+        why = f"its folders {listed(folders)} are named like splits, but are none of the names of one"
+        raise DataError("data.root", root, why, fix)
+    for name, folder in folders.items():
+        below = {split for inner in _names_below(folder) for split, names in SPLIT_NAMES.items() if inner in names}
+        if len(below) > 1 and len(folders) == 1:
+            raise DataError("data.root", root, f"the splits are in its folder {name}", f"set data.root={folder}")
+        if len(below) > 1:
+            why = f"{name}/ holds folders named like splits ({', '.join(sorted(below))}), whose images would be mixed"
+            raise DataError("data.root", root, why, "put images in <root>/train/<class>/ and <root>/val/<class>/")
+
+
+def _names_below(folder: Path) -> list[str]:
+    try:
+        return [entry.name.casefold() for entry in os.scandir(folder) if entry.is_dir()]
+    except OSError:  # said where its images are listed
+        return []
+
+
+def _refuse_shared_folders(splits: Mapping[str, Path], root: Path) -> None:
+    """Refuse a split that is, by a link, the folder of another one or lies in it."""
+    real = {split: folder.resolve() for split, folder in splits.items()}
+    for one, folder in real.items():
+        for other, place in real.items():
+            if one != other and (folder == place or place in folder.parents):
+                why = f"the {one} folder is a link to the {other} folder or into it, so that they share images"
+                raise DataError("data.root", root, why, "give each split images of its own, or remove the link")
 
 
 def class_folders(folder: Path, root: Path, key: str = "data.root") -> dict[str, Path]:

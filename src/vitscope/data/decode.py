@@ -3,13 +3,16 @@
 - Only the formats of `FORMATS` are decoded, whatever the file's extension says.
 - The orientation of EXIF is applied.
 - Transparent pixels show a stated background, not the colors that are stored under them.
-- 16-bit samples are scaled by 1/257 (12-bit TIFF by 255/4095), so that full scale is 255. 32-bit integers and floats have no
-  scale of their own and are refused unless a range is stated.
+- 16-bit gray samples are scaled by 1/257 (12-bit TIFF by 255/4095), so that full scale is 255; of 16-bit colors Pillow keeps the
+  upper byte, which is at most 1 less. 32-bit integers and floats have no scale of their own and are refused unless a range is
+  stated; signed 8-bit samples are refused.
 - The first frame of an animation or of a file with several pages is used, with a notice.
 """
 
 from __future__ import annotations
 
+import os
+import stat
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -30,7 +33,7 @@ EXTENSIONS = (
 )  # fmt: skip
 
 WHITE = (255, 255, 255)
-_BITS_PER_SAMPLE = 258  # tag of TIFF
+_BITS_PER_SAMPLE, _SAMPLE_FORMAT, _SIGNED = 258, 339, 2  # tags of TIFF, and a value of the second
 
 
 def read_image(
@@ -53,7 +56,10 @@ def read_image(
         DataError: A file that is missing, damaged, too large, of another format, or of samples without a range.
     """
     try:
+        if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would be waited for without end
+            raise DataError(key, None, f"{path} is not a regular file", "remove it")
         with Image.open(path, formats=FORMATS) as image:
+            _refuse_signed_bytes(image, path, key)
             _report_frames(image, path)
             full_scale = _full_scale(image)
             image.load()
@@ -69,6 +75,13 @@ def read_image(
             raise descriptors.shortage() from error
         why = f"{path} cannot be read as an image ({' '.join(str(error).split())})"
         raise DataError(key, None, why, f"replace or remove the file; read are {', '.join(FORMATS)}") from error
+
+
+def _refuse_signed_bytes(image: Image.Image, path: str | Path, key: str) -> None:
+    """Refuse TIFF samples that Pillow would read as unsigned: -1 would be white."""
+    signed = _SIGNED in getattr(image, "tag_v2", {}).get(_SAMPLE_FORMAT, ())
+    if signed and image.mode in ("L", "LA", "RGB", "RGBA"):
+        raise DataError(key, None, f"the samples of {path} are signed 8-bit integers", "write it with unsigned samples")
 
 
 def _oriented(image: Image.Image, path: str | Path) -> Image.Image:
