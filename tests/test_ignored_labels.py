@@ -173,3 +173,13 @@ def test_validation_metrics() -> None:
 def test_mixing_takes_no_ignored_label(mixup: float) -> None:
     with pytest.raises(ValueError, match="a label for every image"):
         mix(torch.rand(2, 3, 4, 4), torch.tensor([1, -100]), num_classes=3, mixup=mixup, seed=(0,))
+
+
+@pytest.mark.parametrize("measure", [vs.evaluation, vs.calibration, vs.critical_point, vs.loss_slice])
+def test_batches_without_a_label_are_one_line(measure: Any) -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 3))
+    batches = [(torch.randn(4, 3, 2, 2), torch.full((4,), -100))] * 2
+    with pytest.raises(ValueError, match=r"Expected at least one image with a label.*received") as caught:
+        measure(vs.Probe(model, batches, vs.Objective()))
+    assert "\n" not in str(caught.value)

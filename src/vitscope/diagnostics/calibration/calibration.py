@@ -128,7 +128,8 @@ def calibration(
         seed: has no effect: the intervals take no draws.
 
     Raises:
-        ValueError: an unknown binning, fewer than one bin, a cutoff outside [0, 1) or logits that are not finite.
+        ValueError: an unknown binning, fewer than one bin, a cutoff outside [0, 1), logits that are not finite, or no image
+            with a label.
     """
     if binning not in _bins.BINNINGS:
         raise ValueError(f"Expected binning to be one of {', '.join(_bins.BINNINGS)}, received {binning!r}.")
@@ -213,6 +214,8 @@ def _scores(logits: Tensor, labels: Tensor, numbers: Tensor, rule: Callable[...,
     brier = log_p.mul(2).exp().sum(dim=1) - 2 * nll.neg().exp() + 1
     local = torch.stack([numbers.double(), nll, brier, confidence, (predicted == labels).double()])  # (5, n)
     rows = np.concatenate(distributed.gather_objects(local.cpu().numpy()), axis=1)
+    if rows.shape[1] == 0:
+        raise ValueError("Expected at least one image with a label, received batches in which every label is ignored.")
     # in the order of the batches, not of the ranks: what the bootstrap draws depends on it
     _, nll, brier, sure, right = rows[:, np.argsort(rows[0], kind="stable")]
     sure = np.minimum(sure, 1.0)

@@ -72,7 +72,8 @@ def evaluation(probe: Probe, *, classes: str | Sequence[int | str] = "all") -> E
             ImageNet-R are scored (Hendrycks et al. 2021); or a list of indices or of class names.
 
     Raises:
-        ValueError: an unknown choice or class, or an image of a class that is left out or that the model does not have.
+        ValueError: an unknown choice or class, an image of a class that is left out or that the model does not have, or no
+            image with a label.
     """
     rows, n_logits, chosen = [], 0, torch.empty(0, dtype=torch.long)
     with probe.guard() as model:
@@ -87,6 +88,8 @@ def evaluation(probe: Probe, *, classes: str | Sequence[int | str] = "all") -> E
     shares = distributed.gather_objects((local, n_logits, chosen.cpu().numpy()))
     n_logits, competing = next((n, c) for _, n, c in shares if n)  # a rank may have no batch
     every = np.concatenate([share for share, _, _ in shares])
+    if not len(every):
+        raise ValueError("Expected at least one image with a label, received batches in which every label is ignored.")
     return _result(probe, every[np.argsort(every[:, 0], kind="stable")], competing, n_logits)
 
 
