@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import stat
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -328,6 +329,25 @@ def _expect_card(value: Any, key: str, path: Path) -> None:
         raise StorageError("runs", path, f"card.{key} is a {type(value).__name__}", "measure again")
 
 
+#: metrics of a split, and the highest value of those that are shares or sums of them
+_METRIC = re.compile(r"(train|val|test)/(accuracy|accuracy_top5|brier|ece|loss|nll)")
+_HIGHEST = {"accuracy": 1.0, "accuracy_top5": 1.0, "ece": 1.0, "brier": 2.0}
+
+
+def _expect_metric(key: str, value: Any, path: Path) -> None:
+    """Refuse a metric that is no number, or a share outside of its range: a table would print it as it is."""
+    match = _METRIC.fullmatch(key)
+    if match is None or value is None:
+        return
+    why = None
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        why = f"{key} is a {type(value).__name__}, not a number"
+    elif match[2] in _HIGHEST and not -1e-6 <= value <= _HIGHEST[match[2]] + 1e-6 and math.isfinite(value):
+        why = f"{key} is {value:g}, outside of 0 to {_HIGHEST[match[2]]:g}"
+    if why is not None:
+        raise StorageError("runs", path, why, "delete the run, or restore the file from a copy")
+
+
 def _journal(path: Path) -> tuple[dict[str, float | None], dict[str, tuple[list[float], list[float]]]]:
     """Return each metric's last value (also where it is null), and the curves over epochs."""
     last: dict[str, float | None] = {}
@@ -338,6 +358,7 @@ def _journal(path: Path) -> tuple[dict[str, float | None], dict[str, tuple[list[
     for row in rows:
         at = row.get("step")
         for key, value in row.items():
+            _expect_metric(key, value, path)
             if key in ("step", "epoch", "time", "tag") or not (value is None or isinstance(value, int | float)):
                 continue
             value = value if value is not None and math.isfinite(value) else None
