@@ -162,10 +162,10 @@ def test_local_attention_stays_in_its_kernel(padding: str) -> None:
 
 
 def test_batch_size_does_not_matter_and_intervals_are_over_images() -> None:
-    a, b = (attention_distance(probe_of(vit(), n=6, size=size)) for size in (6, 4))
+    a, b = (attention_distance(probe_of(vit(), n=130, size=size)) for size in (130, 50))
     np.testing.assert_allclose(a.distance, b.distance, rtol=1e-10)
     np.testing.assert_allclose(a.entropy_half_width, b.entropy_half_width, rtol=1e-5)
-    assert a.n_images == b.n_images == 6
+    assert a.n_images == b.n_images == 130
     assert (np.array(a.distance_half_width) > 0).all()
 
 

@@ -62,7 +62,7 @@ def radial_gain(h: int, slope: float) -> np.ndarray:
 @pytest.mark.parametrize("h", [8, 9, 16])
 def test_transfer_of_an_exact_filter_is_the_log_of_its_gain(path: str, h: int):
     gain = radial_gain(h, -0.2)
-    result = measure(Net(Filter(gain), Filter(1 / gain)), ["msa", "mlp"], noise(6, 3, h, h), batches=2, path=path)
+    result = measure(Net(Filter(gain), Filter(1 / gain)), ["msa", "mlp"], noise(128, 3, h, h), batches=2, path=path)
     along = np.round(np.sqrt(2) * np.arange((h + 1) // 2)) if path == "diagonal" else np.arange(h // 2 + 1)
     # eps = 1e-6 beside amplitudes of about h; the smallest of them decide
     np.testing.assert_allclose(result.transfer[0], -0.2 * along, atol=1e-4)
@@ -77,7 +77,7 @@ def test_transfer_of_an_exact_filter_is_the_log_of_its_gain(path: str, h: int):
 
 
 def test_identity_transfers_everything_exactly():
-    result = measure(Net(Filter()), ["conv"], noise(3, 2, 8, 8))
+    result = measure(Net(Filter()), ["conv"], noise(128, 2, 8, 8))
     np.testing.assert_array_equal(result.transfer[0], np.zeros(5))
     assert result.contrast[0] == 0.0
     assert result.contrast_half_width[0] == 0.0
@@ -108,7 +108,7 @@ def test_bootstrap_interval_agrees_with_the_standard_error():
 
 
 def test_trained_minus_initial_is_paired_over_images():
-    x = noise(30, 1, 8, 8)
+    x = noise(130, 1, 8, 8)
     trained = measure(Net(Random()), ["conv"], x, n_resamples=50)
     steady = measure(Net(Filter(radial_gain(8, 0.3))), ["conv"], x, n_resamples=50)
     same = trained.minus(trained)

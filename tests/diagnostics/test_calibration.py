@@ -245,5 +245,6 @@ def test_intervals_hold_both_errors_and_zero_for_a_calibrated_model() -> None:
     perfect = calibration(probe_of(torch.eye(5).repeat(20, 1) * 50, torch.arange(5).repeat(20)))
     assert perfect.intervals["accuracy_upper"] == 1.0
     assert perfect.intervals["accuracy_lower"] == pytest.approx(
-        100 / (100 + 1.959964**2), rel=1e-6
-    )  # Wilson's, not [1, 1]
+        0.025 ** (1 / 100), rel=1e-9
+    )  # the exact one, not [1, 1]
+    assert np.isnan([perfect.intervals[f"{name}_lower"] for name in ("nll", "brier")]).all()  # no wrong answer

@@ -54,17 +54,17 @@ def test_sinusoid_has_half_its_squared_amplitude(size: tuple[int, int]):
 
 
 def test_white_noise_has_unit_variance_and_parseval_holds():
-    x = noise(10, 6, 16, 16)
-    result = vs.feature_map_variance(Chain(same).probe(x[:7], x[7:]))
-    # 60 maps of 256 values: the variance's standard error is sqrt(2 / (60 * 255)) = 0.0114
-    assert result.variance[0] == pytest.approx(1.0, abs=0.04)
+    x = noise(130, 6, 16, 16)
+    result = vs.feature_map_variance(Chain(same).probe(x[:100], x[100:]))
+    # 780 maps of 256 values: the variance's standard error is sqrt(2 / (780 * 255)) = 0.0032
+    assert result.variance[0] == pytest.approx(1.0, abs=0.011)
     power = np.abs(np.fft.fft2(x.numpy())) ** 2
     ac = power.sum((-2, -1)) - power[..., 0, 0]
     assert result.variance[0] == pytest.approx((ac / (256 * 255)).mean(), rel=1e-12)
     per_image = x.numpy().var((-2, -1), ddof=1).mean(1)
-    low, high = stats.t.interval(0.95, 9, per_image.mean(), stats.sem(per_image))
+    low, high = stats.t.interval(0.95, 129, per_image.mean(), stats.sem(per_image))
     assert 2 * result.variance_half_width[0] == pytest.approx(high - low, rel=1e-9)
-    assert result.n_images == 10
+    assert result.n_images == 130
 
 
 @pytest.mark.parametrize("layout", ["channels first", "channels last"])
@@ -80,7 +80,7 @@ def test_single_precision_keeps_its_accuracy_beside_a_large_mean(mean: float, la
 
 def test_log_ratio_of_known_gains_by_kind():
     net = Chain(same, lambda x: 0.5 * x, lambda x: 3 * x + 1, lambda x: 2 * x[..., ::2, ::2], lambda x: 4 * x)
-    probe = net.probe(noise(4, 2, 8, 8), noise(3, 2, 8, 8, seed=1), kinds=["stem", "msa", "mlp", "conv", "mlp"])
+    probe = net.probe(noise(100, 2, 8, 8), noise(30, 2, 8, 8, seed=1), kinds=["stem", "msa", "mlp", "conv", "mlp"])
     result = vs.feature_map_variance(probe)
     np.testing.assert_allclose(result.log_variance_ratio[[1, 2, 4]], 2 * np.log([0.5, 3, 4]), rtol=1e-12)
     assert np.isnan(result.log_variance_ratio[[0, 3]]).all()  # nothing before; another size
@@ -118,9 +118,10 @@ def test_an_image_without_variance_makes_a_ratio_null_and_named():
     assert np.isfinite(result.variance).all()
 
 
-def test_a_single_image_has_no_interval():
-    with pytest.warns(NullWarning, match="the intervals"):
-        result = vs.feature_map_variance(Chain(same).probe(noise(1, 2, 8, 8)))
+@pytest.mark.parametrize("n", [1, 127])
+def test_few_images_have_no_interval(n: int):
+    with pytest.warns(NullWarning, match=r"the intervals \(fewer than 128 images\)"):
+        result = vs.feature_map_variance(Chain(same).probe(noise(n, 2, 8, 8)))
     assert np.isfinite(result.variance[0])
     assert np.isnan(result.variance_half_width[0])
 

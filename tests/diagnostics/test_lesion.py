@@ -71,11 +71,15 @@ def zero(model: nn.Module, *names: str) -> nn.Module:
     return changed
 
 
+#: enough images for intervals of mean losses
+MANY = (132, 50)
+
+
 def assert_changes(result: Any, prefix: str, oracles: Mapping[str, nn.Module], model: nn.Module) -> None:
-    whole, right = losses(model, batches())
+    whole, right = losses(model, batches(*MANY))
     assert getattr(result, f"{prefix}units") == tuple(oracles)
     for i, changed in enumerate(oracles.values()):
-        loss, correct = losses(changed, batches())
+        loss, correct = losses(changed, batches(*MANY))
         # the same sums in another order, float64
         assert getattr(result, f"{prefix}nll_change")[i] == pytest.approx((loss - whole).mean(), abs=1e-10)
         assert getattr(result, f"{prefix}accuracy_change")[i] == pytest.approx((correct - right).mean(), abs=1e-12)
@@ -85,7 +89,7 @@ def assert_changes(result: Any, prefix: str, oracles: Mapping[str, nn.Module], m
 
 def test_transformer_branches_heads_and_stages_equal_zeroed_weights() -> None:
     model = vit()
-    result = lesion(Probe(model, batches()), removals=("branch_zero", "stage", "head", "conv3x3_identity"))
+    result = lesion(Probe(model, batches(*MANY)), removals=("branch_zero", "stage", "head", "conv3x3_identity"))
     attention = {f"blocks.{i}.attn": f"blocks.{i}.attn.proj" for i in range(3)}
     mlp = {f"blocks.{i}.mlp": f"blocks.{i}.mlp.fc2" for i in range(3)}
     last = {name: layer for i in range(3) for half in (attention, mlp) for name, layer in [list(half.items())[i]]}
@@ -108,7 +112,7 @@ def test_transformer_branches_heads_and_stages_equal_zeroed_weights() -> None:
 
 def test_resnet_branches_and_identities_equal_rewritten_weights() -> None:
     model = resnet()
-    result = lesion(Probe(model, batches()))
+    result = lesion(Probe(model, batches(*MANY)))
     assert_changes(result, "", {name: zero(model, f"{name}.bn3") for name in RESNET_UNITS}, model)
     identities: dict[str, nn.Module] = {}
     for name in RESNET_UNITS:
@@ -124,7 +128,7 @@ def test_resnet_branches_and_identities_equal_rewritten_weights() -> None:
 
 def test_a_branch_that_adds_nothing_changes_nothing() -> None:
     model = zero(vit(), "blocks.1.mlp.fc2")
-    result = lesion(Probe(model, batches()))
+    result = lesion(Probe(model, batches(*MANY)))
     index = result.units.index("blocks.1.mlp")
     assert result.nll_change[index] == result.accuracy_change[index] == result.nll_half_width[index] == 0.0
     assert (np.delete(result.nll_change, index) != 0).all()
@@ -179,10 +183,10 @@ def test_recalibration_equals_torch_update_bn() -> None:
 
 def test_batch_size_does_not_matter() -> None:
     model = vit()
-    a, b = (lesion(Probe(model, batches(12, size))) for size in (12, 5))
+    a, b = (lesion(Probe(model, batches(132, size))) for size in (132, 50))
     np.testing.assert_allclose(a.nll_change, b.nll_change, atol=1e-12)
     np.testing.assert_allclose(a.nll_half_width, b.nll_half_width, rtol=1e-8)
-    assert a.n_images == b.n_images == 12
+    assert a.n_images == b.n_images == 132
 
 
 def test_finished_batches_are_not_computed_again() -> None:

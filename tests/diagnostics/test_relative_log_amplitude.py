@@ -134,13 +134,13 @@ def test_shifting_the_maps_changes_nothing(path: str):
 
 
 def test_intervals_are_students_over_images_and_batches_do_not_matter():
-    x = noise(7, 3, 10, 10) + 0.4
-    result = vs.relative_log_amplitude(Taps().probe(x[:4], x[4:6], x[6:]), level=0.9)
+    x = noise(130, 3, 10, 10) + 0.4
+    result = vs.relative_log_amplitude(Taps().probe(x[:100], x[100:120], x[120:]), level=0.9)
     curves = np.stack([notebook(image[None].numpy()) for image in x])
-    low, high = stats.t.interval(0.9, 6, curves.mean(0), np.maximum(stats.sem(curves), 1e-300))
+    low, high = stats.t.interval(0.9, 129, curves.mean(0), np.maximum(stats.sem(curves), 1e-300))
     np.testing.assert_allclose(result.log_amplitude[0], curves.mean(0), atol=1e-9)
     np.testing.assert_allclose(2 * result.log_amplitude_half_width[0], high - low, atol=1e-7)  # sums of squares cancel
-    assert result.n_images == 7
+    assert result.n_images == 130
 
 
 def test_change_across_a_unit_is_paired_and_only_between_equal_sizes():
@@ -150,7 +150,7 @@ def test_change_across_a_unit_is_paired_and_only_between_equal_sizes():
             self.places[2](x[..., ::2, ::2])
             return x.flatten(1)[:, :2]
 
-    x = noise(5, 2, 12, 12) + 1
+    x = noise(128, 2, 12, 12) + 1
     result = vs.relative_log_amplitude(Three(3).probe(x))
     change = result.high_frequency_change
     assert np.isnan(change[[0, 2]]).all()

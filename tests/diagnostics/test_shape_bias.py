@@ -42,13 +42,15 @@ def test_decisions_are_counted_on_conflicting_images_only():
     assert result.scalars()["decided"] == 6 / 7
 
 
-@pytest.mark.parametrize(("shape", "texture_count"), [(3, 5), (0, 8), (8, 0), (1, 7)])
+@pytest.mark.parametrize(("shape", "texture_count"), [(3, 5), (0, 8), (8, 0), (1, 7), (5, 5), (30, 6)])
 @pytest.mark.parametrize("level", [0.95, 0.8])
-def test_interval_is_wilsons(shape: int, texture_count: int, level: float):
+def test_interval_is_wilsons_and_exact_for_few_decisions_either_way(shape: int, texture_count: int, level: float):
     n = shape + texture_count
     answers = [0] * shape + [1] * texture_count
     result = vs.shape_bias(probe_of(answers, [0] * n, texture=torch.ones(n)), level=level)
-    interval = stats.binomtest(shape, n).proportion_ci(level, method="wilson")
+    interval = stats.binomtest(shape, n).proportion_ci(
+        level, method="wilson" if min(shape, texture_count) >= 5 else "exact"
+    )
     assert result.shape_bias_low == pytest.approx(interval.low, abs=1e-12)
     assert result.shape_bias_high == pytest.approx(interval.high, abs=1e-12)
 

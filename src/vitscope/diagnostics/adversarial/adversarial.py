@@ -16,7 +16,7 @@ from vitscope.diagnostics.adversarial._attacks import NORMS, Ball
 from vitscope.diagnostics.adversarial._losses import LOSSES
 from vitscope.diagnostics.adversarial._suite import ATTACKS, SUITE, Images, Settings, attacked
 from vitscope.evaluate import evaluate
-from vitscope.intervals import wilson
+from vitscope.intervals import share_interval
 from vitscope.measure_options import record_options
 from vitscope.objective import Objective, hard_targets, labeled
 from vitscope.pixels import Pixels, pixels_of
@@ -36,7 +36,7 @@ class AdversarialResult:
         epsilons: (n_epsilons,) radii in gray levels, 1/255 of the pixels' range.
         norm: ``linf`` or ``l2``.
         accuracy: (n_attacks, n_epsilons).
-        accuracy_low: (n_attacks, n_epsilons) lower ends of the 95% Wilson intervals over images.
+        accuracy_low: (n_attacks, n_epsilons) lower ends of the 95% intervals over images (`vitscope.intervals.share_interval`).
         accuracy_high: (n_attacks, n_epsilons) upper ends.
         nll: (n_attacks, n_epsilons) nats, of the worst change found; all but FGSM and PGD leave an image alone once its class
             is wrong.
@@ -151,7 +151,7 @@ def adversarial(
     shape = (len(attacks), len(epsilons))
     accuracy, nll, largest, blind = (np.array([float(r[key]) for r in found]).reshape(shape) for key in _KEYS)
     _warn_blind(conditions, blind.reshape(-1))
-    low, high = wilson(accuracy * clean.n_images, clean.n_images)
+    low, high = share_interval(np.rint(accuracy * clean.n_images), clean.n_images)
     ran = tuple(dict.fromkeys(name for a in attacks for name in (SUITE if a == "suite" else (a,))))
     stated = {name: settings.of(name) for name in ran}
     suite = SUITE if "suite" in attacks else ()

@@ -9,7 +9,7 @@ import numpy as np
 
 from vitscope import distributed
 from vitscope.diagnostics.attention._sums import Sums
-from vitscope.intervals import estimates
+from vitscope.intervals import estimates, few_images
 from vitscope.measure_options import record_options
 from vitscope.models.attention_weights import reading_attention
 from vitscope.models.units import Unit, reading_branches
@@ -30,7 +30,7 @@ class AttentionDistanceResult:
         n_heads: (n_units,).
         n_keys: (n_units,) keys of a query, class tokens included.
         distance: one array (n_heads,) a unit: pixels.
-        distance_half_width: likewise.
+        distance_half_width: likewise, half their t-intervals over images; NaN with fewer than 128 images.
         entropy: one array (n_heads,) a unit: nats, at most ln(n_keys).
         entropy_half_width: likewise.
         off_map: one array (n_heads,) a unit: share of attention on keys without a place (class tokens, padding).
@@ -108,6 +108,8 @@ def attention_distance(probe: Probe, *, units: Sequence[Unit] | None = None) -> 
     }
     reasons |= {u.name: "a single token has no distance" for u, i in zip(chosen, read) if not known[i][1] > 0}
     warn_nulls("attention_distance", reasons)
+    n_images = max(estimate.count for estimate in distance)
+    warn_nulls("attention_distance", few_images(n_images))
     return AttentionDistanceResult(
         units=tuple(unit.name for unit in chosen),
         stages=np.array([unit.stage for unit in chosen]),
@@ -120,6 +122,6 @@ def attention_distance(probe: Probe, *, units: Sequence[Unit] | None = None) -> 
         entropy_half_width=tuple(entropy[i].half_width for i in read),
         off_map=tuple(off_map[i].mean for i in read),
         uniform_distance=np.array([known[i][1] for i in read]),
-        n_images=max(estimate.count for estimate in distance),
+        n_images=n_images,
         card=probe.card(),
     )

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from vitscope.intervals import wilson
+from vitscope.intervals import share_interval
 
 BINNINGS = ("equal_width", "official")
 
@@ -50,8 +50,8 @@ def equal_mass(confidence: np.ndarray, correct: np.ndarray, n_bins: int) -> Bins
 
 
 def accuracy_interval(count: np.ndarray, accuracy: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return both ends of the 95 % Wilson interval of each bin's accuracy ``(n,)``."""
-    return wilson(accuracy * count, count)
+    """Return both ends of the 95 % interval of each bin's accuracy ``(n,)``."""
+    return share_interval(np.rint(accuracy * count), count)
 
 
 def official(confidence: np.ndarray, correct: np.ndarray, n_bins: int) -> Bins:

@@ -13,8 +13,9 @@ from vitscope import distributed
 from vitscope.diagnostics.calibration import _bins
 from vitscope.diagnostics.calibration._debiased import DebiasedError, debiased_error, gaps
 from vitscope.diagnostics.calibration._temperature import fit_temperature
-from vitscope.intervals import estimate, wilson
+from vitscope.intervals import estimate, few_images, share_interval, where_enough_wrong
 from vitscope.measure_options import record_options
+from vitscope.nulls import warn_nulls
 from vitscope.objective import hard_targets, labeled
 from vitscope.probe import ObjectiveCard, Probe
 from vitscope.progress import track
@@ -37,10 +38,10 @@ class CalibrationResult:
         confident_accuracy: accuracy among confident predictions (Acc-90 at the default cutoff); None without any.
         confident_frequency: share of confident predictions (Freq-90).
         unconfidence: share of unconfident predictions among wrong ones (Unc-90); None without a wrong one.
-        intervals: ``accuracy_lower``, ``accuracy_upper`` and so on. Of accuracy Wilson's, of nll and brier Student's. That of
-            ``ece`` is for the error without its bias: it holds 0 for 95 of 100 calibrated models, and always holds both ``ece``
-            and ``ece_debiased`` (see ``_debiased.py``). NaN with fewer than two images, for ``ece`` with fewer than 30 images
-            for each bin that has any.
+        intervals: ``accuracy_lower``, ``accuracy_upper`` and so on. Of accuracy that of `vitscope.intervals.share_interval`, of
+            nll and brier Student's, NaN with fewer than 128 images or 10 wrong answers. That of ``ece`` is for the error without
+            its bias: it holds 0 for 95 of 100 calibrated models, and always holds both ``ece`` and ``ece_debiased`` (see
+            ``_debiased.py``). NaN with fewer than 30 images for each bin that has any.
         binning: ``equal_width`` or ``official``.
         bin_edges: (n_bins + 1,) of the equal-width intervals (a, b].
         bin_count: (n_bins,) images in each.
@@ -144,6 +145,7 @@ def calibration(
         temperature = fit_temperature(*_logits(validation, "temperature")[:2])
         scaled, n_validation = _scores(logits / temperature, labels, numbers, rule, n_bins), validation.n_images
     empty = np.empty(0)
+    warn_nulls("calibration", few_images(len(plain.nll)))
     return CalibrationResult(
         accuracy=float(plain.correct.mean()),
         nll=float(plain.nll.mean()),
@@ -229,14 +231,13 @@ def _mean(values: np.ndarray) -> float | None:
 
 def _intervals(scores: _Scores) -> dict[str, float]:
     n = len(scores.nll)
-    low, high = wilson(scores.correct.sum(), n)
+    low, high = share_interval(scores.correct.sum(), n)
     found = {"accuracy_lower": float(low), "accuracy_upper": float(high)}
+    wrong = np.array(n - scores.correct.sum())
     for name in ("nll", "brier"):
         values = getattr(scores, name)
-        mean = estimate(n, values.sum(), np.square(values).sum())
-        found |= {
-            f"{name}_lower": float(mean.mean - mean.half_width),
-            f"{name}_upper": float(mean.mean + mean.half_width),
-        }
+        found_mean = estimate(n, values.sum(), np.square(values).sum())
+        mean, half_width = float(found_mean.mean), float(where_enough_wrong(found_mean.half_width, wrong))
+        found |= {f"{name}_lower": mean - half_width, f"{name}_upper": mean + half_width}
     # never without the plain error, which may be above where many bins hold few images
     return found | {"ece_lower": scores.debiased.low, "ece_upper": max(scores.debiased.high, scores.bins.error)}

@@ -53,7 +53,7 @@ def _curve(
     ece: float,
 ) -> None:
     seen = count > 0
-    # Wilson's interval of a share: bins of few images say little, and the bar shows it, also where all are right
+    # the interval of a share: bins of few images say little, and the bar shows it, also where all are right
     low, high = accuracy_interval(count[seen], accuracy[seen])
     error = np.maximum([accuracy[seen] - low, high - accuracy[seen]], 0.0)
     axes.errorbar(

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.stats import binomtest
 from torch import Tensor
 
 from vitscope import distributed
+from vitscope.intervals import share_interval
 from vitscope.measure_options import record_options
 from vitscope.objective import hard_targets, labeled
 from vitscope.probe import ObjectiveCard, Probe
@@ -29,7 +29,7 @@ class EvaluationResult:
     Attributes:
         accuracy: share of images whose largest logit is the label's.
         accuracy_top5: share of images whose label is among the five largest logits (all, where there are fewer).
-        accuracy_lower: lower end of the 95% Wilson interval of ``accuracy``.
+        accuracy_lower: lower end of the 95% interval of ``accuracy`` over images (`vitscope.intervals.share_interval`).
         accuracy_upper: upper end.
         mean_class_accuracy: mean of ``class_accuracy`` over the classes that have images.
         nll: mean of -log p(label), nats, p being the softmax over the classes that count.
@@ -127,13 +127,6 @@ def _chosen(probe: Probe, classes: str | Sequence[int | str], n_logits: int) -> 
     return sorted(set(wanted))
 
 
-def _wilson(right: np.ndarray) -> tuple[float, float]:
-    if np.isnan(right).any():
-        return np.nan, np.nan
-    interval = binomtest(int(right.sum()), len(right)).proportion_ci(method="wilson")
-    return float(interval.low), float(interval.high)
-
-
 def _seen(probe: Probe) -> list[int]:
     found: set[int] = set()
     for _, y in probe.batches:
@@ -149,7 +142,7 @@ def _result(probe: Probe, rows: np.ndarray, classes: np.ndarray, n_logits: int) 
         by_class = np.bincount(place, right, minlength=len(classes)) / count
     names: Sequence[str] = probe.about.get("class_names") or ()
     accuracy = float(right.mean())
-    lower, upper = _wilson(right)
+    lower, upper = (float(end) for end in share_interval(right.sum(), len(right)))  # NaN where an answer is NaN
     facts: dict[str, Any] = {"solver": {"classes": f"{len(classes)} of {n_logits} logits"}}
     if len(classes) < n_logits:  # another softmax: not to be overlaid with one over all classes
         facts["loss"] = f"cross entropy over {len(classes)} of {n_logits} classes"

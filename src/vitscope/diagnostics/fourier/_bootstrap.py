@@ -8,20 +8,22 @@ from typing import Any
 import numpy as np
 from scipy.special import stdtrit
 
+from vitscope.intervals import LEAST_IMAGES
+
 
 def half_width_over_images(replicates: np.ndarray, n_images: int, level: float) -> np.ndarray:
     """Return half the t-interval over images of the mean of each column of ``replicates (n_resamples, ...)``.
 
     Its standard error is the standard deviation of the finite replicates. The share of the replicates themselves, a percentile
-    interval, is too narrow for few images: of 95 % intervals over 8 or 16 images 90 % hold the truth. NaN for fewer than two
-    images or two finite replicates.
+    interval, is too narrow for few images: of 95 % intervals over 8 or 16 images 90 % hold the truth. NaN for fewer than
+    `vitscope.intervals.LEAST_IMAGES` images, where skewed ones would not be covered, or two finite replicates.
     """
     good = np.isfinite(replicates)
     count = good.sum(axis=0)
     mean = np.where(good, replicates, 0.0).sum(axis=0) / np.maximum(count, 1)
     squares = np.square(np.where(good, replicates - mean, 0.0)).sum(axis=0)
     error = np.sqrt(np.where(count > 1, squares, np.nan) / np.maximum(count - 1, 1))
-    return error * (stdtrit(n_images - 1, 0.5 + level / 2) if n_images > 1 else np.nan)
+    return error * (stdtrit(n_images - 1, 0.5 + level / 2) if n_images >= LEAST_IMAGES else np.nan)
 
 
 def by_kind(
@@ -38,7 +40,7 @@ def by_kind(
         replicates: (n_resamples, n_units) with images resampled.
         kinds: (n_units) of the units.
         level: coverage.
-        n_images: that were resampled; of a single one there is no interval.
+        n_images: that were resampled; of fewer than `vitscope.intervals.LEAST_IMAGES` there is no interval.
     """
     names, rows = [], []
     for kind in dict.fromkeys(kinds):

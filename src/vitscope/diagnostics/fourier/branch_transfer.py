@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from vitscope.diagnostics.fourier._bootstrap import by_kind, half_width_over_images
 from vitscope.diagnostics.fourier._spectrum import EPS, frequencies, spectrum, varies
 from vitscope.distributed import gather_objects, world_size
-from vitscope.intervals import RunningMean, check_level, estimates
+from vitscope.intervals import RunningMean, check_level, estimates, few_images
 from vitscope.measure_options import record_options
 from vitscope.models.units import Unit, reading_branches
 from vitscope.models.units import units as units_of
@@ -42,7 +42,7 @@ class BranchTransferResult:
         transfer: mean over images of log|F(branch output)| - log|F(normalised branch input)|, each averaged over channels.
         contrast: (n_units,) mean transfer in the highest third of the non-constant bins minus that in the lowest third;
             negative: a low-pass filter.
-        contrast_half_width: (n_units,) half its t-interval over images.
+        contrast_half_width: (n_units,) half its t-interval over images; NaN with fewer than 128, as the intervals by kind.
         contrast_own: (n_units,) the model's own contrast, before anything was subtracted.
         contrast_initial: (n_units,) the initial model's; NaN without one.
         replicates: (n_resamples, n_units) the contrast with images resampled, the same images for every unit.
@@ -180,8 +180,8 @@ def _measured(
         for i, (unit, curve) in enumerate(zip(units, curves))
         if i in shape and not np.isfinite(contrast[i])
     }
-    single = {"the intervals": "a single image"} if contrasts.count == 1 else {}
-    warn_nulls("branch_transfer", named | single)
+    warn_nulls("branch_transfer", named)
+    warn_nulls("branch_transfer", few_images(contrasts.count))
     kinds = tuple(unit.kind for unit in units)
     return BranchTransferResult(
         units=tuple(unit.name for unit in units),

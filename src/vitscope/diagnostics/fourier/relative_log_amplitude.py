@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vitscope.diagnostics.fourier._spectrum import EPS, Spectrum, frequencies, spectrum, varies
 from vitscope.distributed import gather_objects
-from vitscope.intervals import Estimate, RunningMean, check_level, estimates
+from vitscope.intervals import Estimate, RunningMean, check_level, estimates, few_images
 from vitscope.measure_options import record_options
 from vitscope.nulls import warn_nulls
 from vitscope.onepass import through
@@ -33,7 +33,7 @@ class RelativeLogAmplitudeResult:
         normalized_frequency: true frequency of each bin.
         paper_frequency: the official notebook's axis, which labels the last bin 1 whatever it is.
         log_amplitude: the paper's curve: mean over images and channels of log(|F| + eps), minus its first bin.
-        log_amplitude_half_width: half its t-interval over images.
+        log_amplitude_half_width: half its t-interval over images; NaN with fewer than 128, as the half widths that follow.
         log_amplitude_size_corrected: the curve plus ln(sqrt(h w)) at frequencies above 0: the constant part grows with
             the map's area, white noise with the root of it, so only this may be compared between map sizes.
         log_amplitude_first_ac: the mean log amplitude minus that of the first non-constant bin (NaN at frequency 0).
@@ -175,7 +175,8 @@ def _result(
     reasons = [_null_reason(i, sizes, curves[i], varying) for i in range(n)]
     named = {tap.name: reason for tap, reason in zip(taps, reasons) if reason}
     n_images = max(curve.count for curve in curves)
-    warn_nulls("relative_log_amplitude", named | ({"the intervals": "a single image"} if n_images == 1 else {}))
+    warn_nulls("relative_log_amplitude", named)
+    warn_nulls("relative_log_amplitude", few_images(n_images))
     shapes = [sizes.get(i, (0, 0)) for i in range(n)]
     frequency = [frequencies(size, path) if size[0] else np.empty(0) for size in shapes]
     null = np.array([bool(reason) for reason in reasons])

@@ -19,7 +19,7 @@ from vitscope.diagnostics.frequency_noise._bands import (
 )
 from vitscope.diagnostics.frequency_noise._perturbed import Means, Partial, perturbed
 from vitscope.diagnostics.frequency_noise._scale import pixel_std
-from vitscope.intervals import Estimate, check_level
+from vitscope.intervals import LEAST_EVENTS, check_level, few_images, where_enough_wrong
 from vitscope.measure_options import record_options
 from vitscope.nulls import warn_nulls
 from vitscope.probe import ObjectiveCard, Probe
@@ -42,11 +42,12 @@ class FrequencyNoiseRobustnessResult:
         accuracy_change: (n_bands,) noisy minus clean accuracy.
         accuracy_change_half_width: (n_bands,) of its interval; NaN where fewer than 10 answers change.
         nll_change: (n_bands,) noisy minus clean loss, nats.
-        nll_change_half_width: (n_bands,) of its interval.
+        nll_change_half_width: (n_bands,) of its interval; NaN with fewer than 128 images, or where fewer than 10 are answered
+            wrong before or after.
         relative_change: (n_bands,) ``accuracy_change`` divided by clean minus chance accuracy; NaN where that is not
             positive.
         high_minus_low: ``accuracy_change`` averaged over the highest third of the bands minus over the lowest third.
-        high_minus_low_half_width: of its interval; NaN where no answer changes.
+        high_minus_low_half_width: of its interval; NaN with fewer than 128 images, or where it differs from 0 for fewer than 10.
         rms: the noise's scale: its rms (``equal_rms``), or the official eps.
         curve_rms: (n_rms,) all scales that were measured, ascending.
         curve_accuracy_change: (n_rms, n_bands) at each of them.
@@ -152,7 +153,7 @@ def frequency_noise_robustness(
         scale, band = scales[v // len(used)], int(used[v % len(used)])
         return images + scale * bands.noise(white[batch], band) / deviation.to(images)
 
-    means = Means("clean_nll", "nll", "contrast", answers=("clean_accuracy", "accuracy"))
+    means = Means("clean_nll", "nll", "contrast", answers=("clean_accuracy", "accuracy", "wrong", "contrasted"))
     for losses, correct, n_classes in perturbed(probe, names, change, "band noise", partial):
         difference = (correct[1:] - correct[0]).reshape(len(scales), len(used), -1)
         at = scales.index(float(rms))
@@ -163,6 +164,8 @@ def frequency_noise_robustness(
         means.n_classes = n_classes
         means.add(clean_nll=losses[0], clean_accuracy=correct[0], nll=nll.T, contrast=contrast)
         means.add(accuracy=np.moveaxis(difference, -1, 0))  # (B, n_rms, n_used)
+        after = correct[1:].reshape(difference.shape)[at]  # (n_used, B)
+        means.add(wrong=1 - (after * correct[0]).T, contrasted=np.where(np.isnan(contrast), np.nan, contrast != 0))
     solver = {"construction": construction, "n_bands": n_bands, "rms": rms, "std": deviation.flatten().tolist()}
     card = probe.card(solver={**solver, "seed": seed})
     return _result(means, bands, used, scales, float(rms), level, card)
@@ -216,7 +219,9 @@ def _result(
 
     clean, chance = float(found["clean_accuracy"].mean), 1 / max(means.n_classes, 1)
     change = spread(found["accuracy"].mean)
-    _warn(bands, change[at], clean, chance, found["contrast"])
+    contrasted = np.rint(found["contrasted"].mean * found["contrasted"].count)  # NaN where there is no contrast
+    _warn(bands, change[at], clean, chance)
+    warn_nulls("frequency_noise_robustness", few_images(found["nll"].count))
     return FrequencyNoiseRobustnessResult(
         normalized_frequency=bands.centres,
         band_edges=bands.edges,
@@ -225,10 +230,12 @@ def _result(
         accuracy_change=change[at],
         accuracy_change_half_width=spread(found["accuracy"].half_width)[at],
         nll_change=spread(found["nll"].mean),
-        nll_change_half_width=spread(found["nll"].half_width),
+        nll_change_half_width=spread(
+            where_enough_wrong(found["nll"].half_width, found["wrong"].mean * found["wrong"].count)
+        ),
         relative_change=change[at] / (clean - chance) if clean > chance else np.full(n, np.nan),
         high_minus_low=float(found["contrast"].mean),
-        high_minus_low_half_width=float(found["contrast"].half_width) or float("nan"),  # no spread is no interval
+        high_minus_low_half_width=float(found["contrast"].half_width) if contrasted >= LEAST_EVENTS else float("nan"),
         rms=rms,
         curve_rms=np.array(scales),
         curve_accuracy_change=change,
@@ -242,7 +249,7 @@ def _result(
     )
 
 
-def _warn(bands: _Bands, change: np.ndarray, clean: float, chance: float, contrast: Estimate) -> None:
+def _warn(bands: _Bands, change: np.ndarray, clean: float, chance: float) -> None:
     reasons = {}
     for centre, size, value in zip(bands.centres, bands.sizes, change):
         if size == 0:
@@ -251,6 +258,4 @@ def _warn(bands: _Bands, change: np.ndarray, clean: float, chance: float, contra
             reasons[f"the band at {centre:.3g} pi"] = "logits are not finite"
     if not clean > chance:
         reasons["relative_change"] = f"clean accuracy {clean:.3g} is not above chance {chance:.3g}"
-    if contrast.count == 1:
-        reasons["the intervals"] = "a single image"
     warn_nulls("frequency_noise_robustness", reasons)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from vitscope.distributed import all_reduce_sum, world_size
-from vitscope.intervals import check_level, wilson
+from vitscope.intervals import check_level, share_interval
 from vitscope.measure_options import record_options
 from vitscope.nulls import warn_nulls
 from vitscope.objective import hard_targets, labeled
@@ -23,7 +23,7 @@ class ShapeBiasResult:
 
     Attributes:
         shape_bias: shape decisions divided by shape and texture decisions; 1 is pure shape. NaN without any.
-        shape_bias_low: lower end of its Wilson interval.
+        shape_bias_low: lower end of its interval (`vitscope.intervals.share_interval`).
         shape_bias_high: upper end.
         shape_decisions: number of images answered with their shape's class.
         texture_decisions: number answered with their texture's class.
@@ -65,7 +65,7 @@ def shape_bias(probe: Probe, *, texture: Sequence[int] | None = None, level: flo
     Args:
         probe: model and images; targets are the shapes' classes (``data=shapes``, split ``cue_conflict``).
         texture: (n_images,) class of each image's texture in the order of the batches; ``probe.about["texture"]`` by default.
-        level: coverage of the interval, which is Wilson's for a share of independent decisions.
+        level: coverage of the interval, which is that of a share of independent decisions.
 
     Raises:
         ValueError: textures that are missing or not one an image, no conflicting image, or a level outside (0, 1).
@@ -89,7 +89,7 @@ def shape_bias(probe: Probe, *, texture: Sequence[int] | None = None, level: flo
         reasons["shape_bias"] = "no image was answered with its shape or its texture"
     warn_nulls("shape_bias", reasons)
     decided = counts[:, 0] + counts[:, 1]
-    low, high = map(float, wilson(shape, shape + texture_count, level))
+    low, high = map(float, share_interval(shape, shape + texture_count, level))
     return ShapeBiasResult(
         shape_bias=shape / (shape + texture_count) if shape + texture_count else float("nan"),
         shape_bias_low=low,

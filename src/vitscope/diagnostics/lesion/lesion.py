@@ -11,7 +11,7 @@ import torch
 
 from vitscope.diagnostics.lesion._lesions import Lesion, lesions
 from vitscope.diagnostics.lesion._passes import Partial, batch_by_batch, lesion_by_lesion
-from vitscope.intervals import Estimate, RunningMean, estimates
+from vitscope.intervals import Estimate, RunningMean, estimates, few_images, where_enough_wrong
 from vitscope.measure_options import record_options
 from vitscope.models.units import Unit
 from vitscope.models.units import units as units_of
@@ -38,7 +38,7 @@ class LesionResult:
         accuracy_change: (n_units,) in [-1, 1].
         accuracy_half_width: (n_units,); NaN where fewer than 10 answers change.
         nll_change: (n_units,) nats.
-        nll_half_width: (n_units,).
+        nll_half_width: (n_units,); NaN with fewer than 128 images, or where fewer than 10 are answered wrong before or after.
         identity_units: names of the units whose 3x3 convolution became an identity (``conv3x3_identity``).
         identity_accuracy_change: one for each of them; the three that follow likewise.
         identity_accuracy_half_width: see above.
@@ -138,10 +138,8 @@ def lesion(
         raise ValueError(f"Expected bn to be one of {', '.join(BN_POLICIES)}, received {bn!r}.")
     units = list(units) if units is not None else units_of(probe.model, probe.first_images())
     chosen = lesions(units, ("branch_zero", *(r for r in removals if r != "branch_zero")))
-    losses, correct = (
-        RunningMean(),
-        RunningMean(answers=True),
-    )  # of each image: the whole model's value, then each change
+    # of each image: the whole model's value, then each change; and whether the answer before or after it is wrong
+    losses, correct, wrong = RunningMean(), RunningMean(answers=True), RunningMean(answers=True)
     with probe.guard() as model:
         if bn == "recalibrate":
             rows = lesion_by_lesion(probe, model, chosen)
@@ -151,7 +149,12 @@ def lesion(
             for total, values in zip((losses, correct), pair):  # (1 + n_lesions, B)
                 values = torch.from_numpy(values.astype(np.float64))
                 total.add(torch.cat([values[:1], values[1:] - values[:1]]).T)
-    nll, accuracy = estimates([losses, correct])
+            right = torch.from_numpy(pair[1].astype(np.float64))
+            wrong.add(1 - (right * right[:1]).T)
+    nll, accuracy, either_wrong = estimates([losses, correct, wrong])
+    half_width = where_enough_wrong(nll.half_width, either_wrong.mean * nll.count)
+    nll = Estimate(nll.mean, half_width, nll.count)
+    warn_nulls("lesion", few_images(nll.count))
     shown = [c.first for c in chosen if c.removal == "branch_zero"]
     return LesionResult(
         **_fields(chosen, nll, accuracy),

@@ -50,7 +50,7 @@ def _bars(ax: Axes, result: LesionResult, value: str) -> None:
     factor = VALUES[value][0]
     x = np.arange(len(result.units))
     change, half = (factor * getattr(result, f"{value}_{field}") for field in ("change", "half_width"))
-    half = np.nan_to_num(half)  # a single image has no interval
+    half = np.nan_to_num(half)  # where there is no interval there is no bar
     ax.bar(x, change, yerr=half, color=[COLORS[kind] for kind in result.kinds], width=0.8, error_kw={"linewidth": 0.7})
     ax.axhline(0, color="black", linewidth=0.6)
     for end in np.flatnonzero(np.diff(result.stages)):

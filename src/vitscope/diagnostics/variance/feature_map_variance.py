@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vitscope.distributed import gather_objects
-from vitscope.intervals import Estimate, RunningMean, check_level, estimates
+from vitscope.intervals import Estimate, RunningMean, check_level, estimates, few_images
 from vitscope.measure_options import record_options
 from vitscope.nulls import warn_nulls
 from vitscope.onepass import through
@@ -34,10 +34,10 @@ class FeatureMapVarianceResult:
         depths: (n_taps,) normalised depth in [0, 1].
         map_sizes: (n_taps, 2) height and width.
         variance: (n_taps,) the paper's: unbiased variance over positions, mean over images and channels.
-        variance_half_width: (n_taps,) half its t-interval over images.
+        variance_half_width: (n_taps,) half its t-interval over images; NaN with fewer than 128.
         log_variance_ratio: (n_taps,) log(variance after / before a unit), mean over images, in nats: what claims use, as
             raw values follow the stream's scale. NaN unless the tap before has maps of the same shape (C, h, w).
-        log_variance_ratio_half_width: (n_taps,) half its t-interval over images.
+        log_variance_ratio_half_width: (n_taps,) half its t-interval over images; NaN with fewer than 128.
         level: coverage of the intervals.
         n_images: number of images.
         card: under which conditions this was measured.
@@ -159,7 +159,8 @@ def _result(taps: Sequence[Any], sums: _Sums, level: float, card: ObjectiveCard)
     named |= {
         f"the ratio at {taps[int(i)].name}": "an image without variance there or before" for i in np.flatnonzero(flat)
     }
-    warn_nulls("feature_map_variance", named | ({"the intervals": "a single image"} if n_images == 1 else {}))
+    warn_nulls("feature_map_variance", named)
+    warn_nulls("feature_map_variance", few_images(n_images))
     either |= flat
     return FeatureMapVarianceResult(
         taps=tuple(tap.name for tap in taps),
