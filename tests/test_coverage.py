@@ -24,7 +24,16 @@ from vitscope.diagnostics.hessian import _pooled
 from vitscope.diagnostics.hessian.hessian_trace import LEAST_VECTORS, HessianTraceResult
 from vitscope.diagnostics.hessian.spectral_density import half_width, positive_interval
 from vitscope.diagnostics.landscape._lines import t_half_width
-from vitscope.intervals import LEAST_EVENTS, RunningMean, estimate, estimates, exact_ends, wilson
+from vitscope.intervals import (
+    LEAST_EVENTS,
+    LEAST_IMAGES,
+    RunningMean,
+    estimate,
+    estimates,
+    exact_ends,
+    share_interval,
+    where_enough_wrong,
+)
 from vitscope.reports.factors import QUANTITIES, _Reader
 from vitscope.reports.inference import t_interval
 
@@ -40,9 +49,11 @@ def held(covered: np.ndarray, lowest: float = 0.92, highest: float = 0.98) -> No
 # ---- negative eigenvalue proportion and average positive eigenvalue, over mini-batches
 
 
-def spectra(rng: np.random.Generator, n_batches: int, share: float, alike: float, k: int = 5) -> np.ndarray:
+def spectra(
+    rng: np.random.Generator, n_batches: int, share: float, alike: float, k: int = 5, spread: float = 0.4
+) -> np.ndarray:
     """Return top-k eigenvalues ``(n_batches, k)``: falling, scaled by batch, negative with a batch's own probability."""
-    scale = rng.lognormal(0, 0.4, (n_batches, 1))
+    scale = rng.lognormal(0, spread, (n_batches, 1))
     sizes = scale * 100 * np.exp(-0.35 * np.arange(k)) * rng.lognormal(0, 0.2, (n_batches, k))
     a, b = (p * (1 - alike) / alike for p in (share, 1 - share)) if alike else (1.0, 1.0)
     own = rng.beta(a, b, (n_batches, 1)) if alike else np.full((n_batches, 1), share)
@@ -86,6 +97,28 @@ def test_nep_and_ape_cover(n_batches: int, share: float, alike: float) -> None:
     held(ape)
     if len(nep):
         held(nep, highest=1.0)
+
+
+def covered_by_ape(n: int, n_batches: int, spread: float, share: float = 0.1) -> np.ndarray:
+    rng = np.random.default_rng(18)
+    many = spectra(rng, 400_000, share, 0.0, spread=spread)
+    zero = np.zeros((n_batches, 5))
+    ends = np.array(
+        [_pooled.average_interval(spectra(rng, n_batches, share, 0.0, spread=spread), zero) for _ in range(n)]
+    )
+    truth = many[many > 0].mean()
+    return (ends[:, 0] <= truth) & (truth <= ends[:, 1])
+
+
+def test_ape_covers_where_batches_differ_much() -> None:
+    held(covered_by_ape(SLOW, 16, 1.2))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("spread", [0.2, 0.6, 0.8, 1.0])
+@pytest.mark.parametrize("n_batches", [4, 8, 16, 64])
+def test_ape_covers_at_any_spread_of_batches(n_batches: int, spread: float) -> None:
+    held(covered_by_ape(SLOW, n_batches, spread))
 
 
 def covered_by_nep(n: int, n_batches: int, share: float, alike: float) -> np.ndarray:
@@ -203,25 +236,26 @@ def test_shares_of_answers_cover_where_they_have_an_interval(share: float, image
     rng = np.random.default_rng(0)
     right = (rng.random((4000, images)) < share).astype(float)
     held(covered_by_estimates(right, share, answers=True))
-    low, high = wilson(right.sum(1), images)
-    held((low <= share) & (share <= high), lowest=0.91)
+    low, high = share_interval(right.sum(1), images)
+    held((low <= share) & (share <= high))
     assert ((low <= right.mean(1)) & (right.mean(1) <= high)).all()
 
 
-@pytest.mark.parametrize("images", [5, 20, 200, 1000])
-def test_wilson_and_exact_ends_cover_any_share(images: int) -> None:
+@pytest.mark.parametrize("images", [1, 5, 10, 20, 50, 200, 1000])
+def test_intervals_of_shares_cover_any_share(images: int) -> None:
     """Coverages are sums of binomial probabilities, without a draw."""
     right = np.arange(images + 1)
-    shares = (np.arange(2000) + 0.5) / 2000
+    rare = np.geomspace(1e-3, min(20, images / 2), 1500) / images  # of expected successes; Wilson's covers 0.18 at 83 %
+    shares = np.concatenate([(np.arange(2000) + 0.5) / 2000, rare, 1 - rare])
     chance = binom.pmf(right, images, shares[:, None])
 
     def coverage(ends: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
         return (chance * ((ends[0] <= shares[:, None]) & (shares[:, None] <= ends[1]))).sum(1)
 
-    found = coverage(wilson(right, images))
-    assert 0.945 <= found.mean() <= 0.96
-    some = images * np.minimum(shares, 1 - shares) >= 1  # of either answer
-    assert found[some].min() > 0.91
+    found = coverage(share_interval(right, images))
+    assert found.min() >= 0.92
+    some = images * np.minimum(shares, 1 - shares) >= 5  # of either answer; with fewer it errs to the wide side
+    assert found[some].max(initial=0.95) <= 0.98
     ends = exact_ends(right, images, 0.025)
     assert coverage(ends).min() >= 0.95
     for k in (0, 1, images // 2, images):
@@ -248,7 +282,19 @@ def test_answers_that_hardly_differ_have_no_interval(value: float) -> None:
         assert np.isnan(found.half_width[0]) == expected
 
 
-@pytest.mark.parametrize(("skew", "images"), [(0.5, 64), (0.8, 256)])
+@pytest.mark.parametrize("images", [1, 2, 4, 16, LEAST_IMAGES - 1])
+def test_few_images_have_no_interval_of_measurements(images: int) -> None:
+    """Of lognormal ones Student's would hold the truth at 87 to 92 % of 4 to 16 images."""
+    values = np.random.default_rng(2).lognormal(0, 0.8, (5, images))
+    mean = RunningMean()
+    mean.add(torch.from_numpy(values.T))
+    (found,) = estimates([mean])
+    assert np.isnan(found.half_width).all()
+    assert np.isnan(estimate(images, values.sum(1), np.square(values).sum(1)).half_width).all()
+    np.testing.assert_allclose(found.mean, values.mean(1), rtol=1e-12)
+
+
+@pytest.mark.parametrize(("skew", "images"), [(0.5, LEAST_IMAGES), (0.8, LEAST_IMAGES), (0.8, 256)])
 def test_means_of_measurements_over_images_cover(skew: float, images: int) -> None:
     rng = np.random.default_rng(2)
     held(covered_by_estimates(rng.lognormal(0, skew, (4000, images)), np.exp(skew**2 / 2), answers=False))
@@ -266,6 +312,27 @@ def test_losses_and_brier_scores_of_a_classifier_cover() -> None:
     ):  # fmt: skip
         found = [estimate(256, np.array(row.sum()), np.array(np.square(row).sum())) for row in values]
         held(np.array([abs(f.mean - true) <= f.half_width for f in found]))
+
+
+@pytest.mark.parametrize("images", [512, 1024])
+def test_losses_of_a_classifier_that_is_hardly_wrong_cover_where_they_have_an_interval(images: int) -> None:
+    """It is right on 98.2 % and surer than that: half the loss is that of a few images. Student's alone holds 91 to 93 %."""
+    rng = np.random.default_rng(19)
+
+    def drawn(n: int) -> tuple[np.ndarray, np.ndarray]:
+        unsure = np.clip(0.9 * rng.beta(0.05, 20, n), 1e-7, 1)
+        wrong = rng.random(n) < np.sqrt(unsure)
+        return np.where(wrong, -np.log(unsure), -np.log1p(-unsure)), wrong
+
+    truth = drawn(4_000_000)[0].mean()
+    losses, wrong = (part.reshape(3000, images) for part in drawn(3000 * images))
+    found = estimate(images, losses.sum(1), np.square(losses).sum(1))
+    half = where_enough_wrong(found.half_width, wrong.sum(1))
+    given = np.isfinite(half)
+    assert (given == (wrong.sum(1) >= LEAST_EVENTS)).all()
+    held(
+        np.abs(found.mean - truth)[given] <= half[given], highest=1.0
+    )  # sometimes wider than need be, as for rare answers
 
 
 # ---- over seeds, directions, units and random vectors
@@ -327,26 +394,26 @@ def test_rises_over_directions_cover(directions: int) -> None:
     held(np.abs(rises.mean(0) - np.exp(0.08)) <= t_half_width(rises))
 
 
-@pytest.mark.parametrize("images", [2, 4, 8, 16, 64])
+@pytest.mark.parametrize("images", [LEAST_IMAGES, 300])
 def test_contrasts_of_resampled_images_cover(images: int) -> None:
-    """Of one unit, and of a kind with a single unit; the interval over replicates alone held 50 to 94 %."""
+    """Of one unit, and of a kind with a single unit."""
     rng = np.random.default_rng(12)
     values = rng.normal(0.3, 1, (images, 2000))
     weights = rng.poisson(1.0, (300, images)).astype(float)
-    with np.errstate(invalid="ignore"):  # replicates without an image
-        replicates = weights @ values / weights.sum(1, keepdims=True)
+    replicates = weights @ values / weights.sum(1, keepdims=True)
     half = half_width_over_images(replicates, images, 0.95)
-    held(np.abs(values.mean(0) - 0.3) <= half, highest=0.985)  # Poisson weights add some width for few images
+    held(np.abs(values.mean(0) - 0.3) <= half)
     alone = by_kind(values.mean(0)[:1], replicates[:, :1], ["msa"], 0.95, images)
     assert alone["kind_high"][0] - alone["kind_contrast"][0] == pytest.approx(half[0])
-    assert np.isnan(half_width_over_images(replicates, 1, 0.95)).all()
+    for few in (1, 2, 16, LEAST_IMAGES - 1):
+        assert np.isnan(half_width_over_images(replicates, few, 0.95)).all()
+        assert np.isnan(by_kind(values.mean(0)[:2], replicates[:, :2], ["msa"] * 2, 0.95, few)["kind_low"]).all()
 
 
-@pytest.mark.parametrize("images", [4, 16, 128])
 @pytest.mark.parametrize("sharpness", [0.5, 3.0])
-def test_attention_distances_and_entropies_cover(images: int, sharpness: float) -> None:
-    """Of softmax weights over 49 keys, nearer or farther from image to image; over 4 images the skewed ones fall short."""
-    rng = np.random.default_rng(13)
+def test_attention_distances_and_entropies_cover(sharpness: float) -> None:
+    """Of softmax weights over 49 keys, nearer or farther from image to image."""
+    rng, images = np.random.default_rng(13), LEAST_IMAGES
     place = np.stack(np.meshgrid(np.arange(7), np.arange(7)), -1).reshape(-1, 2)
     far = 4.0 * np.hypot(*(place - 3).T)
 
@@ -358,10 +425,7 @@ def test_attention_distances_and_entropies_cover(images: int, sharpness: float) 
 
     truths = measured(100_000)
     for truth, values in zip(truths, measured(2000 * images)):
-        held(
-            covered_by_estimates(values.reshape(2000, images), truth.mean(), answers=False),
-            0.92 if images > 8 else 0.88,
-        )
+        held(covered_by_estimates(values.reshape(2000, images), truth.mean(), answers=False))
 
 
 # ---- standard errors that are printed as such: their squares are right on average
@@ -418,9 +482,8 @@ def test_images_that_agree_have_no_standard_error() -> None:
 # ---- factors, over mini-batches of a single seed
 
 
-@pytest.mark.parametrize("n_batches", [4, 8, 16])
-def test_the_jackknife_over_mini_batches_of_one_seed_covers(n_batches: int) -> None:
-    """Of each model's APE, and of the difference between models, which see the same mini-batches."""
+def covered_by_factors(n: int, n_batches: int, spread: float) -> dict[str, np.ndarray]:
+    """Return which of n simulations hold each model's APE and their difference; models see the same mini-batches."""
     rng = np.random.default_rng(16)
     (quantity,) = (q for q in QUANTITIES if q.key == "ape")
     size = {"vit": 1.0, "convnet": 0.8}
@@ -428,12 +491,12 @@ def test_the_jackknife_over_mini_batches_of_one_seed_covers(n_batches: int) -> N
 
     def eigenvalues(n: int) -> dict[str, np.ndarray]:
         shared = rng.lognormal(0, 0.3, (n, 1))
-        return {family: by * shared * spectra(rng, n, 0.1, 0.0) for family, by in size.items()}
+        return {family: by * shared * spectra(rng, n, 0.1, 0.0, spread=spread) for family, by in size.items()}
 
     many = {family: v[v > 0].mean() for family, v in eigenvalues(400_000).items()}
     truth = {**many, "difference": many["vit"] - many["convnet"]}
     covered: dict[str, list[bool]] = {column: [] for column in truth}
-    for _ in range(500):
+    for _ in range(n):
         zero = np.zeros((n_batches, 5))
         results = {
             (family, training, f"hessian{end}", 0): SimpleNamespace(eigenvalues=v, residuals=zero, l2_contribution=zero)
@@ -445,6 +508,30 @@ def test_the_jackknife_over_mini_batches_of_one_seed_covers(n_batches: int) -> N
         assert read.complete
         for column, true in truth.items():
             found = read.interval({condition: 1.0}, column)
-            covered[column].append(found.low <= true <= found.high)
-    for column in truth:
-        held(np.array(covered[column]), lowest=0.9 if column != "difference" else 0.92)
+            if np.isfinite(found.low):
+                assert found.low <= found.mean <= found.high
+                covered[column].append(found.low <= true <= found.high)
+    return {column: np.array(hits) for column, hits in covered.items()}
+
+
+@pytest.mark.parametrize(("n_batches", "spread"), [(4, 0.4), (8, 0.8), (16, 1.0)])
+def test_each_model_s_ape_of_one_seed_covers_and_few_mini_batches_tell_no_difference(
+    n_batches: int, spread: float
+) -> None:
+    covered = covered_by_factors(400, n_batches, spread)
+    assert not len(covered["difference"])
+    for column in ("vit", "convnet"):
+        assert len(covered[column]) == 400
+        held(covered[column])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("n_batches", "spread"), [(4, 0.8), (8, 0.4), (8, 1.0), (16, 0.8), (LEAST_IMAGES, 0.4), (LEAST_IMAGES, 0.8)]
+)
+def test_factors_over_mini_batches_of_one_seed_cover(n_batches: int, spread: float) -> None:
+    covered = covered_by_factors(SLOW, n_batches, spread)
+    assert len(covered["difference"]) == (SLOW if n_batches >= LEAST_IMAGES else 0)
+    for hits in covered.values():
+        if len(hits):
+            held(hits)

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from vitscope.reports.inference import holm, t_interval
+from vitscope.reports.cells import Cell, Table, frame, shown
+from vitscope.reports.inference import Interval, holm, t_interval
 
 
 def test_the_interval_of_three_seeds_is_four_point_three_standard_errors() -> None:
@@ -60,3 +61,15 @@ def test_holm_by_hand_and_against_its_definition() -> None:
     assert adjusted["b"] == pytest.approx(0.06)  # 1 x 0.04 is raised to the one before
     assert math.isnan(adjusted["d"])
     assert holm({"a": 0.9, "b": 0.8}) == {"a": 1.0, "b": 1.0}
+
+
+def test_an_interval_with_ends_of_its_own_shows_them() -> None:
+    nan = float("nan")
+    found = Interval(2.0, nan, nan, 1, (1.5, 4.0))
+    assert (found.low, found.high, found.bars) == (1.5, 4.0, (0.5, 2.0))
+    assert shown(found, ".3g") == "2 [1.5, 4]"
+    row = frame(Table("t", "T", ("APE",), ("ape",), ((Cell("", found),),))).iloc[0]
+    assert (row["ape"], row["ape_low"], row["ape_high"]) == (2.0, 1.5, 4.0)
+    assert "ape_half_width" not in row
+    assert Interval(2.0, 0.5, nan, 3).bars == (0.5, 0.5)
+    assert Interval(2.0, nan, nan, 1).bars == (0.0, 0.0)  # nothing to draw

@@ -103,10 +103,12 @@ def over_seeds(values: Mapping[str, Value], metric: str, style: str, expected: i
 
 
 def shown(found: Interval, style: str) -> str:
-    """Return ``mean ± half width``; the mean alone where there is no interval, or where it has no width.
+    """Return ``mean ± half width``, or ``mean [low, high]``; the mean alone where there is no interval or it has no width.
 
     General styles (``.4g``) give both as many decimals as the smaller needs for two digits.
     """
+    if found.ends is not None:
+        return f"{number(found.mean, style)} [{number(found.low, style)}, {number(found.high, style)}]"
     if not found.half_width > 0:
         return number(found.mean, style)
     if style.endswith("g") and 1e-4 < found.half_width < 1e6:
@@ -135,7 +137,10 @@ def markdown(table: Table) -> str:
 
 
 def frame(table: Table) -> pd.DataFrame:
-    """Return the numbers: for each column the mean, ``<id>_half_width`` and ``<id>_n``, and problems as text."""
+    """Return the numbers: for each column the mean, ``<id>_half_width`` and ``<id>_n``, and problems as text.
+
+    An interval that does not lie evenly about its mean has ``<id>_low`` and ``<id>_high`` instead of a half width.
+    """
     rows = []
     for cells in table.rows:
         row: dict[str, object] = {}
@@ -146,6 +151,8 @@ def frame(table: Table) -> pd.DataFrame:
             row[key] = cell.interval.mean
             if cell.interval.half_width >= 0:
                 row[f"{key}_half_width"] = cell.interval.half_width
+            if cell.interval.ends is not None:
+                row[f"{key}_low"], row[f"{key}_high"] = cell.interval.ends
             row[f"{key}_n"] = cell.interval.n
         rows.append(row)
     return pd.DataFrame(rows)

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from vitscope.errors import StorageError
+from vitscope.intervals import LEAST_IMAGES
 from vitscope.plotting import save_figure
 from vitscope.reports import factors_figure
 from vitscope.reports.cells import Cell, Problem, Table, shown
@@ -152,7 +153,8 @@ def _notes(found: Answer | None) -> str:
     else:
         parts = ", ".join(f"{q.sampled} ({q.title})" for q in QUANTITIES if q.sampled)
         sampled = (
-            f"One seed: ± half of the 95% interval over {parts}, which says nothing of other trainings; SEEDS=5 does."
+            f"One seed: ± half of the 95% interval, or its ends in brackets, over {parts}, which says nothing of other "
+            f"trainings; SEEDS=5 does. Differences of APE have none over fewer than {LEAST_IMAGES} mini-batches: they are skewed."
         )
     return (
         f"{found.labels['convnet']} and {found.labels['vit']}; less is flatter; "

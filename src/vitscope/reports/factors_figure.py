@@ -52,7 +52,7 @@ def _values(ax: Axes, found: Answer, quantity: Quantity, objective: str) -> None
     for number, (family, name) in enumerate(MODELS.items()):
         values = [found.values[quantity.key, (*place, objective), family] for place in PLACES]
         at = np.arange(len(PLACES)) + 0.16 * (number - 0.5)
-        bars = [v.half_width if v.half_width > 0 else 0.0 for v in values]
+        bars = np.array([v.bars for v in values]).T  # (2, n): below and above
         ax.errorbar(at, [v.mean for v in values], yerr=bars, fmt=MARKERS[family], color=f"C{number}",
                     label=f"{name} ({found.labels[family]})")  # fmt: skip
     ax.axvline(len(IMAGES) - 0.5, color="0.85", linewidth=0.6, zorder=0)
@@ -71,7 +71,7 @@ def _effects(ax: Axes, found: Answer, quantity: Quantity, *, names: bool) -> Non
         # training and images have an effect in the 2x2x2 of either L2 form; the one in force is shown
         e = next((e for e in own if e.factor == factor and e.l2 == (l2 or L2_FORMS[0])), None)
         if e is not None and np.isfinite(e.difference.mean):
-            bar = e.difference.half_width if e.difference.half_width > 0 else 0.0
+            bar = max(e.difference.bars)
             ax.errorbar(e.difference.mean, place, xerr=bar, fmt="D", color="black")
     ax.axvline(0, color="0.6", linewidth=0.6, zorder=0)
     ax.set_ylim(len(lines) - 0.5, -0.5)

@@ -22,25 +22,34 @@ class Interval:
 
     Attributes:
         mean: NaN where there is no seed.
-        half_width: half the two-sided 95% t-interval; NaN with fewer than two seeds or without spread.
+        half_width: half the two-sided 95% t-interval; NaN with fewer than two seeds or without spread, and where ``ends`` says
+            more.
         p: two-sided p-value of the t-test that the mean is 0; NaN with fewer than two seeds or without spread.
         n: number of seeds.
+        ends: both ends of an interval that does not lie evenly about the mean.
     """
 
     mean: float
     half_width: float
     p: float
     n: int
+    ends: tuple[float, float] | None = None
 
     @property
     def low(self) -> float:
         """The lower end."""
-        return self.mean - self.half_width
+        return self.mean - self.half_width if self.ends is None else self.ends[0]
 
     @property
     def high(self) -> float:
         """The upper end."""
-        return self.mean + self.half_width
+        return self.mean + self.half_width if self.ends is None else self.ends[1]
+
+    @property
+    def bars(self) -> tuple[float, float]:
+        """The distances from the mean to both ends, 0 where there is no interval: what a figure draws."""
+        below, above = self.mean - self.low, self.high - self.mean
+        return (below, above) if below >= 0 and above >= 0 else (0.0, 0.0)
 
 
 def t_interval(values: Sequence[float], magnitude: float = 0.0) -> Interval:
