@@ -1,4 +1,4 @@
-"""Check that all attention of a model lies inside units of kind ``msa``, and no MLP after the last unit."""
+"""Check that all attention of a model lies inside units of kind ``msa``, and no MLP outside of known units."""
 
 from __future__ import annotations
 
@@ -101,6 +101,9 @@ def _uncovered(model: nn.Module, pieces: Sequence[Piece], seen: Execution | None
     for stack in _stacks(model):
         if seen.ends.get(stack[-1][1], last) < last and _is_named_mlp(stack) and not _in_block(stack, blocks):
             yield "an MLP", stack
+    for stack, _ in seen.pointwise:
+        if not _is_gated(stack) and not _in_block(stack, blocks):
+            yield "an MLP of 1x1 convolutions", stack
     for stack, time in seen.token_layers:
         if time > end and not _is_gated(stack) and not _is_pooling(stack) and not _in_block(stack, blocks):
             yield "a linear layer on tokens after the last unit", stack

@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from vitscope import guard
 from vitscope.eager import eager_execution
+from vitscope.models.pointwise import PointwiseBranches
 
 #: products of two tensors, which mix positions by what is in the image where both depend on it
 _PRODUCTS = frozenset({"matmul", "__matmul__", "__rmatmul__", "bmm", "baddbmm", "einsum"})
@@ -22,6 +23,8 @@ _ATTENTION = frozenset({
     "scaled_dot_product_attention", "multi_head_attention_forward", "_native_multi_head_attention",
     "_transformer_encoder_layer_fwd",
 })  # fmt: skip
+#: sums and concatenations, at which parallel branches meet
+_MERGES = frozenset({"add", "add_", "__add__", "__radd__", "__iadd__", "cat", "concat", "concatenate"})
 #: sides of the images that are tried where a model states none
 _SIDES = (32, 64, 224, 28, 16, 8)
 
@@ -55,7 +58,9 @@ class Execution:
         ends: time at which each module's last call ended.
         attention: where the pass attends.
         token_layers: (stack, time) of linear layers that were applied to several positions.
-        reaching: names of the parameters on which the output of the last of the blocks depends.
+        pointwise: (stack, time) of 1x1 convolutions that end residual branches without any other kernel, see
+            `vitscope.models.pointwise`.
+        reaching: names of the parameters on which the output of any of the blocks depends.
     """
 
     first_use: dict[str, int] = field(default_factory=dict)
@@ -63,6 +68,7 @@ class Execution:
     ends: dict[nn.Module, int] = field(default_factory=dict)
     attention: list[Attending] = field(default_factory=list)
     token_layers: list[tuple[Stack, int]] = field(default_factory=list)
+    pointwise: list[tuple[Stack, int]] = field(default_factory=list)
     reaching: set[str] = field(default_factory=set)
 
 
@@ -73,7 +79,7 @@ def execution(model: nn.Module, blocks: Collection[nn.Module], images: Tensor | 
 
     Args:
         model: the model, not compiled.
-        blocks: the residual blocks; `Execution.reaching` is about the one that ends last, without any about the model's output.
+        blocks: the residual blocks; `Execution.reaching` is about their outputs, without any about the model's output.
         images: (B, C, H, W), of which the first is used; None for a random one of a size that the model states or takes.
     """
     for x in _images(model, images):
@@ -145,7 +151,10 @@ class _Recorder(TorchFunctionMode):
         self.constant: dict[int, Tensor] = {id(t): t for t in (*model.parameters(), *model.buffers())}
         # softmax and products of activations, and what is made of them without a layer: attention multiplies them again
         self.weights: dict[int, Tensor] = {}
-        self.last: Any = None
+        self.branches = PointwiseBranches()
+        # nodes of the graph at which blocks ended, with their times; the stream may be changed in place later
+        self.block_ends: list[tuple[int, list[Any]]] = []
+        self.merges: list[tuple[int, Any]] = []  # the same of sums and concatenations of maps
 
     def hooks(self) -> ExitStack:
         """Follow which modules run while the returned context is open."""
@@ -170,17 +179,22 @@ class _Recorder(TorchFunctionMode):
         self.seen.ends[module] = self.time
         self.stack.pop()
         if module in self.blocks:
-            self.last = output
+            self.block_ends.append((self.time, [t.grad_fn for t in _tensors(output)]))
 
     def finish(self, output: Any) -> None:
         """Find which parameters reach the last block's output, and what only the graph shows of their use."""
-        self.seen.reaching = _leaves(self.last if self.last is not None else output, self.names)
+        ends = [t.grad_fn for t in _tensors(output)]
+        last, last_nodes = self.block_ends[-1] if self.block_ends else (0, [])
+        # a map that is added to what the last block made, as in networks with parallel branches, belongs to the body too
+        merged = [node for time, node in self.merges if time > last and _ancestors([node]) & set(last_nodes)]
+        units = [node for _, nodes in self.block_ends for node in nodes]
+        self.seen.reaching = _leaves([*units, *merged] if units else ends, self.names)
         owners = {
             f"{name}.{key}".strip("."): module
             for name, module in self.model.named_modules()
             for key in module._parameters
         }
-        for name in self.seen.reaching | _leaves(output, self.names):
+        for name in self.seen.reaching | _leaves(ends, self.names):
             if name not in self.seen.first_use and owners.get(name) in self.seen.starts:
                 self.seen.first_use[name] = self.seen.starts[owners[name]]
 
@@ -199,6 +213,10 @@ class _Recorder(TorchFunctionMode):
         if not varying:
             self.constant.update((id(tensor), tensor) for tensor in results)
         self._note(func, varying, given, results[0])
+        if (end := self.branches.see(func, varying, given, results, tuple(self.stack))) is not None:
+            self.seen.pointwise.append((end, self.time))
+        if getattr(func, "__name__", "") in _MERGES and results[0].ndim == 4 and results[0][0, 0].numel() > 1:
+            self.merges.append((self.time, results[0].grad_fn))
         return result
 
     def _note(self, func: Any, varying: list[Tensor], given: list[Tensor], result: Tensor) -> None:
@@ -229,17 +247,19 @@ def _tensors(value: Any) -> Iterator[Tensor]:
             yield from _tensors(entry)
 
 
-def _leaves(output: Any, names: dict[int, str]) -> set[str]:
-    """Return the names of the parameters on which the output's tensors depend, by autograd's graph."""
-    waiting = [t.grad_fn for t in _tensors(output) if t.grad_fn is not None]
-    known, leaves = set(waiting), set()
+def _leaves(ends: Sequence[Any], names: dict[int, str]) -> set[str]:
+    """Return the names of the parameters on which nodes of autograd's graph depend."""
+    variables = (getattr(node, "variable", None) for node in _ancestors(ends))
+    return {names[id(variable)] for variable in variables if variable is not None and id(variable) in names}
+
+
+def _ancestors(ends: Sequence[Any]) -> set[Any]:
+    """Return the nodes of autograd's graph on which ``ends`` depend, themselves included."""
+    waiting = [node for node in ends if node is not None]
+    known = set(waiting)
     while waiting:
-        node = waiting.pop()
-        variable = getattr(node, "variable", None)
-        if variable is not None and id(variable) in names:
-            leaves.add(names[id(variable)])
-        for parent, _ in node.next_functions:
+        for parent, _ in waiting.pop().next_functions:
             if parent is not None and parent not in known:
                 known.add(parent)
                 waiting.append(parent)
-    return leaves
+    return known

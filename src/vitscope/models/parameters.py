@@ -52,6 +52,12 @@ def _places(model: nn.Module, images: Tensor | None) -> dict[str, Place]:
     owned = {name: piece for name in original for piece in pieces if _owns(inner, piece, name)}
     seen = execution(inner, residual_blocks(pieces), images)
     check_units(inner, pieces, seen)
+    if seen is None:
+        warnings.warn(
+            f"{type(inner).__name__} does not run on images of the sizes that were tried: kinds and stages follow the order of "
+            "registration; pass images=",
+            stacklevel=4,
+        )
     places = _by_registration(original, owned, pieces) if seen is None else _by_execution(inner, owned, pieces, seen)
     return dict(zip(names, (places[name] for name in original), strict=True))
 

@@ -1,0 +1,122 @@
+"""Find residual branches that are MLPs made of 1x1 convolutions, whatever their modules are called.
+
+Such a branch starts at the stream, passes at least two 1x1 convolutions with a nonlinearity between them, nothing else that
+mixes positions, and is added to the stream that it started from. A branch with a depthwise convolution before (ConvNeXt) does
+not start at the stream; squeeze and excitation starts at an average and is multiplied.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor, nn
+
+Stack = tuple[tuple[str, nn.Module], ...]
+
+_ADDITIONS = frozenset({"add", "add_", "__add__", "__radd__", "__iadd__"})
+_NONLINEAR = frozenset({
+    "relu", "relu_", "relu6", "gelu", "silu", "silu_", "elu", "elu_", "celu", "selu", "leaky_relu", "leaky_relu_", "mish",
+    "hardswish", "hardtanh", "prelu", "softplus", "sigmoid", "tanh", "clamp", "clamp_", "clamp_min", "square", "pow", "glu",
+})  # fmt: skip
+#: functions whose results are channels of their argument
+_PARTS = frozenset({"chunk", "split", "tensor_split", "glu"})
+#: words in the names of functions that mix positions or channels
+_MIXING = (
+    "conv",
+    "pool",
+    "linear",
+    "matmul",
+    "bmm",
+    "einsum",
+    "softmax",
+    "interpolate",
+    "pad",
+    "roll",
+    "fft",
+    "cumsum",
+    "flip",
+)
+
+
+@dataclass(frozen=True)
+class _Way:
+    """How a tensor was made from the tensor at which a branch may have started.
+
+    Attributes:
+        convolutions: 1x1 convolutions on the way.
+        nonlinear: whether a nonlinearity lies between two of them.
+        waiting: whether one lies behind the last convolution.
+        end: the modules that ran at the last convolution, outermost first.
+    """
+
+    convolutions: int = 0
+    nonlinear: bool = False
+    waiting: bool = False
+    end: Stack = ()
+
+
+class PointwiseBranches:
+    """Follow the functions of one forward pass."""
+
+    def __init__(self) -> None:
+        # by tensor: the tensors from which it is made position by position; those are held so that no id is used twice
+        self._ways: dict[int, dict[int, _Way]] = {}
+        self._held: list[Tensor] = []
+
+    def see(
+        self, func: Any, varying: Sequence[Tensor], given: Sequence[Tensor], results: Sequence[Tensor], stack: Stack
+    ) -> Stack | None:
+        """Take note of one function; return the modules at the last convolution of a branch that it adds to its stream.
+
+        Args:
+            func: the function.
+            varying: its tensors that depend on the image.
+            given: all of its tensors.
+            results: its results.
+            stack: the modules that are running.
+        """
+        name = getattr(func, "__name__", "")
+        self._held.extend((*varying, *results))
+        ended, ways = None, {}
+        if name in _ADDITIONS and len(varying) > 1:
+            ended = self._ended(varying[0], varying[1]) or self._ended(varying[1], varying[0])
+        elif len(varying) == 2 and "mul" in name:  # a gated unit, a square
+            a, b = self._of(varying[0]), self._of(varying[1])
+            longer = {root: max(a[root], b[root], key=lambda way: way.convolutions) for root in a if root in b}
+            ways = {root: replace(way, waiting=True) for root, way in longer.items()}
+        elif len(varying) == 1:
+            ways = self._next(name, varying[0], given, results[0], stack)
+        for result in results:
+            self._ways[id(result)] = {**ways, id(result): _Way()}
+        return ended
+
+    def _of(self, tensor: Tensor) -> dict[int, _Way]:
+        return self._ways.setdefault(id(tensor), {id(tensor): _Way()})
+
+    def _next(self, name: str, x: Tensor, given: Sequence[Tensor], result: Tensor, stack: Stack) -> dict[int, _Way]:
+        ways = self._of(x)
+        if name == "conv2d":
+            if not _is_pointwise(x, given, result):
+                return {}
+            return {
+                root: _Way(way.convolutions + 1, way.nonlinear or (way.waiting and way.convolutions > 0), False, stack)
+                for root, way in ways.items()
+            }
+        if any(word in name for word in _MIXING):
+            return {}
+        if result.numel() != x.numel() and name not in _PARTS:  # an average, an upsampled map
+            return {}
+        return {root: replace(way, waiting=True) for root, way in ways.items()} if name in _NONLINEAR else ways
+
+    def _ended(self, branch: Tensor, stream: Tensor) -> Stack | None:
+        way = self._of(branch).get(id(stream))
+        return way.end if way is not None and way.convolutions > 1 and way.nonlinear else None
+
+
+def _is_pointwise(x: Tensor, given: Sequence[Tensor], result: Tensor) -> bool:
+    """Whether a convolution of ``x (B, C, H, W)`` is 1x1, mixes channels, has no stride and sees several positions."""
+    weight = next((t for t in given if t is not x and t.ndim == 4), x)
+    same_size = x.shape[-2:] == result.shape[-2:] and x.shape[-2:].numel() > 1
+    return same_size and tuple(weight.shape[2:]) == (1, 1) and weight.shape[1] > 1
