@@ -5,7 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
+import vitscope as vs
 from vitscope.linalg.curvatures import start_along
 from vitscope.linalg.extreme import extreme_eigenvalues
 
@@ -37,3 +39,13 @@ def test_an_end_that_the_gradient_does_not_show_is_seldom_passed_over(which):
 @pytest.mark.parametrize("seed", [1, 3, 4])
 def test_an_end_that_the_gradient_does_not_show_is_found(seed):
     assert not passed_over(seed, "SA", 1e-2)
+
+
+def test_eigenvalues_of_a_matrix_that_is_not_symmetric_are_not_called_converged():
+    torch.manual_seed(0)
+    layer = nn.utils.parametrizations.weight_norm(nn.Linear(12, 6))  # torch's derivative of its backward pass is wrong
+    model = nn.Sequential(nn.Flatten(), layer, nn.Tanh(), nn.Linear(6, 4)).double()
+    batch = (torch.randn(8, 3, 2, 2, dtype=torch.float64), torch.randint(0, 4, (8,)))
+    with pytest.warns(UserWarning, match="not symmetric"):
+        found = vs.hessian_eigenvalues(vs.Probe(model, [batch]), k=1, tol=1e-6)
+    assert not found.converged.any()

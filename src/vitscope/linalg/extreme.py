@@ -10,6 +10,7 @@ with which all is known.
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -215,13 +216,31 @@ def _agreed(stop: bool, shared: bool, device: torch.device) -> bool:
     return bool(distributed.broadcast(torch.tensor(float(stop), device=device)).item())
 
 
+def _beyond(lanczos: Lanczos, ritz: Ritz, bounds: np.ndarray) -> np.ndarray:
+    """Return which tolerances the operator's asymmetry exceeds, and warn of it: half of the digits are more than rounding.
+
+    Such a product is not that of a matrix of second derivatives: a part of the network has a wrong derivative (a function of
+    one's own, ``torch._weight_norm`` of torch 2 on the CPU).
+    """
+    norm = float(np.abs(ritz.values).max(initial=0.0))
+    if not lanczos.asymmetry > float(torch.finfo(lanczos.basis.rows.dtype).eps) ** 0.5 * norm:
+        return np.zeros(len(bounds), dtype=bool)
+    warnings.warn(
+        f"the products with the matrix are not symmetric (by {lanczos.asymmetry / norm:.2g} of its norm): a part of the network "
+        "has wrong second derivatives, such as weight_norm on the CPU or an autograd function; no eigenvalue is nearer than that",
+        stacklevel=2,
+    )
+    return lanczos.asymmetry > bounds
+
+
 def _pairs(lanczos: Lanczos, ritz: Ritz, chosen: np.ndarray, tol: float, vectors: bool) -> Eigenpairs:
     estimate, resolution = errors(ritz)[chosen], lanczos.resolution(ritz)
+    bounds = tolerances(ritz.values, chosen, tol)
     return Eigenpairs(
         values=ritz.values[chosen],
         residuals=np.maximum(ritz.residuals[chosen], resolution),
         errors=estimate,
-        converged=estimate <= tolerances(ritz.values, chosen, tol),
+        converged=(estimate <= bounds) & ~_beyond(lanczos, ritz, bounds),
         n_products=lanczos.n_products,
         vectors=lanczos.vectors(ritz, chosen) if vectors else None,
         resolution=resolution,
