@@ -264,7 +264,7 @@ class Probe:
             stack.enter_context(self._checks.of_outputs(self.model, logits))
             outer, self._dtype = self._dtype, dtype or self._dtype
             try:
-                found = self._examined(second_order, micro_batch)
+                found = self._examined(second_order, moves_weights, micro_batch)
                 if second_order or moves_weights:
                     found.refuse()
                 else:
@@ -276,17 +276,19 @@ class Probe:
             finally:
                 self._dtype = outer
 
-    def _examined(self, gradient: bool, n_images: int | None) -> Repeatability:
+    def _examined(self, gradient: bool, moves_weights: bool, n_images: int | None) -> Repeatability:
         """Empty the tables made from weights; return whether the model repeats itself, which is measured once."""
-        level = "gradient" if gradient else "outputs"
-        known = self._repeatability.get(level) or self._repeatability.get("gradient")
+        level = "gradient" if gradient else "moved weights" if moves_weights else "outputs"
+        known = self._repeatability.get(level)
+        if known is None and level == "outputs":
+            known = next(iter(self._repeatability.values()), None)
         if known is not None:
             self._empty_tables()
             return known
         found, error = None, None
         try:
             with guard.kept_random_states(self.device):
-                found = self._examine(gradient, n_images)
+                found = self._examine(gradient, moves_weights, n_images)
         except Exception as raised:
             error = raised
         # what one rank has seen all ranks act on: none waits for another
@@ -298,7 +300,7 @@ class Probe:
         self._repeatability[level] = worst_of([share for _, share in shares if share is not None])
         return self._repeatability[level]
 
-    def _examine(self, gradient: bool, n_images: int | None) -> Repeatability:
+    def _examine(self, gradient: bool, moves_weights: bool, n_images: int | None) -> Repeatability:
         batches = [next(self.iter_batches(), None) for _ in range(2)]  # read twice: a shuffled loader shows at once
         if batches[0] is None:
             raise ValueError("Expected at least one batch (x, y), received none.")
@@ -306,7 +308,7 @@ class Probe:
         if self._tables is None:
             self._tables = refilled_places(self.model, lambda: self.model(x.clone()))
         self._empty_tables()
-        return repeatability.examine(self.model, x, y, self.objective if gradient else None)
+        return repeatability.examine(self.model, x, y, self.objective if gradient else None, moves_weights)
 
     def _empty_tables(self) -> None:
         for place, way in (self._tables or {}).items():

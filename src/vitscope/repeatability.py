@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from vitscope.fingerprints import Fingerprint, dense_parts, fingerprint
 from vitscope.module_state import pure_forward
@@ -31,12 +32,16 @@ class Repeatability:
         difference: the largest relative difference of an output, the loss or the gradient.
         bound: what another order of summation may make of it.
         written: parameters that a pass writes to.
+        unread: trainable parameters of modules that run, on which the outputs do not depend.
+        unused: trainable parameters of modules that do not run in eval mode.
     """
 
     random: tuple[str, ...] = ()
     difference: float = 0.0
     bound: float = 0.0
     written: tuple[str, ...] = ()
+    unread: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
 
     def refuse(self) -> None:
         """Raise ValueError where the loss is no function of the weights, or the weights are not the model's own to move."""
@@ -51,6 +56,21 @@ class Repeatability:
             raise ValueError(
                 f"Expected weights that a forward pass only reads, received {self.written[0]!r} that it writes to: compute "
                 "the changed weight in forward (torch.nn.utils.parametrize) and leave the parameter alone."
+            )
+        if self.unread:
+            raise ValueError(
+                f"Expected outputs that depend on every trainable parameter of the modules that run, received "
+                f"{self.unread[0]!r} without an effect: its values or derivatives are cut off by a table that was made from it "
+                "before, detach(), no_grad() or NumPy; make the table in forward, or call requires_grad_(False) on a parameter "
+                "that is not used."
+            )
+        if self.unused:
+            more = f" and {len(self.unused) - 3} more" if len(self.unused) > 3 else ""
+            warnings.warn(
+                f"the outputs do not depend on {', '.join(self.unused[:3])}{more}, whose modules do not run in eval mode: "
+                "they count as weights without curvature (call requires_grad_(False) to leave them out)",
+                UnusedParametersWarning,
+                stacklevel=4,
             )
 
     def warn(self) -> None:
@@ -73,25 +93,85 @@ class RandomOutputsWarning(UserWarning):
     """The network is random in eval mode; the text names the modules."""
 
 
-def examine(model: nn.Module, x: Tensor, y: Tensor, objective: Objective | None) -> Repeatability:
+class UnusedParametersWarning(UserWarning):
+    """Trainable parameters that the forward pass in eval mode does not use; the text names them."""
+
+
+def examine(
+    model: nn.Module, x: Tensor, y: Tensor, objective: Objective | None, moves_weights: bool = False
+) -> Repeatability:
     """Evaluate the model twice on one batch and compare outputs, and loss and gradient where an objective is given.
 
-    Two evaluations where both agree; two more, to find the modules, where they do not.
+    Two evaluations where both agree; two more, to find the modules, where they do not. With an objective or
+    ``moves_weights`` two images more, to find out which parameters the outputs depend on.
 
     Args:
         model: inside a guard, in eval mode.
         x: images (B, C, H, W).
         y: their targets.
         objective: whose data term is differentiated; None compares outputs alone.
+        moves_weights: whether the model will be evaluated at other weights.
     """
     weights = _identities(model)
     states = RandomStates(x.device)
+    unread, unused = (), ()
     with pure_forward(model):
+        if objective is not None or moves_weights:
+            unread, unused = ineffective_parameters(model, x[:2], values=objective is None)
+        if unread:
+            return Repeatability(unread=unread)
         first, second = (_evaluated(model, x, y, objective) for _ in range(2))
         difference, bound = compare_passes(model, first, second, states.moved(), x)
         written = tuple(name for name, identity in _identities(model).items() if weights.get(name) != identity)
         names = random_modules(model, x) if difference > bound else ()
-    return Repeatability(names, difference, bound, written)
+    return Repeatability(names, difference, bound, written, unread, unused)
+
+
+def ineffective_parameters(model: nn.Module, x: Tensor, values: bool) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return the names of trainable parameters without an effect on the outputs: of modules that run, and of those that do not.
+
+    The pass is given copies of the parameters. A table that was made before, or that is made where autograd does not see it,
+    is no function of these copies.
+
+    Args:
+        model: inside a guard, in eval mode.
+        x: images (B, C, H, W).
+        values: whether a parameter counts as effective too where only the outputs' values depend on it (as in a table that is
+            made from it by ``detach()`` in every pass), each of those is then moved and the model evaluated.
+    """
+    if isinstance(model, nn.DataParallel):  # which functional_call does not take
+        found = ineffective_parameters(model.module, x, values)
+        unread, unused = (tuple(f"module.{name}" for name in names) for names in found)
+        return unread, unused
+    moved = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    copies = {name: p.detach().clone().requires_grad_() for name, p in moved.items()}
+    running: set[nn.Module] = set()
+    with ExitStack() as stack, torch.enable_grad():
+        for module in model.modules():
+            if module._parameters and not isinstance(module, torch.jit.ScriptModule):
+                stack.callback(module.register_forward_hook(lambda m, *_: running.add(m)).remove)
+        outputs = output_tensors(functional_call(model, dict(copies), (x,)))
+        ends = [t.sum() for t in outputs if t.requires_grad]
+    gradients = torch.autograd.grad(ends, list(copies.values()), allow_unused=True) if ends else [None] * len(copies)
+    without = [name for name, gradient in zip(copies, gradients) if gradient is None]
+    if values:
+        without = [name for name in without if not _is_effective(model, moved[name], x)]
+    owners = {f"{path}.{key}".strip("."): m for path, m in model.named_modules() for key in m._parameters}
+    unread = tuple(name for name in without if owners[name] in running)
+    return unread, tuple(name for name in without if name not in unread)
+
+
+@torch.no_grad()
+def _is_effective(model: nn.Module, p: Tensor, x: Tensor) -> bool:
+    """Return whether the outputs for ``x (B, C, H, W)`` change with the values of ``p``, which is given back as it was."""
+    before, kept = [t.clone() for t in output_tensors(model(x))], p.detach().clone()
+    noise = torch.randn(p.shape, generator=torch.Generator().manual_seed(0)).to(p)
+    try:
+        p.add_(noise, alpha=float(kept.double().square().mean().sqrt()) or 1.0)
+        after = output_tensors(model(x))
+    finally:
+        p.copy_(kept)
+    return len(before) != len(after) or not all(torch.equal(a, b) for a, b in zip(before, after))
 
 
 def _evaluated(model: nn.Module, x: Tensor, y: Tensor, objective: Objective | None) -> list[Tensor]:
