@@ -81,10 +81,11 @@ def publish(analysis: Analysis, place: Place, result: Any) -> None:
     """Metrics log first (unless its last row of this analysis says the same), then the figure and W&B."""
     row = _row(analysis, place, result)
     scalars = {name: value for name, value in row.items() if name != "tag"}
-    if not _has_row(analysis, place, result):
-        book = Journal(place.run.journal)
-        book.append(place.step, place.epoch, row)
-        book.close()
+    with place.run.exclusive():  # another process may have measured the same at the same time
+        if not _has_row(analysis, place, result):
+            book = Journal(place.run.journal)
+            book.append(place.step, place.epoch, row)
+            book.close()
     place.mirror.log({k: v for k, v in scalars.items() if np.isfinite(v)}, place.step)
     eigenvalues = getattr(result, "eigenvalues", None)
     if eigenvalues is not None and np.isfinite(eigenvalues).any():

@@ -233,13 +233,21 @@ class PartialRows(MutableMapping[str, Mapping[str, Any]]):
         self._rows[key] = row
         line = json.dumps({"key": key, "row": {name: _pack(value) for name, value in row.items()}}) + "\n"
         try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            if self._torn is None:
-                self._torn = self._file.is_file() and not run_files.read_text(self._file).endswith("\n")
-            run_files.append_text(self._file, ("\n" if self._torn else "") + line)
-            self._torn = False
+            self._append(line)
         except OSError as error:
             raise StorageError("paths.runs", self._file, f"not writable ({error.strerror})", "free space") from None
+
+    def _append(self, line: str) -> None:
+        while True:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            try:
+                if self._torn is None:
+                    self._torn = self._file.is_file() and not run_files.read_text(self._file).endswith("\n")
+                run_files.append_text(self._file, ("\n" if self._torn else "") + line)
+            except FileNotFoundError:  # another process that measured the same has finished and deleted the folder
+                continue
+            self._torn = False
+            return
 
     def __delitem__(self, key: str) -> None:
         """Forget a row for this process (its line stays)."""

@@ -3,7 +3,8 @@
 The process that trains (rank 0) holds ``run.lock`` from before it writes anything until it ends. A second one is refused with
 exit code 6 and the holder's name. A lock is stale, and taken over with a notice, where its process is dead or another of the
 same number was started since (same machine), or where its heartbeat is older than `STALE_AFTER` seconds (another machine).
-Reports and ``analyze.py run=...`` need no lock: their files have names of their own and rows are appended whole.
+Reports and ``analyze.py run=...`` take no lock: their files have names of their own and rows are appended whole. While a run
+trains, ``analyze.py`` measures its checkpoints that stay as they are (``init``, ``epoch-0004``) and refuses the others.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import secrets
 import socket
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -117,6 +119,24 @@ def check(folder: Path) -> None:
 def holds(folder: Path) -> bool:
     """Tell whether this process holds the folder's lock."""
     return folder.absolute() in _held
+
+
+def living_holder(folder: Path) -> str | None:
+    """Return the name of another process that trains in a folder and is alive; None where there is none. Nothing is written.
+
+    A heartbeat of another machine is dated by that machine's file server: clocks that differ by more than `STALE_AFTER` deceive.
+
+    Raises:
+        StorageError: the lock is a link or no regular file.
+    """
+    path = folder.absolute() / FILE
+    try:
+        text, age = run_files.read_text(path, 1 << 16), time.time() - path.stat().st_mtime
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    facts = _facts(text)
+    is_other = not holds(folder) and _is_held(facts, age, path.parent)
+    return _name_of(facts) if is_other else None
 
 
 def _linked(candidate: Path, path: Path, text: str) -> bool:

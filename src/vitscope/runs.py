@@ -102,6 +102,17 @@ class Run:
         Raises:
             StorageError: the folder is gone (it is not made anew) or cannot be written.
         """
+        with self.exclusive():
+            content = secrecy.redacted({**self.provenance(), **facts})
+            results.write_atomically(self.path / "provenance.json", json.dumps(content, indent=2, default=str).encode())
+
+    @contextlib.contextmanager
+    def exclusive(self) -> Iterator[None]:
+        """Keep other processes out of the same block: for a moment in which a file is read and then added to.
+
+        Raises:
+            StorageError: the folder is gone.
+        """
         try:
             descriptor = os.open(self.path, os.O_RDONLY)
         except OSError as error:
@@ -109,8 +120,7 @@ class Run:
         try:
             with contextlib.suppress(OSError):  # a file system without locks: the last writer wins
                 fcntl.flock(descriptor, fcntl.LOCK_EX)
-            content = secrecy.redacted({**self.provenance(), **facts})
-            results.write_atomically(self.path / "provenance.json", json.dumps(content, indent=2, default=str).encode())
+            yield
         finally:
             os.close(descriptor)  # and with it the lock
 

@@ -16,12 +16,15 @@ from vitscope import analyses, build, checkpoint, config, exits, model_facts, ru
 from vitscope.commands import overrides
 from vitscope.commands.headline import print_headline
 from vitscope.distributed import rank
-from vitscope.errors import CheckpointError, ConfigError
+from vitscope.errors import CheckpointError, ConfigError, StorageError
 from vitscope.runs import Run
 from vitscope.validation import validate
 
 #: groups that come from the run, and plain keys besides
 FROM_RUN = ("model", "data", "objective", "optimizer")
+
+#: checkpoints that a training writes again and again
+CHANGING = ("last", "best")
 
 _inside: list[str] = []
 
@@ -67,6 +70,7 @@ def analyze(cfg: DictConfig, chosen: Sequence[str] = (), inside: Sequence[str] =
     if run is not None:
         cfg = merged(cfg, run.config(), chosen)
         overrides.apply(cfg, inside)
+        _refuse_changing_checkpoint(_checkpoint_path(cfg, run), run)
     config.apply_caps(cfg)
     validate(cfg)
     device = _device(cfg.device)
@@ -127,7 +131,7 @@ def _perform(
     path: Path | None,
     mirror: Any,
 ) -> None:
-    tag, epoch, step = _moment(path, content)
+    tag, epoch, step = _moment(path, content, run)
     values: dict[str, Any] = {}
     due = [analyses.replaced(analysis, on_error="raise") for analysis in analyses.parse(cfg.analysis)]
     place = analyses.Place(cfg, run, network, data, tag, epoch, step, mirror, content, due)
@@ -143,7 +147,7 @@ def _perform(
 def _weights(cfg: DictConfig, run: Run | None, network: Any) -> tuple[Path | None, Mapping[str, Any] | None]:
     """Load the weights that the command names; a model without any is measured as it was built."""
     if run is not None:
-        path = Path(str(cfg.run)) if Path(str(cfg.run)).is_file() else run.checkpoints / f"{cfg.ckpt}.ckpt"
+        path = _checkpoint_path(cfg, run)
     elif cfg.ckpt_path:
         path = Path(cfg.ckpt_path)
     else:
@@ -162,14 +166,42 @@ def _weights(cfg: DictConfig, run: Run | None, network: Any) -> tuple[Path | Non
     return path, content
 
 
-def _moment(path: Path | None, content: Mapping[str, Any] | None) -> tuple[str, int | None, int]:
-    """Return the tag of results, the epoch and the step of the weights."""
+def _checkpoint_path(cfg: DictConfig, run: Run) -> Path:
+    """Return the file of weights that the command names in a run."""
+    return Path(str(cfg.run)) if Path(str(cfg.run)).is_file() else run.checkpoints / f"{cfg.ckpt}.ckpt"
+
+
+def _refuse_changing_checkpoint(path: Path, run: Run) -> None:
+    """Refuse a checkpoint that a training, alive in this or another machine's process, writes again and again.
+
+    Its result would stand under the name of the trained network's.
+
+    Raises:
+        StorageError: naming the process.
+    """
+    holder = run_lock.living_holder(run.path)
+    if holder is None or path.stem not in CHANGING:
+        return
+    why = f"{holder} trains in this folder, and {path.name} is not yet what it will be at the end"
+    fixed = [Path(name).stem for name in checkpoint.manifest(run.checkpoints) if Path(name).stem not in CHANGING]
+    instead = f", or measure a checkpoint that stays as it is: ckpt={fixed[-1]}" if fixed else ""
+    raise StorageError("run", run.path, why, f"wait until it ends{instead}")
+
+
+def _moment(path: Path | None, content: Mapping[str, Any] | None, run: Run) -> tuple[str, int | None, int]:
+    """Return the tag of results, the epoch and the step of the weights; only a finished run's last ones are its ``end``."""
     if path is None or content is None:
         return "end", None, 0
-    tag = {"last": "end"}.get(path.stem, path.stem)
-    kept = checkpoint.facts(content, path)
+    kept, step = checkpoint.facts(content, path), int(content.get("global_step", 0))
     epoch = kept["epoch"] - 1 if kept.get("batch") == 0 else kept.get("epoch")
-    return tag, max(epoch, 0) if epoch is not None else None, int(content.get("global_step", 0))
+    epoch = max(epoch, 0) if epoch is not None else None
+    status = run.provenance().get("status", "finished")
+    if path.stem != "last" or path.parent != run.checkpoints or status == "finished":
+        return {"last": "end"}.get(path.stem, path.stem), epoch, step
+    tag = f"epoch-{epoch:04d}" if epoch is not None and kept.get("batch") == 0 else f"step-{step:08d}"
+    if rank() == 0:
+        _say(f"{run.path} is not finished ({status}): the result of {path.name} is named {tag}, not end")
+    return tag, epoch, step
 
 
 def _device(name: str) -> torch.device:
