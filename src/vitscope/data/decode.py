@@ -3,9 +3,9 @@
 - Only the formats of `FORMATS` are decoded, whatever the file's extension says.
 - The orientation of EXIF is applied.
 - Transparent pixels show a stated background, not the colors that are stored under them.
-- 16-bit gray samples are scaled by 1/257 (12-bit TIFF by 255/4095), so that full scale is 255; of 16-bit colors Pillow keeps the
-  upper byte, which is at most 1 less. 32-bit integers and floats have no scale of their own and are refused unless a range is
-  stated; signed 8-bit samples are refused.
+- 16-bit samples, gray or color, are scaled by 1/257 (12-bit TIFF by 255/4095), so that full scale is 255. 32-bit integers and
+  floats have no scale of their own and are refused unless a range is stated. Color of 16 bits that Pillow gives no access to
+  (with gray and alpha, CMYK, a plane for each channel) and signed 8-bit samples are refused.
 - The first frame of an animation or of a file with several pages is used, with a notice.
 """
 
@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from vitscope.data import descriptors
+from vitscope.data import deep_color, descriptors
 from vitscope.data.notices import report_once
 from vitscope.errors import DataError
 
@@ -33,7 +33,8 @@ EXTENSIONS = (
 )  # fmt: skip
 
 WHITE = (255, 255, 255)
-_BITS_PER_SAMPLE, _SAMPLE_FORMAT, _SIGNED = 258, 339, 2  # tags of TIFF, and a value of the second
+_BITS_PER_SAMPLE, _PLANAR_CONFIGURATION = 258, 284  # tags of TIFF
+_SAMPLE_FORMAT, _SIGNED = 339, 2  # tag of TIFF, and a value of it
 
 
 def read_image(
@@ -49,7 +50,7 @@ def read_image(
         path: The file.
         background: Red, green and blue, 0 to 255, that show through transparent pixels.
         pixel_range: Sample values that become 0 and 255, for images whose samples are not of 8 bits; None: 0 and full scale for
-            16-bit samples, while 32-bit integers and floats are refused.
+            16-bit samples, gray and color, while 32-bit integers and floats are refused.
         key: Configuration key that errors name.
 
     Raises:
@@ -62,6 +63,9 @@ def read_image(
             _refuse_signed_bytes(image, path, key)
             _report_frames(image, path)
             full_scale = _full_scale(image)
+            pixel_range = _range_as_decoded(image, pixel_range, path)
+            if (raw := _raw_sixteen_bits(image, path)) is not None:
+                return _sixteen_bit_color(image, raw, tuple(background), pixel_range, path)
             image.load()
             orientation = _oriented(image, path)
             return _to_rgb(orientation, tuple(background), pixel_range, full_scale, path)
@@ -107,6 +111,60 @@ def _full_scale(image: Image.Image) -> float | None:
     if image.mode == "I" and image.format in ("PNG", "PPM"):  # 16-bit samples, which Pillow holds in 32 bits
         return 65535.0
     return None
+
+
+def _range_as_decoded(
+    image: Image.Image, pixel_range: Sequence[float] | None, path: str | Path
+) -> Sequence[float] | None:
+    """Return a stated range in the samples that Pillow gives: those of a PPM with another maximum are rescaled by it.
+
+    Raises:
+        DataError: A range was stated for color that Pillow has reduced to 8 bits.
+    """
+    arguments = image.tile[0].args if image.format == "PPM" and image.tile else None
+    if pixel_range is None or not isinstance(arguments, tuple) or arguments[1] <= 255:
+        return pixel_range
+    if image.mode != "I":
+        why = f"{path} holds color of more than 8 bits, to which no range can be applied in this format"
+        raise DataError("data.pixel_range", list(pixel_range), why, "save it as a PNG of 16 bits")
+    return [value * 65535 / arguments[1] for value in pixel_range]
+
+
+def _raw_sixteen_bits(image: Image.Image, path: str | Path) -> str | None:
+    """Return how color of 16 bits is stored, None for all other images.
+
+    Raises:
+        DataError: In a way that cannot be read: Pillow takes planes of 16 bits for ones of 8, and reduces others.
+    """
+    raw = deep_color.raw_mode(image)
+    tags = getattr(image, "tag_v2", {})
+    has_planes = tags.get(_PLANAR_CONFIGURATION, 1) == 2 and max(tags.get(_BITS_PER_SAMPLE, (1,))) > 8
+    if has_planes or (raw is not None and not deep_color.can_be_read(raw)):
+        how = "a plane for each channel" if has_planes else str(raw).partition(";")[0]
+        why = f"the 16-bit samples of {path} are stored in a way that is not read ({how})"
+        raise DataError("data.root", None, why, "save it as RGB or RGBA, or with 8 bits a sample")
+    return raw
+
+
+def _sixteen_bit_color(
+    image: Image.Image,
+    raw: str,
+    background: tuple[int, ...],
+    pixel_range: Sequence[float] | None,
+    path: str | Path,
+) -> Image.Image:
+    """Return color of 16 bits a sample, scaled linearly to 0..255 over the background, with the orientation of the file."""
+    stored = deep_color.samples(path, FORMATS, lambda part: _oriented(part, path)).astype(np.float64)
+    color, alpha = stored[..., :3], np.ones((*stored.shape[:2], 1))
+    if stored.shape[2] == 4:
+        alpha = stored[..., 3:] / 65535
+        if deep_color.is_premultiplied(raw):
+            color = color / np.where(alpha > 0, alpha, 1)
+    elif isinstance(hidden := image.info.get("transparency"), tuple):  # the color that is transparent
+        alpha = 1.0 - (color == hidden).all(axis=2, keepdims=True)
+    low, high = pixel_range or (0.0, 65535.0)
+    shown = np.clip((color - low) / (high - low), 0, 1) * alpha + np.array(background) / 255 * (1 - alpha)
+    return Image.fromarray(np.round(255 * shown).astype(np.uint8))
 
 
 def _to_rgb(
