@@ -11,7 +11,7 @@ import torch
 
 #: the card's keys in which two results must agree to be overlaid, beside the options and what the solver states
 COMPARED = (
-    "loss", "l2", "weight_decay", "data", "split", "augmentation", "n_images", "batch_size",
+    "loss", "l2", "weight_decay", "data", "split", "augmentation", "preprocessing", "n_images", "batch_size",
     "mode", "bn_policy", "parameters", "dtype",
 )  # fmt: skip
 
@@ -34,6 +34,8 @@ class ObjectiveCard:
     decide whether two results may share an axis; the rest is provenance.
 
     Attributes:
+        preprocessing: how image files became pixels: the crop, the background of transparent pixels, the samples that are black
+            and white; ``default`` for a center crop, white and full scale, and for images that come as arrays.
         options: the measure's arguments, defaults included, but for those of `vitscope.measure_options.INCIDENTAL`; None
             where a version saved the result that did not record them.
     """
@@ -44,6 +46,7 @@ class ObjectiveCard:
     data: str = "unknown"
     split: str = "unknown"
     augmentation: str = "unknown"
+    preprocessing: str = "default"
     n_images: int = 0
     batch_size: int = 0
     mode: str = "eval"

@@ -63,6 +63,10 @@ def _plain(value: Any, probe: Probe | None) -> Any:
         return value
     if isinstance(value, Probe):
         facts = {key: str(value.about.get(key, "unknown")) for key in ("data", "split", "augmentation")}
+        if (
+            preprocessing := value.about.get("preprocessing", "default")
+        ) != "default":  # earlier versions have no such fact
+            facts["preprocessing"] = str(preprocessing)
         same = probe is not None and value.batches is probe.batches
         return {**facts, "n_images": probe.n_images if probe is not None and same else value.n_images}
     if isinstance(value, Tensor | np.ndarray):

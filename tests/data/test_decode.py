@@ -8,12 +8,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image, ImageFile
+from torch import nn
 
 from vitscope.data import DataModule, folder
 from vitscope.data.augment import Recipe
 from vitscope.data.decode import EXTENSIONS, read_image
 from vitscope.errors import ConfigError, DataError
+from vitscope.probe import ObjectiveCard, Probe
 
 RAMP = np.arange(0, 65536, 257, dtype=np.uint16).reshape(16, 16)  # 0, 257, ..., 65535: exactly the bytes 0 to 255
 
@@ -204,6 +207,27 @@ def test_background_and_range_reach_the_batches(tmp_path: Path) -> None:
     x, _ = next(iter(data.eval_dataloader("test")))
     np.testing.assert_allclose(x[0, :, 0, 0], [0, 1, 0])
     np.testing.assert_allclose(x[1, :, 0, 0], 128 / 255, rtol=1e-6)  # 127.5 rounds to the even 128
+    # what changed the pixels is on the card, and compared
+    batches = [(x, torch.zeros(len(x), dtype=torch.long))]
+    other = Probe(nn.Flatten(), batches, about=DataModule(folder.load, name="folder", num_classes=1).describe("test"))
+    card = Probe(nn.Flatten(), batches, about=data.describe("test")).card()
+    assert card.preprocessing == "background 0, 255, 0; samples from 0 to 0.5"
+    assert other.card().preprocessing == ObjectiveCard().preprocessing == "default"
+    assert other.card().differences(card) == ["preprocessing"]
+
+
+@pytest.mark.parametrize(
+    ("crop_mode", "said"), [("center", "default"), ("squash", "squash crop"), ("border", "border crop")]
+)
+def test_the_crop_of_a_models_own_preprocessing_is_on_the_card(crop_mode: str, said: str) -> None:
+    model = nn.Conv2d(3, 1, 1)
+    model.pretrained_cfg = {  # type: ignore[assignment]
+        "input_size": (3, 32, 32), "crop_pct": 1.0, "crop_mode": crop_mode, "interpolation": "bicubic",
+        "mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5),
+    }  # fmt: skip
+    data = DataModule(folder.load, name="folder", num_classes=1, transform="model")
+    data.adapt_to(model)
+    assert data.describe("test")["preprocessing"] == said
 
 
 @pytest.mark.parametrize(

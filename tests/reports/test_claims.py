@@ -249,6 +249,7 @@ def test_a_verdict_follows_the_numbers(make_run: Callable, tmp_path: Path, sign:
         ({"options": {"operator": "ggn"}}, "options.operator 'ggn'"),
         ({"options": {"n_top": 9}}, "options.n_top 9"),
         ({"n_images": 64}, "n_images 64"),
+        ({"preprocessing": "squash crop"}, "preprocessing 'squash crop'"),
     ],
 )
 def test_spectra_of_other_conditions_are_never_set_against_each_other(

@@ -18,6 +18,7 @@ from torch.nn.functional import pad
 
 from vitscope.data import ranges
 from vitscope.data.counter import Key, uniforms
+from vitscope.data.decode import WHITE
 from vitscope.data.randaugment import Policy, rand_augment
 from vitscope.errors import ConfigError
 
@@ -62,7 +63,7 @@ class Recipe:
     crop_pct: float = 0.875
     interpolation: str = "bilinear"
     crop_mode: str = "center"
-    background: tuple[int, ...] = (255, 255, 255)
+    background: tuple[int, ...] = WHITE
     pixel_range: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
@@ -94,6 +95,16 @@ class Recipe:
         erasing = f" + erasing {self.random_erasing:g}" if self.random_erasing > 0 and self.augment != "none" else ""
         flip = "" if self.flip or self.augment == "none" else " without flip"
         return f"{self.augment}{flip}{erasing}"
+
+    @property
+    def preprocessing(self) -> str:
+        """Say in words how files become pixels, for a card; `default` for a center crop, a white background and full scale."""
+        said = [] if self.crop_mode == "center" else [f"{self.crop_mode} crop"]
+        if tuple(self.background) != WHITE:
+            said.append(f"background {', '.join(map(str, self.background))}")
+        if self.pixel_range is not None:
+            said.append("samples from {:g} to {:g}".format(*self.pixel_range))
+        return "; ".join(said) or "default"
 
     def plain(self) -> Recipe:
         """Return the recipe of evaluation: resize, crop and normalise only."""

@@ -307,6 +307,7 @@ class DataModule(pl.LightningDataModule):
             "data": data,
             "split": split,
             "augmentation": augmentation,
+            "preprocessing": self.recipe.preprocessing,
             "image_size": self.image_size,
             "seed": self.seed,
             "split_seed": self.split_seed,
