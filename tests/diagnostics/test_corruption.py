@@ -79,7 +79,8 @@ def predictions(kind: int, severity: int) -> np.ndarray:
 # --- corruptions that are made -------------------------------------------------------------------------------------------
 
 
-#: types whose published steps do not always do more damage than the one before
+#: types whose published steps do not all do more damage than the one before: the first two blur less or displace less at some
+#: of them; which steps of the other four have to is derived and tested in test_corruption_strengths.py
 BACK_AND_FORTH = ("glass_blur", "elastic_transform", "frost", "motion_blur", "fog", "snow")
 GROWING = tuple(name for name in COMMON + VALIDATION if name not in BACK_AND_FORTH)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import product
+from itertools import pairwise, product
 
 import numpy as np
 import pytest
@@ -99,6 +99,62 @@ def test_every_strength_is_the_published_one(side: int, name: str, monkeypatch: 
     assert all(len(a) == len(b) for a, b in zip(given, expected, strict=True))
     # the products of shares and sides round in their last places
     np.testing.assert_allclose(np.array(given), np.array(expected), rtol=1e-12)
+
+
+def must_grow(name: str, milder: tuple[float, ...], stronger: tuple[float, ...]) -> bool:
+    """Tell whether a step of the published constants has to do more damage, for a type whose steps do not all.
+
+    - frost, ``kept * x + share * ice``: where the kept share falls by more than the share of ice rises, more light is taken
+      away than is added, which brings the mean back to the image's.
+    - motion_blur, half a Gaussian on a line of ``2 * radius + 1`` pixels: with the same deviation, a line that is long enough
+      already changes nothing.
+    - fog, ``(x + amount * clouds) * m / (m + amount)`` with m the brightest pixel: differs from x by
+      ``amount / (m + amount) * (m * clouds - x)``; with the same amount only the clouds' roughness differs.
+    - snow: flakes are normal draws above a threshold, so fewer fall where ``(threshold - mean) / deviation`` rises.
+    """
+    if name == "frost":
+        return stronger[1] - milder[1] >= milder[0] - stronger[0] - 1e-9
+    if name == "motion_blur":
+        return stronger[1] > milder[1]
+    if name == "fog":
+        return stronger[0] > milder[0]
+    rarity = [(threshold - mean) / deviation for mean, deviation, _, threshold, *_ in (milder, stronger)]
+    return rarity[1] <= rarity[0] + 1e-9
+
+
+@pytest.mark.parametrize("name", ["frost", "motion_blur", "fog", "snow"])
+@pytest.mark.parametrize("side", PUBLISHED)
+def test_damage_grows_where_the_published_constants_say_so(side: int, name: str) -> None:
+    x = cat(side)
+    images = {s: [corrupted(x, name, s, np.random.default_rng(i)) for i in range(4)] for s in SEVERITIES}
+    damage = {s: np.mean([np.square(y - x).mean() for y in ys]) for s, ys in images.items()}
+    for s, (milder, stronger) in enumerate(pairwise(PUBLISHED[side][name]), start=1):
+        if must_grow(name, milder, stronger):
+            assert damage[s + 1] > damage[s], (s, damage)
+        elif name == "motion_blur":
+            np.testing.assert_array_equal(images[s + 1], images[s])
+
+
+def test_steps_that_need_not_grow_are_few() -> None:
+    exempt = [
+        (side, name, step)
+        for side, name in product(PUBLISHED, ("frost", "motion_blur", "fog", "snow"))
+        for step, (milder, stronger) in enumerate(pairwise(PUBLISHED[side][name]), start=1)
+        if not must_grow(name, milder, stronger)
+    ]
+    assert exempt == [
+        (32, "frost", 3), (32, "frost", 4), (32, "motion_blur", 3), (64, "frost", 2),
+        (224, "frost", 3), (224, "fog", 3), (224, "snow", 2),
+    ]  # fmt: skip
+
+
+def test_fog_differs_from_the_image_by_its_closed_form() -> None:
+    """At 32, severities 1 and 2 have one fading, so one landscape of clouds."""
+    x, amounts = cat(32), [PUBLISHED[32]["fog"][s - 1][0] for s in (1, 2)]
+    m = x.max()
+    shifts = [(corrupted(x, "fog", s, rng()) - x) * (m + a) / a for s, a in zip((1, 2), amounts)]  # m * clouds - x
+    bound = sum(0.5 / 255 * (m + a) / a for a in amounts)  # each image is rounded to 8 bits
+    np.testing.assert_allclose(shifts[0], shifts[1], rtol=0, atol=bound + 1e-9)
 
 
 @pytest.mark.parametrize(("side", "severity"), list(product((32, 64, 224), SEVERITIES)))
