@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageFile, ImageOps
 
 from vitscope.data import deep_color, descriptors
 from vitscope.data.notices import report_once
@@ -121,7 +121,8 @@ def _range_as_decoded(
     Raises:
         DataError: A range was stated for color that Pillow has reduced to 8 bits.
     """
-    arguments = image.tile[0].args if image.format == "PPM" and image.tile else None
+    tiles = image.tile if isinstance(image, ImageFile.ImageFile) else []
+    arguments = tiles[0].args if image.format == "PPM" and tiles else None
     if pixel_range is None or not isinstance(arguments, tuple) or arguments[1] <= 255:
         return pixel_range
     if image.mode != "I":

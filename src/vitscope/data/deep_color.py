@@ -7,11 +7,12 @@ byte of each sample. Read again in the other byte order, the same raw mode takes
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageFile
 
 #: by the raw mode's letter: that of the other byte order; N is the machine's own, which libtiff decodes to
 _SWAPPED = {"B": "L", "L": "B", "N": "B" if sys.byteorder == "little" else "L"}
@@ -21,7 +22,7 @@ _STORED = ("RGB", "RGBX", "RGBA", "RGBa")
 
 def raw_mode(image: Image.Image) -> str | None:
     """Return how the color samples of 16 bits of an image that is not loaded yet are stored, None for all other images."""
-    if image.mode.startswith("I") or not image.tile:
+    if image.mode.startswith("I") or not isinstance(image, ImageFile.ImageFile) or not image.tile:
         return None
     arguments = image.tile[0].args
     first = arguments[0] if isinstance(arguments, tuple) and arguments else arguments
@@ -34,7 +35,7 @@ def can_be_read(raw: str) -> bool:
     return kind in _STORED and order in _SWAPPED
 
 
-def samples(path: str | Path, formats: Sequence[str], oriented: Callable[[Image.Image], Image.Image]) -> np.ndarray:
+def samples(path: str | Path, formats: tuple[str, ...], oriented: Callable[[Image.Image], Image.Image]) -> np.ndarray:
     """Return the samples of a color image of 16 bits, `(height, width, 3 or 4)` in uint16, as the file stores them.
 
     Args:
@@ -52,18 +53,19 @@ def is_premultiplied(raw: str) -> bool:
 
 
 def _bytes(
-    path: str | Path, formats: Sequence[str], oriented: Callable[[Image.Image], Image.Image], is_swapped: bool
+    path: str | Path, formats: tuple[str, ...], oriented: Callable[[Image.Image], Image.Image], is_swapped: bool
 ) -> np.ndarray:
     with Image.open(path, formats=formats) as image:
+        assert isinstance(image, ImageFile.ImageFile)
         image.tile = [tile._replace(args=_read_as(tile.args, is_swapped)) for tile in image.tile]
         image.load()
         return np.asarray(oriented(image))
 
 
-def _read_as(arguments: str | tuple, is_swapped: bool) -> str | tuple:
+def _read_as(arguments: str | tuple[Any, ...] | None, is_swapped: bool) -> str | tuple[Any, ...]:
     """Return a tile's arguments with the raw mode of the byte order, and without a division by alpha."""
     if isinstance(arguments, tuple):
         return (_read_as(arguments[0], is_swapped), *arguments[1:])
-    kind, _, order = arguments.partition(";16")
+    kind, _, order = str(arguments).partition(";16")
     kind = kind.replace("RGBa", "RGBA")
     return f"{kind};16{_SWAPPED[order] if is_swapped else order}"
