@@ -29,9 +29,9 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import vitscope as vs
-from vitscope import progress
 from vitscope.data import photos
 from vitscope.linalg.curvatures import curvatures
+from vitscope.runtime import progress
 
 
 def data(n: int, device: torch.device) -> Batch:

@@ -30,8 +30,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import vitscope as vs
-from vitscope import progress
 from vitscope.linalg.directions import Direction, filter_parameters, moving, normalize, random_direction
+from vitscope.runtime import progress
 
 TICK = os.sysconf("SC_CLK_TCK")
 FOREIGN = 0.1  # cores

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 import vitscope as vs
-import vitscope.progress
+import vitscope.runtime.progress
 
 TICK = os.sysconf("SC_CLK_TCK")
 FOREIGN = 0.1  # cores
@@ -93,7 +93,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    vitscope.progress.enabled = False
+    vitscope.runtime.progress.enabled = False
     for name in arguments.models:
         compare(name, arguments.rounds, arguments.images, arguments.batch)
 

@@ -16,7 +16,7 @@ from hessian import data
 from torch import Tensor, nn
 
 import vitscope as vs
-from vitscope import progress
+from vitscope.runtime import progress
 
 K = 5
 TOLERANCES = (1e-2, 1e-3, 1e-4)

@@ -32,7 +32,7 @@ import timm
 import torch
 
 import vitscope as vs
-import vitscope.progress
+import vitscope.runtime.progress
 from vitscope.models.taps import reading
 
 TICK = os.sysconf("SC_CLK_TCK")
@@ -162,7 +162,7 @@ def main() -> None:
     parser.add_argument("--peak", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    vitscope.progress.enabled = False
+    vitscope.runtime.progress.enabled = False
     for name in arguments.models:
         if arguments.peak:
             peak(name, arguments.peak, arguments.batch)

@@ -13,16 +13,16 @@ import pytest
 import torch
 from torch import nn
 
-import vitscope.progress
+import vitscope.runtime.progress
 
 
 @pytest.fixture(autouse=True)
 def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
     """No progress lines; every test starts from the same random state and with no stop asked for."""
-    from vitscope import interrupt
+    from vitscope.runtime import stop_flag
 
-    monkeypatch.setattr(vitscope.progress, "enabled", False)
-    interrupt.clear()
+    monkeypatch.setattr(vitscope.runtime.progress, "enabled", False)
+    stop_flag.clear()
     torch.manual_seed(0)
 
 

@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from vitscope import distributed
 from vitscope.classifier import Classifier
 from vitscope.data.loader import BatchSampler, Draw
-from vitscope.errors import DataError
+from vitscope.runtime import distributed
+from vitscope.runtime.errors import DataError
 from vitscope.sam import SAM
 
 pytestmark = pytest.mark.filterwarnings(

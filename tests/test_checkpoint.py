@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from vitscope import checkpoint, results
-from vitscope.errors import CheckpointError, StorageError
+from vitscope.runtime.errors import CheckpointError, StorageError
 
 
 def content(step: int = 1) -> dict:

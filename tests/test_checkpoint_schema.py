@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from vitscope import checkpoint, checkpoint_schema
 from vitscope.callbacks import Checkpoints
-from vitscope.errors import CheckpointError
+from vitscope.runtime.errors import CheckpointError
 
 torch.set_num_threads(1)
 MISSING = object()

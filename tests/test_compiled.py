@@ -13,7 +13,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 import vitscope as vs
-from vitscope import progress
+from vitscope.runtime import progress
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
 from vitscope import analyses, build, config
-from vitscope.errors import ConfigError
+from vitscope.runtime.errors import ConfigError
 from vitscope.validation import validate
 
 CONF = config.folder()

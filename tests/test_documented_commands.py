@@ -21,7 +21,7 @@ from timm.data.imagenet_info import ImageNetInfo
 from tests.commands.conftest import call  # noqa: F401  a fixture
 from vitscope import config
 from vitscope.commands import COMMANDS, analyze, overrides
-from vitscope.errors import VitscopeError
+from vitscope.runtime.errors import VitscopeError
 from vitscope.validation import validate
 
 ROOT = Path(__file__).parents[1]

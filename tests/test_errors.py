@@ -4,7 +4,7 @@ import pickle
 
 import pytest
 
-from vitscope import errors
+from vitscope.runtime import errors
 
 CODES = {
     errors.ConfigError: 2,

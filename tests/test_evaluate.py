@@ -6,8 +6,8 @@ import pytest
 import torch
 from torchmetrics.functional.classification import multiclass_calibration_error
 
-from vitscope import distributed
 from vitscope.evaluate import ECE_BINS, evaluate
+from vitscope.runtime import distributed
 
 
 def test_batches_do_not_matter(mlp, mlp_batches) -> None:

@@ -23,7 +23,7 @@ from torch import nn
 from vitscope import config, exits, results
 from vitscope.classifier import Classifier
 from vitscope.diagnostics.variance.feature_map_variance import FeatureMapVarianceResult
-from vitscope.errors import ConfigError, VitscopeError
+from vitscope.runtime.errors import ConfigError, VitscopeError
 from vitscope.validation import validate
 
 N_EXAMPLES = int(os.environ.get("FUZZ", "30"))

@@ -14,9 +14,10 @@ import torch
 from omegaconf import OmegaConf
 
 from tests.test_configs import composed
-from vitscope import checkpoint, config, exits, results, runs, secrecy
+from vitscope import checkpoint, config, exits, results, runs
 from vitscope.commands import overrides
-from vitscope.errors import CheckpointError, ConfigError
+from vitscope.runtime import redaction
+from vitscope.runtime.errors import CheckpointError, ConfigError
 from vitscope.validation import validate
 
 #: may not be named anywhere, by whatever way they are reached
@@ -215,10 +216,10 @@ def test_secrets_reach_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_the_command_line_s_secrets() -> None:
-    assert secrecy.cleaned("+a.api_key=x y") == "+a.api_key=redacted"
-    assert secrecy.cleaned("model.tokenizer=bert") == "model.tokenizer=bert"
-    assert secrecy.cleaned("analysis=[cka]") == "analysis=[cka]"
-    assert secrecy.cleaned("https://a:b@c/d") == "https://redacted@c/d"
+    assert redaction.cleaned("+a.api_key=x y") == "+a.api_key=redacted"
+    assert redaction.cleaned("model.tokenizer=bert") == "model.tokenizer=bert"
+    assert redaction.cleaned("analysis=[cka]") == "analysis=[cka]"
+    assert redaction.cleaned("https://a:b@c/d") == "https://redacted@c/d"
 
 
 @pytest.mark.parametrize(

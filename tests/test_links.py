@@ -12,11 +12,12 @@ import torch
 from omegaconf import OmegaConf
 
 from tests.reports.conftest import spectrum, write_run
-from vitscope import checkpoint, exits, results, run_files, tracking
-from vitscope.errors import VitscopeError
+from vitscope import checkpoint, exits, results, tracking
 from vitscope.journal import Journal, read
 from vitscope.plotting import save_figure
 from vitscope.runs import Run
+from vitscope.runtime import safe_files
+from vitscope.runtime.errors import VitscopeError
 
 
 @pytest.fixture
@@ -56,7 +57,7 @@ CASES: list[tuple[str, str, Callable[[Run], object]]] = [
     ("metrics.jsonl", "victim", lambda run: Journal(run.journal).append(1, 0, {"a": 1.0})),
     ("metrics.jsonl", "absent", lambda run: Journal(run.journal).append(1, 0, {"a": 1.0})),
     ("metrics.jsonl", "victim", lambda run: read(run.journal)),
-    ("log.txt", "victim", lambda run: run_files.append_text(run.log, "x")),
+    ("log.txt", "victim", lambda run: safe_files.append_text(run.log, "x")),
     ("provenance.json", "victim", lambda run: run.provenance()),
     ("provenance.json", "victim", lambda run: run.note(a=1)),
     ("config.yaml", "victim", lambda run: run.config()),

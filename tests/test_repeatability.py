@@ -16,8 +16,8 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import vitscope as vs
-from vitscope import progress
 from vitscope.repeatability import RandomOutputsWarning
+from vitscope.runtime import progress
 
 
 class Wrapped(nn.Module):

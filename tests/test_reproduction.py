@@ -9,8 +9,8 @@ import pytest
 
 from vitscope import analyses, config, reproduction
 from vitscope.commands.trial import composed
-from vitscope.errors import ConfigError
 from vitscope.reports.tables import TABLES
+from vitscope.runtime.errors import ConfigError
 from vitscope.validation import validate
 
 PLAN: dict[str, Any] = {

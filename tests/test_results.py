@@ -12,7 +12,7 @@ import torch
 
 import vitscope as vs
 from vitscope import journal, results
-from vitscope.errors import StorageError
+from vitscope.runtime.errors import StorageError
 
 
 def measured() -> object:

@@ -15,8 +15,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from tests.kills import KILLED, at_every_change
 from vitscope import checkpoint, results, run_lock, runs
-from vitscope.errors import ConfigError, StorageError
 from vitscope.runs import Run
+from vitscope.runtime.errors import ConfigError, StorageError
 
 torch.set_num_threads(1)
 

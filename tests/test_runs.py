@@ -10,7 +10,7 @@ import pytest
 from omegaconf import DictConfig, OmegaConf
 
 from vitscope import run_lock, runs
-from vitscope.errors import CheckpointError, ConfigError
+from vitscope.runtime.errors import CheckpointError, ConfigError
 
 
 def cfg(tmp_path: Path, **more: object) -> DictConfig:

@@ -10,8 +10,9 @@ import pytest
 from omegaconf import OmegaConf
 
 from tests.test_configs import composed, options
-from vitscope import config, exits, runs, secrecy, tracking
-from vitscope.errors import ConfigError
+from vitscope import config, exits, runs, tracking
+from vitscope.runtime import redaction
+from vitscope.runtime.errors import ConfigError
 
 SECRET = "hunter2-hunter2"
 
@@ -25,7 +26,7 @@ SECRET = "hunter2-hunter2"
     "session_cookie", "ENCRYPTION_KEY", "license.key", "REDIS_AUTH", "X-Auth-Token", "TOKEN_GITHUB", "secret_key",
 ])  # fmt: skip
 def test_names_of_secrets(key: str) -> None:
-    assert secrecy.is_secret(key)
+    assert redaction.is_secret(key)
 
 
 @pytest.mark.parametrize("key", [
@@ -34,7 +35,7 @@ def test_names_of_secrets(key: str) -> None:
     "patch_size", "monkey", "label_key", "analysis", "pass", "n_pass", "hf_tokenizer",
 ])  # fmt: skip
 def test_names_of_this_field_are_none(key: str) -> None:
-    assert not secrecy.is_secret(key)
+    assert not redaction.is_secret(key)
 
 
 def test_no_configuration_of_ours_is_changed() -> None:
@@ -42,9 +43,9 @@ def test_no_configuration_of_ours_is_changed() -> None:
         for option in options(group):
             choice = f"{group}=[{option}]" if group == "callbacks" else f"{group}={option}"
             tree = config.plain(composed("train", choice))
-            assert secrecy.redacted(tree) == tree
+            assert redaction.redacted(tree) == tree
     tree = config.plain(composed("train", f"analysis=[{','.join(options('analysis'))}]"))
-    assert secrecy.redacted(tree) == tree
+    assert redaction.redacted(tree) == tree
 
 
 @pytest.mark.parametrize("tree", [
@@ -65,11 +66,11 @@ def test_no_configuration_of_ours_is_changed() -> None:
     {"x": [f"model.api_key={SECRET}", f"+a={{b: {{password: [{SECRET}]}}, c: 1}}"]},
 ], ids=str)  # fmt: skip
 def test_trees(tree: dict, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(secrecy, "_remembered", set())
-    text = repr(secrecy.redacted(tree))
+    monkeypatch.setattr(redaction, "_remembered", set())
+    text = repr(redaction.redacted(tree))
     encoded = (base64.b64encode(SECRET.encode()).decode().rstrip("="), SECRET.encode().hex())
     assert not any(part in text for part in (SECRET, "hunter2", "1234567", *encoded))
-    assert secrecy.REDACTED in text
+    assert redaction.REDACTED in text
 
 
 @pytest.mark.parametrize("value", [
@@ -79,9 +80,9 @@ def test_trees(tree: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     "-----BEGIN RSA PRIVATE KEY-----\nMIIEabcdefgh\nzzzz\n-----END RSA PRIVATE KEY-----",
 ])  # fmt: skip
 def test_known_forms_under_any_name(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(secrecy, "_remembered", set())
-    assert secrecy.redacted({"x": value, "y": [f"a {value} b"]}) == {"x": "redacted", "y": ["a redacted b"]}
-    assert secrecy.masked(f"failed with {value}") == "failed with redacted"
+    monkeypatch.setattr(redaction, "_remembered", set())
+    assert redaction.redacted({"x": value, "y": [f"a {value} b"]}) == {"x": "redacted", "y": ["a redacted b"]}
+    assert redaction.masked(f"failed with {value}") == "failed with redacted"
 
 
 def test_names_of_a_project_are_sent_without_secrets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,7 +110,7 @@ def test_what_tells_nothing_stays(monkeypatch: pytest.MonkeyPatch) -> None:
         "x": (1, 2.5),
         "y": "text",
     }
-    assert secrecy.redacted(tree) == tree
+    assert redaction.redacted(tree) == tree
 
 
 @pytest.mark.parametrize("argument", [
@@ -121,9 +122,9 @@ def test_what_tells_nothing_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     f"+a={{MYSQL_PWD:{SECRET}}}", f"https://h/?api_key={SECRET}&x=1", f"a@b.api_key={SECRET}",
 ])  # fmt: skip
 def test_arguments(argument: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(secrecy, "_remembered", set())
-    assert "hunter2" not in secrecy.cleaned(argument)
-    assert secrecy.REDACTED in secrecy.cleaned(argument)
+    monkeypatch.setattr(redaction, "_remembered", set())
+    assert "hunter2" not in redaction.cleaned(argument)
+    assert redaction.REDACTED in redaction.cleaned(argument)
 
 
 @pytest.mark.parametrize("argument", ["model.name=resnet18", "analysis=[cka]", "+x={a: 1, b: [2, 3]}", "optimizer.lr=1e-3",
@@ -131,7 +132,7 @@ def test_arguments(argument: str, monkeypatch: pytest.MonkeyPatch) -> None:
                                       "data.root=/a/b:c", "model.class_token=true",
                                       "callbacks.checkpoint.monitor=val/nll"])  # fmt: skip
 def test_other_arguments_stay(argument: str) -> None:
-    assert secrecy.cleaned(argument) == argument
+    assert redaction.cleaned(argument) == argument
 
 
 LINES = f"-----BEGIN KEY-----\n{SECRET}\t'quoted' \"twice\"\n\u00e9nd-of-the-key"
@@ -144,12 +145,12 @@ LINES = f"-----BEGIN KEY-----\n{SECRET}\t'quoted' \"twice\"\n\u00e9nd-of-the-key
 ], ids=str)  # fmt: skip
 def test_values_of_the_environment_in_every_form(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Several lines, escaped, one secret that begins with another (the longer one leaves no rest)."""
-    monkeypatch.setattr(secrecy, "_remembered", set())
+    monkeypatch.setattr(redaction, "_remembered", set())
     monkeypatch.setenv("A_PRIVATE_KEY", LINES)
     monkeypatch.setenv("B_KEY", SECRET)
     monkeypatch.setenv("C_TOKEN", f"{SECRET}-and-more")
     monkeypatch.setenv("D_TOKEN", f"{SECRET}+and more")
-    found = secrecy.masked(text)
+    found = redaction.masked(text)
     assert "hunter2" not in found
     assert "and-more" not in found
     assert "and%20more" not in found
@@ -164,7 +165,7 @@ def test_a_number_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_no_file_of_a_run_and_nothing_for_the_mirror(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """``config.yaml``, ``provenance.json`` (arguments and notes), ``log.txt``, errors that are cut, W&B's configuration."""
-    monkeypatch.setattr(secrecy, "_remembered", set())
+    monkeypatch.setattr(redaction, "_remembered", set())
     monkeypatch.setattr(
         "sys.argv", ["train.py", f"+model.options={{api-key: {SECRET}}}", f"+model.auth=[{SECRET}]", "seed=1"]
     )

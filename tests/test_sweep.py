@@ -14,7 +14,7 @@ import yaml
 
 from vitscope import exits
 from vitscope.commands import sweep as command
-from vitscope.errors import ConfigError
+from vitscope.runtime.errors import ConfigError
 from vitscope.sweep import children, draws, halving, lint, search, spec
 from vitscope.sweep.spec import Sweep
 

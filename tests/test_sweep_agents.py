@@ -15,7 +15,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from vitscope import runs
-from vitscope.errors import ConfigError
+from vitscope.runtime.errors import ConfigError
 from vitscope.sweep import agents, children, spec
 
 from .wandb_server import Server

@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 
-from vitscope import interrupt
-from vitscope.errors import ConfigError
-from vitscope.interrupt import Interrupted
+from vitscope.runtime import stop_flag
+from vitscope.runtime.errors import ConfigError
+from vitscope.runtime.stop_flag import Interrupted
 from vitscope.sweep import children, spec, table
 from vitscope.sweep.local import LocalSweep, Trial
 from vitscope.sweep.spec import Sweep
@@ -90,7 +90,7 @@ def test_a_stop_ends_the_children_with_their_own_codes(tmp_path: Path, signum: i
     def when_ready() -> None:
         while not list(first.folder.glob("*/ready")):
             time.sleep(0.01)
-        interrupt.request(signum)
+        stop_flag.request(signum)
 
     threading.Thread(target=when_ready).start()
     with pytest.raises(Interrupted):
@@ -98,7 +98,7 @@ def test_a_stop_ends_the_children_with_their_own_codes(tmp_path: Path, signum: i
     waiting = first.trials[1]
     assert (waiting.state, waiting.exit_code, waiting.process) == ("stopped", code, None)
     assert children.outcome(waiting.folder).status == "stopped"
-    interrupt.clear()
+    stop_flag.clear()
     again = local(sweep, tmp_path)
     assert again.run() == 0
     assert [start["resumed"] for start in starts(again.trials[1])] == [False, True]

@@ -14,9 +14,10 @@ from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
-from vitscope import callbacks, config, interrupt
-from vitscope.errors import ConfigError, DistributedError
-from vitscope.interrupt import Interrupted
+from vitscope import callbacks, config
+from vitscope.runtime import stop_flag
+from vitscope.runtime.errors import ConfigError, DistributedError
+from vitscope.runtime.stop_flag import Interrupted
 from vitscope.sweep import children, multirun
 
 ROOT = Path(__file__).parents[1]
@@ -91,12 +92,12 @@ def test_jobs_side_by_side_share_the_cores(hydra_job: Path, monkeypatch: pytest.
 def test_a_stop_reaches_the_job_and_no_other_starts(hydra_job: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pretend(monkeypatch, hydra_job, "do=wait")
     ready = hydra_job / "ready"
-    monkeypatch.setattr(interrupt, "requested", lambda: 15 if ready.exists() else None)
+    monkeypatch.setattr(stop_flag, "requested", lambda: 15 if ready.exists() else None)
     with pytest.raises(Interrupted):
         multirun.job("val/accuracy")
     assert children.outcome(hydra_job).exit_code == 143
     monkeypatch.undo()
-    interrupt.request(15)
+    stop_flag.request(15)
     with pytest.raises(Interrupted):
         multirun.job("val/accuracy")
 

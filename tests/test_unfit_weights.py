@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import vitscope as vs
-from vitscope.errors import NumericalError
+from vitscope.runtime.errors import NumericalError
 
 FORWARD: dict[str, Callable[[vs.Probe], Any]] = {
     "evaluation": vs.evaluation,

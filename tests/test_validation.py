@@ -8,7 +8,7 @@ import pytest
 
 from tests.test_configs import composed
 from vitscope import config
-from vitscope.errors import ConfigError, StorageError, VitscopeError
+from vitscope.runtime.errors import ConfigError, StorageError, VitscopeError
 from vitscope.validation import validate
 
 CASES = [

@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 
 from tests.test_configs import composed, options
 from vitscope import build, config, weight_files
-from vitscope.errors import ConfigError
+from vitscope.runtime.errors import ConfigError
 
 PROOF: list[str] = []
 

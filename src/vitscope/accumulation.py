@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from vitscope.distributed import all_reduce_sum
+from vitscope.runtime.distributed import all_reduce_sum
 
 Batch = tuple[Tensor, Tensor]
 

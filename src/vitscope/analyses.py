@@ -16,12 +16,13 @@ import numpy as np
 from omegaconf import DictConfig
 from torch import nn
 
-from vitscope import build, checkpoint, config, interrupt, onepass, recorded, results, run_lock, supplied
-from vitscope.distributed import gather_objects, rank
-from vitscope.errors import ConfigError, StorageError, VitscopeError
-from vitscope.interrupt import Interrupted
+from vitscope import build, checkpoint, config, onepass, recorded, results, run_lock, supplied
 from vitscope.probe import Probe
 from vitscope.runs import Run
+from vitscope.runtime import stop_flag
+from vitscope.runtime.distributed import gather_objects, rank
+from vitscope.runtime.errors import ConfigError, StorageError, VitscopeError
+from vitscope.runtime.stop_flag import Interrupted
 from vitscope.tracking import Mirror
 
 #: keys of an analysis node that are not options of its measure
@@ -183,7 +184,7 @@ def _files(options: Mapping[str, Any]) -> list[Path]:
 def _measured(analysis: Analysis, place: Place, weights: str, rows: results.PartialRows, reuse: bool) -> Any:
     result = place.ahead.pop(analysis.name, None)
     if result is None:
-        interrupt.check()
+        stop_flag.check()
         facts = {"checkpoint": weights, "epoch": place.epoch}
         request = _probe_request(analysis, place.datamodule)
         probe = build.probe(place.cfg, place.network, place.datamodule, request, facts, place.content)

@@ -12,12 +12,13 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
-from vitscope import checkpoint, config, secrecy
-from vitscope.errors import CheckpointError, ConfigError, DataError, VitscopeError
+from vitscope import checkpoint, config
 from vitscope.objective import Objective
 from vitscope.optimizer_stability import adam_scale
 from vitscope.optimizer_state import OptimizerState, of_checkpoint
 from vitscope.probe import Probe
+from vitscope.runtime import redaction
+from vitscope.runtime.errors import CheckpointError, ConfigError, DataError, VitscopeError
 
 #: keys of the data group that are hints for other groups, not arguments of the data module
 DATA_HINTS = ("recipe",)
@@ -254,5 +255,5 @@ def weights_hash(network: nn.Module) -> str:
 
 
 def _first_line(error: Exception) -> str:
-    text = secrecy.masked(str(error)).strip()  # before it is cut: half of a secret would not be known
+    text = redaction.masked(str(error)).strip()  # before it is cut: half of a secret would not be known
     return text.splitlines()[0][:200] if text else type(error).__name__

@@ -14,12 +14,13 @@ from omegaconf import DictConfig
 from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from vitscope import analyses, interrupt, pending, run_lock
+from vitscope import analyses, pending, run_lock
 from vitscope.analyses import Analysis, Place
-from vitscope.distributed import gather_objects
-from vitscope.errors import ConfigError, DistributedError, NumericalError
-from vitscope.interrupt import Interrupted
 from vitscope.runs import Run
+from vitscope.runtime import stop_flag
+from vitscope.runtime.distributed import gather_objects
+from vitscope.runtime.errors import ConfigError, DistributedError, NumericalError
+from vitscope.runtime.stop_flag import Interrupted
 from vitscope.tracking import Mirror
 
 
@@ -216,7 +217,7 @@ class Checkpoints(Callback):
 
     def on_test_batch_end(self, *_: Any, **__: Any) -> None:
         """Stop during the test; training was saved before."""
-        interrupt.check()
+        stop_flag.check()
 
     def _improved(self, metrics: Mapping[str, Tensor]) -> bool:
         if self.monitor in metrics:
@@ -258,7 +259,7 @@ class StopsWithoutSaving(Callback):
 
     def on_test_batch_end(self, *_: Any, **__: Any) -> None:
         """Stop during the test."""
-        interrupt.check()
+        stop_flag.check()
 
 
 class HeldFolder(Callback):
@@ -314,7 +315,7 @@ def _over(trainer: Trainer) -> bool:
 
 
 def _agreed_signal(pl_module: pl.LightningModule) -> int:
-    signum = interrupt.requested() or 0
+    signum = stop_flag.requested() or 0
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         agreed = torch.tensor(signum, device=pl_module.device)
         dist.all_reduce(agreed, op=dist.ReduceOp.MAX)

@@ -25,9 +25,9 @@ from typing import Any
 import torch
 from pytorch_lightning.plugins.io import CheckpointIO
 
-from vitscope import run_files
-from vitscope.errors import CheckpointError, StorageError
 from vitscope.results import sweep, temporary_path, write_atomically
+from vitscope.runtime import safe_files
+from vitscope.runtime.errors import CheckpointError, StorageError
 
 MANIFEST = "manifest.json"
 #: keys of the manifest that are no file's name: the digest of its own text, and files whose renames are not done
@@ -56,7 +56,7 @@ class AtomicCheckpointIO(CheckpointIO):
     def remove_checkpoint(self, path: Any) -> None:
         """Delete a file and its line in the manifest."""
         path = Path(path)
-        run_files.refuse_links(path.parent)
+        safe_files.refuse_links(path.parent)
         path.unlink(missing_ok=True)
         stored = _stored_manifest(path.parent)
         if stored.entries.pop(path.name, None) is not None:
@@ -91,7 +91,7 @@ def write(checkpoint: Mapping[str, Any], path: Path, *, copies: Sequence[str] = 
     content = {**checkpoint, CONTENT_DIGEST: content_digest(checkpoint)}
     temporaries = {name: temporary_path(folder / name) for name in names}
     try:
-        run_files.refuse_links(folder)
+        safe_files.refuse_links(folder)
         folder.mkdir(parents=True, exist_ok=True)
         repair(folder)
         first = temporaries[names[0]]
@@ -137,7 +137,7 @@ def repair(folder: Path) -> None:
         CheckpointError: the manifest cannot be trusted.
         StorageError: the folder cannot be written.
     """
-    run_files.refuse_links(folder)
+    safe_files.refuse_links(folder)
     stored = _stored_manifest(folder)
     if stored.pending:
         for name, entry in stored.pending.items():
@@ -185,7 +185,7 @@ def read(path: Path, *, verify: bool = True) -> dict[str, Any]:
     Raises:
         CheckpointError: missing, damaged, altered, or holding more than plain containers and tensors.
     """
-    run_files.refuse_links(path)
+    safe_files.refuse_links(path)
     if not path.is_file():
         raise CheckpointError("ckpt_path", path, "no such file", "name a checkpoint file, or ckpt_path=last")
     if verify and not verified(path):
@@ -320,8 +320,8 @@ def manifest(folder: Path) -> dict[str, Any]:
 def _stored_manifest(folder: Path) -> _Manifest:
     path = folder / MANIFEST
     try:
-        with os.fdopen(run_files.open_to_read(path), "rb") as file:
-            raw = file.read(run_files.LARGEST)
+        with os.fdopen(safe_files.open_to_read(path), "rb") as file:
+            raw = file.read(safe_files.LARGEST)
     except (FileNotFoundError, NotADirectoryError):
         return _Manifest()
     except OSError as error:

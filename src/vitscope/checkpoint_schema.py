@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vitscope.errors import CheckpointError
+from vitscope.runtime.errors import CheckpointError
 
 _REQUIRED = {"epoch": int, "global_step": int, "state_dict": dict, "loops": dict, "optimizer_states": list,
              "lr_schedulers": list, "callbacks": dict}  # fmt: skip

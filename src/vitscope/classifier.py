@@ -21,9 +21,9 @@ from torchmetrics.classification import MulticlassAccuracy
 from vitscope import pending, schedule
 from vitscope.accumulation import StepGroup, is_first
 from vitscope.calibration_metric import ExpectedCalibrationError
-from vitscope.distributed import all_reduce_sum, gather_objects
-from vitscope.errors import DataError, NumericalError
 from vitscope.objective import Objective, hard_targets, labeled, n_labeled
+from vitscope.runtime.distributed import all_reduce_sum, gather_objects
+from vitscope.runtime.errors import DataError, NumericalError
 from vitscope.sam import SAM, still_statistics
 
 #: seeds of training steps are kept apart from those of data by this constant

@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf, flag_override
 from omegaconf.errors import OmegaConfBaseException
 
 from vitscope import config, trust
-from vitscope.errors import ConfigError
+from vitscope.runtime.errors import ConfigError
 
 _BASIC = "hydra._internal.core_plugins"
 #: what may be created below hydra.callbacks, hydra.launcher and hydra.sweeper

@@ -15,7 +15,7 @@ from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 
-from vitscope.errors import ConfigError, nearest
+from vitscope.runtime.errors import ConfigError, nearest
 from vitscope.trust import PACKAGES, check_role, check_target, resolve
 
 __all__ = [

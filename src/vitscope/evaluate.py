@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vitscope import distributed
 from vitscope.objective import Objective, hard_targets, labeled
+from vitscope.runtime import distributed
 
 #: equal-width confidence bins of the expected calibration error
 ECE_BINS = 10

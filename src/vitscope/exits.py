@@ -32,10 +32,11 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from omegaconf.errors import OmegaConfBaseException
 
-from vitscope import checkpoint, config, interrupt, run_files, secrecy, trust
-from vitscope.errors import ConfigError, DistributedError, StorageError, VitscopeError
-from vitscope.interrupt import Interrupted
+from vitscope import checkpoint, config, trust
 from vitscope.runs import Run
+from vitscope.runtime import redaction, safe_files, stop_flag
+from vitscope.runtime.errors import ConfigError, DistributedError, StorageError, VitscopeError
+from vitscope.runtime.stop_flag import Interrupted
 
 INTERRUPTED, TERMINATED = 130, 143
 _STORAGE = (
@@ -72,7 +73,7 @@ def code_of(command: Callable[[], None]) -> int:
     if _current is not None:
         gc.collect()  # trainer, module and callbacks refer to each other: the last run's memory would wait for a chance
     _current = None
-    interrupt.clear()
+    stop_flag.clear()
     _install()
     # Hydra prints its own text and exits 1 unless this is set; the user's own wish for tracebacks is remembered
     wants_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1" and _OURS not in os.environ
@@ -119,7 +120,7 @@ def code_for(error: BaseException) -> int:
     """Return the exit code that an error will end the command with."""
     if isinstance(error, KeyboardInterrupt):
         return INTERRUPTED
-    if isinstance(error, SystemExit) and (stopped := interrupt.requested()) is not None:
+    if isinstance(error, SystemExit) and (stopped := stop_flag.requested()) is not None:
         error = Interrupted(stopped)  # Lightning's own answer to SIGTERM
     if isinstance(error, Interrupted):
         return INTERRUPTED if error.signum == signal.SIGINT else TERMINATED
@@ -140,7 +141,7 @@ def note_end(run: Run, code: int, **facts: object) -> None:
 
 
 def _ended(error: BaseException, wants_traceback: bool) -> int:
-    stopped = interrupt.requested()
+    stopped = stop_flag.requested()
     if isinstance(error, SystemExit) and stopped is not None:
         error = Interrupted(stopped)  # Lightning's own answer to SIGTERM, where it comes before ours
     if isinstance(error, SystemExit):
@@ -174,7 +175,7 @@ def _log(text: str) -> None:
     if _current is None:
         return
     with contextlib.suppress(OSError, StorageError):  # a full disk: the line on stderr has to do
-        run_files.append_text(_current.log, secrecy.masked(text))
+        safe_files.append_text(_current.log, redaction.masked(text))
 
 
 def _install() -> None:
@@ -184,9 +185,9 @@ def _install() -> None:
 
 
 def _handle(signum: int, frame: FrameType | None) -> None:
-    if signum == signal.SIGINT and interrupt.requested() == signal.SIGINT:
+    if signum == signal.SIGINT and stop_flag.requested() == signal.SIGINT:
         os._exit(INTERRUPTED)  # asked twice: now
-    interrupt.request(signum)
+    stop_flag.request(signum)
 
 
 def _missing(error: MissingConfigException) -> ConfigError:
@@ -223,5 +224,5 @@ def _chain(error: BaseException | None) -> list[BaseException]:
 
 
 def _first_line(error: BaseException) -> str:
-    text = secrecy.masked(str(error)).strip()  # before it is cut: half of a secret would not be known
+    text = redaction.masked(str(error)).strip()  # before it is cut: half of a secret would not be known
     return text.splitlines()[0][:300] if text else type(error).__name__

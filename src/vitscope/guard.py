@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
-from vitscope.errors import NumericalError
 from vitscope.fingerprints import dense_parts, same_bits
+from vitscope.runtime.errors import NumericalError
 
 
 def float_dtype(model: nn.Module) -> torch.dtype:

@@ -11,7 +11,7 @@ import torch
 from scipy.special import betaincinv, ndtri, stdtrit
 from torch import Tensor
 
-from vitscope import distributed
+from vitscope.runtime import distributed
 
 #: images below which a mean of measurements has no interval: Student's covers too rarely where they are skewed between images. Of
 #: losses of a trained classifier (skewness 4) it held the truth at 78 % of 16, 90 % of 64 and 93 % of 128 images

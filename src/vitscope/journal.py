@@ -12,9 +12,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vitscope import run_files
-from vitscope.errors import StorageError
 from vitscope.results import finite
+from vitscope.runtime import safe_files
+from vitscope.runtime.errors import StorageError
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -60,9 +60,9 @@ class Journal:
 
     def _open(self) -> int:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        run_files.refuse_links(self.path)
+        safe_files.refuse_links(self.path)
         torn = self.path.is_file() and self.path.stat().st_size > 0 and not _ends_with_newline(self.path)
-        descriptor = run_files.open_to_append(self.path)
+        descriptor = safe_files.open_to_append(self.path)
         if torn:  # a kill cut the last row short: keep it apart from ours
             os.write(descriptor, b"\n")
         return descriptor
@@ -72,7 +72,7 @@ def read(path: Path) -> list[dict[str, Any]]:
     """Return the rows of a journal in the order they were written; a row that a kill cut short is left out."""
     rows = []
     if path.is_file():
-        for line in run_files.read_text(path, run_files.LARGEST_METRICS).splitlines():
+        for line in safe_files.read_text(path, safe_files.LARGEST_METRICS).splitlines():
             try:
                 row = json.loads(line)
             except ValueError:

@@ -12,12 +12,12 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from vitscope.distributed import gather_objects, world_size
-from vitscope.interrupt import Interrupted
 from vitscope.measure_options import with_options
 from vitscope.models.taps import Tap, reading
 from vitscope.probe import Probe
-from vitscope.progress import track
+from vitscope.runtime.distributed import gather_objects, world_size
+from vitscope.runtime.progress import track
+from vitscope.runtime.stop_flag import Interrupted
 
 
 class Accumulator(Protocol):

@@ -11,9 +11,9 @@ from typing import Any
 from matplotlib import style
 from matplotlib.figure import Figure
 
-from vitscope import run_files
 from vitscope.card import check_comparable
 from vitscope.results import temporary_path
+from vitscope.runtime import safe_files
 
 STYLE = Path(__file__).parent / "diagnostics" / "vitscope.mplstyle"
 
@@ -48,7 +48,7 @@ def save_figure(figure: Figure, stem: Path, *, formats: Sequence[str] = ("png", 
     engine = figure.get_layout_engine()
     with style.context(STYLE):
         for path in paths:
-            run_files.refuse_links(path)
+            safe_files.refuse_links(path)
             temporary = temporary_path(path)  # a kill leaves the file of before, or this one
             temporary.unlink(missing_ok=True)  # never through a link that waits under that name
             figure.savefig(temporary, dpi=300, format=path.suffix[1:])

@@ -9,10 +9,10 @@ from typing import Any, Literal, TypeVar, get_args
 import torch
 from torch import Tensor, nn
 
-from vitscope import distributed, interrupt, progress
 from vitscope.evaluate import evaluate
 from vitscope.guard import refuse_unfit_weights
 from vitscope.probe import Probe
+from vitscope.runtime import distributed, progress, stop_flag
 
 Row = Mapping[str, Any]
 Partial = MutableMapping[str, Row]
@@ -97,7 +97,7 @@ def standing(
 
         def batches() -> Iterator[tuple[Tensor, Tensor]]:
             for batch in probe.iter_batches():
-                interrupt.check()
+                stop_flag.check()
                 yield batch
 
         def here() -> dict[str, float]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from vitscope import distributed, guard, repeatability
+from vitscope import guard, repeatability
 from vitscope.card import ObjectiveCard as ObjectiveCard
 from vitscope.card import versions
 from vitscope.checks import CheckedBatches, InputChecks, check_weights
@@ -25,6 +25,7 @@ from vitscope.module_state import Place, empty_place, kept_attributes, pure_forw
 from vitscope.objective import Objective, n_labeled
 from vitscope.optimizer_state import OptimizerState
 from vitscope.repeatability import Repeatability, worst_of
+from vitscope.runtime import distributed
 
 Batch = tuple[Tensor, Tensor]
 

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vitscope import config, journal, results, run_files, secrecy
-from vitscope.distributed import rank
-from vitscope.errors import StorageError
+from vitscope import config, journal, results
 from vitscope.journal import Journal
 from vitscope.plotting import plot, save_figure
+from vitscope.runtime import redaction, safe_files
+from vitscope.runtime.distributed import rank
+from vitscope.runtime.errors import StorageError
 
 if TYPE_CHECKING:
     from vitscope.analyses import Analysis, Place
@@ -22,14 +23,14 @@ if TYPE_CHECKING:
 
 def failure(analysis: Analysis, place: Place, folder: Path, stem: str, error: Exception) -> None:
     """Record a null result with its reason, and go on."""
-    text = secrecy.masked(str(error)).strip()
+    text = redaction.masked(str(error)).strip()
     reason = f"{type(error).__name__}: {text.splitlines()[0] if text else ''}"
     warnings.warn(f"analysis.{analysis.name} failed at {place.tag}: {reason}; recorded as null", stacklevel=3)
     if rank() == 0:
         record = {"measure": analysis.measure.__name__, "error": reason, "scalars": None}
         results.write_atomically(folder / f"{stem}.json", config.json.dumps(record, indent=2).encode())
-        trace = secrecy.masked("".join(traceback.format_exception(error)))
-        run_files.append_text(place.run.log, f"analysis.{analysis.name} at {place.tag}\n{trace}\n")
+        trace = redaction.masked("".join(traceback.format_exception(error)))
+        safe_files.append_text(place.run.log, f"analysis.{analysis.name} at {place.tag}\n{trace}\n")
 
 
 def store(analysis: Analysis, place: Place, folder: Path, stem: str, result: Any) -> None:

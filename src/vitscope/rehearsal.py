@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 from torch import nn
 
 from vitscope import config, schedule
-from vitscope.errors import ConfigError, DataError
+from vitscope.runtime.errors import ConfigError, DataError
 
 #: what a callee raises for a value that its signature does not tell from a good one
 REFUSALS = (TypeError, ValueError, RuntimeError, KeyError, AttributeError)

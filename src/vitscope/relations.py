@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from vitscope import config
-from vitscope.errors import ConfigError
+from vitscope.runtime.errors import ConfigError
 
 #: metrics of the validation that a checkpoint may follow
 METRICS = tuple(f"val/{name}" for name in ("loss", "nll", "accuracy", "accuracy_top5", "ece", "brier"))

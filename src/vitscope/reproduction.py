@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from vitscope import config
-from vitscope.errors import ConfigError
+from vitscope.runtime.errors import ConfigError
 
 #: keys of a run that are ours; the others are overrides of ``train.py``
 _OURS = ("experiment", "at", "model")

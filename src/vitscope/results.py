@@ -22,9 +22,9 @@ from typing import Any
 
 import numpy as np
 
-from vitscope import run_files
-from vitscope.errors import StorageError
 from vitscope.probe import ObjectiveCard
+from vitscope.runtime import safe_files
+from vitscope.runtime.errors import StorageError
 
 _META = "__meta__"
 
@@ -84,7 +84,7 @@ def load(path: Path) -> Any:
         StorageError: the file is damaged, or is not a result of this package.
     """
     try:
-        with os.fdopen(run_files.open_to_read(path), "rb") as file, np.load(file, allow_pickle=False) as archive:
+        with os.fdopen(safe_files.open_to_read(path), "rb") as file, np.load(file, allow_pickle=False) as archive:
             meta = json.loads(str(archive[_META]))
             arrays = {name: archive[name] for name in archive.files if name != _META}
         module, _, name = meta["type"].partition(":")
@@ -109,7 +109,7 @@ def write_atomically(path: Path, content: bytes) -> None:
     """
     temporary = temporary_path(path)
     try:
-        run_files.refuse_links(path.parent)
+        safe_files.refuse_links(path.parent)
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.unlink(missing_ok=True)
         with temporary.open("xb") as file:  # never through a link that waits under that name
@@ -142,7 +142,7 @@ def host_identity() -> str:
 
 def sweep(folder: Path) -> None:
     """Delete the temporary files that dead processes of this machine left in ``folder``; other machines' are left alone."""
-    run_files.refuse_links(folder)
+    safe_files.refuse_links(folder)
     for file in folder.glob(".*.tmp-*"):
         *host, owner = file.name.rpartition(".tmp-")[2].split("-")
         if owner.isdigit() and host in ([], [host_identity()]) and not is_alive(int(owner)):
@@ -216,7 +216,7 @@ class PartialRows(MutableMapping[str, Mapping[str, Any]]):
     """
 
     def __init__(self, folder: Path, rank: int = 0) -> None:
-        run_files.refuse_links(folder)
+        safe_files.refuse_links(folder)
         self._folder = folder
         self._file = folder / f"rank-{rank}.jsonl"
         self._rows: dict[str, Mapping[str, Any]] = {}
@@ -242,8 +242,8 @@ class PartialRows(MutableMapping[str, Mapping[str, Any]]):
             self._folder.mkdir(parents=True, exist_ok=True)
             try:
                 if self._torn is None:
-                    self._torn = self._file.is_file() and not run_files.read_text(self._file).endswith("\n")
-                run_files.append_text(self._file, ("\n" if self._torn else "") + line)
+                    self._torn = self._file.is_file() and not safe_files.read_text(self._file).endswith("\n")
+                safe_files.append_text(self._file, ("\n" if self._torn else "") + line)
             except FileNotFoundError:  # another process that measured the same has finished and deleted the folder
                 continue
             self._torn = False
@@ -271,7 +271,7 @@ class PartialRows(MutableMapping[str, Mapping[str, Any]]):
 
 def _read_rows(file: Path) -> dict[str, Mapping[str, Any]]:
     rows: dict[str, Mapping[str, Any]] = {}
-    for line in run_files.read_text(file).splitlines():
+    for line in safe_files.read_text(file).splitlines():
         try:
             entry = json.loads(line)
             rows[entry["key"]] = {name: _unpack(value) for name, value in entry["row"].items()}

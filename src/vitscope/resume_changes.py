@@ -16,8 +16,8 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from vitscope import config, results, runs
-from vitscope.errors import CheckpointError, ConfigError
 from vitscope.runs import Run
+from vitscope.runtime.errors import CheckpointError, ConfigError
 
 #: keys that say how a command starts, not what a run is: those of the command that made the run stay written down
 INVOCATION = ("run", "run_dir", "ckpt_path", "ckpt_weights_only", "skip_finished")

@@ -22,9 +22,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vitscope import run_files
-from vitscope.errors import StorageError
 from vitscope.results import host_identity, is_alive, temporary_path
+from vitscope.runtime import safe_files
+from vitscope.runtime.errors import StorageError
 
 FILE = "run.lock"
 #: seconds between two heartbeats, and after how many without one another machine's lock is stale
@@ -54,7 +54,7 @@ def acquire(folder: Path) -> None:
     path = folder / FILE
     text = json.dumps(_own_facts())
     candidate = temporary_path(path)
-    run_files.refuse_links(path)
+    safe_files.refuse_links(path)
     try:
         candidate.unlink(missing_ok=True)
         with candidate.open("x") as file:  # never through a link that waits under that name
@@ -81,7 +81,7 @@ def release(folder: Path) -> None:
     held.ended.set()
     path = folder.absolute() / FILE
     with contextlib.suppress(OSError, StorageError):  # the folder is gone, or something else lies there
-        if run_files.read_text(path, _LARGEST) == held.text:
+        if safe_files.read_text(path, _LARGEST) == held.text:
             path.unlink()
 
 
@@ -106,7 +106,7 @@ def check(folder: Path) -> None:
     if held is None:
         return
     try:
-        text = run_files.read_text(folder / FILE, _LARGEST)
+        text = safe_files.read_text(folder / FILE, _LARGEST)
     except FileNotFoundError:
         why = "the run folder was deleted or renamed" if not folder.is_dir() else f"{FILE} was deleted"
         raise StorageError("run", folder, f"{why} while it trained", "start a new run") from None
@@ -131,7 +131,7 @@ def living_holder(folder: Path) -> str | None:
     """
     path = folder.absolute() / FILE
     try:
-        text, age = run_files.read_text(path, 1 << 16), time.time() - path.stat().st_mtime
+        text, age = safe_files.read_text(path, 1 << 16), time.time() - path.stat().st_mtime
     except (FileNotFoundError, NotADirectoryError):
         return None
     facts = _facts(text)
@@ -162,7 +162,7 @@ def _refuse_or_take_over(path: Path, now: float) -> None:
         now: by the clock of the file system, which also dates the heartbeats.
     """
     try:
-        text, age = run_files.read_text(path, _LARGEST), now - path.stat().st_mtime
+        text, age = safe_files.read_text(path, _LARGEST), now - path.stat().st_mtime
     except FileNotFoundError:  # given back meanwhile
         return
     facts = _facts(text)
@@ -222,5 +222,5 @@ def _beat(path: Path, held: _Held) -> None:
     """Renew the lock's time until it is given back, or is no longer this process's."""
     while not held.ended.wait(HEARTBEAT):
         with contextlib.suppress(OSError, StorageError):
-            if run_files.read_text(path, _LARGEST) == held.text and not held.ended.is_set():
+            if safe_files.read_text(path, _LARGEST) == held.text and not held.ended.is_set():
                 os.utime(path, follow_symlinks=False)

@@ -24,10 +24,11 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from vitscope import checkpoint, config, journal, results, run_files, run_lock, secrecy
+from vitscope import checkpoint, config, journal, results, run_lock
 from vitscope.card import versions
-from vitscope.errors import CheckpointError, ConfigError, StorageError
 from vitscope.probe import Probe
+from vitscope.runtime import redaction, safe_files
+from vitscope.runtime.errors import CheckpointError, ConfigError, StorageError
 
 #: how a parent process hands its run folder to the processes that it starts
 ENVIRONMENT = "VITSCOPE_RUN_DIR"
@@ -79,7 +80,7 @@ class Run:
         if not path.is_file():
             raise CheckpointError("run", self.path, "no config.yaml in it", "name a run folder or a checkpoint in one")
         try:
-            run_files.refuse_links(path)
+            safe_files.refuse_links(path)
             loaded = OmegaConf.load(path)
         except (OSError, ValueError, yaml.YAMLError, OmegaConfBaseException, RecursionError) as error:
             why = f"config.yaml is damaged ({type(error).__name__})"
@@ -91,7 +92,7 @@ class Run:
     def provenance(self) -> dict[str, Any]:
         """Return what is known of how the run was made and how it ended."""
         try:
-            facts = json.loads(run_files.read_text(self.path / "provenance.json", run_files.LARGEST))
+            facts = json.loads(safe_files.read_text(self.path / "provenance.json", safe_files.LARGEST))
         except (OSError, ValueError, RecursionError):
             return {}
         return facts if isinstance(facts, dict) else {}
@@ -103,7 +104,7 @@ class Run:
             StorageError: the folder is gone (it is not made anew) or cannot be written.
         """
         with self.exclusive():
-            content = secrecy.redacted({**self.provenance(), **facts})
+            content = redaction.redacted({**self.provenance(), **facts})
             results.write_atomically(self.path / "provenance.json", json.dumps(content, indent=2, default=str).encode())
 
     @contextlib.contextmanager
@@ -253,7 +254,7 @@ def _recorded_hash(run: Run) -> str | None:
 
 def redacted(cfg: DictConfig) -> DictConfig:
     """Return a resolved copy without secrets, see `secrecy.redacted`."""
-    return DictConfig(secrecy.redacted(config.plain(cfg)))
+    return DictConfig(redaction.redacted(config.plain(cfg)))
 
 
 def load_results(run: str | Path) -> dict[str, dict[str, Any]]:
@@ -333,7 +334,7 @@ def _provenance(cfg: DictConfig, command: str) -> Mapping[str, Any]:
     )
     return {
         "command": command,
-        "arguments": [secrecy.cleaned(argument) for argument in sys.argv[1:]],
+        "arguments": [redaction.cleaned(argument) for argument in sys.argv[1:]],
         "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "config_hash": config.config_hash(cfg),
         "git_commit": git.stdout.strip() or None,

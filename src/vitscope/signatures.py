@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, Union, get_args, get_origin
 
 from vitscope import config
-from vitscope.errors import ConfigError
+from vitscope.runtime.errors import ConfigError
 
 _UNIONS = (Union, types.UnionType)
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from vitscope import checkpoint, runs
-from vitscope.errors import CheckpointError
 from vitscope.runs import Run
+from vitscope.runtime.errors import CheckpointError
 
 
 class Snapshots(Sequence[tuple[str, Mapping[str, Any]]]):

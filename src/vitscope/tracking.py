@@ -18,11 +18,11 @@ import wandb
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.loggers.logger import Logger
 
-from vitscope import run_files
-from vitscope.distributed import rank
 from vitscope.journal import Journal
 from vitscope.runs import Run, redacted
-from vitscope.secrecy import cleaned, masked
+from vitscope.runtime import safe_files
+from vitscope.runtime.distributed import rank
+from vitscope.runtime.redaction import cleaned, masked
 
 _HOST = "https://api.wandb.ai"
 
@@ -99,7 +99,7 @@ def start(cfg: DictConfig, run: Run, job_type: str, say: Callable[[str], None] =
     options = redacted(cfg).get("logger") or DictConfig({})  # names of projects and tags are sent, too
     if rank() != 0 or not options.get("project"):
         return Mirror()
-    run_files.refuse_links(run.path / "wandb")
+    safe_files.refuse_links(run.path / "wandb")
     mode = os.environ.get("WANDB_MODE")
     if mode is None and not has_key():
         mode = "offline"

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from vitscope import weight_files
-from vitscope.errors import ConfigError, nearest
+from vitscope.runtime.errors import ConfigError, nearest
 
 #: packages from which a `_target_` may come, before its kind is judged
 PACKAGES = ("vitscope", "torch.nn", "torch.optim", "torchvision", "timm", "torchmetrics", "pytorch_lightning")

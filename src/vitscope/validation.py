@@ -22,7 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 from vitscope import config, relations, supplied
 from vitscope.analyses import OURS
 from vitscope.build import DATA_HINTS
-from vitscope.errors import CheckpointError, ConfigError, DataError, StorageError
+from vitscope.runtime.errors import CheckpointError, ConfigError, DataError, StorageError
 from vitscope.signatures import check_arguments, check_node, fits, shown
 
 METRICS = relations.METRICS

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from vitscope.errors import ConfigError
+from vitscope.runtime.errors import ConfigError
 
 #: arguments of timm by which it loads a file, refused whatever their value
 _ALWAYS = re.compile(r"checkpoint_path|pretrained_cfg\w*|pretrained_path|pretrained_loc\w*")

@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 
 from vitscope import composition, config, exits, trust
 from vitscope.commands import analyze, report, train, trial
-from vitscope.errors import ConfigError
+from vitscope.runtime.errors import ConfigError
 
 PROOF = "a command of the configuration ran"
 

@@ -14,7 +14,7 @@ from torch import nn
 from tests.commands.test_train import only_run, pytestmark  # noqa: F401 (the same libraries warn)
 from tests.test_configs import composed
 from vitscope import checkpoint, rehearsal, runs
-from vitscope.errors import ConfigError
+from vitscope.runtime.errors import ConfigError
 
 
 def one_line(capsys: pytest.CaptureFixture[str]) -> str:

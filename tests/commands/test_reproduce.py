@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 
 from tests.reports.conftest import CARD, curve, spectrum, write_run
-from vitscope import exits, interrupt, reproduction
+from vitscope import exits, reproduction
 from vitscope.commands import reproduce
 from vitscope.commands.trial import Outcome
-from vitscope.errors import ConfigError, DataError
 from vitscope.reproduction import Trial
+from vitscope.runtime import stop_flag
+from vitscope.runtime.errors import ConfigError, DataError
 
 PLAN: dict[str, Any] = {
     "profiles": {"smoke": {"models": {"vit": "model=vit", "convnet": "model=convnet"}}},
@@ -181,8 +182,8 @@ def test_an_unknown_target_ends_with_2(monkeypatch: pytest.MonkeyPatch, capsys: 
 
 def test_lightnings_own_end_at_sigterm_is_no_success() -> None:
     def command() -> None:
-        interrupt.request(signal.SIGTERM)
+        stop_flag.request(signal.SIGTERM)
         raise SystemExit
 
     assert exits.code_of(command) == exits.TERMINATED
-    interrupt.clear()
+    stop_flag.clear()

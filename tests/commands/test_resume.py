@@ -13,10 +13,11 @@ from pytorch_lightning.callbacks import EarlyStopping, WeightAveraging
 
 import vitscope as vs
 from tests.commands.test_train import losses, pytestmark  # noqa: F401 (the same libraries warn)
-from vitscope import checkpoint, interrupt, journal
+from vitscope import checkpoint, journal
 from vitscope.callbacks import DiagnosticCallback
 from vitscope.classifier import Classifier
 from vitscope.data import DataModule
+from vitscope.runtime import stop_flag
 
 #: mixup and random erasing, an average of the weights, dropout and drop path
 EVERYTHING = [
@@ -48,7 +49,7 @@ def stopped(
     def stopping(self: object, *rest: object) -> None:
         seen.append(rest)
         if len(seen) == after:
-            interrupt.request(signal.SIGTERM)
+            stop_flag.request(signal.SIGTERM)
         begin(self, *rest)
 
     with monkeypatch.context() as patch:
@@ -205,9 +206,9 @@ def test_the_average_is_tested_after_a_stop_behind_the_last_checkpoint(
     with monkeypatch.context() as patch:
         if place == "test":
             step = Classifier.test_step
-            patch.setattr(Classifier, "test_step", lambda *a: (interrupt.request(signum), step(*a))[1])
+            patch.setattr(Classifier, "test_step", lambda *a: (stop_flag.request(signum), step(*a))[1])
         else:
-            patch.setattr("vitscope.analyses.build.probe", lambda *_: (interrupt.request(signum), interrupt.check()))
+            patch.setattr("vitscope.analyses.build.probe", lambda *_: (stop_flag.request(signum), stop_flag.check()))
         assert call("train", *arguments, f"run_dir={tmp_path}/cut") == (143 if place == "test" else 130)
     assert call("train", f"run={tmp_path}/cut", "ckpt_path=last") == 0
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")

@@ -12,8 +12,9 @@ import torch
 from omegaconf import OmegaConf
 
 from tests.commands.test_train import losses, only_run, pytestmark  # noqa: F401 (the same libraries warn)
-from vitscope import checkpoint, interrupt, journal, resume_changes, runs
+from vitscope import checkpoint, journal, resume_changes, runs
 from vitscope.classifier import Classifier
+from vitscope.runtime import stop_flag
 
 SHORT = ["analysis=[]", "test=false", "trainer.limit_train_batches=2"]
 
@@ -73,7 +74,7 @@ def test_limits_below_what_is_done_are_refused(call, tiny, tmp_path, monkeypatch
     def stopping(self: Classifier, batch: object, batch_idx: int) -> None:
         seen.append(batch_idx)
         if len(seen) == 3:
-            interrupt.request(signal.SIGTERM)
+            stop_flag.request(signal.SIGTERM)
         begin(self, batch, batch_idx)
 
     with monkeypatch.context() as patch:

@@ -13,11 +13,12 @@ import pytest
 
 from tests.commands.test_train import losses, only_run, pytestmark  # noqa: F401 (the same libraries warn)
 from tests.reports.conftest import curve, spectrum, write_run
-from vitscope import checkpoint, exits, interrupt
+from vitscope import checkpoint, exits
 from vitscope.classifier import Classifier
 from vitscope.commands import report, reproduce
 from vitscope.commands.trial import Outcome
 from vitscope.reports import drawing
+from vitscope.runtime import stop_flag
 from vitscope.tracking import Mirror
 
 CODES = {signal.SIGTERM: 143, signal.SIGHUP: 143, signal.SIGUSR1: 143, signal.SIGINT: 130}
@@ -30,7 +31,7 @@ def handlers() -> Iterator[None]:
     yield
     for signum, handler in kept.items():
         signal.signal(signum, handler)
-    interrupt.clear()
+    stop_flag.clear()
 
 
 @pytest.mark.parametrize("signum", CODES)
@@ -64,12 +65,12 @@ def test_nohup_is_respected() -> None:
 
     def command() -> None:
         os.kill(os.getpid(), signal.SIGHUP)
-        interrupt.check()
+        stop_flag.check()
         os.kill(os.getpid(), signal.SIGUSR1)
-        interrupt.check()
+        stop_flag.check()
 
     assert exits.code_of(command) == 143
-    assert interrupt.requested() == signal.SIGUSR1
+    assert stop_flag.requested() == signal.SIGUSR1
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
@@ -97,9 +98,9 @@ def test_a_second_interrupt_ends_at_once(monkeypatch: pytest.MonkeyPatch) -> Non
         assert ended == []
         os.kill(os.getpid(), signal.SIGTERM)  # another signal is no second interrupt
         assert ended == []
-        interrupt.request(signal.SIGINT)
+        stop_flag.request(signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
-        interrupt.check()
+        stop_flag.check()
 
     assert exits.code_of(command) == 130
     assert ended == [130]
@@ -115,7 +116,7 @@ def test_analyze(call, tiny, tmp_path, monkeypatch, signum) -> None:
 
     def signalled(items, *args, **kwargs):
         os.kill(os.getpid(), signum)
-        interrupt.check()
+        stop_flag.check()
         yield from items
 
     monkeypatch.setattr(forward, signalled)

@@ -10,9 +10,10 @@ import torch
 
 import vitscope as vs
 from tests.commands.test_train import losses, only_run, pytestmark  # noqa: F401 (the same libraries warn)
-from vitscope import checkpoint, interrupt, journal, results
+from vitscope import checkpoint, journal, results
 from vitscope.classifier import Classifier
-from vitscope.errors import StorageError
+from vitscope.runtime import stop_flag
+from vitscope.runtime.errors import StorageError
 
 
 @pytest.mark.parametrize("place", ["validation", "save"])
@@ -27,7 +28,7 @@ def test_a_stop_in_validation_or_in_a_save(call, tiny, tmp_path, monkeypatch, pl
         def stopping(*args, **kwargs):
             seen.append(None)
             if len(seen) == 2:  # the second epoch's validation; the checkpoint after the first epoch
-                interrupt.request(signal.SIGTERM)
+                stop_flag.request(signal.SIGTERM)
             return original(*args, **kwargs)
 
         patch.setattr(owner, name, stopping)
@@ -44,7 +45,7 @@ def test_a_stop_in_a_diagnostic_at_the_end(call, tiny, tmp_path, monkeypatch) ->
     shared = [*tiny, "analysis=[fourier]", "analysis.fourier.probe.n_images=32", "analysis.fourier.probe.batch_size=8"]
     with monkeypatch.context() as patch:
         patch.setattr(
-            "vitscope.analyses.build.probe", lambda *_: interrupt.request(signal.SIGTERM) or interrupt.check()
+            "vitscope.analyses.build.probe", lambda *_: stop_flag.request(signal.SIGTERM) or stop_flag.check()
         )
         assert call("train", *shared) == 143
     run = only_run(tmp_path)
@@ -61,7 +62,7 @@ def test_a_stop_in_a_diagnostic_after_an_epoch(call, tiny, tmp_path, monkeypatch
     assert call("train", *shared, f"run_dir={tmp_path}/whole") == 0
     with monkeypatch.context() as patch:
         patch.setattr(
-            "vitscope.analyses.build.probe", lambda *_: interrupt.request(signal.SIGTERM) or interrupt.check()
+            "vitscope.analyses.build.probe", lambda *_: stop_flag.request(signal.SIGTERM) or stop_flag.check()
         )
         assert call("train", *shared, f"run_dir={tmp_path}/cut") == 143
     assert call("train", f"run={tmp_path}/cut", "ckpt_path=last") == 0

@@ -17,8 +17,8 @@ import torch
 from tests.commands.test_train import losses, only_run, pytestmark  # noqa: F401 (the same libraries warn)
 from tests.test_survival import ENVIRONMENT, ROOT, TINY
 from vitscope import callbacks, checkpoint, journal, results, runs, tracking
-from vitscope.errors import StorageError
 from vitscope.journal import Journal
+from vitscope.runtime.errors import StorageError
 
 
 @contextmanager

@@ -10,9 +10,10 @@ import pytest
 import torch
 
 import vitscope as vs
-from vitscope import checkpoint, interrupt, journal
+from vitscope import checkpoint, journal
 from vitscope.callbacks import Checkpoints
 from vitscope.classifier import Classifier
+from vitscope.runtime import stop_flag
 
 # libraries that warn about themselves
 pytestmark = pytest.mark.filterwarnings(
@@ -100,7 +101,7 @@ def test_resumed_equals_uninterrupted(call, tiny, tmp_path, monkeypatch, stop_af
     def stopping(self: Classifier, batch: object, batch_idx: int) -> None:
         seen.append(batch_idx)
         if len(seen) == stop_after:
-            interrupt.request(signal.SIGTERM)
+            stop_flag.request(signal.SIGTERM)
         begin(self, batch, batch_idx)
 
     monkeypatch.setattr(Classifier, "on_train_batch_start", stopping)
@@ -118,7 +119,7 @@ def test_interrupt_from_the_keyboard(call, tiny, tmp_path, monkeypatch, capsys) 
     begin = Classifier.on_train_batch_start
 
     def stopping(self: Classifier, batch: object, batch_idx: int) -> None:
-        interrupt.request(signal.SIGINT)
+        stop_flag.request(signal.SIGINT)
         begin(self, batch, batch_idx)
 
     monkeypatch.setattr(Classifier, "on_train_batch_start", stopping)
@@ -160,11 +161,11 @@ def test_last_with_nothing_there(call, tiny, tmp_path, capsys) -> None:
 
 
 def test_another_batch_size_is_refused_on_resume(call, tiny, tmp_path, monkeypatch, capsys) -> None:
-    monkeypatch.setattr(Checkpoints, "on_validation_batch_end", lambda *_, **__: interrupt.check())
+    monkeypatch.setattr(Checkpoints, "on_validation_batch_end", lambda *_, **__: stop_flag.check())
     begin = Classifier.on_train_batch_start
 
     def stopping(self: Classifier, batch: object, batch_idx: int) -> None:
-        interrupt.request(signal.SIGTERM)
+        stop_flag.request(signal.SIGTERM)
         begin(self, batch, batch_idx)
 
     monkeypatch.setattr(Classifier, "on_train_batch_start", stopping)

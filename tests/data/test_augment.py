@@ -11,7 +11,7 @@ from timm.data.random_erasing import RandomErasing
 from vitscope.data import counter
 from vitscope.data.augment import PADDING, Recipe, augment, crop_flip, erase, normalise
 from vitscope.data.counter import AUGMENT, Key
-from vitscope.errors import ConfigError
+from vitscope.runtime.errors import ConfigError
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
 

@@ -13,7 +13,7 @@ import torch
 from torchvision.datasets import CIFAR10, CIFAR100
 
 from vitscope.data import cifar
-from vitscope.errors import ConfigError, DataError
+from vitscope.runtime.errors import ConfigError, DataError
 
 
 @pytest.fixture(autouse=True)

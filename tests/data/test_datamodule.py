@@ -9,12 +9,13 @@ import pytorch_lightning as pl
 import torch
 from hydra import compose, initialize_config_dir
 
-from vitscope import build, config, distributed
+from vitscope import build, config
 from vitscope.data import DataModule, counter, digits, shapes
 from vitscope.data.arrays import ArrayImages
 from vitscope.data.mix import mix
 from vitscope.data.probe_batches import ProbeBatches
-from vitscope.errors import ConfigError, DataError
+from vitscope.runtime import distributed
+from vitscope.runtime.errors import ConfigError, DataError
 
 STRONG = {
     "augment": "rand-m9-n2-mstd1.0",

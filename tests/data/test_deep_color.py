@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from vitscope.data.decode import read_image
-from vitscope.errors import DataError
+from vitscope.runtime.errors import DataError
 
 RNG = np.random.default_rng(0)
 EDGES = np.array([0, 1, 128, 129, 255, 256, 257, 385, 386, 32639, 32767, 32768, 65279, 65407, 65408, 65535], np.uint16)

@@ -6,7 +6,7 @@ import torch
 from sklearn.datasets import load_digits
 
 from vitscope.data import digits
-from vitscope.errors import DataError
+from vitscope.runtime.errors import DataError
 
 
 def test_splits_hold_every_digit_once():

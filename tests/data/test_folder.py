@@ -13,7 +13,7 @@ from vitscope.data import DataModule, folder
 from vitscope.data.augment import Recipe
 from vitscope.data.counter import AUGMENT, Key
 from vitscope.data.files import model_recipe
-from vitscope.errors import ConfigError, DataError
+from vitscope.runtime.errors import ConfigError, DataError
 
 
 def names(images):

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vitscope.data.loader import BatchSampler, Loader
-from vitscope.errors import DataError, StorageError
+from vitscope.runtime.errors import DataError, StorageError
 
 FUZZ = int(os.environ.get("FUZZ", "0"))
 

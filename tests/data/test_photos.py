@@ -8,7 +8,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from vitscope.data import DataModule, photos
-from vitscope.errors import DataError
+from vitscope.runtime.errors import DataError
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from timm.data import auto_augment as timm_augment
 
 from vitscope.data import randaugment
 from vitscope.data.counter import AUGMENT, uniforms
-from vitscope.errors import ConfigError
+from vitscope.runtime.errors import ConfigError
 
 N = 6000
 FILL = (120, 115, 100)

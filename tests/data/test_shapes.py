@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from vitscope.data import shapes
-from vitscope.errors import DataError
+from vitscope.runtime.errors import DataError
 
 
 @pytest.mark.parametrize("split", ["val", "test"])

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from vitscope import Probe, progress
+from vitscope import Probe
 from vitscope.diagnostics.adversarial._apgd import checkpoints
 from vitscope.diagnostics.adversarial._attacks import Ball
 from vitscope.diagnostics.adversarial._losses import LOSSES, log_odds, targeted_ratio
@@ -15,6 +15,7 @@ from vitscope.diagnostics.adversarial._square import share
 from vitscope.diagnostics.adversarial._suite import ATTACKS, SUITE
 from vitscope.diagnostics.adversarial.adversarial import adversarial
 from vitscope.diagnostics.adversarial.plot import adversarial as draw
+from vitscope.runtime import progress
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.25, 0.2, 0.3)
 

@@ -7,12 +7,13 @@ import pytest
 import torch
 from torch import nn
 
-from vitscope import Probe, Tap, progress
+from vitscope import Probe, Tap
 from vitscope.diagnostics.cka._blocks import block_structure, p_value
 from vitscope.diagnostics.cka._hsic import gram, hsic
 from vitscope.diagnostics.cka.cka import cka
 from vitscope.diagnostics.cka.plot import cka as draw
 from vitscope.nulls import NullWarning
+from vitscope.runtime import progress
 
 
 @pytest.fixture(autouse=True)

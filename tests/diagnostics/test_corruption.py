@@ -14,7 +14,7 @@ from scipy.ndimage import gaussian_filter
 from skimage.transform import resize
 from torch import nn
 
-from vitscope import Probe, progress
+from vitscope import Probe
 from vitscope.data import photos
 from vitscope.diagnostics.corruption import _scores
 from vitscope.diagnostics.corruption._baselines import ALEXNET, CLEAN
@@ -24,8 +24,9 @@ from vitscope.diagnostics.corruption._transforms import corrupted, gaussian_blur
 from vitscope.diagnostics.corruption._weather import clouds, fog
 from vitscope.diagnostics.corruption.corruption import corruption
 from vitscope.diagnostics.corruption.plot import corruption as draw
-from vitscope.errors import DataError
 from vitscope.nulls import NullWarning
+from vitscope.runtime import progress
+from vitscope.runtime.errors import DataError
 
 
 @pytest.fixture(autouse=True)

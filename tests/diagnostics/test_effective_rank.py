@@ -5,10 +5,11 @@ import pytest
 import torch
 from torch import nn
 
-from vitscope import Probe, Tap, progress
+from vitscope import Probe, Tap
 from vitscope.diagnostics.rank.effective_rank import effective_rank
 from vitscope.diagnostics.rank.plot import effective_rank as draw
 from vitscope.nulls import NullWarning
+from vitscope.runtime import progress
 
 
 @pytest.fixture(autouse=True)

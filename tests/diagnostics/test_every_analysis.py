@@ -13,9 +13,10 @@ import pytest
 import torch
 
 from tests.test_configs import composed
-from vitscope import analyses, build, checkpoint, config, interrupt, runs
+from vitscope import analyses, build, checkpoint, config, runs
 from vitscope.analyses import Place
-from vitscope.interrupt import Interrupted
+from vitscope.runtime import stop_flag
+from vitscope.runtime.stop_flag import Interrupted
 
 #: says nothing about the weights
 STATIC = {"taps"}
@@ -71,7 +72,7 @@ def chosen(place: Place, name: str) -> analyses.Analysis:
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in STATIC | NEEDS_BATCHNORM])
 def test_a_stop_in_the_middle(made: Place, name: str) -> None:
     before = state(made.network)
-    handle = made.network.register_forward_pre_hook(lambda *_: interrupt.request(signal.SIGTERM))
+    handle = made.network.register_forward_pre_hook(lambda *_: stop_flag.request(signal.SIGTERM))
     try:
         with pytest.raises(Interrupted):
             analyses.perform(chosen(made, name), made, reuse=False)

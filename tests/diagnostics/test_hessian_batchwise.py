@@ -16,9 +16,9 @@ from test_hessian_models import model_of
 
 import vitscope as vs
 from vitscope.diagnostics.hessian import _budget
-from vitscope.errors import NumericalError
 from vitscope.linalg.curvatures import curvatures
 from vitscope.linalg.side_by_side import CannotBatch, SideBySide, eigenvalues_side_by_side
+from vitscope.runtime.errors import NumericalError
 
 
 def probe_of(model, x, y, size=3, **objective):
@@ -148,7 +148,7 @@ def test_a_budget_of_nothing_and_of_plenty(budget: float, n_batches: int):
 def test_budget_by_the_clock(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     model, x, y = make("conv", n=12)
     monkeypatch.setattr(_budget, "clock", Clock())
-    monkeypatch.setattr("vitscope.progress.enabled", True)
+    monkeypatch.setattr("vitscope.runtime.progress.enabled", True)
     # a product takes a second, 5 + 2 * 2 of them are expected of a batch: two batches fit into 20 seconds
     found = vs.hessian_max_eigenvalue_spectrum(probe_of(model, x, y), n_top=2, budget_s=20)
     assert len(found.batches) == 2

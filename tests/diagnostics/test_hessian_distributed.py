@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from hessian_oracle import make
 
 import vitscope as vs
-from vitscope import progress
+from vitscope.runtime import progress
 
 #: batches of the whole sequence: three on two ranks, one on two ranks
 SPLITS = {"three": (5, 5, 2), "one": (12,)}

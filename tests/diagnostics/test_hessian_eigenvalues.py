@@ -13,8 +13,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 from hessian_oracle import by_magnitude, dense_hessian, logit_jacobian, make
 
 import vitscope as vs
-from vitscope.errors import NumericalError
 from vitscope.linalg.curvatures import curvatures
+from vitscope.runtime.errors import NumericalError
 
 KINDS = ["conv", "transformer"]
 

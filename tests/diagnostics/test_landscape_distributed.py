@@ -11,7 +11,7 @@ import torch.multiprocessing as mp
 from landscapes import assert_untouched, real, snapshot
 
 import vitscope as vs
-from vitscope import progress
+from vitscope.runtime import progress
 
 
 def measured(partial: dict | None = None) -> dict[str, np.ndarray]:

@@ -13,10 +13,11 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from torch.optim.swa_utils import update_bn
 
-from vitscope import Probe, progress
+from vitscope import Probe
 from vitscope.diagnostics.lesion.lesion import lesion
 from vitscope.diagnostics.lesion.plot import lesion as draw
 from vitscope.models import units
+from vitscope.runtime import progress
 
 RESNET_UNITS = ("layer1.0", "layer1.1", "layer2.0", "layer3.0", "layer4.0")
 

@@ -15,10 +15,11 @@ from timm.models.crossvit import CrossVit
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from vitscope import Probe, progress
+from vitscope import Probe
 from vitscope.diagnostics.lesion.lesion import lesion
 from vitscope.models.anatomy import Read
 from vitscope.models.units import Unit, known_units, units
+from vitscope.runtime import progress
 
 
 @pytest.fixture(autouse=True)

@@ -11,9 +11,9 @@ from landscapes import assert_untouched, batches, bowl, bowl_at, real, snapshot
 from torch import nn
 
 import vitscope as vs
-from vitscope import interrupt
 from vitscope.linalg.directions import filter_parameters, normalize, random_direction
 from vitscope.points import recalibrate
+from vitscope.runtime import stop_flag
 
 NAME = "0.weight"
 
@@ -90,12 +90,12 @@ def test_model_is_given_back_after_termination_and_only_missing_points_are_compu
         def __setitem__(self, key, row):
             super().__setitem__(key, row)
             if len(self) == 4:
-                interrupt.request(15)
+                stop_flag.request(15)
 
     stopped = Stopping()
-    with pytest.raises(interrupt.Interrupted):
+    with pytest.raises(stop_flag.Interrupted):
         vs.loss_landscape(probe, n=3, partial=stopped)
-    interrupt.clear()
+    stop_flag.clear()
     assert_untouched(probe.model, before)
     assert len(stopped) == 4
     partial, passes = dict(stopped), []

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from vitscope.errors import NumericalError
 from vitscope.linalg.lanczos import Lanczos
 from vitscope.linalg.semiorthogonal import PESSIMISM, SemiorthogonalLanczos
+from vitscope.runtime.errors import NumericalError
 
 LARGE = 400
 SPECTRA = {

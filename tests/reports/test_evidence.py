@@ -10,10 +10,10 @@ import pytest
 from tests.reports.conftest import CARD, curve, other_card, rise, spectrum
 from vitscope import runs
 from vitscope.card import check_comparable
-from vitscope.errors import StorageError
 from vitscope.journal import Journal
 from vitscope.reports import evidence
 from vitscope.reports.selection import Selection
+from vitscope.runtime.errors import StorageError
 
 SPECTRUM, NEP = "hessian_max_eigenvalue_spectrum", "negative_eigenvalue_proportion"
 

@@ -8,9 +8,9 @@ import pytest
 
 from tests.reports.conftest import curve, other_card, rise, spectrum
 from vitscope import runs
-from vitscope.errors import StorageError
 from vitscope.reports import drawing, evidence, figures
 from vitscope.reports.panels import PER_FIGURE, Panel, absent, panels
+from vitscope.runtime.errors import StorageError
 
 
 def collect(root: Path) -> list[evidence.Entry]:

@@ -15,9 +15,9 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from vitscope import analyses, build, checkpoint, config, exits, model_facts, run_lock, runs, tracking
 from vitscope.commands import overrides
 from vitscope.commands.headline import print_headline
-from vitscope.distributed import rank
-from vitscope.errors import CheckpointError, ConfigError, StorageError
 from vitscope.runs import Run
+from vitscope.runtime.distributed import rank
+from vitscope.runtime.errors import CheckpointError, ConfigError, StorageError
 from vitscope.validation import validate
 
 #: groups that come from the run, and plain keys besides

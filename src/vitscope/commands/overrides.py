@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from vitscope import composition, config
-from vitscope.errors import ConfigError
+from vitscope.runtime.errors import ConfigError
 
 T = TypeVar("T")
 

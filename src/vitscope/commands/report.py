@@ -10,14 +10,15 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig
 
-from vitscope import config, exits, interrupt, runs
+from vitscope import config, exits, runs
 from vitscope.commands import overrides
-from vitscope.errors import ConfigError, DataError
 from vitscope.reports import baselines, cells, drawing, evidence, factor_tables, figures, page, panels, tables, verdicts
 from vitscope.reports.cells import Problem, Table
 from vitscope.reports.costs import Costs
 from vitscope.reports.effects import Bench
 from vitscope.reports.selection import Selection
+from vitscope.runtime import stop_flag
+from vitscope.runtime.errors import ConfigError, DataError
 
 TABLES = (*tables.TABLES, "claims", *factor_tables.NAMES)
 GROUP_BY = ("model", "run")
@@ -59,7 +60,7 @@ def report(cfg: DictConfig) -> Path:
     """
     _check(cfg)
     out = Path(cfg.out)
-    interrupt.check()
+    stop_flag.check()
     damaged: list[evidence.Damage] = []
     found = evidence.collect(_folders(cfg, damaged), damaged)
     for damage in damaged:
@@ -77,9 +78,9 @@ def report(cfg: DictConfig) -> Path:
     jobs = [figures.job(panel, out, options.get(panel.analysis), cfg.pdf) for panel in chosen]
     with drawing.drawing(jobs) as finish:
         made, judged = _tables(cfg, found, out)
-        interrupt.check()
+        stop_flag.check()
         drawn = [figures.drawn(panel, picture) for panel, picture in zip(chosen, finish())]
-    interrupt.check()
+    stop_flag.check()
     print(cells.markdown(next(iter(made.values()))), end="")
     problems = [problem for table in made.values() for problem in table.problems]
     target = out / "tables" / f"{next(iter(made))}.md"

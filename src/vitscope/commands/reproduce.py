@@ -9,11 +9,12 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from vitscope import config, exits, interrupt, reproduction
+from vitscope import config, exits, reproduction
 from vitscope.commands.trial import Outcome, perform
-from vitscope.errors import ConfigError, DataError
-from vitscope.interrupt import Interrupted
 from vitscope.reproduction import Target, Trial
+from vitscope.runtime import stop_flag
+from vitscope.runtime.errors import ConfigError, DataError
+from vitscope.runtime.stop_flag import Interrupted
 
 OPTIONS = {"profile": "smoke", "seeds": "1", "runs": "", "out": ""}
 
@@ -122,9 +123,9 @@ def in_processes(trials: Sequence[Trial], root: Path) -> Iterator[tuple[Trial, O
 
 
 def _awaited(pipe: Any) -> Outcome:
-    interrupt.check()
+    stop_flag.check()
     while not pipe.poll(0.5):
-        interrupt.check()
+        stop_flag.check()
     received = pipe.recv()
     if isinstance(received, int):
         raise Interrupted(received)
@@ -136,8 +137,8 @@ def _serve(pipe: Any, trials: Sequence[Trial], root: Path) -> None:
     for trial in trials:
         kept: list[Outcome] = []
         code = exits.code_of(lambda trial=trial, kept=kept: kept.append(attempted(trial, root)))
-        if interrupt.requested() is not None:
-            pipe.send(interrupt.requested())
+        if stop_flag.requested() is not None:
+            pipe.send(stop_flag.requested())
             return
         pipe.send(kept[0] if kept else Outcome(None, (f"failed: {trial.name} (exit code {code}, see above)",)))
 

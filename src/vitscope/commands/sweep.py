@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vitscope import exits
-from vitscope.errors import ConfigError
+from vitscope.runtime.errors import ConfigError
 from vitscope.sweep import agents, children, lint, spec, table
 from vitscope.sweep.local import LocalSweep
 

@@ -33,13 +33,13 @@ from vitscope.classifier import Classifier
 from vitscope.commands import overrides
 from vitscope.commands.headline import print_headline
 from vitscope.early_stopping import EarlyChecks
-from vitscope.errors import CheckpointError, ConfigError, StorageError
-from vitscope.interrupt import Interrupted
 from vitscope.journal import Journal, last_values
 from vitscope.ranks import end_others
 from vitscope.rehearsal import rehearse
 from vitscope.resume_changes import Change
 from vitscope.runs import Run
+from vitscope.runtime.errors import CheckpointError, ConfigError, StorageError
+from vitscope.runtime.stop_flag import Interrupted
 from vitscope.sweep import multirun
 from vitscope.training_progress import EpochAccuracy, PlainProgress
 from vitscope.validation import validate, writable

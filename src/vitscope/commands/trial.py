@@ -16,11 +16,11 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from vitscope import analyses, build, checkpoint, composition, config, runs
 from vitscope.analyses import Place
 from vitscope.commands.train import train
-from vitscope.errors import CheckpointError, VitscopeError
-from vitscope.interrupt import Interrupted
 from vitscope.reports.selection import undefined
 from vitscope.reproduction import Trial
 from vitscope.runs import Run
+from vitscope.runtime.errors import CheckpointError, VitscopeError
+from vitscope.runtime.stop_flag import Interrupted
 
 
 @dataclass(frozen=True)

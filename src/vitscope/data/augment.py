@@ -20,7 +20,7 @@ from vitscope.data import ranges
 from vitscope.data.counter import Key, uniforms
 from vitscope.data.decode import WHITE
 from vitscope.data.randaugment import Policy, rand_augment
-from vitscope.errors import ConfigError
+from vitscope.runtime.errors import ConfigError
 
 PADDING = 4
 _CROP_FLIP_DRAWS = 3

@@ -20,7 +20,7 @@ from torchvision.datasets.utils import check_integrity
 
 from vitscope.data.arrays import ArrayImages
 from vitscope.data.subset import hold_out
-from vitscope.errors import ConfigError, DataError
+from vitscope.runtime.errors import ConfigError, DataError
 
 VARIANTS: dict[str, type[CIFAR10]] = {"cifar10": CIFAR10, "cifar100": CIFAR100}
 _REACH_SECONDS = 5.0  # how long to wait for the server before saying that there is no network

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from vitscope.data.decode import EXTENSIONS
 from vitscope.data.notices import report_once
-from vitscope.errors import DataError
+from vitscope.runtime.errors import DataError
 
 #: Folder names of each split; capitals make no difference.
 SPLIT_NAMES = {

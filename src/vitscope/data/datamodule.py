@@ -13,7 +13,6 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
-from vitscope import distributed
 from vitscope.data import counter, photos, ranges, subset
 from vitscope.data.arrays import ArrayImages
 from vitscope.data.augment import Recipe
@@ -22,7 +21,8 @@ from vitscope.data.files import FileImages, model_recipe
 from vitscope.data.loader import Augmented, BatchSampler, Loader
 from vitscope.data.mix import Mixing, mix
 from vitscope.data.probe_batches import Batch, ProbeBatches
-from vitscope.errors import ConfigError, DataError
+from vitscope.runtime import distributed
+from vitscope.runtime.errors import ConfigError, DataError
 
 Images = ArrayImages | FileImages
 

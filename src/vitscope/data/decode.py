@@ -21,7 +21,7 @@ from PIL import Image, ImageFile, ImageOps
 
 from vitscope.data import deep_color, descriptors
 from vitscope.data.notices import report_once
-from vitscope.errors import DataError
+from vitscope.runtime.errors import DataError
 
 #: Pillow's decoders that are used. Its others (EPS, PSD, FITS, ...) are never started by a file's content.
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "DIB", "TIFF", "WEBP", "AVIF", "PPM")

@@ -6,7 +6,7 @@ import errno
 import os
 import resource
 
-from vitscope.errors import StorageError
+from vitscope.runtime.errors import StorageError
 
 #: descriptors that a worker needs to hand a batch over: two a tensor, and a socket where they are fetched from
 SPARE = 16

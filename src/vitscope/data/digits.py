@@ -12,7 +12,7 @@ from torchvision.transforms.v2.functional import resize
 
 from vitscope.data.arrays import ArrayImages
 from vitscope.data.subset import hold_out
-from vitscope.errors import DataError
+from vitscope.runtime.errors import DataError
 
 _SIZE = 32
 _TEST, _VAL = 0.25, 0.15  # of all, and of what is left

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from vitscope.data.augment import Recipe
 from vitscope.data.counter import Key, uniforms
 from vitscope.data.decode import read_image
-from vitscope.errors import ConfigError
 from vitscope.guard import kept_random_states
+from vitscope.runtime.errors import ConfigError
 
 
 @dataclass(frozen=True)

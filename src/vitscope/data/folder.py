@@ -26,7 +26,7 @@ from vitscope.data.class_folders import class_folders, image_files, listed, spli
 from vitscope.data.files import FileImages
 from vitscope.data.notices import report_once
 from vitscope.data.subset import hold_out
-from vitscope.errors import ConfigError, DataError, nearest
+from vitscope.runtime.errors import ConfigError, DataError, nearest
 
 _LAYOUT = "put images in <root>/train/<class>/ and <root>/val/<class>/ (see data/folder.py for the layouts)"
 SPLITS = ("train", "val", "test")

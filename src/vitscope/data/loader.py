@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from vitscope.data import counter, descriptors
 from vitscope.data.augment import Recipe
-from vitscope.errors import DataError, VitscopeError
+from vitscope.runtime.errors import DataError, VitscopeError
 
 
 class Draw(NamedTuple):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from vitscope.distributed import rank
+from vitscope.runtime.distributed import rank
 
 _printed: set[str] = set()
 

@@ -24,7 +24,7 @@ from scipy.ndimage import gaussian_filter, uniform_filter
 from vitscope.data import counter
 from vitscope.data.arrays import ArrayImages
 from vitscope.data.files import FileImages
-from vitscope.errors import DataError
+from vitscope.runtime.errors import DataError
 
 _SKIMAGE, _SKLEARN = "skimage.data", "sklearn.datasets.images"
 

@@ -20,7 +20,7 @@ from scipy.special import ndtri
 
 from vitscope.data import operations as ops
 from vitscope.data.operations import Bytes, Floats
-from vitscope.errors import ConfigError
+from vitscope.runtime.errors import ConfigError
 
 OPERATIONS = (
     "AutoContrast", "Equalize", "Invert", "Rotate", "Posterize", "Solarize", "SolarizeAdd", "Color",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from vitscope.errors import ConfigError
+from vitscope.runtime.errors import ConfigError
 
 
 def integer(key: str, value: float, at_least: int) -> int:

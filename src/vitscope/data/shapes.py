@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from vitscope.data import counter
 from vitscope.data.arrays import ArrayImages
-from vitscope.errors import DataError
+from vitscope.runtime.errors import DataError
 
 SIZE = 32
 _OVERSAMPLING = 2  # outlines are drawn at twice the size and averaged

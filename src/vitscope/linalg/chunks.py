@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from vitscope.errors import NumericalError
 from vitscope.linalg.double_backward import cheap_double_backward
 from vitscope.linalg.outputs import output_curvature
+from vitscope.runtime.errors import NumericalError
 
 if TYPE_CHECKING:
     from vitscope.linalg.hvp import Curvature

@@ -19,11 +19,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vitscope import distributed
 from vitscope.linalg.basis import Memory
 from vitscope.linalg.lanczos import Lanczos, Operator
 from vitscope.linalg.ritz import WHICH, Ritz, count, errors, settled, tolerances, wanted
 from vitscope.linalg.semiorthogonal import SemiorthogonalLanczos
+from vitscope.runtime import distributed
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,11 @@ from itertools import islice
 import torch
 from torch import Tensor, nn
 
-from vitscope import distributed, interrupt
 from vitscope.linalg.chunks import Chunk, build_chunk
 from vitscope.linalg.l2 import add_l2_product, l2_gradient, l2_shift
 from vitscope.module_state import parameter_references
 from vitscope.objective import Objective
+from vitscope.runtime import distributed, stop_flag
 
 KINDS = ("hessian", "ggn", "fisher_mc", "fisher_empirical")
 PRODUCTS = ("reverse", "linearize")
@@ -120,7 +120,7 @@ class Curvature:
             return [
                 product if self._is_shift else add_l2_product(self.objective, self.parameters, self.split(v), product)
             ]
-        interrupt.check()
+        stop_flag.check()
         self.n_products += 1
         return self._kept.product(self.split(v))
 
@@ -129,7 +129,7 @@ class Curvature:
         return self.objective.l2 in ("half_sq", "none") or self.objective.weight_decay == 0.0
 
     def _counted(self, share: Callable[[Chunk], Sequence[Tensor]]) -> Tensor:
-        interrupt.check()
+        stop_flag.check()
         self.n_products += 1
         return self._sum(share)
 
@@ -160,7 +160,7 @@ class Curvature:
             if (
                 not empty and distributed.world_size() == 1
             ):  # of several ranks none may leave the others' reduction waiting
-                interrupt.check()
+                stop_flag.check()
             flat = [t.reshape(-1) for t in share(chunk)]
             if empty:
                 torch.cat(flat, out=out)

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vitscope.errors import NumericalError
 from vitscope.linalg.basis import Basis, Memory
 from vitscope.linalg.ritz import Ritz
+from vitscope.runtime.errors import NumericalError
 
 Operator = Callable[[Tensor], Tensor | Sequence[Tensor]]
 

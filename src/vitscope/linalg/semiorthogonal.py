@@ -18,9 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vitscope.errors import NumericalError
 from vitscope.linalg.lanczos import Lanczos, Operator
 from vitscope.linalg.ritz import Ritz
+from vitscope.runtime.errors import NumericalError
 
 #: orthogonalise against the whole basis where less than this share of a product is left by the last two rows
 AGAIN = 0.1

@@ -13,8 +13,6 @@ import torch
 from torch import Tensor
 from torch.func import functional_call, grad, grad_and_value, jvp, vmap
 
-from vitscope import interrupt
-from vitscope.errors import NumericalError
 from vitscope.linalg.basis import norm
 from vitscope.linalg.curvatures import Curvatures, start_along
 from vitscope.linalg.extreme import Search, free_memory
@@ -22,6 +20,8 @@ from vitscope.linalg.l2 import add_l2_product
 from vitscope.linalg.ritz import count
 from vitscope.linalg.solve import Solution, l2_contribution
 from vitscope.probe import Batch
+from vitscope.runtime import stop_flag
+from vitscope.runtime.errors import NumericalError
 
 #: batches on a GPU at once at most: by then its units are busy, and more would only take memory
 MOST = 64
@@ -153,7 +153,7 @@ def eigenvalues_side_by_side(
     needed = made.probe.objective.l2 in ("sum_norm", "adamw")
     found: dict[int, Solution] = {}
     while runs:
-        interrupt.check()
+        stop_flag.check()
         products = stacked.products([run.lanczos.row for run in runs.values()], list(runs))
         for (i, run), product in zip(list(runs.items()), products):
             if run.absorb(product):

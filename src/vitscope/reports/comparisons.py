@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
-from vitscope.errors import StorageError
 from vitscope.reports.controls import has_attention, train_nll
 from vitscope.reports.effects import (
     Bench,
@@ -24,6 +23,7 @@ from vitscope.reports.effects import (
 )
 from vitscope.reports.evidence import Entry
 from vitscope.reports.tables import SPECTRUM
+from vitscope.runtime.errors import StorageError
 
 NEP = (SPECTRUM, "negative_eigenvalue_proportion")
 

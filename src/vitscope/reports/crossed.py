@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vitscope import config
-from vitscope.errors import StorageError
 from vitscope.reports.cells import Problem
 from vitscope.reports.effects import Runs, by_setting, first, plainest
 from vitscope.reports.evidence import Entry, Measured, differing
 from vitscope.reports.identity import identity, recipe
 from vitscope.reports.selection import FAILED, MISSING, Selection, seeds_of
+from vitscope.runtime.errors import StorageError
 
 #: the two models, by family: the difference is the second minus the first
 MODELS = {"convnet": "ConvNet", "vit": "ViT"}

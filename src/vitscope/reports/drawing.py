@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from vitscope import results
-from vitscope.errors import StorageError
 from vitscope.plotting import plot, save_figure
-from vitscope.progress import track
+from vitscope.runtime.errors import StorageError
+from vitscope.runtime.progress import track
 
 #: from this many figures on, another process helps (starting one costs as much as drawing a few)
 MANY = 10

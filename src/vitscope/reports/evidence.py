@@ -15,11 +15,12 @@ from typing import Any, get_type_hints
 
 import yaml
 
-from vitscope import config, journal, results, run_files, secrecy
+from vitscope import config, journal, results
 from vitscope.card import ObjectiveCard, differing_keys, shown_value
-from vitscope.errors import StorageError, VitscopeError
 from vitscope.reports import identity, kinds
 from vitscope.runs import Run
+from vitscope.runtime import redaction, safe_files
+from vitscope.runtime.errors import StorageError, VitscopeError
 from vitscope.signatures import fits
 
 #: keys of the card in which results of one table may differ: rows name their data themselves
@@ -166,7 +167,7 @@ class Damage:
 
     def __str__(self) -> str:
         """Return the line of standard error."""
-        return secrecy.masked(" ".join(f"damaged: {self.path}: {self.why}; left out".split()))
+        return redaction.masked(" ".join(f"damaged: {self.path}: {self.why}; left out".split()))
 
 
 def moment(tag: str) -> tuple[int, str]:
@@ -250,7 +251,7 @@ def _read(run: Run, whole: bool = True) -> Entry:
     if not stat.S_ISDIR(os.stat(run.path).st_mode):
         raise StorageError("runs", run.path, "not a folder", "delete it")
     metrics, curves = _journal(run.journal)
-    run_files.refuse_links(run.results / "x")
+    safe_files.refuse_links(run.results / "x")
     if os.path.lexists(run.results) and not run.results.is_dir():
         raise StorageError("runs", run.results, "not a folder", "delete it")
     measured = [m for path in sorted(run.results.glob("*/*.json")) if (m := _measured(path, whole))]
@@ -265,7 +266,7 @@ def _mapping(path: Path) -> dict[str, Any]:
     Raises:
         StorageError: it is damaged, or larger than such a file can be.
     """
-    text = run_files.read_text(path, run_files.LARGEST)
+    text = safe_files.read_text(path, safe_files.LARGEST)
     try:
         content = json.loads(text) if path.suffix == ".json" else yaml.load(text, Loader=_LOADER)
     except (yaml.YAMLError, ValueError, RecursionError) as error:

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from vitscope.errors import StorageError
 from vitscope.intervals import LEAST_IMAGES
 from vitscope.plotting import save_figure
 from vitscope.reports import factors_figure
@@ -16,6 +15,7 @@ from vitscope.reports.crossed import MODELS
 from vitscope.reports.factors import CONDITIONS, OBJECTIVES, QUANTITIES, Answer, Effect, answer
 from vitscope.reports.inference import Interval
 from vitscope.reports.selection import MISSING, Selection
+from vitscope.runtime.errors import StorageError
 
 NAMES = ("conditions", "factors")
 

@@ -15,9 +15,10 @@ from typing import Any
 
 import yaml
 
-from vitscope import interrupt, runs
-from vitscope.errors import ConfigError
-from vitscope.interrupt import Interrupted
+from vitscope import runs
+from vitscope.runtime import stop_flag
+from vitscope.runtime.errors import ConfigError
+from vitscope.runtime.stop_flag import Interrupted
 from vitscope.sweep import children
 from vitscope.sweep.children import Slot
 from vitscope.sweep.spec import Sweep
@@ -86,12 +87,12 @@ def run(sweep: Sweep, sweep_id: str, folder: Path, slots: Sequence[Slot], limit:
     seen: dict[str, str] = {}
     try:
         while any(agent.poll() is None for agent in agents):
-            if (signum := interrupt.requested()) is not None:
+            if (signum := stop_flag.requested()) is not None:
                 raise Interrupted(signum)
             _tell(folder, seen)
             time.sleep(0.2)
     finally:
-        children.stop(agents, interrupt.requested() or 15)
+        children.stop(agents, stop_flag.requested() or 15)
         _tell(folder, seen)
     broken = [agent for agent in agents if agent.returncode]
     return report(folder, len(broken), may_stop="early_terminate" in sweep.content)

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vitscope import run_files
-from vitscope.errors import ConfigError
+from vitscope.runtime import safe_files
+from vitscope.runtime.errors import ConfigError
 
 #: how long a child that was asked to stop may take to save, in seconds
 GRACE = 120.0
@@ -127,7 +127,7 @@ def start(command: Sequence[str], env: Mapping[str, str], log: Path | None) -> s
     if log is None:
         return subprocess.Popen(tied, env=dict(env), stdin=subprocess.DEVNULL, start_new_session=True)
     log.parent.mkdir(parents=True, exist_ok=True)
-    with os.fdopen(run_files.open_to_append(log), "ab") as file:
+    with os.fdopen(safe_files.open_to_append(log), "ab") as file:
         return subprocess.Popen(
             tied, env=dict(env), stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
         )

@@ -7,7 +7,7 @@ import random
 from collections.abc import Mapping
 from typing import Any
 
-from vitscope.errors import ConfigError
+from vitscope.runtime.errors import ConfigError
 
 #: distributions and the keys that each needs
 DISTRIBUTIONS = {

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from vitscope.errors import ConfigError
+from vitscope.runtime.errors import ConfigError
 
 _KEYS = {"type", "min_iter", "max_iter", "s", "eta", "strict"}
 

@@ -20,7 +20,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from vitscope import config, exits
-from vitscope.errors import ConfigError, VitscopeError
+from vitscope.runtime.errors import ConfigError, VitscopeError
 from vitscope.sweep import draws, halving, spec
 from vitscope.sweep.spec import COMMAND, METHODS, Sweep
 from vitscope.validation import METRICS, validate

@@ -14,9 +14,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vitscope import interrupt, journal
-from vitscope.errors import ConfigError, StorageError
-from vitscope.interrupt import Interrupted
+from vitscope import journal
+from vitscope.runtime import stop_flag
+from vitscope.runtime.errors import ConfigError, StorageError
+from vitscope.runtime.stop_flag import Interrupted
 from vitscope.sweep import children, halving, search, spec
 from vitscope.sweep.children import Slot
 from vitscope.sweep.spec import Sweep
@@ -107,7 +108,7 @@ class LocalSweep:
         finally:
             running = [trial for trial in self.trials if trial.process is not None]
             children.stop(
-                [trial.process for trial in running if trial.process], interrupt.requested() or signal.SIGTERM
+                [trial.process for trial in running if trial.process], stop_flag.requested() or signal.SIGTERM
             )
             for trial in running:
                 self._ended(trial, stopping=True)
@@ -120,7 +121,7 @@ class LocalSweep:
 
     def _step(self) -> bool:
         """Start, watch and finish trials once; return whether there is more to do."""
-        if (signum := interrupt.requested()) is not None:
+        if (signum := stop_flag.requested()) is not None:
             raise Interrupted(signum)
         busy = {trial.slot.name for trial in self.trials if trial.process is not None and trial.slot}
         for slot in (slot for slot in self.slots if slot.name not in busy):

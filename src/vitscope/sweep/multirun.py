@@ -27,9 +27,10 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from vitscope import config, interrupt, journal, results, secrecy
-from vitscope.errors import ConfigError
-from vitscope.interrupt import Interrupted
+from vitscope import config, journal, results
+from vitscope.runtime import redaction, stop_flag
+from vitscope.runtime.errors import ConfigError
+from vitscope.runtime.stop_flag import Interrupted
 from vitscope.sweep import children
 
 #: how the folder's name reaches Hydra's configuration (``hydra.sweep.dir``)
@@ -158,7 +159,7 @@ def job(metric: str) -> float | None:
     Raises:
         Interrupted: asked to stop; the job has saved and ended.
     """
-    interrupt.check()
+    stop_flag.check()
     hydra = HydraConfig.get()
     folder = Path(hydra.runtime.output_dir)
     _redact(folder.parent / "multirun.yaml")
@@ -171,7 +172,7 @@ def job(metric: str) -> float | None:
     signum = None
     try:
         while process.poll() is None and signum is None:
-            signum = interrupt.requested()
+            signum = stop_flag.requested()
             time.sleep(0.05)
     except KeyboardInterrupt:  # a launcher's worker has no handler of ours
         signum = signal.SIGINT
@@ -181,7 +182,7 @@ def job(metric: str) -> float | None:
     said = children.outcome(folder)
     if code == 0 and not said.finished:
         code = said.exit_code or 1
-    job_facts = {"overrides": list(map(secrecy.cleaned, overrides)), "exit_code": code}
+    job_facts = {"overrides": list(map(redaction.cleaned, overrides)), "exit_code": code}
     results.write_atomically(folder / JOB, json.dumps(job_facts).encode())
     if signum is not None:
         raise Interrupted(signum)
@@ -193,7 +194,7 @@ def _redact(file: Path) -> None:
     """Take the secrets out of the configuration that Hydra writes for a multirun before its first job."""
     if file.is_file() and not file.is_symlink():
         content = yaml.safe_load(file.read_text())
-        if (clean := secrecy.redacted(content)) != content:
+        if (clean := redaction.redacted(content)) != content:
             results.write_atomically(file, yaml.safe_dump(clean, sort_keys=False).encode())
 
 

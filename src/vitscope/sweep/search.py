@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Mapping
 from typing import Any, Protocol
 
-from vitscope.errors import ConfigError
+from vitscope.runtime.errors import ConfigError
 from vitscope.sweep import draws, spec
 from vitscope.sweep.spec import Sweep
 

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from vitscope import config
-from vitscope.errors import ConfigError
+from vitscope.runtime.errors import ConfigError
 from vitscope.sweep import draws
 
 #: the only command with which values arrive as Hydra overrides

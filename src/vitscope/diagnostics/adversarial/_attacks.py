@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vitscope.diagnostics.adversarial._losses import Loss, log_odds
-from vitscope.errors import NumericalError
+from vitscope.runtime.errors import NumericalError
 
 NORMS = ("linf", "l2")
 

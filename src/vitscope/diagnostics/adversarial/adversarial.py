@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vitscope import interrupt
 from vitscope.diagnostics.adversarial._attacks import NORMS, Ball
 from vitscope.diagnostics.adversarial._losses import LOSSES
 from vitscope.diagnostics.adversarial._suite import ATTACKS, SUITE, Images, Settings, attacked
@@ -22,6 +21,7 @@ from vitscope.objective import Objective, hard_targets, labeled
 from vitscope.pixels import Pixels, pixels_of
 from vitscope.points import rows
 from vitscope.probe import ObjectiveCard, Probe
+from vitscope.runtime import stop_flag
 
 #: a gray level in pixels of [0, 1]
 LEVEL = 1 / 255
@@ -185,7 +185,7 @@ def _row(
     """Return the means over all images of one attack at one radius."""
 
     def forward(images: Tensor) -> Tensor:
-        interrupt.check()
+        stop_flag.check()
         return model(pixels.to_input(images))
 
     totals, left, largest, place = np.zeros(4), np.zeros(len(SUITE)), 0.0, 0

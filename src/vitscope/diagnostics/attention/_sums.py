@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from vitscope import distributed
 from vitscope.diagnostics.attention._geometry import Geometry, geometry
 from vitscope.intervals import RunningMean
 from vitscope.models.units import Unit
+from vitscope.runtime import distributed
 
 
 class Sums:

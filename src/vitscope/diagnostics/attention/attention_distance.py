@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vitscope import distributed
 from vitscope.diagnostics.attention._sums import Sums
 from vitscope.intervals import estimates, few_images
 from vitscope.measure_options import record_options
@@ -16,7 +15,8 @@ from vitscope.models.units import Unit, reading_branches
 from vitscope.models.units import units as units_of
 from vitscope.nulls import warn_nulls
 from vitscope.probe import ObjectiveCard, Probe
-from vitscope.progress import track
+from vitscope.runtime import distributed
+from vitscope.runtime.progress import track
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import torch
 from scipy.optimize import brentq
 from torch import Tensor
 
-from vitscope import distributed
+from vitscope.runtime import distributed
 
 #: temperatures outside these bounds are not searched: the predictions are then uniform or one-hot in effect
 LIMITS = (1e-3, 1e3)

@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vitscope import distributed
 from vitscope.diagnostics.calibration import _bins
 from vitscope.diagnostics.calibration._debiased import DebiasedError, debiased_error, gaps
 from vitscope.diagnostics.calibration._temperature import fit_temperature
@@ -18,7 +17,8 @@ from vitscope.measure_options import record_options
 from vitscope.nulls import warn_nulls
 from vitscope.objective import hard_targets, labeled
 from vitscope.probe import ObjectiveCard, Probe
-from vitscope.progress import track
+from vitscope.runtime import distributed
+from vitscope.runtime.progress import track
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import numpy as np
 
 from vitscope.data.class_folders import class_folders, image_files, listed, subfolders
 from vitscope.data.decode import read_image
-from vitscope.errors import DataError
+from vitscope.runtime.errors import DataError
 
 KEY = "analysis.corruption.root"
 

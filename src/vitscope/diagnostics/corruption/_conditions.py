@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vitscope import interrupt
 from vitscope.diagnostics.corruption._archives import Arrays, Folders
 from vitscope.diagnostics.corruption._tables import COMMON, VALIDATION
 from vitscope.diagnostics.corruption._transforms import corrupted
@@ -20,6 +19,7 @@ from vitscope.objective import Objective, hard_targets
 from vitscope.pixels import Pixels
 from vitscope.points import rows
 from vitscope.probe import Batch, Probe
+from vitscope.runtime import stop_flag
 
 Condition = tuple[str, int]
 
@@ -94,5 +94,5 @@ def _as_input(images: Tensor, pixels: Pixels, probe: Probe) -> Tensor:
 
 def _polled(batches: Iterator[Batch]) -> Iterator[Batch]:
     for batch in batches:
-        interrupt.check()
+        stop_flag.check()
         yield batch

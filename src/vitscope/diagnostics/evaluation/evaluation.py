@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vitscope import distributed
 from vitscope.intervals import share_interval
 from vitscope.measure_options import record_options
 from vitscope.objective import hard_targets, labeled
 from vitscope.probe import ObjectiveCard, Probe
-from vitscope.progress import track
+from vitscope.runtime import distributed
+from vitscope.runtime.progress import track
 
 #: what ``classes`` may say besides a list
 CHOICES = ("all", "present")

@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vitscope.distributed import gather_objects, world_size
 from vitscope.evaluate import evaluate
 from vitscope.intervals import Estimate, RunningMean, estimates
 from vitscope.probe import Probe
-from vitscope.progress import track
+from vitscope.runtime.distributed import gather_objects, world_size
+from vitscope.runtime.progress import track
 
 Partial = MutableMapping[str, Mapping[str, Any]]
 

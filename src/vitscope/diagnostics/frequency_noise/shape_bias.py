@@ -8,13 +8,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from vitscope.distributed import all_reduce_sum, world_size
 from vitscope.intervals import check_level, share_interval
 from vitscope.measure_options import record_options
 from vitscope.nulls import warn_nulls
 from vitscope.objective import hard_targets, labeled
 from vitscope.probe import ObjectiveCard, Probe
-from vitscope.progress import track
+from vitscope.runtime.distributed import all_reduce_sum, world_size
+from vitscope.runtime.progress import track
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from vitscope import distributed
 from vitscope.diagnostics.hessian._verdict import ROUNDING, TINY, Limits, Row, judge, predicted_decrease, slice_drop
 from vitscope.linalg.basis import norm
 from vitscope.linalg.curvatures import Curvatures, curvatures
@@ -19,7 +18,8 @@ from vitscope.measure_options import record_options
 from vitscope.objective import n_labeled
 from vitscope.optimizer_stability import adam_scale
 from vitscope.probe import Batch, ObjectiveCard, Probe
-from vitscope.progress import track
+from vitscope.runtime import distributed
+from vitscope.runtime.progress import track
 
 #: shares of the slice's end that are looked at besides its points: terms of higher order may hide the fall farther out
 NEARER = (0.1, 0.01)

@@ -15,7 +15,7 @@ from vitscope.linalg.curvatures import curvatures
 from vitscope.linalg.hvp import Curvature
 from vitscope.measure_options import record_options
 from vitscope.probe import ObjectiveCard, Probe
-from vitscope.progress import track
+from vitscope.runtime.progress import track
 
 METHODS = ("hutchinson", "hutch++")
 

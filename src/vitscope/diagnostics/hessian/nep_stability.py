@@ -9,14 +9,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from vitscope import distributed
 from vitscope.diagnostics.hessian import _pooled
 from vitscope.linalg.curvatures import Curvatures, curvatures
 from vitscope.linalg.solve import solve
 from vitscope.measure_options import record_options
 from vitscope.objective import labeled
 from vitscope.probe import Batch, ObjectiveCard, Probe
-from vitscope.progress import track
+from vitscope.runtime import distributed
+from vitscope.runtime.progress import track
 
 Row = Mapping[str, float | np.ndarray]
 

@@ -17,7 +17,7 @@ from vitscope.linalg.hvp import Curvature
 from vitscope.linalg.semiorthogonal import SemiorthogonalLanczos
 from vitscope.measure_options import record_options
 from vitscope.probe import ObjectiveCard, Probe
-from vitscope.progress import track
+from vitscope.runtime.progress import track
 
 Row = Mapping[str, float | np.ndarray]
 

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from vitscope import distributed
 from vitscope.diagnostics.landscape._source import Source
 from vitscope.linalg.directions import (
     Direction,
@@ -30,6 +29,7 @@ from vitscope.linalg.plane import set_aside
 from vitscope.linalg.principal import difference, principal_directions
 from vitscope.points import check_movable, chosen
 from vitscope.probe import Probe
+from vitscope.runtime import distributed
 
 
 @dataclass(frozen=True)

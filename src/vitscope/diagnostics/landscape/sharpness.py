@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vitscope import interrupt
 from vitscope.diagnostics.landscape._lines import measure_lines, t_half_width
 from vitscope.diagnostics.landscape._source import Source
 from vitscope.linalg.directions import Direction, filter_parameters, moving, normalize, project, random_direction, scale
@@ -18,6 +17,7 @@ from vitscope.linalg.plane import walked
 from vitscope.measure_options import record_options
 from vitscope.points import BatchNormPolicy, DtypeName, Partial, Row, as_dtype, rows, standing
 from vitscope.probe import ObjectiveCard, Probe
+from vitscope.runtime import stop_flag
 
 #: from here on every model tried was near chance: such radii are marked, never compared
 SATURATED_RADIUS = 0.5
@@ -231,7 +231,7 @@ def _nll_and_gradient(probe: Probe, model: nn.Module, parameters: Mapping[str, T
     nll = 0.0
     with torch.enable_grad():
         for x, y in probe.iter_batches():
-            interrupt.check()
+            stop_flag.check()
             loss = probe.objective.data_loss(model(x), y, "sum") / probe.n_labeled
             nll += float(loss.detach().double())
             for name, g in zip(names, torch.autograd.grad(loss, leaves, materialize_grads=True)):

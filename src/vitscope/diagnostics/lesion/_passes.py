@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from vitscope import interrupt
 from vitscope.diagnostics.lesion._lesions import Lesion
-from vitscope.distributed import world_size
 from vitscope.evaluate import evaluate
 from vitscope.models.units import Unit, resumed
 from vitscope.points import recalibrate
 from vitscope.probe import Batch, Probe
-from vitscope.progress import track
+from vitscope.runtime import stop_flag
+from vitscope.runtime.distributed import world_size
+from vitscope.runtime.progress import track
 
 Partial = MutableMapping[str, Mapping[str, Any]]
 Rows = tuple[np.ndarray, np.ndarray]
@@ -115,7 +115,7 @@ class _Passes:
         where = f"a pass that starts at the block of {lesion.first.name!r}"
         try:
             logits = self._lesioned(lesion, units, inputs)[1]
-        except interrupt.Interrupted:
+        except stop_flag.Interrupted:
             raise
         except Exception as error:  # the model's own code met an input of a kind that it never has
             return f"{where} fails ({type(error).__name__})"
@@ -128,7 +128,7 @@ class _Passes:
     def _lesioned(
         self, lesion: Lesion, units: Sequence[Unit] = (), inputs: _BlockInputs | None = None
     ) -> tuple[Rows, Tensor]:
-        interrupt.check()
+        stop_flag.check()
         with lesion.removed(), ExitStack() as stack:
             block = lesion.first.block
             if inputs is not None and block in inputs.values:

@@ -9,12 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vitscope import distributed
 from vitscope.measure_options import record_options
 from vitscope.models.taps import Tap
 from vitscope.nulls import warn_nulls
 from vitscope.onepass import through
 from vitscope.probe import ObjectiveCard, Probe
+from vitscope.runtime import distributed
 
 #: columns of a scatter matrix that are computed at once
 _STRIP = 256

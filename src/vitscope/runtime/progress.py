@@ -17,8 +17,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from vitscope import interrupt
-from vitscope.distributed import rank
+from vitscope.runtime import stop_flag
+from vitscope.runtime.distributed import rank
 
 T = TypeVar("T")
 
@@ -54,7 +54,7 @@ def track(iterable: Iterable[T], description: str, total: int | None = None) -> 
     else:
         shown = _lines(iterable, description, total)
     for item in shown:
-        interrupt.check()
+        stop_flag.check()
         yield item
 
 

@@ -10,7 +10,7 @@ import difflib
 from collections.abc import Iterable
 from typing import ClassVar
 
-from vitscope import secrecy
+from vitscope.runtime import redaction
 
 
 class VitscopeError(Exception):
@@ -38,9 +38,9 @@ class VitscopeError(Exception):
 
     def __str__(self) -> str:
         """Return the one line a user sees."""
-        value = secrecy.REDACTED if secrecy.is_secret(self.key) else self.value
+        value = redaction.REDACTED if redaction.is_secret(self.key) else self.value
         subject = self.key if self.value is None else f"{self.key}={value}"
-        return secrecy.masked(" ".join(f"{subject}: {self.why}; {self.fix}".split()))
+        return redaction.masked(" ".join(f"{subject}: {self.why}; {self.fix}".split()))
 
 
 class ConfigError(VitscopeError):

@@ -10,7 +10,7 @@ import os
 import stat
 from pathlib import Path
 
-from vitscope.errors import StorageError
+from vitscope.runtime.errors import StorageError
 
 #: folders that are a run's also where its own files are not there
 _FOLDERS = ("checkpoints",)

@@ -1,0 +1,1 @@
+"""Services of the running process: ranks, errors, progress lines and stop requests."""
