@@ -24,7 +24,8 @@ from vitscope.diagnostics.hessian import _pooled
 from vitscope.diagnostics.hessian.hessian_trace import LEAST_VECTORS, HessianTraceResult
 from vitscope.diagnostics.hessian.spectral_density import half_width, positive_interval
 from vitscope.diagnostics.landscape._lines import t_half_width
-from vitscope.intervals import (
+from vitscope.reports.factors import QUANTITIES, _Reader
+from vitscope.stats.intervals import (
     LEAST_EVENTS,
     LEAST_IMAGES,
     RunningMean,
@@ -34,8 +35,7 @@ from vitscope.intervals import (
     share_interval,
     where_enough_wrong,
 )
-from vitscope.reports.factors import QUANTITIES, _Reader
-from vitscope.reports.inference import t_interval
+from vitscope.stats.t_tests import t_interval
 
 FAST, SLOW = 200, 2000
 

@@ -7,7 +7,7 @@ import pytest
 from scipy import stats
 
 from vitscope.reports.cells import Cell, Table, frame, shown
-from vitscope.reports.inference import Interval, holm, t_interval
+from vitscope.stats.t_tests import Interval, holm, t_interval
 
 
 def test_the_interval_of_three_seeds_is_four_point_three_standard_errors() -> None:

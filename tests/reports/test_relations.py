@@ -12,8 +12,8 @@ from omegaconf import OmegaConf
 from tests.reports.conftest import curve, other_card, spectrum
 from vitscope import config, runs
 from vitscope.reports import evidence, relations
-from vitscope.reports.inference import Interval, t_interval
 from vitscope.reports.selection import Selection
+from vitscope.stats.t_tests import Interval, t_interval
 
 
 def selection(root: Path) -> Selection:

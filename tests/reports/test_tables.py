@@ -13,8 +13,8 @@ from vitscope import runs
 from vitscope.reports import cells, evidence, tables
 from vitscope.reports.costs import Cost, Costs
 from vitscope.reports.evidence import Entry
-from vitscope.reports.inference import t_interval
 from vitscope.reports.selection import Selection, Value
+from vitscope.stats.t_tests import t_interval
 
 
 class Given(Costs):

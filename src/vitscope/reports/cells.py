@@ -11,8 +11,8 @@ import pandas as pd
 from pandas.io.formats.style import Styler
 
 from vitscope import results
-from vitscope.reports.inference import Interval, t_interval
 from vitscope.reports.selection import FAILED, MISSING, Value
+from vitscope.stats.t_tests import Interval, t_interval
 
 
 @dataclass(frozen=True)

@@ -7,15 +7,15 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from vitscope.intervals import LEAST_IMAGES
 from vitscope.plotting import save_figure
 from vitscope.reports import factors_figure
 from vitscope.reports.cells import Cell, Problem, Table, shown
 from vitscope.reports.crossed import MODELS
 from vitscope.reports.factors import CONDITIONS, OBJECTIVES, QUANTITIES, Answer, Effect, answer
-from vitscope.reports.inference import Interval
 from vitscope.reports.selection import MISSING, Selection
 from vitscope.runtime.errors import StorageError
+from vitscope.stats.intervals import LEAST_IMAGES
+from vitscope.stats.t_tests import Interval
 
 NAMES = ("conditions", "factors")
 

@@ -17,13 +17,13 @@ from typing import Any
 import numpy as np
 
 from vitscope.diagnostics.hessian._pooled import positive_interval
-from vitscope.intervals import LEAST_IMAGES
 from vitscope.reports import crossed
 from vitscope.reports.cells import Problem
 from vitscope.reports.crossed import IMAGES, MODELS, TRAININGS, Results
 from vitscope.reports.effects import first
-from vitscope.reports.inference import Interval, t_interval
 from vitscope.reports.selection import FAILED, Selection, seeds_of
+from vitscope.stats.intervals import LEAST_IMAGES
+from vitscope.stats.t_tests import Interval, t_interval
 
 OBJECTIVES = {"nll": "NLL", "half_sq": "NLL + ½ wd Σ‖w‖²", "sum_norm": "NLL + wd Σ‖w‖"}
 L2_FORMS = ("half_sq", "sum_norm")
@@ -50,7 +50,7 @@ class Quantity:
         sampled: what they are, in words; empty where there is one.
         value: of a result under an objective, over some of its parts.
         skewed: whether the parts differ by factors, as mini-batches do: a sum over conditions then needs
-            `vitscope.intervals.LEAST_IMAGES` parts for an interval, and a single positive number has that of its logarithm.
+            `vitscope.stats.intervals.LEAST_IMAGES` parts for an interval, and a single positive number has that of its logarithm.
         undefined: why a good result has no such number by its definition, in a word; an empty text where it has one.
     """
 

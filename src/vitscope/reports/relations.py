@@ -14,9 +14,9 @@ from vitscope.plotting import STYLE
 from vitscope.reports import identity
 from vitscope.reports.cells import Cell, Problem, Table, over_seeds
 from vitscope.reports.evidence import Entry
-from vitscope.reports.inference import Interval
 from vitscope.reports.selection import Selection, Value, of_result
 from vitscope.reports.tables import n_msa
+from vitscope.stats.t_tests import Interval
 
 #: what stands at the axes
 WORDS = {

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from vitscope.reports.cells import Cell, Table
 from vitscope.reports.claims import CLAIMS, Claim, Part
 from vitscope.reports.effects import Bench, Effect
-from vitscope.reports.inference import LEVEL, Interval, holm, t_interval
+from vitscope.stats.t_tests import LEVEL, Interval, holm, t_interval
 
 SUPPORTED, CONTRADICTED, INCONCLUSIVE, NOT_MEASURED = "supported", "contradicted", "inconclusive", "not measured"
 

@@ -15,13 +15,13 @@ from vitscope.diagnostics.adversarial._attacks import NORMS, Ball
 from vitscope.diagnostics.adversarial._losses import LOSSES
 from vitscope.diagnostics.adversarial._suite import ATTACKS, SUITE, Images, Settings, attacked
 from vitscope.evaluate import evaluate
-from vitscope.intervals import share_interval
 from vitscope.measure_options import record_options
 from vitscope.objective import Objective, hard_targets, labeled
 from vitscope.pixels import Pixels, pixels_of
 from vitscope.points import rows
 from vitscope.probe import ObjectiveCard, Probe
 from vitscope.runtime import stop_flag
+from vitscope.stats.intervals import share_interval
 
 #: a gray level in pixels of [0, 1]
 LEVEL = 1 / 255
@@ -36,7 +36,7 @@ class AdversarialResult:
         epsilons: (n_epsilons,) radii in gray levels, 1/255 of the pixels' range.
         norm: ``linf`` or ``l2``.
         accuracy: (n_attacks, n_epsilons).
-        accuracy_low: (n_attacks, n_epsilons) lower ends of the 95% intervals over images (`vitscope.intervals.share_interval`).
+        accuracy_low: (n_attacks, n_epsilons) lower ends of the 95% intervals over images (`vitscope.stats.intervals.share_interval`).
         accuracy_high: (n_attacks, n_epsilons) upper ends.
         nll: (n_attacks, n_epsilons) nats, of the worst change found; all but FGSM and PGD leave an image alone once its class
             is wrong.

@@ -18,7 +18,7 @@ NAMES = {"apgd_ce": "APGD-CE", "apgd_dlr": "APGD-DLR", "apgd_cw": "APGD-CW", "ap
 def adversarial(results: Mapping[str, AdversarialResult]) -> Figure:
     """Draw accuracy over the radius for each attack and result; radius 0 is the clean accuracy.
 
-    Whiskers are 95% intervals over images (`vitscope.intervals.share_interval`). The suite is named by its members.
+    Whiskers are 95% intervals over images (`vitscope.stats.intervals.share_interval`). The suite is named by its members.
 
     Args:
         results: one or more results by name, of one norm.

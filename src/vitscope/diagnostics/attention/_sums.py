@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from vitscope.diagnostics.attention._geometry import Geometry, geometry
-from vitscope.intervals import RunningMean
 from vitscope.models.units import Unit
 from vitscope.runtime import distributed
+from vitscope.stats.intervals import RunningMean
 
 
 class Sums:

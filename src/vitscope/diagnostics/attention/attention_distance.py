@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from vitscope.diagnostics.attention._sums import Sums
-from vitscope.intervals import estimates, few_images
 from vitscope.measure_options import record_options
 from vitscope.models.attention_weights import reading_attention
 from vitscope.models.units import Unit, reading_branches
@@ -17,6 +16,7 @@ from vitscope.nulls import warn_nulls
 from vitscope.probe import ObjectiveCard, Probe
 from vitscope.runtime import distributed
 from vitscope.runtime.progress import track
+from vitscope.stats.intervals import estimates, few_images
 
 
 @dataclass(frozen=True)

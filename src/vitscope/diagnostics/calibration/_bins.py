@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from vitscope.intervals import share_interval
+from vitscope.stats.intervals import share_interval
 
 BINNINGS = ("equal_width", "official")
 

@@ -12,13 +12,13 @@ from torch import Tensor
 from vitscope.diagnostics.calibration import _bins
 from vitscope.diagnostics.calibration._debiased import DebiasedError, debiased_error, gaps
 from vitscope.diagnostics.calibration._temperature import fit_temperature
-from vitscope.intervals import estimate, few_images, share_interval, where_enough_wrong
 from vitscope.measure_options import record_options
 from vitscope.nulls import warn_nulls
 from vitscope.objective import hard_targets, labeled
 from vitscope.probe import ObjectiveCard, Probe
 from vitscope.runtime import distributed
 from vitscope.runtime.progress import track
+from vitscope.stats.intervals import estimate, few_images, share_interval, where_enough_wrong
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class CalibrationResult:
         confident_accuracy: accuracy among confident predictions (Acc-90 at the default cutoff); None without any.
         confident_frequency: share of confident predictions (Freq-90).
         unconfidence: share of unconfident predictions among wrong ones (Unc-90); None without a wrong one.
-        intervals: ``accuracy_lower``, ``accuracy_upper`` and so on. Of accuracy that of `vitscope.intervals.share_interval`, of
+        intervals: ``accuracy_lower``, ``accuracy_upper`` and so on. Of accuracy that of `vitscope.stats.intervals.share_interval`, of
             nll and brier Student's, NaN with fewer than 128 images or 10 wrong answers. That of ``ece`` is for the error without
             its bias: it holds 0 for 95 of 100 calibrated models, and always holds both ``ece`` and ``ece_debiased`` (see
             ``_debiased.py``). NaN with fewer than 30 images for each bin that has any.

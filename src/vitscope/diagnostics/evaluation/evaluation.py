@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vitscope.intervals import share_interval
 from vitscope.measure_options import record_options
 from vitscope.objective import hard_targets, labeled
 from vitscope.probe import ObjectiveCard, Probe
 from vitscope.runtime import distributed
 from vitscope.runtime.progress import track
+from vitscope.stats.intervals import share_interval
 
 #: what ``classes`` may say besides a list
 CHOICES = ("all", "present")
@@ -29,7 +29,7 @@ class EvaluationResult:
     Attributes:
         accuracy: share of images whose largest logit is the label's.
         accuracy_top5: share of images whose label is among the five largest logits (all, where there are fewer).
-        accuracy_lower: lower end of the 95% interval of ``accuracy`` over images (`vitscope.intervals.share_interval`).
+        accuracy_lower: lower end of the 95% interval of ``accuracy`` over images (`vitscope.stats.intervals.share_interval`).
         accuracy_upper: upper end.
         mean_class_accuracy: mean of ``class_accuracy`` over the classes that have images.
         nll: mean of -log p(label), nats, p being the softmax over the classes that count.

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from scipy.special import stdtrit
 
-from vitscope.intervals import LEAST_IMAGES
+from vitscope.stats.intervals import LEAST_IMAGES
 
 
 def half_width_over_images(replicates: np.ndarray, n_images: int, level: float) -> np.ndarray:
@@ -16,7 +16,7 @@ def half_width_over_images(replicates: np.ndarray, n_images: int, level: float) 
 
     Its standard error is the standard deviation of the finite replicates. The share of the replicates themselves, a percentile
     interval, is too narrow for few images: of 95 % intervals over 8 or 16 images 90 % hold the truth. NaN for fewer than
-    `vitscope.intervals.LEAST_IMAGES` images, where skewed ones would not be covered, or two finite replicates.
+    `vitscope.stats.intervals.LEAST_IMAGES` images, where skewed ones would not be covered, or two finite replicates.
     """
     good = np.isfinite(replicates)
     count = good.sum(axis=0)
@@ -40,7 +40,7 @@ def by_kind(
         replicates: (n_resamples, n_units) with images resampled.
         kinds: (n_units) of the units.
         level: coverage.
-        n_images: that were resampled; of fewer than `vitscope.intervals.LEAST_IMAGES` there is no interval.
+        n_images: that were resampled; of fewer than `vitscope.stats.intervals.LEAST_IMAGES` there is no interval.
     """
     names, rows = [], []
     for kind in dict.fromkeys(kinds):

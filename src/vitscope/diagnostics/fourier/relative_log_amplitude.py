@@ -10,12 +10,12 @@ import numpy as np
 from torch import Tensor
 
 from vitscope.diagnostics.fourier._spectrum import EPS, Spectrum, frequencies, spectrum, varies
-from vitscope.intervals import Estimate, RunningMean, check_level, estimates, few_images
 from vitscope.measure_options import record_options
 from vitscope.nulls import warn_nulls
 from vitscope.onepass import through
 from vitscope.probe import ObjectiveCard, Probe
 from vitscope.runtime.distributed import gather_objects
+from vitscope.stats.intervals import Estimate, RunningMean, check_level, estimates, few_images
 
 
 @dataclass(frozen=True)

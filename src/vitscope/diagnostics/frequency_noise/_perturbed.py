@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from vitscope.evaluate import evaluate
-from vitscope.intervals import Estimate, RunningMean, estimates
 from vitscope.probe import Probe
 from vitscope.runtime.distributed import gather_objects, world_size
 from vitscope.runtime.progress import track
+from vitscope.stats.intervals import Estimate, RunningMean, estimates
 
 Partial = MutableMapping[str, Mapping[str, Any]]
 

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from vitscope.diagnostics.frequency_noise._perturbed import Means, Partial, perturbed
 from vitscope.diagnostics.frequency_noise._scale import pixel_std
-from vitscope.intervals import check_level
 from vitscope.measure_options import record_options
 from vitscope.nulls import warn_nulls
 from vitscope.probe import ObjectiveCard, Probe
+from vitscope.stats.intervals import check_level
 
 
 @dataclass(frozen=True)

@@ -19,10 +19,10 @@ from vitscope.diagnostics.frequency_noise._bands import (
 )
 from vitscope.diagnostics.frequency_noise._perturbed import Means, Partial, perturbed
 from vitscope.diagnostics.frequency_noise._scale import pixel_std
-from vitscope.intervals import LEAST_EVENTS, check_level, few_images, where_enough_wrong
 from vitscope.measure_options import record_options
 from vitscope.nulls import warn_nulls
 from vitscope.probe import ObjectiveCard, Probe
+from vitscope.stats.intervals import LEAST_EVENTS, check_level, few_images, where_enough_wrong
 
 CONSTRUCTIONS = ("equal_rms", "official")
 

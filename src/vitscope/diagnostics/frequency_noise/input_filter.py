@@ -10,10 +10,10 @@ from torch import Tensor
 
 from vitscope.diagnostics.frequency_noise._bands import filtered, frequency
 from vitscope.diagnostics.frequency_noise._perturbed import Means, Partial, perturbed
-from vitscope.intervals import check_level
 from vitscope.measure_options import record_options
 from vitscope.nulls import warn_nulls
 from vitscope.probe import ObjectiveCard, Probe
+from vitscope.stats.intervals import check_level
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from vitscope.intervals import check_level, share_interval
 from vitscope.measure_options import record_options
 from vitscope.nulls import warn_nulls
 from vitscope.objective import hard_targets, labeled
 from vitscope.probe import ObjectiveCard, Probe
 from vitscope.runtime.distributed import all_reduce_sum, world_size
 from vitscope.runtime.progress import track
+from vitscope.stats.intervals import check_level, share_interval
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class ShapeBiasResult:
 
     Attributes:
         shape_bias: shape decisions divided by shape and texture decisions; 1 is pure shape. NaN without any.
-        shape_bias_low: lower end of its interval (`vitscope.intervals.share_interval`).
+        shape_bias_low: lower end of its interval (`vitscope.stats.intervals.share_interval`).
         shape_bias_high: upper end.
         shape_decisions: number of images answered with their shape's class.
         texture_decisions: number answered with their texture's class.

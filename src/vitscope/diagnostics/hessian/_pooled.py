@@ -6,7 +6,7 @@ import numpy as np
 from scipy.special import ndtri, stdtrit
 from scipy.stats import gaussian_kde
 
-from vitscope.intervals import exact_ends
+from vitscope.stats.intervals import exact_ends
 
 #: mini-batches below which NEP has no interval: with fewer, none of the usual ones covers for clustered shares
 NEP_BATCHES = 8

@@ -11,13 +11,13 @@ import torch
 
 from vitscope.diagnostics.lesion._lesions import Lesion, lesions
 from vitscope.diagnostics.lesion._passes import Partial, batch_by_batch, lesion_by_lesion
-from vitscope.intervals import Estimate, RunningMean, estimates, few_images, where_enough_wrong
 from vitscope.measure_options import record_options
 from vitscope.models.units import Unit
 from vitscope.models.units import units as units_of
 from vitscope.nulls import warn_nulls
 from vitscope.points import BN_POLICIES
 from vitscope.probe import ObjectiveCard, Probe
+from vitscope.stats.intervals import Estimate, RunningMean, estimates, few_images, where_enough_wrong
 
 #: removal -> what its fields begin with
 PREFIXES = {"branch_zero": "", "conv3x3_identity": "identity_", "stage": "stage_", "head": "head_"}

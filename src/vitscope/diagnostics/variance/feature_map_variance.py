@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vitscope.intervals import Estimate, RunningMean, check_level, estimates, few_images
 from vitscope.measure_options import record_options
 from vitscope.nulls import warn_nulls
 from vitscope.onepass import through
 from vitscope.probe import ObjectiveCard, Probe
 from vitscope.runtime.distributed import gather_objects
+from vitscope.stats.intervals import Estimate, RunningMean, check_level, estimates, few_images
 
 #: variance below this share of the mean square: single precision sums cancel, so the map is measured again in double
 _CANCELLED = 1e-2

@@ -1,0 +1,1 @@
+"""Statistics on numpy arrays: confidence intervals and tests."""
