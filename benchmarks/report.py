@@ -22,11 +22,11 @@ import numpy as np
 import yaml
 
 from vitscope import results
+from vitscope.core.probe import ObjectiveCard
 from vitscope.diagnostics.fourier.relative_log_amplitude import RelativeLogAmplitudeResult
 from vitscope.diagnostics.hessian.hessian_max_eigenvalue_spectrum import HessianMaxEigenvalueSpectrumResult
 from vitscope.diagnostics.landscape.loss_landscape import LossLandscapeResult
 from vitscope.diagnostics.landscape.loss_slice import LossSliceResult
-from vitscope.probe import ObjectiveCard
 
 SEEDS = 5
 CARD = ObjectiveCard(loss="cross entropy", l2="half_sq", weight_decay=0.05, data="photos", split="train", n_images=256)

@@ -41,13 +41,13 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 
 import vitscope as vs
-from vitscope import schedule
 from vitscope.callbacks import Checkpoints, DiagnosticCallback, SameConfiguration
 from vitscope.classifier import _STEP_STREAM, Classifier, _step_seed
+from vitscope.core import lr_schedule
+from vitscope.core.objective import Objective
 from vitscope.data import DataModule
 from vitscope.journal import Journal
 from vitscope.models.window import WindowAttention
-from vitscope.objective import Objective
 from vitscope.runs import Run
 from vitscope.tracking import Mirror, RunLogger
 from vitscope.training_progress import EpochAccuracy, PlainProgress
@@ -123,7 +123,7 @@ def plain(model: nn.Module, batches: Iterable[Batch], n: int, mix: Mix, device: 
           channels_last: bool = False) -> tuple[list[Tensor], tuple[float, float]]:  # fmt: skip
     """Make the same steps in a bare loop."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1.25e-4, weight_decay=0.05)
-    rates = LambdaLR(optimizer, partial(schedule.factor, steps_per_epoch=WARM + n + 1, total_epochs=1.0, **RATES))
+    rates = LambdaLR(optimizer, partial(lr_schedule.factor, steps_per_epoch=WARM + n + 1, total_epochs=1.0, **RATES))
     cast = torch.autocast(device.type, torch.bfloat16) if half else nullcontext()
     order = torch.channels_last if channels_last else torch.contiguous_format
     objective, losses, marks = Objective(), [], []

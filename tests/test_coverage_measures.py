@@ -19,7 +19,7 @@ from timm.models.resnet import BasicBlock, ResNet
 from torch import Tensor, nn
 
 import vitscope as vs
-from vitscope.nulls import NullWarning
+from vitscope.core.undefined_values import NullWarning
 from vitscope.stats.intervals import LEAST_EVENTS, RunningMean, estimates, where_enough_wrong
 
 pytestmark = pytest.mark.slow

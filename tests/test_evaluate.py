@@ -6,7 +6,7 @@ import pytest
 import torch
 from torchmetrics.functional.classification import multiclass_calibration_error
 
-from vitscope.evaluate import ECE_BINS, evaluate
+from vitscope.core.evaluation import ECE_BINS, evaluate
 from vitscope.runtime import distributed
 
 

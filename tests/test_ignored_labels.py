@@ -13,11 +13,11 @@ from torch.func import functional_call
 
 import vitscope as vs
 from vitscope.classifier import Classifier
+from vitscope.core.evaluation import evaluate
+from vitscope.core.objective import Objective, labeled
+from vitscope.core.probe import Probe
 from vitscope.data.mix import mix
-from vitscope.evaluate import evaluate
 from vitscope.linalg.curvatures import curvatures
-from vitscope.objective import Objective, labeled
-from vitscope.probe import Probe
 
 #: two roundings of float64 for each of some thousand terms of size one
 TIGHT = {"rtol": 1e-11, "atol": 1e-11}

@@ -12,8 +12,8 @@ from torch import nn
 
 import vitscope as vs
 from vitscope import analyses, results
-from vitscope.card import INCIDENTAL_FACTS
-from vitscope.measure_options import INCIDENTAL, options_of
+from vitscope.core.measure_options import INCIDENTAL, options_of
+from vitscope.core.objective_card import INCIDENTAL_FACTS
 
 
 def probe() -> vs.Probe:
@@ -26,7 +26,7 @@ def probe() -> vs.Probe:
 @pytest.mark.parametrize("name", vs.measures())
 def test_every_measure_records_its_options(name: str) -> None:
     measure = getattr(vs, name)
-    assert measure.__wrapped__.__name__ == name, f"decorate {name} with vitscope.measure_options.record_options"
+    assert measure.__wrapped__.__name__ == name, f"decorate {name} with vitscope.core.measure_options.record_options"
     assert inspect.signature(measure) == inspect.signature(measure.__wrapped__)
 
 

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 import vitscope as vs
+from vitscope.core.guard.repeatability import UnusedParametersWarning
+from vitscope.core.weight_space import standing
 from vitscope.linalg.directions import random_direction
 from vitscope.linalg.plane import walked
-from vitscope.points import standing
-from vitscope.repeatability import UnusedParametersWarning
 
 
 class Net(nn.Module):

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import vitscope as vs
-from vitscope.objective import hard_targets, target_entropy
+from vitscope.core.objective import hard_targets, target_entropy
 
 LOGITS = torch.tensor([[2.0, -1.0, 0.5], [0.0, 0.0, 3.0]], dtype=torch.float64)
 

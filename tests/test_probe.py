@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import vitscope as vs
-from vitscope.card import check_comparable
+from vitscope.core.objective_card import check_comparable
 
 
 class Nasty(nn.Module):

@@ -9,7 +9,7 @@ import pytest
 from omegaconf import DictConfig, OmegaConf
 
 from tests.test_configs import composed
-from vitscope.schedule import factor
+from vitscope.core.lr_schedule import factor
 
 MIXED = {"mixup": 1.0, "cutmix": 0.8, "switch_prob": 0.5, "label_smoothing": 0.1}
 PLAIN = {"mixup": 0.0, "cutmix": 0.0, "label_smoothing": 0.0}

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import vitscope as vs
-from vitscope.repeatability import RandomOutputsWarning
+from vitscope.core.guard.repeatability import RandomOutputsWarning
 from vitscope.runtime import progress
 
 

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from vitscope.schedule import factor
+from vitscope.core.lr_schedule import factor
 
 CASE = {"steps_per_epoch": 10, "total_epochs": 12, "warmup_epochs": 2}
 

@@ -15,7 +15,7 @@ import vitscope as vs
 from tests.commands.conftest import call, tiny  # noqa: F401
 from tests.commands.test_train import only_run, pytestmark  # noqa: F401  the same third-party warnings
 from vitscope import build, checkpoint, models
-from vitscope.probe import Probe
+from vitscope.core.probe import Probe
 from vitscope.runtime.errors import CheckpointError
 
 PATH = Path("net.th")

@@ -19,13 +19,13 @@ from typing import Any
 __version__ = "0.1.0"
 
 _HOME = {
-    "Probe": "probe",
-    "ObjectiveCard": "probe",
-    "check_comparable": "card",
-    "Objective": "objective",
+    "Probe": "core.probe",
+    "ObjectiveCard": "core.objective_card",
+    "check_comparable": "core.objective_card",
+    "Objective": "core.objective",
     "Tap": "models.taps",
     "taps": "models.taps",
-    "one_pass": "onepass",
+    "one_pass": "core.feature_pass",
     "plot": "plotting",
     "load_probe": "runs",
     "load_results": "runs",

@@ -16,8 +16,9 @@ import numpy as np
 from omegaconf import DictConfig
 from torch import nn
 
-from vitscope import build, checkpoint, config, onepass, recorded, results, run_lock, supplied
-from vitscope.probe import Probe
+from vitscope import build, checkpoint, config, recorded, results, run_lock, supplied
+from vitscope.core import feature_pass
+from vitscope.core.probe import Probe
 from vitscope.runs import Run
 from vitscope.runtime import stop_flag
 from vitscope.runtime.distributed import gather_objects, rank
@@ -200,14 +201,14 @@ def _measured(analysis: Analysis, place: Place, weights: str, rows: results.Part
 
 def _sharing(analysis: Analysis, place: Place, weights: str, reuse: bool) -> list[Analysis]:
     """Return the analyses whose turn is still to come and that can share this one's forward pass."""
-    if onepass.accumulator_of(analysis.measure, analysis.options) is None or analysis.name in place.alone:
+    if feature_pass.accumulator_of(analysis.measure, analysis.options) is None or analysis.name in place.alone:
         return []
     request = _probe_request(analysis, place.datamodule)
     names = [other.name for other in place.due]
     later = place.due[names.index(analysis.name) + 1 :] if analysis.name in names else ()
     return [
         other for other in later
-        if onepass.accumulator_of(other.measure, other.options) is not None and other.name not in place.alone
+        if feature_pass.accumulator_of(other.measure, other.options) is not None and other.name not in place.alone
         and _probe_request(other, place.datamodule) == request
         and not (reuse and _earlier(place.run.results / other.name / f"{_stem(other, place)}.npz", weights))
     ]  # fmt: skip
@@ -220,7 +221,7 @@ def _with_others(
     if not others:
         return None
     try:
-        found = onepass.collect(
+        found = feature_pass.collect(
             probe, [(analysis.measure, options), *((other.measure, other.options) for other in others)]
         )
     except (Interrupted, KeyboardInterrupt):

@@ -13,10 +13,10 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
 from vitscope import checkpoint, config
-from vitscope.objective import Objective
+from vitscope.core.objective import Objective
+from vitscope.core.optimizer_state import OptimizerState, of_checkpoint
+from vitscope.core.probe import Probe
 from vitscope.optimizer_stability import adam_scale
-from vitscope.optimizer_state import OptimizerState, of_checkpoint
-from vitscope.probe import Probe
 from vitscope.runtime import redaction
 from vitscope.runtime.errors import CheckpointError, ConfigError, DataError, VitscopeError
 

@@ -1,4 +1,4 @@
-"""The expected calibration error as a metric of training, by the definition of `vitscope.evaluate`."""
+"""The expected calibration error as a metric of training, by the definition of `vitscope.core.evaluation`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from vitscope.evaluate import ECE_BINS, bin_sums, calibration_error
+from vitscope.core.evaluation import ECE_BINS, bin_sums, calibration_error
 
 
 class ExpectedCalibrationError(Metric):

@@ -18,10 +18,11 @@ from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
-from vitscope import pending, schedule
+from vitscope import pending
 from vitscope.accumulation import StepGroup, is_first
 from vitscope.calibration_metric import ExpectedCalibrationError
-from vitscope.objective import Objective, hard_targets, labeled, n_labeled
+from vitscope.core import lr_schedule as schedule
+from vitscope.core.objective import Objective, hard_targets, labeled, n_labeled
 from vitscope.runtime.distributed import all_reduce_sum, gather_objects
 from vitscope.runtime.errors import DataError, NumericalError
 from vitscope.sam import SAM, still_statistics
@@ -40,7 +41,7 @@ class Classifier(pl.LightningModule):
         network: from images ``(B, C, H, W)`` to logits ``(B, num_classes)``.
         num_classes: K.
         optimizer: from parameters to an optimizer.
-        lr_schedule: keyword arguments of `vitscope.schedule.factor`.
+        lr_schedule: keyword arguments of `vitscope.core.lr_schedule.factor`.
         label_smoothing: of index targets.
         mix: from ``(x, y, seed)`` to mixed ``(x, soft y)``; None for no mixup.
         seed: of the run.

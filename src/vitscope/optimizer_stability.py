@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vitscope.optimizer_state import OptimizerState, ParameterState
+from vitscope.core.optimizer_state import OptimizerState, ParameterState
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Any
 from matplotlib import style
 from matplotlib.figure import Figure
 
-from vitscope.card import check_comparable
+from vitscope.core.objective_card import check_comparable
 from vitscope.results import temporary_path
 from vitscope.runtime import safe_files
 

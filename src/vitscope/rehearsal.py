@@ -10,7 +10,8 @@ import torch
 from omegaconf import DictConfig
 from torch import nn
 
-from vitscope import config, schedule
+from vitscope import config
+from vitscope.core import lr_schedule
 from vitscope.runtime.errors import ConfigError, DataError
 
 #: what a callee raises for a value that its signature does not tell from a good one
@@ -70,7 +71,7 @@ def _optimizer(node: dict[str, Any]) -> None:
         raise ConfigError("optimizer", None, _first_line(error), "correct its values") from error
     try:
         for step in (0, 99):
-            schedule.factor(step, steps_per_epoch=10, total_epochs=10, **options)
+            lr_schedule.factor(step, steps_per_epoch=10, total_epochs=10, **options)
     except REFUSALS as error:
         raise ConfigError("optimizer.schedule", None, _first_line(error), "correct its values") from error
 

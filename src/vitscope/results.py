@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from vitscope.probe import ObjectiveCard
+from vitscope.core.probe import ObjectiveCard
 from vitscope.runtime import safe_files
 from vitscope.runtime.errors import StorageError
 

@@ -25,8 +25,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from vitscope import checkpoint, config, journal, results, run_lock
-from vitscope.card import versions
-from vitscope.probe import Probe
+from vitscope.core.objective_card import versions
+from vitscope.core.probe import Probe
 from vitscope.runtime import redaction, safe_files
 from vitscope.runtime.errors import CheckpointError, ConfigError, StorageError
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig
 
 from vitscope import build, results, runs, snapshots
-from vitscope.probe import Probe
+from vitscope.core.probe import Probe
 
 if TYPE_CHECKING:
     from vitscope.analyses import Analysis, Place

@@ -173,7 +173,7 @@ def _check_target_group(group: str, node: Mapping[str, Any]) -> None:
                     f"data.recipe.{key}", shown(node["recipe"][key]), "no such key", config.nearest(key, known)
                 )
     if group == "optimizer" and node.get("schedule"):
-        from vitscope.schedule import factor
+        from vitscope.core.lr_schedule import factor
 
         check_arguments(
             "optimizer.schedule", node["schedule"], factor, supplied=("step", "steps_per_epoch", "total_epochs")
@@ -192,7 +192,7 @@ def _check_plain_group(group: str, node: Mapping[str, Any]) -> None:
         if not any(fits(value, kind) for kind in known[key]):
             raise ConfigError(f"{group}.{key}", shown(value), f"not {_named(known[key])}", "correct the value")
     if group == "objective":
-        from vitscope.objective import L2_FORMS
+        from vitscope.core.objective import L2_FORMS
 
         if node.get("l2") not in L2_FORMS:
             raise ConfigError(

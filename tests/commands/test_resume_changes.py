@@ -138,9 +138,9 @@ def test_more_epochs_follow_their_own_schedule(call, tiny, finished) -> None:
 
 
 def runs_schedule(step: int, options: dict, epochs: int = 3) -> float:
-    from vitscope import schedule
+    from vitscope.core import lr_schedule
 
-    return schedule.factor(step, steps_per_epoch=2, total_epochs=epochs, **options)
+    return lr_schedule.factor(step, steps_per_epoch=2, total_epochs=epochs, **options)
 
 
 def test_a_new_run_from_the_weights_alone(call, finished, tmp_path, capsys) -> None:

@@ -112,7 +112,7 @@ def test_analyze(call, tiny, tmp_path, monkeypatch, signum) -> None:
     assert call("train", *tiny, "analysis=[]", "test=false") == 0
     run = only_run(tmp_path)
     kept = {file: file.read_bytes() for file in run.rglob("*") if file.is_file() and file.name != "log.txt"}
-    forward = "vitscope.onepass.track"
+    forward = "vitscope.core.feature_pass.track"
 
     def signalled(items, *args, **kwargs):
         os.kill(os.getpid(), signum)

@@ -9,7 +9,7 @@ import pytest
 from vitscope import analyses, checkpoint, reproduction
 from vitscope.commands import reproduce
 from vitscope.commands.trial import composed, perform
-from vitscope.probe import Probe
+from vitscope.core.probe import Probe
 from vitscope.reproduction import Trial
 
 # libraries that warn about themselves

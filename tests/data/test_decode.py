@@ -12,10 +12,10 @@ import torch
 from PIL import Image, ImageFile
 from torch import nn
 
+from vitscope.core.probe import ObjectiveCard, Probe
 from vitscope.data import DataModule, folder
 from vitscope.data.augment import Recipe
 from vitscope.data.decode import EXTENSIONS, read_image
-from vitscope.probe import ObjectiveCard, Probe
 from vitscope.runtime.errors import ConfigError, DataError
 
 RAMP = np.arange(0, 65536, 257, dtype=np.uint16).reshape(16, 16)  # 0, 257, ..., 65535: exactly the bytes 0 to 255

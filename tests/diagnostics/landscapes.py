@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import vitscope as vs
-from vitscope.objective import Objective
+from vitscope.core.objective import Objective
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,12 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from vitscope import Probe
+from vitscope.core.undefined_values import NullWarning
 from vitscope.diagnostics.attention._geometry import geometry
 from vitscope.diagnostics.attention.attention_distance import attention_distance
 from vitscope.diagnostics.attention.plot import attention_distance as draw
 from vitscope.models import alternet, convit, convnet
 from vitscope.models.units import units
-from vitscope.nulls import NullWarning
 from vitscope.runtime import progress
 
 

@@ -6,9 +6,9 @@ import torch
 from torch import nn
 
 import vitscope as vs
+from vitscope.core.undefined_values import NullWarning
 from vitscope.models.anatomy import Read
 from vitscope.models.units import Unit
-from vitscope.nulls import NullWarning
 
 
 class Filter(nn.Module):

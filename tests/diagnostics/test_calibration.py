@@ -12,10 +12,10 @@ from tests.test_configs import composed
 from vitscope import Objective, Probe, analyses, build, runs
 from vitscope.calibration_metric import ExpectedCalibrationError
 from vitscope.classifier import Classifier
+from vitscope.core.evaluation import confidence_bins, evaluate
 from vitscope.diagnostics.calibration import _bins
 from vitscope.diagnostics.calibration.calibration import calibration
 from vitscope.diagnostics.calibration.plot import calibration as draw
-from vitscope.evaluate import confidence_bins, evaluate
 
 
 class Logits(nn.Module):

@@ -8,11 +8,11 @@ import torch
 from torch import nn
 
 from vitscope import Probe, Tap
+from vitscope.core.undefined_values import NullWarning
 from vitscope.diagnostics.cka._blocks import block_structure, p_value
 from vitscope.diagnostics.cka._hsic import gram, hsic
 from vitscope.diagnostics.cka.cka import cka
 from vitscope.diagnostics.cka.plot import cka as draw
-from vitscope.nulls import NullWarning
 from vitscope.runtime import progress
 
 

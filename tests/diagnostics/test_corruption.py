@@ -15,6 +15,7 @@ from skimage.transform import resize
 from torch import nn
 
 from vitscope import Probe
+from vitscope.core.undefined_values import NullWarning
 from vitscope.data import photos
 from vitscope.diagnostics.corruption import _scores
 from vitscope.diagnostics.corruption._baselines import ALEXNET, CLEAN
@@ -24,7 +25,6 @@ from vitscope.diagnostics.corruption._transforms import corrupted, gaussian_blur
 from vitscope.diagnostics.corruption._weather import clouds, fog
 from vitscope.diagnostics.corruption.corruption import corruption
 from vitscope.diagnostics.corruption.plot import corruption as draw
-from vitscope.nulls import NullWarning
 from vitscope.runtime import progress
 from vitscope.runtime.errors import DataError
 

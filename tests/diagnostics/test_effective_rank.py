@@ -6,9 +6,9 @@ import torch
 from torch import nn
 
 from vitscope import Probe, Tap
+from vitscope.core.undefined_values import NullWarning
 from vitscope.diagnostics.rank.effective_rank import effective_rank
 from vitscope.diagnostics.rank.plot import effective_rank as draw
-from vitscope.nulls import NullWarning
 from vitscope.runtime import progress
 
 

@@ -7,8 +7,8 @@ from scipy import stats
 from torch import nn
 
 import vitscope as vs
+from vitscope.core.undefined_values import NullWarning
 from vitscope.diagnostics.variance.feature_map_variance import spatial_variance
-from vitscope.nulls import NullWarning
 
 
 class Chain(nn.Module):

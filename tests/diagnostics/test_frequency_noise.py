@@ -6,9 +6,9 @@ import torch
 from torch import nn
 
 import vitscope as vs
+from vitscope.core.undefined_values import NullWarning
 from vitscope.diagnostics.frequency_noise import _bands as bands
 from vitscope.diagnostics.frequency_noise.fourier_heatmap import plane_wave
-from vitscope.nulls import NullWarning
 
 PIXELS = {"mean": [0.0], "std": [1.0]}
 SIZES = [(8, 8), (9, 9), (32, 32), (7, 12), (12, 9), (15, 4)]

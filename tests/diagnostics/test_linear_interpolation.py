@@ -8,7 +8,7 @@ import torch
 from landscapes import assert_untouched, bowl, bowl_at, real, snapshot
 
 import vitscope as vs
-from vitscope.evaluate import evaluate
+from vitscope.core.evaluation import evaluate
 from vitscope.linalg.directions import random_direction
 
 NAME = "0.weight"

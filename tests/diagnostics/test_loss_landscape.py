@@ -11,8 +11,8 @@ from landscapes import assert_untouched, batches, bowl, bowl_at, real, snapshot
 from torch import nn
 
 import vitscope as vs
+from vitscope.core.weight_space import recalibrate
 from vitscope.linalg.directions import filter_parameters, normalize, random_direction
-from vitscope.points import recalibrate
 from vitscope.runtime import stop_flag
 
 NAME = "0.weight"

@@ -7,8 +7,8 @@ from scipy import stats
 from torch import nn
 
 import vitscope as vs
+from vitscope.core.undefined_values import NullWarning
 from vitscope.diagnostics.fourier._spectrum import diagonal, frequencies, spectrum
-from vitscope.nulls import NullWarning
 
 
 class Taps(nn.Module):

@@ -7,7 +7,7 @@ from scipy import stats
 from torch import nn
 
 import vitscope as vs
-from vitscope.nulls import NullWarning
+from vitscope.core.undefined_values import NullWarning
 
 
 class Answers(nn.Module):

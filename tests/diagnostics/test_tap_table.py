@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import vitscope as vs
-from vitscope.nulls import NullWarning
+from vitscope.core.undefined_values import NullWarning
 
 
 def probe_of(model: torch.nn.Module, **options) -> vs.Probe:

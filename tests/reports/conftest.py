@@ -13,11 +13,11 @@ import pytest
 import yaml
 
 from vitscope import results
+from vitscope.core.probe import ObjectiveCard
 from vitscope.diagnostics.hessian.hessian_max_eigenvalue_spectrum import HessianMaxEigenvalueSpectrumResult
 from vitscope.diagnostics.landscape.loss_slice import LossSliceResult
 from vitscope.diagnostics.landscape.sharpness import SharpnessResult
 from vitscope.journal import Journal
-from vitscope.probe import ObjectiveCard
 from vitscope.runs import Run
 
 CARD = ObjectiveCard(

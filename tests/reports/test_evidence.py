@@ -9,7 +9,7 @@ import pytest
 
 from tests.reports.conftest import CARD, curve, other_card, rise, spectrum
 from vitscope import runs
-from vitscope.card import check_comparable
+from vitscope.core.objective_card import check_comparable
 from vitscope.journal import Journal
 from vitscope.reports import evidence
 from vitscope.reports.selection import Selection

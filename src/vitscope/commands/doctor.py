@@ -16,9 +16,9 @@ from rich.console import Console
 from rich.table import Table
 
 from vitscope import config, tracking
+from vitscope.core.objective import Objective
+from vitscope.core.probe import Probe
 from vitscope.linalg.extreme import free_memory
-from vitscope.objective import Objective
-from vitscope.probe import Probe
 
 _PACKAGES = (
     "torch",

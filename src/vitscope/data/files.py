@@ -14,10 +14,10 @@ from timm.data.config import resolve_model_data_config
 from timm.data.transforms_factory import create_transform
 from torch import Tensor, nn
 
+from vitscope.core.guard.probe_guard import kept_random_states
 from vitscope.data.augment import Recipe
 from vitscope.data.counter import Key, uniforms
 from vitscope.data.decode import read_image
-from vitscope.guard import kept_random_states
 from vitscope.runtime.errors import ConfigError
 
 

@@ -9,8 +9,8 @@ import numpy as np
 from timm.data.mixup import Mixup, mixup_target
 from torch import Tensor
 
+from vitscope.core.objective import IGNORED_LABEL
 from vitscope.data import ranges
-from vitscope.objective import IGNORED_LABEL
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from vitscope.objective import Objective
+from vitscope.core.objective import Objective
 
 
 def acts(objective: Objective) -> bool:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vitscope.objective import Objective, labeled
+from vitscope.core.objective import Objective, labeled
 
 OutputCurvature = Callable[[Tensor], Tensor]
 

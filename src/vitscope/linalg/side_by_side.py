@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 from torch.func import functional_call, grad, grad_and_value, jvp, vmap
 
+from vitscope.core.probe import Batch
 from vitscope.linalg.basis import norm
 from vitscope.linalg.curvatures import Curvatures, start_along
 from vitscope.linalg.extreme import Search, free_memory
 from vitscope.linalg.l2 import add_l2_product
 from vitscope.linalg.ritz import count
 from vitscope.linalg.solve import Solution, l2_contribution
-from vitscope.probe import Batch
 from vitscope.runtime import stop_flag
 from vitscope.runtime.errors import NumericalError
 

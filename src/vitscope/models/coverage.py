@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from torch import Tensor, nn
 
-from vitscope.eager import uncompiled
+from vitscope.core.guard.eager_execution import uncompiled
 from vitscope.models.anatomy import Piece, anatomy, is_gate
 from vitscope.models.execution import Execution, Stack, execution
 

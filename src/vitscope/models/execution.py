@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from vitscope import guard
-from vitscope.eager import eager_execution
+from vitscope.core.guard import probe_guard
+from vitscope.core.guard.eager_execution import eager_execution
 from vitscope.models.pointwise import PointwiseBranches
 
 #: products of two tensors, which mix positions by what is in the image where both depend on it
@@ -103,9 +103,9 @@ def _enter_guards(stack: ExitStack, model: nn.Module) -> None:
     device = next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
     stack.enter_context(torch.inference_mode(False))
     stack.enter_context(eager_execution(model))
-    stack.enter_context(guard.kept_random_states(device))
-    stack.enter_context(guard.kept_model(model, None, False))
-    stack.enter_context(guard.modes(model, "eval"))
+    stack.enter_context(probe_guard.kept_random_states(device))
+    stack.enter_context(probe_guard.kept_model(model, None, False))
+    stack.enter_context(probe_guard.modes(model, "eval"))
     stack.enter_context(torch.enable_grad())
     for p in model.parameters():  # frozen ones too: the graph shows what they reach
         if p.is_floating_point() and not p.is_inference():
@@ -114,7 +114,7 @@ def _enter_guards(stack: ExitStack, model: nn.Module) -> None:
 
 def _images(model: nn.Module, images: Tensor | None) -> Iterator[Tensor]:
     first = next(model.parameters(), torch.empty(0))
-    dtype = guard.float_dtype(model)
+    dtype = probe_guard.float_dtype(model)
     if images is not None:
         yield images[:1].to(first.device, dtype)
         return

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from vitscope.eager import eager_execution, uncompiled
+from vitscope.core.guard.eager_execution import eager_execution, uncompiled
 from vitscope.models.anatomy import Layout
 
 #: modules whose outputs are maps (B, C, h, w)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
-from vitscope.eager import uncompiled
+from vitscope.core.guard.eager_execution import uncompiled
 from vitscope.models import blocks as blocks  # describes timm's and torchvision's blocks
 from vitscope.models.anatomy import TOKENS, Kind, Piece, anatomy, is_gate
 from vitscope.models.coverage import check_units, residual_blocks

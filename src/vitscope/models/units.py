@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from vitscope.eager import uncompiled
+from vitscope.core.guard.eager_execution import uncompiled
 from vitscope.models import blocks as blocks  # describes timm's and torchvision's blocks
 from vitscope.models.anatomy import Kind, Read, anatomy
 from vitscope.models.coverage import check_units, residual_blocks

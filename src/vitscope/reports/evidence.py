@@ -16,7 +16,7 @@ from typing import Any, get_type_hints
 import yaml
 
 from vitscope import config, journal, results
-from vitscope.card import ObjectiveCard, differing_keys, shown_value
+from vitscope.core.objective_card import ObjectiveCard, differing_keys, shown_value
 from vitscope.reports import identity, kinds
 from vitscope.runs import Run
 from vitscope.runtime import redaction, safe_files

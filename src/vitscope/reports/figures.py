@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from vitscope.card import ObjectiveCard, differing_keys
+from vitscope.core.objective_card import ObjectiveCard, differing_keys
 from vitscope.reports.cells import Cell, over_seeds
 from vitscope.reports.drawing import Job, Picture
 from vitscope.reports.panels import Curve, Panel

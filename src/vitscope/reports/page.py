@@ -16,7 +16,7 @@ from PIL import Image
 from plotly.offline import get_plotlyjs
 
 from vitscope import __version__, results
-from vitscope.card import shown_value
+from vitscope.core.objective_card import shown_value
 from vitscope.reports import factor_tables, figures
 from vitscope.reports.cells import Cell, Problem, Table
 from vitscope.reports.evidence import Entry

@@ -7,8 +7,8 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from vitscope.card import shown_value
-from vitscope.probe import ObjectiveCard
+from vitscope.core.objective_card import shown_value
+from vitscope.core.probe import ObjectiveCard
 from vitscope.reports.evidence import NAMED_BY_ROWS, OF_THE_RUN, Conditions, Entry, Measured, differing, majority
 
 MISSING, FAILED = "missing", "failed"

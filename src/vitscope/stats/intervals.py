@@ -113,7 +113,7 @@ def estimate(count: int, total: np.ndarray, square: np.ndarray, level: float = 0
 
 
 def few_images(count: int) -> dict[str, str]:
-    """Return why means of measurements over ``count`` images have no interval, for `vitscope.nulls.warn_nulls`; else nothing."""
+    """Return why means of measurements over ``count`` images have no interval, for `vitscope.core.undefined_values.warn_nulls`; else nothing."""
     return {"the intervals": f"fewer than {LEAST_IMAGES} images"} if count < LEAST_IMAGES else {}
 
 

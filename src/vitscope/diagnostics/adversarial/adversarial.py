@@ -11,15 +11,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from vitscope.core.evaluation import evaluate
+from vitscope.core.input_normalization import Pixels, pixels_of
+from vitscope.core.measure_options import record_options
+from vitscope.core.objective import Objective, hard_targets, labeled
+from vitscope.core.probe import ObjectiveCard, Probe
+from vitscope.core.weight_space import rows
 from vitscope.diagnostics.adversarial._attacks import NORMS, Ball
 from vitscope.diagnostics.adversarial._losses import LOSSES
 from vitscope.diagnostics.adversarial._suite import ATTACKS, SUITE, Images, Settings, attacked
-from vitscope.evaluate import evaluate
-from vitscope.measure_options import record_options
-from vitscope.objective import Objective, hard_targets, labeled
-from vitscope.pixels import Pixels, pixels_of
-from vitscope.points import rows
-from vitscope.probe import ObjectiveCard, Probe
 from vitscope.runtime import stop_flag
 from vitscope.stats.intervals import share_interval
 
@@ -122,10 +122,10 @@ def adversarial(
         iterations: of APGD (AutoAttack's 100).
         n_targets: target classes of ``apgd_t`` (AutoAttack's 9), at most all but the label.
         queries: of ``square`` (AutoAttack's 5000).
-        mean: the data's normalisation; by default the probe's (see `vitscope.pixels`).
+        mean: the data's normalisation; by default the probe's (see `vitscope.core.input_normalization`).
         std: likewise.
         seed: of the starts; each image has its own draws.
-        partial: finished attacks, see `vitscope.points`.
+        partial: finished attacks, see `vitscope.core.weight_space`.
 
     Raises:
         ValueError: an unknown attack, norm or loss, a negative radius, no step, no start or no normalisation; a model without

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from vitscope.core.measure_options import record_options
+from vitscope.core.probe import ObjectiveCard, Probe
+from vitscope.core.undefined_values import warn_nulls
 from vitscope.diagnostics.attention._sums import Sums
-from vitscope.measure_options import record_options
 from vitscope.models.attention_weights import reading_attention
 from vitscope.models.units import Unit, reading_branches
 from vitscope.models.units import units as units_of
-from vitscope.nulls import warn_nulls
-from vitscope.probe import ObjectiveCard, Probe
 from vitscope.runtime import distributed
 from vitscope.runtime.progress import track
 from vitscope.stats.intervals import estimates, few_images

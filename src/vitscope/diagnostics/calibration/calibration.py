@@ -9,13 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vitscope.core.measure_options import record_options
+from vitscope.core.objective import hard_targets, labeled
+from vitscope.core.probe import ObjectiveCard, Probe
+from vitscope.core.undefined_values import warn_nulls
 from vitscope.diagnostics.calibration import _bins
 from vitscope.diagnostics.calibration._debiased import DebiasedError, debiased_error, gaps
 from vitscope.diagnostics.calibration._temperature import fit_temperature
-from vitscope.measure_options import record_options
-from vitscope.nulls import warn_nulls
-from vitscope.objective import hard_targets, labeled
-from vitscope.probe import ObjectiveCard, Probe
 from vitscope.runtime import distributed
 from vitscope.runtime.progress import track
 from vitscope.stats.intervals import estimate, few_images, share_interval, where_enough_wrong

@@ -11,14 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vitscope.core.evaluation import evaluate
+from vitscope.core.input_normalization import Pixels
+from vitscope.core.objective import Objective, hard_targets
+from vitscope.core.probe import Batch, Probe
+from vitscope.core.weight_space import rows
 from vitscope.diagnostics.corruption._archives import Arrays, Folders
 from vitscope.diagnostics.corruption._tables import COMMON, VALIDATION
 from vitscope.diagnostics.corruption._transforms import corrupted
-from vitscope.evaluate import evaluate
-from vitscope.objective import Objective, hard_targets
-from vitscope.pixels import Pixels
-from vitscope.points import rows
-from vitscope.probe import Batch, Probe
 from vitscope.runtime import stop_flag
 
 Condition = tuple[str, int]

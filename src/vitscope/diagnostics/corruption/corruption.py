@@ -8,15 +8,15 @@ from typing import Any
 
 import numpy as np
 
+from vitscope.core.input_normalization import pixels_of
+from vitscope.core.measure_options import record_options
+from vitscope.core.probe import ObjectiveCard, Probe
+from vitscope.core.undefined_values import warn_nulls
 from vitscope.diagnostics.corruption._archives import archive
 from vitscope.diagnostics.corruption._baselines import ALEXNET
 from vitscope.diagnostics.corruption._conditions import CLEAN, measured
 from vitscope.diagnostics.corruption._scores import Baseline, alexnet, corruption_errors, relative_errors
 from vitscope.diagnostics.corruption._tables import COMMON, SEVERITIES, VALIDATION
-from vitscope.measure_options import record_options
-from vitscope.nulls import warn_nulls
-from vitscope.pixels import pixels_of
-from vitscope.probe import ObjectiveCard, Probe
 
 SETS = {"common": COMMON, "validation": VALIDATION, "all": COMMON + VALIDATION}
 
@@ -105,10 +105,10 @@ def corruption(
             probe's data where ``root`` is given.
         other: a reference model to divide by instead, measured under the same conditions.
         n_images: images a condition of a published data set, spread evenly; None for all.
-        mean: the data's normalisation; by default the probe's (see `vitscope.pixels`).
+        mean: the data's normalisation; by default the probe's (see `vitscope.core.input_normalization`).
         std: likewise.
         seed: of the generated corruptions.
-        partial: finished conditions, see `vitscope.points`.
+        partial: finished conditions, see `vitscope.core.weight_space`.
 
     Raises:
         ValueError: an unknown type, severity or baseline, or no normalisation.

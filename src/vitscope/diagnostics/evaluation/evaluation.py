@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vitscope.measure_options import record_options
-from vitscope.objective import hard_targets, labeled
-from vitscope.probe import ObjectiveCard, Probe
+from vitscope.core.measure_options import record_options
+from vitscope.core.objective import hard_targets, labeled
+from vitscope.core.probe import ObjectiveCard, Probe
 from vitscope.runtime import distributed
 from vitscope.runtime.progress import track
 from vitscope.stats.intervals import share_interval

@@ -15,13 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from vitscope.core.measure_options import record_options
+from vitscope.core.probe import ObjectiveCard, Probe
+from vitscope.core.undefined_values import warn_nulls
 from vitscope.diagnostics.fourier._bootstrap import by_kind, half_width_over_images
 from vitscope.diagnostics.fourier._spectrum import EPS, frequencies, spectrum, varies
-from vitscope.measure_options import record_options
 from vitscope.models.units import Unit, reading_branches
 from vitscope.models.units import units as units_of
-from vitscope.nulls import warn_nulls
-from vitscope.probe import ObjectiveCard, Probe
 from vitscope.runtime.distributed import gather_objects, world_size
 from vitscope.runtime.progress import track
 from vitscope.stats.intervals import RunningMean, check_level, estimates, few_images

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from vitscope.core.feature_pass import through
+from vitscope.core.measure_options import record_options
+from vitscope.core.probe import ObjectiveCard, Probe
+from vitscope.core.undefined_values import warn_nulls
 from vitscope.diagnostics.fourier._spectrum import EPS, Spectrum, frequencies, spectrum, varies
-from vitscope.measure_options import record_options
-from vitscope.nulls import warn_nulls
-from vitscope.onepass import through
-from vitscope.probe import ObjectiveCard, Probe
 from vitscope.runtime.distributed import gather_objects
 from vitscope.stats.intervals import Estimate, RunningMean, check_level, estimates, few_images
 

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vitscope.evaluate import evaluate
-from vitscope.probe import Probe
+from vitscope.core.evaluation import evaluate
+from vitscope.core.probe import Probe
 from vitscope.runtime.distributed import gather_objects, world_size
 from vitscope.runtime.progress import track
 from vitscope.stats.intervals import Estimate, RunningMean, estimates

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from vitscope.pixels import pixels_of
-from vitscope.probe import Probe
+from vitscope.core.input_normalization import pixels_of
+from vitscope.core.probe import Probe
 
 
 def pixel_std(probe: Probe, std: Sequence[float] | None, measure: str) -> Tensor:

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
+from vitscope.core.measure_options import record_options
+from vitscope.core.probe import ObjectiveCard, Probe
+from vitscope.core.undefined_values import warn_nulls
 from vitscope.diagnostics.frequency_noise._bands import (
     band_noise,
     multiplicity,
@@ -19,9 +22,6 @@ from vitscope.diagnostics.frequency_noise._bands import (
 )
 from vitscope.diagnostics.frequency_noise._perturbed import Means, Partial, perturbed
 from vitscope.diagnostics.frequency_noise._scale import pixel_std
-from vitscope.measure_options import record_options
-from vitscope.nulls import warn_nulls
-from vitscope.probe import ObjectiveCard, Probe
 from vitscope.stats.intervals import LEAST_EVENTS, check_level, few_images, where_enough_wrong
 
 CONSTRUCTIONS = ("equal_rms", "official")

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
+from vitscope.core.measure_options import record_options
+from vitscope.core.probe import ObjectiveCard, Probe
+from vitscope.core.undefined_values import warn_nulls
 from vitscope.diagnostics.frequency_noise._bands import filtered, frequency
 from vitscope.diagnostics.frequency_noise._perturbed import Means, Partial, perturbed
-from vitscope.measure_options import record_options
-from vitscope.nulls import warn_nulls
-from vitscope.probe import ObjectiveCard, Probe
 from vitscope.stats.intervals import check_level
 
 

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from vitscope.measure_options import record_options
-from vitscope.nulls import warn_nulls
-from vitscope.objective import hard_targets, labeled
-from vitscope.probe import ObjectiveCard, Probe
+from vitscope.core.measure_options import record_options
+from vitscope.core.objective import hard_targets, labeled
+from vitscope.core.probe import ObjectiveCard, Probe
+from vitscope.core.undefined_values import warn_nulls
 from vitscope.runtime.distributed import all_reduce_sum, world_size
 from vitscope.runtime.progress import track
 from vitscope.stats.intervals import check_level, share_interval

@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 
+from vitscope.core.probe import Batch
 from vitscope.diagnostics.hessian import _budget
 from vitscope.linalg.basis import Memory
 from vitscope.linalg.curvatures import Curvatures
 from vitscope.linalg.side_by_side import CannotBatch, at_once, eigenvalues_side_by_side, obstacle
 from vitscope.linalg.solve import Solution, solve
-from vitscope.probe import Batch
 from vitscope.runtime import distributed
 from vitscope.runtime.progress import track
 

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vitscope.core.probe import Batch
 from vitscope.linalg.basis import norm
 from vitscope.linalg.curvatures import Curvatures
 from vitscope.linalg.side_by_side import SideBySide
-from vitscope.probe import Batch
 from vitscope.runtime import distributed, progress
 
 #: seconds; a name of its own so that tests can set the time

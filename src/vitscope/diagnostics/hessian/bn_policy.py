@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import nn
 
+from vitscope.core.measure_options import record_options
+from vitscope.core.probe import ObjectiveCard, Probe
 from vitscope.diagnostics.hessian.hessian_max_eigenvalue_spectrum import hessian_max_eigenvalue_spectrum
-from vitscope.measure_options import record_options
-from vitscope.probe import ObjectiveCard, Probe
 
 
 @dataclass(frozen=True)

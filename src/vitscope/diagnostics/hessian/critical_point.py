@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
+from vitscope.core.measure_options import record_options
+from vitscope.core.objective import n_labeled
+from vitscope.core.probe import Batch, ObjectiveCard, Probe
 from vitscope.diagnostics.hessian._verdict import ROUNDING, TINY, Limits, Row, judge, predicted_decrease, slice_drop
 from vitscope.linalg.basis import norm
 from vitscope.linalg.curvatures import Curvatures, curvatures
 from vitscope.linalg.solve import solve
-from vitscope.measure_options import record_options
-from vitscope.objective import n_labeled
 from vitscope.optimizer_stability import adam_scale
-from vitscope.probe import Batch, ObjectiveCard, Probe
 from vitscope.runtime import distributed
 from vitscope.runtime.progress import track
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from vitscope.core.measure_options import record_options
+from vitscope.core.probe import ObjectiveCard, Probe
 from vitscope.diagnostics.hessian.hessian_max_eigenvalue_spectrum import hessian_max_eigenvalue_spectrum
-from vitscope.measure_options import record_options
 from vitscope.models.parameters import parameter_kinds, parameter_stages
-from vitscope.probe import ObjectiveCard, Probe
 
 #: the order of kinds in results and figures
 ORDER = ("stem", "conv", "msa", "mlp", "pool", "head")

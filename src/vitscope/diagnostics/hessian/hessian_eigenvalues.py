@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from vitscope.core.measure_options import record_options
+from vitscope.core.probe import ObjectiveCard, Probe
 from vitscope.linalg.curvatures import curvatures
 from vitscope.linalg.solve import solve
-from vitscope.measure_options import record_options
-from vitscope.probe import ObjectiveCard, Probe
 
 
 @dataclass(frozen=True)

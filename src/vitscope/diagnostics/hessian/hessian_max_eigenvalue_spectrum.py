@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from vitscope.core.measure_options import record_options
+from vitscope.core.probe import ObjectiveCard, Probe
 from vitscope.diagnostics.hessian import _pooled
 from vitscope.diagnostics.hessian._batchwise import Row, Work
 from vitscope.linalg.curvatures import curvatures
-from vitscope.measure_options import record_options
-from vitscope.probe import ObjectiveCard, Probe
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,11 @@ import torch
 from scipy.special import stdtrit
 from torch import Tensor
 
+from vitscope.core.measure_options import record_options
+from vitscope.core.probe import ObjectiveCard, Probe
 from vitscope.linalg.basis import dot
 from vitscope.linalg.curvatures import curvatures
 from vitscope.linalg.hvp import Curvature
-from vitscope.measure_options import record_options
-from vitscope.probe import ObjectiveCard, Probe
 from vitscope.runtime.progress import track
 
 METHODS = ("hutchinson", "hutch++")

@@ -9,12 +9,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from vitscope.core.measure_options import record_options
+from vitscope.core.objective import labeled
+from vitscope.core.probe import Batch, ObjectiveCard, Probe
 from vitscope.diagnostics.hessian import _pooled
 from vitscope.linalg.curvatures import Curvatures, curvatures
 from vitscope.linalg.solve import solve
-from vitscope.measure_options import record_options
-from vitscope.objective import labeled
-from vitscope.probe import Batch, ObjectiveCard, Probe
 from vitscope.runtime import distributed
 from vitscope.runtime.progress import track
 

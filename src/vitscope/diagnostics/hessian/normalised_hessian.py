@@ -8,12 +8,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vitscope.core.measure_options import record_options
+from vitscope.core.probe import ObjectiveCard, Probe
 from vitscope.linalg.curvatures import curvatures
 from vitscope.linalg.directions import filter_parameters, moving
 from vitscope.linalg.effective_weights import pruning_masks, refuse_made_weights
 from vitscope.linalg.scaled import scaled_eigenvalues
-from vitscope.measure_options import record_options
-from vitscope.probe import ObjectiveCard, Probe
 
 
 @dataclass(frozen=True)

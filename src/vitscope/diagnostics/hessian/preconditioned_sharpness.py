@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from vitscope.core.measure_options import record_options
+from vitscope.core.optimizer_state import OptimizerState, of_optimizer
+from vitscope.core.probe import ObjectiveCard, Probe
 from vitscope.linalg.curvatures import Curvatures, curvatures
 from vitscope.linalg.hvp import Curvature
 from vitscope.linalg.scaled import scaled_eigenvalues
-from vitscope.measure_options import record_options
 from vitscope.optimizer_stability import StabilityLimit, stability_limit
-from vitscope.optimizer_state import OptimizerState, of_optimizer
-from vitscope.probe import ObjectiveCard, Probe
 from vitscope.runtime.errors import CheckpointError
 
 

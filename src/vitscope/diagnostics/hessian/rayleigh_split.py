@@ -9,13 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from vitscope.core.measure_options import record_options
+from vitscope.core.probe import ObjectiveCard, Probe
 from vitscope.linalg.basis import dot
 from vitscope.linalg.curvatures import curvatures
 from vitscope.linalg.extreme import Eigenpairs
 from vitscope.linalg.solve import solve
-from vitscope.measure_options import record_options
 from vitscope.models.parameters import parameter_kinds
-from vitscope.probe import ObjectiveCard, Probe
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from vitscope.core.probe import Probe
+from vitscope.core.weight_space import check_movable, chosen
 from vitscope.diagnostics.landscape._source import Source
 from vitscope.linalg.directions import (
     Direction,
@@ -27,8 +29,6 @@ from vitscope.linalg.directions import (
 from vitscope.linalg.effective_weights import canonical_names, pruning_masks, refuse_made_weights
 from vitscope.linalg.plane import set_aside
 from vitscope.linalg.principal import difference, principal_directions
-from vitscope.points import check_movable, chosen
-from vitscope.probe import Probe
 from vitscope.runtime import distributed
 
 

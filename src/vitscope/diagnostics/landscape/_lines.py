@@ -9,12 +9,12 @@ import numpy as np
 import torch
 from scipy.special import stdtrit
 
+from vitscope.core.probe import Probe
+from vitscope.core.weight_space import Partial, Row, check_movable, rows, standing
 from vitscope.diagnostics.landscape._axes import checkpoint_differences, direction
 from vitscope.diagnostics.landscape._source import Source
 from vitscope.linalg.directions import norm
 from vitscope.linalg.plane import Move, SquaredNorms, squared_norms, walked
-from vitscope.points import Partial, Row, check_movable, rows, standing
-from vitscope.probe import Probe
 
 LineKey = tuple[int, float]
 

@@ -9,8 +9,8 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
+from vitscope.core.weight_space import Checkpoints
 from vitscope.linalg.directions import NORMALIZATIONS, OFFICIAL_IGNORE
-from vitscope.points import Checkpoints
 
 Kind = Literal["random", "eigenvectors", "pca", "gradient", "checkpoints"]
 KINDS = get_args(Kind)

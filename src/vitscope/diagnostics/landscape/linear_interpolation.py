@@ -9,11 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vitscope.linalg.directions import norm
-from vitscope.linalg.plane import between, squared_norms
-from vitscope.measure_options import record_options
-from vitscope.models.state_dicts import with_default_keys
-from vitscope.points import (
+from vitscope.core.measure_options import record_options
+from vitscope.core.probe import ObjectiveCard, Probe
+from vitscope.core.weight_space import (
     BatchNormPolicy,
     Checkpoints,
     DtypeName,
@@ -25,7 +23,9 @@ from vitscope.points import (
     rows,
     standing,
 )
-from vitscope.probe import ObjectiveCard, Probe
+from vitscope.linalg.directions import norm
+from vitscope.linalg.plane import between, squared_norms
+from vitscope.models.state_dicts import with_default_keys
 
 #: the name under which the probe's own weights are an end
 MODEL = "model"

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from vitscope.core.measure_options import record_options
+from vitscope.core.probe import ObjectiveCard, Probe
+from vitscope.core.weight_space import BatchNormPolicy, Checkpoints, DtypeName, Partial
 from vitscope.diagnostics.landscape.linear_interpolation import linear_interpolation
-from vitscope.measure_options import record_options
-from vitscope.points import BatchNormPolicy, Checkpoints, DtypeName, Partial
-from vitscope.probe import ObjectiveCard, Probe
 
 
 @dataclass(frozen=True)

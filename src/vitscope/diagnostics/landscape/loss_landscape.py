@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from vitscope.core.measure_options import record_options
+from vitscope.core.probe import ObjectiveCard, Probe
+from vitscope.core.weight_space import BatchNormPolicy, Checkpoints, DtypeName, Partial, Row, as_dtype, rows, standing
 from vitscope.diagnostics.landscape._axes import Axes, plane_axes
 from vitscope.diagnostics.landscape._source import Kind, Preset, Source, preset_source
 from vitscope.linalg.directions import Normalization
 from vitscope.linalg.plane import SquaredNorms, squared_norms, walked
-from vitscope.measure_options import record_options
-from vitscope.points import BatchNormPolicy, Checkpoints, DtypeName, Partial, Row, as_dtype, rows, standing
-from vitscope.probe import ObjectiveCard, Probe
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from vitscope.core.measure_options import record_options
+from vitscope.core.probe import ObjectiveCard, Probe
+from vitscope.core.weight_space import BatchNormPolicy, Checkpoints, DtypeName, Partial, as_dtype
 from vitscope.diagnostics.landscape._lines import measure_lines, t_half_width
 from vitscope.diagnostics.landscape._source import Kind, Preset, Source, preset_source
 from vitscope.linalg.directions import Normalization
-from vitscope.measure_options import record_options
-from vitscope.points import BatchNormPolicy, Checkpoints, DtypeName, Partial, as_dtype
-from vitscope.probe import ObjectiveCard, Probe
 
 
 @dataclass(frozen=True)

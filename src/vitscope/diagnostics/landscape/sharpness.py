@@ -9,14 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from vitscope.core.measure_options import record_options
+from vitscope.core.probe import ObjectiveCard, Probe
+from vitscope.core.weight_space import BatchNormPolicy, DtypeName, Partial, Row, as_dtype, rows, standing
 from vitscope.diagnostics.landscape._lines import measure_lines, t_half_width
 from vitscope.diagnostics.landscape._source import Source
 from vitscope.linalg.directions import Direction, filter_parameters, moving, normalize, project, random_direction, scale
 from vitscope.linalg.effective_weights import canonical_names, pruning_masks
 from vitscope.linalg.plane import walked
-from vitscope.measure_options import record_options
-from vitscope.points import BatchNormPolicy, DtypeName, Partial, Row, as_dtype, rows, standing
-from vitscope.probe import ObjectiveCard, Probe
 from vitscope.runtime import stop_flag
 
 #: from here on every model tried was near chance: such radii are marked, never compared

@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
+from vitscope.core.evaluation import evaluate
+from vitscope.core.probe import Batch, Probe
+from vitscope.core.weight_space import recalibrate
 from vitscope.diagnostics.lesion._lesions import Lesion
-from vitscope.evaluate import evaluate
 from vitscope.models.units import Unit, resumed
-from vitscope.points import recalibrate
-from vitscope.probe import Batch, Probe
 from vitscope.runtime import stop_flag
 from vitscope.runtime.distributed import world_size
 from vitscope.runtime.progress import track

@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from vitscope.core.measure_options import record_options
+from vitscope.core.probe import ObjectiveCard, Probe
+from vitscope.core.undefined_values import warn_nulls
+from vitscope.core.weight_space import BN_POLICIES
 from vitscope.diagnostics.lesion._lesions import Lesion, lesions
 from vitscope.diagnostics.lesion._passes import Partial, batch_by_batch, lesion_by_lesion
-from vitscope.measure_options import record_options
 from vitscope.models.units import Unit
 from vitscope.models.units import units as units_of
-from vitscope.nulls import warn_nulls
-from vitscope.points import BN_POLICIES
-from vitscope.probe import ObjectiveCard, Probe
 from vitscope.stats.intervals import Estimate, RunningMean, estimates, few_images, where_enough_wrong
 
 #: removal -> what its fields begin with
@@ -129,7 +129,7 @@ def lesion(
             shows that this gives the logits of full passes bit for bit; else a warning says that full passes are made. Off
             with ``recalibrate``, where the statistics before the block change as well, and for a single batch.
         units: the residual units, for a model that `vitscope.models.units.units` does not know.
-        partial: finished batches, see `vitscope.points`.
+        partial: finished batches, see `vitscope.core.weight_space`.
 
     Raises:
         ValueError: an unknown removal or BatchNorm policy, a model without residual units, or a unit that does not run.

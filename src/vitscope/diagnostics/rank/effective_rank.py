@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vitscope.measure_options import record_options
+from vitscope.core.feature_pass import through
+from vitscope.core.measure_options import record_options
+from vitscope.core.probe import ObjectiveCard, Probe
+from vitscope.core.undefined_values import warn_nulls
 from vitscope.models.taps import Tap
-from vitscope.nulls import warn_nulls
-from vitscope.onepass import through
-from vitscope.probe import ObjectiveCard, Probe
 from vitscope.runtime import distributed
 
 #: columns of a scatter matrix that are computed at once

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from vitscope.measure_options import record_options
+from vitscope.core.measure_options import record_options
+from vitscope.core.probe import ObjectiveCard, Probe
+from vitscope.core.undefined_values import warn_nulls
 from vitscope.models.anatomy import anatomy
 from vitscope.models.coverage import residual_blocks
 from vitscope.models.taps import reading
-from vitscope.nulls import warn_nulls
-from vitscope.probe import ObjectiveCard, Probe
 
 #: what is said below the table of a model whose blocks are not known
 UNKNOWN = (

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 import torch
 
+from vitscope.core.probe import Probe
+from vitscope.core.weight_space import Checkpoints, Partial, Row, chosen, rows, standing
 from vitscope.linalg.directions import Direction
 from vitscope.linalg.plane import between, walked
-from vitscope.points import Checkpoints, Partial, Row, chosen, rows, standing
-from vitscope.probe import Probe
 
 
 def checkpoint_rows(

@@ -9,13 +9,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vitscope.core.measure_options import record_options
+from vitscope.core.probe import ObjectiveCard, Probe
+from vitscope.core.weight_space import (
+    BatchNormPolicy,
+    Checkpoints,
+    DtypeName,
+    Partial,
+    Row,
+    as_dtype,
+    check_movable,
+    chosen,
+)
 from vitscope.diagnostics.trajectory._measure import checkpoint_rows, plane_rows
 from vitscope.linalg.directions import Direction, inner, norm, orthogonalize, random_direction, scale
 from vitscope.linalg.effective_weights import canonical_names
 from vitscope.linalg.principal import difference, gram, principal_directions
-from vitscope.measure_options import record_options
-from vitscope.points import BatchNormPolicy, Checkpoints, DtypeName, Partial, Row, as_dtype, check_movable, chosen
-from vitscope.probe import ObjectiveCard, Probe
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vitscope.measure_options import record_options
-from vitscope.nulls import warn_nulls
-from vitscope.onepass import through
-from vitscope.probe import ObjectiveCard, Probe
+from vitscope.core.feature_pass import through
+from vitscope.core.measure_options import record_options
+from vitscope.core.probe import ObjectiveCard, Probe
+from vitscope.core.undefined_values import warn_nulls
 from vitscope.runtime.distributed import gather_objects
 from vitscope.stats.intervals import Estimate, RunningMean, check_level, estimates, few_images
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vitscope.fingerprints import same_bits, version
+from vitscope.core.guard.fingerprints import same_bits, version
 
 #: attributes that every module has; hooks, parameters, buffers and submodules are looked after one by one
 _OWN = frozenset(vars(nn.Module()))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
-from vitscope.fingerprints import dense_parts, same_bits
+from vitscope.core.guard.fingerprints import dense_parts, same_bits
 from vitscope.runtime.errors import NumericalError
 
 

@@ -9,9 +9,9 @@ from typing import Any, Literal, TypeVar, get_args
 import torch
 from torch import Tensor, nn
 
-from vitscope.evaluate import evaluate
-from vitscope.guard import refuse_unfit_weights
-from vitscope.probe import Probe
+from vitscope.core.evaluation import evaluate
+from vitscope.core.guard.probe_guard import refuse_unfit_weights
+from vitscope.core.probe import Probe
 from vitscope.runtime import distributed, progress, stop_flag
 
 Row = Mapping[str, Any]

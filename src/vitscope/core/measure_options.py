@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vitscope.probe import Probe
+from vitscope.core.probe import Probe
 
 #: arguments of measures that do not change what a number means: draws, memory, chunks, finished rows, how a product or a pass
 #: is computed, and what belongs to the model itself (its checkpoints, its initial weights, its units). ``dtype`` is on the

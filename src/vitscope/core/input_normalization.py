@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vitscope.probe import Probe
+from vitscope.core.probe import Probe
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from vitscope.measure_options import with_options
+from vitscope.core.measure_options import with_options
+from vitscope.core.probe import Probe
 from vitscope.models.taps import Tap, reading
-from vitscope.probe import Probe
 from vitscope.runtime.distributed import gather_objects, world_size
 from vitscope.runtime.progress import track
 from vitscope.runtime.stop_flag import Interrupted

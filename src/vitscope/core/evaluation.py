@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vitscope.objective import Objective, hard_targets, labeled
+from vitscope.core.objective import Objective, hard_targets, labeled
 from vitscope.runtime import distributed
 
 #: equal-width confidence bins of the expected calibration error

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from vitscope.fingerprints import Fingerprint, dense_parts, fingerprint
-from vitscope.module_state import pure_forward
-from vitscope.objective import Objective
+from vitscope.core.guard.fingerprints import Fingerprint, dense_parts, fingerprint
+from vitscope.core.guard.module_state import pure_forward
+from vitscope.core.objective import Objective
 
 
 @dataclasses.dataclass(frozen=True)

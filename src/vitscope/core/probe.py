@@ -15,16 +15,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from vitscope import guard, repeatability
-from vitscope.card import ObjectiveCard as ObjectiveCard
-from vitscope.card import versions
-from vitscope.checks import CheckedBatches, InputChecks, check_weights
-from vitscope.eager import eager_execution, uncompiled
-from vitscope.fingerprints import SeenBatches
-from vitscope.module_state import Place, empty_place, kept_attributes, pure_forward, refilled_places
-from vitscope.objective import Objective, n_labeled
-from vitscope.optimizer_state import OptimizerState
-from vitscope.repeatability import Repeatability, worst_of
+from vitscope.core.guard import probe_guard, repeatability
+from vitscope.core.guard.eager_execution import eager_execution, uncompiled
+from vitscope.core.guard.fingerprints import SeenBatches
+from vitscope.core.guard.input_checks import CheckedBatches, InputChecks, check_weights
+from vitscope.core.guard.module_state import Place, empty_place, kept_attributes, pure_forward, refilled_places
+from vitscope.core.guard.repeatability import Repeatability, worst_of
+from vitscope.core.objective import Objective, n_labeled
+from vitscope.core.objective_card import ObjectiveCard as ObjectiveCard
+from vitscope.core.objective_card import versions
+from vitscope.core.optimizer_state import OptimizerState
 from vitscope.runtime import distributed
 
 Batch = tuple[Tensor, Tensor]
@@ -38,7 +38,7 @@ class Probe:
             that ``torch.compile`` wraps takes its place.
         batches: ``[(x, y), ...]`` with augmentation and mixup already applied; a list, or any re-iterable that gives
             identical tensors on every pass. Under ``torch.distributed`` every rank passes the full sequence. What a batch
-            must be like is said in `vitscope.checks`; it is checked when it is first seen.
+            must be like is said in `vitscope.core.guard.input_checks`; it is checked when it is first seen.
         objective: what is differentiated or evaluated; plain cross entropy by default.
         taps: where feature maps are read, for a model that `vitscope.taps` does not know.
         about: facts for the card, such as ``data``, ``split``, ``augmentation``, ``seed``, ``checkpoint``, ``epoch``.
@@ -123,7 +123,7 @@ class Probe:
     @property
     def dtype(self) -> torch.dtype:
         """The floating-point type in which batches come out: the guard's, else the model's own."""
-        return self._dtype or guard.float_dtype(self.model)
+        return self._dtype or probe_guard.float_dtype(self.model)
 
     @property
     def n_images(self) -> int:
@@ -246,19 +246,19 @@ class Probe:
         if bn not in ("eval", "batch"):
             raise ValueError(f"Expected bn to be 'eval' or 'batch', received {bn!r}.")
         check_weights(self.model)
-        guard.refuse_unfit_weights(self.model, second_order or moves_weights)
+        probe_guard.refuse_unfit_weights(self.model, second_order or moves_weights)
         if second_order and dtype is None and self.dtype in (torch.bfloat16, torch.float16):
             dtype = torch.float32
         with ExitStack() as stack:
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(eager_execution(self.model))
-            stack.enter_context(guard.kept_random_states(self.device))
-            stack.enter_context(guard.full_precision(self.device))
+            stack.enter_context(probe_guard.kept_random_states(self.device))
+            stack.enter_context(probe_guard.full_precision(self.device))
             stack.enter_context(kept_attributes(self.model))
             known = self._repeatability
             copy_weights = restore_weights or not known or any(found.written for found in known.values())
-            copies = stack.enter_context(guard.kept_model(self.model, dtype, copy_weights))
-            stack.enter_context(guard.modes(self.model, bn))
+            copies = stack.enter_context(probe_guard.kept_model(self.model, dtype, copy_weights))
+            stack.enter_context(probe_guard.modes(self.model, bn))
             if second_order:
                 stack.enter_context(sdpa_kernel(SDPBackend.MATH))
             stack.enter_context(torch.set_grad_enabled(second_order))
@@ -288,7 +288,7 @@ class Probe:
             return known
         found, error = None, None
         try:
-            with guard.kept_random_states(self.device):
+            with probe_guard.kept_random_states(self.device):
                 found = self._examine(gradient, moves_weights, n_images)
         except Exception as raised:
             error = raised

@@ -36,7 +36,7 @@ class ObjectiveCard:
     Attributes:
         preprocessing: how image files became pixels: the crop, the background of transparent pixels, the samples that are black
             and white; ``default`` for a center crop, white and full scale, and for images that come as arrays.
-        options: the measure's arguments, defaults included, but for those of `vitscope.measure_options.INCIDENTAL`; None
+        options: the measure's arguments, defaults included, but for those of `vitscope.core.measure_options.INCIDENTAL`; None
             where a version saved the result that did not record them.
     """
 
