@@ -33,7 +33,7 @@ import torch
 
 import vitscope as vs
 import vitscope.runtime.progress
-from vitscope.models.taps import reading
+from vitscope.models.structure.taps import reading
 
 TICK = os.sysconf("SC_CLK_TCK")
 FOREIGN = 0.1  # cores

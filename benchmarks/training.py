@@ -47,7 +47,7 @@ from vitscope.core import lr_schedule
 from vitscope.core.objective import Objective
 from vitscope.data import DataModule
 from vitscope.journal import Journal
-from vitscope.models.window import WindowAttention
+from vitscope.models.window_attention import WindowAttention
 from vitscope.runs import Run
 from vitscope.tracking import Mirror, RunLogger
 from vitscope.training_progress import EpochAccuracy, PlainProgress

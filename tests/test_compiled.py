@@ -91,7 +91,7 @@ def test_numbers_are_those_of_the_uncompiled_model(name: str, compiled: Callable
 
 @pytest.mark.parametrize("compiled", [root, in_place])
 def test_taps_and_reading_without_a_probe(compiled: Callable[[nn.Module], nn.Module]) -> None:
-    from vitscope.models.taps import reading
+    from vitscope.models.structure.taps import reading
 
     model = compiled(plain())
     found = vs.taps(model)

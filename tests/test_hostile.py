@@ -39,7 +39,7 @@ TARGETS = [
     "vitscope.checkpoint.read", "vitscope.checkpoint.write", "vitscope.sweep.children.start", "vitscope.exits.run",
     "vitscope.data.cifar.urllib.request.urlopen", "vitscope.data.cifar.check_integrity",
     "vitscope.diagnostics.corruption.corruption.archive", "vitscope.diagnostics.fourier.plot.relative_log_amplitude",
-    "vitscope.models.load_official_state_dict", "vitscope.models.pretrained.checkpoint_gradients",
+    "vitscope.models.load_official_state_dict", "vitscope.models.timm_model.checkpoint_gradients",
     "vitscope.models.torch.load", "vitscope.load_probe", "vitscope.plot", "vitscope.Probe",
     "", ".", "torch..nn", "torch.nn.Linear.", "torch.nn.Linear\n", "torch.nn._reduction", "__main__.main",
 ]  # fmt: skip

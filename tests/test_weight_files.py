@@ -103,12 +103,12 @@ def test_every_name_of_timm_and_every_model_of_ours_passes(tmp_path: Path, monke
     (tmp_path / "resnet18").write_text("")  # a file of a model's name is not what the name means
     monkeypatch.chdir(tmp_path)
     for name in timm.list_models() + timm.list_pretrained():
-        weight_files.check({**TIMM, "name": name, "pretrained": True}, "model", "vitscope.models.pretrained")
+        weight_files.check({**TIMM, "name": name, "pretrained": True}, "model", "vitscope.models.timm_model")
     for group in ("model", "data"):
         for option in options(group):
             cfg = composed("train", f"{group}={option}")
             for place, node in config.targets(config.plain(cfg[group]), group):
-                weight_files.check(node, place, "vitscope.models.pretrained" if group == "model" else "vitscope.data")
+                weight_files.check(node, place, "vitscope.models.timm_model" if group == "model" else "vitscope.data")
     weight_files.check({"weights": "IMAGENET1K_V1"}, "model", "torchvision.models.resnet")
     weight_files.check({"weights": "ResNet18_Weights.DEFAULT"}, "model", "torchvision.models.resnet")
 

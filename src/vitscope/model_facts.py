@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from vitscope import build, config
-from vitscope.models.taps import Tap, known_taps
+from vitscope.models.structure.taps import Tap, known_taps
 
 #: key of the facts in ``provenance.json``
 KEY = "model"

@@ -89,7 +89,7 @@ def _names_a_file(key: str, value: Any, group: str, module: str) -> bool:
 
 
 def _ours(module: str) -> bool:
-    return module.startswith("vitscope.") and module != "vitscope.models.pretrained"
+    return module.startswith("vitscope.") and module != "vitscope.models.timm_model"
 
 
 def _is_file(text: str) -> bool:

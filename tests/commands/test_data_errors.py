@@ -14,7 +14,7 @@ from torch.utils.data import get_worker_info
 
 from tests.commands.test_train import only_run, pytestmark  # noqa: F401 (the same libraries warn)
 from vitscope.data import loader
-from vitscope.models import pretrained
+from vitscope.models import timm_model
 
 MODEL = ["model=vit", "model.depth=1", "model.patch_size=8", "logger=none", "analysis=[]", "trainer.accelerator=cpu",
          "trainer.enable_progress_bar=false"]  # fmt: skip
@@ -105,9 +105,9 @@ def test_a_set_whose_files_differ_from_the_published_ones(call, tmp_path, capsys
 def test_pretrained_weights_without_a_network(call, tmp_path, capsys, monkeypatch) -> None:
     """Nobody listens: one attempt to connect, no retries, exit 3."""
     tried = []
-    reach = pretrained.socket.create_connection
-    monkeypatch.setattr(pretrained.socket, "create_connection", lambda *a, **k: tried.append(a) or reach(*a, **k))
-    monkeypatch.setattr(pretrained, "getproxies", dict)
+    reach = timm_model.socket.create_connection
+    monkeypatch.setattr(timm_model.socket, "create_connection", lambda *a, **k: tried.append(a) or reach(*a, **k))
+    monkeypatch.setattr(timm_model, "getproxies", dict)
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))

@@ -17,7 +17,7 @@ from vitscope.diagnostics.attention._geometry import geometry
 from vitscope.diagnostics.attention.attention_distance import attention_distance
 from vitscope.diagnostics.attention.plot import attention_distance as draw
 from vitscope.models import alternet, convit, convnet
-from vitscope.models.units import units
+from vitscope.models.structure.residual_units import units
 from vitscope.runtime import progress
 
 

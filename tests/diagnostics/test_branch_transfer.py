@@ -7,8 +7,8 @@ from torch import nn
 
 import vitscope as vs
 from vitscope.core.undefined_values import NullWarning
-from vitscope.models.anatomy import Read
-from vitscope.models.units import Unit
+from vitscope.models.structure.residual_structure import Read
+from vitscope.models.structure.residual_units import Unit
 
 
 class Filter(nn.Module):

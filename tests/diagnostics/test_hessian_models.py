@@ -23,7 +23,7 @@ import vitscope as vs
 from vitscope.linalg.curvatures import curvatures
 from vitscope.models.alternet import AlterNet, MSABlock, _conv_block
 from vitscope.models.attention import SelfAttention
-from vitscope.models.window import WindowAttention
+from vitscope.models.window_attention import WindowAttention
 
 N, CLASSES, DECAY = 5, 3, 0.1
 

@@ -16,7 +16,7 @@ from torch.optim.swa_utils import update_bn
 from vitscope import Probe
 from vitscope.diagnostics.lesion.lesion import lesion
 from vitscope.diagnostics.lesion.plot import lesion as draw
-from vitscope.models import units
+from vitscope.models.structure import residual_units
 from vitscope.runtime import progress
 
 RESNET_UNITS = ("layer1.0", "layer1.1", "layer2.0", "layer3.0", "layer4.0")
@@ -151,7 +151,7 @@ def test_cached_passes_give_the_same_numbers_and_the_model_is_restored(build: An
 def test_cache_runs_no_block_before_the_lesion() -> None:
     model = vit()
     calls: list[str] = []
-    own = units.units(model)
+    own = residual_units.units(model)
     for name, module in model.named_modules():
         if name.endswith(".mlp.fc1"):
             module.register_forward_hook(lambda *_, name=name: calls.append(name))
@@ -199,7 +199,7 @@ def test_finished_batches_are_not_computed_again() -> None:
     model, partial, calls = vit(), {}, []
     with pytest.raises(KeyboardInterrupt):
         lesion(Probe(model, Stopping(batches()[:2])), partial=partial)
-    own = units.units(model)
+    own = residual_units.units(model)
     model.register_forward_hook(lambda *_: calls.append(1))
     resumed = lesion(Probe(model, batches()), partial=partial, units=own)
     assert (
@@ -225,7 +225,7 @@ def test_refusals_and_units_of_ones_own() -> None:
     with pytest.raises(ValueError, match="bn to be one of eval, recalibrate, received 'batch'"):
         lesion(Probe(vit(), batches()), bn="batch")
     own = vit()
-    only = units.units(own)[2:4]
+    only = residual_units.units(own)[2:4]
     assert lesion(Probe(own, batches()), units=only).units == ("blocks.1.attn", "blocks.1.mlp")
 
 

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from vitscope import Probe
 from vitscope.diagnostics.lesion.lesion import lesion
-from vitscope.models.anatomy import Read
-from vitscope.models.units import Unit, known_units, units
+from vitscope.models.structure.residual_structure import Read
+from vitscope.models.structure.residual_units import Unit, known_units, units
 from vitscope.runtime import progress
 
 

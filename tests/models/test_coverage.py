@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 import vitscope as vs
 from vitscope import models
-from vitscope.models.coverage import missing_units
-from vitscope.models.parameters import parameter_kinds, parameter_stages
-from vitscope.models.taps import taps
-from vitscope.models.units import known_units, units
+from vitscope.models.structure.coverage import missing_units
+from vitscope.models.structure.parameter_groups import parameter_kinds, parameter_stages
+from vitscope.models.structure.residual_units import known_units, units
+from vitscope.models.structure.taps import taps
 
 
 class ExplicitMixing(nn.Module):

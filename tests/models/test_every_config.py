@@ -11,10 +11,10 @@ from conftest import CONFIGS, from_config
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from vitscope.models.anatomy import Kind
-from vitscope.models.parameters import parameter_kinds, parameter_stages
-from vitscope.models.taps import reading, taps
-from vitscope.models.units import reading_branches, resumed, units, zeroed
+from vitscope.models.structure.parameter_groups import parameter_kinds, parameter_stages
+from vitscope.models.structure.residual_structure import Kind
+from vitscope.models.structure.residual_units import reading_branches, resumed, units, zeroed
+from vitscope.models.structure.taps import reading, taps
 
 
 @pytest.fixture(params=CONFIGS, scope="module")

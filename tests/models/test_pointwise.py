@@ -10,8 +10,8 @@ from timm.models.resnet import BasicBlock
 from torch import Tensor, nn
 
 import vitscope as vs
-from vitscope.models.parameters import parameter_kinds
-from vitscope.models.units import units
+from vitscope.models.structure.parameter_groups import parameter_kinds
+from vitscope.models.structure.residual_units import units
 
 C = 8
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 import vitscope as vs
 from vitscope import models
-from vitscope.models.feature_maps import ForwardPass, to_map, token_grid
-from vitscope.models.taps import Tap, reading, taps
+from vitscope.models.structure.feature_maps import ForwardPass, to_map, token_grid
+from vitscope.models.structure.taps import Tap, reading, taps
 
 
 def maps(model: nn.Module, x: Tensor, found: list[Tap] | None = None) -> dict[str, Tensor]:

@@ -10,8 +10,8 @@ import timm
 import torch
 from torch import nn
 
-from vitscope.models.parameters import parameter_kinds
-from vitscope.models.units import units
+from vitscope.models.structure.parameter_groups import parameter_kinds
+from vitscope.models.structure.residual_units import units
 
 #: words of the names of small variants, smallest first
 _SMALL = (

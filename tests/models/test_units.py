@@ -10,10 +10,17 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from vitscope import models
-from vitscope.models.attention_weights import attention_weights, reading_attention
-from vitscope.models.parameters import parameter_kinds, parameter_stages
-from vitscope.models.taps import taps
-from vitscope.models.units import Unit, conv3x3_identity, head_zeroed, reading_branches, units, zeroed
+from vitscope.models.structure.attention_weights import attention_weights, reading_attention
+from vitscope.models.structure.parameter_groups import parameter_kinds, parameter_stages
+from vitscope.models.structure.residual_units import (
+    Unit,
+    conv3x3_identity,
+    head_zeroed,
+    reading_branches,
+    units,
+    zeroed,
+)
+from vitscope.models.structure.taps import taps
 
 
 def by_name(model: nn.Module) -> dict[str, Unit]:

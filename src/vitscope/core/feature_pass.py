@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vitscope.core.measure_options import with_options
 from vitscope.core.probe import Probe
-from vitscope.models.taps import Tap, reading
+from vitscope.models.structure.taps import Tap, reading
 from vitscope.runtime.distributed import gather_objects, world_size
 from vitscope.runtime.progress import track
 from vitscope.runtime.stop_flag import Interrupted

@@ -82,8 +82,8 @@ class Probe:
     def taps(self) -> list[Any]:
         """The taps that were passed, or those that `vitscope.taps` finds in the model."""
         if self._taps is None:
-            from vitscope.models.coverage import warn_missing_units
-            from vitscope.models.taps import known_taps
+            from vitscope.models.structure.coverage import warn_missing_units
+            from vitscope.models.structure.taps import known_taps
 
             self._taps = known_taps(self.model)
             warn_missing_units(self.model, self._missing_units())
@@ -101,14 +101,14 @@ class Probe:
             ValueError: they do not, and no taps were passed by hand.
         """
         if not self._own_taps:
-            from vitscope.models.coverage import refuse_missing_units
+            from vitscope.models.structure.coverage import refuse_missing_units
 
             refuse_missing_units(self.model, self._missing_units())
 
     def _missing_units(self) -> list[tuple[str, str]]:
-        """Return what `vitscope.models.coverage.missing_units` does; the model runs once for it."""
+        """Return what `vitscope.models.structure.coverage.missing_units` does; the model runs once for it."""
         if self._missing is None:
-            from vitscope.models.coverage import missing_units
+            from vitscope.models.structure.coverage import missing_units
 
             self._missing = missing_units(self.model, self.first_images())
         return self._missing

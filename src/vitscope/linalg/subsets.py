@@ -33,7 +33,7 @@ def select_parameters(
 def _matching(model: nn.Module, names: list[str], rule: str) -> set[str]:
     what, _, value = rule.partition(":")
     if what in ("kind", "stage") and value:
-        from vitscope.models.parameters import parameter_kinds, parameter_stages
+        from vitscope.models.structure.parameter_groups import parameter_kinds, parameter_stages
 
         groups = parameter_kinds(model) if what == "kind" else parameter_stages(model)
         found = {name for name in names if str(groups.get(name)) == value}

@@ -12,8 +12,7 @@ from timm.models.resnetv2 import DownsampleConv, PreActBasic, PreActBottleneck
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from vitscope.models.anatomy import Part, Read, parts
-from vitscope.models.stages import (
+from vitscope.models.alternet_layout import (
     DEFAULT_MSA,
     ImageSize,
     Placement,
@@ -25,7 +24,8 @@ from vitscope.models.stages import (
     stage_blocks,
     valid_window_sizes,
 )
-from vitscope.models.window import FixedMixing, Mixer, PositionBias, WindowAttention
+from vitscope.models.structure.residual_structure import Part, Read, parts
+from vitscope.models.window_attention import FixedMixing, Mixer, PositionBias, WindowAttention
 
 __all__ = ["AlterNet", "MSABlock", "alternet", "build_up", "feature_map_sizes", "valid_window_sizes"]
 
@@ -133,7 +133,7 @@ def alternet(
         mixer: What stands in the attention blocks: ``msa``; ``uniform`` (equal weights over the window);
             ``blur`` (a box blur); ``conv`` (an ordinary convolution block instead: no attention anywhere).
         blur_size: Side of the box blur, 2 or 3.
-        placement: Where the attention goes, see `vitscope.models.stages.stage_blocks`.
+        placement: Where the attention goes, see `vitscope.models.alternet_layout.stage_blocks`.
         position_bias: ``shared`` by all heads (official) or ``per_head``.
         drop_path: Stochastic depth of the last block; block j of N has ``drop_path * j / (N - 1)``.
         in_chans: Channels of the images.

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from vitscope.model_facts import UNRECORDED
-from vitscope.models.stages import DEFAULT_MSA
+from vitscope.models.alternet_layout import DEFAULT_MSA
 from vitscope.reports.cells import Cell, Problem, Table, over_seeds
 from vitscope.reports.costs import Costs
 from vitscope.reports.evidence import Entry

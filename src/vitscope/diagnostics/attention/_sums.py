@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from vitscope.diagnostics.attention._geometry import Geometry, geometry
-from vitscope.models.units import Unit
+from vitscope.models.structure.residual_units import Unit
 from vitscope.runtime import distributed
 from vitscope.stats.intervals import RunningMean
 

@@ -11,9 +11,9 @@ from vitscope.core.measure_options import record_options
 from vitscope.core.probe import ObjectiveCard, Probe
 from vitscope.core.undefined_values import warn_nulls
 from vitscope.diagnostics.attention._sums import Sums
-from vitscope.models.attention_weights import reading_attention
-from vitscope.models.units import Unit, reading_branches
-from vitscope.models.units import units as units_of
+from vitscope.models.structure.attention_weights import reading_attention
+from vitscope.models.structure.residual_units import Unit, reading_branches
+from vitscope.models.structure.residual_units import units as units_of
 from vitscope.runtime import distributed
 from vitscope.runtime.progress import track
 from vitscope.stats.intervals import estimates, few_images
@@ -77,7 +77,7 @@ def attention_distance(probe: Probe, *, units: Sequence[Unit] | None = None) -> 
 
     Args:
         probe: model and images.
-        units: the residual units, for a model that `vitscope.models.units.units` does not know.
+        units: the residual units, for a model that `vitscope.models.structure.residual_units.units` does not know.
 
     Raises:
         ValueError: no attention whose weights can be read.

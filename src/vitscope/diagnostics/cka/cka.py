@@ -17,7 +17,7 @@ from vitscope.core.undefined_values import warn_nulls
 from vitscope.diagnostics.cka._blocks import block_structure, p_value
 from vitscope.diagnostics.cka._hsic import MIN_IMAGES, gram, hsic
 from vitscope.diagnostics.cka._images import image_relation
-from vitscope.models.taps import Tap, reading
+from vitscope.models.structure.taps import Tap, reading
 from vitscope.runtime import distributed
 from vitscope.runtime.progress import track
 from vitscope.runtime.stop_flag import Interrupted

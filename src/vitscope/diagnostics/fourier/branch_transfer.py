@@ -20,8 +20,8 @@ from vitscope.core.probe import ObjectiveCard, Probe
 from vitscope.core.undefined_values import warn_nulls
 from vitscope.diagnostics.fourier._bootstrap import by_kind, half_width_over_images
 from vitscope.diagnostics.fourier._spectrum import EPS, frequencies, spectrum, varies
-from vitscope.models.units import Unit, reading_branches
-from vitscope.models.units import units as units_of
+from vitscope.models.structure.residual_units import Unit, reading_branches
+from vitscope.models.structure.residual_units import units as units_of
 from vitscope.runtime.distributed import gather_objects, world_size
 from vitscope.runtime.progress import track
 from vitscope.stats.intervals import RunningMean, check_level, estimates, few_images

@@ -10,7 +10,7 @@ import torch
 from vitscope.core.measure_options import record_options
 from vitscope.core.probe import ObjectiveCard, Probe
 from vitscope.diagnostics.hessian.hessian_max_eigenvalue_spectrum import hessian_max_eigenvalue_spectrum
-from vitscope.models.parameters import parameter_kinds, parameter_stages
+from vitscope.models.structure.parameter_groups import parameter_kinds, parameter_stages
 
 #: the order of kinds in results and figures
 ORDER = ("stem", "conv", "msa", "mlp", "pool", "head")
@@ -85,7 +85,7 @@ def hessian_by_kind(
         ValueError: another ``by``, a model of no known unit; and as `hessian_max_eigenvalue_spectrum`.
         NumericalError: a loss that is not finite.
 
-    Source: vitscope's own; the blocks are those of `vitscope.models.parameters`.
+    Source: vitscope's own; the blocks are those of `vitscope.models.structure.parameter_groups`.
     """
     sizes = _sizes(probe, by)
     spectra = [

@@ -15,7 +15,7 @@ from vitscope.linalg.basis import dot
 from vitscope.linalg.curvatures import curvatures
 from vitscope.linalg.extreme import Eigenpairs
 from vitscope.linalg.solve import solve
-from vitscope.models.parameters import parameter_kinds
+from vitscope.models.structure.parameter_groups import parameter_kinds
 
 
 @dataclass(frozen=True)

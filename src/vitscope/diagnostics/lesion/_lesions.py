@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 
-from vitscope.models.units import Unit, conv3x3_identity, head_zeroed, zeroed
+from vitscope.models.structure.residual_units import Unit, conv3x3_identity, head_zeroed, zeroed
 
 #: in the order in which their results are given
 REMOVALS = ("branch_zero", "conv3x3_identity", "stage", "head")

@@ -15,7 +15,7 @@ from vitscope.core.evaluation import evaluate
 from vitscope.core.probe import Batch, Probe
 from vitscope.core.weight_space import recalibrate
 from vitscope.diagnostics.lesion._lesions import Lesion
-from vitscope.models.units import Unit, resumed
+from vitscope.models.structure.residual_units import Unit, resumed
 from vitscope.runtime import stop_flag
 from vitscope.runtime.distributed import world_size
 from vitscope.runtime.progress import track

@@ -15,8 +15,8 @@ from vitscope.core.undefined_values import warn_nulls
 from vitscope.core.weight_space import BN_POLICIES
 from vitscope.diagnostics.lesion._lesions import Lesion, lesions
 from vitscope.diagnostics.lesion._passes import Partial, batch_by_batch, lesion_by_lesion
-from vitscope.models.units import Unit
-from vitscope.models.units import units as units_of
+from vitscope.models.structure.residual_units import Unit
+from vitscope.models.structure.residual_units import units as units_of
 from vitscope.stats.intervals import Estimate, RunningMean, estimates, few_images, where_enough_wrong
 
 #: removal -> what its fields begin with
@@ -128,7 +128,7 @@ def lesion(
         cache: start each lesioned pass at the block it changes, from the activations of a whole pass, where the first batch
             shows that this gives the logits of full passes bit for bit; else a warning says that full passes are made. Off
             with ``recalibrate``, where the statistics before the block change as well, and for a single batch.
-        units: the residual units, for a model that `vitscope.models.units.units` does not know.
+        units: the residual units, for a model that `vitscope.models.structure.residual_units.units` does not know.
         partial: finished batches, see `vitscope.core.weight_space`.
 
     Raises:

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from vitscope.core.measure_options import record_options
 from vitscope.core.probe import ObjectiveCard, Probe
 from vitscope.core.undefined_values import warn_nulls
-from vitscope.models.anatomy import anatomy
-from vitscope.models.coverage import residual_blocks
-from vitscope.models.taps import reading
+from vitscope.models.structure.coverage import residual_blocks
+from vitscope.models.structure.residual_structure import anatomy
+from vitscope.models.structure.taps import reading
 
 #: what is said below the table of a model whose blocks are not known
 UNKNOWN = (

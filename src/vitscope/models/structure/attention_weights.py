@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from vitscope.models.units import Unit
+from vitscope.models.structure.residual_units import Unit
 
 
 @contextmanager

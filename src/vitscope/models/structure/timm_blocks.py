@@ -1,4 +1,4 @@
-"""The blocks of timm and torchvision, described for `vitscope.models.anatomy`."""
+"""The blocks of timm and torchvision, described for `vitscope.models.structure.residual_structure`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,15 @@ from timm.models import beit, convnext, eva, mlp_mixer, pit, resnet, resnetv2, s
 from timm.models import swin_transformer_v2 as swin_v2
 from torch import nn
 
-from vitscope.models.anatomy import Layout, Part, Read, is_gate, parts, replaceable_conv3x3, subsamples
+from vitscope.models.structure.residual_structure import (
+    Layout,
+    Part,
+    Read,
+    is_gate,
+    parts,
+    replaceable_conv3x3,
+    subsamples,
+)
 
 
 def _first(block: nn.Module, *names: str) -> nn.Module:
@@ -183,7 +191,7 @@ def _unclear(block: nn.Module, what: str) -> ValueError:
     kind = type(block).__name__
     return ValueError(
         f"Expected a residual block of convolutions and norms, received {kind} with {what} whose place in the branch is not "
-        f"known: describe it, @vitscope.models.anatomy.parts.register({kind}), or pass taps=[...] and units=[...]."
+        f"known: describe it, @vitscope.models.structure.residual_structure.parts.register({kind}), or pass taps=[...] and units=[...]."
     )
 
 

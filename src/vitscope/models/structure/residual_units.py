@@ -10,12 +10,12 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from vitscope.core.guard.eager_execution import uncompiled
-from vitscope.models import blocks as blocks  # describes timm's and torchvision's blocks
-from vitscope.models.anatomy import Kind, Read, anatomy
-from vitscope.models.coverage import check_units, residual_blocks
-from vitscope.models.execution import execution
-from vitscope.models.feature_maps import observed_pass, to_map
-from vitscope.models.taps import attach
+from vitscope.models.structure import timm_blocks as timm_blocks  # describes timm's and torchvision's blocks
+from vitscope.models.structure.coverage import check_units, residual_blocks
+from vitscope.models.structure.execution import execution
+from vitscope.models.structure.feature_maps import observed_pass, to_map
+from vitscope.models.structure.residual_structure import Kind, Read, anatomy
+from vitscope.models.structure.taps import attach
 
 Side = Literal["input", "output"]
 
@@ -97,7 +97,7 @@ def known_units(model: nn.Module) -> list[Unit]:
     pieces = [p for p in anatomy(uncompiled(model)) if p.part.branch_out is not None]
     if not pieces:
         raise ValueError(
-            f"{type(model).__name__} has no residual unit that vitscope knows; pass units=[vitscope.models.units.Unit(...), ...]."
+            f"{type(model).__name__} has no residual unit that vitscope knows; pass units=[vitscope.models.structure.residual_units.Unit(...), ...]."
         )
     last = max(len(pieces) - 1, 1)
     found = []
@@ -118,7 +118,7 @@ def reading_branches(
 ) -> Iterator[None]:
     """Call ``fn(index, unit, side, feature_map)`` for each branch's input and output, (B, C, h, w) each.
 
-    ``side`` is ``input`` or ``output``. As with `vitscope.models.taps.reading`, nothing is kept and the map
+    ``side`` is ``input`` or ``output``. As with `vitscope.models.structure.taps.reading`, nothing is kept and the map
     may be overwritten once ``fn`` has returned.
     """
     with ExitStack() as stack:

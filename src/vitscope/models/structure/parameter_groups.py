@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor, nn
 
 from vitscope.core.guard.eager_execution import uncompiled
-from vitscope.models import blocks as blocks  # describes timm's and torchvision's blocks
-from vitscope.models.anatomy import TOKENS, Kind, Piece, anatomy, is_gate
-from vitscope.models.coverage import check_units, residual_blocks
-from vitscope.models.execution import Execution, execution
+from vitscope.models.structure import timm_blocks as timm_blocks  # describes timm's and torchvision's blocks
+from vitscope.models.structure.coverage import check_units, residual_blocks
+from vitscope.models.structure.execution import Execution, execution
+from vitscope.models.structure.residual_structure import TOKENS, Kind, Piece, anatomy, is_gate
 
 Place = tuple[Kind, int]
 
@@ -30,7 +30,7 @@ def parameter_kinds(model: nn.Module, images: Tensor | None = None) -> dict[str,
         images: (B, C, H, W), of which the first is used; None to try the sizes that the model states.
 
     Raises:
-        ValueError: nothing in the model is known, see `vitscope.models.taps.taps`; attention or an MLP outside of its
+        ValueError: nothing in the model is known, see `vitscope.models.structure.taps.taps`; attention or an MLP outside of its
             units; a parameter outside of its units that is not used, or used between them for something else.
     """
     return {name: kind for name, (kind, _) in _places(model, images).items()}
@@ -142,7 +142,7 @@ def _check_used(model: nn.Module, owned: Mapping[str, Piece], seen: Execution) -
 def _unclear(name: str, what: str) -> ValueError:
     return ValueError(
         f"Expected each parameter in a known unit, before the first (stem) or after the last (head), received {name!r} {what}: "
-        "delete it from the model, describe its block with @vitscope.models.anatomy.parts.register(Block), or choose parameters "
+        "delete it from the model, describe its block with @vitscope.models.structure.residual_structure.parts.register(Block), or choose parameters "
         "by layer:<module> or a name pattern."
     )
 

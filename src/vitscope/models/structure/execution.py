@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from vitscope.core.guard import probe_guard
 from vitscope.core.guard.eager_execution import eager_execution
-from vitscope.models.pointwise import PointwiseBranches
+from vitscope.models.structure.pointwise import PointwiseBranches
 
 #: products of two tensors, which mix positions by what is in the image where both depend on it
 _PRODUCTS = frozenset({"matmul", "__matmul__", "__rmatmul__", "bmm", "baddbmm", "einsum"})
@@ -59,7 +59,7 @@ class Execution:
         attention: where the pass attends.
         token_layers: (stack, time) of linear layers that were applied to several positions.
         pointwise: (stack, time) of 1x1 convolutions that end residual branches without any other kernel, see
-            `vitscope.models.pointwise`.
+            `vitscope.models.structure.pointwise`.
         reaching: names of the parameters on which the output of any of the blocks depends.
     """
 

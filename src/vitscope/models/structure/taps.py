@@ -10,10 +10,10 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from vitscope.core.guard.eager_execution import uncompiled
-from vitscope.models import blocks as blocks  # describes timm's and torchvision's blocks
-from vitscope.models.anatomy import Kind, Layout, Piece, Read, anatomy
-from vitscope.models.coverage import missing_units, warn_missing_units
-from vitscope.models.feature_maps import observed_pass, to_map
+from vitscope.models.structure import timm_blocks as timm_blocks  # describes timm's and torchvision's blocks
+from vitscope.models.structure.coverage import missing_units, warn_missing_units
+from vitscope.models.structure.feature_maps import observed_pass, to_map
+from vitscope.models.structure.residual_structure import Kind, Layout, Piece, Read, anatomy
 
 
 @dataclass(frozen=True)

@@ -8,14 +8,14 @@ from collections.abc import Iterator, Sequence
 from torch import Tensor, nn
 
 from vitscope.core.guard.eager_execution import uncompiled
-from vitscope.models.anatomy import Piece, anatomy, is_gate
-from vitscope.models.execution import Execution, Stack, execution
+from vitscope.models.structure.execution import Execution, Stack, execution
+from vitscope.models.structure.residual_structure import Piece, anatomy, is_gate
 
 #: attention that weighs channels or positions and mixes none, and pooling by attention in a head
 _NO_MIXING = ("channel", "spatial", "split", "coord", "kernel", "pool", "gate", "cbam", "eca", "effective")
 _ADVICE = (
-    "describe its block, @vitscope.models.anatomy.parts.register({block}), or pass Probe(..., taps=[vitscope.Tap(...), ...]) "
-    "and units=[vitscope.models.units.Unit(...), ...] by hand (vitscope.models.units.known_units(model) leaves it out)"
+    "describe its block, @vitscope.models.structure.residual_structure.parts.register({block}), or pass Probe(..., taps=[vitscope.Tap(...), ...]) "
+    "and units=[vitscope.models.structure.residual_units.Unit(...), ...] by hand (vitscope.models.structure.residual_units.known_units(model) leaves it out)"
 )
 
 

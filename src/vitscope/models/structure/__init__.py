@@ -1,0 +1,1 @@
+"""Structure of a model: taps, residual units, parameter groups and attention weights."""
