@@ -29,7 +29,8 @@ from timm.data.loader import create_loader
 from timm.data.mixup import FastCollateMixup
 from torchvision import transforms
 
-from vitscope.data import DataModule, photos
+from vitscope.data import DataModule
+from vitscope.data.sources import photos
 
 BATCH = 96
 TICK = os.sysconf("SC_CLK_TCK")

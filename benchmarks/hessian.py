@@ -29,7 +29,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import vitscope as vs
-from vitscope.data import photos
+from vitscope.data.sources import photos
 from vitscope.linalg.curvatures import curvatures
 from vitscope.runtime import progress
 

@@ -37,7 +37,7 @@ TARGETS = [
     "pytorch_lightning.utilities.upgrade_checkpoint.main", "torchmetrics.functional.accuracy",
     "vitscope", "vitscope.runs.create", "vitscope.results.write_atomically", "vitscope.results.load",
     "vitscope.checkpoint.read", "vitscope.checkpoint.write", "vitscope.sweep.children.start", "vitscope.exits.run",
-    "vitscope.data.cifar.urllib.request.urlopen", "vitscope.data.cifar.check_integrity",
+    "vitscope.data.sources.cifar.urllib.request.urlopen", "vitscope.data.sources.cifar.check_integrity",
     "vitscope.diagnostics.corruption.corruption.archive", "vitscope.diagnostics.fourier.plot.relative_log_amplitude",
     "vitscope.models.load_official_state_dict", "vitscope.models.timm_model.checkpoint_gradients",
     "vitscope.models.torch.load", "vitscope.load_probe", "vitscope.plot", "vitscope.Probe",
@@ -54,10 +54,10 @@ def test_no_way_leads_to_what_is_not_meant_to_be_configured(target: object) -> N
 
 @pytest.mark.parametrize("place", ["model", "data.source", "data", "optimizer", "trainer", "callbacks.x", "analysis.x"])
 @pytest.mark.parametrize("target", ["torch.nn.ReLU", "torch.optim.SGD", "pytorch_lightning.Trainer", "vitscope.models.vit",
-                                    "vitscope.data.digits.load", "vitscope.cka", "pytorch_lightning.callbacks.Timer",
+                                    "vitscope.data.sources.digits.load", "vitscope.cka", "pytorch_lightning.callbacks.Timer",
                                     "vitscope.data.DataModule"])  # fmt: skip
 def test_a_target_stands_where_it_belongs(place: str, target: str) -> None:
-    fits = {"model": ("torch.nn.ReLU", "vitscope.models.vit"), "data.source": ("vitscope.data.digits.load",),
+    fits = {"model": ("torch.nn.ReLU", "vitscope.models.vit"), "data.source": ("vitscope.data.sources.digits.load",),
             "data": ("vitscope.data.DataModule",), "optimizer": ("torch.optim.SGD",),
             "trainer": ("pytorch_lightning.Trainer",), "callbacks.x": ("pytorch_lightning.callbacks.Timer",),
             "analysis.x": ("vitscope.cka",)}  # fmt: skip

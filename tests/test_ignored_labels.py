@@ -16,7 +16,7 @@ from vitscope.classifier import Classifier
 from vitscope.core.evaluation import evaluate
 from vitscope.core.objective import Objective, labeled
 from vitscope.core.probe import Probe
-from vitscope.data.mix import mix
+from vitscope.data.augment.mixup import mix
 from vitscope.linalg.curvatures import curvatures
 
 #: two roundings of float64 for each of some thousand terms of size one

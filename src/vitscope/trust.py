@@ -54,7 +54,7 @@ def check_role(node: Mapping[str, Any], path: str) -> None:
     roles = {
         "model": (torch.nn.Module, ("vitscope.models.", "timm.", "torchvision."), "a model"),
         "data": (DataModule, (), "vitscope.data.DataModule"),
-        "data.source": ((), ("vitscope.data.",), "a loader such as vitscope.data.folder.load"),
+        "data.source": ((), ("vitscope.data.",), "a loader such as vitscope.data.sources.folder.load"),
         "optimizer": (torch.optim.Optimizer, (), "an optimizer"),
         "trainer": (pl.Trainer, (), "pytorch_lightning.Trainer"),
         "callbacks": (pl.Callback, (), "a callback"),
@@ -177,7 +177,7 @@ def _ours(found: Any, module: str, name: str) -> bool:
     if module.startswith("vitscope.models."):
         return name in models.__all__ and getattr(models, name) is found and name != "load_official_state_dict"
     if module.startswith("vitscope.data."):
-        return name == "load" or (module, name) == ("vitscope.data.photos", "whole")
+        return name == "load" or (module, name) == ("vitscope.data.sources.photos", "whole")
     return vitscope.measures().get(name) == module
 
 

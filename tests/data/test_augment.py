@@ -8,9 +8,9 @@ import torch
 from scipy.stats import ks_2samp
 from timm.data.random_erasing import RandomErasing
 
-from vitscope.data import counter
-from vitscope.data.augment import PADDING, Recipe, augment, crop_flip, erase, normalise
-from vitscope.data.counter import AUGMENT, Key
+from vitscope.data import philox
+from vitscope.data.augment.augment import PADDING, Recipe, augment, crop_flip, erase, normalise
+from vitscope.data.philox import AUGMENT, Key
 from vitscope.runtime.errors import ConfigError
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
@@ -27,7 +27,7 @@ def images():
 
 @pytest.mark.parametrize("flip", [False, True])
 def test_crop_flip_equals_padding_slicing_and_mirroring_each_image(images, flip):
-    draws = counter.uniforms(np.arange(64), 3, seed=0, stream=AUGMENT)
+    draws = philox.uniforms(np.arange(64), 3, seed=0, stream=AUGMENT)
     result = crop_flip(images, draws, flip=flip, fill=9)
     mirrored = 0
     for image, cropped, (row, column, mirror) in zip(images, result, draws):
@@ -41,7 +41,7 @@ def test_crop_flip_equals_padding_slicing_and_mirroring_each_image(images, flip)
 
 
 def test_all_offsets_of_a_crop_are_equally_likely():
-    draws = counter.uniforms(np.arange(9000), 3, seed=0, stream=AUGMENT)
+    draws = philox.uniforms(np.arange(9000), 3, seed=0, stream=AUGMENT)
     counts = np.bincount((draws[:, 0] * 9).astype(int), minlength=9)
     assert np.abs(counts - 1000).max() < 4 * np.sqrt(1000)  # four standard errors
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torchvision.datasets import CIFAR10, CIFAR100
 
-from vitscope.data import cifar
+from vitscope.data.sources import cifar
 from vitscope.runtime.errors import ConfigError, DataError
 
 

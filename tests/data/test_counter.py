@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.stats import kstest
 
-from vitscope.data import counter
+from vitscope.data import philox
 
 
 @pytest.mark.parametrize(
@@ -20,26 +20,26 @@ from vitscope.data import counter
     ],
 )
 def test_philox_gives_the_published_test_vectors(words, key, expected):
-    block = counter.philox(np.array([words], dtype=np.uint64), key)[0]
+    block = philox.philox(np.array([words], dtype=np.uint64), key)[0]
     assert " ".join(f"{int(word):08x}" for word in block) == expected
 
 
 def test_uniforms_are_a_function_of_the_index_alone():
-    every = counter.uniforms(np.arange(100), 7, seed=3, stream=counter.AUGMENT, epoch=2)
-    some = counter.uniforms([42, 7], 5, seed=3, stream=counter.AUGMENT, epoch=2)
+    every = philox.uniforms(np.arange(100), 7, seed=3, stream=philox.AUGMENT, epoch=2)
+    some = philox.uniforms([42, 7], 5, seed=3, stream=philox.AUGMENT, epoch=2)
     np.testing.assert_array_equal(some, every[[42, 7], :5])
 
 
-@pytest.mark.parametrize("other", [{"seed": 4}, {"seed": 3 + 2**32}, {"epoch": 3}, {"stream": counter.PROBE}])
+@pytest.mark.parametrize("other", [{"seed": 4}, {"seed": 3 + 2**32}, {"epoch": 3}, {"stream": philox.PROBE}])
 def test_seed_epoch_and_stream_each_change_every_draw(other):
-    arguments = {"seed": 3, "stream": counter.AUGMENT, "epoch": 2}
-    first = counter.uniforms(np.arange(50), 4, **arguments)
-    second = counter.uniforms(np.arange(50), 4, **{**arguments, **other})
+    arguments = {"seed": 3, "stream": philox.AUGMENT, "epoch": 2}
+    first = philox.uniforms(np.arange(50), 4, **arguments)
+    second = philox.uniforms(np.arange(50), 4, **{**arguments, **other})
     assert (first != second).all()
 
 
 def test_uniforms_are_uniform_and_open():
-    draws = counter.uniforms(np.arange(20_000), 4, seed=0, stream=counter.AUGMENT)
+    draws = philox.uniforms(np.arange(20_000), 4, seed=0, stream=philox.AUGMENT)
     assert draws.min() > 0
     assert draws.max() < 1
     # a fixed sample, so the test cannot flicker; 0.001 is what a defect of the construction would fall far below
@@ -49,7 +49,7 @@ def test_uniforms_are_uniform_and_open():
 
 
 def test_permutation_has_each_index_once_and_changes_with_the_epoch():
-    orders = [counter.permutation(1000, seed=0, stream=counter.ORDER, epoch=epoch) for epoch in range(3)]
+    orders = [philox.permutation(1000, seed=0, stream=philox.ORDER, epoch=epoch) for epoch in range(3)]
     for order in orders:
         np.testing.assert_array_equal(np.sort(order), np.arange(1000))
     assert (orders[0] != orders[1]).mean() > 0.9
@@ -59,6 +59,6 @@ def test_permutation_has_each_index_once_and_changes_with_the_epoch():
 @pytest.mark.parametrize("arguments", [{"seed": -1}, {"seed": 2**64}, {"seed": 0, "epoch": 2**32}])
 def test_counters_out_of_range_are_refused(arguments):
     with pytest.raises(ValueError, match=r"Expected (seed|epoch) in"):
-        counter.uniforms([0], 1, stream=counter.AUGMENT, **arguments)
+        philox.uniforms([0], 1, stream=philox.AUGMENT, **arguments)
     with pytest.raises(ValueError, match="Expected indices"):
-        counter.uniforms([2**32], 1, seed=0, stream=counter.AUGMENT)
+        philox.uniforms([2**32], 1, seed=0, stream=philox.AUGMENT)

@@ -10,10 +10,11 @@ import torch
 from hydra import compose, initialize_config_dir
 
 from vitscope import build, config
-from vitscope.data import DataModule, counter, digits, shapes
-from vitscope.data.arrays import ArrayImages
-from vitscope.data.mix import mix
+from vitscope.data import DataModule, philox
+from vitscope.data.augment.mixup import mix
 from vitscope.data.probe_batches import ProbeBatches
+from vitscope.data.sources import digits, shapes
+from vitscope.data.sources.array_images import ArrayImages
 from vitscope.runtime import distributed
 from vitscope.runtime.errors import ConfigError, DataError
 
@@ -241,7 +242,7 @@ class TestProbeBatches:
         mixed = data.probe_batches("train", augment=True, n_images=30, batch_size=15, seed=2)
         options = {key: STRONG[key] for key in ("mixup", "cutmix", "switch_prob", "label_smoothing")}
         for b, ((x, y), (soft_x, soft_y)) in enumerate(zip(plain, mixed)):
-            expected_x, expected_y = mix(x, y, num_classes=3, seed=(2, counter.PROBE, b), **options)
+            expected_x, expected_y = mix(x, y, num_classes=3, seed=(2, philox.PROBE, b), **options)
             assert torch.equal(soft_x, expected_x)
             assert torch.equal(soft_y, expected_y)
             assert soft_y.shape == (15, 3)

@@ -13,9 +13,10 @@ from PIL import Image, ImageFile
 from torch import nn
 
 from vitscope.core.probe import ObjectiveCard, Probe
-from vitscope.data import DataModule, folder
-from vitscope.data.augment import Recipe
-from vitscope.data.decode import EXTENSIONS, read_image
+from vitscope.data import DataModule
+from vitscope.data.augment.augment import Recipe
+from vitscope.data.sources import folder
+from vitscope.data.sources.image_decoding import EXTENSIONS, read_image
 from vitscope.runtime.errors import ConfigError, DataError
 
 RAMP = np.arange(0, 65536, 257, dtype=np.uint16).reshape(16, 16)  # 0, 257, ..., 65535: exactly the bytes 0 to 255

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from vitscope.data.decode import read_image
+from vitscope.data.sources.image_decoding import read_image
 from vitscope.runtime.errors import DataError
 
 RNG = np.random.default_rng(0)

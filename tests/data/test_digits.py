@@ -5,7 +5,7 @@ import pytest
 import torch
 from sklearn.datasets import load_digits
 
-from vitscope.data import digits
+from vitscope.data.sources import digits
 from vitscope.runtime.errors import DataError
 
 

@@ -9,10 +9,11 @@ import torch
 from PIL import Image
 from timm.data.imagenet_info import ImageNetInfo
 
-from vitscope.data import DataModule, folder
-from vitscope.data.augment import Recipe
-from vitscope.data.counter import AUGMENT, Key
-from vitscope.data.files import model_recipe
+from vitscope.data import DataModule
+from vitscope.data.augment.augment import Recipe
+from vitscope.data.philox import AUGMENT, Key
+from vitscope.data.sources import folder
+from vitscope.data.sources.file_images import model_recipe
 from vitscope.runtime.errors import ConfigError, DataError
 
 

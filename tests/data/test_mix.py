@@ -5,7 +5,7 @@ import pytest
 import torch
 from timm.data.mixup import Mixup
 
-from vitscope.data.mix import mix
+from vitscope.data.augment.mixup import mix
 
 STRONG = {"mixup": 1.0, "cutmix": 0.8, "switch_prob": 0.5, "label_smoothing": 0.1}
 

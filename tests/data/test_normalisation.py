@@ -8,7 +8,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from vitscope.data import digits, photos, shapes
+from vitscope.data.sources import digits, photos, shapes
 
 CONF = Path(__file__).parents[2] / "conf" / "data"
 

@@ -8,7 +8,7 @@ from PIL import Image
 from sklearn.datasets import load_sample_image
 from timm.data import auto_augment as timm_augment
 
-from vitscope.data import operations as ops
+from vitscope.data.augment import pillow_ops as ops
 
 FILL = (120, 115, 100)
 

@@ -7,7 +7,8 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from vitscope.data import DataModule, photos
+from vitscope.data import DataModule
+from vitscope.data.sources import photos
 from vitscope.runtime.errors import DataError
 
 

@@ -11,8 +11,8 @@ from PIL import Image
 from scipy.stats import chi2_contingency, ks_2samp
 from timm.data import auto_augment as timm_augment
 
-from vitscope.data import randaugment
-from vitscope.data.counter import AUGMENT, uniforms
+from vitscope.data.augment import randaugment
+from vitscope.data.philox import AUGMENT, uniforms
 from vitscope.runtime.errors import ConfigError
 
 N = 6000

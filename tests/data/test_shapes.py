@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from vitscope.data import shapes
+from vitscope.data.sources import shapes
 from vitscope.runtime.errors import DataError
 
 

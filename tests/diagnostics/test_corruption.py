@@ -16,7 +16,7 @@ from torch import nn
 
 from vitscope import Probe
 from vitscope.core.undefined_values import NullWarning
-from vitscope.data import photos
+from vitscope.data.sources import photos
 from vitscope.diagnostics.corruption import _scores
 from vitscope.diagnostics.corruption._baselines import ALEXNET, CLEAN
 from vitscope.diagnostics.corruption._kernels import disk, streak, zoom_matrix

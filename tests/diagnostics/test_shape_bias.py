@@ -56,7 +56,8 @@ def test_interval_is_wilsons_and_exact_for_few_decisions_either_way(shape: int, 
 
 
 def test_shapes_of_the_data_module_carry_their_textures():
-    from vitscope.data import DataModule, shapes
+    from vitscope.data import DataModule
+    from vitscope.data.sources import shapes
 
     data = DataModule(shapes.load, name="shapes", num_classes=8, mean=(0.5,) * 3, std=(0.25,) * 3)
     batches = data.probe_batches("cue_conflict", n_images=60, batch_size=25, seed=3)

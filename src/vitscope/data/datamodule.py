@@ -13,14 +13,15 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
-from vitscope.data import counter, photos, ranges, subset
-from vitscope.data.arrays import ArrayImages
-from vitscope.data.augment import Recipe
-from vitscope.data.class_folders import listed
-from vitscope.data.files import FileImages, model_recipe
+from vitscope.data import philox, range_checks, splits
+from vitscope.data.augment.augment import Recipe
+from vitscope.data.augment.mixup import Mixing, mix
 from vitscope.data.loader import Augmented, BatchSampler, Loader
-from vitscope.data.mix import Mixing, mix
 from vitscope.data.probe_batches import Batch, ProbeBatches
+from vitscope.data.sources import photos
+from vitscope.data.sources.array_images import ArrayImages
+from vitscope.data.sources.class_folders import listed
+from vitscope.data.sources.file_images import FileImages, model_recipe
 from vitscope.runtime import distributed
 from vitscope.runtime.errors import ConfigError, DataError
 
@@ -105,13 +106,13 @@ class DataModule(pl.LightningDataModule):
     ) -> None:
         super().__init__()
         self.source, self.name, self.root = source, name, root
-        self.num_classes, self.channels = ranges.integer("data.num_classes", num_classes, 1), 3
-        self.batch_size = ranges.integer("data.batch_size", batch_size, 1)
-        self.eval_batch_size = ranges.integer("data.eval_batch_size", eval_batch_size, 1)
-        self.num_workers = ranges.integer("data.num_workers", num_workers, 0)
+        self.num_classes, self.channels = range_checks.integer("data.num_classes", num_classes, 1), 3
+        self.batch_size = range_checks.integer("data.batch_size", batch_size, 1)
+        self.eval_batch_size = range_checks.integer("data.eval_batch_size", eval_batch_size, 1)
+        self.num_workers = range_checks.integer("data.num_workers", num_workers, 0)
         self.seed, self.split_seed = (
-            ranges.integer("data.seed", seed, 0),
-            ranges.integer("data.split_seed", split_seed, 0),
+            range_checks.integer("data.seed", seed, 0),
+            range_checks.integer("data.split_seed", split_seed, 0),
         )
         if not 0 < fraction <= 1:
             raise ConfigError("data.fraction", fraction, "not in (0, 1]", "give the share of each class to train on")
@@ -261,18 +262,18 @@ class DataModule(pl.LightningDataModule):
         images = self.split(split)
         seed = self.seed if seed is None else seed
         n = self._capped(n_images, len(images))
-        ranges.integer("probe.batch_size", batch_size, 1)
+        range_checks.integer("probe.batch_size", batch_size, 1)
         mixed = (augment and self.mixes) if mix is None else mix
         if n_images is None and not augment:
             order = np.arange(n)
         else:
-            order = counter.permutation(len(images), seed=seed, stream=counter.PROBE)[:n]
+            order = philox.permutation(len(images), seed=seed, stream=philox.PROBE)[:n]
         recipe = self.recipe if augment else self.recipe.plain()
 
         def build(b: int) -> Batch:
-            key = counter.Key(order[b * batch_size : (b + 1) * batch_size], 0, counter.PROBE, seed)
+            key = philox.Key(order[b * batch_size : (b + 1) * batch_size], 0, philox.PROBE, seed)
             x, y = images.batch(key, recipe)
-            return self.mixed(x, y, (seed, counter.PROBE, b)) if mixed else (x, y)
+            return self.mixed(x, y, (seed, philox.PROBE, b)) if mixed else (x, y)
 
         attributes = images.select(order).attributes if isinstance(images, ArrayImages) and not mixed else {}
         return ProbeBatches(build, -(-n // batch_size), n, n * 4 * self.channels * self.image_size**2, attributes)
@@ -291,7 +292,7 @@ class DataModule(pl.LightningDataModule):
         return other
 
     def mixed(self, x: Tensor, y: Tensor, seed: tuple[int, ...]) -> Batch:
-        """Return the batch mixed as the objective says, by `seed` (see `vitscope.data.mix.mix`)."""
+        """Return the batch mixed as the objective says, by `seed` (see `vitscope.data.augment.mixup.mix`)."""
         return mix(x, y, num_classes=self.num_classes, seed=seed, **asdict(self.mixing))
 
     def describe(self, split: str = "train", augment: bool = False) -> dict[str, Any]:
@@ -329,9 +330,9 @@ class DataModule(pl.LightningDataModule):
 
     def _thinned(self, images: Images) -> Images:
         if self.fraction < 1:
-            images = images.select(subset.fraction(images.labels.numpy(), self.fraction, seed=self.split_seed))
+            images = images.select(splits.fraction(images.labels.numpy(), self.fraction, seed=self.split_seed))
         if self.random_labels:
-            images = images.relabelled(torch.from_numpy(subset.permuted(images.labels.numpy(), seed=self.split_seed)))
+            images = images.relabelled(torch.from_numpy(splits.permuted(images.labels.numpy(), seed=self.split_seed)))
         return images
 
     def _check(self, split: str, images: Images) -> None:
@@ -352,7 +353,7 @@ class DataModule(pl.LightningDataModule):
     def _capped(self, n_images: int | None, available: int) -> int:
         if n_images is None:
             return available
-        ranges.integer("probe.n_images", n_images, 1)
+        range_checks.integer("probe.n_images", n_images, 1)
         if n_images > available:
             message = f"probe.n_images={n_images}: the split of {self.name} has {available} images; using all of them"
             warnings.warn(message, stacklevel=3)

@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
-from vitscope.data import counter, descriptors
-from vitscope.data.augment import Recipe
+from vitscope.data import file_descriptors, philox
+from vitscope.data.augment.augment import Recipe
 from vitscope.runtime.errors import DataError, VitscopeError
 
 
@@ -107,7 +107,7 @@ class BatchSampler(Sampler[Draw]):
     def _order(self, epoch: int) -> NDArray[np.int64]:
         if not self.shuffle:
             return np.arange(self.n)
-        return counter.permutation(self.n, seed=self.seed, stream=counter.ORDER, epoch=0 if self.fixed else epoch)
+        return philox.permutation(self.n, seed=self.seed, stream=philox.ORDER, epoch=0 if self.fixed else epoch)
 
     def _cut(self, order: NDArray[np.int64], epoch: int, index: int) -> Draw:
         size = self.batch_size * self.world_size
@@ -150,16 +150,16 @@ class Loader(DataLoader[Any]):
         try:
             batches = super().__iter__()
         except OSError as error:  # a worker that cannot be started
-            raise (descriptors.shortage() if descriptors.is_shortage(error) else error) from error
+            raise (file_descriptors.shortage() if file_descriptors.is_shortage(error) else error) from error
         while True:
             try:
                 batch = next(batches)
             except StopIteration:
                 return
             except (RuntimeError, OSError, EOFError) as error:
-                if descriptors.is_shortage(error) or self._cannot_hand_over(error):
+                if file_descriptors.is_shortage(error) or self._cannot_hand_over(error):
                     self.stop_workers()
-                    raise descriptors.shortage() from error
+                    raise file_descriptors.shortage() from error
                 if "DataLoader worker" not in str(error):
                     raise
                 self.stop_workers()
@@ -204,7 +204,7 @@ class Augmented(Dataset[Any]):
 
     def __getitems__(self, draw: Draw) -> Any:
         """Return the batch `(x, y)` of a draw."""
-        return self.images.batch(counter.Key(draw.indices, draw.epoch, counter.AUGMENT, self.seed), self.recipe)
+        return self.images.batch(philox.Key(draw.indices, draw.epoch, philox.AUGMENT, self.seed), self.recipe)
 
 
 class _Caught(Dataset[Any]):
@@ -223,13 +223,13 @@ class _Caught(Dataset[Any]):
         try:
             batch = self.dataset.__getitems__(draw)
             if get_worker_info() is not None:
-                descriptors.check_spare()
+                file_descriptors.check_spare()
         except VitscopeError as error:
             return error
         except (RuntimeError, OSError) as error:
-            if not descriptors.is_shortage(error):
+            if not file_descriptors.is_shortage(error):
                 raise
-            return descriptors.shortage()
+            return file_descriptors.shortage()
         return batch
 
 

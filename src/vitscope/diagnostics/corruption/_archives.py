@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from vitscope.data.class_folders import class_folders, image_files, listed, subfolders
-from vitscope.data.decode import read_image
+from vitscope.data.sources.class_folders import class_folders, image_files, listed, subfolders
+from vitscope.data.sources.image_decoding import read_image
 from vitscope.runtime.errors import DataError
 
 KEY = "analysis.corruption.root"

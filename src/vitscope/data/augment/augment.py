@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import pad
 
-from vitscope.data import ranges
-from vitscope.data.counter import Key, uniforms
-from vitscope.data.decode import WHITE
-from vitscope.data.randaugment import Policy, rand_augment
+from vitscope.data import range_checks
+from vitscope.data.augment.randaugment import Policy, rand_augment
+from vitscope.data.philox import Key, uniforms
+from vitscope.data.sources.image_decoding import WHITE
 from vitscope.runtime.errors import ConfigError
 
 PADDING = 4
@@ -50,7 +50,7 @@ class Recipe:
         crop_mode: How files are brought to `image_size / crop_pct` before the crop: `center` (shorter side), `squash` (both
             sides, whatever their ratio) or `border` (longer side, the rest filled with the mean).
         background: Red, green and blue that show through transparent pixels of files.
-        pixel_range: Samples of files that become black and white where they are not of 8 bits, see `vitscope.data.decode`.
+        pixel_range: Samples of files that become black and white where they are not of 8 bits, see `vitscope.data.sources.image_decoding`.
     """
 
     augment: str = "none"
@@ -67,11 +67,11 @@ class Recipe:
     pixel_range: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
-        ranges.integer("data.image_size", self.image_size, 1)
-        ranges.channels("data.mean", self.mean, positive=False)
-        ranges.channels("data.std", self.std, positive=True)
-        ranges.number("data.crop_fill", self.crop_fill, 0, 255)
-        ranges.number("data.crop_pct", self.crop_pct, 0.01, 2)  # above 1 the image is enlarged by its border
+        range_checks.integer("data.image_size", self.image_size, 1)
+        range_checks.channels("data.mean", self.mean, positive=False)
+        range_checks.channels("data.std", self.std, positive=True)
+        range_checks.number("data.crop_fill", self.crop_fill, 0, 255)
+        range_checks.number("data.crop_pct", self.crop_pct, 0.01, 2)  # above 1 the image is enlarged by its border
         if self.crop_mode not in ("center", "squash", "border"):
             raise ConfigError("data.crop_mode", self.crop_mode, "unknown crop", "choose center, squash or border")
         if len(self.background) != 3 or any(value not in range(256) for value in self.background):
@@ -79,7 +79,7 @@ class Recipe:
             raise ConfigError("data.background", list(self.background), why, "give red, green and blue")
         if self.pixel_range is not None:
             _check_pixel_range(self.pixel_range)
-        ranges.number("objective.random_erasing", self.random_erasing, 0, 1)
+        range_checks.number("objective.random_erasing", self.random_erasing, 0, 1)
         if self.interpolation not in ("bilinear", "bicubic", "nearest", "lanczos"):
             fix = "choose bilinear, bicubic, nearest or lanczos"
             raise ConfigError("data.interpolation", self.interpolation, "unknown filter", fix)

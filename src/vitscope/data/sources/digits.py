@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 from sklearn.datasets import load_digits
 from torchvision.transforms.v2.functional import resize
 
-from vitscope.data.arrays import ArrayImages
-from vitscope.data.subset import hold_out
+from vitscope.data.sources.array_images import ArrayImages
+from vitscope.data.splits import hold_out
 from vitscope.runtime.errors import DataError
 
 _SIZE = 32

@@ -15,9 +15,9 @@ from timm.data.transforms_factory import create_transform
 from torch import Tensor, nn
 
 from vitscope.core.guard.probe_guard import kept_random_states
-from vitscope.data.augment import Recipe
-from vitscope.data.counter import Key, uniforms
-from vitscope.data.decode import read_image
+from vitscope.data.augment.augment import Recipe
+from vitscope.data.philox import Key, uniforms
+from vitscope.data.sources.image_decoding import read_image
 from vitscope.runtime.errors import ConfigError
 
 
@@ -52,7 +52,7 @@ class FileImages:
         """Return augmented, normalised images `(B, 3, H, W)` float32 and their labels `(B,)`.
 
         Raises:
-            DataError: A file that cannot be read as an image, see `vitscope.data.decode`.
+            DataError: A file that cannot be read as an image, see `vitscope.data.sources.image_decoding`.
         """
         words = uniforms(key.indices, 2, seed=key.seed, stream=key.stream, epoch=key.epoch)
         seeds = (words * 2**32).astype(np.uint64)

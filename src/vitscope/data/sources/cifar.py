@@ -18,8 +18,8 @@ from filelock import FileLock
 from torchvision.datasets import CIFAR10, CIFAR100
 from torchvision.datasets.utils import check_integrity
 
-from vitscope.data.arrays import ArrayImages
-from vitscope.data.subset import hold_out
+from vitscope.data.sources.array_images import ArrayImages
+from vitscope.data.splits import hold_out
 from vitscope.runtime.errors import ConfigError, DataError
 
 VARIANTS: dict[str, type[CIFAR10]] = {"cifar10": CIFAR10, "cifar100": CIFAR100}

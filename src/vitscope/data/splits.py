@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from vitscope.data import counter
+from vitscope.data import philox
 
 
 def hold_out(labels: NDArray[np.int64], share: float, *, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -36,12 +36,12 @@ def fraction(labels: NDArray[np.int64], share: float, *, seed: int) -> NDArray[n
 
 def permuted(labels: NDArray[np.int64], *, seed: int) -> NDArray[np.int64]:
     """Return the labels in random order: the same class counts, no relation to the images."""
-    return labels[counter.permutation(len(labels), seed=seed, stream=counter.LABELS)]
+    return labels[philox.permutation(len(labels), seed=seed, stream=philox.LABELS)]
 
 
 def _rank_in_class(labels: NDArray[np.int64], seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Return each image's place in a random order of its class, and its class's size, both `(N,)`."""
-    shuffled = counter.permutation(len(labels), seed=seed, stream=counter.SUBSET)
+    shuffled = philox.permutation(len(labels), seed=seed, stream=philox.SUBSET)
     grouped = shuffled[np.argsort(labels[shuffled], kind="stable")]  # class by class, random within
     counts = np.bincount(labels, minlength=1)
     starts = np.cumsum(counts) - counts

@@ -12,8 +12,8 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from vitscope.data.decode import EXTENSIONS
-from vitscope.data.notices import report_once
+from vitscope.data.sources.image_decoding import EXTENSIONS
+from vitscope.data.sources.notices import report_once
 from vitscope.runtime.errors import DataError
 
 #: Folder names of each split; capitals make no difference.

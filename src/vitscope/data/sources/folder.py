@@ -22,10 +22,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from vitscope.data.class_folders import class_folders, image_files, listed, split_folders
-from vitscope.data.files import FileImages
-from vitscope.data.notices import report_once
-from vitscope.data.subset import hold_out
+from vitscope.data.sources.class_folders import class_folders, image_files, listed, split_folders
+from vitscope.data.sources.file_images import FileImages
+from vitscope.data.sources.notices import report_once
+from vitscope.data.splits import hold_out
 from vitscope.runtime.errors import ConfigError, DataError, nearest
 
 _LAYOUT = "put images in <root>/train/<class>/ and <root>/val/<class>/ (see data/folder.py for the layouts)"

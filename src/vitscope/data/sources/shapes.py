@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from vitscope.data import counter
-from vitscope.data.arrays import ArrayImages
+from vitscope.data import philox
+from vitscope.data.sources.array_images import ArrayImages
 from vitscope.runtime.errors import DataError
 
 SIZE = 32
@@ -104,7 +104,7 @@ def load(split: str, *, root: str | None = None, split_seed: int = 0) -> ArrayIm
     shape = index % n
     texture = (shape + 1 + index // n % (n - 1)) % n if split == "cue_conflict" else shape
     epoch = list(SPLITS).index(split)
-    draws = counter.uniforms(index, _DRAWS, seed=0, stream=counter.PIXELS, epoch=epoch)
+    draws = philox.uniforms(index, _DRAWS, seed=0, stream=philox.PIXELS, epoch=epoch)
     images = np.empty((len(index), 3, SIZE, SIZE), dtype=np.uint8)
     for start in range(0, len(index), _CHUNK):
         part = slice(start, start + _CHUNK)

@@ -11,8 +11,8 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 from torchvision.transforms.v2.functional import resize
 
-from vitscope.data.augment import Recipe, augment, erase, normalise
-from vitscope.data.counter import Key
+from vitscope.data.augment.augment import Recipe, augment, erase, normalise
+from vitscope.data.philox import Key
 
 
 @dataclass(frozen=True)

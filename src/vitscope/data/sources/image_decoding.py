@@ -19,8 +19,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageFile, ImageOps
 
-from vitscope.data import deep_color, descriptors
-from vitscope.data.notices import report_once
+from vitscope.data import file_descriptors
+from vitscope.data.sources import deep_color
+from vitscope.data.sources.notices import report_once
 from vitscope.runtime.errors import DataError
 
 #: Pillow's decoders that are used. Its others (EPS, PSD, FITS, ...) are never started by a file's content.
@@ -75,8 +76,8 @@ def read_image(
         why = f"{path} has more pixels than Pillow's limit ({' '.join(str(error).split())})"
         raise DataError(key, None, why, "make the image smaller, or remove it") from error
     except Exception as error:  # decoders of damaged files raise nearly anything
-        if descriptors.is_shortage(error):
-            raise descriptors.shortage() from error
+        if file_descriptors.is_shortage(error):
+            raise file_descriptors.shortage() from error
         why = f"{path} cannot be read as an image ({' '.join(str(error).split())})"
         raise DataError(key, None, why, f"replace or remove the file; read are {', '.join(FORMATS)}") from error
 

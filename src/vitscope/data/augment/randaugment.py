@@ -18,8 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import ndtri
 
-from vitscope.data import operations as ops
-from vitscope.data.operations import Bytes, Floats
+from vitscope.data.augment import pillow_ops as ops
+from vitscope.data.augment.pillow_ops import Bytes, Floats
 from vitscope.runtime.errors import ConfigError
 
 OPERATIONS = (

@@ -10,7 +10,7 @@ from timm.data.mixup import Mixup, mixup_target
 from torch import Tensor
 
 from vitscope.core.objective import IGNORED_LABEL
-from vitscope.data import ranges
+from vitscope.data import range_checks
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Mixing:
 
     def __post_init__(self) -> None:
         for name, high in (("mixup", math.inf), ("cutmix", math.inf), ("switch_prob", 1.0), ("label_smoothing", 1.0)):
-            ranges.number(f"objective.{name}", getattr(self, name), 0, high)
+            range_checks.number(f"objective.{name}", getattr(self, name), 0, high)
 
     @property
     def on(self) -> bool:

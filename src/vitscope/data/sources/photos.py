@@ -21,9 +21,9 @@ from numpy.typing import NDArray
 from PIL import Image
 from scipy.ndimage import gaussian_filter, uniform_filter
 
-from vitscope.data import counter
-from vitscope.data.arrays import ArrayImages
-from vitscope.data.files import FileImages
+from vitscope.data import philox
+from vitscope.data.sources.array_images import ArrayImages
+from vitscope.data.sources.file_images import FileImages
 from vitscope.runtime.errors import DataError
 
 _SKIMAGE, _SKLEARN = "skimage.data", "sklearn.datasets.images"
@@ -123,7 +123,7 @@ def _crops(name: str, split: str) -> NDArray[np.uint8]:
     contrast = (square - mean**2)[half : half + windows.shape[0], half : half + windows.shape[1]]
     positions = np.flatnonzero(contrast >= np.quantile(contrast, QUIET))
     label = list(PHOTOGRAPHS).index(name)
-    order = counter.permutation(len(positions), seed=label, stream=counter.PIXELS, epoch=list(REGIONS).index(split))
+    order = philox.permutation(len(positions), seed=label, stream=philox.PIXELS, epoch=list(REGIONS).index(split))
     rows, columns = np.unravel_index(positions[order[: REGIONS[split][2]]], contrast.shape)
     crops = windows[rows, columns].astype(np.float64)  # (n, 32, 32)
     for _ in range(_ROUNDS):  # clipped highlights would leave their class in the crop's contrast

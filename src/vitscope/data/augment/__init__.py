@@ -1,0 +1,1 @@
+"""Augmentation of images as a function of (seed, epoch, index)."""
