@@ -30,7 +30,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import vitscope as vs
 from vitscope.data.sources import photos
-from vitscope.linalg.curvatures import curvatures
+from vitscope.linalg.curvature.operator_factory import curvatures
 from vitscope.runtime import progress
 
 

@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import vitscope as vs
-from vitscope.linalg.directions import Direction, filter_parameters, moving, normalize, random_direction
+from vitscope.linalg.weights.directions import Direction, filter_parameters, moving, normalize, random_direction
 from vitscope.runtime import progress
 
 TICK = os.sysconf("SC_CLK_TCK")

@@ -17,7 +17,7 @@ from vitscope.core.evaluation import evaluate
 from vitscope.core.objective import Objective, labeled
 from vitscope.core.probe import Probe
 from vitscope.data.augment.mixup import mix
-from vitscope.linalg.curvatures import curvatures
+from vitscope.linalg.curvature.operator_factory import curvatures
 
 #: two roundings of float64 for each of some thousand terms of size one
 TIGHT = {"rtol": 1e-11, "atol": 1e-11}

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 import vitscope as vs
 from vitscope.core.guard.repeatability import UnusedParametersWarning
 from vitscope.core.weight_space import standing
-from vitscope.linalg.directions import random_direction
-from vitscope.linalg.plane import walked
+from vitscope.linalg.weights.directions import random_direction
+from vitscope.linalg.weights.weight_space_walk import walked
 
 
 class Net(nn.Module):

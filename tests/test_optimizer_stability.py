@@ -12,7 +12,7 @@ from torch import nn
 import vitscope as vs
 from vitscope import build
 from vitscope.core.optimizer_state import of_checkpoint, of_optimizer
-from vitscope.optimizer_stability import stability_limit
+from vitscope.linalg.optimizer_stability import stability_limit
 from vitscope.sam import SAM
 
 STEPS = 600

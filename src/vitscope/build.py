@@ -16,7 +16,7 @@ from vitscope import checkpoint, config
 from vitscope.core.objective import Objective
 from vitscope.core.optimizer_state import OptimizerState, of_checkpoint
 from vitscope.core.probe import Probe
-from vitscope.optimizer_stability import adam_scale
+from vitscope.linalg.optimizer_stability import adam_scale
 from vitscope.runtime import redaction
 from vitscope.runtime.errors import CheckpointError, ConfigError, DataError, VitscopeError
 

@@ -16,8 +16,8 @@ from test_hessian_models import model_of
 
 import vitscope as vs
 from vitscope.diagnostics.hessian import _budget
-from vitscope.linalg.curvatures import curvatures
-from vitscope.linalg.side_by_side import CannotBatch, SideBySide, eigenvalues_side_by_side
+from vitscope.linalg.batched_lanczos import CannotBatch, SideBySide, eigenvalues_side_by_side
+from vitscope.linalg.curvature.operator_factory import curvatures
 from vitscope.runtime.errors import NumericalError
 
 

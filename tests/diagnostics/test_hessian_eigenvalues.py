@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from hessian_oracle import by_magnitude, dense_hessian, logit_jacobian, make
 
 import vitscope as vs
-from vitscope.linalg.curvatures import curvatures
+from vitscope.linalg.curvature.operator_factory import curvatures
 from vitscope.runtime.errors import NumericalError
 
 KINDS = ["conv", "transformer"]

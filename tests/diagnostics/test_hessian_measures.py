@@ -75,7 +75,7 @@ def test_density_moments_are_the_probe_vectors_own():
     result = vs.spectral_density(probe, n_vectors=3, n_steps=12)
     # a Gauss rule of 12 nodes is exact to degree 23, so its moments are v^T H^p v for the same sign vectors
     from vitscope.diagnostics.hessian.spectral_density import random_signs
-    from vitscope.linalg.curvatures import curvatures
+    from vitscope.linalg.curvature.operator_factory import curvatures
 
     with curvatures(probe) as made:
         signs = np.array([random_signs(made.mean(), 0, i).numpy() for i in range(3)])

@@ -20,7 +20,7 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import vitscope as vs
-from vitscope.linalg.curvatures import curvatures
+from vitscope.linalg.curvature.operator_factory import curvatures
 from vitscope.models.alternet import AlterNet, MSABlock, _conv_block
 from vitscope.models.attention import SelfAttention
 from vitscope.models.window_attention import WindowAttention

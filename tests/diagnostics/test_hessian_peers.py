@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import vitscope as vs
-from vitscope.linalg.curvatures import curvatures
+from vitscope.linalg.curvature.operator_factory import curvatures
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 

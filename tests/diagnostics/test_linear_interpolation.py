@@ -9,7 +9,7 @@ from landscapes import assert_untouched, bowl, bowl_at, real, snapshot
 
 import vitscope as vs
 from vitscope.core.evaluation import evaluate
-from vitscope.linalg.directions import random_direction
+from vitscope.linalg.weights.directions import random_direction
 
 NAME = "0.weight"
 

@@ -12,7 +12,7 @@ from torch import nn
 
 import vitscope as vs
 from vitscope.core.weight_space import recalibrate
-from vitscope.linalg.directions import filter_parameters, normalize, random_direction
+from vitscope.linalg.weights.directions import filter_parameters, normalize, random_direction
 from vitscope.runtime import stop_flag
 
 NAME = "0.weight"

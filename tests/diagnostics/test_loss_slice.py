@@ -8,8 +8,8 @@ from landscapes import assert_untouched, bowl, bowl_at, real, snapshot
 from scipy import stats
 
 import vitscope as vs
-from vitscope.linalg.directions import filter_parameters, normalize, random_direction
-from vitscope.linalg.effective_weights import canonical_names
+from vitscope.linalg.weights.directions import filter_parameters, normalize, random_direction
+from vitscope.linalg.weights.effective_weights import canonical_names
 
 
 def test_each_line_has_its_known_values():

@@ -12,8 +12,8 @@ from scipy import stats
 from torch import nn
 
 import vitscope as vs
-from vitscope.linalg.directions import filter_parameters, normalize, random_direction
-from vitscope.linalg.effective_weights import canonical_names
+from vitscope.linalg.weights.directions import filter_parameters, normalize, random_direction
+from vitscope.linalg.weights.effective_weights import canonical_names
 
 
 def test_mean_rise_of_a_bowl_is_half_its_curvature():

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from vitscope.linalg.directions import (
+from vitscope.linalg.weights.checkpoint_pca import difference, principal_directions
+from vitscope.linalg.weights.directions import (
     OFFICIAL_IGNORE,
     as_direction,
     filter_parameters,
@@ -19,7 +20,6 @@ from vitscope.linalg.directions import (
     project,
     random_direction,
 )
-from vitscope.linalg.principal import difference, principal_directions
 
 
 class Zoo(nn.Module):

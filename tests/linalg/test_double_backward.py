@@ -10,8 +10,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import vitscope as vs
-from vitscope.linalg.curvatures import curvatures
-from vitscope.linalg.double_backward import REPLACEMENTS, cheap_double_backward
+from vitscope.linalg.curvature.double_backward import REPLACEMENTS, cheap_double_backward
+from vitscope.linalg.curvature.operator_factory import curvatures
 
 CONVOLUTIONS = {
     "1d": (nn.Conv1d(4, 6, 3, padding=1), (2, 4, 9)),
@@ -185,7 +185,7 @@ def test_products_of_whole_models(name, kind):
     found = operator_product(model, batch, v, operator=kind)
     with pytest.MonkeyPatch.context() as patch:
         others = {F.hardsigmoid: REPLACEMENTS[F.hardsigmoid]}
-        patch.setattr("vitscope.linalg.double_backward.REPLACEMENTS", others)
+        patch.setattr("vitscope.linalg.curvature.double_backward.REPLACEMENTS", others)
         expected = operator_product(model, batch, v, operator=kind)
     assert float(expected.norm()) > 0
     assert float((found - expected).norm() / expected.norm()) < 1e-11

@@ -10,9 +10,15 @@ from torch.nn.utils import parametrizations, prune
 
 import vitscope as vs
 from vitscope.core.weight_space import standing
-from vitscope.linalg.directions import filter_parameters, moving, normalize, random_direction
-from vitscope.linalg.effective_weights import canonical_names, made_weights, masked, pruning_masks, refuse_made_weights
-from vitscope.linalg.plane import walked
+from vitscope.linalg.weights.directions import filter_parameters, moving, normalize, random_direction
+from vitscope.linalg.weights.effective_weights import (
+    canonical_names,
+    made_weights,
+    masked,
+    pruning_masks,
+    refuse_made_weights,
+)
+from vitscope.linalg.weights.weight_space_walk import walked
 
 
 def network() -> nn.Sequential:

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from vitscope.linalg import plane
-from vitscope.linalg.directions import random_direction
-from vitscope.linalg.plane import between, set_aside, squared_norms, walked
+from vitscope.linalg.weights import weight_space_walk
+from vitscope.linalg.weights.directions import random_direction
+from vitscope.linalg.weights.weight_space_walk import between, set_aside, squared_norms, walked
 
 
 def weights(dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
@@ -70,7 +70,7 @@ def test_a_full_disk_falls_back_to_memory(monkeypatch: pytest.MonkeyPatch):
     def full(tensors: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(plane, "_mapped", full)
+    monkeypatch.setattr(weight_space_walk, "_mapped", full)
     w = weights()
     kept = set_aside(w)
     assert all(torch.equal(kept[name], w[name]) for name in w)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from vitscope.linalg.lanczos import Lanczos
-from vitscope.linalg.semiorthogonal import PESSIMISM, SemiorthogonalLanczos
+from vitscope.linalg.partial_reorthogonalization import PESSIMISM, SemiorthogonalLanczos
 from vitscope.runtime.errors import NumericalError
 
 LARGE = 400

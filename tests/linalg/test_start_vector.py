@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 import vitscope as vs
-from vitscope.linalg.curvatures import start_along
-from vitscope.linalg.extreme import extreme_eigenvalues
+from vitscope.linalg.curvature.operator_factory import start_along
+from vitscope.linalg.eigensolver import extreme_eigenvalues
 
 
 def passed_over(seed, which, tol):

@@ -18,7 +18,7 @@ from rich.table import Table
 from vitscope import config, tracking
 from vitscope.core.objective import Objective
 from vitscope.core.probe import Probe
-from vitscope.linalg.extreme import free_memory
+from vitscope.linalg.eigensolver import free_memory
 
 _PACKAGES = (
     "torch",

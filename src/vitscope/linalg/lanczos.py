@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vitscope.linalg.basis import Basis, Memory
-from vitscope.linalg.ritz import Ritz
+from vitscope.linalg.krylov_basis import Basis, Memory
+from vitscope.linalg.ritz_values import Ritz
 from vitscope.runtime.errors import NumericalError
 
 Operator = Callable[[Tensor], Tensor | Sequence[Tensor]]

@@ -11,10 +11,10 @@ import numpy as np
 
 from vitscope.core.probe import Batch
 from vitscope.diagnostics.hessian import _budget
-from vitscope.linalg.basis import Memory
-from vitscope.linalg.curvatures import Curvatures
-from vitscope.linalg.side_by_side import CannotBatch, at_once, eigenvalues_side_by_side, obstacle
-from vitscope.linalg.solve import Solution, solve
+from vitscope.linalg.batched_lanczos import CannotBatch, at_once, eigenvalues_side_by_side, obstacle
+from vitscope.linalg.curvature.operator_factory import Curvatures
+from vitscope.linalg.krylov_basis import Memory
+from vitscope.linalg.solvers import Solution, solve
 from vitscope.runtime import distributed
 from vitscope.runtime.progress import track
 

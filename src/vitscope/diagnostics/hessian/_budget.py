@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from vitscope.core.probe import Batch
-from vitscope.linalg.basis import norm
-from vitscope.linalg.curvatures import Curvatures
-from vitscope.linalg.side_by_side import SideBySide
+from vitscope.linalg.batched_lanczos import SideBySide
+from vitscope.linalg.curvature.operator_factory import Curvatures
+from vitscope.linalg.krylov_basis import norm
 from vitscope.runtime import distributed, progress
 
 #: seconds; a name of its own so that tests can set the time

@@ -14,10 +14,10 @@ from vitscope.core.measure_options import record_options
 from vitscope.core.objective import n_labeled
 from vitscope.core.probe import Batch, ObjectiveCard, Probe
 from vitscope.diagnostics.hessian._verdict import ROUNDING, TINY, Limits, Row, judge, predicted_decrease, slice_drop
-from vitscope.linalg.basis import norm
-from vitscope.linalg.curvatures import Curvatures, curvatures
-from vitscope.linalg.solve import solve
-from vitscope.optimizer_stability import adam_scale
+from vitscope.linalg.curvature.operator_factory import Curvatures, curvatures
+from vitscope.linalg.krylov_basis import norm
+from vitscope.linalg.optimizer_stability import adam_scale
+from vitscope.linalg.solvers import solve
 from vitscope.runtime import distributed
 from vitscope.runtime.progress import track
 

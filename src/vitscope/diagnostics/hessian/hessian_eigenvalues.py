@@ -10,8 +10,8 @@ import torch
 
 from vitscope.core.measure_options import record_options
 from vitscope.core.probe import ObjectiveCard, Probe
-from vitscope.linalg.curvatures import curvatures
-from vitscope.linalg.solve import solve
+from vitscope.linalg.curvature.operator_factory import curvatures
+from vitscope.linalg.solvers import solve
 
 
 @dataclass(frozen=True)

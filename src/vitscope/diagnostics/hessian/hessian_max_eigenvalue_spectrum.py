@@ -12,7 +12,7 @@ from vitscope.core.measure_options import record_options
 from vitscope.core.probe import ObjectiveCard, Probe
 from vitscope.diagnostics.hessian import _pooled
 from vitscope.diagnostics.hessian._batchwise import Row, Work
-from vitscope.linalg.curvatures import curvatures
+from vitscope.linalg.curvature.operator_factory import curvatures
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from vitscope.core.measure_options import record_options
 from vitscope.core.probe import ObjectiveCard, Probe
-from vitscope.linalg.basis import dot
-from vitscope.linalg.curvatures import curvatures
-from vitscope.linalg.hvp import Curvature
+from vitscope.linalg.curvature.curvature_operator import Curvature
+from vitscope.linalg.curvature.operator_factory import curvatures
+from vitscope.linalg.krylov_basis import dot
 from vitscope.runtime.progress import track
 
 METHODS = ("hutchinson", "hutch++")

@@ -13,8 +13,8 @@ from vitscope.core.measure_options import record_options
 from vitscope.core.objective import labeled
 from vitscope.core.probe import Batch, ObjectiveCard, Probe
 from vitscope.diagnostics.hessian import _pooled
-from vitscope.linalg.curvatures import Curvatures, curvatures
-from vitscope.linalg.solve import solve
+from vitscope.linalg.curvature.operator_factory import Curvatures, curvatures
+from vitscope.linalg.solvers import solve
 from vitscope.runtime import distributed
 from vitscope.runtime.progress import track
 

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from vitscope.core.measure_options import record_options
 from vitscope.core.probe import ObjectiveCard, Probe
-from vitscope.linalg.curvatures import curvatures
-from vitscope.linalg.directions import filter_parameters, moving
-from vitscope.linalg.effective_weights import pruning_masks, refuse_made_weights
-from vitscope.linalg.scaled import scaled_eigenvalues
+from vitscope.linalg.curvature.operator_factory import curvatures
+from vitscope.linalg.preconditioned_operator import scaled_eigenvalues
+from vitscope.linalg.weights.directions import filter_parameters, moving
+from vitscope.linalg.weights.effective_weights import pruning_masks, refuse_made_weights
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,10 @@ from torch.optim import Optimizer
 from vitscope.core.measure_options import record_options
 from vitscope.core.optimizer_state import OptimizerState, of_optimizer
 from vitscope.core.probe import ObjectiveCard, Probe
-from vitscope.linalg.curvatures import Curvatures, curvatures
-from vitscope.linalg.hvp import Curvature
-from vitscope.linalg.scaled import scaled_eigenvalues
-from vitscope.optimizer_stability import StabilityLimit, stability_limit
+from vitscope.linalg.curvature.curvature_operator import Curvature
+from vitscope.linalg.curvature.operator_factory import Curvatures, curvatures
+from vitscope.linalg.optimizer_stability import StabilityLimit, stability_limit
+from vitscope.linalg.preconditioned_operator import scaled_eigenvalues
 from vitscope.runtime.errors import CheckpointError
 
 
@@ -30,7 +30,7 @@ class PreconditionedSharpnessResult:
         residuals: (k,) of the symmetric form P^-1/2 H P^-1/2.
         converged: (k,) booleans.
         threshold: above it the linearized full-batch iteration with frozen second moments diverges, see
-            `vitscope.optimizer_stability`: 2 (1 + beta1) / ((1 - beta1) lr) for Adam and AdamW (38 / lr for beta1 = 0.9),
+            `vitscope.linalg.optimizer_stability`: 2 (1 + beta1) / ((1 - beta1) lr) for Adam and AdamW (38 / lr for beta1 = 0.9),
             2 (1 + m) / lr for SGD with momentum m (3.8 / lr for 0.9). NaN where it is unknown, infinite at rate 0.
         ratio: largest eigenvalue / threshold; NaN where that is unknown.
         lr: the learning rate, NaN where it is unknown.

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from vitscope.core.measure_options import record_options
 from vitscope.core.probe import ObjectiveCard, Probe
-from vitscope.linalg.basis import dot
-from vitscope.linalg.curvatures import curvatures
-from vitscope.linalg.extreme import Eigenpairs
-from vitscope.linalg.solve import solve
+from vitscope.linalg.curvature.operator_factory import curvatures
+from vitscope.linalg.eigensolver import Eigenpairs
+from vitscope.linalg.krylov_basis import dot
+from vitscope.linalg.solvers import solve
 from vitscope.models.structure.parameter_groups import parameter_kinds
 
 

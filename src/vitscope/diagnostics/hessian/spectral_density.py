@@ -13,10 +13,10 @@ from torch import Tensor
 from vitscope.core.measure_options import record_options
 from vitscope.core.probe import ObjectiveCard, Probe
 from vitscope.diagnostics.hessian.hessian_trace import LEAST_VECTORS
-from vitscope.linalg.basis import Memory
-from vitscope.linalg.curvatures import curvatures
-from vitscope.linalg.hvp import Curvature
-from vitscope.linalg.semiorthogonal import SemiorthogonalLanczos
+from vitscope.linalg.curvature.curvature_operator import Curvature
+from vitscope.linalg.curvature.operator_factory import curvatures
+from vitscope.linalg.krylov_basis import Memory
+from vitscope.linalg.partial_reorthogonalization import SemiorthogonalLanczos
 from vitscope.runtime.progress import track
 
 Row = Mapping[str, float | np.ndarray]

@@ -14,7 +14,8 @@ import torch
 from vitscope.core.probe import Probe
 from vitscope.core.weight_space import check_movable, chosen
 from vitscope.diagnostics.landscape._source import Source
-from vitscope.linalg.directions import (
+from vitscope.linalg.weights.checkpoint_pca import difference, principal_directions
+from vitscope.linalg.weights.directions import (
     Direction,
     as_direction,
     filter_parameters,
@@ -26,9 +27,8 @@ from vitscope.linalg.directions import (
     random_direction,
     scale,
 )
-from vitscope.linalg.effective_weights import canonical_names, pruning_masks, refuse_made_weights
-from vitscope.linalg.plane import set_aside
-from vitscope.linalg.principal import difference, principal_directions
+from vitscope.linalg.weights.effective_weights import canonical_names, pruning_masks, refuse_made_weights
+from vitscope.linalg.weights.weight_space_walk import set_aside
 from vitscope.runtime import distributed
 
 
@@ -37,7 +37,7 @@ class Axes:
     """A plane's two directions, and the checkpoints' places in it.
 
     Attributes:
-        first: set aside (see `vitscope.linalg.plane.set_aside`).
+        first: set aside (see `vitscope.linalg.weights.weight_space_walk.set_aside`).
         second: on the model's device.
         norms: (2,) Euclidean norms.
         cosine: between the two.

@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from vitscope.core.weight_space import Checkpoints
-from vitscope.linalg.directions import NORMALIZATIONS, OFFICIAL_IGNORE
+from vitscope.linalg.weights.directions import NORMALIZATIONS, OFFICIAL_IGNORE
 
 Kind = Literal["random", "eigenvectors", "pca", "gradient", "checkpoints"]
 KINDS = get_args(Kind)
@@ -26,9 +26,9 @@ class Source:
 
     Attributes:
         directions: one of `KINDS`, or directions themselves (mappings by parameter name, or flat vectors).
-        normalization: see `vitscope.linalg.directions.normalize`; None: ``filter`` for random directions and the
+        normalization: see `vitscope.linalg.weights.directions.normalize`; None: ``filter`` for random directions and the
             gradient, which have no scale of their own, ``none`` for the rest.
-        ignore: see `vitscope.linalg.directions.moving`; None: ``bias_bn`` for those two, nothing for the rest.
+        ignore: see `vitscope.linalg.weights.directions.moving`; None: ``bias_bn`` for those two, nothing for the rest.
         seed: of random directions.
         eigenvectors: arrays or mappings by parameter name, or the path of a saved result that holds ``eigenvectors`` (k, P).
         checkpoints: pairs of a label and a state dict.

@@ -23,8 +23,8 @@ from vitscope.core.weight_space import (
     rows,
     standing,
 )
-from vitscope.linalg.directions import norm
-from vitscope.linalg.plane import between, squared_norms
+from vitscope.linalg.weights.directions import norm
+from vitscope.linalg.weights.weight_space_walk import between, squared_norms
 from vitscope.models.state_dicts import with_default_keys
 
 #: the name under which the probe's own weights are an end

@@ -15,8 +15,8 @@ from vitscope.core.probe import ObjectiveCard, Probe
 from vitscope.core.weight_space import BatchNormPolicy, Checkpoints, DtypeName, Partial, Row, as_dtype, rows, standing
 from vitscope.diagnostics.landscape._axes import Axes, plane_axes
 from vitscope.diagnostics.landscape._source import Kind, Preset, Source, preset_source
-from vitscope.linalg.directions import Normalization
-from vitscope.linalg.plane import SquaredNorms, squared_norms, walked
+from vitscope.linalg.weights.directions import Normalization
+from vitscope.linalg.weights.weight_space_walk import SquaredNorms, squared_norms, walked
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,17 @@ from vitscope.core.probe import ObjectiveCard, Probe
 from vitscope.core.weight_space import BatchNormPolicy, DtypeName, Partial, Row, as_dtype, rows, standing
 from vitscope.diagnostics.landscape._lines import measure_lines, t_half_width
 from vitscope.diagnostics.landscape._source import Source
-from vitscope.linalg.directions import Direction, filter_parameters, moving, normalize, project, random_direction, scale
-from vitscope.linalg.effective_weights import canonical_names, pruning_masks
-from vitscope.linalg.plane import walked
+from vitscope.linalg.weights.directions import (
+    Direction,
+    filter_parameters,
+    moving,
+    normalize,
+    project,
+    random_direction,
+    scale,
+)
+from vitscope.linalg.weights.effective_weights import canonical_names, pruning_masks
+from vitscope.linalg.weights.weight_space_walk import walked
 from vitscope.runtime import stop_flag
 
 #: from here on every model tried was near chance: such radii are marked, never compared
@@ -111,7 +119,7 @@ def sharpness(
         radii: distances, positive.
         n_pairs: pairs of directions; at least 20 for a claim.
         normalization: ``filter`` or ``layer``.
-        ignore: what stays (see `vitscope.linalg.directions.moving`).
+        ignore: what stays (see `vitscope.linalg.weights.directions.moving`).
         n_steps: of gradient ascent; 0 leaves the worst rise out.
         n_starts: random starts of the ascent.
         seed: of directions and starts.

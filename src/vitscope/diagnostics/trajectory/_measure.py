@@ -8,8 +8,8 @@ import torch
 
 from vitscope.core.probe import Probe
 from vitscope.core.weight_space import Checkpoints, Partial, Row, chosen, rows, standing
-from vitscope.linalg.directions import Direction
-from vitscope.linalg.plane import between, walked
+from vitscope.linalg.weights.directions import Direction
+from vitscope.linalg.weights.weight_space_walk import between, walked
 
 
 def checkpoint_rows(

@@ -22,9 +22,9 @@ from vitscope.core.weight_space import (
     chosen,
 )
 from vitscope.diagnostics.trajectory._measure import checkpoint_rows, plane_rows
-from vitscope.linalg.directions import Direction, inner, norm, orthogonalize, random_direction, scale
-from vitscope.linalg.effective_weights import canonical_names
-from vitscope.linalg.principal import difference, gram, principal_directions
+from vitscope.linalg.weights.checkpoint_pca import difference, gram, principal_directions
+from vitscope.linalg.weights.directions import Direction, inner, norm, orthogonalize, random_direction, scale
+from vitscope.linalg.weights.effective_weights import canonical_names
 
 
 @dataclass(frozen=True)

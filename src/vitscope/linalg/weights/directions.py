@@ -14,7 +14,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from vitscope.linalg.effective_weights import masked
+from vitscope.linalg.weights.effective_weights import masked
 
 Direction = dict[str, Tensor]
 
@@ -41,7 +41,7 @@ def random_direction(
         seed: of the measurement.
         index: which of the seed's directions.
         names: the names that the numbers depend on, by the parameters' own (see
-            `vitscope.linalg.effective_weights.canonical_names`, which leave wrappers out); by default these.
+            `vitscope.linalg.weights.effective_weights.canonical_names`, which leave wrappers out); by default these.
     """
     drawn = {}
     for own, p in parameters.items():

@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vitscope.linalg.basis import Memory
-from vitscope.linalg.curvatures import start_vector
-from vitscope.linalg.extreme import Eigenpairs, extreme_eigenvalues
-from vitscope.linalg.hvp import Curvature
-from vitscope.linalg.power import power_iteration
+from vitscope.linalg.curvature.curvature_operator import Curvature
+from vitscope.linalg.curvature.operator_factory import start_vector
+from vitscope.linalg.eigensolver import Eigenpairs, extreme_eigenvalues
+from vitscope.linalg.krylov_basis import Memory
+from vitscope.linalg.power_iteration import power_iteration
 
 SOLVERS = ("lanczos", "power")
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vitscope.linalg.directions import Direction, inner
+from vitscope.linalg.weights.directions import Direction, inner
 
 
 def difference(state: Mapping[str, Tensor], parameters: Mapping[str, Tensor], label: str = "checkpoint") -> Direction:

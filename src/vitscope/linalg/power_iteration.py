@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vitscope.linalg.basis import dot, norm
-from vitscope.linalg.extreme import Eigenpairs
+from vitscope.linalg.eigensolver import Eigenpairs
+from vitscope.linalg.krylov_basis import dot, norm
 
 
 def power_iteration(

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from vitscope.core.guard.module_state import parameter_references
 from vitscope.core.objective import Objective
-from vitscope.linalg.chunks import Chunk, build_chunk
-from vitscope.linalg.l2 import add_l2_product, l2_gradient, l2_shift
+from vitscope.linalg.curvature.l2_curvature import add_l2_product, l2_gradient, l2_shift
+from vitscope.linalg.curvature.microbatch import Chunk, build_chunk
 from vitscope.runtime import distributed, stop_flag
 
 KINDS = ("hessian", "ggn", "fisher_mc", "fisher_empirical")

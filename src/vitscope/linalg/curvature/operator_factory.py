@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from vitscope.core.objective import n_labeled
 from vitscope.core.probe import Batch, ObjectiveCard, Probe
-from vitscope.linalg.basis import norm
-from vitscope.linalg.hvp import Curvature
-from vitscope.linalg.l2 import warn_of_sum_norm
-from vitscope.linalg.subsets import select_parameters, subset_name
+from vitscope.linalg.curvature.curvature_operator import Curvature
+from vitscope.linalg.curvature.l2_curvature import warn_of_sum_norm
+from vitscope.linalg.curvature.parameter_subsets import select_parameters, subset_name
+from vitscope.linalg.krylov_basis import norm
 
 #: parts of modules' class names whose randomness the eval mode switches off
 _RANDOM = ("Dropout", "DropPath", "StochasticDepth")

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from vitscope.linalg.lanczos import Lanczos, Operator
-from vitscope.linalg.ritz import Ritz
+from vitscope.linalg.ritz_values import Ritz
 from vitscope.runtime.errors import NumericalError
 
 #: orthogonalise against the whole basis where less than this share of a product is left by the last two rows

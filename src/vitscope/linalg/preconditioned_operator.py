@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from vitscope.linalg.basis import norm
-from vitscope.linalg.curvatures import start_vector
-from vitscope.linalg.extreme import Eigenpairs, extreme_eigenvalues
-from vitscope.linalg.hvp import Curvature
+from vitscope.linalg.curvature.curvature_operator import Curvature
+from vitscope.linalg.curvature.operator_factory import start_vector
+from vitscope.linalg.eigensolver import Eigenpairs, extreme_eigenvalues
+from vitscope.linalg.krylov_basis import norm
 
 
 def scaled_eigenvalues(

@@ -19,10 +19,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vitscope.linalg.basis import Memory
+from vitscope.linalg.krylov_basis import Memory
 from vitscope.linalg.lanczos import Lanczos, Operator
-from vitscope.linalg.ritz import WHICH, Ritz, count, errors, settled, tolerances, wanted
-from vitscope.linalg.semiorthogonal import SemiorthogonalLanczos
+from vitscope.linalg.partial_reorthogonalization import SemiorthogonalLanczos
+from vitscope.linalg.ritz_values import WHICH, Ritz, count, errors, settled, tolerances, wanted
 from vitscope.runtime import distributed
 
 

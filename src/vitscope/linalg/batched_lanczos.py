@@ -14,12 +14,12 @@ from torch import Tensor
 from torch.func import functional_call, grad, grad_and_value, jvp, vmap
 
 from vitscope.core.probe import Batch
-from vitscope.linalg.basis import norm
-from vitscope.linalg.curvatures import Curvatures, start_along
-from vitscope.linalg.extreme import Search, free_memory
-from vitscope.linalg.l2 import add_l2_product
-from vitscope.linalg.ritz import count
-from vitscope.linalg.solve import Solution, l2_contribution
+from vitscope.linalg.curvature.l2_curvature import add_l2_product
+from vitscope.linalg.curvature.operator_factory import Curvatures, start_along
+from vitscope.linalg.eigensolver import Search, free_memory
+from vitscope.linalg.krylov_basis import norm
+from vitscope.linalg.ritz_values import count
+from vitscope.linalg.solvers import Solution, l2_contribution
 from vitscope.runtime import stop_flag
 from vitscope.runtime.errors import NumericalError
 

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from vitscope.linalg.double_backward import cheap_double_backward
-from vitscope.linalg.outputs import output_curvature
+from vitscope.linalg.curvature.double_backward import cheap_double_backward
+from vitscope.linalg.curvature.logit_curvature import output_curvature
 from vitscope.runtime.errors import NumericalError
 
 if TYPE_CHECKING:
-    from vitscope.linalg.hvp import Curvature
+    from vitscope.linalg.curvature.curvature_operator import Curvature
 
 Product = Callable[[Sequence[Tensor]], Sequence[Tensor]]
 

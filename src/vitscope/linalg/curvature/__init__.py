@@ -1,0 +1,1 @@
+"""Products of a model's curvature matrices with vectors."""

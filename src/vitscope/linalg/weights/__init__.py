@@ -1,0 +1,1 @@
+"""Directions and positions in the space of a model's weights."""
