@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from tests.reports.conftest import spectrum, write_run
 from vitscope import checkpoint, exits, results, tracking
 from vitscope.journal import Journal, read
-from vitscope.plotting import save_figure
+from vitscope.plotting.api import save_figure
 from vitscope.runs import Run
 from vitscope.runtime import safe_files
 from vitscope.runtime.errors import VitscopeError

@@ -26,7 +26,7 @@ _HOME = {
     "Tap": "models.structure.taps",
     "taps": "models.structure.taps",
     "one_pass": "core.feature_pass",
-    "plot": "plotting",
+    "plot": "plotting.api",
     "load_probe": "runs",
     "load_results": "runs",
 }

@@ -12,7 +12,7 @@ import numpy as np
 
 from vitscope import config, journal, results
 from vitscope.journal import Journal
-from vitscope.plotting import plot, save_figure
+from vitscope.plotting.api import plot, save_figure
 from vitscope.runtime import redaction, safe_files
 from vitscope.runtime.distributed import rank
 from vitscope.runtime.errors import StorageError

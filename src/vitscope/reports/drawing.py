@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from vitscope import results
-from vitscope.plotting import plot, save_figure
+from vitscope.plotting.api import plot, save_figure
 from vitscope.runtime.errors import StorageError
 from vitscope.runtime.progress import track
 

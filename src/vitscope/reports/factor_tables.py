@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from vitscope.plotting import save_figure
+from vitscope.plotting.api import save_figure
 from vitscope.reports import factors_figure
 from vitscope.reports.cells import Cell, Problem, Table, shown
 from vitscope.reports.crossed import MODELS

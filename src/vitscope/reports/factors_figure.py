@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from vitscope.plotting import STYLE
+from vitscope.plotting.api import STYLE
 from vitscope.reports.crossed import IMAGES, MODELS, TRAININGS
 from vitscope.reports.factors import L2_FORMS, OBJECTIVES, QUANTITIES, Answer, Quantity
 

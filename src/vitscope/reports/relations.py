@@ -10,7 +10,7 @@ from matplotlib import style
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from vitscope.plotting import STYLE
+from vitscope.plotting.api import STYLE
 from vitscope.reports import identity
 from vitscope.reports.cells import Cell, Problem, Table, over_seeds
 from vitscope.reports.evidence import Entry

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Protocol
 
 from vitscope import runs
-from vitscope.plotting import save_figure
+from vitscope.plotting.api import save_figure
 from vitscope.reports import (
     baselines,
     cells,

@@ -15,7 +15,7 @@ from vitscope.core.objective_card import check_comparable
 from vitscope.results import temporary_path
 from vitscope.runtime import safe_files
 
-STYLE = Path(__file__).parent / "diagnostics" / "vitscope.mplstyle"
+STYLE = Path(__file__).with_name("vitscope.mplstyle")
 
 
 def plot(results: Any, *, allow_different: bool = False, **options: Any) -> Figure:

@@ -1,0 +1,1 @@
+"""Figures: `vs.plot` and the style that all figures share."""
