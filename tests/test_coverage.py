@@ -20,7 +20,7 @@ from vitscope.diagnostics.cka._hsic import hsic
 from vitscope.diagnostics.cka.cka import _jackknife, _ratio
 from vitscope.diagnostics.corruption.corruption import standard_error
 from vitscope.diagnostics.fourier._bootstrap import by_kind, half_width_over_images
-from vitscope.diagnostics.hessian import _pooled
+from vitscope.diagnostics.hessian import _nep_statistics
 from vitscope.diagnostics.hessian.hessian_trace import LEAST_VECTORS, HessianTraceResult
 from vitscope.diagnostics.hessian.spectral_density import half_width, positive_interval
 from vitscope.diagnostics.landscape._lines import t_half_width
@@ -69,8 +69,8 @@ def covered_by_pooled(n: int, n_batches: int, share: float, alike: float) -> tup
         values = spectra(rng, n_batches, share, alike)
         zero = np.zeros_like(values)
         for found, interval, statistic, true in (
-            (nep, _pooled.proportion_interval, _pooled.negative_proportion, share),
-            (ape, _pooled.average_interval, _pooled.positive_average, truth),
+            (nep, _nep_statistics.proportion_interval, _nep_statistics.negative_proportion, share),
+            (ape, _nep_statistics.average_interval, _nep_statistics.positive_average, truth),
         ):
             low, high = interval(values, zero)
             if np.isfinite(low):
@@ -92,7 +92,7 @@ def test_nep_and_ape_cover_with_few_batches() -> None:
 @pytest.mark.parametrize("n_batches", [4, 8, 16, 64])
 def test_nep_and_ape_cover(n_batches: int, share: float, alike: float) -> None:
     nep, ape = covered_by_pooled(SLOW, n_batches, share, alike)
-    assert len(nep) == (SLOW if n_batches >= _pooled.NEP_BATCHES else 0)
+    assert len(nep) == (SLOW if n_batches >= _nep_statistics.NEP_BATCHES else 0)
     assert len(ape) >= 0.99 * SLOW
     held(ape)
     if len(nep):
@@ -104,7 +104,7 @@ def covered_by_ape(n: int, n_batches: int, spread: float, share: float = 0.1) ->
     many = spectra(rng, 400_000, share, 0.0, spread=spread)
     zero = np.zeros((n_batches, 5))
     ends = np.array(
-        [_pooled.average_interval(spectra(rng, n_batches, share, 0.0, spread=spread), zero) for _ in range(n)]
+        [_nep_statistics.average_interval(spectra(rng, n_batches, share, 0.0, spread=spread), zero) for _ in range(n)]
     )
     truth = many[many > 0].mean()
     return (ends[:, 0] <= truth) & (truth <= ends[:, 1])
@@ -124,7 +124,9 @@ def test_ape_covers_at_any_spread_of_batches(n_batches: int, spread: float) -> N
 def covered_by_nep(n: int, n_batches: int, share: float, alike: float) -> np.ndarray:
     rng = np.random.default_rng(11)
     zero = np.zeros((n_batches, 5))
-    ends = np.array([_pooled.proportion_interval(spectra(rng, n_batches, share, alike), zero) for _ in range(n)])
+    ends = np.array(
+        [_nep_statistics.proportion_interval(spectra(rng, n_batches, share, alike), zero) for _ in range(n)]
+    )
     return (ends[:, 0] <= share) & (share <= ends[:, 1])
 
 
@@ -145,17 +147,17 @@ def test_nep_covers_in_its_worst_cases(n_batches: int, share: float, alike: floa
 def test_below_the_stated_number_of_batches_there_is_no_interval() -> None:
     values = spectra(np.random.default_rng(0), 64, 0.2, 0.0)
     for n, interval in (
-        (_pooled.NEP_BATCHES, _pooled.proportion_interval),
-        (_pooled.APE_BATCHES, _pooled.average_interval),
+        (_nep_statistics.NEP_BATCHES, _nep_statistics.proportion_interval),
+        (_nep_statistics.APE_BATCHES, _nep_statistics.average_interval),
     ):
         assert np.isnan(interval(values[: n - 1], np.zeros((n - 1, 5)))).all()
         assert np.isfinite(interval(values[:n], np.zeros((n, 5)))).all()
     none = np.abs(values)
-    low, high = _pooled.proportion_interval(none[:16], np.zeros((16, 5)))
+    low, high = _nep_statistics.proportion_interval(none[:16], np.zeros((16, 5)))
     assert low == 0
     assert high == pytest.approx(1 - 0.025 ** (1 / 16))  # as if the eigenvalues of a batch were one
-    assert np.isnan(_pooled.average_interval(np.ones((8, 5)), np.zeros((8, 5)))).all()  # no spread to judge by
-    assert np.isnan(_pooled.average_interval(-none[:8], np.zeros((8, 5)))).all()  # nothing positive
+    assert np.isnan(_nep_statistics.average_interval(np.ones((8, 5)), np.zeros((8, 5)))).all()  # no spread to judge by
+    assert np.isnan(_nep_statistics.average_interval(-none[:8], np.zeros((8, 5)))).all()  # nothing positive
 
 
 # ---- expected calibration error

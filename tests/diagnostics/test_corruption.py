@@ -20,7 +20,7 @@ from vitscope.data.sources import photos
 from vitscope.diagnostics.corruption import _scores
 from vitscope.diagnostics.corruption._baselines import ALEXNET, CLEAN
 from vitscope.diagnostics.corruption._kernels import disk, streak, zoom_matrix
-from vitscope.diagnostics.corruption._tables import COMMON, LARGE, MEDIUM, SEVERITIES, SMALL, TABLES, VALIDATION
+from vitscope.diagnostics.corruption._severity_table import COMMON, LARGE, MEDIUM, SEVERITIES, SMALL, TABLES, VALIDATION
 from vitscope.diagnostics.corruption._transforms import corrupted, gaussian_blur, shot_noise, zoom_blur
 from vitscope.diagnostics.corruption._weather import clouds, fog
 from vitscope.diagnostics.corruption.corruption import corruption

@@ -12,7 +12,7 @@ from scipy.ndimage import zoom
 from skimage.transform import resize
 
 from vitscope.diagnostics.corruption import _transforms
-from vitscope.diagnostics.corruption._tables import COMMON, SEVERITIES, VALIDATION
+from vitscope.diagnostics.corruption._severity_table import COMMON, SEVERITIES, VALIDATION
 from vitscope.diagnostics.corruption._transforms import corrupted, shuffled
 
 # The constants of the code that was released with CIFAR-10-C (32), Tiny-ImageNet-C (64) and ImageNet-C (224), severities 1 to 5.

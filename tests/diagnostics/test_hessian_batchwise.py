@@ -113,7 +113,7 @@ def test_a_wrong_product_under_vmap_is_noticed(monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(CannotBatch, match="differ by 1.0e-03 of their length: set batches_at_once=1"):
         vs.hessian_max_eigenvalue_spectrum(probe_of(model, x, y), batches_at_once=2)
     # where the number was not asked for, the loop does it
-    monkeypatch.setattr("vitscope.diagnostics.hessian._batchwise.at_once", lambda *_: 2)
+    monkeypatch.setattr("vitscope.diagnostics.hessian._batchwise_spectrum.at_once", lambda *_: 2)
     with pytest.warns(UserWarning, match="one batch after the other: .* differ by"):
         found = vs.hessian_max_eigenvalue_spectrum(probe_of(model, x, y), n_top=2)
     expected = vs.hessian_max_eigenvalue_spectrum(probe_of(model, x, y), n_top=2, batches_at_once=1)

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from hessian_oracle import by_magnitude, dense_hessian, logit_jacobian, make
 
 import vitscope as vs
-from vitscope.diagnostics.hessian import _pooled
+from vitscope.diagnostics.hessian import _nep_statistics
 
 
 def probe_of(model, x, y, size=4, **objective):
@@ -60,11 +60,11 @@ def test_spectrum_resumes_from_partial_rows():
 
 def test_pooled_statistics_of_known_values():
     values, residuals = np.array([[-3.0, 2.0], [0.05, 4.0]]), np.full((2, 2), 0.1)
-    assert _pooled.negative_proportion(values, residuals) == 0.25
-    assert _pooled.near_zero_proportion(values, residuals) == 0.25
-    assert _pooled.positive_average(values, residuals) == 3.0
-    assert np.isnan(_pooled.positive_average(-np.ones((1, 1)), np.zeros((1, 1))))
-    grid, density = _pooled.kernel_density(np.full((2, 2), 5.0))
+    assert _nep_statistics.negative_proportion(values, residuals) == 0.25
+    assert _nep_statistics.near_zero_proportion(values, residuals) == 0.25
+    assert _nep_statistics.positive_average(values, residuals) == 3.0
+    assert np.isnan(_nep_statistics.positive_average(-np.ones((1, 1)), np.zeros((1, 1))))
+    grid, density = _nep_statistics.kernel_density(np.full((2, 2), 5.0))
     assert np.trapezoid(density, grid) == pytest.approx(1, abs=1e-3)
 
 

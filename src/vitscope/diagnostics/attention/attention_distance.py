@@ -10,7 +10,7 @@ import numpy as np
 from vitscope.core.measure_options import record_options
 from vitscope.core.probe import ObjectiveCard, Probe
 from vitscope.core.undefined_values import warn_nulls
-from vitscope.diagnostics.attention._sums import Sums
+from vitscope.diagnostics.attention._running_sums import Sums
 from vitscope.models.structure.attention_weights import reading_attention
 from vitscope.models.structure.residual_units import Unit, reading_branches
 from vitscope.models.structure.residual_units import units as units_of

@@ -17,7 +17,7 @@ from vitscope.core.objective import Objective, hard_targets
 from vitscope.core.probe import Batch, Probe
 from vitscope.core.weight_space import rows
 from vitscope.diagnostics.corruption._archives import Arrays, Folders
-from vitscope.diagnostics.corruption._tables import COMMON, VALIDATION
+from vitscope.diagnostics.corruption._severity_table import COMMON, VALIDATION
 from vitscope.diagnostics.corruption._transforms import corrupted
 from vitscope.runtime import stop_flag
 

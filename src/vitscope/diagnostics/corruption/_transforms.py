@@ -19,7 +19,7 @@ from scipy.ndimage import gaussian_filter, map_coordinates
 
 from vitscope.diagnostics.corruption import _weather
 from vitscope.diagnostics.corruption._kernels import convolved, disk, streak, zoom_matrix
-from vitscope.diagnostics.corruption._tables import COMMON, SEVERITIES, TABLES, VALIDATION, reference_side
+from vitscope.diagnostics.corruption._severity_table import COMMON, SEVERITIES, TABLES, VALIDATION, reference_side
 
 Array = np.ndarray
 

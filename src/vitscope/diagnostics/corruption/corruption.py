@@ -16,7 +16,7 @@ from vitscope.diagnostics.corruption._archives import archive
 from vitscope.diagnostics.corruption._baselines import ALEXNET
 from vitscope.diagnostics.corruption._conditions import CLEAN, measured
 from vitscope.diagnostics.corruption._scores import Baseline, alexnet, corruption_errors, relative_errors
-from vitscope.diagnostics.corruption._tables import COMMON, SEVERITIES, VALIDATION
+from vitscope.diagnostics.corruption._severity_table import COMMON, SEVERITIES, VALIDATION
 
 SETS = {"common": COMMON, "validation": VALIDATION, "all": COMMON + VALIDATION}
 

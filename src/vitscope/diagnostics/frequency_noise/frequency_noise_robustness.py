@@ -20,7 +20,7 @@ from vitscope.diagnostics.frequency_noise._bands import (
     rings,
     white_noise,
 )
-from vitscope.diagnostics.frequency_noise._perturbed import Means, Partial, perturbed
+from vitscope.diagnostics.frequency_noise._perturbed_evaluation import Means, Partial, perturbed
 from vitscope.diagnostics.frequency_noise._scale import pixel_std
 from vitscope.stats.intervals import LEAST_EVENTS, check_level, few_images, where_enough_wrong
 

@@ -12,7 +12,7 @@ from vitscope.core.measure_options import record_options
 from vitscope.core.probe import ObjectiveCard, Probe
 from vitscope.core.undefined_values import warn_nulls
 from vitscope.diagnostics.frequency_noise._bands import filtered, frequency
-from vitscope.diagnostics.frequency_noise._perturbed import Means, Partial, perturbed
+from vitscope.diagnostics.frequency_noise._perturbed_evaluation import Means, Partial, perturbed
 from vitscope.stats.intervals import check_level
 
 

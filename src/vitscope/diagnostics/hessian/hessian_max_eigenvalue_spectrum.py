@@ -10,8 +10,8 @@ import torch
 
 from vitscope.core.measure_options import record_options
 from vitscope.core.probe import ObjectiveCard, Probe
-from vitscope.diagnostics.hessian import _pooled
-from vitscope.diagnostics.hessian._batchwise import Row, Work
+from vitscope.diagnostics.hessian import _nep_statistics
+from vitscope.diagnostics.hessian._batchwise_spectrum import Row, Work
 from vitscope.linalg.curvature.operator_factory import curvatures
 
 
@@ -171,7 +171,7 @@ def _result(rows: Mapping[int, Row], card: ObjectiveCard) -> HessianMaxEigenvalu
     table = {key: np.array([rows[index][key] for index in order]) for key in rows[order[0]]}
     values, residuals = table["eigenvalues"], table["residuals"]
     first, smallest = (values[:, :1], residuals[:, :1]), (table["smallest"], table["smallest_residuals"])
-    grid, density = _pooled.kernel_density(values)
+    grid, density = _nep_statistics.kernel_density(values)
     return HessianMaxEigenvalueSpectrumResult(
         eigenvalues=values,
         residuals=residuals,
@@ -182,14 +182,14 @@ def _result(rows: Mapping[int, Row], card: ObjectiveCard) -> HessianMaxEigenvalu
         largest=table["largest"],
         smallest=table["smallest"],
         batches=np.array(order),
-        negative_eigenvalue_proportion=_pooled.negative_proportion(values, residuals),
-        negative_eigenvalue_proportion_interval=_pooled.proportion_interval(values, residuals),
-        average_positive_eigenvalue=_pooled.positive_average(values, residuals),
-        average_positive_eigenvalue_interval=_pooled.average_interval(values, residuals),
-        near_zero_proportion=_pooled.near_zero_proportion(values, residuals),
-        top1_negative_eigenvalue_proportion=_pooled.negative_proportion(*first),
-        top1_average_positive_eigenvalue=_pooled.positive_average(*first),
-        smallest_negative_proportion=_pooled.negative_proportion(smallest[0][:, :1], smallest[1][:, :1]),
+        negative_eigenvalue_proportion=_nep_statistics.negative_proportion(values, residuals),
+        negative_eigenvalue_proportion_interval=_nep_statistics.proportion_interval(values, residuals),
+        average_positive_eigenvalue=_nep_statistics.positive_average(values, residuals),
+        average_positive_eigenvalue_interval=_nep_statistics.average_interval(values, residuals),
+        near_zero_proportion=_nep_statistics.near_zero_proportion(values, residuals),
+        top1_negative_eigenvalue_proportion=_nep_statistics.negative_proportion(*first),
+        top1_average_positive_eigenvalue=_nep_statistics.positive_average(*first),
+        smallest_negative_proportion=_nep_statistics.negative_proportion(smallest[0][:, :1], smallest[1][:, :1]),
         largest_average=float(table["largest"][:, 0].mean()) if table["largest"].size else float("nan"),
         grid=grid,
         density=density,

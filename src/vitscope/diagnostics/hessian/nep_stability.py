@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from vitscope.core.measure_options import record_options
 from vitscope.core.objective import labeled
 from vitscope.core.probe import Batch, ObjectiveCard, Probe
-from vitscope.diagnostics.hessian import _pooled
+from vitscope.diagnostics.hessian import _nep_statistics
 from vitscope.linalg.curvature.operator_factory import Curvatures, curvatures
 from vitscope.linalg.solvers import solve
 from vitscope.runtime import distributed
@@ -186,8 +186,8 @@ def _setting(run: tuple[int, int, float, bool], k: int, rows: list[Row]) -> dict
         "tol": tol,
         "mixup": mixup,
         "n_batches": len(rows),
-        "nep": _pooled.negative_proportion(values, residuals),
-        "nep_interval": _pooled.proportion_interval(values, residuals),
-        "ape": _pooled.positive_average(values, residuals),
-        "ape_interval": _pooled.average_interval(values, residuals),
+        "nep": _nep_statistics.negative_proportion(values, residuals),
+        "nep_interval": _nep_statistics.proportion_interval(values, residuals),
+        "ape": _nep_statistics.positive_average(values, residuals),
+        "ape_interval": _nep_statistics.average_interval(values, residuals),
     }

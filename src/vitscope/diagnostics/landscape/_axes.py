@@ -13,7 +13,7 @@ import torch
 
 from vitscope.core.probe import Probe
 from vitscope.core.weight_space import check_movable, chosen
-from vitscope.diagnostics.landscape._source import Source
+from vitscope.diagnostics.landscape._direction_options import Source
 from vitscope.linalg.weights.checkpoint_pca import difference, principal_directions
 from vitscope.linalg.weights.directions import (
     Direction,

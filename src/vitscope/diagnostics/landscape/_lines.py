@@ -12,7 +12,7 @@ from scipy.special import stdtrit
 from vitscope.core.probe import Probe
 from vitscope.core.weight_space import Partial, Row, check_movable, rows, standing
 from vitscope.diagnostics.landscape._axes import checkpoint_differences, direction
-from vitscope.diagnostics.landscape._source import Source
+from vitscope.diagnostics.landscape._direction_options import Source
 from vitscope.linalg.weights.directions import norm
 from vitscope.linalg.weights.weight_space_walk import Move, SquaredNorms, squared_norms, walked
 

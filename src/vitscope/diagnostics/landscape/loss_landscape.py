@@ -14,7 +14,7 @@ from vitscope.core.measure_options import record_options
 from vitscope.core.probe import ObjectiveCard, Probe
 from vitscope.core.weight_space import BatchNormPolicy, Checkpoints, DtypeName, Partial, Row, as_dtype, rows, standing
 from vitscope.diagnostics.landscape._axes import Axes, plane_axes
-from vitscope.diagnostics.landscape._source import Kind, Preset, Source, preset_source
+from vitscope.diagnostics.landscape._direction_options import Kind, Preset, Source, preset_source
 from vitscope.linalg.weights.directions import Normalization
 from vitscope.linalg.weights.weight_space_walk import SquaredNorms, squared_norms, walked
 

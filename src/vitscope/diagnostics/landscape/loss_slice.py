@@ -13,8 +13,8 @@ import torch
 from vitscope.core.measure_options import record_options
 from vitscope.core.probe import ObjectiveCard, Probe
 from vitscope.core.weight_space import BatchNormPolicy, Checkpoints, DtypeName, Partial, as_dtype
+from vitscope.diagnostics.landscape._direction_options import Kind, Preset, Source, preset_source
 from vitscope.diagnostics.landscape._lines import measure_lines, t_half_width
-from vitscope.diagnostics.landscape._source import Kind, Preset, Source, preset_source
 from vitscope.linalg.weights.directions import Normalization
 
 

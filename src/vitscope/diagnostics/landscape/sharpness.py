@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from vitscope.core.measure_options import record_options
 from vitscope.core.probe import ObjectiveCard, Probe
 from vitscope.core.weight_space import BatchNormPolicy, DtypeName, Partial, Row, as_dtype, rows, standing
+from vitscope.diagnostics.landscape._direction_options import Source
 from vitscope.diagnostics.landscape._lines import measure_lines, t_half_width
-from vitscope.diagnostics.landscape._source import Source
 from vitscope.linalg.weights.directions import (
     Direction,
     filter_parameters,

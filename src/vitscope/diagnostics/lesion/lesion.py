@@ -13,8 +13,8 @@ from vitscope.core.measure_options import record_options
 from vitscope.core.probe import ObjectiveCard, Probe
 from vitscope.core.undefined_values import warn_nulls
 from vitscope.core.weight_space import BN_POLICIES
+from vitscope.diagnostics.lesion._ablated_forward import Partial, batch_by_batch, lesion_by_lesion
 from vitscope.diagnostics.lesion._lesions import Lesion, lesions
-from vitscope.diagnostics.lesion._passes import Partial, batch_by_batch, lesion_by_lesion
 from vitscope.models.structure.residual_units import Unit
 from vitscope.models.structure.residual_units import units as units_of
 from vitscope.stats.intervals import Estimate, RunningMean, estimates, few_images, where_enough_wrong

@@ -21,7 +21,7 @@ from vitscope.core.weight_space import (
     check_movable,
     chosen,
 )
-from vitscope.diagnostics.trajectory._measure import checkpoint_rows, plane_rows
+from vitscope.diagnostics.trajectory._plane_projection import checkpoint_rows, plane_rows
 from vitscope.linalg.weights.checkpoint_pca import difference, gram, principal_directions
 from vitscope.linalg.weights.directions import Direction, inner, norm, orthogonalize, random_direction, scale
 from vitscope.linalg.weights.effective_weights import canonical_names
