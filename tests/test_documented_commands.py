@@ -19,10 +19,10 @@ from PIL import Image
 from timm.data.imagenet_info import ImageNetInfo
 
 from tests.commands.conftest import call  # noqa: F401  a fixture
-from vitscope import config
 from vitscope.commands import COMMANDS, analyze, overrides
+from vitscope.config import loading
+from vitscope.config.validation import validate
 from vitscope.runtime.errors import VitscopeError
-from vitscope.validation import validate
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md")] + sorted(ROOT.glob("docs/*.md"))
@@ -59,7 +59,7 @@ def _words(code: str) -> list[str]:
 
 
 def _groups() -> set[str]:
-    return {path.name for path in config.folder().iterdir() if path.is_dir()}
+    return {path.name for path in loading.folder().iterdir() if path.is_dir()}
 
 
 class Checker:
@@ -131,7 +131,7 @@ class Checker:
         for argument, override in zip(arguments, OverridesParser.create().parse_overrides(arguments)):
             first = next(iter(override.sweep_string_iterator())) if override.is_sweep_override() else None
             single.append(argument if first is None else f"{override.get_key_element()}={first}")
-        with initialize_config_dir(str(config.folder()), version_base="1.3"):
+        with initialize_config_dir(str(loading.folder()), version_base="1.3"):
             return compose(name, overrides=single)
 
     def filled(self, argument: str) -> str:
@@ -149,7 +149,7 @@ class Checker:
         targets = [word for word in words if "=" not in word]
         lines = subprocess.run(["make", "-n", *words], cwd=ROOT, capture_output=True, text=True, check=False)
         assert lines.returncode == 0, lines.stderr
-        known = set(yaml.safe_load((config.folder() / "reproduce.yaml").read_text())["targets"])
+        known = set(yaml.safe_load((loading.folder() / "reproduce.yaml").read_text())["targets"])
         for target in targets:
             if re.match(r"fig\d|fig[A-Z]|table-", target):
                 assert any(name == target or name.startswith(target) for name in known), f"nothing makes {target}"

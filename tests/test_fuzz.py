@@ -20,11 +20,12 @@ from hypothesis import strategies as st
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from vitscope import config, exits, results
+from vitscope import exits, results
 from vitscope.classifier import Classifier
+from vitscope.config import loading
+from vitscope.config.validation import validate
 from vitscope.diagnostics.variance.feature_map_variance import FeatureMapVarianceResult
 from vitscope.runtime.errors import ConfigError, VitscopeError
-from vitscope.validation import validate
 
 N_EXAMPLES = int(os.environ.get("FUZZ", "30"))
 bounded = settings(
@@ -52,7 +53,7 @@ def leaves(node: DictConfig, prefix: str = "") -> list[str]:
 @pytest.fixture(scope="module")
 def base() -> list[str]:
     """Return every dotted key of the default configuration but folders, into which nothing may be written here."""
-    with initialize_config_dir(str(config.folder()), version_base="1.3"):
+    with initialize_config_dir(str(loading.folder()), version_base="1.3"):
         cfg = compose("train")
     return [key for key in leaves(cfg) if not key.startswith(("paths.", "run_dir", "data.root", "hydra"))]
 
@@ -60,9 +61,9 @@ def base() -> list[str]:
 def refusal(*overrides: str) -> BaseException | None:
     """Return what composing or validating raises."""
     try:
-        with initialize_config_dir(str(config.folder()), version_base="1.3"):
+        with initialize_config_dir(str(loading.folder()), version_base="1.3"):
             cfg = compose("train", overrides=list(overrides))
-        config.apply_caps(cfg)
+        loading.apply_caps(cfg)
         validate(cfg)
     except BaseException as error:
         return error
@@ -109,7 +110,7 @@ def test_no_target_reaches_what_is_not_meant_to_be_configured(package: str) -> N
     accepted = []
     for name in names:
         with contextlib.suppress(ConfigError):
-            accepted.append((name, config.resolve(name, "model")))
+            accepted.append((name, loading.resolve(name, "model")))
     kinds = (nn.Module, torch.optim.Optimizer, torch.utils.data.Dataset)
     dangerous = ("load", "save", "exec", "eval", "system", "popen", "download", "extract", "unpickle", "import_module",
                  "remove", "rmtree", "write", "open")  # fmt: skip
@@ -120,7 +121,7 @@ def test_no_target_reaches_what_is_not_meant_to_be_configured(package: str) -> N
             continue  # takes a model and tensors
         words = found.__name__.lower().split("_")
         assert not set(words) & set(dangerous), f"{name} was accepted"
-        assert found.__module__.startswith(config.PACKAGES), f"{name} is {found.__module__}"
+        assert found.__module__.startswith(loading.PACKAGES), f"{name} is {found.__module__}"
 
 
 def result(value: float) -> FeatureMapVarianceResult:

@@ -14,11 +14,12 @@ import torch
 from omegaconf import OmegaConf
 
 from tests.test_configs import composed
-from vitscope import checkpoint, config, exits, results, runs
+from vitscope import checkpoint, exits, results, runs
 from vitscope.commands import overrides
+from vitscope.config import loading
+from vitscope.config.validation import validate
 from vitscope.runtime import redaction
 from vitscope.runtime.errors import CheckpointError, ConfigError
-from vitscope.validation import validate
 
 #: may not be named anywhere, by whatever way they are reached
 TARGETS = [
@@ -48,7 +49,7 @@ TARGETS = [
 @pytest.mark.parametrize("target", [*TARGETS, None, 5, ["torch.nn.Linear"]])
 def test_no_way_leads_to_what_is_not_meant_to_be_configured(target: object) -> None:
     with pytest.raises(ConfigError) as caught:
-        config.resolve(target, "model")
+        loading.resolve(target, "model")
     assert "\n" not in str(caught.value)
 
 
@@ -62,10 +63,10 @@ def test_a_target_stands_where_it_belongs(place: str, target: str) -> None:
             "trainer": ("pytorch_lightning.Trainer",), "callbacks.x": ("pytorch_lightning.callbacks.Timer",),
             "analysis.x": ("vitscope.cka",)}  # fmt: skip
     if target in fits[place]:
-        config.check_role({"_target_": target}, place)
+        loading.check_role({"_target_": target}, place)
         return
     with pytest.raises(ConfigError, match=rf"{place}\._target_={target}: not "):
-        config.check_role({"_target_": target}, place)
+        loading.check_role({"_target_": target}, place)
 
 
 @pytest.mark.parametrize("key", ["checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay"])
@@ -73,7 +74,7 @@ def test_a_target_stands_where_it_belongs(place: str, target: str) -> None:
 def test_no_file_of_weights_but_by_ckpt_path(key: str, target: str) -> None:
     node = {"_target_": target, "name": "resnet18", key: {"file": "evil.pth"}}
     with pytest.raises(ConfigError, match=f"model.{key}.*only ckpt_path may"):
-        config.instantiate(node, "model")
+        loading.instantiate(node, "model")
 
 
 REFUSED = [
@@ -110,7 +111,7 @@ def test_refused_in_one_line(text: str, tmp_path: Path) -> None:
     given = text.split()
     with pytest.raises(Exception) as caught:  # noqa: PT011 (Hydra's own errors are among them)
         cfg = composed("train", *([] if "paths.runs" in text else [f"paths.runs={tmp_path}"]), *given)
-        config.apply_caps(cfg)
+        loading.apply_caps(cfg)
         validate(cfg)
     line = exits.explain(caught.value)
     assert line is not None, repr(caught.value)

@@ -17,8 +17,9 @@ import torch.multiprocessing as mp
 import vitscope as vs
 from tests.diagnostics.test_every_analysis import made as made  # a run, its network and data
 from tests.test_configs import composed
-from vitscope import analyses, build
+from vitscope import analyses
 from vitscope.analyses import Place
+from vitscope.config import factories
 from vitscope.runs import Run
 
 MEASURES = {
@@ -118,7 +119,7 @@ def _late_rank(rank: int, folder: str) -> None:
                "analysis=[variance,effective_rank]"]  # fmt: skip
     cfg = composed("train", *options)
     torch.manual_seed(0)
-    network, data = build.model(cfg), build.data(cfg)
+    network, data = factories.model(cfg), factories.data(cfg)
     data.adapt_to(network)
     place = with_due(Place(cfg, Run(Path(folder)), network, data, "end", 0), "variance", "effective_rank")
     found = []

@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 
-from vitscope import analyses, config, reproduction
+from vitscope import analyses, reproduction
 from vitscope.commands.trial import composed
+from vitscope.config import loading
+from vitscope.config.validation import validate
 from vitscope.reports.tables import TABLES
 from vitscope.runtime.errors import ConfigError
-from vitscope.validation import validate
 
 PLAN: dict[str, Any] = {
     "profiles": {
@@ -91,7 +92,7 @@ REAL = reproduction.read()
 
 @pytest.mark.parametrize("profile", list(REAL["profiles"]))
 def test_the_plan_names_what_there_is(profile: str) -> None:
-    experiments = set(config.options("experiment"))
+    experiments = set(loading.options("experiment"))
     for name in REAL["targets"]:
         target = reproduction.target(name, REAL, profile)
         assert target.trials

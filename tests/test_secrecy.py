@@ -10,7 +10,8 @@ import pytest
 from omegaconf import OmegaConf
 
 from tests.test_configs import composed, options
-from vitscope import config, exits, runs, tracking
+from vitscope import exits, runs, tracking
+from vitscope.config import loading
 from vitscope.runtime import redaction
 from vitscope.runtime.errors import ConfigError
 
@@ -42,9 +43,9 @@ def test_no_configuration_of_ours_is_changed() -> None:
     for group in ("model", "data", "objective", "optimizer", "trainer", "logger", "experiment", "caps", "callbacks"):
         for option in options(group):
             choice = f"{group}=[{option}]" if group == "callbacks" else f"{group}={option}"
-            tree = config.plain(composed("train", choice))
+            tree = loading.plain(composed("train", choice))
             assert redaction.redacted(tree) == tree
-    tree = config.plain(composed("train", f"analysis=[{','.join(options('analysis'))}]"))
+    tree = loading.plain(composed("train", f"analysis=[{','.join(options('analysis'))}]"))
     assert redaction.redacted(tree) == tree
 
 
@@ -160,7 +161,7 @@ def test_values_of_the_environment_in_every_form(text: str, monkeypatch: pytest.
 def test_a_number_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BANK_TOKEN", "1234567890")
     cfg = OmegaConf.create({"x": "${oc.decode:${oc.env:BANK_TOKEN}}", "y": 5})
-    assert config.plain(runs.redacted(cfg)) == {"x": "redacted", "y": 5}
+    assert loading.plain(runs.redacted(cfg)) == {"x": "redacted", "y": 5}
 
 
 def test_no_file_of_a_run_and_nothing_for_the_mirror(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

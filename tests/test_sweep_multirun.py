@@ -14,7 +14,8 @@ from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
-from vitscope import callbacks, config
+from vitscope import callbacks
+from vitscope.config import loading
 from vitscope.runtime import stop_flag
 from vitscope.runtime.errors import ConfigError, DistributedError
 from vitscope.runtime.stop_flag import Interrupted
@@ -140,7 +141,7 @@ def test_slurm_and_torchrun_are_looked_for(monkeypatch: pytest.MonkeyPatch) -> N
     ["launcher=basic", "launcher=parallel", "launcher=local", "launcher=slurm", "sweeper=bayes"],
 )
 def test_every_launcher_and_sweeper_composes(choice: str) -> None:
-    with initialize_config_dir(str(config.folder()), version_base="1.3"):
+    with initialize_config_dir(str(loading.folder()), version_base="1.3"):
         cfg = compose("train", overrides=[f"hydra/{choice}"], return_hydra_config=True)
     node = OmegaConf.to_container(cfg.hydra[choice.partition("=")[0]], resolve=False)
     target = cast(dict[str, Any], node)["_target_"]

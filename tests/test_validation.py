@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from tests.test_configs import composed
-from vitscope import config
+from vitscope.config import loading
+from vitscope.config.validation import validate
 from vitscope.runtime.errors import ConfigError, StorageError, VitscopeError
-from vitscope.validation import validate
 
 CASES = [
     ("optimizer.lr=nan", "optimizer.lr=nan", "finite"),
@@ -60,12 +60,12 @@ def test_patches_that_do_not_divide() -> None:
 
 
 @pytest.mark.parametrize("target", ["timm.models.load_checkpoint", "torchvision.datasets.utils.extract_archive",
-                                    "vitscope.config.importlib.import_module", "vitscope.checkpoint.read",
+                                    "vitscope.config.loading.importlib.import_module", "vitscope.checkpoint.read",
                                     "pytorch_lightning.cli.LightningCLI", "timm.utils.model.os.remove",
                                     "torch.nn.modules.module.torch.load", "vitscope.models.torch.hub.load"])  # fmt: skip
 def test_targets_are_judged_by_what_they_are(target: str) -> None:
     with pytest.raises(ConfigError):
-        config.resolve(target, "model")
+        loading.resolve(target, "model")
 
 
 def test_nested_and_partial_targets_are_judged_too() -> None:
@@ -76,9 +76,9 @@ def test_nested_and_partial_targets_are_judged_too() -> None:
 
 def test_a_package_of_the_user_needs_trust(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match="VITSCOPE_TRUST=collections"):
-        config.resolve("collections.OrderedDict", "model")
+        loading.resolve("collections.OrderedDict", "model")
     monkeypatch.setenv("VITSCOPE_TRUST", "collections")
-    assert config.resolve("collections.OrderedDict", "model")
+    assert loading.resolve("collections.OrderedDict", "model")
 
 
 def test_folders_that_cannot_be_written(tmp_path: Path) -> None:

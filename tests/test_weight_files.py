@@ -11,7 +11,7 @@ import timm
 from omegaconf import OmegaConf
 
 from tests.test_configs import composed, options
-from vitscope import build, config, weight_files
+from vitscope.config import factories, loading, weight_files
 from vitscope.runtime.errors import ConfigError
 
 PROOF: list[str] = []
@@ -79,7 +79,7 @@ def _filled(node: Any, file: str) -> Any:
 def test_no_argument_of_a_model_names_a_file(node: dict, pickled: str) -> None:
     """A model is refused in one line before it is built, and nothing is unpickled."""
     with pytest.raises(ConfigError) as caught:
-        build.model(OmegaConf.create({"model": _filled(node, pickled), "seed": 0}))
+        factories.model(OmegaConf.create({"model": _filled(node, pickled), "seed": 0}))
     assert str(caught.value).startswith("model.")
     assert "\n" not in str(caught.value)
     assert not PROOF
@@ -88,7 +88,7 @@ def test_no_argument_of_a_model_names_a_file(node: dict, pickled: str) -> None:
 def test_interpolations_are_judged_by_their_value(pickled: str) -> None:
     cfg = OmegaConf.create({"model": {**TIMM, "name": "${a.b}:${c}"}, "a": {"b": "local-dir"}, "c": pickled, "seed": 0})
     with pytest.raises(ConfigError, match=r"model\.name=local-dir"):
-        build.model(cfg)
+        factories.model(cfg)
 
 
 @pytest.mark.parametrize("key", ["source.file", "source.x", "cache", "x"])
@@ -96,7 +96,7 @@ def test_no_argument_of_data_but_its_root(key: str, pickled: str) -> None:
     cfg = composed("train", "data=digits")
     OmegaConf.update(cfg, f"data.{key}", pickled, force_add=True)
     with pytest.raises(ConfigError, match=f"data.{key}.*only ckpt_path may"):
-        build.data(cfg)
+        factories.data(cfg)
 
 
 def test_every_name_of_timm_and_every_model_of_ours_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,7 +107,7 @@ def test_every_name_of_timm_and_every_model_of_ours_passes(tmp_path: Path, monke
     for group in ("model", "data"):
         for option in options(group):
             cfg = composed("train", f"{group}={option}")
-            for place, node in config.targets(config.plain(cfg[group]), group):
+            for place, node in loading.targets(loading.plain(cfg[group]), group):
                 weight_files.check(node, place, "vitscope.models.timm_model" if group == "model" else "vitscope.data")
     weight_files.check({"weights": "IMAGENET1K_V1"}, "model", "torchvision.models.resnet")
     weight_files.check({"weights": "ResNet18_Weights.DEFAULT"}, "model", "torchvision.models.resnet")
@@ -116,4 +116,4 @@ def test_every_name_of_timm_and_every_model_of_ours_passes(tmp_path: Path, monke
 def test_arguments_of_a_trusted_package_are_the_user_s(pickled: str, monkeypatch: pytest.MonkeyPatch) -> None:
     node = {"_target_": "collections.OrderedDict", "vocabulary": pickled}
     monkeypatch.setenv("VITSCOPE_TRUST", "collections")
-    config.check_target(node, "model")
+    loading.check_target(node, "model")

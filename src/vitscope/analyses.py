@@ -16,7 +16,8 @@ import numpy as np
 from omegaconf import DictConfig
 from torch import nn
 
-from vitscope import build, checkpoint, config, recorded, results, run_lock, supplied
+from vitscope import checkpoint, recorded, results, run_lock, supplied
+from vitscope.config import factories, loading
 from vitscope.core import feature_pass
 from vitscope.core.probe import Probe
 from vitscope.runs import Run
@@ -104,8 +105,8 @@ class Place:
 def parse(nodes: Mapping[str, Any] | None) -> list[Analysis]:
     """Return the analyses of a composed ``analysis`` node, in its order."""
     parsed = []
-    for name, node in (config.plain(nodes) or {}).items():
-        measure = config.resolve(node["_target_"], f"analysis.{name}")
+    for name, node in (loading.plain(nodes) or {}).items():
+        measure = loading.resolve(node["_target_"], f"analysis.{name}")
         options = {key: value for key, value in node.items() if key not in OURS}
         parsed.append(
             Analysis(
@@ -130,7 +131,11 @@ def perform(analysis: Analysis, place: Place, *, reuse: bool = True) -> Any | No
         Interrupted: a stop was asked for; rows finished so far are kept.
         VitscopeError: it failed and ``on_error`` is ``raise``.
     """
-    folder, stem, weights = place.run.results / analysis.name, _stem(analysis, place), build.weights_hash(place.network)
+    folder, stem, weights = (
+        place.run.results / analysis.name,
+        _stem(analysis, place),
+        factories.weights_hash(place.network),
+    )
     # what lies ahead is not looked for: another rank may have saved it already and wait for this one
     if reuse and analysis.name not in place.ahead and (found := _earlier(folder / f"{stem}.npz", weights)) is not None:
         if rank() == 0:
@@ -166,12 +171,14 @@ def settings_hash(analysis: Analysis, place: Place) -> str:
     Files that options name count with their content, so that a result is not taken for that of other weights.
     """
     cfg = place.cfg
-    data = {k: v for k, v in config.plain(cfg.data).items() if k not in ("root", "num_workers", "batch_size", "recipe")}
+    data = {
+        k: v for k, v in loading.plain(cfg.data).items() if k not in ("root", "num_workers", "batch_size", "recipe")
+    }
     measure = f"{analysis.measure.__module__}.{analysis.measure.__qualname__}"
-    facts = [measure, analysis.options, analysis.probe, config.plain(cfg.objective), data, cfg.seed]
+    facts = [measure, analysis.options, analysis.probe, loading.plain(cfg.objective), data, cfg.seed]
     if isinstance(recipe := analysis.probe.get("augment"), str):
-        facts.append(build.named_objective(recipe))
-    return config.digest(facts + [checkpoint.sha256(path) for path in _files(analysis.options)])
+        facts.append(factories.named_objective(recipe))
+    return loading.digest(facts + [checkpoint.sha256(path) for path in _files(analysis.options)])
 
 
 def _files(options: Mapping[str, Any]) -> list[Path]:
@@ -188,7 +195,7 @@ def _measured(analysis: Analysis, place: Place, weights: str, rows: results.Part
         stop_flag.check()
         facts = {"checkpoint": weights, "epoch": place.epoch}
         request = _probe_request(analysis, place.datamodule)
-        probe = build.probe(place.cfg, place.network, place.datamodule, request, facts, place.content)
+        probe = factories.probe(place.cfg, place.network, place.datamodule, request, facts, place.content)
         options = {key: supplied.loaded(key, value, probe) for key, value in analysis.options.items()}
         result = _with_others(analysis, _sharing(analysis, place, weights, reuse), probe, options, place)
         if result is None:

@@ -32,7 +32,8 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from omegaconf.errors import OmegaConfBaseException
 
-from vitscope import checkpoint, config, trust
+from vitscope import checkpoint
+from vitscope.config import loading, target_allowlist
 from vitscope.runs import Run
 from vitscope.runtime import redaction, safe_files, stop_flag
 from vitscope.runtime.errors import ConfigError, DistributedError, StorageError, VitscopeError
@@ -82,7 +83,7 @@ def code_of(command: Callable[[], None]) -> int:
         _OURS: "1",
     }  # the second tells the processes of other ranks whose wish it is
     try:
-        with trust.held():  # Hydra may change the environment as a configuration says
+        with target_allowlist.held():  # Hydra may change the environment as a configuration says
             command()
     except BaseException as error:
         return _ended(error, wants_traceback)
@@ -193,8 +194,8 @@ def _handle(signum: int, frame: FrameType | None) -> None:
 def _missing(error: MissingConfigException) -> ConfigError:
     wanted = error.missing_cfg_file or ""
     group, _, name = wanted.rpartition("/")
-    names = list(error.options or []) or config.options(group)
-    return ConfigError(group or "config", name, "no such choice", config.nearest(name, names))
+    names = list(error.options or []) or loading.options(group)
+    return ConfigError(group or "config", name, "no such choice", loading.nearest(name, names))
 
 
 def _refused(error: BaseException) -> ConfigError:
@@ -203,7 +204,7 @@ def _refused(error: BaseException) -> ConfigError:
         key = getattr(cause, "full_key", None)
         if key and parent is not None and "not in struct" in str(cause):
             return ConfigError(
-                key, None, "no such key", config.nearest(key.rpartition(".")[2], map(str, parent.keys()))
+                key, None, "no such key", loading.nearest(key.rpartition(".")[2], map(str, parent.keys()))
             )
     text = _first_line(error)
     for cause in _chain(error):

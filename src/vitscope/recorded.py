@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vitscope import config, journal, results
+from vitscope import journal, results
+from vitscope.config import loading
 from vitscope.journal import Journal
 from vitscope.plotting.api import plot, save_figure
 from vitscope.runtime import redaction, safe_files
@@ -28,7 +29,7 @@ def failure(analysis: Analysis, place: Place, folder: Path, stem: str, error: Ex
     warnings.warn(f"analysis.{analysis.name} failed at {place.tag}: {reason}; recorded as null", stacklevel=3)
     if rank() == 0:
         record = {"measure": analysis.measure.__name__, "error": reason, "scalars": None}
-        results.write_atomically(folder / f"{stem}.json", config.json.dumps(record, indent=2).encode())
+        results.write_atomically(folder / f"{stem}.json", loading.json.dumps(record, indent=2).encode())
         trace = redaction.masked("".join(traceback.format_exception(error)))
         safe_files.append_text(place.run.log, f"analysis.{analysis.name} at {place.tag}\n{trace}\n")
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from vitscope import config
+from vitscope.config import loading
 from vitscope.runtime.errors import ConfigError
 
 #: keys of a run that are ours; the others are overrides of ``train.py``
@@ -89,7 +89,7 @@ class Target:
 
 def read(path: Path | None = None) -> dict[str, Any]:
     """Return the file's ``profiles`` and ``targets``."""
-    return yaml.safe_load((path or config.folder() / "reproduce.yaml").read_text())
+    return yaml.safe_load((path or loading.folder() / "reproduce.yaml").read_text())
 
 
 def select(names: Sequence[str], plan: Mapping[str, Any]) -> list[str]:
@@ -103,7 +103,7 @@ def select(names: Sequence[str], plan: Mapping[str, Any]) -> list[str]:
     for name in names:
         found = [k for k in known if name == "all" or k == name or re.fullmatch(re.escape(name) + "[a-z]", k)]
         if not found:
-            raise ConfigError("target", name, "no such figure or table", config.nearest(name, known))
+            raise ConfigError("target", name, "no such figure or table", loading.nearest(name, known))
         chosen += found
     return list(dict.fromkeys(chosen))
 
@@ -121,7 +121,7 @@ def target(name: str, plan: Mapping[str, Any], profile: str, seeds: int = 1) -> 
         ConfigError: an unknown profile, model or moment.
     """
     if profile not in plan["profiles"]:
-        raise ConfigError("profile", profile, "no such profile", config.nearest(profile, plan["profiles"]))
+        raise ConfigError("profile", profile, "no such profile", loading.nearest(profile, plan["profiles"]))
     settings = plan["profiles"][profile]
     node = {**plan["targets"][name], **plan["targets"][name].get(profile, {})}
     if node.get("claims"):
@@ -154,7 +154,7 @@ def _expanded(run: Mapping[str, Any], models: Mapping[str, str]) -> Iterator[dic
         chosen = dict(zip(keys, values))
         name = str(chosen.get("model"))
         if name not in models:
-            raise ConfigError("model", name, "the profile has no such model", config.nearest(name, models))
+            raise ConfigError("model", name, "the profile has no such model", loading.nearest(name, models))
         experiment = {"experiment": chosen["experiment"]} if "experiment" in chosen else {}
         rest = {key: str(value) for key, value in chosen.items() if key not in _OURS}
         yield {**experiment, **_pairs(models[name].split()), **rest}
@@ -169,7 +169,7 @@ def _moments(name: str, settings: Mapping[str, Any]) -> tuple[str, ...]:
         return (name,)
     known = settings.get("moments", {})
     if name not in known:
-        raise ConfigError("at", name, "the profile has no such moment", config.nearest(name, ["end", "init", *known]))
+        raise ConfigError("at", name, "the profile has no such moment", loading.nearest(name, ["end", "init", *known]))
     return tuple(known[name])
 
 

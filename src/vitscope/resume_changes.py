@@ -15,7 +15,8 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from vitscope import config, results, runs
+from vitscope import results, runs
+from vitscope.config import loading
 from vitscope.runs import Run
 from vitscope.runtime.errors import CheckpointError, ConfigError
 
@@ -61,7 +62,7 @@ class Change:
 
 def changes(stored: DictConfig, cfg: DictConfig) -> list[Change]:
     """Return where a configuration differs from a run's stored one, key by key; secrets and commands' own keys left out."""
-    old, new = config.plain(runs.redacted(stored)), config.plain(runs.redacted(cfg))
+    old, new = loading.plain(runs.redacted(stored)), loading.plain(runs.redacted(cfg))
     for key in INVOCATION:
         old.pop(key, None)
         new.pop(key, None)
@@ -119,7 +120,7 @@ def record(run: Run, cfg: DictConfig, found: Sequence[Change], step: int) -> Non
         step: the optimizer step from which they hold.
     """
     kept = run.config()
-    now = DictConfig(config.plain(runs.redacted(cfg)))
+    now = DictConfig(loading.plain(runs.redacted(cfg)))
     for key in INVOCATION:
         now.pop(key, None)
         if key in kept:
@@ -129,7 +130,7 @@ def record(run: Run, cfg: DictConfig, found: Sequence[Change], step: int) -> Non
     rows = [{"step": step, "key": change.key, "old": change.old, "new": change.new} for change in found]
     every = [*earlier, *(row for row in rows if row not in earlier)]
     # a process of another rank that reads the new configuration has to find a run that goes on
-    run.note(status="running", config_hash=config.config_hash(cfg), **({"changes": every} if every else {}))
+    run.note(status="running", config_hash=loading.config_hash(cfg), **({"changes": every} if every else {}))
     if found:
         results.write_atomically(run.path / "config.yaml", OmegaConf.to_yaml(now).encode())
 

@@ -24,7 +24,8 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from vitscope import checkpoint, config, journal, results, run_lock
+from vitscope import checkpoint, journal, results, run_lock
+from vitscope.config import loading
 from vitscope.core.objective_card import versions
 from vitscope.core.probe import Probe
 from vitscope.runtime import redaction, safe_files
@@ -254,7 +255,7 @@ def _recorded_hash(run: Run) -> str | None:
 
 def redacted(cfg: DictConfig) -> DictConfig:
     """Return a resolved copy without secrets, see `secrecy.redacted`."""
-    return DictConfig(redaction.redacted(config.plain(cfg)))
+    return DictConfig(redaction.redacted(loading.plain(cfg)))
 
 
 def load_results(run: str | Path) -> dict[str, dict[str, Any]]:
@@ -293,19 +294,19 @@ def load_probe(
         CheckpointError: no such run or checkpoint.
         DataError: the data are not there.
     """
-    from vitscope import build
+    from vitscope.config import factories
 
     cfg = find(run).config()
-    model = build.model(cfg)
+    model = factories.model(cfg)
     path = Path(run) if Path(run).is_file() else find(run).checkpoints / f"{ckpt}.ckpt"
     content = checkpoint.read(path)
-    build.load_weights(model, content, path)
-    data = build.data(cfg)
+    factories.load_weights(model, content, path)
+    data = factories.data(cfg)
     data.adapt_to(model)
     size = batch_size or data.eval_batch_size
     wanted = {"split": split, "augment": augment, "n_images": n_images, "batch_size": size}
-    facts = {"checkpoint": build.weights_hash(model), "epoch": content.get("epoch")}
-    return build.probe(cfg, model, data, wanted, facts, content)
+    facts = {"checkpoint": factories.weights_hash(model), "epoch": content.get("epoch")}
+    return factories.probe(cfg, model, data, wanted, facts, content)
 
 
 def chosen(cfg: DictConfig) -> Path:
@@ -336,7 +337,7 @@ def _provenance(cfg: DictConfig, command: str) -> Mapping[str, Any]:
         "command": command,
         "arguments": [redaction.cleaned(argument) for argument in sys.argv[1:]],
         "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "config_hash": config.config_hash(cfg),
+        "config_hash": loading.config_hash(cfg),
         "git_commit": git.stdout.strip() or None,
         "versions": {**versions(), "pytorch_lightning": _version("pytorch_lightning"), "wandb": _version("wandb")},
         "host": platform.node(),

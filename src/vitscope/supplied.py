@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
-from vitscope import build, results, runs, snapshots
+from vitscope import results, runs, snapshots
+from vitscope.config import factories
 from vitscope.core.probe import Probe
 
 if TYPE_CHECKING:
@@ -28,9 +29,9 @@ def options(analysis: Analysis, place: Place, rows: results.PartialRows) -> dict
         found["checkpoints"] = snapshots.of_run(place.run)
     if "validation" in wanted and analysis.options.get("validation") is None:
         request = {"split": "val", "augment": False, "n_images": None, "batch_size": place.datamodule.eval_batch_size}
-        found["validation"] = build.probe(place.cfg, place.network, place.datamodule, request)
+        found["validation"] = factories.probe(place.cfg, place.network, place.datamodule, request)
     if "initial" in wanted and analysis.options.get("initial") is None:
-        found["initial"] = build.model(_untrained(place.cfg))
+        found["initial"] = factories.model(_untrained(place.cfg))
     return found
 
 

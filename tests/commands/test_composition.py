@@ -13,8 +13,9 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from vitscope import composition, config, exits, trust
+from vitscope import exits
 from vitscope.commands import analyze, report, train, trial
+from vitscope.config import composition, loading, target_allowlist
 from vitscope.runtime.errors import ConfigError
 
 PROOF = "a command of the configuration ran"
@@ -230,16 +231,16 @@ def test_no_pickled_job_is_run_again(
 def test_trust_is_read_before_the_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
     """What appears in the environment while a command runs does not count; what was there before does."""
     monkeypatch.setenv("VITSCOPE_TRUST", "collections, mylab")
-    with trust.held():
+    with target_allowlist.held():
         monkeypatch.setenv("VITSCOPE_TRUST", "subprocess")
-        assert trust.packages() == {"collections", "mylab"}
+        assert target_allowlist.packages() == {"collections", "mylab"}
         with pytest.raises(ConfigError, match="VITSCOPE_TRUST=subprocess"):
-            trust.resolve("subprocess.check_output", "model")
-    assert trust.packages() == {"subprocess"}
+            target_allowlist.resolve("subprocess.check_output", "model")
+    assert target_allowlist.packages() == {"subprocess"}
 
 
 def composed(*overrides: str) -> object:
-    with initialize_config_dir(str(config.folder()), version_base="1.3"):
+    with initialize_config_dir(str(loading.folder()), version_base="1.3"):
         return compose("train", overrides=list(overrides), return_hydra_config=True)
 
 

@@ -13,7 +13,8 @@ from torch import nn
 
 from tests.commands.test_train import only_run, pytestmark  # noqa: F401 (the same libraries warn)
 from tests.test_configs import composed
-from vitscope import checkpoint, rehearsal, runs
+from vitscope import checkpoint, runs
+from vitscope.config import dry_run
 from vitscope.runtime.errors import ConfigError
 
 
@@ -68,7 +69,7 @@ def test_a_model_that_does_not_fit_the_data(network: nn.Module, why: str) -> Non
     data = SimpleNamespace(channels=3, image_size=32, num_classes=16)
     network.train()
     with pytest.raises(ConfigError, match=why):
-        rehearsal._forward(composed("train"), network, data)
+        dry_run._forward(composed("train"), network, data)
     assert network.training
 
 

@@ -13,7 +13,8 @@ from omegaconf import OmegaConf
 import vitscope as vs
 from tests.commands.test_train import only_run, pytestmark  # noqa: F401  the same third-party warnings
 from tests.models import official
-from vitscope import build, checkpoint, models
+from vitscope import checkpoint, models
+from vitscope.config import factories
 
 EVALUATE = ["data=digits", "analysis=[evaluation]", "analysis.evaluation.probe.n_images=12", "device=cpu"]
 RESNET = ["model=convnet", "model.depth=18"]
@@ -41,7 +42,7 @@ def test_an_official_file_is_analysed(call, file, tmp_path) -> None:
     assert call("analyze", *RESNET, *EVALUATE, f"ckpt_path={file}", f"paths.runs={tmp_path}/runs") == 0
     (result,) = vs.load_results(only_run(tmp_path))["evaluation"].values()
     cfg = only_run(tmp_path) / "config.yaml"
-    data = build.data(OmegaConf.load(cfg))  # type: ignore[arg-type]
+    data = factories.data(OmegaConf.load(cfg))  # type: ignore[arg-type]
     ((x, y),) = data.probe_batches("test", n_images=12, seed=0, batch_size=12)
     with torch.no_grad():
         logits = loaded(file)(x)

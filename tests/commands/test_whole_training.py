@@ -21,8 +21,9 @@ from omegaconf import DictConfig
 from tests.commands.conftest import TINY
 from tests.commands.test_train import pytestmark  # noqa: F401 (the same libraries warn)
 from tests.kills import in_child, snapshots
-from vitscope import checkpoint, config, exits, journal, recorded, results
+from vitscope import checkpoint, exits, journal, recorded, results
 from vitscope.commands import train
+from vitscope.config import loading
 
 torch.set_num_threads(1)
 TRAINING = [
@@ -40,7 +41,7 @@ AVERAGED = ["callbacks=[checkpoint,lr_monitor,ema,early_stopping]"]
 @functools.cache
 def composed(*arguments: str) -> DictConfig:
     """Return what the command composes, once for all of its starts."""
-    with initialize_config_dir(str(config.folder()), version_base="1.3"):
+    with initialize_config_dir(str(loading.folder()), version_base="1.3"):
         return compose("train", [*TRAINING, *arguments])
 
 

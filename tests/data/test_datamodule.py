@@ -9,7 +9,7 @@ import pytorch_lightning as pl
 import torch
 from hydra import compose, initialize_config_dir
 
-from vitscope import build, config
+from vitscope.config import factories, loading
 from vitscope.data import DataModule, philox
 from vitscope.data.augment.mixup import mix
 from vitscope.data.probe_batches import ProbeBatches
@@ -86,8 +86,8 @@ def test_evaluation_is_never_augmented_and_its_order_the_same_each_epoch(split):
 
 
 def test_the_first_batch_of_an_evaluation_stands_for_all_classes():
-    with initialize_config_dir(str(config.folder()), version_base="1.3"):
-        data = build.data(compose("train", overrides=["data=photos"]))
+    with initialize_config_dir(str(loading.folder()), version_base="1.3"):
+        data = factories.data(compose("train", overrides=["data=photos"]))
     data.setup("test")
     for loader in (data.val_dataloader(), data.test_dataloader()):  # of splits that lie class by class
         _, y = next(iter(loader))
@@ -346,9 +346,9 @@ def test_no_step_at_all_is_refused():
 
 
 def test_another_objectives_augmentation_gives_its_images_whatever_the_run_was_trained_with() -> None:
-    from vitscope import build
+    from vitscope.config import factories
 
-    strong, weak = build.named_objective("strong"), build.named_objective("weak")
+    strong, weak = factories.named_objective("strong"), factories.named_objective("weak")
     modules = {}
     for name, own in (("strong", strong), ("weak", weak)):
         arguments = {key: value for key, value in own.items() if key not in ("weight_decay", "l2")}
@@ -367,4 +367,4 @@ def test_another_objectives_augmentation_gives_its_images_whatever_the_run_was_t
     (_, y), *_ = modules["weak"].probe_batches(augment=True, n_images=8, batch_size=4)
     assert y.ndim == 1
     with pytest.raises(ConfigError, match="did you mean strong"):
-        build.named_objective("stong")
+        factories.named_objective("stong")

@@ -9,9 +9,10 @@ from torch import nn
 from torchmetrics.functional.classification import multiclass_calibration_error
 
 from tests.test_configs import composed
-from vitscope import Objective, Probe, analyses, build, runs
+from vitscope import Objective, Probe, analyses, runs
 from vitscope.calibration_metric import ExpectedCalibrationError
 from vitscope.classifier import Classifier
+from vitscope.config import factories
 from vitscope.core.evaluation import confidence_bins, evaluate
 from vitscope.diagnostics.calibration import _bins
 from vitscope.diagnostics.calibration.calibration import calibration
@@ -119,7 +120,7 @@ def test_temperature_minimises_the_validation_likelihood() -> None:
 def test_an_analysis_fits_the_temperature_on_the_validation_split(tmp_path: Path) -> None:
     arguments = ["model=vit", "model.depth=1", "model.patch_size=8", "data=digits", "analysis=[calibration]"]
     cfg = composed("train", *arguments, "analysis.calibration.probe.n_images=60", f"paths.runs={tmp_path}")
-    network, data = build.model(cfg).eval(), build.data(cfg)
+    network, data = factories.model(cfg).eval(), factories.data(cfg)
     x, y = (torch.cat(parts) for parts in zip(*data.probe_batches("val", batch_size=64)))
     with torch.no_grad():  # a head that knows something, but not everything: then there is a best temperature
         features = network.forward_head(network.forward_features(x), pre_logits=True)  # type: ignore[operator]

@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from tests.test_configs import composed
-from vitscope import analyses, build, checkpoint, config, runs
+from vitscope import analyses, checkpoint, runs
 from vitscope.analyses import Place
+from vitscope.config import factories, loading
 from vitscope.runtime import stop_flag
 from vitscope.runtime.stop_flag import Interrupted
 
@@ -22,7 +23,7 @@ from vitscope.runtime.stop_flag import Interrupted
 STATIC = {"taps"}
 #: refuses the model at hand, so that there is no middle
 NEEDS_BATCHNORM = {"bn_policy"}
-NAMES = config.options("analysis")
+NAMES = loading.options("analysis")
 ARGUMENTS = ["model=vit", "model.depth=1", "model.patch_size=8", "data=shapes", "data.fraction=0.02", "caps=smoke"]
 
 
@@ -31,14 +32,14 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Place:
     """Return a run with two checkpoints, its data and its network, which tests copy."""
     root = tmp_path_factory.mktemp("runs")
     cfg = composed("train", *ARGUMENTS, f"analysis=[{','.join(NAMES)}]", f"paths.runs={root}")
-    config.apply_caps(cfg)
+    loading.apply_caps(cfg)
     run = runs.create(cfg, "train")
-    network = build.model(cfg)
+    network = factories.model(cfg)
     for step, name in enumerate(("init", "last")):
         state = {f"model.{key}": value + 0.01 * (1 - step) for key, value in network.state_dict().items()}
         content = {"epoch": 0, "global_step": step, "state_dict": state}
         checkpoint.write(content, run.checkpoints / f"{name}.ckpt")
-    data = build.data(cfg)
+    data = factories.data(cfg)
     data.adapt_to(network)
     network.eval()
     network.get_submodule("norm").train()  # as it is found: a mixture of modes, gradients of a step
@@ -114,7 +115,7 @@ def test_memory_that_runs_out_in_the_middle(made: Place, name: str, tmp_path: Pa
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in STATIC])
 def test_numbers_that_are_not_finite(made: Place, name: str, tmp_path: Path) -> None:
-    network = build.model(made.cfg).eval()
+    network = factories.model(made.cfg).eval()
     with torch.no_grad():
         for p in network.parameters():
             p.view(-1)[0] = float("nan")

@@ -13,8 +13,9 @@ import yaml
 from omegaconf import OmegaConf
 
 from tests.reports.conftest import CARD
-from vitscope import config, model_facts, reproduction, runs
+from vitscope import reproduction, runs
 from vitscope.commands.trial import composed
+from vitscope.config import loading, model_facts
 from vitscope.journal import Journal
 from vitscope.reports import evidence, verdicts
 from vitscope.reports.costs import Costs
@@ -42,7 +43,7 @@ SCALARS = {
 
 def recorded_facts(cfg: dict[str, Any], known: dict[str, Any] = {}) -> dict[str, Any]:  # noqa: B006  a cache
     """Return what training records of a model, counted once for each architecture."""
-    key = config.digest([cfg["model"], cfg["data"]["image_size"]])
+    key = loading.digest([cfg["model"], cfg["data"]["image_size"]])
     if key not in known:
         known[key] = model_facts.of_model(OmegaConf.create({"model": cfg["model"], "data": cfg["data"]}))
     return known[key]
@@ -71,7 +72,7 @@ def write(cfg: dict[str, Any], tags: tuple[str, ...], analyses: dict[str, Any], 
         record = {"measure": measure, "scalars": dict.fromkeys(SCALARS[measure], 0.5), "card": card.to_dict()}
         (run.results / name).mkdir(parents=True, exist_ok=True)
         for tag in tags:
-            (run.results / name / f"{tag}-{config.digest(node)}.json").write_text(json.dumps(record))
+            (run.results / name / f"{tag}-{loading.digest(node)}.json").write_text(json.dumps(record))
 
 
 @pytest.mark.parametrize(
@@ -83,8 +84,8 @@ def test_no_part_of_a_claim_goes_without(profile: str, tmp_path: Path, monkeypat
         if "seed=0" not in trial.overrides:
             continue
         composition = composed(trial, tmp_path)
-        folder = tmp_path / config.config_hash(composition)  # a run that several trials share is trained once
-        cfg: Any = config.plain(composition)
+        folder = tmp_path / loading.config_hash(composition)  # a run that several trials share is trained once
+        cfg: Any = loading.plain(composition)
         write(cfg, trial.tags, cfg.pop("analysis"), folder, IMAGES[profile])
     found = Selection(evidence.collect(runs.every(tmp_path)))
     lacking = {

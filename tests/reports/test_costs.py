@@ -9,7 +9,8 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from tests.reports.conftest import configuration
-from vitscope import build, config, model_facts, runs
+from vitscope import runs
+from vitscope.config import factories, loading, model_facts
 from vitscope.reports import evidence
 from vitscope.reports.costs import Cost, Costs, count
 
@@ -64,8 +65,8 @@ def test_a_report_reads_costs_from_provenance(
     def built(*args: object, **kwargs: object) -> None:
         raise AssertionError("a report built a model")
 
-    monkeypatch.setattr(build, "model", built)
-    monkeypatch.setattr(config, "instantiate", built)
+    monkeypatch.setattr(factories, "model", built)
+    monkeypatch.setattr(loading, "instantiate", built)
     make_run("vit", facts={"model": noted}, model___target_="vitscope.models.timm_model", model__name="local-dir:x")
     (entry,) = evidence.collect(runs.every(tmp_path / "runs"))
     assert Costs().of(entry) == cost

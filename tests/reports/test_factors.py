@@ -13,7 +13,8 @@ from omegaconf import OmegaConf
 from scipy import stats
 
 from tests.reports.conftest import CARD, other_card, rise, spectrum
-from vitscope import config, runs
+from vitscope import runs
+from vitscope.config import loading
 from vitscope.diagnostics.landscape.loss_landscape import LossLandscapeResult
 from vitscope.diagnostics.landscape.sharpness import SharpnessResult
 from vitscope.reports import evidence, factor_tables, factors, factors_figure
@@ -57,7 +58,7 @@ def surface(number: float, model: str) -> LossLandscapeResult:
 def write(make_run: Callable, seeds: int = 1, shift: float = 0.0, change: Callable | None = None) -> None:
     for model in ("convnet", "vit"):
         for training in ("weak", "strong"):
-            node = OmegaConf.to_container(OmegaConf.load(config.folder() / "objective" / f"{training}.yaml"))
+            node = OmegaConf.to_container(OmegaConf.load(loading.folder() / "objective" / f"{training}.yaml"))
             for seed in range(seeds):
                 measured: dict[str, Any] = {}
                 for images, end in (("clean", "_clean"), ("augmented", "")):

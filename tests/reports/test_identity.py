@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from tests.reports.conftest import configuration
-from vitscope.reports.identity import identity, labels, setting, short_name
+from vitscope.config.experiment_identity import identity, labels, setting, short_name
 
 
 def test_seeds_and_machines_do_not_make_another_experiment() -> None:

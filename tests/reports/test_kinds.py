@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 
 from tests.reports.conftest import configuration, spectrum
 from tests.reports.test_claims import bench
-from vitscope import model_facts
+from vitscope.config import model_facts
 from vitscope.reports import comparisons
 from vitscope.reports.kinds import kin
 

@@ -10,7 +10,8 @@ import pytest
 from omegaconf import OmegaConf
 
 from tests.reports.conftest import curve, other_card, spectrum
-from vitscope import config, runs
+from vitscope import runs
+from vitscope.config import loading
 from vitscope.reports import evidence, relations
 from vitscope.reports.selection import Selection
 from vitscope.stats.t_tests import Interval, t_interval
@@ -58,7 +59,7 @@ def test_categories_keep_numbers_first(make_run: Callable, tmp_path: Path) -> No
 
 def test_objectives_by_their_names(make_run: Callable, tmp_path: Path) -> None:
     for name in ("weak", "strong"):
-        node = OmegaConf.to_container(OmegaConf.load(config.folder() / "objective" / f"{name}.yaml"))
+        node = OmegaConf.to_container(OmegaConf.load(loading.folder() / "objective" / f"{name}.yaml"))
         make_run("vit", objective=node)
     make_run("vit", objective={"augment": "none"})
     points, _ = relations.collect(selection(tmp_path), "objective", ("test/accuracy",), "numbers")

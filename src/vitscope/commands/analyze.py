@@ -12,13 +12,14 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from vitscope import analyses, build, checkpoint, config, exits, model_facts, run_lock, runs, tracking
+from vitscope import analyses, checkpoint, exits, run_lock, runs, tracking
 from vitscope.commands import overrides
 from vitscope.commands.headline import print_headline
+from vitscope.config import factories, loading, model_facts
+from vitscope.config.validation import validate
 from vitscope.runs import Run
 from vitscope.runtime.distributed import rank
 from vitscope.runtime.errors import CheckpointError, ConfigError, StorageError
-from vitscope.validation import validate
 
 #: groups that come from the run, and plain keys besides
 FROM_RUN = ("model", "data", "objective", "optimizer")
@@ -44,7 +45,7 @@ def _command() -> None:
     overrides.uncaught(_composed)
 
 
-@hydra.main(version_base="1.3", config_path=str(config.folder()), config_name="analyze")
+@hydra.main(version_base="1.3", config_path=str(loading.folder()), config_name="analyze")
 @overrides.kept_error
 def _composed(cfg: DictConfig) -> None:
     chosen = [o.partition("=")[0] for o in HydraConfig.get().overrides.task]
@@ -71,12 +72,12 @@ def analyze(cfg: DictConfig, chosen: Sequence[str] = (), inside: Sequence[str] =
         cfg = merged(cfg, run.config(), chosen)
         overrides.apply(cfg, inside)
         _refuse_changing_checkpoint(_checkpoint_path(cfg, run), run)
-    config.apply_caps(cfg)
+    loading.apply_caps(cfg)
     validate(cfg)
     device = _device(cfg.device)
-    network = build.model(cfg)
+    network = factories.model(cfg)
     path, content = _weights(cfg, run, network)
-    data = build.data(cfg)
+    data = factories.data(cfg)
     data.adapt_to(network)
     if run is None:
         run = runs.create(cfg, "analyze")
@@ -117,7 +118,7 @@ def merged(cfg: DictConfig, base: DictConfig, chosen: Sequence[str]) -> DictConf
 def _is_own_model(cfg: DictConfig, run: Run) -> bool:
     """Tell whether the model is the run's own, at its own image size, rather than one that the command line changed."""
     own = run.config()
-    if config.plain(cfg.model) != config.plain(own.get("model")):
+    if loading.plain(cfg.model) != loading.plain(own.get("model")):
         return False
     return all(cfg.data.get(key) == (own.get("data") or {}).get(key) for key in ("image_size", "transform"))
 
@@ -160,9 +161,9 @@ def _weights(cfg: DictConfig, run: Run | None, network: Any) -> tuple[Path | Non
         names = [Path(name).stem for name in checkpoint.manifest(run.checkpoints)]
         if not names and not run.checkpoints.exists() and not cfg.ckpt_path:
             return None, None  # a folder that analyze.py made for a model without a checkpoint
-        raise CheckpointError("ckpt", cfg.ckpt, "the run has no such checkpoint", config.nearest(str(cfg.ckpt), names))
+        raise CheckpointError("ckpt", cfg.ckpt, "the run has no such checkpoint", loading.nearest(str(cfg.ckpt), names))
     content = checkpoint.read(path)
-    build.load_weights(network, content, path)
+    factories.load_weights(network, content, path)
     return path, content
 
 

@@ -15,7 +15,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from vitscope import config, tracking
+from vitscope import tracking
+from vitscope.config import loading
 from vitscope.core.objective import Objective
 from vitscope.core.probe import Probe
 from vitscope.linalg.eigensolver import free_memory
@@ -85,7 +86,7 @@ def _data() -> list[tuple[str, str]]:
         (f"in {root}/", ", ".join(found) or "nothing (VITSCOPE_DATA names the folder)"),
         (
             "configuration",
-            f"{len(config.options('analysis'))} analyses, {len(config.options('experiment'))} experiments",
+            f"{len(loading.options('analysis'))} analyses, {len(loading.options('experiment'))} experiments",
         ),
     ]
 

@@ -14,7 +14,7 @@ from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from vitscope import composition, config
+from vitscope.config import composition, loading
 from vitscope.runtime.errors import ConfigError
 
 T = TypeVar("T")
@@ -96,8 +96,8 @@ def apply(cfg: DictConfig, arguments: Sequence[str]) -> None:
             parent, _, name = key.rpartition(".")
             above = OmegaConf.select(cfg, parent) if parent else cfg
             names = list(above.keys()) if isinstance(above, DictConfig) else []
-            raise ConfigError(key, value, "no such key", config.nearest(name, map(str, names)))
-        if isinstance(node, DictConfig) and config.options(key):
+            raise ConfigError(key, value, "no such key", loading.nearest(name, map(str, names)))
+        if isinstance(node, DictConfig) and loading.options(key):
             raise ConfigError(key, value, "a group, and the run has its own", "start a new run to choose another")
         try:
             OmegaConf.update(cfg, key, value, force_add=True)

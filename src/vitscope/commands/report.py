@@ -10,8 +10,9 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig
 
-from vitscope import config, exits, runs
+from vitscope import exits, runs
 from vitscope.commands import overrides
+from vitscope.config import loading
 from vitscope.reports import baselines, cells, drawing, evidence, factor_tables, figures, page, panels, tables, verdicts
 from vitscope.reports.cells import Problem, Table
 from vitscope.reports.costs import Costs
@@ -36,7 +37,7 @@ def _command() -> None:
     overrides.uncaught(_composed)
 
 
-@hydra.main(version_base="1.3", config_path=str(config.folder()), config_name="report")
+@hydra.main(version_base="1.3", config_path=str(loading.folder()), config_name="report")
 @overrides.kept_error
 def _composed(cfg: DictConfig) -> None:
     report(cfg)
@@ -74,7 +75,7 @@ def report(cfg: DictConfig) -> Path:
     if cfg.baselines and not cfg.table:
         beside, lacking = baselines.panels(found, _analyses(cfg), bool(cfg.allow_different))
         chosen += beside
-    options = config.plain(cfg.plot) or {}
+    options = loading.plain(cfg.plot) or {}
     jobs = [figures.job(panel, out, options.get(panel.analysis), cfg.pdf) for panel in chosen]
     with drawing.drawing(jobs) as finish:
         made, judged = _tables(cfg, found, out)
@@ -104,7 +105,7 @@ def report(cfg: DictConfig) -> Path:
 def _check(cfg: DictConfig) -> None:
     for key, value, names in (("table", cfg.table, TABLES), ("group_by", cfg.group_by, GROUP_BY)):
         if value not in names and not (key == "table" and value is None):
-            raise ConfigError(key, value, "no such choice", config.nearest(str(value), names))
+            raise ConfigError(key, value, "no such choice", loading.nearest(str(value), names))
     if not re.fullmatch(r"[^/\\\0\n]{1,100}", str(cfg.name)) or str(cfg.name) in (".", ".."):
         raise ConfigError(
             "name", repr(cfg.name), "not the name of a file", "leave out folders; out=... says where it goes"

@@ -9,8 +9,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from vitscope import config, exits, reproduction
+from vitscope import exits, reproduction
 from vitscope.commands.trial import Outcome, perform
+from vitscope.config import loading
 from vitscope.reproduction import Target, Trial
 from vitscope.runtime import stop_flag
 from vitscope.runtime.errors import ConfigError, DataError
@@ -42,7 +43,7 @@ def arguments(argv: Sequence[str]) -> tuple[list[str], str, int, Path, Path]:
     given = {key: value for key, _, value in (a.partition("=") for a in argv if "=" in a)}
     for key in given:
         if key not in OPTIONS:
-            raise ConfigError(key, given[key], "no such option", config.nearest(key, OPTIONS))
+            raise ConfigError(key, given[key], "no such option", loading.nearest(key, OPTIONS))
     chosen = {**OPTIONS, **given}
     if not chosen["seeds"].isdigit() or int(chosen["seeds"]) < 1:
         raise ConfigError("seeds", chosen["seeds"], "not a number of at least 1", "give one, such as seeds=5")
@@ -168,7 +169,7 @@ def _page(root: Path, out: Path) -> None:
     from vitscope.commands.report import report
 
     overrides = [f"paths.runs={root.absolute()}", f"out={out.absolute()}", "tag=end"]
-    with initialize_config_dir(str(config.folder()), version_base="1.3", job_name="report"):
+    with initialize_config_dir(str(loading.folder()), version_base="1.3", job_name="report"):
         cfg = compose("report", overrides=overrides)
     report(cfg)
 

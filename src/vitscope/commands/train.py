@@ -14,35 +14,24 @@ from typing import Any
 import hydra
 from omegaconf import DictConfig
 
-from vitscope import (
-    analyses,
-    build,
-    checkpoint,
-    checkpoint_schema,
-    config,
-    exits,
-    model_facts,
-    resume_changes,
-    run_lock,
-    runs,
-    tracking,
-)
+from vitscope import analyses, checkpoint, checkpoint_schema, exits, resume_changes, run_lock, runs, tracking
 from vitscope.callbacks import Checkpoints, DiagnosticCallback, HeldFolder, SameConfiguration, StopsWithoutSaving
 from vitscope.checkpoint import AtomicCheckpointIO
 from vitscope.classifier import Classifier
 from vitscope.commands import overrides
 from vitscope.commands.headline import print_headline
+from vitscope.config import factories, loading, model_facts
+from vitscope.config.dry_run import rehearse
+from vitscope.config.validation import validate, writable
 from vitscope.early_stopping import EarlyChecks
 from vitscope.journal import Journal, last_values
 from vitscope.ranks import end_others
-from vitscope.rehearsal import rehearse
 from vitscope.resume_changes import Change
 from vitscope.runs import Run
 from vitscope.runtime.errors import CheckpointError, ConfigError, StorageError
 from vitscope.runtime.stop_flag import Interrupted
 from vitscope.sweep import multirun
 from vitscope.training_progress import EpochAccuracy, PlainProgress
-from vitscope.validation import validate, writable
 
 #: what a sweeper of Hydra that learns is told of a job
 METRIC = "val/accuracy"
@@ -66,7 +55,7 @@ def _command() -> None:
     train(cfg, run)
 
 
-@hydra.main(version_base="1.3", config_path=str(config.folder()), config_name="train")
+@hydra.main(version_base="1.3", config_path=str(loading.folder()), config_name="train")
 @overrides.kept_error
 def _composed(cfg: DictConfig) -> float | None:
     if multirun.is_job():
@@ -85,15 +74,15 @@ def train(cfg: DictConfig, run: Run | None = None) -> Run:
     Raises:
         VitscopeError: with the exit code of its kind.
     """
-    for name in config.drop_unchosen(cfg):
+    for name in loading.drop_unchosen(cfg):
         _say(f"analysis.{name}: the experiment sets it, but it was not chosen; left out")
     if run is None:
-        config.apply_caps(cfg)
+        loading.apply_caps(cfg)
     else:  # the run's own limits have been lowered already, and those of this command are meant
-        config.apply_analysis_caps(cfg)
+        loading.apply_analysis_caps(cfg)
     validate(cfg)
     afresh = run is None and cfg.ckpt_path in (None, "last", "auto")
-    done = runs.finished(Path(cfg.paths.runs), config.config_hash(cfg)) if cfg.skip_finished and afresh else None
+    done = runs.finished(Path(cfg.paths.runs), loading.config_hash(cfg)) if cfg.skip_finished and afresh else None
     if done is not None:
         _say(f"{done.path} is a finished run of this configuration; nothing to do")
         return done
@@ -107,14 +96,16 @@ def train(cfg: DictConfig, run: Run | None = None) -> Run:
         _take_up(run, cfg)
     if run is not None and not (writable(run.path) and writable(run.checkpoints)):
         raise StorageError("run", run.path, "not writable", "make it so, or start a new run")
-    network = build.model(cfg)
-    data = build.data(cfg)
+    network = factories.model(cfg)
+    data = factories.data(cfg)
     data.adapt_to(network)
     data.setup("fit")  # what is missing or broken is found before there is a run
     rehearse(cfg, network, data)
     if run is None:
         if ckpt is not None:
-            build.load_weights(network, checkpoint.read(ckpt), ckpt)  # a file that does not fit leaves no run behind
+            factories.load_weights(
+                network, checkpoint.read(ckpt), ckpt
+            )  # a file that does not fit leaves no run behind
         run = _new_run(cfg)
     exits.entered(run)
     if _is_main() and model_facts.KEY not in run.provenance():
@@ -154,10 +145,10 @@ def _fit(
     diagnostics = DiagnosticCallback(cfg, chosen, run, mirror)
     logger = tracking.RunLogger(run, Journal(run.journal), mirror)
     trainer = _trainer(cfg, run, logger, diagnostics)
-    rates = {key: value for key, value in config.plain(cfg.optimizer).items() if key != "schedule"}
+    rates = {key: value for key, value in loading.plain(cfg.optimizer).items() if key != "schedule"}
     identity = {"batch_size": data.batch_size, "world_size": trainer.world_size, "num_classes": data.num_classes,
-                "optimizer": config.digest(rates)}  # fmt: skip
-    module.identity = {**identity, "seed": int(cfg.seed), "config_hash": config.config_hash(cfg)}
+                "optimizer": loading.digest(rates)}  # fmt: skip
+    module.identity = {**identity, "seed": int(cfg.seed), "config_hash": loading.config_hash(cfg)}
     if changed is not None:
         identity["seed"] = int(cfg.seed)
     if ckpt is not None:
@@ -191,12 +182,12 @@ def _is_defect(error: BaseException) -> bool:
 
 
 def _classifier(cfg: DictConfig, network: Any, data: Any) -> Classifier:
-    optimizer = config.plain(cfg.optimizer)
+    optimizer = loading.plain(cfg.optimizer)
     lr_schedule = optimizer.pop("schedule", {})
     return Classifier(
         network,
         num_classes=data.num_classes,
-        optimizer=config.instantiate({**optimizer, "_partial_": True}, "optimizer"),
+        optimizer=loading.instantiate({**optimizer, "_partial_": True}, "optimizer"),
         lr_schedule=lr_schedule,
         label_smoothing=float(cfg.objective.label_smoothing),
         mix=data.mixed if data.mixes else None,
@@ -219,7 +210,7 @@ def _trainer(cfg: DictConfig, run: Run, logger: Any, diagnostics: DiagnosticCall
     warnings.filterwarnings("ignore", message=".*You're resuming from a checkpoint that ended before the epoch ended.*")
     shown = cfg.trainer.get("enable_progress_bar", True)
     bar = [] if not shown else [RichProgressBar() if sys.stdout.isatty() else PlainProgress()]
-    own = [config.instantiate(node, f"callbacks.{name}") for name, node in cfg.callbacks.items()]
+    own = [loading.instantiate(node, f"callbacks.{name}") for name, node in cfg.callbacks.items()]
     own.sort(
         key=lambda callback: isinstance(callback, Checkpoints)
     )  # a stop is saved after an average has seen the step
@@ -228,13 +219,13 @@ def _trainer(cfg: DictConfig, run: Run, logger: Any, diagnostics: DiagnosticCall
         own.insert(0, EarlyChecks(stoppings))
     if not any(isinstance(callback, Checkpoints) for callback in own):
         own.append(StopsWithoutSaving())
-    trainer = config.instantiate(
+    trainer = loading.instantiate(
         cfg.trainer,
         "trainer",
         logger=logger,
         callbacks=[
             HeldFolder(run),
-            SameConfiguration(config.config_hash(cfg)),
+            SameConfiguration(loading.config_hash(cfg)),
             EpochAccuracy(),
             *own,
             *bar,
@@ -257,7 +248,7 @@ def _resume_point(cfg: DictConfig, run: Run | None) -> tuple[Run | None, Path | 
     """Return the run to go on with and the checkpoint; no run: a new one, from a file's state where one is named."""
     wanted = cfg.ckpt_path
     if run is None and wanted in ("last", "auto"):
-        run = runs.unfinished(Path(cfg.paths.runs), config.config_hash(cfg))
+        run = runs.unfinished(Path(cfg.paths.runs), loading.config_hash(cfg))
         if run is None and wanted == "last":
             why = "no unfinished run of this configuration has a checkpoint"
             raise CheckpointError("ckpt_path", "last", why, "start afresh without it, or use ckpt_path=auto")
@@ -358,7 +349,7 @@ def _adopted(
         CheckpointError: it was made with another optimizer, batch size, seed, number of processes or of classes.
     """
     content = checkpoint.read(path)
-    build.load_weights(network, content, path)  # refuses another model's in one line
+    factories.load_weights(network, content, path)  # refuses another model's in one line
     if weights_only or "loops" not in content:
         return None
     kept = checkpoint.facts(content, path)

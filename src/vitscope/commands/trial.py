@@ -13,9 +13,10 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from vitscope import analyses, build, checkpoint, composition, config, runs
+from vitscope import analyses, checkpoint, runs
 from vitscope.analyses import Place
 from vitscope.commands.train import train
+from vitscope.config import composition, factories, loading
 from vitscope.reports.selection import undefined
 from vitscope.reproduction import Trial
 from vitscope.runs import Run
@@ -66,16 +67,16 @@ def composed(trial: Trial, root: Path) -> DictConfig:
     """Return the trial's configuration with its sizes lowered to the profile's bounds."""
     always = [f"paths.runs={root.absolute()}", "skip_finished=true", "ckpt_path=auto"]
     composition.install()
-    with initialize_config_dir(str(config.folder()), version_base="1.3", job_name="reproduce"):
+    with initialize_config_dir(str(loading.folder()), version_base="1.3", job_name="reproduce"):
         cfg = compose("train", overrides=[*trial.overrides, *always])
-    config.drop_unchosen(cfg)
+    loading.drop_unchosen(cfg)
     with open_dict(cfg):
-        config.apply_caps(cfg)
+        loading.apply_caps(cfg)
     return cfg
 
 
 def _trained(cfg: DictConfig, trial: Trial, root: Path) -> Run:
-    identity = config.config_hash(cfg)
+    identity = loading.config_hash(cfg)
     if (done := runs.finished(root, identity)) is not None:
         slim(done)  # where a kill left it undone
         return done
@@ -124,7 +125,7 @@ def slim(run: Run) -> None:
 def _measured(run: Run, wanted: Any, tag: str) -> tuple[list[str], list[str]]:
     """Measure at one moment; return what failed and what is there."""
     cfg = run.config()
-    OmegaConf.update(cfg, "analysis", OmegaConf.create(config.plain(wanted)), force_add=True, merge=False)
+    OmegaConf.update(cfg, "analysis", OmegaConf.create(loading.plain(wanted)), force_add=True, merge=False)
     chosen = [analyses.replaced(analysis, on_error="raise") for analysis in analyses.parse(cfg.analysis)]
     try:
         place = replace(_place(cfg, run, tag), due=chosen)
@@ -152,9 +153,9 @@ def _measured(run: Run, wanted: Any, tag: str) -> tuple[list[str], list[str]]:
 def _place(cfg: DictConfig, run: Run, tag: str) -> Place:
     path = run.checkpoints / ("last.ckpt" if tag == "end" else f"{tag}.ckpt")
     content = checkpoint.read(path)
-    network = build.model(cfg)
-    build.load_weights(network, content, path)
-    data = build.data(cfg)
+    network = factories.model(cfg)
+    factories.load_weights(network, content, path)
+    data = factories.data(cfg)
     data.adapt_to(network)
     kept = checkpoint.facts(content, path)
     epoch = max(kept.get("epoch", 0) - (kept.get("batch") == 0), 0)

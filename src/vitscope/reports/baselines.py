@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from vitscope import config
-from vitscope.reports import identity
+from vitscope.config import experiment_identity, loading
 from vitscope.reports.cells import Problem
 from vitscope.reports.evidence import Entry, Measured, differing
 from vitscope.reports.panels import Panel, curve_of, slug
@@ -55,7 +54,7 @@ def panels(
                     Problem(MISSING, f"run {first.entry.id}", f"{analysis} {role}", why or f"to have it: {remedy}")
                 )
         if len(curves) > 1:
-            name = first.entry.label.replace(f", {identity.WORDS['data.random_labels'][False]}", "")
+            name = first.entry.label.replace(f", {experiment_identity.WORDS['data.random_labels'][False]}", "")
             made.append(Panel(f"{analysis}-baselines-{slug(name)}", analysis, "baselines", tuple(curves), name))
     asked = {panel.analysis for panel in made} if analyses is None else set(analyses)
     return made, [p for p in problems if p.metric.partition(" ")[0] in asked]
@@ -67,10 +66,10 @@ def _by_model(entries: Sequence[Entry], analyses: Sequence[str] | None) -> Mappi
     for entry in entries:
         if entry.superseded:
             continue
-        facts = identity.identity(entry.config)
+        facts = experiment_identity.identity(entry.config)
         random = bool(facts.pop("data.random_labels", False))
         weights = entry.config.get("ckpt_path") if not entry.trained else None
-        key = config.digest({**facts, "weights": weights})
+        key = loading.digest({**facts, "weights": weights})
         for m in entry.results:
             if m.error or (analyses is not None and m.analysis not in analyses) or m.tag not in ("init", "end"):
                 continue

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from vitscope.model_facts import Cost, count, recorded_cost
+from vitscope.config.model_facts import Cost, count, recorded_cost
 from vitscope.reports.evidence import Entry
 
 __all__ = ["Cost", "Costs", "count"]

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from vitscope import config
+from vitscope.config import loading
+from vitscope.config.experiment_identity import identity, recipe
 from vitscope.reports.cells import Problem
 from vitscope.reports.effects import Runs, by_setting, first, plainest
 from vitscope.reports.evidence import Entry, Measured, differing
-from vitscope.reports.identity import identity, recipe
 from vitscope.reports.selection import FAILED, MISSING, Selection, seeds_of
 from vitscope.runtime.errors import StorageError
 
@@ -44,7 +44,7 @@ def _pair(groups: Sequence[Runs], objective: set[str]) -> dict[str, Runs]:
     pairs: dict[str, dict[str, Runs]] = {}
     for runs in groups:
         kept = {k: v for k, v in identity(first(runs).config).items() if k not in objective}
-        pairs.setdefault(config.digest(kept), {})[recipe(first(runs).config)] = runs
+        pairs.setdefault(loading.digest(kept), {})[recipe(first(runs).config)] = runs
     whole = [pair for pair in pairs.values() if set(TRAININGS) <= set(pair)]
     chosen = plainest([pair["weak"] for pair in whole])
     return next(({t: pair[t] for t in TRAININGS} for pair in whole if pair["weak"] is chosen), {})

@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from vitscope import config
+from vitscope.config import loading
+from vitscope.config.experiment_identity import identity, setting
 from vitscope.reports.costs import Costs
 from vitscope.reports.evidence import Entry
-from vitscope.reports.identity import identity, setting
 from vitscope.reports.selection import Selection, seeds_of
 
 Runs = Mapping[int, Entry]
@@ -172,7 +172,7 @@ def plainest(groups: Sequence[Runs]) -> Runs | None:
 def _defaults(family: str) -> Mapping[str, Any]:
     from omegaconf import OmegaConf
 
-    path = config.folder() / "model" / f"{family}.yaml"
+    path = loading.folder() / "model" / f"{family}.yaml"
     if not path.is_file():
         return {}
     node = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
@@ -190,7 +190,7 @@ def by_setting(groups: Sequence[Runs], without: Sequence[str] = ()) -> dict[str,
 
 def same_but(runs: Runs, *keys: str) -> str:
     """Return a digest of the experiment without the named dotted keys: equal for those that differ in nothing else."""
-    return config.digest({k: v for k, v in identity(first(runs).config).items() if k not in keys})
+    return loading.digest({k: v for k, v in identity(first(runs).config).items() if k not in keys})
 
 
 def log_of(read: Reader) -> Reader:

@@ -15,13 +15,14 @@ from typing import Any, get_type_hints
 
 import yaml
 
-from vitscope import config, journal, results
+from vitscope import journal, results
+from vitscope.config import experiment_identity, loading
+from vitscope.config.signature_checks import fits
 from vitscope.core.objective_card import ObjectiveCard, differing_keys, shown_value
-from vitscope.reports import identity, kinds
+from vitscope.reports import kinds
 from vitscope.runs import Run
 from vitscope.runtime import redaction, safe_files
 from vitscope.runtime.errors import StorageError, VitscopeError
-from vitscope.signatures import fits
 
 #: keys of the card in which results of one table may differ: rows name their data themselves
 NAMED_BY_ROWS = ("data",)
@@ -134,7 +135,7 @@ class Entry:
     @property
     def family(self) -> str:
         """The model's builder."""
-        return identity.family(self.config)
+        return experiment_identity.family(self.config)
 
     @property
     def kin(self) -> str:
@@ -186,7 +187,7 @@ def collect(found: Sequence[Run], damaged: list[Damage] | None = None) -> list[E
     """
     raw = [entry for run in found if (entry := _readable(run, damaged)) is not None]
     groups = {entry.group: entry.config for entry in raw}
-    named = identity.labels(groups)
+    named = experiment_identity.labels(groups)
     counting: dict[tuple[str, int], Entry] = {}
     for entry in raw:
         best = counting.setdefault((entry.group, entry.seed), entry)
@@ -218,7 +219,7 @@ def _readable(run: Run, damaged: list[Damage] | None) -> Entry | None:
     try:
         entry = _read(run, whole=damaged is not None)
         _ = (entry.seed, entry.status, entry.family, entry.kin, entry.data, entry.untrained, entry.tags(), _rank(entry))
-        identity.labels({entry.group: entry.config})
+        experiment_identity.labels({entry.group: entry.config})
         return entry
     except Exception as error:  # a stranger's folder may hold anything
         if damaged is None:
@@ -256,8 +257,11 @@ def _read(run: Run, whole: bool = True) -> Entry:
         raise StorageError("runs", run.results, "not a folder", "delete it")
     measured = [m for path in sorted(run.results.glob("*/*.json")) if (m := _measured(path, whole))]
     found = sorted(measured, key=lambda m: m.time)
-    what = {**identity.identity(cfg), "weights": cfg.get("ckpt_path") if facts.get("command") == "analyze" else None}
-    return Entry(run, cfg, facts, metrics, curves, tuple(found), config.digest(what))
+    what = {
+        **experiment_identity.identity(cfg),
+        "weights": cfg.get("ckpt_path") if facts.get("command") == "analyze" else None,
+    }
+    return Entry(run, cfg, facts, metrics, curves, tuple(found), loading.digest(what))
 
 
 def _mapping(path: Path) -> dict[str, Any]:

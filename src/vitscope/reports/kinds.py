@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from vitscope.model_facts import family_of, recorded_family
-from vitscope.reports import identity
+from vitscope.config import experiment_identity
+from vitscope.config.model_facts import family_of, recorded_family
 
 __all__ = ["family_of", "kin"]
 
@@ -20,5 +20,5 @@ def kin(cfg: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
     """
     node = cfg.get("model") or {}
     if not str(node.get("_target_", "")).endswith(".timm_model"):
-        return identity.family(cfg)
-    return recorded_family(facts) or identity.family(cfg)
+        return experiment_identity.family(cfg)
+    return recorded_family(facts) or experiment_identity.family(cfg)

@@ -16,12 +16,12 @@ from PIL import Image
 from plotly.offline import get_plotlyjs
 
 from vitscope import __version__, results
+from vitscope.config.experiment_identity import identity
 from vitscope.core.objective_card import shown_value
 from vitscope.reports import factor_tables, figures
 from vitscope.reports.cells import Cell, Problem, Table
 from vitscope.reports.evidence import Entry
 from vitscope.reports.figures import Drawn
-from vitscope.reports.identity import identity
 from vitscope.reports.panels import Curve
 from vitscope.reports.verdicts import NOT_MEASURED, Judged, said
 

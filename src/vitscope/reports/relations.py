@@ -10,8 +10,8 @@ from matplotlib import style
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from vitscope.config import experiment_identity
 from vitscope.plotting.api import STYLE
-from vitscope.reports import identity
 from vitscope.reports.cells import Cell, Problem, Table, over_seeds
 from vitscope.reports.evidence import Entry
 from vitscope.reports.selection import Selection, Value, of_result
@@ -175,8 +175,8 @@ def _width(found: Interval | None) -> float:
 
 
 def _keys(entry: Entry) -> Mapping[str, Any]:
-    keys = identity.flattened({k: v for k, v in entry.config.items() if isinstance(v, Mapping)})
-    named: dict[str, Any] = {"objective": identity.recipe(entry.config) or "other"}
+    keys = experiment_identity.flattened({k: v for k, v in entry.config.items() if isinstance(v, Mapping)})
+    named: dict[str, Any] = {"objective": experiment_identity.recipe(entry.config) or "other"}
     if entry.family == "alternet":
         named["model.n_msa"] = list(n_msa(entry))  # also where the model's default counts were taken
     return {**keys, **named}
@@ -185,7 +185,7 @@ def _keys(entry: Entry) -> Mapping[str, Any]:
 def _series(entry: Entry, x: str) -> str:
     """Return the model's name with what sets its experiment apart, but for the key on the x axis."""
     name, *rest = entry.label.split(", ")
-    keys = identity.REPEATED if x == "objective" else (x.rpartition(".")[2],)
+    keys = experiment_identity.REPEATED if x == "objective" else (x.rpartition(".")[2],)
     return ", ".join([name, *(part for part in rest if part.partition(" ")[0] not in keys)])
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from vitscope.model_facts import UNRECORDED
+from vitscope.config.model_facts import UNRECORDED
 from vitscope.models.alternet_layout import DEFAULT_MSA
 from vitscope.reports.cells import Cell, Problem, Table, over_seeds
 from vitscope.reports.costs import Costs

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Protocol
 
 from vitscope import runs
+from vitscope.config import experiment_identity
 from vitscope.plotting.api import save_figure
 from vitscope.reports import (
     baselines,
@@ -16,7 +17,6 @@ from vitscope.reports import (
     evidence,
     factor_tables,
     figures,
-    identity,
     panels,
     relations,
     tables,
@@ -100,10 +100,10 @@ def _figures(target: Target, wanted: Drawing, found: Sequence[Entry], folder: Pa
 
 def _named(panel: Panel) -> Panel:
     """Return the panel with its curves named by their objectives, where these differ and tell them apart."""
-    recipes = [identity.recipe(curve.entry.config) or "other objective" for curve in panel.curves]
+    recipes = [experiment_identity.recipe(curve.entry.config) or "other objective" for curve in panel.curves]
     names = []
     for curve, recipe in zip(panel.curves, recipes):
-        parts = [p for p in curve.entry.label.split(", ") if p.partition(" ")[0] not in identity.REPEATED]
+        parts = [p for p in curve.entry.label.split(", ") if p.partition(" ")[0] not in experiment_identity.REPEATED]
         names.append(", ".join([*parts, recipe] if len(set(recipes)) > 1 else parts))
     if len(set(names)) < len(names):
         return panel

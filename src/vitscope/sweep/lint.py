@@ -19,11 +19,12 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from vitscope import config, exits
+from vitscope import exits
+from vitscope.config import loading
+from vitscope.config.validation import METRICS, validate
 from vitscope.runtime.errors import ConfigError, VitscopeError
 from vitscope.sweep import draws, halving, spec
 from vitscope.sweep.spec import COMMAND, METHODS, Sweep
-from vitscope.validation import METRICS, validate
 
 TOP_KEYS = (
     "program", "project", "entity", "name", "description", "method", "metric", "parameters", "command", "run_cap",
@@ -64,7 +65,7 @@ def problems(sweep: Sweep, *, thorough: bool = False) -> list[str]:
 def _top(content: Mapping[str, Any]) -> Iterator[str]:
     for key in content:
         if key not in TOP_KEYS:
-            yield f"{key}: no such key; {config.nearest(str(key), TOP_KEYS)}"
+            yield f"{key}: no such key; {loading.nearest(str(key), TOP_KEYS)}"
     for key in ("program", "method", "command"):
         if key not in content:
             yield f"{key}: missing; W&B would take a default that does not fit"
@@ -91,7 +92,7 @@ def _search(sweep: Sweep) -> Iterator[str]:
             (metric.get("name"), metric.get("goal", "minimize")) if isinstance(metric, dict) else (metric, None)
         )
         if name not in METRICS:
-            yield f"metric.name: {name} is not logged every epoch; {config.nearest(str(name), METRICS)}"
+            yield f"metric.name: {name} is not logged every epoch; {loading.nearest(str(name), METRICS)}"
         if goal not in ("minimize", "maximize") or (isinstance(metric, dict) and "goal" not in metric):
             yield f"metric.goal: {goal} must be stated; choose maximize or minimize"
     cap = content.get("run_cap")
@@ -112,7 +113,7 @@ def _parameter(key: str, node: Any) -> Iterator[str]:
         yield f"parameters.{key}: nested parameters arrive as a dict, which is no override; write dotted keys such as {key}.name"
         return
     for name in sorted(set(map(str, node)) - draws.KEYS):
-        yield f"parameters.{key}.{name}: no such key; {config.nearest(name, draws.KEYS)}"
+        yield f"parameters.{key}.{name}: no such key; {loading.nearest(name, draws.KEYS)}"
     if key in OURS or key.startswith("hydra"):
         yield f"parameters.{key}: the runner sets it; take it out"
     try:
@@ -168,9 +169,9 @@ def _composed(sweep: Sweep, thorough: bool) -> Iterator[str]:
         try:
             cfg = compose_trial(params)
             if thorough:
-                from vitscope import build
+                from vitscope.config import factories
 
-                build.model(cfg)
+                factories.model(cfg)
         except (VitscopeError, ValueError) as error:
             yield f"trial {index} ({spec.label(sweep, params)}): {error}"
 
@@ -189,14 +190,14 @@ def compose_trial(params: Mapping[str, Any]) -> DictConfig:
         ConfigError: an undeclared key, an unknown choice, or values that do not fit together.
     """
     GlobalHydra.instance().clear()  # a command that Hydra runs (multirun) leaves its own behind
-    with initialize_config_dir(str(config.folder()), version_base="1.3"):
+    with initialize_config_dir(str(loading.folder()), version_base="1.3"):
         try:
             _declared(params)
             cfg = compose("train", overrides=spec.arguments(params))
         except (HydraException, OmegaConfBaseException) as error:
             raise exits.explain(error) or error from None
-    config.drop_unchosen(cfg)
-    config.apply_caps(cfg)
+    loading.drop_unchosen(cfg)
+    loading.apply_caps(cfg)
     validate(cfg)
     return cfg
 
@@ -212,4 +213,4 @@ def _declared(params: Mapping[str, Any]) -> None:
             node = node.get(part) if isinstance(node, DictConfig) and part in node else None
         if not isinstance(node, DictConfig) or (last not in node and key not in groups):
             names = [str(name) for name in node] if isinstance(node, DictConfig) else [str(name) for name in base]
-            raise ConfigError(key, value, "no declared key", config.nearest(last, names))
+            raise ConfigError(key, value, "no declared key", loading.nearest(last, names))

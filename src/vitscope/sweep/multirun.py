@@ -27,7 +27,8 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from vitscope import config, journal, results
+from vitscope import journal, results
+from vitscope.config import loading
 from vitscope.runtime import redaction, stop_flag
 from vitscope.runtime.errors import ConfigError
 from vitscope.runtime.stop_flag import Interrupted
@@ -199,5 +200,5 @@ def _redact(file: Path) -> None:
 
 
 def _program() -> list[str]:
-    script = config.folder().parent / "train.py"  # Lightning starts ranks by the script's path, which a module lacks
+    script = loading.folder().parent / "train.py"  # Lightning starts ranks by the script's path, which a module lacks
     return [sys.executable, str(script)] if script.is_file() else [sys.executable, "-m", "vitscope", "train"]

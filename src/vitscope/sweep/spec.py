@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from vitscope import config
+from vitscope.config import loading
 from vitscope.runtime.errors import ConfigError
 from vitscope.sweep import draws
 
@@ -37,7 +37,7 @@ class Sweep:
         identity = {
             key: self.content.get(key) for key in ("program", "method", "metric", "parameters", "early_terminate")
         }
-        return f"{self.path.stem}-{config.digest(identity)}"
+        return f"{self.path.stem}-{loading.digest(identity)}"
 
     @property
     def program(self) -> str:
@@ -115,7 +115,7 @@ def label(sweep: Sweep, params: Mapping[str, Any]) -> str:
 
 def folder_name(index: int, params: Mapping[str, Any]) -> str:
     """Return the name of a trial's run folder."""
-    return f"{index:03d}-{config.digest(dict(params), 6)}"
+    return f"{index:03d}-{loading.digest(dict(params), 6)}"
 
 
 def grid(sweep: Sweep) -> list[dict[str, Any]]:

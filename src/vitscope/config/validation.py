@@ -19,13 +19,14 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from vitscope import config, relations, supplied
+from vitscope import supplied
 from vitscope.analyses import OURS
-from vitscope.build import DATA_HINTS
+from vitscope.config import cross_checks, loading
+from vitscope.config.factories import DATA_HINTS
+from vitscope.config.signature_checks import check_arguments, check_node, fits, shown
 from vitscope.runtime.errors import CheckpointError, ConfigError, DataError, StorageError
-from vitscope.signatures import check_arguments, check_node, fits, shown
 
-METRICS = relations.METRICS
+METRICS = cross_checks.METRICS
 
 #: what the keys of an analysis that are not options of its measure may hold
 PROBE_TYPES = {"split": str, "augment": bool | str, "n_images": int | None, "batch_size": int | None, "seed": int | None,
@@ -63,8 +64,8 @@ def validate(cfg: DictConfig) -> None:
         StorageError: ``paths.runs`` cannot be written.
     """
     tree = _resolved(cfg)
-    for place, node in config.targets(tree):  # before anything looks at arguments
-        config.check_target(node, place)
+    for place, node in loading.targets(tree):  # before anything looks at arguments
+        loading.check_target(node, place)
     for key, value in _leaves(tree):
         _check_number(key, value)
     _check_roots(tree, whole=bool(OmegaConf.is_struct(cfg)))  # a run's own file may be older than a key
@@ -77,7 +78,7 @@ def validate(cfg: DictConfig) -> None:
     _check_analyses(tree.get("analysis") or {})
     for name, node in (tree.get("callbacks") or {}).items():
         check_node(f"callbacks.{name}", node, extra=("_package_",))
-    relations.check(tree)
+    cross_checks.check(tree)
     _check_paths(tree)
 
 
@@ -99,22 +100,22 @@ def _check_roots(tree: Mapping[str, Any], *, whole: bool) -> None:
     groups = groups | {"optimizer"}  # analyze.py takes it over from the run
     for key, value in tree.items():
         if key not in keys and key not in groups:
-            raise ConfigError(key, shown(value), "no such key", config.nearest(str(key), groups | set(keys)))
+            raise ConfigError(key, shown(value), "no such key", loading.nearest(str(key), groups | set(keys)))
         if key in groups and not isinstance(value, Mapping | None):
-            raise ConfigError(key, shown(value), "not a group", f"choose one of {', '.join(config.options(key))}")
+            raise ConfigError(key, shown(value), "not a group", f"choose one of {', '.join(loading.options(key))}")
         if key in keys and not any(fits(value, kind) for kind in keys[key]):
             raise ConfigError(key, shown(value), f"not {_named(keys[key])}", "correct the value")
     for key in sorted(keys) if whole else ():
         if key not in tree:
             raise ConfigError(key, None, "is missing", "do not remove it")
     for group in sorted(needed - {key for key, value in tree.items() if isinstance(value, Mapping)}):
-        raise ConfigError(group, None, "is missing", f"choose one of {', '.join(config.options(group))}")
+        raise ConfigError(group, None, "is missing", f"choose one of {', '.join(loading.options(group))}")
 
 
 @functools.cache
 def _roots(root: str) -> tuple[set[str], dict[str, set[Any]]]:
     """Return the groups of ``train`` or ``analyze``, and their other keys with the types these take."""
-    content: Any = OmegaConf.to_container(OmegaConf.load(config.folder() / f"{root}.yaml"))
+    content: Any = OmegaConf.to_container(OmegaConf.load(loading.folder() / f"{root}.yaml"))
     named = {str(name) for entry in content.pop("defaults") if isinstance(entry, Mapping) for name in entry}
     groups = {name for name in named if not name.startswith("override ")}
     return groups, {str(key): _kinds(value) for key, value in content.items() if key not in groups and key != "hydra"}
@@ -166,11 +167,11 @@ def _check_target_group(group: str, node: Mapping[str, Any]) -> None:
     extra = {"data": DATA_HINTS, "optimizer": ("schedule",)}.get(group, ())
     check_node(group, node, extra=extra)
     if group == "data" and isinstance(node.get("recipe"), Mapping):
-        known = {key for name in config.options("data") for key in _file("data", name).get("recipe", {})}
+        known = {key for name in loading.options("data") for key in _file("data", name).get("recipe", {})}
         for key in node["recipe"]:
             if key not in known:
                 raise ConfigError(
-                    f"data.recipe.{key}", shown(node["recipe"][key]), "no such key", config.nearest(key, known)
+                    f"data.recipe.{key}", shown(node["recipe"][key]), "no such key", loading.nearest(key, known)
                 )
     if group == "optimizer" and node.get("schedule"):
         from vitscope.core.lr_schedule import factor
@@ -182,13 +183,13 @@ def _check_target_group(group: str, node: Mapping[str, Any]) -> None:
 
 def _check_plain_group(group: str, node: Mapping[str, Any]) -> None:
     known: dict[str, set[Any]] = {}
-    for name in config.options(group):
+    for name in loading.options(group):
         for key, value in _file(group, name).items():
             kinds = _kinds(value)  # a bound, or a number that another file gives with a fraction
             known.setdefault(key, set()).update(kinds if kinds != {int} else {float})
     for key, value in node.items():
         if key not in known:
-            raise ConfigError(f"{group}.{key}", shown(value), "no such key", config.nearest(str(key), known))
+            raise ConfigError(f"{group}.{key}", shown(value), "no such key", loading.nearest(str(key), known))
         if not any(fits(value, kind) for kind in known[key]):
             raise ConfigError(f"{group}.{key}", shown(value), f"not {_named(known[key])}", "correct the value")
     if group == "objective":
@@ -196,7 +197,7 @@ def _check_plain_group(group: str, node: Mapping[str, Any]) -> None:
 
         if node.get("l2") not in L2_FORMS:
             raise ConfigError(
-                "objective.l2", node.get("l2"), "unknown form", config.nearest(str(node.get("l2")), L2_FORMS)
+                "objective.l2", node.get("l2"), "unknown form", loading.nearest(str(node.get("l2")), L2_FORMS)
             )
 
 
@@ -204,18 +205,18 @@ def _check_caps(caps: Mapping[str, Any]) -> None:
     """Refuse bounds of what there is not: each is the name of a size in some file of ``conf/analysis``, or the trainer's."""
     for name in caps:
         if name not in _bounded():
-            raise ConfigError(f"caps.{name}", shown(caps[name]), "no such key", config.nearest(str(name), _bounded()))
+            raise ConfigError(f"caps.{name}", shown(caps[name]), "no such key", loading.nearest(str(name), _bounded()))
 
 
 @functools.cache
 def _bounded() -> set[str]:
-    files = [_file("analysis", name) for name in config.options("analysis")] + [_file("caps", "smoke")]
+    files = [_file("analysis", name) for name in loading.options("analysis")] + [_file("caps", "smoke")]
     names = ([part for part in key.split(".") if not part.isdigit()] for file in files for key, _ in _leaves(file))
     return {parts[-1] for parts in names}  # radii.0 is the first of a list named radii
 
 
 def _file(group: str, name: str) -> dict[str, Any]:
-    loaded = OmegaConf.to_container(OmegaConf.load(config.folder() / group / f"{name}.yaml"))
+    loaded = OmegaConf.to_container(OmegaConf.load(loading.folder() / group / f"{name}.yaml"))
     return {key: value for key, value in typing.cast(dict[str, Any], loaded).items() if key != "defaults"}
 
 
@@ -231,13 +232,13 @@ def _check_analyses(nodes: Mapping[str, Any]) -> None:
                 )
             for key, value in (node.get(part) or {}).items():
                 if key not in types_:
-                    raise ConfigError(f"{path}.{part}.{key}", shown(value), "no such key", config.nearest(key, types_))
+                    raise ConfigError(f"{path}.{part}.{key}", shown(value), "no such key", loading.nearest(key, types_))
                 if not fits(value, types_[key]):
                     why = f"not of type {getattr(types_[key], '__name__', types_[key])}"
                     raise ConfigError(f"{path}.{part}.{key}", shown(value), why, "correct the value")
         recipe = (node.get("probe") or {}).get("augment")
-        if isinstance(recipe, str) and recipe not in config.options("objective"):
-            why = config.nearest(recipe, ["true", "false", *config.options("objective")])
+        if isinstance(recipe, str) and recipe not in loading.options("objective"):
+            why = loading.nearest(recipe, ["true", "false", *loading.options("objective")])
             raise ConfigError(f"{path}.probe.augment", recipe, "neither true, false nor an objective", why)
         if node.get("on_error", "warn") not in ("warn", "raise"):
             raise ConfigError(f"{path}.on_error", node["on_error"], "unknown", "choose warn or raise")
@@ -247,7 +248,7 @@ def _paths_of(path: str, node: Any) -> tuple[str, ...]:
     """Return the keys that hold paths where the measure takes what is read from them."""
     if not isinstance(node, Mapping) or "_target_" not in node:
         return ()
-    measure = config.resolve(node["_target_"], path)
+    measure = loading.resolve(node["_target_"], path)
     return ("checkpoints",) if "checkpoints" in inspect.signature(measure).parameters else ()
 
 

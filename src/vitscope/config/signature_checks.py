@@ -8,7 +8,7 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, Union, get_args, get_origin
 
-from vitscope import config
+from vitscope.config import loading
 from vitscope.runtime.errors import ConfigError
 
 _UNIONS = (Union, types.UnionType)
@@ -27,11 +27,11 @@ def check_node(path: str, node: Any, *, extra: Sequence[str] = (), supplied: Seq
         ConfigError: naming the key.
     """
     if not isinstance(node, Mapping) or "_target_" not in node:
-        raise ConfigError(path, None, "no _target_", f"choose one of {', '.join(config.options(path.split('.')[0]))}")
-    for place, inner in config.targets(node, path):
-        config.check_role(inner, place)
-        target = config.resolve(inner["_target_"], place)
-        ours = (*config.RESERVED, *(extra if place == path else ()))
+        raise ConfigError(path, None, "no _target_", f"choose one of {', '.join(loading.options(path.split('.')[0]))}")
+    for place, inner in loading.targets(node, path):
+        loading.check_role(inner, place)
+        target = loading.resolve(inner["_target_"], place)
+        ours = (*loading.RESERVED, *(extra if place == path else ()))
         arguments = {key: value for key, value in inner.items() if key not in ours}
         check_arguments(place, arguments, target, supplied=supplied if place == path else ())
 
@@ -50,10 +50,10 @@ def check_arguments(
     hints = _hints(target)
     for key, value in given.items():
         if key not in names and not open_ended:
-            raise ConfigError(f"{path}.{key}", shown(value), "no such key", config.nearest(key, names - set(supplied)))
+            raise ConfigError(f"{path}.{key}", shown(value), "no such key", loading.nearest(key, names - set(supplied)))
         if key in hints and not fits(value, hints[key]):
             if isinstance(value, str) and (names := _choices(hints[key])):
-                raise ConfigError(f"{path}.{key}", value, "no such choice", config.nearest(value, names))
+                raise ConfigError(f"{path}.{key}", value, "no such choice", loading.nearest(value, names))
             expected = hints[key].__name__ if isinstance(hints[key], type) else str(hints[key]).replace("typing.", "")
             raise ConfigError(f"{path}.{key}", shown(value), f"not of type {expected}", "correct the value")
 

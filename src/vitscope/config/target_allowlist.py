@@ -15,7 +15,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from vitscope import weight_files
+from vitscope.config import weight_files
 from vitscope.runtime.errors import ConfigError, nearest
 
 #: packages from which a `_target_` may come, before its kind is judged

@@ -8,7 +8,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from vitscope import config
+from vitscope.config import loading
 
 #: what may differ between two runs of one experiment: where and how it was computed, and what was watched
 INCIDENTAL = (
@@ -49,7 +49,7 @@ def setting(cfg: Mapping[str, Any], without: Sequence[str] = ()) -> str:
     """
     lengths = ("trainer.max_epochs", "trainer.max_steps")
     shared = {k: v for k, v in identity(cfg).items() if k.startswith(("data.", "objective.")) or k in lengths}
-    return config.digest({k: v for k, v in shared.items() if k not in without})
+    return loading.digest({k: v for k, v in shared.items() if k not in without})
 
 
 def flattened(node: Any, prefix: str = "") -> dict[str, Any]:
@@ -85,8 +85,8 @@ def recipe(cfg: Mapping[str, Any]) -> str:
         cfg: a run's configuration.
     """
     node = cfg.get("objective") or {}
-    for name in config.options("objective"):
-        known = OmegaConf.to_container(OmegaConf.load(config.folder() / "objective" / f"{name}.yaml"))
+    for name in loading.options("objective"):
+        known = OmegaConf.to_container(OmegaConf.load(loading.folder() / "objective" / f"{name}.yaml"))
         if isinstance(known, dict) and node == known:
             return name
     return ""
@@ -116,7 +116,7 @@ def labels(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
         varying.sort(key=lambda key: (GROUPS.index(key.partition(".")[0]), key in ("optimizer.betas", "optimizer.eps")))
         usual = {key: _usual(key, facts) for key in varying}
         for digest, fact in zip(digests, facts):
-            said = [key for key in varying if config.digest(fact.get(key)) != usual[key]]
+            said = [key for key in varying if loading.digest(fact.get(key)) != usual[key]]
             words = [_word(key, fact.get(key)) for key in said[:MOST_KEYS]]
             found[digest] = ", ".join([name, *words])
     counts: dict[str, int] = {}
@@ -127,12 +127,12 @@ def labels(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
 
 
 def _varies(key: str, facts: Sequence[Mapping[str, Any]]) -> bool:
-    return len({config.digest(fact.get(key)) for fact in facts}) > 1
+    return len({loading.digest(fact.get(key)) for fact in facts}) > 1
 
 
 def _usual(key: str, facts: Sequence[Mapping[str, Any]]) -> str | None:
     """Return the digest of the value that more than half of the experiments have, None where there is no such value."""
-    (digest, count), *_ = Counter(config.digest(fact.get(key)) for fact in facts).most_common(1)
+    (digest, count), *_ = Counter(loading.digest(fact.get(key)) for fact in facts).most_common(1)
     return digest if 2 * count > len(facts) else None
 
 

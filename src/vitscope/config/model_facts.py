@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from vitscope import build, config
+from vitscope.config import factories, loading
 from vitscope.models.structure.taps import Tap, known_taps
 
 #: key of the facts in ``provenance.json``
@@ -60,7 +60,7 @@ def of_model(cfg: DictConfig) -> dict[str, Any]:
 
     ``family`` is empty where the units tell none; ``why`` is the reason where the model could not be counted.
     """
-    node = dict(config.plain(cfg.model))
+    node = dict(loading.plain(cfg.model))
     if "pretrained" in node:
         node["pretrained"] = False  # the weights do not matter
     data = cfg.get("data") or {}
@@ -71,7 +71,7 @@ def of_model(cfg: DictConfig) -> dict[str, Any]:
     for device in ("meta", "cpu"):  # a model that looks at its weights while it is built needs a real device
         try:
             with torch.device(device):
-                model = build.model(composed)
+                model = factories.model(composed)
                 family = _family(model)
                 cost = count(model, (int(node.get("in_chans", 3)), *_pair(size)))
             return {"parameters": cost.parameters, "flops": cost.flops, "family": family, "why": ""}

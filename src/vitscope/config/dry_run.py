@@ -10,7 +10,7 @@ import torch
 from omegaconf import DictConfig
 from torch import nn
 
-from vitscope import config
+from vitscope.config import loading
 from vitscope.core import lr_schedule
 from vitscope.runtime.errors import ConfigError, DataError
 
@@ -34,7 +34,7 @@ def rehearse(cfg: DictConfig, network: nn.Module, data: Any) -> None:
     callbacks = [_built(node, f"callbacks.{name}") for name, node in cfg.callbacks.items()]
     quiet = {"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
     _built(cfg.trainer, "trainer", logger=False, callbacks=callbacks, **quiet)
-    _optimizer(config.plain(cfg.optimizer))
+    _optimizer(loading.plain(cfg.optimizer))
     _steps(cfg.trainer, data)
     for name, node in cfg.analysis.items():
         split = (node.get("probe") or {}).get("split") or "test"
@@ -48,14 +48,14 @@ def rehearse(cfg: DictConfig, network: nn.Module, data: Any) -> None:
 
 def _built(node: Any, path: str, **supplied: Any) -> Any:
     try:
-        return config.instantiate(node, path, **supplied)
+        return loading.instantiate(node, path, **supplied)
     except REFUSALS as error:
         raise ConfigError(path, None, _first_line(error), "correct its values") from error
 
 
 def _optimizer(node: dict[str, Any]) -> None:
     options = node.pop("schedule", None) or {}
-    make = config.instantiate({**node, "_partial_": True}, "optimizer")
+    make = loading.instantiate({**node, "_partial_": True}, "optimizer")
     weight = nn.Parameter(torch.ones(1))
 
     def loss() -> torch.Tensor:

@@ -15,8 +15,8 @@ from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 
+from vitscope.config.target_allowlist import PACKAGES, check_role, check_target, resolve
 from vitscope.runtime.errors import ConfigError, nearest
-from vitscope.trust import PACKAGES, check_role, check_target, resolve
 
 __all__ = [
     "PACKAGES", "RESERVED", "apply_caps", "check_role", "check_target", "config_hash", "digest", "folder", "instantiate",
@@ -32,7 +32,7 @@ RESERVED = {"_target_", "_partial_", "_convert_", "_recursive_"}
 
 def folder() -> Path:
     """Return the folder of configuration files: the checkout's, else the one inside the installed package."""
-    package = Path(__file__).parent
+    package = Path(__file__).parents[1]
     checkout = package.parents[1] / "conf"
     return checkout if (checkout / "train.yaml").is_file() else package / "conf"
 

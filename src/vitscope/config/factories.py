@@ -12,7 +12,8 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
-from vitscope import checkpoint, config
+from vitscope import checkpoint
+from vitscope.config import loading
 from vitscope.core.objective import Objective
 from vitscope.core.optimizer_state import OptimizerState, of_checkpoint
 from vitscope.core.probe import Probe
@@ -34,7 +35,7 @@ def model(cfg: DictConfig) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(cfg.seed))
         try:
-            network = config.instantiate(_at_own_size(cfg), "model")
+            network = loading.instantiate(_at_own_size(cfg), "model")
         except (OSError, ConnectionError) as error:
             raise DataError("model.pretrained", cfg.model.get("pretrained"), f"weights not fetched ({_first_line(error)})",
                             "connect, or set model.pretrained=false") from error  # fmt: skip
@@ -53,14 +54,14 @@ def model(cfg: DictConfig) -> nn.Module:
 
 def _at_own_size(cfg: DictConfig) -> dict[str, Any]:
     """Return ``cfg.model``, a timm model at the size of its weights where the images take its preprocessing."""
-    node = config.plain(cfg.model)
+    node = loading.plain(cfg.model)
     own = (cfg.get("data") or {}).get("transform") == "model" and node.get("_target_") == "vitscope.models.timm_model"
     return {**node, "image_size": None} if own else node
 
 
 def data(cfg: DictConfig) -> Any:
     """Return the data module that ``cfg.data`` describes."""
-    return config.instantiate(cfg.data, "data", drop=DATA_HINTS)
+    return loading.instantiate(cfg.data, "data", drop=DATA_HINTS)
 
 
 def named_objective(name: str) -> dict[str, Any]:
@@ -69,10 +70,10 @@ def named_objective(name: str) -> dict[str, Any]:
     Raises:
         ConfigError: there is no such file.
     """
-    names = config.options("objective")
+    names = loading.options("objective")
     if name not in names:
-        raise ConfigError("probe.augment", name, "no such objective", config.nearest(name, names))
-    return config.plain(OmegaConf.load(config.folder() / "objective" / f"{name}.yaml"))
+        raise ConfigError("probe.augment", name, "no such objective", loading.nearest(name, names))
+    return loading.plain(OmegaConf.load(loading.folder() / "objective" / f"{name}.yaml"))
 
 
 def objective(cfg: DictConfig, *, smoothing: float, scale: Mapping[str, Tensor] | None = None) -> Objective:
@@ -210,7 +211,7 @@ def optimizer_state(
     saved = (content or {}).get("optimizer_states") or []
     if not saved:
         return None
-    target = config.plain((cfg or {}).get("optimizer")) if cfg is not None and cfg.get("optimizer") else None
+    target = loading.plain((cfg or {}).get("optimizer")) if cfg is not None and cfg.get("optimizer") else None
     with _readable_state():
         if len(saved) > 1:
             return OptimizerState("optimizers", {}, f"{len(saved)} optimizers take turns")

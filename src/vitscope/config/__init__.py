@@ -1,0 +1,1 @@
+"""Configurations: composition, checks, instantiation and identity."""
