@@ -21,12 +21,12 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from vitscope import results
 from vitscope.core.probe import ObjectiveCard
 from vitscope.diagnostics.fourier.relative_log_amplitude import RelativeLogAmplitudeResult
 from vitscope.diagnostics.hessian.hessian_max_eigenvalue_spectrum import HessianMaxEigenvalueSpectrumResult
 from vitscope.diagnostics.landscape.loss_landscape import LossLandscapeResult
 from vitscope.diagnostics.landscape.loss_slice import LossSliceResult
+from vitscope.runs import result_store
 
 SEEDS = 5
 CARD = ObjectiveCard(loss="cross entropy", l2="half_sq", weight_decay=0.05, data="photos", split="train", n_images=256)
@@ -105,7 +105,7 @@ def write_run(root: Path, number: int, rng: np.random.Generator) -> None:
                  "test/ece": 0.05, "test/brier": 0.6, "val/accuracy": 0.5})  # fmt: skip
     (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for analysis, make in (("hessian", spectrum), ("landscape", surface), ("slice", line), ("fourier", fourier)):
-        results.save(path / "results" / analysis, "end-00000000", make(rng))
+        result_store.save(path / "results" / analysis, "end-00000000", make(rng))
 
 
 def family(pid: int) -> list[int]:

@@ -45,17 +45,17 @@ def resident() -> tuple[float, int]:
 
 def rows(folder: Path, n: int = 1_000_000) -> str:
     """Append ``n`` rows and read them back."""
-    from vitscope import journal
+    from vitscope.runs import metrics_log
 
     before, started = resident()[0], time.perf_counter()
-    writer = journal.Journal(folder / "metrics.jsonl")
+    writer = metrics_log.Journal(folder / "metrics.jsonl")
     for step in range(n):
         writer.append(step, step // 1000, {"train/loss": 1.0 / (step + 1)})
     writer.close()
     wrote = time.perf_counter() - started
     written_memory = resident()[0] - before
     started = time.perf_counter()
-    count = sum(1 for _ in journal.read(folder / "metrics.jsonl"))
+    count = sum(1 for _ in metrics_log.read(folder / "metrics.jsonl"))
     assert count == n, f"{count} rows of {n}"
     size = (folder / "metrics.jsonl").stat().st_size / 2**20
     return (f"{n:,} rows: {n / wrote:,.0f} a second, {size:.0f} MiB, {written_memory:+.0f} MiB resident while writing; "
@@ -64,7 +64,7 @@ def rows(folder: Path, n: int = 1_000_000) -> str:
 
 def saves(folder: Path, megabytes: int = 300, n: int = 50) -> str:
     """Kill a process that saves without end until ``n`` saves were seen; after each kill the newest checkpoint is whole."""
-    from vitscope import checkpoint
+    from vitscope.runs import checkpoint_io
 
     draws, kills, seen, fallbacks, started = random.Random(0), 0, 0, 0, time.perf_counter()
     while seen < n:
@@ -76,12 +76,12 @@ def saves(folder: Path, megabytes: int = 300, n: int = 50) -> str:
         process.send_signal(signal.SIGKILL)
         said = [last, *(int(line) for line in process.communicate()[0].split())]
         kills, seen = kills + 1, seen + len(said)
-        newest = checkpoint.newest(folder)
-        content = checkpoint.read(newest)
+        newest = checkpoint_io.newest(folder)
+        content = checkpoint_io.read(newest)
         assert content["global_step"] >= max(said)
         assert bool((content["state_dict"]["w"] == content["global_step"]).all())
         fallbacks += len(list(folder.glob(".*.tmp-*")))
-    checkpoint.repair(folder)
+    checkpoint_io.repair(folder)
     assert not list(folder.glob(".*.tmp-*"))
     return (f"{seen} saves of {megabytes} MB, {kills} kills, {fallbacks} of them within a save: every time the newest verified "
             f"checkpoint was whole and as new as the last one announced; {time.perf_counter() - started:.0f} s")  # fmt: skip
@@ -89,14 +89,14 @@ def saves(folder: Path, megabytes: int = 300, n: int = 50) -> str:
 
 def writers(folder: Path, processes: int = 8, each: int = 5) -> str:
     """Let several processes make runs in one folder and write their journals at once."""
-    from vitscope import journal
+    from vitscope.runs import metrics_log
 
     started = time.perf_counter()
     children = [subprocess.Popen([sys.executable, "-c", WRITER, str(folder), str(each)]) for _ in range(processes)]
     assert all(child.wait() == 0 for child in children)
     made = list(folder.glob("*/metrics.jsonl"))
     assert len(made) == processes * each, f"{len(made)} runs of {processes * each}"
-    assert all(len(list(journal.read(file))) == 100 for file in made)
+    assert all(len(list(metrics_log.read(file))) == 100 for file in made)
     return (
         f"{processes} processes, {len(made)} runs in one folder, every row there; {time.perf_counter() - started:.0f} s"
     )

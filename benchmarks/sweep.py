@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from vitscope import journal
+from vitscope.runs import metrics_log
 
 SWEEP = """
 program: train.py
@@ -67,7 +67,7 @@ def run(place: Path, jobs: int, trials: int, steps: int) -> tuple[list[float], l
     starts, paces = [], []
     for trial, at in sorted(begun.items()):
         (run_folder,) = folder.glob(f"{trial:03d}-*")
-        times = [row["time"] for row in journal.read(run_folder / "metrics.jsonl") if "train/loss" in row]
+        times = [row["time"] for row in metrics_log.read(run_folder / "metrics.jsonl") if "train/loss" in row]
         starts.append(times[0] - at)
         paces.append(float(np.median(np.diff(times))))
     return starts, paces

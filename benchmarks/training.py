@@ -46,10 +46,10 @@ from vitscope.classifier import _STEP_STREAM, Classifier, _step_seed
 from vitscope.core import lr_schedule
 from vitscope.core.objective import Objective
 from vitscope.data import DataModule
-from vitscope.journal import Journal
 from vitscope.models.window_attention import WindowAttention
-from vitscope.runs import Run
-from vitscope.tracking import Mirror, RunLogger
+from vitscope.runs.metrics_log import Journal
+from vitscope.runs.run_dir import Run
+from vitscope.runs.wandb_mirror import Mirror, RunLogger
 from vitscope.training_progress import EpochAccuracy, PlainProgress
 
 STRONG = {"augment": "rand-m9-n2-mstd1.0", "mixup": 1.0, "cutmix": 0.8, "switch_prob": 0.5, "label_smoothing": 0.1}

@@ -7,17 +7,17 @@ from pathlib import Path
 
 import torch
 
-from vitscope import checkpoint
+from vitscope.runs import checkpoint_io
 
 
 def main() -> None:
     folder, megabytes = Path(sys.argv[1]), int(sys.argv[2])
-    step = max([entry["global_step"] for entry in checkpoint.manifest(folder).values()], default=0)
+    step = max([entry["global_step"] for entry in checkpoint_io.manifest(folder).values()], default=0)
     while True:
         step += 1
         weights = torch.full((megabytes * 2**18,), float(step))
         name = f"{('best', 'last')[step % 2]}.ckpt"  # killed between file and manifest, the other one is whole
-        checkpoint.write({"epoch": 0, "global_step": step, "state_dict": {"w": weights}}, folder / name)
+        checkpoint_io.write({"epoch": 0, "global_step": step, "state_dict": {"w": weights}}, folder / name)
         print(step, flush=True)
 
 

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from vitscope import checkpoint, checkpoint_schema
 from vitscope.callbacks import Checkpoints
+from vitscope.runs import checkpoint_io, checkpoint_schema
 from vitscope.runtime.errors import CheckpointError
 
 torch.set_num_threads(1)
@@ -50,7 +50,7 @@ def new_trainer(folder: Path, **options: Any) -> pl.Trainer:
     callback = Checkpoints(monitor="x")
     return pl.Trainer(
         default_root_dir=folder, accelerator="cpu", logger=False, enable_checkpointing=False, callbacks=[callback],
-        enable_progress_bar=False, enable_model_summary=False, plugins=[checkpoint.AtomicCheckpointIO()], **options,
+        enable_progress_bar=False, enable_model_summary=False, plugins=[checkpoint_io.AtomicCheckpointIO()], **options,
     )  # fmt: skip
 
 
@@ -61,7 +61,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("vitscope.callbacks._agreed_signal", lambda _: 0)
         new_trainer(folder, max_epochs=1).fit(Tiny(), data)
-    return checkpoint.read(folder / "checkpoints" / "last.ckpt")
+    return checkpoint_io.read(folder / "checkpoints" / "last.ckpt")
 
 
 def places(value: Any, place: tuple = ()) -> Iterator[tuple]:

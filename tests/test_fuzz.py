@@ -20,11 +20,12 @@ from hypothesis import strategies as st
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from vitscope import exits, results
+from vitscope import exits
 from vitscope.classifier import Classifier
 from vitscope.config import loading
 from vitscope.config.validation import validate
 from vitscope.diagnostics.variance.feature_map_variance import FeatureMapVarianceResult
+from vitscope.runs import result_store
 from vitscope.runtime.errors import ConfigError, VitscopeError
 
 N_EXAMPLES = int(os.environ.get("FUZZ", "30"))
@@ -147,7 +148,7 @@ def test_a_result_is_the_old_one_or_the_new_one(tmp_path_factory: pytest.TempPat
     """The disk fails at the ``at``-th call that could change it; what is read afterwards is whole."""
     folder = tmp_path_factory.mktemp("results")
     old, new = (result(float(value)) for value in (seed, seed + 1))
-    results.save(folder, "end", old)
+    result_store.save(folder, "end", old)
     calls = 0
     with pytest.MonkeyPatch.context() as patch:
         for name in ("replace", "fsync", "open"):
@@ -162,8 +163,8 @@ def test_a_result_is_the_old_one_or_the_new_one(tmp_path_factory: pytest.TempPat
 
             patch.setattr(os, name, failing)
         with contextlib.suppress(OSError, VitscopeError):
-            results.save(folder, "end", new)
-    value = results.load(folder / "end.npz").variance
+            result_store.save(folder, "end", new)
+    value = result_store.load(folder / "end.npz").variance
     assert np.array_equal(value, old.variance) or np.array_equal(value, new.variance)
 
 

@@ -14,10 +14,11 @@ import torch
 from omegaconf import OmegaConf
 
 from tests.test_configs import composed
-from vitscope import checkpoint, exits, results, runs
+from vitscope import exits
 from vitscope.commands import overrides
 from vitscope.config import loading
 from vitscope.config.validation import validate
+from vitscope.runs import checkpoint_io, result_store, run_dir
 from vitscope.runtime import redaction
 from vitscope.runtime.errors import CheckpointError, ConfigError
 
@@ -36,8 +37,8 @@ TARGETS = [
     "pytorch_lightning.utilities.model_helpers.is_overridden", "pytorch_lightning.seed_everything",
     "pytorch_lightning.LightningModule.load_from_checkpoint", "pytorch_lightning.cli.LightningCLI",
     "pytorch_lightning.utilities.upgrade_checkpoint.main", "torchmetrics.functional.accuracy",
-    "vitscope", "vitscope.runs.create", "vitscope.results.write_atomically", "vitscope.results.load",
-    "vitscope.checkpoint.read", "vitscope.checkpoint.write", "vitscope.sweep.children.start", "vitscope.exits.run",
+    "vitscope", "vitscope.runs.run_dir.create", "vitscope.runs.result_store.write_atomically", "vitscope.runs.result_store.load",
+    "vitscope.runs.checkpoint_io.read", "vitscope.runs.checkpoint_io.write", "vitscope.sweep.children.start", "vitscope.exits.run",
     "vitscope.data.sources.cifar.urllib.request.urlopen", "vitscope.data.sources.cifar.check_integrity",
     "vitscope.diagnostics.corruption.corruption.archive", "vitscope.diagnostics.fourier.plot.relative_log_amplitude",
     "vitscope.models.load_official_state_dict", "vitscope.models.timm_model.checkpoint_gradients",
@@ -134,7 +135,7 @@ def test_names_that_lead_out_of_the_run_s_folder(name: str) -> None:
 def test_names_of_jobs_are_contained(job: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", job)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    run = runs.create(OmegaConf.create({"paths": {"runs": str(tmp_path / "r u n s \u00e9")}, "seed": 1}), "train")
+    run = run_dir.create(OmegaConf.create({"paths": {"runs": str(tmp_path / "r u n s \u00e9")}, "seed": 1}), "train")
     assert run.path.parent == tmp_path / "r u n s \u00e9"
     assert run.config().seed == 1
 
@@ -145,7 +146,7 @@ def test_a_damaged_configuration_of_a_run(text: str, tmp_path: Path, monkeypatch
     monkeypatch.chdir(tmp_path)
     (tmp_path / "config.yaml").write_text(text)
     with pytest.raises((CheckpointError, ConfigError)) as caught:
-        validate(runs.find(tmp_path).config())
+        validate(run_dir.find(tmp_path).config())
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "x").exists()
 
@@ -159,24 +160,24 @@ def test_a_damaged_manifest(content: str, tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(b"")
     (tmp_path / "checkpoints" / "manifest.json").write_text(content)
     with pytest.raises(CheckpointError, match=r"manifest\.json cannot be trusted"):
-        checkpoint.newest(tmp_path / "checkpoints")
+        checkpoint_io.newest(tmp_path / "checkpoints")
 
 
 @pytest.mark.parametrize("noted", [5, [1], "x", {"epoch": "0", "batch": 0}, {"epoch": 0}, {"epoch": -1, "batch": 0},
                                    {"epoch": 0, "batch": torch.zeros(2)}, {"epoch": 0, "batch": 1.5}])  # fmt: skip
 def test_a_note_that_does_not_say_where_training_stood(noted: object) -> None:
     with pytest.raises(CheckpointError, match="where training stood"):
-        checkpoint.facts({"vitscope": noted, "global_step": 1}, Path("x"))
+        checkpoint_io.facts({"vitscope": noted, "global_step": 1}, Path("x"))
     with pytest.raises(CheckpointError, match="where training stood"):
-        checkpoint.facts({"global_step": "many"}, Path("x"))
+        checkpoint_io.facts({"global_step": "many"}, Path("x"))
 
 
 @pytest.mark.parametrize("key", [np.float64(1.0), np.str_("a"), (1, 2), None])
 def test_keys_that_could_not_be_read_back(key: object, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="a key of type"):
-        checkpoint.write({"epoch": 0, "x": {key: 1}}, tmp_path / "last.ckpt")
-    checkpoint.write({"epoch": 0, "x": OrderedDict({"a": 1, 2: True, 0.5: "b"})}, tmp_path / "last.ckpt")
-    assert checkpoint.read(tmp_path / "last.ckpt")["x"] == {"a": 1, 2: True, 0.5: "b"}
+        checkpoint_io.write({"epoch": 0, "x": {key: 1}}, tmp_path / "last.ckpt")
+    checkpoint_io.write({"epoch": 0, "x": OrderedDict({"a": 1, 2: True, 0.5: "b"})}, tmp_path / "last.ckpt")
+    assert checkpoint_io.read(tmp_path / "last.ckpt")["x"] == {"a": 1, 2: True, 0.5: "b"}
 
 
 def test_a_run_s_groups_are_not_chosen_anew() -> None:
@@ -204,7 +205,7 @@ def test_secrets_reach_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
             "data": {"root": "https://me:other@host/x", "list": ["${oc.env:MY_API_KEY}"]},
         }
     )  # fmt: skip
-    run = runs.create(cfg, "train")
+    run = run_dir.create(cfg, "train")
     text = "".join(file.read_text() for file in run.path.iterdir())
     assert SECRET not in text
     assert "other" not in text
@@ -224,12 +225,12 @@ def test_the_command_line_s_secrets() -> None:
 
 
 @pytest.mark.parametrize(
-    "kind", ["os:system", "vitscope.runs:Run", "vitscope.diagnostics.cka.cka:np.load", "x", 5, None]
+    "kind", ["os:system", "vitscope.runs.run_dir:Run", "vitscope.diagnostics.cka.cka:np.load", "x", 5, None]
 )
 def test_a_result_of_a_type_that_is_none(kind: object, tmp_path: Path) -> None:
     np.savez(tmp_path / "x.npz", __meta__=np.array(json.dumps({"type": kind, "fields": {"path": "/"}})))
     with pytest.raises(Exception, match="results="):
-        results.load(tmp_path / "x.npz")
+        result_store.load(tmp_path / "x.npz")
 
 
 def test_no_checkpoint_file_makes_anything_but_exit_4(tmp_path: Path) -> None:
@@ -245,4 +246,4 @@ def test_no_checkpoint_file_makes_anything_but_exit_4(tmp_path: Path) -> None:
         path = tmp_path / f"{i}.ckpt"
         path.write_bytes(content)
         with contextlib.suppress(CheckpointError):
-            assert isinstance(checkpoint.read(path), dict)
+            assert isinstance(checkpoint_io.read(path), dict)

@@ -12,10 +12,11 @@ import torch
 from omegaconf import OmegaConf
 
 from tests.reports.conftest import spectrum, write_run
-from vitscope import checkpoint, exits, results, tracking
-from vitscope.journal import Journal, read
+from vitscope import exits
 from vitscope.plotting.api import save_figure
-from vitscope.runs import Run
+from vitscope.runs import checkpoint_io, result_store, wandb_mirror
+from vitscope.runs.metrics_log import Journal, read
+from vitscope.runs.run_dir import Run
 from vitscope.runtime import safe_files
 from vitscope.runtime.errors import VitscopeError
 
@@ -45,11 +46,11 @@ def tensors() -> dict:
 
 
 def save_result(run: Run) -> None:
-    results.save(run.results / "hessian", "end-00000000", spectrum())
+    result_store.save(run.results / "hessian", "end-00000000", spectrum())
 
 
 def start_mirror(run: Run) -> None:
-    tracking.start(OmegaConf.create({"logger": {"project": "x"}}), run, "train", lambda line: None)
+    wandb_mirror.start(OmegaConf.create({"logger": {"project": "x"}}), run, "train", lambda line: None)
 
 
 #: (where the link is, what it leads to in `elsewhere`, what then is done)
@@ -61,17 +62,17 @@ CASES: list[tuple[str, str, Callable[[Run], object]]] = [
     ("provenance.json", "victim", lambda run: run.provenance()),
     ("provenance.json", "victim", lambda run: run.note(a=1)),
     ("config.yaml", "victim", lambda run: run.config()),
-    ("checkpoints", "", lambda run: checkpoint.sweep(run.checkpoints)),
-    ("checkpoints", "", lambda run: checkpoint.write(tensors(), run.checkpoints / "last.ckpt")),
-    ("checkpoints", "", lambda run: checkpoint.read(run.checkpoints / "last.ckpt")),
-    ("checkpoints", "", lambda run: checkpoint.manifest(run.checkpoints)),
-    ("checkpoints", "", lambda run: checkpoint.AtomicCheckpointIO().remove_checkpoint(run.checkpoints / "last.ckpt")),
-    ("checkpoints/last.ckpt", "last.ckpt", lambda run: checkpoint.read(run.checkpoints / "last.ckpt")),
-    ("checkpoints/manifest.json", "manifest.json", lambda run: checkpoint.manifest(run.checkpoints)),
+    ("checkpoints", "", lambda run: checkpoint_io.sweep(run.checkpoints)),
+    ("checkpoints", "", lambda run: checkpoint_io.write(tensors(), run.checkpoints / "last.ckpt")),
+    ("checkpoints", "", lambda run: checkpoint_io.read(run.checkpoints / "last.ckpt")),
+    ("checkpoints", "", lambda run: checkpoint_io.manifest(run.checkpoints)),
+    ("checkpoints", "", lambda run: checkpoint_io.AtomicCheckpointIO().remove_checkpoint(run.checkpoints / "last.ckpt")),
+    ("checkpoints/last.ckpt", "last.ckpt", lambda run: checkpoint_io.read(run.checkpoints / "last.ckpt")),
+    ("checkpoints/manifest.json", "manifest.json", lambda run: checkpoint_io.manifest(run.checkpoints)),
     ("results", "", save_result),
     ("results/hessian", "", save_result),
-    ("results/hessian/.partial-x", "", lambda run: results.PartialRows(run.results / "hessian" / ".partial-x").discard()),
-    ("results/hessian/x.npz", "victim", lambda run: results.load(run.results / "hessian" / "x.npz")),
+    ("results/hessian/.partial-x", "", lambda run: result_store.PartialRows(run.results / "hessian" / ".partial-x").discard()),
+    ("results/hessian/x.npz", "victim", lambda run: result_store.load(run.results / "hessian" / "x.npz")),
     ("figures", "", lambda run: save_figure(plt.figure(), run.figures / "victim", formats=("png",))),
     ("figures/x.png", "victim", lambda run: save_figure(plt.figure(), run.figures / "x", formats=("png",))),
     ("wandb", "", start_mirror),
@@ -100,8 +101,8 @@ def test_a_temporary_name_that_is_a_link_is_not_written_through(run: Run, elsewh
         for folder in (run.path, run.checkpoints):
             folder.mkdir(exist_ok=True)
             (folder / name).symlink_to(elsewhere / "victim")
-    results.write_atomically(run.path / "x.json", b"{}")
-    checkpoint.write(tensors(), run.checkpoints / "last.ckpt")
+    result_store.write_atomically(run.path / "x.json", b"{}")
+    checkpoint_io.write(tensors(), run.checkpoints / "last.ckpt")
     assert state(elsewhere) == before
     assert (run.path / "x.json").read_bytes() == b"{}"
 
@@ -119,9 +120,9 @@ def test_a_run_folder_reached_by_a_link_is_used(run: Run, tmp_path: Path) -> Non
     (tmp_path / "short").symlink_to(run.path)
     short = Run(tmp_path / "short")
     Journal(short.journal).append(4, 4, {"a": 1.0})
-    checkpoint.write(tensors(), short.checkpoints / "last.ckpt")
+    checkpoint_io.write(tensors(), short.checkpoints / "last.ckpt")
     assert read(run.journal)[-1]["a"] == 1.0
-    assert checkpoint.verified(run.checkpoints / "last.ckpt")
+    assert checkpoint_io.verified(run.checkpoints / "last.ckpt")
 
 
 def test_no_pipe_is_waited_for(run: Run) -> None:

@@ -11,9 +11,10 @@ import torch
 from torch import nn
 
 import vitscope as vs
-from vitscope import analyses, results
+from vitscope import analyses
 from vitscope.core.measure_options import INCIDENTAL, options_of
 from vitscope.core.objective_card import INCIDENTAL_FACTS
+from vitscope.runs import result_store
 
 
 def probe() -> vs.Probe:
@@ -36,7 +37,7 @@ def test_options_are_on_the_card_with_defaults_and_survive_the_disk(tmp_path: Pa
     names = set(inspect.signature(vs.hessian_max_eigenvalue_spectrum).parameters) - INCIDENTAL
     assert set(options) == names >= {"n_top", "solver", "operator", "tol", "parameters", "bn"}
     assert (options["n_top"], options["solver"], options["operator"], options["tol"]) == (2, "lanczos", "hessian", 1e-3)
-    again = results.load(results.save(tmp_path, "end-0badcafe", found))
+    again = result_store.load(result_store.save(tmp_path, "end-0badcafe", found))
     assert again.card.differences(found.card) == []
     assert again.card.conditions() == found.card.conditions()
 
@@ -95,10 +96,10 @@ def test_one_pass_records_the_options_of_each_measure() -> None:
 def test_a_stored_result_without_options_is_measured_again(tmp_path: Path) -> None:
     found = vs.hessian_trace(probe(), n_vectors=2)
     weights = found.card.checkpoint
-    path = results.save(tmp_path, "end-0badcafe", found)
+    path = result_store.save(tmp_path, "end-0badcafe", found)
     assert analyses._earlier(path, weights) is not None
     old = dataclasses.replace(found, card=dataclasses.replace(found.card, options=None))
-    path = results.save(tmp_path, "end-0badcafe", old)
+    path = result_store.save(tmp_path, "end-0badcafe", old)
     with pytest.warns(UserWarning, match="did not record options: measuring again"):
         assert analyses._earlier(path, weights) is None
 

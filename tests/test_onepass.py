@@ -20,7 +20,7 @@ from tests.test_configs import composed
 from vitscope import analyses
 from vitscope.analyses import Place
 from vitscope.config import factories
-from vitscope.runs import Run
+from vitscope.runs.run_dir import Run
 
 MEASURES = {
     "relative_log_amplitude": {},

@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from tests.test_survival import ENVIRONMENT, ROOT, run_of
-from vitscope import checkpoint, exits, journal
+from vitscope import exits
 from vitscope.commands import train
+from vitscope.runs import checkpoint_io, metrics_log
 
 SMALL = ["model=vit", "model.depth=1", "model.patch_size=8", "data.eval_batch_size=100", "logger=none",
          "trainer.log_every_n_steps=1",
@@ -37,7 +38,7 @@ def numbers(run: Path) -> dict[tuple[int, str], float]:
     """Return every logged metric by step and name; what depends on the clock is not among them."""
     return {
         (row["step"], key): value
-        for row in journal.read(run / "metrics.jsonl")
+        for row in metrics_log.read(run / "metrics.jsonl")
         for key, value in row.items()
         if key.partition("/")[0] in ("train", "val", "test", "fourier")
     }
@@ -79,12 +80,12 @@ def test_two_processes_average_weights_with_mixed_batches(tmp_path: Path) -> Non
     process = start(*shared, f"run_dir={tmp_path}/two")
     _, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
-    content = checkpoint.read(tmp_path / "two" / "checkpoints" / "last.ckpt")
+    content = checkpoint_io.read(tmp_path / "two" / "checkpoints" / "last.ckpt")
     assert content["averaging_state"]["n_averaged"] == 4
     average, last = content["state_dict"], content["current_model_state"]
     assert average.keys() == last.keys()
     assert any(not torch.equal(average[name], last[name]) for name in average)
-    assert "test/nll" in journal.last_values(tmp_path / "two" / "metrics.jsonl")
+    assert "test/nll" in metrics_log.last_values(tmp_path / "two" / "metrics.jsonl")
 
 
 @pytest.mark.slow

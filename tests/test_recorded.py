@@ -14,9 +14,10 @@ from torch import nn
 
 import vitscope as vs
 from tests.kills import KILLED, at_every_change
-from vitscope import analyses, journal, recorded, results
+from vitscope import analyses, recorded
 from vitscope.analyses import Analysis, Place
-from vitscope.runs import Run
+from vitscope.runs import metrics_log, result_store
+from vitscope.runs.run_dir import Run
 
 torch.set_num_threads(1)
 ANALYSIS = Analysis("variance", vs.feature_map_variance, {}, {})
@@ -40,7 +41,7 @@ def place(folder: Path) -> Place:
 
 def state(folder: Path) -> tuple[list[str], list[dict], dict]:
     """Return the names of files, the rows without their time, and the readable copy."""
-    rows = [{k: v for k, v in row.items() if k != "time"} for row in journal.read(folder / "metrics.jsonl")]
+    rows = [{k: v for k, v in row.items() if k != "time"} for row in metrics_log.read(folder / "metrics.jsonl")]
     files = sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
     return files, rows, json.loads((folder / "results" / "variance" / "end-0.json").read_text())
 
@@ -53,9 +54,9 @@ def again(folder: Path, result: Any) -> None:
     """Ask for the result as the next `analyze` does: take it from the disk where it is there."""
     inside = folder / "results" / "variance"
     for name in (folder, inside, folder / "figures"):
-        results.sweep(name)
+        result_store.sweep(name)
     if (inside / "end-0.npz").exists():
-        recorded.complete(ANALYSIS, place(folder), inside, "end-0", results.load(inside / "end-0.npz"))
+        recorded.complete(ANALYSIS, place(folder), inside, "end-0", result_store.load(inside / "end-0.npz"))
     else:
         stored(folder, result)
 
@@ -100,7 +101,7 @@ def test_an_earlier_result_is_completed_where_it_is_used_again(tmp_path: Path, m
     monkeypatch.setattr(analyses, "_stem", lambda *_: "end-0")
     monkeypatch.setattr(analyses.build, "weights_hash", lambda _: result.card.checkpoint)
     monkeypatch.setattr(analyses, "_earlier", lambda *_: result)
-    results.save(tmp_path / "results" / "variance", "end-0", result)
+    result_store.save(tmp_path / "results" / "variance", "end-0", result)
     assert analyses.perform(ANALYSIS, place(tmp_path)) is result
-    assert [row["tag"] for row in journal.read(tmp_path / "metrics.jsonl")] == ["end"]
+    assert [row["tag"] for row in metrics_log.read(tmp_path / "metrics.jsonl")] == ["end"]
     assert (tmp_path / "figures" / "variance-end.pdf").is_file()

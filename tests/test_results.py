@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import vitscope as vs
-from vitscope import journal, results
+from vitscope.runs import metrics_log, result_store
 from vitscope.runtime.errors import StorageError
 
 
@@ -23,8 +23,8 @@ def measured() -> object:
 
 def test_a_result_comes_back_equal(tmp_path: Path) -> None:
     result = measured()
-    path = results.save(tmp_path, "end-12345678", result)
-    back = results.load(path)
+    path = result_store.save(tmp_path, "end-12345678", result)
+    back = result_store.load(path)
     assert type(back) is type(result)
     for name in vars(result):
         value, other = getattr(result, name), getattr(back, name)
@@ -39,17 +39,17 @@ def test_a_result_comes_back_equal(tmp_path: Path) -> None:
 
 
 def test_damaged_results_are_named(tmp_path: Path) -> None:
-    path = results.save(tmp_path, "end-0", measured())
+    path = result_store.save(tmp_path, "end-0", measured())
     content = bytearray(path.read_bytes())
     path.write_bytes(content[: len(content) // 2])
     with pytest.raises(StorageError, match="end-0"):
-        results.load(path)
+        result_store.load(path)
 
 
 def test_only_our_types_are_built(tmp_path: Path) -> None:
     np.savez(tmp_path / "x.npz", __meta__=np.array(json.dumps({"type": "os:system", "fields": {}})))
     with pytest.raises(StorageError, match="not a vitscope measure"):
-        results.load(tmp_path / "x.npz")
+        result_store.load(tmp_path / "x.npz")
 
 
 @dataclass(frozen=True)
@@ -62,51 +62,51 @@ class Odd:
 
 def test_what_cannot_be_read_back_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="received Tensor at value"):
-        results.save(tmp_path, "x", Odd(torch.zeros(2)))
+        result_store.save(tmp_path, "x", Odd(torch.zeros(2)))
     assert not list(tmp_path.iterdir())
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     target = tmp_path / "a.json"
-    results.write_atomically(target, b"old")
+    result_store.write_atomically(target, b"old")
 
     def full(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.fsync", full)
     with pytest.raises(StorageError, match="No space left"):
-        results.write_atomically(target, b"new")
+        result_store.write_atomically(target, b"new")
     assert target.read_bytes() == b"old"
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
 
 
 def test_rows_outlive_a_kill(tmp_path: Path) -> None:
-    rows = results.PartialRows(tmp_path / "p")
+    rows = result_store.PartialRows(tmp_path / "p")
     rows["0"] = {"nll": 0.1 + 0.2, "v": np.arange(3.0)}
     rows["1"] = {"nll": float("inf")}
     with (tmp_path / "p" / "rank-0.jsonl").open("a") as file:
         file.write('{"key": "2", "row": {"nl')  # killed here
-    again = results.PartialRows(tmp_path / "p", rank=0)
+    again = result_store.PartialRows(tmp_path / "p", rank=0)
     assert set(again) == {"0", "1"}
     assert again["0"]["nll"] == 0.1 + 0.2
     np.testing.assert_array_equal(again["0"]["v"], np.arange(3.0))
     again["2"] = {"nll": 3.0}
-    assert results.PartialRows(tmp_path / "p")["2"] == {"nll": 3.0}
+    assert result_store.PartialRows(tmp_path / "p")["2"] == {"nll": 3.0}
     again.discard()
     assert not (tmp_path / "p").exists()
 
 
 def test_journal(tmp_path: Path) -> None:
-    book = journal.Journal(tmp_path / "metrics.jsonl")
+    book = metrics_log.Journal(tmp_path / "metrics.jsonl")
     book.append(1, 0, {"train/loss": 0.1 + 0.2, "bad": float("nan")})
     book.close()
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 2, "train')
-    again = journal.Journal(tmp_path / "metrics.jsonl")
+    again = metrics_log.Journal(tmp_path / "metrics.jsonl")
     again.append(2, 0, {"train/loss": 2.0})
     again.append(2, 0, {"train/loss": 1.0})
-    rows = journal.read(tmp_path / "metrics.jsonl")
+    rows = metrics_log.read(tmp_path / "metrics.jsonl")
     assert [row["step"] for row in rows] == [1, 2, 2]
     assert rows[0]["train/loss"] == 0.1 + 0.2
     assert rows[0]["bad"] is None
-    assert journal.series(tmp_path / "metrics.jsonl")["train/loss"].tolist() == [0.1 + 0.2, 1.0]
+    assert metrics_log.series(tmp_path / "metrics.jsonl")["train/loss"].tolist() == [0.1 + 0.2, 1.0]

@@ -14,8 +14,8 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from tests.kills import KILLED, at_every_change
-from vitscope import checkpoint, results, run_lock, runs
-from vitscope.runs import Run
+from vitscope.runs import checkpoint_io, result_store, run_dir, run_lock
+from vitscope.runs.run_dir import Run
 from vitscope.runtime.errors import ConfigError, StorageError
 
 torch.set_num_threads(1)
@@ -133,17 +133,17 @@ def test_a_folder_that_is_gone_or_taken_over(tmp_path: Path) -> None:
 def test_a_second_run_in_one_folder_is_refused_before_it_writes(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     with run_lock.released_at_end():
-        runs.create(cfg(folder), "train")
+        run_dir.create(cfg(folder), "train")
         before = {file.name: file.read_bytes() for file in folder.iterdir()}
         for second in (
-            lambda: runs.create(cfg(folder), "train"),
-            lambda: runs.take_up(Run(folder), cfg(folder), "train"),
+            lambda: run_dir.create(cfg(folder), "train"),
+            lambda: run_dir.take_up(Run(folder), cfg(folder), "train"),
         ):
             with pytest.raises(StorageError, match=f"process {os.getpid()} on"):
                 second()
         assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
     with pytest.raises(ConfigError, match="already holds a run"):
-        runs.create(cfg(folder), "train")
+        run_dir.create(cfg(folder), "train")
 
 
 def test_a_new_run_is_killed_at_every_write(tmp_path: Path) -> None:
@@ -153,13 +153,13 @@ def test_a_new_run_is_killed_at_every_write(tmp_path: Path) -> None:
         return tmp_path / str(n)
 
     stops = 0
-    for folder, code in at_every_change(prepared, lambda folder: runs.create(cfg(folder), "train")):
+    for folder, code in at_every_change(prepared, lambda folder: run_dir.create(cfg(folder), "train")):
         assert code == KILLED
         with run_lock.released_at_end():
             if (folder / "provenance.json").exists():
-                runs.take_up(runs.find(folder), cfg(folder), "train")
+                run_dir.take_up(run_dir.find(folder), cfg(folder), "train")
             else:
-                runs.create(cfg(folder), "train")
+                run_dir.create(cfg(folder), "train")
         assert sorted(file.name for file in folder.iterdir()) == ["config.yaml", "provenance.json"]
         assert Run(folder).provenance()["status"] == "running"
         stops += 1
@@ -169,16 +169,16 @@ def test_a_new_run_is_killed_at_every_write(tmp_path: Path) -> None:
 def test_stale_temporary_files_are_swept_when_a_run_goes_on(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     with run_lock.released_at_end():
-        run = runs.create(cfg(folder), "train")
-    checkpoint.write({"epoch": 0, "global_step": 1, "w": torch.ones(2)}, run.checkpoints / "last.ckpt")
+        run = run_dir.create(cfg(folder), "train")
+    checkpoint_io.write({"epoch": 0, "global_step": 1, "w": torch.ones(2)}, run.checkpoints / "last.ckpt")
     stale = []
     for place in (folder, run.results / "hessian", run.figures, run.checkpoints):
         place.mkdir(parents=True, exist_ok=True)
-        stale.append(place / f".x.json.tmp-{results.host_identity()}-999999999")
-    mine = run.results / "hessian" / f".x.json.tmp-{results.host_identity()}-{os.getpid()}"
+        stale.append(place / f".x.json.tmp-{result_store.host_identity()}-999999999")
+    mine = run.results / "hessian" / f".x.json.tmp-{result_store.host_identity()}-{os.getpid()}"
     for file in (*stale, mine):
         file.write_text("")
     with run_lock.released_at_end():
-        runs.take_up(run, cfg(folder), "train")
+        run_dir.take_up(run, cfg(folder), "train")
     assert [file for file in stale if file.exists()] == []
     assert mine.exists()

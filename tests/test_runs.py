@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from omegaconf import DictConfig, OmegaConf
 
-from vitscope import run_lock, runs
+from vitscope.runs import run_dir, run_lock
 from vitscope.runtime.errors import CheckpointError, ConfigError
 
 
@@ -19,35 +19,35 @@ def cfg(tmp_path: Path, **more: object) -> DictConfig:
 
 def test_runs_of_one_second_have_folders_of_their_own(tmp_path: Path) -> None:
     with ThreadPoolExecutor(8) as pool:
-        made = list(pool.map(lambda _: runs.create(cfg(tmp_path), "train"), range(16)))
+        made = list(pool.map(lambda _: run_dir.create(cfg(tmp_path), "train"), range(16)))
     assert len({run.path for run in made}) == 16
     assert all(re.fullmatch(r"\d{8}-\d{6}-[0-9a-f]{6}", run.id) for run in made)
-    assert [run.id for run in runs.every(tmp_path / "runs")] == sorted(run.id for run in made)
+    assert [run.id for run in run_dir.every(tmp_path / "runs")] == sorted(run.id for run in made)
 
 
 def test_a_folder_is_not_used_twice(tmp_path: Path) -> None:
     with run_lock.released_at_end():
-        runs.create(cfg(tmp_path, run_dir=str(tmp_path / "a")), "train")
+        run_dir.create(cfg(tmp_path, run_dir=str(tmp_path / "a")), "train")
     with pytest.raises(ConfigError, match="already holds a run"):
-        runs.create(cfg(tmp_path, run_dir=str(tmp_path / "a")), "train")
+        run_dir.create(cfg(tmp_path, run_dir=str(tmp_path / "a")), "train")
 
 
 def test_secrets_stay_out(tmp_path: Path) -> None:
     secret = cfg(tmp_path, logger={"api_key": "abc123", "nested": [{"token": "abc123"}]}, tokens=4)
-    run = runs.create(secret, "train")
+    run = run_dir.create(secret, "train")
     text = (run.path / "config.yaml").read_text()
     assert "abc123" not in text
     assert run.config().tokens == 4
 
 
 def test_finding(tmp_path: Path) -> None:
-    run = runs.create(cfg(tmp_path), "train")
+    run = run_dir.create(cfg(tmp_path), "train")
     file = run.checkpoints / "last.ckpt"
     file.parent.mkdir()
     file.write_bytes(b"")
-    assert runs.find(run.path) == runs.find(file) == run
+    assert run_dir.find(run.path) == run_dir.find(file) == run
     with pytest.raises(CheckpointError, match="no run there"):
-        runs.find(tmp_path)
+        run_dir.find(tmp_path)
     run.note(status="finished")
     assert run.provenance()["status"] == "finished"
     assert run.provenance()["command"] == "train"
@@ -56,6 +56,6 @@ def test_finding(tmp_path: Path) -> None:
 def test_names_from_jobs_stay_inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "../../etc/pass wd")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    path = runs.chosen(cfg(tmp_path))
+    path = run_dir.chosen(cfg(tmp_path))
     assert path.parent == tmp_path / "runs"
     assert "/" not in path.name

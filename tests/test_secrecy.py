@@ -10,8 +10,9 @@ import pytest
 from omegaconf import OmegaConf
 
 from tests.test_configs import composed, options
-from vitscope import exits, runs, tracking
+from vitscope import exits
 from vitscope.config import loading
+from vitscope.runs import run_dir, wandb_mirror
 from vitscope.runtime import redaction
 from vitscope.runtime.errors import ConfigError
 
@@ -90,12 +91,12 @@ def test_names_of_a_project_are_sent_without_secrets(tmp_path: Path, monkeypatch
     sent: dict = {}
     monkeypatch.setenv("HF_TOKEN", SECRET)
     monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setattr(tracking.wandb, "init", lambda **arguments: sent.update(arguments))
+    monkeypatch.setattr(wandb_mirror.wandb, "init", lambda **arguments: sent.update(arguments))
     every = dict.fromkeys(("project", "group", "name", "entity"), "x-${oc.env:HF_TOKEN}")
     cfg = OmegaConf.create(
         {"paths": {"runs": str(tmp_path)}, "seed": 1, "logger": {**every, "tags": ["${oc.env:HF_TOKEN}"]}}
     )
-    tracking.start(cfg, runs.create(cfg, "train"), "train", lambda line: None)
+    wandb_mirror.start(cfg, run_dir.create(cfg, "train"), "train", lambda line: None)
     assert sent["project"] == "x-redacted"
     assert "hunter2" not in repr(sent)
 
@@ -161,7 +162,7 @@ def test_values_of_the_environment_in_every_form(text: str, monkeypatch: pytest.
 def test_a_number_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BANK_TOKEN", "1234567890")
     cfg = OmegaConf.create({"x": "${oc.decode:${oc.env:BANK_TOKEN}}", "y": 5})
-    assert loading.plain(runs.redacted(cfg)) == {"x": "redacted", "y": 5}
+    assert loading.plain(run_dir.redacted(cfg)) == {"x": "redacted", "y": 5}
 
 
 def test_no_file_of_a_run_and_nothing_for_the_mirror(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,13 +175,13 @@ def test_no_file_of_a_run_and_nothing_for_the_mirror(tmp_path: Path, monkeypatch
         "paths": {"runs": str(tmp_path / "runs")}, "seed": 1, "model": {"options": {"api-key": SECRET}, "auth": [SECRET], "n": 3},
         "copy": "${model.options.api-key}",
     })  # fmt: skip
-    run = runs.create(cfg, "train")
+    run = run_dir.create(cfg, "train")
     run.note(reason=f"refused by {SECRET}")
     exits.entered(run)
     exits._log(f"Traceback: {SECRET!r}")
     text = "".join(file.read_text() for file in run.path.iterdir())
     assert "hunter2" not in text
-    assert "hunter2" not in repr(tracking.flattened(cfg))
+    assert "hunter2" not in repr(wandb_mirror.flattened(cfg))
     assert "hunter2" not in str(ConfigError("x", None, f"not {SECRET}", "mend"))
     assert "hunter2" not in exits._first_line(ValueError("x" * 292 + SECRET))  # cut inside of the secret
     assert run.config().model.n == 3

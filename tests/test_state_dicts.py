@@ -14,9 +14,10 @@ from torch import Tensor, nn
 import vitscope as vs
 from tests.commands.conftest import call, tiny  # noqa: F401
 from tests.commands.test_train import only_run, pytestmark  # noqa: F401  the same third-party warnings
-from vitscope import checkpoint, models
+from vitscope import models
 from vitscope.config import factories
 from vitscope.core.probe import Probe
+from vitscope.runs import checkpoint_io
 from vitscope.runtime.errors import CheckpointError
 
 PATH = Path("net.th")
@@ -148,7 +149,7 @@ def test_an_old_file_in_every_command(call, tiny, tmp_path) -> None:  # noqa: F8
 
 
 def assert_loaded_from_file(path: Path, state: Mapping[str, Tensor]) -> None:
-    init = checkpoint.model_state(checkpoint.read(path))
+    init = checkpoint_io.model_state(checkpoint_io.read(path))
     for name, value in state.items():
         if not name.endswith("num_batches_tracked"):
             assert torch.equal(init[name], value), name

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from vitscope import checkpoint, journal
+from vitscope.runs import checkpoint_io, metrics_log
 
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = {**os.environ, "WANDB_MODE": "offline", "WANDB_SILENT": "true", "OMP_NUM_THREADS": "1",
@@ -47,13 +47,13 @@ def killed_while_saving(folder: Path, megabytes: int, rounds: int, seed: int = 0
             time.sleep(0.002)
         os.killpg(process.pid, signal.SIGKILL)
         said = max([said, *(int(line) for line in process.communicate()[0].split())])
-        newest = checkpoint.newest(folder)
-        content = checkpoint.read(newest)
+        newest = checkpoint_io.newest(folder)
+        content = checkpoint_io.read(newest)
         assert content["global_step"] >= said
         assert torch.equal(
             content["state_dict"]["w"], torch.full_like(content["state_dict"]["w"], content["global_step"])
         )
-    checkpoint.repair(folder)
+    checkpoint_io.repair(folder)
     assert not list(folder.glob(".*.tmp-*"))
 
 
@@ -78,14 +78,14 @@ def run_of(root: Path, seconds: float = 60.0) -> Path:
     while time.monotonic() < deadline:
         for run in root.glob("*"):
             rows = run / "metrics.jsonl"
-            if rows.exists() and sum("train/loss" in row for row in journal.read(rows)) >= 3:
+            if rows.exists() and sum("train/loss" in row for row in metrics_log.read(rows)) >= 3:
                 return run
         time.sleep(0.05)
     raise AssertionError("no run took its third step in time")
 
 
 def losses(run: Path) -> dict[int, str]:
-    rows = journal.read(run / "metrics.jsonl")
+    rows = metrics_log.read(run / "metrics.jsonl")
     return {row["step"]: float(row["train/loss"]).hex() for row in rows if "train/loss" in row}
 
 
@@ -98,7 +98,7 @@ def test_sigterm_in_a_real_process(tmp_path: Path) -> None:
     assert process.returncode == 143, err
     assert "Traceback" not in err
     assert "ckpt_path=last" in err
-    last = checkpoint.read(run / "checkpoints" / "last.ckpt")
+    last = checkpoint_io.read(run / "checkpoints" / "last.ckpt")
     assert last["global_step"] == max(losses(run)) + 1
     facts = json.loads((run / "provenance.json").read_text())
     assert (facts["status"], facts["exit_code"]) == ("stopped", 143)
@@ -117,7 +117,11 @@ def test_kill_9_and_resume_is_uninterrupted(tmp_path: Path, workers: int) -> Non
         process = start("train.py", *first)
         done = -1
         while process.poll() is None and done < 8 * (round_ + 1):
-            rows = journal.read(tmp_path / "cut" / "metrics.jsonl") if (tmp_path / "cut/metrics.jsonl").exists() else []
+            rows = (
+                metrics_log.read(tmp_path / "cut" / "metrics.jsonl")
+                if (tmp_path / "cut/metrics.jsonl").exists()
+                else []
+            )
             done = max([row["step"] for row in rows if "train/loss" in row], default=-1)
             time.sleep(0.02)
         os.killpg(process.pid, signal.SIGKILL)

@@ -27,8 +27,8 @@ _HOME = {
     "taps": "models.structure.taps",
     "one_pass": "core.feature_pass",
     "plot": "plotting.api",
-    "load_probe": "runs",
-    "load_results": "runs",
+    "load_probe": "runs.run_dir",
+    "load_results": "runs.run_dir",
 }
 
 

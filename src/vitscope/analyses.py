@@ -16,16 +16,17 @@ import numpy as np
 from omegaconf import DictConfig
 from torch import nn
 
-from vitscope import checkpoint, recorded, results, run_lock, supplied
+from vitscope import recorded, supplied
 from vitscope.config import factories, loading
 from vitscope.core import feature_pass
 from vitscope.core.probe import Probe
-from vitscope.runs import Run
+from vitscope.runs import checkpoint_io, result_store, run_lock
+from vitscope.runs.run_dir import Run
+from vitscope.runs.wandb_mirror import Mirror
 from vitscope.runtime import stop_flag
 from vitscope.runtime.distributed import gather_objects, rank
 from vitscope.runtime.errors import ConfigError, StorageError, VitscopeError
 from vitscope.runtime.stop_flag import Interrupted
-from vitscope.tracking import Mirror
 
 #: keys of an analysis node that are not options of its measure
 OURS = ("_target_", "probe", "when", "on_error")
@@ -142,7 +143,7 @@ def perform(analysis: Analysis, place: Place, *, reuse: bool = True) -> Any | No
             recorded.complete(analysis, place, folder, stem, found)
             shutil.rmtree(folder / f".partial-{stem}-{weights}", ignore_errors=True)
         return found
-    rows = results.PartialRows(folder / f".partial-{stem}-{weights}", rank())
+    rows = result_store.PartialRows(folder / f".partial-{stem}-{weights}", rank())
     try:
         result = _measured(analysis, place, weights, rows, reuse)
     except (Interrupted, KeyboardInterrupt, StorageError):
@@ -178,7 +179,7 @@ def settings_hash(analysis: Analysis, place: Place) -> str:
     facts = [measure, analysis.options, analysis.probe, loading.plain(cfg.objective), data, cfg.seed]
     if isinstance(recipe := analysis.probe.get("augment"), str):
         facts.append(factories.named_objective(recipe))
-    return loading.digest(facts + [checkpoint.sha256(path) for path in _files(analysis.options)])
+    return loading.digest(facts + [checkpoint_io.sha256(path) for path in _files(analysis.options)])
 
 
 def _files(options: Mapping[str, Any]) -> list[Path]:
@@ -189,7 +190,7 @@ def _files(options: Mapping[str, Any]) -> list[Path]:
     return [path for path in paths if path.is_file()]
 
 
-def _measured(analysis: Analysis, place: Place, weights: str, rows: results.PartialRows, reuse: bool) -> Any:
+def _measured(analysis: Analysis, place: Place, weights: str, rows: result_store.PartialRows, reuse: bool) -> Any:
     result = place.ahead.pop(analysis.name, None)
     if result is None:
         stop_flag.check()
@@ -252,7 +253,7 @@ def _earlier(path: Path, weights: str) -> Any | None:
     if not path.is_file():
         return None
     try:
-        result = results.load(path)
+        result = result_store.load(path)
     except StorageError as error:
         warnings.warn(f"{error}: measuring again", stacklevel=3)
         return None

@@ -14,14 +14,15 @@ from omegaconf import DictConfig
 from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from vitscope import analyses, pending, run_lock
+from vitscope import analyses, pending
 from vitscope.analyses import Analysis, Place
-from vitscope.runs import Run
+from vitscope.runs import run_lock
+from vitscope.runs.run_dir import Run
+from vitscope.runs.wandb_mirror import Mirror
 from vitscope.runtime import stop_flag
 from vitscope.runtime.distributed import gather_objects
 from vitscope.runtime.errors import ConfigError, DistributedError, NumericalError
 from vitscope.runtime.stop_flag import Interrupted
-from vitscope.tracking import Mirror
 
 
 class DiagnosticCallback(Callback):

@@ -32,9 +32,9 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from omegaconf.errors import OmegaConfBaseException
 
-from vitscope import checkpoint
 from vitscope.config import loading, target_allowlist
-from vitscope.runs import Run
+from vitscope.runs import checkpoint_io
+from vitscope.runs.run_dir import Run
 from vitscope.runtime import redaction, safe_files, stop_flag
 from vitscope.runtime.errors import ConfigError, DistributedError, StorageError, VitscopeError
 from vitscope.runtime.stop_flag import Interrupted
@@ -155,7 +155,7 @@ def _ended(error: BaseException, wants_traceback: bool) -> int:
         error = Interrupted(signal.SIGINT)
     if isinstance(error, Interrupted):
         code = code_for(error)
-        saved = _current is not None and checkpoint.present(_current.checkpoints)
+        saved = _current is not None and checkpoint_io.present(_current.checkpoints)
         then = f"; go on with run={_current.path} ckpt_path=last" if _current and saved else ""
         _say(f"stopped by {signal.Signals(error.signum).name}{then}")
         return code

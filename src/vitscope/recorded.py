@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vitscope import journal, results
 from vitscope.config import loading
-from vitscope.journal import Journal
 from vitscope.plotting.api import plot, save_figure
+from vitscope.runs import metrics_log, result_store
+from vitscope.runs.metrics_log import Journal
 from vitscope.runtime import redaction, safe_files
 from vitscope.runtime.distributed import rank
 from vitscope.runtime.errors import StorageError
@@ -29,7 +29,7 @@ def failure(analysis: Analysis, place: Place, folder: Path, stem: str, error: Ex
     warnings.warn(f"analysis.{analysis.name} failed at {place.tag}: {reason}; recorded as null", stacklevel=3)
     if rank() == 0:
         record = {"measure": analysis.measure.__name__, "error": reason, "scalars": None}
-        results.write_atomically(folder / f"{stem}.json", loading.json.dumps(record, indent=2).encode())
+        result_store.write_atomically(folder / f"{stem}.json", loading.json.dumps(record, indent=2).encode())
         trace = redaction.masked("".join(traceback.format_exception(error)))
         safe_files.append_text(place.run.log, f"analysis.{analysis.name} at {place.tag}\n{trace}\n")
 
@@ -39,8 +39,8 @@ def store(analysis: Analysis, place: Place, folder: Path, stem: str, result: Any
 
     A kill or a full disk in between leaves the mark, and `complete` does what is left when the result is asked for again.
     """
-    results.write_atomically(_mark(folder, stem), b"")
-    results.save(folder, stem, result)
+    result_store.write_atomically(_mark(folder, stem), b"")
+    result_store.save(folder, stem, result)
     publish(analysis, place, result)
     _mark(folder, stem).unlink(missing_ok=True)
 
@@ -49,11 +49,11 @@ def complete(analysis: Analysis, place: Place, folder: Path, stem: str, result: 
     """Do what a stop left undone for a result that is on the disk: its ``.json``, its row, its figure, its copy in W&B."""
     figure = _figure_stem(analysis, place)
     png, pdf = (figure.with_name(f"{figure.name}.{ending}") for ending in ("png", "pdf"))
-    whole = not _mark(folder, stem).exists() and results.has_readable_copy(folder, stem, result)
+    whole = not _mark(folder, stem).exists() and result_store.has_readable_copy(folder, stem, result)
     if whole and _has_row(analysis, place, result) and png.is_file() and pdf.is_file():
         return
-    results.write_atomically(_mark(folder, stem), b"")
-    results.save_readable_copy(folder, stem, result)
+    result_store.write_atomically(_mark(folder, stem), b"")
+    result_store.save_readable_copy(folder, stem, result)
     publish(analysis, place, result)
     _mark(folder, stem).unlink(missing_ok=True)
 
@@ -72,9 +72,11 @@ def _row(analysis: Analysis, place: Place, result: Any) -> dict[str, Any]:
 
 def _has_row(analysis: Analysis, place: Place, result: Any) -> bool:
     """Tell whether the metrics log ends, for this analysis at this moment, with the result's numbers."""
-    wanted = json.loads(json.dumps(results.finite(_row(analysis, place, result))))
+    wanted = json.loads(json.dumps(result_store.finite(_row(analysis, place, result))))
     rows = [
-        row for row in journal.read(place.run.journal) if row.get("tag") == place.tag and wanted.keys() <= row.keys()
+        row
+        for row in metrics_log.read(place.run.journal)
+        if row.get("tag") == place.tag and wanted.keys() <= row.keys()
     ]
     return bool(rows) and all(rows[-1][name] == value for name, value in wanted.items())
 

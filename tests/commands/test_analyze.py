@@ -9,7 +9,7 @@ import pytest
 
 import vitscope as vs
 from tests.commands.test_train import only_run, pytestmark  # noqa: F401  the same third-party warnings
-from vitscope import results
+from vitscope.runs import result_store
 
 FOURIER = ["analysis=[fourier]", "analysis.fourier.probe.n_images=8"]
 
@@ -28,7 +28,7 @@ def test_a_run_gives_the_numbers_of_training_and_they_are_reused(call, run, monk
     assert file.stat().st_mtime_ns == written, "a finished analysis was made again"
     assert call("analyze", f"run={run}", *FOURIER, "reuse=false") == 0
     assert file.stat().st_mtime_ns > written
-    again = results.load(file)
+    again = result_store.load(file)
     for one, other in zip(trained.log_amplitude, again.log_amplitude):
         np.testing.assert_array_equal(one, other)
     assert call("analyze", f"run={run / 'checkpoints' / 'init.ckpt'}", *FOURIER) == 0

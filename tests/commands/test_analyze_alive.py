@@ -16,7 +16,7 @@ import torch
 
 from tests.commands.test_analyze import FOURIER, run  # noqa: F401 (a fixture)
 from tests.commands.test_train import pytestmark  # noqa: F401 (the same libraries warn)
-from vitscope import checkpoint, journal, results, run_lock, runs
+from vitscope.runs import checkpoint_io, metrics_log, result_store, run_dir, run_lock
 
 torch.set_num_threads(1)
 
@@ -56,7 +56,7 @@ def test_a_run_that_trains_elsewhere(call, run: Path, other_process, capsys) -> 
         held = (run / run_lock.FILE).read_bytes()
         assert call("analyze", f"run={run}", "ckpt=init", *FOURIER) == 0
         assert (run / run_lock.FILE).read_bytes() == held
-        assert set(runs.load_results(run)["fourier"]) == {"init", "end"}
+        assert set(run_dir.load_results(run)["fourier"]) == {"init", "end"}
 
 
 def test_a_stale_lock_does_not_count(call, run: Path) -> None:  # noqa: F811
@@ -73,26 +73,26 @@ def test_a_stale_lock_does_not_count(call, run: Path) -> None:  # noqa: F811
 def test_the_end_of_a_run_that_is_not_finished(call, run: Path, capsys) -> None:  # noqa: F811
     """Its last weights are not the trained network's: their result has the name of the epoch or the step."""
     shutil.rmtree(run / "results")
-    runs.Run(run).note(status="stopped")
+    run_dir.Run(run).note(status="stopped")
     assert call("analyze", f"run={run}", *FOURIER) == 0
     assert "is not finished (stopped): the result of last.ckpt is named epoch-0000, not end" in capsys.readouterr().err
-    assert set(runs.load_results(run)["fourier"]) == {"epoch-0000"}
+    assert set(run_dir.load_results(run)["fourier"]) == {"epoch-0000"}
     content = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
     content["vitscope"]["batch"] = 2
-    content.pop(checkpoint.CONTENT_DIGEST)
-    checkpoint.write(content, run / "checkpoints" / "last.ckpt")
+    content.pop(checkpoint_io.CONTENT_DIGEST)
+    checkpoint_io.write(content, run / "checkpoints" / "last.ckpt")
     assert call("analyze", f"run={run}", *FOURIER) == 0
-    assert set(runs.load_results(run)["fourier"]) == {"epoch-0000", "step-00000004"}
-    runs.Run(run).note(status="finished")
+    assert set(run_dir.load_results(run)["fourier"]) == {"epoch-0000", "step-00000004"}
+    run_dir.Run(run).note(status="finished")
     assert call("analyze", f"run={run}", *FOURIER) == 0
-    assert set(runs.load_results(run)["fourier"]) == {"epoch-0000", "step-00000004", "end"}
+    assert set(run_dir.load_results(run)["fourier"]) == {"epoch-0000", "step-00000004", "end"}
 
 
 def test_two_processes_measure_one_run(call, run: Path) -> None:  # noqa: F811
     """Both end with the same numbers; each row is there once and whole, nothing temporary is left."""
     shutil.rmtree(run / "results")
     shutil.rmtree(run / "figures")
-    rows = len(journal.read(run / "metrics.jsonl"))
+    rows = len(metrics_log.read(run / "metrics.jsonl"))
     waits, starts = os.pipe()
 
     def measured() -> int:
@@ -106,18 +106,18 @@ def test_two_processes_measure_one_run(call, run: Path) -> None:  # noqa: F811
     os.close(starts)
     assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0, 0]
     (file,) = run.glob("results/fourier/*.npz")
-    assert results.has_readable_copy(file.parent, file.stem, results.load(file))
+    assert result_store.has_readable_copy(file.parent, file.stem, result_store.load(file))
     assert sorted(other.name for other in file.parent.iterdir()) == [f"{file.stem}.json", file.name]
     assert sorted(other.suffix for other in (run / "figures").iterdir()) == [".pdf", ".png"]
     lines = (run / "metrics.jsonl").read_text().splitlines()
-    assert len(lines) == len(journal.read(run / "metrics.jsonl")) == rows  # training had measured the same
+    assert len(lines) == len(metrics_log.read(run / "metrics.jsonl")) == rows  # training had measured the same
 
 
 def test_one_process_deletes_the_rows_that_another_adds_to(tmp_path: Path) -> None:
     folder = tmp_path / ".partial"
-    rows = results.PartialRows(folder)
+    rows = result_store.PartialRows(folder)
     rows["a"] = {"value": 1.0}
-    append = results.run_files.append_text
+    append = result_store.run_files.append_text
     deletions = iter([True, False])
 
     def deleting(path: Path, text: str) -> None:
@@ -126,23 +126,23 @@ def test_one_process_deletes_the_rows_that_another_adds_to(tmp_path: Path) -> No
         append(path, text)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(results.run_files, "append_text", deleting)
+        patch.setattr(result_store.run_files, "append_text", deleting)
         rows["b"] = {"value": 2.0}
-    assert dict(results.PartialRows(folder)) == {"b": {"value": 2.0}}
+    assert dict(result_store.PartialRows(folder)) == {"b": {"value": 2.0}}
     assert dict(rows) == {"a": {"value": 1.0}, "b": {"value": 2.0}}
 
 
 def test_equal_rows_of_two_processes(tmp_path: Path) -> None:
     """A row that another process adds between the look and the writing is not added again."""
-    run = runs.Run(tmp_path)  # noqa: F811
+    run = run_dir.Run(tmp_path)  # noqa: F811
     inside, ended = os.pipe()
 
     def add_once() -> int:
         with run.exclusive():
-            if not journal.read(run.journal):
+            if not metrics_log.read(run.journal):
                 os.write(ended, b"1")
                 time.sleep(0.05)  # longer for the other to come too early, were it not kept out
-                journal.Journal(run.journal).append(1, 0, {"x": 1.0})
+                metrics_log.Journal(run.journal).append(1, 0, {"x": 1.0})
         return 0
 
     children = []
@@ -153,4 +153,4 @@ def test_equal_rows_of_two_processes(tmp_path: Path) -> None:
     assert [os.waitpid(child, 0)[1] for child in children] == [0] * 4
     os.close(ended)
     assert os.read(inside, 8) == b"1"
-    assert len(journal.read(run.journal)) == 1
+    assert len(metrics_log.read(run.journal)) == 1

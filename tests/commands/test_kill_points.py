@@ -9,8 +9,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.commands.test_train import losses, pytestmark  # noqa: F401 (the same libraries warn)
-from vitscope import analyses, callbacks, checkpoint, exits, journal
+from vitscope import analyses, callbacks, exits
 from vitscope.classifier import Classifier
+from vitscope.runs import checkpoint_io, metrics_log
 
 #: what may be under way when the kill comes
 PHASES = {
@@ -18,10 +19,10 @@ PHASES = {
     "an update": (Classifier, "on_before_optimizer_step"),
     "a validation": (Classifier, "validation_step"),
     "the end of an epoch": (callbacks.Checkpoints, "on_train_epoch_end"),
-    "a save": (checkpoint, "write"),
+    "a save": (checkpoint_io, "write"),
     "a file's way to the disk": (os, "fsync"),
     "a file's change of name": (os, "replace"),
-    "a row": (journal.Journal, "append"),
+    "a row": (metrics_log.Journal, "append"),
     "a diagnostic": (analyses, "_measured"),
 }
 WATCHED = ["analysis=[fourier]", "analysis.fourier.when.every_n_epochs=1", "analysis.fourier.probe.n_images=8"]
@@ -75,6 +76,6 @@ def test_a_kill_at_any_point(call, tiny, tmp_path, tmp_path_factory, kills) -> N
             (folder / "config.yaml").unlink(missing_ok=True)
     assert call("train", *arguments) == 0
     assert losses(folder) == losses(whole)
-    content, expected = (checkpoint.read(run / "checkpoints" / "last.ckpt") for run in (folder, whole))
+    content, expected = (checkpoint_io.read(run / "checkpoints" / "last.ckpt") for run in (folder, whole))
     for name, tensor in expected["state_dict"].items():
         assert tensor.equal(content["state_dict"][name]), name

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from vitscope.commands import analyze
-from vitscope.runs import Run
+from vitscope.runs.run_dir import Run
 
 
 def test_training_and_analysis_record_the_model_s_facts(

@@ -11,9 +11,9 @@ import pytest
 
 import vitscope as vs
 from tests.commands.test_train import only_run, pytestmark  # noqa: F401  the same third-party warnings
-from vitscope import results, snapshots
 from vitscope.callbacks import Checkpoints
-from vitscope.runs import Run
+from vitscope.runs import checkpoint_sequence, result_store
+from vitscope.runs.run_dir import Run
 
 SMALL = ["analysis.landscape.n=3", "analysis.landscape.probe.n_images=8"]
 LANDSCAPE = ["analysis=[landscape]", *SMALL]
@@ -31,7 +31,7 @@ def run(call, tiny, tmp_path) -> Path:
 def newest(run: Path, analysis: str) -> Any:
     """Return the result that was written last, and forget all."""
     files = sorted((run / "results" / analysis).glob("*.npz"), key=lambda file: file.stat().st_mtime_ns)
-    result = results.load(files[-1])
+    result = result_store.load(files[-1])
     for file in files:
         file.unlink()
     return result
@@ -52,7 +52,7 @@ def test_every_kind_of_direction(call, run: Path, tmp_path: Path, capsys) -> Non
         assert call("analyze", at, *LANDSCAPE, f"analysis.landscape.directions={kind}", *options) == 0, kind
         found[kind] = newest(run, "landscape")
         assert found[kind].directions == kind
-    assert len(results.load(saved).eigenvectors) == 2
+    assert len(result_store.load(saved).eigenvectors) == 2
     np.testing.assert_allclose(found["eigenvectors"].direction_norms, 1, rtol=1e-5)  # float32
     assert found["pca"].labels == ("init", "epoch-0000", "epoch-0001")
     np.testing.assert_allclose(found["checkpoints"].path, np.eye(2), atol=1e-5)
@@ -132,22 +132,22 @@ class Killed(BaseException):
 
 def test_a_grid_that_was_killed_goes_on(call, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It ends with the fourth point half written; started again it measures the six that are missing."""
-    write, measured = results.PartialRows.__setitem__, []
+    write, measured = result_store.PartialRows.__setitem__, []
 
-    def dying(rows: results.PartialRows, key: str, row: Any) -> None:
+    def dying(rows: result_store.PartialRows, key: str, row: Any) -> None:
         write(rows, key, row)
         if len(rows) == 4:
             rows._file.write_bytes(rows._file.read_bytes()[:-20])
             raise Killed
 
-    def counting(rows: results.PartialRows, key: str, row: Any) -> None:
+    def counting(rows: result_store.PartialRows, key: str, row: Any) -> None:
         measured.append(key)
         write(rows, key, row)
 
-    monkeypatch.setattr(results.PartialRows, "__setitem__", dying)
+    monkeypatch.setattr(result_store.PartialRows, "__setitem__", dying)
     assert call("analyze", f"run={run}", *LANDSCAPE) == 1
     assert not list((run / "results" / "landscape").glob("*.npz"))
-    monkeypatch.setattr(results.PartialRows, "__setitem__", counting)
+    monkeypatch.setattr(result_store.PartialRows, "__setitem__", counting)
     assert call("analyze", f"run={run}", *LANDSCAPE) == 0
     assert len(measured) == 6
     resumed = vs.load_results(run)["landscape"]["end"]
@@ -158,7 +158,7 @@ def test_a_grid_that_was_killed_goes_on(call, run: Path, monkeypatch: pytest.Mon
 
 
 def test_one_key_keeps_the_start_the_end_of_warm_up_and_log_spaced_epochs(run: Path) -> None:
-    found = snapshots.of_run(Run(run))
+    found = checkpoint_sequence.of_run(Run(run))
     assert found.labels == ["init", "epoch-0000", "epoch-0001", "epoch-0002"]  # last.ckpt repeats the last of them
     assert found[0][0] == "init"
     schedule = Checkpoints(snapshots="log", warmup_epochs=5)

@@ -13,8 +13,8 @@ from torch import nn
 
 from tests.commands.test_train import only_run, pytestmark  # noqa: F401 (the same libraries warn)
 from tests.test_configs import composed
-from vitscope import checkpoint, runs
 from vitscope.config import dry_run
+from vitscope.runs import checkpoint_io, run_dir
 from vitscope.runtime.errors import ConfigError
 
 
@@ -78,7 +78,7 @@ def stopped(call, tiny, tmp_path) -> Path:
     """Return a run of one epoch that says it was stopped."""
     assert call("train", *tiny, "analysis=[]", "test=false") == 0
     run = only_run(tmp_path)
-    runs.Run(run).note(status="stopped")
+    run_dir.Run(run).note(status="stopped")
     return run
 
 
@@ -98,7 +98,7 @@ def test_a_checkpoint_that_is_none(call, tiny, stopped, tmp_path, capsys) -> Non
 @pytest.mark.parametrize("part", ["loops", "optimizer_states", "callbacks", "vitscope", "lr_schedulers"])
 def test_a_checkpoint_with_a_part_that_is_damaged(call, stopped, tmp_path, capsys, part) -> None:
     """Plain values of a wrong kind, which no hash and no reader refuses: exit 4, wherever restoring meets them."""
-    content = checkpoint.read(stopped / "checkpoints" / "last.ckpt")
+    content = checkpoint_io.read(stopped / "checkpoints" / "last.ckpt")
     damaged = {"loops": {"fit_loop": 5}, "optimizer_states": [{"state": {0: 5}, "param_groups": [5]}], "vitscope": {"epoch": 0},
                "callbacks": dict.fromkeys(content["callbacks"], 5), "lr_schedulers": [5]}  # fmt: skip
     torch.save({**content, part: damaged[part]}, tmp_path / "x.ckpt")
@@ -110,7 +110,7 @@ def test_a_checkpoint_with_a_part_that_is_damaged(call, stopped, tmp_path, capsy
 @pytest.mark.parametrize("change", ["optimizer.lr=0.5", "optimizer.betas=[0.8,0.9]", "objective.weight_decay=0.3"])
 def test_a_checkpoint_of_another_optimizer(call, stopped, capsys, change) -> None:
     """Its state holds the rates: another one on the command line would be passed over in silence."""
-    cfg = runs.Run(stopped).config()
+    cfg = run_dir.Run(stopped).config()
     capsys.readouterr()
     given = [change, "optimizer.weight_decay=0.3"] if change.startswith("objective") else [change]
     assert call("train", f"run={stopped}", "trainer.max_epochs=2", *given) == 4
@@ -137,12 +137,12 @@ def test_a_new_run_from_a_file(call, tiny, stopped, tmp_path, capsys) -> None:
         )
         == 0
     )
-    assert checkpoint.read(tmp_path / "b" / "checkpoints" / "last.ckpt")["global_step"] == 8
+    assert checkpoint_io.read(tmp_path / "b" / "checkpoints" / "last.ckpt")["global_step"] == 8
     assert not (tmp_path / "b" / "checkpoints" / "init.ckpt").exists()  # it went on from step 4
-    state = checkpoint.model_state(checkpoint.read(file))
+    state = checkpoint_io.model_state(checkpoint_io.read(file))
     torch.save(state, tmp_path / "weights.ckpt")
     shutil.rmtree(tmp_path / "b")
     arguments = ["analysis=[]", "test=false", f"ckpt_path={tmp_path}/weights.ckpt", f"run_dir={tmp_path}/b"]
     assert call("train", *tiny, *arguments) == 0
-    init = checkpoint.model_state(checkpoint.read(tmp_path / "b" / "checkpoints" / "init.ckpt"))
+    init = checkpoint_io.model_state(checkpoint_io.read(tmp_path / "b" / "checkpoints" / "init.ckpt"))
     assert all(torch.equal(value, init[name]) for name, value in state.items())

@@ -13,10 +13,10 @@ from pytorch_lightning.callbacks import EarlyStopping, WeightAveraging
 
 import vitscope as vs
 from tests.commands.test_train import losses, pytestmark  # noqa: F401 (the same libraries warn)
-from vitscope import checkpoint, journal
 from vitscope.callbacks import DiagnosticCallback
 from vitscope.classifier import Classifier
 from vitscope.data import DataModule
+from vitscope.runs import checkpoint_io, metrics_log
 from vitscope.runtime import stop_flag
 
 #: mixup and random erasing, an average of the weights, dropout and drop path
@@ -69,7 +69,7 @@ def measured(run: Path) -> dict[tuple[int, int, str], float]:
 
 def assert_equal_files(one: Path, other: Path) -> None:
     """Compare the trained weights, the average of them and the optimizer's state of two runs."""
-    first, second = (checkpoint.read(run / "checkpoints" / "last.ckpt") for run in (one, other))
+    first, second = (checkpoint_io.read(run / "checkpoints" / "last.ckpt") for run in (one, other))
     parts = [key for key in ("state_dict", "current_model_state", "optimizer_states") if key in first]
     assert "current_model_state" in parts
     for part in parts:
@@ -150,7 +150,7 @@ def test_between_an_epochs_last_batch_and_its_end(call, tiny, tmp_path, monkeypa
     assert measured(cut) == measured(whole)
     assert_equal_files(whole, cut)
     for name in ("best.ckpt", "last.ckpt"):
-        steps = [checkpoint.read(run / "checkpoints" / name)["global_step"] for run in (whole, cut)
+        steps = [checkpoint_io.read(run / "checkpoints" / name)["global_step"] for run in (whole, cut)
                  if (run / "checkpoints" / name).exists()]  # fmt: skip
         assert len(steps) in (0, 2), name
         assert len(set(steps)) <= 1, name
@@ -190,7 +190,7 @@ AVERAGED = [
 
 def end_of(run: Path) -> tuple[dict[str, float], dict[str, float], object]:
     """Return the test metrics, the scalars of the end diagnostic and its card."""
-    values = journal.last_values(run / "metrics.jsonl")
+    values = metrics_log.last_values(run / "metrics.jsonl")
     result = vs.load_results(run)["fourier"]["end"]
     return {name: value for name, value in values.items() if name.startswith("test/")}, result.scalars(), result.card
 
@@ -296,6 +296,6 @@ def test_early_stopping_keeps_its_checks(call, tiny, tmp_path, monkeypatch, moni
     assert losses(cut) == losses(tmp_path / "whole")
     assert_equal_files(tmp_path / "whole", cut)
     assert end_of(cut) == end_of(tmp_path / "whole")
-    states = [checkpoint.read(run / "checkpoints" / "last.ckpt")["callbacks"] for run in (tmp_path / "whole", cut)]
+    states = [checkpoint_io.read(run / "checkpoints" / "last.ckpt")["callbacks"] for run in (tmp_path / "whole", cut)]
     (key,) = [key for key in states[0] if key.startswith("EarlyStopping")]
     assert states[0][key]["wait_count"] == states[1][key]["wait_count"] == 2

@@ -12,8 +12,8 @@ import torch
 from omegaconf import OmegaConf
 
 from tests.commands.test_train import losses, only_run, pytestmark  # noqa: F401 (the same libraries warn)
-from vitscope import checkpoint, journal, resume_changes, runs
 from vitscope.classifier import Classifier
+from vitscope.runs import checkpoint_io, metrics_log, resume_changes, run_dir
 from vitscope.runtime import stop_flag
 
 SHORT = ["analysis=[]", "test=false", "trainer.limit_train_batches=2"]
@@ -56,7 +56,7 @@ REFUSED = [
 def test_another_experiment_is_refused(call, finished, capsys) -> None:
     """Finished or stopped: the key, the stored and the received value are named, and no file of the run is touched."""
     for status, overrides in (("finished", REFUSED), ("stopped", REFUSED[::9])):
-        runs.Run(finished).note(status=status)
+        run_dir.Run(finished).note(status=status)
         before = contents(finished)
         capsys.readouterr()
         for override, code, stored in overrides:
@@ -90,12 +90,12 @@ def test_limits_below_what_is_done_are_refused(call, tiny, tmp_path, monkeypatch
     assert "3 steps are begun or done; give at least 3" in error_line(capsys)
     assert call("train", f"run={run}", "ckpt_path=last", "trainer.max_epochs=2") == 0  # downward, but not below
     assert len(losses(run)) == 4
-    assert runs.Run(run).config().trainer.max_epochs == 2
+    assert run_dir.Run(run).config().trainer.max_epochs == 2
 
 
 def test_what_may_change_is_written_down(call, finished, tmp_path, capsys) -> None:
     """A finished run with more epochs goes on training; configuration and provenance say since which step."""
-    stored = runs.Run(finished).config()
+    stored = run_dir.Run(finished).config()
     changed = {
         "trainer.max_epochs": 2,
         "trainer.log_every_n_steps": 2,
@@ -105,8 +105,8 @@ def test_what_may_change_is_written_down(call, finished, tmp_path, capsys) -> No
     assert (
         call("train", f"run={finished}", "ckpt_path=last", *(f"{key}={value}" for key, value in changed.items())) == 0
     )
-    assert checkpoint.read(finished / "checkpoints" / "last.ckpt")["global_step"] == 4
-    now, facts = runs.Run(finished).config(), runs.Run(finished).provenance()
+    assert checkpoint_io.read(finished / "checkpoints" / "last.ckpt")["global_step"] == 4
+    now, facts = run_dir.Run(finished).config(), run_dir.Run(finished).provenance()
     for key, value in changed.items():
         assert OmegaConf.select(now, key) == value
         OmegaConf.update(now, key, OmegaConf.select(stored, key))
@@ -114,7 +114,7 @@ def test_what_may_change_is_written_down(call, finished, tmp_path, capsys) -> No
     rows = {row["key"]: (row["step"], row["old"], row["new"]) for row in facts["changes"]}
     assert rows == {key: (2, OmegaConf.select(stored, key), value) for key, value in changed.items()}
     assert facts["status"] == "finished"
-    assert facts["config_hash"] == runs.config.config_hash(runs.Run(finished).config())
+    assert facts["config_hash"] == run_dir.config.config_hash(run_dir.Run(finished).config())
     capsys.readouterr()
     assert (
         call("train", f"run={finished}", "ckpt_path=last", "trainer.log_every_n_steps=5") == 0
@@ -122,14 +122,14 @@ def test_what_may_change_is_written_down(call, finished, tmp_path, capsys) -> No
     captured = capsys.readouterr()
     assert "nothing to do" in captured.out
     assert "not applied, for no step is left to make: trainer.log_every_n_steps" in captured.err
-    assert len(runs.Run(finished).provenance()["changes"]) == len(changed)
+    assert len(run_dir.Run(finished).provenance()["changes"]) == len(changed)
 
 
 def test_more_epochs_follow_their_own_schedule(call, tiny, finished) -> None:
     """The rates of the steps to come are those of the longer cosine, from the first of them on."""
     assert call("train", f"run={finished}", "ckpt_path=last", "trainer.max_epochs=3") == 0
-    rates = {row["step"]: row["lr-AdamW"] for row in journal.read(finished / "metrics.jsonl") if "lr-AdamW" in row}
-    cfg = runs.Run(finished).config()
+    rates = {row["step"]: row["lr-AdamW"] for row in metrics_log.read(finished / "metrics.jsonl") if "lr-AdamW" in row}
+    cfg = run_dir.Run(finished).config()
     schedule = dict(cfg.optimizer.schedule.items())
     for step in (2, 3, 4, 5):
         expected = cfg.optimizer.lr * runs_schedule(step, schedule)
@@ -151,14 +151,15 @@ def test_a_new_run_from_the_weights_alone(call, finished, tmp_path, capsys) -> N
     command = shlex.split(line.partition("from its weights alone, python train.py ")[2])
     assert call("train", *command) == 0
     (other,) = [path for path in (tmp_path / "runs").iterdir() if path != finished]
-    assert runs.Run(other).config().optimizer.lr == 0.5
+    assert run_dir.Run(other).config().optimizer.lr == 0.5
     old, init = (
-        checkpoint.read(path) for path in (finished / "checkpoints" / "last.ckpt", other / "checkpoints" / "init.ckpt")
+        checkpoint_io.read(path)
+        for path in (finished / "checkpoints" / "last.ckpt", other / "checkpoints" / "init.ckpt")
     )
     assert init["global_step"] == 0
-    for name, tensor in checkpoint.model_state(old).items():
-        assert torch.equal(tensor, checkpoint.model_state(init)[name]), name
-    started = runs.Run(other).provenance()["started_from"]
+    for name, tensor in checkpoint_io.model_state(old).items():
+        assert torch.equal(tensor, checkpoint_io.model_state(init)[name]), name
+    started = run_dir.Run(other).provenance()["started_from"]
     assert started == {"checkpoint": str(finished / "checkpoints" / "last.ckpt"), "step": 0, "weights_only": True}
 
 
@@ -170,7 +171,7 @@ def test_weights_alone_need_a_new_run(call, finished, capsys) -> None:
 
 def test_a_seed_that_the_checkpoint_does_not_have(call, finished, capsys) -> None:
     """config.yaml changed by hand is refused too."""
-    run = runs.Run(finished)
+    run = run_dir.Run(finished)
     cfg = run.config()
     cfg.seed = 7
     (finished / "config.yaml").write_text(OmegaConf.to_yaml(cfg))
@@ -200,7 +201,7 @@ def every_key(node: object, key: str = "") -> list[str]:
 
 
 def test_json_of_changes_can_be_read(finished) -> None:
-    run = runs.Run(finished)
+    run = run_dir.Run(finished)
     cfg = run.config()
     resume_changes.record(run, cfg, [resume_changes.Change("trainer.devices", 1, "auto")], 2)
     resume_changes.record(run, cfg, [resume_changes.Change("trainer.devices", 1, "auto")], 2)  # killed in between

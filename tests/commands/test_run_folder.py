@@ -14,10 +14,11 @@ import pytest
 import vitscope as vs
 from tests.commands.test_kill_points import Killed
 from tests.commands.test_train import losses, pytestmark  # noqa: F401 (the same libraries warn)
-from vitscope import analyses, callbacks, checkpoint, exits, run_lock
+from vitscope import analyses, callbacks, exits
 from vitscope.classifier import Classifier
 from vitscope.commands import trial
-from vitscope.runs import Run
+from vitscope.runs import checkpoint_io, run_lock
+from vitscope.runs.run_dir import Run
 
 ORIGINALS = {"replace": os.replace, "fsync": os.fsync}
 QUIET = ["trainer.enable_progress_bar=false", "analysis=[]", "test=false"]
@@ -119,7 +120,7 @@ def test_slimming_is_killed_at_every_write(tmp_path: Path, monkeypatch: pytest.M
         run = Run(tmp_path / str(stops))
         for name in ("init.ckpt", "best.ckpt", "last.ckpt"):
             content = {"epoch": 0, "global_step": 1, "state_dict": {}, "optimizer_states": [{"state": {}}]}
-            checkpoint.write(content, run.checkpoints / name)
+            checkpoint_io.write(content, run.checkpoints / name)
         calls = []
         with monkeypatch.context() as patch:
             for name in ORIGINALS:
@@ -136,12 +137,12 @@ def test_slimming_is_killed_at_every_write(tmp_path: Path, monkeypatch: pytest.M
                 break
             except Killed:
                 stops += 1
-        for name in checkpoint.manifest(run.checkpoints):
-            checkpoint.read(run.checkpoints / name)
+        for name in checkpoint_io.manifest(run.checkpoints):
+            checkpoint_io.read(run.checkpoints / name)
         trial.slim(run)
         states = {
-            name: checkpoint.read(run.checkpoints / name)["optimizer_states"] for name in ("init.ckpt", "best.ckpt")
+            name: checkpoint_io.read(run.checkpoints / name)["optimizer_states"] for name in ("init.ckpt", "best.ckpt")
         }
         assert states == {"init.ckpt": [], "best.ckpt": []}
-        assert checkpoint.read(run.checkpoints / "last.ckpt")["optimizer_states"] != []
+        assert checkpoint_io.read(run.checkpoints / "last.ckpt")["optimizer_states"] != []
     assert stops > 10

@@ -13,13 +13,14 @@ import pytest
 
 from tests.commands.test_train import losses, only_run, pytestmark  # noqa: F401 (the same libraries warn)
 from tests.reports.conftest import curve, spectrum, write_run
-from vitscope import checkpoint, exits
+from vitscope import exits
 from vitscope.classifier import Classifier
 from vitscope.commands import report, reproduce
 from vitscope.commands.trial import Outcome
 from vitscope.reports import drawing
+from vitscope.runs import checkpoint_io
+from vitscope.runs.wandb_mirror import Mirror
 from vitscope.runtime import stop_flag
-from vitscope.tracking import Mirror
 
 CODES = {signal.SIGTERM: 143, signal.SIGHUP: 143, signal.SIGUSR1: 143, signal.SIGINT: 130}
 
@@ -53,7 +54,7 @@ def test_every_signal_saves_and_has_its_code(call, tiny, tmp_path, monkeypatch, 
     err = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("epoch ")]  # of a slow machine
     assert err == [f"stopped by {signal.Signals(signum).name}; go on with run={run} ckpt_path=last"]
     assert sorted(losses(run)) == [0, 1]
-    assert checkpoint.read(checkpoint.newest(run / "checkpoints"))["global_step"] == 2
+    assert checkpoint_io.read(checkpoint_io.newest(run / "checkpoints"))["global_step"] == 2
     facts = json.loads((run / "provenance.json").read_text())
     assert (facts["status"], facts["exit_code"]) == ("stopped", CODES[signum])
     assert told == ["preempting", CODES[signum]]

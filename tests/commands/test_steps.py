@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tests.commands.test_train import losses, pytestmark  # noqa: F401  the same third-party warnings
-from vitscope import journal
+from vitscope.runs import metrics_log
 
 
 def test_a_training_of_steps_alone_has_the_schedule_of_as_many_epochs(
@@ -18,5 +18,5 @@ def test_a_training_of_steps_alone_has_the_schedule_of_as_many_epochs(
     assert call("train", *shared, *steps, f"run_dir={tmp_path}/steps") == 0
     assert len(losses(tmp_path / "steps")) == 8
     assert losses(tmp_path / "steps") == losses(tmp_path / "epochs")
-    rates = [row["lr-AdamW"] for row in journal.read(tmp_path / "steps" / "metrics.jsonl") if "lr-AdamW" in row]
+    rates = [row["lr-AdamW"] for row in metrics_log.read(tmp_path / "steps" / "metrics.jsonl") if "lr-AdamW" in row]
     assert max(rates) > 1e-5

@@ -10,8 +10,8 @@ import torch
 
 import vitscope as vs
 from tests.commands.test_train import losses, only_run, pytestmark  # noqa: F401 (the same libraries warn)
-from vitscope import checkpoint, journal, results
 from vitscope.classifier import Classifier
+from vitscope.runs import checkpoint_io, metrics_log, result_store
 from vitscope.runtime import stop_flag
 from vitscope.runtime.errors import StorageError
 
@@ -22,7 +22,7 @@ def test_a_stop_in_validation_or_in_a_save(call, tiny, tmp_path, monkeypatch, pl
     assert call("train", *shared, f"run_dir={tmp_path}/whole") == 0
     seen = []
     with monkeypatch.context() as patch:
-        owner, name = (Classifier, "validation_step") if place == "validation" else (checkpoint, "write")
+        owner, name = (Classifier, "validation_step") if place == "validation" else (checkpoint_io, "write")
         original = getattr(owner, name)
 
         def stopping(*args, **kwargs):
@@ -36,7 +36,7 @@ def test_a_stop_in_validation_or_in_a_save(call, tiny, tmp_path, monkeypatch, pl
     assert len(losses(tmp_path / "cut")) < len(losses(tmp_path / "whole"))
     assert call("train", f"run={tmp_path}/cut", "ckpt_path=last") == 0
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
-    one, other = (checkpoint.read(tmp_path / name / "checkpoints" / "last.ckpt") for name in ("whole", "cut"))
+    one, other = (checkpoint_io.read(tmp_path / name / "checkpoints" / "last.ckpt") for name in ("whole", "cut"))
     for key, tensor in one["state_dict"].items():
         assert torch.equal(tensor, other["state_dict"][key]), key
 
@@ -88,7 +88,7 @@ def test_a_checkpoint_of_another_model_is_refused(call, tiny, tmp_path, capsys) 
 
 def test_a_disk_that_is_full_at_a_result(call, tiny, tmp_path, monkeypatch, capsys) -> None:
     """Exit 6; the journal and the checkpoint are whole, and the run goes on when there is space."""
-    write = results.write_atomically
+    write = result_store.write_atomically
 
     def full(path: Path, content: bytes) -> None:
         if path.suffix == ".npz":
@@ -97,14 +97,14 @@ def test_a_disk_that_is_full_at_a_result(call, tiny, tmp_path, monkeypatch, caps
 
     shared = [*tiny, "analysis=[fourier]", "analysis.fourier.probe.n_images=8"]
     with monkeypatch.context() as patch:
-        patch.setattr(results, "write_atomically", full)
+        patch.setattr(result_store, "write_atomically", full)
         assert call("train", *shared) == 6
     assert "No space left on device" in capsys.readouterr().err
     run = only_run(tmp_path)
     assert sorted(losses(run)) == list(range(4))
-    assert checkpoint.newest(run / "checkpoints").name == "last.ckpt"
+    assert checkpoint_io.newest(run / "checkpoints").name == "last.ckpt"
     assert call("train", f"run={run}", "ckpt_path=last") == 0
-    assert "fourier/high_frequency_last" in journal.last_values(run / "metrics.jsonl")
+    assert "fourier/high_frequency_last" in metrics_log.last_values(run / "metrics.jsonl")
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -121,7 +121,7 @@ def test_best_is_never_a_number_that_is_none(call, tiny, tmp_path, monkeypatch, 
     assert call("train", *tiny, "analysis=[]", *monitor) == 5
     folder = only_run(tmp_path) / "checkpoints"
     assert not (folder / "best.ckpt").exists()
-    content = checkpoint.read(folder / "last.ckpt")
+    content = checkpoint_io.read(folder / "last.ckpt")
     assert content["global_step"] == 4
     assert all(bool(torch.isfinite(value).all()) for value in content["state_dict"].values())
 
@@ -133,4 +133,4 @@ def test_memory_that_runs_out_in_a_diagnostic(call, tiny, tmp_path, monkeypatch)
     monkeypatch.setattr("vitscope.analyses._measured", starved)
     with pytest.warns(UserWarning, match="analysis.fourier failed at end: OutOfMemoryError"):
         assert call("train", *tiny, "analysis=[fourier]") == 0
-    assert "test/accuracy" in journal.last_values(only_run(tmp_path) / "metrics.jsonl")
+    assert "test/accuracy" in metrics_log.last_values(only_run(tmp_path) / "metrics.jsonl")

@@ -16,8 +16,9 @@ import torch
 
 from tests.commands.test_train import losses, only_run, pytestmark  # noqa: F401 (the same libraries warn)
 from tests.test_survival import ENVIRONMENT, ROOT, TINY
-from vitscope import callbacks, checkpoint, journal, results, runs, tracking
-from vitscope.journal import Journal
+from vitscope import callbacks
+from vitscope.runs import checkpoint_io, metrics_log, result_store, run_dir, wandb_mirror
+from vitscope.runs.metrics_log import Journal
 from vitscope.runtime.errors import StorageError
 
 
@@ -34,10 +35,10 @@ def no_file_longer_than(n_bytes: int) -> Iterator[None]:
 
 def test_a_checkpoint_that_does_not_fit(tmp_path: Path) -> None:
     path = tmp_path / "last.ckpt"
-    checkpoint.write({"epoch": 0, "global_step": 1, "w": torch.ones(5)}, path)
+    checkpoint_io.write({"epoch": 0, "global_step": 1, "w": torch.ones(5)}, path)
     with no_file_longer_than(50_000), pytest.raises(StorageError, match=r"last\.ckpt: checkpoint not written"):
-        checkpoint.write({"epoch": 0, "global_step": 2, "w": torch.ones(50_000)}, path)
-    assert checkpoint.read(path)["global_step"] == 1
+        checkpoint_io.write({"epoch": 0, "global_step": 2, "w": torch.ones(50_000)}, path)
+    assert checkpoint_io.read(path)["global_step"] == 1
     assert sorted(file.name for file in tmp_path.iterdir()) == ["last.ckpt", "manifest.json"]
 
 
@@ -51,13 +52,13 @@ def test_a_row_that_does_not_fit(tmp_path: Path) -> None:
     assert (tmp_path / "metrics.jsonl").stat().st_size == size + 10
     book.append(1, 0, {"train/loss": 0.125})  # by the same process, and by another that resumes
     Journal(tmp_path / "metrics.jsonl").append(2, 0, {"train/loss": 0.0625})
-    assert [row["train/loss"] for row in journal.read(tmp_path / "metrics.jsonl")] == [0.5, 0.125, 0.0625]
+    assert [row["train/loss"] for row in metrics_log.read(tmp_path / "metrics.jsonl")] == [0.5, 0.125, 0.0625]
 
 
 def test_a_device_without_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if not Path("/dev/full").exists():
         pytest.skip("no /dev/full here")
-    monkeypatch.setattr(journal.run_files, "open_to_append", lambda path: os.open("/dev/full", os.O_WRONLY))
+    monkeypatch.setattr(metrics_log.run_files, "open_to_append", lambda path: os.open("/dev/full", os.O_WRONLY))
     with pytest.raises(StorageError, match="No space left on device"):
         Journal(tmp_path / "metrics.jsonl").append(0, 0, {"train/loss": 1.0})
 
@@ -81,26 +82,26 @@ def test_a_training_whose_second_checkpoint_does_not_fit(call, tiny, tmp_path, m
     assert "checkpoint not written (File too large)" in err[0]
     run = only_run(tmp_path)
     assert sorted(losses(run)) == list(range(8))
-    last = checkpoint.newest(run / "checkpoints")
-    assert checkpoint.read(last)["global_step"] == 4
+    last = checkpoint_io.newest(run / "checkpoints")
+    assert checkpoint_io.read(last)["global_step"] == 4
     assert json.loads((run / "provenance.json").read_text())["exit_code"] == 6
     assert call("train", f"run={run}", "ckpt_path=last") == 0
-    assert checkpoint.read(run / "checkpoints" / "last.ckpt")["global_step"] == 8
+    assert checkpoint_io.read(run / "checkpoints" / "last.ckpt")["global_step"] == 8
 
 
 def test_why_it_ended_is_said_where_that_cannot_be_written_down(call, tiny, tmp_path, monkeypatch, capsys) -> None:
     """A loss that is not finite on a disk that is full: exit code 5, not 6, and W&B's run is ended."""
     ended = []
-    monkeypatch.setattr(tracking.Mirror, "finish", lambda self, code: ended.append(code))
+    monkeypatch.setattr(wandb_mirror.Mirror, "finish", lambda self, code: ended.append(code))
     monkeypatch.setattr("vitscope.classifier.Classifier.forward", lambda self, x: self.model(x) * float("nan"))
-    note = runs.Run.note
+    note = run_dir.Run.note
 
     def full(self, **facts):
         if "exit_code" in facts:
             raise StorageError("paths.runs", self.path, "not writable (No space left on device)", "free space")
         note(self, **facts)
 
-    monkeypatch.setattr(runs.Run, "note", full)
+    monkeypatch.setattr(run_dir.Run, "note", full)
     assert call("train", *tiny, "analysis=[]") == 5
     err = capsys.readouterr().err
     assert "loss nan" in err
@@ -136,7 +137,7 @@ def test_a_run_s_folder_that_became_read_only(call, tiny, tmp_path, capsys) -> N
     in the folder's place)."""
     assert call("train", *tiny, "analysis=[]", "test=false") == 0
     run = only_run(tmp_path)
-    runs.Run(run).note(status="stopped")
+    run_dir.Run(run).note(status="stopped")
     kept = (run / "checkpoints").rename(tmp_path / "kept")
     (run / "checkpoints").write_text("")
     capsys.readouterr()
@@ -147,9 +148,9 @@ def test_a_run_s_folder_that_became_read_only(call, tiny, tmp_path, capsys) -> N
 
 
 def test_a_result_that_does_not_fit(tmp_path: Path) -> None:
-    results.write_atomically(tmp_path / "a.npz", b"old")
+    result_store.write_atomically(tmp_path / "a.npz", b"old")
     with no_file_longer_than(1000), pytest.raises(StorageError, match="File too large"):
-        results.write_atomically(tmp_path / "a.npz", bytes(2000))
+        result_store.write_atomically(tmp_path / "a.npz", bytes(2000))
     assert (tmp_path / "a.npz").read_bytes() == b"old"
     assert [file.name for file in tmp_path.iterdir()] == ["a.npz"]
 
@@ -177,8 +178,8 @@ def test_a_disk_that_is_really_full(tmp_path: Path) -> None:
         assert "No space left on device" in done.stderr
         assert "Traceback" not in done.stderr
         (run,) = (disk / "runs").iterdir()
-        newest = checkpoint.newest(run / "checkpoints")
-        step = checkpoint.read(newest)["global_step"]
+        newest = checkpoint_io.newest(run / "checkpoints")
+        step = checkpoint_io.read(newest)["global_step"]
         assert step >= 4
         assert sorted(losses(run)) == list(range(max(losses(run)) + 1))
         assert max(losses(run)) + 1 >= step

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 import vitscope as vs
-from vitscope import checkpoint, journal
 from vitscope.callbacks import Checkpoints
 from vitscope.classifier import Classifier
+from vitscope.runs import checkpoint_io, metrics_log
 from vitscope.runtime import stop_flag
 
 # libraries that warn about themselves
@@ -32,7 +32,7 @@ def losses(run: Path) -> dict[int, str]:
     """Return each step's loss as hexadecimal digits, the last writing of a step."""
     return {
         row["step"]: float(row["train/loss"]).hex()
-        for row in journal.read(run / "metrics.jsonl")
+        for row in metrics_log.read(run / "metrics.jsonl")
         if "train/loss" in row
     }
 
@@ -58,7 +58,7 @@ def test_the_main_job(call, tiny, tmp_path, capsys) -> None:
     assert (run / "figures" / "fourier-end.pdf").exists()
     provenance = json.loads((run / "provenance.json").read_text())
     assert (provenance["status"], provenance["exit_code"]) == ("finished", 0)
-    values = journal.last_values(run / "metrics.jsonl")
+    values = metrics_log.last_values(run / "metrics.jsonl")
     names = {f"test/{name}" for name in ("loss", "nll", "accuracy", "accuracy_top5", "ece", "brier")}
     assert names | {"val/accuracy", "train/loss", "train/grad_norm", "hessian/negative_eigenvalue_proportion"} <= set(
         values
@@ -110,7 +110,7 @@ def test_resumed_equals_uninterrupted(call, tiny, tmp_path, monkeypatch, stop_af
     assert len(losses(tmp_path / "cut")) == stop_after
     assert call("train", f"run={tmp_path}/cut", "ckpt_path=last") == 0
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
-    one, other = (checkpoint.read(tmp_path / name / "checkpoints" / "last.ckpt") for name in ("whole", "cut"))
+    one, other = (checkpoint_io.read(tmp_path / name / "checkpoints" / "last.ckpt") for name in ("whole", "cut"))
     for name, tensor in one["state_dict"].items():
         assert torch.equal(tensor, other["state_dict"][name]), name
 
@@ -124,7 +124,7 @@ def test_interrupt_from_the_keyboard(call, tiny, tmp_path, monkeypatch, capsys) 
 
     monkeypatch.setattr(Classifier, "on_train_batch_start", stopping)
     assert call("train", *tiny, "analysis=[]") == 130
-    assert checkpoint.manifest(only_run(tmp_path) / "checkpoints")["last.ckpt"]["global_step"] == 1
+    assert checkpoint_io.manifest(only_run(tmp_path) / "checkpoints")["last.ckpt"]["global_step"] == 1
     assert "ckpt_path=last" in capsys.readouterr().err
 
 

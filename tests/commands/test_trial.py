@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from vitscope import analyses, checkpoint, reproduction
+from vitscope import analyses, reproduction
 from vitscope.commands import reproduce
 from vitscope.commands.trial import composed, perform
 from vitscope.core.probe import Probe
 from vitscope.reproduction import Trial
+from vitscope.runs import checkpoint_io
 
 # libraries that warn about themselves
 pytestmark = pytest.mark.filterwarnings(
@@ -39,8 +40,8 @@ def test_trained_and_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert [name.partition("-")[0] for name in first.results] == ["hessian/init", "hessian/end"]
     assert all((first.run / "results" / f"{name}.npz").is_file() for name in first.results)
     for name in ("init.ckpt", "best.ckpt", "epoch-0000.ckpt"):
-        assert checkpoint.read(first.run / "checkpoints" / name)["optimizer_states"] == [], name
-    assert checkpoint.read(first.run / "checkpoints" / "last.ckpt")["optimizer_states"] != []
+        assert checkpoint_io.read(first.run / "checkpoints" / name)["optimizer_states"] == [], name
+    assert checkpoint_io.read(first.run / "checkpoints" / "last.ckpt")["optimizer_states"] != []
 
     def forbidden(*_: object, **__: object) -> None:
         raise AssertionError("measured or trained again")

@@ -13,8 +13,8 @@ import wandb
 
 from tests.commands.test_train import losses, only_run, pytestmark  # noqa: F401 (the same libraries warn)
 from tests.wandb_server import Server
-from vitscope import tracking
 from vitscope.classifier import Classifier
+from vitscope.runs import wandb_mirror
 
 ONLINE = ["logger=wandb", "analysis=[]", "test=false", "trainer.limit_train_batches=6"]
 
@@ -60,14 +60,14 @@ def test_a_server_that_goes_away_in_the_middle(call, tiny, server, tmp_path, mon
 
     monkeypatch.setattr(Classifier, "on_train_batch_start", dying)
     waited = {}
-    finish = tracking.Mirror.finish
+    finish = wandb_mirror.Mirror.finish
 
-    def timed(self: tracking.Mirror, code: int) -> None:
+    def timed(self: wandb_mirror.Mirror, code: int) -> None:
         started = time.monotonic()
         finish(self, code)
         waited["s"] = time.monotonic() - started
 
-    monkeypatch.setattr(tracking.Mirror, "finish", timed)
+    monkeypatch.setattr(wandb_mirror.Mirror, "finish", timed)
     assert call("train", *arguments(tiny)) == 0
     (seen,) = server.runs.values()
     assert seen.config["optimizer.lr"] == 0.001
@@ -113,7 +113,7 @@ def test_whatever_wandb_raises_costs_a_warning(error: Exception) -> None:
         def __getattr__(self, name: str):
             raise error
 
-    mirror = tracking.Mirror(Broken())
+    mirror = wandb_mirror.Mirror(Broken())
     for action in (lambda: mirror.log({"a": 1.0}, 1), lambda: mirror.summary({"a": 1}), mirror.preempting,
                    lambda: mirror.table("t", ["a"], [[1]]), lambda: mirror.histogram("h", [1.0], 1),
                    lambda: mirror.finish(0)):  # fmt: skip

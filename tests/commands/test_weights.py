@@ -13,8 +13,9 @@ from omegaconf import OmegaConf
 import vitscope as vs
 from tests.commands.test_train import only_run, pytestmark  # noqa: F401  the same third-party warnings
 from tests.models import official
-from vitscope import checkpoint, models
+from vitscope import models
 from vitscope.config import factories
+from vitscope.runs import checkpoint_io
 
 EVALUATE = ["data=digits", "analysis=[evaluation]", "analysis.evaluation.probe.n_images=12", "device=cpu"]
 RESNET = ["model=convnet", "model.depth=18"]
@@ -53,7 +54,7 @@ def test_an_official_file_is_analysed(call, file, tmp_path) -> None:
 def test_training_starts_from_an_official_file(call, file, tiny, tmp_path) -> None:
     small = ["data=digits", "trainer.limit_train_batches=1", "analysis=[]", "test=false"]
     assert call("train", *tiny[3:], *RESNET, *small, f"ckpt_path={file}") == 0
-    init = checkpoint.model_state(checkpoint.read(only_run(tmp_path) / "checkpoints" / "init.ckpt"))
+    init = checkpoint_io.model_state(checkpoint_io.read(only_run(tmp_path) / "checkpoints" / "init.ckpt"))
     expected = loaded(file).state_dict()
     assert set(init) == set(expected)
     assert all(torch.equal(init[name], value) for name, value in expected.items())
@@ -99,7 +100,7 @@ def test_gradient_checkpointing_and_channels_last_train_the_same_network(call, t
     states = {}
     for name, option in options.items():
         assert call("train", *shared, *option, f"run_dir={tmp_path}/{name}") == 0
-        states[name] = checkpoint.model_state(checkpoint.read(tmp_path / name / "checkpoints" / "last.ckpt"))
+        states[name] = checkpoint_io.model_state(checkpoint_io.read(tmp_path / name / "checkpoints" / "last.ckpt"))
     # AdamW divides a gradient by its size plus 1e-8, so that a rounding of the gradient moves a weight by at most
     # steps * rate / 1e-8 times that rounding, where the gradient itself is rounding (a bias before BatchNorm). In float64
     # a gradient of size 10 summed over 1e4 terms rounds to 1e4 * 2.2e-16 * 10; a wrong gradient moves weights by the rate.

@@ -21,9 +21,10 @@ from omegaconf import DictConfig
 from tests.commands.conftest import TINY
 from tests.commands.test_train import pytestmark  # noqa: F401 (the same libraries warn)
 from tests.kills import in_child, snapshots
-from vitscope import checkpoint, exits, journal, recorded, results
+from vitscope import exits, recorded
 from vitscope.commands import train
 from vitscope.config import loading
+from vitscope.runs import checkpoint_io, metrics_log, result_store
 
 torch.set_num_threads(1)
 TRAINING = [
@@ -60,16 +61,18 @@ def finished_run(root: Path) -> Path:
 
 def state(run: Path) -> dict[str, Any]:
     """Return all that a run says: files, weights and optimizer, rows, results, provenance."""
-    rows = [{key: value for key, value in row.items() if key != "time"} for row in journal.read(run / "metrics.jsonl")]
+    rows = [
+        {key: value for key, value in row.items() if key != "time"} for row in metrics_log.read(run / "metrics.jsonl")
+    ]
     known = json.loads((run / "provenance.json").read_text())
-    stored = {str(file.relative_to(run)): results.load(file) for file in sorted(run.glob("results/*/*.npz"))}
+    stored = {str(file.relative_to(run)): result_store.load(file) for file in sorted(run.glob("results/*/*.npz"))}
     return {
         "files": sorted(str(file.relative_to(run)) for file in run.rglob("*") if file.is_file()),
         "manifest": {
             name: (entry["epoch"], entry["global_step"])
-            for name, entry in checkpoint.manifest(run / "checkpoints").items()
+            for name, entry in checkpoint_io.manifest(run / "checkpoints").items()
         },
-        "checkpoints": {file.name: checkpoint.read(file) for file in sorted(run.glob("checkpoints/*.ckpt"))},
+        "checkpoints": {file.name: checkpoint_io.read(file) for file in sorted(run.glob("checkpoints/*.ckpt"))},
         "rows": {json.dumps(row, sort_keys=True) for row in rows},  # steps after the last checkpoint are written twice
         "results": stored,
         "readable": {str(file.relative_to(run)): json.loads(file.read_text()) for file in run.glob("results/*/*.json")},

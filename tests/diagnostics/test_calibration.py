@@ -9,7 +9,7 @@ from torch import nn
 from torchmetrics.functional.classification import multiclass_calibration_error
 
 from tests.test_configs import composed
-from vitscope import Objective, Probe, analyses, runs
+from vitscope import Objective, Probe, analyses
 from vitscope.calibration_metric import ExpectedCalibrationError
 from vitscope.classifier import Classifier
 from vitscope.config import factories
@@ -17,6 +17,7 @@ from vitscope.core.evaluation import confidence_bins, evaluate
 from vitscope.diagnostics.calibration import _bins
 from vitscope.diagnostics.calibration.calibration import calibration
 from vitscope.diagnostics.calibration.plot import calibration as draw
+from vitscope.runs import run_dir
 
 
 class Logits(nn.Module):
@@ -128,7 +129,7 @@ def test_an_analysis_fits_the_temperature_on_the_validation_split(tmp_path: Path
         network.head.weight.zero_()  # type: ignore[union-attr, operator]
         network.head.weight[:, :6].copy_(torch.linalg.lstsq(features[:, :6], onehot).solution.T)  # type: ignore[union-attr, operator]
         logits = network(x).double()
-    place = analyses.Place(cfg, runs.create(cfg, "train"), network, data, "end")
+    place = analyses.Place(cfg, run_dir.create(cfg, "train"), network, data, "end")
     result = analyses.perform(analyses.parse(cfg.analysis)[0], place)
     assert (result.n_images, result.n_validation) == (60, len(data.split("val")))  # type: ignore[union-attr]
     beta = torch.tensor(1 / result.temperature, dtype=torch.float64, requires_grad=True)  # type: ignore[union-attr]

@@ -13,9 +13,10 @@ import pytest
 import torch
 
 from tests.test_configs import composed
-from vitscope import analyses, checkpoint, runs
+from vitscope import analyses
 from vitscope.analyses import Place
 from vitscope.config import factories, loading
+from vitscope.runs import checkpoint_io, run_dir
 from vitscope.runtime import stop_flag
 from vitscope.runtime.stop_flag import Interrupted
 
@@ -33,12 +34,12 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Place:
     root = tmp_path_factory.mktemp("runs")
     cfg = composed("train", *ARGUMENTS, f"analysis=[{','.join(NAMES)}]", f"paths.runs={root}")
     loading.apply_caps(cfg)
-    run = runs.create(cfg, "train")
+    run = run_dir.create(cfg, "train")
     network = factories.model(cfg)
     for step, name in enumerate(("init", "last")):
         state = {f"model.{key}": value + 0.01 * (1 - step) for key, value in network.state_dict().items()}
         content = {"epoch": 0, "global_step": step, "state_dict": state}
-        checkpoint.write(content, run.checkpoints / f"{name}.ckpt")
+        checkpoint_io.write(content, run.checkpoints / f"{name}.ckpt")
     data = factories.data(cfg)
     data.adapt_to(network)
     network.eval()
@@ -88,7 +89,7 @@ def test_memory_that_runs_out_in_the_middle(made: Place, name: str, tmp_path: Pa
     """Null with its reason, a warning, and the model as it was; with ``on_error=raise`` the error comes out."""
     folder = tmp_path / "run"
     shutil.copytree(made.run.path, folder, ignore=shutil.ignore_patterns("results"))
-    place = replace(made, run=runs.Run(folder))
+    place = replace(made, run=run_dir.Run(folder))
     before = state(made.network)
     passes = []
 
@@ -122,10 +123,10 @@ def test_numbers_that_are_not_finite(made: Place, name: str, tmp_path: Path) -> 
     folder = tmp_path / "run"
     shutil.copytree(made.run.path, folder)
     for file in ("init", "last"):
-        content = checkpoint.read(folder / "checkpoints" / f"{file}.ckpt")
+        content = checkpoint_io.read(folder / "checkpoints" / f"{file}.ckpt")
         content["state_dict"] = {f"model.{key}": value for key, value in network.state_dict().items()}
-        checkpoint.write(content, folder / "checkpoints" / f"{file}.ckpt")
-    place = Place(made.cfg, runs.Run(folder), network, made.datamodule, "end", epoch=0)
+        checkpoint_io.write(content, folder / "checkpoints" / f"{file}.ckpt")
+    place = Place(made.cfg, run_dir.Run(folder), network, made.datamodule, "end", epoch=0)
     before = state(network)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 import yaml
 
-from vitscope import results
 from vitscope.core.probe import ObjectiveCard
 from vitscope.diagnostics.hessian.hessian_max_eigenvalue_spectrum import HessianMaxEigenvalueSpectrumResult
 from vitscope.diagnostics.landscape.loss_slice import LossSliceResult
 from vitscope.diagnostics.landscape.sharpness import SharpnessResult
-from vitscope.journal import Journal
-from vitscope.runs import Run
+from vitscope.runs import result_store
+from vitscope.runs.metrics_log import Journal
+from vitscope.runs.run_dir import Run
 
 CARD = ObjectiveCard(
     loss="cross entropy", l2="half_sq", weight_decay=0.05, data="photos", split="train", augmentation="crop_flip",
@@ -141,7 +141,7 @@ def write_run(
             record = {"measure": "hessian_max_eigenvalue_spectrum", "error": result, "scalars": None}
             (folder / f"{stem}.json").write_text(json.dumps(record))
         else:
-            results.save(folder, stem, result)
+            result_store.save(folder, stem, result)
     return run
 
 

@@ -4,12 +4,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tests.reports.conftest import curve, other_card
-from vitscope import runs
 from vitscope.reports import baselines, drawing, evidence, figures
+from vitscope.runs import run_dir
 
 
 def collect(root: Path) -> list[evidence.Entry]:
-    return evidence.collect(runs.every(root / "runs"))
+    return evidence.collect(run_dir.every(root / "runs"))
 
 
 def test_a_model_stands_beside_its_initialisation_and_random_labels(make_run: Callable, tmp_path: Path) -> None:

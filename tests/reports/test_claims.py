@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 
 from tests.reports.conftest import CARD, curve, other_card, rise, spectrum
-from vitscope import runs
 from vitscope.diagnostics.fourier.branch_transfer import BranchTransferResult
 from vitscope.reports import comparisons, evidence, verdicts
 from vitscope.reports.claims import CLAIMS
@@ -22,6 +21,7 @@ from vitscope.reports.costs import Cost, Costs
 from vitscope.reports.effects import Bench, Effect, balanced, plainest
 from vitscope.reports.evidence import Entry
 from vitscope.reports.selection import Selection
+from vitscope.runs import run_dir
 
 SPECTRUM = comparisons.SPECTRUM
 SEEDS = range(5)
@@ -37,10 +37,10 @@ class Given(Costs):
 
 
 def bench(root: Path) -> Bench:
-    return Bench(Selection(evidence.collect(runs.every(root / "runs"))), Given())
+    return Bench(Selection(evidence.collect(run_dir.every(root / "runs"))), Given())
 
 
-def write_scalars(run: runs.Run, measure: str, scalars: Mapping[str, float], **card: Any) -> None:
+def write_scalars(run: run_dir.Run, measure: str, scalars: Mapping[str, float], **card: Any) -> None:
     """Write what a measure's result looks like from outside."""
     folder = run.results / measure
     folder.mkdir(parents=True)

@@ -13,16 +13,17 @@ import yaml
 from omegaconf import OmegaConf
 
 from tests.reports.conftest import CARD
-from vitscope import reproduction, runs
+from vitscope import reproduction
 from vitscope.commands.trial import composed
 from vitscope.config import loading, model_facts
-from vitscope.journal import Journal
 from vitscope.reports import evidence, verdicts
 from vitscope.reports.costs import Costs
 from vitscope.reports.effects import Bench
 from vitscope.reports.evidence import Measured
 from vitscope.reports.selection import Selection
-from vitscope.runs import Run
+from vitscope.runs import run_dir
+from vitscope.runs.metrics_log import Journal
+from vitscope.runs.run_dir import Run
 
 #: training images of each profile's data
 IMAGES = {"smoke": 8192, "cifar100": 45_000, "imagenet": 1_281_167}
@@ -87,7 +88,7 @@ def test_no_part_of_a_claim_goes_without(profile: str, tmp_path: Path, monkeypat
         folder = tmp_path / loading.config_hash(composition)  # a run that several trials share is trained once
         cfg: Any = loading.plain(composition)
         write(cfg, trial.tags, cfg.pop("analysis"), folder, IMAGES[profile])
-    found = Selection(evidence.collect(runs.every(tmp_path)))
+    found = Selection(evidence.collect(run_dir.every(tmp_path)))
     lacking = {
         f"{judged.claim.name}: {finding.part.name}": finding.reason
         for judged in verdicts.judge(Bench(found, Costs()))

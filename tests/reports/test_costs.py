@@ -9,10 +9,10 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from tests.reports.conftest import configuration
-from vitscope import runs
 from vitscope.config import factories, loading, model_facts
 from vitscope.reports import evidence
 from vitscope.reports.costs import Cost, Costs, count
+from vitscope.runs import run_dir
 
 
 class Attention(nn.Module):
@@ -68,6 +68,6 @@ def test_a_report_reads_costs_from_provenance(
     monkeypatch.setattr(factories, "model", built)
     monkeypatch.setattr(loading, "instantiate", built)
     make_run("vit", facts={"model": noted}, model___target_="vitscope.models.timm_model", model__name="local-dir:x")
-    (entry,) = evidence.collect(runs.every(tmp_path / "runs"))
+    (entry,) = evidence.collect(run_dir.every(tmp_path / "runs"))
     assert Costs().of(entry) == cost
     assert entry.kin == "local-dir:x"

@@ -13,10 +13,11 @@ import pytest
 import yaml
 
 from tests.reports.conftest import curve, spectrum, write_run
-from vitscope import exits, runs
+from vitscope import exits
 from vitscope.commands import report
 from vitscope.reports import evidence
-from vitscope.runs import Run
+from vitscope.runs import run_dir
+from vitscope.runs.run_dir import Run
 
 CONFIG, FACTS, ROWS = "config.yaml", "provenance.json", "metrics.jsonl"
 RESULT = "results/hessian/end-0badcafe.json"
@@ -175,5 +176,5 @@ def test_a_damaged_array_costs_its_figure(
 
 
 def test_a_train_does_not_stumble_over_them(damaged: dict[str, Run], tmp_path: Path) -> None:
-    assert runs.finished(tmp_path / "runs", "0" * 16) is None
-    assert runs.unfinished(tmp_path / "runs", "0" * 16) is None
+    assert run_dir.finished(tmp_path / "runs", "0" * 16) is None
+    assert run_dir.unfinished(tmp_path / "runs", "0" * 16) is None

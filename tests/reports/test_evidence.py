@@ -8,18 +8,18 @@ from pathlib import Path
 import pytest
 
 from tests.reports.conftest import CARD, curve, other_card, rise, spectrum
-from vitscope import runs
 from vitscope.core.objective_card import check_comparable
-from vitscope.journal import Journal
 from vitscope.reports import evidence
 from vitscope.reports.selection import Selection
+from vitscope.runs import run_dir
+from vitscope.runs.metrics_log import Journal
 from vitscope.runtime.errors import StorageError
 
 SPECTRUM, NEP = "hessian_max_eigenvalue_spectrum", "negative_eigenvalue_proportion"
 
 
 def collect(root: Path) -> list[evidence.Entry]:
-    return evidence.collect(runs.every(root / "runs"))
+    return evidence.collect(run_dir.every(root / "runs"))
 
 
 def test_what_a_run_left_behind_is_read(make_run: Callable, tmp_path: Path) -> None:

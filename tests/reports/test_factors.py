@@ -13,12 +13,12 @@ from omegaconf import OmegaConf
 from scipy import stats
 
 from tests.reports.conftest import CARD, other_card, rise, spectrum
-from vitscope import runs
 from vitscope.config import loading
 from vitscope.diagnostics.landscape.loss_landscape import LossLandscapeResult
 from vitscope.diagnostics.landscape.sharpness import SharpnessResult
 from vitscope.reports import evidence, factor_tables, factors, factors_figure
 from vitscope.reports.selection import Selection
+from vitscope.runs import run_dir
 
 PAIRS = np.array([-0.3, 0.1, 0.2])  # what each pair of directions adds everywhere
 WD = CARD.weight_decay
@@ -72,7 +72,7 @@ def write(make_run: Callable, seeds: int = 1, shift: float = 0.0, change: Callab
 
 
 def answer(tmp_path: Path) -> factors.Answer:
-    found = factors.answer(Selection(evidence.collect(runs.every(tmp_path / "runs"))))
+    found = factors.answer(Selection(evidence.collect(run_dir.every(tmp_path / "runs"))))
     assert found is not None
     return found
 
@@ -189,7 +189,7 @@ def test_what_is_saturated_is_said_and_what_is_missing_named(make_run: Callable,
 
 def test_without_the_four_trainings_there_is_no_answer(make_run: Callable, tmp_path: Path) -> None:
     make_run("vit")
-    selection = Selection(evidence.collect(runs.every(tmp_path / "runs")))
+    selection = Selection(evidence.collect(run_dir.every(tmp_path / "runs")))
     assert factors.answer(selection) is None
     made = factor_tables.made(selection, tmp_path)
     assert not made["factors"].rows
@@ -198,7 +198,7 @@ def test_without_the_four_trainings_there_is_no_answer(make_run: Callable, tmp_p
 
 def test_tables_and_figure_say_who_and_why(make_run: Callable, tmp_path: Path) -> None:
     write(make_run)
-    selection = Selection(evidence.collect(runs.every(tmp_path / "runs")))
+    selection = Selection(evidence.collect(run_dir.every(tmp_path / "runs")))
     made = factor_tables.made(selection, tmp_path / "figures")
     texts = [[cell.text for cell in row] for row in made["conditions"].rows]
     assert len(texts) == 12

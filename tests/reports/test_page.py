@@ -16,12 +16,12 @@ import numpy as np
 import pytest
 
 from tests.reports.conftest import CARD, curve, other_card, rise, spectrum, write_run
-from vitscope import runs
 from vitscope.diagnostics.landscape.loss_landscape import LossLandscapeResult
 from vitscope.reports import drawing, evidence, figures, page, panels, tables, verdicts
 from vitscope.reports.costs import Cost, Costs
 from vitscope.reports.effects import Bench
 from vitscope.reports.selection import Selection
+from vitscope.runs import run_dir
 
 CHROMIUM = next((p for p in map(shutil.which, ("chromium", "chromium-browser", "google-chrome")) if p), None)
 HOSTILE = "</script><script>alert(1)</script><b>&amp;"
@@ -106,7 +106,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def build(root: Path) -> Path:
-    entries = evidence.collect(runs.every(root / "runs"))
+    entries = evidence.collect(run_dir.every(root / "runs"))
     selection = Selection(entries)
     made = {name: tables.build(name, selection, Given()) for name in tables.TABLES}
     judged = verdicts.judge(Bench(selection, Given()))
@@ -170,7 +170,7 @@ def test_a_page_without_results_has_no_plotly_and_says_so(make_run: Callable, tm
 def test_runs_are_compared_in_what_differs(make_run: Callable, tmp_path: Path) -> None:
     make_run("vit", 0, optimizer__lr=0.1)
     make_run("vit", 1, optimizer__lr=0.2)
-    found = page.comparison(evidence.collect(runs.every(tmp_path / "runs")))
+    found = page.comparison(evidence.collect(run_dir.every(tmp_path / "runs")))
     assert found["keys"] == ["optimizer.lr", "seed"]
     assert [run["config"] for run in found["runs"]] == [
         {"optimizer.lr": 0.1, "seed": 0},

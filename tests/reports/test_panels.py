@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 
 from tests.reports.conftest import curve, other_card, rise, spectrum
-from vitscope import runs
 from vitscope.reports import drawing, evidence, figures
 from vitscope.reports.panels import PER_FIGURE, Panel, absent, panels
+from vitscope.runs import run_dir
 from vitscope.runtime.errors import StorageError
 
 
 def collect(root: Path) -> list[evidence.Entry]:
-    return evidence.collect(runs.every(root / "runs"))
+    return evidence.collect(run_dir.every(root / "runs"))
 
 
 def draw(panel: Panel, folder: Path, options: dict | None = None) -> figures.Drawn:
@@ -52,9 +52,9 @@ def test_cards_that_differ_stand_apart_with_the_keys_named(make_run: Callable, t
 
 def test_one_run_measured_under_two_objectives_gives_both(make_run: Callable, tmp_path: Path) -> None:
     run = make_run("vit", measured={"hessian": spectrum()})
-    from vitscope import results
+    from vitscope.runs import result_store
 
-    results.save(run.results / "hessian", "end-11111111", spectrum(card=other_card(l2="none")))
+    result_store.save(run.results / "hessian", "end-11111111", spectrum(card=other_card(l2="none")))
     assert sorted(p.curves[0].measured.card.l2 for p in panels(collect(tmp_path)) if p.curves[0].measured.card) == [
         "half_sq",
         "none",

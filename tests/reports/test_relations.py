@@ -10,15 +10,15 @@ import pytest
 from omegaconf import OmegaConf
 
 from tests.reports.conftest import curve, other_card, spectrum
-from vitscope import runs
 from vitscope.config import loading
 from vitscope.reports import evidence, relations
 from vitscope.reports.selection import Selection
+from vitscope.runs import run_dir
 from vitscope.stats.t_tests import Interval, t_interval
 
 
 def selection(root: Path) -> Selection:
-    return Selection(evidence.collect(runs.every(root / "runs")))
+    return Selection(evidence.collect(run_dir.every(root / "runs")))
 
 
 def test_a_key_on_the_axis_and_seeds_averaged(make_run: Callable, tmp_path: Path) -> None:

@@ -12,12 +12,13 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from vitscope import analyses, checkpoint, exits, run_lock, runs, tracking
+from vitscope import analyses, exits
 from vitscope.commands import overrides
 from vitscope.commands.headline import print_headline
 from vitscope.config import factories, loading, model_facts
 from vitscope.config.validation import validate
-from vitscope.runs import Run
+from vitscope.runs import checkpoint_io, run_dir, run_lock, wandb_mirror
+from vitscope.runs.run_dir import Run
 from vitscope.runtime.distributed import rank
 from vitscope.runtime.errors import CheckpointError, ConfigError, StorageError
 
@@ -67,7 +68,7 @@ def analyze(cfg: DictConfig, chosen: Sequence[str] = (), inside: Sequence[str] =
     Raises:
         VitscopeError: with the exit code of its kind.
     """
-    run = runs.find(str(cfg.run)) if cfg.run else None
+    run = run_dir.find(str(cfg.run)) if cfg.run else None
     if run is not None:
         cfg = merged(cfg, run.config(), chosen)
         overrides.apply(cfg, inside)
@@ -80,11 +81,11 @@ def analyze(cfg: DictConfig, chosen: Sequence[str] = (), inside: Sequence[str] =
     data = factories.data(cfg)
     data.adapt_to(network)
     if run is None:
-        run = runs.create(cfg, "analyze")
+        run = run_dir.create(cfg, "analyze")
     exits.entered(run)
     if rank() == 0 and model_facts.KEY not in run.provenance() and _is_own_model(cfg, run):
         run.note(**{model_facts.KEY: model_facts.of_model(cfg)})
-    mirror = tracking.start(cfg, run, "analyze", _say)
+    mirror = wandb_mirror.start(cfg, run, "analyze", _say)
     code = 1
     try:
         _perform(cfg, run, network.to(device), data, content, path, mirror)
@@ -158,11 +159,11 @@ def _weights(cfg: DictConfig, run: Run | None, network: Any) -> tuple[Path | Non
             )
         return None, None
     if run is not None and not path.is_file():
-        names = [Path(name).stem for name in checkpoint.manifest(run.checkpoints)]
+        names = [Path(name).stem for name in checkpoint_io.manifest(run.checkpoints)]
         if not names and not run.checkpoints.exists() and not cfg.ckpt_path:
             return None, None  # a folder that analyze.py made for a model without a checkpoint
         raise CheckpointError("ckpt", cfg.ckpt, "the run has no such checkpoint", loading.nearest(str(cfg.ckpt), names))
-    content = checkpoint.read(path)
+    content = checkpoint_io.read(path)
     factories.load_weights(network, content, path)
     return path, content
 
@@ -184,7 +185,7 @@ def _refuse_changing_checkpoint(path: Path, run: Run) -> None:
     if holder is None or path.stem not in CHANGING:
         return
     why = f"{holder} trains in this folder, and {path.name} is not yet what it will be at the end"
-    fixed = [Path(name).stem for name in checkpoint.manifest(run.checkpoints) if Path(name).stem not in CHANGING]
+    fixed = [Path(name).stem for name in checkpoint_io.manifest(run.checkpoints) if Path(name).stem not in CHANGING]
     instead = f", or measure a checkpoint that stays as it is: ckpt={fixed[-1]}" if fixed else ""
     raise StorageError("run", run.path, why, f"wait until it ends{instead}")
 
@@ -193,7 +194,7 @@ def _moment(path: Path | None, content: Mapping[str, Any] | None, run: Run) -> t
     """Return the tag of results, the epoch and the step of the weights; only a finished run's last ones are its ``end``."""
     if path is None or content is None:
         return "end", None, 0
-    kept, step = checkpoint.facts(content, path), int(content.get("global_step", 0))
+    kept, step = checkpoint_io.facts(content, path), int(content.get("global_step", 0))
     epoch = kept["epoch"] - 1 if kept.get("batch") == 0 else kept.get("epoch")
     epoch = max(epoch, 0) if epoch is not None else None
     status = run.provenance().get("status", "finished")

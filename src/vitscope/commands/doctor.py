@@ -15,11 +15,11 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from vitscope import tracking
 from vitscope.config import loading
 from vitscope.core.objective import Objective
 from vitscope.core.probe import Probe
 from vitscope.linalg.eigensolver import free_memory
+from vitscope.runs import wandb_mirror
 
 _PACKAGES = (
     "torch",
@@ -73,7 +73,7 @@ def _machine() -> list[tuple[str, str]]:
 
 
 def _tracking() -> list[tuple[str, str]]:
-    mode = os.environ.get("WANDB_MODE") or ("online" if tracking.has_key() else "offline (no key configured)")
+    mode = os.environ.get("WANDB_MODE") or ("online" if wandb_mirror.has_key() else "offline (no key configured)")
     return [("W&B", mode)]
 
 

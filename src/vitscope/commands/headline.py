@@ -8,8 +8,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from vitscope.runs import Run
-from vitscope.tracking import Mirror
+from vitscope.runs.run_dir import Run
+from vitscope.runs.wandb_mirror import Mirror
 
 _FIRST = ("test/accuracy", "test/nll", "test/ece", "val/accuracy", "train/loss")
 _LEFT_OUT = ("step", "epoch", "time", "tag", "trainer/global_step", "lr-")

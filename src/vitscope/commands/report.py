@@ -10,7 +10,7 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig
 
-from vitscope import exits, runs
+from vitscope import exits
 from vitscope.commands import overrides
 from vitscope.config import loading
 from vitscope.reports import baselines, cells, drawing, evidence, factor_tables, figures, page, panels, tables, verdicts
@@ -18,6 +18,7 @@ from vitscope.reports.cells import Problem, Table
 from vitscope.reports.costs import Costs
 from vitscope.reports.effects import Bench
 from vitscope.reports.selection import Selection
+from vitscope.runs import run_dir
 from vitscope.runtime import stop_flag
 from vitscope.runtime.errors import ConfigError, DataError
 
@@ -114,14 +115,14 @@ def _check(cfg: DictConfig) -> None:
         raise ConfigError("runs", "[]", "no run named", "name run folders, or leave it out for all of paths.runs")
 
 
-def _folders(cfg: DictConfig, damaged: list[evidence.Damage]) -> list[runs.Run]:
+def _folders(cfg: DictConfig, damaged: list[evidence.Damage]) -> list[run_dir.Run]:
     """Return the runs to read; folders that look like runs without what makes one are added to ``damaged``."""
     if cfg.runs is not None:
-        return list(dict.fromkeys(runs.find(path) for path in cfg.runs))
+        return list(dict.fromkeys(run_dir.find(path) for path in cfg.runs))
     root = Path(cfg.paths.runs)
-    incomplete = runs.incomplete(root)
+    incomplete = run_dir.incomplete(root)
     damaged += [evidence.Damage(path, f"has no {name}") for path, name in incomplete]
-    if (found := runs.every(root)) or incomplete:
+    if (found := run_dir.every(root)) or incomplete:
         return found
     raise DataError("paths.runs", root, "no run there", "train one (python train.py), or name another folder")
 

@@ -14,9 +14,8 @@ from typing import Any
 import hydra
 from omegaconf import DictConfig
 
-from vitscope import analyses, checkpoint, checkpoint_schema, exits, resume_changes, run_lock, runs, tracking
+from vitscope import analyses, exits
 from vitscope.callbacks import Checkpoints, DiagnosticCallback, HeldFolder, SameConfiguration, StopsWithoutSaving
-from vitscope.checkpoint import AtomicCheckpointIO
 from vitscope.classifier import Classifier
 from vitscope.commands import overrides
 from vitscope.commands.headline import print_headline
@@ -24,10 +23,12 @@ from vitscope.config import factories, loading, model_facts
 from vitscope.config.dry_run import rehearse
 from vitscope.config.validation import validate, writable
 from vitscope.early_stopping import EarlyChecks
-from vitscope.journal import Journal, last_values
 from vitscope.ranks import end_others
-from vitscope.resume_changes import Change
-from vitscope.runs import Run
+from vitscope.runs import checkpoint_io, checkpoint_schema, resume_changes, run_dir, run_lock, wandb_mirror
+from vitscope.runs.checkpoint_io import AtomicCheckpointIO
+from vitscope.runs.metrics_log import Journal, last_values
+from vitscope.runs.resume_changes import Change
+from vitscope.runs.run_dir import Run
 from vitscope.runtime.errors import CheckpointError, ConfigError, StorageError
 from vitscope.runtime.stop_flag import Interrupted
 from vitscope.sweep import multirun
@@ -49,7 +50,7 @@ def _command() -> None:
         with multirun.reported(argv):
             overrides.uncaught(_composed)
         return
-    run = runs.find(named)
+    run = run_dir.find(named)
     cfg = run.config()
     overrides.apply(cfg, [a for a in argv if not a.startswith("run=")])
     train(cfg, run)
@@ -82,7 +83,7 @@ def train(cfg: DictConfig, run: Run | None = None) -> Run:
         loading.apply_analysis_caps(cfg)
     validate(cfg)
     afresh = run is None and cfg.ckpt_path in (None, "last", "auto")
-    done = runs.finished(Path(cfg.paths.runs), loading.config_hash(cfg)) if cfg.skip_finished and afresh else None
+    done = run_dir.finished(Path(cfg.paths.runs), loading.config_hash(cfg)) if cfg.skip_finished and afresh else None
     if done is not None:
         _say(f"{done.path} is a finished run of this configuration; nothing to do")
         return done
@@ -104,14 +105,14 @@ def train(cfg: DictConfig, run: Run | None = None) -> Run:
     if run is None:
         if ckpt is not None:
             factories.load_weights(
-                network, checkpoint.read(ckpt), ckpt
+                network, checkpoint_io.read(ckpt), ckpt
             )  # a file that does not fit leaves no run behind
         run = _new_run(cfg)
     exits.entered(run)
     if _is_main() and model_facts.KEY not in run.provenance():
         run.note(**{model_facts.KEY: model_facts.of_model(cfg)})
     started = time.monotonic()
-    mirror = tracking.start(cfg, run, "train", _say)
+    mirror = wandb_mirror.start(cfg, run, "train", _say)
     code = 1
     try:
         _fit(cfg, run, network, data, ckpt, mirror, changed)
@@ -124,7 +125,7 @@ def train(cfg: DictConfig, run: Run | None = None) -> Run:
     finally:
         try:
             if _is_main():
-                os.environ.pop(runs.ENVIRONMENT, None)  # the next run of this process makes a folder of its own
+                os.environ.pop(run_dir.ENVIRONMENT, None)  # the next run of this process makes a folder of its own
                 exits.note_end(run, code, wall_s=round(time.monotonic() - started, 3))
         finally:
             mirror.finish(code)
@@ -137,13 +138,13 @@ def _fit(
     network: Any,
     data: Any,
     ckpt: Path | None,
-    mirror: tracking.Mirror,
+    mirror: wandb_mirror.Mirror,
     changed: Sequence[Change] | None,
 ) -> None:
     chosen = analyses.parse(cfg.analysis)
     module = _classifier(cfg, network, data)
     diagnostics = DiagnosticCallback(cfg, chosen, run, mirror)
-    logger = tracking.RunLogger(run, Journal(run.journal), mirror)
+    logger = wandb_mirror.RunLogger(run, Journal(run.journal), mirror)
     trainer = _trainer(cfg, run, logger, diagnostics)
     rates = {key: value for key, value in loading.plain(cfg.optimizer).items() if key != "schedule"}
     identity = {"batch_size": data.batch_size, "world_size": trainer.world_size, "num_classes": data.num_classes,
@@ -248,7 +249,7 @@ def _resume_point(cfg: DictConfig, run: Run | None) -> tuple[Run | None, Path | 
     """Return the run to go on with and the checkpoint; no run: a new one, from a file's state where one is named."""
     wanted = cfg.ckpt_path
     if run is None and wanted in ("last", "auto"):
-        run = runs.unfinished(Path(cfg.paths.runs), loading.config_hash(cfg))
+        run = run_dir.unfinished(Path(cfg.paths.runs), loading.config_hash(cfg))
         if run is None and wanted == "last":
             why = "no unfinished run of this configuration has a checkpoint"
             raise CheckpointError("ckpt_path", "last", why, "start afresh without it, or use ckpt_path=auto")
@@ -256,26 +257,26 @@ def _resume_point(cfg: DictConfig, run: Run | None) -> tuple[Run | None, Path | 
         _take_up(run, cfg)
     if wanted not in (None, "last", "auto"):
         return run, Path(wanted)
-    if run is None or (not checkpoint.present(run.checkpoints) and wanted != "last"):
+    if run is None or (not checkpoint_io.present(run.checkpoints) and wanted != "last"):
         return run, None
-    return run, checkpoint.newest(run.checkpoints)
+    return run, checkpoint_io.newest(run.checkpoints)
 
 
 def _take_up(run: Run, cfg: DictConfig) -> None:
     """Hold the run's folder and repair it on rank 0; the others wait until that is done."""
     if _is_main():
-        runs.take_up(run, cfg, "train")
+        run_dir.take_up(run, cfg, "train")
         return
     deadline = time.monotonic() + 60
-    while not checkpoint.is_settled(run.checkpoints) and time.monotonic() < deadline:
+    while not checkpoint_io.is_settled(run.checkpoints) and time.monotonic() < deadline:
         time.sleep(0.1)
 
 
 def _new_run(cfg: DictConfig) -> Run:
     if not _is_main():
-        return _awaited(runs.chosen(cfg))
-    run = runs.create(cfg, "train")
-    os.environ[runs.ENVIRONMENT] = str(run.path)  # ranks that Lightning starts must not make another
+        return _awaited(run_dir.chosen(cfg))
+    run = run_dir.create(cfg, "train")
+    os.environ[run_dir.ENVIRONMENT] = str(run.path)  # ranks that Lightning starts must not make another
     return run
 
 
@@ -301,8 +302,8 @@ def _judged_changes(cfg: DictConfig, run: Run | None, ckpt: Path | None) -> list
 
 def _done(ckpt: Path) -> tuple[int, int]:
     """Return the epochs begun and the steps made."""
-    content = checkpoint.read(ckpt)
-    kept = checkpoint.facts(content, ckpt)
+    content = checkpoint_io.read(ckpt)
+    kept = checkpoint_io.facts(content, ckpt)
     return kept.get("epoch", 0) + (kept.get("batch", 0) > 0), int(content.get("global_step", 0))
 
 
@@ -348,11 +349,11 @@ def _adopted(
     Raises:
         CheckpointError: it was made with another optimizer, batch size, seed, number of processes or of classes.
     """
-    content = checkpoint.read(path)
+    content = checkpoint_io.read(path)
     factories.load_weights(network, content, path)  # refuses another model's in one line
     if weights_only or "loops" not in content:
         return None
-    kept = checkpoint.facts(content, path)
+    kept = checkpoint_io.facts(content, path)
     for key, now in identity.items():
         if key == "optimizer" and kept.get(key, now) != now:
             why = "the checkpoint's own values (rate, decay, ...) would be used and these be passed over"

@@ -13,13 +13,14 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from vitscope import analyses, checkpoint, runs
+from vitscope import analyses
 from vitscope.analyses import Place
 from vitscope.commands.train import train
 from vitscope.config import composition, factories, loading
 from vitscope.reports.selection import undefined
 from vitscope.reproduction import Trial
-from vitscope.runs import Run
+from vitscope.runs import checkpoint_io, run_dir
+from vitscope.runs.run_dir import Run
 from vitscope.runtime.errors import CheckpointError, VitscopeError
 from vitscope.runtime.stop_flag import Interrupted
 
@@ -77,7 +78,7 @@ def composed(trial: Trial, root: Path) -> DictConfig:
 
 def _trained(cfg: DictConfig, trial: Trial, root: Path) -> Run:
     identity = loading.config_hash(cfg)
-    if (done := runs.finished(root, identity)) is not None:
+    if (done := run_dir.finished(root, identity)) is not None:
         slim(done)  # where a kill left it undone
         return done
     if _needs_processes(cfg):
@@ -90,7 +91,7 @@ def _trained(cfg: DictConfig, trial: Trial, root: Path) -> Run:
             "ckpt_path=auto",
         ]
         code = subprocess.run([sys.executable, "-m", "vitscope", "train", *overrides], check=False).returncode
-        done = runs.finished(root, identity)
+        done = run_dir.finished(root, identity)
         if done is None:
             raise CheckpointError("train", None, f"ended with exit code {code}", "see its message above")
         run = done
@@ -111,14 +112,14 @@ def slim(run: Run) -> None:
     """
     if run.provenance().get("slim"):
         return
-    checkpoint.repair(run.checkpoints)
-    for name in checkpoint.manifest(run.checkpoints):
+    checkpoint_io.repair(run.checkpoints)
+    for name in checkpoint_io.manifest(run.checkpoints):
         path = run.checkpoints / name
-        if name == "last.ckpt" or not checkpoint.verified(path):
+        if name == "last.ckpt" or not checkpoint_io.verified(path):
             continue
-        content = checkpoint.read(path)
+        content = checkpoint_io.read(path)
         if content.get("optimizer_states"):
-            checkpoint.write({**content, "optimizer_states": []}, path)
+            checkpoint_io.write({**content, "optimizer_states": []}, path)
     run.note(slim=True)
 
 
@@ -152,12 +153,12 @@ def _measured(run: Run, wanted: Any, tag: str) -> tuple[list[str], list[str]]:
 
 def _place(cfg: DictConfig, run: Run, tag: str) -> Place:
     path = run.checkpoints / ("last.ckpt" if tag == "end" else f"{tag}.ckpt")
-    content = checkpoint.read(path)
+    content = checkpoint_io.read(path)
     network = factories.model(cfg)
     factories.load_weights(network, content, path)
     data = factories.data(cfg)
     data.adapt_to(network)
-    kept = checkpoint.facts(content, path)
+    kept = checkpoint_io.facts(content, path)
     epoch = max(kept.get("epoch", 0) - (kept.get("batch") == 0), 0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return Place(cfg, run, network.to(device), data, tag, epoch, int(content.get("global_step", 0)), content=content)

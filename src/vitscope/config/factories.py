@@ -12,12 +12,12 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
-from vitscope import checkpoint
 from vitscope.config import loading
 from vitscope.core.objective import Objective
 from vitscope.core.optimizer_state import OptimizerState, of_checkpoint
 from vitscope.core.probe import Probe
 from vitscope.linalg.optimizer_stability import adam_scale
+from vitscope.runs import checkpoint_io
 from vitscope.runtime import redaction
 from vitscope.runtime.errors import CheckpointError, ConfigError, DataError, VitscopeError
 
@@ -190,8 +190,8 @@ def _fitting_state(content: Mapping[str, Any], own: Mapping[str, Tensor]) -> dic
 
     A network may itself keep everything under ``model.``, and wrappers may stand around each other (``module._orig_mod.``).
     """
-    usual = checkpoint.model_state(content)
-    readings = [usual, *checkpoint.unwrapped(content)]
+    usual = checkpoint_io.model_state(content)
+    readings = [usual, *checkpoint_io.unwrapped(content)]
     return max(readings, key=lambda state: len(state.keys() & own.keys()))
 
 

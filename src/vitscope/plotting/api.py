@@ -12,7 +12,7 @@ from matplotlib import style
 from matplotlib.figure import Figure
 
 from vitscope.core.objective_card import check_comparable
-from vitscope.results import temporary_path
+from vitscope.runs.result_store import temporary_path
 from vitscope.runtime import safe_files
 
 STYLE = Path(__file__).with_name("vitscope.mplstyle")

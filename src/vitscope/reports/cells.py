@@ -10,8 +10,8 @@ from pathlib import Path
 import pandas as pd
 from pandas.io.formats.style import Styler
 
-from vitscope import results
 from vitscope.reports.selection import FAILED, MISSING, Value
+from vitscope.runs import result_store
 from vitscope.stats.t_tests import Interval, t_interval
 
 
@@ -181,7 +181,7 @@ def write(table: Table, folder: Path) -> list[Path]:
     paths = []
     for ending, text in texts.items():
         paths.append(folder / f"{table.name}.{ending}")
-        results.write_atomically(paths[-1], text.encode())
+        result_store.write_atomically(paths[-1], text.encode())
     return paths
 
 

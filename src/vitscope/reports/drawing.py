@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vitscope import results
 from vitscope.plotting.api import plot, save_figure
+from vitscope.runs import result_store
 from vitscope.runtime.errors import StorageError
 from vitscope.runtime.progress import track
 
@@ -99,7 +99,7 @@ def draw(job: Job) -> Picture:
     lost: list[str] = []
     for label, file in job.files.items():
         try:
-            loaded[label] = results.load(file)
+            loaded[label] = result_store.load(file)
         except StorageError as error:
             lost.append(str(error))
     if not loaded:

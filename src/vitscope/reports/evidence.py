@@ -15,12 +15,12 @@ from typing import Any, get_type_hints
 
 import yaml
 
-from vitscope import journal, results
 from vitscope.config import experiment_identity, loading
 from vitscope.config.signature_checks import fits
 from vitscope.core.objective_card import ObjectiveCard, differing_keys, shown_value
 from vitscope.reports import kinds
-from vitscope.runs import Run
+from vitscope.runs import metrics_log, result_store
+from vitscope.runs.run_dir import Run
 from vitscope.runtime import redaction, safe_files
 from vitscope.runtime.errors import StorageError, VitscopeError
 
@@ -71,7 +71,7 @@ class Measured:
         Raises:
             StorageError: the file is damaged or gone.
         """
-        return results.load(self.path)
+        return result_store.load(self.path)
 
     def conditions(self, without: Sequence[str] = ()) -> Conditions:
         """Return the analysis and all that the card compares but for ``without``, see `Conditions`."""
@@ -357,7 +357,7 @@ def _journal(path: Path) -> tuple[dict[str, float | None], dict[str, tuple[list[
     """Return each metric's last value (also where it is null), and the curves over epochs."""
     last: dict[str, float | None] = {}
     curves: dict[str, tuple[list[float], list[float]]] = {}
-    rows = journal.read(path)
+    rows = metrics_log.read(path)
     if os.path.lexists(path) and (not path.is_file() or (not rows and path.stat().st_size > 0)):
         raise StorageError("runs", path, "holds no row of metrics", "delete the run")
     for row in rows:

@@ -15,7 +15,7 @@ import jinja2
 from PIL import Image
 from plotly.offline import get_plotlyjs
 
-from vitscope import __version__, results
+from vitscope import __version__
 from vitscope.config.experiment_identity import identity
 from vitscope.core.objective_card import shown_value
 from vitscope.reports import factor_tables, figures
@@ -24,6 +24,7 @@ from vitscope.reports.evidence import Entry
 from vitscope.reports.figures import Drawn
 from vitscope.reports.panels import Curve
 from vitscope.reports.verdicts import NOT_MEASURED, Judged, said
+from vitscope.runs import result_store
 
 #: CSS pixels an inch of a figure is shown at, and the dots an inch that it was saved with
 SHOWN_DPI, SAVED_DPI = 116, 300
@@ -118,7 +119,7 @@ def write(
         css=(TEMPLATES / "report.css").read_text(),
         js=(TEMPLATES / "report.js").read_text(),
     )
-    results.write_atomically(path, html.encode())
+    result_store.write_atomically(path, html.encode())
     return path
 
 
@@ -230,4 +231,4 @@ def _rounded(curve: tuple[list[float], list[float]]) -> list[list[float]]:
 
 
 def _script_json(value: Any) -> str:
-    return json.dumps(results.finite(value), separators=(",", ":"), default=str)
+    return json.dumps(result_store.finite(value), separators=(",", ":"), default=str)

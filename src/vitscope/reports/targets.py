@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
-from vitscope import runs
 from vitscope.config import experiment_identity
 from vitscope.plotting.api import save_figure
 from vitscope.reports import (
@@ -29,6 +28,7 @@ from vitscope.reports.evidence import Entry
 from vitscope.reports.panels import Panel
 from vitscope.reports.selection import Selection
 from vitscope.reproduction import Drawing, Relation, Target
+from vitscope.runs import run_dir
 
 
 class Made(Protocol):
@@ -73,7 +73,7 @@ def entries(made: Sequence[Made]) -> list[Entry]:
     for outcome in made:
         if outcome.run is not None:
             asked.setdefault(outcome.run.name, set()).update(outcome.results)
-    found = evidence.collect([runs.find(path) for path in dict.fromkeys(o.run for o in made if o.run is not None)])
+    found = evidence.collect([run_dir.find(path) for path in dict.fromkeys(o.run for o in made if o.run is not None)])
     return [
         replace(e, results=tuple(m for m in e.results if f"{m.analysis}/{m.path.stem}" in asked[e.id])) for e in found
     ]

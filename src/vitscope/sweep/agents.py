@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from vitscope import runs
+from vitscope.runs import run_dir
 from vitscope.runtime import stop_flag
 from vitscope.runtime.errors import ConfigError
 from vitscope.runtime.stop_flag import Interrupted
@@ -110,7 +110,7 @@ def report(folder: Path, broken: int = 0, *, may_stop: bool = False) -> int:
         may_stop: whether the server may stop trials early, so that a stopped one is complete.
     """
     first, finished = 0, 0
-    found = runs.every(folder)
+    found = run_dir.every(folder)
     for run_ in found:
         said = children.outcome(run_.path)
         if said.finished or (said.status == "stopped" and may_stop):
@@ -137,7 +137,7 @@ def report(folder: Path, broken: int = 0, *, may_stop: bool = False) -> int:
 
 def _tell(folder: Path, seen: dict[str, str]) -> None:
     """Print a line for each run whose state has changed."""
-    for run_ in runs.every(folder):
+    for run_ in run_dir.every(folder):
         said = children.outcome(run_.path)
         state = f"{said.status}{f' (exit {said.exit_code})' if said.exit_code else ''}"
         if seen.get(run_.id) != state:

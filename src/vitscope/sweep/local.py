@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vitscope import journal
+from vitscope.runs import metrics_log
 from vitscope.runtime import stop_flag
 from vitscope.runtime.errors import ConfigError, StorageError
 from vitscope.runtime.stop_flag import Interrupted
@@ -197,7 +197,7 @@ class LocalSweep:
         self.show(self, None)
 
     def _read(self, trial: Trial) -> None:
-        rows = journal.read(trial.folder / journal.FILE)
+        rows = metrics_log.read(trial.folder / metrics_log.FILE)
         by_step = {row.get("step"): row[self.metric] for row in rows if row.get(self.metric) is not None}
         trial.history = [float(value) for value in by_step.values() if math.isfinite(value)]
         trial.rows = {key: value for row in rows for key, value in row.items() if value is not None}
@@ -227,7 +227,7 @@ def _lock(folder: Path) -> Any:
 
 def _past(path: Path) -> tuple[Mapping[int, dict[str, Any]], set[int]]:
     """Return what an earlier invocation proposed, and which trials it stopped early."""
-    rows = journal.read(path)
+    rows = metrics_log.read(path)
     known = {int(row["trial"]): dict(row["params"]) for row in rows if row.get("event") == "start"}
     ends = {int(row["trial"]): row.get("state") for row in rows if row.get("event") == "end"}
     return known, {index for index, state in ends.items() if state == "stopped early"}

@@ -24,7 +24,10 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from vitscope import checkpoint, journal, results, run_lock
+from vitscope.runs import checkpoint_io
+from vitscope.runs import metrics_log
+from vitscope.runs import result_store
+from vitscope.runs import run_lock
 from vitscope.config import loading
 from vitscope.core.objective_card import versions
 from vitscope.core.probe import Probe
@@ -64,7 +67,7 @@ class Run:
     @property
     def journal(self) -> Path:
         """The file of metrics."""
-        return self.path / journal.FILE
+        return self.path / metrics_log.FILE
 
     @property
     def log(self) -> Path:
@@ -106,7 +109,7 @@ class Run:
         """
         with self.exclusive():
             content = redaction.redacted({**self.provenance(), **facts})
-            results.write_atomically(self.path / "provenance.json", json.dumps(content, indent=2, default=str).encode())
+            result_store.write_atomically(self.path / "provenance.json", json.dumps(content, indent=2, default=str).encode())
 
     @contextlib.contextmanager
     def exclusive(self) -> Iterator[None]:
@@ -158,12 +161,12 @@ def _described(cfg: DictConfig, command: str, run: Run) -> Run:
     A folder that a kill left without the second, and in which nothing was trained, is written anew.
     """
     path = run.path
-    is_begun = (path / "provenance.json").exists() or run.journal.exists() or checkpoint.present(run.checkpoints)
+    is_begun = (path / "provenance.json").exists() or run.journal.exists() or checkpoint_io.present(run.checkpoints)
     if (path / "config.yaml").exists() and is_begun and _job_id() is None:
         raise ConfigError("run_dir", path, "already holds a run", "choose another, or go on with run=<folder>")
     try:
-        results.sweep(path)
-        results.write_atomically(path / "config.yaml", OmegaConf.to_yaml(redacted(cfg)).encode())
+        result_store.sweep(path)
+        result_store.write_atomically(path / "config.yaml", OmegaConf.to_yaml(redacted(cfg)).encode())
     except OSError as error:
         raise _no_folder(path, error) from None
     run.note(**_provenance(cfg, command), status="running")
@@ -185,9 +188,9 @@ def take_up(run: Run, cfg: DictConfig, command: str) -> None:
     """
     run_lock.acquire(run.path)
     try:
-        checkpoint.repair(run.checkpoints)
+        checkpoint_io.repair(run.checkpoints)
         for folder in (run.path, run.figures, run.results, *run.results.glob("*/")):
-            results.sweep(folder)
+            result_store.sweep(folder)
         if not (run.path / "provenance.json").exists():
             run.note(**_provenance(cfg, command), status="running")
     except BaseException:
@@ -222,7 +225,7 @@ def every(root: Path) -> list[Run]:
 
 def incomplete(root: Path) -> list[tuple[Path, str]]:
     """Return folders below ``root`` that hold a run's metrics or provenance, and which file of a run they lack."""
-    folders = {file.parent for name in ("provenance.json", journal.FILE) for file in root.glob(f"**/{name}")}
+    folders = {file.parent for name in ("provenance.json", metrics_log.FILE) for file in root.glob(f"**/{name}")}
     lacking = [path for path in sorted(folders) if not (path / "config.yaml").exists()]
     unrecorded = sorted(folders - set(lacking))
     return [(path, "config.yaml") for path in lacking] + [
@@ -233,7 +236,7 @@ def incomplete(root: Path) -> list[tuple[Path, str]]:
 def unfinished(root: Path, config_hash: str) -> Run | None:
     """Return the newest run below ``root`` of that configuration that has a checkpoint and is not finished."""
     same = (run for run in _alike(root, config_hash) if run.provenance().get("status") != "finished")
-    return next((run for run in same if checkpoint.present(run.checkpoints)), None)
+    return next((run for run in same if checkpoint_io.present(run.checkpoints)), None)
 
 
 def finished(root: Path, config_hash: str) -> Run | None:
@@ -267,7 +270,7 @@ def load_results(run: str | Path) -> dict[str, dict[str, Any]]:
     files = sorted(find(run).results.glob("*/*.npz"), key=lambda file: file.stat().st_mtime_ns)
     for file in files:
         tag = file.stem.rpartition("-")[0]
-        found.setdefault(file.parent.name, {})[tag] = results.load(file)
+        found.setdefault(file.parent.name, {})[tag] = result_store.load(file)
     return found
 
 
@@ -299,7 +302,7 @@ def load_probe(
     cfg = find(run).config()
     model = factories.model(cfg)
     path = Path(run) if Path(run).is_file() else find(run).checkpoints / f"{ckpt}.ckpt"
-    content = checkpoint.read(path)
+    content = checkpoint_io.read(path)
     factories.load_weights(model, content, path)
     data = factories.data(cfg)
     data.adapt_to(model)

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vitscope.results import finite
+from vitscope.runs.result_store import finite
 from vitscope.runtime import safe_files
 from vitscope.runtime.errors import StorageError
 

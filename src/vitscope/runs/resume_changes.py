@@ -15,9 +15,10 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from vitscope import results, runs
+from vitscope.runs import result_store
+from vitscope.runs import run_dir
 from vitscope.config import loading
-from vitscope.runs import Run
+from vitscope.runs.run_dir import Run
 from vitscope.runtime.errors import CheckpointError, ConfigError
 
 #: keys that say how a command starts, not what a run is: those of the command that made the run stay written down
@@ -62,7 +63,7 @@ class Change:
 
 def changes(stored: DictConfig, cfg: DictConfig) -> list[Change]:
     """Return where a configuration differs from a run's stored one, key by key; secrets and commands' own keys left out."""
-    old, new = loading.plain(runs.redacted(stored)), loading.plain(runs.redacted(cfg))
+    old, new = loading.plain(run_dir.redacted(stored)), loading.plain(run_dir.redacted(cfg))
     for key in INVOCATION:
         old.pop(key, None)
         new.pop(key, None)
@@ -120,7 +121,7 @@ def record(run: Run, cfg: DictConfig, found: Sequence[Change], step: int) -> Non
         step: the optimizer step from which they hold.
     """
     kept = run.config()
-    now = DictConfig(loading.plain(runs.redacted(cfg)))
+    now = DictConfig(loading.plain(run_dir.redacted(cfg)))
     for key in INVOCATION:
         now.pop(key, None)
         if key in kept:
@@ -132,7 +133,7 @@ def record(run: Run, cfg: DictConfig, found: Sequence[Change], step: int) -> Non
     # a process of another rank that reads the new configuration has to find a run that goes on
     run.note(status="running", config_hash=loading.config_hash(cfg), **({"changes": every} if every else {}))
     if found:
-        results.write_atomically(run.path / "config.yaml", OmegaConf.to_yaml(now).encode())
+        result_store.write_atomically(run.path / "config.yaml", OmegaConf.to_yaml(now).encode())
 
 
 def weights_command(run: Run, ckpt: Path, overrides: Mapping[str, Any]) -> str:

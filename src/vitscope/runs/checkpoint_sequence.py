@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vitscope import checkpoint, runs
-from vitscope.runs import Run
+from vitscope.runs import checkpoint_io
+from vitscope.runs import run_dir
+from vitscope.runs.run_dir import Run
 from vitscope.runtime.errors import CheckpointError
 
 
@@ -31,12 +32,12 @@ class Snapshots(Sequence[tuple[str, Mapping[str, Any]]]):
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         label = self.labels[index]
-        return label, checkpoint.model_state(checkpoint.read(self._files[label]))
+        return label, checkpoint_io.model_state(checkpoint_io.read(self._files[label]))
 
 
 def of_run(run: Run) -> Snapshots:
     """Return a run's checkpoints in the order of their steps, without the best one, which repeats one of them."""
-    entries = checkpoint.manifest(run.checkpoints)
+    entries = checkpoint_io.manifest(run.checkpoints)
     names = [name for name in entries if name != "best.ckpt"]
     # last.ckpt repeats the newest snapshot where one was made at the same step
     names.sort(key=lambda name: (entries[name]["global_step"], name))
@@ -64,7 +65,7 @@ def named(paths: Sequence[str | Path]) -> Snapshots:
         label = f"{path.parent.parent.name}/{path.stem}" if inside else path.stem
         file = path
         if not path.is_file():
-            run = runs.find(path)
+            run = run_dir.find(path)
             label, file = run.id, run.checkpoints / "last.ckpt"
         if label in files:
             raise CheckpointError("checkpoints", path, "named twice, or two of one name", "name each once")

@@ -18,8 +18,8 @@ import wandb
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.loggers.logger import Logger
 
-from vitscope.journal import Journal
-from vitscope.runs import Run, redacted
+from vitscope.runs.metrics_log import Journal
+from vitscope.runs.run_dir import Run, redacted
 from vitscope.runtime import safe_files
 from vitscope.runtime.distributed import rank
 from vitscope.runtime.redaction import cleaned, masked

@@ -1,0 +1,1 @@
+"""The run folder: metrics log, results, checkpoints and the W&B copy."""
