@@ -41,8 +41,6 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 
 import vitscope as vs
-from vitscope.callbacks import Checkpoints, DiagnosticCallback, SameConfiguration
-from vitscope.classifier import _STEP_STREAM, Classifier, _step_seed
 from vitscope.core import lr_schedule
 from vitscope.core.objective import Objective
 from vitscope.data import DataModule
@@ -50,7 +48,9 @@ from vitscope.models.window_attention import WindowAttention
 from vitscope.runs.metrics_log import Journal
 from vitscope.runs.run_dir import Run
 from vitscope.runs.wandb_mirror import Mirror, RunLogger
-from vitscope.training_progress import EpochAccuracy, PlainProgress
+from vitscope.training.diagnostics_callback import Checkpoints, DiagnosticCallback, SameConfiguration
+from vitscope.training.lightning_module import _STEP_STREAM, Classifier, _step_seed
+from vitscope.training.progress_callbacks import EpochAccuracy, PlainProgress
 
 STRONG = {"augment": "rand-m9-n2-mstd1.0", "mixup": 1.0, "cutmix": 0.8, "switch_prob": 0.5, "label_smoothing": 0.1}
 RATES = {"kind": "cosine", "warmup_epochs": 0.3}  # of one epoch, which a sample is

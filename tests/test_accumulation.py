@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from vitscope.classifier import Classifier
 from vitscope.data.loader import BatchSampler, Draw
 from vitscope.runtime import distributed
 from vitscope.runtime.errors import DataError
-from vitscope.sam import SAM
+from vitscope.training.lightning_module import Classifier
+from vitscope.training.sam import SAM
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*LeafSpec.*", "ignore:.*does not have many workers.*", "ignore:.*lr_scheduler.step.*",

@@ -21,12 +21,12 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from vitscope import exits
-from vitscope.classifier import Classifier
 from vitscope.config import loading
 from vitscope.config.validation import validate
 from vitscope.diagnostics.variance.feature_map_variance import FeatureMapVarianceResult
 from vitscope.runs import result_store
 from vitscope.runtime.errors import ConfigError, VitscopeError
+from vitscope.training.lightning_module import Classifier
 
 N_EXAMPLES = int(os.environ.get("FUZZ", "30"))
 bounded = settings(

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import vitscope as vs
-from vitscope.classifier import Classifier
 from vitscope.core.evaluation import evaluate
 from vitscope.core.objective import Objective, labeled
 from vitscope.core.probe import Probe
 from vitscope.data.augment.mixup import mix
 from vitscope.linalg.curvature.operator_factory import curvatures
+from vitscope.training.lightning_module import Classifier
 
 #: two roundings of float64 for each of some thousand terms of size one
 TIGHT = {"rtol": 1e-11, "atol": 1e-11}

@@ -13,7 +13,7 @@ import vitscope as vs
 from vitscope.config import factories
 from vitscope.core.optimizer_state import of_checkpoint, of_optimizer
 from vitscope.linalg.optimizer_stability import stability_limit
-from vitscope.sam import SAM
+from vitscope.training.sam import SAM
 
 STEPS = 600
 #: moments that an update overwrites; they are put back before every step, so that they are frozen
@@ -240,7 +240,7 @@ def test_sgd_of_a_checkpoint_has_its_own_limit_and_decay():
         (torch.optim.RAdam, {"_target_": "torch.optim.RAdam"}, "no limit is known of RAdam"),
         (torch.optim.SGD, {"_target_": "mylab.SGD"}, "no limit is known of SGD"),
         (torch.optim.SGD, {"_target_": "torch.optim.AdamW"}, "no limit is known of AdamW"),
-        (lambda p: SAM(p), {"_target_": "vitscope.sam.SAM", "rho": 0.05, "base": {"_target_": "torch.optim.AdamW"}},
+        (lambda p: SAM(p), {"_target_": "vitscope.training.sam.SAM", "rho": 0.05, "base": {"_target_": "torch.optim.AdamW"}},
          "SAM takes the gradient"),
         (lambda p: torch.optim.SGD([{"params": p[:2]}, {"params": p[2:]}], lr=0.1), {"_target_": "torch.optim.SGD"},
          "2 groups of parameters without names"),

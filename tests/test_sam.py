@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from vitscope.classifier import Classifier
-from vitscope.sam import SAM
+from vitscope.training.lightning_module import Classifier
+from vitscope.training.sam import SAM
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*LeafSpec.*", "ignore:.*does not have many workers.*", "ignore:.*lr_scheduler.step.*",

@@ -14,12 +14,12 @@ from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
-from vitscope import callbacks
 from vitscope.config import loading
 from vitscope.runtime import stop_flag
 from vitscope.runtime.errors import ConfigError, DistributedError
 from vitscope.runtime.stop_flag import Interrupted
 from vitscope.sweep import children, multirun
+from vitscope.training import diagnostics_callback
 
 ROOT = Path(__file__).parents[1]
 PROGRAM = Path(__file__).with_name("sweep_program.py")
@@ -151,8 +151,8 @@ def test_every_launcher_and_sweeper_composes(choice: str) -> None:
 
 
 def test_ranks_that_composed_differently_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    check = callbacks.SameConfiguration("aa")
+    check = diagnostics_callback.SameConfiguration("aa")
     check.setup(cast(Any, None), cast(Any, None), "fit")
-    monkeypatch.setattr(callbacks, "gather_objects", lambda value: ["aa", "aa", "bb"])
+    monkeypatch.setattr(diagnostics_callback, "gather_objects", lambda value: ["aa", "aa", "bb"])
     with pytest.raises(DistributedError, match="rank 2 composed another configuration than rank 0"):
         check.setup(cast(Any, None), cast(Any, None), "fit")

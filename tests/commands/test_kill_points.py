@@ -9,16 +9,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.commands.test_train import losses, pytestmark  # noqa: F401 (the same libraries warn)
-from vitscope import analyses, callbacks, exits
-from vitscope.classifier import Classifier
+from vitscope import analyses, exits
 from vitscope.runs import checkpoint_io, metrics_log
+from vitscope.training import diagnostics_callback
+from vitscope.training.lightning_module import Classifier
 
 #: what may be under way when the kill comes
 PHASES = {
     "a step": (Classifier, "training_step"),
     "an update": (Classifier, "on_before_optimizer_step"),
     "a validation": (Classifier, "validation_step"),
-    "the end of an epoch": (callbacks.Checkpoints, "on_train_epoch_end"),
+    "the end of an epoch": (diagnostics_callback.Checkpoints, "on_train_epoch_end"),
     "a save": (checkpoint_io, "write"),
     "a file's way to the disk": (os, "fsync"),
     "a file's change of name": (os, "replace"),

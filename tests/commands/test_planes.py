@@ -11,9 +11,9 @@ import pytest
 
 import vitscope as vs
 from tests.commands.test_train import only_run, pytestmark  # noqa: F401  the same third-party warnings
-from vitscope.callbacks import Checkpoints
 from vitscope.runs import checkpoint_sequence, result_store
 from vitscope.runs.run_dir import Run
+from vitscope.training.diagnostics_callback import Checkpoints
 
 SMALL = ["analysis.landscape.n=3", "analysis.landscape.probe.n_images=8"]
 LANDSCAPE = ["analysis=[landscape]", *SMALL]

@@ -13,11 +13,11 @@ from pytorch_lightning.callbacks import EarlyStopping, WeightAveraging
 
 import vitscope as vs
 from tests.commands.test_train import losses, pytestmark  # noqa: F401 (the same libraries warn)
-from vitscope.callbacks import DiagnosticCallback
-from vitscope.classifier import Classifier
 from vitscope.data import DataModule
 from vitscope.runs import checkpoint_io, metrics_log
 from vitscope.runtime import stop_flag
+from vitscope.training.diagnostics_callback import DiagnosticCallback
+from vitscope.training.lightning_module import Classifier
 
 #: mixup and random erasing, an average of the weights, dropout and drop path
 EVERYTHING = [

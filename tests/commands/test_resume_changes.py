@@ -12,9 +12,9 @@ import torch
 from omegaconf import OmegaConf
 
 from tests.commands.test_train import losses, only_run, pytestmark  # noqa: F401 (the same libraries warn)
-from vitscope.classifier import Classifier
 from vitscope.runs import checkpoint_io, metrics_log, resume_changes, run_dir
 from vitscope.runtime import stop_flag
+from vitscope.training.lightning_module import Classifier
 
 SHORT = ["analysis=[]", "test=false", "trainer.limit_train_batches=2"]
 

@@ -14,11 +14,12 @@ import pytest
 import vitscope as vs
 from tests.commands.test_kill_points import Killed
 from tests.commands.test_train import losses, pytestmark  # noqa: F401 (the same libraries warn)
-from vitscope import analyses, callbacks, exits
-from vitscope.classifier import Classifier
+from vitscope import analyses, exits
 from vitscope.commands import trial
 from vitscope.runs import checkpoint_io, run_lock
 from vitscope.runs.run_dir import Run
+from vitscope.training import diagnostics_callback
+from vitscope.training.lightning_module import Classifier
 
 ORIGINALS = {"replace": os.replace, "fsync": os.fsync}
 QUIET = ["trainer.enable_progress_bar=false", "analysis=[]", "test=false"]
@@ -30,13 +31,13 @@ def stopped(call, tiny, tmp_path, monkeypatch) -> Path:
     folder = tmp_path / "runs" / "stopped"
     with monkeypatch.context() as patch:
         patch.setattr(exits, "note_end", lambda *_, **__: None)
-        save = callbacks.Checkpoints.on_train_epoch_end
+        save = diagnostics_callback.Checkpoints.on_train_epoch_end
 
         def killed(self, trainer, pl_module):
             save(self, trainer, pl_module)
             raise Killed
 
-        patch.setattr(callbacks.Checkpoints, "on_train_epoch_end", killed)
+        patch.setattr(diagnostics_callback.Checkpoints, "on_train_epoch_end", killed)
         call("train", *tiny, *QUIET, "trainer.max_epochs=2", f"run_dir={folder}")
     return folder
 

@@ -14,13 +14,13 @@ import pytest
 from tests.commands.test_train import losses, only_run, pytestmark  # noqa: F401 (the same libraries warn)
 from tests.reports.conftest import curve, spectrum, write_run
 from vitscope import exits
-from vitscope.classifier import Classifier
 from vitscope.commands import report, reproduce
 from vitscope.commands.trial import Outcome
 from vitscope.reports import drawing
 from vitscope.runs import checkpoint_io
 from vitscope.runs.wandb_mirror import Mirror
 from vitscope.runtime import stop_flag
+from vitscope.training.lightning_module import Classifier
 
 CODES = {signal.SIGTERM: 143, signal.SIGHUP: 143, signal.SIGUSR1: 143, signal.SIGINT: 130}
 

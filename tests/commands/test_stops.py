@@ -10,10 +10,10 @@ import torch
 
 import vitscope as vs
 from tests.commands.test_train import losses, only_run, pytestmark  # noqa: F401 (the same libraries warn)
-from vitscope.classifier import Classifier
 from vitscope.runs import checkpoint_io, metrics_log, result_store
 from vitscope.runtime import stop_flag
 from vitscope.runtime.errors import StorageError
+from vitscope.training.lightning_module import Classifier
 
 
 @pytest.mark.parametrize("place", ["validation", "save"])

@@ -16,10 +16,10 @@ import torch
 
 from tests.commands.test_train import losses, only_run, pytestmark  # noqa: F401 (the same libraries warn)
 from tests.test_survival import ENVIRONMENT, ROOT, TINY
-from vitscope import callbacks
 from vitscope.runs import checkpoint_io, metrics_log, result_store, run_dir, wandb_mirror
 from vitscope.runs.metrics_log import Journal
 from vitscope.runtime.errors import StorageError
+from vitscope.training import diagnostics_callback
 
 
 @contextmanager
@@ -67,7 +67,7 @@ def test_a_training_whose_second_checkpoint_does_not_fit(call, tiny, tmp_path, m
     """Exit 6 in one line; the first epoch's checkpoint is whole, the journal has every step, and the run goes on later."""
     shared = [*tiny, "trainer.max_epochs=2", "analysis=[]", "test=false", "trainer.enable_progress_bar=false"]
     with monkeypatch.context() as patch, no_file_longer_than(resource.RLIM_INFINITY):
-        save = callbacks.Checkpoints.on_train_epoch_end
+        save = diagnostics_callback.Checkpoints.on_train_epoch_end
 
         def full(self, trainer, pl_module):
             if trainer.current_epoch == 1:
@@ -75,7 +75,7 @@ def test_a_training_whose_second_checkpoint_does_not_fit(call, tiny, tmp_path, m
                 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
             save(self, trainer, pl_module)
 
-        patch.setattr(callbacks.Checkpoints, "on_train_epoch_end", full)
+        patch.setattr(diagnostics_callback.Checkpoints, "on_train_epoch_end", full)
         assert call("train", *shared) == 6
     err = capsys.readouterr().err.strip().splitlines()
     assert len(err) == 1, err
@@ -93,7 +93,9 @@ def test_why_it_ended_is_said_where_that_cannot_be_written_down(call, tiny, tmp_
     """A loss that is not finite on a disk that is full: exit code 5, not 6, and W&B's run is ended."""
     ended = []
     monkeypatch.setattr(wandb_mirror.Mirror, "finish", lambda self, code: ended.append(code))
-    monkeypatch.setattr("vitscope.classifier.Classifier.forward", lambda self, x: self.model(x) * float("nan"))
+    monkeypatch.setattr(
+        "vitscope.training.lightning_module.Classifier.forward", lambda self, x: self.model(x) * float("nan")
+    )
     note = run_dir.Run.note
 
     def full(self, **facts):

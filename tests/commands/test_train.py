@@ -10,10 +10,10 @@ import pytest
 import torch
 
 import vitscope as vs
-from vitscope.callbacks import Checkpoints
-from vitscope.classifier import Classifier
 from vitscope.runs import checkpoint_io, metrics_log
 from vitscope.runtime import stop_flag
+from vitscope.training.diagnostics_callback import Checkpoints
+from vitscope.training.lightning_module import Classifier
 
 # libraries that warn about themselves
 pytestmark = pytest.mark.filterwarnings(

@@ -13,8 +13,8 @@ import wandb
 
 from tests.commands.test_train import losses, only_run, pytestmark  # noqa: F401 (the same libraries warn)
 from tests.wandb_server import Server
-from vitscope.classifier import Classifier
 from vitscope.runs import wandb_mirror
+from vitscope.training.lightning_module import Classifier
 
 ONLINE = ["logger=wandb", "analysis=[]", "test=false", "trainer.limit_train_batches=6"]
 

@@ -10,14 +10,14 @@ from torchmetrics.functional.classification import multiclass_calibration_error
 
 from tests.test_configs import composed
 from vitscope import Objective, Probe, analyses
-from vitscope.calibration_metric import ExpectedCalibrationError
-from vitscope.classifier import Classifier
 from vitscope.config import factories
 from vitscope.core.evaluation import confidence_bins, evaluate
 from vitscope.diagnostics.calibration import _bins
 from vitscope.diagnostics.calibration.calibration import calibration
 from vitscope.diagnostics.calibration.plot import calibration as draw
 from vitscope.runs import run_dir
+from vitscope.training.calibration_metric import ExpectedCalibrationError
+from vitscope.training.lightning_module import Classifier
 
 
 class Logits(nn.Module):

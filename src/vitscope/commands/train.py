@@ -15,15 +15,11 @@ import hydra
 from omegaconf import DictConfig
 
 from vitscope import analyses, exits
-from vitscope.callbacks import Checkpoints, DiagnosticCallback, HeldFolder, SameConfiguration, StopsWithoutSaving
-from vitscope.classifier import Classifier
 from vitscope.commands import overrides
 from vitscope.commands.headline import print_headline
 from vitscope.config import factories, loading, model_facts
 from vitscope.config.dry_run import rehearse
 from vitscope.config.validation import validate, writable
-from vitscope.early_stopping import EarlyChecks
-from vitscope.ranks import end_others
 from vitscope.runs import checkpoint_io, checkpoint_schema, resume_changes, run_dir, run_lock, wandb_mirror
 from vitscope.runs.checkpoint_io import AtomicCheckpointIO
 from vitscope.runs.metrics_log import Journal, last_values
@@ -32,7 +28,17 @@ from vitscope.runs.run_dir import Run
 from vitscope.runtime.errors import CheckpointError, ConfigError, StorageError
 from vitscope.runtime.stop_flag import Interrupted
 from vitscope.sweep import multirun
-from vitscope.training_progress import EpochAccuracy, PlainProgress
+from vitscope.training.ddp_strategy import end_others
+from vitscope.training.diagnostics_callback import (
+    Checkpoints,
+    DiagnosticCallback,
+    HeldFolder,
+    SameConfiguration,
+    StopsWithoutSaving,
+)
+from vitscope.training.early_stopping import EarlyChecks
+from vitscope.training.lightning_module import Classifier
+from vitscope.training.progress_callbacks import EpochAccuracy, PlainProgress
 
 #: what a sweeper of Hydra that learns is told of a job
 METRIC = "val/accuracy"

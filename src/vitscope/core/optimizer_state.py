@@ -56,7 +56,7 @@ class OptimizerState:
 
 def of_optimizer(optimizer: Optimizer, model: nn.Module) -> OptimizerState:
     """Return the state of a live optimizer of ``model``'s parameters."""
-    from vitscope.sam import SAM
+    from vitscope.training.sam import SAM
 
     named = {id(p): name for name, p in model.named_parameters()}
     parameters = {

@@ -79,7 +79,7 @@ def _check_counters(content: Mapping[str, Any]) -> None:
         raise _Wrong("epoch", f"is {content['epoch']} and its loops count {processed}")
     note = content.get("vitscope", {})
     if note.get("pending", "") not in ("", "validation", "epoch end"):
-        raise _Wrong("vitscope.pending", f"is {note['pending']!r:.40}")
+        raise _Wrong("vitscope.training.resume_state", f"is {note['pending']!r:.40}")
     right, seen = note.get("right", 0), note.get("seen", 0)
     if not (isinstance(right, int) and isinstance(seen, int) and 0 <= right <= seen):
         raise _Wrong("vitscope", "does not count images")

@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from vitscope import analyses, pending
+from vitscope import analyses
 from vitscope.analyses import Analysis, Place
 from vitscope.runs import run_lock
 from vitscope.runs.run_dir import Run
@@ -23,6 +23,7 @@ from vitscope.runtime import stop_flag
 from vitscope.runtime.distributed import gather_objects
 from vitscope.runtime.errors import ConfigError, DistributedError, NumericalError
 from vitscope.runtime.stop_flag import Interrupted
+from vitscope.training import resume_state
 
 
 class DiagnosticCallback(Callback):
@@ -74,7 +75,7 @@ class DiagnosticCallback(Callback):
         """Measure it where nothing was left to train: the run was stopped after its last epoch was saved."""
         if not self._ended:
             self._after_epoch_before(trainer, pl_module)  # of the trained weights; their average is measured at the end
-            pending.take_average(trainer, pl_module)
+            resume_state.take_average(trainer, pl_module)
             epoch, batch = getattr(pl_module, "position")  # noqa: B009
             self._measure_end(trainer, pl_module, epoch if batch else epoch - 1)
 
@@ -203,7 +204,7 @@ class Checkpoints(Callback):
         fits = trainer.state.fn == "fit"
         self._stop = 0 if fits and _must_go_on(trainer) else _agreed_signal(pl_module)
         if self._stop and fits:
-            pending.swap_back(trainer, pl_module)
+            resume_state.swap_back(trainer, pl_module)
             trainer.save_checkpoint(self.folder / "last.ckpt")
         self._raise_if_saved()
 

@@ -18,14 +18,14 @@ from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
-from vitscope import pending
-from vitscope.accumulation import StepGroup, is_first
-from vitscope.calibration_metric import ExpectedCalibrationError
 from vitscope.core import lr_schedule as schedule
 from vitscope.core.objective import Objective, hard_targets, labeled, n_labeled
 from vitscope.runtime.distributed import all_reduce_sum, gather_objects
 from vitscope.runtime.errors import DataError, NumericalError
-from vitscope.sam import SAM, still_statistics
+from vitscope.training import resume_state
+from vitscope.training.accumulation import StepGroup, is_first
+from vitscope.training.calibration_metric import ExpectedCalibrationError
+from vitscope.training.sam import SAM, still_statistics
 
 #: seeds of training steps are kept apart from those of data by this constant
 _STEP_STREAM = 0x5EED
@@ -108,7 +108,7 @@ class Classifier(pl.LightningModule):
         """Do what a stop left to do; let the rates follow the schedule that is in force from here on."""
         for found in self.trainer.lr_scheduler_configs:
             _put_back_rates(found.scheduler)
-        pending.take_up(self.trainer, self._pending)
+        resume_state.take_up(self.trainer, self._pending)
         self._pending = ""
 
     def epoch_accuracy(self) -> float | None:
@@ -223,7 +223,7 @@ class Classifier(pl.LightningModule):
         """Keep what a resumed run needs besides Lightning's own state."""
         epoch, batch = self._position
         over = batch >= self._batches_per_epoch()
-        left = pending.leave(self.trainer, checkpoint, over) if self.trainer.state.fn == "fit" else None
+        left = resume_state.leave(self.trainer, checkpoint, over) if self.trainer.state.fn == "fit" else None
         right, seen = map(sum, zip(*gather_objects(self._counts.tolist())))  # of all ranks: one sum where it goes on
         if over:
             epoch, batch = epoch + 1, 0
