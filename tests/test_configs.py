@@ -9,7 +9,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
-from vitscope import analyses
+from vitscope.analyses import runner
 from vitscope.config import factories, loading
 from vitscope.config.validation import validate
 from vitscope.runtime.errors import ConfigError
@@ -46,7 +46,7 @@ def test_every_experiment_composes_in_smoke_size(experiment: str, tmp_path: Path
     loading.apply_caps(cfg)
     validate(cfg)
     assert cfg.trainer.max_epochs == 1
-    assert analyses.parse(cfg.analysis)
+    assert runner.parse(cfg.analysis)
 
 
 @pytest.mark.parametrize("model", options("model"))
@@ -69,7 +69,7 @@ def test_every_model_does_a_step_at_every_shape(model: str) -> None:
 def test_an_empty_selection_is_empty() -> None:
     assert composed("train", "analysis=[]").analysis == {}
     cfg = composed("train", "analysis=[hessian,fourier]")
-    assert [a.name for a in analyses.parse(cfg.analysis)] == ["hessian", "fourier"]
+    assert [a.name for a in runner.parse(cfg.analysis)] == ["hessian", "fourier"]
 
 
 def test_caps_lower_and_never_add_or_raise() -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import vitscope as vs
-from vitscope import analyses
+from vitscope.analyses import runner
 from vitscope.core.measure_options import INCIDENTAL, options_of
 from vitscope.core.objective_card import INCIDENTAL_FACTS
 from vitscope.runs import result_store
@@ -97,11 +97,11 @@ def test_a_stored_result_without_options_is_measured_again(tmp_path: Path) -> No
     found = vs.hessian_trace(probe(), n_vectors=2)
     weights = found.card.checkpoint
     path = result_store.save(tmp_path, "end-0badcafe", found)
-    assert analyses._earlier(path, weights) is not None
+    assert runner._earlier(path, weights) is not None
     old = dataclasses.replace(found, card=dataclasses.replace(found.card, options=None))
     path = result_store.save(tmp_path, "end-0badcafe", old)
     with pytest.warns(UserWarning, match="did not record options: measuring again"):
-        assert analyses._earlier(path, weights) is None
+        assert runner._earlier(path, weights) is None
 
 
 def test_the_incidental_names_are_those_that_leave_the_number_alone() -> None:

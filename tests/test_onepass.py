@@ -17,8 +17,8 @@ import torch.multiprocessing as mp
 import vitscope as vs
 from tests.diagnostics.test_every_analysis import made as made  # a run, its network and data
 from tests.test_configs import composed
-from vitscope import analyses
-from vitscope.analyses import Place
+from vitscope.analyses import runner
+from vitscope.analyses.runner import Place
 from vitscope.config import factories
 from vitscope.runs.run_dir import Run
 
@@ -73,31 +73,31 @@ def test_what_needs_more_than_one_pass_is_refused(name: str, options: dict) -> N
 
 
 def with_due(place: Place, *names: str, **changes: dict) -> Place:
-    parsed = {a.name: a for a in analyses.parse(place.cfg.analysis)}
+    parsed = {a.name: a for a in runner.parse(place.cfg.analysis)}
     request = {"split": "test", "augment": False, "n_images": 16, "batch_size": 8}
-    due = [analyses.replaced(parsed[name], probe=request | changes.get(name, {}), on_error="raise") for name in names]
+    due = [runner.replaced(parsed[name], probe=request | changes.get(name, {}), on_error="raise") for name in names]
     return dataclasses.replace(place, due=due, ahead={})
 
 
 def test_analyses_of_the_same_images_share_a_pass(made: Place) -> None:
     place = with_due(made, *SHARED, variance={"n_images": 8})
     passes, handle = passes_of(made.network)
-    shared = {analysis.name: analyses.perform(analysis, place, reuse=False) for analysis in place.due}
+    shared = {analysis.name: runner.perform(analysis, place, reuse=False) for analysis in place.due}
     handle.remove()
     # two batches for three of them, and one of its own for the variance; each probe repeats its first batch twice
     assert passes == [8] * (2 + 2 + 2 + 1)
     assert not place.ahead
     for analysis in place.due:
-        assert_same(shared[analysis.name], analyses.perform(analysis, dataclasses.replace(place, due=()), reuse=False))
-        assert analyses.perform(analysis, place) is not None
+        assert_same(shared[analysis.name], runner.perform(analysis, dataclasses.replace(place, due=()), reuse=False))
+        assert runner.perform(analysis, place) is not None
 
 
 def test_what_is_there_is_not_measured_again(made: Place) -> None:
     place = with_due(made, *SHARED, **{key: {"seed": 7} for key in SHARED})
-    analyses.perform(place.due[2], dataclasses.replace(place, due=()))
+    runner.perform(place.due[2], dataclasses.replace(place, due=()))
     passes, handle = passes_of(made.network)
     for analysis in place.due:
-        analyses.perform(analysis, place)
+        runner.perform(analysis, place)
     handle.remove()
     assert passes == [8, 8, 8, 8]  # two for the check, two batches
 
@@ -106,9 +106,9 @@ def test_one_that_fails_does_not_take_the_others_with_it(made: Place) -> None:
     place = with_due(made, "fourier", "cka", **{key: {"batch_size": 2} for key in SHARED})
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        assert analyses.perform(place.due[0], place, reuse=False) is not None
-    with pytest.raises(analyses.ConfigError, match="at least 4 images"):  # too few for the unbiased estimator
-        analyses.perform(place.due[1], place, reuse=False)
+        assert runner.perform(place.due[0], place, reuse=False) is not None
+    with pytest.raises(runner.ConfigError, match="at least 4 images"):  # too few for the unbiased estimator
+        runner.perform(place.due[1], place, reuse=False)
 
 
 def _late_rank(rank: int, folder: str) -> None:
@@ -128,7 +128,7 @@ def _late_rank(rank: int, folder: str) -> None:
             results = Path(folder, "results", "effective_rank")
             while not list(results.glob("*.npz")):
                 time.sleep(0.05)
-        found.append(analyses.perform(analysis, place).scalars())
+        found.append(runner.perform(analysis, place).scalars())
     meeting = torch.tensor([1.0 + rank])
     dist.all_reduce(meeting)  # in step
     torch.save((found, float(meeting)), f"{folder}/rank{rank}.pt")

@@ -14,8 +14,8 @@ from torch import nn
 
 import vitscope as vs
 from tests.kills import KILLED, at_every_change
-from vitscope import analyses, recorded
-from vitscope.analyses import Analysis, Place
+from vitscope.analyses import outputs, runner
+from vitscope.analyses.runner import Analysis, Place
 from vitscope.runs import metrics_log, result_store
 from vitscope.runs.run_dir import Run
 
@@ -25,7 +25,7 @@ ANALYSIS = Analysis("variance", vs.feature_map_variance, {}, {})
 
 @pytest.fixture(autouse=True)
 def _small_figure(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(recorded, "plot", lambda _: Figure(figsize=(0.2, 0.2)))
+    monkeypatch.setattr(outputs, "plot", lambda _: Figure(figsize=(0.2, 0.2)))
 
 
 def measured() -> Any:
@@ -47,7 +47,7 @@ def state(folder: Path) -> tuple[list[str], list[dict], dict]:
 
 
 def stored(folder: Path, result: Any) -> None:
-    recorded.store(ANALYSIS, place(folder), folder / "results" / "variance", "end-0", result)
+    outputs.store(ANALYSIS, place(folder), folder / "results" / "variance", "end-0", result)
 
 
 def again(folder: Path, result: Any) -> None:
@@ -56,7 +56,7 @@ def again(folder: Path, result: Any) -> None:
     for name in (folder, inside, folder / "figures"):
         result_store.sweep(name)
     if (inside / "end-0.npz").exists():
-        recorded.complete(ANALYSIS, place(folder), inside, "end-0", result_store.load(inside / "end-0.npz"))
+        outputs.complete(ANALYSIS, place(folder), inside, "end-0", result_store.load(inside / "end-0.npz"))
     else:
         stored(folder, result)
 
@@ -98,10 +98,10 @@ def test_a_result_of_an_earlier_version_that_is_not_whole(tmp_path: Path, lost: 
 
 def test_an_earlier_result_is_completed_where_it_is_used_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     result = measured()
-    monkeypatch.setattr(analyses, "_stem", lambda *_: "end-0")
-    monkeypatch.setattr(analyses.build, "weights_hash", lambda _: result.card.checkpoint)
-    monkeypatch.setattr(analyses, "_earlier", lambda *_: result)
+    monkeypatch.setattr(runner, "_stem", lambda *_: "end-0")
+    monkeypatch.setattr(runner.build, "weights_hash", lambda _: result.card.checkpoint)
+    monkeypatch.setattr(runner, "_earlier", lambda *_: result)
     result_store.save(tmp_path / "results" / "variance", "end-0", result)
-    assert analyses.perform(ANALYSIS, place(tmp_path)) is result
+    assert runner.perform(ANALYSIS, place(tmp_path)) is result
     assert [row["tag"] for row in metrics_log.read(tmp_path / "metrics.jsonl")] == ["end"]
     assert (tmp_path / "figures" / "variance-end.pdf").is_file()

@@ -9,7 +9,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.commands.test_train import losses, pytestmark  # noqa: F401 (the same libraries warn)
-from vitscope import analyses, exits
+from vitscope import exits
+from vitscope.analyses import runner
 from vitscope.runs import checkpoint_io, metrics_log
 from vitscope.training import diagnostics_callback
 from vitscope.training.lightning_module import Classifier
@@ -24,7 +25,7 @@ PHASES = {
     "a file's way to the disk": (os, "fsync"),
     "a file's change of name": (os, "replace"),
     "a row": (metrics_log.Journal, "append"),
-    "a diagnostic": (analyses, "_measured"),
+    "a diagnostic": (runner, "_measured"),
 }
 WATCHED = ["analysis=[fourier]", "analysis.fourier.when.every_n_epochs=1", "analysis.fourier.probe.n_images=8"]
 #: one kill: which phase, at which of its calls, before or after what it does

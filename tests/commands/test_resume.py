@@ -208,7 +208,9 @@ def test_the_average_is_tested_after_a_stop_behind_the_last_checkpoint(
             step = Classifier.test_step
             patch.setattr(Classifier, "test_step", lambda *a: (stop_flag.request(signum), step(*a))[1])
         else:
-            patch.setattr("vitscope.analyses.build.probe", lambda *_: (stop_flag.request(signum), stop_flag.check()))
+            patch.setattr(
+                "vitscope.analyses.runner.build.probe", lambda *_: (stop_flag.request(signum), stop_flag.check())
+            )
         assert call("train", *arguments, f"run_dir={tmp_path}/cut") == (143 if place == "test" else 130)
     assert call("train", f"run={tmp_path}/cut", "ckpt_path=last") == 0
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
@@ -265,8 +267,8 @@ def monitored(monkeypatch: pytest.MonkeyPatch) -> None:
         begin(self, trainer)
 
     monkeypatch.setattr(EarlyStopping, "_run_early_stopping_check", told)
-    monkeypatch.setattr("vitscope.recorded.plot", lambda *_: None)  # figures take longer than the training
-    monkeypatch.setattr("vitscope.recorded.save_figure", lambda *_: (None, None))
+    monkeypatch.setattr("vitscope.analyses.outputs.plot", lambda *_: None)  # figures take longer than the training
+    monkeypatch.setattr("vitscope.analyses.outputs.save_figure", lambda *_: (None, None))
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,8 @@ import pytest
 import vitscope as vs
 from tests.commands.test_kill_points import Killed
 from tests.commands.test_train import losses, pytestmark  # noqa: F401 (the same libraries warn)
-from vitscope import analyses, exits
+from vitscope import exits
+from vitscope.analyses import runner
 from vitscope.commands import trial
 from vitscope.runs import checkpoint_io, run_lock
 from vitscope.runs.run_dir import Run
@@ -107,7 +108,7 @@ def test_diagnostics_of_the_last_epoch_after_a_kill(call, tiny, tmp_path, monkey
         def killed(*_: object) -> None:
             raise Killed
 
-        patch.setattr(analyses, "_measured", killed)
+        patch.setattr(runner, "_measured", killed)
         call("train", *tiny, *options, "test=false", "trainer.max_epochs=1", f"run_dir={folder}")
     assert not list(folder.glob("results/*/*.npz"))
     assert call("train", f"run={folder}", "ckpt_path=last") == 0

@@ -45,7 +45,7 @@ def test_a_stop_in_a_diagnostic_at_the_end(call, tiny, tmp_path, monkeypatch) ->
     shared = [*tiny, "analysis=[fourier]", "analysis.fourier.probe.n_images=32", "analysis.fourier.probe.batch_size=8"]
     with monkeypatch.context() as patch:
         patch.setattr(
-            "vitscope.analyses.build.probe", lambda *_: stop_flag.request(signal.SIGTERM) or stop_flag.check()
+            "vitscope.analyses.runner.build.probe", lambda *_: stop_flag.request(signal.SIGTERM) or stop_flag.check()
         )
         assert call("train", *shared) == 143
     run = only_run(tmp_path)
@@ -62,7 +62,7 @@ def test_a_stop_in_a_diagnostic_after_an_epoch(call, tiny, tmp_path, monkeypatch
     assert call("train", *shared, f"run_dir={tmp_path}/whole") == 0
     with monkeypatch.context() as patch:
         patch.setattr(
-            "vitscope.analyses.build.probe", lambda *_: stop_flag.request(signal.SIGTERM) or stop_flag.check()
+            "vitscope.analyses.runner.build.probe", lambda *_: stop_flag.request(signal.SIGTERM) or stop_flag.check()
         )
         assert call("train", *shared, f"run_dir={tmp_path}/cut") == 143
     assert call("train", f"run={tmp_path}/cut", "ckpt_path=last") == 0
@@ -130,7 +130,7 @@ def test_memory_that_runs_out_in_a_diagnostic(call, tiny, tmp_path, monkeypatch)
     def starved(*args: object, **kwargs: object) -> None:
         raise torch.OutOfMemoryError("out of memory")
 
-    monkeypatch.setattr("vitscope.analyses._measured", starved)
+    monkeypatch.setattr("vitscope.analyses.runner._measured", starved)
     with pytest.warns(UserWarning, match="analysis.fourier failed at end: OutOfMemoryError"):
         assert call("train", *tiny, "analysis=[fourier]") == 0
     assert "test/accuracy" in metrics_log.last_values(only_run(tmp_path) / "metrics.jsonl")

@@ -145,7 +145,7 @@ def test_a_failing_diagnostic_does_not_stop_training(call, tiny, tmp_path, monke
     def broken(*args: object, **kwargs: object) -> None:
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr("vitscope.analyses._measured", broken)
+    monkeypatch.setattr("vitscope.analyses.runner._measured", broken)
     with pytest.warns(
         UserWarning, match="analysis.fourier failed at end: RuntimeError: out of memory; recorded as null"
     ):

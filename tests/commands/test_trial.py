@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from vitscope import analyses, reproduction
+from vitscope import reproduction
+from vitscope.analyses import runner
 from vitscope.commands import reproduce
 from vitscope.commands.trial import composed, perform
 from vitscope.core.probe import Probe
@@ -47,7 +48,7 @@ def test_trained_and_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         raise AssertionError("measured or trained again")
 
     monkeypatch.setattr("vitscope.commands.trial.train", forbidden)
-    monkeypatch.setattr(analyses, "_measured", forbidden)
+    monkeypatch.setattr(runner, "_measured", forbidden)
     assert perform(trial, tmp_path) == first
 
 
@@ -57,8 +58,8 @@ def test_an_analysis_that_fails_or_lacks_its_checkpoint_is_named(
     def broken(probe: Probe, **_: object) -> None:
         raise RuntimeError("no memory left")
 
-    parse = analyses.parse
-    monkeypatch.setattr(analyses, "parse", lambda nodes: [analyses.replaced(a, measure=broken) for a in parse(nodes)])
+    parse = runner.parse
+    monkeypatch.setattr(runner, "parse", lambda nodes: [runner.replaced(a, measure=broken) for a in parse(nodes)])
     outcome = perform(Trial(TINY, ("epoch-0007", "end")), tmp_path)
     assert outcome.run is not None
     assert outcome.results == ()

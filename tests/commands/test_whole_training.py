@@ -21,7 +21,8 @@ from omegaconf import DictConfig
 from tests.commands.conftest import TINY
 from tests.commands.test_train import pytestmark  # noqa: F401 (the same libraries warn)
 from tests.kills import in_child, snapshots
-from vitscope import exits, recorded
+from vitscope import exits
+from vitscope.analyses import outputs
 from vitscope.commands import train
 from vitscope.config import loading
 from vitscope.runs import checkpoint_io, metrics_log, result_store
@@ -97,7 +98,7 @@ def differences(one: Any, other: Any, path: str = "") -> list[str]:
 
 @pytest.fixture
 def small_figures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(recorded, "plot", lambda _: Figure(figsize=(0.2, 0.2)))
+    monkeypatch.setattr(outputs, "plot", lambda _: Figure(figsize=(0.2, 0.2)))
     monkeypatch.delenv("VITSCOPE_RUN_DIR", raising=False)
 
 

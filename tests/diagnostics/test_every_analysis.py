@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from tests.test_configs import composed
-from vitscope import analyses
-from vitscope.analyses import Place
+from vitscope.analyses import runner
+from vitscope.analyses.runner import Place
 from vitscope.config import factories, loading
 from vitscope.runs import checkpoint_io, run_dir
 from vitscope.runtime import stop_flag
@@ -65,10 +65,10 @@ def assert_same(before: dict[str, object], network: torch.nn.Module) -> None:
         assert same, key
 
 
-def chosen(place: Place, name: str) -> analyses.Analysis:
+def chosen(place: Place, name: str) -> runner.Analysis:
     """Return an analysis on three batches."""
-    (analysis,) = [a for a in analyses.parse(place.cfg.analysis) if a.name == name]
-    return analyses.replaced(analysis, probe={**analysis.probe, "n_images": 24, "batch_size": 8})
+    (analysis,) = [a for a in runner.parse(place.cfg.analysis) if a.name == name]
+    return runner.replaced(analysis, probe={**analysis.probe, "n_images": 24, "batch_size": 8})
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in STATIC | NEEDS_BATCHNORM])
@@ -77,7 +77,7 @@ def test_a_stop_in_the_middle(made: Place, name: str) -> None:
     handle = made.network.register_forward_pre_hook(lambda *_: stop_flag.request(signal.SIGTERM))
     try:
         with pytest.raises(Interrupted):
-            analyses.perform(chosen(made, name), made, reuse=False)
+            runner.perform(chosen(made, name), made, reuse=False)
     finally:
         handle.remove()
     assert_same(before, made.network)
@@ -101,11 +101,11 @@ def test_memory_that_runs_out_in_the_middle(made: Place, name: str, tmp_path: Pa
     handle = made.network.register_forward_pre_hook(starved)
     try:
         with pytest.warns(UserWarning, match=f"analysis.{name} failed at end: OutOfMemoryError: .*; recorded as null"):
-            assert analyses.perform(chosen(place, name), place, reuse=False) is None
+            assert runner.perform(chosen(place, name), place, reuse=False) is None
         assert_same(before, made.network)
-        raising = analyses.replaced(chosen(place, name), on_error="raise")
+        raising = runner.replaced(chosen(place, name), on_error="raise")
         with pytest.raises(torch.OutOfMemoryError):
-            analyses.perform(raising, place, reuse=False)
+            runner.perform(raising, place, reuse=False)
     finally:
         handle.remove()
     assert_same(before, made.network)
@@ -130,7 +130,7 @@ def test_numbers_that_are_not_finite(made: Place, name: str, tmp_path: Path) -> 
     before = state(network)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        analyses.perform(chosen(place, name), place, reuse=False)
+        runner.perform(chosen(place, name), place, reuse=False)
     assert any("null" in str(warning.message) for warning in caught), [str(w.message) for w in caught]
     assert_same(before, network)
     (record,) = (folder / "results" / name).glob("*.json")

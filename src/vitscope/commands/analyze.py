@@ -12,7 +12,8 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from vitscope import analyses, exits
+from vitscope import exits
+from vitscope.analyses import runner
 from vitscope.commands import overrides
 from vitscope.commands.headline import print_headline
 from vitscope.config import factories, loading, model_facts
@@ -135,10 +136,10 @@ def _perform(
 ) -> None:
     tag, epoch, step = _moment(path, content, run)
     values: dict[str, Any] = {}
-    due = [analyses.replaced(analysis, on_error="raise") for analysis in analyses.parse(cfg.analysis)]
-    place = analyses.Place(cfg, run, network, data, tag, epoch, step, mirror, content, due)
+    due = [runner.replaced(analysis, on_error="raise") for analysis in runner.parse(cfg.analysis)]
+    place = runner.Place(cfg, run, network, data, tag, epoch, step, mirror, content, due)
     for analysis in due:
-        result = analyses.perform(analysis, place, reuse=bool(cfg.reuse))
+        result = runner.perform(analysis, place, reuse=bool(cfg.reuse))
         assert result is not None
         if hasattr(result, "table"):  # a result that reads best as text brings its own rows
             print(result.table())

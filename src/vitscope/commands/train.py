@@ -14,7 +14,8 @@ from typing import Any
 import hydra
 from omegaconf import DictConfig
 
-from vitscope import analyses, exits
+from vitscope import exits
+from vitscope.analyses import runner
 from vitscope.commands import overrides
 from vitscope.commands.headline import print_headline
 from vitscope.config import factories, loading, model_facts
@@ -147,7 +148,7 @@ def _fit(
     mirror: wandb_mirror.Mirror,
     changed: Sequence[Change] | None,
 ) -> None:
-    chosen = analyses.parse(cfg.analysis)
+    chosen = runner.parse(cfg.analysis)
     module = _classifier(cfg, network, data)
     diagnostics = DiagnosticCallback(cfg, chosen, run, mirror)
     logger = wandb_mirror.RunLogger(run, Journal(run.journal), mirror)

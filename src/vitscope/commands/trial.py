@@ -13,8 +13,8 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from vitscope import analyses
-from vitscope.analyses import Place
+from vitscope.analyses import runner
+from vitscope.analyses.runner import Place
 from vitscope.commands.train import train
 from vitscope.config import composition, factories, loading
 from vitscope.reports.selection import undefined
@@ -127,7 +127,7 @@ def _measured(run: Run, wanted: Any, tag: str) -> tuple[list[str], list[str]]:
     """Measure at one moment; return what failed and what is there."""
     cfg = run.config()
     OmegaConf.update(cfg, "analysis", OmegaConf.create(loading.plain(wanted)), force_add=True, merge=False)
-    chosen = [analyses.replaced(analysis, on_error="raise") for analysis in analyses.parse(cfg.analysis)]
+    chosen = [runner.replaced(analysis, on_error="raise") for analysis in runner.parse(cfg.analysis)]
     try:
         place = replace(_place(cfg, run, tag), due=chosen)
     except VitscopeError as error:
@@ -136,14 +136,14 @@ def _measured(run: Run, wanted: Any, tag: str) -> tuple[list[str], list[str]]:
     results: list[str] = []
     for analysis in chosen:
         try:
-            result = analyses.perform(analysis, place)
+            result = runner.perform(analysis, place)
         except (Interrupted, KeyboardInterrupt):
             raise
         except Exception as error:  # one analysis must not take the others with it
             text = str(error).strip().splitlines()
             problems.append(f"run {run.id}: {analysis.name} at {tag} ({text[0] if text else type(error).__name__})")
             continue
-        results.append(f"{analysis.name}/{tag}-{analyses.settings_hash(analysis, place)}")
+        results.append(f"{analysis.name}/{tag}-{runner.settings_hash(analysis, place)}")
         scalars = result.scalars() if result is not None else {}
         measure = analysis.measure.__name__
         bad = [n for n, value in scalars.items() if not np.isfinite(value) and not undefined(measure, scalars, n)]

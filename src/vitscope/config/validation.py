@@ -19,8 +19,8 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from vitscope import supplied
-from vitscope.analyses import OURS
+from vitscope.analyses import arguments
+from vitscope.analyses.runner import OURS
 from vitscope.config import cross_checks, loading
 from vitscope.config.factories import DATA_HINTS
 from vitscope.config.signature_checks import check_arguments, check_node, fits, shown
@@ -223,7 +223,7 @@ def _file(group: str, name: str) -> dict[str, Any]:
 def _check_analyses(nodes: Mapping[str, Any]) -> None:
     for name, node in nodes.items():
         path = f"analysis.{name}"
-        check_node(path, node, extra=(*OURS, *_paths_of(path, node)), supplied=("probe", *supplied.NAMES))
+        check_node(path, node, extra=(*OURS, *_paths_of(path, node)), supplied=("probe", *arguments.NAMES))
         _check_saved(path, node)
         for part, types_ in (("probe", PROBE_TYPES), ("when", WHEN_TYPES)):
             if not isinstance(node.get(part), Mapping | None):

@@ -14,8 +14,8 @@ from omegaconf import DictConfig
 from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from vitscope import analyses
-from vitscope.analyses import Analysis, Place
+from vitscope.analyses import runner
+from vitscope.analyses.runner import Analysis, Place
 from vitscope.runs import run_lock
 from vitscope.runs.run_dir import Run
 from vitscope.runs.wandb_mirror import Mirror
@@ -94,7 +94,7 @@ class DiagnosticCallback(Callback):
         )  # fmt: skip
         self.started = self.started or bool(due)
         for analysis in due:
-            self.results[analysis.name] = analyses.perform(analysis, place)
+            self.results[analysis.name] = runner.perform(analysis, place)
 
 
 class Checkpoints(Callback):

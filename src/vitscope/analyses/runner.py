@@ -16,7 +16,7 @@ import numpy as np
 from omegaconf import DictConfig
 from torch import nn
 
-from vitscope import recorded, supplied
+from vitscope.analyses import arguments, outputs
 from vitscope.config import factories, loading
 from vitscope.core import feature_pass
 from vitscope.core.probe import Probe
@@ -140,7 +140,7 @@ def perform(analysis: Analysis, place: Place, *, reuse: bool = True) -> Any | No
     # what lies ahead is not looked for: another rank may have saved it already and wait for this one
     if reuse and analysis.name not in place.ahead and (found := _earlier(folder / f"{stem}.npz", weights)) is not None:
         if rank() == 0:
-            recorded.complete(analysis, place, folder, stem, found)
+            outputs.complete(analysis, place, folder, stem, found)
             shutil.rmtree(folder / f".partial-{stem}-{weights}", ignore_errors=True)
         return found
     rows = result_store.PartialRows(folder / f".partial-{stem}-{weights}", rank())
@@ -151,11 +151,11 @@ def perform(analysis: Analysis, place: Place, *, reuse: bool = True) -> Any | No
     except Exception as error:
         if analysis.on_error == "raise":
             raise _as_ours(analysis, error) from error
-        recorded.failure(analysis, place, folder, stem, error)
+        outputs.failure(analysis, place, folder, stem, error)
         return None
     if rank() == 0:
         run_lock.check(place.run.path)  # a folder that was deleted is not made anew
-        recorded.store(analysis, place, folder, stem, result)
+        outputs.store(analysis, place, folder, stem, result)
     gather_objects(None)  # nobody discards rows before rank 0 has saved
     if rank() == 0:
         shutil.rmtree(folder / f".partial-{stem}-{weights}", ignore_errors=True)
@@ -197,10 +197,10 @@ def _measured(analysis: Analysis, place: Place, weights: str, rows: result_store
         facts = {"checkpoint": weights, "epoch": place.epoch}
         request = _probe_request(analysis, place.datamodule)
         probe = factories.probe(place.cfg, place.network, place.datamodule, request, facts, place.content)
-        options = {key: supplied.loaded(key, value, probe) for key, value in analysis.options.items()}
+        options = {key: arguments.loaded(key, value, probe) for key, value in analysis.options.items()}
         result = _with_others(analysis, _sharing(analysis, place, weights, reuse), probe, options, place)
         if result is None:
-            result = analysis.measure(probe, **{**options, **supplied.options(analysis, place, rows)})
+            result = analysis.measure(probe, **{**options, **arguments.options(analysis, place, rows)})
     bad = [name for name, value in result.scalars().items() if not np.isfinite(value)]
     if bad:
         warnings.warn(f"analysis.{analysis.name}: {', '.join(bad)} not finite; recorded as null", stacklevel=3)

@@ -13,7 +13,7 @@ from vitscope.core.probe import Probe
 from vitscope.runs import checkpoint_sequence, result_store, run_dir
 
 if TYPE_CHECKING:
-    from vitscope.analyses import Analysis, Place
+    from vitscope.analyses.runner import Analysis, Place
 
 #: by the parameter name of the measure that takes it
 NAMES = ("partial", "checkpoints", "validation", "initial")

@@ -19,7 +19,7 @@ from vitscope.runtime.distributed import rank
 from vitscope.runtime.errors import StorageError
 
 if TYPE_CHECKING:
-    from vitscope.analyses import Analysis, Place
+    from vitscope.analyses.runner import Analysis, Place
 
 
 def failure(analysis: Analysis, place: Place, folder: Path, stem: str, error: Exception) -> None:

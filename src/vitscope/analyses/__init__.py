@@ -1,0 +1,1 @@
+"""One analysis from its configuration to its files."""
