@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from vitscope import reproduction
 from vitscope.analyses import runner
-from vitscope.commands.trial import composed
 from vitscope.config import loading
 from vitscope.config.validation import validate
 from vitscope.reports.tables import TABLES
+from vitscope.reproduce import plan
+from vitscope.reproduce.trial import composed
 from vitscope.runtime.errors import ConfigError
 
 PLAN: dict[str, Any] = {
@@ -37,49 +37,49 @@ PLAN: dict[str, Any] = {
 
 
 def test_a_grid_is_every_combination() -> None:
-    target = reproduction.target("fig1a", PLAN, "big")
+    target = plan.target("fig1a", PLAN, "big")
     assert [trial.name for trial in target.trials] == [
         "experiment=a profile=big model=vit data.fraction=0.1 seed=0",
         "experiment=a profile=big model=vit data.fraction=1.0 seed=0",
         "experiment=a profile=big model=convnet model.depth=50 data.fraction=0.1 seed=0",
         "experiment=a profile=big model=convnet model.depth=50 data.fraction=1.0 seed=0",
     ]
-    assert target.drawings == (reproduction.Drawing("cka"),)
+    assert target.drawings == (plan.Drawing("cka"),)
 
 
 def test_a_profile_replaces_runs_and_a_run_its_models_keys() -> None:
-    (trial,) = reproduction.target("fig1a", PLAN, "smoke").trials
+    (trial,) = plan.target("fig1a", PLAN, "smoke").trials
     assert trial.name == "experiment=a profile=smoke logger=none model=vit model.depth=2 seed=0"
     assert trial.tags == ("end",)
 
 
 def test_moments_are_the_profiles() -> None:
-    assert reproduction.target("fig1b", PLAN, "smoke").tags == ("epoch-0000",)
-    target = reproduction.target("fig10", PLAN, "smoke")
+    assert plan.target("fig1b", PLAN, "smoke").tags == ("epoch-0000",)
+    target = plan.target("fig10", PLAN, "smoke")
     assert target.tags == ("end",)  # the run is measured along training, the figure shows its end
     assert target.trials[0].tags == ("epoch-0000", "end")
     assert target.trials[0].overrides[0] == "experiment=d"
 
 
 def test_claims_take_the_seeds_that_verdicts_need() -> None:
-    assert len(reproduction.target("table-claims", PLAN, "smoke").trials) == 3
-    assert len(reproduction.target("table-claims", PLAN, "smoke", seeds=5).trials) == 5
-    assert len(reproduction.target("table-claims", PLAN, "big").trials) == 1
-    assert len(reproduction.target("fig1b", PLAN, "smoke", seeds=2).trials) == 2
+    assert len(plan.target("table-claims", PLAN, "smoke").trials) == 3
+    assert len(plan.target("table-claims", PLAN, "smoke", seeds=5).trials) == 5
+    assert len(plan.target("table-claims", PLAN, "big").trials) == 1
+    assert len(plan.target("fig1b", PLAN, "smoke", seeds=2).trials) == 2
 
 
 def test_names() -> None:
-    assert reproduction.select(["fig1"], PLAN) == ["fig1a", "fig1b"]  # not fig10
-    assert reproduction.select(["fig1b", "fig1"], PLAN) == ["fig1b", "fig1a"]
-    assert reproduction.select(["all"], PLAN) == list(PLAN["targets"])
+    assert plan.select(["fig1"], PLAN) == ["fig1a", "fig1b"]  # not fig10
+    assert plan.select(["fig1b", "fig1"], PLAN) == ["fig1b", "fig1a"]
+    assert plan.select(["all"], PLAN) == list(PLAN["targets"])
 
 
 @pytest.mark.parametrize(
     ("call", "why"),
     [
-        (lambda: reproduction.select(["fig2"], PLAN), "target=fig2: no such figure or table; did you mean"),
-        (lambda: reproduction.target("fig1a", PLAN, "smoky"), "profile=smoky: no such profile; did you mean smoke"),
-        (lambda: reproduction.target("fig1b", PLAN, "big"), "at=early: the profile has no such moment"),
+        (lambda: plan.select(["fig2"], PLAN), "target=fig2: no such figure or table; did you mean"),
+        (lambda: plan.target("fig1a", PLAN, "smoky"), "profile=smoky: no such profile; did you mean smoke"),
+        (lambda: plan.target("fig1b", PLAN, "big"), "at=early: the profile has no such moment"),
     ],
 )
 def test_refused_by_name(call: Any, why: str) -> None:
@@ -88,14 +88,14 @@ def test_refused_by_name(call: Any, why: str) -> None:
     assert why in str(caught.value)
 
 
-REAL = reproduction.read()
+REAL = plan.read()
 
 
 @pytest.mark.parametrize("profile", list(REAL["profiles"]))
 def test_the_plan_names_what_there_is(profile: str) -> None:
     experiments = set(loading.options("experiment"))
     for name in REAL["targets"]:
-        target = reproduction.target(name, REAL, profile)
+        target = plan.target(name, REAL, profile)
         assert target.trials
         for trial in target.trials:
             assert trial.overrides[0].removeprefix("experiment=") in experiments, trial.name
@@ -137,7 +137,7 @@ def test_trials_compose_validate_and_measure_what_is_drawn(profile: str, tmp_pat
     monkeypatch.setenv("VITSCOPE_DATA", str(tmp_path))
     seen: set[str] = set()
     for name in REAL["targets"]:
-        target = reproduction.target(name, REAL, profile)
+        target = plan.target(name, REAL, profile)
         for trial in target.trials:
             kind = trial.overrides[0]  # one of a kind: composing takes a quarter of a second
             if "seed=0" not in trial.overrides or kind in seen:

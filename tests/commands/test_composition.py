@@ -14,8 +14,9 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from vitscope import exits
-from vitscope.commands import analyze, report, train, trial
+from vitscope.commands import analyze, report, train
 from vitscope.config import composition, loading, target_allowlist
+from vitscope.reproduce import trial
 from vitscope.runtime.errors import ConfigError
 
 PROOF = "a command of the configuration ran"

@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 
 from tests.reports.conftest import CARD, curve, spectrum, write_run
-from vitscope import exits, reproduction
+from vitscope import exits
 from vitscope.commands import reproduce
-from vitscope.commands.trial import Outcome
-from vitscope.reproduction import Trial
+from vitscope.reproduce import plan as reproduction
+from vitscope.reproduce.plan import Trial
+from vitscope.reproduce.trial import Outcome
 from vitscope.runtime import stop_flag
 from vitscope.runtime.errors import ConfigError, DataError
 

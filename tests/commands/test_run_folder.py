@@ -16,7 +16,7 @@ from tests.commands.test_kill_points import Killed
 from tests.commands.test_train import losses, pytestmark  # noqa: F401 (the same libraries warn)
 from vitscope import exits
 from vitscope.analyses import runner
-from vitscope.commands import trial
+from vitscope.reproduce import trial
 from vitscope.runs import checkpoint_io, run_lock
 from vitscope.runs.run_dir import Run
 from vitscope.training import diagnostics_callback

@@ -15,8 +15,8 @@ from tests.commands.test_train import losses, only_run, pytestmark  # noqa: F401
 from tests.reports.conftest import curve, spectrum, write_run
 from vitscope import exits
 from vitscope.commands import report, reproduce
-from vitscope.commands.trial import Outcome
 from vitscope.reports import drawing
+from vitscope.reproduce.trial import Outcome
 from vitscope.runs import checkpoint_io
 from vitscope.runs.wandb_mirror import Mirror
 from vitscope.runtime import stop_flag

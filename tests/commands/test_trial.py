@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from vitscope import reproduction
 from vitscope.analyses import runner
 from vitscope.commands import reproduce
-from vitscope.commands.trial import composed, perform
 from vitscope.core.probe import Probe
-from vitscope.reproduction import Trial
+from vitscope.reproduce import plan as reproduction
+from vitscope.reproduce.plan import Trial
+from vitscope.reproduce.trial import composed, perform
 from vitscope.runs import checkpoint_io
 
 # libraries that warn about themselves
@@ -47,7 +47,7 @@ def test_trained_and_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     def forbidden(*_: object, **__: object) -> None:
         raise AssertionError("measured or trained again")
 
-    monkeypatch.setattr("vitscope.commands.trial.train", forbidden)
+    monkeypatch.setattr("vitscope.reproduce.trial.train", forbidden)
     monkeypatch.setattr(runner, "_measured", forbidden)
     assert perform(trial, tmp_path) == first
 

@@ -13,14 +13,14 @@ import yaml
 from omegaconf import OmegaConf
 
 from tests.reports.conftest import CARD
-from vitscope import reproduction
-from vitscope.commands.trial import composed
 from vitscope.config import loading, model_facts
 from vitscope.reports import evidence, verdicts
 from vitscope.reports.costs import Costs
 from vitscope.reports.effects import Bench
 from vitscope.reports.evidence import Measured
 from vitscope.reports.selection import Selection
+from vitscope.reproduce import plan
+from vitscope.reproduce.trial import composed
 from vitscope.runs import run_dir
 from vitscope.runs.metrics_log import Journal
 from vitscope.runs.run_dir import Run
@@ -81,7 +81,7 @@ def write(cfg: dict[str, Any], tags: tuple[str, ...], analyses: dict[str, Any], 
 )
 def test_no_part_of_a_claim_goes_without(profile: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Measured, "load", lambda self: SimpleNamespace(reference="initial"))
-    for trial in reproduction.target("table-claims", reproduction.read(), profile).trials:
+    for trial in plan.target("table-claims", plan.read(), profile).trials:
         if "seed=0" not in trial.overrides:
             continue
         composition = composed(trial, tmp_path)

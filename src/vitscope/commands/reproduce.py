@@ -9,10 +9,11 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from vitscope import exits, reproduction
-from vitscope.commands.trial import Outcome, perform
+from vitscope import exits
 from vitscope.config import loading
-from vitscope.reproduction import Target, Trial
+from vitscope.reproduce import plan as reproduction
+from vitscope.reproduce.plan import Target, Trial
+from vitscope.reproduce.trial import Outcome, perform
 from vitscope.runtime import stop_flag
 from vitscope.runtime.errors import ConfigError, DataError
 from vitscope.runtime.stop_flag import Interrupted
@@ -67,7 +68,7 @@ def reproduce(names: Sequence[str], profile: str, seeds: int, root: Path, out: P
         DataError: numbers or figures are missing; each is named on stderr.
         Interrupted: a stop was asked for; what was finished is kept.
     """
-    from vitscope.reports import targets as drawing
+    from vitscope.reproduce import draw as drawing
 
     plan = reproduction.read()
     chosen = [reproduction.target(name, plan, profile, seeds) for name in reproduction.select(names, plan)]

@@ -18,7 +18,7 @@ from vitscope.analyses.runner import Place
 from vitscope.commands.train import train
 from vitscope.config import composition, factories, loading
 from vitscope.reports.selection import undefined
-from vitscope.reproduction import Trial
+from vitscope.reproduce.plan import Trial
 from vitscope.runs import checkpoint_io, run_dir
 from vitscope.runs.run_dir import Run
 from vitscope.runtime.errors import CheckpointError, VitscopeError

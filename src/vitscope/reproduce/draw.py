@@ -27,7 +27,7 @@ from vitscope.reports.effects import Bench
 from vitscope.reports.evidence import Entry
 from vitscope.reports.panels import Panel
 from vitscope.reports.selection import Selection
-from vitscope.reproduction import Drawing, Relation, Target
+from vitscope.reproduce.plan import Drawing, Relation, Target
 from vitscope.runs import run_dir
 
 

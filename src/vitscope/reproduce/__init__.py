@@ -1,0 +1,1 @@
+"""Reproduction of the paper's figures and tables: plan, trials and drawing."""
