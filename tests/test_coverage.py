@@ -24,7 +24,7 @@ from vitscope.diagnostics.hessian import _nep_statistics
 from vitscope.diagnostics.hessian.hessian_trace import LEAST_VECTORS, HessianTraceResult
 from vitscope.diagnostics.hessian.spectral_density import half_width, positive_interval
 from vitscope.diagnostics.landscape._lines import t_half_width
-from vitscope.reports.factors import QUANTITIES, _Reader
+from vitscope.reports.claims.factorial_analysis import QUANTITIES, _Reader
 from vitscope.stats.intervals import (
     LEAST_EVENTS,
     LEAST_IMAGES,

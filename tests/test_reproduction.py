@@ -10,7 +10,7 @@ import pytest
 from vitscope.analyses import runner
 from vitscope.config import loading
 from vitscope.config.validation import validate
-from vitscope.reports.tables import TABLES
+from vitscope.reports.tables.headline_tables import TABLES
 from vitscope.reproduce import plan
 from vitscope.reproduce.trial import composed
 from vitscope.runtime.errors import ConfigError

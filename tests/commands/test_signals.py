@@ -15,7 +15,7 @@ from tests.commands.test_train import losses, only_run, pytestmark  # noqa: F401
 from tests.reports.conftest import curve, spectrum, write_run
 from vitscope import exits
 from vitscope.commands import report, reproduce
-from vitscope.reports import drawing
+from vitscope.reports.figures import figure_worker
 from vitscope.reproduce.trial import Outcome
 from vitscope.runs import checkpoint_io
 from vitscope.runs.wandb_mirror import Mirror
@@ -136,15 +136,15 @@ def test_report(
 ) -> None:
     for model in ("vit", "pit"):
         write_run(tmp_path / "runs", model, measured={"hessian": spectrum(), "slice": curve()})
-    draw = drawing.draw
+    draw = figure_worker.draw
     drawn = []
 
-    def signalled(job: drawing.Job) -> drawing.Picture:
+    def signalled(job: figure_worker.Job) -> figure_worker.Picture:
         drawn.append(job)
         os.kill(os.getpid(), signum)
         return draw(job)
 
-    monkeypatch.setattr(drawing, "draw", signalled)
+    monkeypatch.setattr(figure_worker, "draw", signalled)
     monkeypatch.setattr(sys, "argv", ["report.py", f"paths.runs={tmp_path}/runs", f"paths.figures={tmp_path}/figures"])
     assert exits.code_of(report._command) == CODES[signal.Signals(signum)]
     assert len(drawn) == 1, "it went on to the next figure"

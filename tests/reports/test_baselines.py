@@ -4,12 +4,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tests.reports.conftest import curve, other_card
-from vitscope.reports import baselines, drawing, evidence, figures
+from vitscope.reports import run_index
+from vitscope.reports.figures import figure_captions, figure_worker
+from vitscope.reports.tables import baselines
 from vitscope.runs import run_dir
 
 
-def collect(root: Path) -> list[evidence.Entry]:
-    return evidence.collect(run_dir.every(root / "runs"))
+def collect(root: Path) -> list[run_index.Entry]:
+    return run_index.collect(run_dir.every(root / "runs"))
 
 
 def test_a_model_stands_beside_its_initialisation_and_random_labels(make_run: Callable, tmp_path: Path) -> None:
@@ -23,7 +25,7 @@ def test_a_model_stands_beside_its_initialisation_and_random_labels(make_run: Ca
     assert [c.label for c in panel.curves] == ["trained", "at initialisation", "trained on random labels"]
     assert [(c.entry.seed, len(c.others)) for c in panel.curves] == [(0, 1), (0, 1), (0, 0)]
     assert panel.curves[2].entry.id == random.id
-    picture = drawing.draw(figures.job(panel, tmp_path / "figures"))
+    picture = figure_worker.draw(figure_captions.job(panel, tmp_path / "figures"))
     assert picture.problem == ""
     assert picture.labels == ("trained", "at initialisation", "trained on random labels")
 

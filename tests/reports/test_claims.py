@@ -14,16 +14,17 @@ import pytest
 
 from tests.reports.conftest import CARD, curve, other_card, rise, spectrum
 from vitscope.diagnostics.fourier.branch_transfer import BranchTransferResult
-from vitscope.reports import comparisons, evidence, verdicts
-from vitscope.reports.claims import CLAIMS
-from vitscope.reports.controls import flattening
-from vitscope.reports.costs import Cost, Costs
-from vitscope.reports.effects import Bench, Effect, balanced, plainest
-from vitscope.reports.evidence import Entry
-from vitscope.reports.selection import Selection
+from vitscope.reports import run_index
+from vitscope.reports.claims import claim_statistics, claim_verdicts
+from vitscope.reports.claims.claims import CLAIMS
+from vitscope.reports.claims.effect_sizes import Bench, Effect, balanced, plainest
+from vitscope.reports.claims.matched_controls import flattening
+from vitscope.reports.model_costs import Cost, Costs
+from vitscope.reports.run_index import Entry
+from vitscope.reports.value_lookup import Selection
 from vitscope.runs import run_dir
 
-SPECTRUM = comparisons.SPECTRUM
+SPECTRUM = claim_statistics.SPECTRUM
 SEEDS = range(5)
 
 
@@ -37,7 +38,7 @@ class Given(Costs):
 
 
 def bench(root: Path) -> Bench:
-    return Bench(Selection(evidence.collect(run_dir.every(root / "runs"))), Given())
+    return Bench(Selection(run_index.collect(run_dir.every(root / "runs"))), Given())
 
 
 def write_scalars(run: run_dir.Run, measure: str, scalars: Mapping[str, float], **card: Any) -> None:
@@ -110,7 +111,7 @@ def test_the_trend_over_bias_is_the_least_squares_slope(make_run: Callable, tmp_
         for model, nep in neps.items():
             make_run(model, seed, measured={"hessian": spectrum(nep + 0.01 * seed * (model == "vit"))})
     make_run("vit", 0, model__pool="gap", measured={"hessian": spectrum(0.9)})  # not the plainest
-    found = comparisons.bias_trend(bench(tmp_path))
+    found = claim_statistics.bias_trend(bench(tmp_path))
     slopes = {s: np.polyfit(range(4), [0.5 + 0.01 * s, 0.3, 0.2, 0.0], 1)[0] for s in (0, 1)}
     assert found.values == pytest.approx(slopes, rel=1e-9)
     assert found.blocked == ""
@@ -120,7 +121,7 @@ def test_the_trend_over_bias_is_the_least_squares_slope(make_run: Callable, tmp_
 def test_a_trend_whose_means_turn_supports_nothing(make_run: Callable, tmp_path: Path) -> None:
     for model, nep in {"vit": 0.5, "pit": 0.1, "swin": 0.2, "convnet": 0.0}.items():
         make_run(model, measured={"hessian": spectrum(nep)})
-    assert comparisons.bias_trend(bench(tmp_path)).blocked == "the means are not monotone"
+    assert claim_statistics.bias_trend(bench(tmp_path)).blocked == "the means are not monotone"
 
 
 def test_kernels_go_from_local_to_global(make_run: Callable, tmp_path: Path) -> None:
@@ -128,10 +129,10 @@ def test_kernels_go_from_local_to_global(make_run: Callable, tmp_path: Path) -> 
         metrics = {"test/accuracy": accuracy}
         make_run("convit", model__kernel_size=kernel, measured={"hessian": spectrum(nep)}, metrics=metrics)
     b = bench(tmp_path)
-    assert comparisons.kernel_trend(b).values == pytest.approx({0: 0.15}, rel=1e-9)
+    assert claim_statistics.kernel_trend(b).values == pytest.approx({0: 0.15}, rel=1e-9)
     read = b.metric("test/accuracy")
-    assert comparisons.kernel_difference(b, read, 5, "").values == pytest.approx({0: 0.15}, rel=1e-9)
-    assert comparisons.kernel_difference(b, read, 7, "").lacking == "convit with kernel_size 7 and global"
+    assert claim_statistics.kernel_difference(b, read, 5, "").values == pytest.approx({0: 0.15}, rel=1e-9)
+    assert claim_statistics.kernel_difference(b, read, 7, "").lacking == "convit with kernel_size 7 and global"
 
 
 def test_the_trend_over_data_keeps_epochs_or_steps_fixed(make_run: Callable, tmp_path: Path) -> None:
@@ -142,13 +143,13 @@ def test_the_trend_over_data_keeps_epochs_or_steps_fixed(make_run: Callable, tmp
         make_run("vit", data__fraction=fraction, measured=measured, metrics={"test/accuracy": 0.5 + fraction / 10})
         make_run("vit", data__fraction=fraction, trainer__max_steps=100, measured={"hessian": spectrum(0.3, card=card)})
     b = bench(tmp_path)
-    fixed_epochs = comparisons.data_trend(b, b.scalar(*comparisons.NEP), -1, fixed="epochs", what="hessian")
+    fixed_epochs = claim_statistics.data_trend(b, b.scalar(*claim_statistics.NEP), -1, fixed="epochs", what="hessian")
     assert fixed_epochs.values == pytest.approx({0: -0.05 / math.log(10)}, rel=1e-9)
-    fixed_steps = comparisons.data_trend(b, b.scalar(*comparisons.NEP), -1, fixed="steps", what="hessian")
+    fixed_steps = claim_statistics.data_trend(b, b.scalar(*claim_statistics.NEP), -1, fixed="steps", what="hessian")
     assert fixed_steps.values == pytest.approx({0: 0.0}, abs=1e-12)
-    error = comparisons.data_trend(b, comparisons.test_error(b), -1, fixed="epochs", what="accuracy")
+    error = claim_statistics.data_trend(b, claim_statistics.test_error(b), -1, fixed="epochs", what="accuracy")
     assert error.values[0] < 0
-    nll = comparisons.data_trend(b, comparisons.training_nll(b), -1, fixed="epochs", what="slice")
+    nll = claim_statistics.data_trend(b, claim_statistics.training_nll(b), -1, fixed="epochs", what="slice")
     assert nll.values == pytest.approx({0: 0.0}, abs=1e-12)
 
 
@@ -162,7 +163,7 @@ def test_kinds_are_averaged_over_models_that_share_their_seeds(make_run: Callabl
         write_scalars(uniform, "feature_map_variance", {"log_variance_ratio_msa": 7.0})
         random = make_run("vit", seed, data__random_labels=True)
         write_scalars(random, "feature_map_variance", {"log_variance_ratio_msa": 5.0})
-    found = comparisons.by_kind(bench(tmp_path), "feature_map_variance", "log_variance_ratio_msa")
+    found = claim_statistics.by_kind(bench(tmp_path), "feature_map_variance", "log_variance_ratio_msa")
     assert found.values == pytest.approx({0: -0.3, 1: 0.7}, rel=1e-9)
     assert balanced([]) == {}
 
@@ -178,7 +179,7 @@ def test_branch_transfer_counts_only_beside_the_initial_model(make_run: Callable
     make_run("vit", 0, measured={"branch_transfer": trained})
     make_run("vit", 1, measured={"branch_transfer": dataclasses.replace(trained, reference="none")})
     b = bench(tmp_path)
-    found = comparisons.by_kind(b, "branch_transfer", "contrast_msa", comparisons.minus_initial(b))
+    found = claim_statistics.by_kind(b, "branch_transfer", "contrast_msa", claim_statistics.minus_initial(b))
     assert found.values == {0: -0.5}
 
 
@@ -187,7 +188,7 @@ def test_noise_is_relative_to_what_there_was_to_lose(make_run: Callable, tmp_pat
     for model, contrast, clean in (("vit", 0.1, 0.5), ("convnet", -0.2, 0.6)):
         scalars = {"high_minus_low": contrast, "clean_accuracy": clean}
         write_scalars(make_run(model), "frequency_noise_robustness", scalars, **equal)
-    found = comparisons.noise_interaction(bench(tmp_path))
+    found = claim_statistics.noise_interaction(bench(tmp_path))
     chance = 1 / 16
     assert found.values == pytest.approx({0: -0.1 / (0.5 - chance) - 0.2 / (0.6 - chance)}, rel=1e-12)
 
@@ -196,13 +197,13 @@ def test_the_official_noise_decides_nothing(make_run: Callable, tmp_path: Path) 
     for model in ("vit", "convnet"):
         scalars = {"high_minus_low": 0.1, "clean_accuracy": 0.5}
         write_scalars(make_run(model), "frequency_noise_robustness", scalars, solver={"construction": "official"})
-    assert comparisons.noise_interaction(bench(tmp_path)).values == {}
+    assert claim_statistics.noise_interaction(bench(tmp_path)).values == {}
 
 
 def test_placements_are_compared_at_equal_parameters(make_run: Callable, tmp_path: Path) -> None:
     for where, accuracy in (("stage_end", 0.6), ("stage_start", 0.5), ("late", 0.4)):
         make_run("alternet", model__placement=where, metrics={"test/accuracy": accuracy})
-    found = comparisons.placement(bench(tmp_path))
+    found = claim_statistics.placement(bench(tmp_path))
     assert found.values == pytest.approx({0: 0.15}, rel=1e-12)  # mean of 0.1 and 0.2
 
 
@@ -214,12 +215,12 @@ def test_winners_are_chosen_on_validation_and_need_two_recipes(make_run: Callabl
     one("alternet", 0.2, 0.5, 0.99)  # better on test images, which do not choose
     one("convnet", 0.1, 0.4, 0.41)
     b = bench(tmp_path)
-    found = comparisons.winner(b, comparisons.CNNS, b.metric("test/accuracy"), "test accuracy")
+    found = claim_statistics.winner(b, claim_statistics.CNNS, b.metric("test/accuracy"), "test accuracy")
     assert found.values == pytest.approx({0: 0.2}, rel=1e-12)
     assert found.blocked == "not each at its best recipe: 2 and 1 tried"
     one("convnet", 0.2, 0.3, 0.5)
     b = bench(tmp_path)
-    assert comparisons.winner(b, comparisons.CNNS, b.metric("test/accuracy"), "test accuracy").blocked == ""
+    assert claim_statistics.winner(b, claim_statistics.CNNS, b.metric("test/accuracy"), "test accuracy").blocked == ""
 
 
 def test_the_plainest_model_has_the_fewest_changed_options(make_run: Callable, tmp_path: Path) -> None:
@@ -238,7 +239,7 @@ def test_a_verdict_follows_the_numbers(make_run: Callable, tmp_path: Path, sign:
             scalars = {"high_minus_low": sign * (contrast + 0.01 * seed * contrast), "clean_accuracy": 0.5}
             run = make_run(model, seed)
             write_scalars(run, "frequency_noise_robustness", scalars, solver={"construction": "equal_rms"})
-    judged = verdicts.judge(bench(tmp_path), [c for c in CLAIMS if c.name == "noise_bands"])
+    judged = claim_verdicts.judge(bench(tmp_path), [c for c in CLAIMS if c.name == "noise_bands"])
     assert [j.verdict for j in judged] == [verdict]
 
 
@@ -262,14 +263,14 @@ def test_spectra_of_other_conditions_are_never_set_against_each_other(
         make_run("convnet", seed, measured={"hessian": spectrum(ape=200.0, card=other)})
         make_run("alternet", seed, measured={"hessian": spectrum(ape=100.0 + seed, card=card)})
     (claim,) = [c for c in CLAIMS if c.name == "msa_flattens"]
-    (judged,) = verdicts.judge(bench(tmp_path), [claim])
+    (judged,) = claim_verdicts.judge(bench(tmp_path), [claim])
     finding = judged.findings[0]
-    assert finding.verdict == verdicts.NOT_MEASURED
+    assert finding.verdict == claim_verdicts.NOT_MEASURED
     assert f"measured otherwise: {key}, most runs" in finding.reason
     assert "(5 left out)" in finding.reason
     asked = bench(tmp_path)
     asked.selection.allow_different = True
-    (judged,) = verdicts.judge(asked, [claim])
+    (judged,) = claim_verdicts.judge(asked, [claim])
     assert len(judged.findings[0].effect.values) == 5
 
 
@@ -283,6 +284,6 @@ def test_runs_of_another_comparison_do_not_decide_under_which_conditions_this_on
         make_run("alternet", seed, measured={"hessian": spectrum(ape=100.0 + seed)})
         make_run("convnet", seed, measured={"hessian": spectrum(ape=200.0)})
     (claim,) = [c for c in CLAIMS if c.name == "msa_flattens"]
-    (judged,) = verdicts.judge(bench(tmp_path), [claim])
+    (judged,) = claim_verdicts.judge(bench(tmp_path), [claim])
     assert len(judged.findings[0].effect.values) == 5
     assert judged.findings[0].effect.refused == ""

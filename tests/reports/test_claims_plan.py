@@ -14,11 +14,12 @@ from omegaconf import OmegaConf
 
 from tests.reports.conftest import CARD
 from vitscope.config import loading, model_facts
-from vitscope.reports import evidence, verdicts
-from vitscope.reports.costs import Costs
-from vitscope.reports.effects import Bench
-from vitscope.reports.evidence import Measured
-from vitscope.reports.selection import Selection
+from vitscope.reports import run_index
+from vitscope.reports.claims import claim_verdicts
+from vitscope.reports.claims.effect_sizes import Bench
+from vitscope.reports.model_costs import Costs
+from vitscope.reports.run_index import Measured
+from vitscope.reports.value_lookup import Selection
 from vitscope.reproduce import plan
 from vitscope.reproduce.trial import composed
 from vitscope.runs import run_dir
@@ -88,10 +89,10 @@ def test_no_part_of_a_claim_goes_without(profile: str, tmp_path: Path, monkeypat
         folder = tmp_path / loading.config_hash(composition)  # a run that several trials share is trained once
         cfg: Any = loading.plain(composition)
         write(cfg, trial.tags, cfg.pop("analysis"), folder, IMAGES[profile])
-    found = Selection(evidence.collect(run_dir.every(tmp_path)))
+    found = Selection(run_index.collect(run_dir.every(tmp_path)))
     lacking = {
         f"{judged.claim.name}: {finding.part.name}": finding.reason
-        for judged in verdicts.judge(Bench(found, Costs()))
+        for judged in claim_verdicts.judge(Bench(found, Costs()))
         for finding in judged.findings
         if finding.interval is None
     }

@@ -10,8 +10,8 @@ from torch import nn
 
 from tests.reports.conftest import configuration
 from vitscope.config import factories, loading, model_facts
-from vitscope.reports import evidence
-from vitscope.reports.costs import Cost, Costs, count
+from vitscope.reports import run_index
+from vitscope.reports.model_costs import Cost, Costs, count
 from vitscope.runs import run_dir
 
 
@@ -68,6 +68,6 @@ def test_a_report_reads_costs_from_provenance(
     monkeypatch.setattr(factories, "model", built)
     monkeypatch.setattr(loading, "instantiate", built)
     make_run("vit", facts={"model": noted}, model___target_="vitscope.models.timm_model", model__name="local-dir:x")
-    (entry,) = evidence.collect(run_dir.every(tmp_path / "runs"))
+    (entry,) = run_index.collect(run_dir.every(tmp_path / "runs"))
     assert Costs().of(entry) == cost
     assert entry.kin == "local-dir:x"

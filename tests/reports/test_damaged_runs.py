@@ -15,7 +15,7 @@ import yaml
 from tests.reports.conftest import curve, spectrum, write_run
 from vitscope import exits
 from vitscope.commands import report
-from vitscope.reports import evidence
+from vitscope.reports import run_index
 from vitscope.runs import run_dir
 from vitscope.runs.run_dir import Run
 
@@ -154,12 +154,12 @@ def test_every_damaged_folder_is_named_and_left_out(
 def test_one_by_one(damaged: dict[str, Run], tmp_path: Path) -> None:
     """Each kind alone, and without a list to note it in the first error is raised."""
     for kind, run in damaged.items():
-        noted: list[evidence.Damage] = []
-        entries = evidence.collect([run], noted)
+        noted: list[run_index.Damage] = []
+        entries = run_index.collect([run], noted)
         assert (len(entries), len(noted)) == (0, 1), kind
         assert "\n" not in str(noted[0])
     with pytest.raises(Exception, match="damaged|mapping"):
-        evidence.collect([damaged["list config.yaml"]])
+        run_index.collect([damaged["list config.yaml"]])
 
 
 def test_a_damaged_array_costs_its_figure(

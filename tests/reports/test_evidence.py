@@ -9,8 +9,8 @@ import pytest
 
 from tests.reports.conftest import CARD, curve, other_card, rise, spectrum
 from vitscope.core.objective_card import check_comparable
-from vitscope.reports import evidence
-from vitscope.reports.selection import Selection
+from vitscope.reports import run_index
+from vitscope.reports.value_lookup import Selection
 from vitscope.runs import run_dir
 from vitscope.runs.metrics_log import Journal
 from vitscope.runtime.errors import StorageError
@@ -18,8 +18,8 @@ from vitscope.runtime.errors import StorageError
 SPECTRUM, NEP = "hessian_max_eigenvalue_spectrum", "negative_eigenvalue_proportion"
 
 
-def collect(root: Path) -> list[evidence.Entry]:
-    return evidence.collect(run_dir.every(root / "runs"))
+def collect(root: Path) -> list[run_index.Entry]:
+    return run_index.collect(run_dir.every(root / "runs"))
 
 
 def test_what_a_run_left_behind_is_read(make_run: Callable, tmp_path: Path) -> None:
@@ -47,7 +47,7 @@ def test_a_null_metric_is_not_hidden_by_an_earlier_number(make_run: Callable, tm
 
 
 def test_long_curves_are_thinned_to_means() -> None:
-    xs, ys = evidence._thinned([float(i) for i in range(240)], [float(i % 2) for i in range(240)])
+    xs, ys = run_index._thinned([float(i) for i in range(240)], [float(i % 2) for i in range(240)])
     assert len(xs) == 120
     assert set(ys) == {0.5}
     assert xs[0] == 1

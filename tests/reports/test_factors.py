@@ -16,8 +16,11 @@ from tests.reports.conftest import CARD, other_card, rise, spectrum
 from vitscope.config import loading
 from vitscope.diagnostics.landscape.loss_landscape import LossLandscapeResult
 from vitscope.diagnostics.landscape.sharpness import SharpnessResult
-from vitscope.reports import evidence, factor_tables, factors, factors_figure
-from vitscope.reports.selection import Selection
+from vitscope.reports import run_index
+from vitscope.reports.claims import factorial_analysis
+from vitscope.reports.figures import factorial_figure
+from vitscope.reports.tables import factorial_tables
+from vitscope.reports.value_lookup import Selection
 from vitscope.runs import run_dir
 
 PAIRS = np.array([-0.3, 0.1, 0.2])  # what each pair of directions adds everywhere
@@ -71,13 +74,13 @@ def write(make_run: Callable, seeds: int = 1, shift: float = 0.0, change: Callab
                 make_run(model, seed, objective=node, measured=measured)
 
 
-def answer(tmp_path: Path) -> factors.Answer:
-    found = factors.answer(Selection(evidence.collect(run_dir.every(tmp_path / "runs"))))
+def answer(tmp_path: Path) -> factorial_analysis.Answer:
+    found = factorial_analysis.answer(Selection(run_index.collect(run_dir.every(tmp_path / "runs"))))
     assert found is not None
     return found
 
 
-def effects(found: factors.Answer, quantity: str, l2: str) -> dict[str, factors.Effect]:
+def effects(found: factorial_analysis.Answer, quantity: str, l2: str) -> dict[str, factorial_analysis.Effect]:
     return {e.factor: e for e in found.effects if (e.quantity, e.l2) == (quantity, l2)}
 
 
@@ -87,11 +90,11 @@ def test_effects_are_the_factors_that_made_the_numbers(make_run: Callable, tmp_p
     assert found.problems == ()
     by = effects(found, "rise", "half_sq")
     # differences: 1, 0, -2, -3 for the NLL over (weak, strong) x (clean, augmented), -0.01 with the L2 term
-    assert [by[f].difference.mean for f in factors.FACTORS] == pytest.approx([-3.0, -1.0, -0.01], abs=1e-12)
+    assert [by[f].difference.mean for f in factorial_analysis.FACTORS] == pytest.approx([-3.0, -1.0, -0.01], abs=1e-12)
     assert by["training"].vit.mean == pytest.approx(-3)
     assert by["training"].convnet.mean == pytest.approx(0, abs=1e-12)
     assert by["objective"].convnet.mean == pytest.approx(0.02)
-    shares = [by[f].share for f in factors.FACTORS]
+    shares = [by[f].share for f in factorial_analysis.FACTORS]
     assert shares == pytest.approx(np.array([9, 1, 1e-4]) / 10.0001)  # additive: no interaction
     # the switch of the training turns +1 into -2 and, with the L2 term, +.99 into -2.01; 0 has no sign to flip
     assert by["training"].flips == 2
@@ -180,26 +183,26 @@ def test_what_is_saturated_is_said_and_what_is_missing_named(make_run: Callable,
     assert not any("sharpness" in s or "rise" in s for s in said)  # by its definition: nothing is wrong
     assert [c[:2] for q, c in found.undefined if q == "rise"] == [("weak", "augmented")] * 3  # three objectives
     assert sum("hessian (not measured at end)" in s for s in said) == 1
-    tables = {t.name: t for t in factor_tables.tables(found)}
+    tables = {t.name: t for t in factorial_tables.tables(found)}
     assert any(cell.problem == "missing" for row in tables["conditions"].rows for cell in row)
     assert any(cell.text == "saturated" and not cell.problem for row in tables["factors"].rows for cell in row)
     assert not any(cell.problem == "failed" for table in tables.values() for row in table.rows for cell in row)
-    factors_figure.draw(found).draw_without_rendering()
+    factorial_figure.draw(found).draw_without_rendering()
 
 
 def test_without_the_four_trainings_there_is_no_answer(make_run: Callable, tmp_path: Path) -> None:
     make_run("vit")
-    selection = Selection(evidence.collect(run_dir.every(tmp_path / "runs")))
-    assert factors.answer(selection) is None
-    made = factor_tables.made(selection, tmp_path)
+    selection = Selection(run_index.collect(run_dir.every(tmp_path / "runs")))
+    assert factorial_analysis.answer(selection) is None
+    made = factorial_tables.made(selection, tmp_path)
     assert not made["factors"].rows
     assert "landscape-objective" in str(made["factors"].problems[0])
 
 
 def test_tables_and_figure_say_who_and_why(make_run: Callable, tmp_path: Path) -> None:
     write(make_run)
-    selection = Selection(evidence.collect(run_dir.every(tmp_path / "runs")))
-    made = factor_tables.made(selection, tmp_path / "figures")
+    selection = Selection(run_index.collect(run_dir.every(tmp_path / "runs")))
+    made = factorial_tables.made(selection, tmp_path / "figures")
     texts = [[cell.text for cell in row] for row in made["conditions"].rows]
     assert len(texts) == 12
     assert texts[0][:5] == ["weak, clean, NLL", "5.00 ± 0.66", "6.00 ± 0.66", "1", "ConvNet ?"]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from vitscope.reports.cells import Cell, Table, frame, shown
+from vitscope.reports.tables.table import Cell, Table, frame, shown
 from vitscope.stats.t_tests import Interval, holm, t_interval
 
 

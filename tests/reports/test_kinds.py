@@ -12,8 +12,8 @@ from omegaconf import OmegaConf
 from tests.reports.conftest import configuration, spectrum
 from tests.reports.test_claims import bench
 from vitscope.config import model_facts
-from vitscope.reports import comparisons
-from vitscope.reports.kinds import kin
+from vitscope.reports.claims import claim_statistics
+from vitscope.reports.model_family import kin
 
 
 def timm(name: str, image_size: int = 224) -> dict:
@@ -60,6 +60,6 @@ def test_claims_count_timm_models(make_run: Callable, tmp_path: Path) -> None:
         facts = {"model": model_facts.of_model(OmegaConf.create(timm(name)))}
         run = make_run("vit", measured={"hessian": spectrum(nep)}, facts=facts)
         (run.path / "config.yaml").write_text(yaml.safe_dump(timm(name)))
-    found = comparisons.bias_trend(bench(tmp_path))
+    found = claim_statistics.bias_trend(bench(tmp_path))
     assert found.values == pytest.approx({0: -0.2}, rel=1e-9)
     assert found.compared.startswith("vit_tiny_patch16_224")

@@ -17,10 +17,13 @@ import pytest
 
 from tests.reports.conftest import CARD, curve, other_card, rise, spectrum, write_run
 from vitscope.diagnostics.landscape.loss_landscape import LossLandscapeResult
-from vitscope.reports import drawing, evidence, figures, page, panels, tables, verdicts
-from vitscope.reports.costs import Cost, Costs
-from vitscope.reports.effects import Bench
-from vitscope.reports.selection import Selection
+from vitscope.reports import run_index
+from vitscope.reports.claims import claim_verdicts
+from vitscope.reports.claims.effect_sizes import Bench
+from vitscope.reports.figures import figure_captions, figure_plan, figure_worker, html_page
+from vitscope.reports.model_costs import Cost, Costs
+from vitscope.reports.tables import headline_tables
+from vitscope.reports.value_lookup import Selection
 from vitscope.runs import run_dir
 
 CHROMIUM = next((p for p in map(shutil.which, ("chromium", "chromium-browser", "google-chrome")) if p), None)
@@ -28,7 +31,7 @@ HOSTILE = "</script><script>alert(1)</script><b>&amp;"
 
 
 class Given(Costs):
-    def of(self, entry: evidence.Entry) -> Cost:
+    def of(self, entry: run_index.Entry) -> Cost:
         return Cost(1_000_000, 2_000_000)
 
 
@@ -106,15 +109,17 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def build(root: Path) -> Path:
-    entries = evidence.collect(run_dir.every(root / "runs"))
+    entries = run_index.collect(run_dir.every(root / "runs"))
     selection = Selection(entries)
-    made = {name: tables.build(name, selection, Given()) for name in tables.TABLES}
-    judged = verdicts.judge(Bench(selection, Given()))
-    made["claims"] = verdicts.table(judged)
-    chosen = panels.panels(entries)
-    drawn = [figures.drawn(panel, drawing.draw(figures.job(panel, root / "out"))) for panel in chosen]
+    made = {name: headline_tables.build(name, selection, Given()) for name in headline_tables.TABLES}
+    judged = claim_verdicts.judge(Bench(selection, Given()))
+    made["claims"] = claim_verdicts.table(judged)
+    chosen = figure_plan.panels(entries)
+    drawn = [
+        figure_captions.drawn(panel, figure_worker.draw(figure_captions.job(panel, root / "out"))) for panel in chosen
+    ]
     problems = [p for table in made.values() for p in table.problems]
-    return page.write(root / "out" / "report.html", entries, made, judged, drawn, problems)
+    return html_page.write(root / "out" / "report.html", entries, made, judged, drawn, problems)
 
 
 def test_the_page_stands_alone_and_is_whole(written: Path) -> None:
@@ -170,7 +175,7 @@ def test_a_page_without_results_has_no_plotly_and_says_so(make_run: Callable, tm
 def test_runs_are_compared_in_what_differs(make_run: Callable, tmp_path: Path) -> None:
     make_run("vit", 0, optimizer__lr=0.1)
     make_run("vit", 1, optimizer__lr=0.2)
-    found = page.comparison(evidence.collect(run_dir.every(tmp_path / "runs")))
+    found = html_page.comparison(run_index.collect(run_dir.every(tmp_path / "runs")))
     assert found["keys"] == ["optimizer.lr", "seed"]
     assert [run["config"] for run in found["runs"]] == [
         {"optimizer.lr": 0.1, "seed": 0},

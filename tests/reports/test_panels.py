@@ -7,18 +7,19 @@ from pathlib import Path
 import pytest
 
 from tests.reports.conftest import curve, other_card, rise, spectrum
-from vitscope.reports import drawing, evidence, figures
-from vitscope.reports.panels import PER_FIGURE, Panel, absent, panels
+from vitscope.reports import run_index
+from vitscope.reports.figures import figure_captions, figure_worker
+from vitscope.reports.figures.figure_plan import PER_FIGURE, Panel, absent, panels
 from vitscope.runs import run_dir
 from vitscope.runtime.errors import StorageError
 
 
-def collect(root: Path) -> list[evidence.Entry]:
-    return evidence.collect(run_dir.every(root / "runs"))
+def collect(root: Path) -> list[run_index.Entry]:
+    return run_index.collect(run_dir.every(root / "runs"))
 
 
-def draw(panel: Panel, folder: Path, options: dict | None = None) -> figures.Drawn:
-    return figures.drawn(panel, drawing.draw(figures.job(panel, folder, options)))
+def draw(panel: Panel, folder: Path, options: dict | None = None) -> figure_captions.Drawn:
+    return figure_captions.drawn(panel, figure_worker.draw(figure_captions.job(panel, folder, options)))
 
 
 def test_seeds_share_a_curve_and_models_a_figure(make_run: Callable, tmp_path: Path) -> None:
@@ -93,11 +94,11 @@ def test_a_figure_is_drawn_with_its_numbers(make_run: Callable, tmp_path: Path) 
         "convnet-18",
         "vit-tiny",
     ]
-    heads, rows = figures.numbers(panel)
+    heads, rows = figure_captions.numbers(panel)
     assert heads == ["convnet-18", "vit-tiny"]
     texts = {row[0].text: [cell.text for cell in row[1:]] for row in rows}
     assert texts["nll_rise_at_ends"] == ["3", "1.5 ± 6.4"]  # (1 + 2) / 2 and 12.706 x 0.5
-    shared, differing = figures.common(panel.curves)
+    shared, differing = figure_captions.common(panel.curves)
     assert shared["data"] == "photos"
     assert differing == []
 
@@ -136,12 +137,12 @@ def test_what_a_figure_lacks_is_named(make_run: Callable, tmp_path: Path) -> Non
 
 def test_other_processes_draw_the_same(make_run: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_run("vit", measured={"slice": curve()})
-    jobs = [figures.job(p, tmp_path / "here") for p in panels(collect(tmp_path))]
-    away = [figures.job(p, tmp_path / "away") for p in panels(collect(tmp_path))]
-    with drawing.drawing(jobs) as finish:
+    jobs = [figure_captions.job(p, tmp_path / "here") for p in panels(collect(tmp_path))]
+    away = [figure_captions.job(p, tmp_path / "away") for p in panels(collect(tmp_path))]
+    with figure_worker.drawing(jobs) as finish:
         (here,) = finish()
-    monkeypatch.setattr(drawing, "MANY", 1)
-    with drawing.drawing(away) as finish:
+    monkeypatch.setattr(figure_worker, "MANY", 1)
+    with figure_worker.drawing(away) as finish:
         (there,) = finish()
     assert here.png is not None
     assert there.png is not None

@@ -9,10 +9,12 @@ import pandas as pd
 import pytest
 
 from tests.reports.conftest import other_card, rise, spectrum
-from vitscope.reports import cells, evidence, tables
-from vitscope.reports.costs import Cost, Costs
-from vitscope.reports.evidence import Entry
-from vitscope.reports.selection import Selection, Value
+from vitscope.reports import run_index
+from vitscope.reports.model_costs import Cost, Costs
+from vitscope.reports.run_index import Entry
+from vitscope.reports.tables import headline_tables
+from vitscope.reports.tables import table as cells
+from vitscope.reports.value_lookup import Selection, Value
 from vitscope.runs import run_dir
 from vitscope.stats.t_tests import t_interval
 
@@ -27,8 +29,8 @@ class Given(Costs):
 
 
 def build(root: Path, name: str = "models", **options: object) -> cells.Table:
-    selection = Selection(evidence.collect(run_dir.every(root / "runs")))
-    return tables.build(name, selection, Given(), **options)  # type: ignore[arg-type]
+    selection = Selection(run_index.collect(run_dir.every(root / "runs")))
+    return headline_tables.build(name, selection, Given(), **options)  # type: ignore[arg-type]
 
 
 def test_means_and_intervals_over_seeds(make_run: Callable, tmp_path: Path) -> None:
@@ -65,7 +67,7 @@ def test_what_is_missing_is_named_and_never_filled(make_run: Callable, tmp_path:
     assert rows["pit-tiny"]["parameters"].text == "failed"
     assert {rows["alternet"][key].text for key in table.ids[1:]} == {"missing"}
     lines = {str(p) for p in table.problems}
-    pit, vit = (next(e.id for e in evidence.collect(run_dir.every(tmp_path / "runs")) if e.family == f and e.seed == s)
+    pit, vit = (next(e.id for e in run_index.collect(run_dir.every(tmp_path / "runs")) if e.family == f and e.seed == s)
                 for f, s in (("pit", 0), ("vit", 1)))  # fmt: skip
     assert f"missing: run {vit}: {nep} (not measured at end)" in lines
     assert f"failed: run {pit}: test/nll (not finite)" in lines
@@ -94,7 +96,7 @@ def test_a_mean_of_no_positive_eigenvalue_is_no_failed_cell(make_run: Callable, 
     make_run("convnet", 0, measured={"hessian": spectrum(0.5, nan)})  # half of the values are positive: a failure
     table = build(tmp_path)
     assert [str(p) for p in table.problems] == [
-        f"failed: run {evidence.collect(run_dir.every(tmp_path / 'runs'))[0].id}: "
+        f"failed: run {run_index.collect(run_dir.every(tmp_path / 'runs'))[0].id}: "
         "hessian_max_eigenvalue_spectrum/average_positive_eigenvalue (not finite)"
     ]
     assert {row[0].text: row[-1].text for row in table.rows} == {"vit-tiny": "none positive", "convnet-18": "failed"}

@@ -6,11 +6,11 @@ from collections.abc import Mapping
 import pytest
 from scipy import stats
 
-from vitscope.reports import verdicts
-from vitscope.reports.claims import CLAIMS, Claim, Part
-from vitscope.reports.costs import Costs
-from vitscope.reports.effects import Bench, Effect
-from vitscope.reports.selection import Selection
+from vitscope.reports.claims import claim_verdicts
+from vitscope.reports.claims.claims import CLAIMS, Claim, Part
+from vitscope.reports.claims.effect_sizes import Bench, Effect
+from vitscope.reports.model_costs import Costs
+from vitscope.reports.value_lookup import Selection
 
 NOTHING = Bench(Selection([]), Costs())
 CLEAR = {0: 1.0, 1: 1.1, 2: 0.9, 3: 1.05, 4: 0.95}
@@ -26,8 +26,8 @@ def claim(*parts: Part, name: str = "x") -> Claim:
     return Claim(name, f"Statement {name}", "1", "statistic", "runs", parts)
 
 
-def judge(*parts: Part) -> verdicts.Judged:
-    (found,) = verdicts.judge(NOTHING, [claim(*parts)])
+def judge(*parts: Part) -> claim_verdicts.Judged:
+    (found,) = claim_verdicts.judge(NOTHING, [claim(*parts)])
     return found
 
 
@@ -87,18 +87,18 @@ def test_seeds_that_do_not_differ_give_no_interval_and_no_verdict(sign: int, noi
     assert found.verdict == "inconclusive"
     assert "do not differ" in found.reason
     assert math.isnan(found.p)
-    table = verdicts.table([found])
+    table = claim_verdicts.table([found])
     assert table.rows[1][3].text == "0.25 nats"  # the mean without brackets
     assert judge(part(CLEAR), part({seed: 0.25 + seed * noise for seed in range(5)})).verdict == "inconclusive"
 
 
 def test_the_correction_goes_over_the_claims_that_were_measured() -> None:
     weak = {0: 1.0, 1: 2.0, 2: 0.4, 3: 2.4, 4: 0.7}  # p = 0.026 alone
-    (alone,) = verdicts.judge(NOTHING, [claim(part(weak))])
+    (alone,) = claim_verdicts.judge(NOTHING, [claim(part(weak))])
     assert alone.verdict == "supported"
     assert alone.p == pytest.approx(stats.ttest_1samp(list(weak.values()), 0).pvalue)
     three = [claim(part(weak), name="a"), claim(part(UNCLEAR), name="b"), claim(part({}), name="c")]
-    first, second, third = verdicts.judge(NOTHING, three)
+    first, second, third = claim_verdicts.judge(NOTHING, three)
     assert first.p_holm == pytest.approx(2 * alone.p)
     assert first.verdict == "inconclusive"
     assert "correction" in first.reason
@@ -107,7 +107,7 @@ def test_the_correction_goes_over_the_claims_that_were_measured() -> None:
 
 
 def test_without_runs_every_claim_of_the_paper_is_not_measured() -> None:
-    found = verdicts.judge(NOTHING)
+    found = claim_verdicts.judge(NOTHING)
     assert [j.verdict for j in found] == ["not measured"] * len(CLAIMS)
     assert all(f.reason.startswith("needs ") for j in found for f in j.findings)
     assert len({c.name for c in CLAIMS}) == len(CLAIMS)
@@ -115,7 +115,9 @@ def test_without_runs_every_claim_of_the_paper_is_not_measured() -> None:
 
 
 def test_the_table_lists_parts_where_something_was_measured() -> None:
-    table = verdicts.table(verdicts.judge(NOTHING, [claim(part(CLEAR), name="a"), claim(part({}), name="b")]))
+    table = claim_verdicts.table(
+        claim_verdicts.judge(NOTHING, [claim(part(CLEAR), name="a"), claim(part({}), name="b")])
+    )
     texts = [[cell.text for cell in row] for row in table.rows]
     assert [row[0] for row in texts] == ["Statement a", "– " + part(CLEAR).name, "Statement b"]
     assert texts[1][3] == "1 [0.902, 1.1] nats"  # 2.776 x 0.0791 / 5**.5 = 0.098

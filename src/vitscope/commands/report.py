@@ -13,16 +13,20 @@ from omegaconf import DictConfig
 from vitscope import exits
 from vitscope.commands import overrides
 from vitscope.config import loading
-from vitscope.reports import baselines, cells, drawing, evidence, factor_tables, figures, page, panels, tables, verdicts
-from vitscope.reports.cells import Problem, Table
-from vitscope.reports.costs import Costs
-from vitscope.reports.effects import Bench
-from vitscope.reports.selection import Selection
+from vitscope.reports import run_index
+from vitscope.reports.claims import claim_verdicts
+from vitscope.reports.claims.effect_sizes import Bench
+from vitscope.reports.figures import figure_captions, figure_plan, figure_worker, html_page
+from vitscope.reports.model_costs import Costs
+from vitscope.reports.tables import baselines, factorial_tables, headline_tables
+from vitscope.reports.tables import table as cells
+from vitscope.reports.tables.table import Problem, Table
+from vitscope.reports.value_lookup import Selection
 from vitscope.runs import run_dir
 from vitscope.runtime import stop_flag
 from vitscope.runtime.errors import ConfigError, DataError
 
-TABLES = (*tables.TABLES, "claims", *factor_tables.NAMES)
+TABLES = (*headline_tables.TABLES, "claims", *factorial_tables.NAMES)
 GROUP_BY = ("model", "run")
 
 #: problems printed one by one; the page and strict runs name all
@@ -63,8 +67,8 @@ def report(cfg: DictConfig) -> Path:
     _check(cfg)
     out = Path(cfg.out)
     stop_flag.check()
-    damaged: list[evidence.Damage] = []
-    found = evidence.collect(_folders(cfg, damaged), damaged)
+    damaged: list[run_index.Damage] = []
+    found = run_index.collect(_folders(cfg, damaged), damaged)
     for damage in damaged:
         print(damage, file=sys.stderr)
     if not found:
@@ -77,24 +81,24 @@ def report(cfg: DictConfig) -> Path:
         beside, lacking = baselines.panels(found, _analyses(cfg), bool(cfg.allow_different))
         chosen += beside
     options = loading.plain(cfg.plot) or {}
-    jobs = [figures.job(panel, out, options.get(panel.analysis), cfg.pdf) for panel in chosen]
-    with drawing.drawing(jobs) as finish:
+    jobs = [figure_captions.job(panel, out, options.get(panel.analysis), cfg.pdf) for panel in chosen]
+    with figure_worker.drawing(jobs) as finish:
         made, judged = _tables(cfg, found, out)
         stop_flag.check()
-        drawn = [figures.drawn(panel, picture) for panel, picture in zip(chosen, finish())]
+        drawn = [figure_captions.drawn(panel, picture) for panel, picture in zip(chosen, finish())]
     stop_flag.check()
     print(cells.markdown(next(iter(made.values()))), end="")
     problems = [problem for table in made.values() for problem in table.problems]
     target = out / "tables" / f"{next(iter(made))}.md"
     if not cfg.table:
-        problems += panels.absent(found, _analyses(cfg) or [], cfg.tag) + lacking
+        problems += figure_plan.absent(found, _analyses(cfg) or [], cfg.tag) + lacking
         problems += [
             Problem("failed", f"figure {d.panel.name}", d.panel.analysis, d.picture.problem)
             for d in drawn
             if d.picture.problem
         ]
         if cfg.page:
-            target = page.write(out / f"{cfg.name}.html", found, made, judged, drawn, problems)
+            target = html_page.write(out / f"{cfg.name}.html", found, made, judged, drawn, problems)
             print(f"\n{len(drawn)} figures, {len(made)} tables: {target}")
     _tell(list(dict.fromkeys(problems)), bool(cfg.strict), cfg.table)
     if damaged:
@@ -115,33 +119,35 @@ def _check(cfg: DictConfig) -> None:
         raise ConfigError("runs", "[]", "no run named", "name run folders, or leave it out for all of paths.runs")
 
 
-def _folders(cfg: DictConfig, damaged: list[evidence.Damage]) -> list[run_dir.Run]:
+def _folders(cfg: DictConfig, damaged: list[run_index.Damage]) -> list[run_dir.Run]:
     """Return the runs to read; folders that look like runs without what makes one are added to ``damaged``."""
     if cfg.runs is not None:
         return list(dict.fromkeys(run_dir.find(path) for path in cfg.runs))
     root = Path(cfg.paths.runs)
     incomplete = run_dir.incomplete(root)
-    damaged += [evidence.Damage(path, f"has no {name}") for path, name in incomplete]
+    damaged += [run_index.Damage(path, f"has no {name}") for path, name in incomplete]
     if (found := run_dir.every(root)) or incomplete:
         return found
     raise DataError("paths.runs", root, "no run there", "train one (python train.py), or name another folder")
 
 
 def _tables(
-    cfg: DictConfig, found: Sequence[evidence.Entry], out: Path
-) -> tuple[dict[str, Table], list[verdicts.Judged]]:
+    cfg: DictConfig, found: Sequence[run_index.Entry], out: Path
+) -> tuple[dict[str, Table], list[claim_verdicts.Judged]]:
     """Build and write the tables that were asked for; return them, and the claims where they are among them."""
     selection = Selection(found, cfg.tag if cfg.tag != "all" else "end", bool(cfg.allow_different))
     costs = Costs()
-    crossed = factor_tables.made(selection, out) if cfg.table in (None, *factor_tables.NAMES) else {}
-    if cfg.table in factor_tables.NAMES:
+    crossed = factorial_tables.made(selection, out) if cfg.table in (None, *factorial_tables.NAMES) else {}
+    if cfg.table in factorial_tables.NAMES:
         return _written({cfg.table: crossed[cfg.table]}, out), []
-    wanted = [cfg.table] if cfg.table else [name for name in TABLES if name not in factor_tables.NAMES]
-    judged = verdicts.judge(Bench(selection, costs)) if "claims" in wanted else []
+    wanted = [cfg.table] if cfg.table else [name for name in TABLES if name not in factorial_tables.NAMES]
+    judged = claim_verdicts.judge(Bench(selection, costs)) if "claims" in wanted else []
     models = list(cfg.expect.models or []) if cfg.table else []
     seeds = [int(seed) for seed in cfg.expect.seeds or []] if cfg.table else []
     made = {
-        name: verdicts.table(judged) if name == "claims" else tables.build(name, selection, costs, models, seeds)
+        name: claim_verdicts.table(judged)
+        if name == "claims"
+        else headline_tables.build(name, selection, costs, models, seeds)
         for name in wanted
     }
     made |= {name: table for name, table in crossed.items() if table.rows}
@@ -158,8 +164,8 @@ def _analyses(cfg: DictConfig) -> list[str] | None:
     return None if cfg.analyses is None else list(cfg.analyses)
 
 
-def _panels(cfg: DictConfig, found: Sequence[evidence.Entry]) -> list[panels.Panel]:
-    return panels.panels(
+def _panels(cfg: DictConfig, found: Sequence[run_index.Entry]) -> list[figure_plan.Panel]:
+    return figure_plan.panels(
         found, tag=cfg.tag, analyses=_analyses(cfg), group_by=cfg.group_by, allow_different=bool(cfg.allow_different)
     )
 

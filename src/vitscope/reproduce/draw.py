@@ -9,24 +9,17 @@ from typing import Protocol
 
 from vitscope.config import experiment_identity
 from vitscope.plotting.api import save_figure
-from vitscope.reports import (
-    baselines,
-    cells,
-    drawing,
-    evidence,
-    factor_tables,
-    figures,
-    panels,
-    relations,
-    tables,
-    verdicts,
-)
-from vitscope.reports.cells import Table
-from vitscope.reports.costs import Costs
-from vitscope.reports.effects import Bench
-from vitscope.reports.evidence import Entry
-from vitscope.reports.panels import Panel
-from vitscope.reports.selection import Selection
+from vitscope.reports import run_index
+from vitscope.reports.claims import claim_verdicts
+from vitscope.reports.claims.effect_sizes import Bench
+from vitscope.reports.figures import figure_captions, figure_plan, figure_worker, scatter_figures
+from vitscope.reports.figures.figure_plan import Panel
+from vitscope.reports.model_costs import Costs
+from vitscope.reports.run_index import Entry
+from vitscope.reports.tables import baselines, factorial_tables, headline_tables
+from vitscope.reports.tables import table as cells
+from vitscope.reports.tables.table import Table
+from vitscope.reports.value_lookup import Selection
 from vitscope.reproduce.plan import Drawing, Relation, Target
 from vitscope.runs import run_dir
 
@@ -73,7 +66,7 @@ def entries(made: Sequence[Made]) -> list[Entry]:
     for outcome in made:
         if outcome.run is not None:
             asked.setdefault(outcome.run.name, set()).update(outcome.results)
-    found = evidence.collect([run_dir.find(path) for path in dict.fromkeys(o.run for o in made if o.run is not None)])
+    found = run_index.collect([run_dir.find(path) for path in dict.fromkeys(o.run for o in made if o.run is not None)])
     return [
         replace(e, results=tuple(m for m in e.results if f"{m.analysis}/{m.path.stem}" in asked[e.id])) for e in found
     ]
@@ -81,14 +74,16 @@ def entries(made: Sequence[Made]) -> list[Entry]:
 
 def _figures(target: Target, wanted: Drawing, found: Sequence[Entry], folder: Path) -> list[str]:
     tag = target.tags[0] if len(target.tags) == 1 else "all"
-    made = panels.panels(found, tag=tag, analyses=[wanted.analysis], allow_different=target.different)
-    problems = [str(p) for t in target.tags for p in panels.absent(found, [wanted.analysis], t)]
+    made = figure_plan.panels(found, tag=tag, analyses=[wanted.analysis], allow_different=target.different)
+    problems = [str(p) for t in target.tags for p in figure_plan.absent(found, [wanted.analysis], t)]
     if target.baselines:
         made, lacking = baselines.panels(found, [wanted.analysis])
         problems += map(str, lacking)
     suffix = "".join(f"-{value}" for value in wanted.options.values())
     for panel in map(_named, made) if target.different else made:
-        picture = drawing.draw(figures.job(replace(panel, name=panel.name + suffix), folder, wanted.options))
+        picture = figure_worker.draw(
+            figure_captions.job(replace(panel, name=panel.name + suffix), folder, wanted.options)
+        )
         if picture.problem:
             problems.append(f"failed: figure {panel.name}: {picture.problem}")
         else:
@@ -113,11 +108,11 @@ def _named(panel: Panel) -> Panel:
 def _relation(target: Target, relation: Relation, found: Sequence[Entry], folder: Path) -> list[str]:
     selection = Selection(found, "end" if "end" in target.tags else target.tags[0])
     name = "numbers"
-    points, table = relations.collect(selection, relation.x, relation.y, name)
+    points, table = scatter_figures.collect(selection, relation.x, relation.y, name)
     cells.write(table, folder)
     print(cells.markdown(table), end="")
     if points:
-        print(save_figure(relations.draw(points, relation.x, relation.y), folder / name)[0])
+        print(save_figure(scatter_figures.draw(points, relation.x, relation.y), folder / name)[0])
     return [_of(target, str(problem)) for problem in table.problems]
 
 
@@ -127,16 +122,16 @@ def _table(target: Target, found: Sequence[Entry], folder: Path) -> list[str]:
     if target.table == "factors":
         return _factors(target, Selection(found), folder)
     if target.table == "claims":
-        table = verdicts.table(verdicts.judge(Bench(Selection(found), costs)))
+        table = claim_verdicts.table(claim_verdicts.judge(Bench(Selection(found), costs)))
     else:
-        table = tables.build(str(target.table), Selection(found), costs)
+        table = headline_tables.build(str(target.table), Selection(found), costs)
     cells.write(table, folder)
     print(cells.markdown(table), end="")
     return [_of(target, str(problem)) for problem in table.problems]
 
 
 def _factors(target: Target, selection: Selection, folder: Path) -> list[str]:
-    made = factor_tables.made(selection, folder)
+    made = factorial_tables.made(selection, folder)
     for table in made.values():
         cells.write(table, folder)
         print(cells.markdown(table), end="\n")

@@ -17,7 +17,7 @@ from vitscope.analyses import runner
 from vitscope.analyses.runner import Place
 from vitscope.commands.train import train
 from vitscope.config import composition, factories, loading
-from vitscope.reports.selection import undefined
+from vitscope.reports.value_lookup import undefined
 from vitscope.reproduce.plan import Trial
 from vitscope.runs import checkpoint_io, run_dir
 from vitscope.runs.run_dir import Run

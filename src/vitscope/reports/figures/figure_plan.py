@@ -7,9 +7,9 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from vitscope.reports.cells import Problem
-from vitscope.reports.evidence import Conditions, Entry, Measured, differing, moment, stated
-from vitscope.reports.selection import FAILED, MISSING
+from vitscope.reports.run_index import Conditions, Entry, Measured, differing, moment, stated
+from vitscope.reports.tables.table import Problem
+from vitscope.reports.value_lookup import FAILED, MISSING
 
 #: experiments in one figure; more are spread over several
 PER_FIGURE = 6

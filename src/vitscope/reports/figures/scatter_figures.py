@@ -12,10 +12,10 @@ from matplotlib.figure import Figure
 
 from vitscope.config import experiment_identity
 from vitscope.plotting.api import STYLE
-from vitscope.reports.cells import Cell, Problem, Table, over_seeds
-from vitscope.reports.evidence import Entry
-from vitscope.reports.selection import Selection, Value, of_result
-from vitscope.reports.tables import n_msa
+from vitscope.reports.run_index import Entry
+from vitscope.reports.tables.headline_tables import n_msa
+from vitscope.reports.tables.table import Cell, Problem, Table, over_seeds
+from vitscope.reports.value_lookup import Selection, Value, of_result
 from vitscope.stats.t_tests import Interval
 
 #: what stands at the axes

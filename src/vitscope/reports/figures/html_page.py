@@ -18,12 +18,13 @@ from plotly.offline import get_plotlyjs
 from vitscope import __version__
 from vitscope.config.experiment_identity import identity
 from vitscope.core.objective_card import shown_value
-from vitscope.reports import factor_tables, figures
-from vitscope.reports.cells import Cell, Problem, Table
-from vitscope.reports.evidence import Entry
-from vitscope.reports.figures import Drawn
-from vitscope.reports.panels import Curve
-from vitscope.reports.verdicts import NOT_MEASURED, Judged, said
+from vitscope.reports.claims.claim_verdicts import NOT_MEASURED, Judged, said
+from vitscope.reports.figures import figure_captions
+from vitscope.reports.figures.figure_captions import Drawn
+from vitscope.reports.figures.figure_plan import Curve
+from vitscope.reports.run_index import Entry
+from vitscope.reports.tables import factorial_tables
+from vitscope.reports.tables.table import Cell, Problem, Table
 from vitscope.runs import result_store
 
 #: CSS pixels an inch of a figure is shown at, and the dots an inch that it was saved with
@@ -167,8 +168,8 @@ def _shown(drawn: Drawn) -> Shown:
     if drawn.picture.png is not None:
         picture, width, height = _embedded(drawn.picture.png)
     curves = drawn.panel.curves
-    shared, differing = figures.common(curves) if curves else ({}, [])
-    heads, numbers = figures.numbers(drawn.panel)
+    shared, differing = figure_captions.common(curves) if curves else ({}, [])
+    heads, numbers = figure_captions.numbers(drawn.panel)
     cards = [(curve.label, curve.entry.id, _card(curve, differing)) for curve in curves]
     return Shown(drawn, picture, width, height, shared, differing, cards, heads, numbers)
 
@@ -204,7 +205,7 @@ def _says_something(table: Table) -> bool:
     """Whether a table adds something to the headline one: another row of a comparison, or a measure."""
     if table.name == "buildup":
         return len(table.rows) > 1
-    if table.name in factor_tables.NAMES:
+    if table.name in factorial_tables.NAMES:
         return bool(table.rows)
     measures = [i for i, key in enumerate(table.ids) if "/" in key and not key.startswith("test/")]
     return any(row[i].interval for row in table.rows for i in measures)

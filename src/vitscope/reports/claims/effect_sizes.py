@@ -16,9 +16,9 @@ import numpy as np
 
 from vitscope.config import loading
 from vitscope.config.experiment_identity import identity, setting
-from vitscope.reports.costs import Costs
-from vitscope.reports.evidence import Entry
-from vitscope.reports.selection import Selection, seeds_of
+from vitscope.reports.model_costs import Costs
+from vitscope.reports.run_index import Entry
+from vitscope.reports.value_lookup import Selection, seeds_of
 
 Runs = Mapping[int, Entry]
 Reader = Callable[[Entry], float | None]

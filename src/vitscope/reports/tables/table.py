@@ -10,7 +10,7 @@ from pathlib import Path
 import pandas as pd
 from pandas.io.formats.style import Styler
 
-from vitscope.reports.selection import FAILED, MISSING, Value
+from vitscope.reports.value_lookup import FAILED, MISSING, Value
 from vitscope.runs import result_store
 from vitscope.stats.t_tests import Interval, t_interval
 

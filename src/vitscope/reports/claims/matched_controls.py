@@ -5,8 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from vitscope.config.experiment_identity import setting
-from vitscope.reports.effects import Bench, Effect, Reader, Runs, balanced, difference, first, log_of, option, same_but
-from vitscope.reports.evidence import Entry
+from vitscope.reports.claims.effect_sizes import (
+    Bench,
+    Effect,
+    Reader,
+    Runs,
+    balanced,
+    difference,
+    first,
+    log_of,
+    option,
+    same_but,
+)
+from vitscope.reports.run_index import Entry
 
 #: parameters and operations of matched models differ by at most this share
 COST_TOLERANCE = 0.05

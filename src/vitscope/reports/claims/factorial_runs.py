@@ -7,10 +7,10 @@ from typing import Any
 
 from vitscope.config import loading
 from vitscope.config.experiment_identity import identity, recipe
-from vitscope.reports.cells import Problem
-from vitscope.reports.effects import Runs, by_setting, first, plainest
-from vitscope.reports.evidence import Entry, Measured, differing
-from vitscope.reports.selection import FAILED, MISSING, Selection, seeds_of
+from vitscope.reports.claims.effect_sizes import Runs, by_setting, first, plainest
+from vitscope.reports.run_index import Entry, Measured, differing
+from vitscope.reports.tables.table import Problem
+from vitscope.reports.value_lookup import FAILED, MISSING, Selection, seeds_of
 from vitscope.runtime.errors import StorageError
 
 #: the two models, by family: the difference is the second minus the first

@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 
 from vitscope.diagnostics.hessian._nep_statistics import positive_interval
-from vitscope.reports import crossed
-from vitscope.reports.cells import Problem
-from vitscope.reports.crossed import IMAGES, MODELS, TRAININGS, Results
-from vitscope.reports.effects import first
-from vitscope.reports.selection import FAILED, Selection, seeds_of
+from vitscope.reports.claims import factorial_runs
+from vitscope.reports.claims.effect_sizes import first
+from vitscope.reports.claims.factorial_runs import IMAGES, MODELS, TRAININGS, Results
+from vitscope.reports.tables.table import Problem
+from vitscope.reports.value_lookup import FAILED, Selection, seeds_of
 from vitscope.stats.intervals import LEAST_IMAGES
 from vitscope.stats.t_tests import Interval, t_interval
 
@@ -122,11 +122,11 @@ def conditions(l2: str) -> list[Condition]:
 
 def answer(selection: Selection) -> Answer | None:
     """Return what the runs say; None where no ConvNet and ViT were trained both weak and strong in one setting."""
-    found = crossed.design(selection)
+    found = factorial_runs.design(selection)
     if found is None:
         return None
     seeds = seeds_of(found.values())
-    results, problems = crossed.results(found, [q.analysis for q in QUANTITIES], seeds, selection.tag)
+    results, problems = factorial_runs.results(found, [q.analysis for q in QUANTITIES], seeds, selection.tag)
     values: dict[tuple[str, Condition, str], Interval] = {}
     effects: list[Effect] = []
     undefined: dict[tuple[str, Condition], str] = {}

@@ -1,4 +1,4 @@
-"""The answer of `vitscope.reports.factors` as tables: who looks flatter under each condition, and which factor decides."""
+"""The answer of `vitscope.reports.claims.factorial_analysis` as tables: who looks flatter under each condition, and which factor decides."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from vitscope.plotting.api import save_figure
-from vitscope.reports import factors_figure
-from vitscope.reports.cells import Cell, Problem, Table, shown
-from vitscope.reports.crossed import MODELS
-from vitscope.reports.factors import CONDITIONS, OBJECTIVES, QUANTITIES, Answer, Effect, answer
-from vitscope.reports.selection import MISSING, Selection
+from vitscope.reports.claims.factorial_analysis import CONDITIONS, OBJECTIVES, QUANTITIES, Answer, Effect, answer
+from vitscope.reports.claims.factorial_runs import MODELS
+from vitscope.reports.figures import factorial_figure
+from vitscope.reports.tables.table import Cell, Problem, Table, shown
+from vitscope.reports.value_lookup import MISSING, Selection
 from vitscope.runtime.errors import StorageError
 from vitscope.stats.intervals import LEAST_IMAGES
 from vitscope.stats.t_tests import Interval
@@ -40,7 +40,7 @@ def made(selection: Selection, folder: Path) -> dict[str, Table]:
     by_name = {table.name: table for table in tables(found)}
     if found is not None and found.values:
         try:
-            picture, *_ = save_figure(factors_figure.draw(found), folder / "factors")
+            picture, *_ = save_figure(factorial_figure.draw(found), folder / "factors")
         except OSError as error:
             raise StorageError("out", folder, f"not writable ({error.strerror})", "choose another") from None
         by_name["factors"] = replace(by_name["factors"], picture=picture)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from vitscope.reports import comparisons as by
-from vitscope.reports.controls import flattening
-from vitscope.reports.effects import Bench, Effect
+from vitscope.reports.claims import claim_statistics as by
+from vitscope.reports.claims.effect_sizes import Bench, Effect
+from vitscope.reports.claims.matched_controls import flattening
 
 SPECTRUM = by.SPECTRUM
 

@@ -18,7 +18,7 @@ import yaml
 from vitscope.config import experiment_identity, loading
 from vitscope.config.signature_checks import fits
 from vitscope.core.objective_card import ObjectiveCard, differing_keys, shown_value
-from vitscope.reports import kinds
+from vitscope.reports import model_family
 from vitscope.runs import metrics_log, result_store
 from vitscope.runs.run_dir import Run
 from vitscope.runtime import redaction, safe_files
@@ -140,7 +140,7 @@ class Entry:
     @property
     def kin(self) -> str:
         """The family of the paper that the model belongs to, timm's by the kinds of their units."""
-        return kinds.kin(self.config, self.facts)
+        return model_family.kin(self.config, self.facts)
 
     @property
     def data(self) -> str:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from vitscope.config import experiment_identity, loading
-from vitscope.reports.cells import Problem
-from vitscope.reports.evidence import Entry, Measured, differing
-from vitscope.reports.panels import Panel, curve_of, slug
-from vitscope.reports.selection import MISSING
+from vitscope.reports.figures.figure_plan import Panel, curve_of, slug
+from vitscope.reports.run_index import Entry, Measured, differing
+from vitscope.reports.tables.table import Problem
+from vitscope.reports.value_lookup import MISSING
 
 Found = list[tuple[Entry, Measured]]
 

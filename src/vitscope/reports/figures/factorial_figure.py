@@ -11,8 +11,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from vitscope.plotting.api import STYLE
-from vitscope.reports.crossed import IMAGES, MODELS, TRAININGS
-from vitscope.reports.factors import L2_FORMS, OBJECTIVES, QUANTITIES, Answer, Quantity
+from vitscope.reports.claims.factorial_analysis import L2_FORMS, OBJECTIVES, QUANTITIES, Answer, Quantity
+from vitscope.reports.claims.factorial_runs import IMAGES, MODELS, TRAININGS
 
 #: places on the x axis of the upper rows
 PLACES = tuple(itertools.product(TRAININGS, IMAGES))

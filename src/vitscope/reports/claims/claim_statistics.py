@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
-from vitscope.reports.controls import has_attention, train_nll
-from vitscope.reports.effects import (
+from vitscope.reports.claims.effect_sizes import (
     Bench,
     Effect,
     Reader,
@@ -21,8 +20,9 @@ from vitscope.reports.effects import (
     same_but,
     trend,
 )
-from vitscope.reports.evidence import Entry
-from vitscope.reports.tables import SPECTRUM
+from vitscope.reports.claims.matched_controls import has_attention, train_nll
+from vitscope.reports.run_index import Entry
+from vitscope.reports.tables.headline_tables import SPECTRUM
 from vitscope.runtime.errors import StorageError
 
 NEP = (SPECTRUM, "negative_eigenvalue_proportion")

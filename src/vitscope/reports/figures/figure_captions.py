@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from vitscope.core.objective_card import ObjectiveCard, differing_keys
-from vitscope.reports.cells import Cell, over_seeds
-from vitscope.reports.drawing import Job, Picture
-from vitscope.reports.panels import Curve, Panel
-from vitscope.reports.selection import FAILED, MISSING, Value
+from vitscope.reports.figures.figure_plan import Curve, Panel
+from vitscope.reports.figures.figure_worker import Job, Picture
+from vitscope.reports.tables.table import Cell, over_seeds
+from vitscope.reports.value_lookup import FAILED, MISSING, Value
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from vitscope.reports.cells import Cell, Table
-from vitscope.reports.claims import CLAIMS, Claim, Part
-from vitscope.reports.effects import Bench, Effect
+from vitscope.reports.claims.claims import CLAIMS, Claim, Part
+from vitscope.reports.claims.effect_sizes import Bench, Effect
+from vitscope.reports.tables.table import Cell, Table
 from vitscope.stats.t_tests import LEVEL, Interval, holm, t_interval
 
 SUPPORTED, CONTRADICTED, INCONCLUSIVE, NOT_MEASURED = "supported", "contradicted", "inconclusive", "not measured"

@@ -8,10 +8,10 @@ from typing import Any
 
 from vitscope.config.model_facts import UNRECORDED
 from vitscope.models.alternet_layout import DEFAULT_MSA
-from vitscope.reports.cells import Cell, Problem, Table, over_seeds
-from vitscope.reports.costs import Costs
-from vitscope.reports.evidence import Entry
-from vitscope.reports.selection import FAILED, MISSING, Selection, Value
+from vitscope.reports.model_costs import Costs
+from vitscope.reports.run_index import Entry
+from vitscope.reports.tables.table import Cell, Problem, Table, over_seeds
+from vitscope.reports.value_lookup import FAILED, MISSING, Selection, Value
 
 #: where a column's number comes from besides measures: the journal, or the model itself
 METRIC, MODEL = "metric", "model"

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from vitscope.core.objective_card import shown_value
 from vitscope.core.probe import ObjectiveCard
-from vitscope.reports.evidence import NAMED_BY_ROWS, OF_THE_RUN, Conditions, Entry, Measured, differing, majority
+from vitscope.reports.run_index import NAMED_BY_ROWS, OF_THE_RUN, Conditions, Entry, Measured, differing, majority
 
 MISSING, FAILED = "missing", "failed"
 
