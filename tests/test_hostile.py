@@ -38,7 +38,7 @@ TARGETS = [
     "pytorch_lightning.LightningModule.load_from_checkpoint", "pytorch_lightning.cli.LightningCLI",
     "pytorch_lightning.utilities.upgrade_checkpoint.main", "torchmetrics.functional.accuracy",
     "vitscope", "vitscope.runs.run_dir.create", "vitscope.runs.result_store.write_atomically", "vitscope.runs.result_store.load",
-    "vitscope.runs.checkpoint_io.read", "vitscope.runs.checkpoint_io.write", "vitscope.sweep.children.start", "vitscope.exits.run",
+    "vitscope.runs.checkpoint_io.read", "vitscope.runs.checkpoint_io.write", "vitscope.sweep.trial_process.start", "vitscope.exits.run",
     "vitscope.data.sources.cifar.urllib.request.urlopen", "vitscope.data.sources.cifar.check_integrity",
     "vitscope.diagnostics.corruption.corruption.archive", "vitscope.diagnostics.fourier.plot.relative_log_amplitude",
     "vitscope.models.load_official_state_dict", "vitscope.models.timm_model.checkpoint_gradients",

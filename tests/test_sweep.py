@@ -15,8 +15,8 @@ import yaml
 from vitscope import exits
 from vitscope.commands import sweep as command
 from vitscope.runtime.errors import ConfigError
-from vitscope.sweep import children, draws, halving, lint, search, spec
-from vitscope.sweep.spec import Sweep
+from vitscope.sweep import distributions, early_termination, lint, search_algorithms, sweep_file, trial_process
+from vitscope.sweep.sweep_file import Sweep
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "sweeps").glob("*.yaml"))
@@ -38,12 +38,12 @@ def sweep_of(parameters: dict[str, Any], **content: Any) -> Sweep:
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_every_file_is_sound(file: Path) -> None:
-    sweep = spec.read(file, ["profile=smoke"])
+    sweep = sweep_file.read(file, ["profile=smoke"])
     assert lint.problems(sweep) == []
     assert sweep.parameters["logger.group"] == {"value": file.stem}
     assert file.read_text().startswith("# ")
     if sweep.method == "grid":
-        trials = spec.grid(sweep)
+        trials = sweep_file.grid(sweep)
         assert len(trials) == math.prod(len(sweep.parameters[key]["values"]) for key in sweep.swept) > 1
 
 
@@ -51,7 +51,7 @@ def test_every_file_is_sound(file: Path) -> None:
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_every_trial_composes_and_builds(file: Path) -> None:
     for profile in ("smoke", "cifar100"):
-        assert lint.problems(spec.read(file, [f"profile={profile}"]), thorough=True) == []
+        assert lint.problems(sweep_file.read(file, [f"profile={profile}"]), thorough=True) == []
 
 
 @pytest.mark.parametrize(
@@ -113,29 +113,29 @@ def test_the_rest_of_a_file_is_checked(content: dict[str, Any], message: str) ->
 def test_reading_a_file(tmp_path: Path) -> None:
     file = tmp_path / "x.yaml"
     file.write_text(GOOD)
-    sweep = spec.read(file, ["analysis=[]", "trainer.max_epochs=2"])
-    assert spec.grid(sweep)[1] == {"seed": 1, "analysis": "[]", "trainer.max_epochs": 2}
-    assert spec.arguments(spec.grid(sweep)[1]) == ["seed=1", "analysis=[]", "trainer.max_epochs=2"]
-    assert sweep.name != spec.read(file).name
+    sweep = sweep_file.read(file, ["analysis=[]", "trainer.max_epochs=2"])
+    assert sweep_file.grid(sweep)[1] == {"seed": 1, "analysis": "[]", "trainer.max_epochs": 2}
+    assert sweep_file.arguments(sweep_file.grid(sweep)[1]) == ["seed=1", "analysis=[]", "trainer.max_epochs=2"]
+    assert sweep.name != sweep_file.read(file).name
     with pytest.raises(ConfigError, match="the sweep varies this key"):
-        spec.read(file, ["seed=3"])
+        sweep_file.read(file, ["seed=3"])
     for text, why in (("a: [", "not YAML"), ("program: x", "no parameters")):
         file.write_text(text)
         with pytest.raises(ConfigError, match=why):
-            spec.read(file)
+            sweep_file.read(file)
     with pytest.raises(ConfigError, match="cannot be read"):
-        spec.read(tmp_path / "none.yaml")
+        sweep_file.read(tmp_path / "none.yaml")
 
 
 def test_a_grid_varies_its_last_key_fastest() -> None:
-    trials = spec.grid(
+    trials = sweep_file.grid(
         sweep_of({"model": {"values": ["vit", "convnet"]}, "seed": {"min": 0, "max": 1}, "test": {"value": False}})
     )
     assert [(t["model"], t["seed"], t["test"]) for t in trials] == [
         ("vit", 0, False), ("vit", 1, False), ("convnet", 0, False), ("convnet", 1, False),
     ]  # fmt: skip
     with pytest.raises(ConfigError, match="a grid needs a list"):
-        spec.grid(sweep_of({"optimizer.lr": {"min": 0.1, "max": 0.2}}))
+        sweep_file.grid(sweep_of({"optimizer.lr": {"min": 0.1, "max": 0.2}}))
 
 
 def test_random_trials_are_the_same_again_and_follow_their_distributions() -> None:
@@ -148,8 +148,8 @@ def test_random_trials_are_the_same_again_and_follow_their_distributions() -> No
         "f": {"distribution": "normal", "mu": 3.0, "sigma": 2.0},
     }
     sweep = sweep_of(nodes, method="random", run_cap=4000)
-    drawn = spec.planned(sweep)
-    assert drawn[:10] == spec.planned(sweep, 10)
+    drawn = sweep_file.planned(sweep)
+    assert drawn[:10] == sweep_file.planned(sweep, 10)
     n = len(drawn)
     # means of the exact laws, within four standard errors
     for values, mean, deviation in (
@@ -163,22 +163,24 @@ def test_random_trials_are_the_same_again_and_follow_their_distributions() -> No
     assert {t["d"] for t in drawn} == {0.0, 0.25, 0.5, 0.75, 1.0}
     assert {t["b"] for t in drawn} == {1, 2, 3, 4, 5, 6}
     with pytest.raises(ConfigError, match="has no end without it"):
-        spec.planned(sweep_of(nodes, method="random"))
+        sweep_file.planned(sweep_of(nodes, method="random"))
 
 
 def test_hyperband_rungs_and_verdicts() -> None:
-    assert halving.rungs({"type": "hyperband", "min_iter": 3})[:3] == [3, 9, 27]
-    assert halving.rungs({"type": "hyperband", "max_iter": 27, "s": 2, "eta": 3}) == [3, 9]
+    assert early_termination.rungs({"type": "hyperband", "min_iter": 3})[:3] == [3, 9, 27]
+    assert early_termination.rungs({"type": "hyperband", "max_iter": 27, "s": 2, "eta": 3}) == [3, 9]
     rungs = [2, 4]
     good, bad = [0.1, 0.5, 0.6, 0.7], [0.1, 0.2, 0.3]
-    assert halving.hopeless([0.1], [good], rungs, 3, True) is None  # no rung reached
-    assert halving.hopeless(bad, [], rungs, 3, True) is None  # the first to arrive
-    assert halving.hopeless(bad, [good], rungs, 3, True) == 2  # its best of the first two counts: 0.2 < 0.5
-    assert halving.hopeless(good, [bad], rungs, 3, True) is None
-    assert halving.hopeless(bad, [good], rungs, 3, False) is None  # a loss: smaller is better, best 0.1 equals 0.1
-    assert halving.hopeless([9.0, 8.0], [[1.0, 2.0]], rungs, 3, False) == 2
+    assert early_termination.hopeless([0.1], [good], rungs, 3, True) is None  # no rung reached
+    assert early_termination.hopeless(bad, [], rungs, 3, True) is None  # the first to arrive
+    assert early_termination.hopeless(bad, [good], rungs, 3, True) == 2  # its best of the first two counts: 0.2 < 0.5
+    assert early_termination.hopeless(good, [bad], rungs, 3, True) is None
+    assert (
+        early_termination.hopeless(bad, [good], rungs, 3, False) is None
+    )  # a loss: smaller is better, best 0.1 equals 0.1
+    assert early_termination.hopeless([9.0, 8.0], [[1.0, 2.0]], rungs, 3, False) == 2
     four = [[0.1, v] for v in (0.2, 0.3, 0.4, 0.5)]
-    kept = [halving.hopeless(own, [o for o in four if o is not own], rungs, 2, True) for own in four]
+    kept = [early_termination.hopeless(own, [o for o in four if o is not own], rungs, 2, True) for own in four]
     assert kept == [2, 2, None, None]  # the best half of four
 
 
@@ -186,14 +188,14 @@ def test_bayes_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     sweep = sweep_of({"optimizer.lr": {"min": 0.1, "max": 1.0}}, method="bayes", run_cap=3)
     monkeypatch.setitem(sys.modules, "optuna", None)
     with pytest.raises(ConfigError, match="needs optuna, which is not installed; pip install optuna"):
-        search.start(sweep, None, {})
+        search_algorithms.start(sweep, None, {})
 
 
 def test_bayes_learns_and_repeats_what_was_asked() -> None:
     pytest.importorskip("optuna")
     nodes = {"optimizer.lr": {"min": 0.0, "max": 1.0}, "seed": {"value": 3}}
     sweep = sweep_of(nodes, method="bayes", run_cap=30)
-    first = search.start(sweep, None, {})
+    first = search_algorithms.start(sweep, None, {})
     asked: dict[int, dict[str, Any]] = {}
     for index in range(30):
         params = first.ask(index)
@@ -203,7 +205,7 @@ def test_bayes_learns_and_repeats_what_was_asked() -> None:
     assert first.ask(30) is None
     late = [asked[index]["optimizer.lr"] for index in range(20, 30)]
     assert sum(abs(value - 0.7) for value in late) / 10 < 0.25  # uniform draws: 0.29 on average
-    again = search.start(sweep, None, {0: asked[0], 1: asked[1]})
+    again = search_algorithms.start(sweep, None, {0: asked[0], 1: asked[1]})
     assert [again.ask(0), again.ask(1)] == [asked[0], asked[1]]
 
 
@@ -225,9 +227,9 @@ def test_the_command_refuses_and_points(capsys: pytest.CaptureFixture[str], monk
 
 def test_distributions_name_what_they_need() -> None:
     with pytest.raises(ConfigError, match="normal needs sigma"):
-        draws.distribution("a", {"distribution": "normal", "mu": 0})
-    assert draws.distribution("a", {"min": 0, "max": 1}) == "int_uniform"
-    assert draws.distribution("a", {"min": 0.0, "max": 1}) == "uniform"
+        distributions.distribution("a", {"distribution": "normal", "mu": 0})
+    assert distributions.distribution("a", {"min": 0, "max": 1}) == "int_uniform"
+    assert distributions.distribution("a", {"min": 0.0, "max": 1}) == "uniform"
 
 
 def test_a_trial_of_the_real_train(tmp_path: Path) -> None:
@@ -248,7 +250,7 @@ def test_a_trial_of_the_real_train(tmp_path: Path) -> None:
     done = subprocess.run(begin, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-1000:]
     (run,) = (tmp_path / "runs" / "sweeps").glob("x-*/000-*")
-    assert children.outcome(run).finished
+    assert trial_process.outcome(run).finished
     assert "trial 0 (seed=0): finished, cpu0, val/accuracy" in done.stdout
     assert "1 finished" in done.stdout
 
@@ -274,8 +276,10 @@ def test_a_trial_of_the_real_train(tmp_path: Path) -> None:
 )
 def test_shares_that_are_no_probabilities_are_one_line(node: dict[str, Any], text: str, method: str) -> None:
     with pytest.raises(ConfigError, match=text):
-        spec.planned(sweep_of({"c": node}, method=method, run_cap=1))
+        sweep_file.planned(sweep_of({"c": node}, method=method, run_cap=1))
 
 
 def test_shares_rounded_to_four_decimals_are_probabilities() -> None:
-    spec.planned(sweep_of({"c": {"values": [1, 2, 3], "probabilities": [0.3333] * 3}}, method="random", run_cap=1))
+    sweep_file.planned(
+        sweep_of({"c": {"values": [1, 2, 3], "probabilities": [0.3333] * 3}}, method="random", run_cap=1)
+    )

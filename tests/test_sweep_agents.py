@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 
 from vitscope.runs import run_dir
 from vitscope.runtime.errors import ConfigError
-from vitscope.sweep import agents, children, spec
+from vitscope.sweep import sweep_file, trial_process, wandb_agents
 
 from .wandb_server import Server
 
@@ -54,11 +54,11 @@ def test_two_agents_run_a_sweep(server: Server, tmp_path: Path, capfd: pytest.Ca
     # the first rate trains; the second is refused by the command before it has a run folder
     added = ["parameters:", "  optimizer.lr: {values: [1.0e-3, -1.0]}", "  logger.group: {value: rates}"]
     file.write_text("\n".join(lines).replace("parameters:", "\n".join(added)))
-    sweep = spec.read(file, TINY)
-    sweep_id = agents.create(sweep)
+    sweep = sweep_file.read(file, TINY)
+    sweep_id = wandb_agents.create(sweep)
     assert sweep_id == "tests/vitscope/sweep0"
     folder = tmp_path / "sweep"
-    code = agents.run(sweep, sweep_id, folder, children.slots(None, 2))
+    code = wandb_agents.run(sweep, sweep_id, folder, trial_process.slots(None, 2))
     shown = capfd.readouterr()
     assert code == 2
     assert (
@@ -90,9 +90,9 @@ def test_two_agents_run_a_sweep(server: Server, tmp_path: Path, capfd: pytest.Ca
 def test_the_first_trial_of_every_file_runs_under_an_agent(
     file: Path, server: Server, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    sweep = spec.read(file, ["profile=smoke", "caps=smoke", "trainer.accelerator=cpu"])
+    sweep = sweep_file.read(file, ["profile=smoke", "caps=smoke", "trainer.accelerator=cpu"])
     folder = tmp_path / "sweep"
-    code = agents.run(sweep, agents.create(sweep), folder, children.slots(None, 1), limit=1)
+    code = wandb_agents.run(sweep, wandb_agents.create(sweep), folder, trial_process.slots(None, 1), limit=1)
     assert code == 0, capfd.readouterr().err
     (run,) = run_dir.every(folder)
     assert "recorded as null" not in (folder / "agent-cpu0.log").read_text()
@@ -108,9 +108,9 @@ def _plain(value: object) -> str:
 
 
 def test_a_server_that_is_gone_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(agents, "_wandb", lambda: "false")
+    monkeypatch.setattr(wandb_agents, "_wandb", lambda: "false")
     with pytest.raises(ConfigError, match="wandb sweep failed .no answer.; run wandb login"):
-        agents.create(spec.read(ROOT / "sweeps" / "models.yaml"))
+        wandb_agents.create(sweep_file.read(ROOT / "sweeps" / "models.yaml"))
 
 
 def test_failed_trials_are_read_from_their_folders(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -122,7 +122,7 @@ def test_failed_trials_are_read_from_their_folders(tmp_path: Path, capsys: pytes
         (folder / "provenance.json").write_text(json.dumps(facts))
 
     made("a", "finished", 0, "one")
-    assert agents.report(tmp_path) == 0
+    assert wandb_agents.report(tmp_path) == 0
     made("b", "failed", 5, "two")
     (tmp_path / "b" / "log.txt").write_text("Traceback\nNumericalError: optimizer.lr: x is not finite\n")
     made("c", "running", None, "three")
@@ -131,7 +131,7 @@ def test_failed_trials_are_read_from_their_folders(tmp_path: Path, capsys: pytes
     for name in ("one", "two", "three", "four"):
         (started / f"config-{name}.yaml").touch()
     capsys.readouterr()
-    assert agents.report(tmp_path, broken=1) == 5
+    assert wandb_agents.report(tmp_path, broken=1) == 5
     lines = capsys.readouterr().err.splitlines()
     assert [line.split(":")[1].strip() for line in lines] == [
         f"{tmp_path}/b", f"{tmp_path}/c", "W&B run four left no run folder; see " + f"{tmp_path}/agent-*.log",
@@ -140,13 +140,13 @@ def test_failed_trials_are_read_from_their_folders(tmp_path: Path, capsys: pytes
     assert "not finite" in lines[0]
     assert "killed" in lines[1]
     made("d", "stopped", signal.SIGTERM + 128, "five")
-    assert agents.report(tmp_path, may_stop=True) == 5
+    assert wandb_agents.report(tmp_path, may_stop=True) == 5
     assert "2 of 4 trials finished" in capsys.readouterr().out
 
 
 def test_only_trials_with_a_hash_of_their_own_go_on_by_it() -> None:
     parameters = {"seed": {"values": [0, 1]}, "analysis.hessian.n_top": {"value": 3}}
-    sweep = spec.Sweep(Path("x.yaml"), {"parameters": parameters})
-    assert agents.content(sweep)["parameters"]["ckpt_path"] == {"value": "auto"}
-    varied = spec.Sweep(Path("x.yaml"), {"parameters": {"analysis.hessian.n_top": {"values": [3, 4]}}})
-    assert "ckpt_path" not in agents.content(varied)["parameters"]
+    sweep = sweep_file.Sweep(Path("x.yaml"), {"parameters": parameters})
+    assert wandb_agents.content(sweep)["parameters"]["ckpt_path"] == {"value": "auto"}
+    varied = sweep_file.Sweep(Path("x.yaml"), {"parameters": {"analysis.hessian.n_top": {"values": [3, 4]}}})
+    assert "ckpt_path" not in wandb_agents.content(varied)["parameters"]

@@ -17,9 +17,9 @@ import pytest
 from vitscope.runtime import stop_flag
 from vitscope.runtime.errors import ConfigError
 from vitscope.runtime.stop_flag import Interrupted
-from vitscope.sweep import children, spec, table
-from vitscope.sweep.local import LocalSweep, Trial
-from vitscope.sweep.spec import Sweep
+from vitscope.sweep import progress_table, sweep_file, trial_process
+from vitscope.sweep.local_runner import LocalSweep, Trial
+from vitscope.sweep.sweep_file import Sweep
 
 PROGRAM = Path(__file__).with_name("sweep_program.py")
 
@@ -33,7 +33,7 @@ def sweep_of(**parameters: Any) -> Sweep:
 
 
 def local(sweep: Sweep, root: Path, jobs: int = 2, **options: Any) -> LocalSweep:
-    return LocalSweep(sweep, root, children.slots(None, jobs), **options)
+    return LocalSweep(sweep, root, trial_process.slots(None, jobs), **options)
 
 
 def starts(trial: Trial) -> list[dict[str, Any]]:
@@ -62,9 +62,9 @@ def test_limit_takes_the_first_trials(tmp_path: Path) -> None:
 
 def test_a_failure_is_named_and_retried(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sweep = sweep_of(do=["finish", "fail"])
-    first = local(sweep, tmp_path, show=table.Shown())
+    first = local(sweep, tmp_path, show=progress_table.Shown())
     assert first.run() == 3
-    table.report(first)
+    progress_table.report(first)
     shown = capsys.readouterr()
     assert "failed: trial 1 (do=fail): exit 3" in shown.err
     assert "error: data.root=x: not there" in shown.err
@@ -97,7 +97,7 @@ def test_a_stop_ends_the_children_with_their_own_codes(tmp_path: Path, signum: i
         first.run()
     waiting = first.trials[1]
     assert (waiting.state, waiting.exit_code, waiting.process) == ("stopped", code, None)
-    assert children.outcome(waiting.folder).status == "stopped"
+    assert trial_process.outcome(waiting.folder).status == "stopped"
     stop_flag.clear()
     again = local(sweep, tmp_path)
     assert again.run() == 0
@@ -136,9 +136,9 @@ def test_children_end_when_the_sweep_is_killed(tmp_path: Path) -> None:
         time.sleep(0.01)
     parent.kill()
     parent.wait()
-    while children.outcome(ready.parent).status != "stopped" and time.monotonic() < deadline:
+    while trial_process.outcome(ready.parent).status != "stopped" and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert children.outcome(ready.parent).exit_code == 143
+    assert trial_process.outcome(ready.parent).exit_code == 143
 
 
 def test_pinning_and_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,20 +156,20 @@ def test_pinning_and_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         "WANDB_RUN_GROUP": sweep.sweep.name,
         "RANK": None,
     }
-    gpus = children.slots("0,2+3", None)
+    gpus = trial_process.slots("0,2+3", None)
     assert [slot.environment["CUDA_VISIBLE_DEVICES"] for slot in gpus] == ["0", "2,3"]
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # the caller's own bound is kept
-    assert children.slots(None, 2)[0].environment["OMP_NUM_THREADS"] == "1"
+    assert trial_process.slots(None, 2)[0].environment["OMP_NUM_THREADS"] == "1"
 
 
 @pytest.mark.parametrize(("gpus", "jobs"), [("0", 1), ("a", None), ("0,0", None), (None, 0), ("", None)])
 def test_slots_that_make_no_sense_are_refused(gpus: str | None, jobs: int | None) -> None:
     with pytest.raises(ConfigError):
-        children.slots(gpus, jobs)
+        trial_process.slots(gpus, jobs)
 
 
 def test_hyperband_ends_the_trial_that_falls_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vitscope.sweep.local.WATCH", 0.05)
+    monkeypatch.setattr("vitscope.sweep.local_runner.WATCH", 0.05)
     sweep = sweep_of(do="learn", steps=60, accuracy=[0.9, 0.1])
     terminate = {"type": "hyperband", "min_iter": 10, "eta": 3}
     sweep = Sweep(sweep.path, {**sweep.content, "early_terminate": terminate})
@@ -192,8 +192,8 @@ def test_one_process_a_sweep(tmp_path: Path) -> None:
 def test_the_live_table_has_a_row_a_trial(tmp_path: Path) -> None:
     run = local(sweep_of(do=["finish", "fail"]), tmp_path)
     run.run()
-    shown = table.table(run)
+    shown = progress_table.table(run)
     assert shown.row_count == 2
     assert list(shown.columns[3].cells) == ["finished", "failed (3)"]
     assert list(shown.columns[6].cells) == ["0.5", ""]
-    assert spec.label(run.sweep, run.trials[0].params) == "do=finish"
+    assert sweep_file.label(run.sweep, run.trials[0].params) == "do=finish"

@@ -18,7 +18,7 @@ from vitscope.config import loading
 from vitscope.runtime import stop_flag
 from vitscope.runtime.errors import ConfigError, DistributedError
 from vitscope.runtime.stop_flag import Interrupted
-from vitscope.sweep import children, multirun
+from vitscope.sweep import hydra_multirun, trial_process
 from vitscope.training import diagnostics_callback
 
 ROOT = Path(__file__).parents[1]
@@ -30,8 +30,8 @@ def hydra_job(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """Pretend that Hydra runs a job of a multirun here; the trivial program stands in for ``train.py``."""
     folder = tmp_path / "multirun" / "0"
     folder.mkdir(parents=True)
-    monkeypatch.setattr(multirun, "_program", lambda: [sys.executable, str(PROGRAM)])
-    monkeypatch.setattr(multirun, "_folder", folder.parent)
+    monkeypatch.setattr(hydra_multirun, "_program", lambda: [sys.executable, str(PROGRAM)])
+    monkeypatch.setattr(hydra_multirun, "_folder", folder.parent)
     return folder
 
 
@@ -52,7 +52,7 @@ def test_a_multirun_of_two_jobs(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 2, done.stderr[-1000:]
     (folder,) = (tmp_path / "runs").glob("multirun-*")
-    assert children.outcome(folder / "0").finished
+    assert trial_process.outcome(folder / "0").finished
     assert "error: optimizer.lr=-1: not greater than 0" in done.stderr
     assert f"failed: job 1 (optimizer.lr=-1): exit 2; {folder}/1" in done.stderr
     assert "1 of 2 jobs finished" in done.stdout
@@ -61,21 +61,21 @@ def test_a_multirun_of_two_jobs(tmp_path: Path) -> None:
 
 def test_a_job_returns_its_metric_and_goes_on(hydra_job: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     pretend(monkeypatch, hydra_job, "do=fail", "accuracy=0.7")
-    assert multirun.job("val/accuracy") is None
+    assert hydra_multirun.job("val/accuracy") is None
     assert json.loads((hydra_job / "job.json").read_text()) == {
         "overrides": ["do=fail", "accuracy=0.7"],
         "exit_code": 3,
     }
-    assert multirun._told() == 3
+    assert hydra_multirun._told() == 3
     assert "failed: job 0 (do=fail accuracy=0.7): exit 3" in capsys.readouterr().err
     # a queue that starts it again (preempted, out of time) finds it begun
-    assert multirun.job("val/accuracy") == 0.7
+    assert hydra_multirun.job("val/accuracy") == 0.7
     assert json.loads((hydra_job / "job.json").read_text())["exit_code"] == 0
 
 
 def test_a_job_that_says_0_without_a_result_failed(hydra_job: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pretend(monkeypatch, hydra_job, "do=lie")
-    assert multirun.job("val/accuracy") is None
+    assert hydra_multirun.job("val/accuracy") is None
     assert json.loads((hydra_job / "job.json").read_text())["exit_code"] == 1
 
 
@@ -84,7 +84,7 @@ def test_jobs_side_by_side_share_the_cores(hydra_job: Path, monkeypatch: pytest.
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setenv("RANK", "1")
     pretend(monkeypatch, hydra_job, "do=finish", _target_="x.JoblibLauncher", n_jobs=4)
-    assert multirun.job("val/accuracy") == 0.5
+    assert hydra_multirun.job("val/accuracy") == 0.5
     (seen,) = [json.loads(line) for line in (hydra_job / "starts.txt").read_text().splitlines()]
     assert (seen["OMP_NUM_THREADS"], seen["RANK"]) == ("2", None)
     assert (hydra_job / "output.txt").exists()
@@ -95,12 +95,12 @@ def test_a_stop_reaches_the_job_and_no_other_starts(hydra_job: Path, monkeypatch
     ready = hydra_job / "ready"
     monkeypatch.setattr(stop_flag, "requested", lambda: 15 if ready.exists() else None)
     with pytest.raises(Interrupted):
-        multirun.job("val/accuracy")
-    assert children.outcome(hydra_job).exit_code == 143
+        hydra_multirun.job("val/accuracy")
+    assert trial_process.outcome(hydra_job).exit_code == 143
     monkeypatch.undo()
     stop_flag.request(15)
     with pytest.raises(Interrupted):
-        multirun.job("val/accuracy")
+        hydra_multirun.job("val/accuracy")
 
 
 @pytest.mark.parametrize(
@@ -118,22 +118,22 @@ def test_a_stop_reaches_the_job_and_no_other_starts(hydra_job: Path, monkeypatch
     ],
 )
 def test_what_cannot_be_right_is_refused(argv: list[str], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(multirun, "_installed", lambda package: False)
+    monkeypatch.setattr(hydra_multirun, "_installed", lambda package: False)
     with pytest.raises(ConfigError, match=message):
-        multirun.check(["-m", *argv, "seed=0,1"])
+        hydra_multirun.check(["-m", *argv, "seed=0,1"])
 
 
 def test_slurm_and_torchrun_are_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(multirun, "_installed", lambda package: True)
+    monkeypatch.setattr(hydra_multirun, "_installed", lambda package: True)
     monkeypatch.setenv("PATH", "")
     with pytest.raises(ConfigError, match="no SLURM here"):
-        multirun.check(["-m", "hydra/launcher=slurm"])
+        hydra_multirun.check(["-m", "hydra/launcher=slurm"])
     with pytest.raises(ConfigError, match="would minimise the accuracy; use hydra/sweeper=bayes"):
-        multirun.check(["-m", "hydra/sweeper=optuna"])
-    multirun.check(["-m", "hydra/launcher=local", "hydra/sweeper=bayes"])
+        hydra_multirun.check(["-m", "hydra/sweeper=optuna"])
+    hydra_multirun.check(["-m", "hydra/launcher=local", "hydra/sweeper=bayes"])
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match="every rank of torchrun would run every job"):
-        multirun.check(["-m", "seed=0,1"])
+        hydra_multirun.check(["-m", "seed=0,1"])
 
 
 @pytest.mark.parametrize(
@@ -146,7 +146,7 @@ def test_every_launcher_and_sweeper_composes(choice: str) -> None:
     node = OmegaConf.to_container(cfg.hydra[choice.partition("=")[0]], resolve=False)
     target = cast(dict[str, Any], node)["_target_"]
     assert target.endswith({"launcher": "Launcher", "sweeper": "Sweeper"}[choice.partition("=")[0]])
-    assert cfg.hydra.callbacks.jobs._target_ == "vitscope.sweep.multirun.Folder"
+    assert cfg.hydra.callbacks.jobs._target_ == "vitscope.sweep.hydra_multirun.Folder"
     assert "${hydra.job.num}" in str(OmegaConf.to_container(cfg.hydra.sweep, resolve=False))
 
 

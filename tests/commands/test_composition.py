@@ -47,15 +47,15 @@ CALLED = "stranger_package.run"
 HOSTILE = [
     ({"callbacks": {"x": {"_target_": CALLED}}}, "hydra.callbacks.x._target_"),
     ({"callbacks": {"x": {"_target_": "torch.utils.collect_env.run", "command": "true"}}}, "hydra.callbacks.x._target_"),
-    ({"callbacks": {"x": {"_target_": "vitscope.sweep.multirun.Folder", "y": {"_target_": CALLED}}}}, "hydra.callbacks.x.y"),
-    ({"callbacks": {"x": {"_target_": "vitscope.sweep.multirun.Folder", "y": [{"z": {"_target_": CALLED}}]}}}, "y.0.z"),
+    ({"callbacks": {"x": {"_target_": "vitscope.sweep.hydra_multirun.Folder", "y": {"_target_": CALLED}}}}, "hydra.callbacks.x.y"),
+    ({"callbacks": {"x": {"_target_": "vitscope.sweep.hydra_multirun.Folder", "y": [{"z": {"_target_": CALLED}}]}}}, "y.0.z"),
     ({"callbacks": {"x": "${y}"}, "y": {"_target_": CALLED}}, "hydra.callbacks.x._target_"),
     ({"callbacks": {"x": {"_target_": "${y}"}}, "y": CALLED}, "hydra.callbacks.x._target_"),
     ({"callbacks": {"x": {"_target_": "${oc.env:STRANGER}"}}}, "hydra.callbacks.x._target_"),
     ({"callbacks": {"x": {"_target_": "pandas.read_pickle"}}}, "hydra.callbacks.x._target_"),
     ({"callbacks": {"x": {"_target_": "builtins.exec", "_args_": ["1"]}}}, "hydra.callbacks.x._target_"),
     ({"callbacks": {"x": {"_target_": "vitscope.models.vit"}}}, "hydra.callbacks.x._target_"),
-    ({"callbacks": {"x": {"_target_": ["vitscope.sweep.multirun.Folder"]}}}, "hydra.callbacks.x._target_"),
+    ({"callbacks": {"x": {"_target_": ["vitscope.sweep.hydra_multirun.Folder"]}}}, "hydra.callbacks.x._target_"),
     ({"launcher": {"_target_": CALLED}}, "hydra.launcher._target_"),
     ({"launcher": {"_target_": "hydra._internal.core_plugins.basic_launcher.BasicLauncher", "x": {"_target_": CALLED}}}, "x._t"),
     ({"launcher": {"setup": ["touch x"]}}, "hydra.launcher.setup"),
@@ -266,10 +266,10 @@ def test_a_package_that_the_user_trusts_may_be_a_callback(monkeypatch: pytest.Mo
 
 def test_what_was_judged_is_what_is_created(monkeypatch: pytest.MonkeyPatch) -> None:
     """An interpolation is read once: another value at another time would have passed unjudged."""
-    monkeypatch.setenv("CHANGING", "vitscope.sweep.multirun.Folder")
+    monkeypatch.setenv("CHANGING", "vitscope.sweep.hydra_multirun.Folder")
     cfg = OmegaConf.create({"hydra": {"callbacks": {"x": {"_target_": "${oc.env:CHANGING}"}}}})
     composition.judge(cfg)
     monkeypatch.setenv("CHANGING", "subprocess.check_output")
-    assert cfg.hydra.callbacks.x._target_ == "vitscope.sweep.multirun.Folder"
+    assert cfg.hydra.callbacks.x._target_ == "vitscope.sweep.hydra_multirun.Folder"
     with pytest.raises(ConfigError, match="VITSCOPE_TRUST=subprocess"):
         composition.judge(OmegaConf.create({"hydra": {"callbacks": {"x": {"_target_": "${oc.env:CHANGING}"}}}}))

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from vitscope import exits
 from vitscope.runtime.errors import ConfigError
-from vitscope.sweep import agents, children, lint, spec, table
-from vitscope.sweep.local import LocalSweep
+from vitscope.sweep import lint, progress_table, sweep_file, trial_process, wandb_agents
+from vitscope.sweep.local_runner import LocalSweep
 
 USAGE = """usage: vitscope sweep FILE [gpus=0,1 | jobs=2] [limit=n] [server=true [sweep_id=ID]] [key=value ...]
 
@@ -48,33 +48,33 @@ def command(argv: Sequence[str]) -> int:
     pairs = [item.partition("=") for item in rest]
     chosen = {key: value for key, _, value in pairs if key in OPTIONS and value}  # make leaves what was not set empty
     overrides = [item for item, (key, _, _) in zip(rest, pairs) if key not in OPTIONS]
-    sweep = spec.read(file, overrides)
-    slots = children.slots(chosen.get("gpus"), _whole("jobs", chosen.get("jobs")))
+    sweep = sweep_file.read(file, overrides)
+    slots = trial_process.slots(chosen.get("gpus"), _whole("jobs", chosen.get("jobs")))
     limit = _whole("limit", chosen.get("limit"))
-    children.check_gpus(chosen.get("gpus"))
+    trial_process.check_gpus(chosen.get("gpus"))
     lint.check(sweep)
     root = Path(os.environ.get("VITSCOPE_RUNS", "runs")) / "sweeps"
     if chosen.get("server") == "true":
         return _server(sweep, root, slots, limit, chosen.get("sweep_id"))
-    with table.Shown() as shown:
+    with progress_table.Shown() as shown:
         local = LocalSweep(sweep, root, slots, limit=limit, show=shown)
         try:
             code = local.run()
         except BaseException:
-            table.report(local)
+            progress_table.report(local)
             raise
-    table.report(local)
+    progress_table.report(local)
     return code
 
 
 def _server(
-    sweep: spec.Sweep, root: Path, slots: Sequence[children.Slot], limit: int | None, sweep_id: str | None
+    sweep: sweep_file.Sweep, root: Path, slots: Sequence[trial_process.Slot], limit: int | None, sweep_id: str | None
 ) -> int:
     if sweep_id is None:
-        sweep_id = agents.create(sweep)
+        sweep_id = wandb_agents.create(sweep)
         print(f"created sweep {sweep_id}; go on with SWEEP_ID={sweep_id}", flush=True)
     folder = (root / f"{sweep.path.stem}-{sweep_id.rpartition('/')[2]}").absolute()
-    return agents.run(sweep, sweep_id, folder, slots, limit)
+    return wandb_agents.run(sweep, sweep_id, folder, slots, limit)
 
 
 def _whole(name: str, text: str | None) -> int | None:

@@ -28,7 +28,7 @@ from vitscope.runs.resume_changes import Change
 from vitscope.runs.run_dir import Run
 from vitscope.runtime.errors import CheckpointError, ConfigError, StorageError
 from vitscope.runtime.stop_flag import Interrupted
-from vitscope.sweep import multirun
+from vitscope.sweep import hydra_multirun
 from vitscope.training.ddp_strategy import end_others
 from vitscope.training.diagnostics_callback import (
     Checkpoints,
@@ -53,8 +53,8 @@ def main() -> None:
 def _command() -> None:
     argv = sys.argv[1:]
     named = overrides.value_of(argv, "run")
-    if named is None or multirun.asked(argv):
-        with multirun.reported(argv):
+    if named is None or hydra_multirun.asked(argv):
+        with hydra_multirun.reported(argv):
             overrides.uncaught(_composed)
         return
     run = run_dir.find(named)
@@ -66,8 +66,8 @@ def _command() -> None:
 @hydra.main(version_base="1.3", config_path=str(loading.folder()), config_name="train")
 @overrides.kept_error
 def _composed(cfg: DictConfig) -> float | None:
-    if multirun.is_job():
-        return multirun.job(METRIC)
+    if hydra_multirun.is_job():
+        return hydra_multirun.job(METRIC)
     train(cfg)
     return None
 

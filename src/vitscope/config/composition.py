@@ -25,7 +25,7 @@ _BASIC = "hydra._internal.core_plugins"
 #: what may be created below hydra.callbacks, hydra.launcher and hydra.sweeper
 PLUGINS: dict[str, tuple[str, ...]] = {
     "callbacks": (
-        "vitscope.sweep.multirun.Folder",
+        "vitscope.sweep.hydra_multirun.Folder",
         "hydra.experimental.callbacks.LogJobReturnCallback",
     ),
     "launcher": (

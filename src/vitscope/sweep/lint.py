@@ -23,8 +23,8 @@ from vitscope import exits
 from vitscope.config import loading
 from vitscope.config.validation import METRICS, validate
 from vitscope.runtime.errors import ConfigError, VitscopeError
-from vitscope.sweep import draws, halving, spec
-from vitscope.sweep.spec import COMMAND, METHODS, Sweep
+from vitscope.sweep import distributions, early_termination, sweep_file
+from vitscope.sweep.sweep_file import COMMAND, METHODS, Sweep
 
 TOP_KEYS = (
     "program", "project", "entity", "name", "description", "method", "metric", "parameters", "command", "run_cap",
@@ -100,7 +100,7 @@ def _search(sweep: Sweep) -> Iterator[str]:
         yield f"run_cap: {cap} is not a whole number from 1"
     if terminate is not None:
         try:
-            halving.rungs(terminate if isinstance(terminate, dict) else {"type": terminate})
+            early_termination.rungs(terminate if isinstance(terminate, dict) else {"type": terminate})
         except ConfigError as error:
             yield str(error)
 
@@ -112,12 +112,12 @@ def _parameter(key: str, node: Any) -> Iterator[str]:
     if "parameters" in node:
         yield f"parameters.{key}: nested parameters arrive as a dict, which is no override; write dotted keys such as {key}.name"
         return
-    for name in sorted(set(map(str, node)) - draws.KEYS):
-        yield f"parameters.{key}.{name}: no such key; {loading.nearest(name, draws.KEYS)}"
+    for name in sorted(set(map(str, node)) - distributions.KEYS):
+        yield f"parameters.{key}.{name}: no such key; {loading.nearest(name, distributions.KEYS)}"
     if key in OURS or key.startswith("hydra"):
         yield f"parameters.{key}: the runner sets it; take it out"
     try:
-        draws.distribution(key, node)
+        distributions.distribution(key, node)
     except ConfigError as error:
         yield str(error)
         return
@@ -151,7 +151,7 @@ def _value(key: str, value: Any) -> Iterator[str]:
 
 def _parsed(key: str, value: Any) -> Iterator[str]:
     try:
-        (override,) = OverridesParser.create().parse_overrides(spec.arguments({key: value}))
+        (override,) = OverridesParser.create().parse_overrides(sweep_file.arguments({key: value}))
     except HydraException as error:
         yield f"parameters.{key}: {value!r} is no override ({str(error).splitlines()[0]}); quote or rename it"
         return
@@ -173,14 +173,14 @@ def _composed(sweep: Sweep, thorough: bool) -> Iterator[str]:
 
                 factories.model(cfg)
         except (VitscopeError, ValueError) as error:
-            yield f"trial {index} ({spec.label(sweep, params)}): {error}"
+            yield f"trial {index} ({sweep_file.label(sweep, params)}): {error}"
 
 
 def _some(sweep: Sweep, thorough: bool) -> list[dict[str, Any]]:
     if sweep.method == "grid":
-        trials = spec.grid(sweep)
+        trials = sweep_file.grid(sweep)
         return trials if thorough else trials[:1]
-    return spec.random(sweep, min(10, sweep.run_cap or 10) if thorough else 1)
+    return sweep_file.random(sweep, min(10, sweep.run_cap or 10) if thorough else 1)
 
 
 def compose_trial(params: Mapping[str, Any]) -> DictConfig:
@@ -193,7 +193,7 @@ def compose_trial(params: Mapping[str, Any]) -> DictConfig:
     with initialize_config_dir(str(loading.folder()), version_base="1.3"):
         try:
             _declared(params)
-            cfg = compose("train", overrides=spec.arguments(params))
+            cfg = compose("train", overrides=sweep_file.arguments(params))
         except (HydraException, OmegaConfBaseException) as error:
             raise exits.explain(error) or error from None
     loading.drop_unchosen(cfg)
@@ -205,7 +205,7 @@ def compose_trial(params: Mapping[str, Any]) -> DictConfig:
 def _declared(params: Mapping[str, Any]) -> None:
     """Refuse dotted keys that the groups chosen by this trial do not have, with the nearest names."""
     groups = {key: value for key, value in params.items() if "." not in key}
-    base = compose("train", overrides=spec.arguments(groups))
+    base = compose("train", overrides=sweep_file.arguments(groups))
     for key, value in params.items():
         node: Any = base
         *parents, last = key.split(".")

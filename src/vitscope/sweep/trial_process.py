@@ -123,7 +123,7 @@ def start(command: Sequence[str], env: Mapping[str, str], log: Path | None) -> s
 
     Its output goes to ``log`` (appended), or where ours goes. It gets SIGTERM should we be killed.
     """
-    tied = [sys.executable, "-m", "vitscope.sweep.tied", str(os.getpid()), *command]
+    tied = [sys.executable, "-m", "vitscope.sweep.parent_death", str(os.getpid()), *command]
     if log is None:
         return subprocess.Popen(tied, env=dict(env), stdin=subprocess.DEVNULL, start_new_session=True)
     log.parent.mkdir(parents=True, exist_ok=True)

@@ -32,7 +32,7 @@ from vitscope.runs import metrics_log, result_store
 from vitscope.runtime import redaction, stop_flag
 from vitscope.runtime.errors import ConfigError
 from vitscope.runtime.stop_flag import Interrupted
-from vitscope.sweep import children
+from vitscope.sweep import trial_process
 
 #: how the folder's name reaches Hydra's configuration (``hydra.sweep.dir``)
 ENVIRONMENT = "VITSCOPE_MULTIRUN"
@@ -131,7 +131,7 @@ def _told() -> int:
     failed = [(folder, job) for folder, job in jobs if job["exit_code"] != 0]
     shared = set.intersection(*(set(job["overrides"]) for _, job in jobs)) if len(jobs) > 1 else set()
     for folder, job in failed:
-        why = children.last_error(folder / OUTPUT) or children.last_error(folder / "log.txt") or "see above"
+        why = trial_process.last_error(folder / OUTPUT) or trial_process.last_error(folder / "log.txt") or "see above"
         what = " ".join(override for override in job["overrides"] if override not in shared)
         print(f"failed: job {folder.name} ({what}): exit {job['exit_code']}; {folder}: {why}", file=sys.stderr)
     if jobs:
@@ -167,9 +167,11 @@ def job(metric: str) -> float | None:
     overrides = list(hydra.overrides.task)
     launcher = str(hydra.launcher.get("_target_", ""))
     side_by_side = int(hydra.launcher.get("n_jobs", 1))
-    slot = children.Slot("job", children.threads(max(1, side_by_side))) if side_by_side > 1 else None
+    slot = trial_process.Slot("job", trial_process.threads(max(1, side_by_side))) if side_by_side > 1 else None
     log = None if launcher.endswith("BasicLauncher") else folder / OUTPUT
-    process = children.start(children.training(_program(), overrides, folder), children.environment(slot), log)
+    process = trial_process.start(
+        trial_process.training(_program(), overrides, folder), trial_process.environment(slot), log
+    )
     signum = None
     try:
         while process.poll() is None and signum is None:
@@ -178,9 +180,9 @@ def job(metric: str) -> float | None:
     except KeyboardInterrupt:  # a launcher's worker has no handler of ours
         signum = signal.SIGINT
     finally:
-        children.stop([process], signum or signal.SIGTERM)
-    code = children.exit_code(process)
-    said = children.outcome(folder)
+        trial_process.stop([process], signum or signal.SIGTERM)
+    code = trial_process.exit_code(process)
+    said = trial_process.outcome(folder)
     if code == 0 and not said.finished:
         code = said.exit_code or 1
     job_facts = {"overrides": list(map(redaction.cleaned, overrides)), "exit_code": code}

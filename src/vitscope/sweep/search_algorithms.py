@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 from vitscope.runtime.errors import ConfigError
-from vitscope.sweep import draws, spec
-from vitscope.sweep.spec import Sweep
+from vitscope.sweep import distributions, sweep_file
+from vitscope.sweep.sweep_file import Sweep
 
 _SPACES = ("categorical", "int_uniform", "uniform", "q_uniform", "log_uniform_values")
 
@@ -39,13 +39,13 @@ def start(sweep: Sweep, limit: int | None, known: Mapping[int, dict[str, Any]]) 
         ConfigError: a search that has no end, or Optuna is not installed.
     """
     if sweep.method == "bayes":
-        n = spec.count(sweep, limit)
+        n = sweep_file.count(sweep, limit)
         if n is None:
             raise ConfigError(
                 "run_cap", None, "a bayes sweep has no end without it", "set run_cap in the file, or LIMIT=n"
             )
         return Bayes(sweep, n, known)
-    return Listed(spec.planned(sweep, limit))
+    return Listed(sweep_file.planned(sweep, limit))
 
 
 class Listed:
@@ -77,7 +77,7 @@ class Bayes:
         self._parameters = sweep.parameters
         self._space = {key: node for key, node in sweep.parameters.items() if "value" not in node}
         for key, node in self._space.items():
-            if (name := draws.distribution(key, node)) not in _SPACES:
+            if (name := distributions.distribution(key, node)) not in _SPACES:
                 why = "has no counterpart in Optuna"
                 raise ConfigError(f"parameters.{key}", name, why, f"use {', '.join(_SPACES)} (categorical: values)")
         seed = int(sweep.name.rpartition("-")[2], 16) % 2**31
@@ -115,7 +115,7 @@ class Bayes:
 
 
 def _suggest(trial: Any, key: str, node: Mapping[str, Any]) -> None:
-    name = draws.distribution(key, node)
+    name = distributions.distribution(key, node)
     if name == "categorical":
         trial.suggest_categorical(key, list(node["values"]))
     elif name == "int_uniform":

@@ -10,10 +10,10 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from vitscope.sweep import spec
+from vitscope.sweep import sweep_file
 
 if TYPE_CHECKING:
-    from vitscope.sweep.local import LocalSweep, Trial
+    from vitscope.sweep.local_runner import LocalSweep, Trial
 
 _STYLES = {"finished": "green", "failed": "bold red", "running": "cyan", "stopped early": "yellow", "stopped": "yellow"}
 
@@ -30,7 +30,7 @@ def table(sweep: LocalSweep) -> Table:
         seconds = time.monotonic() - trial.started if trial.process else trial.wall_s
         state = trial.state if trial.state != "failed" else f"failed ({trial.exit_code})"
         shown.add_row(
-            str(trial.index), spec.label(sweep.sweep, trial.params), trial.slot.name if trial.slot else "", state,
+            str(trial.index), sweep_file.label(sweep.sweep, trial.params), trial.slot.name if trial.slot else "", state,
             str(trial.rows.get("epoch", "")), str(trial.rows.get("step", "")), value, f"{seconds:.0f}" if seconds else "",
             style=_STYLES.get(trial.state),
         )  # fmt: skip
@@ -74,14 +74,14 @@ def line(sweep: LocalSweep, trial: Trial) -> str:
         facts.append(f"{sweep.metric} {trial.history[-1]:.4g}")
     if trial.wall_s:
         facts.append(f"{trial.wall_s:.0f} s")
-    what = spec.label(sweep.sweep, trial.params)
+    what = sweep_file.label(sweep.sweep, trial.params)
     return f"trial {trial.index} ({what}): {trial.state}{', ' * bool(facts)}{', '.join(facts)}"
 
 
 def report(sweep: LocalSweep) -> None:
     """Name on stderr what failed, and where everything lies."""
     for trial in sweep.failed():
-        what = spec.label(sweep.sweep, trial.params)
+        what = sweep_file.label(sweep.sweep, trial.params)
         print(
             f"failed: trial {trial.index} ({what}): exit {trial.exit_code}; {trial.folder}: {trial.why}",
             file=sys.stderr,

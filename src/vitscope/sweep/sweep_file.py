@@ -12,7 +12,7 @@ import yaml
 
 from vitscope.config import loading
 from vitscope.runtime.errors import ConfigError
-from vitscope.sweep import draws
+from vitscope.sweep import distributions
 
 #: the only command with which values arrive as Hydra overrides
 COMMAND = ("${env}", "python", "${program}", "${args_no_hyphens}")
@@ -124,13 +124,13 @@ def grid(sweep: Sweep) -> list[dict[str, Any]]:
     Raises:
         ConfigError: a parameter with no finite list of values.
     """
-    lists = {key: draws.listed(key, node) for key, node in sweep.parameters.items()}
+    lists = {key: distributions.listed(key, node) for key, node in sweep.parameters.items()}
     return [dict(zip(lists, combination)) for combination in itertools.product(*lists.values())]
 
 
 def random(sweep: Sweep, n: int) -> list[dict[str, Any]]:
     """Return the first ``n`` random trials; trial i depends on the sweep and on i only, so that a sweep can go on."""
-    return [draws.draw(sweep.parameters, f"{sweep.name}/{index}") for index in range(n)]
+    return [distributions.draw(sweep.parameters, f"{sweep.name}/{index}") for index in range(n)]
 
 
 def count(sweep: Sweep, limit: int | None) -> int | None:

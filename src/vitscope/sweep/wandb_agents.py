@@ -19,9 +19,9 @@ from vitscope.runs import run_dir
 from vitscope.runtime import stop_flag
 from vitscope.runtime.errors import ConfigError
 from vitscope.runtime.stop_flag import Interrupted
-from vitscope.sweep import children
-from vitscope.sweep.children import Slot
-from vitscope.sweep.spec import Sweep
+from vitscope.sweep import trial_process
+from vitscope.sweep.sweep_file import Sweep
+from vitscope.sweep.trial_process import Slot
 
 #: groups of keys that decide a run's config hash, so that a preempted trial finds its own checkpoint by it
 _IDENTITY = ("model", "data", "objective", "optimizer", "trainer", "callbacks", "compile", "seed")
@@ -36,7 +36,7 @@ def create(sweep: Sweep) -> str:
     with tempfile.TemporaryDirectory() as place:
         path = Path(place, f"{sweep.path.stem}.yaml")
         path.write_text(yaml.safe_dump(content(sweep), sort_keys=False))
-        env = children.environment(PATH=_path(), WANDB_DIR=place)
+        env = trial_process.environment(PATH=_path(), WANDB_DIR=place)
         env.pop("WANDB_SILENT", None)  # the id is in what it prints
         ask = [_wandb(), "sweep", str(path)]
         done = subprocess.run(ask, env=env, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
@@ -79,11 +79,11 @@ def run(sweep: Sweep, sweep_id: str, folder: Path, slots: Sequence[Slot], limit:
         share = [] if limit is None else ["--count", str(limit // len(slots) + (number < limit % len(slots)))]
         if share[1:] == ["0"]:
             continue
-        env = children.environment(
+        env = trial_process.environment(
             slot, PATH=_path(), VITSCOPE_RUNS=str(folder), WANDB_DIR=str(folder), WANDB_RUN_GROUP=folder.name
         )
         command = [_wandb(), "agent", "--forward-signals", *share, sweep_id]
-        agents.append(children.start(command, env, folder / f"agent-{slot.name}.log"))
+        agents.append(trial_process.start(command, env, folder / f"agent-{slot.name}.log"))
     seen: dict[str, str] = {}
     try:
         while any(agent.poll() is None for agent in agents):
@@ -92,7 +92,7 @@ def run(sweep: Sweep, sweep_id: str, folder: Path, slots: Sequence[Slot], limit:
             _tell(folder, seen)
             time.sleep(0.2)
     finally:
-        children.stop(agents, stop_flag.requested() or 15)
+        trial_process.stop(agents, stop_flag.requested() or 15)
         _tell(folder, seen)
     broken = [agent for agent in agents if agent.returncode]
     return report(folder, len(broken), may_stop="early_terminate" in sweep.content)
@@ -112,14 +112,14 @@ def report(folder: Path, broken: int = 0, *, may_stop: bool = False) -> int:
     first, finished = 0, 0
     found = run_dir.every(folder)
     for run_ in found:
-        said = children.outcome(run_.path)
+        said = trial_process.outcome(run_.path)
         if said.finished or (said.status == "stopped" and may_stop):
             finished += 1
             continue
         code = said.exit_code or 1
         first = first or code
         state = said.status if said.status != "running" else "killed"
-        print(f"failed: {run_.path}: {state}, exit {code}; {children.last_error(run_.log)}", file=sys.stderr)
+        print(f"failed: {run_.path}: {state}, exit {code}; {trial_process.last_error(run_.log)}", file=sys.stderr)
     known = {run_.provenance().get("wandb_id") for run_ in found}
     for path in sorted(folder.glob("wandb/sweep-*/config-*.yaml")):
         run_id = path.stem.removeprefix("config-")
@@ -138,7 +138,7 @@ def report(folder: Path, broken: int = 0, *, may_stop: bool = False) -> int:
 def _tell(folder: Path, seen: dict[str, str]) -> None:
     """Print a line for each run whose state has changed."""
     for run_ in run_dir.every(folder):
-        said = children.outcome(run_.path)
+        said = trial_process.outcome(run_.path)
         state = f"{said.status}{f' (exit {said.exit_code})' if said.exit_code else ''}"
         if seen.get(run_.id) != state:
             seen[run_.id] = state

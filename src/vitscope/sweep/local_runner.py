@@ -18,9 +18,9 @@ from vitscope.runs import metrics_log
 from vitscope.runtime import stop_flag
 from vitscope.runtime.errors import ConfigError, StorageError
 from vitscope.runtime.stop_flag import Interrupted
-from vitscope.sweep import children, halving, search, spec
-from vitscope.sweep.children import Slot
-from vitscope.sweep.spec import Sweep
+from vitscope.sweep import early_termination, search_algorithms, sweep_file, trial_process
+from vitscope.sweep.sweep_file import Sweep
+from vitscope.sweep.trial_process import Slot
 
 JOURNAL = "sweep.jsonl"
 OUTPUT = "output.txt"
@@ -53,7 +53,7 @@ class Trial:
     @property
     def why(self) -> str:
         """What the trial's output says of its failure."""
-        return children.last_error(self.folder / OUTPUT)
+        return trial_process.last_error(self.folder / OUTPUT)
 
 
 class LocalSweep:
@@ -85,13 +85,13 @@ class LocalSweep:
         self.trials: list[Trial] = []
         self.metric, self.larger = sweep.metric
         terminate = sweep.content.get("early_terminate")
-        self.rungs = halving.rungs(terminate) if terminate else []
+        self.rungs = early_termination.rungs(terminate) if terminate else []
         self.eta = float(terminate.get("eta", 3)) if terminate else 3.0
         self._lock = _lock(self.folder)
         self._watched = 0.0
         known, early = _past(self.folder / JOURNAL)
         self._early = early
-        self.search = search.start(sweep, limit, known)
+        self.search = search_algorithms.start(sweep, limit, known)
 
     def run(self) -> int:
         """Run what is not complete.
@@ -107,7 +107,7 @@ class LocalSweep:
                 time.sleep(0.05)
         finally:
             running = [trial for trial in self.trials if trial.process is not None]
-            children.stop(
+            trial_process.stop(
                 [trial.process for trial in running if trial.process], stop_flag.requested() or signal.SIGTERM
             )
             for trial in running:
@@ -139,9 +139,9 @@ class LocalSweep:
         """Return the next trial that is not complete; those that are go straight into the list."""
         while (params := self.search.ask(len(self.trials))) is not None:
             index = len(self.trials)
-            trial = Trial(index, params, self.folder / spec.folder_name(index, params))
+            trial = Trial(index, params, self.folder / sweep_file.folder_name(index, params))
             self.trials.append(trial)
-            if children.outcome(trial.folder).finished:
+            if trial_process.outcome(trial.folder).finished:
                 trial.state, trial.exit_code = "finished", 0
             elif index in self._early:
                 trial.state, trial.exit_code = "stopped early", 0
@@ -153,19 +153,21 @@ class LocalSweep:
         return None
 
     def _start(self, trial: Trial, slot: Slot) -> None:
-        command = children.training([sys.executable, self.sweep.program], spec.arguments(trial.params), trial.folder)
-        env = children.environment(slot, WANDB_RUN_GROUP=self.sweep.name)
+        command = trial_process.training(
+            [sys.executable, self.sweep.program], sweep_file.arguments(trial.params), trial.folder
+        )
+        env = trial_process.environment(slot, WANDB_RUN_GROUP=self.sweep.name)
         self._note(event="start", trial=trial.index, params=trial.params, slot=slot.name)
-        trial.process = children.start(command, env, trial.folder / OUTPUT)
+        trial.process = trial_process.start(command, env, trial.folder / OUTPUT)
         trial.state, trial.slot, trial.started = "running", slot, time.monotonic()
         self.show(self, trial)
 
     def _ended(self, trial: Trial, stopping: bool = False) -> None:
         assert trial.process is not None
-        code = children.exit_code(trial.process)
+        code = trial_process.exit_code(trial.process)
         assert code is not None
         trial.process, trial.wall_s = None, time.monotonic() - trial.started
-        said = children.outcome(trial.folder)
+        said = trial_process.outcome(trial.folder)
         if code == 0 and said.finished:
             trial.state, trial.exit_code = "finished", 0
         elif trial.rung is not None and code in (0, 143):
@@ -191,7 +193,7 @@ class LocalSweep:
             self._read(trial)
             if self.rungs and trial.rung is None:
                 others = [other.history for other in self.trials if other is not trial and other.history]
-                trial.rung = halving.hopeless(trial.history, others, self.rungs, self.eta, self.larger)
+                trial.rung = early_termination.hopeless(trial.history, others, self.rungs, self.eta, self.larger)
                 if trial.rung is not None:
                     trial.process.send_signal(signal.SIGTERM)
         self.show(self, None)

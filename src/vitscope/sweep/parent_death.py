@@ -1,4 +1,4 @@
-"""Run a command that ends when its parent does: ``python -m vitscope.sweep.tied <parent's id> <command>``.
+"""Run a command that ends when its parent does: ``python -m vitscope.sweep.parent_death <parent's id> <command>``.
 
 Linux sends SIGTERM at the parent's death, which survives ``exec``; elsewhere the command simply runs.
 """
