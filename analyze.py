@@ -1,6 +1,6 @@
 """Analyze: ``python analyze.py run=runs/<id>``."""
 
-from vitscope.commands.analyze import main
+from vitscope.cli.analyze import main
 
 if __name__ == "__main__":
     main()

@@ -1,6 +1,6 @@
 """Train: ``python train.py model=alternet``."""
 
-from vitscope.commands.train import main
+from vitscope.cli.train import main
 
 if __name__ == "__main__":
     main()

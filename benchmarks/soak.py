@@ -155,11 +155,10 @@ def alive() -> int:
 
 
 def _train(folder: Path, *arguments: str) -> None:
-    from vitscope import exits
-    from vitscope.commands import train
+    from vitscope.cli import exit_codes, train
 
     sys.argv = ["train.py", *TINY, f"paths.runs={folder}", *arguments]
-    code = exits.code_of(train._command)
+    code = exit_codes.code_of(train._command)
     assert code == 0, f"exit code {code}"
 
 

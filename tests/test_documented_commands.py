@@ -19,7 +19,8 @@ from PIL import Image
 from timm.data.imagenet_info import ImageNetInfo
 
 from tests.commands.conftest import call  # noqa: F401  a fixture
-from vitscope.commands import COMMANDS, analyze, overrides
+from vitscope.cli import analyze, hydra_overrides
+from vitscope.cli.main import COMMANDS
 from vitscope.config import loading
 from vitscope.config.validation import validate
 from vitscope.runtime.errors import VitscopeError
@@ -115,13 +116,13 @@ class Checker:
             self.composed(name, given)
         elif named and name == "train":
             cfg = self.composed("train", [])
-            overrides.apply(cfg, given)
+            hydra_overrides.apply(cfg, given)
             validate(cfg)
         elif named:
-            outer, inside = overrides.split(given, analyze.FROM_RUN)
+            outer, inside = hydra_overrides.split(given, analyze.FROM_RUN)
             chosen = [argument.partition("=")[0] for argument in outer]
             cfg = analyze.merged(self.composed("analyze", outer), self.composed("train", []), chosen)
-            overrides.apply(cfg, inside)
+            hydra_overrides.apply(cfg, inside)
             validate(cfg)
         else:
             validate(self.composed(name, given))

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from vitscope import exits
+from vitscope.cli import exit_codes
 from vitscope.config import loading
 from vitscope.config.validation import validate
 from vitscope.diagnostics.variance.feature_map_variance import FeatureMapVarianceResult
@@ -81,7 +81,7 @@ def test_any_override_is_valid_or_gets_one_line(base: list[str], tmp_path: Path,
     error = refusal(override, f"paths.runs={tmp_path}")
     if error is None:
         return
-    known = exits.explain(error)
+    known = exit_codes.explain(error)
     assert known is not None, f"{override}: a traceback instead of a line: {type(error).__name__}: {error}"
     line = str(known)
     assert "\n" not in line, f"{override}: {line!r}"

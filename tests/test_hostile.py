@@ -14,8 +14,7 @@ import torch
 from omegaconf import OmegaConf
 
 from tests.test_configs import composed
-from vitscope import exits
-from vitscope.commands import overrides
+from vitscope.cli import exit_codes, hydra_overrides
 from vitscope.config import loading
 from vitscope.config.validation import validate
 from vitscope.runs import checkpoint_io, result_store, run_dir
@@ -38,7 +37,7 @@ TARGETS = [
     "pytorch_lightning.LightningModule.load_from_checkpoint", "pytorch_lightning.cli.LightningCLI",
     "pytorch_lightning.utilities.upgrade_checkpoint.main", "torchmetrics.functional.accuracy",
     "vitscope", "vitscope.runs.run_dir.create", "vitscope.runs.result_store.write_atomically", "vitscope.runs.result_store.load",
-    "vitscope.runs.checkpoint_io.read", "vitscope.runs.checkpoint_io.write", "vitscope.sweep.trial_process.start", "vitscope.exits.run",
+    "vitscope.runs.checkpoint_io.read", "vitscope.runs.checkpoint_io.write", "vitscope.sweep.trial_process.start", "vitscope.cli.exit_codes.run",
     "vitscope.data.sources.cifar.urllib.request.urlopen", "vitscope.data.sources.cifar.check_integrity",
     "vitscope.diagnostics.corruption.corruption.archive", "vitscope.diagnostics.fourier.plot.relative_log_amplitude",
     "vitscope.models.load_official_state_dict", "vitscope.models.timm_model.checkpoint_gradients",
@@ -114,7 +113,7 @@ def test_refused_in_one_line(text: str, tmp_path: Path) -> None:
         cfg = composed("train", *([] if "paths.runs" in text else [f"paths.runs={tmp_path}"]), *given)
         loading.apply_caps(cfg)
         validate(cfg)
-    line = exits.explain(caught.value)
+    line = exit_codes.explain(caught.value)
     assert line is not None, repr(caught.value)
     assert line.exit_code == 2
     assert "\n" not in str(line)
@@ -186,8 +185,8 @@ def test_a_run_s_groups_are_not_chosen_anew() -> None:
                           ("~seed", "cannot be removed"), ("seed=1,2", "several values"), ("sed=1", "no such key"),
                           ("callbacks=[ema]", "the run has its own")):  # fmt: skip
         with pytest.raises(ConfigError, match=why):
-            overrides.apply(cfg, [argument])
-    overrides.apply(cfg, ["seed=3", "+trainer.deterministic=true", "model.heads=[1,2,3,4]"])
+            hydra_overrides.apply(cfg, [argument])
+    hydra_overrides.apply(cfg, ["seed=3", "+trainer.deterministic=true", "model.heads=[1,2,3,4]"])
     assert (cfg.seed, cfg.trainer.deterministic, list(cfg.model.heads)) == (3, True, [1, 2, 3, 4])
 
 
@@ -212,8 +211,8 @@ def test_secrets_reach_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert text.count("kept") == 2
     error = ConfigError("model.hf_token", "other", f"not {SECRET}", "mend")
     assert str(error) == "model.hf_token=redacted: not redacted; mend"
-    exits.entered(run)
-    exits._log(f"Traceback: {SECRET}")
+    exit_codes.entered(run)
+    exit_codes._log(f"Traceback: {SECRET}")
     assert SECRET not in run.log.read_text()
 
 

@@ -12,7 +12,7 @@ import torch
 from omegaconf import OmegaConf
 
 from tests.reports.conftest import spectrum, write_run
-from vitscope import exits
+from vitscope.cli import exit_codes
 from vitscope.plotting.api import save_figure
 from vitscope.runs import checkpoint_io, result_store, wandb_mirror
 from vitscope.runs.metrics_log import Journal, read
@@ -109,9 +109,9 @@ def test_a_temporary_name_that_is_a_link_is_not_written_through(run: Run, elsewh
 
 def test_a_traceback_does_not_go_through_a_link(run: Run, elsewhere: Path) -> None:
     run.log.symlink_to(elsewhere / "victim")
-    exits.entered(run)
+    exit_codes.entered(run)
     before = state(elsewhere)
-    exits._log("traceback")
+    exit_codes._log("traceback")
     assert state(elsewhere) == before
 
 

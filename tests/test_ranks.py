@@ -13,8 +13,7 @@ import pytest
 import torch
 
 from tests.test_survival import ENVIRONMENT, ROOT, run_of
-from vitscope import exits
-from vitscope.commands import train
+from vitscope.cli import exit_codes, train
 from vitscope.runs import checkpoint_io, metrics_log
 
 SMALL = ["model=vit", "model.depth=1", "model.patch_size=8", "data.eval_batch_size=100", "logger=none",
@@ -55,7 +54,7 @@ def test_two_processes_give_one_process_s_numbers(tmp_path: Path, monkeypatch: p
     arguments = ["train.py", *shared, "trainer=cpu", "data.batch_size=8", f"run_dir={tmp_path}/one"]
     monkeypatch.setattr(sys, "argv", arguments)
     monkeypatch.delenv("VITSCOPE_RUN_DIR", raising=False)
-    assert exits.code_of(train._command) == 0
+    assert exit_codes.code_of(train._command) == 0
     _, err = process.communicate(timeout=180)
     assert process.returncode == 0, err
     one, two = numbers(tmp_path / "one"), numbers(tmp_path / "two")

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import yaml
 
-from vitscope import exits
-from vitscope.commands import sweep as command
+from vitscope.cli import exit_codes
+from vitscope.cli import sweep as command
 from vitscope.runtime.errors import ConfigError
 from vitscope.sweep import distributions, early_termination, lint, search_algorithms, sweep_file, trial_process
 from vitscope.sweep.sweep_file import Sweep
@@ -211,7 +211,7 @@ def test_bayes_learns_and_repeats_what_was_asked() -> None:
 
 def test_the_command_refuses_and_points(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     def code(*argv: str) -> int:
-        return exits.code_of(lambda: sys.exit(command.command(argv)))
+        return exit_codes.code_of(lambda: sys.exit(command.command(argv)))
 
     monkeypatch.chdir(ROOT)
     assert code("--help") == 0

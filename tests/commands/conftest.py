@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from vitscope import exits
-from vitscope.commands import analyze, train
+from vitscope.cli import analyze, exit_codes, train
 
 TINY = [
     "model=vit",
@@ -28,7 +27,7 @@ def call(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., int]:
     def run(command: str, *arguments: str) -> int:
         monkeypatch.delenv("VITSCOPE_RUN_DIR", raising=False)
         monkeypatch.setattr(sys, "argv", [f"{command}.py", *arguments])
-        return exits.code_of({"train": train, "analyze": analyze}[command]._command)
+        return exit_codes.code_of({"train": train, "analyze": analyze}[command]._command)
 
     return run
 

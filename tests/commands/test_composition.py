@@ -13,8 +13,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from vitscope import exits
-from vitscope.commands import analyze, report, train
+from vitscope.cli import analyze, exit_codes, report, train
 from vitscope.config import composition, loading, target_allowlist
 from vitscope.reproduce import trial
 from vitscope.runtime.errors import ConfigError
@@ -113,7 +112,7 @@ def written(folder: Path, content: dict, name: str = "stranger") -> list[str]:
 def command_of(monkeypatch: pytest.MonkeyPatch, name: str, *arguments: str) -> int:
     monkeypatch.setattr(sys, "argv", [f"{name}.py", *arguments])
     monkeypatch.delenv("VITSCOPE_RUN_DIR", raising=False)
-    return exits.code_of({"train": train, "analyze": analyze, "report": report}[name]._command)
+    return exit_codes.code_of({"train": train, "analyze": analyze, "report": report}[name]._command)
 
 
 @pytest.mark.parametrize(("content", "key"), HOSTILE, ids=str)

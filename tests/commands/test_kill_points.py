@@ -9,8 +9,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.commands.test_train import losses, pytestmark  # noqa: F401 (the same libraries warn)
-from vitscope import exits
 from vitscope.analyses import runner
+from vitscope.cli import exit_codes
 from vitscope.runs import checkpoint_io, metrics_log
 from vitscope.training import diagnostics_callback
 from vitscope.training.lightning_module import Classifier
@@ -51,7 +51,7 @@ def killed(call, phase: str, at: int, before: bool, arguments: list[str]) -> Non
         return result
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(exits, "note_end", lambda run, code, **facts: None)  # nobody writes down that it was killed
+        patch.setattr(exit_codes, "note_end", lambda run, code, **facts: None)  # nobody writes down that it was killed
         patch.setattr(owner, name, deadly)
         call("train", *arguments)
 

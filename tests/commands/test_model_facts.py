@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from vitscope.commands import analyze
+from vitscope.cli import analyze
 from vitscope.runs.run_dir import Run
 
 

@@ -8,8 +8,7 @@ import pytest
 
 from tests.reports.conftest import curve, spectrum, write_run
 from tests.reports.test_factors import write as crossed
-from vitscope import exits
-from vitscope.commands import report
+from vitscope.cli import exit_codes, report
 
 Run = Callable[..., int]
 TWO = ("vit", "pit")
@@ -22,7 +21,7 @@ def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
     def call(*arguments: str) -> int:
         folders = [f"paths.runs={tmp_path}/runs", f"paths.figures={tmp_path}/figures"]
         monkeypatch.setattr(sys, "argv", ["report.py", *folders, *arguments])
-        return exits.code_of(report._command)
+        return exit_codes.code_of(report._command)
 
     return call
 

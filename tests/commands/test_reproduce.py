@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 
 from tests.reports.conftest import CARD, curve, spectrum, write_run
-from vitscope import exits
-from vitscope.commands import reproduce
+from vitscope.cli import exit_codes, reproduce
 from vitscope.reproduce import plan as reproduction
 from vitscope.reproduce.plan import Trial
 from vitscope.reproduce.trial import Outcome
@@ -149,7 +148,7 @@ def test_a_process_that_dies_takes_one_trial_only(tmp_path: Path, monkeypatch: p
 
 
 def _serve_with_tried(pipe: Any, trials: Sequence[Trial], root: Path) -> None:
-    from vitscope.commands import reproduce as child
+    from vitscope.cli import reproduce as child
 
     child.perform = _tried
     child._serve(pipe, trials, root)
@@ -176,7 +175,7 @@ def test_folders_follow_the_profile() -> None:
 
 def test_an_unknown_target_ends_with_2(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(sys, "argv", ["vitscope reproduce", "fig44"])
-    code = exits.code_of(lambda: reproduce.reproduce(*reproduce.arguments(sys.argv[1:])))
+    code = exit_codes.code_of(lambda: reproduce.reproduce(*reproduce.arguments(sys.argv[1:])))
     assert code == 2
     assert "target=fig44: no such figure or table; did you mean fig4" in capsys.readouterr().err
 
@@ -186,5 +185,5 @@ def test_lightnings_own_end_at_sigterm_is_no_success() -> None:
         stop_flag.request(signal.SIGTERM)
         raise SystemExit
 
-    assert exits.code_of(command) == exits.TERMINATED
+    assert exit_codes.code_of(command) == exit_codes.TERMINATED
     stop_flag.clear()

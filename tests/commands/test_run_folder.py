@@ -14,8 +14,8 @@ import pytest
 import vitscope as vs
 from tests.commands.test_kill_points import Killed
 from tests.commands.test_train import losses, pytestmark  # noqa: F401 (the same libraries warn)
-from vitscope import exits
 from vitscope.analyses import runner
+from vitscope.cli import exit_codes
 from vitscope.reproduce import trial
 from vitscope.runs import checkpoint_io, run_lock
 from vitscope.runs.run_dir import Run
@@ -31,7 +31,7 @@ def stopped(call, tiny, tmp_path, monkeypatch) -> Path:
     """Return a run of two epochs that was killed after the first one's checkpoints."""
     folder = tmp_path / "runs" / "stopped"
     with monkeypatch.context() as patch:
-        patch.setattr(exits, "note_end", lambda *_, **__: None)
+        patch.setattr(exit_codes, "note_end", lambda *_, **__: None)
         save = diagnostics_callback.Checkpoints.on_train_epoch_end
 
         def killed(self, trainer, pl_module):
@@ -103,7 +103,7 @@ def test_diagnostics_of_the_last_epoch_after_a_kill(call, tiny, tmp_path, monkey
     folder = tmp_path / "run"
     options = ["analysis=[fourier]", "analysis.fourier.when.every_n_epochs=1", "analysis.fourier.probe.n_images=8"]
     with monkeypatch.context() as patch:
-        patch.setattr(exits, "note_end", lambda *_, **__: None)
+        patch.setattr(exit_codes, "note_end", lambda *_, **__: None)
 
         def killed(*_: object) -> None:
             raise Killed

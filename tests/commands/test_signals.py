@@ -13,8 +13,7 @@ import pytest
 
 from tests.commands.test_train import losses, only_run, pytestmark  # noqa: F401 (the same libraries warn)
 from tests.reports.conftest import curve, spectrum, write_run
-from vitscope import exits
-from vitscope.commands import report, reproduce
+from vitscope.cli import exit_codes, report, reproduce
 from vitscope.reports.figures import figure_worker
 from vitscope.reproduce.trial import Outcome
 from vitscope.runs import checkpoint_io
@@ -70,7 +69,7 @@ def test_nohup_is_respected() -> None:
         os.kill(os.getpid(), signal.SIGUSR1)
         stop_flag.check()
 
-    assert exits.code_of(command) == 143
+    assert exit_codes.code_of(command) == 143
     assert stop_flag.requested() == signal.SIGUSR1
 
 
@@ -103,7 +102,7 @@ def test_a_second_interrupt_ends_at_once(monkeypatch: pytest.MonkeyPatch) -> Non
         os.kill(os.getpid(), signal.SIGINT)
         stop_flag.check()
 
-    assert exits.code_of(command) == 130
+    assert exit_codes.code_of(command) == 130
     assert ended == [130]
 
 
@@ -146,7 +145,7 @@ def test_report(
 
     monkeypatch.setattr(figure_worker, "draw", signalled)
     monkeypatch.setattr(sys, "argv", ["report.py", f"paths.runs={tmp_path}/runs", f"paths.figures={tmp_path}/figures"])
-    assert exits.code_of(report._command) == CODES[signal.Signals(signum)]
+    assert exit_codes.code_of(report._command) == CODES[signal.Signals(signum)]
     assert len(drawn) == 1, "it went on to the next figure"
     assert not (tmp_path / "figures" / "report.html").exists()
     assert capsys.readouterr().err == f"stopped by {signal.Signals(signum).name}\n"
@@ -198,5 +197,5 @@ def test_reproduce(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, signum: int)
     def command() -> None:
         finished.extend(reproduce.in_processes(trials, tmp_path))
 
-    assert exits.code_of(command) == CODES[signal.Signals(signum)]
+    assert exit_codes.code_of(command) == CODES[signal.Signals(signum)]
     assert terminated == ["asked", "waited for"]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from vitscope.analyses import runner
-from vitscope.commands import reproduce
+from vitscope.cli import reproduce
 from vitscope.core.probe import Probe
 from vitscope.reproduce import plan as reproduction
 from vitscope.reproduce.plan import Trial

@@ -21,9 +21,8 @@ from omegaconf import DictConfig
 from tests.commands.conftest import TINY
 from tests.commands.test_train import pytestmark  # noqa: F401 (the same libraries warn)
 from tests.kills import in_child, snapshots
-from vitscope import exits
 from vitscope.analyses import outputs
-from vitscope.commands import train
+from vitscope.cli import exit_codes, train
 from vitscope.config import loading
 from vitscope.runs import checkpoint_io, metrics_log, result_store
 
@@ -51,7 +50,7 @@ def trained(root: Path, *arguments: str) -> int:
     """Run the command that made the runs of a folder; return its exit code."""
     cfg = composed(*arguments).copy()
     cfg.paths.runs = str(root)
-    return exits.code_of(lambda: train.train(cfg))
+    return exit_codes.code_of(lambda: train.train(cfg))
 
 
 def finished_run(root: Path) -> Path:

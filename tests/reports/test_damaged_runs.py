@@ -13,8 +13,7 @@ import pytest
 import yaml
 
 from tests.reports.conftest import curve, spectrum, write_run
-from vitscope import exits
-from vitscope.commands import report
+from vitscope.cli import exit_codes, report
 from vitscope.reports import run_index
 from vitscope.runs import run_dir
 from vitscope.runs.run_dir import Run
@@ -138,7 +137,7 @@ def test_every_damaged_folder_is_named_and_left_out(
     assert len(DAMAGES) >= 50
     arguments = [f"paths.runs={tmp_path}/runs", f"out={tmp_path}/out", "table=models"]
     monkeypatch.setattr(sys, "argv", ["report.py", *arguments])
-    code = exits.code_of(report._command)
+    code = exit_codes.code_of(report._command)
     said = capsys.readouterr()
     named = [line for line in said.err.splitlines() if line.startswith("damaged: ")]
     for kind, run in damaged.items():
@@ -168,7 +167,7 @@ def test_a_damaged_array_costs_its_figure(
     run = write_run(tmp_path / "runs", "vit", 0, measured={"slice": curve()}, name="good")
     (run.path / "results" / "slice" / "end-0badcafe.npz").write_bytes(b"PK\x03\x04")
     monkeypatch.setattr(sys, "argv", ["report.py", f"paths.runs={tmp_path}/runs", f"out={tmp_path}/out", "page=false"])
-    code = exits.code_of(report._command)
+    code = exit_codes.code_of(report._command)
     said = capsys.readouterr().err
     assert "Traceback" not in said
     assert "end-0badcafe.npz" in said

@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from vitscope.analyses import runner
 from vitscope.analyses.runner import Place
-from vitscope.commands.train import train
+from vitscope.cli.train import train
 from vitscope.config import composition, factories, loading
 from vitscope.reports.value_lookup import undefined
 from vitscope.reproduce.plan import Trial

@@ -19,7 +19,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from vitscope import exits
+from vitscope.cli import exit_codes
 from vitscope.config import loading
 from vitscope.config.validation import METRICS, validate
 from vitscope.runtime.errors import ConfigError, VitscopeError
@@ -195,7 +195,7 @@ def compose_trial(params: Mapping[str, Any]) -> DictConfig:
             _declared(params)
             cfg = compose("train", overrides=sweep_file.arguments(params))
         except (HydraException, OmegaConfBaseException) as error:
-            raise exits.explain(error) or error from None
+            raise exit_codes.explain(error) or error from None
     loading.drop_unchosen(cfg)
     loading.apply_caps(cfg)
     validate(cfg)

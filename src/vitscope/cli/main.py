@@ -26,4 +26,4 @@ def main() -> None:
         sys.exit(2)
     os.environ[_COMMAND] = name
     sys.argv = [sys.argv[0], *sys.argv[2:]]
-    importlib.import_module(f"vitscope.commands.{name}").main()
+    importlib.import_module(f"vitscope.cli.{name}").main()

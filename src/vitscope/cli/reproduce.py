@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from vitscope import exits
+from vitscope.cli import exit_codes
 from vitscope.config import loading
 from vitscope.reproduce import plan as reproduction
 from vitscope.reproduce.plan import Target, Trial
@@ -25,7 +25,7 @@ Work = Callable[[Sequence[Trial], Path], Iterator[tuple[Trial, Outcome]]]
 
 def main() -> None:
     """Run the command with ``sys.argv`` and end the process with its exit code."""
-    exits.run(lambda: reproduce(*arguments(sys.argv[1:])))
+    exit_codes.run(lambda: reproduce(*arguments(sys.argv[1:])))
 
 
 def arguments(argv: Sequence[str]) -> tuple[list[str], str, int, Path, Path]:
@@ -138,7 +138,7 @@ def _serve(pipe: Any, trials: Sequence[Trial], root: Path) -> None:
     """Perform trials and send what became of each; stop at a signal."""
     for trial in trials:
         kept: list[Outcome] = []
-        code = exits.code_of(lambda trial=trial, kept=kept: kept.append(attempted(trial, root)))
+        code = exit_codes.code_of(lambda trial=trial, kept=kept: kept.append(attempted(trial, root)))
         if stop_flag.requested() is not None:
             pipe.send(stop_flag.requested())
             return
@@ -152,7 +152,7 @@ def attempted(trial: Trial, root: Path) -> Outcome:
     except (Interrupted, KeyboardInterrupt):
         raise
     except Exception as error:
-        known = exits.explain(error)
+        known = exit_codes.explain(error)
         _say(f"error: {known or repr(error)}")
         return Outcome(None, (f"{trial.name} ({known or repr(error)})",))
 
@@ -167,7 +167,7 @@ def _drawn(target: Target, outcomes: dict[Trial, Outcome], out: Path, draw: Call
 def _page(root: Path, out: Path) -> None:
     from hydra import compose, initialize_config_dir
 
-    from vitscope.commands.report import report
+    from vitscope.cli.report import report
 
     overrides = [f"paths.runs={root.absolute()}", f"out={out.absolute()}", "tag=end"]
     with initialize_config_dir(str(loading.folder()), version_base="1.3", job_name="report"):

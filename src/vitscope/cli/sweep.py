@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from vitscope import exits
+from vitscope.cli import exit_codes
 from vitscope.runtime.errors import ConfigError
 from vitscope.sweep import lint, progress_table, sweep_file, trial_process, wandb_agents
 from vitscope.sweep.local_runner import LocalSweep
@@ -25,7 +25,7 @@ OPTIONS = ("gpus", "jobs", "limit", "server", "sweep_id")
 
 def main() -> None:
     """Run the command with ``sys.argv`` and end the process with its exit code."""
-    exits.run(lambda: sys.exit(command(sys.argv[1:])))
+    exit_codes.run(lambda: sys.exit(command(sys.argv[1:])))
 
 
 def command(argv: Sequence[str]) -> int:

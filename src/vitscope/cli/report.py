@@ -10,8 +10,7 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig
 
-from vitscope import exits
-from vitscope.commands import overrides
+from vitscope.cli import exit_codes, hydra_overrides
 from vitscope.config import loading
 from vitscope.reports import run_index
 from vitscope.reports.claims import claim_verdicts
@@ -35,15 +34,15 @@ MOST_LINES = 20
 
 def main() -> None:
     """Run the command with ``sys.argv`` and end the process with its exit code."""
-    exits.run(_command)
+    exit_codes.run(_command)
 
 
 def _command() -> None:
-    overrides.uncaught(_composed)
+    hydra_overrides.uncaught(_composed)
 
 
 @hydra.main(version_base="1.3", config_path=str(loading.folder()), config_name="report")
-@overrides.kept_error
+@hydra_overrides.kept_error
 def _composed(cfg: DictConfig) -> None:
     report(cfg)
 

@@ -14,10 +14,9 @@ from typing import Any
 import hydra
 from omegaconf import DictConfig
 
-from vitscope import exits
 from vitscope.analyses import runner
-from vitscope.commands import overrides
-from vitscope.commands.headline import print_headline
+from vitscope.cli import exit_codes, hydra_overrides
+from vitscope.cli.summary_table import print_headline
 from vitscope.config import factories, loading, model_facts
 from vitscope.config.dry_run import rehearse
 from vitscope.config.validation import validate, writable
@@ -47,24 +46,24 @@ METRIC = "val/accuracy"
 
 def main() -> None:
     """Run the command with ``sys.argv`` and end the process with its exit code."""
-    exits.run(_command)
+    exit_codes.run(_command)
 
 
 def _command() -> None:
     argv = sys.argv[1:]
-    named = overrides.value_of(argv, "run")
+    named = hydra_overrides.value_of(argv, "run")
     if named is None or hydra_multirun.asked(argv):
         with hydra_multirun.reported(argv):
-            overrides.uncaught(_composed)
+            hydra_overrides.uncaught(_composed)
         return
     run = run_dir.find(named)
     cfg = run.config()
-    overrides.apply(cfg, [a for a in argv if not a.startswith("run=")])
+    hydra_overrides.apply(cfg, [a for a in argv if not a.startswith("run=")])
     train(cfg, run)
 
 
 @hydra.main(version_base="1.3", config_path=str(loading.folder()), config_name="train")
-@overrides.kept_error
+@hydra_overrides.kept_error
 def _composed(cfg: DictConfig) -> float | None:
     if hydra_multirun.is_job():
         return hydra_multirun.job(METRIC)
@@ -115,7 +114,7 @@ def train(cfg: DictConfig, run: Run | None = None) -> Run:
                 network, checkpoint_io.read(ckpt), ckpt
             )  # a file that does not fit leaves no run behind
         run = _new_run(cfg)
-    exits.entered(run)
+    exit_codes.entered(run)
     if _is_main() and model_facts.KEY not in run.provenance():
         run.note(**{model_facts.KEY: model_facts.of_model(cfg)})
     started = time.monotonic()
@@ -125,7 +124,7 @@ def train(cfg: DictConfig, run: Run | None = None) -> Run:
         _fit(cfg, run, network, data, ckpt, mirror, changed)
         code = 0
     except BaseException as error:
-        code = exits.code_for(error)
+        code = exit_codes.code_for(error)
         if isinstance(error, Interrupted):
             mirror.preempting()
         raise
@@ -133,7 +132,7 @@ def train(cfg: DictConfig, run: Run | None = None) -> Run:
         try:
             if _is_main():
                 os.environ.pop(run_dir.ENVIRONMENT, None)  # the next run of this process makes a folder of its own
-                exits.note_end(run, code, wall_s=round(time.monotonic() - started, 3))
+                exit_codes.note_end(run, code, wall_s=round(time.monotonic() - started, 3))
         finally:
             mirror.finish(code)
     return run
@@ -186,7 +185,7 @@ def _fit(
 
 
 def _is_defect(error: BaseException) -> bool:
-    return isinstance(error, Exception) and not isinstance(error, Interrupted) and exits.explain(error) is None
+    return isinstance(error, Exception) and not isinstance(error, Interrupted) and exit_codes.explain(error) is None
 
 
 def _classifier(cfg: DictConfig, network: Any, data: Any) -> Classifier:

@@ -12,10 +12,9 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from vitscope import exits
 from vitscope.analyses import runner
-from vitscope.commands import overrides
-from vitscope.commands.headline import print_headline
+from vitscope.cli import exit_codes, hydra_overrides
+from vitscope.cli.summary_table import print_headline
 from vitscope.config import factories, loading, model_facts
 from vitscope.config.validation import validate
 from vitscope.runs import checkpoint_io, run_dir, run_lock, wandb_mirror
@@ -34,21 +33,21 @@ _inside: list[str] = []
 
 def main() -> None:
     """Run the command with ``sys.argv`` and end the process with its exit code."""
-    exits.run(_command)
+    exit_codes.run(_command)
 
 
 def _command() -> None:
     _inside.clear()
-    if overrides.value_of(sys.argv[1:], "run") is not None:
+    if hydra_overrides.value_of(sys.argv[1:], "run") is not None:
         # dotted overrides of the run's groups apply to the run's values, which Hydra does not see
-        composed, inside = overrides.split(sys.argv[1:], FROM_RUN)
+        composed, inside = hydra_overrides.split(sys.argv[1:], FROM_RUN)
         _inside.extend(inside)
         sys.argv = [sys.argv[0], *composed]
-    overrides.uncaught(_composed)
+    hydra_overrides.uncaught(_composed)
 
 
 @hydra.main(version_base="1.3", config_path=str(loading.folder()), config_name="analyze")
-@overrides.kept_error
+@hydra_overrides.kept_error
 def _composed(cfg: DictConfig) -> None:
     chosen = [o.partition("=")[0] for o in HydraConfig.get().overrides.task]
     analyze(cfg, chosen, _inside)
@@ -72,7 +71,7 @@ def analyze(cfg: DictConfig, chosen: Sequence[str] = (), inside: Sequence[str] =
     run = run_dir.find(str(cfg.run)) if cfg.run else None
     if run is not None:
         cfg = merged(cfg, run.config(), chosen)
-        overrides.apply(cfg, inside)
+        hydra_overrides.apply(cfg, inside)
         _refuse_changing_checkpoint(_checkpoint_path(cfg, run), run)
     loading.apply_caps(cfg)
     validate(cfg)
@@ -83,7 +82,7 @@ def analyze(cfg: DictConfig, chosen: Sequence[str] = (), inside: Sequence[str] =
     data.adapt_to(network)
     if run is None:
         run = run_dir.create(cfg, "analyze")
-    exits.entered(run)
+    exit_codes.entered(run)
     if rank() == 0 and model_facts.KEY not in run.provenance() and _is_own_model(cfg, run):
         run.note(**{model_facts.KEY: model_facts.of_model(cfg)})
     mirror = wandb_mirror.start(cfg, run, "analyze", _say)
@@ -92,11 +91,11 @@ def analyze(cfg: DictConfig, chosen: Sequence[str] = (), inside: Sequence[str] =
         _perform(cfg, run, network.to(device), data, content, path, mirror)
         code = 0
     except BaseException as error:
-        code = exits.code_for(error)
+        code = exit_codes.code_for(error)
         raise
     finally:
         if run.provenance().get("command") == "analyze":
-            exits.note_end(run, code)
+            exit_codes.note_end(run, code)
         mirror.finish(code)
     return run
 
