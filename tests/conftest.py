@@ -15,6 +15,8 @@ from torch import nn
 
 import vitscope.runtime.progress
 
+pytest_plugins = ["tests.helpers.commands", "tests.helpers.data_files", "tests.helpers.analysis_runs"]
+
 
 @pytest.fixture(autouse=True)
 def quiet(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,6 @@ from omegaconf import DictConfig
 from PIL import Image
 from timm.data.imagenet_info import ImageNetInfo
 
-from tests.commands.conftest import call  # noqa: F401  a fixture
 from vitscope.cli import analyze, hydra_overrides
 from vitscope.cli.main import COMMANDS
 from vitscope.config import loading
@@ -221,7 +220,7 @@ def test_a_command_that_does_not_work_fails(text: str, tmp_path: Path) -> None:
         Checker(tmp_path).check(found[0])
 
 
-def test_photographs_are_measured(call: Callable[..., int], tmp_path: Path) -> None:  # noqa: F811
+def test_photographs_are_measured(call: Callable[..., int], tmp_path: Path) -> None:
     options = ["model=vit", "model.depth=1", "model.patch_size=8", "data.image_size=16", "device=cpu"]
     assert call("analyze", *options, "data=photographs", "analysis=[evaluation]", f"paths.runs={tmp_path}/runs") == 0
     result = next(tmp_path.glob("runs/*/results/evaluation/*.json"))
@@ -229,7 +228,7 @@ def test_photographs_are_measured(call: Callable[..., int], tmp_path: Path) -> N
 
 
 def test_training_on_photographs_is_one_line(
-    call: Callable[..., int],  # noqa: F811
+    call: Callable[..., int],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -237,7 +236,7 @@ def test_training_on_photographs_is_one_line(
     assert "16 photographs have no train split; measure on split=test; train on data=photos" in capsys.readouterr().err
 
 
-def test_a_folder_of_images_is_measured(call: Callable[..., int], tmp_path: Path) -> None:  # noqa: F811
+def test_a_folder_of_images_is_measured(call: Callable[..., int], tmp_path: Path) -> None:
     for name, data in ((("cat", "dog"), "folder"), (ImageNetInfo("imagenet-1k").label_names()[:2], "imagenet")):
         for number in range(2):
             for label in name:

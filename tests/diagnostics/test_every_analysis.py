@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.test_configs import composed
+from tests.helpers.analysis_runs import NAMES
 from vitscope.analyses import runner
 from vitscope.analyses.runner import Place
-from vitscope.config import factories, loading
+from vitscope.config import factories
 from vitscope.runs import checkpoint_io, run_dir
 from vitscope.runtime import stop_flag
 from vitscope.runtime.stop_flag import Interrupted
@@ -24,29 +24,6 @@ from vitscope.runtime.stop_flag import Interrupted
 STATIC = {"taps"}
 #: refuses the model at hand, so that there is no middle
 NEEDS_BATCHNORM = {"bn_policy"}
-NAMES = loading.options("analysis")
-ARGUMENTS = ["model=vit", "model.depth=1", "model.patch_size=8", "data=shapes", "data.fraction=0.02", "caps=smoke"]
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Place:
-    """Return a run with two checkpoints, its data and its network, which tests copy."""
-    root = tmp_path_factory.mktemp("runs")
-    cfg = composed("train", *ARGUMENTS, f"analysis=[{','.join(NAMES)}]", f"paths.runs={root}")
-    loading.apply_caps(cfg)
-    run = run_dir.create(cfg, "train")
-    network = factories.model(cfg)
-    for step, name in enumerate(("init", "last")):
-        state = {f"model.{key}": value + 0.01 * (1 - step) for key, value in network.state_dict().items()}
-        content = {"epoch": 0, "global_step": step, "state_dict": state}
-        checkpoint_io.write(content, run.checkpoints / f"{name}.ckpt")
-    data = factories.data(cfg)
-    data.adapt_to(network)
-    network.eval()
-    network.get_submodule("norm").train()  # as it is found: a mixture of modes, gradients of a step
-    for p in network.parameters():
-        p.grad = torch.randn_like(p)
-    return Place(cfg, run, network, data, "end", epoch=0)
 
 
 def state(network: torch.nn.Module) -> dict[str, object]:

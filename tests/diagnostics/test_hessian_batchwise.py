@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).parent))
-from hessian_oracle import by_magnitude, dense_hessian, make
-from test_hessian_models import model_of
-
 import vitscope as vs
+from tests.helpers.hessian_oracle import by_magnitude, dense_hessian, make
+from tests.helpers.small_networks import model_of
 from vitscope.diagnostics.hessian import _budget
 from vitscope.linalg.batched_lanczos import CannotBatch, SideBySide, eigenvalues_side_by_side
 from vitscope.linalg.curvature.operator_factory import curvatures

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))
-from hessian_oracle import by_magnitude
-from test_hessian_models import Part, data_of, model_of
-
 import vitscope as vs
+from tests.helpers.hessian_oracle import by_magnitude
+from tests.helpers.small_networks import Part, data_of, model_of
 
 #: where the parameters of the small AlterNet belong: two stages of a convolution and an attention block
 KINDS = {"stem": ("stem.",), "conv": ("stages.0.0.", "stages.1.0."), "msa": ("stages.0.1.", "stages.1.1.")}

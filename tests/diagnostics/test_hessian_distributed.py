@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
 from dataclasses import fields
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,10 +12,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from timm.models.vision_transformer import VisionTransformer
 
-sys.path.insert(0, str(Path(__file__).parent))
-from hessian_oracle import make
-
 import vitscope as vs
+from tests.helpers.hessian_oracle import make
 from vitscope.runtime import progress
 
 #: batches of the whole sequence: three on two ranks, one on two ranks

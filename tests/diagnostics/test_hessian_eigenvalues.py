@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))
-from hessian_oracle import by_magnitude, dense_hessian, logit_jacobian, make
-
 import vitscope as vs
+from tests.helpers.hessian_oracle import by_magnitude, dense_hessian, logit_jacobian, make
 from vitscope.linalg.curvature.operator_factory import curvatures
 from vitscope.runtime.errors import NumericalError
 

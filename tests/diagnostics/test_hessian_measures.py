@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).parent))
-from hessian_oracle import by_magnitude, dense_hessian, logit_jacobian, make
-
 import vitscope as vs
+from tests.helpers.hessian_oracle import by_magnitude, dense_hessian, logit_jacobian, make
 from vitscope.diagnostics.hessian import _nep_statistics
 
 

@@ -9,11 +9,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hessian_oracle import by_magnitude, make
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import vitscope as vs
+from tests.helpers.hessian_oracle import by_magnitude, make
 from vitscope.linalg.curvature.operator_factory import curvatures
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")

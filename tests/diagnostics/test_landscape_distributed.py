@@ -8,9 +8,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from landscapes import assert_untouched, real, snapshot
 
 import vitscope as vs
+from tests.helpers.landscapes import assert_untouched, real, snapshot
 from vitscope.runtime import progress
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from landscapes import assert_untouched, bowl, bowl_at, real, snapshot
 
 import vitscope as vs
+from tests.helpers.landscapes import assert_untouched, bowl, bowl_at, real, snapshot
 from vitscope.core.evaluation import evaluate
 from vitscope.linalg.weights.directions import random_direction
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from landscapes import assert_untouched, bowl, bowl_at, snapshot
 from torch import Tensor, nn
 
 import vitscope as vs
+from tests.helpers.landscapes import assert_untouched, bowl, bowl_at, snapshot
 
 
 class Hill(nn.Module):

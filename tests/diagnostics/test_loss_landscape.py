@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from landscapes import assert_untouched, batches, bowl, bowl_at, real, snapshot
 from torch import nn
 
 import vitscope as vs
+from tests.helpers.landscapes import assert_untouched, batches, bowl, bowl_at, real, snapshot
 from vitscope.core.weight_space import recalibrate
 from vitscope.linalg.weights.directions import filter_parameters, normalize, random_direction
 from vitscope.runtime import stop_flag

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from landscapes import assert_untouched, bowl, bowl_at, real, snapshot
 from scipy import stats
 
 import vitscope as vs
+from tests.helpers.landscapes import assert_untouched, bowl, bowl_at, real, snapshot
 from vitscope.linalg.weights.directions import filter_parameters, normalize, random_direction
 from vitscope.linalg.weights.effective_weights import canonical_names
 

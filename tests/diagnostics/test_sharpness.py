@@ -7,11 +7,11 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from landscapes import Squared, assert_untouched, batches, bowl, real, snapshot
 from scipy import stats
 from torch import nn
 
 import vitscope as vs
+from tests.helpers.landscapes import Squared, assert_untouched, batches, bowl, real, snapshot
 from vitscope.linalg.weights.directions import filter_parameters, normalize, random_direction
 from vitscope.linalg.weights.effective_weights import canonical_names
 

@@ -7,10 +7,10 @@ from typing import get_args
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import CONFIGS, from_config
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from tests.helpers.model_configs import CONFIGS, from_config
 from vitscope.models.structure.parameter_groups import parameter_kinds, parameter_stages
 from vitscope.models.structure.residual_structure import Kind
 from vitscope.models.structure.residual_units import reading_branches, resumed, units, zeroed

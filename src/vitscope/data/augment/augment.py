@@ -50,7 +50,8 @@ class Recipe:
         crop_mode: How files are brought to `image_size / crop_pct` before the crop: `center` (shorter side), `squash` (both
             sides, whatever their ratio) or `border` (longer side, the rest filled with the mean).
         background: Red, green and blue that show through transparent pixels of files.
-        pixel_range: Samples of files that become black and white where they are not of 8 bits, see `vitscope.data.sources.image_decoding`.
+        pixel_range: Samples of files that become black and white where they are not of 8 bits, see
+            `vitscope.data.sources.image_decoding`.
     """
 
     augment: str = "none"

@@ -14,8 +14,8 @@ from vitscope.models.structure.residual_structure import Piece, anatomy, is_gate
 #: attention that weighs channels or positions and mixes none, and pooling by attention in a head
 _NO_MIXING = ("channel", "spatial", "split", "coord", "kernel", "pool", "gate", "cbam", "eca", "effective")
 _ADVICE = (
-    "describe its block, @vitscope.models.structure.residual_structure.parts.register({block}), or pass Probe(..., taps=[vitscope.Tap(...), ...]) "
-    "and units=[vitscope.models.structure.residual_units.Unit(...), ...] by hand (vitscope.models.structure.residual_units.known_units(model) leaves it out)"
+    "describe its block, @vitscope.models.structure.parts.register({block}), or pass Probe(..., taps=[vitscope.Tap(...), ...]) "
+    "and units=[vitscope.models.structure.Unit(...), ...] by hand (vitscope.models.structure.known_units(model) leaves it out)"
 )
 
 

@@ -142,8 +142,8 @@ def _check_used(model: nn.Module, owned: Mapping[str, Piece], seen: Execution) -
 def _unclear(name: str, what: str) -> ValueError:
     return ValueError(
         f"Expected each parameter in a known unit, before the first (stem) or after the last (head), received {name!r} {what}: "
-        "delete it from the model, describe its block with @vitscope.models.structure.residual_structure.parts.register(Block), or choose parameters "
-        "by layer:<module> or a name pattern."
+        "delete it from the model, describe its block with @vitscope.models.structure.parts.register(Block), or choose "
+        "parameters by layer:<module> or a name pattern."
     )
 
 

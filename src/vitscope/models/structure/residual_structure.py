@@ -147,7 +147,7 @@ def _check_forward(block: nn.Module) -> None:
         name = type(block).__name__
         raise ValueError(
             f"Expected blocks that run as {described.__module__}.{described.__name__}, received {name} with a forward of its "
-            f"own: describe it, @vitscope.models.structure.residual_structure.parts.register({name}), or pass taps=[...] and units=[...]."
+            f"own: describe it, @vitscope.models.structure.parts.register({name}), or pass taps=[...] and units=[...]."
         )
 
 

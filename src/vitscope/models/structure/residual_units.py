@@ -97,7 +97,8 @@ def known_units(model: nn.Module) -> list[Unit]:
     pieces = [p for p in anatomy(uncompiled(model)) if p.part.branch_out is not None]
     if not pieces:
         raise ValueError(
-            f"{type(model).__name__} has no residual unit that vitscope knows; pass units=[vitscope.models.structure.residual_units.Unit(...), ...]."
+            f"{type(model).__name__} has no residual unit that vitscope knows; "
+            "pass units=[vitscope.models.structure.Unit(...), ...]."
         )
     last = max(len(pieces) - 1, 1)
     found = []

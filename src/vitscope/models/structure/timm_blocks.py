@@ -191,7 +191,7 @@ def _unclear(block: nn.Module, what: str) -> ValueError:
     kind = type(block).__name__
     return ValueError(
         f"Expected a residual block of convolutions and norms, received {kind} with {what} whose place in the branch is not "
-        f"known: describe it, @vitscope.models.structure.residual_structure.parts.register({kind}), or pass taps=[...] and units=[...]."
+        f"known: describe it, @vitscope.models.structure.parts.register({kind}), or pass taps=[...] and units=[...]."
     )
 
 

@@ -65,8 +65,8 @@ def judge(bench: Bench, claims: Sequence[Claim] = CLAIMS) -> list[Judged]:
     (an intersection-union test needs no correction within a claim). It is contradicted where one part has the opposite
     sign and its p-value, times the number of parts, passes. Otherwise it is inconclusive, or not measured.
 
-    Numbers that a part sets against each other were measured under the same conditions, see `vitscope.core.objective_card`; those that
-    were not are left out and named, unless the selection allows them to differ.
+    Numbers that a part sets against each other were measured under the same conditions, see
+    `vitscope.core.objective_card`; those that were not are left out and named, unless the selection allows them to differ.
     """
     found = {claim.name: tuple(_finding(part, _effect(part, bench)) for part in claim.parts) for claim in claims}
     evidence = {claim.name: _evidence(found[claim.name]) for claim in claims}

@@ -1,4 +1,7 @@
-"""The answer of `vitscope.reports.claims.factorial_analysis` as tables: who looks flatter under each condition, and which factor decides."""
+"""Tables of the factorial analysis: who looks flatter under each condition, and which factor decides.
+
+See `vitscope.reports.claims.factorial_analysis`.
+"""
 
 from __future__ import annotations
 

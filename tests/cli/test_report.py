@@ -1,0 +1,133 @@
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.factorial_runs import write as crossed
+from tests.helpers.report_runs import curve, spectrum, write_run
+from vitscope.cli import exit_codes, report
+
+Run = Callable[..., int]
+TWO = ("vit", "pit")
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
+    """Run ``report.py`` with arguments on the runs of the test; return the exit code."""
+
+    def call(*arguments: str) -> int:
+        folders = [f"paths.runs={tmp_path}/runs", f"paths.figures={tmp_path}/figures"]
+        monkeypatch.setattr(sys, "argv", ["report.py", *folders, *arguments])
+        return exit_codes.code_of(report._command)
+
+    return call
+
+
+@pytest.fixture
+def two(tmp_path: Path) -> list[str]:
+    """Write a complete run of two models; return their ids."""
+    measured = {"hessian": spectrum(), "slice": curve()}
+    return [write_run(tmp_path / "runs", model, measured=measured).id for model in TWO]
+
+
+def test_everything_is_written(run: Run, two: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run() == 0
+    out = tmp_path / "figures"
+    assert {p.name for p in out.iterdir()} == {
+        "hessian-end.png", "hessian-end.pdf", "slice-end.png", "slice-end.pdf", "report.html", "tables",
+    }  # fmt: skip
+    names = ("models", "curvature", "robustness", "buildup", "claims")
+    assert {p.name for p in (out / "tables").iterdir()} == {f"{n}.{e}" for n in names for e in ("md", "csv", "tex")}
+    printed = capsys.readouterr()
+    assert "| vit-tiny " in printed.out
+    assert f"2 figures, 5 tables: {out / 'report.html'}" in printed.out
+    assert printed.err == ""
+
+
+def test_one_table_alone_and_complete(
+    run: Run, two: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("table=models", "strict=true", "expect.models=[vit,pit]", "expect.seeds=[0]") == 0
+    assert capsys.readouterr().out.startswith("**Models**")
+    assert not (tmp_path / "figures" / "report.html").exists()
+    assert run("table=claims") == 0
+    assert "not measured" in capsys.readouterr().out
+
+
+def test_a_missing_cell_is_named_and_fails_a_strict_table(
+    run: Run, two: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bare = write_run(tmp_path / "runs", "vit", 1, metrics={"test/accuracy": 0.5, "test/nll": None}).id
+    assert run("table=models") == 0  # named all the same
+    assert f"failed: run {bare}: test/nll (not finite)" in capsys.readouterr().err
+    assert run("table=models", "strict=true", "expect.models=[alternet]") == 3
+    lines = capsys.readouterr().err.splitlines()
+    assert f"missing: run {bare}: test/ece (not in the journal)" in lines
+    assert "missing: alternet: test/accuracy (no run of this model)" in lines
+    assert lines[-1].startswith("error: table=models: 10 missing and 1 failed, named above;")
+
+
+def test_a_missing_analysis_fails_strict_figures(
+    run: Run, two: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chosen = [f"runs=[{tmp_path}/runs/{two[0]}]", "analyses=[slice,fourier]", "page=false"]
+    assert run(*chosen, "+plot.slice.value=accuracy", "out=${paths.figures}/a") == 0
+    assert (tmp_path / "figures" / "a" / "slice-end.png").exists()
+    assert run(*chosen, "strict=true") == 3
+    assert f"missing: run {two[0]}: fourier (not measured at end)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "line"),
+    [
+        (["table=model"], 2, "error: table=model: no such choice; did you mean models?"),
+        (
+            ["runs/a", "runs/b"],
+            2,
+            "error: config: Error parsing override 'runs/a'; write key=value, a list as runs=[a,b]",
+        ),
+        (["group_by=seed"], 2, "error: group_by=seed: no such choice; choose from model, run"),
+        (["runs=[]"], 2, "error: runs=[]: no run named"),
+        (["tabel=models"], 2, "error: tabel"),
+        (["runs=[nowhere]"], 4, "error: run=nowhere: no run there"),
+        (["paths.runs=nowhere"], 3, "error: paths.runs=nowhere: no run there"),
+    ],
+)
+def test_one_line_says_what_is_wrong(
+    run: Run, capsys: pytest.CaptureFixture[str], arguments: list[str], code: int, line: str
+) -> None:
+    assert run(*arguments) == code
+    (said,) = capsys.readouterr().err.strip().splitlines()
+    assert said.startswith(line)
+
+
+def test_a_folder_that_cannot_be_written_is_exit_6(
+    run: Run, two: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    assert run(f"out={tmp_path}/file/x") == 6
+    assert "not writable" in capsys.readouterr().err
+
+
+def test_the_crossed_factors_have_two_tables_and_a_figure(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    crossed(lambda model, seed, **options: write_run(tmp_path / "runs", model, seed, **options))
+    assert run("table=factors") == 0
+    assert capsys.readouterr().out.startswith("**Which factor decides who looks flatter**")
+    assert run("analyses=[]") == 0
+    out = tmp_path / "figures"
+    assert {"conditions.md", "factors.csv"} <= {p.name for p in (out / "tables").iterdir()}
+    html = (out / "report.html").read_text()
+    section = html[html.index('id="table-factors"') :]
+    assert section.index('<img src="data:image/png;base64,') < section.index("<table")
+
+
+def test_without_crossed_factors_their_table_is_missing(
+    run: Run, two: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("table=factors", "strict=true") == 3
+    assert "missing: landscape_objective" in capsys.readouterr().err

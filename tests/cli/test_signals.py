@@ -1,0 +1,201 @@
+"""Real signals to this process: each command saves what it has and ends with the signal's exit code."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.report_runs import curve, spectrum, write_run
+from tests.helpers.run_folders import losses, only_run
+from vitscope.cli import exit_codes, report, reproduce
+from vitscope.reports.figures import figure_worker
+from vitscope.reproduce.trial import Outcome
+from vitscope.runs import checkpoint_io
+from vitscope.runs.wandb_mirror import Mirror
+from vitscope.runtime import stop_flag
+from vitscope.training.lightning_module import Classifier
+
+CODES = {signal.SIGTERM: 143, signal.SIGHUP: 143, signal.SIGUSR1: 143, signal.SIGINT: 130}
+
+
+@pytest.fixture(autouse=True)
+def handlers() -> Iterator[None]:
+    kept = {signum: signal.getsignal(signum) for signum in CODES}
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # these tests may run under nohup
+    yield
+    for signum, handler in kept.items():
+        signal.signal(signum, handler)
+    stop_flag.clear()
+
+
+@pytest.mark.parametrize("signum", CODES)
+def test_every_signal_saves_and_has_its_code(call, tiny, tmp_path, monkeypatch, capsys, signum) -> None:
+    """Saved at that step, W&B told that the run will come back, one line that says how to go on, the same code on disk."""
+    told = []
+    monkeypatch.setattr(Mirror, "preempting", lambda self: told.append("preempting"))
+    monkeypatch.setattr(Mirror, "finish", lambda self, code: told.append(code))
+    begin = Classifier.on_train_batch_start
+
+    def signalled(self: Classifier, batch: object, batch_idx: int) -> None:
+        if batch_idx == 1:
+            os.kill(os.getpid(), signum)
+        begin(self, batch, batch_idx)
+
+    monkeypatch.setattr(Classifier, "on_train_batch_start", signalled)
+    assert call("train", *tiny, "analysis=[]", "test=false") == CODES[signum]
+    run = only_run(tmp_path)
+    err = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("epoch ")]  # of a slow machine
+    assert err == [f"stopped by {signal.Signals(signum).name}; go on with run={run} ckpt_path=last"]
+    assert sorted(losses(run)) == [0, 1]
+    assert checkpoint_io.read(checkpoint_io.newest(run / "checkpoints"))["global_step"] == 2
+    facts = json.loads((run / "provenance.json").read_text())
+    assert (facts["status"], facts["exit_code"]) == ("stopped", CODES[signum])
+    assert told == ["preempting", CODES[signum]]
+
+
+def test_nohup_is_respected() -> None:
+    """A terminal that closes does not end what was started so that it would not; the scheduler's signals still do."""
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+    def command() -> None:
+        os.kill(os.getpid(), signal.SIGHUP)
+        stop_flag.check()
+        os.kill(os.getpid(), signal.SIGUSR1)
+        stop_flag.check()
+
+    assert exit_codes.code_of(command) == 143
+    assert stop_flag.requested() == signal.SIGUSR1
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("place", ["training_step", "validation_step", "test_step"])
+def test_a_training_without_checkpoints_stops_too(call, tiny, tmp_path, monkeypatch, capsys, place, signum) -> None:
+    step = getattr(Classifier, place)
+
+    def signalled(self: Classifier, *args: object) -> object:
+        os.kill(os.getpid(), signum)
+        return step(self, *args)
+
+    monkeypatch.setattr(Classifier, place, signalled)
+    assert call("train", *tiny, "analysis=[]", "callbacks=[]") == CODES[signum]
+    err = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("epoch ")]
+    assert err == [f"stopped by {signal.Signals(signum).name}"]  # there is nothing to go on from
+    assert len(losses(only_run(tmp_path))) == (0 if place == "training_step" else 4)
+
+
+def test_a_second_interrupt_ends_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    ended = []
+    monkeypatch.setattr(os, "_exit", ended.append)
+
+    def command() -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert ended == []
+        os.kill(os.getpid(), signal.SIGTERM)  # another signal is no second interrupt
+        assert ended == []
+        stop_flag.request(signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        stop_flag.check()
+
+    assert exit_codes.code_of(command) == 130
+    assert ended == [130]
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_analyze(call, tiny, tmp_path, monkeypatch, signum) -> None:
+    """Stopped within a measure: no result, and neither the run nor its checkpoints changed."""
+    assert call("train", *tiny, "analysis=[]", "test=false") == 0
+    run = only_run(tmp_path)
+    kept = {file: file.read_bytes() for file in run.rglob("*") if file.is_file() and file.name != "log.txt"}
+    forward = "vitscope.core.feature_pass.track"
+
+    def signalled(items, *args, **kwargs):
+        os.kill(os.getpid(), signum)
+        stop_flag.check()
+        yield from items
+
+    monkeypatch.setattr(forward, signalled)
+    assert call("analyze", f"run={run}", "analysis=[fourier]", "analysis.fourier.probe.n_images=8") == CODES[signum]
+    assert {file: file.read_bytes() for file in run.rglob("*") if file.is_file() and file.name != "log.txt"} == kept
+    model = ["model=vit", "model.depth=1", "model.patch_size=8", "data=digits", f"paths.runs={tmp_path}/other"]
+    assert call("analyze", *model, "analysis=[fourier]", "analysis.fourier.probe.n_images=8") == CODES[signum]
+    (other,) = (tmp_path / "other").iterdir()
+    facts = json.loads((other / "provenance.json").read_text())
+    assert (facts["status"], facts["exit_code"]) == ("stopped", CODES[signum])
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_report(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], signum: int
+) -> None:
+    for model in ("vit", "pit"):
+        write_run(tmp_path / "runs", model, measured={"hessian": spectrum(), "slice": curve()})
+    draw = figure_worker.draw
+    drawn = []
+
+    def signalled(job: figure_worker.Job) -> figure_worker.Picture:
+        drawn.append(job)
+        os.kill(os.getpid(), signum)
+        return draw(job)
+
+    monkeypatch.setattr(figure_worker, "draw", signalled)
+    monkeypatch.setattr(sys, "argv", ["report.py", f"paths.runs={tmp_path}/runs", f"paths.figures={tmp_path}/figures"])
+    assert exit_codes.code_of(report._command) == CODES[signal.Signals(signum)]
+    assert len(drawn) == 1, "it went on to the next figure"
+    assert not (tmp_path / "figures" / "report.html").exists()
+    assert capsys.readouterr().err == f"stopped by {signal.Signals(signum).name}\n"
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_reproduce(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, signum: int) -> None:
+    """The process that trains is asked to save and waited for; what was finished before is kept."""
+    terminated = []
+
+    class Child:
+        exitcode = None
+
+        def __init__(self, **_: object) -> None: ...
+
+        def start(self) -> None: ...
+
+        def terminate(self) -> None:
+            terminated.append("asked")
+
+        def join(self) -> None:
+            terminated.append("waited for")
+
+    class Pipe:
+        def close(self) -> None: ...
+
+        def poll(self, seconds: float) -> bool:
+            if terminated or sent:
+                os.kill(os.getpid(), signum)
+            return not sent
+
+        def recv(self) -> Outcome:
+            sent.append(True)
+            return Outcome(tmp_path / "first")
+
+    sent: list[bool] = []
+
+    class Context:
+        Process = Child
+
+        @staticmethod
+        def Pipe() -> tuple[Pipe, Pipe]:
+            return Pipe(), Pipe()
+
+    monkeypatch.setattr(reproduce.multiprocessing, "get_context", lambda kind: Context)
+    finished = []
+    trials = [reproduce.Trial((f"seed={seed}",)) for seed in range(2)]
+
+    def command() -> None:
+        finished.extend(reproduce.in_processes(trials, tmp_path))
+
+    assert exit_codes.code_of(command) == CODES[signal.Signals(signum)]
+    assert terminated == ["asked", "waited for"]

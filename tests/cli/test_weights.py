@@ -1,0 +1,112 @@
+"""Weights from files on the command line: the official code's, anybody's, and such as nobody should open."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+import vitscope as vs
+from tests.helpers import official_layout
+from tests.helpers.run_folders import only_run
+from vitscope import models
+from vitscope.config import factories
+from vitscope.runs import checkpoint_io
+
+EVALUATE = ["data=digits", "analysis=[evaluation]", "analysis.evaluation.probe.n_images=12", "device=cpu"]
+RESNET = ["model=convnet", "model.depth=18"]
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    """Weights of a ResNet-18 for ten classes under the official code's key names, as its training script saves them."""
+    generator = torch.Generator().manual_seed(0)
+    state = {}
+    for name, shape in official_layout.keys("resnet", 18, "cifar", (0, 0, 0, 0), 4):
+        value = 0.05 * torch.randn(tuple(shape), generator=generator)
+        is_norm = name.endswith(("running_var", "weight")) and len(shape) == 1
+        state[name] = torch.tensor(0) if name.endswith("num_batches_tracked") else value + is_norm
+    path = tmp_path / "resnet_18_cifar10.pth.tar"
+    torch.save({"epoch": 305, "state_dict": {f"module.{k}": v for k, v in state.items()}, "optimizer": {}}, path)
+    return path
+
+
+def loaded(file: Path) -> torch.nn.Module:
+    return models.load_official_state_dict(models.convnet(18), torch.load(file, weights_only=True)).eval()
+
+
+def test_an_official_file_is_analysed(call, file, tmp_path) -> None:
+    assert call("analyze", *RESNET, *EVALUATE, f"ckpt_path={file}", f"paths.runs={tmp_path}/runs") == 0
+    (result,) = vs.load_results(only_run(tmp_path))["evaluation"].values()
+    cfg = only_run(tmp_path) / "config.yaml"
+    data = factories.data(OmegaConf.load(cfg))  # type: ignore[arg-type]
+    ((x, y),) = data.probe_batches("test", n_images=12, seed=0, batch_size=12)
+    with torch.no_grad():
+        logits = loaded(file)(x)
+    assert result.accuracy == (logits.argmax(1) == y).double().mean().item()
+    assert result.nll == pytest.approx(torch.nn.functional.cross_entropy(logits, y).item(), rel=1e-5)  # float32 logits
+
+
+def test_training_starts_from_an_official_file(call, file, tiny, tmp_path) -> None:
+    small = ["data=digits", "trainer.limit_train_batches=1", "analysis=[]", "test=false"]
+    assert call("train", *tiny[3:], *RESNET, *small, f"ckpt_path={file}") == 0
+    init = checkpoint_io.model_state(checkpoint_io.read(only_run(tmp_path) / "checkpoints" / "init.ckpt"))
+    expected = loaded(file).state_dict()
+    assert set(init) == set(expected)
+    assert all(torch.equal(init[name], value) for name, value in expected.items())
+
+
+@pytest.mark.parametrize("command", ["train", "analyze"])
+def test_a_file_of_another_model_is_one_line(call, file, tmp_path, capsys, command) -> None:
+    where = f"paths.runs={tmp_path}/runs"
+    assert call(command, *RESNET, "data=photos", f"ckpt_path={file}", where) == 4
+    err = capsys.readouterr().err.strip()
+    assert f"error: ckpt_path={file}: fc.weight has shape (10, 512) in the checkpoint, the model needs (16, 512)" in err
+    assert call(command, "model=vit", "model.depth=1", "data=digits", f"ckpt_path={file}", where) == 4
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1
+    assert call(command, *RESNET, "data=digits", f"ckpt_path={tmp_path}/none.pth.tar", where) == 4
+    assert "no such file" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
+class Attack:
+    def __reduce__(self) -> tuple:
+        return os.mkdir, ("executed",)
+
+
+@pytest.mark.parametrize("command", ["train", "analyze"])
+def test_a_malicious_file_is_refused_and_not_executed(call, tmp_path, capsys, monkeypatch, command) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    torch.save({"state_dict": Attack()}, "zip.pth.tar")
+    Path("bare.pth.tar").write_bytes(pickle.dumps({"state_dict": Attack()}))
+    for name in ("zip", "bare"):
+        assert call(command, *RESNET, "data=digits", f"ckpt_path={name}.pth.tar", f"paths.runs={tmp_path}/runs") == 4
+        err = capsys.readouterr().err.strip()
+        assert err.startswith(f"error: ckpt_path={name}.pth.tar: not a safe checkpoint")
+        assert len(err.splitlines()) == 1
+    assert not Path("executed").exists()
+    assert not Path("runs").exists()
+
+
+def test_gradient_checkpointing_and_channels_last_train_the_same_network(call, tiny, tmp_path) -> None:
+    shared = [*tiny[3:], "model=alternet", "trainer.limit_train_batches=2", "data.batch_size=4", "analysis=[]",
+              "test=false", "model.drop_path=0.2", "trainer.precision=64-true"]  # fmt: skip
+    options = {"plain": [], "saving": ["model.grad_checkpointing=true"], "last": ["channels_last=true"]}
+    states = {}
+    for name, option in options.items():
+        assert call("train", *shared, *option, f"run_dir={tmp_path}/{name}") == 0
+        states[name] = checkpoint_io.model_state(checkpoint_io.read(tmp_path / name / "checkpoints" / "last.ckpt"))
+    # AdamW divides a gradient by its size plus 1e-8, so that a rounding of the gradient moves a weight by at most
+    # steps * rate / 1e-8 times that rounding, where the gradient itself is rounding (a bias before BatchNorm). In float64
+    # a gradient of size 10 summed over 1e4 terms rounds to 1e4 * 2.2e-16 * 10; a wrong gradient moves weights by the rate.
+    bound = 2 * 1e-3 / 1e-8 * 1e4 * torch.finfo(torch.float64).eps * 10
+    for name, value in states["plain"].items():
+        assert value.dtype in (torch.float64, torch.int64), name
+        assert torch.equal(states["saving"][name], value), name  # running statistics too
+        assert states["last"][name].is_contiguous()
+        assert (states["last"][name] - value).abs().max() <= bound, name

@@ -1,0 +1,92 @@
+"""Every configuration file composes, validates and builds; newcomers enrol themselves by being there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.helpers.configurations import CONF, composed, options
+from vitscope.analyses import runner
+from vitscope.config import factories, loading
+from vitscope.config.validation import validate
+from vitscope.runtime.errors import ConfigError
+
+
+@pytest.mark.parametrize(
+    "group", ["objective", "optimizer", "trainer", "logger", "caps", "callbacks", "analysis", "profile"]
+)
+def test_every_option_composes_and_validates(group: str, tmp_path: Path) -> None:
+    for option in options(group):
+        choice = f"{group}=[{option}]" if group in ("callbacks", "analysis") else f"{group}={option}"
+        cfg = composed("train", choice, f"paths.runs={tmp_path}")
+        loading.apply_caps(cfg)
+        validate(cfg)
+
+
+@pytest.mark.parametrize("experiment", options("experiment"))
+def test_every_experiment_composes_in_smoke_size(experiment: str, tmp_path: Path) -> None:
+    text = (CONF / "experiment" / f"{experiment}.yaml").read_text()
+    for line in ("Claim", "Command", "Cost", "Expected"):
+        assert f"# {line}" in text, f"{experiment}.yaml does not open with its {line.lower()}"
+    cfg = composed("train", f"experiment={experiment}", "caps=smoke", f"paths.runs={tmp_path}")
+    loading.apply_caps(cfg)
+    validate(cfg)
+    assert cfg.trainer.max_epochs == 1
+    assert runner.parse(cfg.analysis)
+
+
+@pytest.mark.parametrize("model", options("model"))
+def test_every_model_does_a_step_at_every_shape(model: str) -> None:
+    sizes = {}
+    for data in options("data"):
+        cfg = composed("train", f"model={model}", f"data={data}")
+        sizes.setdefault((cfg.data.image_size, cfg.data.num_classes), data)
+    for (size, classes), data in sizes.items():
+        if size > 64:
+            continue  # minutes on two cores; the models' own tests build them at 224
+        cfg = composed("train", f"model={model}", f"data={data}")
+        network = factories.model(cfg)
+        logits = network(torch.randn(2, 3, size, size))
+        assert logits.shape == (2, classes)
+        torch.nn.functional.cross_entropy(logits, torch.tensor([0, 1])).backward()
+        assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in network.parameters() if p.requires_grad)
+
+
+def test_an_empty_selection_is_empty() -> None:
+    assert composed("train", "analysis=[]").analysis == {}
+    cfg = composed("train", "analysis=[hessian,fourier]")
+    assert [a.name for a in runner.parse(cfg.analysis)] == ["hessian", "fourier"]
+
+
+def test_caps_lower_and_never_add_or_raise() -> None:
+    cfg = composed("train", "analysis=[hessian]", "caps=smoke", "analysis.hessian.n_top=1")
+    before = set(cfg.analysis.hessian)
+    loading.apply_caps(cfg)
+    assert set(cfg.analysis.hessian) == before
+    assert cfg.analysis.hessian.n_top == 1
+    assert cfg.analysis.hessian.probe.n_images == 32
+    assert (cfg.trainer.max_epochs, cfg.trainer.limit_train_batches) == (1, 3)
+    cfg = composed("train", "analysis=[sharpness]", "caps=smoke", "+caps.radii=0.1")
+    loading.apply_caps(cfg)
+    assert list(cfg.analysis.sharpness.radii) == [0.05, 0.1]
+
+
+def test_what_an_experiment_sets_for_a_diagnostic_that_was_not_chosen_is_left_out(tmp_path: Path) -> None:
+    cfg = composed("train", "experiment=table_models", "analysis=[fourier]", f"paths.runs={tmp_path}")
+    assert loading.drop_unchosen(cfg) == ["corruption"]
+    validate(cfg)
+    assert list(cfg.analysis) == ["fourier"]
+    assert loading.drop_unchosen(cfg) == []
+    mistyped = composed("train", "analysis=[]", "+analysis.hesian.n_top=3", f"paths.runs={tmp_path}")
+    assert loading.drop_unchosen(mistyped) == []
+    with pytest.raises(ConfigError, match=r"analysis.hesian: no _target_"):
+        validate(mistyped)
+
+
+def test_hash_leaves_folders_out() -> None:
+    one = composed("train", "paths.runs=a", "data.num_workers=2", "analysis=[]")
+    assert loading.config_hash(one) == loading.config_hash(composed("train", "paths.runs=b"))
+    for change in ("optimizer.lr=0.5", "data.random_labels=true"):
+        assert loading.config_hash(one) != loading.config_hash(composed("train", change))

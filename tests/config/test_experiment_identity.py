@@ -1,0 +1,52 @@
+from __future__ import annotations
+
+from tests.helpers.report_runs import configuration
+from vitscope.config.experiment_identity import identity, labels, setting, short_name
+
+
+def test_seeds_and_machines_do_not_make_another_experiment() -> None:
+    first = identity(configuration("vit", 0))
+    assert first == identity(configuration("vit", 1, trainer__devices=4, data__root="elsewhere"))
+    assert first != identity(configuration("vit", 0, optimizer__lr=2e-3))
+
+
+def test_a_setting_is_data_objective_and_length() -> None:
+    vit, convnet = configuration("vit", 0), configuration("convnet", 3, optimizer__lr=0.1)
+    assert setting(vit) == setting(convnet)
+    assert setting(vit) != setting(configuration("vit", 0, trainer__max_epochs=4))
+    small = configuration("vit", 0, data__fraction=0.06)
+    assert setting(vit) != setting(small)
+    assert setting(vit, ["data.fraction"]) == setting(small, ["data.fraction"])
+
+
+def test_names_say_what_differs_and_nothing_else() -> None:
+    assert short_name(configuration("alternet", 0)) == "alternet-18"
+    assert short_name(configuration("vit", 0)) == "vit-tiny"
+    assert short_name({"model": {"_target_": "vitscope.models.timm_model", "name": "resnet50"}}) == "resnet50"
+    named = labels({
+        "a": configuration("alternet", 0), "b": configuration("vit", 0),
+        "c": configuration("vit", 0, model__patch_size=4, data__fraction=0.06),
+    })  # fmt: skip
+    assert named["a"] == "alternet-18"
+    assert named["b"] == "vit-tiny, patch_size 8, fraction 1"
+    assert named["c"] == "vit-tiny, patch_size 4, fraction 0.06"
+
+
+def test_what_most_share_goes_without_saying() -> None:
+    changes = [{}, {"model__patch_size": 4}, {"data__fraction": 0.06},
+               {"data__name": "digits", "data__num_classes": 10, "model__num_classes": 10}]  # fmt: skip
+    named = labels({str(i): configuration("vit", 0, **change) for i, change in enumerate(changes)})
+    assert named == {
+        "0": "vit-tiny",
+        "1": "vit-tiny, patch_size 4",
+        "2": "vit-tiny, fraction 0.06",
+        "3": "vit-tiny, digits",
+    }
+
+
+def test_names_that_run_out_of_keys_are_numbered() -> None:
+    changes = [{"model__patch_size": p, "model__depth": d, "data__fraction": f, "optimizer__lr": lr}
+               for p, d, f, lr in ((2, 1, 0.1, 0.1), (4, 2, 0.2, 0.1), (2, 1, 0.1, 0.2), (4, 2, 0.2, 0.2))]  # fmt: skip
+    named = labels({str(i): configuration("vit", 0, **change) for i, change in enumerate(changes)})
+    assert len(set(named.values())) == 4
+    assert named["2"] == named["0"] + ", no. 2"

@@ -1,0 +1,106 @@
+"""What cannot work is refused in one line that names the key, before anything starts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.configurations import composed
+from vitscope.config import loading
+from vitscope.config.validation import validate
+from vitscope.runtime.errors import ConfigError, StorageError, VitscopeError
+
+CASES = [
+    ("optimizer.lr=nan", "optimizer.lr=nan", "finite"),
+    ("optimizer.lr=inf", "optimizer.lr=inf", "finite"),
+    ("optimizer.lr=-1", "optimizer.lr=-1", "greater than 0"),
+    ("optimizer.lr=fast", "optimizer.lr=fast", "type"),
+    ("data.batch_size=0", "data.batch_size=0", "at least 1"),
+    ("data.batch_size=2.5", "data.batch_size=2.5", "type"),
+    ("trainer.max_epochs=0", "trainer.max_epochs=0", "at least 1"),
+    ("trainer.max_epochs=-1", "trainer.max_epochs=-1", "never end"),
+    ("data.fraction=1.5", "data.fraction=1.5", r"\(0, 1\]"),
+    ("objective.label_smoothing=1", "label_smoothing=1", r"\[0, 1\)"),
+    ("objective.l2=l1", "objective.l2=l1", "choose from|did you mean"),
+    ("+model.typo=1", "model.typo=1", "no such key"),
+    ("+model.widow_size=2", "model.widow_size=2", "did you mean window_size"),
+    ("+trainer.max_epoch=2", "trainer.max_epoch=2", "did you mean max_epochs"),
+    ("+objective.smoothing=.1", "objective.smoothing", "no such key"),
+    ("+analysis.hessian.n_tops=3", "analysis.hessian.n_tops=3", "did you mean n_top"),
+    ("+analysis.hessian.probe.images=3", "analysis.hessian.probe.images", "did you mean n_images"),
+    ("analysis.landscape.directions=randm", "analysis.landscape.directions=randm", "did you mean random"),
+    ("analysis.landscape.directions=eigenvectors", "analysis.landscape.eigenvectors", "saved result"),
+    ("analysis.landscape.probe.augment=stong", "analysis.landscape.probe.augment=stong", "did you mean strong"),
+    ("callbacks.checkpoint.snapshots=lgo", "callbacks.checkpoint.snapshots=lgo", "log"),
+    ("callbacks.checkpoint.monitor=val/acc", "callbacks.checkpoint.monitor=val/acc", "did you mean val/accuracy"),
+    ("model.window_size=7", "model.window_size=7", "choose from"),
+    ("model.num_classes=10", "model.num_classes=10", "data.num_classes is 16"),
+    ("model._target_=os.system", "model._target_=os.system", "not trusted"),
+    ("model._target_=torch.load", "model._target_=torch.load", "not meant to be configured"),
+    ("model._target_=vitscope.models.nothing", "model._target_", "no such name"),
+    ("optimizer._target_=torch.optim.AdamWW", "optimizer._target_", "AdamW"),
+]
+
+
+@pytest.mark.parametrize(("override", "key", "why"), CASES, ids=[case[0] for case in CASES])
+def test_refused_in_one_line(override: str, key: str, why: str) -> None:
+    with pytest.raises(ConfigError, match=why) as caught:
+        validate(composed("train", override))
+    assert key in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert caught.value.exit_code == 2
+
+
+def test_patches_that_do_not_divide() -> None:
+    with pytest.raises(
+        ConfigError, match=r"model\.patch_size=5: does not divide data\.image_size=32; choose from 1, 2, 4, 8, 16"
+    ):
+        validate(composed("train", "model=vit", "model.patch_size=5"))
+
+
+@pytest.mark.parametrize("target", ["timm.models.load_checkpoint", "torchvision.datasets.utils.extract_archive",
+                                    "vitscope.config.loading.importlib.import_module", "vitscope.runs.checkpoint_io.read",
+                                    "pytorch_lightning.cli.LightningCLI", "timm.utils.model.os.remove",
+                                    "torch.nn.modules.module.torch.load", "vitscope.models.torch.hub.load"])  # fmt: skip
+def test_targets_are_judged_by_what_they_are(target: str) -> None:
+    with pytest.raises(ConfigError):
+        loading.resolve(target, "model")
+
+
+def test_nested_and_partial_targets_are_judged_too() -> None:
+    cfg = composed("train", "+data.source.hook._target_=os.system", "+data.source.hook._partial_=true")
+    with pytest.raises(ConfigError, match="not trusted"):
+        validate(cfg)
+
+
+def test_a_package_of_the_user_needs_trust(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match="VITSCOPE_TRUST=collections"):
+        loading.resolve("collections.OrderedDict", "model")
+    monkeypatch.setenv("VITSCOPE_TRUST", "collections")
+    assert loading.resolve("collections.OrderedDict", "model")
+
+
+def test_folders_that_cannot_be_written(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("")
+    with pytest.raises(StorageError, match=r"paths\.runs"):
+        validate(composed("train", f"paths.runs={file}/runs"))
+
+
+def test_errors_are_one_kind() -> None:
+    assert issubclass(ConfigError, VitscopeError)
+
+
+@pytest.mark.parametrize(
+    ("override", "why"),
+    [("trainer.precision=16-mixed", "two passes")],
+)
+def test_sam_refuses_what_its_second_pass_cannot_do(override: str, why: str) -> None:
+    with pytest.raises(ConfigError, match=why) as caught:
+        validate(composed("train", "optimizer=sam", override))
+    assert override in str(caught.value)
+    validate(composed("train", "optimizer=adamw", override))
+    validate(
+        composed("train", "optimizer=sam", "trainer.accumulate_grad_batches=2")
+    )  # its second pass makes the group again

@@ -1,0 +1,280 @@
+from __future__ import annotations
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+import torchvision
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+
+from tests.helpers.model_configs import from_config
+from vitscope import models
+from vitscope.models.structure.attention_weights import attention_weights, reading_attention
+from vitscope.models.structure.parameter_groups import parameter_kinds, parameter_stages
+from vitscope.models.structure.residual_units import (
+    Unit,
+    conv3x3_identity,
+    head_zeroed,
+    reading_branches,
+    units,
+    zeroed,
+)
+from vitscope.models.structure.taps import taps
+
+
+def by_name(model: nn.Module) -> dict[str, Unit]:
+    return {unit.name: unit for unit in units(model)}
+
+
+def image(size: int = 32) -> Tensor:
+    return torch.rand(2, 3, size, size, dtype=torch.float64)
+
+
+def branches(model: nn.Module, x: Tensor) -> dict[tuple[str, str], Tensor]:
+    read: dict[tuple[str, str], Tensor] = {}
+
+    def keep(_: int, unit: Unit, side: str, value: Tensor) -> None:
+        read[unit.name, side] = value.clone()
+
+    with torch.no_grad(), reading_branches(model, units(model), keep):
+        model(x)
+    return read
+
+
+def test_branches_of_a_vit() -> None:
+    model = models.vit(patch_size=8, depth=2, drop_path=0.1).double().eval()
+    read = branches(model, x := image())
+    with torch.no_grad():
+        block, tokens = model.blocks[0], model._pos_embed(model.patch_embed(x))
+        normalised = block.norm1(tokens)  # type: ignore[operator]
+        out = block.attn(normalised)  # type: ignore[operator]
+    assert torch.equal(read["blocks.0.attn", "input"].flatten(2).mT, normalised[:, 1:])
+    assert (read["blocks.0.attn", "output"].flatten(2).mT - out[:, 1:]).abs().max() < 1e-12
+
+
+def test_branch_of_a_pre_activation_block_starts_before_the_activation() -> None:
+    model = from_config("preresnet")
+    read = branches(model, x := image())
+    with torch.no_grad():
+        norm, z = model.stages[0].blocks[0].norm1, model.stem(x)  # type: ignore[union-attr, operator, index]
+        expected = F.batch_norm(z, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps)
+    assert (read["stages.0.blocks.0", "input"] - expected).abs().max() < 1e-12
+    assert read["stages.0.blocks.0", "input"].min() < 0
+
+
+def test_branch_of_a_post_activation_block_is_its_last_norm() -> None:
+    model = from_config("convnet", depth=50)
+    read = branches(model, x := image())
+    block = model.layer1[1]  # type: ignore[index]
+    with torch.no_grad():
+        z = model.layer1[0](model.act1(model.bn1(model.conv1(x))))  # type: ignore[index, operator]
+        assert torch.equal(read["layer1.1", "input"], z)
+        branch = block.bn3(block.conv3(block.act2(block.bn2(block.conv2(block.act1(block.bn1(block.conv1(z))))))))  # type: ignore[operator, union-attr]
+    assert (read["layer1.1", "output"] - branch).abs().max() < 1e-12
+
+
+def test_a_removed_strided_block_is_its_projected_shortcut() -> None:
+    model = from_config("convnet")
+    block = model.layer2[0]  # type: ignore[index]
+    z = torch.rand(1, 64, 8, 8, dtype=torch.float64)
+    with torch.no_grad(), zeroed(by_name(model)["layer2.0"]):
+        assert torch.equal(block(z), block.downsample(z).relu())  # type: ignore[operator, union-attr]
+
+
+def test_drop_path_squeeze_excitation_and_layer_scale_end_the_branch() -> None:
+    for model in (
+        models.convnet(drop_path=0.2).double().eval(),
+        timm.create_model("seresnet50", num_classes=2).double().eval(),
+        timm.create_model("deit3_small_patch16_224", img_size=32, depth=2).double().eval(),
+    ):
+        found = units(model)
+        read: list[Tensor] = []
+
+        def keep(_: int, unit: Unit, side: str, value: Tensor, read: list[Tensor] = read) -> None:
+            if side == "output":
+                read.append(value.clone())
+
+        with torch.no_grad(), zeroed(*found), reading_branches(model, found, keep):
+            model(image())
+        assert len(read) == len(found)
+        assert all(v.abs().max() == 0 for v in read)  # the reading hook comes after the removal
+
+
+@pytest.mark.parametrize(("depth", "conv"), [(50, "conv2"), (18, "conv2")])
+def test_conv3x3_identity(depth: int, conv: str) -> None:
+    model = from_config("convnet", depth=depth)
+    z = torch.rand(1, 256 if depth == 50 else 64, 9, 9, dtype=torch.float64)
+    block = model.layer2[0]  # type: ignore[index]
+    with torch.no_grad():
+        if depth == 50:
+            middle = block.act1(block.bn1(block.conv1(z)))[:, :, ::2, ::2]  # type: ignore[operator, union-attr]
+            branch = block.bn3(block.conv3(block.act2(block.bn2(middle))))  # type: ignore[operator, union-attr]
+        else:
+            branch = block.bn2(block.act1(block.bn1(block.conv1(z))))  # type: ignore[operator, union-attr]
+        expected = (branch + block.downsample(z)).relu()  # type: ignore[operator, union-attr]
+        with conv3x3_identity(by_name(model)["layer2.0"]):
+            assert torch.equal(block(z), expected)  # type: ignore[operator]
+        assert not torch.equal(block(z), expected)  # type: ignore[operator]
+
+
+def test_units_without_a_3x3_convolution_or_heads_are_refused() -> None:
+    unit = units(models.vit(patch_size=8, depth=1))[1]
+    with pytest.raises(ValueError, match=r"'blocks.0.mlp' has no 3x3"), conv3x3_identity(unit):
+        pytest.fail("entered")
+    with pytest.raises(ValueError, match=r"'blocks.0.mlp' has 0 heads, there is no head 0"), head_zeroed(unit, 0):
+        pytest.fail("entered")
+
+
+@pytest.mark.parametrize("name", ["vit", "alternet", "swin", "convit", "pit"])
+def test_removing_every_head_leaves_the_output_bias(name: str) -> None:
+    model = from_config(name)
+    unit = next(u for u in units(model) if u.kind == "msa")
+    read: list[Tensor] = []
+    with torch.no_grad():
+        assert unit.attention is not None
+        hook = unit.attention.register_forward_hook(lambda m, a, output: read.append(output.clone()))
+        model(x := image())
+        full, pieces = read.pop(), []
+        for head in range(unit.n_heads):
+            with head_zeroed(unit, head):
+                model(x)
+            pieces.append(full - read.pop())
+        hook.remove()
+    bias = unit.attention.proj.bias  # type: ignore[union-attr]
+    assert unit.n_heads > 1
+    assert (full - sum(pieces) - bias).abs().max() < 1e-12  # type: ignore[operator]
+    assert all(p.abs().max() > 1e-8 for p in pieces)
+
+
+def test_attention_weights_reproduce_the_attention_of_a_vit() -> None:
+    model = models.vit(patch_size=8, depth=2).double().eval()
+    read: dict[str, Tensor] = {}
+    with torch.no_grad():
+        clean = model(x := image())
+        with reading_attention(units(model), lambda i, unit, w: read.update({unit.name: w})):
+            assert (model(x) - clean).abs().max() < 1e-12
+        block = model.blocks[0]
+        tokens = block.norm1(model._pos_embed(model.patch_embed(x)))  # type: ignore[operator]
+        q, k, _ = block.attn.qkv(tokens).reshape(2, 17, 3, 3, 64).permute(2, 0, 3, 1, 4)  # type: ignore[operator, union-attr]
+    assert list(read) == ["blocks.0.attn", "blocks.1.attn"]
+    assert (read["blocks.0.attn"] - (q @ k.mT / 8).softmax(-1)).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"), [("alternet", (2 * 16, 6, 16, 16)), ("swin", (2 * 16, 3, 16, 16)), ("convit", (2, 3, 64, 64))]
+)
+def test_attention_weights_of_windows_and_neighbourhoods(name: str, shape: tuple) -> None:
+    model = from_config(name)
+    read: list[Tensor] = []
+    found = units(model)
+    with torch.no_grad(), reading_attention(found, lambda i, unit, w: read.append(w)):
+        model(image())
+    first = next(u for u in found if u.kind == "msa")
+    assert read[0].shape == shape
+    assert first.window == (None if name == "convit" else (4, 4))
+    assert all((w.sum(-1) - 1).abs().max() < 1e-12 for w in read)
+    assert len(read) == sum(u.kind == "msa" for u in found)
+
+
+def test_unfused_attention_is_read_too_and_left_unfused() -> None:
+    model = models.vit(patch_size=8, depth=1).double().eval()
+    model.blocks[0].attn.fused_attn = False  # type: ignore[union-attr]
+    read: list[Tensor] = []
+    with torch.no_grad(), reading_attention(units(model), lambda i, unit, w: read.append(w)):
+        model(image())
+    assert len(read) == 1
+    assert model.blocks[0].attn.fused_attn is False  # type: ignore[union-attr]
+
+
+def test_attention_weights_take_boolean_and_additive_masks_and_a_scale() -> None:
+    q, k, v = torch.randn(3, 2, 1, 4, 5, dtype=torch.float64)
+    seen = torch.ones(4, 4).tril().bool()
+    for mask in (seen, torch.randn(4, 4, dtype=torch.float64), None):
+        weights = attention_weights(q, k, v, attn_mask=mask, scale=0.3)
+        expected = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=0.3)
+        assert (weights @ v - expected).abs().max() < 1e-12
+    with pytest.raises(ValueError, match="full, ungrouped attention only"):
+        attention_weights(q, k, v, is_causal=True)
+
+
+def test_a_model_without_residual_units_is_an_error() -> None:
+    with pytest.raises(ValueError, match="Sequential has no residual unit that vitscope knows"):
+        units(nn.Sequential(nn.Conv2d(3, 4, 3)))
+
+
+def test_kinds_and_stages_of_parameters() -> None:
+    kinds = parameter_kinds(models.vit(patch_size=8, depth=1))
+    assert [n for n, k in kinds.items() if k == "stem"] == [
+        "cls_token",
+        "pos_embed",
+        "patch_embed.proj.weight",
+        "patch_embed.proj.bias",
+    ]
+    assert [n for n, k in kinds.items() if k == "head"] == ["norm.weight", "norm.bias", "head.weight", "head.bias"]
+    assert kinds["blocks.0.norm1.weight"] == kinds["blocks.0.attn.qkv.weight"] == "msa"
+    assert kinds["blocks.0.norm2.weight"] == kinds["blocks.0.mlp.fc1.weight"] == "mlp"
+    convnext = models.convnext()
+    assert parameter_kinds(convnext)["stages.1.downsample.1.weight"] == "pool"
+    assert parameter_stages(convnext)["stages.1.downsample.1.weight"] == 2
+    alternet = models.alternet()
+    assert parameter_kinds(alternet)["stages.1.1.attn.qkv.weight"] == "msa"
+    assert parameter_kinds(alternet)["stages.1.0.downsample.conv.weight"] == "conv"
+    assert parameter_stages(alternet)["fc.weight"] == 5
+
+
+def test_kinds_of_a_plain_convnet() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(4, 2))
+    assert list(parameter_kinds(model).values()) == ["conv"] * 6 + ["head"] * 2
+
+
+class ParallelBlock(Block):
+    """Attention and MLP side by side."""
+
+    def forward(self, x: Tensor, **_: object) -> Tensor:  # type: ignore[override]
+        y = self.norm1(x)
+        return x + self.attn(y) + self.mlp(y)
+
+
+def test_a_block_that_runs_otherwise_than_its_type_is_refused() -> None:
+    model = models.vit(patch_size=8, depth=2)
+    model.blocks[1] = ParallelBlock(192, 3)  # type: ignore[index, operator]
+    for find in (units, taps, parameter_kinds):
+        with pytest.raises(ValueError, match=r"ParallelBlock with a forward of its own: .* pass taps=.* units="):
+            find(model)
+    other = models.vit(patch_size=8, depth=1)
+    other.blocks[0].forward = torch.compile(other.blocks[0].forward, backend="eager")  # type: ignore[index, union-attr]
+    assert len(units(other)) == 2
+    other.blocks[0].forward = lambda x: x  # type: ignore[index, union-attr]
+    with pytest.raises(ValueError, match="Block with a forward of its own"):
+        units(other)
+
+
+class Gated(nn.Module):
+    """A hand-written residual block with squeeze and excitation at its end."""
+
+    def __init__(self, width: int, gate: nn.Module) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(width, width, 3, 1, 1), nn.BatchNorm2d(width)
+        self.conv2, self.bn2 = nn.Conv2d(width, width, 3, 1, 1), nn.BatchNorm2d(width)
+        self.gate, self.shortcut = gate, nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.gate(self.bn2(self.conv2(self.bn1(self.conv1(x)).relu()))) + self.shortcut(x)
+
+
+def test_the_branch_of_a_hand_written_block_ends_after_its_gate() -> None:
+    gate = torchvision.ops.SqueezeExcitation(4, 2)
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), Gated(4, gate), nn.Flatten()).double().eval()
+    (unit,) = units(model)
+    assert unit.branch_out.module is gate
+    x = image(6)
+    with torch.no_grad(), zeroed(unit):
+        assert torch.equal(model(x), model[0](x).flatten(1))
+    unknown = nn.Sequential(nn.Conv2d(3, 4, 1), Gated(4, nn.Conv2d(4, 4, 1)), nn.Flatten())
+    with pytest.raises(
+        ValueError, match=r"Gated with a child 'gate' \(Conv2d\) whose place in the branch is not known"
+    ):
+        units(unknown)
+    (legacy,) = {type(u.branch_out.module).__name__ for u in units(timm.create_model("legacy_seresnet18"))}
+    assert legacy == "SEModule"

@@ -1,0 +1,387 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import timm
+import torch
+import torchvision
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import Tensor, nn
+
+import vitscope as vs
+from tests.helpers.model_configs import from_config
+from vitscope import models
+from vitscope.models.structure.feature_maps import ForwardPass, to_map, token_grid
+from vitscope.models.structure.taps import Tap, reading, taps
+
+
+def maps(model: nn.Module, x: Tensor, found: list[Tap] | None = None) -> dict[str, Tensor]:
+    read: dict[str, Tensor] = {}
+    chosen = taps(model) if found is None else found
+    with torch.no_grad(), reading(model, chosen, lambda i, tap, value: read.update({tap.name: value.clone()})):
+        model(x)
+    return read
+
+
+def image(*size: int) -> Tensor:
+    return torch.rand(2, 3, *size, dtype=torch.float64)
+
+
+def as_map(tokens: Tensor, prefix: int, h: int, w: int) -> Tensor:
+    return tokens[:, prefix:].transpose(1, 2).unflatten(2, (h, w))
+
+
+VITS = {
+    "cls": lambda: models.vit(patch_size=8, depth=3),
+    "gap": lambda: models.vit(patch_size=8, depth=3, pool="gap"),
+    "registers": lambda: models.vit(patch_size=8, depth=3, reg_tokens=4),
+    "local": lambda: models.convit(patch_size=8, depth=3),
+    "distilled": lambda: timm.create_model("deit_tiny_distilled_patch16_224", img_size=64, depth=3),
+    "layer scale": lambda: timm.create_model("deit3_small_patch16_224", img_size=64, depth=3),
+}
+
+
+@pytest.mark.parametrize("name", VITS)
+def test_vit_taps_equal_an_explicit_forward_of_each_half(name: str) -> None:
+    model = VITS[name]().double().eval()
+    torch.manual_seed(0)
+    for p in model.parameters():
+        nn.init.normal_(p, std=0.1)
+    x = image(32, 32) if name in ("cls", "gap", "registers", "local") else image(64, 64)
+    read = maps(model, x)
+    prefix = model.num_prefix_tokens
+    with torch.no_grad():
+        tokens = model.norm_pre(model._pos_embed(model.patch_embed(x)))
+        assert torch.equal(read["stem"], as_map(tokens, prefix, 4, 4))
+        for i, block in enumerate(model.blocks):
+            tokens = tokens + block.ls1(block.attn(block.norm1(tokens)))
+            assert (read[f"blocks.{i}.attn"] - as_map(tokens, prefix, 4, 4)).abs().max() < 1e-12
+            tokens = tokens + block.ls2(block.mlp(block.norm2(tokens)))
+            assert (read[f"blocks.{i}.mlp"] - as_map(tokens, prefix, 4, 4)).abs().max() < 1e-12
+    assert len(read) == 7
+
+
+def test_swin_taps_equal_an_explicit_forward_of_each_half() -> None:
+    model = from_config("swin")
+    x = image(32, 32)
+    read = maps(model, x)
+    with torch.no_grad():
+        z = model.patch_embed(x)  # type: ignore[operator]  # (B, H, W, C)
+        for s, stage in enumerate(model.layers):  # type: ignore[arg-type]
+            z = stage.downsample(z)
+            if s > 0:
+                assert (read[f"layers.{s}.downsample"] - z.permute(0, 3, 1, 2)).abs().max() < 1e-12
+            for i, block in enumerate(stage.blocks):
+                z = z + block._attn(block.norm1(z))
+                assert (read[f"layers.{s}.blocks.{i}.attn"] - z.permute(0, 3, 1, 2)).abs().max() < 1e-12
+                z = z + block.mlp(block.norm2(z))
+                assert (read[f"layers.{s}.blocks.{i}.mlp"] - z.permute(0, 3, 1, 2)).abs().max() < 1e-12
+    assert any(block.shift_size != (0, 0) for stage in model.layers for block in stage.blocks)  # type: ignore[union-attr]
+
+
+def test_pit_taps_equal_an_explicit_forward_of_each_half() -> None:
+    model = from_config("pit", patch_size=8, image_size=(32, 64))
+    x = image(32, 64)
+    read = maps(model, x)
+    with torch.no_grad():
+        z = model.patch_embed(x) + model.pos_embed  # type: ignore[operator]
+        cls = model.cls_token.expand(2, -1, -1)  # type: ignore[operator]
+        assert torch.equal(read["stem"], z)
+        for s, stage in enumerate(model.transformers):  # type: ignore[arg-type]
+            if s > 0:
+                z, cls = stage.pool(z, cls)
+                assert (read[f"transformers.{s}.pool"] - z).abs().max() < 1e-12
+            h, w = z.shape[-2:]
+            tokens = torch.cat((cls, z.flatten(2).transpose(1, 2)), 1)
+            for i, block in enumerate(stage.blocks):
+                tokens = tokens + block.attn(block.norm1(tokens))
+                assert (read[f"transformers.{s}.blocks.{i}.attn"] - as_map(tokens, 1, h, w)).abs().max() < 1e-12
+                tokens = tokens + block.mlp(block.norm2(tokens))
+                assert (read[f"transformers.{s}.blocks.{i}.mlp"] - as_map(tokens, 1, h, w)).abs().max() < 1e-12
+            cls, z = tokens[:, :1], as_map(tokens, 1, h, w)
+
+
+def test_mixer_taps_equal_an_explicit_forward_of_each_half() -> None:
+    model = from_config("mixer", patch_size=8)
+    x = image(32, 32)
+    read = maps(model, x)
+    with torch.no_grad():
+        z = model.stem(x)  # type: ignore[operator]
+        for i, block in enumerate(model.blocks):  # type: ignore[arg-type]
+            z = z + block.mlp_tokens(block.norm1(z).transpose(1, 2)).transpose(1, 2)
+            assert (read[f"blocks.{i}.mlp_tokens"] - as_map(z, 0, 4, 4)).abs().max() < 1e-12
+            z = z + block.mlp_channels(block.norm2(z))
+            assert (read[f"blocks.{i}.mlp_channels"] - as_map(z, 0, 4, 4)).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("name", ["convnet", "preresnet", "alternet"])
+def test_convolutional_taps_are_the_stem_and_the_blocks(name: str) -> None:
+    model = from_config(name)
+    x = image(32, 32)
+    read = maps(model, x)
+    stages = [model.layer1, model.layer2, model.layer3, model.layer4] if name == "convnet" else model.stages
+    with torch.no_grad():
+        z = model.act1(model.bn1(model.conv1(x))) if name == "convnet" else model.stem(x)  # type: ignore[operator]
+        expected = [z]
+        for stage in stages:  # type: ignore[union-attr]
+            for block in getattr(stage, "blocks", stage):
+                z = block(z)
+                expected.append(z.clone())
+    assert all(torch.equal(a, b) for a, b in zip(read.values(), expected, strict=True))
+
+
+def test_positions_of_the_papers_figures() -> None:
+    r50 = taps(models.convnet(50, stem="imagenet"))
+    assert [i for i, tap in enumerate(r50) if tap.subsamples] == [4, 8, 14]
+    vit = taps(models.vit())
+    assert [i for i, tap in enumerate(vit) if tap.kind == "msa"] == list(range(1, 24, 2))
+    assert len(vit) == 25
+    alter = taps(models.alternet(50, n_msa=(0, 1, 1, 2)))
+    assert [t.name for t in alter if t.kind == "msa"] == ["stages.1.3", "stages.2.5", "stages.3.1", "stages.3.3"]
+    assert [t.kind for t in taps(models.alternet(mixer="blur"))].count("pool") == 3
+
+
+def test_the_imagenet_stem_is_read_after_its_pooling() -> None:
+    for model in (
+        models.convnet(stem="imagenet"),
+        models.preresnet(stem="imagenet"),
+        models.alternet(stem="imagenet", image_size=64, window_size=2),
+    ):
+        assert maps(model.double().eval(), image(64, 64))["stem"].shape == (2, 64, 16, 16)
+
+
+@pytest.mark.parametrize(
+    ("name", "n", "last"),
+    [
+        ("resnet18", 9, (512, 2, 2)),
+        ("convnext_tiny", 22, (768, 2, 2)),
+        ("swin_t", 28, (768, 2, 2)),
+        ("vit_b_32", 25, (768, 2, 2)),
+    ],
+)
+def test_torchvision_models_are_known_by_their_blocks(name: str, n: int, last: tuple) -> None:
+    options = {"image_size": 64} if name == "vit_b_32" else {}
+    model = getattr(torchvision.models, name)(**options).eval()
+    read = maps(model, torch.rand(1, 3, 64, 64))
+    assert len(read) == n
+    assert next(reversed(read.values())).shape[1:] == last
+
+
+class HandWritten(nn.Module):
+    """A ResNet block as many repositories write it."""
+
+    def __init__(self, cin: int, cout: int, stride: int, pre: bool) -> None:
+        super().__init__()
+        self.pre = pre
+        if pre:
+            self.bn1, self.conv1 = nn.BatchNorm2d(cin), nn.Conv2d(cin, cout, 3, stride, 1)
+            self.bn2, self.conv2 = nn.BatchNorm2d(cout), nn.Conv2d(cout, cout, 3, 1, 1)
+        else:
+            self.conv1, self.bn1 = nn.Conv2d(cin, cout, 3, stride, 1), nn.BatchNorm2d(cout)
+            self.conv2, self.bn2 = nn.Conv2d(cout, cout, 3, 1, 1), nn.BatchNorm2d(cout)
+        self.shortcut = nn.Conv2d(cin, cout, 1, stride) if stride > 1 else nn.Sequential()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.pre:
+            branch = self.conv2(self.bn2(self.conv1(self.bn1(x).relu())).relu())
+            return branch + self.shortcut(x)
+        return (self.bn2(self.conv2(self.bn1(self.conv1(x)).relu())) + self.shortcut(x)).relu()
+
+
+@pytest.mark.parametrize("pre", [True, False])
+def test_hand_written_residual_blocks_are_known_by_their_children(pre: bool) -> None:
+    blocks = nn.Sequential(HandWritten(4, 4, 1, pre), HandWritten(4, 8, 2, pre))
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), blocks, nn.Flatten()).double().eval()
+    found = taps(model)
+    assert [(t.name, t.kind, t.subsamples) for t in found] == [
+        ("stem", "stem", False),
+        ("2.0", "conv", False),
+        ("2.1", "conv", True),
+    ]
+    x = image(8, 8)
+    read = maps(model, x)
+    assert torch.equal(read["2.0"], blocks[0](model[:2](x)))
+
+
+def test_a_model_inside_another_is_found() -> None:
+    class Wrapper(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.backbone = models.vit(patch_size=8, depth=1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.backbone(x).softmax(-1)
+
+    model = Wrapper().double().eval()
+    read = maps(model, image(32, 32))
+    assert list(read) == ["stem", "backbone.blocks.0.attn", "backbone.blocks.0.mlp"]
+    assert read["backbone.blocks.0.attn"].shape == (2, 192, 4, 4)
+
+
+def test_gates_of_an_unknown_convnet_are_not_read() -> None:
+    model = timm.create_model("regnety_002", num_classes=3).eval()
+    read = maps(model, torch.rand(1, 3, 64, 64))
+    assert not any(".se." in name for name in read)
+    assert read["s1.b1.conv1.conv"].shape == (1, 24, 32, 32)
+
+
+def test_maps_that_are_not_one_an_image_are_refused() -> None:
+    model = timm.create_model("mobilevit_xxs", num_classes=3).eval()  # its blocks see 4 sets of pixels an image
+    with pytest.raises(ValueError, match=r"tap 'stem' reads 8 maps of 2 images; pass taps=\[...\] without it"):
+        maps(model, torch.rand(2, 3, 64, 64))
+
+
+def test_an_unknown_convnet_is_read_at_its_convolutions_and_pooling() -> None:
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(4, 6, 3, padding=1), nn.Flatten()
+    ).double()
+    found = taps(model)
+    assert [(t.name, t.kind, t.stage, t.depth) for t in found] == [
+        ("0", "conv", 1, 0.0),
+        ("2", "pool", 2, 0.5),
+        ("3", "conv", 2, 1.0),
+    ]
+    assert [tuple(v.shape) for v in maps(model, image(8, 8)).values()] == [(2, 4, 8, 8), (2, 4, 4, 4), (2, 6, 4, 4)]
+
+
+def test_a_model_without_anything_known_says_how_to_pass_taps() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 3))
+    with pytest.raises(
+        ValueError, match=r'pass taps=\[vitscope\.Tap\("block1", "conv", stage=1, depth=0\.0, module=model'
+    ) as error:
+        vs.taps(model)
+    assert "\n" not in str(error.value)
+
+
+def test_a_transformer_of_unknown_blocks_is_refused_rather_than_read_at_its_patches() -> None:
+    model = timm.create_model("cait_xxs24_224", img_size=32)
+    with pytest.raises(ValueError, match=r"Cait has no block that vitscope knows; pass taps="):
+        taps(model)
+    assert len(taps(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4, 2)))) == 1
+
+
+def test_taps_of_ones_own() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Flatten(2), nn.Conv1d(4, 5, 1)).double()
+    own = [
+        vs.Tap("pixels", "stem", stage=0, depth=0.0, module=model[0], at="input"),
+        vs.Tap("tokens", "mlp", stage=1, depth=1.0, module=model[2], layout="NCL"),
+    ]
+    x = image(4, 6)
+    read = maps(model, x, own)
+    assert torch.equal(read["pixels"], x)
+    assert torch.equal(read["tokens"], model(x).reshape(2, 5, 4, 6))
+
+
+def test_a_tensor_that_is_no_map_is_an_error_with_the_taps_name() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 3))
+    with pytest.raises(ValueError, match=r"tap 'logits' reads a tensor of shape \(2, 3\), not a NCHW map"):
+        maps(model, torch.zeros(2, 3, 2, 2), [Tap("logits", "head", 1, 0.0, model[1])])
+
+
+def test_hooks_are_gone_after_reading_and_after_an_error() -> None:
+    model = models.vit(patch_size=16, depth=1)
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"), reading(model, taps(model), fail):
+        model(torch.zeros(1, 3, 32, 32))
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def shown(*sizes: tuple[int, int]) -> ForwardPass:
+    result = ForwardPass()
+    result.sizes.update(sizes)
+    return result
+
+
+def test_layouts_become_maps() -> None:
+    x = torch.arange(2 * 3 * 4 * 5).reshape(2, 3, 4, 5)
+    tokens = x.flatten(2)
+    prefixed = torch.cat((torch.zeros(2, 2, 3, dtype=x.dtype), tokens.mT), 1)
+    assert torch.equal(to_map(x.permute(0, 2, 3, 1), "t", "NHWC", 0, None, shown()), x)
+    assert torch.equal(to_map(prefixed, "t", "NLC", 2, (4, 5), shown()), x)
+    assert torch.equal(to_map(tokens, "t", "NCL", 0, None, shown((8, 8), (4, 5))), x)
+
+
+def test_token_grids_are_declared_or_observed() -> None:
+    assert token_grid("t", 64, 0, None, [(8, 8), (16, 16)]) == (8, 8)
+    assert token_grid("t", 65, 1, None, [(4, 16)]) == (4, 16)
+    assert token_grid("t", 64, 0, (4, 16), [(8, 8)]) == (4, 16)
+    refusals = [
+        ((65, 0, None, [(8, 8)]), r"65 tokens, 0 of them .* has a map of 65 positions \(maps seen: 8x8\)"),
+        ((64, 0, None, []), r"maps seen: none"),
+        ((16, 0, None, [(4, 4), (2, 8)]), r"fit several maps of the forward pass \(2x8, 4x4\)"),
+        ((64, 0, (14, 14), [(8, 8)]), r"a declared grid of 14x14"),
+    ]
+    for arguments, text in refusals:
+        with pytest.raises(ValueError, match=text):
+            token_grid("t", *arguments)
+
+
+def test_the_grid_a_model_was_built_for_is_not_that_of_other_images() -> None:
+    built = VisionTransformer(
+        64, 16, num_classes=3, embed_dim=12, depth=1, num_heads=2, class_token=False, global_pool="avg"
+    )
+    built.patch_embed.strict_img_size = False
+    read = maps(built.double().eval(), image(32, 128))
+    assert all(value.shape == (2, 12, 2, 8) for value in read.values())
+
+
+class Registers(VisionTransformer):
+    """Puts tokens in front that it does not declare, as many as ``tokens``."""
+
+    tokens = 1
+
+    def _pos_embed(self, x: Tensor) -> Tensor:
+        return torch.cat((x.new_zeros(len(x), self.tokens, x.shape[2]), x + self.pos_embed), 1)
+
+
+@pytest.mark.parametrize(("side", "tokens"), [(64, 1), (64, 4), (64, 17), (32, 5)])
+def test_undeclared_prefix_tokens_are_refused(side: int, tokens: int) -> None:
+    options = {"embed_dim": 12, "depth": 1, "num_heads": 2, "class_token": False, "global_pool": "avg"}
+    model = Registers(side, 8 if side == 64 else 16, num_classes=3, **options).double().eval()
+    model.tokens = tokens
+    n = (64 if side == 64 else 4) + tokens
+    with pytest.raises(ValueError, match=f"received {n} tokens, 0 of them declared as prefix tokens"):
+        maps(model, image(side, side))
+    own = [replace(tap, n_prefix=tokens) for tap in taps(model)]
+    assert maps(model, image(side, side), own)["blocks.0.mlp"].shape[1] == 12
+
+
+def test_tokens_that_are_parameters_are_counted() -> None:
+    class Tokens(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = nn.Conv2d(3, 12, 8, 8)
+            self.cls_token, self.reg_token = nn.Parameter(torch.randn(1, 1, 12)), nn.Parameter(torch.randn(1, 3, 12))
+            self.blocks = nn.Sequential(Block(12, 2), Block(12, 2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.embed(x).flatten(2).mT
+            front = [t.expand(len(x), -1, -1) for t in (self.cls_token, self.reg_token)]
+            return self.blocks(torch.cat((*front, x), 1)).mean(1)
+
+    model = Tokens().double().eval()
+    read = maps(model, image(32, 16))
+    x = image(32, 16)
+    read = maps(model, x)
+    patches = model.embed(x)
+    assert torch.equal(read["stem"], patches)
+
+
+def test_a_module_that_runs_twice_has_no_map() -> None:
+    class Twice(VisionTransformer):
+        def forward_features(self, x: Tensor, **_: object) -> Tensor:
+            x = self._pos_embed(self.patch_embed(x))
+            return self.norm(self.blocks[0](self.blocks[0](x)))
+
+    model = Twice(16, 8, num_classes=3, embed_dim=12, depth=1, num_heads=2).double().eval()
+    with pytest.raises(ValueError, match=r"'blocks.0.attn' to run once in a forward pass"):
+        maps(model, image(16, 16), taps(model)[1:])
+
+
+def test_images_of_another_size_than_the_model_was_built_for() -> None:
+    model = timm.create_model("vit_tiny_patch16_224", img_size=64, depth=1, dynamic_img_size=True).double().eval()
+    assert maps(model, image(32, 96))["blocks.0.mlp"].shape == (2, 192, 2, 6)

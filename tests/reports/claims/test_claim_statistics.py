@@ -1,0 +1,273 @@
+"""The statistics of claims, computed from run folders whose numbers are known."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.helpers.report_runs import CARD, Given, bench, curve, other_card, rise, spectrum
+from vitscope.diagnostics.fourier.branch_transfer import BranchTransferResult
+from vitscope.reports.claims import claim_statistics, claim_verdicts
+from vitscope.reports.claims.claims import CLAIMS
+from vitscope.reports.claims.effect_sizes import Bench, Effect, balanced, plainest
+from vitscope.reports.claims.matched_controls import flattening
+from vitscope.reports.model_costs import Cost
+from vitscope.runs import run_dir
+
+SPECTRUM = claim_statistics.SPECTRUM
+SEEDS = range(5)
+
+
+def write_scalars(run: run_dir.Run, measure: str, scalars: Mapping[str, float], **card: Any) -> None:
+    """Write what a measure's result looks like from outside."""
+    folder = run.results / measure
+    folder.mkdir(parents=True)
+    record = {"measure": measure, "scalars": scalars, "card": dataclasses.replace(CARD, **card).to_dict()}
+    (folder / "end-0badcafe.json").write_text(json.dumps(record))
+
+
+def ape(control: str = "cost", matched: str = "epoch") -> Callable[[Bench], Effect]:
+    return lambda b: flattening(b, SPECTRUM, "average_positive_eigenvalue", control=control, matched=matched, log=True)
+
+
+def test_alternet_is_paired_by_seed_with_the_control_of_equal_cost(make_run: Callable, tmp_path: Path) -> None:
+    for seed in SEEDS:
+        make_run("alternet", seed, measured={"hessian": spectrum(ape=100.0 + seed)})
+        make_run("convnet", seed + 1, measured={"hessian": spectrum(ape=200.0 + seed)})  # seeds 1 to 5
+        make_run("convnet", seed, data__fraction=0.5, measured={"hessian": spectrum(ape=1.0)})  # another setting
+    found = ape()(bench(tmp_path))
+    expected = {seed: math.log((100 + seed) / (200 + seed - 1)) for seed in range(1, 5)}
+    assert found.values == pytest.approx(expected, rel=1e-12)
+    assert "alternet-18" in found.compared
+
+
+def test_a_control_that_costs_more_or_less_is_none(make_run: Callable, tmp_path: Path, monkeypatch: Any) -> None:
+    make_run("alternet", measured={"hessian": spectrum()})
+    make_run("convnet", measured={"hessian": spectrum()})
+    monkeypatch.setattr(
+        Given, "known", {"alternet": Cost(100, 1000), "convnet": Cost(104, 900)}
+    )  # 10% fewer operations
+    found = ape()(bench(tmp_path))
+    assert found.values == {}
+    assert "within 5%" in found.lacking
+
+
+def test_the_twin_differs_in_the_mixer_alone(make_run: Callable, tmp_path: Path) -> None:
+    make_run("alternet", measured={"sharpness": rise(0.2)})
+    make_run("alternet", model__mixer="blur", model__blur_size=2, measured={"sharpness": rise(0.5)})
+    make_run("alternet", model__mixer="uniform", optimizer__lr=0.1, measured={"sharpness": rise(0.9)})
+    b = bench(tmp_path)
+    found = flattening(b, "sharpness", "rise_r0.1", control="blur", matched="epoch", log=False)
+    assert found.values == pytest.approx({0: -0.3}, rel=1e-12)
+    assert "mixer=uniform" in ape("uniform")(b).lacking
+
+
+def test_matched_nll_takes_the_moment_whose_training_loss_is_nearest(make_run: Callable, tmp_path: Path) -> None:
+    def measured(losses: Mapping[str, float], apes: Mapping[str, float]) -> dict[str, Any]:
+        made: dict[str, Any] = {f"sharpness@{tag}": rise(0.1, nll=loss) for tag, loss in losses.items()}
+        return made | {f"hessian@{tag}": spectrum(ape=value) for tag, value in apes.items()}
+
+    fast = {"epoch-0000": 1.5, "epoch-0001": 0.98, "end": 0.4}
+    make_run("alternet", measured=measured(fast, {"epoch-0000": 10.0, "epoch-0001": 20.0, "end": 30.0}))
+    make_run("convnet", measured=measured({"epoch-0000": 2.0, "end": 1.0}, {"epoch-0000": 5.0, "end": 50.0}))
+    assert ape(matched="nll")(bench(tmp_path)).values == pytest.approx({0: math.log(20 / 50)}, rel=1e-12)
+    assert ape()(bench(tmp_path)).values == pytest.approx({0: math.log(30 / 50)}, rel=1e-12)
+
+
+def test_losses_that_never_meet_are_not_matched(make_run: Callable, tmp_path: Path) -> None:
+    make_run("alternet", measured={"sharpness": rise(0.1, nll=0.5), "hessian": spectrum()})
+    make_run("convnet", measured={"sharpness": rise(0.1, nll=1.0), "hessian": spectrum()})
+    found = ape(matched="nll")(bench(tmp_path))
+    assert found.values == {}
+    assert "several epochs" in found.lacking
+
+
+def test_the_trend_over_bias_is_the_least_squares_slope(make_run: Callable, tmp_path: Path) -> None:
+    neps = {"vit": 0.5, "pit": 0.3, "swin": 0.2, "convnet": 0.0}
+    for seed in (0, 1):
+        for model, nep in neps.items():
+            make_run(model, seed, measured={"hessian": spectrum(nep + 0.01 * seed * (model == "vit"))})
+    make_run("vit", 0, model__pool="gap", measured={"hessian": spectrum(0.9)})  # not the plainest
+    found = claim_statistics.bias_trend(bench(tmp_path))
+    slopes = {s: np.polyfit(range(4), [0.5 + 0.01 * s, 0.3, 0.2, 0.0], 1)[0] for s in (0, 1)}
+    assert found.values == pytest.approx(slopes, rel=1e-9)
+    assert found.blocked == ""
+    assert found.compared == "vit-tiny, pool default → pit-tiny → swin-tiny → convnet-18"
+
+
+def test_a_trend_whose_means_turn_supports_nothing(make_run: Callable, tmp_path: Path) -> None:
+    for model, nep in {"vit": 0.5, "pit": 0.1, "swin": 0.2, "convnet": 0.0}.items():
+        make_run(model, measured={"hessian": spectrum(nep)})
+    assert claim_statistics.bias_trend(bench(tmp_path)).blocked == "the means are not monotone"
+
+
+def test_kernels_go_from_local_to_global(make_run: Callable, tmp_path: Path) -> None:
+    for kernel, nep, accuracy in ((3, 0.1, 0.5), (5, 0.2, 0.6), ("global", 0.4, 0.45)):
+        metrics = {"test/accuracy": accuracy}
+        make_run("convit", model__kernel_size=kernel, measured={"hessian": spectrum(nep)}, metrics=metrics)
+    b = bench(tmp_path)
+    assert claim_statistics.kernel_trend(b).values == pytest.approx({0: 0.15}, rel=1e-9)
+    read = b.metric("test/accuracy")
+    assert claim_statistics.kernel_difference(b, read, 5, "").values == pytest.approx({0: 0.15}, rel=1e-9)
+    assert claim_statistics.kernel_difference(b, read, 7, "").lacking == "convit with kernel_size 7 and global"
+
+
+def test_the_trend_over_data_keeps_epochs_or_steps_fixed(make_run: Callable, tmp_path: Path) -> None:
+    for fraction in (0.01, 0.1, 1.0):
+        card = other_card(data=f"photos, {fraction:g}")
+        nep = 0.2 - 0.05 * math.log10(fraction)
+        measured = {"hessian": spectrum(nep, card=card), "slice": curve(card)}
+        make_run("vit", data__fraction=fraction, measured=measured, metrics={"test/accuracy": 0.5 + fraction / 10})
+        make_run("vit", data__fraction=fraction, trainer__max_steps=100, measured={"hessian": spectrum(0.3, card=card)})
+    b = bench(tmp_path)
+    fixed_epochs = claim_statistics.data_trend(b, b.scalar(*claim_statistics.NEP), -1, fixed="epochs", what="hessian")
+    assert fixed_epochs.values == pytest.approx({0: -0.05 / math.log(10)}, rel=1e-9)
+    fixed_steps = claim_statistics.data_trend(b, b.scalar(*claim_statistics.NEP), -1, fixed="steps", what="hessian")
+    assert fixed_steps.values == pytest.approx({0: 0.0}, abs=1e-12)
+    error = claim_statistics.data_trend(b, claim_statistics.test_error(b), -1, fixed="epochs", what="accuracy")
+    assert error.values[0] < 0
+    nll = claim_statistics.data_trend(b, claim_statistics.training_nll(b), -1, fixed="epochs", what="slice")
+    assert nll.values == pytest.approx({0: 0.0}, abs=1e-12)
+
+
+def test_kinds_are_averaged_over_models_that_share_their_seeds(make_run: Callable, tmp_path: Path) -> None:
+    for model, base in (("vit", -0.2), ("alternet", -0.4)):
+        for seed in (0, 1):
+            write_scalars(make_run(model, seed), "feature_map_variance", {"log_variance_ratio_msa": base + seed})
+    write_scalars(make_run("swin", 0), "feature_map_variance", {"log_variance_ratio_msa": 9.0})  # one seed only
+    for seed in (0, 1):  # a control, and a baseline
+        uniform = make_run("alternet", seed, model__mixer="uniform")
+        write_scalars(uniform, "feature_map_variance", {"log_variance_ratio_msa": 7.0})
+        random = make_run("vit", seed, data__random_labels=True)
+        write_scalars(random, "feature_map_variance", {"log_variance_ratio_msa": 5.0})
+    found = claim_statistics.by_kind(bench(tmp_path), "feature_map_variance", "log_variance_ratio_msa")
+    assert found.values == pytest.approx({0: -0.3, 1: 0.7}, rel=1e-9)
+    assert balanced([]) == {}
+
+
+def test_branch_transfer_counts_only_beside_the_initial_model(make_run: Callable, tmp_path: Path) -> None:
+    one, none = np.array([-0.5]), np.full(1, np.nan)
+    trained = BranchTransferResult(
+        units=("a",), kinds=("msa",), stages=np.ones(1), depths=np.zeros(1), normalized_frequency=(np.arange(3.0),),
+        transfer=(np.zeros(3),), contrast=one, contrast_half_width=one, contrast_own=one, contrast_initial=none,
+        replicates=np.zeros((2, 1)), kind_names=("msa",), kind_contrast=one, kind_low=one, kind_high=one,
+        reference="initial", level=0.95, seed=0, n_images=4, card=CARD,
+    )  # fmt: skip
+    make_run("vit", 0, measured={"branch_transfer": trained})
+    make_run("vit", 1, measured={"branch_transfer": dataclasses.replace(trained, reference="none")})
+    b = bench(tmp_path)
+    found = claim_statistics.by_kind(b, "branch_transfer", "contrast_msa", claim_statistics.minus_initial(b))
+    assert found.values == {0: -0.5}
+
+
+def test_noise_is_relative_to_what_there_was_to_lose(make_run: Callable, tmp_path: Path) -> None:
+    equal = {"solver": {"construction": "equal_rms"}}
+    for model, contrast, clean in (("vit", 0.1, 0.5), ("convnet", -0.2, 0.6)):
+        scalars = {"high_minus_low": contrast, "clean_accuracy": clean}
+        write_scalars(make_run(model), "frequency_noise_robustness", scalars, **equal)
+    found = claim_statistics.noise_interaction(bench(tmp_path))
+    chance = 1 / 16
+    assert found.values == pytest.approx({0: -0.1 / (0.5 - chance) - 0.2 / (0.6 - chance)}, rel=1e-12)
+
+
+def test_the_official_noise_decides_nothing(make_run: Callable, tmp_path: Path) -> None:
+    for model in ("vit", "convnet"):
+        scalars = {"high_minus_low": 0.1, "clean_accuracy": 0.5}
+        write_scalars(make_run(model), "frequency_noise_robustness", scalars, solver={"construction": "official"})
+    assert claim_statistics.noise_interaction(bench(tmp_path)).values == {}
+
+
+def test_placements_are_compared_at_equal_parameters(make_run: Callable, tmp_path: Path) -> None:
+    for where, accuracy in (("stage_end", 0.6), ("stage_start", 0.5), ("late", 0.4)):
+        make_run("alternet", model__placement=where, metrics={"test/accuracy": accuracy})
+    found = claim_statistics.placement(bench(tmp_path))
+    assert found.values == pytest.approx({0: 0.15}, rel=1e-12)  # mean of 0.1 and 0.2
+
+
+def test_winners_are_chosen_on_validation_and_need_two_recipes(make_run: Callable, tmp_path: Path) -> None:
+    def one(model: str, lr: float, val: float, test: float) -> None:
+        make_run(model, optimizer__lr=lr, metrics={"val/accuracy": val, "test/accuracy": test})
+
+    one("alternet", 0.1, 0.6, 0.61)
+    one("alternet", 0.2, 0.5, 0.99)  # better on test images, which do not choose
+    one("convnet", 0.1, 0.4, 0.41)
+    b = bench(tmp_path)
+    found = claim_statistics.winner(b, claim_statistics.CNNS, b.metric("test/accuracy"), "test accuracy")
+    assert found.values == pytest.approx({0: 0.2}, rel=1e-12)
+    assert found.blocked == "not each at its best recipe: 2 and 1 tried"
+    one("convnet", 0.2, 0.3, 0.5)
+    b = bench(tmp_path)
+    assert claim_statistics.winner(b, claim_statistics.CNNS, b.metric("test/accuracy"), "test accuracy").blocked == ""
+
+
+def test_the_plainest_model_has_the_fewest_changed_options(make_run: Callable, tmp_path: Path) -> None:
+    make_run("vit", model__pool="gap", model__patch_size=4)
+    make_run("vit", model__pool="cls", model__patch_size=4)
+    groups = bench(tmp_path).groups(lambda _: True)
+    chosen = plainest(groups)
+    assert chosen is not None
+    assert chosen[0].config["model"]["pool"] == "cls"
+
+
+@pytest.mark.parametrize(("sign", "verdict"), [(1, "supported"), (-1, "contradicted")])
+def test_a_verdict_follows_the_numbers(make_run: Callable, tmp_path: Path, sign: int, verdict: str) -> None:
+    for seed in SEEDS:
+        for model, contrast in (("vit", 0.1), ("convnet", -0.2)):
+            scalars = {"high_minus_low": sign * (contrast + 0.01 * seed * contrast), "clean_accuracy": 0.5}
+            run = make_run(model, seed)
+            write_scalars(run, "frequency_noise_robustness", scalars, solver={"construction": "equal_rms"})
+    judged = claim_verdicts.judge(bench(tmp_path), [c for c in CLAIMS if c.name == "noise_bands"])
+    assert [j.verdict for j in judged] == [verdict]
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({"options": {"solver": "power"}}, "options.solver 'power'"),
+        ({"options": {"operator": "ggn"}}, "options.operator 'ggn'"),
+        ({"options": {"n_top": 9}}, "options.n_top 9"),
+        ({"n_images": 64}, "n_images 64"),
+        ({"preprocessing": "squash crop"}, "preprocessing 'squash crop'"),
+    ],
+)
+def test_spectra_of_other_conditions_are_never_set_against_each_other(
+    make_run: Callable, tmp_path: Path, changes: dict[str, Any], key: str
+) -> None:
+    options = {"solver": "lanczos", "operator": "hessian", "n_top": 5}
+    card = other_card(options=options)
+    other = other_card(**{**changes, "options": {**options, **changes.get("options", {})}})
+    for seed in SEEDS:
+        make_run("convnet", seed, measured={"hessian": spectrum(ape=200.0, card=other)})
+        make_run("alternet", seed, measured={"hessian": spectrum(ape=100.0 + seed, card=card)})
+    (claim,) = [c for c in CLAIMS if c.name == "msa_flattens"]
+    (judged,) = claim_verdicts.judge(bench(tmp_path), [claim])
+    finding = judged.findings[0]
+    assert finding.verdict == claim_verdicts.NOT_MEASURED
+    assert f"measured otherwise: {key}, most runs" in finding.reason
+    assert "(5 left out)" in finding.reason
+    asked = bench(tmp_path)
+    asked.selection.allow_different = True
+    (judged,) = claim_verdicts.judge(asked, [claim])
+    assert len(judged.findings[0].effect.values) == 5
+
+
+def test_runs_of_another_comparison_do_not_decide_under_which_conditions_this_one_is_made(
+    make_run: Callable, tmp_path: Path
+) -> None:
+    many = other_card(n_images=64)
+    for seed in range(9):  # the majority of all runs
+        make_run("pit", seed, measured={"hessian": spectrum(card=many)})
+    for seed in SEEDS:
+        make_run("alternet", seed, measured={"hessian": spectrum(ape=100.0 + seed)})
+        make_run("convnet", seed, measured={"hessian": spectrum(ape=200.0)})
+    (claim,) = [c for c in CLAIMS if c.name == "msa_flattens"]
+    (judged,) = claim_verdicts.judge(bench(tmp_path), [claim])
+    assert len(judged.findings[0].effect.values) == 5
+    assert judged.findings[0].effect.refused == ""

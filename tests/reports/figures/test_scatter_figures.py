@@ -1,0 +1,101 @@
+"""Numbers over numbers and over keys of the configuration: read, averaged over seeds, and missed by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from omegaconf import OmegaConf
+
+from tests.helpers.report_runs import curve, other_card, spectrum
+from vitscope.config import loading
+from vitscope.reports import run_index
+from vitscope.reports.figures import scatter_figures
+from vitscope.reports.value_lookup import Selection
+from vitscope.runs import run_dir
+from vitscope.stats.t_tests import Interval, t_interval
+
+
+def selection(root: Path) -> Selection:
+    return Selection(run_index.collect(run_dir.every(root / "runs")))
+
+
+def test_a_key_on_the_axis_and_seeds_averaged(make_run: Callable, tmp_path: Path) -> None:
+    for fraction, accuracies in {0.1: (0.2, 0.4), 1.0: (0.7, 0.8)}.items():
+        for seed, accuracy in enumerate(accuracies):
+            make_run("vit", seed, data__fraction=fraction, metrics={"test/accuracy": accuracy})
+    points, table = scatter_figures.collect(selection(tmp_path), "data.fraction", ("1-test/accuracy",), "numbers")
+    assert {p.x: p.y[0].mean for p in points if p.y[0]} == pytest.approx({0.1: 0.7, 1.0: 0.25}, rel=1e-12)
+    widths = {p.x: p.y[0].half_width for p in points if p.y[0]}
+    assert widths == pytest.approx(
+        {0.1: t_interval([0.8, 0.6]).half_width, 1.0: t_interval([0.3, 0.2]).half_width}, rel=1e-9
+    )
+    assert {p.series for p in points} == {"vit-tiny"}  # one line: the key on the axis does not divide it
+    assert table.problems == ()
+    figure = scatter_figures.draw(points, "data.fraction", ("1-test/accuracy",))
+    line = figure.axes[0].lines[0]
+    np.testing.assert_allclose(np.asarray(line.get_xdata(), float), [0.1, 1.0])
+    np.testing.assert_allclose(np.asarray(line.get_ydata(), float), [0.7, 0.25])
+    assert [t.get_text() for t in figure.axes[0].get_xticklabels()] == ["0.1", "1"]
+
+
+def test_a_number_on_the_axis(make_run: Callable, tmp_path: Path) -> None:
+    make_run("vit", measured={"slice": curve()})
+    make_run("convnet", measured={"slice": curve()}, metrics={"test/accuracy": 0.9})
+    points, _ = scatter_figures.collect(selection(tmp_path), "slice.nll_center", ("1-test/accuracy",), "numbers")
+    assert all(isinstance(p.x, Interval) and p.x.mean == 0.5 for p in points)
+    assert {p.series: p.y[0].mean for p in points if p.y[0]} == pytest.approx({"vit-tiny": 0.5, "convnet-18": 0.1})
+    assert len(scatter_figures.draw(points, "slice.nll_center", ("1-test/accuracy",)).axes) == 1
+
+
+def test_categories_keep_numbers_first(make_run: Callable, tmp_path: Path) -> None:
+    for kernel in (5, "global", 3):
+        make_run("convit", model__kernel_size=kernel)
+    points, _ = scatter_figures.collect(selection(tmp_path), "model.kernel_size", ("test/accuracy",), "numbers")
+    figure = scatter_figures.draw(points, "model.kernel_size", ("test/accuracy",))
+    assert [t.get_text() for t in figure.axes[0].get_xticklabels()] == ["3", "5", "global"]
+
+
+def test_objectives_by_their_names(make_run: Callable, tmp_path: Path) -> None:
+    for name in ("weak", "strong"):
+        node = OmegaConf.to_container(OmegaConf.load(loading.folder() / "objective" / f"{name}.yaml"))
+        make_run("vit", objective=node)
+    make_run("vit", objective={"augment": "none"})
+    points, _ = scatter_figures.collect(selection(tmp_path), "objective", ("test/accuracy",), "numbers")
+    assert sorted(p.x for p in points) == ["other", "strong", "weak"]
+    assert {p.series.split(", ")[0] for p in points} == {"vit-tiny"}
+
+
+def test_what_is_missing_is_named_and_not_drawn(make_run: Callable, tmp_path: Path) -> None:
+    make_run("vit", name="good", measured={"hessian": spectrum(ape=100.0)})
+    make_run("vit", name="nan", model__heads=1, measured={"hessian": spectrum(ape=float("nan"))})
+    make_run("vit", name="failed", model__heads=2, measured={"hessian": "out of memory"})
+    make_run("vit", name="absent", model__heads=3)
+    quantity = "hessian.average_positive_eigenvalue"
+    points, table = scatter_figures.collect(selection(tmp_path), "model.heads", (quantity,), "numbers")
+    said = {str(problem) for problem in table.problems}
+    assert said == {
+        f"failed: run nan: {quantity} (not finite)",
+        f"failed: run failed: {quantity} (out of memory)",
+        f"missing: run absent: {quantity} (not measured at end)",
+    }
+    drawn = scatter_figures.draw(points, "model.heads", (quantity,)).axes[0].lines[0]
+    assert np.asarray(drawn.get_ydata(), float).tolist() == [100.0]  # at "default"
+
+
+def test_nothing_to_draw() -> None:
+    with pytest.raises(ValueError, match="at least one experiment"):
+        scatter_figures.draw([], "x", ("y",))
+
+
+def test_a_number_of_other_options_is_no_point_of_the_figure(make_run: Callable, tmp_path: Path) -> None:
+    nep = "hessian.negative_eigenvalue_proportion"
+    for patch, solver in ((2, "lanczos"), (4, "lanczos"), (8, "power")):
+        card = other_card(options={"solver": solver}, augmentation=f"recipe {patch}")  # what the runs vary may differ
+        make_run("vit", model__patch_size=patch, measured={"hessian": spectrum(0.1 * patch, card=card)})
+    points, table = scatter_figures.collect(selection(tmp_path), "model.patch_size", (nep,), "numbers")
+    assert {p.x: p.y[0].mean for p in points if p.y[0]} == pytest.approx({2: 0.2, 4: 0.4})
+    (problem,) = table.problems
+    assert "options.solver 'power', most runs 'lanczos'" in str(problem)

@@ -1,0 +1,62 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from tests.helpers.report_runs import curve, other_card
+from vitscope.reports import run_index
+from vitscope.reports.figures import figure_captions, figure_worker
+from vitscope.reports.tables import baselines
+from vitscope.runs import run_dir
+
+
+def collect(root: Path) -> list[run_index.Entry]:
+    return run_index.collect(run_dir.every(root / "runs"))
+
+
+def test_a_model_stands_beside_its_initialisation_and_random_labels(make_run: Callable, tmp_path: Path) -> None:
+    for seed in (1, 0):
+        make_run("vit", seed, data__random_labels=False, measured={"slice": curve(), "slice@init": curve(depth=2.0)})
+    random = make_run("vit", 0, data__random_labels=True, measured={"slice": curve(), "slice@init": curve(depth=2.0)})
+    made, lacking = baselines.panels(collect(tmp_path))
+    assert lacking == []
+    (panel,) = made
+    assert (panel.name, panel.notice) == ("slice-baselines-vit-tiny", "vit-tiny")
+    assert [c.label for c in panel.curves] == ["trained", "at initialisation", "trained on random labels"]
+    assert [(c.entry.seed, len(c.others)) for c in panel.curves] == [(0, 1), (0, 1), (0, 0)]
+    assert panel.curves[2].entry.id == random.id
+    picture = figure_worker.draw(figure_captions.job(panel, tmp_path / "figures"))
+    assert picture.problem == ""
+    assert picture.labels == ("trained", "at initialisation", "trained on random labels")
+
+
+def test_labels_say_which_labels_a_model_was_trained_on(make_run: Callable, tmp_path: Path) -> None:
+    for random in (False, True):
+        make_run("vit", data__random_labels=random, measured={"slice": curve()})
+    assert sorted(entry.label for entry in collect(tmp_path)) == ["vit-tiny, random labels", "vit-tiny, true labels"]
+
+
+def test_other_models_and_other_conditions_are_no_baselines(make_run: Callable, tmp_path: Path) -> None:
+    other = other_card(data="photos, random labels")
+    run = make_run("vit", data__random_labels=False, measured={"slice": curve(), "slice@init": curve()})
+    make_run("vit", data__random_labels=True, measured={"slice": curve(other)})
+    make_run("vit", data__random_labels=True, model__depth=2, measured={"slice": curve()})
+    made, (problem,) = baselines.panels(collect(tmp_path))
+    assert [c.label for c in made[0].curves] == ["trained", "at initialisation"]
+    assert str(problem) == (
+        f"missing: run {run.id}: slice trained on random labels (measured under another objective card (data))"
+    )
+    made, lacking = baselines.panels(collect(tmp_path), allow_different=True)
+    assert (len(made[0].curves), lacking) == (3, [])
+
+
+def test_what_is_not_measured_is_named_with_its_remedy(make_run: Callable, tmp_path: Path) -> None:
+    run = make_run("vit", measured={"slice": curve()})
+    assert baselines.panels(collect(tmp_path)) == ([], [])  # nothing was asked for by name
+    made, lacking = baselines.panels(collect(tmp_path), ["slice"])
+    assert made == []
+    assert [str(p) for p in lacking] == [
+        f"missing: run {run.id}: slice at initialisation (to have it: python analyze.py run=runs/{run.id} ckpt=init "
+        "'analysis=[slice]')",
+        f"missing: run {run.id}: slice trained on random labels (to have it: train the same with data.random_labels=true)",
+    ]

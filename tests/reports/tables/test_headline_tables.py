@@ -1,0 +1,171 @@
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from tests.helpers.report_runs import other_card, rise, spectrum
+from vitscope.reports import run_index
+from vitscope.reports.model_costs import Cost, Costs
+from vitscope.reports.run_index import Entry
+from vitscope.reports.tables import headline_tables
+from vitscope.reports.tables import table as cells
+from vitscope.reports.value_lookup import Selection, Value
+from vitscope.runs import run_dir
+from vitscope.stats.t_tests import t_interval
+
+
+class Given(Costs):
+    """Costs that are known beforehand."""
+
+    def of(self, entry: Entry) -> Cost:
+        if entry.family == "pit":
+            return Cost(None, None, "cannot be built")
+        return Cost(5_403_172, 3_338_451_456)
+
+
+def build(root: Path, name: str = "models", **options: object) -> cells.Table:
+    selection = Selection(run_index.collect(run_dir.every(root / "runs")))
+    return headline_tables.build(name, selection, Given(), **options)  # type: ignore[arg-type]
+
+
+def test_means_and_intervals_over_seeds(make_run: Callable, tmp_path: Path) -> None:
+    accuracies = [0.5, 0.52, 0.57]
+    for seed, accuracy in enumerate(accuracies):
+        metrics = {"test/accuracy": accuracy, "test/nll": 1.5, "test/ece": 0.05}
+        make_run("vit", seed, metrics=metrics, measured={"hessian": spectrum(0.25, 100.0 + seed)})
+    table = build(tmp_path)
+    (row,) = table.rows
+    by_id = dict(zip(table.ids, row))
+    assert not table.problems
+    assert [cell.text for cell in row[:3]] == ["vit-tiny", "5.40M", "3.34G"]
+    expected = t_interval(accuracies)
+    assert by_id["test/accuracy"].text == f"{expected.mean:.3f} ± {expected.half_width:.3f}" == "0.530 ± 0.090"
+    assert by_id["test/nll"].text == "1.500"  # no width, no ±
+    assert by_id["hessian_max_eigenvalue_spectrum/negative_eigenvalue_proportion"].text == "0.250"
+    assert (
+        by_id["hessian_max_eigenvalue_spectrum/average_positive_eigenvalue"].text == "101.0 ± 2.5"
+    )  # 4.303 x 1 / 3**.5
+
+
+def test_what_is_missing_is_named_and_never_filled(make_run: Callable, tmp_path: Path) -> None:
+    make_run("vit", 0, measured={"hessian": spectrum(0.25)})
+    make_run("vit", 1)
+    make_run("convnet", 0, measured={"hessian": "ValueError: boom"})
+    make_run("pit", 0, metrics={"test/accuracy": 0.5, "test/nll": float("nan")}, measured={"hessian": spectrum(0.1)})
+    table = build(tmp_path, expect_models=["vit", "alternet"], expect_seeds=[0, 1])
+    rows = {row[0].text: dict(zip(table.ids, row)) for row in table.rows}
+    nep = "hessian_max_eigenvalue_spectrum/negative_eigenvalue_proportion"
+    assert rows["vit-tiny"][nep].text == "0.250 (1 of 2)"
+    assert rows["convnet-18"][nep].text == "failed"
+    assert rows["pit-tiny"]["test/nll"].text == "failed"
+    assert rows["pit-tiny"]["test/ece"].text == "missing"
+    assert rows["pit-tiny"]["parameters"].text == "failed"
+    assert {rows["alternet"][key].text for key in table.ids[1:]} == {"missing"}
+    lines = {str(p) for p in table.problems}
+    pit, vit = (next(e.id for e in run_index.collect(run_dir.every(tmp_path / "runs")) if e.family == f and e.seed == s)
+                for f, s in (("pit", 0), ("vit", 1)))  # fmt: skip
+    assert f"missing: run {vit}: {nep} (not measured at end)" in lines
+    assert f"failed: run {pit}: test/nll (not finite)" in lines
+    assert f"failed: run {pit}: parameters (cannot be built)" in lines
+    assert "missing: convnet-18, seed 1: test/accuracy (no run)" in lines
+    assert f"missing: alternet: {nep} (no run of this model)" in lines
+
+
+def test_a_rise_that_is_saturated_is_no_missing_cell(make_run: Callable, tmp_path: Path) -> None:
+    card = other_card(solver={"radii": [0.1]})
+    broken = dataclasses.replace(rise(9.0, card=card), saturated=np.array([True]), worst_rise=np.array([np.nan]))
+    make_run("vit", 0, measured={"hessian": spectrum(), "sharpness": broken})
+    make_run("convnet", 0, measured={"hessian": spectrum(), "sharpness": broken})
+    make_run("convnet", 1, measured={"hessian": spectrum(), "sharpness": rise(0.5, card=card)})
+    table = build(tmp_path, "curvature")
+    assert table.problems == ()
+    at = table.ids.index("sharpness/rise_r0.1")
+    assert {row[0].text: row[at].text for row in table.rows} == {"vit-tiny": "saturated", "convnet-18": "0.5 (1 of 2)"}
+
+
+def test_a_mean_of_no_positive_eigenvalue_is_no_failed_cell(make_run: Callable, tmp_path: Path) -> None:
+    nan = float("nan")
+    make_run(
+        "vit", 0, measured={"hessian": dataclasses.replace(spectrum(1.0, nan), top1_average_positive_eigenvalue=nan)}
+    )
+    make_run("convnet", 0, measured={"hessian": spectrum(0.5, nan)})  # half of the values are positive: a failure
+    table = build(tmp_path)
+    assert [str(p) for p in table.problems] == [
+        f"failed: run {run_index.collect(run_dir.every(tmp_path / 'runs'))[0].id}: "
+        "hessian_max_eigenvalue_spectrum/average_positive_eigenvalue (not finite)"
+    ]
+    assert {row[0].text: row[-1].text for row in table.rows} == {"vit-tiny": "none positive", "convnet-18": "failed"}
+
+
+def test_columns_that_nobody_measured_are_left_out_and_data_sets_told_apart(make_run: Callable, tmp_path: Path) -> None:
+    make_run("vit", measured={"hessian": spectrum(), "sharpness": rise(0.123)})
+    make_run("vit", data__fraction=0.5, measured={"hessian": spectrum(card=other_card(data="photos, 0.5"))})
+    table = build(tmp_path, "curvature")
+    assert "rise at r=.1" in table.columns
+    assert "trace" not in table.columns
+    assert [row[1].text for row in table.rows] == ["photos", "photos (0.5)"]
+    texts = [dict(zip(table.ids, row))["sharpness/rise_r0.1"].text for row in table.rows]
+    assert texts == ["0.123", "missing"]
+
+
+def test_the_build_up_is_ordered_by_its_attention(make_run: Callable, tmp_path: Path) -> None:
+    for n_msa in ([0, 1, 1, 1], [0, 0, 0, 1], [0, 0, 1, 1]):
+        make_run("alternet", model__n_msa=n_msa, measured={"hessian": spectrum()})
+    make_run("alternet", measured={"hessian": spectrum()}, optimizer__lr=0.1)  # the default counts
+    make_run("vit")
+    table = build(tmp_path, "buildup")
+    assert [row[1].text for row in table.rows] == ["0,0,0,1", "0,0,1,1", "0,1,1,1", "0,1,1,1"]
+
+
+def test_analyses_of_untrained_models_are_no_rows(make_run: Callable, tmp_path: Path) -> None:
+    make_run("vit", facts={"command": "analyze"}, metrics={}, measured={"hessian": spectrum()})
+    table = build(tmp_path)
+    assert (table.rows, table.note) == ((), "No run.")
+
+
+def test_files_hold_the_numbers(tmp_path: Path) -> None:
+    values = {f"run {i}": Value(float(v)) for i, v in enumerate((1.0, 2.0, 4.0))}
+    cell, problems = cells.over_seeds({**values, "run 3": Value(None, "missing", "gone")}, "m_x", ".2f", 4)
+    assert [str(p) for p in problems] == ["missing: run 3: m_x (gone)"]
+    name = cells.Cell("a_b | 50%")
+    table = cells.Table("t", "Title", ("model", "λ & x"), ("model", "m_x"), ((name, cell),), "Note.")
+    paths = {path.suffix: path for path in cells.write(table, tmp_path)}
+    assert "| a_b \\| 50% | 2.33 ± 3.79 (3 of 4) |" in paths[".md"].read_text()
+    frame = pd.read_csv(paths[".csv"])
+    assert list(frame.columns) == ["model", "m_x", "m_x_half_width", "m_x_n"]
+    sample = np.array([1.0, 2.0, 4.0])
+    assert frame["m_x"][0] == pytest.approx(sample.mean(), rel=1e-15)
+    assert frame["m_x_n"][0] == 3
+    tex = paths[".tex"].read_text()
+    assert r"a\_b | 50\% & 2.33 $\pm$ 3.79 (3 of 4) \\" in tex
+    assert r"model & $\lambda$ \& x \\" in tex
+
+
+@pytest.mark.parametrize(
+    ("value", "style", "text"),
+    [
+        (999, "si", "999"),
+        (1234, "si", "1.23k"),
+        (9_499_063, "si", "9.50M"),
+        (3.34e12, "si", "3.34T"),
+        (0.5, ".3f", "0.500"),
+    ],
+)
+def test_numbers(value: float, style: str, text: str) -> None:
+    assert cells.number(value, style) == text
+
+
+@pytest.mark.parametrize("noise", [0.0, 1e-9])
+def test_equal_seeds_have_a_mean_and_no_half_width(noise: float) -> None:
+    values = {f"run {i}": Value(0.25 + i * noise) for i in range(3)}
+    cell, _ = cells.over_seeds(values, "m_x", ".2f", 3)
+    assert cell.text == "0.25"
+    table = cells.Table("t", "Title", ("model", "x"), ("model", "m_x"), ((cells.Cell("a"), cell),))
+    frame = cells.frame(table)
+    assert list(frame.columns) == ["model", "m_x", "m_x_n"]
+    assert frame["m_x_n"][0] == 3

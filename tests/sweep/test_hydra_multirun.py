@@ -1,0 +1,158 @@
+"""``train.py -m``: every job a process of its own, failures named, what cannot be right refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import OmegaConf
+
+from vitscope.config import loading
+from vitscope.runtime import stop_flag
+from vitscope.runtime.errors import ConfigError, DistributedError
+from vitscope.runtime.stop_flag import Interrupted
+from vitscope.sweep import hydra_multirun, trial_process
+from vitscope.training import diagnostics_callback
+
+ROOT = Path(__file__).parents[2]
+PROGRAM = Path(__file__).parents[1] / "helpers" / "sweep_program.py"
+
+
+@pytest.fixture
+def hydra_job(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """Pretend that Hydra runs a job of a multirun here; the trivial program stands in for ``train.py``."""
+    folder = tmp_path / "multirun" / "0"
+    folder.mkdir(parents=True)
+    monkeypatch.setattr(hydra_multirun, "_program", lambda: [sys.executable, str(PROGRAM)])
+    monkeypatch.setattr(hydra_multirun, "_folder", folder.parent)
+    return folder
+
+
+def pretend(monkeypatch: pytest.MonkeyPatch, folder: Path, *overrides: str, **launcher: Any) -> None:
+    hydra = {
+        "runtime": {"output_dir": str(folder)},
+        "overrides": {"task": list(overrides)},
+        "launcher": {"_target_": "x.BasicLauncher", **launcher},
+    }
+    monkeypatch.setattr(HydraConfig, "get", staticmethod(lambda: OmegaConf.create(hydra)))
+
+
+def test_a_multirun_of_two_jobs(tmp_path: Path) -> None:
+    small = ["model=vit", "model.depth=1", "model.patch_size=8", "data=digits", "analysis=[]", "test=false", "caps=smoke",
+             "logger=none", "trainer.accelerator=cpu", f"paths.runs={tmp_path / 'runs'}"]  # fmt: skip
+    command = [sys.executable, "train.py", "-m", *small, "optimizer.lr=1e-3,-1"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "RANK": "0"}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stderr[-1000:]
+    (folder,) = (tmp_path / "runs").glob("multirun-*")
+    assert trial_process.outcome(folder / "0").finished
+    assert "error: optimizer.lr=-1: not greater than 0" in done.stderr
+    assert f"failed: job 1 (optimizer.lr=-1): exit 2; {folder}/1" in done.stderr
+    assert "1 of 2 jobs finished" in done.stdout
+    assert "Traceback" not in done.stderr
+
+
+def test_a_job_returns_its_metric_and_goes_on(hydra_job: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    pretend(monkeypatch, hydra_job, "do=fail", "accuracy=0.7")
+    assert hydra_multirun.job("val/accuracy") is None
+    assert json.loads((hydra_job / "job.json").read_text()) == {
+        "overrides": ["do=fail", "accuracy=0.7"],
+        "exit_code": 3,
+    }
+    assert hydra_multirun._told() == 3
+    assert "failed: job 0 (do=fail accuracy=0.7): exit 3" in capsys.readouterr().err
+    # a queue that starts it again (preempted, out of time) finds it begun
+    assert hydra_multirun.job("val/accuracy") == 0.7
+    assert json.loads((hydra_job / "job.json").read_text())["exit_code"] == 0
+
+
+def test_a_job_that_says_0_without_a_result_failed(hydra_job: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch, hydra_job, "do=lie")
+    assert hydra_multirun.job("val/accuracy") is None
+    assert json.loads((hydra_job / "job.json").read_text())["exit_code"] == 1
+
+
+def test_jobs_side_by_side_share_the_cores(hydra_job: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setenv("RANK", "1")
+    pretend(monkeypatch, hydra_job, "do=finish", _target_="x.JoblibLauncher", n_jobs=4)
+    assert hydra_multirun.job("val/accuracy") == 0.5
+    (seen,) = [json.loads(line) for line in (hydra_job / "starts.txt").read_text().splitlines()]
+    assert (seen["OMP_NUM_THREADS"], seen["RANK"]) == ("2", None)
+    assert (hydra_job / "output.txt").exists()
+
+
+def test_a_stop_reaches_the_job_and_no_other_starts(hydra_job: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch, hydra_job, "do=wait")
+    ready = hydra_job / "ready"
+    monkeypatch.setattr(stop_flag, "requested", lambda: 15 if ready.exists() else None)
+    with pytest.raises(Interrupted):
+        hydra_multirun.job("val/accuracy")
+    assert trial_process.outcome(hydra_job).exit_code == 143
+    monkeypatch.undo()
+    stop_flag.request(15)
+    with pytest.raises(Interrupted):
+        hydra_multirun.job("val/accuracy")
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["run=runs/x"], "run=runs/x: all jobs of a multirun would share it"),
+        (["run_dir=x"], "run_dir=x: all jobs of a multirun would share it"),
+        (
+            ["hydra/launcher=joblib"],
+            r"hydra/launcher=joblib: its plugin is not installed; pip install 'vitscope\[joblib\]'",
+        ),
+        (["hydra/sweeper=bayes"], r"pip install 'vitscope\[optuna\]'"),
+        (["hydra/launcher=local"], r"pip install 'vitscope\[submitit\]'"),
+        (["hydra.launcher.nodes=2"], "leave it 1 and set trainer.devices"),
+    ],
+)
+def test_what_cannot_be_right_is_refused(argv: list[str], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hydra_multirun, "_installed", lambda package: False)
+    with pytest.raises(ConfigError, match=message):
+        hydra_multirun.check(["-m", *argv, "seed=0,1"])
+
+
+def test_slurm_and_torchrun_are_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hydra_multirun, "_installed", lambda package: True)
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(ConfigError, match="no SLURM here"):
+        hydra_multirun.check(["-m", "hydra/launcher=slurm"])
+    with pytest.raises(ConfigError, match="would minimise the accuracy; use hydra/sweeper=bayes"):
+        hydra_multirun.check(["-m", "hydra/sweeper=optuna"])
+    hydra_multirun.check(["-m", "hydra/launcher=local", "hydra/sweeper=bayes"])
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="every rank of torchrun would run every job"):
+        hydra_multirun.check(["-m", "seed=0,1"])
+
+
+@pytest.mark.parametrize(
+    "choice",
+    ["launcher=basic", "launcher=parallel", "launcher=local", "launcher=slurm", "sweeper=bayes"],
+)
+def test_every_launcher_and_sweeper_composes(choice: str) -> None:
+    with initialize_config_dir(str(loading.folder()), version_base="1.3"):
+        cfg = compose("train", overrides=[f"hydra/{choice}"], return_hydra_config=True)
+    node = OmegaConf.to_container(cfg.hydra[choice.partition("=")[0]], resolve=False)
+    target = cast(dict[str, Any], node)["_target_"]
+    assert target.endswith({"launcher": "Launcher", "sweeper": "Sweeper"}[choice.partition("=")[0]])
+    assert cfg.hydra.callbacks.jobs._target_ == "vitscope.sweep.hydra_multirun.Folder"
+    assert "${hydra.job.num}" in str(OmegaConf.to_container(cfg.hydra.sweep, resolve=False))
+
+
+def test_ranks_that_composed_differently_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    check = diagnostics_callback.SameConfiguration("aa")
+    check.setup(cast(Any, None), cast(Any, None), "fit")
+    monkeypatch.setattr(diagnostics_callback, "gather_objects", lambda value: ["aa", "aa", "bb"])
+    with pytest.raises(DistributedError, match="rank 2 composed another configuration than rank 0"):
+        check.setup(cast(Any, None), cast(Any, None), "fit")

@@ -1,0 +1,199 @@
+"""A sweep's trials as processes: pinned, journalled, resumed, stopped, and an exit code that is true."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vitscope.runtime import stop_flag
+from vitscope.runtime.errors import ConfigError
+from vitscope.runtime.stop_flag import Interrupted
+from vitscope.sweep import progress_table, sweep_file, trial_process
+from vitscope.sweep.local_runner import LocalSweep, Trial
+from vitscope.sweep.sweep_file import Sweep
+
+PROGRAM = Path(__file__).parents[1] / "helpers" / "sweep_program.py"
+
+
+def sweep_of(**parameters: Any) -> Sweep:
+    nodes = {
+        key: {"values": value} if isinstance(value, list) else {"value": value} for key, value in parameters.items()
+    }
+    metric = {"name": "val/accuracy", "goal": "maximize"}
+    return Sweep(Path("x.yaml"), {"program": str(PROGRAM), "method": "grid", "metric": metric, "parameters": nodes})
+
+
+def local(sweep: Sweep, root: Path, jobs: int = 2, **options: Any) -> LocalSweep:
+    return LocalSweep(sweep, root, trial_process.slots(None, jobs), **options)
+
+
+def starts(trial: Trial) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (trial.folder / "starts.txt").read_text().splitlines()]
+
+
+def test_a_finished_sweep_is_not_run_again(tmp_path: Path) -> None:
+    sweep = sweep_of(do="finish", seed=[0, 1, 2])
+    first = local(sweep, tmp_path)
+    assert first.run() == 0
+    assert [trial.state for trial in first.trials] == ["finished"] * 3
+    assert [trial.params["seed"] for trial in first.trials] == [0, 1, 2]
+    again = local(sweep, tmp_path)
+    assert again.run() == 0
+    assert all(len(starts(trial)) == 1 for trial in again.trials)
+    assert [trial.history for trial in again.trials] == [[0.5]] * 3  # read back from the folders
+    rows = [json.loads(line) for line in (first.folder / "sweep.jsonl").read_text().splitlines()]
+    assert [row["event"] for row in rows].count("end") == 3
+
+
+def test_limit_takes_the_first_trials(tmp_path: Path) -> None:
+    one = local(sweep_of(do="finish", seed=[0, 1, 2]), tmp_path, limit=1)
+    assert one.run() == 0
+    assert [trial.params["seed"] for trial in one.trials] == [0]
+
+
+def test_a_failure_is_named_and_retried(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sweep = sweep_of(do=["finish", "fail"])
+    first = local(sweep, tmp_path, show=progress_table.Shown())
+    assert first.run() == 3
+    progress_table.report(first)
+    shown = capsys.readouterr()
+    assert "failed: trial 1 (do=fail): exit 3" in shown.err
+    assert "error: data.root=x: not there" in shown.err
+    assert "1 finished, 1 failed" in shown.out
+    assert "trial 1 (do=fail): failed, cpu" in shown.out
+    again = local(sweep, tmp_path)
+    assert again.run() == 0
+    assert [len(starts(trial)) for trial in again.trials] == [1, 2]
+    assert starts(again.trials[1])[1]["resumed"]
+
+
+def test_an_exit_code_of_0_without_a_result_is_a_failure(tmp_path: Path) -> None:
+    sweep = local(sweep_of(do="lie"), tmp_path, jobs=1)
+    assert sweep.run() == 1
+    assert [trial.state for trial in sweep.trials] == ["failed"]
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_stop_ends_the_children_with_their_own_codes(tmp_path: Path, signum: int, code: int) -> None:
+    sweep = sweep_of(do=["finish", "wait"])
+    first = local(sweep, tmp_path)
+
+    def when_ready() -> None:
+        while not list(first.folder.glob("*/ready")):
+            time.sleep(0.01)
+        stop_flag.request(signum)
+
+    threading.Thread(target=when_ready).start()
+    with pytest.raises(Interrupted):
+        first.run()
+    waiting = first.trials[1]
+    assert (waiting.state, waiting.exit_code, waiting.process) == ("stopped", code, None)
+    assert trial_process.outcome(waiting.folder).status == "stopped"
+    stop_flag.clear()
+    again = local(sweep, tmp_path)
+    assert again.run() == 0
+    assert [start["resumed"] for start in starts(again.trials[1])] == [False, True]
+    assert len(starts(again.trials[0])) == 1
+
+
+def test_a_killed_trial_goes_on(tmp_path: Path) -> None:
+    sweep = sweep_of(do="wait")
+    first = local(sweep, tmp_path, jobs=1)
+
+    def when_ready() -> None:
+        while not list(first.folder.glob("*/ready")):
+            time.sleep(0.01)
+        process = first.trials[0].process
+        assert process is not None
+        process.kill()
+
+    threading.Thread(target=when_ready).start()
+    assert first.run() == 137
+    assert first.trials[0].state == "failed"
+    assert local(sweep, tmp_path, jobs=1).run() == 0
+
+
+def test_children_end_when_the_sweep_is_killed(tmp_path: Path) -> None:
+    ready = tmp_path / "trial" / "ready"
+    ready.parent.mkdir()
+    script = (
+        "import sys\nfrom pathlib import Path\nfrom vitscope.sweep import children\n"
+        f"command = [sys.executable, {str(PROGRAM)!r}, 'do=wait', {f'run_dir={ready.parent}'!r}]\n"
+        "children.start(command, children.environment(), None).wait()\n"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", script])
+    deadline = time.monotonic() + 20
+    while not ready.exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    parent.kill()
+    parent.wait()
+    while trial_process.outcome(ready.parent).status != "stopped" and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert trial_process.outcome(ready.parent).exit_code == 143
+
+
+def test_pinning_and_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+        monkeypatch.delenv(name, raising=False)
+    sweep = local(sweep_of(do="finish", seed=[0]), tmp_path)
+    assert sweep.run() == 0
+    (seen,) = starts(sweep.trials[0])
+    assert seen == {
+        "resumed": False,
+        "CUDA_VISIBLE_DEVICES": "",
+        "OMP_NUM_THREADS": "4",
+        "WANDB_RUN_GROUP": sweep.sweep.name,
+        "RANK": None,
+    }
+    gpus = trial_process.slots("0,2+3", None)
+    assert [slot.environment["CUDA_VISIBLE_DEVICES"] for slot in gpus] == ["0", "2,3"]
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # the caller's own bound is kept
+    assert trial_process.slots(None, 2)[0].environment["OMP_NUM_THREADS"] == "1"
+
+
+@pytest.mark.parametrize(("gpus", "jobs"), [("0", 1), ("a", None), ("0,0", None), (None, 0), ("", None)])
+def test_slots_that_make_no_sense_are_refused(gpus: str | None, jobs: int | None) -> None:
+    with pytest.raises(ConfigError):
+        trial_process.slots(gpus, jobs)
+
+
+def test_hyperband_ends_the_trial_that_falls_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vitscope.sweep.local_runner.WATCH", 0.05)
+    sweep = sweep_of(do="learn", steps=60, accuracy=[0.9, 0.1])
+    terminate = {"type": "hyperband", "min_iter": 10, "eta": 3}
+    sweep = Sweep(sweep.path, {**sweep.content, "early_terminate": terminate})
+    run = local(sweep, tmp_path)
+    assert run.run() == 0
+    assert [trial.state for trial in run.trials] == ["finished", "stopped early"]
+    assert len(run.trials[1].history) < 60
+    again = local(sweep, tmp_path)
+    assert again.run() == 0
+    assert [len(starts(trial)) for trial in again.trials] == [1, 1]
+
+
+def test_one_process_a_sweep(tmp_path: Path) -> None:
+    first = local(sweep_of(do="finish"), tmp_path)
+    with pytest.raises(ConfigError, match="another process runs it"):
+        local(sweep_of(do="finish"), tmp_path)
+    assert first.run() == 0
+
+
+def test_the_live_table_has_a_row_a_trial(tmp_path: Path) -> None:
+    run = local(sweep_of(do=["finish", "fail"]), tmp_path)
+    run.run()
+    shown = progress_table.table(run)
+    assert shown.row_count == 2
+    assert list(shown.columns[3].cells) == ["finished", "failed (3)"]
+    assert list(shown.columns[6].cells) == ["0.5", ""]
+    assert sweep_file.label(run.sweep, run.trials[0].params) == "do=finish"

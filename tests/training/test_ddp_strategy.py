@@ -1,0 +1,133 @@
+"""Two processes over gloo: the numbers of one process, and an end for all where one dies, hangs or raises."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.helpers.processes import ENVIRONMENT, ROOT, run_of
+from vitscope.cli import exit_codes, train
+from vitscope.runs import checkpoint_io, metrics_log
+
+SMALL = ["model=vit", "model.depth=1", "model.patch_size=8", "data.eval_batch_size=100", "logger=none",
+         "trainer.log_every_n_steps=1",
+         "trainer.limit_train_batches=4", "trainer.max_epochs=2"]  # fmt: skip
+PAIR = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2"]
+
+
+def start(*arguments: str, launcher: tuple[str, ...] = ()) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, *launcher, "train.py", *arguments],
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def numbers(run: Path) -> dict[tuple[int, str], float]:
+    """Return every logged metric by step and name; what depends on the clock is not among them."""
+    return {
+        (row["step"], key): value
+        for row in metrics_log.read(run / "metrics.jsonl")
+        for key, value in row.items()
+        if key.partition("/")[0] in ("train", "val", "test", "fourier")
+    }
+
+
+# Lightning on one device, in this process
+@pytest.mark.filterwarnings("ignore:.*LeafSpec.*", "ignore:.*GPU available but not used.*", "ignore:.*many workers.*",
+                            "ignore:.*smaller than the logging interval.*")  # fmt: skip
+def test_two_processes_give_one_process_s_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same global batch in float64: losses, gradient norms, metrics over uneven shares (512 images by 100), diagnostics."""
+    shared = [*SMALL, "trainer.precision=64-true", "analysis=[fourier]", "analysis.fourier.probe.n_images=24",
+              "analysis.fourier.probe.batch_size=8", "trainer.limit_test_batches=3"]  # fmt: skip
+    process = start(*shared, *PAIR, "data.batch_size=4", f"run_dir={tmp_path}/two")
+    arguments = ["train.py", *shared, "trainer=cpu", "data.batch_size=8", f"run_dir={tmp_path}/one"]
+    monkeypatch.setattr(sys, "argv", arguments)
+    monkeypatch.delenv("VITSCOPE_RUN_DIR", raising=False)
+    assert exit_codes.code_of(train._command) == 0
+    _, err = process.communicate(timeout=180)
+    assert process.returncode == 0, err
+    one, two = numbers(tmp_path / "one"), numbers(tmp_path / "two")
+    assert one.keys() == two.keys()
+    assert {key for _, key in one} >= {
+        "train/loss",
+        "train/grad_norm",
+        "val/accuracy",
+        "val/ece",
+        "fourier/high_frequency_last",
+    }
+    for key, value in one.items():
+        if not key[1].startswith("test/"):  # three batches of the test split are other images on two ranks
+            # sums in another order: torchmetrics keeps some of them in single precision
+            assert two[key] == pytest.approx(value, rel=1e-6, abs=1e-7), key
+
+
+def test_two_processes_average_weights_with_mixed_batches(tmp_path: Path) -> None:
+    """The average of a module whose batches the data module mixes; it is what is tested and saved."""
+    shared = [*SMALL, *PAIR, "objective=strong", "callbacks=[checkpoint,ema]", "callbacks.ema.decay=0.5", "data.batch_size=4",
+              "trainer.max_epochs=1", "trainer.limit_val_batches=1", "trainer.limit_test_batches=1", "analysis=[]"]  # fmt: skip
+    process = start(*shared, f"run_dir={tmp_path}/two")
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    content = checkpoint_io.read(tmp_path / "two" / "checkpoints" / "last.ckpt")
+    assert content["averaging_state"]["n_averaged"] == 4
+    average, last = content["state_dict"], content["current_model_state"]
+    assert average.keys() == last.keys()
+    assert any(not torch.equal(average[name], last[name]) for name in average)
+    assert "test/nll" in metrics_log.last_values(tmp_path / "two" / "metrics.jsonl")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", [(), ("-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29517")])
+@pytest.mark.parametrize("what", [signal.SIGKILL, signal.SIGSTOP])
+def test_all_end_where_one_dies_or_hangs(tmp_path: Path, what: int, launcher: tuple[str, ...]) -> None:
+    longer = ["trainer.max_epochs=500", "data.batch_size=4", "analysis=[]", "trainer.strategy.timeout_s=30"]
+    process = start(*SMALL, *longer, *PAIR, f"paths.runs={tmp_path}/runs", launcher=launcher)
+    run_of(tmp_path / "runs")
+    ranks = processes_of(str(tmp_path))
+    os.kill(max(ranks), what)
+    began = time.monotonic()
+    _, err = process.communicate(timeout=120)
+    # torchrun gives a process that it ends half a minute
+    assert time.monotonic() - began < 30 + (40 if launcher else 10) + 5
+    if not launcher:  # torchrun has an exit code of its own
+        assert process.returncode == 7, err
+        assert "error: trainer.devices" in err
+    assert process.returncode != 0
+    time.sleep(1)
+    assert not processes_of(str(tmp_path))
+
+
+@pytest.mark.slow
+def test_all_end_where_one_raises(tmp_path: Path) -> None:
+    """A rate at which the loss becomes infinite: whichever rank sees it first, all end with the numerical exit code."""
+    process = start(*SMALL, *PAIR, "optimizer=sgd", "optimizer.lr=1e30", "trainer.gradient_clip_val=null", "data.batch_size=4",
+                    "analysis=[]", "trainer.strategy.timeout_s=30", f"paths.runs={tmp_path}/runs")  # fmt: skip
+    _, err = process.communicate(timeout=120)
+    assert process.returncode in (5, 7), err
+    assert "Traceback" not in err
+    time.sleep(1)
+    assert not processes_of(str(tmp_path))
+
+
+def processes_of(text: str) -> list[int]:
+    """Return the ids of Python processes whose command line has ``text``."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            command = (folder / "cmdline").read_bytes().decode(errors="replace")
+        except OSError:
+            continue
+        if text in command and "train.py" in command and "torch.distributed.run" not in command:
+            found.append(int(folder.name))
+    return found
