@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from vitscope.core.probe import ObjectiveCard
+from vitscope.core.objective_card import ObjectiveCard
 from vitscope.diagnostics.fourier.relative_log_amplitude import RelativeLogAmplitudeResult
 from vitscope.diagnostics.hessian.hessian_max_eigenvalue_spectrum import HessianMaxEigenvalueSpectrumResult
 from vitscope.diagnostics.landscape.loss_landscape import LossLandscapeResult

@@ -106,16 +106,16 @@ def steps(folder: Path, n: int = 2000) -> str:
     """Train ``n`` steps with diagnostics after every epoch of 100; memory and open files after each."""
     from pytorch_lightning import Callback
 
-    from vitscope.training import diagnostics_callback
+    from vitscope.training import checkpoint_callback
 
     samples: list[tuple[float, int]] = []
-    original = diagnostics_callback.Checkpoints.on_train_epoch_end
+    original = checkpoint_callback.Checkpoints.on_train_epoch_end
 
     def sampled(self: Callback, trainer, module) -> None:
         original(self, trainer, module)
         samples.append(resident())
 
-    diagnostics_callback.Checkpoints.on_train_epoch_end = sampled
+    checkpoint_callback.Checkpoints.on_train_epoch_end = sampled
     epochs = n // 100
     every = [f"analysis.{name}.when.every_n_epochs=1" for name in ("hessian", "fourier", "slice")]
     _train(folder, "analysis=[hessian,fourier,slice]",
@@ -123,7 +123,7 @@ def steps(folder: Path, n: int = 2000) -> str:
            "analysis.slice.n=3", "analysis.slice.probe.n_images=16", *every, f"trainer.max_epochs={epochs}",
            "trainer.limit_train_batches=100", "trainer.limit_val_batches=1", "trainer.limit_test_batches=1",
            "logger=none")  # fmt: skip
-    diagnostics_callback.Checkpoints.on_train_epoch_end = original
+    checkpoint_callback.Checkpoints.on_train_epoch_end = original
     middle, last = samples[len(samples) // 2], samples[-1]
     return (f"{n} steps, diagnostics every 100: resident {samples[1][0]:.0f} -> {middle[0]:.0f} -> {last[0]:.0f} MiB "
             f"(epoch 2, half way, end), open files {samples[1][1]} -> {middle[1]} -> {last[1]}")  # fmt: skip

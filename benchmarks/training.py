@@ -47,10 +47,13 @@ from vitscope.data import DataModule
 from vitscope.models.window_attention import WindowAttention
 from vitscope.runs.metrics_log import Journal
 from vitscope.runs.run_dir import Run
-from vitscope.runs.wandb_mirror import Mirror, RunLogger
-from vitscope.training.diagnostics_callback import Checkpoints, DiagnosticCallback, SameConfiguration
+from vitscope.runs.wandb_mirror import Mirror
+from vitscope.training.checkpoint_callback import Checkpoints
+from vitscope.training.diagnostics_callback import DiagnosticCallback
 from vitscope.training.lightning_module import _STEP_STREAM, Classifier, _step_seed
 from vitscope.training.progress_callbacks import EpochAccuracy, PlainProgress
+from vitscope.training.run_logger import RunLogger
+from vitscope.training.stop_callbacks import SameConfiguration
 
 STRONG = {"augment": "rand-m9-n2-mstd1.0", "mixup": 1.0, "cutmix": 0.8, "switch_prob": 0.5, "label_smoothing": 0.1}
 RATES = {"kind": "cosine", "warmup_epochs": 0.3}  # of one epoch, which a sample is

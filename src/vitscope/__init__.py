@@ -14,7 +14,9 @@ from __future__ import annotations
 import importlib
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
+
+from vitscope.core.structure_lookup import StructureReader, register_structure_reader
 
 __version__ = "0.1.0"
 
@@ -23,13 +25,16 @@ _HOME = {
     "ObjectiveCard": "core.objective_card",
     "check_comparable": "core.objective_card",
     "Objective": "core.objective",
-    "Tap": "models.structure.taps",
+    "Tap": "core.tap",
     "taps": "models.structure.taps",
     "one_pass": "core.feature_pass",
     "plot": "plotting.api",
-    "load_probe": "runs.run_dir",
-    "load_results": "runs.run_dir",
+    "load_probe": "runs.api",
+    "load_results": "runs.api",
 }
+
+# core must not import models: the package as a whole connects them, and imports nothing heavy for it
+register_structure_reader(lambda: cast(StructureReader, importlib.import_module("vitscope.models.structure")))
 
 
 @cache

@@ -15,9 +15,11 @@ from torch import nn
 import vitscope as vs
 from tests.helpers.kills import KILLED, at_every_change
 from vitscope.analyses import outputs, runner
-from vitscope.analyses.runner import Analysis, Place
+from vitscope.analyses.context import Place
+from vitscope.analyses.spec import Analysis
 from vitscope.runs import metrics_log, result_store
 from vitscope.runs.run_dir import Run
+from vitscope.runtime import atomic_write
 
 torch.set_num_threads(1)
 ANALYSIS = Analysis("variance", vs.feature_map_variance, {}, {})
@@ -54,7 +56,7 @@ def again(folder: Path, result: Any) -> None:
     """Ask for the result as the next `analyze` does: take it from the disk where it is there."""
     inside = folder / "results" / "variance"
     for name in (folder, inside, folder / "figures"):
-        result_store.sweep(name)
+        atomic_write.sweep(name)
     if (inside / "end-0.npz").exists():
         outputs.complete(ANALYSIS, place(folder), inside, "end-0", result_store.load(inside / "end-0.npz"))
     else:

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from tests.cli.test_analyze import FOURIER, run  # noqa: F401 (a fixture)
-from vitscope.runs import checkpoint_io, metrics_log, result_store, run_dir, run_lock
+from vitscope.runs import api, checkpoint_io, metrics_log, partial_results, result_store, run_dir, run_lock
 
 torch.set_num_threads(1)
 
@@ -55,7 +55,7 @@ def test_a_run_that_trains_elsewhere(call, run: Path, other_process, capsys) -> 
         held = (run / run_lock.FILE).read_bytes()
         assert call("analyze", f"run={run}", "ckpt=init", *FOURIER) == 0
         assert (run / run_lock.FILE).read_bytes() == held
-        assert set(run_dir.load_results(run)["fourier"]) == {"init", "end"}
+        assert set(api.load_results(run)["fourier"]) == {"init", "end"}
 
 
 def test_a_stale_lock_does_not_count(call, run: Path) -> None:  # noqa: F811
@@ -75,16 +75,16 @@ def test_the_end_of_a_run_that_is_not_finished(call, run: Path, capsys) -> None:
     run_dir.Run(run).note(status="stopped")
     assert call("analyze", f"run={run}", *FOURIER) == 0
     assert "is not finished (stopped): the result of last.ckpt is named epoch-0000, not end" in capsys.readouterr().err
-    assert set(run_dir.load_results(run)["fourier"]) == {"epoch-0000"}
+    assert set(api.load_results(run)["fourier"]) == {"epoch-0000"}
     content = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
     content["vitscope"]["batch"] = 2
     content.pop(checkpoint_io.CONTENT_DIGEST)
     checkpoint_io.write(content, run / "checkpoints" / "last.ckpt")
     assert call("analyze", f"run={run}", *FOURIER) == 0
-    assert set(run_dir.load_results(run)["fourier"]) == {"epoch-0000", "step-00000004"}
+    assert set(api.load_results(run)["fourier"]) == {"epoch-0000", "step-00000004"}
     run_dir.Run(run).note(status="finished")
     assert call("analyze", f"run={run}", *FOURIER) == 0
-    assert set(run_dir.load_results(run)["fourier"]) == {"epoch-0000", "step-00000004", "end"}
+    assert set(api.load_results(run)["fourier"]) == {"epoch-0000", "step-00000004", "end"}
 
 
 def test_two_processes_measure_one_run(call, run: Path) -> None:  # noqa: F811
@@ -114,7 +114,7 @@ def test_two_processes_measure_one_run(call, run: Path) -> None:  # noqa: F811
 
 def test_one_process_deletes_the_rows_that_another_adds_to(tmp_path: Path) -> None:
     folder = tmp_path / ".partial"
-    rows = result_store.PartialRows(folder)
+    rows = partial_results.PartialRows(folder)
     rows["a"] = {"value": 1.0}
     append = result_store.run_files.append_text
     deletions = iter([True, False])
@@ -127,7 +127,7 @@ def test_one_process_deletes_the_rows_that_another_adds_to(tmp_path: Path) -> No
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(result_store.run_files, "append_text", deleting)
         rows["b"] = {"value": 2.0}
-    assert dict(result_store.PartialRows(folder)) == {"b": {"value": 2.0}}
+    assert dict(partial_results.PartialRows(folder)) == {"b": {"value": 2.0}}
     assert dict(rows) == {"a": {"value": 1.0}, "b": {"value": 2.0}}
 
 

@@ -11,9 +11,8 @@ from hypothesis import strategies as st
 from tests.helpers.kills import Killed
 from tests.helpers.run_folders import losses
 from vitscope.analyses import runner
-from vitscope.cli import exit_codes
-from vitscope.runs import checkpoint_io, metrics_log
-from vitscope.training import diagnostics_callback
+from vitscope.runs import checkpoint_io, metrics_log, run_end
+from vitscope.training import checkpoint_callback
 from vitscope.training.lightning_module import Classifier
 
 #: what may be under way when the kill comes
@@ -21,7 +20,7 @@ PHASES = {
     "a step": (Classifier, "training_step"),
     "an update": (Classifier, "on_before_optimizer_step"),
     "a validation": (Classifier, "validation_step"),
-    "the end of an epoch": (diagnostics_callback.Checkpoints, "on_train_epoch_end"),
+    "the end of an epoch": (checkpoint_callback.Checkpoints, "on_train_epoch_end"),
     "a save": (checkpoint_io, "write"),
     "a file's way to the disk": (os, "fsync"),
     "a file's change of name": (os, "replace"),
@@ -48,7 +47,7 @@ def killed(call, phase: str, at: int, before: bool, arguments: list[str]) -> Non
         return result
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(exit_codes, "note_end", lambda run, code, **facts: None)  # nobody writes down that it was killed
+        patch.setattr(run_end, "note_end", lambda run, code, **facts: None)  # nobody writes down that it was killed
         patch.setattr(owner, name, deadly)
         call("train", *arguments)
 

@@ -11,9 +11,9 @@ import pytest
 
 import vitscope as vs
 from tests.helpers.run_folders import only_run
-from vitscope.runs import checkpoint_sequence, result_store
+from vitscope.runs import checkpoint_sequence, partial_results, result_store
 from vitscope.runs.run_dir import Run
-from vitscope.training.diagnostics_callback import Checkpoints
+from vitscope.training.checkpoint_callback import Checkpoints
 
 SMALL = ["analysis.landscape.n=3", "analysis.landscape.probe.n_images=8"]
 LANDSCAPE = ["analysis=[landscape]", *SMALL]
@@ -132,22 +132,22 @@ class Killed(BaseException):
 
 def test_a_grid_that_was_killed_goes_on(call, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It ends with the fourth point half written; started again it measures the six that are missing."""
-    write, measured = result_store.PartialRows.__setitem__, []
+    write, measured = partial_results.PartialRows.__setitem__, []
 
-    def dying(rows: result_store.PartialRows, key: str, row: Any) -> None:
+    def dying(rows: partial_results.PartialRows, key: str, row: Any) -> None:
         write(rows, key, row)
         if len(rows) == 4:
             rows._file.write_bytes(rows._file.read_bytes()[:-20])
             raise Killed
 
-    def counting(rows: result_store.PartialRows, key: str, row: Any) -> None:
+    def counting(rows: partial_results.PartialRows, key: str, row: Any) -> None:
         measured.append(key)
         write(rows, key, row)
 
-    monkeypatch.setattr(result_store.PartialRows, "__setitem__", dying)
+    monkeypatch.setattr(partial_results.PartialRows, "__setitem__", dying)
     assert call("analyze", f"run={run}", *LANDSCAPE) == 1
     assert not list((run / "results" / "landscape").glob("*.npz"))
-    monkeypatch.setattr(result_store.PartialRows, "__setitem__", counting)
+    monkeypatch.setattr(partial_results.PartialRows, "__setitem__", counting)
     assert call("analyze", f"run={run}", *LANDSCAPE) == 0
     assert len(measured) == 6
     resumed = vs.load_results(run)["landscape"]["end"]

@@ -12,6 +12,7 @@ import pytest
 
 from tests.helpers.report_runs import CARD, curve, spectrum, write_run
 from vitscope.cli import exit_codes, reproduce
+from vitscope.config import error_translation
 from vitscope.reproduce import plan as reproduction
 from vitscope.reproduce.plan import Trial
 from vitscope.reproduce.trial import Outcome
@@ -185,5 +186,5 @@ def test_lightnings_own_end_at_sigterm_is_no_success() -> None:
         stop_flag.request(signal.SIGTERM)
         raise SystemExit
 
-    assert exit_codes.code_of(command) == exit_codes.TERMINATED
+    assert exit_codes.code_of(command) == error_translation.TERMINATED
     stop_flag.clear()

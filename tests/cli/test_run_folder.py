@@ -15,11 +15,10 @@ import vitscope as vs
 from tests.helpers.kills import Killed
 from tests.helpers.run_folders import losses
 from vitscope.analyses import runner
-from vitscope.cli import exit_codes
 from vitscope.reproduce import trial
-from vitscope.runs import checkpoint_io, run_lock
+from vitscope.runs import checkpoint_io, run_end, run_lock
 from vitscope.runs.run_dir import Run
-from vitscope.training import diagnostics_callback
+from vitscope.training import checkpoint_callback
 from vitscope.training.lightning_module import Classifier
 
 ORIGINALS = {"replace": os.replace, "fsync": os.fsync}
@@ -31,14 +30,14 @@ def stopped(call, tiny, tmp_path, monkeypatch) -> Path:
     """Return a run of two epochs that was killed after the first one's checkpoints."""
     folder = tmp_path / "runs" / "stopped"
     with monkeypatch.context() as patch:
-        patch.setattr(exit_codes, "note_end", lambda *_, **__: None)
-        save = diagnostics_callback.Checkpoints.on_train_epoch_end
+        patch.setattr(run_end, "note_end", lambda *_, **__: None)
+        save = checkpoint_callback.Checkpoints.on_train_epoch_end
 
         def killed(self, trainer, pl_module):
             save(self, trainer, pl_module)
             raise Killed
 
-        patch.setattr(diagnostics_callback.Checkpoints, "on_train_epoch_end", killed)
+        patch.setattr(checkpoint_callback.Checkpoints, "on_train_epoch_end", killed)
         call("train", *tiny, *QUIET, "trainer.max_epochs=2", f"run_dir={folder}")
     return folder
 
@@ -103,7 +102,7 @@ def test_diagnostics_of_the_last_epoch_after_a_kill(call, tiny, tmp_path, monkey
     folder = tmp_path / "run"
     options = ["analysis=[fourier]", "analysis.fourier.when.every_n_epochs=1", "analysis.fourier.probe.n_images=8"]
     with monkeypatch.context() as patch:
-        patch.setattr(exit_codes, "note_end", lambda *_, **__: None)
+        patch.setattr(run_end, "note_end", lambda *_, **__: None)
 
         def killed(*_: object) -> None:
             raise Killed

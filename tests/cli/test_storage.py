@@ -16,10 +16,11 @@ import torch
 
 from tests.helpers.processes import ENVIRONMENT, ROOT, TINY
 from tests.helpers.run_folders import losses, only_run
-from vitscope.runs import checkpoint_io, metrics_log, result_store, run_dir, wandb_mirror
+from vitscope.runs import checkpoint_io, metrics_log, run_dir, wandb_mirror
 from vitscope.runs.metrics_log import Journal
+from vitscope.runtime import atomic_write
 from vitscope.runtime.errors import StorageError
-from vitscope.training import diagnostics_callback
+from vitscope.training import checkpoint_callback
 
 
 @contextmanager
@@ -67,7 +68,7 @@ def test_a_training_whose_second_checkpoint_does_not_fit(call, tiny, tmp_path, m
     """Exit 6 in one line; the first epoch's checkpoint is whole, the journal has every step, and the run goes on later."""
     shared = [*tiny, "trainer.max_epochs=2", "analysis=[]", "test=false", "trainer.enable_progress_bar=false"]
     with monkeypatch.context() as patch, no_file_longer_than(resource.RLIM_INFINITY):
-        save = diagnostics_callback.Checkpoints.on_train_epoch_end
+        save = checkpoint_callback.Checkpoints.on_train_epoch_end
 
         def full(self, trainer, pl_module):
             if trainer.current_epoch == 1:
@@ -75,7 +76,7 @@ def test_a_training_whose_second_checkpoint_does_not_fit(call, tiny, tmp_path, m
                 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
             save(self, trainer, pl_module)
 
-        patch.setattr(diagnostics_callback.Checkpoints, "on_train_epoch_end", full)
+        patch.setattr(checkpoint_callback.Checkpoints, "on_train_epoch_end", full)
         assert call("train", *shared) == 6
     err = capsys.readouterr().err.strip().splitlines()
     assert len(err) == 1, err
@@ -150,9 +151,9 @@ def test_a_run_s_folder_that_became_read_only(call, tiny, tmp_path, capsys) -> N
 
 
 def test_a_result_that_does_not_fit(tmp_path: Path) -> None:
-    result_store.write_atomically(tmp_path / "a.npz", b"old")
+    atomic_write.write_atomically(tmp_path / "a.npz", b"old")
     with no_file_longer_than(1000), pytest.raises(StorageError, match="File too large"):
-        result_store.write_atomically(tmp_path / "a.npz", bytes(2000))
+        atomic_write.write_atomically(tmp_path / "a.npz", bytes(2000))
     assert (tmp_path / "a.npz").read_bytes() == b"old"
     assert [file.name for file in tmp_path.iterdir()] == ["a.npz"]
 

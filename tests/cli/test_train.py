@@ -12,7 +12,7 @@ import vitscope as vs
 from tests.helpers.run_folders import losses, only_run
 from vitscope.runs import checkpoint_io, metrics_log
 from vitscope.runtime import stop_flag
-from vitscope.training.diagnostics_callback import Checkpoints
+from vitscope.training.checkpoint_callback import Checkpoints
 from vitscope.training.lightning_module import Classifier
 
 

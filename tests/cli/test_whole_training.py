@@ -21,9 +21,10 @@ from omegaconf import DictConfig
 from tests.helpers.commands import TINY
 from tests.helpers.kills import in_child, snapshots
 from vitscope.analyses import outputs
-from vitscope.cli import exit_codes, train
+from vitscope.cli import exit_codes
 from vitscope.config import loading
 from vitscope.runs import checkpoint_io, metrics_log, result_store
+from vitscope.training import training_run
 
 torch.set_num_threads(1)
 TRAINING = [
@@ -49,7 +50,7 @@ def trained(root: Path, *arguments: str) -> int:
     """Run the command that made the runs of a folder; return its exit code."""
     cfg = composed(*arguments).copy()
     cfg.paths.runs = str(root)
-    return exit_codes.code_of(lambda: train.train(cfg))
+    return exit_codes.code_of(lambda: training_run.train(cfg))
 
 
 def finished_run(root: Path) -> Path:

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from tests.helpers.configurations import CONF, composed, options
-from vitscope.analyses import runner
-from vitscope.config import factories, loading
+from vitscope.analyses import spec
+from vitscope.config import caps, experiment_identity, factories, loading
 from vitscope.config.validation import validate
 from vitscope.runtime.errors import ConfigError
 
@@ -21,7 +21,7 @@ def test_every_option_composes_and_validates(group: str, tmp_path: Path) -> None
     for option in options(group):
         choice = f"{group}=[{option}]" if group in ("callbacks", "analysis") else f"{group}={option}"
         cfg = composed("train", choice, f"paths.runs={tmp_path}")
-        loading.apply_caps(cfg)
+        caps.apply_caps(cfg)
         validate(cfg)
 
 
@@ -31,10 +31,10 @@ def test_every_experiment_composes_in_smoke_size(experiment: str, tmp_path: Path
     for line in ("Claim", "Command", "Cost", "Expected"):
         assert f"# {line}" in text, f"{experiment}.yaml does not open with its {line.lower()}"
     cfg = composed("train", f"experiment={experiment}", "caps=smoke", f"paths.runs={tmp_path}")
-    loading.apply_caps(cfg)
+    caps.apply_caps(cfg)
     validate(cfg)
     assert cfg.trainer.max_epochs == 1
-    assert runner.parse(cfg.analysis)
+    assert spec.parse(cfg.analysis)
 
 
 @pytest.mark.parametrize("model", options("model"))
@@ -57,19 +57,19 @@ def test_every_model_does_a_step_at_every_shape(model: str) -> None:
 def test_an_empty_selection_is_empty() -> None:
     assert composed("train", "analysis=[]").analysis == {}
     cfg = composed("train", "analysis=[hessian,fourier]")
-    assert [a.name for a in runner.parse(cfg.analysis)] == ["hessian", "fourier"]
+    assert [a.name for a in spec.parse(cfg.analysis)] == ["hessian", "fourier"]
 
 
 def test_caps_lower_and_never_add_or_raise() -> None:
     cfg = composed("train", "analysis=[hessian]", "caps=smoke", "analysis.hessian.n_top=1")
     before = set(cfg.analysis.hessian)
-    loading.apply_caps(cfg)
+    caps.apply_caps(cfg)
     assert set(cfg.analysis.hessian) == before
     assert cfg.analysis.hessian.n_top == 1
     assert cfg.analysis.hessian.probe.n_images == 32
     assert (cfg.trainer.max_epochs, cfg.trainer.limit_train_batches) == (1, 3)
     cfg = composed("train", "analysis=[sharpness]", "caps=smoke", "+caps.radii=0.1")
-    loading.apply_caps(cfg)
+    caps.apply_caps(cfg)
     assert list(cfg.analysis.sharpness.radii) == [0.05, 0.1]
 
 
@@ -87,6 +87,6 @@ def test_what_an_experiment_sets_for_a_diagnostic_that_was_not_chosen_is_left_ou
 
 def test_hash_leaves_folders_out() -> None:
     one = composed("train", "paths.runs=a", "data.num_workers=2", "analysis=[]")
-    assert loading.config_hash(one) == loading.config_hash(composed("train", "paths.runs=b"))
+    assert experiment_identity.config_hash(one) == experiment_identity.config_hash(composed("train", "paths.runs=b"))
     for change in ("optimizer.lr=0.5", "data.random_labels=true"):
-        assert loading.config_hash(one) != loading.config_hash(composed("train", change))
+        assert experiment_identity.config_hash(one) != experiment_identity.config_hash(composed("train", change))

@@ -20,8 +20,7 @@ from hypothesis import strategies as st
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from vitscope.cli import exit_codes
-from vitscope.config import loading
+from vitscope.config import caps, error_translation, loading, target_allowlist
 from vitscope.config.validation import validate
 from vitscope.diagnostics.variance.feature_map_variance import FeatureMapVarianceResult
 from vitscope.runs import result_store
@@ -64,7 +63,7 @@ def refusal(*overrides: str) -> BaseException | None:
     try:
         with initialize_config_dir(str(loading.folder()), version_base="1.3"):
             cfg = compose("train", overrides=list(overrides))
-        loading.apply_caps(cfg)
+        caps.apply_caps(cfg)
         validate(cfg)
     except BaseException as error:
         return error
@@ -81,7 +80,7 @@ def test_any_override_is_valid_or_gets_one_line(base: list[str], tmp_path: Path,
     error = refusal(override, f"paths.runs={tmp_path}")
     if error is None:
         return
-    known = exit_codes.explain(error)
+    known = error_translation.explain(error)
     assert known is not None, f"{override}: a traceback instead of a line: {type(error).__name__}: {error}"
     line = str(known)
     assert "\n" not in line, f"{override}: {line!r}"
@@ -111,7 +110,7 @@ def test_no_target_reaches_what_is_not_meant_to_be_configured(package: str) -> N
     accepted = []
     for name in names:
         with contextlib.suppress(ConfigError):
-            accepted.append((name, loading.resolve(name, "model")))
+            accepted.append((name, target_allowlist.resolve(name, "model")))
     kinds = (nn.Module, torch.optim.Optimizer, torch.utils.data.Dataset)
     dangerous = ("load", "save", "exec", "eval", "system", "popen", "download", "extract", "unpickle", "import_module",
                  "remove", "rmtree", "write", "open")  # fmt: skip
@@ -122,7 +121,7 @@ def test_no_target_reaches_what_is_not_meant_to_be_configured(package: str) -> N
             continue  # takes a model and tensors
         words = found.__name__.lower().split("_")
         assert not set(words) & set(dangerous), f"{name} was accepted"
-        assert found.__module__.startswith(loading.PACKAGES), f"{name} is {found.__module__}"
+        assert found.__module__.startswith(target_allowlist.PACKAGES), f"{name} is {found.__module__}"
 
 
 def result(value: float) -> FeatureMapVarianceResult:

@@ -14,10 +14,10 @@ import torch
 from omegaconf import OmegaConf
 
 from tests.helpers.configurations import composed
-from vitscope.cli import exit_codes, hydra_overrides
-from vitscope.config import loading
+from vitscope.cli import hydra_overrides
+from vitscope.config import caps, error_translation, instantiate, target_allowlist
 from vitscope.config.validation import validate
-from vitscope.runs import checkpoint_io, result_store, run_dir
+from vitscope.runs import checkpoint_io, result_store, run_dir, run_end
 from vitscope.runtime import redaction
 from vitscope.runtime.errors import CheckpointError, ConfigError
 
@@ -36,7 +36,8 @@ TARGETS = [
     "pytorch_lightning.utilities.model_helpers.is_overridden", "pytorch_lightning.seed_everything",
     "pytorch_lightning.LightningModule.load_from_checkpoint", "pytorch_lightning.cli.LightningCLI",
     "pytorch_lightning.utilities.upgrade_checkpoint.main", "torchmetrics.functional.accuracy",
-    "vitscope", "vitscope.runs.run_dir.create", "vitscope.runs.result_store.write_atomically", "vitscope.runs.result_store.load",
+    "vitscope", "vitscope.runs.run_dir.create", "vitscope.runtime.atomic_write.write_atomically",
+    "vitscope.runs.result_store.load",
     "vitscope.runs.checkpoint_io.read", "vitscope.runs.checkpoint_io.write", "vitscope.sweep.trial_process.start",
     "vitscope.cli.exit_codes.run",
     "vitscope.data.sources.cifar.urllib.request.urlopen", "vitscope.data.sources.cifar.check_integrity",
@@ -50,7 +51,7 @@ TARGETS = [
 @pytest.mark.parametrize("target", [*TARGETS, None, 5, ["torch.nn.Linear"]])
 def test_no_way_leads_to_what_is_not_meant_to_be_configured(target: object) -> None:
     with pytest.raises(ConfigError) as caught:
-        loading.resolve(target, "model")
+        target_allowlist.resolve(target, "model")
     assert "\n" not in str(caught.value)
 
 
@@ -64,10 +65,10 @@ def test_a_target_stands_where_it_belongs(place: str, target: str) -> None:
             "trainer": ("pytorch_lightning.Trainer",), "callbacks.x": ("pytorch_lightning.callbacks.Timer",),
             "analysis.x": ("vitscope.cka",)}  # fmt: skip
     if target in fits[place]:
-        loading.check_role({"_target_": target}, place)
+        target_allowlist.check_role({"_target_": target}, place)
         return
     with pytest.raises(ConfigError, match=rf"{place}\._target_={target}: not "):
-        loading.check_role({"_target_": target}, place)
+        target_allowlist.check_role({"_target_": target}, place)
 
 
 @pytest.mark.parametrize("key", ["checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay"])
@@ -75,7 +76,7 @@ def test_a_target_stands_where_it_belongs(place: str, target: str) -> None:
 def test_no_file_of_weights_but_by_ckpt_path(key: str, target: str) -> None:
     node = {"_target_": target, "name": "resnet18", key: {"file": "evil.pth"}}
     with pytest.raises(ConfigError, match=f"model.{key}.*only ckpt_path may"):
-        loading.instantiate(node, "model")
+        instantiate.instantiate(node, "model")
 
 
 REFUSED = [
@@ -112,9 +113,9 @@ def test_refused_in_one_line(text: str, tmp_path: Path) -> None:
     given = text.split()
     with pytest.raises(Exception) as caught:  # noqa: PT011 (Hydra's own errors are among them)
         cfg = composed("train", *([] if "paths.runs" in text else [f"paths.runs={tmp_path}"]), *given)
-        loading.apply_caps(cfg)
+        caps.apply_caps(cfg)
         validate(cfg)
-    line = exit_codes.explain(caught.value)
+    line = error_translation.explain(caught.value)
     assert line is not None, repr(caught.value)
     assert line.exit_code == 2
     assert "\n" not in str(line)
@@ -212,8 +213,8 @@ def test_secrets_reach_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert text.count("kept") == 2
     error = ConfigError("model.hf_token", "other", f"not {SECRET}", "mend")
     assert str(error) == "model.hf_token=redacted: not redacted; mend"
-    exit_codes.entered(run)
-    exit_codes._log(f"Traceback: {SECRET}")
+    run_end.log_tracebacks_to(run)
+    run_end._log(f"Traceback: {SECRET}")
     assert SECRET not in run.log.read_text()
 
 

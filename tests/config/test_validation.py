@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.configurations import composed
-from vitscope.config import loading
+from vitscope.config import target_allowlist
 from vitscope.config.validation import validate
 from vitscope.runtime.errors import ConfigError, StorageError, VitscopeError
 
@@ -65,7 +65,7 @@ def test_patches_that_do_not_divide() -> None:
                                     "torch.nn.modules.module.torch.load", "vitscope.models.torch.hub.load"])  # fmt: skip
 def test_targets_are_judged_by_what_they_are(target: str) -> None:
     with pytest.raises(ConfigError):
-        loading.resolve(target, "model")
+        target_allowlist.resolve(target, "model")
 
 
 def test_nested_and_partial_targets_are_judged_too() -> None:
@@ -76,9 +76,9 @@ def test_nested_and_partial_targets_are_judged_too() -> None:
 
 def test_a_package_of_the_user_needs_trust(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match="VITSCOPE_TRUST=collections"):
-        loading.resolve("collections.OrderedDict", "model")
+        target_allowlist.resolve("collections.OrderedDict", "model")
     monkeypatch.setenv("VITSCOPE_TRUST", "collections")
-    assert loading.resolve("collections.OrderedDict", "model")
+    assert target_allowlist.resolve("collections.OrderedDict", "model")
 
 
 def test_folders_that_cannot_be_written(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import timm
 from omegaconf import OmegaConf
 
 from tests.helpers.configurations import composed, options
-from vitscope.config import factories, loading, weight_files
+from vitscope.config import factories, instantiate, loading, target_allowlist, weight_files
 from vitscope.runtime.errors import ConfigError
 
 PROOF: list[str] = []
@@ -107,7 +107,7 @@ def test_every_name_of_timm_and_every_model_of_ours_passes(tmp_path: Path, monke
     for group in ("model", "data"):
         for option in options(group):
             cfg = composed("train", f"{group}={option}")
-            for place, node in loading.targets(loading.plain(cfg[group]), group):
+            for place, node in instantiate.targets(loading.plain(cfg[group]), group):
                 weight_files.check(node, place, "vitscope.models.timm_model" if group == "model" else "vitscope.data")
     weight_files.check({"weights": "IMAGENET1K_V1"}, "model", "torchvision.models.resnet")
     weight_files.check({"weights": "ResNet18_Weights.DEFAULT"}, "model", "torchvision.models.resnet")
@@ -116,4 +116,4 @@ def test_every_name_of_timm_and_every_model_of_ours_passes(tmp_path: Path, monke
 def test_arguments_of_a_trusted_package_are_the_user_s(pickled: str, monkeypatch: pytest.MonkeyPatch) -> None:
     node = {"_target_": "collections.OrderedDict", "vocabulary": pickled}
     monkeypatch.setenv("VITSCOPE_TRUST", "collections")
-    loading.check_target(node, "model")
+    target_allowlist.check_target(node, "model")

@@ -17,8 +17,8 @@ import torch.multiprocessing as mp
 import vitscope as vs
 from tests.helpers.analysis_runs import made as made  # a run, its network and data
 from tests.helpers.configurations import composed
-from vitscope.analyses import runner
-from vitscope.analyses.runner import Place
+from vitscope.analyses import runner, spec
+from vitscope.analyses.context import Place
 from vitscope.config import factories
 from vitscope.runs.run_dir import Run
 
@@ -73,9 +73,9 @@ def test_what_needs_more_than_one_pass_is_refused(name: str, options: dict) -> N
 
 
 def with_due(place: Place, *names: str, **changes: dict) -> Place:
-    parsed = {a.name: a for a in runner.parse(place.cfg.analysis)}
+    parsed = {a.name: a for a in spec.parse(place.cfg.analysis)}
     request = {"split": "test", "augment": False, "n_images": 16, "batch_size": 8}
-    due = [runner.replaced(parsed[name], probe=request | changes.get(name, {}), on_error="raise") for name in names]
+    due = [spec.replaced(parsed[name], probe=request | changes.get(name, {}), on_error="raise") for name in names]
     return dataclasses.replace(place, due=due, ahead={})
 
 

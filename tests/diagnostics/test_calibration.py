@@ -10,7 +10,7 @@ from torchmetrics.functional.classification import multiclass_calibration_error
 
 from tests.helpers.configurations import composed
 from vitscope import Objective, Probe
-from vitscope.analyses import runner
+from vitscope.analyses import context, runner, spec
 from vitscope.config import factories
 from vitscope.core.evaluation import confidence_bins, evaluate
 from vitscope.diagnostics.calibration import _bins
@@ -130,8 +130,8 @@ def test_an_analysis_fits_the_temperature_on_the_validation_split(tmp_path: Path
         network.head.weight.zero_()  # type: ignore[union-attr, operator]
         network.head.weight[:, :6].copy_(torch.linalg.lstsq(features[:, :6], onehot).solution.T)  # type: ignore[union-attr, operator]
         logits = network(x).double()
-    place = runner.Place(cfg, run_dir.create(cfg, "train"), network, data, "end")
-    result = runner.perform(runner.parse(cfg.analysis)[0], place)
+    place = context.Place(cfg, run_dir.create(cfg, "train"), network, data, "end")
+    result = runner.perform(spec.parse(cfg.analysis)[0], place)
     assert (result.n_images, result.n_validation) == (60, len(data.split("val")))  # type: ignore[union-attr]
     beta = torch.tensor(1 / result.temperature, dtype=torch.float64, requires_grad=True)  # type: ignore[union-attr]
     (slope,) = torch.autograd.grad(nn.functional.cross_entropy(beta * logits, y), beta)

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from tests.helpers.analysis_runs import NAMES
-from vitscope.analyses import runner
-from vitscope.analyses.runner import Place
+from vitscope.analyses import runner, spec
+from vitscope.analyses.context import Place
 from vitscope.config import factories
 from vitscope.runs import checkpoint_io, run_dir
 from vitscope.runtime import stop_flag
@@ -42,10 +42,10 @@ def assert_same(before: dict[str, object], network: torch.nn.Module) -> None:
         assert same, key
 
 
-def chosen(place: Place, name: str) -> runner.Analysis:
+def chosen(place: Place, name: str) -> spec.Analysis:
     """Return an analysis on three batches."""
-    (analysis,) = [a for a in runner.parse(place.cfg.analysis) if a.name == name]
-    return runner.replaced(analysis, probe={**analysis.probe, "n_images": 24, "batch_size": 8})
+    (analysis,) = [a for a in spec.parse(place.cfg.analysis) if a.name == name]
+    return spec.replaced(analysis, probe={**analysis.probe, "n_images": 24, "batch_size": 8})
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in STATIC | NEEDS_BATCHNORM])
@@ -80,7 +80,7 @@ def test_memory_that_runs_out_in_the_middle(made: Place, name: str, tmp_path: Pa
         with pytest.warns(UserWarning, match=f"analysis.{name} failed at end: OutOfMemoryError: .*; recorded as null"):
             assert runner.perform(chosen(place, name), place, reuse=False) is None
         assert_same(before, made.network)
-        raising = runner.replaced(chosen(place, name), on_error="raise")
+        raising = spec.replaced(chosen(place, name), on_error="raise")
         with pytest.raises(torch.OutOfMemoryError):
             runner.perform(raising, place, reuse=False)
     finally:

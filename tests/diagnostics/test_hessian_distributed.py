@@ -40,7 +40,7 @@ def curvatures(sizes: tuple[int, ...]) -> dict:
         "hutch++": vs.hessian_trace(probe, n_vectors=9, method="hutch++"),
         "critical point": vs.critical_point(adamw, n_points=5),
         "rayleigh": vs.rayleigh_split(probe, k=2, n_ends=1),
-        "normalised": vs.normalised_hessian(probe, k=2),
+        "normalised": vs.normalized_hessian(probe, k=2),
         "preconditioned": vs.preconditioned_sharpness(adamw, lr=1e-3, k=1),
         "nep": vs.nep_stability(probe, ks=(1, 2), batch_sizes=(5, 10), tols=(1e-1, 1e-3), k=2),
         "bn": vs.bn_policy(probe, n_top=2),

@@ -172,12 +172,12 @@ def linear_layers():
 
 
 @pytest.mark.parametrize("kind", ["linear", "convolution", "norm"])
-def test_normalised_hessian_ignores_a_rescaling_of_single_units(kind):
+def test_normalized_hessian_ignores_a_rescaling_of_single_units(kind):
     torch.manual_seed(0)
     model = (linear_layers() if kind == "linear" else Convolutions(kind == "norm")).double().eval()
     _, x, y = make()
-    first = vs.normalised_hessian(probe_of(model, x, y), k=3, tol=1e-9).eigenvalues
-    filters = vs.normalised_hessian(probe_of(model, x, y), k=3, tol=1e-9, normalization="filter").eigenvalues
+    first = vs.normalized_hessian(probe_of(model, x, y), k=3, tol=1e-9).eigenvalues
+    filters = vs.normalized_hessian(probe_of(model, x, y), k=3, tol=1e-9, normalization="filter").eigenvalues
     np.testing.assert_allclose(first, scaled_hessian(model, x, y, "weight"), rtol=1e-6)
     np.testing.assert_allclose(filters, scaled_hessian(model, x, y, "filter"), rtol=1e-6)
     plain, before = vs.hessian_eigenvalues(probe_of(model, x, y), k=3).eigenvalues, model(x).detach()
@@ -196,21 +196,21 @@ def test_normalised_hessian_ignores_a_rescaling_of_single_units(kind):
                 model.first.weight[0].mul_(3)
                 model.second.weight[:, 0].mul_(1 / 3)
     np.testing.assert_allclose(model(x).detach(), before, rtol=1e-9)
-    second = vs.normalised_hessian(probe_of(model, x, y), k=3, tol=1e-9).eigenvalues
+    second = vs.normalized_hessian(probe_of(model, x, y), k=3, tol=1e-9).eigenvalues
     np.testing.assert_allclose(second, first, rtol=1e-7)
     assert not np.allclose(vs.hessian_eigenvalues(probe_of(model, x, y), k=3).eigenvalues, plain, rtol=0.1)
-    again = vs.normalised_hessian(probe_of(model, x, y), k=3, tol=1e-9, normalization="filter").eigenvalues
+    again = vs.normalized_hessian(probe_of(model, x, y), k=3, tol=1e-9, normalization="filter").eigenvalues
     assert not np.allclose(again, filters, rtol=1e-2)  # as its description says
 
 
-def test_normalised_hessian_ignores_a_filter_before_its_own_batch_statistics():
+def test_normalized_hessian_ignores_a_filter_before_its_own_batch_statistics():
     torch.manual_seed(0)
     model = Convolutions(norm=True).double()
     _, x, y = make()
     found = []
     for _ in range(2):
         found.append([
-            vs.normalised_hessian(probe_of(model, x, y), k=2, tol=1e-9, bn="batch", normalization=n).eigenvalues
+            vs.normalized_hessian(probe_of(model, x, y), k=2, tol=1e-9, bn="batch", normalization=n).eigenvalues
             for n in ("weight", "filter")
         ])  # fmt: skip
         with torch.no_grad():
@@ -223,14 +223,14 @@ def test_filter_norms_ignore_a_rescaling_of_whole_layers():
     model = linear_layers().double()
     _, x, y = make()
     options = {"k": 3, "tol": 1e-8, "normalization": "filter"}
-    first = vs.normalised_hessian(probe_of(model, x, y), **options)
+    first = vs.normalized_hessian(probe_of(model, x, y), **options)
     with torch.no_grad():
         model[1].weight.mul_(4)
         model[3].weight.mul_(0.25)
-    second = vs.normalised_hessian(probe_of(model, x, y), **options)
+    second = vs.normalized_hessian(probe_of(model, x, y), **options)
     np.testing.assert_allclose(second.eigenvalues, first.eigenvalues, rtol=1e-7)
     with pytest.raises(ValueError, match="normalization to be weight or filter, received 'layer'"):
-        vs.normalised_hessian(probe_of(model, x, y), normalization="layer")
+        vs.normalized_hessian(probe_of(model, x, y), normalization="layer")
 
 
 def test_preconditioned_sharpness():

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from tests.helpers.configurations import composed
-from vitscope.analyses.runner import Place
-from vitscope.config import factories, loading
+from vitscope.analyses.context import Place
+from vitscope.config import caps, factories, loading
 from vitscope.runs import checkpoint_io, run_dir
 
 NAMES = loading.options("analysis")
@@ -21,7 +21,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Place:
     """Return a run with two checkpoints, its data and its network, which tests copy."""
     root = tmp_path_factory.mktemp("runs")
     cfg = composed("train", *ARGUMENTS, f"analysis=[{','.join(NAMES)}]", f"paths.runs={root}")
-    loading.apply_caps(cfg)
+    caps.apply_caps(cfg)
     run = run_dir.create(cfg, "train")
     network = factories.model(cfg)
     for step, name in enumerate(("init", "last")):

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from vitscope.core.probe import ObjectiveCard
+from vitscope.core.objective_card import ObjectiveCard
 from vitscope.diagnostics.hessian.hessian_max_eigenvalue_spectrum import HessianMaxEigenvalueSpectrumResult
 from vitscope.diagnostics.landscape.loss_slice import LossSliceResult
 from vitscope.diagnostics.landscape.sharpness import SharpnessResult

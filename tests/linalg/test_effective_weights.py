@@ -125,11 +125,11 @@ def test_pruned_entries_do_not_move_and_count_in_no_norm(mlp_batches: list) -> N
 def test_the_scaled_hessian_leaves_pruned_entries_out(mlp_batches: list) -> None:
     options = {"k": 2, "tol": 1e-8, "normalization": "filter"}
     model = pruned(network())
-    found = vs.normalised_hessian(vs.Probe(model, mlp_batches), **options).eigenvalues
+    found = vs.normalized_hessian(vs.Probe(model, mlp_batches), **options).eigenvalues
     with torch.no_grad():
         for name, mask in pruning_masks(model).items():
             dict(model.named_parameters())[name].add_(100 * (1 - mask))  # entries that no layer uses
-    moved = vs.normalised_hessian(vs.Probe(model, mlp_batches), **options).eigenvalues
+    moved = vs.normalized_hessian(vs.Probe(model, mlp_batches), **options).eigenvalues
     np.testing.assert_allclose(moved, found, rtol=1e-6)  # twice the solver's tolerance and some
 
 
@@ -153,7 +153,7 @@ def test_weights_that_are_made_from_parameters_have_no_filter_norm(kind: str, ml
         lambda probe: vs.loss_slice(probe, n=3, normalization="layer"),
         lambda probe: vs.loss_slice(probe, n=3, directions="gradient"),
         lambda probe: vs.sharpness(probe, n_pairs=1, n_steps=1),
-        lambda probe: vs.normalised_hessian(probe, k=1),
+        lambda probe: vs.normalized_hessian(probe, k=1),
     ):
         with pytest.raises(ValueError, match=r"received '1\.weight', which is made from '1\."):
             measure(vs.Probe(model, mlp_batches))

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import vitscope as vs
-from vitscope.config import factories
+from vitscope.config import checkpoint_optimizer
 from vitscope.core.optimizer_state import of_checkpoint, of_optimizer
 from vitscope.linalg.optimizer_stability import stability_limit
 from vitscope.training.sam import SAM
@@ -196,7 +196,10 @@ def hessian(model, x, y):
 def probe_of(model, data, content, target, **objective):
     cfg = {"optimizer": target}
     return vs.Probe(
-        model, [data], vs.Objective(**objective), optimizer=lambda: factories.optimizer_state(model, content, cfg)
+        model,
+        [data],
+        vs.Objective(**objective),
+        optimizer=lambda: checkpoint_optimizer.optimizer_state(model, content, cfg),
     )
 
 
@@ -278,7 +281,7 @@ def test_a_rate_of_zero_has_no_limit_and_a_parameter_without_gradients_does_not_
     assert found.ratio == 0.0
     assert found.eigenvalues[0] > 0
     assert vs.preconditioned_sharpness(probe_of(model, data, content, None), lr=0.1).threshold == pytest.approx(380)
-    scales = factories.adamw_scale(model, content)
+    scales = checkpoint_optimizer.adamw_scale(model, content)
     assert scales is not None
     for name, p in model.named_parameters():
         expected = (optimizer.state[p]["exp_avg_sq"] / (1 - 0.999**3)).sqrt() + 1e-8 if name != "extra" else None

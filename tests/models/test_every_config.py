@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tests.helpers.model_configs import CONFIGS, from_config
+from vitscope.core.tap import Kind
 from vitscope.models.structure.parameter_groups import parameter_kinds, parameter_stages
-from vitscope.models.structure.residual_structure import Kind
 from vitscope.models.structure.residual_units import reading_branches, resumed, units, zeroed
 from vitscope.models.structure.taps import reading, taps
 

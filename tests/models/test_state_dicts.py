@@ -14,9 +14,8 @@ from torch import Tensor, nn
 import vitscope as vs
 from tests.helpers.run_folders import only_run
 from vitscope import models
-from vitscope.config import factories
 from vitscope.core.probe import Probe
-from vitscope.runs import checkpoint_io
+from vitscope.runs import checkpoint_io, checkpoint_weights
 from vitscope.runtime.errors import CheckpointError
 
 PATH = Path("net.th")
@@ -76,7 +75,7 @@ def test_an_old_file(prefix: str, nested: str | None) -> None:
     counters = [
         module.num_batches_tracked.clone() for module in model.modules() if hasattr(module, "num_batches_tracked")
     ]
-    factories.load_weights(model, content, PATH)
+    checkpoint_weights.load_weights(model, content, PATH)
     assert_loaded(model, state)
     left = [module.num_batches_tracked for module in model.modules() if hasattr(module, "num_batches_tracked")]
     assert left == counters
@@ -86,14 +85,14 @@ def test_an_old_file(prefix: str, nested: str | None) -> None:
 def test_a_network_whose_own_names_begin_like_a_wrappers(prefix: str) -> None:
     state = Wrapped(1).state_dict()
     model = Wrapped(2)
-    factories.load_weights(model, {"state_dict": old(state, prefix)}, PATH)
+    checkpoint_weights.load_weights(model, {"state_dict": old(state, prefix)}, PATH)
     assert_loaded(model, state)
 
 
 def test_a_modules_own_hooks_are_followed() -> None:
     model = nn.Sequential(nn.Linear(2, 3), Renaming())
     state = {"0.weight": torch.rand(3, 2), "0.bias": torch.rand(3), "1.gamma": torch.rand(3)}
-    factories.load_weights(model, state, PATH)
+    checkpoint_weights.load_weights(model, state, PATH)
     assert torch.equal(model[1].scale, state["1.gamma"])
     assert model[1].steps == 7
 
@@ -103,11 +102,11 @@ def test_what_matters_is_still_refused(key: str) -> None:
     state = old(network(1).state_dict())
     del state[key]
     with pytest.raises(CheckpointError, match=rf"{key}: the checkpoint lacks it"):
-        factories.load_weights(network(2), state, PATH)
+        checkpoint_weights.load_weights(network(2), state, PATH)
     with pytest.raises(CheckpointError, match=r"9\.weight: the model has no such weight"):
-        factories.load_weights(network(2), {**old(network(1).state_dict()), "9.weight": torch.ones(1)}, PATH)
+        checkpoint_weights.load_weights(network(2), {**old(network(1).state_dict()), "9.weight": torch.ones(1)}, PATH)
     with pytest.raises(CheckpointError, match=r"0\.weight has shape \(4,\) in the checkpoint"):
-        factories.load_weights(network(2), {**old(network(1).state_dict()), "0.weight": torch.ones(4)}, PATH)
+        checkpoint_weights.load_weights(network(2), {**old(network(1).state_dict()), "0.weight": torch.ones(4)}, PATH)
 
 
 def test_measures_between_old_files() -> None:

@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from tests.helpers.report_runs import configuration
-from vitscope.config import factories, loading, model_facts
+from vitscope.config import factories, instantiate, model_facts
 from vitscope.reports import run_index
 from vitscope.reports.model_costs import Cost, Costs, count
 from vitscope.runs import run_dir
@@ -66,7 +66,7 @@ def test_a_report_reads_costs_from_provenance(
         raise AssertionError("a report built a model")
 
     monkeypatch.setattr(factories, "model", built)
-    monkeypatch.setattr(loading, "instantiate", built)
+    monkeypatch.setattr(instantiate, "instantiate", built)
     make_run("vit", facts={"model": noted}, model___target_="vitscope.models.timm_model", model__name="local-dir:x")
     (entry,) = run_index.collect(run_dir.every(tmp_path / "runs"))
     assert Costs().of(entry) == cost

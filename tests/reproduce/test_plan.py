@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from vitscope.analyses import runner
+from vitscope.analyses import spec
 from vitscope.config import loading
 from vitscope.config.validation import validate
 from vitscope.reports.tables.headline_tables import TABLES
@@ -145,7 +145,7 @@ def test_trials_compose_validate_and_measure_what_is_drawn(profile: str, tmp_pat
             seen.add(kind)
             cfg = composed(trial, tmp_path / "runs")
             validate(cfg)
-            measured = {analysis.name for analysis in runner.parse(cfg.analysis)}
+            measured = {analysis.name for analysis in spec.parse(cfg.analysis)}
             asked = {d.analysis for d in target.drawings}
             asked |= {q.partition(".")[0] for r in target.relations for q in (r.x, *r.y) if _is_scalar(q)}
             assert asked <= measured, f"{name}: {asked - measured} drawn but not measured"

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from vitscope.analyses import runner
+from vitscope.analyses import runner, spec
 from vitscope.cli import reproduce
 from vitscope.core.probe import Probe
 from vitscope.reproduce import plan as reproduction
@@ -58,8 +58,8 @@ def test_an_analysis_that_fails_or_lacks_its_checkpoint_is_named(
     def broken(probe: Probe, **_: object) -> None:
         raise RuntimeError("no memory left")
 
-    parse = runner.parse
-    monkeypatch.setattr(runner, "parse", lambda nodes: [runner.replaced(a, measure=broken) for a in parse(nodes)])
+    parse = spec.parse
+    monkeypatch.setattr(spec, "parse", lambda nodes: [spec.replaced(a, measure=broken) for a in parse(nodes)])
     outcome = perform(Trial(TINY, ("epoch-0007", "end")), tmp_path)
     assert outcome.run is not None
     assert outcome.results == ()

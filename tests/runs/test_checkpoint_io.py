@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
+from vitscope.runtime import atomic_write
 from vitscope.runs import checkpoint_io, result_store
 from vitscope.runtime.errors import CheckpointError, StorageError
 
@@ -78,7 +79,7 @@ def test_temporaries_of_dead_processes_are_swept(tmp_path: Path) -> None:
     stale, ours = tmp_path / ".last.ckpt.tmp-999999999", tmp_path / f".best.ckpt.tmp-{os.getpid()}"
     stale.write_bytes(b"x")
     ours.write_bytes(b"x")
-    result_store.sweep(tmp_path)
+    atomic_write.sweep(tmp_path)
     assert not stale.exists()
     assert ours.exists()
 
@@ -313,10 +314,10 @@ def test_a_disk_that_is_full_at_every_write_of_an_event(tmp_path: Path) -> None:
 
 
 def test_only_temporaries_of_this_machine_are_swept(tmp_path: Path) -> None:
-    ours = tmp_path / f".last.ckpt.tmp-{result_store.host_identity()}-999999999"
+    ours = tmp_path / f".last.ckpt.tmp-{atomic_write.host_identity()}-999999999"
     others = tmp_path / ".last.ckpt.tmp-00000000-999999999"
     user = tmp_path / ".notes.tmp-x"
     for file in (ours, others, user):
         file.write_bytes(b"x")
-    result_store.sweep(tmp_path)
+    atomic_write.sweep(tmp_path)
     assert [file.exists() for file in (ours, others, user)] == [False, True, True]

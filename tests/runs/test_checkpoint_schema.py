@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from vitscope.runs import checkpoint_io, checkpoint_schema
 from vitscope.runtime.errors import CheckpointError
-from vitscope.training.diagnostics_callback import Checkpoints
+from vitscope.training.checkpoint_callback import Checkpoints
 
 torch.set_num_threads(1)
 MISSING = object()
@@ -59,7 +59,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("schema")
     data = DataLoader(TensorDataset(torch.ones(4, 2)), batch_size=2)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("vitscope.training.diagnostics_callback._agreed_signal", lambda _: 0)
+        patch.setattr("vitscope.training.stop_callbacks._agreed_signal", lambda _: 0)
         new_trainer(folder, max_epochs=1).fit(Tiny(), data)
     return checkpoint_io.read(folder / "checkpoints" / "last.ckpt")
 

@@ -12,8 +12,11 @@ import torch
 from omegaconf import OmegaConf
 
 from tests.helpers.report_runs import spectrum, write_run
+from vitscope.runs import run_end
 from vitscope.cli import exit_codes
 from vitscope.plotting.api import save_figure
+from vitscope.runtime import atomic_write
+from vitscope.runs import partial_results
 from vitscope.runs import checkpoint_io, result_store, wandb_mirror
 from vitscope.runs.metrics_log import Journal, read
 from vitscope.runs.run_dir import Run
@@ -71,7 +74,7 @@ CASES: list[tuple[str, str, Callable[[Run], object]]] = [
     ("checkpoints/manifest.json", "manifest.json", lambda run: checkpoint_io.manifest(run.checkpoints)),
     ("results", "", save_result),
     ("results/hessian", "", save_result),
-    ("results/hessian/.partial-x", "", lambda run: result_store.PartialRows(run.results / "hessian" / ".partial-x").discard()),
+    ("results/hessian/.partial-x", "", lambda run: partial_results.PartialRows(run.results / "hessian" / ".partial-x").discard()),
     ("results/hessian/x.npz", "victim", lambda run: result_store.load(run.results / "hessian" / "x.npz")),
     ("figures", "", lambda run: save_figure(plt.figure(), run.figures / "victim", formats=("png",))),
     ("figures/x.png", "victim", lambda run: save_figure(plt.figure(), run.figures / "x", formats=("png",))),
@@ -101,7 +104,7 @@ def test_a_temporary_name_that_is_a_link_is_not_written_through(run: Run, elsewh
         for folder in (run.path, run.checkpoints):
             folder.mkdir(exist_ok=True)
             (folder / name).symlink_to(elsewhere / "victim")
-    result_store.write_atomically(run.path / "x.json", b"{}")
+    atomic_write.write_atomically(run.path / "x.json", b"{}")
     checkpoint_io.write(tensors(), run.checkpoints / "last.ckpt")
     assert state(elsewhere) == before
     assert (run.path / "x.json").read_bytes() == b"{}"
@@ -109,9 +112,9 @@ def test_a_temporary_name_that_is_a_link_is_not_written_through(run: Run, elsewh
 
 def test_a_traceback_does_not_go_through_a_link(run: Run, elsewhere: Path) -> None:
     run.log.symlink_to(elsewhere / "victim")
-    exit_codes.entered(run)
+    run_end.log_tracebacks_to(run)
     before = state(elsewhere)
-    exit_codes._log("traceback")
+    run_end._log("traceback")
     assert state(elsewhere) == before
 
 

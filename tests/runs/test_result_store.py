@@ -11,6 +11,8 @@ import pytest
 import torch
 
 import vitscope as vs
+from vitscope.runtime import atomic_write
+from vitscope.runs import partial_results
 from vitscope.runs import metrics_log, result_store
 from vitscope.runtime.errors import StorageError
 
@@ -68,30 +70,30 @@ def test_what_cannot_be_read_back_is_refused(tmp_path: Path) -> None:
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     target = tmp_path / "a.json"
-    result_store.write_atomically(target, b"old")
+    atomic_write.write_atomically(target, b"old")
 
     def full(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.fsync", full)
     with pytest.raises(StorageError, match="No space left"):
-        result_store.write_atomically(target, b"new")
+        atomic_write.write_atomically(target, b"new")
     assert target.read_bytes() == b"old"
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
 
 
 def test_rows_outlive_a_kill(tmp_path: Path) -> None:
-    rows = result_store.PartialRows(tmp_path / "p")
+    rows = partial_results.PartialRows(tmp_path / "p")
     rows["0"] = {"nll": 0.1 + 0.2, "v": np.arange(3.0)}
     rows["1"] = {"nll": float("inf")}
     with (tmp_path / "p" / "rank-0.jsonl").open("a") as file:
         file.write('{"key": "2", "row": {"nl')  # killed here
-    again = result_store.PartialRows(tmp_path / "p", rank=0)
+    again = partial_results.PartialRows(tmp_path / "p", rank=0)
     assert set(again) == {"0", "1"}
     assert again["0"]["nll"] == 0.1 + 0.2
     np.testing.assert_array_equal(again["0"]["v"], np.arange(3.0))
     again["2"] = {"nll": 3.0}
-    assert result_store.PartialRows(tmp_path / "p")["2"] == {"nll": 3.0}
+    assert partial_results.PartialRows(tmp_path / "p")["2"] == {"nll": 3.0}
     again.discard()
     assert not (tmp_path / "p").exists()
 

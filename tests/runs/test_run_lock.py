@@ -14,6 +14,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from tests.helpers.kills import KILLED, at_every_change
+from vitscope.runtime import atomic_write
 from vitscope.runs import checkpoint_io, result_store, run_dir, run_lock
 from vitscope.runs.run_dir import Run
 from vitscope.runtime.errors import ConfigError, StorageError
@@ -174,8 +175,8 @@ def test_stale_temporary_files_are_swept_when_a_run_goes_on(tmp_path: Path) -> N
     stale = []
     for place in (folder, run.results / "hessian", run.figures, run.checkpoints):
         place.mkdir(parents=True, exist_ok=True)
-        stale.append(place / f".x.json.tmp-{result_store.host_identity()}-999999999")
-    mine = run.results / "hessian" / f".x.json.tmp-{result_store.host_identity()}-{os.getpid()}"
+        stale.append(place / f".x.json.tmp-{atomic_write.host_identity()}-999999999")
+    mine = run.results / "hessian" / f".x.json.tmp-{atomic_write.host_identity()}-{os.getpid()}"
     for file in (*stale, mine):
         file.write_text("")
     with run_lock.released_at_end():

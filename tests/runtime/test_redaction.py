@@ -10,11 +10,10 @@ import pytest
 from omegaconf import OmegaConf
 
 from tests.helpers.configurations import composed, options
-from vitscope.cli import exit_codes
 from vitscope.config import loading
-from vitscope.runs import run_dir, wandb_mirror
+from vitscope.runs import run_dir, run_end, wandb_mirror
 from vitscope.runtime import redaction
-from vitscope.runtime.errors import ConfigError
+from vitscope.runtime.errors import ConfigError, first_line
 
 SECRET = "hunter2-hunter2"
 
@@ -177,11 +176,11 @@ def test_no_file_of_a_run_and_nothing_for_the_mirror(tmp_path: Path, monkeypatch
     })  # fmt: skip
     run = run_dir.create(cfg, "train")
     run.note(reason=f"refused by {SECRET}")
-    exit_codes.entered(run)
-    exit_codes._log(f"Traceback: {SECRET!r}")
+    run_end.log_tracebacks_to(run)
+    run_end._log(f"Traceback: {SECRET!r}")
     text = "".join(file.read_text() for file in run.path.iterdir())
     assert "hunter2" not in text
     assert "hunter2" not in repr(wandb_mirror.flattened(cfg))
     assert "hunter2" not in str(ConfigError("x", None, f"not {SECRET}", "mend"))
-    assert "hunter2" not in exit_codes._first_line(ValueError("x" * 292 + SECRET))  # cut inside of the secret
+    assert "hunter2" not in first_line(ValueError("x" * 292 + SECRET))  # cut inside of the secret
     assert run.config().model.n == 3

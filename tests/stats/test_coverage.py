@@ -14,6 +14,7 @@ import pytest
 import torch
 from scipy.stats import binom, binomtest
 
+from vitscope.core.running_mean import RunningMean, estimates
 from vitscope.diagnostics.calibration import _bins
 from vitscope.diagnostics.calibration._debiased import IMAGES_A_BIN, DebiasedError, debiased_error, gaps
 from vitscope.diagnostics.cka._hsic import hsic
@@ -28,9 +29,7 @@ from vitscope.reports.claims.factorial_analysis import QUANTITIES, _Reader
 from vitscope.stats.intervals import (
     LEAST_EVENTS,
     LEAST_IMAGES,
-    RunningMean,
     estimate,
-    estimates,
     exact_ends,
     share_interval,
     where_enough_wrong,

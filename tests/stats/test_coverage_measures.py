@@ -19,8 +19,9 @@ from timm.models.resnet import BasicBlock, ResNet
 from torch import Tensor, nn
 
 import vitscope as vs
+from vitscope.core.running_mean import RunningMean, estimates
 from vitscope.core.undefined_values import NullWarning
-from vitscope.stats.intervals import LEAST_EVENTS, RunningMean, estimates, where_enough_wrong
+from vitscope.stats.intervals import LEAST_EVENTS, where_enough_wrong
 
 pytestmark = pytest.mark.slow
 

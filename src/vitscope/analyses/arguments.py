@@ -3,36 +3,34 @@
 from __future__ import annotations
 
 import copy
-import inspect
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
 from omegaconf import DictConfig
 
+from vitscope.analyses.context import Place
+from vitscope.analyses.spec import Analysis
 from vitscope.config import factories
 from vitscope.core.probe import Probe
-from vitscope.runs import checkpoint_sequence, result_store, run_dir
-
-if TYPE_CHECKING:
-    from vitscope.analyses.runner import Analysis, Place
-
-#: by the parameter name of the measure that takes it
-NAMES = ("partial", "checkpoints", "validation", "initial")
+from vitscope.core.run_inputs import FromRun, run_inputs
+from vitscope.runs import api, checkpoint_sequence, partial_results
 
 
-def options(analysis: Analysis, place: Place, rows: result_store.PartialRows) -> dict[str, Any]:
-    """Return what the measure takes and its node leaves open."""
-    wanted = inspect.signature(analysis.measure).parameters
-    found: dict[str, Any] = {}
-    if "partial" in wanted:
-        found["partial"] = rows
-    if "checkpoints" in wanted and analysis.options.get("checkpoints") is None:
-        found["checkpoints"] = checkpoint_sequence.of_run(place.run)
-    if "validation" in wanted and analysis.options.get("validation") is None:
-        request = {"split": "val", "augment": False, "n_images": None, "batch_size": place.datamodule.eval_batch_size}
-        found["validation"] = factories.probe(place.cfg, place.network, place.datamodule, request)
-    if "initial" in wanted and analysis.options.get("initial") is None:
-        found["initial"] = factories.model(_untrained(place.cfg))
-    return found
+def options(analysis: Analysis, place: Place, rows: partial_results.PartialRows) -> dict[str, Any]:
+    """Return the inputs that a measure takes from its run, see `run_inputs`, and that its node leaves open."""
+    supply: dict[FromRun, Callable[[], Any]] = {
+        FromRun.ROWS: lambda: rows,
+        FromRun.CHECKPOINTS: lambda: checkpoint_sequence.of_run(place.run),
+        FromRun.VALIDATION: lambda: _validation_probe(place),
+        FromRun.UNTRAINED: lambda: factories.model(_untrained(place.cfg)),
+    }
+    inputs = run_inputs(analysis.measure)
+    return {name: supply[kind]() for name, kind in inputs.items() if analysis.options.get(name) is None}
+
+
+def _validation_probe(place: Place) -> Probe:
+    request = {"split": "val", "augment": False, "n_images": None, "batch_size": place.datamodule.eval_batch_size}
+    return factories.probe(place.cfg, place.network, place.datamodule, request)
 
 
 def loaded(key: str, value: Any, probe: Probe) -> Any:
@@ -41,7 +39,7 @@ def loaded(key: str, value: Any, probe: Probe) -> Any:
         return checkpoint_sequence.named(value)
     if key != "other" or not isinstance(value, str):
         return value
-    other = run_dir.load_probe(value, split=probe.about["split"])
+    other = api.load_probe(value, split=probe.about["split"])
     other.model.to(probe.device)
     about = {**probe.about, "checkpoint": other.about["checkpoint"]}
     return Probe(other.model, probe.batches, probe.objective, about=about, optimizer=other.optimizer)

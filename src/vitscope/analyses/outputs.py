@@ -6,20 +6,19 @@ import json
 import traceback
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from vitscope.analyses.context import Place
+from vitscope.analyses.spec import Analysis
 from vitscope.config import loading
 from vitscope.plotting.api import plot, save_figure
 from vitscope.runs import metrics_log, result_store
 from vitscope.runs.metrics_log import Journal
-from vitscope.runtime import redaction, safe_files
+from vitscope.runtime import atomic_write, redaction, safe_files
 from vitscope.runtime.distributed import rank
 from vitscope.runtime.errors import StorageError
-
-if TYPE_CHECKING:
-    from vitscope.analyses.runner import Analysis, Place
 
 
 def failure(analysis: Analysis, place: Place, folder: Path, stem: str, error: Exception) -> None:
@@ -29,7 +28,7 @@ def failure(analysis: Analysis, place: Place, folder: Path, stem: str, error: Ex
     warnings.warn(f"analysis.{analysis.name} failed at {place.tag}: {reason}; recorded as null", stacklevel=3)
     if rank() == 0:
         record = {"measure": analysis.measure.__name__, "error": reason, "scalars": None}
-        result_store.write_atomically(folder / f"{stem}.json", loading.json.dumps(record, indent=2).encode())
+        atomic_write.write_atomically(folder / f"{stem}.json", loading.json.dumps(record, indent=2).encode())
         trace = redaction.masked("".join(traceback.format_exception(error)))
         safe_files.append_text(place.run.log, f"analysis.{analysis.name} at {place.tag}\n{trace}\n")
 
@@ -39,7 +38,7 @@ def store(analysis: Analysis, place: Place, folder: Path, stem: str, result: Any
 
     A kill or a full disk in between leaves the mark, and `complete` does what is left when the result is asked for again.
     """
-    result_store.write_atomically(_mark(folder, stem), b"")
+    atomic_write.write_atomically(_mark(folder, stem), b"")
     result_store.save(folder, stem, result)
     publish(analysis, place, result)
     _mark(folder, stem).unlink(missing_ok=True)
@@ -52,7 +51,7 @@ def complete(analysis: Analysis, place: Place, folder: Path, stem: str, result: 
     whole = not _mark(folder, stem).exists() and result_store.has_readable_copy(folder, stem, result)
     if whole and _has_row(analysis, place, result) and png.is_file() and pdf.is_file():
         return
-    result_store.write_atomically(_mark(folder, stem), b"")
+    atomic_write.write_atomically(_mark(folder, stem), b"")
     result_store.save_readable_copy(folder, stem, result)
     publish(analysis, place, result)
     _mark(folder, stem).unlink(missing_ok=True)

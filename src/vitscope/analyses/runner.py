@@ -7,114 +7,23 @@ from __future__ import annotations
 
 import shutil
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from omegaconf import DictConfig
-from torch import nn
 
 from vitscope.analyses import arguments, outputs
+from vitscope.analyses.context import Place
+from vitscope.analyses.spec import Analysis
 from vitscope.config import factories, loading
 from vitscope.core import feature_pass
 from vitscope.core.probe import Probe
-from vitscope.runs import checkpoint_io, result_store, run_lock
-from vitscope.runs.run_dir import Run
-from vitscope.runs.wandb_mirror import Mirror
+from vitscope.runs import checkpoint_io, checkpoint_weights, partial_results, result_store, run_lock
 from vitscope.runtime import stop_flag
 from vitscope.runtime.distributed import gather_objects, rank
 from vitscope.runtime.errors import ConfigError, StorageError, VitscopeError
 from vitscope.runtime.stop_flag import Interrupted
-
-#: keys of an analysis node that are not options of its measure
-OURS = ("_target_", "probe", "when", "on_error")
-PROBE_KEYS = ("split", "augment", "n_images", "batch_size", "seed", "mix")
-WHEN_KEYS = ("start", "every_n_epochs", "end")
-
-
-@dataclass(frozen=True)
-class Analysis:
-    """A node of the ``analysis`` group: what to measure, on which images, when.
-
-    Attributes:
-        name: the node's key, which names the folder of its results.
-        measure: the function.
-        options: its keyword arguments.
-        probe: which images.
-        when: ``start, every_n_epochs, end`` of training.
-        on_error: ``warn`` (training goes on and the result is null) or ``raise``.
-    """
-
-    name: str
-    measure: Callable[..., Any]
-    options: Mapping[str, Any]
-    probe: Mapping[str, Any]
-    when: Mapping[str, Any] = field(default_factory=dict)
-    on_error: str = "warn"
-
-    @property
-    def due_at_start(self) -> bool:
-        """Whether to measure before the first step."""
-        return bool(self.when.get("start", False))
-
-    @property
-    def due_at_end(self) -> bool:
-        """Whether to measure after the last step."""
-        return bool(self.when.get("end", True))
-
-    def due_after(self, epoch: int) -> bool:
-        """Whether to measure after ``epoch``, counted from 0."""
-        every = int(self.when.get("every_n_epochs") or 0)
-        return every > 0 and (epoch + 1) % every == 0
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where and about what an analysis is made.
-
-    Attributes:
-        cfg: the run's configuration.
-        run: its folder.
-        network: the model, on its device.
-        datamodule: where batches come from.
-        tag: ``init``, ``epoch-0099`` or ``end``.
-        epoch: of the weights, for the card.
-        step: of the weights, for the journal.
-        mirror: W&B.
-        content: the checkpoint the weights came from, where there is one.
-        due: the analyses that will be made here; those of the feature maps of the same images share a forward pass.
-        ahead: results of such a pass by name, until their turn comes.
-        alone: names of those that such a pass failed for.
-    """
-
-    cfg: DictConfig
-    run: Run
-    network: nn.Module
-    datamodule: Any
-    tag: str
-    epoch: int | None = None
-    step: int = 0
-    mirror: Mirror = field(default_factory=Mirror)
-    content: Mapping[str, Any] | None = None
-    due: Sequence[Analysis] = ()
-    ahead: dict[str, Any] = field(default_factory=dict)
-    alone: set[str] = field(default_factory=set)
-
-
-def parse(nodes: Mapping[str, Any] | None) -> list[Analysis]:
-    """Return the analyses of a composed ``analysis`` node, in its order."""
-    parsed = []
-    for name, node in (loading.plain(nodes) or {}).items():
-        measure = loading.resolve(node["_target_"], f"analysis.{name}")
-        options = {key: value for key, value in node.items() if key not in OURS}
-        parsed.append(
-            Analysis(
-                name, measure, options, node.get("probe") or {}, node.get("when") or {}, node.get("on_error", "warn")
-            )
-        )
-    return parsed
 
 
 def perform(analysis: Analysis, place: Place, *, reuse: bool = True) -> Any | None:
@@ -135,7 +44,7 @@ def perform(analysis: Analysis, place: Place, *, reuse: bool = True) -> Any | No
     folder, stem, weights = (
         place.run.results / analysis.name,
         _stem(analysis, place),
-        factories.weights_hash(place.network),
+        checkpoint_weights.weights_hash(place.network),
     )
     # what lies ahead is not looked for: another rank may have saved it already and wait for this one
     if reuse and analysis.name not in place.ahead and (found := _earlier(folder / f"{stem}.npz", weights)) is not None:
@@ -143,7 +52,7 @@ def perform(analysis: Analysis, place: Place, *, reuse: bool = True) -> Any | No
             outputs.complete(analysis, place, folder, stem, found)
             shutil.rmtree(folder / f".partial-{stem}-{weights}", ignore_errors=True)
         return found
-    rows = result_store.PartialRows(folder / f".partial-{stem}-{weights}", rank())
+    rows = partial_results.PartialRows(folder / f".partial-{stem}-{weights}", rank())
     try:
         result = _measured(analysis, place, weights, rows, reuse)
     except (Interrupted, KeyboardInterrupt, StorageError):
@@ -190,7 +99,7 @@ def _files(options: Mapping[str, Any]) -> list[Path]:
     return [path for path in paths if path.is_file()]
 
 
-def _measured(analysis: Analysis, place: Place, weights: str, rows: result_store.PartialRows, reuse: bool) -> Any:
+def _measured(analysis: Analysis, place: Place, weights: str, rows: partial_results.PartialRows, reuse: bool) -> Any:
     result = place.ahead.pop(analysis.name, None)
     if result is None:
         stop_flag.check()
@@ -273,8 +182,3 @@ def _as_ours(analysis: Analysis, error: Exception) -> Exception:
         why = str(error).strip().rstrip(".") or type(error).__name__
         return ConfigError(f"analysis.{analysis.name}", None, why, "change its options")
     return error
-
-
-def replaced(analysis: Analysis, **changes: Any) -> Analysis:
-    """Return a copy with some attributes changed."""
-    return replace(analysis, **changes)

@@ -12,13 +12,14 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from vitscope.analyses import runner
+from vitscope.analyses import context, runner, spec
 from vitscope.cli import exit_codes, hydra_overrides
-from vitscope.cli.summary_table import print_headline
-from vitscope.config import factories, loading, model_facts
+from vitscope.config import caps, error_translation, factories, loading, model_facts
 from vitscope.config.validation import validate
-from vitscope.runs import checkpoint_io, run_dir, run_lock, wandb_mirror
+from vitscope.runs import checkpoint_io, checkpoint_weights, run_dir, run_end, run_lock, wandb_mirror
 from vitscope.runs.run_dir import Run
+from vitscope.runs.summary_table import print_headline
+from vitscope.runtime import errors
 from vitscope.runtime.distributed import rank
 from vitscope.runtime.errors import CheckpointError, ConfigError, StorageError
 
@@ -73,7 +74,7 @@ def analyze(cfg: DictConfig, chosen: Sequence[str] = (), inside: Sequence[str] =
         cfg = merged(cfg, run.config(), chosen)
         hydra_overrides.apply(cfg, inside)
         _refuse_changing_checkpoint(_checkpoint_path(cfg, run), run)
-    loading.apply_caps(cfg)
+    caps.apply_caps(cfg)
     validate(cfg)
     device = _device(cfg.device)
     network = factories.model(cfg)
@@ -82,7 +83,7 @@ def analyze(cfg: DictConfig, chosen: Sequence[str] = (), inside: Sequence[str] =
     data.adapt_to(network)
     if run is None:
         run = run_dir.create(cfg, "analyze")
-    exit_codes.entered(run)
+    run_end.log_tracebacks_to(run)
     if rank() == 0 and model_facts.KEY not in run.provenance() and _is_own_model(cfg, run):
         run.note(**{model_facts.KEY: model_facts.of_model(cfg)})
     mirror = wandb_mirror.start(cfg, run, "analyze", _say)
@@ -91,11 +92,11 @@ def analyze(cfg: DictConfig, chosen: Sequence[str] = (), inside: Sequence[str] =
         _perform(cfg, run, network.to(device), data, content, path, mirror)
         code = 0
     except BaseException as error:
-        code = exit_codes.code_for(error)
+        code = error_translation.code_for(error)
         raise
     finally:
         if run.provenance().get("command") == "analyze":
-            exit_codes.note_end(run, code)
+            run_end.note_end(run, code)
         mirror.finish(code)
     return run
 
@@ -135,8 +136,8 @@ def _perform(
 ) -> None:
     tag, epoch, step = _moment(path, content, run)
     values: dict[str, Any] = {}
-    due = [runner.replaced(analysis, on_error="raise") for analysis in runner.parse(cfg.analysis)]
-    place = runner.Place(cfg, run, network, data, tag, epoch, step, mirror, content, due)
+    due = [spec.replaced(analysis, on_error="raise") for analysis in spec.parse(cfg.analysis)]
+    place = context.Place(cfg, run, network, data, tag, epoch, step, mirror, content, due)
     for analysis in due:
         result = runner.perform(analysis, place, reuse=bool(cfg.reuse))
         assert result is not None
@@ -162,9 +163,9 @@ def _weights(cfg: DictConfig, run: Run | None, network: Any) -> tuple[Path | Non
         names = [Path(name).stem for name in checkpoint_io.manifest(run.checkpoints)]
         if not names and not run.checkpoints.exists() and not cfg.ckpt_path:
             return None, None  # a folder that analyze.py made for a model without a checkpoint
-        raise CheckpointError("ckpt", cfg.ckpt, "the run has no such checkpoint", loading.nearest(str(cfg.ckpt), names))
+        raise CheckpointError("ckpt", cfg.ckpt, "the run has no such checkpoint", errors.nearest(str(cfg.ckpt), names))
     content = checkpoint_io.read(path)
-    factories.load_weights(network, content, path)
+    checkpoint_weights.load_weights(network, content, path)
     return path, content
 
 

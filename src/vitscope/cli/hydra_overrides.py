@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from vitscope.config import composition, loading
+from vitscope.runtime import errors
 from vitscope.runtime.errors import ConfigError
 
 T = TypeVar("T")
@@ -96,7 +97,7 @@ def apply(cfg: DictConfig, arguments: Sequence[str]) -> None:
             parent, _, name = key.rpartition(".")
             above = OmegaConf.select(cfg, parent) if parent else cfg
             names = list(above.keys()) if isinstance(above, DictConfig) else []
-            raise ConfigError(key, value, "no such key", loading.nearest(name, map(str, names)))
+            raise ConfigError(key, value, "no such key", errors.nearest(name, map(str, names)))
         if isinstance(node, DictConfig) and loading.options(key):
             raise ConfigError(key, value, "a group, and the run has its own", "start a new run to choose another")
         try:

@@ -20,7 +20,7 @@ def main() -> None:
         print(f"usage: vitscope {{{','.join(COMMANDS)}}} [overrides]\nvitscope <command> --help shows what can be set")
         return
     if name not in COMMANDS:
-        from vitscope.config.loading import nearest
+        from vitscope.runtime.errors import nearest
 
         print(f"error: {name}: no such command; {nearest(name, COMMANDS)}", file=sys.stderr)
         sys.exit(2)

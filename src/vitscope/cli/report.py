@@ -22,7 +22,7 @@ from vitscope.reports.tables import table as cells
 from vitscope.reports.tables.table import Problem, Table
 from vitscope.reports.value_lookup import Selection
 from vitscope.runs import run_dir
-from vitscope.runtime import stop_flag
+from vitscope.runtime import errors, stop_flag
 from vitscope.runtime.errors import ConfigError, DataError
 
 TABLES = (*headline_tables.TABLES, "claims", *factorial_tables.NAMES)
@@ -109,7 +109,7 @@ def report(cfg: DictConfig) -> Path:
 def _check(cfg: DictConfig) -> None:
     for key, value, names in (("table", cfg.table, TABLES), ("group_by", cfg.group_by, GROUP_BY)):
         if value not in names and not (key == "table" and value is None):
-            raise ConfigError(key, value, "no such choice", loading.nearest(str(value), names))
+            raise ConfigError(key, value, "no such choice", errors.nearest(str(value), names))
     if not re.fullmatch(r"[^/\\\0\n]{1,100}", str(cfg.name)) or str(cfg.name) in (".", ".."):
         raise ConfigError(
             "name", repr(cfg.name), "not the name of a file", "leave out folders; out=... says where it goes"

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from vitscope.cli import exit_codes
-from vitscope.config import loading
+from vitscope.config import error_translation, loading
 from vitscope.reproduce import plan as reproduction
 from vitscope.reproduce.plan import Target, Trial
 from vitscope.reproduce.trial import Outcome, perform
-from vitscope.runtime import stop_flag
+from vitscope.runtime import errors, stop_flag
 from vitscope.runtime.errors import ConfigError, DataError
 from vitscope.runtime.stop_flag import Interrupted
 
@@ -44,7 +44,7 @@ def arguments(argv: Sequence[str]) -> tuple[list[str], str, int, Path, Path]:
     given = {key: value for key, _, value in (a.partition("=") for a in argv if "=" in a)}
     for key in given:
         if key not in OPTIONS:
-            raise ConfigError(key, given[key], "no such option", loading.nearest(key, OPTIONS))
+            raise ConfigError(key, given[key], "no such option", errors.nearest(key, OPTIONS))
     chosen = {**OPTIONS, **given}
     if not chosen["seeds"].isdigit() or int(chosen["seeds"]) < 1:
         raise ConfigError("seeds", chosen["seeds"], "not a number of at least 1", "give one, such as seeds=5")
@@ -152,7 +152,7 @@ def attempted(trial: Trial, root: Path) -> Outcome:
     except (Interrupted, KeyboardInterrupt):
         raise
     except Exception as error:
-        known = exit_codes.explain(error)
+        known = error_translation.explain(error)
         _say(f"error: {known or repr(error)}")
         return Outcome(None, (f"{trial.name} ({known or repr(error)})",))
 

@@ -18,7 +18,7 @@ from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from omegaconf import DictConfig, OmegaConf, flag_override
 from omegaconf.errors import OmegaConfBaseException
 
-from vitscope.config import loading, target_allowlist
+from vitscope.config import instantiate, target_allowlist
 from vitscope.runtime.errors import ConfigError
 
 _BASIC = "hydra._internal.core_plugins"
@@ -92,7 +92,7 @@ def judge(cfg: DictConfig, overrides: Sequence[str] = ()) -> None:
         if OmegaConf.select(hydra, "job.chdir"):
             why = "W&B and others read settings from the folder where they run, and run= and paths would mean other folders"
             raise ConfigError("hydra.job.chdir", True, why, "set hydra.job.chdir=false")
-        for place, node in loading.targets(_raw(hydra), "hydra"):
+        for place, node in instantiate.targets(_raw(hydra), "hydra"):
             if place.partition(".")[2].partition(".")[0] not in PLUGINS:
                 _refuse(f"{place}._target_", node["_target_"], "nothing is created there")
 
@@ -147,7 +147,7 @@ def _check_plugins(hydra: DictConfig, group: str, overrides: Sequence[str]) -> N
         tree = OmegaConf.to_container(hydra[group], resolve=True)
     except OmegaConfBaseException as error:
         raise ConfigError(path, None, str(error).splitlines()[0], "correct the interpolation") from None
-    for place, node in loading.targets(tree, path):
+    for place, node in instantiate.targets(tree, path):
         _check_plugin(group, place, node["_target_"])
     if group == "launcher":
         _check_launcher(tree, overrides)

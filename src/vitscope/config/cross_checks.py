@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from vitscope.config import loading
+from vitscope.runtime import errors
 from vitscope.runtime.errors import ConfigError
 
 #: metrics of the validation that a checkpoint may follow
@@ -79,7 +79,7 @@ def _check_monitors(callbacks: Mapping[str, Any]) -> None:
         known = METRICS if name == "checkpoint" else (*METRICS, *TRAINING_METRICS)
         if monitor not in known and not (monitor is None and name != "checkpoint"):
             key = f"callbacks.{name}.monitor"
-            raise ConfigError(key, monitor, "no such metric", loading.nearest(str(monitor), known))
+            raise ConfigError(key, monitor, "no such metric", errors.nearest(str(monitor), known))
 
 
 def _check_trainer(trainer: Mapping[str, Any]) -> None:

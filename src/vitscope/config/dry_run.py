@@ -10,9 +10,9 @@ import torch
 from omegaconf import DictConfig
 from torch import nn
 
-from vitscope.config import loading
+from vitscope.config import instantiate, loading
 from vitscope.core import lr_schedule
-from vitscope.runtime.errors import ConfigError, DataError
+from vitscope.runtime.errors import ConfigError, DataError, first_line
 
 #: what a callee raises for a value that its signature does not tell from a good one
 REFUSALS = (TypeError, ValueError, RuntimeError, KeyError, AttributeError)
@@ -48,14 +48,14 @@ def rehearse(cfg: DictConfig, network: nn.Module, data: Any) -> None:
 
 def _built(node: Any, path: str, **supplied: Any) -> Any:
     try:
-        return loading.instantiate(node, path, **supplied)
+        return instantiate.instantiate(node, path, **supplied)
     except REFUSALS as error:
-        raise ConfigError(path, None, _first_line(error), "correct its values") from error
+        raise ConfigError(path, None, first_line(error).rstrip("."), "correct its values") from error
 
 
 def _optimizer(node: dict[str, Any]) -> None:
     options = node.pop("schedule", None) or {}
-    make = loading.instantiate({**node, "_partial_": True}, "optimizer")
+    make = instantiate.instantiate({**node, "_partial_": True}, "optimizer")
     weight = nn.Parameter(torch.ones(1))
 
     def loss() -> torch.Tensor:
@@ -68,12 +68,12 @@ def _optimizer(node: dict[str, Any]) -> None:
     try:
         make([weight]).step(loss)
     except REFUSALS as error:
-        raise ConfigError("optimizer", None, _first_line(error), "correct its values") from error
+        raise ConfigError("optimizer", None, first_line(error).rstrip("."), "correct its values") from error
     try:
         for step in (0, 99):
             lr_schedule.factor(step, steps_per_epoch=10, total_epochs=10, **options)
     except REFUSALS as error:
-        raise ConfigError("optimizer.schedule", None, _first_line(error), "correct its values") from error
+        raise ConfigError("optimizer.schedule", None, first_line(error).rstrip("."), "correct its values") from error
 
 
 def _steps(trainer: Mapping[str, Any], data: Any) -> None:
@@ -92,7 +92,7 @@ def _forward(cfg: DictConfig, network: nn.Module, data: Any) -> None:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             logits = network.eval()(images)
     except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
-        raise ConfigError("data.image_size", data.image_size, f"the model cannot take its images ({_first_line(error)})",
+        raise ConfigError("data.image_size", data.image_size, f"the model cannot take its images ({first_line(error)})",
                           "make model and data.image_size fit") from error  # fmt: skip
     finally:
         for name, module in network.named_modules():
@@ -101,7 +101,3 @@ def _forward(cfg: DictConfig, network: nn.Module, data: Any) -> None:
     if shape != (2, data.num_classes):
         raise ConfigError("data.num_classes", data.num_classes, f"two images give {cfg.model._target_}'s outputs {shape}",
                           "make the model's number of classes equal")  # fmt: skip
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0][:200].rstrip(".") if str(error).strip() else type(error).__name__

@@ -6,9 +6,10 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from vitscope.config import loading
+from vitscope.config.loading import digest, plain
 
 #: what may differ between two runs of one experiment: where and how it was computed, and what was watched
 INCIDENTAL = (
@@ -105,9 +106,9 @@ def labels(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
         By digest; no two names are equal.
     """
     named: dict[str, list[str]] = {}
-    for digest, cfg in configs.items():
-        named.setdefault(short_name(cfg), []).append(digest)
-    found: dict[str, str] = {}
+    for key, cfg in configs.items():
+        named.setdefault(short_name(cfg), []).append(key)
+    labels: dict[str, str] = {}
     for name, digests in named.items():
         facts = [identity(configs[d]) for d in digests]
         varying = [k for k in facts[0] | dict.fromkeys(k for f in facts for k in f) if _varies(k, facts)]
@@ -115,15 +116,15 @@ def labels(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
         # stable: what is built, then how trained; what only some optimizers have comes last
         varying.sort(key=lambda key: (GROUPS.index(key.partition(".")[0]), key in ("optimizer.betas", "optimizer.eps")))
         usual = {key: _usual(key, facts) for key in varying}
-        for digest, fact in zip(digests, facts):
-            said = [key for key in varying if loading.digest(fact.get(key)) != usual[key]]
+        for run_key, fact in zip(digests, facts):
+            said = [key for key in varying if digest(fact.get(key)) != usual[key]]
             words = [_word(key, fact.get(key)) for key in said[:MOST_KEYS]]
-            found[digest] = ", ".join([name, *words])
+            labels[run_key] = ", ".join([name, *words])
     counts: dict[str, int] = {}
-    for digest, label in found.items():  # what MOST_KEYS cut off
+    for run_key, label in labels.items():  # what MOST_KEYS cut off
         counts[label] = counts.get(label, 0) + 1
-        found[digest] = label if counts[label] == 1 else f"{label}, no. {counts[label]}"
-    return found
+        labels[run_key] = label if counts[label] == 1 else f"{label}, no. {counts[label]}"
+    return labels
 
 
 def _varies(key: str, facts: Sequence[Mapping[str, Any]]) -> bool:
@@ -156,3 +157,21 @@ def _said(value: Any) -> str:
         if not isinstance(value, int) or isinstance(value, bool)
         else str(value)
     )
+
+
+#: what decides whether two runs are the same experiment
+IDENTITY = ("model", "data", "objective", "optimizer", "trainer", "callbacks", "compile", "seed")
+
+
+def config_hash(cfg: DictConfig) -> str:
+    """Return the hash (16 digits) of what makes a run the experiment that it is; folders and logging left out."""
+    resolved = plain(cfg)
+    identity = {key: resolved.get(key) for key in IDENTITY}
+    if resolved.get("channels_last"):  # changes the order of sums; a run without it keeps the hash it always had
+        identity["channels_last"] = True
+    if isinstance(identity["data"], dict):
+        identity["data"] = {k: v for k, v in identity["data"].items() if k not in ("root", "num_workers")}
+    if isinstance(identity["trainer"], dict):
+        incidental = ("default_root_dir", "enable_progress_bar", "enable_model_summary", "profiler", "logger")
+        identity["trainer"] = {k: v for k, v in identity["trainer"].items() if k not in incidental}
+    return digest(identity, 16)

@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
-from vitscope.config import loading
+from vitscope.config import instantiate, loading
+from vitscope.config.checkpoint_optimizer import adamw_scale, optimizer_state
 from vitscope.core.objective import Objective
-from vitscope.core.optimizer_state import OptimizerState, of_checkpoint
 from vitscope.core.probe import Probe
-from vitscope.linalg.optimizer_stability import adam_scale
-from vitscope.runs import checkpoint_io
-from vitscope.runtime import redaction
-from vitscope.runtime.errors import CheckpointError, ConfigError, DataError, VitscopeError
+from vitscope.runtime import errors
+from vitscope.runtime.errors import ConfigError, DataError, VitscopeError, first_line
 
 #: keys of the data group that are hints for other groups, not arguments of the data module
 DATA_HINTS = ("recipe",)
@@ -35,16 +30,16 @@ def model(cfg: DictConfig) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(cfg.seed))
         try:
-            network = loading.instantiate(_at_own_size(cfg), "model")
+            network = instantiate.instantiate(_at_own_size(cfg), "model")
         except (OSError, ConnectionError) as error:
-            raise DataError("model.pretrained", cfg.model.get("pretrained"), f"weights not fetched ({_first_line(error)})",
+            raise DataError("model.pretrained", cfg.model.get("pretrained"), f"weights not fetched ({first_line(error)})",
                             "connect, or set model.pretrained=false") from error  # fmt: skip
         except VitscopeError:
             raise
         except Exception as error:  # of values that the signature did not tell from good ones
             if not cfg.model.get("pretrained"):
-                raise ConfigError("model", cfg.model.get("name"), _first_line(error), "check its keys") from error
-            raise DataError("model.pretrained", True, _first_line(error), "set model.pretrained=false") from error
+                raise ConfigError("model", cfg.model.get("name"), first_line(error), "check its keys") from error
+            raise DataError("model.pretrained", True, first_line(error), "set model.pretrained=false") from error
     if not isinstance(network, nn.Module):
         raise ConfigError(
             "model._target_", cfg.model._target_, f"gives a {type(network).__name__}", "name an nn.Module"
@@ -61,7 +56,7 @@ def _at_own_size(cfg: DictConfig) -> dict[str, Any]:
 
 def data(cfg: DictConfig) -> Any:
     """Return the data module that ``cfg.data`` describes."""
-    return loading.instantiate(cfg.data, "data", drop=DATA_HINTS)
+    return instantiate.instantiate(cfg.data, "data", drop=DATA_HINTS)
 
 
 def named_objective(name: str) -> dict[str, Any]:
@@ -72,7 +67,7 @@ def named_objective(name: str) -> dict[str, Any]:
     """
     names = loading.options("objective")
     if name not in names:
-        raise ConfigError("probe.augment", name, "no such objective", loading.nearest(name, names))
+        raise ConfigError("probe.augment", name, "no such objective", errors.nearest(name, names))
     return loading.plain(OmegaConf.load(loading.folder() / "objective" / f"{name}.yaml"))
 
 
@@ -145,116 +140,3 @@ class _OnDevice:
 
     def __iter__(self):
         return ((x.to(self._device), y.to(self._device)) for x, y in self._batches)
-
-
-def load_weights(network: nn.Module, content: Mapping[str, Any], path: Path) -> None:
-    """Put a checkpoint's weights into ``network``; every key must be accounted for.
-
-    A file of the official code or of timm 0.5.4 is known by its key names, see `load_official_state_dict`. What torch's own
-    `load_state_dict` fills in or renames (counters of batches that old files lack, a module's own hooks) is not missed.
-
-    Raises:
-        CheckpointError: keys or shapes that do not match, the first of them named.
-    """
-    from vitscope.models import load_official_state_dict
-
-    own = network.state_dict()
-    state = _fitting_state(content, own)
-    if set(state) != set(own):
-        try:
-            load_official_state_dict(network, state)
-            return
-        except ValueError as error:
-            # the official code's names for another size of the model; otherwise say below which keys differ
-            if " has shape " in str(error):
-                fix = "use the model it was made with (data.num_classes, model.depth, ...)"
-                raise CheckpointError("ckpt_path", path, str(error).rstrip("."), fix) from error
-    for name, tensor in own.items():
-        if name in state and tensor.shape != state[name].shape:
-            raise CheckpointError("ckpt_path", path, f"{name} is {tuple(state[name].shape)} there and {tuple(tensor.shape)} here",
-                                  "use the model it was made with (data.num_classes, model.depth, ...)")  # fmt: skip
-    try:
-        found = network.load_state_dict(state, strict=False)
-    except (
-        RuntimeError,
-        KeyError,
-    ) as error:  # kinds of tensors that do not go into weights, or a hook that misses its own
-        raise CheckpointError("ckpt_path", path, _first_line(error), "use the model it was made with") from None
-    for name in sorted({*found.missing_keys, *found.unexpected_keys}):
-        where = "the checkpoint lacks it" if name in own else "the model has no such weight"
-        raise CheckpointError("ckpt_path", path, f"{name}: {where}", "use the model it was made with (model=...)")
-
-
-def _fitting_state(content: Mapping[str, Any], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return a checkpoint's tensors without the prefixes of wrappers: of the readings, the one with most of ``own``'s keys.
-
-    A network may itself keep everything under ``model.``, and wrappers may stand around each other (``module._orig_mod.``).
-    """
-    usual = checkpoint_io.model_state(content)
-    readings = [usual, *checkpoint_io.unwrapped(content)]
-    return max(readings, key=lambda state: len(state.keys() & own.keys()))
-
-
-def optimizer_state(
-    network: nn.Module, content: Mapping[str, Any] | None, cfg: Mapping[str, Any] | None = None
-) -> OptimizerState | None:
-    """Return the optimizer that a checkpoint holds: its class, hyper-parameters by group and state; None where it holds none.
-
-    Args:
-        network: whose parameters it trains.
-        content: the checkpoint.
-        cfg: the run's configuration, which names the optimizer's class.
-
-    Raises:
-        CheckpointError: the state is not one that an optimizer writes.
-    """
-    saved = (content or {}).get("optimizer_states") or []
-    if not saved:
-        return None
-    target = loading.plain((cfg or {}).get("optimizer")) if cfg is not None and cfg.get("optimizer") else None
-    with _readable_state():
-        if len(saved) > 1:
-            return OptimizerState("optimizers", {}, f"{len(saved)} optimizers take turns")
-        return of_checkpoint(saved[0], network, target)
-
-
-def adamw_scale(
-    network: nn.Module, content: Mapping[str, Any], cfg: Mapping[str, Any] | None = None
-) -> dict[str, Tensor] | None:
-    """Return sqrt(v) + eps of each parameter by name from a checkpoint's AdamW or Adam state, v corrected for its bias.
-
-    None where the checkpoint holds no such state.
-
-    Raises:
-        CheckpointError: the state is not one that AdamW writes.
-    """
-    state = optimizer_state(network, content, cfg)
-    if state is None:
-        return None
-    with _readable_state():
-        return adam_scale(state)
-
-
-@contextmanager
-def _readable_state() -> Iterator[None]:
-    """Turn what reading a damaged optimizer state raises into one line."""
-    try:
-        yield
-    except (KeyError, IndexError, TypeError, AttributeError, ValueError, RuntimeError) as error:
-        why = f"its optimizer state is damaged ({type(error).__name__}: {_first_line(error)})"
-        raise CheckpointError("ckpt_path", None, why, "use another checkpoint, or objective.l2=half_sq") from None
-
-
-def weights_hash(network: nn.Module) -> str:
-    """Return the first 16 digits of a SHA-256 over all weights and buffers, in order: the checkpoint's name on cards."""
-    total = hashlib.sha256()
-    for name, tensor in network.state_dict().items():
-        total.update(name.encode())
-        total.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() if tensor.ndim else
-                     str(tensor.item()).encode())  # fmt: skip
-    return total.hexdigest()[:16]
-
-
-def _first_line(error: Exception) -> str:
-    text = redaction.masked(str(error)).strip()  # before it is cut: half of a secret would not be known
-    return text.splitlines()[0][:200] if text else type(error).__name__

@@ -16,7 +16,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from vitscope.config import factories, loading
-from vitscope.models.structure.taps import Tap, known_taps
+from vitscope.core.tap import Tap
+from vitscope.models.structure.taps import known_taps
 
 #: key of the facts in ``provenance.json``
 KEY = "model"

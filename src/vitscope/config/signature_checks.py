@@ -8,32 +8,41 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, Union, get_args, get_origin
 
-from vitscope.config import loading
+from vitscope.config import instantiate, loading, target_allowlist
+from vitscope.runtime import errors
 from vitscope.runtime.errors import ConfigError
 
 _UNIONS = (Union, types.UnionType)
 
 
-def check_node(path: str, node: Any, *, extra: Sequence[str] = (), supplied: Sequence[str] = ()) -> None:
+def check_node(
+    path: str,
+    node: Any,
+    *,
+    extra: Sequence[str] = (),
+    supplied: Callable[[Callable[..., Any]], Sequence[str]] | None = None,
+) -> None:
     """Check a node with a ``_target_``, and those inside it, against the signatures of what they name.
 
     Args:
         path: the node's key.
         node: its plain values.
         extra: keys of the node itself that are not the target's arguments.
-        supplied: arguments that vitscope passes, which a configuration need not name.
+        supplied: from the target of ``path`` to the arguments that vitscope passes, which a configuration need not name.
 
     Raises:
         ConfigError: naming the key.
     """
     if not isinstance(node, Mapping) or "_target_" not in node:
         raise ConfigError(path, None, "no _target_", f"choose one of {', '.join(loading.options(path.split('.')[0]))}")
-    for place, inner in loading.targets(node, path):
-        loading.check_role(inner, place)
-        target = loading.resolve(inner["_target_"], place)
-        ours = (*loading.RESERVED, *(extra if place == path else ()))
+    for place, inner in instantiate.targets(node, path):
+        target_allowlist.check_role(inner, place)
+        target = target_allowlist.resolve(inner["_target_"], place)
+        ours = (*instantiate.RESERVED, *(extra if place == path else ()))
         arguments = {key: value for key, value in inner.items() if key not in ours}
-        check_arguments(place, arguments, target, supplied=supplied if place == path else ())
+        check_arguments(
+            place, arguments, target, supplied=supplied(target) if supplied is not None and place == path else ()
+        )
 
 
 def check_arguments(
@@ -50,10 +59,10 @@ def check_arguments(
     hints = _hints(target)
     for key, value in given.items():
         if key not in names and not open_ended:
-            raise ConfigError(f"{path}.{key}", shown(value), "no such key", loading.nearest(key, names - set(supplied)))
+            raise ConfigError(f"{path}.{key}", shown(value), "no such key", errors.nearest(key, names - set(supplied)))
         if key in hints and not fits(value, hints[key]):
             if isinstance(value, str) and (names := _choices(hints[key])):
-                raise ConfigError(f"{path}.{key}", value, "no such choice", loading.nearest(value, names))
+                raise ConfigError(f"{path}.{key}", value, "no such choice", errors.nearest(value, names))
             expected = hints[key].__name__ if isinstance(hints[key], type) else str(hints[key]).replace("typing.", "")
             raise ConfigError(f"{path}.{key}", shown(value), f"not of type {expected}", "correct the value")
 

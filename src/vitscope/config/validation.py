@@ -19,11 +19,12 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from vitscope.analyses import arguments
-from vitscope.analyses.runner import OURS
-from vitscope.config import cross_checks, loading
+from vitscope.config import cross_checks, instantiate, loading, target_allowlist
 from vitscope.config.factories import DATA_HINTS
+from vitscope.config.loading import NODE_KEYS
 from vitscope.config.signature_checks import check_arguments, check_node, fits, shown
+from vitscope.core.run_inputs import run_inputs
+from vitscope.runtime import errors
 from vitscope.runtime.errors import CheckpointError, ConfigError, DataError, StorageError
 
 METRICS = cross_checks.METRICS
@@ -64,8 +65,8 @@ def validate(cfg: DictConfig) -> None:
         StorageError: ``paths.runs`` cannot be written.
     """
     tree = _resolved(cfg)
-    for place, node in loading.targets(tree):  # before anything looks at arguments
-        loading.check_target(node, place)
+    for place, node in instantiate.targets(tree):  # before anything looks at arguments
+        target_allowlist.check_target(node, place)
     for key, value in _leaves(tree):
         _check_number(key, value)
     _check_roots(tree, whole=bool(OmegaConf.is_struct(cfg)))  # a run's own file may be older than a key
@@ -100,7 +101,7 @@ def _check_roots(tree: Mapping[str, Any], *, whole: bool) -> None:
     groups = groups | {"optimizer"}  # analyze.py takes it over from the run
     for key, value in tree.items():
         if key not in keys and key not in groups:
-            raise ConfigError(key, shown(value), "no such key", loading.nearest(str(key), groups | set(keys)))
+            raise ConfigError(key, shown(value), "no such key", errors.nearest(str(key), groups | set(keys)))
         if key in groups and not isinstance(value, Mapping | None):
             raise ConfigError(key, shown(value), "not a group", f"choose one of {', '.join(loading.options(key))}")
         if key in keys and not any(fits(value, kind) for kind in keys[key]):
@@ -171,7 +172,7 @@ def _check_target_group(group: str, node: Mapping[str, Any]) -> None:
         for key in node["recipe"]:
             if key not in known:
                 raise ConfigError(
-                    f"data.recipe.{key}", shown(node["recipe"][key]), "no such key", loading.nearest(key, known)
+                    f"data.recipe.{key}", shown(node["recipe"][key]), "no such key", errors.nearest(key, known)
                 )
     if group == "optimizer" and node.get("schedule"):
         from vitscope.core.lr_schedule import factor
@@ -189,7 +190,7 @@ def _check_plain_group(group: str, node: Mapping[str, Any]) -> None:
             known.setdefault(key, set()).update(kinds if kinds != {int} else {float})
     for key, value in node.items():
         if key not in known:
-            raise ConfigError(f"{group}.{key}", shown(value), "no such key", loading.nearest(str(key), known))
+            raise ConfigError(f"{group}.{key}", shown(value), "no such key", errors.nearest(str(key), known))
         if not any(fits(value, kind) for kind in known[key]):
             raise ConfigError(f"{group}.{key}", shown(value), f"not {_named(known[key])}", "correct the value")
     if group == "objective":
@@ -197,7 +198,7 @@ def _check_plain_group(group: str, node: Mapping[str, Any]) -> None:
 
         if node.get("l2") not in L2_FORMS:
             raise ConfigError(
-                "objective.l2", node.get("l2"), "unknown form", loading.nearest(str(node.get("l2")), L2_FORMS)
+                "objective.l2", node.get("l2"), "unknown form", errors.nearest(str(node.get("l2")), L2_FORMS)
             )
 
 
@@ -205,7 +206,7 @@ def _check_caps(caps: Mapping[str, Any]) -> None:
     """Refuse bounds of what there is not: each is the name of a size in some file of ``conf/analysis``, or the trainer's."""
     for name in caps:
         if name not in _bounded():
-            raise ConfigError(f"caps.{name}", shown(caps[name]), "no such key", loading.nearest(str(name), _bounded()))
+            raise ConfigError(f"caps.{name}", shown(caps[name]), "no such key", errors.nearest(str(name), _bounded()))
 
 
 @functools.cache
@@ -220,10 +221,14 @@ def _file(group: str, name: str) -> dict[str, Any]:
     return {key: value for key, value in typing.cast(dict[str, Any], loaded).items() if key != "defaults"}
 
 
+def _supplied(measure: Callable[..., Any]) -> tuple[str, ...]:
+    return ("probe", *run_inputs(measure))
+
+
 def _check_analyses(nodes: Mapping[str, Any]) -> None:
     for name, node in nodes.items():
         path = f"analysis.{name}"
-        check_node(path, node, extra=(*OURS, *_paths_of(path, node)), supplied=("probe", *arguments.NAMES))
+        check_node(path, node, extra=(*NODE_KEYS, *_paths_of(path, node)), supplied=_supplied)
         _check_saved(path, node)
         for part, types_ in (("probe", PROBE_TYPES), ("when", WHEN_TYPES)):
             if not isinstance(node.get(part), Mapping | None):
@@ -232,13 +237,13 @@ def _check_analyses(nodes: Mapping[str, Any]) -> None:
                 )
             for key, value in (node.get(part) or {}).items():
                 if key not in types_:
-                    raise ConfigError(f"{path}.{part}.{key}", shown(value), "no such key", loading.nearest(key, types_))
+                    raise ConfigError(f"{path}.{part}.{key}", shown(value), "no such key", errors.nearest(key, types_))
                 if not fits(value, types_[key]):
                     why = f"not of type {getattr(types_[key], '__name__', types_[key])}"
                     raise ConfigError(f"{path}.{part}.{key}", shown(value), why, "correct the value")
         recipe = (node.get("probe") or {}).get("augment")
         if isinstance(recipe, str) and recipe not in loading.options("objective"):
-            why = loading.nearest(recipe, ["true", "false", *loading.options("objective")])
+            why = errors.nearest(recipe, ["true", "false", *loading.options("objective")])
             raise ConfigError(f"{path}.probe.augment", recipe, "neither true, false nor an objective", why)
         if node.get("on_error", "warn") not in ("warn", "raise"):
             raise ConfigError(f"{path}.on_error", node["on_error"], "unknown", "choose warn or raise")
@@ -248,7 +253,7 @@ def _paths_of(path: str, node: Any) -> tuple[str, ...]:
     """Return the keys that hold paths where the measure takes what is read from them."""
     if not isinstance(node, Mapping) or "_target_" not in node:
         return ()
-    measure = loading.resolve(node["_target_"], path)
+    measure = target_allowlist.resolve(node["_target_"], path)
     return ("checkpoints",) if "checkpoints" in inspect.signature(measure).parameters else ()
 
 

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from vitscope.core.measure_options import with_options
 from vitscope.core.probe import Probe
-from vitscope.models.structure.taps import Tap, reading
+from vitscope.core.structure_lookup import structure_reader
+from vitscope.core.tap import Tap
 from vitscope.runtime.distributed import gather_objects, world_size
 from vitscope.runtime.progress import track
 from vitscope.runtime.stop_flag import Interrupted
@@ -48,6 +49,7 @@ def through(probe: Probe, accumulators: Sequence[Accumulator], description: str)
         for accumulator in accumulators:
             accumulator.read(index, tap, x)
 
+    reading = structure_reader().reading
     with probe.guard(logits=False) as model, reading(model, probe.taps, read):
         for number, (x, _) in track(probe.local_batches(), description, -(-probe.n_batches // world_size())):
             model(x)

@@ -56,8 +56,6 @@ class OptimizerState:
 
 def of_optimizer(optimizer: Optimizer, model: nn.Module) -> OptimizerState:
     """Return the state of a live optimizer of ``model``'s parameters."""
-    from vitscope.training.sam import SAM
-
     named = {id(p): name for name, p in model.named_parameters()}
     parameters = {
         named[id(p)]: ParameterState(
@@ -67,8 +65,9 @@ def of_optimizer(optimizer: Optimizer, model: nn.Module) -> OptimizerState:
         for p in group["params"]
         if id(p) in named
     }
-    if isinstance(optimizer, SAM):
-        return _around(type(optimizer.base).__name__, parameters, float(optimizer.rho), type(optimizer.base).__module__)
+    base, rho = getattr(optimizer, "base", None), getattr(optimizer, "rho", None)
+    if isinstance(base, Optimizer) and rho is not None:  # sharpness-aware minimization around another optimizer
+        return _around(type(base).__name__, parameters, float(rho), type(base).__module__)
     return _known(type(optimizer).__name__, parameters, type(optimizer).__module__)
 
 

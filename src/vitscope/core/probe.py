@@ -25,6 +25,7 @@ from vitscope.core.objective import Objective, n_labeled
 from vitscope.core.objective_card import ObjectiveCard as ObjectiveCard
 from vitscope.core.objective_card import versions
 from vitscope.core.optimizer_state import OptimizerState
+from vitscope.core.structure_lookup import structure_reader
 from vitscope.runtime import distributed
 
 Batch = tuple[Tensor, Tensor]
@@ -82,11 +83,8 @@ class Probe:
     def taps(self) -> list[Any]:
         """The taps that were passed, or those that `vitscope.taps` finds in the model."""
         if self._taps is None:
-            from vitscope.models.structure.coverage import warn_missing_units
-            from vitscope.models.structure.taps import known_taps
-
-            self._taps = known_taps(self.model)
-            warn_missing_units(self.model, self._missing_units())
+            self._taps = structure_reader().known_taps(self.model)
+            structure_reader().warn_missing_units(self.model, self._missing_units())
         return self._taps
 
     def first_images(self) -> Tensor | None:
@@ -101,16 +99,12 @@ class Probe:
             ValueError: they do not, and no taps were passed by hand.
         """
         if not self._own_taps:
-            from vitscope.models.structure.coverage import refuse_missing_units
-
-            refuse_missing_units(self.model, self._missing_units())
+            structure_reader().refuse_missing_units(self.model, self._missing_units())
 
     def _missing_units(self) -> list[tuple[str, str]]:
         """Return what `vitscope.models.structure.coverage.missing_units` does; the model runs once for it."""
         if self._missing is None:
-            from vitscope.models.structure.coverage import missing_units
-
-            self._missing = missing_units(self.model, self.first_images())
+            self._missing = structure_reader().missing_units(self.model, self.first_images())
         return self._missing
 
     @property

@@ -12,8 +12,8 @@ from matplotlib import style
 from matplotlib.figure import Figure
 
 from vitscope.core.objective_card import check_comparable
-from vitscope.runs.result_store import temporary_path
 from vitscope.runtime import safe_files
+from vitscope.runtime.atomic_write import temporary_path
 
 STYLE = Path(__file__).with_name("vitscope.mplstyle")
 

@@ -7,8 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from vitscope.core.objective_card import shown_value
-from vitscope.core.probe import ObjectiveCard
+from vitscope.core.objective_card import ObjectiveCard, shown_value
 from vitscope.reports.run_index import NAMED_BY_ROWS, OF_THE_RUN, Conditions, Entry, Measured, differing, majority
 
 MISSING, FAILED = "missing", "failed"

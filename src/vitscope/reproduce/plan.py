@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from vitscope.config import loading
+from vitscope.runtime import errors
 from vitscope.runtime.errors import ConfigError
 
 #: keys of a run that are ours; the others are overrides of ``train.py``
@@ -103,7 +104,7 @@ def select(names: Sequence[str], plan: Mapping[str, Any]) -> list[str]:
     for name in names:
         found = [k for k in known if name == "all" or k == name or re.fullmatch(re.escape(name) + "[a-z]", k)]
         if not found:
-            raise ConfigError("target", name, "no such figure or table", loading.nearest(name, known))
+            raise ConfigError("target", name, "no such figure or table", errors.nearest(name, known))
         chosen += found
     return list(dict.fromkeys(chosen))
 
@@ -121,7 +122,7 @@ def target(name: str, plan: Mapping[str, Any], profile: str, seeds: int = 1) -> 
         ConfigError: an unknown profile, model or moment.
     """
     if profile not in plan["profiles"]:
-        raise ConfigError("profile", profile, "no such profile", loading.nearest(profile, plan["profiles"]))
+        raise ConfigError("profile", profile, "no such profile", errors.nearest(profile, plan["profiles"]))
     settings = plan["profiles"][profile]
     node = {**plan["targets"][name], **plan["targets"][name].get(profile, {})}
     if node.get("claims"):
@@ -154,7 +155,7 @@ def _expanded(run: Mapping[str, Any], models: Mapping[str, str]) -> Iterator[dic
         chosen = dict(zip(keys, values))
         name = str(chosen.get("model"))
         if name not in models:
-            raise ConfigError("model", name, "the profile has no such model", loading.nearest(name, models))
+            raise ConfigError("model", name, "the profile has no such model", errors.nearest(name, models))
         experiment = {"experiment": chosen["experiment"]} if "experiment" in chosen else {}
         rest = {key: str(value) for key, value in chosen.items() if key not in _OURS}
         yield {**experiment, **_pairs(models[name].split()), **rest}
@@ -169,7 +170,7 @@ def _moments(name: str, settings: Mapping[str, Any]) -> tuple[str, ...]:
         return (name,)
     known = settings.get("moments", {})
     if name not in known:
-        raise ConfigError("at", name, "the profile has no such moment", loading.nearest(name, ["end", "init", *known]))
+        raise ConfigError("at", name, "the profile has no such moment", errors.nearest(name, ["end", "init", *known]))
     return tuple(known[name])
 
 

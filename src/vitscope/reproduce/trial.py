@@ -13,16 +13,16 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from vitscope.analyses import runner
-from vitscope.analyses.runner import Place
-from vitscope.cli.train import train
-from vitscope.config import composition, factories, loading
+from vitscope.analyses import runner, spec
+from vitscope.analyses.context import Place
+from vitscope.config import caps, composition, experiment_identity, factories, loading
 from vitscope.reports.value_lookup import undefined
 from vitscope.reproduce.plan import Trial
-from vitscope.runs import checkpoint_io, run_dir
+from vitscope.runs import checkpoint_io, checkpoint_weights, run_dir
 from vitscope.runs.run_dir import Run
 from vitscope.runtime.errors import CheckpointError, VitscopeError
 from vitscope.runtime.stop_flag import Interrupted
+from vitscope.training.training_run import train
 
 
 @dataclass(frozen=True)
@@ -72,12 +72,12 @@ def composed(trial: Trial, root: Path) -> DictConfig:
         cfg = compose("train", overrides=[*trial.overrides, *always])
     loading.drop_unchosen(cfg)
     with open_dict(cfg):
-        loading.apply_caps(cfg)
+        caps.apply_caps(cfg)
     return cfg
 
 
 def _trained(cfg: DictConfig, trial: Trial, root: Path) -> Run:
-    identity = loading.config_hash(cfg)
+    identity = experiment_identity.config_hash(cfg)
     if (done := run_dir.finished(root, identity)) is not None:
         slim(done)  # where a kill left it undone
         return done
@@ -127,7 +127,7 @@ def _measured(run: Run, wanted: Any, tag: str) -> tuple[list[str], list[str]]:
     """Measure at one moment; return what failed and what is there."""
     cfg = run.config()
     OmegaConf.update(cfg, "analysis", OmegaConf.create(loading.plain(wanted)), force_add=True, merge=False)
-    chosen = [runner.replaced(analysis, on_error="raise") for analysis in runner.parse(cfg.analysis)]
+    chosen = [spec.replaced(analysis, on_error="raise") for analysis in spec.parse(cfg.analysis)]
     try:
         place = replace(_place(cfg, run, tag), due=chosen)
     except VitscopeError as error:
@@ -155,7 +155,7 @@ def _place(cfg: DictConfig, run: Run, tag: str) -> Place:
     path = run.checkpoints / ("last.ckpt" if tag == "end" else f"{tag}.ckpt")
     content = checkpoint_io.read(path)
     network = factories.model(cfg)
-    factories.load_weights(network, content, path)
+    checkpoint_weights.load_weights(network, content, path)
     data = factories.data(cfg)
     data.adapt_to(network)
     kept = checkpoint_io.facts(content, path)

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from pytorch_lightning.plugins.io import CheckpointIO
 
-from vitscope.runs.result_store import sweep, temporary_path, write_atomically
+from vitscope.runtime.atomic_write import sweep, temporary_path, write_atomically
 from vitscope.runtime import safe_files
 from vitscope.runtime.errors import CheckpointError, StorageError
 

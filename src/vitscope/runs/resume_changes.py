@@ -15,8 +15,10 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from vitscope.runtime import atomic_write
 from vitscope.runs import result_store
 from vitscope.runs import run_dir
+from vitscope.config import experiment_identity
 from vitscope.config import loading
 from vitscope.runs.run_dir import Run
 from vitscope.runtime.errors import CheckpointError, ConfigError
@@ -131,9 +133,9 @@ def record(run: Run, cfg: DictConfig, found: Sequence[Change], step: int) -> Non
     rows = [{"step": step, "key": change.key, "old": change.old, "new": change.new} for change in found]
     every = [*earlier, *(row for row in rows if row not in earlier)]
     # a process of another rank that reads the new configuration has to find a run that goes on
-    run.note(status="running", config_hash=loading.config_hash(cfg), **({"changes": every} if every else {}))
+    run.note(status="running", config_hash=experiment_identity.config_hash(cfg), **({"changes": every} if every else {}))
     if found:
-        result_store.write_atomically(run.path / "config.yaml", OmegaConf.to_yaml(now).encode())
+        atomic_write.write_atomically(run.path / "config.yaml", OmegaConf.to_yaml(now).encode())
 
 
 def weights_command(run: Run, ckpt: Path, overrides: Mapping[str, Any]) -> str:

@@ -26,8 +26,10 @@ from omegaconf.errors import OmegaConfBaseException
 
 from vitscope.runs import checkpoint_io
 from vitscope.runs import metrics_log
+from vitscope.runtime import atomic_write
 from vitscope.runs import result_store
 from vitscope.runs import run_lock
+from vitscope.config import experiment_identity
 from vitscope.config import loading
 from vitscope.core.objective_card import versions
 from vitscope.core.probe import Probe
@@ -109,7 +111,7 @@ class Run:
         """
         with self.exclusive():
             content = redaction.redacted({**self.provenance(), **facts})
-            result_store.write_atomically(self.path / "provenance.json", json.dumps(content, indent=2, default=str).encode())
+            atomic_write.write_atomically(self.path / "provenance.json", json.dumps(content, indent=2, default=str).encode())
 
     @contextlib.contextmanager
     def exclusive(self) -> Iterator[None]:
@@ -165,8 +167,8 @@ def _described(cfg: DictConfig, command: str, run: Run) -> Run:
     if (path / "config.yaml").exists() and is_begun and _job_id() is None:
         raise ConfigError("run_dir", path, "already holds a run", "choose another, or go on with run=<folder>")
     try:
-        result_store.sweep(path)
-        result_store.write_atomically(path / "config.yaml", OmegaConf.to_yaml(redacted(cfg)).encode())
+        atomic_write.sweep(path)
+        atomic_write.write_atomically(path / "config.yaml", OmegaConf.to_yaml(redacted(cfg)).encode())
     except OSError as error:
         raise _no_folder(path, error) from None
     run.note(**_provenance(cfg, command), status="running")
@@ -190,7 +192,7 @@ def take_up(run: Run, cfg: DictConfig, command: str) -> None:
     try:
         checkpoint_io.repair(run.checkpoints)
         for folder in (run.path, run.figures, run.results, *run.results.glob("*/")):
-            result_store.sweep(folder)
+            atomic_write.sweep(folder)
         if not (run.path / "provenance.json").exists():
             run.note(**_provenance(cfg, command), status="running")
     except BaseException:
@@ -261,55 +263,8 @@ def redacted(cfg: DictConfig) -> DictConfig:
     return DictConfig(redaction.redacted(loading.plain(cfg)))
 
 
-def load_results(run: str | Path) -> dict[str, dict[str, Any]]:
-    """Return a run's results as ``{analysis: {tag: result}}``, tags being ``init``, ``epoch-0099`` or ``end``.
-
-    Where one analysis was made with several settings at a tag, the newest counts.
-    """
-    found: dict[str, dict[str, Any]] = {}
-    files = sorted(find(run).results.glob("*/*.npz"), key=lambda file: file.stat().st_mtime_ns)
-    for file in files:
-        tag = file.stem.rpartition("-")[0]
-        found.setdefault(file.parent.name, {})[tag] = result_store.load(file)
-    return found
 
 
-def load_probe(
-    run: str | Path,
-    split: str = "test",
-    *,
-    augment: bool | str = False,
-    n_images: int | None = None,
-    batch_size: int | None = None,
-    ckpt: str = "last",
-) -> Probe:
-    """Return a probe of a finished run: its model at a checkpoint, its data, its objective.
-
-    Args:
-        run: a run folder, or a checkpoint file in one (which then wins over ``ckpt``).
-        split: ``train``, ``val`` or ``test``.
-        augment: apply the run's training augmentation and mixup, frozen; or those of the objective of that name.
-        n_images: how many images; all of the split by default.
-        batch_size: images a batch; the run's evaluation batch by default.
-        ckpt: the checkpoint's name without its ending.
-
-    Raises:
-        CheckpointError: no such run or checkpoint.
-        DataError: the data are not there.
-    """
-    from vitscope.config import factories
-
-    cfg = find(run).config()
-    model = factories.model(cfg)
-    path = Path(run) if Path(run).is_file() else find(run).checkpoints / f"{ckpt}.ckpt"
-    content = checkpoint_io.read(path)
-    factories.load_weights(model, content, path)
-    data = factories.data(cfg)
-    data.adapt_to(model)
-    size = batch_size or data.eval_batch_size
-    wanted = {"split": split, "augment": augment, "n_images": n_images, "batch_size": size}
-    facts = {"checkpoint": factories.weights_hash(model), "epoch": content.get("epoch")}
-    return factories.probe(cfg, model, data, wanted, facts, content)
 
 
 def chosen(cfg: DictConfig) -> Path:
@@ -340,7 +295,7 @@ def _provenance(cfg: DictConfig, command: str) -> Mapping[str, Any]:
         "command": command,
         "arguments": [redaction.cleaned(argument) for argument in sys.argv[1:]],
         "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "config_hash": loading.config_hash(cfg),
+        "config_hash": experiment_identity.config_hash(cfg),
         "git_commit": git.stdout.strip() or None,
         "versions": {**versions(), "pytorch_lightning": _version("pytorch_lightning"), "wandb": _version("wandb")},
         "host": platform.node(),

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vitscope.runs.result_store import host_identity, is_alive, temporary_path
+from vitscope.runtime.atomic_write import host_identity, is_alive, temporary_path
 from vitscope.runtime import safe_files
 from vitscope.runtime.errors import StorageError
 

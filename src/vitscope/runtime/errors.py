@@ -84,3 +84,9 @@ def nearest(name: str, names: Iterable[str]) -> str:
     names = sorted(names)
     close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
     return f"did you mean {' or '.join(close)}?" if close else f"choose from {', '.join(names[:40])}"
+
+
+def first_line(error: BaseException, length: int = 300) -> str:
+    """Return the first line of an error's text, without secrets and cut to ``length``; the type's name for an empty text."""
+    text = redaction.masked(str(error)).strip()  # before it is cut: half of a secret would not be recognized
+    return text.splitlines()[0][:length] if text else type(error).__name__

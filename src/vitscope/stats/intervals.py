@@ -1,17 +1,11 @@
-"""Means over images with their t-intervals, from running sums alone: memory does not depend on the number of images."""
+"""Confidence intervals of means and shares: Student's, Wilson's and exact ones, and the rules for giving none."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import torch
 from scipy.special import betaincinv, ndtri, stdtrit
-from torch import Tensor
-
-from vitscope.runtime import distributed
 
 #: images below which a mean of measurements has no interval: Student's covers too rarely where they are skewed between images. Of
 #: losses of a trained classifier (skewness 4) it held the truth at 78 % of 16, 90 % of 64 and 93 % of 128 images
@@ -41,62 +35,10 @@ class Estimate:
     count: int
 
 
-class RunningMean:
-    """Count, sum and sum of squares over images, kept in float64 on the device the values came from.
-
-    Args:
-        answers: whether the values are right or wrong answers (0, 1) or their changes (-1, 0, 1) rather than measurements.
-    """
-
-    def __init__(self, answers: bool = False) -> None:
-        self.count, self.answers = 0, answers
-        self._sums: Tensor | None = None
-
-    def add(self, values: Tensor) -> None:
-        """Add one row an image: ``values (B, ...)``, the same trailing shape on every call."""
-        values = values.detach().double()
-        sums = torch.stack([values.sum(0), values.square().sum(0)])  # (2, ...)
-        self.count += len(values)
-        self._sums = sums if self._sums is None else self._sums + sums
-
-    def state(self) -> tuple[int, np.ndarray | None]:
-        """Return the count and the two sums ``(2, ...)`` as plain arrays (None where nothing was added)."""
-        return self.count, None if self._sums is None else self._sums.cpu().numpy()
-
-
-def estimates(means: Sequence[RunningMean], level: float = 0.95) -> list[Estimate]:
-    """Return each mean over all ranks' images, with its t-interval.
-
-    Args:
-        means: the same number on every rank; a rank that saw no image leaves its own empty.
-        level: coverage of the interval, in (0, 1).
-
-    Raises:
-        ValueError: a level outside (0, 1).
-    """
-    check_level(level)
-    ranks = distributed.gather_objects([m.state() for m in means])
-    return [_estimate(states, level, mean.answers) for mean, states in zip(means, zip(*ranks))]
-
-
 def check_level(level: float) -> None:
     """Refuse a coverage outside (0, 1) with a ValueError; measures call it before their work, not after."""
     if not 0.0 < level < 1.0:
         raise ValueError(f"Expected level in (0, 1), received {level}.")
-
-
-def _estimate(states: Sequence[tuple[int, Any]], level: float, answers: bool) -> Estimate:
-    shares = [sums for _, sums in states if sums is not None]
-    if not shares:
-        return Estimate(np.array(np.nan), np.array(np.nan), 0)
-    total, square = np.sum(shares, axis=0)
-    count = sum(n for n, _ in states)
-    if not answers:
-        return estimate(count, total, square, level)
-    # of values -1, 0 and 1 the two sums give how often each occurs
-    most = np.maximum(np.maximum(square + total, square - total) / 2, count - square)
-    half_width = np.where(count - most >= LEAST_EVENTS, t_half_width(count, total, square, level), np.nan)
-    return Estimate(total / count, half_width, count)
 
 
 def estimate(count: int, total: np.ndarray, square: np.ndarray, level: float = 0.95) -> Estimate:
@@ -113,7 +55,7 @@ def estimate(count: int, total: np.ndarray, square: np.ndarray, level: float = 0
 
 
 def few_images(count: int) -> dict[str, str]:
-    """Return why means of measurements over ``count`` images have no interval, for `vitscope.core.undefined_values.warn_nulls`; else nothing."""
+    """Return why means over ``count`` images have no interval, as `warn_nulls` takes it; nothing where they have one."""
     return {"the intervals": f"fewer than {LEAST_IMAGES} images"} if count < LEAST_IMAGES else {}
 
 

@@ -28,8 +28,8 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from vitscope.config import loading
-from vitscope.runs import metrics_log, result_store
-from vitscope.runtime import redaction, stop_flag
+from vitscope.runs import metrics_log
+from vitscope.runtime import atomic_write, redaction, stop_flag
 from vitscope.runtime.errors import ConfigError
 from vitscope.runtime.stop_flag import Interrupted
 from vitscope.sweep import trial_process
@@ -186,7 +186,7 @@ def job(metric: str) -> float | None:
     if code == 0 and not said.finished:
         code = said.exit_code or 1
     job_facts = {"overrides": list(map(redaction.cleaned, overrides)), "exit_code": code}
-    result_store.write_atomically(folder / JOB, json.dumps(job_facts).encode())
+    atomic_write.write_atomically(folder / JOB, json.dumps(job_facts).encode())
     if signum is not None:
         raise Interrupted(signum)
     value = metrics_log.last_values(folder / metrics_log.FILE).get(metric) if code == 0 else None
@@ -198,7 +198,7 @@ def _redact(file: Path) -> None:
     if file.is_file() and not file.is_symlink():
         content = yaml.safe_load(file.read_text())
         if (clean := redaction.redacted(content)) != content:
-            result_store.write_atomically(file, yaml.safe_dump(clean, sort_keys=False).encode())
+            atomic_write.write_atomically(file, yaml.safe_dump(clean, sort_keys=False).encode())
 
 
 def _program() -> list[str]:

@@ -19,9 +19,9 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from vitscope.cli import exit_codes
-from vitscope.config import loading
+from vitscope.config import caps, error_translation, loading
 from vitscope.config.validation import METRICS, validate
+from vitscope.runtime import errors
 from vitscope.runtime.errors import ConfigError, VitscopeError
 from vitscope.sweep import distributions, early_termination, sweep_file
 from vitscope.sweep.sweep_file import COMMAND, METHODS, Sweep
@@ -65,7 +65,7 @@ def problems(sweep: Sweep, *, thorough: bool = False) -> list[str]:
 def _top(content: Mapping[str, Any]) -> Iterator[str]:
     for key in content:
         if key not in TOP_KEYS:
-            yield f"{key}: no such key; {loading.nearest(str(key), TOP_KEYS)}"
+            yield f"{key}: no such key; {errors.nearest(str(key), TOP_KEYS)}"
     for key in ("program", "method", "command"):
         if key not in content:
             yield f"{key}: missing; W&B would take a default that does not fit"
@@ -92,7 +92,7 @@ def _search(sweep: Sweep) -> Iterator[str]:
             (metric.get("name"), metric.get("goal", "minimize")) if isinstance(metric, dict) else (metric, None)
         )
         if name not in METRICS:
-            yield f"metric.name: {name} is not logged every epoch; {loading.nearest(str(name), METRICS)}"
+            yield f"metric.name: {name} is not logged every epoch; {errors.nearest(str(name), METRICS)}"
         if goal not in ("minimize", "maximize") or (isinstance(metric, dict) and "goal" not in metric):
             yield f"metric.goal: {goal} must be stated; choose maximize or minimize"
     cap = content.get("run_cap")
@@ -113,7 +113,7 @@ def _parameter(key: str, node: Any) -> Iterator[str]:
         yield f"parameters.{key}: nested parameters arrive as a dict, which is no override; write dotted keys such as {key}.name"
         return
     for name in sorted(set(map(str, node)) - distributions.KEYS):
-        yield f"parameters.{key}.{name}: no such key; {loading.nearest(name, distributions.KEYS)}"
+        yield f"parameters.{key}.{name}: no such key; {errors.nearest(name, distributions.KEYS)}"
     if key in OURS or key.startswith("hydra"):
         yield f"parameters.{key}: the runner sets it; take it out"
     try:
@@ -195,9 +195,9 @@ def compose_trial(params: Mapping[str, Any]) -> DictConfig:
             _declared(params)
             cfg = compose("train", overrides=sweep_file.arguments(params))
         except (HydraException, OmegaConfBaseException) as error:
-            raise exit_codes.explain(error) or error from None
+            raise error_translation.explain(error) or error from None
     loading.drop_unchosen(cfg)
-    loading.apply_caps(cfg)
+    caps.apply_caps(cfg)
     validate(cfg)
     return cfg
 
@@ -213,4 +213,4 @@ def _declared(params: Mapping[str, Any]) -> None:
             node = node.get(part) if isinstance(node, DictConfig) and part in node else None
         if not isinstance(node, DictConfig) or (last not in node and key not in groups):
             names = [str(name) for name in node] if isinstance(node, DictConfig) else [str(name) for name in base]
-            raise ConfigError(key, value, "no declared key", loading.nearest(last, names))
+            raise ConfigError(key, value, "no declared key", errors.nearest(last, names))

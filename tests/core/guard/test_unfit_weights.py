@@ -137,7 +137,7 @@ def test_interpolation_moves_sparse_buffers() -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("measure", [*WEIGHTS, "normalised_hessian", "hessian_trace", "spectral_density"])
+@pytest.mark.parametrize("measure", [*WEIGHTS, "normalized_hessian", "hessian_trace", "spectral_density"])
 def test_dynamically_quantized_weights_are_refused_by_every_measure_of_weights(measure: str) -> None:
     supported = [engine for engine in torch.backends.quantized.supported_engines if engine != "none"]
     assert supported, "this build of torch has no quantized kernels"

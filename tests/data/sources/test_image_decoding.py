@@ -12,7 +12,8 @@ import torch
 from PIL import Image, ImageFile
 from torch import nn
 
-from vitscope.core.probe import ObjectiveCard, Probe
+from vitscope.core.objective_card import ObjectiveCard
+from vitscope.core.probe import Probe
 from vitscope.data import DataModule
 from vitscope.data.augment.augment import Recipe
 from vitscope.data.sources import folder

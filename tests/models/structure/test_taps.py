@@ -12,8 +12,9 @@ from torch import Tensor, nn
 import vitscope as vs
 from tests.helpers.model_configs import from_config
 from vitscope import models
+from vitscope.core.tap import Tap
 from vitscope.models.structure.feature_maps import ForwardPass, to_map, token_grid
-from vitscope.models.structure.taps import Tap, reading, taps
+from vitscope.models.structure.taps import reading, taps
 
 
 def maps(model: nn.Module, x: Tensor, found: list[Tap] | None = None) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ import yaml
 from omegaconf import OmegaConf
 
 from tests.helpers.report_runs import CARD
-from vitscope.config import loading, model_facts
+from vitscope.config import experiment_identity, loading, model_facts
 from vitscope.reports import run_index
 from vitscope.reports.claims import claim_verdicts
 from vitscope.reports.claims.effect_sizes import Bench
@@ -86,7 +86,9 @@ def test_no_part_of_a_claim_goes_without(profile: str, tmp_path: Path, monkeypat
         if "seed=0" not in trial.overrides:
             continue
         composition = composed(trial, tmp_path)
-        folder = tmp_path / loading.config_hash(composition)  # a run that several trials share is trained once
+        folder = tmp_path / experiment_identity.config_hash(
+            composition
+        )  # a run that several trials share is trained once
         cfg: Any = loading.plain(composition)
         write(cfg, trial.tags, cfg.pop("analysis"), folder, IMAGES[profile])
     found = Selection(run_index.collect(run_dir.every(tmp_path)))

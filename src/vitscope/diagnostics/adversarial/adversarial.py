@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,9 @@ from vitscope.core.evaluation import evaluate
 from vitscope.core.input_normalization import Pixels, pixels_of
 from vitscope.core.measure_options import record_options
 from vitscope.core.objective import Objective, hard_targets, labeled
-from vitscope.core.probe import ObjectiveCard, Probe
+from vitscope.core.objective_card import ObjectiveCard
+from vitscope.core.probe import Probe
+from vitscope.core.run_inputs import ResumableRows
 from vitscope.core.weight_space import rows
 from vitscope.diagnostics.adversarial._attacks import NORMS, Ball
 from vitscope.diagnostics.adversarial._losses import LOSSES
@@ -36,7 +38,8 @@ class AdversarialResult:
         epsilons: (n_epsilons,) radii in gray levels, 1/255 of the pixels' range.
         norm: ``linf`` or ``l2``.
         accuracy: (n_attacks, n_epsilons).
-        accuracy_low: (n_attacks, n_epsilons) lower ends of the 95% intervals over images (`vitscope.stats.intervals.share_interval`).
+        accuracy_low: (n_attacks, n_epsilons) lower ends of the 95% intervals over images, see
+            `vitscope.stats.intervals.share_interval`.
         accuracy_high: (n_attacks, n_epsilons) upper ends.
         nll: (n_attacks, n_epsilons) nats, of the worst change found; all but FGSM and PGD leave an image alone once its class
             is wrong.
@@ -96,7 +99,7 @@ def adversarial(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     seed: int = 0,
-    partial: MutableMapping[str, Mapping[str, Any]] | None = None,
+    partial: ResumableRows | None = None,
 ) -> AdversarialResult:
     """Attack every image and measure what accuracy is left.
 

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from vitscope.core.running_mean import RunningMean
 from vitscope.diagnostics.attention._geometry import Geometry, geometry
 from vitscope.models.structure.residual_units import Unit
 from vitscope.runtime import distributed
-from vitscope.stats.intervals import RunningMean
 
 
 class Sums:

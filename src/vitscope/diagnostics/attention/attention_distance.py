@@ -8,7 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from vitscope.core.measure_options import record_options
-from vitscope.core.probe import ObjectiveCard, Probe
+from vitscope.core.objective_card import ObjectiveCard
+from vitscope.core.probe import Probe
+from vitscope.core.running_mean import estimates
 from vitscope.core.undefined_values import warn_nulls
 from vitscope.diagnostics.attention._running_sums import Sums
 from vitscope.models.structure.attention_weights import reading_attention
@@ -16,7 +18,7 @@ from vitscope.models.structure.residual_units import Unit, reading_branches
 from vitscope.models.structure.residual_units import units as units_of
 from vitscope.runtime import distributed
 from vitscope.runtime.progress import track
-from vitscope.stats.intervals import estimates, few_images
+from vitscope.stats.intervals import few_images
 
 
 @dataclass(frozen=True)

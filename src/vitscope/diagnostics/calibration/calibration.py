@@ -11,7 +11,9 @@ from torch import Tensor
 
 from vitscope.core.measure_options import record_options
 from vitscope.core.objective import hard_targets, labeled
-from vitscope.core.probe import ObjectiveCard, Probe
+from vitscope.core.objective_card import ObjectiveCard
+from vitscope.core.probe import Probe
+from vitscope.core.run_inputs import ValidationProbe
 from vitscope.core.undefined_values import warn_nulls
 from vitscope.diagnostics.calibration import _bins
 from vitscope.diagnostics.calibration._debiased import DebiasedError, debiased_error, gaps
@@ -38,9 +40,9 @@ class CalibrationResult:
         confident_accuracy: accuracy among confident predictions (Acc-90 at the default cutoff); None without any.
         confident_frequency: share of confident predictions (Freq-90).
         unconfidence: share of unconfident predictions among wrong ones (Unc-90); None without a wrong one.
-        intervals: ``accuracy_lower``, ``accuracy_upper`` and so on. Of accuracy that of `vitscope.stats.intervals.share_interval`, of
-            nll and brier Student's, NaN with fewer than 128 images or 10 wrong answers. That of ``ece`` is for the error without
-            its bias: it holds 0 for 95 of 100 calibrated models, and always holds both ``ece`` and ``ece_debiased`` (see
+        intervals: ``accuracy_lower``, ``accuracy_upper`` and so on. Of accuracy that of
+            `vitscope.stats.intervals.share_interval`, of nll and brier Student's, NaN with fewer than 128 images or
+            10 wrong answers. That of ``ece`` is for the error without its bias: it holds 0 for 95 of 100 calibrated models, and always holds both ``ece`` and ``ece_debiased`` (see
             ``_debiased.py``). NaN with fewer than 30 images for each bin that has any.
         binning: ``equal_width`` or ``official``.
         bin_edges: (n_bins + 1,) of the equal-width intervals (a, b].
@@ -112,7 +114,7 @@ class CalibrationResult:
 def calibration(
     probe: Probe,
     *,
-    validation: Probe | None = None,
+    validation: ValidationProbe | None = None,
     n_bins: int = 10,
     binning: str = "equal_width",
     cutoff: float = 0.9,

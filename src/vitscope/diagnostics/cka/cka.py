@@ -12,12 +12,14 @@ from torch import Tensor
 
 from vitscope.core.feature_pass import through
 from vitscope.core.measure_options import record_options
-from vitscope.core.probe import ObjectiveCard, Probe
+from vitscope.core.objective_card import ObjectiveCard
+from vitscope.core.probe import Probe
+from vitscope.core.tap import Tap
 from vitscope.core.undefined_values import warn_nulls
 from vitscope.diagnostics.cka._blocks import block_structure, p_value
 from vitscope.diagnostics.cka._hsic import MIN_IMAGES, gram, hsic
 from vitscope.diagnostics.cka._images import image_relation
-from vitscope.models.structure.taps import Tap, reading
+from vitscope.models.structure.taps import reading
 from vitscope.runtime import distributed
 from vitscope.runtime.progress import track
 from vitscope.runtime.stop_flag import Interrupted

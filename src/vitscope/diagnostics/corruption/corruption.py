@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,9 @@ import numpy as np
 
 from vitscope.core.input_normalization import pixels_of
 from vitscope.core.measure_options import record_options
-from vitscope.core.probe import ObjectiveCard, Probe
+from vitscope.core.objective_card import ObjectiveCard
+from vitscope.core.probe import Probe
+from vitscope.core.run_inputs import ResumableRows
 from vitscope.core.undefined_values import warn_nulls
 from vitscope.diagnostics.corruption._archives import archive
 from vitscope.diagnostics.corruption._baselines import ALEXNET
@@ -88,7 +90,7 @@ def corruption(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     seed: int = 0,
-    partial: MutableMapping[str, Mapping[str, Any]] | None = None,
+    partial: ResumableRows | None = None,
 ) -> CorruptionResult:
     """Measure accuracy under fifteen types of corruption at five severities.
 

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from vitscope.core.measure_options import record_options
 from vitscope.core.objective import hard_targets, labeled
-from vitscope.core.probe import ObjectiveCard, Probe
+from vitscope.core.objective_card import ObjectiveCard
+from vitscope.core.probe import Probe
 from vitscope.runtime import distributed
 from vitscope.runtime.progress import track
 from vitscope.stats.intervals import share_interval

@@ -13,10 +13,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vitscope.core.measure_options import record_options
-from vitscope.core.probe import ObjectiveCard, Probe
+from vitscope.core.objective_card import ObjectiveCard
+from vitscope.core.probe import Probe
+from vitscope.core.run_inputs import UntrainedModel
+from vitscope.core.running_mean import RunningMean, estimates
 from vitscope.core.undefined_values import warn_nulls
 from vitscope.diagnostics.fourier._bootstrap import by_kind, half_width_over_images
 from vitscope.diagnostics.fourier._spectrum import EPS, frequencies, spectrum, varies
@@ -24,7 +27,7 @@ from vitscope.models.structure.residual_units import Unit, reading_branches
 from vitscope.models.structure.residual_units import units as units_of
 from vitscope.runtime.distributed import gather_objects, world_size
 from vitscope.runtime.progress import track
-from vitscope.stats.intervals import RunningMean, check_level, estimates, few_images
+from vitscope.stats.intervals import check_level, few_images
 
 
 @dataclass(frozen=True)
@@ -121,7 +124,7 @@ class BranchTransferResult:
 def branch_transfer(
     probe: Probe,
     *,
-    initial: nn.Module | None = None,
+    initial: UntrainedModel | None = None,
     units: Sequence[Unit] | None = None,
     path: str = "radial",
     level: float = 0.95,

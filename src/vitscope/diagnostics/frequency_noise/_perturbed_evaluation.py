@@ -11,9 +11,10 @@ from torch import Tensor
 
 from vitscope.core.evaluation import evaluate
 from vitscope.core.probe import Probe
+from vitscope.core.running_mean import RunningMean, estimates
 from vitscope.runtime.distributed import gather_objects, world_size
 from vitscope.runtime.progress import track
-from vitscope.stats.intervals import Estimate, RunningMean, estimates
+from vitscope.stats.intervals import Estimate
 
 Partial = MutableMapping[str, Mapping[str, Any]]
 

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from vitscope.core.measure_options import record_options
-from vitscope.core.probe import ObjectiveCard, Probe
+from vitscope.core.objective_card import ObjectiveCard
+from vitscope.core.probe import Probe
+from vitscope.core.run_inputs import ResumableRows
 from vitscope.core.undefined_values import warn_nulls
-from vitscope.diagnostics.frequency_noise._perturbed_evaluation import Means, Partial, perturbed
+from vitscope.diagnostics.frequency_noise._perturbed_evaluation import Means, perturbed
 from vitscope.diagnostics.frequency_noise._scale import pixel_std
 from vitscope.stats.intervals import check_level
 
@@ -65,7 +67,7 @@ def fourier_heatmap(
     std: Sequence[float] | None = None,
     level: float = 0.95,
     seed: int = 0,
-    partial: Partial | None = None,
+    partial: ResumableRows | None = None,
 ) -> FourierHeatmapResult:
     """Measure the error rate under each plane wave that the image size can hold.
 

@@ -9,7 +9,9 @@ import numpy as np
 from torch import Tensor
 
 from vitscope.core.measure_options import record_options
-from vitscope.core.probe import ObjectiveCard, Probe
+from vitscope.core.objective_card import ObjectiveCard
+from vitscope.core.probe import Probe
+from vitscope.core.run_inputs import ResumableRows
 from vitscope.core.undefined_values import warn_nulls
 from vitscope.diagnostics.frequency_noise._bands import (
     band_noise,
@@ -20,7 +22,7 @@ from vitscope.diagnostics.frequency_noise._bands import (
     rings,
     white_noise,
 )
-from vitscope.diagnostics.frequency_noise._perturbed_evaluation import Means, Partial, perturbed
+from vitscope.diagnostics.frequency_noise._perturbed_evaluation import Means, perturbed
 from vitscope.diagnostics.frequency_noise._scale import pixel_std
 from vitscope.stats.intervals import LEAST_EVENTS, check_level, few_images, where_enough_wrong
 
@@ -105,7 +107,7 @@ def frequency_noise_robustness(
     std: Sequence[float] | None = None,
     level: float = 0.95,
     seed: int = 0,
-    partial: Partial | None = None,
+    partial: ResumableRows | None = None,
 ) -> FrequencyNoiseRobustnessResult:
     """Measure how accuracy and loss change when the images carry noise of one frequency band.
 

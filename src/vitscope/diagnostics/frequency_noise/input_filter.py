@@ -9,10 +9,12 @@ import numpy as np
 from torch import Tensor
 
 from vitscope.core.measure_options import record_options
-from vitscope.core.probe import ObjectiveCard, Probe
+from vitscope.core.objective_card import ObjectiveCard
+from vitscope.core.probe import Probe
+from vitscope.core.run_inputs import ResumableRows
 from vitscope.core.undefined_values import warn_nulls
 from vitscope.diagnostics.frequency_noise._bands import filtered, frequency
-from vitscope.diagnostics.frequency_noise._perturbed_evaluation import Means, Partial, perturbed
+from vitscope.diagnostics.frequency_noise._perturbed_evaluation import Means, perturbed
 from vitscope.stats.intervals import check_level
 
 
@@ -66,7 +68,7 @@ def input_filter(
     *,
     cutoffs: Sequence[float] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9),
     level: float = 0.95,
-    partial: Partial | None = None,
+    partial: ResumableRows | None = None,
 ) -> InputFilterResult:
     """Measure accuracy on images without the frequencies above, or below, each cut-off.
 

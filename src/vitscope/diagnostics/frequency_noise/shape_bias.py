@@ -10,7 +10,8 @@ import torch
 
 from vitscope.core.measure_options import record_options
 from vitscope.core.objective import hard_targets, labeled
-from vitscope.core.probe import ObjectiveCard, Probe
+from vitscope.core.objective_card import ObjectiveCard
+from vitscope.core.probe import Probe
 from vitscope.core.undefined_values import warn_nulls
 from vitscope.runtime.distributed import all_reduce_sum, world_size
 from vitscope.runtime.progress import track

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from vitscope.core.measure_options import record_options
-from vitscope.core.probe import ObjectiveCard, Probe
+from vitscope.core.objective_card import ObjectiveCard
+from vitscope.core.probe import Probe
 from vitscope.diagnostics.hessian.hessian_max_eigenvalue_spectrum import hessian_max_eigenvalue_spectrum
 
 

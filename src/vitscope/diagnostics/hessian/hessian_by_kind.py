@@ -8,7 +8,8 @@ import numpy as np
 import torch
 
 from vitscope.core.measure_options import record_options
-from vitscope.core.probe import ObjectiveCard, Probe
+from vitscope.core.objective_card import ObjectiveCard
+from vitscope.core.probe import Probe
 from vitscope.diagnostics.hessian.hessian_max_eigenvalue_spectrum import hessian_max_eigenvalue_spectrum
 from vitscope.models.structure.parameter_groups import parameter_kinds, parameter_stages
 

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 
 from vitscope.core.measure_options import record_options
-from vitscope.core.probe import ObjectiveCard, Probe
+from vitscope.core.objective_card import ObjectiveCard
+from vitscope.core.probe import Probe
 from vitscope.linalg.curvature.operator_factory import curvatures
 from vitscope.linalg.solvers import solve
 

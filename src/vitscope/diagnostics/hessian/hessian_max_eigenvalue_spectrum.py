@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from vitscope.core.measure_options import record_options
-from vitscope.core.probe import ObjectiveCard, Probe
+from vitscope.core.objective_card import ObjectiveCard
+from vitscope.core.probe import Probe
+from vitscope.core.run_inputs import ResumableRows
 from vitscope.diagnostics.hessian import _nep_statistics
 from vitscope.diagnostics.hessian._batchwise_spectrum import Row, Work
 from vitscope.linalg.curvature.operator_factory import curvatures
@@ -104,7 +106,7 @@ def hessian_max_eigenvalue_spectrum(
     budget_s: float | None = None,
     batches_at_once: int | None = None,
     seed: int = 0,
-    partial: MutableMapping[str, Row] | None = None,
+    partial: ResumableRows | None = None,
 ) -> HessianMaxEigenvalueSpectrumResult:
     """Compute the ``n_top`` eigenvalues of largest magnitude of every mini-batch's Hessian.
 

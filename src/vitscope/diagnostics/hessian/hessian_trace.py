@@ -11,7 +11,8 @@ from scipy.special import stdtrit
 from torch import Tensor
 
 from vitscope.core.measure_options import record_options
-from vitscope.core.probe import ObjectiveCard, Probe
+from vitscope.core.objective_card import ObjectiveCard
+from vitscope.core.probe import Probe
 from vitscope.linalg.curvature.curvature_operator import Curvature
 from vitscope.linalg.curvature.operator_factory import curvatures
 from vitscope.linalg.krylov_basis import dot

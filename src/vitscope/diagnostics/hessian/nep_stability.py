@@ -11,7 +11,9 @@ import torch.nn.functional as F
 
 from vitscope.core.measure_options import record_options
 from vitscope.core.objective import labeled
-from vitscope.core.probe import Batch, ObjectiveCard, Probe
+from vitscope.core.objective_card import ObjectiveCard
+from vitscope.core.probe import Batch, Probe
+from vitscope.core.run_inputs import ResumableRows
 from vitscope.diagnostics.hessian import _nep_statistics
 from vitscope.linalg.curvature.operator_factory import Curvatures, curvatures
 from vitscope.linalg.solvers import solve
@@ -73,7 +75,7 @@ def nep_stability(
     max_products: int = 200,
     max_memory: float | None = None,
     seed: int = 0,
-    partial: MutableMapping[str, Row] | None = None,
+    partial: ResumableRows | None = None,
 ) -> NepStabilityResult:
     """Vary one choice at a time around the paper's (k = 5, the probe's batch size, tolerance 1e-3).
 

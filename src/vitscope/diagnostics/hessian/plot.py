@@ -10,13 +10,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from vitscope.diagnostics.hessian.hessian_max_eigenvalue_spectrum import HessianMaxEigenvalueSpectrumResult
-from vitscope.diagnostics.hessian.plot_checks import bn_policy, critical_point, nep_stability, rayleigh_split
+from vitscope.diagnostics.hessian.plot_checks import bn_policy, nep_stability, rayleigh_split
 from vitscope.diagnostics.hessian.plot_spectra import (
     hessian_by_kind,
     hessian_eigenvalues,
     hessian_trace,
-    normalised_hessian,
-    preconditioned_sharpness,
     spectral_density,
 )
 
@@ -25,15 +23,12 @@ COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#00
 
 __all__ = [
     "bn_policy",
-    "critical_point",
     "hessian_by_kind",
     "hessian_eigenvalues",
     "hessian_max_eigenvalue_spectrum",
     "hessian_trace",
     "nep_stability",
-    "normalised_hessian",
     "plotly_hessian_max_eigenvalue_spectrum",
-    "preconditioned_sharpness",
     "rayleigh_split",
     "spectral_density",
 ]
@@ -58,7 +53,7 @@ def hessian_max_eigenvalue_spectrum(
     for row, (name, result) in enumerate(results.items()):
         pooled = result.eigenvalues.reshape(-1)
         grid, density = _drawn(result)
-        (line,) = axes.plot(grid, density, label=_legend(name, result))
+        (line,) = axes.plot(grid, density, label=add_legend(name, result))
         axes.fill_between(grid, density, color=line.get_color(), alpha=0.15, linewidth=0)
         axes.plot(pooled, [-step * (row + 0.8)] * len(pooled), "|", color=line.get_color(), markersize=4, alpha=0.7)
     axes.axvline(0, color="0.6", linewidth=0.6, zorder=0)
@@ -83,7 +78,7 @@ def plotly_hessian_max_eigenvalue_spectrum(results: Mapping[str, HessianMaxEigen
         color = COLORS[row % len(COLORS)]
         figure.add_trace(
             go.Scatter(
-                x=grid, y=density, name=_legend(name, result), legendgroup=str(row), mode="lines", line_color=color,
+                x=grid, y=density, name=add_legend(name, result), legendgroup=str(row), mode="lines", line_color=color,
                 fill="tozeroy", hovertemplate="eigenvalue %{x:.4g}<br>density %{y:.3g}",
             )
         )  # fmt: skip
@@ -108,7 +103,7 @@ def _drawn(result: HessianMaxEigenvalueSpectrumResult) -> tuple[np.ndarray, np.n
     return result.grid[inside], result.density[inside]
 
 
-def _legend(name: str, result: HessianMaxEigenvalueSpectrumResult) -> str:
+def add_legend(name: str, result: HessianMaxEigenvalueSpectrumResult) -> str:
     nep, ape = result.negative_eigenvalue_proportion, result.average_positive_eigenvalue
     facts = f"NEP {nep:.2f}, APE {ape:.3g}"
     return f"{name} ({facts})" if name else facts

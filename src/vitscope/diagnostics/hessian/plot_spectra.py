@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
 from vitscope.diagnostics.hessian.hessian_by_kind import HessianByKindResult
 from vitscope.diagnostics.hessian.hessian_eigenvalues import HessianEigenvaluesResult
 from vitscope.diagnostics.hessian.hessian_trace import HessianTraceResult
-from vitscope.diagnostics.hessian.normalised_hessian import NormalisedHessianResult
-from vitscope.diagnostics.hessian.preconditioned_sharpness import PreconditionedSharpnessResult
 from vitscope.diagnostics.hessian.spectral_density import SpectralDensityResult
+from vitscope.plotting.ranked_values import add_legend, ranked_values, sized_figure
 
 
 def spectral_density(results: Mapping[str, SpectralDensityResult], *, floor: float = 1e-7) -> Figure:
@@ -24,7 +21,7 @@ def spectral_density(results: Mapping[str, SpectralDensityResult], *, floor: flo
         results: by the name shown in the legend.
         floor: the smallest density shown, as a share of the highest.
     """
-    figure = _figure(results)
+    figure = sized_figure(results)
     axes = figure.subplots()
     top = max(float(r.density.max()) for r in results.values())
     for name, result in results.items():
@@ -37,34 +34,13 @@ def spectral_density(results: Mapping[str, SpectralDensityResult], *, floor: flo
     axes.axvline(0, color="0.6", linewidth=0.6, zorder=0)
     axes.set_xlabel("Hessian eigenvalue")
     axes.set_ylabel("Density")
-    _legend(figure, results)
+    add_legend(figure, results)
     return figure
 
 
 def hessian_eigenvalues(results: Mapping[str, HessianEigenvaluesResult]) -> Figure:
     """Draw the eigenvalues by rank; bars are residuals."""
-    return _ranked(results, "Hessian eigenvalue")
-
-
-def normalised_hessian(results: Mapping[str, NormalisedHessianResult]) -> Figure:
-    """Draw the eigenvalues of D H D by rank; bars are residuals."""
-    return _ranked(results, "Eigenvalue of $DHD$")
-
-
-def preconditioned_sharpness(results: Mapping[str, PreconditionedSharpnessResult]) -> Figure:
-    """Draw the largest eigenvalue of P^-1 H of each result, and the optimizer's limit of stability."""
-    figure = Figure(figsize=(3.4, 0.9 + 0.3 * len(results)))
-    axes = figure.subplots()
-    for row, result in enumerate(results.values()):
-        axes.plot(result.eigenvalues[0], row, "o", color="C0", label="largest eigenvalue" if row == 0 else None)
-        if np.isfinite(result.threshold):
-            axes.plot(result.threshold, row, "|", color="C1", markersize=12, label="limit" if row == 0 else None)
-    axes.set_yticks(range(len(results)), [name or "model" for name in results])
-    axes.set_ylim(len(results) - 0.5, -0.5)
-    axes.set_xscale("log" if all(r.eigenvalues[0] > 0 for r in results.values()) else "linear")
-    axes.set_xlabel("Eigenvalue of $P^{-1}H$")
-    figure.legend(loc="outside upper left", ncols=2)
-    return figure
+    return ranked_values(results, "Hessian eigenvalue")
 
 
 def hessian_trace(results: Mapping[str, HessianTraceResult]) -> Figure:
@@ -100,26 +76,3 @@ def hessian_by_kind(results: Mapping[str, HessianByKindResult]) -> Figure:
     axes.axvline(0, color="0.6", linewidth=0.6, zorder=0)
     axes.set_xlabel("Block max eigenvalue (dot: median)")
     return figure
-
-
-def _ranked(results: Mapping[str, Any], label: str) -> Figure:
-    figure = _figure(results)
-    axes = figure.subplots()
-    for name, result in results.items():
-        ranks = np.arange(1, len(result.eigenvalues) + 1)
-        axes.errorbar(ranks, result.eigenvalues, yerr=result.residuals, fmt="o", elinewidth=0.8, label=name)
-    axes.axhline(0, color="0.6", linewidth=0.6, zorder=0)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_xlabel("Rank by magnitude")
-    axes.set_ylabel(label)
-    _legend(figure, results)
-    return figure
-
-
-def _figure(results: Mapping[str, Any]) -> Figure:
-    return Figure(figsize=(3.4, 2.1 + 0.14 * len(results)))
-
-
-def _legend(figure: Figure, results: Mapping[str, Any]) -> None:
-    if any(results):
-        figure.legend(loc="outside upper left", ncols=2)

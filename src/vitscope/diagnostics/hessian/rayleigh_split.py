@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from vitscope.core.measure_options import record_options
-from vitscope.core.probe import ObjectiveCard, Probe
+from vitscope.core.objective_card import ObjectiveCard
+from vitscope.core.probe import Probe
 from vitscope.linalg.curvature.operator_factory import curvatures
 from vitscope.linalg.eigensolver import Eigenpairs
 from vitscope.linalg.krylov_basis import dot

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +11,9 @@ from scipy.special import stdtrit
 from torch import Tensor
 
 from vitscope.core.measure_options import record_options
-from vitscope.core.probe import ObjectiveCard, Probe
+from vitscope.core.objective_card import ObjectiveCard
+from vitscope.core.probe import Probe
+from vitscope.core.run_inputs import ResumableRows
 from vitscope.diagnostics.hessian.hessian_trace import LEAST_VECTORS
 from vitscope.linalg.curvature.curvature_operator import Curvature
 from vitscope.linalg.curvature.operator_factory import curvatures
@@ -98,7 +100,7 @@ def spectral_density(
     product: str = "reverse",
     micro_batch: int | None = None,
     seed: int = 0,
-    partial: MutableMapping[str, Row] | None = None,
+    partial: ResumableRows | None = None,
 ) -> SpectralDensityResult:
     """Estimate the density of all eigenvalues of the mean over all batches.
 

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from vitscope.core.measure_options import record_options
-from vitscope.core.probe import ObjectiveCard, Probe
+from vitscope.core.objective_card import ObjectiveCard
+from vitscope.core.probe import Probe
+from vitscope.core.run_inputs import ResumableRows, RunCheckpoints
 from vitscope.core.weight_space import (
     BatchNormPolicy,
     Checkpoints,
@@ -76,7 +78,7 @@ class LinearInterpolationResult:
 def linear_interpolation(
     probe: Probe,
     *,
-    checkpoints: Checkpoints,
+    checkpoints: RunCheckpoints,
     start: str | None = None,
     end: str | None = None,
     n: int = 21,
@@ -84,7 +86,7 @@ def linear_interpolation(
     t_max: float = 1.0,
     bn: BatchNormPolicy = "eval",
     dtype: DtypeName | torch.dtype | None = None,
-    partial: Partial | None = None,
+    partial: ResumableRows | None = None,
 ) -> LinearInterpolationResult:
     """Measure a model on the straight way between two checkpoints, or between one and the model itself.
 

@@ -8,8 +8,10 @@ import numpy as np
 import torch
 
 from vitscope.core.measure_options import record_options
-from vitscope.core.probe import ObjectiveCard, Probe
-from vitscope.core.weight_space import BatchNormPolicy, Checkpoints, DtypeName, Partial
+from vitscope.core.objective_card import ObjectiveCard
+from vitscope.core.probe import Probe
+from vitscope.core.run_inputs import ResumableRows, RunCheckpoints
+from vitscope.core.weight_space import BatchNormPolicy, DtypeName
 from vitscope.diagnostics.landscape.linear_interpolation import linear_interpolation
 
 
@@ -61,13 +63,13 @@ class LossBarrierResult:
 def loss_barrier(
     probe: Probe,
     *,
-    checkpoints: Checkpoints,
+    checkpoints: RunCheckpoints,
     start: str | None = None,
     end: str | None = None,
     n: int = 21,
     bn: BatchNormPolicy = "eval",
     dtype: DtypeName | torch.dtype | None = None,
-    partial: Partial | None = None,
+    partial: ResumableRows | None = None,
 ) -> LossBarrierResult:
     """Measure the largest excess of the loss over the chord between two checkpoints; see `linear_interpolation`.
 

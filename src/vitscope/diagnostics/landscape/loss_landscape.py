@@ -11,8 +11,10 @@ import numpy as np
 import torch
 
 from vitscope.core.measure_options import record_options
-from vitscope.core.probe import ObjectiveCard, Probe
-from vitscope.core.weight_space import BatchNormPolicy, Checkpoints, DtypeName, Partial, Row, as_dtype, rows, standing
+from vitscope.core.objective_card import ObjectiveCard
+from vitscope.core.probe import Probe
+from vitscope.core.run_inputs import ResumableRows, RunCheckpoints
+from vitscope.core.weight_space import BatchNormPolicy, DtypeName, Partial, Row, as_dtype, rows, standing
 from vitscope.diagnostics.landscape._axes import Axes, plane_axes
 from vitscope.diagnostics.landscape._direction_options import Kind, Preset, Source, preset_source
 from vitscope.linalg.weights.directions import Normalization
@@ -112,9 +114,9 @@ def loss_landscape(
     dtype: DtypeName | torch.dtype | None = None,
     preset: Preset | None = None,
     eigenvectors: Sequence[Any] | np.ndarray | str | PathLike[str] | None = None,
-    checkpoints: Checkpoints | None = None,
+    checkpoints: RunCheckpoints | None = None,
     labels: Sequence[str] | None = None,
-    partial: Partial | None = None,
+    partial: ResumableRows | None = None,
 ) -> LossLandscapeResult:
     """Measure a model at the points of a plane through its weights, in place.
 

@@ -11,8 +11,10 @@ import numpy as np
 import torch
 
 from vitscope.core.measure_options import record_options
-from vitscope.core.probe import ObjectiveCard, Probe
-from vitscope.core.weight_space import BatchNormPolicy, Checkpoints, DtypeName, Partial, as_dtype
+from vitscope.core.objective_card import ObjectiveCard
+from vitscope.core.probe import Probe
+from vitscope.core.run_inputs import ResumableRows, RunCheckpoints
+from vitscope.core.weight_space import BatchNormPolicy, DtypeName, as_dtype
 from vitscope.diagnostics.landscape._direction_options import Kind, Preset, Source, preset_source
 from vitscope.diagnostics.landscape._lines import measure_lines, t_half_width
 from vitscope.linalg.weights.directions import Normalization
@@ -89,9 +91,9 @@ def loss_slice(
     dtype: DtypeName | torch.dtype | None = None,
     preset: Preset | None = None,
     eigenvectors: Sequence[Any] | np.ndarray | str | PathLike[str] | None = None,
-    checkpoints: Checkpoints | None = None,
+    checkpoints: RunCheckpoints | None = None,
     labels: Sequence[str] | None = None,
-    partial: Partial | None = None,
+    partial: ResumableRows | None = None,
 ) -> LossSliceResult:
     """Measure a model along one or more lines through its weights, in place.
 

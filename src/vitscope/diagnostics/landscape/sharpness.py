@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from vitscope.core.measure_options import record_options
-from vitscope.core.probe import ObjectiveCard, Probe
+from vitscope.core.objective_card import ObjectiveCard
+from vitscope.core.probe import Probe
+from vitscope.core.run_inputs import ResumableRows
 from vitscope.core.weight_space import BatchNormPolicy, DtypeName, Partial, Row, as_dtype, rows, standing
 from vitscope.diagnostics.landscape._direction_options import Source
 from vitscope.diagnostics.landscape._lines import measure_lines, t_half_width
@@ -102,7 +104,7 @@ def sharpness(
     seed: int = 0,
     bn: BatchNormPolicy = "eval",
     dtype: DtypeName | torch.dtype | None = None,
-    partial: Partial | None = None,
+    partial: ResumableRows | None = None,
 ) -> SharpnessResult:
     """Measure the mean rise of the NLL at given radii over random directions, and the worst rise in the ball.
 

@@ -10,14 +10,17 @@ import numpy as np
 import torch
 
 from vitscope.core.measure_options import record_options
-from vitscope.core.probe import ObjectiveCard, Probe
+from vitscope.core.objective_card import ObjectiveCard
+from vitscope.core.probe import Probe
+from vitscope.core.run_inputs import ResumableRows
+from vitscope.core.running_mean import RunningMean, estimates
 from vitscope.core.undefined_values import warn_nulls
 from vitscope.core.weight_space import BN_POLICIES
-from vitscope.diagnostics.lesion._ablated_forward import Partial, batch_by_batch, lesion_by_lesion
+from vitscope.diagnostics.lesion._ablated_forward import batch_by_batch, lesion_by_lesion
 from vitscope.diagnostics.lesion._lesions import Lesion, lesions
 from vitscope.models.structure.residual_units import Unit
 from vitscope.models.structure.residual_units import units as units_of
-from vitscope.stats.intervals import Estimate, RunningMean, estimates, few_images, where_enough_wrong
+from vitscope.stats.intervals import Estimate, few_images, where_enough_wrong
 
 #: removal -> what its fields begin with
 PREFIXES = {"branch_zero": "", "conv3x3_identity": "identity_", "stage": "stage_", "head": "head_"}
@@ -112,7 +115,7 @@ def lesion(
     bn: str = "eval",
     cache: bool = True,
     units: Sequence[Unit] | None = None,
-    partial: Partial | None = None,
+    partial: ResumableRows | None = None,
 ) -> LesionResult:
     """Remove one part at a time from the trained model and measure what accuracy and likelihood lose.
 

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from vitscope.core.feature_pass import through
 from vitscope.core.measure_options import record_options
-from vitscope.core.probe import ObjectiveCard, Probe
+from vitscope.core.objective_card import ObjectiveCard
+from vitscope.core.probe import Probe
+from vitscope.core.tap import Tap
 from vitscope.core.undefined_values import warn_nulls
-from vitscope.models.structure.taps import Tap
 from vitscope.runtime import distributed
 
 #: columns of a scatter matrix that are computed at once

@@ -10,7 +10,8 @@ import numpy as np
 from torch import Tensor, nn
 
 from vitscope.core.measure_options import record_options
-from vitscope.core.probe import ObjectiveCard, Probe
+from vitscope.core.objective_card import ObjectiveCard
+from vitscope.core.probe import Probe
 from vitscope.core.undefined_values import warn_nulls
 from vitscope.models.structure.coverage import residual_blocks
 from vitscope.models.structure.residual_structure import anatomy

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from vitscope.core.measure_options import record_options
-from vitscope.core.probe import ObjectiveCard, Probe
+from vitscope.core.objective_card import ObjectiveCard
+from vitscope.core.probe import Probe
+from vitscope.core.run_inputs import ResumableRows, RunCheckpoints
 from vitscope.core.weight_space import (
     BatchNormPolicy,
-    Checkpoints,
     DtypeName,
-    Partial,
     Row,
     as_dtype,
     check_movable,
@@ -88,14 +88,14 @@ class TrajectoryResult:
 def trajectory(
     probe: Probe,
     *,
-    checkpoints: Checkpoints,
+    checkpoints: RunCheckpoints,
     labels: Sequence[str] | None = None,
     n: int = 0,
     margin: float = 0.2,
     seed: int = 0,
     bn: BatchNormPolicy = "eval",
     dtype: DtypeName | torch.dtype | None = None,
-    partial: Partial | None = None,
+    partial: ResumableRows | None = None,
 ) -> TrajectoryResult:
     """Describe the way from the first checkpoint to the model, and measure its points and their plane.
 

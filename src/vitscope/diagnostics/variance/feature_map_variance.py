@@ -12,10 +12,12 @@ from torch import Tensor
 
 from vitscope.core.feature_pass import through
 from vitscope.core.measure_options import record_options
-from vitscope.core.probe import ObjectiveCard, Probe
+from vitscope.core.objective_card import ObjectiveCard
+from vitscope.core.probe import Probe
+from vitscope.core.running_mean import RunningMean, estimates
 from vitscope.core.undefined_values import warn_nulls
 from vitscope.runtime.distributed import gather_objects
-from vitscope.stats.intervals import Estimate, RunningMean, check_level, estimates, few_images
+from vitscope.stats.intervals import Estimate, check_level, few_images
 
 #: variance below this share of the mean square: single precision sums cancel, so the map is measured again in double
 _CANCELLED = 1e-2

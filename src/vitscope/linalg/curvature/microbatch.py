@@ -4,20 +4,31 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call
 
+from vitscope.core.objective import Objective
 from vitscope.linalg.curvature.double_backward import cheap_double_backward
 from vitscope.linalg.curvature.logit_curvature import output_curvature
 from vitscope.runtime.errors import NumericalError
 
-if TYPE_CHECKING:
-    from vitscope.linalg.curvature.curvature_operator import Curvature
-
 Product = Callable[[Sequence[Tensor]], Sequence[Tensor]]
+
+
+class CurvatureSettings(Protocol):
+    """The attributes of a curvature operator that decide what one chunk of images gives, see `Curvature`."""
+
+    model: nn.Module
+    objective: Objective
+    parameters: dict[str, Tensor]
+    kind: str
+    product: str
+    n_images: int
+    n_samples: int
+    seed: int
 
 
 class Chunk(NamedTuple):
@@ -34,7 +45,7 @@ class Chunk(NamedTuple):
     product: Product
 
 
-def build_chunk(operator: Curvature, first_image: int, x: Tensor, y: Tensor) -> Chunk:
+def build_chunk(operator: CurvatureSettings, first_image: int, x: Tensor, y: Tensor) -> Chunk:
     """Evaluate the operator's model on ``x`` and make what products need.
 
     Raises:
@@ -91,7 +102,7 @@ def _reverse(gradient: list[Tensor], parameters: list[Tensor]) -> Product:
     return product
 
 
-def _linearized(operator: Curvature, x: Tensor, y: Tensor) -> Product:
+def _linearized(operator: CurvatureSettings, x: Tensor, y: Tensor) -> Product:
     """Return H v as the forward derivative of the gradient, traced once."""
     names = list(operator.parameters)
 

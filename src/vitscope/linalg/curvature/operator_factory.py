@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from vitscope.core.objective import n_labeled
-from vitscope.core.probe import Batch, ObjectiveCard, Probe
+from vitscope.core.objective_card import ObjectiveCard
+from vitscope.core.probe import Batch, Probe
 from vitscope.linalg.curvature.curvature_operator import Curvature
 from vitscope.linalg.curvature.l2_curvature import warn_of_sum_norm
 from vitscope.linalg.curvature.parameter_subsets import select_parameters, subset_name

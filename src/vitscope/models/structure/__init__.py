@@ -1,7 +1,22 @@
 """Structure of a model: taps, residual units, parameter groups and attention weights."""
 
+from vitscope.core.tap import Tap
+from vitscope.models.structure.coverage import missing_units, refuse_missing_units, warn_missing_units
 from vitscope.models.structure.residual_structure import Part, Piece, Read, parts
 from vitscope.models.structure.residual_units import Unit, known_units
-from vitscope.models.structure.taps import Tap, known_taps
+from vitscope.models.structure.taps import known_taps, reading
 
-__all__ = ["Part", "Piece", "Read", "Tap", "Unit", "known_taps", "known_units", "parts"]
+__all__ = [
+    "Part",
+    "Piece",
+    "Read",
+    "Tap",
+    "Unit",
+    "known_taps",
+    "known_units",
+    "missing_units",
+    "parts",
+    "reading",
+    "refuse_missing_units",
+    "warn_missing_units",
+]

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from vitscope.core.guard.eager_execution import eager_execution, uncompiled
-from vitscope.models.structure.residual_structure import Layout
+from vitscope.core.tap import Layout
 
 #: modules whose outputs are maps (B, C, h, w)
 _SPATIAL = (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)

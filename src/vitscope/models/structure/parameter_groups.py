@@ -8,10 +8,11 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor, nn
 
 from vitscope.core.guard.eager_execution import uncompiled
+from vitscope.core.tap import Kind
 from vitscope.models.structure import timm_blocks as timm_blocks  # describes timm's and torchvision's blocks
 from vitscope.models.structure.coverage import check_units, residual_blocks
 from vitscope.models.structure.execution import Execution, execution
-from vitscope.models.structure.residual_structure import TOKENS, Kind, Piece, anatomy, is_gate
+from vitscope.models.structure.residual_structure import TOKENS, Piece, anatomy, is_gate
 
 Place = tuple[Kind, int]
 

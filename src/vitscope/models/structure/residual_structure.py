@@ -9,8 +9,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-Kind = Literal["stem", "conv", "msa", "mlp", "pool", "head"]
-Layout = Literal["NCHW", "NHWC", "NLC", "NCL"]
+from vitscope.core.tap import Kind, Layout
 
 #: parameters that stand in front of the patches in models that do not state how many do
 TOKENS = (

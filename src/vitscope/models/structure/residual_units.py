@@ -10,11 +10,12 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from vitscope.core.guard.eager_execution import uncompiled
+from vitscope.core.tap import Kind
 from vitscope.models.structure import timm_blocks as timm_blocks  # describes timm's and torchvision's blocks
 from vitscope.models.structure.coverage import check_units, residual_blocks
 from vitscope.models.structure.execution import execution
 from vitscope.models.structure.feature_maps import observed_pass, to_map
-from vitscope.models.structure.residual_structure import Kind, Read, anatomy
+from vitscope.models.structure.residual_structure import Read, anatomy
 from vitscope.models.structure.taps import attach
 
 Side = Literal["input", "output"]

@@ -9,15 +9,8 @@ from timm.models import beit, convnext, eva, mlp_mixer, pit, resnet, resnetv2, s
 from timm.models import swin_transformer_v2 as swin_v2
 from torch import nn
 
-from vitscope.models.structure.residual_structure import (
-    Layout,
-    Part,
-    Read,
-    is_gate,
-    parts,
-    replaceable_conv3x3,
-    subsamples,
-)
+from vitscope.core.tap import Layout
+from vitscope.models.structure.residual_structure import Part, Read, is_gate, parts, replaceable_conv3x3, subsamples
 
 
 def _first(block: nn.Module, *names: str) -> nn.Module:

@@ -153,7 +153,7 @@ class _Reader:
     Over several seeds a sum has the t-interval of its values by seed. With one seed it has the jackknife's over the parts that
     all results share (pairs of directions, mini-batches): for means that is the t-interval over parts, and since parts are
     left out of all results at once, random directions and images that conditions have in common cancel. Where parts are
-    skewed, a number of a single condition has the interval of `vitscope.diagnostics.hessian._nep_statistics.positive_interval`; that
+    skewed, a number of a single condition has the interval of `positive_interval`; that
     of a sum over conditions does not cover with few parts (84 to 92 % of 4 to 16 mini-batches), and is not given.
     """
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from vitscope.plotting.api import plot, save_figure
 from vitscope.runs import result_store
-from vitscope.runtime.errors import StorageError
+from vitscope.runtime.errors import StorageError, first_line
 from vitscope.runtime.progress import track
 
 #: from this many figures on, another process helps (starting one costs as much as drawing a few)
@@ -113,7 +113,7 @@ def draw(job: Job) -> Picture:
         where = job.stem.parent
         raise StorageError("out", where, f"not writable ({error.strerror})", "free space or choose another") from None
     except Exception as error:  # one figure that cannot be drawn must not cost the report
-        problem = f"not drawn: {type(error).__name__}: {_first_line(error)}"
+        problem = f"not drawn: {type(error).__name__}: {first_line(error)}"
         return Picture(lost=tuple(lost), problem=problem)
     return Picture(png, pdf[0] if pdf else None, tuple(loaded), tuple(lost), _interactive(loaded))
 
@@ -129,13 +129,9 @@ def _interactive(named: Mapping[str, Any]) -> str | None:
         figure.update_layout(template="none")
         return figure.to_json()
     except Exception as error:
-        warnings.warn(f"plotly_{measure}: {type(error).__name__}: {_first_line(error)}", stacklevel=2)
+        warnings.warn(f"plotly_{measure}: {type(error).__name__}: {first_line(error)}", stacklevel=2)
         return None
 
 
 def _leave_signals_to_the_parent() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0][:200] if str(error).strip() else ""

@@ -26,6 +26,7 @@ from vitscope.reports.run_index import Entry
 from vitscope.reports.tables import factorial_tables
 from vitscope.reports.tables.table import Cell, Problem, Table
 from vitscope.runs import result_store
+from vitscope.runtime import atomic_write
 
 #: CSS pixels an inch of a figure is shown at, and the dots an inch that it was saved with
 SHOWN_DPI, SAVED_DPI = 116, 300
@@ -120,7 +121,7 @@ def write(
         css=(TEMPLATES / "report.css").read_text(),
         js=(TEMPLATES / "report.js").read_text(),
     )
-    result_store.write_atomically(path, html.encode())
+    atomic_write.write_atomically(path, html.encode())
     return path
 
 

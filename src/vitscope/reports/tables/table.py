@@ -11,7 +11,7 @@ import pandas as pd
 from pandas.io.formats.style import Styler
 
 from vitscope.reports.value_lookup import FAILED, MISSING, Value
-from vitscope.runs import result_store
+from vitscope.runtime import atomic_write
 from vitscope.stats.t_tests import Interval, t_interval
 
 
@@ -181,7 +181,7 @@ def write(table: Table, folder: Path) -> list[Path]:
     paths = []
     for ending, text in texts.items():
         paths.append(folder / f"{table.name}.{ending}")
-        result_store.write_atomically(paths[-1], text.encode())
+        atomic_write.write_atomically(paths[-1], text.encode())
     return paths
 
 

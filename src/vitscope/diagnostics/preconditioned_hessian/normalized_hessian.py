@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from vitscope.core.measure_options import record_options
-from vitscope.core.probe import ObjectiveCard, Probe
+from vitscope.core.objective_card import ObjectiveCard
+from vitscope.core.probe import Probe
 from vitscope.linalg.curvature.operator_factory import curvatures
 from vitscope.linalg.preconditioned_operator import scaled_eigenvalues
 from vitscope.linalg.weights.directions import filter_parameters, moving
@@ -17,7 +18,7 @@ from vitscope.linalg.weights.effective_weights import pruning_masks, refuse_made
 
 
 @dataclass(frozen=True)
-class NormalisedHessianResult:
+class NormalizedHessianResult:
     """Eigenvalues in units of the weights' own size.
 
     Attributes:
@@ -49,7 +50,7 @@ class NormalisedHessianResult:
 
 
 @record_options
-def normalised_hessian(
+def normalized_hessian(
     probe: Probe,
     *,
     k: int = 5,
@@ -63,7 +64,7 @@ def normalised_hessian(
     max_products: int = 200,
     max_memory: float | None = None,
     seed: int = 0,
-) -> NormalisedHessianResult:
+) -> NormalizedHessianResult:
     """Compute extreme eigenvalues of D H D, the Hessian in coordinates of the weights' own size.
 
     D is diagonal. With ``weight`` its entries are the weights' absolute values, D = diag(|w|). Where w' = S w with a positive
@@ -120,7 +121,7 @@ def normalised_hessian(
             for name, p in made.parameters.items()
         ]
         pairs = scaled_eigenvalues(mean, scale, shared=True, max_memory=max_memory, **solving)
-        return NormalisedHessianResult(
+        return NormalizedHessianResult(
             eigenvalues=pairs.values,
             residuals=pairs.residuals,
             errors=pairs.errors,

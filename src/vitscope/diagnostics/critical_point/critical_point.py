@@ -12,8 +12,17 @@ from torch.func import functional_call
 
 from vitscope.core.measure_options import record_options
 from vitscope.core.objective import n_labeled
-from vitscope.core.probe import Batch, ObjectiveCard, Probe
-from vitscope.diagnostics.hessian._verdict import ROUNDING, TINY, Limits, Row, judge, predicted_decrease, slice_drop
+from vitscope.core.objective_card import ObjectiveCard
+from vitscope.core.probe import Batch, Probe
+from vitscope.diagnostics.critical_point._verdict import (
+    ROUNDING,
+    TINY,
+    Limits,
+    Row,
+    judge,
+    predicted_decrease,
+    slice_drop,
+)
 from vitscope.linalg.curvature.operator_factory import Curvatures, curvatures
 from vitscope.linalg.krylov_basis import norm
 from vitscope.linalg.optimizer_stability import adam_scale

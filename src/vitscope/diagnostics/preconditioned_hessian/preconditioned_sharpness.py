@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from vitscope.core.measure_options import record_options
+from vitscope.core.objective_card import ObjectiveCard
 from vitscope.core.optimizer_state import OptimizerState, of_optimizer
-from vitscope.core.probe import ObjectiveCard, Probe
+from vitscope.core.probe import Probe
 from vitscope.linalg.curvature.curvature_operator import Curvature
 from vitscope.linalg.curvature.operator_factory import Curvatures, curvatures
 from vitscope.linalg.optimizer_stability import StabilityLimit, stability_limit

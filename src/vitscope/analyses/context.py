@@ -1,0 +1,47 @@
+"""Context of an analysis: the run, the network and the data that it is about."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from omegaconf import DictConfig
+from torch import nn
+
+from vitscope.analyses.spec import Analysis
+from vitscope.runs.run_dir import Run
+from vitscope.runs.wandb_mirror import Mirror
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where and about what an analysis is made.
+
+    Attributes:
+        cfg: the run's configuration.
+        run: its folder.
+        network: the model, on its device.
+        datamodule: where batches come from.
+        tag: ``init``, ``epoch-0099`` or ``end``.
+        epoch: of the weights, for the card.
+        step: of the weights, for the journal.
+        mirror: W&B.
+        content: the checkpoint the weights came from, where there is one.
+        due: the analyses that will be made here; those of the feature maps of the same images share a forward pass.
+        ahead: results of such a pass by name, until their turn comes.
+        alone: names of those that such a pass failed for.
+    """
+
+    cfg: DictConfig
+    run: Run
+    network: nn.Module
+    datamodule: Any
+    tag: str
+    epoch: int | None = None
+    step: int = 0
+    mirror: Mirror = field(default_factory=Mirror)
+    content: Mapping[str, Any] | None = None
+    due: Sequence[Analysis] = ()
+    ahead: dict[str, Any] = field(default_factory=dict)
+    alone: set[str] = field(default_factory=set)

@@ -1,0 +1,98 @@
+"""Translation of any error into the one line and the exit code that a user gets."""
+
+from __future__ import annotations
+
+import errno
+import signal
+
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from lightning_fabric.utilities.exceptions import MisconfigurationException
+from omegaconf.errors import OmegaConfBaseException
+
+from vitscope.config import loading
+from vitscope.runtime import errors, stop_flag
+from vitscope.runtime.errors import ConfigError, DistributedError, StorageError, VitscopeError, first_line
+from vitscope.runtime.stop_flag import Interrupted
+
+INTERRUPTED, TERMINATED = 130, 143
+
+_STORAGE = (
+    errno.ENOSPC,
+    errno.EROFS,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EACCES,
+    errno.EIO,
+    errno.ENOTDIR,
+    errno.ENAMETOOLONG,
+    errno.EMFILE,
+    errno.ENFILE,
+    errno.ESTALE,
+)
+
+
+def explain(error: BaseException) -> VitscopeError | None:
+    """Return an error as the one line that a user can act on; None for a defect."""
+    for cause in _chain(error):
+        if isinstance(cause, VitscopeError):
+            return cause
+    if isinstance(error, MissingConfigException):
+        return _missing(error)
+    if isinstance(error, HydraException | OmegaConfBaseException):
+        return _refused(error)
+    if isinstance(error, MisconfigurationException):
+        return ConfigError("trainer", None, first_line(error).rstrip("."), "correct its options")
+    if isinstance(error, ValueError) and "Config group override must be" in str(error):
+        return ConfigError("config", None, "a group was given a value that is no name", "choose a name; see --help")
+    if isinstance(error, OSError) and error.errno in _STORAGE:
+        return StorageError("paths.runs", error.filename, str(error.strerror), "free space or choose another folder")
+    if type(error).__module__.startswith("torch.distributed") or "ProcessGroup" in str(error) or "gloo" in str(error):
+        line = first_line(error)
+        why = line.partition("] ")[2].partition(". ")[0] or line  # after the place in its source
+        return DistributedError("trainer.devices", None, f"another process died or hangs ({why})", "see its output")
+    return None
+
+
+def code_for(error: BaseException) -> int:
+    """Return the exit code that an error will end the command with."""
+    if isinstance(error, KeyboardInterrupt):
+        return INTERRUPTED
+    if isinstance(error, SystemExit) and (stopped := stop_flag.requested()) is not None:
+        error = Interrupted(stopped)  # Lightning's own answer to SIGTERM
+    if isinstance(error, Interrupted):
+        return INTERRUPTED if error.signum == signal.SIGINT else TERMINATED
+    known = explain(error)
+    return known.exit_code if known else 1
+
+
+def _missing(error: MissingConfigException) -> ConfigError:
+    wanted = error.missing_cfg_file or ""
+    group, _, name = wanted.rpartition("/")
+    names = list(error.options or []) or loading.options(group)
+    return ConfigError(group or "config", name, "no such choice", errors.nearest(name, names))
+
+
+def _refused(error: BaseException) -> ConfigError:
+    for cause in _chain(error):
+        parent = getattr(cause, "parent_node", None)
+        key = getattr(cause, "full_key", None)
+        if key and parent is not None and "not in struct" in str(cause):
+            return ConfigError(
+                key, None, "no such key", errors.nearest(key.rpartition(".")[2], map(str, parent.keys()))
+            )
+    text = first_line(error)
+    for cause in _chain(error):
+        key = getattr(cause, "full_key", None)
+        if key:
+            return ConfigError(key, None, first_line(cause), "correct the value")
+    unread = any(isinstance(cause, OverrideParseException) for cause in _chain(error))
+    fix = "write key=value, a list as runs=[a,b]; see --help" if unread else "see --help"
+    return ConfigError("config", None, text.rstrip("."), fix)
+
+
+def _chain(error: BaseException | None) -> list[BaseException]:
+    chain: list[BaseException] = []
+    while error is not None and error not in chain:
+        chain.append(error)
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    return chain

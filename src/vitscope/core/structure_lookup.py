@@ -1,0 +1,61 @@
+"""Lookup of a model's structure, which `vitscope.models.structure` knows and this package must not import.
+
+The package's ``__init__`` registers how to load it, so that a `Probe` finds taps in any model that `vitscope.taps` knows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from vitscope.core.tap import Tap
+
+
+class StructureReader(Protocol):
+    """Functions that read a model's structure; the module `vitscope.models.structure` has them."""
+
+    def known_taps(self, model: nn.Module) -> list[Tap]:
+        """Return the taps of a model, found by module type."""
+        ...
+
+    def missing_units(self, model: nn.Module, images: Tensor | None) -> list[tuple[str, str]]:
+        """Return the name and the type of each module that attends outside of the known units."""
+        ...
+
+    def warn_missing_units(self, model: nn.Module, missing: list[tuple[str, str]]) -> None:
+        """Warn about what `missing_units` returned."""
+        ...
+
+    def refuse_missing_units(self, model: nn.Module, missing: list[tuple[str, str]]) -> None:
+        """Raise a ValueError about what `missing_units` returned."""
+        ...
+
+    def reading(
+        self, model: nn.Module, taps: Sequence[Tap], fn: Callable[[int, Tap, Tensor], None]
+    ) -> AbstractContextManager[None]:
+        """Call ``fn(index, tap, map)`` for each tap of a forward pass."""
+        ...
+
+
+_load: Callable[[], StructureReader] | None = None
+
+
+def register_structure_reader(load: Callable[[], StructureReader]) -> None:
+    """Name the function that loads the reader; it is called at the first use."""
+    global _load
+    _load = load
+
+
+def structure_reader() -> StructureReader:
+    """Return the registered reader.
+
+    Raises:
+        RuntimeError: none is registered.
+    """
+    if _load is None:
+        raise RuntimeError("Expected a structure reader to be registered by `import vitscope`, received none.")
+    return _load()

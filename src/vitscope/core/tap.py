@@ -1,0 +1,42 @@
+"""Taps: places of a model where a feature map is read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Tap:
+    """A place where a feature map is read.
+
+    Attributes:
+        name: Unique name, such as ``blocks.0.attn``.
+        kind: What produced the map: ``stem conv msa mlp pool head``.
+        stage: 0 for the stem, then from 1.
+        depth: Normalised depth, index / (number of taps - 1), from 0 to 1.
+        module: The module whose output or first input is the map.
+        at: Which of the two.
+        layout: Axes of that tensor: ``NCHW``, ``NHWC``, ``NLC`` (tokens) or ``NCL``.
+        n_prefix: Class, distillation and register tokens in front of the grid, dropped from the map.
+        grid: Rows and columns of the tokens, to be declared where no convolution or pooling of the forward pass shows them.
+        subsamples: Whether the unit made the map smaller (strided blocks, pooling, patch merging).
+    """
+
+    name: str
+    kind: Kind
+    stage: int
+    depth: float
+    module: nn.Module
+    at: Literal["output", "input"] = "output"
+    layout: Layout = "NCHW"
+    n_prefix: int = 0
+    grid: tuple[int, int] | None = None
+    subsamples: bool = False
+
+
+Kind = Literal["stem", "conv", "msa", "mlp", "pool", "head"]
+
+Layout = Literal["NCHW", "NHWC", "NLC", "NCL"]

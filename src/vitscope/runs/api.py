@@ -1,0 +1,81 @@
+"""Reading of run folders from Python: results and probes of a finished run."""
+
+from __future__ import annotations
+import contextlib
+import fcntl
+import json
+import os
+import platform
+import re
+import secrets
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from vitscope.runs import checkpoint_io
+from vitscope.runs import metrics_log
+from vitscope.runs import result_store
+from vitscope.runs import run_lock
+from vitscope.config import loading
+from vitscope.core.objective_card import versions
+from vitscope.core.probe import Probe
+from vitscope.runtime import redaction, safe_files
+from vitscope.runtime.errors import CheckpointError, ConfigError, StorageError
+from vitscope.runs.run_dir import find
+
+
+def load_results(run: str | Path) -> dict[str, dict[str, Any]]:
+    """Return a run's results as ``{analysis: {tag: result}}``, tags being ``init``, ``epoch-0099`` or ``end``.
+
+    Where one analysis was made with several settings at a tag, the newest counts.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    files = sorted(find(run).results.glob("*/*.npz"), key=lambda file: file.stat().st_mtime_ns)
+    for file in files:
+        tag = file.stem.rpartition("-")[0]
+        found.setdefault(file.parent.name, {})[tag] = result_store.load(file)
+    return found
+
+def load_probe(
+    run: str | Path,
+    split: str = "test",
+    *,
+    augment: bool | str = False,
+    n_images: int | None = None,
+    batch_size: int | None = None,
+    ckpt: str = "last",
+) -> Probe:
+    """Return a probe of a finished run: its model at a checkpoint, its data, its objective.
+
+    Args:
+        run: a run folder, or a checkpoint file in one (which then wins over ``ckpt``).
+        split: ``train``, ``val`` or ``test``.
+        augment: apply the run's training augmentation and mixup, frozen; or those of the objective of that name.
+        n_images: how many images; all of the split by default.
+        batch_size: images a batch; the run's evaluation batch by default.
+        ckpt: the checkpoint's name without its ending.
+
+    Raises:
+        CheckpointError: no such run or checkpoint.
+        DataError: the data are not there.
+    """
+    from vitscope.runs import checkpoint_weights
+    from vitscope.config import factories
+
+    cfg = find(run).config()
+    model = factories.model(cfg)
+    path = Path(run) if Path(run).is_file() else find(run).checkpoints / f"{ckpt}.ckpt"
+    content = checkpoint_io.read(path)
+    checkpoint_weights.load_weights(model, content, path)
+    data = factories.data(cfg)
+    data.adapt_to(model)
+    size = batch_size or data.eval_batch_size
+    wanted = {"split": split, "augment": augment, "n_images": n_images, "batch_size": size}
+    facts = {"checkpoint": checkpoint_weights.weights_hash(model), "epoch": content.get("epoch")}
+    return factories.probe(cfg, model, data, wanted, facts, content)

@@ -1,0 +1,77 @@
+"""Weights of a checkpoint: put into a network, and named by their hash."""
+
+from __future__ import annotations
+import hashlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor, nn
+from vitscope.runtime import errors
+from vitscope.config import instantiate
+from vitscope.config import loading
+from vitscope.core.objective import Objective
+from vitscope.core.optimizer_state import OptimizerState, of_checkpoint
+from vitscope.core.probe import Probe
+from vitscope.linalg.optimizer_stability import adam_scale
+from vitscope.runs import checkpoint_io
+from vitscope.runtime import redaction
+from vitscope.runtime.errors import CheckpointError, first_line
+
+
+def load_weights(network: nn.Module, content: Mapping[str, Any], path: Path) -> None:
+    """Put a checkpoint's weights into ``network``; every key must be accounted for.
+
+    A file of the official code or of timm 0.5.4 is known by its key names, see `load_official_state_dict`. What torch's own
+    `load_state_dict` fills in or renames (counters of batches that old files lack, a module's own hooks) is not missed.
+
+    Raises:
+        CheckpointError: keys or shapes that do not match, the first of them named.
+    """
+    from vitscope.models import load_official_state_dict
+
+    own = network.state_dict()
+    state = _fitting_state(content, own)
+    if set(state) != set(own):
+        try:
+            load_official_state_dict(network, state)
+            return
+        except ValueError as error:
+            # the official code's names for another size of the model; otherwise say below which keys differ
+            if " has shape " in str(error):
+                fix = "use the model it was made with (data.num_classes, model.depth, ...)"
+                raise CheckpointError("ckpt_path", path, str(error).rstrip("."), fix) from error
+    for name, tensor in own.items():
+        if name in state and tensor.shape != state[name].shape:
+            raise CheckpointError("ckpt_path", path, f"{name} is {tuple(state[name].shape)} there and {tuple(tensor.shape)} here",
+                                  "use the model it was made with (data.num_classes, model.depth, ...)")  # fmt: skip
+    try:
+        found = network.load_state_dict(state, strict=False)
+    except (
+        RuntimeError,
+        KeyError,
+    ) as error:  # kinds of tensors that do not go into weights, or a hook that misses its own
+        raise CheckpointError("ckpt_path", path, first_line(error), "use the model it was made with") from None
+    for name in sorted({*found.missing_keys, *found.unexpected_keys}):
+        where = "the checkpoint lacks it" if name in own else "the model has no such weight"
+        raise CheckpointError("ckpt_path", path, f"{name}: {where}", "use the model it was made with (model=...)")
+
+def _fitting_state(content: Mapping[str, Any], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a checkpoint's tensors without the prefixes of wrappers: of the readings, the one with most of ``own``'s keys.
+
+    A network may itself keep everything under ``model.``, and wrappers may stand around each other (``module._orig_mod.``).
+    """
+    usual = checkpoint_io.model_state(content)
+    readings = [usual, *checkpoint_io.unwrapped(content)]
+    return max(readings, key=lambda state: len(state.keys() & own.keys()))
+
+def weights_hash(network: nn.Module) -> str:
+    """Return the first 16 digits of a SHA-256 over all weights and buffers, in order: the checkpoint's name on cards."""
+    total = hashlib.sha256()
+    for name, tensor in network.state_dict().items():
+        total.update(name.encode())
+        total.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() if tensor.ndim else
+                     str(tensor.item()).encode())  # fmt: skip
+    return total.hexdigest()[:16]

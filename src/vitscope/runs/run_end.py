@@ -1,0 +1,54 @@
+"""End of a run: its status in provenance.json, and the tracebacks of its process in its log."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+
+from vitscope.config.error_translation import INTERRUPTED, TERMINATED
+from vitscope.runs.run_dir import Run
+from vitscope.runtime import redaction, safe_files
+from vitscope.runtime.errors import StorageError
+
+_current: Run | None = None
+
+
+def log_tracebacks_to(run: Run | None) -> None:
+    """Name the run of this process, whose log takes tracebacks from now on; None for no run."""
+    global _current
+    _current = run
+
+
+def current_run() -> Run | None:
+    """Return the run that `log_tracebacks_to` named last."""
+    return _current
+
+
+def log_traceback(text: str) -> None:
+    """Append a traceback to the log of the current run, if there is one."""
+    if _current is None:
+        return
+    with contextlib.suppress(OSError, StorageError):  # on a full disk the line on stderr has to do
+        safe_files.append_text(_current.log, redaction.masked(text))
+
+
+def note_end(run: Run, code: int, **facts: object) -> None:
+    """Write into the run's provenance how it ended.
+
+    Args:
+        run: the run.
+        code: the exit code of its process.
+        facts: further facts of the end, such as ``wall_s``.
+
+    Raises:
+        StorageError: the run finished and its folder cannot be written; after another end that error is printed alone, so
+            that it does not hide why the run ended.
+    """
+    status = {0: "finished", INTERRUPTED: "stopped", TERMINATED: "stopped"}.get(code, "failed")
+    try:
+        run.note(status=status, exit_code=code, **facts)
+    except StorageError as error:
+        if code == 0:
+            raise
+        if run.path.is_dir():  # a folder that was deleted is what the command ends with already
+            print(error, file=sys.stderr, flush=True)
