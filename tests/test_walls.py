@@ -159,7 +159,16 @@ def test_folders_hold_at_most_fifteen_modules_on_three_levels() -> None:
 def test_statistics_need_no_torch() -> None:
     for file in FILES:
         if file.relative_to(SRC).parts[0] == "stats":
-            assert libraries(file) <= {"__future__", "collections", "dataclasses", "math", "numpy", "scipy", "typing", "vitscope"}
+            assert libraries(file) <= {
+                "__future__",
+                "collections",
+                "dataclasses",
+                "math",
+                "numpy",
+                "scipy",
+                "typing",
+                "vitscope",
+            }
 
 
 def test_no_module_is_named_after_nothing() -> None:

@@ -42,7 +42,8 @@ class CalibrationResult:
         unconfidence: share of unconfident predictions among wrong ones (Unc-90); None without a wrong one.
         intervals: ``accuracy_lower``, ``accuracy_upper`` and so on. Of accuracy that of
             `vitscope.stats.intervals.share_interval`, of nll and brier Student's, NaN with fewer than 128 images or
-            10 wrong answers. That of ``ece`` is for the error without its bias: it holds 0 for 95 of 100 calibrated models, and always holds both ``ece`` and ``ece_debiased`` (see
+            10 wrong answers. That of ``ece`` is for the error without its bias: it holds 0 for 95 of 100 calibrated models, and
+            always holds both ``ece`` and ``ece_debiased`` (see
             ``_debiased.py``). NaN with fewer than 30 images for each bin that has any.
         binning: ``equal_width`` or ``official``.
         bin_edges: (n_bins + 1,) of the equal-width intervals (a, b].
