@@ -39,10 +39,11 @@ test: $(SETUP) ## the tests that CI runs
 test-slow: $(SETUP) ## the longer tests too
 	$(PYTEST) -m 'slow or not slow'
 
-lint: $(SETUP) ## ruff and pyright
+lint: $(SETUP) ## ruff, pyright and the check of names and docstrings
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+	$(RUN) .ci/check_style.py
 
 format: $(SETUP) ## let ruff rewrite
 	$(BIN)/ruff check --fix .

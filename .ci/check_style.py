@@ -1,0 +1,118 @@
+"""Check the words of the source: openings of module docstrings, names that do not say what they hold, private vocabulary.
+
+Usage: python .ci/check_style.py [--write]
+
+Each file may have as many faults of a kind as `style_allowance.json` records for it, none where it records nothing. `--write`
+records today's counts; it lowers counts only.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parents[1]
+ALLOWANCE = Path(__file__).with_name("style_allowance.json")
+#: a module docstring states what the module does or holds; after these words a reader has to guess it
+OPENINGS = re.compile(r"(What|Where|Who|How)\b")
+#: participles, adverbs and pronouns that name an event, a place or an owner instead of a value
+VAGUE_NAMES = frozenset({
+    "again", "asked", "chosen", "done", "due", "found", "given", "gone", "here", "kept", "known", "left", "made", "mine", "ours",
+    "over", "own", "said", "seen", "shown", "stands", "taken", "theirs", "there", "wanted", "why",
+})  # fmt: skip
+#: the authors' own words for a subpackage, an import rule and the layout
+PRIVATE_WORDS = re.compile(r"\b(rooms?|walls?|house)\b", re.IGNORECASE)
+
+#: number of allowed faults by file and kind
+Counts = dict[str, dict[str, int]]
+
+
+class Fault(NamedTuple):
+    """A fault of one kind (``opening``, ``name`` or ``word``) at a line."""
+
+    kind: str
+    line: int
+    text: str
+
+
+def assigned_names(tree: ast.AST) -> Iterator[tuple[str, int]]:
+    """Yield each name that code binds by assignment, loop, `with`, walrus or argument, and its line."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            yield node.id, node.lineno
+        elif isinstance(node, ast.arg):
+            yield node.arg, node.lineno
+
+
+def docstrings(tree: ast.AST) -> Iterator[tuple[str, int]]:
+    """Yield each docstring of a module and the line of its owner."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            yield ast.get_docstring(node) or "", getattr(node, "lineno", 1)
+
+
+def faults(source: str) -> list[Fault]:
+    """Return the faults of a module's source, in the order of their lines."""
+    tree = ast.parse(source)
+    result = []
+    if match := OPENINGS.match(ast.get_docstring(tree) or ""):
+        result.append(
+            Fault("opening", 1, f"the module docstring opens with {match.group()!r}: state what the module does")
+        )
+    for name, line in assigned_names(tree):
+        if name in VAGUE_NAMES:
+            result.append(Fault("name", line, f"the name {name!r} does not say what it holds: use a noun phrase"))
+    for text, line in docstrings(tree):
+        for match in PRIVATE_WORDS.finditer(text):
+            result.append(
+                Fault("word", line, f"{match.group()!r} in a docstring: use subpackage, import rule or layout")
+            )
+    return sorted(result, key=lambda fault: (fault.line, fault.kind))
+
+
+def count(file_faults: list[Fault]) -> dict[str, int]:
+    """Return the number of faults of each kind that occurs."""
+    kinds = [fault.kind for fault in file_faults]
+    return {kind: kinds.count(kind) for kind in sorted(set(kinds))}
+
+
+def excess(file_faults: list[Fault], allowed: dict[str, int]) -> list[Fault]:
+    """Return the faults of those kinds that occur more often than is allowed."""
+    counts = count(file_faults)
+    return [fault for fault in file_faults if counts[fault.kind] > allowed.get(fault.kind, 0)]
+
+
+def lowered(allowance: Counts, counts: Counts) -> Counts:
+    """Return the allowance with each number lowered to today's count; no number rises and no file is added."""
+    result = {
+        name: {kind: min(n, counts.get(name, {}).get(kind, 0)) for kind, n in kinds.items()}
+        for name, kinds in allowance.items()
+    }
+    return {name: positive for name, kinds in result.items() if (positive := {k: n for k, n in kinds.items() if n})}
+
+
+def main(arguments: list[str]) -> int:
+    """Print every fault beyond the allowance with its file and line; return 1 if there is one, else 0."""
+    by_file = {
+        path.relative_to(ROOT).as_posix(): faults(path.read_text()) for path in sorted((ROOT / "src").rglob("*.py"))
+    }
+    allowance: Counts = json.loads(ALLOWANCE.read_text())
+    if "--write" in arguments:
+        allowance = lowered(allowance, {name: count(file_faults) for name, file_faults in by_file.items()})
+        ALLOWANCE.write_text(json.dumps(allowance, indent=2, sort_keys=True) + "\n")
+    lines = [
+        f"{name}:{fault.line}: {fault.text}"
+        for name, file_faults in by_file.items()
+        for fault in excess(file_faults, allowance.get(name, {}))
+    ]
+    print("\n".join(lines), end="\n" if lines else "")
+    return int(bool(lines))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
