@@ -101,7 +101,7 @@ def test_a_result_of_an_earlier_version_that_is_not_whole(tmp_path: Path, lost: 
 def test_an_earlier_result_is_completed_where_it_is_used_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     result = measured()
     monkeypatch.setattr(runner, "_stem", lambda *_: "end-0")
-    monkeypatch.setattr(runner.build, "weights_hash", lambda _: result.card.checkpoint)
+    monkeypatch.setattr(runner.checkpoint_weights, "weights_hash", lambda _: result.card.checkpoint)
     monkeypatch.setattr(runner, "_earlier", lambda *_: result)
     result_store.save(tmp_path / "results" / "variance", "end-0", result)
     assert runner.perform(ANALYSIS, place(tmp_path)) is result

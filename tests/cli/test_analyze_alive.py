@@ -16,6 +16,7 @@ import torch
 
 from tests.cli.test_analyze import FOURIER, run  # noqa: F401 (a fixture)
 from vitscope.runs import api, checkpoint_io, metrics_log, partial_results, result_store, run_dir, run_lock
+from vitscope.runtime import safe_files
 
 torch.set_num_threads(1)
 
@@ -116,7 +117,7 @@ def test_one_process_deletes_the_rows_that_another_adds_to(tmp_path: Path) -> No
     folder = tmp_path / ".partial"
     rows = partial_results.PartialRows(folder)
     rows["a"] = {"value": 1.0}
-    append = result_store.run_files.append_text
+    append = safe_files.append_text
     deletions = iter([True, False])
 
     def deleting(path: Path, text: str) -> None:
@@ -125,7 +126,7 @@ def test_one_process_deletes_the_rows_that_another_adds_to(tmp_path: Path) -> No
         append(path, text)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(result_store.run_files, "append_text", deleting)
+        patch.setattr(safe_files, "append_text", deleting)
         rows["b"] = {"value": 2.0}
     assert dict(partial_results.PartialRows(folder)) == {"b": {"value": 2.0}}
     assert dict(rows) == {"a": {"value": 1.0}, "b": {"value": 2.0}}

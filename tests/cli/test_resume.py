@@ -209,7 +209,7 @@ def test_the_average_is_tested_after_a_stop_behind_the_last_checkpoint(
             patch.setattr(Classifier, "test_step", lambda *a: (stop_flag.request(signum), step(*a))[1])
         else:
             patch.setattr(
-                "vitscope.analyses.runner.build.probe", lambda *_: (stop_flag.request(signum), stop_flag.check())
+                "vitscope.analyses.runner.factories.probe", lambda *_: (stop_flag.request(signum), stop_flag.check())
             )
         assert call("train", *arguments, f"run_dir={tmp_path}/cut") == (143 if place == "test" else 130)
     assert call("train", f"run={tmp_path}/cut", "ckpt_path=last") == 0

@@ -45,7 +45,8 @@ def test_a_stop_in_a_diagnostic_at_the_end(call, tiny, tmp_path, monkeypatch) ->
     shared = [*tiny, "analysis=[fourier]", "analysis.fourier.probe.n_images=32", "analysis.fourier.probe.batch_size=8"]
     with monkeypatch.context() as patch:
         patch.setattr(
-            "vitscope.analyses.runner.build.probe", lambda *_: stop_flag.request(signal.SIGTERM) or stop_flag.check()
+            "vitscope.analyses.runner.factories.probe",
+            lambda *_: stop_flag.request(signal.SIGTERM) or stop_flag.check(),
         )
         assert call("train", *shared) == 143
     run = only_run(tmp_path)
@@ -62,7 +63,8 @@ def test_a_stop_in_a_diagnostic_after_an_epoch(call, tiny, tmp_path, monkeypatch
     assert call("train", *shared, f"run_dir={tmp_path}/whole") == 0
     with monkeypatch.context() as patch:
         patch.setattr(
-            "vitscope.analyses.runner.build.probe", lambda *_: stop_flag.request(signal.SIGTERM) or stop_flag.check()
+            "vitscope.analyses.runner.factories.probe",
+            lambda *_: stop_flag.request(signal.SIGTERM) or stop_flag.check(),
         )
         assert call("train", *shared, f"run_dir={tmp_path}/cut") == 143
     assert call("train", f"run={tmp_path}/cut", "ckpt_path=last") == 0

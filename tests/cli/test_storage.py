@@ -18,7 +18,7 @@ from tests.helpers.processes import ENVIRONMENT, ROOT, TINY
 from tests.helpers.run_folders import losses, only_run
 from vitscope.runs import checkpoint_io, metrics_log, run_dir, wandb_mirror
 from vitscope.runs.metrics_log import Journal
-from vitscope.runtime import atomic_write
+from vitscope.runtime import atomic_write, safe_files
 from vitscope.runtime.errors import StorageError
 from vitscope.training import checkpoint_callback
 
@@ -59,7 +59,7 @@ def test_a_row_that_does_not_fit(tmp_path: Path) -> None:
 def test_a_device_without_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if not Path("/dev/full").exists():
         pytest.skip("no /dev/full here")
-    monkeypatch.setattr(metrics_log.run_files, "open_to_append", lambda path: os.open("/dev/full", os.O_WRONLY))
+    monkeypatch.setattr(safe_files, "open_to_append", lambda path: os.open("/dev/full", os.O_WRONLY))
     with pytest.raises(StorageError, match="No space left on device"):
         Journal(tmp_path / "metrics.jsonl").append(0, 0, {"train/loss": 1.0})
 

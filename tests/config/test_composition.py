@@ -189,7 +189,7 @@ def test_a_job_of_a_multirun_is_judged(
     monkeypatch.chdir(tmp_path)
     chosen = written(tmp_path, {"job": {"env_set": {"VITSCOPE_TRUST": "stranger_package"}}}, "second")
     (tmp_path / "conf" / "experiment" / "first.yaml").write_text("# @package _global_\nseed: 1\n")
-    monkeypatch.setattr(train.multirun, "job", lambda metric: 0.0)
+    monkeypatch.setattr(train.hydra_multirun, "job", lambda metric: 0.0)
     arguments = ["-m", *chosen[:2], "experiment=first,second", f"paths.runs={tmp_path}/runs"]
     assert command_of(monkeypatch, "train", *arguments) == 2
     assert "hydra.job.env_set=VITSCOPE_TRUST" in capsys.readouterr().err

@@ -214,7 +214,7 @@ def test_secrets_reach_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     error = ConfigError("model.hf_token", "other", f"not {SECRET}", "mend")
     assert str(error) == "model.hf_token=redacted: not redacted; mend"
     run_end.log_tracebacks_to(run)
-    run_end._log(f"Traceback: {SECRET}")
+    run_end.log_traceback(f"Traceback: {SECRET}")
     assert SECRET not in run.log.read_text()
 
 

@@ -114,7 +114,7 @@ def test_a_traceback_does_not_go_through_a_link(run: Run, elsewhere: Path) -> No
     run.log.symlink_to(elsewhere / "victim")
     run_end.log_tracebacks_to(run)
     before = state(elsewhere)
-    run_end._log("traceback")
+    run_end.log_traceback("traceback")
     assert state(elsewhere) == before
 
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-
 from tests.helpers.run_folders import losses, only_run
+from vitscope.config import experiment_identity
 from vitscope.runs import checkpoint_io, metrics_log, resume_changes, run_dir
 from vitscope.runtime import stop_flag
 from vitscope.training.lightning_module import Classifier
@@ -115,7 +115,7 @@ def test_what_may_change_is_written_down(call, finished, tmp_path, capsys) -> No
     rows = {row["key"]: (row["step"], row["old"], row["new"]) for row in facts["changes"]}
     assert rows == {key: (2, OmegaConf.select(stored, key), value) for key, value in changed.items()}
     assert facts["status"] == "finished"
-    assert facts["config_hash"] == run_dir.config.config_hash(run_dir.Run(finished).config())
+    assert facts["config_hash"] == experiment_identity.config_hash(run_dir.Run(finished).config())
     capsys.readouterr()
     assert (
         call("train", f"run={finished}", "ckpt_path=last", "trainer.log_every_n_steps=5") == 0

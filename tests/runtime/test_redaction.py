@@ -177,7 +177,7 @@ def test_no_file_of_a_run_and_nothing_for_the_mirror(tmp_path: Path, monkeypatch
     run = run_dir.create(cfg, "train")
     run.note(reason=f"refused by {SECRET}")
     run_end.log_tracebacks_to(run)
-    run_end._log(f"Traceback: {SECRET!r}")
+    run_end.log_traceback(f"Traceback: {SECRET!r}")
     text = "".join(file.read_text() for file in run.path.iterdir())
     assert "hunter2" not in text
     assert "hunter2" not in repr(wandb_mirror.flattened(cfg))

@@ -19,7 +19,7 @@ from vitscope.runtime import stop_flag
 from vitscope.runtime.errors import ConfigError, DistributedError
 from vitscope.runtime.stop_flag import Interrupted
 from vitscope.sweep import hydra_multirun, trial_process
-from vitscope.training import diagnostics_callback, stop_callbacks
+from vitscope.training import stop_callbacks
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = Path(__file__).parents[1] / "helpers" / "sweep_program.py"
@@ -153,6 +153,6 @@ def test_every_launcher_and_sweeper_composes(choice: str) -> None:
 def test_ranks_that_composed_differently_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     check = stop_callbacks.SameConfiguration("aa")
     check.setup(cast(Any, None), cast(Any, None), "fit")
-    monkeypatch.setattr(diagnostics_callback, "gather_objects", lambda value: ["aa", "aa", "bb"])
+    monkeypatch.setattr(stop_callbacks, "gather_objects", lambda value: ["aa", "aa", "bb"])
     with pytest.raises(DistributedError, match="rank 2 composed another configuration than rank 0"):
         check.setup(cast(Any, None), cast(Any, None), "fit")
