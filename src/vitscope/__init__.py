@@ -18,7 +18,7 @@ from typing import Any, cast
 
 from vitscope.core.structure_lookup import StructureReader, register_structure_reader
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOME = {
     "Probe": "core.probe",
