@@ -1,7 +1,19 @@
 from __future__ import annotations
 
+import pytest
+from omegaconf import OmegaConf
+
 from tests.helpers.report_runs import configuration
-from vitscope.config.experiment_identity import identity, labels, setting, short_name
+from vitscope.config.experiment_identity import (
+    EXPERIMENT_KEYS,
+    INCIDENTAL,
+    INCIDENTAL_TO_A_RUN,
+    config_hash,
+    identity,
+    labels,
+    setting,
+    short_name,
+)
 
 
 def test_seeds_and_machines_do_not_make_another_experiment() -> None:
@@ -50,3 +62,37 @@ def test_names_that_run_out_of_keys_are_numbered() -> None:
     named = labels({str(i): configuration("vit", 0, **change) for i, change in enumerate(changes)})
     assert len(set(named.values())) == 4
     assert named["2"] == named["0"] + ", no. 2"
+
+
+@pytest.mark.parametrize("key", ["compile", "channels_last"])
+def test_hash_and_identity_agree_on_switches(key: str) -> None:
+    off, on = configuration("vit", 0), {**configuration("vit", 0), key: True}
+    assert identity(off) == identity({**off, key: False})
+    assert identity(off) != identity(on)
+    assert config_hash(OmegaConf.create(off)) != config_hash(OmegaConf.create(on))
+
+
+def test_every_key_of_an_experiment_changes_hash_and_identity() -> None:
+    base = configuration("vit", 0)
+    for key in EXPERIMENT_KEYS:
+        node = base.get(key)
+        changed = {**base, key: {**node, "marker": 1} if isinstance(node, dict) else True}
+        assert config_hash(OmegaConf.create(changed)) != config_hash(OmegaConf.create(base)), key
+        assert identity(changed) != identity(base), key
+
+
+def test_what_may_change_in_a_run_may_differ_in_an_experiment() -> None:
+    assert set(INCIDENTAL_TO_A_RUN) <= set(INCIDENTAL)
+    base = configuration("vit", 0)
+    for dotted in INCIDENTAL_TO_A_RUN:
+        group, _, key = dotted.partition(".")
+        changed = {**base, group: {**(base.get(group) or {}), key: "other"}}
+        assert config_hash(OmegaConf.create(changed)) == config_hash(OmegaConf.create(base)), dotted
+        assert identity(changed) == identity(base), dotted
+
+
+def test_hash_of_a_configuration_is_stable() -> None:
+    """Runs on disk are found by it: a change here makes every earlier run another experiment."""
+    cfg = {"model": {"depth": 1}, "data": {"name": "digits", "root": "x"}, "objective": {}, "optimizer": {"lr": 0.1},
+           "trainer": {"max_epochs": 1, "logger": None}, "callbacks": {}, "compile": False, "seed": 0}  # fmt: skip
+    assert config_hash(OmegaConf.create(cfg)) == "1c1ec66218833fe9"

@@ -1,4 +1,4 @@
-"""Which runs are seeds of one experiment, and what to call them."""
+"""Identity of an experiment: the configuration values that define it, its hash, and a name for reports."""
 
 from __future__ import annotations
 
@@ -11,15 +11,25 @@ from omegaconf import DictConfig, OmegaConf
 from vitscope.config import loading
 from vitscope.config.loading import digest, plain
 
-#: what may differ between two runs of one experiment: where and how it was computed, and what was watched
-INCIDENTAL = (
-    "data.root", "data.num_workers", "data.seed", "data.eval_batch_size", "data.recipe", "callbacks.checkpoint",
-    "callbacks.lr_monitor", "trainer.accelerator", "trainer.devices", "trainer.num_nodes", "trainer.strategy",
-    "trainer.default_root_dir", "trainer.enable_progress_bar", "trainer.enable_model_summary", "trainer.profiler",
-    "trainer.logger", "trainer.log_every_n_steps", "trainer.benchmark", "trainer.max_time", "model.grad_checkpointing",
+#: groups and keys of a configuration that define an experiment; the seed tells its runs apart
+EXPERIMENT_KEYS = ("model", "data", "objective", "optimizer", "trainer", "callbacks", "compile", "channels_last")
+RUN_KEYS = (*EXPERIMENT_KEYS, "seed")
+
+#: switches that were added later: where one is off, a run keeps the identity that it had without the key
+_OFF_IS_ABSENT = ("channels_last",)
+
+#: keys that may change when a run resumes: where it is computed and what is shown meanwhile
+INCIDENTAL_TO_A_RUN = (
+    "data.root", "data.num_workers", "trainer.default_root_dir", "trainer.enable_progress_bar",
+    "trainer.enable_model_summary", "trainer.profiler", "trainer.logger",
 )  # fmt: skip
 
-GROUPS = ("model", "data", "objective", "optimizer", "trainer", "callbacks")
+#: keys that may differ between two runs of one experiment, in addition
+INCIDENTAL = (
+    *INCIDENTAL_TO_A_RUN, "data.seed", "data.eval_batch_size", "data.recipe", "callbacks.checkpoint", "callbacks.lr_monitor",
+    "trainer.accelerator", "trainer.devices", "trainer.num_nodes", "trainer.strategy", "trainer.log_every_n_steps",
+    "trainer.benchmark", "trainer.max_time", "model.grad_checkpointing",
+)  # fmt: skip
 
 #: keys of the objective that the data node repeats: named once
 REPEATED = ("augment", "random_erasing", "mixup", "cutmix", "switch_prob", "label_smoothing")
@@ -35,10 +45,21 @@ MOST_KEYS = 3
 
 
 def identity(cfg: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what makes a run the experiment that it is, the seed left out, as ``{dotted key: value}``."""
-    flat = flattened({group: cfg.get(group) for group in GROUPS})
-    kept = {k: v for k, v in flat.items() if not any(k == i or k.startswith(f"{i}.") for i in INCIDENTAL)}
-    return {k: v for k, v in kept.items() if k.removeprefix("data.") not in REPEATED}
+    """Return the values that define a run's experiment, the seed left out, as ``{dotted key: value}``."""
+    flat = flattened({key: cfg.get(key) for key in EXPERIMENT_KEYS if cfg.get(key) or key not in ("compile", *_OFF_IS_ABSENT)})
+    defining = {k: v for k, v in flat.items() if not any(k == i or k.startswith(f"{i}.") for i in INCIDENTAL)}
+    return {k: v for k, v in defining.items() if k.removeprefix("data.") not in REPEATED}
+
+
+def config_hash(cfg: DictConfig) -> str:
+    """Return the hash (16 digits) of the values that define a run; `INCIDENTAL_TO_A_RUN` and other groups are left out."""
+    resolved = plain(cfg)
+    defining = {key: resolved.get(key) for key in RUN_KEYS if resolved.get(key) or key not in _OFF_IS_ABSENT}
+    for dotted in INCIDENTAL_TO_A_RUN:
+        group, _, key = dotted.partition(".")
+        if isinstance(defining[group], dict):
+            defining[group] = {k: v for k, v in defining[group].items() if k != key}
+    return digest(defining, 16)
 
 
 def setting(cfg: Mapping[str, Any], without: Sequence[str] = ()) -> str:
@@ -114,7 +135,7 @@ def labels(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
         varying = [k for k in facts[0] | dict.fromkeys(k for f in facts for k in f) if _varies(k, facts)]
         varying = [k for k in varying if k not in IMPLIED]
         # stable: what is built, then how trained; what only some optimizers have comes last
-        varying.sort(key=lambda key: (GROUPS.index(key.partition(".")[0]), key in ("optimizer.betas", "optimizer.eps")))
+        varying.sort(key=lambda key: (EXPERIMENT_KEYS.index(key.partition(".")[0]), key in ("optimizer.betas", "optimizer.eps")))
         usual = {key: _usual(key, facts) for key in varying}
         for run_key, fact in zip(digests, facts):
             said = [key for key in varying if digest(fact.get(key)) != usual[key]]
@@ -157,21 +178,3 @@ def _said(value: Any) -> str:
         if not isinstance(value, int) or isinstance(value, bool)
         else str(value)
     )
-
-
-#: what decides whether two runs are the same experiment
-IDENTITY = ("model", "data", "objective", "optimizer", "trainer", "callbacks", "compile", "seed")
-
-
-def config_hash(cfg: DictConfig) -> str:
-    """Return the hash (16 digits) of what makes a run the experiment that it is; folders and logging left out."""
-    resolved = plain(cfg)
-    identity = {key: resolved.get(key) for key in IDENTITY}
-    if resolved.get("channels_last"):  # changes the order of sums; a run without it keeps the hash it always had
-        identity["channels_last"] = True
-    if isinstance(identity["data"], dict):
-        identity["data"] = {k: v for k, v in identity["data"].items() if k not in ("root", "num_workers")}
-    if isinstance(identity["trainer"], dict):
-        incidental = ("default_root_dir", "enable_progress_bar", "enable_model_summary", "profiler", "logger")
-        identity["trainer"] = {k: v for k, v in identity["trainer"].items() if k not in incidental}
-    return digest(identity, 16)

@@ -15,6 +15,7 @@ from typing import Any
 
 import yaml
 
+from vitscope.config.experiment_identity import RUN_KEYS
 from vitscope.runs import run_dir
 from vitscope.runtime import stop_flag
 from vitscope.runtime.errors import ConfigError
@@ -22,9 +23,6 @@ from vitscope.runtime.stop_flag import Interrupted
 from vitscope.sweep import trial_process
 from vitscope.sweep.sweep_file import Sweep
 from vitscope.sweep.trial_process import Slot
-
-#: groups of keys that decide a run's config hash, so that a preempted trial finds its own checkpoint by it
-_IDENTITY = ("model", "data", "objective", "optimizer", "trainer", "callbacks", "compile", "seed")
 
 
 def create(sweep: Sweep) -> str:
@@ -52,7 +50,8 @@ def create(sweep: Sweep) -> str:
 def content(sweep: Sweep) -> dict[str, Any]:
     """Return the file that the server gets: the sweep's, with a trial that was preempted going on where it stopped."""
     parameters = dict(sweep.parameters)
-    if all(key.split(".")[0] in _IDENTITY for key in sweep.swept):
+    # a preempted trial finds its own checkpoint by its config hash, which must tell it from the other trials
+    if all(key.split(".")[0] in RUN_KEYS for key in sweep.swept):
         parameters["ckpt_path"] = {"value": "auto"}
     return {"name": sweep.path.stem, **sweep.content, "parameters": parameters}
 
