@@ -46,7 +46,9 @@ MOST_KEYS = 3
 
 def identity(cfg: Mapping[str, Any]) -> dict[str, Any]:
     """Return the values that define a run's experiment, the seed left out, as ``{dotted key: value}``."""
-    flat = flattened({key: cfg.get(key) for key in EXPERIMENT_KEYS if cfg.get(key) or key not in ("compile", *_OFF_IS_ABSENT)})
+    flat = flattened(
+        {key: cfg.get(key) for key in EXPERIMENT_KEYS if cfg.get(key) or key not in ("compile", *_OFF_IS_ABSENT)}
+    )
     defining = {k: v for k, v in flat.items() if not any(k == i or k.startswith(f"{i}.") for i in INCIDENTAL)}
     return {k: v for k, v in defining.items() if k.removeprefix("data.") not in REPEATED}
 
@@ -135,7 +137,9 @@ def labels(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
         varying = [k for k in facts[0] | dict.fromkeys(k for f in facts for k in f) if _varies(k, facts)]
         varying = [k for k in varying if k not in IMPLIED]
         # stable: what is built, then how trained; what only some optimizers have comes last
-        varying.sort(key=lambda key: (EXPERIMENT_KEYS.index(key.partition(".")[0]), key in ("optimizer.betas", "optimizer.eps")))
+        varying.sort(
+            key=lambda key: (EXPERIMENT_KEYS.index(key.partition(".")[0]), key in ("optimizer.betas", "optimizer.eps"))
+        )
         usual = {key: _usual(key, facts) for key in varying}
         for run_key, fact in zip(digests, facts):
             said = [key for key in varying if digest(fact.get(key)) != usual[key]]
