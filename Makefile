@@ -14,7 +14,7 @@ PYTEST ?= $(BIN)/pytest
 # two worker processes of one thread each: tests of small networks gain nothing from more threads
 PARALLEL ?= -n 2 --dist worksteal
 FUZZ ?= 1000
-BENCH ?= hessian landscape representation attention training data report sweep
+BENCH ?= hessian landscape representation attention training data report sweep startup
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-slow lint format bench fuzz soak doctor clean reproduce $(QUESTIONS) $(TABLES) sweep sweep-local

@@ -18,10 +18,11 @@ from omegaconf import DictConfig
 from PIL import Image
 from timm.data.imagenet_info import ImageNetInfo
 
-from vitscope.cli import analyze, hydra_overrides
+from vitscope.analyses import analysis_run
 from vitscope.cli.main import COMMANDS
 from vitscope.config import loading
 from vitscope.config.validation import validate
+from vitscope.runs import run_overrides
 from vitscope.runtime.errors import VitscopeError
 
 ROOT = Path(__file__).parents[1]
@@ -115,13 +116,13 @@ class Checker:
             self.composed(name, given)
         elif named and name == "train":
             cfg = self.composed("train", [])
-            hydra_overrides.apply(cfg, given)
+            run_overrides.apply(cfg, given)
             validate(cfg)
         elif named:
-            outer, inside = hydra_overrides.split(given, analyze.FROM_RUN)
+            outer, inside = run_overrides.split(given, run_overrides.RUN_GROUPS)
             chosen = [argument.partition("=")[0] for argument in outer]
-            cfg = analyze.merged(self.composed("analyze", outer), self.composed("train", []), chosen)
-            hydra_overrides.apply(cfg, inside)
+            cfg = analysis_run.merged(self.composed("analyze", outer), self.composed("train", []), chosen)
+            run_overrides.apply(cfg, inside)
             validate(cfg)
         else:
             validate(self.composed(name, given))

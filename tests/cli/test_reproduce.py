@@ -14,8 +14,7 @@ from tests.helpers.report_runs import CARD, curve, spectrum, write_run
 from vitscope.cli import exit_codes, reproduce
 from vitscope.config import error_translation
 from vitscope.reproduce import plan as reproduction
-from vitscope.reproduce.plan import Trial
-from vitscope.reproduce.trial import Outcome
+from vitscope.reproduce.plan import Outcome, Trial
 from vitscope.runtime import stop_flag
 from vitscope.runtime.errors import ConfigError, DataError
 
@@ -149,10 +148,10 @@ def test_a_process_that_dies_takes_one_trial_only(tmp_path: Path, monkeypatch: p
 
 
 def _serve_with_tried(pipe: Any, trials: Sequence[Trial], root: Path) -> None:
-    from vitscope.cli import reproduce as child
+    from vitscope.reproduce import trial
 
-    child.perform = _tried
-    child._serve(pipe, trials, root)
+    trial.perform = _tried
+    reproduce._serve(pipe, trials, root)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from tests.helpers.report_runs import curve, spectrum, write_run
 from tests.helpers.run_folders import losses, only_run
 from vitscope.cli import exit_codes, report, reproduce
 from vitscope.reports.figures import figure_worker
-from vitscope.reproduce.trial import Outcome
+from vitscope.reproduce.plan import Outcome
 from vitscope.runs import checkpoint_io
 from vitscope.runs.wandb_mirror import Mirror
 from vitscope.runtime import stop_flag

@@ -14,10 +14,9 @@ import torch
 from omegaconf import OmegaConf
 
 from tests.helpers.configurations import composed
-from vitscope.cli import hydra_overrides
 from vitscope.config import caps, error_translation, instantiate, target_allowlist
 from vitscope.config.validation import validate
-from vitscope.runs import checkpoint_io, result_store, run_dir, run_end
+from vitscope.runs import checkpoint_io, result_store, run_dir, run_end, run_overrides
 from vitscope.runtime import redaction
 from vitscope.runtime.errors import CheckpointError, ConfigError
 
@@ -187,8 +186,8 @@ def test_a_run_s_groups_are_not_chosen_anew() -> None:
                           ("~seed", "cannot be removed"), ("seed=1,2", "several values"), ("sed=1", "no such key"),
                           ("callbacks=[ema]", "the run has its own")):  # fmt: skip
         with pytest.raises(ConfigError, match=why):
-            hydra_overrides.apply(cfg, [argument])
-    hydra_overrides.apply(cfg, ["seed=3", "+trainer.deterministic=true", "model.heads=[1,2,3,4]"])
+            run_overrides.apply(cfg, [argument])
+    run_overrides.apply(cfg, ["seed=3", "+trainer.deterministic=true", "model.heads=[1,2,3,4]"])
     assert (cfg.seed, cfg.trainer.deterministic, list(cfg.model.heads)) == (3, True, [1, 2, 3, 4])
 
 

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from vitscope.cli import analyze
+from vitscope.analyses import analysis_run
 from vitscope.runs.run_dir import Run
 
 
@@ -24,8 +24,8 @@ def test_training_and_analysis_record_the_model_s_facts(
     file.write_text(json.dumps(facts))
     run = Run(file.parent)
     cfg = run.config()
-    assert analyze._is_own_model(cfg, run)
+    assert analysis_run._is_own_model(cfg, run)
     assert call("analyze", f"run={file.parent}", "analysis=[taps]", "device=cpu", f"paths.runs={tmp_path}/runs") == 0
     assert json.loads(file.read_text())["model"] == recorded
     cfg.data.image_size = 64
-    assert not analyze._is_own_model(cfg, run)
+    assert not analysis_run._is_own_model(cfg, run)

@@ -28,7 +28,7 @@ from types import FrameType
 
 from vitscope.config import target_allowlist
 from vitscope.config.error_translation import INTERRUPTED, code_for, explain
-from vitscope.runs import checkpoint_io, run_end
+from vitscope.runs import run_end
 from vitscope.runtime import stop_flag
 from vitscope.runtime.errors import first_line
 from vitscope.runtime.stop_flag import Interrupted
@@ -78,11 +78,8 @@ def _ended(error: BaseException, wants_traceback: bool) -> int:
     if isinstance(error, KeyboardInterrupt):
         error = Interrupted(signal.SIGINT)
     if isinstance(error, Interrupted):
-        code = code_for(error)
-        saved = run is not None and checkpoint_io.present(run.checkpoints)
-        then = f"; go on with run={run.path} ckpt_path=last" if run and saved else ""
-        _say(f"stopped by {signal.Signals(error.signum).name}{then}")
-        return code
+        _say(f"stopped by {signal.Signals(error.signum).name}{_resume_advice()}")
+        return code_for(error)
     known = explain(error)
     if known is not None:
         _say(f"error: {known}")
@@ -90,6 +87,16 @@ def _ended(error: BaseException, wants_traceback: bool) -> int:
     where = f"; the traceback is in {run.log}" if run else "; HYDRA_FULL_ERROR=1 shows the traceback"
     _say(f"error: {type(error).__name__}: {first_line(error)}{where}")
     return 1
+
+
+def _resume_advice() -> str:
+    """Return how to resume the current run, '' where there is no run or no checkpoint."""
+    run = run_end.current_run()
+    if run is None:
+        return ""
+    from vitscope.runs import checkpoint_io  # imports torch, which the process of a run has loaded
+
+    return f"; go on with run={run.path} ckpt_path=last" if checkpoint_io.present(run.checkpoints) else ""
 
 
 def _say(line: str) -> None:

@@ -1,35 +1,12 @@
-"""``report.py``: overlay runs in figures, tables and one page; nothing is computed that a measure should compute."""
+"""``report.py``: overlay runs in figures, tables and one page."""
 
 from __future__ import annotations
-
-import re
-import sys
-from collections.abc import Sequence
-from pathlib import Path
 
 import hydra
 from omegaconf import DictConfig
 
-from vitscope.cli import exit_codes, hydra_overrides
+from vitscope.cli import exit_codes, hydra_command
 from vitscope.config import loading
-from vitscope.reports import run_index
-from vitscope.reports.claims import claim_verdicts
-from vitscope.reports.claims.effect_sizes import Bench
-from vitscope.reports.figures import figure_captions, figure_plan, figure_worker, html_page
-from vitscope.reports.model_costs import Costs
-from vitscope.reports.tables import baselines, factorial_tables, headline_tables
-from vitscope.reports.tables import table as cells
-from vitscope.reports.tables.table import Problem, Table
-from vitscope.reports.value_lookup import Selection
-from vitscope.runs import run_dir
-from vitscope.runtime import errors, stop_flag
-from vitscope.runtime.errors import ConfigError, DataError
-
-TABLES = (*headline_tables.TABLES, "claims", *factorial_tables.NAMES)
-GROUP_BY = ("model", "run")
-
-#: problems printed one by one; the page and strict runs name all
-MOST_LINES = 20
 
 
 def main() -> None:
@@ -38,147 +15,12 @@ def main() -> None:
 
 
 def _command() -> None:
-    hydra_overrides.uncaught(_composed)
+    hydra_command.uncaught(_composed)
 
 
 @hydra.main(version_base="1.3", config_path=str(loading.folder()), config_name="report")
-@hydra_overrides.kept_error
+@hydra_command.kept_error
 def _composed(cfg: DictConfig) -> None:
+    from vitscope.reports.report_run import report  # imports torch, pandas and matplotlib
+
     report(cfg)
-
-
-def report(cfg: DictConfig) -> Path:
-    """Write what a composed configuration asks for; print the table that was asked for, or the headline one.
-
-    Args:
-        cfg: the configuration of ``conf/report.yaml``.
-
-    Returns:
-        The page, or the table's Markdown file.
-
-    Raises:
-        ConfigError: an unknown table or grouping.
-        CheckpointError: a named run that is none.
-        DataError: no run at all; run folders that are damaged, after the others are reported; with ``strict``, a number or
-            a figure that is missing or failed.
-        StorageError: the folder cannot be written.
-    """
-    _check(cfg)
-    out = Path(cfg.out)
-    stop_flag.check()
-    damaged: list[run_index.Damage] = []
-    found = run_index.collect(_folders(cfg, damaged), damaged)
-    for damage in damaged:
-        print(damage, file=sys.stderr)
-    if not found:
-        raise DataError(
-            "runs" if cfg.runs is not None else "paths.runs", None, "no run that can be read", "name others"
-        )
-    chosen = [] if cfg.table else _panels(cfg, found)
-    lacking: list[Problem] = []
-    if cfg.baselines and not cfg.table:
-        beside, lacking = baselines.panels(found, _analyses(cfg), bool(cfg.allow_different))
-        chosen += beside
-    options = loading.plain(cfg.plot) or {}
-    jobs = [figure_captions.job(panel, out, options.get(panel.analysis), cfg.pdf) for panel in chosen]
-    with figure_worker.drawing(jobs) as finish:
-        made, judged = _tables(cfg, found, out)
-        stop_flag.check()
-        drawn = [figure_captions.drawn(panel, picture) for panel, picture in zip(chosen, finish())]
-    stop_flag.check()
-    print(cells.markdown(next(iter(made.values()))), end="")
-    problems = [problem for table in made.values() for problem in table.problems]
-    target = out / "tables" / f"{next(iter(made))}.md"
-    if not cfg.table:
-        problems += figure_plan.absent(found, _analyses(cfg) or [], cfg.tag) + lacking
-        problems += [
-            Problem("failed", f"figure {d.panel.name}", d.panel.analysis, d.picture.problem)
-            for d in drawn
-            if d.picture.problem
-        ]
-        if cfg.page:
-            target = html_page.write(out / f"{cfg.name}.html", found, made, judged, drawn, problems)
-            print(f"\n{len(drawn)} figures, {len(made)} tables: {target}")
-    _tell(list(dict.fromkeys(problems)), bool(cfg.strict), cfg.table)
-    if damaged:
-        why = f"{len(damaged)} run folder{'s' * (len(damaged) != 1)} damaged and left out, named above"
-        raise DataError("runs", None, why, "mend or delete them; the report holds the others")
-    return target
-
-
-def _check(cfg: DictConfig) -> None:
-    for key, value, names in (("table", cfg.table, TABLES), ("group_by", cfg.group_by, GROUP_BY)):
-        if value not in names and not (key == "table" and value is None):
-            raise ConfigError(key, value, "no such choice", errors.nearest(str(value), names))
-    if not re.fullmatch(r"[^/\\\0\n]{1,100}", str(cfg.name)) or str(cfg.name) in (".", ".."):
-        raise ConfigError(
-            "name", repr(cfg.name), "not the name of a file", "leave out folders; out=... says where it goes"
-        )
-    if cfg.runs is not None and not list(cfg.runs):
-        raise ConfigError("runs", "[]", "no run named", "name run folders, or leave it out for all of paths.runs")
-
-
-def _folders(cfg: DictConfig, damaged: list[run_index.Damage]) -> list[run_dir.Run]:
-    """Return the runs to read; folders that look like runs without what makes one are added to ``damaged``."""
-    if cfg.runs is not None:
-        return list(dict.fromkeys(run_dir.find(path) for path in cfg.runs))
-    root = Path(cfg.paths.runs)
-    incomplete = run_dir.incomplete(root)
-    damaged += [run_index.Damage(path, f"has no {name}") for path, name in incomplete]
-    if (found := run_dir.every(root)) or incomplete:
-        return found
-    raise DataError("paths.runs", root, "no run there", "train one (python train.py), or name another folder")
-
-
-def _tables(
-    cfg: DictConfig, found: Sequence[run_index.Entry], out: Path
-) -> tuple[dict[str, Table], list[claim_verdicts.Judged]]:
-    """Build and write the tables that were asked for; return them, and the claims where they are among them."""
-    selection = Selection(found, cfg.tag if cfg.tag != "all" else "end", bool(cfg.allow_different))
-    costs = Costs()
-    crossed = factorial_tables.made(selection, out) if cfg.table in (None, *factorial_tables.NAMES) else {}
-    if cfg.table in factorial_tables.NAMES:
-        return _written({cfg.table: crossed[cfg.table]}, out), []
-    wanted = [cfg.table] if cfg.table else [name for name in TABLES if name not in factorial_tables.NAMES]
-    judged = claim_verdicts.judge(Bench(selection, costs)) if "claims" in wanted else []
-    models = list(cfg.expect.models or []) if cfg.table else []
-    seeds = [int(seed) for seed in cfg.expect.seeds or []] if cfg.table else []
-    made = {
-        name: claim_verdicts.table(judged)
-        if name == "claims"
-        else headline_tables.build(name, selection, costs, models, seeds)
-        for name in wanted
-    }
-    made |= {name: table for name, table in crossed.items() if table.rows}
-    return _written(made, out), judged
-
-
-def _written(made: dict[str, Table], out: Path) -> dict[str, Table]:
-    for table in made.values():
-        cells.write(table, out / "tables")
-    return made
-
-
-def _analyses(cfg: DictConfig) -> list[str] | None:
-    return None if cfg.analyses is None else list(cfg.analyses)
-
-
-def _panels(cfg: DictConfig, found: Sequence[run_index.Entry]) -> list[figure_plan.Panel]:
-    return figure_plan.panels(
-        found, tag=cfg.tag, analyses=_analyses(cfg), group_by=cfg.group_by, allow_different=bool(cfg.allow_different)
-    )
-
-
-def _tell(problems: Sequence[Problem], strict: bool, table: str | None) -> None:
-    """Name what is missing or failed on stderr; with ``strict`` end with an error."""
-    shown = problems if strict or table else problems[:MOST_LINES]
-    for problem in shown:
-        print(problem, file=sys.stderr)
-    if len(shown) < len(problems):
-        print(f"... and {len(problems) - len(shown)} more; the page names them all", file=sys.stderr)
-    if strict and problems:
-        kinds = {kind: sum(p.kind == kind for p in problems) for kind in ("missing", "failed")}
-        counted = " and ".join(f"{n} {kind}" for kind, n in kinds.items() if n)
-        raise DataError(
-            "table" if table else "analyses", table, f"{counted}, named above", "train or measure them again"
-        )

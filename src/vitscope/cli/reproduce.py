@@ -12,8 +12,7 @@ from typing import Any
 from vitscope.cli import exit_codes
 from vitscope.config import error_translation, loading
 from vitscope.reproduce import plan as reproduction
-from vitscope.reproduce.plan import Target, Trial
-from vitscope.reproduce.trial import Outcome, perform
+from vitscope.reproduce.plan import Outcome, Target, Trial
 from vitscope.runtime import errors, stop_flag
 from vitscope.runtime.errors import ConfigError, DataError
 from vitscope.runtime.stop_flag import Interrupted
@@ -68,10 +67,10 @@ def reproduce(names: Sequence[str], profile: str, seeds: int, root: Path, out: P
         DataError: numbers or figures are missing; each is named on stderr.
         Interrupted: a stop was asked for; what was finished is kept.
     """
-    from vitscope.reproduce import draw as drawing
-
     plan = reproduction.read()
     chosen = [reproduction.target(name, plan, profile, seeds) for name in reproduction.select(names, plan)]
+    from vitscope.reproduce import draw as drawing  # imports torch; a target that does not exist has been refused
+
     trials = list(dict.fromkeys(trial for target in chosen for trial in target.trials))
     outcomes: dict[Trial, Outcome] = {}
     waiting = list(chosen)
@@ -147,6 +146,8 @@ def _serve(pipe: Any, trials: Sequence[Trial], root: Path) -> None:
 
 def attempted(trial: Trial, root: Path) -> Outcome:
     """Perform a trial; one that fails is an outcome with its reason, and its traceback goes where errors go."""
+    from vitscope.reproduce.trial import perform  # imports torch, which the process that starts trials does not need
+
     try:
         return perform(trial, root)
     except (Interrupted, KeyboardInterrupt):
@@ -167,7 +168,7 @@ def _drawn(target: Target, outcomes: dict[Trial, Outcome], out: Path, draw: Call
 def _page(root: Path, out: Path) -> None:
     from hydra import compose, initialize_config_dir
 
-    from vitscope.cli.report import report
+    from vitscope.reports.report_run import report
 
     overrides = [f"paths.runs={root.absolute()}", f"out={out.absolute()}", "tag=end"]
     with initialize_config_dir(str(loading.folder()), version_base="1.3", job_name="report"):

@@ -9,8 +9,7 @@ from pathlib import Path
 
 from vitscope.cli import exit_codes
 from vitscope.runtime.errors import ConfigError
-from vitscope.sweep import lint, progress_table, sweep_file, trial_process, wandb_agents
-from vitscope.sweep.local_runner import LocalSweep
+from vitscope.sweep import lint, progress_table, sweep_file, trial_process
 
 USAGE = """usage: vitscope sweep FILE [gpus=0,1 | jobs=2] [limit=n] [server=true [sweep_id=ID]] [key=value ...]
 
@@ -56,6 +55,8 @@ def command(argv: Sequence[str]) -> int:
     root = Path(os.environ.get("VITSCOPE_RUNS", "runs")) / "sweeps"
     if chosen.get("server") == "true":
         return _server(sweep, root, slots, limit, chosen.get("sweep_id"))
+    from vitscope.sweep.local_runner import LocalSweep  # imports torch
+
     with progress_table.Shown() as shown:
         local = LocalSweep(sweep, root, slots, limit=limit, show=shown)
         try:
@@ -70,6 +71,8 @@ def command(argv: Sequence[str]) -> int:
 def _server(
     sweep: sweep_file.Sweep, root: Path, slots: Sequence[trial_process.Slot], limit: int | None, sweep_id: str | None
 ) -> int:
+    from vitscope.sweep import wandb_agents  # imports torch
+
     if sweep_id is None:
         sweep_id = wandb_agents.create(sweep)
         print(f"created sweep {sweep_id}; go on with SWEEP_ID={sweep_id}", flush=True)

@@ -1,4 +1,8 @@
-"""``train.py``: compose a configuration, or read the one of a run, and train it."""
+"""``train.py``: compose a configuration, or read the one of a run, and train it.
+
+Torch and Lightning are imported only after the configuration was composed and its plain values were checked, so that
+``--help`` and a refused override answer at once.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +11,11 @@ import sys
 import hydra
 from omegaconf import DictConfig
 
-from vitscope.cli import exit_codes, hydra_overrides
+from vitscope.cli import exit_codes, hydra_command
 from vitscope.config import loading
-from vitscope.runs import (
-    run_dir,
-)
+from vitscope.config.validation import validate_plain_values
+from vitscope.runs import run_overrides
 from vitscope.sweep import hydra_multirun
-from vitscope.training.training_run import train
 
 #: what a sweeper of Hydra that learns is told of a job
 METRIC = "val/accuracy"
@@ -26,21 +28,27 @@ def main() -> None:
 
 def _command() -> None:
     argv = sys.argv[1:]
-    named = hydra_overrides.value_of(argv, "run")
+    named = run_overrides.value_of(argv, "run")
     if named is None or hydra_multirun.asked(argv):
         with hydra_multirun.reported(argv):
-            hydra_overrides.uncaught(_composed)
+            hydra_command.uncaught(_composed)
         return
+    from vitscope.runs import run_dir
+    from vitscope.training.training_run import train
+
     run = run_dir.find(named)
     cfg = run.config()
-    hydra_overrides.apply(cfg, [a for a in argv if not a.startswith("run=")])
+    run_overrides.apply(cfg, [a for a in argv if not a.startswith("run=")])
     train(cfg, run)
 
 
 @hydra.main(version_base="1.3", config_path=str(loading.folder()), config_name="train")
-@hydra_overrides.kept_error
+@hydra_command.kept_error
 def _composed(cfg: DictConfig) -> float | None:
     if hydra_multirun.is_job():
         return hydra_multirun.job(METRIC)
+    validate_plain_values(cfg)
+    from vitscope.training.training_run import train
+
     train(cfg)
     return None

@@ -6,7 +6,6 @@ import errno
 import signal
 
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
-from lightning_fabric.utilities.exceptions import MisconfigurationException
 from omegaconf.errors import OmegaConfBaseException
 
 from vitscope.config import loading
@@ -15,6 +14,8 @@ from vitscope.runtime.errors import ConfigError, DistributedError, StorageError,
 from vitscope.runtime.stop_flag import Interrupted
 
 INTERRUPTED, TERMINATED = 130, 143
+
+_MISCONFIGURATION = "lightning_fabric.utilities.exceptions.MisconfigurationException"
 
 _STORAGE = (
     errno.ENOSPC,
@@ -40,7 +41,7 @@ def explain(error: BaseException) -> VitscopeError | None:
         return _missing(error)
     if isinstance(error, HydraException | OmegaConfBaseException):
         return _refused(error)
-    if isinstance(error, MisconfigurationException):
+    if is_misconfiguration(error):
         return ConfigError("trainer", None, first_line(error).rstrip("."), "correct its options")
     if isinstance(error, ValueError) and "Config group override must be" in str(error):
         return ConfigError("config", None, "a group was given a value that is no name", "choose a name; see --help")
@@ -51,6 +52,11 @@ def explain(error: BaseException) -> VitscopeError | None:
         why = line.partition("] ")[2].partition(". ")[0] or line  # after the place in its source
         return DistributedError("trainer.devices", None, f"another process died or hangs ({why})", "see its output")
     return None
+
+
+def is_misconfiguration(error: BaseException) -> bool:
+    """Tell whether Lightning refused its arguments; compared by name, since to import the class takes seconds."""
+    return any(f"{kind.__module__}.{kind.__qualname__}" == _MISCONFIGURATION for kind in type(error).__mro__)
 
 
 def code_for(error: BaseException) -> int:

@@ -17,7 +17,6 @@ from vitscope.runtime import errors
 from vitscope.runtime.errors import ConfigError, DataError, VitscopeError, first_line
 
 #: keys of the data group that are hints for other groups, not arguments of the data module
-DATA_HINTS = ("recipe",)
 
 
 def model(cfg: DictConfig) -> nn.Module:
@@ -56,7 +55,7 @@ def _at_own_size(cfg: DictConfig) -> dict[str, Any]:
 
 def data(cfg: DictConfig) -> Any:
     """Return the data module that ``cfg.data`` describes."""
-    return instantiate.instantiate(cfg.data, "data", drop=DATA_HINTS)
+    return instantiate.instantiate(cfg.data, "data", drop=loading.DATA_HINTS)
 
 
 def named_objective(name: str) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import functools
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+from vitscope.config.error_translation import is_misconfiguration
 from vitscope.config.loading import plain
 from vitscope.config.target_allowlist import check_target, resolve
 from vitscope.runtime.errors import ConfigError
@@ -66,8 +67,5 @@ def _build(node: Any, path: str, arguments: Mapping[str, Any]) -> Any:
 
 def refused(error: Exception) -> bool:
     """Tell whether a callee refused its arguments, which is the user's to mend: such errors are raised on purpose there."""
-    from lightning_fabric.utilities.exceptions import MisconfigurationException
-
-    return isinstance(error, ValueError | MisconfigurationException) or (
-        isinstance(error, TypeError) and "argument" in str(error)
-    )
+    wrong_arguments = isinstance(error, TypeError) and "argument" in str(error)
+    return isinstance(error, ValueError) or wrong_arguments or is_misconfiguration(error)

@@ -52,6 +52,9 @@ def drop_unchosen(cfg: DictConfig) -> list[str]:
     return unchosen
 
 
+#: keys of the data node that are not arguments of the data module
+DATA_HINTS = ("recipe",)
+
 #: keys of an analysis node that are not options of its measure
 NODE_KEYS = ("_target_", "probe", "when", "on_error")
 

@@ -6,6 +6,7 @@ own checks; only ranges and relations between groups are written out here.
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import math
@@ -20,10 +21,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from vitscope.config import cross_checks, instantiate, loading, target_allowlist
-from vitscope.config.factories import DATA_HINTS
-from vitscope.config.loading import NODE_KEYS
+from vitscope.config.loading import DATA_HINTS, NODE_KEYS
 from vitscope.config.signature_checks import check_arguments, check_node, fits, shown
-from vitscope.core.run_inputs import run_inputs
 from vitscope.runtime import errors
 from vitscope.runtime.errors import CheckpointError, ConfigError, DataError, StorageError
 
@@ -33,6 +32,9 @@ METRICS = cross_checks.METRICS
 PROBE_TYPES = {"split": str, "augment": bool | str, "n_images": int | None, "batch_size": int | None, "seed": int | None,
                "mix": bool | None}  # fmt: skip
 WHEN_TYPES = {"start": bool, "every_n_epochs": int | None, "end": bool}
+
+#: keys outside of plain groups that take a number from every target: refused without importing the target
+NUMBERS = ("optimizer.lr",)
 
 #: (the key's end, test, what is expected), the first match counts; numbers only
 RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
@@ -67,20 +69,41 @@ def validate(cfg: DictConfig) -> None:
     tree = _resolved(cfg)
     for place, node in instantiate.targets(tree):  # before anything looks at arguments
         target_allowlist.check_target(node, place)
-    for key, value in _leaves(tree):
-        _check_number(key, value)
-    _check_roots(tree, whole=bool(OmegaConf.is_struct(cfg)))  # a run's own file may be older than a key
+    _check_plain_values(tree, whole=bool(OmegaConf.is_struct(cfg)))  # a run's own file may be older than a key
     for group in ("model", "data", "optimizer", "trainer"):
         if group in tree:
             _check_target_group(group, tree[group])
-    for group in ("objective", "logger", "paths"):
-        _check_plain_group(group, tree.get(group) or {})
+    _check_l2_form(tree.get("objective") or {})
     _check_caps(tree.get("caps") or {})
     _check_analyses(tree.get("analysis") or {})
     for name, node in (tree.get("callbacks") or {}).items():
         check_node(f"callbacks.{name}", node, extra=("_package_",))
     cross_checks.check(tree)
     _check_paths(tree)
+
+
+def validate_plain_values(cfg: DictConfig) -> None:
+    """Check what needs no library of models: keys outside of nodes with a ``_target_``, their types, and ranges of numbers.
+
+    A command calls this before it imports what `validate` needs, so that a slip is refused without waiting for torch.
+
+    Args:
+        cfg: a composed configuration; it is not changed.
+
+    Raises:
+        ConfigError: naming the key, its value, why it cannot work and what to do.
+    """
+    cfg = copy.deepcopy(cfg)
+    loading.drop_unchosen(cfg)
+    _check_plain_values(_resolved(cfg), whole=bool(OmegaConf.is_struct(cfg)))
+
+
+def _check_plain_values(tree: Mapping[str, Any], *, whole: bool) -> None:
+    for key, value in _leaves(tree):
+        _check_number(key, value)
+    _check_roots(tree, whole=whole)
+    for group in ("objective", "logger", "paths"):
+        _check_plain_group(group, tree.get(group) or {})
 
 
 def _resolved(cfg: DictConfig) -> dict[str, Any]:
@@ -150,6 +173,8 @@ def _leaves(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _check_number(key: str, value: Any) -> None:
+    if isinstance(value, str) and key in NUMBERS:
+        raise ConfigError(key, value, "not of type float", "give a number such as 0.001")
     if isinstance(value, bool) or not isinstance(value, int | float):
         return
     if isinstance(value, float) and not math.isfinite(value):
@@ -193,13 +218,14 @@ def _check_plain_group(group: str, node: Mapping[str, Any]) -> None:
             raise ConfigError(f"{group}.{key}", shown(value), "no such key", errors.nearest(str(key), known))
         if not any(fits(value, kind) for kind in known[key]):
             raise ConfigError(f"{group}.{key}", shown(value), f"not {_named(known[key])}", "correct the value")
-    if group == "objective":
-        from vitscope.core.objective import L2_FORMS
 
-        if node.get("l2") not in L2_FORMS:
-            raise ConfigError(
-                "objective.l2", node.get("l2"), "unknown form", errors.nearest(str(node.get("l2")), L2_FORMS)
-            )
+
+def _check_l2_form(objective: Mapping[str, Any]) -> None:
+    from vitscope.core.objective import L2_FORMS  # imports torch
+
+    form = objective.get("l2")
+    if form not in L2_FORMS:
+        raise ConfigError("objective.l2", form, "unknown form", errors.nearest(str(form), L2_FORMS))
 
 
 def _check_caps(caps: Mapping[str, Any]) -> None:
@@ -222,6 +248,8 @@ def _file(group: str, name: str) -> dict[str, Any]:
 
 
 def _supplied(measure: Callable[..., Any]) -> tuple[str, ...]:
+    from vitscope.core.run_inputs import run_inputs  # imports torch
+
     return ("probe", *run_inputs(measure))
 
 

@@ -38,6 +38,21 @@ class Trial:
 
 
 @dataclass(frozen=True)
+class Outcome:
+    """What became of a trial.
+
+    Attributes:
+        run: its folder; None where it could not be trained.
+        problems: every analysis that failed or gave a number that is not finite, named.
+        results: what was measured, as ``analysis/tag-settings``: a run may have the same analysis with other settings.
+    """
+
+    run: Path | None
+    problems: tuple[str, ...] = ()
+    results: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Drawing:
     """An analysis's figure.
 

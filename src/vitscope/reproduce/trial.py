@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,27 +17,12 @@ from vitscope.analyses import runner, spec
 from vitscope.analyses.context import Place
 from vitscope.config import caps, composition, experiment_identity, factories, loading
 from vitscope.reports.value_lookup import undefined
-from vitscope.reproduce.plan import Trial
+from vitscope.reproduce.plan import Outcome, Trial
 from vitscope.runs import checkpoint_io, checkpoint_weights, run_dir
 from vitscope.runs.run_dir import Run
 from vitscope.runtime.errors import CheckpointError, VitscopeError
 from vitscope.runtime.stop_flag import Interrupted
 from vitscope.training.training_run import train
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What became of a trial.
-
-    Attributes:
-        run: its folder; None where it could not be trained.
-        problems: every analysis that failed or gave a number that is not finite, named.
-        results: what was measured, as ``analysis/tag-settings``: a run may have the same analysis with other settings.
-    """
-
-    run: Path | None
-    problems: tuple[str, ...] = ()
-    results: tuple[str, ...] = ()
 
 
 def perform(trial: Trial, root: Path) -> Outcome:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import sys
+from typing import TYPE_CHECKING
 
 from vitscope.config.error_translation import INTERRUPTED, TERMINATED
-from vitscope.runs.run_dir import Run
 from vitscope.runtime import redaction, safe_files
 from vitscope.runtime.errors import StorageError
+
+if TYPE_CHECKING:  # a command that refuses its arguments has no run and does not load what one needs
+    from vitscope.runs.run_dir import Run
 
 _current: Run | None = None
 

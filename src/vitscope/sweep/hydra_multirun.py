@@ -28,7 +28,6 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from vitscope.config import loading
-from vitscope.runs import metrics_log
 from vitscope.runtime import atomic_write, redaction, stop_flag
 from vitscope.runtime.errors import ConfigError
 from vitscope.runtime.stop_flag import Interrupted
@@ -160,6 +159,8 @@ def job(metric: str) -> float | None:
     Raises:
         Interrupted: asked to stop; the job has saved and ended.
     """
+    from vitscope.runs import metrics_log  # imports torch, which a command without jobs may not need
+
     stop_flag.check()
     hydra = HydraConfig.get()
     folder = Path(hydra.runtime.output_dir)

@@ -1,65 +1,21 @@
-"""Command lines that start from a run: which overrides Hydra composes, and which apply to the run's own values."""
+"""Overrides of a run's configuration: which arguments of a command line Hydra composes, and which apply to the run's values."""
 
 from __future__ import annotations
 
-import argparse
-import contextlib
-import functools
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NoReturn, TypeVar
+from collections.abc import Sequence
+from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from vitscope.config import composition, loading
+from vitscope.config import loading
 from vitscope.runtime import errors
 from vitscope.runtime.errors import ConfigError
 
-T = TypeVar("T")
-
-_errors: list[BaseException] = []
-
-
-def kept_error(task: Callable[[DictConfig], T]) -> Callable[[DictConfig], T | None]:
-    """Keep a task's error for `uncaught`: Hydra would print text of its own on top of our one line."""
-
-    @functools.wraps(task)
-    def guarded(cfg: DictConfig) -> T | None:
-        try:
-            return task(cfg)
-        except BaseException as error:
-            _errors.append(error)
-            return None
-
-    return guarded
-
-
-def uncaught(composed: Callable[[], object]) -> None:
-    """Run a Hydra command and raise what its task raised."""
-    _errors.clear()
-    composition.check_options(sys.argv[1:])
-    with _refusals_of_argparse():
-        composed()
-    if _errors:
-        raise _errors.pop()
-
-
-@contextlib.contextmanager
-def _refusals_of_argparse() -> Iterator[None]:
-    """Let an option that Hydra does not know be an error of one line; argparse would print its usage and exit."""
-
-    def refuse(parser: argparse.ArgumentParser, message: str) -> NoReturn:
-        raise ConfigError("arguments", None, message, "see --help")
-
-    original = argparse.ArgumentParser.error
-    setattr(argparse.ArgumentParser, "error", refuse)  # noqa: B010  its own signature says NoReturn
-    try:
-        yield
-    finally:
-        argparse.ArgumentParser.error = original
+#: groups that `analyze` takes from a run
+RUN_GROUPS = ("model", "data", "objective", "optimizer")
 
 
 def value_of(argv: Sequence[str], key: str) -> str | None:

@@ -1,0 +1,195 @@
+"""One analysis command from its composed configuration: the run's own values, validation, model, data, measures, results."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from vitscope.analyses import context, runner, spec
+from vitscope.config import caps, error_translation, factories, loading, model_facts
+from vitscope.config.validation import validate
+from vitscope.runs import checkpoint_io, checkpoint_weights, run_dir, run_end, run_lock, run_overrides, wandb_mirror
+from vitscope.runs.run_dir import Run
+from vitscope.runs.summary_table import print_headline
+from vitscope.runtime import errors
+from vitscope.runtime.distributed import rank
+from vitscope.runtime.errors import CheckpointError, ConfigError, StorageError
+
+#: checkpoints that a training writes again and again
+CHANGING = ("last", "best")
+
+
+@run_lock.released_at_end()
+def analyze(cfg: DictConfig, chosen: Sequence[str] = (), inside: Sequence[str] = ()) -> Run:
+    """Measure what a composed configuration names.
+
+    Args:
+        cfg: the configuration of ``conf/analyze.yaml``.
+        chosen: keys and groups that the command line set; they win over the run's.
+        inside: dotted overrides of the run's groups.
+
+    Returns:
+        The run folder that holds the results.
+
+    Raises:
+        VitscopeError: with the exit code of its kind.
+    """
+    run = run_dir.find(str(cfg.run)) if cfg.run else None
+    if run is not None:
+        cfg = merged(cfg, run.config(), chosen)
+        run_overrides.apply(cfg, inside)
+        _refuse_changing_checkpoint(_checkpoint_path(cfg, run), run)
+    caps.apply_caps(cfg)
+    validate(cfg)
+    device = _device(cfg.device)
+    network = factories.model(cfg)
+    path, content = _weights(cfg, run, network)
+    data = factories.data(cfg)
+    data.adapt_to(network)
+    if run is None:
+        run = run_dir.create(cfg, "analyze")
+    run_end.log_tracebacks_to(run)
+    if rank() == 0 and model_facts.KEY not in run.provenance() and _is_own_model(cfg, run):
+        run.note(**{model_facts.KEY: model_facts.of_model(cfg)})
+    mirror = wandb_mirror.start(cfg, run, "analyze", _say)
+    code = 1
+    try:
+        _perform(cfg, run, network.to(device), data, content, path, mirror)
+        code = 0
+    except BaseException as error:
+        code = error_translation.code_for(error)
+        raise
+    finally:
+        if run.provenance().get("command") == "analyze":
+            run_end.note_end(run, code)
+        mirror.finish(code)
+    return run
+
+
+def merged(cfg: DictConfig, base: DictConfig, chosen: Sequence[str]) -> DictConfig:
+    """Return ``cfg`` with the run's model, data, objective and seed, except where the command line chose another."""
+    merged_cfg = OmegaConf.create(OmegaConf.to_container(cfg))
+    assert isinstance(merged_cfg, DictConfig)
+    with open_dict(merged_cfg):
+        for key in (*run_overrides.RUN_GROUPS, "seed"):
+            if key not in chosen and key in base:
+                merged_cfg[key] = base[key]
+        if "objective" in chosen and "data" not in chosen:
+            # the run's data node was saved with the recipe of its own objective written in
+            for key, value in merged_cfg.objective.items():
+                if key in merged_cfg.data:
+                    merged_cfg.data[key] = value
+    return merged_cfg
+
+
+def _is_own_model(cfg: DictConfig, run: Run) -> bool:
+    """Tell whether the model is the run's own, at its own image size, rather than one that the command line changed."""
+    own = run.config()
+    if loading.plain(cfg.model) != loading.plain(own.get("model")):
+        return False
+    return all(cfg.data.get(key) == (own.get("data") or {}).get(key) for key in ("image_size", "transform"))
+
+
+def _perform(
+    cfg: DictConfig,
+    run: Run,
+    network: Any,
+    data: Any,
+    content: Mapping[str, Any] | None,
+    path: Path | None,
+    mirror: Any,
+) -> None:
+    tag, epoch, step = _moment(path, content, run)
+    values: dict[str, Any] = {}
+    due = [spec.replaced(analysis, on_error="raise") for analysis in spec.parse(cfg.analysis)]
+    place = context.Place(cfg, run, network, data, tag, epoch, step, mirror, content, due)
+    for analysis in due:
+        result = runner.perform(analysis, place, reuse=bool(cfg.reuse))
+        assert result is not None
+        if hasattr(result, "table"):  # a result that reads best as text brings its own rows
+            print(result.table())
+        values.update({f"{analysis.name}/{key}": value for key, value in result.scalars().items()})
+    print_headline(run, values, mirror)
+
+
+def _weights(cfg: DictConfig, run: Run | None, network: Any) -> tuple[Path | None, Mapping[str, Any] | None]:
+    """Load the weights that the command names; a model without any is measured as it was built."""
+    if run is not None:
+        path = _checkpoint_path(cfg, run)
+    elif cfg.ckpt_path:
+        path = Path(cfg.ckpt_path)
+    else:
+        if cfg.ckpt != "last":
+            raise ConfigError(
+                "ckpt", cfg.ckpt, "names a checkpoint of a run, and there is none", "set run=, or ckpt_path="
+            )
+        return None, None
+    if run is not None and not path.is_file():
+        names = [Path(name).stem for name in checkpoint_io.manifest(run.checkpoints)]
+        if not names and not run.checkpoints.exists() and not cfg.ckpt_path:
+            return None, None  # a folder that analyze.py made for a model without a checkpoint
+        raise CheckpointError("ckpt", cfg.ckpt, "the run has no such checkpoint", errors.nearest(str(cfg.ckpt), names))
+    content = checkpoint_io.read(path)
+    checkpoint_weights.load_weights(network, content, path)
+    return path, content
+
+
+def _checkpoint_path(cfg: DictConfig, run: Run) -> Path:
+    """Return the file of weights that the command names in a run."""
+    return Path(str(cfg.run)) if Path(str(cfg.run)).is_file() else run.checkpoints / f"{cfg.ckpt}.ckpt"
+
+
+def _refuse_changing_checkpoint(path: Path, run: Run) -> None:
+    """Refuse a checkpoint that a training, alive in this or another machine's process, writes again and again.
+
+    Its result would stand under the name of the trained network's.
+
+    Raises:
+        StorageError: naming the process.
+    """
+    holder = run_lock.living_holder(run.path)
+    if holder is None or path.stem not in CHANGING:
+        return
+    why = f"{holder} trains in this folder, and {path.name} is not yet what it will be at the end"
+    fixed = [Path(name).stem for name in checkpoint_io.manifest(run.checkpoints) if Path(name).stem not in CHANGING]
+    instead = f", or measure a checkpoint that stays as it is: ckpt={fixed[-1]}" if fixed else ""
+    raise StorageError("run", run.path, why, f"wait until it ends{instead}")
+
+
+def _moment(path: Path | None, content: Mapping[str, Any] | None, run: Run) -> tuple[str, int | None, int]:
+    """Return the tag of results, the epoch and the step of the weights; only a finished run's last ones are its ``end``."""
+    if path is None or content is None:
+        return "end", None, 0
+    kept, step = checkpoint_io.facts(content, path), int(content.get("global_step", 0))
+    epoch = kept["epoch"] - 1 if kept.get("batch") == 0 else kept.get("epoch")
+    epoch = max(epoch, 0) if epoch is not None else None
+    status = run.provenance().get("status", "finished")
+    if path.stem != "last" or path.parent != run.checkpoints or status == "finished":
+        return {"last": "end"}.get(path.stem, path.stem), epoch, step
+    tag = f"epoch-{epoch:04d}" if epoch is not None and kept.get("batch") == 0 else f"step-{step:08d}"
+    if rank() == 0:
+        _say(f"{run.path} is not finished ({status}): the result of {path.name} is named {tag}, not end")
+    return tag, epoch, step
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError("device", name, "no such device", "choose auto, cpu or cuda") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device", name, "no GPU here", "choose cpu")
+    if device.type == "meta" or (device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()):
+        raise ConfigError("device", name, "no such device", "choose auto, cpu or cuda")
+    return device
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
