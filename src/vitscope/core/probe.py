@@ -21,6 +21,7 @@ from vitscope.core.guard.fingerprints import SeenBatches
 from vitscope.core.guard.input_checks import CheckedBatches, InputChecks, check_weights
 from vitscope.core.guard.module_state import Place, empty_place, kept_attributes, pure_forward, refilled_places
 from vitscope.core.guard.repeatability import Repeatability, worst_of
+from vitscope.core.guard.weight_norm import DifferentiableWeightNorm
 from vitscope.core.objective import Objective, n_labeled
 from vitscope.core.objective_card import ObjectiveCard as ObjectiveCard
 from vitscope.core.objective_card import versions
@@ -214,9 +215,10 @@ class Probe:
         """Yield the model ready to be measured; give it back bit-identical, also after an exception.
 
         Inside: nothing runs compiled; eval mode, so no dropout and no drop path; no autocast, no TF32, no inference mode;
-        gradients are enabled for ``second_order`` (with math attention, the only one with a double backward everywhere) and
-        disabled otherwise. What a forward pass writes to plain attributes of modules is undone after it, so that nothing made
-        from the weights outlives them, and the model works on copies of the images.
+        gradients are enabled for ``second_order`` (with math attention, the only one with a double backward everywhere, and
+        weight normalization whose second derivatives are right) and disabled otherwise. What a forward pass writes to plain
+        attributes of modules is undone after it, so that nothing made from the weights outlives them, and the model works on
+        copies of the images.
 
         The first time, the first batch is read twice and evaluated twice (with its gradient for ``second_order``). Outputs
         that differ by more than rounding explains are refused with ``second_order`` and ``moves_weights``, and otherwise
@@ -255,6 +257,7 @@ class Probe:
             stack.enter_context(probe_guard.modes(self.model, bn))
             if second_order:
                 stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+                stack.enter_context(DifferentiableWeightNorm())
             stack.enter_context(torch.set_grad_enabled(second_order))
             stack.enter_context(self._checks.of_outputs(self.model, logits))
             outer, self._dtype = self._dtype, dtype or self._dtype

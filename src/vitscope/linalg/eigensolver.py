@@ -219,15 +219,16 @@ def _agreed(stop: bool, shared: bool, device: torch.device) -> bool:
 def _beyond(lanczos: Lanczos, ritz: Ritz, bounds: np.ndarray) -> np.ndarray:
     """Return which tolerances the operator's asymmetry exceeds, and warn of it: half of the digits are more than rounding.
 
-    Such a product is not that of a matrix of second derivatives: a part of the network has a wrong derivative (a function of
-    one's own, ``torch._weight_norm`` of torch 2 on the CPU).
+    Such a product is not that of a matrix of second derivatives: a part of the network has a wrong derivative, such as an
+    ``autograd.Function`` whose backward pass reads values that autograd takes for constants.
     """
     norm = float(np.abs(ritz.values).max(initial=0.0))
     if not lanczos.asymmetry > float(torch.finfo(lanczos.basis.rows.dtype).eps) ** 0.5 * norm:
         return np.zeros(len(bounds), dtype=bool)
     warnings.warn(
         f"the products with the matrix are not symmetric (by {lanczos.asymmetry / norm:.2g} of its norm): a part of the network "
-        "has wrong second derivatives, such as weight_norm on the CPU or an autograd function; no eigenvalue is nearer than that",
+        "has wrong second derivatives, such as an autograd.Function whose backward pass is not differentiable; no eigenvalue is "
+        "nearer than that",
         stacklevel=2,
     )
     return lanczos.asymmetry > bounds
