@@ -141,6 +141,19 @@ def test_a_compiled_model_is_differentiated_uncompiled(mlp, mlp_batches) -> None
         assert model is mlp
 
 
+@pytest.mark.filterwarnings("ignore:Attempted to insert:UserWarning")
+@pytest.mark.parametrize("product", ["reverse", "linearize"])
+def test_a_data_parallel_model_has_the_curvature_of_the_model_inside(product: str, mlp, mlp_batches) -> None:
+    wrapped = nn.DataParallel(nn.DataParallel(mlp))
+    found, plain = (
+        vs.hessian_eigenvalues(vs.Probe(model, mlp_batches[:1]), k=1, product=product) for model in (wrapped, mlp)
+    )
+    assert found.converged.all()
+    assert found.eigenvalues.tolist() == plain.eigenvalues.tolist()
+    with vs.Probe(wrapped, mlp_batches).guard(second_order=True) as model:
+        assert model is mlp
+
+
 def test_models_that_cannot_be_differentiated(mlp_batches) -> None:
     with torch.inference_mode():
         frozen = nn.Linear(3, 2)

@@ -7,8 +7,8 @@ bit-identical: weights, buffers, modes, gradients and random states.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import fields
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from vitscope.core.guard import probe_guard, repeatability
-from vitscope.core.guard.eager_execution import eager_execution, uncompiled
+from vitscope.core.guard.eager_execution import eager_execution, unwrapped
 from vitscope.core.guard.fingerprints import SeenBatches
 from vitscope.core.guard.input_checks import CheckedBatches, InputChecks, check_weights
 from vitscope.core.guard.module_state import Place, empty_place, kept_attributes, pure_forward, refilled_places
-from vitscope.core.guard.repeatability import Repeatability, worst_of
+from vitscope.core.guard.random_passes import RepeatedPasses, drawing_passes
+from vitscope.core.guard.repeatability import Repeatability, warn_of_draws, worst_of
 from vitscope.core.guard.weight_norm import DifferentiableWeightNorm
 from vitscope.core.objective import Objective, n_labeled
 from vitscope.core.objective_card import ObjectiveCard as ObjectiveCard
@@ -36,8 +37,8 @@ class Probe:
     """A model, batches and an objective: everything a measure needs.
 
     Args:
-        model: any module from images ``(B, C, H, W)`` to logits ``(B, K)``. A compiled one is measured uncompiled: the module
-            that ``torch.compile`` wraps takes its place.
+        model: any module from images ``(B, C, H, W)`` to logits ``(B, K)``. The module inside ``torch.compile(model)``,
+            ``nn.DataParallel`` and ``DistributedDataParallel`` takes their place.
         batches: ``[(x, y), ...]`` with augmentation and mixup already applied; a list, or any re-iterable that gives
             identical tensors on every pass. Under ``torch.distributed`` every rank passes the full sequence. What a batch
             must be like is said in `vitscope.core.guard.input_checks`; it is checked when it is first seen.
@@ -65,7 +66,7 @@ class Probe:
             raise ValueError(
                 "Expected batches that can be gone through again (a list of (x, y)), received an iterator: list() it."
             )
-        self.model = uncompiled(model)
+        self.model = unwrapped(model)
         self._checks = InputChecks()
         self.batches: CheckedBatches = CheckedBatches(batches, self._checks)
         self.objective = objective or Objective()
@@ -222,7 +223,8 @@ class Probe:
 
         The first time, the first batch is read twice and evaluated twice (with its gradient for ``second_order``). Outputs
         that differ by more than rounding explains are refused with ``second_order`` and ``moves_weights``, and otherwise
-        stated on the card (``mode``) with a warning.
+        stated on the card (``mode``) with a warning; so are later passes that draw random numbers, wherever they change the
+        outputs.
 
         Args:
             second_order: whether the model will be differentiated, once or twice.
@@ -269,10 +271,26 @@ class Probe:
                     found.warn()
                 if not found.written and not restore_weights:
                     copies.clear()
-                with pure_forward(self.model):
+                with pure_forward(self.model), self._watched(found, second_order or moves_weights):
                     yield self.model
             finally:
                 self._dtype = outer
+
+    def _watched(self, found: Repeatability, refuses: bool) -> AbstractContextManager[None]:
+        """Return a context in which later passes that draw random numbers are refused, or stated on the card."""
+        if refuses:
+            return drawing_passes(self.model, self.device, RepeatedPasses(self.model, self.device).check)
+        if found.random or found.drew:  # it is stated already, or without an effect
+            return nullcontext()
+
+        def state(*_: Any) -> None:
+            if not any(known.random for known in self._repeatability.values()):
+                # the pass is not repeated: measures may read feature maps in it
+                random = (f"model ({type(self.model).__name__})",)
+                self._repeatability["outputs"] = replace(found, random=random)
+                warn_of_draws(random)
+
+        return drawing_passes(self.model, self.device, state)
 
     def _examined(self, gradient: bool, moves_weights: bool, n_images: int | None) -> Repeatability:
         """Empty the tables made from weights; return whether the model repeats itself, which is measured once."""

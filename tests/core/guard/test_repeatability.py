@@ -239,3 +239,74 @@ def test_ranks_refuse_together(tmp_path: Path) -> None:
         found = torch.load(tmp_path / f"rank{rank}.pt", weights_only=True)
         assert found["images"] == 9
         assert all("repeats itself" in text and "RandomOnOneRank" in text for text in found["texts"])
+
+
+class LaterOnly(nn.Module):
+    """Draws random numbers on images other than the first batch's."""
+
+    def __init__(self, first: Tensor, draw: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.first, self.draw, self.generator = first, draw, np.random.default_rng(0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        known = x.shape == self.first.shape and bool(torch.equal(x, self.first))
+        known = known or x.shape[0] == 2  # the images by which the parameters' effects are found
+        return x if known else self.draw(x)
+
+
+def drawing_later(draw: Callable[[Tensor], Tensor], batches: list) -> nn.Module:
+    torch.manual_seed(1)
+    later = LaterOnly(batches[0][0].flatten(1), draw)
+    return nn.Sequential(nn.Flatten(), later, nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4)).double()
+
+
+@pytest.mark.parametrize("name", MEASURES)
+def test_measures_of_the_loss_refuse_a_network_that_is_random_on_a_later_batch(name: str, mlp_batches: list) -> None:
+    probe = vs.Probe(drawing_later(RANDOM["dropout"], mlp_batches), mlp_batches)
+    with pytest.raises(ValueError, match=r"repeats itself.*1 \(LaterOnly\)"):
+        MEASURES[name](probe)
+
+
+@pytest.mark.parametrize("kind", RANDOM)
+def test_every_source_of_randomness_on_a_later_batch_is_refused(kind: str, mlp_batches: list) -> None:
+    model = drawing_later(RANDOM[kind], mlp_batches)
+    if kind == "noise":  # 1e-9 of the images is above float64's rounding, and seen in the outputs alone
+        with pytest.raises(ValueError, match="repeats itself"):
+            vs.hessian_eigenvalues(vs.Probe(model, mlp_batches), k=1)
+        return
+    # a generator out of reach shows in the losses of later products
+    with pytest.raises(ValueError, match="repeats itself"):
+        vs.hessian_eigenvalues(vs.Probe(model, mlp_batches), k=1, max_products=5)
+
+
+def test_a_module_s_own_generator_is_watched(mlp_batches: list) -> None:
+    model = drawing_later(lambda x: x * model[1].generator.uniform(0.9, 1.1), mlp_batches)  # type: ignore[operator, union-attr]
+    with pytest.raises(ValueError, match=r"repeats itself.*1 \(LaterOnly\)"):
+        vs.loss_slice(vs.Probe(model, mlp_batches), n=3)
+
+
+def test_accuracy_of_a_network_that_is_random_on_a_later_batch_is_stated(mlp_batches: list) -> None:
+    with pytest.warns(RandomOutputsWarning, match=r"later pass.*model \(Sequential\)"):
+        found = vs.evaluation(vs.Probe(drawing_later(RANDOM["dropout"], mlp_batches), mlp_batches))
+    assert found.card.mode == "eval, random outputs of model (Sequential)"
+
+
+def test_draws_on_a_later_batch_without_an_effect_are_no_randomness(mlp_batches: list) -> None:
+    model = drawing_later(lambda x: x + 0 * torch.rand_like(x), mlp_batches)
+    plain = drawing_later(lambda x: x, mlp_batches)
+    found, expected = (vs.hessian_eigenvalues(vs.Probe(m, mlp_batches), k=1).eigenvalues for m in (model, plain))
+    assert found.tolist() == expected.tolist()
+    assert vs.loss_slice(vs.Probe(model, mlp_batches), n=3).nll.tolist() == (
+        vs.loss_slice(vs.Probe(plain, mlp_batches), n=3).nll.tolist()
+    )
+
+
+def test_random_states_are_back_after_a_pass_was_repeated(mlp_batches: list) -> None:
+    model = drawing_later(lambda x: x + 0 * torch.rand_like(x), mlp_batches)
+    before = torch.get_rng_state()
+    with vs.Probe(model, mlp_batches).guard(second_order=True):
+        model(mlp_batches[1][0])
+        once = torch.get_rng_state()
+    torch.set_rng_state(before)
+    torch.rand_like(mlp_batches[1][0])
+    assert torch.equal(once, torch.get_rng_state())  # one draw, that of the measure's own pass

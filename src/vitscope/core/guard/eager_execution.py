@@ -1,4 +1,8 @@
-"""Run models uncompiled: inside a compiled graph no hook is called and no second derivative exists."""
+"""Run models uncompiled and without wrappers for several devices.
+
+Inside a compiled graph no hook is called and no second derivative exists; ``nn.DataParallel`` cannot be called with other
+parameters, and ``DistributedDataParallel`` exchanges buffers in every pass, which ranks with unequal shares would wait for.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +15,18 @@ import torch
 from torch import nn
 
 
-def uncompiled(model: nn.Module) -> nn.Module:
-    """Return the module that ``torch.compile(model)`` wraps, with the same weights; any other module itself."""
-    while isinstance(getattr(model, "_orig_mod", None), nn.Module):
-        model = cast(nn.Module, model._orig_mod)
-    return model
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the module inside ``torch.compile(model)``, ``nn.DataParallel`` and ``DistributedDataParallel``; any other itself.
+
+    It has the same weights. The wrappers may stand around each other in any order.
+    """
+    while True:
+        if isinstance(getattr(model, "_orig_mod", None), nn.Module):
+            model = cast(nn.Module, model._orig_mod)
+        elif isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            model = cast(nn.Module, model.module)
+        else:
+            return model
 
 
 @contextmanager

@@ -34,6 +34,7 @@ class Repeatability:
         written: parameters that a pass writes to.
         unread: trainable parameters of modules that run, on which the outputs do not depend.
         unused: trainable parameters of modules that do not run in eval mode.
+        drew: whether these passes drew random numbers, seen in their outputs or not.
     """
 
     random: tuple[str, ...] = ()
@@ -42,6 +43,7 @@ class Repeatability:
     written: tuple[str, ...] = ()
     unread: tuple[str, ...] = ()
     unused: tuple[str, ...] = ()
+    drew: bool = False
 
     def refuse(self) -> None:
         """Raise ValueError where the loss is no function of the weights, or the weights are not the model's own to move."""
@@ -93,6 +95,16 @@ class RandomOutputsWarning(UserWarning):
     """The network is random in eval mode; the text names the modules."""
 
 
+def warn_of_draws(names: Sequence[str]) -> None:
+    """Warn of a pass that drew random numbers although those over the first batch did not."""
+    warnings.warn(
+        f"a later pass in eval mode drew random numbers, which those over the first batch did not, in {', '.join(names)}: what "
+        "follows is one draw of its outputs",
+        RandomOutputsWarning,
+        stacklevel=4,
+    )
+
+
 class UnusedParametersWarning(UserWarning):
     """Trainable parameters that the forward pass in eval mode does not use; the text names them."""
 
@@ -113,7 +125,7 @@ def examine(
         moves_weights: whether the model will be evaluated at other weights.
     """
     weights = _identities(model)
-    states = RandomStates(x.device)
+    states = RandomStates(x.device, model)
     unread, unused = (), ()
     with pure_forward(model):
         if objective is not None or moves_weights:
@@ -121,10 +133,11 @@ def examine(
         if unread:
             return Repeatability(unread=unread)
         first, second = (_evaluated(model, x, y, objective) for _ in range(2))
-        difference, bound = compare_passes(model, first, second, states.moved(), x)
+        drew = states.moved()
+        difference, bound = compare_passes(model, first, second, drew, x)
         written = tuple(name for name, identity in _identities(model).items() if weights.get(name) != identity)
         names = random_modules(model, x) if difference > bound else ()
-    return Repeatability(names, difference, bound, written, unread, unused)
+    return Repeatability(names, difference, bound, written, unread, unused, drew)
 
 
 def ineffective_parameters(model: nn.Module, x: Tensor, values: bool) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -139,10 +152,6 @@ def ineffective_parameters(model: nn.Module, x: Tensor, values: bool) -> tuple[t
         values: whether a parameter counts as effective too where only the outputs' values depend on it (as in a table that is
             made from it by ``detach()`` in every pass), each of those is then moved and the model evaluated.
     """
-    if isinstance(model, nn.DataParallel):  # which functional_call does not take
-        found = ineffective_parameters(model.module, x, values)
-        unread, unused = (tuple(f"module.{name}" for name in names) for names in found)
-        return unread, unused
     moved = {name: p for name, p in model.named_parameters() if p.requires_grad}
     copies = {name: p.detach().clone().requires_grad_() for name, p in moved.items()}
     running: set[nn.Module] = set()
@@ -263,22 +272,48 @@ def output_tensors(value: Any) -> list[Tensor]:
 
 
 class RandomStates:
-    """The random states of Python, NumPy and torch at one moment."""
+    """The random states at one moment: of Python, NumPy and torch, and of generators on plain attributes of modules.
 
-    def __init__(self, device: torch.device) -> None:
+    Args:
+        device: whose state is read, besides the CPU's.
+        model: whose modules' attributes are looked at; None for the global states alone.
+    """
+
+    def __init__(self, device: torch.device, model: nn.Module | None = None) -> None:
         self._device = device
+        modules = model.modules() if model is not None else ()
+        self._generators = [
+            value for module in modules for value in vars(module).values() if isinstance(value, _GENERATORS)
+        ]
         self._states = self._read()
 
     def moved(self) -> bool:
-        """Return whether numbers were drawn since."""
-        now = self._read()
-        return any(not _equal(a, b) for a, b in zip(self._states, now))
+        """Return whether numbers were drawn since the last reading, this one or the first."""
+        before, self._states = self._states, self._read()
+        return any(not _equal(a, b) for a, b in zip(before, self._states))
+
+    def read(self) -> None:
+        """Read the states again, for the next call of `moved`."""
+        self._states = self._read()
 
     def _read(self) -> list[Any]:
         torch_states = [torch.random.get_rng_state()]
         if self._device.type == "cuda":
             torch_states.append(torch.cuda.get_rng_state(self._device))
-        return [random.getstate(), np.random.get_state(), *torch_states]  # noqa: NPY002  the global state is looked at
+        own = [_generator_state(generator) for generator in self._generators]
+        # the global state of NumPy is looked at
+        return [random.getstate(), np.random.get_state(), *torch_states, *own]  # noqa: NPY002
+
+
+_GENERATORS = (torch.Generator, np.random.Generator, random.Random)
+
+
+def _generator_state(generator: torch.Generator | np.random.Generator | random.Random) -> Any:
+    if isinstance(generator, torch.Generator):
+        return generator.get_state()
+    if isinstance(generator, np.random.Generator):
+        return str(generator.bit_generator.state)  # nested dictionaries of numbers and arrays
+    return generator.getstate()
 
 
 def _equal(a: Any, b: Any) -> bool:
@@ -286,7 +321,7 @@ def _equal(a: Any, b: Any) -> bool:
         return torch.equal(a, b)
     if isinstance(a, np.ndarray):
         return bool(np.array_equal(a, b))
-    if isinstance(a, tuple):
+    if isinstance(a, tuple) and any(isinstance(x, np.ndarray) for x in a):
         return len(a) == len(b) and all(_equal(x, y) for x, y in zip(a, b))
     return bool(a == b)
 

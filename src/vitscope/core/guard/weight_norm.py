@@ -13,6 +13,9 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+#: read through getattr: torch calls it private, and both of its public parametrizations call it
+_TORCH_S_OWN = getattr(torch, "_weight_norm")  # noqa: B009
+
 
 class DifferentiableWeightNorm(TorchFunctionMode):
     """Within this context ``torch._weight_norm`` is ``v g / |v|`` by operations with right derivatives of every order."""
@@ -21,14 +24,13 @@ class DifferentiableWeightNorm(TorchFunctionMode):
         self, func: Callable, types: Any, args: tuple = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         """Call ``func``, or `weight_norm` in the place of torch's."""
-        return (weight_norm if func is torch._weight_norm else func)(*args, **(kwargs or {}))
+        return (weight_norm if func is _TORCH_S_OWN else func)(*args, **(kwargs or {}))
 
 
 def weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     """Return ``v`` scaled to the Euclidean norms ``g`` of its slices along axis ``dim`` (-1: of the whole tensor)."""
-    axes = [axis for axis in range(v.ndim) if axis != dim % v.ndim]
     if dim == -1:
-        norms = torch.linalg.vector_norm(v)
-    else:
-        norms = torch.linalg.vector_norm(v, dim=axes, keepdim=True) if axes else v.abs()
+        return v * (g / torch.linalg.vector_norm(v))
+    axes = [axis for axis in range(v.ndim) if axis != dim % v.ndim]
+    norms = torch.linalg.vector_norm(v, dim=axes, keepdim=True) if axes else v.abs()
     return v * (g / norms)

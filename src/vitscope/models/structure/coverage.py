@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from torch import Tensor, nn
 
-from vitscope.core.guard.eager_execution import uncompiled
+from vitscope.core.guard.eager_execution import unwrapped
 from vitscope.models.structure.execution import Execution, Stack, execution
 from vitscope.models.structure.residual_structure import Piece, anatomy, is_gate
 
@@ -33,7 +33,7 @@ def missing_units(model: nn.Module, images: Tensor | None = None) -> list[tuple[
     Raises:
         ValueError: a model of which nothing is known.
     """
-    model = uncompiled(model)
+    model = unwrapped(model)
     pieces = anatomy(model)
     return list(_missing(model, pieces, execution(model, residual_blocks(pieces), images)))
 

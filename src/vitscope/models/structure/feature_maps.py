@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from vitscope.core.guard.eager_execution import eager_execution, uncompiled
+from vitscope.core.guard.eager_execution import eager_execution, unwrapped
 from vitscope.core.tap import Layout
 
 #: modules whose outputs are maps (B, C, h, w)
@@ -78,7 +78,7 @@ def observed_pass(model: nn.Module, names: Collection[str] = ()) -> Iterator[For
     Raises:
         ValueError: a name that was not read in a pass that came to its end.
     """
-    model = uncompiled(model)
+    model = unwrapped(model)
     shown = ForwardPass()
     handles = [model.register_forward_pre_hook(lambda _, args: shown.begin(args))]
     handles.append(model.register_forward_hook(lambda *_: shown.check_complete(names)))

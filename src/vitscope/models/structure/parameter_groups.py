@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
-from vitscope.core.guard.eager_execution import uncompiled
+from vitscope.core.guard.eager_execution import unwrapped
 from vitscope.core.tap import Kind
 from vitscope.models.structure import timm_blocks as timm_blocks  # describes timm's and torchvision's blocks
 from vitscope.models.structure.coverage import check_units, residual_blocks
@@ -47,7 +47,7 @@ def parameter_stages(model: nn.Module, images: Tensor | None = None) -> dict[str
 
 def _places(model: nn.Module, images: Tensor | None) -> dict[str, Place]:
     names = [name for name, _ in model.named_parameters()]
-    inner = uncompiled(model)
+    inner = unwrapped(model)
     pieces = anatomy(inner)
     original = [name for name, _ in inner.named_parameters()]  # those of a compiled model have a prefix
     owned = {name: piece for name in original for piece in pieces if _owns(inner, piece, name)}

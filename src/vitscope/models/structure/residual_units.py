@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from vitscope.core.guard.eager_execution import uncompiled
+from vitscope.core.guard.eager_execution import unwrapped
 from vitscope.core.tap import Kind
 from vitscope.models.structure import timm_blocks as timm_blocks  # describes timm's and torchvision's blocks
 from vitscope.models.structure.coverage import check_units, residual_blocks
@@ -81,7 +81,7 @@ def units(model: nn.Module, images: Tensor | None = None) -> list[Unit]:
         ValueError: If the model has none that vitscope knows, or attention or an MLP outside of those.
     """
     found = known_units(model)
-    inner = uncompiled(model)
+    inner = unwrapped(model)
     pieces = anatomy(inner)
     check_units(inner, pieces, execution(inner, residual_blocks(pieces), images))
     return found
@@ -95,7 +95,7 @@ def known_units(model: nn.Module) -> list[Unit]:
     Raises:
         ValueError: If the model has none that vitscope knows.
     """
-    pieces = [p for p in anatomy(uncompiled(model)) if p.part.branch_out is not None]
+    pieces = [p for p in anatomy(unwrapped(model)) if p.part.branch_out is not None]
     if not pieces:
         raise ValueError(
             f"{type(model).__name__} has no residual unit that vitscope knows; "

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from vitscope.core.guard.eager_execution import uncompiled
+from vitscope.core.guard.eager_execution import unwrapped
 from vitscope.core.tap import Kind, Tap
 from vitscope.models.structure import timm_blocks as timm_blocks  # describes timm's and torchvision's blocks
 from vitscope.models.structure.coverage import missing_units, warn_missing_units
@@ -40,7 +40,7 @@ def taps(model: nn.Module, images: Tensor | None = None) -> list[Tap]:
 
 def known_taps(model: nn.Module) -> list[Tap]:
     """Return the taps as `taps` does, without looking for attention outside of the known units."""
-    pieces = anatomy(uncompiled(model))
+    pieces = anatomy(unwrapped(model))
     places: list[tuple[str, Kind, int, Read, Piece]] = []
     first = next((p for p in pieces if p.part.branch_in is not None), None)
     if first is not None and first.part.branch_in is not None:

@@ -1,0 +1,88 @@
+"""Passes that draw random numbers on images that the check of repeatability has not seen.
+
+A network may be random on some batches alone: dropout on images of one kind, on the last batch, after so many passes. Random
+states around every pass show it at no cost; a pass that drew is repeated once and compared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vitscope.core.guard.fingerprints import Fingerprint, fingerprint
+from vitscope.core.guard.probe_guard import kept_random_states
+from vitscope.core.guard.repeatability import (
+    RandomStates,
+    Repeatability,
+    compare_passes,
+    output_tensors,
+    random_modules,
+)
+
+
+@contextmanager
+def drawing_passes(
+    model: nn.Module, device: torch.device, drew: Callable[[tuple[Any, ...], Any], None]
+) -> Iterator[None]:
+    """Call ``drew(args, output)`` after each pass inside that drew random numbers, with the pass's inputs as they came.
+
+    What draws between passes (a measure's own vectors and perturbations) does not count.
+    """
+    states = RandomStates(device, model)
+    inputs: list[tuple[Any, ...]] = []
+
+    def before(_: nn.Module, args: tuple[Any, ...]) -> None:
+        inputs.append(args)
+        states.read()
+
+    def after(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
+        args = inputs.pop()
+        # a pass that failed gives no output, and inside a pass that ``drew`` makes nothing is watched
+        if output is not None and not inputs and states.moved():
+            inputs.append(args)
+            try:
+                drew(args, output)
+            finally:
+                inputs.clear()
+
+    first = model.register_forward_pre_hook(before, prepend=True)
+    last = model.register_forward_hook(after, always_call=True)
+    try:
+        yield
+    finally:
+        first.remove()
+        last.remove()
+
+
+class RepeatedPasses:
+    """Repeats passes that drew random numbers and refuses a network whose outputs change, as `Repeatability.refuse` does.
+
+    Args:
+        model: inside a guard, in eval mode.
+        device: the model's.
+    """
+
+    def __init__(self, model: nn.Module, device: torch.device) -> None:
+        self.model, self.device = model, device
+        self._equal: set[tuple[Fingerprint, ...]] = set()
+
+    @torch.no_grad()
+    def check(self, args: tuple[Any, ...], output: Any) -> None:
+        """Run the model on ``args`` again, once for each input, and compare with ``output``.
+
+        Raises:
+            ValueError: the outputs differ.
+        """
+        key = tuple(fingerprint(a) for a in args if isinstance(a, Tensor))
+        if key in self._equal:
+            return
+        with kept_random_states(self.device):
+            first, second = output_tensors(output), output_tensors(self.model(*args))
+            difference, bound = compare_passes(self.model, first, second, True, args[0])
+            if difference > bound:
+                Repeatability(random_modules(self.model, args[0]), difference, bound).refuse()
+        self._equal.add(key)
