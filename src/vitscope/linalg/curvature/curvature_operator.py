@@ -92,6 +92,7 @@ class Curvature:
         self.n_products = 0
         self._kept: Chunk | None = None
         self._several: bool | None = None
+        self._losses: dict[int, float] = {}  # of each chunk of a pass when it was first built
 
     def __call__(self, v: Tensor) -> Tensor:
         """Return ``C v (size,)``.
@@ -179,11 +180,22 @@ class Curvature:
         if self._several is None:
             ahead = list(islice(self._pieces(), 2))
             self._several = len(ahead) > 1
-        for first_image, x, y in pieces:
+        for number, (first_image, x, y) in enumerate(pieces):
             chunk = build_chunk(self, first_image, x, y)
+            self._check_repeated(number, float(chunk.loss), first_image, len(x))
             if not self._several:
                 self._kept = chunk
             yield chunk
+
+    def _check_repeated(self, number: int, loss: float, first_image: int, n: int) -> None:
+        """Raise ValueError where a chunk's loss is not what it was: half of the digits are more than another order of sums."""
+        before = self._losses.setdefault(number, loss)
+        if abs(loss - before) > float(torch.finfo(self.dtype).eps) ** 0.5 * abs(before):
+            raise ValueError(
+                f"Expected a network that repeats itself, received one whose loss on images {first_image} to "
+                f"{first_image + n - 1} changes by {abs(loss - before) / abs(before):.2g} of its size between two passes in "
+                "eval mode: make its randomness follow module.training, or fix its seed in forward."
+            )
 
     def _pieces(self) -> Iterator[tuple[int, Tensor, Tensor]]:
         for first_image, (x, y) in self._batches():
