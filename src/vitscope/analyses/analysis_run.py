@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,8 @@ from vitscope.runs.summary_table import print_headline
 from vitscope.runtime import errors
 from vitscope.runtime.distributed import rank
 from vitscope.runtime.errors import CheckpointError, ConfigError, StorageError
+
+_logger = logging.getLogger(__name__)
 
 #: checkpoints that a training writes again and again
 CHANGING = ("last", "best")
@@ -56,7 +58,7 @@ def analyze(cfg: DictConfig, chosen: Sequence[str] = (), inside: Sequence[str] =
     run_end.log_tracebacks_to(run)
     if rank() == 0 and model_facts.KEY not in run.provenance() and _is_own_model(cfg, run):
         run.note(**{model_facts.KEY: model_facts.of_model(cfg)})
-    mirror = wandb_mirror.start(cfg, run, "analyze", _say)
+    mirror = wandb_mirror.start(cfg, run, "analyze", _logger.info)
     code = 1
     try:
         _perform(cfg, run, network.to(device), data, content, path, mirror)
@@ -172,8 +174,7 @@ def _moment(path: Path | None, content: Mapping[str, Any] | None, run: Run) -> t
     if path.stem != "last" or path.parent != run.checkpoints or status == "finished":
         return {"last": "end"}.get(path.stem, path.stem), epoch, step
     tag = f"epoch-{epoch:04d}" if epoch is not None and kept.get("batch") == 0 else f"step-{step:08d}"
-    if rank() == 0:
-        _say(f"{run.path} is not finished ({status}): the result of {path.name} is named {tag}, not end")
+    _logger.info(f"{run.path} is not finished ({status}): the result of {path.name} is named {tag}, not end")
     return tag, epoch, step
 
 
@@ -189,7 +190,3 @@ def _device(name: str) -> torch.device:
     if device.type == "meta" or (device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()):
         raise ConfigError("device", name, "no such device", "choose auto, cpu or cuda")
     return device
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)

@@ -31,6 +31,7 @@ from vitscope.config.error_translation import INTERRUPTED, code_for, explain
 from vitscope.runs import run_end
 from vitscope.runtime import stop_flag
 from vitscope.runtime.errors import first_line
+from vitscope.runtime.logging import command_logging
 from vitscope.runtime.stop_flag import Interrupted
 
 _TRACEBACK_REQUEST = "VITSCOPE_SET_HYDRA_FULL_ERROR"
@@ -53,7 +54,8 @@ def code_of(command: Callable[[], None]) -> int:
     # the second variable tells the processes of other ranks that the user did not ask for tracebacks
     os.environ |= {"HYDRA_FULL_ERROR": "1", _TRACEBACK_REQUEST: "1"}
     try:
-        with target_allowlist.held():  # Hydra may change the environment as a configuration says
+        # Hydra may change the environment as a configuration says: trust and the log level are read before
+        with command_logging(), target_allowlist.held():
             command()
     except BaseException as error:
         return _ended(error, wants_traceback)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import sys
+import logging
 from typing import TYPE_CHECKING
 
 from vitscope.config.error_translation import INTERRUPTED, TERMINATED
@@ -12,6 +12,8 @@ from vitscope.runtime.errors import StorageError
 
 if TYPE_CHECKING:  # a command that refuses its arguments has no run and does not load what one needs
     from vitscope.runs.run_dir import Run
+
+_logger = logging.getLogger(__name__)
 
 _current: Run | None = None
 
@@ -54,4 +56,4 @@ def note_end(run: Run, code: int, **facts: object) -> None:
         if code == 0:
             raise
         if run.path.is_dir():  # a folder that was deleted is what the command ends with already
-            print(error, file=sys.stderr, flush=True)
+            _logger.warning(str(error))

@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import secrets
 import socket
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -25,6 +25,8 @@ from typing import Any
 from vitscope.runtime.atomic_write import host_identity, is_alive, temporary_path
 from vitscope.runtime import safe_files
 from vitscope.runtime.errors import StorageError
+
+_logger = logging.getLogger(__name__)
 
 FILE = "run.lock"
 #: seconds between two heartbeats, and after how many without one another machine's lock is stale
@@ -179,7 +181,7 @@ def _refuse_or_take_over(path: Path, now: float) -> None:
         with contextlib.suppress(FileExistsError):
             os.link(aside, path)
     else:
-        print(f"{path.parent}: the lock of {_name_of(facts)} is stale and was taken over", file=sys.stderr, flush=True)
+        _logger.warning(f"{path.parent}: the lock of {_name_of(facts)} is stale and was taken over")
     aside.unlink(missing_ok=True)
 
 

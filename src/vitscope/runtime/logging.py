@@ -1,12 +1,30 @@
-"""Lines for the user on stderr, from the main process alone; importing this module imports no torch."""
+"""The package's logger: messages for the user from the main process alone; importing this module imports no torch.
+
+Modules call ``logging.getLogger(__name__)``. In a notebook or a program the package adds no handler and sets no level, so that
+``logging.getLogger("vitscope").setLevel(...)`` and the program's own handlers decide. A command prints messages on stderr, from
+level INFO on unless the environment variable ``VITSCOPE_LOG_LEVEL`` names another.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
 import sys
+import warnings
+from collections.abc import Iterator
+
+from vitscope.runtime import redaction
+from vitscope.runtime.errors import ConfigError
 
 #: set by torchrun, Lightning and SLURM before a process group exists
 _RANK_VARIABLES = ("RANK", "LOCAL_RANK", "SLURM_PROCID")
+
+#: the environment variable that sets the lowest level which a command prints
+LEVEL_VARIABLE = "VITSCOPE_LOG_LEVEL"
+LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
+
+_package_logger = logging.getLogger("vitscope")
 
 
 def is_main_process() -> bool:
@@ -15,6 +33,56 @@ def is_main_process() -> bool:
 
 
 def notify(line: str) -> None:
-    """Print one line on stderr, on the main process alone."""
-    if is_main_process():
-        print(line, file=sys.stderr, flush=True)
+    """Log one line at level INFO."""
+    _package_logger.info(line)
+
+
+class _StderrHandler(logging.Handler):
+    """Writes each record of rank 0 as one line on the present ``sys.stderr``; from WARNING on with its level before it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.addFilter(lambda record: is_main_process())
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write the record."""
+        prefix = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
+        with contextlib.suppress(OSError, ValueError):  # a stream that is closed or full must not end a training
+            print(prefix + redaction.masked(record.getMessage()), file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def command_logging() -> Iterator[None]:
+    """Print log messages and Python's warnings as one line each while a command runs.
+
+    Raises:
+        ConfigError: ``VITSCOPE_LOG_LEVEL`` names no level.
+    """
+    level = os.environ.get(LEVEL_VARIABLE, "INFO").upper()
+    if level not in LEVELS:
+        raise ConfigError(
+            LEVEL_VARIABLE, os.environ[LEVEL_VARIABLE], "no such level", f"set one of {', '.join(LEVELS)}"
+        )
+    handler = _StderrHandler()
+    level_before, propagate_before = _package_logger.level, _package_logger.propagate
+    format_before = warnings.formatwarning
+    _package_logger.addHandler(handler)
+    _package_logger.setLevel(level)
+    _package_logger.propagate = False
+    warnings.formatwarning = _warning_line  # showwarning stays Python's: pytest and catch_warnings record through it
+    try:
+        yield
+    finally:
+        warnings.formatwarning = format_before
+        _package_logger.propagate = propagate_before
+        _package_logger.setLevel(level_before)
+        _package_logger.removeHandler(handler)
+
+
+def _warning_line(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    """Return a warning as one line without its place in the source; '' on other ranks and below the level."""
+    if not is_main_process() or not _package_logger.isEnabledFor(logging.WARNING):
+        return ""
+    return f"warning: {redaction.masked(' '.join(str(message).split()))}\n"
