@@ -10,8 +10,8 @@ import torch
 
 import vitscope as vs
 from tests.helpers.run_folders import losses, only_run
-from vitscope.runs import checkpoint_io, metrics_log
-from vitscope.runtime import atomic_write, stop_flag
+from vitscope.runs import checkpoint_io, metrics_log, result_store
+from vitscope.runtime import stop_flag
 from vitscope.runtime.errors import StorageError
 from vitscope.training.lightning_module import Classifier
 
@@ -90,7 +90,7 @@ def test_a_checkpoint_of_another_model_is_refused(call, tiny, tmp_path, capsys) 
 
 def test_a_disk_that_is_full_at_a_result(call, tiny, tmp_path, monkeypatch, capsys) -> None:
     """Exit 6; the journal and the checkpoint are whole, and the run goes on when there is space."""
-    write = atomic_write.write_atomically
+    write = result_store.write_atomically
 
     def full(path: Path, content: bytes) -> None:
         if path.suffix == ".npz":
@@ -99,7 +99,7 @@ def test_a_disk_that_is_full_at_a_result(call, tiny, tmp_path, monkeypatch, caps
 
     shared = [*tiny, "analysis=[fourier]", "analysis.fourier.probe.n_images=8"]
     with monkeypatch.context() as patch:
-        patch.setattr(atomic_write, "write_atomically", full)
+        patch.setattr(result_store, "write_atomically", full)
         assert call("train", *shared) == 6
     assert "No space left on device" in capsys.readouterr().err
     run = only_run(tmp_path)
