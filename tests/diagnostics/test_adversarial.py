@@ -87,7 +87,9 @@ def test_no_image_ever_leaves_its_ball_or_the_pixel_range(norm: str) -> None:
     radius = 20 if norm == "linf" else 300
     result = adversarial(probe_of(model, pixels, 24), epsilons=(radius,), norm=norm, steps=5, restarts=2)
     mean, std = (torch.tensor(v, dtype=torch.float64)[:, None, None] for v in (MEAN, STD))
-    # the first batch twice without and twice with its gradient; clean, FGSM, PGD with the image itself
+    # the first batch twice and two images for what the parameters do, twice with its gradient; clean, FGSM, PGD with the image
+    # itself
+    seen = [x for x in seen if len(x) == len(pixels)]
     assert len(seen) == 2 + 2 + 1 + 2 + 1 + 2 * 6
     largest = []
     for x in seen:
@@ -148,8 +150,9 @@ def test_finished_attacks_are_not_computed_again() -> None:
     del partial["fgsm 4"]
     model.register_forward_hook(lambda *_: calls.append(1))
     second = adversarial(probe_of(model, images()), **options)
-    # the first batch four times to see that the model repeats itself; clean and FGSM's two passes, three batches each
-    assert len(calls) == 4 + 3 + 2 * 3
+    # the first batch four times to see that the model repeats itself, two images for what its parameters do; clean and FGSM's
+    # two passes, three batches each
+    assert len(calls) == 4 + 1 + 3 + 2 * 3
     np.testing.assert_array_equal(first.nll, second.nll)
 
 

@@ -129,7 +129,11 @@ def examine(
     unread, unused = (), ()
     with pure_forward(model):
         if objective is not None or moves_weights:
-            unread, unused = ineffective_parameters(model, x[:2], values=objective is None)
+            try:
+                unread, unused = ineffective_parameters(model, x[:2], values=objective is None)
+            except Exception:
+                model(x)  # where the whole batch fails too, its error names the shape that the user knows
+                raise
         if unread:
             return Repeatability(unread=unread)
         first, second = (_evaluated(model, x, y, objective) for _ in range(2))
@@ -161,6 +165,10 @@ def ineffective_parameters(model: nn.Module, x: Tensor, values: bool) -> tuple[t
                 stack.callback(module.register_forward_hook(lambda m, *_: running.add(m)).remove)
         outputs = output_tensors(functional_call(model, dict(copies), (x,)))
         ends = [t.sum() for t in outputs if t.requires_grad]
+    if (
+        not ends and not values
+    ):  # no parameter stands out: a measure that needs gradients refuses the outputs themselves
+        return (), ()
     gradients = torch.autograd.grad(ends, list(copies.values()), allow_unused=True) if ends else [None] * len(copies)
     without = [name for name, gradient in zip(copies, gradients) if gradient is None]
     if values:
