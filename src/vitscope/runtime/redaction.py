@@ -28,7 +28,7 @@ _WORDS = {
 _LAST_WORDS = ("key", "pwd", "pass", "pw")
 #: words before `token`, `key`, `pwd` and `pass` in names of this field that hold no secret
 _HARMLESS_BEFORE = {
-    "backward", "bos", "cache", "class", "cls", "dist", "distillation", "eos", "forward", "foreign", "full", "global",
+    "backward", "bos", "cache", "changes", "class", "cls", "dist", "distillation", "eos", "forward", "foreign", "full", "global",
     "group", "hash", "image", "label", "low", "high", "band", "mask", "max", "metric", "min", "monitor", "n", "num", "old",
     "one", "pad", "patch", "per", "prefix", "primary", "public", "query", "reg", "register", "single", "sort", "two",
 }  # fmt: skip
