@@ -12,11 +12,11 @@ import pytest
 import timm
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 import vitscope as vs
 from tests.helpers.analysis_runs import made as made  # a run, its network and data
 from tests.helpers.configurations import composed
+from tests.helpers.processes import on_ranks
 from vitscope.analyses import runner, spec
 from vitscope.analyses.context import Place
 from vitscope.config import factories
@@ -135,11 +135,10 @@ def _late_rank(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
-@pytest.mark.slow
 def test_a_rank_that_is_late_does_not_take_a_saved_result_for_an_earlier_one(tmp_path: Path) -> None:
     for name in ("results", "figures"):
         (tmp_path / name).mkdir()
-    mp.start_processes(_late_rank, (str(tmp_path),), nprocs=2, start_method="spawn")
+    on_ranks(_late_rank, str(tmp_path))
     found = [torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1)]
     assert found[0] == found[1]
     assert found[0][1] == 3.0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import numpy as np
 import pytest
 import torch
@@ -15,10 +17,16 @@ KINDS = {"stem": ("stem.",), "conv": ("stages.0.0.", "stages.1.0."), "msa": ("st
 STAGES = {"0": ("stem.",), "1": ("stages.0.",), "2": ("stages.1.",)}
 
 
+@cache
+def dense_alternet() -> tuple[Part, np.ndarray]:
+    """Return the small AlterNet's parameters and the whole Hessian of its loss."""
+    part = Part("small alternet")
+    return part, part.hessian(vs.Objective())
+
+
 @pytest.mark.parametrize(("by", "prefixes", "last"), [("kind", KINDS, "head"), ("stage", STAGES, "3")])
 def test_blocks_are_slices_of_the_dense_hessian(by: str, prefixes: dict[str, tuple[str, ...]], last: str):
-    part = Part("small alternet")
-    dense = part.hessian(vs.Objective())
+    part, dense = dense_alternet()
     owners = []
     for name, p in part.named.items():
         owner = next((group for group, starts in prefixes.items() if name.startswith(starts)), last)

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from timm.models.vision_transformer import VisionTransformer
 
 import vitscope as vs
 from tests.helpers.hessian_oracle import make
+from tests.helpers.processes import on_ranks
 from vitscope.runtime import progress
 
 #: batches of the whole sequence: three on two ranks, one on two ranks
@@ -91,7 +91,7 @@ def _rank(rank: int, folder: str) -> None:
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     folder = tmp_path_factory.mktemp("ranks")
-    mp.spawn(_rank, (str(folder),), nprocs=2)
+    on_ranks(_rank, str(folder))
     return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(2)]
 
 
@@ -105,7 +105,7 @@ def assert_equal(one: object, other: object, rtol: float, name: str) -> None:
         pairs = zip(a, b) if isinstance(a, tuple) and a and isinstance(a[0], np.ndarray) else [(a, b)]
         for left, right in pairs:
             if isinstance(left, np.ndarray | float) and np.asarray(left).dtype.kind == "f":
-                size = float(np.nanmax(np.abs(left), initial=0.0))
+                size = float(np.abs(np.asarray(left)[np.isfinite(left)]).max(initial=0.0))
                 np.testing.assert_allclose(left, right, rtol=0, atol=rtol * max(size, 1.0), err_msg=message)
             elif isinstance(left, np.ndarray):
                 np.testing.assert_array_equal(left, right, err_msg=message)

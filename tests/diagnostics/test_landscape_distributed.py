@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 import vitscope as vs
 from tests.helpers.landscapes import assert_untouched, real, snapshot
+from tests.helpers.processes import on_ranks
 from vitscope.runtime import progress
 
 
@@ -49,7 +49,7 @@ def _rank(rank: int, folder: str) -> None:
 
 
 def test_two_ranks_give_the_surface_of_one(tmp_path: Path):
-    mp.spawn(_rank, (str(tmp_path),), nprocs=2)
+    on_ranks(_rank, str(tmp_path))
     ranks = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=False) for rank in range(2)]
     torch.set_num_threads(1)
     alone = measured()
@@ -59,6 +59,7 @@ def test_two_ranks_give_the_surface_of_one(tmp_path: Path):
             np.testing.assert_allclose(values, ranks[0]["found"][name], rtol=1e-10)
         else:
             assert np.array_equal(values, ranks[0]["found"][name], equal_nan=True), name
-    assert [r["calls"] for r in ranks] == [2, 2]  # the first batch twice, to see that the model repeats itself
+    # the first batch twice, to see that the model repeats itself, and two images for what its parameters do
+    assert [r["calls"] for r in ranks] == [3, 3]
     assert sum(r["rows"] for r in ranks) == 9
     assert all(np.array_equal(r["again"], alone["landscape"]) for r in ranks)

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from timm.models.vision_transformer import VisionTransformer
 
 import vitscope as vs
+from tests.helpers.processes import on_ranks
 
 
 def measured(n_batches: int) -> dict:
@@ -61,7 +61,7 @@ def assert_equal(one, other, rtol: float) -> None:
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     folder: Path = tmp_path_factory.mktemp("ranks")
-    mp.spawn(_rank, (str(folder),), nprocs=2)
+    on_ranks(_rank, str(folder))
     return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(2)]
 
 

@@ -1,4 +1,4 @@
-"""Commands of vitscope in processes of their own."""
+"""Processes of tests: commands of vitscope, and ranks of a distributed computation."""
 
 from __future__ import annotations
 
@@ -6,7 +6,11 @@ import os
 import subprocess
 import sys
 import time
+import warnings
+from collections.abc import Callable
 from pathlib import Path
+
+import torch.multiprocessing
 
 from vitscope.runs import metrics_log
 
@@ -42,3 +46,13 @@ def run_of(root: Path, seconds: float = 60.0) -> Path:
                 return run
         time.sleep(0.05)
     raise AssertionError("no run took its third step in time")
+
+
+def on_ranks(function: Callable[..., None], *arguments: object, n: int = 2) -> None:
+    """Call ``function(rank, *arguments)`` in n processes at once and wait for them.
+
+    They are forked: a new interpreter would take ten seconds to import the package.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # a fork beside threads, which only wait
+        torch.multiprocessing.start_processes(function, arguments, nprocs=n, start_method="fork")

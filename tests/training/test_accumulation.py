@@ -152,5 +152,5 @@ def test_two_ranks_make_the_steps_of_one(tmp_path: Path, y: Tensor, accumulate: 
     """Two images a rank, so global batches of 4, 4 and 5 (3 and 2): the last group is incomplete and uneven."""
     expected, _ = by_hand(y, [slice(0, 8), slice(8, 13)], rho, 0.0)
     optimizer = functools.partial(SAM, base=torch.optim.SGD, rho=rho, lr=LR)
-    model, _ = trained(tmp_path, y, 2, accumulate, optimizer, devices=2, strategy="ddp_spawn")
+    model, _ = trained(tmp_path, y, 2, accumulate, optimizer, devices=2, strategy="ddp_fork")
     assert_same(model, expected)

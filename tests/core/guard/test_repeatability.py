@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import vitscope as vs
+from tests.helpers.processes import on_ranks
 from vitscope.core.guard.repeatability import RandomOutputsWarning
 from vitscope.runtime import progress
 
@@ -234,7 +234,7 @@ def _refused_rank(rank: int, folder: str) -> None:
 
 
 def test_ranks_refuse_together(tmp_path: Path) -> None:
-    mp.spawn(_refused_rank, (str(tmp_path),), nprocs=2)
+    on_ranks(_refused_rank, str(tmp_path))
     for rank in range(2):
         found = torch.load(tmp_path / f"rank{rank}.pt", weights_only=True)
         assert found["images"] == 9
