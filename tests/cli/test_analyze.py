@@ -15,9 +15,8 @@ FOURIER = ["analysis=[fourier]", "analysis.fourier.probe.n_images=8"]
 
 
 @pytest.fixture
-def run(call, tiny, tmp_path) -> Path:
-    assert call("train", *tiny, *FOURIER, "trainer.max_epochs=1", "test=false") == 0
-    return only_run(tmp_path)
+def run(trained) -> Path:
+    return trained(*FOURIER, "trainer.max_epochs=1", "test=false")
 
 
 def test_a_run_gives_the_numbers_of_training_and_they_are_reused(call, run, monkeypatch, tmp_path, capsys) -> None:

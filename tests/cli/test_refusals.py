@@ -12,7 +12,6 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from tests.helpers.configurations import composed
-from tests.helpers.run_folders import only_run
 from vitscope.config import dry_run
 from vitscope.runs import checkpoint_io, run_dir
 from vitscope.runtime.errors import ConfigError
@@ -74,10 +73,9 @@ def test_a_model_that_does_not_fit_the_data(network: nn.Module, why: str) -> Non
 
 
 @pytest.fixture
-def stopped(call, tiny, tmp_path) -> Path:
+def stopped(trained) -> Path:
     """Return a run of one epoch that says it was stopped."""
-    assert call("train", *tiny, "analysis=[]", "test=false") == 0
-    run = only_run(tmp_path)
+    run = trained("analysis=[]", "test=false")
     run_dir.Run(run).note(status="stopped")
     return run
 

@@ -107,10 +107,9 @@ def test_a_second_interrupt_ends_at_once(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
-def test_analyze(call, tiny, tmp_path, monkeypatch, signum) -> None:
+def test_analyze(call, trained, tmp_path, monkeypatch, signum) -> None:
     """Stopped within a measure: no result, and neither the run nor its checkpoints changed."""
-    assert call("train", *tiny, "analysis=[]", "test=false") == 0
-    run = only_run(tmp_path)
+    run = trained("analysis=[]", "test=false")
     kept = {file: file.read_bytes() for file in run.rglob("*") if file.is_file() and file.name != "log.txt"}
     forward = "vitscope.core.feature_pass.track"
 

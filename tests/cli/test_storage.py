@@ -135,11 +135,10 @@ def test_a_file_in_place_of_a_folder_is_found_before_training(call, tiny, tmp_pa
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_run_s_folder_that_became_read_only(call, tiny, tmp_path, capsys) -> None:
+def test_a_run_s_folder_that_became_read_only(call, trained, tmp_path, capsys) -> None:
     """Going on with a run whose checkpoints cannot be written: exit 6 and not a step (root may write anywhere: a file is
     in the folder's place)."""
-    assert call("train", *tiny, "analysis=[]", "test=false") == 0
-    run = only_run(tmp_path)
+    run = trained("analysis=[]", "test=false")
     run_dir.Run(run).note(status="stopped")
     kept = (run / "checkpoints").rename(tmp_path / "kept")
     (run / "checkpoints").write_text("")

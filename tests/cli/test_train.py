@@ -16,6 +16,7 @@ from vitscope.training.checkpoint_callback import Checkpoints
 from vitscope.training.lightning_module import Classifier
 
 
+@pytest.mark.real_figures
 def test_the_main_job(call, tiny, tmp_path, capsys) -> None:
     arguments = ["caps=smoke", "trainer.max_epochs=1", "analysis.hessian.probe.n_images=16"]
     assert call("train", *tiny, *arguments) == 0

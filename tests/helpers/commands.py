@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
 
+from vitscope.analyses import outputs
 from vitscope.cli import analyze, exit_codes, train
+from vitscope.data.sources import photos
 
 TINY = [
     "model=vit",
@@ -19,10 +24,24 @@ TINY = [
     "data.eval_batch_size=64",
 ]
 
+#: the crops of a split are the same for every command of this process
+CACHED_CROPS = cache(photos._crops)
+
+
+def small_figure(_: object) -> Figure:
+    """Return a figure in place of a result's, whose drawing takes longer than a training of four steps."""
+    return Figure(figsize=(0.2, 0.2))
+
 
 @pytest.fixture
-def call(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., int]:
-    """Run ``train.py`` or ``analyze.py`` with arguments; return the exit code."""
+def call(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    """Run ``train.py`` or ``analyze.py`` with arguments; return the exit code.
+
+    Figures are small and empty, unless the test is marked ``real_figures``.
+    """
+    monkeypatch.setattr(photos, "_crops", CACHED_CROPS)
+    if request.node.get_closest_marker("real_figures") is None:
+        monkeypatch.setattr(outputs, "plot", small_figure)
 
     def run(command: str, *arguments: str) -> int:
         monkeypatch.delenv("VITSCOPE_RUN_DIR", raising=False)
@@ -30,6 +49,41 @@ def call(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., int]:
         return exit_codes.code_of({"train": train, "analyze": analyze}[command]._command)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def trained_runs(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, ...], Path]:
+    """Return the runs that `trained` copies, by the arguments of their training."""
+    return {}
+
+
+@pytest.fixture
+def trained(
+    call: Callable[..., int],
+    tiny: list[str],
+    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    trained_runs: dict[tuple[str, ...], Path],
+) -> Callable[..., Path]:
+    """Return a run of the tiny training with further arguments: trained once a process, copied for each test.
+
+    The paths in the copy's configuration and provenance are those of a run that was trained in ``tmp_path``.
+    """
+
+    def copy(*arguments: str) -> Path:
+        if arguments not in trained_runs:
+            root = tmp_path_factory.mktemp("trained")
+            here = [f"paths.runs={root}/runs" if option.startswith("paths.runs=") else option for option in tiny]
+            assert call("train", *here, *arguments) == 0
+            (trained_runs[arguments],) = (root / "runs").iterdir()
+        source = trained_runs[arguments]
+        target = tmp_path / "runs" / source.name
+        shutil.copytree(source, target)
+        for file in (target / "config.yaml", target / "provenance.json"):
+            file.write_text(file.read_text().replace(str(source.parents[1]), str(tmp_path)))
+        return target
+
+    return copy
 
 
 @pytest.fixture

@@ -30,11 +30,9 @@ def contents(run: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture
-def finished(call, tiny, tmp_path) -> Path:
+def finished(trained) -> Path:
     """Return a finished run of one epoch of two steps."""
-    ema = ["callbacks=[checkpoint,ema,lr_monitor]", "callbacks.ema.decay=0.5"]
-    assert call("train", *tiny, *SHORT, *ema, f"run_dir={tmp_path}/runs/one") == 0
-    return only_run(tmp_path)
+    return trained(*SHORT, "callbacks=[checkpoint,ema,lr_monitor]", "callbacks.ema.decay=0.5")
 
 
 #: what each makes another experiment by, with the exit code and the stored value
