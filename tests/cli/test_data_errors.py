@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
 from pathlib import Path
@@ -14,8 +15,9 @@ from torch.utils.data import get_worker_info
 
 from tests.helpers.run_folders import only_run
 from vitscope.data import loader
-from vitscope.models import timm_model
 
+#: the module: the package has a function of the same name
+timm_model = importlib.import_module("vitscope.models.timm_model")
 MODEL = ["model=vit", "model.depth=1", "model.patch_size=8", "logger=none", "analysis=[]", "trainer.accelerator=cpu",
          "trainer.enable_progress_bar=false"]  # fmt: skip
 
