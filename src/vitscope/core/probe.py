@@ -276,18 +276,18 @@ class Probe:
             finally:
                 self._dtype = outer
 
-    def _watched(self, found: Repeatability, refuses: bool) -> AbstractContextManager[None]:
+    def _watched(self, outcome: Repeatability, refuses: bool) -> AbstractContextManager[None]:
         """Return a context in which later passes that draw random numbers are refused, or stated on the card."""
         if refuses:
             return drawing_passes(self.model, self.device, RepeatedPasses(self.model, self.device).check)
-        if found.random or found.drew:  # it is stated already, or without an effect
+        if outcome.random or outcome.drew:  # it is stated already, or without an effect
             return nullcontext()
 
         def state(*_: Any) -> None:
-            if not any(known.random for known in self._repeatability.values()):
+            if not any(other.random for other in self._repeatability.values()):
                 # the pass is not repeated: measures may read feature maps in it
                 random = (f"model ({type(self.model).__name__})",)
-                self._repeatability["outputs"] = replace(found, random=random)
+                self._repeatability["outputs"] = replace(outcome, random=random)
                 warn_of_draws(random)
 
         return drawing_passes(self.model, self.device, state)

@@ -137,8 +137,8 @@ class Search:
         lanczos = self.lanczos
         lanczos.absorb(pieces)
         self._ritz = ritz = lanczos.ritz()
-        self._chosen, known = settled(ritz, self.k, self.which, self.tol, self.n_ends)
-        self._n_known = self._n_known + 1 if known else 0
+        self._chosen, all_known = settled(ritz, self.k, self.which, self.tol, self.n_ends)
+        self._n_known = self._n_known + 1 if all_known else 0
         # an eigenvalue that is passed over shows in the next products: residuals rise again
         done = self._n_known >= CONFIRMATIONS
         if lanczos.breakdowns:
