@@ -29,6 +29,7 @@ _HOME = {
     "taps": "models.structure.taps",
     "one_pass": "core.feature_pass",
     "plot": "plotting.api",
+    "CurvatureOptions": "linalg.curvature.curvature_options",
     "load_probe": "runs.api",
     "load_results": "runs.api",
 }

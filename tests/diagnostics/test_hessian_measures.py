@@ -70,11 +70,11 @@ def test_density_moments_are_the_probe_vectors_own():
     dense = dense_hessian(model, x, y, probe.objective)
     result = vs.spectral_density(probe, n_vectors=3, n_steps=12)
     # a Gauss rule of 12 nodes is exact to degree 23, so its moments are v^T H^p v for the same sign vectors
-    from vitscope.diagnostics.hessian.spectral_density import random_signs
     from vitscope.linalg.curvature.operator_factory import curvatures
+    from vitscope.linalg.curvature.start_vector import random_signs, vector_seed
 
     with curvatures(probe) as made:
-        signs = np.array([random_signs(made.mean(), 0, i).numpy() for i in range(3)])
+        signs = np.array([random_signs(made.mean(), vector_seed(0, i)).numpy() for i in range(3)])
     powers = [np.mean([v @ np.linalg.matrix_power(dense, p) @ v / len(v) for v in signs]) for p in range(1, 5)]
     np.testing.assert_allclose(result.moments, powers, rtol=1e-9)
     np.testing.assert_allclose(result.weights.sum(1), 1, atol=1e-12)

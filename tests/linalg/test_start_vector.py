@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import vitscope as vs
-from vitscope.linalg.curvature.operator_factory import start_along
+from vitscope.linalg.curvature.start_vector import start_along
 from vitscope.linalg.eigensolver import extreme_eigenvalues
 
 

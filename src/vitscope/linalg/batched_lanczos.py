@@ -15,7 +15,8 @@ from torch.func import functional_call, grad, grad_and_value, jvp, vmap
 
 from vitscope.core.probe import Batch
 from vitscope.linalg.curvature.l2_curvature import add_l2_product
-from vitscope.linalg.curvature.operator_factory import Curvatures, start_along
+from vitscope.linalg.curvature.operator_factory import Curvatures
+from vitscope.linalg.curvature.start_vector import start_along
 from vitscope.linalg.eigensolver import Search, free_memory
 from vitscope.linalg.krylov_basis import norm
 from vitscope.linalg.ritz_values import count
@@ -104,13 +105,13 @@ class SideBySide:
 def obstacle(made: Curvatures) -> str:
     """Return why these operators cannot be multiplied at once, or an empty string."""
     options = made.options
-    wanted = {"kind": "hessian", "product": "reverse", "micro_batch": None}
-    for key, value in wanted.items():
-        if options[key] != value:
-            name = "operator" if key == "kind" else key
-            return f"Expected {name}={value} to analyse several batches at once, received {options[key]!r}."
-    if made.bn != "eval":
-        return f"Expected bn='eval' to analyse several batches at once (statistics are each batch's), received {made.bn!r}."
+    required = {"operator": "hessian", "product": "reverse", "micro_batch": None}
+    for name, value in required.items():
+        if getattr(options, name) != value:
+            received = getattr(options, name)
+            return f"Expected {name}={value} to analyse several batches at once, received {received!r}."
+    if options.bn != "eval":
+        return f"Expected bn='eval' to analyse several batches at once (statistics are each batch's), received {options.bn!r}."
     return ""
 
 

@@ -175,6 +175,15 @@ def _check(size: int, k: int, which: str, tol: float, max_products: int) -> None
         raise ValueError(f"Expected which to be one of {', '.join(WHICH)}, received {which!r}.")
     if k < 1 or k > size:
         raise ValueError(f"Expected between 1 and {size} eigenvalues (the parameters analysed), received k={k}.")
+    check_stopping_rule(tol, max_products)
+
+
+def check_stopping_rule(tol: float, max_products: int) -> None:
+    """Check when a search stops.
+
+    Raises:
+        ValueError: a tolerance outside (0, 1), or fewer than one product.
+    """
     if not 0 < tol < 1:
         raise ValueError(f"Expected tol between 0 and 1, received {tol}.")
     if max_products < 1:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from vitscope.linalg.curvature.curvature_operator import Curvature
-from vitscope.linalg.curvature.operator_factory import start_vector
+from vitscope.linalg.curvature.start_vector import start_vector
 from vitscope.linalg.eigensolver import Eigenpairs, extreme_eigenvalues
 from vitscope.linalg.krylov_basis import norm
 

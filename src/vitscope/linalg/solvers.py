@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vitscope.linalg.curvature.curvature_operator import Curvature
-from vitscope.linalg.curvature.operator_factory import start_vector
+from vitscope.linalg.curvature.start_vector import start_vector
 from vitscope.linalg.eigensolver import Eigenpairs, extreme_eigenvalues
 from vitscope.linalg.krylov_basis import Memory
 from vitscope.linalg.power_iteration import power_iteration
@@ -51,8 +51,7 @@ def solve(
     Raises:
         ValueError: an unknown solver, or ``power`` for anything but ``LM``; and what the solver raises.
     """
-    if solver not in SOLVERS:
-        raise ValueError(f"Expected solver to be one of {', '.join(SOLVERS)}, received {solver!r}.")
+    check_solver(solver)
     if not 1 <= k <= operator.size:
         raise ValueError(
             f"Expected between 1 and {operator.size} eigenvalues (the parameters analysed), received k={k}."
@@ -84,6 +83,16 @@ def solve(
             memory=memory,
         )
     return Solution(pairs, l2_contribution(operator, pairs))
+
+
+def check_solver(solver: str) -> None:
+    """Check a solver's name.
+
+    Raises:
+        ValueError: an unknown solver.
+    """
+    if solver not in SOLVERS:
+        raise ValueError(f"Expected solver to be one of {', '.join(SOLVERS)}, received {solver!r}.")
 
 
 def l2_contribution(operator: Curvature, pairs: Eigenpairs) -> np.ndarray:

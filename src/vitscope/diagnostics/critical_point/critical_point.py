@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Unpack
 
 import numpy as np
 import torch
@@ -23,6 +24,7 @@ from vitscope.diagnostics.critical_point._verdict import (
     predicted_decrease,
     slice_drop,
 )
+from vitscope.linalg.curvature.curvature_options import CurvatureArguments, CurvatureOptions, curvature_arguments
 from vitscope.linalg.curvature.operator_factory import Curvatures, curvatures
 from vitscope.linalg.krylov_basis import norm
 from vitscope.linalg.optimizer_stability import adam_scale
@@ -105,20 +107,14 @@ class CriticalPointResult:
 
 
 @record_options
+@curvature_arguments("tol", "parameters", "dtype", "bn", "micro_batch", "max_products", "max_memory", "seed", tol=1e-2)
 def critical_point(
     probe: Probe,
     *,
-    tol: float = 1e-2,
     stationary: float = 1e-3,
     n_points: int = 21,
     span: float = 1.0,
-    parameters: str | Sequence[str] | None = None,
-    dtype: str | torch.dtype | None = None,
-    bn: str = "eval",
-    micro_batch: int | None = None,
-    max_products: int = 200,
-    max_memory: float | None = None,
-    seed: int = 0,
+    **curvature: Unpack[CurvatureArguments],
 ) -> CriticalPointResult:
     """Judge whether the model is at a minimum or a saddle of the objective that the probe states.
 
@@ -141,19 +137,13 @@ def critical_point(
 
     Args:
         probe: the model, batches and the objective that was trained; batches are split over ranks.
-        tol: relative error of the eigenvalues.
         stationary: the share above.
         n_points: points of the slice, at least 3.
         span: the slice goes from -span to span, in units of the step that the curvature predicts to change the objective by
             a tenth, sqrt(0.2 L / |lambda|); where lambda is within its residual of zero, with the residual in its place and
             no more than the weights' norm (1 where they are zero).
-        parameters: a subset, see `hessian_eigenvalues`.
-        dtype: ``float32`` or ``float64``; None for the model's own.
-        bn: BatchNorm on running statistics (``eval``) or on each batch's (``batch``).
-        micro_batch: images held at once; None for a whole batch.
-        max_products: the most products of a part.
-        max_memory: bytes the Lanczos basis may take.
-        seed: of start vectors.
+        curvature: ``tol`` (default 1e-2), ``parameters``, ``dtype``, ``bn``, ``micro_batch``, ``max_products``,
+            ``max_memory``, ``seed``: see `vitscope.linalg.curvature.curvature_options.CurvatureOptions`.
 
     Raises:
         ValueError: fewer than 3 points, fewer than 2 parameters, a span or share that is not positive; and as
@@ -167,22 +157,22 @@ def critical_point(
     for name, value in (("stationary", stationary), ("span", span)):
         if not value > 0:
             raise ValueError(f"Expected {name} to be positive, received {value}.")
-    with curvatures(probe, parameters=parameters, dtype=dtype, bn=bn, micro_batch=micro_batch, seed=seed) as made:
-        solving = {"tol": tol, "max_products": max_products, "max_memory": max_memory, "seed": seed}
+    options = CurvatureOptions(**curvature)
+    with curvatures(probe, options) as operators:
         rows, direction = [], None
         for n_batches in track(_sizes(probe.n_batches), "critical point"):
-            row, direction = _part(made, n_batches, solving, decide=n_batches == probe.n_batches)
+            row, direction = _part(operators, n_batches, decide=n_batches == probe.n_batches)
             rows.append(row)
         table = {key: np.array([row[key] for row in rows]) for key in rows[0] if key in COLUMNS}
-        last, loss = rows[-1], _loss(made, None)
-        weights = norm(torch.cat([p.detach().reshape(-1) for p in made.parameters.values()]))
+        last, loss = rows[-1], _loss(operators, None)
+        weights = norm(torch.cat([p.detach().reshape(-1) for p in operators.parameters.values()]))
         distance = np.linspace(-span, span, n_points) * _step(last, loss, weights)
         assert direction is not None
-        values = np.array([_loss(made, direction * x) for x in track(distance, "slice")])
-        near = [_loss(made, direction * (distance[-1] * share * sign)) for share in NEARER for sign in (-1, 1)]
-        norms = _gradient_norms(made)
-        eps = float(torch.finfo(next(iter(made.parameters.values())).dtype).eps)
-        card = made.card({"solver": "lanczos", "tol": tol, "stationary": stationary, "seed": seed})
+        values = np.array([_loss(operators, direction * x) for x in track(distance, "slice")])
+        near = [_loss(operators, direction * (distance[-1] * share * sign)) for share in NEARER for sign in (-1, 1)]
+        norms = _gradient_norms(operators)
+        eps = float(torch.finfo(next(iter(operators.parameters.values())).dtype).eps)
+        card = operators.card({"solver": "lanczos", "tol": options.tol, "stationary": stationary, "seed": options.seed})
     decrease = predicted_decrease(last, loss, weights)
     drop = slice_drop(loss, [*values, *near], eps)
     reach = 0.5 * max(weights, 1.0) ** 2 / max(loss, TINY)  # share of the objective that a curvature of 1 can change
@@ -208,33 +198,33 @@ def _sizes(n_batches: int) -> list[int]:
     return [*sizes, n_batches]
 
 
-def _part(made: Curvatures, n_batches: int, solving: dict, decide: bool) -> tuple[Row, Tensor]:
+def _part(operators: Curvatures, n_batches: int, decide: bool) -> tuple[Row, Tensor]:
     """Return gradient norm and both ends on the first batches, and the smallest eigenvalue's eigenvector.
 
     Args:
-        made: the operators.
+        operators: the factory of operators.
         n_batches: how many batches.
-        solving: options of `solve`.
         decide: search again, with a finer tolerance, where the smallest eigenvalue's sign is not known.
     """
 
     def batches() -> Iterator[tuple[int, Batch]]:
-        return ((index, batch) for index, batch in made.probe.local_batches() if index < n_batches)
+        return ((index, batch) for index, batch in operators.probe.local_batches() if index < n_batches)
 
     own = torch.tensor(float(sum(n_labeled(y) for _, (_, y) in batches())), dtype=torch.float64)
-    n_images = int(distributed.all_reduce_sum(own.to(made.probe.device)).item())
-    operator = made.of(batches, n_images, reduce=True)
+    n_images = int(distributed.all_reduce_sum(own.to(operators.probe.device)).item())
+    operator = operators.of(batches, n_images, reduce=True)
     gradient = norm(operator.gradient())
-    pairs = solve(operator, k=1, which="both", vectors=True, shared=True, **solving).pairs
+    search = operators.options.search()
+    pairs = solve(operator, k=1, which="both", vectors=True, shared=True, **search).pairs
     converged = bool(pairs.converged.all())
     for share in SHARPER if decide and converged else ():
         if (
             not pairs.resolution < pairs.residuals[1] >= abs(pairs.values[1])
-            or pairs.n_products >= solving["max_products"]
+            or pairs.n_products >= operators.options.max_products
         ):
             break
-        options = {**solving, "tol": solving["tol"] * share}
-        pairs = solve(operator, k=1, which="both", vectors=True, shared=True, **options).pairs
+        finer = {**search, "tol": operators.options.tol * share}
+        pairs = solve(operator, k=1, which="both", vectors=True, shared=True, **finer).pairs
     assert pairs.vectors is not None
     row = {
         "n_images": n_images,
@@ -260,29 +250,29 @@ def _step(row: Row, loss: float, weights: float) -> float:
 
 
 @torch.no_grad()
-def _loss(made: Curvatures, offset: Tensor | None) -> float:
+def _loss(operators: Curvatures, offset: Tensor | None) -> float:
     """Return the objective on all batches, with the analysed parameters moved by ``offset (size,)``."""
-    point: dict[str, Tensor] = dict(made.model.named_parameters())
+    point: dict[str, Tensor] = dict(operators.model.named_parameters())
     if offset is not None:
         at = 0
-        for name, p in made.parameters.items():
+        for name, p in operators.parameters.items():
             point[name] = p + offset[at : at + p.numel()].view_as(p)
             at += p.numel()
-    total = torch.zeros((), dtype=torch.float64, device=made.probe.device)
-    for _, (x, y) in made.probe.local_batches():
-        total += made.probe.objective.data_loss(functional_call(made.model, point, (x,)), y, "sum").double()
-    data = distributed.all_reduce_sum(total).item() / made.probe.n_labeled
-    return data + float(made.probe.objective.l2_term(point).double())
+    total = torch.zeros((), dtype=torch.float64, device=operators.probe.device)
+    for _, (x, y) in operators.probe.local_batches():
+        total += operators.probe.objective.data_loss(functional_call(operators.model, point, (x,)), y, "sum").double()
+    data = distributed.all_reduce_sum(total).item() / operators.probe.n_labeled
+    return data + float(operators.probe.objective.l2_term(point).double())
 
 
-def _gradient_norms(made: Curvatures) -> dict[str, float]:
-    objective, data = made.probe.objective, made.mean().gradient(data_only=True)
-    weights = torch.cat([p.detach().reshape(-1) for p in made.parameters.values()])
+def _gradient_norms(operators: Curvatures) -> dict[str, float]:
+    objective, data = operators.probe.objective, operators.mean().gradient(data_only=True)
+    weights = torch.cat([p.detach().reshape(-1) for p in operators.parameters.values()])
     norms = {"nll": norm(data), "half_sq": norm(data + objective.weight_decay * weights), "adamw": float("nan")}
     scales = objective.decay_scale
-    if scales is None and (optimizer := made.probe.optimizer()) is not None:
+    if scales is None and (optimizer := operators.probe.optimizer()) is not None:
         scales = adam_scale(optimizer)  # of the checkpoint, whatever form of L2 the objective has
-    if scales is not None and all(name in scales for name in made.parameters):
-        scale = torch.cat([scales[name].reshape(-1).to(weights) for name in made.parameters])
+    if scales is not None and all(name in scales for name in operators.parameters):
+        scale = torch.cat([scales[name].reshape(-1).to(weights) for name in operators.parameters])
         norms["adamw"] = norm(data + objective.weight_decay * scale * weights)
     return norms

@@ -1,4 +1,4 @@
-"""Top eigenvalues batch by batch: which batches, how many at once, within which budget, from which rows on disk."""
+"""Top eigenvalues of the Hessian of every batch: one after the other or several at once, within a time budget, resumable."""
 
 from __future__ import annotations
 
@@ -23,63 +23,62 @@ Group = list[tuple[int, Batch]]
 
 
 @dataclass
-class Work:
-    """The eigenvalues of every batch's operator, one row a batch.
+class BatchwiseSpectrum:
+    """Eigenvalues of the operator of every batch, one row per batch.
 
     Attributes:
-        made: makes the operators.
-        n_top, n_ends: eigenvalues by magnitude, and of either end.
-        solving: options of `solve`.
-        batches_at_once: None for what fits.
+        operators: the factory of operators, with the options of the solver.
+        n_top: number of eigenvalues by magnitude.
+        n_ends: number of eigenvalues of either end of the spectrum.
+        batches_at_once: number of batches analyzed together; None for as many as fit.
         budget_s: seconds; None for no limit.
 
     Raises:
         ValueError: fewer than one batch at once, several where that cannot be, or a budget that is not positive.
     """
 
-    made: Curvatures
+    operators: Curvatures
     n_top: int
     n_ends: int
-    solving: dict[str, Any]
     batches_at_once: int | None
     budget_s: float | None
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be done."""
         if self.batches_at_once is not None and self.batches_at_once < 1:
             raise ValueError(f"Expected batches_at_once to be at least 1 or None, received {self.batches_at_once}.")
-        reason = obstacle(self.made)
-        if self.solving["solver"] != "lanczos":
-            reason = f"Expected solver='lanczos' with several batches at once, received {self.solving['solver']!r}."
+        reason = obstacle(self.operators)
+        solver = self.operators.options.solver
+        if solver != "lanczos":
+            reason = f"Expected solver='lanczos' with several batches at once, received {solver!r}."
         if (self.batches_at_once or 1) > 1 and reason:
             raise ValueError(reason)
         self._memory = Memory()
         self._automatic = self.batches_at_once is None and not reason
 
     def rows(self, partial: MutableMapping[str, Row]) -> tuple[dict[int, Row], dict[str, Any]]:
-        """Return the rows of all ranks by batch number, and what the card says of the way they were made.
+        """Return the rows of all ranks by batch number, and facts about the course of the computation for the card.
 
         Args:
-            partial: rows already known, by ``batch-<number>``; new ones are added as soon as they are known.
+            partial: finished rows by ``batch-<number>``; each new row is added as soon as it is computed.
         """
-        n, world = self.made.probe.n_batches, distributed.world_size()
+        n, world = self.operators.probe.n_batches, distributed.world_size()
         together = self._together()
         budget = _budget.unlimited(n)
         if self.budget_s is not None:
             n_values = self.n_top + 2 * self.n_ends
-            budget = _budget.fitted(self.made, self.budget_s, n_values, self.solving["max_products"], together)
-        own: dict[int, Row] = {}
-        share = ((i, batch) for i, batch in self.made.probe.local_batches() if i < budget.limit)
+            budget = _budget.fitted(self.operators, self.budget_s, n_values, together)
+        rank_rows: dict[int, Row] = {}
+        share = ((i, batch) for i, batch in self.operators.probe.local_batches() if i < budget.limit)
         total = -(-len(range(distributed.rank(), budget.limit, world)) // together)
         for group in track(_grouped(share, together), "hessian spectrum", total=total):
             missing = [pair for pair in group if _key(pair[0]) not in partial]
-            if own and not budget.allows(len(missing)):
+            if rank_rows and not budget.allows(len(missing)):
                 break
             for (index, _), row in zip(missing, self._computed(missing)):
                 partial[_key(index)] = row
             budget.done(len(missing))
-            own |= {index: partial[_key(index)] for index, _ in group}
-        rows = {index: row for share in distributed.gather_objects(own) for index, row in share.items()}
+            rank_rows |= {index: partial[_key(index)] for index, _ in group}
+        rows = {index: row for share in distributed.gather_objects(rank_rows) for index, row in share.items()}
         facts = {"batches_at_once": together} if together > 1 else {}
         if self.budget_s is not None:
             facts |= {**budget.facts, "batches": f"{len(rows)} of {n}"}
@@ -88,16 +87,20 @@ class Work:
     def _together(self) -> int:
         if not self._automatic:
             return self.batches_at_once or 1
-        first = next(iter(self.made.probe.local_batches()), None)
-        fits = 1 if first is None else at_once(self.made, first, self.n_top, self.n_ends, self.solving["max_products"])
-        return max(distributed.gather_objects(fits))
+        operators = self.operators
+        first = next(iter(operators.probe.local_batches()), None)
+        max_products = operators.options.max_products
+        n_fitting = 1 if first is None else at_once(operators, first, self.n_top, self.n_ends, max_products)
+        return max(distributed.gather_objects(n_fitting))
 
     def _computed(self, group: Group) -> Iterator[Row]:
-        """Yield the rows of ``group``, the batches at once where they are several."""
+        """Yield the rows of ``group``, whose batches are analyzed together where it has several."""
+        options = self.operators.options
         if len(group) > 1:
-            options = {key: value for key, value in self.solving.items() if key != "solver"}
             try:
-                solutions = eigenvalues_side_by_side(self.made, group, k=self.n_top, n_ends=self.n_ends, **options)
+                solutions = eigenvalues_side_by_side(
+                    self.operators, group, k=self.n_top, n_ends=self.n_ends, **options.search()
+                )
                 yield from map(self._row, solutions)
                 return
             except CannotBatch as error:
@@ -105,8 +108,16 @@ class Work:
                     raise
                 warnings.warn(f"one batch after the other: {error}", UserWarning, stacklevel=6)
         for index, batch in group:
-            operator = self.made.batch(index, batch)
-            yield self._row(solve(operator, k=self.n_top, n_ends=self.n_ends, memory=self._memory, **self.solving))
+            operator = self.operators.batch(index, batch)
+            solution = solve(
+                operator,
+                k=self.n_top,
+                n_ends=self.n_ends,
+                solver=options.solver,
+                memory=self._memory,
+                **options.search(),
+            )
+            yield self._row(solution)
 
     def _row(self, solution: Solution) -> Row:
         pairs, top, ends = solution.pairs, self.n_top, self.n_ends

@@ -53,17 +53,16 @@ def unlimited(n_batches: int) -> Budget:
     return Budget(None, n_batches)
 
 
-def fitted(made: Curvatures, seconds: float, n_values: int, max_products: int, at_once: int) -> Budget:
+def fitted(operators: Curvatures, seconds: float, n_values: int, at_once: int) -> Budget:
     """Time one product, predict time and memory of all batches, say so, and fit the number of batches.
 
     How many products a batch takes is not known before: 5 and 2 for each value are assumed. The clock decides in the end,
     see `Budget.allows`.
 
     Args:
-        made: the operators.
+        operators: the factory of operators.
         seconds: the budget.
         n_values: eigenvalues of a batch.
-        max_products: the most products of a batch.
         at_once: batches in one product.
 
     Raises:
@@ -72,12 +71,12 @@ def fitted(made: Curvatures, seconds: float, n_values: int, max_products: int, a
     if not seconds > 0:
         raise ValueError(f"Expected budget_s to be positive or None, received {seconds}.")
     started = clock()
-    measured = [_measured(made, batch, at_once) for batch in _first(made)]
+    measured = [_measured(operators, batch, at_once) for batch in _first(operators)]
     product, graph = (max(parts) for parts in zip(*_gathered(measured)))
-    size = sum(p.numel() for p in made.parameters.values())
-    row = sum(p.numel() * p.element_size() for p in made.parameters.values())
-    products = min(max_products, size, 5 + 2 * n_values)
-    total, world = made.probe.n_batches, distributed.world_size()
+    size = sum(p.numel() for p in operators.parameters.values())
+    row = sum(p.numel() * p.element_size() for p in operators.parameters.values())
+    products = min(operators.options.max_products, size, 5 + 2 * n_values)
+    total, world = operators.probe.n_batches, distributed.world_size()
     rounds = max(1, int(seconds / (product * products))) if product > 0 else total
     limit = min(total, rounds * world)
     predicted = product * products * -(-limit // world)
@@ -95,24 +94,24 @@ def fitted(made: Curvatures, seconds: float, n_values: int, max_products: int, a
     return Budget(seconds, limit, facts, started)
 
 
-def _first(made: Curvatures) -> list[tuple[int, Batch]]:
+def _first(operators: Curvatures) -> list[tuple[int, Batch]]:
     """Return this rank's first batch, none where it has none."""
-    return [pair for pair, _ in zip(made.probe.local_batches(), range(1))]
+    return [pair for pair, _ in zip(operators.probe.local_batches(), range(1))]
 
 
 def _gathered(measured: list[tuple[float, float]]) -> list[tuple[float, float]]:
     return [pair for share in distributed.gather_objects(measured) for pair in share]
 
 
-def _measured(made: Curvatures, batch: tuple[int, Batch], at_once: int) -> tuple[float, float]:
+def _measured(operators: Curvatures, batch: tuple[int, Batch], at_once: int) -> tuple[float, float]:
     """Return seconds of a product of one batch, and the bytes of the graph that is kept for it."""
-    operator = made.batch(*batch)
+    operator = operators.batch(*batch)
     v = torch.ones(operator.size, dtype=operator.dtype, device=operator.device)
     if at_once > 1:
-        stacked = SideBySide(made, [batch] * at_once)
+        stacked = SideBySide(operators, [batch] * at_once)
         vectors = [v] * at_once
         return _timed(lambda: stacked.products(vectors, range(at_once))[0][0]) / at_once, 0.0
-    graph = _graph_bytes(lambda: made.batch(*batch).gradient())
+    graph = _graph_bytes(lambda: operators.batch(*batch).gradient())
     seconds = _timed(lambda: operator(v))
     operator.release()
     return seconds, graph

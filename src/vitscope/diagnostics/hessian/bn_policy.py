@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Unpack
 
 import numpy as np
-import torch
 from torch import nn
 
 from vitscope.core.measure_options import record_options
 from vitscope.core.objective_card import ObjectiveCard
 from vitscope.core.probe import Probe
 from vitscope.diagnostics.hessian.hessian_max_eigenvalue_spectrum import hessian_max_eigenvalue_spectrum
+from vitscope.linalg.curvature.curvature_options import CurvatureArguments, curvature_arguments
 
 
 @dataclass(frozen=True)
@@ -48,15 +48,12 @@ class BnPolicyResult:
 
 
 @record_options
+@curvature_arguments("tol", "parameters", "dtype", "max_products", "seed")
 def bn_policy(
     probe: Probe,
     *,
     n_top: int = 5,
-    tol: float = 1e-3,
-    parameters: str | Sequence[str] | None = None,
-    dtype: str | torch.dtype | None = None,
-    max_products: int = 200,
-    seed: int = 0,
+    **curvature: Unpack[CurvatureArguments],
 ) -> BnPolicyResult:
     """Compute the Hessian max-eigenvalue spectrum twice, with BatchNorm's running and its batch statistics.
 
@@ -65,11 +62,8 @@ def bn_policy(
     Args:
         probe: the model, mini-batches and objective; batches are split over ranks.
         n_top: eigenvalues of each batch.
-        tol: relative error at which to stop.
-        parameters: a subset, see `hessian_eigenvalues`.
-        dtype: ``float32`` or ``float64``; None for the model's own.
-        max_products: the most products of a batch.
-        seed: of start vectors.
+        curvature: ``tol``, ``parameters``, ``dtype``, ``max_products``, ``seed``: see
+            `vitscope.linalg.curvature.curvature_options.CurvatureOptions`.
 
     Raises:
         ValueError: a model without BatchNorm; and as `hessian_max_eigenvalue_spectrum`.
@@ -80,15 +74,7 @@ def bn_policy(
     n_norms = sum(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in probe.model.modules())
     if n_norms == 0:
         raise ValueError(f"Expected a model with BatchNorm layers, received {type(probe.model).__name__} without any.")
-    options = {
-        "n_top": n_top,
-        "tol": tol,
-        "parameters": parameters,
-        "dtype": dtype,
-        "max_products": max_products,
-        "seed": seed,
-    }
-    both = [hessian_max_eigenvalue_spectrum(probe, bn=bn, **options) for bn in ("eval", "batch")]
+    both = [hessian_max_eigenvalue_spectrum(probe, n_top=n_top, **{**curvature, "bn": bn}) for bn in ("eval", "batch")]
     assert both[0].card is not None
     return BnPolicyResult(
         eigenvalues_eval=both[0].eigenvalues,

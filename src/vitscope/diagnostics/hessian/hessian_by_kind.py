@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Unpack
 
 import numpy as np
-import torch
 
 from vitscope.core.measure_options import record_options
 from vitscope.core.objective_card import ObjectiveCard
 from vitscope.core.probe import Probe
 from vitscope.diagnostics.hessian.hessian_max_eigenvalue_spectrum import hessian_max_eigenvalue_spectrum
+from vitscope.linalg.curvature.curvature_options import CurvatureArguments, CurvatureOptions, curvature_arguments
 from vitscope.models.structure.parameter_groups import parameter_kinds, parameter_stages
 
 #: the order of kinds in results and figures
@@ -55,16 +56,13 @@ class HessianByKindResult:
 
 
 @record_options
+@curvature_arguments("tol", "dtype", "bn", "max_products", "seed")
 def hessian_by_kind(
     probe: Probe,
     *,
     by: str = "kind",
     n_top: int = 5,
-    tol: float = 1e-3,
-    dtype: str | torch.dtype | None = None,
-    bn: str = "eval",
-    max_products: int = 200,
-    seed: int = 0,
+    **curvature: Unpack[CurvatureArguments],
 ) -> HessianByKindResult:
     """Compute the Hessian max-eigenvalue spectrum of each kind of unit's parameters, or of each stage's.
 
@@ -76,11 +74,8 @@ def hessian_by_kind(
         probe: the model, frozen augmented mini-batches and the objective; batches are split over ranks.
         by: ``kind`` (stem, conv, msa, mlp, pool, head) or ``stage`` (0 is the stem).
         n_top: eigenvalues of each batch, at most the parameters of the smallest group.
-        tol: relative error at which to stop.
-        dtype: ``float32`` or ``float64``; None for the model's own.
-        bn: BatchNorm on running statistics (``eval``) or on each batch's (``batch``).
-        max_products: the most products of a batch and group.
-        seed: of start vectors.
+        curvature: ``tol``, ``dtype``, ``bn``, ``max_products``, ``seed``: see
+            `vitscope.linalg.curvature.curvature_options.CurvatureOptions`.
 
     Raises:
         ValueError: another ``by``, a model of no known unit; and as `hessian_max_eigenvalue_spectrum`.
@@ -90,11 +85,9 @@ def hessian_by_kind(
     """
     sizes = _sizes(probe, by)
     spectra = [
-        hessian_max_eigenvalue_spectrum(
-            probe, parameters=f"{by}:{group}", n_top=n_top, tol=tol, dtype=dtype, bn=bn, max_products=max_products, seed=seed
-        )
+        hessian_max_eigenvalue_spectrum(probe, n_top=n_top, **{**curvature, "parameters": f"{by}:{group}"})
         for group in sizes
-    ]  # fmt: skip
+    ]
     card = spectra[0].card
     assert card is not None
     return HessianByKindResult(
@@ -108,7 +101,9 @@ def hessian_by_kind(
         nep_intervals=np.stack([s.negative_eigenvalue_proportion_interval for s in spectra]),
         ape=np.array([s.average_positive_eigenvalue for s in spectra]),
         ape_intervals=np.stack([s.average_positive_eigenvalue_interval for s in spectra]),
-        card=probe.card(parameters=f"by {by}", bn_policy=bn, dtype=card.dtype, solver=card.solver),
+        card=probe.card(
+            parameters=f"by {by}", bn_policy=CurvatureOptions(**curvature).bn, dtype=card.dtype, solver=card.solver
+        ),
     )
 
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Unpack
 
 import numpy as np
-import torch
 
 from vitscope.core.measure_options import record_options
 from vitscope.core.objective_card import ObjectiveCard
 from vitscope.core.probe import Probe
+from vitscope.linalg.curvature.curvature_options import CurvatureArguments, CurvatureOptions, curvature_arguments
 from vitscope.linalg.curvature.operator_factory import curvatures
 from vitscope.linalg.solvers import solve
 
@@ -54,23 +54,26 @@ class HessianEigenvaluesResult:
 
 
 @record_options
+@curvature_arguments(
+    "tol",
+    "solver",
+    "operator",
+    "parameters",
+    "dtype",
+    "bn",
+    "product",
+    "micro_batch",
+    "max_products",
+    "max_memory",
+    "seed",
+)
 def hessian_eigenvalues(
     probe: Probe,
     *,
     k: int = 5,
     which: str = "LM",
-    tol: float = 1e-3,
-    solver: str = "lanczos",
-    operator: str = "hessian",
-    parameters: str | Sequence[str] | None = None,
-    dtype: str | torch.dtype | None = None,
-    bn: str = "eval",
-    product: str = "reverse",
-    micro_batch: int | None = None,
-    max_products: int = 200,
-    max_memory: float | None = None,
     eigenvectors: bool = False,
-    seed: int = 0,
+    **curvature: Unpack[CurvatureArguments],
 ) -> HessianEigenvaluesResult:
     """Compute the ``k`` extreme eigenvalues of the mean over all batches' images.
 
@@ -78,20 +81,8 @@ def hessian_eigenvalues(
         probe: the model, batches and objective. Under ``torch.distributed`` batches are split over ranks.
         k: how many; with ``both`` at either end.
         which: ``LM`` by magnitude, ``LA`` the largest, ``SA`` the smallest, ``both`` ends from one run.
-        tol: relative error at which to stop.
-        solver: ``lanczos``, or ``power`` (only ``LM``): power iteration with PyHessian's stopping rule, to compare with
-            numbers published so.
-        operator: ``hessian``, ``ggn``, ``fisher_mc`` or ``fisher_empirical``.
-        parameters: None for all; ``kind:msa``, ``stage:2``, ``layer:blocks.3``, a pattern, or a list of these: then the
-            eigenvalues are those of the diagonal block.
-        dtype: ``float32`` or ``float64``; None for the model's own.
-        bn: BatchNorm on running statistics (``eval``) or on each batch's (``batch``).
-        product: ``reverse`` (kept graph) or ``linearize``.
-        micro_batch: images held at once; None for a whole batch.
-        max_products: the most products; values not converged by then are marked.
-        max_memory: bytes the Lanczos basis may take; it is restarted to keep to it.
         eigenvectors: also return them.
-        seed: of the start vector and of drawn labels.
+        curvature: the fields of `vitscope.linalg.curvature.curvature_options.CurvatureOptions`.
 
     Returns:
         The eigenvalues with their residuals.
@@ -103,19 +94,12 @@ def hessian_eigenvalues(
 
     Source: Park & Kim (ICLR 2022), section 3 and appendix A; docs/definitions.md section 2.
     """
-    with curvatures(
-        probe,
-        operator=operator,
-        parameters=parameters,
-        dtype=dtype,
-        bn=bn,
-        product=product,
-        micro_batch=micro_batch,
-        seed=seed,
-    ) as made:
-        mean = made.mean()
-        options = {"k": k, "which": which, "tol": tol, "seed": seed, "max_products": max_products}
-        solution = solve(mean, solver=solver, max_memory=max_memory, vectors=eigenvectors, shared=True, **options)
+    options = CurvatureOptions(**curvature)
+    with curvatures(probe, options) as operators:
+        mean = operators.mean()
+        solution = solve(
+            mean, k=k, which=which, solver=options.solver, vectors=eigenvectors, shared=True, **options.search()
+        )
         pairs = solution.pairs
         return HessianEigenvaluesResult(
             eigenvalues=pairs.values,
@@ -125,6 +109,14 @@ def hessian_eigenvalues(
             l2_contribution=solution.l2_contribution,
             n_products=mean.n_products,
             eigenvectors=np.zeros((0, 0)) if not eigenvectors or pairs.vectors is None else pairs.vectors.cpu().numpy(),
-            parameter_names=tuple(made.parameters),
-            card=made.card({"solver": solver, **options, "n_products": mean.n_products}),
+            parameter_names=tuple(operators.parameters),
+            card=operators.card(
+                {
+                    "solver": options.solver,
+                    "k": k,
+                    "which": which,
+                    **options.values("tol", "seed", "max_products"),
+                    "n_products": mean.n_products,
+                }
+            ),
         )

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Unpack
 
 import numpy as np
-import torch
 
 from vitscope.core.measure_options import record_options
 from vitscope.core.objective_card import ObjectiveCard
 from vitscope.core.probe import Probe
 from vitscope.core.run_inputs import ResumableRows
 from vitscope.diagnostics.hessian import _nep_statistics
-from vitscope.diagnostics.hessian._batchwise_spectrum import Row, Work
+from vitscope.diagnostics.hessian._batchwise_spectrum import BatchwiseSpectrum, Row
+from vitscope.linalg.curvature.curvature_options import CurvatureArguments, CurvatureOptions, curvature_arguments
 from vitscope.linalg.curvature.operator_factory import curvatures
 
 
@@ -88,25 +89,28 @@ class HessianMaxEigenvalueSpectrumResult:
 
 
 @record_options
+@curvature_arguments(
+    "tol",
+    "solver",
+    "operator",
+    "parameters",
+    "dtype",
+    "bn",
+    "product",
+    "micro_batch",
+    "max_products",
+    "max_memory",
+    "seed",
+)
 def hessian_max_eigenvalue_spectrum(
     probe: Probe,
     *,
     n_top: int = 5,
     n_ends: int = 0,
-    tol: float = 1e-3,
-    solver: str = "lanczos",
-    operator: str = "hessian",
-    parameters: str | Sequence[str] | None = None,
-    dtype: str | torch.dtype | None = None,
-    bn: str = "eval",
-    product: str = "reverse",
-    micro_batch: int | None = None,
-    max_products: int = 200,
-    max_memory: float | None = None,
     budget_s: float | None = None,
     batches_at_once: int | None = None,
-    seed: int = 0,
     partial: ResumableRows | None = None,
+    **curvature: Unpack[CurvatureArguments],
 ) -> HessianMaxEigenvalueSpectrumResult:
     """Compute the ``n_top`` eigenvalues of largest magnitude of every mini-batch's Hessian.
 
@@ -117,22 +121,12 @@ def hessian_max_eigenvalue_spectrum(
         probe: the model, frozen augmented mini-batches (16 images in the paper) and the objective.
         n_top: eigenvalues of each batch.
         n_ends: also this many of the largest and of the smallest, from the same run; 0 for none.
-        tol: relative error at which to stop.
-        solver: ``lanczos``, or ``power`` with PyHessian's stopping rule.
-        operator: ``hessian``, ``ggn``, ``fisher_mc`` or ``fisher_empirical``.
-        parameters: a subset, see `hessian_eigenvalues`.
-        dtype: ``float32`` or ``float64``; None for the model's own.
-        bn: BatchNorm on running statistics (``eval``) or on each batch's (``batch``).
-        product: ``reverse`` (kept graph) or ``linearize``.
-        micro_batch: images held at once; None for a whole batch.
-        max_products: the most products of a batch.
-        max_memory: bytes the Lanczos basis may take; of batches at once all bases together.
         budget_s: seconds that may be spent: one product is timed first, time and memory are predicted and printed, and as
             many batches are analysed as fit, at least one; the card states what was done. None for all batches.
-        batches_at_once: batches of equal shape analysed together under vmap (`linalg.side_by_side`): 1 one after the other,
+        batches_at_once: batches of equal shape analysed together under vmap (`linalg.batched_lanczos`): 1 one after the other,
             None for what fits on a GPU and 1 on a CPU.
-        seed: of start vectors and drawn labels.
         partial: rows of batches already done, by ``batch-<number>``; new ones are added as soon as they are known.
+        curvature: the fields of `vitscope.linalg.curvature.curvature_options.CurvatureOptions`.
 
     Raises:
         ValueError: no parameters, fewer parameters than ``n_top``, an unknown name, a compiled or inference-mode model, a
@@ -143,21 +137,18 @@ def hessian_max_eigenvalue_spectrum(
     Source: Park & Kim (ICLR 2022), figures 1c, 4, 6, 7, C.4; docs/definitions.md section 2. Deviation: Lanczos with residuals
     in place of power iteration with a tolerance on its change (``solver="power"``).
     """
-    solving = {"tol": tol, "solver": solver, "max_products": max_products, "seed": seed}
-    with curvatures(
-        probe,
-        operator=operator,
-        parameters=parameters,
-        dtype=dtype,
-        bn=bn,
-        product=product,
-        micro_batch=micro_batch,
-        seed=seed,
-    ) as made:
-        work = Work(made, n_top, n_ends, {**solving, "max_memory": max_memory}, batches_at_once, budget_s)
-        rows, facts = work.rows({} if partial is None else partial)
-        used = _images(probe, rows)
-        card = made.card({"n_top": n_top, "n_ends": n_ends, "ranking": "magnitude", **solving, **facts}, n_images=used)
+    options = CurvatureOptions(**curvature)
+    with curvatures(probe, options) as operators:
+        spectrum = BatchwiseSpectrum(operators, n_top, n_ends, batches_at_once, budget_s)
+        rows, course = spectrum.rows({} if partial is None else partial)
+        facts = {
+            "n_top": n_top,
+            "n_ends": n_ends,
+            "ranking": "magnitude",
+            **options.values("tol", "solver", "max_products", "seed"),
+            **course,
+        }
+        card = operators.card(facts, n_images=_images(probe, rows))
     return _result(rows, card)
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Unpack
 
 import numpy as np
 import torch
@@ -14,7 +14,9 @@ from vitscope.core.measure_options import record_options
 from vitscope.core.objective_card import ObjectiveCard
 from vitscope.core.probe import Probe
 from vitscope.linalg.curvature.curvature_operator import Curvature
+from vitscope.linalg.curvature.curvature_options import CurvatureArguments, CurvatureOptions, curvature_arguments
 from vitscope.linalg.curvature.operator_factory import curvatures
+from vitscope.linalg.curvature.start_vector import random_signs, vector_seed
 from vitscope.linalg.krylov_basis import dot
 from vitscope.runtime.progress import track
 
@@ -67,18 +69,13 @@ class HessianTraceResult:
 
 
 @record_options
+@curvature_arguments("operator", "parameters", "dtype", "bn", "product", "micro_batch", "seed")
 def hessian_trace(
     probe: Probe,
     *,
     method: str = "hutchinson",
     n_vectors: int = 30,
-    operator: str = "hessian",
-    parameters: str | Sequence[str] | None = None,
-    dtype: str | torch.dtype | None = None,
-    bn: str = "eval",
-    product: str = "reverse",
-    micro_batch: int | None = None,
-    seed: int = 0,
+    **curvature: Unpack[CurvatureArguments],
 ) -> HessianTraceResult:
     """Estimate the trace of the mean over all batches.
 
@@ -90,13 +87,8 @@ def hessian_trace(
         probe: the model, batches and objective; batches are split over ranks.
         method: ``hutchinson`` or ``hutch++``.
         n_vectors: products in all; at least 3 for ``hutch++``, which holds a third as many vectors in memory.
-        operator: ``hessian``, ``ggn``, ``fisher_mc`` or ``fisher_empirical``.
-        parameters: a subset, see `hessian_eigenvalues`.
-        dtype: ``float32`` or ``float64``; None for the model's own.
-        bn: BatchNorm on running statistics (``eval``) or on each batch's (``batch``).
-        product: ``reverse`` or ``linearize``.
-        micro_batch: images held at once; None for a whole batch.
-        seed: of the random vectors.
+        curvature: ``operator``, ``parameters``, ``dtype``, ``bn``, ``product``, ``micro_batch``, ``seed``: see
+            `vitscope.linalg.curvature.curvature_options.CurvatureOptions`.
 
     Raises:
         ValueError: an unknown method, too few vectors; and as `hessian_eigenvalues`.
@@ -109,25 +101,17 @@ def hessian_trace(
     least = 3 if method == "hutch++" else 1
     if n_vectors < least:
         raise ValueError(f"Expected n_vectors to be at least {least} with method={method!r}, received {n_vectors}.")
-    with curvatures(
-        probe,
-        operator=operator,
-        parameters=parameters,
-        dtype=dtype,
-        bn=bn,
-        product=product,
-        micro_batch=micro_batch,
-        seed=seed,
-    ) as made:
-        mean = made.mean()
+    options = CurvatureOptions(**curvature)
+    with curvatures(probe, options) as operators:
+        mean = operators.mean()
         exact, basis, left = 0.0, None, n_vectors
         if method == "hutch++":
-            basis = _range(mean, min(n_vectors // 3, mean.size), seed)
+            basis = _range(mean, min(n_vectors // 3, mean.size), options.seed)
             exact = float(sum(dot(q, _product(mean, q)) for q in track(basis, "hutch++ basis")))
             left = n_vectors - 2 * (n_vectors // 3)
         covered = basis is not None and len(basis) == mean.size
         estimates = np.array(
-            [0.0] if covered else [_estimate(mean, seed, i, basis) for i in track(range(left), "trace")]
+            [0.0] if covered else [_estimate(mean, options.seed, i, basis) for i in track(range(left), "trace")]
         )
         error = float(estimates.std(ddof=1) / np.sqrt(len(estimates))) if len(estimates) > 1 else float("nan")
         return HessianTraceResult(
@@ -137,7 +121,7 @@ def hessian_trace(
             sketch_trace=exact,
             size=mean.size,
             n_products=mean.n_products,
-            card=made.card({"solver": method, "n_vectors": n_vectors, "seed": seed}),
+            card=operators.card({"solver": method, "n_vectors": n_vectors, "seed": options.seed}),
         )
 
 
@@ -147,9 +131,8 @@ def _product(operator: Curvature, v: Tensor) -> Tensor:
 
 
 def _signs(operator: Curvature, seed: int, stream: int, number: int) -> Tensor:
-    generator = torch.Generator().manual_seed((seed * 1_000_003 + number) * 2 + stream)
-    signs = torch.randint(0, 2, (operator.size,), generator=generator, dtype=torch.int8)
-    return signs.to(operator.device, operator.dtype).mul_(2).sub_(1)
+    """Return vector ``number`` of one of two independent sequences of random signs ``(size,)``, ``stream`` 0 or 1."""
+    return random_signs(operator, vector_seed(seed, number) * 2 + stream)
 
 
 def _range(operator: Curvature, rank: int, seed: int) -> list[Tensor]:

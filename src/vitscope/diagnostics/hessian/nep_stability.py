@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
+from typing import Unpack
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from vitscope.core.objective_card import ObjectiveCard
 from vitscope.core.probe import Batch, Probe
 from vitscope.core.run_inputs import ResumableRows
 from vitscope.diagnostics.hessian import _nep_statistics
+from vitscope.linalg.curvature.curvature_options import CurvatureArguments, CurvatureOptions, curvature_arguments
 from vitscope.linalg.curvature.operator_factory import Curvatures, curvatures
 from vitscope.linalg.solvers import solve
 from vitscope.runtime import distributed
@@ -61,6 +63,7 @@ class NepStabilityResult:
 
 
 @record_options
+@curvature_arguments("parameters", "dtype", "bn", "max_products", "max_memory", "seed")
 def nep_stability(
     probe: Probe,
     *,
@@ -69,13 +72,8 @@ def nep_stability(
     tols: Sequence[float] = (1e-1, 1e-2, 1e-3),
     mixup: bool = True,
     k: int = 5,
-    parameters: str | Sequence[str] | None = None,
-    dtype: str | torch.dtype | None = None,
-    bn: str = "eval",
-    max_products: int = 200,
-    max_memory: float | None = None,
-    seed: int = 0,
     partial: ResumableRows | None = None,
+    **curvature: Unpack[CurvatureArguments],
 ) -> NepStabilityResult:
     """Vary one choice at a time around the paper's (k = 5, the probe's batch size, tolerance 1e-3).
 
@@ -90,13 +88,9 @@ def nep_stability(
         tols: relative errors at which to stop.
         mixup: whether to add that setting.
         k: eigenvalues where k is not what varies.
-        parameters: a subset, see `hessian_eigenvalues`.
-        dtype: ``float32`` or ``float64``; None for the model's own.
-        bn: BatchNorm on running statistics (``eval``) or on each batch's (``batch``).
-        max_products: the most products of a batch.
-        max_memory: bytes the Lanczos basis may take.
-        seed: of start vectors and mixup.
         partial: rows already done.
+        curvature: ``parameters``, ``dtype``, ``bn``, ``max_products``, ``max_memory``, ``seed``: see
+            `vitscope.linalg.curvature.curvature_options.CurvatureOptions`.
 
     Raises:
         ValueError: an empty or non-positive choice; and as `hessian_eigenvalues`.
@@ -116,13 +110,14 @@ def nep_stability(
     runs += [(base, k, tol, False) for tol in tols if tol != finest]
     runs += [(base, k, finest, True)] if mixup and index_targets else []
     settings, products = [], 0
-    with curvatures(probe, parameters=parameters, dtype=dtype, bn=bn, seed=seed) as made:
+    options = CurvatureOptions(**curvature)
+    with curvatures(probe, options) as operators:
         for run in runs:
-            rows = _rows(made, run, {"max_products": max_products, "max_memory": max_memory, "seed": seed}, store)
+            rows = _rows(operators, run, store)
             products += int(sum(row["n_products"] for row in rows))
             counts = sorted({*ks, k}) if run == runs[0] else [k]
             settings += [_setting(run, count, rows) for count in counts]
-        card = made.card({"solver": "lanczos", "max_products": max_products, "seed": seed}, mode="eval")
+        card = operators.card({"solver": "lanczos", **options.values("max_products", "seed")}, mode="eval")
     table = {key: np.array([setting[key] for setting in settings]) for key in settings[0]}
     return NepStabilityResult(**table, n_products=products, card=card)
 
@@ -131,17 +126,14 @@ def _fits(size: int, probe: Probe) -> bool:
     return size > 0 and size % probe.batch_size == 0 and size <= probe.n_images
 
 
-def _rows(
-    made: Curvatures, run: tuple[int, int, float, bool], solving: dict, store: MutableMapping[str, Row]
-) -> list[Row]:
+def _rows(operators: Curvatures, run: tuple[int, int, float, bool], store: MutableMapping[str, Row]) -> list[Row]:
     size, k, tol, mixup = run
     rows = {}
-    for number, batch in track(_joined(made.probe, size), f"batches of {size}"):
+    for number, batch in track(_joined(operators.probe, size), f"batches of {size}"):
         key = f"size-{size}-k-{k}-tol-{tol:g}-mixup-{int(mixup)}-batch-{number:04d}"
         if key not in store:
-            pairs = solve(
-                made.batch(number, _mixed(batch, number, made) if mixup else batch), k=k, tol=tol, **solving
-            ).pairs
+            operator = operators.batch(number, _mixed(batch, number, operators) if mixup else batch)
+            pairs = solve(operator, k=k, **{**operators.options.search(), "tol": tol}).pairs
             store[key] = {"values": pairs.values, "residuals": pairs.residuals, "n_products": float(pairs.n_products)}
         rows[number] = store[key]
     merged = {n: row for share in distributed.gather_objects(rows) for n, row in share.items()}
@@ -162,17 +154,17 @@ def _joined(probe: Probe, size: int) -> Iterator[tuple[int, Batch]]:
         held, number = [], number + 1
 
 
-def _mixed(batch: Batch, number: int, made: Curvatures) -> Batch:
+def _mixed(batch: Batch, number: int, operators: Curvatures) -> Batch:
     """Return the batch with mixup: one lambda, each image's partner at the mirrored place."""
     x, y = batch
-    share = float(np.random.default_rng((made.options["seed"], number)).beta(1.0, 1.0))
+    share = float(np.random.default_rng((operators.options.seed, number)).beta(1.0, 1.0))
     with torch.no_grad():
-        n_classes = made.model(x[:1]).shape[1]
+        n_classes = operators.model(x[:1]).shape[1]
     if not bool(labeled(y).all()):
         raise ValueError(
             "Expected a label for every image with mixup=True, received ignored ones (-100): set mixup=False."
         )
-    smoothing = made.probe.objective.label_smoothing
+    smoothing = operators.probe.objective.label_smoothing
     if smoothing > 0:
         raise ValueError(f"Expected label_smoothing=0 with mixup=True, received {smoothing}: set mixup=False.")
     targets = F.one_hot(y, n_classes).to(x.dtype)

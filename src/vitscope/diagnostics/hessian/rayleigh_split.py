@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Unpack
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from vitscope.core.measure_options import record_options
 from vitscope.core.objective_card import ObjectiveCard
 from vitscope.core.probe import Probe
+from vitscope.linalg.curvature.curvature_options import CurvatureArguments, CurvatureOptions, curvature_arguments
 from vitscope.linalg.curvature.operator_factory import curvatures
 from vitscope.linalg.eigensolver import Eigenpairs
 from vitscope.linalg.krylov_basis import dot
@@ -61,19 +63,13 @@ class RayleighSplitResult:
 
 
 @record_options
+@curvature_arguments("tol", "parameters", "dtype", "bn", "micro_batch", "max_products", "max_memory", "seed")
 def rayleigh_split(
     probe: Probe,
     *,
     k: int = 5,
     n_ends: int = 2,
-    tol: float = 1e-3,
-    parameters: str | Sequence[str] | None = None,
-    dtype: str | torch.dtype | None = None,
-    bn: str = "eval",
-    micro_batch: int | None = None,
-    max_products: int = 200,
-    max_memory: float | None = None,
-    seed: int = 0,
+    **curvature: Unpack[CurvatureArguments],
 ) -> RayleighSplitResult:
     """Split the Rayleigh quotient of each extreme eigenvector of the Hessian of the mean over all batches.
 
@@ -83,14 +79,8 @@ def rayleigh_split(
         probe: the model, batches and objective; batches are split over ranks.
         k: eigenvalues of largest magnitude.
         n_ends: also this many of the largest and of the smallest.
-        tol: relative error at which to stop.
-        parameters: a subset, see `hessian_eigenvalues`.
-        dtype: ``float32`` or ``float64``; None for the model's own.
-        bn: BatchNorm on running statistics (``eval``) or on each batch's (``batch``).
-        micro_batch: images held at once; None for a whole batch.
-        max_products: the most products.
-        max_memory: bytes the Lanczos basis may take.
-        seed: of the start vector.
+        curvature: ``tol``, ``parameters``, ``dtype``, ``bn``, ``micro_batch``, ``max_products``, ``max_memory``,
+            ``seed``: see `vitscope.linalg.curvature.curvature_options.CurvatureOptions`.
 
     Raises:
         ValueError: as `hessian_eigenvalues`.
@@ -98,22 +88,23 @@ def rayleigh_split(
 
     Source: docs/definitions.md section 2.
     """
-    options = {"parameters": parameters, "dtype": dtype, "bn": bn, "micro_batch": micro_batch}
-    solving = {"k": k, "n_ends": n_ends, "tol": tol, "max_products": max_products, "seed": seed}
-    with curvatures(probe, **options) as made:
-        hessian = made.mean()
-        pairs = _distinct(solve(hessian, vectors=True, shared=True, max_memory=max_memory, **solving).pairs)
+    options = CurvatureOptions(**curvature)
+    with curvatures(probe, options) as operators:
+        hessian = operators.mean()
+        solution = solve(hessian, k=k, n_ends=n_ends, vectors=True, shared=True, **options.search())
+        pairs = _distinct(solution.pairs)
         assert pairs.vectors is not None
         l2 = np.array([dot(v, hessian.l2_product(v)) for v in pairs.vectors])
         hessian.release()
-        kinds = _kinds(made.model, list(made.parameters), probe.first_images())
+        kinds = _kinds(operators.model, list(operators.parameters), probe.first_images())
         names = tuple(sorted(set(kinds.values())))
         parts = [hessian.split(v) for v in pairs.vectors]
-        mass = np.array([_mass(part, list(made.parameters), kinds, names) for part in parts])
-        sizes = _mass([torch.ones_like(p).sqrt() for p in made.parameters.values()], list(kinds), kinds, names)
-        card = made.card({**solving, "ranking": "magnitude"})
-    with curvatures(probe, operator="ggn", **options) as made:
-        ggn = made.mean()
+        mass = np.array([_mass(part, list(kinds), kinds, names) for part in parts])
+        sizes = _mass([torch.ones_like(p).sqrt() for p in operators.parameters.values()], list(kinds), kinds, names)
+        facts = {"k": k, "n_ends": n_ends, **options.values("tol", "max_products", "seed"), "ranking": "magnitude"}
+        card = operators.card(facts)
+    with curvatures(probe, options, operator="ggn") as operators:
+        ggn = operators.mean()
         gauss_newton = np.array([dot(v, ggn.data_product(v)) for v in pairs.vectors])
     return RayleighSplitResult(
         eigenvalues=pairs.values,

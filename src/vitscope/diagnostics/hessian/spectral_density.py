@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Unpack
 
 import numpy as np
-import torch
 from scipy.special import stdtrit
-from torch import Tensor
 
 from vitscope.core.measure_options import record_options
 from vitscope.core.objective_card import ObjectiveCard
@@ -16,7 +15,9 @@ from vitscope.core.probe import Probe
 from vitscope.core.run_inputs import ResumableRows
 from vitscope.diagnostics.hessian.hessian_trace import LEAST_VECTORS
 from vitscope.linalg.curvature.curvature_operator import Curvature
+from vitscope.linalg.curvature.curvature_options import CurvatureArguments, CurvatureOptions, curvature_arguments
 from vitscope.linalg.curvature.operator_factory import curvatures
+from vitscope.linalg.curvature.start_vector import random_signs, vector_seed
 from vitscope.linalg.krylov_basis import Memory
 from vitscope.linalg.partial_reorthogonalization import SemiorthogonalLanczos
 from vitscope.runtime.progress import track
@@ -86,6 +87,7 @@ class SpectralDensityResult:
 
 
 @record_options
+@curvature_arguments("operator", "parameters", "dtype", "bn", "product", "micro_batch", "seed")
 def spectral_density(
     probe: Probe,
     *,
@@ -93,14 +95,8 @@ def spectral_density(
     n_steps: int = 30,
     n_grid: int = 1024,
     sigma: float | None = None,
-    operator: str = "hessian",
-    parameters: str | Sequence[str] | None = None,
-    dtype: str | torch.dtype | None = None,
-    bn: str = "eval",
-    product: str = "reverse",
-    micro_batch: int | None = None,
-    seed: int = 0,
     partial: ResumableRows | None = None,
+    **curvature: Unpack[CurvatureArguments],
 ) -> SpectralDensityResult:
     """Estimate the density of all eigenvalues of the mean over all batches.
 
@@ -114,14 +110,9 @@ def spectral_density(
         n_steps: Lanczos steps of each, at most the number of parameters.
         n_grid: points of the density.
         sigma: width of the smoothing Gaussian; None for a hundredth of the nodes' range.
-        operator: ``hessian``, ``ggn``, ``fisher_mc`` or ``fisher_empirical``.
-        parameters: a subset, see `hessian_eigenvalues`.
-        dtype: ``float32`` or ``float64``; None for the model's own.
-        bn: BatchNorm on running statistics (``eval``) or on each batch's (``batch``).
-        product: ``reverse`` or ``linearize``.
-        micro_batch: images held at once; None for a whole batch.
-        seed: of the probe vectors; vector i depends on ``(seed, i)`` alone.
         partial: rows of vectors already done, by ``vector-<number>``.
+        curvature: ``operator``, ``parameters``, ``dtype``, ``bn``, ``product``, ``micro_batch``, ``seed``: see
+            `vitscope.linalg.curvature.curvature_options.CurvatureOptions`.
 
     Raises:
         ValueError: fewer than one vector, step or grid point, a ``sigma`` that is not positive; and as
@@ -137,37 +128,24 @@ def spectral_density(
         raise ValueError(f"Expected sigma to be positive or None, received {sigma}.")
     partial = {} if partial is None else partial
     rules = []
-    with curvatures(
-        probe,
-        operator=operator,
-        parameters=parameters,
-        dtype=dtype,
-        bn=bn,
-        product=product,
-        micro_batch=micro_batch,
-        seed=seed,
-    ) as made:
-        mean = made.mean()
+    options = CurvatureOptions(**curvature)
+    with curvatures(probe, options) as operators:
+        mean = operators.mean()
         steps, memory = min(n_steps, mean.size), Memory()
         for number in track(range(n_vectors), "spectral density"):
             key = f"vector-{number:04d}"
             if "residuals" not in partial.get(key, ()):  # rows of earlier versions have none
-                partial[key] = _quadrature(mean, random_signs(mean, seed, number), steps, memory)
+                partial[key] = _quadrature(mean, vector_seed(options.seed, number), steps, memory)
             rules.append(partial[key])
-        card = made.card({"solver": "slq", "n_vectors": n_vectors, "n_steps": steps, "seed": seed})
+        card = operators.card({"solver": "slq", "n_vectors": n_vectors, "n_steps": steps, "seed": options.seed})
         size, n_products = mean.size, n_vectors * steps
     table = {key: np.array([rule[key] for rule in rules]) for key in ("nodes", "weights", "residuals", "resolution")}
     return _result(table, n_grid, sigma, size, n_products, card)
 
 
-def random_signs(operator: Curvature, seed: int, number: int) -> Tensor:
-    """Return vector ``number`` of a sequence of independent random signs ``(size,)``."""
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
-    signs = torch.randint(0, 2, (operator.size,), generator=generator, dtype=torch.int8)
-    return signs.to(operator.device, operator.dtype).mul_(2).sub_(1)
-
-
-def _quadrature(operator: Curvature, start: Tensor, n_steps: int, memory: Memory) -> Row:
+def _quadrature(operator: Curvature, seed: int, n_steps: int, memory: Memory) -> Row:
+    """Return the quadrature rule of the random sign vector of ``seed``."""
+    start = random_signs(operator, seed)
     process = SemiorthogonalLanczos(operator.unshifted, start, n_steps + 1, shift=operator.shift, memory=memory)
     for _ in range(n_steps):
         process.step()

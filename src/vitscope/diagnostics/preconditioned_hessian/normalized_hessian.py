@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Unpack
 
 import numpy as np
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from vitscope.core.measure_options import record_options
 from vitscope.core.objective_card import ObjectiveCard
 from vitscope.core.probe import Probe
+from vitscope.linalg.curvature.curvature_options import CurvatureArguments, CurvatureOptions, curvature_arguments
 from vitscope.linalg.curvature.operator_factory import curvatures
 from vitscope.linalg.preconditioned_operator import scaled_eigenvalues
 from vitscope.linalg.weights.directions import filter_parameters, moving
@@ -50,20 +52,15 @@ class NormalizedHessianResult:
 
 
 @record_options
+@curvature_arguments("tol", "dtype", "bn", "micro_batch", "max_products", "max_memory", "seed")
 def normalized_hessian(
     probe: Probe,
     *,
     k: int = 5,
     which: str = "LM",
-    tol: float = 1e-3,
     normalization: str = "weight",
     ignore: str = "bias_bn",
-    dtype: str | torch.dtype | None = None,
-    bn: str = "eval",
-    micro_batch: int | None = None,
-    max_products: int = 200,
-    max_memory: float | None = None,
-    seed: int = 0,
+    **curvature: Unpack[CurvatureArguments],
 ) -> NormalizedHessianResult:
     """Compute extreme eigenvalues of D H D, the Hessian in coordinates of the weights' own size.
 
@@ -87,15 +84,10 @@ def normalized_hessian(
         probe: the model, batches and objective; batches are split over ranks.
         k: how many eigenvalues.
         which: ``LM``, ``LA``, ``SA`` or ``both``.
-        tol: relative error at which to stop.
         normalization: ``weight`` or ``filter``, see above.
         ignore: what does not move, as for the landscape: ``bias_bn`` (one-dimensional parameters and position tables).
-        dtype: ``float32`` or ``float64``; None for the model's own.
-        bn: BatchNorm on running statistics (``eval``) or on each batch's (``batch``).
-        micro_batch: images held at once; None for a whole batch.
-        max_products: the most products.
-        max_memory: bytes the Lanczos basis may take.
-        seed: of the start vector.
+        curvature: ``tol``, ``dtype``, ``bn``, ``micro_batch``, ``max_products``, ``max_memory``, ``seed``: see
+            `vitscope.linalg.curvature.curvature_options.CurvatureOptions`.
 
     Raises:
         ValueError: an unknown normalization, or weights that are made from parameters (weight norm, spectral norm); and as
@@ -107,20 +99,20 @@ def normalized_hessian(
     """
     if normalization not in ("weight", "filter"):
         raise ValueError(f"Expected normalization to be weight or filter, received {normalization!r}.")
-    solving = {"k": k, "which": which, "tol": tol, "max_products": max_products, "seed": seed}
-    subset = list(moving(dict(probe.parameters()), ignore))
-    with curvatures(probe, parameters=subset, dtype=dtype, bn=bn, micro_batch=micro_batch, seed=seed) as made:
-        mean = made.mean()
-        refuse_made_weights(made.model, made.parameters, "filter")
-        filters, masks = filter_parameters(made.model), pruning_masks(made.model)
+    moving_names = list(moving(dict(probe.parameters()), ignore))
+    options = CurvatureOptions(**{**curvature, "parameters": moving_names})
+    with curvatures(probe, options) as operators:
+        mean, parameters = operators.mean(), operators.parameters
+        refuse_made_weights(operators.model, parameters, "filter")
+        filters, masks = filter_parameters(operators.model), pruning_masks(operators.model)
         # a pruned entry counts in no norm, and D sets it to zero
-        used = {name: masks[name].to(p) if name in masks else torch.ones_like(p) for name, p in made.parameters.items()}
+        used = {name: masks[name].to(p) if name in masks else torch.ones_like(p) for name, p in parameters.items()}
         scale = [
             (p.detach().double().abs() if normalization == "weight" else _norms(p * used[name], name in filters))
             * used[name]
-            for name, p in made.parameters.items()
+            for name, p in parameters.items()
         ]
-        pairs = scaled_eigenvalues(mean, scale, shared=True, max_memory=max_memory, **solving)
+        pairs = scaled_eigenvalues(mean, scale, k=k, which=which, shared=True, **options.search())
         return NormalizedHessianResult(
             eigenvalues=pairs.values,
             residuals=pairs.residuals,
@@ -128,7 +120,15 @@ def normalized_hessian(
             converged=pairs.converged,
             n_products=pairs.n_products,
             n_moving=mean.size,
-            card=made.card({**solving, "normalization": normalization}, parameters=f"all but {ignore}"),
+            card=operators.card(
+                {
+                    "k": k,
+                    "which": which,
+                    **options.values("tol", "max_products", "seed"),
+                    "normalization": normalization,
+                },
+                parameters=f"all but {ignore}",
+            ),
         )
 
 

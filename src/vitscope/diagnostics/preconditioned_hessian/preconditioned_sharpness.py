@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Unpack
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from vitscope.core.objective_card import ObjectiveCard
 from vitscope.core.optimizer_state import OptimizerState, of_optimizer
 from vitscope.core.probe import Probe
 from vitscope.linalg.curvature.curvature_operator import Curvature
+from vitscope.linalg.curvature.curvature_options import CurvatureArguments, CurvatureOptions, curvature_arguments
 from vitscope.linalg.curvature.operator_factory import Curvatures, curvatures
 from vitscope.linalg.optimizer_stability import StabilityLimit, stability_limit
 from vitscope.linalg.preconditioned_operator import scaled_eigenvalues
@@ -68,6 +70,7 @@ class PreconditionedSharpnessResult:
 
 
 @record_options
+@curvature_arguments("tol", "parameters", "dtype", "bn", "micro_batch", "max_products", "max_memory", "seed")
 def preconditioned_sharpness(
     probe: Probe,
     *,
@@ -76,14 +79,7 @@ def preconditioned_sharpness(
     beta1: float | None = None,
     preconditioner: str = "auto",
     k: int = 1,
-    tol: float = 1e-3,
-    parameters: str | Sequence[str] | None = None,
-    dtype: str | torch.dtype | None = None,
-    bn: str = "eval",
-    micro_batch: int | None = None,
-    max_products: int = 200,
-    max_memory: float | None = None,
-    seed: int = 0,
+    **curvature: Unpack[CurvatureArguments],
 ) -> PreconditionedSharpnessResult:
     """Compute the largest eigenvalues of P^-1 H and compare them with the optimizer's limit of stability.
 
@@ -101,14 +97,8 @@ def preconditioned_sharpness(
             leaves the threshold out.
         preconditioner: ``auto``; or, of a stated optimizer instead of the run's: ``adamw`` (its state is needed), ``identity``.
         k: how many eigenvalues.
-        tol: relative error at which to stop.
-        parameters: a subset, see `hessian_eigenvalues`.
-        dtype: ``float32`` or ``float64``; None for the model's own.
-        bn: BatchNorm on running statistics (``eval``) or on each batch's (``batch``).
-        micro_batch: images held at once; None for a whole batch.
-        max_products: the most products.
-        max_memory: bytes the Lanczos basis may take.
-        seed: of the start vector.
+        curvature: ``tol``, ``parameters``, ``dtype``, ``bn``, ``micro_batch``, ``max_products``, ``max_memory``,
+            ``seed``: see `vitscope.linalg.curvature.curvature_options.CurvatureOptions`.
 
     Raises:
         ValueError: ``adamw`` without its state, an ``lr`` that is not positive, ``beta1`` outside [0, 1); and as
@@ -125,13 +115,20 @@ def preconditioned_sharpness(
     if preconditioner not in ("auto", "adamw", "identity"):
         raise ValueError(f"Expected preconditioner to be auto, adamw or identity, received {preconditioner!r}.")
     plan = _plan(probe, optimizer, lr, beta1, preconditioner)
-    solving = {"k": k, "which": "LA", "tol": tol, "max_products": max_products, "seed": seed}
-    with curvatures(probe, parameters=parameters, dtype=dtype, bn=bn, micro_batch=micro_batch, seed=seed) as made:
-        mean = made.mean()
-        scale = [_inverse_root(name, p, plan.scale) for name, p in made.parameters.items()]
-        product = None if plan.decay is None else _with_decay(mean, _flat(made, plan.decay))
-        pairs = scaled_eigenvalues(mean, scale, product, shared=True, max_memory=max_memory, **solving)
-        card = made.card({**solving, "preconditioner": plan.preconditioner, "optimizer": plan.optimizer}, **plan.l2)
+    options = CurvatureOptions(**curvature)
+    with curvatures(probe, options) as operators:
+        mean = operators.mean()
+        scale = [_inverse_root(name, p, plan.scale) for name, p in operators.parameters.items()]
+        product = None if plan.decay is None else _with_decay(mean, _flat(operators, plan.decay))
+        pairs = scaled_eigenvalues(mean, scale, product, k=k, which="LA", shared=True, **options.search())
+        facts = {
+            "k": k,
+            "which": "LA",
+            **options.values("tol", "max_products", "seed"),
+            "preconditioner": plan.preconditioner,
+            "optimizer": plan.optimizer,
+        }
+        card = operators.card(facts, **plan.l2)
     ratio = float(pairs.values[0]) / plan.threshold
     return PreconditionedSharpnessResult(
         eigenvalues=pairs.values,
@@ -250,9 +247,9 @@ def _with_decay(operator: Curvature, decay: Tensor) -> Callable[[Tensor], Tensor
     return lambda v: operator.data_product(v).addcmul_(v, decay)
 
 
-def _flat(made: Curvatures, values: Mapping[str, float]) -> Tensor:
+def _flat(operators: Curvatures, values: Mapping[str, float]) -> Tensor:
     """Return one number a parameter, expanded to ``(size,)``."""
-    return torch.cat([torch.full((p.numel(),), values[name]).to(p) for name, p in made.parameters.items()])
+    return torch.cat([torch.full((p.numel(),), values[name]).to(p) for name, p in operators.parameters.items()])
 
 
 def _inverse_root(name: str, p: Tensor, scale: Mapping[str, Tensor] | None) -> Tensor:

@@ -68,7 +68,9 @@ class Curvature:
         n_samples: int = 1,
         seed: int = 0,
     ) -> None:
-        _check(kind, product, micro_batch, parameters)
+        check_operator(kind, product, micro_batch)
+        if not parameters:
+            raise ValueError("Expected at least one parameter to analyse, received none.")
         if n_images < 1:
             raise ValueError(
                 "Expected at least one image with a label, received batches in which every label is ignored."
@@ -204,12 +206,15 @@ class Curvature:
                 yield first_image + a, x[a : a + step], y[a : a + step]
 
 
-def _check(kind: str, product: str, micro_batch: int | None, parameters: Mapping[str, Tensor]) -> None:
+def check_operator(kind: str, product: str, micro_batch: int | None) -> None:
+    """Check the options of a `Curvature`.
+
+    Raises:
+        ValueError: an unknown kind of operator or product, or fewer than one image at once.
+    """
     if kind not in KINDS:
         raise ValueError(f"Expected operator to be one of {', '.join(KINDS)}, received {kind!r}.")
     if product not in PRODUCTS:
         raise ValueError(f"Expected product to be one of {', '.join(PRODUCTS)}, received {product!r}.")
     if micro_batch is not None and micro_batch < 1:
         raise ValueError(f"Expected micro_batch to be at least 1 or None, received {micro_batch}.")
-    if not parameters:
-        raise ValueError("Expected at least one parameter to analyse, received none.")

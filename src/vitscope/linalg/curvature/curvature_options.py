@@ -1,0 +1,160 @@
+"""The options that the curvature measures share, and their place in the signatures of the measures."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, ParamSpec, TypedDict, TypeVar, get_type_hints
+
+import torch
+
+from vitscope.linalg.curvature.curvature_operator import check_operator
+from vitscope.linalg.eigensolver import check_stopping_rule
+from vitscope.linalg.solvers import check_solver
+from vitscope.runtime.dtypes import DERIVATIVE_DTYPE_NAMES, parse_float_dtype
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+@dataclass(frozen=True)
+class CurvatureOptions:
+    """Which curvature operator is analyzed, on which parameters, in which precision, and how its eigenvalues are computed.
+
+    A measure takes the fields that apply to it as keyword arguments of the same names and defaults.
+
+    Attributes:
+        tol: relative error of an eigenvalue at which the solver stops; a later value of the run is marked as not converged.
+            The default, 1e-3, is far below the spread of eigenvalues between batches.
+        solver: ``lanczos``, or ``power`` (eigenvalues by magnitude only): power iteration with PyHessian's stopping rule, to
+            compare with published numbers that were computed so.
+        operator: ``hessian``, ``ggn`` (generalized Gauss-Newton), ``fisher_mc`` (Fisher information from drawn labels) or
+            ``fisher_empirical`` (from the data's labels).
+        parameters: the parameters of the operator: None for all that require gradients; ``kind:msa``, ``stage:2``,
+            ``layer:blocks.3``, a pattern such as ``*.qkv.weight``, or a list of these. With a subset, the operator is the
+            diagonal block that belongs to it.
+        dtype: ``float32`` or ``float64``, the type of weights and products; None for the model's own type.
+        bn: statistics of BatchNorm: ``eval`` for the running ones, ``batch`` for those of each batch.
+        product: how a product with the Hessian is computed: ``reverse`` (twice backward, the graph is stored) or ``linearize``
+            (forward over backward).
+        micro_batch: number of images in memory at once; None for a whole batch.
+        max_products: the largest number of products with the operator in one search (of one batch where every batch has an
+            operator of its own); eigenvalues that have not converged by then are marked.
+        max_memory: bytes that the Lanczos basis may take, after which it is restarted; None for a quarter of the free memory.
+        seed: of start vectors, random vectors and drawn labels.
+
+    Raises:
+        ValueError: a value that is not listed above, a ``tol`` outside (0, 1), fewer than one product or image, or micro-batches
+            together with batch statistics, which they would change.
+    """
+
+    tol: float = 1e-3
+    solver: str = "lanczos"
+    operator: str = "hessian"
+    parameters: str | Sequence[str] | None = None
+    dtype: str | torch.dtype | None = None
+    bn: str = "eval"
+    product: str = "reverse"
+    micro_batch: int | None = None
+    max_products: int = 200
+    max_memory: float | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_solver(self.solver)
+        if self.solver == "lanczos":  # power iteration has a stopping rule of its own
+            check_stopping_rule(self.tol, self.max_products)
+        check_operator(self.operator, self.product, self.micro_batch)
+        parse_float_dtype(self.dtype, DERIVATIVE_DTYPE_NAMES)
+        if self.bn == "batch" and self.micro_batch is not None:
+            raise ValueError(
+                f"Expected micro_batch=None with bn='batch' (it changes the statistics), received {self.micro_batch}."
+            )
+
+    @property
+    def torch_dtype(self) -> torch.dtype | None:
+        """The torch type of ``dtype``."""
+        return parse_float_dtype(self.dtype, DERIVATIVE_DTYPE_NAMES)
+
+    @property
+    def subset(self) -> str | list[str] | None:
+        """The parameter subset as `select_parameters` reads it."""
+        return self.parameters if self.parameters is None or isinstance(self.parameters, str) else list(self.parameters)
+
+    def values(self, *names: str) -> dict[str, Any]:
+        """Return the named fields, such as the facts about the solver on a card."""
+        return {name: getattr(self, name) for name in names}
+
+    def search(self) -> dict[str, Any]:
+        """Return the keyword arguments of `extreme_eigenvalues` that are options: when it stops, its memory and seed."""
+        return self.values("tol", "max_products", "max_memory", "seed")
+
+
+class CurvatureArguments(TypedDict, total=False):
+    """The fields of `CurvatureOptions` as keyword arguments of a function."""
+
+    tol: float
+    solver: str
+    operator: str
+    parameters: str | Sequence[str] | None
+    dtype: str | torch.dtype | None
+    bn: str
+    product: str
+    micro_batch: int | None
+    max_products: int
+    max_memory: float | None
+    seed: int
+
+
+def curvature_arguments(*names: str, **defaults: Any) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Decorate a function that ends in ``**curvature: Unpack[CurvatureArguments]``: it takes the named fields, no others.
+
+    The signature and the annotations of the function list these fields in place of ``curvature``, with their types and
+    defaults, so that `help`, configurations and result cards see ordinary keyword arguments.
+
+    Args:
+        names: the fields of `CurvatureOptions` that apply to the function.
+        defaults: defaults of these fields that differ from those of `CurvatureOptions`.
+
+    Raises:
+        TypeError: when the decorated function is called with another field.
+    """
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        signature = _listing_fields(inspect.signature(function), names, defaults)
+
+        @functools.wraps(function)
+        def checked(*args: P.args, **kwargs: P.kwargs) -> R:
+            try:
+                signature.bind(*args, **kwargs)
+            except TypeError as error:
+                raise TypeError(f"{function.__name__}() {error}") from None
+            return function(*args, **{**defaults, **kwargs})  # type: ignore[arg-type]
+
+        annotations = {name: p.annotation for name, p in signature.parameters.items()}
+        checked.__annotations__ = {**annotations, "return": signature.return_annotation}
+        checked.__signature__ = signature  # type: ignore[attr-defined]  # read by `inspect.signature`
+        return checked
+
+    return decorate
+
+
+def _listing_fields(
+    signature: inspect.Signature, names: Sequence[str], changed: Mapping[str, Any]
+) -> inspect.Signature:
+    """Return the signature with the named fields in place of its ``**`` parameter, in the order of `CurvatureOptions`."""
+    hints: Mapping[str, Any] = get_type_hints(CurvatureOptions)
+    defaults = {field.name: field.default for field in fields(CurvatureOptions)}
+    if unknown := {*names, *changed} - set(defaults):
+        raise ValueError(f"Expected fields of CurvatureOptions, received {', '.join(sorted(unknown))}.")
+    listed = [
+        inspect.Parameter(
+            name, inspect.Parameter.KEYWORD_ONLY, default=changed.get(name, default), annotation=hints[name]
+        )
+        for name, default in defaults.items()
+        if name in names
+    ]
+    own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    return signature.replace(parameters=[*own, *listed])
