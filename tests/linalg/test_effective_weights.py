@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
 import vitscope as vs
-from vitscope.core.weight_space import standing
+from vitscope.core.weight_space import guarded_evaluation
 from vitscope.linalg.weights.directions import filter_parameters, moving, normalize, random_direction
 from vitscope.linalg.weights.effective_weights import (
     canonical_names,
@@ -113,7 +113,7 @@ def test_pruned_entries_do_not_move_and_count_in_no_norm(mlp_batches: list) -> N
     probe = vs.Probe(model, mlp_batches)
     surface = vs.loss_slice(probe, n=3).nll
     points = []
-    with standing(vs.Probe(permanent, mlp_batches)) as (inside, here):
+    with guarded_evaluation(vs.Probe(permanent, mlp_batches)) as (inside, here):
         order = {name: own[short] for name, short in canonical_names(inside).items() if short in own}
         with walked(dict(inside.named_parameters()), None, order) as move:
             for at in (-1.0, 0.0, 1.0):

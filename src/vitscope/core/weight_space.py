@@ -1,10 +1,10 @@
-"""What every walk through weight space shares: the model's numbers where it stands, and rows that survive a stop."""
+"""Evaluation of a model at moved weights, and the checkpoints that a path through weight space visits."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal, TypeVar, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -12,11 +12,7 @@ from torch import Tensor, nn
 from vitscope.core.evaluation import evaluate
 from vitscope.core.guard.probe_guard import refuse_unfit_weights
 from vitscope.core.probe import Probe
-from vitscope.runtime import distributed, progress, stop_flag
-
-Row = Mapping[str, Any]
-Partial = MutableMapping[str, Row]
-Key = TypeVar("Key")
+from vitscope.runtime import stop_flag
 
 #: a label and the weights by name, as a state dict has them
 Checkpoint = tuple[str, Mapping[str, Tensor]]
@@ -24,25 +20,10 @@ Checkpoints = Sequence[Checkpoint]
 
 BatchNormPolicy = Literal["eval", "recalibrate"]
 BN_POLICIES = get_args(BatchNormPolicy)
-DtypeName = Literal["float64", "float32", "bfloat16", "float16"]
 _HALF = (torch.bfloat16, torch.float16)
 
 
-def as_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
-    """Return the floating-point type of that name.
-
-    Raises:
-        ValueError: not the name of one.
-    """
-    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if found is not None and not (isinstance(found, torch.dtype) and found.is_floating_point):
-        found = None
-    if dtype is not None and found is None:
-        raise ValueError(f"Expected dtype to be float64, float32, bfloat16 or float16, received {dtype!r}.")
-    return found
-
-
-def chosen(checkpoints: Checkpoints | None, labels: Sequence[str] | None = None) -> Iterator[Checkpoint]:
+def select_checkpoints(checkpoints: Checkpoints | None, labels: Sequence[str] | None = None) -> Iterator[Checkpoint]:
     """Yield the checkpoints of those labels, in the labels' order and one at a time; all of them for None.
 
     Raises:
@@ -53,12 +34,12 @@ def chosen(checkpoints: Checkpoints | None, labels: Sequence[str] | None = None)
     if labels is None:
         yield from checkpoints
         return
-    # a lazy sequence may know its labels; asking for each item would read every file
-    known = getattr(checkpoints, "labels", None) or [label for label, _ in checkpoints]
+    # a lazy sequence has its labels at hand; asking for each item would read every file
+    all_labels = list(getattr(checkpoints, "labels", None) or [label for label, _ in checkpoints])
     for label in labels:
-        if label not in known:
-            raise ValueError(f"Expected one of the checkpoints {', '.join(known)}, received {label!r}.")
-        yield checkpoints[list(known).index(label)]
+        if label not in all_labels:
+            raise ValueError(f"Expected one of the checkpoints {', '.join(all_labels)}, received {label!r}.")
+        yield checkpoints[all_labels.index(label)]
 
 
 def check_movable(probe: Probe) -> None:
@@ -72,7 +53,7 @@ def check_movable(probe: Probe) -> None:
 
 
 @contextmanager
-def standing(
+def guarded_evaluation(
     probe: Probe, *, dtype: torch.dtype | None = None, bn: str = "eval"
 ) -> Iterator[tuple[nn.Module, Callable[[], dict[str, float]]]]:
     """Yield the guarded model and a function that measures it with the weights it has when called.
@@ -81,7 +62,7 @@ def standing(
     points, not batches), and polls for termination at each batch.
 
     Args:
-        probe: what to look at.
+        probe: the model, batches and objective.
         dtype: float64 and float32 cast the model for the time inside; bfloat16 and float16 keep its weights and run the forward
             passes under autocast.
         bn: ``eval`` uses BatchNorm's running statistics; ``recalibrate`` recomputes them at each call, as the average over
@@ -100,17 +81,17 @@ def standing(
                 stop_flag.check()
                 yield batch
 
-        def here() -> dict[str, float]:
+        def evaluate_current_weights() -> dict[str, float]:
             if half:  # autocast keeps cast weights until its outermost context ends, which may be the caller's
                 torch.clear_autocast_cache()
             with torch.autocast(probe.device.type, dtype=dtype if half else None, enabled=half):
                 if bn == "recalibrate":
                     recalibrate(model, batches())
-                found = evaluate(model, batches(), probe.objective, reduce=False)
-            return {"nll": found.nll, "accuracy": found.accuracy, "ece": found.ece}
+                evaluation = evaluate(model, batches(), probe.objective, reduce=False)
+            return {"nll": evaluation.nll, "accuracy": evaluation.accuracy, "ece": evaluation.ece}
 
         try:
-            yield model, here
+            yield model, evaluate_current_weights
         finally:
             if half:
                 torch.clear_autocast_cache()
@@ -135,46 +116,3 @@ def recalibrate(model: nn.Module, batches: Iterator[tuple[Tensor, Tensor]]) -> N
         for norm, momentum, training in before:
             norm.momentum = momentum
             norm.train(training)
-
-
-def rows(
-    keys: Sequence[Key],
-    compute: Callable[[Key], Row],
-    *,
-    name: Callable[[Key], str],
-    partial: Partial | None,
-    description: str,
-) -> list[Row]:
-    """Return ``compute(key)`` of every key, computing only what ``partial`` lacks, shared out over the ranks.
-
-    Each row is stored in ``partial`` under ``name(key)`` as soon as it is there, by the rank that computed it; every rank
-    returns all rows. Keys that were done on any rank are not computed again, whatever the number of ranks then was.
-
-    Args:
-        keys: in the order of the work; neighbours go to one rank where the order is by rows of a plane.
-        compute: makes one row.
-        name: a key's name in ``partial``.
-        partial: finished rows; None keeps none.
-        description: shown with the progress.
-
-    Raises:
-        Interrupted: a stop was asked for; the finished rows are stored.
-    """
-    names = {key: name(key) for key in keys}
-    own = {n: dict(partial[n]) for n in names.values() if n in partial} if partial is not None else {}
-    known: dict[str, Row] = _merged(own)
-    missing = [key for key in keys if names[key] not in known]
-    rank, world = distributed.rank(), distributed.world_size()
-    share = missing[rank * len(missing) // world : (rank + 1) * len(missing) // world]
-    fresh: dict[str, Row] = {}
-    for key in progress.track(share, description):
-        row = compute(key)
-        fresh[names[key]] = row
-        if partial is not None:
-            partial[names[key]] = row
-    known |= _merged(fresh)
-    return [known[names[key]] for key in keys]
-
-
-def _merged(rows_: Mapping[str, Row]) -> dict[str, Row]:
-    return {key: row for share in distributed.gather_objects(dict(rows_)) for key, row in share.items()}

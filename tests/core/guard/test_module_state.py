@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import vitscope as vs
 from vitscope.core.guard.repeatability import UnusedParametersWarning
-from vitscope.core.weight_space import standing
+from vitscope.core.weight_space import guarded_evaluation
 from vitscope.linalg.weights.directions import random_direction
 from vitscope.linalg.weights.weight_space_walk import walked
 
@@ -135,7 +135,7 @@ def answers(model: nn.Module, batches: list, factor: float) -> tuple[float, floa
     """Return the nll at the weights, after a step along a direction, and at the weights again."""
     probe = vs.Probe(model, batches)
     direction = random_direction(probe.parameters(), 0)
-    with standing(probe) as (_, here), walked(probe.parameters(), None, direction) as move:
+    with guarded_evaluation(probe) as (_, here), walked(probe.parameters(), None, direction) as move:
         found = []
         for at in (0.0, factor, 0.0):
             move(0.0, at)
@@ -221,7 +221,7 @@ def test_attention_bias_tables_of_timm(name: str) -> None:
     biases = {
         n: torch.ones_like(p) * p.detach().abs() for n, p in probe.parameters().items() if "attention_biases" in n
     }
-    with standing(probe) as (_, here), walked(probe.parameters(), None, biases) as move:
+    with guarded_evaluation(probe) as (_, here), walked(probe.parameters(), None, biases) as move:
         for at in (0.0, 2.0, 0.0):
             move(0.0, at)
             here()

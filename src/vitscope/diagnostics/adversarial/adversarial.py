@@ -18,11 +18,11 @@ from vitscope.core.objective import Objective, hard_targets, labeled
 from vitscope.core.objective_card import ObjectiveCard
 from vitscope.core.probe import Probe
 from vitscope.core.run_inputs import ResumableRows
-from vitscope.core.weight_space import rows
 from vitscope.diagnostics.adversarial._attacks import NORMS, Ball
 from vitscope.diagnostics.adversarial._losses import LOSSES
 from vitscope.diagnostics.adversarial._suite import ATTACKS, SUITE, Images, Settings, attacked
 from vitscope.runtime import stop_flag
+from vitscope.runtime.resumable_map import map_resumably
 from vitscope.stats.intervals import share_interval
 
 #: a gray level in pixels of [0, 1]
@@ -150,7 +150,9 @@ def adversarial(
             attack, epsilon = condition
             return _row(probe, model, pixels, attack, Ball(norm, epsilon * LEVEL), settings, seed)
 
-        found = rows(conditions, row, name=lambda c: f"{c[0]} {c[1]:g}", partial=partial, description="adversarial")
+        found = map_resumably(
+            conditions, row, name=lambda c: f"{c[0]} {c[1]:g}", partial=partial, description="adversarial"
+        )
     shape = (len(attacks), len(epsilons))
     accuracy, nll, largest, blind = (np.array([float(r[key]) for r in found]).reshape(shape) for key in _KEYS)
     _warn_blind(conditions, blind.reshape(-1))

@@ -15,11 +15,11 @@ from vitscope.core.evaluation import evaluate
 from vitscope.core.input_normalization import Pixels
 from vitscope.core.objective import Objective, hard_targets
 from vitscope.core.probe import Batch, Probe
-from vitscope.core.weight_space import rows
 from vitscope.diagnostics.corruption._archives import Arrays, Folders
 from vitscope.diagnostics.corruption._severity_table import COMMON, VALIDATION
 from vitscope.diagnostics.corruption._transforms import corrupted
 from vitscope.runtime import stop_flag
+from vitscope.runtime.resumable_map import map_resumably
 
 Condition = tuple[str, int]
 
@@ -62,7 +62,7 @@ def measured(
             return {"accuracy": found.accuracy, "nll": found.nll, "ece": found.ece, "correct": found.correct}
 
         name = with_arguments("{0} {1[0]} {1[1]}".format, label)
-        return rows(conditions, row, name=name, partial=partial, description="corruption")
+        return map_resumably(conditions, row, name=name, partial=partial, description="corruption")
 
 
 def _made(probe: Probe, pixels: Pixels, condition: Condition, seed: int) -> Iterator[Batch]:

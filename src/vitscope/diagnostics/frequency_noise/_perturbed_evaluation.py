@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,9 +15,8 @@ from vitscope.core.probe import Probe
 from vitscope.core.running_mean import RunningMean, estimates
 from vitscope.runtime.distributed import gather_objects, world_size
 from vitscope.runtime.progress import track
+from vitscope.runtime.resumable_map import Partial, stored_row
 from vitscope.stats.intervals import Estimate
-
-Partial = MutableMapping[str, Mapping[str, Any]]
 
 #: takes the images ``(B, C, H, W)`` of a batch, the batch's number and the change's number; returns changed images
 Change = Callable[[Tensor, int, int], Tensor]
@@ -38,7 +38,6 @@ def perturbed(
         Losses in nats ``(1 + n_changes, B)``, correctness 0 or 1 of the same shape, and the number of classes; the clean
         images come first.
     """
-    rows: MutableMapping[str, Mapping[str, Any]] = {} if partial is None else partial
     keys = ["clean", *names]
     total = -(-probe.n_batches // world_size()) * len(keys)
     with probe.guard() as model:
@@ -46,20 +45,21 @@ def perturbed(
         losses, correct, n_classes = [], [], 0
         for index, (x, y), v in track(todo, description, total):
             key = f"batch-{index}/{keys[v]}"
-            if key not in rows:
-                images = x if v == 0 else change(x, index, v - 1)
-                rows[key] = _row(model, images, y, probe)
-            losses.append(np.asarray(rows[key]["losses"]))
-            correct.append(np.asarray(rows[key]["correct"]))
-            n_classes = int(rows[key]["n_classes"])
-            if partial is None:
-                del rows[key]
+            images = x if v == 0 else functools.partial(change, x, index, v - 1)
+            row = stored_row(partial, key, functools.partial(_row, model, images, y, probe))
+            losses.append(np.asarray(row["losses"]))
+            correct.append(np.asarray(row["correct"]))
+            n_classes = int(row["n_classes"])
             if v == len(names):
                 yield np.stack(losses), np.stack(correct), n_classes
                 losses, correct = [], []
 
 
-def _row(model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, probe: Probe) -> dict[str, Any]:
+def _row(
+    model: Callable[[Tensor], Tensor], images: Tensor | Callable[[], Tensor], y: Tensor, probe: Probe
+) -> dict[str, Any]:
+    """Return losses and correctness ``(B,)`` on ``images (B, C, H, W)``, or on what the function ``images`` returns."""
+    x = images if isinstance(images, Tensor) else images()
     n_classes = 0
 
     def forward(images: Tensor) -> Tensor:
@@ -68,10 +68,10 @@ def _row(model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, probe: Probe) 
         n_classes = logits.shape[1]
         return logits
 
-    found = evaluate(forward, [(x, y)], probe.objective, per_image=True, reduce=False)
+    evaluation = evaluate(forward, [(x, y)], probe.objective, per_image=True, reduce=False)
     # an answer from logits that are not finite is none
-    correct = np.where(np.isfinite(found.losses), found.correct.astype(float), np.nan)
-    return {"losses": found.losses, "correct": correct, "n_classes": n_classes}
+    correct = np.where(np.isfinite(evaluation.losses), evaluation.correct.astype(float), np.nan)
+    return {"losses": evaluation.losses, "correct": correct, "n_classes": n_classes}
 
 
 class Means:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
-
-import numpy as np
 
 from vitscope.core.probe import Batch
 from vitscope.diagnostics.hessian import _budget
@@ -17,8 +15,8 @@ from vitscope.linalg.krylov_basis import Memory
 from vitscope.linalg.solvers import Solution, solve
 from vitscope.runtime import distributed
 from vitscope.runtime.progress import track
+from vitscope.runtime.resumable_map import Partial, Row, merge_rows
 
-Row = Mapping[str, float | np.ndarray]
 Group = list[tuple[int, Batch]]
 
 
@@ -55,7 +53,7 @@ class BatchwiseSpectrum:
         self._memory = Memory()
         self._automatic = self.batches_at_once is None and not reason
 
-    def rows(self, partial: MutableMapping[str, Row]) -> tuple[dict[int, Row], dict[str, Any]]:
+    def rows(self, partial: Partial) -> tuple[dict[int, Row], dict[str, Any]]:
         """Return the rows of all ranks by batch number, and facts about the course of the computation for the card.
 
         Args:
@@ -78,7 +76,7 @@ class BatchwiseSpectrum:
                 partial[_key(index)] = row
             budget.done(len(missing))
             rank_rows |= {index: partial[_key(index)] for index, _ in group}
-        rows = {index: row for share in distributed.gather_objects(rank_rows) for index, row in share.items()}
+        rows = merge_rows(rank_rows)
         facts = {"batches_at_once": together} if together > 1 else {}
         if self.budget_s is not None:
             facts |= {**budget.facts, "batches": f"{len(rows)} of {n}"}

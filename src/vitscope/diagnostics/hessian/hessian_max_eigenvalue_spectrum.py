@@ -13,9 +13,10 @@ from vitscope.core.objective_card import ObjectiveCard
 from vitscope.core.probe import Probe
 from vitscope.core.run_inputs import ResumableRows
 from vitscope.diagnostics.hessian import _nep_statistics
-from vitscope.diagnostics.hessian._batchwise_spectrum import BatchwiseSpectrum, Row
+from vitscope.diagnostics.hessian._batchwise_spectrum import BatchwiseSpectrum
 from vitscope.linalg.curvature.curvature_options import CurvatureArguments, CurvatureOptions, curvature_arguments
 from vitscope.linalg.curvature.operator_factory import curvatures
+from vitscope.runtime.resumable_map import Row
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+import functools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Unpack
 
@@ -21,8 +22,7 @@ from vitscope.linalg.curvature.operator_factory import Curvatures, curvatures
 from vitscope.linalg.solvers import solve
 from vitscope.runtime import distributed
 from vitscope.runtime.progress import track
-
-Row = Mapping[str, float | np.ndarray]
+from vitscope.runtime.resumable_map import Partial, Row, merge_rows, stored_row
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,6 @@ def nep_stability(
     for name, values in (("ks", ks), ("tols", tols), ("k", [k])):
         if not len(values) or min(values) <= 0:
             raise ValueError(f"Expected {name} to hold positive numbers, received {list(values)}.")
-    store = {} if partial is None else partial
     base = probe.batch_size
     finest = min(tols)
     index_targets = next(iter(probe.batches))[1].ndim == 1
@@ -113,7 +112,7 @@ def nep_stability(
     options = CurvatureOptions(**curvature)
     with curvatures(probe, options) as operators:
         for run in runs:
-            rows = _rows(operators, run, store)
+            rows = _rows(operators, run, partial)
             products += int(sum(row["n_products"] for row in rows))
             counts = sorted({*ks, k}) if run == runs[0] else [k]
             settings += [_setting(run, count, rows) for count in counts]
@@ -126,18 +125,21 @@ def _fits(size: int, probe: Probe) -> bool:
     return size > 0 and size % probe.batch_size == 0 and size <= probe.n_images
 
 
-def _rows(operators: Curvatures, run: tuple[int, int, float, bool], store: MutableMapping[str, Row]) -> list[Row]:
+def _rows(operators: Curvatures, run: tuple[int, int, float, bool], partial: Partial | None) -> list[Row]:
     size, k, tol, mixup = run
     rows = {}
     for number, batch in track(_joined(operators.probe, size), f"batches of {size}"):
         key = f"size-{size}-k-{k}-tol-{tol:g}-mixup-{int(mixup)}-batch-{number:04d}"
-        if key not in store:
-            operator = operators.batch(number, _mixed(batch, number, operators) if mixup else batch)
-            pairs = solve(operator, k=k, **{**operators.options.search(), "tol": tol}).pairs
-            store[key] = {"values": pairs.values, "residuals": pairs.residuals, "n_products": float(pairs.n_products)}
-        rows[number] = store[key]
-    merged = {n: row for share in distributed.gather_objects(rows) for n, row in share.items()}
-    return [merged[number] for number in sorted(merged)]
+        compute = functools.partial(_extreme_eigenvalues, operators, number, batch, k, tol, mixup)
+        rows[number] = stored_row(partial, key, compute)
+    return [row for _, row in sorted(merge_rows(rows).items())]
+
+
+def _extreme_eigenvalues(operators: Curvatures, number: int, batch: Batch, k: int, tol: float, mixup: bool) -> Row:
+    """Return the row of one batch: its eigenvalues of largest magnitude ``(k,)``, their residuals, the products."""
+    operator = operators.batch(number, _mixed(batch, number, operators) if mixup else batch)
+    pairs = solve(operator, k=k, **{**operators.options.search(), "tol": tol}).pairs
+    return {"values": pairs.values, "residuals": pairs.residuals, "n_products": float(pairs.n_products)}
 
 
 def _joined(probe: Probe, size: int) -> Iterator[tuple[int, Batch]]:

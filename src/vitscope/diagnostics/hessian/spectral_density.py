@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
 from dataclasses import dataclass
 from typing import Unpack
 
@@ -21,8 +21,7 @@ from vitscope.linalg.curvature.start_vector import random_signs, vector_seed
 from vitscope.linalg.krylov_basis import Memory
 from vitscope.linalg.partial_reorthogonalization import SemiorthogonalLanczos
 from vitscope.runtime.progress import track
-
-Row = Mapping[str, float | np.ndarray]
+from vitscope.runtime.resumable_map import Row, stored_row
 
 #: moments that are reported: the means of lambda, lambda^2, ...
 N_MOMENTS = 4
@@ -126,7 +125,6 @@ def spectral_density(
             raise ValueError(f"Expected {name} to be at least 1, received {value}.")
     if sigma is not None and not sigma > 0:
         raise ValueError(f"Expected sigma to be positive or None, received {sigma}.")
-    partial = {} if partial is None else partial
     rules = []
     options = CurvatureOptions(**curvature)
     with curvatures(probe, options) as operators:
@@ -134,9 +132,8 @@ def spectral_density(
         steps, memory = min(n_steps, mean.size), Memory()
         for number in track(range(n_vectors), "spectral density"):
             key = f"vector-{number:04d}"
-            if "residuals" not in partial.get(key, ()):  # rows of earlier versions have none
-                partial[key] = _quadrature(mean, vector_seed(options.seed, number), steps, memory)
-            rules.append(partial[key])
+            compute = functools.partial(_quadrature, mean, vector_seed(options.seed, number), steps, memory)
+            rules.append(stored_row(partial, key, compute, required=["residuals"]))
         card = operators.card({"solver": "slq", "n_vectors": n_vectors, "n_steps": steps, "seed": options.seed})
         size, n_products = mean.size, n_vectors * steps
     table = {key: np.array([rule[key] for rule in rules]) for key in ("nodes", "weights", "residuals", "resolution")}

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from vitscope.core.probe import Probe
-from vitscope.core.weight_space import check_movable, chosen
+from vitscope.core.weight_space import check_movable, select_checkpoints
 from vitscope.diagnostics.landscape._direction_options import Source
 from vitscope.linalg.weights.checkpoint_pca import difference, principal_directions
 from vitscope.linalg.weights.directions import (
@@ -83,7 +83,9 @@ def plane_axes(probe: Probe, source: Source) -> Axes:
 def checkpoint_differences(probe: Probe, source: Source) -> tuple[tuple[str, ...], list[Direction]]:
     """Return the labels of the checkpoints that ``pca`` and ``checkpoints`` use, and the ways there; else nothing."""
     labels, differences = [], []
-    for label, state in chosen(source.checkpoints, source.labels) if source.kind in ("pca", "checkpoints") else ():
+    for label, state in (
+        select_checkpoints(source.checkpoints, source.labels) if source.kind in ("pca", "checkpoints") else ()
+    ):
         labels.append(label)
         differences.append(difference(state, probe.parameters(), label))
     return tuple(labels), differences

@@ -10,11 +10,12 @@ import torch
 from scipy.special import stdtrit
 
 from vitscope.core.probe import Probe
-from vitscope.core.weight_space import Partial, Row, check_movable, rows, standing
+from vitscope.core.weight_space import check_movable, guarded_evaluation
 from vitscope.diagnostics.landscape._axes import checkpoint_differences, direction
 from vitscope.diagnostics.landscape._direction_options import Source
 from vitscope.linalg.weights.directions import norm
 from vitscope.linalg.weights.weight_space_walk import Move, SquaredNorms, squared_norms, walked
+from vitscope.runtime.resumable_map import Partial, Row, map_resumably
 
 LineKey = tuple[int, float]
 
@@ -40,7 +41,7 @@ def measure_lines(
     _, differences = checkpoint_differences(probe, source)
     first = direction(probe, source, 0) if source.kind == "gradient" else None
     everything, decay = probe.model, probe.objective.weight_decay
-    with standing(probe, dtype=dtype, bn=bn) as (_, here), ExitStack() as line:
+    with guarded_evaluation(probe, dtype=dtype, bn=bn) as (_, evaluate_current_weights), ExitStack() as line:
         current: tuple[int, Move, SquaredNorms, float] | None = None
 
         def begin(index: int) -> tuple[int, Move, SquaredNorms, float]:
@@ -57,9 +58,13 @@ def measure_lines(
             move(0.0, key[1])
             zero, at = np.zeros(()), np.asarray(key[1])
             l2 = {"l2_half_sq": norms.half_sq(decay, zero, at), "l2_sum_norm": norms.sum_norm(decay, zero, at)}
-            return {**here(), **{name: float(value) for name, value in l2.items()}, "direction_norm": length}
+            return {
+                **evaluate_current_weights(),
+                **{name: float(value) for name, value in l2.items()},
+                "direction_norm": length,
+            }
 
-        return rows(keys, compute, name=_name, partial=partial, description=description)
+        return map_resumably(keys, compute, name=_name, partial=partial, description=description)
 
 
 def t_half_width(samples: np.ndarray) -> np.ndarray:

@@ -16,18 +16,15 @@ from vitscope.core.run_inputs import ResumableRows, RunCheckpoints
 from vitscope.core.weight_space import (
     BatchNormPolicy,
     Checkpoints,
-    DtypeName,
-    Partial,
-    Row,
-    as_dtype,
     check_movable,
-    chosen,
-    rows,
-    standing,
+    guarded_evaluation,
+    select_checkpoints,
 )
 from vitscope.linalg.weights.directions import norm
 from vitscope.linalg.weights.weight_space_walk import between, squared_norms
 from vitscope.models.state_dicts import with_default_keys
+from vitscope.runtime.dtypes import DtypeName, parse_float_dtype
+from vitscope.runtime.resumable_map import Partial, Row, map_resumably
 
 #: the name under which the probe's own weights are an end
 MODEL = "model"
@@ -112,7 +109,7 @@ def linear_interpolation(
     """
     if n < 2 or not t_min < t_max:
         raise ValueError(f"Expected at least 2 points and t_min < t_max, received n={n}, t_min={t_min}, t_max={t_max}.")
-    kind = as_dtype(dtype)
+    kind = parse_float_dtype(dtype)
     check_movable(probe)
     (first, a), (last, b) = _ends(probe, checkpoints, start, end)
     t = np.linspace(t_min, t_max, n)
@@ -146,19 +143,19 @@ def _measure(
     bn: str,
     partial: Partial | None,
 ) -> list[Row]:
-    with standing(probe, dtype=dtype, bn=bn) as (model, here):
+    with guarded_evaluation(probe, dtype=dtype, bn=bn) as (model, evaluate_current_weights):
         tensors = dict(model.named_parameters()) | {name: v for name, v in model.named_buffers() if name in a}
         with between(tensors, a, b) as move:
 
             def compute(point: float) -> Row:
                 move(point)
-                return here()
+                return evaluate_current_weights()
 
             def name(point: float) -> str:
                 return f"{way}: {point!r}"
 
             points = [float(point) for point in t]
-            return rows(points, compute, name=name, partial=partial, description="linear interpolation")
+            return map_resumably(points, compute, name=name, partial=partial, description="linear interpolation")
 
 
 def _ends(
@@ -175,7 +172,7 @@ def _ends(
 def _one(probe: Probe, checkpoints: Checkpoints, label: str) -> tuple[str, Mapping[str, Tensor]]:
     if label == MODEL:
         return MODEL, {name: value.detach().clone() for name, value in probe.model.state_dict().items()}
-    return next(chosen(checkpoints, [label]))
+    return next(select_checkpoints(checkpoints, [label]))
 
 
 def _checked(probe: Probe, checkpoint: tuple[str, Mapping[str, Tensor]]) -> tuple[str, Mapping[str, Tensor]]:

@@ -11,8 +11,9 @@ from vitscope.core.measure_options import record_options
 from vitscope.core.objective_card import ObjectiveCard
 from vitscope.core.probe import Probe
 from vitscope.core.run_inputs import ResumableRows, RunCheckpoints
-from vitscope.core.weight_space import BatchNormPolicy, DtypeName
+from vitscope.core.weight_space import BatchNormPolicy
 from vitscope.diagnostics.landscape.linear_interpolation import linear_interpolation
+from vitscope.runtime.dtypes import DtypeName
 
 
 @dataclass(frozen=True)

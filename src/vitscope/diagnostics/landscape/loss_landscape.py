@@ -14,11 +14,13 @@ from vitscope.core.measure_options import record_options
 from vitscope.core.objective_card import ObjectiveCard
 from vitscope.core.probe import Probe
 from vitscope.core.run_inputs import ResumableRows, RunCheckpoints
-from vitscope.core.weight_space import BatchNormPolicy, DtypeName, Partial, Row, as_dtype, rows, standing
+from vitscope.core.weight_space import BatchNormPolicy, guarded_evaluation
 from vitscope.diagnostics.landscape._axes import Axes, plane_axes
 from vitscope.diagnostics.landscape._direction_options import Kind, Preset, Source, preset_source
 from vitscope.linalg.weights.directions import Normalization
 from vitscope.linalg.weights.weight_space_walk import SquaredNorms, squared_norms, walked
+from vitscope.runtime.dtypes import DtypeName, parse_float_dtype
+from vitscope.runtime.resumable_map import Partial, Row, map_resumably
 
 
 @dataclass(frozen=True)
@@ -151,7 +153,7 @@ def loss_landscape(
     """
     if n < 2 or not 0 < span < float("inf"):
         raise ValueError(f"Expected n of at least 2 and a positive span, received n={n} and span={span}.")
-    kind = as_dtype(dtype)
+    kind = parse_float_dtype(dtype)
     source = Source(directions, normalization, ignore, seed, eigenvectors, checkpoints, labels)
     source = source if preset is None else preset_source(preset, source)
     axes = plane_axes(probe, source)
@@ -191,18 +193,18 @@ def _measure(
     prefix: str = "",
 ) -> list[Row]:
     with (
-        standing(probe, dtype=dtype, bn=bn) as (_, here),
+        guarded_evaluation(probe, dtype=dtype, bn=bn) as (_, evaluate_current_weights),
         walked(probe.parameters(), axes.first, axes.second) as move,
     ):
 
         def compute(point: tuple[float, float]) -> Row:
             move(*point)
-            return here()
+            return evaluate_current_weights()
 
         def name(point: tuple[float, float]) -> str:
             return f"{prefix}{point[0]!r},{point[1]!r}"
 
-        return rows(points, compute, name=name, partial=partial, description="loss landscape")
+        return map_resumably(points, compute, name=name, partial=partial, description="loss landscape")
 
 
 def _dtype_error(

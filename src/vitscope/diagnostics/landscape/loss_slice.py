@@ -14,10 +14,11 @@ from vitscope.core.measure_options import record_options
 from vitscope.core.objective_card import ObjectiveCard
 from vitscope.core.probe import Probe
 from vitscope.core.run_inputs import ResumableRows, RunCheckpoints
-from vitscope.core.weight_space import BatchNormPolicy, DtypeName, as_dtype
+from vitscope.core.weight_space import BatchNormPolicy
 from vitscope.diagnostics.landscape._direction_options import Kind, Preset, Source, preset_source
 from vitscope.diagnostics.landscape._lines import measure_lines, t_half_width
 from vitscope.linalg.weights.directions import Normalization
+from vitscope.runtime.dtypes import DtypeName, parse_float_dtype
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,7 @@ def loss_slice(
             f"Expected n of at least 2, a direction and a positive span, received n={n}, n_directions={n_directions} "
             f"and span={span}."
         )
-    kind = as_dtype(dtype)
+    kind = parse_float_dtype(dtype)
     source = Source(directions, normalization, ignore, seed, eigenvectors, checkpoints, labels)
     source = source if preset is None else preset_source(preset, source)
     x = np.linspace(-span, span, n)

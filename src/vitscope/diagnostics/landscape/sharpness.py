@@ -13,7 +13,7 @@ from vitscope.core.measure_options import record_options
 from vitscope.core.objective_card import ObjectiveCard
 from vitscope.core.probe import Probe
 from vitscope.core.run_inputs import ResumableRows
-from vitscope.core.weight_space import BatchNormPolicy, DtypeName, Partial, Row, as_dtype, rows, standing
+from vitscope.core.weight_space import BatchNormPolicy, guarded_evaluation
 from vitscope.diagnostics.landscape._direction_options import Source
 from vitscope.diagnostics.landscape._lines import measure_lines, t_half_width
 from vitscope.linalg.weights.directions import (
@@ -28,6 +28,8 @@ from vitscope.linalg.weights.directions import (
 from vitscope.linalg.weights.effective_weights import canonical_names, pruning_masks
 from vitscope.linalg.weights.weight_space_walk import walked
 from vitscope.runtime import stop_flag
+from vitscope.runtime.dtypes import DtypeName, parse_float_dtype
+from vitscope.runtime.resumable_map import Partial, Row, map_resumably
 
 #: from here on every model tried was near chance: such radii are marked, never compared
 SATURATED_RADIUS = 0.5
@@ -140,7 +142,7 @@ def sharpness(
         )
     if normalization not in ("filter", "layer"):
         raise ValueError(f"Expected normalization to be filter or layer, received {normalization!r}.")
-    kind = as_dtype(dtype)
+    kind = parse_float_dtype(dtype)
     source = Source("random", normalization, ignore, seed)
     keys = [(0, 0.0), *((d, s * r) for d in range(2 * n_pairs) for r in radii for s in (-1.0, 1.0))]
     center, *found = measure_lines(probe, source, keys, dtype=kind, bn=bn, partial=partial, description="sharpness")
@@ -195,16 +197,18 @@ def _worst(
     found = np.full((len(radii), n_starts), np.nan)
     keys = [(i, start) for i in np.flatnonzero(wanted).tolist() for start in range(n_starts)] if n_steps else []
     kind = dtype if dtype in (torch.float64, torch.float32) else None
-    with standing(probe, dtype=kind) as (model, here):
+    with guarded_evaluation(probe, dtype=kind) as (model, evaluate_current_weights):
 
         def compute(key: tuple[int, int]) -> Row:
             i, start = key
-            return {"rise": -here()["nll"] + _ascended(probe, model, source, radii[i], start, n_steps)}
+            return {
+                "rise": -evaluate_current_weights()["nll"] + _ascended(probe, model, source, radii[i], start, n_steps)
+            }
 
         def name(key: tuple[int, int]) -> str:
             return f"worst {radii[key[0]]!r} from start {key[1]}"
 
-        values = rows(keys, compute, name=name, partial=partial, description="sharpness, worst case")
+        values = map_resumably(keys, compute, name=name, partial=partial, description="sharpness, worst case")
     for key, row in zip(keys, values):
         found[key] = row["rise"]
     return found

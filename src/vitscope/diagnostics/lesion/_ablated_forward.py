@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -19,13 +20,13 @@ from vitscope.models.structure.residual_units import Unit, resumed
 from vitscope.runtime import stop_flag
 from vitscope.runtime.distributed import world_size
 from vitscope.runtime.progress import track
+from vitscope.runtime.resumable_map import Partial, Row, stored_row
 
-Partial = MutableMapping[str, Mapping[str, Any]]
 Rows = tuple[np.ndarray, np.ndarray]
 
 
 def batch_by_batch(
-    probe: Probe, model: nn.Module, units: Sequence[Unit], chosen: Sequence[Lesion], partial: Partial | None
+    probe: Probe, model: nn.Module, units: Sequence[Unit], lesions: Sequence[Lesion], partial: Partial | None
 ) -> Iterator[Rows]:
     """Yield ``(losses, correct)`` of each batch of this rank, ``(1 + n_lesions, B)``: the whole model, then each lesion.
 
@@ -36,38 +37,51 @@ def batch_by_batch(
         probe: model and images.
         model: the guarded model.
         units: all units of the model, to start lesioned passes at the block they change; empty for full passes.
-        chosen: the lesions.
+        lesions: the lesions.
         partial: finished batches.
     """
-    verified = False
+    plan = _PassPlan(units)
     for index, batch in track(probe.local_batches(), "lesion"):
-        key = f"batch {index}"
-        row = partial.get(key) if partial is not None else None
-        if row is None:
-            passes = _Passes(probe, model, chosen, batch)
-            if units and not verified and index + world_size() < probe.n_batches:
-                rows, difference = passes.compared(units)
-                verified = not difference
-                if difference:
-                    units = ()
-                    _say_full_passes(difference)
-            else:
-                rows = passes.resumed(units) if units and verified else passes.full()
-            row = {"losses": rows[0], "correct": rows[1]}
-            if partial is not None:
-                partial[key] = row
+        passes = _Passes(probe, model, lesions, batch)
+        has_successor = index + world_size() < probe.n_batches
+        row = stored_row(partial, f"batch {index}", functools.partial(plan.measure, passes, has_successor))
         yield np.asarray(row["losses"]), np.asarray(row["correct"])
 
 
-def _say_full_passes(difference: str) -> None:
+class _PassPlan:
+    """The choice between full passes and passes that start at a block, which the first measured batch decides."""
+
+    def __init__(self, units: Sequence[Unit]) -> None:
+        self.units = units
+        self.verified = False
+
+    def measure(self, passes: _Passes, has_successor: bool) -> Row:
+        """Return losses and correctness ``(1 + n_lesions, B)`` of one batch.
+
+        Args:
+            passes: the forward passes of the batch.
+            has_successor: whether this rank measures another batch, for which a comparison of both ways pays.
+        """
+        if self.units and not self.verified and has_successor:
+            (losses, correct), difference = passes.compared(self.units)
+            self.verified = not difference
+            if difference:
+                self.units = ()
+                _warn_of_full_passes(difference)
+        else:
+            losses, correct = passes.resumed(self.units) if self.units and self.verified else passes.full()
+        return {"losses": losses, "correct": correct}
+
+
+def _warn_of_full_passes(difference: str) -> None:
     text = f"lesion: {difference}; every lesion is measured by full passes instead, with correct numbers in more time"
-    warnings.warn(text, stacklevel=4)
+    warnings.warn(text, stacklevel=6)
 
 
-def lesion_by_lesion(probe: Probe, model: nn.Module, chosen: Sequence[Lesion]) -> Iterator[Rows]:
+def lesion_by_lesion(probe: Probe, model: nn.Module, lesions: Sequence[Lesion]) -> Iterator[Rows]:
     """Yield the same for all images of this rank at once, BatchNorm's statistics recomputed for each lesion."""
     rows = []
-    for lesion in track([None, *chosen], "lesion"):
+    for lesion in track([None, *lesions], "lesion"):
         with ExitStack() as stack:
             if lesion is not None:
                 stack.enter_context(lesion.removed())
@@ -79,13 +93,13 @@ def lesion_by_lesion(probe: Probe, model: nn.Module, chosen: Sequence[Lesion]) -
 class _Passes:
     """Forward passes of one batch: by the whole model, and with each lesion."""
 
-    def __init__(self, probe: Probe, model: nn.Module, chosen: Sequence[Lesion], batch: Batch) -> None:
-        self.probe, self.model, self.chosen, self.batch = probe, model, chosen, batch
+    def __init__(self, probe: Probe, model: nn.Module, lesions: Sequence[Lesion], batch: Batch) -> None:
+        self.probe, self.model, self.lesions, self.batch = probe, model, lesions, batch
 
     def full(self) -> Rows:
         """Return losses and correctness ``(1 + n_lesions, B)``, every pass from the images to the logits."""
         rows = [self._pass()[0]]
-        for lesion in self.chosen:
+        for lesion in self.lesions:
             rows.append(self._lesioned(lesion)[0])
         return _stacked(rows)
 
@@ -94,7 +108,7 @@ class _Passes:
         inputs = _BlockInputs(units)
         with inputs.recorded():
             rows = [self._pass()[0]]
-        for lesion in self.chosen:
+        for lesion in self.lesions:
             rows.append(self._lesioned(lesion, units, inputs)[0])
         return _stacked(rows)
 
@@ -104,7 +118,7 @@ class _Passes:
         with inputs.recorded():
             rows = [self._pass()[0]]
         difference = inputs.obstacle()
-        for lesion in self.chosen:
+        for lesion in self.lesions:
             row, logits = self._lesioned(lesion)
             rows.append(row)
             if not difference:
@@ -185,7 +199,8 @@ def _stacked(rows: Sequence[Rows]) -> Rows:
 
 
 def _measured(probe: Probe, forward: Callable[[Tensor], Tensor], batches: Iterable[Batch]) -> Rows:
-    found = [evaluate(forward, [batch], probe.objective, per_image=True, reduce=False) for batch in batches]
+    evaluations = [evaluate(forward, [batch], probe.objective, per_image=True, reduce=False) for batch in batches]
     # a rank without a batch has no image
-    losses, correct = [np.empty(0)] + [f.losses for f in found], [np.empty(0)] + [f.correct for f in found]
+    losses = [np.empty(0), *(evaluation.losses for evaluation in evaluations)]
+    correct = [np.empty(0), *(evaluation.correct for evaluation in evaluations)]
     return np.concatenate(losses), np.concatenate(correct)

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 import torch
 
 from vitscope.core.probe import Probe
-from vitscope.core.weight_space import Checkpoints, Partial, Row, chosen, rows, standing
+from vitscope.core.weight_space import Checkpoints, guarded_evaluation, select_checkpoints
 from vitscope.linalg.weights.directions import Direction
 from vitscope.linalg.weights.weight_space_walk import between, walked
+from vitscope.runtime.resumable_map import Partial, Row, map_resumably
 
 
 def checkpoint_rows(
@@ -21,19 +22,19 @@ def checkpoint_rows(
     partial: Partial | None,
 ) -> list[Row]:
     """Measure each checkpoint as it was saved, buffers included."""
-    with standing(probe, dtype=dtype, bn=bn) as (model, here):
+    with guarded_evaluation(probe, dtype=dtype, bn=bn) as (model, evaluate_current_weights):
 
         def compute(label: str) -> Row:
-            _, state = next(chosen(checkpoints, [label]))
+            _, state = next(select_checkpoints(checkpoints, [label]))
             tensors = dict(model.named_parameters()) | {name: v for name, v in model.named_buffers() if name in state}
             with between(tensors, state, state) as move:
                 move(0.0)
-                return here()
+                return evaluate_current_weights()
 
         def name(label: str) -> str:
             return f"checkpoint {label}"
 
-        return rows(labels, compute, name=name, partial=partial, description="checkpoints")
+        return map_resumably(labels, compute, name=name, partial=partial, description="checkpoints")
 
 
 def plane_rows(
@@ -46,15 +47,15 @@ def plane_rows(
     partial: Partial | None,
 ) -> list[Row]:
     """Measure points of the plane through the model's weights, with the model's buffers."""
-    with standing(probe, dtype=dtype, bn=bn) as (model, here):
+    with guarded_evaluation(probe, dtype=dtype, bn=bn) as (model, evaluate_current_weights):
         parameters = dict(model.named_parameters())
         with walked(parameters, first, second) as move:
 
             def compute(point: tuple[float, float]) -> Row:
                 move(*point)
-                return here()
+                return evaluate_current_weights()
 
             def name(point: tuple[float, float]) -> str:
                 return f"plane {point[0]!r},{point[1]!r}"
 
-            return rows(points, compute, name=name, partial=partial, description="trajectory's plane")
+            return map_resumably(points, compute, name=name, partial=partial, description="trajectory's plane")

@@ -13,18 +13,13 @@ from vitscope.core.measure_options import record_options
 from vitscope.core.objective_card import ObjectiveCard
 from vitscope.core.probe import Probe
 from vitscope.core.run_inputs import ResumableRows, RunCheckpoints
-from vitscope.core.weight_space import (
-    BatchNormPolicy,
-    DtypeName,
-    Row,
-    as_dtype,
-    check_movable,
-    chosen,
-)
+from vitscope.core.weight_space import BatchNormPolicy, check_movable, select_checkpoints
 from vitscope.diagnostics.trajectory._plane_projection import checkpoint_rows, plane_rows
 from vitscope.linalg.weights.checkpoint_pca import difference, gram, principal_directions
 from vitscope.linalg.weights.directions import Direction, inner, norm, orthogonalize, random_direction, scale
 from vitscope.linalg.weights.effective_weights import canonical_names
+from vitscope.runtime.dtypes import DtypeName, parse_float_dtype
+from vitscope.runtime.resumable_map import Row
 
 
 @dataclass(frozen=True)
@@ -128,11 +123,11 @@ def trajectory(
     """
     if n < 0 or n == 1 or margin < 0:
         raise ValueError(f"Expected n of 0 or at least 2 and a margin of at least 0, received n={n}, margin={margin}.")
-    kind = as_dtype(dtype)
+    kind = parse_float_dtype(dtype)
     check_movable(probe)
     parameters = dict(probe.model.named_parameters())
     names, differences = [], []
-    for label, state in chosen(checkpoints, labels):
+    for label, state in select_checkpoints(checkpoints, labels):
         names.append(label)
         differences.append(difference(state, parameters, label))
     products = gram(differences)

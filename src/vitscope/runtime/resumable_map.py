@@ -1,0 +1,72 @@
+"""A map over keys whose finished rows survive an interruption and whose work is divided among the ranks."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from typing import Any, TypeVar
+
+from vitscope.runtime import distributed, progress
+
+Row = Mapping[str, Any]
+#: finished rows by name; a run keeps them on disk
+Partial = MutableMapping[str, Row]
+Key = TypeVar("Key")
+
+
+def map_resumably(
+    keys: Sequence[Key],
+    compute: Callable[[Key], Row],
+    *,
+    name: Callable[[Key], str],
+    partial: Partial | None,
+    description: str,
+) -> list[Row]:
+    """Return ``compute(key)`` of every key in the order of ``keys``; only rows that ``partial`` lacks are computed.
+
+    Each row is stored in ``partial`` under ``name(key)`` as soon as it is computed, by the rank that computed it; every rank
+    returns all rows. Rows that any rank has are not computed again, also after a restart with another number of ranks.
+
+    Args:
+        keys: in the order of the work; neighbors go to one rank.
+        compute: computes one row.
+        name: a key's name in ``partial``.
+        partial: finished rows; None stores no row.
+        description: shown with the progress.
+
+    Raises:
+        Interrupted: a stop was requested; the finished rows are stored.
+    """
+    names = {key: name(key) for key in keys}
+    stored = {n: dict(partial[n]) for n in names.values() if n in partial} if partial is not None else {}
+    finished: dict[str, Row] = merge_rows(stored)
+    missing = [key for key in keys if names[key] not in finished]
+    rank, world = distributed.rank(), distributed.world_size()
+    share = missing[rank * len(missing) // world : (rank + 1) * len(missing) // world]
+    computed: dict[str, Row] = {}
+    for key in progress.track(share, description):
+        computed[names[key]] = stored_row(partial, names[key], functools.partial(compute, key))
+    finished |= merge_rows(computed)
+    return [finished[names[key]] for key in keys]
+
+
+def stored_row(partial: Partial | None, name: str, compute: Callable[[], Row], required: Sequence[str] = ()) -> Row:
+    """Return the finished row ``name`` of ``partial``; a row that is missing is computed and stored.
+
+    Args:
+        partial: finished rows; None stores no row.
+        name: the row's name in ``partial``.
+        compute: computes the row.
+        required: values without which a stored row, of an earlier version, is computed again.
+    """
+    row = None if partial is None else partial.get(name)
+    if row is None or any(value not in row for value in required):
+        row = compute()
+        if partial is not None:
+            partial[name] = row
+    return row
+
+
+def merge_rows(rank_rows: Mapping[Key, Row]) -> dict[Key, Row]:
+    """Return the rows of all ranks by key; every rank must call it."""
+    return {key: row for rows in distributed.gather_objects(dict(rank_rows)) for key, row in rows.items()}
