@@ -24,7 +24,6 @@ from vitscope.diagnostics.fourier._bootstrap import by_kind, half_width_over_ima
 from vitscope.diagnostics.hessian import _nep_statistics
 from vitscope.diagnostics.hessian.hessian_trace import LEAST_VECTORS, HessianTraceResult
 from vitscope.diagnostics.hessian.spectral_density import half_width, positive_interval
-from vitscope.diagnostics.landscape._lines import t_half_width
 from vitscope.reports.claims.factorial_analysis import QUANTITIES, _Reader
 from vitscope.stats.intervals import (
     LEAST_EVENTS,
@@ -32,6 +31,7 @@ from vitscope.stats.intervals import (
     estimate,
     exact_ends,
     share_interval,
+    t_half_width_of_rows,
     where_enough_wrong,
 )
 from vitscope.stats.t_tests import t_interval
@@ -392,7 +392,7 @@ def test_the_density_covers_at_a_lone_eigenvalue_and_in_the_bulk(vectors: int, e
 def test_rises_over_directions_cover(directions: int) -> None:
     rng = np.random.default_rng(10)
     rises = rng.lognormal(0, 0.4, (directions, 4000))
-    held(np.abs(rises.mean(0) - np.exp(0.08)) <= t_half_width(rises))
+    held(np.abs(rises.mean(0) - np.exp(0.08)) <= t_half_width_of_rows(rises))
 
 
 @pytest.mark.parametrize("images", [LEAST_IMAGES, 300])

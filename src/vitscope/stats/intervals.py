@@ -72,6 +72,20 @@ def where_enough_wrong(half_width: np.ndarray, wrong: np.ndarray) -> np.ndarray:
     return np.where(np.asarray(wrong) >= LEAST_EVENTS - 0.5, half_width, np.nan)  # counts come back from means
 
 
+def t_quantile(count: int, level: float = 0.95) -> float:
+    """Return half the width of the two-sided t-interval of a mean of ``count`` > 1 values, in standard errors."""
+    return float(stdtrit(count - 1, 0.5 + level / 2))
+
+
+def t_half_width_of_rows(rows: np.ndarray, least: int = 2) -> np.ndarray:
+    """Return half the 95 % t-interval of the mean of ``rows (n, ...)`` over axis 0; NaN with fewer than ``least`` rows."""
+    count = len(rows)
+    if count < least:
+        return np.full(rows.shape[1:], np.nan)
+    with np.errstate(invalid="ignore"):  # values that are not finite
+        return t_quantile(count) * rows.std(axis=0, ddof=1) / np.sqrt(count)
+
+
 def t_half_width(count: int, total: np.ndarray, square: np.ndarray, level: float = 0.95) -> np.ndarray:
     """Return half the t-interval of a mean from the sum and the sum of squares over ``count`` values; NaN for fewer than two."""
     if count < 2:
@@ -79,7 +93,7 @@ def t_half_width(count: int, total: np.ndarray, square: np.ndarray, level: float
     # rounding may leave a tiny negative number where all images agree; NaN passes through, infinities become NaN
     with np.errstate(invalid="ignore"):
         variance = np.maximum(square - total**2 / count, 0.0) / (count - 1)
-    return stdtrit(count - 1, 0.5 + level / 2) * np.sqrt(variance / count)
+    return t_quantile(count, level) * np.sqrt(variance / count)
 
 
 def share_interval(

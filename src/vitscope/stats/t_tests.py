@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
+from vitscope.stats.intervals import t_quantile
+
 #: two-sided level of intervals and tests
 LEVEL = 0.95
 
@@ -75,8 +77,7 @@ def t_interval(values: Sequence[float], magnitude: float = 0.0) -> Interval:
     if np.ptp(sample) <= ROUNDING * max(magnitude, float(np.abs(sample).max())):
         return Interval(mean, float("nan"), float("nan"), n)
     error = float(sample.std(ddof=1)) / n**0.5
-    quantile = float(stats.t.ppf(0.5 + LEVEL / 2, n - 1))
-    return Interval(mean, quantile * error, float(2 * stats.t.sf(abs(mean) / error, n - 1)), n)
+    return Interval(mean, t_quantile(n, LEVEL) * error, float(2 * stats.t.sf(abs(mean) / error, n - 1)), n)
 
 
 def holm(p_values: Mapping[str, float]) -> dict[str, float]:
@@ -85,10 +86,10 @@ def holm(p_values: Mapping[str, float]) -> dict[str, float]:
     Adjusted values are comparable with the level directly. NaN stands for a test that was not made: it stays NaN and
     does not count.
     """
-    made = sorted((p, name) for name, p in p_values.items() if not np.isnan(p))
+    tested = sorted((p, name) for name, p in p_values.items() if not np.isnan(p))
     adjusted = {name: float("nan") for name in p_values}
     largest = 0.0
-    for rank, (p, name) in enumerate(made):
-        largest = max(largest, min(1.0, (len(made) - rank) * p))
+    for rank, (p, name) in enumerate(tested):
+        largest = max(largest, min(1.0, (len(tested) - rank) * p))
         adjusted[name] = largest
     return adjusted

@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from scipy.special import stdtrit
 
-from vitscope.stats.intervals import LEAST_IMAGES
+from vitscope.stats.intervals import LEAST_IMAGES, t_quantile
 
 
 def half_width_over_images(replicates: np.ndarray, n_images: int, level: float) -> np.ndarray:
@@ -23,7 +22,7 @@ def half_width_over_images(replicates: np.ndarray, n_images: int, level: float) 
     mean = np.where(good, replicates, 0.0).sum(axis=0) / np.maximum(count, 1)
     squares = np.square(np.where(good, replicates - mean, 0.0)).sum(axis=0)
     error = np.sqrt(np.where(count > 1, squares, np.nan) / np.maximum(count - 1, 1))
-    return error * (stdtrit(n_images - 1, 0.5 + level / 2) if n_images >= LEAST_IMAGES else np.nan)
+    return error * (t_quantile(n_images, level) if n_images >= LEAST_IMAGES else np.nan)
 
 
 def by_kind(
@@ -51,7 +50,7 @@ def by_kind(
         units = contrast[members].var(ddof=1) / len(members) if len(members) > 1 else 0.0
         # of few images a replicate may have drawn none: it is not finite, and left out
         images = half_width_over_images(replicates[:, members].mean(axis=1), n_images, level)
-        quantile = stdtrit(len(members) - 1, 0.5 + level / 2) if len(members) > 1 else 0.0
+        quantile = t_quantile(len(members), level) if len(members) > 1 else 0.0
         half = np.sqrt(quantile**2 * units + images**2)
         names.append(kind)
         rows.append((mean, mean - half, mean + half))

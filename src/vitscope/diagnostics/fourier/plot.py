@@ -11,8 +11,8 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
 from vitscope.diagnostics.fourier.plot_branch_transfer import branch_transfer as branch_transfer
-from vitscope.diagnostics.fourier.plot_depth import MARKERS, shade_bands, shared_legend
 from vitscope.diagnostics.fourier.relative_log_amplitude import RelativeLogAmplitudeResult
+from vitscope.plotting.depth_axis import points_by_kind, shade_bands, shared_legend
 
 #: which curve to draw, by the name of its field and what stands at the axis
 CURVES = {
@@ -84,10 +84,7 @@ def _over_depth(ax: Axes, result: RelativeLogAmplitudeResult, curve: str) -> Non
     areas = result.map_sizes.prod(axis=1)
     shade_bands(ax, result.depths, result.kinds, np.append(False, areas[1:] < areas[:-1]))
     ax.plot(result.depths, y, color="0.4", linewidth=0.8, zorder=2)
-    for kind in dict.fromkeys(result.kinds):
-        at = np.array(result.kinds) == kind
-        style = {"fmt": MARKERS[kind], "markersize": 3.5, "elinewidth": 0.8, "label": kind, "zorder": 3}
-        ax.errorbar(result.depths[at], y[at], result.high_frequency_half_width[at], **style)
+    points_by_kind(ax, result.depths, result.kinds, y, result.high_frequency_half_width)
     _label_depth(ax, curve)
 
 

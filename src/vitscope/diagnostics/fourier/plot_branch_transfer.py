@@ -10,7 +10,8 @@ from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 
 from vitscope.diagnostics.fourier.branch_transfer import BranchTransferResult
-from vitscope.diagnostics.fourier.plot_depth import MARKERS, shared_legend
+from vitscope.plotting.depth_axis import shared_legend
+from vitscope.plotting.style import KIND_COLORS, KIND_FORMATS
 
 
 def branch_transfer(results: Mapping[str, BranchTransferResult]) -> Figure:
@@ -28,7 +29,7 @@ def branch_transfer(results: Mapping[str, BranchTransferResult]) -> Figure:
 
 def _curves(ax: Axes, result: BranchTransferResult) -> None:
     for kind, x, y in zip(result.kinds, result.normalized_frequency, result.transfer):
-        ax.plot(x[1:], y[1:], color=to_rgba(MARKERS[kind][1:]), linewidth=0.8, alpha=0.8)
+        ax.plot(x[1:], y[1:], color=to_rgba(KIND_COLORS[kind]), linewidth=0.8, alpha=0.8)
     ax.axhline(0, color="0.6", linewidth=0.6, zorder=0)
     ax.set_xlim(0, 1)
     ax.set_xlabel(r"frequency ($\times\pi$ rad/pixel)")
@@ -38,7 +39,7 @@ def _curves(ax: Axes, result: BranchTransferResult) -> None:
 def _contrasts(ax: Axes, result: BranchTransferResult) -> None:
     for kind in dict.fromkeys(result.kinds):
         at = np.array(result.kinds) == kind
-        style = {"fmt": MARKERS[kind], "markersize": 3.5, "elinewidth": 0.8, "label": kind}
+        style = {"fmt": KIND_FORMATS[kind], "markersize": 3.5, "elinewidth": 0.8, "label": kind}
         ax.errorbar(result.depths[at], result.contrast[at], result.contrast_half_width[at], **style)
     ax.axhline(0, color="0.6", linewidth=0.6, zorder=0)
     ax.set_xlim(-0.03, 1.03)
@@ -50,7 +51,7 @@ def _means(ax: Axes, result: BranchTransferResult) -> None:
     low, high = result.kind_contrast - result.kind_low, result.kind_high - result.kind_contrast
     for i, kind in enumerate(result.kind_names):
         ends = [[low[i]], [high[i]]]
-        ax.errorbar([i], result.kind_contrast[i : i + 1], ends, fmt=MARKERS[kind], markersize=4)
+        ax.errorbar([i], result.kind_contrast[i : i + 1], ends, fmt=KIND_FORMATS[kind], markersize=4)
     ax.axhline(0, color="0.6", linewidth=0.6, zorder=0)
     ax.set_xticks(range(len(result.kind_names)), result.kind_names)
     ax.set_xlim(-0.6, len(result.kind_names) - 0.4)

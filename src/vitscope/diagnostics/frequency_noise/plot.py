@@ -1,4 +1,4 @@
-"""Figures of the frequency-noise room, after Fig 2b of Park & Kim (2022) and Yin et al. (2019)."""
+"""Figures of the frequency-noise measures, after Fig 2b of Park & Kim (2022) and Yin et al. (2019)."""
 
 from __future__ import annotations
 
@@ -13,9 +13,7 @@ from vitscope.diagnostics.frequency_noise.fourier_heatmap import FourierHeatmapR
 from vitscope.diagnostics.frequency_noise.frequency_noise_robustness import FrequencyNoiseRobustnessResult
 from vitscope.diagnostics.frequency_noise.input_filter import InputFilterResult
 from vitscope.diagnostics.frequency_noise.shape_bias import ShapeBiasResult
-
-#: a marker for each model, so that colour is not all that tells them apart
-MARKERS = "osD^vPX*"
+from vitscope.plotting.style import MARKERS
 
 
 def frequency_noise_robustness(

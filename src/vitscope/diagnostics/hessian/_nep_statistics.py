@@ -6,7 +6,7 @@ import numpy as np
 from scipy.special import ndtri, stdtrit
 from scipy.stats import gaussian_kde
 
-from vitscope.stats.intervals import exact_ends
+from vitscope.stats.intervals import exact_ends, t_quantile
 
 #: mini-batches below which NEP has no interval: with fewer, none of the usual ones covers for clustered shares
 NEP_BATCHES = 8
@@ -102,7 +102,7 @@ def positive_interval(whole: float, without: np.ndarray, level: float = 0.95) ->
     influence = logs.mean() - logs
     error = np.sqrt((n - 1) / n * np.square(influence).sum())
     skewness = (influence**3).mean() / np.square(influence).mean() ** 1.5
-    quantile = stdtrit(n - 1, 0.5 + level / 2)
+    quantile = t_quantile(n, level)
     upper = max(quantile, -_hall_quantile(-quantile, skewness, n))
     return whole * np.exp([-quantile * error, upper * error])
 

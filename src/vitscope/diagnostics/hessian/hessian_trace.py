@@ -7,7 +7,6 @@ from typing import Unpack
 
 import numpy as np
 import torch
-from scipy.special import stdtrit
 from torch import Tensor
 
 from vitscope.core.measure_options import record_options
@@ -19,6 +18,7 @@ from vitscope.linalg.curvature.operator_factory import curvatures
 from vitscope.linalg.curvature.start_vector import random_signs, vector_seed
 from vitscope.linalg.krylov_basis import dot
 from vitscope.runtime.progress import track
+from vitscope.stats.intervals import t_quantile
 
 METHODS = ("hutchinson", "hutch++")
 
@@ -54,7 +54,7 @@ class HessianTraceResult:
         if self.standard_error == 0.0 and len(self.estimates) == 1:
             return 0.0
         n = len(self.estimates)
-        return float(stdtrit(n - 1, 0.975)) * self.standard_error if n >= LEAST_VECTORS else float("nan")
+        return t_quantile(n) * self.standard_error if n >= LEAST_VECTORS else float("nan")
 
     def scalars(self) -> dict[str, float]:
         """Return what is logged."""

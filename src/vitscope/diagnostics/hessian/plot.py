@@ -17,9 +17,7 @@ from vitscope.diagnostics.hessian.plot_spectra import (
     hessian_trace,
     spectral_density,
 )
-
-#: the style sheet's cycle (Okabe & Ito), which plotly does not read
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+from vitscope.plotting.style import COLORS
 
 __all__ = [
     "bn_policy",

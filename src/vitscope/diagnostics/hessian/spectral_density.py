@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Unpack
 
 import numpy as np
-from scipy.special import stdtrit
 
 from vitscope.core.measure_options import record_options
 from vitscope.core.objective_card import ObjectiveCard
@@ -22,6 +21,7 @@ from vitscope.linalg.krylov_basis import Memory
 from vitscope.linalg.partial_reorthogonalization import SemiorthogonalLanczos
 from vitscope.runtime.progress import track
 from vitscope.runtime.resumable_map import Row, stored_row
+from vitscope.stats.intervals import t_half_width_of_rows
 
 #: moments that are reported: the means of lambda, lambda^2, ...
 N_MOMENTS = 4
@@ -212,7 +212,7 @@ def _result(
 
 def half_width(rows: np.ndarray) -> np.ndarray:
     """Return half the 95 % t-interval of the mean of ``rows (n, ...)``; NaN with fewer than `LEAST_VECTORS` rows."""
-    return _t_half_width(rows) if len(rows) >= LEAST_VECTORS else np.full(rows.shape[1:], np.nan)
+    return t_half_width_of_rows(rows, LEAST_VECTORS)
 
 
 def positive_interval(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -223,10 +223,5 @@ def positive_interval(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     eigenvalue and for many.
     """
     mean = rows.mean(axis=0)
-    half = _t_half_width(rows) if len(rows) > 1 else np.full(rows.shape[1:], np.nan)
+    half = t_half_width_of_rows(rows)
     return np.maximum(mean - half, 0.0), mean * np.exp(half / np.where(mean > 0, mean, 1.0))
-
-
-def _t_half_width(rows: np.ndarray) -> np.ndarray:
-    n = len(rows)
-    return float(stdtrit(n - 1, 0.975)) * rows.std(axis=0, ddof=1) / np.sqrt(n)

@@ -1,4 +1,4 @@
-"""Points on lines through the weights, one line after another: what slices and sharpness share."""
+"""Evaluation at points on lines through the weights, one line after another, for slices and sharpness."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from contextlib import ExitStack
 
 import numpy as np
 import torch
-from scipy.special import stdtrit
 
 from vitscope.core.probe import Probe
 from vitscope.core.weight_space import check_movable, guarded_evaluation
@@ -65,15 +64,6 @@ def measure_lines(
             }
 
         return map_resumably(keys, compute, name=_name, partial=partial, description=description)
-
-
-def t_half_width(samples: np.ndarray) -> np.ndarray:
-    """Return half the 95% t-interval of the mean over the first axis; NaN with fewer than two samples."""
-    count = len(samples)
-    if count < 2:
-        return np.full(samples.shape[1:], np.nan)
-    with np.errstate(invalid="ignore"):  # points that are not finite
-        return stdtrit(count - 1, 0.975) * samples.std(axis=0, ddof=1) / np.sqrt(count)
 
 
 def _name(key: LineKey) -> str:

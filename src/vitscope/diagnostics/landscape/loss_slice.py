@@ -16,9 +16,10 @@ from vitscope.core.probe import Probe
 from vitscope.core.run_inputs import ResumableRows, RunCheckpoints
 from vitscope.core.weight_space import BatchNormPolicy
 from vitscope.diagnostics.landscape._direction_options import Kind, Preset, Source, preset_source
-from vitscope.diagnostics.landscape._lines import measure_lines, t_half_width
+from vitscope.diagnostics.landscape._lines import measure_lines
 from vitscope.linalg.weights.directions import Normalization
 from vitscope.runtime.dtypes import DtypeName, parse_float_dtype
+from vitscope.stats.intervals import t_half_width_of_rows
 
 
 @dataclass(frozen=True)
@@ -133,7 +134,7 @@ def loss_slice(
     found = measure_lines(probe, source, keys, dtype=kind, bn=bn, partial=partial, description="loss slice")
     lines = {key: np.array([row[key] for row in found]).reshape(n_directions, n) for key in found[0]}
     mean = {key: lines[key].mean(axis=0) for key in ("nll", "accuracy", "ece", "l2_half_sq", "l2_sum_norm")}
-    half_width = t_half_width(lines["nll"])
+    half_width = t_half_width_of_rows(lines["nll"])
     facts = {**source.facts(), "span": span, "n": n, "n_directions": n_directions, "preset": preset}
     return LossSliceResult(
         x=x,

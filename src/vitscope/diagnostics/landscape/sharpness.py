@@ -15,7 +15,7 @@ from vitscope.core.probe import Probe
 from vitscope.core.run_inputs import ResumableRows
 from vitscope.core.weight_space import BatchNormPolicy, guarded_evaluation
 from vitscope.diagnostics.landscape._direction_options import Source
-from vitscope.diagnostics.landscape._lines import measure_lines, t_half_width
+from vitscope.diagnostics.landscape._lines import measure_lines
 from vitscope.linalg.weights.directions import (
     Direction,
     filter_parameters,
@@ -30,6 +30,7 @@ from vitscope.linalg.weights.weight_space_walk import walked
 from vitscope.runtime import stop_flag
 from vitscope.runtime.dtypes import DtypeName, parse_float_dtype
 from vitscope.runtime.resumable_map import Partial, Row, map_resumably
+from vitscope.stats.intervals import t_half_width_of_rows
 
 #: from here on every model tried was near chance: such radii are marked, never compared
 SATURATED_RADIUS = 0.5
@@ -152,7 +153,7 @@ def sharpness(
         for key in ("nll", "accuracy", "l2_half_sq", "l2_sum_norm")
     )
     by_pair = nll.mean(axis=(1, 3)) - center["nll"]
-    half_width = t_half_width(by_pair)
+    half_width = t_half_width_of_rows(by_pair)
     saturated = _saturated(probe, radii, accuracy.mean(axis=(0, 1, 3)), center["accuracy"])
     worst = _worst(probe, source, radii, ~saturated, n_steps, n_starts, kind, partial)
     facts = {**source.facts(), "radii": list(radii), "n_pairs": n_pairs, "n_steps": n_steps, "n_starts": n_starts}

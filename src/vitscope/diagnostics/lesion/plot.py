@@ -10,18 +10,19 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from vitscope.diagnostics.lesion.lesion import LesionResult
+from vitscope.plotting.style import KIND_COLORS
 
 #: value -> factor, axis label, and whether a loss is below zero
 VALUES = {"accuracy": (100.0, "Accuracy change (points)"), "nll": (1.0, "NLL change (nats)")}
 
-#: a colour for each kind of unit, the same in every figure
-COLORS = {"conv": "C0", "msa": "C1", "mlp": "C2", "pool": "C4"}
+#: kinds of unit in the order of the legend
+LESION_KINDS = ("conv", "msa", "mlp", "pool")
 
 
 def lesion(results: Mapping[str, LesionResult], *, value: str = "accuracy") -> Figure:
     """Draw the change for each removed branch as a bar by depth, one panel a model (Fig 10b).
 
-    Colours tell the kind of unit, vertical lines the stages, circles the same unit's ``conv3x3_identity``. Bars are means,
+    Colors tell the kind of unit, vertical lines the stages, circles the same unit's ``conv3x3_identity``. Bars are means,
     whiskers 95% intervals over images.
 
     Args:
@@ -39,8 +40,10 @@ def lesion(results: Mapping[str, LesionResult], *, value: str = "accuracy") -> F
     for ax, (name, result) in zip(axes, results.items()):
         _bars(ax, result, value)
         ax.set(title=name, ylabel=VALUES[value][1])
-    kinds = [kind for kind in COLORS if any(kind in result.kinds for result in results.values())]
-    handles: list = [Patch(color=COLORS[kind], label={"msa": "MSA", "mlp": "MLP"}.get(kind, kind)) for kind in kinds]
+    kinds = [kind for kind in LESION_KINDS if any(kind in result.kinds for result in results.values())]
+    handles: list = [
+        Patch(color=KIND_COLORS[kind], label={"msa": "MSA", "mlp": "MLP"}.get(kind, kind)) for kind in kinds
+    ]
     circles = [ax.get_legend_handles_labels()[0][0] for ax in axes if ax.get_legend_handles_labels()[0]]
     figure.legend(handles=handles + circles[:1], loc="outside upper center", ncols=4)
     return figure
@@ -51,7 +54,9 @@ def _bars(ax: Axes, result: LesionResult, value: str) -> None:
     x = np.arange(len(result.units))
     change, half = (factor * getattr(result, f"{value}_{field}") for field in ("change", "half_width"))
     half = np.nan_to_num(half)  # where there is no interval there is no bar
-    ax.bar(x, change, yerr=half, color=[COLORS[kind] for kind in result.kinds], width=0.8, error_kw={"linewidth": 0.7})
+    ax.bar(
+        x, change, yerr=half, color=[KIND_COLORS[kind] for kind in result.kinds], width=0.8, error_kw={"linewidth": 0.7}
+    )
     ax.axhline(0, color="black", linewidth=0.6)
     for end in np.flatnonzero(np.diff(result.stages)):
         ax.axvline(end + 0.5, color="0.8", linewidth=0.6, zorder=0)

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import pairwise
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from vitscope.diagnostics.rank.effective_rank import EffectiveRankResult
-
-#: grey behind attention, blue behind pooling, as in the paper's figures over depth
-BANDS = {"msa": "0.85", "pool": "#cfe3f5"}
+from vitscope.plotting.depth_axis import shade_bands
 
 QUANTITIES = {"effective_rank": "Effective rank", "participation_ratio": "Participation ratio"}
 
@@ -44,7 +43,6 @@ def effective_rank(results: Mapping[str, EffectiveRankResult], *, share: bool = 
 
 def _bands(ax: Axes, result: EffectiveRankResult) -> None:
     """Shade from the tap before to the tap after each attention, pooling or first unit of a later stage."""
-    for i in range(1, len(result.taps)):
-        kind = "pool" if result.stages[i] > result.stages[i - 1] > 0 else result.kinds[i]
-        if kind in BANDS:
-            ax.axvspan(result.depths[i - 1], result.depths[i], color=BANDS[kind], zorder=0, linewidth=0)
+    stages = result.stages
+    opens_stage = [False, *(after > before > 0 for before, after in pairwise(stages))]
+    shade_bands(ax, result.depths, result.kinds, opens_stage, labels=False)

@@ -8,9 +8,8 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from vitscope.diagnostics.taps.tap_table import TapTableResult
-
-#: one marker and one colour of the style's cycle for each kind
-MARKERS = {"stem": "DC5", "conv": "sC0", "msa": "oC1", "mlp": "^C2", "pool": "vC4", "head": "XC6"}
+from vitscope.plotting.depth_axis import shared_legend
+from vitscope.plotting.style import KIND_FORMATS
 
 
 def tap_table(results: Mapping[str, TapTableResult]) -> Figure:
@@ -24,13 +23,12 @@ def tap_table(results: Mapping[str, TapTableResult]) -> Figure:
             ax.plot(index, values, color="0.6", linewidth=0.8, zorder=1)
             for kind in dict.fromkeys(result.kinds):
                 at = np.array(result.kinds) == kind
-                ax.plot(index[at], values[at], MARKERS[kind], markersize=3.5, label=kind)
+                ax.plot(index[at], values[at], KIND_FORMATS[kind], markersize=3.5, label=kind)
             ax.set_yscale("log", base=2)
             ax.yaxis.set_major_formatter("{x:g}")
         column[0].set_title(name)
         column[1].set_xlabel("tap")
     axes[0, 0].set_ylabel("map side (positions)")
     axes[1, 0].set_ylabel("channels")
-    handles = {label: handle for ax in axes[0] for handle, label in zip(*ax.get_legend_handles_labels())}
-    figure.legend(handles.values(), handles.keys(), loc="outside lower right", ncols=len(handles), fontsize="small")
+    shared_legend(figure, axes[0])
     return figure

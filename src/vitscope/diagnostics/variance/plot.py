@@ -1,4 +1,4 @@
-"""Figure of the variance room, after Fig 9 of Park & Kim (2022)."""
+"""Figure of the feature map variance, after Fig 9 of Park & Kim (2022)."""
 
 from __future__ import annotations
 
@@ -9,12 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from vitscope.diagnostics.variance.feature_map_variance import FeatureMapVarianceResult
-
-#: grey behind attention, blue behind pooling and subsampling, as in the paper
-BANDS = {"msa": ("0.85", "MSA"), "pool": ("#cfe3f5", "pooling, subsampling")}
-
-#: one marker and one colour of the style's cycle for each kind
-MARKERS = {"stem": "DC5", "conv": "sC0", "msa": "oC1", "mlp": "^C2", "pool": "vC4", "head": "XC6"}
+from vitscope.plotting.depth_axis import points_by_kind, shade_bands, shared_legend
 
 
 def feature_map_variance(results: Mapping[str, FeatureMapVarianceResult], *, view: str = "both") -> Figure:
@@ -40,30 +35,22 @@ def feature_map_variance(results: Mapping[str, FeatureMapVarianceResult], *, vie
             _bands(ax, result)
             drawn[what](ax, result)
             ax.set(title=name, xlim=(-0.02, 1.02), xlabel="normalised depth")
-    handles = {label: handle for ax in axes.flat for handle, label in zip(*ax.get_legend_handles_labels())}
-    figure.legend(handles.values(), handles.keys(), loc="outside lower right", ncols=len(handles), fontsize="small")
+    shared_legend(figure, axes.flat)
     return figure
 
 
 def _over_depth(ax: Axes, result: FeatureMapVarianceResult) -> None:
     ax.plot(result.depths, result.variance, color="0.4", linewidth=0.8, zorder=2)
-    _points(ax, result, result.variance, result.variance_half_width)
+    points_by_kind(ax, result.depths, result.kinds, result.variance, result.variance_half_width)
     _scale(ax, [result])
     ax.set_ylabel("feature map variance")
 
 
 def _ratios(ax: Axes, result: FeatureMapVarianceResult) -> None:
     ax.axhline(0, color="0.5", linewidth=0.6, zorder=1)
-    _points(ax, result, result.log_variance_ratio, result.log_variance_ratio_half_width)
+    half_width = result.log_variance_ratio_half_width
+    points_by_kind(ax, result.depths, result.kinds, result.log_variance_ratio, half_width)
     ax.set_ylabel("log(variance after / before)")
-
-
-def _points(ax: Axes, result: FeatureMapVarianceResult, y: np.ndarray, half_width: np.ndarray) -> None:
-    for kind in dict.fromkeys(result.kinds):
-        at = np.flatnonzero((np.array(result.kinds) == kind) & np.isfinite(y))
-        if len(at):
-            style = {"fmt": MARKERS[kind], "markersize": 3.5, "elinewidth": 0.8, "label": kind, "zorder": 3}
-            ax.errorbar(result.depths[at], y[at], half_width[at], **style)
 
 
 def _overlay(results: Mapping[str, FeatureMapVarianceResult]) -> Figure:
@@ -87,8 +74,5 @@ def _scale(ax: Axes, results: list[FeatureMapVarianceResult]) -> None:
 
 def _bands(ax: Axes, result: FeatureMapVarianceResult) -> None:
     areas = result.map_sizes.prod(axis=1)
-    for i in range(1, len(result.taps)):
-        kind = "pool" if result.kinds[i] == "pool" or areas[i] < areas[i - 1] else result.kinds[i]
-        if kind in BANDS:
-            colour, label = BANDS[kind]
-            ax.axvspan(result.depths[i - 1], result.depths[i], color=colour, linewidth=0, zorder=0, label=label)
+    is_smaller = [False, *(areas[1:] < areas[:-1])]
+    shade_bands(ax, result.depths, result.kinds, is_smaller)

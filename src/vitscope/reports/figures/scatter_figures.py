@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 
 from vitscope.config import experiment_identity
 from vitscope.plotting.api import STYLE
+from vitscope.plotting.style import MARKERS
 from vitscope.reports.run_index import Entry
 from vitscope.reports.tables.headline_tables import n_msa
 from vitscope.reports.tables.table import Cell, Problem, Table, over_seeds
@@ -37,8 +38,6 @@ WORDS = {
     "optimizer.rho": "radius of SAM",
     "trainer.max_epochs": "epochs",
 }
-
-MARKERS = "osD^vPX*"
 
 
 @dataclass(frozen=True)
