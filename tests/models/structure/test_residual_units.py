@@ -225,7 +225,8 @@ def test_kinds_and_stages_of_parameters() -> None:
 
 def test_kinds_of_a_plain_convnet() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(4, 2))
-    assert list(parameter_kinds(model).values()) == ["conv"] * 6 + ["head"] * 2
+    images = torch.zeros(2, 3, 5, 5)  # the size that leaves the head four features
+    assert list(parameter_kinds(model, images).values()) == ["conv"] * 6 + ["head"] * 2
 
 
 class ParallelBlock(Block):
