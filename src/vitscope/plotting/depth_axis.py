@@ -30,8 +30,9 @@ def shade_bands(
         kind = "pool" if subsampled[i] else kinds[i]
         if kind in BANDS:
             color, label = BANDS[kind]
-            options = {"label": label} if labels else {}
-            ax.axvspan(depths[i - 1], depths[i], color=color, linewidth=0, zorder=0, **options)
+            span = ax.axvspan(depths[i - 1], depths[i], color=color, linewidth=0, zorder=0)
+            if labels:
+                span.set_label(label)
 
 
 def points_by_kind(

@@ -119,7 +119,7 @@ def test_measures_of_maps_alone_go_on_with_one_notice() -> None:
 
 def test_taps_by_hand_are_trusted() -> None:
     model = Hybrid(ExplicitMixing(8))
-    batches = [(torch.rand(4, 3, 8, 8), torch.tensor([0, 1, 2, 3]))]
+    batches = [(torch.rand(128, 3, 8, 8), torch.arange(128) % 4)]  # enough images for intervals
     tap = vs.Tap("block", "conv", 1, 0.0, model.block)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
