@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib
 import time
 
 import pytest
@@ -7,7 +8,6 @@ import torch
 from huggingface_hub import constants
 
 from vitscope import models
-from vitscope.models import timm_model
 
 
 def test_any_timm_name_at_any_size() -> None:
@@ -36,7 +36,8 @@ def test_gradient_checkpointing_where_timm_has_it() -> None:
 
 
 def test_pretrained_weights_without_a_network_fail_fast(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
-    monkeypatch.setattr(timm_model, "getproxies", dict)
+    # the package has a function of the module's name
+    monkeypatch.setattr(importlib.import_module("vitscope.models.timm_model"), "getproxies", dict)
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nothing listens on the discard port
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))

@@ -54,7 +54,7 @@ def test_a_living_holder_is_named(tmp_path: Path) -> None:
     assert taken(tmp_path)  # it has ended
 
 
-def test_what_is_stale_is_taken_over_with_a_notice(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_stale_is_taken_over_with_a_notice(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for facts, age in (
         ({"pid": 999_999_999}, 0),  # dead
         ({"pid": os.getppid(), "started": -1}, 0),  # another process has its number
@@ -63,7 +63,8 @@ def test_what_is_stale_is_taken_over_with_a_notice(tmp_path: Path, capsys: pytes
     ):
         lock(tmp_path, age, **facts)
         assert taken(tmp_path)
-        assert "is stale and was taken over" in capsys.readouterr().err
+        assert "is stale and was taken over" in caplog.text
+        caplog.clear()
         assert list(tmp_path.iterdir()) == []
 
 
