@@ -126,12 +126,12 @@ def test_children_end_when_the_sweep_is_killed(tmp_path: Path) -> None:
     ready = tmp_path / "trial" / "ready"
     ready.parent.mkdir()
     script = (
-        "import sys\nfrom pathlib import Path\nfrom vitscope.sweep import children\n"
+        "import sys\nfrom pathlib import Path\nfrom vitscope.sweep import trial_process\n"
         f"command = [sys.executable, {str(PROGRAM)!r}, 'do=wait', {f'run_dir={ready.parent}'!r}]\n"
-        "children.start(command, children.environment(), None).wait()\n"
+        "trial_process.start(command, trial_process.environment(), None).wait()\n"
     )
     parent = subprocess.Popen([sys.executable, "-c", script])
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 120
     while not ready.exists() and time.monotonic() < deadline:
         time.sleep(0.01)
     parent.kill()
