@@ -27,7 +27,7 @@ import sys
 from pathlib import Path
 from omegaconf import OmegaConf
 from vitscope import runs
-from vitscope.journal import Journal
+from vitscope.runs.metrics_log import Journal
 for i in range(int(sys.argv[2])):
     run = runs.create(OmegaConf.create({"paths": {"runs": sys.argv[1]}, "seed": i, "run_dir": None}), "train")
     journal = Journal(run.journal)
