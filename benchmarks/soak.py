@@ -26,10 +26,10 @@ WRITER = """
 import sys
 from pathlib import Path
 from omegaconf import OmegaConf
-from vitscope import runs
+from vitscope.runs import run_dir
 from vitscope.runs.metrics_log import Journal
 for i in range(int(sys.argv[2])):
-    run = runs.create(OmegaConf.create({"paths": {"runs": sys.argv[1]}, "seed": i, "run_dir": None}), "train")
+    run = run_dir.create(OmegaConf.create({"paths": {"runs": sys.argv[1]}, "seed": i, "run_dir": None}), "train")
     journal = Journal(run.journal)
     for step in range(100):
         journal.append(step, 0, {"train/loss": 1.0 / (step + 1)})
