@@ -176,7 +176,7 @@ def test_refusals():
         vs.hessian_eigenvalues(probe, solver="qr")
     with pytest.raises(ValueError, match="operator to be one of .* received 'jacobian'"):
         vs.hessian_eigenvalues(probe, operator="jacobian")
-    with pytest.raises(ValueError, match="dtype to be float32, float64 or None, received bfloat16"):
+    with pytest.raises(ValueError, match="dtype to be float32, float64 or None, received 'bfloat16'"):
         vs.hessian_eigenvalues(probe, dtype="bfloat16")
     with pytest.raises(ValueError, match="received 'layer:nothing'; there are: conv, head, norm"):
         vs.hessian_eigenvalues(probe, parameters="layer:nothing")
