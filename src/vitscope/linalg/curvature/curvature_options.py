@@ -156,5 +156,5 @@ def _listing_fields(
         for name, default in defaults.items()
         if name in names
     ]
-    own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
-    return signature.replace(parameters=[*own, *listed])
+    further_parameters = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    return signature.replace(parameters=[*further_parameters, *listed])
