@@ -1,4 +1,4 @@
-"""What an analysis leaves behind: its scalars in the journal and the mirror, its figure, or the reason why it failed."""
+"""Write the outputs of an analysis: scalars to the metrics log and W&B, its figure, or the reason of its failure."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a command ends: signals in, one line and one exit code out. The only place that knows both.
+"""Map exceptions and signals of a command to one-line messages and exit codes.
 
 =====  =====================================================================
 code   meaning

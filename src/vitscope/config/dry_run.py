@@ -1,4 +1,4 @@
-"""What only fails when it is built or called is built and called once before there is a run: then it leaves nothing behind."""
+"""Instantiate everything and run two images before the run folder is made, so that invalid configurations leave no files."""
 
 from __future__ import annotations
 

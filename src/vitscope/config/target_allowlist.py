@@ -1,4 +1,4 @@
-"""What a configuration's ``_target_`` may name.
+"""Allow-list of the objects that a ``_target_`` of a configuration may name.
 
 A configuration can come from a stranger together with a checkpoint, so that only what is meant to be configured is called;
 the resolved object is judged, not its spelling.

@@ -1,4 +1,4 @@
-"""What a measure looks at: a model, frozen batches and one stated objective.
+"""The input of every measure: a model, frozen batches and one stated objective.
 
 A measure works inside `Probe.guard`, which makes the model safe to evaluate or to differentiate twice and gives it back
 bit-identical: weights, buffers, modes, gradients and random states.

@@ -1,4 +1,4 @@
-"""The one data module: splits, loaders that know their position, and frozen batches for diagnostics."""
+"""Data module: splits, loaders that resume at a position, and frozen batches for diagnostics."""
 
 from __future__ import annotations
 

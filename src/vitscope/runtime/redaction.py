@@ -18,7 +18,7 @@ _SHORTEST = 8
 _PARTS = re.compile(
     r"password|passwd|passphrase|passcode|secret|credential|authorization|webhook|connectionstring|sharedaccess|amzsignature"
     r"|(api|access|private|auth|signing|encryption|ssh|license)key|(auth|access|bearer|refresh|session|api)tokens?(?!iz)"
-    r"|(anthropic|aws|comet|github|gitlab|hf|huggingface|kaggle|mlflow|neptune|ngc|openai|slack|wandb)(key|token)s?(?!iz)"
+    r"|(aws|comet|github|gitlab|hf|huggingface|kaggle|mlflow|neptune|ngc|openai|slack|wandb)(key|token)s?(?!iz)"
 )
 _WORDS = {
     "auth", "bearer", "cookie", "cookies", "creds", "csrf", "dsn", "hmac", "jwt", "mysqlpwd", "oauth", "oauth2", "otp", "pat",

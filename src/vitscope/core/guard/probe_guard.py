@@ -1,4 +1,4 @@
-"""What `Probe.guard` is made of: contexts that make a model safe to measure and give it back bit-identical."""
+"""Contexts of `Probe.guard`: they make a model safe to measure and restore it bit for bit."""
 
 from __future__ import annotations
 

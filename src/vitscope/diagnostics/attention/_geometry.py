@@ -1,4 +1,4 @@
-"""Where the queries and keys of an attention map lie in the image."""
+"""Positions of the queries and keys of an attention map in the image."""
 
 from __future__ import annotations
 
