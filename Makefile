@@ -17,7 +17,7 @@ FUZZ ?= 1000
 BENCH ?= hessian landscape representation attention training data report sweep startup
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow lint format bench fuzz soak doctor clean reproduce $(QUESTIONS) $(TABLES) sweep sweep-local
+.PHONY: help setup demo test test-slow test-newest lint format bench fuzz soak doctor clean reproduce $(QUESTIONS) $(TABLES) sweep sweep-local
 
 help: ## list the targets
 	@grep -hE '^[a-zA-Z0-9_%-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  %-24s %s\n", $$1, $$2}'
@@ -38,6 +38,29 @@ test: $(SETUP) ## the tests that CI runs
 
 test-slow: $(SETUP) ## the longer tests too
 	$(PYTEST) -m 'slow or not slow'
+
+# the newest versions that pyproject.toml allows, on the newest Python of this machine, then Hydra's release candidate
+NEWEST := .venv-newest
+NEWEST_PYTHON ?= $(firstword $(shell for v in 14 13 12 11; do \
+  python3.$$v -c 'import sys; print(sys.executable)' 2>/dev/null; done) $(PYTHON))
+NEWEST_RUN := $(NEWEST)/bin/python
+NEWEST_PIP := $(NEWEST_RUN) -m pip --disable-pip-version-check
+NEWEST_TESTS := $(NEWEST_RUN) -m pytest -n 0 -p no:cacheprovider tests/contracts
+NEWEST_TRAINING := $(NEWEST_RUN) train.py model=vit model.depth=1 model.patch_size=8 data=digits caps=smoke logger=none
+CANDIDATE := $(NEWEST)/hydra-candidate
+
+test-newest: ## contract tests and a smoke training with the newest allowed versions (NEWEST_PYTHON=python3.13)
+	@test -x $(NEWEST_RUN) || $(NEWEST_PYTHON) -m venv $(NEWEST)
+	@echo "installing into $(NEWEST) (torch and its CUDA libraries are several GB; once)"
+	$(NEWEST_PIP) install --quiet --upgrade --upgrade-strategy eager -e '.[dev]'
+	$(NEWEST_RUN) -VV
+	$(NEWEST_PIP) list | grep -E '^(torch|torchvision|pytorch-lightning|hydra-core|omegaconf|timm|wandb|numpy) '
+	OMP_NUM_THREADS=1 $(NEWEST_TESTS)
+	$(NEWEST_TRAINING) paths.runs=$(NEWEST)/runs
+	$(NEWEST_PIP) install --quiet --upgrade --target $(CANDIDATE) 'hydra-core>=1.4.0rc1,<1.5'
+	PYTHONPATH=$(CANDIDATE) $(NEWEST_RUN) -c 'import hydra, omegaconf; print(hydra.__version__, omegaconf.__version__)'
+	OMP_NUM_THREADS=1 PYTHONPATH=$(CANDIDATE) $(NEWEST_TESTS)/test_hydra.py
+	PYTHONPATH=$(CANDIDATE) $(NEWEST_TRAINING) paths.runs=$(NEWEST)/runs
 
 lint: $(SETUP) ## ruff, pyright and the check of names and docstrings
 	$(BIN)/ruff check .
