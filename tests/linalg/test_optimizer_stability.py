@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import vitscope as vs
-from vitscope.config import checkpoint_optimizer
+from vitscope.config import factories
 from vitscope.core.optimizer_state import of_checkpoint, of_optimizer
 from vitscope.linalg.optimizer_stability import stability_limit
 from vitscope.training.sam import SAM
@@ -199,7 +199,7 @@ def probe_of(model, data, content, target, **objective):
         model,
         [data],
         vs.Objective(**objective),
-        optimizer=lambda: checkpoint_optimizer.optimizer_state(model, content, cfg),
+        optimizer=lambda: factories.optimizer_state(model, content, cfg),
     )
 
 
@@ -286,7 +286,7 @@ def test_a_parameter_without_gradients_does_not_shift_the_others():
     model, data = classifier()
     model.extra = nn.Parameter(torch.ones(5, dtype=torch.float64))  # never used: no state
     optimizer, content = run_state(lambda p: torch.optim.AdamW(p, lr=0.0), model, data)
-    scales = checkpoint_optimizer.adamw_scale(model, content)
+    scales = factories.adamw_scale(model, content)
     assert scales is not None
     for name, p in model.named_parameters():
         expected = (optimizer.state[p]["exp_avg_sq"] / (1 - 0.999**3)).sqrt() + 1e-8 if name != "extra" else None

@@ -59,7 +59,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("schema")
     data = DataLoader(TensorDataset(torch.ones(4, 2)), batch_size=2)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("vitscope.training.stop_callbacks._agreed_signal", lambda _: 0)
+        patch.setattr("vitscope.training.stop_callbacks.agreed_signal", lambda _: 0)
         new_trainer(folder, max_epochs=1).fit(Tiny(), data)
     return checkpoint_io.read(folder / "checkpoints" / "last.ckpt")
 

@@ -151,7 +151,7 @@ def test_every_launcher_and_sweeper_composes(choice: str) -> None:
 
 
 def test_ranks_that_composed_differently_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    check = stop_callbacks.SameConfiguration("aa")
+    check = stop_callbacks.ConfigurationCheck("aa")
     check.setup(cast(Any, None), cast(Any, None), "fit")
     monkeypatch.setattr(stop_callbacks, "gather_objects", lambda value: ["aa", "aa", "bb"])
     with pytest.raises(DistributedError, match="rank 2 composed another configuration than rank 0"):

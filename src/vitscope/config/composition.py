@@ -8,34 +8,30 @@ configuration that it returns: for a single run, a multirun, each job of one (al
 
 from __future__ import annotations
 
-import functools
-import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from omegaconf import DictConfig, OmegaConf, flag_override
 from omegaconf.errors import OmegaConfBaseException
 
-from vitscope.config import instantiate, target_allowlist
+from vitscope.config import hydra_internals, instantiate, target_allowlist
 from vitscope.runtime.errors import ConfigError
 
-_BASIC = "hydra._internal.core_plugins"
 #: what may be created below hydra.callbacks, hydra.launcher and hydra.sweeper
 PLUGINS: dict[str, tuple[str, ...]] = {
     "callbacks": (
         "vitscope.sweep.hydra_multirun.Folder",
-        "hydra.experimental.callbacks.LogJobReturnCallback",
+        hydra_internals.LOG_JOB_RETURN_CALLBACK,
     ),
     "launcher": (
-        f"{_BASIC}.basic_launcher.BasicLauncher",
+        hydra_internals.BASIC_LAUNCHER,
         "hydra_plugins.hydra_joblib_launcher.joblib_launcher.JoblibLauncher",
         "hydra_plugins.hydra_submitit_launcher.submitit_launcher.LocalLauncher",
         "hydra_plugins.hydra_submitit_launcher.submitit_launcher.SlurmLauncher",
     ),
     "sweeper": (
-        f"{_BASIC}.basic_sweeper.BasicSweeper",
+        hydra_internals.BASIC_SWEEPER,
         "hydra_plugins.hydra_optuna_sweeper.optuna_sweeper.OptunaSweeper",
     ),
 }
@@ -246,29 +242,11 @@ def _leaves(node: Any, path: str) -> Iterator[tuple[str, Any]]:
 
 
 def install() -> None:
-    """Replace the loader's method by one that judges what it composed."""
-    composed = ConfigLoaderImpl.load_configuration  # where a release of Hydra has none, the import fails
-    if getattr(composed, "judged", False):
-        return
-
-    @functools.wraps(composed)
-    def load_configuration(self: Any, config_name: str | None, overrides: list[str], *args: Any, **kwargs: Any) -> Any:
-        _check_sources(self, config_name, overrides)
-        try:
-            cfg = composed(self, config_name, overrides, *args, **kwargs)
-        except KeyError as error:  # of hydra.job.env_copy
-            name = error.args[0] if error.args else None
-            if isinstance(name, str) and name not in os.environ:
-                raise ConfigError("hydra.job.env_copy", name, "not set in the environment", "leave it out") from None
-            raise
-        judge(cfg, overrides)
-        return cfg
-
-    setattr(load_configuration, "judged", True)  # noqa: B010  a function has no such attribute for a type checker
-    ConfigLoaderImpl.load_configuration = load_configuration
+    """Let Hydra's loader judge every configuration that it composes."""
+    hydra_internals.judge_compositions(_check_sources, judge)
 
 
-def _check_sources(loader: Any, config_name: str | None, overrides: Sequence[str]) -> None:
+def _check_sources(repository: Any, config_name: str | None, overrides: Sequence[str]) -> None:
     """Judge the search path before the loader looks into it."""
     for override in overrides:
         key, _, value = override.partition("=")
@@ -276,7 +254,7 @@ def _check_sources(loader: Any, config_name: str | None, overrides: Sequence[str
             check_search_path([entry.strip(" '\"") for entry in value.strip().strip("[]").split(",")])
     if config_name is None:
         return
-    loaded = loader.repository.load_config(config_path=config_name)
+    loaded = repository.load_config(config_path=config_name)
     if loaded is not None and OmegaConf.is_dict(loaded.config):
         check_search_path(OmegaConf.select(loaded.config, "hydra.searchpath") or [])
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -10,11 +11,12 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
 from vitscope.config import instantiate, loading
-from vitscope.config.checkpoint_optimizer import adamw_scale, optimizer_state
 from vitscope.core.objective import Objective
+from vitscope.core.optimizer_state import OptimizerState, of_checkpoint
 from vitscope.core.probe import Probe
+from vitscope.linalg.optimizer_stability import adam_scale
 from vitscope.runtime import errors
-from vitscope.runtime.errors import ConfigError, DataError, VitscopeError, first_line
+from vitscope.runtime.errors import CheckpointError, ConfigError, DataError, VitscopeError, first_line
 
 #: keys of the data group that are hints for other groups, not arguments of the data module
 
@@ -139,3 +141,53 @@ class _OnDevice:
 
     def __iter__(self):
         return ((x.to(self._device), y.to(self._device)) for x, y in self._batches)
+
+
+def optimizer_state(
+    network: nn.Module, content: Mapping[str, Any] | None, cfg: Mapping[str, Any] | None = None
+) -> OptimizerState | None:
+    """Return the optimizer that a checkpoint holds: its class, hyper-parameters by group and state; None where it holds none.
+
+    Args:
+        network: whose parameters it trains.
+        content: the checkpoint.
+        cfg: the run's configuration, which names the optimizer's class.
+
+    Raises:
+        CheckpointError: the state is not one that an optimizer writes.
+    """
+    saved = (content or {}).get("optimizer_states") or []
+    if not saved:
+        return None
+    target = loading.plain((cfg or {}).get("optimizer")) if cfg is not None and cfg.get("optimizer") else None
+    with _readable_state():
+        if len(saved) > 1:
+            return OptimizerState("optimizers", {}, f"{len(saved)} optimizers take turns")
+        return of_checkpoint(saved[0], network, target)
+
+
+def adamw_scale(
+    network: nn.Module, content: Mapping[str, Any], cfg: Mapping[str, Any] | None = None
+) -> dict[str, Tensor] | None:
+    """Return sqrt(v) + eps of each parameter by name from a checkpoint's AdamW or Adam state, v corrected for its bias.
+
+    None where the checkpoint holds no such state.
+
+    Raises:
+        CheckpointError: the state is not one that AdamW writes.
+    """
+    state = optimizer_state(network, content, cfg)
+    if state is None:
+        return None
+    with _readable_state():
+        return adam_scale(state)
+
+
+@contextmanager
+def _readable_state() -> Iterator[None]:
+    """Turn what reading a damaged optimizer state raises into one line."""
+    try:
+        yield
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+        reason = f"its optimizer state is damaged ({type(error).__name__}: {first_line(error)})"
+        raise CheckpointError("ckpt_path", None, reason, "use another checkpoint, or objective.l2=half_sq") from None

@@ -13,6 +13,7 @@ from vitscope.core.evaluation import evaluate
 from vitscope.core.guard.probe_guard import refuse_unfit_weights
 from vitscope.core.probe import Probe
 from vitscope.runtime import stop_flag
+from vitscope.runtime.torch_internals import BatchNormBase
 
 #: a label and the weights by name, as a state dict has them
 Checkpoint = tuple[str, Mapping[str, Tensor]]
@@ -103,7 +104,7 @@ def recalibrate(model: nn.Module, batches: Iterator[tuple[Tensor, Tensor]]) -> N
 
     Modes and momenta are put back; the statistics stay. A model without BatchNorm is left alone.
     """
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    norms = [m for m in model.modules() if isinstance(m, BatchNormBase) and m.track_running_stats]
     before = [(norm, norm.momentum, norm.training) for norm in norms]
     try:
         for norm in norms:

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 from vitscope.data import file_descriptors, philox
 from vitscope.data.augment.augment import Recipe
 from vitscope.runtime.errors import DataError, VitscopeError
+from vitscope.runtime.torch_internals import shut_workers_down, worker_processes
 
 
 class Draw(NamedTuple):
@@ -172,15 +173,13 @@ class Loader(DataLoader[Any]):
 
     def _cannot_hand_over(self, error: BaseException) -> bool:
         """Tell whether workers that live could not send what they had read, which takes them a descriptor."""
-        workers = getattr(self._iterator, "_workers", [])
+        workers = worker_processes(self)
         alive = bool(workers) and all(worker.is_alive() for worker in workers)
         return isinstance(error, EOFError | ConnectionError) and alive
 
     def stop_workers(self) -> None:
         """End the worker processes now: left to the garbage collector, each takes five seconds."""
-        if self.num_workers and self._iterator is not None:
-            self._iterator._shutdown_workers()  # pyright: ignore[reportAttributeAccessIssue]
-            self._iterator = None
+        shut_workers_down(self)
 
 
 class Augmented(Dataset[Any]):

@@ -5,15 +5,15 @@ from __future__ import annotations
 import difflib
 import inspect
 import socket
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
 import timm
-from huggingface_hub import constants as hub
 from torch import nn
+
+from vitscope.models import timm_internals
 
 
 def timm_model(
@@ -66,15 +66,9 @@ def checkpoint_gradients(model: nn.Module) -> None:
         ) from error
 
 
-@contextmanager
-def _no_retries() -> Iterator[None]:
+def _no_retries() -> AbstractContextManager[None]:
     """Take weights from the cache only if the hub's host cannot be reached: else its client retries for 45 s."""
-    was_offline = hub.HF_HUB_OFFLINE
-    hub.HF_HUB_OFFLINE = was_offline or not _reachable(hub.ENDPOINT)
-    try:
-        yield
-    finally:
-        hub.HF_HUB_OFFLINE = was_offline
+    return timm_internals.offline_hub(not _reachable(timm_internals.hub_address()))
 
 
 def _reachable(url: str, timeout: float = 5.0) -> bool:

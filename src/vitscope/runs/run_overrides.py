@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from vitscope.config import loading
+from vitscope.config import hydra_internals, loading
 from vitscope.runtime import errors
 from vitscope.runtime.errors import ConfigError
 
@@ -46,7 +44,7 @@ def apply(cfg: DictConfig, arguments: Sequence[str]) -> None:
         if argument.startswith("-"):
             raise ConfigError(argument, None, "an option of composing, and a run's configuration is not composed again",
                               "leave it out, or leave out run=")  # fmt: skip
-    for override in _parsed(arguments):
+    for override in hydra_internals.parse_overrides(arguments):
         key, value = override.key_or_group, _value(override)
         node = OmegaConf.select(cfg, key, default=None)
         if node is None and not _has(cfg, key) and not override.is_add() and not override.is_force_add():
@@ -62,7 +60,7 @@ def apply(cfg: DictConfig, arguments: Sequence[str]) -> None:
             raise ConfigError(key, value, str(error).splitlines()[0], "correct the override") from None
 
 
-def _value(override: Override) -> Any:
+def _value(override: hydra_internals.Override) -> Any:
     if override.is_delete():
         raise ConfigError(
             override.key_or_group, None, "a run's key cannot be removed", "set it, null where that is allowed"
@@ -70,10 +68,6 @@ def _value(override: Override) -> Any:
     if override.is_sweep_override():
         raise ConfigError(override.key_or_group, override.get_value_string(), "several values", "give one")
     return override.value()
-
-
-def _parsed(arguments: Sequence[str]) -> list[Override]:
-    return OverridesParser.create().parse_overrides(list(arguments))
 
 
 def _has(cfg: DictConfig, key: str) -> bool:

@@ -23,11 +23,11 @@ from typing import Any
 
 import yaml
 from hydra.core.hydra_config import HydraConfig
-from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from vitscope.config import loading
+from vitscope.config.hydra_internals import Callback
 from vitscope.runtime import atomic_write, redaction, stop_flag
 from vitscope.runtime.errors import ConfigError
 from vitscope.runtime.stop_flag import Interrupted

@@ -13,13 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from vitscope.config import caps, error_translation, loading
+from vitscope.config import caps, error_translation, hydra_internals, loading
 from vitscope.config.validation import METRICS, validate
 from vitscope.runtime import errors
 from vitscope.runtime.errors import ConfigError, VitscopeError
@@ -151,7 +149,7 @@ def _value(key: str, value: Any) -> Iterator[str]:
 
 def _parsed(key: str, value: Any) -> Iterator[str]:
     try:
-        (override,) = OverridesParser.create().parse_overrides(sweep_file.arguments({key: value}))
+        (override,) = hydra_internals.parse_overrides(sweep_file.arguments({key: value}))
     except HydraException as error:
         yield f"parameters.{key}: {value!r} is no override ({str(error).splitlines()[0]}); quote or rename it"
         return
@@ -189,7 +187,7 @@ def compose_trial(params: Mapping[str, Any]) -> DictConfig:
     Raises:
         ConfigError: an undeclared key, an unknown choice, or values that do not fit together.
     """
-    GlobalHydra.instance().clear()  # a command that Hydra runs (multirun) leaves its own behind
+    hydra_internals.clear_application()  # that of a multirun
     with initialize_config_dir(str(loading.folder()), version_base="1.3"):
         try:
             _declared(params)

@@ -17,6 +17,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
+from pytorch_lightning import Trainer
 from torch import Tensor
 
 from vitscope.runtime.distributed import all_reduce_sum
@@ -26,13 +27,13 @@ Batch = tuple[Tensor, Tensor]
 
 @dataclass
 class StepGroup:
-    """The micro-batches of one optimizer step so far, counted on all ranks.
+    """Counts the micro-batches of one optimizer step on all ranks.
 
     Attributes:
-        first: images of the first micro-batch on all ranks, at least 1.
-        images: images of all micro-batches on all ranks: N once the group is complete.
-        loss_sum: sum of their losses.
-        parts: ``(batch, number within the epoch, weight)`` of this rank's micro-batches, where they are needed again.
+        first: Number of labeled images of the first micro-batch on all ranks, at least 1.
+        images: Number of labeled images of all micro-batches on all ranks; N once the group is complete.
+        loss_sum: Sum of their losses.
+        parts: ``(batch, number within the epoch, weight)`` of this rank's micro-batches, where SAM needs them again.
     """
 
     first: int = 0
@@ -41,18 +42,18 @@ class StepGroup:
     parts: list[tuple[Batch, int, float]] = field(default_factory=list)
 
     def add(self, mean_loss: Tensor, n_images: int, world_size: int) -> float:
-        """Count a micro-batch of this rank and those of the others; return its weight.
+        """Count a micro-batch of this rank and of the other ranks; return the weight of this rank's.
 
         Args:
-            mean_loss: over its images with a label; any value where there is none.
-            n_images: how many these are.
-            world_size: number of ranks, each of which calls this at the same micro-batch.
+            mean_loss: Mean loss over the labeled images of the micro-batch; any value where there is none.
+            n_images: Number of labeled images.
+            world_size: Number of ranks, each of which calls this at the same micro-batch.
         """
-        own = float(mean_loss.detach()) * n_images if n_images else 0.0
-        images, loss_sum = n_images, own
+        loss_sum = float(mean_loss.detach()) * n_images if n_images else 0.0
+        images = n_images
         if world_size > 1:
             shared = all_reduce_sum(
-                torch.tensor([n_images, own], dtype=torch.float64, device=mean_loss.device)
+                torch.tensor([n_images, loss_sum], dtype=torch.float64, device=mean_loss.device)
             ).tolist()
             images, loss_sum = int(shared[0]), shared[1]
         if self.first == 0:
@@ -63,12 +64,20 @@ class StepGroup:
 
     @property
     def mean_loss(self) -> float:
-        """The mean loss over the images so far; NaN where none has a label."""
+        """Mean loss over the images so far; NaN where none has a label."""
         return self.loss_sum / self.images if self.images else float("nan")
 
     def gradient_factor(self, accumulate_grad_batches: int) -> float:
-        """Return what the accumulated gradient is multiplied by."""
+        """Return the factor ``A N_1 / N`` of the accumulated gradient."""
         return accumulate_grad_batches * self.first / self.images
+
+
+def is_accumulating(trainer: Trainer) -> bool:
+    """Tell whether the gradient of the current micro-batch waits for more micro-batches before the optimizer steps."""
+    n_batches = trainer.fit_loop.batch_idx + 1  # of this epoch, the current one included
+    is_last = trainer.is_last_batch or n_batches == trainer.num_training_batches
+    ends_group = is_last and not trainer.strategy.handles_gradient_accumulation
+    return n_batches % trainer.accumulate_grad_batches != 0 and not ends_group
 
 
 def is_first(batch_idx: int, accumulate_grad_batches: int) -> bool:

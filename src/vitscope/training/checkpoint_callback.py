@@ -1,4 +1,4 @@
-"""Lightning callback that writes checkpoints and saves before a stop."""
+"""Lightning callback that writes checkpoints, also before a training stops on a signal."""
 
 from __future__ import annotations
 
@@ -16,22 +16,27 @@ from vitscope.runtime import stop_flag
 from vitscope.runtime.errors import ConfigError, NumericalError
 from vitscope.runtime.stop_flag import Interrupted
 from vitscope.training import resume_state
-from vitscope.training.stop_callbacks import _agreed_signal
+from vitscope.training.accumulation import is_accumulating
+from vitscope.training.stop_callbacks import agreed_signal
 
 
 class Checkpoints(Callback):
-    """Writes ``init``, ``last``, ``best`` and chosen epochs, and saves before a stop.
+    """Writes ``init``, ``last``, ``best`` and selected epochs, and ``last`` before a training stops on a signal.
 
     Lightning's own callback needs two instances and metric names in paths for this, and takes NaN for the best value.
 
     Args:
-        monitor: a validation metric; ``best`` is written when it improves.
-        mode: ``max`` or ``min``.
-        every_n_epochs: how often ``last`` is written.
-        snapshots: further epochs to keep as ``epoch-0099.ckpt`` (counted from 0); ``log`` keeps those that end 1, 2, 4, ...
-            epochs of training and the last, None none.
-        warmup_epochs: also keep the epoch that ends the warm-up (with ``snapshots`` only), where it lasts one at least.
-        init: keep the network before its first step.
+        monitor: Validation metric; ``best`` is written when it improves.
+        mode: ``max`` or ``min``: whether a higher or a lower value is better.
+        every_n_epochs: Number of epochs between two writings of ``last``.
+        snapshots: Further epochs to write as ``epoch-0099.ckpt``, counted from 0; ``log`` for those that end 1, 2, 4, ...
+            epochs of training and for the last one; None for none.
+        warmup_epochs: Length of the warm-up in epochs; with ``snapshots``, the epoch that ends it is written too, where it is
+            at least 1.
+        init: Whether to write the network before its first step.
+
+    Raises:
+        ValueError: An unknown ``mode`` or ``snapshots``.
     """
 
     def __init__(
@@ -62,41 +67,41 @@ class Checkpoints(Callback):
         return {"best": self.best, "validated": self._validated}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take it up again."""
+        """Restore the best value, and that of a validation whose epoch had not ended."""
         self.best, self._validated = state_dict["best"], state_dict.get("validated")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Keep the network before its first step."""
+        """Write the network before its first step."""
         self.folder = Path(trainer.default_root_dir) / "checkpoints"
         if self.init and trainer.global_step == 0:
             trainer.save_checkpoint(self.folder / "init.ckpt")
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write what this epoch is worth.
+        """Write ``last``, ``best`` and the epoch's own checkpoint, each where it is due.
 
         Raises:
-            ConfigError: the monitored metric does not exist.
-            NumericalError: the weights are not finite; the last checkpoint still is.
+            ConfigError: The monitored metric does not exist.
+            NumericalError: The weights are not finite; those of the last checkpoint are.
         """
         _check_finite(pl_module)
         epoch = trainer.current_epoch
         improved, self._validated = self._improved(trainer.callback_metrics), None
         self._epoch_unsaved = True
-        due = (epoch + 1) % self.every_n_epochs == 0 or trainer.should_stop or _over(trainer)
-        due = due or _agreed_signal(pl_module) != 0
-        wanted = {"last": due, "best": improved, f"epoch-{epoch:04d}": self._kept(epoch, trainer)}
-        names = [f"{name}.ckpt" for name, is_wanted in wanted.items() if is_wanted]
-        if names:  # of one event: a kill leaves all of them as they were, or all of them written
+        is_last_due = (epoch + 1) % self.every_n_epochs == 0 or trainer.should_stop or _is_last_epoch(trainer)
+        is_last_due = is_last_due or agreed_signal(pl_module) != 0
+        is_due = {"last": is_last_due, "best": improved, f"epoch-{epoch:04d}": self._is_snapshot(epoch, trainer)}
+        names = [f"{name}.ckpt" for name in is_due if is_due[name]]
+        if names:  # written as one: a kill leaves all of them as they were, or all of them written
             trainer.save_checkpoint(self.folder / names[0], storage_options={"copies": names[1:]})
-        self._epoch_unsaved = not due
+        self._epoch_unsaved = not is_last_due
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Save an epoch whose ``last.ckpt`` was not due where a stop comes in its diagnostics: nothing of it would be left."""
+        """Write ``last`` where a training stops in the diagnostics of an epoch at whose end it was not due."""
         if isinstance(exception, Interrupted) and self._epoch_unsaved:
             self._save_last(trainer)
 
     def on_train_epoch_start(self, *_: Any) -> None:
-        """Leave the epoch before to the next ``last.ckpt``."""
+        """Note that the epoch before is part of the next ``last``."""
         self._epoch_unsaved = False
 
     def _save_last(self, trainer: Trainer) -> None:
@@ -104,34 +109,34 @@ class Checkpoints(Callback):
         self._epoch_unsaved = False
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        """Save where a signal asked to stop, on all ranks at the same step; the stop itself waits for the step's row.
+        """Write ``last`` where a signal asked to stop, on all ranks at the same step; the stop follows once the step is logged.
 
-        Gradients that are being accumulated would be lost, so the stop waits for the optimizer's step; after the last of
-        ``max_steps`` nothing would go on, so what is left is finished.
+        A checkpoint holds no accumulated gradients, so the stop waits for the optimizer's step. After the last of
+        ``max_steps`` a resumed run would have no step to make, so validation, test and diagnostics are finished first.
         """
-        self._stop = 0 if _must_go_on(trainer) else _agreed_signal(pl_module)
+        self._stop = 0 if _must_stop_later(trainer) else agreed_signal(pl_module)
         if self._stop:
             trainer.save_checkpoint(self.folder / "last.ckpt")
 
     def on_train_batch_start(self, *_: Any) -> None:
-        """Stop after a step that was saved and logged."""
+        """Stop if the last step was saved; it is logged by now."""
         self._raise_if_saved()
 
     def on_validation_start(self, *_: Any) -> None:
-        """Stop before a validation, likewise."""
+        """Stop before a validation if the last step was saved."""
         self._raise_if_saved()
 
     def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        """Save and stop during validation too."""
-        fits = trainer.state.fn == "fit"
-        self._stop = 0 if fits and _must_go_on(trainer) else _agreed_signal(pl_module)
-        if self._stop and fits:
-            resume_state.swap_back(trainer, pl_module)
+        """Write ``last`` and stop where a signal asked to, during a validation."""
+        is_fitting = trainer.state.fn == "fit"
+        self._stop = 0 if is_fitting and _must_stop_later(trainer) else agreed_signal(pl_module)
+        if self._stop and is_fitting:
+            resume_state.restore_trained_weights(trainer, pl_module)
             trainer.save_checkpoint(self.folder / "last.ckpt")
         self._raise_if_saved()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Keep the monitored value until the epoch's end, over a stop in between."""
+        """Store the monitored value until the epoch's end, also across an interruption."""
         if self.monitor in trainer.callback_metrics:
             self._validated = float(trainer.callback_metrics[self.monitor])
 
@@ -140,15 +145,15 @@ class Checkpoints(Callback):
             raise Interrupted(self._stop)
 
     def on_test_batch_end(self, *_: Any, **__: Any) -> None:
-        """Stop during the test; training was saved before."""
+        """Stop during the test; the training was saved before."""
         stop_flag.check()
 
     def _improved(self, metrics: Mapping[str, Tensor]) -> bool:
         if self.monitor in metrics:
             value = float(metrics[self.monitor])
         elif any(name.startswith("val/") for name in metrics):
-            known = ", ".join(sorted(metrics))
-            raise ConfigError("callbacks.checkpoint.monitor", self.monitor, "no such metric", f"choose from {known}")
+            names = ", ".join(sorted(metrics))
+            raise ConfigError("callbacks.checkpoint.monitor", self.monitor, "no such metric", f"choose from {names}")
         else:  # no validation since this process began
             value = math.nan if self._validated is None else self._validated
         if not math.isfinite(value):
@@ -158,8 +163,8 @@ class Checkpoints(Callback):
             self.best = value
         return better
 
-    def _kept(self, epoch: int, trainer: Trainer) -> bool:
-        """Whether the schedule keeps this epoch under its own name."""
+    def _is_snapshot(self, epoch: int, trainer: Trainer) -> bool:
+        """Tell whether an epoch is written under its own name."""
         if self.snapshots is None:
             return False
         if self.warmup_epochs >= 1 and epoch == round(self.warmup_epochs) - 1:
@@ -169,17 +174,18 @@ class Checkpoints(Callback):
         return epoch in self.snapshots
 
 
-def _must_go_on(trainer: Trainer) -> bool:
-    """Whether a stop has to wait: gradients are being accumulated, or no step is left to go on with."""
-    return trainer.fit_loop.epoch_loop._should_accumulate() or 0 < trainer.max_steps <= trainer.global_step
+def _must_stop_later(trainer: Trainer) -> bool:
+    """Tell whether a stop has to wait: gradients are being accumulated, or the last step is made."""
+    return is_accumulating(trainer) or 0 < trainer.max_steps <= trainer.global_step
 
 
-def _over(trainer: Trainer) -> bool:
-    """Whether the epoch that ends is the last."""
+def _is_last_epoch(trainer: Trainer) -> bool:
+    """Tell whether the epoch that ends is the last."""
     return trainer.current_epoch + 1 == trainer.max_epochs or 0 < trainer.max_steps <= trainer.global_step
 
 
 def _check_finite(pl_module: pl.LightningModule) -> None:
+    """Raise NumericalError where a parameter is not finite."""
     for name, p in pl_module.named_parameters():
         if not bool(torch.isfinite(p).all()):
             raise NumericalError(

@@ -1,4 +1,4 @@
-"""What happens around training: diagnostics, checkpoints, signals."""
+"""Lightning callback that runs analyses during training."""
 
 from __future__ import annotations
 
@@ -19,69 +19,81 @@ from vitscope.training import resume_state
 class DiagnosticCallback(Callback):
     """Runs analyses on the live network at the start, every n epochs and at the end of training.
 
-    It uses the functions that ``analyze.py`` uses and leaves no trace in training: losses with it and without it are equal
+    It calls the functions that ``analyze.py`` calls. Training is not affected: losses with and without the callback are equal
     bit for bit.
+
+    Args:
+        cfg: Composed configuration of the run.
+        analyses: Analyses to run, each with the moments at which it is due.
+        run: Run folder that results are written to.
+        mirror: W&B run that scalars and figures are sent to.
+
+    Attributes:
+        results: Last result of each analysis, by name.
+        started: Whether training or an analysis has begun, so that an error is not one of restoring a checkpoint.
     """
 
-    def __init__(self, cfg: DictConfig, chosen: Sequence[Analysis], run: Run, mirror: Mirror) -> None:
-        self.cfg, self.chosen, self.run, self.mirror = cfg, list(chosen), run, mirror
+    def __init__(self, cfg: DictConfig, analyses: Sequence[Analysis], run: Run, mirror: Mirror) -> None:
+        self.cfg, self.analyses, self.run, self.mirror = cfg, list(analyses), run, mirror
         self.results: dict[str, Any] = {}
         self.started = False
         self._ended = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Nothing is measured before a checkpoint is restored."""
+        """Note that a checkpoint may have to be restored before a fit."""
         self.started = stage != "fit"
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measure the initial network; going on from the end of an epoch, what a stop left unmeasured there."""
+        """Run the analyses of the initial network, or those that an interruption left out at the end of an epoch."""
         if trainer.global_step == 0:
-            self._perform([a for a in self.chosen if a.due_at_start], trainer, pl_module, "init", None)
+            self._run([a for a in self.analyses if a.due_at_start], trainer, pl_module, "init", None)
             return
-        self._after_epoch_before(trainer, pl_module)
+        self._run_missing_of_last_epoch(trainer, pl_module)
 
-    def _after_epoch_before(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Going on from the end of an epoch: measure what is due after it; results that are there are not measured again."""
+    def _run_missing_of_last_epoch(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Run the analyses that are due after the epoch at whose end a run resumes; those with a result are skipped."""
         epoch, batch = getattr(pl_module, "position")  # noqa: B009
         if batch == 0 and epoch > 0:
-            due = [a for a in self.chosen if a.due_after(epoch - 1)]
-            self._perform(due, trainer, pl_module, f"epoch-{epoch - 1:04d}", epoch - 1)
+            analyses = [a for a in self.analyses if a.due_after(epoch - 1)]
+            self._run(analyses, trainer, pl_module, f"epoch-{epoch - 1:04d}", epoch - 1)
 
     def on_train_batch_end(self, *_: Any) -> None:
-        """Note that training goes on: the first step has used all that a checkpoint restored."""
+        """Note that training has begun: the first step has used all that a checkpoint restored."""
         self.started = True
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measure what is due after this epoch."""
+        """Run the analyses that are due after this epoch."""
         epoch = trainer.current_epoch
-        due = [a for a in self.chosen if a.due_after(epoch)]
-        self._perform(due, trainer, pl_module, f"epoch-{epoch:04d}", epoch)
+        analyses = [a for a in self.analyses if a.due_after(epoch)]
+        self._run(analyses, trainer, pl_module, f"epoch-{epoch:04d}", epoch)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measure the trained network."""
-        self._measure_end(trainer, pl_module, trainer.current_epoch - 1)
+        """Run the analyses of the trained network."""
+        self._run_final(trainer, pl_module, trainer.current_epoch - 1)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measure it where nothing was left to train: the run was stopped after its last epoch was saved."""
+        """Run the analyses of the trained network where no step was left: the run was stopped after its last epoch was saved."""
         if not self._ended:
-            self._after_epoch_before(trainer, pl_module)  # of the trained weights; their average is measured at the end
-            resume_state.take_average(trainer, pl_module)
+            self._run_missing_of_last_epoch(
+                trainer, pl_module
+            )  # with the trained weights; their average is measured below
+            resume_state.use_averaged_weights(trainer, pl_module)
             epoch, batch = getattr(pl_module, "position")  # noqa: B009
-            self._measure_end(trainer, pl_module, epoch if batch else epoch - 1)
+            self._run_final(trainer, pl_module, epoch if batch else epoch - 1)
 
-    def _measure_end(self, trainer: Trainer, pl_module: LightningModule, epoch: int) -> None:
+    def _run_final(self, trainer: Trainer, pl_module: LightningModule, epoch: int) -> None:
         self._ended = True
-        due = [a for a in self.chosen if a.due_at_end]
-        self._perform(due, trainer, pl_module, "end", max(epoch, 0))
+        analyses = [a for a in self.analyses if a.due_at_end]
+        self._run(analyses, trainer, pl_module, "end", max(epoch, 0))
 
-    def _perform(
-        self, due: Sequence[Analysis], trainer: Trainer, pl_module: LightningModule, tag: str, epoch: int | None
+    def _run(
+        self, analyses: Sequence[Analysis], trainer: Trainer, pl_module: LightningModule, tag: str, epoch: int | None
     ) -> None:
         place = Place(
             self.cfg, self.run, cast(Any, pl_module.model), getattr(trainer, "datamodule"), tag, epoch,  # noqa: B009
             trainer.global_step, self.mirror,
-            {"optimizer_states": [optimizer.state_dict() for optimizer in trainer.optimizers]}, due,
+            {"optimizer_states": [optimizer.state_dict() for optimizer in trainer.optimizers]}, analyses,
         )  # fmt: skip
-        self.started = self.started or bool(due)
-        for analysis in due:
+        self.started = self.started or bool(analyses)
+        for analysis in analyses:
             self.results[analysis.name] = runner.perform(analysis, place)

@@ -11,7 +11,6 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -22,8 +21,9 @@ from vitscope.core import lr_schedule as schedule
 from vitscope.core.objective import Objective, hard_targets, labeled, n_labeled
 from vitscope.runtime.distributed import all_reduce_sum, gather_objects
 from vitscope.runtime.errors import DataError, NumericalError
-from vitscope.training import resume_state
-from vitscope.training.accumulation import StepGroup, is_first
+from vitscope.runtime.torch_internals import BatchNormBase, set_last_rates
+from vitscope.training import lightning_internals, resume_state
+from vitscope.training.accumulation import StepGroup, is_accumulating, is_first
 from vitscope.training.calibration_metric import ExpectedCalibrationError
 from vitscope.training.sam import SAM, still_statistics
 
@@ -72,7 +72,7 @@ class Classifier(pl.LightningModule):
         # layers with running statistics that gradient checkpointing runs a second time in the backward pass
         again = any(getattr(m, "grad_checkpointing", False) for m in network.modules())
         self._run_again = [
-            m for m in network.modules() if again and isinstance(m, _BatchNorm) and m.track_running_stats
+            m for m in network.modules() if again and isinstance(m, BatchNormBase) and m.track_running_stats
         ]
         self._optimizer = optimizer
         self._schedule = dict(lr_schedule or {})
@@ -108,7 +108,7 @@ class Classifier(pl.LightningModule):
         """Do what a stop left to do; let the rates follow the schedule that is in force from here on."""
         for found in self.trainer.lr_scheduler_configs:
             _put_back_rates(found.scheduler)
-        resume_state.take_up(self.trainer, self._pending)
+        resume_state.finish_interrupted_epoch(self.trainer, self._pending)
         self._pending = ""
 
     def epoch_accuracy(self) -> float | None:
@@ -138,7 +138,7 @@ class Classifier(pl.LightningModule):
         weight = self._group.add(loss, n_labeled(y), trainer.world_size)
         if self._steps_twice():
             self._group.parts.append((batch, batch_idx, weight))
-        if self._group.images == 0 and not trainer.fit_loop._should_accumulate():
+        if self._group.images == 0 and not is_accumulating(trainer):
             raise DataError("data", None, f"no image of step {self.global_step} has a label: all are ignored (-100)",
                             "leave such images out")  # fmt: skip
         self.log("train/loss", torch.tensor(self._group.mean_loss, dtype=torch.float64).to(loss), prog_bar=True,
@@ -211,7 +211,7 @@ class Classifier(pl.LightningModule):
         optimizer = self._optimizer([p for p in self.model.parameters() if p.requires_grad])
         if self.trainer.num_training_batches == float("inf"):
             # a training of steps alone: Lightning has not looked yet, and an epoch without end would be all warm-up
-            self.trainer.fit_loop.setup_data()
+            lightning_internals.load_training_data(self.trainer)
         total = float(self.trainer.estimated_stepping_batches)
         per_epoch = max(1, -(-self._batches_per_epoch() // self.trainer.accumulate_grad_batches))
         factor = functools.partial(
@@ -223,7 +223,11 @@ class Classifier(pl.LightningModule):
         """Keep what a resumed run needs besides Lightning's own state."""
         epoch, batch = self._position
         over = batch >= self._batches_per_epoch()
-        left = resume_state.leave(self.trainer, checkpoint, over) if self.trainer.state.fn == "fit" else None
+        left = (
+            resume_state.mark_unfinished_epoch(self.trainer, checkpoint, over)
+            if self.trainer.state.fn == "fit"
+            else None
+        )
         right, seen = map(sum, zip(*gather_objects(self._counts.tolist())))  # of all ranks: one sum where it goes on
         if over:
             epoch, batch = epoch + 1, 0
@@ -297,7 +301,7 @@ def _put_back_rates(scheduler: Any) -> None:
     rates = [base * factor(scheduler.last_epoch) for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas)]
     for group, rate in zip(scheduler.optimizer.param_groups, rates):
         group["lr"] = rate
-    scheduler._last_lr = rates
+    set_last_rates(scheduler, rates)
 
 
 @contextmanager

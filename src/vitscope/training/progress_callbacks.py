@@ -1,4 +1,4 @@
-"""What a training says of itself: its accuracy at the end of an epoch, and plain lines where there is no terminal."""
+"""Progress callbacks: training accuracy at the end of an epoch, and plain lines where the output is no terminal."""
 
 from __future__ import annotations
 
@@ -13,53 +13,57 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 class EpochAccuracy(Callback):
     """Logs ``train/accuracy`` when an epoch ends, before anything is saved, measured or stopped there.
 
-    Lightning would log it after all callbacks: a checkpoint could not monitor it, and a stop in an epoch's last diagnostics would
-    lose it.
+    Lightning would log it after all callbacks: a checkpoint could not monitor it, and it would be lost where a run is stopped
+    in an epoch's last diagnostics.
     """
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the row."""
+        """Write the row of the metrics log, at the step of the epoch's last batch."""
         accuracy = pl_module.epoch_accuracy()  # pyright: ignore[reportCallIssue]
         if accuracy is None:
             return
         trainer.callback_metrics["train/accuracy"] = torch.tensor(accuracy)
-        step = (
-            trainer.fit_loop.epoch_loop._batches_that_stepped - 1
-        )  # the epoch's last, as in the row of its validation
+        step = trainer.global_step - 1
         for logger in trainer.loggers:
             logger.log_metrics({"train/accuracy": accuracy, "epoch": trainer.current_epoch}, step=step)
 
 
 class PlainProgress(Callback):
-    """Progress of training where the output is no terminal: a line now and then, rank 0 only."""
+    """Prints a line of progress on stderr at intervals, on rank 0.
+
+    Args:
+        interval_s: Smallest number of seconds between two lines; at the end of an epoch a fifth of it.
+    """
 
     def __init__(self, interval_s: float = 15.0) -> None:
         self.interval_s = interval_s
-        self._said = 0.0
-        self._started = 0.0
+        self._last_line_time = 0.0
+        self._start_time = 0.0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock."""
-        self._started = self._said = time.monotonic()
+        self._start_time = self._last_line_time = time.monotonic()
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        """Say where training stands."""
+        """Print a line if the interval is over."""
         now = time.monotonic()
-        if trainer.is_global_zero and now - self._said >= self.interval_s:
-            self._said = now
-            self._say(trainer, now)
+        if trainer.is_global_zero and now - self._last_line_time >= self.interval_s:
+            self._last_line_time = now
+            self._print_line(trainer, now)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say how the epoch ended."""
-        if trainer.is_global_zero and time.monotonic() - self._said >= self.interval_s / 5:
-            self._said = time.monotonic()
-            self._say(trainer, self._said)
+        """Print the metrics of the epoch."""
+        if trainer.is_global_zero and time.monotonic() - self._last_line_time >= self.interval_s / 5:
+            self._last_line_time = time.monotonic()
+            self._print_line(trainer, self._last_line_time)
 
-    def _say(self, trainer: Trainer, now: float) -> None:
+    def _print_line(self, trainer: Trainer, now: float) -> None:
         metrics = trainer.callback_metrics
-        shown = [f"{key} {float(metrics[key]):.3f}" for key in ("train/loss", "val/accuracy") if key in metrics]
+        shown_metrics = [f"{key} {float(metrics[key]):.3f}" for key in ("train/loss", "val/accuracy") if key in metrics]
         total = int(trainer.estimated_stepping_batches)
-        done = trainer.global_step
-        left = (now - self._started) / max(done, 1) * (total - done)
-        text = f"epoch {trainer.current_epoch}, step {done}/{total}, {', '.join(shown)}, {left:.0f} s left"
+        step = trainer.global_step
+        seconds_left = (now - self._start_time) / max(step, 1) * (total - step)
+        text = (
+            f"epoch {trainer.current_epoch}, step {step}/{total}, {', '.join(shown_metrics)}, {seconds_left:.0f} s left"
+        )
         print(text, file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""Lightning's logger of a run: the metrics log first, then W&B."""
+"""Lightning logger that writes the metrics log of a run and sends a copy to W&B."""
 
 from __future__ import annotations
 
@@ -14,7 +14,13 @@ from vitscope.runtime.distributed import rank
 
 
 class RunLogger(Logger):
-    """Lightning's logger: the journal first, then the mirror."""
+    """Writes each row to the metrics log, then to W&B, on rank 0.
+
+    Args:
+        run: Run folder.
+        journal: Metrics log of the run.
+        mirror: W&B run.
+    """
 
     def __init__(self, run: Run, journal: Journal, mirror: Mirror) -> None:
         super().__init__()
@@ -22,24 +28,24 @@ class RunLogger(Logger):
 
     @property
     def name(self) -> str:
-        """The project's folder name is ours to choose: the run's."""
+        """Return the id of the run."""
         return self._run.id
 
     @property
     def version(self) -> str:
-        """There is one version of a run."""
+        """Return an empty text: runs are not versioned."""
         return ""
 
     @property
     def save_dir(self) -> str:
-        """Where Lightning may put files."""
+        """Return the run folder, in which Lightning may write files."""
         return str(self._run.path)
 
     def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
-        """Do nothing: the configuration is in ``config.yaml`` and in the mirror already."""
+        """Do nothing: the configuration is in ``config.yaml`` and in W&B already."""
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Write one row."""
+        """Write one row of metrics."""
         if rank() != 0:
             return
         values = dict(metrics)

@@ -1,6 +1,6 @@
-"""Sharpness-aware minimisation (Foret et al. 2021, arXiv 2010.01412) around any optimizer: two passes a step.
+"""Sharpness-aware minimization (Foret et al. 2021, arXiv 2010.01412) around any optimizer: two passes a step.
 
-An extension: the paper under study trained nothing with it (docs/definitions.md section 11). Neither torch nor timm has one.
+The paper under study trained nothing with it (docs/definitions.md section 11). Neither torch nor timm has an implementation.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import get_total_norm
 from torch.optim import AdamW, Optimizer
+
+from vitscope.runtime.torch_internals import BatchNormBase
 
 
 class SAM(Optimizer):
@@ -26,14 +27,17 @@ class SAM(Optimizer):
     Its state and parameter groups are the other optimizer's: schedules and checkpoints see nothing else.
 
     Args:
-        params: what is trained.
-        base: from parameters, ``lr`` and ``weight_decay`` to the optimizer that makes the steps.
-        rho: radius of the ascent; 0 gives the base optimizer.
-        lr: of the base optimizer.
-        weight_decay: of the base optimizer; the ascent is on the loss alone.
+        params: Parameters to train.
+        base: Function of parameters, ``lr`` and ``weight_decay`` that returns the optimizer that makes the steps.
+        rho: Radius of the ascent in weight space; 0 gives the base optimizer. The default is that of the paper.
+        lr: Learning rate of the base optimizer.
+        weight_decay: Weight decay of the base optimizer; the ascent is on the loss alone.
+
+    Attributes:
+        perturbed: Whether the weights are those at the end of the ascent, during the second pass.
 
     Raises:
-        ValueError: a negative or infinite ``rho``.
+        ValueError: A negative or infinite ``rho``.
     """
 
     def __init__(
@@ -50,7 +54,6 @@ class SAM(Optimizer):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
         self.base = base(params, lr=lr, weight_decay=weight_decay)
         self.rho = rho
-        #: whether the weights stand at the end of the ascent: the second pass is being made
         self.perturbed = False
         self._share()
 
@@ -59,20 +62,20 @@ class SAM(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Make one step; return the loss at w, of the first pass.
+        """Make one step; return the loss of the first pass, at w.
 
         Args:
-            closure: clears the gradients, computes the loss on the step's batch and differentiates it.
+            closure: Function that clears the gradients, computes the loss on the step's batch and differentiates it.
 
         Raises:
-            ValueError: no closure: the second pass cannot be made.
+            ValueError: No closure, without which there is no second pass.
         """
         if closure is None:
             raise ValueError("Expected a closure that computes the loss again, received None.")
         with torch.enable_grad():
             loss = closure()
         trained = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
-        kept = [p.detach().clone() for p in trained]  # for w + e - e is not w
+        weights = [p.detach().clone() for p in trained]  # w + e - e differs from w by rounding
         _ascend(trained, self.rho)
         self.perturbed = True
         try:
@@ -80,13 +83,13 @@ class SAM(Optimizer):
                 closure()
         finally:
             self.perturbed = False
-            for p, old in zip(trained, kept):
-                p.copy_(old)
+            for p, weight in zip(trained, weights):
+                p.copy_(weight)
         self.base.step()
         return loss
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Load the base optimizer's state, which is this one's."""
+        """Load the state of the base optimizer, which this optimizer shares."""
         self.base.load_state_dict(dict(state_dict))
         self._share()
 
@@ -94,7 +97,7 @@ class SAM(Optimizer):
 def _ascend(trained: list[nn.Parameter], rho: float) -> None:
     gradients: list[Tensor] = [p.grad for p in trained if p.grad is not None]
     norm = get_total_norm(gradients)
-    if rho == 0 or norm == 0:  # a point without a direction stays where it is
+    if rho == 0 or norm == 0:  # no direction to ascend in
         return
     for p, g in zip(trained, gradients):
         p.add_(g * (rho / norm).to(g.device))
@@ -102,13 +105,13 @@ def _ascend(trained: list[nn.Parameter], rho: float) -> None:
 
 @contextmanager
 def still_statistics(network: nn.Module, still: bool = True) -> Iterator[None]:
-    """Keep BatchNorm's running statistics as they are, while batches go on being normalised by their own.
+    """Keep BatchNorm's running statistics unchanged, while batches are normalized by their own statistics.
 
     Args:
-        network: whose layers.
-        still: False changes nothing.
+        network: Model containing the BatchNorm layers.
+        still: If False, do nothing.
     """
-    layers = [m for m in network.modules() if isinstance(m, _BatchNorm) and m.track_running_stats] if still else []
+    layers = [m for m in network.modules() if isinstance(m, BatchNormBase) and m.track_running_stats] if still else []
     for layer in layers:
         layer.track_running_stats = False
     try:

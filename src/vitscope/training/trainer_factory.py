@@ -1,4 +1,4 @@
-"""Trainer and Lightning module of a configuration."""
+"""Build the Lightning module and the trainer of a configuration."""
 
 from __future__ import annotations
 
@@ -8,16 +8,27 @@ import warnings
 from typing import Any
 
 from omegaconf import DictConfig
+from pytorch_lightning import Callback
+from pytorch_lightning.callbacks import EarlyStopping, RichProgressBar
 
 from vitscope.config import experiment_identity, instantiate, loading
 from vitscope.runs.checkpoint_io import AtomicCheckpointIO
 from vitscope.runs.run_dir import Run
+from vitscope.training import lightning_internals
 from vitscope.training.checkpoint_callback import Checkpoints
 from vitscope.training.diagnostics_callback import DiagnosticCallback
-from vitscope.training.early_stopping import EarlyChecks
 from vitscope.training.lightning_module import Classifier
 from vitscope.training.progress_callbacks import EpochAccuracy, PlainProgress
-from vitscope.training.stop_callbacks import HeldFolder, SameConfiguration, StopsWithoutSaving
+from vitscope.training.stop_callbacks import ConfigurationCheck, EarlyChecks, RunFolderCheck, StopWithoutCheckpoint
+
+#: advice of Lightning that does not apply to this package's loaders, which are in memory and know their position, and a
+#: deprecation that Lightning 2.6 triggers on torch 2.14
+_IGNORED_WARNINGS = (
+    ".*LeafSpec.*",
+    ".*does not have many workers.*",
+    ".*The number of training batches .* is smaller than the logging interval.*",
+    ".*You're resuming from a checkpoint that ended before the epoch ended.*",
+)
 
 
 def build_module(cfg: DictConfig, network: Any, data: Any) -> Classifier:
@@ -38,48 +49,51 @@ def build_module(cfg: DictConfig, network: Any, data: Any) -> Classifier:
 
 
 def build_trainer(cfg: DictConfig, run: Run, logger: Any, diagnostics: DiagnosticCallback) -> Any:
-    """Return Lightning's Trainer with the callbacks of a configuration, in the order that checks, saves and diagnostics need."""
-    from pytorch_lightning.callbacks import EarlyStopping, RichProgressBar
+    """Return Lightning's Trainer with the callbacks of a configuration.
 
+    Args:
+        cfg: Validated configuration.
+        run: Run folder; checkpoints are written below it.
+        logger: Lightning logger of the run.
+        diagnostics: Callback that runs the analyses, after all others.
+    """
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
-    # the loaders are ours, in memory, and know their position; Lightning's advice on workers and samplers does not apply
-    warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # Lightning 2.6 on torch 2.14
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    warnings.filterwarnings(
-        "ignore", message=".*The number of training batches .* is smaller than the logging interval.*"
-    )
-    warnings.filterwarnings("ignore", message=".*You're resuming from a checkpoint that ended before the epoch ended.*")
-    shown = cfg.trainer.get("enable_progress_bar", True)
-    bar = [] if not shown else [RichProgressBar() if sys.stdout.isatty() else PlainProgress()]
-    own = [instantiate.instantiate(node, f"callbacks.{name}") for name, node in cfg.callbacks.items()]
-    own.sort(
-        key=lambda callback: isinstance(callback, Checkpoints)
-    )  # a stop is saved after an average has seen the step
-    stoppings = [callback for callback in own if isinstance(callback, EarlyStopping)]
-    if stoppings:  # an epoch is checked before it is saved
-        own.insert(0, EarlyChecks(stoppings))
-    if not any(isinstance(callback, Checkpoints) for callback in own):
-        own.append(StopsWithoutSaving())
+    for message in _IGNORED_WARNINGS:
+        warnings.filterwarnings("ignore", message=message)
+    show_progress = cfg.trainer.get("enable_progress_bar", True)
+    is_terminal = sys.stdout.isatty()
     trainer = instantiate.instantiate(
         cfg.trainer,
         "trainer",
         logger=logger,
         callbacks=[
-            HeldFolder(run),
-            SameConfiguration(experiment_identity.config_hash(cfg)),
+            RunFolderCheck(run),
+            ConfigurationCheck(experiment_identity.config_hash(cfg)),
             EpochAccuracy(),
-            *own,
-            *bar,
+            *_configured_callbacks(cfg),
+            *([RichProgressBar() if is_terminal else PlainProgress()] if show_progress else []),
             diagnostics,
         ],
         plugins=[AtomicCheckpointIO()],
         default_root_dir=str(run.path),
-        enable_progress_bar=shown and sys.stdout.isatty(),
+        enable_progress_bar=show_progress and is_terminal,
         enable_model_summary=False,
         enable_checkpointing=False,
         use_distributed_sampler=False,
         num_sanity_val_steps=0,
     )
-    # Lightning would put its SIGTERM handler before ours, broadcast from inside it and end with exit code 0
-    trainer._signal_connector.register_signal_handlers = lambda: None
+    lightning_internals.keep_signal_handlers(trainer)
     return trainer
+
+
+def _configured_callbacks(cfg: DictConfig) -> list[Callback]:
+    """Return the callbacks of a configuration, early stopping before and checkpoints after the others."""
+    callbacks = [instantiate.instantiate(node, f"callbacks.{name}") for name, node in cfg.callbacks.items()]
+    # a checkpoint is written after a weight average has seen the step
+    callbacks.sort(key=lambda callback: isinstance(callback, Checkpoints))
+    early_stopping = [callback for callback in callbacks if isinstance(callback, EarlyStopping)]
+    if early_stopping:  # an epoch is checked before it is saved
+        callbacks.insert(0, EarlyChecks(early_stopping))
+    if not any(isinstance(callback, Checkpoints) for callback in callbacks):
+        callbacks.append(StopWithoutCheckpoint())
+    return callbacks

@@ -6,13 +6,13 @@ parameters, and ``DistributedDataParallel`` exchanges buffers in every pass, whi
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import cast
 
 import torch
 from torch import nn
+
+from vitscope.runtime.torch_internals import is_compiler_loaded, uncompiled
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -21,12 +21,10 @@ def unwrapped(model: nn.Module) -> nn.Module:
     It has the same weights. The wrappers may stand around each other in any order.
     """
     while True:
-        if isinstance(getattr(model, "_orig_mod", None), nn.Module):
-            model = cast(nn.Module, model._orig_mod)
-        elif isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
-            model = cast(nn.Module, model.module)
-        else:
+        model = uncompiled(model)
+        if not isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
             return model
+        model = cast(nn.Module, model.module)
 
 
 @contextmanager
@@ -42,7 +40,7 @@ def eager_execution(model: nn.Module) -> Iterator[None]:
                 f"Expected modules of Python code, received {name or 'a model'!r} made by torch.jit.script or torch.jit.trace, "
                 "whose parts cannot be observed: pass the nn.Module that it was made from."
             )
-    if "torch._dynamo" not in sys.modules:  # nothing was compiled in this process; its import takes seconds
+    if not is_compiler_loaded():
         yield
         return
     with torch.compiler.set_stance("force_eager"):

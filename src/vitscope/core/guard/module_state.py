@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from vitscope.core.guard.fingerprints import same_bits, version
+from vitscope.runtime.torch_internals import MODULE_ATTRIBUTES, MODULE_REGISTRIES
 
 #: attributes that every module has; hooks, parameters, buffers and submodules are looked after one by one
-_OWN = frozenset(vars(nn.Module()))
-_TENSORS = ("_parameters", "_buffers", "_modules")
+_OWN, _TENSORS = MODULE_ATTRIBUTES, MODULE_REGISTRIES
 #: containers of more entries are data, not tables of a network
 _MOST_ENTRIES = 1000
 _DEPTH = 4
@@ -190,8 +190,9 @@ def pure_forward(model: nn.Module) -> Iterator[None]:
             empty()
         open_passes.append(AttributeSnapshot(model))
         for entries, key, owner, name in references:
-            if (own := owner._parameters.get(name)) is not None and entries[key] is not own:
-                entries[key] = own
+            parameter = dict(owner.named_parameters(recurse=False, remove_duplicate=False)).get(name)
+            if parameter is not None and entries[key] is not parameter:
+                entries[key] = parameter
         return tuple(a.clone() if isinstance(a, Tensor) else a for a in args)
 
     def after(*_: Any) -> None:
@@ -215,7 +216,11 @@ def parameter_references(model: nn.Module) -> Iterator[tuple[Any, Any, nn.Module
     Such as ``nn.LSTM._flat_weights``. `torch.func.functional_call` puts other tensors in place of the parameters, but not
     there.
     """
-    owners = {id(p): (m, name) for m in model.modules() for name, p in m._parameters.items() if p is not None}
+    owners = {
+        id(p): (m, name)
+        for m in model.modules()
+        for name, p in m.named_parameters(recurse=False, remove_duplicate=False)
+    }
     for module in model.modules():
         if isinstance(module, torch.jit.ScriptModule):
             continue
@@ -245,9 +250,10 @@ def filled_places(model: nn.Module) -> list[Place]:
     registered = {id(t) for t in (*model.parameters(), *model.buffers())}
     found: dict[Place, None] = {}
     for module in model.modules():
+        parameters = dict(module.named_parameters(recurse=False, remove_duplicate=False))
         for key, value in vars(module).items():
             # a weight that a hook makes before each pass (weight norm, pruning) is never out of date in a pass
-            hooked = any(f"{key}{end}" in module._parameters for end in ("_orig", "_g"))
+            hooked = any(f"{key}{end}" in parameters for end in ("_orig", "_g"))
             if key not in _OWN and not hooked and any(id(t) not in registered for t in _tensors(value)):
                 found[type(module), key] = None
     return list(found)

@@ -13,6 +13,7 @@ from torch.nn.parameter import UninitializedParameter
 
 from vitscope.core.guard.fingerprints import dense_parts, same_bits
 from vitscope.runtime.errors import NumericalError
+from vitscope.runtime.torch_internals import BatchNormBase, buffer_registry
 
 
 def float_dtype(model: nn.Module) -> torch.dtype:
@@ -47,7 +48,7 @@ def refuse_unfit_weights(model: nn.Module, differentiated: bool) -> None:
 def _refuse_quantized(model: nn.Module) -> None:
     for name, module in model.named_modules():
         packed = any(isinstance(value, torch.ScriptObject) for value in vars(module).values())
-        integers = [key for key, p in module._parameters.items() if p is not None and not _is_continuous(p)]
+        integers = [key for key, p in module.named_parameters(recurse=False) if not _is_continuous(p)]
         if packed or integers or ".quantized" in type(module).__module__:
             what = f"{name}.{integers[0]}".lstrip(".") if integers else name or "model"
             raise ValueError(
@@ -68,10 +69,9 @@ def refuse_nonfinite(model: nn.Module) -> None:
     strict: dict[str, Tensor] = {f"parameter {name!r}": p for name, p in model.named_parameters()}
     loose: dict[str, Tensor] = {}
     for path, module in model.named_modules():
-        for key, buffer in module._buffers.items():
-            if buffer is not None:
-                statistic = isinstance(module, nn.modules.batchnorm._BatchNorm)
-                (strict if statistic else loose)[f"buffer {f'{path}.{key}'.lstrip('.')!r}"] = buffer
+        for key, buffer in module.named_buffers(recurse=False, remove_duplicate=False):
+            statistic = isinstance(module, BatchNormBase)
+            (strict if statistic else loose)[f"buffer {f'{path}.{key}'.lstrip('.')!r}"] = buffer
     for tensors, bad, word in ((strict, _not_finite, "NaN or infinite"), (loose, torch.isnan, "NaN")):
         for name in _suspects(tensors):
             values = _values(tensors[name])
@@ -150,7 +150,11 @@ def kept_model(model: nn.Module, dtype: torch.dtype | None, copy_weights: bool) 
     gradients = [(p, p.grad, p.requires_grad) for p in parameters]
     copies = [p.detach().clone() for p in parameters] if copy_weights else []
     tensors = [(p, p.data) for p in parameters]
-    buffers = [(m, key, b, b.clone()) for m in model.modules() for key, b in m._buffers.items() if b is not None]
+    buffers = [
+        (m, key, b, b.clone())
+        for m in model.modules()
+        for key, b in m.named_buffers(recurse=False, remove_duplicate=False)
+    ]
     cast = dtype is not None and dtype != float_dtype(model)
     for p in parameters:
         p.grad = None
@@ -162,8 +166,9 @@ def kept_model(model: nn.Module, dtype: torch.dtype | None, copy_weights: bool) 
         for p, data in tensors if cast or copies else ():
             p.data = data  # the very storage from before, so a round trip through float64 is exact
         for module, key, buffer, copy in buffers:
-            if module._buffers.get(key) is not buffer:
-                module._buffers[key] = buffer
+            registry = buffer_registry(module)
+            if registry.get(key) is not buffer:
+                registry[key] = buffer
             if not same_bits(buffer, copy):  # NaN compares unequal and is copied: harmless
                 buffer.copy_(copy)
         with torch.no_grad():
@@ -179,7 +184,7 @@ def kept_model(model: nn.Module, dtype: torch.dtype | None, copy_weights: bool) 
 def modes(model: nn.Module, bn: str) -> Iterator[None]:
     """Set the eval mode, BatchNorm by its policy; give every module's mode back."""
     before = [(m, m.training) for m in model.modules()]
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    norms = [m for m in model.modules() if isinstance(m, BatchNormBase)]
     tracked = [(m, m.track_running_stats) for m in norms]
     model.eval()
     try:

@@ -161,7 +161,8 @@ def ineffective_parameters(model: nn.Module, x: Tensor, values: bool) -> tuple[t
     running: set[nn.Module] = set()
     with ExitStack() as stack, torch.enable_grad():
         for module in model.modules():
-            if module._parameters and not isinstance(module, torch.jit.ScriptModule):
+            has_parameters = next(module.parameters(recurse=False), None) is not None
+            if has_parameters and not isinstance(module, torch.jit.ScriptModule):
                 stack.callback(module.register_forward_hook(lambda m, *_: running.add(m)).remove)
         outputs = output_tensors(functional_call(model, dict(copies), (x,)))
         ends = [t.sum() for t in outputs if t.requires_grad]
@@ -173,7 +174,11 @@ def ineffective_parameters(model: nn.Module, x: Tensor, values: bool) -> tuple[t
     without = [name for name, gradient in zip(copies, gradients) if gradient is None]
     if values:
         without = [name for name in without if not _is_effective(model, moved[name], x)]
-    owners = {f"{path}.{key}".strip("."): m for path, m in model.named_modules() for key in m._parameters}
+    owners = {
+        f"{path}.{key}".strip("."): m
+        for path, m in model.named_modules()
+        for key, _ in m.named_parameters(recurse=False, remove_duplicate=False)
+    }
     unread = tuple(name for name in without if owners[name] in running)
     return unread, tuple(name for name in without if name not in unread)
 

@@ -1,4 +1,4 @@
-"""Mixup and CutMix of a whole batch, seeded: timm's, for any batch size."""
+"""Seeded mixup and CutMix of a whole batch of any size, with the numbers of timm's `Mixup`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-from timm.data.mixup import Mixup, mixup_target
+from timm.data.mixup import mixup_target
 from torch import Tensor
 
 from vitscope.core.objective import IGNORED_LABEL
@@ -60,8 +60,8 @@ def mix(
 ) -> tuple[Tensor, Tensor]:
     """Mix each image with its mirror image in the batch: one lambda, partner of image i is B - 1 - i.
 
-    timm's `Mixup` in batch mode, drawn from numpy's global state seeded by `seed`; that state is put back. With
-    an odd number of images (which timm refuses) the middle one is mixed with itself.
+    The numbers are those of timm's `Mixup` in batch mode after ``np.random.seed`` with the same words. timm refuses an odd
+    number of images; here the middle one is mixed with itself.
 
     Args:
         x: Images `(B, C, H, W)`; left alone.
@@ -88,12 +88,36 @@ def mix(
         )
     if mixup <= 0 and cutmix <= 0:
         return x, mixup_target(y, num_classes, 1.0, label_smoothing)
-    mixer = Mixup(mixup, cutmix, switch_prob=switch_prob, num_classes=num_classes)
-    mixed = x.clone()
-    state = np.random.get_state()  # noqa: NPY002  timm draws from the global state
-    try:
-        np.random.seed(np.random.SeedSequence(seed).generate_state(8))  # noqa: NPY002
-        lam = mixer._mix_batch(mixed)
-    finally:
-        np.random.set_state(state)  # noqa: NPY002
+    words = np.random.SeedSequence(seed).generate_state(8)
+    generator = np.random.RandomState(words)
+    mixed, lam = _mix_images(x, mixup, cutmix, switch_prob, generator)
     return mixed, mixup_target(y, num_classes, lam, label_smoothing)
+
+
+def _mix_images(
+    x: Tensor, mixup: float, cutmix: float, switch_prob: float, generator: np.random.RandomState
+) -> tuple[Tensor, float]:
+    """Return mixed images and the share of each image that is its own."""
+    generator.random_sample()  # timm draws whether to mix at all, with probability 1
+    use_cutmix = generator.random_sample() < switch_prob if mixup > 0 and cutmix > 0 else cutmix > 0
+    alpha = cutmix if use_cutmix else mixup
+    lam = float(generator.beta(alpha, alpha))
+    if lam == 1:
+        return x.clone(), lam
+    if not use_cutmix:
+        return x * lam + x.flip(0) * (1 - lam), lam
+    rows, columns = _box(x.shape[-2], x.shape[-1], lam, generator)
+    mixed = x.clone()
+    mixed[:, :, rows, columns] = x.flip(0)[:, :, rows, columns]
+    area = (rows.stop - rows.start) * (columns.stop - columns.start)
+    return mixed, 1 - area / float(x.shape[-2] * x.shape[-1])
+
+
+def _box(height: int, width: int, lam: float, generator: np.random.RandomState) -> tuple[slice, slice]:
+    """Return rows and columns of CutMix's box: a share ``1 - lam`` of the image, less what lies outside of it."""
+    ratio = math.sqrt(1 - lam)
+    box_height, box_width = int(height * ratio), int(width * ratio)
+    row, column = int(generator.randint(0, height)), int(generator.randint(0, width))
+    rows = slice(max(row - box_height // 2, 0), min(row + (box_height + 1) // 2, height))
+    columns = slice(max(column - box_width // 2, 0), min(column + (box_width + 1) // 2, width))
+    return rows, columns

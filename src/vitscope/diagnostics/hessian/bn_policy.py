@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from typing import Unpack
 
 import numpy as np
-from torch import nn
 
 from vitscope.core.measure_options import record_options
 from vitscope.core.objective_card import ObjectiveCard
 from vitscope.core.probe import Probe
 from vitscope.diagnostics.hessian.hessian_max_eigenvalue_spectrum import hessian_max_eigenvalue_spectrum
 from vitscope.linalg.curvature.curvature_options import CurvatureArguments, curvature_arguments
+from vitscope.runtime.torch_internals import BatchNormBase
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def bn_policy(
 
     Source: docs/definitions.md section 2.
     """
-    n_norms = sum(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in probe.model.modules())
+    n_norms = sum(isinstance(m, BatchNormBase) for m in probe.model.modules())
     if n_norms == 0:
         raise ValueError(f"Expected a model with BatchNorm layers, received {type(probe.model).__name__} without any.")
     both = [hessian_max_eigenvalue_spectrum(probe, n_top=n_top, **{**curvature, "bn": bn}) for bn in ("eval", "batch")]

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from vitscope.linalg.weights.effective_weights import masked
+from vitscope.runtime.torch_internals import ConvolutionBase
 
 Direction = dict[str, Tensor]
 
@@ -93,13 +94,14 @@ def filter_parameters(model: nn.Module) -> set[str]:
     identities = set()
     for module in model.modules():
         keys: tuple[str, ...] = ()
-        if isinstance(module, nn.Linear) or (isinstance(module, nn.modules.conv._ConvNd) and not module.transposed):
+        if isinstance(module, nn.Linear) or (isinstance(module, ConvolutionBase) and not module.transposed):
             keys = ("weight",)
         elif isinstance(module, nn.MultiheadAttention):
             keys = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
-        own = module._parameters
+        own = dict(module.named_parameters(recurse=False, remove_duplicate=False))
+        buffers = dict(module.named_buffers(recurse=False))
         for key in keys:
-            pruned = f"{key}_mask" in module._buffers
+            pruned = f"{key}_mask" in buffers
             identities.add(id(own.get(f"{key}_orig" if pruned else key)))
     return {name for name, p in model.named_parameters() if id(p) in identities}
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-#: under these names wrappers keep the module they wrap (DataParallel, torch.compile, FSDP, activation checkpointing, EMA)
-_WRAPPED = r"module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module"
+from vitscope.runtime.torch_internals import WRAPPER_ATTRIBUTES
 
 #: parameters from which torch.nn.utils makes a weight before each pass: weight_norm, spectral_norm
 _MADE_FROM = (("_g", "_v"), ("_orig",))
@@ -25,7 +23,7 @@ def canonical_names(model: nn.Module) -> dict[str, str]:
     """
     top = ""
     module: nn.Module = model
-    while not module._parameters:
+    while next(module.parameters(recurse=False), None) is None:
         children = [(name, m) for name, m in module.named_children() if next(m.parameters(), None) is not None]
         if len(children) != 1:
             break
@@ -35,7 +33,7 @@ def canonical_names(model: nn.Module) -> dict[str, str]:
     for name, _ in model.named_parameters():
         short = name.removeprefix(top).removesuffix("_orig") if name in masks else name.removeprefix(top)
         *path, last = short.split(".")
-        names[name] = ".".join([part for part in path if not re.fullmatch(_WRAPPED, part)] + [last])
+        names[name] = ".".join([part for part in path if part not in WRAPPER_ATTRIBUTES] + [last])
     return names if len(set(names.values())) == len(names) else {name: name for name in names}
 
 
@@ -43,8 +41,9 @@ def pruning_masks(model: nn.Module) -> dict[str, Tensor]:
     """Return the masks of pruned parameters (``torch.nn.utils.prune``) by the names of the parameters."""
     found = {}
     for path, module in model.named_modules():
-        for key in module._parameters:
-            mask = module._buffers.get(f"{key.removesuffix('_orig')}_mask")
+        buffers = dict(module.named_buffers(recurse=False, remove_duplicate=False))
+        for key, _ in module.named_parameters(recurse=False, remove_duplicate=False):
+            mask = buffers.get(f"{key.removesuffix('_orig')}_mask")
             if key.endswith("_orig") and mask is not None:
                 found[f"{path}.{key}".lstrip(".")] = mask
     return found
@@ -63,7 +62,7 @@ def made_weights(model: nn.Module) -> dict[str, str]:
         if parametrize.is_parametrized(module):
             for key, chain in module.parametrizations.items():  # type: ignore[union-attr]
                 found |= {names[id(p)]: f"{path}.{key}".lstrip(".") for p in chain.parameters() if id(p) in names}
-        own = module._parameters
+        own = dict(module.named_parameters(recurse=False, remove_duplicate=False))
         for ends in _MADE_FROM:
             for key in [key.removesuffix(ends[0]) for key in own if key.endswith(ends[0])]:
                 parts = [f"{path}.{key}{end}".lstrip(".") for end in ends]

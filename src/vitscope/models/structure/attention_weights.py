@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from vitscope.models import timm_internals
 from vitscope.models.structure.residual_units import Unit
 
 
@@ -28,9 +29,8 @@ def reading_attention(units: Sequence[Unit], fn: Callable[[int, Unit, Tensor], N
         for i, unit in enumerate(units):
             if unit.attention is None:
                 continue
-            if hasattr(unit.attention, "fused_attn"):  # timm's explicit path never calls the function below
-                stack.callback(setattr, unit.attention, "fused_attn", unit.attention.fused_attn)
-                unit.attention.fused_attn = True  # type: ignore[assignment]
+            # timm's explicit path never calls the function below
+            stack.enter_context(timm_internals.fused_attention(unit.attention))
             enter = unit.attention.register_forward_pre_hook(lambda *_, i=i, unit=unit: current.append((i, unit)))
             leave = unit.attention.register_forward_hook(lambda *_: (current.pop(), None)[1])
             stack.callback(enter.remove)

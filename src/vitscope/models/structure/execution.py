@@ -192,7 +192,7 @@ class _Recorder(TorchFunctionMode):
         owners = {
             f"{name}.{key}".strip("."): module
             for name, module in self.model.named_modules()
-            for key in module._parameters
+            for key, _ in module.named_parameters(recurse=False, remove_duplicate=False)
         }
         for name in self.seen.reaching | _leaves(ends, self.names):
             if name not in self.seen.first_use and owners.get(name) in self.seen.starts:

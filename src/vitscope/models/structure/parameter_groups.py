@@ -82,7 +82,9 @@ def _by_execution(
     start = min((seen.starts[block] for block in units if block in seen.starts), default=0)
     end = max((seen.ends[block] for block in units if block in seen.ends), default=0)
     owners = {
-        f"{path}.{key}".strip("."): module for path, module in model.named_modules() for key in module._parameters
+        f"{path}.{key}".strip("."): module
+        for path, module in model.named_modules()
+        for key, _ in module.named_parameters(recurse=False, remove_duplicate=False)
     }
     inside = tuple(f"{path}." for path, module in model.named_modules() if module in units or is_gate(module))
     places: dict[str, Place] = {}

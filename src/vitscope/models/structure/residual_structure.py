@@ -10,6 +10,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from vitscope.core.tap import Kind, Layout
+from vitscope.runtime.torch_internals import original_function
 
 #: parameters that stand in front of the patches in models that do not state how many do
 TOKENS = (
@@ -139,8 +140,7 @@ def _check_forward(block: nn.Module) -> None:
     described = next(cls for cls in type(block).__mro__ if cls in parts.registry)
     if described is nn.Module:  # known by its name or children
         return
-    own = block.__dict__.get("forward")
-    own = getattr(own, "_torchdynamo_orig_callable", own)  # compiled: the method that was
+    own = original_function(block.__dict__.get("forward"))
     run = getattr(own, "__func__", own) if own is not None else type(block).forward
     if run is not described.forward:
         name = type(block).__name__

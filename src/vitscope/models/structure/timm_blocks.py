@@ -175,7 +175,7 @@ def _branch_end(block: nn.Module, children: Mapping[str, nn.Module], layers: Seq
         if not is_gate(module) or names.index(name) < names.index(layers[-1]):
             raise _unclear(block, f"a child {name!r} ({type(module).__name__})")
         end = module
-    for name in block._parameters:
+    for name, _ in block.named_parameters(recurse=False):
         raise _unclear(block, f"a parameter {name!r}")
     return end
 

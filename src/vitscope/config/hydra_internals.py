@@ -1,0 +1,78 @@
+"""Private and experimental interfaces of Hydra, which may change with any release: the only module that touches them.
+
+`tests/contracts/test_hydra.py` states what each of them has to do. On a new release of Hydra, run ``make test-newest``.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override as Override
+from hydra.experimental.callback import Callback as Callback
+from omegaconf import DictConfig
+
+from vitscope.runtime.errors import ConfigError
+
+#: targets of Hydra's own launcher and sweeper in its configuration
+BASIC_LAUNCHER = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"
+BASIC_SWEEPER = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
+#: target of a callback that Hydra ships
+LOG_JOB_RETURN_CALLBACK = "hydra.experimental.callbacks.LogJobReturnCallback"
+
+
+def judge_compositions(
+    check_sources: Callable[[Any, str | None, Sequence[str]], None], judge: Callable[[DictConfig, Sequence[str]], None]
+) -> None:
+    """Let Hydra's loader check everything that it composes, before Hydra acts on it; a second call changes nothing.
+
+    A callback of Hydra's would come too late: it is created from the configuration that has to be checked.
+
+    Args:
+        check_sources: Called with a repository of configuration files, the name of the primary one and the overrides, before
+            the loader looks into its search path.
+        judge: Called with the composed configuration, its ``hydra`` node included, and the overrides.
+
+    Raises:
+        ConfigError: From a composition, where ``hydra.job.env_copy`` names a variable that is not set.
+    """
+    original = ConfigLoaderImpl.load_configuration
+    if getattr(original, "is_judged", False):
+        return
+
+    @functools.wraps(original)
+    def load_configuration(self: Any, config_name: str | None, overrides: list[str], *args: Any, **kwargs: Any) -> Any:
+        check_sources(self.repository, config_name, overrides)
+        try:
+            cfg = original(self, config_name, overrides, *args, **kwargs)
+        except KeyError as error:  # of hydra.job.env_copy
+            name = error.args[0] if error.args else None
+            if isinstance(name, str) and name not in os.environ:
+                raise ConfigError("hydra.job.env_copy", name, "not set in the environment", "leave it out") from None
+            raise
+        judge(cfg, overrides)
+        return cfg
+
+    setattr(load_configuration, "is_judged", True)  # noqa: B010  a function has no such attribute for a type checker
+    ConfigLoaderImpl.load_configuration = load_configuration
+
+
+def parse_overrides(arguments: Sequence[str]) -> list[Override]:
+    """Return the overrides of a command line, parsed by Hydra's grammar.
+
+    `hydra.compose` parses them too, but applies them to a configuration that it composes and does not return them.
+
+    Raises:
+        hydra.errors.OverrideParseException: An argument is not an override.
+    """
+    return OverridesParser.create().parse_overrides(list(arguments))
+
+
+def clear_application() -> None:
+    """Forget the application that Hydra runs in this process, so that `hydra.initialize_config_dir` can be called within it."""
+    GlobalHydra.instance().clear()

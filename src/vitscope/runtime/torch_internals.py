@@ -1,0 +1,66 @@
+"""Private interfaces of torch, which may change with any release: the only module that touches them.
+
+`tests/contracts/test_torch.py` states what each of them has to do. On a new release of torch, run ``make test-newest``.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any, cast
+
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
+
+#: base class of all BatchNorm layers; also of those that users derive from it and not from ``nn.BatchNorm2d``
+BatchNormBase = _BatchNorm
+#: base class of all convolutions, transposed ones included
+ConvolutionBase = _ConvNd
+
+#: dictionaries of a module that hold its parameters, buffers and submodules
+MODULE_REGISTRIES = ("_parameters", "_buffers", "_modules")
+#: attributes that every module has
+MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))
+
+#: names under which wrappers keep the module they wrap: DataParallel and EMA, ``torch.compile``, FSDP, activation checkpointing
+WRAPPER_ATTRIBUTES = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+
+
+def uncompiled(model: nn.Module) -> nn.Module:
+    """Return the module that ``torch.compile(model)`` wraps, with the same weights; any other module itself."""
+    while isinstance(getattr(model, "_orig_mod", None), nn.Module):
+        model = cast(nn.Module, model._orig_mod)
+    return model
+
+
+def is_compiler_loaded() -> bool:
+    """Tell whether ``torch.compile`` can have compiled anything in this process; it imports the compiler, which takes seconds."""
+    return "torch._dynamo" in sys.modules
+
+
+def original_function(function: Any) -> Any:
+    """Return the function that ``torch.compile(function)`` wraps; any other object itself."""
+    return getattr(function, "_torchdynamo_orig_callable", function)
+
+
+def buffer_registry(module: nn.Module) -> dict[str, Tensor | None]:
+    """Return the dictionary of a module's own buffers: an entry set here is a buffer whatever the attribute was before."""
+    return module._buffers
+
+
+def set_last_rates(scheduler: Any, rates: Sequence[float]) -> None:
+    """Set the learning rates that ``scheduler.get_last_lr()`` returns and that a checkpoint of the scheduler holds."""
+    scheduler._last_lr = list(rates)
+
+
+def worker_processes(loader: Any) -> list[Any]:
+    """Return the worker processes of a ``DataLoader`` whose iterator is open; none without workers."""
+    return list(getattr(loader._iterator, "_workers", []))
+
+
+def shut_workers_down(loader: Any) -> None:
+    """End the worker processes of a ``DataLoader`` and let its next pass start new ones."""
+    if loader.num_workers and loader._iterator is not None:
+        loader._iterator._shutdown_workers()
+        loader._iterator = None
