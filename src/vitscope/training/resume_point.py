@@ -1,9 +1,10 @@
-"""Resume point of a training: which run and checkpoint to go on with, and whether the configuration lets it."""
+"""Find the run and the checkpoint that a training resumes from, and check that its configuration allows it."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,25 +24,68 @@ from vitscope.runtime.errors import CheckpointError, ConfigError
 from vitscope.runtime.logging import is_main_process, notify
 
 
-def find_resume_point(cfg: DictConfig, run: Run | None) -> tuple[Run | None, Path | None]:
-    """Return the run to go on with and the checkpoint; no run: a new one, from a file's state where one is named."""
-    wanted = cfg.ckpt_path
-    if run is None and wanted in ("last", "auto"):
-        run = run_dir.unfinished(Path(cfg.paths.runs), experiment_identity.config_hash(cfg))
-        if run is None and wanted == "last":
-            why = "no unfinished run of this configuration has a checkpoint"
-            raise CheckpointError("ckpt_path", "last", why, "start afresh without it, or use ckpt_path=auto")
+@dataclass(frozen=True)
+class ResumePoint:
+    """The run and the checkpoint that a training starts from.
+
+    Attributes:
+        run: Run to resume; None for a new one.
+        checkpoint: File to read; None to start from initial weights.
+        changes: Changes of the run's configuration, all of them allowed; None for a new run.
+        is_finished: Whether the run is finished and the changed limits leave no step to make.
+    """
+
+    run: Run | None
+    checkpoint: Path | None
+    changes: list[Change] | None
+    is_finished: bool
+
+
+def find_resume_point(cfg: DictConfig, run: Run | None) -> ResumePoint:
+    """Return what a training starts from, and hold the folder of a run that is not finished.
+
+    Args:
+        cfg: Validated configuration; its ``ckpt_path`` is ``last``, ``auto``, a file or None.
+        run: Run named on the command line; None looks for one where ``ckpt_path`` asks for it.
+
+    Raises:
+        CheckpointError: ``ckpt_path=last`` and no unfinished run of this configuration.
+        VitscopeError: A change that makes another experiment, or a limit below what is done.
+    """
+    run = _run_to_resume(cfg, run)
     if run is not None and run.provenance().get("status") != "finished":
         take_up_run(run, cfg)
-    if wanted not in (None, "last", "auto"):
-        return run, Path(wanted)
-    if run is None or (not checkpoint_io.present(run.checkpoints) and wanted != "last"):
-        return run, None
-    return run, checkpoint_io.newest(run.checkpoints)
+    checkpoint = _checkpoint_to_read(cfg, run)
+    changes = allowed_changes(cfg, run, checkpoint)
+    is_finished = (
+        run is not None
+        and checkpoint is not None
+        and run.provenance().get("status") == "finished"
+        and not has_steps_left(cfg, changes, checkpoint)
+    )
+    return ResumePoint(run, checkpoint, changes, is_finished)
+
+
+def _run_to_resume(cfg: DictConfig, run: Run | None) -> Run | None:
+    if run is not None or cfg.ckpt_path not in ("last", "auto"):
+        return run
+    run = run_dir.unfinished(Path(cfg.paths.runs), experiment_identity.config_hash(cfg))
+    if run is None and cfg.ckpt_path == "last":
+        why = "no unfinished run of this configuration has a checkpoint"
+        raise CheckpointError("ckpt_path", "last", why, "start afresh without it, or use ckpt_path=auto")
+    return run
+
+
+def _checkpoint_to_read(cfg: DictConfig, run: Run | None) -> Path | None:
+    if cfg.ckpt_path not in (None, "last", "auto"):
+        return Path(cfg.ckpt_path)
+    if run is None or (not checkpoint_io.present(run.checkpoints) and cfg.ckpt_path != "last"):
+        return None
+    return checkpoint_io.newest(run.checkpoints)
 
 
 def take_up_run(run: Run, cfg: DictConfig) -> None:
-    """Hold the run's folder and repair it on rank 0; the others wait until that is done."""
+    """Hold the run's folder and repair it on rank 0; the other ranks wait until that is done."""
     if is_main_process():
         run_dir.take_up(run, cfg, "train")
         return
@@ -50,11 +94,11 @@ def take_up_run(run: Run, cfg: DictConfig) -> None:
         time.sleep(0.1)
 
 
-def judge_changes(cfg: DictConfig, run: Run | None, ckpt: Path | None) -> list[Change] | None:
-    """Return what the configuration of a run that goes on changes, every key of it allowed; None for a new run.
+def allowed_changes(cfg: DictConfig, run: Run | None, checkpoint: Path | None) -> list[Change] | None:
+    """Return the changes of a resumed run's configuration, all of them allowed; None for a new run.
 
     Raises:
-        VitscopeError: a change that makes another experiment, or a limit below what is done.
+        VitscopeError: A change that makes another experiment, or a limit below what is done.
     """
     if run is None:
         return None
@@ -62,70 +106,80 @@ def judge_changes(cfg: DictConfig, run: Run | None, ckpt: Path | None) -> list[C
         fix = "leave it out, or start a new run from the weights: leave out run= and name a file with ckpt_path="
         raise ConfigError("ckpt_weights_only", True, "a run that goes on needs the whole state of its checkpoint", fix)
     stored = run.config()
-    changed = resume_changes.changes(stored, cfg)
-    resume_changes.refuse_another_experiment(changed, stored, cfg, run)
-    if ckpt is not None and any(change.key in ("trainer.max_epochs", "trainer.max_steps") for change in changed):
-        epochs, steps = _done(ckpt)
-        resume_changes.refuse_less_than_done(changed, cfg, epochs, steps)
-    return changed
+    changes = resume_changes.changes(stored, cfg)
+    resume_changes.refuse_another_experiment(changes, stored, cfg, run)
+    if checkpoint is not None and any(change.key in ("trainer.max_epochs", "trainer.max_steps") for change in changes):
+        n_epochs, n_steps = _progress(checkpoint)
+        resume_changes.refuse_less_than_done(changes, cfg, n_epochs, n_steps)
+    return changes
 
 
-def _done(ckpt: Path) -> tuple[int, int]:
-    """Return the epochs begun and the steps made."""
-    content = checkpoint_io.read(ckpt)
-    kept = checkpoint_io.facts(content, ckpt)
-    return kept.get("epoch", 0) + (kept.get("batch", 0) > 0), int(content.get("global_step", 0))
+def _progress(checkpoint: Path) -> tuple[int, int]:
+    """Return the number of epochs that have begun and of optimizer steps that are made at a checkpoint."""
+    content = checkpoint_io.read(checkpoint)
+    facts = checkpoint_io.facts(content, checkpoint)
+    return facts.get("epoch", 0) + (facts.get("batch", 0) > 0), int(content.get("global_step", 0))
 
 
-def step_of(ckpt: Path | None) -> int:
-    """Return the optimizer steps that a checkpoint has made; 0 without one."""
-    return 0 if ckpt is None else _done(ckpt)[1]
+def step_of(checkpoint: Path | None) -> int:
+    """Return the number of optimizer steps that are made at a checkpoint; 0 without one."""
+    return 0 if checkpoint is None else _progress(checkpoint)[1]
 
 
-def has_steps_left(cfg: DictConfig, changed: Sequence[Change] | None, ckpt: Path) -> bool:
-    """Tell whether a finished run has something left to train under limits that were changed."""
+def has_steps_left(cfg: DictConfig, changes: Sequence[Change] | None, checkpoint: Path) -> bool:
+    """Tell whether changed limits leave steps to make in a finished run."""
     if not any(
-        change.key in ("trainer.max_epochs", "trainer.max_steps", "trainer.max_time") for change in changed or ()
+        change.key in ("trainer.max_epochs", "trainer.max_steps", "trainer.max_time") for change in changes or ()
     ):
         return False
-    epochs, steps = _done(ckpt)
-    bounds = ((cfg.trainer.get("max_epochs"), epochs), (cfg.trainer.get("max_steps"), steps))
-    return all(bound in (None, -1) or bound > done for bound, done in bounds)
+    n_epochs, n_steps = _progress(checkpoint)
+    limits = ((cfg.trainer.get("max_epochs"), n_epochs), (cfg.trainer.get("max_steps"), n_steps))
+    return all(limit in (None, -1) or limit > count for limit, count in limits)
 
 
-def report_nothing_to_do(run: Run, changed: Sequence[Change] | None) -> None:
-    """Say that the run is finished, and which changes of its configuration are therefore not applied."""
+def report_nothing_to_do(run: Run, changes: Sequence[Change] | None) -> None:
+    """Print that the run is finished, and which changes of its configuration are therefore not applied."""
     print(f"{run.path} is finished; nothing to do")
-    if changed:
-        keys = ", ".join(change.key for change in changed)
+    if changes:
+        keys = ", ".join(change.key for change in changes)
         notify(f"not applied, for no step is left to make: {keys}; measure it with analyze.py run={run.path}")
 
 
 def adopt_checkpoint(
     path: Path, network: Any, identity: Mapping[str, Any], run: Run, trainer: Any, *, weights_only: bool
 ) -> Path | None:
-    """Return a checkpoint of ours to resume from; take the weights of any other file, or where only they are wanted.
+    """Load the weights of a file, and return it if training resumes from its whole state.
+
+    Args:
+        path: Checkpoint of this package, or a file of weights.
+        network: Network whose weights are replaced.
+        identity: Facts of this training that the checkpoint's have to equal: batch size, number of processes, ...
+        run: Run folder, for the command that the error suggests.
+        trainer: Trainer whose callbacks read their state from the checkpoint.
+        weights_only: Whether to take nothing but the weights.
 
     Returns:
-        None where only the weights were taken.
+        ``path``, or None where only the weights were loaded.
 
     Raises:
-        CheckpointError: it was made with another optimizer, batch size, seed, number of processes or of classes.
+        CheckpointError: It was written with another optimizer, batch size, seed, number of processes or of classes.
     """
     content = checkpoint_io.read(path)
     checkpoint_weights.load_weights(network, content, path)  # refuses another model's in one line
     if weights_only or "loops" not in content:
         return None
-    kept = checkpoint_io.facts(content, path)
-    for key, now in identity.items():
-        if key == "optimizer" and kept.get(key, now) != now:
+    stored = checkpoint_io.facts(content, path)
+    for key, value in identity.items():
+        if key == "optimizer" and stored.get(key, value) != value:
             why = "the checkpoint's own values (rate, decay, ...) would be used and these be passed over"
             command = resume_changes.weights_command(run, path.absolute(), {})
             raise CheckpointError(
                 "optimizer", None, why, f"leave it as it was, or start from the weights alone: {command}"
             )
-        if key in kept and kept[key] != now:
+        if key in stored and stored[key] != value:
             name = {"world_size": "trainer.devices", "seed": "seed"}.get(key, f"data.{key}")
-            raise CheckpointError(name, now, f"the checkpoint was made with {kept[key]}", f"use {key} {kept[key]}")
+            raise CheckpointError(
+                name, value, f"the checkpoint was made with {stored[key]}", f"use {key} {stored[key]}"
+            )
     checkpoint_schema.check(content, path, network, trainer)
     return path

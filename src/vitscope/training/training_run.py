@@ -1,14 +1,18 @@
-"""One training run from its composed configuration: validate, dry run, build, fit, report."""
+"""Train a network from its composed configuration: validate, find the start, build, dry run, fit, report.
+
+Each stage hands a typed object to the next one: `ResumePoint`, `TrainingParts`, the `Run` and `FitParts`.
+"""
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
+from torch import nn
 
 from vitscope.analyses import spec
 from vitscope.config import caps, error_translation, experiment_identity, factories, loading, model_facts
@@ -24,20 +28,19 @@ from vitscope.runs import (
     wandb_mirror,
 )
 from vitscope.runs.metrics_log import Journal, last_values
-from vitscope.runs.resume_changes import Change
 from vitscope.runs.run_dir import Run
 from vitscope.runs.summary_table import print_headline
 from vitscope.runtime.errors import CheckpointError, ConfigError, StorageError
 from vitscope.runtime.logging import is_main_process, notify
 from vitscope.runtime.stop_flag import Interrupted
 from vitscope.training import run_logger
-from vitscope.training.ddp_strategy import end_others
+from vitscope.training.ddp_strategy import end_other_ranks
 from vitscope.training.diagnostics_callback import DiagnosticCallback
+from vitscope.training.lightning_module import Classifier
 from vitscope.training.resume_point import (
+    ResumePoint,
     adopt_checkpoint,
     find_resume_point,
-    has_steps_left,
-    judge_changes,
     report_nothing_to_do,
     step_of,
     take_up_run,
@@ -45,61 +48,137 @@ from vitscope.training.resume_point import (
 from vitscope.training.trainer_factory import build_module, build_trainer
 
 
+@dataclass(frozen=True)
+class TrainingParts:
+    """What a training is about, built from its configuration: the network and the data that it is trained on."""
+
+    network: nn.Module
+    data: Any
+
+
+@dataclass(frozen=True)
+class FitParts:
+    """What fits the network, built for one run folder."""
+
+    module: Classifier
+    trainer: Any
+    diagnostics: DiagnosticCallback
+    logger: run_logger.RunLogger
+
+
 @run_lock.released_at_end()
 def train(cfg: DictConfig, run: Run | None = None) -> Run:
-    """Train what a composed configuration describes; go on with ``run`` where one is given.
+    """Train what a composed configuration describes.
+
+    Args:
+        cfg: Composed configuration of ``conf/train.yaml``; upper bounds of ``caps`` are applied in place.
+        run: Run to resume; None for a new one, or for the one that ``ckpt_path`` finds.
 
     Returns:
         The run.
 
     Raises:
-        VitscopeError: with the exit code of its kind.
+        VitscopeError: With the exit code of its kind.
     """
+    _validate_training(cfg, is_resumed=run is not None)
+    finished_run = _find_finished_run(cfg) if run is None else None
+    if finished_run is not None:
+        notify(f"{finished_run.path} is a finished run of this configuration; nothing to do")
+        return finished_run
+    start = find_resume_point(cfg, run)
+    if start.run is not None and start.is_finished:
+        report_nothing_to_do(start.run, start.changes)
+        return start.run
+    _hold_folder(cfg, start)
+    parts = _build_parts(cfg)
+    rehearse(cfg, parts.network, parts.data)
+    run = _open_run(cfg, start, parts.network)
+    _train_in_folder(cfg, run, start, parts)
+    return run
+
+
+def _validate_training(cfg: DictConfig, *, is_resumed: bool) -> None:
     for name in loading.drop_unchosen(cfg):
         notify(f"analysis.{name}: the experiment sets it, but it was not chosen; left out")
-    if run is None:
-        caps.apply_caps(cfg)
-    else:  # the run's own limits have been lowered already, and those of this command are meant
+    if is_resumed:  # the run's own limits have been lowered already, and those of this command are meant
         caps.apply_analysis_caps(cfg)
+    else:
+        caps.apply_caps(cfg)
     validate(cfg)
-    afresh = run is None and cfg.ckpt_path in (None, "last", "auto")
-    done = (
-        run_dir.finished(Path(cfg.paths.runs), experiment_identity.config_hash(cfg))
-        if cfg.skip_finished and afresh
-        else None
-    )
-    if done is not None:
-        notify(f"{done.path} is a finished run of this configuration; nothing to do")
-        return done
-    run, ckpt = find_resume_point(cfg, run)
-    changed = judge_changes(cfg, run, ckpt)
-    finished = run is not None and ckpt is not None and run.provenance().get("status") == "finished"
-    if run is not None and ckpt is not None and finished and not has_steps_left(cfg, changed, ckpt):
-        report_nothing_to_do(run, changed)
-        return run
-    if run is not None and not run_lock.holds(run.path):  # a finished one that goes further
-        take_up_run(run, cfg)
-    if run is not None and not (writable(run.path) and writable(run.checkpoints)):
-        raise StorageError("run", run.path, "not writable", "make it so, or start a new run")
+
+
+def _find_finished_run(cfg: DictConfig) -> Run | None:
+    """Return a finished run of this configuration, where the configuration asks to skip what is finished."""
+    if not cfg.skip_finished or cfg.ckpt_path not in (None, "last", "auto"):
+        return None
+    return run_dir.finished(Path(cfg.paths.runs), experiment_identity.config_hash(cfg))
+
+
+def _hold_folder(cfg: DictConfig, start: ResumePoint) -> None:
+    """Hold the folder of a run that is resumed.
+
+    Raises:
+        StorageError: It cannot be written, or another process holds it.
+    """
+    if start.run is None:
+        return
+    if not run_lock.holds(start.run.path):  # a finished run that is trained further
+        take_up_run(start.run, cfg)
+    if not (writable(start.run.path) and writable(start.run.checkpoints)):
+        raise StorageError("run", start.run.path, "not writable", "make it so, or start a new run")
+
+
+def _build_parts(cfg: DictConfig) -> TrainingParts:
+    """Build the network and the data; what is missing or broken is found before a run folder is made."""
     network = factories.model(cfg)
     data = factories.data(cfg)
     data.adapt_to(network)
-    data.setup("fit")  # what is missing or broken is found before there is a run
-    rehearse(cfg, network, data)
+    data.setup("fit")
+    return TrainingParts(network, data)
+
+
+def _open_run(cfg: DictConfig, start: ResumePoint, network: nn.Module) -> Run:
+    """Return the run to train in, a new one where none is resumed, and write down what its network is."""
+    run = start.run
     if run is None:
-        if ckpt is not None:
-            checkpoint_weights.load_weights(
-                network, checkpoint_io.read(ckpt), ckpt
-            )  # a file that does not fit leaves no run behind
+        if start.checkpoint is not None:  # a file that does not fit is refused before a folder is made
+            checkpoint_weights.load_weights(network, checkpoint_io.read(start.checkpoint), start.checkpoint)
         run = _new_run(cfg)
     run_end.log_tracebacks_to(run)
     if is_main_process() and model_facts.KEY not in run.provenance():
         run.note(**{model_facts.KEY: model_facts.of_model(cfg)})
-    started = time.monotonic()
+    return run
+
+
+def _new_run(cfg: DictConfig) -> Run:
+    if not is_main_process():
+        return _await_run(run_dir.chosen(cfg))
+    run = run_dir.create(cfg, "train")
+    os.environ[run_dir.ENVIRONMENT] = str(run.path)  # ranks that Lightning starts must not make another
+    return run
+
+
+def _await_run(path: Path, seconds: float = 60.0) -> Run:
+    deadline = time.monotonic() + seconds
+    while not (path / "provenance.json").exists():
+        if time.monotonic() > deadline:
+            raise ConfigError(
+                "run_dir", path, f"rank 0 created no run folder within {seconds:.0f} s", "see rank 0's error"
+            )
+        time.sleep(0.1)
+    return Run(path)
+
+
+def _train_in_folder(cfg: DictConfig, run: Run, start: ResumePoint, parts: TrainingParts) -> None:
+    """Fit, test and report; note how the training ended, whatever ended it."""
+    start_time = time.monotonic()
     mirror = wandb_mirror.start(cfg, run, "train", notify)
     code = 1
     try:
-        _fit(cfg, run, network, data, ckpt, mirror, changed)
+        fit_parts = _build_fit_parts(cfg, run, parts, mirror)
+        checkpoint = _adopt_start(cfg, run, start, parts, fit_parts)
+        _fit(cfg, parts, fit_parts, checkpoint)
+        _report(run, mirror)
         code = 0
     except BaseException as error:
         code = error_translation.code_for(error)
@@ -110,78 +189,90 @@ def train(cfg: DictConfig, run: Run | None = None) -> Run:
         try:
             if is_main_process():
                 os.environ.pop(run_dir.ENVIRONMENT, None)  # the next run of this process makes a folder of its own
-                run_end.note_end(run, code, wall_s=round(time.monotonic() - started, 3))
+                run_end.note_end(run, code, wall_s=round(time.monotonic() - start_time, 3))
         finally:
             mirror.finish(code)
-    return run
 
 
-def _fit(
-    cfg: DictConfig,
-    run: Run,
-    network: Any,
-    data: Any,
-    ckpt: Path | None,
-    mirror: wandb_mirror.Mirror,
-    changed: Sequence[Change] | None,
-) -> None:
-    chosen = spec.parse(cfg.analysis)
-    module = build_module(cfg, network, data)
-    diagnostics = DiagnosticCallback(cfg, chosen, run, mirror)
+def _build_fit_parts(cfg: DictConfig, run: Run, parts: TrainingParts, mirror: wandb_mirror.Mirror) -> FitParts:
+    analyses = spec.parse(cfg.analysis)
+    module = build_module(cfg, parts.network, parts.data)
+    diagnostics = DiagnosticCallback(cfg, analyses, run, mirror)
     logger = run_logger.RunLogger(run, Journal(run.journal), mirror)
-    trainer = build_trainer(cfg, run, logger, diagnostics)
+    return FitParts(module, build_trainer(cfg, run, logger, diagnostics), diagnostics, logger)
+
+
+def _adopt_start(
+    cfg: DictConfig, run: Run, start: ResumePoint, parts: TrainingParts, fit_parts: FitParts
+) -> Path | None:
+    """Check the checkpoint to start from and note in the run folder what was resumed or started from.
+
+    Returns:
+        The checkpoint whose whole state is restored; None without one, or where only its weights were loaded.
+    """
     rates = {key: value for key, value in loading.plain(cfg.optimizer).items() if key != "schedule"}
-    identity = {"batch_size": data.batch_size, "world_size": trainer.world_size, "num_classes": data.num_classes,
-                "optimizer": loading.digest(rates)}  # fmt: skip
-    module.identity = {**identity, "seed": int(cfg.seed), "config_hash": experiment_identity.config_hash(cfg)}
-    if changed is not None:
+    identity = {
+        "batch_size": parts.data.batch_size,
+        "world_size": fit_parts.trainer.world_size,
+        "num_classes": parts.data.num_classes,
+        "optimizer": loading.digest(rates),
+    }
+    config_hash = experiment_identity.config_hash(cfg)
+    fit_parts.module.identity = {**identity, "seed": int(cfg.seed), "config_hash": config_hash}
+    if start.changes is not None:
         identity["seed"] = int(cfg.seed)
-    if ckpt is not None:
-        ckpt = adopt_checkpoint(ckpt, network, identity, run, trainer, weights_only=bool(cfg.get("ckpt_weights_only")))
+    checkpoint = start.checkpoint
+    if checkpoint is not None:
+        weights_only = bool(cfg.get("ckpt_weights_only"))
+        checkpoint = adopt_checkpoint(
+            checkpoint, parts.network, identity, run, fit_parts.trainer, weights_only=weights_only
+        )
     if is_main_process():
-        if changed is not None:
-            resume_changes.record(run, cfg, changed, step_of(ckpt))
-        elif cfg.ckpt_path not in (None, "last", "auto"):
-            run.note(
-                started_from={"checkpoint": str(cfg.ckpt_path), "step": step_of(ckpt), "weights_only": ckpt is None}
-            )
+        _note_start(cfg, run, start, checkpoint)
+    return checkpoint
+
+
+def _note_start(cfg: DictConfig, run: Run, start: ResumePoint, checkpoint: Path | None) -> None:
+    step = step_of(checkpoint)
+    if start.changes is not None:
+        resume_changes.record(run, cfg, start.changes, step)
+    elif cfg.ckpt_path not in (None, "last", "auto"):
+        weights_only = checkpoint is None
+        run.note(started_from={"checkpoint": str(cfg.ckpt_path), "step": step, "weights_only": weights_only})
+
+
+def _fit(cfg: DictConfig, parts: TrainingParts, fit_parts: FitParts, checkpoint: Path | None) -> None:
+    """Fit, and test where the configuration asks for it.
+
+    Raises:
+        CheckpointError: The state of the checkpoint could not be restored.
+    """
+    trainer, module = fit_parts.trainer, fit_parts.module
     try:
-        trainer.fit(module, datamodule=data, ckpt_path=ckpt, weights_only=True)
+        trainer.fit(module, datamodule=parts.data, ckpt_path=checkpoint, weights_only=True)
         if cfg.test:
-            trainer.test(module, datamodule=data, verbose=False)
+            trainer.test(module, datamodule=parts.data, verbose=False)
     except BaseException as error:
-        end_others(trainer)
-        if ckpt is not None and not diagnostics.started and _is_defect(error):  # it was being restored
+        end_other_ranks(trainer)
+        if checkpoint is not None and not fit_parts.diagnostics.started and _is_defect(error):  # it was being restored
             why = f"cannot be gone on from ({type(error).__name__}: {' '.join(str(error).split())[:160]})"
             fix = "use the model, optimizer and callbacks it was made with"
-            raise CheckpointError("ckpt_path", ckpt, why, fix) from error
+            raise CheckpointError("ckpt_path", checkpoint, why, fix) from error
         raise
     finally:
-        logger.journal.close()
-    if is_main_process():
-        values = last_values(run.journal)
-        mirror.summary({k: v for k, v in values.items() if isinstance(v, int | float)})
-        print_headline(run, values, mirror)
+        fit_parts.logger.journal.close()
 
 
 def _is_defect(error: BaseException) -> bool:
-    return (
-        isinstance(error, Exception) and not isinstance(error, Interrupted) and error_translation.explain(error) is None
-    )
+    """Tell whether an error is none that a user is told in one line."""
+    if not isinstance(error, Exception) or isinstance(error, Interrupted):
+        return False
+    return error_translation.explain(error) is None
 
 
-def _new_run(cfg: DictConfig) -> Run:
-    if not is_main_process():
-        return _awaited(run_dir.chosen(cfg))
-    run = run_dir.create(cfg, "train")
-    os.environ[run_dir.ENVIRONMENT] = str(run.path)  # ranks that Lightning starts must not make another
-    return run
-
-
-def _awaited(path: Path, seconds: float = 60.0) -> Run:
-    deadline = time.monotonic() + seconds
-    while not (path / "provenance.json").exists():
-        if time.monotonic() > deadline:
-            raise ConfigError("run_dir", path, "rank 0 made no run there", "see rank 0's error")
-        time.sleep(0.1)
-    return Run(path)
+def _report(run: Run, mirror: wandb_mirror.Mirror) -> None:
+    """Print the headline table and write W&B's summary, on rank 0."""
+    if is_main_process():
+        values = last_values(run.journal)
+        mirror.summary({name: value for name, value in values.items() if isinstance(value, int | float)})
+        print_headline(run, values, mirror)
