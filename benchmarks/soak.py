@@ -158,7 +158,7 @@ def _train(folder: Path, *arguments: str) -> None:
     from vitscope.cli import exit_codes, train
 
     sys.argv = ["train.py", *TINY, f"paths.runs={folder}", *arguments]
-    code = exit_codes.code_of(train._command)
+    code = exit_codes.run_command(train._command)
     assert code == 0, f"exit code {code}"
 
 

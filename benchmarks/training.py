@@ -47,7 +47,7 @@ from vitscope.data import DataModule
 from vitscope.models.window_attention import WindowAttention
 from vitscope.runs.metrics_log import Journal
 from vitscope.runs.run_dir import Run
-from vitscope.runs.wandb_mirror import Mirror
+from vitscope.runs.wandb_mirror import WandbMirror
 from vitscope.training.checkpoint_callback import Checkpoints
 from vitscope.training.diagnostics_callback import DiagnosticCallback
 from vitscope.training.lightning_module import _STEP_STREAM, Classifier, _step_seed
@@ -101,7 +101,7 @@ def lightning(model: nn.Module, batches: Iterable[Batch], n: int, mix: Mix, devi
     with tempfile.TemporaryDirectory() as folder:
         run = Run(Path(folder))
         cfg = OmegaConf.create({"seed": 0})
-        logger = RunLogger(run, Journal(run.journal), Mirror())
+        logger = RunLogger(run, Journal(run.journal), WandbMirror())
         watching = [
             SameConfiguration("x"),
             EpochAccuracy(),
@@ -112,7 +112,7 @@ def lightning(model: nn.Module, batches: Iterable[Batch], n: int, mix: Mix, devi
         trainer = pl.Trainer(
             accelerator="gpu" if device.type == "cuda" else "cpu", devices=1, max_epochs=1, logger=logger,
             precision="bf16-mixed" if half else "32-true", gradient_clip_val=5.0, log_every_n_steps=10,
-            callbacks=[*watching, DiagnosticCallback(cfg, [], run, Mirror()), clock], limit_train_batches=WARM + n + 1,
+            callbacks=[*watching, DiagnosticCallback(cfg, [], run, WandbMirror()), clock], limit_train_batches=WARM + n + 1,
             enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False, num_sanity_val_steps=0,
             use_distributed_sampler=False, default_root_dir=folder,
         )  # fmt: skip

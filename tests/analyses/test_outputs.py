@@ -15,7 +15,7 @@ from torch import nn
 import vitscope as vs
 from tests.helpers.kills import KILLED, at_every_change
 from vitscope.analyses import outputs, runner
-from vitscope.analyses.context import Place
+from vitscope.analyses.context import AnalysisContext
 from vitscope.analyses.spec import Analysis
 from vitscope.runs import metrics_log, result_store
 from vitscope.runs.run_dir import Run
@@ -37,8 +37,8 @@ def measured() -> Any:
     return vs.feature_map_variance(probe)
 
 
-def place(folder: Path) -> Place:
-    return Place(OmegaConf.create({}), Run(folder), nn.Identity(), None, "end", 0, 7)
+def place(folder: Path) -> AnalysisContext:
+    return AnalysisContext(OmegaConf.create({}), Run(folder), nn.Identity(), None, "end", 0, 7)
 
 
 def state(folder: Path) -> tuple[list[str], list[dict], dict]:

@@ -21,7 +21,7 @@ def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
     def call(*arguments: str) -> int:
         folders = [f"paths.runs={tmp_path}/runs", f"paths.figures={tmp_path}/figures"]
         monkeypatch.setattr(sys, "argv", ["report.py", *folders, *arguments])
-        return exit_codes.code_of(report._command)
+        return exit_codes.run_command(report._command)
 
     return call
 

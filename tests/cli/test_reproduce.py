@@ -175,7 +175,7 @@ def test_folders_follow_the_profile() -> None:
 
 def test_an_unknown_target_ends_with_2(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(sys, "argv", ["vitscope reproduce", "fig44"])
-    code = exit_codes.code_of(lambda: reproduce.reproduce(*reproduce.arguments(sys.argv[1:])))
+    code = exit_codes.run_command(lambda: reproduce.reproduce(*reproduce.arguments(sys.argv[1:])))
     assert code == 2
     assert "target=fig44: no such figure or table; did you mean fig4" in capsys.readouterr().err
 
@@ -185,5 +185,5 @@ def test_lightnings_own_end_at_sigterm_is_no_success() -> None:
         stop_flag.request(signal.SIGTERM)
         raise SystemExit
 
-    assert exit_codes.code_of(command) == error_translation.TERMINATED
+    assert exit_codes.run_command(command) == error_translation.TERMINATED
     stop_flag.clear()

@@ -17,7 +17,7 @@ from vitscope.cli import exit_codes, report, reproduce
 from vitscope.reports.figures import figure_worker
 from vitscope.reproduce.plan import Outcome
 from vitscope.runs import checkpoint_io
-from vitscope.runs.wandb_mirror import Mirror
+from vitscope.runs.wandb_mirror import WandbMirror
 from vitscope.runtime import stop_flag
 from vitscope.training.lightning_module import Classifier
 
@@ -38,8 +38,8 @@ def handlers() -> Iterator[None]:
 def test_every_signal_saves_and_has_its_code(call, tiny, tmp_path, monkeypatch, capsys, signum) -> None:
     """Saved at that step, W&B told that the run will come back, one line that says how to go on, the same code on disk."""
     told = []
-    monkeypatch.setattr(Mirror, "preempting", lambda self: told.append("preempting"))
-    monkeypatch.setattr(Mirror, "finish", lambda self, code: told.append(code))
+    monkeypatch.setattr(WandbMirror, "preempting", lambda self: told.append("preempting"))
+    monkeypatch.setattr(WandbMirror, "finish", lambda self, code: told.append(code))
     begin = Classifier.on_train_batch_start
 
     def signalled(self: Classifier, batch: object, batch_idx: int) -> None:
@@ -69,7 +69,7 @@ def test_nohup_is_respected() -> None:
         os.kill(os.getpid(), signal.SIGUSR1)
         stop_flag.check()
 
-    assert exit_codes.code_of(command) == 143
+    assert exit_codes.run_command(command) == 143
     assert stop_flag.requested() == signal.SIGUSR1
 
 
@@ -102,7 +102,7 @@ def test_a_second_interrupt_ends_at_once(monkeypatch: pytest.MonkeyPatch) -> Non
         os.kill(os.getpid(), signal.SIGINT)
         stop_flag.check()
 
-    assert exit_codes.code_of(command) == 130
+    assert exit_codes.run_command(command) == 130
     assert ended == [130]
 
 
@@ -144,7 +144,7 @@ def test_report(
 
     monkeypatch.setattr(figure_worker, "draw", signalled)
     monkeypatch.setattr(sys, "argv", ["report.py", f"paths.runs={tmp_path}/runs", f"paths.figures={tmp_path}/figures"])
-    assert exit_codes.code_of(report._command) == CODES[signal.Signals(signum)]
+    assert exit_codes.run_command(report._command) == CODES[signal.Signals(signum)]
     assert len(drawn) == 1, "it went on to the next figure"
     assert not (tmp_path / "figures" / "report.html").exists()
     assert capsys.readouterr().err == f"stopped by {signal.Signals(signum).name}\n"
@@ -196,5 +196,5 @@ def test_reproduce(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, signum: int)
     def command() -> None:
         finished.extend(reproduce.in_processes(trials, tmp_path))
 
-    assert exit_codes.code_of(command) == CODES[signal.Signals(signum)]
+    assert exit_codes.run_command(command) == CODES[signal.Signals(signum)]
     assert terminated == ["asked", "waited for"]

@@ -93,7 +93,7 @@ def test_a_training_whose_second_checkpoint_does_not_fit(call, tiny, tmp_path, m
 def test_why_it_ended_is_said_where_that_cannot_be_written_down(call, tiny, tmp_path, monkeypatch, capsys) -> None:
     """A loss that is not finite on a disk that is full: exit code 5, not 6, and W&B's run is ended."""
     ended = []
-    monkeypatch.setattr(wandb_mirror.Mirror, "finish", lambda self, code: ended.append(code))
+    monkeypatch.setattr(wandb_mirror.WandbMirror, "finish", lambda self, code: ended.append(code))
     monkeypatch.setattr(
         "vitscope.training.lightning_module.Classifier.forward", lambda self, x: self.model(x) * float("nan")
     )

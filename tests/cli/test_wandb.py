@@ -60,14 +60,14 @@ def test_a_server_that_goes_away_in_the_middle(call, tiny, server, tmp_path, mon
 
     monkeypatch.setattr(Classifier, "on_train_batch_start", dying)
     waited = {}
-    finish = wandb_mirror.Mirror.finish
+    finish = wandb_mirror.WandbMirror.finish
 
-    def timed(self: wandb_mirror.Mirror, code: int) -> None:
+    def timed(self: wandb_mirror.WandbMirror, code: int) -> None:
         started = time.monotonic()
         finish(self, code)
         waited["s"] = time.monotonic() - started
 
-    monkeypatch.setattr(wandb_mirror.Mirror, "finish", timed)
+    monkeypatch.setattr(wandb_mirror.WandbMirror, "finish", timed)
     assert call("train", *arguments(tiny)) == 0
     (seen,) = server.runs.values()
     assert seen.config["optimizer.lr"] == 0.001
@@ -113,7 +113,7 @@ def test_whatever_wandb_raises_costs_a_warning(error: Exception) -> None:
         def __getattr__(self, name: str):
             raise error
 
-    mirror = wandb_mirror.Mirror(Broken())
+    mirror = wandb_mirror.WandbMirror(Broken())
     for action in (lambda: mirror.log({"a": 1.0}, 1), lambda: mirror.summary({"a": 1}), mirror.preempting,
                    lambda: mirror.table("t", ["a"], [[1]]), lambda: mirror.histogram("h", [1.0], 1),
                    lambda: mirror.finish(0)):  # fmt: skip

@@ -50,7 +50,7 @@ def trained(root: Path, *arguments: str) -> int:
     """Run the command that made the runs of a folder; return its exit code."""
     cfg = composed(*arguments).copy()
     cfg.paths.runs = str(root)
-    return exit_codes.code_of(lambda: training_run.train(cfg))
+    return exit_codes.run_command(lambda: training_run.train(cfg))
 
 
 def finished_run(root: Path) -> Path:

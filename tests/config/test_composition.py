@@ -113,7 +113,7 @@ def written(folder: Path, content: dict, name: str = "stranger") -> list[str]:
 def command_of(monkeypatch: pytest.MonkeyPatch, name: str, *arguments: str) -> int:
     monkeypatch.setattr(sys, "argv", [f"{name}.py", *arguments])
     monkeypatch.delenv("VITSCOPE_RUN_DIR", raising=False)
-    return exit_codes.code_of({"train": train, "analyze": analyze, "report": report}[name]._command)
+    return exit_codes.run_command({"train": train, "analyze": analyze, "report": report}[name]._command)
 
 
 @pytest.mark.parametrize(("content", "key"), HOSTILE, ids=str)

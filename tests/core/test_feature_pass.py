@@ -18,7 +18,7 @@ from tests.helpers.analysis_runs import made as made  # a run, its network and d
 from tests.helpers.configurations import composed
 from tests.helpers.processes import on_ranks
 from vitscope.analyses import runner, spec
-from vitscope.analyses.context import Place
+from vitscope.analyses.context import AnalysisContext
 from vitscope.config import factories
 from vitscope.runs.run_dir import Run
 
@@ -72,14 +72,14 @@ def test_what_needs_more_than_one_pass_is_refused(name: str, options: dict) -> N
         vs.one_pass(probe_of("resnet18"), {name: options})
 
 
-def with_due(place: Place, *names: str, **changes: dict) -> Place:
+def with_due(place: AnalysisContext, *names: str, **changes: dict) -> AnalysisContext:
     parsed = {a.name: a for a in spec.parse(place.cfg.analysis)}
     request = {"split": "test", "augment": False, "n_images": 16, "batch_size": 8}
     due = [spec.replaced(parsed[name], probe=request | changes.get(name, {}), on_error="raise") for name in names]
     return dataclasses.replace(place, due=due, ahead={})
 
 
-def test_analyses_of_the_same_images_share_a_pass(made: Place) -> None:
+def test_analyses_of_the_same_images_share_a_pass(made: AnalysisContext) -> None:
     place = with_due(made, *SHARED, variance={"n_images": 8})
     passes, handle = passes_of(made.network)
     shared = {analysis.name: runner.perform(analysis, place, reuse=False) for analysis in place.due}
@@ -92,7 +92,7 @@ def test_analyses_of_the_same_images_share_a_pass(made: Place) -> None:
         assert runner.perform(analysis, place) is not None
 
 
-def test_what_is_there_is_not_measured_again(made: Place) -> None:
+def test_what_is_there_is_not_measured_again(made: AnalysisContext) -> None:
     place = with_due(made, *SHARED, **{key: {"seed": 7} for key in SHARED})
     runner.perform(place.due[2], dataclasses.replace(place, due=()))
     passes, handle = passes_of(made.network)
@@ -102,7 +102,7 @@ def test_what_is_there_is_not_measured_again(made: Place) -> None:
     assert passes == [8, 8, 8, 8]  # two for the check, two batches
 
 
-def test_one_that_fails_does_not_take_the_others_with_it(made: Place) -> None:
+def test_one_that_fails_does_not_take_the_others_with_it(made: AnalysisContext) -> None:
     place = with_due(made, "fourier", "cka", **{key: {"batch_size": 2} for key in SHARED})
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -121,7 +121,7 @@ def _late_rank(rank: int, folder: str) -> None:
     torch.manual_seed(0)
     network, data = factories.model(cfg), factories.data(cfg)
     data.adapt_to(network)
-    place = with_due(Place(cfg, Run(Path(folder)), network, data, "end", 0), "variance", "effective_rank")
+    place = with_due(AnalysisContext(cfg, Run(Path(folder)), network, data, "end", 0), "variance", "effective_rank")
     found = []
     for number, analysis in enumerate(place.due):
         if (rank, number) == (1, 1):

@@ -130,7 +130,7 @@ def test_an_analysis_fits_the_temperature_on_the_validation_split(tmp_path: Path
         network.head.weight.zero_()  # type: ignore[union-attr, operator]
         network.head.weight[:, :6].copy_(torch.linalg.lstsq(features[:, :6], onehot).solution.T)  # type: ignore[union-attr, operator]
         logits = network(x).double()
-    place = context.Place(cfg, run_dir.create(cfg, "train"), network, data, "end")
+    place = context.AnalysisContext(cfg, run_dir.create(cfg, "train"), network, data, "end")
     result = runner.perform(spec.parse(cfg.analysis)[0], place)
     assert (result.n_images, result.n_validation) == (60, len(data.split("val")))  # type: ignore[union-attr]
     beta = torch.tensor(1 / result.temperature, dtype=torch.float64, requires_grad=True)  # type: ignore[union-attr]

@@ -14,7 +14,7 @@ import torch
 
 from tests.helpers.analysis_runs import NAMES
 from vitscope.analyses import runner, spec
-from vitscope.analyses.context import Place
+from vitscope.analyses.context import AnalysisContext
 from vitscope.config import factories
 from vitscope.runs import checkpoint_io, run_dir
 from vitscope.runtime import stop_flag
@@ -42,14 +42,14 @@ def assert_same(before: dict[str, object], network: torch.nn.Module) -> None:
         assert same, key
 
 
-def chosen(place: Place, name: str) -> spec.Analysis:
+def chosen(place: AnalysisContext, name: str) -> spec.Analysis:
     """Return an analysis on three batches."""
     (analysis,) = [a for a in spec.parse(place.cfg.analysis) if a.name == name]
     return spec.replaced(analysis, probe={**analysis.probe, "n_images": 24, "batch_size": 8})
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in STATIC | NEEDS_BATCHNORM])
-def test_a_stop_in_the_middle(made: Place, name: str) -> None:
+def test_a_stop_in_the_middle(made: AnalysisContext, name: str) -> None:
     before = state(made.network)
     handle = made.network.register_forward_pre_hook(lambda *_: stop_flag.request(signal.SIGTERM))
     try:
@@ -62,7 +62,7 @@ def test_a_stop_in_the_middle(made: Place, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in STATIC | NEEDS_BATCHNORM])
-def test_memory_that_runs_out_in_the_middle(made: Place, name: str, tmp_path: Path) -> None:
+def test_memory_that_runs_out_in_the_middle(made: AnalysisContext, name: str, tmp_path: Path) -> None:
     """Null with its reason, a warning, and the model as it was; with ``on_error=raise`` the error comes out."""
     folder = tmp_path / "run"
     shutil.copytree(made.run.path, folder, ignore=shutil.ignore_patterns("results"))
@@ -92,7 +92,7 @@ def test_memory_that_runs_out_in_the_middle(made: Place, name: str, tmp_path: Pa
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in STATIC])
-def test_numbers_that_are_not_finite(made: Place, name: str, tmp_path: Path) -> None:
+def test_numbers_that_are_not_finite(made: AnalysisContext, name: str, tmp_path: Path) -> None:
     network = factories.model(made.cfg).eval()
     with torch.no_grad():
         for p in network.parameters():
@@ -103,7 +103,7 @@ def test_numbers_that_are_not_finite(made: Place, name: str, tmp_path: Path) -> 
         content = checkpoint_io.read(folder / "checkpoints" / f"{file}.ckpt")
         content["state_dict"] = {f"model.{key}": value for key, value in network.state_dict().items()}
         checkpoint_io.write(content, folder / "checkpoints" / f"{file}.ckpt")
-    place = Place(made.cfg, run_dir.Run(folder), network, made.datamodule, "end", epoch=0)
+    place = AnalysisContext(made.cfg, run_dir.Run(folder), network, made.datamodule, "end", epoch=0)
     before = state(network)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

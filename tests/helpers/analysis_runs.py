@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.helpers.configurations import composed
-from vitscope.analyses.context import Place
+from vitscope.analyses.context import AnalysisContext
 from vitscope.config import caps, factories, loading
 from vitscope.runs import checkpoint_io, run_dir
 
@@ -17,7 +17,7 @@ ARGUMENTS = ["model=vit", "model.depth=1", "model.patch_size=8", "data=shapes", 
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Place:
+def made(tmp_path_factory: pytest.TempPathFactory) -> AnalysisContext:
     """Return a run with two checkpoints, its data and its network, which tests copy."""
     root = tmp_path_factory.mktemp("runs")
     cfg = composed("train", *ARGUMENTS, f"analysis=[{','.join(NAMES)}]", f"paths.runs={root}")
@@ -34,4 +34,4 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Place:
     network.get_submodule("norm").train()  # as it is found: a mixture of modes, gradients of a step
     for p in network.parameters():
         p.grad = torch.randn_like(p)
-    return Place(cfg, run, network, data, "end", epoch=0)
+    return AnalysisContext(cfg, run, network, data, "end", epoch=0)

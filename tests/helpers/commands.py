@@ -46,7 +46,7 @@ def call(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Cal
     def run(command: str, *arguments: str) -> int:
         monkeypatch.delenv("VITSCOPE_RUN_DIR", raising=False)
         monkeypatch.setattr(sys, "argv", [f"{command}.py", *arguments])
-        return exit_codes.code_of({"train": train, "analyze": analyze}[command]._command)
+        return exit_codes.run_command({"train": train, "analyze": analyze}[command]._command)
 
     return run
 

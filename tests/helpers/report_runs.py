@@ -16,7 +16,7 @@ from vitscope.diagnostics.hessian.hessian_max_eigenvalue_spectrum import Hessian
 from vitscope.diagnostics.landscape.loss_slice import LossSliceResult
 from vitscope.diagnostics.landscape.sharpness import SharpnessResult
 from vitscope.reports import run_index
-from vitscope.reports.claims.effect_sizes import Bench
+from vitscope.reports.claims.effect_sizes import ReportRuns
 from vitscope.reports.model_costs import Cost, Costs
 from vitscope.reports.run_index import Entry
 from vitscope.reports.value_lookup import Selection
@@ -164,5 +164,5 @@ class Given(Costs):
         return self.known.get(entry.family, Cost(10, 10))
 
 
-def bench(root: Path) -> Bench:
-    return Bench(Selection(run_index.collect(run_dir.every(root / "runs"))), Given())
+def bench(root: Path) -> ReportRuns:
+    return ReportRuns(Selection(run_index.collect(run_dir.every(root / "runs"))), Given())

@@ -18,7 +18,7 @@ from vitscope.linalg.weights.effective_weights import (
     pruning_masks,
     refuse_made_weights,
 )
-from vitscope.linalg.weights.weight_space_walk import walked
+from vitscope.linalg.weights.weight_space_walk import points_in_plane
 
 
 def network() -> nn.Sequential:
@@ -115,7 +115,7 @@ def test_pruned_entries_do_not_move_and_count_in_no_norm(mlp_batches: list) -> N
     points = []
     with guarded_evaluation(vs.Probe(permanent, mlp_batches)) as (inside, here):
         order = {name: own[short] for name, short in canonical_names(inside).items() if short in own}
-        with walked(dict(inside.named_parameters()), None, order) as move:
+        with points_in_plane(dict(inside.named_parameters()), None, order) as move:
             for at in (-1.0, 0.0, 1.0):
                 move(0.0, at)
                 points.append(here()["nll"])

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from vitscope.linalg.eigensolver import extreme_eigenvalues, free_memory
-from vitscope.linalg.krylov_basis import Basis, Memory, dot, norm
+from vitscope.linalg.krylov_basis import Basis, BasisBuffer, dot, norm
 from vitscope.linalg.lanczos import Lanczos
 
 SPECTRA = {
@@ -190,7 +190,7 @@ def test_inner_products_of_long_float32_vectors_are_exact_to_rounding():
 
 def test_memory_is_used_again_and_changes_no_number():
     a, b = (matrix(SPECTRA[name], torch.float32) for name in ("both signs", "clustered"))
-    memory = Memory()
+    memory = BasisBuffer()
     for m in (a, b, a):
         own = extreme_eigenvalues(product_of(m), start_for(m), 3, vectors=True)
         shared = extreme_eigenvalues(product_of(m), start_for(m), 3, vectors=True, memory=memory)
@@ -204,7 +204,7 @@ def test_memory_is_used_again_and_changes_no_number():
 
 
 def test_memory_grows_and_follows_size_and_dtype():
-    memory, like = Memory(), torch.zeros(10)
+    memory, like = BasisBuffer(), torch.zeros(10)
     first = memory.rows(4, like)
     assert memory.rows(3, like).data_ptr() == first.data_ptr()
     assert memory.rows(3, like).shape == (3, 10)

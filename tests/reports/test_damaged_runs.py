@@ -137,7 +137,7 @@ def test_every_damaged_folder_is_named_and_left_out(
     assert len(DAMAGES) >= 50
     arguments = [f"paths.runs={tmp_path}/runs", f"out={tmp_path}/out", "table=models"]
     monkeypatch.setattr(sys, "argv", ["report.py", *arguments])
-    code = exit_codes.code_of(report._command)
+    code = exit_codes.run_command(report._command)
     said = capsys.readouterr()
     named = [line for line in said.err.splitlines() if line.startswith("damaged: ")]
     for kind, run in damaged.items():
@@ -167,7 +167,7 @@ def test_a_damaged_array_costs_its_figure(
     run = write_run(tmp_path / "runs", "vit", 0, measured={"slice": curve()}, name="good")
     (run.path / "results" / "slice" / "end-0badcafe.npz").write_bytes(b"PK\x03\x04")
     monkeypatch.setattr(sys, "argv", ["report.py", f"paths.runs={tmp_path}/runs", f"out={tmp_path}/out", "page=false"])
-    code = exit_codes.code_of(report._command)
+    code = exit_codes.run_command(report._command)
     said = capsys.readouterr().err
     assert "Traceback" not in said
     assert "end-0badcafe.npz" in said

@@ -56,6 +56,6 @@ def test_finding(tmp_path: Path) -> None:
 def test_names_from_jobs_stay_inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "../../etc/pass wd")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    path = run_dir.chosen(cfg(tmp_path))
+    path = run_dir.requested_run_folder(cfg(tmp_path))
     assert path.parent == tmp_path / "runs"
     assert "/" not in path.name

@@ -139,7 +139,7 @@ def test_a_second_run_in_one_folder_is_refused_before_it_writes(tmp_path: Path) 
         before = {file.name: file.read_bytes() for file in folder.iterdir()}
         for second in (
             lambda: run_dir.create(cfg(folder), "train"),
-            lambda: run_dir.take_up(Run(folder), cfg(folder), "train"),
+            lambda: run_dir.reopen(Run(folder), cfg(folder), "train"),
         ):
             with pytest.raises(StorageError, match=f"process {os.getpid()} on"):
                 second()
@@ -159,7 +159,7 @@ def test_a_new_run_is_killed_at_every_write(tmp_path: Path) -> None:
         assert code == KILLED
         with run_lock.released_at_end():
             if (folder / "provenance.json").exists():
-                run_dir.take_up(run_dir.find(folder), cfg(folder), "train")
+                run_dir.reopen(run_dir.find(folder), cfg(folder), "train")
             else:
                 run_dir.create(cfg(folder), "train")
         assert sorted(file.name for file in folder.iterdir()) == ["config.yaml", "provenance.json"]
@@ -181,6 +181,6 @@ def test_stale_temporary_files_are_swept_when_a_run_goes_on(tmp_path: Path) -> N
     for file in (*stale, mine):
         file.write_text("")
     with run_lock.released_at_end():
-        run_dir.take_up(run, cfg(folder), "train")
+        run_dir.reopen(run, cfg(folder), "train")
     assert [file for file in stale if file.exists()] == []
     assert mine.exists()

@@ -62,7 +62,7 @@ def test_limit_takes_the_first_trials(tmp_path: Path) -> None:
 
 def test_a_failure_is_named_and_retried(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sweep = sweep_of(do=["finish", "fail"])
-    first = local(sweep, tmp_path, show=progress_table.Shown())
+    first = local(sweep, tmp_path, show=progress_table.SweepDisplay())
     assert first.run() == 3
     progress_table.report(first)
     shown = capsys.readouterr()

@@ -211,7 +211,7 @@ def test_bayes_learns_and_repeats_what_was_asked() -> None:
 
 def test_the_command_refuses_and_points(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     def code(*argv: str) -> int:
-        return exit_codes.code_of(lambda: sys.exit(command.command(argv)))
+        return exit_codes.run_command(lambda: sys.exit(command.command(argv)))
 
     monkeypatch.chdir(ROOT)
     assert code("--help") == 0

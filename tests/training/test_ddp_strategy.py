@@ -54,7 +54,7 @@ def test_two_processes_give_one_process_s_numbers(tmp_path: Path, monkeypatch: p
     arguments = ["train.py", *shared, "trainer=cpu", "data.batch_size=8", f"run_dir={tmp_path}/one"]
     monkeypatch.setattr(sys, "argv", arguments)
     monkeypatch.delenv("VITSCOPE_RUN_DIR", raising=False)
-    assert exit_codes.code_of(train._command) == 0
+    assert exit_codes.run_command(train._command) == 0
     _, err = process.communicate(timeout=180)
     assert process.returncode == 0, err
     one, two = numbers(tmp_path / "one"), numbers(tmp_path / "two")

@@ -109,7 +109,7 @@ def _perform(
     tag, epoch, step = _moment(path, content, run)
     values: dict[str, Any] = {}
     due = [spec.replaced(analysis, on_error="raise") for analysis in spec.parse(cfg.analysis)]
-    place = context.Place(cfg, run, network, data, tag, epoch, step, mirror, content, due)
+    place = context.AnalysisContext(cfg, run, network, data, tag, epoch, step, mirror, content, due)
     for analysis in due:
         result = runner.perform(analysis, place, reuse=bool(cfg.reuse))
         assert result is not None

@@ -8,7 +8,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from vitscope.analyses.context import Place
+from vitscope.analyses.context import AnalysisContext
 from vitscope.analyses.spec import Analysis
 from vitscope.config import factories
 from vitscope.core.probe import Probe
@@ -16,7 +16,7 @@ from vitscope.core.run_inputs import FromRun, run_inputs
 from vitscope.runs import api, checkpoint_sequence, partial_results
 
 
-def options(analysis: Analysis, place: Place, rows: partial_results.PartialRows) -> dict[str, Any]:
+def options(analysis: Analysis, place: AnalysisContext, rows: partial_results.PartialRows) -> dict[str, Any]:
     """Return the inputs that a measure takes from its run, see `run_inputs`, and that its node leaves open."""
     supply: dict[FromRun, Callable[[], Any]] = {
         FromRun.ROWS: lambda: rows,
@@ -28,7 +28,7 @@ def options(analysis: Analysis, place: Place, rows: partial_results.PartialRows)
     return {name: supply[kind]() for name, kind in inputs.items() if analysis.options.get(name) is None}
 
 
-def _validation_probe(place: Place) -> Probe:
+def _validation_probe(place: AnalysisContext) -> Probe:
     request = {"split": "val", "augment": False, "n_images": None, "batch_size": place.datamodule.eval_batch_size}
     return factories.probe(place.cfg, place.network, place.datamodule, request)
 

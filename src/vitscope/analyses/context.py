@@ -11,11 +11,11 @@ from torch import nn
 
 from vitscope.analyses.spec import Analysis
 from vitscope.runs.run_dir import Run
-from vitscope.runs.wandb_mirror import Mirror
+from vitscope.runs.wandb_mirror import WandbMirror
 
 
 @dataclass(frozen=True)
-class Place:
+class AnalysisContext:
     """Where and about what an analysis is made.
 
     Attributes:
@@ -40,7 +40,7 @@ class Place:
     tag: str
     epoch: int | None = None
     step: int = 0
-    mirror: Mirror = field(default_factory=Mirror)
+    mirror: WandbMirror = field(default_factory=WandbMirror)
     content: Mapping[str, Any] | None = None
     due: Sequence[Analysis] = ()
     ahead: dict[str, Any] = field(default_factory=dict)

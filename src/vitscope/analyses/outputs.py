@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from vitscope.analyses.context import Place
+from vitscope.analyses.context import AnalysisContext
 from vitscope.analyses.spec import Analysis
 from vitscope.config import loading
 from vitscope.plotting.api import plot, save_figure
@@ -21,7 +21,7 @@ from vitscope.runtime.distributed import rank
 from vitscope.runtime.errors import StorageError
 
 
-def failure(analysis: Analysis, place: Place, folder: Path, stem: str, error: Exception) -> None:
+def failure(analysis: Analysis, place: AnalysisContext, folder: Path, stem: str, error: Exception) -> None:
     """Record a null result with its reason, and go on."""
     text = redaction.masked(str(error)).strip()
     reason = f"{type(error).__name__}: {text.splitlines()[0] if text else ''}"
@@ -33,7 +33,7 @@ def failure(analysis: Analysis, place: Place, folder: Path, stem: str, error: Ex
         safe_files.append_text(place.run.log, f"analysis.{analysis.name} at {place.tag}\n{trace}\n")
 
 
-def store(analysis: Analysis, place: Place, folder: Path, stem: str, result: Any) -> None:
+def store(analysis: Analysis, place: AnalysisContext, folder: Path, stem: str, result: Any) -> None:
     """Save a result and publish it; a mark beside it says that this is not done yet, until it is.
 
     A kill or a full disk in between leaves the mark, and `complete` does what is left when the result is asked for again.
@@ -44,7 +44,7 @@ def store(analysis: Analysis, place: Place, folder: Path, stem: str, result: Any
     _mark(folder, stem).unlink(missing_ok=True)
 
 
-def complete(analysis: Analysis, place: Place, folder: Path, stem: str, result: Any) -> None:
+def complete(analysis: Analysis, place: AnalysisContext, folder: Path, stem: str, result: Any) -> None:
     """Do what a stop left undone for a result that is on the disk: its ``.json``, its row, its figure, its copy in W&B."""
     figure = _figure_stem(analysis, place)
     png, pdf = (figure.with_name(f"{figure.name}.{ending}") for ending in ("png", "pdf"))
@@ -61,15 +61,15 @@ def _mark(folder: Path, stem: str) -> Path:
     return folder / f".unpublished-{stem}"
 
 
-def _figure_stem(analysis: Analysis, place: Place) -> Path:
+def _figure_stem(analysis: Analysis, place: AnalysisContext) -> Path:
     return place.run.figures / f"{analysis.name}-{place.tag}"
 
 
-def _row(analysis: Analysis, place: Place, result: Any) -> dict[str, Any]:
+def _row(analysis: Analysis, place: AnalysisContext, result: Any) -> dict[str, Any]:
     return {**{f"{analysis.name}/{name}": value for name, value in result.scalars().items()}, "tag": place.tag}
 
 
-def _has_row(analysis: Analysis, place: Place, result: Any) -> bool:
+def _has_row(analysis: Analysis, place: AnalysisContext, result: Any) -> bool:
     """Tell whether the metrics log ends, for this analysis at this moment, with the result's numbers."""
     wanted = json.loads(json.dumps(result_store.finite(_row(analysis, place, result))))
     rows = [
@@ -80,7 +80,7 @@ def _has_row(analysis: Analysis, place: Place, result: Any) -> bool:
     return bool(rows) and all(rows[-1][name] == value for name, value in wanted.items())
 
 
-def publish(analysis: Analysis, place: Place, result: Any) -> None:
+def publish(analysis: Analysis, place: AnalysisContext, result: Any) -> None:
     """Metrics log first (unless its last row of this analysis says the same), then the figure and W&B."""
     row = _row(analysis, place, result)
     scalars = {name: value for name, value in row.items() if name != "tag"}

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from vitscope.analyses import arguments, outputs
-from vitscope.analyses.context import Place
+from vitscope.analyses.context import AnalysisContext
 from vitscope.analyses.spec import Analysis
 from vitscope.config import factories, loading
 from vitscope.core import feature_pass
@@ -26,7 +26,7 @@ from vitscope.runtime.errors import ConfigError, StorageError, VitscopeError
 from vitscope.runtime.stop_flag import Interrupted
 
 
-def perform(analysis: Analysis, place: Place, *, reuse: bool = True) -> Any | None:
+def perform(analysis: Analysis, place: AnalysisContext, *, reuse: bool = True) -> Any | None:
     """Return the analysis's result, from disk where it was made before for the same weights and settings.
 
     Args:
@@ -71,11 +71,11 @@ def perform(analysis: Analysis, place: Place, *, reuse: bool = True) -> Any | No
     return result
 
 
-def _stem(analysis: Analysis, place: Place) -> str:
+def _stem(analysis: Analysis, place: AnalysisContext) -> str:
     return f"{place.tag}-{settings_hash(analysis, place)}"
 
 
-def settings_hash(analysis: Analysis, place: Place) -> str:
+def settings_hash(analysis: Analysis, place: AnalysisContext) -> str:
     """Return the 8 digits that name an analysis's settings: its options, its images and the objective.
 
     Files that options name count with their content, so that a result is not taken for that of other weights.
@@ -99,7 +99,9 @@ def _files(options: Mapping[str, Any]) -> list[Path]:
     return [path for path in paths if path.is_file()]
 
 
-def _measured(analysis: Analysis, place: Place, weights: str, rows: partial_results.PartialRows, reuse: bool) -> Any:
+def _measured(
+    analysis: Analysis, place: AnalysisContext, weights: str, rows: partial_results.PartialRows, reuse: bool
+) -> Any:
     result = place.ahead.pop(analysis.name, None)
     if result is None:
         stop_flag.check()
@@ -116,7 +118,7 @@ def _measured(analysis: Analysis, place: Place, weights: str, rows: partial_resu
     return result
 
 
-def _sharing(analysis: Analysis, place: Place, weights: str, reuse: bool) -> list[Analysis]:
+def _sharing(analysis: Analysis, place: AnalysisContext, weights: str, reuse: bool) -> list[Analysis]:
     """Return the analyses whose turn is still to come and that can share this one's forward pass."""
     if feature_pass.accumulator_of(analysis.measure, analysis.options) is None or analysis.name in place.alone:
         return []
@@ -132,7 +134,7 @@ def _sharing(analysis: Analysis, place: Place, weights: str, reuse: bool) -> lis
 
 
 def _with_others(
-    analysis: Analysis, others: Sequence[Analysis], probe: Probe, options: Mapping[str, Any], place: Place
+    analysis: Analysis, others: Sequence[Analysis], probe: Probe, options: Mapping[str, Any], place: AnalysisContext
 ) -> Any | None:
     """Return the result of a forward pass shared with ``others``, whose own wait in ``ahead``; None without or on failure."""
     if not others:

@@ -39,10 +39,10 @@ _TRACEBACK_REQUEST = "VITSCOPE_SET_HYDRA_FULL_ERROR"
 
 def run(command: Callable[[], None]) -> None:
     """Run a command and end the process with its exit code."""
-    sys.exit(code_of(command))
+    sys.exit(run_command(command))
 
 
-def code_of(command: Callable[[], None]) -> int:
+def run_command(command: Callable[[], None]) -> int:
     """Run a command; return its exit code after printing the one line that an error gets."""
     if run_end.current_run() is not None:
         gc.collect()  # trainer, module and callbacks refer to each other: the last run's memory would wait for a chance

@@ -137,7 +137,7 @@ def _serve(pipe: Any, trials: Sequence[Trial], root: Path) -> None:
     """Perform trials and send what became of each; stop at a signal."""
     for trial in trials:
         kept: list[Outcome] = []
-        code = exit_codes.code_of(lambda trial=trial, kept=kept: kept.append(attempted(trial, root)))
+        code = exit_codes.run_command(lambda trial=trial, kept=kept: kept.append(attempted(trial, root)))
         if stop_flag.requested() is not None:
             pipe.send(stop_flag.requested())
             return

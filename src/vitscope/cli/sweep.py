@@ -57,7 +57,7 @@ def command(argv: Sequence[str]) -> int:
         return _server(sweep, root, slots, limit, chosen.get("sweep_id"))
     from vitscope.sweep.local_runner import LocalSweep  # imports torch
 
-    with progress_table.Shown() as shown:
+    with progress_table.SweepDisplay() as shown:
         local = LocalSweep(sweep, root, slots, limit=limit, show=shown)
         try:
             code = local.run()

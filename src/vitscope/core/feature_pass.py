@@ -42,7 +42,7 @@ def accumulator_of(measure: Callable[..., Any], options: Mapping[str, Any]) -> C
     return found if own and options.get("other") is None else None
 
 
-def through(probe: Probe, accumulators: Sequence[Accumulator], description: str) -> None:
+def run_feature_pass(probe: Probe, accumulators: Sequence[Accumulator], description: str) -> None:
     """Make one forward pass over this rank's batches and hand every map to every accumulator."""
 
     def read(index: int, tap: Tap, x: Tensor) -> None:
@@ -88,7 +88,7 @@ def collect(probe: Probe, chosen: Sequence[tuple[Callable[..., Any], Mapping[str
             make = accumulator_of(measure, options)
             assert make is not None
             accumulators.append(make(probe, **{key: value for key, value in options.items() if key != "other"}))
-        through(probe, accumulators, "feature maps")
+        run_feature_pass(probe, accumulators, "feature maps")
     except Interrupted:
         raise
     except Exception as found:  # told to the other ranks, which would wait for this one's sums

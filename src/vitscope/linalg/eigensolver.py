@@ -19,10 +19,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vitscope.linalg.krylov_basis import Memory
+from vitscope.linalg.krylov_basis import BasisBuffer
 from vitscope.linalg.lanczos import Lanczos, Operator
 from vitscope.linalg.partial_reorthogonalization import SemiorthogonalLanczos
-from vitscope.linalg.ritz_values import WHICH, Ritz, count, errors, settled, tolerances, wanted
+from vitscope.linalg.ritz_values import WHICH, Ritz, count, errors, select_ritz_values, settled, tolerances
 from vitscope.runtime import distributed
 
 #: products in a row with which all must be known. Of 64 searches at a tolerance of 1e-2 for the ends of a trained transformer's
@@ -68,7 +68,7 @@ def extreme_eigenvalues(
     seed: int = 0,
     shift: float = 0.0,
     shared: bool = False,
-    memory: Memory | None = None,
+    memory: BasisBuffer | None = None,
 ) -> Eigenpairs:
     """Return the ``k`` extreme eigenvalues of a symmetric operator.
 
@@ -123,7 +123,7 @@ class Search:
         max_memory: float | None = None,
         seed: int = 0,
         shift: float = 0.0,
-        memory: Memory | None = None,
+        memory: BasisBuffer | None = None,
     ) -> None:
         _check(len(start), k, which, tol, max_products)
         self.k, self.which, self.n_ends, self.tol, self.max_products = k, which, n_ends, tol, max_products
@@ -218,7 +218,7 @@ def free_memory(device: torch.device) -> float:
 
 def _kept(ritz: Ritz, chosen: np.ndarray, which: str, rows: int) -> np.ndarray:
     """Return the Ritz values to restart with: the wanted ones and, for a wider gap, some that follow them."""
-    following = wanted(ritz.values, len(ritz.values), "LM" if which == "both" else which)
+    following = select_ritz_values(ritz.values, len(ritz.values), "LM" if which == "both" else which)
     ranked = list(dict.fromkeys([*chosen.tolist(), *following.tolist()]))
     base = len(set(chosen.tolist()))
     return np.sort(ranked[: min(base + max(2, (rows - base) // 3), rows - 3)])

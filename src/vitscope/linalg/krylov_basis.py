@@ -24,7 +24,7 @@ GRAM_SHARE = 64
 GPU_BLOCK = 1 << 22
 
 
-class Memory:
+class BasisBuffer:
     """Memory that one basis after another uses: taking pages from the operating system costs as much as filling them."""
 
     def __init__(self) -> None:
@@ -53,8 +53,8 @@ class Basis:
         count: rows in use.
     """
 
-    def __init__(self, capacity: int, like: Tensor, memory: Memory | None = None) -> None:
-        self.rows = (memory or Memory()).rows(capacity, like)
+    def __init__(self, capacity: int, like: Tensor, memory: BasisBuffer | None = None) -> None:
+        self.rows = (memory or BasisBuffer()).rows(capacity, like)
         self.scales = np.ones(capacity)
         self.count = 0
         self.block = GPU_BLOCK if like.device.type == "cuda" else CPU_BLOCK

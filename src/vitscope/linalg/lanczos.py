@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vitscope.linalg.krylov_basis import Basis, Memory
+from vitscope.linalg.krylov_basis import Basis, BasisBuffer
 from vitscope.linalg.ritz_values import Ritz
 from vitscope.runtime.errors import NumericalError
 
@@ -56,7 +56,7 @@ class Lanczos:
         capacity: int,
         seed: int = 0,
         shift: float = 0.0,
-        memory: Memory | None = None,
+        memory: BasisBuffer | None = None,
     ) -> None:
         self.product, self.seed, self.shift = product, seed, shift
         self.basis = Basis(min(capacity, len(start) + 1), start, memory)

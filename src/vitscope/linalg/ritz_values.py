@@ -23,7 +23,7 @@ class Ritz(NamedTuple):
     vectors: np.ndarray
 
 
-def wanted(values: np.ndarray, k: int, which: str, n_ends: int = 0) -> np.ndarray:
+def select_ritz_values(values: np.ndarray, k: int, which: str, n_ends: int = 0) -> np.ndarray:
     """Return the numbers of the wanted Ritz values: ``LM`` by magnitude, ``LA`` descending, ``SA`` ascending.
 
     ``both`` gives the k largest, descending, then the k smallest, ascending; so do ``n_ends`` more of either end, after
@@ -32,13 +32,13 @@ def wanted(values: np.ndarray, k: int, which: str, n_ends: int = 0) -> np.ndarra
     ascending = np.argsort(values, kind="stable")
     ends = np.concatenate([ascending[::-1][:n_ends], ascending[:n_ends]])
     if which == "both":
-        return np.concatenate([wanted(values, 0, "LM", k), ends])
+        return np.concatenate([select_ritz_values(values, 0, "LM", k), ends])
     order = {"LM": np.argsort(-np.abs(values), kind="stable"), "LA": ascending[::-1], "SA": ascending}[which]
     return np.concatenate([order[:k], ends])
 
 
 def count(k: int, which: str, n_ends: int = 0) -> int:
-    """Return how many values `wanted` gives."""
+    """Return how many values `select_ritz_values` gives."""
     return (2 * k if which == "both" else k) + 2 * n_ends
 
 
@@ -72,7 +72,7 @@ def settled(ritz: Ritz, k: int, which: str, tol: float, n_ends: int = 0) -> tupl
     eigenvalue near, not that none has been passed over: so the next Ritz values in line may not reach among the wanted ones
     within their residuals either (on small networks this left two thirds of the misses, for 2 % more products).
     """
-    chosen = wanted(ritz.values, k, which, n_ends)
+    chosen = select_ritz_values(ritz.values, k, which, n_ends)
     if len(chosen) < count(k, which, n_ends):
         return chosen, False
     estimate = errors(ritz)
@@ -87,7 +87,7 @@ def _rivalled(ritz: Ritz, n: int, which: str, tol: float) -> bool:
     """Return whether the next Ritz value in line, at either end, might belong among the ``n`` wanted ones."""
     if n == 0 or n >= len(ritz.values):
         return False
-    order = wanted(ritz.values, len(ritz.values), which)
+    order = select_ritz_values(ritz.values, len(ritz.values), which)
     inside, rest = order[:n], order[n:]
     key = {"LM": np.abs(ritz.values), "LA": ritz.values, "SA": -ritz.values}[which]
     ends = {"LM": [rest.min(), rest.max()], "LA": [rest.max()], "SA": [rest.min()]}[which]  # values ascend

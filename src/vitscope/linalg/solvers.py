@@ -11,7 +11,7 @@ from torch import Tensor
 from vitscope.linalg.curvature.curvature_operator import Curvature
 from vitscope.linalg.curvature.start_vector import start_vector
 from vitscope.linalg.eigensolver import Eigenpairs, extreme_eigenvalues
-from vitscope.linalg.krylov_basis import Memory
+from vitscope.linalg.krylov_basis import BasisBuffer
 from vitscope.linalg.power_iteration import power_iteration
 
 SOLVERS = ("lanczos", "power")
@@ -44,7 +44,7 @@ def solve(
     seed: int = 0,
     shared: bool = False,
     start: Tensor | None = None,
-    memory: Memory | None = None,
+    memory: BasisBuffer | None = None,
 ) -> Solution:
     """Return extreme eigenvalues of ``operator``; arguments as in `extreme_eigenvalues`.
 

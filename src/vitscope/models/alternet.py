@@ -24,7 +24,7 @@ from vitscope.models.alternet_layout import (
     stage_blocks,
     valid_window_sizes,
 )
-from vitscope.models.structure.residual_structure import Part, Read, parts
+from vitscope.models.structure.residual_structure import Read, ResidualUnit, parts
 from vitscope.models.window_attention import FixedMixing, Mixer, PositionBias, WindowAttention
 
 __all__ = ["AlterNet", "MSABlock", "alternet", "build_up", "feature_map_sizes", "valid_window_sizes"]
@@ -60,10 +60,10 @@ class MSABlock(nn.Module):
 
 
 @parts.register(MSABlock)
-def _(block: MSABlock) -> tuple[Part, ...]:
+def _(block: MSABlock) -> tuple[ResidualUnit, ...]:
     attention = block.attn if isinstance(block.attn, WindowAttention) else None
     kind = "pool" if isinstance(block.attn, FixedMixing) and block.attn.mixer == "blur" else "msa"
-    return (Part(kind, Read(block), Read(block.norm1), Read(block.drop_path), attention=attention),)
+    return (ResidualUnit(kind, Read(block), Read(block.norm1), Read(block.drop_path), attention=attention),)
 
 
 class AlterNet(nn.Module):

@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 from vitscope.config import loading
 from vitscope.reports import run_index
 from vitscope.reports.claims import claim_verdicts
-from vitscope.reports.claims.effect_sizes import Bench
+from vitscope.reports.claims.effect_sizes import ReportRuns
 from vitscope.reports.figures import figure_captions, figure_plan, figure_worker, html_page
 from vitscope.reports.model_costs import Costs
 from vitscope.reports.tables import baselines, factorial_tables, headline_tables
@@ -115,15 +115,15 @@ def _folders(cfg: DictConfig, damaged: list[run_index.Damage]) -> list[run_dir.R
 
 def _tables(
     cfg: DictConfig, found: Sequence[run_index.Entry], out: Path
-) -> tuple[dict[str, Table], list[claim_verdicts.Judged]]:
+) -> tuple[dict[str, Table], list[claim_verdicts.ClaimVerdict]]:
     """Build and write the tables that were asked for; return them, and the claims where they are among them."""
     selection = Selection(found, cfg.tag if cfg.tag != "all" else "end", bool(cfg.allow_different))
     costs = Costs()
-    crossed = factorial_tables.made(selection, out) if cfg.table in (None, *factorial_tables.NAMES) else {}
+    crossed = factorial_tables.write_factorial_tables(selection, out) if cfg.table in (None, *factorial_tables.NAMES) else {}
     if cfg.table in factorial_tables.NAMES:
         return _written({cfg.table: crossed[cfg.table]}, out), []
     wanted = [cfg.table] if cfg.table else [name for name in TABLES if name not in factorial_tables.NAMES]
-    judged = claim_verdicts.judge(Bench(selection, costs)) if "claims" in wanted else []
+    judged = claim_verdicts.judge(ReportRuns(selection, costs)) if "claims" in wanted else []
     models = list(cfg.expect.models or []) if cfg.table else []
     seeds = [int(seed) for seed in cfg.expect.seeds or []] if cfg.table else []
     made = {

@@ -11,7 +11,7 @@ from vitscope.config import experiment_identity
 from vitscope.plotting.api import save_figure
 from vitscope.reports import run_index
 from vitscope.reports.claims import claim_verdicts
-from vitscope.reports.claims.effect_sizes import Bench
+from vitscope.reports.claims.effect_sizes import ReportRuns
 from vitscope.reports.figures import figure_captions, figure_plan, figure_worker, scatter_figures
 from vitscope.reports.figures.figure_plan import Panel
 from vitscope.reports.model_costs import Costs
@@ -24,7 +24,7 @@ from vitscope.reproduce.plan import Drawing, Relation, Target
 from vitscope.runs import run_dir
 
 
-class Made(Protocol):
+class TrialOutcome(Protocol):
     """What a trial left: its run and its results as ``analysis/tag-settings``."""
 
     @property
@@ -38,7 +38,7 @@ class Made(Protocol):
         ...
 
 
-def draw(target: Target, made: Sequence[Made], out: Path) -> list[str]:
+def draw(target: Target, made: Sequence[TrialOutcome], out: Path) -> list[str]:
     """Write a target's figures and tables to ``<out>/<target>``; return what is missing or failed, a line each.
 
     Args:
@@ -60,7 +60,7 @@ def draw(target: Target, made: Sequence[Made], out: Path) -> list[str]:
     return problems
 
 
-def entries(made: Sequence[Made]) -> list[Entry]:
+def entries(made: Sequence[TrialOutcome]) -> list[Entry]:
     """Return the runs with those results only that their trials asked for."""
     asked: dict[str, set[str]] = {}
     for outcome in made:
@@ -122,7 +122,7 @@ def _table(target: Target, found: Sequence[Entry], folder: Path) -> list[str]:
     if target.table == "factors":
         return _factors(target, Selection(found), folder)
     if target.table == "claims":
-        table = claim_verdicts.table(claim_verdicts.judge(Bench(Selection(found), costs)))
+        table = claim_verdicts.table(claim_verdicts.judge(ReportRuns(Selection(found), costs)))
     else:
         table = headline_tables.build(str(target.table), Selection(found), costs)
     cells.write(table, folder)
@@ -131,7 +131,7 @@ def _table(target: Target, found: Sequence[Entry], folder: Path) -> list[str]:
 
 
 def _factors(target: Target, selection: Selection, folder: Path) -> list[str]:
-    made = factorial_tables.made(selection, folder)
+    made = factorial_tables.write_factorial_tables(selection, folder)
     for table in made.values():
         cells.write(table, folder)
         print(cells.markdown(table), end="\n")

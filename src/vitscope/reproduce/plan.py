@@ -16,7 +16,7 @@ from vitscope.runtime import errors
 from vitscope.runtime.errors import ConfigError
 
 #: keys of a run that are ours; the others are overrides of ``train.py``
-_OURS = ("experiment", "at", "model")
+PLAN_KEYS = ("experiment", "at", "model")
 
 
 @dataclass(frozen=True)
@@ -172,7 +172,7 @@ def _expanded(run: Mapping[str, Any], models: Mapping[str, str]) -> Iterator[dic
         if name not in models:
             raise ConfigError("model", name, "the profile has no such model", errors.nearest(name, models))
         experiment = {"experiment": chosen["experiment"]} if "experiment" in chosen else {}
-        rest = {key: str(value) for key, value in chosen.items() if key not in _OURS}
+        rest = {key: str(value) for key, value in chosen.items() if key not in PLAN_KEYS}
         yield {**experiment, **_pairs(models[name].split()), **rest}
 
 

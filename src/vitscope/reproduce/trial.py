@@ -14,7 +14,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from vitscope.analyses import runner, spec
-from vitscope.analyses.context import Place
+from vitscope.analyses.context import AnalysisContext
 from vitscope.config import caps, composition, experiment_identity, factories, loading
 from vitscope.reports.value_lookup import undefined
 from vitscope.reproduce.plan import Outcome, Trial
@@ -136,7 +136,7 @@ def _measured(run: Run, wanted: Any, tag: str) -> tuple[list[str], list[str]]:
     return problems, results
 
 
-def _place(cfg: DictConfig, run: Run, tag: str) -> Place:
+def _place(cfg: DictConfig, run: Run, tag: str) -> AnalysisContext:
     path = run.checkpoints / ("last.ckpt" if tag == "end" else f"{tag}.ckpt")
     content = checkpoint_io.read(path)
     network = factories.model(cfg)
@@ -146,4 +146,6 @@ def _place(cfg: DictConfig, run: Run, tag: str) -> Place:
     kept = checkpoint_io.facts(content, path)
     epoch = max(kept.get("epoch", 0) - (kept.get("batch") == 0), 0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return Place(cfg, run, network.to(device), data, tag, epoch, int(content.get("global_step", 0)), content=content)
+    return AnalysisContext(
+        cfg, run, network.to(device), data, tag, epoch, int(content.get("global_step", 0)), content=content
+    )

@@ -144,7 +144,7 @@ def create(cfg: DictConfig, command: str) -> Run:
         StorageError: it cannot be made or written, or another process trains in it.
         ConfigError: ``run_dir`` already holds a run.
     """
-    path = chosen(cfg)
+    path = requested_run_folder(cfg)
     try:
         path.mkdir(parents=True, exist_ok=cfg.get("run_dir") is not None or _job_id() is not None)
     except OSError as error:
@@ -179,7 +179,7 @@ def _no_folder(path: Path, error: OSError) -> StorageError:
     return StorageError("paths.runs", path.parent, f"no folder can be made there ({error.strerror})", "choose another")
 
 
-def take_up(run: Run, cfg: DictConfig, command: str) -> None:
+def reopen(run: Run, cfg: DictConfig, command: str) -> None:
     """Hold a run's folder to go on with it: repair what a kill left half done, delete stale temporary files.
 
     The caller gives it back with `run_lock.release`.
@@ -267,7 +267,7 @@ def redacted(cfg: DictConfig) -> DictConfig:
 
 
 
-def chosen(cfg: DictConfig) -> Path:
+def requested_run_folder(cfg: DictConfig) -> Path:
     """Return the folder that a new run takes (a fresh random name each time, unless a parent or a job decides)."""
     named = os.environ.get(ENVIRONMENT) or cfg.get("run_dir")
     if named:

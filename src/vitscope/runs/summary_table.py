@@ -9,13 +9,13 @@ from rich.console import Console
 from rich.table import Table
 
 from vitscope.runs.run_dir import Run
-from vitscope.runs.wandb_mirror import Mirror
+from vitscope.runs.wandb_mirror import WandbMirror
 
 _FIRST = ("test/accuracy", "test/nll", "test/ece", "val/accuracy", "train/loss")
 _LEFT_OUT = ("step", "epoch", "time", "tag", "trainer/global_step", "lr-")
 
 
-def rows(values: Mapping[str, Any]) -> list[tuple[str, str]]:
+def headline_rows(values: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Return ``(metric, number)`` of what is worth a look, the test metrics first."""
     numbers = {k: v for k, v in values.items() if isinstance(v, int | float) and not k.startswith(_LEFT_OUT)}
     order = [k for k in _FIRST if k in numbers]
@@ -23,9 +23,9 @@ def rows(values: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [(key, f"{numbers[key]:.4g}") for key in order]
 
 
-def print_headline(run: Run, values: Mapping[str, Any], mirror: Mirror) -> None:
+def print_headline(run: Run, values: Mapping[str, Any], mirror: WandbMirror) -> None:
     """Print the table and log it."""
-    shown = rows(values)
+    shown = headline_rows(values)
     table = Table(title=f"{run.id}", title_justify="left")
     table.add_column("metric")
     table.add_column("value", justify="right")

@@ -31,7 +31,7 @@ _HOST = "https://api.wandb.ai"
 PATIENCE = {"WANDB_INIT_TIMEOUT": "60", "WANDB_FINISH_TIMEOUT": "120"}
 
 
-class Mirror:
+class WandbMirror:
     """One W&B run; every method is safe to call, also when W&B is off, offline or broken."""
 
     def __init__(self, run: Any = None) -> None:
@@ -91,14 +91,14 @@ class Mirror:
             warnings.warn(f"W&B: {type(error).__name__}: {_one_line(error)}; the journal has every row", stacklevel=3)
 
 
-def start(cfg: DictConfig, run: Run, job_type: str, say: Callable[[str], None] = print) -> Mirror:
+def start(cfg: DictConfig, run: Run, job_type: str, say: Callable[[str], None] = print) -> WandbMirror:
     """Start (or, for a resumed folder, go on with) the W&B run of a run folder.
 
     Offline unless a key is configured or ``WANDB_MODE`` says otherwise. Only rank 0 has one.
     """
     options = redacted(cfg).get("logger") or DictConfig({})  # names of projects and tags are sent, too
     if rank() != 0 or not options.get("project"):
-        return Mirror()
+        return WandbMirror()
     safe_files.refuse_links(run.path / "wandb")
     mode = os.environ.get("WANDB_MODE")
     if mode is None and not has_key():
@@ -126,13 +126,13 @@ def start(cfg: DictConfig, run: Run, job_type: str, say: Callable[[str], None] =
             # in a sweep the agent hands over the run's id: leave it alone
             if "WANDB_SWEEP_ID" in os.environ:
                 arguments.pop("id", None)
-            mirror = Mirror(wandb.init(mode=attempt, **arguments))  # pyright: ignore[reportArgumentType]
+            mirror = WandbMirror(wandb.init(mode=attempt, **arguments))  # pyright: ignore[reportArgumentType]
             run.note(wandb_id=mirror.id, wandb_url=mirror.url)
             return mirror
         except Exception as error:  # no server, a wrong key, a dead service: try offline, then do without
             then = "trying offline" if attempt != "offline" else "going on without it; the journal has every row"
             say(f"W&B: not started ({type(error).__name__}: {_one_line(error)}); {then}")
-    return Mirror()
+    return WandbMirror()
 
 
 def _one_line(error: Exception) -> str:

@@ -29,7 +29,7 @@ TOP_KEYS = (
     "early_terminate",
 )  # fmt: skip
 #: keys that name a run's folder or how it goes on: they are the runner's
-OURS = ("run", "run_dir", "ckpt_path", "skip_finished", "paths.runs")
+RUN_KEYS = ("run", "run_dir", "ckpt_path", "skip_finished", "paths.runs")
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+")
 
 
@@ -112,7 +112,7 @@ def _parameter(key: str, node: Any) -> Iterator[str]:
         return
     for name in sorted(set(map(str, node)) - distributions.KEYS):
         yield f"parameters.{key}.{name}: no such key; {errors.nearest(name, distributions.KEYS)}"
-    if key in OURS or key.startswith("hydra"):
+    if key in RUN_KEYS or key.startswith("hydra"):
         yield f"parameters.{key}: the runner sets it; take it out"
     try:
         distributions.distribution(key, node)

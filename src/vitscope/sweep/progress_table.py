@@ -37,14 +37,14 @@ def table(sweep: LocalSweep) -> Table:
     return shown
 
 
-class Shown:
+class SweepDisplay:
     """Shows a sweep; use it as a context, and as the ``show`` of a `LocalSweep`."""
 
     def __init__(self) -> None:
         self._console = Console()
         self._live = Live(console=self._console, auto_refresh=False) if self._console.is_terminal else None
 
-    def __enter__(self) -> Shown:
+    def __enter__(self) -> SweepDisplay:
         """Take the terminal."""
         if self._live:
             self._live.start()

@@ -87,7 +87,7 @@ def _checkpoint_to_read(cfg: DictConfig, run: Run | None) -> Path | None:
 def take_up_run(run: Run, cfg: DictConfig) -> None:
     """Hold the run's folder and repair it on rank 0; the other ranks wait until that is done."""
     if is_main_process():
-        run_dir.take_up(run, cfg, "train")
+        run_dir.reopen(run, cfg, "train")
         return
     deadline = time.monotonic() + 60
     while not checkpoint_io.is_settled(run.checkpoints) and time.monotonic() < deadline:

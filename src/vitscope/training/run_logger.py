@@ -9,7 +9,7 @@ from pytorch_lightning.loggers.logger import Logger
 
 from vitscope.runs.metrics_log import Journal
 from vitscope.runs.run_dir import Run
-from vitscope.runs.wandb_mirror import Mirror
+from vitscope.runs.wandb_mirror import WandbMirror
 from vitscope.runtime.distributed import rank
 
 
@@ -22,7 +22,7 @@ class RunLogger(Logger):
         mirror: W&B run.
     """
 
-    def __init__(self, run: Run, journal: Journal, mirror: Mirror) -> None:
+    def __init__(self, run: Run, journal: Journal, mirror: WandbMirror) -> None:
         super().__init__()
         self._run, self.journal, self.mirror = run, journal, mirror
 

@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import vitscope as vs
-from vitscope.linalg.curvature.double_backward import REPLACEMENTS, cheap_double_backward
+from vitscope.linalg.curvature.double_backward import REPLACEMENTS, BilinearConvDoubleBackward
 from vitscope.linalg.curvature.operator_factory import curvatures
 
 CONVOLUTIONS = {
@@ -34,7 +34,7 @@ CONVOLUTIONS = {
 def second(layer, x, v, replaced, parameters=None):
     """Return the loss' value, gradient and second derivative along ``v`` with respect to input and parameters."""
     leaves = [x, *(layer.parameters() if parameters is None else parameters)]
-    with cheap_double_backward() if replaced else torch.enable_grad():
+    with BilinearConvDoubleBackward() if replaced else torch.enable_grad():
         loss = (layer(x).sin() ** 2).sum()
         gradient = torch.autograd.grad(loss, leaves, create_graph=True)
         product = torch.autograd.grad(gradient, leaves, v, materialize_grads=True)
@@ -69,7 +69,7 @@ def test_convolution_of_an_image_that_needs_no_gradient():
     layer = nn.Conv2d(4, 6, 3).double()
     x = torch.randn(2, 4, 7, 7, dtype=torch.float64)
     found = []
-    for context in (cheap_double_backward(), torch.enable_grad()):
+    for context in (BilinearConvDoubleBackward(), torch.enable_grad()):
         with context:
             gradient = torch.autograd.grad((layer(x) ** 3).sum(), list(layer.parameters()), create_graph=True)
             ones = [torch.ones_like(g) for g in gradient]
@@ -96,11 +96,11 @@ def test_batch_norm_of_vectors():
 
 def test_hard_sigmoid_has_a_second_derivative():
     x = torch.linspace(-4, 4, 41, dtype=torch.float64)
-    with cheap_double_backward():
+    with BilinearConvDoubleBackward():
         torch.testing.assert_close(F.hardsigmoid(x), nn.Hardsigmoid()(x))
     torch.testing.assert_close(REPLACEMENTS[F.hardsigmoid](x), F.hardsigmoid(x), rtol=1e-15, atol=1e-15)
     x.requires_grad_()
-    with cheap_double_backward():
+    with BilinearConvDoubleBackward():
         (gradient,) = torch.autograd.grad(F.hardsigmoid(x).square().sum(), x, create_graph=True)
         (curvature,) = torch.autograd.grad(gradient.sum(), x)
     inside = (x > -3) & (x < 3)
@@ -111,7 +111,7 @@ def test_what_is_not_known_is_left_alone():
     layer = nn.Conv2d(4, 6, 3)
     one = torch.randn(4, 6, 6)  # no batch
     z = torch.randn(2, 4, 6, 6, dtype=torch.complex64)
-    with cheap_double_backward():
+    with BilinearConvDoubleBackward():
         torch.testing.assert_close(layer(one), F.conv2d(one, layer.weight, layer.bias))
         assert F.conv2d(z, layer.weight.to(z.dtype)).is_complex()
 
@@ -120,7 +120,7 @@ def test_third_derivatives_are_right():
     layer = nn.Conv2d(2, 2, 3).double()
     x = torch.randn(1, 2, 5, 5, dtype=torch.float64, requires_grad=True)
     found = []
-    for context in (cheap_double_backward(), torch.enable_grad()):
+    for context in (BilinearConvDoubleBackward(), torch.enable_grad()):
         with context:
             (one,) = torch.autograd.grad((layer(x) ** 4).sum(), x, create_graph=True)
             two = torch.autograd.grad(one.sum(), [x, layer.weight], create_graph=True)

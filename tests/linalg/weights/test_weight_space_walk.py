@@ -8,7 +8,7 @@ import torch
 
 from vitscope.linalg.weights import weight_space_walk
 from vitscope.linalg.weights.directions import random_direction
-from vitscope.linalg.weights.weight_space_walk import between, set_aside, squared_norms, walked
+from vitscope.linalg.weights.weight_space_walk import points_in_plane, points_on_segment, set_aside, squared_norms
 
 
 def weights(dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
@@ -28,7 +28,7 @@ def test_points_do_not_depend_on_the_way():
     first, second = directions()
     points = [(0.5, -1.0), (0.5, 0.25), (-2.0, 0.25), (0.0, 0.0), (0.5, -1.0)]
     w, start = weights(), weights()
-    with walked(w, set_aside(first), second) as move:
+    with points_in_plane(w, set_aside(first), second) as move:
         for a, b in points:
             move(a, b)
             expected = start["a"].add(first["a"], alpha=a).add(second["a"], alpha=b)
@@ -44,7 +44,7 @@ def test_points_do_not_depend_on_the_way():
 def test_weights_are_back_after_an_exception(line: bool):
     first, second = directions()
     w, start = weights(), weights()
-    with pytest.raises(RuntimeError, match="stop"), walked(w, None if line else first, second) as move:
+    with pytest.raises(RuntimeError, match="stop"), points_in_plane(w, None if line else first, second) as move:
         move(1.0, 1.0)
         assert not torch.equal(w["a"], start["a"])
         raise RuntimeError("stop")
@@ -82,7 +82,7 @@ def test_between_is_exact_at_both_ends():
     w, start, end = weights(), weights(), {name: 1e8 * d for name, d in random_direction(weights(), 4).items()}
     counter, ends = torch.tensor(3), (torch.tensor(5), torch.tensor(8))
     tensors = {**w, "counter": counter}
-    with between(tensors, {**start, "counter": ends[0]}, {**end, "counter": ends[1]}) as move:
+    with points_on_segment(tensors, {**start, "counter": ends[0]}, {**end, "counter": ends[1]}) as move:
         for t, expected, count in ((0.0, start, 5), (1.0, end, 8)):
             move(t)
             assert all(torch.equal(w[name], expected[name]) for name in w)
@@ -111,7 +111,7 @@ def test_squared_norms_are_those_of_the_moved_weights():
 def test_between_keeps_a_live_end_apart_and_one_ends_nan_from_the_other():
     w = weights()
     broken = {name: value * float("nan") for name, value in w.items()}
-    with between(w, broken, w) as move:
+    with points_on_segment(w, broken, w) as move:
         for t in (0.0, 1.0):
             move(t)
         assert all(torch.equal(w[name], weights()[name]) for name in w)

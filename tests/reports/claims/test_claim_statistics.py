@@ -16,7 +16,7 @@ from tests.helpers.report_runs import CARD, Given, bench, curve, other_card, ris
 from vitscope.diagnostics.fourier.branch_transfer import BranchTransferResult
 from vitscope.reports.claims import claim_statistics, claim_verdicts
 from vitscope.reports.claims.claims import CLAIMS
-from vitscope.reports.claims.effect_sizes import Bench, Effect, balanced, plainest
+from vitscope.reports.claims.effect_sizes import Effect, ReportRuns, balanced, plainest
 from vitscope.reports.claims.matched_controls import flattening
 from vitscope.reports.model_costs import Cost
 from vitscope.runs import run_dir
@@ -33,7 +33,7 @@ def write_scalars(run: run_dir.Run, measure: str, scalars: Mapping[str, float], 
     (folder / "end-0badcafe.json").write_text(json.dumps(record))
 
 
-def ape(control: str = "cost", matched: str = "epoch") -> Callable[[Bench], Effect]:
+def ape(control: str = "cost", matched: str = "epoch") -> Callable[[ReportRuns], Effect]:
     return lambda b: flattening(b, SPECTRUM, "average_positive_eigenvalue", control=control, matched=matched, log=True)
 
 

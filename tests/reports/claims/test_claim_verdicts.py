@@ -7,26 +7,26 @@ import pytest
 from scipy import stats
 
 from vitscope.reports.claims import claim_verdicts
-from vitscope.reports.claims.claims import CLAIMS, Claim, Part
-from vitscope.reports.claims.effect_sizes import Bench, Effect
+from vitscope.reports.claims.claims import CLAIMS, Claim, ClaimStatistic
+from vitscope.reports.claims.effect_sizes import Effect, ReportRuns
 from vitscope.reports.model_costs import Costs
 from vitscope.reports.value_lookup import Selection
 
-NOTHING = Bench(Selection([]), Costs())
+NOTHING = ReportRuns(Selection([]), Costs())
 CLEAR = {0: 1.0, 1: 1.1, 2: 0.9, 3: 1.05, 4: 0.95}
 UNCLEAR = {0: 1.0, 1: -1.1, 2: 0.9, 3: -0.9, 4: 0.2}
 
 
-def part(values: Mapping[int, float], sign: int = 1, *, blocked: str = "", tested: bool = True) -> Part:
+def part(values: Mapping[int, float], sign: int = 1, *, blocked: str = "", tested: bool = True) -> ClaimStatistic:
     effect = Effect(values, "a − b", "" if values else "runs", blocked)
-    return Part(f"part {sign} {values}", sign, lambda bench: effect, "nats", tested)
+    return ClaimStatistic(f"part {sign} {values}", sign, lambda bench: effect, "nats", tested)
 
 
-def claim(*parts: Part, name: str = "x") -> Claim:
+def claim(*parts: ClaimStatistic, name: str = "x") -> Claim:
     return Claim(name, f"Statement {name}", "1", "statistic", "runs", parts)
 
 
-def judge(*parts: Part) -> claim_verdicts.Judged:
+def judge(*parts: ClaimStatistic) -> claim_verdicts.ClaimVerdict:
     (found,) = claim_verdicts.judge(NOTHING, [claim(*parts)])
     return found
 

@@ -16,7 +16,7 @@ from tests.helpers.report_runs import CARD
 from vitscope.config import experiment_identity, loading, model_facts
 from vitscope.reports import run_index
 from vitscope.reports.claims import claim_verdicts
-from vitscope.reports.claims.effect_sizes import Bench
+from vitscope.reports.claims.effect_sizes import ReportRuns
 from vitscope.reports.model_costs import Costs
 from vitscope.reports.run_index import Measured
 from vitscope.reports.value_lookup import Selection
@@ -94,7 +94,7 @@ def test_no_part_of_a_claim_goes_without(profile: str, tmp_path: Path, monkeypat
     found = Selection(run_index.collect(run_dir.every(tmp_path)))
     lacking = {
         f"{judged.claim.name}: {finding.part.name}": finding.reason
-        for judged in claim_verdicts.judge(Bench(found, Costs()))
+        for judged in claim_verdicts.judge(ReportRuns(found, Costs()))
         for finding in judged.findings
         if finding.interval is None
     }

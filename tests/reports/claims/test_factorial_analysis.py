@@ -141,7 +141,7 @@ def test_without_the_four_trainings_there_is_no_answer(make_run: Callable, tmp_p
     make_run("vit")
     selection = Selection(run_index.collect(run_dir.every(tmp_path / "runs")))
     assert factorial_analysis.answer(selection) is None
-    made = factorial_tables.made(selection, tmp_path)
+    made = factorial_tables.write_factorial_tables(selection, tmp_path)
     assert not made["factors"].rows
     assert "landscape-objective" in str(made["factors"].problems[0])
 
@@ -149,7 +149,7 @@ def test_without_the_four_trainings_there_is_no_answer(make_run: Callable, tmp_p
 def test_tables_and_figure_say_who_and_why(make_run: Callable, tmp_path: Path) -> None:
     write(make_run)
     selection = Selection(run_index.collect(run_dir.every(tmp_path / "runs")))
-    made = factorial_tables.made(selection, tmp_path / "figures")
+    made = factorial_tables.write_factorial_tables(selection, tmp_path / "figures")
     texts = [[cell.text for cell in row] for row in made["conditions"].rows]
     assert len(texts) == 12
     assert texts[0][:5] == ["weak, clean, NLL", "5.00 ± 0.66", "6.00 ± 0.66", "1", "ConvNet ?"]

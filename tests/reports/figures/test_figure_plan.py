@@ -18,7 +18,7 @@ def collect(root: Path) -> list[run_index.Entry]:
     return run_index.collect(run_dir.every(root / "runs"))
 
 
-def draw(panel: Panel, folder: Path, options: dict | None = None) -> figure_captions.Drawn:
+def draw(panel: Panel, folder: Path, options: dict | None = None) -> figure_captions.DrawnPanel:
     return figure_captions.drawn(panel, figure_worker.draw(figure_captions.job(panel, folder, options)))
 
 

@@ -19,7 +19,7 @@ from tests.helpers.report_runs import CARD, curve, other_card, rise, spectrum, w
 from vitscope.diagnostics.landscape.loss_landscape import LossLandscapeResult
 from vitscope.reports import run_index
 from vitscope.reports.claims import claim_verdicts
-from vitscope.reports.claims.effect_sizes import Bench
+from vitscope.reports.claims.effect_sizes import ReportRuns
 from vitscope.reports.figures import figure_captions, figure_plan, figure_worker, html_page
 from vitscope.reports.model_costs import Cost, Costs
 from vitscope.reports.tables import headline_tables
@@ -112,7 +112,7 @@ def build(root: Path) -> Path:
     entries = run_index.collect(run_dir.every(root / "runs"))
     selection = Selection(entries)
     made = {name: headline_tables.build(name, selection, Given()) for name in headline_tables.TABLES}
-    judged = claim_verdicts.judge(Bench(selection, Given()))
+    judged = claim_verdicts.judge(ReportRuns(selection, Given()))
     made["claims"] = claim_verdicts.table(judged)
     chosen = figure_plan.panels(entries)
     drawn = [

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vitscope.diagnostics.adversarial._attacks import Ball, Forward, Found, evaluated
+from vitscope.diagnostics.adversarial._attacks import AttackResult, Ball, Forward, evaluated
 from vitscope.diagnostics.adversarial._losses import Loss
 
 #: weight of the new step against the last one's direction
@@ -25,7 +25,7 @@ def apgd(
     *,
     iterations: int,
     generators: list[np.random.Generator],
-) -> Found:
+) -> AttackResult:
     """Attack every image from one random start; the worst point on the way is kept.
 
     The first step size is twice the radius. At checkpoints it is halved, and the search restarts from the best point, where

@@ -69,7 +69,7 @@ class Ball:
 
 
 @dataclass(frozen=True)
-class Found:
+class AttackResult:
     """The worst change of each image.
 
     Attributes:
@@ -84,18 +84,18 @@ class Found:
     right: Tensor
     blind: Tensor
 
-    def or_worse(self, other: Found) -> Found:
+    def or_worse(self, other: AttackResult) -> AttackResult:
         """Return for each image the worse of two: a wrong class first, then the larger loss."""
         worse = torch.where(self.right == other.right, other.score > self.score, self.right)
         pick = worse[:, None, None, None]
-        return Found(
+        return AttackResult(
             torch.where(pick, other.change, self.change),
             torch.where(worse, other.score, self.score),
             torch.where(worse, other.right, self.right),
             self.blind & other.blind,
         )
 
-    def replaced(self, index: Tensor, other: Found) -> Found:
+    def replaced(self, index: Tensor, other: AttackResult) -> AttackResult:
         """Return this with ``other`` in the place of the images ``index``."""
         pairs = (
             (self.change, other.change),
@@ -103,18 +103,18 @@ class Found:
             (self.right, other.right),
             (self.blind, other.blind),
         )
-        return Found(*(whole.index_copy(0, index, part) for whole, part in pairs))
+        return AttackResult(*(whole.index_copy(0, index, part) for whole, part in pairs))
 
-    def at(self, index: Tensor) -> Found:
+    def at(self, index: Tensor) -> AttackResult:
         """Return those of the images ``index``."""
-        return Found(self.change[index], self.score[index], self.right[index], self.blind[index])
+        return AttackResult(self.change[index], self.score[index], self.right[index], self.blind[index])
 
 
-def fgsm(forward: Forward, pixels: Tensor, labels: Tensor, ball: Ball, loss: Loss) -> Found:
+def fgsm(forward: Forward, pixels: Tensor, labels: Tensor, ball: Ball, loss: Loss) -> AttackResult:
     """One step to the border of the ball along the gradient's sign (Goodfellow et al. 2015, section 4)."""
     first, gradient, _ = evaluated(forward, pixels, torch.zeros_like(pixels), labels, loss)
     found, _ = looked_at(forward, pixels, ball.into(ball.steepest(gradient, ball.radius), pixels), labels, loss)
-    return Found(found.change, found.score, found.right, first.blind)
+    return AttackResult(found.change, found.score, found.right, first.blind)
 
 
 def pgd(
@@ -127,7 +127,7 @@ def pgd(
     steps: int,
     step_size: float,
     starts: list[list[np.random.Generator]],
-) -> Found:
+) -> AttackResult:
     """Projected gradient ascent from random starts (Madry et al. 2018, section 2.1).
 
     The worst point on the way is kept, the image as it is included.
@@ -155,7 +155,7 @@ def pgd(
 
 def evaluated(
     forward: Forward, pixels: Tensor, change: Tensor, labels: Tensor, loss: Loss
-) -> tuple[Found, Tensor, Tensor]:
+) -> tuple[AttackResult, Tensor, Tensor]:
     """Return what the model makes of a change, the gradient of the loss with respect to it, and the loss ``(B,)``.
 
     Raises:
@@ -175,16 +175,18 @@ def evaluated(
         raise NumericalError("analysis.adversarial", None, "gradients are not finite", "look at the weights")
     logits = logits.detach()
     blind = gradient.abs().amax(dim=(1, 2, 3)) == 0
-    found = Found(change.detach(), log_odds(logits, labels), logits.argmax(dim=1) == labels, blind)
+    found = AttackResult(change.detach(), log_odds(logits, labels), logits.argmax(dim=1) == labels, blind)
     return found, gradient, value.detach()
 
 
 @torch.no_grad()
-def looked_at(forward: Forward, pixels: Tensor, change: Tensor, labels: Tensor, loss: Loss) -> tuple[Found, Tensor]:
+def looked_at(
+    forward: Forward, pixels: Tensor, change: Tensor, labels: Tensor, loss: Loss
+) -> tuple[AttackResult, Tensor]:
     """Return what the model makes of a change, and the loss ``(B,)``, without a gradient."""
     logits = _finite(forward(pixels + change)).double()
     right = logits.argmax(dim=1) == labels
-    return Found(change, log_odds(logits, labels), right, torch.ones_like(right)), loss(logits, labels)
+    return AttackResult(change, log_odds(logits, labels), right, torch.ones_like(right)), loss(logits, labels)
 
 
 def _finite(logits: Tensor) -> Tensor:

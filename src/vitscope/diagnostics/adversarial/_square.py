@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vitscope.diagnostics.adversarial._attacks import Ball, Forward, Found, looked_at
+from vitscope.diagnostics.adversarial._attacks import AttackResult, Ball, Forward, looked_at
 from vitscope.diagnostics.adversarial._losses import carlini_wagner
 
 #: share of the pixels that the first squares cover
@@ -26,7 +26,7 @@ def square(
     *,
     queries: int,
     generators: list[np.random.Generator],
-) -> Found:
+) -> AttackResult:
     """Attack every image; a proposal is taken where it raises the margin loss max_{k != y} z_k - z_y.
 
     Images whose class is wrong are not asked for again.

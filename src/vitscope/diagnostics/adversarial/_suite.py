@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vitscope.diagnostics.adversarial._apgd import apgd
-from vitscope.diagnostics.adversarial._attacks import Ball, Forward, Found, fgsm, looked_at, pgd
+from vitscope.diagnostics.adversarial._attacks import AttackResult, Ball, Forward, fgsm, looked_at, pgd
 from vitscope.diagnostics.adversarial._losses import LOSSES, log_odds, towards
 from vitscope.diagnostics.adversarial._square import square
 
@@ -81,7 +81,9 @@ class Images:
         return [np.random.default_rng((self.seed, *stream, place)) for place in self.places.tolist()]
 
 
-def attacked(attack: str, forward: Forward, images: Images, ball: Ball, settings: Settings) -> tuple[Found, list[int]]:
+def attacked(
+    attack: str, forward: Forward, images: Images, ball: Ball, settings: Settings
+) -> tuple[AttackResult, list[int]]:
     """Return the worst changes found, and how many images were still right after each member of the suite.
 
     Args:
@@ -114,14 +116,14 @@ def attacked(attack: str, forward: Forward, images: Images, ball: Ball, settings
 
 def _runs(
     attack: str, forward: Forward, images: Images, ball: Ball, settings: Settings
-) -> Iterator[Callable[[Tensor], Found]]:
+) -> Iterator[Callable[[Tensor], AttackResult]]:
     """Yield the runs of an attack, each a function of the images that it is made on."""
     number = ATTACKS.index(attack)
     ranking = _ranked_classes(forward, images, settings.n_targets) if attack == "apgd_t" else images.labels[:, None]
     for start in range(settings.restarts):
         for which in range(ranking.shape[1]):  # once, but for targets
 
-            def run(index: Tensor, start: int = start, which: int = which) -> Found:
+            def run(index: Tensor, start: int = start, which: int = which) -> AttackResult:
                 part = images.at(index)
                 shared = {"generators": part.generators(number, start, which)}
                 if attack == "square":

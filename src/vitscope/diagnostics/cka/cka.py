@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vitscope.core.feature_pass import through
+from vitscope.core.feature_pass import run_feature_pass
 from vitscope.core.measure_options import record_options
 from vitscope.core.objective_card import ObjectiveCard
 from vitscope.core.probe import Probe
@@ -96,7 +96,7 @@ def cka(probe: Probe, other: Probe | None = None, *, n_permutations: int = 1000,
     """
     sums = _Sums(probe, other, n_permutations, seed)
     if other is None:
-        through(probe, [sums], "cka")
+        run_feature_pass(probe, [sums], "cka")
     else:
         error: Exception | None = None
         try:

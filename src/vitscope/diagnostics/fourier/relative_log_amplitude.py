@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from vitscope.core.feature_pass import through
+from vitscope.core.feature_pass import run_feature_pass
 from vitscope.core.measure_options import record_options
 from vitscope.core.objective_card import ObjectiveCard
 from vitscope.core.probe import Probe
@@ -109,7 +109,7 @@ def relative_log_amplitude(
             level or path that does not exist.
     """
     sums = accumulate(probe, path=path, level=level, eps=eps)
-    through(probe, [sums], "Fourier")
+    run_feature_pass(probe, [sums], "Fourier")
     return sums.result()
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vitscope.core.feature_pass import through
+from vitscope.core.feature_pass import run_feature_pass
 from vitscope.core.measure_options import record_options
 from vitscope.core.objective_card import ObjectiveCard
 from vitscope.core.probe import Probe
@@ -79,7 +79,7 @@ def effective_rank(probe: Probe, *, positions: int | None = 16) -> EffectiveRank
         ValueError: fewer than one position, fewer than two feature vectors, or a tap that was not reached.
     """
     sums = accumulate(probe, positions=positions)
-    through(probe, [sums], "effective rank")
+    run_feature_pass(probe, [sums], "effective rank")
     return sums.result()
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vitscope.core.feature_pass import through
+from vitscope.core.feature_pass import run_feature_pass
 from vitscope.core.measure_options import record_options
 from vitscope.core.objective_card import ObjectiveCard
 from vitscope.core.probe import Probe
@@ -83,7 +83,7 @@ def feature_map_variance(probe: Probe, *, level: float = 0.95) -> FeatureMapVari
         ValueError: no tap, or a level outside (0, 1).
     """
     sums = accumulate(probe, level=level)
-    through(probe, [sums], "variance")
+    run_feature_pass(probe, [sums], "variance")
     return sums.result()
 
 

@@ -5,7 +5,7 @@ pass is bilinear in the output's gradient and in (image, kernel), so its derivat
 pass with the tangents in the place of image and kernel: a product with the Hessian of a convolutional network then costs two
 gradients, not three. BatchNorm with running statistics is an affine map and is differentiated as one.
 
-`cheap_double_backward` puts these in the place of the calls a model makes, whatever its modules are.
+`BilinearConvDoubleBackward` puts these in the place of the calls a model makes, whatever its modules are.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 aten = torch.ops.aten
 
 
-class cheap_double_backward(TorchFunctionMode):
+class BilinearConvDoubleBackward(TorchFunctionMode):
     """Within this context calls of a model are replaced by equal ones that can be differentiated twice, and cheaply.
 
     Numbers agree with PyTorch's to rounding. What it does not know (transposed, complex or unevenly padded convolutions,

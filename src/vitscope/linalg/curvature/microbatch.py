@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from vitscope.core.objective import Objective
-from vitscope.linalg.curvature.double_backward import cheap_double_backward
+from vitscope.linalg.curvature.double_backward import BilinearConvDoubleBackward
 from vitscope.linalg.curvature.logit_curvature import output_curvature
 from vitscope.runtime.errors import NumericalError
 
@@ -54,7 +54,7 @@ def build_chunk(operator: CurvatureSettings, first_image: int, x: Tensor, y: Ten
     parameters = list(operator.parameters.values())
     reverse = operator.kind == "hessian" and operator.product == "reverse"
     linearized = operator.kind == "hessian" and not reverse
-    with cheap_double_backward(convolutions=reverse):
+    with BilinearConvDoubleBackward(convolutions=reverse):
         logits = operator.model(x)
         loss = operator.objective.data_loss(logits, y, "sum") / operator.n_images
         _check_finite(loss, first_image, len(x))
@@ -96,7 +96,7 @@ def _reverse(gradient: list[Tensor], parameters: list[Tensor]) -> Product:
         if not outputs:
             return [torch.zeros_like(p) for p in parameters]
         vectors = [v[i] for i in curved]
-        with cheap_double_backward():
+        with BilinearConvDoubleBackward():
             return torch.autograd.grad(outputs, parameters, vectors, retain_graph=True, materialize_grads=True)
 
     return product
@@ -125,7 +125,7 @@ def _linearized(operator: CurvatureSettings, x: Tensor, y: Tensor) -> Product:
 def _sandwich(logits: Tensor, parameters: list[Tensor], middle: Callable[[Tensor], Tensor], scale: float) -> Product:
     """Return J^T M J v. J v comes from reverse passes alone: J^T u is linear in u, and its transpose in u is J."""
     dummy = torch.zeros_like(logits, requires_grad=True)
-    with cheap_double_backward(convolutions=False):
+    with BilinearConvDoubleBackward(convolutions=False):
         pulled = torch.autograd.grad(
             logits, parameters, dummy, create_graph=True, retain_graph=True, materialize_grads=True
         )
@@ -135,7 +135,7 @@ def _sandwich(logits: Tensor, parameters: list[Tensor], middle: Callable[[Tensor
         if not used:
             return [torch.zeros_like(p) for p in parameters]
         outputs, vectors = [pulled[i] for i in used], [v[i] for i in used]
-        with cheap_double_backward(convolutions=False):
+        with BilinearConvDoubleBackward(convolutions=False):
             (pushed,) = torch.autograd.grad(outputs, dummy, vectors, retain_graph=True)  # (B, C)
             return torch.autograd.grad(
                 logits, parameters, middle(pushed) * scale, retain_graph=True, materialize_grads=True

@@ -54,7 +54,7 @@ def _mapped(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 @contextmanager
-def walked(
+def points_in_plane(
     parameters: Mapping[str, Tensor], first: Mapping[str, Tensor] | None, second: Mapping[str, Tensor]
 ) -> Iterator[Move]:
     """Yield ``move(a, b)``, which sets the parameters to ``w + a * first + b * second`` in place.
@@ -97,7 +97,7 @@ def walked(
 
 
 @contextmanager
-def between(
+def points_on_segment(
     tensors: Mapping[str, Tensor], start: Mapping[str, Tensor], end: Mapping[str, Tensor]
 ) -> Iterator[Callable[[float], None]]:
     """Yield ``move(t)``, which sets the tensors to ``(1 - t) * start + t * end`` in place, exactly so at both ends.

@@ -2,14 +2,14 @@
 
 from vitscope.core.tap import Tap
 from vitscope.models.structure.coverage import missing_units, refuse_missing_units, warn_missing_units
-from vitscope.models.structure.residual_structure import Part, Piece, Read, parts
+from vitscope.models.structure.residual_structure import ModelComponent, Read, ResidualUnit, parts
 from vitscope.models.structure.residual_units import Unit, known_units
 from vitscope.models.structure.taps import known_taps, reading
 
 __all__ = [
-    "Part",
-    "Piece",
+    "ModelComponent",
     "Read",
+    "ResidualUnit",
     "Tap",
     "Unit",
     "known_taps",

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from vitscope.core.guard.eager_execution import unwrapped
 from vitscope.models.structure.execution import Execution, Stack, execution
-from vitscope.models.structure.residual_structure import Piece, anatomy, is_gate
+from vitscope.models.structure.residual_structure import ModelComponent, anatomy, is_gate
 
 #: attention that weighs channels or positions and mixes none, and pooling by attention in a head
 _NO_MIXING = ("channel", "spatial", "split", "coord", "kernel", "pool", "gate", "cbam", "eca", "effective")
@@ -38,7 +38,7 @@ def missing_units(model: nn.Module, images: Tensor | None = None) -> list[tuple[
     return list(_missing(model, pieces, execution(model, residual_blocks(pieces), images)))
 
 
-def check_units(model: nn.Module, pieces: Sequence[Piece], seen: Execution | None) -> None:
+def check_units(model: nn.Module, pieces: Sequence[ModelComponent], seen: Execution | None) -> None:
     """Raise ValueError where attention or an MLP of the model lies outside of its known units."""
     refuse_missing_units(model, list(_missing(model, pieces, seen)))
 
@@ -63,12 +63,12 @@ def warn_missing_units(model: nn.Module, missing: Sequence[tuple[str, str]]) -> 
         )
 
 
-def residual_blocks(pieces: Sequence[Piece]) -> list[nn.Module]:
+def residual_blocks(pieces: Sequence[ModelComponent]) -> list[nn.Module]:
     """Return the blocks of the residual units, none for a plain network."""
     return [piece.block for piece in pieces if piece.part.branch_out is not None]
 
 
-def _missing(model: nn.Module, pieces: Sequence[Piece], seen: Execution | None) -> Iterator[tuple[str, str]]:
+def _missing(model: nn.Module, pieces: Sequence[ModelComponent], seen: Execution | None) -> Iterator[tuple[str, str]]:
     """Yield the description and the parent's class name of each module that is not covered, once."""
     told: set[str] = set()
     for what, stack in _uncovered(model, pieces, seen):
@@ -79,7 +79,9 @@ def _missing(model: nn.Module, pieces: Sequence[Piece], seen: Execution | None) 
             yield f"{what} in {name or 'the model itself'!r} ({type(module).__name__})", parent
 
 
-def _uncovered(model: nn.Module, pieces: Sequence[Piece], seen: Execution | None) -> Iterator[tuple[str, Stack]]:
+def _uncovered(
+    model: nn.Module, pieces: Sequence[ModelComponent], seen: Execution | None
+) -> Iterator[tuple[str, Stack]]:
     if seen is None:
         for stack in _stacks(model):
             if _is_named_attention(stack[-1][1]) and not _is_covered(stack, pieces, by_name=True):
@@ -109,7 +111,7 @@ def _uncovered(model: nn.Module, pieces: Sequence[Piece], seen: Execution | None
             yield "a linear layer on tokens after the last unit", stack
 
 
-def _is_covered(stack: Stack, pieces: Sequence[Piece], by_name: bool) -> bool:
+def _is_covered(stack: Stack, pieces: Sequence[ModelComponent], by_name: bool) -> bool:
     """Whether the innermost module belongs to an msa unit; by name alone, a gate of a known convolution unit is covered too."""
     modules = [module for _, module in stack]
     for piece in pieces:

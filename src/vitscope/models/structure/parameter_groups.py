@@ -12,7 +12,7 @@ from vitscope.core.tap import Kind
 from vitscope.models.structure import timm_blocks as timm_blocks  # describes timm's and torchvision's blocks
 from vitscope.models.structure.coverage import check_units, residual_blocks
 from vitscope.models.structure.execution import Execution, execution
-from vitscope.models.structure.residual_structure import TOKENS, Piece, anatomy, is_gate
+from vitscope.models.structure.residual_structure import TOKENS, ModelComponent, anatomy, is_gate
 
 Place = tuple[Kind, int]
 
@@ -63,7 +63,9 @@ def _places(model: nn.Module, images: Tensor | None) -> dict[str, Place]:
     return dict(zip(names, (places[name] for name in original), strict=True))
 
 
-def _by_registration(names: Sequence[str], owned: Mapping[str, Piece], pieces: Sequence[Piece]) -> dict[str, Place]:
+def _by_registration(
+    names: Sequence[str], owned: Mapping[str, ModelComponent], pieces: Sequence[ModelComponent]
+) -> dict[str, Place]:
     last = max((i for i, name in enumerate(names) if name in owned), default=-1)
     places: dict[str, Place] = {}
     latest: Place = ("stem", 0)
@@ -75,7 +77,7 @@ def _by_registration(names: Sequence[str], owned: Mapping[str, Piece], pieces: S
 
 
 def _by_execution(
-    model: nn.Module, owned: Mapping[str, Piece], pieces: Sequence[Piece], seen: Execution
+    model: nn.Module, owned: Mapping[str, ModelComponent], pieces: Sequence[ModelComponent], seen: Execution
 ) -> dict[str, Place]:
     _check_used(model, owned, seen)
     units = residual_blocks(pieces) or [piece.block for piece in pieces]
@@ -129,7 +131,7 @@ def _is_token(name: str) -> bool:
     return key in TOKENS or key in ("pos_embed", "pos_embedding", "position_embeddings", "cls_pos")
 
 
-def _check_used(model: nn.Module, owned: Mapping[str, Piece], seen: Execution) -> None:
+def _check_used(model: nn.Module, owned: Mapping[str, ModelComponent], seen: Execution) -> None:
     unused = [name for name, _ in model.named_parameters() if name not in seen.first_use]
     for name in unused:
         if name not in owned:
@@ -150,7 +152,7 @@ def _unclear(name: str, what: str) -> ValueError:
     )
 
 
-def _owns(model: nn.Module, piece: Piece, name: str) -> bool:
+def _owns(model: nn.Module, piece: ModelComponent, name: str) -> bool:
     suffix = piece.part.suffix
     path = piece.name.removesuffix(suffix).rstrip(".") if suffix else piece.name
     if path and not name.startswith(path + "."):

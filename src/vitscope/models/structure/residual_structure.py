@@ -32,7 +32,7 @@ class Read:
 
 
 @dataclass(frozen=True)
-class Part:
+class ResidualUnit:
     """One residual unit (or pooling layer) of a block, as the describing function of its type states it.
 
     Attributes:
@@ -59,18 +59,18 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Piece:
-    """A `Part` at its place in a model: name, block, stage (from 1), and the number of its prefix tokens."""
+class ModelComponent:
+    """A `ResidualUnit` at its place in a model: name, block, stage (from 1), and the number of its prefix tokens."""
 
     name: str
-    part: Part
+    part: ResidualUnit
     block: nn.Module
     stage: int
     n_prefix: int
 
 
 @singledispatch
-def parts(block: nn.Module) -> tuple[Part, ...]:
+def parts(block: nn.Module) -> tuple[ResidualUnit, ...]:
     """The units of a block in the order they run; empty if the type is unknown.
 
     A new model's file registers its own blocks: ``@parts.register(MyBlock)``.
@@ -95,7 +95,7 @@ def replaceable_conv3x3(block: nn.Module) -> nn.Conv2d | None:
     return found[-1] if found else None
 
 
-def anatomy(model: nn.Module) -> list[Piece]:
+def anatomy(model: nn.Module) -> list[ModelComponent]:
     """The residual units and pooling layers of a model in the order of registration.
 
     Blocks are recognised by type (`parts`); strided convolutions and pooling between them count as pooling
@@ -105,7 +105,7 @@ def anatomy(model: nn.Module) -> list[Piece]:
     Raises:
         ValueError: If there is neither a known block nor a convolution other than a lone patch embedding.
     """
-    pieces: list[Piece] = []
+    pieces: list[ModelComponent] = []
     stages: list[str] = []
     for name, module, ancestors in _walk(model):
         for part in _parts(module):
@@ -113,7 +113,7 @@ def anatomy(model: nn.Module) -> list[Piece]:
                 stages.append(_container(name))
             stage = len(stages) + (part.branch_out is None)  # a pooling layer opens the stage after it
             full = ".".join(filter(None, (name, part.suffix)))
-            pieces.append(Piece(full, part, module, stage, _prefix_tokens(ancestors)))
+            pieces.append(ModelComponent(full, part, module, stage, _prefix_tokens(ancestors)))
     residual = [i for i, piece in enumerate(pieces) if piece.part.branch_out is not None]
     # pooling before the first unit belongs to the stem, after the last to the head
     pieces = pieces[residual[0] : residual[-1] + 1] if residual else _plain(model)
@@ -125,13 +125,13 @@ def anatomy(model: nn.Module) -> list[Piece]:
     return pieces
 
 
-def _parts(module: nn.Module) -> tuple[Part, ...]:
+def _parts(module: nn.Module) -> tuple[ResidualUnit, ...]:
     """What is registered for the type, else pooling for any strided layer that stands between blocks."""
     found = parts(module)
     if found:
         _check_forward(module)
     if not found and isinstance(module, nn.Conv2d | nn.MaxPool2d | nn.AvgPool2d) and subsamples(module):
-        return (Part("pool", Read(module), subsamples=True),)
+        return (ResidualUnit("pool", Read(module), subsamples=True),)
     return found
 
 
@@ -185,8 +185,8 @@ def _prefix_tokens(ancestors: tuple[nn.Module, ...]) -> int:
     return 0
 
 
-def _plain(model: nn.Module) -> list[Piece]:
-    pieces: list[Piece] = []
+def _plain(model: nn.Module) -> list[ModelComponent]:
+    pieces: list[ModelComponent] = []
     stage = 1
     gates = tuple(f"{name}." for name, module in model.named_modules() if is_gate(module))
     for name, module in model.named_modules():
@@ -196,12 +196,12 @@ def _plain(model: nn.Module) -> list[Piece]:
         if smaller and pieces:
             stage += 1
         if isinstance(module, nn.Conv2d):
-            part = Part("conv", Read(module), subsamples=smaller)
+            part = ResidualUnit("conv", Read(module), subsamples=smaller)
         elif smaller:
-            part = Part("pool", Read(module), subsamples=True)
+            part = ResidualUnit("pool", Read(module), subsamples=True)
         else:
             continue
-        pieces.append(Piece(name, part, module, stage, 0))
+        pieces.append(ModelComponent(name, part, module, stage, 0))
     return [] if len(pieces) == 1 and _is_patch_embedding(pieces[0].block) else pieces
 
 

@@ -13,7 +13,7 @@ from vitscope.core.tap import Kind, Tap
 from vitscope.models.structure import timm_blocks as timm_blocks  # describes timm's and torchvision's blocks
 from vitscope.models.structure.coverage import missing_units, warn_missing_units
 from vitscope.models.structure.feature_maps import observed_pass, to_map
-from vitscope.models.structure.residual_structure import Piece, Read, anatomy
+from vitscope.models.structure.residual_structure import ModelComponent, Read, anatomy
 
 
 def taps(model: nn.Module, images: Tensor | None = None) -> list[Tap]:
@@ -41,7 +41,7 @@ def taps(model: nn.Module, images: Tensor | None = None) -> list[Tap]:
 def known_taps(model: nn.Module) -> list[Tap]:
     """Return the taps as `taps` does, without looking for attention outside of the known units."""
     pieces = anatomy(unwrapped(model))
-    places: list[tuple[str, Kind, int, Read, Piece]] = []
+    places: list[tuple[str, Kind, int, Read, ModelComponent]] = []
     first = next((p for p in pieces if p.part.branch_in is not None), None)
     if first is not None and first.part.branch_in is not None:
         stream = Read(first.block, "input", first.part.branch_in.layout)

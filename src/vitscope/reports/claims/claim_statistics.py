@@ -6,9 +6,9 @@ import math
 from collections.abc import Callable, Sequence
 
 from vitscope.reports.claims.effect_sizes import (
-    Bench,
     Effect,
     Reader,
+    ReportRuns,
     Runs,
     balanced,
     by_setting,
@@ -35,7 +35,7 @@ CNNS = ("convnet", "preresnet", "resnext")
 EQUAL = 0.01
 
 
-def bias_trend(bench: Bench) -> Effect:
+def bias_trend(bench: ReportRuns) -> Effect:
     """Return NEP's slope over ViT, PiT, Swin, ResNet: each family's plainest model, all in one setting."""
     best: list[tuple[float, Runs]] = []
     for groups in by_setting(bench.groups(is_family(*BIAS))).values():
@@ -45,12 +45,12 @@ def bias_trend(bench: Bench) -> Effect:
     return trend(best, bench.scalar(*NEP), -1, "ViT, PiT, Swin and ResNet in one setting, with hessian", least=4)
 
 
-def kernel_trend(bench: Bench) -> Effect:
+def kernel_trend(bench: ReportRuns) -> Effect:
     """Return NEP's slope over kernels 3, 5 (7) and global of local attention, all else equal."""
     return trend(_kernels(bench), bench.scalar(*NEP), 1, "convit with kernel_size 3, 5 and global, with hessian")
 
 
-def kernel_difference(bench: Bench, read: Reader, kernel: int, what: str) -> Effect:
+def kernel_difference(bench: ReportRuns, read: Reader, kernel: int, what: str) -> Effect:
     """Return the local model of that kernel minus the global one."""
     found = {option(first(runs), "kernel_size"): runs for _, runs in _kernels(bench)}
     if kernel not in found or "global" not in found:
@@ -60,7 +60,7 @@ def kernel_difference(bench: Bench, read: Reader, kernel: int, what: str) -> Eff
     return Effect(values, compared, "" if values else f"{what} of both")
 
 
-def _kernels(bench: Bench) -> list[tuple[float, Runs]]:
+def _kernels(bench: ReportRuns) -> list[tuple[float, Runs]]:
     chains: dict[str, dict[float, Runs]] = {}
     for runs in bench.groups(is_family("convit")):
         size = option(first(runs), "kernel_size")
@@ -69,7 +69,7 @@ def _kernels(bench: Bench) -> list[tuple[float, Runs]]:
     return [(float(i), runs) for i, (_, runs) in enumerate(sorted(longest.items()))]  # ranks: global has no width
 
 
-def data_trend(bench: Bench, read: Reader, sign: int, *, fixed: str, what: str) -> Effect:
+def data_trend(bench: ReportRuns, read: Reader, sign: int, *, fixed: str, what: str) -> Effect:
     """Return the slope over the logarithm of the data fraction, all else equal.
 
     Args:
@@ -91,7 +91,7 @@ def data_trend(bench: Bench, read: Reader, sign: int, *, fixed: str, what: str) 
     return trend(sorted(longest.items()), read, sign, f"ViTs at three data.fraction and one {limit}, with {what}")
 
 
-def by_kind(bench: Bench, measure: str, scalar: str, keep: Callable[[Entry], bool] | None = None) -> Effect:
+def by_kind(bench: ReportRuns, measure: str, scalar: str, keep: Callable[[Entry], bool] | None = None) -> Effect:
     """Return a measure's scalar of one kind of unit: mean over the experiments that have it.
 
     AlterNets with something else in attention's place are controls and count for no kind.
@@ -107,7 +107,7 @@ def by_kind(bench: Bench, measure: str, scalar: str, keep: Callable[[Entry], boo
     return Effect(balanced(parts), ", ".join(names), "" if parts else f"{measure} of a model with {scalar}")
 
 
-def minus_initial(bench: Bench) -> Callable[[Entry], bool]:
+def minus_initial(bench: ReportRuns) -> Callable[[Entry], bool]:
     """Return a test of whether a run's branch transfer had the initial model's subtracted."""
 
     def keep(entry: Entry) -> bool:
@@ -120,7 +120,7 @@ def minus_initial(bench: Bench) -> Callable[[Entry], bool]:
     return keep
 
 
-def noise_interaction(bench: Bench) -> Effect:
+def noise_interaction(bench: ReportRuns) -> Effect:
     """Return ViT minus ResNet of the drop in high bands minus the drop in low ones, over clean minus chance accuracy."""
 
     def read(entry: Entry) -> float | None:
@@ -141,7 +141,7 @@ def noise_interaction(bench: Bench) -> Effect:
     return Effect(lacking="a ViT and a ResNet in one setting, with frequency_noise (equal rms) and above chance")
 
 
-def placement(bench: Bench) -> Effect:
+def placement(bench: ReportRuns) -> Effect:
     """Return test accuracy with attention at stage ends minus that elsewhere, at equal numbers of parameters."""
     parts, names = [], []
     groups = bench.groups(has_attention)
@@ -161,7 +161,7 @@ def placement(bench: Bench) -> Effect:
     return Effect(values, "; ".join(names), "" if values else "AlterNets that differ in model.placement alone")
 
 
-def winner(bench: Bench, families: Sequence[str], read: Reader, what: str) -> Effect:
+def winner(bench: ReportRuns, families: Sequence[str], read: Reader, what: str) -> Effect:
     """Return the best AlterNet minus the best model of other families, each chosen by its mean validation accuracy.
 
     Among those that have what is compared. Blocked where only one recipe was tried for a side: then it is not known to be
@@ -181,7 +181,7 @@ def winner(bench: Bench, families: Sequence[str], read: Reader, what: str) -> Ef
     return Effect(lacking=f"AlterNet and {' or '.join(families)} on one data set, with {what}")
 
 
-def _best(bench: Bench, groups: Sequence[Runs]) -> Runs | None:
+def _best(bench: ReportRuns, groups: Sequence[Runs]) -> Runs | None:
     read = bench.metric("val/accuracy")
 
     def score(runs: Runs) -> float:
@@ -197,12 +197,12 @@ def _recipes(groups: Sequence[Runs], chosen: Runs) -> int:
     return sum(1 for runs in groups if first(runs).config.get("model") == model)
 
 
-def training_nll(bench: Bench) -> Reader:
+def training_nll(bench: ReportRuns) -> Reader:
     """Return a reader of the loss on training images at the tables' moment, of the slice where a run has several."""
     return train_nll(bench, bench.selection.tag, ("loss_slice", "sharpness", "loss_landscape"))
 
 
-def test_error(bench: Bench) -> Reader:
+def test_error(bench: ReportRuns) -> Reader:
     """Return a reader of one minus test accuracy."""
     read = bench.metric("test/accuracy")
     return lambda entry: None if (value := read(entry)) is None else 1 - value

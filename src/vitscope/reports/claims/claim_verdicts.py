@@ -6,8 +6,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from vitscope.reports.claims.claims import CLAIMS, Claim, Part
-from vitscope.reports.claims.effect_sizes import Bench, Effect
+from vitscope.reports.claims.claims import CLAIMS, Claim, ClaimStatistic
+from vitscope.reports.claims.effect_sizes import Effect, ReportRuns
 from vitscope.reports.tables.table import Cell, Table
 from vitscope.stats.t_tests import LEVEL, Interval, holm, t_interval
 
@@ -18,7 +18,7 @@ MIN_SEEDS = 5
 
 
 @dataclass(frozen=True)
-class Finding:
+class StatisticResult:
     """A part of a claim with what was measured.
 
     Attributes:
@@ -29,7 +29,7 @@ class Finding:
         reason: why it is not decided.
     """
 
-    part: Part
+    part: ClaimStatistic
     effect: Effect
     interval: Interval | None
     verdict: str
@@ -37,7 +37,7 @@ class Finding:
 
 
 @dataclass(frozen=True)
-class Judged:
+class ClaimVerdict:
     """A claim with its verdict.
 
     Attributes:
@@ -50,14 +50,14 @@ class Judged:
     """
 
     claim: Claim
-    findings: tuple[Finding, ...]
+    findings: tuple[StatisticResult, ...]
     verdict: str
     p: float
     p_holm: float
     reason: str
 
 
-def judge(bench: Bench, claims: Sequence[Claim] = CLAIMS) -> list[Judged]:
+def judge(bench: ReportRuns, claims: Sequence[Claim] = CLAIMS) -> list[ClaimVerdict]:
     """Return every claim's verdict.
 
     A claim is the conjunction of its tested parts. It is supported where every one of them was measured on at least
@@ -75,11 +75,11 @@ def judge(bench: Bench, claims: Sequence[Claim] = CLAIMS) -> list[Judged]:
     for claim in claims:
         direction, p = evidence[claim.name]
         verdict, reason = _verdict(found[claim.name], direction, adjusted[claim.name])
-        judged.append(Judged(claim, found[claim.name], verdict, p, adjusted[claim.name], reason))
+        judged.append(ClaimVerdict(claim, found[claim.name], verdict, p, adjusted[claim.name], reason))
     return judged
 
 
-def _effect(part: Part, bench: Bench) -> Effect:
+def _effect(part: ClaimStatistic, bench: ReportRuns) -> Effect:
     """Return what the runs say of a part, over results that share their conditions among the runs it compares."""
     if bench.selection.allow_different:
         return part.measure(bench)
@@ -90,20 +90,20 @@ def _effect(part: Part, bench: Bench) -> Effect:
     return replace(effect, refused="; ".join(shared.refusals()))
 
 
-def _finding(part: Part, effect: Effect) -> Finding:
+def _finding(part: ClaimStatistic, effect: Effect) -> StatisticResult:
     if not effect.values:
         reasons = [f"needs {effect.lacking}" if effect.lacking else "no values", effect.refused]
-        return Finding(part, effect, None, NOT_MEASURED, "; ".join(filter(None, reasons)))
+        return StatisticResult(part, effect, None, NOT_MEASURED, "; ".join(filter(None, reasons)))
     interval = t_interval(list(effect.values.values()))
     if not part.tested:
-        return Finding(part, effect, interval, "shown")
+        return StatisticResult(part, effect, interval, "shown")
     reason = _undecided(interval, effect)
     if reason:
-        return Finding(part, effect, interval, INCONCLUSIVE, reason)
+        return StatisticResult(part, effect, interval, INCONCLUSIVE, reason)
     agrees = interval.mean * part.sign > 0
     if agrees and effect.blocked:
-        return Finding(part, effect, interval, INCONCLUSIVE, effect.blocked)
-    return Finding(part, effect, interval, SUPPORTED if agrees else CONTRADICTED)
+        return StatisticResult(part, effect, interval, INCONCLUSIVE, effect.blocked)
+    return StatisticResult(part, effect, interval, SUPPORTED if agrees else CONTRADICTED)
 
 
 def _undecided(interval: Interval, effect: Effect) -> str:
@@ -114,7 +114,7 @@ def _undecided(interval: Interval, effect: Effect) -> str:
     return "the interval crosses zero" if interval.p >= 1 - LEVEL else ""
 
 
-def _evidence(findings: Sequence[Finding]) -> tuple[int, float]:
+def _evidence(findings: Sequence[StatisticResult]) -> tuple[int, float]:
     """Return the direction that the measured parts take (1 for the claim, -1 against it, 0 for neither) and its p-value.
 
     Parts on too few seeds are evidence for neither.
@@ -132,7 +132,7 @@ def _evidence(findings: Sequence[Finding]) -> tuple[int, float]:
     return (1, pro) if pro <= contra and whole else (-1, contra) if against else (0, 1.0)
 
 
-def _verdict(findings: Sequence[Finding], direction: int, p_holm: float) -> tuple[str, str]:
+def _verdict(findings: Sequence[StatisticResult], direction: int, p_holm: float) -> tuple[str, str]:
     tested = [f for f in findings if f.part.tested]
     measured = [f for f in tested if f.interval is not None]
     if not measured:
@@ -147,7 +147,7 @@ def _verdict(findings: Sequence[Finding], direction: int, p_holm: float) -> tupl
     return INCONCLUSIVE, "; ".join(dict.fromkeys(reasons))
 
 
-def table(judged: Sequence[Judged]) -> Table:
+def table(judged: Sequence[ClaimVerdict]) -> Table:
     """Return the claims as a table: a row a claim, and a row for each part of those that were measured at all."""
     rows: list[tuple[Cell, ...]] = []
     for j in judged:
@@ -156,7 +156,7 @@ def table(judged: Sequence[Judged]) -> Table:
         for f in j.findings if j.verdict != NOT_MEASURED else ():
             n = "" if f.interval is None else str(f.interval.n)
             rest = (Cell(t) for t in (n, "", _compared(f)))
-            rows.append((Cell(f"– {f.part.name}"), Cell(""), Cell(f.verdict), Cell(said(f), f.interval), *rest))
+            rows.append((Cell(f"– {f.part.name}"), Cell(""), Cell(f.verdict), Cell(effect_text(f), f.interval), *rest))
     return Table(
         name="claims",
         title="Claims of the paper",
@@ -168,7 +168,7 @@ def table(judged: Sequence[Judged]) -> Table:
     )
 
 
-def _compared(finding: Finding) -> str:
+def _compared(finding: StatisticResult) -> str:
     effect = finding.effect
     return (
         "; ".join(filter(None, (effect.compared, effect.refused)))
@@ -177,7 +177,7 @@ def _compared(finding: Finding) -> str:
     )
 
 
-def said(finding: Finding) -> str:
+def effect_text(finding: StatisticResult) -> str:
     """Return an effect with its interval, such as ``-0.31 [-0.52, -0.10] ln``."""
     found = finding.interval
     if found is None:

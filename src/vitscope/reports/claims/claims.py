@@ -6,14 +6,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from vitscope.reports.claims import claim_statistics as by
-from vitscope.reports.claims.effect_sizes import Bench, Effect
+from vitscope.reports.claims.effect_sizes import Effect, ReportRuns
 from vitscope.reports.claims.matched_controls import flattening
 
 SPECTRUM = by.SPECTRUM
 
 
 @dataclass(frozen=True)
-class Part:
+class ClaimStatistic:
     """One statistic of a claim.
 
     Attributes:
@@ -26,7 +26,7 @@ class Part:
 
     name: str
     sign: int
-    measure: Callable[[Bench], Effect]
+    measure: Callable[[ReportRuns], Effect]
     unit: str = ""
     tested: bool = True
 
@@ -49,31 +49,33 @@ class Claim:
     figure: str
     statistic: str
     runs: str
-    parts: tuple[Part, ...]
+    parts: tuple[ClaimStatistic, ...]
 
 
-def _flat(control: str, matched: str, tested: bool = True) -> tuple[Part, Part]:
+def _flat(control: str, matched: str, tested: bool = True) -> tuple[ClaimStatistic, ClaimStatistic]:
     names = {"cost": "control of equal cost", "conv": "convolution", "uniform": "uniform attention", "blur": "blur"}
     at = f"against {names[control]}, at matched {'NLL' if matched == 'nll' else matched}"
 
-    def ape(bench: Bench) -> Effect:
+    def ape(bench: ReportRuns) -> Effect:
         return flattening(bench, SPECTRUM, "average_positive_eigenvalue", control=control, matched=matched, log=True)
 
-    def rise(bench: Bench) -> Effect:
+    def rise(bench: ReportRuns) -> Effect:
         return flattening(bench, "sharpness", "rise_r0.1", control=control, matched=matched, log=False)
 
-    return Part(f"log APE {at}", -1, ape, "ln", tested), Part(f"sharpness at r=.1 {at}", -1, rise, "nats", tested)
+    return ClaimStatistic(f"log APE {at}", -1, ape, "ln", tested), ClaimStatistic(
+        f"sharpness at r=.1 {at}", -1, rise, "nats", tested
+    )
 
 
-def _kind(measure: str, scalar: str, sign: int, name: str, *, differenced: bool = False) -> Part:
-    def effect(bench: Bench) -> Effect:
+def _kind(measure: str, scalar: str, sign: int, name: str, *, differenced: bool = False) -> ClaimStatistic:
+    def effect(bench: ReportRuns) -> Effect:
         return by.by_kind(bench, measure, scalar, by.minus_initial(bench) if differenced else None)
 
-    return Part(name, sign, effect, "ln")
+    return ClaimStatistic(name, sign, effect, "ln")
 
 
-def _data(what: str, fixed: str) -> Part:
-    def effect(bench: Bench) -> Effect:
+def _data(what: str, fixed: str) -> ClaimStatistic:
+    def effect(bench: ReportRuns) -> Effect:
         if what == "NEP":
             return by.data_trend(bench, bench.scalar(*by.NEP), -1, fixed=fixed, what="hessian")
         if what == "test error":
@@ -82,16 +84,16 @@ def _data(what: str, fixed: str) -> Part:
             bench, by.training_nll(bench), -1, fixed=fixed, what="sharpness or slice on training images"
         )
 
-    return Part(f"slope of {what} over ln(data fraction), fixed {fixed}", -1, effect, "per e-fold")
+    return ClaimStatistic(f"slope of {what} over ln(data fraction), fixed {fixed}", -1, effect, "per e-fold")
 
 
-def _accuracy(families: tuple[str, ...], rival: str, corrupted: bool) -> Part:
-    def effect(bench: Bench) -> Effect:
+def _accuracy(families: tuple[str, ...], rival: str, corrupted: bool) -> ClaimStatistic:
+    def effect(bench: ReportRuns) -> Effect:
         clean, robust = bench.metric("test/accuracy"), bench.scalar("corruption", "mean_accuracy")
         what = "corruption" if corrupted else "test accuracy"
         return by.winner(bench, families, robust if corrupted else clean, what)
 
-    return Part(f"{'corrupted' if corrupted else 'test'} accuracy against {rival}", 1, effect, "share")
+    return ClaimStatistic(f"{'corrupted' if corrupted else 'test'} accuracy against {rival}", 1, effect, "share")
 
 
 CLAIMS: tuple[Claim, ...] = (
@@ -114,8 +116,8 @@ CLAIMS: tuple[Claim, ...] = (
         "trend of NEP over ViT → PiT → Swin → ResNet, and over local kernels 3 → 5 → global",
         "vit, pit, swin, convnet in one setting; convit with kernel_size 3, 5, global; hessian",
         (
-            Part("slope of NEP from weak to strong bias", -1, by.bias_trend, "per model"),
-            Part("slope of NEP from local to global", 1, by.kernel_trend, "per kernel"),
+            ClaimStatistic("slope of NEP from weak to strong bias", -1, by.bias_trend, "per model"),
+            ClaimStatistic("slope of NEP from local to global", 1, by.kernel_trend, "per kernel"),
         ),
     ),
     Claim(
@@ -167,7 +169,7 @@ CLAIMS: tuple[Claim, ...] = (
         "2b",
         "interaction of model and band (high minus low), drop in accuracy over clean minus chance, equal rms in each band",
         "vit and convnet in one setting; frequency_noise",
-        (Part("drop in high minus low bands, ViT minus ResNet", -1, by.noise_interaction, "of clean − chance"),),
+        (ClaimStatistic("drop in high minus low bands, ViT minus ResNet", -1, by.noise_interaction, "of clean − chance"),),
     ),
     Claim(
         "stage_end_msa",
@@ -176,9 +178,9 @@ CLAIMS: tuple[Claim, ...] = (
         "NLL lost with the stage's last MSA minus its other MSAs (lesion), and accuracy of placements at equal parameters",
         "models with two MSAs in a stage, with lesion; AlterNet with placement=stage_end and another",
         (
-            Part("NLL change of the last MSA minus the others of its stage", 1,
+            ClaimStatistic("NLL change of the last MSA minus the others of its stage", 1,
                  lambda bench: by.by_kind(bench, "lesion", "stage_end_msa_nll_excess"), "nats"),
-            Part("accuracy with MSA at stage ends minus elsewhere", 1, by.placement, "share"),
+            ClaimStatistic("accuracy with MSA at stage ends minus elsewhere", 1, by.placement, "share"),
         ),
     ),
     Claim(
@@ -187,7 +189,7 @@ CLAIMS: tuple[Claim, ...] = (
         "10a",
         "CKA of pairs at equal distance in depth, within minus across stage boundaries",
         "models with several stages; cka",
-        (Part("CKA within minus across stages", 1, lambda bench: by.by_kind(bench, "cka", "block_structure"), "CKA"),),
+        (ClaimStatistic("CKA within minus across stages", 1, lambda bench: by.by_kind(bench, "cka", "block_structure"), "CKA"),),
     ),
     Claim(
         "local_beats_global",
@@ -196,11 +198,11 @@ CLAIMS: tuple[Claim, ...] = (
         "test accuracy and NEP of local minus global attention, the same code with GAP, no class token and equal patches",
         "convit with kernel_size 3, 5, global; hessian",
         (
-            Part("test accuracy of 5×5 minus global", 1,
+            ClaimStatistic("test accuracy of 5×5 minus global", 1,
                  lambda b: by.kernel_difference(b, b.metric("test/accuracy"), 5, "test accuracy"), "share"),
-            Part("test accuracy of 3×3 minus global", 1,
+            ClaimStatistic("test accuracy of 3×3 minus global", 1,
                  lambda b: by.kernel_difference(b, b.metric("test/accuracy"), 3, "test accuracy"), "share"),
-            Part("NEP of 5×5 minus global", -1,
+            ClaimStatistic("NEP of 5×5 minus global", -1,
                  lambda b: by.kernel_difference(b, b.scalar(*by.NEP), 5, "hessian"), "share"),
         ),
     ),

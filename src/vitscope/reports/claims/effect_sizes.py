@@ -44,7 +44,7 @@ class Effect:
 
 
 @dataclass(frozen=True)
-class Bench:
+class ReportRuns:
     """Where statistics find their numbers.
 
     Attributes:

@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 
 from vitscope.config.experiment_identity import setting
 from vitscope.reports.claims.effect_sizes import (
-    Bench,
     Effect,
     Reader,
+    ReportRuns,
     Runs,
     balanced,
     difference,
@@ -32,7 +32,7 @@ PLAIN = ("convnet", "preresnet", "resnext")
 TRAIN_NLL = ("sharpness", "loss_slice", "loss_landscape")
 
 
-def flattening(bench: Bench, measure: str, scalar: str, *, control: str, matched: str, log: bool) -> Effect:
+def flattening(bench: ReportRuns, measure: str, scalar: str, *, control: str, matched: str, log: bool) -> Effect:
     """Return AlterNet minus its control in a measure of curvature, paired by seed.
 
     Args:
@@ -75,7 +75,7 @@ def without_attention(entry: Entry) -> bool:
     return entry.kin in PLAIN
 
 
-def _control(bench: Bench, runs: Runs, control: str) -> Runs | None:
+def _control(bench: ReportRuns, runs: Runs, control: str) -> Runs | None:
     if control == "cost":
         within = setting(first(runs).config)
         found = [g for g in bench.groups(without_attention) if setting(first(g).config) == within]
@@ -86,7 +86,7 @@ def _control(bench: Bench, runs: Runs, control: str) -> Runs | None:
     return next((g for g in twins if same_but(g, "model.mixer", "model.blur_size") == own), None)
 
 
-def _gap(bench: Bench, a: Entry, b: Entry) -> float:
+def _gap(bench: ReportRuns, a: Entry, b: Entry) -> float:
     """Return the larger of the relative differences in parameters and in operations."""
     one, two = bench.costs.of(a), bench.costs.of(b)
     if one.parameters is None or two.parameters is None or not one.flops or not two.flops:
@@ -102,7 +102,7 @@ def _wanted(control: str) -> str:
     return f"the same AlterNet with mixer={control}"
 
 
-def train_nll(bench: Bench, tag: str, measures: Sequence[str] = TRAIN_NLL) -> Reader:
+def train_nll(bench: ReportRuns, tag: str, measures: Sequence[str] = TRAIN_NLL) -> Reader:
     """Return a reader of the loss on training images at a moment, from the first of the measures that knows it."""
 
     def read(entry: Entry) -> float | None:
@@ -115,7 +115,7 @@ def train_nll(bench: Bench, tag: str, measures: Sequence[str] = TRAIN_NLL) -> Re
     return read
 
 
-def _at_matched_nll(bench: Bench, a: Runs, b: Runs, measure: str, scalar: str, log: bool) -> dict[int, float]:
+def _at_matched_nll(bench: ReportRuns, a: Runs, b: Runs, measure: str, scalar: str, log: bool) -> dict[int, float]:
     values: dict[int, float] = {}
     for seed in sorted(set(a) & set(b)):
         moments = _matched_tags(bench, a[seed], b[seed], measure)
@@ -128,7 +128,7 @@ def _at_matched_nll(bench: Bench, a: Runs, b: Runs, measure: str, scalar: str, l
     return values
 
 
-def _matched_tags(bench: Bench, a: Entry, b: Entry, measure: str) -> tuple[str, str] | None:
+def _matched_tags(bench: ReportRuns, a: Entry, b: Entry, measure: str) -> tuple[str, str] | None:
     """Return the latest moments of two runs at which their training losses agree.
 
     The run that ends with the higher loss is taken at its end, the other where its loss is nearest to that.

@@ -17,7 +17,7 @@ from vitscope.reports.value_lookup import FAILED, MISSING, Value
 
 
 @dataclass(frozen=True)
-class Drawn:
+class DrawnPanel:
     """A panel on disk.
 
     Attributes:
@@ -37,11 +37,11 @@ def job(panel: Panel, folder: Path, options: Mapping[str, Any] | None = None, pd
     return Job(folder / panel.name, files, dict(options or {}), not panel.overview if pdf is None else pdf)
 
 
-def drawn(panel: Panel, picture: Picture) -> Drawn:
+def drawn(panel: Panel, picture: Picture) -> DrawnPanel:
     """Return a panel with its picture, without the curves that could not be read."""
     kept = tuple(c for c in panel.curves if c.label in picture.labels or not picture.labels)
     notice = " ".join([panel.notice, *picture.lost]).strip()
-    return Drawn(replace(panel, curves=kept, notice=notice), picture, _caption(panel.curves[0].measured.measure))
+    return DrawnPanel(replace(panel, curves=kept, notice=notice), picture, _caption(panel.curves[0].measured.measure))
 
 
 def numbers(panel: Panel) -> tuple[list[str], list[list[Cell]]]:

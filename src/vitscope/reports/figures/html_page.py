@@ -18,9 +18,9 @@ from plotly.offline import get_plotlyjs
 from vitscope import __version__
 from vitscope.config.experiment_identity import identity
 from vitscope.core.objective_card import shown_value
-from vitscope.reports.claims.claim_verdicts import NOT_MEASURED, Judged, said
+from vitscope.reports.claims.claim_verdicts import NOT_MEASURED, ClaimVerdict, effect_text
 from vitscope.reports.figures import figure_captions
-from vitscope.reports.figures.figure_captions import Drawn
+from vitscope.reports.figures.figure_captions import DrawnPanel
 from vitscope.reports.figures.figure_plan import Curve
 from vitscope.reports.run_index import Entry
 from vitscope.reports.tables import factorial_tables
@@ -48,7 +48,7 @@ TEMPLATES = Path(__file__).parent / "templates"
 
 
 @dataclass(frozen=True)
-class Shown:
+class PageFigure:
     """A figure as the template wants it.
 
     Attributes:
@@ -63,7 +63,7 @@ class Shown:
         numbers: its rows.
     """
 
-    drawn: Drawn
+    drawn: DrawnPanel
     picture: str
     width: int
     height: int
@@ -83,8 +83,8 @@ def write(
     path: Path,
     entries: Sequence[Entry],
     tables: Mapping[str, Table],
-    judged: Sequence[Judged],
-    drawn: Sequence[Drawn],
+    judged: Sequence[ClaimVerdict],
+    drawn: Sequence[DrawnPanel],
     problems: Sequence[Problem],
 ) -> Path:
     """Write the page; return its path.
@@ -92,7 +92,7 @@ def write(
     Raises:
         StorageError: the folder cannot be written.
     """
-    shown: dict[str, list[Shown]] = {}
+    shown: dict[str, list[PageFigure]] = {}
     for figure in drawn:
         shown.setdefault(figure.panel.analysis, []).append(_shown(figure))
     compared = comparison(entries)
@@ -112,7 +112,7 @@ def write(
         judged=judged,
         claims_note=tables["claims"].note,
         measured=sum(j.verdict != NOT_MEASURED for j in judged),
-        said=said,
+        said=effect_text,
         sections=shown,
         problems=problems,
         entries=entries,
@@ -164,7 +164,7 @@ def anchor(text: str) -> str:
     return "".join(c if c.isalnum() and c.isascii() else "-" for c in text).strip("-").lower()
 
 
-def _shown(drawn: Drawn) -> Shown:
+def _shown(drawn: DrawnPanel) -> PageFigure:
     picture, width, height = "", 0, 0
     if drawn.picture.png is not None:
         picture, width, height = _embedded(drawn.picture.png)
@@ -172,7 +172,7 @@ def _shown(drawn: Drawn) -> Shown:
     shared, differing = figure_captions.common(curves) if curves else ({}, [])
     heads, numbers = figure_captions.numbers(drawn.panel)
     cards = [(curve.label, curve.entry.id, _card(curve, differing)) for curve in curves]
-    return Shown(drawn, picture, width, height, shared, differing, cards, heads, numbers)
+    return PageFigure(drawn, picture, width, height, shared, differing, cards, heads, numbers)
 
 
 def _embedded(png: Path) -> tuple[str, int, int]:

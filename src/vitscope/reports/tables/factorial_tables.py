@@ -33,7 +33,7 @@ NOTHING = Problem(
 )
 
 
-def made(selection: Selection, folder: Path) -> dict[str, Table]:
+def write_factorial_tables(selection: Selection, folder: Path) -> dict[str, Table]:
     """Return both tables of the runs by name, the figure (``factors.png`` and ``.pdf``) drawn into ``folder``.
 
     Raises:
