@@ -134,13 +134,13 @@ def test_slimming_is_killed_at_every_write(tmp_path: Path, monkeypatch: pytest.M
 
                 patch.setattr(os, name, deadly)
             try:
-                trial.slim(run)
+                trial.drop_optimizer_states(run)
                 break
             except Killed:
                 stops += 1
         for name in checkpoint_io.manifest(run.checkpoints):
             checkpoint_io.read(run.checkpoints / name)
-        trial.slim(run)
+        trial.drop_optimizer_states(run)
         states = {
             name: checkpoint_io.read(run.checkpoints / name)["optimizer_states"] for name in ("init.ckpt", "best.ckpt")
         }

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from vitscope import models
-from vitscope.models.attention import SelfAttention, neighbourhood
+from vitscope.models.attention import SelfAttention, neighborhood
 
 
 def tokens(n: int = 64, dim: int = 6) -> torch.Tensor:
@@ -61,8 +61,8 @@ def test_kernel_15_on_8x8_tokens_is_global_attention() -> None:
     plain = SelfAttention(6, 2).double()
     plain.load_state_dict(local.state_dict())
     x = tokens()
-    assert neighbourhood((8, 8), 15).all()
-    assert not neighbourhood((8, 8), 13).all()
+    assert neighborhood((8, 8), 15).all()
+    assert not neighborhood((8, 8), 13).all()
     assert (local(x) - plain(x)).abs().max() < 1e-14
 
 

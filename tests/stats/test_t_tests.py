@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from vitscope.reports.tables.table import Cell, Table, frame, shown
+from vitscope.reports.tables.table import Cell, Table, frame, interval_text
 from vitscope.stats.t_tests import Interval, holm, t_interval
 
 
@@ -67,7 +67,7 @@ def test_an_interval_with_ends_of_its_own_shows_them() -> None:
     nan = float("nan")
     found = Interval(2.0, nan, nan, 1, (1.5, 4.0))
     assert (found.low, found.high, found.bars) == (1.5, 4.0, (0.5, 2.0))
-    assert shown(found, ".3g") == "2 [1.5, 4]"
+    assert interval_text(found, ".3g") == "2 [1.5, 4]"
     row = frame(Table("t", "T", ("APE",), ("ape",), ((Cell("", found),),))).iloc[0]
     assert (row["ape"], row["ape_low"], row["ape_high"]) == (2.0, 1.5, 4.0)
     assert "ape_half_width" not in row

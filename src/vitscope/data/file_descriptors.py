@@ -1,4 +1,4 @@
-"""Recognize a process that runs out of file descriptors, before a loader worker loses a batch by it and all wait for ever."""
+"""Detect a shortage of file descriptors before a loader worker loses a batch, which would block training forever."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A loader that knows its position: which images batch b of epoch e holds is a pure function."""
+"""Loaders that can resume within an epoch: the images of batch b of epoch e are a pure function of the seed."""
 
 from __future__ import annotations
 
@@ -132,11 +132,11 @@ class Loader(DataLoader[Any]):
     ) -> None:
         num_workers = min(num_workers, os.cpu_count() or 1)
         super().__init__(
-            _Caught(dataset),
+            _ErrorsAsValues(dataset),
             batch_sampler=batch_sampler,  # pyright: ignore[reportArgumentType]  a draw, not a list
             num_workers=num_workers,
             pin_memory=pin_memory,
-            collate_fn=_as_is,
+            collate_fn=_unchanged,
             persistent_workers=num_workers > 0,
             worker_init_fn=_leave_interrupts_to_parent,
         )
@@ -164,8 +164,8 @@ class Loader(DataLoader[Any]):
                 if "DataLoader worker" not in str(error):
                     raise
                 self.stop_workers()
-                why = "a loader worker was killed (out of memory?)"
-                raise DataError("data.num_workers", self.num_workers, why, "try fewer workers, or 0") from error
+                problem = "a loader worker was killed (out of memory?)"
+                raise DataError("data.num_workers", self.num_workers, problem, "try fewer workers, or 0") from error
             if isinstance(batch, VitscopeError):
                 self.stop_workers()
                 raise batch
@@ -206,7 +206,7 @@ class Augmented(Dataset[Any]):
         return self.images.batch(philox.Key(draw.indices, draw.epoch, philox.AUGMENT, self.seed), self.recipe)
 
 
-class _Caught(Dataset[Any]):
+class _ErrorsAsValues(Dataset[Any]):
     """Hands a `VitscopeError` over as a value: raised in a worker it would arrive as text with a traceback."""
 
     def __init__(self, dataset: Any) -> None:
@@ -232,7 +232,7 @@ class _Caught(Dataset[Any]):
         return batch
 
 
-def _as_is(batch: Any) -> Any:
+def _unchanged(batch: Any) -> Any:
     return batch
 
 

@@ -21,7 +21,7 @@ _WEYL = (0x9E3779B9, 0xBB67AE85)
 
 
 class Key(NamedTuple):
-    """Whose randomness a batch uses.
+    """Counters from which the random numbers of a batch are computed.
 
     Attributes:
         indices: Index of each image in its split, `(B,)`.

@@ -1,4 +1,4 @@
-"""Ranges of configured numbers, refused in one line that names the key."""
+"""Range checks of configured numbers, with one-line errors that name the key."""
 
 from __future__ import annotations
 
@@ -37,8 +37,10 @@ def channels(key: str, values: Sequence[float], *, positive: bool) -> tuple[floa
     Raises:
         ConfigError: There are not three, or one is not finite, or not positive where it must be.
     """
-    found = tuple(float(value) for value in values)
-    if len(found) != 3 or not all(math.isfinite(value) and (value > 0 or not positive) for value in found):
+    channel_values = tuple(float(value) for value in values)
+    if len(channel_values) != 3 or not all(
+        math.isfinite(value) and (value > 0 or not positive) for value in channel_values
+    ):
         kind = "positive" if positive else "finite"
-        raise ConfigError(key, found, f"not three {kind} numbers", "give one a channel")
-    return found
+        raise ConfigError(key, channel_values, f"not three {kind} numbers", "give one a channel")
+    return channel_values

@@ -1,4 +1,4 @@
-"""Which images of a set are used: stratified hold-outs, per-class fractions, random labels."""
+"""Selection of a split's images: stratified hold-outs, per-class fractions, random labels."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def hold_out(labels: NDArray[np.int64], share: float, *, seed: int) -> tuple[NDA
     Args:
         labels: Class of each image, `(N,)`.
         share: Share of each class that is held out; at least one image of each class that has two.
-        seed: Chooses which.
+        seed: Seed of the selection.
 
     Returns:
         Kept and held-out indices, disjoint, each ascending.

@@ -55,7 +55,7 @@ class MSABlock(nn.Module):
         active = self.act(self.norm1(x))
         shortcut = x if self.downsample is None else self.downsample(active)
         branch = self.norm2(self.conv(active)).permute(0, 2, 3, 1)  # (B, H, W, C)
-        branch = self.attn(branch).permute(0, 3, 1, 2)
+        branch = self.attn(branch).permute(0, 3, 1, 2)  # (B, out_chs, H, W)
         return self.drop_path(branch) + shortcut
 
 
@@ -130,10 +130,10 @@ def alternet(
         stem: ``cifar`` (3x3, stride 1) or ``imagenet`` (7x7, stride 2, max pooling).
         pad: Pad and mask maps that the window does not divide instead of refusing them.
         heads: Heads of each stage.
-        mixer: What stands in the attention blocks: ``msa``; ``uniform`` (equal weights over the window);
+        mixer: Operation of the attention blocks: ``msa``; ``uniform`` (equal weights over the window);
             ``blur`` (a box blur); ``conv`` (an ordinary convolution block instead: no attention anywhere).
         blur_size: Side of the box blur, 2 or 3.
-        placement: Where the attention goes, see `vitscope.models.alternet_layout.stage_blocks`.
+        placement: Rule for the positions of attention, see `vitscope.models.alternet_layout.stage_blocks`.
         position_bias: ``shared`` by all heads (official) or ``per_head``.
         drop_path: Stochastic depth of the last block; block j of N has ``drop_path * j / (N - 1)``.
         in_chans: Channels of the images.

@@ -1,4 +1,4 @@
-"""Where AlterNet puts its attention: block sequences, the build-up path, and which windows fit."""
+"""Layout of AlterNet: positions of attention blocks, the build-up path, and the window sizes that fit."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def stage_blocks(blocks: Sequence[int], n_msa: Sequence[int], placement: Placeme
     Args:
         blocks: Number of blocks of each stage.
         n_msa: Number of attention blocks of each stage; ``late`` and ``alternating`` use the sum only.
-        placement: Which of the rules above.
+        placement: One of the rules above.
 
     Raises:
         ValueError: If a stage cannot hold its attention blocks, or the placement is unknown.
@@ -39,7 +39,7 @@ def stage_blocks(blocks: Sequence[int], n_msa: Sequence[int], placement: Placeme
     if len(n_msa) != len(blocks) or any(m < 0 for m in n_msa):
         raise ValueError(f"n_msa needs {len(blocks)} counts of at least 0, got {tuple(n_msa)}.")
     if placement in ("late", "alternating"):
-        return _counted_from_the_end(blocks, sum(n_msa), step=1 if placement == "late" else 2)
+        return _attention_from_the_end(blocks, sum(n_msa), step=1 if placement == "late" else 2)
     if placement == "official":
         return tuple(("C" * (n - 2 * m) + "CM" * m)[:n] for n, m in zip(blocks, n_msa))
     if placement not in ("stage_end", "stage_start"):
@@ -52,12 +52,18 @@ def stage_blocks(blocks: Sequence[int], n_msa: Sequence[int], placement: Placeme
     return tuple("C" * (n - 2 * m) + "CM" * m for n, m in zip(blocks, n_msa))
 
 
-def _counted_from_the_end(blocks: Sequence[int], n_msa: int, step: int) -> tuple[str, ...]:
-    free = [(stage, i) for stage, n in enumerate(blocks) for i in range(n)][::-step]
-    chosen = [place for place in free if place[1] > 0][:n_msa]  # the first block of a stage subsamples
-    if len(chosen) < n_msa:
-        raise ValueError(f"{n_msa} attention blocks do not fit, at most {len(chosen)} of {sum(blocks)} blocks can be.")
-    return tuple("".join("M" if (stage, i) in chosen else "C" for i in range(n)) for stage, n in enumerate(blocks))
+def _attention_from_the_end(blocks: Sequence[int], n_msa: int, step: int) -> tuple[str, ...]:
+    places_from_end = [(stage, i) for stage, n in enumerate(blocks) for i in range(n)][::-step]
+    attention_places = [place for place in places_from_end if place[1] > 0][
+        :n_msa
+    ]  # the first block of a stage subsamples
+    if len(attention_places) < n_msa:
+        raise ValueError(
+            f"{n_msa} attention blocks do not fit, at most {len(attention_places)} of {sum(blocks)} blocks can be."
+        )
+    return tuple(
+        "".join("M" if (stage, i) in attention_places else "C" for i in range(n)) for stage, n in enumerate(blocks)
+    )
 
 
 def build_up(depth: int = 50, *, overshoot: bool = False) -> list[tuple[int, int, int, int]]:

@@ -1,4 +1,4 @@
-"""Self-attention over tokens with any number and width of heads, global or within a square neighbourhood."""
+"""Self-attention over tokens with any number and width of heads, global or within a square neighborhood."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 Padding = Literal["masked", "zero"]
 
 
-def neighbourhood(grid: tuple[int, int], kernel_size: int) -> Tensor:
+def neighborhood(grid: tuple[int, int], kernel_size: int) -> Tensor:
     """Which keys each query sees: True inside the k x k square around it, (N, N) for N = h * w tokens."""
     rows, columns = torch.meshgrid(torch.arange(grid[0]), torch.arange(grid[1]), indexing="ij")
     place = torch.stack((rows.flatten(), columns.flatten()), -1)
@@ -22,8 +22,8 @@ class SelfAttention(nn.Module):
     """Multi-head self-attention, tokens (B, N, dim) -> (B, N, dim), with the parameter names of timm's.
 
     With ``kernel_size`` each query attends to the k x k tokens around it (the paper's convolutional MSA,
-    Figure 7). At the border, ``masked`` (default) leaves the missing neighbours out; ``zero`` is the official
-    code's behaviour: each missing neighbour is a key and a value of zeros that takes its share of the
+    Figure 7). At the border, ``masked`` (default) leaves the missing neighbors out; ``zero`` is the official
+    code's behavior: each missing neighbor is a key and a value of zeros that takes its share of the
     softmax. All padded keys of a query have score 0, so they are one extra zero token with the logarithm of
     their number as bias, which is exact.
 
@@ -33,7 +33,7 @@ class SelfAttention(nn.Module):
         dim_head: Width of a head; None: ``dim / heads``.
         qkv_bias: Whether queries, keys and values have biases.
         grid: Height and width of the token grid, needed with a kernel.
-        kernel_size: Odd side of the neighbourhood; None: global.
+        kernel_size: Odd side of the neighborhood; None: global.
         padding: ``masked`` or ``zero``.
     """
 
@@ -58,7 +58,7 @@ class SelfAttention(nn.Module):
         self.kernel_size, self.padding = kernel_size, padding
         self.qkv = nn.Linear(dim, 3 * heads * self.head_dim, bias=qkv_bias)
         self.proj = nn.Linear(heads * self.head_dim, dim)
-        for layer in (self.qkv, self.proj):  # timm's initialisation of a ViT
+        for layer in (self.qkv, self.proj):  # timm's initialization of a ViT
             nn.init.trunc_normal_(layer.weight, std=0.02)
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
@@ -69,16 +69,16 @@ class SelfAttention(nn.Module):
         if self.kernel_size is None:
             return None
         if grid is None or self.kernel_size < 1 or self.kernel_size % 2 == 0:
-            raise ValueError(f"a neighbourhood needs a grid and an odd kernel_size, got {grid}, {self.kernel_size}.")
-        return neighbourhood(grid, self.kernel_size)
+            raise ValueError(f"a neighborhood needs a grid and an odd kernel_size, got {grid}, {self.kernel_size}.")
+        return neighborhood(grid, self.kernel_size)
 
     def _zero_token_mask(self, like: Tensor) -> Tensor:
         """Additive mask (N, N + 1) whose last key stands for all padded keys of a query."""
         assert self.seen is not None
         assert self.kernel_size is not None
-        seen = torch.zeros_like(self.seen, dtype=like.dtype).masked_fill(~self.seen, float("-inf"))
+        visibility_mask = torch.zeros_like(self.seen, dtype=like.dtype).masked_fill(~self.seen, float("-inf"))
         outside = self.kernel_size**2 - self.seen.sum(1, keepdim=True)
-        return torch.cat((seen, outside.to(like.dtype).log()), dim=1)
+        return torch.cat((visibility_mask, outside.to(like.dtype).log()), dim=1)
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """Attend; ``attn_mask`` and ``is_causal`` exist for timm's blocks and must keep their defaults."""
@@ -91,5 +91,5 @@ class SelfAttention(nn.Module):
         if self.seen is not None and self.padding == "zero":
             k, v = F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1))
             mask = self._zero_token_mask(q)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # (B, heads, N, dim_head)
         return self.proj(out.transpose(1, 2).reshape(b, n, -1))

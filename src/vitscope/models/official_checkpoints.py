@@ -96,15 +96,19 @@ def _unwrap(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
 def _without_computed(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Drop what the model computes itself, with a warning where the checkpoint's values differ."""
     buffers = dict(model.named_buffers())
-    kept = {}
+    kept_names = {}
     for name, value in state.items():
         if name.rpartition(".")[2] not in _DROPPED:
-            kept[name] = value
+            kept_names[name] = value
             continue
-        own = buffers.get(name)
-        if own is None or own.shape != value.shape or not torch.equal(own.cpu().to(value.dtype), value.cpu()):
+        model_buffer = buffers.get(name)
+        if (
+            model_buffer is None
+            or model_buffer.shape != value.shape
+            or not torch.equal(model_buffer.cpu().to(value.dtype), value.cpu())
+        ):
             warnings.warn(f"{name} of the checkpoint differs from the model's, which is used.", stacklevel=3)
-    return kept
+    return kept_names
 
 
 def _renamed(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -143,7 +147,7 @@ def _later(name: str, stages: str, child: str) -> str:
 
 def _alternet(model: AlterNet, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Names of blocks, and queries, keys and values in one tensor."""
-    own = set(model.state_dict())
+    model_keys = set(model.state_dict())
     renamed: dict[str, Tensor] = {}
     for name, value in state.items():
         if name.endswith(".to_kv.weight"):
@@ -156,7 +160,7 @@ def _alternet(model: AlterNet, state: dict[str, Tensor]) -> dict[str, Tensor]:
         new = _staged(_replace(name, _ALTERNET), "")
         shortcut = _staged(_replace(name, (_CONV_SHORTCUT,)), "")
         if shortcut != new and "shortcut" in name:  # timm's convolution blocks keep theirs one level deeper
-            new = shortcut if shortcut in own else shortcut.replace(".downsample.conv.", ".downsample.")
+            new = shortcut if shortcut in model_keys else shortcut.replace(".downsample.conv.", ".downsample.")
         renamed[new] = value
     return renamed
 

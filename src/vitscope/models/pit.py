@@ -34,7 +34,7 @@ def pit(
         num_classes: Number of logits.
         image_size: Height and width of the images, or one number for both.
         patch_size: Side of the overlapping patches.
-        stride: Distance of neighbouring patches; None: half a patch, as published (16 and 8).
+        stride: Distance of neighboring patches; None: half a patch, as published (16 and 8).
         drop_path: Stochastic depth of the last block.
         in_chans: Channels of the images.
         distilled: A distillation token and its own head.

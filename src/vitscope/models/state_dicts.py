@@ -22,8 +22,12 @@ def default_keys(model: nn.Module) -> set[str]:
 
 def with_default_keys(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return ``state`` with the model's own values of the default keys that it lacks."""
-    own = model.state_dict()
+    model_state = model.state_dict()
     return {
         **state,
-        **{key: own[key].detach().clone() for key in sorted(default_keys(model) - set(state)) if key in own},
+        **{
+            key: model_state[key].detach().clone()
+            for key in sorted(default_keys(model) - set(state))
+            if key in model_state
+        },
     }

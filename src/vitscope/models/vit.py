@@ -36,7 +36,7 @@ def vit(
         num_classes: Number of logits.
         image_size: Height and width of the images, or one number for both.
         patch_size: Side of a patch; must divide the image.
-        pool: ``cls`` reads the class token; ``gap`` averages the patch tokens, then normalises.
+        pool: ``cls`` reads the class token; ``gap`` averages the patch tokens, then normalizes.
         heads: Number of heads; None: of that size.
         dim_head: Width of a head; None: width of the tokens / heads, or that of the size if only ``heads``
             is given and does not divide it. Varying one of the two alone gives Figures C.5 and C.6.
@@ -96,12 +96,12 @@ def convit(
     see 16 to 64 of the 64 tokens, hence even kernels are refused.
 
     Args:
-        size: As in `vit`.
+        size: Size of the model, see `vit`.
         num_classes: Number of logits.
         image_size: Height and width of the images, or one number for both.
         patch_size: Side of a patch; must divide the image.
-        kernel_size: Odd side of the neighbourhood in tokens, or ``global``.
-        padding: ``masked`` (missing neighbours are left out) or ``zero`` (the official code's zero keys).
+        kernel_size: Odd side of the neighborhood in tokens, or ``global``.
+        padding: ``masked`` (missing neighbors are left out) or ``zero`` (the official code's zero keys).
         heads: Number of heads; None: of that size.
         dim_head: Width of a head; None: width of the tokens / heads.
         qkv_bias: Biases on queries, keys and values.

@@ -1,4 +1,4 @@
-"""Which of the paper's families a model belongs to: ours by their builder, any other by the kinds of its taps."""
+"""Family of a model among the paper's: vitscope's models by their builder, any other by the kinds of its taps."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ def kin(cfg: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
     """Return the family whose claims a run's model is evidence for; a timm model that is like none keeps its name.
 
     Args:
-        cfg: a run's configuration.
-        facts: its provenance, which holds the family that the model's units told when it was built.
+        cfg: A run's configuration.
+        facts: The run's provenance, which holds the family that was derived from the model's units when it was built.
     """
     node = cfg.get("model") or {}
     if not str(node.get("_target_", "")).endswith(".timm_model"):

@@ -63,17 +63,17 @@ def report(cfg: DictConfig) -> Path:
         beside, lacking = baselines.panels(found, _analyses(cfg), bool(cfg.allow_different))
         chosen += beside
     options = loading.plain(cfg.plot) or {}
-    jobs = [figure_captions.job(panel, out, options.get(panel.analysis), cfg.pdf) for panel in chosen]
+    jobs = [figure_captions.drawing_job(panel, out, options.get(panel.analysis), cfg.pdf) for panel in chosen]
     with figure_worker.drawing(jobs) as finish:
         made, judged = _tables(cfg, found, out)
         stop_flag.check()
-        drawn = [figure_captions.drawn(panel, picture) for panel, picture in zip(chosen, finish())]
+        drawn = [figure_captions.with_picture(panel, picture) for panel, picture in zip(chosen, finish())]
     stop_flag.check()
     print(cells.markdown(next(iter(made.values()))), end="")
     problems = [problem for table in made.values() for problem in table.problems]
     target = out / "tables" / f"{next(iter(made))}.md"
     if not cfg.table:
-        problems += figure_plan.absent(found, _analyses(cfg) or [], cfg.tag) + lacking
+        problems += figure_plan.missing_results(found, _analyses(cfg) or [], cfg.tag) + lacking
         problems += [
             Problem("failed", f"figure {d.panel.name}", d.panel.analysis, d.picture.problem)
             for d in drawn
@@ -119,7 +119,9 @@ def _tables(
     """Build and write the tables that were asked for; return them, and the claims where they are among them."""
     selection = Selection(found, cfg.tag if cfg.tag != "all" else "end", bool(cfg.allow_different))
     costs = Costs()
-    crossed = factorial_tables.write_factorial_tables(selection, out) if cfg.table in (None, *factorial_tables.NAMES) else {}
+    crossed = (
+        factorial_tables.write_factorial_tables(selection, out) if cfg.table in (None, *factorial_tables.NAMES) else {}
+    )
     if cfg.table in factorial_tables.NAMES:
         return _written({cfg.table: crossed[cfg.table]}, out), []
     wanted = [cfg.table] if cfg.table else [name for name in TABLES if name not in factorial_tables.NAMES]

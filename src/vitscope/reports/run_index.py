@@ -1,4 +1,4 @@
-"""What the runs of a report left behind: configurations, metrics and results; arrays are read when they are drawn."""
+"""Index of the runs of a report: configurations, metrics and scalars of results; arrays are read when they are drawn."""
 
 from __future__ import annotations
 
@@ -46,14 +46,14 @@ class Measured:
     """One result on disk, or the record of a measure that failed.
 
     Attributes:
-        analysis: the configuration's name for it.
+        analysis: The configuration's name for it.
         tag: ``init``, ``epoch-0099`` or ``end``.
-        measure: the function that made it.
-        path: the ``.npz``.
-        scalars: by name; None is a number that is not finite.
-        card: under which conditions.
-        error: why there is no result, else empty.
-        time: of the file, for the newest.
+        measure: The function that made it.
+        path: The ``.npz``.
+        scalars: Numbers by name; None for one that is not finite.
+        card: Conditions of the measurement.
+        error: Reason why there is no result, else empty.
+        time: Modification time of the file, in seconds, to find the newest result.
     """
 
     analysis: str
@@ -69,7 +69,7 @@ class Measured:
         """Return the result with its arrays.
 
         Raises:
-            StorageError: the file is damaged or gone.
+            StorageError: The file is damaged or gone.
         """
         return result_store.load(self.path)
 
@@ -84,15 +84,15 @@ class Entry:
     """One run.
 
     Attributes:
-        run: its folder.
-        config: its resolved configuration, plain.
-        facts: its provenance.
-        metrics: each metric's last value; None is one that was not finite.
-        curves: metric -> (epochs or steps, values) of what is worth a line in a comparison.
-        results: what was measured.
-        group: digest of the experiment, the seed left out.
-        label: the experiment's name in this report.
-        superseded: whether a later run repeats it (then only the list of runs shows it).
+        run: Folder of the run.
+        config: Resolved configuration as plain containers.
+        facts: Provenance of the run.
+        metrics: Each metric's last value; None is one that was not finite.
+        curves: Steps and values of each training and validation metric.
+        results: Results of analyses, by age.
+        group: Digest of the experiment, the seed left out.
+        label: The experiment's name in this report.
+        superseded: Whether a later run repeats it (then only the list of runs shows it).
     """
 
     run: Run
@@ -129,8 +129,8 @@ class Entry:
     def untrained(self) -> bool:
         """Whether one of our models was analysed as it was built, without weights from anywhere."""
         node = self.config.get("model") or {}
-        ours = str(node.get("_target_", "")).startswith("vitscope.models.")
-        return ours and not (self.trained or node.get("pretrained") or self.config.get("ckpt_path"))
+        is_builtin = str(node.get("_target_", "")).startswith("vitscope.models.")
+        return is_builtin and not (self.trained or node.get("pretrained") or self.config.get("ckpt_path"))
 
     @property
     def family(self) -> str:
@@ -159,8 +159,8 @@ class Damage:
     """A run folder that a report leaves out.
 
     Attributes:
-        path: the folder.
-        why: what is damaged in it.
+        path: The folder.
+        why: Description of the damage.
     """
 
     path: Path
@@ -176,31 +176,31 @@ def moment(tag: str) -> tuple[int, str]:
     return {"init": 0, "end": 2}.get(tag, 1), tag
 
 
-def collect(found: Sequence[Run], damaged: list[Damage] | None = None) -> list[Entry]:
-    """Return the entries of ``found`` with their labels, runs of one experiment together, by data, label and seed.
+def collect(runs: Sequence[Run], damaged: list[Damage] | None = None) -> list[Entry]:
+    """Return the entries of ``runs`` with their labels, runs of one experiment together, by data, label and seed.
 
     Args:
-        found: run folders.
-        damaged: takes the folders that cannot be read, which are then left out; None raises the first one's error.
+        runs: Run folders.
+        damaged: List to which unreadable folders are added; they are left out. None: the first one raises its error.
 
     Where an experiment was run twice with one seed, the newest finished run counts and the others are superseded.
     """
-    raw = [entry for run in found if (entry := _readable(run, damaged)) is not None]
-    groups = {entry.group: entry.config for entry in raw}
-    named = experiment_identity.labels(groups)
+    entries = [entry for run in runs if (entry := _readable(run, damaged)) is not None]
+    groups = {entry.group: entry.config for entry in entries}
+    labels = experiment_identity.labels(groups)
     counting: dict[tuple[str, int], Entry] = {}
-    for entry in raw:
+    for entry in entries:
         best = counting.setdefault((entry.group, entry.seed), entry)
         if _rank(entry) >= _rank(best):
             counting[entry.group, entry.seed] = entry
-    kept = {entry.id for entry in counting.values()}
+    counting_ids = {entry.id for entry in counting.values()}
     labelled = [
         replace(
             entry,
-            label=named[entry.group] + (", random weights" if entry.untrained else ""),
-            superseded=entry.trained and entry.id not in kept,
+            label=labels[entry.group] + (", random weights" if entry.untrained else ""),
+            superseded=entry.trained and entry.id not in counting_ids,
         )
-        for entry in raw
+        for entry in entries
     ]
     return sorted(labelled, key=lambda e: (e.data, e.family, _natural(e.label), e.group, e.superseded, e.seed, e.id))
 
@@ -240,55 +240,55 @@ def _reason(error: Exception) -> str:
 def _read(run: Run, whole: bool = True) -> Entry:
     cfg = _mapping(run.path / "config.yaml")
     for group in ("model", "data"):
-        _expect(cfg.get(group), Mapping, run.path / "config.yaml", group)
+        _require(cfg.get(group), Mapping, run.path / "config.yaml", group)
     for group, key in (("model", "_target_"), ("data", "name")):
-        _expect(cfg[group].get(key) or "", str, run.path / "config.yaml", f"{group}.{key}")
+        _require(cfg[group].get(key) or "", str, run.path / "config.yaml", f"{group}.{key}")
     for group in ("objective", "optimizer", "trainer", "callbacks", "analysis", "paths"):
-        _expect(cfg.get(group) or {}, Mapping, run.path / "config.yaml", group)
-    _expect(cfg.get("seed") or 0, int, run.path / "config.yaml", "seed")
+        _require(cfg.get(group) or {}, Mapping, run.path / "config.yaml", group)
+    _require(cfg.get("seed") or 0, int, run.path / "config.yaml", "seed")
     facts = _mapping(run.path / "provenance.json")
     for key in ("status", "command", "created"):
-        _expect(facts.get(key) or "", str, run.path / "provenance.json", key)
+        _require(facts.get(key) or "", str, run.path / "provenance.json", key)
     if not stat.S_ISDIR(os.stat(run.path).st_mode):
         raise StorageError("runs", run.path, "not a folder", "delete it")
-    metrics, curves = _journal(run.journal)
+    metrics, curves = _read_metrics(run.journal)
     safe_files.refuse_links(run.results / "x")
     if os.path.lexists(run.results) and not run.results.is_dir():
         raise StorageError("runs", run.results, "not a folder", "delete it")
-    measured = [m for path in sorted(run.results.glob("*/*.json")) if (m := _measured(path, whole))]
-    found = sorted(measured, key=lambda m: m.time)
-    what = {
+    measured = [m for path in sorted(run.results.glob("*/*.json")) if (m := _read_result(path, whole))]
+    results = sorted(measured, key=lambda m: m.time)
+    experiment = {
         **experiment_identity.identity(cfg),
         "weights": cfg.get("ckpt_path") if facts.get("command") == "analyze" else None,
     }
-    return Entry(run, cfg, facts, metrics, curves, tuple(found), loading.digest(what))
+    return Entry(run, cfg, facts, metrics, curves, tuple(results), loading.digest(experiment))
 
 
 def _mapping(path: Path) -> dict[str, Any]:
     """Return the mapping that a run's YAML or JSON file holds.
 
     Raises:
-        StorageError: it is damaged, or larger than such a file can be.
+        StorageError: It is damaged, or larger than such a file can be.
     """
     text = safe_files.read_text(path, safe_files.LARGEST)
     try:
         content = json.loads(text) if path.suffix == ".json" else yaml.load(text, Loader=_LOADER)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        why = f"{path.name} is damaged ({type(error).__name__})"
-        raise StorageError("runs", path.parent, why, "delete it, or the run") from None
-    _expect(content, Mapping, path, "its content")
+        damage = f"{path.name} is damaged ({type(error).__name__})"
+        raise StorageError("runs", path.parent, damage, "delete it, or the run") from None
+    _require(content, Mapping, path, "its content")
     return content
 
 
-def _expect(value: Any, kind: Any, path: Path, name: str) -> None:
+def _require(value: Any, kind: Any, path: Path, name: str) -> None:
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        wanted = {Mapping: "a mapping", str: "a text", int: "a whole number"}.get(
+        expected = {Mapping: "a mapping", str: "a text", int: "a whole number"}.get(
             kind, getattr(kind, "__name__", "of its kind")
         )
-        raise StorageError("runs", path, f"{name} is a {type(value).__name__}, not {wanted}", "delete the run")
+        raise StorageError("runs", path, f"{name} is a {type(value).__name__}, not {expected}", "delete the run")
 
 
-def _measured(path: Path, whole: bool) -> Measured | None:
+def _read_result(path: Path, whole: bool) -> Measured | None:
     """Return what a result's readable file says; one that is cut short is an error if the folder must be whole, else None."""
     tag = path.stem.rpartition("-")[0]
     if path.name.startswith(".") or not tag:
@@ -304,8 +304,8 @@ def _measured(path: Path, whole: bool) -> Measured | None:
     if "measure" not in content:
         return None
     scalars, card = content.get("scalars") or {}, content.get("card") or {}
-    _expect(scalars, Mapping, path, "scalars")
-    _expect(card, Mapping, path, "card")
+    _require(scalars, Mapping, path, "scalars")
+    _require(card, Mapping, path, "card")
     for name, value in scalars.items():
         if value is not None and (isinstance(value, bool | str) or not isinstance(value, int | float)):
             raise StorageError(
@@ -314,21 +314,21 @@ def _measured(path: Path, whole: bool) -> Measured | None:
         if value is not None and not math.isfinite(value):
             raise StorageError("runs", path, f"scalars.{name} is {value}, which is written as null", "measure again")
     for key in _CARD_KEYS & set(card):
-        _expect_card(card[key], key, path)
-    known = {k: v for k, v in card.items() if k in _CARD_KEYS}
+        _require_card_value(card[key], key, path)
+    card_fields = {k: v for k, v in card.items() if k in _CARD_KEYS}
     return Measured(
         analysis=path.parent.name,
         tag=tag,
         measure=str(content["measure"]),
         path=path.with_suffix(".npz"),
         scalars=scalars,
-        card=ObjectiveCard(**known) if known else None,
+        card=ObjectiveCard(**card_fields) if card_fields else None,
         error=str(content.get("error") or ""),
         time=path.stat().st_mtime,
     )
 
 
-def _expect_card(value: Any, key: str, path: Path) -> None:
+def _require_card_value(value: Any, key: str, path: Path) -> None:
     """Refuse a card's value of another kind than its field's, as far as reports sort and compare it."""
     if value is not None and not fits(value, _CARD_TYPES[key]):
         raise StorageError("runs", path, f"card.{key} is a {type(value).__name__}", "measure again")
@@ -339,21 +339,21 @@ _METRIC = re.compile(r"(train|val|test)/(accuracy|accuracy_top5|brier|ece|loss|n
 _HIGHEST = {"accuracy": 1.0, "accuracy_top5": 1.0, "ece": 1.0, "brier": 2.0}
 
 
-def _expect_metric(key: str, value: Any, path: Path) -> None:
+def _require_metric(key: str, value: Any, path: Path) -> None:
     """Refuse a metric that is no number, or a share outside of its range: a table would print it as it is."""
     match = _METRIC.fullmatch(key)
     if match is None or value is None:
         return
-    why = None
+    reason = None
     if isinstance(value, bool) or not isinstance(value, int | float):
-        why = f"{key} is a {type(value).__name__}, not a number"
+        reason = f"{key} is a {type(value).__name__}, not a number"
     elif match[2] in _HIGHEST and not -1e-6 <= value <= _HIGHEST[match[2]] + 1e-6 and math.isfinite(value):
-        why = f"{key} is {value:g}, outside of 0 to {_HIGHEST[match[2]]:g}"
-    if why is not None:
-        raise StorageError("runs", path, why, "delete the run, or restore the file from a copy")
+        reason = f"{key} is {value:g}, outside of 0 to {_HIGHEST[match[2]]:g}"
+    if reason is not None:
+        raise StorageError("runs", path, reason, "delete the run, or restore the file from a copy")
 
 
-def _journal(path: Path) -> tuple[dict[str, float | None], dict[str, tuple[list[float], list[float]]]]:
+def _read_metrics(path: Path) -> tuple[dict[str, float | None], dict[str, tuple[list[float], list[float]]]]:
     """Return each metric's last value (also where it is null), and the curves over epochs."""
     last: dict[str, float | None] = {}
     curves: dict[str, tuple[list[float], list[float]]] = {}
@@ -361,16 +361,16 @@ def _journal(path: Path) -> tuple[dict[str, float | None], dict[str, tuple[list[
     if os.path.lexists(path) and (not path.is_file() or (not rows and path.stat().st_size > 0)):
         raise StorageError("runs", path, "holds no row of metrics", "delete the run")
     for row in rows:
-        at = row.get("step")
+        step = row.get("step")
         for key, value in row.items():
-            _expect_metric(key, value, path)
+            _require_metric(key, value, path)
             if key in ("step", "epoch", "time", "tag") or not (value is None or isinstance(value, int | float)):
                 continue
             value = value if value is not None and math.isfinite(value) else None
             last[key] = None if value is None else float(value)
-            if key.startswith(("train/", "val/")) and value is not None and isinstance(at, int):
+            if key.startswith(("train/", "val/")) and value is not None and isinstance(step, int):
                 xs, ys = curves.setdefault(key, ([], []))
-                xs.append(at)
+                xs.append(step)
                 ys.append(float(value))
     return last, {key: _thinned(*curve) for key, curve in curves.items()}
 
@@ -404,14 +404,14 @@ def majority(measured: Mapping[str, Sequence[Measured]], without: Sequence[str] 
     """Return the conditions under which most runs were measured (the newest of equals).
 
     Args:
-        measured: results of one measure at one moment, by run.
-        without: keys of the card that do not count.
+        measured: Results of one measure at one moment, by run.
+        without: Keys of the card that do not count.
     """
     counts: Counter[Conditions] = Counter()
     newest: dict[Conditions, float] = {}
-    for found in measured.values():
-        good = [(m.conditions(without), m.time) for m in found if not m.error]
-        for conditions, time in good:
+    for results in measured.values():
+        successes = [(m.conditions(without), m.time) for m in results if not m.error]
+        for conditions, time in successes:
             newest[conditions] = max(newest.get(conditions, 0.0), time)
-        counts.update({conditions for conditions, _ in good})
+        counts.update({conditions for conditions, _ in successes})
     return max(counts, key=lambda c: (counts[c], newest[c]), default=None)

@@ -1,4 +1,4 @@
-"""Which number of a run stands for a measure: at one moment, under the conditions that the compared runs share."""
+"""Look up the number of a run for a measure, at one moment and under the conditions that the compared runs share."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class Value:
     """A number of one run, or why there is none.
 
     Attributes:
-        number: None where there is none.
+        number: The number; None where there is none.
         problem: ``missing`` or ``failed``; empty for a number, and where the measure's definition gives none.
-        why: in words.
+        why: Reason in words.
     """
 
     number: float | None
@@ -30,12 +30,12 @@ class Value:
 
 @dataclass
 class Selection:
-    """The runs that count, and the results of theirs that may be compared.
+    """Runs of a report, and their results that may be compared.
 
     Args:
-        entries: superseded ones are left out.
-        tag: the moment that tables show.
-        allow_different: take results whose objective cards differ.
+        entries: Superseded ones are left out.
+        tag: The moment that tables show.
+        allow_different: Take results whose objective cards differ.
     """
 
     entries: Sequence[Entry]
@@ -67,17 +67,17 @@ class Selection:
 
     def scalar(self, entry: Entry, measure: str, name: str, tag: str | None = None) -> Value:
         """Return a measure's scalar, at the tables' moment by default."""
-        measured, why = self.measured(entry, measure, tag)
+        measured, no_value = self.measured(entry, measure, tag)
         if measured is None:
-            return why
-        return of_result(measured, name)
+            return no_value
+        return scalar_of_result(measured, name)
 
     def measured(self, entry: Entry, measure: str, tag: str | None = None) -> tuple[Measured | None, Value]:
         """Return the newest result of a measure under the shared conditions, or why there is none."""
         tag = self.tag if tag is None else tag
         self._asked.setdefault(measure, {})[entry.id] = entry
-        found = [m for m in entry.results if m.measure == measure and m.tag == tag]
-        return self._of_shared(entry, found, self.conditions(measure), NAMED_BY_ROWS, tag)
+        results = [m for m in entry.results if m.measure == measure and m.tag == tag]
+        return self._of_shared(entry, results, self.conditions(measure), NAMED_BY_ROWS, tag)
 
     def of_analysis(self, entry: Entry, analysis: str) -> tuple[Measured | None, Value]:
         """Return the newest result of an analysis, at the tables' moment, under the conditions that most runs share.
@@ -85,63 +85,66 @@ class Selection:
         The objective and the data may differ: they are what a figure over a key of the configuration may vary.
         """
         if analysis not in self._by_analysis:
-            named = {e.id: [m for m in e.results if m.analysis == analysis] for e in self.entries}
-            self._by_analysis[analysis] = majority(named, OF_THE_RUN)
-        found = [m for m in entry.results if m.analysis == analysis and m.tag == self.tag]
-        return self._of_shared(entry, found, self._by_analysis[analysis], OF_THE_RUN, self.tag)
+            results_by_run = {e.id: [m for m in e.results if m.analysis == analysis] for e in self.entries}
+            self._by_analysis[analysis] = majority(results_by_run, OF_THE_RUN)
+        results = [m for m in entry.results if m.analysis == analysis and m.tag == self.tag]
+        return self._of_shared(entry, results, self._by_analysis[analysis], OF_THE_RUN, self.tag)
 
     def _of_shared(
-        self, entry: Entry, found: Sequence[Measured], shared: Conditions | None, without: Sequence[str], tag: str
+        self, entry: Entry, results: Sequence[Measured], shared: Conditions | None, without: Sequence[str], tag: str
     ) -> tuple[Measured | None, Value]:
-        good = [m for m in found if not m.error]
-        if not good:
-            if found:
-                return None, Value(None, FAILED, found[-1].error)
+        successes = [m for m in results if not m.error]
+        if not successes:
+            if results:
+                return None, Value(None, FAILED, results[-1].error)
             failed = entry.status == FAILED
             return None, Value(
                 None, FAILED if failed else MISSING, "the run failed" if failed else f"not measured at {tag}"
             )
-        same = [m for m in good if self.allow_different or m.conditions(without) == shared]
-        if not same:
-            why = f"measured otherwise: {difference(good[-1], shared, without)}"
-            self._refused.append(f"{good[-1].measure} {why}")
-            return None, Value(None, MISSING, why)
-        return same[-1], Value(None)
+        comparable = [m for m in successes if self.allow_different or m.conditions(without) == shared]
+        if not comparable:
+            reason = f"measured otherwise: {difference_text(successes[-1], shared, without)}"
+            self._refused.append(f"{successes[-1].measure} {reason}")
+            return None, Value(None, MISSING, reason)
+        return comparable[-1], Value(None)
 
     def conditions(self, measure: str) -> Conditions | None:
         """Return the conditions under which most runs have the measure, at any moment."""
         if measure not in self._conditions:
-            self._conditions[measure] = _shared(measure, self.entries)
+            self._conditions[measure] = _majority_conditions(measure, self.entries)
         return self._conditions[measure]
 
-    def anew(self, allow_different: bool = False) -> Selection:
-        """Return the same selection that remembers nothing of what was asked of it."""
+    def fresh_copy(self, allow_different: bool = False) -> Selection:
+        """Return a copy of the selection without its record of requested results."""
         return Selection(self.entries, self.tag, allow_different)
 
-    def of_those_asked(self) -> Selection:
-        """Return a selection that shares conditions among the runs that this one was asked for, measure by measure.
+    def sharing_among_requested(self) -> Selection:
+        """Return a selection whose shared conditions are those of the runs that this one was asked for, measure by measure.
 
         Runs of another comparison, with more images or another solver, then do not decide what counts in this one.
         """
-        shared = {measure: _shared(measure, list(asked.values())) for measure, asked in self._asked.items()}
+        shared = {
+            measure: _majority_conditions(measure, list(requested.values()))
+            for measure, requested in self._asked.items()
+        }
         return Selection(self.entries, self.tag, _conditions=shared)
 
     def refusals(self) -> list[str]:
         """Return in words which results were asked for and left out because their conditions differ, and how many."""
-        return [f"{why} ({n} left out)" for why, n in Counter(self._refused).items()]
+        return [f"{reason} ({n} left out)" for reason, n in Counter(self._refused).items()]
 
     def tags(self, entry: Entry, measure: str) -> list[str]:
         """Return the moments at which a run has the measure."""
         return [tag for tag in entry.tags() if self.measured(entry, measure, tag)[0] is not None]
 
 
-def of_result(measured: Measured, name: str) -> Value:
+def scalar_of_result(measured: Measured, name: str) -> Value:
     """Return a result's scalar, or why there is none: it is unknown, not finite, or its definition gives none."""
     number = measured.scalars.get(name)
     if number is not None and math.isfinite(number):
         return Value(number)
-    if why := undefined(measured.measure, measured.scalars, name, measured.card):
-        return Value(None, "", why)
+    if reason := undefined_reason(measured.measure, measured.scalars, name, measured.card):
+        return Value(None, "", reason)
     return (
         Value(None, FAILED, "not finite")
         if name in measured.scalars
@@ -149,7 +152,9 @@ def of_result(measured: Measured, name: str) -> Value:
     )
 
 
-def undefined(measure: str, scalars: Mapping[str, float | None], name: str, card: ObjectiveCard | None = None) -> str:
+def undefined_reason(
+    measure: str, scalars: Mapping[str, float | None], name: str, card: ObjectiveCard | None = None
+) -> str:
     """Return in words why a good result has no such number by its definition, or an empty text.
 
     The mean of the positive eigenvalues where none is positive; a rise of the loss at a measured radius that is saturated.
@@ -166,15 +171,17 @@ def undefined(measure: str, scalars: Mapping[str, float | None], name: str, card
     return ""
 
 
-def _shared(measure: str, entries: Sequence[Entry]) -> Conditions | None:
+def _majority_conditions(measure: str, entries: Sequence[Entry]) -> Conditions | None:
     return majority({entry.id: [m for m in entry.results if m.measure == measure] for entry in entries})
 
 
-def difference(measured: Measured, shared: Conditions | None, without: Sequence[str] = NAMED_BY_ROWS) -> str:
+def difference_text(measured: Measured, shared: Conditions | None, without: Sequence[str] = NAMED_BY_ROWS) -> str:
     """Return in words how a result's conditions differ from the shared ones."""
-    own, most = dict(measured.conditions(without)), dict(shared or ())
-    keys = differing([tuple(own.items()), tuple(most.items())])
-    return "; ".join(f"{k} {shown_value(own, k)!r}, most runs {shown_value(most, k)!r}" for k in keys)
+    result_conditions, shared_conditions = dict(measured.conditions(without)), dict(shared or ())
+    keys = differing([tuple(result_conditions.items()), tuple(shared_conditions.items())])
+    return "; ".join(
+        f"{k} {shown_value(result_conditions, k)!r}, most runs {shown_value(shared_conditions, k)!r}" for k in keys
+    )
 
 
 def seeds_of(groups: Iterable[Mapping[int, Entry]]) -> list[int]:

@@ -1,4 +1,4 @@
-"""A target of `vitscope reproduce` drawn: its figures, its relations, its table; what is missing is named."""
+"""Draw a target of `vitscope reproduce`: its figures, relations and table; missing parts are listed."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from vitscope.runs import run_dir
 
 
 class TrialOutcome(Protocol):
-    """What a trial left: its run and its results as ``analysis/tag-settings``."""
+    """Outcome of a trial: its run folder, and its results as ``analysis/tag-settings``."""
 
     @property
     def run(self) -> Path | None:
@@ -34,66 +34,69 @@ class TrialOutcome(Protocol):
 
     @property
     def results(self) -> tuple[str, ...]:
-        """What was measured."""
+        """Names of the measured results."""
         ...
 
 
-def draw(target: Target, made: Sequence[TrialOutcome], out: Path) -> list[str]:
+def draw(target: Target, outcomes: Sequence[TrialOutcome], out: Path) -> list[str]:
     """Write a target's figures and tables to ``<out>/<target>``; return what is missing or failed, a line each.
 
     Args:
-        target: what to draw.
-        made: its trials that have a run.
-        out: the folder of all targets.
+        target: Target to draw.
+        outcomes: Outcomes of its trials that have a run.
+        out: The folder of all targets.
     """
-    if not made:
+    if not outcomes:
         return [f"missing: {target.name}: no run"]
     folder = out / target.name
-    found = entries(made)
+    report_entries = entries(outcomes)
     problems: list[str] = []
-    for wanted in target.drawings:
-        problems += _figures(target, wanted, found, folder)
+    for drawing in target.drawings:
+        problems += _draw_figures(target, drawing, report_entries, folder)
     for relation in target.relations:
-        problems += _relation(target, relation, found, folder)
+        problems += _draw_relation(target, relation, report_entries, folder)
     if target.table:
-        problems += _table(target, found, folder)
+        problems += _write_table(target, report_entries, folder)
     return problems
 
 
-def entries(made: Sequence[TrialOutcome]) -> list[Entry]:
+def entries(outcomes: Sequence[TrialOutcome]) -> list[Entry]:
     """Return the runs with those results only that their trials asked for."""
-    asked: dict[str, set[str]] = {}
-    for outcome in made:
+    requested_results: dict[str, set[str]] = {}
+    for outcome in outcomes:
         if outcome.run is not None:
-            asked.setdefault(outcome.run.name, set()).update(outcome.results)
-    found = run_index.collect([run_dir.find(path) for path in dict.fromkeys(o.run for o in made if o.run is not None)])
+            requested_results.setdefault(outcome.run.name, set()).update(outcome.results)
+    all_entries = run_index.collect(
+        [run_dir.find(path) for path in dict.fromkeys(o.run for o in outcomes if o.run is not None)]
+    )
     return [
-        replace(e, results=tuple(m for m in e.results if f"{m.analysis}/{m.path.stem}" in asked[e.id])) for e in found
+        replace(e, results=tuple(m for m in e.results if f"{m.analysis}/{m.path.stem}" in requested_results[e.id]))
+        for e in all_entries
     ]
 
 
-def _figures(target: Target, wanted: Drawing, found: Sequence[Entry], folder: Path) -> list[str]:
+def _draw_figures(target: Target, drawing: Drawing, report_entries: Sequence[Entry], folder: Path) -> list[str]:
     tag = target.tags[0] if len(target.tags) == 1 else "all"
-    made = figure_plan.panels(found, tag=tag, analyses=[wanted.analysis], allow_different=target.different)
-    problems = [str(p) for t in target.tags for p in figure_plan.absent(found, [wanted.analysis], t)]
+    panels = figure_plan.panels(report_entries, tag=tag, analyses=[drawing.analysis], allow_different=target.different)
+    problems = [str(p) for t in target.tags for p in figure_plan.missing_results(report_entries, [drawing.analysis], t)]
     if target.baselines:
-        made, lacking = baselines.panels(found, [wanted.analysis])
-        problems += map(str, lacking)
-    suffix = "".join(f"-{value}" for value in wanted.options.values())
-    for panel in map(_named, made) if target.different else made:
+        panels, missing_baselines = baselines.panels(report_entries, [drawing.analysis])
+        problems += map(str, missing_baselines)
+    suffix = "".join(f"-{value}" for value in drawing.options.values())
+    for panel in map(_named_by_objective, panels) if target.different else panels:
         picture = figure_worker.draw(
-            figure_captions.job(replace(panel, name=panel.name + suffix), folder, wanted.options)
+            figure_captions.drawing_job(replace(panel, name=panel.name + suffix), folder, drawing.options)
         )
         if picture.problem:
             problems.append(f"failed: figure {panel.name}: {picture.problem}")
         else:
             print(picture.png)
-    if not made:
-        problems.append(f"missing: figure {wanted.analysis} (no result)")
-    return [_of(target, problem) for problem in problems]
+    if not panels:
+        problems.append(f"missing: figure {drawing.analysis} (no result)")
+    return [_of_target(target, problem) for problem in problems]
 
 
-def _named(panel: Panel) -> Panel:
+def _named_by_objective(panel: Panel) -> Panel:
     """Return the panel with its curves named by their objectives, where these differ and tell them apart."""
     recipes = [experiment_identity.recipe(curve.entry.config) or "other objective" for curve in panel.curves]
     names = []
@@ -105,41 +108,41 @@ def _named(panel: Panel) -> Panel:
     return replace(panel, curves=tuple(replace(c, label=name) for c, name in zip(panel.curves, names)))
 
 
-def _relation(target: Target, relation: Relation, found: Sequence[Entry], folder: Path) -> list[str]:
-    selection = Selection(found, "end" if "end" in target.tags else target.tags[0])
+def _draw_relation(target: Target, relation: Relation, report_entries: Sequence[Entry], folder: Path) -> list[str]:
+    selection = Selection(report_entries, "end" if "end" in target.tags else target.tags[0])
     name = "numbers"
     points, table = scatter_figures.collect(selection, relation.x, relation.y, name)
     cells.write(table, folder)
     print(cells.markdown(table), end="")
     if points:
         print(save_figure(scatter_figures.draw(points, relation.x, relation.y), folder / name)[0])
-    return [_of(target, str(problem)) for problem in table.problems]
+    return [_of_target(target, str(problem)) for problem in table.problems]
 
 
-def _table(target: Target, found: Sequence[Entry], folder: Path) -> list[str]:
+def _write_table(target: Target, report_entries: Sequence[Entry], folder: Path) -> list[str]:
     costs = Costs()
     table: Table
     if target.table == "factors":
-        return _factors(target, Selection(found), folder)
+        return _write_factors(target, Selection(report_entries), folder)
     if target.table == "claims":
-        table = claim_verdicts.table(claim_verdicts.judge(ReportRuns(Selection(found), costs)))
+        table = claim_verdicts.table(claim_verdicts.judge(ReportRuns(Selection(report_entries), costs)))
     else:
-        table = headline_tables.build(str(target.table), Selection(found), costs)
+        table = headline_tables.build(str(target.table), Selection(report_entries), costs)
     cells.write(table, folder)
     print(cells.markdown(table), end="")
-    return [_of(target, str(problem)) for problem in table.problems]
+    return [_of_target(target, str(problem)) for problem in table.problems]
 
 
-def _factors(target: Target, selection: Selection, folder: Path) -> list[str]:
-    made = factorial_tables.write_factorial_tables(selection, folder)
-    for table in made.values():
+def _write_factors(target: Target, selection: Selection, folder: Path) -> list[str]:
+    tables = factorial_tables.write_factorial_tables(selection, folder)
+    for table in tables.values():
         cells.write(table, folder)
         print(cells.markdown(table), end="\n")
-    if picture := made["factors"].picture:
+    if picture := tables["factors"].picture:
         print(picture)
-    return [_of(target, str(problem)) for problem in made["factors"].problems]
+    return [_of_target(target, str(problem)) for problem in tables["factors"].problems]
 
 
-def _of(target: Target, problem: str) -> str:
+def _of_target(target: Target, problem: str) -> str:
     kind, _, rest = problem.partition(": ")
     return f"{kind}: {target.name}: {rest}"

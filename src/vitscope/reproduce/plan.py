@@ -1,4 +1,4 @@
-"""What has to be trained and measured for a figure or table, read from ``conf/reproduce.yaml``. Nothing is run here."""
+"""Plan of trainings and analyses for a figure or table, read from ``conf/reproduce.yaml``. This module runs nothing."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from vitscope.config import loading
 from vitscope.runtime import errors
 from vitscope.runtime.errors import ConfigError
 
-#: keys of a run that are ours; the others are overrides of ``train.py``
+#: keys of a planned run that the plan interprets; the others are overrides of ``train.py``
 PLAN_KEYS = ("experiment", "at", "model")
 
 
@@ -24,8 +24,8 @@ class Trial:
     """One training, and what is measured on it.
 
     Attributes:
-        overrides: of ``train.py``, the seed among them; the folder of runs is the caller's.
-        tags: the moments at which to measure: ``end``, ``init``, ``epoch-0004``.
+        overrides: Overrides of ``train.py`` with the seed; the caller chooses the folder of runs.
+        tags: The moments at which to measure: ``end``, ``init``, ``epoch-0004``.
     """
 
     overrides: tuple[str, ...]
@@ -57,8 +57,8 @@ class Drawing:
     """An analysis's figure.
 
     Attributes:
-        analysis: the configuration's name.
-        options: of the room's figure.
+        analysis: The configuration's name.
+        options: Keyword arguments of the measure's plot function.
     """
 
     analysis: str
@@ -70,8 +70,8 @@ class Relation:
     """A figure of numbers of runs over another number, or over a key of their configuration.
 
     Attributes:
-        x: where each experiment stands.
-        y: what is drawn, a panel each.
+        x: Quantity or configuration key of the x axis.
+        y: Quantities to draw, one panel each.
     """
 
     x: str
@@ -83,14 +83,14 @@ class Target:
     """A figure or a table.
 
     Attributes:
-        name: such as ``fig4``, ``table-models``.
-        trials: what it needs.
-        tags: the moments that its figures show.
-        drawings: figures of analyses.
-        relations: figures of numbers.
-        table: a table of ``report.py``, or None.
-        different: whether results whose objective cards differ share a figure: that is then what it shows.
-        baselines: whether each model is also drawn beside itself at initialisation and trained on random labels.
+        name: Name such as ``fig4`` or ``table-models``.
+        trials: Trainings that the target needs.
+        tags: The moments that its figures show.
+        drawings: Figures of analyses.
+        relations: Figures of numbers.
+        table: A table of ``report.py``, or None.
+        different: Whether results whose objective cards differ share a figure: that is then what it shows.
+        baselines: Whether each model is also drawn beside itself at initialization and trained on random labels.
     """
 
     name: str
@@ -112,29 +112,29 @@ def select(names: Sequence[str], plan: Mapping[str, Any]) -> list[str]:
     """Return the targets that are asked for: ``all``, a target, or a figure with all its parts (``fig1``: a, b, c).
 
     Raises:
-        ConfigError: an unknown name.
+        ConfigError: An unknown name.
     """
-    known = list(plan["targets"])
-    chosen: list[str] = []
+    target_names = list(plan["targets"])
+    selected: list[str] = []
     for name in names:
-        found = [k for k in known if name == "all" or k == name or re.fullmatch(re.escape(name) + "[a-z]", k)]
-        if not found:
-            raise ConfigError("target", name, "no such figure or table", errors.nearest(name, known))
-        chosen += found
-    return list(dict.fromkeys(chosen))
+        matches = [k for k in target_names if name == "all" or k == name or re.fullmatch(re.escape(name) + "[a-z]", k)]
+        if not matches:
+            raise ConfigError("target", name, "no such figure or table", errors.nearest(name, target_names))
+        selected += matches
+    return list(dict.fromkeys(selected))
 
 
 def target(name: str, plan: Mapping[str, Any], profile: str, seeds: int = 1) -> Target:
     """Return one target under a profile.
 
     Args:
-        name: of the target.
-        plan: from `read`.
-        profile: one of ``plan["profiles"]``.
-        seeds: of each experiment, from 0; claims take at least the profile's ``claim_seeds``.
+        name: Name of the target.
+        plan: The plan that `read` returns.
+        profile: One of ``plan["profiles"]``.
+        seeds: Number of seeds of each experiment, from 0; claims take at least the profile's ``claim_seeds``.
 
     Raises:
-        ConfigError: an unknown profile, model or moment.
+        ConfigError: An unknown profile, model or moment.
     """
     if profile not in plan["profiles"]:
         raise ConfigError("profile", profile, "no such profile", errors.nearest(profile, plan["profiles"]))
@@ -148,8 +148,8 @@ def target(name: str, plan: Mapping[str, Any], profile: str, seeds: int = 1) -> 
         tags = _moments(run.get("at", node.get("at", "end")), settings)
         for seed in range(seeds):
             for line in _expanded(run, settings["models"]):
-                given = {"experiment": node["experiment"], **_pairs(shared), **line, "seed": seed}
-                trials.append(Trial(tuple(f"{key}={value}" for key, value in given.items()), tags))
+                settings_of_trial = {"experiment": node["experiment"], **_pairs(shared), **line, "seed": seed}
+                trials.append(Trial(tuple(f"{key}={value}" for key, value in settings_of_trial.items()), tags))
     return Target(
         name,
         tuple(dict.fromkeys(trials)),
@@ -167,13 +167,13 @@ def _expanded(run: Mapping[str, Any], models: Mapping[str, str]) -> Iterator[dic
     keys = list(run)
     lists = [run[key] if isinstance(run[key], list) else [run[key]] for key in keys]
     for values in itertools.product(*lists):
-        chosen = dict(zip(keys, values))
-        name = str(chosen.get("model"))
+        point = dict(zip(keys, values))
+        name = str(point.get("model"))
         if name not in models:
             raise ConfigError("model", name, "the profile has no such model", errors.nearest(name, models))
-        experiment = {"experiment": chosen["experiment"]} if "experiment" in chosen else {}
-        rest = {key: str(value) for key, value in chosen.items() if key not in PLAN_KEYS}
-        yield {**experiment, **_pairs(models[name].split()), **rest}
+        experiment = {"experiment": point["experiment"]} if "experiment" in point else {}
+        overrides = {key: str(value) for key, value in point.items() if key not in PLAN_KEYS}
+        yield {**experiment, **_pairs(models[name].split()), **overrides}
 
 
 def _pairs(overrides: Sequence[str]) -> dict[str, str]:
@@ -183,10 +183,10 @@ def _pairs(overrides: Sequence[str]) -> dict[str, str]:
 def _moments(name: str, settings: Mapping[str, Any]) -> tuple[str, ...]:
     if name in ("end", "init"):
         return (name,)
-    known = settings.get("moments", {})
-    if name not in known:
-        raise ConfigError("at", name, "the profile has no such moment", errors.nearest(name, ["end", "init", *known]))
-    return tuple(known[name])
+    moments = settings.get("moments", {})
+    if name not in moments:
+        raise ConfigError("at", name, "the profile has no such moment", errors.nearest(name, ["end", "init", *moments]))
+    return tuple(moments[name])
 
 
 def _drawing(entry: str | Mapping[str, Any]) -> Drawing:

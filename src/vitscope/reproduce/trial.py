@@ -1,4 +1,4 @@
-"""One trial of a reproduction: train what is not trained, measure what is not measured, tell what is missing."""
+"""Perform one trial of a reproduction: train and measure where no result exists, and report failures."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from vitscope.analyses import runner, spec
 from vitscope.analyses.context import AnalysisContext
 from vitscope.config import caps, composition, experiment_identity, factories, loading
-from vitscope.reports.value_lookup import undefined
+from vitscope.reports.value_lookup import undefined_reason
 from vitscope.reproduce.plan import Outcome, Trial
 from vitscope.runs import checkpoint_io, checkpoint_weights, run_dir
 from vitscope.runs.run_dir import Run
@@ -29,23 +29,23 @@ def perform(trial: Trial, root: Path) -> Outcome:
     """Train and measure, both only where it has not been done.
 
     Args:
-        trial: what.
-        root: the folder of runs.
+        trial: Trial to perform.
+        root: The folder of runs.
 
     Raises:
-        Interrupted: a stop was asked for.
-        VitscopeError: it cannot be trained.
+        Interrupted: A stop was asked for.
+        VitscopeError: It cannot be trained.
     """
     cfg = composed(trial, root)
-    wanted = cfg.analysis
+    analyses = cfg.analysis
     cfg.analysis = {}
-    run = _trained(cfg, trial, root)
+    run = _trained_run(cfg, trial, root)
     problems: list[str] = []
     results: list[str] = []
     for tag in trial.tags:
-        failed, made = _measured(run, wanted, tag)
-        problems += failed
-        results += made
+        failures, measured = _measure(run, analyses, tag)
+        problems += failures
+        results += measured
     return Outcome(run.path, tuple(problems), tuple(results))
 
 
@@ -61,11 +61,11 @@ def composed(trial: Trial, root: Path) -> DictConfig:
     return cfg
 
 
-def _trained(cfg: DictConfig, trial: Trial, root: Path) -> Run:
+def _trained_run(cfg: DictConfig, trial: Trial, root: Path) -> Run:
     identity = experiment_identity.config_hash(cfg)
-    if (done := run_dir.finished(root, identity)) is not None:
-        slim(done)  # where a kill left it undone
-        return done
+    if (finished_run := run_dir.finished(root, identity)) is not None:
+        drop_optimizer_states(finished_run)  # where a kill left it undone
+        return finished_run
     if _needs_processes(cfg):
         # Lightning starts the other ranks with this process's command line: it must be train.py's
         overrides = [
@@ -76,13 +76,13 @@ def _trained(cfg: DictConfig, trial: Trial, root: Path) -> Run:
             "ckpt_path=auto",
         ]
         code = subprocess.run([sys.executable, "-m", "vitscope", "train", *overrides], check=False).returncode
-        done = run_dir.finished(root, identity)
-        if done is None:
+        finished_run = run_dir.finished(root, identity)
+        if finished_run is None:
             raise CheckpointError("train", None, f"ended with exit code {code}", "see its message above")
-        run = done
+        run = finished_run
     else:
         run = train(cfg)
-    slim(run)
+    drop_optimizer_states(run)
     return run
 
 
@@ -90,10 +90,10 @@ def _needs_processes(cfg: DictConfig) -> bool:
     return cfg.trainer.get("devices", 1) not in (1, "1") or cfg.trainer.get("num_nodes", 1) != 1
 
 
-def slim(run: Run) -> None:
-    """Drop the optimizer's state from a finished run's checkpoints but the last: two thirds of their size.
+def drop_optimizer_states(run: Run) -> None:
+    """Drop the optimizer state from all checkpoints of a finished run but the last, two thirds of their size.
 
-    Each file is replaced as a whole; a run that a kill left half done is gone on with, and one that is done is not read again.
+    Each file is replaced atomically. An interrupted call is completed by the next one; a finished run is not read again.
     """
     if run.provenance().get("slim"):
         return
@@ -108,43 +108,45 @@ def slim(run: Run) -> None:
     run.note(slim=True)
 
 
-def _measured(run: Run, wanted: Any, tag: str) -> tuple[list[str], list[str]]:
-    """Measure at one moment; return what failed and what is there."""
+def _measure(run: Run, requested: Any, tag: str) -> tuple[list[str], list[str]]:
+    """Measure at one moment; return the failures and the names of the results."""
     cfg = run.config()
-    OmegaConf.update(cfg, "analysis", OmegaConf.create(loading.plain(wanted)), force_add=True, merge=False)
-    chosen = [spec.replaced(analysis, on_error="raise") for analysis in spec.parse(cfg.analysis)]
+    OmegaConf.update(cfg, "analysis", OmegaConf.create(loading.plain(requested)), force_add=True, merge=False)
+    analyses = [spec.replaced(analysis, on_error="raise") for analysis in spec.parse(cfg.analysis)]
     try:
-        place = replace(_place(cfg, run, tag), due=chosen)
+        context = replace(_analysis_context(cfg, run, tag), due=analyses)
     except VitscopeError as error:
-        return [f"run {run.id}: {', '.join(a.name for a in chosen)} at {tag} ({error})"], []
+        return [f"run {run.id}: {', '.join(a.name for a in analyses)} at {tag} ({error})"], []
     problems: list[str] = []
     results: list[str] = []
-    for analysis in chosen:
+    for analysis in analyses:
         try:
-            result = runner.perform(analysis, place)
+            result = runner.perform(analysis, context)
         except (Interrupted, KeyboardInterrupt):
             raise
         except Exception as error:  # one analysis must not take the others with it
             text = str(error).strip().splitlines()
             problems.append(f"run {run.id}: {analysis.name} at {tag} ({text[0] if text else type(error).__name__})")
             continue
-        results.append(f"{analysis.name}/{tag}-{runner.settings_hash(analysis, place)}")
+        results.append(f"{analysis.name}/{tag}-{runner.settings_hash(analysis, context)}")
         scalars = result.scalars() if result is not None else {}
         measure = analysis.measure.__name__
-        bad = [n for n, value in scalars.items() if not np.isfinite(value) and not undefined(measure, scalars, n)]
-        problems += [f"run {run.id}: {analysis.name}.{name} at {tag} (not finite)" for name in bad]
+        not_finite = [
+            n for n, value in scalars.items() if not np.isfinite(value) and not undefined_reason(measure, scalars, n)
+        ]
+        problems += [f"run {run.id}: {analysis.name}.{name} at {tag} (not finite)" for name in not_finite]
     return problems, results
 
 
-def _place(cfg: DictConfig, run: Run, tag: str) -> AnalysisContext:
+def _analysis_context(cfg: DictConfig, run: Run, tag: str) -> AnalysisContext:
     path = run.checkpoints / ("last.ckpt" if tag == "end" else f"{tag}.ckpt")
     content = checkpoint_io.read(path)
     network = factories.model(cfg)
     checkpoint_weights.load_weights(network, content, path)
     data = factories.data(cfg)
     data.adapt_to(network)
-    kept = checkpoint_io.facts(content, path)
-    epoch = max(kept.get("epoch", 0) - (kept.get("batch") == 0), 0)
+    facts = checkpoint_io.facts(content, path)
+    epoch = max(facts.get("epoch", 0) - (facts.get("batch") == 0), 0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return AnalysisContext(
         cfg, run, network.to(device), data, tag, epoch, int(content.get("global_step", 0)), content=content

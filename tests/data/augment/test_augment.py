@@ -9,7 +9,7 @@ from scipy.stats import ks_2samp
 from timm.data.random_erasing import RandomErasing
 
 from vitscope.data import philox
-from vitscope.data.augment.augment import PADDING, Recipe, augment, crop_flip, erase, normalise
+from vitscope.data.augment.augment import CROP_PADDING, Recipe, augment, crop_flip, erase, normalize
 from vitscope.data.philox import AUGMENT, Key
 from vitscope.runtime.errors import ConfigError
 
@@ -31,7 +31,7 @@ def test_crop_flip_equals_padding_slicing_and_mirroring_each_image(images, flip)
     result = crop_flip(images, draws, flip=flip, fill=9)
     mirrored = 0
     for image, cropped, (row, column, mirror) in zip(images, result, draws):
-        padded = torch.nn.functional.pad(image, (PADDING,) * 4, value=9)
+        padded = torch.nn.functional.pad(image, (CROP_PADDING,) * 4, value=9)
         top, left = int(9 * row), int(9 * column)
         expected = padded[:, top : top + 32, left : left + 32]
         if flip and mirror < 0.5:
@@ -69,7 +69,7 @@ def test_normalise_is_the_definition(images):
     expected = (images.double() / 255 - torch.tensor(MEAN, dtype=torch.float64).view(3, 1, 1)) / torch.tensor(
         STD, dtype=torch.float64
     ).view(3, 1, 1)
-    result = normalise(images, MEAN, STD)
+    result = normalize(images, MEAN, STD)
     assert result.dtype == torch.float32
     torch.testing.assert_close(result.double(), expected, rtol=0, atol=2e-6)  # two float32 roundings of values to 5
 

@@ -41,9 +41,9 @@ def test_a_region_is_computed_from_its_own_pixels_alone(monkeypatch):
     first, end = photos.region_columns(photograph.width, "val")
     masked = Image.new(photograph.mode, photograph.size, (255, 0, 255))
     masked.paste(photograph.crop((first, 0, end, photograph.height)), (first, 0))
-    expected = photos._normalised_region("astronaut", "val")
+    expected = photos._normalized_region("astronaut", "val")
     monkeypatch.setattr(photos, "_photograph", lambda name: masked)
-    np.testing.assert_array_equal(photos._normalised_region.__wrapped__("astronaut", "val"), expected)
+    np.testing.assert_array_equal(photos._normalized_region.__wrapped__("astronaut", "val"), expected)
 
 
 def test_crops_are_distinct_and_the_same_every_time(splits):

@@ -16,7 +16,7 @@ from tests.helpers.report_runs import CARD, Given, bench, curve, other_card, ris
 from vitscope.diagnostics.fourier.branch_transfer import BranchTransferResult
 from vitscope.reports.claims import claim_statistics, claim_verdicts
 from vitscope.reports.claims.claims import CLAIMS
-from vitscope.reports.claims.effect_sizes import Effect, ReportRuns, balanced, plainest
+from vitscope.reports.claims.effect_sizes import Effect, ReportRuns, balanced_means, plainest
 from vitscope.reports.claims.matched_controls import flattening
 from vitscope.reports.model_costs import Cost
 from vitscope.runs import run_dir
@@ -127,13 +127,17 @@ def test_the_trend_over_data_keeps_epochs_or_steps_fixed(make_run: Callable, tmp
         make_run("vit", data__fraction=fraction, measured=measured, metrics={"test/accuracy": 0.5 + fraction / 10})
         make_run("vit", data__fraction=fraction, trainer__max_steps=100, measured={"hessian": spectrum(0.3, card=card)})
     b = bench(tmp_path)
-    fixed_epochs = claim_statistics.data_trend(b, b.scalar(*claim_statistics.NEP), -1, fixed="epochs", what="hessian")
+    fixed_epochs = claim_statistics.data_trend(
+        b, b.scalar(*claim_statistics.NEP), -1, fixed="epochs", requirement="hessian"
+    )
     assert fixed_epochs.values == pytest.approx({0: -0.05 / math.log(10)}, rel=1e-9)
-    fixed_steps = claim_statistics.data_trend(b, b.scalar(*claim_statistics.NEP), -1, fixed="steps", what="hessian")
+    fixed_steps = claim_statistics.data_trend(
+        b, b.scalar(*claim_statistics.NEP), -1, fixed="steps", requirement="hessian"
+    )
     assert fixed_steps.values == pytest.approx({0: 0.0}, abs=1e-12)
-    error = claim_statistics.data_trend(b, claim_statistics.test_error(b), -1, fixed="epochs", what="accuracy")
+    error = claim_statistics.data_trend(b, claim_statistics.test_error(b), -1, fixed="epochs", requirement="accuracy")
     assert error.values[0] < 0
-    nll = claim_statistics.data_trend(b, claim_statistics.training_nll(b), -1, fixed="epochs", what="slice")
+    nll = claim_statistics.data_trend(b, claim_statistics.training_nll(b), -1, fixed="epochs", requirement="slice")
     assert nll.values == pytest.approx({0: 0.0}, abs=1e-12)
 
 
@@ -147,9 +151,9 @@ def test_kinds_are_averaged_over_models_that_share_their_seeds(make_run: Callabl
         write_scalars(uniform, "feature_map_variance", {"log_variance_ratio_msa": 7.0})
         random = make_run("vit", seed, data__random_labels=True)
         write_scalars(random, "feature_map_variance", {"log_variance_ratio_msa": 5.0})
-    found = claim_statistics.by_kind(bench(tmp_path), "feature_map_variance", "log_variance_ratio_msa")
+    found = claim_statistics.mean_by_kind(bench(tmp_path), "feature_map_variance", "log_variance_ratio_msa")
     assert found.values == pytest.approx({0: -0.3, 1: 0.7}, rel=1e-9)
-    assert balanced([]) == {}
+    assert balanced_means([]) == {}
 
 
 def test_branch_transfer_counts_only_beside_the_initial_model(make_run: Callable, tmp_path: Path) -> None:
@@ -163,7 +167,9 @@ def test_branch_transfer_counts_only_beside_the_initial_model(make_run: Callable
     make_run("vit", 0, measured={"branch_transfer": trained})
     make_run("vit", 1, measured={"branch_transfer": dataclasses.replace(trained, reference="none")})
     b = bench(tmp_path)
-    found = claim_statistics.by_kind(b, "branch_transfer", "contrast_msa", claim_statistics.minus_initial(b))
+    found = claim_statistics.mean_by_kind(
+        b, "branch_transfer", "contrast_msa", claim_statistics.has_initial_reference(b)
+    )
     assert found.values == {0: -0.5}
 
 
@@ -187,7 +193,7 @@ def test_the_official_noise_decides_nothing(make_run: Callable, tmp_path: Path) 
 def test_placements_are_compared_at_equal_parameters(make_run: Callable, tmp_path: Path) -> None:
     for where, accuracy in (("stage_end", 0.6), ("stage_start", 0.5), ("late", 0.4)):
         make_run("alternet", model__placement=where, metrics={"test/accuracy": accuracy})
-    found = claim_statistics.placement(bench(tmp_path))
+    found = claim_statistics.placement_difference(bench(tmp_path))
     assert found.values == pytest.approx({0: 0.15}, rel=1e-12)  # mean of 0.1 and 0.2
 
 
@@ -199,12 +205,17 @@ def test_winners_are_chosen_on_validation_and_need_two_recipes(make_run: Callabl
     one("alternet", 0.2, 0.5, 0.99)  # better on test images, which do not choose
     one("convnet", 0.1, 0.4, 0.41)
     b = bench(tmp_path)
-    found = claim_statistics.winner(b, claim_statistics.CNNS, b.metric("test/accuracy"), "test accuracy")
+    found = claim_statistics.best_model_difference(b, claim_statistics.CNNS, b.metric("test/accuracy"), "test accuracy")
     assert found.values == pytest.approx({0: 0.2}, rel=1e-12)
     assert found.blocked == "not each at its best recipe: 2 and 1 tried"
     one("convnet", 0.2, 0.3, 0.5)
     b = bench(tmp_path)
-    assert claim_statistics.winner(b, claim_statistics.CNNS, b.metric("test/accuracy"), "test accuracy").blocked == ""
+    assert (
+        claim_statistics.best_model_difference(
+            b, claim_statistics.CNNS, b.metric("test/accuracy"), "test accuracy"
+        ).blocked
+        == ""
+    )
 
 
 def test_the_plainest_model_has_the_fewest_changed_options(make_run: Callable, tmp_path: Path) -> None:

@@ -21,13 +21,13 @@ from vitscope.reports.value_lookup import Selection
 from vitscope.runs import run_dir
 
 
-def answer(tmp_path: Path) -> factorial_analysis.Answer:
-    found = factorial_analysis.answer(Selection(run_index.collect(run_dir.every(tmp_path / "runs"))))
+def answer(tmp_path: Path) -> factorial_analysis.FactorialResult:
+    found = factorial_analysis.analyze_factors(Selection(run_index.collect(run_dir.every(tmp_path / "runs"))))
     assert found is not None
     return found
 
 
-def effects(found: factorial_analysis.Answer, quantity: str, l2: str) -> dict[str, factorial_analysis.Effect]:
+def effects(found: factorial_analysis.FactorialResult, quantity: str, l2: str) -> dict[str, factorial_analysis.Effect]:
     return {e.factor: e for e in found.effects if (e.quantity, e.l2) == (quantity, l2)}
 
 
@@ -140,7 +140,7 @@ def test_what_is_saturated_is_said_and_what_is_missing_named(make_run: Callable,
 def test_without_the_four_trainings_there_is_no_answer(make_run: Callable, tmp_path: Path) -> None:
     make_run("vit")
     selection = Selection(run_index.collect(run_dir.every(tmp_path / "runs")))
-    assert factorial_analysis.answer(selection) is None
+    assert factorial_analysis.analyze_factors(selection) is None
     made = factorial_tables.write_factorial_tables(selection, tmp_path)
     assert not made["factors"].rows
     assert "landscape-objective" in str(made["factors"].problems[0])

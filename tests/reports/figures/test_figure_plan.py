@@ -9,7 +9,7 @@ import pytest
 from tests.helpers.report_runs import curve, other_card, rise, spectrum
 from vitscope.reports import run_index
 from vitscope.reports.figures import figure_captions, figure_worker
-from vitscope.reports.figures.figure_plan import PER_FIGURE, Panel, absent, panels
+from vitscope.reports.figures.figure_plan import PER_FIGURE, Panel, missing_results, panels
 from vitscope.runs import run_dir
 from vitscope.runtime.errors import StorageError
 
@@ -19,7 +19,7 @@ def collect(root: Path) -> list[run_index.Entry]:
 
 
 def draw(panel: Panel, folder: Path, options: dict | None = None) -> figure_captions.DrawnPanel:
-    return figure_captions.drawn(panel, figure_worker.draw(figure_captions.job(panel, folder, options)))
+    return figure_captions.with_picture(panel, figure_worker.draw(figure_captions.drawing_job(panel, folder, options)))
 
 
 def test_seeds_share_a_curve_and_models_a_figure(make_run: Callable, tmp_path: Path) -> None:
@@ -94,11 +94,11 @@ def test_a_figure_is_drawn_with_its_numbers(make_run: Callable, tmp_path: Path) 
         "convnet-18",
         "vit-tiny",
     ]
-    heads, rows = figure_captions.numbers(panel)
+    heads, rows = figure_captions.numbers_over_seeds(panel)
     assert heads == ["convnet-18", "vit-tiny"]
     texts = {row[0].text: [cell.text for cell in row[1:]] for row in rows}
     assert texts["nll_rise_at_ends"] == ["3", "1.5 ± 6.4"]  # (1 + 2) / 2 and 12.706 x 0.5
-    shared, differing = figure_captions.common(panel.curves)
+    shared, differing = figure_captions.shared_conditions(panel.curves)
     assert shared["data"] == "photos"
     assert differing == []
 
@@ -128,7 +128,7 @@ def test_a_folder_that_cannot_be_written_ends_the_report(make_run: Callable, tmp
 def test_what_a_figure_lacks_is_named(make_run: Callable, tmp_path: Path) -> None:
     first = make_run("vit", 0, measured={"hessian": "RuntimeError: out of memory"})
     second = make_run("vit", 1, measured={"hessian@init": spectrum()})
-    lines = [str(p) for p in absent(collect(tmp_path), ["hessian"], "end")]
+    lines = [str(p) for p in missing_results(collect(tmp_path), ["hessian"], "end")]
     assert lines == [
         f"failed: run {first.id}: hessian (RuntimeError: out of memory)",
         f"missing: run {second.id}: hessian (not measured at end)",
@@ -137,11 +137,11 @@ def test_what_a_figure_lacks_is_named(make_run: Callable, tmp_path: Path) -> Non
 
 def test_other_processes_draw_the_same(make_run: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_run("vit", measured={"slice": curve()})
-    jobs = [figure_captions.job(p, tmp_path / "here") for p in panels(collect(tmp_path))]
-    away = [figure_captions.job(p, tmp_path / "away") for p in panels(collect(tmp_path))]
+    jobs = [figure_captions.drawing_job(p, tmp_path / "here") for p in panels(collect(tmp_path))]
+    away = [figure_captions.drawing_job(p, tmp_path / "away") for p in panels(collect(tmp_path))]
     with figure_worker.drawing(jobs) as finish:
         (here,) = finish()
-    monkeypatch.setattr(figure_worker, "MANY", 1)
+    monkeypatch.setattr(figure_worker, "PARALLEL_FROM", 1)
     with figure_worker.drawing(away) as finish:
         (there,) = finish()
     assert here.png is not None

@@ -116,7 +116,8 @@ def build(root: Path) -> Path:
     made["claims"] = claim_verdicts.table(judged)
     chosen = figure_plan.panels(entries)
     drawn = [
-        figure_captions.drawn(panel, figure_worker.draw(figure_captions.job(panel, root / "out"))) for panel in chosen
+        figure_captions.with_picture(panel, figure_worker.draw(figure_captions.drawing_job(panel, root / "out")))
+        for panel in chosen
     ]
     problems = [p for table in made.values() for p in table.problems]
     return html_page.write(root / "out" / "report.html", entries, made, judged, drawn, problems)

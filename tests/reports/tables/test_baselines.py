@@ -22,12 +22,12 @@ def test_a_model_stands_beside_its_initialisation_and_random_labels(make_run: Ca
     assert lacking == []
     (panel,) = made
     assert (panel.name, panel.notice) == ("slice-baselines-vit-tiny", "vit-tiny")
-    assert [c.label for c in panel.curves] == ["trained", "at initialisation", "trained on random labels"]
+    assert [c.label for c in panel.curves] == ["trained", "at initialization", "trained on random labels"]
     assert [(c.entry.seed, len(c.others)) for c in panel.curves] == [(0, 1), (0, 1), (0, 0)]
     assert panel.curves[2].entry.id == random.id
-    picture = figure_worker.draw(figure_captions.job(panel, tmp_path / "figures"))
+    picture = figure_worker.draw(figure_captions.drawing_job(panel, tmp_path / "figures"))
     assert picture.problem == ""
-    assert picture.labels == ("trained", "at initialisation", "trained on random labels")
+    assert picture.labels == ("trained", "at initialization", "trained on random labels")
 
 
 def test_labels_say_which_labels_a_model_was_trained_on(make_run: Callable, tmp_path: Path) -> None:
@@ -42,7 +42,7 @@ def test_other_models_and_other_conditions_are_no_baselines(make_run: Callable, 
     make_run("vit", data__random_labels=True, measured={"slice": curve(other)})
     make_run("vit", data__random_labels=True, model__depth=2, measured={"slice": curve()})
     made, (problem,) = baselines.panels(collect(tmp_path))
-    assert [c.label for c in made[0].curves] == ["trained", "at initialisation"]
+    assert [c.label for c in made[0].curves] == ["trained", "at initialization"]
     assert str(problem) == (
         f"missing: run {run.id}: slice trained on random labels (measured under another objective card (data))"
     )
@@ -56,7 +56,7 @@ def test_what_is_not_measured_is_named_with_its_remedy(make_run: Callable, tmp_p
     made, lacking = baselines.panels(collect(tmp_path), ["slice"])
     assert made == []
     assert [str(p) for p in lacking] == [
-        f"missing: run {run.id}: slice at initialisation (to have it: python analyze.py run=runs/{run.id} ckpt=init "
+        f"missing: run {run.id}: slice at initialization (to have it: python analyze.py run=runs/{run.id} ckpt=init "
         "'analysis=[slice]')",
         f"missing: run {run.id}: slice trained on random labels (to have it: train the same with data.random_labels=true)",
     ]

@@ -157,7 +157,7 @@ def test_files_hold_the_numbers(tmp_path: Path) -> None:
     ],
 )
 def test_numbers(value: float, style: str, text: str) -> None:
-    assert cells.number(value, style) == text
+    assert cells.number_text(value, style) == text
 
 
 @pytest.mark.parametrize("noise", [0.0, 1e-9])

@@ -1,4 +1,4 @@
-"""Batched augmentation of byte images: crop, flip, RandAugment, normalise, erase.
+"""Batched augmentation of byte images: crop, flip, RandAugment, normalize, erase.
 
 Each image's parameters are drawn from its own counters, and each operation treats images apart, so an image
 comes out bit-identical in whatever batch it is read.
@@ -22,7 +22,7 @@ from vitscope.data.philox import Key, uniforms
 from vitscope.data.sources.image_decoding import WHITE
 from vitscope.runtime.errors import ConfigError
 
-PADDING = 4
+CROP_PADDING = 4
 _CROP_FLIP_DRAWS = 3
 _ERASE_ATTEMPTS = 10
 _ERASE_DRAWS = 1 + 4 * _ERASE_ATTEMPTS
@@ -34,7 +34,7 @@ _RANDAUGMENT_FROM = _CROP_FLIP_DRAWS + _ERASE_DRAWS
 
 @dataclass(frozen=True)
 class Recipe:
-    """What happens to an image between storage and model.
+    """Preprocessing and augmentation of an image between storage and model.
 
     Attributes:
         augment: `none`, `crop_flip`, or a timm RandAugment string such as `rand-m9-n2-mstd1.0` (after crop
@@ -76,8 +76,8 @@ class Recipe:
         if self.crop_mode not in ("center", "squash", "border"):
             raise ConfigError("data.crop_mode", self.crop_mode, "unknown crop", "choose center, squash or border")
         if len(self.background) != 3 or any(value not in range(256) for value in self.background):
-            why = "not three integers from 0 to 255"
-            raise ConfigError("data.background", list(self.background), why, "give red, green and blue")
+            problem = "not three integers from 0 to 255"
+            raise ConfigError("data.background", list(self.background), problem, "give red, green and blue")
         if self.pixel_range is not None:
             _check_pixel_range(self.pixel_range)
         range_checks.number("objective.random_erasing", self.random_erasing, 0, 1)
@@ -85,9 +85,9 @@ class Recipe:
             fix = "choose bilinear, bicubic, nearest or lanczos"
             raise ConfigError("data.interpolation", self.interpolation, "unknown filter", fix)
         if self.augment not in ("none", "crop_flip") and not self.augment.startswith("rand-"):
-            why = "unknown augmentation"
+            problem = "unknown augmentation"
             fix = "choose none, crop_flip, or RandAugment such as rand-m9-n2-mstd1.0"
-            raise ConfigError("objective.augment", self.augment, why, fix)
+            raise ConfigError("objective.augment", self.augment, problem, fix)
         if self.augment.startswith("rand-"):
             Policy.parse(self.augment)
 
@@ -100,15 +100,15 @@ class Recipe:
     @property
     def preprocessing(self) -> str:
         """Say in words how files become pixels, for a card; `default` for a center crop, a white background and full scale."""
-        said = [] if self.crop_mode == "center" else [f"{self.crop_mode} crop"]
+        descriptions = [] if self.crop_mode == "center" else [f"{self.crop_mode} crop"]
         if tuple(self.background) != WHITE:
-            said.append(f"background {', '.join(map(str, self.background))}")
+            descriptions.append(f"background {', '.join(map(str, self.background))}")
         if self.pixel_range is not None:
-            said.append("samples from {:g} to {:g}".format(*self.pixel_range))
-        return "; ".join(said) or "default"
+            descriptions.append("samples from {:g} to {:g}".format(*self.pixel_range))
+        return "; ".join(descriptions) or "default"
 
     def plain(self) -> Recipe:
-        """Return the recipe of evaluation: resize, crop and normalise only."""
+        """Return the recipe of evaluation: resize, crop and normalize only."""
         return Recipe(
             mean=self.mean,
             std=self.std,
@@ -123,8 +123,10 @@ class Recipe:
 
 def _check_pixel_range(values: tuple[float, ...]) -> None:
     if len(values) != 2 or not all(map(math.isfinite, values)) or values[0] >= values[1]:
-        why = "not two finite numbers, the first below the second"
-        raise ConfigError("data.pixel_range", list(values), why, "give the samples of black and white, such as [0,1]")
+        problem = "not two finite numbers, the first below the second"
+        raise ConfigError(
+            "data.pixel_range", list(values), problem, "give the samples of black and white, such as [0,1]"
+        )
 
 
 def augment(images: Tensor, key: Key, recipe: Recipe) -> Tensor:
@@ -151,27 +153,27 @@ def crop_flip(images: Tensor, draws: NDArray[np.float64], *, flip: bool = True, 
         fill: Byte of the padding.
     """
     height, width = images.shape[-2:]
-    offsets = torch.from_numpy((draws[:, :2] * (2 * PADDING + 1)).astype(np.int64))  # (B, 2)
+    offsets = torch.from_numpy((draws[:, :2] * (2 * CROP_PADDING + 1)).astype(np.int64))  # (B, 2)
     rows = offsets[:, :1] + torch.arange(height)  # (B, H)
     columns = torch.arange(width).expand(len(images), -1)
     if flip:
         columns = torch.where(torch.from_numpy(draws[:, 2:] < 0.5), columns.flip(1), columns)
     columns = offsets[:, 1:] + columns  # (B, W)
-    padded = pad(images, (PADDING,) * 4, value=fill).flatten(2)  # (B, C, (H + 8) (W + 8))
-    places = (rows * (width + 2 * PADDING))[:, :, None] + columns[:, None, :]  # (B, H, W)
+    padded = pad(images, (CROP_PADDING,) * 4, value=fill).flatten(2)  # (B, C, (H + 8) (W + 8))
+    places = (rows * (width + 2 * CROP_PADDING))[:, :, None] + columns[:, None, :]  # (B, H, W)
     return padded.gather(2, places.flatten(1)[:, None].expand(-1, images.shape[1], -1)).view_as(images)
 
 
 @lru_cache(maxsize=8)
-def _constants(mean: tuple[float, ...], std: tuple[float, ...]) -> tuple[Tensor, Tensor]:
+def _scale_and_shift(mean: tuple[float, ...], std: tuple[float, ...]) -> tuple[Tensor, Tensor]:
     scale = 1 / (255 * torch.tensor(std, dtype=torch.float64))
     shift = -torch.tensor(mean, dtype=torch.float64) / torch.tensor(std, dtype=torch.float64)
     return scale.float().view(1, -1, 1, 1), shift.float().view(1, -1, 1, 1)
 
 
-def normalise(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+def normalize(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
     """Return `(x / 255 - mean) / std` as float32 for bytes x `(B, C, H, W)`."""
-    scale, shift = _constants(mean, std)
+    scale, shift = _scale_and_shift(mean, std)
     return images.float().mul_(scale).add_(shift)
 
 
@@ -182,7 +184,7 @@ def erase(images: Tensor, key: Key, recipe: Recipe) -> Tensor:
     log-uniform in 0.3 to 3.3, up to ten attempts until the rectangle fits.
 
     Args:
-        images: Normalised images `(B, C, H, W)`.
+        images: Normalized images `(B, C, H, W)`.
         key: Their counters.
         recipe: With the probability `random_erasing`; nothing happens where `augment` is `none`.
     """
@@ -191,16 +193,21 @@ def erase(images: Tensor, key: Key, recipe: Recipe) -> Tensor:
     draws = uniforms(key.indices, _RANDAUGMENT_FROM, seed=key.seed, stream=key.stream, epoch=key.epoch)
     draws = draws[:, _CROP_FLIP_DRAWS:]
     height, width = images.shape[-2:]
-    area, aspect, top, left = np.moveaxis(draws[:, 1:].reshape(-1, _ERASE_ATTEMPTS, 4), -1, 0)
+    area, aspect, top_edge, left_edge = np.moveaxis(draws[:, 1:].reshape(-1, _ERASE_ATTEMPTS, 4), -1, 0)
     area = (_ERASE_AREA[0] + (_ERASE_AREA[1] - _ERASE_AREA[0]) * area) * height * width
     aspect = np.exp(_ERASE_LOG_ASPECT[0] + (_ERASE_LOG_ASPECT[1] - _ERASE_LOG_ASPECT[0]) * aspect)
     rows, columns = np.round(np.sqrt(area * aspect)), np.round(np.sqrt(area / aspect))  # (B, attempts)
     fits = (rows < height) & (columns < width)
     first = fits.argmax(1)[:, None]
-    tops, lefts = np.floor(top * (height - rows + 1)), np.floor(left * (width - columns + 1))
-    top, left, rows, columns = (np.take_along_axis(a, first, 1) for a in (tops, lefts, rows, columns))  # (B, 1)
+    tops, lefts = np.floor(top_edge * (height - rows + 1)), np.floor(left_edge * (width - columns + 1))
+    top_edge, left_edge, rows, columns = (
+        np.take_along_axis(a, first, 1) for a in (tops, lefts, rows, columns)
+    )  # (B, 1)
     y, x = np.arange(height), np.arange(width)
-    inside_y, inside_x = (y >= top) & (y < top + rows), (x >= left) & (x < left + columns)  # (B, H), (B, W)
+    inside_y, inside_x = (
+        (y >= top_edge) & (y < top_edge + rows),
+        (x >= left_edge) & (x < left_edge + columns),
+    )  # (B, H), (B, W)
     erased = fits.any(1) & (draws[:, 0] <= recipe.random_erasing)
     mask = erased[:, None, None] & inside_y[:, :, None] & inside_x[:, None, :]
     return images.masked_fill_(torch.from_numpy(mask)[:, None], 0.0)

@@ -2,7 +2,7 @@
 
 Every function takes bytes `(B, 3, H, W)` and returns new bytes of that shape: the bytes that Pillow gives for
 each image by itself (`ImageOps`, `ImageEnhance`, `Image.transform`). Sums are made of integers and everything
-else is elementwise, so an image's result does not depend on its neighbours in the batch. In numpy, whose calls
+else is elementwise, so an image's result does not depend on its neighbors in the batch. In numpy, whose calls
 cost a third of torch's on arrays this small.
 """
 
@@ -24,20 +24,20 @@ def auto_contrast(images: Bytes) -> Bytes:
     scale = 255.0 / np.maximum(high - low, 1)
     stretched = np.trunc(np.arange(256) * scale[..., 0] - low[..., 0] * scale[..., 0])  # (B, 3, 256)
     table = np.where(high[..., 0] > low[..., 0], stretched.clip(0, 255), np.arange(256)).astype(np.uint8)
-    return _looked_up(table, images)
+    return _apply_table(table, images)
 
 
 def equalize(images: Bytes) -> Bytes:
     """Make each channel's histogram as even as possible."""
     planes = images.reshape(images.shape[0] * images.shape[1], -1)
-    rows = np.arange(0, 256 * len(planes), 256)[:, None]
-    histogram = np.bincount((planes + rows).ravel(), minlength=256 * len(planes)).reshape(-1, 256)
-    highest = np.take_along_axis(histogram, planes.max(1).astype(np.int64)[:, None], 1)  # its pixels
-    step = (planes.shape[1] - highest) // 255  # (B * 3, 1); 0: left as it is
-    before = histogram.cumsum(1) - histogram
-    even = ((step // 2 + before) // np.maximum(step, 1)).clip(max=255)
-    table = np.where(step > 0, even, np.arange(256)).astype(np.uint8)
-    return _looked_up(table, images)
+    channel_offsets = np.arange(0, 256 * len(planes), 256)[:, None]
+    histogram = np.bincount((planes + channel_offsets).ravel(), minlength=256 * len(planes)).reshape(-1, 256)
+    highest_count = np.take_along_axis(histogram, planes.max(1).astype(np.int64)[:, None], 1)  # its pixels
+    step = (planes.shape[1] - highest_count) // 255  # (B * 3, 1); 0: left as it is
+    counts_below = histogram.cumsum(1) - histogram
+    equalized = ((step // 2 + counts_below) // np.maximum(step, 1)).clip(max=255)
+    table = np.where(step > 0, equalized, np.arange(256)).astype(np.uint8)
+    return _apply_table(table, images)
 
 
 def invert(images: Bytes) -> Bytes:
@@ -48,17 +48,17 @@ def invert(images: Bytes) -> Bytes:
 def posterize(images: Bytes, bits: Floats) -> Bytes:
     """Keep the `bits` `(B,)` highest bits."""
     mask = (256 - 2 ** (8 - bits.astype(np.int64))).astype(np.uint8)
-    return images & _each(mask)
+    return images & _per_image(mask)
 
 
 def solarize(images: Bytes, threshold: Floats) -> Bytes:
     """Invert the pixels at or above `threshold` `(B,)`."""
-    return np.where(images >= _each(threshold.astype(np.int16)), ~images, images)
+    return np.where(images >= _per_image(threshold.astype(np.int16)), ~images, images)
 
 
 def solarize_add(images: Bytes, amount: Floats) -> Bytes:
     """Add `amount` `(B,)` of at most 128 to the pixels below 128."""
-    added = np.where(images < 128, _each(amount.astype(np.uint8)), np.uint8(0))
+    added = np.where(images < 128, _per_image(amount.astype(np.uint8)), np.uint8(0))
     return np.maximum(images + added, images)  # 127 + 128 is the most: no byte overflows
 
 
@@ -110,10 +110,12 @@ def rotate(images: Bytes, degrees: Floats, fill: Bytes, *, bicubic: bool) -> Byt
     inside = (source_x >= 0) & (source_x < width) & (source_y >= 0) & (source_y < height)
     columns, weight_x = _taps(source_x, width, bicubic)  # (taps, B, H, W)
     rows, weight_y = _taps(source_y, height, bicubic)
-    first = (np.arange(batch, dtype=np.int32) * (height * width))[:, None, None]
-    places = columns[:, None] + (rows * np.int32(width) + first)  # (taps, taps, B, H, W), rows second
-    between = _cubic if bicubic else _linear
-    return _filled(between(between(_read(images, places), weight_x), weight_y), inside, fill)
+    first_pixel = (np.arange(batch, dtype=np.int32) * (height * width))[:, None, None]
+    pixel_indices = columns[:, None] + (rows * np.int32(width) + first_pixel)  # (taps, taps, B, H, W), rows second
+    interpolate = _cubic if bicubic else _linear
+    return _fill_outside(
+        interpolate(interpolate(_gather_pixels(images, pixel_indices), weight_x), weight_y), inside, fill
+    )
 
 
 def shift_rows(images: Bytes, shift: Floats, fill: Bytes, *, bicubic: bool) -> Bytes:
@@ -129,9 +131,9 @@ def shift_rows(images: Bytes, shift: Floats, fill: Bytes, *, bicubic: bool) -> B
     source = (np.arange(width) + 0.5) + shift[..., None]  # (B, H, W)
     inside = (source >= 0) & (source < width)
     columns, weight = _taps(source, width, bicubic)  # (taps, B, H, W)
-    first = (np.arange(batch * height, dtype=np.int32) * width).reshape(batch, height, 1)
-    values = _read(images, columns + first)
-    return _filled((_cubic if bicubic else _linear)(values, weight), inside, fill)
+    first_pixel = (np.arange(batch * height, dtype=np.int32) * width).reshape(batch, height, 1)
+    values = _gather_pixels(images, columns + first_pixel)
+    return _fill_outside((_cubic if bicubic else _linear)(values, weight), inside, fill)
 
 
 def _taps(source: Floats, size: int, bicubic: bool) -> tuple[NDArray[np.int32], Floats]:
@@ -142,13 +144,13 @@ def _taps(source: Floats, size: int, bicubic: bool) -> tuple[NDArray[np.int32], 
     return taps.clip(0, size - 1), (source - 0.5 - floor)[..., None]
 
 
-def _read(images: Bytes, places: NDArray[np.int32]) -> Floats:
+def _gather_pixels(images: Bytes, pixel_indices: NDArray[np.int32]) -> Floats:
     """Return the pixels at `places` (of all images' pixels in a row), channels and an idle one last."""
     batch, _, height, width = images.shape
     pixels = np.zeros((batch, height, width, 4), dtype=np.uint8)
     pixels[..., :3] = images.transpose(0, 2, 3, 1)
     packed = pixels.view(np.int32).ravel()  # a pixel is fetched at once
-    return packed.take(places)[..., None].view(np.uint8).astype(np.float64)
+    return packed.take(pixel_indices)[..., None].view(np.uint8).astype(np.float64)
 
 
 def _linear(taps: Floats, weight: Floats) -> Floats:
@@ -172,14 +174,14 @@ def _cubic(taps: Floats, weight: Floats) -> Floats:
     return third
 
 
-def _filled(values: Floats, inside: NDArray[np.bool_], fill: Bytes) -> Bytes:
+def _fill_outside(values: Floats, inside: NDArray[np.bool_], fill: Bytes) -> Bytes:
     """Return the values `(B, H, W, 4)` as bytes `(B, 3, H, W)`, `fill` outside."""
     packed = values.clip(0, 255, out=values).astype(np.uint8).view(np.int32)[..., 0]  # truncated, as Pillow does
     outside = np.append(fill, np.uint8(0)).view(np.int32)
     return np.where(inside, packed, outside)[..., None].view(np.uint8)[..., :3].transpose(0, 3, 1, 2)
 
 
-def _looked_up(table: Bytes, images: Bytes) -> Bytes:
+def _apply_table(table: Bytes, images: Bytes) -> Bytes:
     """Replace each byte by its entry in its channel's table, `(B, 3, 256)` or `(B * 3, 256)`."""
     planes = images.reshape(-1, images.shape[-2] * images.shape[-1])
     offsets = np.arange(0, 256 * len(planes), 256, dtype=np.int32)[:, None]
@@ -195,10 +197,10 @@ def _luma(images: Bytes) -> NDArray[np.int32]:
 def _blend(degenerate: NDArray[Any], images: Bytes, factor: Floats) -> Bytes:
     start = degenerate.astype(np.float32)
     blended = images - start
-    blended *= _each(factor.astype(np.float32))
+    blended *= _per_image(factor.astype(np.float32))
     blended += start
     return blended.clip(0, 255, out=blended).astype(np.uint8)  # truncated, as Pillow does
 
 
-def _each(values: NDArray[Any]) -> NDArray[Any]:
+def _per_image(values: NDArray[Any]) -> NDArray[Any]:
     return values.reshape(-1, 1, 1, 1)

@@ -2,7 +2,7 @@
 
 Cubuk et al., "RandAugment: Practical automated data augmentation with a reduced search space" (NeurIPS 2020),
 with timm's choices: 15 operations, each of the chosen ones applied with probability 0.5, magnitude drawn from a
-normal distribution and clipped, random sign, bilinear or bicubic at random, fill with the mean colour. The
+normal distribution and clipped, random sign, bilinear or bicubic at random, fill with the mean color. The
 images of a batch are grouped by operation, so the cost is a few array operations a batch, not a call an image.
 """
 
@@ -135,15 +135,15 @@ def rand_augment(images: Bytes, draws: Floats, policy: Policy, fill: tuple[int, 
     Args:
         images: Bytes `(B, 3, H, W)`, square; overwritten.
         draws: Uniforms `(B, policy.n_draws)`.
-        policy: What to do.
+        policy: Operations per image and their strength.
         fill: Byte of each channel that geometric operations leave uncovered.
 
     Returns:
         `images`, augmented.
     """
-    colour = np.array(fill, dtype=np.uint8)
+    fill_bytes = np.array(fill, dtype=np.uint8)
     for layer in np.split(draws, policy.layers, axis=1):
-        _apply(images, choose(layer, policy), policy, colour)
+        _apply(images, choose(layer, policy), policy, fill_bytes)
     return images
 
 
@@ -164,28 +164,32 @@ def strength(name: str, choice: Choice, increasing: bool) -> Floats:
 def _apply(images: Bytes, choice: Choice, policy: Policy, fill: Bytes) -> None:
     number = np.where(choice.applied, choice.operation, -1)
     for name, plain in _PLAIN.items():
-        if len(chosen := np.flatnonzero(number == _NUMBER[name])):
-            images[chosen] = plain(images[chosen])
+        if len(image_indices := np.flatnonzero(number == _NUMBER[name])):
+            images[image_indices] = plain(images[image_indices])
     for name, graded in _GRADED.items():
-        if len(chosen := np.flatnonzero(number == _NUMBER[name])):
-            images[chosen] = graded(images[chosen], strength(name, choice, policy.increasing)[chosen])
+        if len(image_indices := np.flatnonzero(number == _NUMBER[name])):
+            images[image_indices] = graded(
+                images[image_indices], strength(name, choice, policy.increasing)[image_indices]
+            )
     for bicubic in (False, True):
-        same = choice.bicubic == bicubic
-        if len(chosen := np.flatnonzero(same & (number == _NUMBER["Rotate"]))):
-            degrees = 30 * (choice.sign * choice.level)[chosen]
-            images[chosen] = ops.rotate(images[chosen], degrees, fill, bicubic=bicubic)
-        if len(chosen := np.flatnonzero(same & (number >= _NUMBER["ShearX"]))):
-            images[chosen] = _shifted(images[chosen], choice, chosen, fill, bicubic)
+        same_filter = choice.bicubic == bicubic
+        if len(image_indices := np.flatnonzero(same_filter & (number == _NUMBER["Rotate"]))):
+            degrees = 30 * (choice.sign * choice.level)[image_indices]
+            images[image_indices] = ops.rotate(images[image_indices], degrees, fill, bicubic=bicubic)
+        if len(image_indices := np.flatnonzero(same_filter & (number >= _NUMBER["ShearX"]))):
+            images[image_indices] = _shifted(images[image_indices], choice, image_indices, fill, bicubic)
 
 
-def _shifted(images: Bytes, choice: Choice, chosen: NDArray[np.int64], fill: Bytes, bicubic: bool) -> Bytes:
+def _shifted(images: Bytes, choice: Choice, image_indices: NDArray[np.int64], fill: Bytes, bicubic: bool) -> Bytes:
     """Shear or translate square images, those along y as their transposes along x."""
     size = images.shape[-1]
-    number, signed = choice.operation[chosen, None], (choice.sign * choice.level)[chosen, None]
+    number, signed_level = choice.operation[image_indices, None], (choice.sign * choice.level)[image_indices, None]
     shears = (number == _NUMBER["ShearX"]) | (number == _NUMBER["ShearY"])
-    shift = np.where(shears, signed * 0.3 * (np.arange(size) + 0.5), signed * _MAX_TRANSLATION * size)  # (B, H)
+    shift = np.where(
+        shears, signed_level * 0.3 * (np.arange(size) + 0.5), signed_level * _MAX_TRANSLATION * size
+    )  # (B, H)
     along_y = (number == _NUMBER["ShearY"]) | (number == _NUMBER["TranslateYRel"])
     flipped = along_y[..., None, None]
     upright = np.where(flipped, images.transpose(0, 1, 3, 2), images)
-    moved = ops.shift_rows(upright, shift, fill, bicubic=bicubic)
-    return np.where(flipped, moved.transpose(0, 1, 3, 2), moved)
+    shifted = ops.shift_rows(upright, shift, fill, bicubic=bicubic)
+    return np.where(flipped, shifted.transpose(0, 1, 3, 2), shifted)

@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 from torchvision.transforms.v2.functional import resize
 
-from vitscope.data.augment.augment import Recipe, augment, erase, normalise
+from vitscope.data.augment.augment import Recipe, augment, erase, normalize
 from vitscope.data.philox import Key
 
 
@@ -36,9 +36,9 @@ class ArrayImages:
 
     def select(self, indices: ArrayLike) -> ArrayImages:
         """Return the images at `indices`, in that order."""
-        chosen = torch.as_tensor(np.asarray(indices))
-        attributes = {name: values[chosen] for name, values in self.attributes.items()}
-        return replace(self, images=self.images[chosen], labels=self.labels[chosen], attributes=attributes)
+        selected = torch.as_tensor(np.asarray(indices))
+        attributes = {name: values[selected] for name, values in self.attributes.items()}
+        return replace(self, images=self.images[selected], labels=self.labels[selected], attributes=attributes)
 
     def relabelled(self, labels: Tensor) -> ArrayImages:
         """Return the same images with other labels."""
@@ -51,7 +51,7 @@ class ArrayImages:
         return replace(self, images=resize(self.images, [size, size], antialias=True))
 
     def batch(self, key: Key, recipe: Recipe) -> tuple[Tensor, Tensor]:
-        """Return augmented, normalised images `(B, 3, H, W)` float32 and their labels `(B,)`."""
-        chosen = torch.from_numpy(key.indices)
-        pixels = augment(self.images[chosen], key, recipe)
-        return erase(normalise(pixels, recipe.mean, recipe.std), key, recipe), self.labels[chosen]
+        """Return augmented, normalized images `(B, 3, H, W)` float32 and their labels `(B,)`."""
+        image_indices = torch.from_numpy(key.indices)
+        pixels = augment(self.images[image_indices], key, recipe)
+        return erase(normalize(pixels, recipe.mean, recipe.std), key, recipe), self.labels[image_indices]

@@ -55,43 +55,43 @@ def load(
         raise DataError("data", variant, f"there is no split {split!r}", "choose one of train, val, test")
     if root is None:
         raise ConfigError("data.root", None, f"{variant} needs a folder", "set data.root")
-    dataset = _dataset(_checked(variant, checksums), Path(root), train=split != "test")
+    dataset = _dataset(_with_checksums(variant, checksums), Path(root), train=split != "test")
     labels = np.asarray(dataset.targets, dtype=np.int64)
     images = np.ascontiguousarray(np.asarray(dataset.data).transpose(0, 3, 1, 2))  # (N, 3, 32, 32)
-    every = ArrayImages(torch.from_numpy(images), torch.from_numpy(labels), tuple(dataset.classes))
+    all_images = ArrayImages(torch.from_numpy(images), torch.from_numpy(labels), tuple(dataset.classes))
     if split == "test":
-        return every
-    kept, held = hold_out(labels, val_share, seed=split_seed)
-    return every.select(held if split == "val" else kept)
+        return all_images
+    train_indices, val_indices = hold_out(labels, val_share, seed=split_seed)
+    return all_images.select(val_indices if split == "val" else train_indices)
 
 
-def _checked(variant: str, checksums: Mapping[str, str] | None) -> type[CIFAR10]:
+def _with_checksums(variant: str, checksums: Mapping[str, str] | None) -> type[CIFAR10]:
     """Return torchvision's class, with other checksums where they are given."""
     published = VARIANTS[variant]
     if checksums is None:
         return published
-    known = [name for name, _ in published.train_list + published.test_list]
-    known += [published.meta["filename"], published.filename]
-    if missing := [name for name in checksums if name not in known]:
-        raise ConfigError("data.source.checksums", missing[0], "no such file", f"files are {', '.join(known)}")
+    file_names = [name for name, _ in published.train_list + published.test_list]
+    file_names += [published.meta["filename"], published.filename]
+    if missing := [name for name in checksums if name not in file_names]:
+        raise ConfigError("data.source.checksums", missing[0], "no such file", f"files are {', '.join(file_names)}")
 
-    class Own(published):
+    class WithChecksums(published):
         train_list = [[name, checksums.get(name, md5)] for name, md5 in published.train_list]  # noqa: RUF012
         test_list = [[name, checksums.get(name, md5)] for name, md5 in published.test_list]  # noqa: RUF012
         meta = {**published.meta, "md5": checksums.get(published.meta["filename"], published.meta["md5"])}  # noqa: RUF012
         tgz_md5 = checksums.get(published.filename, published.tgz_md5)
 
         def _check_integrity(self) -> bool:
-            whole = super()._check_integrity()
-            if whole:  # their checksums come from a configuration: what they hold is not known to be arrays
+            is_complete = super()._check_integrity()
+            if is_complete:  # their checksums come from a configuration: what they hold is not known to be arrays
                 for name in (*(name for name, _ in self.train_list + self.test_list), self.meta["filename"]):
                     _check_pickle(Path(self.root, self.base_folder, name))
-            return whole
+            return is_complete
 
-    return Own
+    return WithChecksums
 
 
-class _Arrays(pickle.Unpickler):
+class _ArrayUnpickler(pickle.Unpickler):
     """Reads what CIFAR's files are made of; anything else is an error and is not run."""
 
     allowed = frozenset((module, name) for module in ("numpy.core.multiarray", "numpy._core.multiarray", "numpy", "_codecs")
@@ -106,7 +106,7 @@ class _Arrays(pickle.Unpickler):
 def _check_pickle(path: Path) -> None:
     try:
         with path.open("rb") as file:
-            _Arrays(file, encoding="latin1").load()
+            _ArrayUnpickler(file, encoding="latin1").load()
     except FileNotFoundError:
         return  # torchvision says so itself
     except Exception as error:
@@ -115,7 +115,7 @@ def _check_pickle(path: Path) -> None:
 
 def _dataset(kind: type[CIFAR10], root: Path, *, train: bool) -> CIFAR10:
     with contextlib.suppress(RuntimeError, OSError, EOFError):  # missing, changed or unreadable
-        return _opened(kind, root, train=train)
+        return _open_dataset(kind, root, train=train)
     try:
         root.mkdir(parents=True, exist_ok=True)
         with FileLock(root / f".{kind.base_folder}.lock"):  # other runs and ranks wait instead of writing too
@@ -123,30 +123,34 @@ def _dataset(kind: type[CIFAR10], root: Path, *, train: bool) -> CIFAR10:
             if complete := check_integrity(archive, kind.tgz_md5):
                 with tarfile.open(archive) as packed:  # torchvision would let an archive write outside of the folder
                     packed.extractall(root, filter="data")
-                return _opened(kind, root, train=train)
+                return _open_dataset(kind, root, train=train)
             _need_network(kind, root)
             socket.setdefaulttimeout(30.0)  # for a server that stops in the middle
             try:
-                return _opened(kind, root, train=train, download=True)
+                return _open_dataset(kind, root, train=train, download=True)
             finally:
                 socket.setdefaulttimeout(None)
     except (OSError, tarfile.TarError, EOFError, zlib.error) as error:
-        raise DataError("data.root", root, f"cannot be used ({error})", _fix(kind)) from error
+        raise DataError("data.root", root, f"cannot be used ({error})", _remedy(kind)) from error
     except RuntimeError as error:
-        why = f"{kind.filename} there does not hold the expected files" if complete else f"download failed ({error})"
-        raise DataError("data.root", root, why, _fix(kind)) from error
+        problem = (
+            f"{kind.filename} there does not hold the expected files" if complete else f"download failed ({error})"
+        )
+        raise DataError("data.root", root, problem, _remedy(kind)) from error
 
 
-def _opened(kind: type[CIFAR10], root: Path, **options: Any) -> CIFAR10:
+def _open_dataset(kind: type[CIFAR10], root: Path, **options: Any) -> CIFAR10:
     """Return torchvision's data set; what its files lack is a DataError."""
     try:
         return kind(str(root), **options)
     except (KeyError, TypeError, ValueError, IndexError, AttributeError, pickle.UnpicklingError) as error:
-        lacking = f"no key {error}" if isinstance(error, KeyError) else f"{type(error).__name__}: {error}"
+        defect = f"no key {error}" if isinstance(error, KeyError) else f"{type(error).__name__}: {error}"
         path = root / kind.base_folder
-        why = f"files there are not of CIFAR's format ({lacking}; their keys are the texts data and labels or fine_labels)"
+        problem = (
+            f"files there are not of CIFAR's format ({defect}; their keys are the texts data and labels or fine_labels)"
+        )
         fix = "read them with encoding='bytes', decode the keys and write them again, or use the published files"
-        raise DataError("data.root", path, why, fix) from error
+        raise DataError("data.root", path, problem, fix) from error
 
 
 def _need_network(kind: type[CIFAR10], root: Path) -> None:
@@ -157,12 +161,12 @@ def _need_network(kind: type[CIFAR10], root: Path) -> None:
     except (OSError, ValueError) as error:  # URLError and timeouts are OSErrors
         folder, archive = root / kind.base_folder, root / kind.filename
         damaged = [path.name for path in (archive, folder) if path.exists()]
-        why = (
+        problem = (
             f"{' and '.join(damaged)} there differ from the published files" if damaged else f"no {archive.name} there"
         )
-        why += " and no network to download it"
-        raise DataError("data.root", root, why, _fix(kind)) from error
+        problem += " and no network to download it"
+        raise DataError("data.root", root, problem, _remedy(kind)) from error
 
 
-def _fix(kind: type[CIFAR10]) -> str:
+def _remedy(kind: type[CIFAR10]) -> str:
     return f"put {kind.filename} (from {kind.url}) or its folder {kind.base_folder} there"

@@ -66,15 +66,17 @@ def _refuse_other_layouts(folders: Mapping[str, Path], root: Path) -> None:
     """Refuse folders that are not classes: all named like splits, one that holds the splits, classes split inside."""
     fix = "name them train/, val/ and test/"
     if len(folders) > 1 and all(_LIKE_A_SPLIT.fullmatch(name) for name in folders):
-        why = f"its folders {listed(folders)} are named like splits, but are none of the names of one"
-        raise DataError("data.root", root, why, fix)
+        problem = f"its folders {listed(folders)} are named like splits, but are none of the names of one"
+        raise DataError("data.root", root, problem, fix)
     for name, folder in folders.items():
-        below = {split for inner in _names_below(folder) for split, names in SPLIT_NAMES.items() if inner in names}
-        if len(below) > 1 and len(folders) == 1:
+        inner_splits = {
+            split for inner in _names_below(folder) for split, names in SPLIT_NAMES.items() if inner in names
+        }
+        if len(inner_splits) > 1 and len(folders) == 1:
             raise DataError("data.root", root, f"the splits are in its folder {name}", f"set data.root={folder}")
-        if len(below) > 1:
-            why = f"{name}/ holds folders named like splits ({', '.join(sorted(below))}), whose images would be mixed"
-            raise DataError("data.root", root, why, "put images in <root>/train/<class>/ and <root>/val/<class>/")
+        if len(inner_splits) > 1:
+            problem = f"{name}/ holds folders named like splits ({', '.join(sorted(inner_splits))}), whose images would be mixed"
+            raise DataError("data.root", root, problem, "put images in <root>/train/<class>/ and <root>/val/<class>/")
 
 
 def _names_below(folder: Path) -> list[str]:
@@ -88,10 +90,10 @@ def _refuse_shared_folders(splits: Mapping[str, Path], root: Path) -> None:
     """Refuse a split that is, by a link, the folder of another one or lies in it."""
     real = {split: folder.resolve() for split, folder in splits.items()}
     for one, folder in real.items():
-        for other, place in real.items():
-            if one != other and (folder == place or place in folder.parents):
-                why = f"the {one} folder is a link to the {other} folder or into it, so that they share images"
-                raise DataError("data.root", root, why, "give each split images of its own, or remove the link")
+        for other, other_folder in real.items():
+            if one != other and (folder == other_folder or other_folder in folder.parents):
+                problem = f"the {one} folder is a link to the {other} folder or into it, so that they share images"
+                raise DataError("data.root", root, problem, "give each split images of its own, or remove the link")
 
 
 def class_folders(folder: Path, root: Path, key: str = "data.root") -> dict[str, Path]:
@@ -102,14 +104,16 @@ def class_folders(folder: Path, root: Path, key: str = "data.root") -> dict[str,
     """
     classes = subfolders(folder, root, key)
     if not classes:
-        loose = sum(is_image(entry.name) for entry in os.scandir(folder))
-        why = f"there is no class folder in {folder}" + (f" ({loose} images lie in it directly)" if loose else "")
-        raise DataError(key, root, why, "put images in <root>/train/<class>/ and <root>/val/<class>/")
+        n_loose_images = sum(is_image(entry.name) for entry in os.scandir(folder))
+        problem = f"there is no class folder in {folder}" + (
+            f" ({n_loose_images} images lie in it directly)" if n_loose_images else ""
+        )
+        raise DataError(key, root, problem, "put images in <root>/train/<class>/ and <root>/val/<class>/")
     by_case: dict[str, str] = {}
     for name in classes:
         if (other := by_case.setdefault(name.casefold(), name)) != name:
-            why = f"the class folders {other} and {name} of {folder} differ by capitals only"
-            raise DataError(key, root, why, "merge them, or give them different names")
+            problem = f"the class folders {other} and {name} of {folder} differ by capitals only"
+            raise DataError(key, root, problem, "merge them, or give them different names")
     return classes
 
 
@@ -123,11 +127,11 @@ def subfolders(folder: Path, root: Path, key: str = "data.root") -> dict[str, Pa
     for name in names:
         if is_hidden(name):
             continue
-        normal = unicodedata.normalize("NFC", name)
-        if normal in folders:
-            why = f"two folders of {folder} are named {normal} in different Unicode forms"
-            raise DataError(key, root, why, "merge them")
-        folders[normal] = folder / name
+        normalized_name = unicodedata.normalize("NFC", name)
+        if normalized_name in folders:
+            problem = f"two folders of {folder} are named {normalized_name} in different Unicode forms"
+            raise DataError(key, root, problem, "merge them")
+        folders[normalized_name] = folder / name
     return dict(sorted(folders.items()))
 
 
@@ -180,16 +184,16 @@ def _files(folder: Path, root: Path, key: str) -> list[str]:
         raise DataError(key, root, f"cannot be read ({error})", "check the folder's permissions") from error
 
     visited: set[str] = set()
-    found = []
-    for place, below, names in os.walk(folder, followlinks=True, onerror=refuse):
-        real = os.path.realpath(place)
-        if real in visited:  # a link back to a folder above
-            below.clear()
+    paths_by_folder = []
+    for current, child_folders, names in os.walk(folder, followlinks=True, onerror=refuse):
+        real_path = os.path.realpath(current)
+        if real_path in visited:  # a link back to a folder above
+            child_folders.clear()
             continue
-        visited.add(real)
-        below[:] = [name for name in below if not is_hidden(name)]
-        found.append((place, sorted(os.path.join(place, name) for name in names)))
-    return [path for _, paths in sorted(found) for path in paths]
+        visited.add(real_path)
+        child_folders[:] = [name for name in child_folders if not is_hidden(name)]
+        paths_by_folder.append((current, sorted(os.path.join(current, name) for name in names)))
+    return [path for _, paths in sorted(paths_by_folder) for path in paths]
 
 
 def _holds_only_files(folder: Path) -> bool:

@@ -31,13 +31,15 @@ def load(split: str, *, root: str | None = None, split_seed: int = 0) -> ArrayIm
     """
     images, labels = _digits()
     rest, test = hold_out(labels, _TEST, seed=0)
-    kept, held = hold_out(labels[rest], _VAL, seed=split_seed)
-    chosen = {"train": rest[kept], "val": rest[held], "test": test}
-    if split not in chosen:
+    train_indices, val_indices = hold_out(labels[rest], _VAL, seed=split_seed)
+    indices_by_split = {"train": rest[train_indices], "val": rest[val_indices], "test": test}
+    if split not in indices_by_split:
         raise DataError("data", "digits", f"there is no split {split!r}", "choose one of train, val, test")
-    gray = images[torch.from_numpy(chosen[split])]
+    gray = images[torch.from_numpy(indices_by_split[split])]
     names = tuple(str(digit) for digit in range(10))
-    return ArrayImages(gray.expand(-1, 3, -1, -1).contiguous(), torch.from_numpy(labels[chosen[split]]), names)
+    return ArrayImages(
+        gray.expand(-1, 3, -1, -1).contiguous(), torch.from_numpy(labels[indices_by_split[split]]), names
+    )
 
 
 @lru_cache(maxsize=1)

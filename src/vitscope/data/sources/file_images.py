@@ -40,16 +40,16 @@ class FileImages:
 
     def select(self, indices: ArrayLike) -> FileImages:
         """Return the images at `indices`, in that order."""
-        chosen = np.asarray(indices)
-        paths = tuple(self.paths[index] for index in chosen)
-        return replace(self, paths=paths, labels=self.labels[torch.from_numpy(chosen)])
+        selected = np.asarray(indices)
+        paths = tuple(self.paths[index] for index in selected)
+        return replace(self, paths=paths, labels=self.labels[torch.from_numpy(selected)])
 
     def relabelled(self, labels: Tensor) -> FileImages:
         """Return the same images with other labels."""
         return replace(self, labels=labels)
 
     def batch(self, key: Key, recipe: Recipe) -> tuple[Tensor, Tensor]:
-        """Return augmented, normalised images `(B, 3, H, W)` float32 and their labels `(B,)`.
+        """Return augmented, normalized images `(B, 3, H, W)` float32 and their labels `(B,)`.
 
         Raises:
             DataError: A file that cannot be read as an image, see `vitscope.data.sources.image_decoding`.
@@ -73,14 +73,16 @@ def model_recipe(model: nn.Module, recipe: Recipe) -> Recipe:
         ConfigError: The model carries no such record, or one of images that are not square or not of three channels.
     """
     if not getattr(model, "pretrained_cfg", None):
-        why = f"{type(model).__name__} does not say how its images were preprocessed"
-        raise ConfigError("data.transform", "model", why, "use a timm model, or set data.transform=null")
+        problem = f"{type(model).__name__} does not say how its images were preprocessed"
+        raise ConfigError("data.transform", "model", problem, "use a timm model, or set data.transform=null")
     config = resolve_model_data_config(model)
     channels, height, width = config["input_size"]
     if height != width or channels != 3:
         shape = f"{channels}x{height}x{width}"
-        why = f"{type(model).__name__} was trained on images of {shape}; only square images of 3 channels are supported"
-        raise ConfigError("data.transform", "model", why, "use another model, or set data.transform=null")
+        problem = (
+            f"{type(model).__name__} was trained on images of {shape}; only square images of 3 channels are supported"
+        )
+        raise ConfigError("data.transform", "model", problem, "use another model, or set data.transform=null")
     return replace(
         recipe,
         image_size=width,

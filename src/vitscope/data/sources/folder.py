@@ -69,7 +69,10 @@ def load(
     if not folders and names is not None:
         if split != "test":
             raise DataError("data.root", root, f"there is no train folder, which the {split} split needs", _LAYOUT)
-        _assume(root, f"no train, val or test folder: all of its images are the test split of {_called(classes)}")
+        _report_assumption(
+            root,
+            f"no train, val or test folder: all of its images are the test split of {_name_of_class_list(classes)}",
+        )
         return _images(root, root, names, classes, complete=False)
     source = _source(split, folders, root)
     if names is None:
@@ -92,21 +95,24 @@ def _source(split: str, folders: Mapping[str, Path], root: Path) -> Path:
     if split in folders:
         return folders[split]
     if split == "test" and "val" in folders:
-        own = folders["val"].name
-        _assume(root, f"no test folder: the test split is the images of {own}/, which the val split has too; "
-                      "metrics of a checkpoint that was chosen on them are optimistic")  # fmt: skip
+        val_folder_name = folders["val"].name
+        _report_assumption(
+            root,
+            f"no test folder: the test split is the images of {val_folder_name}/, which the val split has too; "
+            "metrics of a checkpoint that was chosen on them are optimistic",
+        )
         return folders["val"]
     if not folders:
         if split != "train":
-            _assume(root, f"no train, val or test folder: the {split} split is held out of its classes")
+            _report_assumption(root, f"no train, val or test folder: the {split} split is held out of its classes")
         return root
     if "train" not in folders:
         raise DataError("data.root", root, f"there is no train folder, which the {split} split needs", _LAYOUT)
-    _assume(root, f"no {split} folder: the {split} split is held out of {folders['train'].name}/")
+    _report_assumption(root, f"no {split} folder: the {split} split is held out of {folders['train'].name}/")
     return folders["train"]
 
 
-def _assume(root: Path, what: str) -> None:
+def _report_assumption(root: Path, what: str) -> None:
     report_once(f"data.root={root}: {what}")
 
 
@@ -139,20 +145,20 @@ def _images(
         raise DataError("data.root", root, *_unknown_class(unknown, names, folder, classes))
     files = image_files(present, folder, root)
     if not any(files.values()):
-        why = f"there is no image in the class folders of {folder} ({listed(present)})"
-        raise DataError("data.root", root, why, _LAYOUT)
-    if classes is None and (lacking := [name for name in names if not files.get(name)]):
-        _report_lacking(lacking, folder, root, complete)
+        problem = f"there is no image in the class folders of {folder} ({listed(present)})"
+        raise DataError("data.root", root, problem, _LAYOUT)
+    if classes is None and (classes_without_images := [name for name in names if not files.get(name)]):
+        _report_empty_classes(classes_without_images, folder, root, complete)
     paths = tuple(path for name in present for path in files[name])
     labels = [number[name] for name in present for _ in files[name]]
     return FileImages(paths, torch.tensor(labels, dtype=torch.int64), names)
 
 
-def _report_lacking(lacking: Sequence[str], folder: Path, root: Path, complete: bool) -> None:
-    why = f"no image of {len(lacking)} of the classes in {folder}: {listed(lacking)}"
+def _report_empty_classes(lacking: Sequence[str], folder: Path, root: Path, complete: bool) -> None:
+    problem = f"no image of {len(lacking)} of the classes in {folder}: {listed(lacking)}"
     if complete:
-        raise DataError("data.root", root, why, "put images there, or remove the empty folders")
-    report_once(f"data.root={root}: {why}; labels keep their numbers, metrics are over the others")
+        raise DataError("data.root", root, problem, "put images there, or remove the empty folders")
+    report_once(f"data.root={root}: {problem}; labels keep their numbers, metrics are over the others")
 
 
 def _unknown_class(
@@ -171,7 +177,7 @@ def _unknown_class(
     return f"{folder.name}/ has the class {unknown[0]!r}{more}, but {where} {listed(names)}", fix
 
 
-def _called(classes: str | Sequence[str] | None) -> str:
+def _name_of_class_list(classes: str | Sequence[str] | None) -> str:
     return classes if isinstance(classes, str) else "data.source.classes"
 
 

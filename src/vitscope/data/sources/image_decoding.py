@@ -68,18 +68,18 @@ def read_image(
             if (raw := _raw_sixteen_bits(image, path)) is not None:
                 return _sixteen_bit_color(image, raw, tuple(background), pixel_range, path)
             image.load()
-            orientation = _oriented(image, path)
-            return _to_rgb(orientation, tuple(background), pixel_range, full_scale, path)
+            oriented = _oriented(image, path)
+            return _to_rgb(oriented, tuple(background), pixel_range, full_scale, path)
     except (MemoryError, DataError):
         raise
     except Image.DecompressionBombError as error:
-        why = f"{path} has more pixels than Pillow's limit ({' '.join(str(error).split())})"
-        raise DataError(key, None, why, "make the image smaller, or remove it") from error
+        problem = f"{path} has more pixels than Pillow's limit ({' '.join(str(error).split())})"
+        raise DataError(key, None, problem, "make the image smaller, or remove it") from error
     except Exception as error:  # decoders of damaged files raise nearly anything
         if file_descriptors.is_shortage(error):
             raise file_descriptors.shortage() from error
-        why = f"{path} cannot be read as an image ({' '.join(str(error).split())})"
-        raise DataError(key, None, why, f"replace or remove the file; read are {', '.join(FORMATS)}") from error
+        problem = f"{path} cannot be read as an image ({' '.join(str(error).split())})"
+        raise DataError(key, None, problem, f"replace or remove the file; read are {', '.join(FORMATS)}") from error
 
 
 def _refuse_signed_bytes(image: Image.Image, path: str | Path, key: str) -> None:
@@ -127,8 +127,8 @@ def _range_as_decoded(
     if pixel_range is None or not isinstance(arguments, tuple) or arguments[1] <= 255:
         return pixel_range
     if image.mode != "I":
-        why = f"{path} holds color of more than 8 bits, to which no range can be applied in this format"
-        raise DataError("data.pixel_range", list(pixel_range), why, "save it as a PNG of 16 bits")
+        problem = f"{path} holds color of more than 8 bits, to which no range can be applied in this format"
+        raise DataError("data.pixel_range", list(pixel_range), problem, "save it as a PNG of 16 bits")
     return [value * 65535 / arguments[1] for value in pixel_range]
 
 
@@ -142,9 +142,9 @@ def _raw_sixteen_bits(image: Image.Image, path: str | Path) -> str | None:
     tags = getattr(image, "tag_v2", {})
     has_planes = tags.get(_PLANAR_CONFIGURATION, 1) == 2 and max(tags.get(_BITS_PER_SAMPLE, (1,))) > 8
     if has_planes or (raw is not None and not deep_color.can_be_read(raw)):
-        how = "a plane for each channel" if has_planes else str(raw).partition(";")[0]
-        why = f"the 16-bit samples of {path} are stored in a way that is not read ({how})"
-        raise DataError("data.root", None, why, "save it as RGB or RGBA, or with 8 bits a sample")
+        storage = "a plane for each channel" if has_planes else str(raw).partition(";")[0]
+        problem = f"the 16-bit samples of {path} are stored in a way that is not read ({storage})"
+        raise DataError("data.root", None, problem, "save it as RGB or RGBA, or with 8 bits a sample")
     return raw
 
 
@@ -156,17 +156,17 @@ def _sixteen_bit_color(
     path: str | Path,
 ) -> Image.Image:
     """Return color of 16 bits a sample, scaled linearly to 0..255 over the background, with the orientation of the file."""
-    stored = deep_color.samples(path, FORMATS, lambda part: _oriented(part, path)).astype(np.float64)
-    color, alpha = stored[..., :3], np.ones((*stored.shape[:2], 1))
-    if stored.shape[2] == 4:
-        alpha = stored[..., 3:] / 65535
+    sample_values = deep_color.samples(path, FORMATS, lambda part: _oriented(part, path)).astype(np.float64)
+    color, alpha = sample_values[..., :3], np.ones((*sample_values.shape[:2], 1))
+    if sample_values.shape[2] == 4:
+        alpha = sample_values[..., 3:] / 65535
         if deep_color.is_premultiplied(raw):
             color = color / np.where(alpha > 0, alpha, 1)
-    elif isinstance(hidden := image.info.get("transparency"), tuple):  # the color that is transparent
-        alpha = 1.0 - (color == hidden).all(axis=2, keepdims=True)
+    elif isinstance(transparent_color := image.info.get("transparency"), tuple):  # the color that is transparent
+        alpha = 1.0 - (color == transparent_color).all(axis=2, keepdims=True)
     low, high = pixel_range or (0.0, 65535.0)
-    shown = np.clip((color - low) / (high - low), 0, 1) * alpha + np.array(background) / 255 * (1 - alpha)
-    return Image.fromarray(np.round(255 * shown).astype(np.uint8))
+    blended = np.clip((color - low) / (high - low), 0, 1) * alpha + np.array(background) / 255 * (1 - alpha)
+    return Image.fromarray(np.round(255 * blended).astype(np.uint8))
 
 
 def _to_rgb(
@@ -184,8 +184,8 @@ def _to_rgb(
 
 
 def _composited(image: Image.Image, background: tuple[int, ...]) -> Image.Image:
-    below = Image.new("RGBA", image.size, (*background, 255))
-    return Image.alpha_composite(below, image).convert("RGB")
+    background_image = Image.new("RGBA", image.size, (*background, 255))
+    return Image.alpha_composite(background_image, image).convert("RGB")
 
 
 def _scaled(
@@ -198,17 +198,17 @@ def _scaled(
     """Return samples of more than 8 bits scaled linearly to 0..255, gray in three channels."""
     if pixel_range is None and full_scale is None:
         kind = "floats" if image.mode == "F" else "32-bit integers"
-        why = f"the samples of {path} are {kind}, which have no scale of their own"
+        problem = f"the samples of {path} are {kind}, which have no scale of their own"
         fix = "set data.pixel_range=[<black>,<white>] to the values that are black and white, such as [0,1]"
-        raise DataError("data.pixel_range", None, why, fix)
+        raise DataError("data.pixel_range", None, problem, fix)
     low, high = pixel_range or (0.0, float(full_scale or 1))
     samples = np.asarray(image).astype(np.float64)
     if not np.isfinite(samples).all():
         raise DataError("data.root", None, f"{path} has samples that are not finite", "replace or remove the file")
     gray = np.round(255 * np.clip((samples - low) / (high - low), 0, 1)).astype(np.uint8)
     result = Image.fromarray(gray).convert("RGB")
-    if isinstance(hidden := image.info.get("transparency"), int):  # the gray value that is transparent
-        alpha = Image.fromarray(np.where(samples == hidden, 0, 255).astype(np.uint8))
+    if isinstance(transparent_value := image.info.get("transparency"), int):  # the gray value that is transparent
+        alpha = Image.fromarray(np.where(samples == transparent_value, 0, 255).astype(np.uint8))
         result.putalpha(alpha)
         return _composited(result, background)
     return result

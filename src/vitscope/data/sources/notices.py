@@ -1,4 +1,4 @@
-"""Print what a data set was taken for: each assumption one line on stderr, once a process."""
+"""Print the assumptions that are made about a data set, each as one line on stderr and once per process."""
 
 from __future__ import annotations
 

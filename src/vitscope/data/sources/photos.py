@@ -3,10 +3,10 @@
 The photographs are files of the scikit-image and scikit-learn wheels, so nothing is ever downloaded. Each is
 cut in three vertical regions before anything else happens: train (left 55%), validation (next 15%) and test
 (right 30%); no pixel of one region touches another. A region is made gray, scaled as if the photograph's short
-side were 256, locally contrast-normalised and cropped; a crop has mean 0 and variance 1, so that neither
-colour nor brightness nor contrast tells the class.
+side were 256, locally contrast-normalized and cropped; a crop has mean 0 and variance 1, so that neither
+color nor brightness nor contrast tells the class.
 
-`whole` (`data=photographs`) gives the 16 photographs as they are, in colour, to models built for larger images: something to
+`whole` (`data=photographs`) gives the 16 photographs as they are, in color, to models built for larger images: something to
 measure on, not to train on.
 """
 
@@ -56,7 +56,7 @@ WINDOW = 6.0  # standard deviation of the contrast window, in pixels
 QUIET = 0.25  # share of positions, those with the least contrast, that are never cropped (empty sky)
 LIMIT = 3.0  # standard deviations at which a crop is clipped
 LEVELS = 42.0  # gray levels a standard deviation
-_ROUNDS = 8  # of standardising and clipping
+_ROUNDS = 8  # of standardizing and clipping
 
 
 def load(split: str, *, root: str | None = None, split_seed: int = 0) -> ArrayImages:
@@ -79,7 +79,7 @@ def load(split: str, *, root: str | None = None, split_seed: int = 0) -> ArrayIm
 
 
 def whole(split: str, *, root: str | None = None, split_seed: int = 0) -> FileImages:
-    """Return the 16 photographs, uncut and in colour, the label being the photograph.
+    """Return the 16 photographs, uncut and in color, the label being the photograph.
 
     Args:
         split: `test`, the only one.
@@ -104,8 +104,8 @@ def _path(name: str) -> str:
     package, file = PHOTOGRAPHS[name]
     path = files(package) / file
     if not path.is_file():
-        why = f"{file} is missing from the installed {package.split('.')[0]}"
-        raise DataError("data", "photographs", why, "reinstall it from its wheel")
+        problem = f"{file} is missing from the installed {package.split('.')[0]}"
+        raise DataError("data", "photographs", problem, "reinstall it from its wheel")
     return str(path)
 
 
@@ -116,7 +116,7 @@ def region_columns(width: int, split: str) -> tuple[int, int]:
 
 
 def _crops(name: str, split: str) -> NDArray[np.uint8]:
-    region = _normalised_region(name, split)
+    region = _normalized_region(name, split)
     windows = np.lib.stride_tricks.sliding_window_view(region, (CROP, CROP))  # (rows, columns, 32, 32)
     half = CROP // 2
     mean, square = uniform_filter(region, CROP), uniform_filter(region**2, CROP)
@@ -134,7 +134,7 @@ def _crops(name: str, split: str) -> NDArray[np.uint8]:
 
 
 @cache
-def _normalised_region(name: str, split: str) -> NDArray[np.float64]:
+def _normalized_region(name: str, split: str) -> NDArray[np.float64]:
     """Return a region with local mean 0 and local variance 1: (x - m) / (s + 2 gray levels)."""
     photograph = _photograph(name)
     scale = SHORT_SIDE / min(photograph.size)
@@ -142,8 +142,8 @@ def _normalised_region(name: str, split: str) -> NDArray[np.float64]:
     cut = photograph.crop((first, 0, end, photograph.height)).convert("L")
     size = (max(CROP, round(cut.width * scale)), round(cut.height * scale))
     gray = np.asarray(cut.resize(size, Image.Resampling.BICUBIC), dtype=np.float64)
-    centred = gray - gaussian_filter(gray, WINDOW)
-    return centred / (np.sqrt(gaussian_filter(centred**2, WINDOW)) + 2.0)
+    centered = gray - gaussian_filter(gray, WINDOW)
+    return centered / (np.sqrt(gaussian_filter(centered**2, WINDOW)) + 2.0)
 
 
 def _photograph(name: str) -> Image.Image:
@@ -153,5 +153,5 @@ def _photograph(name: str) -> Image.Image:
             image.load()
             return image.copy()
     except OSError as error:
-        why = f"{file} is missing from the installed {package.split('.')[0]}"
-        raise DataError("data", "photos", why, "reinstall it from its wheel") from error
+        problem = f"{file} is missing from the installed {package.split('.')[0]}"
+        raise DataError("data", "photos", problem, "reinstall it from its wheel") from error

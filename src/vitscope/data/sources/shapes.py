@@ -1,7 +1,7 @@
 """`shapes`: procedural images in which shape and texture both tell the class, or contradict each other.
 
 An image is one of eight shapes, filled with one of eight textures, on a plain background, at a random place,
-size, angle and with random colours. In `train`, `val` and `test` shape k carries texture k. In `cue_conflict`
+size, angle and with random colors. In `train`, `val` and `test` shape k carries texture k. In `cue_conflict`
 (after Geirhos et al., "ImageNet-trained CNNs are biased towards texture", ICLR 2019) every shape carries every
 other texture equally often: labels are the shapes, `attributes["texture"]` the textures, so the share of
 shape decisions among shape and texture decisions is a model's shape bias.
@@ -87,7 +87,7 @@ TEXTURES: dict[str, Callable[[Array, Array, Array], Array]] = {
 
 
 def load(split: str, *, root: str | None = None, split_seed: int = 0) -> ArrayImages:
-    """Return a split: 4096, 512, 1024 or 1120 colour images of 32x32 pixels.
+    """Return a split: 4096, 512, 1024 or 1120 color images of 32x32 pixels.
 
     Args:
         split: `train`, `val`, `test` or `cue_conflict`.
@@ -114,34 +114,36 @@ def load(split: str, *, root: str | None = None, split_seed: int = 0) -> ArrayIm
 
 
 def _draw(shape: NDArray[np.int64], texture: NDArray[np.int64], draws: Array) -> NDArray[np.uint8]:
-    place_x, place_y, scale, turn, grain, frequency, shift_x, shift_y, *colours = draws.T[..., None, None]
+    place_x, place_y, scale, shape_turn, texture_turn, frequency, shift_x, shift_y, *colors = draws.T[..., None, None]
     pixel = (np.arange(SIZE) + 0.5) - SIZE / 2
-    mask = _mask(shape, 5 * place_x - 2.5, 5 * place_y - 2.5, 9 + 3.5 * scale, 2 * np.pi * turn)
-    x, y = _turned(pixel, pixel[:, None], 2 * np.pi * grain)
+    mask = _mask(shape, 5 * place_x - 2.5, 5 * place_y - 2.5, 9 + 3.5 * scale, 2 * np.pi * shape_turn)
+    x, y = _rotated(pixel, pixel[:, None], 2 * np.pi * texture_turn)
     x, y = x + 12 * shift_x - 6, y + 12 * shift_y - 6
-    pattern = _chosen(list(TEXTURES.values()), texture, x, y, 1.2 + 0.5 * frequency)  # (B, 32, 32)
-    red, green, blue, contrast, *ground = colours
+    pattern = _select_by_row(list(TEXTURES.values()), texture, x, y, 1.2 + 0.5 * frequency)  # (B, 32, 32)
+    red, green, blue, contrast, *background_draws = colors
     dark = np.stack((red, green, blue), axis=1) * 0.4  # (B, 3, 1, 1)
     filled = dark + (0.4 + 0.2 * contrast[:, None]) * pattern[:, None]
-    plain = 0.5 + 0.5 * np.stack((ground[0], ground[1], ground[0] * ground[1]), axis=1)
-    images = mask[:, None] * filled + (1 - mask[:, None]) * plain  # (B, 3, 32, 32)
+    background = 0.5 + 0.5 * np.stack(
+        (background_draws[0], background_draws[1], background_draws[0] * background_draws[1]), axis=1
+    )
+    images = mask[:, None] * filled + (1 - mask[:, None]) * background  # (B, 3, 32, 32)
     return np.round(255 * images.clip(0, 1)).astype(np.uint8)
 
 
 def _mask(shape: NDArray[np.int64], dx: Array, dy: Array, radius: Array, angle: Array) -> Array:
     """Return how much of each pixel lies inside the shape, `(B, 32, 32)`."""
     fine = (np.arange(SIZE * _OVERSAMPLING) + 0.5) / _OVERSAMPLING - SIZE / 2
-    x, y = _turned(fine - dx, fine[:, None] - dy, angle)
-    inside = _chosen(list(SHAPES.values()), shape, x / radius, y / radius) < 1
+    x, y = _rotated(fine - dx, fine[:, None] - dy, angle)
+    inside = _select_by_row(list(SHAPES.values()), shape, x / radius, y / radius) < 1
     return inside.reshape(-1, SIZE, _OVERSAMPLING, SIZE, _OVERSAMPLING).mean((2, 4))
 
 
-def _turned(x: Array, y: Array, angle: Array) -> tuple[Array, Array]:
+def _rotated(x: Array, y: Array, angle: Array) -> tuple[Array, Array]:
     cos, sin = np.cos(angle), np.sin(angle)
     return cos * x + sin * y, cos * y - sin * x
 
 
-def _chosen(functions: list[Callable[..., Array]], number: NDArray[np.int64], *arguments: Array) -> Array:
+def _select_by_row(functions: list[Callable[..., Array]], number: NDArray[np.int64], *arguments: Array) -> Array:
     """Return function `number[i]` of the i-th rows of the arguments."""
     result = np.empty(np.broadcast_shapes(*(a.shape for a in arguments)))
     for index, function in enumerate(functions):

@@ -14,7 +14,7 @@ from vitscope.core.objective_card import ObjectiveCard
 from vitscope.core.probe import Probe
 from vitscope.core.undefined_values import warn_nulls
 from vitscope.models.structure.coverage import residual_blocks
-from vitscope.models.structure.residual_structure import anatomy
+from vitscope.models.structure.residual_structure import residual_structure
 from vitscope.models.structure.taps import reading
 
 #: what is said below the table of a model whose blocks are not known
@@ -97,6 +97,6 @@ def tap_table(probe: Probe) -> TapTableResult:
 
 def _n_units(model: nn.Module) -> int:
     try:
-        return len(residual_blocks(anatomy(model)))
+        return len(residual_blocks(residual_structure(model)))
     except ValueError:  # none, or a model of which nothing is known
         return 0

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from vitscope.core.guard.eager_execution import unwrapped
 from vitscope.models.structure.execution import Execution, Stack, execution
-from vitscope.models.structure.residual_structure import ModelComponent, anatomy, is_gate
+from vitscope.models.structure.residual_structure import ModelComponent, is_gate, residual_structure
 
 #: attention that weighs channels or positions and mixes none, and pooling by attention in a head
 _NO_MIXING = ("channel", "spatial", "split", "coord", "kernel", "pool", "gate", "cbam", "eca", "effective")
@@ -27,20 +27,20 @@ def missing_units(model: nn.Module, images: Tensor | None = None) -> list[tuple[
     modules' class names tell.
 
     Args:
-        model: the model.
+        model: The model.
         images: (B, C, H, W) that the model takes; None to try the sizes that it states.
 
     Raises:
-        ValueError: a model of which nothing is known.
+        ValueError: A model of which nothing is known.
     """
     model = unwrapped(model)
-    pieces = anatomy(model)
-    return list(_missing(model, pieces, execution(model, residual_blocks(pieces), images)))
+    components = residual_structure(model)
+    return list(_missing(model, components, execution(model, residual_blocks(components), images)))
 
 
-def check_units(model: nn.Module, pieces: Sequence[ModelComponent], seen: Execution | None) -> None:
+def check_units(model: nn.Module, components: Sequence[ModelComponent], observed: Execution | None) -> None:
     """Raise ValueError where attention or an MLP of the model lies outside of its known units."""
-    refuse_missing_units(model, list(_missing(model, pieces, seen)))
+    refuse_missing_units(model, list(_missing(model, components, observed)))
 
 
 def refuse_missing_units(model: nn.Module, missing: Sequence[tuple[str, str]]) -> None:
@@ -56,65 +56,68 @@ def warn_missing_units(model: nn.Module, missing: Sequence[tuple[str, str]]) -> 
     """Warn once, in one line, of what `missing_units` gave: no tap of the model follows it."""
     if missing:
         texts = [text for text, _ in missing]
-        shown = ", ".join(texts[:4]) + (f" and {len(texts) - 4} more" if len(texts) > 4 else "")
+        listed_texts = ", ".join(texts[:4]) + (f" and {len(texts) - 4} more" if len(texts) > 4 else "")
         warnings.warn(
-            f"taps of {type(model).__name__}: no map is read after {shown}; pass Probe(..., taps=[vitscope.Tap(...), ...])",
+            f"taps of {type(model).__name__}: no map is read after {listed_texts}; "
+            "pass Probe(..., taps=[vitscope.Tap(...), ...])",
             stacklevel=3,
         )
 
 
-def residual_blocks(pieces: Sequence[ModelComponent]) -> list[nn.Module]:
+def residual_blocks(components: Sequence[ModelComponent]) -> list[nn.Module]:
     """Return the blocks of the residual units, none for a plain network."""
-    return [piece.block for piece in pieces if piece.part.branch_out is not None]
+    return [piece.block for piece in components if piece.part.branch_out is not None]
 
 
-def _missing(model: nn.Module, pieces: Sequence[ModelComponent], seen: Execution | None) -> Iterator[tuple[str, str]]:
+def _missing(
+    model: nn.Module, components: Sequence[ModelComponent], observed: Execution | None
+) -> Iterator[tuple[str, str]]:
     """Yield the description and the parent's class name of each module that is not covered, once."""
-    told: set[str] = set()
-    for what, stack in _uncovered(model, pieces, seen):
+    reported: set[str] = set()
+    for what, stack in _uncovered(model, components, observed):
         name, module = stack[-1]
-        if name not in told:
-            told.add(name)
+        if name not in reported:
+            reported.add(name)
             parent = type(stack[-2][1] if len(stack) > 1 else module).__name__
             yield f"{what} in {name or 'the model itself'!r} ({type(module).__name__})", parent
 
 
 def _uncovered(
-    model: nn.Module, pieces: Sequence[ModelComponent], seen: Execution | None
+    model: nn.Module, components: Sequence[ModelComponent], observed: Execution | None
 ) -> Iterator[tuple[str, Stack]]:
-    if seen is None:
+    if observed is None:
         for stack in _stacks(model):
-            if _is_named_attention(stack[-1][1]) and not _is_covered(stack, pieces, by_name=True):
+            if _is_named_attention(stack[-1][1]) and not _is_covered(stack, components, by_name=True):
                 yield "attention", stack
         return
-    blocks = residual_blocks(pieces)
-    end = max((seen.ends.get(block, 0) for block in blocks), default=0)
-    for call in seen.attention:
+    blocks = residual_blocks(components)
+    end = max((observed.ends.get(block, 0) for block in blocks), default=0)
+    for call in observed.attention:
         if _is_gated(call.stack) or (call.time > end and _is_pooling(call.stack)):
             continue
-        if not _is_covered(call.stack, pieces, by_name=call.queries < 2 and not call.fused):
+        if not _is_covered(call.stack, components, by_name=call.queries < 2 and not call.fused):
             yield "attention", _owner(call.stack)
     for stack in _stacks(model):
         module = stack[-1][1]
-        used = module in seen.starts and _is_named_attention(module) and not _is_gated(stack)
-        if used and not _is_covered(stack, pieces, by_name=True):
+        used = module in observed.starts and _is_named_attention(module) and not _is_gated(stack)
+        if used and not _is_covered(stack, components, by_name=True):
             yield "attention", stack
-    last = end or max((seen.starts.get(piece.block, 0) for piece in pieces), default=0)
+    last = end or max((observed.starts.get(piece.block, 0) for piece in components), default=0)
     for stack in _stacks(model):
-        if seen.ends.get(stack[-1][1], last) < last and _is_named_mlp(stack) and not _in_block(stack, blocks):
+        if observed.ends.get(stack[-1][1], last) < last and _is_named_mlp(stack) and not _in_block(stack, blocks):
             yield "an MLP", stack
-    for stack, _ in seen.pointwise:
+    for stack, _ in observed.pointwise:
         if not _is_gated(stack) and not _in_block(stack, blocks):
             yield "an MLP of 1x1 convolutions", stack
-    for stack, time in seen.token_layers:
+    for stack, time in observed.token_layers:
         if time > end and not _is_gated(stack) and not _is_pooling(stack) and not _in_block(stack, blocks):
             yield "a linear layer on tokens after the last unit", stack
 
 
-def _is_covered(stack: Stack, pieces: Sequence[ModelComponent], by_name: bool) -> bool:
+def _is_covered(stack: Stack, components: Sequence[ModelComponent], by_name: bool) -> bool:
     """Whether the innermost module belongs to an msa unit; by name alone, a gate of a known convolution unit is covered too."""
     modules = [module for _, module in stack]
-    for piece in pieces:
+    for piece in components:
         kinds = ("msa", "pool", "conv") if by_name else ("msa",)
         if piece.part.branch_out is None or piece.part.kind not in kinds or piece.block not in modules:
             continue

@@ -1,4 +1,4 @@
-"""Observe one forward pass: when parameters and modules are used, which parameters reach a map, and what attends."""
+"""Observe one forward pass: the order in which parameters and modules run, the parameters that reach a map, and attention."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ Stack = tuple[tuple[str, nn.Module], ...]
 
 
 @dataclass(frozen=True)
-class Attending:
+class AttentionCall:
     """Attention in the forward pass: one call, or a product of activations with a softmax or product of activations.
 
     Attributes:
-        stack: the modules that were running, outermost first, with their names.
-        time: when.
-        queries: rows of its result; 1 for pooling by attention.
-        fused: whether it is one call of attention.
+        stack: The modules that were running, outermost first, with their names.
+        time: Clock of the pass at the call.
+        queries: Rows of its result; 1 for pooling by attention.
+        fused: Whether it is one call of attention.
     """
 
     stack: Stack
@@ -53,20 +53,20 @@ class Execution:
     """One forward pass, with a clock that counts the calls of modules and functions.
 
     Attributes:
-        first_use: time of each parameter's first use by name; those that were not used are missing.
-        starts: time of each module's first call.
-        ends: time at which each module's last call ended.
-        attention: where the pass attends.
+        first_use: Time of each parameter's first use by name; those that were not used are missing.
+        starts: Time of each module's first call.
+        ends: Time at which each module's last call ended.
+        attention: Calls of attention in the pass.
         token_layers: (stack, time) of linear layers that were applied to several positions.
         pointwise: (stack, time) of 1x1 convolutions that end residual branches without any other kernel, see
             `vitscope.models.structure.pointwise`.
-        reaching: names of the parameters on which the output of any of the blocks depends.
+        reaching: Names of the parameters on which the output of any of the blocks depends.
     """
 
     first_use: dict[str, int] = field(default_factory=dict)
     starts: dict[nn.Module, int] = field(default_factory=dict)
     ends: dict[nn.Module, int] = field(default_factory=dict)
-    attention: list[Attending] = field(default_factory=list)
+    attention: list[AttentionCall] = field(default_factory=list)
     token_layers: list[tuple[Stack, int]] = field(default_factory=list)
     pointwise: list[tuple[Stack, int]] = field(default_factory=list)
     reaching: set[str] = field(default_factory=set)
@@ -78,8 +78,8 @@ def execution(model: nn.Module, blocks: Collection[nn.Module], images: Tensor | 
     Weights, buffers, modes, gradients and random states are given back as they were.
 
     Args:
-        model: the model, not compiled.
-        blocks: the residual blocks; `Execution.reaching` is about their outputs, without any about the model's output.
+        model: The model, not compiled.
+        blocks: The residual blocks; `Execution.reaching` is about their outputs, without any about the model's output.
         images: (B, C, H, W), of which the first is used; None for a random one of a size that the model states or takes.
     """
     for x in _images(model, images):
@@ -205,31 +205,31 @@ class _Recorder(TorchFunctionMode):
         if not results:  # a shape or a type: nothing was computed
             return result
         self.time += 1
-        given = list(_tensors((args, tuple(kwargs.values()))))
-        for tensor in given:
+        tensors = list(_tensors((args, tuple(kwargs.values()))))
+        for tensor in tensors:
             if id(tensor) in self.names:
                 self.seen.first_use.setdefault(self.names[id(tensor)], self.time)
-        varying = [tensor for tensor in given if id(tensor) not in self.constant]
+        varying = [tensor for tensor in tensors if id(tensor) not in self.constant]
         if not varying:
             self.constant.update((id(tensor), tensor) for tensor in results)
-        self._note(func, varying, given, results[0])
-        if (end := self.branches.see(func, varying, given, results, tuple(self.stack))) is not None:
+        self._note(func, varying, tensors, results[0])
+        if (end := self.branches.see(func, varying, tensors, results, tuple(self.stack))) is not None:
             self.seen.pointwise.append((end, self.time))
         if getattr(func, "__name__", "") in _MERGES and results[0].ndim == 4 and results[0][0, 0].numel() > 1:
             self.merges.append((self.time, results[0].grad_fn))
         return result
 
-    def _note(self, func: Any, varying: list[Tensor], given: list[Tensor], result: Tensor) -> None:
+    def _note(self, func: Any, varying: list[Tensor], tensors: list[Tensor], result: Tensor) -> None:
         name = getattr(func, "__name__", "")
         fused = name in _ATTENTION
         is_product = name in _PRODUCTS and len(varying) > 1
         weighed = any(id(tensor) in self.weights for tensor in varying)
         if fused or (is_product and weighed):
             queries = result.shape[-2] if result.ndim > 1 else 1
-            self.seen.attention.append(Attending(tuple(self.stack), self.time, int(queries), fused))
+            self.seen.attention.append(AttentionCall(tuple(self.stack), self.time, int(queries), fused))
         elif is_product or (name == "softmax" and varying) or (weighed and not _has_weights(name)):
             self.weights[id(result)] = result
-        if func is F.linear and varying and given[0].ndim > 2 and given[0].shape[1:-1].numel() > 1:
+        if func is F.linear and varying and tensors[0].ndim > 2 and tensors[0].shape[1:-1].numel() > 1:
             self.seen.token_layers.append((tuple(self.stack), self.time))
 
 
@@ -256,10 +256,10 @@ def _leaves(ends: Sequence[Any], names: dict[int, str]) -> set[str]:
 def _ancestors(ends: Sequence[Any]) -> set[Any]:
     """Return the nodes of autograd's graph on which ``ends`` depend, themselves included."""
     waiting = [node for node in ends if node is not None]
-    known = set(waiting)
+    visited = set(waiting)
     while waiting:
         for parent, _ in waiting.pop().next_functions:
-            if parent is not None and parent not in known:
-                known.add(parent)
+            if parent is not None and parent not in visited:
+                visited.add(parent)
                 waiting.append(parent)
-    return known
+    return visited

@@ -1,4 +1,4 @@
-"""Bring what a module returned into a feature map (B, C, h, w): the tokens' grid is observed in the forward pass.
+"""Convert the output of a module to a feature map (B, C, h, w); the grid of tokens is observed in the forward pass.
 
 Convolutions and pooling layers show which maps a pass has. Tokens are a map only where one of these maps has as many
 positions as there are tokens: neither the grid that a model was built for nor a factorization of their number is proof.
@@ -20,13 +20,13 @@ _SPATIAL = (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.Adap
 
 
 class ForwardPass:
-    """What the forward pass in progress has shown so far.
+    """Observations of the forward pass in progress.
 
     Attributes:
-        number: of the passes that began, 0 before the first.
-        n_images: images of this pass; None where the model was not called with one tensor of images in front.
+        number: Number of passes that have begun, 0 before the first.
+        n_images: Images of this pass; None where the model was not called with one tensor of images in front.
         sizes: (h, w) of the maps that were seen in this pass.
-        order: the names that `ran` was told in this pass, in that order.
+        order: The names that `ran` was told in this pass, in that order.
     """
 
     def __init__(self) -> None:
@@ -52,7 +52,7 @@ class ForwardPass:
         """Take note that a module was read.
 
         Raises:
-            ValueError: it was read before in the same pass, so that its maps would count as more images.
+            ValueError: It was read before in the same pass, so that its maps would count as more images.
         """
         if self.number and name in self.order:
             raise ValueError(
@@ -76,55 +76,55 @@ def observed_pass(model: nn.Module, names: Collection[str] = ()) -> Iterator[For
     """Observe the forward passes inside, uncompiled; each must read all of ``names``.
 
     Raises:
-        ValueError: a name that was not read in a pass that came to its end.
+        ValueError: A name that was not read in a pass that came to its end.
     """
     model = unwrapped(model)
-    shown = ForwardPass()
-    handles = [model.register_forward_pre_hook(lambda _, args: shown.begin(args))]
-    handles.append(model.register_forward_hook(lambda *_: shown.check_complete(names)))
+    forward_pass = ForwardPass()
+    handles = [model.register_forward_pre_hook(lambda _, args: forward_pass.begin(args))]
+    handles.append(model.register_forward_hook(lambda *_: forward_pass.check_complete(names)))
     handles += [
-        module.register_forward_hook(lambda _, args, output: shown.see(output))
+        module.register_forward_hook(lambda _, args, output: forward_pass.see(output))
         for module in model.modules()
         if isinstance(module, _SPATIAL)
     ]
     try:
         with eager_execution(model):
-            yield shown
+            yield forward_pass
     finally:
         for handle in handles:
             handle.remove()
 
 
 def to_map(
-    value: Tensor, name: str, layout: Layout, n_prefix: int, grid: tuple[int, int] | None, shown: ForwardPass
+    value: Tensor, name: str, layout: Layout, n_prefix: int, grid: tuple[int, int] | None, forward_pass: ForwardPass
 ) -> Tensor:
     """Bring a tensor of the given layout into (B, C, h, w), without prefix tokens.
 
     Args:
-        value: the tensor.
-        name: of the tap or unit, for errors.
-        layout: of its axes.
-        n_prefix: tokens in front that are no part of the map.
-        grid: rows and columns of the tokens as a user declares them; None to find them among the maps of the pass.
-        shown: the pass in which it was read.
+        value: The tensor.
+        name: Of the tap or unit, for errors.
+        layout: Meaning of the tensor's axes.
+        n_prefix: Tokens in front that are no part of the map.
+        grid: Rows and columns of the tokens as a user declares them; None to find them among the maps of the pass.
+        forward_pass: The pass in which it was read.
 
     Raises:
-        ValueError: a tensor of another number of axes, tokens whose grid is not certain, or not one map an image.
+        ValueError: A tensor of another number of axes, tokens whose grid is not certain, or not one map an image.
     """
-    wanted = 4 if layout in ("NCHW", "NHWC") else 3
-    if value.ndim != wanted:
+    expected_ndim = 4 if layout in ("NCHW", "NHWC") else 3
+    if value.ndim != expected_ndim:
         raise ValueError(f"tap {name!r} reads a tensor of shape {tuple(value.shape)}, not a {layout} map.")
-    if shown.n_images is not None and len(value) != shown.n_images:
+    if forward_pass.n_images is not None and len(value) != forward_pass.n_images:
         raise ValueError(
-            f"tap {name!r} reads {len(value)} maps of {shown.n_images} images; pass taps=[...] without it."
+            f"tap {name!r} reads {len(value)} maps of {forward_pass.n_images} images; pass taps=[...] without it."
         )
-    if wanted == 4:
+    if expected_ndim == 4:
         value = value if layout == "NCHW" else value.permute(0, 3, 1, 2)
-        shown.see(value)
+        forward_pass.see(value)
         return value
     if layout == "NLC":
         value = value.transpose(1, 2)
-    h, w = token_grid(name, value.shape[-1], n_prefix, grid, shown.sizes)
+    h, w = token_grid(name, value.shape[-1], n_prefix, grid, forward_pass.sizes)
     return value[:, :, n_prefix:].reshape(*value.shape[:2], h, w)  # (B, C, h * w) before
 
 
@@ -134,14 +134,14 @@ def token_grid(
     """Return rows and columns of the tokens: those declared, else the one map of the pass with as many positions.
 
     Args:
-        name: of the tap or unit, for errors.
-        n_tokens: tokens of the sequence.
-        n_prefix: those of them in front of the grid.
-        grid: rows and columns that a user declared.
+        name: Of the tap or unit, for errors.
+        n_tokens: Tokens of the sequence.
+        n_prefix: Those of them in front of the grid.
+        grid: Rows and columns that a user declared.
         sizes: (h, w) of the maps that the pass has shown.
 
     Raises:
-        ValueError: no such map, several, or a declared grid of another size.
+        ValueError: No such map, several, or a declared grid of another size.
     """
     n = n_tokens - n_prefix
     fitting = [grid] if grid is not None else sorted(sizes)
@@ -150,13 +150,15 @@ def token_grid(
         return fitting[0]
     received = f"{n_tokens} tokens, {n_prefix} of them declared as prefix tokens,"
     if grid is not None:
-        why = f"and a declared grid of {grid[0]}x{grid[1]}"
+        explanation = f"and a declared grid of {grid[0]}x{grid[1]}"
     elif fitting:
-        why = f"which fit several maps of the forward pass ({', '.join(f'{h}x{w}' for h, w in fitting)})"
+        explanation = f"which fit several maps of the forward pass ({', '.join(f'{h}x{w}' for h, w in fitting)})"
     else:
         shapes = ", ".join(f"{h}x{w}" for h, w in sorted(sizes)[-4:]) or "none"
-        why = f"while no convolution or pooling of the forward pass has a map of {n} positions (maps seen: {shapes})"
+        explanation = (
+            f"while no convolution or pooling of the forward pass has a map of {n} positions (maps seen: {shapes})"
+        )
     raise ValueError(
-        f"Expected at {name!r} tokens of a known grid, received {received} {why}; declare them: "
+        f"Expected at {name!r} tokens of a known grid, received {received} {explanation}; declare them: "
         f"taps=[vitscope.Tap({name!r}, ..., n_prefix=..., grid=(rows, columns))]."
     )

@@ -1,4 +1,4 @@
-"""Which kind of unit and which stage each parameter belongs to."""
+"""Kind of unit and stage of each parameter."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from vitscope.core.tap import Kind
 from vitscope.models.structure import timm_blocks as timm_blocks  # describes timm's and torchvision's blocks
 from vitscope.models.structure.coverage import check_units, residual_blocks
 from vitscope.models.structure.execution import Execution, execution
-from vitscope.models.structure.residual_structure import TOKENS, ModelComponent, anatomy, is_gate
+from vitscope.models.structure.residual_structure import TOKENS, ModelComponent, is_gate, residual_structure
 
 Place = tuple[Kind, int]
 
@@ -27,11 +27,11 @@ def parameter_kinds(model: nn.Module, images: Tensor | None = None) -> dict[str,
     images of the size that it states, the order of registration takes the place of the order of execution.
 
     Args:
-        model: the model.
+        model: The model.
         images: (B, C, H, W), of which the first is used; None to try the sizes that the model states.
 
     Raises:
-        ValueError: nothing in the model is known, see `vitscope.models.structure.taps.taps`; attention or an MLP outside of its
+        ValueError: Nothing in the model is known, see `vitscope.models.structure.taps.taps`; attention or an MLP outside of its
             units; a parameter outside of its units that is not used, or used between them for something else.
     """
     return {name: kind for name, (kind, _) in _places(model, images).items()}
@@ -48,23 +48,27 @@ def parameter_stages(model: nn.Module, images: Tensor | None = None) -> dict[str
 def _places(model: nn.Module, images: Tensor | None) -> dict[str, Place]:
     names = [name for name, _ in model.named_parameters()]
     inner = unwrapped(model)
-    pieces = anatomy(inner)
+    components = residual_structure(inner)
     original = [name for name, _ in inner.named_parameters()]  # those of a compiled model have a prefix
-    owned = {name: piece for name in original for piece in pieces if _owns(inner, piece, name)}
-    seen = execution(inner, residual_blocks(pieces), images)
-    check_units(inner, pieces, seen)
-    if seen is None:
+    owned = {name: piece for name in original for piece in components if _owns(inner, piece, name)}
+    observed = execution(inner, residual_blocks(components), images)
+    check_units(inner, components, observed)
+    if observed is None:
         warnings.warn(
             f"{type(inner).__name__} does not run on images of the sizes that were tried: kinds and stages follow the order of "
             "registration; pass images=",
             stacklevel=4,
         )
-    places = _by_registration(original, owned, pieces) if seen is None else _by_execution(inner, owned, pieces, seen)
+    places = (
+        _by_registration(original, owned, components)
+        if observed is None
+        else _by_execution(inner, owned, components, observed)
+    )
     return dict(zip(names, (places[name] for name in original), strict=True))
 
 
 def _by_registration(
-    names: Sequence[str], owned: Mapping[str, ModelComponent], pieces: Sequence[ModelComponent]
+    names: Sequence[str], owned: Mapping[str, ModelComponent], components: Sequence[ModelComponent]
 ) -> dict[str, Place]:
     last = max((i for i, name in enumerate(names) if name in owned), default=-1)
     places: dict[str, Place] = {}
@@ -72,17 +76,17 @@ def _by_registration(
     for i, name in enumerate(names):
         if name in owned:
             latest = (owned[name].part.kind, owned[name].stage)
-        places[name] = latest if i <= last else ("head", pieces[-1].stage + 1)
+        places[name] = latest if i <= last else ("head", components[-1].stage + 1)
     return places
 
 
 def _by_execution(
-    model: nn.Module, owned: Mapping[str, ModelComponent], pieces: Sequence[ModelComponent], seen: Execution
+    model: nn.Module, owned: Mapping[str, ModelComponent], components: Sequence[ModelComponent], observed: Execution
 ) -> dict[str, Place]:
-    _check_used(model, owned, seen)
-    units = residual_blocks(pieces) or [piece.block for piece in pieces]
-    start = min((seen.starts[block] for block in units if block in seen.starts), default=0)
-    end = max((seen.ends[block] for block in units if block in seen.ends), default=0)
+    _check_used(model, owned, observed)
+    units = residual_blocks(components) or [piece.block for piece in components]
+    start = min((observed.starts[block] for block in units if block in observed.starts), default=0)
+    end = max((observed.ends[block] for block in units if block in observed.ends), default=0)
     owners = {
         f"{path}.{key}".strip("."): module
         for path, module in model.named_modules()
@@ -90,15 +94,17 @@ def _by_execution(
     }
     inside = tuple(f"{path}." for path, module in model.named_modules() if module in units or is_gate(module))
     places: dict[str, Place] = {}
-    latest: Place = (pieces[0].part.kind, pieces[0].stage)
-    for name in sorted((name for name, _ in model.named_parameters()), key=lambda name: seen.first_use.get(name, 0)):
-        time = seen.first_use.get(name, 0)
+    latest: Place = (components[0].part.kind, components[0].stage)
+    for name in sorted(
+        (name for name, _ in model.named_parameters()), key=lambda name: observed.first_use.get(name, 0)
+    ):
+        time = observed.first_use.get(name, 0)
         if name in owned:
             places[name] = (owned[name].part.kind, owned[name].stage)
             latest = places[name] if time else latest
         elif time > end:
-            places[name] = ("head", pieces[-1].stage + 1)
-        elif name not in seen.reaching:
+            places[name] = ("head", components[-1].stage + 1)
+        elif name not in observed.reaching:
             raise _unclear(
                 name, "used before the end of the last unit without an effect on its output, as in a second head"
             )
@@ -115,7 +121,7 @@ def _between(name: str, p: Tensor, owner: nn.Module, model: nn.Module, latest: P
     """Return the place of a parameter that no unit owns and that runs between units: a convolution or the layer before.
 
     Raises:
-        ValueError: it is neither of a convolution or norm, nor a vector (a scale or an offset of channels), nor a token.
+        ValueError: It is neither of a convolution or norm, nor a vector (a scale or an offset of channels), nor a token.
     """
     if isinstance(owner, nn.Conv2d):
         return "conv", latest[1]
@@ -131,8 +137,8 @@ def _is_token(name: str) -> bool:
     return key in TOKENS or key in ("pos_embed", "pos_embedding", "position_embeddings", "cls_pos")
 
 
-def _check_used(model: nn.Module, owned: Mapping[str, ModelComponent], seen: Execution) -> None:
-    unused = [name for name, _ in model.named_parameters() if name not in seen.first_use]
+def _check_used(model: nn.Module, owned: Mapping[str, ModelComponent], observed: Execution) -> None:
+    unused = [name for name, _ in model.named_parameters() if name not in observed.first_use]
     for name in unused:
         if name not in owned:
             raise _unclear(name, "that the forward pass in eval mode does not use")

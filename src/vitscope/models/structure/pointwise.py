@@ -1,4 +1,4 @@
-"""Find residual branches that are MLPs made of 1x1 convolutions, whatever their modules are called.
+"""Find residual branches that are MLPs of 1x1 convolutions, independent of the names of their modules.
 
 Such a branch starts at the stream, passes at least two 1x1 convolutions with a nonlinearity between them, nothing else that
 mixes positions, and is added to the stream that it started from. A branch with a depthwise convolution before (ConvNeXt) does
@@ -41,14 +41,14 @@ _MIXING = (
 
 
 @dataclass(frozen=True)
-class _Way:
-    """How a tensor was made from the tensor at which a branch may have started.
+class _Path:
+    """Operations between a tensor and the tensor at which a branch may have started.
 
     Attributes:
         convolutions: 1x1 convolutions on the way.
-        nonlinear: whether a nonlinearity lies between two of them.
-        waiting: whether one lies behind the last convolution.
-        end: the modules that ran at the last convolution, outermost first.
+        nonlinear: Whether a nonlinearity lies between two of them.
+        waiting: Whether one lies behind the last convolution.
+        end: The modules that ran at the last convolution, outermost first.
     """
 
     convolutions: int = 0
@@ -62,20 +62,20 @@ class PointwiseBranches:
 
     def __init__(self) -> None:
         # by tensor: the tensors from which it is made position by position; those are held so that no id is used twice
-        self._ways: dict[int, dict[int, _Way]] = {}
+        self._ways: dict[int, dict[int, _Path]] = {}
         self._held: list[Tensor] = []
 
     def see(
-        self, func: Any, varying: Sequence[Tensor], given: Sequence[Tensor], results: Sequence[Tensor], stack: Stack
+        self, func: Any, varying: Sequence[Tensor], tensors: Sequence[Tensor], results: Sequence[Tensor], stack: Stack
     ) -> Stack | None:
         """Take note of one function; return the modules at the last convolution of a branch that it adds to its stream.
 
         Args:
-            func: the function.
-            varying: its tensors that depend on the image.
-            given: all of its tensors.
-            results: its results.
-            stack: the modules that are running.
+            func: The function.
+            varying: Tensor arguments of the function that depend on the image.
+            tensors: All of its tensors.
+            results: Tensors that the function returned.
+            stack: The modules that are running.
         """
         name = getattr(func, "__name__", "")
         self._held.extend((*varying, *results))
@@ -87,21 +87,21 @@ class PointwiseBranches:
             longer = {root: max(a[root], b[root], key=lambda way: way.convolutions) for root in a if root in b}
             ways = {root: replace(way, waiting=True) for root, way in longer.items()}
         elif len(varying) == 1:
-            ways = self._next(name, varying[0], given, results[0], stack)
+            ways = self._next(name, varying[0], tensors, results[0], stack)
         for result in results:
-            self._ways[id(result)] = {**ways, id(result): _Way()}
+            self._ways[id(result)] = {**ways, id(result): _Path()}
         return ended
 
-    def _of(self, tensor: Tensor) -> dict[int, _Way]:
-        return self._ways.setdefault(id(tensor), {id(tensor): _Way()})
+    def _of(self, tensor: Tensor) -> dict[int, _Path]:
+        return self._ways.setdefault(id(tensor), {id(tensor): _Path()})
 
-    def _next(self, name: str, x: Tensor, given: Sequence[Tensor], result: Tensor, stack: Stack) -> dict[int, _Way]:
+    def _next(self, name: str, x: Tensor, tensors: Sequence[Tensor], result: Tensor, stack: Stack) -> dict[int, _Path]:
         ways = self._of(x)
         if name == "conv2d":
-            if not _is_pointwise(x, given, result):
+            if not _is_pointwise(x, tensors, result):
                 return {}
             return {
-                root: _Way(way.convolutions + 1, way.nonlinear or (way.waiting and way.convolutions > 0), False, stack)
+                root: _Path(way.convolutions + 1, way.nonlinear or (way.waiting and way.convolutions > 0), False, stack)
                 for root, way in ways.items()
             }
         if any(word in name for word in _MIXING):
@@ -115,8 +115,8 @@ class PointwiseBranches:
         return way.end if way is not None and way.convolutions > 1 and way.nonlinear else None
 
 
-def _is_pointwise(x: Tensor, given: Sequence[Tensor], result: Tensor) -> bool:
+def _is_pointwise(x: Tensor, tensors: Sequence[Tensor], result: Tensor) -> bool:
     """Whether a convolution of ``x (B, C, H, W)`` is 1x1, mixes channels, has no stride and sees several positions."""
-    weight = next((t for t in given if t is not x and t.ndim == 4), x)
+    weight = next((t for t in tensors if t is not x and t.ndim == 4), x)
     same_size = x.shape[-2:] == result.shape[-2:] and x.shape[-2:].numel() > 1
     return same_size and tuple(weight.shape[2:]) == (1, 1) and weight.shape[1] > 1

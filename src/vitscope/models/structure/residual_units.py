@@ -15,7 +15,7 @@ from vitscope.models.structure import timm_blocks as timm_blocks  # describes ti
 from vitscope.models.structure.coverage import check_units, residual_blocks
 from vitscope.models.structure.execution import execution
 from vitscope.models.structure.feature_maps import observed_pass, to_map
-from vitscope.models.structure.residual_structure import Read, anatomy
+from vitscope.models.structure.residual_structure import Read, residual_structure
 from vitscope.models.structure.taps import attach
 
 Side = Literal["input", "output"]
@@ -28,10 +28,10 @@ class Unit:
     Attributes:
         name: Unique name, that of the tap after it, such as ``blocks.1.attn``.
         kind: ``conv``, ``msa``, ``mlp`` or (a blur in an attention block) ``pool``.
-        stage: From 1.
-        depth: Normalised depth, index / (number of units - 1).
+        stage: Number of the stage, from 1.
+        depth: Normalized depth, index / (number of units - 1).
         block: The block it belongs to, called with the stream as first argument.
-        branch_in: The branch's normalised input; where there is no norm before the branch (post-activation
+        branch_in: The branch's normalized input; where there is no norm before the branch (post-activation
             ResNet, ConvNeXt, post-norm transformers), the stream.
         branch_out: The branch's output as it is added.
         n_prefix: Prefix tokens in front of the grid.
@@ -73,18 +73,18 @@ def units(model: nn.Module, images: Tensor | None = None) -> list[Unit]:
     """The residual units of a model in order.
 
     Args:
-        model: the model.
+        model: The model.
         images: (B, C, H, W) that the model takes, of which the first shows where the model attends; None to try the sizes
             that the model states.
 
     Raises:
         ValueError: If the model has none that vitscope knows, or attention or an MLP outside of those.
     """
-    found = known_units(model)
+    residual_units = known_units(model)
     inner = unwrapped(model)
-    pieces = anatomy(inner)
-    check_units(inner, pieces, execution(inner, residual_blocks(pieces), images))
-    return found
+    components = residual_structure(inner)
+    check_units(inner, components, execution(inner, residual_blocks(components), images))
+    return residual_units
 
 
 def known_units(model: nn.Module) -> list[Unit]:
@@ -95,23 +95,23 @@ def known_units(model: nn.Module) -> list[Unit]:
     Raises:
         ValueError: If the model has none that vitscope knows.
     """
-    pieces = [p for p in anatomy(unwrapped(model)) if p.part.branch_out is not None]
-    if not pieces:
+    components = [p for p in residual_structure(unwrapped(model)) if p.part.branch_out is not None]
+    if not components:
         raise ValueError(
             f"{type(model).__name__} has no residual unit that vitscope knows; "
             "pass units=[vitscope.models.structure.Unit(...), ...]."
         )
-    last = max(len(pieces) - 1, 1)
-    found = []
-    for i, piece in enumerate(pieces):
+    last_index = max(len(components) - 1, 1)
+    residual_units = []
+    for i, piece in enumerate(components):
         part = piece.part
         assert part.branch_in is not None
         assert part.branch_out is not None
-        found.append(Unit(
-            piece.name, part.kind, piece.stage, i / last, piece.block, part.branch_in, part.branch_out, piece.n_prefix,
+        residual_units.append(Unit(
+            piece.name, part.kind, piece.stage, i / last_index, piece.block, part.branch_in, part.branch_out, piece.n_prefix,
             None, part.subsamples, part.attention, part.conv3x3,
         ))  # fmt: skip
-    return found
+    return residual_units
 
 
 @contextmanager
@@ -125,11 +125,11 @@ def reading_branches(
     """
     with ExitStack() as stack:
         sides = [(unit, side) for unit in units for side in ("input", "output")]
-        shown = stack.enter_context(observed_pass(model, [f"{unit.name} ({side})" for unit, side in sides]))
+        forward_pass = stack.enter_context(observed_pass(model, [f"{unit.name} ({side})" for unit, side in sides]))
 
         def read(index: int, unit: Unit, side: Side, place: Read, value: Tensor) -> None:
-            shown.ran(f"{unit.name} ({side})")
-            fn(index, unit, side, to_map(value, unit.name, place.layout, unit.n_prefix, unit.grid, shown))
+            forward_pass.ran(f"{unit.name} ({side})")
+            fn(index, unit, side, to_map(value, unit.name, place.layout, unit.n_prefix, unit.grid, forward_pass))
 
         for i, unit in enumerate(units):
             places: tuple[tuple[Side, Read], ...] = (("input", unit.branch_in), ("output", unit.branch_out))
@@ -146,7 +146,7 @@ def zeroed(*units: Unit) -> Iterator[None]:
     """Remove units: their branches add zero; shortcuts and downsampling stay.
 
     Raises:
-        ValueError: the branch of a unit did not run inside, so that nothing was removed.
+        ValueError: The branch of a unit did not run inside, so that nothing was removed.
     """
     with ExitStack() as stack:
         ran = {unit.name: _changed_output(stack, unit.branch_out.module, _zeros) for unit in units}

@@ -13,7 +13,7 @@ from vitscope.core.tap import Kind, Tap
 from vitscope.models.structure import timm_blocks as timm_blocks  # describes timm's and torchvision's blocks
 from vitscope.models.structure.coverage import missing_units, warn_missing_units
 from vitscope.models.structure.feature_maps import observed_pass, to_map
-from vitscope.models.structure.residual_structure import ModelComponent, Read, anatomy
+from vitscope.models.structure.residual_structure import ModelComponent, Read, residual_structure
 
 
 def taps(model: nn.Module, images: Tensor | None = None) -> list[Tap]:
@@ -26,21 +26,21 @@ def taps(model: nn.Module, images: Tensor | None = None) -> list[Tap]:
     A warning names attention that the model has outside of its known units, after which no map is read.
 
     Args:
-        model: the model.
+        model: The model.
         images: (B, C, H, W) that the model takes, of which the first shows where the model attends; None to try the sizes
             that the model states.
 
     Raises:
         ValueError: If the model has neither a known block nor a convolution; says how to pass taps.
     """
-    found = known_taps(model)
+    model_taps = known_taps(model)
     warn_missing_units(model, missing_units(model, images))
-    return found
+    return model_taps
 
 
 def known_taps(model: nn.Module) -> list[Tap]:
     """Return the taps as `taps` does, without looking for attention outside of the known units."""
-    pieces = anatomy(unwrapped(model))
+    pieces = residual_structure(unwrapped(model))
     places: list[tuple[str, Kind, int, Read, ModelComponent]] = []
     first = next((p for p in pieces if p.part.branch_in is not None), None)
     if first is not None and first.part.branch_in is not None:
@@ -65,23 +65,23 @@ def reading(model: nn.Module, taps: Sequence[Tap], fn: Callable[[int, Tap, Tenso
     ``fn`` has returned, so ``fn`` reduces or copies it.
 
     Raises:
-        ValueError: in the forward pass: a map that is no map, tokens whose grid is not certain, a tap that runs more than
+        ValueError: In the forward pass: a map that is no map, tokens whose grid is not certain, a tap that runs more than
             once, or a stem that runs after another tap.
 
     Example:
         ``with reading(model, taps(model), lambda i, tap, x: total[i].add_(x.mean())): model(images)``
     """
     with ExitStack() as stack:
-        shown = stack.enter_context(observed_pass(model))
+        forward_pass = stack.enter_context(observed_pass(model))
 
         def read(index: int, tap: Tap, value: Tensor) -> None:
-            if tap.kind == "stem" and shown.order:
+            if tap.kind == "stem" and forward_pass.order:
                 raise ValueError(
-                    f"Expected the stem {tap.name!r} to run first, received {shown.order[0]!r} before it: pass taps=[...] in "
-                    "the order of execution."
+                    f"Expected the stem {tap.name!r} to run first, received {forward_pass.order[0]!r} before it: "
+                    "pass taps=[...] in the order of execution."
                 )
-            shown.ran(tap.name)
-            fn(index, tap, to_map(value, tap.name, tap.layout, tap.n_prefix, tap.grid, shown))
+            forward_pass.ran(tap.name)
+            fn(index, tap, to_map(value, tap.name, tap.layout, tap.n_prefix, tap.grid, forward_pass))
 
         for i, tap in enumerate(taps):
             attach(stack, Read(tap.module, tap.at, tap.layout), lambda value, i=i, tap=tap: read(i, tap, value))

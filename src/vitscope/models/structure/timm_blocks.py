@@ -175,7 +175,7 @@ def _branch_end(block: nn.Module, children: Mapping[str, nn.Module], layers: Seq
     """Return the last layer of the branch of a hand-written block: a gate after its last norm or convolution belongs to it.
 
     Raises:
-        ValueError: other weights of the block, whose place in the branch its children do not tell.
+        ValueError: Other weights of the block, whose place in the branch its children do not tell.
     """
     names, end = list(children), children[layers[-1]]
     for name, module in children.items():

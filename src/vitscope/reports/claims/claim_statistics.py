@@ -1,4 +1,4 @@
-"""The other statistics of the paper's claims: trends, kinds of units, noise bands, placement, kernels, winners."""
+"""Statistics of the paper's claims: trends, kinds of units, noise bands, placement, kernels, best models."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from vitscope.reports.claims.effect_sizes import (
     Reader,
     ReportRuns,
     Runs,
-    balanced,
+    balanced_means,
     by_setting,
-    difference,
-    first,
+    digest_without,
     is_family,
+    lowest_seed_run,
     option,
+    paired_difference,
     plainest,
-    same_but,
     trend,
 )
 from vitscope.reports.claims.matched_controls import has_attention, train_nll
@@ -35,83 +35,95 @@ CNNS = ("convnet", "preresnet", "resnext")
 EQUAL = 0.01
 
 
-def bias_trend(bench: ReportRuns) -> Effect:
+def bias_trend(report_runs: ReportRuns) -> Effect:
     """Return NEP's slope over ViT, PiT, Swin, ResNet: each family's plainest model, all in one setting."""
-    best: list[tuple[float, Runs]] = []
-    for groups in by_setting(bench.groups(is_family(*BIAS))).values():
-        found = [(i, plainest([g for g in groups if first(g).kin == name])) for i, name in enumerate(BIAS)]
-        ordered = [(float(i), runs) for i, runs in found if runs is not None]
-        best = max(best, ordered, key=lambda o: (len(o), sum(len(runs) for _, runs in o)))
-    return trend(best, bench.scalar(*NEP), -1, "ViT, PiT, Swin and ResNet in one setting, with hessian", least=4)
+    longest: list[tuple[float, Runs]] = []
+    for groups in by_setting(report_runs.groups(is_family(*BIAS))).values():
+        plainest_by_position = [
+            (i, plainest([g for g in groups if lowest_seed_run(g).kin == name])) for i, name in enumerate(BIAS)
+        ]
+        ordered = [(float(i), runs) for i, runs in plainest_by_position if runs is not None]
+        longest = max(longest, ordered, key=lambda o: (len(o), sum(len(runs) for _, runs in o)))
+    return trend(
+        longest, report_runs.scalar(*NEP), -1, "ViT, PiT, Swin and ResNet in one setting, with hessian", min_positions=4
+    )
 
 
-def kernel_trend(bench: ReportRuns) -> Effect:
+def kernel_trend(report_runs: ReportRuns) -> Effect:
     """Return NEP's slope over kernels 3, 5 (7) and global of local attention, all else equal."""
-    return trend(_kernels(bench), bench.scalar(*NEP), 1, "convit with kernel_size 3, 5 and global, with hessian")
+    return trend(
+        _kernels(report_runs), report_runs.scalar(*NEP), 1, "convit with kernel_size 3, 5 and global, with hessian"
+    )
 
 
-def kernel_difference(bench: ReportRuns, read: Reader, kernel: int, what: str) -> Effect:
+def kernel_difference(report_runs: ReportRuns, read: Reader, kernel: int, requirement: str) -> Effect:
     """Return the local model of that kernel minus the global one."""
-    found = {option(first(runs), "kernel_size"): runs for _, runs in _kernels(bench)}
-    if kernel not in found or "global" not in found:
+    by_kernel = {option(lowest_seed_run(runs), "kernel_size"): runs for _, runs in _kernels(report_runs)}
+    if kernel not in by_kernel or "global" not in by_kernel:
         return Effect(lacking=f"convit with kernel_size {kernel} and global")
-    values = difference(found[kernel], found["global"], read)
-    compared = f"{bench.said(found[kernel])} − {bench.said(found['global'])}"
-    return Effect(values, compared, "" if values else f"{what} of both")
+    values = paired_difference(by_kernel[kernel], by_kernel["global"], read)
+    compared = f"{report_runs.describe(by_kernel[kernel])} − {report_runs.describe(by_kernel['global'])}"
+    return Effect(values, compared, "" if values else f"{requirement} of both")
 
 
-def _kernels(bench: ReportRuns) -> list[tuple[float, Runs]]:
+def _kernels(report_runs: ReportRuns) -> list[tuple[float, Runs]]:
     chains: dict[str, dict[float, Runs]] = {}
-    for runs in bench.groups(is_family("convit")):
-        size = option(first(runs), "kernel_size")
-        chains.setdefault(same_but(runs, "model.kernel_size"), {})[math.inf if size == "global" else float(size)] = runs
+    for runs in report_runs.groups(is_family("convit")):
+        size = option(lowest_seed_run(runs), "kernel_size")
+        chains.setdefault(digest_without(runs, "model.kernel_size"), {})[
+            math.inf if size == "global" else float(size)
+        ] = runs
     longest = max(chains.values(), key=lambda c: (len(c), sum(map(len, c.values()))), default={})
     return [(float(i), runs) for i, (_, runs) in enumerate(sorted(longest.items()))]  # ranks: global has no width
 
 
-def data_trend(bench: ReportRuns, read: Reader, sign: int, *, fixed: str, what: str) -> Effect:
+def data_trend(report_runs: ReportRuns, read: Reader, sign: int, *, fixed: str, requirement: str) -> Effect:
     """Return the slope over the logarithm of the data fraction, all else equal.
 
     Args:
-        bench: the runs.
-        read: of each run.
-        sign: of the claimed slope.
-        fixed: ``epochs`` or ``steps``.
-        what: is read, in words.
+        report_runs: The runs.
+        read: Returns the number of a run, None if it has none.
+        sign: Sign of the claimed slope.
+        fixed: Length of training that the compared runs share, ``epochs`` or ``steps``.
+        requirement: Name of the analysis or metric that the number needs.
     """
     chains: dict[str, dict[float, Runs]] = {}
-    for runs in bench.groups(is_family("vit")):
-        cfg = first(runs).config
+    for runs in report_runs.groups(is_family("vit")):
+        cfg = lowest_seed_run(runs).config
         by_steps = ((cfg.get("trainer") or {}).get("max_steps") or -1) > 0
         fraction = float((cfg.get("data") or {}).get("fraction") or 1.0)
         if by_steps == (fixed == "steps"):
-            chains.setdefault(same_but(runs, "data.fraction"), {})[math.log(fraction)] = runs
+            chains.setdefault(digest_without(runs, "data.fraction"), {})[math.log(fraction)] = runs
     longest = max(chains.values(), key=lambda c: (len(c), sum(map(len, c.values()))), default={})
     limit = "trainer.max_epochs" if fixed == "epochs" else "trainer.max_steps"
-    return trend(sorted(longest.items()), read, sign, f"ViTs at three data.fraction and one {limit}, with {what}")
+    return trend(
+        sorted(longest.items()), read, sign, f"ViTs at three data.fraction and one {limit}, with {requirement}"
+    )
 
 
-def by_kind(bench: ReportRuns, measure: str, scalar: str, keep: Callable[[Entry], bool] | None = None) -> Effect:
+def mean_by_kind(
+    report_runs: ReportRuns, measure: str, scalar: str, keep: Callable[[Entry], bool] | None = None
+) -> Effect:
     """Return a measure's scalar of one kind of unit: mean over the experiments that have it.
 
     AlterNets with something else in attention's place are controls and count for no kind.
     """
-    read = bench.scalar(measure, scalar)
+    read = report_runs.scalar(measure, scalar)
     parts, names = [], []
-    for runs in bench.groups(lambda entry: option(entry, "mixer", "msa") == "msa"):
-        found = {seed: read(entry) for seed, entry in runs.items() if keep is None or keep(entry)}
-        values = {seed: value for seed, value in found.items() if value is not None}
+    for runs in report_runs.groups(lambda entry: option(entry, "mixer", "msa") == "msa"):
+        readings = {seed: read(entry) for seed, entry in runs.items() if keep is None or keep(entry)}
+        values = {seed: value for seed, value in readings.items() if value is not None}
         if values:
             parts.append(values)
-            names.append(first(runs).label)
-    return Effect(balanced(parts), ", ".join(names), "" if parts else f"{measure} of a model with {scalar}")
+            names.append(lowest_seed_run(runs).label)
+    return Effect(balanced_means(parts), ", ".join(names), "" if parts else f"{measure} of a model with {scalar}")
 
 
-def minus_initial(bench: ReportRuns) -> Callable[[Entry], bool]:
+def has_initial_reference(report_runs: ReportRuns) -> Callable[[Entry], bool]:
     """Return a test of whether a run's branch transfer had the initial model's subtracted."""
 
     def keep(entry: Entry) -> bool:
-        measured, _ = bench.selection.measured(entry, "branch_transfer")
+        measured, _ = report_runs.selection.measured(entry, "branch_transfer")
         try:
             return measured is not None and measured.load().reference == "initial"
         except StorageError:
@@ -120,11 +132,11 @@ def minus_initial(bench: ReportRuns) -> Callable[[Entry], bool]:
     return keep
 
 
-def noise_interaction(bench: ReportRuns) -> Effect:
+def noise_interaction(report_runs: ReportRuns) -> Effect:
     """Return ViT minus ResNet of the drop in high bands minus the drop in low ones, over clean minus chance accuracy."""
 
     def read(entry: Entry) -> float | None:
-        measured, _ = bench.selection.measured(entry, "frequency_noise_robustness")
+        measured, _ = report_runs.selection.measured(entry, "frequency_noise_robustness")
         classes = (entry.config.get("data") or {}).get("num_classes")
         if measured is None or not classes:
             return None
@@ -134,55 +146,65 @@ def noise_interaction(bench: ReportRuns) -> Effect:
             return None
         return -change / (clean - 1 / classes)
 
-    for groups in by_setting(bench.groups(is_family("vit", "convnet"))).values():
-        vit, cnn = (plainest([g for g in groups if first(g).kin == name]) for name in ("vit", "convnet"))
-        if vit and cnn and (values := difference(vit, cnn, read)):
-            return Effect(values, f"{bench.said(vit)} − {bench.said(cnn)}")
+    for groups in by_setting(report_runs.groups(is_family("vit", "convnet"))).values():
+        vit, cnn = (plainest([g for g in groups if lowest_seed_run(g).kin == name]) for name in ("vit", "convnet"))
+        if vit and cnn and (values := paired_difference(vit, cnn, read)):
+            return Effect(values, f"{report_runs.describe(vit)} − {report_runs.describe(cnn)}")
     return Effect(lacking="a ViT and a ResNet in one setting, with frequency_noise (equal rms) and above chance")
 
 
-def placement(bench: ReportRuns) -> Effect:
+def placement_difference(report_runs: ReportRuns) -> Effect:
     """Return test accuracy with attention at stage ends minus that elsewhere, at equal numbers of parameters."""
-    parts, names = [], []
-    groups = bench.groups(has_attention)
+    differences, names = [], []
+    groups = report_runs.groups(has_attention)
     for runs in groups:
-        if option(first(runs), "placement", "stage_end") != "stage_end":
+        if option(lowest_seed_run(runs), "placement", "stage_end") != "stage_end":
             continue
         for other in groups:
-            elsewhere = option(first(other), "placement", "stage_end") in ("stage_start", "late", "alternating")
-            alike = same_but(runs, "model.placement", "model.n_msa") == same_but(
+            elsewhere = option(lowest_seed_run(other), "placement", "stage_end") in (
+                "stage_start",
+                "late",
+                "alternating",
+            )
+            alike = digest_without(runs, "model.placement", "model.n_msa") == digest_without(
                 other, "model.placement", "model.n_msa"
             )
-            sizes = [bench.costs.of(first(g)).parameters for g in (runs, other)]
+            sizes = [report_runs.costs.of(lowest_seed_run(g)).parameters for g in (runs, other)]
             if elsewhere and alike and all(sizes) and abs((sizes[1] or 0) / (sizes[0] or 1) - 1) <= EQUAL:
-                parts.append(difference(runs, other, bench.metric("test/accuracy")))
-                names.append(f"{bench.said(runs)} − {bench.said(other)}")
-    values = balanced(parts)
+                differences.append(paired_difference(runs, other, report_runs.metric("test/accuracy")))
+                names.append(f"{report_runs.describe(runs)} − {report_runs.describe(other)}")
+    values = balanced_means(differences)
     return Effect(values, "; ".join(names), "" if values else "AlterNets that differ in model.placement alone")
 
 
-def winner(bench: ReportRuns, families: Sequence[str], read: Reader, what: str) -> Effect:
+def best_model_difference(report_runs: ReportRuns, families: Sequence[str], read: Reader, requirement: str) -> Effect:
     """Return the best AlterNet minus the best model of other families, each chosen by its mean validation accuracy.
 
     Among those that have what is compared. Blocked where only one recipe was tried for a side: then it is not known to be
     at its best.
     """
     datasets: dict[str, list[Runs]] = {}
-    for runs in bench.groups(lambda e: (has_attention(e) or e.kin in families) and read(e) is not None):
-        datasets.setdefault(first(runs).data, []).append(runs)
+    for runs in report_runs.groups(lambda e: (has_attention(e) or e.kin in families) and read(e) is not None):
+        datasets.setdefault(lowest_seed_run(runs).data, []).append(runs)
     for groups in datasets.values():
-        ours = [g for g in groups if has_attention(first(g))]
-        theirs = [g for g in groups if first(g).kin in families]
-        one, two = _best(bench, ours), _best(bench, theirs)
-        if one and two and (values := difference(one, two, read)):
-            tried = (_recipes(ours, one), _recipes(theirs, two))
-            only = f"not each at its best recipe: {tried[0]} and {tried[1]} tried" if min(tried) < 2 else ""
-            return Effect(values, f"{bench.said(one)} − {bench.said(two)}", blocked=only)
-    return Effect(lacking=f"AlterNet and {' or '.join(families)} on one data set, with {what}")
+        alternets = [g for g in groups if has_attention(lowest_seed_run(g))]
+        rivals = [g for g in groups if lowest_seed_run(g).kin in families]
+        best_alternet, best_rival = _best(report_runs, alternets), _best(report_runs, rivals)
+        if best_alternet and best_rival and (values := paired_difference(best_alternet, best_rival, read)):
+            recipe_counts = (_recipes(alternets, best_alternet), _recipes(rivals, best_rival))
+            caveat = (
+                f"not each at its best recipe: {recipe_counts[0]} and {recipe_counts[1]} tried"
+                if min(recipe_counts) < 2
+                else ""
+            )
+            return Effect(
+                values, f"{report_runs.describe(best_alternet)} − {report_runs.describe(best_rival)}", blocked=caveat
+            )
+    return Effect(lacking=f"AlterNet and {' or '.join(families)} on one data set, with {requirement}")
 
 
-def _best(bench: ReportRuns, groups: Sequence[Runs]) -> Runs | None:
-    read = bench.metric("val/accuracy")
+def _best(report_runs: ReportRuns, groups: Sequence[Runs]) -> Runs | None:
+    read = report_runs.metric("val/accuracy")
 
     def score(runs: Runs) -> float:
         values = [v for v in map(read, runs.values()) if v is not None]
@@ -191,18 +213,18 @@ def _best(bench: ReportRuns, groups: Sequence[Runs]) -> Runs | None:
     return max(groups, key=score, default=None)
 
 
-def _recipes(groups: Sequence[Runs], chosen: Runs) -> int:
+def _recipes(groups: Sequence[Runs], best_runs: Runs) -> int:
     """Return in how many recipes the chosen model was trained."""
-    model = first(chosen).config.get("model")
-    return sum(1 for runs in groups if first(runs).config.get("model") == model)
+    model = lowest_seed_run(best_runs).config.get("model")
+    return sum(1 for runs in groups if lowest_seed_run(runs).config.get("model") == model)
 
 
-def training_nll(bench: ReportRuns) -> Reader:
+def training_nll(report_runs: ReportRuns) -> Reader:
     """Return a reader of the loss on training images at the tables' moment, of the slice where a run has several."""
-    return train_nll(bench, bench.selection.tag, ("loss_slice", "sharpness", "loss_landscape"))
+    return train_nll(report_runs, report_runs.selection.tag, ("loss_slice", "sharpness", "loss_landscape"))
 
 
-def test_error(bench: ReportRuns) -> Reader:
+def test_error(report_runs: ReportRuns) -> Reader:
     """Return a reader of one minus test accuracy."""
-    read = bench.metric("test/accuracy")
+    read = report_runs.metric("test/accuracy")
     return lambda entry: None if (value := read(entry)) is None else 1 - value

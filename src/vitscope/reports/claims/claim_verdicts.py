@@ -1,4 +1,4 @@
-"""What the runs say of each claim: supported, contradicted, inconclusive or not measured. Nothing is decided beforehand."""
+"""Verdicts on the paper's claims: supported, contradicted, inconclusive or not measured."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from vitscope.stats.t_tests import LEVEL, Interval, holm, t_interval
 
 SUPPORTED, CONTRADICTED, INCONCLUSIVE, NOT_MEASURED = "supported", "contradicted", "inconclusive", "not measured"
 
-#: fewer seeds than these decide nothing
+#: smallest number of seeds on which a claim is decided
 MIN_SEEDS = 5
 
 
 @dataclass(frozen=True)
 class StatisticResult:
-    """A part of a claim with what was measured.
+    """A statistic of a claim with its measured effect.
 
     Attributes:
-        part: the statistic.
-        effect: by seed, and what was compared.
-        interval: mean over seeds with its t-interval; None where nothing was measured.
-        verdict: by this part alone, at the level before the correction over claims; ``shown`` where it tests nothing.
-        reason: why it is not decided.
+        part: The statistic.
+        effect: Effect of each seed, with the compared experiments.
+        interval: Mean over seeds with its t-interval; None where nothing was measured.
+        verdict: Verdict of this statistic alone, before the correction over claims; ``shown`` where it tests nothing.
+        reason: Reason why it is undecided; empty if it is decided.
     """
 
     part: ClaimStatistic
@@ -41,12 +41,12 @@ class ClaimVerdict:
     """A claim with its verdict.
 
     Attributes:
-        claim: what was claimed.
-        findings: its parts.
-        verdict: one of the four.
-        p: of the direction that the evidence takes, before the correction; NaN where it takes none.
-        p_holm: corrected over all claims.
-        reason: in words.
+        claim: The claim.
+        findings: Results of the claim's statistics.
+        verdict: ``supported``, ``contradicted``, ``inconclusive`` or ``not measured``.
+        p: Uncorrected one-sided p-value; NaN if undecided.
+        p_holm: The p-value after Holm's correction over all claims.
+        reason: Reason in words.
     """
 
     claim: Claim
@@ -57,7 +57,7 @@ class ClaimVerdict:
     reason: str
 
 
-def judge(bench: ReportRuns, claims: Sequence[Claim] = CLAIMS) -> list[ClaimVerdict]:
+def judge(report_runs: ReportRuns, claims: Sequence[Claim] = CLAIMS) -> list[ClaimVerdict]:
     """Return every claim's verdict.
 
     A claim is the conjunction of its tested parts. It is supported where every one of them was measured on at least
@@ -68,26 +68,29 @@ def judge(bench: ReportRuns, claims: Sequence[Claim] = CLAIMS) -> list[ClaimVerd
     Numbers that a part sets against each other were measured under the same conditions, see
     `vitscope.core.objective_card`; those that were not are left out and named, unless the selection allows them to differ.
     """
-    found = {claim.name: tuple(_finding(part, _effect(part, bench)) for part in claim.parts) for claim in claims}
-    evidence = {claim.name: _evidence(found[claim.name]) for claim in claims}
+    results = {
+        claim.name: tuple(_finding(part, _measured_effect(part, report_runs)) for part in claim.parts)
+        for claim in claims
+    }
+    evidence = {claim.name: _evidence(results[claim.name]) for claim in claims}
     adjusted = holm({name: p for name, (_, p) in evidence.items()})
-    judged = []
+    verdicts = []
     for claim in claims:
         direction, p = evidence[claim.name]
-        verdict, reason = _verdict(found[claim.name], direction, adjusted[claim.name])
-        judged.append(ClaimVerdict(claim, found[claim.name], verdict, p, adjusted[claim.name], reason))
-    return judged
+        verdict, reason = _verdict(results[claim.name], direction, adjusted[claim.name])
+        verdicts.append(ClaimVerdict(claim, results[claim.name], verdict, p, adjusted[claim.name], reason))
+    return verdicts
 
 
-def _effect(part: ClaimStatistic, bench: ReportRuns) -> Effect:
-    """Return what the runs say of a part, over results that share their conditions among the runs it compares."""
-    if bench.selection.allow_different:
-        return part.measure(bench)
-    asked = bench.selection.anew(allow_different=True)
-    part.measure(replace(bench, selection=asked))
-    shared = asked.of_those_asked()
-    effect = part.measure(replace(bench, selection=shared))
-    return replace(effect, refused="; ".join(shared.refusals()))
+def _measured_effect(part: ClaimStatistic, report_runs: ReportRuns) -> Effect:
+    """Return the effect of a statistic, over results that share their conditions among the runs it compares."""
+    if report_runs.selection.allow_different:
+        return part.measure(report_runs)
+    recording_selection = report_runs.selection.fresh_copy(allow_different=True)
+    part.measure(replace(report_runs, selection=recording_selection))
+    shared_selection = recording_selection.sharing_among_requested()
+    effect = part.measure(replace(report_runs, selection=shared_selection))
+    return replace(effect, refused="; ".join(shared_selection.refusals()))
 
 
 def _finding(part: ClaimStatistic, effect: Effect) -> StatisticResult:
@@ -125,11 +128,11 @@ def _evidence(findings: Sequence[StatisticResult]) -> tuple[int, float]:
     ]
     if not usable:
         return 0, math.nan
-    against = [f.interval.p for f in usable if f.interval and f.interval.mean * f.part.sign < 0]
-    contra = min(1.0, len(tested) * min(against)) if against else 1.0
-    whole = len(usable) == len(tested) and not against and not any(f.effect.blocked for f in usable)
-    pro = max(f.interval.p for f in usable if f.interval) if whole else 1.0
-    return (1, pro) if pro <= contra and whole else (-1, contra) if against else (0, 1.0)
+    p_values_against = [f.interval.p for f in usable if f.interval and f.interval.mean * f.part.sign < 0]
+    p_against = min(1.0, len(tested) * min(p_values_against)) if p_values_against else 1.0
+    all_support = len(usable) == len(tested) and not p_values_against and not any(f.effect.blocked for f in usable)
+    p_for = max(f.interval.p for f in usable if f.interval) if all_support else 1.0
+    return (1, p_for) if p_for <= p_against and all_support else (-1, p_against) if p_values_against else (0, 1.0)
 
 
 def _verdict(findings: Sequence[StatisticResult], direction: int, p_holm: float) -> tuple[str, str]:
@@ -138,8 +141,8 @@ def _verdict(findings: Sequence[StatisticResult], direction: int, p_holm: float)
     if not measured:
         return NOT_MEASURED, "; ".join(dict.fromkeys(f.reason for f in tested))
     if direction and p_holm < 1 - LEVEL:
-        which = [f.part.name for f in tested if f.verdict == CONTRADICTED]
-        return (SUPPORTED, "") if direction > 0 else (CONTRADICTED, "; ".join(which))
+        contradicted = [f.part.name for f in tested if f.verdict == CONTRADICTED]
+        return (SUPPORTED, "") if direction > 0 else (CONTRADICTED, "; ".join(contradicted))
     reasons = [f"{f.part.name}: {f.verdict if f.verdict == CONTRADICTED else f.reason}" for f in tested
                if f.verdict != SUPPORTED]  # fmt: skip
     if not reasons:
@@ -179,8 +182,8 @@ def _compared(finding: StatisticResult) -> str:
 
 def effect_text(finding: StatisticResult) -> str:
     """Return an effect with its interval, such as ``-0.31 [-0.52, -0.10] ln``."""
-    found = finding.interval
-    if found is None:
+    interval = finding.interval
+    if interval is None:
         return ""
-    ends = f" [{found.low:.3g}, {found.high:.3g}]" if found.half_width >= 0 else ""
-    return f"{found.mean:.3g}{ends} {finding.part.unit}".strip()
+    ends = f" [{interval.low:.3g}, {interval.high:.3g}]" if interval.half_width >= 0 else ""
+    return f"{interval.mean:.3g}{ends} {finding.part.unit}".strip()

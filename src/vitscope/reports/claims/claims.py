@@ -1,4 +1,4 @@
-"""The paper's claims as data: what each says, and the statistics that test it (docs/definitions.md section 10)."""
+"""The paper's claims as data: statements and the statistics that test them (docs/definitions.md section 10)."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ class ClaimStatistic:
     """One statistic of a claim.
 
     Attributes:
-        name: what is compared, in words.
-        sign: of the effect that the claim predicts, 1 or -1.
-        measure: computes the effect of each seed.
-        unit: of the effect.
-        tested: whether the claim stands on it; otherwise it is shown only.
+        name: Compared quantities, in words.
+        sign: Sign of the effect that the claim predicts, 1 or -1.
+        measure: Computes the effect of each seed.
+        unit: Unit of the effect.
+        tested: Whether the claim requires it; otherwise it is only shown.
     """
 
     name: str
@@ -36,12 +36,12 @@ class Claim:
     """One claim: true where all its tested parts are.
 
     Attributes:
-        name: a key.
-        statement: what the paper says.
-        figure: of the paper.
-        statistic: how it is tested, in words.
-        runs: what has to be trained and measured for it.
-        parts: the statistics.
+        name: Key of the claim.
+        statement: The paper's statement.
+        figure: Figures of the paper that show it.
+        statistic: Description of the test.
+        runs: Trainings and analyses that the test needs.
+        parts: The statistics.
     """
 
     name: str
@@ -54,44 +54,52 @@ class Claim:
 
 def _flat(control: str, matched: str, tested: bool = True) -> tuple[ClaimStatistic, ClaimStatistic]:
     names = {"cost": "control of equal cost", "conv": "convolution", "uniform": "uniform attention", "blur": "blur"}
-    at = f"against {names[control]}, at matched {'NLL' if matched == 'nll' else matched}"
+    condition = f"against {names[control]}, at matched {'NLL' if matched == 'nll' else matched}"
 
-    def ape(bench: ReportRuns) -> Effect:
-        return flattening(bench, SPECTRUM, "average_positive_eigenvalue", control=control, matched=matched, log=True)
+    def ape(report_runs: ReportRuns) -> Effect:
+        return flattening(
+            report_runs, SPECTRUM, "average_positive_eigenvalue", control=control, matched=matched, log=True
+        )
 
-    def rise(bench: ReportRuns) -> Effect:
-        return flattening(bench, "sharpness", "rise_r0.1", control=control, matched=matched, log=False)
+    def rise(report_runs: ReportRuns) -> Effect:
+        return flattening(report_runs, "sharpness", "rise_r0.1", control=control, matched=matched, log=False)
 
-    return ClaimStatistic(f"log APE {at}", -1, ape, "ln", tested), ClaimStatistic(
-        f"sharpness at r=.1 {at}", -1, rise, "nats", tested
+    return ClaimStatistic(f"log APE {condition}", -1, ape, "ln", tested), ClaimStatistic(
+        f"sharpness at r=.1 {condition}", -1, rise, "nats", tested
     )
 
 
 def _kind(measure: str, scalar: str, sign: int, name: str, *, differenced: bool = False) -> ClaimStatistic:
-    def effect(bench: ReportRuns) -> Effect:
-        return by.by_kind(bench, measure, scalar, by.minus_initial(bench) if differenced else None)
+    def effect(report_runs: ReportRuns) -> Effect:
+        return by.mean_by_kind(
+            report_runs, measure, scalar, by.has_initial_reference(report_runs) if differenced else None
+        )
 
     return ClaimStatistic(name, sign, effect, "ln")
 
 
-def _data(what: str, fixed: str) -> ClaimStatistic:
-    def effect(bench: ReportRuns) -> Effect:
-        if what == "NEP":
-            return by.data_trend(bench, bench.scalar(*by.NEP), -1, fixed=fixed, what="hessian")
-        if what == "test error":
-            return by.data_trend(bench, by.test_error(bench), -1, fixed=fixed, what="test accuracy")
+def _data(quantity: str, fixed: str) -> ClaimStatistic:
+    def effect(report_runs: ReportRuns) -> Effect:
+        if quantity == "NEP":
+            return by.data_trend(report_runs, report_runs.scalar(*by.NEP), -1, fixed=fixed, requirement="hessian")
+        if quantity == "test error":
+            return by.data_trend(report_runs, by.test_error(report_runs), -1, fixed=fixed, requirement="test accuracy")
         return by.data_trend(
-            bench, by.training_nll(bench), -1, fixed=fixed, what="sharpness or slice on training images"
+            report_runs,
+            by.training_nll(report_runs),
+            -1,
+            fixed=fixed,
+            requirement="sharpness or slice on training images",
         )
 
-    return ClaimStatistic(f"slope of {what} over ln(data fraction), fixed {fixed}", -1, effect, "per e-fold")
+    return ClaimStatistic(f"slope of {quantity} over ln(data fraction), fixed {fixed}", -1, effect, "per e-fold")
 
 
 def _accuracy(families: tuple[str, ...], rival: str, corrupted: bool) -> ClaimStatistic:
-    def effect(bench: ReportRuns) -> Effect:
-        clean, robust = bench.metric("test/accuracy"), bench.scalar("corruption", "mean_accuracy")
-        what = "corruption" if corrupted else "test accuracy"
-        return by.winner(bench, families, robust if corrupted else clean, what)
+    def effect(report_runs: ReportRuns) -> Effect:
+        clean, robust = report_runs.metric("test/accuracy"), report_runs.scalar("corruption", "mean_accuracy")
+        requirement = "corruption" if corrupted else "test accuracy"
+        return by.best_model_difference(report_runs, families, robust if corrupted else clean, requirement)
 
     return ClaimStatistic(f"{'corrupted' if corrupted else 'test'} accuracy against {rival}", 1, effect, "share")
 
@@ -179,8 +187,8 @@ CLAIMS: tuple[Claim, ...] = (
         "models with two MSAs in a stage, with lesion; AlterNet with placement=stage_end and another",
         (
             ClaimStatistic("NLL change of the last MSA minus the others of its stage", 1,
-                 lambda bench: by.by_kind(bench, "lesion", "stage_end_msa_nll_excess"), "nats"),
-            ClaimStatistic("accuracy with MSA at stage ends minus elsewhere", 1, by.placement, "share"),
+                 lambda report_runs: by.mean_by_kind(report_runs, "lesion", "stage_end_msa_nll_excess"), "nats"),
+            ClaimStatistic("accuracy with MSA at stage ends minus elsewhere", 1, by.placement_difference, "share"),
         ),
     ),
     Claim(
@@ -189,7 +197,10 @@ CLAIMS: tuple[Claim, ...] = (
         "10a",
         "CKA of pairs at equal distance in depth, within minus across stage boundaries",
         "models with several stages; cka",
-        (ClaimStatistic("CKA within minus across stages", 1, lambda bench: by.by_kind(bench, "cka", "block_structure"), "CKA"),),
+        (
+            ClaimStatistic("CKA within minus across stages", 1,
+                           lambda report_runs: by.mean_by_kind(report_runs, "cka", "block_structure"), "CKA"),
+        ),
     ),
     Claim(
         "local_beats_global",

@@ -26,14 +26,14 @@ Reader = Callable[[Entry], float | None]
 
 @dataclass(frozen=True)
 class Effect:
-    """What the runs say.
+    """A statistic per seed, with the comparison it came from.
 
     Attributes:
-        values: the statistic of each seed; empty where it could not be measured.
-        compared: between which experiments, in words.
-        lacking: what would have to be run or measured for it, in words.
-        blocked: why it supports nothing, whatever its interval says; empty otherwise.
-        refused: which results were left out because they were measured under other conditions than the rest, in words.
+        values: The statistic of each seed; empty where it could not be measured.
+        compared: Names of the compared experiments.
+        lacking: Trainings or analyses that are missing for it, in words.
+        blocked: Reason why it supports no claim whatever its interval is; empty if there is none.
+        refused: Results that were left out because they were measured under other conditions than the rest, in words.
     """
 
     values: Mapping[int, float] = field(default_factory=dict)
@@ -45,18 +45,18 @@ class Effect:
 
 @dataclass(frozen=True)
 class ReportRuns:
-    """Where statistics find their numbers.
+    """The runs and model costs that statistics read.
 
     Attributes:
-        selection: the runs.
-        costs: parameters and operations of models.
+        selection: The runs.
+        costs: Parameters and operations of models.
     """
 
     selection: Selection
     costs: Costs
 
     def groups(self, keep: Callable[[Entry], bool]) -> list[Runs]:
-        """Return the trained experiments that ``keep`` accepts, by seed; those on random labels are evidence for nothing."""
+        """Return the trained experiments that ``keep`` accepts, by seed, without those trained on random labels."""
         return list(self.selection.groups(lambda e: e.trained and not _random_labels(e) and keep(e)).values())
 
     def scalar(self, measure: str, name: str, tag: str | None = None) -> Reader:
@@ -67,9 +67,9 @@ class ReportRuns:
         """Return a reader of a metric."""
         return lambda entry: self.selection.metric(entry, name).number
 
-    def said(self, runs: Runs) -> str:
+    def describe(self, runs: Runs) -> str:
         """Return an experiment's name and cost."""
-        entry = first(runs)
+        entry = lowest_seed_run(runs)
         cost = self.costs.of(entry)
         if cost.parameters is None or cost.flops is None:
             return entry.label
@@ -80,7 +80,7 @@ def _random_labels(entry: Entry) -> bool:
     return bool((entry.config.get("data") or {}).get("random_labels"))
 
 
-def first(runs: Runs) -> Entry:
+def lowest_seed_run(runs: Runs) -> Entry:
     """Return the run of the lowest seed."""
     return runs[min(runs)]
 
@@ -96,17 +96,17 @@ def is_family(*names: str) -> Callable[[Entry], bool]:
     return lambda entry: entry.kin in names
 
 
-def difference(a: Runs, b: Runs, read: Reader) -> dict[int, float]:
+def paired_difference(a: Runs, b: Runs, read: Reader) -> dict[int, float]:
     """Return ``read(a) - read(b)`` of the seeds that both have."""
     values: dict[int, float] = {}
     for seed in seeds_of([a, b]):
-        left, right = read(a[seed]), read(b[seed])
-        if left is not None and right is not None:
-            values[seed] = left - right
+        first_value, second_value = read(a[seed]), read(b[seed])
+        if first_value is not None and second_value is not None:
+            values[seed] = first_value - second_value
     return values
 
 
-def balanced(parts: Sequence[Mapping[int, float]]) -> dict[int, float]:
+def balanced_means(parts: Sequence[Mapping[int, float]]) -> dict[int, float]:
     """Return the mean over parts of each seed, over the parts that have the most seeds and over seeds that they share.
 
     A seed for which some parts are missing would mix up seeds with parts.
@@ -117,56 +117,58 @@ def balanced(parts: Sequence[Mapping[int, float]]) -> dict[int, float]:
     return {seed: float(np.mean([part[seed] for part in full])) for seed in sorted(shared)}
 
 
-def slope(runs: Sequence[tuple[float, Runs]], read: Reader) -> dict[int, float]:
+def slopes(runs: Sequence[tuple[float, Runs]], read: Reader) -> dict[int, float]:
     """Return each seed's least-squares slope of ``read`` over the given positions, for seeds that all of them have."""
     values: dict[int, float] = {}
     x = np.array([position for position, _ in runs])
     for seed in seeds_of([group for _, group in runs]):
         y = [read(group[seed]) for _, group in runs]
         if all(v is not None for v in y):
-            centred = x - x.mean()
-            values[seed] = float(centred @ np.array(y, dtype=float) / (centred @ centred))
+            centered = x - x.mean()
+            values[seed] = float(centered @ np.array(y, dtype=float) / (centered @ centered))
     return values
 
 
-def steps(runs: Sequence[tuple[float, Runs]], read: Reader, seeds: Sequence[int]) -> list[float]:
+def mean_changes(runs: Sequence[tuple[float, Runs]], read: Reader, seeds: Sequence[int]) -> list[float]:
     """Return the change of the mean over ``seeds`` from each position to the next."""
     means = [float(np.mean([read(group[seed]) or 0.0 for seed in seeds])) for _, group in runs]
     return [b - a for a, b in itertools.pairwise(means)]
 
 
-def trend(runs: Sequence[tuple[float, Runs]], read: Reader, sign: int, lacking: str, least: int = 3) -> Effect:
+def trend(runs: Sequence[tuple[float, Runs]], read: Reader, sign: int, lacking: str, min_positions: int = 3) -> Effect:
     """Return the slope over ordered experiments; blocked where the means over seeds are not monotone.
 
     Args:
         runs: ``(position, experiment)`` in their order.
-        read: what is read of each run.
-        sign: of the claimed slope.
-        lacking: what to say where there are too few of them.
-        least: positions below which there is no trend to speak of.
+        read: Returns the number of a run, None if it has none.
+        sign: Sign of the claimed slope.
+        lacking: Text of the effect if there are too few experiments.
+        min_positions: Positions below which there is no trend to speak of.
     """
-    if len(runs) < least:
+    if len(runs) < min_positions:
         return Effect(lacking=lacking)
-    values = slope(runs, read)
-    compared = " → ".join(first(group).label for _, group in runs)
+    values = slopes(runs, read)
+    compared = " → ".join(lowest_seed_run(group).label for _, group in runs)
     if not values:
         return Effect(compared=compared, lacking=lacking)
-    changes = steps(runs, read, list(values))
-    wrong = [c for c in changes if c * sign < 0]
-    return Effect(values, compared, blocked="the means are not monotone" if 0 < len(wrong) < len(changes) else "")
+    changes = mean_changes(runs, read, list(values))
+    opposite_changes = [c for c in changes if c * sign < 0]
+    return Effect(
+        values, compared, blocked="the means are not monotone" if 0 < len(opposite_changes) < len(changes) else ""
+    )
 
 
 def plainest(groups: Sequence[Runs]) -> Runs | None:
     """Return the experiment whose model options are nearest to their defaults, of equals the one with most seeds."""
 
-    def unusual(runs: Runs) -> tuple[int, int, str]:
-        entry = first(runs)
+    def departure_from_defaults(runs: Runs) -> tuple[int, int, str]:
+        entry = lowest_seed_run(runs)
         defaults = _defaults(entry.family)
         node = entry.config.get("model") or {}
         changed = sum(1 for key, value in node.items() if key in defaults and defaults[key] != value)
         return changed, -len(runs), entry.label
 
-    return min(groups, key=unusual, default=None)
+    return min(groups, key=departure_from_defaults, default=None)
 
 
 def _defaults(family: str) -> Mapping[str, Any]:
@@ -182,19 +184,19 @@ def _defaults(family: str) -> Mapping[str, Any]:
 
 def by_setting(groups: Sequence[Runs], without: Sequence[str] = ()) -> dict[str, list[Runs]]:
     """Return the experiments by what models must share to be compared."""
-    found: dict[str, list[Runs]] = {}
+    settings: dict[str, list[Runs]] = {}
     for runs in groups:
-        found.setdefault(setting(first(runs).config, without), []).append(runs)
-    return found
+        settings.setdefault(setting(lowest_seed_run(runs).config, without), []).append(runs)
+    return settings
 
 
-def same_but(runs: Runs, *keys: str) -> str:
+def digest_without(runs: Runs, *keys: str) -> str:
     """Return a digest of the experiment without the named dotted keys: equal for those that differ in nothing else."""
-    return loading.digest({k: v for k, v in identity(first(runs).config).items() if k not in keys})
+    return loading.digest({k: v for k, v in identity(lowest_seed_run(runs).config).items() if k not in keys})
 
 
-def log_of(read: Reader) -> Reader:
-    """Return a reader of the natural logarithm, of nothing where the number is not positive."""
+def logarithm_of(read: Reader) -> Reader:
+    """Return a reader of the natural logarithm; it gives None where the number is not positive."""
 
     def logarithm(entry: Entry) -> float | None:
         value = read(entry)

@@ -18,7 +18,7 @@ import numpy as np
 
 from vitscope.diagnostics.hessian._nep_statistics import positive_interval
 from vitscope.reports.claims import factorial_runs
-from vitscope.reports.claims.effect_sizes import first
+from vitscope.reports.claims.effect_sizes import lowest_seed_run
 from vitscope.reports.claims.factorial_runs import IMAGES, MODELS, TRAININGS, Results
 from vitscope.reports.tables.table import Problem
 from vitscope.reports.value_lookup import FAILED, Selection, seeds_of
@@ -39,19 +39,19 @@ CONDITIONS: tuple[Condition, ...] = tuple(itertools.product(TRAININGS, IMAGES, O
 
 @dataclass(frozen=True)
 class Quantity:
-    """A number of which less means flatter.
+    """A number that is lower where the loss surface is flatter.
 
     Attributes:
-        key: for files.
-        title: for readers, with the unit.
-        analysis: whose result holds it, on augmented images.
-        objectives: for which it is defined.
-        units: how many independent parts a result has.
-        sampled: what they are, in words; empty where there is one.
-        value: of a result under an objective, over some of its parts.
-        skewed: whether the parts differ by factors, as mini-batches do: a sum over conditions then needs
+        key: Name in files.
+        title: Heading with the unit.
+        analysis: Whose result holds it, on augmented images.
+        objectives: Objectives for which it is defined.
+        units: Returns the number of independent parts of a result.
+        sampled: Name of those parts; empty where there is one.
+        value: Returns the number of a result under an objective, over the given parts.
+        skewed: Whether the parts differ by factors, as mini-batches do: a sum over conditions then needs
             `vitscope.stats.intervals.LEAST_IMAGES` parts for an interval, and a single positive number has that of its logarithm.
-        undefined: why a good result has no such number by its definition, in a word; an empty text where it has one.
+        undefined: Returns a word that says why a result has no such number by definition; empty where it has one.
     """
 
     key: str
@@ -67,17 +67,17 @@ class Quantity:
 
 @dataclass(frozen=True)
 class Effect:
-    """What switching one factor does.
+    """Effect of switching one factor.
 
     Attributes:
-        quantity: its key.
-        l2: which L2 form the third factor adds.
-        factor: one of `FACTORS`.
-        convnet: mean change of the ConvNet's number.
-        vit: of the ViT's.
-        difference: of ViT minus ConvNet.
-        share: of the variation of the difference over the eight conditions.
-        flips: in how many of the four pairs of conditions the switch changes who looks flatter.
+        quantity: Key of the quantity.
+        l2: L2 form that the third factor adds.
+        factor: One of `FACTORS`.
+        convnet: Mean change of the ConvNet's number, with its interval.
+        vit: Mean change of the ViT's number.
+        difference: Mean change of ViT minus ConvNet.
+        share: Share of the variation of the difference over the eight conditions.
+        flips: Number of the four pairs of conditions in which the switch changes which model looks flatter.
     """
 
     quantity: str
@@ -91,16 +91,16 @@ class Effect:
 
 
 @dataclass(frozen=True)
-class Answer:
+class FactorialResult:
     """The numbers of all conditions, and what each factor does to them.
 
     Attributes:
-        labels: of the two experiments, by family.
-        seeds: that all four trainings have.
-        values: an interval by quantity, condition and column: ``convnet``, ``vit``, ``difference``.
-        effects: by quantity, L2 form and factor.
-        problems: what is missing or failed.
-        undefined: by quantity and condition, why there is no number though nothing is wrong: ``saturated``, ``none positive``.
+        labels: Names of the two experiments, by family.
+        seeds: That all four trainings have.
+        values: An interval by quantity, condition and column: ``convnet``, ``vit``, ``difference``.
+        effects: Effects by quantity, L2 form and factor.
+        problems: Missing or failed results.
+        undefined: Words by quantity and condition where the definition gives no number: ``saturated``, ``none positive``.
     """
 
     labels: Mapping[str, str]
@@ -120,13 +120,13 @@ def conditions(l2: str) -> list[Condition]:
     return [c for c in CONDITIONS if c[2] in ("nll", l2)]
 
 
-def answer(selection: Selection) -> Answer | None:
+def analyze_factors(selection: Selection) -> FactorialResult | None:
     """Return what the runs say; None where no ConvNet and ViT were trained both weak and strong in one setting."""
-    found = factorial_runs.design(selection)
-    if found is None:
+    experiments = factorial_runs.find_experiments(selection)
+    if experiments is None:
         return None
-    seeds = seeds_of(found.values())
-    results, problems = factorial_runs.results(found, [q.analysis for q in QUANTITIES], seeds, selection.tag)
+    seeds = seeds_of(experiments.values())
+    results, problems = factorial_runs.load_results(experiments, [q.analysis for q in QUANTITIES], seeds, selection.tag)
     values: dict[tuple[str, Condition, str], Interval] = {}
     effects: list[Effect] = []
     undefined: dict[tuple[str, Condition], str] = {}
@@ -141,10 +141,12 @@ def answer(selection: Selection) -> Answer | None:
         effects += [
             _effect(read, values, l2, factor) for l2 in L2_FORMS if l2 in quantity.objectives for factor in FACTORS
         ]
-    bad = [(q, c) for (q, c, column), v in values.items() if column == "difference" and not math.isfinite(v.mean)]
-    problems += [Problem(FAILED, ", ".join(c), q, "not finite") for q, c in bad if (q, c) not in undefined]
-    labels = {family: first(found[family, "weak"]).label.split(",")[0] for family in MODELS}
-    return Answer(labels, tuple(seeds), values, tuple(effects), tuple(problems), undefined)
+    not_finite = [
+        (q, c) for (q, c, column), v in values.items() if column == "difference" and not math.isfinite(v.mean)
+    ]
+    problems += [Problem(FAILED, ", ".join(c), q, "not finite") for q, c in not_finite if (q, c) not in undefined]
+    labels = {family: lowest_seed_run(experiments[family, "weak"]).label.split(",")[0] for family in MODELS}
+    return FactorialResult(labels, tuple(seeds), values, tuple(effects), tuple(problems), undefined)
 
 
 class _Reader:
@@ -160,9 +162,9 @@ class _Reader:
     def __init__(self, quantity: Quantity, results: Results, seeds: Sequence[int]) -> None:
         self.quantity, self._results, self._seeds = quantity, results, seeds
         names = [quantity.analysis + end for end in IMAGES.values()]
-        wanted = list(itertools.product(MODELS, TRAININGS, names, seeds))
-        self.complete = all(key in results for key in wanted)
-        counts = {quantity.units(results[key]) for key in wanted} if self.complete else set()
+        required_keys = list(itertools.product(MODELS, TRAININGS, names, seeds))
+        self.complete = all(key in results for key in required_keys)
+        counts = {quantity.units(results[key]) for key in required_keys} if self.complete else set()
         self._units = counts.pop() if len(counts) == 1 else 0
 
     def interval(self, weights: Mapping[Condition, float], column: str) -> Interval:
@@ -217,29 +219,31 @@ class _Reader:
 
 
 def _effect(read: _Reader, values: Mapping[tuple[str, Condition, str], Interval], l2: str, factor: str) -> Effect:
-    eight, place = conditions(l2), FACTORS.index(factor)
-    on = ("strong", "augmented", l2)[place]
-    weights = {c: 0.25 if c[place] == on else -0.25 for c in eight}
+    condition_set, factor_index = conditions(l2), FACTORS.index(factor)
+    switched_on = ("strong", "augmented", l2)[factor_index]
+    weights = {c: 0.25 if c[factor_index] == switched_on else -0.25 for c in condition_set}
     columns = {column: read.interval(weights, column) for column in (*MODELS, "difference")}
-    height = {c: values[read.quantity.key, c, "difference"].mean for c in eight}
-    total = float(np.square(np.array(list(height.values())) - np.mean(list(height.values()))).sum())
+    differences = {c: values[read.quantity.key, c, "difference"].mean for c in condition_set}
+    total = float(np.square(np.array(list(differences.values())) - np.mean(list(differences.values()))).sum())
     share = 2 * columns["difference"].mean ** 2 / total if total > 0 else math.nan
-    off = [c for c in eight if c[place] != on]
-    flips = sum(height[c] * height[(*c[:place], on, *c[place + 1 :])] < 0 for c in off)  # type: ignore[index]
+    switched_off = [c for c in condition_set if c[factor_index] != switched_on]
+    flips = sum(
+        differences[c] * differences[(*c[:factor_index], switched_on, *c[factor_index + 1 :])] < 0 for c in switched_off
+    )  # type: ignore[index]
     return Effect(read.quantity.key, l2, factor, **columns, share=share, flips=flips)
 
 
 def _rise(result: Any, objective: str, parts: np.ndarray) -> float:
-    at = np.flatnonzero(np.isclose(result.radii, RADIUS))
-    if not len(at) or result.saturated[at[0]]:
-        return math.nan  # a broken model's rise says nothing of flatness
+    radius_index = np.flatnonzero(np.isclose(result.radii, RADIUS))
+    if not len(radius_index) or result.saturated[radius_index[0]]:
+        return math.nan  # the rise of a saturated loss does not measure flatness
     rise = result.rise_by_pair + (getattr(result, f"l2_{objective}_rise_by_pair") if objective != "nll" else 0.0)
-    return float(rise[at[0], parts].mean())
+    return float(rise[radius_index[0], parts].mean())
 
 
 def _saturated(result: Any) -> str:
-    at = np.flatnonzero(np.isclose(result.radii, RADIUS))
-    return "saturated" if len(at) and result.saturated[at[0]] else ""
+    radius_index = np.flatnonzero(np.isclose(result.radii, RADIUS))
+    return "saturated" if len(radius_index) and result.saturated[radius_index[0]] else ""
 
 
 def _none_positive(result: Any) -> str:

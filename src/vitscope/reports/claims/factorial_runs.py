@@ -1,4 +1,4 @@
-"""The runs of the 2x2x2: a ConvNet and a ViT trained weak and strong in one setting, measured on clean and augmented images."""
+"""Find the runs of the 2x2x2 design: ConvNet and ViT, each trained weak and strong, measured on clean and augmented images."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from vitscope.config import loading
 from vitscope.config.experiment_identity import identity, recipe
-from vitscope.reports.claims.effect_sizes import Runs, by_setting, first, plainest
+from vitscope.reports.claims.effect_sizes import Runs, by_setting, lowest_seed_run, plainest
 from vitscope.reports.run_index import Entry, Measured, differing
 from vitscope.reports.tables.table import Problem
 from vitscope.reports.value_lookup import FAILED, MISSING, Selection, seeds_of
@@ -23,19 +23,25 @@ IMAGES = {"clean": "_clean", "augmented": ""}
 Results = Mapping[tuple[str, str, str, int], Any]
 
 
-def design(selection: Selection) -> dict[tuple[str, str], Runs] | None:
+def find_experiments(selection: Selection) -> dict[tuple[str, str], Runs] | None:
     """Return the experiments by family and training: of the plainest models, in the setting with most seeds."""
     groups = list(selection.groups(lambda entry: entry.trained and entry.kin in MODELS).values())
-    objective = {key for runs in groups for key in identity(first(runs).config) if key.startswith("objective.")}
+    objective = {
+        key for runs in groups for key in identity(lowest_seed_run(runs).config) if key.startswith("objective.")
+    }
     best: dict[tuple[str, str], Runs] | None = None
-    for alike in by_setting(groups, tuple(objective)).values():
-        found = {
+    for same_setting in by_setting(groups, tuple(objective)).values():
+        experiments = {
             (family, training): runs
             for family in MODELS
-            for training, runs in _pair([g for g in alike if first(g).kin == family], objective).items()
+            for training, runs in _pair(
+                [g for g in same_setting if lowest_seed_run(g).kin == family], objective
+            ).items()
         }
-        if len(found) == 4 and (best is None or len(seeds_of(found.values())) > len(seeds_of(best.values()))):
-            best = found
+        if len(experiments) == 4 and (
+            best is None or len(seeds_of(experiments.values())) > len(seeds_of(best.values()))
+        ):
+            best = experiments
     return best if best is not None and seeds_of(best.values()) else None
 
 
@@ -43,22 +49,24 @@ def _pair(groups: Sequence[Runs], objective: set[str]) -> dict[str, Runs]:
     """Return the plainest model that was trained both ways, by training."""
     pairs: dict[str, dict[str, Runs]] = {}
     for runs in groups:
-        kept = {k: v for k, v in identity(first(runs).config).items() if k not in objective}
-        pairs.setdefault(loading.digest(kept), {})[recipe(first(runs).config)] = runs
-    whole = [pair for pair in pairs.values() if set(TRAININGS) <= set(pair)]
-    chosen = plainest([pair["weak"] for pair in whole])
-    return next(({t: pair[t] for t in TRAININGS} for pair in whole if pair["weak"] is chosen), {})
+        identity_without_objective = {
+            k: v for k, v in identity(lowest_seed_run(runs).config).items() if k not in objective
+        }
+        pairs.setdefault(loading.digest(identity_without_objective), {})[recipe(lowest_seed_run(runs).config)] = runs
+    complete_pairs = [pair for pair in pairs.values() if set(TRAININGS) <= set(pair)]
+    plainest_weak = plainest([pair["weak"] for pair in complete_pairs])
+    return next(({t: pair[t] for t in TRAININGS} for pair in complete_pairs if pair["weak"] is plainest_weak), {})
 
 
-def results(
-    found: Mapping[tuple[str, str], Runs], analyses: Sequence[str], seeds: Sequence[int], tag: str
+def load_results(
+    experiments: Mapping[tuple[str, str], Runs], analyses: Sequence[str], seeds: Sequence[int], tag: str
 ) -> tuple[dict[tuple[str, str, str, int], Any], list[Problem]]:
     """Return results by family, training, analysis and seed; an analysis measured under several conditions is none."""
     loaded: dict[tuple[str, str, str, int], Any] = {}
     problems: list[Problem] = []
     for name in (analysis + end for analysis in analyses for end in IMAGES.values()):
         measured: dict[tuple[str, str, str, int], Measured] = {}
-        for (family, training), runs in found.items():
+        for (family, training), runs in experiments.items():
             for seed in seeds:
                 newest = _newest(runs[seed], name, tag)
                 if isinstance(newest, Problem):
@@ -66,22 +74,25 @@ def results(
                 else:
                     measured[family, training, name, seed] = newest
         if keys := differing(m.conditions() for m in measured.values()):
-            why = f"objective cards differ in {', '.join(keys)}: the factors are not crossed"
-            problems.append(Problem(MISSING, "landscape_objective", name, why))
+            reason = f"objective cards differ in {', '.join(keys)}: the factors are not crossed"
+            problems.append(Problem(MISSING, "landscape_objective", name, reason))
             continue
         for key, m in measured.items():
             try:
                 loaded[key] = m.load()
             except StorageError as error:
-                problems.append(Problem(FAILED, f"run {found[key[0], key[1]][key[3]].id}", name, str(error)))
+                problems.append(Problem(FAILED, f"run {experiments[key[0], key[1]][key[3]].id}", name, str(error)))
     return loaded, problems
 
 
 def _newest(entry: Entry, analysis: str, tag: str) -> Measured | Problem:
-    made = [m for m in entry.results if m.analysis == analysis and m.tag == tag]
-    good = [m for m in made if not m.error]
-    if good:
-        return good[-1]
+    measurements = [m for m in entry.results if m.analysis == analysis and m.tag == tag]
+    successes = [m for m in measurements if not m.error]
+    if successes:
+        return successes[-1]
     return Problem(
-        FAILED if made else MISSING, f"run {entry.id}", analysis, made[-1].error if made else f"not measured at {tag}"
+        FAILED if measurements else MISSING,
+        f"run {entry.id}",
+        analysis,
+        measurements[-1].error if measurements else f"not measured at {tag}",
     )

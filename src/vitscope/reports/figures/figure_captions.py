@@ -1,4 +1,4 @@
-"""A figure with what belongs to it: its panel, its caption, the numbers over seeds, the objective cards."""
+"""Captions of figures, tables of numbers over seeds below them, and the objective cards that their curves share."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class DrawnPanel:
     """A panel on disk.
 
     Attributes:
-        panel: what is in it; results that could not be read are named in its notice.
-        picture: the files.
-        caption: what the measure is, in its module's words.
+        panel: Planned content; its notice names results that could not be read.
+        picture: Files of the figure.
+        caption: Definition of the measure, from its module's docstring.
     """
 
     panel: Panel
@@ -31,27 +31,29 @@ class DrawnPanel:
     caption: str
 
 
-def job(panel: Panel, folder: Path, options: Mapping[str, Any] | None = None, pdf: bool | None = None) -> Job:
-    """Return what has to be drawn for a panel; ``pdf`` None leaves the PDF of overviews out."""
+def drawing_job(panel: Panel, folder: Path, options: Mapping[str, Any] | None = None, pdf: bool | None = None) -> Job:
+    """Return the job that draws a panel; with ``pdf`` None all panels but overviews are also written as PDF."""
     files = {c.label: c.measured.path for c in panel.curves}
     return Job(folder / panel.name, files, dict(options or {}), not panel.overview if pdf is None else pdf)
 
 
-def drawn(panel: Panel, picture: Picture) -> DrawnPanel:
+def with_picture(panel: Panel, picture: Picture) -> DrawnPanel:
     """Return a panel with its picture, without the curves that could not be read."""
-    kept = tuple(c for c in panel.curves if c.label in picture.labels or not picture.labels)
+    readable_curves = tuple(c for c in panel.curves if c.label in picture.labels or not picture.labels)
     notice = " ".join([panel.notice, *picture.lost]).strip()
-    return DrawnPanel(replace(panel, curves=kept, notice=notice), picture, _caption(panel.curves[0].measured.measure))
+    return DrawnPanel(
+        replace(panel, curves=readable_curves, notice=notice), picture, _caption(panel.curves[0].measured.measure)
+    )
 
 
-def numbers(panel: Panel) -> tuple[list[str], list[list[Cell]]]:
+def numbers_over_seeds(panel: Panel) -> tuple[list[str], list[list[Cell]]]:
     """Return the scalars of a panel's curves over their seeds: headings, and a row a scalar."""
-    everyone = [((c.entry, c.measured), *c.others) for c in panel.curves]
-    names = dict.fromkeys(name for curve in everyone for _, m in curve for name in m.scalars)
+    results_by_curve = [((c.entry, c.measured), *c.others) for c in panel.curves]
+    names = dict.fromkeys(name for curve in results_by_curve for _, m in curve for name in m.scalars)
     rows = []
     for name in names:
         cells = [Cell(name)]
-        for curve in everyone:
+        for curve in results_by_curve:
             if not any(name in m.scalars for _, m in curve):
                 cells.append(Cell("–"))  # such as a kind of unit that the model does not have
                 continue
@@ -61,16 +63,16 @@ def numbers(panel: Panel) -> tuple[list[str], list[list[Cell]]]:
     return [c.label for c in panel.curves], rows
 
 
-def common(curves: Sequence[Curve]) -> tuple[dict[str, Any], list[str]]:
+def shared_conditions(curves: Sequence[Curve]) -> tuple[dict[str, Any], list[str]]:
     """Return the compared values that all cards share, and the keys in which they differ."""
-    stated = [(c.measured.card or ObjectiveCard()).conditions() for c in curves]
-    differing = differing_keys(stated)
-    first = {key: value for key, value in stated[0].items() if all(key in other for other in stated)}
+    conditions = [(c.measured.card or ObjectiveCard()).conditions() for c in curves]
+    differing = differing_keys(conditions)
+    first = {key: value for key, value in conditions[0].items() if all(key in other for other in conditions)}
     return {key: value for key, value in first.items() if key not in differing}, differing
 
 
-def _value(number: float | None, there: bool) -> Value:
-    return Value(number) if number is not None else Value(None, FAILED if there else MISSING)
+def _value(number: float | None, is_recorded: bool) -> Value:
+    return Value(number) if number is not None else Value(None, FAILED if is_recorded else MISSING)
 
 
 def _caption(measure: str) -> str:

@@ -1,4 +1,4 @@
-"""Which figures a report draws: results of one measure at one moment, under one objective, a curve an experiment."""
+"""Plan the figures of a report: results of one measure at one moment under one objective, one curve for each experiment."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ PER_FIGURE = 6
 
 @dataclass(frozen=True)
 class Curve:
-    """What one name in a figure stands for.
+    """One named curve of a figure.
 
     Attributes:
-        label: in the legend.
-        entry: the run that is drawn.
-        measured: its result.
-        others: the results of the other seeds, for the table of numbers.
+        label: Name in the legend.
+        entry: The run that is drawn.
+        measured: The result of that run.
+        others: The results of the other seeds, for the table of numbers.
     """
 
     label: str
@@ -37,12 +37,12 @@ class Panel:
     """One figure that is to be drawn: results of one measure, at one moment or along training.
 
     Attributes:
-        name: of the files.
-        analysis: the configuration's name.
-        tag: the moment, or ``training`` where a model's moments are overlaid.
-        curves: what is in it.
-        notice: why something that one would expect in it is not.
-        overview: whether it is one of more than two parts: something to look through, not to print.
+        name: Stem of the figure's files.
+        analysis: The configuration's name.
+        tag: The moment, or ``training`` where a model's moments are overlaid.
+        curves: Curves of the figure.
+        notice: Reasons why expected results are not in it.
+        overview: Whether it is one of more than two parts: something to look through, not to print.
     """
 
     name: str
@@ -68,45 +68,49 @@ def panels(
     keys.
 
     Args:
-        entries: the runs.
-        tag: a moment, or ``all``: each moment, and each model's moments overlaid.
-        analyses: only these.
+        entries: The runs.
+        tag: A moment, or ``all``: each moment, and each model's moments overlaid.
+        analyses: Analyses to draw; None for all.
         group_by: ``model`` (an experiment) or ``run``.
-        allow_different: overlay results whose cards differ, the differing keys in their names.
+        allow_different: Overlay results whose cards differ, the differing keys in their names.
     """
-    found: dict[tuple[str, str, str], dict[str, list[tuple[Entry, Measured]]]] = {}
+    results_by_figure: dict[tuple[str, str, str], dict[str, list[tuple[Entry, Measured]]]] = {}
     for entry in entries:
         if entry.superseded:
             continue
         label = entry.label if group_by == "model" else f"{entry.label}, {entry.id}"
         for m in entry.results:
             if not m.error and (tag == "all" or m.tag == tag) and (analyses is None or m.analysis in analyses):
-                found.setdefault((m.analysis, m.measure, m.tag), {}).setdefault(label, []).append((entry, m))
-    made: list[Panel] = []
-    for (analysis, _, when), by_label in sorted(found.items(), key=lambda item: (item[0][0], moment(item[0][2]))):
-        made += _of_moment(analysis, when, by_label, allow_different)
-    made += _along_training(found) if tag == "all" else []
-    taken: set[str] = set()
-    for index, panel in enumerate(made):  # two measures under one analysis's name
-        name = panel.name if panel.name not in taken else f"{panel.name}-{panel.curves[0].measured.measure}"
-        taken.add(name)
-        made[index] = replace(panel, name=name)
-    return made
+                results_by_figure.setdefault((m.analysis, m.measure, m.tag), {}).setdefault(label, []).append(
+                    (entry, m)
+                )
+    planned: list[Panel] = []
+    for (analysis, _, result_tag), by_label in sorted(
+        results_by_figure.items(), key=lambda item: (item[0][0], moment(item[0][2]))
+    ):
+        planned += _panels_of_moment(analysis, result_tag, by_label, allow_different)
+    planned += _panels_along_training(results_by_figure) if tag == "all" else []
+    used_names: set[str] = set()
+    for index, panel in enumerate(planned):  # two measures under one analysis's name
+        name = panel.name if panel.name not in used_names else f"{panel.name}-{panel.curves[0].measured.measure}"
+        used_names.add(name)
+        planned[index] = replace(panel, name=name)
+    return planned
 
 
-def absent(entries: Sequence[Entry], analyses: Sequence[str], tag: str) -> list[Problem]:
-    """Return what runs lack of the named analyses at a moment."""
+def missing_results(entries: Sequence[Entry], analyses: Sequence[str], tag: str) -> list[Problem]:
+    """Return a problem for each named analysis that a run does not have at a moment."""
     problems = []
     for entry in entries:
         for analysis in analyses if not entry.superseded else ():
-            found = [m for m in entry.results if m.analysis == analysis and tag in (m.tag, "all")]
-            if not any(not m.error for m in found):
-                kind, why = (FAILED, found[-1].error) if found else (MISSING, f"not measured at {tag}")
-                problems.append(Problem(kind, f"run {entry.id}", analysis, why))
+            attempts = [m for m in entry.results if m.analysis == analysis and tag in (m.tag, "all")]
+            if not any(not m.error for m in attempts):
+                kind, reason = (FAILED, attempts[-1].error) if attempts else (MISSING, f"not measured at {tag}")
+                problems.append(Problem(kind, f"run {entry.id}", analysis, reason))
     return problems
 
 
-def _of_moment(
+def _panels_of_moment(
     analysis: str, tag: str, by_label: Mapping[str, Sequence[tuple[Entry, Measured]]], allow_different: bool
 ) -> list[Panel]:
     classes: dict[Conditions, dict[str, list[tuple[Entry, Measured]]]] = {}
@@ -116,12 +120,16 @@ def _of_moment(
     keys = differing(classes)
     ordered = sorted(classes.items(), key=lambda item: -len(item[1]))
     if allow_different and keys:
-        merged = {f"{lab}, {stated(key, keys)}": found for key, labels in ordered for lab, found in labels.items()}
+        merged = {
+            f"{label}, {stated(key, keys)}": labeled_results
+            for key, labels in ordered
+            for label, labeled_results in labels.items()
+        }
         ordered, notice = [((), merged)], f"Objective cards differ in {', '.join(keys)} (overlaid as asked)."
         keys = []
     else:
         notice = ""
-    made = []
+    planned = []
     for index, (key, labels) in enumerate(ordered):
         stem = f"{analysis}-{tag}" + (f"-{index + 1}" if len(ordered) > 1 else "")
         if keys:
@@ -129,19 +137,19 @@ def _of_moment(
                 f"Shown apart: objective cards differ in {', '.join(keys)}; here {stated(key, keys)}. "
                 "allow_different=true overlays them all the same."
             )
-        curves = [curve_of(label, found) for label, found in labels.items()]
-        made += _spread(Panel(stem, analysis, tag, tuple(curves), notice))
-    return made
+        curves = [curve_of(label, labeled_results) for label, labeled_results in labels.items()]
+        planned += _divide(Panel(stem, analysis, tag, tuple(curves), notice))
+    return planned
 
 
-def curve_of(label: str, found: Sequence[tuple[Entry, Measured]]) -> Curve:
+def curve_of(label: str, results: Sequence[tuple[Entry, Measured]]) -> Curve:
     """Return the curve of an experiment's results: the newest of each run, the lowest seed drawn."""
-    newest: dict[str, tuple[Entry, Measured]] = {entry.id: (entry, m) for entry, m in found}  # results are by age
+    newest: dict[str, tuple[Entry, Measured]] = {entry.id: (entry, m) for entry, m in results}  # results are by age
     first, *others = sorted(newest.values(), key=lambda pair: (pair[0].seed, pair[0].id))
     return Curve(label, *first, tuple(others))
 
 
-def _spread(panel: Panel) -> list[Panel]:
+def _divide(panel: Panel) -> list[Panel]:
     """Divide a crowded panel; its parts have nearly equal numbers of curves."""
     n = len(panel.curves)
     parts = -(-n // PER_FIGURE)
@@ -154,23 +162,23 @@ def _spread(panel: Panel) -> list[Panel]:
     ]
 
 
-def _along_training(
-    found: Mapping[tuple[str, str, str], Mapping[str, Sequence[tuple[Entry, Measured]]]],
+def _panels_along_training(
+    results_by_figure: Mapping[tuple[str, str, str], Mapping[str, Sequence[tuple[Entry, Measured]]]],
 ) -> list[Panel]:
     moments: dict[tuple[str, str], list[tuple[str, Entry, Measured]]] = {}
-    for (analysis, _, tag), by_label in sorted(found.items(), key=lambda item: moment(item[0][2])):
+    for (analysis, _, tag), by_label in sorted(results_by_figure.items(), key=lambda item: moment(item[0][2])):
         for label, results in by_label.items():
             curve = curve_of(label, results)
             moments.setdefault((analysis, label), []).append((tag, curve.entry, curve.measured))
-    made = []
+    planned = []
     for (analysis, label), steps in moments.items():
         run = steps[0][1].id
         curves = tuple(Curve(tag, entry, m) for tag, entry, m in steps if entry.id == run)
         if len(curves) > 1:
-            made += _spread(
+            planned += _divide(
                 Panel(f"{analysis}-training-{slug(label)}", analysis, "training", curves, f"{label}, {run}")
             )
-    return made
+    return planned
 
 
 def slug(text: str) -> str:

@@ -1,4 +1,4 @@
-"""Figures drawn from result files, in this process or in others. Imports little: each process pays for it."""
+"""Draw figures from result files, in this process or in a second one, which is why this module imports little."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from vitscope.runs import result_store
 from vitscope.runtime.errors import StorageError, first_line
 from vitscope.runtime.progress import track
 
-#: from this many figures on, another process helps (starting one costs as much as drawing a few)
-MANY = 10
+#: number of figures from which on a second process draws too (starting it costs as much as drawing a few)
+PARALLEL_FROM = 10
 
 
 @dataclass(frozen=True)
@@ -28,10 +28,10 @@ class Job:
     """A figure to draw.
 
     Attributes:
-        stem: of its files.
-        files: the results by their names in the figure.
-        options: of the room's plot function.
-        pdf: whether to write it for print too.
+        stem: Path of the figure's files without their suffix.
+        files: Result files by their names in the figure.
+        options: Keyword arguments of the measure's plot function.
+        pdf: Whether to write it for print too.
     """
 
     stem: Path
@@ -45,12 +45,12 @@ class Picture:
     """A figure on disk.
 
     Attributes:
-        png: the picture; None where it could not be drawn.
-        pdf: the same for print; None where it was not asked for.
-        labels: of the results in it.
-        lost: why results that belong in it are not.
-        interactive: a plotly figure as JSON, where the room has one.
-        problem: why there is no picture.
+        png: File of the picture; None if it could not be drawn.
+        pdf: File for print; None if it was not requested.
+        labels: Names of the results in the figure.
+        lost: Reasons why results were left out, one text a result.
+        interactive: A plotly figure as JSON; None if the measure has none.
+        problem: Reason why there is no picture; empty if there is one.
     """
 
     png: Path | None = None
@@ -67,19 +67,19 @@ def drawing(jobs: Sequence[Job]) -> Iterator[Callable[[], list[Picture]]]:
 
     The caller's process draws too once it waits: a third would cost more memory than a report may take.
     """
-    if len(jobs) < MANY or (os.cpu_count() or 1) < 2:
+    if len(jobs) < PARALLEL_FROM or (os.cpu_count() or 1) < 2:
         yield lambda: [draw(job) for job in track(jobs, "figures")]
         return
     # spawned, not forked: torch's threads do not survive a fork
     pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _leave_signals_to_the_parent)
     try:
         futures = [pool.submit(draw, job) for job in jobs]
-        yield lambda: _shared(jobs, futures)
+        yield lambda: _draw_alongside(jobs, futures)
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def _shared(jobs: Sequence[Job], futures: Sequence[Future[Picture]]) -> list[Picture]:
+def _draw_alongside(jobs: Sequence[Job], futures: Sequence[Future[Picture]]) -> list[Picture]:
     """Draw from the end what the other process has not begun, then wait for what it has."""
     pictures: dict[int, Picture] = {}
     for index in track(range(len(jobs) - 1, -1, -1), "figures"):
@@ -93,7 +93,7 @@ def draw(job: Job) -> Picture:
     A damaged result is left out and named; a figure that cannot be drawn is a picture with a problem.
 
     Raises:
-        StorageError: the folder cannot be written.
+        StorageError: The folder cannot be written.
     """
     loaded: dict[str, Any] = {}
     lost: list[str] = []
@@ -110,8 +110,8 @@ def draw(job: Job) -> Picture:
             figure = plot(loaded, allow_different=True, **job.options)
             png, *pdf = save_figure(figure, job.stem, formats=("png", "pdf") if job.pdf else ("png",))
     except OSError as error:
-        where = job.stem.parent
-        raise StorageError("out", where, f"not writable ({error.strerror})", "free space or choose another") from None
+        folder = job.stem.parent
+        raise StorageError("out", folder, f"not writable ({error.strerror})", "free space or choose another") from None
     except Exception as error:  # one figure that cannot be drawn must not cost the report
         problem = f"not drawn: {type(error).__name__}: {first_line(error)}"
         return Picture(lost=tuple(lost), problem=problem)
@@ -119,13 +119,13 @@ def draw(job: Job) -> Picture:
 
 
 def _interactive(named: Mapping[str, Any]) -> str | None:
-    """Return the room's plotly figure of these results, where it offers one."""
-    room, _, measure = type(next(iter(named.values()))).__module__.rpartition(".")
-    make = getattr(importlib.import_module(f"{room}.plot"), f"plotly_{measure}", None)
-    if make is None:
+    """Return the plotly figure of these results as JSON, None if their measure's subpackage has none."""
+    topic, _, measure = type(next(iter(named.values()))).__module__.rpartition(".")
+    plot_interactively = getattr(importlib.import_module(f"{topic}.plot"), f"plotly_{measure}", None)
+    if plot_interactively is None:
         return None
     try:
-        figure = make(named)
+        figure = plot_interactively(named)
         figure.update_layout(template="none")
         return figure.to_json()
     except Exception as error:

@@ -1,4 +1,4 @@
-"""`report.html`: one file that opens from disk with no network: tables, claims, figures with their cards, runs compared."""
+"""Write `report.html`, one file that opens without a network: tables, claims, figures with their cards, a comparison of runs."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from vitscope.reports.tables.table import Cell, Problem, Table
 from vitscope.runs import result_store
 from vitscope.runtime import atomic_write
 
-#: CSS pixels an inch of a figure is shown at, and the dots an inch that it was saved with
+#: resolution of figures on the page (CSS pixels per inch) and in their files (dots per inch)
 SHOWN_DPI, SAVED_DPI = 116, 300
 
 #: pixels of the widest picture on the page: a screen shows no more; the files keep all
@@ -49,18 +49,18 @@ TEMPLATES = Path(__file__).parent / "templates"
 
 @dataclass(frozen=True)
 class PageFigure:
-    """A figure as the template wants it.
+    """A figure as the template shows it.
 
     Attributes:
-        drawn: what it is.
-        picture: the PNG as a data address; empty where there is none.
-        width: in CSS pixels.
-        height: likewise.
-        shared: the card's values that all curves share.
-        differing: the card's keys in which they differ.
+        drawn: The panel and its files.
+        picture: The PNG as a data address; empty where there is none.
+        width: Width in CSS pixels.
+        height: Height in CSS pixels.
+        shared: The card's values that all curves share.
+        differing: The card's keys in which they differ.
         cards: ``(label, run, {key: value})`` of each curve: what differs and the provenance.
-        heads: of the table of numbers over seeds.
-        numbers: its rows.
+        heads: Headings of the table of numbers over seeds.
+        numbers: Rows of that table.
     """
 
     drawn: DrawnPanel
@@ -75,7 +75,7 @@ class PageFigure:
 
     @property
     def narrow(self) -> bool:
-        """Whether there is room for text beside the picture."""
+        """Whether text fits beside the picture."""
         return 0 < self.width <= NARROW
 
 
@@ -90,11 +90,11 @@ def write(
     """Write the page; return its path.
 
     Raises:
-        StorageError: the folder cannot be written.
+        StorageError: The folder cannot be written.
     """
-    shown: dict[str, list[PageFigure]] = {}
+    sections: dict[str, list[PageFigure]] = {}
     for figure in drawn:
-        shown.setdefault(figure.panel.analysis, []).append(_shown(figure))
+        sections.setdefault(figure.panel.analysis, []).append(_page_figure(figure))
     compared = comparison(entries)
     interactive = any(figure.picture.interactive for figure in drawn) or any(run["curves"] for run in compared["runs"])
     counting = [entry for entry in entries if not entry.superseded]
@@ -113,7 +113,7 @@ def write(
         claims_note=tables["claims"].note,
         measured=sum(j.verdict != NOT_MEASURED for j in judged),
         said=effect_text,
-        sections=shown,
+        sections=sections,
         problems=problems,
         entries=entries,
         compared=_script_json(compared),
@@ -164,13 +164,13 @@ def anchor(text: str) -> str:
     return "".join(c if c.isalnum() and c.isascii() else "-" for c in text).strip("-").lower()
 
 
-def _shown(drawn: DrawnPanel) -> PageFigure:
+def _page_figure(drawn: DrawnPanel) -> PageFigure:
     picture, width, height = "", 0, 0
     if drawn.picture.png is not None:
         picture, width, height = _embedded(drawn.picture.png)
     curves = drawn.panel.curves
-    shared, differing = figure_captions.common(curves) if curves else ({}, [])
-    heads, numbers = figure_captions.numbers(drawn.panel)
+    shared, differing = figure_captions.shared_conditions(curves) if curves else ({}, [])
+    heads, numbers = figure_captions.numbers_over_seeds(drawn.panel)
     cards = [(curve.label, curve.entry.id, _card(curve, differing)) for curve in curves]
     return PageFigure(drawn, picture, width, height, shared, differing, cards, heads, numbers)
 

@@ -1,4 +1,4 @@
-"""Figures of numbers of runs: one over another, or over a key of the configuration; means over seeds with intervals."""
+"""Scatter figures: a number of each run over another one or over a configuration key, as means over seeds with intervals."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from vitscope.plotting.style import MARKERS
 from vitscope.reports.run_index import Entry
 from vitscope.reports.tables.headline_tables import n_msa
 from vitscope.reports.tables.table import Cell, Problem, Table, over_seeds
-from vitscope.reports.value_lookup import Selection, Value, of_result
+from vitscope.reports.value_lookup import Selection, Value, scalar_of_result
 from vitscope.stats.t_tests import Interval
 
-#: what stands at the axes
+#: axis labels by metric, scalar or configuration key
 WORDS = {
     "1-test/accuracy": "test error",
     "test/accuracy": "test accuracy",
@@ -45,10 +45,10 @@ class Point:
     """One experiment.
 
     Attributes:
-        series: what it is connected with: its model, without the key on the x axis.
-        label: its name in the report.
-        x: a number's interval over seeds, or the key's value.
-        y: an interval a quantity; None where there is no number.
+        series: Name of the line that connects it: its model, without the key on the x axis.
+        label: Name of the experiment in the report.
+        x: A number's interval over seeds, or the key's value.
+        y: An interval a quantity; None where there is no number.
     """
 
     series: str
@@ -64,59 +64,65 @@ def collect(selection: Selection, x: str, y: Sequence[str], name: str) -> tuple[
     (``hessian.average_positive_eigenvalue``), or a dotted key of the configuration or ``objective``, its name (x only).
 
     Args:
-        selection: the runs.
-        x: the quantity below.
-        y: the quantities of the panels.
-        name: of the table.
+        selection: The runs.
+        x: The quantity below.
+        y: The quantities of the panels.
+        name: Name of the table and stem of its files.
     """
     points: list[Point] = []
     rows: list[tuple[Cell, ...]] = []
     problems: list[Problem] = []
     groups = list(selection.groups(lambda entry: entry.trained).values())
     keyed = any(x in _keys(entry) for runs in groups for entry in runs.values())
-    read = y if keyed else (x, *y)
+    quantities = y if keyed else (x, *y)
     for runs in groups:
         first = runs[min(runs)]
         cells = []
-        for quantity in read:
-            values = {f"run {entry.id}": value(selection, entry, quantity) for entry in runs.values()}
-            cell, found = over_seeds(values, quantity, ".4g", len(runs))
+        for quantity in quantities:
+            values = {f"run {entry.id}": value_of(selection, entry, quantity) for entry in runs.values()}
+            cell, cell_problems = over_seeds(values, quantity, ".4g", len(runs))
             cells.append(cell)
-            problems += found
+            problems += cell_problems
         key = _keys(first).get(x) if keyed else None
         intervals = [cell.interval for cell in cells]
-        at, heights = (key, intervals) if keyed else (intervals[0], intervals[1:])
-        points.append(Point(_series(first, x), first.label, at, tuple(heights)))
-        rows.append((Cell(first.label), *([Cell(_said(key))] if keyed else []), *cells))
+        position, heights = (key, intervals) if keyed else (intervals[0], intervals[1:])
+        points.append(Point(_series(first, x), first.label, position, tuple(heights)))
+        rows.append((Cell(first.label), *([Cell(_key_text(key))] if keyed else []), *cells))
     columns = ("model", x, *y)
     note = "Means over seeds ± half of the 95% t-interval where there are several that differ."
     return points, Table(
-        name, f"{', '.join(map(word, y))} over {word(x)}", columns, columns, tuple(rows), note, tuple(problems)
+        name,
+        f"{', '.join(map(axis_label, y))} over {axis_label(x)}",
+        columns,
+        columns,
+        tuple(rows),
+        note,
+        tuple(problems),
     )
 
 
-def value(selection: Selection, entry: Entry, quantity: str) -> Value:
+def value_of(selection: Selection, entry: Entry, quantity: str) -> Value:
     """Return one number of one run, or why there is none."""
     if quantity.startswith("1-"):
-        found = value(selection, entry, quantity[2:])
-        return found if found.number is None else Value(1 - found.number)
+        complement = value_of(selection, entry, quantity[2:])
+        return complement if complement.number is None else Value(1 - complement.number)
     if "/" in quantity:
         return selection.metric(entry, quantity)
     analysis, _, scalar = quantity.partition(".")
-    measured, why = selection.of_analysis(entry, analysis)
-    return why if measured is None else of_result(measured, scalar)
+    measured, no_value = selection.of_analysis(entry, analysis)
+    return no_value if measured is None else scalar_of_result(measured, scalar)
 
 
 def draw(points: Sequence[Point], x: str, y: Sequence[str]) -> Figure:
     """Draw a panel a quantity; experiments of one model are connected where x is a key of the configuration.
 
     Args:
-        points: at least one with a number.
-        x: for the axis.
-        y: for the panels.
+        points: Experiments, at least one of them with a number.
+        x: Quantity of the x axis.
+        y: Quantities of the panels.
 
     Raises:
-        ValueError: no point.
+        ValueError: No point.
     """
     if not points:
         raise ValueError("Expected at least one experiment, received none.")
@@ -126,23 +132,25 @@ def draw(points: Sequence[Point], x: str, y: Sequence[str]) -> Figure:
         figure = Figure(figsize=(max(3.4, 2.6 * len(y)), 2.3 + 0.16 * rows))
         axes = figure.subplots(1, len(y), squeeze=False)[0]
         for panel, (ax, quantity) in enumerate(zip(axes, y)):
-            _panel(ax, points, panel, x, series)
-            ax.set_ylabel(word(quantity).replace(" (", "\n("))
-            ax.set_xlabel(word(x))
+            _draw_panel(ax, points, panel, x, series)
+            ax.set_ylabel(axis_label(quantity).replace(" (", "\n("))
+            ax.set_xlabel(axis_label(x))
         figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=2, frameon=False)
     return figure
 
 
-def _panel(ax: Axes, points: Sequence[Point], panel: int, x: str, series: Sequence[str]) -> None:
+def _draw_panel(ax: Axes, points: Sequence[Point], panel: int, x: str, series: Sequence[str]) -> None:
     measured = any(isinstance(point.x, Interval) for point in points)
     categories = [] if measured else _categories(points)
     for number, name in enumerate(series):
-        own = [p for p in points if p.series == name and p.y[panel] is not None and (p.x is not None or not measured)]
-        at = [_place(p.x, categories) for p in own]
-        order = sorted(range(len(own)), key=lambda i: at[i])
-        heights = [h for i in order if (h := own[i].y[panel]) is not None]
-        xerr = [_width(p.x) for p in (own[i] for i in order)] if measured else None
-        ax.errorbar([at[i] for i in order], [h.mean for h in heights], yerr=[_width(h) for h in heights], xerr=xerr,
+        series_points = [
+            p for p in points if p.series == name and p.y[panel] is not None and (p.x is not None or not measured)
+        ]
+        positions = [_place(p.x, categories) for p in series_points]
+        order = sorted(range(len(series_points)), key=lambda i: positions[i])
+        heights = [h for i in order if (h := series_points[i].y[panel]) is not None]
+        xerr = [_width(p.x) for p in (series_points[i] for i in order)] if measured else None
+        ax.errorbar([positions[i] for i in order], [h.mean for h in heights], yerr=[_width(h) for h in heights], xerr=xerr,
                     fmt=MARKERS[number % len(MARKERS)], linestyle="none" if measured else "-", label=name)  # fmt: skip
     if categories:
         ax.set_xticks(range(len(categories)), categories, rotation=30 if max(map(len, categories)) > 6 else 0)
@@ -159,18 +167,18 @@ def _categories(points: Sequence[Point]) -> list[str]:
     if all(isinstance(v, int | float) and not isinstance(v, bool) for v in values):
         return []
     numbers = sorted({v for v in values if isinstance(v, int | float)})
-    others = dict.fromkeys(_said(v) for v in values if not isinstance(v, int | float))
-    return [*map(_said, numbers), *others]
+    others = dict.fromkeys(_key_text(v) for v in values if not isinstance(v, int | float))
+    return [*map(_key_text, numbers), *others]
 
 
 def _place(x: Any, categories: Sequence[str]) -> float:
     if isinstance(x, Interval):
         return x.mean
-    return float(categories.index(_said(x))) if categories else float(x)
+    return float(categories.index(_key_text(x))) if categories else float(x)
 
 
-def _width(found: Interval | None) -> float:
-    return found.half_width if found is not None and found.half_width > 0 else 0.0
+def _width(interval: Interval | None) -> float:
+    return interval.half_width if interval is not None and interval.half_width > 0 else 0.0
 
 
 def _keys(entry: Entry) -> Mapping[str, Any]:
@@ -188,7 +196,7 @@ def _series(entry: Entry, x: str) -> str:
     return ", ".join([name, *(part for part in rest if part.partition(" ")[0] not in keys)])
 
 
-def word(quantity: str) -> str:
+def axis_label(quantity: str) -> str:
     """Return a quantity as it stands at an axis."""
     analysis, _, scalar = quantity.partition(".")
     if quantity in WORDS:
@@ -198,7 +206,7 @@ def word(quantity: str) -> str:
     return (scalar or analysis).replace("_", " ")
 
 
-def _said(value: Any) -> str:
+def _key_text(value: Any) -> str:
     if isinstance(value, list | tuple):
         return "".join(map(str, value)) if all(isinstance(v, int) and v < 10 for v in value) else str(value)
     return "default" if value is None else f"{value:g}" if isinstance(value, float) else str(value)

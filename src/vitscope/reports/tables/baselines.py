@@ -1,4 +1,4 @@
-"""What a trained model is held against: the same model at initialisation, and the same model trained on random labels."""
+"""Baselines of a trained model: the same model at initialization, and the same model trained on random labels."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from vitscope.reports.run_index import Entry, Measured, differing
 from vitscope.reports.tables.table import Problem
 from vitscope.reports.value_lookup import MISSING
 
-Found = list[tuple[Entry, Measured]]
+LabeledResults = list[tuple[Entry, Measured]]
 
-TRAINED, INITIAL, RANDOM = "trained", "at initialisation", "trained on random labels"
+TRAINED, INITIAL, RANDOM = "trained", "at initialization", "trained on random labels"
 
-#: how each comes about
+#: command or setting that produces each baseline
 REMEDIES = {
     INITIAL: "python analyze.py run=runs/{run} ckpt=init 'analysis=[{analysis}]'",
     RANDOM: "train the same with data.random_labels=true",
@@ -29,40 +29,42 @@ def panels(
     A baseline that was not measured under the conditions of the trained model's result is left out and named.
 
     Args:
-        entries: the runs.
-        analyses: only these; None for all of which at least one baseline was measured.
-        allow_different: take baselines whose objective cards differ.
+        entries: The runs.
+        analyses: Analyses to draw; None for all of which at least one baseline was measured.
+        allow_different: Take baselines whose objective cards differ.
     """
-    made: list[Panel] = []
+    planned: list[Panel] = []
     problems: list[Problem] = []
-    for (_, analysis), found in _by_model(entries, analyses).items():
-        curves = [curve_of(TRAINED, found[TRAINED])]
+    for (_, analysis), results_by_role in _by_model(entries, analyses).items():
+        curves = [curve_of(TRAINED, results_by_role[TRAINED])]
         first = curves[0]
         for role in (INITIAL, RANDOM):
-            like = [
-                pair for pair in found.get(role, ())
+            matching = [
+                pair for pair in results_by_role.get(role, ())
                 if allow_different or pair[1].conditions() == first.measured.conditions()
             ]  # fmt: skip
-            if like:
-                curves.append(curve_of(role, like))
+            if matching:
+                curves.append(curve_of(role, matching))
             else:
-                others = [pair[1].conditions() for pair in found.get(role, ())]
+                others = [pair[1].conditions() for pair in results_by_role.get(role, ())]
                 keys = ", ".join(differing([first.measured.conditions(), *others]))
-                why = f"measured under another objective card ({keys})" if others else ""
+                reason = f"measured under another objective card ({keys})" if others else ""
                 remedy = REMEDIES[role].format(run=first.entry.id, analysis=analysis)
                 problems.append(
-                    Problem(MISSING, f"run {first.entry.id}", f"{analysis} {role}", why or f"to have it: {remedy}")
+                    Problem(MISSING, f"run {first.entry.id}", f"{analysis} {role}", reason or f"to have it: {remedy}")
                 )
         if len(curves) > 1:
             name = first.entry.label.replace(f", {experiment_identity.WORDS['data.random_labels'][False]}", "")
-            made.append(Panel(f"{analysis}-baselines-{slug(name)}", analysis, "baselines", tuple(curves), name))
-    asked = {panel.analysis for panel in made} if analyses is None else set(analyses)
-    return made, [p for p in problems if p.metric.partition(" ")[0] in asked]
+            planned.append(Panel(f"{analysis}-baselines-{slug(name)}", analysis, "baselines", tuple(curves), name))
+    analyses_shown = {panel.analysis for panel in planned} if analyses is None else set(analyses)
+    return planned, [p for p in problems if p.metric.partition(" ")[0] in analyses_shown]
 
 
-def _by_model(entries: Sequence[Entry], analyses: Sequence[str] | None) -> Mapping[tuple[str, str], dict[str, Found]]:
+def _by_model(
+    entries: Sequence[Entry], analyses: Sequence[str] | None
+) -> Mapping[tuple[str, str], dict[str, LabeledResults]]:
     """Return the results of each (model, analysis) by role; models without a trained result are left out."""
-    models: dict[tuple[str, str], dict[str, Found]] = {}
+    models: dict[tuple[str, str], dict[str, LabeledResults]] = {}
     for entry in entries:
         if entry.superseded:
             continue
@@ -77,4 +79,4 @@ def _by_model(entries: Sequence[Entry], analyses: Sequence[str] | None) -> Mappi
                 continue
             role = RANDOM if random else {"init": INITIAL, "end": TRAINED}[m.tag]
             models.setdefault((key, m.analysis), {}).setdefault(role, []).append((entry, m))
-    return {key: found for key, found in models.items() if TRAINED in found}
+    return {key: results_by_role for key, results_by_role in models.items() if TRAINED in results_by_role}

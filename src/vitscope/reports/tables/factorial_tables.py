@@ -11,10 +11,17 @@ from dataclasses import replace
 from pathlib import Path
 
 from vitscope.plotting.api import save_figure
-from vitscope.reports.claims.factorial_analysis import CONDITIONS, OBJECTIVES, QUANTITIES, Answer, Effect, answer
+from vitscope.reports.claims.factorial_analysis import (
+    CONDITIONS,
+    OBJECTIVES,
+    QUANTITIES,
+    Effect,
+    FactorialResult,
+    analyze_factors,
+)
 from vitscope.reports.claims.factorial_runs import MODELS
 from vitscope.reports.figures import factorial_figure
-from vitscope.reports.tables.table import Cell, Problem, Table, shown
+from vitscope.reports.tables.table import Cell, Problem, Table, interval_text
 from vitscope.reports.value_lookup import MISSING, Selection
 from vitscope.runtime.errors import StorageError
 from vitscope.stats.intervals import LEAST_IMAGES
@@ -37,46 +44,46 @@ def write_factorial_tables(selection: Selection, folder: Path) -> dict[str, Tabl
     """Return both tables of the runs by name, the figure (``factors.png`` and ``.pdf``) drawn into ``folder``.
 
     Raises:
-        StorageError: the folder cannot be written.
+        StorageError: The folder cannot be written.
     """
-    found = answer(selection)
-    by_name = {table.name: table for table in tables(found)}
-    if found is not None and found.values:
+    result = analyze_factors(selection)
+    by_name = {table.name: table for table in tables(result)}
+    if result is not None and result.values:
         try:
-            picture, *_ = save_figure(factorial_figure.draw(found), folder / "factors")
+            picture, *_ = save_figure(factorial_figure.draw(result), folder / "factors")
         except OSError as error:
             raise StorageError("out", folder, f"not writable ({error.strerror})", "choose another") from None
         by_name["factors"] = replace(by_name["factors"], picture=picture)
     return by_name
 
 
-def tables(found: Answer | None) -> list[Table]:
+def tables(result: FactorialResult | None) -> list[Table]:
     """Return `conditions` and `factors`; both without rows, and with the problem named, where there is no answer."""
-    problems = (NOTHING,) if found is None else found.problems
+    problems = (NOTHING,) if result is None else result.problems
     return [
-        _table("conditions", "Who looks flatter", _condition_heads(), _condition_rows(found), _notes(found), problems),
-        _table("factors", "Which factor decides who looks flatter", _FACTOR_HEADS, _factor_rows(found), _verdicts(found),
+        _table("conditions", "Who looks flatter", _condition_heads(), _condition_rows(result), _notes(result), problems),
+        _table("factors", "Which factor decides who looks flatter", _FACTOR_HEADS, _factor_rows(result), _verdicts(result),
                problems),
     ]  # fmt: skip
 
 
-def switch(effect: Effect) -> str:
+def switch_text(effect: Effect) -> str:
     """Return in words what is switched."""
     return SWITCHES.get(effect.factor, f"{OBJECTIVES[effect.l2].removeprefix('NLL ')}, not NLL alone")
 
 
-def verdict(found: Answer, quantity: str, l2: str) -> str:
+def verdict_sentence(result: FactorialResult, quantity: str, l2: str) -> str:
     """Return a sentence: who looks flatter how often, and which factor the difference between the models follows most."""
-    of_it = [e for e in found.effects if (e.quantity, e.l2) == (quantity, l2)]
-    if not all(math.isfinite(e.share) for e in of_it):
+    effects = [e for e in result.effects if (e.quantity, e.l2) == (quantity, l2)]
+    if not all(math.isfinite(e.share) for e in effects):
         return ""
     title = next(q.title for q in QUANTITIES if q.key == quantity)
-    lower, most = found.lower(quantity, l2), max(of_it, key=lambda e: e.share)
-    rest = 1 - sum(e.share for e in of_it)
-    led = f"{most.factor} makes {most.share:.0%} of how the difference varies"
+    lower, most = result.lower(quantity, l2), max(effects, key=lambda e: e.share)
+    rest = 1 - sum(e.share for e in effects)
+    conclusion = f"{most.factor} makes {most.share:.0%} of how the difference varies"
     if rest > most.share:
-        led = f"no factor alone: interactions make {rest:.0%} of how the difference varies"
-    return f"{title}, {OBJECTIVES[l2]}: {MODELS['vit']} looks flatter in {lower} of 8 conditions; {led}."
+        conclusion = f"no factor alone: interactions make {rest:.0%} of how the difference varies"
+    return f"{title}, {OBJECTIVES[l2]}: {MODELS['vit']} looks flatter in {lower} of 8 conditions; {conclusion}."
 
 
 _FACTOR_HEADS = (
@@ -105,28 +112,28 @@ def _condition_heads() -> list[tuple[str, str]]:
     return heads
 
 
-def _condition_rows(found: Answer | None) -> list[tuple[Cell, ...]]:
-    if found is None:
+def _condition_rows(result: FactorialResult | None) -> list[tuple[Cell, ...]]:
+    if result is None:
         return []
     rows = []
     for c in CONDITIONS:
         cells = [Cell(f"{c[0]}, {c[1]}, {OBJECTIVES[c[2]]}")]
         for q in QUANTITIES:
-            three = [found.values.get((q.key, c, column)) for column in (*MODELS, "difference")]
-            word = found.undefined.get((q.key, c), "")
+            three = [result.values.get((q.key, c, column)) for column in (*MODELS, "difference")]
+            word = result.undefined.get((q.key, c), "")
             cells += [_cell(value, c[2] in q.objectives, word) for value in three]
             cells.append(Cell(_flatter(three[2])))
         rows.append(tuple(cells))
     return rows
 
 
-def _factor_rows(found: Answer | None) -> list[tuple[Cell, ...]]:
+def _factor_rows(result: FactorialResult | None) -> list[tuple[Cell, ...]]:
     titles = {q.key: q.title for q in QUANTITIES}
     rows = []
-    words = {quantity: word for (quantity, _), word in found.undefined.items()} if found is not None else {}
-    for e in found.effects if found is not None else ():
+    words = {quantity: word for (quantity, _), word in result.undefined.items()} if result is not None else {}
+    for e in result.effects if result is not None else ():
         share = f"{e.share:.0%}" if math.isfinite(e.share) else "–"
-        texts = (titles[e.quantity], OBJECTIVES[e.l2].removeprefix("NLL + "), switch(e))
+        texts = (titles[e.quantity], OBJECTIVES[e.l2].removeprefix("NLL + "), switch_text(e))
         values = (_cell(value, word=words.get(e.quantity, "")) for value in (e.convnet, e.vit, e.difference))
         rows.append((*map(Cell, texts), *values, Cell(share), Cell(f"{e.flips} of 4" if share != "–" else "–")))
     return rows
@@ -136,7 +143,7 @@ def _cell(value: Interval | None, defined: bool = True, word: str = "") -> Cell:
     if value is None:
         return Cell(MISSING, None, MISSING) if defined else Cell("–")
     if math.isfinite(value.mean):
-        return Cell(shown(value, ".3g"), value)
+        return Cell(interval_text(value, ".3g"), value)
     return Cell(word) if word else Cell("failed", None, "failed")
 
 
@@ -148,11 +155,11 @@ def _flatter(difference: Interval | None) -> str:
     return name if difference.half_width < abs(difference.mean) else f"{name} ?"
 
 
-def _notes(found: Answer | None) -> str:
-    if found is None:
+def _notes(result: FactorialResult | None) -> str:
+    if result is None:
         return "No runs."
-    if len(found.seeds) > 1:
-        sampled = f"± half of the 95% t-interval over {len(found.seeds)} seeds, differences paired by seed."
+    if len(result.seeds) > 1:
+        sampled = f"± half of the 95% t-interval over {len(result.seeds)} seeds, differences paired by seed."
     else:
         parts = ", ".join(f"{q.sampled} ({q.title})" for q in QUANTITIES if q.sampled)
         sampled = (
@@ -160,20 +167,20 @@ def _notes(found: Answer | None) -> str:
             f"trainings; SEEDS=5 does. Differences of APE have none over fewer than {LEAST_IMAGES} mini-batches: they are skewed."
         )
     return (
-        f"{found.labels['convnet']} and {found.labels['vit']}; less is flatter; "
+        f"{result.labels['convnet']} and {result.labels['vit']}; less is flatter; "
         f"? where the interval holds zero, or there is none. {sampled} "
         "Both trainings are measured on the same images, augmented ones by the strong recipe. "
         "APE under wd Σ‖w‖ is not measured: that term curves a tensor by wd/‖w‖ of itself."
     )
 
 
-def _verdicts(found: Answer | None) -> str:
-    if found is None:
+def _verdicts(result: FactorialResult | None) -> str:
+    if result is None:
         return "No runs."
-    pairs = dict.fromkeys((e.quantity, e.l2) for e in found.effects)
-    said = [verdict(found, *pair) for pair in pairs]
+    pairs = dict.fromkeys((e.quantity, e.l2) for e in result.effects)
+    sentences = [verdict_sentence(result, *pair) for pair in pairs]
     return (
         "Effect of switching one factor: mean over the four pairs of conditions that differ in nothing else, for each model and "
         "for the difference (negative: the switch makes ViT look flatter against ConvNet). What the three shares lack of 100% "
-        "are interactions. " + " ".join(filter(None, said))
+        "are interactions. " + " ".join(filter(None, sentences))
     )

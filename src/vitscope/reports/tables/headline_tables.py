@@ -1,4 +1,4 @@
-"""The headline tables: models, curvature, robustness, build-up. A cell that is missing is named, never filled."""
+"""Headline tables: models, curvature, robustness, build-up. Missing cells are listed and left empty; no value is imputed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from vitscope.reports.run_index import Entry
 from vitscope.reports.tables.table import Cell, Problem, Table, over_seeds
 from vitscope.reports.value_lookup import FAILED, MISSING, Selection, Value
 
-#: where a column's number comes from besides measures: the journal, or the model itself
+#: sources of a column's number besides measures: the metrics log, or the model itself
 METRIC, MODEL = "metric", "model"
 
 SPECTRUM = "hessian_max_eigenvalue_spectrum"
@@ -24,11 +24,11 @@ class Column:
     """A column.
 
     Attributes:
-        title: its heading.
+        title: Heading of the column.
         source: ``metric``, ``model``, or a measure's name.
-        key: the metric, ``parameters`` or ``flops``, or the measure's scalar.
-        style: format of its numbers.
-        optional: left out where no run has the measure at all.
+        key: The metric, ``parameters`` or ``flops``, or the measure's scalar.
+        style: Format of its numbers.
+        optional: Left out where no run has the measure at all.
     """
 
     title: str
@@ -101,30 +101,30 @@ def build(
     """Return one of `TABLES`: a row an experiment, means and 95% t-intervals over its seeds.
 
     Args:
-        name: of the table.
-        selection: the runs.
-        costs: parameters and operations of models.
-        expect_models: families that must have a row; one that no run has is a row of missing cells.
-        expect_seeds: seeds that every row must have.
+        name: Name of the table, a key of `TABLES`.
+        selection: The runs.
+        costs: Parameters and operations of models.
+        expect_models: Families that must have a row; one that no run has is a row of missing cells.
+        expect_seeds: Seeds that every row must have.
     """
-    keep = _in_build_up if name == "buildup" else (lambda entry: entry.trained)
-    groups = list(selection.groups(keep).values())
+    accepts = _in_build_up if name == "buildup" else (lambda entry: entry.trained)
+    groups = list(selection.groups(accepts).values())
     if name == "buildup":
         groups.sort(key=lambda runs: (_first(runs).data, sum(n_msa(_first(runs))), n_msa(_first(runs))))
-    columns = [c for c in TABLES[name] if not c.optional or _anyone_has(selection, c)]
-    several = len({entry.data for runs in groups for entry in runs.values()}) > 1
+    columns = [c for c in TABLES[name] if not c.optional or _is_measured(selection, c)]
+    has_several_datasets = len({entry.data for runs in groups for entry in runs.values()}) > 1
     rows: list[tuple[Cell, ...]] = []
     problems: list[Problem] = []
     for runs in groups:
-        cells, found = _row(runs, columns, selection, costs, expect_seeds)
-        rows.append((*_head(name, _first(runs), several), *cells))
-        problems += found
+        cells, row_problems = _row(runs, columns, selection, costs, expect_seeds)
+        rows.append((*_head(name, _first(runs), has_several_datasets), *cells))
+        problems += row_problems
     families = {entry.family for runs in groups for entry in runs.values()}
     for model in [model for model in expect_models if model not in families]:
-        rows.append((*(Cell(t) for t in [model, *[""] * (len(_heading(name, several)) - 1)]),
+        rows.append((*(Cell(t) for t in [model, *[""] * (len(_heading(name, has_several_datasets)) - 1)]),
                      *(Cell(MISSING, None, MISSING) for _ in columns)))  # fmt: skip
         problems += [Problem(MISSING, model, column.id, "no run of this model") for column in columns]
-    head = _heading(name, several)
+    head = _heading(name, has_several_datasets)
     return Table(
         name=name,
         title=TITLES[name],
@@ -136,17 +136,17 @@ def build(
     )
 
 
-def read(column: Column, entry: Entry, selection: Selection, costs: Costs) -> Value:
+def column_value(column: Column, entry: Entry, selection: Selection, costs: Costs) -> Value:
     """Return a column's number of one run, or why there is none."""
     if column.source == METRIC:
         return selection.metric(entry, column.key)
     if column.source == MODEL:
         cost = costs.of(entry)
-        found: Any = getattr(cost, column.key)
+        cost_value: Any = getattr(cost, column.key)
         return (
             Value(None, MISSING if cost.why == UNRECORDED else FAILED, cost.why)
-            if found is None
-            else Value(float(found))
+            if cost_value is None
+            else Value(float(cost_value))
         )
     return selection.scalar(entry, column.source, column.key)
 
@@ -157,11 +157,11 @@ def _row(
     cells, problems = [], []
     absent = [seed for seed in seeds if seed not in runs]
     for column in columns:
-        values = {f"run {entry.id}": read(column, entry, selection, costs) for entry in runs.values()}
+        values = {f"run {entry.id}": column_value(column, entry, selection, costs) for entry in runs.values()}
         values |= {f"{_first(runs).label}, seed {seed}": Value(None, MISSING, "no run") for seed in absent}
-        cell, found = over_seeds(values, column.id, column.style, len(runs) + len(absent))
+        cell, cell_problems = over_seeds(values, column.id, column.style, len(runs) + len(absent))
         cells.append(cell)
-        problems += found
+        problems += cell_problems
     return cells, problems
 
 
@@ -178,10 +178,12 @@ def _first(runs: Mapping[int, Entry]) -> Entry:
     return runs[min(runs)]
 
 
-def _anyone_has(selection: Selection, column: Column) -> bool:
-    """Whether some run has the scalar, or tried and failed."""
-    found = (m for e in selection.entries for m in e.results if m.measure == column.source and m.tag == selection.tag)
-    return any(m.error or column.key in m.scalars for m in found)
+def _is_measured(selection: Selection, column: Column) -> bool:
+    """Return whether some run has the scalar, or a failed analysis of it."""
+    attempts = (
+        m for e in selection.entries for m in e.results if m.measure == column.source and m.tag == selection.tag
+    )
+    return any(m.error or column.key in m.scalars for m in attempts)
 
 
 def _in_build_up(entry: Entry) -> bool:

@@ -17,13 +17,13 @@ from vitscope.stats.t_tests import Interval, t_interval
 
 @dataclass(frozen=True)
 class Problem:
-    """A number that is not there.
+    """A missing number of a report.
 
     Attributes:
         kind: ``missing`` or ``failed``.
-        run: which run, or which row where there is no run.
-        metric: which number.
-        why: in words.
+        run: The run, or the row where there is no run.
+        metric: Name of the missing number.
+        why: Reason in words.
     """
 
     kind: str
@@ -41,8 +41,8 @@ class Cell:
     """A number of one row: text, or a mean over seeds.
 
     Attributes:
-        text: as it is printed.
-        interval: mean, half width and number of seeds; None for text.
+        text: The cell as it is printed.
+        interval: Mean, half width and number of seeds; None for text.
         problem: ``missing`` or ``failed`` where no seed has a number, or where some lack one.
     """
 
@@ -56,14 +56,14 @@ class Table:
     """Rows of cells.
 
     Attributes:
-        name: of the files.
-        title: in words.
-        columns: headings; the first column names the row.
-        rows: one list of cells a row, the first being the name.
-        note: what the numbers are, and over what.
-        problems: every number that is missing or failed.
-        ids: keys of the columns for the CSV file.
-        picture: its figure on disk, where it has one.
+        name: Stem of the table's files.
+        title: Heading above the table.
+        columns: Headings; the first column names the row.
+        rows: One list of cells a row, the first being the name.
+        note: Definition of the numbers and of the sample that they are taken over.
+        problems: Every number that is missing or failed.
+        ids: Keys of the columns for the CSV file.
+        picture: File of the table's figure; None if it has none.
     """
 
     name: str
@@ -83,10 +83,10 @@ def over_seeds(values: Mapping[str, Value], metric: str, style: str, expected: i
     measure's definition gives no number, nothing is wrong: the cell says why, such as ``saturated``.
 
     Args:
-        values: by run.
-        metric: for the names of problems.
-        style: format of a number, such as ``.3f``; ``si`` for counts such as 9.50M.
-        expected: the number of seeds that there should be.
+        values: Value of each run, by the run's name.
+        metric: Name of the number in problems.
+        style: Format of a number, such as ``.3f``; ``si`` for counts such as 9.50M.
+        expected: The number of seeds that there should be.
     """
     problems = [Problem(v.problem, run, metric, v.why) for run, v in values.items() if v.problem]
     numbers = [v.number for v in values.values() if v.number is not None]
@@ -95,29 +95,29 @@ def over_seeds(values: Mapping[str, Value], metric: str, style: str, expected: i
     if not numbers:
         kind = FAILED if any(p.kind == FAILED for p in problems) else MISSING
         return Cell(kind, None, kind), problems
-    found = t_interval(numbers)
-    text = shown(found, style)
+    interval = t_interval(numbers)
+    text = interval_text(interval, style)
     if len(numbers) < expected:
         text += f" ({len(numbers)} of {expected})"
-    return Cell(text, found, problems[0].kind if problems else ""), problems
+    return Cell(text, interval, problems[0].kind if problems else ""), problems
 
 
-def shown(found: Interval, style: str) -> str:
+def interval_text(interval: Interval, style: str) -> str:
     """Return ``mean ± half width``, or ``mean [low, high]``; the mean alone where there is no interval or it has no width.
 
     General styles (``.4g``) give both as many decimals as the smaller needs for two digits.
     """
-    if found.ends is not None:
-        return f"{number(found.mean, style)} [{number(found.low, style)}, {number(found.high, style)}]"
-    if not found.half_width > 0:
-        return number(found.mean, style)
-    if style.endswith("g") and 1e-4 < found.half_width < 1e6:
-        smaller = min(found.half_width, abs(found.mean)) or found.half_width
+    if interval.ends is not None:
+        return f"{number_text(interval.mean, style)} [{number_text(interval.low, style)}, {number_text(interval.high, style)}]"
+    if not interval.half_width > 0:
+        return number_text(interval.mean, style)
+    if style.endswith("g") and 1e-4 < interval.half_width < 1e6:
+        smaller = min(interval.half_width, abs(interval.mean)) or interval.half_width
         style = f".{min(6, max(0, 1 - math.floor(math.log10(smaller))))}f"
-    return f"{number(found.mean, style)} ± {number(found.half_width, style)}"
+    return f"{number_text(interval.mean, style)} ± {number_text(interval.half_width, style)}"
 
 
-def number(value: float, style: str) -> str:
+def number_text(value: float, style: str) -> str:
     """Return one number in a style: a format specification, or ``si`` for counts."""
     if style != "si":
         return format(value, style)
@@ -175,7 +175,7 @@ def write(table: Table, folder: Path) -> list[Path]:
     """Write ``<name>.md``, ``.csv`` and ``.tex``; return the paths.
 
     Raises:
-        StorageError: the folder cannot be written.
+        StorageError: The folder cannot be written.
     """
     texts = {"md": markdown(table), "csv": frame(table).to_csv(index=False), "tex": latex(table)}
     paths = []

@@ -7,7 +7,7 @@
   const cycle = () => ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", isDark() ? "#e4e8ec" : "#000000", isDark() ? "#F0E442" : "#a39a00"];
   const drawn = new Set();
 
-  // ---- figures: drawn when their place is opened, in the colours of the theme
+  // ---- figures: drawn when their place is opened, in the colors of the theme
   const looks = () => {
     const axis = { gridcolor: css("--grid"), zerolinecolor: css("--grid"), linecolor: css("--muted"), color: css("--text"), automargin: true };
     return {
