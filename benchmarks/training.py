@@ -53,7 +53,7 @@ from vitscope.training.diagnostics_callback import DiagnosticCallback
 from vitscope.training.lightning_module import _STEP_STREAM, Classifier, _step_seed
 from vitscope.training.progress_callbacks import EpochAccuracy, PlainProgress
 from vitscope.training.run_logger import RunLogger
-from vitscope.training.stop_callbacks import SameConfiguration
+from vitscope.training.stop_callbacks import ConfigurationCheck
 
 STRONG = {"augment": "rand-m9-n2-mstd1.0", "mixup": 1.0, "cutmix": 0.8, "switch_prob": 0.5, "label_smoothing": 0.1}
 RATES = {"kind": "cosine", "warmup_epochs": 0.3}  # of one epoch, which a sample is
@@ -103,7 +103,7 @@ def lightning(model: nn.Module, batches: Iterable[Batch], n: int, mix: Mix, devi
         cfg = OmegaConf.create({"seed": 0})
         logger = RunLogger(run, Journal(run.journal), WandbMirror())
         watching = [
-            SameConfiguration("x"),
+            ConfigurationCheck("x"),
             EpochAccuracy(),
             Checkpoints(init=False),
             LearningRateMonitor("step"),

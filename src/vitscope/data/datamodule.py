@@ -190,8 +190,10 @@ class DataModule(pl.LightningDataModule):
                 images = self._thinned(images)
             if isinstance(images, ArrayImages):
                 if self.transform == "model":
-                    why = f"the images of {self.name} are in memory and are neither resized nor cropped as a model's files"
-                    raise ConfigError("data.transform", "model", why, "set data.transform=null, data.mean and data.std")
+                    problem = f"the images of {self.name} are in memory and are neither resized nor cropped as a model's files"
+                    raise ConfigError(
+                        "data.transform", "model", problem, "set data.transform=null, data.mean and data.std"
+                    )
                 images = images.resized(self.image_size)
             self._splits[split] = images
         return self._splits[split]
@@ -263,7 +265,7 @@ class DataModule(pl.LightningDataModule):
         seed = self.seed if seed is None else seed
         n = self._capped(n_images, len(images))
         range_checks.integer("probe.batch_size", batch_size, 1)
-        mixed = (augment and self.mixes) if mix is None else mix
+        is_mixed = (augment and self.mixes) if mix is None else mix
         if n_images is None and not augment:
             order = np.arange(n)
         else:
@@ -273,9 +275,9 @@ class DataModule(pl.LightningDataModule):
         def build(b: int) -> Batch:
             key = philox.Key(order[b * batch_size : (b + 1) * batch_size], 0, philox.PROBE, seed)
             x, y = images.batch(key, recipe)
-            return self.mixed(x, y, (seed, philox.PROBE, b)) if mixed else (x, y)
+            return self.mixed(x, y, (seed, philox.PROBE, b)) if is_mixed else (x, y)
 
-        attributes = images.select(order).attributes if isinstance(images, ArrayImages) and not mixed else {}
+        attributes = images.select(order).attributes if isinstance(images, ArrayImages) and not is_mixed else {}
         return ProbeBatches(build, -(-n // batch_size), n, n * 4 * self.channels * self.image_size**2, attributes)
 
     def augmented_as(self, objective: Mapping[str, Any]) -> DataModule:
@@ -340,15 +342,15 @@ class DataModule(pl.LightningDataModule):
             raise DataError("data.root", self.root, f"the {split} split of {self.name} is empty", "put images there")
         if len(images.class_names) != self.num_classes:
             names = images.class_names
-            why, fix = f"{self.name} has {len(names)} classes", f"set it to {len(names)}"
+            problem, fix = f"{self.name} has {len(names)} classes", f"set it to {len(names)}"
             if isinstance(images, FileImages):
-                why += f" ({listed(names)})"
+                problem += f" ({listed(names)})"
                 fix += ", or name all classes in data.source.classes=[...] if some have no folder here"
-            raise ConfigError("data.num_classes", self.num_classes, why, fix)
+            raise ConfigError("data.num_classes", self.num_classes, problem, fix)
         low, high = int(images.labels.min()), int(images.labels.max())
         if low < 0 or high >= self.num_classes:
-            why = f"the {split} split of {self.name} has labels from {low} to {high}"
-            raise DataError("data.num_classes", self.num_classes, why, "labels are 0 to num_classes - 1")
+            problem = f"the {split} split of {self.name} has labels from {low} to {high}"
+            raise DataError("data.num_classes", self.num_classes, problem, "labels are 0 to num_classes - 1")
 
     def _capped(self, n_images: int | None, available: int) -> int:
         if n_images is None:

@@ -9,10 +9,10 @@ from omegaconf import DictConfig
 from pytorch_lightning import Callback, LightningModule, Trainer
 
 from vitscope.analyses import runner
-from vitscope.analyses.context import Place
+from vitscope.analyses.context import AnalysisContext
 from vitscope.analyses.spec import Analysis
 from vitscope.runs.run_dir import Run
-from vitscope.runs.wandb_mirror import Mirror
+from vitscope.runs.wandb_mirror import WandbMirror
 from vitscope.training import resume_state
 
 
@@ -33,7 +33,7 @@ class DiagnosticCallback(Callback):
         started: Whether training or an analysis has begun, so that an error is not one of restoring a checkpoint.
     """
 
-    def __init__(self, cfg: DictConfig, analyses: Sequence[Analysis], run: Run, mirror: Mirror) -> None:
+    def __init__(self, cfg: DictConfig, analyses: Sequence[Analysis], run: Run, mirror: WandbMirror) -> None:
         self.cfg, self.analyses, self.run, self.mirror = cfg, list(analyses), run, mirror
         self.results: dict[str, Any] = {}
         self.started = False
@@ -89,7 +89,7 @@ class DiagnosticCallback(Callback):
     def _run(
         self, analyses: Sequence[Analysis], trainer: Trainer, pl_module: LightningModule, tag: str, epoch: int | None
     ) -> None:
-        place = Place(
+        place = AnalysisContext(
             self.cfg, self.run, cast(Any, pl_module.model), getattr(trainer, "datamodule"), tag, epoch,  # noqa: B009
             trainer.global_step, self.mirror,
             {"optimizer_states": [optimizer.state_dict() for optimizer in trainer.optimizers]}, analyses,

@@ -70,9 +70,11 @@ class Classifier(pl.LightningModule):
         self._compiled = (torch.compile(network),) if compile else (network,)
         self._format = torch.channels_last if channels_last else torch.contiguous_format
         # layers with running statistics that gradient checkpointing runs a second time in the backward pass
-        again = any(getattr(m, "grad_checkpointing", False) for m in network.modules())
+        recomputes_activations = any(getattr(m, "grad_checkpointing", False) for m in network.modules())
         self._run_again = [
-            m for m in network.modules() if again and isinstance(m, BatchNormBase) and m.track_running_stats
+            m
+            for m in network.modules()
+            if recomputes_activations and isinstance(m, BatchNormBase) and m.track_running_stats
         ]
         self._optimizer = optimizer
         self._schedule = dict(lr_schedule or {})
@@ -90,10 +92,10 @@ class Classifier(pl.LightningModule):
     def __deepcopy__(self, memo: dict[int, Any]) -> Classifier:
         """Copy what is the module's own: weights, metrics and settings; neither the trainer nor the data module that mixes."""
         memo[id(self._mix)] = self._mix  # a method of the data module, shared in place of copied
-        twin = self.__class__.__new__(self.__class__)
-        memo[id(self)] = twin
-        twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))  # Lightning's leaves the trainer out
-        return twin
+        duplicate = self.__class__.__new__(self.__class__)
+        memo[id(self)] = duplicate
+        duplicate.__setstate__(copy.deepcopy(self.__getstate__(), memo))  # Lightning's leaves the trainer out
+        return duplicate
 
     @property
     def position(self) -> tuple[int, int]:
@@ -106,17 +108,17 @@ class Classifier(pl.LightningModule):
 
     def on_train_start(self) -> None:
         """Do what a stop left to do; let the rates follow the schedule that is in force from here on."""
-        for found in self.trainer.lr_scheduler_configs:
-            _put_back_rates(found.scheduler)
+        for scheduler_config in self.trainer.lr_scheduler_configs:
+            _restore_rates(scheduler_config.scheduler)
         resume_state.finish_interrupted_epoch(self.trainer, self._pending)
         self._pending = ""
 
     def epoch_accuracy(self) -> float | None:
         """Return the accuracy on this epoch's training batches of all ranks, those before a stop included, and forget them."""
         # an epoch that a stop left only its end to has counts from a file, not yet where the ranks can add them up
-        right, seen = all_reduce_sum(self._counts.to(self.device)).tolist()
+        n_correct, n_images = all_reduce_sum(self._counts.to(self.device)).tolist()
         self._counts = torch.zeros_like(self._counts)
-        return right / seen if seen else None
+        return n_correct / n_images if n_images else None
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Note where training stands, for checkpoints."""
@@ -159,8 +161,8 @@ class Classifier(pl.LightningModule):
         with still_statistics(self.model, ascended):
             logits = self(x)
         objective = self.soft_objective if y.ndim == 2 else self.hard_objective
-        precise = logits.float() if logits.dtype != torch.float64 else logits
-        loss = objective.data_loss(precise, y) if n_labeled(y) else precise.sum() * 0
+        full_precision_logits = logits.float() if logits.dtype != torch.float64 else logits
+        loss = objective.data_loss(full_precision_logits, y) if n_labeled(y) else full_precision_logits.sum() * 0
         if not torch.isfinite(loss):
             raise NumericalError("optimizer.lr", self._current_lr(), f"loss {loss.item()} at step {self.global_step}",
                                  "lower it, warm up longer or clip gradients; the last checkpoint is finite")  # fmt: skip
@@ -181,7 +183,7 @@ class Classifier(pl.LightningModule):
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """Differentiate; what is run again for that moves no running statistics a second time."""
-        with _kept_buffers(self._run_again):
+        with _preserved_buffers(self._run_again):
             super().backward(loss, *args, **kwargs)
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
@@ -222,26 +224,28 @@ class Classifier(pl.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what a resumed run needs besides Lightning's own state."""
         epoch, batch = self._position
-        over = batch >= self._batches_per_epoch()
-        left = (
-            resume_state.mark_unfinished_epoch(self.trainer, checkpoint, over)
+        is_epoch_over = batch >= self._batches_per_epoch()
+        pending = (
+            resume_state.mark_unfinished_epoch(self.trainer, checkpoint, is_epoch_over)
             if self.trainer.state.fn == "fit"
             else None
         )
-        right, seen = map(sum, zip(*gather_objects(self._counts.tolist())))  # of all ranks: one sum where it goes on
-        if over:
+        n_correct, n_images = map(
+            sum, zip(*gather_objects(self._counts.tolist()))
+        )  # of all ranks: one sum where it goes on
+        if is_epoch_over:
             epoch, batch = epoch + 1, 0
-        facts = {"epoch": epoch, "batch": batch, "pending": left or "", "right": right, "seen": seen}
+        facts = {"epoch": epoch, "batch": batch, "pending": pending or "", "right": n_correct, "seen": n_images}
         checkpoint["vitscope"] = {**facts, **self.identity}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Tell the data where to go on."""
-        kept = checkpoint.get("vitscope", {})
+        facts = checkpoint.get("vitscope", {})
         datamodule = getattr(self.trainer, "datamodule", None)
-        if datamodule is not None and "epoch" in kept:
-            self._position, self._pending = (kept["epoch"], kept["batch"]), kept.get("pending", "")
-            datamodule.resume_at(kept["epoch"], kept["batch"])
-            counts = (kept.get("right", 0), kept.get("seen", 0)) if self.global_rank == 0 else (0, 0)
+        if datamodule is not None and "epoch" in facts:
+            self._position, self._pending = (facts["epoch"], facts["batch"]), facts.get("pending", "")
+            datamodule.resume_at(facts["epoch"], facts["batch"])
+            counts = (facts.get("right", 0), facts.get("seen", 0)) if self.global_rank == 0 else (0, 0)
             self._counts = torch.tensor(counts, dtype=torch.int64)
 
     def _evaluate(self, stage: str, batch: tuple[Tensor, Tensor]) -> None:
@@ -296,7 +300,7 @@ def _metrics(num_classes: int) -> nn.ModuleDict:
     return nn.ModuleDict({"scores": scores, **means})
 
 
-def _put_back_rates(scheduler: Any) -> None:
+def _restore_rates(scheduler: Any) -> None:
     """Give the optimizer the rates of a schedule at its step: those restored with it may be of a shorter or a longer training."""
     rates = [base * factor(scheduler.last_epoch) for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas)]
     for group, rate in zip(scheduler.optimizer.param_groups, rates):
@@ -305,10 +309,10 @@ def _put_back_rates(scheduler: Any) -> None:
 
 
 @contextmanager
-def _kept_buffers(layers: Sequence[nn.Module]) -> Iterator[None]:
-    kept = [(buffer, buffer.clone()) for layer in layers for buffer in layer.buffers()]
+def _preserved_buffers(layers: Sequence[nn.Module]) -> Iterator[None]:
+    copies = [(buffer, buffer.clone()) for layer in layers for buffer in layer.buffers()]
     yield
-    for buffer, value in kept:
+    for buffer, value in copies:
         buffer.copy_(value)
 
 

@@ -152,7 +152,7 @@ def _open_run(cfg: DictConfig, start: ResumePoint, network: nn.Module) -> Run:
 
 def _new_run(cfg: DictConfig) -> Run:
     if not is_main_process():
-        return _await_run(run_dir.chosen(cfg))
+        return _await_run(run_dir.requested_run_folder(cfg))
     run = run_dir.create(cfg, "train")
     os.environ[run_dir.ENVIRONMENT] = str(run.path)  # ranks that Lightning starts must not make another
     return run
@@ -194,7 +194,7 @@ def _train_in_folder(cfg: DictConfig, run: Run, start: ResumePoint, parts: Train
             mirror.finish(code)
 
 
-def _build_fit_parts(cfg: DictConfig, run: Run, parts: TrainingParts, mirror: wandb_mirror.Mirror) -> FitParts:
+def _build_fit_parts(cfg: DictConfig, run: Run, parts: TrainingParts, mirror: wandb_mirror.WandbMirror) -> FitParts:
     analyses = spec.parse(cfg.analysis)
     module = build_module(cfg, parts.network, parts.data)
     diagnostics = DiagnosticCallback(cfg, analyses, run, mirror)
@@ -270,7 +270,7 @@ def _is_defect(error: BaseException) -> bool:
     return error_translation.explain(error) is None
 
 
-def _report(run: Run, mirror: wandb_mirror.Mirror) -> None:
+def _report(run: Run, mirror: wandb_mirror.WandbMirror) -> None:
     """Print the headline table and write W&B's summary, on rank 0."""
     if is_main_process():
         values = last_values(run.journal)

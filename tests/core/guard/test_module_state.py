@@ -16,7 +16,7 @@ import vitscope as vs
 from vitscope.core.guard.repeatability import UnusedParametersWarning
 from vitscope.core.weight_space import guarded_evaluation
 from vitscope.linalg.weights.directions import random_direction
-from vitscope.linalg.weights.weight_space_walk import walked
+from vitscope.linalg.weights.weight_space_walk import points_in_plane
 
 
 class Net(nn.Module):
@@ -135,7 +135,7 @@ def answers(model: nn.Module, batches: list, factor: float) -> tuple[float, floa
     """Return the nll at the weights, after a step along a direction, and at the weights again."""
     probe = vs.Probe(model, batches)
     direction = random_direction(probe.parameters(), 0)
-    with guarded_evaluation(probe) as (_, here), walked(probe.parameters(), None, direction) as move:
+    with guarded_evaluation(probe) as (_, here), points_in_plane(probe.parameters(), None, direction) as move:
         found = []
         for at in (0.0, factor, 0.0):
             move(0.0, at)
@@ -221,7 +221,7 @@ def test_attention_bias_tables_of_timm(name: str) -> None:
     biases = {
         n: torch.ones_like(p) * p.detach().abs() for n, p in probe.parameters().items() if "attention_biases" in n
     }
-    with guarded_evaluation(probe) as (_, here), walked(probe.parameters(), None, biases) as move:
+    with guarded_evaluation(probe) as (_, here), points_in_plane(probe.parameters(), None, biases) as move:
         for at in (0.0, 2.0, 0.0):
             move(0.0, at)
             here()

@@ -17,7 +17,7 @@ from vitscope.linalg.curvature.curvature_operator import Curvature
 from vitscope.linalg.curvature.curvature_options import CurvatureArguments, CurvatureOptions, curvature_arguments
 from vitscope.linalg.curvature.operator_factory import curvatures
 from vitscope.linalg.curvature.start_vector import random_signs, vector_seed
-from vitscope.linalg.krylov_basis import Memory
+from vitscope.linalg.krylov_basis import BasisBuffer
 from vitscope.linalg.partial_reorthogonalization import SemiorthogonalLanczos
 from vitscope.runtime.progress import track
 from vitscope.runtime.resumable_map import Row, stored_row
@@ -129,7 +129,7 @@ def spectral_density(
     options = CurvatureOptions(**curvature)
     with curvatures(probe, options) as operators:
         mean = operators.mean()
-        steps, memory = min(n_steps, mean.size), Memory()
+        steps, memory = min(n_steps, mean.size), BasisBuffer()
         for number in track(range(n_vectors), "spectral density"):
             key = f"vector-{number:04d}"
             compute = functools.partial(_quadrature, mean, vector_seed(options.seed, number), steps, memory)
@@ -140,7 +140,7 @@ def spectral_density(
     return _result(table, n_grid, sigma, size, n_products, card)
 
 
-def _quadrature(operator: Curvature, seed: int, n_steps: int, memory: Memory) -> Row:
+def _quadrature(operator: Curvature, seed: int, n_steps: int, memory: BasisBuffer) -> Row:
     """Return the quadrature rule of the random sign vector of ``seed``."""
     start = random_signs(operator, seed)
     process = SemiorthogonalLanczos(operator.unshifted, start, n_steps + 1, shift=operator.shift, memory=memory)

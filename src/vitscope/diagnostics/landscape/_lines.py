@@ -13,7 +13,7 @@ from vitscope.core.weight_space import check_movable, guarded_evaluation
 from vitscope.diagnostics.landscape._axes import checkpoint_differences, direction
 from vitscope.diagnostics.landscape._direction_options import Source
 from vitscope.linalg.weights.directions import norm
-from vitscope.linalg.weights.weight_space_walk import Move, SquaredNorms, squared_norms, walked
+from vitscope.linalg.weights.weight_space_walk import Move, SquaredNorms, points_in_plane, squared_norms
 from vitscope.runtime.resumable_map import Partial, Row, map_resumably
 
 LineKey = tuple[int, float]
@@ -47,7 +47,7 @@ def measure_lines(
             line.close()  # the weights are back: directions are scaled by them
             d = first if first is not None and index == 0 else direction(probe, source, index, differences, first)
             norms = squared_norms(dict(everything.named_parameters()), None, d)
-            return index, line.enter_context(walked(probe.parameters(), None, d)), norms, norm(d)
+            return index, line.enter_context(points_in_plane(probe.parameters(), None, d)), norms, norm(d)
 
         def compute(key: LineKey) -> Row:
             nonlocal current

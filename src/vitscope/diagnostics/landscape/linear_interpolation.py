@@ -21,7 +21,7 @@ from vitscope.core.weight_space import (
     select_checkpoints,
 )
 from vitscope.linalg.weights.directions import norm
-from vitscope.linalg.weights.weight_space_walk import between, squared_norms
+from vitscope.linalg.weights.weight_space_walk import points_on_segment, squared_norms
 from vitscope.models.state_dicts import with_default_keys
 from vitscope.runtime.dtypes import DtypeName, parse_float_dtype
 from vitscope.runtime.resumable_map import Partial, Row, map_resumably
@@ -145,7 +145,7 @@ def _measure(
 ) -> list[Row]:
     with guarded_evaluation(probe, dtype=dtype, bn=bn) as (model, evaluate_current_weights):
         tensors = dict(model.named_parameters()) | {name: v for name, v in model.named_buffers() if name in a}
-        with between(tensors, a, b) as move:
+        with points_on_segment(tensors, a, b) as move:
 
             def compute(point: float) -> Row:
                 move(point)

@@ -18,7 +18,7 @@ from vitscope.core.weight_space import BatchNormPolicy, guarded_evaluation
 from vitscope.diagnostics.landscape._axes import Axes, plane_axes
 from vitscope.diagnostics.landscape._direction_options import Kind, Preset, Source, preset_source
 from vitscope.linalg.weights.directions import Normalization
-from vitscope.linalg.weights.weight_space_walk import SquaredNorms, squared_norms, walked
+from vitscope.linalg.weights.weight_space_walk import SquaredNorms, points_in_plane, squared_norms
 from vitscope.runtime.dtypes import DtypeName, parse_float_dtype
 from vitscope.runtime.resumable_map import Partial, Row, map_resumably
 
@@ -194,7 +194,7 @@ def _measure(
 ) -> list[Row]:
     with (
         guarded_evaluation(probe, dtype=dtype, bn=bn) as (_, evaluate_current_weights),
-        walked(probe.parameters(), axes.first, axes.second) as move,
+        points_in_plane(probe.parameters(), axes.first, axes.second) as move,
     ):
 
         def compute(point: tuple[float, float]) -> Row:

@@ -26,7 +26,7 @@ from vitscope.linalg.weights.directions import (
     scale,
 )
 from vitscope.linalg.weights.effective_weights import canonical_names, pruning_masks
-from vitscope.linalg.weights.weight_space_walk import walked
+from vitscope.linalg.weights.weight_space_walk import points_in_plane
 from vitscope.runtime import stop_flag
 from vitscope.runtime.dtypes import DtypeName, parse_float_dtype
 from vitscope.runtime.resumable_map import Partial, Row, map_resumably
@@ -226,7 +226,7 @@ def _ascended(probe: Probe, model: nn.Module, source: Source, radius: float, sta
     # norms that scale and bound are those of the weights on entry, which move while this runs
     origin = {name: p.detach().clone() for name, p in moved.items()}
     best = -np.inf
-    with walked(moved, None, offset) as move:
+    with points_in_plane(moved, None, offset) as move:
         for step in range(n_steps + 1):
             move(0.0, 1.0)
             nll, gradient = _nll_and_gradient(probe, model, moved)

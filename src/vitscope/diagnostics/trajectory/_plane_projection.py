@@ -9,7 +9,7 @@ import torch
 from vitscope.core.probe import Probe
 from vitscope.core.weight_space import Checkpoints, guarded_evaluation, select_checkpoints
 from vitscope.linalg.weights.directions import Direction
-from vitscope.linalg.weights.weight_space_walk import between, walked
+from vitscope.linalg.weights.weight_space_walk import points_in_plane, points_on_segment
 from vitscope.runtime.resumable_map import Partial, Row, map_resumably
 
 
@@ -27,7 +27,7 @@ def checkpoint_rows(
         def compute(label: str) -> Row:
             _, state = next(select_checkpoints(checkpoints, [label]))
             tensors = dict(model.named_parameters()) | {name: v for name, v in model.named_buffers() if name in state}
-            with between(tensors, state, state) as move:
+            with points_on_segment(tensors, state, state) as move:
                 move(0.0)
                 return evaluate_current_weights()
 
@@ -49,7 +49,7 @@ def plane_rows(
     """Measure points of the plane through the model's weights, with the model's buffers."""
     with guarded_evaluation(probe, dtype=dtype, bn=bn) as (model, evaluate_current_weights):
         parameters = dict(model.named_parameters())
-        with walked(parameters, first, second) as move:
+        with points_in_plane(parameters, first, second) as move:
 
             def compute(point: tuple[float, float]) -> Row:
                 move(*point)

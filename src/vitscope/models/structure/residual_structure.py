@@ -88,14 +88,14 @@ def subsamples(block: nn.Module) -> bool:
 
 def replaceable_conv3x3(block: nn.Module) -> nn.Conv2d | None:
     """The last 3x3 convolution of the block that keeps the number of channels, or None."""
-    found = [
+    candidates = [
         m for m in block.modules()
         if isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3) and m.in_channels == m.out_channels
     ]  # fmt: skip
-    return found[-1] if found else None
+    return candidates[-1] if candidates else None
 
 
-def anatomy(model: nn.Module) -> list[ModelComponent]:
+def residual_structure(model: nn.Module) -> list[ModelComponent]:
     """The residual units and pooling layers of a model in the order of registration.
 
     Blocks are recognised by type (`parts`); strided convolutions and pooling between them count as pooling
@@ -105,34 +105,34 @@ def anatomy(model: nn.Module) -> list[ModelComponent]:
     Raises:
         ValueError: If there is neither a known block nor a convolution other than a lone patch embedding.
     """
-    pieces: list[ModelComponent] = []
+    components: list[ModelComponent] = []
     stages: list[str] = []
     for name, module, ancestors in _walk(model):
-        for part in _parts(module):
+        for part in _units_of_module(module):
             if part.branch_out is not None and _container(name) not in stages:
                 stages.append(_container(name))
             stage = len(stages) + (part.branch_out is None)  # a pooling layer opens the stage after it
-            full = ".".join(filter(None, (name, part.suffix)))
-            pieces.append(ModelComponent(full, part, module, stage, _prefix_tokens(ancestors)))
-    residual = [i for i, piece in enumerate(pieces) if piece.part.branch_out is not None]
+            unit_name = ".".join(filter(None, (name, part.suffix)))
+            components.append(ModelComponent(unit_name, part, module, stage, _prefix_tokens(ancestors)))
+    residual = [i for i, piece in enumerate(components) if piece.part.branch_out is not None]
     # pooling before the first unit belongs to the stem, after the last to the head
-    pieces = pieces[residual[0] : residual[-1] + 1] if residual else _plain(model)
-    if not pieces:
+    components = components[residual[0] : residual[-1] + 1] if residual else _structure_without_units(model)
+    if not components:
         raise ValueError(
             f"{type(model).__name__} has no block that vitscope knows; pass "
             'taps=[vitscope.Tap("block1", "conv", stage=1, depth=0.0, module=model.block1), ...].'
         )
-    return pieces
+    return components
 
 
-def _parts(module: nn.Module) -> tuple[ResidualUnit, ...]:
+def _units_of_module(module: nn.Module) -> tuple[ResidualUnit, ...]:
     """What is registered for the type, else pooling for any strided layer that stands between blocks."""
-    found = parts(module)
-    if found:
+    registered = parts(module)
+    if registered:
         _check_forward(module)
-    if not found and isinstance(module, nn.Conv2d | nn.MaxPool2d | nn.AvgPool2d) and subsamples(module):
+    if not registered and isinstance(module, nn.Conv2d | nn.MaxPool2d | nn.AvgPool2d) and subsamples(module):
         return (ResidualUnit("pool", Read(module), subsamples=True),)
-    return found
+    return registered
 
 
 def _check_forward(block: nn.Module) -> None:
@@ -140,9 +140,12 @@ def _check_forward(block: nn.Module) -> None:
     described = next(cls for cls in type(block).__mro__ if cls in parts.registry)
     if described is nn.Module:  # known by its name or children
         return
-    own = original_function(block.__dict__.get("forward"))
-    run = getattr(own, "__func__", own) if own is not None else type(block).forward
-    if run is not described.forward:
+    instance_forward = original_function(block.__dict__.get("forward"))
+    if instance_forward is None:
+        actual_forward = type(block).forward
+    else:
+        actual_forward = getattr(instance_forward, "__func__", instance_forward)
+    if actual_forward is not described.forward:
         name = type(block).__name__
         raise ValueError(
             f"Expected blocks that run as {described.__module__}.{described.__name__}, received {name} with a forward of its "
@@ -156,9 +159,9 @@ def _walk(model: nn.Module) -> Iterator[tuple[str, nn.Module, tuple[nn.Module, .
     while stack:
         name, module, ancestors = stack.pop()
         yield name, module, ancestors
-        found = parts(module)
-        described = [part.suffix for part in found]
-        if any(part.branch_out is not None for part in found) or "" in described:
+        registered = parts(module)
+        described = [part.suffix for part in registered]
+        if any(part.branch_out is not None for part in registered) or "" in described:
             continue
         children = [
             (f"{name}.{child}".strip("."), m, (*ancestors, module))
@@ -185,24 +188,24 @@ def _prefix_tokens(ancestors: tuple[nn.Module, ...]) -> int:
     return 0
 
 
-def _plain(model: nn.Module) -> list[ModelComponent]:
-    pieces: list[ModelComponent] = []
+def _structure_without_units(model: nn.Module) -> list[ModelComponent]:
+    components: list[ModelComponent] = []
     stage = 1
     gates = tuple(f"{name}." for name, module in model.named_modules() if is_gate(module))
     for name, module in model.named_modules():
         if name.startswith(gates):  # a gate's convolutions see one average for the whole map
             continue
-        smaller = isinstance(module, nn.Conv2d | nn.MaxPool2d | nn.AvgPool2d) and subsamples(module)
-        if smaller and pieces:
+        is_subsampling = isinstance(module, nn.Conv2d | nn.MaxPool2d | nn.AvgPool2d) and subsamples(module)
+        if is_subsampling and components:
             stage += 1
         if isinstance(module, nn.Conv2d):
-            part = ResidualUnit("conv", Read(module), subsamples=smaller)
-        elif smaller:
+            part = ResidualUnit("conv", Read(module), subsamples=is_subsampling)
+        elif is_subsampling:
             part = ResidualUnit("pool", Read(module), subsamples=True)
         else:
             continue
-        pieces.append(ModelComponent(name, part, module, stage, 0))
-    return [] if len(pieces) == 1 and _is_patch_embedding(pieces[0].block) else pieces
+        components.append(ModelComponent(name, part, module, stage, 0))
+    return [] if len(components) == 1 and _is_patch_embedding(components[0].block) else components
 
 
 def is_gate(module: nn.Module) -> bool:

@@ -226,11 +226,18 @@ def _effect(read: _Reader, values: Mapping[tuple[str, Condition, str], Interval]
     differences = {c: values[read.quantity.key, c, "difference"].mean for c in condition_set}
     total = float(np.square(np.array(list(differences.values())) - np.mean(list(differences.values()))).sum())
     share = 2 * columns["difference"].mean ** 2 / total if total > 0 else math.nan
-    switched_off = [c for c in condition_set if c[factor_index] != switched_on]
     flips = sum(
-        differences[c] * differences[(*c[:factor_index], switched_on, *c[factor_index + 1 :])] < 0 for c in switched_off
-    )  # type: ignore[index]
+        differences[c] * differences[_with_factor(c, factor_index, switched_on)] < 0
+        for c in condition_set
+        if c[factor_index] != switched_on
+    )
     return Effect(read.quantity.key, l2, factor, **columns, share=share, flips=flips)
+
+
+def _with_factor(condition: Condition, index: int, value: str) -> Condition:
+    """Return a condition with one of its three factors set to another value."""
+    training, images, objective = (value if i == index else factor for i, factor in enumerate(condition))
+    return training, images, objective
 
 
 def _rise(result: Any, objective: str, parts: np.ndarray) -> float:
