@@ -84,10 +84,16 @@ def test_the_stance_runs_compiled_modules_eagerly_with_their_hooks() -> None:
     assert calls == [False]
 
 
+def _double(x: torch.Tensor) -> torch.Tensor:
+    return 2 * x
+
+
 def test_a_compiled_function_gives_the_original_back() -> None:
     network = nn.Linear(2, 2)
     original = torch_internals.original_function(torch.compile(network.forward, backend="eager"))
     assert getattr(original, "__func__", original) is nn.Linear.forward
+    bare = torch_internals.original_function(torch.compile(_double, backend="eager"))
+    assert bare is _double
     assert torch_internals.original_function(nn.ReLU.forward) is nn.ReLU.forward
 
 

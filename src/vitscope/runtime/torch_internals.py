@@ -40,8 +40,14 @@ def is_compiler_loaded() -> bool:
 
 
 def original_function(function: Any) -> Any:
-    """Return the function that ``torch.compile(function)`` wraps; any other object itself."""
-    return getattr(function, "_torchdynamo_orig_callable", function)
+    """Return the function or bound method that ``torch.compile(function)`` wraps; any other object itself.
+
+    The compiler puts one more function of its own around a method that torch defines, such as ``nn.Linear.forward``.
+    """
+    original = getattr(function, "_torchdynamo_orig_callable", function)
+    while getattr(original, "__globals__", {}).get("__name__", "").startswith("torch._dynamo"):
+        original = original.__wrapped__
+    return original
 
 
 def buffer_registry(module: nn.Module) -> dict[str, Tensor | None]:

@@ -141,10 +141,8 @@ def _check_forward(block: nn.Module) -> None:
     if described is nn.Module:  # known by its name or children
         return
     instance_forward = original_function(block.__dict__.get("forward"))
-    if instance_forward is None:
-        actual_forward = type(block).forward
-    else:
-        actual_forward = getattr(instance_forward, "__func__", instance_forward)
+    forward = type(block).forward if instance_forward is None else instance_forward
+    actual_forward = getattr(forward, "__func__", forward)
     if actual_forward is not described.forward:
         name = type(block).__name__
         raise ValueError(
