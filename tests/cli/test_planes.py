@@ -163,10 +163,10 @@ def test_one_key_keeps_the_start_the_end_of_warm_up_and_log_spaced_epochs(run: P
     assert found[0][0] == "init"
     schedule = Checkpoints(snapshots="log", warmup_epochs=5)
     trainer: Any = SimpleNamespace(max_epochs=305)
-    kept = [epoch for epoch in range(305) if schedule._kept(epoch, trainer)]
+    kept = [epoch for epoch in range(305) if schedule._is_snapshot(epoch, trainer)]
     assert kept == [0, 1, 3, 4, 7, 15, 31, 63, 127, 255, 304]
     endless: Any = SimpleNamespace(max_epochs=-1)
-    assert [epoch for epoch in range(20) if schedule._kept(epoch, endless)] == [0, 1, 3, 4, 7, 15]
-    assert not any(Checkpoints(warmup_epochs=5)._kept(epoch, trainer) for epoch in range(305))
+    assert [epoch for epoch in range(20) if schedule._is_snapshot(epoch, endless)] == [0, 1, 3, 4, 7, 15]
+    assert not any(Checkpoints(warmup_epochs=5)._is_snapshot(epoch, trainer) for epoch in range(305))
     with pytest.raises(ValueError, match="'log', a list of epochs or None, received 'lgo'"):
         Checkpoints(snapshots="lgo")  # type: ignore[arg-type]

@@ -6,6 +6,7 @@ import json
 import signal
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from tests.helpers.run_folders import losses
 from vitscope.data import DataModule
 from vitscope.runs import checkpoint_io, metrics_log
 from vitscope.runtime import stop_flag
+from vitscope.training.checkpoint_callback import Checkpoints
 from vitscope.training.diagnostics_callback import DiagnosticCallback
 from vitscope.training.lightning_module import Classifier
 
@@ -36,7 +38,12 @@ WATCHED = ["analysis=[fourier]", "analysis.fourier.when.every_n_epochs=1", "anal
 
 
 def stopped(
-    call, monkeypatch: pytest.MonkeyPatch, arguments: Sequence[str], after: int, during: str = "training"
+    call,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: Sequence[str],
+    after: int,
+    during: str = "training",
+    code: int = 143,
 ) -> None:
     """Run a training and ask it to stop in its ``after``-th batch of training or validation, or epoch's diagnostics."""
     owner, method = {
@@ -54,8 +61,27 @@ def stopped(
 
     with monkeypatch.context() as patch:
         patch.setattr(owner, method, stopping)
-        assert call("train", *arguments) == 143
+        assert call("train", *arguments) == code
     assert during != "training" or len(seen) == after or "trainer.accumulate_grad_batches=2" in arguments
+
+
+class Killed(BaseException):
+    """Raised in place of a kill; only the training loop's own cleanup runs."""
+
+
+def killed_before_epoch_end(call, monkeypatch: pytest.MonkeyPatch, arguments: Sequence[str], after: int) -> None:
+    """Ask a training to stop in its ``after``-th batch, the last of an epoch, and kill it once that batch is saved."""
+
+    at_epoch_end = Checkpoints.on_train_epoch_end
+
+    def kill(*rest: Any) -> None:
+        if stop_flag.requested():
+            raise Killed
+        at_epoch_end(*rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "on_train_epoch_end", kill)
+        stopped(call, monkeypatch, arguments, after, code=1)
 
 
 def measured(run: Path) -> dict[tuple[int, int, str], float]:
@@ -123,9 +149,12 @@ CUTS = [
     ([*WATCHED, "trainer.max_epochs=-1", "trainer.max_steps=8"], ["d1", "t1"]),
     ([*WATCHED, "trainer.max_epochs=-1", "trainer.max_steps=6", "callbacks.checkpoint.every_n_epochs=5"], ["d2"]),
     (["+trainer.val_check_interval=2", "trainer.limit_train_batches=3"], ["t3"]),
+    (["trainer.limit_val_batches=0"], ["k3"]), (["trainer.limit_val_batches=0"], ["k6", "t2"]),
+    (["trainer.check_val_every_n_epoch=2"], ["k3"]), (["trainer.check_val_every_n_epoch=2"], ["k9"]),
+    (["trainer.limit_val_batches=0", "trainer.max_epochs=-1", "trainer.max_steps=5"], ["k3"]),
 ]  # fmt: skip
-#: in CI: a validation from its start, an epoch's end alone
-QUICK = (2, 6)
+#: in CI: a validation from its start, an epoch's end alone, a kill before it
+QUICK = (2, 6, 21)
 
 
 def cut_id(settings: Sequence[str], stops: Sequence[str]) -> str:
@@ -143,7 +172,10 @@ def test_between_an_epochs_last_batch_and_its_end(call, tiny, tmp_path, monkeypa
     assert call("train", *arguments, f"run_dir={whole}") == 0
     first = [*arguments, f"run_dir={cut}"]
     for stop in stops:
-        stopped(call, monkeypatch, first, int(stop[1:]), PLACES[stop[0]])
+        if stop[0] == "k":
+            killed_before_epoch_end(call, monkeypatch, first, int(stop[1:]))
+        else:
+            stopped(call, monkeypatch, first, int(stop[1:]), PLACES[stop[0]])
         first = [f"run={cut}", "ckpt_path=last"]
     assert call("train", *first) == 0
     assert losses(cut) == losses(whole)
@@ -291,7 +323,10 @@ def test_early_stopping_keeps_its_checks(call, tiny, tmp_path, monkeypatch, moni
     cut = tmp_path / "cut"
     first = [*arguments, f"run_dir={cut}"]
     for stop in stops:
-        stopped(call, monkeypatch, first, int(stop[1:]), PLACES[stop[0]])
+        if stop[0] == "k":
+            killed_before_epoch_end(call, monkeypatch, first, int(stop[1:]))
+        else:
+            stopped(call, monkeypatch, first, int(stop[1:]), PLACES[stop[0]])
         assert (cut / "checkpoints" / "last.ckpt").exists()
         first = [f"run={cut}", "ckpt_path=last"]
     assert call("train", *first) == 0

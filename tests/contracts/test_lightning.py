@@ -169,6 +169,21 @@ def test_an_epoch_without_validation_ends_on_resume(tmp_path: Path) -> None:
     assert (trainer.current_epoch, trainer.global_step) == (1, N_BATCHES)
 
 
+class EndRestart(pl.Callback):
+    def on_train_epoch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        internals.end_restart_of_batches(trainer)
+
+
+@pytest.mark.parametrize("limits", [{"max_epochs": 3}, {"max_epochs": -1, "max_steps": 3 * N_BATCHES}])
+def test_the_epochs_after_one_that_only_ended_are_trained(limits: dict[str, int], tmp_path: Path) -> None:
+    options = {"limit_val_batches": 0, **limits}
+    checkpoint = saved_after(N_BATCHES, tmp_path, **options)
+    internals.mark_batch_completed(checkpoint)
+    internals.count_last_step(checkpoint)
+    _, trainer = resumed(checkpoint, tmp_path, MarkValidationDone(), EndRestart(), **options)
+    assert trainer.global_step == 3 * N_BATCHES
+
+
 class SaveAtEpochEnd(pl.Callback):
     def __init__(self, path: Path) -> None:
         self.path = path

@@ -67,6 +67,15 @@ def complete_restarted_epoch(trainer: Trainer) -> None:
         loop.reset_restart_stage()
 
 
+def end_restart_of_batches(trainer: Trainer) -> None:
+    """Let the loop over batches count from 0 again in the next epoch, after an epoch of a resumed run that had no batch left.
+
+    The loop does so itself after its first batch or validation. Without any, it would go on to take each later epoch for the
+    one that is resumed: for done at once.
+    """
+    trainer.fit_loop.epoch_loop.on_iteration_done()
+
+
 def load_training_data(trainer: Trainer) -> None:
     """Let Lightning count the training batches of an epoch now, where ``trainer.num_training_batches`` is still infinite."""
     trainer.fit_loop.setup_data()

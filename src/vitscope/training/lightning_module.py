@@ -113,6 +113,10 @@ class Classifier(pl.LightningModule):
         resume_state.finish_interrupted_epoch(self.trainer, self._pending)
         self._pending = ""
 
+    def on_train_epoch_end(self) -> None:
+        """Let the epoch after a resumed one begin with its first batch."""
+        resume_state.leave_resumed_epoch(self.trainer)
+
     def epoch_accuracy(self) -> float | None:
         """Return the accuracy on this epoch's training batches of all ranks, those before a stop included, and forget them."""
         # an epoch that a stop left only its end to has counts from a file, not yet where the ranks can add them up

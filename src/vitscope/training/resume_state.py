@@ -56,6 +56,11 @@ def finish_interrupted_epoch(trainer: Trainer, pending: str) -> None:
     lightning_internals.complete_restarted_epoch(trainer)
 
 
+def leave_resumed_epoch(trainer: Trainer) -> None:
+    """Let the next epoch begin with its first batch; to be called at the end of an epoch."""
+    lightning_internals.end_restart_of_batches(trainer)
+
+
 def use_averaged_weights(trainer: Trainer, pl_module: LightningModule) -> None:
     """Replace the trained weights by their average in a run that was stopped after its last epoch.
 
