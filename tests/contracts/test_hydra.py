@@ -33,6 +33,17 @@ def test_overrides_of_every_kind_are_parsed() -> None:
         hydra_internals.parse_overrides(["a=[1"])
 
 
+@pytest.mark.parametrize("arguments", [["--nope"], ["--cfg"], ["--cfg", "none"], ["a=1", "-x"]])
+def test_an_unknown_option_is_refused_in_one_line(arguments: list[str]) -> None:
+    with pytest.raises(ConfigError, match="arguments"):
+        hydra_internals.check_command_line(arguments)
+
+
+def test_known_options_are_accepted() -> None:
+    for arguments in (["--cfg", "job", "--resolve"], ["-m", "seed=0,1"], ["--help"], ["--config-dir", "x", "~a"]):
+        hydra_internals.check_command_line(arguments)
+
+
 def test_a_composition_is_judged_before_it_is_returned(tmp_path: Path) -> None:
     composition.install()
     (tmp_path / "a.yaml").write_text("hydra: {output_subdir: .hydra}\n")

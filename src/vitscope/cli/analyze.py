@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import sys
+from collections.abc import Sequence
 
-import hydra
-from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from vitscope.cli import exit_codes, hydra_command
-from vitscope.config import loading
 from vitscope.config.validation import validate_plain_values
 from vitscope.runs import run_overrides
-
-#: overrides of the run's own values, which the configuration that Hydra composes does not hold
-_run_value_overrides: list[str] = []
 
 
 def main() -> None:
@@ -23,20 +19,17 @@ def main() -> None:
 
 
 def _command() -> None:
-    _run_value_overrides.clear()
-    if run_overrides.value_of(sys.argv[1:], "run") is not None:
-        composed, inside = run_overrides.split(sys.argv[1:], run_overrides.RUN_GROUPS)
-        _run_value_overrides.extend(inside)
-        sys.argv = [sys.argv[0], *composed]
-    hydra_command.uncaught(_composed)
+    arguments, run_value_overrides = sys.argv[1:], []
+    if run_overrides.value_of(arguments, "run") is not None:
+        # the configuration that Hydra composes does not hold the run's own values
+        arguments, run_value_overrides = run_overrides.split(arguments, run_overrides.RUN_GROUPS)
+    task = functools.update_wrapper(functools.partial(_analyze, run_value_overrides=run_value_overrides), _analyze)
+    hydra_command.run_composed("analyze", arguments, task)
 
 
-@hydra.main(version_base="1.3", config_path=str(loading.folder()), config_name="analyze")
-@hydra_command.kept_error
-def _composed(cfg: DictConfig) -> None:
+def _analyze(cfg: DictConfig, overrides: Sequence[str], *, run_value_overrides: Sequence[str]) -> None:
     if not cfg.run:
         validate_plain_values(cfg)
     from vitscope.analyses.analysis_run import analyze  # imports torch
 
-    keys = [override.partition("=")[0] for override in HydraConfig.get().overrides.task]
-    analyze(cfg, keys, _run_value_overrides)
+    analyze(cfg, [override.partition("=")[0] for override in overrides], run_value_overrides)

@@ -34,8 +34,6 @@ from vitscope.runtime.errors import first_line
 from vitscope.runtime.logging import command_logging
 from vitscope.runtime.stop_flag import Interrupted
 
-_TRACEBACK_REQUEST = "VITSCOPE_SET_HYDRA_FULL_ERROR"
-
 
 def run(command: Callable[[], None]) -> None:
     """Run a command and end the process with its exit code."""
@@ -49,20 +47,13 @@ def run_command(command: Callable[[], None]) -> int:
     run_end.log_tracebacks_to(None)
     stop_flag.clear()
     _install()
-    # Hydra prints its own text and exits 1 unless this is set; the user's own wish for tracebacks is remembered
-    wants_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1" and _TRACEBACK_REQUEST not in os.environ
-    # the second variable tells the processes of other ranks that the user did not ask for tracebacks
-    os.environ |= {"HYDRA_FULL_ERROR": "1", _TRACEBACK_REQUEST: "1"}
+    wants_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
     try:
         # Hydra may change the environment as a configuration says: trust and the log level are read before
         with command_logging(), target_allowlist.held():
             command()
     except BaseException as error:
         return _ended(error, wants_traceback)
-    finally:
-        if not wants_traceback:
-            os.environ.pop("HYDRA_FULL_ERROR", None)
-        os.environ.pop(_TRACEBACK_REQUEST, None)
     return 0
 
 

@@ -1,58 +1,117 @@
-"""Runs a command through Hydra and raises what its task raised, so that every error is one line."""
+"""Compose the configuration of a command and hand it to the function that runs the command.
+
+`hydra.compose` serves a command line of ``key=value`` overrides, and errors rise as from any function. Hydra's own main serves
+what only it can do: options such as ``--help``, ``--cfg`` and ``--multirun``, shell completion, and configurations with
+callbacks, logging or environment variables of their own.
+"""
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import functools
+import os
 import sys
-from collections.abc import Callable, Iterator
-from typing import NoReturn, TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
-from omegaconf import DictConfig
+import hydra
+from hydra import compose, initialize_config_dir
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf, flag_override
 
-from vitscope.config import composition
-from vitscope.runtime.errors import ConfigError
+from vitscope.config import composition, hydra_internals, loading
 
-T = TypeVar("T")
+VERSION_BASE = "1.3"
+#: variable that lets Hydra raise errors; without it, Hydra prints a text of its own and exits with 1
+FULL_ERROR = "HYDRA_FULL_ERROR"
 
-_errors: list[BaseException] = []
+#: receives the composed configuration without its ``hydra`` node, and the overrides it was composed with
+Task = Callable[[DictConfig, Sequence[str]], Any]
 
 
-def kept_error(task: Callable[[DictConfig], T]) -> Callable[[DictConfig], T | None]:
-    """Keep a task's error for `uncaught`: Hydra would print text of its own on top of our one line."""
+def run_composed(config_name: str, arguments: Sequence[str], task: Task) -> None:
+    """Compose a configuration and run a function with it.
 
+    Args:
+        config_name: Name of a file in ``conf/`` without its suffix.
+        arguments: Command line without the program's name.
+        task: Function of the module of the command. Hydra takes the job's name from that module.
+
+    Raises:
+        ConfigError: For an option that Hydra does not know.
+        HydraException: From the composition; and whatever ``task`` raises.
+    """
+    composition.check_options(arguments)
+    if all(_is_override_of_command(argument) for argument in arguments):
+        with initialize_config_dir(str(loading.folder()), version_base=VERSION_BASE):
+            cfg = compose(config_name, overrides=list(arguments), return_hydra_config=True)
+        if not _needs_hydra_main(cfg.hydra):
+            overrides = list(cfg.hydra.overrides.task)
+            HydraConfig.instance().set_config(cfg)  # for ${hydra:...} and for Lightning, which starts the other ranks
+            with flag_override(cfg, ["struct", "readonly"], False):
+                del cfg["hydra"]
+            task(cfg, overrides)
+            return
+    _run_hydra_main(config_name, arguments, task)
+
+
+def _is_override_of_command(argument: str) -> bool:
+    """Tell whether an argument is an override of the command's own keys, neither an option nor a key of Hydra's."""
+    key = argument.lstrip("+~").partition("=")[0]
+    return not argument.startswith("-") and not key.startswith(("hydra.", "hydra/", "hydra@"))
+
+
+def _needs_hydra_main(node: DictConfig) -> bool:
+    """Tell whether a configuration, such as an experiment's, asks for what `hydra.compose` does not do."""
+    callbacks = set(node.callbacks or {}) - {"jobs"}  # of multiruns only
+    logs = [key for key in ("job_logging", "hydra_logging") if OmegaConf.select(node, f"{key}.handlers")]
+    is_sweep = OmegaConf.select(node, "mode", default=None) is not None
+    return bool(
+        callbacks or logs or is_sweep or node.job.env_set or node.job.env_copy or node.run.dir != "." or node.verbose
+    )
+
+
+def _run_hydra_main(config_name: str, arguments: Sequence[str], task: Task) -> None:
+    """Run a function through `hydra.main`; raise what it raised, since Hydra would print a text of its own on top."""
+    task_errors: list[BaseException] = []
+    user_value = os.environ.get(FULL_ERROR)
+
+    @hydra.main(version_base=VERSION_BASE, config_path=str(loading.folder()), config_name=config_name)
     @functools.wraps(task)
-    def guarded(cfg: DictConfig) -> T | None:
+    def composed(cfg: DictConfig) -> Any:
+        _set_full_error(user_value)  # the processes that the task starts get the user's own value
         try:
-            return task(cfg)
+            return task(cfg, list(HydraConfig.get().overrides.task))
         except BaseException as error:
-            _errors.append(error)
+            task_errors.append(error)
             return None
+        finally:
+            _set_full_error("1")
 
-    return guarded
+    with _command_line(arguments):
+        _set_full_error("1")
+        try:
+            composed()
+        finally:
+            _set_full_error(user_value)
+    if task_errors:
+        raise task_errors[0]
 
 
-def uncaught(composed: Callable[[], object]) -> None:
-    """Run a Hydra command and raise what its task raised."""
-    _errors.clear()
-    composition.check_options(sys.argv[1:])
-    with _refusals_of_argparse():
-        composed()
-    if _errors:
-        raise _errors.pop()
+def _set_full_error(value: str | None) -> None:
+    if value is None:
+        os.environ.pop(FULL_ERROR, None)
+    else:
+        os.environ[FULL_ERROR] = value
 
 
 @contextlib.contextmanager
-def _refusals_of_argparse() -> Iterator[None]:
-    """Let an option that Hydra does not know be an error of one line; argparse would print its usage and exit."""
-
-    def refuse(parser: argparse.ArgumentParser, message: str) -> NoReturn:
-        raise ConfigError("arguments", None, message, "see --help")
-
-    original = argparse.ArgumentParser.error
-    setattr(argparse.ArgumentParser, "error", refuse)  # noqa: B010  its own signature says NoReturn
+def _command_line(arguments: Sequence[str]) -> Iterator[None]:
+    """Let `hydra.main` read these arguments, from `sys.argv` as it always does."""
+    hydra_internals.check_command_line(arguments)
+    original = sys.argv
+    sys.argv = [original[0], *arguments]
     try:
         yield
     finally:
-        argparse.ArgumentParser.error = original
+        sys.argv = original

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import hydra
+import sys
+from collections.abc import Sequence
+
 from omegaconf import DictConfig
 
 from vitscope.cli import exit_codes, hydra_command
-from vitscope.config import loading
 
 
 def main() -> None:
@@ -15,12 +16,10 @@ def main() -> None:
 
 
 def _command() -> None:
-    hydra_command.uncaught(_composed)
+    hydra_command.run_composed("report", sys.argv[1:], _report)
 
 
-@hydra.main(version_base="1.3", config_path=str(loading.folder()), config_name="report")
-@hydra_command.kept_error
-def _composed(cfg: DictConfig) -> None:
+def _report(cfg: DictConfig, overrides: Sequence[str]) -> None:
     from vitscope.reports.report_run import report  # imports torch, pandas and matplotlib
 
     report(cfg)

@@ -7,12 +7,11 @@ Torch and Lightning are imported only after the configuration was composed and i
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 
-import hydra
 from omegaconf import DictConfig
 
 from vitscope.cli import exit_codes, hydra_command
-from vitscope.config import loading
 from vitscope.config.validation import validate_plain_values
 from vitscope.runs import run_overrides
 from vitscope.sweep import hydra_multirun
@@ -31,7 +30,7 @@ def _command() -> None:
     named = run_overrides.value_of(argv, "run")
     if named is None or hydra_multirun.asked(argv):
         with hydra_multirun.reported(argv):
-            hydra_command.uncaught(_composed)
+            hydra_command.run_composed("train", argv, _train)
         return
     from vitscope.runs import run_dir
     from vitscope.training.training_run import train
@@ -42,9 +41,7 @@ def _command() -> None:
     train(cfg, run)
 
 
-@hydra.main(version_base="1.3", config_path=str(loading.folder()), config_name="train")
-@hydra_command.kept_error
-def _composed(cfg: DictConfig) -> float | None:
+def _train(cfg: DictConfig, overrides: Sequence[str]) -> float | None:
     if hydra_multirun.is_job():
         return hydra_multirun.job(METRIC)
     validate_plain_values(cfg)

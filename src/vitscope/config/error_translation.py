@@ -91,6 +91,8 @@ def _refused(error: BaseException) -> ConfigError:
         key = getattr(cause, "full_key", None)
         if key:
             return ConfigError(key, None, first_line(cause), "correct the value")
+    if text.startswith("Ambiguous value for argument"):
+        return ConfigError("config", None, text.rstrip("."), "quote the value, or add -m for one job a value")
     unread = any(isinstance(cause, OverrideParseException) for cause in _chain(error))
     fix = "write key=value, a list as runs=[a,b]; see --help" if unread else "see --help"
     return ConfigError("config", None, text.rstrip("."), fix)

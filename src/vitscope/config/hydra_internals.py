@@ -8,9 +8,10 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.utils import get_args_parser
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override as Override
@@ -60,6 +61,21 @@ def judge_compositions(
 
     setattr(load_configuration, "is_judged", True)  # noqa: B010  a function has no such attribute for a type checker
     ConfigLoaderImpl.load_configuration = load_configuration
+
+
+def check_command_line(arguments: Sequence[str]) -> None:
+    """Refuse options that Hydra's parser does not know; it would print its usage and end the process.
+
+    Raises:
+        ConfigError: With the parser's message.
+    """
+
+    def refuse(message: str) -> NoReturn:
+        raise ConfigError("arguments", None, message, "see --help")
+
+    parser = get_args_parser()
+    setattr(parser, "error", refuse)  # noqa: B010  of this parser alone; a method to a type checker
+    parser.parse_args(list(arguments))
 
 
 def parse_overrides(arguments: Sequence[str]) -> list[Override]:
