@@ -19,6 +19,8 @@ def from_config(name: str, num_classes: int = 3, image_size: int = 32, **changes
     module, _, function = options.pop("_target_").rpartition(".")
     torch.manual_seed(0)
     model = getattr(importlib.import_module(module), function)(**options | changes).double().eval()
+    if isinstance(stated := getattr(model, "pretrained_cfg", None), dict):
+        stated["input_size"] = (3, image_size, image_size)  # the size at which the model's structure is observed
     with torch.no_grad():
         for name_, tensor in [*model.named_parameters(), *model.named_buffers()]:
             if name_.endswith(("cls_token", "reg_token", "gamma")):  # near zero in a fresh model
