@@ -18,8 +18,12 @@ from vitscope.runtime.errors import ConfigError
     "group", ["objective", "optimizer", "trainer", "logger", "caps", "callbacks", "analysis", "profile"]
 )
 def test_every_option_composes_and_validates(group: str, tmp_path: Path) -> None:
-    for option in options(group):
-        choice = f"{group}=[{option}]" if group in ("callbacks", "analysis") else f"{group}={option}"
+    choices = [f"{group}={option}" for option in options(group)]
+    if group == "analysis":  # all in one composition
+        choices = [f"analysis=[{','.join(options(group))}]"]
+    elif group == "callbacks":
+        choices = [f"callbacks=[{option}]" for option in options(group)]
+    for choice in choices:
         cfg = composed("train", choice, f"paths.runs={tmp_path}")
         caps.apply_caps(cfg)
         validate(cfg)
