@@ -1,4 +1,4 @@
-"""What starting each lesioned pass at the block it changes saves over full passes; the numbers are compared first.
+"""Time that is saved by starting each lesioned pass at the block it changes; the numbers are compared first.
 
 Each round times, one after the other in one process, ``lesion(cache=False)`` and ``lesion(cache=True)`` on the same model and
 images (``branch_zero`` of every unit, ``conv3x3_identity`` and ``stage`` where they exist). The gain is the median over rounds

@@ -1,4 +1,4 @@
-"""How often a search for the top eigenvalues passes one over, against dense Hessians of small networks in float64.
+"""Share of searches for the top eigenvalues that miss one, against dense Hessians of small networks in float64.
 
 Two kinds of network, trained for 60 to 220 steps on photographs, one mini-batch of 16 each. A network counts where one of its
 five values is off by more than the tolerance.

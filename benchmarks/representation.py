@@ -1,4 +1,4 @@
-"""What reading every tap costs beside the plain forward pass, and that memory does not grow with the number of images.
+"""Cost of reading every tap beside the plain forward pass; memory does not grow with the number of images.
 
 Each round times, one after the other in one process, the forward pass alone (same guard, same batches) and each measure;
 the peers are what the measures replace: a full FFT of every map as in the official notebook, and ``Tensor.var``. The number

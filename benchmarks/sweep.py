@@ -1,4 +1,4 @@
-"""What a trial of a sweep costs before it trains: from the start of its process to the end of its first training step.
+"""Time of a trial of a sweep before it trains: from the start of its process to the end of its first training step.
 
     python benchmarks/sweep.py --trials 4
 

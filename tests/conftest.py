@@ -1,4 +1,4 @@
-"""What every test shares: no network, no W&B server, run folders in a temporary place, few threads."""
+"""Settings of every test: no network, no W&B server, run folders in a temporary place, few threads."""
 
 from __future__ import annotations
 

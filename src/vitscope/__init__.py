@@ -40,14 +40,14 @@ register_structure_reader(lambda: cast(StructureReader, importlib.import_module(
 
 @cache
 def measures() -> dict[str, str]:
-    """Return the module path of each measure by its name: every public file of the rooms but the plots."""
+    """Return the module path of each measure by its name: every public file of the topics but the plots."""
     folder = Path(__file__).parent / "diagnostics"
     files = (f for f in sorted(folder.glob("*/*.py")) if not f.stem.startswith(("_", "plot")))
     return {f.stem: f"vitscope.diagnostics.{f.parent.name}.{f.stem}" for f in files}
 
 
 def __getattr__(name: str) -> Any:
-    """Find a public name in its room."""
+    """Find a public name in its topic."""
     if name in _HOME:
         return getattr(importlib.import_module(f"vitscope.{_HOME[name]}"), name)
     if name == "models":

@@ -1,4 +1,4 @@
-"""What only shows when it is built, loaded or called is found before there is a run, and gets one line."""
+"""Faults that show only when something is built, loaded or called get one line before there is a run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a training is stopped or its disk is full: what is saved, how it ends, that it goes on to the same numbers."""
+"""A training that is stopped or whose disk is full saves, ends with its exit code, and is resumed to the same numbers."""
 
 from __future__ import annotations
 

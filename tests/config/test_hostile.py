@@ -1,4 +1,4 @@
-"""What comes from a stranger or from a slip of the hand: configurations, run folders, checkpoints, names, secrets."""
+"""Hostile and mistaken configurations, run folders, checkpoints, names and secrets."""
 
 from __future__ import annotations
 

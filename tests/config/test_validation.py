@@ -1,4 +1,4 @@
-"""What cannot work is refused in one line that names the key, before anything starts."""
+"""Configurations that cannot work are refused in one line that names the key, before anything starts."""
 
 from __future__ import annotations
 

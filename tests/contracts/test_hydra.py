@@ -1,4 +1,4 @@
-"""What the package needs of Hydra beyond its documented interface: `vitscope.config.hydra_internals`.
+"""Needs of Hydra beyond its documented interface: `vitscope.config.hydra_internals`.
 
 Each test names one need. A failure after an upgrade means that the function it names has to be changed for the new release.
 """

@@ -1,4 +1,4 @@
-"""What the package needs of PyTorch Lightning beyond its documented interface: `vitscope.training.lightning_internals`.
+"""Needs of PyTorch Lightning beyond its documented interface: `vitscope.training.lightning_internals`.
 
 Each test names one need. A failure after an upgrade means that the function it names has to be changed for the new release.
 """

@@ -1,4 +1,4 @@
-"""What the package needs of timm and the hub's client beyond their documented interface: `vitscope.models.timm_internals`.
+"""Needs of timm and the hub's client beyond their documented interface: `vitscope.models.timm_internals`.
 
 Each test names one need. A failure after an upgrade means that the function it names has to be changed for the new release.
 """

@@ -1,4 +1,4 @@
-"""What the package needs of torch beyond its stable interface: `vitscope.runtime.torch_internals` and beta interfaces.
+"""Needs of torch beyond its stable interface: `vitscope.runtime.torch_internals` and beta interfaces.
 
 Each test names one need. A failure after an upgrade means that the function it names has to be changed for the new release.
 """

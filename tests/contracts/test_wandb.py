@@ -1,4 +1,4 @@
-"""What the package needs of W&B beyond its documented interface: `vitscope.runs.wandb_mirror`, `vitscope.sweep.wandb_agents`.
+"""Needs of W&B beyond its documented interface: `vitscope.runs.wandb_mirror`, `vitscope.sweep.wandb_agents`.
 
 Commands, runs and agents are tried against a server of the tests in `tests/sweep/test_wandb_agents.py` and
 `tests/cli/test_wandb.py`; these tests name the needs that no documentation states.

@@ -1,4 +1,4 @@
-"""What every file of ``conf/analysis`` has to survive: a stop in the middle, and a model whose numbers are not finite."""
+"""Every file of ``conf/analysis`` survives a stop in the middle and a model whose numbers are not finite."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the tests of this room share: models whose loss is known in closed form, and a small real one."""
+"""Models whose loss is known in closed form, and a small real one, for tests of landscapes."""
 
 from __future__ import annotations
 

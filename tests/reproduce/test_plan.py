@@ -1,4 +1,4 @@
-"""What a figure or table needs, read from the plan; every line of the real plan composes."""
+"""Requirements of a figure or table, read from the plan; every line of the real plan composes."""
 
 from __future__ import annotations
 

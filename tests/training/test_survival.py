@@ -1,4 +1,4 @@
-"""What survives a kill: checkpoints, the journal, a run that goes on. Real processes; the longer cases are marked slow."""
+"""Checkpoints, the metrics log and a resumed run survive a kill. Real processes; the longer cases are marked slow."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ from vitscope.runtime.errors import NumericalError
 
 #: batches on a GPU at once at most: by then its units are busy, and more would only take memory
 MOST = 64
-#: basis vectors of each run that must find room on a GPU; beyond them runs restart
+#: number of basis vectors of each run that must fit on a GPU; with more, runs restart
 ROWS = 48
 
 
@@ -161,7 +161,7 @@ def eigenvalues_side_by_side(
                 pairs = runs.pop(i).pairs(needed)
                 found[i] = Solution(pairs, l2_contribution(stacked.operators[i], pairs))
             else:
-                run.make_room()
+                run.make_space()
     return [found[i] for i in sorted(found)]
 
 

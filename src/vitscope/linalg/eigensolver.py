@@ -99,7 +99,7 @@ def extreme_eigenvalues(
         stop = search.absorb(product(search.lanczos.row))
         if _agreed(stop, shared, start.device):
             return search.pairs(vectors)
-        search.make_room()
+        search.make_space()
 
 
 class Search:
@@ -147,7 +147,7 @@ class Search:
             self._at_breakdown = values if lanczos.breakdowns[-1] == lanczos.n_products else self._at_breakdown
         return done or lanczos.exhausted or lanczos.n_products >= self.max_products
 
-    def make_room(self) -> None:
+    def make_space(self) -> None:
         """Restart where the basis is full."""
         if self.lanczos.full:
             self.lanczos.restart(_kept(self._ritz, self._chosen, self.which, self.rows))

@@ -79,7 +79,7 @@ class Lanczos:
 
     @property
     def full(self) -> bool:
-        """Whether there is no room for another step."""
+        """Whether the basis has no space for another step."""
         return self.basis.count >= len(self.basis.rows)
 
     @property

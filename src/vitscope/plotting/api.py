@@ -1,4 +1,4 @@
-"""`vs.plot`: find a result's figure in its room, check that results may share it, apply the house style."""
+"""`vs.plot`: find a result's figure in its topic, check that results may share it, apply the package's style."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def plot(results: Any, *, allow_different: bool = False, **options: Any) -> Figu
     Args:
         results: a result, or a mapping from the name shown in the legend to a result.
         allow_different: overlay results whose objective cards differ.
-        options: passed to the room's plot function.
+        options: passed to the topic's plot function.
 
     Raises:
         ValueError: nothing to draw, results of several measures, or objectives that differ.
@@ -35,8 +35,8 @@ def plot(results: Any, *, allow_different: bool = False, **options: Any) -> Figu
         raise ValueError(f"Expected results of one measure, received {sorted(modules) or 'none'}.")
     if not allow_different:
         check_comparable({name: getattr(result, "card", None) for name, result in named.items()})
-    room, _, measure = modules.pop().rpartition(".")
-    draw = getattr(importlib.import_module(f"{room}.plot"), measure)
+    topic, _, measure = modules.pop().rpartition(".")
+    draw = getattr(importlib.import_module(f"{topic}.plot"), measure)
     with style.context(STYLE):
         return draw(named, **options)
 

@@ -26,7 +26,7 @@ def ranked_values(results: Mapping[str, Any], label: str) -> Figure:
 
 
 def sized_figure(results: Mapping[str, Any]) -> Figure:
-    """Return a figure of one column's width with room for a legend of all results."""
+    """Return a figure of one column's width with space for a legend of all results."""
     return Figure(figsize=(3.4, 2.1 + 0.14 * len(results)))
 
 

@@ -1,4 +1,4 @@
-"""What a command leaves on the terminal: the run's folder and its headline numbers."""
+"""Print the folder and the headline numbers of a run at the end of a command."""
 
 from __future__ import annotations
 

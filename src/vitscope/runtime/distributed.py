@@ -1,4 +1,4 @@
-"""What the measures need of ``torch.distributed``: one process behaves as a world of size one.
+"""Collective operations over ``torch.distributed`` for the measures; one process behaves as a world of size one.
 
 Every measure is called on every rank with the full sequence of batches, works on its share and adds the
 shares up, so that each rank returns the same numbers.

@@ -1,4 +1,4 @@
-"""What in a sweep file would break a trial, found before the first one starts: one clear line each.
+"""Check a sweep file before its first trial starts: one line for each setting that would break a trial.
 
 A W&B agent writes ``key=value`` for ``${args_no_hyphens}`` and Hydra parses that, so that some YAML values arrive as
 something else: ``null`` as the string ``None``, ``1,2`` as a sweep of its own, ``1e-3`` (a string in YAML) as it stands.

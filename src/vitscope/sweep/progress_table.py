@@ -1,4 +1,4 @@
-"""How a sweep looks while it runs: a live table on a terminal, a line a change elsewhere."""
+"""Show the progress of a sweep: a live table on a terminal, a line for each change elsewhere."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who proposes the next trial: a list made beforehand, or Optuna's TPE for ``method: bayes``."""
+"""Propose the next trial of a sweep: from a list made beforehand, or by Optuna's TPE for ``method: bayes``."""
 
 from __future__ import annotations
 

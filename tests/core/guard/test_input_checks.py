@@ -1,4 +1,4 @@
-"""What a probe refuses at its boundary, in one line each, and what it accepts without a guess."""
+"""A probe refuses unfit inputs in one line each, and accepts the others without a guess."""
 
 from __future__ import annotations
 

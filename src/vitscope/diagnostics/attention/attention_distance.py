@@ -1,4 +1,4 @@
-"""How far and how widely each attention head looks."""
+"""Mean distance and entropy of each attention head."""
 
 from __future__ import annotations
 

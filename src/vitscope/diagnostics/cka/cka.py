@@ -1,4 +1,4 @@
-"""How alike the representations of two layers are: unbiased mini-batch CKA (Figs 10a and D.3)."""
+"""Similarity of the representations of two layers: unbiased mini-batch CKA (Figs 10a and D.3)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What each residual unit does to the spectrum: its branch's output against its branch's normalised input.
+"""Spectral gain of each residual unit: its branch's output against its branch's normalized input.
 
 The cleaner test of "attention is a low-pass filter" (docs/definitions.md sections 5 and 10): unlike the relative log
 amplitude it needs no constant part, compares maps of one size only, and is not diluted by the residual stream.

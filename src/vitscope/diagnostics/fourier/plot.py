@@ -1,4 +1,4 @@
-"""Figures of the Fourier room, after Figs 2a and 8 of Park & Kim (2022)."""
+"""Figures of the Fourier measures, after Figs 2a and 8 of Park & Kim (2022)."""
 
 from __future__ import annotations
 

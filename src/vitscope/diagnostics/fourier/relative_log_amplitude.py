@@ -1,4 +1,4 @@
-"""How much of each frequency the feature maps hold, relative to the constant part (Park & Kim 2022, Figs 2a, 8, D.2)."""
+"""Amplitude of each frequency in the feature maps, relative to the constant part (Park & Kim 2022, Figs 2a, 8, D.2)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How far NEP and APE depend on what the paper leaves open: k, batch size, tolerance and mixup."""
+"""Dependence of NEP and APE on settings that the paper does not state: k, batch size, tolerance and mixup."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where the extreme eigenvalues come from: Gauss-Newton part, remainder and L2 term, and which kind of parameter."""
+"""Parts of the extreme eigenvalues: Gauss-Newton part, remainder and L2 term, and the kinds of parameters."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where directions come from: the options that every measure of this room shares."""
+"""Options for directions in weight space, which all measures of this topic share."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PRESETS = get_args(Preset)
 
 @dataclass(frozen=True)
 class Source:
-    """Where directions come from; the options that every measure of this room shares.
+    """Options for directions in weight space, which all measures of this topic share.
 
     Attributes:
         directions: one of `KINDS`, or directions themselves (mappings by parameter name, or flat vectors).

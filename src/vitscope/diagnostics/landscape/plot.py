@@ -1,4 +1,4 @@
-"""The figures of this room, one function a measure."""
+"""Figures of the landscape measures, one function for each."""
 
 from __future__ import annotations
 

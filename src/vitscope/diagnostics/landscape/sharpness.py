@@ -1,4 +1,4 @@
-"""How much the loss rises near a model, at stated distances and with error bars: one number for "flatter"."""
+"""Rise of the loss at stated distances from a model, with intervals over random directions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What can be removed from a model: one list of lesions, each a context in which the model lacks something."""
+"""Removable parts of a model: one list of lesions, each a context in which the model lacks one part."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a trained model loses when one of its parts is taken out, without retraining (Figs 10b and D.4)."""
+"""Loss of accuracy when one part of a trained model is removed, without retraining (Figs 10b and D.4)."""
 
 from __future__ import annotations
 

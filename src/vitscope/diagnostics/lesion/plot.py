@@ -1,4 +1,4 @@
-"""What each removed part costs, by depth."""
+"""Figure of the loss of accuracy by each removed part, by depth."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How many directions a layer's features use: effective rank and participation ratio by depth."""
+"""Effective rank and participation ratio of the features of each layer, by depth."""
 
 from __future__ import annotations
 

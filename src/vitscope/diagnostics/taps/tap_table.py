@@ -1,4 +1,4 @@
-"""Where a model's feature maps are read: the table of its taps and the shapes of their maps."""
+"""Table of the places where a model's feature maps are read, with the shapes of the maps."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a model is put together: the residual units and pooling layers that are found by module type."""
+"""Find the residual units and pooling layers of a model by the types of its modules."""
 
 from __future__ import annotations
 
