@@ -1,4 +1,4 @@
-"""The room's measures give the same numbers on two ranks as on one, also where a rank has no batch of its own."""
+"""The measures of representations give the same numbers on two ranks as on one, also where a rank has no batch of its own."""
 
 from __future__ import annotations
 
