@@ -62,6 +62,7 @@ def run(names: Sequence[str], tmp_path: Path, fake: Any) -> None:
     reproduce.reproduce(names, "smoke", 1, tmp_path / "runs", tmp_path / "figures", fake)
 
 
+@pytest.mark.usefixtures("command_messages")
 def test_figures_and_tables_are_drawn_and_runs_shared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     fake = Fake()
     run(["fig4", "fig5"], tmp_path, fake)
@@ -80,6 +81,7 @@ def test_run_again_it_makes_nothing(tmp_path: Path) -> None:
     assert fake.made == ["vit", "convnet"]
 
 
+@pytest.mark.usefixtures("command_messages")
 def test_a_trial_that_fails_is_named_and_the_others_are_drawn(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -91,6 +93,7 @@ def test_a_trial_that_fails_is_named_and_the_others_are_drawn(
     assert (tmp_path / "figures/fig4/hessian-end.png").exists()
 
 
+@pytest.mark.usefixtures("command_messages")
 def test_a_failed_analysis_is_a_missing_cell(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(DataError):
         run(["fig5"], tmp_path, Fake({"hessian": spectrum(), "slice": "NaN in layer 3"}))
@@ -100,6 +103,7 @@ def test_a_failed_analysis_is_a_missing_cell(tmp_path: Path, capsys: pytest.Capt
     assert "| vit" in (tmp_path / "figures/fig5/numbers.md").read_text()
 
 
+@pytest.mark.usefixtures("command_messages")
 def test_a_number_that_is_not_finite_is_named_in_its_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(DataError):
         run(["table-models"], tmp_path, Fake({"hessian": spectrum(ape=float("nan"))}))
@@ -110,6 +114,7 @@ def test_a_number_that_is_not_finite_is_named_in_its_table(tmp_path: Path, capsy
     assert "failed" in (tmp_path / "figures/table-models/models.md").read_text()
 
 
+@pytest.mark.usefixtures("command_messages")
 def test_results_with_other_settings_are_not_taken(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     fake = Fake()
     fake([], tmp_path / "runs")

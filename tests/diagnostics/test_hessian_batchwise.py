@@ -140,10 +140,10 @@ def test_a_budget_of_nothing_and_of_plenty(budget: float, n_batches: int):
     assert "budget_s" not in whole.card.solver
 
 
+@pytest.mark.usefixtures("command_messages")
 def test_budget_by_the_clock(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     model, x, y = make("conv", n=12)
     monkeypatch.setattr(_budget, "clock", Clock())
-    monkeypatch.setattr("vitscope.runtime.progress.enabled", True)
     # a product takes a second, 5 + 2 * 2 of them are expected of a batch: two batches fit into 20 seconds
     found = vs.hessian_max_eigenvalue_spectrum(probe_of(model, x, y), n_top=2, budget_s=20)
     assert len(found.batches) == 2

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from vitscope.analyses import outputs
 from vitscope.cli import analyze, exit_codes, train
 from vitscope.data.sources import photos
+from vitscope.runtime.logging import command_logging
 
 TINY = [
     "model=vit",
@@ -31,6 +32,13 @@ CACHED_CROPS = cache(photos._crops)
 def small_figure(_: object) -> Figure:
     """Return a figure in place of a result's, whose drawing takes longer than a training of four steps."""
     return Figure(figsize=(0.2, 0.2))
+
+
+@pytest.fixture
+def command_messages() -> Iterator[None]:
+    """Print log messages on stderr as a command does, for a test that calls a part of one."""
+    with command_logging():
+        yield
 
 
 @pytest.fixture

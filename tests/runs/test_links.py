@@ -53,7 +53,7 @@ def save_result(run: Run) -> None:
 
 
 def start_mirror(run: Run) -> None:
-    wandb_mirror.start(OmegaConf.create({"logger": {"project": "x"}}), run, "train", lambda line: None)
+    wandb_mirror.start(OmegaConf.create({"logger": {"project": "x"}}), run, "train")
 
 
 #: (where the link is, what it leads to in `elsewhere`, what then is done)

@@ -10,15 +10,16 @@ import warnings
 import pytest
 
 from tests.helpers.processes import ENVIRONMENT, ROOT
+from vitscope.data.sources import notices
 from vitscope.runtime.errors import ConfigError
-from vitscope.runtime.logging import command_logging, notify
+from vitscope.runtime.logging import command_logging, is_main_process, log_problem
 
 PACKAGE = logging.getLogger("vitscope")
 
 
 def test_a_command_prints_messages_on_stderr(capsys: pytest.CaptureFixture[str]) -> None:
     with command_logging():
-        notify("nothing to do")
+        PACKAGE.info("nothing to do")
         logging.getLogger("vitscope.runs.run_lock").warning("the lock is stale")
         logging.getLogger("vitscope.runs").debug("not shown")
     assert capsys.readouterr().err == "nothing to do\nwarning: the lock is stale\n"
@@ -27,7 +28,7 @@ def test_a_command_prints_messages_on_stderr(capsys: pytest.CaptureFixture[str])
 def test_the_environment_sets_the_level(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VITSCOPE_LOG_LEVEL", "warning")
     with command_logging():
-        notify("nothing to do")
+        PACKAGE.info("nothing to do")
         PACKAGE.warning("damaged")
     assert capsys.readouterr().err == "warning: damaged\n"
     monkeypatch.setenv("VITSCOPE_LOG_LEVEL", "loud")
@@ -68,6 +69,51 @@ def test_a_program_keeps_its_own_logging(capsys: pytest.CaptureFixture[str], cap
         pass
     assert (PACKAGE.handlers, PACKAGE.level, PACKAGE.propagate) == ([], logging.NOTSET, True)
     with caplog.at_level(logging.INFO, logger="vitscope"):
-        notify("nothing to do")
+        PACKAGE.info("nothing to do")
     assert caplog.messages == ["nothing to do"]
+    assert capsys.readouterr().err == ""
+
+
+def test_a_line_with_its_own_label_is_printed_as_it_is(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = ("failed: run x: test/nll (not finite)", "missing: run y: fourier (not measured at end)")
+    with command_logging():
+        for line in lines:
+            log_problem(PACKAGE, line)
+    assert capsys.readouterr().err.splitlines() == list(lines)
+    monkeypatch.setenv("VITSCOPE_LOG_LEVEL", "error")
+    with command_logging():
+        for line in lines:
+            log_problem(PACKAGE, line)
+    assert capsys.readouterr().err.splitlines() == [lines[0]]
+
+
+def test_a_labeled_line_has_the_level_of_its_label_and_the_place_of_its_caller(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    for line in ("failed: trial 1", "missing: run y", "damaged: run z"):
+        log_problem(PACKAGE, line)
+    assert [record.levelname for record in caplog.records] == ["ERROR", "WARNING", "WARNING"]
+    assert {record.funcName for record in caplog.records} == {
+        "test_a_labeled_line_has_the_level_of_its_label_and_the_place_of_its_caller"
+    }
+
+
+def test_the_process_group_tells_the_rank_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.distributed.get_rank", lambda: 1)
+    assert not is_main_process()
+    monkeypatch.setattr("torch.distributed.get_rank", lambda: 0)
+    assert is_main_process()
+
+
+def test_a_notice_on_data_is_logged_once(caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]) -> None:
+    """In a notebook it is a record of level INFO, and nothing is printed."""
+    with caplog.at_level(logging.INFO, logger="vitscope"):
+        for _ in range(2):
+            notices.report_once("x.gif:\n the first of its 7 frames is used")
+    assert caplog.record_tuples == [
+        ("vitscope.data.sources.notices", logging.INFO, "note: x.gif: the first of its 7 frames is used")
+    ]
     assert capsys.readouterr().err == ""

@@ -95,7 +95,7 @@ def test_names_of_a_project_are_sent_without_secrets(tmp_path: Path, monkeypatch
     cfg = OmegaConf.create(
         {"paths": {"runs": str(tmp_path)}, "seed": 1, "logger": {**every, "tags": ["${oc.env:HF_TOKEN}"]}}
     )
-    wandb_mirror.start(cfg, run_dir.create(cfg, "train"), "train", lambda line: None)
+    wandb_mirror.start(cfg, run_dir.create(cfg, "train"), "train")
     assert sent["project"] == "x-redacted"
     assert "hunter2" not in repr(sent)
 

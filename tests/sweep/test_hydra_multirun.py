@@ -59,6 +59,7 @@ def test_a_multirun_of_two_jobs(tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.usefixtures("command_messages")
 def test_a_job_returns_its_metric_and_goes_on(hydra_job: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     pretend(monkeypatch, hydra_job, "do=fail", "accuracy=0.7")
     assert hydra_multirun.job("val/accuracy") is None
@@ -66,7 +67,7 @@ def test_a_job_returns_its_metric_and_goes_on(hydra_job: Path, monkeypatch: pyte
         "overrides": ["do=fail", "accuracy=0.7"],
         "exit_code": 3,
     }
-    assert hydra_multirun._told() == 3
+    assert hydra_multirun._log_failed_jobs() == 3
     assert "failed: job 0 (do=fail accuracy=0.7): exit 3" in capsys.readouterr().err
     # a queue that starts it again (preempted, out of time) finds it begun
     assert hydra_multirun.job("val/accuracy") == 0.7

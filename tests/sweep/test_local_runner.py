@@ -60,6 +60,7 @@ def test_limit_takes_the_first_trials(tmp_path: Path) -> None:
     assert [trial.params["seed"] for trial in one.trials] == [0]
 
 
+@pytest.mark.usefixtures("command_messages")
 def test_a_failure_is_named_and_retried(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sweep = sweep_of(do=["finish", "fail"])
     first = local(sweep, tmp_path, show=progress_table.SweepDisplay())

@@ -44,6 +44,7 @@ def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Server]:
     thread.join()
 
 
+@pytest.mark.usefixtures("command_messages")
 def test_two_agents_run_a_sweep(server: Server, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "rates.yaml"
     text = (ROOT / "sweeps" / "models.yaml").read_text()
@@ -112,6 +113,7 @@ def test_a_server_that_is_gone_is_named(monkeypatch: pytest.MonkeyPatch) -> None
         wandb_agents.create(sweep_file.read(ROOT / "sweeps" / "models.yaml"))
 
 
+@pytest.mark.usefixtures("command_messages")
 def test_failed_trials_are_read_from_their_folders(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def made(name: str, status: str, code: int | None, wandb_id: str) -> None:
         folder = tmp_path / name

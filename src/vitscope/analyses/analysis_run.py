@@ -58,7 +58,7 @@ def analyze(cfg: DictConfig, chosen: Sequence[str] = (), inside: Sequence[str] =
     run_end.log_tracebacks_to(run)
     if rank() == 0 and model_facts.KEY not in run.provenance() and _is_own_model(cfg, run):
         run.note(**{model_facts.KEY: model_facts.of_model(cfg)})
-    mirror = wandb_mirror.start(cfg, run, "analyze", _logger.info)
+    mirror = wandb_mirror.start(cfg, run, "analyze")
     code = 1
     try:
         _perform(cfg, run, network.to(device), data, content, path, mirror)

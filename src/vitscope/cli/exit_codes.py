@@ -71,14 +71,14 @@ def _ended(error: BaseException, wants_traceback: bool) -> int:
     if isinstance(error, KeyboardInterrupt):
         error = Interrupted(signal.SIGINT)
     if isinstance(error, Interrupted):
-        _say(f"stopped by {signal.Signals(error.signum).name}{_resume_advice()}")
+        _print_on_stderr(f"stopped by {signal.Signals(error.signum).name}{_resume_advice()}")
         return code_for(error)
     known = explain(error)
     if known is not None:
-        _say(f"error: {known}")
+        _print_on_stderr(f"error: {known}")
         return known.exit_code
     where = f"; the traceback is in {run.log}" if run else "; HYDRA_FULL_ERROR=1 shows the traceback"
-    _say(f"error: {type(error).__name__}: {first_line(error)}{where}")
+    _print_on_stderr(f"error: {type(error).__name__}: {first_line(error)}{where}")
     return 1
 
 
@@ -92,7 +92,7 @@ def _resume_advice() -> str:
     return f"; go on with run={run.path} ckpt_path=last" if checkpoint_io.present(run.checkpoints) else ""
 
 
-def _say(line: str) -> None:
+def _print_on_stderr(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 

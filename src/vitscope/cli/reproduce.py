@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import sys
 import time
@@ -15,7 +16,10 @@ from vitscope.reproduce import plan as reproduction
 from vitscope.reproduce.plan import Outcome, Target, Trial
 from vitscope.runtime import errors, stop_flag
 from vitscope.runtime.errors import ConfigError, DataError
+from vitscope.runtime.logging import log_problem
 from vitscope.runtime.stop_flag import Interrupted
+
+_logger = logging.getLogger(__name__)
 
 OPTIONS = {"profile": "smoke", "seeds": "1", "runs": "", "out": ""}
 
@@ -79,7 +83,7 @@ def reproduce(names: Sequence[str], profile: str, seeds: int, root: Path, out: P
     for trial, outcome in (work or in_processes)(trials, root):
         outcomes[trial] = outcome
         state = "failed" if outcome.problems else "done"
-        _say(f"[{len(outcomes)}/{len(trials)}, {time.monotonic() - started:.0f} s] {state}: {trial.name}")
+        _logger.info(f"[{len(outcomes)}/{len(trials)}, {time.monotonic() - started:.0f} s] {state}: {trial.name}")
         for target in [t for t in waiting if all(needed in outcomes for needed in t.trials)]:
             waiting.remove(target)
             problems += _drawn(target, outcomes, out, drawing.draw)
@@ -89,7 +93,7 @@ def reproduce(names: Sequence[str], profile: str, seeds: int, root: Path, out: P
         _page(root, out)
     problems = list(dict.fromkeys(problems))
     for problem in problems:
-        _say(problem)
+        log_problem(_logger, problem)
     if problems:
         raise DataError("target", " ".join(names), f"{len(problems)} missing or failed, named above",
                         "see the runs' log.txt and run the same command again")  # fmt: skip
@@ -154,7 +158,7 @@ def attempted(trial: Trial, root: Path) -> Outcome:
         raise
     except Exception as error:
         known = error_translation.explain(error)
-        _say(f"error: {known or repr(error)}")
+        _logger.error(str(known or repr(error)))
         return Outcome(None, (f"{trial.name} ({known or repr(error)})",))
 
 
@@ -174,7 +178,3 @@ def _page(root: Path, out: Path) -> None:
     with initialize_config_dir(str(loading.folder()), version_base="1.3", job_name="report"):
         cfg = compose("report", overrides=overrides)
     report(cfg)
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import logging
 import re
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,6 +22,9 @@ from vitscope.reports.value_lookup import Selection
 from vitscope.runs import run_dir
 from vitscope.runtime import errors, stop_flag
 from vitscope.runtime.errors import ConfigError, DataError
+from vitscope.runtime.logging import log_problem
+
+_logger = logging.getLogger(__name__)
 
 TABLES = (*headline_tables.TABLES, "claims", *factorial_tables.NAMES)
 GROUP_BY = ("model", "run")
@@ -52,7 +55,7 @@ def report(cfg: DictConfig) -> Path:
     damaged: list[run_index.Damage] = []
     found = run_index.collect(_folders(cfg, damaged), damaged)
     for damage in damaged:
-        print(damage, file=sys.stderr)
+        log_problem(_logger, str(damage))
     if not found:
         raise DataError(
             "runs" if cfg.runs is not None else "paths.runs", None, "no run that can be read", "name others"
@@ -82,7 +85,7 @@ def report(cfg: DictConfig) -> Path:
         if cfg.page:
             target = html_page.write(out / f"{cfg.name}.html", found, made, judged, drawn, problems)
             print(f"\n{len(drawn)} figures, {len(made)} tables: {target}")
-    _tell(list(dict.fromkeys(problems)), bool(cfg.strict), cfg.table)
+    _log_problems(list(dict.fromkeys(problems)), bool(cfg.strict), cfg.table)
     if damaged:
         why = f"{len(damaged)} run folder{'s' * (len(damaged) != 1)} damaged and left out, named above"
         raise DataError("runs", None, why, "mend or delete them; the report holds the others")
@@ -154,13 +157,13 @@ def _panels(cfg: DictConfig, found: Sequence[run_index.Entry]) -> list[figure_pl
     )
 
 
-def _tell(problems: Sequence[Problem], strict: bool, table: str | None) -> None:
-    """Name what is missing or failed on stderr; with ``strict`` end with an error."""
+def _log_problems(problems: Sequence[Problem], strict: bool, table: str | None) -> None:
+    """Log what is missing or failed; with ``strict`` end with an error."""
     shown = problems if strict or table else problems[:MOST_LINES]
     for problem in shown:
-        print(problem, file=sys.stderr)
+        log_problem(_logger, str(problem))
     if len(shown) < len(problems):
-        print(f"... and {len(problems) - len(shown)} more; the page names them all", file=sys.stderr)
+        log_problem(_logger, f"... and {len(problems) - len(shown)} more; the page names them all")
     if strict and problems:
         kinds = {kind: sum(p.kind == kind for p in problems) for kind in ("missing", "failed")}
         counted = " and ".join(f"{n} {kind}" for kind, n in kinds.items() if n)

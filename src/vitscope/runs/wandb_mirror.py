@@ -5,6 +5,7 @@ Nothing here may stop a training: a server that is gone, a missing key or a dead
 
 from __future__ import annotations
 
+import logging
 import netrc
 import os
 import sys
@@ -23,6 +24,8 @@ from vitscope.runs.run_dir import Run, redacted
 from vitscope.runtime import safe_files
 from vitscope.runtime.distributed import rank
 from vitscope.runtime.redaction import cleaned, masked
+
+_logger = logging.getLogger(__name__)
 
 _HOST = "https://api.wandb.ai"
 
@@ -91,7 +94,7 @@ class WandbMirror:
             warnings.warn(f"W&B: {type(error).__name__}: {_one_line(error)}; the journal has every row", stacklevel=3)
 
 
-def start(cfg: DictConfig, run: Run, job_type: str, say: Callable[[str], None] = print) -> WandbMirror:
+def start(cfg: DictConfig, run: Run, job_type: str) -> WandbMirror:
     """Start (or, for a resumed folder, go on with) the W&B run of a run folder.
 
     Offline unless a key is configured or ``WANDB_MODE`` says otherwise. Only rank 0 has one.
@@ -103,7 +106,7 @@ def start(cfg: DictConfig, run: Run, job_type: str, say: Callable[[str], None] =
     mode = os.environ.get("WANDB_MODE")
     if mode is None and not has_key():
         mode = "offline"
-        say("W&B: no key configured, so the run is logged offline (wandb login, or WANDB_MODE=online, to send it)")
+        _logger.info("W&B: no key configured, so the run is logged offline (wandb login, or WANDB_MODE=online, to send it)")
     os.environ.setdefault("WANDB_SILENT", "true")
     for name, seconds in PATIENCE.items():
         os.environ.setdefault(name, seconds)
@@ -131,7 +134,7 @@ def start(cfg: DictConfig, run: Run, job_type: str, say: Callable[[str], None] =
             return mirror
         except Exception as error:  # no server, a wrong key, a dead service: try offline, then do without
             then = "trying offline" if attempt != "offline" else "going on without it; the journal has every row"
-            say(f"W&B: not started ({type(error).__name__}: {_one_line(error)}); {then}")
+            _logger.info(f"W&B: not started ({type(error).__name__}: {_one_line(error)}); {then}")
     return WandbMirror()
 
 

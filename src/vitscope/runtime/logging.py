@@ -2,7 +2,8 @@
 
 Modules call ``logging.getLogger(__name__)``. In a notebook or a program the package adds no handler and sets no level, so that
 ``logging.getLogger("vitscope").setLevel(...)`` and the program's own handlers decide. A command prints messages on stderr, from
-level INFO on unless the environment variable ``VITSCOPE_LOG_LEVEL`` names another.
+level INFO on unless the environment variable ``VITSCOPE_LOG_LEVEL`` names another. What a command was asked for (tables,
+help, progress bars, the final ``error:`` line) is printed, not logged.
 """
 
 from __future__ import annotations
@@ -28,17 +29,31 @@ _package_logger = logging.getLogger("vitscope")
 
 
 def is_main_process() -> bool:
-    """Tell whether this process is rank 0 by its environment, also before there is a process group."""
+    """Tell whether this process is rank 0: of the process group, or before there is one by the environment."""
+    distributed = sys.modules.get("torch.distributed")  # there is a process group only where it has been imported
+    is_initialized = getattr(distributed, "is_initialized", None)  # None also while the module is being imported
+    if distributed is not None and is_initialized is not None and is_initialized():
+        return distributed.get_rank() == 0
     return all(int(os.environ.get(name, "0")) == 0 for name in _RANK_VARIABLES)
 
 
-def notify(line: str) -> None:
-    """Log one line at level INFO."""
-    _package_logger.info(line)
+def log_problem(logger: logging.Logger, line: str) -> None:
+    """Log a line that opens with its own label, which a command prints without the level before it.
+
+    Args:
+        logger: The logger of the calling module.
+        line: A line such as ``failed: run x: test/nll (not finite)``; ``failed:`` is of level ERROR, every other one of
+            level WARNING.
+    """
+    level = logging.ERROR if line.startswith("failed:") else logging.WARNING
+    logger.log(level, line, extra={"has_label": True}, stacklevel=2)
 
 
 class _StderrHandler(logging.Handler):
-    """Writes each record of rank 0 as one line on the present ``sys.stderr``; from WARNING on with its level before it."""
+    """Writes each record of rank 0 as one line on the present ``sys.stderr``; from WARNING on with its level before it.
+
+    A record of `log_problem` is written as it is, for its text opens with a label.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -46,7 +61,8 @@ class _StderrHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write the record."""
-        prefix = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
+        shows_level = record.levelno >= logging.WARNING and not getattr(record, "has_label", False)
+        prefix = f"{record.levelname.lower()}: " if shows_level else ""
         with contextlib.suppress(OSError, ValueError):  # a stream that is closed or full must not end a training
             print(prefix + redaction.masked(record.getMessage()), file=sys.stderr, flush=True)
 

@@ -29,12 +29,6 @@ PLAIN_INTERVAL = 15.0
 enabled = True
 
 
-def say(text: str) -> None:
-    """Print a line on what is about to happen, rank 0 only."""
-    if enabled and rank() == 0:
-        print(text, file=sys.stderr, flush=True)
-
-
 def track(iterable: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
     """Yield the items of ``iterable`` while showing how far the work is, and poll for termination.
 

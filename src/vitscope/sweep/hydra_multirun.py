@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
+import logging
 import os
 import secrets
 import shutil
@@ -30,8 +31,11 @@ from vitscope.config import loading
 from vitscope.config.hydra_internals import Callback
 from vitscope.runtime import atomic_write, redaction, stop_flag
 from vitscope.runtime.errors import ConfigError
+from vitscope.runtime.logging import log_problem
 from vitscope.runtime.stop_flag import Interrupted
 from vitscope.sweep import trial_process
+
+_logger = logging.getLogger(__name__)
 
 #: how the folder's name reaches Hydra's configuration (``hydra.sweep.dir``)
 ENVIRONMENT = "VITSCOPE_MULTIRUN"
@@ -110,11 +114,11 @@ def reported(argv: Sequence[str]) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if isinstance(error, Interrupted) or not _told():
+        if isinstance(error, Interrupted) or not _log_failed_jobs():
             raise  # else the sweeper's complaint follows from the failed jobs, which have been named
     finally:
         os.environ.pop(ENVIRONMENT, None)
-    if code := _told():
+    if code := _log_failed_jobs():
         sys.exit(code)
 
 
@@ -122,8 +126,8 @@ def _raise(signum: int, frame: FrameType | None) -> None:
     raise Interrupted(signum)
 
 
-def _told() -> int:
-    """Name the failed jobs on stderr, once; return the first one's exit code."""
+def _log_failed_jobs() -> int:
+    """Log the failed jobs, once; return the first one's exit code."""
     global _folder
     files = sorted(_folder.glob(f"*/{JOB}"), key=lambda f: int(f.parent.name)) if _folder else []
     jobs = [(file.parent, json.loads(file.read_text())) for file in files]
@@ -132,7 +136,7 @@ def _told() -> int:
     for folder, job in failed:
         why = trial_process.last_error(folder / OUTPUT) or trial_process.last_error(folder / "log.txt") or "see above"
         what = " ".join(override for override in job["overrides"] if override not in shared)
-        print(f"failed: job {folder.name} ({what}): exit {job['exit_code']}; {folder}: {why}", file=sys.stderr)
+        log_problem(_logger, f"failed: job {folder.name} ({what}): exit {job['exit_code']}; {folder}: {why}")
     if jobs:
         print(f"{len(jobs) - len(failed)} of {len(jobs)} jobs finished; {_folder}", flush=True)
     _folder = None

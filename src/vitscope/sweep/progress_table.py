@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import logging
 import time
 from typing import TYPE_CHECKING
 
@@ -10,10 +10,13 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from vitscope.runtime.logging import log_problem
 from vitscope.sweep import sweep_file
 
 if TYPE_CHECKING:
     from vitscope.sweep.local_runner import LocalSweep, Trial
+
+_logger = logging.getLogger(__name__)
 
 _STYLES = {"finished": "green", "failed": "bold red", "running": "cyan", "stopped early": "yellow", "stopped": "yellow"}
 
@@ -79,12 +82,11 @@ def line(sweep: LocalSweep, trial: Trial) -> str:
 
 
 def report(sweep: LocalSweep) -> None:
-    """Name on stderr what failed, and where everything lies."""
+    """Log the failed trials, and print how many there are of each state and the sweep's folder."""
     for trial in sweep.failed():
         what = sweep_file.label(sweep.sweep, trial.params)
-        print(
-            f"failed: trial {trial.index} ({what}): exit {trial.exit_code}; {trial.folder}: {trial.why}",
-            file=sys.stderr,
+        log_problem(
+            _logger, f"failed: trial {trial.index} ({what}): exit {trial.exit_code}; {trial.folder}: {trial.why}"
         )
     print(f"{_counts(sweep)}; {sweep.folder}", flush=True)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import shutil
@@ -19,10 +20,13 @@ from vitscope.config.experiment_identity import RUN_KEYS
 from vitscope.runs import run_dir
 from vitscope.runtime import stop_flag
 from vitscope.runtime.errors import ConfigError
+from vitscope.runtime.logging import log_problem
 from vitscope.runtime.stop_flag import Interrupted
 from vitscope.sweep import trial_process
 from vitscope.sweep.sweep_file import Sweep
 from vitscope.sweep.trial_process import Slot
+
+_logger = logging.getLogger(__name__)
 
 
 def create(sweep: Sweep) -> str:
@@ -88,17 +92,17 @@ def run(sweep: Sweep, sweep_id: str, folder: Path, slots: Sequence[Slot], limit:
         while any(agent.poll() is None for agent in agents):
             if (signum := stop_flag.requested()) is not None:
                 raise Interrupted(signum)
-            _tell(folder, seen)
+            _print_changed_states(folder, seen)
             time.sleep(0.2)
     finally:
         trial_process.stop(agents, stop_flag.requested() or 15)
-        _tell(folder, seen)
+        _print_changed_states(folder, seen)
     broken = [agent for agent in agents if agent.returncode]
     return report(folder, len(broken), may_stop="early_terminate" in sweep.content)
 
 
 def report(folder: Path, broken: int = 0, *, may_stop: bool = False) -> int:
-    """Name on stderr the trials of a sweep's folder that have not finished; return the first one's exit code.
+    """Log the trials of a sweep's folder that have not finished; return the first one's exit code.
 
     Agents exit 0 after failed trials, so only run folders count. A trial that an agent started and that left no folder
     (its command line was refused) failed too.
@@ -118,23 +122,23 @@ def report(folder: Path, broken: int = 0, *, may_stop: bool = False) -> int:
         code = said.exit_code or 1
         first = first or code
         state = said.status if said.status != "running" else "killed"
-        print(f"failed: {run_.path}: {state}, exit {code}; {trial_process.last_error(run_.log)}", file=sys.stderr)
+        log_problem(_logger, f"failed: {run_.path}: {state}, exit {code}; {trial_process.last_error(run_.log)}")
     known = {run_.provenance().get("wandb_id") for run_ in found}
     for path in sorted(folder.glob("wandb/sweep-*/config-*.yaml")):
         run_id = path.stem.removeprefix("config-")
         if run_id not in known:
             first = first or 2
-            print(f"failed: W&B run {run_id} left no run folder; see {folder}/agent-*.log", file=sys.stderr)
+            log_problem(_logger, f"failed: W&B run {run_id} left no run folder; see {folder}/agent-*.log")
     if broken:
         first = first or 1
-        print(
-            f"failed: {broken} agent{'s' * (broken > 1)} ended with an error; see {folder}/agent-*.log", file=sys.stderr
+        log_problem(
+            _logger, f"failed: {broken} agent{'s' * (broken > 1)} ended with an error; see {folder}/agent-*.log"
         )
     print(f"{finished} of {len(found)} trials finished; {folder}", flush=True)
     return first
 
 
-def _tell(folder: Path, seen: dict[str, str]) -> None:
+def _print_changed_states(folder: Path, seen: dict[str, str]) -> None:
     """Print a line for each run whose state has changed."""
     for run_ in run_dir.every(folder):
         said = trial_process.outcome(run_.path)

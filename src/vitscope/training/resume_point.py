@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +22,9 @@ from vitscope.runs import (
 from vitscope.runs.resume_changes import Change
 from vitscope.runs.run_dir import Run
 from vitscope.runtime.errors import CheckpointError, ConfigError
-from vitscope.runtime.logging import is_main_process, notify
+from vitscope.runtime.logging import is_main_process
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -142,7 +145,7 @@ def report_nothing_to_do(run: Run, changes: Sequence[Change] | None) -> None:
     print(f"{run.path} is finished; nothing to do")
     if changes:
         keys = ", ".join(change.key for change in changes)
-        notify(f"not applied, for no step is left to make: {keys}; measure it with analyze.py run={run.path}")
+        _logger.info(f"not applied, for no step is left to make: {keys}; measure it with analyze.py run={run.path}")
 
 
 def adopt_checkpoint(

@@ -5,6 +5,7 @@ Each stage hands a typed object to the next one: `ResumePoint`, `TrainingParts`,
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from dataclasses import dataclass
@@ -31,7 +32,7 @@ from vitscope.runs.metrics_log import Journal, last_values
 from vitscope.runs.run_dir import Run
 from vitscope.runs.summary_table import print_headline
 from vitscope.runtime.errors import CheckpointError, ConfigError, StorageError
-from vitscope.runtime.logging import is_main_process, notify
+from vitscope.runtime.logging import is_main_process
 from vitscope.runtime.stop_flag import Interrupted
 from vitscope.training import run_logger
 from vitscope.training.ddp_strategy import end_other_ranks
@@ -46,6 +47,8 @@ from vitscope.training.resume_point import (
     take_up_run,
 )
 from vitscope.training.trainer_factory import build_module, build_trainer
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -83,7 +86,7 @@ def train(cfg: DictConfig, run: Run | None = None) -> Run:
     _validate_training(cfg, is_resumed=run is not None)
     finished_run = _find_finished_run(cfg) if run is None else None
     if finished_run is not None:
-        notify(f"{finished_run.path} is a finished run of this configuration; nothing to do")
+        _logger.info(f"{finished_run.path} is a finished run of this configuration; nothing to do")
         return finished_run
     start = find_resume_point(cfg, run)
     if start.run is not None and start.is_finished:
@@ -99,7 +102,7 @@ def train(cfg: DictConfig, run: Run | None = None) -> Run:
 
 def _validate_training(cfg: DictConfig, *, is_resumed: bool) -> None:
     for name in loading.drop_unchosen(cfg):
-        notify(f"analysis.{name}: the experiment sets it, but it was not chosen; left out")
+        _logger.info(f"analysis.{name}: the experiment sets it, but it was not chosen; left out")
     if is_resumed:  # the run's own limits have been lowered already, and those of this command are meant
         caps.apply_analysis_caps(cfg)
     else:
@@ -172,7 +175,7 @@ def _await_run(path: Path, seconds: float = 60.0) -> Run:
 def _train_in_folder(cfg: DictConfig, run: Run, start: ResumePoint, parts: TrainingParts) -> None:
     """Fit, test and report; note how the training ended, whatever ended it."""
     start_time = time.monotonic()
-    mirror = wandb_mirror.start(cfg, run, "train", notify)
+    mirror = wandb_mirror.start(cfg, run, "train")
     code = 1
     try:
         fit_parts = _build_fit_parts(cfg, run, parts, mirror)

@@ -35,6 +35,7 @@ def test_three_folders_are_the_splits(tmp_path, write_folder):
         assert images.class_names == ("cat", "dog")
 
 
+@pytest.mark.usefixtures("command_messages")
 def test_val_is_the_validation_and_without_a_test_folder_the_test_split(tmp_path, write_folder, capsys):
     write_folder(tmp_path, ("train", "val"), per_class=10)
     train, val, test = (folder.load(split, root=tmp_path) for split in ("train", "val", "test"))
@@ -64,6 +65,7 @@ def test_two_folders_for_one_split_are_refused(tmp_path, write_folder):
         folder.load("train", root=tmp_path)
 
 
+@pytest.mark.usefixtures("command_messages")
 def test_a_class_named_as_a_split(tmp_path, write_folder, capsys):
     write_folder(tmp_path, (".",), classes=("bus", "car", "train"))
     assert folder.load("train", root=tmp_path).class_names == ("bus", "car", "train")
@@ -71,12 +73,14 @@ def test_a_class_named_as_a_split(tmp_path, write_folder, capsys):
     assert "the test split is held out of its classes" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("command_messages")
 def test_folders_beside_the_splits_are_said(tmp_path, write_folder, capsys):
     write_folder(tmp_path, ("train", "extra"))
     folder.load("train", root=tmp_path)
     assert "read as the splits train; folders beside them are not read: extra" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("command_messages")
 def test_classes_are_numbered_by_name_from_train(tmp_path, write_folder, capsys):
     write_folder(tmp_path, ("train",), classes=("ant", "bee", "cat", "dog"))
     write_folder(tmp_path, ("val",), classes=("bee", "dog"))

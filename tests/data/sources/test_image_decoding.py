@@ -143,6 +143,7 @@ def test_every_extension_is_an_image_of_its_class(tmp_path: Path, name: str) -> 
     assert name.lower() in EXTENSIONS
 
 
+@pytest.mark.usefixtures("command_messages")
 def test_other_files_are_counted_in_one_notice(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     place = tmp_path / "val" / "cat"
     (place / ".ipynb_checkpoints").mkdir(parents=True)
@@ -188,6 +189,7 @@ def test_too_many_pixels_are_one_line(tmp_path: Path, monkeypatch: pytest.Monkey
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.usefixtures("command_messages")
 def test_first_frame_is_used_and_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     frames = [Image.new("RGB", (4, 4), color) for color in ((255, 0, 0), (0, 255, 0))]
     frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])

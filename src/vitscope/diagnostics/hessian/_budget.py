@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -14,7 +15,9 @@ from vitscope.core.probe import Batch
 from vitscope.linalg.batched_lanczos import SideBySide
 from vitscope.linalg.curvature.operator_factory import Curvatures
 from vitscope.linalg.krylov_basis import norm
-from vitscope.runtime import distributed, progress
+from vitscope.runtime import distributed
+
+_logger = logging.getLogger(__name__)
 
 #: seconds; a name of its own so that tests can set the time
 clock: Callable[[], float] = time.perf_counter
@@ -81,7 +84,7 @@ def fitted(operators: Curvatures, seconds: float, n_values: int, at_once: int) -
     limit = min(total, rounds * world)
     predicted = product * products * -(-limit // world)
     memory = (products + 2) * row * at_once + graph
-    progress.say(
+    _logger.info(
         f"hessian spectrum: {product:.3g} s a product, about {products} products a batch, {memory / 2**20:.0f} MiB; "
         f"{limit} of {total} batches in about {predicted:.0f} s (budget_s={seconds:g})"
     )

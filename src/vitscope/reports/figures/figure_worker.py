@@ -17,6 +17,7 @@ from typing import Any
 from vitscope.plotting.api import plot, save_figure
 from vitscope.runs import result_store
 from vitscope.runtime.errors import StorageError, first_line
+from vitscope.runtime.logging import command_logging
 from vitscope.runtime.progress import track
 
 #: number of figures from which on a second process draws too (starting it costs as much as drawing a few)
@@ -73,7 +74,7 @@ def drawing(jobs: Sequence[Job]) -> Iterator[Callable[[], list[Picture]]]:
     # spawned, not forked: torch's threads do not survive a fork
     pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _leave_signals_to_the_parent)
     try:
-        futures = [pool.submit(draw, job) for job in jobs]
+        futures = [pool.submit(_draw_in_worker, job) for job in jobs]
         yield lambda: _draw_alongside(jobs, futures)
     finally:
         pool.shutdown(cancel_futures=True)
@@ -85,6 +86,12 @@ def _draw_alongside(jobs: Sequence[Job], futures: Sequence[Future[Picture]]) -> 
     for index in track(range(len(jobs) - 1, -1, -1), "figures"):
         pictures[index] = draw(jobs[index]) if futures[index].cancel() else futures[index].result()
     return [pictures[index] for index in range(len(jobs))]
+
+
+def _draw_in_worker(job: Job) -> Picture:
+    """Draw one figure in the second process, whose warnings and messages are lines like those of the command."""
+    with command_logging():
+        return draw(job)
 
 
 def draw(job: Job) -> Picture:
