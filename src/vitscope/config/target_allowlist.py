@@ -175,7 +175,7 @@ def _ours(found: Any, module: str, name: str) -> bool:
     from vitscope import models
 
     if module.startswith("vitscope.models."):
-        return name in models.__all__ and getattr(models, name) is found and name != "load_official_state_dict"
+        return models.functions().get(name) == module and name != "load_official_state_dict"
     if module.startswith("vitscope.data."):
         return name == "load" or (module, name) == ("vitscope.data.sources.photos", "whole")
     return vitscope.measures().get(name) == module
