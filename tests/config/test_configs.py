@@ -94,3 +94,12 @@ def test_hash_leaves_folders_out() -> None:
     assert experiment_identity.config_hash(one) == experiment_identity.config_hash(composed("train", "paths.runs=b"))
     for change in ("optimizer.lr=0.5", "data.random_labels=true"):
         assert experiment_identity.config_hash(one) != experiment_identity.config_hash(composed("train", change))
+
+
+def test_stated_capabilities_belong_neither_to_the_experiment_nor_to_the_model() -> None:
+    choices = ("model=vit", "model.depth=1", "data=digits")
+    plain, stated = composed("train", *choices), composed("train", *choices, "+model.capabilities.residual_units=true")
+    validate(stated)
+    assert experiment_identity.config_hash(plain) == experiment_identity.config_hash(stated)
+    assert experiment_identity.identity(plain) == experiment_identity.identity(stated)
+    assert factories.model(stated).state_dict().keys() == factories.model(plain).state_dict().keys()

@@ -25,6 +25,13 @@ CASES = [
     ("objective.l2=l1", "objective.l2=l1", "choose from|did you mean"),
     ("+model.typo=1", "model.typo=1", "no such key"),
     ("+model.widow_size=2", "model.widow_size=2", "did you mean window_size"),
+    (
+        "+model.capabilities.residual_unit=false",
+        "model.capabilities.residual_unit=False",
+        "did you mean residual_units",
+    ),
+    ("+model.capabilities.stem=2", "model.capabilities.stem=2", "not of type bool"),
+    ("+model.capabilities=none", "model.capabilities=none", "not a group of keys"),
     ("+trainer.max_epoch=2", "trainer.max_epoch=2", "did you mean max_epochs"),
     ("+objective.smoothing=.1", "objective.smoothing", "no such key"),
     ("+analysis.hessian.n_tops=3", "analysis.hessian.n_tops=3", "did you mean n_top"),

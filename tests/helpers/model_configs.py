@@ -8,15 +8,26 @@ import torch
 from omegaconf import OmegaConf
 from torch import nn
 
-CONFIGS = sorted(p.stem for p in (Path(__file__).parents[2] / "conf" / "model").glob("*.yaml"))
+from vitscope.config.loading import MODEL_HINTS
+from vitscope.models.structure.capabilities import ModelCapabilities
+
+FOLDER = Path(__file__).parents[2] / "conf" / "model"
+CONFIGS = sorted(file.stem for file in FOLDER.glob("*.yaml"))
+
+
+def stated_capabilities(name: str) -> ModelCapabilities:
+    """Return what conf/model/<name>.yaml states that the model has; all where it states nothing."""
+    file: Any = OmegaConf.load(FOLDER / f"{name}.yaml")
+    return ModelCapabilities(**file.get("capabilities", {}))
 
 
 def from_config(name: str, num_classes: int = 3, image_size: int = 32, **changes: Any) -> nn.Module:
     """Build the model of conf/model/<name>.yaml, without Hydra, in float64 and eval mode, with random norms."""
-    file = OmegaConf.load(Path(__file__).parents[2] / "conf" / "model" / f"{name}.yaml")
+    file = OmegaConf.load(FOLDER / f"{name}.yaml")
     config = OmegaConf.create({"data": {"num_classes": num_classes, "image_size": image_size}, "model": file})
     options = OmegaConf.to_container(config, resolve=True)["model"]  # type: ignore[index, call-overload]
     module, _, function = options.pop("_target_").rpartition(".")
+    options = {key: value for key, value in options.items() if key not in MODEL_HINTS}
     torch.manual_seed(0)
     model = getattr(importlib.import_module(module), function)(**options | changes).double().eval()
     if isinstance(stated := getattr(model, "pretrained_cfg", None), dict):

@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from tests.helpers.model_configs import CONFIGS, from_config
+from tests.helpers.model_configs import CONFIGS, from_config, stated_capabilities
 from vitscope.core.tap import Kind
+from vitscope.models.structure.capabilities import ModelCapabilities, capabilities_of
 from vitscope.models.structure.parameter_groups import parameter_kinds, parameter_stages
 from vitscope.models.structure.residual_units import reading_branches, resumed, units, zeroed
 from vitscope.models.structure.taps import reading, taps
@@ -31,6 +32,17 @@ def model(built: tuple[nn.Module, int]) -> nn.Module:
 
 
 @pytest.fixture
+def stated(request: pytest.FixtureRequest) -> ModelCapabilities:
+    return stated_capabilities(request.node.callspec.params["built"])
+
+
+@pytest.fixture
+def needs_residual_units(stated: ModelCapabilities) -> None:
+    if not stated.residual_units:
+        pytest.skip("the configuration states that the model has no residual units")
+
+
+@pytest.fixture
 def x(built: tuple[nn.Module, int]) -> Tensor:
     return torch.rand(1, 3, built[1], built[1], dtype=torch.float64)
 
@@ -40,6 +52,13 @@ def maps(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
     with torch.no_grad(), reading(model, taps(model), lambda i, tap, value: found.update({tap.name: value.clone()})):
         model(x)
     return found
+
+
+def test_the_model_has_what_its_configuration_states(model: nn.Module, stated: ModelCapabilities) -> None:
+    assert capabilities_of(model) == stated
+    if not stated.residual_units:
+        with pytest.raises(ValueError, match="no residual unit"):
+            units(model)
 
 
 def test_logits_and_a_symmetric_second_derivative(model: nn.Module, x: Tensor) -> None:
@@ -61,10 +80,10 @@ def test_logits_and_a_symmetric_second_derivative(model: nn.Module, x: Tensor) -
     assert torch.allclose(vhu, uhv, rtol=1e-8, atol=0)  # type: ignore[arg-type]  # rounding of sums over millions of terms
 
 
-def test_taps_are_ordered_named_and_give_maps(model: nn.Module, x: Tensor) -> None:
+def test_taps_are_ordered_named_and_give_maps(model: nn.Module, x: Tensor, stated: ModelCapabilities) -> None:
     found = taps(model)
     assert len({tap.name for tap in found}) == len(found) >= 3
-    assert found[0].kind == "stem"
+    assert (found[0].kind == "stem") == stated.residual_units  # the map that the first unit takes
     assert [tap.depth for tap in found] == [i / (len(found) - 1) for i in range(len(found))]
     assert [tap.stage for tap in found] == sorted(tap.stage for tap in found)
     assert all(tap.kind in get_args(Kind) for tap in found)
@@ -76,6 +95,7 @@ def test_taps_are_ordered_named_and_give_maps(model: nn.Module, x: Tensor) -> No
         assert smaller == tap.subsamples or (tap.subsamples and read[before.name].shape[-1] == 1)
 
 
+@pytest.mark.usefixtures("needs_residual_units")
 def test_the_map_after_a_unit_is_the_map_before_plus_the_branch(model: nn.Module, x: Tensor) -> None:
     before = dict(zip([t.name for t in taps(model)][1:], maps(model, x).values()))
     after = maps(model, x)
@@ -96,6 +116,7 @@ def test_the_map_after_a_unit_is_the_map_before_plus_the_branch(model: nn.Module
         assert error < 1e-12
 
 
+@pytest.mark.usefixtures("needs_residual_units")
 def test_a_removed_unit_leaves_its_stream_as_it_was(model: nn.Module, x: Tensor) -> None:
     found = units(model)
     chosen = [found[i] for i in sorted({0, 1, len(found) // 2, len(found) - 1})]
@@ -113,6 +134,7 @@ def test_a_removed_unit_leaves_its_stream_as_it_was(model: nn.Module, x: Tensor)
     assert all(torch.equal(again[name], clean[name]) for name in names)
 
 
+@pytest.mark.usefixtures("needs_residual_units")
 def test_resuming_from_a_block_gives_the_same_logits(model: nn.Module, x: Tensor) -> None:
     found = units(model)
     inputs: dict[nn.Module, Tensor] = {}
@@ -134,13 +156,13 @@ def test_resuming_from_a_block_gives_the_same_logits(model: nn.Module, x: Tensor
     assert not any("forward" in vars(module) for module in model.modules())
 
 
-def test_every_parameter_has_a_kind_and_a_stage(model: nn.Module) -> None:
+def test_every_parameter_has_a_kind_and_a_stage(model: nn.Module, stated: ModelCapabilities) -> None:
     names = [name for name, _ in model.named_parameters()]
     kinds, stages = parameter_kinds(model), parameter_stages(model)
     assert list(kinds) == list(stages) == names
-    assert kinds[names[0]] == "stem"
+    assert (kinds[names[0]] == "stem") == stated.stem
     assert kinds[names[-1]] == "head"
-    assert {kinds[name] for name in names} >= {unit.kind for unit in units(model)}
+    assert {kinds[name] for name in names} >= {unit.kind for unit in (units(model) if stated.residual_units else [])}
     last = max(tap.stage for tap in taps(model))
     assert all((stage == 0) == (kinds[name] == "stem") for name, stage in stages.items())
     assert all((stage == last + 1) == (kinds[name] == "head") for name, stage in stages.items())

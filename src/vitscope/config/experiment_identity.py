@@ -18,10 +18,10 @@ RUN_KEYS = (*EXPERIMENT_KEYS, "seed")
 #: switches that were added later: where one is off, a run keeps the identity that it had without the key
 _OFF_IS_ABSENT = ("channels_last",)
 
-#: keys that may change when a run resumes: where it is computed and what is shown meanwhile
+#: keys that make no other run: where it is computed, what is shown meanwhile, what is stated of the model
 INCIDENTAL_TO_A_RUN = (
     "data.root", "data.num_workers", "trainer.default_root_dir", "trainer.enable_progress_bar",
-    "trainer.enable_model_summary", "trainer.profiler", "trainer.logger",
+    "trainer.enable_model_summary", "trainer.profiler", "trainer.logger", "model.capabilities",
 )  # fmt: skip
 
 #: keys that may differ between two runs of one experiment, in addition

@@ -18,8 +18,6 @@ from vitscope.linalg.optimizer_stability import adam_scale
 from vitscope.runtime import errors
 from vitscope.runtime.errors import CheckpointError, ConfigError, DataError, VitscopeError, first_line
 
-#: keys of the data group that are hints for other groups, not arguments of the data module
-
 
 def model(cfg: DictConfig) -> nn.Module:
     """Return the network that ``cfg.model`` describes, initialised from ``cfg.seed`` whatever was drawn before.
@@ -31,7 +29,7 @@ def model(cfg: DictConfig) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(cfg.seed))
         try:
-            network = instantiate.instantiate(_at_own_size(cfg), "model")
+            network = instantiate.instantiate(_at_own_size(cfg), "model", drop=loading.MODEL_HINTS)
         except (OSError, ConnectionError) as error:
             raise DataError("model.pretrained", cfg.model.get("pretrained"), f"weights not fetched ({first_line(error)})",
                             "connect, or set model.pretrained=false") from error  # fmt: skip

@@ -55,6 +55,9 @@ def drop_unchosen(cfg: DictConfig) -> list[str]:
 #: keys of the data node that are not arguments of the data module
 DATA_HINTS = ("recipe",)
 
+#: keys of the model node that are not arguments of the model's function
+MODEL_HINTS = ("capabilities",)
+
 #: keys of an analysis node that are not options of its measure
 NODE_KEYS = ("_target_", "probe", "when", "on_error")
 

@@ -21,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from vitscope.config import cross_checks, instantiate, loading, target_allowlist
-from vitscope.config.loading import DATA_HINTS, NODE_KEYS
+from vitscope.config.loading import DATA_HINTS, MODEL_HINTS, NODE_KEYS
 from vitscope.config.signature_checks import check_arguments, check_node, fits, shown
 from vitscope.runtime import errors
 from vitscope.runtime.errors import CheckpointError, ConfigError, DataError, StorageError
@@ -190,8 +190,10 @@ def _check_number(key: str, value: Any) -> None:
 
 
 def _check_target_group(group: str, node: Mapping[str, Any]) -> None:
-    extra = {"data": DATA_HINTS, "optimizer": ("schedule",)}.get(group, ())
+    extra = {"data": DATA_HINTS, "model": MODEL_HINTS, "optimizer": ("schedule",)}.get(group, ())
     check_node(group, node, extra=extra)
+    if group == "model" and "capabilities" in node:
+        _check_capabilities(node["capabilities"])
     if group == "data" and isinstance(node.get("recipe"), Mapping):
         known = {key for name in loading.options("data") for key in _file("data", name).get("recipe", {})}
         for key in node["recipe"]:
@@ -205,6 +207,16 @@ def _check_target_group(group: str, node: Mapping[str, Any]) -> None:
         check_arguments(
             "optimizer.schedule", node["schedule"], factor, supplied=("step", "steps_per_epoch", "total_epochs")
         )
+
+
+def _check_capabilities(stated: Any) -> None:
+    from vitscope.models.structure.capabilities import ModelCapabilities  # imports torch
+
+    if not isinstance(stated, Mapping):
+        raise ConfigError(
+            "model.capabilities", shown(stated), "not a group of keys", "set model.capabilities.residual_units=false"
+        )
+    check_arguments("model.capabilities", stated, ModelCapabilities)
 
 
 def _check_plain_group(group: str, node: Mapping[str, Any]) -> None:

@@ -1,0 +1,36 @@
+"""Statement of what a model has, for the tests and measures that need it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from vitscope.models.structure.parameter_groups import parameter_kinds
+from vitscope.models.structure.residual_structure import residual_structure
+
+
+@dataclass(frozen=True)
+class ModelCapabilities:
+    """What a model has of what most models have; ``model.capabilities`` of a configuration states what it lacks.
+
+    Attributes:
+        residual_units: Whether vitscope knows residual units of it, which lesions, branch transfer and attention need.
+        stem: Whether it has parameters of kind ``stem``: those that are used before the first residual unit. A model without
+            residual units has none, since its convolutions are all of kind ``conv``.
+    """
+
+    residual_units: bool = True
+    stem: bool = True
+
+
+def capabilities_of(model: nn.Module) -> ModelCapabilities:
+    """Return what a model has, as its modules and a forward pass show it.
+
+    Raises:
+        ValueError: If the model has neither a known block nor a convolution, or a parameter whose kind is not certain.
+    """
+    return ModelCapabilities(
+        residual_units=any(component.part.branch_out is not None for component in residual_structure(model)),
+        stem="stem" in parameter_kinds(model).values(),
+    )
