@@ -20,6 +20,7 @@ from tests.helpers.processes import on_ranks
 from vitscope.analyses import runner, spec
 from vitscope.analyses.context import AnalysisContext
 from vitscope.config import factories
+from vitscope.core import feature_pass
 from vitscope.runs.run_dir import Run
 
 MEASURES = {
@@ -142,3 +143,36 @@ def test_a_rank_that_is_late_does_not_take_a_saved_result_for_an_earlier_one(tmp
     found = [torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1)]
     assert found[0] == found[1]
     assert found[0][1] == 3.0
+
+
+def test_a_measure_shares_its_pass_where_it_declares_an_accumulator_and_no_option_needs_another_pass() -> None:
+    class Count:
+        def __init__(self, probe: vs.Probe, step: int) -> None:
+            self.step, self.images = step, 0
+
+        def read(self, index: int, tap: vs.Tap, x: torch.Tensor) -> None: ...
+
+        def close_batch(self, number: int, n_images: int) -> None:
+            self.images += self.step * n_images
+
+        def result(self) -> int:
+            return self.images
+
+    def accumulate(probe: vs.Probe, *, step: int = 1) -> Count:
+        return Count(probe, step)
+
+    @feature_pass.shares_pass(accumulate)
+    def count(probe: vs.Probe, *, step: int = 1, reference: object = None) -> int:
+        raise AssertionError("the accumulator takes its place")
+
+    def undeclared(probe: vs.Probe) -> int:
+        return 0
+
+    assert feature_pass.accumulator_of(count, {"step": 2, "reference": None}) is accumulate
+    assert feature_pass.accumulator_of(count, {"reference": object()}) is None
+    assert feature_pass.accumulator_of(undeclared, {}) is None
+    assert feature_pass.accumulator_of(vs.cka, {"other": None}) is not None
+    network = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Flatten(), torch.nn.Linear(64, 2)).eval()
+    probe = vs.Probe(network, [(torch.randn(n, 3, 6, 6), torch.zeros(n, dtype=torch.long)) for n in (3, 2)])
+    options = {"step": 2, "reference": None}
+    assert feature_pass.collect(probe, [(count, options), (count, {})]) == [10, 5]

@@ -1,14 +1,14 @@
 """Several measures of the feature maps from one forward pass over the images.
 
-A measure that keeps nothing but running sums has an ``accumulate`` beside it in its file: it takes the probe and the measure's
-options and returns an `Accumulator`. The measure itself is a pass with that one; `one_pass` makes it with several.
+A measure that keeps nothing but running sums declares with `shares_pass` the function that makes its `Accumulator` from the
+probe and the measure's options. The measure itself is a pass with that one; `one_pass` makes it with several.
 """
 
 from __future__ import annotations
 
-import importlib
+import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from torch import Tensor
 
@@ -34,12 +34,37 @@ class Accumulator(Protocol):
         """Return the measure's result, the same on every rank."""
 
 
+#: attribute of a measure that holds the function that makes its accumulator
+_ATTRIBUTE = "make_accumulator"
+
+Measure = TypeVar("Measure", bound=Callable[..., Any])
+
+
+def shares_pass(make: Callable[..., Accumulator]) -> Callable[[Measure], Measure]:
+    """Decorate a measure that needs running sums over feature maps alone: its forward pass can serve other measures too.
+
+    Args:
+        make: takes the probe and the measure's options and returns the accumulator. An option of the measure that ``make``
+            does not take, such as a second model, needs passes of its own: where it is not None, no pass is shared.
+    """
+
+    def declare(measure: Measure) -> Measure:
+        setattr(measure, _ATTRIBUTE, make)
+        return measure
+
+    return declare
+
+
 def accumulator_of(measure: Callable[..., Any], options: Mapping[str, Any]) -> Callable[..., Accumulator] | None:
-    """Return the measure's ``accumulate``; None where it has none, or where a second model (``other``) is asked for."""
-    module = importlib.import_module(measure.__module__)
-    found = getattr(module, "accumulate", None)
-    own = getattr(found, "__module__", None) == module.__name__ and module.__name__.endswith(f".{measure.__name__}")
-    return found if own and options.get("other") is None else None
+    """Return what makes the measure's accumulator; None where it declares none, or where an option needs other passes."""
+    make = getattr(measure, _ATTRIBUTE, None)
+    if make is None or any(options.get(name) is not None for name in _options_of_other_passes(measure, make)):
+        return None
+    return make
+
+
+def _options_of_other_passes(measure: Callable[..., Any], make: Callable[..., Accumulator]) -> set[str]:
+    return set(inspect.signature(measure).parameters) - set(inspect.signature(make).parameters)
 
 
 def run_feature_pass(probe: Probe, accumulators: Sequence[Accumulator], description: str) -> None:
@@ -87,7 +112,8 @@ def collect(probe: Probe, chosen: Sequence[tuple[Callable[..., Any], Mapping[str
         for measure, options in chosen:
             make = accumulator_of(measure, options)
             assert make is not None
-            accumulators.append(make(probe, **{key: value for key, value in options.items() if key != "other"}))
+            unused = _options_of_other_passes(measure, make)  # all None
+            accumulators.append(make(probe, **{key: value for key, value in options.items() if key not in unused}))
         run_feature_pass(probe, accumulators, "feature maps")
     except Interrupted:
         raise

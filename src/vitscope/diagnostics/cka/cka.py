@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vitscope.core.feature_pass import run_feature_pass
+from vitscope.core.feature_pass import run_feature_pass, shares_pass
 from vitscope.core.measure_options import record_options
 from vitscope.core.objective_card import ObjectiveCard
 from vitscope.core.probe import Probe
@@ -76,6 +76,12 @@ class CKAResult:
         return {name: value for name, value in found.items() if value is not None}
 
 
+def accumulate(probe: Probe, *, n_permutations: int = 1000, seed: int = 0) -> _Sums:
+    """Return what `cka` within one model keeps between batches; arguments and errors are its own."""
+    return _Sums(probe, None, n_permutations, seed)
+
+
+@shares_pass(accumulate)
 @record_options
 def cka(probe: Probe, other: Probe | None = None, *, n_permutations: int = 1000, seed: int = 0) -> CKAResult:
     """Compare every pair of feature maps, within a model or between two, on the same images.
@@ -108,11 +114,6 @@ def cka(probe: Probe, other: Probe | None = None, *, n_permutations: int = 1000,
         if any(distributed.gather_objects(error is not None)):
             raise error or RuntimeError("another rank failed")
     return sums.result()
-
-
-def accumulate(probe: Probe, *, n_permutations: int = 1000, seed: int = 0) -> _Sums:
-    """Return what `cka` within one model keeps between batches; arguments and errors are its own."""
-    return _Sums(probe, None, n_permutations, seed)
 
 
 class _Sums:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from vitscope.core.feature_pass import run_feature_pass
+from vitscope.core.feature_pass import run_feature_pass, shares_pass
 from vitscope.core.measure_options import record_options
 from vitscope.core.objective_card import ObjectiveCard
 from vitscope.core.probe import Probe
@@ -88,6 +88,16 @@ class RelativeLogAmplitudeResult:
         return values
 
 
+def accumulate(probe: Probe, *, path: str = "diagonal", level: float = 0.95, eps: float = EPS) -> _Sums:
+    """Return what `relative_log_amplitude` keeps between batches; arguments and errors are its own."""
+    check_level(level)
+    probe.check_kinds()
+    if not probe.taps:
+        raise ValueError("Expected at least one tap, received none: pass taps=[...] to the probe.")
+    return _Sums(probe, path, eps, level)
+
+
+@shares_pass(accumulate)
 @record_options
 def relative_log_amplitude(
     probe: Probe, *, path: str = "diagonal", level: float = 0.95, eps: float = EPS
@@ -111,15 +121,6 @@ def relative_log_amplitude(
     sums = accumulate(probe, path=path, level=level, eps=eps)
     run_feature_pass(probe, [sums], "Fourier")
     return sums.result()
-
-
-def accumulate(probe: Probe, *, path: str = "diagonal", level: float = 0.95, eps: float = EPS) -> _Sums:
-    """Return what `relative_log_amplitude` keeps between batches; arguments and errors are its own."""
-    check_level(level)
-    probe.check_kinds()
-    if not probe.taps:
-        raise ValueError("Expected at least one tap, received none: pass taps=[...] to the probe.")
-    return _Sums(probe, path, eps, level)
 
 
 class _Sums:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vitscope.core.feature_pass import run_feature_pass
+from vitscope.core.feature_pass import run_feature_pass, shares_pass
 from vitscope.core.measure_options import record_options
 from vitscope.core.objective_card import ObjectiveCard
 from vitscope.core.probe import Probe
@@ -63,6 +63,14 @@ class EffectiveRankResult:
         return {name: value for name, value in found.items() if np.isfinite(value)}
 
 
+def accumulate(probe: Probe, *, positions: int | None = 16) -> _Sums:
+    """Return what `effective_rank` keeps between batches; arguments and errors are its own."""
+    if positions is not None and positions < 1:
+        raise ValueError(f"Expected at least one position, received {positions}.")
+    return _Sums(probe, positions)
+
+
+@shares_pass(accumulate)
 @record_options
 def effective_rank(probe: Probe, *, positions: int | None = 16) -> EffectiveRankResult:
     """Measure the rank of the features at every tap in one forward pass a batch, from running sums alone.
@@ -81,13 +89,6 @@ def effective_rank(probe: Probe, *, positions: int | None = 16) -> EffectiveRank
     sums = accumulate(probe, positions=positions)
     run_feature_pass(probe, [sums], "effective rank")
     return sums.result()
-
-
-def accumulate(probe: Probe, *, positions: int | None = 16) -> _Sums:
-    """Return what `effective_rank` keeps between batches; arguments and errors are its own."""
-    if positions is not None and positions < 1:
-        raise ValueError(f"Expected at least one position, received {positions}.")
-    return _Sums(probe, positions)
 
 
 class _Sums:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vitscope.core.feature_pass import run_feature_pass
+from vitscope.core.feature_pass import run_feature_pass, shares_pass
 from vitscope.core.measure_options import record_options
 from vitscope.core.objective_card import ObjectiveCard
 from vitscope.core.probe import Probe
@@ -68,6 +68,16 @@ class FeatureMapVarianceResult:
         return values
 
 
+def accumulate(probe: Probe, *, level: float = 0.95) -> _Sums:
+    """Return what `feature_map_variance` keeps between batches; arguments and errors are its own."""
+    check_level(level)
+    probe.check_kinds()
+    if not probe.taps:
+        raise ValueError("Expected at least one tap, received none: pass taps=[...] to the probe.")
+    return _Sums(probe, level)
+
+
+@shares_pass(accumulate)
 @record_options
 def feature_map_variance(probe: Probe, *, level: float = 0.95) -> FeatureMapVarianceResult:
     """Measure the spatial variance of the feature maps at every tap, in one forward pass a batch.
@@ -85,15 +95,6 @@ def feature_map_variance(probe: Probe, *, level: float = 0.95) -> FeatureMapVari
     sums = accumulate(probe, level=level)
     run_feature_pass(probe, [sums], "variance")
     return sums.result()
-
-
-def accumulate(probe: Probe, *, level: float = 0.95) -> _Sums:
-    """Return what `feature_map_variance` keeps between batches; arguments and errors are its own."""
-    check_level(level)
-    probe.check_kinds()
-    if not probe.taps:
-        raise ValueError("Expected at least one tap, received none: pass taps=[...] to the probe.")
-    return _Sums(probe, level)
 
 
 def spatial_variance(x: Tensor) -> Tensor:
