@@ -104,8 +104,17 @@ def confidence_bins(confidence: Tensor, n_bins: int = ECE_BINS) -> Tensor:
     The edges are the floating-point numbers k / n, so that a confidence of 0.3 is on the edge 3/10. NaN goes to the last bin and
     shows in its sum.
     """
-    edges = torch.arange(1, n_bins, dtype=torch.float64, device=confidence.device) / n_bins
-    return torch.bucketize(confidence.double().nan_to_num(1.0), edges)  # edges[i - 1] < x <= edges[i]
+    return interval_of(confidence.double().nan_to_num(1.0), bin_edges(n_bins, confidence.device))
+
+
+def bin_edges(n_bins: int, device: torch.device | None = None) -> Tensor:
+    """Return the edges 0, 1 / n, ..., 1 of bins of equal width ``(n_bins + 1,)`` in float64."""
+    return torch.arange(n_bins + 1, dtype=torch.float64, device=device) / n_bins
+
+
+def interval_of(values: Tensor, edges: Tensor) -> Tensor:
+    """Return the interval (edges[i], edges[i + 1]] of each value ``(B,)``, counted from 0; values outside are in the end ones."""
+    return torch.bucketize(values, edges[1:-1])
 
 
 def bin_sums(confidence: Tensor, right: Tensor, n_bins: int = ECE_BINS) -> Tensor:

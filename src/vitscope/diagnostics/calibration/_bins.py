@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
+import torch
 
+from vitscope.core.evaluation import bin_edges, interval_of
 from vitscope.stats.intervals import share_interval
 
 BINNINGS = ("equal_width", "official")
@@ -21,7 +23,11 @@ class Bins(NamedTuple):
 
     @property
     def error(self) -> float:
-        """The expected calibration error: the gap between confidence and accuracy, averaged over images."""
+        """The expected calibration error: the gap between confidence and accuracy, averaged over images.
+
+        `vitscope.core.evaluation.calibration_error` is the same number from sums that ranks add up; its last digits may differ,
+        since it divides once and this divides in each bin.
+        """
         return float(np.abs(self.confidence - self.accuracy) @ self.count / self.count.sum())
 
     @property
@@ -32,9 +38,8 @@ class Bins(NamedTuple):
 
 def equal_width(confidence: np.ndarray, correct: np.ndarray, n_bins: int) -> Bins:
     """Sort images into the intervals (0, 1/n], ..., (1 - 1/n, 1]: a confidence of exactly 1 belongs to the last."""
-    # the edges are compared as the floating-point numbers they are, so that a confidence of 0.3 meets the edge 3 / 10
-    edges = np.arange(n_bins + 1) / n_bins
-    return _filled(edges, _bin_of(confidence, edges), confidence, correct)
+    edges = bin_edges(n_bins).numpy()
+    return _filled(edges, bin_of(confidence, edges), confidence, correct)
 
 
 def equal_mass(confidence: np.ndarray, correct: np.ndarray, n_bins: int) -> Bins:
@@ -46,7 +51,7 @@ def equal_mass(confidence: np.ndarray, correct: np.ndarray, n_bins: int) -> Bins
     ordered = np.sort(confidence)
     last = np.ceil(np.arange(1, n_bins + 1) * len(ordered) / n_bins).astype(int) - 1
     edges = np.unique(np.concatenate([[0.0], ordered[last]]))
-    return _filled(edges, _bin_of(confidence, edges), confidence, correct)
+    return _filled(edges, bin_of(confidence, edges), confidence, correct)
 
 
 def accuracy_interval(count: np.ndarray, accuracy: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -61,7 +66,7 @@ def official(confidence: np.ndarray, correct: np.ndarray, n_bins: int) -> Bins:
     and adds nothing: a model that is always right and saturated gets an error near 1.
     """
     edges = np.linspace(0.0, 1.0, n_bins + 1)
-    closed_right = _bin_of(confidence, edges)
+    closed_right = bin_of(confidence, edges)
     closed_left = np.searchsorted(edges, confidence, side="right") - 1
     count = np.bincount(closed_right, minlength=n_bins).astype(np.float64)
     total = np.bincount(closed_left, confidence, minlength=n_bins + 1)[:n_bins]
@@ -69,9 +74,9 @@ def official(confidence: np.ndarray, correct: np.ndarray, n_bins: int) -> Bins:
     return Bins(edges, count, total / (count + 1e-7), accuracy)
 
 
-def _bin_of(confidence: np.ndarray, edges: np.ndarray) -> np.ndarray:
-    # interval i is (edges[i], edges[i + 1]]
-    return np.clip(np.searchsorted(edges, confidence, side="left") - 1, 0, max(len(edges) - 2, 0))
+def bin_of(confidence: np.ndarray, edges: np.ndarray) -> np.ndarray:
+    """Return the bin (edges[i], edges[i + 1]] of each image ``(n,)`` by the rule of `vitscope.core.evaluation`."""
+    return interval_of(torch.from_numpy(confidence), torch.from_numpy(edges)).numpy()
 
 
 def _filled(edges: np.ndarray, member: np.ndarray, confidence: np.ndarray, correct: np.ndarray) -> Bins:

@@ -20,7 +20,7 @@ import numpy as np
 from scipy.optimize import brentq
 from scipy.special import ndtr
 
-from vitscope.diagnostics.calibration._bins import Bins
+from vitscope.diagnostics.calibration._bins import Bins, bin_of
 
 #: images for each bin that has any, on average, below which there is no interval: the gaps are then not nearly normal
 IMAGES_A_BIN = 30
@@ -49,7 +49,7 @@ def gaps(bins: Bins, confidence: np.ndarray, correct: np.ndarray) -> Gaps:
     The variance in a bin is that of its images' differences with one pseudo-image of the variance p (1 - p) that a calibrated
     confidence p has: a bin of one image, or whose images are all right, is not without noise.
     """
-    member = np.clip(np.searchsorted(bins.edges, confidence, side="left") - 1, 0, len(bins.count) - 1)
+    member = bin_of(confidence, bins.edges)
     n = len(bins.count)
     full = np.maximum(bins.count, 1)
     difference = confidence - correct
