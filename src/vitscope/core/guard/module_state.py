@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from vitscope.core.guard.fingerprints import same_bits, version
+from vitscope.core.guard.pass_hooks import hooked_passes
 from vitscope.runtime.torch_internals import MODULE_ATTRIBUTES, MODULE_REGISTRIES
 
 #: attributes that every module has; hooks, parameters, buffers and submodules are looked after one by one
@@ -199,13 +200,10 @@ def pure_forward(model: nn.Module) -> Iterator[None]:
         if open_passes:
             open_passes.pop().restore()
 
-    first = model.register_forward_pre_hook(before, prepend=True)
-    last = model.register_forward_hook(after, always_call=True)
     try:
-        yield
+        with hooked_passes(model, before, after):
+            yield
     finally:
-        first.remove()
-        last.remove()
         for empty in clear:
             empty()
 

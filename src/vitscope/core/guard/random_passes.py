@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from vitscope.core.guard.fingerprints import Fingerprint, fingerprint
+from vitscope.core.guard.pass_hooks import hooked_passes
 from vitscope.core.guard.probe_guard import kept_random_states
 from vitscope.core.guard.repeatability import (
     RandomStates,
@@ -49,13 +50,8 @@ def drawing_passes(
             finally:
                 inputs.clear()
 
-    first = model.register_forward_pre_hook(before, prepend=True)
-    last = model.register_forward_hook(after, always_call=True)
-    try:
+    with hooked_passes(model, before, after):
         yield
-    finally:
-        first.remove()
-        last.remove()
 
 
 class RepeatedPasses:
