@@ -14,6 +14,7 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +37,23 @@ EXTENSIONS = (
 WHITE = (255, 255, 255)
 _BITS_PER_SAMPLE, _PLANAR_CONFIGURATION = 258, 284  # tags of TIFF
 _SAMPLE_FORMAT, _SIGNED = 339, 2  # tag of TIFF, and a value of it
+
+
+@dataclass(frozen=True)
+class _Conversion:
+    """What decides how the samples of one file become 8-bit RGB.
+
+    Attributes:
+        path: The file, for errors.
+        background: Red, green and blue, 0 to 255, behind transparent pixels.
+        pixel_range: Decoded sample values that become 0 and 255; None: 0 and full scale.
+        full_scale: The sample value that is white; None for 8-bit samples and where nothing tells it.
+    """
+
+    path: str | Path
+    background: tuple[int, ...]
+    pixel_range: Sequence[float] | None
+    full_scale: float | None
 
 
 def read_image(
@@ -65,11 +83,11 @@ def read_image(
             _report_frames(image, path)
             full_scale = _full_scale(image)
             pixel_range = _range_as_decoded(image, pixel_range, path)
+            conversion = _Conversion(path, tuple(background), pixel_range, full_scale)
             if (raw := _raw_sixteen_bits(image, path)) is not None:
-                return _sixteen_bit_color(image, raw, tuple(background), pixel_range, path)
+                return _sixteen_bit_color(image, raw, conversion)
             image.load()
-            oriented = _oriented(image, path)
-            return _to_rgb(oriented, tuple(background), pixel_range, full_scale, path)
+            return _to_rgb(_oriented(image, path), conversion)
     except (MemoryError, DataError):
         raise
     except Image.DecompressionBombError as error:
@@ -148,15 +166,11 @@ def _raw_sixteen_bits(image: Image.Image, path: str | Path) -> str | None:
     return raw
 
 
-def _sixteen_bit_color(
-    image: Image.Image,
-    raw: str,
-    background: tuple[int, ...],
-    pixel_range: Sequence[float] | None,
-    path: str | Path,
-) -> Image.Image:
+def _sixteen_bit_color(image: Image.Image, raw: str, conversion: _Conversion) -> Image.Image:
     """Return color of 16 bits a sample, scaled linearly to 0..255 over the background, with the orientation of the file."""
-    sample_values = deep_color.samples(path, FORMATS, lambda part: _oriented(part, path)).astype(np.float64)
+    sample_values = deep_color.samples(conversion.path, FORMATS, lambda part: _oriented(part, conversion.path)).astype(
+        np.float64
+    )
     color, alpha = sample_values[..., :3], np.ones((*sample_values.shape[:2], 1))
     if sample_values.shape[2] == 4:
         alpha = sample_values[..., 3:] / 65535
@@ -164,22 +178,16 @@ def _sixteen_bit_color(
             color = color / np.where(alpha > 0, alpha, 1)
     elif isinstance(transparent_color := image.info.get("transparency"), tuple):  # the color that is transparent
         alpha = 1.0 - (color == transparent_color).all(axis=2, keepdims=True)
-    low, high = pixel_range or (0.0, 65535.0)
-    blended = np.clip((color - low) / (high - low), 0, 1) * alpha + np.array(background) / 255 * (1 - alpha)
+    low, high = conversion.pixel_range or (0.0, 65535.0)
+    blended = np.clip((color - low) / (high - low), 0, 1) * alpha + np.array(conversion.background) / 255 * (1 - alpha)
     return Image.fromarray(np.round(255 * blended).astype(np.uint8))
 
 
-def _to_rgb(
-    image: Image.Image,
-    background: tuple[int, ...],
-    pixel_range: Sequence[float] | None,
-    full_scale: float | None,
-    path: str | Path,
-) -> Image.Image:
+def _to_rgb(image: Image.Image, conversion: _Conversion) -> Image.Image:
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        return _scaled(image, background, pixel_range, full_scale, path)
+        return _scaled(image, conversion)
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
-        return _composited(image.convert("RGBA"), background)
+        return _composited(image.convert("RGBA"), conversion.background)
     return image.convert("RGB")
 
 
@@ -188,27 +196,23 @@ def _composited(image: Image.Image, background: tuple[int, ...]) -> Image.Image:
     return Image.alpha_composite(background_image, image).convert("RGB")
 
 
-def _scaled(
-    image: Image.Image,
-    background: tuple[int, ...],
-    pixel_range: Sequence[float] | None,
-    full_scale: float | None,
-    path: str | Path,
-) -> Image.Image:
+def _scaled(image: Image.Image, conversion: _Conversion) -> Image.Image:
     """Return samples of more than 8 bits scaled linearly to 0..255, gray in three channels."""
-    if pixel_range is None and full_scale is None:
+    if conversion.pixel_range is None and conversion.full_scale is None:
         kind = "floats" if image.mode == "F" else "32-bit integers"
-        problem = f"the samples of {path} are {kind}, which have no scale of their own"
+        problem = f"the samples of {conversion.path} are {kind}, which have no scale of their own"
         fix = "set data.pixel_range=[<black>,<white>] to the values that are black and white, such as [0,1]"
         raise DataError("data.pixel_range", None, problem, fix)
-    low, high = pixel_range or (0.0, float(full_scale or 1))
+    low, high = conversion.pixel_range or (0.0, float(conversion.full_scale or 1))
     samples = np.asarray(image).astype(np.float64)
     if not np.isfinite(samples).all():
-        raise DataError("data.root", None, f"{path} has samples that are not finite", "replace or remove the file")
+        raise DataError(
+            "data.root", None, f"{conversion.path} has samples that are not finite", "replace or remove the file"
+        )
     gray = np.round(255 * np.clip((samples - low) / (high - low), 0, 1)).astype(np.uint8)
     result = Image.fromarray(gray).convert("RGB")
     if isinstance(transparent_value := image.info.get("transparency"), int):  # the gray value that is transparent
         alpha = Image.fromarray(np.where(samples == transparent_value, 0, 255).astype(np.uint8))
         result.putalpha(alpha)
-        return _composited(result, background)
+        return _composited(result, conversion.background)
     return result
