@@ -14,13 +14,14 @@ from vitscope.core.measure_options import record_options
 from vitscope.core.objective_card import ObjectiveCard
 from vitscope.core.probe import Probe
 from vitscope.core.run_inputs import ResumableRows, RunCheckpoints
-from vitscope.core.weight_space import BatchNormPolicy, guarded_evaluation
+from vitscope.core.weight_space import BatchNormPolicy
 from vitscope.diagnostics.landscape._axes import Axes, plane_axes
 from vitscope.diagnostics.landscape._direction_options import Kind, Preset, Source, preset_source
 from vitscope.linalg.weights.directions import Normalization
-from vitscope.linalg.weights.weight_space_walk import SquaredNorms, points_in_plane, squared_norms
+from vitscope.linalg.weights.plane_evaluation import plane_rows
+from vitscope.linalg.weights.weight_space_walk import SquaredNorms, squared_norms
 from vitscope.runtime.dtypes import DtypeName, parse_float_dtype
-from vitscope.runtime.resumable_map import Partial, Row, map_resumably
+from vitscope.runtime.resumable_map import Partial, Row
 
 
 @dataclass(frozen=True)
@@ -192,19 +193,10 @@ def _measure(
     partial: Partial | None,
     prefix: str = "",
 ) -> list[Row]:
-    with (
-        guarded_evaluation(probe, dtype=dtype, bn=bn) as (_, evaluate_current_weights),
-        points_in_plane(probe.parameters(), axes.first, axes.second) as move,
-    ):
-
-        def compute(point: tuple[float, float]) -> Row:
-            move(*point)
-            return evaluate_current_weights()
-
-        def name(point: tuple[float, float]) -> str:
-            return f"{prefix}{point[0]!r},{point[1]!r}"
-
-        return map_resumably(points, compute, name=name, partial=partial, description="loss landscape")
+    return plane_rows(
+        probe, axes.first, axes.second, points, dtype=dtype, bn=bn, partial=partial,
+        row_prefix=prefix, description="loss landscape",
+    )  # fmt: skip
 
 
 def _dtype_error(

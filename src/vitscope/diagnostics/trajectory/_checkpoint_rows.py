@@ -1,4 +1,4 @@
-"""The numbers behind a trajectory: of the checkpoints as they were saved, and of points in their plane."""
+"""Evaluation of the checkpoints of a trajectory as they were saved."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ import torch
 
 from vitscope.core.probe import Probe
 from vitscope.core.weight_space import Checkpoints, guarded_evaluation, select_checkpoints
-from vitscope.linalg.weights.directions import Direction
-from vitscope.linalg.weights.weight_space_walk import points_in_plane, points_on_segment
+from vitscope.linalg.weights.weight_space_walk import points_on_segment
 from vitscope.runtime.resumable_map import Partial, Row, map_resumably
 
 
@@ -35,27 +34,3 @@ def checkpoint_rows(
             return f"checkpoint {label}"
 
         return map_resumably(labels, compute, name=name, partial=partial, description="checkpoints")
-
-
-def plane_rows(
-    probe: Probe,
-    first: Direction,
-    second: Direction,
-    points: Sequence[tuple[float, float]],
-    dtype: torch.dtype | None,
-    bn: str,
-    partial: Partial | None,
-) -> list[Row]:
-    """Measure points of the plane through the model's weights, with the model's buffers."""
-    with guarded_evaluation(probe, dtype=dtype, bn=bn) as (model, evaluate_current_weights):
-        parameters = dict(model.named_parameters())
-        with points_in_plane(parameters, first, second) as move:
-
-            def compute(point: tuple[float, float]) -> Row:
-                move(*point)
-                return evaluate_current_weights()
-
-            def name(point: tuple[float, float]) -> str:
-                return f"plane {point[0]!r},{point[1]!r}"
-
-            return map_resumably(points, compute, name=name, partial=partial, description="trajectory's plane")

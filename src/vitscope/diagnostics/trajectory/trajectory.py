@@ -14,10 +14,11 @@ from vitscope.core.objective_card import ObjectiveCard
 from vitscope.core.probe import Probe
 from vitscope.core.run_inputs import ResumableRows, RunCheckpoints
 from vitscope.core.weight_space import BatchNormPolicy, check_movable, select_checkpoints
-from vitscope.diagnostics.trajectory._plane_projection import checkpoint_rows, plane_rows
+from vitscope.diagnostics.trajectory._checkpoint_rows import checkpoint_rows
 from vitscope.linalg.weights.checkpoint_pca import difference, gram, principal_directions
 from vitscope.linalg.weights.directions import Direction, inner, norm, orthogonalize, random_direction, scale
 from vitscope.linalg.weights.effective_weights import canonical_names
+from vitscope.linalg.weights.plane_evaluation import plane_rows
 from vitscope.runtime.dtypes import DtypeName, parse_float_dtype
 from vitscope.runtime.resumable_map import Row
 
@@ -140,7 +141,10 @@ def trajectory(
     sides = _sides(coordinates, n, margin)
     grid = [(float(a), float(b)) for a in sides[0] for b in sides[1]]
     places = [(float(a), float(b)) for a, b in coordinates]
-    plane = plane_rows(probe, first, second, [*places, *grid], kind, bn, partial)
+    plane = plane_rows(
+        probe, first, second, [*places, *grid], dtype=kind, bn=bn, partial=partial,
+        row_prefix="plane ", description="trajectory's plane",
+    )  # fmt: skip
     projected, surface = plane[: len(places)], plane[len(places) :]
     facts = {"labels": names, "n": n, "margin": margin, "seed": seed}
     return TrajectoryResult(
