@@ -27,13 +27,13 @@ CHANGING = ("last", "best")
 
 
 @run_lock.released_at_end()
-def analyze(cfg: DictConfig, chosen: Sequence[str] = (), inside: Sequence[str] = ()) -> Run:
+def analyze(cfg: DictConfig, chosen_keys: Sequence[str] = (), run_value_overrides: Sequence[str] = ()) -> Run:
     """Measure what a composed configuration names.
 
     Args:
         cfg: the configuration of ``conf/analyze.yaml``.
-        chosen: keys and groups that the command line set; they win over the run's.
-        inside: dotted overrides of the run's groups.
+        chosen_keys: keys and groups that the command line set; they win over the run's.
+        run_value_overrides: dotted overrides of the run's groups.
 
     Returns:
         The run folder that holds the results.
@@ -43,8 +43,8 @@ def analyze(cfg: DictConfig, chosen: Sequence[str] = (), inside: Sequence[str] =
     """
     run = run_dir.find(str(cfg.run)) if cfg.run else None
     if run is not None:
-        cfg = merged(cfg, run.config(), chosen)
-        run_overrides.apply(cfg, inside)
+        cfg = merged(cfg, run.config(), chosen_keys)
+        run_overrides.apply(cfg, run_value_overrides)
         _refuse_changing_checkpoint(_checkpoint_path(cfg, run), run)
     caps.apply_caps(cfg)
     validate(cfg)
@@ -73,15 +73,15 @@ def analyze(cfg: DictConfig, chosen: Sequence[str] = (), inside: Sequence[str] =
     return run
 
 
-def merged(cfg: DictConfig, base: DictConfig, chosen: Sequence[str]) -> DictConfig:
+def merged(cfg: DictConfig, base: DictConfig, chosen_keys: Sequence[str]) -> DictConfig:
     """Return ``cfg`` with the run's model, data, objective and seed, except where the command line chose another."""
     merged_cfg = OmegaConf.create(OmegaConf.to_container(cfg))
     assert isinstance(merged_cfg, DictConfig)
     with open_dict(merged_cfg):
         for key in (*run_overrides.RUN_GROUPS, "seed"):
-            if key not in chosen and key in base:
+            if key not in chosen_keys and key in base:
                 merged_cfg[key] = base[key]
-        if "objective" in chosen and "data" not in chosen:
+        if "objective" in chosen_keys and "data" not in chosen_keys:
             # the run's data node was saved with the recipe of its own objective written in
             for key, value in merged_cfg.objective.items():
                 if key in merged_cfg.data:
@@ -91,10 +91,10 @@ def merged(cfg: DictConfig, base: DictConfig, chosen: Sequence[str]) -> DictConf
 
 def _is_own_model(cfg: DictConfig, run: Run) -> bool:
     """Tell whether the model is the run's own, at its own image size, rather than one that the command line changed."""
-    own = run.config()
-    if loading.plain(cfg.model) != loading.plain(own.get("model")):
+    run_config = run.config()
+    if loading.plain(cfg.model) != loading.plain(run_config.get("model")):
         return False
-    return all(cfg.data.get(key) == (own.get("data") or {}).get(key) for key in ("image_size", "transform"))
+    return all(cfg.data.get(key) == (run_config.get("data") or {}).get(key) for key in ("image_size", "transform"))
 
 
 def _perform(
@@ -108,9 +108,9 @@ def _perform(
 ) -> None:
     tag, epoch, step = _moment(path, content, run)
     values: dict[str, Any] = {}
-    due = [spec.replaced(analysis, on_error="raise") for analysis in spec.parse(cfg.analysis)]
-    place = context.AnalysisContext(cfg, run, network, data, tag, epoch, step, mirror, content, due)
-    for analysis in due:
+    analyses = [spec.replaced(analysis, on_error="raise") for analysis in spec.parse(cfg.analysis)]
+    place = context.AnalysisContext(cfg, run, network, data, tag, epoch, step, mirror, content, analyses)
+    for analysis in analyses:
         result = runner.perform(analysis, place, reuse=bool(cfg.reuse))
         assert result is not None
         if hasattr(result, "table"):  # a result that reads best as text brings its own rows
@@ -157,23 +157,23 @@ def _refuse_changing_checkpoint(path: Path, run: Run) -> None:
     holder = run_lock.living_holder(run.path)
     if holder is None or path.stem not in CHANGING:
         return
-    why = f"{holder} trains in this folder, and {path.name} is not yet what it will be at the end"
+    reason = f"{holder} trains in this folder, and {path.name} is not yet what it will be at the end"
     fixed = [Path(name).stem for name in checkpoint_io.manifest(run.checkpoints) if Path(name).stem not in CHANGING]
     instead = f", or measure a checkpoint that stays as it is: ckpt={fixed[-1]}" if fixed else ""
-    raise StorageError("run", run.path, why, f"wait until it ends{instead}")
+    raise StorageError("run", run.path, reason, f"wait until it ends{instead}")
 
 
 def _moment(path: Path | None, content: Mapping[str, Any] | None, run: Run) -> tuple[str, int | None, int]:
     """Return the tag of results, the epoch and the step of the weights; only a finished run's last ones are its ``end``."""
     if path is None or content is None:
         return "end", None, 0
-    kept, step = checkpoint_io.facts(content, path), int(content.get("global_step", 0))
-    epoch = kept["epoch"] - 1 if kept.get("batch") == 0 else kept.get("epoch")
+    facts, step = checkpoint_io.facts(content, path), int(content.get("global_step", 0))
+    epoch = facts["epoch"] - 1 if facts.get("batch") == 0 else facts.get("epoch")
     epoch = max(epoch, 0) if epoch is not None else None
     status = run.provenance().get("status", "finished")
     if path.stem != "last" or path.parent != run.checkpoints or status == "finished":
         return {"last": "end"}.get(path.stem, path.stem), epoch, step
-    tag = f"epoch-{epoch:04d}" if epoch is not None and kept.get("batch") == 0 else f"step-{step:08d}"
+    tag = f"epoch-{epoch:04d}" if epoch is not None and facts.get("batch") == 0 else f"step-{step:08d}"
     _logger.info(f"{run.path} is not finished ({status}): the result of {path.name} is named {tag}, not end")
     return tag, epoch, step
 

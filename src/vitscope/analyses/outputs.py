@@ -71,13 +71,13 @@ def _row(analysis: Analysis, place: AnalysisContext, result: Any) -> dict[str, A
 
 def _has_row(analysis: Analysis, place: AnalysisContext, result: Any) -> bool:
     """Tell whether the metrics log ends, for this analysis at this moment, with the result's numbers."""
-    wanted = json.loads(json.dumps(result_store.finite(_row(analysis, place, result))))
+    expected_row = json.loads(json.dumps(result_store.finite(_row(analysis, place, result))))
     rows = [
         row
         for row in metrics_log.read(place.run.journal)
-        if row.get("tag") == place.tag and wanted.keys() <= row.keys()
+        if row.get("tag") == place.tag and expected_row.keys() <= row.keys()
     ]
-    return bool(rows) and all(rows[-1][name] == value for name, value in wanted.items())
+    return bool(rows) and all(rows[-1][name] == value for name, value in expected_row.items())
 
 
 def publish(analysis: Analysis, place: AnalysisContext, result: Any) -> None:

@@ -47,11 +47,15 @@ def perform(analysis: Analysis, place: AnalysisContext, *, reuse: bool = True) -
         checkpoint_weights.weights_hash(place.network),
     )
     # what lies ahead is not looked for: another rank may have saved it already and wait for this one
-    if reuse and analysis.name not in place.ahead and (found := _earlier(folder / f"{stem}.npz", weights)) is not None:
+    if (
+        reuse
+        and analysis.name not in place.ahead
+        and (earlier_result := _earlier(folder / f"{stem}.npz", weights)) is not None
+    ):
         if rank() == 0:
-            outputs.complete(analysis, place, folder, stem, found)
+            outputs.complete(analysis, place, folder, stem, earlier_result)
             shutil.rmtree(folder / f".partial-{stem}-{weights}", ignore_errors=True)
-        return found
+        return earlier_result
     rows = partial_results.PartialRows(folder / f".partial-{stem}-{weights}", rank())
     try:
         result = _measured(analysis, place, weights, rows, reuse)
@@ -140,7 +144,7 @@ def _with_others(
     if not others:
         return None
     try:
-        found = feature_pass.collect(
+        shared_results = feature_pass.collect(
             probe, [(analysis.measure, options), *((other.measure, other.options) for other in others)]
         )
     except (Interrupted, KeyboardInterrupt):
@@ -148,8 +152,8 @@ def _with_others(
     except Exception:  # each is measured alone, where the one that fails says why
         place.alone.update({analysis.name, *(other.name for other in others)})
         return None
-    place.ahead.update(zip((other.name for other in others), found[1:]))
-    return found[0]
+    place.ahead.update(zip((other.name for other in others), shared_results[1:]))
+    return shared_results[0]
 
 
 def _probe_request(analysis: Analysis, datamodule: Any) -> dict[str, Any]:
@@ -181,6 +185,6 @@ def _as_ours(analysis: Analysis, error: Exception) -> Exception:
     if isinstance(error, VitscopeError):
         return error
     if isinstance(error, ValueError):
-        why = str(error).strip().rstrip(".") or type(error).__name__
-        return ConfigError(f"analysis.{analysis.name}", None, why, "change its options")
+        reason = str(error).strip().rstrip(".") or type(error).__name__
+        return ConfigError(f"analysis.{analysis.name}", None, reason, "change its options")
     return error

@@ -50,6 +50,6 @@ def factor(
     if kind == "multistep":
         return gamma ** sum(epoch >= milestone for milestone in milestones)
     if kind == "cosine":
-        left = max(total_epochs - warmup_steps / steps_per_epoch, 1 / steps_per_epoch)
-        return min_factor + (1 - min_factor) * 0.5 * (1 + math.cos(math.pi * min(epoch / left, 1.0)))
+        epochs_after_warmup = max(total_epochs - warmup_steps / steps_per_epoch, 1 / steps_per_epoch)
+        return min_factor + (1 - min_factor) * 0.5 * (1 + math.cos(math.pi * min(epoch / epochs_after_warmup, 1.0)))
     raise ValueError(f"Expected kind to be cosine, multistep or constant, received {kind!r}.")

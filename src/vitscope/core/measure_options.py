@@ -49,8 +49,8 @@ def options_of(measure: Callable[..., Any], *args: Any, **kwargs: Any) -> dict[s
     bound = inspect.signature(measure).bind(*args, **kwargs)
     bound.apply_defaults()
     probe = bound.arguments.get("probe")
-    given = {key: value for key, value in bound.arguments.items() if key not in INCIDENTAL}
-    return {key: _plain(value, probe) for key, value in given.items()}
+    arguments = {key: value for key, value in bound.arguments.items() if key not in INCIDENTAL}
+    return {key: _plain(value, probe) for key, value in arguments.items()}
 
 
 def _plain(value: Any, probe: Probe | None) -> Any:

@@ -87,9 +87,9 @@ def differing_keys(conditions: Iterable[Mapping[str, Any]]) -> list[str]:
 
     A result without recorded options differs from one with them in ``options`` alone: its single options are not known.
     """
-    given = list(conditions)
-    keys = dict.fromkeys(key for one in given for key in one)
-    differing = [key for key in keys if any(_differs(given[0], one, key) for one in given[1:])]
+    card_conditions = list(conditions)
+    keys = dict.fromkeys(key for one in card_conditions for key in one)
+    differing = [key for key in keys if any(_differs(card_conditions[0], one, key) for one in card_conditions[1:])]
     if "options" in differing:
         differing = [key for key in differing if not key.startswith(("options.", "solver."))]
     return differing

@@ -95,12 +95,12 @@ def of_checkpoint(saved: Mapping[str, Any], model: nn.Module, target: Mapping[st
     else:
         return OptimizerState(name or "optimizer", {}, f"{len(groups)} groups of parameters without names")
     parameters = {}
-    for group, own in zip(groups, names):
-        if len(group["params"]) != len(own) or not all(n in trained for n in own):
-            why = f"its groups hold {len(group['params'])} parameters where the model trains {len(own)}"
-            return OptimizerState(name or "optimizer", {}, why)
+    for group, group_names in zip(groups, names):
+        if len(group["params"]) != len(group_names) or not all(n in trained for n in group_names):
+            reason = f"its groups hold {len(group['params'])} parameters where the model trains {len(group_names)}"
+            return OptimizerState(name or "optimizer", {}, reason)
         facts = {key: value for key, value in group.items() if key not in ("params", "param_names")}
-        for number, parameter in zip(group["params"], own):
+        for number, parameter in zip(group["params"], group_names):
             of_one = state.get(number, {})
             _check_shapes(parameter, trained[parameter], of_one)
             parameters[parameter] = ParameterState(facts, of_one, tuple(trained[parameter].shape))
@@ -120,25 +120,25 @@ def _check_shapes(name: str, p: Tensor, state: Mapping[str, Any]) -> None:
 
 
 def _around(base: str, parameters: Mapping[str, ParameterState], rho: float, module: str) -> OptimizerState:
-    known = _known(base, parameters, module)
+    kind = _known(base, parameters, module)
     if rho == 0:  # no ascent: the base optimizer itself
-        return known
-    why = (
-        f"SAM takes the gradient at the end of an ascent of length rho={rho:g}, which changes the limit of {known.name}"
+        return kind
+    reason = (
+        f"SAM takes the gradient at the end of an ascent of length rho={rho:g}, which changes the limit of {kind.name}"
     )
-    return replace(known, unknown=why)
+    return replace(kind, unknown=reason)
 
 
 def _known(name: str, parameters: Mapping[str, ParameterState], module: str) -> OptimizerState:
     """Return the state with the class that its groups' keys and its own name agree on."""
     foreign = bool(module) and not (module == "torch.optim" or module.startswith("torch.optim."))
     keys = [set(p.group) for p in parameters.values()]
-    found = next((n for n, wanted in _KEYS.items() if keys and all(wanted <= k for k in keys)), "")
-    if found == "Adam":  # the two share their keys
+    kind_name = next((n for n, required_keys in _KEYS.items() if keys and all(required_keys <= k for k in keys)), "")
+    if kind_name == "Adam":  # the two share their keys
         apart = [bool(p.group.get("decoupled_weight_decay", name == "AdamW")) for p in parameters.values()]
-        found = "AdamW" if all(apart) else "Adam" if not any(apart) else ""
-    same = not name or name == found or {name, found} == {"Adam", "AdamW"}
-    if foreign or not found or not same:
-        shown = name or "an optimizer of another kind"
-        return OptimizerState(shown, {}, f"no limit is known of {shown}")
-    return OptimizerState(found, parameters)
+        kind_name = "AdamW" if all(apart) else "Adam" if not any(apart) else ""
+    same = not name or name == kind_name or {name, kind_name} == {"Adam", "AdamW"}
+    if foreign or not kind_name or not same:
+        description = name or "an optimizer of another kind"
+        return OptimizerState(description, {}, f"no limit is known of {description}")
+    return OptimizerState(kind_name, parameters)

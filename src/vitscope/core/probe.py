@@ -197,8 +197,8 @@ class Probe:
             "mode": self._mode(),
             "versions": versions(),
         }
-        known = {f.name for f in fields(ObjectiveCard)}
-        facts.update({key: value for key, value in self.about.items() if key in known})
+        card_fields = {f.name for f in fields(ObjectiveCard)}
+        facts.update({key: value for key, value in self.about.items() if key in card_fields})
         return ObjectiveCard(**{**facts, **overrides})
 
     @contextmanager
@@ -253,8 +253,8 @@ class Probe:
             stack.enter_context(probe_guard.kept_random_states(self.device))
             stack.enter_context(probe_guard.full_precision(self.device))
             stack.enter_context(kept_attributes(self.model))
-            known = self._repeatability
-            copy_weights = restore_weights or not known or any(found.written for found in known.values())
+            checks = self._repeatability
+            copy_weights = restore_weights or not checks or any(check.written for check in checks.values())
             copies = stack.enter_context(probe_guard.kept_model(self.model, dtype, copy_weights))
             stack.enter_context(probe_guard.modes(self.model, bn))
             if second_order:
@@ -264,14 +264,14 @@ class Probe:
             stack.enter_context(self._checks.of_outputs(self.model, logits))
             outer, self._dtype = self._dtype, dtype or self._dtype
             try:
-                found = self._examined(second_order, moves_weights, micro_batch)
+                check = self._examined(second_order, moves_weights, micro_batch)
                 if second_order or moves_weights:
-                    found.refuse()
+                    check.refuse()
                 else:
-                    found.warn()
-                if not found.written and not restore_weights:
+                    check.warn()
+                if not check.written and not restore_weights:
                     copies.clear()
-                with pure_forward(self.model), self._watched(found, second_order or moves_weights):
+                with pure_forward(self.model), self._watched(check, second_order or moves_weights):
                     yield self.model
             finally:
                 self._dtype = outer
@@ -295,20 +295,20 @@ class Probe:
     def _examined(self, gradient: bool, moves_weights: bool, n_images: int | None) -> Repeatability:
         """Empty the tables made from weights; return whether the model repeats itself, which is measured once."""
         level = "gradient" if gradient else "moved weights" if moves_weights else "outputs"
-        known = self._repeatability.get(level)
-        if known is None and level == "outputs":
-            known = next(iter(self._repeatability.values()), None)
-        if known is not None:
+        earlier_check = self._repeatability.get(level)
+        if earlier_check is None and level == "outputs":
+            earlier_check = next(iter(self._repeatability.values()), None)
+        if earlier_check is not None:
             self._empty_tables()
-            return known
-        found, error = None, None
+            return earlier_check
+        check, error = None, None
         try:
             with probe_guard.kept_random_states(self.device):
-                found = self._examine(gradient, moves_weights, n_images)
+                check = self._examine(gradient, moves_weights, n_images)
         except Exception as raised:
             error = raised
         # what one rank has seen all ranks act on: none waits for another
-        shares = distributed.gather_objects((None if error is None else str(error), found))
+        shares = distributed.gather_objects((None if error is None else str(error), check))
         if error is not None:
             raise error
         if told := [text for text, _ in shares if text is not None]:
@@ -331,7 +331,7 @@ class Probe:
             empty_place(self.model, place, way)
 
     def _mode(self) -> str:
-        names = next((found.random for found in self._repeatability.values() if found.random), ())
+        names = next((check.random for check in self._repeatability.values() if check.random), ())
         return f"eval, random outputs of {', '.join(names)}" if names else "eval"
 
     def _counted(self) -> tuple[int, int, int]:

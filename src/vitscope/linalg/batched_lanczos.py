@@ -45,15 +45,15 @@ class SideBySide:
         CannotBatch: another operator than the Hessian, batch statistics, micro-batches or unequal shapes.
     """
 
-    def __init__(self, made: Curvatures, group: Sequence[tuple[int, Batch]]) -> None:
-        if reason := obstacle(made):
+    def __init__(self, curvatures: Curvatures, group: Sequence[tuple[int, Batch]]) -> None:
+        if reason := obstacle(curvatures):
             raise CannotBatch(reason)
         if len({(x.shape, y.shape) for _, (x, y) in group}) > 1:
             raise CannotBatch("Expected batches of equal shape to analyse them at once, received several shapes.")
-        self.made, self.group = made, list(group)
-        self.operators = [made.batch(index, batch) for index, batch in group]
+        self.made, self.group = curvatures, list(group)
+        self.operators = [curvatures.batch(index, batch) for index, batch in group]
         self.x, self.y = (torch.stack(parts) for parts in zip(*(batch for _, batch in group)))  # (B, b, ...)
-        self.point = {name: p.detach() for name, p in made.parameters.items()}
+        self.point = {name: p.detach() for name, p in curvatures.parameters.items()}
 
     def gradients(self) -> Tensor:
         """Return the data term's gradients ``(B, size)``.
@@ -61,7 +61,7 @@ class SideBySide:
         Raises:
             NumericalError: a loss is not finite.
         """
-        found, losses = vmap(grad_and_value(self._loss), in_dims=(None, 0, 0))(self.point, self.x, self.y)
+        gradients, losses = vmap(grad_and_value(self._loss), in_dims=(None, 0, 0))(self.point, self.x, self.y)
         for (index, (x, _)), loss in zip(self.group, losses.tolist()):
             if not abs(loss) < float("inf"):
                 first = index * self.made.probe.batch_size
@@ -69,7 +69,7 @@ class SideBySide:
                     "loss", loss, f"not finite on images {first} to {first + len(x) - 1}, so it has no curvature",
                     "look at the weights and the batch, or use float64",
                 )  # fmt: skip
-        return torch.cat([found[name].reshape(len(self.x), -1) for name in self.point], dim=1)
+        return torch.cat([gradients[name].reshape(len(self.x), -1) for name in self.point], dim=1)
 
     def products(self, vectors: Sequence[Tensor], which: Sequence[int]) -> list[list[Tensor]]:
         """Return H v without the L2 term's shift, in pieces, of the batches numbered ``which`` in the group.
@@ -85,11 +85,11 @@ class SideBySide:
         }  # (A, *shape)
         whole = len(which) == len(self.x)
         x, y = (self.x, self.y) if whole else (self.x[list(which)], self.y[list(which)])
-        found = vmap(self._product)(tangents, x, y)
-        pieces = [[found[name][i].reshape(-1) for name in self.point] for i in range(len(which))]
+        products = vmap(self._product)(tangents, x, y)
+        pieces = [[products[name][i].reshape(-1) for name in self.point] for i in range(len(which))]
         if self.made.probe.objective.l2 in ("half_sq", "none"):
             return pieces
-        return [[self._with_l2(v, torch.cat(own))] for v, own in zip(vectors, pieces)]
+        return [[self._with_l2(v, torch.cat(product_pieces))] for v, product_pieces in zip(vectors, pieces)]
 
     def _product(self, tangent: Mapping[str, Tensor], x: Tensor, y: Tensor) -> dict[str, Tensor]:
         return jvp(lambda point: grad(self._loss)(point, x, y), (self.point,), (dict(tangent),))[1]
@@ -102,9 +102,9 @@ class SideBySide:
         return add_l2_product(self.made.probe.objective, self.made.parameters, split, product)
 
 
-def obstacle(made: Curvatures) -> str:
+def obstacle(curvatures: Curvatures) -> str:
     """Return why these operators cannot be multiplied at once, or an empty string."""
-    options = made.options
+    options = curvatures.options
     required = {"operator": "hessian", "product": "reverse", "micro_batch": None}
     for name, value in required.items():
         if getattr(options, name) != value:
@@ -116,7 +116,7 @@ def obstacle(made: Curvatures) -> str:
 
 
 def eigenvalues_side_by_side(
-    made: Curvatures,
+    curvatures: Curvatures,
     group: Sequence[tuple[int, Batch]],
     *,
     k: int,
@@ -129,7 +129,7 @@ def eigenvalues_side_by_side(
     """Return the ``k`` eigenvalues of largest magnitude of each batch's Hessian, as `solve` would one after the other.
 
     Args:
-        made: the model, parameters and options.
+        curvatures: the model, parameters and options.
         group: ``(number, (x, y))`` of each batch.
         k: how many.
         n_ends: also this many of the largest and of the smallest.
@@ -142,7 +142,7 @@ def eigenvalues_side_by_side(
         CannotBatch: see `SideBySide`; or the model's operations do not allow it, or give other products under vmap.
         ValueError, NumericalError: as `solve`.
     """
-    stacked = SideBySide(made, group)
+    stacked = SideBySide(curvatures, group)
     starts = _started(stacked, seed)
     memory = max_memory or free_memory(starts[0].device) / (2 if starts[0].device.type == "cuda" else 4)
     options = {"n_ends": n_ends, "tol": tol, "max_products": max_products, "seed": seed}
@@ -151,37 +151,37 @@ def eigenvalues_side_by_side(
         i: Search(start, k, max_memory=memory / len(starts), shift=shift, **options) for i, start in enumerate(starts)
     }
     del starts
-    needed = made.probe.objective.l2 in ("sum_norm", "adamw")
-    found: dict[int, Solution] = {}
+    needed = curvatures.probe.objective.l2 in ("sum_norm", "adamw")
+    solutions: dict[int, Solution] = {}
     while runs:
         stop_flag.check()
         products = stacked.products([run.lanczos.row for run in runs.values()], list(runs))
         for (i, run), product in zip(list(runs.items()), products):
             if run.absorb(product):
                 pairs = runs.pop(i).pairs(needed)
-                found[i] = Solution(pairs, l2_contribution(stacked.operators[i], pairs))
+                solutions[i] = Solution(pairs, l2_contribution(stacked.operators[i], pairs))
             else:
                 run.make_space()
-    return [found[i] for i in sorted(found)]
+    return [solutions[i] for i in sorted(solutions)]
 
 
-def at_once(made: Curvatures, sample: tuple[int, Batch], k: int, n_ends: int, max_products: int) -> int:
+def at_once(curvatures: Curvatures, sample: tuple[int, Batch], k: int, n_ends: int, max_products: int) -> int:
     """Return how many batches like ``sample`` fit on the GPU at once; 1 on a CPU, where nothing is won."""
-    device = made.probe.device
-    if device.type != "cuda" or obstacle(made):
+    device = curvatures.probe.device
+    if device.type != "cuda" or obstacle(curvatures):
         return 1
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
     try:
-        _started(SideBySide(made, [sample]), 0)
+        _started(SideBySide(curvatures, [sample]), 0)
     except CannotBatch:
         return 1
-    taken = torch.cuda.max_memory_allocated(device) - before
-    row = sum(p.numel() * p.element_size() for p in made.parameters.values())
+    bytes_used = torch.cuda.max_memory_allocated(device) - before
+    row = sum(p.numel() * p.element_size() for p in curvatures.parameters.values())
     rows = min(max_products + 1, max(2 * count(k, "LM", n_ends) + 4, ROWS))
     torch.cuda.empty_cache()
-    return int(max(1, min(MOST, 0.6 * free_memory(device) // (taken + (rows + 4) * row))))
+    return int(max(1, min(MOST, 0.6 * free_memory(device) // (bytes_used + (rows + 4) * row))))
 
 
 def _started(stacked: SideBySide, seed: int) -> list[Tensor]:

@@ -140,12 +140,12 @@ class Search:
         self._chosen, all_known = settled(ritz, self.k, self.which, self.tol, self.n_ends)
         self._n_known = self._n_known + 1 if all_known else 0
         # an eigenvalue that is passed over shows in the next products: residuals rise again
-        done = self._n_known >= CONFIRMATIONS
+        is_settled = self._n_known >= CONFIRMATIONS
         if lanczos.breakdowns:
             values = ritz.values[self._chosen]
-            done = done and _nothing_new(lanczos, values, self._at_breakdown)
+            is_settled = is_settled and _nothing_new(lanczos, values, self._at_breakdown)
             self._at_breakdown = values if lanczos.breakdowns[-1] == lanczos.n_products else self._at_breakdown
-        return done or lanczos.exhausted or lanczos.n_products >= self.max_products
+        return is_settled or lanczos.exhausted or lanczos.n_products >= self.max_products
 
     def make_space(self) -> None:
         """Restart where the basis is full."""
@@ -216,11 +216,11 @@ def free_memory(device: torch.device) -> float:
     return float(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
 
 
-def _kept(ritz: Ritz, chosen: np.ndarray, which: str, rows: int) -> np.ndarray:
+def _kept(ritz: Ritz, selected: np.ndarray, which: str, rows: int) -> np.ndarray:
     """Return the Ritz values to restart with: the wanted ones and, for a wider gap, some that follow them."""
     following = select_ritz_values(ritz.values, len(ritz.values), "LM" if which == "both" else which)
-    ranked = list(dict.fromkeys([*chosen.tolist(), *following.tolist()]))
-    base = len(set(chosen.tolist()))
+    ranked = list(dict.fromkeys([*selected.tolist(), *following.tolist()]))
+    base = len(set(selected.tolist()))
     return np.sort(ranked[: min(base + max(2, (rows - base) // 3), rows - 3)])
 
 
@@ -249,15 +249,15 @@ def _beyond(lanczos: Lanczos, ritz: Ritz, bounds: np.ndarray) -> np.ndarray:
     return lanczos.asymmetry > bounds
 
 
-def _pairs(lanczos: Lanczos, ritz: Ritz, chosen: np.ndarray, tol: float, vectors: bool) -> Eigenpairs:
-    estimate, resolution = errors(ritz)[chosen], lanczos.resolution(ritz)
-    bounds = tolerances(ritz.values, chosen, tol)
+def _pairs(lanczos: Lanczos, ritz: Ritz, selected: np.ndarray, tol: float, vectors: bool) -> Eigenpairs:
+    estimate, resolution = errors(ritz)[selected], lanczos.resolution(ritz)
+    bounds = tolerances(ritz.values, selected, tol)
     return Eigenpairs(
-        values=ritz.values[chosen],
-        residuals=np.maximum(ritz.residuals[chosen], resolution),
+        values=ritz.values[selected],
+        residuals=np.maximum(ritz.residuals[selected], resolution),
         errors=estimate,
         converged=(estimate <= bounds) & ~_beyond(lanczos, ritz, bounds),
         n_products=lanczos.n_products,
-        vectors=lanczos.vectors(ritz, chosen) if vectors else None,
+        vectors=lanczos.vectors(ritz, selected) if vectors else None,
         resolution=resolution,
     )

@@ -32,11 +32,11 @@ class BasisBuffer:
 
     def rows(self, capacity: int, like: Tensor) -> Tensor:
         """Return ``(capacity, size)``, of the size, dtype and device of ``like (size,)``; the rows given before are lost."""
-        kept, kind = self._kept, (len(like), like.dtype, like.device)
-        if kept is None or len(kept) < capacity or (kept.shape[1], kept.dtype, kept.device) != kind:
+        buffer, kind = self._kept, (len(like), like.dtype, like.device)
+        if buffer is None or len(buffer) < capacity or (buffer.shape[1], buffer.dtype, buffer.device) != kind:
             self._kept = None  # freed before its successor is made
-            self._kept = kept = torch.empty(capacity, len(like), dtype=like.dtype, device=like.device)
-        return kept[:capacity]
+            self._kept = buffer = torch.empty(capacity, len(like), dtype=like.dtype, device=like.device)
+        return buffer[:capacity]
 
 
 class Basis:

@@ -158,9 +158,9 @@ class Lanczos:
         self.projection = np.diag(ritz.values[keep])
         self.coupling = self.coupling @ ritz.vectors[:, keep]
 
-    def vectors(self, ritz: Ritz, chosen: np.ndarray) -> Tensor:
-        """Return the Ritz vectors numbered ``chosen``, orthonormal rows ``(k, size)``, before another step is made."""
-        return self.basis.combine(ritz.vectors[:, chosen].T)
+    def vectors(self, ritz: Ritz, selected: np.ndarray) -> Tensor:
+        """Return the Ritz vectors numbered ``selected``, orthonormal rows ``(k, size)``, before another step is made."""
+        return self.basis.combine(ritz.vectors[:, selected].T)
 
     def _received(self, pieces: Tensor | Sequence[Tensor]) -> tuple[list[Tensor], float]:
         """Return the product's pieces, flat, and the scale that makes it one with a unit vector."""

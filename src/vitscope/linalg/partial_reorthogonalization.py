@@ -62,9 +62,9 @@ class SemiorthogonalLanczos(Lanczos):
         n = len(keep) + 1
         self.inner, self._full = self.rounding * (1.0 - np.eye(n)), True
 
-    def vectors(self, ritz: Ritz, chosen: np.ndarray) -> Tensor:
-        """Return the Ritz vectors numbered ``chosen``, orthonormal rows ``(k, size)``, before another step is made."""
-        weights = ritz.vectors[:, chosen].T
+    def vectors(self, ritz: Ritz, selected: np.ndarray) -> Tensor:
+        """Return the Ritz vectors numbered ``selected``, orthonormal rows ``(k, size)``, before another step is made."""
+        weights = ritz.vectors[:, selected].T
         return self.basis.combine(weights if self._full else self._orthonormal(weights))
 
     def _orthonormal(self, weights: np.ndarray) -> np.ndarray:
@@ -90,39 +90,39 @@ class SemiorthogonalLanczos(Lanczos):
         diagonal = near[-1] + self.shift
         norm = max(size, float(np.abs(self.projection).max(initial=0.0)))
         if last > 0:
-            known = float(np.abs(self._level[:-1]).max())  # what the rows' own inner products explain
+            explained = float(np.abs(self._level[:-1]).max())  # what the rows' own inner products explain
             difference = float(abs(near[0] - self.coupling[-1]))
             self.asymmetry = max(self.asymmetry, difference)
-            self.noise = max(self.noise, difference / max(norm, 1e-300) - known)
+            self.noise = max(self.noise, difference / max(norm, 1e-300) - explained)
         level = self._predicted(diagonal, length, norm)
-        due = self._second or bool(np.abs(level[:-1]).max() > self.threshold)
-        if due or length < AGAIN * size:
+        is_due = self._second or bool(np.abs(level[:-1]).max() > self.threshold)
+        if is_due or length < AGAIN * size:
             row = [basis.rows[basis.count]]
             c = basis.coefficients(row)
-            if due and not self._second and last > 0:
+            if is_due and not self._second and last > 0:
                 self._learn(float(np.abs(c).max()) / max(length, 1e-300), float(np.abs(level[:-1]).max()))
             diagonal += c[-1]
             length = basis.write(row, 1.0, c)
             level[:-1] = self.noise
             self.cleaned += 1
-            self._second = due and not self._second
+            self._second = is_due and not self._second
         self._before, self._level = np.append(self._level, 0.0), level
         self._grow(diagonal, length, norm)
 
-    def _learn(self, seen: float, predicted: float) -> None:
+    def _learn(self, observed: float, predicted: float) -> None:
         """Scale the rounding that is assumed by how far the recurrence was off."""
-        self.noise = min(self.threshold, max(self.least, self.noise * CAUTION * seen / predicted))
+        self.noise = min(self.threshold, max(self.least, self.noise * CAUTION * observed / predicted))
 
     def _predicted(self, diagonal: float, length: float, norm: float) -> np.ndarray:
         """Return estimates ``(count + 1,)`` of the new row's inner products with every row; the last one is its own, 1."""
         count = self.basis.count
-        found = np.ones(count + 1)
+        levels = np.ones(count + 1)
         rounding = self.noise * norm
-        found[count - 1] = rounding / max(length, 1e-300)
+        levels[count - 1] = rounding / max(length, 1e-300)
         if count > 1:
             level, old = self._level, slice(0, count - 1)
             diagonals, couplings = np.diag(self.projection), np.append(np.diag(self.projection, 1), self.coupling[-1])
             grown = couplings * level[1:] + (diagonals - diagonal) * level[old] - couplings[-1] * self._before[old]
             grown[1:] += couplings[:-1] * level[: count - 2]
-            found[old] = (grown + np.copysign(rounding, grown)) / max(length, 1e-300)
-        return found
+            levels[old] = (grown + np.copysign(rounding, grown)) / max(length, 1e-300)
+        return levels

@@ -43,13 +43,13 @@ def power_iteration(
     if not 1 <= k <= len(like):
         raise ValueError(f"Expected between 1 and {len(like)} eigenvalues (the parameters analysed), received k={k}.")
     generator = torch.Generator().manual_seed(seed)
-    found: list[Tensor] = []
+    eigenvectors: list[Tensor] = []
     rows, n_products = [], 0
     for _ in range(k):
         v = torch.randn(len(like), generator=generator, dtype=torch.float32).to(like)
-        value, residual, stopped, kept, length = 0.0, np.inf, False, v, 0.0
+        value, residual, stopped, last_vector, length = 0.0, np.inf, False, v, 0.0
         for iteration in range(max_iterations):
-            v = _deflated(v, found)
+            v = _deflated(v, eigenvectors)
             hv = product(v)
             n_products += 1
             before, value = value, dot(hv, v)
@@ -57,13 +57,13 @@ def power_iteration(
             length = norm(hv)
             if iteration > 0 and abs(value - before) < tol * (abs(before) + 1e-6):
                 stopped = True
-            kept = v
+            last_vector = v
             v = hv / length if length > 0 else v
             if stopped or length == 0:
                 break
         # the next iterate is what PyHessian keeps for deflation, the value belongs to the one before
-        found.append(v)
-        rows.append((value, residual, stopped or length == 0, kept))
+        eigenvectors.append(v)
+        rows.append((value, residual, stopped or length == 0, last_vector))
     # of products that are off by rounding, as inner products of that many entries are (see `Lanczos.resolution`)
     largest = max(abs(row[0]) for row in rows)
     resolution = float(torch.finfo(like.dtype).eps) * largest * (1.0 + float(np.log2(len(like))))
@@ -78,7 +78,7 @@ def power_iteration(
     )
 
 
-def _deflated(v: Tensor, found: list[Tensor]) -> Tensor:
-    for u in found:
+def _deflated(v: Tensor, eigenvectors: list[Tensor]) -> Tensor:
+    for u in eigenvectors:
         v = v - dot(v, u) * u
     return v / norm(v)

@@ -72,13 +72,13 @@ def settled(ritz: Ritz, k: int, which: str, tol: float, n_ends: int = 0) -> tupl
     eigenvalue near, not that none has been passed over: so the next Ritz values in line may not reach among the wanted ones
     within their residuals either (on small networks this left two thirds of the misses, for 2 % more products).
     """
-    chosen = select_ritz_values(ritz.values, k, which, n_ends)
-    if len(chosen) < count(k, which, n_ends):
-        return chosen, False
+    selected = select_ritz_values(ritz.values, k, which, n_ends)
+    if len(selected) < count(k, which, n_ends):
+        return selected, False
     estimate = errors(ritz)
-    known = bool(np.all(estimate[chosen] <= tolerances(ritz.values, chosen, tol)))
+    is_within_tolerance = bool(np.all(estimate[selected] <= tolerances(ritz.values, selected, tol)))
     parts = [("LA", k), ("SA", k)] if which == "both" else [(which, k)]
-    return chosen, known and not any(
+    return selected, is_within_tolerance and not any(
         _rivalled(ritz, n, end, tol) for end, n in [*parts, ("LA", n_ends), ("SA", n_ends)]
     )
 
@@ -95,7 +95,7 @@ def _rivalled(ritz: Ritz, n: int, which: str, tol: float) -> bool:
     return bool(reach > key[inside].min() + tolerances(ritz.values, inside[-1:], tol)[0])
 
 
-def tolerances(values: np.ndarray, chosen: np.ndarray, tol: float) -> np.ndarray:
+def tolerances(values: np.ndarray, selected: np.ndarray, tol: float) -> np.ndarray:
     """Return the absolute error allowed for each chosen value."""
     magnitude = np.abs(values)
-    return tol * np.maximum(magnitude[chosen], 1e-3 * magnitude.max())
+    return tol * np.maximum(magnitude[selected], 1e-3 * magnitude.max())

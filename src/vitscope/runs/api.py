@@ -35,12 +35,12 @@ def load_results(run: str | Path) -> dict[str, dict[str, Any]]:
 
     Where one analysis was made with several settings at a tag, the newest counts.
     """
-    found: dict[str, dict[str, Any]] = {}
+    results: dict[str, dict[str, Any]] = {}
     files = sorted(find(run).results.glob("*/*.npz"), key=lambda file: file.stat().st_mtime_ns)
     for file in files:
         tag = file.stem.rpartition("-")[0]
-        found.setdefault(file.parent.name, {})[tag] = result_store.load(file)
-    return found
+        results.setdefault(file.parent.name, {})[tag] = result_store.load(file)
+    return results
 
 def load_probe(
     run: str | Path,
@@ -76,6 +76,6 @@ def load_probe(
     data = factories.data(cfg)
     data.adapt_to(model)
     size = batch_size or data.eval_batch_size
-    wanted = {"split": split, "augment": augment, "n_images": n_images, "batch_size": size}
+    options = {"split": split, "augment": augment, "n_images": n_images, "batch_size": size}
     facts = {"checkpoint": checkpoint_weights.weights_hash(model), "epoch": content.get("epoch")}
-    return factories.probe(cfg, model, data, wanted, facts, content)
+    return factories.probe(cfg, model, data, options, facts, content)

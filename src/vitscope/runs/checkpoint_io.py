@@ -122,9 +122,9 @@ def write(checkpoint: Mapping[str, Any], path: Path, *, copies: Sequence[str] = 
         _remove_uncommitted(folder, temporaries.values())
         # while torch closes its archive after the system's refusal, it raises one of its own
         cause = error.__context__ if isinstance(error.__context__, OSError) else error
-        why = getattr(cause, "strerror", None) or str(cause).splitlines()[0]
+        reason = getattr(cause, "strerror", None) or str(cause).splitlines()[0]
         raise StorageError(
-            "paths.runs", folder / names[0], f"checkpoint not written ({why})", "free space or choose another folder"
+            "paths.runs", folder / names[0], f"checkpoint not written ({reason})", "free space or choose another folder"
         ) from None
 
 
@@ -190,16 +190,16 @@ def read(path: Path, *, verify: bool = True) -> dict[str, Any]:
         raise CheckpointError("ckpt_path", path, "no such file", "name a checkpoint file, or ckpt_path=last")
     if verify and not verified(path):
         raise CheckpointError("ckpt_path", path, "its content is not what was written", "use another checkpoint")
-    kept = {key: os.environ.pop(key) for key in _FORCED if key in os.environ}
+    environment_values = {key: os.environ.pop(key) for key in _FORCED if key in os.environ}
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # bytes that are no checkpoint make the readers of archives and pickles raise anything
-        why = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(
-            "ckpt_path", path, f"not a safe checkpoint ({why[:160]})", "use another checkpoint"
+            "ckpt_path", path, f"not a safe checkpoint ({reason[:160]})", "use another checkpoint"
         ) from None
     finally:
-        os.environ.update(kept)
+        os.environ.update(environment_values)
     if not isinstance(content, dict):
         raise CheckpointError("ckpt_path", path, f"holds a {type(content).__name__}", "use a dictionary of tensors")
     if CONTENT_DIGEST in content and content.pop(CONTENT_DIGEST) != content_digest(content):
@@ -252,19 +252,19 @@ def newest(folder: Path) -> Path:
     fix = "restore it from a copy, or move a checkpoint to another folder and name it with ckpt_path=<file>"
     unlisted = sorted(file.name for file in folder.glob("*.ckpt") if file.name not in entries)
     if unlisted:
-        why = f"{MANIFEST} is missing or does not list {unlisted[0]}, so it cannot be trusted"
-        raise CheckpointError("ckpt_path", folder, why, fix)
+        reason = f"{MANIFEST} is missing or does not list {unlisted[0]}, so it cannot be trusted"
+        raise CheckpointError("ckpt_path", folder, reason, fix)
     if not stored.has_digest:
         for name in entries:
             if not _agrees_in_full(folder / name, entries[name]):
-                why = f"{MANIFEST} and {name} disagree, and nothing says which is damaged"
-                raise CheckpointError("ckpt_path", folder, why, fix)
+                reason = f"{MANIFEST} and {name} disagree, and nothing says which is damaged"
+                raise CheckpointError("ckpt_path", folder, reason, fix)
     ranked = sorted(entries, key=lambda name: (entries[name]["global_step"], name == "last.ckpt"), reverse=True)
     for name in ranked:
         if verified(folder / name):
             if entries[name]["global_step"] == 0 and entries[ranked[0]]["global_step"] > 0:
-                why = f"{ranked[0]} is damaged or missing, and only {name}, at step 0, is left"
-                raise CheckpointError("ckpt_path", folder, why, f"use ckpt_path={folder / name} to begin again there")
+                reason = f"{ranked[0]} is damaged or missing, and only {name}, at step 0, is left"
+                raise CheckpointError("ckpt_path", folder, reason, f"use ckpt_path={folder / name} to begin again there")
             return folder / name
         warnings.warn(f"checkpoint {name} is damaged or missing: falling back to an earlier one", stacklevel=2)
     raise CheckpointError("ckpt_path", folder, "no verified checkpoint", "start afresh without ckpt_path")
@@ -345,9 +345,9 @@ def _stored_manifest(folder: Path) -> _Manifest:
     return _Manifest(tree, pending, has_digest)
 
 
-def _untrusted(path: Path, why: str) -> CheckpointError:
+def _untrusted(path: Path, reason: str) -> CheckpointError:
     fix = "restore it from a copy, or move a checkpoint to another folder and name it with ckpt_path=<file>"
-    return CheckpointError("ckpt_path", path.parent, f"{MANIFEST} cannot be trusted ({why})", fix)
+    return CheckpointError("ckpt_path", path.parent, f"{MANIFEST} cannot be trusted ({reason})", fix)
 
 
 def _is_content_of(path: Path, entry: Mapping[str, Any]) -> bool:

@@ -80,8 +80,8 @@ def _check_counters(content: Mapping[str, Any]) -> None:
     note = content.get("vitscope", {})
     if note.get("pending", "") not in ("", "validation", "epoch end"):
         raise _Wrong("vitscope.training.resume_state", f"is {note['pending']!r:.40}")
-    right, seen = note.get("right", 0), note.get("seen", 0)
-    if not (isinstance(right, int) and isinstance(seen, int) and 0 <= right <= seen):
+    n_correct, n_images = note.get("right", 0), note.get("seen", 0)
+    if not (isinstance(n_correct, int) and isinstance(n_images, int) and 0 <= n_correct <= n_images):
         raise _Wrong("vitscope", "does not count images")
     if note and not 0 <= note["epoch"] - content["epoch"] <= 1:
         raise _Wrong("vitscope.epoch", f"is {note['epoch']} and its loops count {content['epoch']}")
@@ -90,8 +90,8 @@ def _check_counters(content: Mapping[str, Any]) -> None:
 class _Wrong(Exception):
     """The place of an entry and what is wrong with it."""
 
-    def __init__(self, place: str, why: str) -> None:
-        super().__init__(f"its {place[:120]} {why}")
+    def __init__(self, place: str, reason: str) -> None:
+        super().__init__(f"its {place[:120]} {reason}")
 
 
 def _kind(value: Any) -> str:

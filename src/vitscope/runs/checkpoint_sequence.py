@@ -42,12 +42,12 @@ def of_run(run: Run) -> Snapshots:
     # last.ckpt repeats the newest snapshot where one was made at the same step
     names.sort(key=lambda name: (entries[name]["global_step"], name))
     files: dict[str, Path] = {}
-    seen: set[int] = set()
+    seen_steps: set[int] = set()
     for name in names:
         step = entries[name]["global_step"]
-        if step not in seen:
+        if step not in seen_steps:
             files[Path(name).stem] = run.checkpoints / name
-            seen.add(step)
+            seen_steps.add(step)
     return Snapshots(files)
 
 

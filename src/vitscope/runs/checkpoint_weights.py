@@ -32,9 +32,9 @@ def load_weights(network: nn.Module, content: Mapping[str, Any], path: Path) -> 
     """
     from vitscope.models import load_official_state_dict
 
-    own = network.state_dict()
-    state = _fitting_state(content, own)
-    if set(state) != set(own):
+    model_state = network.state_dict()
+    state = _fitting_state(content, model_state)
+    if set(state) != set(model_state):
         try:
             load_official_state_dict(network, state)
             return
@@ -43,29 +43,29 @@ def load_weights(network: nn.Module, content: Mapping[str, Any], path: Path) -> 
             if " has shape " in str(error):
                 fix = "use the model it was made with (data.num_classes, model.depth, ...)"
                 raise CheckpointError("ckpt_path", path, str(error).rstrip("."), fix) from error
-    for name, tensor in own.items():
+    for name, tensor in model_state.items():
         if name in state and tensor.shape != state[name].shape:
             raise CheckpointError("ckpt_path", path, f"{name} is {tuple(state[name].shape)} there and {tuple(tensor.shape)} here",
                                   "use the model it was made with (data.num_classes, model.depth, ...)")  # fmt: skip
     try:
-        found = network.load_state_dict(state, strict=False)
+        incompatible_keys = network.load_state_dict(state, strict=False)
     except (
         RuntimeError,
         KeyError,
     ) as error:  # kinds of tensors that do not go into weights, or a hook that misses its own
         raise CheckpointError("ckpt_path", path, first_line(error), "use the model it was made with") from None
-    for name in sorted({*found.missing_keys, *found.unexpected_keys}):
-        where = "the checkpoint lacks it" if name in own else "the model has no such weight"
+    for name in sorted({*incompatible_keys.missing_keys, *incompatible_keys.unexpected_keys}):
+        where = "the checkpoint lacks it" if name in model_state else "the model has no such weight"
         raise CheckpointError("ckpt_path", path, f"{name}: {where}", "use the model it was made with (model=...)")
 
-def _fitting_state(content: Mapping[str, Any], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return a checkpoint's tensors without the prefixes of wrappers: of the readings, the one with most of ``own``'s keys.
+def _fitting_state(content: Mapping[str, Any], model_state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a checkpoint's tensors without the prefixes of wrappers: of the readings, the one with most of ``model_state``'s keys.
 
     A network may itself keep everything under ``model.``, and wrappers may stand around each other (``module._orig_mod.``).
     """
     usual = checkpoint_io.model_state(content)
     readings = [usual, *checkpoint_io.unwrapped(content)]
-    return max(readings, key=lambda state: len(state.keys() & own.keys()))
+    return max(readings, key=lambda state: len(state.keys() & model_state.keys()))
 
 def weights_hash(network: nn.Module) -> str:
     """Return the first 16 digits of a SHA-256 over all weights and buffers, in order: the checkpoint's name on cards."""

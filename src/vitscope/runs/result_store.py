@@ -92,8 +92,8 @@ def load(path: Path) -> Any:
         if not module.startswith("vitscope.diagnostics."):
             raise ValueError(f"its type {meta['type']!r} is not a vitscope measure's")
         kind = getattr(importlib.import_module(module), name)
-        known = {f.name for f in dataclasses.fields(kind)}
-        return kind(**{key: _decode(value, arrays) for key, value in meta["fields"].items() if key in known})
+        field_names = {f.name for f in dataclasses.fields(kind)}
+        return kind(**{key: _decode(value, arrays) for key, value in meta["fields"].items() if key in field_names})
     except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, ImportError) as error:
         raise StorageError(
             "results", path, f"not readable as a result ({error})", "delete it and measure again"

@@ -72,30 +72,30 @@ def changes(stored: DictConfig, cfg: DictConfig) -> list[Change]:
     return list(_differences(old, new, ""))
 
 
-def refuse_another_experiment(found: Sequence[Change], stored: DictConfig, cfg: DictConfig, run: Run) -> None:
+def refuse_another_experiment(changes: Sequence[Change], stored: DictConfig, cfg: DictConfig, run: Run) -> None:
     """Refuse changes of keys that may not change on a resume.
 
     Raises:
         CheckpointError: a key whose value the run's checkpoints hold: the optimizer, the batch size, the classes.
         ConfigError: another one. Each names the key, the stored and the received value.
     """
-    refused = [change for change in found if not _is_changeable(change.key, stored, cfg)]
+    refused = [change for change in changes if not _is_changeable(change.key, stored, cfg)]
     refused.sort(key=lambda change: not _is_held(change.key))
     if not refused:
         return
     first, *others = refused
-    why = f"the run was made with {first.old}, and another value is another experiment"
+    reason = f"the run was made with {first.old}, and another value is another experiment"
     if others:
-        why += f" (as is {', '.join(change.key for change in others)})"
+        reason += f" (as is {', '.join(change.key for change in others)})"
     error = CheckpointError if _is_held(first.key) else ConfigError
-    raise error(first.key, first.new, why, f"leave it at {first.old}, or start a new run: {_new_run(run, refused)}")
+    raise error(first.key, first.new, reason, f"leave it at {first.old}, or start a new run: {_new_run(run, refused)}")
 
 
-def refuse_less_than_done(found: Sequence[Change], cfg: DictConfig, epochs: int, steps: int) -> None:
+def refuse_less_than_done(changes: Sequence[Change], cfg: DictConfig, epochs: int, steps: int) -> None:
     """Refuse a limit of the training below what is done.
 
     Args:
-        found: the changes.
+        changes: the changes.
         cfg: the configuration to go on with.
         epochs: epochs begun.
         steps: optimizer steps made.
@@ -103,38 +103,38 @@ def refuse_less_than_done(found: Sequence[Change], cfg: DictConfig, epochs: int,
     Raises:
         ConfigError: with the key, the value and what is done.
     """
-    done = {"trainer.max_epochs": (epochs, "epochs"), "trainer.max_steps": (steps, "steps")}
-    for change in found:
-        if change.key not in done:
+    progress = {"trainer.max_epochs": (epochs, "epochs"), "trainer.max_steps": (steps, "steps")}
+    for change in changes:
+        if change.key not in progress:
             continue
-        least, unit = done[change.key]
+        least, unit = progress[change.key]
         if isinstance(change.new, int) and 0 <= change.new < least:
-            why = f"the run was made with {change.old}, and {least} {unit} are begun or done"
-            raise ConfigError(change.key, change.new, why, f"give at least {least}")
+            reason = f"the run was made with {change.old}, and {least} {unit} are begun or done"
+            raise ConfigError(change.key, change.new, reason, f"give at least {least}")
 
 
-def record(run: Run, cfg: DictConfig, found: Sequence[Change], step: int) -> None:
+def record(run: Run, cfg: DictConfig, changes: Sequence[Change], step: int) -> None:
     """Write what changed to ``provenance.json`` and the configuration that holds from now on to ``config.yaml``.
 
     Args:
         run: that goes on.
         cfg: its configuration from now on.
-        found: the changes.
+        changes: the changes.
         step: the optimizer step from which they hold.
     """
-    kept = run.config()
+    run_config = run.config()
     now = DictConfig(loading.plain(run_dir.redacted(cfg)))
     for key in INVOCATION:
         now.pop(key, None)
-        if key in kept:
-            now[key] = kept[key]
+        if key in run_config:
+            now[key] = run_config[key]
     noted = run.provenance().get("changes")
     earlier = noted if isinstance(noted, list) else []
-    rows = [{"step": step, "key": change.key, "old": change.old, "new": change.new} for change in found]
+    rows = [{"step": step, "key": change.key, "old": change.old, "new": change.new} for change in changes]
     every = [*earlier, *(row for row in rows if row not in earlier)]
     # a process of another rank that reads the new configuration has to find a run that goes on
     run.note(status="running", config_hash=experiment_identity.config_hash(cfg), **({"changes": every} if every else {}))
-    if found:
+    if changes:
         atomic_write.write_atomically(run.path / "config.yaml", OmegaConf.to_yaml(now).encode())
 
 
@@ -154,10 +154,10 @@ def _new_run(run: Run, refused: Sequence[Change]) -> str:
 def _command(run: Run, overrides: Mapping[str, Any]) -> str:
     """Return ``train.py`` with the overrides that the run was made with, some replaced."""
     noted = run.provenance().get("arguments")
-    made = [str(argument) for argument in noted] if isinstance(noted, list) else []
-    kept = [a for a in made if a.lstrip("+~").partition("=")[0] not in {*INVOCATION, *overrides}]
+    original_arguments = [str(argument) for argument in noted] if isinstance(noted, list) else []
+    arguments = [a for a in original_arguments if a.lstrip("+~").partition("=")[0] not in {*INVOCATION, *overrides}]
     added = [f"{key}={'null' if value is None else value}" for key, value in overrides.items()]
-    return "python train.py " + shlex.join([*kept, *added])
+    return "python train.py " + shlex.join([*arguments, *added])
 
 
 def _differences(old: Any, new: Any, key: str) -> Iterator[Change]:

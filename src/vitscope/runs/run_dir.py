@@ -89,8 +89,8 @@ class Run:
             safe_files.refuse_links(path)
             loaded = OmegaConf.load(path)
         except (OSError, ValueError, yaml.YAMLError, OmegaConfBaseException, RecursionError) as error:
-            why = f"config.yaml is damaged ({type(error).__name__})"
-            raise CheckpointError("run", self.path, why, "use another run") from None
+            reason = f"config.yaml is damaged ({type(error).__name__})"
+            raise CheckpointError("run", self.path, reason, "use another run") from None
         if not isinstance(loaded, DictConfig):
             raise CheckpointError("run", self.path, "config.yaml holds no configuration", "use another run")
         return loaded

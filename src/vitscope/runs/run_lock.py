@@ -110,8 +110,8 @@ def check(folder: Path) -> None:
     try:
         text = safe_files.read_text(folder / FILE, _LARGEST)
     except FileNotFoundError:
-        why = "the run folder was deleted or renamed" if not folder.is_dir() else f"{FILE} was deleted"
-        raise StorageError("run", folder, f"{why} while it trained", "start a new run") from None
+        reason = "the run folder was deleted or renamed" if not folder.is_dir() else f"{FILE} was deleted"
+        raise StorageError("run", folder, f"{reason} while it trained", "start a new run") from None
     except OSError:  # a file server that does not answer for a moment
         return
     if text != held.text:
@@ -169,9 +169,9 @@ def _refuse_or_take_over(path: Path, now: float) -> None:
         return
     facts = _facts(text)
     if _is_held(facts, age, path.parent):
-        why = f"{_name_of(facts)} trains in this folder (last heartbeat {max(age, 0):.0f} s ago)"
+        reason = f"{_name_of(facts)} trains in this folder (last heartbeat {max(age, 0):.0f} s ago)"
         fix = f"wait until it ends, or choose another folder; a lock is stale after {STALE_AFTER:.0f} s without a heartbeat"
-        raise StorageError("run", path.parent, why, fix)
+        raise StorageError("run", path.parent, reason, fix)
     aside = path.with_name(f".{path.name}.tmp-{host_identity()}-{os.getpid()}-{secrets.token_hex(4)}")
     try:
         os.rename(path, aside)

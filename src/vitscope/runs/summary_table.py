@@ -25,14 +25,14 @@ def headline_rows(values: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 def print_headline(run: Run, values: Mapping[str, Any], mirror: WandbMirror) -> None:
     """Print the table and log it."""
-    shown = headline_rows(values)
+    headline = headline_rows(values)
     table = Table(title=f"{run.id}", title_justify="left")
     table.add_column("metric")
     table.add_column("value", justify="right")
-    for name, number in shown:
+    for name, number in headline:
         table.add_row(name, number)
     Console(width=None).print(table)
     print(f"run folder: {run.path}")
     if mirror.url:
         print(f"W&B: {mirror.url}")
-    mirror.table("headline", ["metric", "value"], [list(row) for row in shown])
+    mirror.table("headline", ["metric", "value"], [list(row) for row in headline])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import functools
 import json
 import os
 import re
@@ -61,6 +62,7 @@ _OPTION = re.compile(r"(?<![\w-])(?P<quote>)--?(?P<name>[A-Za-z][\w-]*)(?P<plain
 _remembered: set[str] = set()
 
 
+@functools.lru_cache(maxsize=4096)  # the environment's names are asked for with each text
 def is_secret(key: str) -> bool:
     """Tell whether a key, or the name of an environment variable, looks like a secret's."""
     separated = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", key)  # apiKey

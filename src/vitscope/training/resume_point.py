@@ -74,8 +74,8 @@ def _run_to_resume(cfg: DictConfig, run: Run | None) -> Run | None:
         return run
     run = run_dir.unfinished(Path(cfg.paths.runs), experiment_identity.config_hash(cfg))
     if run is None and cfg.ckpt_path == "last":
-        why = "no unfinished run of this configuration has a checkpoint"
-        raise CheckpointError("ckpt_path", "last", why, "start afresh without it, or use ckpt_path=auto")
+        reason = "no unfinished run of this configuration has a checkpoint"
+        raise CheckpointError("ckpt_path", "last", reason, "start afresh without it, or use ckpt_path=auto")
     return run
 
 
@@ -174,10 +174,10 @@ def adopt_checkpoint(
     stored = checkpoint_io.facts(content, path)
     for key, value in identity.items():
         if key == "optimizer" and stored.get(key, value) != value:
-            why = "the checkpoint's own values (rate, decay, ...) would be used and these be passed over"
+            reason = "the checkpoint's own values (rate, decay, ...) would be used and these be passed over"
             command = resume_changes.weights_command(run, path.absolute(), {})
             raise CheckpointError(
-                "optimizer", None, why, f"leave it as it was, or start from the weights alone: {command}"
+                "optimizer", None, reason, f"leave it as it was, or start from the weights alone: {command}"
             )
         if key in stored and stored[key] != value:
             name = {"world_size": "trainer.devices", "seed": "seed"}.get(key, f"data.{key}")

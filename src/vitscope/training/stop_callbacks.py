@@ -79,8 +79,8 @@ class ConfigurationCheck(Callback):
         hashes = gather_objects(self.config_hash)
         deviating_rank = next((rank for rank, config_hash in enumerate(hashes) if config_hash != hashes[0]), None)
         if deviating_rank is not None:
-            why = f"rank {deviating_rank} composed another configuration than rank 0 ({hashes[deviating_rank]}, {hashes[0]})"
-            raise DistributedError("trainer.devices", len(hashes), why, "start every rank with the same overrides")
+            reason = f"rank {deviating_rank} composed another configuration than rank 0 ({hashes[deviating_rank]}, {hashes[0]})"
+            raise DistributedError("trainer.devices", len(hashes), reason, "start every rank with the same overrides")
 
 
 class EarlyChecks(Callback):

@@ -99,18 +99,18 @@ class SeenBatches:
 
     def _check(self, index: int, batch: Any) -> None:
         tensors = [t for t in batch if isinstance(t, Tensor)] if isinstance(batch, tuple | list) else []
-        known = self._tensors.get(index, [])
+        earlier_tensors = self._tensors.get(index, [])
         # the very tensors of an earlier pass, not written to since, need no second look
         if (
-            known
-            and len(known) == len(tensors)
-            and all(r() is t and v == version(t) for (r, v), t in zip(known, tensors))
+            earlier_tensors
+            and len(earlier_tensors) == len(tensors)
+            and all(r() is t and v == version(t) for (r, v), t in zip(earlier_tensors, tensors))
         ):
             return
-        own = tuple(None if t.is_meta else fingerprint(t) for t in tensors)
-        first = self._first.setdefault(index, own)
-        if own != first:
-            names = [name for name, a, b in zip(("images", "targets"), own, first) if a != b]
+        fingerprints = tuple(None if t.is_meta else fingerprint(t) for t in tensors)
+        first = self._first.setdefault(index, fingerprints)
+        if fingerprints != first:
+            names = [name for name, a, b in zip(("images", "targets"), fingerprints, first) if a != b]
             raise ValueError(
                 f"Expected the same batches on every pass, received other {' and '.join(names) or 'tensors'} in batch "
                 f"{index} than on the first pass: {_FIX}"

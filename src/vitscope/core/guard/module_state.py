@@ -78,11 +78,11 @@ class AttributeSnapshot:
         if id(module) in self._seen or isinstance(module, torch.jit.ScriptModule):  # whose state is not Python's
             return
         self._seen.add(id(module))
-        own = vars(module)
-        self._registered.append((module, tuple(dict(own[name]) for name in _TENSORS)))
+        attributes = vars(module)
+        self._registered.append((module, tuple(dict(attributes[name]) for name in _TENSORS)))
         skipped = frozenset(_TENSORS) if self._hooks else _OWN
-        plain = {key: value for key, value in own.items() if key not in skipped}
-        self._dicts.append((_Plain(own, skipped), plain))
+        plain = {key: value for key, value in attributes.items() if key not in skipped}
+        self._dicts.append((_Plain(attributes, skipped), plain))
         for key, value in plain.items():
             if key not in _OWN:
                 self._add(value, 1)
@@ -166,13 +166,13 @@ def _restore_registered(entries: dict[str, Any], before: dict[str, Any], rebind:
 
 def method_caches(model: nn.Module) -> list[Callable[[], None]]:
     """Return what empties the ``functools`` caches of methods and properties of the model's own classes."""
-    found: dict[int, Callable[[], None]] = {}
+    clear_functions: dict[int, Callable[[], None]] = {}
     for kind in {base for module in model.modules() for base in type(module).__mro__}:
         for value in vars(kind).values():
             function = value.fget if isinstance(value, property) else getattr(value, "__func__", value)
             if isinstance(function, functools._lru_cache_wrapper):
-                found[id(function)] = function.cache_clear
-    return list(found.values())
+                clear_functions[id(function)] = function.cache_clear
+    return list(clear_functions.values())
 
 
 @contextmanager
@@ -246,15 +246,15 @@ def kept_attributes(model: nn.Module) -> Iterator[None]:
 def filled_places(model: nn.Module) -> list[Place]:
     """Return where the model's modules keep tensors on plain attributes that are no parameters or buffers."""
     registered = {id(t) for t in (*model.parameters(), *model.buffers())}
-    found: dict[Place, None] = {}
+    places: dict[Place, None] = {}
     for module in model.modules():
         parameters = dict(module.named_parameters(recurse=False, remove_duplicate=False))
         for key, value in vars(module).items():
             # a weight that a hook makes before each pass (weight norm, pruning) is never out of date in a pass
             hooked = any(f"{key}{end}" in parameters for end in ("_orig", "_g"))
             if key not in _OWN and not hooked and any(id(t) not in registered for t in _tensors(value)):
-                found[type(module), key] = None
-    return list(found)
+                places[type(module), key] = None
+    return list(places)
 
 
 def _tensors(value: Any, depth: int = 0) -> Iterator[Tensor]:
@@ -290,7 +290,7 @@ def refilled_places(model: nn.Module, run: Callable[[], Any]) -> dict[Place, str
         model: inside a guard, without `pure_forward`.
         run: runs one forward pass.
     """
-    found: dict[Place, str] = {}
+    ways_by_place: dict[Place, str] = {}
     for place in filled_places(model):
         for way in ("clear", "none", "delete"):
             snapshot = AttributeSnapshot(model)
@@ -305,6 +305,6 @@ def refilled_places(model: nn.Module, run: Callable[[], Any]) -> dict[Place, str
             finally:
                 snapshot.restore()
             if refilled:
-                found[place] = way
+                ways_by_place[place] = way
                 break
-    return found
+    return ways_by_place

@@ -97,11 +97,11 @@ def _suspects(tensors: dict[str, Tensor]) -> list[str]:
             real = torch.view_as_real(values) if values.is_complex() else values
             wide = torch.float32 if real.element_size() < 4 else real.dtype
             sums.setdefault(t.device, []).append((name, real.sum(dtype=wide).double()))
-    found = []
+    suspects = []
     for pairs in sums.values():
         finite = torch.isfinite(torch.stack([total for _, total in pairs])).tolist()
-        found += [name for (name, _), good in zip(pairs, finite) if not good]
-    return found
+        suspects += [name for (name, _), good in zip(pairs, finite) if not good]
+    return suspects
 
 
 def _values(tensor: Tensor) -> Tensor:

@@ -86,9 +86,9 @@ class Repeatability:
             )
 
 
-def worst_of(found: Sequence[Repeatability]) -> Repeatability:
+def worst_of(checks: Sequence[Repeatability]) -> Repeatability:
     """Return the first that saw randomness, else the first that saw weights being written, else the first."""
-    return max(found, key=lambda one: (bool(one.random), bool(one.written)))
+    return max(checks, key=lambda one: (bool(one.random), bool(one.written)))
 
 
 class RandomOutputsWarning(UserWarning):
@@ -186,28 +186,28 @@ def ineffective_parameters(model: nn.Module, x: Tensor, values: bool) -> tuple[t
 @torch.no_grad()
 def _is_effective(model: nn.Module, p: Tensor, x: Tensor) -> bool:
     """Return whether the outputs for ``x (B, C, H, W)`` change with the values of ``p``, which is given back as it was."""
-    before, kept = [t.clone() for t in output_tensors(model(x))], p.detach().clone()
+    before, original_value = [t.clone() for t in output_tensors(model(x))], p.detach().clone()
     noise = torch.randn(p.shape, generator=torch.Generator().manual_seed(0)).to(p)
     try:
-        p.add_(noise, alpha=float(kept.double().square().mean().sqrt()) or 1.0)
+        p.add_(noise, alpha=float(original_value.double().square().mean().sqrt()) or 1.0)
         after = output_tensors(model(x))
     finally:
-        p.copy_(kept)
+        p.copy_(original_value)
     return len(before) != len(after) or not all(torch.equal(a, b) for a, b in zip(before, after))
 
 
 def _evaluated(model: nn.Module, x: Tensor, y: Tensor, objective: Objective | None) -> list[Tensor]:
     outputs = model(x)
-    found = [t.detach().clone() for t in output_tensors(outputs)]
+    evaluated_outputs = [t.detach().clone() for t in output_tensors(outputs)]
     if objective is None:
-        return found
+        return evaluated_outputs
     parameters = [p for p in model.parameters() if p.requires_grad]
     loss = objective.data_loss(outputs, y)
     if not loss.requires_grad or not parameters:
-        return [*found, loss.detach()]
+        return [*evaluated_outputs, loss.detach()]
     gradient = torch.autograd.grad(loss, parameters, materialize_grads=True)
     # one vector: a parameter whose gradient is zero but for rounding has no relative difference of its own
-    return [*found, loss.detach(), torch.cat([g.reshape(-1) for g in gradient])]
+    return [*evaluated_outputs, loss.detach(), torch.cat([g.reshape(-1) for g in gradient])]
 
 
 def _identities(model: nn.Module) -> dict[str, tuple[int, Fingerprint | None]]:
@@ -313,9 +313,9 @@ class RandomStates:
         torch_states = [torch.random.get_rng_state()]
         if self._device.type == "cuda":
             torch_states.append(torch.cuda.get_rng_state(self._device))
-        own = [_generator_state(generator) for generator in self._generators]
+        generator_states = [_generator_state(generator) for generator in self._generators]
         # the global state of NumPy is looked at
-        return [random.getstate(), np.random.get_state(), *torch_states, *own]  # noqa: NPY002
+        return [random.getstate(), np.random.get_state(), *torch_states, *generator_states]  # noqa: NPY002
 
 
 _GENERATORS = (torch.Generator, np.random.Generator, random.Random)
@@ -346,15 +346,15 @@ def random_modules(model: nn.Module, x: Tensor) -> tuple[str, ...]:
     A module is named by its path and class; the model itself where no single module shows it.
     """
     first, second = (list(_calls(model, x)) for _ in range(2))
-    found: dict[str, None] = {}
+    random_names: dict[str, None] = {}
     for (name, before, after), (other, before_, after_) in zip(first, second):
         if name != other:
             break  # the passes took different ways; what came before counts
         # children end before their parents: a parent of a module that was found is not another cause
-        if before == before_ and after != after_ and not any(_inside(child, name) for child in found):
-            found[name] = None
+        if before == before_ and after != after_ and not any(_inside(child, name) for child in random_names):
+            random_names[name] = None
     modules = dict(model.named_modules())
-    names = [f"{name or 'model'} ({type(modules[name]).__name__})" for name in found]
+    names = [f"{name or 'model'} ({type(modules[name]).__name__})" for name in random_names]
     return tuple(names) or (f"model ({type(model).__name__})",)
 
 

@@ -49,8 +49,8 @@ def apgd(
         ahead = ball.into(change + state.size[:, None, None, None] * ball.steepest(gradient, 1.0), pixels)
         moved = ball.into(change + weight * (ahead - change) + (1 - weight) * (change - previous), pixels)
         previous, change = change, moved
-        found, gradient, value = evaluated(forward, pixels, change, labels, loss)
-        worst = worst.or_worse(found)
+        result, gradient, value = evaluated(forward, pixels, change, labels, loss)
+        worst = worst.or_worse(result)
         change, gradient = state.after(change, gradient, value)
     return worst
 

@@ -113,8 +113,8 @@ class AttackResult:
 def fgsm(forward: Forward, pixels: Tensor, labels: Tensor, ball: Ball, loss: Loss) -> AttackResult:
     """One step to the border of the ball along the gradient's sign (Goodfellow et al. 2015, section 4)."""
     first, gradient, _ = evaluated(forward, pixels, torch.zeros_like(pixels), labels, loss)
-    found, _ = looked_at(forward, pixels, ball.into(ball.steepest(gradient, ball.radius), pixels), labels, loss)
-    return AttackResult(found.change, found.score, found.right, first.blind)
+    result, _ = looked_at(forward, pixels, ball.into(ball.steepest(gradient, ball.radius), pixels), labels, loss)
+    return AttackResult(result.change, result.score, result.right, first.blind)
 
 
 def pgd(
@@ -146,8 +146,8 @@ def pgd(
     for generators in starts:
         change = ball.drawn(pixels, generators)
         for step in range(steps + 1):
-            found, gradient, _ = evaluated(forward, pixels, change, labels, loss)
-            worst = worst.or_worse(found)
+            result, gradient, _ = evaluated(forward, pixels, change, labels, loss)
+            worst = worst.or_worse(result)
             if step < steps:
                 change = ball.into(change + ball.steepest(gradient, step_size), pixels)
     return worst
@@ -175,8 +175,8 @@ def evaluated(
         raise NumericalError("analysis.adversarial", None, "gradients are not finite", "look at the weights")
     logits = logits.detach()
     blind = gradient.abs().amax(dim=(1, 2, 3)) == 0
-    found = AttackResult(change.detach(), log_odds(logits, labels), logits.argmax(dim=1) == labels, blind)
-    return found, gradient, value.detach()
+    result = AttackResult(change.detach(), log_odds(logits, labels), logits.argmax(dim=1) == labels, blind)
+    return result, gradient, value.detach()
 
 
 @torch.no_grad()

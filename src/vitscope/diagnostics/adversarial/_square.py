@@ -46,13 +46,13 @@ def square(
         active = torch.nonzero(best.right).squeeze(1)
         if not len(active):
             break
-        chosen = [draws[i] for i in active.tolist()]
+        active_draws = [draws[i] for i in active.tolist()]
         side = _side(share(query, queries), pixels.shape[1:], ball.norm)
-        change = propose(ball, pixels[active], best.change[active], chosen, query, side)
-        found, value = looked_at(forward, pixels[active], change, labels[active], carlini_wagner)
-        better = (value > margin[active]) | ~found.right
+        change = propose(ball, pixels[active], best.change[active], active_draws, query, side)
+        result, value = looked_at(forward, pixels[active], change, labels[active], carlini_wagner)
+        better = (value > margin[active]) | ~result.right
         margin = margin.index_copy(0, active[better], value[better])
-        best = best.replaced(active[better], found.at(better))
+        best = best.replaced(active[better], result.at(better))
     return best
 
 

@@ -101,17 +101,17 @@ def attacked(
         size = settings.step_size * ball.radius / settings.steps
         loss = LOSSES[settings.loss]
         return pgd(forward, pixels, labels, ball, loss, steps=settings.steps, step_size=size, starts=starts), []
-    found, _ = looked_at(forward, pixels, torch.zeros_like(pixels), labels, log_odds)
-    attackable, left = found.right, []
+    result, _ = looked_at(forward, pixels, torch.zeros_like(pixels), labels, log_odds)
+    attackable, n_surviving = result.right, []
     for member in SUITE if attack == "suite" else (attack,):
         for run in _runs(member, forward, images, ball, settings):
-            index = torch.nonzero(found.right).squeeze(1)
+            index = torch.nonzero(result.right).squeeze(1)
             if not len(index):
                 break
-            found = found.replaced(index, found.at(index).or_worse(run(index)))
-        left.append(int(found.right.sum()))
-    found = replace(found, blind=found.blind & attackable)  # at the others no gradient was wanted
-    return found, left if attack == "suite" else []
+            result = result.replaced(index, result.at(index).or_worse(run(index)))
+        n_surviving.append(int(result.right.sum()))
+    result = replace(result, blind=result.blind & attackable)  # at the others no gradient was wanted
+    return result, n_surviving if attack == "suite" else []
 
 
 def _runs(

@@ -74,12 +74,12 @@ class AdversarialResult:
 
     def scalars(self) -> dict[str, float]:
         """Return the accuracies."""
-        found = {"clean_accuracy": self.clean_accuracy}
+        values = {"clean_accuracy": self.clean_accuracy}
         for attack, accuracies in zip(self.attacks, self.accuracy):
-            found |= {f"{attack}_{epsilon:g}_accuracy": float(a) for epsilon, a in zip(self.epsilons, accuracies)}
+            values |= {f"{attack}_{epsilon:g}_accuracy": float(a) for epsilon, a in zip(self.epsilons, accuracies)}
         for member, accuracies in zip(self.suite_attacks, self.suite_accuracy):
-            found |= {f"suite_after_{member}_{e:g}_accuracy": float(a) for e, a in zip(self.epsilons, accuracies)}
-        return found
+            values |= {f"suite_after_{member}_{e:g}_accuracy": float(a) for e, a in zip(self.epsilons, accuracies)}
+        return values
 
 
 @record_options
@@ -150,17 +150,18 @@ def adversarial(
             attack, epsilon = condition
             return _row(probe, model, pixels, attack, Ball(norm, epsilon * LEVEL), settings, seed)
 
-        found = map_resumably(
+        rows = map_resumably(
             conditions, row, name=lambda c: f"{c[0]} {c[1]:g}", partial=partial, description="adversarial"
         )
     shape = (len(attacks), len(epsilons))
-    accuracy, nll, largest, blind = (np.array([float(r[key]) for r in found]).reshape(shape) for key in _KEYS)
+    accuracy, nll, largest, blind = (np.array([float(r[key]) for r in rows]).reshape(shape) for key in _KEYS)
     _warn_blind(conditions, blind.reshape(-1))
     low, high = share_interval(np.rint(accuracy * clean.n_images), clean.n_images)
     ran = tuple(dict.fromkeys(name for a in attacks for name in (SUITE if a == "suite" else (a,))))
     stated = {name: settings.of(name) for name in ran}
     suite = SUITE if "suite" in attacks else ()
-    left = [r["left"] for (attack, _), r in zip(conditions, found) if attack == "suite"]  # (n_epsilons, n_members)
+    # (n_epsilons, n_members)
+    surviving_shares = [r["left"] for (attack, _), r in zip(conditions, rows) if attack == "suite"]
     return AdversarialResult(
         attacks=tuple(attacks),
         epsilons=np.array(epsilons, dtype=np.float64),
@@ -171,7 +172,9 @@ def adversarial(
         nll=nll,
         zero_gradient=blind,
         suite_attacks=suite,
-        suite_accuracy=np.array(left, dtype=np.float64).T if left else np.empty((0, len(epsilons))),
+        suite_accuracy=np.array(surviving_shares, dtype=np.float64).T
+        if surviving_shares
+        else np.empty((0, len(epsilons))),
         settings=stated,
         largest_change=largest,
         clean_accuracy=clean.accuracy,
@@ -193,7 +196,7 @@ def _row(
         stop_flag.check()
         return model(pixels.to_input(images))
 
-    totals, left, largest, place = np.zeros(4), np.zeros(len(SUITE)), 0.0, 0
+    totals, n_surviving, largest, place = np.zeros(4), np.zeros(len(SUITE)), 0.0, 0
     for x, y in probe.iter_batches():
         counts = labeled(y)
         numbers = torch.arange(place, place + len(x))[counts.cpu()]
@@ -201,21 +204,27 @@ def _row(
         if not len(numbers):
             continue
         images = Images(pixels.to_pixels(x[counts]), hard_targets(y)[counts], numbers, seed)
-        found, remaining = attacked(attack, forward, images, ball, settings)
-        nll = torch.nn.functional.softplus(found.score)
-        totals += [len(numbers), float(found.right.sum()), float(nll.sum()), float(found.blind.sum())]
-        left += remaining or 0
-        largest = max(largest, float(ball.length(found.change).max()) / LEVEL)
+        result, remaining = attacked(attack, forward, images, ball, settings)
+        nll = torch.nn.functional.softplus(result.score)
+        totals += [len(numbers), float(result.right.sum()), float(nll.sum()), float(result.blind.sum())]
+        n_surviving += remaining or 0
+        largest = max(largest, float(ball.length(result.change).max()) / LEVEL)
     n = totals[0]
     blind = np.nan if attack == "square" else totals[3] / n
-    return {"accuracy": totals[1] / n, "nll": totals[2] / n, "largest": largest, "blind": blind, "left": left / n}
+    return {
+        "accuracy": totals[1] / n,
+        "nll": totals[2] / n,
+        "largest": largest,
+        "blind": blind,
+        "left": n_surviving / n,
+    }
 
 
 def _warn_blind(conditions: Sequence[tuple[str, float]], blind: np.ndarray) -> None:
     """Warn of attacks that saw no gradient: the accuracy that they leave says nothing of the model."""
-    seen = [(attack, share) for (attack, radius), share in zip(conditions, blind) if radius > 0 and share > 0]
-    for attack in dict.fromkeys(name for name, _ in seen):
-        share = max(s for name, s in seen if name == attack)
+    blind_attacks = [(attack, share) for (attack, radius), share in zip(conditions, blind) if radius > 0 and share > 0]
+    for attack in dict.fromkeys(name for name, _ in blind_attacks):
+        share = max(s for name, s in blind_attacks if name == attack)
         warnings.warn(
             f"adversarial: every gradient that {attack} took was exactly zero at {share:.0%} of the images, so it could not "
             "search there: use attacks=[square], which needs no gradients, or attacks=[suite]",
@@ -231,9 +240,9 @@ def _check(attacks: Sequence[str], epsilons: Sequence[float], norm: str, setting
         raise ValueError(f"Expected attacks among {', '.join(ATTACKS)}, received {received}.")
     if len(set(attacks)) < len(attacks):
         raise ValueError(f"Expected each attack once, received {', '.join(attacks)}.")
-    for name, value, known in (("norm", norm, NORMS), ("loss", settings.loss, tuple(LOSSES))):
-        if value not in known:
-            raise ValueError(f"Expected {name} to be one of {', '.join(known)}, received {value!r}.")
+    for name, value, allowed_values in (("norm", norm, NORMS), ("loss", settings.loss, tuple(LOSSES))):
+        if value not in allowed_values:
+            raise ValueError(f"Expected {name} to be one of {', '.join(allowed_values)}, received {value!r}.")
     if not epsilons or any(not 0 <= epsilon < np.inf for epsilon in epsilons):
         raise ValueError(f"Expected epsilons of at least 0, received {list(epsilons)}.")
     for name in ("steps", "restarts", "iterations", "n_targets", "queries"):

@@ -60,11 +60,11 @@ def geometry(
     place = torch.zeros(n_keys, 2, dtype=torch.float64)
     pitch = torch.tensor([image[0] / grid[0], image[1] / grid[1]], dtype=torch.float64)
     place[prefix:tokens] = torch.stack([rows.flatten(), columns.flatten()], dim=1) * pitch
-    known = torch.zeros(n_keys, dtype=torch.bool)
-    known[prefix:tokens] = True
-    distance = torch.cdist(place[:n_queries], place) * (known[:n_queries, None] & known)
+    is_on_map = torch.zeros(n_keys, dtype=torch.bool)
+    is_on_map[prefix:tokens] = True
+    distance = torch.cdist(place[:n_queries], place) * (is_on_map[:n_queries, None] & is_on_map)
     inside = _inside(grid, window, n_windows) if window is not None else torch.ones(1, h * w, dtype=torch.bool)
-    keys = known.repeat(n_windows, 1)
+    keys = is_on_map.repeat(n_windows, 1)
     keys[:, prefix:tokens] &= inside
     queries = keys[:, :n_queries]
     pairs = (queries[:, :, None] & keys[:, None, :]).double()  # (n_windows, Q, K)

@@ -53,8 +53,8 @@ class Sums:
 
     def keys_and_uniform(self) -> dict[int, tuple[int, float]]:
         """Return each unit's number of keys and the distance of equal weights, by index, from whichever rank saw it."""
-        own = {index: (place.keys.shape[1], place.uniform) for index, place in self._places.items()}
-        return {index: value for share in distributed.gather_objects(own) for index, value in share.items()}
+        local_places = {index: (place.keys.shape[1], place.uniform) for index, place in self._places.items()}
+        return {index: value for share in distributed.gather_objects(local_places) for index, value in share.items()}
 
 
 def _looked(weights: Tensor, place: Geometry) -> tuple[Tensor, Tensor, Tensor]:
@@ -68,7 +68,7 @@ def _looked(weights: Tensor, place: Geometry) -> tuple[Tensor, Tensor, Tensor]:
 
     def over_queries(value: Tensor) -> Tensor:
         # padding queries may attend to nothing and be NaN: they are chosen away, not multiplied by zero
-        chosen = torch.where(queries[None, :, None, :], value, 0.0)
-        return chosen.sum(dim=(1, 3)) / queries.sum()
+        on_map = torch.where(queries[None, :, None, :], value, 0.0)
+        return on_map.sum(dim=(1, 3)) / queries.sum()
 
     return over_queries(far), over_queries(entropy), over_queries(1 - mass)

@@ -92,38 +92,42 @@ def attention_distance(probe: Probe, *, units: Sequence[Unit] | None = None) -> 
             sums.begin(x)
             with reading_branches(model, units, sums.note_size), reading_attention(units, sums.add):
                 model(x)
-    found = estimates([mean for means in sums.means for mean in means])
-    distance, entropy, off_map = found[0::3], found[1::3], found[2::3]
+    means = estimates([mean for unit_means in sums.means for mean in unit_means])
+    distance, entropy, off_map = means[0::3], means[1::3], means[2::3]
     repeated = set[int]().union(*distributed.gather_objects(sums.repeated))
     read = [i for i, estimate in enumerate(distance) if estimate.count and i not in repeated]
     if not read:
-        why = "; their modules compute attention several times an image" if repeated else ""
+        cause = "; their modules compute attention several times an image" if repeated else ""
         raise ValueError(
-            f"Expected attention whose weights can be read, received none in {type(probe.model).__name__}{why}."
+            f"Expected attention whose weights can be read, received none in {type(probe.model).__name__}{cause}."
         )
-    chosen, known = [units[i] for i in read], sums.keys_and_uniform()
+    read_units, keys_and_uniform = [units[i] for i in read], sums.keys_and_uniform()
     several = "its module computes attention several times an image, left out"
     unread = "its attention weights cannot be read, left out"
     reasons = {u.name: several if i in repeated else unread for i, u in enumerate(units) if i not in read}
     reasons |= {
-        u.name: "its weights are not finite" for u, i in zip(chosen, read) if not np.isfinite(distance[i].mean).all()
+        u.name: "its weights are not finite"
+        for u, i in zip(read_units, read)
+        if not np.isfinite(distance[i].mean).all()
     }
-    reasons |= {u.name: "a single token has no distance" for u, i in zip(chosen, read) if not known[i][1] > 0}
+    reasons |= {
+        u.name: "a single token has no distance" for u, i in zip(read_units, read) if not keys_and_uniform[i][1] > 0
+    }
     warn_nulls("attention_distance", reasons)
     n_images = max(estimate.count for estimate in distance)
     warn_nulls("attention_distance", few_images(n_images))
     return AttentionDistanceResult(
-        units=tuple(unit.name for unit in chosen),
-        stages=np.array([unit.stage for unit in chosen]),
-        depths=np.array([unit.depth for unit in chosen], dtype=np.float64),
+        units=tuple(unit.name for unit in read_units),
+        stages=np.array([unit.stage for unit in read_units]),
+        depths=np.array([unit.depth for unit in read_units], dtype=np.float64),
         n_heads=np.array([len(distance[i].mean) for i in read]),
-        n_keys=np.array([known[i][0] for i in read]),
+        n_keys=np.array([keys_and_uniform[i][0] for i in read]),
         distance=tuple(distance[i].mean for i in read),
         distance_half_width=tuple(distance[i].half_width for i in read),
         entropy=tuple(entropy[i].mean for i in read),
         entropy_half_width=tuple(entropy[i].half_width for i in read),
         off_map=tuple(off_map[i].mean for i in read),
-        uniform_distance=np.array([known[i][1] for i in read]),
+        uniform_distance=np.array([keys_and_uniform[i][1] for i in read]),
         n_images=n_images,
         card=probe.card(),
     )

@@ -56,17 +56,19 @@ def gaps(bins: Bins, confidence: np.ndarray, correct: np.ndarray) -> Gaps:
     mean = np.bincount(member, difference, minlength=n) / full
     spread = np.bincount(member, (difference - mean[member]) ** 2, minlength=n)
     calibrated = np.bincount(member, confidence * (1 - confidence), minlength=n) / full
-    seen = bins.count > 0
+    is_occupied = bins.count > 0
     variance = (spread + calibrated) / full**2
     gap = bins.confidence - bins.accuracy
-    return Gaps(bins.count[seen] / bins.count.sum(), gap[seen], variance[seen], int(bins.count.sum()))
+    return Gaps(
+        bins.count[is_occupied] / bins.count.sum(), gap[is_occupied], variance[is_occupied], int(bins.count.sum())
+    )
 
 
-def debiased_error(given: Gaps, level: float = 0.95) -> DebiasedError:
+def debiased_error(bin_gaps: Gaps, level: float = 0.95) -> DebiasedError:
     """Return the debiased error of binned gaps with its interval of coverage ``level``."""
-    model = _Model(given)
+    model = _Model(bin_gaps)
     high = model.estimate()
-    if given.n_images < IMAGES_A_BIN * len(given.weight):
+    if bin_gaps.n_images < IMAGES_A_BIN * len(bin_gaps.weight):
         return DebiasedError(high, float("nan"), float("nan"))
 
     def accepted(error: float) -> float:
@@ -75,7 +77,7 @@ def debiased_error(given: Gaps, level: float = 0.95) -> DebiasedError:
     low = 0.0 if high == 0.0 or accepted(0.0) >= 0 else _crossing(accepted, 0.0, 0.0, high)
     # bins of few images that are off by more than the rest are shrunk towards it, which takes their error for noise: the upper
     # end is also that of the shape of the gaps as they were observed
-    observed = _Model(given, np.abs(given.gap))
+    observed = _Model(bin_gaps, np.abs(bin_gaps.gap))
     ends = (
         _crossing(lambda error, m=m: 1 - level - m.p_value(error), 0.0, max(high, m.estimate()), 1.0)
         for m in (model, observed)
@@ -86,13 +88,13 @@ def debiased_error(given: Gaps, level: float = 0.95) -> DebiasedError:
 class _Model:
     """The distribution of the binned error x at a true error e."""
 
-    def __init__(self, given: Gaps, shape: np.ndarray | None = None) -> None:
-        self._weight, self._scale = given.weight, np.sqrt(given.variance)
-        self._n = given.n_images
-        shape = _expected_sizes(given) if shape is None else shape
-        total = float(given.weight @ shape)
+    def __init__(self, bin_gaps: Gaps, shape: np.ndarray | None = None) -> None:
+        self._weight, self._scale = bin_gaps.weight, np.sqrt(bin_gaps.variance)
+        self._n = bin_gaps.n_images
+        shape = _expected_sizes(bin_gaps) if shape is None else shape
+        total = float(bin_gaps.weight @ shape)
         self._shape = shape / total if total > 0 else np.ones_like(shape)
-        self.observed = float(given.weight @ np.abs(given.gap))
+        self.observed = float(bin_gaps.weight @ np.abs(bin_gaps.gap))
         self.at_zero = self.mean(0.0)
 
     def estimate(self) -> float:
@@ -131,12 +133,12 @@ class _Model:
         return float(ndtr(lower - t) + ndtr(t - upper))
 
 
-def _expected_sizes(given: Gaps) -> np.ndarray:
+def _expected_sizes(bin_gaps: Gaps) -> np.ndarray:
     """Return each bin's expected |gap| given what was observed, the gaps normal around a common one (empirical Bayes)."""
-    common = float(given.weight @ given.gap)
-    between = max(float(given.weight @ ((given.gap - common) ** 2 - given.variance)), 0.0)
-    trust = between / np.maximum(between + given.variance, 1e-300)
-    return _folded_mean(np.abs(common + trust * (given.gap - common)), np.sqrt(trust * given.variance))
+    common = float(bin_gaps.weight @ bin_gaps.gap)
+    between = max(float(bin_gaps.weight @ ((bin_gaps.gap - common) ** 2 - bin_gaps.variance)), 0.0)
+    trust = between / np.maximum(between + bin_gaps.variance, 1e-300)
+    return _folded_mean(np.abs(common + trust * (bin_gaps.gap - common)), np.sqrt(trust * bin_gaps.variance))
 
 
 def _folded_mean(mean: np.ndarray, deviation: np.ndarray) -> np.ndarray:

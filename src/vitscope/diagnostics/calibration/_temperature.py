@@ -36,19 +36,21 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
 
 
 def _slope(logits: Tensor, labels: Tensor) -> Callable[[float], float]:
-    chosen = logits.gather(1, labels[:, None]).squeeze(1)
+    label_logits = logits.gather(1, labels[:, None]).squeeze(1)
 
     def slope(log_scale: float) -> float:
         expected = (logits.mul(math.exp(log_scale)).softmax(dim=1) * logits).sum(dim=1)
-        sums = torch.stack([(expected - chosen).sum(), torch.full_like(chosen.sum(), len(labels))])
+        sums = torch.stack([(expected - label_logits).sum(), torch.full_like(label_logits.sum(), len(labels))])
         total, n = distributed.all_reduce_sum(sums).tolist()
         return total / n
 
     return slope
 
 
-def _at_limit(temperature: float, why: str) -> float:
+def _at_limit(temperature: float, reason: str) -> float:
     warnings.warn(
-        f"The temperature has no finite optimum ({why}): it is held at {temperature:g}.", RuntimeWarning, stacklevel=4
+        f"The temperature has no finite optimum ({reason}): it is held at {temperature:g}.",
+        RuntimeWarning,
+        stacklevel=4,
     )
     return temperature

@@ -235,12 +235,12 @@ def _mean(values: np.ndarray) -> float | None:
 def _intervals(scores: _Scores) -> dict[str, float]:
     n = len(scores.nll)
     low, high = share_interval(scores.correct.sum(), n)
-    found = {"accuracy_lower": float(low), "accuracy_upper": float(high)}
+    bounds = {"accuracy_lower": float(low), "accuracy_upper": float(high)}
     wrong = np.array(n - scores.correct.sum())
     for name in ("nll", "brier"):
         values = getattr(scores, name)
         found_mean = estimate(n, values.sum(), np.square(values).sum())
         mean, half_width = float(found_mean.mean), float(where_enough_wrong(found_mean.half_width, wrong))
-        found |= {f"{name}_lower": mean - half_width, f"{name}_upper": mean + half_width}
+        bounds |= {f"{name}_lower": mean - half_width, f"{name}_upper": mean + half_width}
     # never without the plain error, which may be above where many bins hold few images
-    return found | {"ece_lower": scores.debiased.low, "ece_upper": max(scores.debiased.high, scores.bins.error)}
+    return bounds | {"ece_lower": scores.debiased.low, "ece_upper": max(scores.debiased.high, scores.bins.error)}

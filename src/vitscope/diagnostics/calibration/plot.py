@@ -52,13 +52,13 @@ def _curve(
     label: str,
     ece: float,
 ) -> None:
-    seen = count > 0
+    is_occupied = count > 0
     # the interval of a share: bins of few images say little, and the bar shows it, also where all are right
-    low, high = accuracy_interval(count[seen], accuracy[seen])
-    error = np.maximum([accuracy[seen] - low, high - accuracy[seen]], 0.0)
+    low, high = accuracy_interval(count[is_occupied], accuracy[is_occupied])
+    error = np.maximum([accuracy[is_occupied] - low, high - accuracy[is_occupied]], 0.0)
     axes.errorbar(
-        100 * confidence[seen],
-        100 * accuracy[seen],
+        100 * confidence[is_occupied],
+        100 * accuracy[is_occupied],
         yerr=100 * error,
         color=color,
         linestyle=line,

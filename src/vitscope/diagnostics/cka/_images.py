@@ -30,12 +30,12 @@ def image_relation(first: Tensor, second: Tensor) -> str:
         return "equal but for each channel's normalization"
     if first.ndim == second.ndim == 4 and len(first) == len(second):
         similar = _thumbnails(first) @ _thumbnails(second).T  # (B, B)
-        own = similar.diagonal()
+        diagonal = similar.diagonal()
         # a duplicate of an image in the batch is as much alike: equal is enough
-        best = torch.minimum(own - similar.amax(0), own - similar.amax(1)) >= -1e-9
-        if bool((best & (own >= _ALIKE)).all()):
+        best = torch.minimum(diagonal - similar.amax(0), diagonal - similar.amax(1)) >= -1e-9
+        if bool((best & (diagonal >= _ALIKE)).all()):
             return "recognized by thumbnails: other sizes, crops or interpolations"
-        wrong = int((~(best & (own >= _ALIKE))).nonzero()[0])
+        wrong = int((~(best & (diagonal >= _ALIKE))).nonzero()[0])
         what = f"image {wrong} of a batch differs from its counterpart"
         if bool(best.logical_not().any()):
             other = int(similar[wrong].argmax())

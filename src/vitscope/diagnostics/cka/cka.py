@@ -71,9 +71,9 @@ class CKAResult:
         if self.block_structure is not None or self.taps == self.other_taps:
             values = values[~np.eye(len(values), dtype=bool)]
         values = values[np.isfinite(values)]
-        found = {"mean_similarity": float(values.mean()) if len(values) else None}
-        found |= {"block_structure": self.block_structure, "block_structure_p": self.block_structure_p}
-        return {name: value for name, value in found.items() if value is not None}
+        scalars = {"mean_similarity": float(values.mean()) if len(values) else None}
+        scalars |= {"block_structure": self.block_structure, "block_structure_p": self.block_structure_p}
+        return {name: value for name, value in scalars.items() if value is not None}
 
 
 def accumulate(probe: Probe, *, n_permutations: int = 1000, seed: int = 0) -> _Sums:
@@ -155,8 +155,8 @@ class _Sums:
         weights = np.array([n for _, n, _ in gathered], dtype=np.float64)
         values = np.stack([hsic_ for _, _, hsic_ in gathered])  # (n_batches, S + T, S + T)
         if len(gathered) < probe.n_batches:
-            left = probe.n_batches - len(gathered)
-            warn_nulls("cka", {f"{left} batch(es)": f"fewer than {MIN_IMAGES} images, left out"})
+            n_skipped = probe.n_batches - len(gathered)
+            warn_nulls("cka", {f"{n_skipped} batch(es)": f"fewer than {MIN_IMAGES} images, left out"})
         s, total = len(probe.taps), np.tensordot(weights, values, 1)
         similarity = _ratio(total, s, other is not None)
         _say_what_is_null(total, (*probe.taps, *(other.taps if other else ())))
@@ -229,12 +229,12 @@ def _jackknife(weights: np.ndarray, values: np.ndarray, n_first: int, between: b
 
 def _say_what_is_null(total: np.ndarray, taps: Sequence[Tap]) -> None:
     reasons = {}
-    for tap, own in zip(taps, np.diagonal(total)):
-        if not np.isfinite(own):
+    for tap, self_similarity in zip(taps, np.diagonal(total)):
+        if not np.isfinite(self_similarity):
             reasons[tap.name] = "its activations are not finite"
-        elif own == 0:
+        elif self_similarity == 0:
             reasons[tap.name] = "it does not vary between images"
-        elif own < 0:
+        elif self_similarity < 0:
             reasons[tap.name] = "its own HSIC is below zero: more images are needed"
     warn_nulls("cka", reasons)
 

@@ -94,8 +94,8 @@ def archive(
     if not root.is_dir():
         raise DataError(KEY, root, "there is no such folder", "download the data set, or set it to null to generate")
     arrays = any(root.glob("*.npy"))
-    there = [t for t in types if (root / f"{t}.npy").is_file() or (not arrays and _type_folder(root, t).is_dir())]
-    if missing := [t for t in types if t not in there]:
+    available = [t for t in types if (root / f"{t}.npy").is_file() or (not arrays and _type_folder(root, t).is_dir())]
+    if missing := [t for t in types if t not in available]:
         what = f"{', '.join(missing[:3])}{' and more' if len(missing) > 3 else ''} missing"
         raise DataError(
             KEY, root, what, "unpack all of it, or name the types that are there in analysis.corruption.types"
@@ -126,9 +126,9 @@ def _load(path: Path, mmap: bool = False) -> np.ndarray:
         raise DataError(KEY, path.parent, f"{path.name} cannot be read", "unpack it again") from error
 
 
-def _spread(n: int, wanted: int | None, batch_size: int) -> Iterator[np.ndarray]:
-    chosen = np.arange(n) if wanted is None or wanted >= n else np.arange(wanted) * n // wanted
-    yield from (chosen[i : i + batch_size] for i in range(0, len(chosen), batch_size))
+def _spread(n: int, n_images: int | None, batch_size: int) -> Iterator[np.ndarray]:
+    positions = np.arange(n) if n_images is None or n_images >= n else np.arange(n_images) * n // n_images
+    yield from (positions[i : i + batch_size] for i in range(0, len(positions), batch_size))
 
 
 def _image(path: Path) -> np.ndarray:

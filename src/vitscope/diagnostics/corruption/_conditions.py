@@ -58,8 +58,13 @@ def measured(
             else:
                 batches = _published(probe, pixels, source, condition)
             hard = ((x, hard_targets(y)) for x, y in _polled(batches))
-            found = evaluate(model, hard, Objective(), per_image=True, reduce=False)
-            return {"accuracy": found.accuracy, "nll": found.nll, "ece": found.ece, "correct": found.correct}
+            evaluation = evaluate(model, hard, Objective(), per_image=True, reduce=False)
+            return {
+                "accuracy": evaluation.accuracy,
+                "nll": evaluation.nll,
+                "ece": evaluation.ece,
+                "correct": evaluation.correct,
+            }
 
         name = with_arguments("{0} {1[0]} {1[1]}".format, label)
         return map_resumably(conditions, row, name=name, partial=partial, description="corruption")

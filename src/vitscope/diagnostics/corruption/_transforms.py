@@ -103,12 +103,12 @@ def shuffled(down: Array, right: Array, border: int) -> Array:
     h, w = down.shape
     rows, columns = np.mgrid[:h, :w]
     moved = (rows > border) & (rows <= h - border) & (columns > border) & (columns <= w - border)
-    own = np.arange(h * w)
+    order = np.arange(h * w)
     target = np.where(
         moved, (rows + down).clip(0, h - 1) * w + (columns + right).clip(0, w - 1), rows * w + columns
     ).ravel()
     moved = moved.ravel()
-    goes_on = moved & moved[target] & (target > own)
+    goes_on = moved & moved[target] & (target > order)
     while goes_on.any():  # each pass doubles the length of the chains that are resolved
         target, goes_on = np.where(goes_on, target[target], target), goes_on & goes_on[target]
     return target
@@ -142,8 +142,8 @@ def saturate(x: Array, rng: Generator, scale: float, factor: float, amount: floa
     value = x.max(axis=2, keepdims=True)
     span = value - x.min(axis=2, keepdims=True)
     saturation = span / np.maximum(value, 1e-12)
-    wanted = np.clip(factor * saturation + amount, 0, 1)
-    return np.where(span > 0, value - (value - x) * wanted / np.maximum(saturation, 1e-12), x)
+    new_saturation = np.clip(factor * saturation + amount, 0, 1)
+    return np.where(span > 0, value - (value - x) * new_saturation / np.maximum(saturation, 1e-12), x)
 
 
 def contrast(x: Array, rng: Generator, scale: float, factor: float) -> Array:

@@ -18,7 +18,7 @@ def fog(x: Array, rng: Generator, scale: float, amount: float, fading: float) ->
     return clouded * brightest / (brightest + amount)
 
 
-def frost(x: Array, rng: Generator, scale: float, kept: float, share: float) -> Array:
+def frost(x: Array, rng: Generator, scale: float, image_weight: float, share: float) -> Array:
     """Lay ice crystals over the image.
 
     The published data sets take them from photographs; these are made, bright ridges on a bluish gray.
@@ -27,12 +27,12 @@ def frost(x: Array, rng: Generator, scale: float, kept: float, share: float) -> 
     for k in range(3):
         ridges += 0.5**k * (1 - np.abs(2 * clouds(x.shape[:2], rng, 1.6) - 1)) ** 3 / 1.75
     tint = np.array([0.78, 0.88, 1.0]) if x.shape[2] == 3 else np.ones(1)
-    return kept * x + share * (0.25 + 0.75 * ridges[..., None]) * tint
+    return image_weight * x + share * (0.25 + 0.75 * ridges[..., None]) * tint
 
 
 def snow(
     x: Array, rng: Generator, scale: float,
-    mean: float, deviation: float, size: float, threshold: float, radius: float, blur: float, kept: float,
+    mean: float, deviation: float, size: float, threshold: float, radius: float, blur: float, image_weight: float,
 ) -> Array:  # fmt: skip
     """Whiten the image and let flakes fall on it, in two opposite directions."""
     h, w = x.shape[:2]
@@ -42,7 +42,7 @@ def snow(
     angle = rng.uniform(-135, -45)
     fallen = convolved(flakes[..., None], streak(radius * scale, blur * scale, angle), "edge")
     gray = x @ np.array([0.299, 0.587, 0.114])[:, None] if x.shape[2] == 3 else x  # luminance, (h, w, 1)
-    whitened = kept * x + (1 - kept) * np.maximum(x, 1.5 * gray + 0.5)
+    whitened = image_weight * x + (1 - image_weight) * np.maximum(x, 1.5 * gray + 0.5)
     return whitened + fallen + np.rot90(fallen, 2)
 
 
@@ -81,6 +81,10 @@ def _enlarged(layer: Array, factor: float) -> Array:
     """Zoom into the centre of ``layer (h, w)`` at unchanged size."""
     h, w = layer.shape
     rows, columns = int(np.ceil(h / factor)), int(np.ceil(w / factor))
-    top, left = (h - rows) // 2, (w - columns) // 2
-    larger = np.asarray(zoom(layer[top : top + rows, left : left + columns], (h / rows, w / columns), order=1))
+    first_row, first_column = (h - rows) // 2, (w - columns) // 2
+    larger = np.asarray(
+        zoom(
+            layer[first_row : first_row + rows, first_column : first_column + columns], (h / rows, w / columns), order=1
+        )
+    )
     return larger[:h, :w]

@@ -70,11 +70,11 @@ class CorruptionResult:
 
     def scalars(self) -> dict[str, float]:
         """Return the means, and the mean accuracy at each severity."""
-        found: dict[str, float | None] = {"clean_accuracy": self.clean_accuracy, "mean_accuracy": self.mean_accuracy}
-        found |= {"mce": self.mce, "relative_mce": self.relative_mce}
+        scalars: dict[str, float | None] = {"clean_accuracy": self.clean_accuracy, "mean_accuracy": self.mean_accuracy}
+        scalars |= {"mce": self.mce, "relative_mce": self.relative_mce}
         by_severity = self.accuracy[_reported(self.types)].mean(axis=0)
-        found |= {f"severity_{s}_accuracy": float(a) for s, a in zip(self.severities, by_severity)}
-        return {name: value for name, value in found.items() if value is not None}
+        scalars |= {f"severity_{s}_accuracy": float(a) for s, a in zip(self.severities, by_severity)}
+        return {name: value for name, value in scalars.items() if value is not None}
 
 
 @record_options
@@ -124,28 +124,32 @@ def corruption(
     shape = (len(names), len(severities))
     reference = _published(probe, baseline, root, names, severities)
     normalised = pixels_of(probe, mean, std)
-    found = measured(probe, conditions, "model", source=source, pixels=normalised, seed=seed, partial=partial)
+    rows = measured(probe, conditions, "model", source=source, pixels=normalised, seed=seed, partial=partial)
     if other is not None:
-        own = pixels_of(other, mean, std)
-        theirs = measured(other, conditions, "other", source=source, pixels=own, seed=seed, partial=partial)
-        reference = Baseline("another model", 1 - _table(theirs, "accuracy", shape), 1 - float(theirs[0]["accuracy"]))
-    accuracy, clean = _table(found, "accuracy", shape), float(found[0]["accuracy"])
+        other_pixels = pixels_of(other, mean, std)
+        other_rows = measured(
+            other, conditions, "other", source=source, pixels=other_pixels, seed=seed, partial=partial
+        )
+        reference = Baseline(
+            "another model", 1 - _table(other_rows, "accuracy", shape), 1 - float(other_rows[0]["accuracy"])
+        )
+    accuracy, clean = _table(rows, "accuracy", shape), float(rows[0]["accuracy"])
     ce = corruption_errors(1 - accuracy, reference) if reference else np.empty(0)
     relative = relative_errors(1 - accuracy, 1 - clean, reference) if reference else np.empty(0)
     if reference:
         null = [name for name, errors in zip(names, reference.error) if errors.sum() == 0]
         warn_nulls("corruption", dict.fromkeys(null, "the baseline has no errors there to divide by"))
-    correct = np.stack([row["correct"] for row in found[1:]]).reshape(*shape, -1)
+    correct = np.stack([row["correct"] for row in rows[1:]]).reshape(*shape, -1)
     by_image = correct[_reported(names)].mean(axis=(0, 1))
     return CorruptionResult(
         types=names,
         severities=np.array(severities),
         accuracy=accuracy,
-        nll=_table(found, "nll", shape),
-        ece=_table(found, "ece", shape),
+        nll=_table(rows, "nll", shape),
+        ece=_table(rows, "ece", shape),
         clean_accuracy=clean,
-        clean_nll=float(found[0]["nll"]),
-        clean_ece=float(found[0]["ece"]),
+        clean_nll=float(rows[0]["nll"]),
+        clean_ece=float(rows[0]["ece"]),
         mean_accuracy=float(by_image.mean()) if np.isfinite(accuracy[_reported(names)]).all() else np.nan,
         mean_accuracy_standard_error=standard_error(by_image),
         baseline=reference.name if reference else "",
@@ -179,8 +183,8 @@ def _published(
     return None if baseline == "none" else alexnet(baseline, names, severities)
 
 
-def _table(found: Sequence[Mapping[str, Any]], key: str, shape: tuple[int, int]) -> np.ndarray:
-    return np.array([float(row[key]) for row in found[1:]]).reshape(shape)
+def _table(rows: Sequence[Mapping[str, Any]], key: str, shape: tuple[int, int]) -> np.ndarray:
+    return np.array([float(row[key]) for row in rows[1:]]).reshape(shape)
 
 
 def _reported(types: Sequence[str]) -> np.ndarray:

@@ -33,10 +33,10 @@ def corruption(results: Mapping[str, CorruptionResult], *, view: str = "both") -
         _by_type(figure.subplots(), results)
     else:
         figure = Figure(figsize=(6.8, 2.8), layout="constrained")
-        left, right = figure.subplots(1, 2, sharey=True, width_ratios=(1, 2))
-        _by_severity(left, results)
-        _by_type(right, results)
-        right.set_ylabel("")
+        mean_axes, type_axes = figure.subplots(1, 2, sharey=True, width_ratios=(1, 2))
+        _by_severity(mean_axes, results)
+        _by_type(type_axes, results)
+        type_axes.set_ylabel("")
     handles, labels = figure.axes[0].get_legend_handles_labels()
     if any(results):
         figure.legend(handles, labels, loc="outside upper center", ncols=4)

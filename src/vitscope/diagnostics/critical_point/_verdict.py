@@ -83,8 +83,10 @@ def judge(
     if low > residual:
         return "minimum", reasons
     if low < -last["resolution"] or last["smallest_error"] > limits.unknown:
-        why = "the sign of the smallest eigenvalue is not known (it is within its residual of zero): raise max_products"
-        return "inconclusive", (why, *reasons)
+        reason = (
+            "the sign of the smallest eigenvalue is not known (it is within its residual of zero): raise max_products"
+        )
+        return "inconclusive", (reason, *reasons)
     if drop > limits.stationary:
         return "inconclusive", ("the slice along a direction without curvature falls", *reasons)
     return "minimum", reasons

@@ -210,8 +210,8 @@ def _part(operators: Curvatures, n_batches: int, decide: bool) -> tuple[Row, Ten
     def batches() -> Iterator[tuple[int, Batch]]:
         return ((index, batch) for index, batch in operators.probe.local_batches() if index < n_batches)
 
-    own = torch.tensor(float(sum(n_labeled(y) for _, (_, y) in batches())), dtype=torch.float64)
-    n_images = int(distributed.all_reduce_sum(own.to(operators.probe.device)).item())
+    n_local = torch.tensor(float(sum(n_labeled(y) for _, (_, y) in batches())), dtype=torch.float64)
+    n_images = int(distributed.all_reduce_sum(n_local.to(operators.probe.device)).item())
     operator = operators.of(batches, n_images, reduce=True)
     gradient = norm(operator.gradient())
     search = operators.options.search()

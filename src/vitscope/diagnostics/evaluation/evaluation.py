@@ -76,17 +76,17 @@ def evaluation(probe: Probe, *, classes: str | Sequence[int | str] = "all") -> E
         ValueError: an unknown choice or class, an image of a class that is left out or that the model does not have, or no
             image with a label.
     """
-    rows, n_logits, chosen = [], 0, torch.empty(0, dtype=torch.long)
+    rows, n_logits, columns = [], 0, torch.empty(0, dtype=torch.long)
     with probe.guard() as model:
         for index, (x, y) in track(probe.local_batches(), "evaluation"):
             counts = labeled(y)
             logits, labels = model(x)[counts], hard_targets(y)[counts]
             if not rows:
                 n_logits = logits.shape[1]
-                chosen = torch.tensor(_chosen(probe, classes, n_logits), device=logits.device)
-            rows.append(torch.cat([torch.full_like(labels, index)[:, None], _scored(logits, labels, chosen)], dim=1))
+                columns = torch.tensor(_chosen(probe, classes, n_logits), device=logits.device)
+            rows.append(torch.cat([torch.full_like(labels, index)[:, None], _scored(logits, labels, columns)], dim=1))
     local = torch.cat(rows).cpu().numpy() if rows else np.empty((0, 5))
-    shares = distributed.gather_objects((local, n_logits, chosen.cpu().numpy()))
+    shares = distributed.gather_objects((local, n_logits, columns.cpu().numpy()))
     n_logits, competing = next((n, c) for _, n, c in shares if n)  # a rank may have no batch
     every = np.concatenate([share for share, _, _ in shares])
     if not len(every):
@@ -94,14 +94,14 @@ def evaluation(probe: Probe, *, classes: str | Sequence[int | str] = "all") -> E
     return _result(probe, every[np.argsort(every[:, 0], kind="stable")], competing, n_logits)
 
 
-def _scored(logits: Tensor, labels: Tensor, chosen: Tensor) -> Tensor:
+def _scored(logits: Tensor, labels: Tensor, columns: Tensor) -> Tensor:
     """Return label, top-1, top-5 and NLL of each image ``(B, 4)`` in float64; NaN where its logits are not finite."""
-    z = logits.double()[:, chosen]
-    place = torch.searchsorted(chosen, labels.contiguous()).clamp_max(len(chosen) - 1)
-    if bool((chosen[place] != labels).any()):
-        stranger = int(labels[chosen[place] != labels][0])
-        raise ValueError(f"Expected images of the {len(chosen)} classes that count, received one of class {stranger}.")
-    best = z.topk(min(5, len(chosen)), dim=1).indices == place[:, None]  # (B, 5)
+    z = logits.double()[:, columns]
+    place = torch.searchsorted(columns, labels.contiguous()).clamp_max(len(columns) - 1)
+    if bool((columns[place] != labels).any()):
+        stranger = int(labels[columns[place] != labels][0])
+        raise ValueError(f"Expected images of the {len(columns)} classes that count, received one of class {stranger}.")
+    best = z.topk(min(5, len(columns)), dim=1).indices == place[:, None]  # (B, 5)
     right = torch.stack([best[:, 0], best.any(dim=1)], dim=1).double()
     nll = -z.log_softmax(dim=1).gather(1, place[:, None])
     right = right.masked_fill(~torch.isfinite(z).all(dim=1, keepdim=True), torch.nan)
@@ -112,27 +112,27 @@ def _chosen(probe: Probe, classes: str | Sequence[int | str], n_logits: int) -> 
     names = tuple(probe.about.get("class_names") or ())
     present = probe.about.get("present_classes")
     if classes == "all":
-        wanted: list[Any] = list(range(n_logits))
+        class_indices: list[Any] = list(range(n_logits))
         if present and len(present) < n_logits:
             what = f"the split has images of {len(present)} of the model's {n_logits} classes and all of them compete"
             warnings.warn(f"evaluation: {what}; classes=present masks the others", stacklevel=3)
     elif classes == "present":
-        wanted = list(present or _seen(probe))
+        class_indices = list(present or _seen(probe))
     elif isinstance(classes, str):
         raise ValueError(f"Expected classes to be {', '.join(CHOICES)} or a list, received {classes!r}.")
     else:
-        wanted = [names.index(c) if c in names else c for c in classes]
-    bad = [c for c in wanted if not isinstance(c, int) or not 0 <= c < n_logits]
-    if bad or not wanted:
+        class_indices = [names.index(c) if c in names else c for c in classes]
+    bad = [c for c in class_indices if not isinstance(c, int) or not 0 <= c < n_logits]
+    if bad or not class_indices:
         raise ValueError(f"Expected classes among the model's {n_logits}, received {bad[0] if bad else 'none'!r}.")
-    return sorted(set(wanted))
+    return sorted(set(class_indices))
 
 
 def _seen(probe: Probe) -> list[int]:
-    found: set[int] = set()
+    labels: set[int] = set()
     for _, y in probe.batches:
-        found.update(hard_targets(y)[labeled(y)].tolist())
-    return sorted(found)
+        labels.update(hard_targets(y)[labeled(y)].tolist())
+    return sorted(labels)
 
 
 def _result(probe: Probe, rows: np.ndarray, classes: np.ndarray, n_logits: int) -> EvaluationResult:

@@ -15,10 +15,10 @@ def evaluation(results: Mapping[str, EvaluationResult]) -> Figure:
     figure = Figure(layout="constrained")
     axes = figure.subplots()
     for name, result in results.items():
-        seen = np.sort(result.class_accuracy[result.class_count > 0])
-        share = 100 * (np.arange(len(seen)) + 1) / len(seen)
+        sorted_accuracy = np.sort(result.class_accuracy[result.class_count > 0])
+        share = 100 * (np.arange(len(sorted_accuracy)) + 1) / len(sorted_accuracy)
         label = f"{name or 'model'}: {100 * result.accuracy:.1f}%, top-5 {100 * result.accuracy_top5:.1f}%"
-        axes.step(np.append(0, share), 100 * np.append(seen[0], seen), where="pre", label=label)
+        axes.step(np.append(0, share), 100 * np.append(sorted_accuracy[0], sorted_accuracy), where="pre", label=label)
     axes.set(xlim=(0, 100), ylim=(0, 101), xlabel="Classes, worst first (%)", ylabel="Accuracy of a class (%)")
     figure.legend(loc="outside upper center")
     return figure

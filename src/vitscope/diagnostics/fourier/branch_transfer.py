@@ -151,8 +151,8 @@ def branch_transfer(
     check_level(level)
     if n_resamples < 1:
         raise ValueError(f"Expected n_resamples to be at least 1, received {n_resamples}.")
-    found = list(units) if units is not None else units_of(probe.model, probe.first_images())
-    result = _measured(probe, found, path, level, n_resamples, seed, eps)
+    residual_units = list(units) if units is not None else units_of(probe.model, probe.first_images())
+    result = _measured(probe, residual_units, path, level, n_resamples, seed, eps)
     if initial is None:
         return result
     if any(p.device != probe.device for p in initial.parameters()):
@@ -175,8 +175,8 @@ def _measured(
     contrast = np.broadcast_to(contrasts.mean, len(units)).copy()
     half_width = np.broadcast_to(contrasts.half_width, len(units)).copy()
     replicates = sums.replicates()
-    seen = set().union(*gather_objects(sums.varying))
-    flat = [i for i in shape if not {(i, "input"), (i, "output")} <= seen]  # all that is left of it is the eps
+    varying = set().union(*gather_objects(sums.varying))
+    flat = [i for i in shape if not {(i, "input"), (i, "output")} <= varying]  # all that is left of it is the eps
     contrast[flat] = half_width[flat] = replicates[:, flat] = np.nan
     named = {
         unit.name: _null_reason(curve.mean, i in flat)
@@ -230,11 +230,11 @@ class _Sums:
         """Take one branch's input or output ``(B, C, h, w)``."""
         size = (int(x.shape[-2]), int(x.shape[-1]))
         try:
-            found = spectrum(x, self.path, self.eps)
+            amplitudes = spectrum(x, self.path, self.eps)
         except ValueError as error:
             raise ValueError(f"At unit {unit.name}: {error}") from None
-        logs = found.log_amplitude  # (B, n_bins)
-        if (index, side) not in self.varying and varies(x, found.power):
+        logs = amplitudes.log_amplitude  # (B, n_bins)
+        if (index, side) not in self.varying and varies(x, amplitudes.power):
             self.varying.add((index, side))
         self._n_images = len(x)
         if side == "input":

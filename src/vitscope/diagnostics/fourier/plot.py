@@ -40,13 +40,13 @@ def relative_log_amplitude(
     Raises:
         ValueError: an unknown view, curve or axis.
     """
-    for name, value, known in (
+    for name, value, allowed in (
         ("view", view, ("both", "frequency", "depth")),
         ("curve", curve, tuple(CURVES)),
         ("axis", axis, ("true", "paper")),
     ):
-        if value not in known:
-            raise ValueError(f"Expected {name} to be one of {', '.join(known)}, received {value!r}.")
+        if value not in allowed:
+            raise ValueError(f"Expected {name} to be one of {', '.join(allowed)}, received {value!r}.")
     if view == "depth" and len(results) > 1:
         return _overlay(results, curve)
     views = ("frequency", "depth") if view == "both" else (view,)
@@ -57,9 +57,11 @@ def relative_log_amplitude(
             ax.set_title(name)
             _over_frequency(figure, ax, result, curve, axis) if what == "frequency" else _over_depth(ax, result, curve)
     if "frequency" in views:  # the lines set the limits, also where intervals are wider
-        shown = np.concatenate([y for result in results.values() for y in getattr(result, CURVES[curve][0])])
-        shown = shown[np.isfinite(shown)] if np.isfinite(shown).any() else np.zeros(1)
-        axes[0, 0].set_ylim(shown.min() - 0.3, shown.max() + 0.3)
+        plotted_values = np.concatenate([y for result in results.values() for y in getattr(result, CURVES[curve][0])])
+        plotted_values = (
+            plotted_values[np.isfinite(plotted_values)] if np.isfinite(plotted_values).any() else np.zeros(1)
+        )
+        axes[0, 0].set_ylim(plotted_values.min() - 0.3, plotted_values.max() + 0.3)
     shared_legend(figure, [row[-1] for row in axes])
     return figure
 

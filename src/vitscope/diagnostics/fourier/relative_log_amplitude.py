@@ -139,20 +139,20 @@ class _Sums:
         if self.sizes.setdefault(index, size) != size:
             raise ValueError(f"Expected maps of one size at {tap.name}, received {self.sizes[index]} and {size}.")
         try:
-            found = spectrum(x, self.path, self.eps)
+            amplitudes = spectrum(x, self.path, self.eps)
         except ValueError as error:
             raise ValueError(f"At tap {tap.name}: {error}") from None
-        if index not in self.varying and varies(x, found.power):
+        if index not in self.varying and varies(x, amplitudes.power):
             self.varying.add(index)
-        self._batch[index] = found
+        self._batch[index] = amplitudes
 
     def close_batch(self, number: int, n_images: int) -> None:
         """Add the batch's spectra to the sums."""
         before: tuple[tuple[int, int], Tensor] | None = None
-        for index, found in sorted(self._batch.items()):
-            curve = found.log_amplitude - found.log_amplitude[:, :1]  # (B, n_bins)
+        for index, amplitudes in sorted(self._batch.items()):
+            curve = amplitudes.log_amplitude - amplitudes.log_amplitude[:, :1]  # (B, n_bins)
             self.curves[index].add(curve)
-            self.powers[index].add(found.power)
+            self.powers[index].add(amplitudes.power)
             if before is not None and before[0] == self.sizes[index]:
                 self.changes[index].add(curve[:, -1] - before[1])
             before = self.sizes[index], curve[:, -1]
@@ -168,8 +168,8 @@ def _result(
     taps: Sequence[Any], sums: _Sums, path: str, level: float, card: ObjectiveCard
 ) -> RelativeLogAmplitudeResult:
     n = len(taps)
-    found = estimates([*sums.curves, *sums.powers, *sums.changes], level)
-    curves, powers, changes = found[:n], found[n : 2 * n], found[2 * n :]
+    means = estimates([*sums.curves, *sums.powers, *sums.changes], level)
+    curves, powers, changes = means[:n], means[n : 2 * n], means[2 * n :]
     sizes: dict[int, tuple[int, int]] = {}
     varying: set[int] = set()
     for rank_sizes, rank_varying in gather_objects((sums.sizes, sums.varying)):

@@ -27,5 +27,5 @@ def pixel_std(probe: Probe, std: Sequence[float] | None, measure: str) -> Tensor
             stacklevel=3,
         )
         return torch.ones(1, 1, 1, dtype=torch.float64)
-    given = list(std) if std is not None else list(probe.about["std"])
-    return pixels_of(probe, mean=[0.0] * len(given), std=given).std
+    deviations = list(std) if std is not None else list(probe.about["std"])
+    return pixels_of(probe, mean=[0.0] * len(deviations), std=deviations).std

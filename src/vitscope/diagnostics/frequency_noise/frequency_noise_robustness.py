@@ -210,7 +210,7 @@ def _check(n_bands: int, scales: Sequence[float], construction: str) -> None:
 def _result(
     means: Means, bands: _Bands, used: np.ndarray, scales: list[float], rms: float, level: float, card: ObjectiveCard
 ) -> FrequencyNoiseRobustnessResult:
-    found = means.finish(level)
+    estimates = means.finish(level)
     at = scales.index(rms)
     n = len(bands.centres)
 
@@ -219,34 +219,36 @@ def _result(
         full[..., used] = values
         return full
 
-    clean, chance = float(found["clean_accuracy"].mean), 1 / max(means.n_classes, 1)
-    change = spread(found["accuracy"].mean)
-    contrasted = np.rint(found["contrasted"].mean * found["contrasted"].count)  # NaN where there is no contrast
+    clean, chance = float(estimates["clean_accuracy"].mean), 1 / max(means.n_classes, 1)
+    change = spread(estimates["accuracy"].mean)
+    contrasted = np.rint(estimates["contrasted"].mean * estimates["contrasted"].count)  # NaN where there is no contrast
     _warn(bands, change[at], clean, chance)
-    warn_nulls("frequency_noise_robustness", few_images(found["nll"].count))
+    warn_nulls("frequency_noise_robustness", few_images(estimates["nll"].count))
     return FrequencyNoiseRobustnessResult(
         normalized_frequency=bands.centres,
         band_edges=bands.edges,
         band_sizes=bands.sizes,
         band_rms=np.where(bands.sizes > 0, rms * bands.unit_rms, np.nan),
         accuracy_change=change[at],
-        accuracy_change_half_width=spread(found["accuracy"].half_width)[at],
-        nll_change=spread(found["nll"].mean),
+        accuracy_change_half_width=spread(estimates["accuracy"].half_width)[at],
+        nll_change=spread(estimates["nll"].mean),
         nll_change_half_width=spread(
-            where_enough_wrong(found["nll"].half_width, found["wrong"].mean * found["wrong"].count)
+            where_enough_wrong(estimates["nll"].half_width, estimates["wrong"].mean * estimates["wrong"].count)
         ),
         relative_change=change[at] / (clean - chance) if clean > chance else np.full(n, np.nan),
-        high_minus_low=float(found["contrast"].mean),
-        high_minus_low_half_width=float(found["contrast"].half_width) if contrasted >= LEAST_EVENTS else float("nan"),
+        high_minus_low=float(estimates["contrast"].mean),
+        high_minus_low_half_width=float(estimates["contrast"].half_width)
+        if contrasted >= LEAST_EVENTS
+        else float("nan"),
         rms=rms,
         curve_rms=np.array(scales),
         curve_accuracy_change=change,
         construction="official" if bands.official else "equal_rms",
         clean_accuracy=clean,
-        clean_nll=float(found["clean_nll"].mean),
+        clean_nll=float(estimates["clean_nll"].mean),
         chance=chance,
         level=level,
-        n_images=found["clean_accuracy"].count,
+        n_images=estimates["clean_accuracy"].count,
         card=card,
     )
 

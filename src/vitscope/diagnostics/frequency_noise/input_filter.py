@@ -102,14 +102,14 @@ def input_filter(
     for losses, correct, n_classes in perturbed(probe, names, change, "filtered images", partial):
         means.n_classes = n_classes
         means.add(correct=correct.T, losses=losses.T)
-    found = means.finish(level)
+    estimates = means.finish(level)
     (clean, *accuracy), (_, *half_width), (clean_nll, *nll) = (
-        a.tolist() for a in (found["correct"].mean, found["correct"].half_width, found["losses"].mean)
+        a.tolist() for a in (estimates["correct"].mean, estimates["correct"].half_width, estimates["losses"].mean)
     )
     bad = {
         name: "logits are not finite" for name, value in zip(["clean", *names], [clean, *accuracy]) if value != value
     }
-    warn_nulls("input_filter", bad | ({"the intervals": "a single image"} if found["correct"].count == 1 else {}))
+    warn_nulls("input_filter", bad | ({"the intervals": "a single image"} if estimates["correct"].count == 1 else {}))
     n = len(ordered)
     return InputFilterResult(
         cutoff=np.array(ordered),
@@ -123,6 +123,6 @@ def input_filter(
         clean_nll=clean_nll,
         chance=1 / max(means.n_classes, 1),
         level=level,
-        n_images=found["correct"].count,
+        n_images=estimates["correct"].count,
         card=probe.card(solver={"filter": "ideal square, constant part kept"}),
     )

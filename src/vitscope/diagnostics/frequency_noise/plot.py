@@ -61,13 +61,13 @@ def input_filter(results: Mapping[str, InputFilterResult]) -> Figure:
         )
         for ax in (low, high):
             ax.axhline(100 * result.clean_accuracy, color=to_rgba(f"C{i}"), linestyle=":", linewidth=0.8)
-    for ax, kept, x, side in ((low, "up to", 1.0, "right"), (high, "above", 0.0, "left")):  # where no curve is
+    for ax, passband, x, side in ((low, "up to", 1.0, "right"), (high, "above", 0.0, "left")):  # where no curve is
         chance = min(result.chance for result in results.values())
         ax.axhline(100 * chance, color="0.5", linestyle="--", linewidth=0.8)
         at = {"xytext": (0, 2), "textcoords": "offset points", "ha": side, "fontsize": "small"}
         ax.annotate("chance", (x, 100 * chance), color="0.4", **at)
         ax.set_xlim(0, 1)
-        ax.set_xlabel(rf"frequencies kept {kept} ($\times\pi$ rad/pixel)")
+        ax.set_xlabel(rf"frequencies kept {passband} ($\times\pi$ rad/pixel)")
     low.set_ylabel("accuracy (%)")
     low.set_title("low-pass images")
     high.set_title("high-pass images")

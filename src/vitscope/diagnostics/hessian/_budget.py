@@ -129,13 +129,13 @@ def _timed(product: Callable[[], Tensor]) -> float:
 
 def _graph_bytes(gradient: Callable[[], object]) -> float:
     """Return the bytes of all tensors that autograd keeps."""
-    kept: dict[int, int] = {}
+    saved_bytes: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        kept[storage.data_ptr()] = storage.nbytes()
+        saved_bytes[storage.data_ptr()] = storage.nbytes()
         return tensor.detach()
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         gradient()
-    return float(sum(kept.values()))
+    return float(sum(saved_bytes.values()))

@@ -104,14 +104,14 @@ def hessian_trace(
     options = CurvatureOptions(**curvature)
     with curvatures(probe, options) as operators:
         mean = operators.mean()
-        exact, basis, left = 0.0, None, n_vectors
+        exact, basis, n_remaining = 0.0, None, n_vectors
         if method == "hutch++":
             basis = _range(mean, min(n_vectors // 3, mean.size), options.seed)
             exact = float(sum(dot(q, _product(mean, q)) for q in track(basis, "hutch++ basis")))
-            left = n_vectors - 2 * (n_vectors // 3)
+            n_remaining = n_vectors - 2 * (n_vectors // 3)
         covered = basis is not None and len(basis) == mean.size
         estimates = np.array(
-            [0.0] if covered else [_estimate(mean, options.seed, i, basis) for i in track(range(left), "trace")]
+            [0.0] if covered else [_estimate(mean, options.seed, i, basis) for i in track(range(n_remaining), "trace")]
         )
         error = float(estimates.std(ddof=1) / np.sqrt(len(estimates))) if len(estimates) > 1 else float("nan")
         return HessianTraceResult(

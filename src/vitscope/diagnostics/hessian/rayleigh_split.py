@@ -124,17 +124,19 @@ def _distinct(pairs: Eigenpairs) -> Eigenpairs:
     assert pairs.vectors is not None
     overlap = np.abs((pairs.vectors @ pairs.vectors.T).double().cpu().numpy())
     rows = [i for i in range(len(pairs.values)) if (overlap[i, :i] < 0.5).all()]  # orthonormal but for repeats
-    kept = {name: getattr(pairs, name)[rows] for name in ("values", "residuals", "errors", "converged", "vectors")}
-    return replace(pairs, **kept)
+    distinct_pairs = {
+        name: getattr(pairs, name)[rows] for name in ("values", "residuals", "errors", "converged", "vectors")
+    }
+    return replace(pairs, **distinct_pairs)
 
 
 def _kinds(model: nn.Module, names: list[str], images: Tensor | None) -> dict[str, str]:
     """Return each parameter's kind; where the kinds are not certain all are ``unknown``."""
     try:
-        known = parameter_kinds(model, images)
+        kinds = parameter_kinds(model, images)
     except ValueError:
         return dict.fromkeys(names, "unknown")
-    return {name: str(known.get(name, "unknown")) for name in names}
+    return {name: str(kinds.get(name, "unknown")) for name in names}
 
 
 def _mass(parts: Sequence[Tensor], names: list[str], kinds: dict[str, str], order: tuple[str, ...]) -> list[float]:

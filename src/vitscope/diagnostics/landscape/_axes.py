@@ -64,10 +64,10 @@ def plane_axes(probe: Probe, source: Source) -> Axes:
     check_movable(probe)
     labels, differences = checkpoint_differences(probe, source)
     if source.kind == "pca":
-        found = [_reaching(d, differences) for d in principal_directions(differences)[0]]
-        if len(found) < 2:
+        components = [_reaching(d, differences) for d in principal_directions(differences)[0]]
+        if len(components) < 2:
             raise ValueError(f"Expected checkpoints that span a plane with the model, received {', '.join(labels)}.")
-        first, second = found
+        first, second = components
         first, second = (_scaled(probe, source, d) for d in (first, second))
     else:
         first = set_aside(direction(probe, source, 0, differences))
@@ -112,16 +112,18 @@ def direction(
         return _scaled(probe, source, random_direction(moving(parameters, source.ignored), source.seed, index, names))
     if source.kind == "gradient":
         if index == 0:
-            found = objective_gradient(probe)
-            return _scaled(probe, source, scale(found, 1 / max(norm(found), 1e-300)))
-        found = random_direction(parameters, source.seed, index, canonical_names(probe.model))
-        found = _scaled(probe, source, found)
-        found = orthogonalize(found, other) if other else found
-        return scale(found, norm(other) / norm(found)) if other and source.scaling == "none" else found
-    given = _given(source, differences)
-    if index >= len(given):
-        raise ValueError(f"Expected at least {index + 1} directions from {source.kind!r}, received {len(given)}.")
-    return _scaled(probe, source, as_direction(given[index], parameters))
+            vector = objective_gradient(probe)
+            return _scaled(probe, source, scale(vector, 1 / max(norm(vector), 1e-300)))
+        vector = random_direction(parameters, source.seed, index, canonical_names(probe.model))
+        vector = _scaled(probe, source, vector)
+        vector = orthogonalize(vector, other) if other else vector
+        return scale(vector, norm(other) / norm(vector)) if other and source.scaling == "none" else vector
+    saved_direction = _given(source, differences)
+    if index >= len(saved_direction):
+        raise ValueError(
+            f"Expected at least {index + 1} directions from {source.kind!r}, received {len(saved_direction)}."
+        )
+    return _scaled(probe, source, as_direction(saved_direction[index], parameters))
 
 
 def objective_gradient(probe: Probe) -> Direction:
@@ -143,10 +145,10 @@ def objective_gradient(probe: Probe) -> Direction:
         if l2.requires_grad:
             for t, g in zip(total, torch.autograd.grad(l2, leaves, materialize_grads=True)):
                 t.add_(g)
-    found = {name: t.to(dtype=probe.dtype) for name, t in zip(names, total)}
-    if not np.isfinite(size := norm(found)) or size == 0:
+    gradient = {name: t.to(dtype=probe.dtype) for name, t in zip(names, total)}
+    if not np.isfinite(size := norm(gradient)) or size == 0:
         raise ValueError(f"Expected a finite gradient that is not zero, received one of norm {size}.")
-    return found
+    return gradient
 
 
 def _given(source: Source, differences: Sequence[Direction]) -> Sequence[Any] | np.ndarray:
@@ -165,23 +167,23 @@ def _given(source: Source, differences: Sequence[Direction]) -> Sequence[Any] | 
 def _saved_vectors(path: str | PathLike[str]) -> np.ndarray:
     try:
         with np.load(path, allow_pickle=False) as archive:
-            found = archive["eigenvectors"] if "eigenvectors" in archive.files else np.empty((0, 0))
+            saved = archive["eigenvectors"] if "eigenvectors" in archive.files else np.empty((0, 0))
     except (OSError, ValueError, TypeError, AttributeError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(f"Expected eigenvectors to be a saved result, received {str(path)!r} ({error}).") from None
-    if not len(found):
+    if not len(saved):
         raise ValueError(f"Expected a result saved with eigenvectors=true, received {str(path)!r}, which holds none.")
-    return found
+    return saved
 
 
-def _scaled(probe: Probe, source: Source, found: Direction) -> Direction:
+def _scaled(probe: Probe, source: Source, vector: Direction) -> Direction:
     if source.ignored:
-        kept = moving(probe.parameters(), source.ignored)
-        found = {name: d for name, d in found.items() if name in kept}
-    refuse_made_weights(probe.model, found, source.scaling)
+        moving_parameters = moving(probe.parameters(), source.ignored)
+        vector = {name: d for name, d in vector.items() if name in moving_parameters}
+    refuse_made_weights(probe.model, vector, source.scaling)
     filters, masks = filter_parameters(probe.model), pruning_masks(probe.model)
     # given points are reached as they are: a pruned entry counts in their L2 term
     masks = masks if source.kind in ("random", "gradient") or source.scaling != "none" else {}
-    return normalize(found, probe.parameters(), source.scaling, filters, masks)
+    return normalize(vector, probe.parameters(), source.scaling, filters, masks)
 
 
 def _reaching(unit: Direction, differences: Sequence[Direction]) -> Direction:

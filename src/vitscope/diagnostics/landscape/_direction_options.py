@@ -46,8 +46,8 @@ class Source:
     def __post_init__(self) -> None:
         """Refuse a kind that does not exist, or one whose material is missing."""
         if self.normalization is not None and self.normalization not in NORMALIZATIONS:
-            known = ", ".join(NORMALIZATIONS)
-            raise ValueError(f"Expected normalization to be one of {known}, received {self.normalization!r}.")
+            names = ", ".join(NORMALIZATIONS)
+            raise ValueError(f"Expected normalization to be one of {names}, received {self.normalization!r}.")
         if isinstance(self.directions, str) and self.directions not in KINDS:
             raise ValueError(f"Expected directions to be one of {', '.join(KINDS)}, received {self.directions!r}.")
         if self.directions == "eigenvectors" and self.eigenvectors is None:

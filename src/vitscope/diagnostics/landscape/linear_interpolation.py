@@ -116,8 +116,8 @@ def linear_interpolation(
     names = [name for name, _ in probe.model.named_parameters()]
     way = {name: b[name].to(a[name]) - a[name] for name in names}
     norms = squared_norms({name: a[name] for name in names}, None, way)
-    found = _measure(probe, a, b, t, f"{first} to {last}", kind, bn, partial)
-    values = {key: np.array([row[key] for row in found]) for key in ("nll", "accuracy", "ece")}
+    rows = _measure(probe, a, b, t, f"{first} to {last}", kind, bn, partial)
+    values = {key: np.array([row[key] for row in rows]) for key in ("nll", "accuracy", "ece")}
     decay, zero = probe.objective.weight_decay, np.zeros(())
     facts = {"start": first, "end": last, "t_min": t_min, "t_max": t_max, "n": n}
     return LinearInterpolationResult(

@@ -89,7 +89,7 @@ class LossLandscapeResult:
     def scalars(self) -> dict[str, float]:
         """Return the headline numbers: the lowest point, rises at the border, points that are not finite."""
         x, y, lowest = self.minimum()
-        found = {
+        scalars = {
             "nll_minimum": lowest,
             "minimum_distance": float(np.hypot(x, y)),
             "nll_rise_at_border": self.rise_at_border(),
@@ -99,8 +99,8 @@ class LossLandscapeResult:
         }
         i, j = np.abs(self.x).argmin(), np.abs(self.y).argmin()
         if self.x[i] == 0 and self.y[j] == 0:
-            found |= {"nll_center": float(self.nll[i, j]), "accuracy_center": float(self.accuracy[i, j])}
-        return found
+            scalars |= {"nll_center": float(self.nll[i, j]), "accuracy_center": float(self.accuracy[i, j])}
+        return scalars
 
 
 @record_options
@@ -161,8 +161,8 @@ def loss_landscape(
     side = np.linspace(-span, span, n)
     norms = squared_norms(dict(probe.model.named_parameters()), axes.first, axes.second)
     points = [(float(a), float(b)) for a in side for b in side]
-    found = _measure(probe, axes, points, kind, bn, partial)
-    grids = {key: np.array([row[key] for row in found]).reshape(n, n) for key in ("nll", "accuracy", "ece")}
+    rows = _measure(probe, axes, points, kind, bn, partial)
+    grids = {key: np.array([row[key] for row in rows]).reshape(n, n) for key in ("nll", "accuracy", "ece")}
     facts = {**source.facts(), "span": span, "n": n, "preset": preset}
     return LossLandscapeResult(
         x=side,

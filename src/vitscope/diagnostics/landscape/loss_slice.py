@@ -66,16 +66,16 @@ class LossSliceResult:
         if not finite.any():
             return {"nll_center": float("nan"), "nonfinite_points": float(self.n_nonfinite)}
         lowest = int(np.where(finite, self.nll, np.inf).argmin())
-        found = {
+        scalars = {
             "nll_minimum": float(self.nll[lowest]),
             "minimum_distance": float(abs(self.x[lowest])),
             "nonfinite_points": float(self.n_nonfinite),
         }
         center = int(np.abs(self.x).argmin())
         if self.x[center] == 0:
-            found["nll_center"] = float(self.nll[center])
-            found["nll_rise_at_ends"] = float((self.nll[0] + self.nll[-1]) / 2 - self.nll[center])
-        return found
+            scalars["nll_center"] = float(self.nll[center])
+            scalars["nll_rise_at_ends"] = float((self.nll[0] + self.nll[-1]) / 2 - self.nll[center])
+        return scalars
 
 
 @record_options
@@ -131,8 +131,8 @@ def loss_slice(
     source = source if preset is None else preset_source(preset, source)
     x = np.linspace(-span, span, n)
     keys = [(index, float(point)) for index in range(n_directions) for point in x]
-    found = measure_lines(probe, source, keys, dtype=kind, bn=bn, partial=partial, description="loss slice")
-    lines = {key: np.array([row[key] for row in found]).reshape(n_directions, n) for key in found[0]}
+    rows = measure_lines(probe, source, keys, dtype=kind, bn=bn, partial=partial, description="loss slice")
+    lines = {key: np.array([row[key] for row in rows]).reshape(n_directions, n) for key in rows[0]}
     mean = {key: lines[key].mean(axis=0) for key in ("nll", "accuracy", "ece", "l2_half_sq", "l2_sum_norm")}
     half_width = t_half_width_of_rows(lines["nll"])
     facts = {**source.facts(), "span": span, "n": n, "n_directions": n_directions, "preset": preset}

@@ -47,8 +47,14 @@ def loss_slice(results: Mapping[str, LossSliceResult], *, value: str = "nll", lo
             result.x, np.where(np.isfinite(curve), curve, np.nan), color=color, label=f"{name}{count}" or None, zorder=3
         )
         if value in ("nll", "accuracy") and len(result.nll_by_direction) > 1:
-            for own in getattr(result, f"{value}_by_direction"):
-                axes.plot(result.x, np.where(np.isfinite(own), own, np.nan), color=color, linewidth=0.4, alpha=0.5)
+            for direction_curve in getattr(result, f"{value}_by_direction"):
+                axes.plot(
+                    result.x,
+                    np.where(np.isfinite(direction_curve), direction_curve, np.nan),
+                    color=color,
+                    linewidth=0.4,
+                    alpha=0.5,
+                )
         if value == "nll" and len(result.nll_by_direction) > 1:
             axes.fill_between(result.x, result.nll_low, result.nll_high, color=color, alpha=0.2, linewidth=0)
         broken = ~np.isfinite(result.nll_by_direction).all(axis=0)
@@ -115,9 +121,9 @@ def loss_barrier(results: Mapping[str, LossBarrierResult]) -> Figure:
     for index, (name, r) in enumerate(results.items()):
         label = f"{name}: {r.start} to {r.end}" if name else f"{r.start} to {r.end}"
         color = f"C{index}"
-        shown = np.where(np.isfinite(r.nll), r.nll, np.nan)
+        finite_nll = np.where(np.isfinite(r.nll), r.nll, np.nan)
         count = f" ({r.n_nonfinite} points not finite)" if r.n_nonfinite else ""
-        axes.plot(r.t, shown, "o-", color=color, label=f"{label}: {r.barrier:.3g}{count}")
+        axes.plot(r.t, finite_nll, "o-", color=color, label=f"{label}: {r.barrier:.3g}{count}")
         axes.plot(r.t, r.chord, "--", color=color, linewidth=0.8)
         if np.isfinite(r.barrier):
             at = int(np.abs(r.t - r.t_barrier).argmin())

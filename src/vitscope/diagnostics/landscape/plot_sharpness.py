@@ -37,8 +37,10 @@ def sharpness(results: Mapping[str, SharpnessResult]) -> Figure:
     for index, (name, r) in enumerate(results.items()):
         _mean(axes, name, r, f"C{index}")
         if worst:
-            found = np.isfinite(r.worst_rise) & (r.worst_rise > 0)
-            panels[1, 0].plot(r.radii[found], r.worst_rise[found], "^--", color=f"C{index}", linewidth=0.8)
+            is_plottable = np.isfinite(r.worst_rise) & (r.worst_rise > 0)
+            panels[1, 0].plot(
+                r.radii[is_plottable], r.worst_rise[is_plottable], "^--", color=f"C{index}", linewidth=0.8
+            )
     if worst:
         panels[1, 0].set(yscale="log", ylabel="worst rise\nfound (nats)")
     _shade(list(panels[:, 0]), results)

@@ -163,11 +163,11 @@ def _scale(grids: list[np.ndarray]) -> Normalize:
 def _surface(figure: SubFigure, result: LossLandscapeResult, z: np.ndarray, scale: Normalize, value: str) -> None:
     axes: Any = figure.add_subplot(projection="3d")
     logarithmic = isinstance(scale, LogNorm)
-    shown = np.where(np.isfinite(z), z, np.nan)
+    finite_values = np.where(np.isfinite(z), z, np.nan)
     bounds = np.array([scale.vmin, scale.vmax])
-    height, bounds = (np.log10(shown), np.log10(bounds)) if logarithmic else (shown, bounds)
+    height, bounds = (np.log10(finite_values), np.log10(bounds)) if logarithmic else (finite_values, bounds)
     x, y = np.meshgrid(result.x, result.y, indexing="ij")
-    colors = colormaps["viridis"](scale(np.ma.masked_invalid(shown)))
+    colors = colormaps["viridis"](scale(np.ma.masked_invalid(finite_values)))
     axes.plot_surface(x, y, height, facecolors=colors, rstride=1, cstride=1, linewidth=0, shade=False)
     axes.plot_wireframe(x, y, height, color="black", linewidth=0.2, alpha=0.4, rstride=1, cstride=1)
     broken = ~np.isfinite(z)
@@ -193,8 +193,8 @@ def _contours(figure: SubFigure, result: LossLandscapeResult, z: np.ndarray, sca
     space = np.geomspace if isinstance(scale, LogNorm) else np.linspace
     levels = space(float(scale.vmin or 0.0), float(scale.vmax or 1.0), 16)
     levels[-1] = np.nextafter(levels[-1], np.inf)  # contourf leaves out what lies on the last level
-    own = type(scale)(scale.vmin, scale.vmax)  # a colour bar listens to its norm: a shared one would be reset
-    drawn = axes.contourf(result.x, result.y, finite, levels=levels, norm=own, cmap="viridis")
+    bar_norm = type(scale)(scale.vmin, scale.vmax)  # a colour bar listens to its norm: a shared one would be reset
+    drawn = axes.contourf(result.x, result.y, finite, levels=levels, norm=bar_norm, cmap="viridis")
     axes.contour(result.x, result.y, finite, levels=levels, colors="black", linewidths=0.3, alpha=0.6)
     if not np.isfinite(z).all():
         _hatch(axes, result, ~np.isfinite(z))

@@ -80,18 +80,18 @@ class SharpnessResult:
 
     def scalars(self) -> dict[str, float]:
         """Return rises with intervals, those of the L2 terms, and worst rises, at the radii that are not saturated."""
-        found = {"nll_center": self.nll_center, "nonfinite_points": float(self.n_nonfinite)}
+        scalars = {"nll_center": self.nll_center, "nonfinite_points": float(self.n_nonfinite)}
         for i in np.flatnonzero(~self.saturated):
             at = f"r{self.radii[i]:g}"
-            found |= {
+            scalars |= {
                 f"rise_{at}": float(self.rise[i]),
                 f"l2_half_sq_rise_{at}": float(self.l2_half_sq_rise_by_pair[i].mean()),
                 f"l2_sum_norm_rise_{at}": float(self.l2_sum_norm_rise_by_pair[i].mean()),
             }
             optional = {"rise_low": self.rise_low[i], "rise_high": self.rise_high[i], "worst_rise": self.worst_rise[i]}
             # not there with one pair, or without ascent; a rise that is no number stays and shows
-            found |= {f"{key}_{at}": float(value) for key, value in optional.items() if not np.isnan(value)}
-        return found
+            scalars |= {f"{key}_{at}": float(value) for key, value in optional.items() if not np.isnan(value)}
+        return scalars
 
 
 @record_options
@@ -146,10 +146,10 @@ def sharpness(
     kind = parse_float_dtype(dtype)
     source = Source("random", normalization, ignore, seed)
     keys = [(0, 0.0), *((d, s * r) for d in range(2 * n_pairs) for r in radii for s in (-1.0, 1.0))]
-    center, *found = measure_lines(probe, source, keys, dtype=kind, bn=bn, partial=partial, description="sharpness")
+    center, *lines = measure_lines(probe, source, keys, dtype=kind, bn=bn, partial=partial, description="sharpness")
     # (pairs, two directions, radii, two signs)
     nll, accuracy, half_sq, sum_norm = (
-        np.array([row[key] for row in found]).reshape(n_pairs, 2, len(radii), 2)
+        np.array([row[key] for row in lines]).reshape(n_pairs, 2, len(radii), 2)
         for key in ("nll", "accuracy", "l2_half_sq", "l2_sum_norm")
     )
     by_pair = nll.mean(axis=(1, 3)) - center["nll"]
@@ -188,15 +188,15 @@ def _worst(
     probe: Probe,
     source: Source,
     radii: Sequence[float],
-    wanted: np.ndarray,
+    radii_mask: np.ndarray,
     n_steps: int,
     n_starts: int,
     dtype: torch.dtype | None,
     partial: Partial | None,
 ) -> np.ndarray:
     """Return the largest rise met from each start (n_radii, n_starts), NaN where it is not wanted."""
-    found = np.full((len(radii), n_starts), np.nan)
-    keys = [(i, start) for i in np.flatnonzero(wanted).tolist() for start in range(n_starts)] if n_steps else []
+    rises = np.full((len(radii), n_starts), np.nan)
+    keys = [(i, start) for i in np.flatnonzero(radii_mask).tolist() for start in range(n_starts)] if n_steps else []
     kind = dtype if dtype in (torch.float64, torch.float32) else None
     with guarded_evaluation(probe, dtype=kind) as (model, evaluate_current_weights):
 
@@ -211,8 +211,8 @@ def _worst(
 
         values = map_resumably(keys, compute, name=name, partial=partial, description="sharpness, worst case")
     for key, row in zip(keys, values):
-        found[key] = row["rise"]
-    return found
+        rises[key] = row["rise"]
+    return rises
 
 
 def _ascended(probe: Probe, model: nn.Module, source: Source, radius: float, start: int, n_steps: int) -> float:

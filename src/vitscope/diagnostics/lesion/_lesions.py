@@ -39,20 +39,20 @@ def lesions(units: Sequence[Unit], removals: Sequence[str]) -> list[Lesion]:
     unknown = [r for r in removals if r not in REMOVALS]
     if unknown:
         raise ValueError(f"Expected removals among {', '.join(REMOVALS)}, received {unknown[0]!r}.")
-    found: list[Lesion] = []
+    all_lesions: list[Lesion] = []
     for unit in units:
         if "branch_zero" in removals:
-            found.append(Lesion("branch_zero", unit.name, unit, partial(zeroed, unit)))
+            all_lesions.append(Lesion("branch_zero", unit.name, unit, partial(zeroed, unit)))
         if "conv3x3_identity" in removals and unit.conv3x3 is not None:
-            found.append(Lesion("conv3x3_identity", unit.name, unit, partial(conv3x3_identity, unit)))
+            all_lesions.append(Lesion("conv3x3_identity", unit.name, unit, partial(conv3x3_identity, unit)))
         if "head" in removals:
             for head in range(unit.n_heads):
-                found.append(Lesion("head", f"{unit.name} head {head}", unit, partial(head_zeroed, unit, head)))
+                all_lesions.append(Lesion("head", f"{unit.name} head {head}", unit, partial(head_zeroed, unit, head)))
         if "stage" in removals:
-            found.extend(_beginning_here(units, unit))
-    if not found:
+            all_lesions.extend(_beginning_here(units, unit))
+    if not all_lesions:
         raise ValueError(f"Expected something to remove, received a model without any of {', '.join(removals)}.")
-    return found
+    return all_lesions
 
 
 def _beginning_here(units: Sequence[Unit], unit: Unit) -> list[Lesion]:

@@ -95,16 +95,16 @@ class LesionResult:
 
     def scalars(self) -> dict[str, float]:
         """Return the mean change by kind, and what the last MSA of a stage adds over the stage's others."""
-        found = {"accuracy": self.accuracy, "nll": self.nll}
+        scalars = {"accuracy": self.accuracy, "nll": self.nll}
         for kind in sorted(set(self.kinds)):
             of_kind = np.array([k == kind for k in self.kinds])
-            found[f"{kind}_accuracy_change"] = float(self.accuracy_change[of_kind].mean())
-            found[f"{kind}_nll_change"] = float(self.nll_change[of_kind].mean())
+            scalars[f"{kind}_accuracy_change"] = float(self.accuracy_change[of_kind].mean())
+            scalars[f"{kind}_nll_change"] = float(self.nll_change[of_kind].mean())
         excess = []
         for stage in np.unique(self.stages):
             nll = self.nll_change[[k == "msa" and s == stage for k, s in zip(self.kinds, self.stages)]]
             excess += [nll[-1] - nll[:-1].mean()] if len(nll) > 1 else []
-        return found | ({"stage_end_msa_nll_excess": float(np.mean(excess))} if excess else {})
+        return scalars | ({"stage_end_msa_nll_excess": float(np.mean(excess))} if excess else {})
 
 
 @record_options
@@ -140,14 +140,14 @@ def lesion(
     if bn not in BN_POLICIES:
         raise ValueError(f"Expected bn to be one of {', '.join(BN_POLICIES)}, received {bn!r}.")
     units = list(units) if units is not None else units_of(probe.model, probe.first_images())
-    chosen = lesions(units, ("branch_zero", *(r for r in removals if r != "branch_zero")))
+    selected_lesions = lesions(units, ("branch_zero", *(r for r in removals if r != "branch_zero")))
     # of each image: the whole model's value, then each change; and whether the answer before or after it is wrong
     losses, correct, wrong = RunningMean(), RunningMean(answers=True), RunningMean(answers=True)
     with probe.guard() as model:
         if bn == "recalibrate":
-            rows = lesion_by_lesion(probe, model, chosen)
+            rows = lesion_by_lesion(probe, model, selected_lesions)
         else:
-            rows = batch_by_batch(probe, model, units if cache else [], chosen, partial)
+            rows = batch_by_batch(probe, model, units if cache else [], selected_lesions, partial)
         for pair in rows:
             for total, values in zip((losses, correct), pair):  # (1 + n_lesions, B)
                 values = torch.from_numpy(values.astype(np.float64))
@@ -158,12 +158,12 @@ def lesion(
     half_width = where_enough_wrong(nll.half_width, either_wrong.mean * nll.count)
     nll = Estimate(nll.mean, half_width, nll.count)
     warn_nulls("lesion", few_images(nll.count))
-    shown = [c.first for c in chosen if c.removal == "branch_zero"]
+    first_units = [c.first for c in selected_lesions if c.removal == "branch_zero"]
     return LesionResult(
-        **_fields(chosen, nll, accuracy),
-        kinds=tuple(unit.kind for unit in shown),
-        stages=np.array([unit.stage for unit in shown]),
-        depths=np.array([unit.depth for unit in shown]),
+        **_fields(selected_lesions, nll, accuracy),
+        kinds=tuple(unit.kind for unit in first_units),
+        stages=np.array([unit.stage for unit in first_units]),
+        depths=np.array([unit.depth for unit in first_units]),
         accuracy=float(accuracy.mean[0]),
         nll=float(nll.mean[0]),
         n_images=nll.count,
@@ -172,13 +172,16 @@ def lesion(
     )
 
 
-def _fields(chosen: Sequence[Lesion], nll: Estimate, accuracy: Estimate) -> dict[str, Any]:
+def _fields(selected_lesions: Sequence[Lesion], nll: Estimate, accuracy: Estimate) -> dict[str, Any]:
     reason = "its loss is not finite"
-    warn_nulls("lesion", {f"{c.name}, {c.removal}": reason for c, x in zip(chosen, nll.mean[1:]) if not np.isfinite(x)})
+    warn_nulls(
+        "lesion",
+        {f"{c.name}, {c.removal}": reason for c, x in zip(selected_lesions, nll.mean[1:]) if not np.isfinite(x)},
+    )
     fields: dict[str, Any] = {}
     for removal, prefix in PREFIXES.items():
-        index = [i for i, c in enumerate(chosen, start=1) if c.removal == removal]  # 0 is the whole model
-        fields[f"{prefix}units"] = tuple(chosen[i - 1].name for i in index)
+        index = [i for i, c in enumerate(selected_lesions, start=1) if c.removal == removal]  # 0 is the whole model
+        fields[f"{prefix}units"] = tuple(selected_lesions[i - 1].name for i in index)
         for name, estimate in (("accuracy", accuracy), ("nll", nll)):
             fields[f"{prefix}{name}_change"] = estimate.mean[index]
             fields[f"{prefix}{name}_half_width"] = estimate.half_width[index]

@@ -212,34 +212,42 @@ def _stated(scale: Mapping[str, Tensor] | None, lr: float | None, beta1: float |
             "received None: measure a checkpoint that holds the optimizer's state, or use preconditioner='identity'."
         )
     if preconditioner == "identity" or scale is None:
-        known = lr is not None and beta1 is not None
+        is_stated = lr is not None and beta1 is not None
         threshold = 2 * (1 + beta1) / lr if lr is not None and beta1 is not None else float("nan")
-        why = (
+        formula = (
             "2 (1 + m) / lr"
-            if known
+            if is_stated
             else "unknown: no optimizer is at hand (optimizer=, or lr= and SGD's momentum as beta1=)"
         )
         return _Plan(
-            "identity", None, None, threshold, lr or float("nan"), float("nan") if beta1 is None else beta1, "", why, {}
+            "identity",
+            None,
+            None,
+            threshold,
+            lr or float("nan"),
+            float("nan") if beta1 is None else beta1,
+            "",
+            formula,
+            {},
         )
     beta = 0.9 if beta1 is None else beta1
     threshold = 2 * (1 + beta) / ((1 - beta) * lr) if lr is not None else float("nan")
-    why = "2 (1 + beta1) / ((1 - beta1) lr)" if lr is not None else "unknown: no lr is given"
-    return _Plan("adamw", scale, None, threshold, lr or float("nan"), beta, "", why, {})
+    formula = "2 (1 + beta1) / ((1 - beta1) lr)" if lr is not None else "unknown: no lr is given"
+    return _Plan("adamw", scale, None, threshold, lr or float("nan"), beta, "", formula, {})
 
 
-def _unknown(probe: Probe, state: OptimizerState, why: str, lr: float | None) -> _Plan:
+def _unknown(probe: Probe, state: OptimizerState, reason: str, lr: float | None) -> _Plan:
     """Return the plan for eigenvalues of the objective's own Hessian, without a limit, and say so."""
     warnings.warn(
-        f"the limit of stability is unknown: {why}; eigenvalues are the Hessian's own", UserWarning, stacklevel=5
+        f"the limit of stability is unknown: {reason}; eigenvalues are the Hessian's own", UserWarning, stacklevel=5
     )
     nan = float("nan")
-    return _Plan("identity", None, None, nan, lr or nan, nan, state.name, f"unknown: {why}", {})
+    return _Plan("identity", None, None, nan, lr or nan, nan, state.name, f"unknown: {reason}", {})
 
 
 def _damaged(state: OptimizerState, error: Exception) -> CheckpointError:
-    why = f"the state of {state.name} is damaged ({type(error).__name__}: {error})"
-    return CheckpointError("ckpt_path", None, why, "use another checkpoint, or preconditioner=identity")
+    reason = f"the state of {state.name} is damaged ({type(error).__name__}: {error})"
+    return CheckpointError("ckpt_path", None, reason, "use another checkpoint, or preconditioner=identity")
 
 
 def _with_decay(operator: Curvature, decay: Tensor) -> Callable[[Tensor], Tensor]:

@@ -55,12 +55,12 @@ class EffectiveRankResult:
     def scalars(self) -> dict[str, float]:
         """Return both at the last tap, and the mean effective rank as a share of the channels."""
         share = self.effective_rank / self.channels
-        found = {
+        scalars = {
             "effective_rank_last": float(self.effective_rank[-1]),
             "participation_ratio_last": float(self.participation_ratio[-1]),
             "effective_rank_share": float(share[np.isfinite(share)].mean()) if np.isfinite(share).any() else np.nan,
         }
-        return {name: value for name, value in found.items() if np.isfinite(value)}
+        return {name: value for name, value in scalars.items() if np.isfinite(value)}
 
 
 def accumulate(probe: Probe, *, positions: int | None = 16) -> _Sums:
@@ -115,7 +115,7 @@ class _Sums:
         for tap, (n, _) in zip(taps, totals):
             if n < 2:
                 raise ValueError(f"Expected at least two feature vectors at tap {tap.name!r}, received {n}.")
-        found = [_ranks(values) for _, values in totals]
+        ranks = [_ranks(values) for _, values in totals]
         _say_what_is_null(taps, totals)
         return EffectiveRankResult(
             taps=tuple(tap.name for tap in taps),
@@ -123,9 +123,9 @@ class _Sums:
             stages=np.array([tap.stage for tap in taps]),
             depths=np.array([tap.depth for tap in taps], dtype=np.float64),
             channels=np.array([len(values) for _, values in totals]),
-            effective_rank=np.array([rank for rank, _, _ in found]),
-            participation_ratio=np.array([ratio for _, ratio, _ in found]),
-            spectrum=tuple(spectrum for _, _, spectrum in found),
+            effective_rank=np.array([rank for rank, _, _ in ranks]),
+            participation_ratio=np.array([ratio for _, ratio, _ in ranks]),
+            spectrum=tuple(spectrum for _, _, spectrum in ranks),
             n_samples=np.array([n for n, _ in totals]),
             n_images=sum(distributed.gather_objects(self.n_images)),
             card=self.probe.card(),
@@ -207,8 +207,8 @@ def _merged(states: Sequence[tuple]) -> tuple[int, np.ndarray]:
     for n, mean, scatter, _, _ in states:
         if n:
             total.merge(n, torch.from_numpy(mean), torch.from_numpy(scatter))
-    left = [waiting for *_, waiting, _ in states if waiting is not None]
-    rows = np.concatenate(left) if left else None
+    waiting_rows = [waiting for *_, waiting, _ in states if waiting is not None]
+    rows = np.concatenate(waiting_rows) if waiting_rows else None
     if rows is not None and total.scatter is None and len(rows) < rows.shape[1]:
         mean = rows.mean(axis=0)
         centred = rows - mean

@@ -137,7 +137,7 @@ def trajectory(
     first, second, squares = _plane(differences, parameters, canonical_names(probe.model), seed)
     coordinates = np.array([[inner(d, first), inner(d, second)] for d in differences])
     radius, angle = _polar(products)
-    own = checkpoint_rows(probe, names, checkpoints, kind, bn, partial)
+    rows = checkpoint_rows(probe, names, checkpoints, kind, bn, partial)
     sides = _sides(coordinates, n, margin)
     grid = [(float(a), float(b)) for a in sides[0] for b in sides[1]]
     places = [(float(a), float(b)) for a, b in coordinates]
@@ -154,9 +154,9 @@ def trajectory(
         coordinates=coordinates,
         explained_variance=np.pad(squares[:2], (0, max(0, 2 - len(squares)))) / squares.sum(),
         projection_error=_off_plane(products, coordinates),
-        nll=_column(own, "nll"),
+        nll=_column(rows, "nll"),
         in_plane_nll=_column(projected, "nll"),
-        accuracy=_column(own, "accuracy"),
+        accuracy=_column(rows, "accuracy"),
         in_plane_accuracy=_column(projected, "accuracy"),
         straightness=_straightness(products),
         x=sides[0],
@@ -164,7 +164,7 @@ def trajectory(
         plane_nll=_column(surface, "nll").reshape(n, n),
         plane_accuracy=_column(surface, "accuracy").reshape(n, n),
         batchnorm=any(getattr(m, "running_mean", None) is not None for m in probe.model.modules()),
-        n_nonfinite=int(sum(not np.isfinite(row["nll"]) for row in [*own, *plane])),
+        n_nonfinite=int(sum(not np.isfinite(row["nll"]) for row in [*rows, *plane])),
         card=probe.card(bn_policy=bn, solver=facts, **({"dtype": str(kind).removeprefix("torch.")} if kind else {})),
     )
 
@@ -172,11 +172,11 @@ def trajectory(
 def _plane(
     differences: Sequence[Direction], parameters: Mapping[str, Tensor], names: Mapping[str, str], seed: int
 ) -> tuple[Direction, Direction, np.ndarray]:
-    found, squares = principal_directions(differences)
-    if len(found) == 1:
-        filler = orthogonalize(random_direction(parameters, seed, names=names), found[0])
-        found.append(scale(filler, 1 / norm(filler)))
-    return found[0], found[1], squares
+    components, squares = principal_directions(differences)
+    if len(components) == 1:
+        filler = orthogonalize(random_direction(parameters, seed, names=names), components[0])
+        components.append(scale(filler, 1 / norm(filler)))
+    return components[0], components[1], squares
 
 
 def _polar(products: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -188,9 +188,9 @@ def _polar(products: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def _off_plane(products: np.ndarray, coordinates: np.ndarray) -> np.ndarray:
     squares = np.diag(products)
-    left = np.maximum(squares - (coordinates**2).sum(axis=1), 0.0)
+    squared_distance = np.maximum(squares - (coordinates**2).sum(axis=1), 0.0)
     # directions are stored in float32: below this share of the square the difference is rounding
-    share = np.divide(left, squares, out=np.zeros_like(left), where=squares > 0)
+    share = np.divide(squared_distance, squares, out=np.zeros_like(squared_distance), where=squares > 0)
     return np.sqrt(np.where(share < 1e-6, 0.0, share))
 
 
@@ -209,5 +209,5 @@ def _sides(coordinates: np.ndarray, n: int, margin: float) -> tuple[np.ndarray, 
     return x, y
 
 
-def _column(found: Sequence[Row], key: str) -> np.ndarray:
-    return np.array([row[key] for row in found], dtype=np.float64)
+def _column(rows: Sequence[Row], key: str) -> np.ndarray:
+    return np.array([row[key] for row in rows], dtype=np.float64)

@@ -148,8 +148,8 @@ class _Sums:
 
 def _result(taps: Sequence[Any], sums: _Sums, level: float, card: ObjectiveCard) -> FeatureMapVarianceResult:
     n = len(taps)
-    found = estimates([*sums.variances, *sums.ratios], level)
-    variances, ratios = found[:n], found[n:]
+    means = estimates([*sums.variances, *sums.ratios], level)
+    variances, ratios = means[:n], means[n:]
     shapes: dict[int, tuple[int, ...]] = {}
     for share in gather_objects(sums.shapes):
         shapes.update(share)

@@ -59,10 +59,10 @@ def _convolution(
     groups: int = 1,
 ) -> Any:
     """Return the convolution of a batch ``x (B, C, ...)``, or NotImplemented."""
-    known = type(x) is Tensor and isinstance(weight, Tensor) and x.ndim == weight.ndim and not x.is_complex()
+    is_supported = type(x) is Tensor and isinstance(weight, Tensor) and x.ndim == weight.ndim and not x.is_complex()
     n = weight.ndim - 2
     reach = [d * (size - 1) for d, size in zip(_each(dilation, n), weight.shape[2:])]
-    if not known or (padding == "same" and any(r % 2 for r in reach)):
+    if not is_supported or (padding == "same" and any(r % 2 for r in reach)):
         return NotImplemented
     padding = [r // 2 for r in reach] if padding == "same" else 0 if padding == "valid" else padding
     return _Convolution.apply(x, weight, bias, *(_each(v, n) for v in (stride, padding, dilation)), groups)
@@ -86,9 +86,9 @@ class _Convolution(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:
         x, weight = ctx.saved_tensors
-        wanted = ctx.needs_input_grad[:3]
-        dx, dw = _Backward.apply(g, x, weight, ctx.options, wanted[:2])
-        db = g.sum([axis for axis in range(g.ndim) if axis != 1]) if wanted[2] else None
+        needs_gradient = ctx.needs_input_grad[:3]
+        dx, dw = _Backward.apply(g, x, weight, ctx.options, needs_gradient[:2])
+        db = g.sum([axis for axis in range(g.ndim) if axis != 1]) if needs_gradient[2] else None
         return dx, dw, db, None, None, None, None
 
 
@@ -96,11 +96,13 @@ class _Backward(torch.autograd.Function):
     """The gradients of image and kernel, each bilinear in ``g`` and the other one."""
 
     @staticmethod
-    def forward(ctx: Any, g: Tensor, x: Tensor, weight: Tensor, options: tuple, wanted: tuple[bool, bool]) -> Any:
+    def forward(
+        ctx: Any, g: Tensor, x: Tensor, weight: Tensor, options: tuple, needs_gradient: tuple[bool, bool]
+    ) -> Any:
         ctx.save_for_backward(g, x, weight)
         ctx.options = options
         ctx.set_materialize_grads(False)
-        return aten.convolution_backward(g, x, weight, None, *options, [*wanted, False])[:2]
+        return aten.convolution_backward(g, x, weight, None, *options, [*needs_gradient, False])[:2]
 
     @staticmethod
     def backward(ctx: Any, u: Tensor | None, v: Tensor | None) -> Any:
@@ -114,11 +116,11 @@ class _Backward(torch.autograd.Function):
                 if image is not None and kernel is not None
             ]
             dg = parts[0].add_(parts[1]) if len(parts) > 1 else next(iter(parts), None)
-        wanted = [ctx.needs_input_grad[1] and v is not None, ctx.needs_input_grad[2] and u is not None, False]
+        needs_gradient = [ctx.needs_input_grad[1] and v is not None, ctx.needs_input_grad[2] and u is not None, False]
         dx, dw = None, None
-        if any(wanted):
+        if any(needs_gradient):
             image, kernel = x if u is None else u, weight if v is None else v  # the other one is not used
-            dx, dw, _ = aten.convolution_backward(g, image, kernel, None, *ctx.options, wanted)
+            dx, dw, _ = aten.convolution_backward(g, image, kernel, None, *ctx.options, needs_gradient)
         return dg, dx, dw, None, None
 
 

@@ -24,10 +24,10 @@ def select_parameters(
     """
     if subset is None or subset == "all":
         return dict(parameters)
-    chosen: set[str] = set()
+    selected: set[str] = set()
     for rule in [subset] if isinstance(subset, str) else subset:
-        chosen |= _matching(model, list(parameters), rule)
-    return {name: p for name, p in parameters.items() if name in chosen}
+        selected |= _matching(model, list(parameters), rule)
+    return {name: p for name, p in parameters.items() if name in selected}
 
 
 def _matching(model: nn.Module, names: list[str], rule: str) -> set[str]:
@@ -36,18 +36,18 @@ def _matching(model: nn.Module, names: list[str], rule: str) -> set[str]:
         from vitscope.models.structure.parameter_groups import parameter_kinds, parameter_stages
 
         groups = parameter_kinds(model) if what == "kind" else parameter_stages(model)
-        found = {name for name in names if str(groups.get(name)) == value}
-        known = sorted({str(groups.get(name)) for name in names})
+        matches = {name for name in names if str(groups.get(name)) == value}
+        candidates = sorted({str(groups.get(name)) for name in names})
     elif what == "layer" and value:
-        found = {name for name in names if name == value or name.startswith(value + ".")}
-        known = sorted({name.rpartition(".")[0] for name in names})
+        matches = {name for name in names if name == value or name.startswith(value + ".")}
+        candidates = sorted({name.rpartition(".")[0] for name in names})
     else:
-        found = {name for name in names if fnmatchcase(name, rule)}
-        known = names
-    if not found:
-        shown = ", ".join(known[:12]) + (", ..." if len(known) > 12 else "")
-        raise ValueError(f"Expected a parameter subset that matches something, received {rule!r}; there are: {shown}.")
-    return found
+        matches = {name for name in names if fnmatchcase(name, rule)}
+        candidates = names
+    if not matches:
+        listed = ", ".join(candidates[:12]) + (", ..." if len(candidates) > 12 else "")
+        raise ValueError(f"Expected a parameter subset that matches something, received {rule!r}; there are: {listed}.")
+    return matches
 
 
 def subset_name(subset: str | list[str] | None) -> str:

@@ -56,7 +56,7 @@ def principal_directions(differences: Sequence[Mapping[str, Tensor]], k: int = 2
     independent = int((squares > 1e-12 * max(squares.max(initial=0.0), 1e-300)).sum())
     if not independent:
         raise ValueError("Expected a checkpoint that differs from the final weights, received none.")
-    found = []
+    directions = []
     for column in range(min(k, independent)):
         weights = vectors[:, column] / np.sqrt(squares[column])
         weights = weights if weights[0] >= 0 else -weights  # the first difference's coordinate has its sign
@@ -64,5 +64,5 @@ def principal_directions(differences: Sequence[Mapping[str, Tensor]], k: int = 2
         for weight, difference_ in zip(weights, differences):
             for name, d in difference_.items():
                 total[name].add_(d, alpha=float(weight))
-        found.append(total)
-    return found, squares
+        directions.append(total)
+    return directions, squares

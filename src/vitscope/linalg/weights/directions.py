@@ -45,11 +45,11 @@ def random_direction(
             `vitscope.linalg.weights.effective_weights.canonical_names`, which leave wrappers out); by default these.
     """
     drawn = {}
-    for own, p in parameters.items():
-        name = own if names is None else names.get(own, own)
+    for parameter_name, p in parameters.items():
+        name = parameter_name if names is None else names.get(parameter_name, parameter_name)
         digest = hashlib.sha256(f"{seed}/{index}/{name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-        drawn[own] = torch.randn(p.shape, generator=generator, dtype=torch.float32).to(p)
+        drawn[parameter_name] = torch.randn(p.shape, generator=generator, dtype=torch.float32).to(p)
     return drawn
 
 
@@ -75,14 +75,14 @@ def moving(parameters: Mapping[str, Tensor], ignore: str | Sequence[str] = "bias
         raise ValueError(
             f"Expected ignore to hold words or regular expressions, received {ignore!r}: {error}."
         ) from None
-    left = {
+    moving_parameters = {
         name: p
         for name, p in parameters.items()
         if not (one_dim and p.ndim < 2) and not any(pattern.search(name) for pattern in stays)
     }
-    if not left:
+    if not moving_parameters:
         raise ValueError(f"Expected a parameter to move, received ignore={ignore!r} that leaves none.")
-    return left
+    return moving_parameters
 
 
 def filter_parameters(model: nn.Module) -> set[str]:
@@ -98,11 +98,11 @@ def filter_parameters(model: nn.Module) -> set[str]:
             keys = ("weight",)
         elif isinstance(module, nn.MultiheadAttention):
             keys = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
-        own = dict(module.named_parameters(recurse=False, remove_duplicate=False))
+        own_parameters = dict(module.named_parameters(recurse=False, remove_duplicate=False))
         buffers = dict(module.named_buffers(recurse=False))
         for key in keys:
             pruned = f"{key}_mask" in buffers
-            identities.add(id(own.get(f"{key}_orig" if pruned else key)))
+            identities.add(id(own_parameters.get(f"{key}_orig" if pruned else key)))
     return {name for name, p in model.named_parameters() if id(p) in identities}
 
 
@@ -139,8 +139,8 @@ def normalize(
         if normalization == "filter_official":
             ratio = _norms(w, (0,)) / (_norms(d, (0,)) + 1e-7)
         else:
-            over = _axes(name, d, normalization, filters)
-            ratio = (_norms(w, over) / _norms(d, over)).nan_to_num(0.0, posinf=0.0)
+            filter_axes = _axes(name, d, normalization, filters)
+            ratio = (_norms(w, filter_axes) / _norms(d, filter_axes)).nan_to_num(0.0, posinf=0.0)
         d.mul_(ratio.to(d.dtype))
     return direction
 
@@ -165,8 +165,8 @@ def project(
     filters, masks = set(filters), masks or {}
     masked(direction, masks)
     for name, d in direction.items():
-        over = _axes(name, d, normalization, filters)
-        ratio = radius * _norms(_used(parameters, name, masks), over) / _norms(d, over)
+        filter_axes = _axes(name, d, normalization, filters)
+        ratio = radius * _norms(_used(parameters, name, masks), filter_axes) / _norms(d, filter_axes)
         d.mul_(ratio.nan_to_num(1.0).clamp(max=1.0).to(d.dtype))
     return direction
 
@@ -182,10 +182,10 @@ def _axes(name: str, d: Tensor, normalization: str, filters: set[str]) -> tuple[
     return tuple(range(1 if normalization == "filter" and name in filters else 0, d.ndim))
 
 
-def _norms(tensor: Tensor, over: tuple[int, ...]) -> Tensor:
-    if not over:
+def _norms(tensor: Tensor, filter_axes: tuple[int, ...]) -> Tensor:
+    if not filter_axes:
         return tensor.double().abs()
-    return torch.linalg.vector_norm(tensor, dim=over, keepdim=True, dtype=torch.float64)
+    return torch.linalg.vector_norm(tensor, dim=filter_axes, keepdim=True, dtype=torch.float64)
 
 
 def inner(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
@@ -222,22 +222,22 @@ def orthogonalize(direction: Direction, against: Mapping[str, Tensor]) -> Direct
     return direction
 
 
-def as_direction(given: object, parameters: Mapping[str, Tensor]) -> Direction:
-    """Return a copy of ``given`` as a direction: a mapping by parameter name, or one flat vector.
+def as_direction(vectors: object, parameters: Mapping[str, Tensor]) -> Direction:
+    """Return a copy of ``vectors`` as a direction: a mapping by parameter name, or one flat vector.
 
     Args:
-        given: a mapping from parameter names to arrays or tensors, or a vector ``(P,)`` over all of ``parameters`` in order.
+        vectors: a mapping from parameter names to arrays or tensors, or a vector ``(P,)`` over all of ``parameters`` in order.
         parameters: the trainable parameters, by name.
 
     Raises:
         ValueError: a name that the model lacks, or a shape that does not fit.
     """
-    if isinstance(given, Mapping):
-        if unknown := [name for name in given if name not in parameters]:
+    if isinstance(vectors, Mapping):
+        if unknown := [name for name in vectors if name not in parameters]:
             raise ValueError(f"Expected directions of the model's trainable parameters, received {unknown[0]!r}.")
-        pieces = {str(name): torch.as_tensor(value) for name, value in given.items()}
+        pieces = {str(name): torch.as_tensor(value) for name, value in vectors.items()}
     else:
-        flat = torch.as_tensor(given)
+        flat = torch.as_tensor(vectors)
         total = sum(p.numel() for p in parameters.values())
         if flat.numel() != total:
             raise ValueError(f"Expected a direction with {total} entries, received {flat.numel()}.")

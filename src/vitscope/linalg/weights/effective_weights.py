@@ -39,14 +39,14 @@ def canonical_names(model: nn.Module) -> dict[str, str]:
 
 def pruning_masks(model: nn.Module) -> dict[str, Tensor]:
     """Return the masks of pruned parameters (``torch.nn.utils.prune``) by the names of the parameters."""
-    found = {}
+    masks = {}
     for path, module in model.named_modules():
         buffers = dict(module.named_buffers(recurse=False, remove_duplicate=False))
         for key, _ in module.named_parameters(recurse=False, remove_duplicate=False):
             mask = buffers.get(f"{key.removesuffix('_orig')}_mask")
             if key.endswith("_orig") and mask is not None:
-                found[f"{path}.{key}".lstrip(".")] = mask
-    return found
+                masks[f"{path}.{key}".lstrip(".")] = mask
+    return masks
 
 
 def made_weights(model: nn.Module) -> dict[str, str]:
@@ -55,20 +55,24 @@ def made_weights(model: nn.Module) -> dict[str, str]:
     ``torch.nn.utils.parametrize`` (weight norm, spectral norm and others) and the older hooks of ``weight_norm`` and
     ``spectral_norm``. Pruned weights, which are products with a mask, are not among them.
     """
-    found: dict[str, str] = {}
+    sources: dict[str, str] = {}
     masks = pruning_masks(model)
     names = {id(p): name for name, p in model.named_parameters()}
     for path, module in model.named_modules():
         if parametrize.is_parametrized(module):
             for key, chain in module.parametrizations.items():  # type: ignore[union-attr]
-                found |= {names[id(p)]: f"{path}.{key}".lstrip(".") for p in chain.parameters() if id(p) in names}
-        own = dict(module.named_parameters(recurse=False, remove_duplicate=False))
+                sources |= {names[id(p)]: f"{path}.{key}".lstrip(".") for p in chain.parameters() if id(p) in names}
+        own_parameters = dict(module.named_parameters(recurse=False, remove_duplicate=False))
         for ends in _MADE_FROM:
-            for key in [key.removesuffix(ends[0]) for key in own if key.endswith(ends[0])]:
+            for key in [key.removesuffix(ends[0]) for key in own_parameters if key.endswith(ends[0])]:
                 parts = [f"{path}.{key}{end}".lstrip(".") for end in ends]
-                if key not in own and all(f"{key}{end}" in own for end in ends) and not set(parts) & set(masks):
-                    found |= dict.fromkeys(parts, f"{path}.{key}".lstrip("."))
-    return found
+                if (
+                    key not in own_parameters
+                    and all(f"{key}{end}" in own_parameters for end in ends)
+                    and not set(parts) & set(masks)
+                ):
+                    sources |= dict.fromkeys(parts, f"{path}.{key}".lstrip("."))
+    return sources
 
 
 def refuse_made_weights(model: nn.Module, moved: Iterable[str], normalization: str) -> None:
@@ -77,12 +81,12 @@ def refuse_made_weights(model: nn.Module, moved: Iterable[str], normalization: s
     The network does not change with the length of ``v`` in weight norm, or of a spectrally normalized weight: norms of these
     parameters say nothing about the weight that the layer uses.
     """
-    made = made_weights(model) if normalization != "none" else {}
+    sources = made_weights(model) if normalization != "none" else {}
     for name in moved:
-        if name in made:
+        if name in sources:
             raise ValueError(
-                f"Expected weights that are parameters with normalization={normalization!r}, received {made[name]!r}, which is "
-                f"made from {name!r}: pass a copy of the model after torch.nn.utils.parametrize.remove_parametrizations (or "
+                f"Expected weights that are parameters with normalization={normalization!r}, received {sources[name]!r}, which "
+                f"is made from {name!r}: pass a copy of the model after torch.nn.utils.parametrize.remove_parametrizations (or "
                 "remove_weight_norm, remove_spectral_norm), or normalization='none'."
             )
 

@@ -43,14 +43,14 @@ def _mapped(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
             return {name: t.clone() for name, t in tensors.items()}
         # copy-on-write: a writable array (torch warns of others) that never reaches the file
         content = torch.from_numpy(np.memmap(file, dtype=np.uint8, mode="c", shape=(total,)))
-    kept, start = {}, 0
+    mapped_tensors, start = {}, 0
     for name, t in tensors.items():
         piece = content[start : start + t.numel() * t.element_size()]
         start += piece.numel()
         # a type wider than its offset is a multiple of cannot be a view
         aligned = piece if piece.storage_offset() % t.element_size() == 0 else piece.clone()
-        kept[name] = aligned.view(t.dtype).reshape(t.shape)
-    return kept
+        mapped_tensors[name] = aligned.view(t.dtype).reshape(t.shape)
+    return mapped_tensors
 
 
 @contextmanager
@@ -71,16 +71,16 @@ def points_in_plane(
     weights = [parameters[name].detach() for name in names]
     row = [torch.empty_like(w).copy_(w) for w in weights]
     start = row if first is None else list(set_aside(dict(zip(names, weights))).values())
-    here = 0.0
+    position = 0.0
 
     def move(a: float, b: float) -> None:
-        nonlocal here
-        if first is not None and a != here:
+        nonlocal position
+        if first is not None and a != position:
             for name, r, w in zip(names, row, start):
                 r.copy_(w)
                 if name in first:
                     r.add_(first[name].to(r.device), alpha=a)
-            here = a
+            position = a
         for name, p, r in zip(names, weights, row):
             if name in second:
                 torch.add(r, second[name], alpha=b, out=p)
@@ -110,8 +110,11 @@ def points_on_segment(
         start: values at t = 0, of every name in ``tensors``.
         end: values at t = 1.
     """
-    kept = {name: t.detach().clone() for name, t in tensors.items()}
-    ends = {name: tuple(_apart(given[name], tensors[name], t) for given in (start, end)) for name, t in kept.items()}
+    original_tensors = {name: t.detach().clone() for name, t in tensors.items()}
+    ends = {
+        name: tuple(_apart(state[name], tensors[name], t) for state in (start, end))
+        for name, t in original_tensors.items()
+    }
 
     def move(t: float) -> None:
         for name, tensor in tensors.items():
@@ -129,16 +132,20 @@ def points_on_segment(
     finally:
         with torch.no_grad():
             for name, tensor in tensors.items():
-                tensor.copy_(kept[name])
+                tensor.copy_(original_tensors[name])
 
 
-def _apart(given: Tensor, moving: Tensor, kept: Tensor) -> Tensor:
-    """Return ``given`` on the device and in the type of ``kept``, which stands in for it where it is what moves."""
-    if given.layout != torch.strided:  # whose parts may be another tensor's too
-        return given.detach().to(kept).clone()
-    if given.device == moving.device and given.data_ptr() == moving.data_ptr() and given.dtype == moving.dtype:
-        return kept  # a live state dict: its values would move too
-    return given.detach().to(kept)
+def _apart(end_value: Tensor, moving: Tensor, original: Tensor) -> Tensor:
+    """Return ``end_value`` on the device and in the type of ``original``, which stands in for it where it is what moves."""
+    if end_value.layout != torch.strided:  # whose parts may be another tensor's too
+        return end_value.detach().to(original).clone()
+    if (
+        end_value.device == moving.device
+        and end_value.data_ptr() == moving.data_ptr()
+        and end_value.dtype == moving.dtype
+    ):
+        return original  # a live state dict: its values would move too
+    return end_value.detach().to(original)
 
 
 @dataclass(frozen=True)
@@ -178,11 +185,11 @@ def squared_norms(
     """
 
     pairs = ((0, 0), (0, 1), (0, 2), (1, 1), (1, 2), (2, 2))
-    found = []
+    norms = []
     for name, w in parameters.items():
         gram = _gram(w, (first or {}).get(name), second.get(name))
-        found.append([float(gram[pair]) for pair in pairs])
-    return SquaredNorms(np.array(found))
+        norms.append([float(gram[pair]) for pair in pairs])
+    return SquaredNorms(np.array(norms))
 
 
 def _gram(*vectors: Tensor | None) -> Tensor:
