@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import hydra
@@ -19,6 +21,19 @@ from vitscope.runtime.errors import ConfigError
 
 PLAIN = ["model=vit", "seed=3"]
 THROUGH_MAIN = ["+hydra.job.env_set.TZ=UTC", "hydra.verbose=false", "hydra/job_logging=default"]
+
+
+@pytest.fixture(autouse=True)
+def root_logger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Remove the handlers that Hydra gives to the root logger: their streams are the test's, their files in its folder."""
+    monkeypatch.chdir(tmp_path)
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+    yield
+    for handler in set(root.handlers) - set(handlers):
+        handler.close()
+    root.handlers[:] = handlers
+    root.setLevel(level)
 
 
 class Received:
