@@ -62,8 +62,14 @@ def test_diagnostics_leave_no_trace_in_training(call, tiny, tmp_path) -> None:
     assert set(vs.load_results(tmp_path / "with")["fourier"]) == {"init", "epoch-0000", "epoch-0001", "end"}
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "sam"])
-@pytest.mark.parametrize("stop_after", [2, 4, 5])
+@pytest.mark.parametrize(
+    ("stop_after", "optimizer"),
+    [
+        (2, "adamw"),
+        (5, "sam"),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in [(4, "adamw"), (5, "adamw"), (2, "sam"), (4, "sam")]),
+    ],
+)
 def test_resumed_equals_uninterrupted(call, tiny, tmp_path, monkeypatch, stop_after, optimizer) -> None:
     shared = [
         *tiny,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.helpers.processes import ENVIRONMENT, ROOT, run_of
+from tests.helpers.processes import ENVIRONMENT, ROOT, on_ranks, run_of
 from vitscope.cli import exit_codes, train
 from vitscope.runs import checkpoint_io, metrics_log
 
@@ -72,13 +73,26 @@ def test_two_processes_give_one_process_s_numbers(tmp_path: Path, monkeypatch: p
             assert two[key] == pytest.approx(value, rel=1e-6, abs=1e-7), key
 
 
+def train_as_rank(rank: int, arguments: list[str], port: int) -> None:
+    """Train as one of two ranks that were started from outside, in a forked process; the other test has ranks launched."""
+    place = {"LOCAL_RANK": rank, "NODE_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ |= {key: str(value) for key, value in place.items()}
+    os.environ.pop("VITSCOPE_RUN_DIR", None)
+    sys.argv = ["train.py", *arguments]
+    assert exit_codes.run_command(train._command) == 0
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 def test_two_processes_average_weights_with_mixed_batches(tmp_path: Path) -> None:
     """The average of a module whose batches the data module mixes; it is what is tested and saved."""
     shared = [*SMALL, *PAIR, "objective=strong", "callbacks=[checkpoint,ema]", "callbacks.ema.decay=0.5", "data.batch_size=4",
               "trainer.max_epochs=1", "trainer.limit_val_batches=1", "trainer.limit_test_batches=1", "analysis=[]"]  # fmt: skip
-    process = start(*shared, f"run_dir={tmp_path}/two")
-    _, err = process.communicate(timeout=300)
-    assert process.returncode == 0, err
+    on_ranks(train_as_rank, [*shared, f"run_dir={tmp_path}/two"], free_port())
     content = checkpoint_io.read(tmp_path / "two" / "checkpoints" / "last.ckpt")
     assert content["averaging_state"]["n_averaged"] == 4
     average, last = content["state_dict"], content["current_model_state"]
