@@ -94,8 +94,9 @@ def test_a_malicious_file_is_refused_and_not_executed(call, tmp_path, capsys, mo
 
 
 def test_gradient_checkpointing_and_channels_last_train_the_same_network(call, tiny, tmp_path) -> None:
-    shared = [*tiny[3:], "model=alternet", "data=digits", "data.eval_batch_size=4", "trainer.limit_train_batches=2", "data.batch_size=4", "analysis=[]",
-              "test=false", "model.drop_path=0.2", "trainer.precision=64-true"]  # fmt: skip
+    shared = [*tiny[3:], "model=alternet", "data=digits", "data.eval_batch_size=4", "trainer.limit_train_batches=2",
+              "data.batch_size=4", "trainer.max_epochs=1", "analysis=[]", "test=false", "model.drop_path=0.2",
+              "trainer.precision=64-true"]  # fmt: skip
     options = {"plain": [], "saving": ["model.grad_checkpointing=true"], "last": ["channels_last=true"]}
     states = {}
     for name, option in options.items():
