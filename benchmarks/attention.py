@@ -17,7 +17,7 @@ import torch
 from landscape import FOREIGN, timed
 from torch import Tensor
 
-from vitscope.models.window_attention import WindowAttention, merge, partition
+from vitscope.models.layers.window_attention import WindowAttention, merge, partition
 
 MAPS = ((16, 128, 6), (8, 256, 12), (4, 512, 24))  # side, width, heads of stages 2, 3 and 4
 REPEATS = 10

@@ -44,7 +44,7 @@ import vitscope as vs
 from vitscope.core import lr_schedule
 from vitscope.core.objective import Objective
 from vitscope.data import DataModule
-from vitscope.models.window_attention import WindowAttention
+from vitscope.models.layers.window_attention import WindowAttention
 from vitscope.runs.metrics_log import Journal
 from vitscope.runs.run_dir import Run
 from vitscope.runs.wandb_mirror import WandbMirror

@@ -18,8 +18,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import vitscope as vs
 from vitscope.linalg.curvature.operator_factory import curvatures
 from vitscope.models.alternet import AlterNet, MSABlock, _conv_block
-from vitscope.models.attention import SelfAttention
-from vitscope.models.window_attention import WindowAttention
+from vitscope.models.layers.attention import SelfAttention
+from vitscope.models.layers.window_attention import WindowAttention
 
 N, CLASSES, DECAY = 5, 3, 0.1
 

@@ -8,7 +8,7 @@ from torch import nn
 from vitscope import models
 from vitscope.models.alternet import MSABlock
 from vitscope.models.alternet_layout import BLOCKS, build_up, feature_map_sizes, stage_blocks, valid_window_sizes
-from vitscope.models.window_attention import FixedMixing, WindowAttention, box_blur, merge, partition
+from vitscope.models.layers.window_attention import FixedMixing, WindowAttention, box_blur, merge, partition
 
 
 def count(**options) -> int:

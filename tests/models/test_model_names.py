@@ -38,7 +38,7 @@ def test_every_public_function_is_bound_by_its_name() -> None:
         assert (function.__name__, function.__module__) == (name, module)
         assert name in dir(models)
     assert {"vit", "convit", "preresnet", "timm_model"} <= set(models.functions())
-    assert not {"attention", "timm_internals", "token_grid"} & set(models.functions())
+    assert not {"layers", "timm_internals", "token_grid"} & set(models.functions())
 
 
 def test_an_unknown_name_is_an_attribute_error() -> None:

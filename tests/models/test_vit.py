@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from vitscope import models
-from vitscope.models.attention import SelfAttention, neighborhood
+from vitscope.models.layers.attention import SelfAttention, neighborhood
 
 
 def tokens(n: int = 64, dim: int = 6) -> torch.Tensor:

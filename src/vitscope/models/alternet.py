@@ -24,8 +24,8 @@ from vitscope.models.alternet_layout import (
     stage_blocks,
     valid_window_sizes,
 )
+from vitscope.models.layers.window_attention import FixedMixing, Mixer, PositionBias, WindowAttention
 from vitscope.models.structure.residual_structure import Read, ResidualUnit, parts
-from vitscope.models.window_attention import FixedMixing, Mixer, PositionBias, WindowAttention
 
 __all__ = ["AlterNet", "MSABlock", "alternet", "build_up", "feature_map_sizes", "valid_window_sizes"]
 

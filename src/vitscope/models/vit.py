@@ -6,7 +6,7 @@ from typing import Literal
 
 from timm.models.vision_transformer import Block, VisionTransformer
 
-from vitscope.models.attention import Padding, SelfAttention
+from vitscope.models.layers.attention import Padding, SelfAttention
 
 SIZES = {"tiny": (192, 12, 3), "small": (384, 12, 6), "base": (768, 12, 12), "large": (1024, 24, 16)}
 """Width, depth and heads by name (Touvron et al. 2021)."""

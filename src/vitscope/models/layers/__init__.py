@@ -1,0 +1,1 @@
+"""Layers that several models share: attention within a kernel, in windows, and its replacements."""
