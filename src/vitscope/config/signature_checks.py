@@ -1,4 +1,4 @@
-"""Values of a configuration against the signatures of what they configure: unknown keys, wrong types, wrong words."""
+"""Values of a configuration against the signatures of what they configure: unknown keys, types, choices and ranges."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, Union, get_args, get_origin
 
 from vitscope.config import instantiate, loading, target_allowlist
+from vitscope.config.ranges.number_checks import check_value
 from vitscope.runtime import errors
 from vitscope.runtime.errors import ConfigError
+from vitscope.runtime.value_ranges import ValueRange, range_of
 
 _UNIONS = (Union, types.UnionType)
 
@@ -48,15 +50,15 @@ def check_node(
 def check_arguments(
     path: str, given: Mapping[str, Any], target: Callable[..., Any], supplied: Sequence[str] = ()
 ) -> None:
-    """Check the keys and types of ``given`` against a signature.
+    """Check the keys, types and ranges of ``given`` against a signature.
 
     Raises:
-        ConfigError: an unknown key, with the nearest ones, or a value of another type.
+        ConfigError: an unknown key, with the nearest ones, or a value of another type or outside of its range.
     """
     parameters = inspect.signature(target).parameters
     open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     names = {name for name, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
-    hints = _hints(target)
+    hints, ranges = _hints(target), _ranges(target)
     for key, value in given.items():
         if key not in names and not open_ended:
             raise ConfigError(f"{path}.{key}", shown(value), "no such key", errors.nearest(key, names - set(supplied)))
@@ -65,11 +67,21 @@ def check_arguments(
                 raise ConfigError(f"{path}.{key}", value, "no such choice", errors.nearest(value, names))
             expected = hints[key].__name__ if isinstance(hints[key], type) else str(hints[key]).replace("typing.", "")
             raise ConfigError(f"{path}.{key}", shown(value), f"not of type {expected}", "correct the value")
+        if key in ranges:
+            check_value(f"{path}.{key}", value, ranges[key])
 
 
-def _hints(target: Callable[..., Any]) -> dict[str, Any]:
+def _ranges(target: Callable[..., Any]) -> dict[str, ValueRange]:
+    """Return the ranges that the annotations of a target declare, by argument."""
+    hints = _hints(target, include_extras=True)
+    return {name: value_range for name, hint in hints.items() if (value_range := range_of(hint)) is not None}
+
+
+def _hints(target: Callable[..., Any], *, include_extras: bool = False) -> dict[str, Any]:
     try:
-        return typing.get_type_hints(target.__init__ if inspect.isclass(target) else target)
+        return typing.get_type_hints(
+            target.__init__ if inspect.isclass(target) else target, include_extras=include_extras
+        )
     except (NameError, TypeError, AttributeError):  # annotations that need imports which are not there
         return {}
 

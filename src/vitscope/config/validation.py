@@ -1,7 +1,7 @@
 """`validate(cfg)`: refuse what cannot work, before data, model or W&B start, in one line that names the key.
 
-Keys and types are checked against the signatures of what the nodes configure, so that a new model or measure brings its
-own checks; only ranges and relations between groups are written out here.
+Keys, types and ranges are checked against the signatures of what the nodes configure, so that a new model or measure brings
+its own checks; only relations between keys are written out, here and in `cross_checks`.
 """
 
 from __future__ import annotations
@@ -9,9 +9,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-import math
 import os
-import re
 import typing
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -22,40 +20,17 @@ from omegaconf.errors import OmegaConfBaseException
 
 from vitscope.config import cross_checks, instantiate, loading, target_allowlist
 from vitscope.config.loading import DATA_HINTS, MODEL_HINTS, NODE_KEYS
+from vitscope.config.ranges.library_options import MeasurementTimes, ProbeOptions
+from vitscope.config.ranges.number_checks import check_numbers
 from vitscope.config.signature_checks import check_arguments, check_node, fits, shown
 from vitscope.runtime import errors
 from vitscope.runtime.errors import CheckpointError, ConfigError, DataError, StorageError
 
 METRICS = cross_checks.METRICS
 
-#: what the keys of an analysis that are not options of its measure may hold
-PROBE_TYPES = {"split": str, "augment": bool | str, "n_images": int | None, "batch_size": int | None, "seed": int | None,
-               "mix": bool | None}  # fmt: skip
-WHEN_TYPES = {"start": bool, "every_n_epochs": int | None, "end": bool}
-
-#: keys outside of plain groups that take a number from every target: refused without importing the target
-NUMBERS = ("optimizer.lr",)
-
-#: (the key's end, test, what is expected), the first match counts; numbers only
-RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
-    (r"(optimizer\.lr|\.rho)", lambda v: v > 0, "greater than 0"),
-    (r"(weight_decay|mixup|cutmix|warmup_epochs|gradient_clip_val|gamma|log_every_n_steps)", lambda v: v >= 0, "at least 0"),
-    (r"limit_train_batches", lambda v: v >= 1 if isinstance(v, int) else 0 < v <= 1, "at least 1, or a share in (0.0, 1.0]"),
-    (r"val_check_interval", lambda v: v >= 1 if isinstance(v, int) else 0 < v <= 1, "at least 1, or a share in (0.0, 1.0]"),
-    (r"limit_\w+_batches", lambda v: v >= 0 if isinstance(v, int) else v <= 1, "at least 0, or a share in [0.0, 1.0]"),
-    (r"check_val_every_n_epoch|callbacks\.\w+\.every_n_epochs|num_nodes", lambda v: v >= 1, "at least 1"),
-    (r"label_smoothing|drop_path|dropout", lambda v: 0 <= v < 1, "in [0, 1)"),
-    (r"momentum", lambda v: 0 <= v < 1, "in [0, 1)"),
-    (r"switch_prob|random_erasing|tail|min_factor", lambda v: 0 <= v <= 1, "in [0, 1]"),
-    (r"fraction", lambda v: 0 < v <= 1, "in (0, 1]"),
-    (r"max_epochs", lambda v: v == -1 or v >= 1, "at least 1 (or -1 with trainer.max_steps)"),
-    (r"max_steps", lambda v: v == -1 or v >= 1, "at least 1 (or -1 for none)"),
-    (r"(batch_size|n_images|n_batches|n_top|n_vectors|n_steps|n_directions|accumulate_grad_batches|image_size|num_classes"
-     r"|patch_size|window_size|depth|dim_head|heads|k|n)", lambda v: v >= 1, "at least 1"),
-    (r"(seed|split_seed)", lambda v: 0 <= v < 2**63, "in 0 .. 2^63 - 1"),
-    (r"(num_workers|every_n_epochs)", lambda v: v >= 0, "at least 0"),
-    (r"span|rms|budget_s", lambda v: v > 0, "greater than 0"),
-)  # fmt: skip
+#: types of the keys of an analysis that are not options of its measure
+PROBE_TYPES = typing.get_type_hints(ProbeOptions)
+WHEN_TYPES = typing.get_type_hints(MeasurementTimes)
 
 
 def validate(cfg: DictConfig) -> None:
@@ -99,8 +74,7 @@ def validate_plain_values(cfg: DictConfig) -> None:
 
 
 def _check_plain_values(tree: Mapping[str, Any], *, whole: bool) -> None:
-    for key, value in _leaves(tree):
-        _check_number(key, value)
+    check_numbers(tree)
     _check_roots(tree, whole=whole)
     for group in ("objective", "logger", "paths"):
         _check_plain_group(group, tree.get(group) or {})
@@ -170,23 +144,6 @@ def _leaves(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
             yield from _leaves(value, f"{path}.{index}")
     else:
         yield path, node
-
-
-def _check_number(key: str, value: Any) -> None:
-    if isinstance(value, str) and key in NUMBERS:
-        raise ConfigError(key, value, "not of type float", "give a number such as 0.001")
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ConfigError(key, value, "not a finite number", "give one")
-    name = re.sub(r"\.\d+$", "", key)
-    if name.startswith("caps."):
-        return
-    for pattern, good, expected in RANGES:
-        if re.search(rf"(^|\.)({pattern})$", name):
-            if not good(value):
-                raise ConfigError(key, value, f"not {expected}", f"give a number {expected}")
-            return
 
 
 def _check_target_group(group: str, node: Mapping[str, Any]) -> None:

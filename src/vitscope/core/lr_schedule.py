@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from vitscope.runtime.value_ranges import NonNegativeFloat, UnitInterval
+
 
 def factor(
     step: int,
@@ -12,11 +14,11 @@ def factor(
     steps_per_epoch: int,
     total_epochs: float,
     kind: str = "cosine",
-    warmup_epochs: float = 0.0,
+    warmup_epochs: NonNegativeFloat = 0.0,
     per_epoch: bool = False,
-    min_factor: float = 0.0,
+    min_factor: UnitInterval = 0.0,
     milestones: Sequence[float] = (),
-    gamma: float = 0.2,
+    gamma: NonNegativeFloat = 0.2,
 ) -> float:
     """Return the factor of the base learning rate at optimizer step ``step``, counted from 0.
 

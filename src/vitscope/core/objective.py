@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vitscope.runtime.value_ranges import NonNegativeFloat, ShareBelowOne
+
 L2_FORMS = ("half_sq", "sum_norm", "adamw", "none")
 
 #: the class index of an image without a label, as `torch.nn.functional.cross_entropy` has it: it counts in no mean
@@ -61,9 +63,9 @@ class Objective:
         ValueError: an unknown form, a negative or non-finite factor, or ``adamw`` without ``decay_scale``.
     """
 
-    weight_decay: float = 0.0
+    weight_decay: NonNegativeFloat = 0.0
     l2: str = "half_sq"
-    label_smoothing: float = 0.0
+    label_smoothing: ShareBelowOne = 0.0
     decay_scale: Mapping[str, Tensor] | None = None
 
     def __post_init__(self) -> None:

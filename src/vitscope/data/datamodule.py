@@ -24,6 +24,15 @@ from vitscope.data.sources.class_folders import listed
 from vitscope.data.sources.file_images import FileImages, model_recipe
 from vitscope.runtime import distributed
 from vitscope.runtime.errors import ConfigError, DataError
+from vitscope.runtime.value_ranges import (
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveInt,
+    PositiveShare,
+    Seed,
+    ShareBelowOne,
+    UnitInterval,
+)
 
 Images = ArrayImages | FileImages
 
@@ -77,24 +86,24 @@ class DataModule(pl.LightningDataModule):
         *,
         name: str = "photos",
         root: str | None = None,
-        image_size: int = 32,
-        num_classes: int = 16,
+        image_size: PositiveInt = 32,
+        num_classes: PositiveInt = 16,
         mean: Sequence[float] = (0.502, 0.502, 0.502),
         std: Sequence[float] = (0.1647, 0.1647, 0.1647),
-        batch_size: int = 96,
+        batch_size: PositiveInt = 96,
         eval_batch_size: int = 256,
-        fraction: float = 1.0,
-        num_workers: int = 0,
-        seed: int = 0,
-        split_seed: int = 0,
+        fraction: PositiveShare = 1.0,
+        num_workers: NonNegativeInt = 0,
+        seed: Seed = 0,
+        split_seed: Seed = 0,
         augment: str = "none",
         flip: bool = True,
         crop_fill: int = 0,
-        random_erasing: float = 0.0,
-        mixup: float = 0.0,
-        cutmix: float = 0.0,
-        switch_prob: float = 0.5,
-        label_smoothing: float = 0.0,
+        random_erasing: UnitInterval = 0.0,
+        mixup: NonNegativeFloat = 0.0,
+        cutmix: NonNegativeFloat = 0.0,
+        switch_prob: UnitInterval = 0.5,
+        label_smoothing: ShareBelowOne = 0.0,
         random_labels: bool = False,
         drop_last: bool = False,
         crop_pct: float = 0.875,

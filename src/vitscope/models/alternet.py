@@ -14,7 +14,6 @@ from torch.utils.checkpoint import checkpoint
 
 from vitscope.models.alternet_layout import (
     DEFAULT_MSA,
-    ImageSize,
     Placement,
     Stem,
     blocks_of,
@@ -26,6 +25,7 @@ from vitscope.models.alternet_layout import (
 )
 from vitscope.models.layers.window_attention import FixedMixing, Mixer, PositionBias, WindowAttention
 from vitscope.models.structure.residual_structure import Read, ResidualUnit, parts
+from vitscope.runtime.value_ranges import ImageSize, PositiveInt, ShareBelowOne
 
 __all__ = ["AlterNet", "MSABlock", "alternet", "build_up", "feature_map_sizes", "valid_window_sizes"]
 
@@ -97,21 +97,21 @@ class AlterNet(nn.Module):
 
 
 def alternet(
-    depth: int = 18,
-    num_classes: int = 10,
+    depth: PositiveInt = 18,
+    num_classes: PositiveInt = 10,
     image_size: ImageSize = 32,
-    window_size: int = 4,
+    window_size: PositiveInt = 4,
     n_msa: Sequence[int] | None = None,
-    dim_head: int = 64,
+    dim_head: PositiveInt = 64,
     stem: Stem = "cifar",
     pad: bool = False,
     *,
-    heads: Sequence[int] = (3, 6, 12, 24),
+    heads: Sequence[PositiveInt] = (3, 6, 12, 24),
     mixer: Mixer = "msa",
     blur_size: int = 2,
     placement: Placement = "stage_end",
     position_bias: PositionBias = "shared",
-    drop_path: float = 0.0,
+    drop_path: ShareBelowOne = 0.0,
     in_chans: int = 3,
     grad_checkpointing: bool = False,
 ) -> AlterNet:

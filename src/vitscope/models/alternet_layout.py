@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
+from vitscope.runtime.value_ranges import ImageSize
+
 Placement = Literal["stage_end", "stage_start", "late", "alternating", "official"]
 Stem = Literal["cifar", "imagenet"]
-ImageSize = int | tuple[int, int]
 
 BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 4), 50: (3, 4, 6, 4), 101: (3, 4, 23, 4), 152: (3, 8, 36, 4)}
 """Blocks a stage of AlterNet by depth (one more in the last stage than a ResNet of that depth)."""

@@ -12,18 +12,20 @@ from timm.models.resnet import ResNet
 from timm.models.resnetv2 import ResNetV2
 from torch import nn
 
+from vitscope.runtime.value_ranges import ImageSize, PositiveInt, ShareBelowOne
+
 Stem = Literal["cifar", "imagenet"]
 
 BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
 
 
 def convnet(
-    depth: int = 18,
-    num_classes: int = 10,
-    image_size: int | tuple[int, int] = 32,
+    depth: PositiveInt = 18,
+    num_classes: PositiveInt = 10,
+    image_size: ImageSize = 32,
     stem: Stem = "cifar",
     preact: bool = False,
-    drop_path: float = 0.0,
+    drop_path: ShareBelowOne = 0.0,
     in_chans: int = 3,
     *,
     zero_init_last: bool = False,
@@ -56,11 +58,11 @@ def convnet(
 
 
 def resnext(
-    depth: int = 50,
-    num_classes: int = 10,
-    image_size: int | tuple[int, int] = 32,
+    depth: PositiveInt = 50,
+    num_classes: PositiveInt = 10,
+    image_size: ImageSize = 32,
     stem: Stem = "cifar",
-    drop_path: float = 0.0,
+    drop_path: ShareBelowOne = 0.0,
     in_chans: int = 3,
     *,
     zero_init_last: bool = False,
@@ -79,11 +81,11 @@ def resnext(
 
 
 def preresnet(
-    depth: int = 18,
-    num_classes: int = 10,
-    image_size: int | tuple[int, int] = 32,
+    depth: PositiveInt = 18,
+    num_classes: PositiveInt = 10,
+    image_size: ImageSize = 32,
     stem: Stem = "cifar",
-    drop_path: float = 0.0,
+    drop_path: ShareBelowOne = 0.0,
     in_chans: int = 3,
     *,
     zero_init_last: bool = False,

@@ -8,17 +8,19 @@ import timm
 from timm.models.convnext import ConvNeXt
 from torch import nn
 
+from vitscope.runtime.value_ranges import ImageSize, PositiveInt, ShareBelowOne
+
 SIZES = ("atto", "femto", "pico", "nano", "tiny", "small", "base", "large")
 
 
 def convnext(
     size: str = "atto",
-    num_classes: int = 10,
-    image_size: int | tuple[int, int] = 32,
-    patch_size: int = 2,
+    num_classes: PositiveInt = 10,
+    image_size: ImageSize = 32,
+    patch_size: PositiveInt = 2,
     kernel_size: int = 7,
     layer_scale: float | None = 1e-6,
-    drop_path: float = 0.0,
+    drop_path: ShareBelowOne = 0.0,
     in_chans: int = 3,
     *,
     grad_checkpointing: bool = False,

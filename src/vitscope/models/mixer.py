@@ -5,6 +5,7 @@ from __future__ import annotations
 from timm.models.mlp_mixer import MlpMixer
 
 from vitscope.models.vit import token_grid
+from vitscope.runtime.value_ranges import ImageSize, PositiveInt, ShareBelowOne
 
 SIZES = {"small": (512, 8), "base": (768, 12), "large": (1024, 24)}
 """Width and number of blocks by name (Tolstikhin et al. 2021)."""
@@ -12,10 +13,10 @@ SIZES = {"small": (512, 8), "base": (768, 12), "large": (1024, 24)}
 
 def mixer(
     size: str = "small",
-    num_classes: int = 10,
-    image_size: int | tuple[int, int] = 32,
-    patch_size: int = 4,
-    drop_path: float = 0.0,
+    num_classes: PositiveInt = 10,
+    image_size: ImageSize = 32,
+    patch_size: PositiveInt = 4,
+    drop_path: ShareBelowOne = 0.0,
     in_chans: int = 3,
     *,
     grad_checkpointing: bool = False,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from timm.models.pit import PoolingVisionTransformer
 
+from vitscope.runtime.value_ranges import ImageSize, PositiveInt, ShareBelowOne
+
 SIZES = {
     "tiny": ((32, 32, 32), (2, 6, 4), (2, 4, 8)),
     "xsmall": ((48, 48, 48), (2, 6, 4), (2, 4, 8)),
@@ -15,11 +17,11 @@ SIZES = {
 
 def pit(
     size: str = "tiny",
-    num_classes: int = 10,
-    image_size: int | tuple[int, int] = 32,
-    patch_size: int = 2,
+    num_classes: PositiveInt = 10,
+    image_size: ImageSize = 32,
+    patch_size: PositiveInt = 2,
     stride: int | None = None,
-    drop_path: float = 0.0,
+    drop_path: ShareBelowOne = 0.0,
     in_chans: int = 3,
     *,
     distilled: bool = False,

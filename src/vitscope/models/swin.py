@@ -5,6 +5,7 @@ from __future__ import annotations
 from timm.models.swin_transformer import SwinTransformer
 
 from vitscope.models.vit import token_grid
+from vitscope.runtime.value_ranges import ImageSize, PositiveInt, ShareBelowOne
 
 SIZES = {
     "tiny": (96, (2, 2, 6, 2), (3, 6, 12, 24)),
@@ -16,12 +17,12 @@ SIZES = {
 
 def swin(
     size: str = "tiny",
-    num_classes: int = 10,
-    image_size: int | tuple[int, int] = 32,
-    patch_size: int = 1,
-    window_size: int = 4,
+    num_classes: PositiveInt = 10,
+    image_size: ImageSize = 32,
+    patch_size: PositiveInt = 1,
+    window_size: PositiveInt = 4,
     qkv_bias: bool = False,
-    drop_path: float = 0.0,
+    drop_path: ShareBelowOne = 0.0,
     in_chans: int = 3,
     *,
     grad_checkpointing: bool = False,

@@ -14,12 +14,13 @@ import timm
 from torch import nn
 
 from vitscope.models import timm_internals
+from vitscope.runtime.value_ranges import ImageSize, PositiveInt
 
 
 def timm_model(
     name: str,
-    num_classes: int | None = None,
-    image_size: int | tuple[int, int] | None = None,
+    num_classes: PositiveInt | None = None,
+    image_size: ImageSize | None = None,
     pretrained: bool = False,
     in_chans: int = 3,
     *,

@@ -7,6 +7,7 @@ from typing import Literal
 from timm.models.vision_transformer import Block, VisionTransformer
 
 from vitscope.models.layers.attention import Padding, SelfAttention
+from vitscope.runtime.value_ranges import ImageSize, PositiveInt, ShareBelowOne
 
 SIZES = {"tiny": (192, 12, 3), "small": (384, 12, 6), "base": (768, 12, 12), "large": (1024, 24, 16)}
 """Width, depth and heads by name (Touvron et al. 2021)."""
@@ -14,15 +15,15 @@ SIZES = {"tiny": (192, 12, 3), "small": (384, 12, 6), "base": (768, 12, 12), "la
 
 def vit(
     size: str = "tiny",
-    num_classes: int = 10,
-    image_size: int | tuple[int, int] = 32,
-    patch_size: int = 2,
+    num_classes: PositiveInt = 10,
+    image_size: ImageSize = 32,
+    patch_size: PositiveInt = 2,
     pool: Literal["cls", "gap"] = "cls",
-    heads: int | None = None,
-    dim_head: int | None = None,
+    heads: PositiveInt | None = None,
+    dim_head: PositiveInt | None = None,
     qkv_bias: bool = False,
-    depth: int | None = None,
-    drop_path: float = 0.0,
+    depth: PositiveInt | None = None,
+    drop_path: ShareBelowOne = 0.0,
     in_chans: int = 3,
     *,
     reg_tokens: int = 0,
@@ -75,16 +76,16 @@ def vit(
 
 def convit(
     size: str = "tiny",
-    num_classes: int = 10,
-    image_size: int | tuple[int, int] = 32,
-    patch_size: int = 4,
+    num_classes: PositiveInt = 10,
+    image_size: ImageSize = 32,
+    patch_size: PositiveInt = 4,
     kernel_size: int | Literal["global"] = 3,
     padding: Padding = "masked",
-    heads: int | None = None,
-    dim_head: int | None = None,
+    heads: PositiveInt | None = None,
+    dim_head: PositiveInt | None = None,
     qkv_bias: bool = False,
-    depth: int | None = None,
-    drop_path: float = 0.0,
+    depth: PositiveInt | None = None,
+    drop_path: ShareBelowOne = 0.0,
     in_chans: int = 3,
     *,
     grad_checkpointing: bool = False,

@@ -15,6 +15,7 @@ from torch import Tensor
 from vitscope.runtime import stop_flag
 from vitscope.runtime.errors import ConfigError, NumericalError
 from vitscope.runtime.stop_flag import Interrupted
+from vitscope.runtime.value_ranges import NonNegativeFloat, PositiveInt
 from vitscope.training import resume_state
 from vitscope.training.accumulation import is_accumulating
 from vitscope.training.stop_callbacks import agreed_signal
@@ -43,9 +44,9 @@ class Checkpoints(Callback):
         self,
         monitor: str = "val/accuracy",
         mode: str = "max",
-        every_n_epochs: int = 1,
+        every_n_epochs: PositiveInt = 1,
         snapshots: Literal["log"] | Sequence[int] | None = None,
-        warmup_epochs: float = 0.0,
+        warmup_epochs: NonNegativeFloat = 0.0,
         init: bool = True,
     ) -> None:
         if mode not in ("min", "max"):

@@ -15,6 +15,7 @@ from torch.nn.utils import get_total_norm
 from torch.optim import AdamW, Optimizer
 
 from vitscope.runtime.torch_internals import BatchNormBase
+from vitscope.runtime.value_ranges import NonNegativeFloat
 
 
 class SAM(Optimizer):
@@ -46,7 +47,7 @@ class SAM(Optimizer):
         base: Callable[..., Optimizer] = AdamW,
         rho: float = 0.05,
         lr: float = 1e-3,
-        weight_decay: float = 0.0,
+        weight_decay: NonNegativeFloat = 0.0,
     ) -> None:
         if not 0 <= rho < float("inf"):
             raise ValueError(f"Expected rho to be finite and at least 0, received {rho!r}.")

@@ -21,6 +21,7 @@ from vitscope.data.augment.randaugment import Policy, rand_augment
 from vitscope.data.philox import Key, uniforms
 from vitscope.data.sources.image_decoding import WHITE
 from vitscope.runtime.errors import ConfigError
+from vitscope.runtime.value_ranges import PositiveInt, UnitInterval
 
 CROP_PADDING = 4
 _CROP_FLIP_DRAWS = 3
@@ -57,10 +58,10 @@ class Recipe:
     augment: str = "none"
     mean: tuple[float, ...] = (0.5, 0.5, 0.5)
     std: tuple[float, ...] = (0.5, 0.5, 0.5)
-    image_size: int = 32
+    image_size: PositiveInt = 32
     flip: bool = True
     crop_fill: int = 0
-    random_erasing: float = 0.0
+    random_erasing: UnitInterval = 0.0
     crop_pct: float = 0.875
     interpolation: str = "bilinear"
     crop_mode: str = "center"

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from vitscope.core.objective import IGNORED_LABEL
 from vitscope.data import range_checks
+from vitscope.runtime.value_ranges import NonNegativeFloat, ShareBelowOne, UnitInterval
 
 
 @dataclass(frozen=True)
@@ -27,10 +28,10 @@ class Mixing:
         ConfigError: A value out of its range.
     """
 
-    mixup: float = 0.0
-    cutmix: float = 0.0
-    switch_prob: float = 0.5
-    label_smoothing: float = 0.0
+    mixup: NonNegativeFloat = 0.0
+    cutmix: NonNegativeFloat = 0.0
+    switch_prob: UnitInterval = 0.5
+    label_smoothing: ShareBelowOne = 0.0
 
     def __post_init__(self) -> None:
         for name, high in (("mixup", math.inf), ("cutmix", math.inf), ("switch_prob", 1.0), ("label_smoothing", 1.0)):

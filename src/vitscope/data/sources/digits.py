@@ -13,12 +13,13 @@ from torchvision.transforms.v2.functional import resize
 from vitscope.data.sources.array_images import ArrayImages
 from vitscope.data.splits import hold_out
 from vitscope.runtime.errors import DataError
+from vitscope.runtime.value_ranges import Seed
 
 _SIZE = 32
 _TEST, _VAL = 0.25, 0.15  # of all, and of what is left
 
 
-def load(split: str, *, root: str | None = None, split_seed: int = 0) -> ArrayImages:
+def load(split: str, *, root: str | None = None, split_seed: Seed = 0) -> ArrayImages:
     """Return a split of the digits: about 1145 train, 202 validation and 450 test images.
 
     Args:

@@ -27,6 +27,7 @@ from vitscope.data.sources.file_images import FileImages
 from vitscope.data.sources.notices import report_once
 from vitscope.data.splits import hold_out
 from vitscope.runtime.errors import ConfigError, DataError, nearest
+from vitscope.runtime.value_ranges import Seed
 
 _LAYOUT = "put images in <root>/train/<class>/ and <root>/val/<class>/ (see data/folder.py for the layouts)"
 SPLITS = ("train", "val", "test")
@@ -36,7 +37,7 @@ def load(
     split: str,
     *,
     root: str | Path | None,
-    split_seed: int = 0,
+    split_seed: Seed = 0,
     val_share: float = 0.1,
     test_share: float = 0.2,
     classes: str | Sequence[str] | None = None,

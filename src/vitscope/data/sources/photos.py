@@ -25,6 +25,7 @@ from vitscope.data import philox
 from vitscope.data.sources.array_images import ArrayImages
 from vitscope.data.sources.file_images import FileImages
 from vitscope.runtime.errors import DataError
+from vitscope.runtime.value_ranges import Seed
 
 _SKIMAGE, _SKLEARN = "skimage.data", "sklearn.datasets.images"
 
@@ -59,7 +60,7 @@ LEVELS = 42.0  # gray levels a standard deviation
 _ROUNDS = 8  # of standardizing and clipping
 
 
-def load(split: str, *, root: str | None = None, split_seed: int = 0) -> ArrayImages:
+def load(split: str, *, root: str | None = None, split_seed: Seed = 0) -> ArrayImages:
     """Return a split: 8192, 512 or 1024 gray crops in three equal channels.
 
     Args:
@@ -78,7 +79,7 @@ def load(split: str, *, root: str | None = None, split_seed: int = 0) -> ArrayIm
     return ArrayImages(gray.expand(-1, 3, -1, -1).contiguous(), labels, tuple(PHOTOGRAPHS))
 
 
-def whole(split: str, *, root: str | None = None, split_seed: int = 0) -> FileImages:
+def whole(split: str, *, root: str | None = None, split_seed: Seed = 0) -> FileImages:
     """Return the 16 photographs, uncut and in color, the label being the photograph.
 
     Args:

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from vitscope.data import philox
 from vitscope.data.sources.array_images import ArrayImages
 from vitscope.runtime.errors import DataError
+from vitscope.runtime.value_ranges import Seed
 
 SIZE = 32
 _OVERSAMPLING = 2  # outlines are drawn at twice the size and averaged
@@ -86,7 +87,7 @@ TEXTURES: dict[str, Callable[[Array, Array, Array], Array]] = {
 }
 
 
-def load(split: str, *, root: str | None = None, split_seed: int = 0) -> ArrayImages:
+def load(split: str, *, root: str | None = None, split_seed: Seed = 0) -> ArrayImages:
     """Return a split: 4096, 512, 1024 or 1120 color images of 32x32 pixels.
 
     Args:

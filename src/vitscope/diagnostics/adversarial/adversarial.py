@@ -23,6 +23,7 @@ from vitscope.diagnostics.adversarial._losses import LOSSES
 from vitscope.diagnostics.adversarial._suite import ATTACKS, SUITE, Images, Settings, attacked
 from vitscope.runtime import stop_flag
 from vitscope.runtime.resumable_map import map_resumably
+from vitscope.runtime.value_ranges import Seed
 from vitscope.stats.intervals import share_interval
 
 #: a gray level in pixels of [0, 1]
@@ -98,7 +99,7 @@ def adversarial(
     queries: int = 5000,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
-    seed: int = 0,
+    seed: Seed = 0,
     partial: ResumableRows | None = None,
 ) -> AdversarialResult:
     """Attack every image and measure what accuracy is left.

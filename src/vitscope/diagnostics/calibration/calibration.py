@@ -20,6 +20,7 @@ from vitscope.diagnostics.calibration._debiased import DebiasedError, debiased_e
 from vitscope.diagnostics.calibration._temperature import fit_temperature
 from vitscope.runtime import distributed
 from vitscope.runtime.progress import track
+from vitscope.runtime.value_ranges import Seed
 from vitscope.stats.intervals import estimate, few_images, share_interval, where_enough_wrong
 
 
@@ -119,7 +120,7 @@ def calibration(
     n_bins: int = 10,
     binning: str = "equal_width",
     cutoff: float = 0.9,
-    seed: int = 0,
+    seed: Seed = 0,
 ) -> CalibrationResult:
     """Measure calibration, and what is left of the error after temperature scaling.
 

@@ -23,6 +23,7 @@ from vitscope.models.structure.taps import reading
 from vitscope.runtime import distributed
 from vitscope.runtime.progress import track
 from vitscope.runtime.stop_flag import Interrupted
+from vitscope.runtime.value_ranges import Seed
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ def accumulate(probe: Probe, *, n_permutations: int = 1000, seed: int = 0) -> _S
 
 @shares_pass(accumulate)
 @record_options
-def cka(probe: Probe, other: Probe | None = None, *, n_permutations: int = 1000, seed: int = 0) -> CKAResult:
+def cka(probe: Probe, other: Probe | None = None, *, n_permutations: int = 1000, seed: Seed = 0) -> CKAResult:
     """Compare every pair of feature maps, within a model or between two, on the same images.
 
     Centred kernel alignment with linear kernels of the flattened maps (all positions and channels, prefix tokens left

@@ -19,6 +19,7 @@ from vitscope.diagnostics.corruption._baselines import ALEXNET
 from vitscope.diagnostics.corruption._conditions import CLEAN, measured
 from vitscope.diagnostics.corruption._scores import Baseline, alexnet, corruption_errors, relative_errors
 from vitscope.diagnostics.corruption._severity_table import COMMON, SEVERITIES, VALIDATION
+from vitscope.runtime.value_ranges import PositiveInt, Seed
 
 SETS = {"common": COMMON, "validation": VALIDATION, "all": COMMON + VALIDATION}
 
@@ -86,10 +87,10 @@ def corruption(
     severities: Sequence[int] = SEVERITIES,
     baseline: str = "auto",
     other: Probe | None = None,
-    n_images: int | None = None,
+    n_images: PositiveInt | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
-    seed: int = 0,
+    seed: Seed = 0,
     partial: ResumableRows | None = None,
 ) -> CorruptionResult:
     """Measure accuracy under fifteen types of corruption at five severities.

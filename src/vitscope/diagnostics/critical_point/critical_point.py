@@ -31,6 +31,7 @@ from vitscope.linalg.optimizer_stability import adam_scale
 from vitscope.linalg.solvers import solve
 from vitscope.runtime import distributed
 from vitscope.runtime.progress import track
+from vitscope.runtime.value_ranges import PositiveFloat
 
 #: shares of the slice's end that are looked at besides its points: terms of higher order may hide the fall farther out
 NEARER = (0.1, 0.01)
@@ -113,7 +114,7 @@ def critical_point(
     *,
     stationary: float = 1e-3,
     n_points: int = 21,
-    span: float = 1.0,
+    span: PositiveFloat = 1.0,
     **curvature: Unpack[CurvatureArguments],
 ) -> CriticalPointResult:
     """Judge whether the model is at a minimum or a saddle of the objective that the probe states.

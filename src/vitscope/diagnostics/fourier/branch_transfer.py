@@ -27,6 +27,7 @@ from vitscope.models.structure.residual_units import Unit, reading_branches
 from vitscope.models.structure.residual_units import units as units_of
 from vitscope.runtime.distributed import gather_objects, world_size
 from vitscope.runtime.progress import track
+from vitscope.runtime.value_ranges import Seed
 from vitscope.stats.intervals import check_level, few_images
 
 
@@ -129,7 +130,7 @@ def branch_transfer(
     path: str = "radial",
     level: float = 0.95,
     n_resamples: int = 1000,
-    seed: int = 0,
+    seed: Seed = 0,
     eps: float = EPS,
 ) -> BranchTransferResult:
     """Measure what each residual unit does to the spectrum, by kind with bootstrap intervals.

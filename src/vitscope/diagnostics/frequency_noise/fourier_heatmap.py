@@ -16,6 +16,7 @@ from vitscope.core.run_inputs import ResumableRows
 from vitscope.core.undefined_values import warn_nulls
 from vitscope.diagnostics.frequency_noise._perturbed_evaluation import Means, perturbed
 from vitscope.diagnostics.frequency_noise._scale import pixel_std
+from vitscope.runtime.value_ranges import PositiveFloat, PositiveInt, Seed
 from vitscope.stats.intervals import check_level
 
 
@@ -61,12 +62,12 @@ class FourierHeatmapResult:
 def fourier_heatmap(
     probe: Probe,
     *,
-    rms: float = 0.1,
-    n: int | None = None,
+    rms: PositiveFloat = 0.1,
+    n: PositiveInt | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     level: float = 0.95,
-    seed: int = 0,
+    seed: Seed = 0,
     partial: ResumableRows | None = None,
 ) -> FourierHeatmapResult:
     """Measure the error rate under each plane wave that the image size can hold.

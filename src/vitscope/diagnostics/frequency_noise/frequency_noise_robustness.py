@@ -24,6 +24,7 @@ from vitscope.diagnostics.frequency_noise._bands import (
 )
 from vitscope.diagnostics.frequency_noise._perturbed_evaluation import Means, perturbed
 from vitscope.diagnostics.frequency_noise._scale import pixel_std
+from vitscope.runtime.value_ranges import PositiveFloat, Seed
 from vitscope.stats.intervals import LEAST_EVENTS, check_level, few_images, where_enough_wrong
 
 CONSTRUCTIONS = ("equal_rms", "official")
@@ -100,13 +101,13 @@ def frequency_noise_robustness(
     probe: Probe,
     *,
     n_bands: int = 10,
-    rms: float = 0.1,
+    rms: PositiveFloat = 0.1,
     curve_rms: Sequence[float] = (),
     construction: str = "equal_rms",
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     level: float = 0.95,
-    seed: int = 0,
+    seed: Seed = 0,
     partial: ResumableRows | None = None,
 ) -> FrequencyNoiseRobustnessResult:
     """Measure how accuracy and loss change when the images carry noise of one frequency band.

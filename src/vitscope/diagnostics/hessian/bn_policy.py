@@ -13,6 +13,7 @@ from vitscope.core.probe import Probe
 from vitscope.diagnostics.hessian.hessian_max_eigenvalue_spectrum import hessian_max_eigenvalue_spectrum
 from vitscope.linalg.curvature.curvature_options import CurvatureArguments, curvature_arguments
 from vitscope.runtime.torch_internals import BatchNormBase
+from vitscope.runtime.value_ranges import PositiveInt
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class BnPolicyResult:
 def bn_policy(
     probe: Probe,
     *,
-    n_top: int = 5,
+    n_top: PositiveInt = 5,
     **curvature: Unpack[CurvatureArguments],
 ) -> BnPolicyResult:
     """Compute the Hessian max-eigenvalue spectrum twice, with BatchNorm's running and its batch statistics.

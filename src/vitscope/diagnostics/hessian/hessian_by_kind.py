@@ -13,6 +13,7 @@ from vitscope.core.probe import Probe
 from vitscope.diagnostics.hessian.hessian_max_eigenvalue_spectrum import hessian_max_eigenvalue_spectrum
 from vitscope.linalg.curvature.curvature_options import CurvatureArguments, CurvatureOptions, curvature_arguments
 from vitscope.models.structure.parameter_groups import parameter_kinds, parameter_stages
+from vitscope.runtime.value_ranges import PositiveInt
 
 #: the order of kinds in results and figures
 ORDER = ("stem", "conv", "msa", "mlp", "pool", "head")
@@ -61,7 +62,7 @@ def hessian_by_kind(
     probe: Probe,
     *,
     by: str = "kind",
-    n_top: int = 5,
+    n_top: PositiveInt = 5,
     **curvature: Unpack[CurvatureArguments],
 ) -> HessianByKindResult:
     """Compute the Hessian max-eigenvalue spectrum of each kind of unit's parameters, or of each stage's.

@@ -13,6 +13,7 @@ from vitscope.core.probe import Probe
 from vitscope.linalg.curvature.curvature_options import CurvatureArguments, CurvatureOptions, curvature_arguments
 from vitscope.linalg.curvature.operator_factory import curvatures
 from vitscope.linalg.solvers import solve
+from vitscope.runtime.value_ranges import PositiveInt
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ class HessianEigenvaluesResult:
 def hessian_eigenvalues(
     probe: Probe,
     *,
-    k: int = 5,
+    k: PositiveInt = 5,
     which: str = "LM",
     eigenvectors: bool = False,
     **curvature: Unpack[CurvatureArguments],

@@ -17,6 +17,7 @@ from vitscope.diagnostics.hessian._batchwise_spectrum import BatchwiseSpectrum
 from vitscope.linalg.curvature.curvature_options import CurvatureArguments, CurvatureOptions, curvature_arguments
 from vitscope.linalg.curvature.operator_factory import curvatures
 from vitscope.runtime.resumable_map import Row
+from vitscope.runtime.value_ranges import PositiveFloat, PositiveInt
 
 
 @dataclass(frozen=True)
@@ -106,9 +107,9 @@ class HessianMaxEigenvalueSpectrumResult:
 def hessian_max_eigenvalue_spectrum(
     probe: Probe,
     *,
-    n_top: int = 5,
+    n_top: PositiveInt = 5,
     n_ends: int = 0,
-    budget_s: float | None = None,
+    budget_s: PositiveFloat | None = None,
     batches_at_once: int | None = None,
     partial: ResumableRows | None = None,
     **curvature: Unpack[CurvatureArguments],

@@ -18,6 +18,7 @@ from vitscope.linalg.curvature.operator_factory import curvatures
 from vitscope.linalg.curvature.start_vector import random_signs, vector_seed
 from vitscope.linalg.krylov_basis import dot
 from vitscope.runtime.progress import track
+from vitscope.runtime.value_ranges import PositiveInt
 from vitscope.stats.intervals import t_quantile
 
 METHODS = ("hutchinson", "hutch++")
@@ -74,7 +75,7 @@ def hessian_trace(
     probe: Probe,
     *,
     method: str = "hutchinson",
-    n_vectors: int = 30,
+    n_vectors: PositiveInt = 30,
     **curvature: Unpack[CurvatureArguments],
 ) -> HessianTraceResult:
     """Estimate the trace of the mean over all batches.

@@ -23,6 +23,7 @@ from vitscope.linalg.solvers import solve
 from vitscope.runtime import distributed
 from vitscope.runtime.progress import track
 from vitscope.runtime.resumable_map import Partial, Row, merge_rows, stored_row
+from vitscope.runtime.value_ranges import PositiveInt
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ def nep_stability(
     batch_sizes: Sequence[int] = (16, 32, 64, 128, 256),
     tols: Sequence[float] = (1e-1, 1e-2, 1e-3),
     mixup: bool = True,
-    k: int = 5,
+    k: PositiveInt = 5,
     partial: ResumableRows | None = None,
     **curvature: Unpack[CurvatureArguments],
 ) -> NepStabilityResult:

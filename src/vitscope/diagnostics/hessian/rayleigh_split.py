@@ -19,6 +19,7 @@ from vitscope.linalg.eigensolver import Eigenpairs
 from vitscope.linalg.krylov_basis import dot
 from vitscope.linalg.solvers import solve
 from vitscope.models.structure.parameter_groups import parameter_kinds
+from vitscope.runtime.value_ranges import PositiveInt
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ class RayleighSplitResult:
 def rayleigh_split(
     probe: Probe,
     *,
-    k: int = 5,
+    k: PositiveInt = 5,
     n_ends: int = 2,
     **curvature: Unpack[CurvatureArguments],
 ) -> RayleighSplitResult:

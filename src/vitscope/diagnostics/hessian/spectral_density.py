@@ -21,6 +21,7 @@ from vitscope.linalg.krylov_basis import BasisBuffer
 from vitscope.linalg.partial_reorthogonalization import SemiorthogonalLanczos
 from vitscope.runtime.progress import track
 from vitscope.runtime.resumable_map import Row, stored_row
+from vitscope.runtime.value_ranges import PositiveInt
 from vitscope.stats.intervals import t_half_width_of_rows
 
 #: moments that are reported: the means of lambda, lambda^2, ...
@@ -90,8 +91,8 @@ class SpectralDensityResult:
 def spectral_density(
     probe: Probe,
     *,
-    n_vectors: int = 4,
-    n_steps: int = 30,
+    n_vectors: PositiveInt = 4,
+    n_steps: PositiveInt = 30,
     n_grid: int = 1024,
     sigma: float | None = None,
     partial: ResumableRows | None = None,

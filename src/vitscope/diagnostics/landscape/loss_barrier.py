@@ -14,6 +14,7 @@ from vitscope.core.run_inputs import ResumableRows, RunCheckpoints
 from vitscope.core.weight_space import BatchNormPolicy
 from vitscope.diagnostics.landscape.linear_interpolation import linear_interpolation
 from vitscope.runtime.dtypes import DtypeName
+from vitscope.runtime.value_ranges import PositiveInt
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ def loss_barrier(
     checkpoints: RunCheckpoints,
     start: str | None = None,
     end: str | None = None,
-    n: int = 21,
+    n: PositiveInt = 21,
     bn: BatchNormPolicy = "eval",
     dtype: DtypeName | torch.dtype | None = None,
     partial: ResumableRows | None = None,

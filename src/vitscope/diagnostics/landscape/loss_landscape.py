@@ -22,6 +22,7 @@ from vitscope.linalg.weights.plane_evaluation import plane_rows
 from vitscope.linalg.weights.weight_space_walk import SquaredNorms, squared_norms
 from vitscope.runtime.dtypes import DtypeName, parse_float_dtype
 from vitscope.runtime.resumable_map import Partial, Row
+from vitscope.runtime.value_ranges import PositiveFloat, PositiveInt, Seed
 
 
 @dataclass(frozen=True)
@@ -110,9 +111,9 @@ def loss_landscape(
     directions: Kind | Sequence[Any] = "random",
     normalization: Normalization | None = None,
     ignore: str | Sequence[str] | None = None,
-    span: float = 1.0,
-    n: int = 21,
-    seed: int = 0,
+    span: PositiveFloat = 1.0,
+    n: PositiveInt = 21,
+    seed: Seed = 0,
     bn: BatchNormPolicy = "eval",
     dtype: DtypeName | torch.dtype | None = None,
     preset: Preset | None = None,

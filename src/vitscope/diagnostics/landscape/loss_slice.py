@@ -19,6 +19,7 @@ from vitscope.diagnostics.landscape._direction_options import Kind, Preset, Sour
 from vitscope.diagnostics.landscape._lines import measure_lines
 from vitscope.linalg.weights.directions import Normalization
 from vitscope.runtime.dtypes import DtypeName, parse_float_dtype
+from vitscope.runtime.value_ranges import PositiveFloat, PositiveInt, Seed
 from vitscope.stats.intervals import t_half_width_of_rows
 
 
@@ -85,10 +86,10 @@ def loss_slice(
     directions: Kind | Sequence[Any] = "random",
     normalization: Normalization | None = None,
     ignore: str | Sequence[str] | None = None,
-    span: float = 1.0,
-    n: int = 21,
-    n_directions: int = 1,
-    seed: int = 0,
+    span: PositiveFloat = 1.0,
+    n: PositiveInt = 21,
+    n_directions: PositiveInt = 1,
+    seed: Seed = 0,
     bn: BatchNormPolicy = "eval",
     dtype: DtypeName | torch.dtype | None = None,
     preset: Preset | None = None,

@@ -17,6 +17,7 @@ from vitscope.linalg.curvature.operator_factory import curvatures
 from vitscope.linalg.preconditioned_operator import scaled_eigenvalues
 from vitscope.linalg.weights.directions import filter_parameters, moving
 from vitscope.linalg.weights.effective_weights import pruning_masks, refuse_made_weights
+from vitscope.runtime.value_ranges import PositiveInt
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class NormalizedHessianResult:
 def normalized_hessian(
     probe: Probe,
     *,
-    k: int = 5,
+    k: PositiveInt = 5,
     which: str = "LM",
     normalization: str = "weight",
     ignore: str = "bias_bn",

@@ -22,6 +22,7 @@ from vitscope.linalg.curvature.operator_factory import Curvatures, curvatures
 from vitscope.linalg.optimizer_stability import StabilityLimit, stability_limit
 from vitscope.linalg.preconditioned_operator import scaled_eigenvalues
 from vitscope.runtime.errors import CheckpointError
+from vitscope.runtime.value_ranges import PositiveInt
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ def preconditioned_sharpness(
     lr: float | None = None,
     beta1: float | None = None,
     preconditioner: str = "auto",
-    k: int = 1,
+    k: PositiveInt = 1,
     **curvature: Unpack[CurvatureArguments],
 ) -> PreconditionedSharpnessResult:
     """Compute the largest eigenvalues of P^-1 H and compare them with the optimizer's limit of stability.

@@ -21,6 +21,7 @@ from vitscope.linalg.weights.effective_weights import canonical_names
 from vitscope.linalg.weights.plane_evaluation import plane_rows
 from vitscope.runtime.dtypes import DtypeName, parse_float_dtype
 from vitscope.runtime.resumable_map import Row
+from vitscope.runtime.value_ranges import PositiveInt, Seed
 
 
 @dataclass(frozen=True)
@@ -86,9 +87,9 @@ def trajectory(
     *,
     checkpoints: RunCheckpoints,
     labels: Sequence[str] | None = None,
-    n: int = 0,
+    n: PositiveInt = 0,
     margin: float = 0.2,
-    seed: int = 0,
+    seed: Seed = 0,
     bn: BatchNormPolicy = "eval",
     dtype: DtypeName | torch.dtype | None = None,
     partial: ResumableRows | None = None,

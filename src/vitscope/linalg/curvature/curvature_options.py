@@ -14,6 +14,7 @@ from vitscope.linalg.curvature.curvature_operator import check_operator
 from vitscope.linalg.eigensolver import check_stopping_rule
 from vitscope.linalg.solvers import check_solver
 from vitscope.runtime.dtypes import DERIVATIVE_DTYPE_NAMES, parse_float_dtype
+from vitscope.runtime.value_ranges import Seed
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -60,7 +61,7 @@ class CurvatureOptions:
     micro_batch: int | None = None
     max_products: int = 200
     max_memory: float | None = None
-    seed: int = 0
+    seed: Seed = 0
 
     def __post_init__(self) -> None:
         check_solver(self.solver)
@@ -105,7 +106,7 @@ class CurvatureArguments(TypedDict, total=False):
     micro_batch: int | None
     max_products: int
     max_memory: float | None
-    seed: int
+    seed: Seed
 
 
 def curvature_arguments(*names: str, **defaults: Any) -> Callable[[Callable[P, R]], Callable[P, R]]:
@@ -145,7 +146,7 @@ def _listing_fields(
     signature: inspect.Signature, names: Sequence[str], changed: Mapping[str, Any]
 ) -> inspect.Signature:
     """Return the signature with the named fields in place of its ``**`` parameter, in the order of `CurvatureOptions`."""
-    hints: Mapping[str, Any] = get_type_hints(CurvatureOptions)
+    hints: Mapping[str, Any] = get_type_hints(CurvatureOptions, include_extras=True)
     defaults = {field.name: field.default for field in fields(CurvatureOptions)}
     if unknown := {*names, *changed} - set(defaults):
         raise ValueError(f"Expected fields of CurvatureOptions, received {', '.join(sorted(unknown))}.")

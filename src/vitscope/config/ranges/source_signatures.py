@@ -1,0 +1,98 @@
+"""Ranges of the arguments of this package's functions and classes, read from their source without importing them.
+
+A model or a measure imports torch, which takes seconds; a number outside of its range is refused before that. The annotations
+that are read are those of `vitscope.runtime.value_ranges`; others are left to the check against the imported signature.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+from collections.abc import Iterator
+from pathlib import Path
+
+import vitscope
+from vitscope import models
+from vitscope.runtime import value_ranges
+from vitscope.runtime.value_ranges import ValueRange, range_of
+
+_ROOT = Path(vitscope.__file__).parent
+
+#: the types that carry a range, by name
+_RANGES = {
+    name: value_range for name, hint in vars(value_ranges).items() if (value_range := range_of(hint)) is not None
+}
+
+Definition = ast.FunctionDef | ast.ClassDef
+
+
+@functools.cache
+def argument_ranges(target: str) -> dict[str, ValueRange]:
+    """Return the ranges of the arguments that a dotted name of this package takes, by name; empty for other names.
+
+    Args:
+        target: For example ``vitscope.models.vit`` or ``vitscope.hessian_trace``.
+    """
+    package, _, name = target.rpartition(".")
+    lazy_modules = {"vitscope": vitscope.measures, "vitscope.models": models.functions}
+    if package in lazy_modules:
+        package = lazy_modules[package]().get(name, package)
+    definition = _definition(package, name)
+    if definition is None:
+        return {}
+    annotations = {argument.arg: argument.annotation for argument in _arguments(*definition)}
+    ranges = {argument: _range(annotation) for argument, annotation in annotations.items() if annotation is not None}
+    return {argument: value_range for argument, value_range in ranges.items() if value_range is not None}
+
+
+def _definition(module: str, name: str) -> tuple[str, Definition] | None:
+    """Return the function or class of a name, and the module of this package that defines it; imports are followed."""
+    tree = _parsed(module)
+    if tree is None:
+        return None
+    for node in tree.body:
+        if isinstance(node, Definition) and node.name == name:
+            return module, node
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module is not None:
+            for alias in node.names:
+                if (alias.asname or alias.name) == name:
+                    return _definition(node.module, alias.name)
+    return None
+
+
+@functools.cache
+def _parsed(module: str) -> ast.Module | None:
+    """Return the syntax tree of a module of this package, None where there is no such module."""
+    package, *parts = module.split(".")
+    if package != "vitscope" or not all(part.isidentifier() for part in parts):
+        return None
+    path = _ROOT.joinpath(*parts)
+    for file in (path.with_suffix(".py"), path / "__init__.py"):
+        if file.is_file():
+            return ast.parse(file.read_text(encoding="utf-8"))
+    return None
+
+
+def _arguments(module: str, definition: Definition) -> Iterator[ast.arg]:
+    """Yield the arguments of a function, of a class's constructor, or the fields of a dataclass or typed dictionary."""
+    if isinstance(definition, ast.ClassDef):
+        constructors = [n for n in definition.body if isinstance(n, ast.FunctionDef) and n.name == "__init__"]
+        for node in definition.body if not constructors else ():
+            if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+                yield ast.arg(node.target.id, node.annotation)
+        for constructor in constructors:
+            yield from _arguments(module, constructor)
+        return
+    signature = definition.args
+    yield from (*signature.posonlyargs, *signature.args, *signature.kwonlyargs)
+    unpacked = getattr(signature.kwarg, "annotation", None)  # **options: Unpack[Options]
+    if isinstance(unpacked, ast.Subscript) and isinstance(unpacked.slice, ast.Name):
+        fields = _definition(module, unpacked.slice.id)
+        yield from _arguments(*fields) if fields is not None else ()
+
+
+def _range(annotation: ast.expr) -> ValueRange | None:
+    """Return the range of the first type of `value_ranges` in an annotation."""
+    names = (node.id for node in ast.walk(annotation) if isinstance(node, ast.Name))
+    return next((_RANGES[name] for name in names if name in _RANGES), None)
