@@ -6,7 +6,7 @@ import pytest
 import torch
 from torchmetrics.functional.classification import multiclass_calibration_error
 
-from vitscope.core.evaluation import ECE_BINS, evaluate
+from vitscope.core.evaluation import ECE_BINS, bin_sums, confidence_bins, evaluate
 from vitscope.runtime import distributed
 
 
@@ -58,3 +58,17 @@ def test_a_rank_without_batches_adds_zeros_on_the_device_of_the_others(monkeypat
     found = evaluate(lambda x: x, [], device=torch.device("meta"))
     assert seen == [torch.device("meta")]
     assert (found.n_images, found.nll, found.accuracy) == (4, 0.5, 1.0)
+
+
+@pytest.mark.parametrize("n", [0, 1, 500])
+def test_sums_of_bins_are_those_of_each_bins_images(n: int) -> None:
+    generator = torch.Generator().manual_seed(n)
+    confidence = torch.rand(n, generator=generator, dtype=torch.float64)
+    right = (torch.rand(n, generator=generator) < 0.5).double()
+    sums = bin_sums(confidence, right, 7)
+    assert sums.dtype == torch.float64
+    member = confidence_bins(confidence, 7)
+    for index in range(7):
+        inside = member == index
+        expected = torch.stack([inside.double().sum(), confidence[inside].sum(), right[inside].sum()])
+        torch.testing.assert_close(sums[:, index], expected, rtol=1e-13, atol=0)  # rounding of sums over 500 images

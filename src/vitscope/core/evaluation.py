@@ -119,8 +119,24 @@ def interval_of(values: Tensor, edges: Tensor) -> Tensor:
 
 def bin_sums(confidence: Tensor, right: Tensor, n_bins: int = ECE_BINS) -> Tensor:
     """Return images, confidence and right answers ``(3, n_bins)`` of each bin, from those of images ``(B,)`` in float64."""
-    member = torch.nn.functional.one_hot(confidence_bins(confidence, n_bins), n_bins).double()  # (B, bins)
-    return torch.stack([member.sum(0), confidence.double() @ member, right.double() @ member])
+    return sums_of_members(confidence_bins(confidence, n_bins), confidence.double(), right.double(), n_bins)
+
+
+def sums_of_members(member: Tensor, confidence: Tensor, right: Tensor, n_bins: int) -> Tensor:
+    """Return images, confidence and right answers ``(3, n_bins)`` of each bin in float64.
+
+    Args:
+        member: ``(B,)`` each image's bin, counted from 0.
+        confidence: ``(B,)`` in float64.
+        right: ``(B,)`` 1 or 0 in float64.
+        n_bins: number of bins.
+    """
+    if member.is_cuda:  # where bincount adds in an order that changes from call to call
+        indicator = torch.nn.functional.one_hot(member, n_bins).double()  # (B, bins)
+        return torch.stack([indicator.sum(0), confidence @ indicator, right @ indicator])
+    # without images bincount returns integers
+    sums = (torch.bincount(member, weights, n_bins).double() for weights in (None, confidence, right))
+    return torch.stack(list(sums))
 
 
 def calibration_error(sums: Tensor) -> Tensor:

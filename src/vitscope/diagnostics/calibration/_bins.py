@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from vitscope.core.evaluation import bin_edges, interval_of
+from vitscope.core.evaluation import bin_edges, interval_of, sums_of_members
 from vitscope.stats.intervals import share_interval
 
 BINNINGS = ("equal_width", "official")
@@ -80,12 +80,7 @@ def bin_of(confidence: np.ndarray, edges: np.ndarray) -> np.ndarray:
 
 
 def _filled(edges: np.ndarray, member: np.ndarray, confidence: np.ndarray, correct: np.ndarray) -> Bins:
-    n = max(len(edges) - 1, 1)
-    count = np.bincount(member, minlength=n).astype(np.float64)
+    images = (torch.from_numpy(np.ascontiguousarray(values)) for values in (member, confidence, correct))
+    count, total_confidence, total_right = sums_of_members(*images, n_bins=max(len(edges) - 1, 1)).numpy()
     full = np.maximum(count, 1)
-    return Bins(
-        edges,
-        count,
-        np.bincount(member, confidence, minlength=n) / full,
-        np.bincount(member, correct, minlength=n) / full,
-    )
+    return Bins(edges, count, total_confidence / full, total_right / full)
