@@ -207,3 +207,11 @@ def test_json_of_changes_can_be_read(finished) -> None:
     assert json.loads((finished / "provenance.json").read_text())["changes"] == [
         {"step": 2, "key": "trainer.devices", "old": 1, "new": "auto"}
     ]
+
+
+def test_what_is_stated_of_a_model_is_no_change() -> None:
+    stored = OmegaConf.create({"model": {"_target_": "mylab.Net", "depth": 2}, "run_dir": "runs/a"})
+    stated = OmegaConf.merge(stored, {"model": {"capabilities": {"residual_units": False}}})
+    deeper = OmegaConf.merge(stated, {"model": {"depth": 3}})
+    assert resume_changes.changes(stored, stated) == resume_changes.changes(stated, stored) == []
+    assert resume_changes.changes(stored, deeper) == [resume_changes.Change("model.depth", 2, 3)]

@@ -66,9 +66,11 @@ class Change:
 def changes(stored: DictConfig, cfg: DictConfig) -> list[Change]:
     """Return where a configuration differs from a run's stored one, key by key; secrets and commands' own keys left out."""
     old, new = loading.plain(run_dir.redacted(stored)), loading.plain(run_dir.redacted(cfg))
-    for key in INVOCATION:
-        old.pop(key, None)
-        new.pop(key, None)
+    for tree in (old, new):
+        for key in INVOCATION:
+            tree.pop(key, None)
+        for key in loading.MODEL_HINTS if isinstance(tree.get("model"), dict) else ():
+            tree["model"].pop(key, None)  # stated of the model and not passed to it
     return list(_differences(old, new, ""))
 
 
