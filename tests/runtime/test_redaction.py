@@ -64,6 +64,7 @@ def test_no_configuration_of_ours_is_changed() -> None:
     {"x": json.dumps(json.dumps({"api_key": SECRET}))}, {"x": f"api_key: |\n  {SECRET}\n  {SECRET}\nb: 1\n"},
     {"x": f"api_key:\n  - a\n  - {SECRET}\nb: 1"}, {"x": f"api_key => {SECRET}"}, {"x": f"https://user:a/{SECRET}@host"},
     {"api_key": SECRET, "x": base64.b64encode(SECRET.encode()).decode()}, {"api_key": SECRET, "x": SECRET.encode().hex()},
+    {"x": f"<password>{SECRET}</password>"}, {"x": f"<a><db:password kind='x'>{SECRET}\n</db:password></a>"},
     {"x": [f"model.api_key={SECRET}", f"+a={{b: {{password: [{SECRET}]}}, c: 1}}"]},
 ], ids=str)  # fmt: skip
 def test_trees(tree: dict, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -56,6 +56,8 @@ _QUOTED_OR_EQUAL = re.compile(
     r"(?:(?P<quote>\\*[\"'])(?P<name>[\w.-]+)(?P=quote)\s*(?:[:=]>?)|(?P<plain>[\w.-]+)(?:=|\s+=>))\s*"
 )
 _ANY_PAIR = re.compile(r"(?P<quote>(?:\\*[\"'])?)(?P<name>[A-Za-z_][\w.-]*)(?P=quote)\s*(?:[:=]>?)(?P<plain>)\s*")
+#: an element of XML, with attributes and inner elements or not
+_ELEMENT = re.compile(r"<(?P<name>[A-Za-z_][\w.:-]*)(?P<attributes>\s[^<>]*)?>(?P<value>.{1,500}?)</(?P=name)\s*>", re.DOTALL)
 _OPTION = re.compile(r"(?<![\w-])(?P<quote>)--?(?P<name>[A-Za-z][\w-]*)(?P<plain>)\s+(?!-)")
 
 #: values that stood under a secret's key in a configuration or on the command line of this process
@@ -99,7 +101,16 @@ def masked(text: str) -> str:
     for secret in _known():
         text = text.replace(secret, REDACTED)
     text = _BY_FORM.sub(REDACTED, _IN_ADDRESS.sub(REDACTED, text))
+    text = _ELEMENT.sub(_clean_element, text)
     return _without_pairs(_without_pairs(text, _QUOTED_OR_EQUAL), _OPTION)
+
+
+def _clean_element(match: re.Match[str]) -> str:
+    """Return an element of XML without its content if its name is a secret's, else with its inner elements cleaned."""
+    opening = match[0][: match.start("value") - match.start()]
+    closing = match[0][match.end("value") - match.start() :]
+    content = REDACTED if is_secret(match["name"]) else _ELEMENT.sub(_clean_element, match["value"])
+    return f"{opening}{content}{closing}"
 
 
 def cleaned(text: str) -> str:
