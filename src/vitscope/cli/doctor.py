@@ -63,12 +63,12 @@ def _machine() -> list[tuple[str, str]]:
     page = os.sysconf("SC_PAGE_SIZE") / 2**30
     free, total = free_memory(torch.device("cpu")) / 2**30, os.sysconf("SC_PHYS_PAGES") * page
     gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
-    shown = ", ".join(f"{gpu.name} ({gpu.total_memory / 2**30:.0f} GiB)" for gpu in gpus) or "none"
+    gpu_names = ", ".join(f"{gpu.name} ({gpu.total_memory / 2**30:.0f} GiB)" for gpu in gpus) or "none"
     return [
         ("CPU cores, threads used", f"{os.cpu_count()}, {torch.get_num_threads()}"),
         ("memory free", f"{free:.1f} of {total:.1f} GiB"),
         ("disk free here", f"{shutil.disk_usage('.').free / 2**30:.0f} GiB"),
-        ("GPUs", shown),
+        ("GPUs", gpu_names),
     ]
 
 
@@ -80,10 +80,10 @@ def _tracking() -> list[tuple[str, str]]:
 def _data() -> list[tuple[str, str]]:
     root = Path(os.environ.get("VITSCOPE_DATA", "data"))
     built_in = "photos, digits, shapes: always"
-    found = sorted(path.name for path in root.iterdir()) if root.is_dir() else []
+    names = sorted(path.name for path in root.iterdir()) if root.is_dir() else []
     return [
         ("data sets built in", built_in),
-        (f"in {root}/", ", ".join(found) or "nothing (VITSCOPE_DATA names the folder)"),
+        (f"in {root}/", ", ".join(names) or "nothing (VITSCOPE_DATA names the folder)"),
         (
             "configuration",
             f"{len(loading.options('analysis'))} analyses, {len(loading.options('experiment'))} experiments",

@@ -73,10 +73,10 @@ def _ended(error: BaseException, wants_traceback: bool) -> int:
     if isinstance(error, Interrupted):
         _print_on_stderr(f"stopped by {signal.Signals(error.signum).name}{_resume_advice()}")
         return code_for(error)
-    known = explain(error)
-    if known is not None:
-        _print_on_stderr(f"error: {known}")
-        return known.exit_code
+    explained = explain(error)
+    if explained is not None:
+        _print_on_stderr(f"error: {explained}")
+        return explained.exit_code
     where = f"; the traceback is in {run.log}" if run else "; HYDRA_FULL_ERROR=1 shows the traceback"
     _print_on_stderr(f"error: {type(error).__name__}: {first_line(error)}{where}")
     return 1

@@ -38,21 +38,26 @@ def arguments(argv: Sequence[str]) -> tuple[list[str], str, int, Path, Path]:
         ConfigError: an unknown option, or seeds that are no number.
     """
     if not argv or argv[0] in ("-h", "--help"):
-        known = " ".join(reproduction.read()["targets"])
-        print(
-            f"usage: vitscope reproduce TARGET ... [profile=smoke] [seeds=1] [runs=FOLDER] [out=FOLDER]\ntargets: all {known}"
-        )
+        target_names = " ".join(reproduction.read()["targets"])
+        print("usage: vitscope reproduce TARGET ... [profile=smoke] [seeds=1] [runs=FOLDER] [out=FOLDER]")
+        print(f"targets: all {target_names}")
         raise SystemExit(0)
     names = [a for a in argv if "=" not in a]
-    given = {key: value for key, _, value in (a.partition("=") for a in argv if "=" in a)}
-    for key in given:
+    options = {key: value for key, _, value in (a.partition("=") for a in argv if "=" in a)}
+    for key in options:
         if key not in OPTIONS:
-            raise ConfigError(key, given[key], "no such option", errors.nearest(key, OPTIONS))
-    chosen = {**OPTIONS, **given}
-    if not chosen["seeds"].isdigit() or int(chosen["seeds"]) < 1:
-        raise ConfigError("seeds", chosen["seeds"], "not a number of at least 1", "give one, such as seeds=5")
-    root = Path(chosen["runs"] or f"runs/reproduce-{chosen['profile']}")
-    return names, chosen["profile"], int(chosen["seeds"]), root, Path(chosen["out"] or f"figures/{chosen['profile']}")
+            raise ConfigError(key, options[key], "no such option", errors.nearest(key, OPTIONS))
+    settings = {**OPTIONS, **options}
+    if not settings["seeds"].isdigit() or int(settings["seeds"]) < 1:
+        raise ConfigError("seeds", settings["seeds"], "not a number of at least 1", "give one, such as seeds=5")
+    root = Path(settings["runs"] or f"runs/reproduce-{settings['profile']}")
+    return (
+        names,
+        settings["profile"],
+        int(settings["seeds"]),
+        root,
+        Path(settings["out"] or f"figures/{settings['profile']}"),
+    )
 
 
 def reproduce(names: Sequence[str], profile: str, seeds: int, root: Path, out: Path, work: Work | None = None) -> None:
@@ -72,12 +77,12 @@ def reproduce(names: Sequence[str], profile: str, seeds: int, root: Path, out: P
         Interrupted: a stop was asked for; what was finished is kept.
     """
     plan = reproduction.read()
-    chosen = [reproduction.target(name, plan, profile, seeds) for name in reproduction.select(names, plan)]
+    targets = [reproduction.target(name, plan, profile, seeds) for name in reproduction.select(names, plan)]
     from vitscope.reproduce import draw as drawing  # imports torch; a target that does not exist has been refused
 
-    trials = list(dict.fromkeys(trial for target in chosen for trial in target.trials))
+    trials = list(dict.fromkeys(trial for target in targets for trial in target.trials))
     outcomes: dict[Trial, Outcome] = {}
-    waiting = list(chosen)
+    waiting = list(targets)
     problems: list[str] = []
     started = time.monotonic()
     for trial, outcome in (work or in_processes)(trials, root):
@@ -105,21 +110,24 @@ def in_processes(trials: Sequence[Trial], root: Path) -> Iterator[tuple[Trial, O
     Raises:
         Interrupted: a stop was asked for; the trial that ran has saved its checkpoint.
     """
-    left = list(trials)
+    remaining_trials = list(trials)
     context = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
-    while left:
-        ours, theirs = context.Pipe()
-        process = context.Process(target=_serve, args=(theirs, list(left), root))
+    while remaining_trials:
+        parent_end, child_end = context.Pipe()
+        process = context.Process(target=_serve, args=(child_end, list(remaining_trials), root))
         process.start()
-        theirs.close()
+        child_end.close()
         try:
-            while left:
-                outcome = _awaited(ours)
-                yield left.pop(0), outcome
+            while remaining_trials:
+                outcome = _awaited(parent_end)
+                yield remaining_trials.pop(0), outcome
         except EOFError:  # killed, out of memory, a crash in a library
             process.join()
-            name = left[0].name
-            yield left.pop(0), Outcome(None, (f"failed: {name} (its process ended with {process.exitcode})",))
+            name = remaining_trials[0].name
+            yield (
+                remaining_trials.pop(0),
+                Outcome(None, (f"failed: {name} (its process ended with {process.exitcode})",)),
+            )
         except (Interrupted, GeneratorExit):
             process.terminate()  # it saves, then ends
             raise
@@ -140,12 +148,12 @@ def _awaited(pipe: Any) -> Outcome:
 def _serve(pipe: Any, trials: Sequence[Trial], root: Path) -> None:
     """Perform trials and send what became of each; stop at a signal."""
     for trial in trials:
-        kept: list[Outcome] = []
-        code = exit_codes.run_command(lambda trial=trial, kept=kept: kept.append(attempted(trial, root)))
+        outcomes: list[Outcome] = []
+        code = exit_codes.run_command(lambda trial=trial, outcomes=outcomes: outcomes.append(attempted(trial, root)))
         if stop_flag.requested() is not None:
             pipe.send(stop_flag.requested())
             return
-        pipe.send(kept[0] if kept else Outcome(None, (f"failed: {trial.name} (exit code {code}, see above)",)))
+        pipe.send(outcomes[0] if outcomes else Outcome(None, (f"failed: {trial.name} (exit code {code}, see above)",)))
 
 
 def attempted(trial: Trial, root: Path) -> Outcome:
@@ -157,16 +165,16 @@ def attempted(trial: Trial, root: Path) -> Outcome:
     except (Interrupted, KeyboardInterrupt):
         raise
     except Exception as error:
-        known = error_translation.explain(error)
-        _logger.error(str(known or repr(error)))
-        return Outcome(None, (f"{trial.name} ({known or repr(error)})",))
+        explained = error_translation.explain(error)
+        _logger.error(str(explained or repr(error)))
+        return Outcome(None, (f"{trial.name} ({explained or repr(error)})",))
 
 
 def _drawn(target: Target, outcomes: dict[Trial, Outcome], out: Path, draw: Callable[..., list[str]]) -> list[str]:
-    made = {trial: outcomes[trial] for trial in target.trials if trial in outcomes}
-    problems = [f"failed: {target.name}: {p}" for outcome in made.values() for p in outcome.problems]
+    finished = {trial: outcomes[trial] for trial in target.trials if trial in outcomes}
+    problems = [f"failed: {target.name}: {p}" for outcome in finished.values() for p in outcome.problems]
     problems += [f"missing: {target.name}: {trial.name}" for trial in target.trials if trial not in outcomes]
-    return problems + draw(target, [outcome for outcome in made.values() if outcome.run is not None], out)
+    return problems + draw(target, [outcome for outcome in finished.values() if outcome.run is not None], out)
 
 
 def _page(root: Path, out: Path) -> None:

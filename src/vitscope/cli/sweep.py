@@ -45,20 +45,20 @@ def command(argv: Sequence[str]) -> int:
             "SWEEP", None, "no sweep file named", "write make sweep-local SWEEP=sweeps/models.yaml JOBS=2"
         )
     pairs = [item.partition("=") for item in rest]
-    chosen = {key: value for key, _, value in pairs if key in OPTIONS and value}  # make leaves what was not set empty
+    options = {key: value for key, _, value in pairs if key in OPTIONS and value}  # make leaves what was not set empty
     overrides = [item for item, (key, _, _) in zip(rest, pairs) if key not in OPTIONS]
     sweep = sweep_file.read(file, overrides)
-    slots = trial_process.slots(chosen.get("gpus"), _whole("jobs", chosen.get("jobs")))
-    limit = _whole("limit", chosen.get("limit"))
-    trial_process.check_gpus(chosen.get("gpus"))
+    slots = trial_process.slots(options.get("gpus"), _whole("jobs", options.get("jobs")))
+    limit = _whole("limit", options.get("limit"))
+    trial_process.check_gpus(options.get("gpus"))
     lint.check(sweep)
     root = Path(os.environ.get("VITSCOPE_RUNS", "runs")) / "sweeps"
-    if chosen.get("server") == "true":
-        return _server(sweep, root, slots, limit, chosen.get("sweep_id"))
+    if options.get("server") == "true":
+        return _server(sweep, root, slots, limit, options.get("sweep_id"))
     from vitscope.sweep.local_runner import LocalSweep  # imports torch
 
-    with progress_table.SweepDisplay() as shown:
-        local = LocalSweep(sweep, root, slots, limit=limit, show=shown)
+    with progress_table.SweepDisplay() as display:
+        local = LocalSweep(sweep, root, slots, limit=limit, show=display)
         try:
             code = local.run()
         except BaseException:

@@ -50,10 +50,10 @@ def apply_analysis_caps(cfg: DictConfig) -> None:
         ConfigError: a bound that is none.
     """
     trainer = cfg.get("trainer")
-    kept = copy.deepcopy(trainer)
+    trainer_settings = copy.deepcopy(trainer)
     apply_caps(cfg)
-    if kept is not None:
-        cfg.trainer = kept
+    if trainer_settings is not None:
+        cfg.trainer = trainer_settings
 
 
 def _exceeds(limit: Any, bound: float) -> bool:

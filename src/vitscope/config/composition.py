@@ -83,11 +83,11 @@ def judge(cfg: DictConfig, overrides: Sequence[str] = ()) -> None:
         for key in ("job_logging", "hydra_logging"):
             _check_logging(hydra, key)
         if hydra.get("output_subdir") is not None:
-            why = "Hydra would write the configuration there, secrets included"
-            raise ConfigError("hydra.output_subdir", hydra.output_subdir, why, "set hydra.output_subdir=null")
+            reason = "Hydra would write the configuration there, secrets included"
+            raise ConfigError("hydra.output_subdir", hydra.output_subdir, reason, "set hydra.output_subdir=null")
         if OmegaConf.select(hydra, "job.chdir"):
-            why = "W&B and others read settings from the folder where they run, and run= and paths would mean other folders"
-            raise ConfigError("hydra.job.chdir", True, why, "set hydra.job.chdir=false")
+            reason = "W&B and others read settings from the folder where they run, and run= and paths would mean other folders"
+            raise ConfigError("hydra.job.chdir", True, reason, "set hydra.job.chdir=false")
         for place, node in instantiate.targets(_raw(hydra), "hydra"):
             if place.partition(".")[2].partition(".")[0] not in PLUGINS:
                 _refuse(f"{place}._target_", node["_target_"], "nothing is created there")
@@ -129,10 +129,10 @@ def _check_environment(hydra: DictConfig) -> None:
         for name in list(node) if node is not None else ():
             if str(name) not in VARIABLES:
                 grants = "TRUST" in str(name).upper()
-                why = (
+                reason = (
                     "a configuration must not grant trust" if grants else "not a variable that a configuration may set"
                 )
-                raise ConfigError(f"hydra.job.{key}", name, why, f"set {name} in the environment of the command")
+                raise ConfigError(f"hydra.job.{key}", name, reason, f"set {name} in the environment of the command")
 
 
 def _check_plugins(hydra: DictConfig, group: str, overrides: Sequence[str]) -> None:
@@ -164,18 +164,18 @@ def _check_plugin(group: str, place: str, target: Any) -> None:
     _check_trusted(f"{place}._target_", target, f"one of {', '.join(PLUGINS[group])}")
 
 
-def _check_trusted(key: str, target: Any, wanted: str) -> None:
+def _check_trusted(key: str, target: Any, expectation: str) -> None:
     """Refuse a dotted name that does not lead to a package which the user trusts."""
     if isinstance(target, str) and target.partition(".")[0] in target_allowlist.packages():
         target_allowlist.resolve(target, key.removesuffix("._target_"))
         return
-    _refuse(key, target, f"not {wanted}")
+    _refuse(key, target, f"not {expectation}")
 
 
-def _refuse(key: str, target: Any, why: str) -> None:
+def _refuse(key: str, target: Any, reason: str) -> None:
     top = target.partition(".")[0] if isinstance(target, str) else ""
-    own = f"leave it out, or set VITSCOPE_TRUST={top} if it is your own" if top.isidentifier() else "leave it out"
-    raise ConfigError(key, target, why, own)
+    fix = f"leave it out, or set VITSCOPE_TRUST={top} if it is your own" if top.isidentifier() else "leave it out"
+    raise ConfigError(key, target, reason, fix)
 
 
 def _check_sweeper(tree: Mapping[str, Any], overrides: Sequence[str]) -> None:
@@ -185,8 +185,8 @@ def _check_sweeper(tree: Mapping[str, Any], overrides: Sequence[str]) -> None:
     if store is None or "hydra.sweeper.storage" in _chosen(overrides):
         return
     if not (isinstance(store, str) and _LOCAL_STORE.fullmatch(store)):
-        why = "a store whose server could send pickled objects, so that no file may set it"
-        raise ConfigError("hydra.sweeper.storage", None, why, "set it on the command line, or use sqlite:///<file>")
+        reason = "a store whose server could send pickled objects, so that no file may set it"
+        raise ConfigError("hydra.sweeper.storage", None, reason, "set it on the command line, or use sqlite:///<file>")
 
 
 def _chosen(overrides: Sequence[str]) -> set[str]:
@@ -195,10 +195,10 @@ def _chosen(overrides: Sequence[str]) -> set[str]:
 
 
 def _check_launcher(tree: Any, overrides: Sequence[str]) -> None:
-    chosen = _chosen(overrides)
+    overridden_keys = _chosen(overrides)
     for key in _SHELL & set(tree) if isinstance(tree, Mapping) else ():
         place = f"hydra.launcher.{key}"
-        if tree[key] and not any(name == place or name.startswith(f"{place}.") for name in chosen):
+        if tree[key] and not any(name == place or name.startswith(f"{place}.") for name in overridden_keys):
             raise ConfigError(place, None, "reaches a shell, so that no file may set it", "set it on the command line")
     for place, value in _leaves(tree, "hydra.launcher"):
         if isinstance(value, str) and any(ord(c) < 32 for c in value):

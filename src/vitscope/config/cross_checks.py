@@ -76,10 +76,10 @@ def _check_monitors(callbacks: Mapping[str, Any]) -> None:
         if "monitor" not in node:
             continue
         monitor = node["monitor"]
-        known = METRICS if name == "checkpoint" else (*METRICS, *TRAINING_METRICS)
-        if monitor not in known and not (monitor is None and name != "checkpoint"):
+        metrics = METRICS if name == "checkpoint" else (*METRICS, *TRAINING_METRICS)
+        if monitor not in metrics and not (monitor is None and name != "checkpoint"):
             key = f"callbacks.{name}.monitor"
-            raise ConfigError(key, monitor, "no such metric", errors.nearest(str(monitor), known))
+            raise ConfigError(key, monitor, "no such metric", errors.nearest(str(monitor), metrics))
 
 
 def _check_trainer(trainer: Mapping[str, Any]) -> None:
@@ -88,9 +88,9 @@ def _check_trainer(trainer: Mapping[str, Any]) -> None:
     for key in SUPPLIED_TO_TRAINER:
         if key in trainer:
             raise ConfigError(f"trainer.{key}", "...", "vitscope supplies it", "leave it out")
-    for key, why in REFUSED_OF_TRAINER.items():
+    for key, reason_and_fix in REFUSED_OF_TRAINER.items():
         if trainer.get(key):
-            reason, fix = why.split("; ")
+            reason, fix = reason_and_fix.split("; ")
             raise ConfigError(f"trainer.{key}", trainer[key], reason, fix)
 
 

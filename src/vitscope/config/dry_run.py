@@ -79,10 +79,10 @@ def _optimizer(node: dict[str, Any]) -> None:
 def _steps(trainer: Mapping[str, Any], data: Any) -> None:
     loaders = {"train": data.train_dataloader, "val": data.val_dataloader}
     for stage, loader in loaders.items():
-        limit, there = trainer.get(f"limit_{stage}_batches"), len(loader())
-        if isinstance(limit, float) and limit > 0 and int(limit * there) == 0:
-            why = f"no batch of the {there} there are"
-            raise ConfigError(f"trainer.limit_{stage}_batches", limit, why, "raise it, or give a number of batches")
+        limit, n_available = trainer.get(f"limit_{stage}_batches"), len(loader())
+        if isinstance(limit, float) and limit > 0 and int(limit * n_available) == 0:
+            reason = f"no batch of the {n_available} there are"
+            raise ConfigError(f"trainer.limit_{stage}_batches", limit, reason, "raise it, or give a number of batches")
 
 
 def _forward(cfg: DictConfig, network: nn.Module, data: Any) -> None:

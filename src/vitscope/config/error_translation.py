@@ -49,8 +49,8 @@ def explain(error: BaseException) -> VitscopeError | None:
         return StorageError("paths.runs", error.filename, str(error.strerror), "free space or choose another folder")
     if type(error).__module__.startswith("torch.distributed") or "ProcessGroup" in str(error) or "gloo" in str(error):
         line = first_line(error)
-        why = line.partition("] ")[2].partition(". ")[0] or line  # after the place in its source
-        return DistributedError("trainer.devices", None, f"another process died or hangs ({why})", "see its output")
+        reason = line.partition("] ")[2].partition(". ")[0] or line  # after the place in its source
+        return DistributedError("trainer.devices", None, f"another process died or hangs ({reason})", "see its output")
     return None
 
 
@@ -67,13 +67,13 @@ def code_for(error: BaseException) -> int:
         error = Interrupted(stopped)  # Lightning's own answer to SIGTERM
     if isinstance(error, Interrupted):
         return INTERRUPTED if error.signum == signal.SIGINT else TERMINATED
-    known = explain(error)
-    return known.exit_code if known else 1
+    explained = explain(error)
+    return explained.exit_code if explained else 1
 
 
 def _missing(error: MissingConfigException) -> ConfigError:
-    wanted = error.missing_cfg_file or ""
-    group, _, name = wanted.rpartition("/")
+    missing_file = error.missing_cfg_file or ""
+    group, _, name = missing_file.rpartition("/")
     names = list(error.options or []) or loading.options(group)
     return ConfigError(group or "config", name, "no such choice", errors.nearest(name, names))
 

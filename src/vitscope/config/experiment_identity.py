@@ -110,8 +110,8 @@ def recipe(cfg: Mapping[str, Any]) -> str:
     """
     node = cfg.get("objective") or {}
     for name in loading.options("objective"):
-        known = OmegaConf.to_container(OmegaConf.load(loading.folder() / "objective" / f"{name}.yaml"))
-        if isinstance(known, dict) and node == known:
+        stated_recipe = OmegaConf.to_container(OmegaConf.load(loading.folder() / "objective" / f"{name}.yaml"))
+        if isinstance(stated_recipe, dict) and node == stated_recipe:
             return name
     return ""
 
@@ -142,8 +142,8 @@ def labels(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
         )
         usual = {key: _usual(key, facts) for key in varying}
         for run_key, fact in zip(digests, facts):
-            said = [key for key in varying if digest(fact.get(key)) != usual[key]]
-            words = [_word(key, fact.get(key)) for key in said[:MOST_KEYS]]
+            varying_keys = [key for key in varying if digest(fact.get(key)) != usual[key]]
+            words = [_word(key, fact.get(key)) for key in varying_keys[:MOST_KEYS]]
             labels[run_key] = ", ".join([name, *words])
     counts: dict[str, int] = {}
     for run_key, label in labels.items():  # what MOST_KEYS cut off

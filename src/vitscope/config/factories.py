@@ -49,8 +49,10 @@ def model(cfg: DictConfig) -> nn.Module:
 def _at_own_size(cfg: DictConfig) -> dict[str, Any]:
     """Return ``cfg.model``, a timm model at the size of its weights where the images take its preprocessing."""
     node = loading.plain(cfg.model)
-    own = (cfg.get("data") or {}).get("transform") == "model" and node.get("_target_") == "vitscope.models.timm_model"
-    return {**node, "image_size": None} if own else node
+    has_own_size = (cfg.get("data") or {}).get("transform") == "model" and node.get(
+        "_target_"
+    ) == "vitscope.models.timm_model"
+    return {**node, "image_size": None} if has_own_size else node
 
 
 def data(cfg: DictConfig) -> Any:
@@ -72,13 +74,13 @@ def named_objective(name: str) -> dict[str, Any]:
 
 def objective(cfg: DictConfig, *, smoothing: float, scale: Mapping[str, Tensor] | None = None) -> Objective:
     """Return the objective of a probe: the L2 term is the run's, the smoothing that of the images' recipe."""
-    chosen = cfg.objective
-    if chosen.l2 == "adamw" and scale is None and chosen.weight_decay > 0:
+    node = cfg.objective
+    if node.l2 == "adamw" and scale is None and node.weight_decay > 0:
         raise ConfigError("objective.l2", "adamw", "needs the second moments of a trained AdamW",
                           "analyse a run's checkpoint, or set objective.l2=half_sq")  # fmt: skip
     return Objective(
-        weight_decay=float(chosen.weight_decay),
-        l2=chosen.l2,
+        weight_decay=float(node.weight_decay),
+        l2=node.l2,
         label_smoothing=smoothing,
         decay_scale=scale,
     )
@@ -88,7 +90,7 @@ def probe(
     cfg: DictConfig,
     network: nn.Module,
     datamodule: Any,
-    wanted: Mapping[str, Any],
+    settings: Mapping[str, Any],
     facts: Mapping[str, Any] | None = None,
     content: Mapping[str, Any] | None = None,
 ) -> Probe:
@@ -98,29 +100,29 @@ def probe(
         cfg: the run's configuration: objective and seed.
         network: the model to look at.
         datamodule: gives the batches.
-        wanted: ``split, augment, n_images, batch_size`` and optionally ``seed``; ``augment`` is whether to apply the run's
+        settings: ``split, augment, n_images, batch_size`` and optionally ``seed``; ``augment`` is whether to apply the run's
             training augmentation, or the name of the objective whose augmentation to apply whatever the run was trained with.
         facts: what the card should say besides: ``checkpoint``, ``epoch``.
         content: the checkpoint, for an objective that needs the optimizer's state.
     """
-    wanted = dict(wanted)
+    settings = dict(settings)
     recipe: Mapping[Any, Any] = cfg.objective
-    if isinstance(wanted.get("augment"), str):
-        recipe = named_objective(wanted["augment"])
-        datamodule, wanted["augment"] = datamodule.augmented_as(recipe), True
-    seed = wanted.pop("seed", None)
+    if isinstance(settings.get("augment"), str):
+        recipe = named_objective(settings["augment"])
+        datamodule, settings["augment"] = datamodule.augmented_as(recipe), True
+    seed = settings.pop("seed", None)
     seed = int(cfg.seed if seed is None else seed)
-    batches = datamodule.probe_batches(**wanted, seed=seed)
+    batches = datamodule.probe_batches(**settings, seed=seed)
     attributes = getattr(batches, "attributes", {})
-    augment = bool(wanted.get("augment", False))
+    augment = bool(settings.get("augment", False))
     device = next((p.device for p in network.parameters()), torch.device("cpu"))
     if device.type != "cpu":
         batches = _OnDevice(batches, device)
     soft = next(iter(batches))[1].ndim == 2
     scale = adamw_scale(network, content, cfg) if content is not None and cfg.objective.l2 == "adamw" else None
-    about = {**datamodule.describe(wanted["split"], augment), "mean": datamodule.mean, "std": datamodule.std,
+    about = {**datamodule.describe(settings["split"], augment), "mean": datamodule.mean, "std": datamodule.std,
              "num_classes": datamodule.num_classes, "class_names": datamodule.class_names,
-             "present_classes": datamodule.present_classes(wanted["split"]), "seed": seed,
+             "present_classes": datamodule.present_classes(settings["split"]), "seed": seed,
              **attributes, **(facts or {})}  # fmt: skip
     # mixup has the smoothing inside its soft targets, clean images have none
     smoothing = float(recipe["label_smoothing"]) if augment and not soft else 0.0

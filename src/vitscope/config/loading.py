@@ -1,6 +1,6 @@
 """The composed configuration: where it lives, what it may name, its hash, and the upper bounds of `caps`.
 
-Checks of values are in `validation.py`, what a ``_target_`` may name is in `trust.py`.
+Checks of values are in `validation.py`, what a ``_target_`` may name is in `target_allowlist.py`.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ def digest(value: Any, length: int = 8) -> str:
 def drop_unchosen(cfg: DictConfig) -> list[str]:
     """Take what an experiment sets for diagnostics that were not chosen out of ``cfg.analysis``; return their names."""
     nodes = cfg.get("analysis") or {}
-    known = options("analysis")
+    names = options("analysis")
     unchosen = [
         str(name)
         for name in nodes
-        if name in known and OmegaConf.is_dict(nodes[name]) and "_target_" not in nodes[name]
+        if name in names and OmegaConf.is_dict(nodes[name]) and "_target_" not in nodes[name]
     ]
     with open_dict(cfg):
         for name in unchosen:

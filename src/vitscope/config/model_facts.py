@@ -66,8 +66,8 @@ def of_model(cfg: DictConfig) -> dict[str, Any]:
         node["pretrained"] = False  # the weights do not matter
     data = cfg.get("data") or {}
     size = data.get("image_size") or node.get("image_size") or 224
-    own = data.get("transform") == "model"
-    composed = OmegaConf.create({"model": node, "seed": 0, "data": {"transform": "model"} if own else {}})
+    has_own_size = data.get("transform") == "model"
+    composed = OmegaConf.create({"model": node, "seed": 0, "data": {"transform": "model"} if has_own_size else {}})
     reason = ""
     for device in ("meta", "cpu"):  # a model that looks at its weights while it is built needs a real device
         try:
@@ -99,7 +99,7 @@ def recorded_family(facts: Mapping[str, Any]) -> str:
     return family if isinstance(family, str) else ""
 
 
-def family_of(found: Sequence[Tap]) -> str:
+def family_of(model_taps: Sequence[Tap]) -> str:
     """Return the family that units and stages tell, or an empty text.
 
     Attention and MLPs in one stage: ``vit``; in several, on maps cut in windows (channels last): ``swin``, on tokens:
@@ -107,17 +107,17 @@ def family_of(found: Sequence[Tap]) -> str:
     ``alternet``. MLPs alone: ``mixer``.
 
     Args:
-        found: the model's taps.
+        model_taps: the model's taps.
     """
-    units = [tap for tap in found if tap.kind in ("conv", "msa", "mlp")]
+    units = [tap for tap in model_taps if tap.kind in ("conv", "msa", "mlp")]
     kinds = {tap.kind for tap in units}
     stages = {tap.stage for tap in units}
     if kinds == {"msa", "mlp"}:
         if len(stages) == 1:
             return "vit"
         return "swin" if any(tap.layout == "NHWC" for tap in units) else "pit"
-    residual = any(tap.kind == "stem" for tap in found)
-    if kinds == {"conv"} and residual and not any(tap.kind == "pool" for tap in found):
+    residual = any(tap.kind == "stem" for tap in model_taps)
+    if kinds == {"conv"} and residual and not any(tap.kind == "pool" for tap in model_taps):
         return "convnet"
     return {frozenset({"conv", "msa"}): "alternet", frozenset({"mlp"}): "mixer"}.get(frozenset(kinds), "")
 

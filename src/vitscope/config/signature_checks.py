@@ -40,17 +40,17 @@ def check_node(
     for place, inner in instantiate.targets(node, path):
         target_allowlist.check_role(inner, place)
         target = target_allowlist.resolve(inner["_target_"], place)
-        ours = (*instantiate.RESERVED, *(extra if place == path else ()))
-        arguments = {key: value for key, value in inner.items() if key not in ours}
+        reserved_keys = (*instantiate.RESERVED, *(extra if place == path else ()))
+        arguments = {key: value for key, value in inner.items() if key not in reserved_keys}
         check_arguments(
             place, arguments, target, supplied=supplied(target) if supplied is not None and place == path else ()
         )
 
 
 def check_arguments(
-    path: str, given: Mapping[str, Any], target: Callable[..., Any], supplied: Sequence[str] = ()
+    path: str, arguments: Mapping[str, Any], target: Callable[..., Any], supplied: Sequence[str] = ()
 ) -> None:
-    """Check the keys, types and ranges of ``given`` against a signature.
+    """Check the keys, types and ranges of ``arguments`` against a signature.
 
     Raises:
         ConfigError: an unknown key, with the nearest ones, or a value of another type or outside of its range.
@@ -59,7 +59,7 @@ def check_arguments(
     open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     names = {name for name, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
     hints, ranges = _hints(target), _ranges(target)
-    for key, value in given.items():
+    for key, value in arguments.items():
         if key not in names and not open_ended:
             raise ConfigError(f"{path}.{key}", shown(value), "no such key", errors.nearest(key, names - set(supplied)))
         if key in hints and not fits(value, hints[key]):

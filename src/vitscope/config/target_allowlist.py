@@ -33,10 +33,10 @@ def check_target(node: Mapping[str, Any], path: str) -> Callable[..., Any]:
     Raises:
         ConfigError: naming the target or the argument.
     """
-    found = resolve(node["_target_"], path)
-    if not _trusted(found):
-        weight_files.check(node, path, getattr(found, "__module__", None) or "")
-    return found
+    target = resolve(node["_target_"], path)
+    if not _trusted(target):
+        weight_files.check(node, path, getattr(target, "__module__", None) or "")
+    return target
 
 
 def check_role(node: Mapping[str, Any], path: str) -> None:
@@ -62,11 +62,11 @@ def check_role(node: Mapping[str, Any], path: str) -> None:
     }
     if place not in roles:
         return
-    kind, modules, wanted = roles[place]
-    found = resolve(node["_target_"], path)
-    fits = issubclass(found, kind) if inspect.isclass(found) else found.__module__.startswith(modules)
-    if not fits and not _trusted(found):
-        raise ConfigError(f"{path}._target_", node["_target_"], f"not {wanted}", "name one")
+    kind, modules, expectation = roles[place]
+    target = resolve(node["_target_"], path)
+    fits = issubclass(target, kind) if inspect.isclass(target) else target.__module__.startswith(modules)
+    if not fits and not _trusted(target):
+        raise ConfigError(f"{path}._target_", node["_target_"], f"not {expectation}", "name one")
 
 
 def resolve(target: Any, path: str) -> Callable[..., Any]:
@@ -82,13 +82,13 @@ def resolve(target: Any, path: str) -> Callable[..., Any]:
     top = target.partition(".")[0]
     if top not in {p.partition(".")[0] for p in PACKAGES} | trusted:
         raise ConfigError(key, target, "its package is not trusted", f"set VITSCOPE_TRUST={top} if it is your own")
-    found = _locate(target, key)
-    module = getattr(found, "__module__", None) or ""
-    if not callable(found) or inspect.ismodule(found):
-        raise ConfigError(key, target, f"a {type(found).__name__}, not a callable", "name a class or a function")
-    if _trusted(found) or _configurable(found, module):
-        return found
-    raise ConfigError(key, target, f"{module}.{getattr(found, '__qualname__', '?')} is not meant to be configured",
+    located = _locate(target, key)
+    module = getattr(located, "__module__", None) or ""
+    if not callable(located) or inspect.ismodule(located):
+        raise ConfigError(key, target, f"a {type(located).__name__}, not a callable", "name a class or a function")
+    if _trusted(located) or _configurable(located, module):
+        return located
+    raise ConfigError(key, target, f"{module}.{getattr(located, '__qualname__', '?')} is not meant to be configured",
                       "name a model, optimizer, data set, metric, callback or measure")  # fmt: skip
 
 
@@ -118,25 +118,25 @@ def _named() -> set[str]:
     return {name.strip() for name in os.environ.get(VARIABLE, "").split(",") if name.strip()}
 
 
-def _trusted(found: Any) -> bool:
-    return (getattr(found, "__module__", None) or "").partition(".")[0] in packages()
+def _trusted(target: Any) -> bool:
+    return (getattr(target, "__module__", None) or "").partition(".")[0] in packages()
 
 
 def _locate(target: str, key: str) -> Any:
     parts = target.split(".")
     try:
-        found: Any = importlib.import_module(parts[0])
+        located: Any = importlib.import_module(parts[0])
         for index, part in enumerate(parts[1:], start=2):
             if part.startswith("_"):
                 raise ConfigError(key, target, "a private name", "name something public")
-            if not hasattr(found, part):
+            if not hasattr(located, part):
                 importlib.import_module(".".join(parts[:index]))
-            found = getattr(found, part)
+            located = getattr(located, part)
     except ConfigError:
         raise
     except Exception:  # modules that make their attributes when asked (torch.ops, torch.classes) raise anything
         raise ConfigError(key, target, "no such name", _suggest(parts)) from None
-    return found
+    return located
 
 
 def _suggest(parts: list[str]) -> str:
@@ -147,29 +147,29 @@ def _suggest(parts: list[str]) -> str:
     return nearest(parts[-1], (name for name in dir(parent) if not name.startswith("_")))
 
 
-def _configurable(found: Any, module: str) -> bool:
+def _configurable(target: Any, module: str) -> bool:
     if not any(module == package or module.startswith(f"{package}.") for package in PACKAGES):
         return False
     if any(module == part or module.startswith(f"{part}.") for part in _LOADERS):
         return False
-    name = getattr(found, "__qualname__", "_")
+    name = getattr(target, "__qualname__", "_")
     if "." in name or name.startswith("_"):
         return False
-    if inspect.isclass(found):
-        return issubclass(found, _bases())
-    if not inspect.isfunction(found):
+    if inspect.isclass(target):
+        return issubclass(target, _bases())
+    if not inspect.isfunction(target):
         return False
     import timm
     import torchvision
 
     if module.startswith("vitscope."):
-        return _ours(found, module, name)
+        return _ours(target, module, name)
     if module.startswith("timm.models."):
         return timm.is_model(name)
     return module.startswith("torchvision.models.") and name in torchvision.models.list_models()
 
 
-def _ours(found: Any, module: str, name: str) -> bool:
+def _ours(target: Any, module: str, name: str) -> bool:
     """Tell whether a function of this package is a model, the loader of a data set or a measure."""
     import vitscope
     from vitscope import models

@@ -152,11 +152,11 @@ def _check_target_group(group: str, node: Mapping[str, Any]) -> None:
     if group == "model" and "capabilities" in node:
         _check_capabilities(node["capabilities"])
     if group == "data" and isinstance(node.get("recipe"), Mapping):
-        known = {key for name in loading.options("data") for key in _file("data", name).get("recipe", {})}
+        recipe_keys = {key for name in loading.options("data") for key in _file("data", name).get("recipe", {})}
         for key in node["recipe"]:
-            if key not in known:
+            if key not in recipe_keys:
                 raise ConfigError(
-                    f"data.recipe.{key}", shown(node["recipe"][key]), "no such key", errors.nearest(key, known)
+                    f"data.recipe.{key}", shown(node["recipe"][key]), "no such key", errors.nearest(key, recipe_keys)
                 )
     if group == "optimizer" and node.get("schedule"):
         from vitscope.core.lr_schedule import factor
@@ -177,16 +177,16 @@ def _check_capabilities(stated: Any) -> None:
 
 
 def _check_plain_group(group: str, node: Mapping[str, Any]) -> None:
-    known: dict[str, set[Any]] = {}
+    allowed_values: dict[str, set[Any]] = {}
     for name in loading.options(group):
         for key, value in _file(group, name).items():
             kinds = _kinds(value)  # a bound, or a number that another file gives with a fraction
-            known.setdefault(key, set()).update(kinds if kinds != {int} else {float})
+            allowed_values.setdefault(key, set()).update(kinds if kinds != {int} else {float})
     for key, value in node.items():
-        if key not in known:
-            raise ConfigError(f"{group}.{key}", shown(value), "no such key", errors.nearest(str(key), known))
-        if not any(fits(value, kind) for kind in known[key]):
-            raise ConfigError(f"{group}.{key}", shown(value), f"not {_named(known[key])}", "correct the value")
+        if key not in allowed_values:
+            raise ConfigError(f"{group}.{key}", shown(value), "no such key", errors.nearest(str(key), allowed_values))
+        if not any(fits(value, kind) for kind in allowed_values[key]):
+            raise ConfigError(f"{group}.{key}", shown(value), f"not {_named(allowed_values[key])}", "correct the value")
 
 
 def _check_l2_form(objective: Mapping[str, Any]) -> None:
@@ -236,12 +236,12 @@ def _check_analyses(nodes: Mapping[str, Any]) -> None:
                 if key not in types_:
                     raise ConfigError(f"{path}.{part}.{key}", shown(value), "no such key", errors.nearest(key, types_))
                 if not fits(value, types_[key]):
-                    why = f"not of type {getattr(types_[key], '__name__', types_[key])}"
-                    raise ConfigError(f"{path}.{part}.{key}", shown(value), why, "correct the value")
+                    reason = f"not of type {getattr(types_[key], '__name__', types_[key])}"
+                    raise ConfigError(f"{path}.{part}.{key}", shown(value), reason, "correct the value")
         recipe = (node.get("probe") or {}).get("augment")
         if isinstance(recipe, str) and recipe not in loading.options("objective"):
-            why = errors.nearest(recipe, ["true", "false", *loading.options("objective")])
-            raise ConfigError(f"{path}.probe.augment", recipe, "neither true, false nor an objective", why)
+            reason = errors.nearest(recipe, ["true", "false", *loading.options("objective")])
+            raise ConfigError(f"{path}.probe.augment", recipe, "neither true, false nor an objective", reason)
         if node.get("on_error", "warn") not in ("warn", "raise"):
             raise ConfigError(f"{path}.on_error", node["on_error"], "unknown", "choose warn or raise")
 

@@ -47,8 +47,10 @@ def check(node: Mapping[str, Any], path: str, module: str) -> None:
     whole = group in ("model", "data") or module.startswith(_MODELS)
     for place, key, value in _arguments(node, path):
         if _ALWAYS.fullmatch(key) or (whole and _names_a_file(key, value, group, module)):
-            shown = value if isinstance(value, str) else "..."
-            raise ConfigError(place, shown, "names a file or a hub of weights, which only ckpt_path may", _FIX)
+            displayed_value = value if isinstance(value, str) else "..."
+            raise ConfigError(
+                place, displayed_value, "names a file or a hub of weights, which only ckpt_path may", _FIX
+            )
 
 
 def _arguments(node: Any, path: str, key: str = "") -> Iterator[tuple[str, str, Any]]:

@@ -96,20 +96,20 @@ def one_pass(probe: Probe, measures: Mapping[str, Mapping[str, Any]]) -> dict[st
     """
     import vitscope
 
-    chosen = []
+    with_options = []
     for name, options in measures.items():
         measure = getattr(vitscope, name) if name in vitscope.measures() else None
         if measure is None or accumulator_of(measure, options) is None:
             raise ValueError(f"Expected a measure of the feature maps of one pass, received {name!r}.")
-        chosen.append((measure, options))
-    return dict(zip(measures, collect(probe, chosen)))
+        with_options.append((measure, options))
+    return dict(zip(measures, collect(probe, with_options)))
 
 
-def collect(probe: Probe, chosen: Sequence[tuple[Callable[..., Any], Mapping[str, Any]]]) -> list[Any]:
+def collect(probe: Probe, measures: Sequence[tuple[Callable[..., Any], Mapping[str, Any]]]) -> list[Any]:
     """Return the results of pairs of a measure and its options, see `one_pass`; each must have an accumulator."""
     accumulators, error = [], None
     try:
-        for measure, options in chosen:
+        for measure, options in measures:
             make = accumulator_of(measure, options)
             assert make is not None
             unused = _options_of_other_passes(measure, make)  # all None
@@ -123,5 +123,5 @@ def collect(probe: Probe, chosen: Sequence[tuple[Callable[..., Any], Mapping[str
         raise error or RuntimeError("another rank failed")
     return [
         with_options(accumulator.result(), measure, probe, **options)
-        for accumulator, (measure, options) in zip(accumulators, chosen, strict=True)
+        for accumulator, (measure, options) in zip(accumulators, measures, strict=True)
     ]

@@ -53,42 +53,42 @@ def report(cfg: DictConfig) -> Path:
     out = Path(cfg.out)
     stop_flag.check()
     damaged: list[run_index.Damage] = []
-    found = run_index.collect(_folders(cfg, damaged), damaged)
+    entries = run_index.collect(_folders(cfg, damaged), damaged)
     for damage in damaged:
         log_problem(_logger, str(damage))
-    if not found:
+    if not entries:
         raise DataError(
             "runs" if cfg.runs is not None else "paths.runs", None, "no run that can be read", "name others"
         )
-    chosen = [] if cfg.table else _panels(cfg, found)
+    panels = [] if cfg.table else _panels(cfg, entries)
     lacking: list[Problem] = []
     if cfg.baselines and not cfg.table:
-        beside, lacking = baselines.panels(found, _analyses(cfg), bool(cfg.allow_different))
-        chosen += beside
+        beside, lacking = baselines.panels(entries, _analyses(cfg), bool(cfg.allow_different))
+        panels += beside
     options = loading.plain(cfg.plot) or {}
-    jobs = [figure_captions.drawing_job(panel, out, options.get(panel.analysis), cfg.pdf) for panel in chosen]
+    jobs = [figure_captions.drawing_job(panel, out, options.get(panel.analysis), cfg.pdf) for panel in panels]
     with figure_worker.drawing(jobs) as finish:
-        made, judged = _tables(cfg, found, out)
+        tables, judged = _tables(cfg, entries, out)
         stop_flag.check()
-        drawn = [figure_captions.with_picture(panel, picture) for panel, picture in zip(chosen, finish())]
+        drawn = [figure_captions.with_picture(panel, picture) for panel, picture in zip(panels, finish())]
     stop_flag.check()
-    print(cells.markdown(next(iter(made.values()))), end="")
-    problems = [problem for table in made.values() for problem in table.problems]
-    target = out / "tables" / f"{next(iter(made))}.md"
+    print(cells.markdown(next(iter(tables.values()))), end="")
+    problems = [problem for table in tables.values() for problem in table.problems]
+    target = out / "tables" / f"{next(iter(tables))}.md"
     if not cfg.table:
-        problems += figure_plan.missing_results(found, _analyses(cfg) or [], cfg.tag) + lacking
+        problems += figure_plan.missing_results(entries, _analyses(cfg) or [], cfg.tag) + lacking
         problems += [
             Problem("failed", f"figure {d.panel.name}", d.panel.analysis, d.picture.problem)
             for d in drawn
             if d.picture.problem
         ]
         if cfg.page:
-            target = html_page.write(out / f"{cfg.name}.html", found, made, judged, drawn, problems)
-            print(f"\n{len(drawn)} figures, {len(made)} tables: {target}")
+            target = html_page.write(out / f"{cfg.name}.html", entries, tables, judged, drawn, problems)
+            print(f"\n{len(drawn)} figures, {len(tables)} tables: {target}")
     _log_problems(list(dict.fromkeys(problems)), bool(cfg.strict), cfg.table)
     if damaged:
-        why = f"{len(damaged)} run folder{'s' * (len(damaged) != 1)} damaged and left out, named above"
-        raise DataError("runs", None, why, "mend or delete them; the report holds the others")
+        reason = f"{len(damaged)} run folder{'s' * (len(damaged) != 1)} damaged and left out, named above"
+        raise DataError("runs", None, reason, "mend or delete them; the report holds the others")
     return target
 
 
@@ -111,59 +111,59 @@ def _folders(cfg: DictConfig, damaged: list[run_index.Damage]) -> list[run_dir.R
     root = Path(cfg.paths.runs)
     incomplete = run_dir.incomplete(root)
     damaged += [run_index.Damage(path, f"has no {name}") for path, name in incomplete]
-    if (found := run_dir.every(root)) or incomplete:
-        return found
+    if (run_folders := run_dir.every(root)) or incomplete:
+        return run_folders
     raise DataError("paths.runs", root, "no run there", "train one (python train.py), or name another folder")
 
 
 def _tables(
-    cfg: DictConfig, found: Sequence[run_index.Entry], out: Path
+    cfg: DictConfig, entries: Sequence[run_index.Entry], out: Path
 ) -> tuple[dict[str, Table], list[claim_verdicts.ClaimVerdict]]:
     """Build and write the tables that were asked for; return them, and the claims where they are among them."""
-    selection = Selection(found, cfg.tag if cfg.tag != "all" else "end", bool(cfg.allow_different))
+    selection = Selection(entries, cfg.tag if cfg.tag != "all" else "end", bool(cfg.allow_different))
     costs = Costs()
     crossed = (
         factorial_tables.write_factorial_tables(selection, out) if cfg.table in (None, *factorial_tables.NAMES) else {}
     )
     if cfg.table in factorial_tables.NAMES:
         return _written({cfg.table: crossed[cfg.table]}, out), []
-    wanted = [cfg.table] if cfg.table else [name for name in TABLES if name not in factorial_tables.NAMES]
-    judged = claim_verdicts.judge(ReportRuns(selection, costs)) if "claims" in wanted else []
+    table_names = [cfg.table] if cfg.table else [name for name in TABLES if name not in factorial_tables.NAMES]
+    judged = claim_verdicts.judge(ReportRuns(selection, costs)) if "claims" in table_names else []
     models = list(cfg.expect.models or []) if cfg.table else []
     seeds = [int(seed) for seed in cfg.expect.seeds or []] if cfg.table else []
-    made = {
+    tables = {
         name: claim_verdicts.table(judged)
         if name == "claims"
         else headline_tables.build(name, selection, costs, models, seeds)
-        for name in wanted
+        for name in table_names
     }
-    made |= {name: table for name, table in crossed.items() if table.rows}
-    return _written(made, out), judged
+    tables |= {name: table for name, table in crossed.items() if table.rows}
+    return _written(tables, out), judged
 
 
-def _written(made: dict[str, Table], out: Path) -> dict[str, Table]:
-    for table in made.values():
+def _written(tables: dict[str, Table], out: Path) -> dict[str, Table]:
+    for table in tables.values():
         cells.write(table, out / "tables")
-    return made
+    return tables
 
 
 def _analyses(cfg: DictConfig) -> list[str] | None:
     return None if cfg.analyses is None else list(cfg.analyses)
 
 
-def _panels(cfg: DictConfig, found: Sequence[run_index.Entry]) -> list[figure_plan.Panel]:
+def _panels(cfg: DictConfig, entries: Sequence[run_index.Entry]) -> list[figure_plan.Panel]:
     return figure_plan.panels(
-        found, tag=cfg.tag, analyses=_analyses(cfg), group_by=cfg.group_by, allow_different=bool(cfg.allow_different)
+        entries, tag=cfg.tag, analyses=_analyses(cfg), group_by=cfg.group_by, allow_different=bool(cfg.allow_different)
     )
 
 
 def _log_problems(problems: Sequence[Problem], strict: bool, table: str | None) -> None:
     """Log what is missing or failed; with ``strict`` end with an error."""
-    shown = problems if strict or table else problems[:MOST_LINES]
-    for problem in shown:
+    listed_problems = problems if strict or table else problems[:MOST_LINES]
+    for problem in listed_problems:
         log_problem(_logger, str(problem))
-    if len(shown) < len(problems):
-        log_problem(_logger, f"... and {len(problems) - len(shown)} more; the page names them all")
+    if len(listed_problems) < len(problems):
+        log_problem(_logger, f"... and {len(problems) - len(listed_problems)} more; the page names them all")
     if strict and problems:
         kinds = {kind: sum(p.kind == kind for p in problems) for kind in ("missing", "failed")}
         counted = " and ".join(f"{n} {kind}" for kind, n in kinds.items() if n)

@@ -42,12 +42,12 @@ def track(iterable: Iterable[T], description: str, total: int | None = None) -> 
     """
     total = total if total is not None else _length(iterable)
     if not enabled or rank() != 0:
-        shown: Iterable[T] = iterable
+        wrapped: Iterable[T] = iterable
     elif sys.stderr.isatty():
-        shown = _bar(iterable, description, total)
+        wrapped = _bar(iterable, description, total)
     else:
-        shown = _lines(iterable, description, total)
-    for item in shown:
+        wrapped = _lines(iterable, description, total)
+    for item in wrapped:
         stop_flag.check()
         yield item
 
@@ -72,11 +72,11 @@ def _bar(iterable: Iterable[T], description: str, total: int | None) -> Iterator
 
 
 def _lines(iterable: Iterable[T], description: str, total: int | None) -> Iterator[T]:
-    started = said = time.monotonic()
-    for done, item in enumerate(iterable):
+    started = last_line_time = time.monotonic()
+    for n_done, item in enumerate(iterable):
         now = time.monotonic()
-        if now - said >= PLAIN_INTERVAL and done:
-            left = f", {(now - started) / done * (total - done):.0f} s left" if total else ""
-            print(f"{description}: {done}/{total or '?'}{left}", file=sys.stderr, flush=True)
-            said = now
+        if now - last_line_time >= PLAIN_INTERVAL and n_done:
+            time_left = f", {(now - started) / n_done * (total - n_done):.0f} s left" if total else ""
+            print(f"{description}: {n_done}/{total or '?'}{time_left}", file=sys.stderr, flush=True)
+            last_line_time = now
         yield item

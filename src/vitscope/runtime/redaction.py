@@ -57,7 +57,9 @@ _QUOTED_OR_EQUAL = re.compile(
 )
 _ANY_PAIR = re.compile(r"(?P<quote>(?:\\*[\"'])?)(?P<name>[A-Za-z_][\w.-]*)(?P=quote)\s*(?:[:=]>?)(?P<plain>)\s*")
 #: an element of XML, with attributes and inner elements or not
-_ELEMENT = re.compile(r"<(?P<name>[A-Za-z_][\w.:-]*)(?P<attributes>\s[^<>]*)?>(?P<value>.{1,500}?)</(?P=name)\s*>", re.DOTALL)
+_ELEMENT = re.compile(
+    r"<(?P<name>[A-Za-z_][\w.:-]*)(?P<attributes>\s[^<>]*)?>(?P<value>.{1,500}?)</(?P=name)\s*>", re.DOTALL
+)
 _OPTION = re.compile(r"(?<![\w-])(?P<quote>)--?(?P<name>[A-Za-z][\w-]*)(?P<plain>)\s+(?!-)")
 
 #: values that stood under a secret's key in a configuration or on the command line of this process

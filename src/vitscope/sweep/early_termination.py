@@ -36,10 +36,10 @@ def rungs(node: Mapping[str, Any]) -> list[int]:
         if not isinstance(node["min_iter"], int) or node["min_iter"] < 1:
             raise ConfigError("early_terminate.min_iter", node["min_iter"], "not a whole number from 1", "give one")
         return sorted({int(node["min_iter"] * eta**k) for k in range(20)})
-    found = {int(node.get("max_iter", 0) / eta**k) for k in range(1, int(node.get("s", 0)) + 1)} - {0}
-    if not found:
+    steps = {int(node.get("max_iter", 0) / eta**k) for k in range(1, int(node.get("s", 0)) + 1)} - {0}
+    if not steps:
         raise ConfigError("early_terminate", None, "no iteration to compare at", "give min_iter, or max_iter and s")
-    return sorted(found)
+    return sorted(steps)
 
 
 def hopeless(
@@ -63,8 +63,8 @@ def hopeless(
         return None
     rung = reached[-1]
     best = max if larger else min
-    own = best(history[:rung])
-    peers = [own, *(best(values[:rung]) for values in others if len(values) >= rung)]
+    best_value = best(history[:rung])
+    peers = [best_value, *(best(values[:rung]) for values in others if len(values) >= rung)]
     threshold = sorted(peers, reverse=larger)[math.ceil(len(peers) / eta) - 1]
-    behind = own < threshold if larger else own > threshold
+    behind = best_value < threshold if larger else best_value > threshold
     return rung if behind else None

@@ -67,24 +67,30 @@ def check(argv: Sequence[str]) -> None:
     Raises:
         ConfigError: a plugin that is not installed, a folder or run that all jobs would share, ranks started outside.
     """
-    given = {key: value for key, _, value in (a.partition("=") for a in argv)}
+    arguments = {key: value for key, _, value in (a.partition("=") for a in argv)}
     for key in ("run", "run_dir"):
-        if given.get(key, "null") not in ("null", ""):
-            raise ConfigError(key, given[key], "all jobs of a multirun would share it", "leave it out, or leave out -m")
+        if arguments.get(key, "null") not in ("null", ""):
+            raise ConfigError(
+                key, arguments[key], "all jobs of a multirun would share it", "leave it out, or leave out -m"
+            )
     for (group, choice), (package, extra) in PLUGINS.items():
-        if given.get(group) == choice and not _installed(package):
+        if arguments.get(group) == choice and not _installed(package):
             raise ConfigError(group, choice, "its plugin is not installed", f"pip install 'vitscope[{extra}]'")
-    if given.get("hydra/launcher") in ("slurm", "submitit_slurm") and shutil.which("sbatch") is None:
-        raise ConfigError("hydra/launcher", given["hydra/launcher"], "no SLURM here (sbatch not found)", "use local")
-    if given.get("hydra/sweeper") == "optuna" and "hydra.sweeper.direction" not in given:
-        why = "the plugin's default would minimise the accuracy"
-        raise ConfigError("hydra/sweeper", "optuna", why, "use hydra/sweeper=bayes, or set hydra.sweeper.direction")
+    if arguments.get("hydra/launcher") in ("slurm", "submitit_slurm") and shutil.which("sbatch") is None:
+        raise ConfigError(
+            "hydra/launcher", arguments["hydra/launcher"], "no SLURM here (sbatch not found)", "use local"
+        )
+    if arguments.get("hydra/sweeper") == "optuna" and "hydra.sweeper.direction" not in arguments:
+        reason = "the plugin's default would minimise the accuracy"
+        raise ConfigError("hydra/sweeper", "optuna", reason, "use hydra/sweeper=bayes, or set hydra.sweeper.direction")
     for key in ("hydra.launcher.tasks_per_node", "hydra.launcher.nodes"):
-        if given.get(key, "1") != "1":
-            raise ConfigError(key, given[key], "a job starts its own ranks", "leave it 1 and set trainer.devices")
+        if arguments.get(key, "1") != "1":
+            raise ConfigError(key, arguments[key], "a job starts its own ranks", "leave it 1 and set trainer.devices")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        why = "every rank of torchrun would run every job"
-        raise ConfigError("-m", None, why, "start it once with plain python; trainer.devices gives each job its ranks")
+        reason = "every rank of torchrun would run every job"
+        raise ConfigError(
+            "-m", None, reason, "start it once with plain python; trainer.devices gives each job its ranks"
+        )
 
 
 def _installed(package: str) -> bool:
@@ -134,9 +140,11 @@ def _log_failed_jobs() -> int:
     failed = [(folder, job) for folder, job in jobs if job["exit_code"] != 0]
     shared = set.intersection(*(set(job["overrides"]) for _, job in jobs)) if len(jobs) > 1 else set()
     for folder, job in failed:
-        why = trial_process.last_error(folder / OUTPUT) or trial_process.last_error(folder / "log.txt") or "see above"
+        reason = (
+            trial_process.last_error(folder / OUTPUT) or trial_process.last_error(folder / "log.txt") or "see above"
+        )
         what = " ".join(override for override in job["overrides"] if override not in shared)
-        log_problem(_logger, f"failed: job {folder.name} ({what}): exit {job['exit_code']}; {folder}: {why}")
+        log_problem(_logger, f"failed: job {folder.name} ({what}): exit {job['exit_code']}; {folder}: {reason}")
     if jobs:
         print(f"{len(jobs) - len(failed)} of {len(jobs)} jobs finished; {_folder}", flush=True)
     _folder = None
@@ -187,9 +195,9 @@ def job(metric: str) -> float | None:
     finally:
         trial_process.stop([process], signum or signal.SIGTERM)
     code = trial_process.exit_code(process)
-    said = trial_process.outcome(folder)
-    if code == 0 and not said.finished:
-        code = said.exit_code or 1
+    outcome = trial_process.outcome(folder)
+    if code == 0 and not outcome.finished:
+        code = outcome.exit_code or 1
     job_facts = {"overrides": list(map(redaction.cleaned, overrides)), "exit_code": code}
     atomic_write.write_atomically(folder / JOB, json.dumps(job_facts).encode())
     if signum is not None:

@@ -39,10 +39,12 @@ def check(sweep: Sweep, *, thorough: bool = False) -> None:
     Raises:
         ConfigError: the first problem; the others follow in its text.
     """
-    found = problems(sweep, thorough=thorough)
-    if found:
-        more = f" (and {len(found) - 1} more: {'; '.join(found[1:])})" if len(found) > 1 else ""
-        raise ConfigError("SWEEP", sweep.path, found[0] + more, "correct the file")
+    sweep_problems = problems(sweep, thorough=thorough)
+    if sweep_problems:
+        more = (
+            f" (and {len(sweep_problems) - 1} more: {'; '.join(sweep_problems[1:])})" if len(sweep_problems) > 1 else ""
+        )
+        raise ConfigError("SWEEP", sweep.path, sweep_problems[0] + more, "correct the file")
 
 
 def problems(sweep: Sweep, *, thorough: bool = False) -> list[str]:
@@ -52,11 +54,11 @@ def problems(sweep: Sweep, *, thorough: bool = False) -> list[str]:
         sweep: the sweep.
         thorough: compose and build every trial of a grid (ten of a search) instead of validating the first.
     """
-    found = [*_top(sweep.content), *_command(sweep), *_search(sweep)]
+    sweep_problems = [*_top(sweep.content), *_command(sweep), *_search(sweep)]
     for key, node in sweep.parameters.items():
-        found += _parameter(key, node)
-    if found:
-        return found  # nothing could be composed from these values
+        sweep_problems += _parameter(key, node)
+    if sweep_problems:
+        return sweep_problems  # nothing could be composed from these values
     return list(_composed(sweep, thorough))
 
 

@@ -89,9 +89,9 @@ class LocalSweep:
         self.eta = float(terminate.get("eta", 3)) if terminate else 3.0
         self._lock = _lock(self.folder)
         self._watched = 0.0
-        known, early = _past(self.folder / JOURNAL)
+        earlier_trials, early = _past(self.folder / JOURNAL)
         self._early = early
-        self.search = search_algorithms.start(sweep, limit, known)
+        self.search = search_algorithms.start(sweep, limit, earlier_trials)
 
     def run(self) -> int:
         """Run what is not complete.
@@ -167,14 +167,14 @@ class LocalSweep:
         code = trial_process.exit_code(trial.process)
         assert code is not None
         trial.process, trial.wall_s = None, time.monotonic() - trial.started
-        said = trial_process.outcome(trial.folder)
-        if code == 0 and said.finished:
+        outcome = trial_process.outcome(trial.folder)
+        if code == 0 and outcome.finished:
             trial.state, trial.exit_code = "finished", 0
         elif trial.rung is not None and code in (0, 143):
             trial.state, trial.exit_code = "stopped early", 0
         else:
             trial.state = "stopped" if stopping and code in (130, 143) else "failed"
-            trial.exit_code = code or said.exit_code or 1  # the process said 0, its folder does not
+            trial.exit_code = code or outcome.exit_code or 1  # the process said 0, its folder does not
         self._read(trial)
         self._note(event="end", trial=trial.index, state=trial.state, exit_code=trial.exit_code, wall_s=round(trial.wall_s, 3),
                    value=self._value(trial), rung=trial.rung)  # fmt: skip
@@ -230,6 +230,6 @@ def _lock(folder: Path) -> Any:
 def _past(path: Path) -> tuple[Mapping[int, dict[str, Any]], set[int]]:
     """Return what an earlier invocation proposed, and which trials it stopped early."""
     rows = metrics_log.read(path)
-    known = {int(row["trial"]): dict(row["params"]) for row in rows if row.get("event") == "start"}
+    earlier_trials = {int(row["trial"]): dict(row["params"]) for row in rows if row.get("event") == "start"}
     ends = {int(row["trial"]): row.get("state") for row in rows if row.get("event") == "end"}
-    return known, {index for index, state in ends.items() if state == "stopped early"}
+    return earlier_trials, {index for index, state in ends.items() if state == "stopped early"}

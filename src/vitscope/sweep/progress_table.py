@@ -23,21 +23,21 @@ _STYLES = {"finished": "green", "failed": "bold red", "running": "cyan", "stoppe
 
 def table(sweep: LocalSweep) -> Table:
     """Return the state of every trial proposed so far."""
-    shown = Table(title=f"{sweep.folder.name}: {_counts(sweep)}", title_justify="left")
+    rich_table = Table(title=f"{sweep.folder.name}: {_counts(sweep)}", title_justify="left")
     for name in ("trial", "settings", "on", "state", "epoch", "step", sweep.metric, "seconds"):
-        shown.add_column(
+        rich_table.add_column(
             name, justify="right" if name in ("trial", "epoch", "step", "seconds", sweep.metric) else "left"
         )
     for trial in sweep.trials:
         value = f"{trial.history[-1]:.4g}" if trial.history else ""
         seconds = time.monotonic() - trial.started if trial.process else trial.wall_s
         state = trial.state if trial.state != "failed" else f"failed ({trial.exit_code})"
-        shown.add_row(
+        rich_table.add_row(
             str(trial.index), sweep_file.label(sweep.sweep, trial.params), trial.slot.name if trial.slot else "", state,
             str(trial.rows.get("epoch", "")), str(trial.rows.get("step", "")), value, f"{seconds:.0f}" if seconds else "",
             style=_STYLES.get(trial.state),
         )  # fmt: skip
-    return shown
+    return rich_table
 
 
 class SweepDisplay:

@@ -27,13 +27,13 @@ class Search(Protocol):
         ...
 
 
-def start(sweep: Sweep, limit: int | None, known: Mapping[int, dict[str, Any]]) -> Search:
+def start(sweep: Sweep, limit: int | None, earlier_trials: Mapping[int, dict[str, Any]]) -> Search:
     """Return the search of a sweep's method.
 
     Args:
         sweep: the sweep.
         limit: at most this many trials.
-        known: trials that an earlier invocation proposed, by number; a search that learns must propose them again.
+        earlier_trials: trials that an earlier invocation proposed, by number; a search that learns must propose them again.
 
     Raises:
         ConfigError: a search that has no end, or Optuna is not installed.
@@ -44,7 +44,7 @@ def start(sweep: Sweep, limit: int | None, known: Mapping[int, dict[str, Any]]) 
             raise ConfigError(
                 "run_cap", None, "a bayes sweep has no end without it", "set run_cap in the file, or LIMIT=n"
             )
-        return Bayes(sweep, n, known)
+        return Bayes(sweep, n, earlier_trials)
     return Listed(sweep_file.planned(sweep, limit))
 
 
@@ -65,7 +65,7 @@ class Listed:
 class Bayes:
     """Optuna's tree-structured Parzen estimator, seeded by the sweep; trials that run count as bad ones meanwhile."""
 
-    def __init__(self, sweep: Sweep, n: int, known: Mapping[int, dict[str, Any]]) -> None:
+    def __init__(self, sweep: Sweep, n: int, earlier_trials: Mapping[int, dict[str, Any]]) -> None:
         try:
             import optuna  # pyright: ignore[reportMissingImports]
         except ImportError:
@@ -73,13 +73,13 @@ class Bayes:
                 "method", "bayes", "needs optuna, which is not installed", "pip install optuna, or use method: random"
             ) from None
         optuna.logging.set_verbosity(logging.WARNING)
-        self._optuna, self._n, self._known, self._asked = optuna, n, dict(known), {}
+        self._optuna, self._n, self._known, self._asked = optuna, n, dict(earlier_trials), {}
         self._parameters = sweep.parameters
         self._space = {key: node for key, node in sweep.parameters.items() if "value" not in node}
         for key, node in self._space.items():
             if (name := distributions.distribution(key, node)) not in _SPACES:
-                why = "has no counterpart in Optuna"
-                raise ConfigError(f"parameters.{key}", name, why, f"use {', '.join(_SPACES)} (categorical: values)")
+                reason = "has no counterpart in Optuna"
+                raise ConfigError(f"parameters.{key}", name, reason, f"use {', '.join(_SPACES)} (categorical: values)")
         seed = int(sweep.name.rpartition("-")[2], 16) % 2**31
         direction = "maximize" if sweep.metric[1] else "minimize"
         with warnings.catch_warnings():

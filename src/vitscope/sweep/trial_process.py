@@ -86,11 +86,11 @@ def check_gpus(gpus: str | None) -> None:
         return
     import torch
 
-    there = torch.cuda.device_count()
-    wanted = [int(number) for number in re.findall(r"(?<![\w-])\d+", gpus)]
-    if there == 0 or any(number >= there for number in wanted):
+    n_gpus = torch.cuda.device_count()
+    gpu_numbers = [int(number) for number in re.findall(r"(?<![\w-])\d+", gpus)]
+    if n_gpus == 0 or any(number >= n_gpus for number in gpu_numbers):
         raise ConfigError(
-            "GPUS", gpus, f"this machine has {there or 'no'} GPU{'s' * (there != 1)}", "use JOBS=n for the CPU"
+            "GPUS", gpus, f"this machine has {n_gpus or 'no'} GPU{'s' * (n_gpus != 1)}", "use JOBS=n for the CPU"
         )
 
 
@@ -98,16 +98,17 @@ def threads(n: int) -> dict[str, str]:
     """Return the variables that give one of ``n`` processes its share of the cores, at least one."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     share = max(1, cores // n)
-    asked = {name: os.environ.get(name, "") for name in _THREADS}
+    user_settings = {name: os.environ.get(name, "") for name in _THREADS}
     return {
-        name: str(min(share, int(value)) if value.isdigit() and int(value) else share) for name, value in asked.items()
+        name: str(min(share, int(value)) if value.isdigit() and int(value) else share)
+        for name, value in user_settings.items()
     }
 
 
 def environment(slot: Slot | None = None, **more: str) -> dict[str, str]:
     """Return a child's environment: this one without what belongs to this process, pinned to a slot."""
-    kept = {key: value for key, value in os.environ.items() if not _PRIVATE.fullmatch(key)}
-    return {**kept, **(slot.environment if slot else {}), **more}
+    variables = {key: value for key, value in os.environ.items() if not _PRIVATE.fullmatch(key)}
+    return {**variables, **(slot.environment if slot else {}), **more}
 
 
 def training(program: Sequence[str], arguments: Sequence[str], folder: Path) -> list[str]:

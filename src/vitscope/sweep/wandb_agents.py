@@ -41,14 +41,14 @@ def create(sweep: Sweep) -> str:
         env = trial_process.environment(PATH=_path(), WANDB_DIR=place)
         env.pop("WANDB_SILENT", None)  # the id is in what it prints
         ask = [_wandb(), "sweep", str(path)]
-        done = subprocess.run(ask, env=env, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
-    found = re.search(r"wandb agent (\S+)", done.stdout + done.stderr)
-    if found is None:
-        lines = [line for line in (done.stderr + done.stdout).splitlines() if line.strip()]
-        why = next((line for line in reversed(lines) if "rror" in line), lines[-1] if lines else "no answer")
+        process = subprocess.run(ask, env=env, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
+    match = re.search(r"wandb agent (\S+)", process.stdout + process.stderr)
+    if match is None:
+        lines = [line for line in (process.stderr + process.stdout).splitlines() if line.strip()]
+        reason = next((line for line in reversed(lines) if "rror" in line), lines[-1] if lines else "no answer")
         fix = "run wandb login and check the network, or use make sweep-local, which needs no server"
-        raise ConfigError("SWEEP", sweep.path, f"wandb sweep failed ({why.strip()})", fix)
-    return found[1]
+        raise ConfigError("SWEEP", sweep.path, f"wandb sweep failed ({reason.strip()})", fix)
+    return match[1]
 
 
 def content(sweep: Sweep) -> dict[str, Any]:
@@ -87,16 +87,16 @@ def run(sweep: Sweep, sweep_id: str, folder: Path, slots: Sequence[Slot], limit:
         )
         command = [_wandb(), "agent", "--forward-signals", *share, sweep_id]
         agents.append(trial_process.start(command, env, folder / f"agent-{slot.name}.log"))
-    seen: dict[str, str] = {}
+    reported: dict[str, str] = {}
     try:
         while any(agent.poll() is None for agent in agents):
             if (signum := stop_flag.requested()) is not None:
                 raise Interrupted(signum)
-            _print_changed_states(folder, seen)
+            _print_changed_states(folder, reported)
             time.sleep(0.2)
     finally:
         trial_process.stop(agents, stop_flag.requested() or 15)
-        _print_changed_states(folder, seen)
+        _print_changed_states(folder, reported)
     broken = [agent for agent in agents if agent.returncode]
     return report(folder, len(broken), may_stop="early_terminate" in sweep.content)
 
@@ -113,20 +113,20 @@ def report(folder: Path, broken: int = 0, *, may_stop: bool = False) -> int:
         may_stop: whether the server may stop trials early, so that a stopped one is complete.
     """
     first, finished = 0, 0
-    found = run_dir.every(folder)
-    for run_ in found:
-        said = trial_process.outcome(run_.path)
-        if said.finished or (said.status == "stopped" and may_stop):
+    runs = run_dir.every(folder)
+    for run_ in runs:
+        outcome = trial_process.outcome(run_.path)
+        if outcome.finished or (outcome.status == "stopped" and may_stop):
             finished += 1
             continue
-        code = said.exit_code or 1
+        code = outcome.exit_code or 1
         first = first or code
-        state = said.status if said.status != "running" else "killed"
+        state = outcome.status if outcome.status != "running" else "killed"
         log_problem(_logger, f"failed: {run_.path}: {state}, exit {code}; {trial_process.last_error(run_.log)}")
-    known = {run_.provenance().get("wandb_id") for run_ in found}
+    run_ids = {run_.provenance().get("wandb_id") for run_ in runs}
     for path in sorted(folder.glob("wandb/sweep-*/config-*.yaml")):
         run_id = path.stem.removeprefix("config-")
-        if run_id not in known:
+        if run_id not in run_ids:
             first = first or 2
             log_problem(_logger, f"failed: W&B run {run_id} left no run folder; see {folder}/agent-*.log")
     if broken:
@@ -134,17 +134,17 @@ def report(folder: Path, broken: int = 0, *, may_stop: bool = False) -> int:
         log_problem(
             _logger, f"failed: {broken} agent{'s' * (broken > 1)} ended with an error; see {folder}/agent-*.log"
         )
-    print(f"{finished} of {len(found)} trials finished; {folder}", flush=True)
+    print(f"{finished} of {len(runs)} trials finished; {folder}", flush=True)
     return first
 
 
-def _print_changed_states(folder: Path, seen: dict[str, str]) -> None:
+def _print_changed_states(folder: Path, reported: dict[str, str]) -> None:
     """Print a line for each run whose state has changed."""
     for run_ in run_dir.every(folder):
-        said = trial_process.outcome(run_.path)
-        state = f"{said.status}{f' (exit {said.exit_code})' if said.exit_code else ''}"
-        if seen.get(run_.id) != state:
-            seen[run_.id] = state
+        outcome = trial_process.outcome(run_.path)
+        state = f"{outcome.status}{f' (exit {outcome.exit_code})' if outcome.exit_code else ''}"
+        if reported.get(run_.id) != state:
+            reported[run_.id] = state
             print(f"{run_.id}: {state}", flush=True)
 
 

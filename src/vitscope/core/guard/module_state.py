@@ -128,8 +128,8 @@ def _is_opaque(value: Any) -> bool:
 class _Plain(MutableMapping[str, Any]):
     """A module's ``__dict__`` without some of its keys."""
 
-    def __init__(self, own: dict[str, Any], skipped: frozenset[str]) -> None:
-        self.own, self.skipped = own, skipped
+    def __init__(self, attributes: dict[str, Any], skipped: frozenset[str]) -> None:
+        self.own, self.skipped = attributes, skipped
 
     def __getitem__(self, key: str) -> Any:
         return self.own[key]
