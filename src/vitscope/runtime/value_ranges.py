@@ -7,7 +7,7 @@ lies outside of the range is refused before anything is built; importing this mo
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, get_args
 
 
@@ -23,8 +23,8 @@ class ValueRange:
     """
 
     expected: str
-    contains: Callable[[Any], bool]
-    example: str = ""
+    contains: Callable[[Any], bool] = field(repr=False)  # signatures that `help` prints show the words alone
+    example: str = field(default="", repr=False)
 
 
 def range_of(hint: Any) -> ValueRange | None:
