@@ -308,7 +308,7 @@ def monitored(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (1, ["d1"]),
         (5, ["d2"]),
-        (5, ["d5"]),
+        pytest.param(5, ["d5"], marks=pytest.mark.slow),
         pytest.param(1, ["d3", "d1"], marks=pytest.mark.slow),
         pytest.param(5, ["t5"], marks=pytest.mark.slow),
         pytest.param(1, ["v4"], marks=pytest.mark.slow),

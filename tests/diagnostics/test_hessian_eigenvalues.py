@@ -69,7 +69,7 @@ def test_a_zero_tensor_contributes_zero_under_sum_norm():
     assert np.isfinite(found).all()
 
 
-@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+@pytest.mark.parametrize("smoothing", [pytest.param(0.0, marks=pytest.mark.slow), 0.2])
 @pytest.mark.parametrize("kind", KINDS)
 def test_gauss_newton_and_empirical_fisher(kind, smoothing):
     model, x, y = make(kind)

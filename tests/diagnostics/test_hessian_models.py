@@ -97,7 +97,7 @@ def test_products_over_all_parameters_are_the_forward_derivative_of_the_gradient
         assert abs(float(other @ found - v @ operator(other))) < 1e-11 * float(other.norm() * found.norm())
 
 
-@pytest.mark.parametrize("name", ["resnet18", "vit_tiny"])
+@pytest.mark.parametrize("name", [pytest.param("resnet18", marks=pytest.mark.slow), "vit_tiny"])
 def test_top_eigenvalue_of_timm_models(name: str):
     model = model_of(name)
     x, y = data_of(name, n=4)[0]

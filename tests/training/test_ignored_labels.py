@@ -62,8 +62,17 @@ def test_no_label_at_all(mlp: nn.Module, mlp_batches: Any) -> None:
             measure(Probe(mlp, nothing))
 
 
-@pytest.mark.parametrize("smoothing", [0.0, 0.2])
-@pytest.mark.parametrize(("product", "micro_batch"), [("reverse", None), ("reverse", 3), ("linearize", None)])
+@pytest.mark.parametrize(
+    ("product", "micro_batch", "smoothing"),
+    [
+        ("reverse", None, 0.0),
+        ("reverse", None, 0.2),
+        ("reverse", 3, 0.0),
+        ("reverse", 3, 0.2),
+        pytest.param("linearize", None, 0.0, marks=pytest.mark.slow),
+        ("linearize", None, 0.2),
+    ],
+)
 def test_gradient_and_hessian(mlp: nn.Module, batches: Any, smoothing: float, product: str, micro_batch: Any) -> None:
     x, y = joined(batches)
     names = [name for name, _ in mlp.named_parameters()]

@@ -38,6 +38,7 @@ def killed_while_saving(folder: Path, megabytes: int, rounds: int, seed: int = 0
     assert not list(folder.glob(".*.tmp-*"))
 
 
+@pytest.mark.slow  # tests/runs/test_checkpoint_io.py kills at every write
 @pytest.mark.filterwarnings("ignore:checkpoint .* is damaged")  # killed between file and manifest
 def test_kill_9_while_saving(tmp_path: Path) -> None:
     killed_while_saving(tmp_path / "checkpoints", 4, 2)

@@ -61,8 +61,15 @@ def dense_hessian(model: nn.Module, kind: str) -> Tensor:
     return torch.autograd.functional.hessian(loss, flat)
 
 
-@pytest.mark.parametrize("product", ["reverse", "linearize"])
-@pytest.mark.parametrize("kind", NORMALIZED)
+#: tracing a network takes seconds: one kind in CI, the others are marked slow
+CASES = [
+    pytest.param(kind, product, marks=pytest.mark.slow if product == "linearize" and kind != "parametrization" else ())
+    for kind in NORMALIZED
+    for product in ("reverse", "linearize")
+]
+
+
+@pytest.mark.parametrize(("kind", "product"), CASES)
 def test_products_and_eigenvalues_are_those_of_the_dense_hessian(kind: str, product: str) -> None:
     model = network(kind)
     expected = dense_hessian(model, kind)
