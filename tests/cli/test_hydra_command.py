@@ -101,6 +101,13 @@ def test_both_ways_compose_the_same(mains: list[str]) -> None:
     assert one["cfg"] == other["cfg"]
 
 
+@pytest.mark.parametrize("arguments", [[], ["hydra.verbose=false"]])
+def test_values_of_hydra_can_be_referred_to(arguments: list[str], tmp_path: Path) -> None:
+    call = run([*arguments, "+logger.name='${hydra:job.name} ${hydra:runtime.choices.model}'", "model=vit"])
+    assert call["cfg"].logger.name == "train vit"
+    assert HydraConfig.get().runtime.output_dir == str(tmp_path)
+
+
 @pytest.mark.parametrize("value", [None, "1"])
 @pytest.mark.parametrize("arguments", [[], ["hydra.verbose=false"]])
 def test_the_task_sees_the_environment_of_the_user(

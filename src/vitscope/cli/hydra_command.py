@@ -43,10 +43,12 @@ def run_composed(config_name: str, arguments: Sequence[str], task: Task) -> None
     """
     composition.check_options(arguments)
     if all(_is_override_of_command(argument) for argument in arguments):
-        with initialize_config_dir(str(loading.folder()), version_base=VERSION_BASE):
+        with initialize_config_dir(str(loading.folder()), job_name=config_name, version_base=VERSION_BASE):
             cfg = compose(config_name, overrides=list(arguments), return_hydra_config=True)
         if not _needs_hydra_main(cfg.hydra):
             overrides = list(cfg.hydra.overrides.task)
+            with flag_override(cfg, ["struct", "readonly"], False):
+                cfg.hydra.runtime.output_dir = os.path.abspath(cfg.hydra.run.dir)  # as Hydra's main does
             HydraConfig.instance().set_config(cfg)  # for ${hydra:...} and for Lightning, which starts the other ranks
             with flag_override(cfg, ["struct", "readonly"], False):
                 del cfg["hydra"]
