@@ -43,7 +43,12 @@ class Received:
         self.calls: list[dict[str, Any]] = []
 
     def task(self, cfg: DictConfig, overrides: Sequence[str]) -> None:
-        facts = {"full_error": os.environ.get(FULL_ERROR), "choice": HydraConfig.get().runtime.choices.model}
+        runtime = HydraConfig.get().runtime
+        facts = {
+            "full_error": os.environ.get(FULL_ERROR),
+            "choice": runtime.choices.model,
+            "output_dir": runtime.output_dir,
+        }
         self.calls.append({"cfg": cfg, "overrides": list(overrides), **facts})
 
 
@@ -105,7 +110,7 @@ def test_both_ways_compose_the_same(mains: list[str]) -> None:
 def test_values_of_hydra_can_be_referred_to(arguments: list[str], tmp_path: Path) -> None:
     call = run([*arguments, "+logger.name='${hydra:job.name} ${hydra:runtime.choices.model}'", "model=vit"])
     assert call["cfg"].logger.name == "train vit"
-    assert HydraConfig.get().runtime.output_dir == str(tmp_path)
+    assert call["output_dir"] == str(tmp_path)
 
 
 @pytest.mark.parametrize("value", [None, "1"])
