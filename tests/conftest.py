@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import os
 
+# the threads of OpenMP do not survive a fork: ranks that a test forks would wait for them
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("WANDB_SILENT", "true")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
