@@ -1,4 +1,4 @@
-"""The one place where a wish to stop is kept, so that long loops can poll it.
+"""Store the signal that asked the process to stop, for long loops to check.
 
 A signal handler calls `request`; loops call `check` once a product, a grid point or a batch.
 """

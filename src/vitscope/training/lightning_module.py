@@ -1,4 +1,4 @@
-"""The one LightningModule: it trains any ``nn.Module`` that maps images to logits."""
+"""LightningModule that trains any ``nn.Module`` from images to logits."""
 
 from __future__ import annotations
 
