@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import os
 
-# the threads of OpenMP do not survive a fork: ranks that a test forks would wait for them
+# tests of small networks gain nothing from more threads, and the other test process uses the other core
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("WANDB_SILENT", "true")
@@ -17,8 +17,9 @@ import torch
 from torch import nn
 
 import vitscope.runtime.progress
-from tests.helpers import parsed_configurations
+from tests.helpers import openmp_forks, parsed_configurations
 
+openmp_forks.install()
 parsed_configurations.install()
 pytest_plugins = ["tests.helpers.commands", "tests.helpers.data_files", "tests.helpers.analysis_runs"]
 
