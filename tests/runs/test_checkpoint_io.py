@@ -17,8 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
+from vitscope.runs import checkpoint_io
 from vitscope.runtime import atomic_write
-from vitscope.runs import checkpoint_io, result_store
 from vitscope.runtime.errors import CheckpointError, StorageError
 
 

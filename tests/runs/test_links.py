@@ -12,15 +12,11 @@ import torch
 from omegaconf import OmegaConf
 
 from tests.helpers.report_runs import spectrum, write_run
-from vitscope.runs import run_end
-from vitscope.cli import exit_codes
 from vitscope.plotting.api import save_figure
-from vitscope.runtime import atomic_write
-from vitscope.runs import partial_results
-from vitscope.runs import checkpoint_io, result_store, wandb_mirror
+from vitscope.runs import checkpoint_io, partial_results, result_store, run_end, wandb_mirror
 from vitscope.runs.metrics_log import Journal, read
 from vitscope.runs.run_dir import Run
-from vitscope.runtime import safe_files
+from vitscope.runtime import atomic_write, safe_files
 from vitscope.runtime.errors import VitscopeError
 
 

@@ -11,9 +11,8 @@ import pytest
 import torch
 
 import vitscope as vs
+from vitscope.runs import metrics_log, partial_results, result_store
 from vitscope.runtime import atomic_write
-from vitscope.runs import partial_results
-from vitscope.runs import metrics_log, result_store
 from vitscope.runtime.errors import StorageError
 
 

@@ -14,9 +14,9 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from tests.helpers.kills import KILLED, at_every_change
-from vitscope.runtime import atomic_write
-from vitscope.runs import checkpoint_io, result_store, run_dir, run_lock
+from vitscope.runs import checkpoint_io, run_dir, run_lock
 from vitscope.runs.run_dir import Run
+from vitscope.runtime import atomic_write
 from vitscope.runtime.errors import ConfigError, StorageError
 
 torch.set_num_threads(1)

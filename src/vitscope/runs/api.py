@@ -1,32 +1,12 @@
 """Reading of run folders from Python: results and probes of a finished run."""
 
 from __future__ import annotations
-import contextlib
-import fcntl
-import json
-import os
-import platform
-import re
-import secrets
-import subprocess
-import sys
-import time
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+
 from pathlib import Path
 from typing import Any
-import yaml
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from vitscope.runs import checkpoint_io
-from vitscope.runs import metrics_log
-from vitscope.runs import result_store
-from vitscope.runs import run_lock
-from vitscope.config import loading
-from vitscope.core.objective_card import versions
+
 from vitscope.core.probe import Probe
-from vitscope.runtime import redaction, safe_files
-from vitscope.runtime.errors import CheckpointError, ConfigError, StorageError
+from vitscope.runs import checkpoint_io, result_store
 from vitscope.runs.run_dir import find
 
 
@@ -41,6 +21,7 @@ def load_results(run: str | Path) -> dict[str, dict[str, Any]]:
         tag = file.stem.rpartition("-")[0]
         results.setdefault(file.parent.name, {})[tag] = result_store.load(file)
     return results
+
 
 def load_probe(
     run: str | Path,
@@ -65,8 +46,8 @@ def load_probe(
         CheckpointError: no such run or checkpoint.
         DataError: the data are not there.
     """
-    from vitscope.runs import checkpoint_weights
     from vitscope.config import factories
+    from vitscope.runs import checkpoint_weights
 
     cfg = find(run).config()
     model = factories.model(cfg)

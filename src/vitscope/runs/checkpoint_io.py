@@ -25,8 +25,8 @@ from typing import Any
 import torch
 from pytorch_lightning.plugins.io import CheckpointIO
 
-from vitscope.runtime.atomic_write import sweep, temporary_path, write_atomically
 from vitscope.runtime import safe_files
+from vitscope.runtime.atomic_write import sweep, temporary_path, write_atomically
 from vitscope.runtime.errors import CheckpointError, StorageError
 
 MANIFEST = "manifest.json"
@@ -264,7 +264,9 @@ def newest(folder: Path) -> Path:
         if verified(folder / name):
             if entries[name]["global_step"] == 0 and entries[ranked[0]]["global_step"] > 0:
                 reason = f"{ranked[0]} is damaged or missing, and only {name}, at step 0, is left"
-                raise CheckpointError("ckpt_path", folder, reason, f"use ckpt_path={folder / name} to begin again there")
+                raise CheckpointError(
+                    "ckpt_path", folder, reason, f"use ckpt_path={folder / name} to begin again there"
+                )
             return folder / name
         warnings.warn(f"checkpoint {name} is damaged or missing: falling back to an earlier one", stacklevel=2)
     raise CheckpointError("ckpt_path", folder, "no verified checkpoint", "start afresh without ckpt_path")

@@ -1,23 +1,16 @@
 """Weights of a checkpoint: put into a network, and named by their hash."""
 
 from __future__ import annotations
+
 import hashlib
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
 import torch
-from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
-from vitscope.runtime import errors
-from vitscope.config import instantiate
-from vitscope.config import loading
-from vitscope.core.objective import Objective
-from vitscope.core.optimizer_state import OptimizerState, of_checkpoint
-from vitscope.core.probe import Probe
-from vitscope.linalg.optimizer_stability import adam_scale
+
 from vitscope.runs import checkpoint_io
-from vitscope.runtime import redaction
 from vitscope.runtime.errors import CheckpointError, first_line
 
 
@@ -58,14 +51,16 @@ def load_weights(network: nn.Module, content: Mapping[str, Any], path: Path) -> 
         where = "the checkpoint lacks it" if name in model_state else "the model has no such weight"
         raise CheckpointError("ckpt_path", path, f"{name}: {where}", "use the model it was made with (model=...)")
 
+
 def _fitting_state(content: Mapping[str, Any], model_state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return a checkpoint's tensors without the prefixes of wrappers: of the readings, the one with most of ``model_state``'s keys.
+    """Return a checkpoint's tensors without wrappers' prefixes: of the readings, the one with most keys of ``model_state``.
 
     A network may itself keep everything under ``model.``, and wrappers may stand around each other (``module._orig_mod.``).
     """
     usual = checkpoint_io.model_state(content)
     readings = [usual, *checkpoint_io.unwrapped(content)]
     return max(readings, key=lambda state: len(state.keys() & model_state.keys()))
+
 
 def weights_hash(network: nn.Module) -> str:
     """Return the first 16 digits of a SHA-256 over all weights and buffers, in order: the checkpoint's name on cards."""

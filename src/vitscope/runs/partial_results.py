@@ -1,24 +1,18 @@
 """Rows of an unfinished measurement on disk, so that an interrupted analysis resumes."""
 
 from __future__ import annotations
+
 import base64
-import contextlib
-import dataclasses
-import functools
-import hashlib
-import importlib
 import io
 import json
-import os
-import socket
 from collections.abc import Iterator, Mapping, MutableMapping
 from pathlib import Path
 from typing import Any
+
 import numpy as np
-from vitscope.core.objective_card import ObjectiveCard
+
 from vitscope.runtime import safe_files
 from vitscope.runtime.errors import StorageError
-from vitscope.runtime.atomic_write import write_atomically
 
 
 class PartialRows(MutableMapping[str, Mapping[str, Any]]):
@@ -85,6 +79,7 @@ class PartialRows(MutableMapping[str, Mapping[str, Any]]):
         if self._folder.is_dir():
             self._folder.rmdir()
 
+
 def _read_rows(file: Path) -> dict[str, Mapping[str, Any]]:
     rows: dict[str, Mapping[str, Any]] = {}
     for line in safe_files.read_text(file).splitlines():
@@ -95,12 +90,14 @@ def _read_rows(file: Path) -> dict[str, Mapping[str, Any]]:
             continue
     return rows
 
+
 def _pack(value: Any) -> Any:
     if isinstance(value, np.ndarray):
         buffer = io.BytesIO()
         np.save(buffer, value, allow_pickle=False)
         return {"npy": base64.b64encode(buffer.getvalue()).decode()}
     return value.item() if isinstance(value, np.generic) else value
+
 
 def _unpack(value: Any) -> Any:
     if isinstance(value, dict) and set(value) == {"npy"}:

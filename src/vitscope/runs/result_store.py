@@ -6,17 +6,12 @@ a mixture. The ``.json`` mirrors its scalars and its objective card for people a
 
 from __future__ import annotations
 
-import base64
-import contextlib
 import dataclasses
-import functools
-import hashlib
 import importlib
 import io
 import json
 import os
-import socket
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +19,8 @@ import numpy as np
 
 from vitscope.core.objective_card import ObjectiveCard
 from vitscope.runtime import safe_files
-from vitscope.runtime.errors import StorageError
 from vitscope.runtime.atomic_write import write_atomically
+from vitscope.runtime.errors import StorageError
 
 _META = "__meta__"
 
@@ -102,16 +97,6 @@ def load(path: Path) -> Any:
         raise StorageError("results", path, f"damaged ({error})", "delete it and measure again") from None
 
 
-
-
-
-
-
-
-
-
-
-
 def finite(value: Any) -> Any:
     """Return ``value`` with every number that is not finite replaced by None, as strict JSON wants."""
     if isinstance(value, Mapping):
@@ -153,11 +138,3 @@ def _decode(value: Any, arrays: Mapping[str, np.ndarray]) -> Any:
     if kind == "tuple":
         return tuple(_decode(item, arrays) for item in content)
     return {key: _decode(item, arrays) for key, item in content.items()}
-
-
-
-
-
-
-
-

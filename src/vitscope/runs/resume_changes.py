@@ -15,12 +15,10 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from vitscope.runtime import atomic_write
-from vitscope.runs import result_store
+from vitscope.config import experiment_identity, loading
 from vitscope.runs import run_dir
-from vitscope.config import experiment_identity
-from vitscope.config import loading
 from vitscope.runs.run_dir import Run
+from vitscope.runtime import atomic_write
 from vitscope.runtime.errors import CheckpointError, ConfigError
 
 #: keys that say how a command starts, not what a run is: those of the command that made the run stay written down
@@ -135,7 +133,9 @@ def record(run: Run, cfg: DictConfig, changes: Sequence[Change], step: int) -> N
     rows = [{"step": step, "key": change.key, "old": change.old, "new": change.new} for change in changes]
     every = [*earlier, *(row for row in rows if row not in earlier)]
     # a process of another rank that reads the new configuration has to find a run that goes on
-    run.note(status="running", config_hash=experiment_identity.config_hash(cfg), **({"changes": every} if every else {}))
+    run.note(
+        status="running", config_hash=experiment_identity.config_hash(cfg), **({"changes": every} if every else {})
+    )
     if changes:
         atomic_write.write_atomically(run.path / "config.yaml", OmegaConf.to_yaml(now).encode())
 

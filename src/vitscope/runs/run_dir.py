@@ -24,16 +24,10 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from vitscope.runs import checkpoint_io
-from vitscope.runs import metrics_log
-from vitscope.runtime import atomic_write
-from vitscope.runs import result_store
-from vitscope.runs import run_lock
-from vitscope.config import experiment_identity
-from vitscope.config import loading
+from vitscope.config import experiment_identity, loading
 from vitscope.core.objective_card import versions
-from vitscope.core.probe import Probe
-from vitscope.runtime import redaction, safe_files
+from vitscope.runs import checkpoint_io, metrics_log, run_lock
+from vitscope.runtime import atomic_write, redaction, safe_files
 from vitscope.runtime.errors import CheckpointError, ConfigError, StorageError
 
 #: how a parent process hands its run folder to the processes that it starts
@@ -111,7 +105,9 @@ class Run:
         """
         with self.exclusive():
             content = redaction.redacted({**self.provenance(), **facts})
-            atomic_write.write_atomically(self.path / "provenance.json", json.dumps(content, indent=2, default=str).encode())
+            atomic_write.write_atomically(
+                self.path / "provenance.json", json.dumps(content, indent=2, default=str).encode()
+            )
 
     @contextlib.contextmanager
     def exclusive(self) -> Iterator[None]:
@@ -261,10 +257,6 @@ def _recorded_hash(run: Run) -> str | None:
 def redacted(cfg: DictConfig) -> DictConfig:
     """Return a resolved copy without secrets, see `secrecy.redacted`."""
     return DictConfig(redaction.redacted(loading.plain(cfg)))
-
-
-
-
 
 
 def requested_run_folder(cfg: DictConfig) -> Path:

@@ -22,8 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vitscope.runtime.atomic_write import host_identity, is_alive, temporary_path
 from vitscope.runtime import safe_files
+from vitscope.runtime.atomic_write import host_identity, is_alive, temporary_path
 from vitscope.runtime.errors import StorageError
 
 _logger = logging.getLogger(__name__)

@@ -17,9 +17,7 @@ from urllib.parse import urlparse
 
 import wandb
 from omegaconf import DictConfig, OmegaConf
-from pytorch_lightning.loggers.logger import Logger
 
-from vitscope.runs.metrics_log import Journal
 from vitscope.runs.run_dir import Run, redacted
 from vitscope.runtime import safe_files
 from vitscope.runtime.distributed import rank
@@ -106,7 +104,9 @@ def start(cfg: DictConfig, run: Run, job_type: str) -> WandbMirror:
     mode = os.environ.get("WANDB_MODE")
     if mode is None and not has_key():
         mode = "offline"
-        _logger.info("W&B: no key configured, so the run is logged offline (wandb login, or WANDB_MODE=online, to send it)")
+        _logger.info(
+            "W&B: no key configured, so the run is logged offline (wandb login, or WANDB_MODE=online, to send it)"
+        )
     os.environ.setdefault("WANDB_SILENT", "true")
     for name, seconds in PATIENCE.items():
         os.environ.setdefault(name, seconds)
@@ -170,5 +170,3 @@ def flattened(cfg: DictConfig) -> dict[str, Any]:
 
     walk(OmegaConf.to_container(redacted(cfg), resolve=True), "")
     return flat
-
-
