@@ -102,7 +102,7 @@ bench: $(SETUP) ## every claim about speed, its peers in the same run (installs 
 	@for name in $(BENCH); do echo "== $$name"; $(RUN) benchmarks/$$name.py || exit $$?; done
 
 fuzz: $(SETUP) ## random input against every guard, a thousand cases each (FUZZ=1000); kills at random moments
-	FUZZ=$(FUZZ) $(PYTEST) -m 'slow or not slow' tests/config/test_fuzz.py tests/runs/test_checkpoint_io.py tests/training/test_survival.py \
+	FUZZ=$(FUZZ) $(PYTEST) -m 'slow or not slow' tests/config/test_fuzz.py tests/runs/checkpoints/test_checkpoint_io.py tests/training/test_survival.py \
 	  tests/data/test_loader.py tests/cli/test_kill_points.py
 
 soak: $(SETUP) ## a million rows, 50 killed saves of 300 MB, 8 writers, 2,000 steps, 200 runs: prints figures

@@ -64,7 +64,7 @@ def rows(folder: Path, n: int = 1_000_000) -> str:
 
 def saves(folder: Path, megabytes: int = 300, n: int = 50) -> str:
     """Kill a process that saves without end until ``n`` saves were seen; after each kill the newest checkpoint is whole."""
-    from vitscope.runs import checkpoint_io
+    from vitscope.runs.checkpoints import checkpoint_io
 
     draws, kills, seen, fallbacks, started = random.Random(0), 0, 0, 0, time.perf_counter()
     while seen < n:

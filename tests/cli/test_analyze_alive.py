@@ -15,7 +15,8 @@ import pytest
 import torch
 
 from tests.cli.test_analyze import FOURIER, run  # noqa: F401 (a fixture)
-from vitscope.runs import api, checkpoint_io, metrics_log, partial_results, result_store, run_dir, run_lock
+from vitscope.runs import api, metrics_log, partial_results, result_store, run_dir, run_lock
+from vitscope.runs.checkpoints import checkpoint_io
 from vitscope.runtime import safe_files
 
 torch.set_num_threads(1)

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from tests.helpers.kills import Killed
 from tests.helpers.run_folders import losses
 from vitscope.analyses import runner
-from vitscope.runs import checkpoint_io, metrics_log, run_end
+from vitscope.runs import metrics_log, run_end
+from vitscope.runs.checkpoints import checkpoint_io
 from vitscope.training import checkpoint_callback
 from vitscope.training.lightning_module import Classifier
 

@@ -11,7 +11,8 @@ import pytest
 
 import vitscope as vs
 from tests.helpers.run_folders import only_run
-from vitscope.runs import checkpoint_sequence, partial_results, result_store
+from vitscope.runs import partial_results, result_store
+from vitscope.runs.checkpoints import checkpoint_sequence
 from vitscope.runs.run_dir import Run
 from vitscope.training.checkpoint_callback import Checkpoints
 

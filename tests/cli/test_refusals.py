@@ -13,7 +13,8 @@ from torch import nn
 
 from tests.helpers.configurations import composed
 from vitscope.config import dry_run
-from vitscope.runs import checkpoint_io, run_dir
+from vitscope.runs import run_dir
+from vitscope.runs.checkpoints import checkpoint_io
 from vitscope.runtime.errors import ConfigError
 
 

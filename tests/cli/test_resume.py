@@ -15,7 +15,8 @@ from pytorch_lightning.callbacks import EarlyStopping, WeightAveraging
 import vitscope as vs
 from tests.helpers.run_folders import losses
 from vitscope.data import DataModule
-from vitscope.runs import checkpoint_io, metrics_log
+from vitscope.runs import metrics_log
+from vitscope.runs.checkpoints import checkpoint_io
 from vitscope.runtime import stop_flag
 from vitscope.training.checkpoint_callback import Checkpoints
 from vitscope.training.diagnostics_callback import DiagnosticCallback

@@ -16,7 +16,8 @@ from tests.helpers.kills import Killed
 from tests.helpers.run_folders import losses
 from vitscope.analyses import runner
 from vitscope.reproduce import trial
-from vitscope.runs import checkpoint_io, run_end, run_lock
+from vitscope.runs import run_end, run_lock
+from vitscope.runs.checkpoints import checkpoint_io
 from vitscope.runs.run_dir import Run
 from vitscope.training import checkpoint_callback
 from vitscope.training.lightning_module import Classifier

@@ -16,7 +16,7 @@ from tests.helpers.run_folders import losses, only_run
 from vitscope.cli import exit_codes, report, reproduce
 from vitscope.reports.figures import figure_worker
 from vitscope.reproduce.plan import Outcome
-from vitscope.runs import checkpoint_io
+from vitscope.runs.checkpoints import checkpoint_io
 from vitscope.runs.wandb_mirror import WandbMirror
 from vitscope.runtime import stop_flag
 from vitscope.training.lightning_module import Classifier

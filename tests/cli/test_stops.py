@@ -10,7 +10,8 @@ import torch
 
 import vitscope as vs
 from tests.helpers.run_folders import losses, only_run
-from vitscope.runs import checkpoint_io, metrics_log, result_store
+from vitscope.runs import metrics_log, result_store
+from vitscope.runs.checkpoints import checkpoint_io
 from vitscope.runtime import stop_flag
 from vitscope.runtime.errors import StorageError
 from vitscope.training.lightning_module import Classifier

@@ -16,7 +16,8 @@ import torch
 
 from tests.helpers.processes import ENVIRONMENT, ROOT, TINY
 from tests.helpers.run_folders import losses, only_run
-from vitscope.runs import checkpoint_io, metrics_log, run_dir, wandb_mirror
+from vitscope.runs import metrics_log, run_dir, wandb_mirror
+from vitscope.runs.checkpoints import checkpoint_io
 from vitscope.runs.metrics_log import Journal
 from vitscope.runtime import atomic_write, safe_files
 from vitscope.runtime.errors import StorageError

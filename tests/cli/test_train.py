@@ -10,7 +10,8 @@ import torch
 
 import vitscope as vs
 from tests.helpers.run_folders import losses, only_run
-from vitscope.runs import checkpoint_io, metrics_log
+from vitscope.runs import metrics_log
+from vitscope.runs.checkpoints import checkpoint_io
 from vitscope.runtime import stop_flag
 from vitscope.training.checkpoint_callback import Checkpoints
 from vitscope.training.lightning_module import Classifier

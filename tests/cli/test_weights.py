@@ -15,7 +15,7 @@ from tests.helpers import official_layout
 from tests.helpers.run_folders import only_run
 from vitscope import models
 from vitscope.config import factories
-from vitscope.runs import checkpoint_io
+from vitscope.runs.checkpoints import checkpoint_io
 
 EVALUATE = ["data=digits", "analysis=[evaluation]", "analysis.evaluation.probe.n_images=12", "device=cpu"]
 RESNET = ["model=convnet", "model.depth=18"]

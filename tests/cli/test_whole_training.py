@@ -23,7 +23,8 @@ from tests.helpers.kills import in_child, snapshots
 from vitscope.analyses import outputs
 from vitscope.cli import exit_codes
 from vitscope.config import loading
-from vitscope.runs import checkpoint_io, metrics_log, result_store
+from vitscope.runs import metrics_log, result_store
+from vitscope.runs.checkpoints import checkpoint_io
 from vitscope.training import training_run
 
 torch.set_num_threads(1)

@@ -16,7 +16,8 @@ from omegaconf import OmegaConf
 from tests.helpers.configurations import composed
 from vitscope.config import caps, error_translation, instantiate, target_allowlist
 from vitscope.config.validation import validate
-from vitscope.runs import checkpoint_io, result_store, run_dir, run_end, run_overrides
+from vitscope.runs import result_store, run_dir, run_end, run_overrides
+from vitscope.runs.checkpoints import checkpoint_io
 from vitscope.runtime import redaction
 from vitscope.runtime.errors import CheckpointError, ConfigError
 
@@ -37,7 +38,8 @@ TARGETS = [
     "pytorch_lightning.utilities.upgrade_checkpoint.main", "torchmetrics.functional.accuracy",
     "vitscope", "vitscope.runs.run_dir.create", "vitscope.runtime.atomic_write.write_atomically",
     "vitscope.runs.result_store.load",
-    "vitscope.runs.checkpoint_io.read", "vitscope.runs.checkpoint_io.write", "vitscope.sweep.trial_process.start",
+    "vitscope.runs.checkpoints.checkpoint_io.read", "vitscope.runs.checkpoints.checkpoint_io.write",
+    "vitscope.sweep.trial_process.start",
     "vitscope.cli.exit_codes.run",
     "vitscope.data.sources.cifar.urllib.request.urlopen", "vitscope.data.sources.cifar.check_integrity",
     "vitscope.diagnostics.corruption.corruption.archive", "vitscope.diagnostics.fourier.plot.relative_log_amplitude",

@@ -67,7 +67,8 @@ def test_patches_that_do_not_divide() -> None:
 
 
 @pytest.mark.parametrize("target", ["timm.models.load_checkpoint", "torchvision.datasets.utils.extract_archive",
-                                    "vitscope.config.loading.importlib.import_module", "vitscope.runs.checkpoint_io.read",
+                                    "vitscope.config.loading.importlib.import_module",
+                                    "vitscope.runs.checkpoints.checkpoint_io.read",
                                     "pytorch_lightning.cli.LightningCLI", "timm.utils.model.os.remove",
                                     "torch.nn.modules.module.torch.load", "vitscope.models.torch.hub.load"])  # fmt: skip
 def test_targets_are_judged_by_what_they_are(target: str) -> None:

@@ -16,7 +16,8 @@ from tests.helpers.analysis_runs import NAMES
 from vitscope.analyses import runner, spec
 from vitscope.analyses.context import AnalysisContext
 from vitscope.config import factories
-from vitscope.runs import checkpoint_io, run_dir
+from vitscope.runs import run_dir
+from vitscope.runs.checkpoints import checkpoint_io
 from vitscope.runtime import stop_flag
 from vitscope.runtime.stop_flag import Interrupted
 

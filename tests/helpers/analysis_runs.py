@@ -8,7 +8,8 @@ import torch
 from tests.helpers.configurations import composed
 from vitscope.analyses.context import AnalysisContext
 from vitscope.config import caps, factories, loading
-from vitscope.runs import checkpoint_io, run_dir
+from vitscope.runs import run_dir
+from vitscope.runs.checkpoints import checkpoint_io
 
 NAMES = loading.options("analysis")
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from vitscope.runs import checkpoint_io
+from vitscope.runs.checkpoints import checkpoint_io
 
 
 def main() -> None:

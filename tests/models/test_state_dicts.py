@@ -15,7 +15,7 @@ import vitscope as vs
 from tests.helpers.run_folders import only_run
 from vitscope import models
 from vitscope.core.probe import Probe
-from vitscope.runs import checkpoint_io, checkpoint_weights
+from vitscope.runs.checkpoints import checkpoint_io, checkpoint_weights
 from vitscope.runtime.errors import CheckpointError
 
 PATH = Path("net.th")

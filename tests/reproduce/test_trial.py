@@ -12,7 +12,7 @@ from vitscope.core.probe import Probe
 from vitscope.reproduce import plan as reproduction
 from vitscope.reproduce.plan import Trial
 from vitscope.reproduce.trial import composed, perform
-from vitscope.runs import checkpoint_io
+from vitscope.runs.checkpoints import checkpoint_io
 
 # libraries that warn about themselves
 pytestmark = pytest.mark.filterwarnings(

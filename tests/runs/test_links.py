@@ -13,7 +13,8 @@ from omegaconf import OmegaConf
 
 from tests.helpers.report_runs import spectrum, write_run
 from vitscope.plotting.api import save_figure
-from vitscope.runs import checkpoint_io, partial_results, result_store, run_end, wandb_mirror
+from vitscope.runs import partial_results, result_store, run_end, wandb_mirror
+from vitscope.runs.checkpoints import checkpoint_io
 from vitscope.runs.metrics_log import Journal, read
 from vitscope.runs.run_dir import Run
 from vitscope.runtime import atomic_write, safe_files

@@ -13,7 +13,8 @@ from omegaconf import OmegaConf
 
 from tests.helpers.run_folders import losses, only_run
 from vitscope.config import experiment_identity
-from vitscope.runs import checkpoint_io, metrics_log, resume_changes, run_dir
+from vitscope.runs import metrics_log, resume_changes, run_dir
+from vitscope.runs.checkpoints import checkpoint_io
 from vitscope.runtime import stop_flag
 from vitscope.training.lightning_module import Classifier
 

@@ -14,7 +14,8 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from tests.helpers.kills import KILLED, at_every_change
-from vitscope.runs import checkpoint_io, run_dir, run_lock
+from vitscope.runs import run_dir, run_lock
+from vitscope.runs.checkpoints import checkpoint_io
 from vitscope.runs.run_dir import Run
 from vitscope.runtime import atomic_write
 from vitscope.runtime.errors import ConfigError, StorageError

@@ -15,7 +15,8 @@ import torch
 
 from tests.helpers.processes import ENVIRONMENT, ROOT, on_ranks, run_of
 from vitscope.cli import exit_codes, train
-from vitscope.runs import checkpoint_io, metrics_log
+from vitscope.runs import metrics_log
+from vitscope.runs.checkpoints import checkpoint_io
 
 SMALL = ["model=vit", "model.depth=1", "model.patch_size=8", "data.eval_batch_size=100", "logger=none",
          "trainer.log_every_n_steps=1",

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from tests.helpers.processes import ROOT, TINY, run_of, start
-from vitscope.runs import checkpoint_io, metrics_log
+from vitscope.runs import metrics_log
+from vitscope.runs.checkpoints import checkpoint_io
 
 
 def killed_while_saving(folder: Path, megabytes: int, rounds: int, seed: int = 0, **environment: str) -> None:
@@ -38,7 +39,7 @@ def killed_while_saving(folder: Path, megabytes: int, rounds: int, seed: int = 0
     assert not list(folder.glob(".*.tmp-*"))
 
 
-@pytest.mark.slow  # tests/runs/test_checkpoint_io.py kills at every write
+@pytest.mark.slow  # tests/runs/checkpoints/test_checkpoint_io.py kills at every write
 @pytest.mark.filterwarnings("ignore:checkpoint .* is damaged")  # killed between file and manifest
 def test_kill_9_while_saving(tmp_path: Path) -> None:
     killed_while_saving(tmp_path / "checkpoints", 4, 2)

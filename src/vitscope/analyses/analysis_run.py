@@ -13,7 +13,8 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from vitscope.analyses import context, runner, spec
 from vitscope.config import caps, error_translation, factories, loading, model_facts
 from vitscope.config.validation import validate
-from vitscope.runs import checkpoint_io, checkpoint_weights, run_dir, run_end, run_lock, run_overrides, wandb_mirror
+from vitscope.runs import run_dir, run_end, run_lock, run_overrides, wandb_mirror
+from vitscope.runs.checkpoints import checkpoint_io, checkpoint_weights
 from vitscope.runs.run_dir import Run
 from vitscope.runs.summary_table import print_headline
 from vitscope.runtime import errors

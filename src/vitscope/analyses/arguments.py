@@ -13,7 +13,8 @@ from vitscope.analyses.spec import Analysis
 from vitscope.config import factories
 from vitscope.core.probe import Probe
 from vitscope.core.run_inputs import FromRun, run_inputs
-from vitscope.runs import api, checkpoint_sequence, partial_results
+from vitscope.runs import api, partial_results
+from vitscope.runs.checkpoints import checkpoint_sequence
 
 
 def options(analysis: Analysis, place: AnalysisContext, rows: partial_results.PartialRows) -> dict[str, Any]:

@@ -19,7 +19,8 @@ from vitscope.analyses.spec import Analysis
 from vitscope.config import factories, loading
 from vitscope.core import feature_pass
 from vitscope.core.probe import Probe
-from vitscope.runs import checkpoint_io, checkpoint_weights, partial_results, result_store, run_lock
+from vitscope.runs import partial_results, result_store, run_lock
+from vitscope.runs.checkpoints import checkpoint_io, checkpoint_weights
 from vitscope.runtime import stop_flag
 from vitscope.runtime.distributed import gather_objects, rank
 from vitscope.runtime.errors import ConfigError, StorageError, VitscopeError

@@ -87,7 +87,7 @@ def _resume_advice() -> str:
     run = run_end.current_run()
     if run is None:
         return ""
-    from vitscope.runs import checkpoint_io  # imports torch, which the process of a run has loaded
+    from vitscope.runs.checkpoints import checkpoint_io  # imports torch, which the process of a run has loaded
 
     return f"; go on with run={run.path} ckpt_path=last" if checkpoint_io.present(run.checkpoints) else ""
 

@@ -18,7 +18,8 @@ from vitscope.analyses.context import AnalysisContext
 from vitscope.config import caps, composition, experiment_identity, factories, loading
 from vitscope.reports.value_lookup import undefined_reason
 from vitscope.reproduce.plan import Outcome, Trial
-from vitscope.runs import checkpoint_io, checkpoint_weights, run_dir
+from vitscope.runs import run_dir
+from vitscope.runs.checkpoints import checkpoint_io, checkpoint_weights
 from vitscope.runs.run_dir import Run
 from vitscope.runtime.errors import CheckpointError, VitscopeError
 from vitscope.runtime.stop_flag import Interrupted

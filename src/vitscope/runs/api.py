@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from vitscope.core.probe import Probe
-from vitscope.runs import checkpoint_io, result_store
+from vitscope.runs import result_store
+from vitscope.runs.checkpoints import checkpoint_io
 from vitscope.runs.run_dir import find
 
 
@@ -47,7 +48,7 @@ def load_probe(
         DataError: the data are not there.
     """
     from vitscope.config import factories
-    from vitscope.runs import checkpoint_weights
+    from vitscope.runs.checkpoints import checkpoint_weights
 
     cfg = find(run).config()
     model = factories.model(cfg)

@@ -26,7 +26,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from vitscope.config import experiment_identity, loading
 from vitscope.core.objective_card import versions
-from vitscope.runs import checkpoint_io, metrics_log, run_lock
+from vitscope.runs import metrics_log, run_lock
+from vitscope.runs.checkpoints import checkpoint_io
 from vitscope.runtime import atomic_write, redaction, safe_files
 from vitscope.runtime.errors import CheckpointError, ConfigError, StorageError
 

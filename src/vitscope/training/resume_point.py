@@ -12,13 +12,8 @@ from typing import Any
 from omegaconf import DictConfig
 
 from vitscope.config import experiment_identity
-from vitscope.runs import (
-    checkpoint_io,
-    checkpoint_schema,
-    checkpoint_weights,
-    resume_changes,
-    run_dir,
-)
+from vitscope.runs import resume_changes, run_dir
+from vitscope.runs.checkpoints import checkpoint_io, checkpoint_schema, checkpoint_weights
 from vitscope.runs.resume_changes import Change
 from vitscope.runs.run_dir import Run
 from vitscope.runtime.errors import CheckpointError, ConfigError

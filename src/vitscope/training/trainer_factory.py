@@ -12,7 +12,7 @@ from pytorch_lightning import Callback
 from pytorch_lightning.callbacks import EarlyStopping, RichProgressBar
 
 from vitscope.config import experiment_identity, instantiate, loading
-from vitscope.runs.checkpoint_io import AtomicCheckpointIO
+from vitscope.runs.checkpoints.checkpoint_io import AtomicCheckpointIO
 from vitscope.runs.run_dir import Run
 from vitscope.training import lightning_internals
 from vitscope.training.checkpoint_callback import Checkpoints

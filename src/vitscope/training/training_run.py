@@ -19,15 +19,8 @@ from vitscope.analyses import spec
 from vitscope.config import caps, error_translation, experiment_identity, factories, loading, model_facts
 from vitscope.config.dry_run import rehearse
 from vitscope.config.validation import validate, writable
-from vitscope.runs import (
-    checkpoint_io,
-    checkpoint_weights,
-    resume_changes,
-    run_dir,
-    run_end,
-    run_lock,
-    wandb_mirror,
-)
+from vitscope.runs import resume_changes, run_dir, run_end, run_lock, wandb_mirror
+from vitscope.runs.checkpoints import checkpoint_io, checkpoint_weights
 from vitscope.runs.metrics_log import Journal, last_values
 from vitscope.runs.run_dir import Run
 from vitscope.runs.summary_table import print_headline

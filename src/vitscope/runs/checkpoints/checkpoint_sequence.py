@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vitscope.runs import checkpoint_io, run_dir
+from vitscope.runs import run_dir
+from vitscope.runs.checkpoints import checkpoint_io
 from vitscope.runs.run_dir import Run
 from vitscope.runtime.errors import CheckpointError
 

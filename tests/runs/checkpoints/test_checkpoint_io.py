@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from vitscope.runs import checkpoint_io
+from vitscope.runs.checkpoints import checkpoint_io
 from vitscope.runtime import atomic_write
 from vitscope.runtime.errors import CheckpointError, StorageError
 

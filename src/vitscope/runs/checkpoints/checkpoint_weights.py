@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vitscope.runs import checkpoint_io
+from vitscope.runs.checkpoints import checkpoint_io
 from vitscope.runtime.errors import CheckpointError, first_line
 
 

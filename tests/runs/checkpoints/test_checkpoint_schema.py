@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from vitscope.runs import checkpoint_io, checkpoint_schema
+from vitscope.runs.checkpoints import checkpoint_io, checkpoint_schema
 from vitscope.runtime.errors import CheckpointError
 from vitscope.training.checkpoint_callback import Checkpoints
 
