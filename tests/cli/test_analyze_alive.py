@@ -16,7 +16,7 @@ import torch
 
 from tests.cli.test_analyze import FOURIER, run  # noqa: F401 (a fixture)
 from vitscope.runs import api, metrics_log, partial_results, result_store, run_dir, run_lock
-from vitscope.runs.checkpoints import checkpoint_io
+from vitscope.runs.checkpoints import checkpoint_content, checkpoint_io
 from vitscope.runtime import safe_files
 
 torch.set_num_threads(1)
@@ -80,7 +80,7 @@ def test_the_end_of_a_run_that_is_not_finished(call, run: Path, capsys) -> None:
     assert set(api.load_results(run)["fourier"]) == {"epoch-0000"}
     content = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
     content["vitscope"]["batch"] = 2
-    content.pop(checkpoint_io.CONTENT_DIGEST)
+    content.pop(checkpoint_content.CONTENT_DIGEST)
     checkpoint_io.write(content, run / "checkpoints" / "last.ckpt")
     assert call("analyze", f"run={run}", *FOURIER) == 0
     assert set(api.load_results(run)["fourier"]) == {"epoch-0000", "step-00000004"}

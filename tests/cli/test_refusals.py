@@ -14,7 +14,7 @@ from torch import nn
 from tests.helpers.configurations import composed
 from vitscope.config import dry_run
 from vitscope.runs import run_dir
-from vitscope.runs.checkpoints import checkpoint_io
+from vitscope.runs.checkpoints import checkpoint_io, checkpoint_weights
 from vitscope.runtime.errors import ConfigError
 
 
@@ -138,10 +138,10 @@ def test_a_new_run_from_a_file(call, tiny, stopped, tmp_path, capsys) -> None:
     )
     assert checkpoint_io.read(tmp_path / "b" / "checkpoints" / "last.ckpt")["global_step"] == 8
     assert not (tmp_path / "b" / "checkpoints" / "init.ckpt").exists()  # it went on from step 4
-    state = checkpoint_io.model_state(checkpoint_io.read(file))
+    state = checkpoint_weights.model_state(checkpoint_io.read(file))
     torch.save(state, tmp_path / "weights.ckpt")
     shutil.rmtree(tmp_path / "b")
     arguments = ["analysis=[]", "test=false", f"ckpt_path={tmp_path}/weights.ckpt", f"run_dir={tmp_path}/b"]
     assert call("train", *tiny, *arguments) == 0
-    init = checkpoint_io.model_state(checkpoint_io.read(tmp_path / "b" / "checkpoints" / "init.ckpt"))
+    init = checkpoint_weights.model_state(checkpoint_io.read(tmp_path / "b" / "checkpoints" / "init.ckpt"))
     assert all(torch.equal(value, init[name]) for name, value in state.items())

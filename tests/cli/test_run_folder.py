@@ -17,7 +17,7 @@ from tests.helpers.run_folders import losses
 from vitscope.analyses import runner
 from vitscope.reproduce import trial
 from vitscope.runs import run_end, run_lock
-from vitscope.runs.checkpoints import checkpoint_io
+from vitscope.runs.checkpoints import checkpoint_io, checkpoint_manifest
 from vitscope.runs.run_dir import Run
 from vitscope.training import checkpoint_callback
 from vitscope.training.lightning_module import Classifier
@@ -139,7 +139,7 @@ def test_slimming_is_killed_at_every_write(tmp_path: Path, monkeypatch: pytest.M
                 break
             except Killed:
                 stops += 1
-        for name in checkpoint_io.manifest(run.checkpoints):
+        for name in checkpoint_manifest.entries(run.checkpoints):
             checkpoint_io.read(run.checkpoints / name)
         trial.drop_optimizer_states(run)
         states = {

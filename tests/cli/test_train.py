@@ -11,7 +11,7 @@ import torch
 import vitscope as vs
 from tests.helpers.run_folders import losses, only_run
 from vitscope.runs import metrics_log
-from vitscope.runs.checkpoints import checkpoint_io
+from vitscope.runs.checkpoints import checkpoint_io, checkpoint_manifest
 from vitscope.runtime import stop_flag
 from vitscope.training.checkpoint_callback import Checkpoints
 from vitscope.training.lightning_module import Classifier
@@ -111,7 +111,7 @@ def test_interrupt_from_the_keyboard(call, tiny, tmp_path, monkeypatch, capsys) 
 
     monkeypatch.setattr(Classifier, "on_train_batch_start", stopping)
     assert call("train", *tiny, "analysis=[]") == 130
-    assert checkpoint_io.manifest(only_run(tmp_path) / "checkpoints")["last.ckpt"]["global_step"] == 1
+    assert checkpoint_manifest.entries(only_run(tmp_path) / "checkpoints")["last.ckpt"]["global_step"] == 1
     assert "ckpt_path=last" in capsys.readouterr().err
 
 

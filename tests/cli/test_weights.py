@@ -15,7 +15,7 @@ from tests.helpers import official_layout
 from tests.helpers.run_folders import only_run
 from vitscope import models
 from vitscope.config import factories
-from vitscope.runs.checkpoints import checkpoint_io
+from vitscope.runs.checkpoints import checkpoint_io, checkpoint_weights
 
 EVALUATE = ["data=digits", "analysis=[evaluation]", "analysis.evaluation.probe.n_images=12", "device=cpu"]
 RESNET = ["model=convnet", "model.depth=18"]
@@ -55,7 +55,7 @@ def test_training_starts_from_an_official_file(call, file, tiny, tmp_path) -> No
     small = ["data=digits", "data.eval_batch_size=4", "trainer.max_epochs=1", "trainer.limit_train_batches=1", "analysis=[]",
              "test=false"]  # fmt: skip
     assert call("train", *tiny[3:], *RESNET, *small, f"ckpt_path={file}") == 0
-    init = checkpoint_io.model_state(checkpoint_io.read(only_run(tmp_path) / "checkpoints" / "init.ckpt"))
+    init = checkpoint_weights.model_state(checkpoint_io.read(only_run(tmp_path) / "checkpoints" / "init.ckpt"))
     expected = loaded(file).state_dict()
     assert set(init) == set(expected)
     assert all(torch.equal(init[name], value) for name, value in expected.items())
@@ -102,7 +102,7 @@ def test_gradient_checkpointing_and_channels_last_train_the_same_network(call, t
     states = {}
     for name, option in options.items():
         assert call("train", *shared, *option, f"run_dir={tmp_path}/{name}") == 0
-        states[name] = checkpoint_io.model_state(checkpoint_io.read(tmp_path / name / "checkpoints" / "last.ckpt"))
+        states[name] = checkpoint_weights.model_state(checkpoint_io.read(tmp_path / name / "checkpoints" / "last.ckpt"))
     # AdamW divides a gradient by its size plus 1e-8, so that a rounding of the gradient moves a weight by at most
     # steps * rate / 1e-8 times that rounding, where the gradient itself is rounding (a bias before BatchNorm). In float64
     # a gradient of size 10 summed over 1e4 terms rounds to 1e4 * 2.2e-16 * 10; a wrong gradient moves weights by the rate.

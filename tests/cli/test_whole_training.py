@@ -24,7 +24,7 @@ from vitscope.analyses import outputs
 from vitscope.cli import exit_codes
 from vitscope.config import loading
 from vitscope.runs import metrics_log, result_store
-from vitscope.runs.checkpoints import checkpoint_io
+from vitscope.runs.checkpoints import checkpoint_io, checkpoint_manifest
 from vitscope.training import training_run
 
 torch.set_num_threads(1)
@@ -71,7 +71,7 @@ def state(run: Path) -> dict[str, Any]:
         "files": sorted(str(file.relative_to(run)) for file in run.rglob("*") if file.is_file()),
         "manifest": {
             name: (entry["epoch"], entry["global_step"])
-            for name, entry in checkpoint_io.manifest(run / "checkpoints").items()
+            for name, entry in checkpoint_manifest.entries(run / "checkpoints").items()
         },
         "checkpoints": {file.name: checkpoint_io.read(file) for file in sorted(run.glob("checkpoints/*.ckpt"))},
         "rows": {json.dumps(row, sort_keys=True) for row in rows},  # steps after the last checkpoint are written twice

@@ -17,7 +17,7 @@ from tests.helpers.configurations import composed
 from vitscope.config import caps, error_translation, instantiate, target_allowlist
 from vitscope.config.validation import validate
 from vitscope.runs import result_store, run_dir, run_end, run_overrides
-from vitscope.runs.checkpoints import checkpoint_io
+from vitscope.runs.checkpoints import checkpoint_content, checkpoint_io
 from vitscope.runtime import redaction
 from vitscope.runtime.errors import CheckpointError, ConfigError
 
@@ -169,9 +169,9 @@ def test_a_damaged_manifest(content: str, tmp_path: Path) -> None:
                                    {"epoch": 0, "batch": torch.zeros(2)}, {"epoch": 0, "batch": 1.5}])  # fmt: skip
 def test_a_note_that_does_not_say_where_training_stood(noted: object) -> None:
     with pytest.raises(CheckpointError, match="where training stood"):
-        checkpoint_io.facts({"vitscope": noted, "global_step": 1}, Path("x"))
+        checkpoint_content.facts({"vitscope": noted, "global_step": 1}, Path("x"))
     with pytest.raises(CheckpointError, match="where training stood"):
-        checkpoint_io.facts({"global_step": "many"}, Path("x"))
+        checkpoint_content.facts({"global_step": "many"}, Path("x"))
 
 
 @pytest.mark.parametrize("key", [np.float64(1.0), np.str_("a"), (1, 2), None])

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import torch
 
-from vitscope.runs.checkpoints import checkpoint_io
+from vitscope.runs.checkpoints import checkpoint_io, checkpoint_manifest
 
 
 def main() -> None:
     folder, megabytes = Path(sys.argv[1]), int(sys.argv[2])
-    step = max([entry["global_step"] for entry in checkpoint_io.manifest(folder).values()], default=0)
+    step = max([entry["global_step"] for entry in checkpoint_manifest.entries(folder).values()], default=0)
     while True:
         step += 1
         weights = torch.full((megabytes * 2**18,), float(step))

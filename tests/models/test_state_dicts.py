@@ -147,7 +147,7 @@ def test_an_old_file_in_every_command(call, tiny, tmp_path) -> None:
 
 
 def assert_loaded_from_file(path: Path, state: Mapping[str, Tensor]) -> None:
-    init = checkpoint_io.model_state(checkpoint_io.read(path))
+    init = checkpoint_weights.model_state(checkpoint_io.read(path))
     for name, value in state.items():
         if not name.endswith("num_batches_tracked"):
             assert torch.equal(init[name], value), name

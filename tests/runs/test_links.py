@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from tests.helpers.report_runs import spectrum, write_run
 from vitscope.plotting.api import save_figure
 from vitscope.runs import partial_results, result_store, run_end, wandb_mirror
-from vitscope.runs.checkpoints import checkpoint_io
+from vitscope.runs.checkpoints import checkpoint_io, checkpoint_manifest
 from vitscope.runs.metrics_log import Journal, read
 from vitscope.runs.run_dir import Run
 from vitscope.runtime import atomic_write, safe_files
@@ -65,10 +65,10 @@ CASES: list[tuple[str, str, Callable[[Run], object]]] = [
     ("checkpoints", "", lambda run: checkpoint_io.sweep(run.checkpoints)),
     ("checkpoints", "", lambda run: checkpoint_io.write(tensors(), run.checkpoints / "last.ckpt")),
     ("checkpoints", "", lambda run: checkpoint_io.read(run.checkpoints / "last.ckpt")),
-    ("checkpoints", "", lambda run: checkpoint_io.manifest(run.checkpoints)),
+    ("checkpoints", "", lambda run: checkpoint_manifest.entries(run.checkpoints)),
     ("checkpoints", "", lambda run: checkpoint_io.AtomicCheckpointIO().remove_checkpoint(run.checkpoints / "last.ckpt")),
     ("checkpoints/last.ckpt", "last.ckpt", lambda run: checkpoint_io.read(run.checkpoints / "last.ckpt")),
-    ("checkpoints/manifest.json", "manifest.json", lambda run: checkpoint_io.manifest(run.checkpoints)),
+    ("checkpoints/manifest.json", "manifest.json", lambda run: checkpoint_manifest.entries(run.checkpoints)),
     ("results", "", save_result),
     ("results/hessian", "", save_result),
     ("results/hessian/.partial-x", "", lambda run: partial_results.PartialRows(run.results / "hessian" / ".partial-x").discard()),

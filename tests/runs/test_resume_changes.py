@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from tests.helpers.run_folders import losses, only_run
 from vitscope.config import experiment_identity
 from vitscope.runs import metrics_log, resume_changes, run_dir
-from vitscope.runs.checkpoints import checkpoint_io
+from vitscope.runs.checkpoints import checkpoint_io, checkpoint_weights
 from vitscope.runtime import stop_flag
 from vitscope.training.lightning_module import Classifier
 
@@ -157,8 +157,8 @@ def test_a_new_run_from_the_weights_alone(call, finished, tmp_path, capsys) -> N
         for path in (finished / "checkpoints" / "last.ckpt", other / "checkpoints" / "init.ckpt")
     )
     assert init["global_step"] == 0
-    for name, tensor in checkpoint_io.model_state(old).items():
-        assert torch.equal(tensor, checkpoint_io.model_state(init)[name]), name
+    for name, tensor in checkpoint_weights.model_state(old).items():
+        assert torch.equal(tensor, checkpoint_weights.model_state(init)[name]), name
     started = run_dir.Run(other).provenance()["started_from"]
     assert started == {"checkpoint": str(finished / "checkpoints" / "last.ckpt"), "step": 0, "weights_only": True}
 

@@ -14,7 +14,7 @@ from vitscope.analyses import context, runner, spec
 from vitscope.config import caps, error_translation, factories, loading, model_facts
 from vitscope.config.validation import validate
 from vitscope.runs import run_dir, run_end, run_lock, run_overrides, wandb_mirror
-from vitscope.runs.checkpoints import checkpoint_io, checkpoint_weights
+from vitscope.runs.checkpoints import checkpoint_content, checkpoint_io, checkpoint_manifest, checkpoint_weights
 from vitscope.runs.run_dir import Run
 from vitscope.runs.summary_table import print_headline
 from vitscope.runtime import errors
@@ -133,7 +133,7 @@ def _weights(cfg: DictConfig, run: Run | None, network: Any) -> tuple[Path | Non
             )
         return None, None
     if run is not None and not path.is_file():
-        names = [Path(name).stem for name in checkpoint_io.manifest(run.checkpoints)]
+        names = [Path(name).stem for name in checkpoint_manifest.entries(run.checkpoints)]
         if not names and not run.checkpoints.exists() and not cfg.ckpt_path:
             return None, None  # a folder that analyze.py made for a model without a checkpoint
         raise CheckpointError("ckpt", cfg.ckpt, "the run has no such checkpoint", errors.nearest(str(cfg.ckpt), names))
@@ -159,7 +159,9 @@ def _refuse_changing_checkpoint(path: Path, run: Run) -> None:
     if holder is None or path.stem not in CHANGING:
         return
     reason = f"{holder} trains in this folder, and {path.name} is not yet what it will be at the end"
-    fixed = [Path(name).stem for name in checkpoint_io.manifest(run.checkpoints) if Path(name).stem not in CHANGING]
+    fixed = [
+        Path(name).stem for name in checkpoint_manifest.entries(run.checkpoints) if Path(name).stem not in CHANGING
+    ]
     instead = f", or measure a checkpoint that stays as it is: ckpt={fixed[-1]}" if fixed else ""
     raise StorageError("run", run.path, reason, f"wait until it ends{instead}")
 
@@ -168,7 +170,7 @@ def _moment(path: Path | None, content: Mapping[str, Any] | None, run: Run) -> t
     """Return the tag of results, the epoch and the step of the weights; only a finished run's last ones are its ``end``."""
     if path is None or content is None:
         return "end", None, 0
-    facts, step = checkpoint_io.facts(content, path), int(content.get("global_step", 0))
+    facts, step = checkpoint_content.facts(content, path), int(content.get("global_step", 0))
     epoch = facts["epoch"] - 1 if facts.get("batch") == 0 else facts.get("epoch")
     epoch = max(epoch, 0) if epoch is not None else None
     status = run.provenance().get("status", "finished")

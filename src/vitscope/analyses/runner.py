@@ -20,7 +20,7 @@ from vitscope.config import factories, loading
 from vitscope.core import feature_pass
 from vitscope.core.probe import Probe
 from vitscope.runs import partial_results, result_store, run_lock
-from vitscope.runs.checkpoints import checkpoint_io, checkpoint_weights
+from vitscope.runs.checkpoints import checkpoint_manifest, checkpoint_weights
 from vitscope.runtime import stop_flag
 from vitscope.runtime.distributed import gather_objects, rank
 from vitscope.runtime.errors import ConfigError, StorageError, VitscopeError
@@ -93,7 +93,7 @@ def settings_hash(analysis: Analysis, place: AnalysisContext) -> str:
     facts = [measure, analysis.options, analysis.probe, loading.plain(cfg.objective), data, cfg.seed]
     if isinstance(recipe := analysis.probe.get("augment"), str):
         facts.append(factories.named_objective(recipe))
-    return loading.digest(facts + [checkpoint_io.sha256(path) for path in _files(analysis.options)])
+    return loading.digest(facts + [checkpoint_manifest.sha256(path) for path in _files(analysis.options)])
 
 
 def _files(options: Mapping[str, Any]) -> list[Path]:

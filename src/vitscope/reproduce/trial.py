@@ -19,7 +19,7 @@ from vitscope.config import caps, composition, experiment_identity, factories, l
 from vitscope.reports.value_lookup import undefined_reason
 from vitscope.reproduce.plan import Outcome, Trial
 from vitscope.runs import run_dir
-from vitscope.runs.checkpoints import checkpoint_io, checkpoint_weights
+from vitscope.runs.checkpoints import checkpoint_content, checkpoint_io, checkpoint_manifest, checkpoint_weights
 from vitscope.runs.run_dir import Run
 from vitscope.runtime.errors import CheckpointError, VitscopeError
 from vitscope.runtime.stop_flag import Interrupted
@@ -99,7 +99,7 @@ def drop_optimizer_states(run: Run) -> None:
     if run.provenance().get("slim"):
         return
     checkpoint_io.repair(run.checkpoints)
-    for name in checkpoint_io.manifest(run.checkpoints):
+    for name in checkpoint_manifest.entries(run.checkpoints):
         path = run.checkpoints / name
         if name == "last.ckpt" or not checkpoint_io.verified(path):
             continue
@@ -146,7 +146,7 @@ def _analysis_context(cfg: DictConfig, run: Run, tag: str) -> AnalysisContext:
     checkpoint_weights.load_weights(network, content, path)
     data = factories.data(cfg)
     data.adapt_to(network)
-    facts = checkpoint_io.facts(content, path)
+    facts = checkpoint_content.facts(content, path)
     epoch = max(facts.get("epoch", 0) - (facts.get("batch") == 0), 0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return AnalysisContext(

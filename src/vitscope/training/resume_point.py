@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 
 from vitscope.config import experiment_identity
 from vitscope.runs import resume_changes, run_dir
-from vitscope.runs.checkpoints import checkpoint_io, checkpoint_schema, checkpoint_weights
+from vitscope.runs.checkpoints import checkpoint_content, checkpoint_io, checkpoint_schema, checkpoint_weights
 from vitscope.runs.resume_changes import Change
 from vitscope.runs.run_dir import Run
 from vitscope.runtime.errors import CheckpointError, ConfigError
@@ -115,7 +115,7 @@ def allowed_changes(cfg: DictConfig, run: Run | None, checkpoint: Path | None) -
 def _progress(checkpoint: Path) -> tuple[int, int]:
     """Return the number of epochs that have begun and of optimizer steps that are made at a checkpoint."""
     content = checkpoint_io.read(checkpoint)
-    facts = checkpoint_io.facts(content, checkpoint)
+    facts = checkpoint_content.facts(content, checkpoint)
     return facts.get("epoch", 0) + (facts.get("batch", 0) > 0), int(content.get("global_step", 0))
 
 
@@ -166,7 +166,7 @@ def adopt_checkpoint(
     checkpoint_weights.load_weights(network, content, path)  # refuses another model's in one line
     if weights_only or "loops" not in content:
         return None
-    stored = checkpoint_io.facts(content, path)
+    stored = checkpoint_content.facts(content, path)
     for key, value in identity.items():
         if key == "optimizer" and stored.get(key, value) != value:
             reason = "the checkpoint's own values (rate, decay, ...) would be used and these be passed over"

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from vitscope.runs.checkpoints import checkpoint_io
+from vitscope.runs.checkpoints import checkpoint_io, checkpoint_manifest, checkpoint_weights
 from vitscope.runtime import atomic_write
 from vitscope.runtime.errors import CheckpointError, StorageError
 
@@ -30,8 +30,8 @@ def test_round_trip_and_manifest(tmp_path: Path) -> None:
     path = tmp_path / "last.ckpt"
     checkpoint_io.write(content(3), path)
     assert torch.equal(checkpoint_io.read(path)["state_dict"]["w"], torch.full((5,), 3.0))
-    entry = checkpoint_io.manifest(tmp_path)["last.ckpt"]
-    assert (entry["global_step"], entry["sha256"]) == (3, checkpoint_io.sha256(path))
+    entry = checkpoint_manifest.entries(tmp_path)["last.ckpt"]
+    assert (entry["global_step"], entry["sha256"]) == (3, checkpoint_manifest.sha256(path))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["last.ckpt", "manifest.json"]
 
 
@@ -54,7 +54,7 @@ def test_damage_falls_back_to_the_newest_verified(tmp_path: Path, damage: str) -
 
 def test_a_crash_between_file_and_manifest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint_io.write(content(1), tmp_path / "epoch-0000.ckpt")
-    monkeypatch.setattr(checkpoint_io, "_write_manifest", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(checkpoint_io, "write_manifest", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         checkpoint_io.write(content(2), tmp_path / "last.ckpt")
     assert checkpoint_io.newest(tmp_path).name == "epoch-0000.ckpt"
@@ -145,7 +145,7 @@ def test_any_damage_is_seen(tmp_path_factory: pytest.TempPathFactory, data: st.D
 
 def test_prefixes_of_others(tmp_path: Path) -> None:
     for key, prefix in (("state_dict", "model."), ("model", "module."), ("state_dict", "")):
-        state = checkpoint_io.model_state({key: {f"{prefix}conv.weight": torch.ones(1)}, "epoch": 3})
+        state = checkpoint_weights.model_state({key: {f"{prefix}conv.weight": torch.ones(1)}, "epoch": 3})
         assert list(state) == ["conv.weight"]
 
 
@@ -156,13 +156,13 @@ def stored_run(folder: Path) -> None:
 
 def without_digest(folder: Path) -> None:
     """Write the manifest as earlier versions did."""
-    (folder / "manifest.json").write_text(json.dumps(checkpoint_io.manifest(folder), indent=1))
+    (folder / "manifest.json").write_text(json.dumps(checkpoint_manifest.entries(folder), indent=1))
 
 
 def test_manifest_that_is_no_json(tmp_path: Path) -> None:
     checkpoint_io.write(content(), tmp_path / "last.ckpt")
     (tmp_path / "manifest.json").write_text("{")
-    for refused in (checkpoint_io.newest, checkpoint_io.manifest, checkpoint_io.repair):
+    for refused in (checkpoint_io.newest, checkpoint_manifest.entries, checkpoint_io.repair):
         with pytest.raises(CheckpointError, match=r"manifest\.json cannot be trusted \(no JSON\)"):
             refused(tmp_path)
     whole = (tmp_path / "last.ckpt").read_bytes()
@@ -187,7 +187,7 @@ def test_no_flipped_bit_of_a_manifest_is_trusted(tmp_path: Path, earlier_version
         for bit in (0, 2, 5) if earlier_version else range(8):
             path.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << bit]) + whole[place + 1 :])
             try:
-                checkpoint_io.newest(tmp_path) if earlier_version else checkpoint_io.manifest(tmp_path)
+                checkpoint_io.newest(tmp_path) if earlier_version else checkpoint_manifest.entries(tmp_path)
             except CheckpointError:
                 continue
             accepted.append((place, bit))
@@ -200,7 +200,7 @@ def test_a_manifest_that_is_missing_or_misses_entries(tmp_path: Path, earlier_ve
     if earlier_version:
         without_digest(tmp_path)
     stored = json.loads((tmp_path / "manifest.json").read_text())
-    for name in checkpoint_io.manifest(tmp_path):
+    for name in checkpoint_manifest.entries(tmp_path):
         (tmp_path / "manifest.json").write_text(json.dumps({k: v for k, v in stored.items() if k != name}, indent=1))
         with pytest.raises(CheckpointError, match="cannot be trusted"):
             checkpoint_io.newest(tmp_path)
@@ -266,7 +266,7 @@ def stopped_at(call: int, raised: BaseException | None) -> Iterator[list[str]]:
 
 
 def state_of(folder: Path) -> dict[str, int]:
-    return {name: checkpoint_io.read(folder / name)["global_step"] for name in checkpoint_io.manifest(folder)}
+    return {name: checkpoint_io.read(folder / name)["global_step"] for name in checkpoint_manifest.entries(folder)}
 
 
 NAMES = ["last.ckpt", "best.ckpt", "epoch-0001.ckpt"]

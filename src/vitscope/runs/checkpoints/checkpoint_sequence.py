@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from vitscope.runs import run_dir
-from vitscope.runs.checkpoints import checkpoint_io
+from vitscope.runs.checkpoints import checkpoint_io, checkpoint_manifest, checkpoint_weights
 from vitscope.runs.run_dir import Run
 from vitscope.runtime.errors import CheckpointError
 
@@ -32,12 +32,12 @@ class Snapshots(Sequence[tuple[str, Mapping[str, Any]]]):
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         label = self.labels[index]
-        return label, checkpoint_io.model_state(checkpoint_io.read(self._files[label]))
+        return label, checkpoint_weights.model_state(checkpoint_io.read(self._files[label]))
 
 
 def of_run(run: Run) -> Snapshots:
     """Return a run's checkpoints in the order of their steps, without the best one, which repeats one of them."""
-    entries = checkpoint_io.manifest(run.checkpoints)
+    entries = checkpoint_manifest.entries(run.checkpoints)
     names = [name for name in entries if name != "best.ckpt"]
     # last.ckpt repeats the newest snapshot where one was made at the same step
     names.sort(key=lambda name: (entries[name]["global_step"], name))
