@@ -13,8 +13,10 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from vitscope.analyses import context, runner, spec
 from vitscope.config import caps, error_translation, factories, loading, model_facts
 from vitscope.config.validation import validate
+from vitscope.models.state_dicts import CURRENT_WEIGHTS
 from vitscope.runs import run_dir, run_end, run_lock, run_overrides, wandb_mirror
 from vitscope.runs.checkpoints import checkpoint_content, checkpoint_io, checkpoint_manifest, checkpoint_weights
+from vitscope.runs.checkpoints.checkpoint_weights import AVERAGE
 from vitscope.runs.run_dir import Run
 from vitscope.runs.summary_table import print_headline
 from vitscope.runtime import errors
@@ -108,6 +110,10 @@ def _perform(
     mirror: Any,
 ) -> None:
     tag, epoch, step = _moment(path, content, run)
+    if cfg.ckpt == AVERAGE and CURRENT_WEIGHTS not in (
+        content or {}
+    ):  # other weights of the file have results of their own
+        tag = f"{tag}-{AVERAGE}"
     values: dict[str, Any] = {}
     analyses = [spec.replaced(analysis, on_error="raise") for analysis in spec.parse(cfg.analysis)]
     place = context.AnalysisContext(cfg, run, network, data, tag, epoch, step, mirror, content, analyses)
@@ -126,6 +132,9 @@ def _weights(cfg: DictConfig, run: Run | None, network: Any) -> tuple[Path | Non
         path = _checkpoint_path(cfg, run)
     elif cfg.ckpt_path:
         path = Path(cfg.ckpt_path)
+        if cfg.ckpt not in ("last", AVERAGE):
+            reason = "names a checkpoint of a run, and ckpt_path names a file"
+            raise ConfigError("ckpt", cfg.ckpt, reason, f"leave it out, or set ckpt={AVERAGE} for its averages")
     else:
         if cfg.ckpt != "last":
             raise ConfigError(
@@ -138,13 +147,15 @@ def _weights(cfg: DictConfig, run: Run | None, network: Any) -> tuple[Path | Non
             return None, None  # a folder that analyze.py made for a model without a checkpoint
         raise CheckpointError("ckpt", cfg.ckpt, "the run has no such checkpoint", errors.nearest(str(cfg.ckpt), names))
     content = checkpoint_io.read(path)
-    checkpoint_weights.load_weights(network, content, path)
+    checkpoint_weights.load_weights(network, content, path, average=cfg.ckpt == AVERAGE)
     return path, content
 
 
 def _checkpoint_path(cfg: DictConfig, run: Run) -> Path:
-    """Return the file of weights that the command names in a run."""
-    return Path(str(cfg.run)) if Path(str(cfg.run)).is_file() else run.checkpoints / f"{cfg.ckpt}.ckpt"
+    """Return the file of weights that the command names in a run; averages are in the last checkpoint."""
+    if Path(str(cfg.run)).is_file():
+        return Path(str(cfg.run))
+    return run.checkpoints / f"{'last' if cfg.ckpt == AVERAGE else cfg.ckpt}.ckpt"
 
 
 def _refuse_changing_checkpoint(path: Path, run: Run) -> None:

@@ -41,7 +41,8 @@ def load_probe(
         augment: apply the run's training augmentation and mixup, frozen; or those of the objective of that name.
         n_images: how many images; all of the split by default.
         batch_size: images a batch; the run's evaluation batch by default.
-        ckpt: the checkpoint's name without its ending.
+        ckpt: the checkpoint's name without its ending; ``ema`` for the averages over training steps that the last one (or
+            the file) holds.
 
     Raises:
         CheckpointError: no such run or checkpoint.
@@ -52,9 +53,10 @@ def load_probe(
 
     cfg = find(run).config()
     model = factories.model(cfg)
-    path = Path(run) if Path(run).is_file() else find(run).checkpoints / f"{ckpt}.ckpt"
+    average = ckpt == checkpoint_weights.AVERAGE
+    path = Path(run) if Path(run).is_file() else find(run).checkpoints / f"{'last' if average else ckpt}.ckpt"
     content = checkpoint_io.read(path)
-    checkpoint_weights.load_weights(model, content, path)
+    checkpoint_weights.load_weights(model, content, path, average=average)
     data = factories.data(cfg)
     data.adapt_to(model)
     size = batch_size or data.eval_batch_size

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from pytorch_lightning.plugins.io import CheckpointIO
 
-from vitscope.runs.checkpoints import checkpoint_manifest
+from vitscope.runs.checkpoints import checkpoint_manifest, file_formats
 from vitscope.runs.checkpoints.checkpoint_content import CONTENT_DIGEST, check_plain, content_digest
 from vitscope.runs.checkpoints.checkpoint_manifest import (
     MANIFEST,
@@ -171,18 +171,17 @@ def read(path: Path, *, verify: bool = True) -> dict[str, Any]:
         CheckpointError: missing, damaged, altered, or holding more than plain containers and tensors.
     """
     safe_files.refuse_links(path)
+    if path.is_dir():
+        raise CheckpointError(
+            "ckpt_path", path, "a folder, not a file", "name a file of weights in it, or use run=<folder>"
+        )
     if not path.is_file():
         raise CheckpointError("ckpt_path", path, "no such file", "name a checkpoint file, or ckpt_path=last")
     if verify and not verified(path):
         raise CheckpointError("ckpt_path", path, "its content is not what was written", "use another checkpoint")
     environment_values = {key: os.environ.pop(key) for key in _FORCED if key in os.environ}
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # bytes that are no checkpoint make the readers of archives and pickles raise anything
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(
-            "ckpt_path", path, f"not a safe checkpoint ({reason[:160]})", "use another checkpoint"
-        ) from None
+        content = file_formats.load_plain(path)
     finally:
         os.environ.update(environment_values)
     if not isinstance(content, dict):

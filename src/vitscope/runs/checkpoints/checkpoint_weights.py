@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+import logging
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from vitscope.models import state_dicts
+from vitscope.models.state_dicts import WeightReading
 from vitscope.runtime.errors import CheckpointError, first_line
+
+_logger = logging.getLogger(__name__)
 
 #: where checkpoints keep the weights, and what wrappers put before their names
 _NESTED = ("state_dict", "model", "model_state_dict")
 _PREFIXES = ("model.", "module.", "_orig_mod.")
+#: the name of a checkpoint by which the averages over training steps that a file holds are meant
+AVERAGE = "ema"
+_OF_THE_MODEL = "use the model it was made with (data.num_classes, model.depth, ...)"
 
 
 def model_state(content: Mapping[str, Any]) -> dict[str, torch.Tensor]:
@@ -43,52 +51,119 @@ def _without(prefix: str, state: dict[str, torch.Tensor]) -> dict[str, torch.Ten
     return {name.removeprefix(prefix): value for name, value in state.items()} if shared else state
 
 
-def load_weights(network: nn.Module, content: Mapping[str, Any], path: Path) -> None:
+def load_weights(network: nn.Module, content: Mapping[str, Any], path: Path, *, average: bool = False) -> None:
     """Put a checkpoint's weights into ``network``; every key must be accounted for.
 
-    A file of the official code or of timm 0.5.4 is known by its key names, see `load_official_state_dict`. What torch's own
+    They are looked for in every entry of the file and under every prefix, see `state_dicts.select_weights`. A file of the
+    official code or of timm 0.5.4 is known by its key names, see `load_official_state_dict`. What torch's own
     `load_state_dict` fills in or renames (counters of batches that old files lack, a module's own hooks) is not missed.
+    A log message states which entry was used where the file has averages too, or weights of something else.
+
+    Args:
+        network: the network; its weights are replaced.
+        content: the contents of the file.
+        path: the file, for errors.
+        average: whether to take averages over training steps (EMA, SWA) in place of the weights.
 
     Raises:
-        CheckpointError: keys or shapes that do not match, the first of them named.
+        CheckpointError: no averages, two readings that fit equally well, or keys or shapes that do not match, the first of
+            them named.
     """
     from vitscope.models import load_official_state_dict
 
+    averages = state_dicts.average_places(network, content)
+    if average and not averages:
+        held = ", ".join(entry or "the file itself" for entry in state_dicts.weight_entries(content)) or "no tensors"
+        raise CheckpointError("ckpt", AVERAGE, f"{path} holds no averages, but {held}", "use ckpt=last")
     network_state = network.state_dict()
-    state = _fitting_state(content, network_state)
+    try:
+        reading = state_dicts.select_weights(network, content, average=average)
+    except ValueError as error:
+        raise CheckpointError("ckpt_path", path, str(error), "name that file with ckpt_path") from None
+    state = _nearest_state(content, network_state, average) if reading is None else reading.tensors
     if set(state) != set(network_state):
         try:
             load_official_state_dict(network, state)
+            _report(reading, averages, path)
             return
         except ValueError as error:
             # the official code's names for another size of the model; otherwise say below which keys differ
             if " has shape " in str(error):
-                fix = "use the model it was made with (data.num_classes, model.depth, ...)"
-                raise CheckpointError("ckpt_path", path, str(error).rstrip("."), fix) from error
-    for name, tensor in network_state.items():
-        if name in state and tensor.shape != state[name].shape:
-            raise CheckpointError("ckpt_path", path, f"{name} is {tuple(state[name].shape)} there and {tuple(tensor.shape)} here",
-                                  "use the model it was made with (data.num_classes, model.depth, ...)")  # fmt: skip
+                raise CheckpointError("ckpt_path", path, str(error).rstrip("."), _OF_THE_MODEL) from error
+    _check_values(state, network_state, path)
     try:
         incompatible_keys = network.load_state_dict(state, strict=False)
     except (
         RuntimeError,
         KeyError,
-    ) as error:  # kinds of tensors that do not go into weights, or a hook that misses its own
-        raise CheckpointError("ckpt_path", path, first_line(error), "use the model it was made with") from None
-    for name in sorted({*incompatible_keys.missing_keys, *incompatible_keys.unexpected_keys}):
-        where = "the checkpoint lacks it" if name in network_state else "the model has no such weight"
-        raise CheckpointError("ckpt_path", path, f"{name}: {where}", "use the model it was made with (model=...)")
+        TypeError,
+    ) as error:  # tensors that do not go into weights, or a hook that misses its own
+        reason = " ".join(str(error).partition(":\n")[2].split())[:300] or first_line(error)  # after torch's headline
+        raise CheckpointError("ckpt_path", path, reason.rstrip("."), "use the model it was made with") from None
+    _check_keys(incompatible_keys.missing_keys, incompatible_keys.unexpected_keys, path)
+    _report(reading, averages, path)
 
 
-def _fitting_state(content: Mapping[str, Any], network_state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return a checkpoint's tensors without wrappers' prefixes: of the readings, the one with most keys of ``network_state``.
+def _check_values(state: Mapping[str, Any], network_state: Mapping[str, Any], path: Path) -> None:
+    """Refuse tensors of another shape than the model's, naming the first ones, and complex ones for real weights."""
+    shared = {name: value for name, value in network_state.items() if name in state and isinstance(value, Tensor)}
+    differing = [name for name, value in shared.items() if getattr(state[name], "shape", None) != value.shape]
+    if differing:
+        named = [
+            f"{name} has shape {tuple(state[name].shape)} in the checkpoint, the model needs {tuple(shared[name].shape)}"
+            for name in differing[:2]
+        ]
+        more = f" (and {len(differing) - 2} more)" if len(differing) > 2 else ""
+        classes = state_dicts.class_counts(network_state, state)
+        counts = f": it was made for {classes[0]} classes, the model is for {classes[1]}" if classes else ""
+        raise CheckpointError("ckpt_path", path, "; ".join(named) + more + counts, _OF_THE_MODEL)
+    for name, value in shared.items():
+        if state[name].is_complex() and not value.is_complex():
+            raise CheckpointError(
+                "ckpt_path", path, f"{name} is of {state[name].dtype}, the model's is of {value.dtype}", _OF_THE_MODEL
+            )
+
+
+def _check_keys(missing: Sequence[str], unexpected: Sequence[str], path: Path) -> None:
+    """Refuse keys that only the model or only the checkpoint has, naming the first ones of each."""
+    if not missing and not unexpected:
+        return
+    parts = [
+        f"{sorted(keys)[0]}: {reason}"
+        + (f" ({len(keys)} such: {', '.join(sorted(keys)[:3])})" if len(keys) > 1 else "")
+        for keys, reason in ((missing, "the checkpoint lacks it"), (unexpected, "the model has no such weight"))
+        if keys
+    ]
+    raise CheckpointError("ckpt_path", path, ", ".join(parts), "use the model it was made with (model=...)")
+
+
+def _report(reading: WeightReading | None, averages: Sequence[str], path: Path) -> None:
+    """State which weights were taken where a file has several, or more than those."""
+    if reading is None:
+        return
+    if reading.is_average:
+        _logger.info(f"ckpt_path={path}: took averages over training steps ({reading.place})")
+    elif averages:
+        _logger.info(f"ckpt_path={path}: took {reading.place}; ckpt=ema takes the averages ({', '.join(averages)})")
+    elif reading.other_names:
+        names, n = ", ".join(reading.other_names[:3]), len(reading.other_names)
+        _logger.info(
+            f"ckpt_path={path}: took {len(reading.tensors)} weights {reading.place}; {n} others are left out: {names}"
+        )
+
+
+def _nearest_state(content: Mapping[str, Any], network_state: Mapping[str, Any], average: bool) -> Mapping[str, Any]:
+    """Return the tensors, prefixes of wrappers removed, of the reading with most of the model's keys; none of them fits.
 
     A network may itself keep everything under ``model.``, and wrappers may stand around each other (``module._orig_mod.``).
     """
-    usual = model_state(content)
-    readings = [usual, *unwrapped(content)]
-    return max(readings, key=lambda state: len(state.keys() & network_state.keys()))
+    if average:
+        entries = state_dicts.weight_entries(content)
+        contents = [tensors for entry, tensors in entries.items() if entry in state_dicts.average_entries(content)]
+    else:
+        contents = [content]
+    readings = [state for inner in contents for state in (model_state(inner), *unwrapped(inner))]
+    return max(readings, key=lambda state: len(state.keys() & network_state.keys()), default={})
 
 
 def weights_hash(network: nn.Module) -> str:
@@ -96,6 +171,9 @@ def weights_hash(network: nn.Module) -> str:
     total = hashlib.sha256()
     for name, tensor in network.state_dict().items():
         total.update(name.encode())
+        if not isinstance(tensor, Tensor):  # the extra state of a module
+            total.update(repr(tensor).encode())
+            continue
         total.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() if tensor.ndim else
                      str(tensor.item()).encode())  # fmt: skip
     return total.hexdigest()[:16]
