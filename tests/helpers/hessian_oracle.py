@@ -60,7 +60,7 @@ def dense_hessian(model, x, y, objective):
             return objective.data_loss(functional_call(model, point, (x,)), y) + objective.l2_term(point)
 
     flat = torch.cat([p.detach().reshape(-1) for p in named.values()])
-    hessian = torch.autograd.functional.hessian(loss, flat)
+    hessian = torch.autograd.functional.hessian(loss, flat, vectorize=True)
     assert torch.allclose(hessian, hessian.T, atol=1e-10)
     return hessian.numpy()
 
@@ -75,7 +75,8 @@ def logit_jacobian(model, x):
         with sdpa_kernel(SDPBackend.MATH):
             return functional_call(model, point, (x,))
 
-    return torch.autograd.functional.jacobian(logits, torch.cat([p.detach().reshape(-1) for p in named.values()]))
+    flat = torch.cat([p.detach().reshape(-1) for p in named.values()])
+    return torch.autograd.functional.jacobian(logits, flat, vectorize=True)
 
 
 def by_magnitude(values, k):

@@ -130,23 +130,29 @@ class Part:
             return functional_call(self.model, self.point(flat), (self.x,))
 
     def hessian(self, objective: vs.Objective) -> np.ndarray:
+        """Return the dense Hessian of the loss (size, size)."""
+        matrix = self.hessian_products(objective, torch.eye(len(self.flat), dtype=self.flat.dtype))
+        np.testing.assert_allclose(matrix, matrix.T, atol=1e-11)
+        return matrix
+
+    def hessian_products(self, objective: vs.Objective, vectors: Tensor) -> np.ndarray:
+        """Return the products of the loss's Hessian with ``vectors (n, size)``."""
+
         def loss(flat: Tensor) -> Tensor:
             return objective.data_loss(self.logits(flat), self.y)
 
-        return second_derivative(loss, self.flat)
+        return second_derivatives(loss, self.flat, vectors)
 
-    def l2_hessian(self, objective: vs.Objective) -> np.ndarray:
+    def l2_products(self, objective: vs.Objective, vectors: Tensor) -> np.ndarray:
         """By differentiating the term itself twice, where the package has it in closed form."""
-        return second_derivative(lambda flat: objective.l2_term(self.point(flat)), self.flat)
+        return second_derivatives(lambda flat: objective.l2_term(self.point(flat)), self.flat, vectors)
 
 
-def second_derivative(loss: Callable[[Tensor], Tensor], flat: Tensor) -> np.ndarray:
+def second_derivatives(loss: Callable[[Tensor], Tensor], flat: Tensor, vectors: Tensor) -> np.ndarray:
     """Forward over reverse, where the package's products are reverse over reverse; exact through LayerNorm."""
     gradient = torch.func.grad(loss)
-    columns = torch.func.vmap(lambda e: torch.func.jvp(gradient, (flat,), (e,))[1], chunk_size=64)
-    matrix = columns(torch.eye(len(flat), dtype=flat.dtype))
-    assert torch.allclose(matrix, matrix.T, atol=1e-11)
-    return matrix.detach().numpy()
+    products = torch.func.vmap(lambda v: torch.func.jvp(gradient, (flat,), (v,))[1], chunk_size=64)
+    return products(vectors).detach().numpy()
 
 
 def rows(

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tests.helpers.model_configs import CONFIGS, from_config, stated_capabilities
-from vitscope.core.tap import Kind
+from vitscope.core.tap import Kind, Tap
 from vitscope.models.structure.capabilities import ModelCapabilities, capabilities_of
 from vitscope.models.structure.parameter_groups import parameter_kinds, parameter_stages
-from vitscope.models.structure.residual_units import reading_branches, resumed, units, zeroed
+from vitscope.models.structure.residual_units import Unit, reading_branches, resumed, units, zeroed
 from vitscope.models.structure.taps import reading, taps
 
 
@@ -47,9 +47,21 @@ def x(built: tuple[nn.Module, int]) -> Tensor:
     return torch.rand(1, 3, built[1], built[1], dtype=torch.float64)
 
 
-def maps(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
+@pytest.fixture(scope="module")
+def model_taps(built: tuple[nn.Module, int]) -> list[Tap]:
+    """Return the taps of the model, which take a forward pass to find."""
+    return taps(built[0])
+
+
+@pytest.fixture(scope="module")
+def model_units(built: tuple[nn.Module, int]) -> list[Unit]:
+    """Return the residual units of the model, which take a forward pass to find."""
+    return units(built[0])
+
+
+def maps(model: nn.Module, model_taps: list[Tap], x: Tensor) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
-    with torch.no_grad(), reading(model, taps(model), lambda i, tap, value: found.update({tap.name: value.clone()})):
+    with torch.no_grad(), reading(model, model_taps, lambda i, tap, value: found.update({tap.name: value.clone()})):
         model(x)
     return found
 
@@ -80,14 +92,16 @@ def test_logits_and_a_symmetric_second_derivative(model: nn.Module, x: Tensor) -
     assert torch.allclose(vhu, uhv, rtol=1e-8, atol=0)  # type: ignore[arg-type]  # rounding of sums over millions of terms
 
 
-def test_taps_are_ordered_named_and_give_maps(model: nn.Module, x: Tensor, stated: ModelCapabilities) -> None:
-    found = taps(model)
+def test_taps_are_ordered_named_and_give_maps(
+    model: nn.Module, model_taps: list[Tap], x: Tensor, stated: ModelCapabilities
+) -> None:
+    found = model_taps
     assert len({tap.name for tap in found}) == len(found) >= 3
     assert (found[0].kind == "stem") == stated.residual_units  # the map that the first unit takes
     assert [tap.depth for tap in found] == [i / (len(found) - 1) for i in range(len(found))]
     assert [tap.stage for tap in found] == sorted(tap.stage for tap in found)
     assert all(tap.kind in get_args(Kind) for tap in found)
-    read = maps(model, x)
+    read = maps(model, model_taps, x)
     assert list(read) == [tap.name for tap in found]  # each once, in order of depth
     assert all(value.ndim == 4 and len(value) == 1 and value.isfinite().all() for value in read.values())
     for before, tap in zip(found, found[1:]):
@@ -96,18 +110,20 @@ def test_taps_are_ordered_named_and_give_maps(model: nn.Module, x: Tensor, state
 
 
 @pytest.mark.usefixtures("needs_residual_units")
-def test_the_map_after_a_unit_is_the_map_before_plus_the_branch(model: nn.Module, x: Tensor) -> None:
-    before = dict(zip([t.name for t in taps(model)][1:], maps(model, x).values()))
-    after = maps(model, x)
+def test_the_map_after_a_unit_is_the_map_before_plus_the_branch(
+    model: nn.Module, model_taps: list[Tap], model_units: list[Unit], x: Tensor
+) -> None:
+    after = maps(model, model_taps, x)
+    before = dict(zip([tap.name for tap in model_taps][1:], after.values()))
     outputs: dict[str, Tensor] = {}
     inputs: dict[str, Tensor] = {}
 
     def keep(_, unit, side, value) -> None:
         (inputs if side == "input" else outputs)[unit.name] = value.clone()
 
-    with torch.no_grad(), reading_branches(model, units(model), keep):
+    with torch.no_grad(), reading_branches(model, model_units, keep):
         model(x)
-    for unit in units(model):
+    for unit in model_units:
         assert unit.name in inputs
         if unit.subsamples or before[unit.name].shape != after[unit.name].shape:
             continue  # the shortcut is projected
@@ -117,26 +133,28 @@ def test_the_map_after_a_unit_is_the_map_before_plus_the_branch(model: nn.Module
 
 
 @pytest.mark.usefixtures("needs_residual_units")
-def test_a_removed_unit_leaves_its_stream_as_it_was(model: nn.Module, x: Tensor) -> None:
-    found = units(model)
+def test_a_removed_unit_leaves_its_stream_as_it_was(
+    model: nn.Module, model_taps: list[Tap], model_units: list[Unit], x: Tensor
+) -> None:
+    found = model_units
     chosen = [found[i] for i in sorted({0, 1, len(found) // 2, len(found) - 1})]
-    names = [tap.name for tap in taps(model)]
-    clean = maps(model, x)
+    names = [tap.name for tap in model_taps]
+    clean = maps(model, model_taps, x)
     for unit in chosen:
         with zeroed(unit):
-            without = maps(model, x)
+            without = maps(model, model_taps, x)
         previous = names[names.index(unit.name) - 1]
         assert torch.equal(without[previous], clean[previous])
         if without[unit.name].shape == clean[previous].shape and not unit.subsamples:
             assert torch.equal(without[unit.name], clean[previous])
         assert not torch.equal(without[unit.name], clean[unit.name])
-    again = maps(model, x)
+    again = maps(model, model_taps, x)
     assert all(torch.equal(again[name], clean[name]) for name in names)
 
 
 @pytest.mark.usefixtures("needs_residual_units")
-def test_resuming_from_a_block_gives_the_same_logits(model: nn.Module, x: Tensor) -> None:
-    found = units(model)
+def test_resuming_from_a_block_gives_the_same_logits(model: nn.Module, model_units: list[Unit], x: Tensor) -> None:
+    found = model_units
     inputs: dict[nn.Module, Tensor] = {}
     handles = [
         u.block.register_forward_pre_hook(lambda block, args: inputs.update({block: args[0].clone()})) for u in found
@@ -156,13 +174,15 @@ def test_resuming_from_a_block_gives_the_same_logits(model: nn.Module, x: Tensor
     assert not any("forward" in vars(module) for module in model.modules())
 
 
-def test_every_parameter_has_a_kind_and_a_stage(model: nn.Module, stated: ModelCapabilities) -> None:
+def test_every_parameter_has_a_kind_and_a_stage(
+    model: nn.Module, model_taps: list[Tap], stated: ModelCapabilities
+) -> None:
     names = [name for name, _ in model.named_parameters()]
     kinds, stages = parameter_kinds(model), parameter_stages(model)
     assert list(kinds) == list(stages) == names
     assert (kinds[names[0]] == "stem") == stated.stem
     assert kinds[names[-1]] == "head"
     assert {kinds[name] for name in names} >= {unit.kind for unit in (units(model) if stated.residual_units else [])}
-    last = max(tap.stage for tap in taps(model))
+    last = max(tap.stage for tap in model_taps)
     assert all((stage == 0) == (kinds[name] == "stem") for name, stage in stages.items())
     assert all((stage == last + 1) == (kinds[name] == "head") for name, stage in stages.items())
