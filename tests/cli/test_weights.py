@@ -96,20 +96,19 @@ def test_a_malicious_file_is_refused_and_not_executed(call, tmp_path, capsys, mo
 
 
 def test_gradient_checkpointing_and_channels_last_train_the_same_network(call, tiny, tmp_path) -> None:
-    shared = [*tiny[3:], "model=alternet", "data=digits", "data.eval_batch_size=4", "trainer.limit_train_batches=2",
-              "data.batch_size=4", "trainer.max_epochs=1", "analysis=[]", "test=false", "model.drop_path=0.2",
-              "trainer.precision=64-true"]  # fmt: skip
-    options = {"plain": [], "saving": ["model.grad_checkpointing=true"], "last": ["channels_last=true"]}
+    # SGD: checkpoints of this model with AdamW's state take longer to write than the training takes
+    shared = [*tiny[3:], "model=alternet", "data=digits", "data.eval_batch_size=2", "trainer.limit_train_batches=2",
+              "data.batch_size=2", "trainer.max_epochs=1", "analysis=[]", "test=false", "model.drop_path=0.2",
+              "trainer.precision=64-true", "optimizer=sgd"]  # fmt: skip
+    options = {"plain": [], "saving": ["model.grad_checkpointing=true", "channels_last=true"]}
     states = {}
     for name, option in options.items():
         assert call("train", *shared, *option, f"run_dir={tmp_path}/{name}") == 0
         states[name] = checkpoint_weights.model_state(checkpoint_io.read(tmp_path / name / "checkpoints" / "last.ckpt"))
-    # AdamW divides a gradient by its size plus 1e-8, so that a rounding of the gradient moves a weight by at most
-    # steps * rate / 1e-8 times that rounding, where the gradient itself is rounding (a bias before BatchNorm). In float64
-    # a gradient of size 10 summed over 1e4 terms rounds to 1e4 * 2.2e-16 * 10; a wrong gradient moves weights by the rate.
-    bound = 2 * 1e-3 / 1e-8 * 1e4 * torch.finfo(torch.float64).eps * 10
+    # in float64 a gradient of size 10 summed over 1e4 terms in another order rounds to 1e4 * 2.2e-16 * 10; two steps of rate
+    # 0.1 with momentum 0.9 add it up 2.9 times. A wrong gradient, or other dropped paths, move weights by 1e-4 and more.
+    bound = 2.9 * 0.1 * 1e4 * torch.finfo(torch.float64).eps * 10
     for name, value in states["plain"].items():
         assert value.dtype in (torch.float64, torch.int64), name
-        assert torch.equal(states["saving"][name], value), name  # running statistics too
-        assert states["last"][name].is_contiguous()
-        assert (states["last"][name] - value).abs().max() <= bound, name
+        assert states["saving"][name].is_contiguous()
+        assert (states["saving"][name] - value).abs().max() <= bound, name  # running statistics too

@@ -134,6 +134,7 @@ def test_an_old_file_in_every_command(call, tiny, tmp_path) -> None:
         "trainer.limit_val_batches=0",
         "analysis=[]",
         "test=false",
+        "optimizer=sgd",  # AdamW's state would double the file
     ]
     assert call("train", *tiny[3:], *model, *small) == 0
     run = only_run(tmp_path)
