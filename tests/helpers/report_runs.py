@@ -18,7 +18,7 @@ from vitscope.diagnostics.landscape.sharpness import SharpnessResult
 from vitscope.reports import run_index
 from vitscope.reports.claims.effect_sizes import ReportRuns
 from vitscope.reports.model_costs import Cost, Costs
-from vitscope.reports.run_index import Entry
+from vitscope.reports.run_entry import Entry
 from vitscope.reports.value_lookup import Selection
 from vitscope.runs import result_store, run_dir
 from vitscope.runs.metrics_log import Journal

@@ -9,7 +9,7 @@ import pytest
 
 from tests.helpers.report_runs import CARD, curve, other_card, rise, spectrum
 from vitscope.core.objective_card import check_comparable
-from vitscope.reports import run_index
+from vitscope.reports import run_entry, run_files, run_index
 from vitscope.reports.value_lookup import Selection
 from vitscope.runs import run_dir
 from vitscope.runs.metrics_log import Journal
@@ -18,7 +18,7 @@ from vitscope.runtime.errors import StorageError
 SPECTRUM, NEP = "hessian_max_eigenvalue_spectrum", "negative_eigenvalue_proportion"
 
 
-def collect(root: Path) -> list[run_index.Entry]:
+def collect(root: Path) -> list[run_entry.Entry]:
     return run_index.collect(run_dir.every(root / "runs"))
 
 
@@ -47,7 +47,7 @@ def test_a_null_metric_is_not_hidden_by_an_earlier_number(make_run: Callable, tm
 
 
 def test_long_curves_are_thinned_to_means() -> None:
-    xs, ys = run_index._thinned([float(i) for i in range(240)], [float(i % 2) for i in range(240)])
+    xs, ys = run_files._thinned([float(i) for i in range(240)], [float(i % 2) for i in range(240)])
     assert len(xs) == 120
     assert set(ys) == {0.5}
     assert xs[0] == 1

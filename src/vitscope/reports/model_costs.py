@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from vitscope.config.model_facts import Cost, count, recorded_cost
-from vitscope.reports.run_index import Entry
+from vitscope.reports.run_entry import Entry
 
 __all__ = ["Cost", "Costs", "count"]
 

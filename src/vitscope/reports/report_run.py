@@ -10,7 +10,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from vitscope.config import loading
-from vitscope.reports import run_index
+from vitscope.reports import run_entry, run_index
 from vitscope.reports.claims import claim_verdicts
 from vitscope.reports.claims.effect_sizes import ReportRuns
 from vitscope.reports.figures import figure_captions, figure_plan, figure_worker, html_page
@@ -117,7 +117,7 @@ def _folders(cfg: DictConfig, damaged: list[run_index.Damage]) -> list[run_dir.R
 
 
 def _tables(
-    cfg: DictConfig, entries: Sequence[run_index.Entry], out: Path
+    cfg: DictConfig, entries: Sequence[run_entry.Entry], out: Path
 ) -> tuple[dict[str, Table], list[claim_verdicts.ClaimVerdict]]:
     """Build and write the tables that were asked for; return them, and the claims where they are among them."""
     selection = Selection(entries, cfg.tag if cfg.tag != "all" else "end", bool(cfg.allow_different))
@@ -151,7 +151,7 @@ def _analyses(cfg: DictConfig) -> list[str] | None:
     return None if cfg.analyses is None else list(cfg.analyses)
 
 
-def _panels(cfg: DictConfig, entries: Sequence[run_index.Entry]) -> list[figure_plan.Panel]:
+def _panels(cfg: DictConfig, entries: Sequence[run_entry.Entry]) -> list[figure_plan.Panel]:
     return figure_plan.panels(
         entries, tag=cfg.tag, analyses=_analyses(cfg), group_by=cfg.group_by, allow_different=bool(cfg.allow_different)
     )

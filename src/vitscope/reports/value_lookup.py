@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from vitscope.core.objective_card import ObjectiveCard, shown_value
-from vitscope.reports.run_index import NAMED_BY_ROWS, OF_THE_RUN, Conditions, Entry, Measured, differing, majority
+from vitscope.reports.measured_results import NAMED_BY_ROWS, OF_THE_RUN, Conditions, Measured, differing, majority
+from vitscope.reports.run_entry import Entry
 
 MISSING, FAILED = "missing", "failed"
 

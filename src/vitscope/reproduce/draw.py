@@ -15,7 +15,7 @@ from vitscope.reports.claims.effect_sizes import ReportRuns
 from vitscope.reports.figures import figure_captions, figure_plan, figure_worker, scatter_figures
 from vitscope.reports.figures.figure_plan import Panel
 from vitscope.reports.model_costs import Costs
-from vitscope.reports.run_index import Entry
+from vitscope.reports.run_entry import Entry
 from vitscope.reports.tables import baselines, factorial_tables, headline_tables
 from vitscope.reports.tables import table as cells
 from vitscope.reports.tables.table import Table

@@ -17,8 +17,8 @@ from vitscope.config import experiment_identity, loading, model_facts
 from vitscope.reports import run_index
 from vitscope.reports.claims import claim_verdicts
 from vitscope.reports.claims.effect_sizes import ReportRuns
+from vitscope.reports.measured_results import Measured
 from vitscope.reports.model_costs import Costs
-from vitscope.reports.run_index import Measured
 from vitscope.reports.value_lookup import Selection
 from vitscope.reproduce import plan
 from vitscope.reproduce.trial import composed

@@ -17,7 +17,7 @@ import pytest
 
 from tests.helpers.report_runs import CARD, curve, other_card, rise, spectrum, write_run
 from vitscope.diagnostics.landscape.loss_landscape import LossLandscapeResult
-from vitscope.reports import run_index
+from vitscope.reports import run_entry, run_index
 from vitscope.reports.claims import claim_verdicts
 from vitscope.reports.claims.effect_sizes import ReportRuns
 from vitscope.reports.figures import figure_captions, figure_plan, figure_worker, html_page
@@ -31,7 +31,7 @@ HOSTILE = "</script><script>alert(1)</script><b>&amp;"
 
 
 class Given(Costs):
-    def of(self, entry: run_index.Entry) -> Cost:
+    def of(self, entry: run_entry.Entry) -> Cost:
         return Cost(1_000_000, 2_000_000)
 
 

@@ -4,13 +4,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tests.helpers.report_runs import curve, other_card
-from vitscope.reports import run_index
+from vitscope.reports import run_entry, run_index
 from vitscope.reports.figures import figure_captions, figure_worker
 from vitscope.reports.tables import baselines
 from vitscope.runs import run_dir
 
 
-def collect(root: Path) -> list[run_index.Entry]:
+def collect(root: Path) -> list[run_entry.Entry]:
     return run_index.collect(run_dir.every(root / "runs"))
 
 

@@ -11,7 +11,7 @@ import pytest
 from tests.helpers.report_runs import other_card, rise, spectrum
 from vitscope.reports import run_index
 from vitscope.reports.model_costs import Cost, Costs
-from vitscope.reports.run_index import Entry
+from vitscope.reports.run_entry import Entry
 from vitscope.reports.tables import headline_tables
 from vitscope.reports.tables import table as cells
 from vitscope.reports.value_lookup import Selection, Value

@@ -21,7 +21,7 @@ from vitscope.reports.claims.effect_sizes import (
     trend,
 )
 from vitscope.reports.claims.matched_controls import has_attention, train_nll
-from vitscope.reports.run_index import Entry
+from vitscope.reports.run_entry import Entry
 from vitscope.reports.tables.headline_tables import SPECTRUM
 from vitscope.runtime.errors import StorageError
 

@@ -17,7 +17,7 @@ import numpy as np
 from vitscope.config import loading
 from vitscope.config.experiment_identity import identity, setting
 from vitscope.reports.model_costs import Costs
-from vitscope.reports.run_index import Entry
+from vitscope.reports.run_entry import Entry
 from vitscope.reports.value_lookup import Selection, seeds_of
 
 Runs = Mapping[int, Entry]

@@ -8,7 +8,8 @@ from typing import Any
 from vitscope.config import loading
 from vitscope.config.experiment_identity import identity, recipe
 from vitscope.reports.claims.effect_sizes import Runs, by_setting, lowest_seed_run, plainest
-from vitscope.reports.run_index import Entry, Measured, differing
+from vitscope.reports.measured_results import Measured, differing
+from vitscope.reports.run_entry import Entry
 from vitscope.reports.tables.table import Problem
 from vitscope.reports.value_lookup import FAILED, MISSING, Selection, seeds_of
 from vitscope.runtime.errors import StorageError

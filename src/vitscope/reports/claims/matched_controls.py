@@ -17,7 +17,7 @@ from vitscope.reports.claims.effect_sizes import (
     option,
     paired_difference,
 )
-from vitscope.reports.run_index import Entry
+from vitscope.reports.run_entry import Entry
 
 #: parameters and operations of matched models differ by at most this share
 COST_TOLERANCE = 0.05

@@ -7,7 +7,8 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from vitscope.reports.run_index import Conditions, Entry, Measured, differing, moment, stated
+from vitscope.reports.measured_results import Conditions, Measured, differing, moment, stated
+from vitscope.reports.run_entry import Entry
 from vitscope.reports.tables.table import Problem
 from vitscope.reports.value_lookup import FAILED, MISSING
 

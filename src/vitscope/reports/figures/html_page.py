@@ -22,7 +22,7 @@ from vitscope.reports.claims.claim_verdicts import NOT_MEASURED, ClaimVerdict, e
 from vitscope.reports.figures import figure_captions
 from vitscope.reports.figures.figure_captions import DrawnPanel
 from vitscope.reports.figures.figure_plan import Curve
-from vitscope.reports.run_index import Entry
+from vitscope.reports.run_entry import Entry
 from vitscope.reports.tables import factorial_tables
 from vitscope.reports.tables.table import Cell, Problem, Table
 from vitscope.runs import result_store

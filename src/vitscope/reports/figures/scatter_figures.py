@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from vitscope.config import experiment_identity
 from vitscope.plotting.api import STYLE
 from vitscope.plotting.style import MARKERS
-from vitscope.reports.run_index import Entry
+from vitscope.reports.run_entry import Entry
 from vitscope.reports.tables.headline_tables import n_msa
 from vitscope.reports.tables.table import Cell, Problem, Table, over_seeds
 from vitscope.reports.value_lookup import Selection, Value, scalar_of_result

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 
 from vitscope.config import experiment_identity, loading
 from vitscope.reports.figures.figure_plan import Panel, curve_of, slug
-from vitscope.reports.run_index import Entry, Measured, differing
+from vitscope.reports.measured_results import Measured, differing
+from vitscope.reports.run_entry import Entry
 from vitscope.reports.tables.table import Problem
 from vitscope.reports.value_lookup import MISSING
 

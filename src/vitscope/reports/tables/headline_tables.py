@@ -9,7 +9,7 @@ from typing import Any
 from vitscope.config.model_facts import UNRECORDED
 from vitscope.models.alternet_layout import DEFAULT_MSA
 from vitscope.reports.model_costs import Costs
-from vitscope.reports.run_index import Entry
+from vitscope.reports.run_entry import Entry
 from vitscope.reports.tables.table import Cell, Problem, Table, over_seeds
 from vitscope.reports.value_lookup import FAILED, MISSING, Selection, Value
 

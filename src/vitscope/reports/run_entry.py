@@ -1,0 +1,87 @@
+"""One run of a report: configuration, provenance, metrics, curves and results."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from vitscope.config import experiment_identity
+from vitscope.reports import model_family
+from vitscope.reports.measured_results import Measured, moment
+from vitscope.runs.run_dir import Run
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One run.
+
+    Attributes:
+        run: Folder of the run.
+        config: Resolved configuration as plain containers.
+        facts: Provenance of the run.
+        metrics: Each metric's last value; None is one that was not finite.
+        curves: Steps and values of each training and validation metric.
+        results: Results of analyses, by age.
+        group: Digest of the experiment, the seed left out.
+        label: The experiment's name in this report.
+        superseded: Whether a later run repeats it (then only the list of runs shows it).
+    """
+
+    run: Run
+    config: Mapping[str, Any]
+    facts: Mapping[str, Any]
+    metrics: Mapping[str, float | None]
+    curves: Mapping[str, tuple[list[float], list[float]]] = field(repr=False)
+    results: tuple[Measured, ...] = field(repr=False)
+    group: str = ""
+    label: str = ""
+    superseded: bool = False
+
+    @property
+    def id(self) -> str:
+        """The folder's name."""
+        return self.run.id
+
+    @property
+    def seed(self) -> int:
+        """The run's seed."""
+        return int(self.config.get("seed") or 0)
+
+    @property
+    def status(self) -> str:
+        """``finished``, ``failed``, ``stopped``, ``running`` or ``unknown``."""
+        return str(self.facts.get("status", "unknown"))
+
+    @property
+    def trained(self) -> bool:
+        """Whether the run is a training (rather than an analysis of a model that was not trained here)."""
+        return self.facts.get("command") != "analyze"
+
+    @property
+    def untrained(self) -> bool:
+        """Whether one of our models was analysed as it was built, without weights from anywhere."""
+        node = self.config.get("model") or {}
+        is_builtin = str(node.get("_target_", "")).startswith("vitscope.models.")
+        return is_builtin and not (self.trained or node.get("pretrained") or self.config.get("ckpt_path"))
+
+    @property
+    def family(self) -> str:
+        """The model's builder."""
+        return experiment_identity.family(self.config)
+
+    @property
+    def kin(self) -> str:
+        """The family of the paper that the model belongs to, timm's by the kinds of their units."""
+        return model_family.kin(self.config, self.facts)
+
+    @property
+    def data(self) -> str:
+        """The data set's name, with the share that was trained on."""
+        node = self.config.get("data") or {}
+        fraction = node.get("fraction", 1.0)
+        return f"{node.get('name', '?')}" + (f" ({fraction:g})" if fraction != 1 else "")
+
+    def tags(self) -> list[str]:
+        """Return the moments at which something was measured, in their order."""
+        return sorted({m.tag for m in self.results}, key=moment)

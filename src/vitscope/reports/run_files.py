@@ -1,0 +1,189 @@
+"""Reading and checking of the files of a run folder: configuration, provenance, metrics log and results."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import stat
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import yaml
+
+from vitscope.config import experiment_identity, loading
+from vitscope.config.signature_checks import fits
+from vitscope.core.objective_card import ObjectiveCard
+from vitscope.reports.measured_results import Measured
+from vitscope.reports.run_entry import Entry
+from vitscope.runs import metrics_log
+from vitscope.runs.run_dir import Run
+from vitscope.runtime import safe_files
+from vitscope.runtime.errors import StorageError
+
+#: points kept of each curve over training
+MOST_POINTS = 120
+_CARD_KEYS = {f.name for f in fields(ObjectiveCard)}
+_CARD_TYPES = get_type_hints(ObjectiveCard)
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+def read_entry(run: Run, whole: bool = True) -> Entry:
+    """Read a run folder and check all that a report uses of it.
+
+    Args:
+        run: the folder.
+        whole: refuse a result file that is cut short; False leaves it out, since a running training may be writing it.
+
+    Raises:
+        StorageError: a file is damaged, or holds a value of another type than vitscope writes.
+    """
+    cfg = _mapping(run.path / "config.yaml")
+    for group in ("model", "data"):
+        _require(cfg.get(group), Mapping, run.path / "config.yaml", group)
+    for group, key in (("model", "_target_"), ("data", "name")):
+        _require(cfg[group].get(key) or "", str, run.path / "config.yaml", f"{group}.{key}")
+    for group in ("objective", "optimizer", "trainer", "callbacks", "analysis", "paths"):
+        _require(cfg.get(group) or {}, Mapping, run.path / "config.yaml", group)
+    _require(cfg.get("seed") or 0, int, run.path / "config.yaml", "seed")
+    facts = _mapping(run.path / "provenance.json")
+    for key in ("status", "command", "created"):
+        _require(facts.get(key) or "", str, run.path / "provenance.json", key)
+    if not stat.S_ISDIR(os.stat(run.path).st_mode):
+        raise StorageError("runs", run.path, "not a folder", "delete it")
+    metrics, curves = _read_metrics(run.journal)
+    safe_files.refuse_links(run.results / "x")
+    if os.path.lexists(run.results) and not run.results.is_dir():
+        raise StorageError("runs", run.results, "not a folder", "delete it")
+    measured = [m for path in sorted(run.results.glob("*/*.json")) if (m := _read_result(path, whole))]
+    results = sorted(measured, key=lambda m: m.time)
+    experiment = {
+        **experiment_identity.identity(cfg),
+        "weights": cfg.get("ckpt_path") if facts.get("command") == "analyze" else None,
+    }
+    return Entry(run, cfg, facts, metrics, curves, tuple(results), loading.digest(experiment))
+
+
+def _mapping(path: Path) -> dict[str, Any]:
+    """Return the mapping that a run's YAML or JSON file holds.
+
+    Raises:
+        StorageError: It is damaged, or larger than such a file can be.
+    """
+    text = safe_files.read_text(path, safe_files.LARGEST)
+    try:
+        content = json.loads(text) if path.suffix == ".json" else yaml.load(text, Loader=_LOADER)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        damage = f"{path.name} is damaged ({type(error).__name__})"
+        raise StorageError("runs", path.parent, damage, "delete it, or the run") from None
+    _require(content, Mapping, path, "its content")
+    return content
+
+
+def _require(value: Any, kind: Any, path: Path, name: str) -> None:
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        expected = {Mapping: "a mapping", str: "a text", int: "a whole number"}.get(
+            kind, getattr(kind, "__name__", "of its kind")
+        )
+        raise StorageError("runs", path, f"{name} is a {type(value).__name__}, not {expected}", "delete the run")
+
+
+def _read_result(path: Path, whole: bool) -> Measured | None:
+    """Return what a result's readable file says; one that is cut short is an error if the folder must be whole, else None."""
+    tag = path.stem.rpartition("-")[0]
+    if path.name.startswith(".") or not tag:
+        return None
+    try:
+        content = _mapping(path)
+    except FileNotFoundError:
+        return None  # replaced just now
+    except StorageError:
+        if whole:
+            raise
+        return None
+    if "measure" not in content:
+        return None
+    scalars, card = content.get("scalars") or {}, content.get("card") or {}
+    _require(scalars, Mapping, path, "scalars")
+    _require(card, Mapping, path, "card")
+    for name, value in scalars.items():
+        if value is not None and (isinstance(value, bool | str) or not isinstance(value, int | float)):
+            raise StorageError(
+                "runs", path, f"scalars.{name} is a {type(value).__name__}, not a number", "measure again"
+            )
+        if value is not None and not math.isfinite(value):
+            raise StorageError("runs", path, f"scalars.{name} is {value}, which is written as null", "measure again")
+    for key in _CARD_KEYS & set(card):
+        _require_card_value(card[key], key, path)
+    card_fields = {k: v for k, v in card.items() if k in _CARD_KEYS}
+    return Measured(
+        analysis=path.parent.name,
+        tag=tag,
+        measure=str(content["measure"]),
+        path=path.with_suffix(".npz"),
+        scalars=scalars,
+        card=ObjectiveCard(**card_fields) if card_fields else None,
+        error=str(content.get("error") or ""),
+        time=path.stat().st_mtime,
+    )
+
+
+def _require_card_value(value: Any, key: str, path: Path) -> None:
+    """Refuse a card's value of another kind than its field's, as far as reports sort and compare it."""
+    if value is not None and not fits(value, _CARD_TYPES[key]):
+        raise StorageError("runs", path, f"card.{key} is a {type(value).__name__}", "measure again")
+
+
+#: metrics of a split, and the highest value of those that are shares or sums of them
+_METRIC = re.compile(r"(train|val|test)/(accuracy|accuracy_top5|brier|ece|loss|nll)")
+_HIGHEST = {"accuracy": 1.0, "accuracy_top5": 1.0, "ece": 1.0, "brier": 2.0}
+
+
+def _require_metric(key: str, value: Any, path: Path) -> None:
+    """Refuse a metric that is no number, or a share outside of its range: a table would print it as it is."""
+    match = _METRIC.fullmatch(key)
+    if match is None or value is None:
+        return
+    reason = None
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        reason = f"{key} is a {type(value).__name__}, not a number"
+    elif match[2] in _HIGHEST and not -1e-6 <= value <= _HIGHEST[match[2]] + 1e-6 and math.isfinite(value):
+        reason = f"{key} is {value:g}, outside of 0 to {_HIGHEST[match[2]]:g}"
+    if reason is not None:
+        raise StorageError("runs", path, reason, "delete the run, or restore the file from a copy")
+
+
+def _read_metrics(path: Path) -> tuple[dict[str, float | None], dict[str, tuple[list[float], list[float]]]]:
+    """Return each metric's last value (also where it is null), and the curves over epochs."""
+    last: dict[str, float | None] = {}
+    curves: dict[str, tuple[list[float], list[float]]] = {}
+    rows = metrics_log.read(path)
+    if os.path.lexists(path) and (not path.is_file() or (not rows and path.stat().st_size > 0)):
+        raise StorageError("runs", path, "holds no row of metrics", "delete the run")
+    for row in rows:
+        step = row.get("step")
+        for key, value in row.items():
+            _require_metric(key, value, path)
+            if key in ("step", "epoch", "time", "tag") or not (value is None or isinstance(value, int | float)):
+                continue
+            value = value if value is not None and math.isfinite(value) else None
+            last[key] = None if value is None else float(value)
+            if key.startswith(("train/", "val/")) and value is not None and isinstance(step, int):
+                xs, ys = curves.setdefault(key, ([], []))
+                xs.append(step)
+                ys.append(float(value))
+    return last, {key: _thinned(*curve) for key, curve in curves.items()}
+
+
+def _thinned(xs: list[float], ys: list[float]) -> tuple[list[float], list[float]]:
+    """Return at most MOST_POINTS points: means over equal stretches, so that a noisy curve stays readable."""
+    stretch = math.ceil(len(xs) / MOST_POINTS)
+    if stretch <= 1:
+        return xs, ys
+    starts = range(0, len(xs), stretch)
+    return [xs[min(i + stretch, len(xs)) - 1] for i in starts], [
+        math.fsum(ys[i : i + stretch]) / len(ys[i : i + stretch]) for i in starts
+    ]
