@@ -14,15 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from vitscope.core.guard.fingerprints import Fingerprint, fingerprint
+from vitscope.core.guard.pass_comparison import compare_passes, output_tensors, random_modules
 from vitscope.core.guard.pass_hooks import hooked_passes
 from vitscope.core.guard.probe_guard import kept_random_states
-from vitscope.core.guard.repeatability import (
-    RandomStates,
-    Repeatability,
-    compare_passes,
-    output_tensors,
-    random_modules,
-)
+from vitscope.core.guard.random_states import RandomStates
+from vitscope.core.guard.repeatability import Repeatability
 
 
 @contextmanager

@@ -1,0 +1,63 @@
+"""Search for trainable parameters on which a network's outputs do not depend."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from vitscope.core.guard.pass_comparison import output_tensors
+
+
+def ineffective_parameters(model: nn.Module, x: Tensor, values: bool) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return the names of trainable parameters without an effect on the outputs: of modules that run, and of those that do not.
+
+    The pass is given copies of the parameters. A table that was made before, or that is made where autograd does not see it,
+    is no function of these copies.
+
+    Args:
+        model: inside a guard, in eval mode.
+        x: images (B, C, H, W).
+        values: whether a parameter counts as effective too where only the outputs' values depend on it (as in a table that is
+            made from it by ``detach()`` in every pass), each of those is then moved and the model evaluated.
+    """
+    moved = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    copies = {name: p.detach().clone().requires_grad_() for name, p in moved.items()}
+    running: set[nn.Module] = set()
+    with ExitStack() as stack, torch.enable_grad():
+        for module in model.modules():
+            has_parameters = next(module.parameters(recurse=False), None) is not None
+            if has_parameters and not isinstance(module, torch.jit.ScriptModule):
+                stack.callback(module.register_forward_hook(lambda m, *_: running.add(m)).remove)
+        outputs = output_tensors(functional_call(model, dict(copies), (x,)))
+        ends = [t.sum() for t in outputs if t.requires_grad]
+    if (
+        not ends and not values
+    ):  # no parameter stands out: a measure that needs gradients refuses the outputs themselves
+        return (), ()
+    gradients = torch.autograd.grad(ends, list(copies.values()), allow_unused=True) if ends else [None] * len(copies)
+    without = [name for name, gradient in zip(copies, gradients) if gradient is None]
+    if values:
+        without = [name for name in without if not _is_effective(model, moved[name], x)]
+    owners = {
+        f"{path}.{key}".strip("."): m
+        for path, m in model.named_modules()
+        for key, _ in m.named_parameters(recurse=False, remove_duplicate=False)
+    }
+    unread = tuple(name for name in without if owners[name] in running)
+    return unread, tuple(name for name in without if name not in unread)
+
+
+@torch.no_grad()
+def _is_effective(model: nn.Module, p: Tensor, x: Tensor) -> bool:
+    """Return whether the outputs for ``x (B, C, H, W)`` change with the values of ``p``, which is given back as it was."""
+    before, original_value = [t.clone() for t in output_tensors(model(x))], p.detach().clone()
+    noise = torch.randn(p.shape, generator=torch.Generator().manual_seed(0)).to(p)
+    try:
+        p.add_(noise, alpha=float(original_value.double().square().mean().sqrt()) or 1.0)
+        after = output_tensors(model(x))
+    finally:
+        p.copy_(original_value)
+    return len(before) != len(after) or not all(torch.equal(a, b) for a, b in zip(before, after))
