@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
@@ -17,13 +16,13 @@ from vitscope.data import philox, range_checks, splits
 from vitscope.data.augment.augment import Recipe
 from vitscope.data.augment.mixup import Mixing, mix
 from vitscope.data.loader import Augmented, BatchSampler, Loader
-from vitscope.data.probe_batches import Batch, ProbeBatches
+from vitscope.data.probe_batches import Batch, ProbeBatches, limit_images
 from vitscope.data.sources import photos
 from vitscope.data.sources.array_images import ArrayImages
-from vitscope.data.sources.class_folders import listed
 from vitscope.data.sources.file_images import FileImages, model_recipe
+from vitscope.data.split_checks import check_split
 from vitscope.runtime import distributed
-from vitscope.runtime.errors import ConfigError, DataError
+from vitscope.runtime.errors import ConfigError
 from vitscope.runtime.value_ranges import (
     NonNegativeFloat,
     NonNegativeInt,
@@ -194,7 +193,7 @@ class DataModule(pl.LightningDataModule):
         """Return a split's images, read at the first request: `train`, `val`, `test`, or a set's further ones."""
         if split not in self._splits:
             images = self.source(split, root=self.root, split_seed=self.split_seed)
-            self._check(split, images)
+            check_split(images, split, name=self.name, root=self.root, num_classes=self.num_classes)
             if split == "train":
                 images = self._thinned(images)
             if isinstance(images, ArrayImages):
@@ -272,7 +271,7 @@ class DataModule(pl.LightningDataModule):
         """
         images = self.split(split)
         seed = self.seed if seed is None else seed
-        n = self._capped(n_images, len(images))
+        n = limit_images(n_images, len(images), self.name)
         range_checks.integer("probe.batch_size", batch_size, 1)
         is_mixed = (augment and self.mixes) if mix is None else mix
         if n_images is None and not augment:
@@ -345,27 +344,3 @@ class DataModule(pl.LightningDataModule):
         if self.random_labels:
             images = images.relabelled(torch.from_numpy(splits.permuted(images.labels.numpy(), seed=self.split_seed)))
         return images
-
-    def _check(self, split: str, images: Images) -> None:
-        if len(images) == 0:
-            raise DataError("data.root", self.root, f"the {split} split of {self.name} is empty", "put images there")
-        if len(images.class_names) != self.num_classes:
-            names = images.class_names
-            problem, fix = f"{self.name} has {len(names)} classes", f"set it to {len(names)}"
-            if isinstance(images, FileImages):
-                problem += f" ({listed(names)})"
-                fix += ", or name all classes in data.source.classes=[...] if some have no folder here"
-            raise ConfigError("data.num_classes", self.num_classes, problem, fix)
-        low, high = int(images.labels.min()), int(images.labels.max())
-        if low < 0 or high >= self.num_classes:
-            problem = f"the {split} split of {self.name} has labels from {low} to {high}"
-            raise DataError("data.num_classes", self.num_classes, problem, "labels are 0 to num_classes - 1")
-
-    def _capped(self, n_images: int | None, available: int) -> int:
-        if n_images is None:
-            return available
-        range_checks.integer("probe.n_images", n_images, 1)
-        if n_images > available:
-            message = f"probe.n_images={n_images}: the split of {self.name} has {available} images; using all of them"
-            warnings.warn(message, stacklevel=3)
-        return min(n_images, available)

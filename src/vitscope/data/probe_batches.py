@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import overload
 
 from torch import Tensor
+
+from vitscope.data import range_checks
 
 Batch = tuple[Tensor, Tensor]
 
@@ -64,3 +67,23 @@ class ProbeBatches(Sequence[Batch]):
             self._kept[index] = self._build(index)
         x, y = self._kept[index]
         return x.clone(), y.clone()
+
+
+def limit_images(n_images: int | None, available: int, name: str | None) -> int:
+    """Return how many images a probe reads: those asked for, at most those available, with a warning.
+
+    Args:
+        n_images: Images asked for; None for all.
+        available: Images of the split.
+        name: Name of the data set, for the warning.
+
+    Raises:
+        ConfigError: Fewer than one image.
+    """
+    if n_images is None:
+        return available
+    range_checks.integer("probe.n_images", n_images, 1)
+    if n_images > available:
+        message = f"probe.n_images={n_images}: the split of {name} has {available} images; using all of them"
+        warnings.warn(message, stacklevel=3)
+    return min(n_images, available)
