@@ -3,162 +3,29 @@
 from __future__ import annotations
 
 import copy
-import functools
-import warnings
 
-import numpy as np
 import pytest
 import timm
 import torch
 from torch import Tensor, nn
 
 import vitscope as vs
-from vitscope.core.guard.repeatability import UnusedParametersWarning
+from tests.helpers.weight_tables import (
+    KINDS,
+    InAttribute,
+    InBuffer,
+    InCachedProperty,
+    InDictionary,
+    InMethodCache,
+    InObject,
+    InRegisteredBuffer,
+    Net,
+    answers,
+    attributes,
+    moved_copy,
+)
 from vitscope.core.weight_space import guarded_evaluation
-from vitscope.linalg.weights.directions import random_direction
 from vitscope.linalg.weights.weight_space_walk import points_in_plane
-
-
-class Net(nn.Module):
-    """Multiplies by a table that is made from a weight; the ways to keep the table are the subclasses'."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.scale = nn.Parameter(torch.tensor([[1.0, 2.0, 0.5, -1.0]], dtype=torch.float64))
-        self.head = nn.Linear(6, 4, dtype=torch.float64)
-
-    def make(self) -> Tensor:
-        return self.scale.exp()
-
-    def table(self) -> Tensor:
-        raise NotImplementedError
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(x.flatten(1)) * self.table()
-
-
-class InDictionary(Net):
-    def __init__(self) -> None:
-        super().__init__()
-        self.cache: dict[str, Tensor] = {}
-
-    def table(self) -> Tensor:
-        if "x" not in self.cache:
-            self.cache["x"] = self.make()
-        return self.cache["x"]
-
-
-class InList(Net):
-    def __init__(self) -> None:
-        super().__init__()
-        self.cache: list[Tensor] = []
-
-    def table(self) -> Tensor:
-        if not self.cache:
-            self.cache.append(self.make())
-        return self.cache[0]
-
-
-class InAttribute(Net):
-    kept: Tensor | None = None
-
-    def table(self) -> Tensor:
-        if self.kept is None:
-            self.kept = self.make()
-        return self.kept
-
-
-class InNewAttribute(Net):
-    def table(self) -> Tensor:
-        if not hasattr(self, "kept"):
-            self.kept = (self.make().detach(), 3)
-        return self.kept[0]
-
-
-class InCachedProperty(Net):
-    @functools.cached_property
-    def kept(self) -> Tensor:
-        return self.make()
-
-    def table(self) -> Tensor:
-        return self.kept
-
-
-class InMethodCache(Net):
-    @functools.cache  # noqa: B019  a network as users write them
-    def kept(self) -> Tensor:
-        return self.make()
-
-    def table(self) -> Tensor:
-        return self.kept()
-
-
-class InBuffer(Net):
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("kept", None)
-
-    def table(self) -> Tensor:
-        if self.kept is None:
-            self.kept = self.make().detach()
-        return self.kept
-
-
-class InRegisteredBuffer(Net):
-    def table(self) -> Tensor:
-        if "kept" not in self._buffers:
-            self.register_buffer("kept", self.make().detach())
-        return self.kept
-
-
-class Holder:
-    table: Tensor | None = None
-
-
-class InObject(Net):
-    def __init__(self) -> None:
-        super().__init__()
-        self.holder = Holder()
-
-    def table(self) -> Tensor:
-        if self.holder.table is None:
-            self.holder.table = self.make()
-        return self.holder.table
-
-
-KINDS = [
-    InDictionary, InList, InAttribute, InNewAttribute, InCachedProperty, InMethodCache, InBuffer, InRegisteredBuffer, InObject,
-]  # fmt: skip
-
-
-def answers(model: nn.Module, batches: list, factor: float) -> tuple[float, float, float]:
-    """Return the nll at the weights, after a step along a direction, and at the weights again."""
-    probe = vs.Probe(model, batches)
-    direction = random_direction(probe.parameters(), 0)
-    with guarded_evaluation(probe) as (_, here), points_in_plane(probe.parameters(), None, direction) as move:
-        found = []
-        for at in (0.0, factor, 0.0):
-            move(0.0, at)
-            found.append(here()["nll"])
-    return found[0], found[1], found[2]
-
-
-def moved_copy(fresh: nn.Module, model: nn.Module, factor: float) -> nn.Module:
-    direction = random_direction(dict(model.named_parameters()), 0)
-    state = {name: value.clone() for name, value in model.state_dict().items() if name in dict(fresh.state_dict())}
-    for name, d in direction.items():
-        state[name].add_(d, alpha=factor)
-    fresh.load_state_dict(state)
-    return fresh.eval()
-
-
-def attributes(model: nn.Module) -> list:
-    def plain(value: object) -> object:
-        if isinstance(value, dict):
-            return id(value), [(k, id(v)) for k, v in value.items()]
-        return (id(value), [id(v) for v in value]) if isinstance(value, list) else id(value)
-
-    return [{key: plain(value) for key, value in vars(m).items()} for m in model.modules()]
 
 
 @pytest.mark.parametrize("filled", [False, True])
@@ -339,88 +206,3 @@ def test_forward_derivatives_of_a_recurrent_layer_are_refused() -> None:
     assert abs(value) == pytest.approx(float(dense), rel=1e-6)
     with pytest.raises(ValueError, match=r"product='reverse'"):
         vs.hessian_eigenvalues(probe, **options, product="linearize")
-
-
-class OutOfReach(Net):
-    """Keep a table where no attribute shows it, or in a form that no pass makes again."""
-
-    def __init__(self, where: str) -> None:
-        super().__init__()
-        self.where, self.filled, cells = where, False, []
-
-        def closure() -> Tensor:
-            if not cells:
-                cells.append(self.make())
-            return cells[0]
-
-        self.closure = closure
-        self.register_buffer("given", torch.zeros(1, 4, dtype=torch.float64))
-        self.plain, self.array = torch.zeros(1), None
-
-    def table(self) -> Tensor:
-        if self.where == "closure":
-            return self.closure()
-        if self.where == "cached function":
-            return cached_table(self)
-        if not self.filled and self.where == "buffer":
-            self.given.copy_(self.make().detach())
-        if not self.filled and self.where == "attribute behind a flag":
-            self.plain = self.make()
-        if self.array is None and self.where == "array":
-            self.array = self.make().detach().numpy()
-        self.filled = True
-        return {"buffer": self.given, "array": torch.as_tensor(self.array) if self.where == "array" else None}.get(
-            self.where, self.plain
-        )
-
-
-@functools.lru_cache
-def cached_table(net: Net) -> Tensor:
-    return net.make()
-
-
-@pytest.mark.parametrize("graph", [False, True], ids=["no graph", "graph"])
-@pytest.mark.parametrize("where", ["closure", "cached function", "buffer", "attribute behind a flag", "array"])
-def test_tables_out_of_reach_are_refused(where: str, graph: bool, mlp_batches: list) -> None:
-    model = OutOfReach(where).eval()
-    with torch.set_grad_enabled(graph):
-        model(mlp_batches[0][0])  # the table is there before the probe
-    for measure in (lambda p: vs.loss_slice(p, n=3), lambda p: vs.hessian_eigenvalues(p, k=1)):
-        with pytest.raises(ValueError, match="'scale' without an effect"):
-            measure(vs.Probe(model, mlp_batches))
-    assert np.isfinite(vs.evaluation(vs.Probe(model, mlp_batches)).nll)  # weights that stay need no table made again
-
-
-def test_derivatives_of_a_table_that_autograd_does_not_see_are_refused(mlp_batches: list) -> None:
-    probe = vs.Probe(InNewAttribute(), mlp_batches)
-    assert np.isfinite(vs.loss_slice(probe, n=3).nll).all()  # made again at every point
-    with pytest.raises(ValueError, match="'scale' without an effect"):
-        vs.hessian_eigenvalues(probe, k=1)
-
-
-def test_data_parallel_models_are_looked_into(mlp_batches: list) -> None:
-    model = OutOfReach("closure").eval()
-    model(mlp_batches[0][0])
-    with pytest.raises(ValueError, match=r"'scale' without an effect"):
-        vs.loss_slice(vs.Probe(nn.DataParallel(model), mlp_batches), n=3)
-    assert np.isfinite(vs.loss_slice(vs.Probe(nn.DataParallel(InDictionary()), mlp_batches), n=3).nll).all()
-
-
-def test_unused_parameters_are_named(mlp_batches: list) -> None:
-    class WithOthers(Net):
-        def table(self) -> Tensor:
-            return self.make()
-
-    model = WithOthers()
-    model.second_head = nn.Linear(6, 4, dtype=torch.float64)
-    with pytest.warns(UnusedParametersWarning, match="second_head.weight, second_head.bias"):
-        value = vs.hessian_eigenvalues(vs.Probe(model, mlp_batches), k=1).eigenvalues
-    model.second_head.requires_grad_(False)
-    model.token = nn.Parameter(torch.ones(1, dtype=torch.float64))  # of a module that runs
-    with pytest.raises(ValueError, match="'token' without an effect"):
-        vs.hessian_eigenvalues(vs.Probe(model, mlp_batches), k=1)
-    model.token.requires_grad_(False)
-    with warnings.catch_warnings(action="error", category=UnusedParametersWarning):
-        assert vs.hessian_eigenvalues(vs.Probe(model, mlp_batches), k=1).eigenvalues == pytest.approx(
-            value, rel=2e-3
-        )  # two searches, each to tol=1e-3

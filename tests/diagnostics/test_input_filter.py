@@ -1,0 +1,47 @@
+"""Accuracy on low-pass and high-pass filtered images."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+import vitscope as vs
+from tests.helpers.frequency_detectors import Detector, flat, mirrored, probe_of, rho_of
+from vitscope.diagnostics.frequency_noise import _bands as bands
+from vitscope.diagnostics.frequency_noise.fourier_heatmap import plane_wave
+
+
+@pytest.mark.parametrize("size", [(16, 16), (15, 15), (12, 20)])
+def test_filters_split_the_image_at_the_cut_off(size: tuple[int, int]):
+    x = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    rho = bands.frequency(*size)
+    low, high = bands.filtered(x, rho <= 0.5), bands.filtered(x, (rho > 0.5) | (rho == 0))
+    torch.testing.assert_close(low + high, x + x.mean((-1, -2), keepdim=True), rtol=0, atol=1e-12)
+    power = np.abs(np.fft.fft2(low.numpy())) ** 2
+    assert power[..., rho_of(*size) > 0.5].sum() < 1e-20 * power.sum()
+
+
+def test_accuracy_by_cut_off_follows_the_bins_a_model_needs():
+    h = 16
+    k = 4  # rho = 1/2
+    wave = plane_wave(h, h, k, 0)
+    x = flat(6, h, h) + torch.tensor([0.0, 0.5] * 3, dtype=torch.float64)[:, None, None, None] * wave
+    y = torch.tensor([0, 1] * 3)
+    probe = probe_of(Detector(mirrored(h, h, (k, 0)), threshold=0.1), x, y)
+    result = vs.input_filter(probe, cutoffs=(0.6, 0.0, 0.4, 0.5, 1.0))
+    np.testing.assert_array_equal(result.cutoff, [0, 0.4, 0.5, 0.6, 1])
+    np.testing.assert_array_equal(result.low_pass_accuracy, [0.5, 0.5, 1, 1, 1])
+    np.testing.assert_array_equal(result.high_pass_accuracy, [1, 1, 0.5, 0.5, 0.5])
+    assert result.clean_accuracy == 1.0
+    assert result.low_pass_nll[-1] == pytest.approx(result.clean_nll)
+    assert result.chance == 0.5
+    assert result.scalars()["low_pass_accuracy_mean"] == pytest.approx(0.8)
+
+
+def test_refusals_of_input_filter():
+    probe = probe_of(Detector(np.ones((8, 8))), flat(2, 8, 8))
+    with pytest.raises(ValueError, match=r"each in \[0, 1\], received \[0.5, 1.5\]"):
+        vs.input_filter(probe, cutoffs=(0.5, 1.5))
+    with pytest.raises(ValueError, match="at least one cut-off"):
+        vs.input_filter(probe, cutoffs=())
