@@ -9,6 +9,7 @@ import torch
 from omegaconf import OmegaConf
 
 from tests.helpers.configurations import CONF, composed, options
+from tests.helpers.model_configs import CONFIGS
 from vitscope.analyses import spec
 from vitscope.config import caps, experiment_identity, factories, loading
 from vitscope.config.validation import validate
@@ -42,7 +43,7 @@ def test_every_experiment_composes_in_smoke_size(experiment: str, tmp_path: Path
     assert spec.parse(cfg.analysis)
 
 
-@pytest.mark.parametrize("model", options("model"))
+@pytest.mark.parametrize("model", CONFIGS)
 def test_every_model_does_a_step_at_every_size(model: str) -> None:
     sizes = {}
     for data in options("data"):

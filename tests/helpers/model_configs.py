@@ -12,7 +12,10 @@ from vitscope.config.loading import MODEL_HINTS
 from vitscope.models.structure.capabilities import ModelCapabilities
 
 FOLDER = Path(__file__).parents[2] / "conf" / "model"
-CONFIGS = sorted(file.stem for file in FOLDER.glob("*.yaml"))
+#: configurations of models; that of other packages' networks names none
+CONFIGS = sorted(
+    file.stem for file in FOLDER.glob("*.yaml") if not OmegaConf.is_missing(OmegaConf.load(file), "_target_")
+)
 
 
 def stated_capabilities(name: str) -> ModelCapabilities:

@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf, open_dict
+from torch import nn
 
 from vitscope.analyses import context, runner, spec
-from vitscope.config import caps, error_translation, factories, loading, model_facts
+from vitscope.config import caps, cross_checks, error_translation, factories, loading, model_facts
 from vitscope.config.validation import validate
 from vitscope.models.state_dicts import CURRENT_WEIGHTS
 from vitscope.runs import run_dir, run_end, run_lock, run_overrides, wandb_mirror
@@ -51,9 +52,14 @@ def analyze(cfg: DictConfig, chosen_keys: Sequence[str] = (), run_value_override
         _refuse_changing_checkpoint(_checkpoint_path(cfg, run), run)
     caps.apply_caps(cfg)
     validate(cfg)
+    cross_checks.settle_class_counts(cfg)
     device = _device(cfg.device)
+    path, content = _checkpoint(cfg, run)
     network = factories.model(cfg)
-    path, content = _weights(cfg, run, network)
+    if run is None:
+        network = _with_settled_classes(cfg, network, path, content)
+    if path is not None and content is not None:
+        checkpoint_weights.load_weights(network, content, path, average=cfg.ckpt == AVERAGE)
     data = factories.data(cfg)
     data.adapt_to(network)
     if run is None:
@@ -126,8 +132,8 @@ def _perform(
     print_headline(run, values, mirror)
 
 
-def _weights(cfg: DictConfig, run: Run | None, network: Any) -> tuple[Path | None, Mapping[str, Any] | None]:
-    """Load the weights that the command names; a model without any is measured as it was built."""
+def _checkpoint(cfg: DictConfig, run: Run | None) -> tuple[Path | None, Mapping[str, Any] | None]:
+    """Return the file of weights that the command names and its contents; a model without any is measured as it was built."""
     if run is not None:
         path = _checkpoint_path(cfg, run)
     elif cfg.ckpt_path:
@@ -146,9 +152,27 @@ def _weights(cfg: DictConfig, run: Run | None, network: Any) -> tuple[Path | Non
         if not names and not run.checkpoints.exists() and not cfg.ckpt_path:
             return None, None  # a folder that analyze.py made for a model without a checkpoint
         raise CheckpointError("ckpt", cfg.ckpt, "the run has no such checkpoint", errors.nearest(str(cfg.ckpt), names))
-    content = checkpoint_io.read(path)
-    checkpoint_weights.load_weights(network, content, path, average=cfg.ckpt == AVERAGE)
-    return path, content
+    return path, checkpoint_io.read(path)
+
+
+def _with_settled_classes(
+    cfg: DictConfig, network: nn.Module, path: Path | None, content: Mapping[str, Any] | None
+) -> nn.Module:
+    """Return a network of another package that is not told its number of classes with that of its checkpoint or of the data.
+
+    Raises:
+        CheckpointError: the checkpoint's number is another one than the data's.
+    """
+    count = None
+    if content is not None:
+        counts = checkpoint_weights.class_counts(network, content, average=cfg.ckpt == AVERAGE)
+        if counts is None or "num_classes" in cfg.model:  # it fits, or loading names what does not
+            return network
+        count = counts[0]
+        if count != cfg.data.num_classes:
+            reason = f"it was made for {count} classes, data.num_classes is {cfg.data.num_classes}"
+            raise CheckpointError("ckpt_path", path, reason, "use the data that it was made for, or another checkpoint")
+    return factories.model(cfg) if cross_checks.settle_own_network(cfg, count) else network
 
 
 def _checkpoint_path(cfg: DictConfig, run: Run) -> Path:

@@ -1,11 +1,19 @@
-"""Relations between configuration keys that no signature knows: what one group says must fit what another says."""
+"""Relations between configuration keys that no signature knows: what one group says must fit what another says.
+
+Numbers of classes that are not given follow from the data: ``data.num_classes`` from its folder, ``model.num_classes`` from
+the data or, for a network of another package, from its checkpoint.
+"""
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Mapping
 from typing import Any
 
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from vitscope.config import target_allowlist
 from vitscope.runtime import errors
 from vitscope.runtime.errors import ConfigError
 
@@ -28,6 +36,89 @@ REFUSED_OF_TRAINER = {
     "overfit_batches": "it replaces the loaders; use data.fraction or trainer.limit_train_batches",
     "reload_dataloaders_every_n_epochs": "a resumed run would not repeat it; leave it out",
 }
+
+
+#: the source of data whose number of classes is known without reading it
+_FOLDER = "vitscope.data.sources.folder.load"
+#: packages whose functions pass ``num_classes`` on to a class by ``**kwargs``
+_PASSING_ON = ("torchvision.models.", "timm.models.")
+
+
+def with_known_counts(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a resolved configuration in which numbers of classes that follow from a folder are some number of classes.
+
+    They are counted after the rest has been checked, see `settle_class_counts`.
+    """
+    if not _is_counted(tree):
+        return dict(tree)
+    model, data = tree.get("model"), tree["data"]
+    stated_count = model.get("num_classes") if isinstance(model, Mapping) else None
+    count = stated_count if type(stated_count) is int and stated_count > 0 else 1
+    counted = {**tree, "data": {**data, "num_classes": count}}
+    if isinstance(model, Mapping) and "num_classes" in model and stated_count is None:
+        counted["model"] = {**model, "num_classes": count}
+    return counted
+
+
+def settle_class_counts(cfg: DictConfig) -> None:
+    """Set ``data.num_classes`` in place to the number of classes of its folder where it is null.
+
+    Args:
+        cfg: a configuration that has passed `check`.
+
+    Raises:
+        ConfigError: ``model.num_classes`` is another number.
+        DataError: the folder is missing or has no class folders.
+    """
+    if not _is_counted(cfg):
+        return
+    from vitscope.data.sources.folder import class_names  # imports torch
+
+    source = cfg.data.source
+    classes = (
+        OmegaConf.to_container(source.classes) if OmegaConf.is_list(source.get("classes")) else source.get("classes")
+    )
+    names = class_names(cfg.data.get("root"), classes)
+    with open_dict(cfg):
+        cfg.data.num_classes = len(names)
+    stated = cfg.model.get("num_classes")
+    if stated is not None and stated != len(names):
+        reason = f"data.root={cfg.data.get('root')} has {len(names)} classes"
+        raise ConfigError(
+            "model.num_classes", stated, reason, "leave it out, or name all classes in data.source.classes=[...]"
+        )
+
+
+def settle_own_network(cfg: DictConfig, count: int | None = None) -> bool:
+    """Set ``model.num_classes`` in place for a network of another package that takes it and is not told it.
+
+    Args:
+        cfg: a validated configuration.
+        count: the number of classes; None for that of the data, unless pretrained weights decide it.
+
+    Returns:
+        Whether it was set.
+    """
+    node, target = cfg.model, str(cfg.model.get("_target_"))
+    if "num_classes" in node or target.startswith("vitscope."):
+        return False
+    if count is None and any(node.get(key) for key in ("weights", "pretrained")):
+        return False
+    builder = target_allowlist.resolve(target, "model")
+    if "num_classes" not in inspect.signature(builder).parameters and not builder.__module__.startswith(_PASSING_ON):
+        return False
+    with open_dict(cfg):
+        cfg.model.num_classes = int(cfg.data.num_classes) if count is None else count
+    return True
+
+
+def _is_counted(tree: Mapping[str, Any]) -> bool:
+    """Tell whether the number of classes is that of a folder."""
+    data = tree.get("data")
+    if not isinstance(data, Mapping | DictConfig) or data.get("num_classes") is not None or "num_classes" not in data:
+        return False
+    source = data.get("source")
+    return isinstance(source, Mapping | DictConfig) and source.get("_target_") == _FOLDER
 
 
 def check(tree: Mapping[str, Any]) -> None:

@@ -41,7 +41,7 @@ def validate(cfg: DictConfig) -> None:
         DataError: ``data.root`` cannot be used.
         StorageError: ``paths.runs`` cannot be written.
     """
-    tree = _resolved(cfg)
+    tree = cross_checks.with_known_counts(_resolved(cfg))
     for place, node in instantiate.targets(tree):  # before anything looks at arguments
         target_allowlist.check_target(node, place)
     _check_plain_values(tree, whole=bool(OmegaConf.is_struct(cfg)))  # a run's own file may be older than a key
@@ -70,7 +70,7 @@ def validate_plain_values(cfg: DictConfig) -> None:
     """
     cfg = copy.deepcopy(cfg)
     loading.drop_unchosen(cfg)
-    _check_plain_values(_resolved(cfg), whole=bool(OmegaConf.is_struct(cfg)))
+    _check_plain_values(cross_checks.with_known_counts(_resolved(cfg)), whole=bool(OmegaConf.is_struct(cfg)))
 
 
 def _check_plain_values(tree: Mapping[str, Any], *, whole: bool) -> None:

@@ -16,7 +16,7 @@ from omegaconf import DictConfig
 from torch import nn
 
 from vitscope.analyses import spec
-from vitscope.config import caps, error_translation, experiment_identity, factories, loading, model_facts
+from vitscope.config import caps, cross_checks, error_translation, experiment_identity, factories, loading, model_facts
 from vitscope.config.dry_run import rehearse
 from vitscope.config.validation import validate, writable
 from vitscope.runs import resume_changes, run_dir, run_end, run_lock, wandb_mirror
@@ -101,6 +101,9 @@ def _validate_training(cfg: DictConfig, *, is_resumed: bool) -> None:
     else:
         caps.apply_caps(cfg)
     validate(cfg)
+    cross_checks.settle_class_counts(cfg)
+    if not is_resumed:
+        cross_checks.settle_own_network(cfg)
 
 
 def _find_finished_run(cfg: DictConfig) -> Run | None:

@@ -58,11 +58,7 @@ def load(
         ConfigError: No root, or unknown classes.
         DataError: A root or split that is missing or empty, or a class that is not in the list.
     """
-    if root is None:
-        raise ConfigError("data.root", None, "a folder of images is needed", "set data.root")
-    root = Path(root)
-    if not root.is_dir():
-        raise DataError("data.root", root, "there is no such folder", _LAYOUT)
+    root = _existing(root)
     if split not in SPLITS:
         raise DataError("data.root", root, f"there is no split {split!r}", "choose one of train, val, test")
     folders = split_folders(root)
@@ -77,8 +73,7 @@ def load(
         return _images(root, root, names, classes, complete=False)
     source = _source(split, folders, root)
     if names is None:
-        reference = folders.get("train") or folders.get("val") or folders.get("test") or root
-        names = tuple(class_folders(reference, root))
+        names = _names_of_folders(folders, root)
     images = _images(source, root, names, classes, complete=split == "train")
     if source != folders.get("train", root):
         return images
@@ -89,6 +84,37 @@ def load(
         val_share=0.0 if "val" in folders else val_share,
         seed=split_seed,
     )
+
+
+def class_names(root: str | Path | None, classes: str | Sequence[str] | None = None) -> tuple[str, ...]:
+    """Return the names of the classes, in the order of their labels, without looking at images.
+
+    Args:
+        root: The folder.
+        classes: As of `load`.
+
+    Raises:
+        ConfigError: No root, or unknown classes.
+        DataError: A root that is missing, or has no class folders.
+    """
+    names = _class_list(classes)
+    if names is not None:
+        return names
+    root = _existing(root)
+    return _names_of_folders(split_folders(root), root)
+
+
+def _existing(root: str | Path | None) -> Path:
+    if root is None:
+        raise ConfigError("data.root", None, "a folder of images is needed", "set data.root")
+    if not Path(root).is_dir():
+        raise DataError("data.root", root, "there is no such folder", _LAYOUT)
+    return Path(root)
+
+
+def _names_of_folders(folders: Mapping[str, Path], root: Path) -> tuple[str, ...]:
+    reference = folders.get("train") or folders.get("val") or folders.get("test") or root
+    return tuple(class_folders(reference, root))
 
 
 def _source(split: str, folders: Mapping[str, Path], root: Path) -> Path:

@@ -104,6 +104,17 @@ def load_weights(network: nn.Module, content: Mapping[str, Any], path: Path, *, 
     _report(reading, averages, path)
 
 
+def class_counts(network: nn.Module, content: Mapping[str, Any], *, average: bool = False) -> tuple[int, int] | None:
+    """Return the numbers of classes of a checkpoint and of ``network`` where only these differ, else None."""
+    network_state = network.state_dict()
+    try:
+        reading = state_dicts.select_weights(network, content, average=average)
+    except ValueError:  # said when they are loaded
+        return None
+    state = _nearest_state(content, network_state, average) if reading is None else reading.tensors
+    return state_dicts.class_counts(network_state, state)
+
+
 def _check_values(state: Mapping[str, Any], network_state: Mapping[str, Any], path: Path) -> None:
     """Refuse tensors of another shape than the model's, naming the first ones, and complex ones for real weights."""
     shared = {name: value for name, value in network_state.items() if name in state and isinstance(value, Tensor)}
