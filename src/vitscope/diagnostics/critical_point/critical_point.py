@@ -26,6 +26,7 @@ from vitscope.diagnostics.critical_point._verdict import (
 )
 from vitscope.linalg.curvature.curvature_options import CurvatureArguments, CurvatureOptions, curvature_arguments
 from vitscope.linalg.curvature.operator_factory import Curvatures, curvatures
+from vitscope.linalg.curvature.row_slices import rows_of, whole_name, whole_point
 from vitscope.linalg.krylov_basis import norm
 from vitscope.linalg.optimizer_stability import adam_scale
 from vitscope.linalg.solvers import solve
@@ -263,7 +264,7 @@ def _loss(operators: Curvatures, offset: Tensor | None) -> float:
     for _, (x, y) in operators.probe.local_batches():
         total += operators.probe.objective.data_loss(functional_call(operators.model, point, (x,)), y, "sum").double()
     data = distributed.all_reduce_sum(total).item() / operators.probe.n_labeled
-    return data + float(operators.probe.objective.l2_term(point).double())
+    return data + float(operators.probe.objective.l2_term(whole_point(point, operators.parameters)).double())
 
 
 def _gradient_norms(operators: Curvatures) -> dict[str, float]:
@@ -273,7 +274,9 @@ def _gradient_norms(operators: Curvatures) -> dict[str, float]:
     scales = objective.decay_scale
     if scales is None and (optimizer := operators.probe.optimizer()) is not None:
         scales = adam_scale(optimizer)  # of the checkpoint, whatever form of L2 the objective has
-    if scales is not None and all(name in scales for name in operators.parameters):
-        scale = torch.cat([scales[name].reshape(-1).to(weights) for name in operators.parameters])
+    names = {name: whole_name(name, p) for name, p in operators.parameters.items()}
+    if scales is not None and all(name in scales for name in names.values()):
+        parts = [rows_of(scales[names[name]], p).reshape(-1) for name, p in operators.parameters.items()]
+        scale = torch.cat([part.to(weights) for part in parts])
         norms["adamw"] = norm(data + objective.weight_decay * scale * weights)
     return norms

@@ -12,6 +12,8 @@ from vitscope.core.objective_card import ObjectiveCard
 from vitscope.core.probe import Probe
 from vitscope.diagnostics.hessian.hessian_max_eigenvalue_spectrum import hessian_max_eigenvalue_spectrum
 from vitscope.linalg.curvature.curvature_options import CurvatureArguments, CurvatureOptions, curvature_arguments
+from vitscope.linalg.curvature.operator_factory import curvatures
+from vitscope.linalg.curvature.parameter_subsets import part_sizes
 from vitscope.models.structure.parameter_groups import parameter_kinds, parameter_stages
 from vitscope.runtime.value_ranges import PositiveInt
 
@@ -24,7 +26,7 @@ class HessianByKindResult:
     """Top eigenvalues of each block by mini-batch; signs and intervals as in `hessian_max_eigenvalue_spectrum`.
 
     Attributes:
-        groups: (n_groups,) kinds of unit such as ``msa``, or numbers of stages.
+        groups: (n_groups,) kinds of unit such as ``msa``, numbers of stages, or parts such as ``q``.
         n_parameters: (n_groups,) parameters of each.
         eigenvalues: (n_groups, n_batches, n_top) signed, by magnitude descending.
         residuals: (n_groups, n_batches, n_top) norms of H v - lambda v within the block.
@@ -34,7 +36,7 @@ class HessianByKindResult:
         nep_intervals: (n_groups, 2) 95 % over batches, NaN with fewer than 8 of them.
         ape: (n_groups,) average positive eigenvalue; NaN where there is none.
         ape_intervals: (n_groups, 2), NaN with fewer than 4.
-        card: under which conditions; ``parameters`` is ``by kind`` or ``by stage``.
+        card: under which conditions; ``parameters`` is ``by kind``, ``by stage`` or ``by part``.
     """
 
     groups: tuple[str, ...]
@@ -65,7 +67,7 @@ def hessian_by_kind(
     n_top: PositiveInt = 5,
     **curvature: Unpack[CurvatureArguments],
 ) -> HessianByKindResult:
-    """Compute the Hessian max-eigenvalue spectrum of each kind of unit's parameters, or of each stage's.
+    """Compute the Hessian max-eigenvalue spectrum of each kind of unit's parameters, of each stage's, or of each part's.
 
     The Hessian of the parameters of one group, all others held fixed, is a diagonal block of the whole one. By Cauchy's
     interlacing its largest eigenvalue is at most the whole Hessian's and its smallest at least: negative eigenvalues of a
@@ -73,18 +75,20 @@ def hessian_by_kind(
 
     Args:
         probe: the model, frozen augmented mini-batches and the objective; batches are split over ranks.
-        by: ``kind`` (stem, conv, msa, mlp, pool, head) or ``stage`` (0 is the stem).
+        by: ``kind`` (stem, conv, msa, mlp, pool, head), ``stage`` (0 is the stem) or ``part`` (q, k, v, proj, mlp_in, mlp_out:
+            those that the model has; norms, convolutions and others are in none of them).
         n_top: eigenvalues of each batch, at most the parameters of the smallest group.
         curvature: ``tol``, ``dtype``, ``bn``, ``max_products``, ``seed``: see
             `vitscope.linalg.curvature.curvature_options.CurvatureOptions`.
 
     Raises:
-        ValueError: another ``by``, a model of no known unit; and as `hessian_max_eigenvalue_spectrum`.
+        ValueError: another ``by``, a model of no known unit, attention whose parts are not certain; and as
+            `hessian_max_eigenvalue_spectrum`.
         NumericalError: a loss that is not finite.
 
     Source: vitscope's own; the blocks are those of `vitscope.models.structure.parameter_groups`.
     """
-    sizes = _sizes(probe, by)
+    sizes = _sizes(probe, by, CurvatureOptions(**curvature))
     spectra = [
         hessian_max_eigenvalue_spectrum(probe, n_top=n_top, **{**curvature, "parameters": f"{by}:{group}"})
         for group in sizes
@@ -108,13 +112,21 @@ def hessian_by_kind(
     )
 
 
-def _sizes(probe: Probe, by: str) -> dict[str, int]:
+def _sizes(probe: Probe, by: str, options: CurvatureOptions) -> dict[str, int]:
     """Return the number of trainable parameters of each group that has any, in the order shown."""
-    if by not in ("kind", "stage"):
-        raise ValueError(f"Expected by to be kind or stage, received {by!r}.")
+    if by not in ("kind", "stage", "part"):
+        raise ValueError(
+            f"Expected by to be kind or stage, received {by!r}; part is for queries, keys, values and MLPs."
+        )
+    if by == "part":
+        with curvatures(probe, options) as operators:
+            sizes = part_sizes(operators.model, operators.parameters, probe.first_images)
+        if not sizes:
+            raise ValueError("Expected a model with attention or MLPs for by='part', received one without.")
+        return sizes
     find = parameter_kinds if by == "kind" else parameter_stages
     places = find(probe.model, probe.first_images())
-    sizes: dict[str, int] = {}
+    sizes = {}
     for name, p in probe.parameters().items():
         group = str(places[name])
         sizes[group] = sizes.get(group, 0) + p.numel()

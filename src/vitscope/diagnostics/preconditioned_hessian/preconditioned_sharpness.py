@@ -19,6 +19,7 @@ from vitscope.core.probe import Probe
 from vitscope.linalg.curvature.curvature_operator import Curvature
 from vitscope.linalg.curvature.curvature_options import CurvatureArguments, CurvatureOptions, curvature_arguments
 from vitscope.linalg.curvature.operator_factory import Curvatures, curvatures
+from vitscope.linalg.curvature.row_slices import rows_of, whole_name, whole_of
 from vitscope.linalg.optimizer_stability import StabilityLimit, stability_limit
 from vitscope.linalg.preconditioned_operator import scaled_eigenvalues
 from vitscope.runtime.errors import CheckpointError
@@ -258,14 +259,18 @@ def _with_decay(operator: Curvature, decay: Tensor) -> Callable[[Tensor], Tensor
 
 def _flat(operators: Curvatures, values: Mapping[str, float]) -> Tensor:
     """Return one number a parameter, expanded to ``(size,)``."""
-    return torch.cat([torch.full((p.numel(),), values[name]).to(p) for name, p in operators.parameters.items()])
+    return torch.cat(
+        [torch.full((p.numel(),), values[whole_name(name, p)]).to(p) for name, p in operators.parameters.items()]
+    )
 
 
 def _inverse_root(name: str, p: Tensor, scale: Mapping[str, Tensor] | None) -> Tensor:
     if scale is None:
         return torch.ones_like(p)
+    name = whole_name(name, p)
     if name not in scale:
         raise ValueError(f"Expected the optimizer's scale for every parameter, received none for {name!r}.")
     if not bool((scale[name] > 0).all()):
         raise ValueError(f"Expected a positive scale (sqrt(v) + eps), received one with zeros for {name!r}.")
-    return scale[name].to(p.device).double().rsqrt()
+    is_expanded = scale[name].ndim > 0 and len(scale[name]) == len(whole_of(p))  # not one number for a whole tensor
+    return (rows_of(scale[name], p) if is_expanded else scale[name]).to(p.device).double().rsqrt()

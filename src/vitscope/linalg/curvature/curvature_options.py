@@ -34,8 +34,9 @@ class CurvatureOptions:
         operator: ``hessian``, ``ggn`` (generalized Gauss-Newton), ``fisher_mc`` (Fisher information from drawn labels) or
             ``fisher_empirical`` (from the data's labels).
         parameters: the parameters of the operator: None for all that require gradients; ``kind:msa``, ``stage:2``,
-            ``layer:blocks.3``, a pattern such as ``*.qkv.weight``, or a list of these. With a subset, the operator is the
-            diagonal block that belongs to it.
+            ``layer:blocks.3``, ``part:q`` (``q k v proj mlp_in mlp_out``, rows of a fused weight included), a pattern such as
+            ``*.qkv.weight``, or a list of these, which are united. With a subset, the operator is the diagonal block that
+            belongs to it.
         dtype: ``float32`` or ``float64``, the type of weights and products; None for the model's own type.
         bn: statistics of BatchNorm: ``eval`` for the running ones, ``batch`` for those of each batch.
         product: how a product with the Hessian is computed: ``reverse`` (twice backward, the graph is stored) or ``linearize``

@@ -16,6 +16,7 @@ from vitscope.linalg.curvature.logit_curvature import output_curvature
 from vitscope.runtime.errors import NumericalError
 
 Product = Callable[[Sequence[Tensor]], Sequence[Tensor]]
+NamedProduct = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 
 
 class CurvatureSettings(Protocol):
@@ -115,8 +116,31 @@ def _linearized(operator: CurvatureSettings, x: Tensor, y: Tensor) -> Product:
         warnings.filterwarnings("ignore", "`torch.jit.script` is", FutureWarning)
         _, tangent = torch.func.linearize(torch.func.grad(loss), point)
 
+    def with_new_pass(vectors: dict[str, Tensor]) -> dict[str, Tensor]:
+        return torch.func.jvp(torch.func.grad(loss), (point,), (vectors,))[1]
+
+    return _checked_product(names, tangent, with_new_pass)
+
+
+def _checked_product(names: Sequence[str], tangent: NamedProduct, with_new_pass: NamedProduct) -> Product:
+    """Return a product by ``tangent``, or by ``with_new_pass`` where ``tangent`` does not repeat itself.
+
+    `torch.func.linearize` keeps what does not depend on the vector. Where the network changes such a value in place (the bias
+    that is added after the product with a transposed input), torch changes the kept one, and every later product is wrong.
+    The first product is therefore made twice.
+    """
+    chosen_product: NamedProduct | None = None
+
     def product(v: Sequence[Tensor]) -> Sequence[Tensor]:
-        result = tangent(dict(zip(names, v)))
+        nonlocal chosen_product
+        vectors = dict(zip(names, v))
+        if chosen_product is None:
+            first = {name: value.clone() for name, value in tangent(vectors).items()}
+            second = tangent(vectors)
+            is_repeated = all(torch.equal(value, second[name]) for name, value in first.items())
+            chosen_product = tangent if is_repeated else with_new_pass
+            return [first[name] for name in names]
+        result = chosen_product(vectors)
         return [result[name] for name in names]
 
     return product

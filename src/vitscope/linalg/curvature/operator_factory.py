@@ -15,7 +15,7 @@ from vitscope.core.probe import Batch, Probe
 from vitscope.linalg.curvature.curvature_operator import Curvature
 from vitscope.linalg.curvature.curvature_options import CurvatureArguments, CurvatureOptions
 from vitscope.linalg.curvature.l2_curvature import warn_of_sum_norm
-from vitscope.linalg.curvature.parameter_subsets import select_parameters, subset_name
+from vitscope.linalg.curvature.parameter_subsets import analyzed_parameters, subset_name
 
 #: parts of modules' class names whose randomness the eval mode switches off
 _RANDOM = ("Dropout", "DropPath", "StochasticDepth")
@@ -110,13 +110,13 @@ def curvatures(
         changes: fields of ``options`` to replace.
 
     Raises:
-        ValueError: as `CurvatureOptions`; no parameters, a compiled or inference-mode model, or a batch on another device.
+        ValueError: as `CurvatureOptions` and `select_parameters`; no parameters, a compiled or inference-mode model, or a
+            batch on another device.
     """
     options = replace(options or CurvatureOptions(), **changes)
     all_parameters = probe.parameters()
     guard = probe.guard(second_order=True, dtype=options.torch_dtype, bn=options.bn, micro_batch=options.micro_batch)
-    with guard as model:
-        parameters = select_parameters(model, all_parameters, options.subset)
+    with guard as model, analyzed_parameters(model, all_parameters, options.subset, probe.first_images) as parameters:
         for name, p in model.named_parameters():
             p.requires_grad_(name in parameters)  # the others' gradients are not needed; the guard restores the flags
         warn_of_sum_norm(probe.objective, parameters)

@@ -1,37 +1,194 @@
-"""Parameters by what they belong to: the curvature of attention against that of convolutions, of one stage, of one layer."""
+"""Parameters by what they belong to: attention against convolutions, one stage, one layer, or queries, keys and values."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import cached_property
 
+import torch
 from torch import Tensor, nn
+
+from vitscope.linalg.curvature.attention_rows import AttentionParts, attention_parts
+from vitscope.linalg.curvature.attention_trace import LayerCall
+from vitscope.linalg.curvature.row_slices import row_slice, sliced_parameters
+
+Subset = str | list[str] | None
+Images = Callable[[], Tensor | None]
+
+#: values of ``part:``: of attention and of units of kind ``mlp``
+PARTS = ("q", "k", "v", "proj", "mlp_in", "mlp_out")
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The part of one parameter that a subset has.
+
+    Attributes:
+        rows: ascending numbers of rows along the first axis; None for the whole parameter.
+        parts: the names of parts that they are, for the slice's own name.
+    """
+
+    rows: Tensor | None
+    parts: tuple[str, ...] = ()
 
 
 def select_parameters(
-    model: nn.Module, parameters: Mapping[str, Tensor], subset: str | list[str] | None
-) -> dict[str, Tensor]:
-    """Return those of ``parameters`` that ``subset`` names, in the model's order.
+    model: nn.Module, parameters: Mapping[str, Tensor], subset: Subset, images: Images | None = None
+) -> dict[str, Selection]:
+    """Return which of ``parameters``, and which of their rows, ``subset`` names, in the model's order.
 
     Args:
-        model: whose parameters they are.
+        model: whose parameters they are, in eval mode.
         parameters: by name.
         subset: None for all; else one or several of ``kind:msa`` (``stem conv msa mlp pool head``), ``stage:2``,
-            ``layer:blocks.3.attn`` (a module's own and its children's), or a pattern such as ``*.qkv.weight``.
+            ``layer:blocks.3.attn`` (a module's own and its children's), ``part:q`` (``q k v proj mlp_in mlp_out``), or a pattern
+            such as ``*.qkv.weight``. Several are united.
+        images: returns (B, C, H, W) that the model takes; called for ``part:`` alone.
 
     Raises:
-        ValueError: nothing matches; names what there is.
+        ValueError: nothing matches, with what there is; attention whose queries, keys and values are not certain, by name.
     """
     if subset is None or subset == "all":
-        return dict(parameters)
-    selected: set[str] = set()
+        return {name: Selection(None) for name in parameters}
+    united: dict[str, Selection] = {}
+    parts = _Parts(model, images)
     for rule in [subset] if isinstance(subset, str) else subset:
-        selected |= _matching(model, list(parameters), rule)
-    return {name: p for name, p in parameters.items() if name in selected}
+        for name, selection in _matching(model, parameters, rule, parts).items():
+            united[name] = _union(united[name], selection, len(parameters[name])) if name in united else selection
+    return {name: united[name] for name in parameters if name in united}
 
 
-def _matching(model: nn.Module, names: list[str], rule: str) -> set[str]:
+@contextmanager
+def analyzed_parameters(
+    model: nn.Module, parameters: Mapping[str, Tensor], subset: Subset, images: Images | None = None
+) -> Iterator[dict[str, Tensor]]:
+    """Yield the parameters of a subset as leaves of the graph: rows of one are a leaf of their own while the context is open.
+
+    Args:
+        model: the guarded model.
+        parameters: by name.
+        subset: see `select_parameters`.
+        images: see `select_parameters`.
+
+    Raises:
+        ValueError: as `select_parameters`.
+    """
+    selected = select_parameters(model, parameters, subset, images)
+    analyzed: dict[str, Tensor] = {}
+    for name, selection in selected.items():
+        if selection.rows is None:
+            analyzed[name] = parameters[name]
+        else:
+            analyzed[f"{name}[{','.join(selection.parts)}]"] = row_slice(name, parameters[name], selection.rows)
+    slices = {name: p for name, p in analyzed.items() if name not in selected}
+    with sliced_parameters(model, slices):  # type: ignore[arg-type]  # those that are not in `selected` are slices
+        yield analyzed
+
+
+def part_sizes(model: nn.Module, parameters: Mapping[str, Tensor], images: Images) -> dict[str, int]:
+    """Return the number of entries of each part that has any among ``parameters``, in the order of `PARTS`.
+
+    Raises:
+        ValueError: attention whose queries, keys and values are not certain, by name.
+    """
+    observed = _Parts(model, images)
+    sizes = {}
+    for part in PARTS:
+        rows = {name: r for name, r in observed.rows(part).items() if name in parameters}
+        sizes[part] = sum(len(r) * parameters[name][:1].numel() for name, r in rows.items())
+    return {part: size for part, size in sizes.items() if size}
+
+
+def _union(one: Selection, other: Selection, n_rows: int) -> Selection:
+    if one.rows is None or other.rows is None:
+        return Selection(None)
+    rows = torch.cat((one.rows, other.rows)).unique()
+    parts = tuple(part for part in PARTS if part in (*one.parts, *other.parts))
+    return Selection(None if len(rows) == n_rows else rows, parts)
+
+
+class _Parts:
+    """The parts of a model's parameters, observed when they are first asked for."""
+
+    def __init__(self, model: nn.Module, images: Images | None) -> None:
+        self.model, self._images = model, images
+
+    @cached_property
+    def images(self) -> Tensor:
+        images = self._images() if self._images is not None else None
+        if images is None:
+            raise ValueError("Expected images of the model's size to tell parts apart, received None.")
+        return images
+
+    @cached_property
+    def attention(self) -> AttentionParts:
+        return attention_parts(self.model, self.images[:1])
+
+    def rows(self, part: str) -> dict[str, Tensor]:
+        """Return the rows of a part by name.
+
+        Raises:
+            ValueError: attention in which it is not certain.
+        """
+        if part.startswith("mlp"):
+            return self._of_mlps(part)
+        for name, reason in self.attention.unclear.items():
+            raise ValueError(
+                f"Expected attention whose rows of queries, keys and values are certain for part:{part}, received {name!r}: "
+                f"{reason}; choose parameters by layer:{name} or a name pattern."
+            )
+        return self.attention.rows[part]
+
+    def _of_mlps(self, part: str) -> dict[str, Tensor]:
+        from vitscope.models.structure.parameter_groups import parameter_kinds
+
+        kinds = parameter_kinds(self.model, self.images)
+        layers = [layer for layer in self.attention.layers if kinds.get(layer.weight) == "mlp"]
+        rows: dict[str, Tensor] = {}
+        for group in _mlps(layers):
+            first, last = group[0], group[-1]
+            ends = [layer for layer in group if layer.input is first.input] if part == "mlp_in" else [last]
+            if last.input is first.input:  # one layer alone, or several side by side: neither the way in nor out
+                continue
+            for layer in ends:
+                names = [layer.weight, *(n for n, p in self.model.named_parameters() if p is layer.bias)]
+                rows.update({name: torch.arange(layer.output.shape[layer.channels]) for name in names})
+        return rows
+
+
+def _mlps(layers: list[LayerCall]) -> list[list[LayerCall]]:
+    """Return the layers of each MLP in the order of their calls: those that share the innermost module that holds several."""
+    weights = {layer.weight for layer in layers}
+    groups: dict[str, list[LayerCall]] = {}
+    for layer in layers:
+        path = layer.weight.rpartition(".")[0].rpartition(".")[0]
+        while path and sum(weight.startswith(f"{path}.") for weight in weights) < 2:
+            path = path.rpartition(".")[0]
+        groups.setdefault(path, []).append(layer)
+    return list(groups.values())
+
+
+def _matching(model: nn.Module, parameters: Mapping[str, Tensor], rule: str, parts: _Parts) -> dict[str, Selection]:
     what, _, value = rule.partition(":")
+    names = list(parameters)
+    if what == "part":
+        if value not in PARTS:
+            raise ValueError(f"Expected a part to be one of {', '.join(PARTS)}, received {rule!r}.")
+        rows = parts.rows(value)
+        selections = {
+            name: Selection(None if len(rows[name]) == len(parameters[name]) else rows[name], (value,))
+            for name in names
+            if name in rows
+        }
+        if not selections:
+            where = "attention" if not value.startswith("mlp") else "layers of units of kind mlp"
+            raise ValueError(
+                f"Expected a model with {where} among its trainable parameters for {rule!r}, received one without."
+            )
+        return selections
     if what in ("kind", "stage") and value:
         from vitscope.models.structure.parameter_groups import parameter_kinds, parameter_stages
 
@@ -47,9 +204,9 @@ def _matching(model: nn.Module, names: list[str], rule: str) -> set[str]:
     if not matches:
         listed = ", ".join(candidates[:12]) + (", ..." if len(candidates) > 12 else "")
         raise ValueError(f"Expected a parameter subset that matches something, received {rule!r}; there are: {listed}.")
-    return matches
+    return {name: Selection(None) for name in names if name in matches}
 
 
-def subset_name(subset: str | list[str] | None) -> str:
+def subset_name(subset: Subset) -> str:
     """Return the subset as the objective card writes it."""
     return subset if isinstance(subset, str) else "all" if subset is None else ", ".join(subset)

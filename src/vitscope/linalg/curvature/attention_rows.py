@@ -1,0 +1,292 @@
+"""Rows of weights by what they make in attention: queries, keys, values or the projection, told apart by one forward pass.
+
+The position of queries, keys and values in a fused weight differs between networks: one after the other, or head by head. So
+nothing is assumed of it. The pass records layers, softmaxes and products of activations. The score of query i and key j depends
+on outputs of layers at these two tokens: what stays at token i while j changes are channels of queries, what moves with j are
+channels of keys. Values are found in the same way from the derivative of the product after the softmax by the attention
+weights, whose entry (i, j) is value j. Dependence is that of automatic differentiation, whose zeros are exact.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vitscope.linalg.curvature.attention_trace import AttentionTrace, LayerCall, ProductCall, SoftmaxCall
+
+#: from a weight's or bias's name to the sorted numbers of its rows
+Rows = dict[str, Tensor]
+#: bits by which rows are labeled while the calls are gone through
+_BITS = {"q": 1, "k": 2, "v": 4, "proj": 8}
+
+
+@dataclass
+class AttentionParts:
+    """Rows of attention's parameters by part, and attention in which they are not certain.
+
+    Attributes:
+        rows: by part (``q k v proj``) and name.
+        unclear: names of modules with attention whose rows are not certain, with the reason.
+        layers: the calls of layers in the pass, in order.
+    """
+
+    rows: dict[str, Rows] = field(default_factory=lambda: {part: {} for part in ("q", "k", "v", "proj")})
+    unclear: dict[str, str] = field(default_factory=dict)
+    layers: list[LayerCall] = field(default_factory=list)
+
+
+def attention_parts(model: nn.Module, image: Tensor) -> AttentionParts:
+    """Return the rows of queries, keys, values and output projections in every attention of a model.
+
+    Args:
+        model: the model in eval mode, without a compiled part.
+        image: ``(1, C, H, W)`` of the model's size, type and device; its values do not matter.
+    """
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(image.shape, generator=generator, dtype=torch.float32).to(image)
+    trace = AttentionTrace(model)
+    flags = {p: p.requires_grad for p in model.parameters()}
+    try:
+        for p in flags:
+            if p.is_floating_point():
+                p.requires_grad_(True)
+        with torch.enable_grad(), trace.scopes_of_modules(), trace:
+            model.forward(noise)
+        return _labeled(model, trace)
+    finally:
+        for p, flag in flags.items():
+            p.requires_grad_(flag)
+
+
+def _labeled(model: nn.Module, trace: AttentionTrace) -> AttentionParts:
+    parts = AttentionParts(layers=trace.layers)
+    labels: dict[str, Tensor] = {}  # by weight and bias: of each row 0 for none, else bits of the parts
+    owners: dict[str, str] = {}
+    for scopes, arguments in trace.known:
+        _label_known(trace, scopes, arguments, labels, owners)
+    products = {call.time: _product_after(trace, call) for call in trace.softmaxes}
+    for call in trace.softmaxes:
+        if (product := products[call.time]) is not None:  # without one it is no attention, but the softmax of a gate
+            _label_softmax(model, trace, call, product, labels, owners, parts.unclear)
+    for product in _unexplained(trace, products):
+        parts.unclear.setdefault(_attention_name(product), "it multiplies activations without a softmax")
+    for name, bits in labels.items():
+        singles = [bits == bit for bit in _BITS.values()]
+        is_single = torch.stack(singles).any(0)
+        if not bool(is_single.any()):  # a layer before several of them, such as a reduction of keys and values
+            continue
+        if not bool(is_single.all()):
+            reason = f"some rows of {name} are none of queries, keys and values, or several of them"
+            parts.unclear.setdefault(owners[name], reason)
+            continue
+        for part, mask in zip(_BITS, singles):
+            if bool(mask.any()):
+                parts.rows[part][name] = mask.nonzero()[:, 0]
+    return parts
+
+
+def _mark(labels: dict[str, Tensor], name: str, n_rows: int, rows: Any, part: str) -> None:
+    bits = labels.setdefault(name, torch.zeros(n_rows, dtype=torch.int64))
+    bits[rows] |= _BITS[part]
+
+
+def _label_known(
+    trace: AttentionTrace,
+    scopes: tuple[str, ...],
+    arguments: dict[str, Any],
+    labels: dict[str, Tensor],
+    owners: dict[str, str],
+) -> None:
+    """Label the parameters of PyTorch's own attention, whose layout is documented: queries, then keys, then values."""
+    whole = slice(None)
+    named = [
+        ("q_proj_weight", "q"),
+        ("k_proj_weight", "k"),
+        ("v_proj_weight", "v"),
+        ("out_proj_weight", "proj"),
+        ("out_proj_bias", "proj"),
+    ]
+    for key, part in named:
+        name = trace.names.get(id(arguments.get(key)), "")
+        if name:
+            _mark(labels, name, len(arguments[key]), whole, part)
+            owners[name] = scopes[0]
+    for key in ("in_proj_weight", "in_proj_bias"):
+        name = trace.names.get(id(arguments.get(key)), "")
+        if name:
+            width = len(arguments[key]) // 3
+            for number, part in enumerate("qkv"):
+                _mark(labels, name, 3 * width, slice(number * width, (number + 1) * width), part)
+            owners[name] = scopes[0]
+
+
+def _unexplained(trace: AttentionTrace, products: Mapping[int, ProductCall | None]) -> Iterator[ProductCall]:
+    """Yield the products of activations that neither make scores nor read the weights of a softmax, as in linear attention."""
+    after = {product.time for product in products.values() if product is not None}
+    for product in trace.products:
+        if product.time in after or not product.is_of_activations or not product.output.requires_grad:
+            continue
+        following = next((call for call in trace.softmaxes if call.time > product.time), None)
+        if following is None or not _depends(following.masked, product.output):
+            yield product
+
+
+def _label_softmax(
+    model: nn.Module, trace: AttentionTrace, call: SoftmaxCall, product: ProductCall, labels: dict[str, Tensor],
+    owners: dict[str, str], unclear: dict[str, str],
+) -> None:  # fmt: skip
+    n_tried = 0
+    for scope in call.scopes:
+        layers = [
+            layer for layer in trace.layers
+            if layer.time < product.time and scope in layer.scopes and layer.output.requires_grad
+        ]  # fmt: skip
+        if not layers or n_tried == 2 or (n_tried and not scope):
+            continue
+        n_tried += 1
+        channels = _channels(call, product.output, layers)
+        if all(any(bool(mask.any()) for mask in channels[part]) for part in "qkv"):
+            break
+    else:
+        reason = "the scores' queries and keys, or the values, are not told apart"
+        if call.scores.shape[call.axis] < 2:
+            reason = "it has one key alone at this image size"
+        unclear[_attention_name(call)] = reason
+        return
+    for part in "qkv":
+        for layer, mask in zip(layers, channels[part]):
+            if bool(mask.any()):
+                _mark(labels, layer.weight, len(mask), mask, part)
+                owners[layer.weight] = _attention_name(call)
+    for layer, *masks in zip(layers, *(channels[part] for part in "qkv")):
+        if layer.bias is not None and any(bool(mask.any()) for mask in masks):
+            _label_bias(model, trace, layer, masks, labels, owners, scope)
+    _label_projection(trace, call, product.output, labels, owners)
+
+
+def _attention_name(call: SoftmaxCall | ProductCall) -> str:
+    return (
+        next((scope for scope in call.scopes if not scope.rpartition(".")[2].startswith("softmax")), "") or "the model"
+    )
+
+
+def _product_after(trace: AttentionTrace, call: SoftmaxCall) -> ProductCall | None:
+    """Return the first product of activations after a softmax that depends on its weights."""
+    for product in trace.products:
+        if product.time > call.time and _depends(product.output, call.weights):
+            return product
+    return None
+
+
+def _depends(output: Tensor, source: Tensor) -> bool:
+    if not (output.requires_grad and source.requires_grad):
+        return False
+    return torch.autograd.grad(output.sum(), source, retain_graph=True, allow_unused=True)[0] is not None
+
+
+def _channels(call: SoftmaxCall, output: Tensor, layers: Sequence[LayerCall]) -> dict[str, list[Tensor]]:
+    """Return for ``q``, ``k`` and ``v`` which channels of each layer's output they are, ``(rows,)`` bool a layer."""
+    weighting = torch.rand(output.shape, generator=torch.Generator().manual_seed(1)).to(output) + 0.5
+    (by_weights,) = torch.autograd.grad((output * weighting).sum(), call.weights, create_graph=True)
+    stays, moves = _split(call, call.scores, layers)
+    return {"q": stays, "k": moves, "v": _split(call, by_weights, layers)[1]}
+
+
+def _split(call: SoftmaxCall, pairs: Tensor, layers: Sequence[LayerCall]) -> tuple[list[Tensor], list[Tensor]]:
+    """Return the channels of layers that follow the query, and those that follow the key, of entries ``(..., i, j)``."""
+    key_axis = call.axis
+    query_axis = max(axis for axis in range(pairs.ndim) if axis != key_axis)
+    n_queries, n_keys = pairs.shape[query_axis], pairs.shape[key_axis]
+    none = [torch.zeros(layer.output.shape[layer.channels], dtype=torch.bool) for layer in layers]
+    if n_keys < 2 or not pairs.requires_grad:
+        return none, none
+    weighting = torch.rand(pairs.shape, generator=torch.Generator().manual_seed(2)).to(pairs) + 0.5
+
+    @functools.cache
+    def tokens(i: int, j: int) -> list[Tensor]:
+        entry = (pairs * weighting).select(query_axis, i).select(key_axis - (key_axis > query_axis), j).sum()
+        gradients = torch.autograd.grad(entry, [layer.output for layer in layers], retain_graph=True, allow_unused=True)
+        return [_support(layer, gradient) for layer, gradient in zip(layers, gradients)]
+
+    stays, moves = [mask.clone() for mask in none], [mask.clone() for mask in none]
+    key_places = list(
+        dict.fromkeys([(n_keys // 4, 3 * n_keys // 4), *_places(n_keys)])
+    )  # also others than the queries'
+    key_places = [(j, other_j) for j, other_j in key_places if j != other_j]
+    for (i, other_i), (j, other_j) in itertools.product(_places(n_queries), key_places):
+        used = [mask.clone() for mask in none]
+        for layer, (tokens_here, other_key) in enumerate(zip(tokens(i, j), tokens(i, other_j))):
+            used[layer] = is_used = tokens_here.any(0) & other_key.any(0)
+            same_over_keys, apart_over_keys = (tokens_here == other_key).all(0), ~(tokens_here & other_key).any(0)
+            if i != other_i:
+                other_query = tokens(other_i, j)[layer]
+                same_over_keys &= ~(tokens_here & other_query).any(0)
+                apart_over_keys &= (tokens_here == other_query).all(0)
+            stays[layer] |= is_used & same_over_keys
+            moves[layer] |= is_used & apart_over_keys
+        labeled = [bool((stay | move).all()) for stay, move in zip(stays, moves)]
+        if any(labeled) and all(is_labeled or not bool(mask.any()) for is_labeled, mask in zip(labeled, used)):
+            break
+    return stays, moves
+
+
+def _places(n: int) -> list[tuple[int, int]]:
+    """Return pairs of tokens out of ``n``, far apart; one token twice where there is one alone."""
+    first, middle, last = 0, n // 2, n - 1
+    return list(dict.fromkeys([(first, last), (middle, first), (last, middle)])) if n > 2 else [(0, n - 1)]
+
+
+def _support(layer: LayerCall, gradient: Tensor | None) -> Tensor:
+    """Return ``(tokens, channels)``: where a gradient by a layer's output is not zero."""
+    if gradient is None:
+        gradient = torch.zeros_like(layer.output)
+    return (gradient.movedim(layer.channels, -1).flatten(0, -2) != 0).cpu()
+
+
+def _label_bias(
+    model: nn.Module, trace: AttentionTrace, layer: LayerCall, masks: Sequence[Tensor], labels: dict[str, Tensor],
+    owners: dict[str, str], scope: str,
+) -> None:  # fmt: skip
+    """Label a bias like the rows of its weight; of one that is put together from parameters, each of these."""
+    assert layer.bias is not None
+    owner = owners[layer.weight]
+    if id(layer.bias) in trace.names:
+        sources = {trace.names[id(layer.bias)]: None}
+    else:
+        vectors = [
+            (n, p) for n, p in model.named_parameters() if p.ndim == 1 and n.startswith(f"{scope}." if scope else "")
+        ]
+        sources = dict(vectors)
+    for part, mask in zip("qkv", masks):
+        for name, vector in sources.items():
+            rows: Tensor | None = mask
+            if vector is not None:
+                if not layer.bias.requires_grad or not bool(mask.any()):
+                    continue
+                bias_sum = layer.bias[mask.to(layer.bias.device)].sum()
+                gradient = torch.autograd.grad(bias_sum, vector, retain_graph=True, allow_unused=True)[0]
+                rows = None if gradient is None else (gradient != 0).cpu()
+            if rows is not None and bool(rows.any()):
+                _mark(labels, name, len(rows), rows, part)
+                owners[name] = owner
+
+
+def _label_projection(
+    trace: AttentionTrace, call: SoftmaxCall, output: Tensor, labels: dict[str, Tensor], owners: dict[str, str]
+) -> None:
+    """Label the first layer after attention's product that reads it."""
+    for layer in trace.layers:
+        if layer.time > call.time and layer.input.requires_grad and _depends(layer.input, output):
+            _mark(labels, layer.weight, layer.output.shape[layer.channels], slice(None), "proj")
+            owners[layer.weight] = _attention_name(call)
+            if layer.bias is not None and id(layer.bias) in trace.names:
+                name = trace.names[id(layer.bias)]
+                _mark(labels, name, len(layer.bias), slice(None), "proj")
+                owners[name] = _attention_name(call)
+            return
