@@ -91,6 +91,7 @@ def test_an_own_network_is_trained_and_measured(call, mylab: str, tmp_path: Path
     assert not (tmp_path / "refused").exists()
 
 
+@pytest.mark.slow
 def test_networks_of_torchvision_and_timm_are_built(call, tmp_path: Path, capsys) -> None:
     runs = f"paths.runs={tmp_path}/runs"
     for target in ("torchvision.models.squeezenet1_1", "timm.models.resnet10t"):

@@ -205,7 +205,7 @@ def _moment(path: Path | None, content: Mapping[str, Any] | None, run: Run) -> t
     """Return the tag of results, the epoch and the step of the weights; only a finished run's last ones are its ``end``."""
     if path is None or content is None:
         return "end", None, 0
-    facts, step = checkpoint_content.facts(content, path), int(content.get("global_step", 0))
+    facts, step = checkpoint_content.facts(content, path), checkpoint_content.completed_steps(content)
     epoch = facts["epoch"] - 1 if facts.get("batch") == 0 else facts.get("epoch")
     epoch = max(epoch, 0) if epoch is not None else None
     status = run.provenance().get("status", "finished")

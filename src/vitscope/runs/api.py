@@ -61,5 +61,6 @@ def load_probe(
     data.adapt_to(model)
     size = batch_size or data.eval_batch_size
     options = {"split": split, "augment": augment, "n_images": n_images, "batch_size": size}
-    facts = {"checkpoint": checkpoint_weights.weights_hash(model), "epoch": content.get("epoch")}
+    epoch = content.get("epoch")  # of another program's file it may be of any type
+    facts = {"checkpoint": checkpoint_weights.weights_hash(model), "epoch": epoch if type(epoch) is int else None}
     return factories.probe(cfg, model, data, options, facts, content)

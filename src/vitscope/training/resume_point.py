@@ -116,7 +116,7 @@ def _progress(checkpoint: Path) -> tuple[int, int]:
     """Return the number of epochs that have begun and of optimizer steps that are made at a checkpoint."""
     content = checkpoint_io.read(checkpoint)
     facts = checkpoint_content.facts(content, checkpoint)
-    return facts.get("epoch", 0) + (facts.get("batch", 0) > 0), int(content.get("global_step", 0))
+    return facts.get("epoch", 0) + (facts.get("batch", 0) > 0), checkpoint_content.completed_steps(content)
 
 
 def step_of(checkpoint: Path | None) -> int:

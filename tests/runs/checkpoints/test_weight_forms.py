@@ -385,7 +385,8 @@ def test_averages_in_a_command(call, tmp_path: Path, capsys) -> None:
         torch.manual_seed(seed)
         states.append(vs.models.vit("tiny", 10, 32, 8, depth=1).state_dict())
     file = tmp_path / "last.pth.tar"
-    torch.save({"state_dict": states[0], "state_dict_ema": states[1], "args": argparse.Namespace(lr=0.1)}, file)
+    other_counters = {"global_step": torch.tensor(7), "epoch": "last", "args": argparse.Namespace(lr=0.1)}
+    torch.save({"state_dict": states[0], "state_dict_ema": states[1], **other_counters}, file)
     nll = {}
     for ckpt in ("last", "ema"):
         folder = tmp_path / ckpt

@@ -56,7 +56,9 @@ def facts(content: Mapping[str, Any], path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: the note is not one that `write` was given.
     """
-    noted = content.get("vitscope", {})
+    if "vitscope" not in content:  # of another program, whose own counters may be of any type
+        return {}
+    noted = content["vitscope"]
     plain = isinstance(noted, dict) and all(type(value) in (int, str) for value in noted.values())
     if not plain or type(content.get("global_step", 0)) is not int:
         raise CheckpointError(
@@ -65,6 +67,12 @@ def facts(content: Mapping[str, Any], path: Path) -> dict[str, Any]:
     if noted and not all(type(noted.get(key)) is int and noted[key] >= 0 for key in ("epoch", "batch")):
         raise CheckpointError("ckpt_path", path, "it does not say where training stood", "use another checkpoint")
     return noted
+
+
+def completed_steps(content: Mapping[str, Any]) -> int:
+    """Return the number of optimizer steps that a checkpoint states; 0 where it states none as a whole number."""
+    stated_steps = content.get("global_step", 0)
+    return stated_steps if type(stated_steps) is int else 0
 
 
 def check_plain(value: Any, place: str) -> None:
