@@ -263,9 +263,11 @@ def test_other_operators_and_products_have_the_same_block() -> None:
     for options in choices:
         with curvatures(probe, CurvatureOptions(parameters="*.qkv.bias", **options)) as operators:
             whole = operators.mean()
-            dense = torch.stack([whole(e) for e in torch.eye(whole.size, dtype=torch.float64)]).numpy()
-        block = dense[np.ix_(places, places)]  # of every product with the kept derivative, not of the first one alone
-        np.testing.assert_allclose(dense, dense.T, atol=1e-12)
+            units = torch.eye(whole.size, dtype=torch.float64)
+            block = torch.stack([whole(units[place]) for place in places]).numpy()[:, places]
+        np.testing.assert_allclose(
+            block, block.T, atol=1e-12
+        )  # every product with the kept derivative, not the first alone
         with curvatures(probe, CurvatureOptions(parameters=["part:v", "part:k"], **options)) as operators:
             both = operators.mean()
             at = both.size - 2 * DIM  # the bias's rows of keys and values, which alternate by head
@@ -316,10 +318,10 @@ def test_unions_with_parts_and_other_rules() -> None:
         assert result.card.parameters == ", ".join(subset)
 
 
-def vit() -> nn.Module:
+def vit(depth: int = 2) -> nn.Module:
     torch.manual_seed(0)
     model = timm.create_model(
-        "vit_tiny_patch16_224", img_size=16, patch_size=8, embed_dim=DIM, num_heads=HEADS, depth=2, num_classes=3
+        "vit_tiny_patch16_224", img_size=16, patch_size=8, embed_dim=DIM, num_heads=HEADS, depth=depth, num_classes=3
     )
     return model.double().eval()
 
@@ -400,13 +402,13 @@ def test_the_ways_into_and_out_of_mlps() -> None:
 
 
 def test_spectra_by_part() -> None:
-    probe = vs.Probe(vit(), [batch(2, side=16)])
-    result = vs.hessian_by_kind(probe, by="part", n_top=1, tol=1e-6)
+    probe = vs.Probe(vit(1), [batch(2, side=16)])
+    result = vs.hessian_by_kind(probe, by="part", n_top=1, tol=1e-3)
     assert result.groups == ("q", "k", "v", "proj", "mlp_in", "mlp_out")
-    width, hidden = DIM, 4 * DIM  # of each of two blocks, weights and biases
+    width, hidden = DIM, 4 * DIM
     attention, mlp_in, mlp_out = width * (width + 1), hidden * (width + 1), width * (hidden + 1)
-    assert result.n_parameters.tolist() == [2 * n for n in (*[attention] * 4, mlp_in, mlp_out)]
-    values = vs.hessian_max_eigenvalue_spectrum(probe, n_top=1, tol=1e-6, parameters="part:v").eigenvalues
+    assert result.n_parameters.tolist() == [*[attention] * 4, mlp_in, mlp_out]
+    values = vs.hessian_max_eigenvalue_spectrum(probe, n_top=1, tol=1e-3, parameters="part:v").eigenvalues
     assert result.eigenvalues[2].tolist() == values.tolist()
     assert result.card is not None
     assert result.card.parameters == "by part"
