@@ -19,7 +19,7 @@ class Tap:
         depth: Normalised depth, index / (number of taps - 1), from 0 to 1.
         module: The module whose output or first input is the map.
         at: Which of the two.
-        layout: Axes of that tensor: ``NCHW``, ``NHWC``, ``NLC`` (tokens) or ``NCL``.
+        layout: Axes of that tensor: ``NCHW``, ``NHWC``, ``NLC`` (tokens) or ``NCL``; ``unknown`` for one that is no map.
         n_prefix: Class, distillation and register tokens in front of the grid, dropped from the map.
         grid: Rows and columns of the tokens, to be declared where no convolution or pooling of the forward pass shows them.
         subsamples: Whether the unit made the map smaller (strided blocks, pooling, patch merging).
@@ -39,4 +39,4 @@ class Tap:
 
 Kind = Literal["stem", "conv", "msa", "mlp", "pool", "head"]
 
-Layout = Literal["NCHW", "NHWC", "NLC", "NCL"]
+Layout = Literal["NCHW", "NHWC", "NLC", "NCL", "unknown"]

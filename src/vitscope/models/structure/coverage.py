@@ -141,7 +141,7 @@ def _in_block(stack: Stack, blocks: Sequence[nn.Module]) -> bool:
 
 
 def _is_gated(stack: Stack) -> bool:
-    return any(is_gate(module) or "globalcontext" in type(module).__name__.lower() for _, module in stack)
+    return any(is_gate(module) or type(module).__name__.lower() == "globalcontext" for _, module in stack)
 
 
 def _is_pooling(stack: Stack) -> bool:

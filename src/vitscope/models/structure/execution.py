@@ -82,11 +82,11 @@ def execution(model: nn.Module, blocks: Collection[nn.Module], images: Tensor | 
         blocks: The residual blocks; `Execution.reaching` is about their outputs, without any about the model's output.
         images: (B, C, H, W), of which the first is used; None for a random one of a size that the model states or takes.
     """
-    for x in _images(model, images):
+    for x in trial_images(model, images):
         recorder = _Recorder(model, set(blocks))
         try:
             with ExitStack() as stack:
-                _enter_guards(stack, model)
+                enter_guards(stack, model)
                 stack.enter_context(recorder.hooks())
                 with recorder:
                     output = model.forward(x)  # the hooks of the model itself belong to its user, who may count passes
@@ -99,7 +99,7 @@ def execution(model: nn.Module, blocks: Collection[nn.Module], images: Tensor | 
     return None
 
 
-def _enter_guards(stack: ExitStack, model: nn.Module) -> None:
+def enter_guards(stack: ExitStack, model: nn.Module) -> None:
     device = next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
     stack.enter_context(torch.inference_mode(False))
     stack.enter_context(eager_execution(model))
@@ -112,16 +112,19 @@ def _enter_guards(stack: ExitStack, model: nn.Module) -> None:
             p.requires_grad_(True)
 
 
-def _images(model: nn.Module, images: Tensor | None) -> Iterator[Tensor]:
+def trial_images(model: nn.Module, images: Tensor | None) -> Iterator[Tensor]:
     first = next(model.parameters(), torch.empty(0))
     dtype = probe_guard.float_dtype(model)
     if images is not None:
         yield images[:1].to(first.device, dtype)
         return
-    n_channels = next((m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)), 3)
+    first_convolution = next((m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)), 3)
+    configuration = getattr(model, "pretrained_cfg", None)
+    stated = (configuration.get("input_size") or (first_convolution,))[0] if isinstance(configuration, dict) else 0
     generator = torch.Generator().manual_seed(0)
     for size in dict.fromkeys((*_stated_sizes(model), *((side, side) for side in _SIDES))):
-        yield torch.rand(1, n_channels, *size, generator=generator, dtype=torch.float32).to(first.device, dtype)
+        for n_channels in dict.fromkeys((first_convolution, stated or first_convolution)):
+            yield torch.rand(1, n_channels, *size, generator=generator, dtype=torch.float32).to(first.device, dtype)
 
 
 def _stated_sizes(model: nn.Module) -> Iterator[tuple[int, int]]:

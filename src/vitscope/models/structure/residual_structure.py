@@ -23,12 +23,17 @@ TOKENS = (
 class Read:
     """A tensor of the forward pass: the output or the first input of a module, and the meaning of its axes.
 
-    ``NCHW`` and ``NHWC`` are maps; ``NLC`` (tokens, channels) and ``NCL`` (channels, tokens) are sequences.
+    ``NCHW`` and ``NHWC`` are maps; ``NLC`` (tokens, channels) and ``NCL`` (channels, tokens) are sequences. Of a module that
+    runs ``n_calls`` times in a forward pass, call number ``call`` is read, counted from 0. ``n_prefix`` is the number of
+    prefix tokens of this tensor where a forward pass has shown it; None where the unit states it.
     """
 
     module: nn.Module
     at: Literal["output", "input"] = "output"
     layout: Layout = "NCHW"
+    call: int = 0
+    n_calls: int = 1
+    n_prefix: int | None = None
 
 
 @dataclass(frozen=True)
@@ -37,7 +42,7 @@ class ResidualUnit:
 
     Attributes:
         kind: What the unit does.
-        after: The map after the unit's residual addition.
+        after: The map after the unit's residual addition; None where no module returns or receives it.
         branch_in: The normalised input of the residual branch; without a norm, the stream. None for pooling.
         branch_out: The branch's output as it is added; its module returns that tensor. None for pooling.
         suffix: Name of the unit inside its block, empty if the block is one unit.
@@ -45,10 +50,11 @@ class ResidualUnit:
         attention: The module that calls ``scaled_dot_product_attention``, for units of kind ``msa``.
         conv3x3: The 3x3 convolution that an identity can replace, if there is one.
         subsamples: Whether the map becomes smaller.
+        residual: Whether the unit adds to a stream, also where no module returns its branch (``branch_out`` is None).
     """
 
     kind: Kind
-    after: Read
+    after: Read | None
     branch_in: Read | None = None
     branch_out: Read | None = None
     suffix: str = ""
@@ -56,17 +62,28 @@ class ResidualUnit:
     attention: nn.Module | None = None
     conv3x3: nn.Conv2d | None = None
     subsamples: bool = False
+    residual: bool = False
+
+    @property
+    def is_residual(self) -> bool:
+        """Whether the unit adds to a stream; pooling and layers between units do not."""
+        return self.residual or self.branch_out is not None
 
 
 @dataclass(frozen=True)
 class ModelComponent:
-    """A `ResidualUnit` at its place in a model: name, block, stage (from 1), and the number of its prefix tokens."""
+    """A `ResidualUnit` at its place in a model: name, block, stage (from 1), and the number of its prefix tokens.
+
+    ``parameters`` are the names of its parameters where a forward pass has shown them; None where they are those of ``block``
+    and ``part.children``.
+    """
 
     name: str
     part: ResidualUnit
     block: nn.Module
     stage: int
     n_prefix: int
+    parameters: tuple[str, ...] | None = None
 
 
 @singledispatch
@@ -109,12 +126,12 @@ def residual_structure(model: nn.Module) -> list[ModelComponent]:
     stages: list[str] = []
     for name, module, ancestors in _walk(model):
         for part in _units_of_module(module):
-            if part.branch_out is not None and _container(name) not in stages:
+            if part.is_residual and _container(name) not in stages:
                 stages.append(_container(name))
             stage = len(stages) + (part.branch_out is None)  # a pooling layer opens the stage after it
             unit_name = ".".join(filter(None, (name, part.suffix)))
             components.append(ModelComponent(unit_name, part, module, stage, _prefix_tokens(ancestors)))
-    residual = [i for i, piece in enumerate(components) if piece.part.branch_out is not None]
+    residual = [i for i, piece in enumerate(components) if piece.part.is_residual]
     # pooling before the first unit belongs to the stem, after the last to the head
     components = components[residual[0] : residual[-1] + 1] if residual else _structure_without_units(model)
     if not components:
@@ -159,7 +176,7 @@ def _walk(model: nn.Module) -> Iterator[tuple[str, nn.Module, tuple[nn.Module, .
         yield name, module, ancestors
         registered = parts(module)
         described = [part.suffix for part in registered]
-        if any(part.branch_out is not None for part in registered) or "" in described:
+        if any(part.is_residual for part in registered) or "" in described:
             continue
         children = [
             (f"{name}.{child}".strip("."), m, (*ancestors, module))

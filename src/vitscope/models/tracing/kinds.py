@@ -1,0 +1,91 @@
+"""Kind of a part of the network from the functions that it runs.
+
+The rules, in this order:
+
+1. ``msa``: attention, as one call or as a product of activations with a softmax (or another product) of activations, also
+   across channels or without a softmax. In a part without a spatial kernel also attention of one query (a class token), and
+   a sum over positions that weighs them by activations (separable and additive attention).
+2. ``conv``: a kernel that covers more than one position, a Fourier filter.
+3. ``mlp``: linear layers, 1x1 convolutions and recurrent layers, across channels or across tokens.
+4. ``pool``: pooling or shifting without weights.
+
+A branch that expands channels, applies a depthwise kernel and projects back is ``conv``, as in MobileNets. Directly behind an
+attention or pooling unit of the same block it is that block's feed-forward layer and ``mlp``, as in PVT v2 and SegFormer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from vitscope.core.tap import Kind
+from vitscope.models.structure.residual_structure import is_gate
+from vitscope.models.tracing.graph import Node, Trace
+
+_PRODUCTS = frozenset({"mul", "__mul__", "__rmul__", "mul_", "__imul__"})
+_RECURRENT = frozenset({"lstm", "gru", "rnn_tanh", "rnn_relu"})
+
+
+def kind_of(trace: Trace, region: Collection[int]) -> Kind | None:
+    """Return the kind of the nodes of a branch or module; None where they mix neither positions nor channels."""
+    nodes = [trace.nodes[i] for i in sorted(region) if not in_gate(trace, trace.nodes[i])]
+    if any(is_attention(node) for node in nodes):
+        return "msa"
+    kernels = [node for node in nodes if is_spatial(trace, node) or node.op.startswith(("fft", "rfft", "ifft", "irfft"))]
+    if not kernels and any(node.attention or weighs_positions(trace, node) for node in nodes):
+        return "msa"
+    if kernels:
+        return "conv"
+    pools = any("pool" in node.op and node.shape[-2:] != (1, 1) for node in nodes if node.varying)
+    mixers = [node for node in nodes if node.varying and (_is_layer(node) or node.op in _RECURRENT)]
+    if mixers:
+        return "mlp"
+    if pools or any(node.op == "roll" for node in nodes):
+        return "pool"
+    return None
+
+
+def is_attention(node: Node) -> bool:
+    """Whether a function is attention of more than one query."""
+    return node.fused or node.attention > 1
+
+
+def weighs_positions(trace: Trace, node: Node) -> bool:
+    """Whether a sum over positions weighs them by activations."""
+    if node.op != "sum" or "C" in node.axis or not node.varying:
+        return False
+    return any(
+        trace.nodes[i].op in _PRODUCTS and sum(trace.nodes[k].varying for k in set(trace.nodes[i].inputs)) > 1
+        for i in node.inputs
+    )
+
+
+def is_spatial(trace: Trace, node: Node) -> bool:
+    """Whether a convolution covers more than one position of a map."""
+    if not node.op.startswith("conv") or not node.varying:
+        return False
+    kernel = 1
+    for side in node.weight[2:]:
+        kernel *= side
+    if kernel == 1 and node.op.startswith("conv"):
+        return False
+    is_channel_filter = node.op == "conv1d" and node.weight[:2] == (1, 1)  # a gate over channels
+    return not is_channel_filter
+
+
+def is_inverted_bottleneck(trace: Trace, region: Collection[int]) -> bool:
+    """Whether a branch expands channels, applies depthwise kernels alone, and projects back."""
+    layers = [trace.nodes[i] for i in sorted(region) if _is_layer(trace.nodes[i]) and trace.nodes[i].varying]
+    layers = [node for node in layers if not in_gate(trace, node)]
+    kernels = [node for node in layers if is_spatial(trace, node)]
+    if len(layers) < 3 or not kernels or is_spatial(trace, layers[0]) or is_spatial(trace, layers[-1]):
+        return False
+    return all(len(node.weight) > 2 and node.weight[1] == 1 for node in kernels)
+
+
+def in_gate(trace: Trace, node: Node) -> bool:
+    """Whether a function runs in squeeze and excitation or another gate of channels."""
+    return any(is_gate(module) or type(module).__name__.lower() == "globalcontext" for module in trace.modules(node))
+
+
+def _is_layer(node: Node) -> bool:
+    return node.op == "linear" or node.op.startswith("conv") or (node.op in ("matmul", "__matmul__", "einsum") and bool(node.parameters))

@@ -1,0 +1,163 @@
+"""Find modules whose output or first input is a value of the pass, to read it by a hook."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+from typing import Literal
+
+from vitscope.core.tap import Layout
+from vitscope.models.structure.residual_structure import Read
+from vitscope.models.tracing.additions import IDENTITIES, Addition, is_norm, is_norm_module
+from vitscope.models.tracing.axes import Axes, unknown
+from vitscope.models.tracing.graph import Call, Trace
+
+#: functions that give zeros for zeros, beside rearrangements
+_SCALINGS = frozenset({"mul", "__mul__", "__rmul__", "mul_", "__imul__", "div", "__truediv__", "__getitem__", "roll", "neg", "narrow"})
+_ACTIVATIONS = (
+    "relu", "gelu", "silu", "elu", "leaky_relu", "mish", "hardswish", "hardtanh", "prelu", "sigmoid", "tanh", "clamp", "softplus",
+)  # fmt: skip
+
+
+def read_branch(trace: Trace, addition: Addition) -> Read | None:
+    """Return where the branch's output can be read; None where no module returns it.
+
+    The layout is ``unknown`` where the output is scaled or cut before it is added: a lesion may set it to zero, and no
+    measure reads it as the branch.
+    """
+    inside = [c for c in trace.calls if c.output in addition.region and c.index not in trace.nodes[addition.result].stack]
+    axes = _axes_at(trace, addition)
+    exact = [c for c in inside if c.output == addition.branch]
+    if exact:
+        return _read(trace, exact[-1], "output", axes)
+    for index, same_values in _backward(trace, addition.branch):
+        returning = [c for c in inside if c.output == index]
+        if returning:
+            axes = trace.nodes[index].axes if same_values else unknown(len(trace.nodes[index].shape))
+            return _read(trace, returning[-1], "output", axes)
+    return None
+
+
+def read_input(trace: Trace, addition: Addition) -> Read | None:
+    """Return where the branch's normalized input can be read; without a norm, the stream."""
+    entries = set(_entries(trace, addition))
+    for call in trace.calls:
+        norm = is_norm_module(call.module) and call.start < call.end
+        if norm and entries and entries <= set(range(call.start, call.end)) and call.output in addition.region:
+            return _norm_output(trace, call)
+    candidates = [c for c in trace.calls if c.first_input == addition.source and c.start <= addition.result and c.index]
+    block = trace.nodes[addition.result].stack[-1]
+    inside = [c for c in candidates if c.index == block or block in _ancestors(trace, c)]
+    axes = trace.nodes[addition.source].axes
+    if axes.layout is None:
+        axes = _axes_at(trace, addition) if trace.nodes[addition.source].shape == trace.nodes[addition.result].shape else axes
+    if inside:
+        return _read(trace, inside[0], "input", axes)
+    returning = [c for c in trace.calls if c.output == addition.source and c.index]
+    return _read(trace, returning[-1], "output", axes) if returning else None
+
+
+def read_sum(trace: Trace, result: int, blocks: Collection[int] = ()) -> Read | None:
+    """Return where the map after an addition can be read: the output of its block, also behind its activation or norm."""
+    stack = trace.nodes[result].stack
+    block = trace.calls[stack[-1]]
+    axes = trace.nodes[result].axes
+    if block.index and block.output >= 0 and block.output in _forward(trace, result, block.end):
+        out = trace.nodes[block.output]
+        return _read(trace, block, "output", out.axes if out.axes.layout or out.shape != trace.nodes[result].shape else axes)
+    taking = [c for c in trace.calls if c.first_input == result and c.index]
+    if taking:
+        return _read(trace, taking[0], "input", axes)
+    returning = [c for c in trace.calls if c.output == result and c.index]
+    if returning:
+        return _read(trace, returning[-1], "output", axes)
+    for user in sorted(_forward(trace, result, len(trace.nodes), _keeps_map)):
+        if (layout_axes := trace.nodes[user].axes).layout is None:
+            continue
+        for c in trace.calls:
+            if c.index and c.first_input == user:
+                return _read(trace, c, "input", layout_axes)
+            if c.index and c.output == user:
+                return _read(trace, c, "output", layout_axes)
+    return None
+
+
+def _read(trace: Trace, call: Call, at: Literal["output", "input"], axes: Axes) -> Read:
+    layout: Layout = axes.layout or "unknown"
+    return Read(call.module, at, layout, call.number, trace.n_calls[call.module], axes.n_prefix)
+
+
+def _norm_output(trace: Trace, call: Call) -> Read:
+    """Return the output of a norm; of one that holds its activation, the activation's input."""
+    axes = trace.nodes[call.output].axes
+    if axes.layout is None and call.first_input >= 0:
+        axes = trace.nodes[call.first_input].axes
+    activation = getattr(call.module, "act", None)
+    for inner in trace.calls[call.index + 1 :]:
+        if inner.parent == call.index and inner.module is activation:
+            return _read(trace, inner, "input", axes)
+    return _read(trace, call, "output", axes)
+
+
+def _axes_at(trace: Trace, addition: Addition) -> Axes:
+    """Return the axes of a sum: the stream may know them where the branch does not."""
+    options = [trace.nodes[i].axes for i in (addition.stream, addition.result, addition.branch)]
+    return next((axes for axes in options if axes.layout is not None), options[0])
+
+
+def _entries(trace: Trace, addition: Addition) -> Iterator[int]:
+    """Yield the first nodes of the branch behind functions that only rearrange the stream."""
+    waiting, seen = [addition.source], set()
+    while waiting:
+        for user in trace.consumers[waiting.pop()]:
+            if user in addition.region and user not in seen:
+                seen.add(user)
+                if trace.nodes[user].op in IDENTITIES and not is_norm(trace, trace.nodes[user]):
+                    waiting.append(user)
+                else:
+                    yield user
+
+
+def _backward(trace: Trace, index: int) -> Iterator[tuple[int, bool]]:
+    """Yield values of which a node is made without an offset, nearest first, and whether it is only rearranged."""
+    same_values = True
+    while (op := trace.nodes[index].op) in IDENTITIES or op in _SCALINGS:
+        sources = [i for i in trace.nodes[index].inputs if trace.nodes[i].varying]
+        if len(sources) != 1:
+            return
+        same_values = same_values and op in IDENTITIES
+        index = sources[0]
+        yield index, same_values
+
+
+def _forward(trace: Trace, index: int, end: int, passes: Callable[[str], bool] | None = None) -> set[int]:
+    """Return a value and those that activations, norms and rearrangements make of it alone before node ``end``."""
+    reached, waiting = {index}, [index]
+    while waiting:
+        for user in trace.consumers[waiting.pop()]:
+            node = trace.nodes[user]
+            allowed = passes(node.op) if passes else _passes(trace, user)
+            if user < end and allowed and user not in reached:
+                reached.add(user)
+                waiting.append(user)
+    return reached
+
+
+def _keeps_map(op: str) -> bool:
+    """Whether a function rearranges a map or puts prefix tokens in front of it."""
+    return op in IDENTITIES or op in ("cat", "concat")
+
+
+def _passes(trace: Trace, index: int) -> bool:
+    node = trace.nodes[index]
+    return node.op in IDENTITIES or node.op.rstrip("_") in _ACTIVATIONS or is_norm(trace, node)
+
+
+def _ancestors(trace: Trace, call: Call) -> Iterator[int]:
+    while call.parent >= 0:
+        yield call.parent
+        call = trace.calls[call.parent]
+
+
+def read_call(trace: Trace, call: Call) -> Read | None:
+    """Return where the result of a module between units is read."""
+    return _read(trace, call, "output", trace.nodes[call.output].axes) if call.output >= 0 else None

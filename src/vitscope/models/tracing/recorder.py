@@ -1,0 +1,243 @@
+"""Record the graph of values of one small forward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from vitscope.core.guard.eager_execution import unwrapped
+from vitscope.models.structure.execution import enter_guards, trial_images
+from vitscope.models.tracing.axes import Axes, unknown
+from vitscope.models.tracing.graph import Call, Node, Trace
+from vitscope.models.tracing.propagation import result_axes
+
+#: attention as one call
+FUSED_ATTENTION = frozenset({
+    "scaled_dot_product_attention", "multi_head_attention_forward", "_native_multi_head_attention",
+    "_transformer_encoder_layer_fwd",
+})  # fmt: skip
+_PRODUCTS = frozenset({"matmul", "__matmul__", "__rmatmul__", "bmm", "baddbmm", "einsum"})
+#: functions that may return their argument itself
+RETURNS_ARGUMENT = frozenset({
+    "contiguous", "to", "float", "half", "double", "bfloat16", "type", "type_as", "cpu", "cuda", "dropout", "dropout2d",
+    "alpha_dropout", "feature_alpha_dropout", "expand", "requires_grad_", "view_as", "detach_", "broadcast_tensors",
+})  # fmt: skip
+_IN_PLACE = frozenset({"__iadd__", "__isub__", "__imul__", "__itruediv__", "__setitem__"})
+
+
+class UntraceableError(Exception):
+    """The model runs on none of the images that were tried."""
+
+
+def trace(model: nn.Module, images: Tensor | None = None) -> Trace:
+    """Run the model once in eval mode and return the graph of its values.
+
+    Weights, buffers, modes, gradients and random states are given back as they were. A model on the meta device is traced
+    without any arithmetic.
+
+    Args:
+        model: The model, also one on the meta device.
+        images: (B, C, H, W), of which the first is used; None for a random one of a size that the model states or takes.
+
+    Raises:
+        UntraceableError: The model does not run on the images, or on images of any size that was tried.
+    """
+    model = unwrapped(model)
+    error: Exception | None = None
+    for x in trial_images(model, images):
+        recorder = _Recorder(model, x)
+        try:
+            with ExitStack() as stack:
+                enter_guards(stack, model)
+                stack.enter_context(recorder.hooks())
+                with recorder:
+                    output = model.forward(x)  # the hooks of the model itself belong to its user
+                recorder.finish(output)
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, TypeError, AttributeError, LookupError, AssertionError, ValueError, NotImplementedError) as raised:
+            error = error or raised
+            continue
+        return recorder.trace
+    raise UntraceableError(str(error or "no images")) from error
+
+
+class _Recorder(TorchFunctionMode):
+    """Take note of each function and of the modules that run."""
+
+    def __init__(self, model: nn.Module, images: Tensor) -> None:
+        super().__init__()
+        self.model, self.trace = model, Trace()
+        self.names = {id(p): name for name, p in model.named_parameters()}
+        self.held: list[Any] = [images]  # so that no id is used twice
+        self.node_of: dict[int, int] = {id(images): 0}
+        self.weighed: set[int] = set()  # softmax and products of activations, and what is made of them without a layer
+        self.running: list[int] = []
+        self.counts: dict[nn.Module, int] = {}
+        names = "BCHW" if images.ndim == 4 else "?" * images.ndim
+        self.trace.nodes.append(Node(0, "images", (), (), tuple(images.shape), True, (0,), Axes(names)))
+        self._begin("", model, (images,))
+
+    def hooks(self) -> ExitStack:
+        """Follow which modules run while the returned context is open."""
+        stack = ExitStack()
+        for name, module in self.model.named_modules():
+            if module is self.model:
+                continue
+            before = module.register_forward_pre_hook(
+                lambda module, args, kwargs, name=name: self._begin(name, module, (args, kwargs)), with_kwargs=True
+            )
+            after = module.register_forward_hook(lambda module, args, output: self._end(output))
+            stack.callback(before.remove)
+            stack.callback(after.remove)
+        return stack
+
+    def finish(self, output: Any) -> None:
+        """Take note of the model's output."""
+        self._end(output)
+
+    def _begin(self, path: str, module: nn.Module, arguments: Any) -> None:
+        parent = self.running[-1] if self.running else -1
+        number = self.counts.get(module, 0)
+        self.counts[module] = number + 1
+        call = Call(len(self.trace.calls), path, module, parent, len(self.trace.nodes), number)
+        call.first_input = self._first_node(arguments)
+        self.trace.calls.append(call)
+        self.running.append(call.index)
+
+    def _end(self, output: Any) -> None:
+        call = self.trace.calls[self.running.pop()]
+        call.end = len(self.trace.nodes)
+        first = next(tensors(output), None)
+        if first is not None and id(first) not in self.node_of and first.grad_fn is not None:
+            self._add("function", (first,), [call.first_input] if call.first_input >= 0 else [], [], True, [unknown(first.ndim)])
+        call.output = self._first_node(output)
+
+    def _first_node(self, value: Any) -> int:
+        return next((self.node_of[id(t)] for t in tensors(value) if id(t) in self.node_of), -1)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        op = _name(func)
+        results = [args[0]] if op == "__setitem__" else list(tensors(result))
+        if results:
+            self._note(op, args, kwargs, results)
+        return result
+
+    def _note(self, op: str, args: Any, kwargs: Any, results: list[Tensor]) -> None:
+        arguments = list(tensors((args, tuple(kwargs.values()))))
+        changes_in_place = op in _IN_PLACE or (op.endswith("_") and not op.endswith("__"))
+        if any(results[0] is t for t in arguments) and not changes_in_place:
+            if op in RETURNS_ARGUMENT:
+                return
+            changes_in_place = True  # relu(x, inplace=True)
+        parameters = [self.names[id(t)] for t in arguments if id(t) in self.names]
+        values = [t for t in arguments if id(t) not in self.names]
+        sources = [self._source(t) for t in values]
+        nodes = self.trace.nodes
+        operands = [(t, nodes[s].axes if s >= 0 and len(nodes[s].shape) == t.ndim else unknown(t.ndim)) for t, s in zip(values, sources)]
+        operands.sort(key=lambda pair: not (self._is_varying(pair[0])))
+        inputs = [s for s in sources if s >= 0]
+        varying = any(nodes[s].varying for s in inputs)
+        try:
+            axes = result_axes(op, args, kwargs, operands, results)
+        except (TypeError, ValueError, IndexError, RuntimeError):
+            axes = [unknown(r.ndim) for r in results]
+        added = self._add(op, results, inputs, parameters, varying, axes)
+        if op == "linear" or op.startswith("conv"):
+            self._note_layer(added[0], args, kwargs, operands)
+        elif op in ("sum", "mean") and operands:
+            added[0].axis = _reduced_axes(operands[0], args, kwargs)
+        self._note_attention(added[0], values, inputs)
+        if changes_in_place and (base := getattr(results[0], "_base", None)) is not None and id(base) in self.node_of:
+            before = self.node_of[id(base)]
+            self._add("write", (base,), [before, added[0].index], [], varying or nodes[before].varying, [nodes[before].axes])
+
+    def _add(
+        self, op: str, results: Any, inputs: list[int], parameters: list[str], varying: bool, axes: list[Axes]
+    ) -> list[Node]:
+        added = []
+        for tensor, meaning in zip(results, axes):
+            index = len(self.trace.nodes)
+            node = Node(index, op, tuple(inputs), tuple(parameters), tuple(tensor.shape), varying, tuple(self.running), meaning)
+            self.trace.nodes.append(node)
+            self.node_of[id(tensor)] = index
+            self.held.append(tensor)
+            added.append(node)
+        return added
+
+    def _source(self, tensor: Tensor) -> int:
+        """Return the node of a tensor; one that no function of the pass made depends on what the running module was given."""
+        if id(tensor) in self.node_of:
+            return self.node_of[id(tensor)]
+        self.held.append(tensor)
+        call = self.trace.calls[self.running[-1]] if self.running else None
+        if tensor.grad_fn is not None and call is not None:
+            self.node_of[id(tensor)] = call.first_input
+            return call.first_input
+        return -1
+
+    def _is_varying(self, tensor: Tensor) -> bool:
+        source = self.node_of.get(id(tensor), -1)
+        return source >= 0 and self.trace.nodes[source].varying
+
+    def _note_layer(self, node: Node, args: Any, kwargs: Any, operands: list[tuple[Tensor, Axes]]) -> None:
+        weight = args[1] if len(args) > 1 else kwargs.get("weight")
+        if isinstance(weight, Tensor):
+            node.weight = tuple(weight.shape)
+        if node.op == "linear" and operands:
+            axes = operands[0][1]
+            node.axis = axes.names[-1] if axes.names else "?"
+        groups = args[6] if len(args) > 6 and not node.op.startswith("conv_transpose") else kwargs.get("groups", 1)
+        node.groups = groups if isinstance(groups, int) else 1
+
+    def _note_attention(self, node: Node, values: list[Tensor], inputs: list[int]) -> None:
+        varying = [i for i in inputs if self.trace.nodes[i].varying]
+        is_product = node.op in _PRODUCTS and len(varying) > 1
+        weighed = any(i in self.weighed for i in varying)
+        if node.op in FUSED_ATTENTION or (is_product and weighed):
+            node.attention = int(node.shape[-2]) if len(node.shape) > 1 else 1
+            node.fused = node.op in FUSED_ATTENTION
+        elif is_product or (node.op in ("softmax", "softmax_") and varying) or (weighed and not _mixes_channels(node)):
+            self.weighed.add(node.index)
+
+
+def _name(func: Any) -> str:
+    name = getattr(func, "__name__", "")
+    if name == "__get__":  # an attribute that is a tensor, such as x.mT
+        return getattr(getattr(func, "__self__", None), "__name__", name)
+    return name
+
+
+def _mixes_channels(node: Node) -> bool:
+    """Whether a function of attention weights makes other values of them; heads may be mixed ("talking heads")."""
+    mixes_heads = len(node.weight) > 1 and node.weight[0] == node.weight[1] and set(node.weight[2:]) <= {1}
+    if node.op == "linear":
+        return not mixes_heads or node.axis == "C"
+    return (node.op.startswith("conv") and not mixes_heads) or node.op.endswith("norm")
+
+
+def _reduced_axes(operand: tuple[Tensor, Axes], args: Any, kwargs: Any) -> str:
+    dims = args[1] if len(args) > 1 else kwargs.get("dim", kwargs.get("axis"))
+    dims = (dims,) if isinstance(dims, int) else dims
+    names = operand[1].names
+    if not isinstance(dims, tuple | list):
+        return names
+    return "".join(names[d] for d in dims if isinstance(d, int) and -len(names) <= d < len(names))
+
+
+def tensors(value: Any) -> Iterator[Tensor]:
+    """Yield the tensors in nested arguments or results."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        yield from tensors(tuple(value.values()))
+    elif isinstance(value, tuple | list):
+        for entry in value:
+            yield from tensors(entry)

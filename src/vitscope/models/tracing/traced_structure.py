@@ -1,0 +1,202 @@
+"""Structure of a network from one forward pass: units, layers between them, and the kind and stage of every parameter."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from vitscope.core.tap import Kind
+from vitscope.models.structure.residual_structure import TOKENS, ModelComponent, ResidualUnit
+from vitscope.models.tracing.graph import Node, Trace
+from vitscope.models.tracing.layers_between import Body, LayerBetween
+from vitscope.models.tracing.reads import read_call
+from vitscope.models.tracing.units import TracedUnit, described, traced_units
+
+Place = tuple[Kind, int]
+_POSITIONS = ("pos_embed", "pos_embedding", "position_embeddings", "cls_pos")
+
+
+@dataclass(frozen=True)
+class TracedStructure:
+    """Components in the order of execution, and the place of every parameter.
+
+    Attributes:
+        components: Residual units and layers between them.
+        places: Kind and stage of each parameter by name.
+        uncovered: Messages about what belongs to no unit; the first one is raised by measures that speak of kinds.
+    """
+
+    components: list[ModelComponent]
+    places: dict[str, Place]
+    uncovered: list[str]
+
+
+def traced_structure(model: nn.Module, trace: Trace) -> TracedStructure | None:
+    """Return the structure that a traced pass shows; None for a network that is not residual.
+
+    A network is residual if blocks of its units hold more parameters than the layers between them, pooling left out, and if
+    its sums go on as a stream: ConvMixer, whose residual depthwise convolutions stand between plain 1x1 convolutions, is
+    none, nor is NASNet, whose sums are concatenated.
+    """
+    units = traced_units(trace)
+    concatenated = [unit for unit in units if _is_only_concatenated(trace, unit.addition.result)]
+    if len(units) <= 2 * len(concatenated):
+        return None
+    body = Body(trace, units)
+    layers = body.layers()
+    if _n_parameters(model, [c for c in layers if c.kind in ("conv", "mlp") and not c.like_units]) > _n_parameters(
+        model, [*units, *(layer for layer in layers if layer.like_units)]
+    ):
+        return None
+    components = _components(trace, units, layers)
+    places, uncovered = _places(model, trace, body, layers, components)
+    for node in body.uncovered_attention(layers):
+        uncovered.insert(0, f"attention module {_owner(trace, node)} is not part of a known unit")
+    return TracedStructure(components, places, uncovered)
+
+
+def _n_parameters(model: nn.Module, parts: Sequence[TracedUnit | LayerBetween]) -> int:
+    names = {name for part in parts for name in part.parameters}
+    return sum(p.numel() for name, p in model.named_parameters() if name in names)
+
+
+def _is_only_concatenated(trace: Trace, index: int) -> bool:
+    users = trace.consumers[index]
+    return bool(users) and all(trace.nodes[user].op in ("cat", "concat", "concatenate") for user in users)
+
+
+def _components(trace: Trace, units: Sequence[TracedUnit], layers: Sequence[LayerBetween]) -> list[ModelComponent]:
+    """Return units and layers between them in the order of execution, with their stages."""
+    ordered = sorted([*units, *layers], key=lambda c: c.addition.result if isinstance(c, TracedUnit) else c.call.end)
+    sizes = sorted({c.n_positions for c in ordered if c.n_positions > 1}, reverse=True)
+    components: list[ModelComponent] = []
+    stage = 1
+    for c in ordered:
+        if c.n_positions > 1:
+            stage = 1 + sum(size > c.n_positions for size in sizes)
+        if isinstance(c, TracedUnit):
+            components.append(ModelComponent(c.name, described(trace, c), c.block, stage, c.n_prefix, c.parameters))
+        else:
+            part = ResidualUnit(c.kind, read_call(trace, c.call), subsamples=c.subsamples)
+            prefix = trace.nodes[c.call.output].axes.n_prefix
+            components.append(ModelComponent(c.call.path, part, c.call.module, stage, prefix, c.parameters))
+    return components
+
+
+def _places(
+    model: nn.Module, trace: Trace, body: Body, layers: Sequence[LayerBetween], components: Sequence[ModelComponent]
+) -> tuple[dict[str, Place], list[str]]:
+    places: dict[str, Place] = {}
+    uncovered: list[str] = []
+    for component in components:
+        place = (component.part.kind, component.stage)
+        for name in component.parameters or ():
+            if name in places and places[name][0] != place[0]:
+                uncovered.append(f"parameter {name} is shared by units of kinds {places[name][0]} and {place[0]}")
+            places.setdefault(name, place)
+    head: Place = ("head", max(c.stage for c in components) + 1)
+    by_name = {c.name: (c.part.kind, c.stage) for c in components}
+    union = trace.with_private_sources(set(body.owners))
+    for name, users in trace.parameter_nodes.items():
+        if name not in places:
+            place = _place(trace, body, [trace.nodes[i] for i in users], name, head, by_name, union)
+            if place is None:
+                uncovered.append(_unclear(name, _owner(trace, trace.nodes[users[0]]), trace.nodes[users[0]], body))
+            else:
+                places[name] = place
+    _place_unused(model, places, head, uncovered)
+    order = [name for name, _ in model.named_parameters()]
+    return {name: places[name] for name in order if name in places}, uncovered
+
+
+def _place(
+    trace: Trace, body: Body, users: Sequence[Node], name: str, head: Place, by_name: dict[str, Place], union: set[int]
+) -> Place | None:
+    """Return the place of a parameter outside of units; None where none is certain."""
+    node = users[0]
+    precedes, follows = body.precedes(node), body.follows(node)
+    if not node.varying and node.index in union:  # a table that several units share
+        owner = next((body.owners[i] for i in sorted(body.owners) if trace.is_ancestor(node.index, i)), None)
+        return by_name[owner.name] if owner is not None else None
+    before = [unit for unit in body.units if trace.is_ancestor(unit.addition.result, node.index)]
+    if not precedes:
+        # the stream that it reads ends here, or there is a later unit on it: a second head in the middle
+        blocks = {trace.nodes[unit.addition.result].stack[-1]: unit for unit in body.units}
+        inside = [blocks[call] for call in node.stack[1:] if call in blocks]
+        if inside:  # what the block of a unit computes for the output alone
+            return by_name[inside[-1].name]
+        ends = before and not any(trace.is_ancestor(before[-1].addition.result, u.addition.result) for u in body.units)
+        after_last = all(i > body.last for i in _next_layers(trace, node))
+        return head if ends or after_last else None
+    key = name.rpartition(".")[2]
+    if not follows or key in TOKENS or key in _POSITIONS:
+        return ("stem", 0)
+    latest = by_name[before[-1].name]
+    if node.op.startswith("conv"):
+        return ("conv", latest[1])
+    return ("mlp", latest[1]) if node.op == "linear" else latest
+
+
+def _next_layers(trace: Trace, node: Node) -> set[int]:
+    """Return a layer of weights itself, or the first layers behind a norm or table."""
+    layers, waiting, seen = set[int](), [node.index], set[int]()
+    while waiting:
+        index = waiting.pop()
+        if trace.nodes[index].weight:
+            layers.add(index)
+            continue
+        for user in trace.consumers[index]:
+            if user not in seen:
+                seen.add(user)
+                waiting.append(user)
+    return layers or {node.index}
+
+
+def _unclear(name: str, owner: str, node: Node, body: Body) -> str:
+    where = "before the end of the last unit without an effect on its output, as in a second head"
+    return f"parameter {name} of {owner} is used {where}"
+
+
+def _place_unused(model: nn.Module, places: dict[str, Place], head: Place, uncovered: list[str]) -> None:
+    """Give parameters that the pass does not use the place of the module around them, if it has one place."""
+    unused = [name for name, _ in model.named_parameters() if name not in places]
+    told = []
+    for name in unused:
+        if any(name in text.split() for text in uncovered):
+            continue
+        path = name.rpartition(".")[0]
+        while path:
+            around = {place for other, place in places.items() if other.startswith(path + ".")}
+            if around:
+                break
+            path = path.rpartition(".")[0]
+        else:
+            around = set()
+        if len(around) == 1:
+            places[name] = around.pop()
+            told.append(name)
+        elif "head" in name.split(".")[0]:
+            places[name] = head
+            told.append(name)
+        else:
+            uncovered.append(f"parameter {name} is not used by the forward pass in eval mode")
+    if told:
+        more = f" and {len(told) - 3} more" if len(told) > 3 else ""
+        warnings.warn(
+            f"parameters that the forward pass in eval mode does not use have their unit's kind: {', '.join(told[:3])}{more}",
+            stacklevel=5,
+        )
+
+
+def _owner(trace: Trace, node: Node) -> str:
+    """Return the path of the innermost module with parameters around a node."""
+    for i in reversed(node.stack):
+        call = trace.calls[i]
+        if next(call.module.parameters(), None) is not None:
+            return call.path or type(call.module).__name__
+    return ""
+
+
