@@ -27,6 +27,7 @@ _HOME = {
     "Objective": "core.objective",
     "Tap": "core.tap",
     "taps": "models.structure.taps",
+    "structure": "models.structure.structure",
     "one_pass": "core.feature_pass",
     "plot": "plotting.api",
     "CurvatureOptions": "linalg.curvature.curvature_options",

@@ -22,6 +22,8 @@ class Tap:
         layout: Axes of that tensor: ``NCHW``, ``NHWC``, ``NLC`` (tokens) or ``NCL``; ``unknown`` for one that is no map.
         n_prefix: Class, distillation and register tokens in front of the grid, dropped from the map.
         grid: Rows and columns of the tokens, to be declared where no convolution or pooling of the forward pass shows them.
+        call: Which of the module's calls in a forward pass is read, from 0.
+        n_calls: Number of its calls in a pass.
         subsamples: Whether the unit made the map smaller (strided blocks, pooling, patch merging).
     """
 
@@ -35,6 +37,8 @@ class Tap:
     n_prefix: int = 0
     grid: tuple[int, int] | None = None
     subsamples: bool = False
+    call: int = 0
+    n_calls: int = 1
 
 
 Kind = Literal["stem", "conv", "msa", "mlp", "pool", "head"]

@@ -49,6 +49,22 @@ class ConfigError(VitscopeError):
     exit_code = 2
 
 
+class StructureError(VitscopeError, ValueError):
+    """A part of a network that no known unit covers, where a measure speaks of kinds of units (exit code 2).
+
+    Args:
+        model: Name of the network.
+        problem: The first module that no unit covers, or what is not certain.
+        fix: What to pass or to describe.
+    """
+
+    exit_code = 2
+
+    def __init__(self, model: str, problem: str, fix: str = "pass structure=[...]") -> None:
+        VitscopeError.__init__(self, model, None, problem, fix)
+        self.args = (model, problem, fix)  # what __init__ takes, so that the error survives pickling
+
+
 class DataError(VitscopeError):
     """Data that is missing, unreadable or does not fit (exit code 3)."""
 

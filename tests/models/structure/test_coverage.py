@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import warnings
 
 import pytest
@@ -12,10 +13,10 @@ from torch import Tensor, nn
 
 import vitscope as vs
 from vitscope import models
-from vitscope.models.structure.coverage import missing_units
 from vitscope.models.structure.parameter_groups import parameter_kinds, parameter_stages
-from vitscope.models.structure.residual_units import known_units, units
-from vitscope.models.structure.taps import taps
+from vitscope.models.structure.residual_units import known_units, units, zeroed
+from vitscope.models.structure.taps import missing_units, taps
+from vitscope.runtime.errors import StructureError
 
 
 class ExplicitMixing(nn.Module):
@@ -62,7 +63,7 @@ class TokenMlp(nn.Module):
 
 
 class Hybrid(nn.Module):
-    """A residual convolution, which is known, and a mixing of tokens, which is not."""
+    """A residual convolution, whose block is described, and a residual mixing of tokens, whose block is not."""
 
     def __init__(self, mixing: nn.Module | None, first: bool = False) -> None:
         super().__init__()
@@ -80,6 +81,13 @@ class Hybrid(nn.Module):
         return self.head(x.mean((2, 3)))
 
 
+class Plain(Hybrid):
+    """The same without a residual addition around the mixing."""
+
+    def mixed(self, x: Tensor) -> Tensor:
+        return self.mixing(x.flatten(2).mT).mT.unflatten(2, x.shape[2:])
+
+
 def probe(model: nn.Module, side: int = 8) -> vs.Probe:
     return vs.Probe(model.eval(), [(torch.rand(4, 3, side, side), torch.tensor([0, 1, 2, 3]))])
 
@@ -87,13 +95,38 @@ def probe(model: nn.Module, side: int = 8) -> vs.Probe:
 @pytest.mark.parametrize("first", [False, True])
 @pytest.mark.parametrize("mixing", [ExplicitMixing, LinearMixing, FusedMixing, TorchMixing])
 def test_attention_outside_of_known_units_is_refused_by_name(mixing: type[nn.Module], first: bool) -> None:
-    model = Hybrid(mixing(8), first)
+    model = Plain(mixing(8), first)
     for find in (units, parameter_kinds, parameter_stages):
-        with pytest.raises(ValueError, match=r"received attention in 'mixing.*pass Probe.*taps=.* units="):
+        with pytest.raises(
+            StructureError, match=r"^Plain: attention module mixing.* is not part of a known unit; pass structure="
+        ):
             find(model)
-    with pytest.warns(UserWarning, match="no map is read after attention in 'mixing"):
+    with pytest.warns(UserWarning, match="no map is read after parts of no known unit: attention module mixing"):
         assert len(taps(model)) == 2
     assert [unit.name for unit in known_units(model)] == ["block"]
+    assert not vs.structure(model).is_complete
+
+
+@pytest.mark.parametrize("first", [False, True])
+@pytest.mark.parametrize("mixing", [ExplicitMixing, LinearMixing, FusedMixing, TorchMixing, TokenMlp])
+def test_residual_mixing_of_an_unknown_block_is_a_unit(mixing: type[nn.Module], first: bool) -> None:
+    model = Hybrid(mixing(8), first).double().eval()
+    kind = "mlp" if mixing is TokenMlp else "msa"
+    kinds = parameter_kinds(model)
+    assert {kinds[name] for name in kinds if name.startswith("mixing")} == {kind}
+    assert {name.split(".")[0] for name in kinds if kinds[name] in ("stem", "head")} == {"stem", "head"}
+    found = units(model)
+    assert [unit.kind for unit in found] == ([kind, "conv"] if first else ["conv", kind])
+    x = torch.rand(2, 3, 8, 8, dtype=torch.float64)
+    with torch.no_grad(), zeroed(next(unit for unit in found if unit.kind == kind)):
+        removed = model(x)
+    assert torch.equal(removed, Hybrid.forward(_without(model), x))
+
+
+def _without(model: nn.Module) -> nn.Module:
+    copied = copy.deepcopy(model)
+    copied.mixing = None
+    return copied
 
 
 @pytest.mark.parametrize(
@@ -104,15 +137,15 @@ def test_attention_outside_of_known_units_is_refused_by_name(mixing: type[nn.Mod
     ],
 )  # fmt: skip
 def test_measures_that_compare_kinds_refuse_attention_outside_of_units(measure) -> None:
-    with pytest.raises(ValueError, match="received attention in 'mixing'"):
-        measure(probe(Hybrid(ExplicitMixing(8))))
+    with pytest.raises(StructureError, match="Plain: attention module mixing is not part of a known unit"):
+        measure(probe(Plain(ExplicitMixing(8))))
 
 
 def test_measures_of_maps_alone_go_on_with_one_notice() -> None:
     for measure in (vs.effective_rank, vs.cka):
         with warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always")
-            result = measure(probe(Hybrid(ExplicitMixing(8))))
+            result = measure(probe(Plain(ExplicitMixing(8))))
         assert result.taps == ("stem", "block")
         assert sum("no map is read after" in str(w.message) for w in told) == 1
 
@@ -129,9 +162,9 @@ def test_taps_by_hand_are_trusted() -> None:
 def test_an_mlp_on_tokens_outside_of_known_units_is_refused() -> None:
     for first in (False, True):
         with pytest.raises(
-            ValueError, match=r"received (an MLP|a linear layer on tokens after the last unit) in 'mixing"
+            StructureError, match=r"Plain: (MLP|linear layer on tokens after the last unit) mixing.* is not part of"
         ):
-            units(Hybrid(TokenMlp(8), first))
+            units(Plain(TokenMlp(8), first))
 
 
 def test_one_product_of_activations_is_no_attention() -> None:
@@ -148,7 +181,7 @@ def test_networks_that_do_not_run_are_judged_by_their_class_names() -> None:
         def forward(self, x: Tensor, text: Tensor) -> Tensor:  # type: ignore[override]
             return super().forward(x)
 
-    with pytest.raises(ValueError, match=r"attention in 'mixing.inner' \(MultiheadAttention\)"):
+    with pytest.raises(ValueError, match=r"attention module mixing.inner is not part of a known unit"):
         units(Never(TorchMixing(8)))
     with pytest.warns(UserWarning, match="does not run on images of the sizes that were tried"):
         assert list(parameter_kinds(Never(None)).values())[-1] == "head"

@@ -221,10 +221,11 @@ def test_a_model_inside_another_is_found() -> None:
 
 
 def test_gates_of_an_unknown_convnet_are_not_read() -> None:
-    model = timm.create_model("regnety_002", num_classes=3).eval()
+    model = timm.create_model("lcnet_035", num_classes=3).eval()
+    assert any(".se." in name for name, _ in model.named_modules())
     read = maps(model, torch.rand(1, 3, 64, 64))
     assert not any(".se." in name for name in read)
-    assert read["s1.b1.conv1.conv"].shape == (1, 24, 32, 32)
+    assert read["blocks.0.0.conv_dw"].shape == (1, 8, 32, 32)
 
 
 def test_maps_that_are_not_one_an_image_are_refused() -> None:
@@ -256,9 +257,15 @@ def test_a_model_without_anything_known_says_how_to_pass_taps() -> None:
 
 
 def test_a_transformer_of_unknown_blocks_is_refused_rather_than_read_at_its_patches() -> None:
-    model = timm.create_model("cait_xxs24_224", img_size=32)
-    with pytest.raises(ValueError, match=r"Cait has no block that vitscope knows; pass taps="):
-        taps(model)
+    layers = (
+        nn.Conv2d(3, 8, 4, 4),
+        nn.Flatten(2),
+        nn.TransformerEncoderLayer(64, 2, 16),
+        nn.Flatten(),
+        nn.Linear(512, 2),
+    )
+    with pytest.raises(ValueError, match=r"Sequential has no block that vitscope knows; pass taps="):
+        taps(nn.Sequential(*layers[:2], *layers[3:]))
     assert len(taps(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4, 2)))) == 1
 
 

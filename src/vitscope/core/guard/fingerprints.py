@@ -68,7 +68,9 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     if a.layout != b.layout or a.shape != b.shape or a.dtype != b.dtype:
         return False
     try:
-        return all(x.shape == y.shape and (x.is_meta or torch.equal(x, y)) for x, y in zip(dense_parts(a), dense_parts(b)))
+        return all(
+            x.shape == y.shape and (x.is_meta or torch.equal(x, y)) for x, y in zip(dense_parts(a), dense_parts(b))
+        )
     except ValueError:  # an opaque layout
         return False
 

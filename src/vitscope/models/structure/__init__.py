@@ -1,22 +1,29 @@
 """Structure of a model: taps, residual units, parameter groups and attention weights."""
 
 from vitscope.core.tap import Tap
-from vitscope.models.structure.coverage import missing_units, refuse_missing_units, warn_missing_units
+from vitscope.models.structure.coverage import refuse_missing_units, warn_missing_units
+from vitscope.models.structure.declared_units import UnitDescription, declare_units
 from vitscope.models.structure.residual_structure import ModelComponent, Read, ResidualUnit, parts
 from vitscope.models.structure.residual_units import Unit, known_units
-from vitscope.models.structure.taps import known_taps, reading
+from vitscope.models.structure.structure import Structure, StructureUnit, structure
+from vitscope.models.structure.taps import known_taps, missing_units, reading
 
 __all__ = [
     "ModelComponent",
     "Read",
     "ResidualUnit",
+    "Structure",
+    "StructureUnit",
     "Tap",
     "Unit",
+    "UnitDescription",
+    "declare_units",
     "known_taps",
     "known_units",
     "missing_units",
     "parts",
     "reading",
     "refuse_missing_units",
+    "structure",
     "warn_missing_units",
 ]

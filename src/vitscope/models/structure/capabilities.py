@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from vitscope.core.guard.eager_execution import unwrapped
+from vitscope.models.structure.found_structure import find_structure
 from vitscope.models.structure.parameter_groups import parameter_kinds
-from vitscope.models.structure.residual_structure import residual_structure
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,6 @@ def capabilities_of(model: nn.Module) -> ModelCapabilities:
         ValueError: If the model has neither a known block nor a convolution, or a parameter whose kind is not certain.
     """
     return ModelCapabilities(
-        residual_units=any(component.part.branch_out is not None for component in residual_structure(model)),
+        residual_units=any(component.part.is_residual for component in find_structure(unwrapped(model)).components),
         stem="stem" in parameter_kinds(model).values(),
     )

@@ -5,22 +5,39 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 
-from torch import Tensor, nn
+from torch import nn
 
-from vitscope.core.guard.eager_execution import unwrapped
-from vitscope.models.structure.execution import Execution, Stack, execution
-from vitscope.models.structure.residual_structure import ModelComponent, is_gate, residual_structure
+from vitscope.models.structure.execution import Execution, Stack
+from vitscope.models.structure.residual_structure import ModelComponent, is_gate
+from vitscope.runtime.errors import StructureError
 
 #: attention that weighs channels or positions and mixes none, and pooling by attention in a head
 _NO_MIXING = ("channel", "spatial", "split", "coord", "kernel", "pool", "gate", "cbam", "eca", "effective")
+#: end of the text about a part without a unit, behind its name
+NOT_COVERED = " is not part of a known unit"
 _ADVICE = (
-    "describe its block, @vitscope.models.structure.parts.register({block}), or pass Probe(..., taps=[vitscope.Tap(...), ...]) "
-    "and units=[vitscope.models.structure.Unit(...), ...] by hand (vitscope.models.structure.known_units(model) leaves it out)"
+    "pass structure=[vitscope.models.structure.UnitDescription(...), ...], {register}or pass "
+    "Probe(..., taps=[vitscope.Tap(...), ...]) and units=[vitscope.models.structure.Unit(...), ...] by hand"
 )
 
 
-def missing_units(model: nn.Module, images: Tensor | None = None) -> list[tuple[str, str]]:
-    """Return, for each module that attends, or is an MLP on tokens, outside of the known units, what it is and its block's class.
+def fix_of(block: str) -> str:
+    """Return what to do about a part without a unit; ``block`` is the class of the block around it, if it is known."""
+    register = f"describe its block, @vitscope.models.structure.parts.register({block}), " if block else ""
+    return _ADVICE.format(register=register)
+
+
+def model_name(model: nn.Module) -> str:
+    """Return the name of timm's configuration of a model, else that of its class."""
+    configuration = getattr(model, "pretrained_cfg", None)
+    name = configuration.get("architecture") if isinstance(configuration, dict) else None
+    return name if isinstance(name, str) and name else type(model).__name__
+
+
+def missing_from(
+    model: nn.Module, components: Sequence[ModelComponent], observed: Execution | None
+) -> Iterator[tuple[str, str]]:
+    """Yield, for each module that attends, or is an MLP on tokens, outside of units, a text about it and its block's class.
 
     One small forward pass shows what attends: calls of attention, and products of activations with a softmax or a product
     of activations. Squeeze and excitation is none, nor is pooling by attention in a head. Where the model does not run, the
@@ -28,37 +45,25 @@ def missing_units(model: nn.Module, images: Tensor | None = None) -> list[tuple[
 
     Args:
         model: The model.
-        images: (B, C, H, W) that the model takes; None to try the sizes that it states.
-
-    Raises:
-        ValueError: A model of which nothing is known.
+        components: Its units.
+        observed: The pass; None where the model does not run.
     """
-    model = unwrapped(model)
-    components = residual_structure(model)
-    return list(_missing(model, components, execution(model, residual_blocks(components), images)))
-
-
-def check_units(model: nn.Module, components: Sequence[ModelComponent], observed: Execution | None) -> None:
-    """Raise ValueError where attention or an MLP of the model lies outside of its known units."""
-    refuse_missing_units(model, list(_missing(model, components, observed)))
+    return _missing(model, components, observed)
 
 
 def refuse_missing_units(model: nn.Module, missing: Sequence[tuple[str, str]]) -> None:
-    """Raise ValueError that names the first of what `missing_units` gave, if there is any."""
+    """Raise StructureError that names the first part that no unit covers, if there is any."""
     for text, block in missing[:1]:
-        raise ValueError(
-            f"Expected every attention and MLP of {type(model).__name__} in a residual unit that vitscope knows, received "
-            f"{text}: {_ADVICE.format(block=block)}."
-        )
+        raise StructureError(model_name(model), text, fix_of(block))
 
 
 def warn_missing_units(model: nn.Module, missing: Sequence[tuple[str, str]]) -> None:
-    """Warn once, in one line, of what `missing_units` gave: no tap of the model follows it."""
+    """Warn once, in one line, of parts that no unit covers: no tap of the model follows it."""
     if missing:
         texts = [text for text, _ in missing]
         listed_texts = ", ".join(texts[:4]) + (f" and {len(texts) - 4} more" if len(texts) > 4 else "")
         warnings.warn(
-            f"taps of {type(model).__name__}: no map is read after {listed_texts}; "
+            f"taps of {type(model).__name__}: no map is read after parts of no known unit: {listed_texts}; "
             "pass Probe(..., taps=[vitscope.Tap(...), ...])",
             stacklevel=3,
         )
@@ -66,7 +71,7 @@ def warn_missing_units(model: nn.Module, missing: Sequence[tuple[str, str]]) -> 
 
 def residual_blocks(components: Sequence[ModelComponent]) -> list[nn.Module]:
     """Return the blocks of the residual units, none for a plain network."""
-    return [piece.block for piece in components if piece.part.branch_out is not None]
+    return [piece.block for piece in components if piece.part.is_residual]
 
 
 def _missing(
@@ -79,7 +84,7 @@ def _missing(
         if name not in reported:
             reported.add(name)
             parent = type(stack[-2][1] if len(stack) > 1 else module).__name__
-            yield f"{what} in {name or 'the model itself'!r} ({type(module).__name__})", parent
+            yield f"{what} {name or type(module).__name__}{NOT_COVERED}", parent
 
 
 def _uncovered(
@@ -88,7 +93,7 @@ def _uncovered(
     if observed is None:
         for stack in _stacks(model):
             if _is_named_attention(stack[-1][1]) and not _is_covered(stack, components, by_name=True):
-                yield "attention", stack
+                yield "attention module", stack
         return
     blocks = residual_blocks(components)
     end = max((observed.ends.get(block, 0) for block in blocks), default=0)
@@ -96,22 +101,22 @@ def _uncovered(
         if _is_gated(call.stack) or (call.time > end and _is_pooling(call.stack)):
             continue
         if not _is_covered(call.stack, components, by_name=call.queries < 2 and not call.fused):
-            yield "attention", _owner(call.stack)
+            yield "attention module", _owner(call.stack)
     for stack in _stacks(model):
         module = stack[-1][1]
         used = module in observed.starts and _is_named_attention(module) and not _is_gated(stack)
         if used and not _is_covered(stack, components, by_name=True):
-            yield "attention", stack
+            yield "attention module", stack
     last = end or max((observed.starts.get(piece.block, 0) for piece in components), default=0)
     for stack in _stacks(model):
         if observed.ends.get(stack[-1][1], last) < last and _is_named_mlp(stack) and not _in_block(stack, blocks):
-            yield "an MLP", stack
+            yield "MLP", stack
     for stack, _ in observed.pointwise:
         if not _is_gated(stack) and not _in_block(stack, blocks):
-            yield "an MLP of 1x1 convolutions", stack
+            yield "MLP of 1x1 convolutions", stack
     for stack, time in observed.token_layers:
         if time > end and not _is_gated(stack) and not _is_pooling(stack) and not _in_block(stack, blocks):
-            yield "a linear layer on tokens after the last unit", stack
+            yield "linear layer on tokens after the last unit", stack
 
 
 def _is_covered(stack: Stack, components: Sequence[ModelComponent], by_name: bool) -> bool:
@@ -119,7 +124,7 @@ def _is_covered(stack: Stack, components: Sequence[ModelComponent], by_name: boo
     modules = [module for _, module in stack]
     for piece in components:
         kinds = ("msa", "pool", "conv") if by_name else ("msa",)
-        if piece.part.branch_out is None or piece.part.kind not in kinds or piece.block not in modules:
+        if not piece.part.is_residual or piece.part.kind not in kinds or piece.block not in modules:
             continue
         depth = modules.index(piece.block)
         inside = stack[depth + 1][0].removeprefix(stack[depth][0]).strip(".") if depth + 1 < len(stack) else ""

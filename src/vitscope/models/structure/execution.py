@@ -100,6 +100,7 @@ def execution(model: nn.Module, blocks: Collection[nn.Module], images: Tensor | 
 
 
 def enter_guards(stack: ExitStack, model: nn.Module) -> None:
+    """Make a model safe to observe in eval mode, with gradients of all parameters, while the stack is open."""
     device = next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
     stack.enter_context(torch.inference_mode(False))
     stack.enter_context(eager_execution(model))
@@ -113,6 +114,7 @@ def enter_guards(stack: ExitStack, model: nn.Module) -> None:
 
 
 def trial_images(model: nn.Module, images: Tensor | None) -> Iterator[Tensor]:
+    """Yield the first of the images; without any, random images of the sizes that the model states, then of usual ones."""
     first = next(model.parameters(), torch.empty(0))
     dtype = probe_guard.float_dtype(model)
     if images is not None:

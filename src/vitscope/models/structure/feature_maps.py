@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from vitscope.core.guard.eager_execution import eager_execution, unwrapped
 from vitscope.core.tap import Layout
+from vitscope.runtime.errors import StructureError
 
 #: modules whose outputs are maps (B, C, h, w)
 _SPATIAL = (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
@@ -109,8 +110,15 @@ def to_map(
         forward_pass: The pass in which it was read.
 
     Raises:
+        StructureError: A layout that is not known.
         ValueError: A tensor of another number of axes, tokens whose grid is not certain, or not one map an image.
     """
+    if layout == "unknown":
+        raise StructureError(
+            name,
+            "its tensor is no map whose axes the forward pass shows (tokens that are cut into windows or put in another order)",
+            "pass taps=[...] or units=[...] without it",
+        )
     expected_ndim = 4 if layout in ("NCHW", "NHWC") else 3
     if value.ndim != expected_ndim:
         raise ValueError(f"tap {name!r} reads a tensor of shape {tuple(value.shape)}, not a {layout} map.")

@@ -9,10 +9,11 @@ from torch import Tensor, nn
 
 from vitscope.core.guard.eager_execution import unwrapped
 from vitscope.core.tap import Kind
-from vitscope.models.structure import timm_blocks as timm_blocks  # describes timm's and torchvision's blocks
-from vitscope.models.structure.coverage import check_units, residual_blocks
-from vitscope.models.structure.execution import Execution, execution
-from vitscope.models.structure.residual_structure import TOKENS, ModelComponent, is_gate, residual_structure
+from vitscope.models.structure.coverage import fix_of, model_name, refuse_missing_units, residual_blocks
+from vitscope.models.structure.execution import Execution
+from vitscope.models.structure.found_structure import FoundStructure, find_structure
+from vitscope.models.structure.residual_structure import TOKENS, ModelComponent, is_gate, owns
+from vitscope.runtime.errors import StructureError
 
 Place = tuple[Kind, int]
 
@@ -48,23 +49,43 @@ def parameter_stages(model: nn.Module, images: Tensor | None = None) -> dict[str
 def _places(model: nn.Module, images: Tensor | None) -> dict[str, Place]:
     names = [name for name, _ in model.named_parameters()]
     inner = unwrapped(model)
-    components = residual_structure(inner)
+    model_structure = find_structure(inner, images)
+    refuse_missing_units(inner, model_structure.missing)
     original = [name for name, _ in inner.named_parameters()]  # those of a compiled model have a prefix
-    owned = {name: piece for name in original for piece in components if _owns(inner, piece, name)}
-    observed = execution(inner, residual_blocks(components), images)
-    check_units(inner, components, observed)
+    places = places_of(inner, model_structure)
+    return dict(zip(names, (places[name] for name in original), strict=True))
+
+
+def parameters_of(model: nn.Module, component: ModelComponent) -> tuple[str, ...]:
+    """Return the names of the parameters of a unit."""
+    if component.parameters is not None:
+        return component.parameters
+    return tuple(name for name, _ in model.named_parameters() if owns(model, component, name))
+
+
+def places_of(inner: nn.Module, model_structure: FoundStructure) -> Mapping[str, Place]:
+    """Return kind and stage of each parameter of a model whose units were found.
+
+    Raises:
+        ValueError: A parameter outside of units that is not used, or used between them for something else.
+    """
+    if model_structure.unclear:
+        raise StructureError(model_name(inner), model_structure.unclear[0], fix_of(""))
+    if model_structure.places is not None:
+        _warn_unused(model_structure.unused)
+        return model_structure.places
+    components, observed = model_structure.components, model_structure.observed
+    original = [name for name, _ in inner.named_parameters()]
+    owned = {name: piece for name in original for piece in components if owns(inner, piece, name)}
     if observed is None:
         warnings.warn(
             f"{type(inner).__name__} does not run on images of the sizes that were tried: kinds and stages follow the order of "
             "registration; pass images=",
             stacklevel=4,
         )
-    places = (
-        _by_registration(original, owned, components)
-        if observed is None
-        else _by_execution(inner, owned, components, observed)
-    )
-    return dict(zip(names, (places[name] for name in original), strict=True))
+    if observed is None:
+        return _by_registration(original, owned, components)
+    return _by_execution(inner, owned, components, observed)
 
 
 def _by_registration(
@@ -142,11 +163,15 @@ def _check_used(model: nn.Module, owned: Mapping[str, ModelComponent], observed:
     for name in unused:
         if name not in owned:
             raise _unclear(name, "that the forward pass in eval mode does not use")
+    _warn_unused(unused)
+
+
+def _warn_unused(unused: Sequence[str]) -> None:
     if unused:
         more = f" and {len(unused) - 3} more" if len(unused) > 3 else ""
         warnings.warn(
             f"parameters that the forward pass in eval mode does not use have their unit's kind: {', '.join(unused[:3])}{more}",
-            stacklevel=5,
+            stacklevel=6,
         )
 
 
@@ -156,12 +181,3 @@ def _unclear(name: str, what: str) -> ValueError:
         "delete it from the model, describe its block with @vitscope.models.structure.parts.register(Block), or choose "
         "parameters by layer:<module> or a name pattern."
     )
-
-
-def _owns(model: nn.Module, piece: ModelComponent, name: str) -> bool:
-    suffix = piece.part.suffix
-    path = piece.name.removesuffix(suffix).rstrip(".") if suffix else piece.name
-    if path and not name.startswith(path + "."):
-        return False
-    child = name[len(path) + 1 :].split(".")[0] if path else name.split(".")[0]
-    return not piece.part.children or child in piece.part.children

@@ -25,7 +25,8 @@ class Read:
 
     ``NCHW`` and ``NHWC`` are maps; ``NLC`` (tokens, channels) and ``NCL`` (channels, tokens) are sequences. Of a module that
     runs ``n_calls`` times in a forward pass, call number ``call`` is read, counted from 0. ``n_prefix`` is the number of
-    prefix tokens of this tensor where a forward pass has shown it; None where the unit states it.
+    prefix tokens of this tensor where a forward pass has shown it; None where the unit states it. ``has_map`` is false for a
+    tensor without positions, such as a class token alone.
     """
 
     module: nn.Module
@@ -34,6 +35,7 @@ class Read:
     call: int = 0
     n_calls: int = 1
     n_prefix: int | None = None
+    has_map: bool = True
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,7 @@ class ResidualUnit:
         attention: The module that calls ``scaled_dot_product_attention``, for units of kind ``msa``.
         conv3x3: The 3x3 convolution that an identity can replace, if there is one.
         subsamples: Whether the map becomes smaller.
+        stream: The stream that the unit reads, where a forward pass has shown it.
         residual: Whether the unit adds to a stream, also where no module returns its branch (``branch_out`` is None).
     """
 
@@ -63,6 +66,7 @@ class ResidualUnit:
     conv3x3: nn.Conv2d | None = None
     subsamples: bool = False
     residual: bool = False
+    stream: Read | None = None
 
     @property
     def is_residual(self) -> bool:
@@ -128,7 +132,7 @@ def residual_structure(model: nn.Module) -> list[ModelComponent]:
         for part in _units_of_module(module):
             if part.is_residual and _container(name) not in stages:
                 stages.append(_container(name))
-            stage = len(stages) + (part.branch_out is None)  # a pooling layer opens the stage after it
+            stage = len(stages) + (not part.is_residual)  # a pooling layer opens the stage after it
             unit_name = ".".join(filter(None, (name, part.suffix)))
             components.append(ModelComponent(unit_name, part, module, stage, _prefix_tokens(ancestors)))
     residual = [i for i, piece in enumerate(components) if piece.part.is_residual]
@@ -232,3 +236,13 @@ def is_gate(module: nn.Module) -> bool:
 def _is_patch_embedding(module: nn.Module) -> bool:
     """Whether a model whose only convolution this is must be a transformer of unknown blocks."""
     return isinstance(module, nn.Conv2d) and module.stride == module.kernel_size and max(module.kernel_size) > 1
+
+
+def owns(model: nn.Module, piece: ModelComponent, name: str) -> bool:
+    """Whether a parameter belongs to a unit of a described block, by its name."""
+    suffix = piece.part.suffix
+    path = piece.name.removesuffix(suffix).rstrip(".") if suffix else piece.name
+    if path and not name.startswith(path + "."):
+        return False
+    child = name[len(path) + 1 :].split(".")[0] if path else name.split(".")[0]
+    return not piece.part.children or child in piece.part.children

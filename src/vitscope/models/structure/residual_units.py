@@ -11,12 +11,11 @@ from torch import Tensor, nn
 
 from vitscope.core.guard.eager_execution import unwrapped
 from vitscope.core.tap import Kind
-from vitscope.models.structure import timm_blocks as timm_blocks  # describes timm's and torchvision's blocks
-from vitscope.models.structure.coverage import check_units, residual_blocks
-from vitscope.models.structure.execution import execution
+from vitscope.models.structure.coverage import refuse_missing_units
 from vitscope.models.structure.feature_maps import observed_pass, to_map
-from vitscope.models.structure.residual_structure import Read, residual_structure
-from vitscope.models.structure.taps import attach
+from vitscope.models.structure.found_structure import FoundStructure, find_structure
+from vitscope.models.structure.residual_structure import Read
+from vitscope.models.structure.taps import attach, counted_calls
 
 Side = Literal["input", "output"]
 
@@ -33,7 +32,7 @@ class Unit:
         block: The block it belongs to, called with the stream as first argument.
         branch_in: The branch's normalized input; where there is no norm before the branch (post-activation
             ResNet, ConvNeXt, post-norm transformers), the stream.
-        branch_out: The branch's output as it is added.
+        branch_out: The branch's output as it is added; None where no module returns it, so that it cannot be read or removed.
         n_prefix: Prefix tokens in front of the grid.
         grid: Rows and columns of the tokens, to be declared where no convolution or pooling of the forward pass shows them.
         subsamples: Whether the block makes the map smaller: branch input and output differ in size.
@@ -46,8 +45,8 @@ class Unit:
     stage: int
     depth: float
     block: nn.Module
-    branch_in: Read
-    branch_out: Read
+    branch_in: Read | None
+    branch_out: Read | None
     n_prefix: int = 0
     grid: tuple[int, int] | None = None
     subsamples: bool = False
@@ -64,7 +63,7 @@ class Unit:
     def window(self) -> tuple[int, int] | None:
         """Side lengths of the attention window; None if attention sees the whole grid."""
         size = getattr(self.attention, "window_size", None)
-        if self.branch_in.layout == "NLC":  # a sequence is never cut into windows
+        if self.branch_in is None or self.branch_in.layout == "NLC":  # a sequence is never cut into windows
             return None
         return (size, size) if isinstance(size, int) else size
 
@@ -80,22 +79,24 @@ def units(model: nn.Module, images: Tensor | None = None) -> list[Unit]:
     Raises:
         ValueError: If the model has none that vitscope knows, or attention or an MLP outside of those.
     """
-    residual_units = known_units(model)
     inner = unwrapped(model)
-    components = residual_structure(inner)
-    check_units(inner, components, execution(inner, residual_blocks(components), images))
+    model_structure = find_structure(inner, images)
+    residual_units = _units(inner, model_structure)
+    refuse_missing_units(inner, model_structure.missing)
     return residual_units
 
 
-def known_units(model: nn.Module) -> list[Unit]:
-    """The residual units that vitscope knows, where the model may have others: for ``units=`` of a measure.
+def known_units(model: nn.Module, images: Tensor | None = None) -> list[Unit]:
+    """The residual units that vitscope finds, where the model may have others: for ``units=`` of a measure.
 
-    Depths and stages are counted over the known units alone.
-
-    Raises:
-        ValueError: If the model has none that vitscope knows.
+    Depths and stages are counted over these units alone. Arguments and errors are those of `units`.
     """
-    components = [p for p in residual_structure(unwrapped(model)) if p.part.branch_out is not None]
+    inner = unwrapped(model)
+    return _units(inner, find_structure(inner, images))
+
+
+def _units(model: nn.Module, model_structure: FoundStructure) -> list[Unit]:
+    components = [p for p in model_structure.components if p.part.is_residual]
     if not components:
         raise ValueError(
             f"{type(model).__name__} has no residual unit that vitscope knows; "
@@ -105,8 +106,6 @@ def known_units(model: nn.Module) -> list[Unit]:
     residual_units = []
     for i, piece in enumerate(components):
         part = piece.part
-        assert part.branch_in is not None
-        assert part.branch_out is not None
         residual_units.append(Unit(
             piece.name, part.kind, piece.stage, i / last_index, piece.block, part.branch_in, part.branch_out, piece.n_prefix,
             None, part.subsamples, part.attention, part.conv3x3,
@@ -129,16 +128,35 @@ def reading_branches(
 
         def read(index: int, unit: Unit, side: Side, place: Read, value: Tensor) -> None:
             forward_pass.ran(f"{unit.name} ({side})")
-            fn(index, unit, side, to_map(value, unit.name, place.layout, unit.n_prefix, unit.grid, forward_pass))
+            n_prefix = unit.n_prefix if place.n_prefix is None else place.n_prefix
+            fn(index, unit, side, to_map(value, unit.name, place.layout, n_prefix, unit.grid, forward_pass))
 
         for i, unit in enumerate(units):
-            places: tuple[tuple[Side, Read], ...] = (("input", unit.branch_in), ("output", unit.branch_out))
+            places: tuple[tuple[Side, Read], ...] = (
+                ("input", _place(unit, "input")),
+                ("output", _place(unit, "output")),
+            )
             for side, place in places:
                 attach(
                     stack, place,
                     lambda value, i=i, unit=unit, side=side, place=place: read(i, unit, side, place, value),
                 )  # fmt: skip
         yield
+
+
+def _place(unit: Unit, side: Side) -> Read:
+    """Return where one side of a branch is read.
+
+    Raises:
+        ValueError: No module has it as its input or output.
+    """
+    place = unit.branch_in if side == "input" else unit.branch_out
+    if place is None:
+        raise ValueError(
+            f"Expected a module whose output is the branch of unit {unit.name!r}, received a branch that the forward pass adds "
+            f"without one ({side}): pass units=[...] without it."
+        )
+    return place
 
 
 @contextmanager
@@ -149,7 +167,7 @@ def zeroed(*units: Unit) -> Iterator[None]:
         ValueError: The branch of a unit did not run inside, so that nothing was removed.
     """
     with ExitStack() as stack:
-        ran = {unit.name: _changed_output(stack, unit.branch_out.module, _zeros) for unit in units}
+        ran = {unit.name: _changed_output(stack, _place(unit, "output"), _zeros) for unit in units}
         yield
         _check_ran(ran)
 
@@ -194,20 +212,23 @@ def conv3x3_identity(unit: Unit) -> Iterator[None]:
         raise ValueError(f"unit {unit.name!r} has no 3x3 convolution with as many outputs as inputs.")
     vertical, horizontal = unit.conv3x3.stride
     with ExitStack() as stack:
-        ran = _changed_output(stack, unit.conv3x3, lambda args, output: args[0][:, :, ::vertical, ::horizontal])
+        ran = _changed_output(stack, Read(unit.conv3x3), lambda args, output: args[0][:, :, ::vertical, ::horizontal])
         yield
         _check_ran({unit.name: ran})
 
 
-def _changed_output(stack: ExitStack, module: nn.Module, change: Callable[[Any, Any], Any]) -> list[bool]:
-    """Let the module return ``change(args, output)`` while the stack is open; the list grows with each call."""
+def _changed_output(stack: ExitStack, place: Read, change: Callable[[Any, Any], Any]) -> list[bool]:
+    """Let a module return ``change(args, output)`` while the stack is open; the list grows with each changed call."""
     ran: list[bool] = []
+    is_read = counted_calls(place)
 
     def hook(_: nn.Module, args: Any, output: Any) -> Any:
+        if not is_read():
+            return None
         ran.append(True)
         return change(args, output)
 
-    stack.callback(module.register_forward_hook(hook).remove)
+    stack.callback(place.module.register_forward_hook(hook).remove)
     return ran
 
 

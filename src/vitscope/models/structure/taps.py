@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from vitscope.core.guard.eager_execution import unwrapped
 from vitscope.core.tap import Kind, Tap
-from vitscope.models.structure import timm_blocks as timm_blocks  # describes timm's and torchvision's blocks
-from vitscope.models.structure.coverage import missing_units, warn_missing_units
+from vitscope.models.structure.coverage import warn_missing_units
 from vitscope.models.structure.feature_maps import observed_pass, to_map
-from vitscope.models.structure.residual_structure import ModelComponent, Read, residual_structure
+from vitscope.models.structure.found_structure import FoundStructure, find_structure
+from vitscope.models.structure.residual_structure import ModelComponent, Read
 
 
 def taps(model: nn.Module, images: Tensor | None = None) -> list[Tap]:
@@ -33,24 +33,57 @@ def taps(model: nn.Module, images: Tensor | None = None) -> list[Tap]:
     Raises:
         ValueError: If the model has neither a known block nor a convolution; says how to pass taps.
     """
-    model_taps = known_taps(model)
-    warn_missing_units(model, missing_units(model, images))
-    return model_taps
+    model_structure = find_structure(unwrapped(model), images)
+    warn_missing_units(model, _missing(model_structure))
+    return _taps(model_structure)
 
 
-def known_taps(model: nn.Module) -> list[Tap]:
-    """Return the taps as `taps` does, without looking for attention outside of the known units."""
-    pieces = residual_structure(unwrapped(model))
+def known_taps(model: nn.Module, images: Tensor | None = None) -> list[Tap]:
+    """Return the taps as `taps` does, without a warning of attention outside of the known units."""
+    return _taps(find_structure(unwrapped(model), images))
+
+
+def missing_units(model: nn.Module, images: Tensor | None = None) -> list[tuple[str, str]]:
+    """Return a text about each part of a model that no unit covers, and the class of the block around it if it is known.
+
+    Arguments and errors are those of `taps`.
+    """
+    return find_structure(unwrapped(model), images).missing
+
+
+def units_without_tap(model: nn.Module, images: Tensor | None = None) -> list[str]:
+    """Return the names of the units after which no module returns or takes the map."""
+    return _without_tap(find_structure(unwrapped(model), images))
+
+
+def _without_tap(model_structure: FoundStructure) -> list[str]:
+    return [piece.name for piece in model_structure.components if piece.part.is_residual and piece.part.after is None]
+
+
+def _missing(model_structure: FoundStructure) -> list[tuple[str, str]]:
+    return [
+        *model_structure.missing,
+        *((f"the map after unit {name} is no module's output", "") for name in _without_tap(model_structure)),
+    ]
+
+
+def _taps(model_structure: FoundStructure) -> list[Tap]:
+    pieces = [
+        piece for piece in model_structure.components if piece.part.after is not None and piece.part.after.has_map
+    ]
     places: list[tuple[str, Kind, int, Read, ModelComponent]] = []
     first = next((p for p in pieces if p.part.branch_in is not None), None)
     if first is not None and first.part.branch_in is not None:
         stream = Read(first.block, "input", first.part.branch_in.layout)
+        if first.parameters is not None:  # the pass has shown where the stream is
+            stream = first.part.stream or stream
         places.append(("stem", "stem", 0, stream, first))
-    places.extend((p.name, p.part.kind, p.stage, p.part.after, p) for p in pieces)
+    places.extend((p.name, p.part.kind, p.stage, p.part.after, p) for p in pieces if p.part.after is not None)
     last = max(len(places) - 1, 1)
     return [
         Tap(
-            name, kind, stage, i / last, read.module, read.at, read.layout, piece.n_prefix,
+            name, kind, stage, i / last, read.module, read.at, read.layout,
+            piece.n_prefix if read.n_prefix is None else read.n_prefix, call=read.call, n_calls=read.n_calls,
             subsamples=kind != "stem" and piece.part.subsamples,
         )
         for i, (name, kind, stage, read, piece) in enumerate(places)
@@ -84,7 +117,11 @@ def reading(model: nn.Module, taps: Sequence[Tap], fn: Callable[[int, Tap, Tenso
             fn(index, tap, to_map(value, tap.name, tap.layout, tap.n_prefix, tap.grid, forward_pass))
 
         for i, tap in enumerate(taps):
-            attach(stack, Read(tap.module, tap.at, tap.layout), lambda value, i=i, tap=tap: read(i, tap, value))
+            attach(
+                stack,
+                Read(tap.module, tap.at, tap.layout, tap.call, tap.n_calls),
+                lambda value, i=i, tap=tap: read(i, tap, value),
+            )
         yield
 
 
@@ -101,11 +138,30 @@ def attach(stack: ExitStack, read: Read, fn: Callable[[Tensor], None]) -> None:
             )
         return value
 
+    is_read = counted_calls(read)
+
     def on_input(_: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> None:
-        fn(first(args or tuple(options.values())))
+        if is_read():
+            fn(first((*args, *options.values())))
+
+    def on_output(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if is_read():
+            fn(first(output))
 
     if read.at == "input":
         handle = read.module.register_forward_pre_hook(on_input, with_kwargs=True)
     else:
-        handle = read.module.register_forward_hook(lambda module, args, output: fn(first(output)))
+        handle = read.module.register_forward_hook(on_output)
     stack.callback(handle.remove)
+
+
+def counted_calls(read: Read) -> Callable[[], bool]:
+    """Return a function, to be called at each call of the module, that tells whether it is the one to be read."""
+    calls = 0
+
+    def is_read() -> bool:
+        nonlocal calls
+        calls += 1
+        return (calls - 1) % read.n_calls == read.call
+
+    return is_read

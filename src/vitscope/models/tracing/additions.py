@@ -1,7 +1,7 @@
 """Find the residual additions of a traced pass: a stream and a branch that was computed from the same value.
 
-An addition ``s + b`` is residual if the shortcut leads from a value to ``s`` through at most one layer, pooling and norms, and the
-branch leads from the same value to ``b`` through what the unit computes. Other sums (of streams of several resolutions, of
+An addition ``s + b`` is residual if the shortcut leads from a value to ``s`` through at most one layer, pooling and norms, and
+the branch leads from the same value to ``b`` through what the unit computes. Other sums (of streams of several resolutions, of
 two branches) are none.
 """
 
@@ -23,13 +23,13 @@ IDENTITIES = frozenset({
 })  # fmt: skip
 #: further functions of a shortcut or between an addition and the next branch
 _PASSING = frozenset({
-    "pad", "max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "max_pool2d_with_indices", "boolean_dispatch", "_max_pool2d",
-    "adaptive_avg_pool2d", "mul", "__mul__", "__rmul__", "__imul__", "mul_", "div", "__truediv__", "__getitem__", "cat", "concat",
+    "pad", "max_pool2d", "avg_pool2d", "max_pool2d_with_indices", "boolean_dispatch", "_max_pool2d",
+    "mul", "__mul__", "__rmul__", "__imul__", "mul_", "div", "__truediv__", "__getitem__", "cat", "concat",
     "amax", "max", "roll", "max_pool1d", "avg_pool1d", "interpolate", "add", "__add__",
 })  # fmt: skip
 ACTIVATIONS = frozenset({
-    "relu", "relu_", "relu6", "gelu", "silu", "silu_", "elu", "leaky_relu", "leaky_relu_", "mish", "hardswish", "hardtanh", "prelu",
-    "sigmoid", "tanh", "clamp", "clamp_", "softplus",
+    "relu", "relu_", "relu6", "gelu", "silu", "silu_", "elu", "leaky_relu", "leaky_relu_", "mish", "hardswish", "hardtanh",
+    "prelu", "sigmoid", "tanh", "clamp", "clamp_", "softplus",
 })  # fmt: skip
 #: layers of weights on a shortcut
 _LAYERS = frozenset({"conv2d", "linear", "conv1d"})
@@ -64,9 +64,9 @@ def residual_additions(trace: Trace) -> list[Addition]:
     """
     accepted: dict[int, Addition] = {}
     for node in trace.nodes:
-        found = _addition(trace, node, accepted)
-        if found is not None:
-            accepted[node.index] = found
+        addition = _addition(trace, node, accepted)
+        if addition is not None:
+            accepted[node.index] = addition
     return _outermost(trace, list(accepted.values()))
 
 
@@ -81,7 +81,8 @@ def _addition(trace: Trace, node: Node, accepted: dict[int, Addition]) -> Additi
     options = [
         option
         for stream, branch in (operands, operands[::-1])
-        if trace.nodes[branch].varying and (option := _oriented(trace, node.index, stream, branch, accepted)) is not None
+        if trace.nodes[branch].varying
+        and (option := _oriented(trace, node.index, stream, branch, accepted)) is not None
     ]
     # the operand with the shorter way is the stream
     return min(options, key=lambda option: (len(option.shortcut), -len(option.region)), default=None)
@@ -181,9 +182,9 @@ def _outermost(trace: Trace, additions: list[Addition]) -> list[Addition]:
             continue
         if _is_bridge(trace, outer, inner):
             del remaining[outer]
-            own = fused_part(trace, outer, inner)
-            if own is not None:
-                remaining[own] = None
+            fusion = fused_part(trace, outer, inner)
+            if fusion is not None:
+                remaining[fusion] = None
         else:
             for a in inner:
                 del remaining[a]

@@ -76,10 +76,10 @@ def reshaped(axes: Axes, before: Sequence[int], after: Sequence[int]) -> Axes:
             j += 1
             continue
         i_end, j_end = i + 1, j + 1
-        while (left := prod(before[i:i_end])) != (right := prod(after[j:j_end])):
-            if left < right and i_end < len(before):
+        while (n_before := prod(before[i:i_end])) != (n_after := prod(after[j:j_end])):
+            if n_before < n_after and i_end < len(before):
                 i_end += 1
-            elif right < left and j_end < len(after):
+            elif n_after < n_before and j_end < len(after):
                 j_end += 1
             else:
                 return unknown(len(after))

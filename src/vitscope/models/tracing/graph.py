@@ -130,7 +130,11 @@ class Trace:
 
     def between(self, start: int, end: int) -> set[int]:
         """Nodes that were computed from ``start`` and of which ``end`` was computed, ``end`` included."""
-        return {i for i in range(start + 1, end + 1) if self.is_ancestor(start, i) and (i == end or self.is_ancestor(i, end))}
+        return {
+            i
+            for i in range(start + 1, end + 1)
+            if self.is_ancestor(start, i) and (i == end or self.is_ancestor(i, end))
+        }
 
     def ancestors(self, ends: Iterable[int]) -> set[int]:
         """Nodes of which any of ``ends`` was computed."""

@@ -30,7 +30,9 @@ def kind_of(trace: Trace, region: Collection[int]) -> Kind | None:
     nodes = [trace.nodes[i] for i in sorted(region) if not in_gate(trace, trace.nodes[i])]
     if any(is_attention(node) for node in nodes):
         return "msa"
-    kernels = [node for node in nodes if is_spatial(trace, node) or node.op.startswith(("fft", "rfft", "ifft", "irfft"))]
+    kernels = [
+        node for node in nodes if is_spatial(trace, node) or node.op.startswith(("fft", "rfft", "ifft", "irfft"))
+    ]
     if not kernels and any(node.attention or weighs_positions(trace, node) for node in nodes):
         return "msa"
     if kernels:
@@ -82,10 +84,22 @@ def is_inverted_bottleneck(trace: Trace, region: Collection[int]) -> bool:
     return all(len(node.weight) > 2 and node.weight[1] == 1 for node in kernels)
 
 
+def mixes_channels(trace: Trace, region: Collection[int]) -> bool:
+    """Whether a branch holds a layer that mixes channels: a linear layer or a convolution that is not depthwise."""
+    layers = [trace.nodes[i] for i in region if _is_layer(trace.nodes[i])]
+    return any(
+        node.op == "linear" or len(node.weight) < 2 or node.weight[1] > 1 for node in layers if not in_gate(trace, node)
+    )
+
+
 def in_gate(trace: Trace, node: Node) -> bool:
     """Whether a function runs in squeeze and excitation or another gate of channels."""
     return any(is_gate(module) or type(module).__name__.lower() == "globalcontext" for module in trace.modules(node))
 
 
 def _is_layer(node: Node) -> bool:
-    return node.op == "linear" or node.op.startswith("conv") or (node.op in ("matmul", "__matmul__", "einsum") and bool(node.parameters))
+    return (
+        node.op == "linear"
+        or node.op.startswith("conv")
+        or (node.op in ("matmul", "__matmul__", "einsum") and bool(node.parameters))
+    )

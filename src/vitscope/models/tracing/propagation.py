@@ -11,16 +11,32 @@ from vitscope.models.tracing import axes as ax
 from vitscope.models.tracing.axes import Axes
 
 #: functions of maps (B, C, H, W) or sequences (B, C, L), by a word of their names
-_CHANNELS_FIRST = ("conv", "pool", "batch_norm", "group_norm", "instance_norm", "interpolate", "upsample", "pixel_", "grid_sample")
+_CHANNELS_FIRST = (
+    "conv",
+    "pool",
+    "batch_norm",
+    "group_norm",
+    "instance_norm",
+    "interpolate",
+    "upsample",
+    "pixel_",
+    "grid_sample",
+)
 _CHANNELS_LAST = ("layer_norm", "rms_norm")
 _RESHAPES = frozenset({"view", "reshape", "flatten", "unflatten", "_unsafe_view", "view_as", "reshape_as"})
-_PERMUTATIONS = frozenset({"permute", "transpose", "swapaxes", "swapdims", "movedim", "moveaxis", "t", "T", "mT", "H", "mH"})
+_PERMUTATIONS = frozenset(
+    {"permute", "transpose", "swapaxes", "swapdims", "movedim", "moveaxis", "t", "T", "mT", "H", "mH"}
+)
 _PIECES = frozenset({"chunk", "split", "tensor_split", "split_with_sizes", "unsafe_chunk", "unsafe_split"})
 _JOINS = frozenset({"cat", "concat", "concatenate"})
 
 
 def result_axes(
-    op: str, args: Sequence[Any], kwargs: Mapping[str, Any], operands: Sequence[tuple[Tensor, Axes]], results: Sequence[Tensor]
+    op: str,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    operands: Sequence[tuple[Tensor, Axes]],
+    results: Sequence[Tensor],
 ) -> list[Axes]:
     """Return the axes of each tensor that a function returned.
 
@@ -41,11 +57,11 @@ def result_axes(
     if op in _JOINS:
         dim = _argument(args, kwargs, 1, "dim", 0)
         first = args[0] if args else kwargs.get("tensors", ())
-        known = {id(t): a for t, a in operands}
-        parts = [(known.get(id(t), ax.unknown(t.ndim)), t.shape) for t in first]
+        axes_of = {id(t): a for t, a in operands}
+        parts = [(axes_of.get(id(t), ax.unknown(t.ndim)), t.shape) for t in first]
         return [ax.joined(parts, dim)]
-    found = _single(op, args, kwargs, x, axes, operands, result)
-    return [found if len(found.names) == r.ndim else ax.unknown(r.ndim) for r in results]
+    single = _single(op, args, kwargs, x, axes, operands, result)
+    return [single if len(single.names) == r.ndim else ax.unknown(r.ndim) for r in results]
 
 
 def _single(
@@ -118,7 +134,9 @@ def _order(op: str, args: Sequence[Any], kwargs: Mapping[str, Any], n_axes: int)
     if op == "permute":
         dims = args[1] if len(args) == 2 and isinstance(args[1], tuple | list) else args[1:] or kwargs.get("dims", ())
         return [int(d) % n_axes for d in dims] if len(dims) == n_axes else None
-    names = ("dim0", "dim1") if op == "transpose" else ("axis0", "axis1") if op == "swapaxes" else ("source", "destination")
+    names = (
+        ("dim0", "dim1") if op == "transpose" else ("axis0", "axis1") if op == "swapaxes" else ("source", "destination")
+    )
     first, second = (_argument(args, kwargs, k + 1, name, None) for k, name in enumerate(names))
     if not isinstance(first, int) or not isinstance(second, int):
         return None

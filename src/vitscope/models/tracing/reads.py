@@ -12,7 +12,9 @@ from vitscope.models.tracing.axes import Axes, unknown
 from vitscope.models.tracing.graph import Call, Trace
 
 #: functions that give zeros for zeros, beside rearrangements
-_SCALINGS = frozenset({"mul", "__mul__", "__rmul__", "mul_", "__imul__", "div", "__truediv__", "__getitem__", "roll", "neg", "narrow"})
+_SCALINGS = frozenset(
+    {"mul", "__mul__", "__rmul__", "mul_", "__imul__", "div", "__truediv__", "__getitem__", "roll", "neg", "narrow"}
+)
 _ACTIVATIONS = (
     "relu", "gelu", "silu", "elu", "leaky_relu", "mish", "hardswish", "hardtanh", "prelu", "sigmoid", "tanh", "clamp", "softplus",
 )  # fmt: skip
@@ -24,7 +26,9 @@ def read_branch(trace: Trace, addition: Addition) -> Read | None:
     The layout is ``unknown`` where the output is scaled or cut before it is added: a lesion may set it to zero, and no
     measure reads it as the branch.
     """
-    inside = [c for c in trace.calls if c.output in addition.region and c.index not in trace.nodes[addition.result].stack]
+    inside = [
+        c for c in trace.calls if c.output in addition.region and c.index not in trace.nodes[addition.result].stack
+    ]
     axes = _axes_at(trace, addition)
     exact = [c for c in inside if c.output == addition.branch]
     if exact:
@@ -49,10 +53,26 @@ def read_input(trace: Trace, addition: Addition) -> Read | None:
     inside = [c for c in candidates if c.index == block or block in _ancestors(trace, c)]
     axes = trace.nodes[addition.source].axes
     if axes.layout is None:
-        axes = _axes_at(trace, addition) if trace.nodes[addition.source].shape == trace.nodes[addition.result].shape else axes
+        axes = (
+            _axes_at(trace, addition)
+            if trace.nodes[addition.source].shape == trace.nodes[addition.result].shape
+            else axes
+        )
     if inside:
         return _read(trace, inside[0], "input", axes)
     returning = [c for c in trace.calls if c.output == addition.source and c.index]
+    return _read(trace, returning[-1], "output", axes) if returning else None
+
+
+def read_stream(trace: Trace, addition: Addition) -> Read | None:
+    """Return where the stream before the unit can be read: the input of its block, else an input or output of any module."""
+    axes = trace.nodes[addition.source].axes
+    block = trace.nodes[addition.result].stack[-1]
+    taking = [c for c in trace.calls if c.index and c.first_input == addition.source]
+    first = next((c for c in taking if c.index == block), taking[0] if taking else None)
+    if first is not None:
+        return _read(trace, first, "input", axes)
+    returning = [c for c in trace.calls if c.index and c.output == addition.source]
     return _read(trace, returning[-1], "output", axes) if returning else None
 
 
@@ -63,7 +83,9 @@ def read_sum(trace: Trace, result: int, blocks: Collection[int] = ()) -> Read | 
     axes = trace.nodes[result].axes
     if block.index and block.output >= 0 and block.output in _forward(trace, result, block.end):
         out = trace.nodes[block.output]
-        return _read(trace, block, "output", out.axes if out.axes.layout or out.shape != trace.nodes[result].shape else axes)
+        return _read(
+            trace, block, "output", out.axes if out.axes.layout or out.shape != trace.nodes[result].shape else axes
+        )
     taking = [c for c in trace.calls if c.first_input == result and c.index]
     if taking:
         return _read(trace, taking[0], "input", axes)
@@ -83,7 +105,10 @@ def read_sum(trace: Trace, result: int, blocks: Collection[int] = ()) -> Read | 
 
 def _read(trace: Trace, call: Call, at: Literal["output", "input"], axes: Axes) -> Read:
     layout: Layout = axes.layout or "unknown"
-    return Read(call.module, at, layout, call.number, trace.n_calls[call.module], axes.n_prefix)
+    index = call.output if at == "output" else call.first_input
+    node = trace.nodes[index] if index >= 0 else None
+    has_map = node is None or layout != "unknown" or node.n_values > node.shape[0] * max(node.shape[1:], default=1)
+    return Read(call.module, at, layout, call.number, trace.n_calls[call.module], axes.n_prefix, has_map)
 
 
 def _norm_output(trace: Trace, call: Call) -> Read:
@@ -106,11 +131,11 @@ def _axes_at(trace: Trace, addition: Addition) -> Axes:
 
 def _entries(trace: Trace, addition: Addition) -> Iterator[int]:
     """Yield the first nodes of the branch behind functions that only rearrange the stream."""
-    waiting, seen = [addition.source], set()
+    waiting, visited = [addition.source], set[int]()
     while waiting:
         for user in trace.consumers[waiting.pop()]:
-            if user in addition.region and user not in seen:
-                seen.add(user)
+            if user in addition.region and user not in visited:
+                visited.add(user)
                 if trace.nodes[user].op in IDENTITIES and not is_norm(trace, trace.nodes[user]):
                     waiting.append(user)
                 else:

@@ -60,7 +60,15 @@ def trace(model: nn.Module, images: Tensor | None = None) -> Trace:
                 recorder.finish(output)
         except torch.OutOfMemoryError:
             raise
-        except (RuntimeError, TypeError, AttributeError, LookupError, AssertionError, ValueError, NotImplementedError) as raised:
+        except (
+            RuntimeError,
+            TypeError,
+            AttributeError,
+            LookupError,
+            AssertionError,
+            ValueError,
+            NotImplementedError,
+        ) as raised:
             error = error or raised
             continue
         return recorder.trace
@@ -115,7 +123,14 @@ class _Recorder(TorchFunctionMode):
         call.end = len(self.trace.nodes)
         first = next(tensors(output), None)
         if first is not None and id(first) not in self.node_of and first.grad_fn is not None:
-            self._add("function", (first,), [call.first_input] if call.first_input >= 0 else [], [], True, [unknown(first.ndim)])
+            self._add(
+                "function",
+                (first,),
+                [call.first_input] if call.first_input >= 0 else [],
+                [],
+                True,
+                [unknown(first.ndim)],
+            )
         call.output = self._first_node(output)
 
     def _first_node(self, value: Any) -> int:
@@ -141,7 +156,10 @@ class _Recorder(TorchFunctionMode):
         values = [t for t in arguments if id(t) not in self.names]
         sources = [self._source(t) for t in values]
         nodes = self.trace.nodes
-        operands = [(t, nodes[s].axes if s >= 0 and len(nodes[s].shape) == t.ndim else unknown(t.ndim)) for t, s in zip(values, sources)]
+        operands = [
+            (t, nodes[s].axes if s >= 0 and len(nodes[s].shape) == t.ndim else unknown(t.ndim))
+            for t, s in zip(values, sources)
+        ]
         operands.sort(key=lambda pair: not (self._is_varying(pair[0])))
         inputs = [s for s in sources if s >= 0]
         varying = any(nodes[s].varying for s in inputs)
@@ -157,7 +175,9 @@ class _Recorder(TorchFunctionMode):
         self._note_attention(added[0], values, inputs)
         if changes_in_place and (base := getattr(results[0], "_base", None)) is not None and id(base) in self.node_of:
             before = self.node_of[id(base)]
-            self._add("write", (base,), [before, added[0].index], [], varying or nodes[before].varying, [nodes[before].axes])
+            self._add(
+                "write", (base,), [before, added[0].index], [], varying or nodes[before].varying, [nodes[before].axes]
+            )
 
     def _add(
         self, op: str, results: Any, inputs: list[int], parameters: list[str], varying: bool, axes: list[Axes]
@@ -165,7 +185,9 @@ class _Recorder(TorchFunctionMode):
         added = []
         for tensor, meaning in zip(results, axes):
             index = len(self.trace.nodes)
-            node = Node(index, op, tuple(inputs), tuple(parameters), tuple(tensor.shape), varying, tuple(self.running), meaning)
+            node = Node(
+                index, op, tuple(inputs), tuple(parameters), tuple(tensor.shape), varying, tuple(self.running), meaning
+            )
             self.trace.nodes.append(node)
             self.node_of[id(tensor)] = index
             self.held.append(tensor)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,6 +10,7 @@ from torch import nn
 from vitscope.core.tap import Kind
 from vitscope.models.structure.residual_structure import TOKENS, ModelComponent, ResidualUnit
 from vitscope.models.tracing.graph import Node, Trace
+from vitscope.models.tracing.kinds import mixes_channels
 from vitscope.models.tracing.layers_between import Body, LayerBetween
 from vitscope.models.tracing.reads import read_call
 from vitscope.models.tracing.units import TracedUnit, described, traced_units
@@ -26,20 +26,24 @@ class TracedStructure:
     Attributes:
         components: Residual units and layers between them.
         places: Kind and stage of each parameter by name.
-        uncovered: Messages about what belongs to no unit; the first one is raised by measures that speak of kinds.
+        uncovered: Messages about modules that belong to no unit; the first one is raised by measures that speak of kinds.
+        unclear: Messages about parameters without a certain place.
+        unused: Names of the parameters that the pass does not use and that have the place of the module around them.
     """
 
     components: list[ModelComponent]
     places: dict[str, Place]
     uncovered: list[str]
+    unclear: list[str]
+    unused: list[str]
 
 
 def traced_structure(model: nn.Module, trace: Trace) -> TracedStructure | None:
     """Return the structure that a traced pass shows; None for a network that is not residual.
 
-    A network is residual if blocks of its units hold more parameters than the layers between them, pooling left out, and if
-    its sums go on as a stream: ConvMixer, whose residual depthwise convolutions stand between plain 1x1 convolutions, is
-    none, nor is NASNet, whose sums are concatenated.
+    A network is residual if blocks of its units hold more parameters than the layers between them, pooling left out, if its
+    units mix channels, and if its sums go on as a stream: ConvMixer, whose residual depthwise convolutions stand between plain
+    1x1 convolutions, is none, nor is NASNet, whose sums are concatenated.
     """
     units = traced_units(trace)
     concatenated = [unit for unit in units if _is_only_concatenated(trace, unit.addition.result)]
@@ -47,15 +51,19 @@ def traced_structure(model: nn.Module, trace: Trace) -> TracedStructure | None:
         return None
     body = Body(trace, units)
     layers = body.layers()
+    if any(layer.kind == "conv" and not layer.like_units for layer in layers) and not any(
+        mixes_channels(trace, unit.nodes) for unit in units
+    ):
+        return None
     if _n_parameters(model, [c for c in layers if c.kind in ("conv", "mlp") and not c.like_units]) > _n_parameters(
         model, [*units, *(layer for layer in layers if layer.like_units)]
     ):
         return None
     components = _components(trace, units, layers)
-    places, uncovered = _places(model, trace, body, layers, components)
-    for node in body.uncovered_attention(layers):
-        uncovered.insert(0, f"attention module {_owner(trace, node)} is not part of a known unit")
-    return TracedStructure(components, places, uncovered)
+    places, unclear, unused = _places(model, trace, body, layers, components)
+    modules = dict.fromkeys(_owner(trace, node) for node in body.uncovered_attention(layers))
+    uncovered = [f"attention module {name} is not part of a known unit" for name in modules]
+    return TracedStructure(components, places, uncovered, unclear, unused)
 
 
 def _n_parameters(model: nn.Module, parts: Sequence[TracedUnit | LayerBetween]) -> int:
@@ -88,7 +96,7 @@ def _components(trace: Trace, units: Sequence[TracedUnit], layers: Sequence[Laye
 
 def _places(
     model: nn.Module, trace: Trace, body: Body, layers: Sequence[LayerBetween], components: Sequence[ModelComponent]
-) -> tuple[dict[str, Place], list[str]]:
+) -> tuple[dict[str, Place], list[str], list[str]]:
     places: dict[str, Place] = {}
     uncovered: list[str] = []
     for component in components:
@@ -98,7 +106,7 @@ def _places(
                 uncovered.append(f"parameter {name} is shared by units of kinds {places[name][0]} and {place[0]}")
             places.setdefault(name, place)
     head: Place = ("head", max(c.stage for c in components) + 1)
-    by_name = {c.name: (c.part.kind, c.stage) for c in components}
+    by_name: dict[str, Place] = {c.name: (c.part.kind, c.stage) for c in components}
     union = trace.with_private_sources(set(body.owners))
     for name, users in trace.parameter_nodes.items():
         if name not in places:
@@ -107,9 +115,9 @@ def _places(
                 uncovered.append(_unclear(name, _owner(trace, trace.nodes[users[0]]), trace.nodes[users[0]], body))
             else:
                 places[name] = place
-    _place_unused(model, places, head, uncovered)
+    unused = _place_unused(model, places, head, uncovered)
     order = [name for name, _ in model.named_parameters()]
-    return {name: places[name] for name in order if name in places}, uncovered
+    return {name: places[name] for name in order if name in places}, uncovered, unused
 
 
 def _place(
@@ -142,15 +150,15 @@ def _place(
 
 def _next_layers(trace: Trace, node: Node) -> set[int]:
     """Return a layer of weights itself, or the first layers behind a norm or table."""
-    layers, waiting, seen = set[int](), [node.index], set[int]()
+    layers, waiting, visited = set[int](), [node.index], set[int]()
     while waiting:
         index = waiting.pop()
         if trace.nodes[index].weight:
             layers.add(index)
             continue
         for user in trace.consumers[index]:
-            if user not in seen:
-                seen.add(user)
+            if user not in visited:
+                visited.add(user)
                 waiting.append(user)
     return layers or {node.index}
 
@@ -160,35 +168,34 @@ def _unclear(name: str, owner: str, node: Node, body: Body) -> str:
     return f"parameter {name} of {owner} is used {where}"
 
 
-def _place_unused(model: nn.Module, places: dict[str, Place], head: Place, uncovered: list[str]) -> None:
-    """Give parameters that the pass does not use the place of the module around them, if it has one place."""
+def _place_unused(model: nn.Module, places: dict[str, Place], head: Place, uncovered: list[str]) -> list[str]:
+    """Give parameters that the pass does not use the place of the module around them; return their names."""
     unused = [name for name, _ in model.named_parameters() if name not in places]
-    told = []
+    told: list[str] = []
     for name in unused:
         if any(name in text.split() for text in uncovered):
             continue
-        path = name.rpartition(".")[0]
-        while path:
-            around = {place for other, place in places.items() if other.startswith(path + ".")}
-            if around:
-                break
-            path = path.rpartition(".")[0]
-        else:
-            around = set()
-        if len(around) == 1:
-            places[name] = around.pop()
+        around = _places_around(name, places)
+        if around and not {kind for kind, _ in around} & {"stem", "head"}:
+            places[name] = around[-1]
             told.append(name)
         elif "head" in name.split(".")[0]:
             places[name] = head
             told.append(name)
         else:
             uncovered.append(f"parameter {name} is not used by the forward pass in eval mode")
-    if told:
-        more = f" and {len(told) - 3} more" if len(told) > 3 else ""
-        warnings.warn(
-            f"parameters that the forward pass in eval mode does not use have their unit's kind: {', '.join(told[:3])}{more}",
-            stacklevel=5,
-        )
+    return told
+
+
+def _places_around(name: str, places: dict[str, Place]) -> list[Place]:
+    """Return the places of the parameters in the innermost module around a parameter that has any."""
+    path = name.rpartition(".")[0]
+    while path:
+        around = [place for other, place in places.items() if other.startswith(path + ".")]
+        if around:
+            return around
+        path = path.rpartition(".")[0]
+    return []
 
 
 def _owner(trace: Trace, node: Node) -> str:
@@ -198,5 +205,3 @@ def _owner(trace: Trace, node: Node) -> str:
         if next(call.module.parameters(), None) is not None:
             return call.path or type(call.module).__name__
     return ""
-
-

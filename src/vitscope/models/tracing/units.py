@@ -10,9 +10,9 @@ from torch import nn
 from vitscope.core.tap import Kind
 from vitscope.models.structure.residual_structure import ResidualUnit
 from vitscope.models.tracing.additions import IDENTITIES, Addition, is_norm, residual_additions
-from vitscope.models.tracing.graph import Trace
+from vitscope.models.tracing.graph import Node, Trace
 from vitscope.models.tracing.kinds import is_attention, is_inverted_bottleneck, kind_of
-from vitscope.models.tracing.reads import read_branch, read_input, read_sum
+from vitscope.models.tracing.reads import read_branch, read_input, read_stream, read_sum
 
 
 @dataclass(frozen=True)
@@ -74,10 +74,13 @@ def described(trace: Trace, unit: TracedUnit) -> ResidualUnit:
         read_sum(trace, addition.result),
         read_input(trace, addition),
         read_branch(trace, addition),
-        attention=_attention_module(trace, addition.region) if unit.kind == "msa" else None,
+        attention=_attention_module(trace, addition.region, unit.n_positions + unit.n_prefix)
+        if unit.kind == "msa"
+        else None,
         conv3x3=_conv3x3(trace, addition.region) if unit.kind == "conv" else None,
         subsamples=n_positions(trace, addition.source) > unit.n_positions,
         residual=True,
+        stream=read_stream(trace, addition),
     )
 
 
@@ -135,10 +138,19 @@ def _lead_in(trace: Trace, addition: Addition, results: Collection[int]) -> set[
     return lead if any(trace.nodes[i].parameters for i in lead) else set()
 
 
-def _attention_module(trace: Trace, region: Collection[int]) -> nn.Module | None:
-    stacks = [trace.nodes[i].stack for i in region if is_attention(trace.nodes[i])]
-    if not stacks:
+def _is_global(trace: Trace, node: Node, n_tokens: int) -> bool:
+    """Whether one call of attention (heads, queries, keys) lets each token of the stream see each other one."""
+    shapes = [trace.nodes[i].shape for i in node.inputs[:2]]
+    batch = trace.nodes[0].shape[0]
+    return len(shapes) == 2 and all(len(s) == 4 and s[0] == batch and s[2] == n_tokens for s in shapes)
+
+
+def _attention_module(trace: Trace, region: Collection[int], n_tokens: int) -> nn.Module | None:
+    """Return the module whose heads can be told apart: it calls attention once, of all tokens of the stream."""
+    calls = [trace.nodes[i] for i in region if is_attention(trace.nodes[i])]
+    if len(calls) != 1 or not calls[0].fused or not _is_global(trace, calls[0], n_tokens):
         return None
+    stacks = [calls[0].stack]
     shared = 0
     while all(len(s) > shared and s[shared] == stacks[0][shared] for s in stacks):
         shared += 1
@@ -162,9 +174,9 @@ def _uniquely_named(units: Sequence[TracedUnit]) -> list[TracedUnit]:
     parameters: dict[str, set[tuple[str, ...]]] = {}
     for unit in units:
         parameters.setdefault(unit.name, set()).add(unit.parameters)
-    named, seen = [], dict[str, int]()
+    named, counts = [], dict[str, int]()
     for unit in units:
         name = unit.name if len(parameters[unit.name]) == 1 else f"{unit.name}.{unit.kind}"
-        seen[name] = seen.get(name, 0) + 1
-        named.append(replace(unit, name=name if seen[name] == 1 else f"{name}:{seen[name]}"))
+        counts[name] = counts.get(name, 0) + 1
+        named.append(replace(unit, name=name if counts[name] == 1 else f"{name}:{counts[name]}"))
     return named

@@ -1,0 +1,156 @@
+"""The units of a model, from the descriptions of its blocks, from a traced forward pass, or as a user declares them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from vitscope.core.tap import Kind
+from vitscope.models.structure import timm_blocks as timm_blocks  # describes timm's and torchvision's blocks
+from vitscope.models.structure.coverage import NOT_COVERED, missing_from, residual_blocks
+from vitscope.models.structure.declared_units import declared_components
+from vitscope.models.structure.execution import Execution, execution
+from vitscope.models.structure.residual_structure import ModelComponent, owns, residual_structure
+from vitscope.models.tracing.recorder import UntraceableError, trace
+from vitscope.models.tracing.traced_structure import TracedStructure, traced_structure
+
+Place = tuple[Kind, int]
+
+
+@dataclass(frozen=True)
+class FoundStructure:
+    """Units of a model and what is not covered by them.
+
+    Attributes:
+        components: Residual units and layers between them, in order; without residual units, convolutions and pooling.
+        missing: What belongs to no unit, and the class of the block around it.
+        places: Kind and stage of each parameter where a traced pass has shown them; None for described blocks.
+        unclear: What is not certain about parameters of a traced pass.
+        unused: Names of the parameters that a traced pass does not use.
+        observed: The observed pass of described blocks; None where the model does not run.
+    """
+
+    components: list[ModelComponent]
+    missing: list[tuple[str, str]]
+    places: Mapping[str, Place] | None = None
+    observed: Execution | None = None
+    unclear: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
+
+
+def find_structure(model: nn.Module, images: Tensor | None = None) -> FoundStructure:
+    """Find the units of a model.
+
+    Descriptions of blocks are used where they cover all attention of the model. Else one traced forward pass shows the residual
+    additions; a network that has none is read at its convolutions. Declared units take the place of found ones.
+
+    Args:
+        model: The model, not wrapped.
+        images: (B, C, H, W) that it takes; None to try the sizes that it states.
+
+    Raises:
+        ValueError: A model in which nothing is found; says how to declare units.
+    """
+    declared = declared_components(model)
+    if not declared:
+        return _found(model, images)
+    try:
+        model_structure = _found(model, images)
+    except ValueError:
+        model_structure = FoundStructure([], [])
+    return _amended(model, model_structure, declared)
+
+
+def _found(model: nn.Module, images: Tensor | None) -> FoundStructure:
+    components: list[ModelComponent] = []
+    error: ValueError | None = None
+    try:
+        components = residual_structure(model)
+    except ValueError as raised:
+        error = raised
+    described: FoundStructure | None = None
+    if any(piece.part.is_residual for piece in components):
+        observed = execution(model, residual_blocks(components), images)
+        described = FoundStructure(components, list(missing_from(model, components, observed)), None, observed)
+        if not described.missing:
+            return described
+    traced: TracedStructure | None = None
+    try:
+        traced = traced_structure(model, trace(model, images))
+    except UntraceableError:
+        if described is not None:
+            return described
+    if traced is not None:
+        missing = [(text, "") for text in traced.uncovered]
+        outside = [name for name, (kind, _) in traced.places.items() if kind in ("stem", "head")]
+        for text, block in described.missing if described is not None else ():
+            path = text.removesuffix(NOT_COVERED).split()[-1]
+            if any(name.startswith(path + ".") for name in outside):
+                missing.append((text, block))
+        return FoundStructure(
+            traced.components,
+            list(dict.fromkeys(missing)),
+            traced.places,
+            None,
+            tuple(traced.unclear),
+            tuple(traced.unused),
+        )
+    if described is not None:
+        return described
+    if error is not None:
+        raise error
+    observed = execution(model, residual_blocks(components), images)
+    return FoundStructure(components, list(missing_from(model, components, observed)), None, observed)
+
+
+def _amended(model: nn.Module, model_structure: FoundStructure, declared: Sequence[ModelComponent]) -> FoundStructure:
+    """Put declared units in the place of those that share parameters with them."""
+    declared_names = {name for component in declared for name in component.parameters or ()}
+    inside = tuple(component.name for component in declared)
+    order = {name: i for i, (name, _) in enumerate(model.named_parameters())}
+
+    def owned(component: ModelComponent) -> set[str]:
+        return set(component.parameters if component.parameters is not None else _owned_by_path(model, component))
+
+    is_residual = any(c.part.is_residual for c in model_structure.components)
+    others = [c for c in model_structure.components if is_residual and not owned(c) & declared_names]
+    components = sorted([*others, *declared], key=lambda c: min((order[name] for name in owned(c)), default=0))
+    missing = [
+        (t, b) for t, b in model_structure.missing if not any(_mentions(t, name) for name in (*inside, *declared_names))
+    ]
+    return FoundStructure(components, missing, _declared_places(model, model_structure, components, owned))
+
+
+def _owned_by_path(model: nn.Module, component: ModelComponent) -> list[str]:
+    return [name for name, _ in model.named_parameters() if owns(model, component, name)]
+
+
+def _mentions(text: str, name: str) -> bool:
+    return any(word.strip("'\",") == name or word.strip("'\",").startswith(name + ".") for word in text.split())
+
+
+def _declared_places(
+    model: nn.Module,
+    model_structure: FoundStructure,
+    components: Sequence[ModelComponent],
+    owned: Callable[[ModelComponent], set[str]],
+) -> dict[str, Place]:
+    """Return kinds by declared and found units; other parameters have the kind that was found, else that of their order."""
+    places: dict[str, Place] = {}
+    for component in components:
+        places.update(dict.fromkeys(owned(component), (component.part.kind, component.stage)))
+    names = [name for name, _ in model.named_parameters()]
+    last = max((i for i, name in enumerate(names) if name in places), default=-1)
+    latest: Place = ("stem", 0)
+    head: Place = ("head", max(c.stage for c in components) + 1)
+    complete: dict[str, Place] = {}
+    for i, name in enumerate(names):
+        if name in places:
+            latest = places[name]
+        if name in places or model_structure.places is None:
+            complete[name] = places.get(name) or (latest if i <= last else head)
+        elif name in model_structure.places:
+            complete[name] = model_structure.places[name]
+    return complete
