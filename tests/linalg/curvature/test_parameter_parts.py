@@ -62,8 +62,8 @@ class Attention(nn.Module):
             out = ((q.mT @ k).softmax(-1) @ v.mT).mT
         elif self.form == "linear":
             out = q.relu() @ (k.relu().mT @ v)
-        elif self.form == "gated":  # values multiplied by what is a query too
-            out = F.scaled_dot_product_attention(q, k, v) * q
+        elif self.form == "shared":  # values that are keys too
+            out = F.scaled_dot_product_attention(q, k + v, v)
         else:
             out = torch.softmax(HEAD**-0.5 * (q @ k.transpose(-2, -1)), dim=-1) @ v
         return self.proj(out.transpose(1, 2).reshape(x.shape))
@@ -125,7 +125,7 @@ def rows_of_order(order: str) -> dict[str, list[int]]:
 @pytest.mark.parametrize(
     ("order", "form"),
     [("shd", "matmul"), ("hsd", "matmul"), ("hds", "matmul"), ("sdh", "matmul"), ("dsh", "sdpa"), ("shd", "sdpa"),
-     ("hsd", "einsum"), ("shd", "transposed"), ("hsd", "masked"), ("hsd", "normalized")],
+     ("hsd", "einsum"), ("shd", "transposed"), ("hsd", "masked"), ("hsd", "normalized"), ("hsd", "channels")],
 )  # fmt: skip
 def test_rows_of_a_fused_weight_in_every_layout(order: str, form: str) -> None:
     parts = attention_parts(built(Attention(order, form)), batch(1)[0])
@@ -157,17 +157,32 @@ def test_separate_and_partly_fused_layers() -> None:
     assert list(whole["proj"]) == ["attn.out_proj.weight", "attn.out_proj.bias"]
 
 
+class ScoresOfOneLayer(nn.Module):
+    """Attention whose scores are the output of a layer, as in VOLO: there are no queries and keys."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scores, self.v, self.proj = nn.Linear(DIM, 16), nn.Linear(DIM, DIM), nn.Linear(DIM, DIM)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(self.scores(x).softmax(-1) @ self.v(x))
+
+
 @pytest.mark.parametrize(
     ("attn", "reason"),
     [
-        (Attention("shd", "channels"), "queries and keys, or the values, are not told apart"),
-        (Attention("shd", "linear"), "multiplies activations without a softmax"),
+        (ScoresOfOneLayer(), "the scores' queries and keys, or the values, are not told apart"),
+        (Attention("shd", "linear"), "it multiplies activations without a softmax"),
+        (
+            Attention("shd", "shared"),
+            "some rows of attn.qkv.weight are none of queries, keys and values, or several of them",
+        ),
     ],
 )
 def test_what_is_not_certain_is_refused_by_name(attn: nn.Module, reason: str) -> None:
     probe = vs.Probe(built(attn), [batch()])
     with pytest.raises(
-        ValueError, match=rf"part:q, received 'attn': it .*{reason}|part:q, received 'attn': .*{reason}"
+        ValueError, match=f"certain for part:q, received 'attn': {reason}; choose parameters by layer:attn or"
     ):
         vs.hessian_eigenvalues(probe, k=1, parameters="part:q")
 

@@ -208,21 +208,19 @@ def _split(call: SoftmaxCall, pairs: Tensor, layers: Sequence[LayerCall]) -> tup
         return none, none
     weighting = torch.rand(pairs.shape, generator=torch.Generator().manual_seed(2)).to(pairs) + 0.5
 
-    @functools.cache
+    @functools.lru_cache(maxsize=64)
     def tokens(i: int, j: int) -> list[Tensor]:
         entry = (pairs * weighting).select(query_axis, i).select(key_axis - (key_axis > query_axis), j).sum()
         gradients = torch.autograd.grad(entry, [layer.output for layer in layers], retain_graph=True, allow_unused=True)
         return [_support(layer, gradient) for layer, gradient in zip(layers, gradients)]
 
     stays, moves = [mask.clone() for mask in none], [mask.clone() for mask in none]
-    key_places = list(
-        dict.fromkeys([(n_keys // 4, 3 * n_keys // 4), *_places(n_keys)])
-    )  # also others than the queries'
-    key_places = [(j, other_j) for j, other_j in key_places if j != other_j]
-    for (i, other_i), (j, other_j) in itertools.product(_places(n_queries), key_places):
-        used = [mask.clone() for mask in none]
+
+    def label(i: int, other_i: int, j: int, other_j: int) -> bool:
+        """Label channels by entries ``(i, j), (i, other_j), (other_i, j)``; return whether there were new ones."""
+        before = sum(int(mask.sum()) for mask in (*stays, *moves))
         for layer, (tokens_here, other_key) in enumerate(zip(tokens(i, j), tokens(i, other_j))):
-            used[layer] = is_used = tokens_here.any(0) & other_key.any(0)
+            is_used = tokens_here.any(0)
             same_over_keys, apart_over_keys = (tokens_here == other_key).all(0), ~(tokens_here & other_key).any(0)
             if i != other_i:
                 other_query = tokens(other_i, j)[layer]
@@ -230,9 +228,18 @@ def _split(call: SoftmaxCall, pairs: Tensor, layers: Sequence[LayerCall]) -> tup
                 apart_over_keys &= (tokens_here == other_query).all(0)
             stays[layer] |= is_used & same_over_keys
             moves[layer] |= is_used & apart_over_keys
-        labeled = [bool((stay | move).all()) for stay, move in zip(stays, moves)]
-        if any(labeled) and all(is_labeled or not bool(mask.any()) for is_labeled, mask in zip(labeled, used)):
-            break
+        return sum(int(mask.sum()) for mask in (*stays, *moves)) > before
+
+    key_places = dict.fromkeys([(n_keys // 4, 3 * n_keys // 4), *_places(n_keys)])  # also others than the queries'
+    for (i, other_i), (j, other_j) in itertools.product(_places(n_queries), key_places):
+        if j != other_j:
+            label(i, other_i, j, other_j)
+    if n_queries == n_keys > 3:
+        n_without = 0
+        for i in range(n_keys):  # attention over channels: each entry depends on one channel of a head alone
+            n_without = 0 if label(i, (i + 2) % n_keys, (i + 1) % n_keys, (i + 2) % n_keys) else n_without + 1
+            if n_without == 2:
+                break
     return stays, moves
 
 
