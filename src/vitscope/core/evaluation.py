@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from vitscope.core.batches.batch_inputs import Inputs
 from vitscope.core.objective import Objective, hard_targets, labeled
 from vitscope.runtime import distributed
 
@@ -21,15 +23,17 @@ ECE_BINS = 10
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Means over the images that have a label.
+    """Means over the examples that have a label: images, or pixels for dense targets.
 
     Attributes:
-        nll: the objective's data term (cross entropy, nats), mean over images.
-        accuracy: share of images whose most probable class is the (most probable) target; NaN where logits are not finite.
-        ece: expected calibration error, ten equal-width bins (a, b], see `confidence_bins`.
-        n_images: the number of images with a label on all ranks.
+        nll: the objective's data term, mean over examples: for the cross entropy in nats, for other losses the loss itself.
+        accuracy: share of examples whose most probable class is the (most probable) target; NaN where logits are not finite, and
+            for targets that are no classes (`Objective.right_counts`).
+        ece: expected calibration error, ten equal-width bins (a, b], see `confidence_bins`; NaN for other losses than the cross
+            entropy of images.
+        n_images: the number of examples with a label on all ranks.
         losses: (n_images,) each image's loss, where asked for; else empty. In batch order of this rank.
-        correct: (n_images,) booleans, likewise.
+        correct: (n_images,) booleans, likewise; for other losses than the cross entropy shares in float64, NaN without classes.
     """
 
     nll: float
@@ -42,8 +46,8 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate(
-    forward: Callable[[Tensor], Tensor],
-    batches: Iterable[tuple[Tensor, Tensor]],
+    forward: Callable[[Any], Any],
+    batches: Iterable[tuple[Inputs, Tensor]],
     objective: Objective | None = None,
     *,
     per_image: bool = False,
@@ -53,35 +57,27 @@ def evaluate(
     """Evaluate ``forward`` on ``batches``.
 
     Args:
-        forward: a model, or any function from images ``(B, C, H, W)`` to logits ``(B, K)``; its mode is the caller's.
-        batches: ``(x, y)`` pairs, ``y`` class indices (-100: no label, the image counts nowhere) or soft targets.
+        forward: a model, or any function from images ``(B, C, H, W)`` to the outputs that the loss takes (logits ``(B, K)`` for
+            the cross entropy); its mode is the caller's.
+        batches: ``(x, y)`` pairs, ``y`` class indices (-100: no label, the image counts nowhere), soft targets, or what the
+            loss takes.
         objective: gives the data term; plain cross entropy by default.
-        per_image: also return each image's loss and correctness.
+        per_image: also return the loss and correctness of each image that has a label.
         reduce: under ``torch.distributed`` add the ranks' sums up (each rank then passes its own share of batches).
         device: the model's, for a rank without a batch of its own, whose zeros must lie where the others' sums do.
 
     Raises:
-        ValueError: no image that has a label.
+        ValueError: no image that has a label; ``per_image`` with a loss that gives a mean alone.
     """
     objective = objective or Objective()
+    measure = _classified if objective.loss == "cross_entropy" else _measured
     sums: Tensor | None = None
     losses, correct = [], []
     for x, y in batches:
-        logits, counts = forward(x), labeled(y)
-        if not bool(counts.all()):
-            logits, y = logits[counts], y[counts]
-        loss = objective.data_loss(
-            logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits, y, "none"
-        )
-        probabilities = logits.double().softmax(dim=1)
-        confidence, predicted = probabilities.max(dim=1)
-        right = predicted == hard_targets(y)
-        # logits that are not finite have no most probable class: argmax would say the first one
-        counted = right.double().masked_fill(confidence.isnan(), torch.nan)
-        batch = _batch_sums(loss.double(), confidence, counted)
+        batch, image_losses, right = measure(objective, forward(x), y, per_image)
         sums = batch if sums is None else sums + batch
         if per_image:
-            losses.append(loss.double().cpu().numpy())
+            losses.append(image_losses.cpu().numpy())
             correct.append(right.cpu().numpy())
     if sums is None:
         sums = torch.zeros(3 + 3 * ECE_BINS, dtype=torch.float64, device=device)
@@ -96,6 +92,41 @@ def evaluate(
         losses=np.concatenate(losses) if losses else np.empty(0),
         correct=np.concatenate(correct) if correct else np.empty(0, dtype=bool),
     )
+
+
+def _classified(objective: Objective, logits: Tensor, y: Tensor, per_image: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the sums of `_batch_sums`, and loss and correctness of each labeled image, of a batch with one class an image."""
+    counts = labeled(y)
+    if not bool(counts.all()):
+        logits, y = logits[counts], y[counts]
+    loss = objective.data_loss(_full_precision(logits), y, "none")
+    probabilities = logits.double().softmax(dim=1)
+    confidence, predicted = probabilities.max(dim=1)
+    right = predicted == hard_targets(y)
+    # logits that are not finite have no most probable class: argmax would say the first one
+    counted = right.double().masked_fill(confidence.isnan(), torch.nan)
+    return _batch_sums(loss.double(), confidence, counted), loss.double(), right
+
+
+def _measured(objective: Objective, outputs: Any, y: Tensor, per_image: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the same of a batch under another loss than the cross entropy; sums of confidence bins are 0."""
+    outputs, counts = _full_precision(outputs), objective.example_counts(y)
+    total = objective.data_loss(outputs, y, "sum").double()
+    right = objective.right_counts(outputs, y)
+    n_right = torch.full_like(total, torch.nan) if right is None else right.sum()
+    head = torch.stack([counts.sum().double(), total, n_right])
+    sums = torch.cat([head, head.new_zeros(3 * ECE_BINS)])
+    if not per_image:
+        return sums, head, head
+    has_label = counts > 0
+    losses = objective.data_loss(outputs, y, "none").double()
+    shares = torch.full_like(losses, torch.nan) if right is None else right / counts
+    return sums, losses[has_label], shares[has_label]
+
+
+def _full_precision(outputs: Any) -> Any:
+    half = isinstance(outputs, Tensor) and outputs.dtype in (torch.bfloat16, torch.float16)
+    return outputs.float() if half else outputs
 
 
 def confidence_bins(confidence: Tensor, n_bins: int = ECE_BINS) -> Tensor:

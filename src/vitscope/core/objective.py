@@ -1,55 +1,37 @@
 """The loss that training minimises and that the diagnostics differentiate.
 
-``objective = mean over images of the cross entropy + one L2 term over all parameters``. The forms of the L2 term are
-those of Park & Kim (ICLR 2022), their released code, and AdamW's decoupled decay; they give different curvatures and
-different surfaces, so every result names the one in force.
+``objective = mean over examples of a loss + one L2 term over all parameters``. The loss is the cross entropy, another one of
+`vitscope.core.losses.named_losses`, or a callable. The forms of the L2 term are those of Park & Kim (ICLR 2022), their released
+code, and AdamW's decoupled decay; they give different curvatures and different surfaces, so every result names the one in force.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vitscope.core.losses import named_losses, own_loss
+from vitscope.core.losses.named_losses import LOSSES
+from vitscope.core.losses.own_loss import OwnLoss
+from vitscope.core.losses.targets import IGNORED_LABEL as IGNORED_LABEL
+from vitscope.core.losses.targets import are_indices
+from vitscope.core.losses.targets import hard_targets as hard_targets
+from vitscope.core.losses.targets import labeled as labeled
+from vitscope.core.losses.targets import n_labeled as n_labeled
+from vitscope.core.losses.targets import target_entropy as target_entropy
 from vitscope.runtime.value_ranges import NonNegativeFloat, ShareBelowOne
 
 L2_FORMS = ("half_sq", "sum_norm", "adamw", "none")
 
-#: the class index of an image without a label, as `torch.nn.functional.cross_entropy` has it: it counts in no mean
-IGNORED_LABEL = -100
-
-
-def labeled(y: Tensor) -> Tensor:
-    """Return which targets count ``(B,)``, booleans: every soft target, and every class index but ``IGNORED_LABEL``."""
-    return y != IGNORED_LABEL if y.ndim == 1 else torch.ones(len(y), dtype=torch.bool, device=y.device)
-
-
-def n_labeled(y: Tensor) -> int:
-    """Return the number of targets that count: what a mean over images divides by."""
-    return int(labeled(y).sum()) if y.ndim == 1 else len(y)
-
-
-def hard_targets(y: Tensor) -> Tensor:
-    """Return class indices ``(B,)``: ``y`` itself, or the most probable class of soft targets ``(B, C)``."""
-    return y.argmax(dim=1) if y.ndim == 2 else y
-
-
-def target_entropy(y: Tensor) -> Tensor:
-    """Return the entropy in nats of each image's target ``(B,)``; 0 for class indices.
-
-    It is the least value that the cross entropy on ``y`` can take.
-    """
-    if y.ndim == 1:
-        return torch.zeros(y.shape[0], dtype=torch.float64, device=y.device)
-    return torch.special.entr(y.double()).sum(dim=1)
-
 
 @dataclass(frozen=True)
 class Objective:
-    """Cross entropy averaged over images, plus one L2 term.
+    """A loss averaged over examples, plus one L2 term.
 
     Attributes:
         weight_decay: the factor wd of the L2 term, at least 0.
@@ -57,15 +39,21 @@ class Objective:
             Park & Kim); ``adamw`` wd/2 * sum of (sqrt(v) + eps) w^2 with v frozen from the optimizer's state, whose
             gradient vanishes together with AdamW's step; ``none``.
         label_smoothing: of index targets, in [0, 1). Soft targets are never smoothed again.
+        loss: ``cross_entropy``, ``mse``, ``bce`` or ``dense_cross_entropy``, see `vitscope.core.losses.named_losses`; or a
+            callable ``loss(outputs, targets)`` that returns one value an image ``(B,)``, or their mean, a scalar, which a batch
+            then weighs by its images. Images whose class index is ``IGNORED_LABEL`` count in neither. A module's parameters are
+            constants: they are no part of the network that is measured.
         decay_scale: for ``adamw`` only: sqrt(v) + eps for each parameter by name.
 
     Raises:
-        ValueError: an unknown form, a negative or non-finite factor, or ``adamw`` without ``decay_scale``.
+        ValueError: an unknown form or loss, a negative or non-finite factor, ``adamw`` without ``decay_scale``, or
+            label smoothing of a callable.
     """
 
     weight_decay: NonNegativeFloat = 0.0
     l2: str = "half_sq"
     label_smoothing: ShareBelowOne = 0.0
+    loss: str | OwnLoss = "cross_entropy"
     decay_scale: Mapping[str, Tensor] | None = None
 
     def __post_init__(self) -> None:
@@ -76,17 +64,72 @@ class Objective:
             raise ValueError(f"Expected weight_decay to be finite and at least 0, received {self.weight_decay}.")
         if not 0.0 <= self.label_smoothing < 1.0:
             raise ValueError(f"Expected label_smoothing in [0, 1), received {self.label_smoothing}.")
+        if not callable(self.loss) and self.loss not in LOSSES:
+            raise ValueError(
+                f"Expected loss to be one of {', '.join(LOSSES)}, or a function (outputs, targets) -> (B,), received "
+                f"{self.loss!r}."
+            )
+        if callable(self.loss) and self.label_smoothing > 0:
+            raise ValueError(
+                f"Expected label_smoothing=0 with a loss of your own, received {self.label_smoothing}: smooth inside the loss."
+            )
         if self.l2 == "adamw" and self.weight_decay > 0 and self.decay_scale is None:
             raise ValueError("Expected decay_scale (sqrt(v) + eps by parameter name) with l2='adamw', received None.")
 
-    def data_loss(self, logits: Tensor, y: Tensor, reduction: str = "mean") -> Tensor:
-        """Return the cross entropy in nats of ``logits (B, C)`` against indices ``(B,)`` or soft targets ``(B, C)``.
+    def data_loss(self, outputs: Any, y: Tensor, reduction: str = "mean") -> Tensor:
+        """Return the loss of one batch; for the cross entropy in nats.
 
-        An image whose index is ``IGNORED_LABEL`` has loss 0 and counts in no mean; a mean over no image is NaN.
+        An image or pixel whose index is ``IGNORED_LABEL`` has loss 0 and counts in no mean; a mean over no example is NaN.
+
+        Args:
+            outputs: logits ``(B, C)``, or what the loss takes.
+            y: indices ``(B,)`` or soft targets ``(B, C)``, or what the loss takes.
+            reduction: ``mean`` over examples; ``sum`` over them; ``none`` for each image's loss ``(B,)``, the mean over its
+                examples.
 
         Raises:
-            ValueError: soft targets together with smoothing, or shapes that do not match.
+            ValueError: soft targets together with smoothing, shapes that do not match, or ``none`` for a callable that returns
+                a mean.
         """
+        if self.loss == "cross_entropy":
+            return self._cross_entropy(outputs, y, reduction)
+        if callable(self.loss):
+            return own_loss.reduced(self.loss, outputs, y, reduction)
+        sums, counts = named_losses.image_sums(self.loss, outputs, y, self.label_smoothing), self.example_counts(y)
+        if reduction == "none":
+            return sums / counts.clamp(min=1)
+        return sums.sum() if reduction == "sum" else sums.sum() / counts.sum()
+
+    def example_counts(self, y: Tensor) -> Tensor:
+        """Return the examples that count in each image's targets ``(B,)``: 1 or 0, for dense targets their labeled pixels."""
+        return named_losses.example_counts(self.loss if isinstance(self.loss, str) else "", y)
+
+    def n_examples(self, y: Tensor) -> int:
+        """Return the examples of a batch that count: what its mean divides by, and what the batch weighs among others."""
+        return int(self.example_counts(y).sum())
+
+    def right_counts(self, outputs: Any, y: Tensor) -> Tensor | None:
+        """Return how many examples of each image are classified rightly ``(B,)``; None where that is not defined."""
+        if not isinstance(outputs, Tensor):
+            return None
+        return named_losses.right_counts(self.loss if isinstance(self.loss, str) else "", outputs, y)
+
+    def description(self, y: Tensor) -> str:
+        """Return the loss as a card states it.
+
+        Args:
+            y: targets of a batch, which say whether they are class indices.
+        """
+        smoothing = f", label smoothing {self.label_smoothing:g}"
+        if self.loss == "cross_entropy":
+            return "cross entropy, soft targets as given" if y.ndim == 2 else f"cross entropy{smoothing}"
+        if callable(self.loss):
+            return f"own loss {own_loss.described(self.loss)}"
+        is_dense = self.loss == "dense_cross_entropy"
+        form = smoothing if is_dense else f", class indices{smoothing}" if are_indices(y) else ", targets as given"
+        return named_losses.DESCRIPTIONS[self.loss] + form
+
+    def _cross_entropy(self, logits: Tensor, y: Tensor, reduction: str) -> Tensor:
         if y.ndim == 2 and self.label_smoothing > 0:
             raise ValueError(
                 f"Expected index targets with label_smoothing={self.label_smoothing}, received soft targets "
@@ -132,7 +175,7 @@ class Objective:
         return forms[self.l2](parameters)
 
     def __call__(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        """Return the whole objective on one batch; tied parameters count once."""
+        """Return the whole objective on one batch of images; tied parameters count once."""
         return self.data_loss(model(x), y) + self.l2_term(dict(model.named_parameters()))
 
 

@@ -7,58 +7,73 @@ bit-identical: weights, buffers, modes, gradients and random states.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import fields, replace
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import fields
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from vitscope.core.guard import probe_guard, repeatability
+from vitscope.core.batches.batch_format import BatchFormat, Key
+from vitscope.core.batches.batch_inputs import BatchInputs, Inputs, tensors_of
+from vitscope.core.guard import probe_guard
 from vitscope.core.guard.eager_execution import eager_execution, unwrapped
 from vitscope.core.guard.fingerprints import SeenBatches
 from vitscope.core.guard.input_checks import CheckedBatches, InputChecks, check_weights
-from vitscope.core.guard.module_state import Place, empty_place, kept_attributes, pure_forward, refilled_places
-from vitscope.core.guard.random_passes import RepeatedPasses, drawing_passes
-from vitscope.core.guard.repeatability import Repeatability, warn_of_draws, worst_of
+from vitscope.core.guard.module_state import kept_attributes, pure_forward
+from vitscope.core.guard.pass_checks import PassChecks
 from vitscope.core.guard.weight_norm import DifferentiableWeightNorm
-from vitscope.core.objective import Objective, n_labeled
+from vitscope.core.losses.own_loss import measured_loss
+from vitscope.core.objective import Objective
 from vitscope.core.objective_card import ObjectiveCard as ObjectiveCard
 from vitscope.core.objective_card import versions
 from vitscope.core.optimizer_state import OptimizerState
 from vitscope.core.structure_lookup import structure_reader
 from vitscope.runtime import distributed
 
-Batch = tuple[Tensor, Tensor]
+#: inputs and targets of one batch, as a probe gives them to a measure
+Batch = tuple[Inputs, Tensor]
 
 
 class Probe:
     """A model, batches and an objective: everything a measure needs.
 
     Args:
-        model: any module from images ``(B, C, H, W)`` to logits ``(B, K)``. The module inside ``torch.compile(model)``,
-            ``nn.DataParallel`` and ``DistributedDataParallel`` takes their place.
-        batches: ``[(x, y), ...]`` with augmentation and mixup already applied; a list, or any re-iterable that gives
-            identical tensors on every pass. Under ``torch.distributed`` every rank passes the full sequence. What a batch
-            must be like is said in `vitscope.core.guard.input_checks`; it is checked when it is first seen.
+        model: any module from images ``(B, C, H, W)`` to logits ``(B, K)``, or to the outputs that the loss takes. The module
+            inside ``torch.compile(model)``, ``nn.DataParallel`` and ``DistributedDataParallel`` takes their place.
+        batches: ``[(x, y), ...]`` with augmentation and mixup already applied; or mappings of named tensors with the targets in
+            ``labels``, the others passed as ``model(**others)``; or, with ``forward`` and ``targets``, tuples and mappings of
+            any tensors. A list, or any re-iterable that gives identical tensors on every pass. Under ``torch.distributed`` every
+            rank passes the full sequence. What a batch must be like is said in `vitscope.core.guard.input_checks`; it is checked
+            when it is first seen.
         objective: what is differentiated or evaluated; plain cross entropy by default.
         taps: where feature maps are read, for a model that `vitscope.taps` does not know.
         about: facts for the card, such as ``data``, ``split``, ``augmentation``, ``seed``, ``checkpoint``, ``epoch``.
         optimizer: gives the optimizer at this point of training, where it is known.
+        output: what of the model's output is measured: a key, an index or attribute, or a function of the output; by default
+            the tensor that it is, or its ``logits``.
+        forward: ``forward(model, batch)`` returns the output, for batches that ``model(x)`` or ``model(**others)`` does not fit.
+        targets: key, index or function of a batch that gives the targets; by default the second of a pair, or ``labels``.
 
     Raises:
-        ValueError: a one-shot iterator, no batch, or a model that is not a module.
+        ValueError: a one-shot iterator, no batch, a model that is not a module, or an ``output``, ``forward`` or ``targets`` of
+            another type.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        batches: Iterable[Batch],
+        batches: Iterable[Any],
         objective: Objective | None = None,
         taps: Sequence[Any] | None = None,
         about: Mapping[str, Any] | None = None,
         optimizer: Callable[[], OptimizerState | None] | None = None,
+        *,
+        output: Key | None = None,
+        forward: Callable[[nn.Module, Any], Any] | None = None,
+        targets: Key | None = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise ValueError(f"Expected model to be an nn.Module, received {type(model).__name__}.")
@@ -67,9 +82,11 @@ class Probe:
                 "Expected batches that can be gone through again (a list of (x, y)), received an iterator: list() it."
             )
         self.model = unwrapped(model)
-        self._checks = InputChecks()
-        self.batches: CheckedBatches = CheckedBatches(batches, self._checks)
         self.objective = objective or Objective()
+        own_format = (output, forward, targets) != (None, None, None) or not isinstance(batches, CheckedBatches)
+        self._format = BatchFormat(output, forward, targets) if own_format else batches.format
+        self._checks = InputChecks(self.objective.loss, self._format)
+        self.batches: CheckedBatches = CheckedBatches(batches, self._checks)
         self.about = dict(about or {})
         self._optimizer = optimizer
         self._taps = list(taps) if taps is not None else None
@@ -78,8 +95,7 @@ class Probe:
         self._dtype: torch.dtype | None = None
         self._sizes: tuple[int, int, int] | None = None
         self._seen = SeenBatches()
-        self._tables: dict[Place, str] | None = None
-        self._repeatability: dict[str, Repeatability] = {}
+        self._passes = PassChecks(self.model, self.objective, lambda: next(self.iter_batches(), None))
 
     @property
     def taps(self) -> list[Any]:
@@ -89,10 +105,22 @@ class Probe:
             structure_reader().warn_missing_units(self.model, self._missing_units())
         return self._taps
 
-    def first_images(self) -> Tensor | None:
-        """Return the first batch's images, the same on every rank; None without a batch."""
+    def first_images(self) -> Any:
+        """Return the first batch's images, the same on every rank; None without a batch.
+
+        For a model that takes more than images, the inputs of the batch; `calling` lets ``model(inputs)`` take them.
+        """
         first = next(iter(self.batches), None)
         return first[0] if first is not None else None
+
+    @property
+    def takes_images(self) -> bool:
+        """Whether images are all that the model is given, so that a measure can change them."""
+        return isinstance(self.first_images(), Tensor)
+
+    def calling(self) -> AbstractContextManager[None]:
+        """Return a context outside of a guard in which ``model(x)`` takes the inputs ``x`` of this probe's batches."""
+        return self._format.calling(self.model, False, self._has_pairs())
 
     def check_kinds(self) -> None:
         """Check that the model's taps follow all of its attention and MLPs, before a measure compares kinds of units.
@@ -106,7 +134,9 @@ class Probe:
     def _missing_units(self) -> list[tuple[str, str]]:
         """Return what `vitscope.models.structure.coverage.missing_units` does; the model runs once for it."""
         if self._missing is None:
-            self._missing = structure_reader().missing_units(self.model, self.first_images())
+            images = self.first_images()
+            with self.calling():
+                self._missing = structure_reader().missing_units(self.model, images)
         return self._missing
 
     @property
@@ -128,7 +158,9 @@ class Probe:
 
     @property
     def n_labeled(self) -> int:
-        """The number of images whose target counts: what sums of losses over all batches are divided by.
+        """The number of examples whose target counts: what sums of losses over all batches are divided by.
+
+        An example is an image; for dense targets a labeled pixel.
 
         Raises:
             ValueError: none has a label.
@@ -184,17 +216,15 @@ class Probe:
 
     def card(self, **overrides: Any) -> ObjectiveCard:
         """Return the card of this probe; ``overrides`` are what only the measure knows (dtype, bn_policy, solver, ...)."""
-        objective = self.objective
-        soft = "soft targets as given"
-        loss = f"cross entropy, label smoothing {objective.label_smoothing:g}"
+        targets, names = next(iter(self.batches))[1], self._passes.random_modules
         facts: dict[str, Any] = {
-            "loss": f"cross entropy, {soft}" if self._soft() else loss,
-            "l2": objective.l2,
-            "weight_decay": objective.weight_decay,
+            "loss": self.objective.description(targets) + self._format.description,
+            "l2": self.objective.l2,
+            "weight_decay": self.objective.weight_decay,
             "n_images": self.n_images,
             "batch_size": self.batch_size,
             "dtype": str(self.dtype).removeprefix("torch."),
-            "mode": self._mode(),
+            "mode": f"eval, random outputs of {', '.join(names)}" if names else "eval",
             "versions": versions(),
         }
         card_fields = {f.name for f in fields(ObjectiveCard)}
@@ -253,109 +283,55 @@ class Probe:
             stack.enter_context(probe_guard.kept_random_states(self.device))
             stack.enter_context(probe_guard.full_precision(self.device))
             stack.enter_context(kept_attributes(self.model))
-            checks = self._repeatability
-            copy_weights = restore_weights or not checks or any(check.written for check in checks.values())
+            copy_weights = restore_weights or self._passes.needs_copies
             copies = stack.enter_context(probe_guard.kept_model(self.model, dtype, copy_weights))
             stack.enter_context(probe_guard.modes(self.model, bn))
+            stack.enter_context(measured_loss(self.objective.loss, dtype or self.dtype))
             if second_order:
                 stack.enter_context(sdpa_kernel(SDPBackend.MATH))
                 stack.enter_context(DifferentiableWeightNorm())
             stack.enter_context(torch.set_grad_enabled(second_order))
+            stack.enter_context(self._format.calling(self.model, logits, self._has_pairs()))
             stack.enter_context(self._checks.of_outputs(self.model, logits))
             outer, self._dtype = self._dtype, dtype or self._dtype
             try:
-                check = self._examined(second_order, moves_weights, micro_batch)
+                check = self._passes.examined(self.device, second_order, moves_weights, micro_batch, logits)
                 if second_order or moves_weights:
                     check.refuse()
                 else:
                     check.warn()
                 if not check.written and not restore_weights:
                     copies.clear()
-                with pure_forward(self.model), self._watched(check, second_order or moves_weights):
+                with pure_forward(self.model), self._passes.watched(self.device, check, second_order or moves_weights):
                     yield self.model
             finally:
                 self._dtype = outer
 
-    def _watched(self, outcome: Repeatability, refuses: bool) -> AbstractContextManager[None]:
-        """Return a context in which later passes that draw random numbers are refused, or stated on the card."""
-        if refuses:
-            return drawing_passes(self.model, self.device, RepeatedPasses(self.model, self.device).check)
-        if outcome.random or outcome.drew:  # it is stated already, or without an effect
-            return nullcontext()
-
-        def state(*_: Any) -> None:
-            if not any(other.random for other in self._repeatability.values()):
-                # the pass is not repeated: measures may read feature maps in it
-                random = (f"model ({type(self.model).__name__})",)
-                self._repeatability["outputs"] = replace(outcome, random=random)
-                warn_of_draws(random)
-
-        return drawing_passes(self.model, self.device, state)
-
-    def _examined(self, gradient: bool, moves_weights: bool, n_images: int | None) -> Repeatability:
-        """Empty the tables made from weights; return whether the model repeats itself, which is measured once."""
-        level = "gradient" if gradient else "moved weights" if moves_weights else "outputs"
-        earlier_check = self._repeatability.get(level)
-        if earlier_check is None and level == "outputs":
-            earlier_check = next(iter(self._repeatability.values()), None)
-        if earlier_check is not None:
-            self._empty_tables()
-            return earlier_check
-        check, error = None, None
-        try:
-            with probe_guard.kept_random_states(self.device):
-                check = self._examine(gradient, moves_weights, n_images)
-        except Exception as raised:
-            error = raised
-        # what one rank has seen all ranks act on: none waits for another
-        shares = distributed.gather_objects((None if error is None else str(error), check))
-        if error is not None:
-            raise error
-        if told := [text for text, _ in shares if text is not None]:
-            raise ValueError(told[0])
-        self._repeatability[level] = worst_of([share for _, share in shares if share is not None])
-        return self._repeatability[level]
-
-    def _examine(self, gradient: bool, moves_weights: bool, n_images: int | None) -> Repeatability:
-        batches = [next(self.iter_batches(), None) for _ in range(2)]  # read twice: a shuffled loader shows at once
-        if batches[0] is None:
-            raise ValueError("Expected at least one batch (x, y), received none.")
-        x, y = (t[:n_images] for t in batches[0])
-        if self._tables is None:
-            self._tables = refilled_places(self.model, lambda: self.model(x.clone()))
-        self._empty_tables()
-        return repeatability.examine(self.model, x, y, self.objective if gradient else None, moves_weights)
-
-    def _empty_tables(self) -> None:
-        for place, way in (self._tables or {}).items():
-            empty_place(self.model, place, way)
-
-    def _mode(self) -> str:
-        names = next((check.random for check in self._repeatability.values() if check.random), ())
-        return f"eval, random outputs of {', '.join(names)}" if names else "eval"
-
     def _counted(self) -> tuple[int, int, int]:
-        """Return the images in all batches, those in the first, and those with a label."""
+        """Return the images in all batches, those in the first, and the examples with a label."""
         if self._sizes is None:
-            counts = [(len(x), n_labeled(y)) for x, y in self._seen.checked(self.batches)]
+            counts = [(len(x), self.objective.n_examples(y)) for x, y in self._seen.checked(self.batches)]
             sizes = [size for size, _ in counts]
             if not sizes:
                 raise ValueError("Expected at least one batch (x, y), received none.")
             self._sizes = sum(sizes), sizes[0], sum(count for _, count in counts)
         return self._sizes
 
-    def _soft(self) -> bool:
-        return next(iter(self.batches))[1].ndim == 2
+    def _has_pairs(self) -> bool:
+        """Return whether batches are known to be pairs, without reading one."""
+        source = self.batches.source
+        return isinstance(source, list | tuple) and all(isinstance(batch, list | tuple) for batch in source)
 
     def _prepared(self, index: int, batch: Batch) -> Batch:
         x, y = batch
-        for tensor in (x, y):
+        for tensor in (*tensors_of(x), y):
             if tensor.device != self.device:
                 raise ValueError(
                     f"Expected batch {index} on the model's device {self.device}, received {tensor.device}: "
                     "move it there first."
                 )
-        return _usable(x, self.dtype), _usable(y, self.dtype)
+        usable = partial(_usable, dtype=self.dtype)
+        return (x.map(usable) if isinstance(x, BatchInputs) else usable(x)), usable(y)
 
 
 def _usable(tensor: Tensor, dtype: torch.dtype) -> Tensor:

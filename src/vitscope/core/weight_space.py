@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from vitscope.core.evaluation import evaluate
 from vitscope.core.guard.probe_guard import refuse_unfit_weights
-from vitscope.core.probe import Probe
+from vitscope.core.probe import Batch, Probe
 from vitscope.runtime import stop_flag
 from vitscope.runtime.torch_internals import BatchNormBase
 
@@ -77,7 +77,7 @@ def guarded_evaluation(
     half = dtype in _HALF
     with probe.guard(dtype=None if half else dtype, moves_weights=True) as model:
 
-        def batches() -> Iterator[tuple[Tensor, Tensor]]:
+        def batches() -> Iterator[Batch]:
             for batch in probe.iter_batches():
                 stop_flag.check()
                 yield batch
@@ -99,7 +99,7 @@ def guarded_evaluation(
 
 
 @torch.no_grad()
-def recalibrate(model: nn.Module, batches: Iterator[tuple[Tensor, Tensor]]) -> None:
+def recalibrate(model: nn.Module, batches: Iterator[Batch]) -> None:
     """Replace BatchNorm's running statistics by their average over ``batches`` (means, and unbiased variances).
 
     Modes and momenta are put back; the statistics stay. A model without BatchNorm is left alone.

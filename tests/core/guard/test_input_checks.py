@@ -47,7 +47,7 @@ class Returning(nn.Module):
 @dataclass
 class Output:
     loss: Tensor
-    logits: Tensor
+    scores: Tensor
 
 
 Named = namedtuple("Named", "logits features")
@@ -56,10 +56,10 @@ OUTPUTS: dict[str, tuple[Callable[[Tensor], Any], str]] = {
     "tuple": (lambda z: (z, z), r"received a tuple of 2 \(Tensor, Tensor\): wrap it .* self\.model\(x\)\[0\]"),
     "named tuple": (lambda z: Named(z, z), r"received a Named of 2"),
     "list": (lambda z: [z], r"received a list of 1 \(Tensor\)"),
-    "dict": (lambda z: {"loss": z.sum(), "logits": z}, r"received a dict with keys loss, logits: .*\['logits'\]"),
+    "dict": (lambda z: {"loss": z.sum(), "scores": z}, r"received a dict with keys loss, scores: .*\['loss'\].*output='loss'"),
     "dataclass": (
         lambda z: Output(z.sum(), z),
-        r"received a Output with fields loss, logits: .*self\.model\(x\)\.logits",
+        r"received a Output with fields loss, scores: .*self\.model\(x\)\.loss.*output='loss'",
     ),
     "None": (lambda z: None, r"received a NoneType"),
     "(B,)": (lambda z: z[:, 0], r"K at least 2, received \(4,\): for two classes return two logits"),
@@ -88,11 +88,10 @@ class ModelOutput(OrderedDict):
     """As the outputs of transformers: a mapping whose keys are attributes too."""
 
 
-def test_a_mapping_is_refused_with_the_way_to_wrap_it() -> None:
-    model = Returning(lambda z: ModelOutput(logits=z, hidden_states=z))
-    with pytest.raises(
-        ValueError, match=r"a ModelOutput with keys logits, hidden_states: .*self\.model\(x\)\['logits'\]"
-    ):
+def test_a_mapping_without_logits_is_refused_with_the_way_to_name_one() -> None:
+    model = Returning(lambda z: ModelOutput(scores=z, hidden_states=z))
+    text = r"a ModelOutput with keys scores, hidden_states: .*self\.model\(x\)\['scores'\].*output='scores'"
+    with pytest.raises(ValueError, match=text):
         vs.evaluation(vs.Probe(model, [(images(), LABELS)]))
 
 

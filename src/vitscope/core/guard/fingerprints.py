@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vitscope.core.batches.batch_inputs import BatchInputs, tensors_of
+
 Fingerprint = tuple[tuple[int, ...], str, int]
 
 _PIECE = 2**20
@@ -100,7 +102,7 @@ class SeenBatches:
         self._length = count
 
     def _check(self, index: int, batch: Any) -> None:
-        tensors = [t for t in batch if isinstance(t, Tensor)] if isinstance(batch, tuple | list) else []
+        tensors = [t for part in batch for t in tensors_of(part)] if isinstance(batch, tuple | list) else []
         earlier_tensors = self._tensors.get(index, [])
         # the very tensors of an earlier pass, not written to since, need no second look
         if (
@@ -112,12 +114,20 @@ class SeenBatches:
         fingerprints = tuple(None if t.is_meta else fingerprint(t) for t in tensors)
         first = self._first.setdefault(index, fingerprints)
         if fingerprints != first:
-            names = [name for name, a, b in zip(("images", "targets"), fingerprints, first) if a != b]
+            names = [name for name, a, b in zip(_names(batch), fingerprints, first) if a != b]
             raise ValueError(
                 f"Expected the same batches on every pass, received other {' and '.join(names) or 'tensors'} in batch "
                 f"{index} than on the first pass: {_FIX}"
             )
         self._tensors[index] = [(weakref.ref(t), version(t)) for t in tensors]
+
+
+def _names(batch: Any) -> list[str]:
+    inputs = batch[0]
+    if not isinstance(inputs, BatchInputs):
+        return ["images", "targets"]
+    entries = inputs.entries.items() if isinstance(inputs.entries, dict) else enumerate(inputs.entries)
+    return [*(f"entry {key!r}" for key, value in entries if isinstance(value, Tensor)), "targets"]
 
 
 def version(tensor: Tensor) -> int:

@@ -1,54 +1,68 @@
 """Check what a measure is given, once and before anything expensive: batches, weights, and what the model returns.
 
-A batch is a pair ``(x, y)``. Images ``x``: a floating-point tensor ``(B, C, H, W)``, or ``(B, features)`` for a network of
-vectors, at least one. Targets ``y``: class indices ``(B,)`` of any integer type, from 0 to K - 1, or -100 for an image without
-a label; or soft targets ``(B, K)``, floating-point, each row a distribution. The model returns logits ``(B, K)``, K at least 2;
-measures of feature maps alone take any output. Everything else is a ValueError that says what was expected, what was received,
+A batch has one of the forms of `vitscope.core.batches.batch_format`. Images: a floating-point tensor ``(B, C, H, W)``, or
+``(B, features)`` for a network of vectors, at least one. Targets and outputs depend on the loss:
+
+- ``cross_entropy``: targets are class indices ``(B,)`` of any integer type, from 0 to K - 1, or -100 for an image without a
+  label; or soft targets ``(B, K)``, floating-point, each row a distribution: non-negative, with a sum of 1 to within 8 eps of
+  their type + K * 1.2e-7. Outputs are logits ``(B, K)``, K at least 2.
+- ``mse``: targets are finite values of the outputs' shape ``(B, ...)``, or class indices for outputs ``(B, K)``.
+- ``bce``: the same with values in [0, 1].
+- ``dense_cross_entropy``: class indices ``(B, H, W)``, -100 for a pixel without a label; logits ``(B, C, H, W)``.
+- a callable: any tensor of B rows; any output.
+
+Measures of feature maps alone take any output. Everything else is a ValueError that says what was expected, what was received,
 and what to do.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-#: the class index that torch's losses leave out
-IGNORED = -100
-_INTEGERS = (
-    torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32, torch.uint64,
-)  # fmt: skip
-#: what torch says where a derivative is asked of an output that no differentiable operation leads to
+from vitscope.core.batches.batch_format import BatchFormat
+from vitscope.core.batches.batch_inputs import BatchInputs, Inputs
+from vitscope.core.losses.output_checks import check_output, described_value
+from vitscope.core.losses.target_checks import as_indices, check_targets
+
+#: the error of torch where a derivative is asked of an output that no differentiable operation leads to
 _NO_GRADIENT = ("does not require grad", "does not have a grad_fn", "Inference tensors cannot be saved")
-_WRAP = (
-    "wrap it in a module that returns the tensor alone, e.g. class Logits(nn.Module) with "
-    "forward(self, x): return self.model(x){access}"
-)
 
 
 class InputChecks:
-    """What is known about the batches and outputs of one probe: each batch is checked once."""
+    """What is known about the batches and outputs of one probe: each batch is checked once.
 
-    def __init__(self) -> None:
+    Args:
+        loss: the objective's.
+        batch_format: of the batches.
+    """
+
+    def __init__(
+        self, loss: str | Callable[..., Any] = "cross_entropy", batch_format: BatchFormat | None = None
+    ) -> None:
+        self.loss, self.format = loss, batch_format or BatchFormat()
         self.n_classes: int | None = None
         self._checked: set[int] = set()
         self._highest: tuple[int, int] = (-1, 0)  # class index, batch
 
-    def batch(self, index: int, batch: Any) -> tuple[Tensor, Tensor]:
-        """Return ``(x, y)``, class indices as int64.
+    def batch(self, index: int, batch: Any) -> tuple[Inputs, Tensor]:
+        """Return inputs and targets ``(x, y)``, class indices as int64.
 
         Raises:
             ValueError: see this module.
         """
-        x, y = _pair(index, batch)
-        if index in self._checked or x.is_meta or y.is_meta:  # without values; the probe refuses the device
-            return x, _as_indices(y)
-        _check_images(index, x)
-        y = _as_indices(y)
-        highest = _check_targets(index, x, y)
+        x, y = self.format.split(index, batch)
+        y = as_indices(self.loss, y)
+        tensors = [x, y] if isinstance(x, Tensor) else [*x.tensors, y]
+        if index in self._checked or any(t.is_meta for t in tensors):  # without values; the probe refuses the device
+            return x, y
+        if isinstance(x, Tensor):
+            _check_images(index, x)
+        highest = check_targets(self.loss, index, len(x), y)
         self._highest = max(self._highest, (highest, index))
         self._check_range()
         self._checked.add(index)
@@ -56,9 +70,15 @@ class InputChecks:
 
     def output(self, x: Any, output: Any) -> None:
         """Check what the model returned for ``x`` and that no class index lies beyond its logits."""
-        check_logits(output, len(x) if isinstance(x, Tensor) and x.ndim else None)
-        if self.n_classes is None:
-            self.n_classes = int(output.shape[1])
+        n_images = len(x) if isinstance(x, BatchInputs) or (isinstance(x, Tensor) and x.ndim) else None
+        n_classes = check_output(self.loss, output, n_images)
+        if self.loss == "bce" and n_classes is None and self._highest[0] > 1:
+            raise ValueError(
+                f"Expected targets 0 and 1 for one logit an image with loss='bce', received {self._highest[0]} in batch "
+                f"{self._highest[1]}: return one logit a class (B, K)."
+            )
+        if self.n_classes is None and n_classes is not None:
+            self.n_classes = n_classes
             self._check_range()
 
     def _check_range(self) -> None:
@@ -75,23 +95,26 @@ class InputChecks:
 
         Args:
             model: the model.
-            logits: whether it must return logits; with False whatever it returns is good.
+            logits: whether it must return what the loss takes; with False any output is good.
         """
-        if logits and getattr(model, "num_classes", None) == 0:
+        if logits and self.loss == "cross_entropy" and getattr(model, "num_classes", None) == 0:
             raise ValueError(
                 "Expected a model that returns logits (B, K) with K at least 2, received one built with num_classes=0, which "
                 "returns features: build it with num_classes=K."
             )
-        passed = False
-        running: list[Any] = []  # the images of a pass that has not come to its end
+        has_passed = False
+        running: list[Any] = []  # the inputs of a pass that has not come to its end
 
         def begin(_: nn.Module, args: tuple[Any, ...]) -> None:
-            running[:] = [args[0] if args else None]
+            if not self.format.is_calling:
+                running[:] = [args[0] if args else None]
 
         def end(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            nonlocal passed
+            nonlocal has_passed
+            if self.format.is_calling:
+                return
             running.clear()
-            passed = True
+            has_passed = True
             if logits:
                 self.output(args[0] if args else None, output)
 
@@ -107,7 +130,7 @@ class InputChecks:
                     "gradient: take detach(), no_grad and inference_mode out of the model's forward, and let its parameters "
                     "require gradients."
                 ) from error
-            if not running or passed:
+            if not running or has_passed:
                 raise
             raise ValueError(_on_failure(running[0], error)) from error
         finally:
@@ -122,47 +145,22 @@ class CheckedBatches:
         self.source = batches.source if isinstance(batches, CheckedBatches) else batches
         if not isinstance(self.source, Iterable) or isinstance(self.source, Tensor | Mapping | str):
             raise ValueError(
-                f"Expected batches [(x, y), ...], received {_described(self.source)}: pass a list of pairs of tensors."
+                f"Expected batches [(x, y), ...], received {described_value(self.source)}: pass a list of pairs of tensors."
             )
         self._checks = checks
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+    @property
+    def format(self) -> BatchFormat:
+        """How batches are read and outputs selected."""
+        return self._checks.format
+
+    def __iter__(self) -> Iterator[tuple[Inputs, Tensor]]:
         """Yield ``(x, y)``, class indices as int64."""
         return (self._checks.batch(index, batch) for index, batch in enumerate(self.source))
 
     def __len__(self) -> int:
         """Return the number of batches."""
         return len(self.source) if isinstance(self.source, Sized) else sum(1 for _ in self.source)
-
-
-def check_logits(output: Any, n_images: int | None) -> None:
-    """Raise ValueError where a model's output is not a tensor of logits ``(n_images, K)``, K at least 2."""
-    if not isinstance(output, Tensor):
-        raise ValueError(
-            f"Expected a model that returns logits (B, K), received {_described(output)}: {_wrapper(output)}."
-        )
-    shape, fix = tuple(output.shape), ""
-    if output.layout is not torch.strided:
-        kind = str(output.layout).removeprefix("torch.")
-        raise ValueError(
-            f"Expected a model that returns a dense tensor of logits (B, K), received {kind} {shape}: return output.to_dense()."
-        )
-    if not output.is_floating_point():
-        kind = str(output.dtype).removeprefix("torch.")
-        raise ValueError(
-            f"Expected a model that returns floating-point logits (B, K), received {kind} {shape}: return logits, before "
-            "any argmax."
-        )
-    if (output.ndim == 2 and shape[1] == 1) or output.ndim == 1:
-        fix = "for two classes return two logits, torch.stack([0 * z, z], 1) of one logit z"
-    elif output.ndim == 2 and shape[1] == 0:
-        fix = "the model has no classifier: build it with num_classes=K"
-    elif output.ndim == 2 and n_images not in (None, shape[0]):
-        fix = f"there are {n_images} images: return one row of logits an image"
-    elif output.ndim != 2:
-        fix = "return one row of logits an image, e.g. pool over positions with .mean((2, 3))"
-    if fix:
-        raise ValueError(f"Expected a model that returns logits (B, K) with K at least 2, received {shape}: {fix}.")
 
 
 def check_weights(model: nn.Module) -> None:
@@ -181,21 +179,6 @@ def check_weights(model: nn.Module) -> None:
             )
 
 
-def _pair(index: int, batch: Any) -> tuple[Tensor, Tensor]:
-    if not isinstance(batch, tuple | list) or len(batch) != 2:
-        fix = "make pairs, [(x, y) for x, y, *_ in batches]"
-        if isinstance(batch, Mapping):
-            names = list(batch)
-            fix = f"make pairs, [(b[{names[0]!r}], b[{names[-1]!r}]) for b in batches]" if names else "make pairs"
-        raise ValueError(f"Expected batch {index} to be a pair (x, y), received {_described(batch)}: {fix}.")
-    for name, value in zip(("images x", "targets y"), batch):
-        if not isinstance(value, Tensor):
-            raise ValueError(
-                f"Expected {name} of batch {index} to be a tensor, received {_described(value)}: use torch.as_tensor."
-            )
-    return batch[0], batch[1]
-
-
 def _check_images(index: int, x: Tensor) -> None:
     received = f"{str(x.dtype).removeprefix('torch.')} {tuple(x.shape)}"
     expected = f"Expected images (B, C, H, W) of a floating-point type in batch {index}, received {received}"
@@ -211,71 +194,12 @@ def _check_images(index: int, x: Tensor) -> None:
         raise ValueError(f"{expected}: it is empty, leave it out.")
 
 
-def _as_indices(y: Tensor) -> Tensor:
-    return y.long() if y.ndim == 1 and y.dtype in _INTEGERS else y
-
-
-def _check_targets(index: int, x: Tensor, y: Tensor) -> int:
-    """Return the highest class index, -1 for soft targets."""
-    received = f"{str(y.dtype).removeprefix('torch.')} {tuple(y.shape)}"
-    expected = f"Expected class indices (B,) or soft targets (B, K) in batch {index}, received {received}"
-    if y.ndim not in (1, 2):
-        raise ValueError(f"{expected}: give one class index an image.")
-    if len(x) != len(y):
-        raise ValueError(f"Expected as many targets as images in batch {index}, received {len(x)} and {len(y)}.")
-    if y.ndim == 1:
-        if y.dtype not in _INTEGERS:
-            fix = "y.long() if these are class indices" if y.is_floating_point() else "y.long() for classes 0 and 1"
-            raise ValueError(f"{expected}: use {fix}.")
-        if bool(((y < 0) & (y != IGNORED)).any()):
-            low = int(y[(y < 0) & (y != IGNORED)].min())
-            raise ValueError(
-                f"Expected class indices of at least 0 in batch {index}, received {low}: number the classes from 0 (-100 leaves "
-                "an image out of the loss)."
-            )
-        return int(y.max())
-    if y.shape[1] == 1:
-        raise ValueError(f"{expected}: use y[:, 0].long() for class indices.")
-    if not y.is_floating_point():
-        raise ValueError(
-            f"{expected}: one-hot targets become class indices by y.argmax(1), or soft targets by y.float()."
-        )
-    if not bool((y >= 0).all()) or not bool(y.isfinite().all()):
-        raise ValueError(f"{expected} with negative or infinite values or NaN: each row is a distribution, at least 0.")
-    error = float((y.double().sum(1) - 1).abs().max())
-    # entries rounded to their type a few times (softmax, mixing, smoothing), divided by a float32 sum of K terms
-    if not error <= 8 * torch.finfo(y.dtype).eps + y.shape[1] * torch.finfo(torch.float32).eps:
-        raise ValueError(f"{expected} whose rows sum to 1 with an error of {error:.2g}: divide each row by its sum.")
-    return -1
-
-
-def _described(value: Any) -> str:
-    """Return a value's type, and what tells it apart, in a few words."""
-    name = type(value).__name__
-    if isinstance(value, Mapping):
-        return f"a {name} with keys {', '.join(map(str, list(value)[:6]))}"
-    if isinstance(value, tuple | list):
-        return f"a {name} of {len(value)} ({', '.join(type(v).__name__ for v in value[:4])})"
-    fields = getattr(type(value), "__dataclass_fields__", None)
-    return f"a {name} with fields {', '.join(list(fields)[:6])}" if fields else f"a {name}"
-
-
-def _wrapper(output: Any) -> str:
-    """Return how to wrap a model that gives ``output``; no entry is chosen for the user but one that is named logits."""
-    names = list(output) if isinstance(output, Mapping) else list(getattr(type(output), "__dataclass_fields__", ()))
-    if isinstance(output, Mapping):
-        access = "['logits']" if "logits" in names else f"[{names[0]!r}]" if names else "[...]"
-    elif names:
-        access = ".logits" if "logits" in names else f".{names[0]}"
-    else:
-        access = "[0]" if isinstance(output, tuple | list) else ".logits"
-    return _WRAP.format(access=access)
-
-
 def _on_failure(x: Any, error: Exception) -> str:
     what = (
         f"{str(x.dtype).removeprefix('torch.')} {tuple(x.shape)}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
     )
+    if isinstance(x, BatchInputs):
+        what = f"the entries {', '.join(map(str, x.entries)) if isinstance(x.entries, dict) else f'0 to {len(x.entries) - 1}'}"
     line = (str(error).strip().splitlines() or [""])[0][:200].rstrip(".")
     return (
         f"Expected images that the model takes, received {what}, on which it fails ({type(error).__name__}: {line}): "

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vitscope.core.batches.batch_inputs import BatchInputs
 from vitscope.core.guard.fingerprints import same_bits, version
 from vitscope.core.guard.pass_hooks import hooked_passes
 from vitscope.runtime.torch_internals import MODULE_ATTRIBUTES, MODULE_REGISTRIES
@@ -194,7 +195,7 @@ def pure_forward(model: nn.Module) -> Iterator[None]:
             parameter = dict(owner.named_parameters(recurse=False, remove_duplicate=False)).get(name)
             if parameter is not None and entries[key] is not parameter:
                 entries[key] = parameter
-        return tuple(a.clone() if isinstance(a, Tensor) else a for a in args)
+        return tuple(a.clone() if isinstance(a, Tensor | BatchInputs) else a for a in args)
 
     def after(*_: Any) -> None:
         if open_passes:

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from vitscope.core.batches.batch_inputs import Inputs
 from vitscope.core.guard.pass_comparison import output_tensors
 
 
-def ineffective_parameters(model: nn.Module, x: Tensor, values: bool) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def ineffective_parameters(model: nn.Module, x: Inputs, values: bool) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Return the names of trainable parameters without an effect on the outputs: of modules that run, and of those that do not.
 
     The pass is given copies of the parameters. A table that was made before, or that is made where autograd does not see it,
@@ -51,7 +52,7 @@ def ineffective_parameters(model: nn.Module, x: Tensor, values: bool) -> tuple[t
 
 
 @torch.no_grad()
-def _is_effective(model: nn.Module, p: Tensor, x: Tensor) -> bool:
+def _is_effective(model: nn.Module, p: Tensor, x: Inputs) -> bool:
     """Return whether the outputs for ``x (B, C, H, W)`` change with the values of ``p``, which is given back as it was."""
     before, original_value = [t.clone() for t in output_tensors(model(x))], p.detach().clone()
     noise = torch.randn(p.shape, generator=torch.Generator().manual_seed(0)).to(p)

@@ -11,11 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from vitscope.core.batches.batch_inputs import BatchInputs, Inputs, tensors_of
 from vitscope.core.guard.fingerprints import Fingerprint, dense_parts, fingerprint
 
 
 def compare_passes(
-    model: nn.Module, first: Sequence[Tensor], second: Sequence[Tensor], drew: bool, x: Tensor
+    model: nn.Module, first: Sequence[Tensor], second: Sequence[Tensor], drew: bool, x: Inputs
 ) -> tuple[float, float]:
     """Return the largest relative difference between two lists of tensors, and what rounding explains of it.
 
@@ -37,7 +38,8 @@ def compare_passes(
     if drew or not first:
         return worst, 0.0
     weights = [p for p in model.parameters() if p.ndim > 1]
-    terms = max([x[:, 0].numel() if x.ndim > 1 else x.numel(), *(p[0].numel() for p in weights)])
+    counts = [t[:, 0].numel() if t.ndim > 1 else t.numel() for t in tensors_of(x)]
+    terms = max([*counts, *(p[0].numel() for p in weights)])
     eps = max((torch.finfo(t.dtype).eps for t in first if t.is_floating_point()), default=0.0)
     return worst, 2 * max(1, len(weights)) * terms**0.5 * eps
 
@@ -62,8 +64,8 @@ def _relative(a: Tensor, b: Tensor) -> float:
 
 def output_tensors(value: Any) -> list[Tensor]:
     """Return the tensors in a network's output: a tensor, or tuples, lists, mappings and dataclasses of them."""
-    if isinstance(value, Tensor):
-        return [value]
+    if isinstance(value, Tensor | BatchInputs):
+        return tensors_of(value)
     if isinstance(value, Mapping):
         return [t for entry in value.values() for t in output_tensors(entry)]
     if isinstance(value, tuple | list):
@@ -74,7 +76,7 @@ def output_tensors(value: Any) -> list[Tensor]:
 
 
 @torch.no_grad()
-def random_modules(model: nn.Module, x: Tensor) -> tuple[str, ...]:
+def random_modules(model: nn.Module, x: Inputs) -> tuple[str, ...]:
     """Return the innermost modules that give other outputs for the same inputs in two passes over ``x (B, C, H, W)``.
 
     A module is named by its path and class; the model itself where no single module shows it.
@@ -96,7 +98,7 @@ def _inside(child: str, parent: str) -> bool:
     return parent == "" or child.startswith(f"{parent}.")
 
 
-def _calls(model: nn.Module, x: Tensor) -> Iterator[tuple[str, list[Fingerprint], list[Fingerprint]]]:
+def _calls(model: nn.Module, x: Inputs) -> Iterator[tuple[str, list[Fingerprint], list[Fingerprint]]]:
     """Yield each module call of one pass, in the order in which calls end: name, fingerprints of inputs and of outputs."""
     calls: list[tuple[str, list[Fingerprint], list[Fingerprint]]] = []
     waiting: list[list[Fingerprint]] = []

@@ -11,8 +11,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from vitscope.core.batches.batch_inputs import tensors_of
 from vitscope.core.guard.fingerprints import Fingerprint, fingerprint
 from vitscope.core.guard.pass_comparison import compare_passes, output_tensors, random_modules
 from vitscope.core.guard.pass_hooks import hooked_passes
@@ -69,7 +70,7 @@ class RepeatedPasses:
         Raises:
             ValueError: the outputs differ.
         """
-        key = tuple(fingerprint(a) for a in args if isinstance(a, Tensor))
+        key = tuple(fingerprint(t) for a in args for t in tensors_of(a))
         if key in self._equal:
             return
         with kept_random_states(self.device):

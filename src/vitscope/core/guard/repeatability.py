@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from vitscope.core.batches.batch_inputs import Inputs
 from vitscope.core.guard.fingerprints import Fingerprint, fingerprint
 from vitscope.core.guard.module_state import pure_forward
 from vitscope.core.guard.parameter_use import ineffective_parameters
@@ -108,7 +109,7 @@ class UnusedParametersWarning(UserWarning):
 
 
 def examine(
-    model: nn.Module, x: Tensor, y: Tensor, objective: Objective | None, moves_weights: bool = False
+    model: nn.Module, x: Inputs, y: Tensor, objective: Objective | None, moves_weights: bool = False
 ) -> Repeatability:
     """Evaluate the model twice on one batch and compare outputs, and loss and gradient where an objective is given.
 
@@ -117,7 +118,7 @@ def examine(
 
     Args:
         model: inside a guard, in eval mode.
-        x: images (B, C, H, W).
+        x: images (B, C, H, W), or the batch of a network that takes more.
         y: their targets.
         objective: whose data term is differentiated; None compares outputs alone.
         moves_weights: whether the model will be evaluated at other weights.
@@ -142,7 +143,7 @@ def examine(
     return Repeatability(names, difference, bound, written, unread, unused, drew)
 
 
-def _evaluated(model: nn.Module, x: Tensor, y: Tensor, objective: Objective | None) -> list[Tensor]:
+def _evaluated(model: nn.Module, x: Inputs, y: Tensor, objective: Objective | None) -> list[Tensor]:
     outputs = model(x)
     evaluated_outputs = [t.detach().clone() for t in output_tensors(outputs)]
     if objective is None:

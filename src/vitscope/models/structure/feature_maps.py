@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from vitscope.core.batches.batch_inputs import BatchInputs
 from vitscope.core.guard.eager_execution import eager_execution, unwrapped
 from vitscope.core.tap import Layout
 from vitscope.runtime.errors import StructureError
@@ -40,7 +41,8 @@ class ForwardPass:
         """Forget the pass before; ``args`` are those of the model."""
         self.number += 1
         images = args[0] if args else None
-        self.n_images = len(images) if isinstance(images, Tensor) and images.ndim > 0 else None
+        has_rows = isinstance(images, BatchInputs) or (isinstance(images, Tensor) and images.ndim > 0)
+        self.n_images = len(images) if has_rows else None
         self.sizes.clear()
         self.order.clear()
 

@@ -1,0 +1,198 @@
+"""A callable as loss: check the values it returns, and describe it on the objective card."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import inspect
+import math
+import types
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vitscope.core.guard import probe_guard
+from vitscope.core.guard.fingerprints import fingerprint
+from vitscope.core.losses.targets import labeled
+
+#: from outputs and targets to one value an image ``(B,)``, or to their mean (a scalar)
+OwnLoss = Callable[[Any, Tensor], Tensor]
+
+#: what a function raises for outputs or targets that it does not take
+_FAILURES = (RuntimeError, TypeError, AttributeError, LookupError, AssertionError, ValueError)
+#: containers are described to this depth
+_DEPTH = 6
+
+
+def values_of(loss: OwnLoss, outputs: Any, y: Tensor) -> Tensor:
+    """Return the values of an own loss, ``(B,)`` or a scalar, the mean over the images that have a label.
+
+    Raises:
+        ValueError: anything else.
+    """
+    try:
+        values = loss(outputs, y)
+    except torch.OutOfMemoryError:
+        raise
+    except _FAILURES as error:
+        line = (str(error).strip().splitlines() or [""])[0][:200].rstrip(".")
+        what = f"outputs {tuple(outputs.shape)}" if isinstance(outputs, Tensor) else f"a {type(outputs).__name__}"
+        raise ValueError(
+            f"Expected a loss that takes the outputs and targets, received {described(loss)}, which fails on {what} and targets "
+            f"{tuple(y.shape)} ({type(error).__name__}: {line}): check their shapes and types."
+        ) from error
+    if not isinstance(values, Tensor):
+        raise ValueError(
+            f"Expected loss(outputs, targets) to return a tensor, received a {type(values).__name__}: return one value an "
+            "image (B,), or their mean."
+        )
+    if values.ndim > 1 or (values.ndim == 1 and len(values) != len(y)) or not values.is_floating_point():
+        kind = str(values.dtype).removeprefix("torch.")
+        raise ValueError(
+            f"Expected loss(outputs, targets) to return one floating-point value an image ({len(y)},), or their mean, received "
+            f"{kind} {tuple(values.shape)}: take the mean over the other axes, e.g. .flatten(1).mean(1)."
+        )
+    return values
+
+
+def reduced(loss: OwnLoss, outputs: Any, y: Tensor, reduction: str) -> Tensor:
+    """Return ``(B,)`` values, 0 without a label, their sum or their mean over the images that have a label.
+
+    Args:
+        loss: returns values ``(B,)`` or their mean.
+        outputs: of the network.
+        y: targets.
+        reduction: ``none``, ``sum`` or ``mean``.
+
+    Raises:
+        ValueError: ``none`` for a loss that returns a mean, or values of another shape.
+    """
+    values, counts = values_of(loss, outputs, y), labeled(y)
+    if values.ndim == 0:
+        if reduction == "none":
+            raise ValueError(
+                "Expected a loss that returns one value an image (B,), as operator='fisher_empirical' and measures of single "
+                "images need, received one that returns their mean: pass reduction='none' to it."
+            )
+        if reduction == "mean":
+            return values
+        # a mean over no image is NaN
+        return torch.where(counts.any(), values * counts.sum(), torch.zeros_like(values))
+    values = torch.where(counts, values, torch.zeros_like(values))
+    if reduction == "none":
+        return values
+    return values.sum() if reduction == "sum" else values.sum() / counts.sum()
+
+
+def check_mean_over_images(loss: OwnLoss, outputs: Tensor, y: Tensor) -> None:
+    """Check on one batch that a loss is deterministic, and the mean over images of what it is on their parts.
+
+    Batches are split among ranks and into micro-batches, and weigh by their images: a loss that couples images, that divides
+    by anything but their number, or that draws random numbers would give other numbers for other splits.
+
+    Args:
+        loss: returns values ``(B,)`` or their mean.
+        outputs: of the network ``(B, ...)``, B at least 2; without a graph.
+        y: targets of the same images.
+
+    Raises:
+        ValueError: it is not.
+    """
+    middle = len(y) // 2
+    with torch.no_grad():
+        whole, repeated = (float(reduced(loss, outputs, y, "sum")) for _ in range(2))
+        parts = [float(reduced(loss, outputs[p], y[p], "sum")) for p in (slice(middle), slice(middle, None))]
+    total, size = sum(parts), max(abs(whole), *map(abs, parts))
+    bound = 1e3 * torch.finfo(outputs.dtype).eps * size
+    if not math.isfinite(size):
+        return  # the measure says so with the images' numbers
+    if abs(whole - repeated) > bound:
+        raise ValueError(
+            f"Expected a loss that is a function of outputs and targets, received {described(loss)}, which gives {whole:.6g} "
+            f"and then {repeated:.6g} for the same ones: take its randomness out, or fix its seed inside."
+        )
+    if abs(whole - total) > bound:
+        raise ValueError(
+            f"Expected a loss that is a mean over images, received {described(loss)}, whose sum over {len(y)} images is "
+            f"{whole:.6g} at once and {total:.6g} in two parts: return one value an image (B,), which depends on "
+            "that image alone."
+        )
+
+
+@contextmanager
+def measured_loss(loss: str | OwnLoss, dtype: torch.dtype) -> Iterator[None]:
+    """Cast a loss that is a module for the time inside, in eval mode; its tensors and modes are given back as they were."""
+    if not isinstance(loss, nn.Module):
+        yield
+        return
+    modes = [(module, module.training) for module in loss.modules()]
+    # outputs in half precision go to a loss in single precision
+    wide = torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+    with probe_guard.kept_model(loss, wide, copy_weights=True):
+        loss.eval()
+        try:
+            yield
+        finally:
+            for module, training in modes:
+                module.training = training
+
+
+def described(function: Callable[..., Any]) -> str:
+    """Return a callable's name and a digest of its code and of the values it holds, so that cards tell two of them apart."""
+    inner = function.func if isinstance(function, functools.partial) else function
+    named = inner if hasattr(inner, "__qualname__") else type(inner)
+    name = f"{getattr(named, '__module__', None) or ''}.{named.__qualname__}".lstrip(".")
+    digest = hashlib.sha256()
+    for piece in _pieces(function, 0):
+        digest.update(piece.encode())
+        digest.update(b"\0")
+    return f"{name} ({digest.hexdigest()[:8]})"
+
+
+def _pieces(value: Any, depth: int) -> Iterator[str]:
+    """Yield texts that tell a value apart from others: its type, code, entries and numbers; no addresses."""
+    yield type(value).__qualname__
+    if depth > _DEPTH:
+        return
+    if isinstance(value, Tensor):
+        yield str(fingerprint(value))
+    elif isinstance(value, str | bytes | int | float | complex | bool | None) or value is Ellipsis:
+        yield repr(value)
+    elif isinstance(value, types.CodeType):
+        yield value.co_code.hex()
+        yield from _entries([value.co_names, value.co_consts], depth)
+    elif isinstance(value, types.FunctionType):
+        yield f"{value.__module__}.{value.__qualname__}"
+        yield from _entries([value.__code__, value.__defaults__, value.__kwdefaults__, _free_variables(value)], depth)
+    elif isinstance(value, types.MethodType):
+        yield from _entries([value.__func__, value.__self__], depth)
+    elif isinstance(value, functools.partial):
+        yield from _entries([value.func, value.args, value.keywords], depth)
+    elif isinstance(value, nn.Module):
+        yield repr(value)
+        yield from _entries(
+            [value.state_dict(), {k: v for k, v in vars(value).items() if not k.startswith("_")}], depth
+        )
+    elif isinstance(value, Mapping):
+        yield from _entries([*value.items()], depth)
+    elif isinstance(value, list | tuple | set | frozenset):
+        yield from _entries(sorted(value, key=str) if isinstance(value, set | frozenset) else value, depth)
+    elif isinstance(value, type | types.ModuleType | types.BuiltinFunctionType):
+        yield f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', value.__name__)}"
+    else:
+        yield from _entries([vars(value)] if hasattr(value, "__dict__") else [], depth)
+
+
+def _free_variables(function: types.FunctionType) -> dict[str, Any]:
+    """Return the variables of enclosing functions that a function reads, and the numbers and texts of its module."""
+    variables = inspect.getclosurevars(function)
+    constants = {k: v for k, v in variables.globals.items() if isinstance(v, str | int | float | Tensor | tuple)}
+    return {**constants, **variables.nonlocals}
+
+
+def _entries(values: Any, depth: int) -> Iterator[str]:
+    for value in values:
+        yield from _pieces(value, depth + 1)
