@@ -112,6 +112,10 @@ def obstacle(curvatures: Curvatures) -> str:
             return f"Expected {name}={value} to analyse several batches at once, received {received!r}."
     if options.bn != "eval":
         return f"Expected bn='eval' to analyse several batches at once (statistics are each batch's), received {options.bn!r}."
+    if callable(curvatures.probe.objective.loss):
+        return "Expected a named loss to analyse several batches at once, received a loss of your own."
+    if not curvatures.probe.takes_images:
+        return "Expected batches of images alone to analyse several at once, received batches of more entries."
     return ""
 
 

@@ -14,6 +14,7 @@ from itertools import islice
 import torch
 from torch import Tensor, nn
 
+from vitscope.core.batches.batch_inputs import Inputs
 from vitscope.core.guard.module_state import parameter_references
 from vitscope.core.objective import Objective
 from vitscope.linalg.curvature.l2_curvature import add_l2_product, l2_gradient, l2_shift
@@ -24,7 +25,7 @@ KINDS = ("hessian", "ggn", "fisher_mc", "fisher_empirical")
 PRODUCTS = ("reverse", "linearize")
 
 #: yields ``(number of the batch's first image, (x, y))`` of this rank's share, as often as it is called
-Batches = Callable[[], Iterable[tuple[int, tuple[Tensor, Tensor]]]]
+Batches = Callable[[], Iterable[tuple[int, tuple[Inputs, Tensor]]]]
 
 
 class Curvature:
@@ -37,7 +38,7 @@ class Curvature:
         batches: yields this rank's ``(first image, (x, y))`` on every call.
         objective: the data term and the L2 term.
         parameters: those analysed, by name: the operator is the diagonal block that belongs to them.
-        n_images: images with a label on all ranks together, by which sums are divided.
+        n_images: examples with a label on all ranks together, by which sums are divided.
         kind: ``hessian``, ``ggn``, ``fisher_mc`` or ``fisher_empirical``; the L2 term's Hessian is added to each.
         product: for ``hessian``: ``reverse``, or ``linearize`` (forward over reverse, `torch.func.linearize`).
         micro_batch: images held at once; None for a whole batch.
@@ -199,7 +200,7 @@ class Curvature:
                 "eval mode: make its randomness follow module.training, or fix its seed in forward."
             )
 
-    def _pieces(self) -> Iterator[tuple[int, Tensor, Tensor]]:
+    def _pieces(self) -> Iterator[tuple[int, Inputs, Tensor]]:
         for first_image, (x, y) in self._batches():
             step = self.micro_batch or len(x)
             for a in range(0, len(x), step):

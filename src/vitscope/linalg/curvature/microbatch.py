@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from vitscope.core.batches.batch_inputs import Inputs
 from vitscope.core.objective import Objective
 from vitscope.linalg.curvature.double_backward import BilinearConvDoubleBackward
 from vitscope.linalg.curvature.logit_curvature import output_curvature
@@ -46,7 +47,7 @@ class Chunk(NamedTuple):
     product: Product
 
 
-def build_chunk(operator: CurvatureSettings, first_image: int, x: Tensor, y: Tensor) -> Chunk:
+def build_chunk(operator: CurvatureSettings, first_image: int, x: Inputs, y: Tensor) -> Chunk:
     """Evaluate the operator's model on ``x`` and make what products need.
 
     Raises:
@@ -103,7 +104,7 @@ def _reverse(gradient: list[Tensor], parameters: list[Tensor]) -> Product:
     return product
 
 
-def _linearized(operator: CurvatureSettings, x: Tensor, y: Tensor) -> Product:
+def _linearized(operator: CurvatureSettings, x: Inputs, y: Tensor) -> Product:
     """Return H v as the forward derivative of the gradient, traced once."""
     names = list(operator.parameters)
 

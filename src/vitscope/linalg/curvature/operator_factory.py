@@ -9,12 +9,12 @@ from typing import Any, Unpack
 
 from torch import Tensor, nn
 
-from vitscope.core.objective import n_labeled
 from vitscope.core.objective_card import ObjectiveCard
 from vitscope.core.probe import Batch, Probe
 from vitscope.linalg.curvature.curvature_operator import Curvature
 from vitscope.linalg.curvature.curvature_options import CurvatureArguments, CurvatureOptions
 from vitscope.linalg.curvature.l2_curvature import warn_of_sum_norm
+from vitscope.linalg.curvature.logit_curvature import check_output_curvature
 from vitscope.linalg.curvature.parameter_subsets import analyzed_parameters, subset_name
 
 #: parts of modules' class names whose randomness the eval mode switches off
@@ -51,14 +51,14 @@ class Curvatures:
     def batch(self, index: int, batch: Batch) -> Curvature:
         """Return the operator of one batch alone, on this rank alone."""
         pairs = [(index * self.probe.batch_size, batch)]
-        return self._operator(lambda: pairs, n_labeled(batch[1]), reduce=False)
+        return self._operator(lambda: pairs, self.probe.objective.n_examples(batch[1]), reduce=False)
 
     def of(self, batches: Callable[[], Iterable[tuple[int, Batch]]], n_images: int, reduce: bool = False) -> Curvature:
         """Return the operator of the mean over the ``(index, batch)`` pairs that ``batches`` yields.
 
         Args:
             batches: yields this rank's pairs on every call.
-            n_images: images with a label in the pairs of all ranks.
+            n_images: examples with a label in the pairs of all ranks.
             reduce: whether to add the ranks' shares up.
         """
         size = self.probe.batch_size
@@ -110,10 +110,11 @@ def curvatures(
         changes: fields of ``options`` to replace.
 
     Raises:
-        ValueError: as `CurvatureOptions` and `select_parameters`; no parameters, a compiled or inference-mode model, or a
-            batch on another device.
+        ValueError: as `CurvatureOptions` and `select_parameters`; a loss without the operator, no parameters, a compiled or
+            inference-mode model, or a batch on another device.
     """
     options = replace(options or CurvatureOptions(), **changes)
+    check_output_curvature(options.operator, probe.objective)
     all_parameters = probe.parameters()
     guard = probe.guard(second_order=True, dtype=options.torch_dtype, bn=options.bn, micro_batch=options.micro_batch)
     with guard as model, analyzed_parameters(model, all_parameters, options.subset, probe.first_images) as parameters:
