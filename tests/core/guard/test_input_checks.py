@@ -56,7 +56,10 @@ OUTPUTS: dict[str, tuple[Callable[[Tensor], Any], str]] = {
     "tuple": (lambda z: (z, z), r"received a tuple of 2 \(Tensor, Tensor\): wrap it .* self\.model\(x\)\[0\]"),
     "named tuple": (lambda z: Named(z, z), r"received a Named of 2"),
     "list": (lambda z: [z], r"received a list of 1 \(Tensor\)"),
-    "dict": (lambda z: {"loss": z.sum(), "scores": z}, r"received a dict with keys loss, scores: .*\['loss'\].*output='loss'"),
+    "dict": (
+        lambda z: {"loss": z.sum(), "scores": z},
+        r"received a dict with keys loss, scores: .*\['loss'\].*output='loss'",
+    ),
     "dataclass": (
         lambda z: Output(z.sum(), z),
         r"received a Output with fields loss, scores: .*self\.model\(x\)\.loss.*output='loss'",

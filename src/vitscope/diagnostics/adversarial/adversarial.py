@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from vitscope.core.evaluation import evaluate
 from vitscope.core.input_normalization import Pixels, pixels_of
+from vitscope.core.losses.requirements import check_classes, check_images
 from vitscope.core.measure_options import record_options
 from vitscope.core.objective import Objective, hard_targets, labeled
 from vitscope.core.objective_card import ObjectiveCard
@@ -133,9 +134,12 @@ def adversarial(
 
     Raises:
         ValueError: an unknown attack, norm or loss, a negative radius, no step, no start or no normalisation; a model without
-            gradients and an attack that needs them.
+            gradients and an attack that needs them; another loss than the cross entropy, or batches of more than images and
+            targets.
         NumericalError: logits or gradients that are not finite.
     """
+    check_classes(probe, "adversarial")
+    check_images(probe, "adversarial")
     settings = Settings(loss, steps, step_size, restarts, iterations, n_targets, queries)
     _check(attacks, epsilons, norm, settings)
     pixels = pixels_of(probe, mean, std)

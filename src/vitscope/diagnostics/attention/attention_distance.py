@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from vitscope.core.batches.batch_inputs import images_of
 from vitscope.core.measure_options import record_options
 from vitscope.core.objective_card import ObjectiveCard
 from vitscope.core.probe import Probe
@@ -84,12 +85,14 @@ def attention_distance(probe: Probe, *, units: Sequence[Unit] | None = None) -> 
     Raises:
         ValueError: no attention whose weights can be read.
     """
-    everything = units if units is not None else units_of(probe.model, probe.first_images())
-    units = [unit for unit in everything if unit.kind == "msa"]
+    if units is None:
+        with probe.calling():
+            units = units_of(probe.model, probe.first_images())
+    units = [unit for unit in units if unit.kind == "msa"]
     sums = Sums(units)
     with probe.guard(logits=False) as model:
         for _, (x, _) in track(probe.local_batches(), "attention distance"):
-            sums.begin(x)
+            sums.begin(images_of(x, "attention_distance"))
             with reading_branches(model, units, sums.note_size), reading_attention(units, sums.add):
                 model(x)
     means = estimates([mean for unit_means in sums.means for mean in unit_means])

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vitscope.core.losses.requirements import check_classes
 from vitscope.core.measure_options import record_options
 from vitscope.core.objective import hard_targets, labeled
 from vitscope.core.objective_card import ObjectiveCard
@@ -133,9 +134,10 @@ def calibration(
         seed: has no effect: the intervals take no draws.
 
     Raises:
-        ValueError: an unknown binning, fewer than one bin, a cutoff outside [0, 1), logits that are not finite, or no image
-            with a label.
+        ValueError: an unknown binning, fewer than one bin, a cutoff outside [0, 1), logits that are not finite, no image
+            with a label, or another loss than the cross entropy.
     """
+    check_classes(probe, "calibration")
     if binning not in _bins.BINNINGS:
         raise ValueError(f"Expected binning to be one of {', '.join(_bins.BINNINGS)}, received {binning!r}.")
     if n_bins < 1 or not 0 <= cutoff < 1:

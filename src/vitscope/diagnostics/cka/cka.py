@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vitscope.core.batches.batch_inputs import tensors_of
 from vitscope.core.feature_pass import run_feature_pass, shares_pass
 from vitscope.core.measure_options import record_options
 from vitscope.core.objective_card import ObjectiveCard
@@ -210,7 +211,23 @@ def _check_same(first: tuple | None, second: tuple | None) -> str:
             else f"of shapes {tuple(labels.shape)} and {tuple(others.shape)}"
         )
         raise ValueError(f"Expected the same images in the same batches of both probes, received targets {what}.")
-    return image_relation(first[1][0], second[1][0])
+    inputs = [tensors_of(batch[1][0]) for batch in (first, second)]
+    if [len(tensors) for tensors in inputs] != [1, 1]:
+        return "equal" if _are_equal(*inputs) else _refuse_entries()
+    return image_relation(inputs[0][0], inputs[1][0])
+
+
+def _are_equal(first: Sequence[Tensor], second: Sequence[Tensor]) -> bool:
+    return len(first) == len(second) and all(
+        a.shape == b.shape and torch.equal(a.cpu(), b.cpu()) for a, b in zip(first, second)
+    )
+
+
+def _refuse_entries() -> str:
+    raise ValueError(
+        "Expected equal entries in the same batches of both probes, received others: cka recognizes differently processed images "
+        "where they are all that a model is given."
+    )
 
 
 def _ratio(total: np.ndarray, n_first: int, between: bool) -> np.ndarray:

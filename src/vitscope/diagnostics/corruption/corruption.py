@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from vitscope.core.input_normalization import pixels_of
+from vitscope.core.losses.requirements import check_classes, check_images
 from vitscope.core.measure_options import record_options
 from vitscope.core.objective_card import ObjectiveCard
 from vitscope.core.probe import Probe
@@ -114,9 +115,12 @@ def corruption(
         partial: finished conditions, see `vitscope.core.weight_space`.
 
     Raises:
-        ValueError: an unknown type, severity or baseline, or no normalisation.
+        ValueError: an unknown type, severity or baseline, no normalisation, another loss than the cross entropy, or
+            batches of more than images and targets.
         DataError: a data set that is missing or damaged.
     """
+    check_classes(probe, "corruption")
+    check_images(probe, "corruption")
     names = _names(types)
     if not severities or not set(severities) <= set(SEVERITIES):
         raise ValueError(f"Expected severities from 1 to 5, received {list(severities)}.")

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
+from vitscope.core.losses.requirements import check_non_negative
 from vitscope.core.measure_options import record_options
-from vitscope.core.objective import n_labeled
 from vitscope.core.objective_card import ObjectiveCard
 from vitscope.core.probe import Batch, Probe
 from vitscope.diagnostics.critical_point._verdict import (
@@ -62,9 +62,9 @@ class CriticalPointResult:
         converged: (n_sizes,) whether both ends are within the tolerance.
         distance: (n_points,) along the unit eigenvector of the smallest eigenvalue on all images.
         slice_loss: (n_points,) the objective there.
-        gradient_norm_nll: on all images, of the cross entropy alone.
-        gradient_norm_half_sq: of cross entropy + wd/2 |w|^2, the probe's wd.
-        gradient_norm_adamw: of cross entropy + wd/2 sum (sqrt(v) + eps) w^2, which vanishes where AdamW rests; NaN where
+        gradient_norm_nll: on all images, of the loss alone.
+        gradient_norm_half_sq: of loss + wd/2 |w|^2, the probe's wd.
+        gradient_norm_adamw: of loss + wd/2 sum (sqrt(v) + eps) w^2, which vanishes where AdamW rests; NaN where
             the optimizer's state is not at hand.
         decrease: the share of the objective that one gradient step of length 1 / largest curvature is predicted to gain.
         slice_drop: how far the slice falls below its centre, as a share of the objective; 0 where it does not fall by more
@@ -148,8 +148,8 @@ def critical_point(
             ``max_memory``, ``seed``: see `vitscope.linalg.curvature.curvature_options.CurvatureOptions`.
 
     Raises:
-        ValueError: fewer than 3 points, fewer than 2 parameters, a span or share that is not positive; and as
-            `hessian_eigenvalues`.
+        ValueError: fewer than 3 points, fewer than 2 parameters, a span or share that is not positive, a negative
+            objective; and as `hessian_eigenvalues`.
         NumericalError: a loss that is not finite.
 
     Source: docs/definitions.md sections 1 and 3: an AdamW solution is not stationary for cross entropy + wd/2 |w|^2.
@@ -161,6 +161,7 @@ def critical_point(
             raise ValueError(f"Expected {name} to be positive, received {value}.")
     options = CurvatureOptions(**curvature)
     with curvatures(probe, options) as operators:
+        check_non_negative(probe, "critical_point", _loss(operators, None))
         rows, direction = [], None
         for n_batches in track(_sizes(probe.n_batches), "critical point"):
             row, direction = _part(operators, n_batches, decide=n_batches == probe.n_batches)
@@ -212,7 +213,9 @@ def _part(operators: Curvatures, n_batches: int, decide: bool) -> tuple[Row, Ten
     def batches() -> Iterator[tuple[int, Batch]]:
         return ((index, batch) for index, batch in operators.probe.local_batches() if index < n_batches)
 
-    n_local = torch.tensor(float(sum(n_labeled(y) for _, (_, y) in batches())), dtype=torch.float64)
+    n_local = torch.tensor(
+        float(sum(operators.probe.objective.n_examples(y) for _, (_, y) in batches())), dtype=torch.float64
+    )
     n_images = int(distributed.all_reduce_sum(n_local.to(operators.probe.device)).item())
     operator = operators.of(batches, n_images, reduce=True)
     gradient = norm(operator.gradient())

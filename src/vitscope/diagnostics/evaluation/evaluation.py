@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vitscope.core.losses.requirements import check_classes
 from vitscope.core.measure_options import record_options
 from vitscope.core.objective import hard_targets, labeled
 from vitscope.core.objective_card import ObjectiveCard
@@ -73,9 +74,10 @@ def evaluation(probe: Probe, *, classes: str | Sequence[int | str] = "all") -> E
             ImageNet-R are scored (Hendrycks et al. 2021); or a list of indices or of class names.
 
     Raises:
-        ValueError: an unknown choice or class, an image of a class that is left out or that the model does not have, or no
-            image with a label.
+        ValueError: an unknown choice or class, an image of a class that is left out or that the model does not have, no
+            image with a label, or another loss than the cross entropy.
     """
+    check_classes(probe, "evaluation")
     rows, n_logits, columns = [], 0, torch.empty(0, dtype=torch.long)
     with probe.guard() as model:
         for index, (x, y) in track(probe.local_batches(), "evaluation"):

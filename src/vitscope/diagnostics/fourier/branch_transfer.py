@@ -152,14 +152,19 @@ def branch_transfer(
     check_level(level)
     if n_resamples < 1:
         raise ValueError(f"Expected n_resamples to be at least 1, received {n_resamples}.")
-    residual_units = list(units) if units is not None else units_of(probe.model, probe.first_images())
+    residual_units = list(units) if units is not None else _units(probe)
     result = _measured(probe, residual_units, path, level, n_resamples, seed, eps)
     if initial is None:
         return result
     if any(p.device != probe.device for p in initial.parameters()):
         initial = copy.deepcopy(initial).to(probe.device)  # the caller's stays where it is
     start = Probe(initial, probe.batches, probe.objective, about=probe.about)
-    return result.minus(_measured(start, units_of(initial, start.first_images()), path, level, n_resamples, seed, eps))
+    return result.minus(_measured(start, _units(start), path, level, n_resamples, seed, eps))
+
+
+def _units(probe: Probe) -> list[Unit]:
+    with probe.calling():
+        return units_of(probe.model, probe.first_images())
 
 
 def _measured(

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vitscope.core.losses.requirements import check_classes, check_images
 from vitscope.core.measure_options import record_options
 from vitscope.core.objective_card import ObjectiveCard
 from vitscope.core.probe import Probe
@@ -87,8 +88,11 @@ def fourier_heatmap(
         partial: finished rows of an interrupted measurement.
 
     Raises:
-        ValueError: an rms that is not above 0, n below 1, or a level outside (0, 1).
+        ValueError: an rms that is not above 0, n below 1, a level outside (0, 1), another loss than the cross entropy, or
+            batches of more than images and targets.
     """
+    check_classes(probe, "fourier_heatmap")
+    check_images(probe, "fourier_heatmap")
     del mean
     check_level(level)
     if not 0 < rms < float("inf") or (n is not None and n < 1):

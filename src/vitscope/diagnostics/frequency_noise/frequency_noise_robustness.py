@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
+from vitscope.core.losses.requirements import check_classes, check_images
 from vitscope.core.measure_options import record_options
 from vitscope.core.objective_card import ObjectiveCard
 from vitscope.core.probe import Probe
@@ -132,8 +133,11 @@ def frequency_noise_robustness(
         partial: finished rows of an interrupted measurement.
 
     Raises:
-        ValueError: no band, an rms that is not above 0, an unknown construction, or a level outside (0, 1).
+        ValueError: no band, an rms that is not above 0, an unknown construction, a level outside (0, 1),
+            another loss than the cross entropy, or batches of more than images and targets.
     """
+    check_classes(probe, "frequency_noise_robustness")
+    check_images(probe, "frequency_noise_robustness")
     del mean
     check_level(level)
     scales = sorted({float(rms), *map(float, curve_rms)})

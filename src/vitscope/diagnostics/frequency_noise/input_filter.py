@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
+from vitscope.core.losses.requirements import check_classes, check_images
 from vitscope.core.measure_options import record_options
 from vitscope.core.objective_card import ObjectiveCard
 from vitscope.core.probe import Probe
@@ -83,8 +84,11 @@ def input_filter(
         partial: finished rows of an interrupted measurement.
 
     Raises:
-        ValueError: no cut-off, one outside [0, 1], or a level outside (0, 1).
+        ValueError: no cut-off, one outside [0, 1], a level outside (0, 1), another loss than the cross entropy, or
+            batches of more than images and targets.
     """
+    check_classes(probe, "input_filter")
+    check_images(probe, "input_filter")
     check_level(level)
     ordered = sorted({float(cutoff) for cutoff in cutoffs})
     if not ordered or not all(0 <= cutoff <= 1 for cutoff in ordered):

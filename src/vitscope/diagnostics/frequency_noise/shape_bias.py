@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from vitscope.core.losses.requirements import check_classes
 from vitscope.core.measure_options import record_options
 from vitscope.core.objective import hard_targets, labeled
 from vitscope.core.objective_card import ObjectiveCard
@@ -69,8 +70,10 @@ def shape_bias(probe: Probe, *, texture: Sequence[int] | None = None, level: flo
         level: coverage of the interval, which is that of a share of independent decisions.
 
     Raises:
-        ValueError: textures that are missing or not one an image, no conflicting image, or a level outside (0, 1).
+        ValueError: textures that are missing or not one an image, no conflicting image, a level outside (0, 1), or another
+            loss than the cross entropy.
     """
+    check_classes(probe, "shape_bias")
     check_level(level)
     texture = texture if texture is not None else probe.about.get("texture")
     if texture is None:

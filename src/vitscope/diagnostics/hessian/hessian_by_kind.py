@@ -125,7 +125,8 @@ def _sizes(probe: Probe, by: str, options: CurvatureOptions) -> dict[str, int]:
             raise ValueError("Expected a model with attention or MLPs for by='part', received one without.")
         return sizes
     find = parameter_kinds if by == "kind" else parameter_stages
-    places = find(probe.model, probe.first_images())
+    with probe.calling():
+        places = find(probe.model, probe.first_images())
     sizes = {}
     for name, p in probe.parameters().items():
         group = str(places[name])

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from vitscope.core.batches.batch_inputs import joined
 from vitscope.core.measure_options import record_options
 from vitscope.core.objective import labeled
 from vitscope.core.objective_card import ObjectiveCard
@@ -104,11 +105,13 @@ def nep_stability(
             raise ValueError(f"Expected {name} to hold positive numbers, received {list(values)}.")
     base = probe.batch_size
     finest = min(tols)
-    index_targets = next(iter(probe.batches))[1].ndim == 1
+    is_mixable = (
+        probe.objective.loss == "cross_entropy" and probe.takes_images and next(iter(probe.batches))[1].ndim == 1
+    )
     runs = [(base, max(*ks, k), finest, False)]
     runs += [(size, k, finest, False) for size in batch_sizes if size != base and _fits(size, probe)]
     runs += [(base, k, tol, False) for tol in tols if tol != finest]
-    runs += [(base, k, finest, True)] if mixup and index_targets else []
+    runs += [(base, k, finest, True)] if mixup and is_mixable else []
     settings, products = [], 0
     options = CurvatureOptions(**curvature)
     with curvatures(probe, options) as operators:
@@ -153,7 +156,7 @@ def _joined(probe: Probe, size: int) -> Iterator[tuple[int, Batch]]:
         if sum(len(x) for x, _ in held) < size:
             continue
         if number % world == rank:
-            yield number, (torch.cat([x for x, _ in held])[:size], torch.cat([y for _, y in held])[:size])
+            yield number, (joined([x for x, _ in held])[:size], torch.cat([y for _, y in held])[:size])
         held, number = [], number + 1
 
 

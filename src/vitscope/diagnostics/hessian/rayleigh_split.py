@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from vitscope.core.losses.named_losses import LOSSES
 from vitscope.core.measure_options import record_options
 from vitscope.core.objective_card import ObjectiveCard
 from vitscope.core.probe import Probe
@@ -84,12 +85,17 @@ def rayleigh_split(
             ``seed``: see `vitscope.linalg.curvature.curvature_options.CurvatureOptions`.
 
     Raises:
-        ValueError: as `hessian_eigenvalues`.
+        ValueError: as `hessian_eigenvalues`; a loss that is a callable.
         NumericalError: a loss that is not finite.
 
     Source: docs/definitions.md section 2.
     """
     options = CurvatureOptions(**curvature)
+    if callable(probe.objective.loss):
+        raise ValueError(
+            "rayleigh_split needs the Gauss-Newton matrix, which a loss of your own does not have: use hessian_eigenvalues, or "
+            f"a named loss ({', '.join(LOSSES)})."
+        )
     with curvatures(probe, options) as operators:
         hessian = operators.mean()
         solution = solve(hessian, k=k, n_ends=n_ends, vectors=True, shared=True, **options.search())

@@ -108,7 +108,7 @@ def loss_barrier(
         accuracy_chord=accuracy_chord,
         barrier=float(excess[highest]),
         t_barrier=float(way.t[highest]),
-        accuracy_barrier=float(max(0.0, (accuracy_chord - way.accuracy).max())),
+        accuracy_barrier=float(np.maximum(0.0, (accuracy_chord - way.accuracy).max())),  # NaN without accuracies
         start=way.start,
         end=way.end,
         distance=way.distance,

@@ -178,6 +178,8 @@ def sharpness(
 
 
 def _saturated(probe: Probe, radii: Sequence[float], accuracy: np.ndarray, center: float) -> np.ndarray:
+    if np.isnan(center) and probe.objective.loss != "cross_entropy":  # no classes, so no chance
+        return np.array(radii) >= SATURATED_RADIUS
     with probe.guard() as model:
         x, _ = next(iter(probe.iter_batches()))
         chance = 1.0 / model(x[:1]).shape[1]

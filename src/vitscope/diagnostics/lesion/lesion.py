@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from vitscope.core.losses.requirements import check_image_losses
 from vitscope.core.measure_options import record_options
 from vitscope.core.objective_card import ObjectiveCard
 from vitscope.core.probe import Probe
@@ -137,9 +138,13 @@ def lesion(
     Raises:
         ValueError: an unknown removal or BatchNorm policy, a model without residual units, or a unit that does not run.
     """
+    check_image_losses(probe, "lesion")
     if bn not in BN_POLICIES:
         raise ValueError(f"Expected bn to be one of {', '.join(BN_POLICIES)}, received {bn!r}.")
-    units = list(units) if units is not None else units_of(probe.model, probe.first_images())
+    if units is None:
+        with probe.calling():
+            units = units_of(probe.model, probe.first_images())
+    units = list(units)
     selected_lesions = lesions(units, ("branch_zero", *(r for r in removals if r != "branch_zero")))
     # of each image: the whole model's value, then each change; and whether the answer before or after it is wrong
     losses, correct, wrong = RunningMean(), RunningMean(answers=True), RunningMean(answers=True)
