@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import vitscope as vs
 
-N_IMAGES, SIDE, N_CLASSES = 8, 8, 3
+N_IMAGES, SIDE, N_CLASSES = 8, 4, 3
 
 
 class Network(nn.Module):
@@ -25,21 +25,21 @@ class Network(nn.Module):
         self.vit = VisionTransformer(
             img_size=SIDE,
             patch_size=2,
-            embed_dim=8,
-            depth=2,
+            embed_dim=4,
+            depth=1,
             num_heads=2,
             mlp_ratio=2,
             num_classes=0 if dense else N_CLASSES,
         )
         self.form = form
-        self.head = nn.Conv2d(8, N_CLASSES, 1) if dense else None
+        self.head = nn.Conv2d(4, N_CLASSES, 1) if dense else None
         self.double().eval()
 
     def forward(self, pixel_values: Tensor, scale: Tensor | None = None) -> Any:
         x = self.norm(pixel_values)
         if scale is not None:
             x = x * scale[:, None, None, None]
-        tokens = self.vit.forward_features(x)  # (B, 17, 8)
+        tokens = self.vit.forward_features(x)  # (B, 5, 4)
         if self.head is None:
             return self.form(self.vit.head(tokens[:, 0]))
         maps = tokens[:, 1:].transpose(1, 2).unflatten(2, (SIDE // 2, SIDE // 2))

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from vitscope.core.batches.batch_format import BatchFormat, Key
-from vitscope.core.batches.batch_inputs import BatchInputs, Inputs, tensors_of
+from vitscope.core.batches.batch_inputs import BatchInputs, tensors_of
 from vitscope.core.guard import probe_guard
 from vitscope.core.guard.eager_execution import eager_execution, unwrapped
 from vitscope.core.guard.fingerprints import SeenBatches
@@ -33,8 +33,8 @@ from vitscope.core.optimizer_state import OptimizerState
 from vitscope.core.structure_lookup import structure_reader
 from vitscope.runtime import distributed
 
-#: inputs and targets of one batch, as a probe gives them to a measure
-Batch = tuple[Inputs, Tensor]
+#: inputs and targets of one batch, as a probe gives them to a measure: images ``(B, C, H, W)``, or `BatchInputs` of more entries
+Batch = tuple[Any, Tensor]
 
 
 class Probe:

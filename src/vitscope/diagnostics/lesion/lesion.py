@@ -147,7 +147,8 @@ def lesion(
     units = list(units)
     selected_lesions = lesions(units, ("branch_zero", *(r for r in removals if r != "branch_zero")))
     # of each image: the whole model's value, then each change; and whether the answer before or after it is wrong
-    losses, correct, wrong = RunningMean(), RunningMean(answers=True), RunningMean(answers=True)
+    one_answer = probe.objective.loss != "dense_cross_entropy"  # for each image; else a share of its pixels
+    losses, correct, wrong = RunningMean(), RunningMean(answers=one_answer), RunningMean(answers=one_answer)
     with probe.guard() as model:
         if bn == "recalibrate":
             rows = lesion_by_lesion(probe, model, selected_lesions)
@@ -160,8 +161,9 @@ def lesion(
             right = torch.from_numpy(pair[1].astype(np.float64))
             wrong.add(1 - (right * right[:1]).T)
     nll, accuracy, either_wrong = estimates([losses, correct, wrong])
-    half_width = where_enough_wrong(nll.half_width, either_wrong.mean * nll.count)
-    nll = Estimate(nll.mean, half_width, nll.count)
+    if one_answer and not np.isnan(accuracy.mean[0]):
+        half_width = where_enough_wrong(nll.half_width, either_wrong.mean * nll.count)
+        nll = Estimate(nll.mean, half_width, nll.count)
     warn_nulls("lesion", few_images(nll.count))
     first_units = [c.first for c in selected_lesions if c.removal == "branch_zero"]
     return LesionResult(
