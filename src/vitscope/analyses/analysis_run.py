@@ -90,6 +90,7 @@ def merged(cfg: DictConfig, base: DictConfig, chosen_keys: Sequence[str]) -> Dic
         for key in (*run_overrides.RUN_GROUPS, "seed"):
             if key not in chosen_keys and key in base:
                 merged_cfg[key] = base[key]
+        merged_cfg.objective.setdefault("loss", loading.DEFAULT_LOSS)  # of an earlier run
         if "objective" in chosen_keys and "data" not in chosen_keys:
             # the run's data node was saved with the recipe of its own objective written in
             for key, value in merged_cfg.objective.items():

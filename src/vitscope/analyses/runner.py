@@ -90,9 +90,10 @@ def settings_hash(analysis: Analysis, place: AnalysisContext) -> str:
         k: v for k, v in loading.plain(cfg.data).items() if k not in ("root", "num_workers", "batch_size", "recipe")
     }
     measure = f"{analysis.measure.__module__}.{analysis.measure.__qualname__}"
-    facts = [measure, analysis.options, analysis.probe, loading.plain(cfg.objective), data, cfg.seed]
+    objective = loading.without_default_loss(loading.plain(cfg.objective))
+    facts = [measure, analysis.options, analysis.probe, objective, data, cfg.seed]
     if isinstance(recipe := analysis.probe.get("augment"), str):
-        facts.append(factories.named_objective(recipe))
+        facts.append(loading.without_default_loss(factories.named_objective(recipe)))
     return loading.digest(facts + [checkpoint_manifest.sha256(path) for path in _files(analysis.options)])
 
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from omegaconf import DictConfig
 
 from vitscope.cli import exit_codes, hydra_command
+from vitscope.config import loss_overrides
 from vitscope.config.validation import validate_plain_values
 from vitscope.runs import run_overrides
 
@@ -19,7 +20,7 @@ def main() -> None:
 
 
 def _command() -> None:
-    arguments, run_value_overrides = sys.argv[1:], []
+    arguments, run_value_overrides = loss_overrides.joined(sys.argv[1:]), []
     if run_overrides.value_of(arguments, "run") is not None:
         # the configuration that Hydra composes does not hold the run's own values
         arguments, run_value_overrides = run_overrides.split(arguments, run_overrides.RUN_GROUPS)

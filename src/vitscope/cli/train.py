@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from omegaconf import DictConfig
 
 from vitscope.cli import exit_codes, hydra_command
+from vitscope.config import loss_overrides
 from vitscope.config.validation import validate_plain_values
 from vitscope.runs import run_overrides
 from vitscope.sweep import hydra_multirun
@@ -26,7 +27,7 @@ def main() -> None:
 
 
 def _command() -> None:
-    argv = sys.argv[1:]
+    argv = loss_overrides.joined(sys.argv[1:])
     named = run_overrides.value_of(argv, "run")
     if named is None or hydra_multirun.asked(argv):
         with hydra_multirun.reported(argv):

@@ -13,12 +13,15 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from vitscope.config import target_allowlist
+from vitscope.config import loading, target_allowlist
 from vitscope.runtime import errors
 from vitscope.runtime.errors import ConfigError
 
 #: metrics of the validation that a checkpoint may follow
 METRICS = tuple(f"val/{name}" for name in ("loss", "nll", "accuracy", "accuracy_top5", "ece", "brier"))
+
+#: those that take the outputs for logits of a softmax, which only the cross entropy says of them
+OF_PROBABILITIES = ("nll", "ece", "brier")
 
 #: metrics that other callbacks may follow too
 TRAINING_METRICS = ("train/loss", "train/accuracy")
@@ -129,7 +132,7 @@ def check(tree: Mapping[str, Any]) -> None:
     """
     model, data = tree.get("model") or {}, tree.get("data") or {}
     _check_model(model, data)
-    _check_monitors(tree.get("callbacks") or {})
+    _check_monitors(tree.get("callbacks") or {}, (tree.get("objective") or {}).get("loss", loading.DEFAULT_LOSS))
     _check_trainer(tree.get("trainer") or {})
     _check_sam(tree.get("optimizer") or {}, tree.get("trainer") or {})
     for name in (*(tree.get("analysis") or {}), *(tree.get("callbacks") or {})):
@@ -162,12 +165,14 @@ def _check_window(model: Mapping[str, Any], size: Any) -> None:
                           f"choose from {', '.join(map(str, good))}, or set model.pad=true")  # fmt: skip
 
 
-def _check_monitors(callbacks: Mapping[str, Any]) -> None:
+def _check_monitors(callbacks: Mapping[str, Any], loss: Any) -> None:
     for name, node in callbacks.items():
         if "monitor" not in node:
             continue
         monitor = node["monitor"]
         metrics = METRICS if name == "checkpoint" else (*METRICS, *TRAINING_METRICS)
+        if loss != loading.DEFAULT_LOSS:  # whose outputs are no logits of a softmax
+            metrics = tuple(m for m in metrics if m.rpartition("/")[2] not in OF_PROBABILITIES)
         if monitor not in metrics and not (monitor is None and name != "checkpoint"):
             key = f"callbacks.{name}.monitor"
             raise ConfigError(key, monitor, "no such metric", errors.nearest(str(monitor), metrics))

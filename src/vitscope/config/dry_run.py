@@ -10,8 +10,10 @@ import torch
 from omegaconf import DictConfig
 from torch import nn
 
-from vitscope.config import instantiate, loading
+from vitscope.config import instantiate, loading, loss_choice
 from vitscope.core import lr_schedule
+from vitscope.core.batches.batch_format import BatchFormat
+from vitscope.core.objective import Objective
 from vitscope.runtime.errors import ConfigError, DataError, first_line
 
 #: what a callee raises for a value that its signature does not tell from a good one
@@ -90,7 +92,7 @@ def _forward(cfg: DictConfig, network: nn.Module, data: Any) -> None:
     images = torch.zeros(2, data.channels, data.image_size, data.image_size)
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            logits = network.eval()(images)
+            logits = BatchFormat().selected(network.eval()(images))
     except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
         raise ConfigError("data.image_size", data.image_size, f"the model cannot take its images ({first_line(error)})",
                           "make model and data.image_size fit") from error  # fmt: skip
@@ -101,3 +103,18 @@ def _forward(cfg: DictConfig, network: nn.Module, data: Any) -> None:
     if shape != (2, data.num_classes):
         raise ConfigError("data.num_classes", data.num_classes, f"two images give {cfg.model._target_}'s outputs {shape}",
                           "make the model's number of classes equal")  # fmt: skip
+    _loss(cfg, data, logits.detach())
+
+
+def _loss(cfg: DictConfig, data: Any, logits: torch.Tensor) -> None:
+    """Evaluate the loss on two images with targets of each form that the recipe gives."""
+    loss = loss_choice.build(cfg.objective)
+    targets = [(torch.tensor([0, 1]), float(cfg.objective.label_smoothing))]
+    targets += [(torch.eye(2, logits.shape[1]), 0.0)] if data.mixes else []
+    try:
+        for y, smoothing in targets:
+            with torch.random.fork_rng(devices=[]):
+                Objective(label_smoothing=smoothing, loss=loss).data_loss(logits.float(), y)
+    except REFUSALS as error:
+        raise ConfigError("objective.loss", None, f"cannot be evaluated ({first_line(error).rstrip('.')})",
+                          "choose cross_entropy, mse or bce, or change your loss") from error  # fmt: skip

@@ -9,7 +9,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from vitscope.config import loading
-from vitscope.config.loading import digest, plain
+from vitscope.config.loading import digest, plain, without_default_loss
 
 #: groups and keys of a configuration that define an experiment; the seed tells its runs apart
 EXPERIMENT_KEYS = ("model", "data", "objective", "optimizer", "trainer", "callbacks", "compile", "channels_last")
@@ -46,9 +46,8 @@ MOST_KEYS = 3
 
 def identity(cfg: Mapping[str, Any]) -> dict[str, Any]:
     """Return the values that define a run's experiment, the seed left out, as ``{dotted key: value}``."""
-    flat = flattened(
-        {key: cfg.get(key) for key in EXPERIMENT_KEYS if cfg.get(key) or key not in ("compile", *_OFF_IS_ABSENT)}
-    )
+    groups = {key: cfg.get(key) for key in EXPERIMENT_KEYS if cfg.get(key) or key not in ("compile", *_OFF_IS_ABSENT)}
+    flat = flattened(groups | {"objective": without_default_loss(plain(groups["objective"]))})
     defining = {k: v for k, v in flat.items() if not any(k == i or k.startswith(f"{i}.") for i in INCIDENTAL)}
     return {k: v for k, v in defining.items() if k.removeprefix("data.") not in REPEATED}
 
@@ -57,6 +56,7 @@ def config_hash(cfg: DictConfig) -> str:
     """Return the hash (16 digits) of the values that define a run; `INCIDENTAL_TO_A_RUN` and other groups are left out."""
     resolved = plain(cfg)
     defining = {key: resolved.get(key) for key in RUN_KEYS if resolved.get(key) or key not in _OFF_IS_ABSENT}
+    defining["objective"] = without_default_loss(defining["objective"])
     for dotted in INCIDENTAL_TO_A_RUN:
         group, _, key = dotted.partition(".")
         if isinstance(defining[group], dict):
@@ -108,10 +108,10 @@ def recipe(cfg: Mapping[str, Any]) -> str:
     Args:
         cfg: a run's configuration.
     """
-    node = cfg.get("objective") or {}
+    node = without_default_loss(plain(cfg.get("objective") or {}))
     for name in loading.options("objective"):
         stated_recipe = OmegaConf.to_container(OmegaConf.load(loading.folder() / "objective" / f"{name}.yaml"))
-        if isinstance(stated_recipe, dict) and node == stated_recipe:
+        if isinstance(stated_recipe, dict) and node == without_default_loss(stated_recipe):
             return name
     return ""
 

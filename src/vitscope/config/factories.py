@@ -10,7 +10,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
-from vitscope.config import instantiate, loading
+from vitscope.config import instantiate, loading, loss_choice
 from vitscope.core.objective import Objective
 from vitscope.core.optimizer_state import OptimizerState, of_checkpoint
 from vitscope.core.probe import Probe
@@ -82,6 +82,7 @@ def objective(cfg: DictConfig, *, smoothing: float, scale: Mapping[str, Tensor] 
         weight_decay=float(node.weight_decay),
         l2=node.l2,
         label_smoothing=smoothing,
+        loss=loss_choice.build(node),
         decay_scale=scale,
     )
 

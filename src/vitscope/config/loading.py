@@ -52,6 +52,17 @@ def drop_unchosen(cfg: DictConfig) -> list[str]:
     return unchosen
 
 
+#: the loss of a configuration that does not name one
+DEFAULT_LOSS = "cross_entropy"
+
+
+def without_default_loss(objective: Any) -> Any:
+    """Return a plain objective without its loss where that is the default: those of earlier runs lack the key."""
+    if not isinstance(objective, dict):
+        return objective
+    return {key: value for key, value in objective.items() if key != "loss" or value != DEFAULT_LOSS}
+
+
 #: keys of the data node that are not arguments of the data module
 DATA_HINTS = ("recipe",)
 

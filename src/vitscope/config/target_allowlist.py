@@ -59,6 +59,7 @@ def check_role(node: Mapping[str, Any], path: str) -> None:
         "trainer": (pl.Trainer, (), "pytorch_lightning.Trainer"),
         "callbacks": (pl.Callback, (), "a callback"),
         "analysis": ((), ("vitscope.diagnostics.",), "a measure"),
+        "objective.loss": (torch.nn.modules.loss._Loss, (), "a loss such as torch.nn.HuberLoss"),
     }
     if place not in roles:
         return

@@ -18,7 +18,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from vitscope.config import cross_checks, instantiate, loading, target_allowlist
+from vitscope.config import cross_checks, instantiate, loading, loss_choice, target_allowlist
 from vitscope.config.loading import DATA_HINTS, MODEL_HINTS, NODE_KEYS
 from vitscope.config.ranges.library_options import MeasurementTimes, ProbeOptions
 from vitscope.config.ranges.number_checks import check_numbers
@@ -49,6 +49,7 @@ def validate(cfg: DictConfig) -> None:
         if group in tree:
             _check_target_group(group, tree[group])
     _check_l2_form(tree.get("objective") or {})
+    loss_choice.check(tree.get("objective") or {})
     _check_caps(tree.get("caps") or {})
     _check_analyses(tree.get("analysis") or {})
     for name, node in (tree.get("callbacks") or {}).items():
@@ -77,7 +78,10 @@ def _check_plain_values(tree: Mapping[str, Any], *, whole: bool) -> None:
     check_numbers(tree)
     _check_roots(tree, whole=whole)
     for group in ("objective", "logger", "paths"):
-        _check_plain_group(group, tree.get(group) or {})
+        node = dict(tree.get(group) or {})
+        if isinstance(node.get("loss"), Mapping):  # of the user's own, see `loss_choice`
+            del node["loss"]
+        _check_plain_group(group, node)
 
 
 def _resolved(cfg: DictConfig) -> dict[str, Any]:

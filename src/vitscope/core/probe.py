@@ -319,8 +319,8 @@ class Probe:
 
     def _has_pairs(self) -> bool:
         """Return whether batches are known to be pairs, without reading one."""
-        source = self.batches.source
-        return isinstance(source, list | tuple) and all(isinstance(batch, list | tuple) for batch in source)
+        source = getattr(self.batches, "source", self.batches)
+        return type(source) in (list, tuple) and all(isinstance(batch, list | tuple) for batch in source)
 
     def _prepared(self, index: int, batch: Batch) -> Batch:
         x, y = batch

@@ -65,6 +65,7 @@ def changes(stored: DictConfig, cfg: DictConfig) -> list[Change]:
     """Return where a configuration differs from a run's stored one, key by key; secrets and commands' own keys left out."""
     old, new = loading.plain(run_dir.redacted(stored)), loading.plain(run_dir.redacted(cfg))
     for tree in (old, new):
+        tree["objective"] = loading.without_default_loss(tree.get("objective"))
         for key in INVOCATION:
             tree.pop(key, None)
         for key in loading.MODEL_HINTS if isinstance(tree.get("model"), dict) else ():

@@ -18,6 +18,7 @@ from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
 from vitscope.core import lr_schedule as schedule
+from vitscope.core.batches.batch_format import BatchFormat
 from vitscope.core.objective import Objective, hard_targets, labeled, n_labeled
 from vitscope.runtime.distributed import all_reduce_sum, gather_objects
 from vitscope.runtime.errors import DataError, NumericalError
@@ -38,11 +39,12 @@ class Classifier(pl.LightningModule):
     run repeats an uninterrupted one bit for bit, with or without diagnostics in between.
 
     Args:
-        network: from images ``(B, C, H, W)`` to logits ``(B, num_classes)``.
+        network: from images ``(B, C, H, W)`` to logits ``(B, num_classes)``, or to a mapping or an object with ``logits``.
         num_classes: K.
         optimizer: from parameters to an optimizer.
         lr_schedule: keyword arguments of `vitscope.core.lr_schedule.factor`.
         label_smoothing: of index targets.
+        loss: name or callable, as `vitscope.Objective` takes it.
         mix: from ``(x, y, seed)`` to mixed ``(x, soft y)``; None for no mixup.
         seed: of the run.
         compile: train through ``torch.compile``; diagnostics always see the uncompiled network.
@@ -58,6 +60,7 @@ class Classifier(pl.LightningModule):
         optimizer: Callable[[Iterable[nn.Parameter]], Optimizer],
         lr_schedule: Mapping[str, Any] | None = None,
         label_smoothing: float = 0.0,
+        loss: str | Callable[..., Any] = "cross_entropy",
         mix: Callable[[Tensor, Tensor, tuple[int, ...]], tuple[Tensor, Tensor]] | None = None,
         seed: int = 0,
         compile: bool = False,
@@ -85,8 +88,9 @@ class Classifier(pl.LightningModule):
         self._group = StepGroup()
         self._counts = torch.zeros(2, dtype=torch.int64)  # this epoch's training images: right, seen
         self.identity = dict(identity or {})
-        self.hard_objective = Objective(label_smoothing=label_smoothing)
-        self.soft_objective = Objective()
+        self.hard_objective = Objective(label_smoothing=label_smoothing, loss=loss)
+        self.soft_objective = Objective(loss=loss)
+        self._outputs = BatchFormat()
         self.metrics = nn.ModuleDict({f"{stage}_metrics": _metrics(num_classes) for stage in ("val", "test")})
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Classifier:
@@ -104,7 +108,12 @@ class Classifier(pl.LightningModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return logits ``(B, num_classes)``."""
-        return self._compiled[0](x.contiguous(memory_format=self._format))
+        return self._outputs.selected(self._compiled[0](x.contiguous(memory_format=self._format)))
+
+    def on_fit_start(self) -> None:
+        """Move a loss that is a module to the device of the weights."""
+        if isinstance(loss := self.hard_objective.loss, nn.Module):
+            loss.to(self.device)
 
     def on_train_start(self) -> None:
         """Do what a stop left to do; let the rates follow the schedule that is in force from here on."""
@@ -264,16 +273,18 @@ class Classifier(pl.LightningModule):
         if n:
             metrics["scores"](probabilities, y)
         brier = probabilities.square().sum(1) + 1 - 2 * probabilities.gather(1, y[:, None]).squeeze(1)
-        means = {
-            "loss": self.hard_objective.data_loss(logits, y),
-            "nll": self.soft_objective.data_loss(logits, y),
-            "brier": brier.mean(),
-        }
+        means = {"loss": self.hard_objective.data_loss(logits, y) if n else logits.sum()}
+        is_likelihood = (
+            self.hard_objective.loss == "cross_entropy"
+        )  # else outputs are not said to be logits of a softmax
+        if is_likelihood:
+            means |= {"nll": self.soft_objective.data_loss(logits, y), "brier": brier.mean()}
         for name, value in means.items():
             metrics[name](value if n else torch.zeros_like(value), n)  # a mean over no image is NaN
             self.log(f"{stage}/{name}", metrics[name], batch_size=n, prog_bar=False, on_epoch=True)
         for name, metric in metrics["scores"].items(keep_base=True):
-            self.log(f"{stage}/{name}", metric, batch_size=n, prog_bar=name == "accuracy", on_epoch=True)
+            if name != "ece" or is_likelihood:
+                self.log(f"{stage}/{name}", metric, batch_size=n, prog_bar=name == "accuracy", on_epoch=True)
 
     def _batches_per_epoch(self) -> int:
         batches = self.trainer.num_training_batches

@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 from pytorch_lightning import Callback
 from pytorch_lightning.callbacks import EarlyStopping, RichProgressBar
 
-from vitscope.config import experiment_identity, instantiate, loading
+from vitscope.config import experiment_identity, instantiate, loading, loss_choice
 from vitscope.runs.checkpoints.checkpoint_io import AtomicCheckpointIO
 from vitscope.runs.run_dir import Run
 from vitscope.training import lightning_internals
@@ -41,6 +41,7 @@ def build_module(cfg: DictConfig, network: Any, data: Any) -> Classifier:
         optimizer=instantiate.instantiate({**optimizer, "_partial_": True}, "optimizer"),
         lr_schedule=lr_schedule,
         label_smoothing=float(cfg.objective.label_smoothing),
+        loss=loss_choice.build(cfg.objective),
         mix=data.mixed if data.mixes else None,
         seed=int(cfg.seed),
         compile=bool(cfg.compile),
