@@ -51,7 +51,7 @@ class ModelOutput:
     """As the outputs of transformers."""
 
     logits: Tensor
-    hidden_states: tuple[Tensor, ...] | None = None
+    hidden_states: Tensor | tuple[Tensor, ...] | None = None
 
 
 def drawn(seed: int = 1) -> torch.Generator:

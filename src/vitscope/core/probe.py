@@ -83,8 +83,10 @@ class Probe:
             )
         self.model = unwrapped(model)
         self.objective = objective or Objective()
-        own_format = (output, forward, targets) != (None, None, None) or not isinstance(batches, CheckedBatches)
-        self._format = BatchFormat(output, forward, targets) if own_format else batches.format
+        if isinstance(batches, CheckedBatches) and (output, forward, targets) == (None, None, None):
+            self._format = batches.format  # of another probe, whose batches these are
+        else:
+            self._format = BatchFormat(output, forward, targets)
         self._checks = InputChecks(self.objective.loss, self._format)
         self.batches: CheckedBatches = CheckedBatches(batches, self._checks)
         self.about = dict(about or {})

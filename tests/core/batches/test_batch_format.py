@@ -155,7 +155,7 @@ def test_slices_keep_what_has_no_row_an_image() -> None:
     part = inputs[1:3]
     assert len(part) == 2
     assert part.shape == ((2, 5), (3, 3))
-    assert part.entries["name"] == "a"
+    assert dict(part.entries)["name"] == "a"
 
 
 def test_a_second_probe_of_the_same_batches_reads_them_alike() -> None:

@@ -157,4 +157,4 @@ def test_a_module_as_loss_is_cast_and_given_back() -> None:
     double = nn.BCEWithLogitsLoss(pos_weight=torch.tensor([1.0, 2.0, 3.0, 4.0]).double())
     expected = double(model.double()(NETWORK_X).detach(), VALUES)
     assert value == pytest.approx(float(expected), rel=1e-12)
-    assert weighted.pos_weight.dtype == torch.float32
+    assert weighted.state_dict()["pos_weight"].dtype == torch.float32

@@ -95,9 +95,10 @@ class BatchFormat:
         y = _tensor("targets y", index, self._entry(index, batch, key))
         if self.forward is not None:
             return _inputs(index, batch, y), y
-        if callable(key):
+        if not isinstance(key, int):
             raise ValueError(
-                f"Expected targets to be an index with pairs (x, y), received {described(key)}: pass forward= too."
+                f"Expected targets to be an index with pairs (x, y), received a {type(key).__name__}: pass targets=1, or "
+                "forward= too."
             )
         x = batch[1 - key % 2]
         return _tensor("images x", index, x), y

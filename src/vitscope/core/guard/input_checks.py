@@ -154,7 +154,7 @@ class CheckedBatches:
         """How batches are read and outputs selected."""
         return self._checks.format
 
-    def __iter__(self) -> Iterator[tuple[Inputs, Tensor]]:
+    def __iter__(self) -> Iterator[tuple[Any, Tensor]]:
         """Yield ``(x, y)``, class indices as int64."""
         return (self._checks.batch(index, batch) for index, batch in enumerate(self.source))
 

@@ -102,7 +102,7 @@ class PassChecks:
         batches = [self._first_batch() for _ in range(2)]  # read twice: a shuffled loader shows at once
         if batches[0] is None:
             raise ValueError("Expected at least one batch (x, y), received none.")
-        x, y = (t[:n_images] for t in batches[0])
+        x, y = batches[0][0][:n_images], batches[0][1][:n_images]
         if self._tables is None:
             self._tables = refilled_places(self.model, lambda: self.model(x.clone()))
         self._empty_tables()

@@ -42,7 +42,7 @@ class ForwardPass:
         self.number += 1
         images = args[0] if args else None
         has_rows = isinstance(images, BatchInputs) or (isinstance(images, Tensor) and images.ndim > 0)
-        self.n_images = len(images) if has_rows else None
+        self.n_images = len(images) if images is not None and has_rows else None
         self.sizes.clear()
         self.order.clear()
 
