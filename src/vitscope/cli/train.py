@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from omegaconf import DictConfig
 
 from vitscope.cli import exit_codes, hydra_command
-from vitscope.config import loss_overrides
+from vitscope.config.loss import loss_overrides
 from vitscope.config.validation import validate_plain_values
 from vitscope.runs import run_overrides
 from vitscope.sweep import hydra_multirun

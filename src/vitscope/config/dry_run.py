@@ -10,7 +10,8 @@ import torch
 from omegaconf import DictConfig
 from torch import nn
 
-from vitscope.config import instantiate, loading, loss_choice
+from vitscope.config import instantiate, loading
+from vitscope.config.loss import loss_choice
 from vitscope.core import lr_schedule
 from vitscope.core.batches.batch_format import BatchFormat
 from vitscope.core.objective import Objective

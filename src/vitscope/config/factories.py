@@ -10,7 +10,8 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
-from vitscope.config import instantiate, loading, loss_choice
+from vitscope.config import instantiate, loading
+from vitscope.config.loss import loss_choice
 from vitscope.core.objective import Objective
 from vitscope.core.optimizer_state import OptimizerState, of_checkpoint
 from vitscope.core.probe import Probe

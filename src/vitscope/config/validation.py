@@ -18,8 +18,9 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from vitscope.config import cross_checks, instantiate, loading, loss_choice, target_allowlist
+from vitscope.config import cross_checks, instantiate, loading, target_allowlist
 from vitscope.config.loading import DATA_HINTS, MODEL_HINTS, NODE_KEYS
+from vitscope.config.loss import loss_choice
 from vitscope.config.ranges.library_options import MeasurementTimes, ProbeOptions
 from vitscope.config.ranges.number_checks import check_numbers
 from vitscope.config.signature_checks import check_arguments, check_node, fits, shown
@@ -79,7 +80,7 @@ def _check_plain_values(tree: Mapping[str, Any], *, whole: bool) -> None:
     _check_roots(tree, whole=whole)
     for group in ("objective", "logger", "paths"):
         node = dict(tree.get(group) or {})
-        if isinstance(node.get("loss"), Mapping):  # of the user's own, see `loss_choice`
+        if isinstance(node.get("loss"), Mapping):  # of the user's own, see `vitscope.config.loss.loss_choice`
             del node["loss"]
         _check_plain_group(group, node)
 

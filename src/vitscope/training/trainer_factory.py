@@ -11,7 +11,8 @@ from omegaconf import DictConfig
 from pytorch_lightning import Callback
 from pytorch_lightning.callbacks import EarlyStopping, RichProgressBar
 
-from vitscope.config import experiment_identity, instantiate, loading, loss_choice
+from vitscope.config import experiment_identity, instantiate, loading
+from vitscope.config.loss import loss_choice
 from vitscope.runs.checkpoints.checkpoint_io import AtomicCheckpointIO
 from vitscope.runs.run_dir import Run
 from vitscope.training import lightning_internals
