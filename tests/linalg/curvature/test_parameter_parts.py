@@ -319,6 +319,17 @@ def test_copies_of_one_attention_have_the_same_spectra() -> None:
         np.testing.assert_allclose(values[2], values[0], rtol=1e-7, atol=1e-10)
 
 
+def test_the_type_of_products_is_that_of_the_recorded_pass() -> None:
+    model = built(Attention("hsd")).float()
+    x, y = batch()
+    probe = vs.Probe(model, [(x.float(), y)])
+    values = [
+        vs.hessian_eigenvalues(probe, k=1, parameters="part:k", dtype=dtype).eigenvalues for dtype in (None, "float64")
+    ]
+    np.testing.assert_allclose(values[0], values[1], rtol=1e-3)  # the tolerance of the search
+    assert model.get_parameter("attn.qkv.weight").dtype == torch.float32
+
+
 def test_unions_with_parts_and_other_rules() -> None:
     probe = vs.Probe(built(Attention("hsd")), [batch()])
     for subset, names in (

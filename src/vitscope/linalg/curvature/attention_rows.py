@@ -41,15 +41,20 @@ class AttentionParts:
     layers: list[LayerCall] = field(default_factory=list)
 
 
-def attention_parts(model: nn.Module, image: Tensor) -> AttentionParts:
+def attention_parts(model: nn.Module, inputs: Any) -> AttentionParts:
     """Return the rows of queries, keys, values and output projections in every attention of a model.
 
     Args:
         model: the model in eval mode, without a compiled part.
-        image: ``(1, C, H, W)`` of the model's size, type and device; its values do not matter.
+        inputs: ``(1, C, H, W)`` of the model's size, of which noise takes the place, or a batch of one example as the guarded
+            model takes it, which is used as it is. They are moved to the device and floating-point type of the parameters.
     """
-    generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(image.shape, generator=generator, dtype=torch.float32).to(image)
+    like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+    if isinstance(inputs, Tensor) and inputs.is_floating_point():
+        generator = torch.Generator().manual_seed(0)
+        inputs = torch.randn(inputs.shape, generator=generator, dtype=torch.float32)
+    is_images = isinstance(inputs, Tensor)
+    inputs = inputs.to(like.device, like.dtype if not is_images or inputs.is_floating_point() else inputs.dtype)
     trace = AttentionTrace(model)
     flags = {p: p.requires_grad for p in model.parameters()}
     try:
@@ -57,7 +62,7 @@ def attention_parts(model: nn.Module, image: Tensor) -> AttentionParts:
             if p.is_floating_point():
                 p.requires_grad_(True)
         with torch.enable_grad(), trace.scopes_of_modules(), trace:
-            model.forward(noise)
+            model.forward(inputs) if is_images else model(inputs)  # hooks of the model itself belong to its user
         return _labeled(model, trace)
     finally:
         for p, flag in flags.items():
