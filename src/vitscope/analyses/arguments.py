@@ -37,7 +37,7 @@ def _validation_probe(place: AnalysisContext) -> Probe:
 def loaded(key: str, value: Any, probe: Probe) -> Any:
     """Turn ``other=runs/<id>`` into a probe of that run on the same images, named checkpoints into their weights."""
     if key == "checkpoints" and value is not None:
-        return checkpoint_sequence.named(value)
+        return checkpoint_sequence.named(value, probe.model)
     if key != "other" or not isinstance(value, str):
         return value
     other = api.load_probe(value, split=probe.about["split"])

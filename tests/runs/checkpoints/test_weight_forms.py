@@ -25,7 +25,7 @@ from torchvision import tv_tensors
 
 import vitscope as vs
 from vitscope.models import state_dicts
-from vitscope.runs.checkpoints import checkpoint_io, checkpoint_weights
+from vitscope.runs.checkpoints import checkpoint_io, checkpoint_sequence, checkpoint_weights
 from vitscope.runtime.errors import CheckpointError
 
 State = Mapping[str, Any]
@@ -342,6 +342,21 @@ def test_a_link_to_nothing_is_no_file(tmp_path: Path) -> None:
     (tmp_path / "net.pth").symlink_to(tmp_path / "none.pth")
     with pytest.raises(CheckpointError, match="no such file"):
         checkpoint_io.read(tmp_path / "net.pth")
+
+
+def test_files_of_a_path_between_networks_come_in_every_form(tmp_path: Path) -> None:
+    for name, content in (("a", of_lightning("net.")), ("b", {"my_weights": AVERAGES.state_dict()})):
+        torch.save(content, tmp_path / f"{name}.pth")
+    batches = [(IMAGES, torch.tensor([0, 1]))]
+    files = checkpoint_sequence.named([tmp_path / "a.pth", tmp_path / "b.pth"], network(7))
+    pairs = [("a", dict(S)), ("b", AVERAGES.state_dict())]
+    one, other = (
+        vs.linear_interpolation(vs.Probe(network(7), batches), checkpoints=c, n=3).nll for c in (files, pairs)
+    )
+    assert one.tolist() == other.tolist()
+    torch.save({"student": S, "teacher": OTHER.state_dict()}, tmp_path / "a.pth")
+    with pytest.raises(CheckpointError, match=r"checkpoints=.*a\.pth: student and teacher fit the model equally well"):
+        files[0]
 
 
 def test_class_counts_are_those_of_the_classifier_alone() -> None:

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from vitscope.runs import run_dir
 from vitscope.runs.checkpoints import checkpoint_io, checkpoint_manifest, checkpoint_weights
 from vitscope.runs.run_dir import Run
@@ -17,10 +19,11 @@ class Snapshots(Sequence[tuple[str, Mapping[str, Any]]]):
 
     Args:
         files: by label, in order.
+        network: whose weights they are, see `checkpoint_weights.model_state`.
     """
 
-    def __init__(self, files: Mapping[str, Path]) -> None:
-        self._files = dict(files)
+    def __init__(self, files: Mapping[str, Path], network: nn.Module | None = None) -> None:
+        self._files, self._network = dict(files), network
         self.labels: list[str] = list(files)
 
     def __len__(self) -> int:
@@ -32,7 +35,11 @@ class Snapshots(Sequence[tuple[str, Mapping[str, Any]]]):
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         label = self.labels[index]
-        return label, checkpoint_weights.model_state(checkpoint_io.read(self._files[label]))
+        file = self._files[label]
+        try:
+            return label, checkpoint_weights.model_state(checkpoint_io.read(file), self._network)
+        except ValueError as error:
+            raise CheckpointError("checkpoints", file, str(error), "name that file") from None
 
 
 def of_run(run: Run) -> Snapshots:
@@ -51,10 +58,14 @@ def of_run(run: Run) -> Snapshots:
     return Snapshots(files)
 
 
-def named(paths: Sequence[str | Path]) -> Snapshots:
+def named(paths: Sequence[str | Path], network: nn.Module | None = None) -> Snapshots:
     """Return the checkpoints of run folders (their last) and of checkpoint files.
 
     A run's label is its folder's name, a file's ``<run>/<name>``, or its name alone outside a run.
+
+    Args:
+        paths: of runs and files.
+        network: whose weights the files hold, under any prefix and in any entry.
 
     Raises:
         CheckpointError: a path that is neither, or one named twice.
@@ -70,4 +81,4 @@ def named(paths: Sequence[str | Path]) -> Snapshots:
         if label in files:
             raise CheckpointError("checkpoints", path, "named twice, or two of one name", "name each once")
         files[label] = file
-    return Snapshots(files)
+    return Snapshots(files, network)

@@ -25,8 +25,20 @@ AVERAGE = "ema"
 _OF_THE_MODEL = "use the model it was made with (data.num_classes, model.depth, ...)"
 
 
-def model_state(content: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """Return the network's own weights of a vitscope, Lightning or plain checkpoint, prefixes removed."""
+def model_state(content: Mapping[str, Any], network: nn.Module | None = None) -> dict[str, torch.Tensor]:
+    """Return the network's own weights of a vitscope, Lightning or plain checkpoint, prefixes removed.
+
+    Args:
+        content: the contents of the file.
+        network: whose weights they are: the only reading that fits it is taken, see `state_dicts.select_weights`. None, or where
+            nothing fits: the usual entries, without the usual prefixes.
+
+    Raises:
+        ValueError: two readings fit the network equally well.
+    """
+    reading = state_dicts.select_weights(network, content) if network is not None else None
+    if reading is not None:
+        return reading.tensors
     state = _tensors(content)
     for prefix in _PREFIXES:
         state = _without(prefix, state)
