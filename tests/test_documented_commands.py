@@ -21,6 +21,7 @@ from timm.data.imagenet_info import ImageNetInfo
 from vitscope.analyses import analysis_run
 from vitscope.cli.main import COMMANDS
 from vitscope.config import loading
+from vitscope.config.loss import loss_overrides
 from vitscope.config.validation import validate
 from vitscope.runs import run_overrides
 from vitscope.runtime.errors import VitscopeError
@@ -109,7 +110,7 @@ class Checker:
         """Compose and validate what `train`, `analyze` or `report` would run."""
         options = [word for word in words if word.startswith("-") or "=" not in word]
         assert set(options) <= HYDRA_OPTIONS, f"{name}.py has no options {options}"
-        given = [self.filled(word) for word in words if word not in options]
+        given = loss_overrides.joined([self.filled(word) for word in words if word not in options])
         named, given = [a for a in given if a.startswith("run=")], [a for a in given if not a.startswith("run=")]
         given.append(f"paths.runs={self.folder}/runs")
         if name == "report":
@@ -193,6 +194,7 @@ def test_a_documented_command_composes(
         monkeypatch.syspath_prepend(tmp_path)
         (tmp_path / f"{own[1]}.py").write_text(
             "import torch\nclass Net(torch.nn.Module):\n    def __init__(self, **options):\n        super().__init__()\n"
+            "class losses:\n    def focal(outputs, targets, gamma=1.0):\n        return outputs.sum(1)\n"
         )
     Checker(tmp_path).check(words)
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from torch.func import functional_call
 
@@ -186,3 +187,32 @@ def expected_numbers(probe: vs.Probe, form: str) -> tuple[float, np.ndarray]:
     point = torch.cat([p.detach().reshape(-1) for p in head.values()])
     hessian: Any = torch.autograd.functional.hessian(loss, point)
     return float(loss(point).detach()), torch.linalg.eigvalsh(hessian).numpy()
+
+
+class WithRegisters(nn.Module):
+    """A vision transformer with register tokens that is called by name and returns an object, as DINOv2 of transformers."""
+
+    def __init__(self, returns_object: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.backbone = VisionTransformer(
+            img_size=8, patch_size=2, embed_dim=8, depth=2, num_heads=2, mlp_ratio=2, num_classes=3, reg_tokens=2
+        )
+        self.returns_object = returns_object
+        self.double().eval()
+
+    def forward(self, pixel_values: torch.Tensor) -> Any:
+        logits = self.backbone(pixel_values)
+        return forms.ModelOutput(logits) if self.returns_object else logits
+
+
+def test_a_transformer_with_registers_and_an_object_as_output() -> None:
+    x, y = torch.randn(8, 3, 8, 8, generator=forms.drawn(), dtype=torch.float64), forms.labels()
+    batches = [{"pixel_values": a, "labels": b} for a, b in forms.in_batches(x, y)]
+    for name in ("relative_log_amplitude", "hessian_trace", "loss_landscape"):
+        options = {"hessian_trace": {"n_vectors": 1}, "loss_landscape": {"n": 3}}.get(name, {})
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # few images
+            result = getattr(vs, name)(vs.Probe(WithRegisters(True), batches), **options)
+            expected = getattr(vs, name)(vs.Probe(WithRegisters(False), forms.in_batches(x, y)), **options)
+        assert_same_numbers(result, expected, 1e-12)
