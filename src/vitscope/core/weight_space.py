@@ -6,12 +6,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Literal, get_args
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vitscope.core.evaluation import evaluate
+from vitscope.core.evaluation import Evaluation, evaluate
 from vitscope.core.guard.probe_guard import refuse_unfit_weights
 from vitscope.core.probe import Batch, Probe
+from vitscope.core.undefined_values import warn_nulls
 from vitscope.runtime import stop_flag
 from vitscope.runtime.torch_internals import BatchNormBase
 
@@ -89,13 +91,31 @@ def guarded_evaluation(
                 if bn == "recalibrate":
                     recalibrate(model, batches())
                 evaluation = evaluate(model, batches(), probe.objective, reduce=False)
+            warn_of_undefined(probe, evaluation)
             return {"nll": evaluation.nll, "accuracy": evaluation.accuracy, "ece": evaluation.ece}
 
+        warn_of_undefined = _OneWarning()
         try:
             yield model, evaluate_current_weights
         finally:
             if half:
                 torch.clear_autocast_cache()
+
+
+class _OneWarning:
+    """Warns once of numbers that the probe's loss leaves undefined."""
+
+    def __init__(self) -> None:
+        self._is_given = False
+
+    def __call__(self, probe: Probe, evaluation: Evaluation) -> None:
+        if self._is_given or probe.objective.loss == "cross_entropy":
+            return
+        self._is_given = True
+        reasons = {"ece": "outputs are no logits of one class an image"}
+        if np.isnan(evaluation.accuracy) and np.isfinite(evaluation.nll):
+            reasons["accuracy"] = "targets are no classes"
+        warn_nulls(f"evaluation under {probe.card().loss}", reasons)
 
 
 @torch.no_grad()

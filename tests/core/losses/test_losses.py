@@ -153,8 +153,56 @@ def test_a_module_as_loss_is_cast_and_given_back() -> None:
     weighted = nn.BCEWithLogitsLoss(pos_weight=torch.tensor([1.0, 2.0, 3.0, 4.0]))
     model = nn.Linear(5, 4)
     probe = vs.Probe(model, [(NETWORK_X, VALUES)], vs.Objective(loss=weighted))
-    value = vs.loss_slice(probe, n=3, dtype="float64").nll[1]
+    with pytest.warns(UserWarning, match="null for ece"):
+        value = vs.loss_slice(probe, n=3, dtype="float64").nll[1]
     double = nn.BCEWithLogitsLoss(pos_weight=torch.tensor([1.0, 2.0, 3.0, 4.0]).double())
     expected = double(model.double()(NETWORK_X).detach(), VALUES)
     assert value == pytest.approx(float(expected), rel=1e-12)
     assert weighted.state_dict()["pos_weight"].dtype == torch.float32
+
+
+def two_heads(outputs: dict[str, Tensor], y: Tensor) -> Tensor:
+    return F.cross_entropy(outputs["logits"], y, reduction="none") + outputs["scale"].square().mean(1)
+
+
+class TwoHeads(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Linear(5, 4).double(), nn.Linear(5, 2).double()
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {"logits": self.first(x), "scale": self.second(x)}
+
+
+def test_an_own_loss_takes_several_outputs() -> None:
+    y = INDICES.clamp(min=0)
+    probe = vs.Probe(TwoHeads(), [(NETWORK_X, y)], vs.Objective(loss=two_heads), output=lambda outputs: outputs)
+    expected = float(two_heads(TwoHeads()(NETWORK_X), y).mean().detach())
+    with pytest.warns(UserWarning, match=r"null for ece .*; accuracy \(targets are no classes\)"):
+        assert vs.loss_slice(probe, n=3).nll[1] == pytest.approx(expected, rel=1e-13)
+    # of the second head alone the loss is quadratic, with the Hessian of its mean square
+    features = torch.cat([NETWORK_X, torch.ones(6, 1, dtype=torch.float64)], 1)
+    largest = torch.linalg.eigvalsh(features.T @ features / 6)[-1]  # 2 / 2 outputs
+    result = vs.hessian_eigenvalues(probe, k=1, parameters="layer:second", tol=1e-9)
+    assert result.eigenvalues[0] == pytest.approx(float(largest), rel=1e-9)
+    with pytest.raises(ValueError, match="one tensor with operator='fisher_empirical', received a dict"):
+        vs.hessian_eigenvalues(probe, k=1, operator="fisher_empirical")
+
+
+def test_randomness_shows_for_one_image_too() -> None:
+    probe = vs.Probe(nn.Linear(5, 4).double(), [(NETWORK_X[:1], VALUES[:1])], vs.Objective(loss=noisy))
+    with pytest.raises(ValueError, match="Expected a loss that is a function of outputs and targets"):
+        vs.loss_slice(probe, n=3)
+
+
+def test_a_batch_without_any_label_weighs_nothing() -> None:
+    model = nn.Conv2d(2, 4, 1).double()
+    x = torch.randn(6, 2, 3, 2, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    objective = vs.Objective(loss="dense_cross_entropy")
+    ignored = torch.full_like(PIXELS, -100)
+    alone = vs.hessian_eigenvalues(vs.Probe(model, [(x, PIXELS)], objective), k=2, tol=1e-9).eigenvalues
+    both = vs.hessian_eigenvalues(vs.Probe(model, [(x, ignored), (x, PIXELS)], objective), k=2, tol=1e-9).eigenvalues
+    assert both == pytest.approx(alone, rel=1e-9)
+    with pytest.raises(ValueError, match="every label is ignored"):
+        vs.hessian_eigenvalues(vs.Probe(model, [(x, ignored)], objective), k=2)

@@ -15,7 +15,7 @@ from vitscope.core.guard import probe_guard, repeatability
 from vitscope.core.guard.module_state import Place, empty_place, refilled_places
 from vitscope.core.guard.random_passes import RepeatedPasses, drawing_passes
 from vitscope.core.guard.repeatability import Repeatability, warn_of_draws, worst_of
-from vitscope.core.losses.own_loss import check_mean_over_images
+from vitscope.core.losses.own_loss import check_mean_over_images, check_repeated_values
 from vitscope.core.objective import Objective
 from vitscope.runtime import distributed
 
@@ -114,6 +114,7 @@ class PassChecks:
         assert callable(self.objective.loss)
         with torch.no_grad():
             outputs = self.model(x.clone())
+        check_repeated_values(self.objective.loss, outputs, y)
         if isinstance(outputs, Tensor) and outputs.ndim and len(outputs) == len(y) > 1:
             check_mean_over_images(self.objective.loss, outputs, y)
         self._is_loss_checked = True

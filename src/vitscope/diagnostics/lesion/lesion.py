@@ -164,7 +164,10 @@ def lesion(
     if one_answer and not np.isnan(accuracy.mean[0]):
         half_width = where_enough_wrong(nll.half_width, either_wrong.mean * nll.count)
         nll = Estimate(nll.mean, half_width, nll.count)
-    warn_nulls("lesion", few_images(nll.count))
+    undefined = (
+        {"accuracy": "targets are no classes"} if np.isnan(accuracy.mean[0]) and np.isfinite(nll.mean[0]) else {}
+    )
+    warn_nulls("lesion", few_images(nll.count) | undefined)
     first_units = [c.first for c in selected_lesions if c.removal == "branch_zero"]
     return LesionResult(
         **_fields(selected_lesions, nll, accuracy),

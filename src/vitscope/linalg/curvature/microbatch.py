@@ -52,12 +52,18 @@ def build_chunk(operator: CurvatureSettings, first_image: int, x: Inputs, y: Ten
 
     Raises:
         NumericalError: the loss is not finite.
+        ValueError: an output of several tensors with another operator than the Hessian.
     """
     parameters = list(operator.parameters.values())
     reverse = operator.kind == "hessian" and operator.product == "reverse"
     linearized = operator.kind == "hessian" and not reverse
     with BilinearConvDoubleBackward(convolutions=reverse):
         logits = operator.model(x)
+        if operator.kind != "hessian" and not isinstance(logits, Tensor):
+            raise ValueError(
+                f"Expected an output that is one tensor with operator={operator.kind!r}, received a {type(logits).__name__}: use "
+                "operator='hessian'."
+            )
         loss = operator.objective.data_loss(logits, y, "sum") / operator.n_images
         _check_finite(loss, first_image, len(x))
         gradient = _gradient(loss, parameters, create_graph=reverse, retain_graph=not linearized)
