@@ -27,7 +27,7 @@ _HOME = {
     "Objective": "core.objective",
     "Tap": "core.tap",
     "taps": "models.structure.taps",
-    "structure": "models.structure.structure",
+    "structure": "models.structure.structure_table",
     "one_pass": "core.feature_pass",
     "plot": "plotting.api",
     "CurvatureOptions": "linalg.curvature.curvature_options",

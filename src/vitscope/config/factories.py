@@ -16,8 +16,9 @@ from vitscope.core.objective import Objective
 from vitscope.core.optimizer_state import OptimizerState, of_checkpoint
 from vitscope.core.probe import Probe
 from vitscope.linalg.optimizer_stability import adam_scale
+from vitscope.models.structure.declared_units import declare_units
 from vitscope.runtime import errors
-from vitscope.runtime.errors import CheckpointError, ConfigError, DataError, VitscopeError, first_line
+from vitscope.runtime.errors import CheckpointError, ConfigError, DataError, StructureError, VitscopeError, first_line
 
 
 def model(cfg: DictConfig) -> nn.Module:
@@ -44,7 +45,24 @@ def model(cfg: DictConfig) -> nn.Module:
         raise ConfigError(
             "model._target_", cfg.model._target_, f"gives a {type(network).__name__}", "name an nn.Module"
         )
+    if cfg.model.get("structure"):
+        _declare_units(network, cfg)
     return network
+
+
+def _declare_units(network: nn.Module, cfg: DictConfig) -> None:
+    """Let the network have the units that ``model.structure`` describes."""
+    entries = loading.plain(cfg.model)["structure"]
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        raise ConfigError(
+            "model.structure", None, "not a list of units", "write [{module: blocks.*.attn, kind: msa}, ...]"
+        )
+    try:
+        declare_units(network, entries)
+    except StructureError as error:
+        raise ConfigError("model.structure", None, error.why, error.fix) from error
+    except (TypeError, ValueError) as error:
+        raise ConfigError("model.structure", None, first_line(error).rstrip("."), "correct the entry") from error
 
 
 def _at_own_size(cfg: DictConfig) -> dict[str, Any]:

@@ -67,7 +67,7 @@ def without_default_loss(objective: Any) -> Any:
 DATA_HINTS = ("recipe",)
 
 #: keys of the model node that are not arguments of the model's function
-MODEL_HINTS = ("capabilities",)
+MODEL_HINTS = ("capabilities", "structure")
 
 #: keys of an analysis node that are not options of its measure
 NODE_KEYS = ("_target_", "probe", "when", "on_error")

@@ -56,6 +56,8 @@ class Probe:
             the tensor that it is, or its ``logits``.
         forward: ``forward(model, batch)`` returns the output, for batches that ``model(x)`` or ``model(**others)`` does not fit.
         targets: key, index or function of a batch that gives the targets; by default the second of a pair, or ``labels``.
+        structure: residual units to use in place of found ones, each a `vitscope.models.structure.UnitDescription` or a
+            mapping with its keys. They stay with the model until others are passed; None leaves them as they are.
 
     Raises:
         ValueError: a one-shot iterator, no batch, a model that is not a module, or an ``output``, ``forward`` or ``targets`` of
@@ -74,6 +76,7 @@ class Probe:
         output: Key | None = None,
         forward: Callable[[nn.Module, Any], Any] | None = None,
         targets: Key | None = None,
+        structure: Sequence[Any] | None = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise ValueError(f"Expected model to be an nn.Module, received {type(model).__name__}.")
@@ -82,6 +85,8 @@ class Probe:
                 "Expected batches that can be gone through again (a list of (x, y)), received an iterator: list() it."
             )
         self.model = unwrapped(model)
+        if structure is not None:
+            structure_reader().declare_units(self.model, structure)
         self.objective = objective or Objective()
         if isinstance(batches, CheckedBatches) and (output, forward, targets) == (None, None, None):
             self._format = batches.format  # of another probe, whose batches these are
@@ -103,8 +108,9 @@ class Probe:
     def taps(self) -> list[Any]:
         """The taps that were passed, or those that `vitscope.taps` finds in the model."""
         if self._taps is None:
-            self._taps = structure_reader().known_taps(self.model)
-            structure_reader().warn_missing_units(self.model, self._missing_units())
+            self._taps = structure_reader().known_taps(self.model, self.first_images())
+            missing = [*self._missing_units(), *structure_reader().units_without_tap(self.model, self.first_images())]
+            structure_reader().warn_missing_units(self.model, missing)
         return self._taps
 
     def first_images(self) -> Any:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -18,8 +18,16 @@ if TYPE_CHECKING:
 class StructureReader(Protocol):
     """Functions that read a model's structure; the module `vitscope.models.structure` has them."""
 
-    def known_taps(self, model: nn.Module) -> list[Tap]:
-        """Return the taps of a model, found by module type."""
+    def known_taps(self, model: nn.Module, images: Tensor | None) -> list[Tap]:
+        """Return the taps of a model; ``images`` show where it adds and attends."""
+        ...
+
+    def declare_units(self, model: nn.Module, structure: Sequence[Any]) -> None:
+        """Let a model have the described units in place of found ones."""
+        ...
+
+    def units_without_tap(self, model: nn.Module, images: Tensor | None) -> list[tuple[str, str]]:
+        """Return a text about each unit after which no module returns or takes the map."""
         ...
 
     def missing_units(self, model: nn.Module, images: Tensor | None) -> list[tuple[str, str]]:
@@ -31,7 +39,7 @@ class StructureReader(Protocol):
         ...
 
     def refuse_missing_units(self, model: nn.Module, missing: list[tuple[str, str]]) -> None:
-        """Raise a ValueError about what `missing_units` returned."""
+        """Raise a StructureError about what `missing_units` returned."""
         ...
 
     def reading(

@@ -49,7 +49,9 @@ sys.modules[__name__].__class__ = _ModelPackage
 
 
 def __getattr__(name: str) -> Any:
-    """Import the file of a public function when the function is first used."""
+    """Import the file of a public function when the function is first used, and the package of structures."""
+    if name == "structure":
+        return importlib.import_module(f"{__name__}.structure")
     if name not in functions():
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(functions()[name]), name)

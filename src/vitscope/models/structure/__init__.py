@@ -5,8 +5,8 @@ from vitscope.models.structure.coverage import refuse_missing_units, warn_missin
 from vitscope.models.structure.declared_units import UnitDescription, declare_units
 from vitscope.models.structure.residual_structure import ModelComponent, Read, ResidualUnit, parts
 from vitscope.models.structure.residual_units import Unit, known_units
-from vitscope.models.structure.structure import Structure, StructureUnit, structure
-from vitscope.models.structure.taps import known_taps, missing_units, reading
+from vitscope.models.structure.structure_table import Structure, StructureUnit
+from vitscope.models.structure.taps import known_taps, missing_units, reading, units_without_tap
 
 __all__ = [
     "ModelComponent",
@@ -24,6 +24,6 @@ __all__ = [
     "parts",
     "reading",
     "refuse_missing_units",
-    "structure",
+    "units_without_tap",
     "warn_missing_units",
 ]

@@ -63,7 +63,7 @@ def warn_missing_units(model: nn.Module, missing: Sequence[tuple[str, str]]) -> 
         texts = [text for text, _ in missing]
         listed_texts = ", ".join(texts[:4]) + (f" and {len(texts) - 4} more" if len(texts) > 4 else "")
         warnings.warn(
-            f"taps of {type(model).__name__}: no map is read after parts of no known unit: {listed_texts}; "
+            f"taps of {type(model).__name__}: no map is read after {listed_texts}; "
             "pass Probe(..., taps=[vitscope.Tap(...), ...])",
             stacklevel=3,
         )

@@ -16,6 +16,7 @@ from vitscope.models.structure.feature_maps import observed_pass, to_map
 from vitscope.models.structure.found_structure import FoundStructure, find_structure
 from vitscope.models.structure.residual_structure import Read
 from vitscope.models.structure.taps import attach, counted_calls
+from vitscope.runtime.errors import StructureError
 
 Side = Literal["input", "output"]
 
@@ -148,13 +149,14 @@ def _place(unit: Unit, side: Side) -> Read:
     """Return where one side of a branch is read.
 
     Raises:
-        ValueError: No module has it as its input or output.
+        StructureError: No module has it as its input or output.
     """
     place = unit.branch_in if side == "input" else unit.branch_out
     if place is None:
-        raise ValueError(
-            f"Expected a module whose output is the branch of unit {unit.name!r}, received a branch that the forward pass adds "
-            f"without one ({side}): pass units=[...] without it."
+        raise StructureError(
+            unit.name,
+            f"the {side} of its branch is no module's, so that it can neither be read nor removed",
+            "pass units=[...] without it",
         )
     return place
 

@@ -34,7 +34,7 @@ def taps(model: nn.Module, images: Tensor | None = None) -> list[Tap]:
         ValueError: If the model has neither a known block nor a convolution; says how to pass taps.
     """
     model_structure = find_structure(unwrapped(model), images)
-    warn_missing_units(model, _missing(model_structure))
+    warn_missing_units(model, [*model_structure.missing, *_without_tap(model_structure)])
     return _taps(model_structure)
 
 
@@ -51,20 +51,14 @@ def missing_units(model: nn.Module, images: Tensor | None = None) -> list[tuple[
     return find_structure(unwrapped(model), images).missing
 
 
-def units_without_tap(model: nn.Module, images: Tensor | None = None) -> list[str]:
-    """Return the names of the units after which no module returns or takes the map."""
+def units_without_tap(model: nn.Module, images: Tensor | None = None) -> list[tuple[str, str]]:
+    """Return a text about each unit after which no module returns or takes the map, in pairs as `missing_units` gives."""
     return _without_tap(find_structure(unwrapped(model), images))
 
 
-def _without_tap(model_structure: FoundStructure) -> list[str]:
-    return [piece.name for piece in model_structure.components if piece.part.is_residual and piece.part.after is None]
-
-
-def _missing(model_structure: FoundStructure) -> list[tuple[str, str]]:
-    return [
-        *model_structure.missing,
-        *((f"the map after unit {name} is no module's output", "") for name in _without_tap(model_structure)),
-    ]
+def _without_tap(model_structure: FoundStructure) -> list[tuple[str, str]]:
+    units = [piece for piece in model_structure.components if piece.part.is_residual and piece.part.after is None]
+    return [(f"unit {piece.name}, whose sum is no module's input or output", "") for piece in units]
 
 
 def _taps(model_structure: FoundStructure) -> list[Tap]:

@@ -152,6 +152,15 @@ class Trace:
                 closed.add(index)
         return closed
 
+    def with_private_tables(self, region: Collection[int]) -> set[int]:
+        """Nodes of a region, and values of parameters alone that serve no other node."""
+        closed = set(region)
+        for index in range(max(region, default=0), 0, -1):
+            uses = self.consumers[index]
+            if not self.nodes[index].varying and uses and all(use in closed for use in uses):
+                closed.add(index)
+        return closed
+
     def modules(self, node: Node) -> list[nn.Module]:
         """Modules that were running at a node, outermost first."""
         return [self.calls[i].module for i in node.stack]

@@ -83,8 +83,11 @@ class Body:
             return block
         if not free or not (self.precedes(node) and self.follows(node)):
             return None
-        # the parts of a plain series are layers of their own
-        return next((c for c in free if not isinstance(c.module, _CONTAINERS)), free[-1])
+        # the parts of a plain series are layers of their own; a norm belongs to the one layer behind it
+        return next((c for c in free if not isinstance(c.module, _CONTAINERS) or self._n_layers(c) == 1), free[-1])
+
+    def _n_layers(self, call: Call) -> int:
+        return sum(bool(n.weight) and n.varying for n in self.trace.nodes[call.start : call.end])
 
     def _layer(self, call: Call) -> LayerBetween | None:
         nodes = [n for n in self.trace.nodes[call.start : call.end] if not is_norm(self.trace, n)]

@@ -107,7 +107,7 @@ def _places(
             places.setdefault(name, place)
     head: Place = ("head", max(c.stage for c in components) + 1)
     by_name: dict[str, Place] = {c.name: (c.part.kind, c.stage) for c in components}
-    union = trace.with_private_sources(set(body.owners))
+    union = trace.with_private_tables(set(body.owners))
     for name, users in trace.parameter_nodes.items():
         if name not in places:
             place = _place(trace, body, [trace.nodes[i] for i in users], name, head, by_name, union)

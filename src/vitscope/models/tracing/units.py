@@ -59,9 +59,10 @@ def traced_units(trace: Trace) -> list[TracedUnit]:
 def _unit(trace: Trace, addition: Addition, nodes: frozenset[int], kind: Kind) -> TracedUnit:
     sum_ = trace.nodes[addition.result]
     names = dict.fromkeys(name for i in sorted({*nodes, addition.result}) for name in trace.nodes[i].parameters)
-    block = trace.calls[sum_.stack[-1]].module
+    call = trace.calls[sum_.stack[-1]]
+    name = branch_name(trace, addition.region) or f"{call.path}.{kind}".lstrip(".")
     return TracedUnit(
-        branch_name(trace, addition.region, kind), kind, addition, nodes, tuple(names), block,
+        name, kind, addition, nodes, tuple(names), call.module,
         n_positions(trace, addition.result), sum_.axes.n_prefix,
     )  # fmt: skip
 
@@ -91,7 +92,7 @@ def n_positions(trace: Trace, index: int) -> int:
     return node.n_values // max(node.shape[channel], 1) - node.axes.n_prefix if node.shape else 1
 
 
-def branch_name(trace: Trace, region: Collection[int], kind: str) -> str:
+def branch_name(trace: Trace, region: Collection[int]) -> str:
     """Return the path of the innermost module that holds the layers of a branch; of a branch without any, what runs in it."""
     paths, vectors = set(), set()
     for i in region:
@@ -101,7 +102,7 @@ def branch_name(trace: Trace, region: Collection[int], kind: str) -> str:
         (vectors if norm else paths).update(owners)
         if not node.parameters and node.op not in IDENTITIES and node.varying:
             vectors.update({trace.calls[node.stack[-1]].path} if "pool" in node.op or node.op == "roll" else ())
-    return common_path(paths or vectors) or kind
+    return common_path(paths or vectors)
 
 
 def common_path(paths: Iterable[str]) -> str:

@@ -1,0 +1,175 @@
+"""Instances, not only classes: blocks used twice, shared parameters, units without any, wrappers, another order."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+
+import vitscope as vs
+from vitscope.models.structure.parameter_groups import parameter_kinds
+from vitscope.models.structure.residual_units import known_units, units, zeroed
+from vitscope.runtime.errors import StructureError
+
+C = 8
+
+
+class Conv(nn.Module):
+    """A residual convolution written by hand."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.kernel = nn.BatchNorm2d(C), nn.Conv2d(C, C, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.kernel(F.relu(self.norm(x)))
+
+
+class Mlp(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide, self.narrow = nn.Conv2d(C, 2 * C, 1), nn.Conv2d(2 * C, C, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.narrow(F.gelu(self.wide(x)))
+
+
+class Pool(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.pool = nn.AvgPool2d(3, 1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.pool(x)
+
+
+class Shift(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + x.roll(1, 3)
+
+
+class Adapted(nn.Module):
+    """A layer with a low-rank adapter beside it."""
+
+    def __init__(self, layer: nn.Conv2d) -> None:
+        super().__init__()
+        self.base, self.down, self.up = layer, nn.Conv2d(C, 2, 1), nn.Conv2d(2, layer.out_channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + self.up(self.down(x))
+
+
+class MlpFirst(Block):
+    """timm's block with its halves in another order."""
+
+    def forward(self, x: Tensor, **_: object) -> Tensor:  # type: ignore[override]
+        x = x + self.mlp(self.norm2(x))
+        return x + self.attn(self.norm1(x))
+
+
+def network(*blocks: nn.Module) -> nn.Module:
+    torch.manual_seed(0)
+    head = (nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(C, 4))
+    return nn.Sequential(nn.Conv2d(3, C, 3, padding=1), *blocks, *head).double().eval()
+
+
+def kinds_of(model: nn.Module) -> list[str]:
+    return [unit.kind for unit in units(model)]
+
+
+X = torch.rand(2, 3, 12, 10, dtype=torch.float64)
+
+
+@torch.no_grad()
+def test_a_block_that_runs_twice_is_two_units_which_are_removed_one_by_one() -> None:
+    block = Conv()
+    model = network(block, Mlp(), block)
+    first, mlp, second = units(model)
+    assert (first.name, mlp.name, second.name) == ("1.kernel", "2", "1.kernel:2")
+    x = model[0](X)
+    head = model[4:]
+    without_first, without_second = head(block(model[2](x))), head(model[2](block(x)))
+    with zeroed(first):
+        assert torch.equal(model(X), without_first)
+    with zeroed(second):
+        assert torch.equal(model(X), without_second)
+    taps = {tap.name: tap for tap in vs.taps(model)}
+    assert (taps["1.kernel"].call, taps["1.kernel:2"].call) == (0, 1)
+
+
+def test_a_parameter_shared_by_units_of_one_kind_has_it_and_of_two_kinds_is_refused() -> None:
+    a, b = Conv(), Conv()
+    b.kernel = a.kernel
+    kinds = parameter_kinds(network(a, b))
+    assert kinds["1.kernel.weight"] == "conv"
+    conv, mlp = Conv(), Mlp()
+    conv.norm = nn.BatchNorm2d(C)
+    mlp.wide, mlp.narrow = nn.Conv2d(C, C, 1), nn.Conv2d(C, C, 1)
+    mlp.narrow.bias = conv.kernel.bias
+    with pytest.raises(StructureError, match=r"parameter 1.kernel.bias is shared by units of kinds conv and mlp"):
+        parameter_kinds(network(conv, mlp))
+
+
+@pytest.mark.parametrize("block", [Pool, Shift])
+def test_a_unit_without_parameters_is_pooling(block: type[nn.Module]) -> None:
+    model = network(Conv(), block(), Mlp())
+    assert [unit.kind for unit in known_units(model)] == ["conv", "pool", "mlp"]
+    assert vs.structure(model).units[1].parameters == ()
+
+
+def test_a_shift_that_no_module_returns_counts_but_is_not_removed() -> None:
+    model = network(Conv(), Shift(), Mlp())
+    shift = vs.structure(model).units[1]
+    assert (shift.kind, shift.branch) == ("pool", False)
+    with pytest.raises(StructureError, match="neither be read nor removed"), zeroed(units(model)[1]):
+        pytest.fail("entered")
+
+
+def test_a_subclass_with_another_order_of_its_halves() -> None:
+    model = vs.models.vit(patch_size=8, depth=2)
+    model.blocks[1] = MlpFirst(192, 3).eval()  # type: ignore[index, operator]
+    assert [unit.name for unit in units(model)] == ["blocks.0.attn", "blocks.0.mlp", "blocks.1.mlp", "blocks.1.attn"]
+
+
+def test_an_adapter_beside_a_layer_belongs_to_its_unit() -> None:
+    conv, mlp = Conv(), Mlp()
+    conv.kernel, mlp.wide = Adapted(conv.kernel), Adapted(mlp.wide)  # type: ignore[assignment]
+    model = network(conv, mlp)
+    assert kinds_of(model) == ["conv", "mlp"]
+    kinds = parameter_kinds(model)
+    assert kinds["1.kernel.up.weight"] == "conv"
+    assert kinds["2.wide.down.weight"] == "mlp"
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, lambda m: torch.compile(m, backend="eager"), nn.Sequential])
+def test_wrappers_are_looked_through(wrap) -> None:
+    model = network(Conv(), Mlp())
+    assert kinds_of(wrap(model)) == ["conv", "mlp"]
+    assert list(parameter_kinds(wrap(model)).values()) == list(parameter_kinds(model).values())
+
+
+def test_a_series_of_units_with_a_skip_around_it_is_no_unit() -> None:
+    class Around(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Sequential(Conv(), Mlp())
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.inner(x)
+
+    assert [unit.name for unit in units(network(Around()))] == ["1.inner.0.kernel", "1.inner.1"]
+
+
+def test_grids_come_from_the_pass_that_is_measured() -> None:
+    model = vs.models.timm_model("pvt_v2_b0", num_classes=4, image_size=64).eval()
+    shapes: dict[str, tuple[int, ...]] = {}
+    found = vs.taps(model, torch.rand(1, 3, 64, 96))
+    with (
+        torch.no_grad(),
+        vs.models.structure.reading(model, found, lambda i, tap, x: shapes.update({tap.name: x.shape})),
+    ):
+        model(torch.rand(1, 3, 64, 96))
+    assert shapes["stages.0.blocks.0.attn"][2:] == (16, 24)
+    assert shapes["stages.3.blocks.1.mlp"][2:] == (2, 3)
