@@ -1,4 +1,4 @@
-"""Check the words of the source: openings of module docstrings, names that do not say what they hold, private vocabulary.
+"""Check the words of the source: openings of module docstrings, vague names, private vocabulary, reasons of suppressed checks.
 
 Usage: python .ci/check_style.py [--write]
 
@@ -27,13 +27,17 @@ VAGUE_NAMES = frozenset({
 })  # fmt: skip
 #: the authors' own words for a subpackage, an import rule and the layout
 PRIVATE_WORDS = re.compile(r"\b(rooms?|walls?|house)\b", re.IGNORECASE)
+#: comments that switch a check of ruff or pyright off, with the names of the checks
+SUPPRESSION = re.compile(
+    r"#\s*(noqa|type: ignore|pyright: ignore)(:\s*[A-Z]+\d+(,\s*[A-Z]+\d+)*|\[[\w, -]+\])?(?P<reason>.*)"
+)
 
 #: number of allowed faults by file and kind
 Counts = dict[str, dict[str, int]]
 
 
 class Fault(NamedTuple):
-    """A fault of one kind (``opening``, ``name`` or ``word``) at a line."""
+    """A fault of one kind (``opening``, ``name``, ``word`` or ``suppression``) at a line."""
 
     kind: str
     line: int
@@ -71,6 +75,11 @@ def faults(source: str) -> list[Fault]:
         for match in PRIVATE_WORDS.finditer(text):
             result.append(
                 Fault("word", line, f"{match.group()!r} in a docstring: use subpackage, import rule or layout")
+            )
+    for line, text in enumerate(source.splitlines(), start=1):
+        if (match := SUPPRESSION.search(text)) and not re.search(r"\w", match["reason"].partition("# fmt:")[0]):
+            result.append(
+                Fault("suppression", line, f"{match.group().strip()!r} gives no reason: append it after the code")
             )
     return sorted(result, key=lambda fault: (fault.line, fault.kind))
 

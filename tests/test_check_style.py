@@ -40,6 +40,10 @@ def check_style() -> ModuleType:
         ('def f():\n    """Return the measures of a room."""', ["word"]),
         ('"""A mushroom in a warehouse."""', []),
         ('"""Read runs."""\nruns = sorted(())', []),
+        ("x = 1  # noqa: B009", ["suppression"]),
+        ("x = 1  # type: ignore[arg-type]  # fmt: skip", ["suppression"]),
+        ("x = 1  # noqa: B009  declared at run time only", []),
+        ("x = 1  # pyright: ignore[reportCallIssue]  the stub lacks it", []),
     ],
 )
 def test_each_kind_of_fault_is_found(check_style: ModuleType, source: str, kinds: list[str]) -> None:
