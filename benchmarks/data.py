@@ -61,7 +61,7 @@ def vitscope_batches(workers: int) -> Iterator[Any]:
             yield data.mixed(x, y, (0, epoch, step))
 
 
-def timm_batches(workers: int, device: torch.device = torch.device("cpu")) -> Iterator[Any]:  # noqa: B008
+def timm_batches(workers: int, device: torch.device = torch.device("cpu")) -> Iterator[Any]:  # noqa: B008  a constant
     split, data = photos.load("train"), DataModule()
     dataset = Bytes(split.images, split.labels)
     mixing = FastCollateMixup(1.0, 0.8, switch_prob=0.5, label_smoothing=0.1, num_classes=16)

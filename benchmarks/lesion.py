@@ -57,7 +57,7 @@ def timed(probe: vs.Probe, cache: bool) -> tuple[object, float, float]:
 
 
 def largest_difference(a: object, b: object) -> float:
-    values = [(getattr(a, f.name), getattr(b, f.name)) for f in fields(a)]  # type: ignore[arg-type]
+    values = [(getattr(a, f.name), getattr(b, f.name)) for f in fields(a)]
     arrays = [(x, y) for x, y in values if isinstance(x, np.ndarray) and x.size]
     return max(float(np.abs(x - y).max()) for x, y in arrays)
 
@@ -73,7 +73,7 @@ def compare(name: str, rounds: int, images: int, batch: int) -> None:
             raise SystemExit(f"{name}: cached and full passes differ by {difference:g}")
         gains.append((slow / fast, max(load, load_cached)))
         if index == 0:
-            print(f"{name}: {len(full.units)} units, {images} images, largest difference {difference:g}; ", end="")  # type: ignore[attr-defined]
+            print(f"{name}: {len(full.units)} units, {images} images, largest difference {difference:g}; ", end="")
             print(f"full {slow:.2f} s, cached {fast:.2f} s in the first round", flush=True)
     quiet = [gain for gain, load in gains if load <= FOREIGN]
     used = quiet or [gain for gain, _ in gains]

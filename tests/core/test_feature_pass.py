@@ -46,7 +46,7 @@ def passes_of(network: torch.nn.Module) -> tuple[list[int], torch.utils.hooks.Re
 
 def assert_same(one: object, other: object) -> None:
     assert type(one) is type(other)
-    for f in dataclasses.fields(one):  # type: ignore[arg-type]
+    for f in dataclasses.fields(one):
         if f.name != "card":
             values = ([v] if not isinstance(v, tuple) else v for v in (getattr(one, f.name), getattr(other, f.name)))
             for a, b in zip(*values, strict=True):

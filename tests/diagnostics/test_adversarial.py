@@ -133,7 +133,7 @@ def test_refusals() -> None:
         ({"steps": 0}, "steps of at least 1, received 0"),
     ):
         with pytest.raises(ValueError, match=message):
-            adversarial(probe, **options)  # pyright: ignore[reportArgumentType]
+            adversarial(probe, **options)
 
 
 def test_plot() -> None:

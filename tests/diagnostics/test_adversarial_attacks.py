@@ -54,9 +54,9 @@ def linear(classes: int = 5, dtype: torch.dtype = torch.float64) -> tuple[nn.Mod
 
 def robust(model: nn.Module, pixels: torch.Tensor, labels: torch.Tensor, epsilon: float, norm: str) -> torch.Tensor:
     """Return which images of a linear model no change inside the ball can bring to another class (no pixel is clipped)."""
-    weight = model[1].weight.detach().double()  # type: ignore[index]
+    weight = model[1].weight.detach().double()
     with torch.no_grad():
-        logits = model(normalized(pixels).to(model[1].weight.dtype)).double()  # type: ignore[index]
+        logits = model(normalized(pixels).to(model[1].weight.dtype)).double()
     scale = 1 / torch.tensor(STD, dtype=torch.float64).repeat_interleave(36)
     gap = (weight[:, None] - weight[None]) * scale  # (k, y, D) in pixels
     gain = epsilon / 255 * (gap.abs().sum(2) if norm == "linf" else gap.norm(dim=2))  # dual norm

@@ -46,7 +46,7 @@ def uniform(model: nn.Module) -> nn.Module:
     """Make all scores equal: queries and keys are zero."""
     for module in model.modules():
         if isinstance(getattr(module, "qkv", None), nn.Linear):
-            for p in module.qkv.parameters():  # pyright: ignore[reportAttributeAccessIssue]
+            for p in module.qkv.parameters():
                 nn.init.zeros_(p)
         for name in ("position_bias", "relative_position_bias_table"):
             if isinstance(getattr(module, name, None), nn.Parameter):
@@ -151,7 +151,7 @@ def test_padded_windows_leave_their_padding_out() -> None:
 
 @pytest.mark.parametrize("padding", ["masked", "zero"])
 def test_local_attention_stays_in_its_kernel(padding: str) -> None:
-    model = convit(num_classes=3, image_size=16, patch_size=4, kernel_size=3, depth=1, padding=padding)  # pyright: ignore
+    model = convit(num_classes=3, image_size=16, patch_size=4, kernel_size=3, depth=1, padding=padding)
     result = attention_distance(probe_of(uniform(model)))
     grid = np.stack(np.meshgrid(np.arange(4), np.arange(4), indexing="ij"), -1).reshape(-1, 2)
     near = np.abs(grid[:, None] - grid[None]).max(-1) <= 1

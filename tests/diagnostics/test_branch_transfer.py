@@ -38,7 +38,7 @@ class Net(nn.Module):
     def units(self, kinds: list[str]) -> list[Unit]:
         last = max(len(kinds) - 1, 1)
         return [
-            Unit(f"unit{i}", kind, 1, i / last, branch, Read(branch, "input"), Read(branch))  # pyright: ignore
+            Unit(f"unit{i}", kind, 1, i / last, branch, Read(branch, "input"), Read(branch))
             for i, (kind, branch) in enumerate(zip(kinds, self.branches))
         ]
 

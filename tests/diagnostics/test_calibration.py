@@ -125,15 +125,15 @@ def test_an_analysis_fits_the_temperature_on_the_validation_split(tmp_path: Path
     network, data = factories.model(cfg).eval(), factories.data(cfg)
     x, y = (torch.cat(parts) for parts in zip(*data.probe_batches("val", batch_size=64)))
     with torch.no_grad():  # a head that knows something, but not everything: then there is a best temperature
-        features = network.forward_head(network.forward_features(x), pre_logits=True)  # type: ignore[operator]
+        features = network.forward_head(network.forward_features(x), pre_logits=True)
         onehot = nn.functional.one_hot(y, 10).float()
-        network.head.weight.zero_()  # type: ignore[union-attr, operator]
-        network.head.weight[:, :6].copy_(torch.linalg.lstsq(features[:, :6], onehot).solution.T)  # type: ignore[union-attr, operator]
+        network.head.weight.zero_()
+        network.head.weight[:, :6].copy_(torch.linalg.lstsq(features[:, :6], onehot).solution.T)
         logits = network(x).double()
     place = context.AnalysisContext(cfg, run_dir.create(cfg, "train"), network, data, "end")
     result = runner.perform(spec.parse(cfg.analysis)[0], place)
-    assert (result.n_images, result.n_validation) == (60, len(data.split("val")))  # type: ignore[union-attr]
-    beta = torch.tensor(1 / result.temperature, dtype=torch.float64, requires_grad=True)  # type: ignore[union-attr]
+    assert (result.n_images, result.n_validation) == (60, len(data.split("val")))
+    beta = torch.tensor(1 / result.temperature, dtype=torch.float64, requires_grad=True)
     (slope,) = torch.autograd.grad(nn.functional.cross_entropy(beta * logits, y), beta)
     assert abs(slope.item()) < 1e-5  # the network's logits are float32, in batches of another size
 

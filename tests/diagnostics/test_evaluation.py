@@ -66,7 +66,7 @@ def test_masked_classes_are_as_if_the_model_had_no_others(classes: object) -> No
     present = (2, 3, 11)
     logits, labels = drawn(classes=present)
     probe = probe_of(logits, labels, class_names=NAMES, present_classes=present)
-    result = evaluation(probe, classes=classes)  # type: ignore[arg-type]
+    result = evaluation(probe, classes=classes)
     place = torch.searchsorted(torch.tensor(present), labels)
     alone = evaluation(probe_of(logits[:, list(present)], place))
     assert result.accuracy == alone.accuracy
@@ -122,7 +122,7 @@ def test_soft_targets_count_as_their_most_probable_class() -> None:
 )
 def test_refusals(classes: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        evaluation(probe_of(*drawn(), class_names=NAMES), classes=classes)  # type: ignore[arg-type]
+        evaluation(probe_of(*drawn(), class_names=NAMES), classes=classes)
 
 
 def test_plot_sorts_classes() -> None:
@@ -130,5 +130,5 @@ def test_plot_sorts_classes() -> None:
     figure = draw({"a": result, "": result})
     (axes,) = figure.axes
     heights = axes.lines[0].get_ydata()
-    assert list(heights) == sorted(heights)  # type: ignore[arg-type]
+    assert list(heights) == sorted(heights)
     assert figure.legends[0].get_texts()[0].get_text().startswith("a: ")

@@ -29,7 +29,7 @@ class Chain(nn.Module):
         kinds = kinds or ["conv"] * len(self.places)
         depths = np.linspace(0, 1, len(kinds))
         taps = [
-            vs.Tap(f"tap{i}", kind, 1, float(depth), place)  # pyright: ignore
+            vs.Tap(f"tap{i}", kind, 1, float(depth), place)
             for i, (kind, depth, place) in enumerate(zip(kinds, depths, self.places))
         ]
         return vs.Probe(self, [(x, torch.zeros(len(x), dtype=torch.long)) for x in batches], taps=taps)

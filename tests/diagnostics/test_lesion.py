@@ -41,7 +41,7 @@ def vit() -> nn.Module:
 
 
 def resnet() -> nn.Module:
-    model = ResNet(Bottleneck, (2, 1, 1, 1), num_classes=5, channels=(4, 6, 6, 6))  # pyright: ignore[reportArgumentType]
+    model = ResNet(Bottleneck, (2, 1, 1, 1), num_classes=5, channels=(4, 6, 6, 6))
     model.conv1, model.maxpool = nn.Conv2d(3, 64, 3, padding=1), nn.Identity()
     return randomised(model)
 

@@ -136,7 +136,7 @@ def oracle(model: nn.Module, unit: Unit, data: list[tuple[Tensor, Tensor]]) -> f
     changed = copy.deepcopy(model)
     module = changed.get_submodule(name)
     run = module.forward
-    module.forward = lambda *args, **options: 0 * run(*args, **options)  # type: ignore[method-assign]
+    module.forward = lambda *args, **options: 0 * run(*args, **options)
     return nll(changed, data) - nll(model, data)
 
 
@@ -197,7 +197,7 @@ def test_lesions_of_timm_models_that_are_no_chain(make: Callable[[], nn.Module])
 
 
 def compiled_root(model: nn.Module) -> nn.Module:
-    return torch.compile(model, backend="eager")  # type: ignore[return-value]
+    return torch.compile(model, backend="eager")
 
 
 def compiled_in_place(model: nn.Module) -> nn.Module:
@@ -206,18 +206,18 @@ def compiled_in_place(model: nn.Module) -> nn.Module:
 
 
 def compiled_block(model: nn.Module) -> nn.Module:
-    model.blocks[1] = torch.compile(model.blocks[1], backend="eager")  # type: ignore[index, operator]
+    model.blocks[1] = torch.compile(model.blocks[1], backend="eager")
     return model
 
 
 def compiled_part_in_place(model: nn.Module) -> nn.Module:
-    model.blocks.compile(backend="eager")  # type: ignore[operator]
-    model.blocks[2].compile(backend="eager")  # type: ignore[index, operator]
+    model.blocks.compile(backend="eager")
+    model.blocks[2].compile(backend="eager")
     return model
 
 
 def compiled_method(model: nn.Module) -> nn.Module:
-    model.forward = torch.compile(model.forward, backend="eager")  # type: ignore[method-assign]
+    model.forward = torch.compile(model.forward, backend="eager")
     return model
 
 

@@ -28,7 +28,7 @@ def from_config(name: str, num_classes: int = 3, image_size: int = 32, **changes
     """Build the model of conf/model/<name>.yaml, without Hydra, in float64 and eval mode, with random norms."""
     file = OmegaConf.load(FOLDER / f"{name}.yaml")
     config = OmegaConf.create({"data": {"num_classes": num_classes, "image_size": image_size}, "model": file})
-    options = OmegaConf.to_container(config, resolve=True)["model"]  # type: ignore[index, call-overload]
+    options = OmegaConf.to_container(config, resolve=True)["model"]
     module, _, function = options.pop("_target_").rpartition(".")
     options = {key: value for key, value in options.items() if key not in MODEL_HINTS}
     torch.manual_seed(0)

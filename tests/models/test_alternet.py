@@ -58,7 +58,7 @@ def test_every_step_of_the_build_up_path_builds(depth: int) -> None:
     for step in build_up(depth, overshoot=True):
         with torch.device("meta"):
             model = models.alternet(depth, n_msa=step)
-        assert [sum(isinstance(b, MSABlock) for b in stage) for stage in model.stages] == list(step)  # type: ignore[arg-type]
+        assert [sum(isinstance(b, MSABlock) for b in stage) for stage in model.stages] == list(step)
 
 
 def test_block_order() -> None:
@@ -82,7 +82,7 @@ def test_block_order() -> None:
 )
 def test_impossible_placements(n_msa: tuple, placement: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        stage_blocks((3, 4, 6, 4), n_msa, placement)  # type: ignore[arg-type]
+        stage_blocks((3, 4, 6, 4), n_msa, placement)
 
 
 def test_placements_within_a_stage_have_equal_parameters() -> None:
@@ -94,19 +94,19 @@ def test_placements_within_a_stage_have_equal_parameters() -> None:
 def test_heads_of_that_width_make_every_placement_as_large(depth: int, dim_head: int) -> None:
     placements, n_msa = ("stage_end", "stage_start", "late", "alternating"), (0, 1, 1, 2)
     counts = [count(depth=depth, n_msa=n_msa, dim_head=dim_head, placement=p) for p in placements]
-    sequences = {stage_blocks((3, 4, 6, 4), n_msa, p) for p in placements}  # type: ignore[arg-type]
+    sequences = {stage_blocks((3, 4, 6, 4), n_msa, p) for p in placements}
     assert len(sequences) == 4
     assert max(counts) / min(counts) < 1.002  # what conf/experiment/msa_placement.yaml and conf/reproduce.yaml set
 
 
 def test_feature_map_sizes_are_those_of_the_model() -> None:
     for stem, size in (("cifar", (20, 33)), ("imagenet", (75, 90))):
-        model = models.alternet(image_size=size, stem=stem, pad=True).eval()  # type: ignore[arg-type]
+        model = models.alternet(image_size=size, stem=stem, pad=True).eval()
         x, sizes = model.stem(torch.zeros(1, 3, *size)), []
         for stage in model.stages:
             x = stage(x)
             sizes.append(tuple(x.shape[-2:]))
-        assert tuple(sizes) == feature_map_sizes(size, stem)  # type: ignore[arg-type]
+        assert tuple(sizes) == feature_map_sizes(size, stem)
 
 
 def test_valid_windows() -> None:
@@ -219,7 +219,7 @@ def test_box_blur_keeps_size_and_constants_and_is_the_mean_inside(size: int) -> 
 
 @pytest.mark.parametrize("mixer", ["uniform", "blur", "conv"])
 def test_replacements_run_and_have_no_attention(mixer: str) -> None:
-    model = models.alternet(mixer=mixer)  # type: ignore[arg-type]
+    model = models.alternet(mixer=mixer)
     assert model(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
     assert not any(isinstance(m, WindowAttention) for m in model.modules())
 
@@ -232,12 +232,12 @@ def test_gradient_checkpointing_gives_the_same_gradients() -> None:
         model.train()
         model(x).square().sum().backward()
     for a, b in zip(plain.parameters(), saving.parameters()):
-        assert torch.equal(a.grad, b.grad)  # type: ignore[arg-type]
+        assert torch.equal(a.grad, b.grad)
 
 
 def test_drop_path_grows_linearly() -> None:
     model = models.alternet(drop_path=0.1)
-    rates = [getattr(block.drop_path, "drop_prob", 0.0) for stage in model.stages for block in stage]  # type: ignore[attr-defined]
+    rates = [getattr(block.drop_path, "drop_prob", 0.0) for stage in model.stages for block in stage]
     assert rates == pytest.approx([0.1 * i / 7 for i in range(8)])
 
 

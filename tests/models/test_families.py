@@ -111,7 +111,7 @@ def test_bad_options(build, options: dict, message: str) -> None:
 @pytest.mark.parametrize("kernel", [3, 15, 31])
 def test_convnext_takes_any_odd_kernel(kernel: int) -> None:
     model = models.convnext(kernel_size=kernel)
-    assert model.stages[0].blocks[0].conv_dw.kernel_size == (kernel, kernel)  # type: ignore[union-attr]
+    assert model.stages[0].blocks[0].conv_dw.kernel_size == (kernel, kernel)
     assert model(torch.zeros(1, 3, 32, 32)).shape == (1, 10)
 
 

@@ -43,7 +43,7 @@ def test_every_public_function_is_bound_by_its_name() -> None:
 
 def test_an_unknown_name_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="no attribute 'vitt'"):
-        _ = models.vitt  # type: ignore[attr-defined]
+        _ = models.vitt
 
 
 def test_a_name_is_the_function_however_its_file_was_imported() -> None:

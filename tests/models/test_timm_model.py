@@ -19,7 +19,7 @@ def test_any_timm_name_at_any_size() -> None:
 def test_channels_classes_and_options_are_passed_on() -> None:
     model = models.timm_model("resnet18", in_chans=1, zero_init_last=False)
     assert model(torch.zeros(2, 1, 32, 32)).shape == (2, 1000)
-    assert model.layer1[0].bn2.weight.abs().min() == 1  # type: ignore[index, union-attr]
+    assert model.layer1[0].bn2.weight.abs().min() == 1
 
 
 def test_an_unknown_name_has_its_neighbours_in_the_error() -> None:

@@ -50,7 +50,7 @@ def brute_force(attention: SelfAttention, x: torch.Tensor, side: int, kernel: in
 @pytest.mark.parametrize("kernel", [1, 3, 5, 7])
 @pytest.mark.parametrize("padding", ["masked", "zero"])
 def test_local_attention_equals_brute_force(kernel: int, padding: str) -> None:
-    attention = SelfAttention(6, 2, grid=(4, 4), kernel_size=kernel, padding=padding).double()  # type: ignore[arg-type]
+    attention = SelfAttention(6, 2, grid=(4, 4), kernel_size=kernel, padding=padding).double()
     nn.init.normal_(attention.qkv.weight)
     x = tokens(16)
     assert (attention(x) - brute_force(attention, x, 4, kernel, padding == "zero")).abs().max() < 1e-12
@@ -118,8 +118,8 @@ def test_an_even_kernel_and_a_missing_grid_are_refused() -> None:
 def test_heads_and_their_width(options: dict, heads: int, width: int) -> None:
     model = models.vit(patch_size=8, depth=2, **options)
     for block in model.blocks:
-        assert (block.attn.num_heads, block.attn.head_dim) == (heads, width)  # type: ignore[union-attr]
-        assert block.attn.qkv.weight.shape == (3 * heads * width, 192)  # type: ignore[union-attr]
+        assert (block.attn.num_heads, block.attn.head_dim) == (heads, width)
+        assert block.attn.qkv.weight.shape == (3 * heads * width, 192)
     assert model(torch.zeros(1, 3, 32, 32)).shape == (1, 10)
 
 

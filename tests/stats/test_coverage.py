@@ -505,7 +505,7 @@ def covered_by_factors(n: int, n_batches: int, spread: float) -> dict[str, np.nd
             for training in ("weak", "strong")
             for end in ("", "_clean")
         }
-        read = _Reader(quantity, results, [0])  # type: ignore[arg-type]
+        read = _Reader(quantity, results, [0])
         assert read.complete
         for column, true in truth.items():
             found = read.interval({condition: 1.0}, column)

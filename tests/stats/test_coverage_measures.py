@@ -88,7 +88,7 @@ def recorder() -> Recorder:
     x = torch.from_numpy(np.asarray(pixels)).float().view(-1, 1, 8, 8).expand(-1, 3, -1, -1) / 8 - 1
     y, order = torch.from_numpy(np.asarray(labels)).long(), torch.randperm(len(labels))
     x, y = x[order], y[order]
-    model = ResNet(BasicBlock, (2, 1, 1, 1), num_classes=10, channels=(8, 16, 16, 16))  # pyright: ignore[reportArgumentType]
+    model = ResNet(BasicBlock, (2, 1, 1, 1), num_classes=10, channels=(8, 16, 16, 16))
     model.conv1, model.maxpool = nn.Conv2d(3, 64, 3, padding=1), nn.Identity()
     seen, answers = shifted(x[:900], y[:900], 4)
     optimizer = torch.optim.AdamW(model.parameters(), 2e-3)

@@ -59,7 +59,7 @@ class Data(pl.LightningDataModule):
     def train_dataloader(self) -> DataLoader[Any]:
         rank, world = distributed.rank(), distributed.world_size()
         sampler = BatchSampler(13, self.batch_size, shuffle=False, rank=rank, world_size=world)
-        return DataLoader(Images(self.y), batch_sampler=sampler, collate_fn=as_is)  # type: ignore[arg-type]
+        return DataLoader(Images(self.y), batch_sampler=sampler, collate_fn=as_is)
 
 
 def as_is(batch: Any) -> Any:

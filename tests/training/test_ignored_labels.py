@@ -161,7 +161,7 @@ def test_validation_metrics() -> None:
     torch.manual_seed(5)
     logits, y = torch.randn(12, 7), torch.tensor([0, 6, -100, 2, -100, -100, 5, -100, -100, -100, -100, -100])
     module = Classifier(nn.Identity(), num_classes=7, optimizer=torch.optim.SGD, label_smoothing=0.1)
-    module.log = lambda *_, **__: None  # type: ignore[method-assign]
+    module.log = lambda *_, **__: None
     for part in range(3):
         module.validation_step((logits[4 * part : 4 * part + 4], y[4 * part : 4 * part + 4]), part)
     metrics: Any = module.metrics["val_metrics"]

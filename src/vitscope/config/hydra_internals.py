@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.utils import get_args_parser
@@ -59,7 +59,7 @@ def judge_compositions(
         judge(cfg, overrides)
         return cfg
 
-    setattr(load_configuration, "is_judged", True)  # noqa: B010  a function has no such attribute for a type checker
+    cast(Any, load_configuration).is_judged = True
     ConfigLoaderImpl.load_configuration = load_configuration
 
 
@@ -74,7 +74,7 @@ def check_command_line(arguments: Sequence[str]) -> None:
         raise ConfigError("arguments", None, message, "see --help")
 
     parser = get_args_parser()
-    setattr(parser, "error", refuse)  # noqa: B010  of this parser alone; a method to a type checker
+    cast(Any, parser).error = refuse  # of this parser alone
     parser.parse_args(list(arguments))
 
 

@@ -133,7 +133,7 @@ class Loader(DataLoader[Any]):
         num_workers = min(num_workers, os.cpu_count() or 1)
         super().__init__(
             _ErrorsAsValues(dataset),
-            batch_sampler=batch_sampler,  # pyright: ignore[reportArgumentType]  a draw, not a list
+            batch_sampler=batch_sampler,  # pyright: ignore[reportArgumentType]  yields a `Draw` a batch, torch annotates lists
             num_workers=num_workers,
             pin_memory=pin_memory,
             collate_fn=_unchanged,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from vitscope.linalg.krylov_basis import norm
 
 
 def scaled_eigenvalues(
-    operator: Curvature, scale: Sequence[Tensor], product: Callable[[Tensor], Tensor] | None = None, **solving: object
+    operator: Curvature, scale: Sequence[Tensor], product: Callable[[Tensor], Tensor] | None = None, **solving: Any
 ) -> Eigenpairs:
     """Return extreme eigenvalues of D C D, D diagonal with the entries ``scale`` (one tensor a parameter).
 
@@ -32,4 +33,4 @@ def scaled_eigenvalues(
     if not norm(start) > 0:
         start = torch.zeros_like(start)
     multiply = product or operator
-    return extreme_eigenvalues(lambda v: multiply(v * d).mul_(d), start, **solving)  # type: ignore[arg-type]
+    return extreme_eigenvalues(lambda v: multiply(v * d).mul_(d), start, **solving)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from typing import cast
 
 from timm.layers.create_conv2d import create_conv2d
 from timm.layers.drop import DropPath
@@ -86,7 +87,7 @@ class AlterNet(nn.Module):
         """Images (B, C, H, W) to the last feature map, after BN and ReLU."""
         x = self.stem(x)
         for stage in self.stages:
-            for block in stage:  # type: ignore[attr-defined]
+            for block in cast(nn.Sequential, stage):
                 recompute = self.grad_checkpointing and self.training
                 x = checkpoint(block, x, use_reentrant=False) if recompute else block(x)
         return self.norm(x)

@@ -40,7 +40,7 @@ def mixer(
     token_grid(image_size, patch_size)
     dim, depth = SIZES[size]
     model = MlpMixer(
-        num_classes=num_classes, img_size=image_size, in_chans=in_chans, patch_size=patch_size,  # type: ignore[arg-type]
+        num_classes=num_classes, img_size=image_size, in_chans=in_chans, patch_size=patch_size,  # pyright: ignore[reportArgumentType]  timm takes pairs
         num_blocks=depth, embed_dim=dim, drop_path_rate=drop_path,
     )  # fmt: skip
     model.set_grad_checkpointing(grad_checkpointing)

@@ -54,7 +54,7 @@ def pit(
         )
     base_dims, depth, heads = SIZES[size]
     return PoolingVisionTransformer(
-        img_size=(height, width),  # type: ignore[arg-type]
+        img_size=(height, width),  # pyright: ignore[reportArgumentType]  timm takes pairs, and annotates one number
         patch_size=patch_size, stride=max(patch_size // 2, 1) if stride is None else stride,
         base_dims=base_dims, depth=depth, heads=heads, mlp_ratio=4, num_classes=num_classes, in_chans=in_chans,
         drop_path_rate=drop_path, distilled=distilled,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any, cast
 
 from huggingface_hub import constants
 from torch import nn
@@ -21,12 +22,13 @@ def fused_attention(module: nn.Module) -> Iterator[None]:
     if not hasattr(module, "fused_attn"):
         yield
         return
-    previous = module.fused_attn
-    module.fused_attn = True  # type: ignore[assignment]
+    attention = cast(Any, module)
+    previous = attention.fused_attn
+    attention.fused_attn = True
     try:
         yield
     finally:
-        module.fused_attn = previous  # type: ignore[assignment]
+        attention.fused_attn = previous
 
 
 def hub_address() -> str:

@@ -6,7 +6,7 @@ import difflib
 import inspect
 import socket
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, cast
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
@@ -60,7 +60,7 @@ def timm_model(
 def checkpoint_gradients(model: nn.Module) -> None:
     """Switch timm's gradient checkpointing on; a ValueError if the model has none."""
     try:
-        model.set_grad_checkpointing(True)  # type: ignore[operator]
+        cast(Any, model).set_grad_checkpointing(True)
     except (AssertionError, AttributeError) as error:
         raise ValueError(
             f"{type(model).__name__} has no gradient checkpointing; set grad_checkpointing=False."

@@ -12,7 +12,7 @@ import sys
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from urllib.parse import urlparse
 
 import wandb
@@ -129,7 +129,7 @@ def start(cfg: DictConfig, run: Run, job_type: str) -> WandbMirror:
             # in a sweep the agent hands over the run's id: leave it alone
             if "WANDB_SWEEP_ID" in os.environ:
                 arguments.pop("id", None)
-            mirror = WandbMirror(wandb.init(mode=attempt, **arguments))  # pyright: ignore[reportArgumentType]
+            mirror = WandbMirror(wandb.init(**arguments, mode=cast(Any, attempt)))
             run.note(wandb_id=mirror.id, wandb_url=mirror.url)
             return mirror
         except Exception as error:  # no server, a wrong key, a dead service: try offline, then do without

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable, Iterator
-from typing import TypeVar
+from collections.abc import Iterable, Iterator, Sized
+from typing import TypeVar, cast
 
 from rich.console import Console
 from rich.progress import (
@@ -54,7 +54,7 @@ def track(iterable: Iterable[T], description: str, total: int | None = None) -> 
 
 def _length(iterable: Iterable[object]) -> int | None:
     try:
-        return len(iterable)  # type: ignore[arg-type]
+        return len(cast(Sized, iterable))
     except TypeError:
         return None
 

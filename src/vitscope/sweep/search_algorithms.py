@@ -67,7 +67,7 @@ class Bayes:
 
     def __init__(self, sweep: Sweep, n: int, earlier_trials: Mapping[int, dict[str, Any]]) -> None:
         try:
-            import optuna  # pyright: ignore[reportMissingImports]
+            import optuna  # pyright: ignore[reportMissingImports]  an optional dependency
         except ImportError:
             raise ConfigError(
                 "method", "bayes", "needs optuna, which is not installed", "pip install optuna, or use method: random"

@@ -52,7 +52,7 @@ class DiagnosticCallback(Callback):
 
     def _run_missing_of_last_epoch(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Run the analyses that are due after the epoch at whose end a run resumes; those with a result are skipped."""
-        epoch, batch = getattr(pl_module, "position")  # noqa: B009
+        epoch, batch = cast(Any, pl_module).position
         if batch == 0 and epoch > 0:
             analyses = [a for a in self.analyses if a.due_after(epoch - 1)]
             self._run(analyses, trainer, pl_module, f"epoch-{epoch - 1:04d}", epoch - 1)
@@ -78,7 +78,7 @@ class DiagnosticCallback(Callback):
                 trainer, pl_module
             )  # with the trained weights; their average is measured below
             resume_state.use_averaged_weights(trainer, pl_module)
-            epoch, batch = getattr(pl_module, "position")  # noqa: B009
+            epoch, batch = cast(Any, pl_module).position
             self._run_final(trainer, pl_module, epoch if batch else epoch - 1)
 
     def _run_final(self, trainer: Trainer, pl_module: LightningModule, epoch: int) -> None:
@@ -90,7 +90,7 @@ class DiagnosticCallback(Callback):
         self, analyses: Sequence[Analysis], trainer: Trainer, pl_module: LightningModule, tag: str, epoch: int | None
     ) -> None:
         place = AnalysisContext(
-            self.cfg, self.run, cast(Any, pl_module.model), getattr(trainer, "datamodule"), tag, epoch,  # noqa: B009
+            self.cfg, self.run, cast(Any, pl_module.model), cast(Any, trainer).datamodule, tag, epoch,
             trainer.global_step, self.mirror,
             {"optimizer_states": [optimizer.state_dict() for optimizer in trainer.optimizers]}, analyses,
         )  # fmt: skip

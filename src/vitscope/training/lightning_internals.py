@@ -63,7 +63,7 @@ def complete_restarted_epoch(trainer: Trainer) -> None:
     loop = trainer.fit_loop
     if loop.restarted_on_epoch_end:
         loop.epoch_progress.increment_completed()
-        _Loop.restarting.fset(loop, False)  # pyright: ignore[reportOptionalCall]
+        _Loop.restarting.fset(loop, False)  # pyright: ignore[reportOptionalCall]  it has a setter, see the contract test
         loop.reset_restart_stage()
 
 

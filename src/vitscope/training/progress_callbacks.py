@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from typing import Any
+from typing import Any, cast
 
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
@@ -19,7 +19,7 @@ class EpochAccuracy(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the row of the metrics log, at the step of the epoch's last batch."""
-        accuracy = pl_module.epoch_accuracy()  # pyright: ignore[reportCallIssue]
+        accuracy = cast(Any, pl_module).epoch_accuracy()
         if accuracy is None:
             return
         trainer.callback_metrics["train/accuracy"] = torch.tensor(accuracy)

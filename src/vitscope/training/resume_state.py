@@ -10,7 +10,7 @@ put back before they are saved.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.callbacks import WeightAveraging
@@ -77,6 +77,6 @@ def restore_trained_weights(trainer: Trainer, pl_module: LightningModule) -> Non
 
 
 def _weight_averages(trainer: Trainer) -> Iterator[WeightAveraging]:
-    for callback in getattr(trainer, "callbacks"):  # noqa: B009  declared at run time only
+    for callback in cast(Any, trainer).callbacks:  # declared at run time only
         if isinstance(callback, WeightAveraging):
             yield callback

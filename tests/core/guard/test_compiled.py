@@ -37,7 +37,7 @@ def batches() -> list[tuple[Tensor, Tensor]]:
 
 
 def root(model: nn.Module) -> nn.Module:
-    return torch.compile(model, backend="eager")  # type: ignore[return-value]
+    return torch.compile(model, backend="eager")
 
 
 def in_place(model: nn.Module) -> nn.Module:
@@ -46,8 +46,8 @@ def in_place(model: nn.Module) -> nn.Module:
 
 
 def parts(model: nn.Module) -> nn.Module:
-    model.blocks[0] = torch.compile(model.blocks[0], backend="eager")  # type: ignore[index, operator]
-    model.blocks[1].compile(backend="eager")  # type: ignore[index, operator]
+    model.blocks[0] = torch.compile(model.blocks[0], backend="eager")
+    model.blocks[1].compile(backend="eager")
     return model
 
 

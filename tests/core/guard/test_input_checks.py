@@ -180,7 +180,7 @@ def test_weights_that_cannot_be_measured_are_one_line(measure: Callable[[vs.Prob
         measure(vs.Probe(frozen, data))
     measure(vs.Probe(copy.deepcopy(frozen), data))  # what the error says
     unreal = network()
-    unreal[0].weight = nn.Parameter(unreal[0].weight + 0j)  # type: ignore[index]
+    unreal[0].weight = nn.Parameter(unreal[0].weight + 0j)
     with pytest.raises(ValueError, match=r"'0\.weight' of type torch\.complex64"):
         measure(vs.Probe(unreal, data))
 

@@ -280,7 +280,7 @@ def test_every_source_of_randomness_on_a_later_batch_is_refused(kind: str, mlp_b
 
 
 def test_a_module_s_own_generator_is_watched(mlp_batches: list) -> None:
-    model = drawing_later(lambda x: x * model[1].generator.uniform(0.9, 1.1), mlp_batches)  # type: ignore[operator, union-attr]
+    model = drawing_later(lambda x: x * model[1].generator.uniform(0.9, 1.1), mlp_batches)
     with pytest.raises(ValueError, match=r"repeats itself.*1 \(LaterOnly\)"):
         vs.loss_slice(vs.Probe(model, mlp_batches), n=3)
 

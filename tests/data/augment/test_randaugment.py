@@ -29,7 +29,7 @@ def timms(monkeypatch, text, n=N):
     """Run timm's own policy with its operations replaced by recorders."""
     calls = []
     for name in randaugment.OPERATIONS:
-        recorder = lambda image, *arguments, _name=name, **kwargs: calls.append((_name, arguments, kwargs)) or image  # noqa: E731
+        recorder = lambda image, *arguments, _name=name, **kwargs: calls.append((_name, arguments, kwargs)) or image  # noqa: E731  one a name
         monkeypatch.setitem(timm_augment.NAME_TO_OP, name, recorder)
     transform = timm_augment.rand_augment_transform(text, {"img_mean": FILL})
     random.seed(0)

@@ -81,7 +81,7 @@ def shown(
 
 def check(path: Path, expected: np.ndarray, **options: object) -> None:
     """Compare with the unrounded bytes: half a byte from rounding, and the rounding of float64."""
-    image = read_image(path, **options)  # type: ignore[arg-type]
+    image = read_image(path, **options)
     assert image.mode == "RGB"
     np.testing.assert_allclose(np.asarray(image).astype(float), expected, rtol=0, atol=0.5 + 1e-9)
 

@@ -24,7 +24,7 @@ RAMP = np.arange(0, 65536, 257, dtype=np.uint16).reshape(16, 16)  # 0, 257, ...,
 
 
 def pixels(path: Path, **options: object) -> np.ndarray:
-    image = read_image(path, **options)  # type: ignore[arg-type]
+    image = read_image(path, **options)
     assert image.mode == "RGB"
     return np.asarray(image)
 
@@ -225,7 +225,7 @@ def test_background_and_range_reach_the_batches(tmp_path: Path) -> None:
 )
 def test_the_crop_of_a_models_own_preprocessing_is_on_the_card(crop_mode: str, said: str) -> None:
     model = nn.Conv2d(3, 1, 1)
-    model.pretrained_cfg = {  # type: ignore[assignment]
+    model.pretrained_cfg = {
         "input_size": (3, 32, 32), "crop_pct": 1.0, "crop_mode": crop_mode, "interpolation": "bicubic",
         "mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5),
     }  # fmt: skip
@@ -245,7 +245,7 @@ def test_the_crop_of_a_models_own_preprocessing_is_on_the_card(crop_mode: str, s
 )
 def test_options_out_of_range(options: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        Recipe(**options)  # type: ignore[arg-type]
+        Recipe(**options)
 
 
 def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:

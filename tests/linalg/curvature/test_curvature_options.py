@@ -75,7 +75,7 @@ def test_options_are_frozen_and_read_as_the_parts_need_them() -> None:
     assert options.torch_dtype is torch.float64
     assert options.search() == {"tol": 0.1, "max_products": 200, "max_memory": 7.0, "seed": 2}
     with pytest.raises(FrozenInstanceError):
-        options.tol = 0.5  # type: ignore[misc]
+        options.tol = 0.5
 
 
 def test_power_iteration_has_a_stopping_rule_of_its_own() -> None:

@@ -178,7 +178,7 @@ def test_one_product_of_activations_is_no_attention() -> None:
 
 def test_networks_that_do_not_run_are_judged_by_their_class_names() -> None:
     class Never(Hybrid):
-        def forward(self, x: Tensor, text: Tensor) -> Tensor:  # type: ignore[override]
+        def forward(self, x: Tensor, text: Tensor) -> Tensor:
             return super().forward(x)
 
     with pytest.raises(ValueError, match=r"attention module mixing.inner is not part of a known unit"):
@@ -279,5 +279,5 @@ def test_parameters_that_are_not_used_are_refused_or_stated() -> None:
 def test_a_compiled_model_has_the_kinds_of_its_module() -> None:
     model = Ordered("head stem blocks")
     compiled = torch.compile(model, backend="eager")
-    assert list(parameter_kinds(compiled)) == [name for name, _ in compiled.named_parameters()]  # type: ignore[arg-type]
-    assert list(parameter_kinds(compiled).values()) == list(parameter_kinds(model).values())  # type: ignore[arg-type]
+    assert list(parameter_kinds(compiled)) == [name for name, _ in compiled.named_parameters()]
+    assert list(parameter_kinds(compiled).values()) == list(parameter_kinds(model).values())

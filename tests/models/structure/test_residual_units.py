@@ -46,8 +46,8 @@ def test_branches_of_a_vit() -> None:
     read = branches(model, x := image())
     with torch.no_grad():
         block, tokens = model.blocks[0], model._pos_embed(model.patch_embed(x))
-        normalised = block.norm1(tokens)  # type: ignore[operator]
-        out = block.attn(normalised)  # type: ignore[operator]
+        normalised = block.norm1(tokens)
+        out = block.attn(normalised)
     assert torch.equal(read["blocks.0.attn", "input"].flatten(2).mT, normalised[:, 1:])
     assert (read["blocks.0.attn", "output"].flatten(2).mT - out[:, 1:]).abs().max() < 1e-12
 
@@ -56,7 +56,7 @@ def test_branch_of_a_pre_activation_block_starts_before_the_activation() -> None
     model = from_config("preresnet")
     read = branches(model, x := image())
     with torch.no_grad():
-        norm, z = model.stages[0].blocks[0].norm1, model.stem(x)  # type: ignore[union-attr, operator, index]
+        norm, z = model.stages[0].blocks[0].norm1, model.stem(x)
         expected = F.batch_norm(z, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps)
     assert (read["stages.0.blocks.0", "input"] - expected).abs().max() < 1e-12
     assert read["stages.0.blocks.0", "input"].min() < 0
@@ -65,20 +65,20 @@ def test_branch_of_a_pre_activation_block_starts_before_the_activation() -> None
 def test_branch_of_a_post_activation_block_is_its_last_norm() -> None:
     model = from_config("convnet", depth=50)
     read = branches(model, x := image())
-    block = model.layer1[1]  # type: ignore[index]
+    block = model.layer1[1]
     with torch.no_grad():
-        z = model.layer1[0](model.act1(model.bn1(model.conv1(x))))  # type: ignore[index, operator]
+        z = model.layer1[0](model.act1(model.bn1(model.conv1(x))))
         assert torch.equal(read["layer1.1", "input"], z)
-        branch = block.bn3(block.conv3(block.act2(block.bn2(block.conv2(block.act1(block.bn1(block.conv1(z))))))))  # type: ignore[operator, union-attr]
+        branch = block.bn3(block.conv3(block.act2(block.bn2(block.conv2(block.act1(block.bn1(block.conv1(z))))))))
     assert (read["layer1.1", "output"] - branch).abs().max() < 1e-12
 
 
 def test_a_removed_strided_block_is_its_projected_shortcut() -> None:
     model = from_config("convnet")
-    block = model.layer2[0]  # type: ignore[index]
+    block = model.layer2[0]
     z = torch.rand(1, 64, 8, 8, dtype=torch.float64)
     with torch.no_grad(), zeroed(by_name(model)["layer2.0"]):
-        assert torch.equal(block(z), block.downsample(z).relu())  # type: ignore[operator, union-attr]
+        assert torch.equal(block(z), block.downsample(z).relu())
 
 
 def test_drop_path_squeeze_excitation_and_layer_scale_end_the_branch() -> None:
@@ -104,17 +104,17 @@ def test_drop_path_squeeze_excitation_and_layer_scale_end_the_branch() -> None:
 def test_conv3x3_identity(depth: int, conv: str) -> None:
     model = from_config("convnet", depth=depth)
     z = torch.rand(1, 256 if depth == 50 else 64, 9, 9, dtype=torch.float64)
-    block = model.layer2[0]  # type: ignore[index]
+    block = model.layer2[0]
     with torch.no_grad():
         if depth == 50:
-            middle = block.act1(block.bn1(block.conv1(z)))[:, :, ::2, ::2]  # type: ignore[operator, union-attr]
-            branch = block.bn3(block.conv3(block.act2(block.bn2(middle))))  # type: ignore[operator, union-attr]
+            middle = block.act1(block.bn1(block.conv1(z)))[:, :, ::2, ::2]
+            branch = block.bn3(block.conv3(block.act2(block.bn2(middle))))
         else:
-            branch = block.bn2(block.act1(block.bn1(block.conv1(z))))  # type: ignore[operator, union-attr]
-        expected = (branch + block.downsample(z)).relu()  # type: ignore[operator, union-attr]
+            branch = block.bn2(block.act1(block.bn1(block.conv1(z))))
+        expected = (branch + block.downsample(z)).relu()
         with conv3x3_identity(by_name(model)["layer2.0"]):
-            assert torch.equal(block(z), expected)  # type: ignore[operator]
-        assert not torch.equal(block(z), expected)  # type: ignore[operator]
+            assert torch.equal(block(z), expected)
+        assert not torch.equal(block(z), expected)
 
 
 def test_units_without_a_3x3_convolution_or_heads_are_refused() -> None:
@@ -140,9 +140,9 @@ def test_removing_every_head_leaves_the_output_bias(name: str) -> None:
                 model(x)
             pieces.append(full - read.pop())
         hook.remove()
-    bias = unit.attention.proj.bias  # type: ignore[union-attr]
+    bias = unit.attention.proj.bias
     assert unit.n_heads > 1
-    assert (full - sum(pieces) - bias).abs().max() < 1e-12  # type: ignore[operator]
+    assert (full - sum(pieces) - bias).abs().max() < 1e-12
     assert all(p.abs().max() > 1e-8 for p in pieces)
 
 
@@ -154,8 +154,8 @@ def test_attention_weights_reproduce_the_attention_of_a_vit() -> None:
         with reading_attention(units(model), lambda i, unit, w: read.update({unit.name: w})):
             assert (model(x) - clean).abs().max() < 1e-12
         block = model.blocks[0]
-        tokens = block.norm1(model._pos_embed(model.patch_embed(x)))  # type: ignore[operator]
-        q, k, _ = block.attn.qkv(tokens).reshape(2, 17, 3, 3, 64).permute(2, 0, 3, 1, 4)  # type: ignore[operator, union-attr]
+        tokens = block.norm1(model._pos_embed(model.patch_embed(x)))
+        q, k, _ = block.attn.qkv(tokens).reshape(2, 17, 3, 3, 64).permute(2, 0, 3, 1, 4)
     assert list(read) == ["blocks.0.attn", "blocks.1.attn"]
     assert (read["blocks.0.attn"] - (q @ k.mT / 8).softmax(-1)).abs().max() < 1e-12
 
@@ -178,12 +178,12 @@ def test_attention_weights_of_windows_and_neighbourhoods(name: str, shape: tuple
 
 def test_unfused_attention_is_read_too_and_left_unfused() -> None:
     model = models.vit(patch_size=8, depth=1).double().eval()
-    model.blocks[0].attn.fused_attn = False  # type: ignore[union-attr]
+    model.blocks[0].attn.fused_attn = False
     read: list[Tensor] = []
     with torch.no_grad(), reading_attention(units(model), lambda i, unit, w: read.append(w)):
         model(image())
     assert len(read) == 1
-    assert model.blocks[0].attn.fused_attn is False  # type: ignore[union-attr]
+    assert model.blocks[0].attn.fused_attn is False
 
 
 def test_attention_weights_take_boolean_and_additive_masks_and_a_scale() -> None:
@@ -231,32 +231,32 @@ def test_kinds_of_a_plain_convnet() -> None:
 class ParallelBlock(Block):
     """Attention and MLP side by side."""
 
-    def forward(self, x: Tensor, **_: object) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor, **_: object) -> Tensor:
         y = self.norm1(x)
         return x + self.attn(y) + self.mlp(y)
 
 
 def test_a_block_that_runs_otherwise_than_its_type_is_read_as_it_runs() -> None:
     model = models.vit(patch_size=8, depth=2).double().eval()
-    model.blocks[1] = ParallelBlock(192, 3).double().eval()  # type: ignore[index, operator]
+    model.blocks[1] = ParallelBlock(192, 3).double().eval()
     attention, mlp = units(model)[2:]
     assert [(unit.kind, unit.name) for unit in (attention, mlp)] == [("msa", "blocks.1.attn"), ("mlp", "blocks.1.mlp")]
     read = branches(model, x := image())
-    block = model.blocks[1]  # type: ignore[index]
+    block = model.blocks[1]
     with torch.no_grad():
-        tokens = model.blocks[0](model._pos_embed(model.patch_embed(x)))  # type: ignore[operator, index]
-        normed = block.norm1(tokens)  # type: ignore[operator, union-attr]
-        assert torch.equal(read["blocks.1.mlp", "output"].flatten(2).mT, block.mlp(normed)[:, 1:])  # type: ignore[operator, union-attr]
+        tokens = model.blocks[0](model._pos_embed(model.patch_embed(x)))
+        normed = block.norm1(tokens)
+        assert torch.equal(read["blocks.1.mlp", "output"].flatten(2).mT, block.mlp(normed)[:, 1:])
         with zeroed(attention):
-            assert torch.equal(block(tokens), tokens + block.mlp(normed))  # type: ignore[operator, union-attr]
+            assert torch.equal(block(tokens), tokens + block.mlp(normed))
     with pytest.warns(UserWarning, match=r"does not use have their unit's kind: blocks.1.norm2.weight"):
         kinds = parameter_kinds(model)
     assert kinds["blocks.1.attn.qkv.weight"] == "msa"
     assert kinds["blocks.1.mlp.fc1.weight"] == "mlp"
     other = models.vit(patch_size=8, depth=1)
-    other.blocks[0].forward = torch.compile(other.blocks[0].forward, backend="eager")  # type: ignore[index, union-attr]
+    other.blocks[0].forward = torch.compile(other.blocks[0].forward, backend="eager")
     assert len(units(other)) == 2
-    other.blocks[0].forward = lambda x: x  # type: ignore[index, union-attr]
+    other.blocks[0].forward = lambda x: x
     with pytest.raises(ValueError, match="Block with a forward of its own"):
         units(other)
 

@@ -68,8 +68,8 @@ def test_swin_taps_equal_an_explicit_forward_of_each_half() -> None:
     x = image(32, 32)
     read = maps(model, x)
     with torch.no_grad():
-        z = model.patch_embed(x)  # type: ignore[operator]  # (B, H, W, C)
-        for s, stage in enumerate(model.layers):  # type: ignore[arg-type]
+        z = model.patch_embed(x)  # (B, H, W, C)
+        for s, stage in enumerate(model.layers):
             z = stage.downsample(z)
             if s > 0:
                 assert (read[f"layers.{s}.downsample"] - z.permute(0, 3, 1, 2)).abs().max() < 1e-12
@@ -78,7 +78,7 @@ def test_swin_taps_equal_an_explicit_forward_of_each_half() -> None:
                 assert (read[f"layers.{s}.blocks.{i}.attn"] - z.permute(0, 3, 1, 2)).abs().max() < 1e-12
                 z = z + block.mlp(block.norm2(z))
                 assert (read[f"layers.{s}.blocks.{i}.mlp"] - z.permute(0, 3, 1, 2)).abs().max() < 1e-12
-    assert any(block.shift_size != (0, 0) for stage in model.layers for block in stage.blocks)  # type: ignore[union-attr]
+    assert any(block.shift_size != (0, 0) for stage in model.layers for block in stage.blocks)
 
 
 def test_pit_taps_equal_an_explicit_forward_of_each_half() -> None:
@@ -86,10 +86,10 @@ def test_pit_taps_equal_an_explicit_forward_of_each_half() -> None:
     x = image(32, 64)
     read = maps(model, x)
     with torch.no_grad():
-        z = model.patch_embed(x) + model.pos_embed  # type: ignore[operator]
-        cls = model.cls_token.expand(2, -1, -1)  # type: ignore[operator]
+        z = model.patch_embed(x) + model.pos_embed
+        cls = model.cls_token.expand(2, -1, -1)
         assert torch.equal(read["stem"], z)
-        for s, stage in enumerate(model.transformers):  # type: ignore[arg-type]
+        for s, stage in enumerate(model.transformers):
             if s > 0:
                 z, cls = stage.pool(z, cls)
                 assert (read[f"transformers.{s}.pool"] - z).abs().max() < 1e-12
@@ -108,8 +108,8 @@ def test_mixer_taps_equal_an_explicit_forward_of_each_half() -> None:
     x = image(32, 32)
     read = maps(model, x)
     with torch.no_grad():
-        z = model.stem(x)  # type: ignore[operator]
-        for i, block in enumerate(model.blocks):  # type: ignore[arg-type]
+        z = model.stem(x)
+        for i, block in enumerate(model.blocks):
             z = z + block.mlp_tokens(block.norm1(z).transpose(1, 2)).transpose(1, 2)
             assert (read[f"blocks.{i}.mlp_tokens"] - as_map(z, 0, 4, 4)).abs().max() < 1e-12
             z = z + block.mlp_channels(block.norm2(z))
@@ -123,9 +123,9 @@ def test_convolutional_taps_are_the_stem_and_the_blocks(name: str) -> None:
     read = maps(model, x)
     stages = [model.layer1, model.layer2, model.layer3, model.layer4] if name == "convnet" else model.stages
     with torch.no_grad():
-        z = model.act1(model.bn1(model.conv1(x))) if name == "convnet" else model.stem(x)  # type: ignore[operator]
+        z = model.act1(model.bn1(model.conv1(x))) if name == "convnet" else model.stem(x)
         expected = [z]
-        for stage in stages:  # type: ignore[union-attr]
+        for stage in stages:
             for block in getattr(stage, "blocks", stage):
                 z = block(z)
                 expected.append(z.clone())

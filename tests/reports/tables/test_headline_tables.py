@@ -30,7 +30,7 @@ class Given(Costs):
 
 def build(root: Path, name: str = "models", **options: object) -> cells.Table:
     selection = Selection(run_index.collect(run_dir.every(root / "runs")))
-    return headline_tables.build(name, selection, Given(), **options)  # type: ignore[arg-type]
+    return headline_tables.build(name, selection, Given(), **options)
 
 
 def test_means_and_intervals_over_seeds(make_run: Callable, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -120,15 +121,15 @@ def kept_random_states(device: torch.device) -> Iterator[None]:
             yield
         finally:
             random.setstate(states[0])
-            np.random.set_state(states[1])  # noqa: NPY002
+            np.random.set_state(states[1])  # noqa: NPY002  likewise
 
 
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
     """Switch autocast and TF32 off."""
-    # read through getattr: torch declares these attributes at run time only
-    backends = [getattr(torch.backends.cudnn, "conv"), torch.backends.cuda.matmul]  # noqa: B009
-    backends += [getattr(torch.backends.mkldnn, op) for op in ("matmul", "conv")]
+    # torch declares `conv` and `matmul` of cudnn and mkldnn at run time only
+    cudnn, mkldnn = cast(Any, torch.backends.cudnn), cast(Any, torch.backends.mkldnn)
+    backends = [cudnn.conv, torch.backends.cuda.matmul, mkldnn.matmul, mkldnn.conv]
     before = [backend.fp32_precision for backend in backends]
     try:
         for backend in backends:

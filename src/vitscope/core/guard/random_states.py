@@ -40,8 +40,7 @@ class RandomStates:
         if self._device.type == "cuda":
             torch_states.append(torch.cuda.get_rng_state(self._device))
         generator_states = [_generator_state(generator) for generator in self._generators]
-        # the global state of NumPy is looked at
-        return [random.getstate(), np.random.get_state(), *torch_states, *generator_states]  # noqa: NPY002
+        return [random.getstate(), np.random.get_state(), *torch_states, *generator_states]  # noqa: NPY002  the global state is meant
 
 
 _GENERATORS = (torch.Generator, np.random.Generator, random.Random)

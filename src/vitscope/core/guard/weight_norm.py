@@ -7,14 +7,14 @@ derivative of its backward pass, along the first and the last axis: second deriv
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-#: read through getattr: torch calls it private, and both of its public parametrizations call it
-_TORCH_S_OWN = getattr(torch, "_weight_norm")  # noqa: B009
+#: torch calls it private, and both of its public parametrizations call it
+_TORCH_S_OWN = cast(Any, torch)._weight_norm
 
 
 class DifferentiableWeightNorm(TorchFunctionMode):

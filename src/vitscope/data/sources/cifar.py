@@ -77,9 +77,9 @@ def _with_checksums(variant: str, checksums: Mapping[str, str] | None) -> type[C
         raise ConfigError("data.source.checksums", missing[0], "no such file", f"files are {', '.join(file_names)}")
 
     class WithChecksums(published):
-        train_list = [[name, checksums.get(name, md5)] for name, md5 in published.train_list]  # noqa: RUF012
-        test_list = [[name, checksums.get(name, md5)] for name, md5 in published.test_list]  # noqa: RUF012
-        meta = {**published.meta, "md5": checksums.get(published.meta["filename"], published.meta["md5"])}  # noqa: RUF012
+        train_list = [[name, checksums.get(name, md5)] for name, md5 in published.train_list]  # noqa: RUF012  as torchvision declares them
+        test_list = [[name, checksums.get(name, md5)] for name, md5 in published.test_list]  # noqa: RUF012  likewise
+        meta = {**published.meta, "md5": checksums.get(published.meta["filename"], published.meta["md5"])}  # noqa: RUF012  likewise
         tgz_md5 = checksums.get(published.filename, published.tgz_md5)
 
         def _check_integrity(self) -> bool:

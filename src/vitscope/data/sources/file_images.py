@@ -108,7 +108,7 @@ def _transform(recipe: Recipe) -> Any:
         **shared,
         is_training=True,
         hflip=0.5 if recipe.flip else 0.0,
-        color_jitter=None,  # pyright: ignore[reportArgumentType]  none at all
+        color_jitter=None,  # pyright: ignore[reportArgumentType]  None leaves it out; timm annotates a number
         auto_augment=None if recipe.augment == "crop_flip" else recipe.augment,
         re_prob=recipe.random_erasing,
     )

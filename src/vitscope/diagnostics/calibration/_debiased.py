@@ -14,7 +14,7 @@ so that a calibrated model's 0 is in it at the nominal rate.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 from scipy.optimize import brentq
@@ -154,4 +154,4 @@ def _crossing(function, level: float, low: float, high: float) -> float:
         return low
     if function(high) <= level:
         return high
-    return float(brentq(lambda x: function(x) - level, low, high, xtol=1e-9))  # pyright: ignore[reportArgumentType]
+    return cast(float, brentq(lambda x: function(x) - level, low, high, xtol=1e-9))

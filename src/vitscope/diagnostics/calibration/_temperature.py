@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from scipy.optimize import brentq
@@ -32,7 +33,7 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
         return _at_limit(LIMITS[1], "the logits do not separate the classes better than chance")
     if slope(high) <= 0:
         return _at_limit(LIMITS[0], "every image is classified rightly")
-    return math.exp(-float(brentq(slope, low, high, xtol=1e-10)))  # pyright: ignore[reportArgumentType]
+    return math.exp(-cast(float, brentq(slope, low, high, xtol=1e-10)))
 
 
 def _slope(logits: Tensor, labels: Tensor) -> Callable[[float], float]:

@@ -145,7 +145,7 @@ def _ring_matrices(h: int, w: int, dtype: torch.dtype, device: torch.device) -> 
     inside = np.flatnonzero(ring >= 0)
     total[inside, ring[inside]] = weight[inside]
     average = total / total.sum(0)
-    return tuple(torch.from_numpy(m).to(device, dtype) for m in (average, total))  # type: ignore[return-value]
+    return torch.from_numpy(average).to(device, dtype), torch.from_numpy(total).to(device, dtype)
 
 
 def _check(size: tuple[int, int], path: str) -> None:

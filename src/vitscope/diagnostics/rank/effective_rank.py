@@ -167,8 +167,8 @@ class _Moments:
     def state(self) -> tuple[int, np.ndarray | None, np.ndarray | None, np.ndarray | None, float]:
         """Return count, mean and scatter, the vectors that wait, and the rounding, as plain arrays."""
         waiting = torch.cat(self._waiting) if self._waiting else None
-        arrays = (None if t is None else t.cpu().numpy() for t in (self.mean, self.scatter, waiting))
-        return self.n, *arrays, self.eps  # type: ignore[return-value]
+        mean, scatter, vectors = (None if t is None else t.cpu().numpy() for t in (self.mean, self.scatter, waiting))
+        return self.n, mean, scatter, vectors, self.eps
 
 
 def _moments(samples: Tensor) -> tuple[int, Tensor, Tensor]:

@@ -152,7 +152,7 @@ def _polar(results: Mapping[str, TrajectoryResult]) -> Figure:
     figure = Figure(figsize=(3.4, HEIGHTS["polar"]), layout="constrained")
     axes: Any = figure.add_subplot(projection="polar")
     if engine := figure.get_layout_engine():
-        engine.set(rect=(0.0, 0.06, 1.0, 0.92))  # pyright: ignore[reportCallIssue]  labels of a wedge are not counted
+        engine.set(rect=(0.0, 0.06, 1.0, 0.92))  # pyright: ignore[reportCallIssue]  of constrained layout, which ignores labels of a wedge
     for name, result in results.items():
         axes.plot(result.angle, result.radius, "o-", label=name or None)
     axes.set_thetalim(0, np.pi / 2 if max(np.nanmax(r.angle) for r in results.values()) <= np.pi / 2 else np.pi)

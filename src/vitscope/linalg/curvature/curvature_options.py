@@ -133,11 +133,11 @@ def curvature_arguments(*names: str, **defaults: Any) -> Callable[[Callable[P, R
                 signature.bind(*args, **kwargs)
             except TypeError as error:
                 raise TypeError(f"{function.__name__}() {error}") from None
-            return function(*args, **{**defaults, **kwargs})  # type: ignore[arg-type]
+            return function(*args, **{**defaults, **kwargs})
 
         annotations = {name: p.annotation for name, p in signature.parameters.items()}
         checked.__annotations__ = {**annotations, "return": signature.return_annotation}
-        checked.__signature__ = signature  # type: ignore[attr-defined]  # read by `inspect.signature`
+        checked.__signature__ = signature  # pyright: ignore[reportAttributeAccessIssue]  read by `inspect.signature`
         return checked
 
     return decorate

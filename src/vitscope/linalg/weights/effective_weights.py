@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import cast
 
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -60,7 +61,7 @@ def made_weights(model: nn.Module) -> dict[str, str]:
     names = {id(p): name for name, p in model.named_parameters()}
     for path, module in model.named_modules():
         if parametrize.is_parametrized(module):
-            for key, chain in module.parametrizations.items():  # type: ignore[union-attr]
+            for key, chain in cast(nn.ModuleDict, module.parametrizations).items():
                 sources |= {names[id(p)]: f"{path}.{key}".lstrip(".") for p in chain.parameters() if id(p) in names}
         own_parameters = dict(module.named_parameters(recurse=False, remove_duplicate=False))
         for ends in _MADE_FROM:

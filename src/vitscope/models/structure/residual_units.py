@@ -274,7 +274,7 @@ def resumed(units: Sequence[Unit], unit: Unit, block_input: Tensor) -> Iterator[
         yield
 
 
-def _restore(block: nn.Module, forward: object) -> None:
+def _restore(block: nn.Module, forward: Any) -> None:
     del block.forward
     if forward is not None:
-        block.forward = forward  # type: ignore[assignment]
+        block.forward = forward
