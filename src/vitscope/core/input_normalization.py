@@ -45,6 +45,7 @@ def pixels_of(probe: Probe, mean: Sequence[float] | None = None, std: Sequence[f
             "Expected the normalisation of the data (images are changed in pixel space), received none: pass mean=... and "
             "std=..., or Probe(..., about={'mean': ..., 'std': ...}); mean=[0], std=[1] for images that are pixels already."
         )
+    # two of (C, 1, 1)
     m, s = (torch.as_tensor(list(values), dtype=torch.float64)[:, None, None] for values in (mean, std))
     if m.shape != s.shape or not bool((s > 0).all()):
         raise ValueError(

@@ -71,7 +71,7 @@ def uniforms(index: ArrayLike, n: int, *, seed: int, stream: int, epoch: int = 0
         raise ValueError(f"Expected indices in [0, 2**32), received {index.min()} to {index.max()}.")
     blocks = -(-n // 4)
     counter = np.empty((len(index), blocks, 4), dtype=np.uint64)
-    counter[..., 0] = index[:, None]
+    counter[..., 0] = index[:, None]  # (B, 1) over (B, blocks)
     counter[..., 1] = epoch
     counter[..., 2] = stream
     counter[..., 3] = np.arange(blocks)

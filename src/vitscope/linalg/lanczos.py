@@ -154,6 +154,7 @@ class Lanczos:
         self.basis.compress(ritz.vectors[:, keep].T)
         inner = weights @ self.inner[:-1, :-1] @ weights.T + self.rounding
         border = weights @ self.inner[:-1, -1]
+        # a last row and column around (keep, keep)
         self.inner = np.block([[inner - np.diag(np.diag(inner)), border[:, None]], [border[None, :], np.zeros((1, 1))]])
         self.projection = np.diag(ritz.values[keep])
         self.coupling = self.coupling @ ritz.vectors[:, keep]

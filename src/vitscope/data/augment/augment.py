@@ -194,6 +194,7 @@ def erase(images: Tensor, key: Key, recipe: Recipe) -> Tensor:
     draws = uniforms(key.indices, _RANDAUGMENT_FROM, seed=key.seed, stream=key.stream, epoch=key.epoch)
     draws = draws[:, _CROP_FLIP_DRAWS:]
     height, width = images.shape[-2:]
+    # (B, attempts * 4) to four of (B, attempts)
     area, aspect, top_edge, left_edge = np.moveaxis(draws[:, 1:].reshape(-1, _ERASE_ATTEMPTS, 4), -1, 0)
     area = (_ERASE_AREA[0] + (_ERASE_AREA[1] - _ERASE_AREA[0]) * area) * height * width
     aspect = np.exp(_ERASE_LOG_ASPECT[0] + (_ERASE_LOG_ASPECT[1] - _ERASE_LOG_ASPECT[0]) * aspect)

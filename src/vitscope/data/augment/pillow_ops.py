@@ -29,8 +29,8 @@ def auto_contrast(images: Bytes) -> Bytes:
 
 def equalize(images: Bytes) -> Bytes:
     """Make each channel's histogram as even as possible."""
-    planes = images.reshape(images.shape[0] * images.shape[1], -1)
-    channel_offsets = np.arange(0, 256 * len(planes), 256)[:, None]
+    planes = images.reshape(images.shape[0] * images.shape[1], -1)  # (B, 3, H, W) to (B * 3, H * W)
+    channel_offsets = np.arange(0, 256 * len(planes), 256)[:, None]  # (B * 3, 1)
     histogram = np.bincount((planes + channel_offsets).ravel(), minlength=256 * len(planes)).reshape(-1, 256)
     highest_count = np.take_along_axis(histogram, planes.max(1).astype(np.int64)[:, None], 1)  # its pixels
     step = (planes.shape[1] - highest_count) // 255  # (B * 3, 1); 0: left as it is
@@ -203,4 +203,4 @@ def _blend(degenerate: NDArray[Any], images: Bytes, factor: Floats) -> Bytes:
 
 
 def _per_image(values: NDArray[Any]) -> NDArray[Any]:
-    return values.reshape(-1, 1, 1, 1)
+    return values.reshape(-1, 1, 1, 1)  # (B,) to (B, 1, 1, 1)

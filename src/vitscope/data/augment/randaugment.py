@@ -183,6 +183,7 @@ def _apply(images: Bytes, choice: Choice, policy: Policy, fill: Bytes) -> None:
 def _shifted(images: Bytes, choice: Choice, image_indices: NDArray[np.int64], fill: Bytes, bicubic: bool) -> Bytes:
     """Shear or translate square images, those along y as their transposes along x."""
     size = images.shape[-1]
+    # two of (B, 1)
     number, signed_level = choice.operation[image_indices, None], (choice.sign * choice.level)[image_indices, None]
     shears = (number == _NUMBER["ShearX"]) | (number == _NUMBER["ShearY"])
     shift = np.where(
@@ -190,6 +191,7 @@ def _shifted(images: Bytes, choice: Choice, image_indices: NDArray[np.int64], fi
     )  # (B, H)
     along_y = (number == _NUMBER["ShearY"]) | (number == _NUMBER["TranslateYRel"])
     flipped = along_y[..., None, None]
+    # (B, 3, H, W), rows and columns exchanged where flipped
     upright = np.where(flipped, images.transpose(0, 1, 3, 2), images)
     shifted = ops.shift_rows(upright, shift, fill, bicubic=bicubic)
     return np.where(flipped, shifted.transpose(0, 1, 3, 2), shifted)

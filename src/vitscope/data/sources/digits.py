@@ -47,6 +47,6 @@ def load(split: str, *, root: str | None = None, split_seed: Seed = 0) -> ArrayI
 def _digits() -> tuple[torch.Tensor, NDArray[np.int64]]:
     pixels, labels = load_digits(return_X_y=True)
     pixels, labels = np.asarray(pixels), np.asarray(labels, dtype=np.int64)
-    small = torch.from_numpy(pixels).reshape(-1, 1, 8, 8).float() * (255 / 16)  # 17 levels to 0..255
+    small = torch.from_numpy(pixels).reshape(-1, 1, 8, 8).float() * (255 / 16)  # (N, 1, 8, 8), 17 levels to 0..255
     large = resize(small, [_SIZE, _SIZE], antialias=True).clamp(0, 255)
     return large.round().to(torch.uint8), labels

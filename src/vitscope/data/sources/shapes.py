@@ -115,6 +115,7 @@ def load(split: str, *, root: str | None = None, split_seed: Seed = 0) -> ArrayI
 
 
 def _draw(shape: NDArray[np.int64], texture: NDArray[np.int64], draws: Array) -> NDArray[np.uint8]:
+    # (B, draws) to one (B, 1, 1) a draw
     place_x, place_y, scale, shape_turn, texture_turn, frequency, shift_x, shift_y, *colors = draws.T[..., None, None]
     pixel = (np.arange(SIZE) + 0.5) - SIZE / 2
     mask = _mask(shape, 5 * place_x - 2.5, 5 * place_y - 2.5, 9 + 3.5 * scale, 2 * np.pi * shape_turn)

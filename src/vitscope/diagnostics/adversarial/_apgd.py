@@ -110,4 +110,4 @@ def _start(ball: Ball, pixels: Tensor, generators: list[np.random.Generator]) ->
 
 
 def _wide(mask: Tensor) -> Tensor:
-    return mask[:, None, None, None]
+    return mask[:, None, None, None]  # (B,) to (B, 1, 1, 1)

@@ -64,6 +64,7 @@ class Ball:
             size = int(np.prod(shape))
             draws = np.stack([rng.standard_normal(shape) for rng in generators])
             radii = np.array([rng.random() ** (1 / size) for rng in generators])
+            # norms (B,) of images (B, C, H, W), then (B, 1, 1, 1)
             draws *= (radii / np.linalg.norm(draws.reshape(len(draws), -1), axis=1))[:, None, None, None]
         return self.into(self.radius * torch.from_numpy(draws).to(pixels), pixels)
 

@@ -53,11 +53,11 @@ def _spread(logits: Tensor, targeted: bool) -> Tensor:
 
 
 def _of(logits: Tensor, classes: Tensor) -> Tensor:
-    return logits.gather(1, classes[:, None]).squeeze(1)
+    return logits.gather(1, classes[:, None]).squeeze(1)  # (B, K) at (B, 1) to (B,)
 
 
 def _others(logits: Tensor, labels: Tensor) -> Tensor:
-    return logits.scatter(1, labels[:, None], -torch.inf)
+    return logits.scatter(1, labels[:, None], -torch.inf)  # (B, K), written at (B, 1)
 
 
 LOSSES: dict[str, Loss] = {"ce": log_odds, "dlr": difference_of_logits_ratio, "cw": carlini_wagner}

@@ -122,6 +122,7 @@ def _initial(ball: Ball, pixels: Tensor, draws: list[_Draws]) -> Tensor:
         for row in range((height % side) // 2, height - side + 1, side):
             for column in range((width % side) // 2, width - side + 1, side):
                 signs = torch.from_numpy(drawn.tiles[:, row, column]).to(pixels)
+                # (C, 1, 1) * (side, side)
                 change[i, :, row : row + side, column : column + side] = signs[:, None, None] * tile
     return ball.into(_scaled(ball, change), pixels)
 

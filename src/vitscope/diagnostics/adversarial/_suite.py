@@ -105,7 +105,7 @@ def attacked(
     attackable, n_surviving = result.right, []
     for member in SUITE if attack == "suite" else (attack,):
         for run in _runs(member, forward, images, ball, settings):
-            index = torch.nonzero(result.right).squeeze(1)
+            index = torch.nonzero(result.right).squeeze(1)  # (n, 1) to (n,)
             if not len(index):
                 break
             result = result.replaced(index, result.at(index).or_worse(run(index)))
@@ -119,6 +119,7 @@ def _runs(
 ) -> Iterator[Callable[[Tensor], AttackResult]]:
     """Yield the runs of an attack, each a function of the images that it is made on."""
     number = ATTACKS.index(attack)
+    # (N, n_targets), or the labels as (N, 1)
     ranking = _ranked_classes(forward, images, settings.n_targets) if attack == "apgd_t" else images.labels[:, None]
     for start in range(settings.restarts):
         for which in range(ranking.shape[1]):  # once, but for targets

@@ -159,6 +159,7 @@ def adversarial(
             conditions, row, name=lambda c: f"{c[0]} {c[1]:g}", partial=partial, description="adversarial"
         )
     shape = (len(attacks), len(epsilons))
+    # rows to (n_attacks, n_epsilons)
     accuracy, nll, largest, blind = (np.array([float(r[key]) for r in rows]).reshape(shape) for key in _KEYS)
     _warn_blind(conditions, blind.reshape(-1))
     low, high = share_interval(np.rint(accuracy * clean.n_images), clean.n_images)

@@ -37,7 +37,7 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
 
 
 def _slope(logits: Tensor, labels: Tensor) -> Callable[[float], float]:
-    label_logits = logits.gather(1, labels[:, None]).squeeze(1)
+    label_logits = logits.gather(1, labels[:, None]).squeeze(1)  # (N, K) at (N, 1) to (N,)
 
     def slope(log_scale: float) -> float:
         expected = (logits.mul(math.exp(log_scale)).softmax(dim=1) * logits).sum(dim=1)

@@ -217,7 +217,7 @@ def _logits(probe: Probe, description: str) -> tuple[Tensor, Tensor, Tensor]:
 def _scores(logits: Tensor, labels: Tensor, numbers: Tensor, rule: Callable[..., _bins.Bins], n_bins: int) -> _Scores:
     log_p = logits.log_softmax(dim=1)
     confidence, predicted = log_p.exp().max(dim=1)
-    nll = -log_p.gather(1, labels[:, None]).squeeze(1)
+    nll = -log_p.gather(1, labels[:, None]).squeeze(1)  # (N, K) at (N, 1) to (N,)
     # sum_k (p_k - y_k)^2 = sum_k p_k^2 - 2 p_y + 1
     brier = log_p.mul(2).exp().sum(dim=1) - 2 * nll.neg().exp() + 1
     local = torch.stack([numbers.double(), nll, brier, confidence, (predicted == labels).double()])  # (5, n)

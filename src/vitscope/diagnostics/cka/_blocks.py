@@ -16,7 +16,7 @@ def block_structure(similarity: np.ndarray, stages: np.ndarray) -> float | None:
         similarity: (n_taps, n_taps); pairs that are not finite are left out.
         stages: (n_taps,) the stage of each tap.
     """
-    value = _structures(similarity, stages[None])[0]
+    value = _structures(similarity, stages[None])[0]  # one labeling: (1, n_taps)
     return None if np.isnan(value) else float(value)
 
 

@@ -90,7 +90,7 @@ def glass_blur(x: Array, rng: Generator, scale: float, deviation: float, reach: 
     steps = max(1, round(reach * scale))
     draws = rng.uniform(-1, 1, (2, 3, h, w))  # of up to three rounds, alike at every severity
     for down, right in zip(*np.floor(steps * draws[:, : int(rounds)]).astype(int)):  # from -steps to steps - 1
-        x = x.reshape(h * w, -1)[shuffled(down, right, steps)].reshape(x.shape)
+        x = x.reshape(h * w, -1)[shuffled(down, right, steps)].reshape(x.shape)  # (h, w, C) by pixels (h * w, C)
     return _blurred(x, deviation * scale)
 
 
@@ -126,7 +126,7 @@ def zoom_blur(x: Array, rng: Generator, scale: float, end: float, step: float) -
     total = x.copy()
     for factor in factors:
         rows, columns = zoom_matrix(h, float(factor)), zoom_matrix(w, float(factor))
-        total += np.einsum("ij,jkc,lk->ilc", rows, x, columns, optimize=True)
+        total += np.einsum("ij,jkc,lk->ilc", rows, x, columns, optimize=True)  # (h, h) (h, w, C) (w, w) to (h, w, C)
     return total / (len(factors) + 1)
 
 
@@ -205,7 +205,7 @@ def _to_pil(x: Array) -> Image.Image:
 
 def _from_pil(image: Image.Image) -> Array:
     pixels = np.asarray(image, dtype=np.float64) / 255
-    return pixels if pixels.ndim == 3 else pixels[..., None]
+    return pixels if pixels.ndim == 3 else pixels[..., None]  # (h, w, C), of gray (h, w, 1)
 
 
 FUNCTIONS = {

@@ -14,7 +14,7 @@ Array = np.ndarray
 def fog(x: Array, rng: Generator, scale: float, amount: float, fading: float) -> Array:
     """Add clouds and rescale, so that the brightest pixel keeps its value."""
     brightest = x.max()
-    clouded = x + amount * clouds(x.shape[:2], rng, fading)[..., None]
+    clouded = x + amount * clouds(x.shape[:2], rng, fading)[..., None]  # clouds (h, w) to (h, w, 1)
     return clouded * brightest / (brightest + amount)
 
 
@@ -27,7 +27,7 @@ def frost(x: Array, rng: Generator, scale: float, image_weight: float, share: fl
     for k in range(3):
         ridges += 0.5**k * (1 - np.abs(2 * clouds(x.shape[:2], rng, 1.6) - 1)) ** 3 / 1.75
     tint = np.array([0.78, 0.88, 1.0]) if x.shape[2] == 3 else np.ones(1)
-    return image_weight * x + share * (0.25 + 0.75 * ridges[..., None]) * tint
+    return image_weight * x + share * (0.25 + 0.75 * ridges[..., None]) * tint  # (h, w, C) + (h, w, 1) * (C,)
 
 
 def snow(
@@ -51,7 +51,7 @@ def spatter(x: Array, rng: Generator, scale: float, size: float, covered: float,
     drops = gaussian_filter(rng.standard_normal(x.shape[:2]), size * scale, mode="wrap")
     edge = np.quantile(drops, 1 - covered)
     spread = max(float(drops.std()), 1e-12)  # 0 where all of the image is one drop
-    mask = opacity * np.clip((drops - edge) / (0.3 * spread) + 0.5, 0, 1)[..., None]
+    mask = opacity * np.clip((drops - edge) / (0.3 * spread) + 0.5, 0, 1)[..., None]  # (h, w) to (h, w, 1)
     mud = np.array([63, 42, 20]) / 255 if x.shape[2] == 3 else np.full(1, 42 / 255)
     return (1 - mask) * x + mask * mud
 

@@ -144,7 +144,7 @@ def corruption(
     if reference:
         null = [name for name, errors in zip(names, reference.error) if errors.sum() == 0]
         warn_nulls("corruption", dict.fromkeys(null, "the baseline has no errors there to divide by"))
-    correct = np.stack([row["correct"] for row in rows[1:]]).reshape(*shape, -1)
+    correct = np.stack([row["correct"] for row in rows[1:]]).reshape(*shape, -1)  # (types, severities, images)
     by_image = correct[_reported(names)].mean(axis=(0, 1))
     return CorruptionResult(
         types=names,
@@ -189,6 +189,7 @@ def _published(
 
 
 def _table(rows: Sequence[Mapping[str, Any]], key: str, shape: tuple[int, int]) -> np.ndarray:
+    # (types * severities,) to (types, severities)
     return np.array([float(row[key]) for row in rows[1:]]).reshape(shape)
 
 

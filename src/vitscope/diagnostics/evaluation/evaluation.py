@@ -86,6 +86,7 @@ def evaluation(probe: Probe, *, classes: str | Sequence[int | str] = "all") -> E
             if not rows:
                 n_logits = logits.shape[1]
                 columns = torch.tensor(_chosen(probe, classes, n_logits), device=logits.device)
+            # (B, 1) and the columns of `_scored` to (B, 5)
             rows.append(torch.cat([torch.full_like(labels, index)[:, None], _scored(logits, labels, columns)], dim=1))
     local = torch.cat(rows).cpu().numpy() if rows else np.empty((0, 5))
     shares = distributed.gather_objects((local, n_logits, columns.cpu().numpy()))

@@ -54,5 +54,5 @@ def by_kind(
         half = np.sqrt(quantile**2 * units + images**2)
         names.append(kind)
         rows.append((mean, mean - half, mean + half))
-    mean, low, high = np.array(rows).reshape(-1, 3).T
+    mean, low, high = np.array(rows).reshape(-1, 3).T  # (n_kinds, 3) to three of (n_kinds,), also without kinds
     return {"kind_names": tuple(names), "kind_contrast": mean, "kind_low": low, "kind_high": high}

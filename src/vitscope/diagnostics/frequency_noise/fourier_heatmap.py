@@ -51,7 +51,7 @@ class FourierHeatmapResult:
 
     def scalars(self) -> dict[str, float]:
         """Return the clean error rate, and the mean error rate below and above half of pi (larger axis)."""
-        rho = np.maximum(np.abs(self.vertical)[:, None], np.abs(self.horizontal))
+        rho = np.maximum(np.abs(self.vertical)[:, None], np.abs(self.horizontal))  # (h, 1) and (w,) to (h, w)
         values = {"clean_error_rate": self.clean_error_rate}
         for name, part in (("low", (rho > 0) & (rho <= 0.5)), ("high", rho > 0.5)):
             if part.any():

@@ -162,12 +162,12 @@ def frequency_noise_robustness(
 
     means = Means("clean_nll", "nll", "contrast", answers=("clean_accuracy", "accuracy", "wrong", "contrasted"))
     for losses, correct, n_classes in perturbed(probe, names, change, "band noise", partial):
-        difference = (correct[1:] - correct[0]).reshape(len(scales), len(used), -1)
+        difference = (correct[1:] - correct[0]).reshape(len(scales), len(used), -1)  # (n_rms, n_used, B)
         at = scales.index(float(rms))
         third = max(1, len(used) // 3)
         contrast = difference[at, -third:].mean(0) - difference[at, :third].mean(0)
         contrast = contrast if len(used) > 1 else np.full_like(contrast, np.nan)
-        nll = (losses[1:] - losses[0]).reshape(len(scales), len(used), -1)[at]
+        nll = (losses[1:] - losses[0]).reshape(len(scales), len(used), -1)[at]  # (n_used, B)
         means.n_classes = n_classes
         means.add(clean_nll=losses[0], clean_accuracy=correct[0], nll=nll.T, contrast=contrast)
         means.add(accuracy=np.moveaxis(difference, -1, 0))  # (B, n_rms, n_used)

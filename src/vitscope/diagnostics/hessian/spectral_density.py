@@ -167,7 +167,7 @@ def masses_by_sign(
         residuals: (n_vectors, n_steps).
         resolution: (n_vectors,) see `SpectralDensityResult`.
     """
-    below, above = nodes < -resolution[:, None], nodes > resolution[:, None]
+    below, above = nodes < -resolution[:, None], nodes > resolution[:, None]  # (n_vectors, n_steps)
     next_below = below & (np.cumsum(below[:, ::-1], axis=1)[:, ::-1] == 1)
     next_above = above & (np.cumsum(above, axis=1) == 1)
     unknown = ~(below | above) | ((next_below | next_above) & (np.abs(nodes) <= residuals))

@@ -163,6 +163,7 @@ def loss_landscape(
     norms = squared_norms(dict(probe.model.named_parameters()), axes.first, axes.second)
     points = [(float(a), float(b)) for a in side for b in side]
     rows = _measure(probe, axes, points, kind, bn, partial)
+    # (n * n,) to (n, n), first index x
     grids = {key: np.array([row[key] for row in rows]).reshape(n, n) for key in ("nll", "accuracy", "ece")}
     facts = {**source.facts(), "span": span, "n": n, "preset": preset}
     return LossLandscapeResult(
@@ -215,7 +216,7 @@ def _dtype_error(
 
 
 def _l2(norms: SquaredNorms, weight_decay: float, side: np.ndarray) -> Mapping[str, np.ndarray]:
-    a, b = side[:, None], side[None, :]
+    a, b = side[:, None], side[None, :]  # (n, 1) and (1, n)
     return {
         "l2_half_sq": norms.half_sq(weight_decay, a, b),
         "l2_sum_norm": norms.sum_norm(weight_decay, a, b),

@@ -133,6 +133,7 @@ def loss_slice(
     x = np.linspace(-span, span, n)
     keys = [(index, float(point)) for index in range(n_directions) for point in x]
     rows = measure_lines(probe, source, keys, dtype=kind, bn=bn, partial=partial, description="loss slice")
+    # rows to (n_directions, n)
     lines = {key: np.array([row[key] for row in rows]).reshape(n_directions, n) for key in rows[0]}
     mean = {key: lines[key].mean(axis=0) for key in ("nll", "accuracy", "ece", "l2_half_sq", "l2_sum_norm")}
     half_width = t_half_width_of_rows(lines["nll"])

@@ -162,7 +162,7 @@ def trajectory(
         straightness=_straightness(products),
         x=sides[0],
         y=sides[1],
-        plane_nll=_column(surface, "nll").reshape(n, n),
+        plane_nll=_column(surface, "nll").reshape(n, n),  # (n * n,) to (n, n), first index x
         plane_accuracy=_column(surface, "accuracy").reshape(n, n),
         batchnorm=any(getattr(m, "running_mean", None) is not None for m in probe.model.modules()),
         n_nonfinite=int(sum(not np.isfinite(row["nll"]) for row in [*rows, *plane])),

@@ -49,7 +49,7 @@ def _mapped(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         start += piece.numel()
         # a type wider than its offset is a multiple of cannot be a view
         aligned = piece if piece.storage_offset() % t.element_size() == 0 else piece.clone()
-        mapped_tensors[name] = aligned.view(t.dtype).reshape(t.shape)
+        mapped_tensors[name] = aligned.view(t.dtype).reshape(t.shape)  # bytes (n,) to t's type and shape
     return mapped_tensors
 
 

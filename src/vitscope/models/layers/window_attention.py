@@ -128,10 +128,10 @@ class FixedMixing(nn.Module):
         p = self.window_size
         if (h % p or w % p) and not self.pad:
             raise ValueError(f"window_size={p} does not divide the {h}x{w} feature map; set pad=True.")
-        v = v.permute(0, 3, 1, 2)
+        v = v.permute(0, 3, 1, 2)  # (B, h, w, inner) to (B, inner, h, w)
         mean = F.avg_pool2d(v, p, ceil_mode=True, count_include_pad=False)  # a window over the border counts its part
         mean = mean.repeat_interleave(p, 2).repeat_interleave(p, 3)[:, :, :h, :w]
-        return mean.permute(0, 2, 3, 1)
+        return mean.permute(0, 2, 3, 1)  # (B, inner, h, w) to (B, h, w, inner)
 
 
 def box_blur(x: Tensor, size: int) -> Tensor:
