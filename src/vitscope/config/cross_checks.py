@@ -78,10 +78,8 @@ def settle_class_counts(cfg: DictConfig) -> None:
     from vitscope.data.sources.folder import class_names  # imports torch
 
     source = cfg.data.source
-    classes = (
-        OmegaConf.to_container(source.classes) if OmegaConf.is_list(source.get("classes")) else source.get("classes")
-    )
-    names = class_names(cfg.data.get("root"), classes)
+    classes: Any = source.get("classes")
+    names = class_names(cfg.data.get("root"), loading.plain(classes) if OmegaConf.is_list(classes) else classes)
     with open_dict(cfg):
         cfg.data.num_classes = len(names)
     stated = cfg.model.get("num_classes")
