@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -85,8 +86,11 @@ def scales() -> Tensor:
     return 1 + 0.1 * torch.randn(N_IMAGES, generator=drawn(6), dtype=torch.float64)
 
 
-def in_batches(*tensors: Tensor, size: int = 4) -> list[tuple[Tensor, ...]]:
+def _in_batches(*tensors: Tensor, size: int) -> list[tuple[Tensor, ...]]:
     return list(zip(*(t.split(size) for t in tensors)))
+
+
+in_batches = functools.partial(_in_batches, size=4)
 
 
 #: what images are normalised by, and what shape_bias and evaluation know of the classes
@@ -98,9 +102,10 @@ def own(outputs: Tensor, targets: Tensor) -> Tensor:
     return nn.functional.huber_loss(outputs, targets, reduction="none").mean(1)
 
 
-def probe(form: str) -> vs.Probe:
-    """Return the probe of a form: its loss, network and batches."""
+def probe(form: str, size: int = 4) -> vs.Probe:
+    """Return the probe of a form: its loss, network and batches of ``size`` images."""
     x = images()
+    in_batches = functools.partial(_in_batches, size=size)
     if form == "mse":
         return vs.Probe(Network(), in_batches(x, values()), vs.Objective(loss="mse"), about=ABOUT)
     if form == "bce":
