@@ -13,6 +13,7 @@ from matplotlib.ticker import MaxNLocator
 from vitscope.diagnostics.landscape.linear_interpolation import LinearInterpolationResult
 from vitscope.diagnostics.landscape.loss_barrier import LossBarrierResult
 from vitscope.diagnostics.landscape.loss_slice import LossSliceResult
+from vitscope.plotting.loss_label import loss_label
 
 LABELS = {
     "nll": "NLL (nats)",
@@ -60,7 +61,7 @@ def loss_slice(results: Mapping[str, LossSliceResult], *, value: str = "nll", lo
         broken = ~np.isfinite(result.nll_by_direction).all(axis=0)
         _crosses(axes, result.x[broken], color)
     axes.xaxis.set_major_locator(MaxNLocator(5))
-    axes.set(xlabel="x (in units of the direction)", ylabel=LABELS[value])
+    axes.set(xlabel="x (in units of the direction)", ylabel=loss_label(LABELS[value], results.values()))
     if log or (log is None and value == "nll" and _wide(results)):
         axes.set_yscale("log")
         lowest = min(np.nanmin(np.where(r.nll_by_direction > 0, r.nll_by_direction, np.nan)) for r in results.values())
@@ -82,11 +83,13 @@ def plotly_loss_slice(results: Mapping[str, LossSliceResult]) -> go.Figure:
                 name=name,
                 mode="lines+markers",
                 customdata=rest,
-                hovertemplate="x %{x:.3g}<br>NLL %{y:.4g}<br>accuracy %{customdata[0]:.3f}<br>ECE %{customdata[1]:.3f}"
-                "<br>½ wd Σ‖w‖² %{customdata[2]:.4g}<br>wd Σ‖w‖ %{customdata[3]:.4g}",
+                hovertemplate=loss_label("x %{x:.3g}<br>NLL %{y:.4g}<br>accuracy %{customdata[0]:.3f}", [result])
+                + "<br>ECE %{customdata[1]:.3f}<br>½ wd Σ‖w‖² %{customdata[2]:.4g}<br>wd Σ‖w‖ %{customdata[3]:.4g}",
             )
         )
-    figure.update_layout(xaxis_title="x (in units of the direction)", yaxis_title=LABELS["nll"])
+    figure.update_layout(
+        xaxis_title="x (in units of the direction)", yaxis_title=loss_label(LABELS["nll"], results.values())
+    )
     return figure
 
 
@@ -104,7 +107,7 @@ def linear_interpolation(results: Mapping[str, LinearInterpolationResult]) -> Fi
         upper.plot(r.t, np.where(np.isfinite(r.nll), r.nll, np.nan), "o-", color=f"C{index}", label=label + count)
         lower.plot(r.t, r.accuracy, "o-", color=f"C{index}")
         _crosses(upper, r.t[~np.isfinite(r.nll)], f"C{index}")
-    upper.set(ylabel=LABELS["nll"])
+    upper.set(ylabel=loss_label(LABELS["nll"], results.values()))
     lower.set(xlabel="t (0: start, 1: end)", ylabel="accuracy")
     upper.legend(fontsize=6)
     return figure
@@ -129,7 +132,7 @@ def loss_barrier(results: Mapping[str, LossBarrierResult]) -> Figure:
             at = int(np.abs(r.t - r.t_barrier).argmin())
             axes.plot([r.t[at], r.t[at]], [r.chord[at], r.nll[at]], "_-", color=color, linewidth=0.8, markersize=8)
         _crosses(axes, r.t[~np.isfinite(r.nll)], color)
-    axes.set(xlabel="t (0: start, 1: end)", ylabel=LABELS["nll"])
+    axes.set(xlabel="t (0: start, 1: end)", ylabel=loss_label(LABELS["nll"], results.values()))
     axes.legend(title="barrier (nats)", title_fontsize=6, fontsize=6)
     return figure
 
@@ -138,11 +141,11 @@ def plotly_linear_interpolation(results: Mapping[str, LinearInterpolationResult]
     """Return the ways as an interactive figure, accuracy on hover."""
     figure = go.Figure()
     for name, r in results.items():
-        hover = "t %{x:.3g}<br>NLL %{y:.4g}<br>accuracy %{customdata:.3f}"
+        hover = loss_label("t %{x:.3g}<br>NLL %{y:.4g}<br>accuracy %{customdata:.3f}", results.values())
         figure.add_trace(
             go.Scatter(x=r.t, y=r.nll, name=name, mode="lines+markers", customdata=r.accuracy, hovertemplate=hover)
         )
-    figure.update_layout(xaxis_title="t (0: start, 1: end)", yaxis_title=LABELS["nll"])
+    figure.update_layout(xaxis_title="t (0: start, 1: end)", yaxis_title=loss_label(LABELS["nll"], results.values()))
     return figure
 
 

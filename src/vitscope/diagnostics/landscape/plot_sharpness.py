@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
 from vitscope.diagnostics.landscape.sharpness import SharpnessResult
+from vitscope.plotting.loss_label import loss_label
 
 #: entries of a legend that fit into the axes
 MOST_INSIDE = 4
@@ -33,7 +34,7 @@ def sharpness(results: Mapping[str, SharpnessResult]) -> Figure:
         2 if worst else 1, 1, sharex=True, squeeze=False, height_ratios=[1.5, 1] if worst else None
     )
     axes: Axes = panels[0, 0]
-    axes.set(xscale="log", yscale="log", ylabel="mean rise of the NLL (nats)")
+    axes.set(xscale="log", yscale="log", ylabel=loss_label("mean rise of the NLL (nats)", results.values()))
     for index, (name, r) in enumerate(results.items()):
         _mean(axes, name, r, f"C{index}")
         if worst:
@@ -77,7 +78,7 @@ def plotly_sharpness(results: Mapping[str, SharpnessResult]) -> go.Figure:
         figure.add_trace(
             go.Scatter(x=r.radii, y=r.rise, error_y=bars, name=name, customdata=r.accuracy, hovertemplate=hover)
         )
-    figure.update_layout(xaxis_title="radius", yaxis_title="rise of the NLL (nats)")
+    figure.update_layout(xaxis_title="radius", yaxis_title=loss_label("rise of the NLL (nats)", results.values()))
     figure.update_xaxes(type="log")
     figure.update_yaxes(type="log")
     return figure

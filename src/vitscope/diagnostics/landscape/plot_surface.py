@@ -16,6 +16,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 from plotly.subplots import make_subplots
 
 from vitscope.diagnostics.landscape.loss_landscape import LossLandscapeResult
+from vitscope.plotting.loss_label import loss_label
 
 LABELS = {
     "nll": "NLL (nats)",
@@ -96,12 +97,17 @@ def plotly_loss_landscape(results: Mapping[str, LossLandscapeResult], *, value: 
         figure.add_trace(_broken(result, first), row=1, col=column)
     scenes = ["scene" if column == 1 else f"scene{column}" for column in range(1, len(results) + 1)]
     menu = []
-    for key, label in LABELS.items():
+    for key, text in LABELS.items():
+        label = loss_label(text, results.values())
         layout = {f"{scene}.zaxis.title.text": label for scene in scenes}
         restyle = {"z": [z for r in results.values() for z in (_heights(r, key), _broken(r, key).z)]}
         menu.append({"label": label, "method": "update", "args": [restyle, layout]})
     figure.update_scenes(
-        {"xaxis.title": "x (direction 1)", "yaxis.title": "y (direction 2)", "zaxis.title": LABELS[first]}
+        {
+            "xaxis.title": "x (direction 1)",
+            "yaxis.title": "y (direction 2)",
+            "zaxis.title": loss_label(LABELS[first], results.values()),
+        }
     )
     figure.update_layout(
         updatemenus=[{"buttons": menu, "active": list(LABELS).index(first), "x": 0, "y": 1.15, "xanchor": "left"}],
@@ -175,7 +181,7 @@ def _surface(figure: SubFigure, result: LossLandscapeResult, z: np.ndarray, scal
         floor = np.full(broken.sum(), bounds[0])
         axes.scatter(x[broken], y[broken], floor, marker="x", color="#D55E00", s=8, linewidths=0.7)
     axes.set(xlabel="x", ylabel="y", zlim=tuple(bounds))
-    axes.set_zlabel(LABELS[value])
+    axes.set_zlabel(loss_label(LABELS[value], [result]))
     axes.view_init(elev=25, azim=-55)
     axes.zaxis.set_major_locator(MaxNLocator(5))
     for axis in (axes.xaxis, axes.yaxis):
@@ -198,7 +204,7 @@ def _contours(figure: SubFigure, result: LossLandscapeResult, z: np.ndarray, sca
     axes.contour(result.x, result.y, finite, levels=levels, colors="black", linewidths=0.3, alpha=0.6)
     if not np.isfinite(z).all():
         _hatch(axes, result, ~np.isfinite(z))
-    bar = figure.colorbar(drawn, ax=axes, label=LABELS[value], pad=0.02)
+    bar = figure.colorbar(drawn, ax=axes, label=loss_label(LABELS[value], [result]), pad=0.02)
     bar.set_ticks(levels[::3].tolist(), labels=_apart(levels[::3]))
     bar.ax.yaxis.set_minor_locator(NullLocator())
     if len(result.path):

@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from vitscope.diagnostics.lesion.lesion import LesionResult
+from vitscope.plotting.loss_label import loss_label
 from vitscope.plotting.style import KIND_COLORS
 
 #: value -> factor, axis label, and whether a loss is below zero
@@ -39,7 +40,7 @@ def lesion(results: Mapping[str, LesionResult], *, value: str = "accuracy") -> F
     axes = figure.subplots(len(results), 1, squeeze=False, sharey=True)[:, 0]
     for ax, (name, result) in zip(axes, results.items()):
         _bars(ax, result, value)
-        ax.set(title=name, ylabel=VALUES[value][1])
+        ax.set(title=name, ylabel=loss_label(VALUES[value][1], results.values()))
     kinds = [kind for kind in LESION_KINDS if any(kind in result.kinds for result in results.values())]
     handles: list = [
         Patch(color=KIND_COLORS[kind], label={"msa": "MSA", "mlp": "MLP"}.get(kind, kind)) for kind in kinds

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import MaxNLocator, NullLocator
 
 from vitscope.diagnostics.trajectory.trajectory import TrajectoryResult
+from vitscope.plotting.loss_label import loss_label
 
 #: inches
 HEIGHTS = {"pca": 2.8, "loss": 2.2, "polar": 2.8}
@@ -58,8 +59,8 @@ def plotly_trajectory(results: Mapping[str, TrajectoryResult]) -> go.Figure:
                 mode="lines+markers",
                 text=list(result.labels),
                 customdata=np.stack(columns, axis=1),
-                hovertemplate="%{text}<br>NLL %{customdata[0]:.4g}, in the plane %{customdata[1]:.4g}"
-                "<br>%{customdata[2]:.0%} of its distance off the plane<br>accuracy %{customdata[3]:.3f}",
+                hovertemplate=loss_label("%{text}<br>NLL %{customdata[0]:.4g}", [result])
+                + ", in the plane %{customdata[1]:.4g}<br>%{customdata[2]:.0%} of its distance off the plane<br>accuracy %{customdata[3]:.3f}",
             )
         )
     figure.update_layout(xaxis_title="first principal direction", yaxis_title="second principal direction")
@@ -123,7 +124,9 @@ def _surface(figure: SubFigure, axes: Axes, result: TrajectoryResult) -> None:
             result.x, result.y, broken, shading="nearest", facecolor="none", edgecolor="#D55E00", hatch="////", linewidth=0.0
         )  # fmt: skip
     # in the axes' own frame: they are as flat as the path is, and the bar with them
-    bar = figure.colorbar(drawn, cax=axes.inset_axes((1.03, 0.0, 0.05, 1.0)), label="NLL in the plane (nats)")
+    bar = figure.colorbar(
+        drawn, cax=axes.inset_axes((1.03, 0.0, 0.05, 1.0)), label=loss_label("NLL in the plane (nats)", [result])
+    )
     bar.set_ticks(levels[::3].tolist(), labels=[f"{level:.3g}" for level in levels[::3]])
     bar.ax.yaxis.set_minor_locator(NullLocator())
 
@@ -136,7 +139,7 @@ def _losses(figure: SubFigure, result: TrajectoryResult) -> None:
     borrowed = result.batchnorm and result.card is not None and result.card.bn_policy == "eval"
     its = "its projection,\nBatchNorm as at the end" if borrowed else "its projection"
     axes.plot(at, result.in_plane_nll, "s--", label=its)
-    axes.set(xlabel="checkpoint", ylabel="NLL (nats)")
+    axes.set(xlabel="checkpoint", ylabel=loss_label("NLL (nats)", [result]))
     step = max(1, len(at) // 6)
     axes.set_xticks(at[::step], [result.labels[i] for i in at[::step]], rotation=30, ha="right")
     other = axes.twinx()
