@@ -102,13 +102,8 @@ def plotly_loss_landscape(results: Mapping[str, LossLandscapeResult], *, value: 
         layout = {f"{scene}.zaxis.title.text": label for scene in scenes}
         restyle = {"z": [z for r in results.values() for z in (_heights(r, key), _broken(r, key).z)]}
         menu.append({"label": label, "method": "update", "args": [restyle, layout]})
-    figure.update_scenes(
-        {
-            "xaxis.title": "x (direction 1)",
-            "yaxis.title": "y (direction 2)",
-            "zaxis.title": loss_label(LABELS[first], results.values()),
-        }
-    )
+    height = loss_label(LABELS[first], results.values())
+    figure.update_scenes({"xaxis.title": "x (direction 1)", "yaxis.title": "y (direction 2)", "zaxis.title": height})
     figure.update_layout(
         updatemenus=[{"buttons": menu, "active": list(LABELS).index(first), "x": 0, "y": 1.15, "xanchor": "left"}],
         coloraxis={"colorscale": "Viridis"},

@@ -60,7 +60,8 @@ def plotly_trajectory(results: Mapping[str, TrajectoryResult]) -> go.Figure:
                 text=list(result.labels),
                 customdata=np.stack(columns, axis=1),
                 hovertemplate=loss_label("%{text}<br>NLL %{customdata[0]:.4g}", [result])
-                + ", in the plane %{customdata[1]:.4g}<br>%{customdata[2]:.0%} of its distance off the plane<br>accuracy %{customdata[3]:.3f}",
+                + ", in the plane %{customdata[1]:.4g}"
+                "<br>%{customdata[2]:.0%} of its distance off the plane<br>accuracy %{customdata[3]:.3f}",
             )
         )
     figure.update_layout(xaxis_title="first principal direction", yaxis_title="second principal direction")
