@@ -11,8 +11,9 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
-from torch.func import functional_call, grad, grad_and_value, jvp, vmap
+from torch.func import grad, grad_and_value, jvp, vmap
 
+from vitscope.core.guard.substituted_call import substituted_call
 from vitscope.core.probe import Batch
 from vitscope.linalg.curvature.l2_curvature import add_l2_product
 from vitscope.linalg.curvature.operator_factory import Curvatures
@@ -95,7 +96,7 @@ class SideBySide:
         return jvp(lambda point: grad(self._loss)(point, x, y), (self.point,), (dict(tangent),))[1]
 
     def _loss(self, point: Mapping[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
-        return self.made.probe.objective.data_loss(functional_call(self.made.model, dict(point), (x,)), y)
+        return self.made.probe.objective.data_loss(substituted_call(self.made.model, point, x), y)
 
     def _with_l2(self, v: Tensor, product: Tensor) -> Tensor:
         split = self.operators[0].split(v)

@@ -6,10 +6,10 @@ from contextlib import ExitStack
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from vitscope.core.batches.batch_inputs import Inputs
 from vitscope.core.guard.pass_comparison import output_tensors
+from vitscope.core.guard.substituted_call import substituted_call
 
 
 def ineffective_parameters(model: nn.Module, x: Inputs, values: bool) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -32,7 +32,7 @@ def ineffective_parameters(model: nn.Module, x: Inputs, values: bool) -> tuple[t
             has_parameters = next(module.parameters(recurse=False), None) is not None
             if has_parameters and not isinstance(module, torch.jit.ScriptModule):
                 stack.callback(module.register_forward_hook(lambda m, *_: running.add(m)).remove)
-        outputs = output_tensors(functional_call(model, dict(copies), (x,)))
+        outputs = output_tensors(substituted_call(model, copies, x))
         ends = [t.sum() for t in outputs if t.requires_grad]
     if (
         not ends and not values

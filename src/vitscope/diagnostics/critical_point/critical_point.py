@@ -9,8 +9,8 @@ from typing import Unpack
 import numpy as np
 import torch
 from torch import Tensor
-from torch.func import functional_call
 
+from vitscope.core.guard.substituted_call import substituted_call
 from vitscope.core.losses.requirements import check_non_negative
 from vitscope.core.measure_options import record_options
 from vitscope.core.objective_card import ObjectiveCard
@@ -265,7 +265,7 @@ def _loss(operators: Curvatures, offset: Tensor | None) -> float:
             at += p.numel()
     total = torch.zeros((), dtype=torch.float64, device=operators.probe.device)
     for _, (x, y) in operators.probe.local_batches():
-        total += operators.probe.objective.data_loss(functional_call(operators.model, point, (x,)), y, "sum").double()
+        total += operators.probe.objective.data_loss(substituted_call(operators.model, point, x), y, "sum").double()
     data = distributed.all_reduce_sum(total).item() / operators.probe.n_labeled
     return data + float(operators.probe.objective.l2_term(whole_point(point, operators.parameters)).double())
 

@@ -8,9 +8,9 @@ from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from vitscope.core.batches.batch_inputs import Inputs
+from vitscope.core.guard.substituted_call import substituted_call
 from vitscope.core.objective import Objective
 from vitscope.linalg.curvature.double_backward import BilinearConvDoubleBackward
 from vitscope.linalg.curvature.logit_curvature import output_curvature
@@ -115,7 +115,7 @@ def _linearized(operator: CurvatureSettings, x: Inputs, y: Tensor) -> Product:
     names = list(operator.parameters)
 
     def loss(parameters: Mapping[str, Tensor]) -> Tensor:
-        logits = functional_call(operator.model, dict(parameters), (x,))
+        logits = substituted_call(operator.model, parameters, x)
         return operator.objective.data_loss(logits, y, "sum") / operator.n_images
 
     point = {name: p.detach() for name, p in operator.parameters.items()}
