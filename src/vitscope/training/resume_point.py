@@ -163,7 +163,7 @@ def adopt_checkpoint(
         CheckpointError: It was written with another optimizer, batch size, seed, number of processes or of classes.
     """
     content = checkpoint_io.read(path)
-    checkpoint_weights.load_weights(network, content, path)  # refuses another model's in one line
+    checkpoint_weights.load_weights(network, content, path, report=False)  # refuses another model's in one line
     if weights_only or "loops" not in content:
         return None
     stored = checkpoint_content.facts(content, path)

@@ -63,7 +63,9 @@ def _without(prefix: str, state: dict[str, torch.Tensor]) -> dict[str, torch.Ten
     return {name.removeprefix(prefix): value for name, value in state.items()} if shared else state
 
 
-def load_weights(network: nn.Module, content: Mapping[str, Any], path: Path, *, average: bool = False) -> None:
+def load_weights(
+    network: nn.Module, content: Mapping[str, Any], path: Path, *, average: bool = False, report: bool = True
+) -> None:
     """Put a checkpoint's weights into ``network``; every key must be accounted for.
 
     They are looked for in every entry of the file and under every prefix, see `state_dicts.select_weights`. A file of the
@@ -76,6 +78,7 @@ def load_weights(network: nn.Module, content: Mapping[str, Any], path: Path, *, 
         content: the contents of the file.
         path: the file, for errors.
         average: whether to take averages over training steps (EMA, SWA) in place of the weights.
+        report: whether to log that message; not where the weights are only compared with the network.
 
     Raises:
         CheckpointError: no averages, two readings that fit equally well, or keys or shapes that do not match, the first of
@@ -96,7 +99,8 @@ def load_weights(network: nn.Module, content: Mapping[str, Any], path: Path, *, 
     if set(state) != set(network_state):
         try:
             load_official_state_dict(network, state)
-            _report(reading, averages, path)
+            if report:
+                _report(reading, averages, path)
             return
         except ValueError as error:
             # the official code's names for another size of the model; otherwise say below which keys differ
@@ -113,7 +117,8 @@ def load_weights(network: nn.Module, content: Mapping[str, Any], path: Path, *, 
         reason = " ".join(str(error).partition(":\n")[2].split())[:300] or first_line(error)  # after torch's headline
         raise CheckpointError("ckpt_path", path, reason.rstrip("."), "use the model it was made with") from None
     _check_keys(incompatible_keys.missing_keys, incompatible_keys.unexpected_keys, path)
-    _report(reading, averages, path)
+    if report:
+        _report(reading, averages, path)
 
 
 def class_counts(network: nn.Module, content: Mapping[str, Any], *, average: bool = False) -> tuple[int, int] | None:
