@@ -15,13 +15,12 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import hydra
-from hydra import compose, initialize_config_dir
+from hydra import compose
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, flag_override
 
 from vitscope.config import composition, hydra_internals, loading
 
-VERSION_BASE = "1.3"
 #: variable that lets Hydra raise errors; without it, Hydra prints a text of its own and exits with 1
 FULL_ERROR = "HYDRA_FULL_ERROR"
 
@@ -43,7 +42,7 @@ def run_composed(config_name: str, arguments: Sequence[str], task: Task) -> None
     """
     composition.check_options(arguments)
     if all(_is_override_of_command(argument) for argument in arguments):
-        with initialize_config_dir(str(loading.folder()), job_name=config_name, version_base=VERSION_BASE):
+        with hydra_internals.composing_from(str(loading.folder()), config_name):
             cfg = compose(config_name, overrides=list(arguments), return_hydra_config=True)
         if not _needs_hydra_main(cfg.hydra):
             overrides = list(cfg.hydra.overrides.task)
@@ -79,9 +78,8 @@ def _run_hydra_main(config_name: str, arguments: Sequence[str], task: Task) -> N
     task_errors: list[BaseException] = []
     user_value = os.environ.get(FULL_ERROR)
 
-    @hydra.main(version_base=VERSION_BASE, config_path=str(loading.folder()), config_name=config_name)
     @functools.wraps(task)
-    def composed(cfg: DictConfig) -> Any:
+    def run_task(cfg: DictConfig) -> Any:
         _set_full_error(user_value)  # the processes that the task starts get the user's own value
         try:
             return task(cfg, list(HydraConfig.get().overrides.task))
@@ -91,6 +89,10 @@ def _run_hydra_main(config_name: str, arguments: Sequence[str], task: Task) -> N
         finally:
             _set_full_error("1")
 
+    with hydra_internals.without_migration_warnings():
+        composed = hydra.main(
+            config_path=str(loading.folder()), config_name=config_name, version_base=hydra_internals.VERSION_BASE
+        )(run_task)
     with _command_line(arguments):
         _set_full_error("1")
         try:

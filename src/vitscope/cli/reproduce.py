@@ -178,11 +178,12 @@ def _drawn(target: Target, outcomes: dict[Trial, Outcome], out: Path, draw: Call
 
 
 def _page(root: Path, out: Path) -> None:
-    from hydra import compose, initialize_config_dir
+    from hydra import compose
 
+    from vitscope.config import hydra_internals
     from vitscope.reports.report_run import report
 
     overrides = [f"paths.runs={root.absolute()}", f"out={out.absolute()}", "tag=end"]
-    with initialize_config_dir(str(loading.folder()), version_base="1.3", job_name="report"):
+    with hydra_internals.composing_from(str(loading.folder()), "report"):
         cfg = compose("report", overrides=overrides)
     report(cfg)

@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NoReturn, cast
 
+from hydra import initialize_config_dir
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.utils import get_args_parser
 from hydra.core.global_hydra import GlobalHydra
@@ -25,6 +28,32 @@ BASIC_LAUNCHER = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"
 BASIC_SWEEPER = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
 #: target of a callback that Hydra ships
 LOG_JOB_RETURN_CALLBACK = "hydra.experimental.callbacks.LogJobReturnCallback"
+
+#: the release of Hydra whose defaults the configuration files are written for
+VERSION_BASE = "1.3"
+
+
+@contextmanager
+def without_migration_warnings() -> Iterator[None]:
+    """Silence Hydra 1.4's warning that ``version_base``, which 1.3 needs, goes away in 1.5."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The version_base parameter is deprecated")
+        yield
+
+
+@contextmanager
+def composing_from(folder: str, job_name: str | None = None) -> Iterator[None]:
+    """Let `hydra.compose` find its files in an absolute folder while the context is open.
+
+    Args:
+        folder: The folder of the configuration files.
+        job_name: Value of ``hydra.job.name``; None for Hydra's own.
+    """
+    names = {} if job_name is None else {"job_name": job_name}
+    with without_migration_warnings():
+        session = initialize_config_dir(folder, version_base=VERSION_BASE, **names)
+    with session:
+        yield
 
 
 def judge_compositions(

@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from hydra import compose, initialize_config_dir
+from hydra import compose
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from vitscope.analyses import runner, spec
 from vitscope.analyses.context import AnalysisContext
-from vitscope.config import caps, composition, experiment_identity, factories, loading
+from vitscope.config import caps, composition, experiment_identity, factories, hydra_internals, loading
 from vitscope.reports.value_lookup import undefined_reason
 from vitscope.reproduce.plan import Outcome, Trial
 from vitscope.runs import run_dir
@@ -54,7 +54,7 @@ def composed(trial: Trial, root: Path) -> DictConfig:
     """Return the trial's configuration with its sizes lowered to the profile's bounds."""
     always = [f"paths.runs={root.absolute()}", "skip_finished=true", "ckpt_path=auto"]
     composition.install()
-    with initialize_config_dir(str(loading.folder()), version_base="1.3", job_name="reproduce"):
+    with hydra_internals.composing_from(str(loading.folder()), "reproduce"):
         cfg = compose("train", overrides=[*trial.overrides, *always])
     loading.drop_unchosen(cfg)
     with open_dict(cfg):

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from hydra import compose, initialize_config_dir
+from hydra import compose
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
@@ -190,7 +190,7 @@ def compose_trial(params: Mapping[str, Any]) -> DictConfig:
         ConfigError: an undeclared key, an unknown choice, or values that do not fit together.
     """
     hydra_internals.clear_application()  # that of a multirun
-    with initialize_config_dir(str(loading.folder()), version_base="1.3"):
+    with hydra_internals.composing_from(str(loading.folder())):
         try:
             _declared(params)
             cfg = compose("train", overrides=sweep_file.arguments(params))
