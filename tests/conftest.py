@@ -17,9 +17,9 @@ import torch
 from torch import nn
 
 import vitscope.runtime.progress
-from tests.helpers import openmp_forks, parsed_configurations
+from tests.helpers import parsed_configurations, safe_forks
 
-openmp_forks.install()
+safe_forks.install()
 parsed_configurations.install()
 pytest_plugins = ["tests.helpers.commands", "tests.helpers.data_files", "tests.helpers.analysis_runs"]
 

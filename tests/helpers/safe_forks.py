@@ -1,4 +1,4 @@
-"""End the threads of OpenMP before a fork: they do not survive it, and a child that computes would wait for them for ever."""
+"""Let forked children compute: the threads of OpenMP and of autograd do not survive a fork."""
 
 from __future__ import annotations
 
@@ -12,7 +12,12 @@ _HARD_PAUSE = 2  # omp_pause_hard of OpenMP 5.0: give back every thread; the nex
 
 
 def install() -> None:
-    """Pause OpenMP of the forking thread before each fork, for the rest of this process's life."""
+    """Pause OpenMP of the forking thread before each fork, and keep autograd without threads, for this process's life.
+
+    A child that enters a parallel region would wait for its parent's OpenMP threads for ever. Autograd decides at the first
+    backward pass of a process whether it starts threads: it does if `torch.compile` ran before, and refuses to run in children.
+    """
+    torch.ones((), requires_grad=True).backward()
     libraries = sorted((Path(torch.__file__).parent / "lib").glob("lib*omp*.so*"))
     pauses = [ctypes.CDLL(str(library)).omp_pause_resource_all for library in libraries]
 
