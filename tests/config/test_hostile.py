@@ -170,8 +170,13 @@ def test_a_damaged_manifest(content: str, tmp_path: Path) -> None:
 def test_a_note_that_does_not_say_where_training_stood(noted: object) -> None:
     with pytest.raises(CheckpointError, match="where training stood"):
         checkpoint_content.facts({"vitscope": noted, "global_step": 1}, Path("x"))
+
+
+def test_a_step_that_is_no_number_is_refused_in_a_file_of_ours_alone() -> None:
     with pytest.raises(CheckpointError, match="where training stood"):
-        checkpoint_content.facts({"global_step": "many"}, Path("x"))
+        checkpoint_content.facts({"vitscope": {"epoch": 0, "batch": 0}, "global_step": "many"}, Path("x"))
+    assert checkpoint_content.facts({"global_step": "many"}, Path("x")) == {}
+    assert checkpoint_content.completed_steps({"global_step": "many"}) == 0
 
 
 @pytest.mark.parametrize("key", [np.float64(1.0), np.str_("a"), (1, 2), None])
