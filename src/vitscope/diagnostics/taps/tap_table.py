@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from torch import Tensor, nn
+from torch import Tensor
 
 from vitscope.core.measure_options import record_options
 from vitscope.core.objective_card import ObjectiveCard
 from vitscope.core.probe import Probe
 from vitscope.core.undefined_values import warn_nulls
 from vitscope.models.structure.coverage import residual_blocks
-from vitscope.models.structure.residual_structure import residual_structure
+from vitscope.models.structure.found_structure import find_structure
 from vitscope.models.structure.taps import reading
 
 #: what is said below the table of a model whose blocks are not known
@@ -90,13 +90,13 @@ def tap_table(probe: Probe) -> TapTableResult:
         stages=np.array([tap.stage for tap in probe.taps]),
         depths=np.array([tap.depth for tap in probe.taps], dtype=float),
         shapes=shapes,
-        n_units=_n_units(probe.model),
+        n_units=_n_units(probe),
         card=probe.card(),
     )
 
 
-def _n_units(model: nn.Module) -> int:
+def _n_units(probe: Probe) -> int:
     try:
-        return len(residual_blocks(residual_structure(model)))
+        return len(residual_blocks(find_structure(probe.model, probe.first_images()).components))
     except ValueError:  # none, or a model of which nothing is known
         return 0

@@ -79,11 +79,11 @@ def _is_only_concatenated(trace: Trace, index: int) -> bool:
 def _components(trace: Trace, units: Sequence[TracedUnit], layers: Sequence[LayerBetween]) -> list[ModelComponent]:
     """Return units and layers between them in the order of execution, with their stages."""
     ordered = sorted([*units, *layers], key=lambda c: c.addition.result if isinstance(c, TracedUnit) else c.call.end)
-    sizes = sorted({c.n_positions for c in ordered if c.n_positions > 1}, reverse=True)
+    sizes = sorted({c.n_positions for c in ordered if _is_map(trace, c)}, reverse=True)
     components: list[ModelComponent] = []
     stage = 1
     for c in ordered:
-        if c.n_positions > 1:
+        if _is_map(trace, c):
             stage = 1 + sum(size > c.n_positions for size in sizes)
         if isinstance(c, TracedUnit):
             components.append(ModelComponent(c.name, described(trace, c), c.block, stage, c.n_prefix, c.parameters))
@@ -92,6 +92,12 @@ def _components(trace: Trace, units: Sequence[TracedUnit], layers: Sequence[Laye
             prefix = trace.nodes[c.call.output].axes.n_prefix
             components.append(ModelComponent(c.call.path, part, c.call.module, stage, prefix, c.parameters))
     return components
+
+
+def _is_map(trace: Trace, part: TracedUnit | LayerBetween) -> bool:
+    """Whether the stream has a size there: a class token alone has none, a map of one pixel has."""
+    node = trace.nodes[part.addition.result if isinstance(part, TracedUnit) else part.call.output]
+    return part.n_positions > 1 or len(node.shape) == 4
 
 
 def _places(
