@@ -58,6 +58,7 @@ def killed(call, phase: str, at: int, before: bool, arguments: list[str]) -> Non
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
+@pytest.mark.slow  # tests/cli/test_whole_training.py and tests/runs/checkpoints kill at chosen writes
 @given(kills=st.lists(KILLS, min_size=1, max_size=2))
 @pytest.mark.filterwarnings("ignore:checkpoint .* is damaged")
 def test_a_kill_at_any_point(call, tiny, tmp_path, tmp_path_factory, kills) -> None:

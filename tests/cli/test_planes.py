@@ -60,6 +60,7 @@ def test_every_kind_of_direction(call, run: Path, tmp_path: Path, capsys) -> Non
     capsys.readouterr()
 
 
+@pytest.mark.slow  # tests/diagnostics/test_loss_landscape.py has the settings without a run
 def test_settings_of_random_directions_and_what_cannot_be(call, run: Path, tmp_path: Path, capsys) -> None:
     at = f"run={run}"
     norms = {}

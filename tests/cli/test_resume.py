@@ -189,6 +189,7 @@ def test_between_an_epochs_last_batch_and_its_end(call, tiny, tmp_path, monkeypa
         assert len(set(steps)) <= 1, name
 
 
+@pytest.mark.slow  # each of these is resumed by itself in a test below or in test_train.py
 def test_bf16_average_dropout_and_diagnostics_cut_twice(call, tiny, tmp_path, monkeypatch) -> None:
     """Everything on, cut in the middle of an epoch and again at an epoch's end; without diagnostics the losses are the same."""
     arguments = everything(tiny, "bf16-mixed", 0, True)
@@ -308,7 +309,7 @@ def monitored(monkeypatch: pytest.MonkeyPatch) -> None:
     ("every", "stops"),
     [
         (1, ["d1"]),
-        (5, ["d2"]),
+        pytest.param(5, ["d2"], marks=pytest.mark.slow),
         pytest.param(5, ["d5"], marks=pytest.mark.slow),
         pytest.param(1, ["d3", "d1"], marks=pytest.mark.slow),
         pytest.param(5, ["t5"], marks=pytest.mark.slow),
