@@ -93,7 +93,7 @@ def test_another_objectives_augmentation_gives_its_images_whatever_the_run_was_t
     strong, weak = factories.named_objective("strong"), factories.named_objective("weak")
     modules = {}
     for name, own in (("strong", strong), ("weak", weak)):
-        arguments = {key: value for key, value in own.items() if key not in ("weight_decay", "l2")}
+        arguments = {key: value for key, value in own.items() if key not in ("weight_decay", "l2", "loss")}
         modules[name] = module(**arguments)
     lent = modules["weak"].augmented_as(strong)
     for (x, y), (own_x, own_y) in zip(
