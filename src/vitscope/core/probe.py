@@ -130,6 +130,15 @@ class Probe:
         """Return a context outside of a guard in which ``model(x)`` takes the inputs ``x`` of this probe's batches."""
         return self._format.calling(self.model, False, self._has_pairs())
 
+    def check_taps(self) -> None:
+        """Check that there is a place where feature maps can be read.
+
+        Raises:
+            ValueError: there is none.
+        """
+        if not self.taps:
+            raise ValueError("Expected at least one tap, received none: pass taps=[...] to the probe.")
+
     def check_kinds(self) -> None:
         """Check that the model's taps follow all of its attention and MLPs, before a measure compares kinds of units.
 

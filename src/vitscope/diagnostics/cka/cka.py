@@ -80,6 +80,7 @@ class CKAResult:
 
 def accumulate(probe: Probe, *, n_permutations: int = 1000, seed: int = 0) -> _Sums:
     """Return what `cka` within one model keeps between batches; arguments and errors are its own."""
+    probe.check_taps()
     return _Sums(probe, None, n_permutations, seed)
 
 
@@ -99,9 +100,11 @@ def cka(probe: Probe, other: Probe | None = None, *, n_permutations: int = 1000,
         seed: of that draw.
 
     Raises:
-        ValueError: no batch of four images, images or targets that differ between the probes or come in another order, or a
-            tap that was not reached.
+        ValueError: a probe without taps, no batch of four images, images or targets that differ between the probes or come in
+            another order, or a tap that was not reached.
     """
+    for each in (probe, other or probe):
+        each.check_taps()
     sums = _Sums(probe, other, n_permutations, seed)
     if other is None:
         run_feature_pass(probe, [sums], "cka")

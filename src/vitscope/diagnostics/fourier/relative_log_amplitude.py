@@ -92,8 +92,7 @@ def accumulate(probe: Probe, *, path: str = "diagonal", level: float = 0.95, eps
     """Return what `relative_log_amplitude` keeps between batches; arguments and errors are its own."""
     check_level(level)
     probe.check_kinds()
-    if not probe.taps:
-        raise ValueError("Expected at least one tap, received none: pass taps=[...] to the probe.")
+    probe.check_taps()
     return _Sums(probe, path, eps, level)
 
 

@@ -67,6 +67,7 @@ def accumulate(probe: Probe, *, positions: int | None = 16) -> _Sums:
     """Return what `effective_rank` keeps between batches; arguments and errors are its own."""
     if positions is not None and positions < 1:
         raise ValueError(f"Expected at least one position, received {positions}.")
+    probe.check_taps()
     return _Sums(probe, positions)
 
 
@@ -84,7 +85,7 @@ def effective_rank(probe: Probe, *, positions: int | None = 16) -> EffectiveRank
         positions: at most this many positions of a map, drawn once, to keep the sums cheap; None for all.
 
     Raises:
-        ValueError: fewer than one position, fewer than two feature vectors, or a tap that was not reached.
+        ValueError: a probe without taps, fewer than one position, fewer than two feature vectors, or a tap that was not reached.
     """
     sums = accumulate(probe, positions=positions)
     run_feature_pass(probe, [sums], "effective rank")

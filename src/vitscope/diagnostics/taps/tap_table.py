@@ -72,8 +72,7 @@ def tap_table(probe: Probe) -> TapTableResult:
     Raises:
         ValueError: a model without a tap.
     """
-    if not probe.taps:
-        raise ValueError("Expected at least one tap, received none: pass taps=[...] to the probe.")
+    probe.check_taps()
     shapes = np.zeros((len(probe.taps), 3), dtype=int)
 
     def read(index: int, tap: Any, x: Tensor) -> None:

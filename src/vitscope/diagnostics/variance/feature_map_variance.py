@@ -72,8 +72,7 @@ def accumulate(probe: Probe, *, level: float = 0.95) -> _Sums:
     """Return what `feature_map_variance` keeps between batches; arguments and errors are its own."""
     check_level(level)
     probe.check_kinds()
-    if not probe.taps:
-        raise ValueError("Expected at least one tap, received none: pass taps=[...] to the probe.")
+    probe.check_taps()
     return _Sums(probe, level)
 
 
