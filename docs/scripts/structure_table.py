@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 import vitscope as vs
+from vitscope.models.structure.structure_table import Structure
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
@@ -50,6 +51,7 @@ import torch
 from torch import nn
 
 import vitscope as vs
+from vitscope.models.structure.structure_table import Structure
 from vitscope.models.structure import UnitDescription
 
 
@@ -96,23 +98,22 @@ One small variant of each module. Written by `docs/scripts/structure_table.py` w
 """
 
 
-def built(name: str) -> nn.Module:
-    """Return a model without weights, on a real device where its initial values are computed from values."""
+def built(name: str) -> tuple[nn.Module, Structure]:
+    """Return a model without weights and its structure, on a real device where the meta device does not build or run it."""
+    reason = ""
     for device in ("meta", "cpu"):
         try:
             with torch.device(device):
                 model = timm.create_model(name, num_classes=3, pretrained=False).eval()
-            vs.structure(model)
-        except (RuntimeError, NotImplementedError):
-            continue
-        return model
-    raise ValueError(f"Expected a model that runs, received {name}.")
+            return model, vs.structure(model)
+        except (RuntimeError, NotImplementedError) as error:  # both devices failing is an error below
+            reason = str(error)
+    raise ValueError(f"Expected a model that runs, received {name}: {reason}")
 
 
 def row(module: str, name: str) -> str:
     """Return one line of the table."""
-    model = built(name)
-    structure = vs.structure(model)
+    model, structure = built(name)
     units = Counter(unit.kind for unit in structure.units if unit.residual)
     between = Counter(unit.kind for unit in structure.units if not unit.residual)
     sizes = {key: p.numel() for key, p in model.named_parameters()}
