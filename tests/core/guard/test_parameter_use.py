@@ -102,3 +102,41 @@ def test_unused_parameters_are_named(mlp_batches: list) -> None:
         assert vs.hessian_eigenvalues(vs.Probe(model, mlp_batches), k=1).eigenvalues == pytest.approx(
             value, rel=2e-3
         )  # two searches, each to tol=1e-3
+
+
+class WithPooler(Net):
+    """Compute a second result that only a table, or nothing, uses."""
+
+    def __init__(self, use: str) -> None:
+        torch.manual_seed(0)
+        super().__init__()
+        self.use, self.norm = use, nn.LayerNorm(6, dtype=torch.float64)
+        self.mask_token = nn.Parameter(torch.ones(1, dtype=torch.float64))
+
+    def table(self) -> Tensor:
+        return self.make()
+
+    def forward(self, x: Tensor) -> Tensor | dict[str, Tensor]:
+        logits, pooled = super().forward(x), self.norm(x.flatten(1)[:, :6])
+        if self.use == "cut off":
+            return logits + pooled[:, :4].detach()
+        return {"logits": logits, "pooled": pooled} if self.use == "another entry" else logits
+
+
+@pytest.mark.parametrize("use", ["nothing", "another entry"])
+def test_results_that_are_not_selected_and_mask_tokens_are_named(use: str, mlp_batches: list) -> None:
+    probe = vs.Probe(WithPooler(use), mlp_batches)
+    with pytest.warns(UnusedParametersWarning, match="not depend on mask_token, norm.weight, norm.bias:"):
+        value = vs.hessian_eigenvalues(probe, k=1).eigenvalues
+    with pytest.warns(UnusedParametersWarning, match="not depend on mask_token"):
+        vs.loss_slice(vs.Probe(WithPooler(use), mlp_batches), n=3)
+    model = WithPooler(use)
+    for name in ("mask_token", "norm.weight", "norm.bias"):
+        model.get_parameter(name).requires_grad_(False)
+    frozen = vs.hessian_eigenvalues(vs.Probe(model, mlp_batches), k=1).eigenvalues
+    assert value == pytest.approx(frozen, rel=2e-3)  # two searches, each to tol=1e-3
+
+
+def test_values_that_are_used_without_their_derivatives_are_refused(mlp_batches: list) -> None:
+    with pytest.raises(ValueError, match="'norm.weight' without an effect"):
+        vs.hessian_eigenvalues(vs.Probe(WithPooler("cut off"), mlp_batches), k=1)

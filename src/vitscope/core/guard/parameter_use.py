@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from contextlib import ExitStack
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,12 +13,17 @@ from vitscope.core.batches.batch_inputs import Inputs
 from vitscope.core.guard.pass_comparison import output_tensors
 from vitscope.core.guard.substituted_call import substituted_call
 
+#: parameters that take the place of masked patches in pretraining and are read only when a mask is given
+MASK_TOKENS = frozenset({"mask_token", "mask_tokens"})
+
 
 def ineffective_parameters(model: nn.Module, x: Inputs, values: bool) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Return the names of trainable parameters without an effect on the outputs: of modules that run, and of those that do not.
+    """Return the names of trainable parameters without an effect on the outputs: those that may be cut off, and unused ones.
 
     The pass is given copies of the parameters. A table that was made before, or that is made where autograd does not see it,
-    is no function of these copies.
+    is no function of these copies: a parameter of a module that runs counts as cut off. It is unused if its module does not run,
+    if the module's own output is computed from it while the network's outputs keep their values when it moves (a norm or pooler
+    whose result is not returned or not selected), or if it is a mask token.
 
     Args:
         model: inside a guard, in eval mode.
@@ -26,12 +33,14 @@ def ineffective_parameters(model: nn.Module, x: Inputs, values: bool) -> tuple[t
     """
     moved = {name: p for name, p in model.named_parameters() if p.requires_grad}
     copies = {name: p.detach().clone().requires_grad_() for name, p in moved.items()}
-    running: set[nn.Module] = set()
+    running: dict[
+        nn.Module, list[Any]
+    ] = {}  # the nodes of autograd's graph at which each module's outputs were computed
     with ExitStack() as stack, torch.enable_grad():
         for module in model.modules():
             has_parameters = next(module.parameters(recurse=False), None) is not None
             if has_parameters and not isinstance(module, torch.jit.ScriptModule):
-                stack.callback(module.register_forward_hook(lambda m, *_: running.add(m)).remove)
+                stack.callback(module.register_forward_hook(lambda m, _, out: _note_outputs(running, m, out)).remove)
         outputs = output_tensors(substituted_call(model, copies, x))
         ends = [t.sum() for t in outputs if t.requires_grad]
     if (
@@ -47,8 +56,32 @@ def ineffective_parameters(model: nn.Module, x: Inputs, values: bool) -> tuple[t
         for path, m in model.named_modules()
         for key, _ in m.named_parameters(recurse=False, remove_duplicate=False)
     }
-    unread = tuple(name for name in without if owners[name] in running)
+    unread = tuple(
+        name
+        for name in without
+        if owners[name] in running
+        and name.rpartition(".")[2] not in MASK_TOKENS
+        and not (_depends(running[owners[name]], copies[name]) and (values or not _is_effective(model, moved[name], x)))
+    )
     return unread, tuple(name for name in without if name not in unread)
+
+
+def _note_outputs(running: dict[nn.Module, list[Any]], module: nn.Module, output: Any) -> None:
+    """Take note of the graph nodes of a module's outputs; the tensors themselves are not held."""
+    running.setdefault(module, []).extend(t.grad_fn for t in output_tensors(output) if t.grad_fn is not None)
+
+
+def _depends(nodes: Collection[Any], leaf: Tensor) -> bool:
+    """Return whether any of the nodes of autograd's graph was computed from ``leaf``."""
+    waiting, visited = list(nodes), set(nodes)
+    while waiting:
+        node = waiting.pop()
+        if getattr(node, "variable", None) is leaf:
+            return True
+        parents = {parent for parent, _ in node.next_functions if parent is not None} - visited
+        visited |= parents
+        waiting.extend(parents)
+    return False
 
 
 @torch.no_grad()

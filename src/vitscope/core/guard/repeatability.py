@@ -31,8 +31,8 @@ class Repeatability:
         difference: the largest relative difference of an output, the loss or the gradient.
         bound: what another order of summation may make of it.
         written: parameters that a pass writes to.
-        unread: trainable parameters of modules that run, on which the outputs do not depend.
-        unused: trainable parameters of modules that do not run in eval mode.
+        unread: trainable parameters of modules that run, from which the outputs may be cut off.
+        unused: trainable parameters that the outputs in eval mode do not use.
         drew: whether these passes drew random numbers, seen in their outputs or not.
     """
 
@@ -68,7 +68,7 @@ class Repeatability:
         if self.unused:
             more = f" and {len(self.unused) - 3} more" if len(self.unused) > 3 else ""
             warnings.warn(
-                f"the outputs do not depend on {', '.join(self.unused[:3])}{more}, whose modules do not run in eval mode: "
+                f"the outputs in eval mode do not depend on {', '.join(self.unused[:3])}{more}: "
                 "they count as weights without curvature (call requires_grad_(False) to leave them out)",
                 UnusedParametersWarning,
                 stacklevel=4,
