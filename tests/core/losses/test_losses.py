@@ -206,3 +206,13 @@ def test_a_batch_without_any_label_weighs_nothing() -> None:
     assert both == pytest.approx(alone, rel=1e-9)
     with pytest.raises(ValueError, match="every label is ignored"):
         vs.hessian_eigenvalues(vs.Probe(model, [(x, ignored)], objective), k=2)
+
+
+def test_labels_that_segmentation_data_sets_use_are_one_line() -> None:
+    model, objective = nn.Conv2d(2, 4, 1).double(), vs.Objective(loss="dense_cross_entropy")
+    x = torch.randn(6, 2, 3, 2, dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"received 255 in batch 0: mark pixels .* y.masked_fill\(y == 255, -100\)"):
+        vs.hessian_eigenvalues(vs.Probe(model, [(x, PIXELS.where(PIXELS != 0, 255))], objective), k=1)
+    larger = PIXELS.repeat_interleave(2, 1)
+    with pytest.raises(ValueError, match=r"resize one to the other, e.g. Probe\(..., output=lambda out: F.interpolate"):
+        vs.hessian_eigenvalues(vs.Probe(model, [(x, larger)], objective), k=1)

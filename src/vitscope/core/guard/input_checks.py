@@ -28,6 +28,7 @@ from vitscope.core.batches.batch_format import BatchFormat
 from vitscope.core.batches.batch_inputs import BatchInputs, Inputs
 from vitscope.core.losses.output_checks import check_output, described_value
 from vitscope.core.losses.target_checks import as_indices, check_targets
+from vitscope.core.losses.targets import IGNORED_LABEL
 
 #: the error of torch where a derivative is asked of an output that no differentiable operation leads to
 _NO_GRADIENT = ("does not require grad", "does not have a grad_fn", "Inference tensors cannot be saved")
@@ -84,9 +85,12 @@ class InputChecks:
     def _check_range(self) -> None:
         highest, index = self._highest
         if self.n_classes is not None and highest >= self.n_classes:
+            fix = f"number the classes from 0, or build the model with num_classes={highest + 1}"
+            if self.loss == "dense_cross_entropy" and highest == 255:
+                fix = f"mark pixels without a label by {IGNORED_LABEL}, y.masked_fill(y == 255, {IGNORED_LABEL})"
             raise ValueError(
                 f"Expected class indices from 0 to {self.n_classes - 1}, for the model gives {self.n_classes} logits, received "
-                f"{highest} in batch {index}: number the classes from 0, or build the model with num_classes={highest + 1}."
+                f"{highest} in batch {index}: {fix}."
             )
 
     @contextmanager

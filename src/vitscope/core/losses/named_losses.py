@@ -77,5 +77,6 @@ def _check_dense(outputs: Tensor, y: Tensor) -> None:
     if outputs.ndim < 3 or y.shape != (outputs.shape[0], *outputs.shape[2:]):
         raise ValueError(
             f"Expected outputs (B, C, H, W) and targets (B, H, W) with loss='dense_cross_entropy', received "
-            f"{tuple(outputs.shape)} and {tuple(y.shape)}: resize one to the other, or use loss='cross_entropy'."
+            f"{tuple(outputs.shape)} and {tuple(y.shape)}: resize one to the other, e.g. Probe(..., output=lambda out: "
+            "F.interpolate(out.logits, size=(H, W), mode='bilinear')), or use loss='cross_entropy'."
         )
