@@ -37,11 +37,15 @@ def smallest(module: str) -> str | None:
 
 
 def attention_parameters(model: nn.Module) -> Iterator[str]:
-    """Names of the parameters of modules that project queries, but for those that pool in a head."""
+    """Names of the parameters of modules that project queries, but for those that pool in a head or gate positions."""
+    names = {id(p): name for name, p in model.named_parameters()}  # a shared module has one name there
+    gates = tuple(f"{path}." for path, m in model.named_modules() if type(m).__name__ == "SpatialAttention")  # CSATv2's
     for path, module in model.named_modules():
         children = {name for name, _ in module.named_children()} | set(module._parameters)
-        if children & _PROJECTIONS and not type(module).__name__.startswith("AttentionPool"):
-            yield from (f"{path}.{name}" for name, _ in module.named_parameters())
+        if path.startswith(gates) or type(module).__name__.startswith("AttentionPool"):
+            continue
+        if children & _PROJECTIONS:
+            yield from (names[id(p)] for p in module.parameters())
 
 
 def answered(find: Callable[[nn.Module], Any], model: nn.Module) -> Any:
