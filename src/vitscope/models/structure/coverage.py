@@ -9,6 +9,7 @@ from torch import nn
 
 from vitscope.models.structure.execution import Execution, Stack
 from vitscope.models.structure.residual_structure import ModelComponent, is_gate
+from vitscope.models.tracing.additions import is_attention_pooling
 from vitscope.runtime.errors import StructureError
 
 #: attention that weighs channels or positions and mixes none, and pooling by attention in a head
@@ -150,8 +151,7 @@ def _is_gated(stack: Stack) -> bool:
 
 
 def _is_pooling(stack: Stack) -> bool:
-    names = [type(module).__name__.lower() for _, module in stack]
-    return any(name.startswith(("attentionpool", "attnpool", "rotattentionpool")) for name in names)
+    return any(is_attention_pooling(module) for _, module in stack)
 
 
 def _is_named_attention(module: nn.Module) -> bool:

@@ -57,8 +57,18 @@ class Unit:
     @property
     def n_heads(self) -> int:
         """Number of attention heads, 0 if the unit has none or no output projection that tells them apart."""
-        told_apart = isinstance(getattr(self.attention, "proj", None), nn.Module)
-        return int(getattr(self.attention, "num_heads", 0)) if told_apart else 0
+        if self.projection is None:
+            return 0
+        names = ("num_heads", "num_attention_heads")  # timm's and CLIP's, those of other models of transformers
+        return int(next((getattr(self.attention, name) for name in names if hasattr(self.attention, name)), 0))
+
+    @property
+    def projection(self) -> nn.Module | None:
+        """The output projection of the attention module, which reads one head after the other; None if there is none."""
+        if isinstance(self.attention, nn.MultiheadAttention):  # does not call it
+            return None
+        projections = (getattr(self.attention, name, None) for name in ("proj", "o_proj", "out_proj"))
+        return next((module for module in projections if isinstance(module, nn.Module)), None)
 
     @property
     def window(self) -> tuple[int, int] | None:
@@ -181,9 +191,9 @@ def head_zeroed(unit: Unit, head: int) -> Iterator[None]:
     Raises:
         ValueError: If the unit has no such head, or its projection did not run inside.
     """
-    if not 0 <= head < unit.n_heads or unit.attention is None:
+    projection, ran = unit.projection, []
+    if not 0 <= head < unit.n_heads or projection is None:
         raise ValueError(f"unit {unit.name!r} has {unit.n_heads} heads, there is no head {head}.")
-    projection, ran = unit.attention.proj, []
 
     def drop(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         ran.append(True)
@@ -192,7 +202,6 @@ def head_zeroed(unit: Unit, head: int) -> Iterator[None]:
         x[..., head * width : (head + 1) * width] = 0  # (..., heads * dim_head)
         return (x, *args[1:])
 
-    assert isinstance(projection, nn.Module)
     handle = projection.register_forward_pre_hook(drop)
     try:
         yield

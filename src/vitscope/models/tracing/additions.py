@@ -227,8 +227,9 @@ def _has_layer(node: Node) -> bool:
 
 
 def is_attention_pooling(module: nn.Module) -> bool:
-    """Whether a module pools tokens by attention, which is part of a head, by the names of timm's and usual ones."""
-    return type(module).__name__.lower().startswith(("attentionpool", "attnpool", "rotattentionpool"))
+    """Whether a module pools tokens by attention, which is part of a head, by the names of timm's, SigLIP's and usual ones."""
+    name = type(module).__name__.lower()
+    return name.startswith(("attentionpool", "attnpool", "rotattentionpool")) or "attentionpooling" in name
 
 
 def _is_sum(trace: Trace, index: int) -> bool:

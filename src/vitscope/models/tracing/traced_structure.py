@@ -182,7 +182,8 @@ def _place_unused(model: nn.Module, places: dict[str, Place], head: Place, uncov
         if any(name in text.split() for text in uncovered):
             continue
         around = _places_around(name, places)
-        if around and not {kind for kind, _ in around} & {"stem", "head"}:
+        kinds = {kind for kind, _ in around}
+        if around and (kinds == {"stem"} or not kinds & {"stem", "head"}):  # a mask token among embeddings
             places[name] = around[-1]
             told.append(name)
         elif "head" in name.split(".")[0]:

@@ -11,7 +11,13 @@ from vitscope.core.tap import Kind
 from vitscope.models.structure.residual_structure import ResidualUnit
 from vitscope.models.tracing.additions import IDENTITIES, Addition, is_norm, residual_additions
 from vitscope.models.tracing.graph import Node, Trace
-from vitscope.models.tracing.kinds import is_attention, is_inverted_bottleneck, kind_of
+from vitscope.models.tracing.kinds import (
+    is_attention,
+    is_inverted_bottleneck,
+    is_spatial,
+    kind_of,
+    weighs_positions,
+)
 from vitscope.models.tracing.reads import read_branch, read_input, read_stream, read_sum
 
 
@@ -53,14 +59,14 @@ def traced_units(trace: Trace) -> list[TracedUnit]:
         if kind == "conv" and _follows_mixer(trace, addition, units) and is_inverted_bottleneck(trace, addition.region):
             kind = "mlp"
         units.append(_unit(trace, addition, nodes, kind))
-    return _uniquely_named(units)
+    return _uniquely_named(trace, units)
 
 
 def _unit(trace: Trace, addition: Addition, nodes: frozenset[int], kind: Kind) -> TracedUnit:
     sum_ = trace.nodes[addition.result]
     names = dict.fromkeys(name for i in sorted({*nodes, addition.result}) for name in trace.nodes[i].parameters)
     call = trace.calls[sum_.stack[-1]]
-    name = branch_name(trace, addition.region) or f"{call.path}.{kind}".lstrip(".")
+    name = branch_name(trace, addition.region) or _name_in_block(trace, addition, kind)
     return TracedUnit(
         name, kind, addition, nodes, tuple(names), call.module,
         n_positions(trace, addition.result), sum_.axes.n_prefix,
@@ -103,6 +109,21 @@ def branch_name(trace: Trace, region: Collection[int]) -> str:
         if not node.parameters and node.op not in IDENTITIES and node.varying:
             vectors.update({trace.calls[node.stack[-1]].path} if "pool" in node.op or node.op == "roll" else ())
     return common_path(paths or vectors)
+
+
+def _name_in_block(trace: Trace, addition: Addition, kind: Kind) -> str:
+    """Return the path of the child of the block in which the functions run that give a branch its kind, else block and kind."""
+    block = trace.calls[trace.nodes[addition.result].stack[-1]].path
+    nodes = [trace.nodes[i] for i in addition.region]
+    tests = {
+        "msa": lambda node: bool(node.attention) or weighs_positions(trace, node),
+        "conv": lambda node: is_spatial(trace, node),
+        "mlp": lambda node: bool(node.weight),
+        "pool": lambda node: "pool" in node.op or node.op == "roll",
+    }
+    path = common_path(trace.calls[node.stack[-1]].path for node in nodes if node.varying and tests[kind](node))
+    inside = path.removeprefix(block).lstrip(".") if path.startswith(block) else ""
+    return f"{block}.{inside.split('.')[0] or kind}".lstrip(".")
 
 
 def common_path(paths: Iterable[str]) -> str:
@@ -171,13 +192,17 @@ def _conv3x3(trace: Trace, region: Collection[int]) -> nn.Conv2d | None:
     return None
 
 
-def _uniquely_named(units: Sequence[TracedUnit]) -> list[TracedUnit]:
+def _uniquely_named(trace: Trace, units: Sequence[TracedUnit]) -> list[TracedUnit]:
     parameters: dict[str, set[tuple[str, ...]]] = {}
     for unit in units:
         parameters.setdefault(unit.name, set()).add(unit.parameters)
+    around = {name[:end] for name in parameters for end, letter in enumerate(name) if letter == "."}
     named, counts = [], dict[str, int]()
     for unit in units:
-        name = unit.name if len(parameters[unit.name]) == 1 else f"{unit.name}.{unit.kind}"
+        name = unit.name
+        if len(parameters[name]) > 1 or name in around:  # the module holds another unit too
+            child = _name_in_block(trace, unit.addition, unit.kind)
+            name = child if child.startswith(f"{name}.") and child not in parameters else f"{name}.{unit.kind}"
         counts[name] = counts.get(name, 0) + 1
         named.append(replace(unit, name=name if counts[name] == 1 else f"{name}:{counts[name]}"))
     return named
