@@ -30,6 +30,7 @@ _HOME = {
     "structure": "models.structure.structure_table",
     "one_pass": "core.feature_pass",
     "plot": "plotting.api",
+    "style": "plotting.style",
     "CurvatureOptions": "linalg.curvature.curvature_options",
     "load_probe": "runs.api",
     "load_results": "runs.api",

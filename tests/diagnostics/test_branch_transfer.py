@@ -181,6 +181,6 @@ def test_figure_draws_each_unit_and_each_kind():
     figure = vs.plot({"a": result, "b": result.minus(result)})
     curves, contrasts, means = figure.axes[:3]
     np.testing.assert_array_equal(curves.get_lines()[0].get_ydata(), result.transfer[0][1:])
-    assert contrasts.get_ylabel() == "high minus low third"
-    assert [label.get_text() for label in means.get_xticklabels()] == ["msa", "mlp"]
-    assert figure.axes[3].get_title(loc="left") == "b minus initial"
+    assert contrasts.get_ylabel() == "High minus low third (nats)"
+    assert [label.get_text() for label in means.get_xticklabels()] == ["MSA", "MLP"]
+    assert figure.axes[3].get_title(loc="left") == "b, minus initialization"

@@ -144,9 +144,9 @@ def test_figure_shows_variance_and_ratio(view: str):
     assert (
         labels
         == {
-            "both": ["feature map variance", "log(variance after / before)"],
-            "variance": ["feature map variance"],
-            "ratio": ["log(variance after / before)"],
+            "both": ["Feature map variance", "ln(variance after / before unit)"],
+            "variance": ["Feature map variance"],
+            "ratio": ["ln(variance after / before unit)"],
         }[view]
     )
     if view == "both":

@@ -189,7 +189,9 @@ def test_interactive_overlay():
     found = vs.hessian_max_eigenvalue_spectrum(probe_of(model, x, y), n_top=2)
     figure = plotly_hessian_max_eigenvalue_spectrum({"one": found, "two": found})
     assert [trace.mode for trace in figure.data] == ["lines", "markers"] * 2
-    assert figure.data[2].name.startswith("two (NEP ")
+    negative, positive = 100 * found.negative_eigenvalue_proportion, found.average_positive_eigenvalue
+    facts = f"{negative:.0f}% negative, mean of the positive {positive:.3g}"
+    assert figure.data[2].name == f"two: 4 values: top 2 of 2 batches<br>{facts}"
     marks = figure.data[1]
     np.testing.assert_array_equal(marks.x, found.eigenvalues.reshape(-1))
     # batch, rank, residual of each mark

@@ -358,7 +358,7 @@ def test_ticks_tell_levels_apart():
 def test_figures_show_what_is_broken():
     r = overflowing()
     figure = vs.plot({"one": r, "other": r})
-    assert "6 of 9 points not finite" in figure.subfigs[0].get_suptitle()
+    assert "6 of 9 points not finite" in figure.axes[0].get_title()
     figure.draw_without_rendering()
     from vitscope.diagnostics.landscape.plot import plotly_loss_landscape
 

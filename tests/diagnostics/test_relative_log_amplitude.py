@@ -234,11 +234,11 @@ def test_figure_shows_each_tap(view: str, curve: str):
     figure = vs.plot({"one": result, "two": result}, view=view, curve=curve)
     axes = {ax.get_xlabel(): ax for ax in figure.axes}
     if view != "depth":
-        lines = axes[r"frequency ($\times\pi$ rad/pixel)"].get_lines()
+        lines = axes[r"Frequency ($\times\pi$ rad/pixel)"].get_lines()
         assert len(lines) == 4
         field = {"paper": "", "size_corrected": "_size_corrected", "first_ac": "_first_ac"}[curve]
         np.testing.assert_array_equal(lines[2].get_ydata(), getattr(result, f"log_amplitude{field}")[2])
-    assert ("normalised depth" in axes) == (view != "frequency")
+    assert ("Normalized depth" in axes) == (view != "frequency")
 
 
 def test_figure_refuses_what_it_does_not_know():

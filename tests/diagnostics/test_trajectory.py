@@ -115,7 +115,7 @@ def test_figures_print_the_errors_of_the_plane():
     r = vs.trajectory(probe, checkpoints=points, n=3)
     figure = vs.plot({"a": r, "b": r})
     figure.draw_without_rendering()
-    title = figure.subfigs[0].get_suptitle()
+    title = figure.axes[0].get_title()
     assert "92.9% of the variance" in title
     assert "100% of their distance" in title
     vs.plot(r, kind="polar").draw_without_rendering()

@@ -8,8 +8,9 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
 from vitscope.plotting.api import STYLE
+from vitscope.plotting.canvas import Canvas
 from vitscope.plotting.depth_axis import points_by_kind, shade_bands, shared_legend
-from vitscope.plotting.style import COLORS, KIND_COLORS, KIND_FORMATS
+from vitscope.plotting.style import COLORS, KIND_COLORS, KIND_LABELS, KIND_MARKERS
 
 KINDS = ("stem", "conv", "msa", "conv", "pool")
 DEPTHS = np.linspace(0, 1, 5)
@@ -19,17 +20,18 @@ def test_colors_are_those_of_the_style_sheet() -> None:
     with style.context(STYLE):
         cycle = [to_hex(color).upper() for color in rcParams["axes.prop_cycle"].by_key()["color"]]
     assert list(COLORS) == cycle[: len(COLORS)]
-    assert set(KIND_COLORS) == set(KIND_FORMATS) == {"stem", "conv", "msa", "mlp", "pool", "head"}
-    assert KIND_COLORS["msa"] == "C1"
-    assert len({fmt[0] for fmt in KIND_FORMATS.values()}) == len({fmt[1:] for fmt in KIND_FORMATS.values()}) == 6
+    kinds = {"stem", "conv", "msa", "mlp", "pool", "head", "unknown"}
+    assert set(KIND_COLORS) == set(KIND_MARKERS) == set(KIND_LABELS) == kinds
+    assert [KIND_COLORS[kind] for kind in ("conv", "msa", "mlp")] == ["#0072B2", "#D55E00", "#009E73"]
+    assert len(set(KIND_COLORS.values())) == len(set(KIND_MARKERS.values())) == len(kinds)
 
 
 def test_bands_stand_behind_attention_pooling_and_subsampling() -> None:
     ax = Figure().subplots()
     shade_bands(ax, DEPTHS, KINDS, [False, False, False, True, False])
     spans = [(patch.get_x(), patch.get_width(), patch.get_label()) for patch in ax.patches]
-    blue = "pooling, subsampling"
-    assert spans == [(0.25, 0.25, "MSA"), (0.5, 0.25, blue), (0.75, 0.25, blue)]
+    blue = "Pooling, subsampling"
+    assert spans == [(0.25, 0.25, "MSA block"), (0.5, 0.25, blue), (0.75, 0.25, blue)]
     unlabeled = Figure().subplots()
     shade_bands(unlabeled, DEPTHS, KINDS, [False] * 5, labels=False)
     assert len(unlabeled.patches) == 2
@@ -37,15 +39,15 @@ def test_bands_stand_behind_attention_pooling_and_subsampling() -> None:
 
 
 def test_points_without_a_value_are_left_out_and_labels_stand_once() -> None:
-    figure = Figure()
+    figure = Figure(layout="constrained")
     axes = figure.subplots(1, 2)
     values = np.array([1.0, 2.0, np.nan, 4.0, 5.0])
     for ax in axes:
         points_by_kind(ax, DEPTHS, KINDS, values, np.full(5, 0.1))
-    shared_legend(figure, axes)
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["stem", "conv", "pool"]
+    shared_legend(Canvas(figure), axes)
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["Stem", "Conv", "Pooling"]
     drawn = {c.get_label(): c.lines[0].get_ydata().tolist() for c in axes[0].containers}
-    assert drawn == {"stem": [1.0], "conv": [2.0, 4.0], "pool": [5.0]}
+    assert drawn == {"Stem": [1.0], "Conv": [2.0, 4.0], "Pooling": [5.0]}
     empty = Figure()
-    shared_legend(empty, [empty.subplots()])
+    shared_legend(Canvas(empty), [empty.subplots()])
     assert not empty.legends

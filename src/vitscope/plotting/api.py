@@ -1,44 +1,154 @@
-"""`vs.plot`: find a result's figure in its topic, check that results may share it, apply the package's style."""
+"""`vs.plot`: find a result's figure in its topic, check that results may share it, draw it in the style in force."""
 
 from __future__ import annotations
 
 import importlib
+import inspect
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from matplotlib import style
-from matplotlib.figure import Figure
+from matplotlib import rcParams
+from matplotlib.axes import Axes
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure, SubFigure
 
 from vitscope.core.objective_card import check_comparable
+from vitscope.plotting.canvas import Drawing, drawing_target, drawing_with
+from vitscope.plotting.named_results import chosen_colors, named_results
+from vitscope.plotting.style import STYLE as STYLE
+from vitscope.plotting.style import figure_style, parameters_context
 from vitscope.runtime import safe_files
 from vitscope.runtime.atomic_write import temporary_path
 
-STYLE = Path(__file__).with_name("vitscope.mplstyle")
 
+def plot(
+    results: Any,
+    *,
+    ax: Axes | Sequence[Axes] | Figure | SubFigure | None = None,
+    figsize: tuple[float, float] | None = None,
+    colors: Any = None,
+    labels: Sequence[str] | Mapping[str, str] | None = None,
+    order: Sequence[str] | None = None,
+    title: bool | str = True,
+    allow_different: bool = False,
+    **options: Any,
+) -> Figure:
+    """Draw one result, or several of one measure in one figure.
 
-def plot(results: Any, *, allow_different: bool = False, **options: Any) -> Figure:
-    """Draw one result, or several of one measure by name in one figure.
+    A figure of its own has the look of `vs.style`, with every parameter in its place that ``rcParams``, ``rc_context`` or a
+    style sheet changes from matplotlib's default. On ``ax`` it has your parameters alone.
+
+    Figures take these options (``view="depth"``); the others take none:
+
+    ============================== ==========================================================================
+    ``cka``                        ``vmin``, ``vmax``, ``cmap``
+    ``calibration``                ``show_scaled``
+    ``corruption``                 ``view``: both, severity, type
+    ``effective_rank``             ``share``
+    ``feature_map_variance``       ``view``: both, variance, ratio; ``log``
+    ``frequency_noise_robustness`` ``view``: bands, rms; ``relative``
+    ``hessian_max_eigenvalue_spectrum`` ``log``
+    ``lesion``                     ``value``: accuracy, nll
+    ``loss_landscape``             ``value``: nll, l2_half_sq, l2_sum_norm, nll+l2_half_sq, nll+l2_sum_norm, accuracy, ece;
+                                   ``kind``: both, surface, contour; ``log``
+    ``loss_slice``                 ``value``: nll, l2_half_sq, l2_sum_norm, accuracy, ece; ``log``
+    ``relative_log_amplitude``     ``view``: both, frequency, depth; ``curve``: paper, size_corrected, first_ac;
+                                   ``axis``: true, paper
+    ``spectral_density``           ``floor``
+    ``trajectory``                 ``kind``: pca, polar
+    ============================== ==========================================================================
 
     Args:
-        results: a result, or a mapping from the name shown in the legend to a result.
+        results: a result, a sequence of them, or a mapping from the names in the legend to results.
+        ax: axes to draw on, as many as the figure has panels; or a figure or subfigure without axes, which is filled. By
+            default a figure of its own.
+        figsize: width and height in inches of a figure of its own; by default ``figure.figsize`` where you changed it, else
+            3.4 inches a panel.
+        colors: a color for each result, or a mapping from names of results, or from kinds of units (``conv``, ``msa``,
+            ``mlp``, ``pool``, ``stem``, ``head``), to colors; by default the color cycle, and the kinds' colors of `vs.style`.
+        labels: names in the legend, one a result, or a mapping from the names in ``results`` to them.
+        order: names of the results that are drawn first, in this order.
+        title: False for no title (of panels that show one result each, the result's name stays); a text for a title of the
+            figure.
         allow_different: overlay results whose objective cards differ.
-        options: passed to the topic's plot function.
+        options: of the figure, see above.
+
+    Returns:
+        The figure; that of ``ax``, where it is given.
 
     Raises:
-        ValueError: nothing to draw, results of several measures, or objectives that differ.
+        ValueError: nothing to draw, results of several measures, objectives that differ, an unknown option, or axes that are
+            not as many as the figure has panels.
     """
-    named: Mapping[str, Any] = results if isinstance(results, Mapping) else {"": results}
-    modules = {type(result).__module__ for result in named.values()}
-    if len(modules) != 1:
-        raise ValueError(f"Expected results of one measure, received {sorted(modules) or 'none'}.")
+    named = named_results(results, labels, order)
+    measure, draw = _plot_function(named)
+    _check_options(measure, draw, options)
     if not allow_different:
         check_comparable({name: getattr(result, "card", None) for name, result in named.items()})
+    if ax is not None and figsize is not None:
+        raise ValueError("Expected ax or figsize, received both: the figure of ax has its size.")
+    target = drawing_target(ax)
+    context = nullcontext() if target is not None else parameters_context(figure_style())
+    with context:
+        cycle = [to_hex(color) for color in rcParams["axes.prop_cycle"].by_key().get("color", ["#000000"])]
+        result_colors, kind_colors = chosen_colors(colors, list(named), cycle)
+        with drawing_with(Drawing(target, figsize, result_colors, kind_colors)):
+            figure = draw(named, **options)
+        panels = target if isinstance(target, Sequence) else (target or figure).axes
+        _set_titles(figure if target is None else target, panels, list(named), title)
+    return figure
+
+
+def _plot_function(named: Mapping[str, Any]) -> tuple[str, Callable[..., Figure]]:
+    """Return the name of the results' measure and its plot function."""
+    modules = {type(result).__module__ for result in named.values()}
+    if len(modules) != 1:
+        raise ValueError(f"Expected results of one measure, received {sorted(modules)}.")
     topic, _, measure = modules.pop().rpartition(".")
-    draw = getattr(importlib.import_module(f"{topic}.plot"), measure)
-    with style.context(STYLE):
-        return draw(named, **options)
+    draw = None
+    if topic and all(hasattr(result, "scalars") for result in named.values()):
+        draw = getattr(importlib.import_module(f"{topic}.plot"), measure, None)
+    if draw is None:
+        kinds = ", ".join(sorted({type(result).__name__ for result in named.values()}))
+        raise ValueError(f"Expected results of a measure such as vs.hessian_eigenvalues(probe), received {kinds}.")
+    return measure, draw
+
+
+def figure_options(draw: Callable[..., Any]) -> list[str]:
+    """Return the names of the options of a plot function."""
+    return [p.name for p in inspect.signature(draw).parameters.values() if p.kind is p.KEYWORD_ONLY]
+
+
+def _check_options(measure: str, draw: Callable[..., Any], options: Mapping[str, Any]) -> None:
+    accepted = figure_options(draw)
+    if unknown := [name for name in options if name not in accepted]:
+        shared = [p.name for p in inspect.signature(plot).parameters.values() if p.kind is p.KEYWORD_ONLY]
+        raise ValueError(
+            f"Expected options of the figure of {measure} ({', '.join(accepted) or 'it has none'}) or of every figure "
+            f"({', '.join(shared)}), received {', '.join(unknown)}."
+        )
+
+
+def _set_titles(target: Any, panels: Sequence[Axes], names: Sequence[str], title: bool | str) -> None:
+    """Remove titles where none is wanted, but for the names of results that have panels of their own."""
+    if title is True:
+        return
+    if title is False:
+        for axes in panels:
+            name = axes.get_title().partition("\n")[0]
+            axes.set_title(name if len(names) > 1 and name in names else "")
+            axes.set_title("", loc="left")
+    text = title or ""
+    if isinstance(target, Figure | SubFigure):
+        if len(panels) == 1 and text:
+            panels[0].set_title(text)
+        elif text or target.get_suptitle():
+            target.suptitle(text)
+    elif text:
+        panels[0].set_title(text)
 
 
 def save_figure(figure: Figure, stem: Path, *, formats: Sequence[str] = ("png", "pdf")) -> tuple[Path, ...]:
@@ -46,7 +156,7 @@ def save_figure(figure: Figure, stem: Path, *, formats: Sequence[str] = ("png", 
     stem.parent.mkdir(parents=True, exist_ok=True)
     paths = tuple(stem.with_name(f"{stem.name}.{ending}") for ending in formats)
     engine = figure.get_layout_engine()
-    with style.context(STYLE):
+    with parameters_context(figure_style()):
         for path in paths:
             safe_files.refuse_links(path)
             temporary = temporary_path(path)  # a kill leaves the file of before, or this one

@@ -1,4 +1,4 @@
-"""Figures over the depth of a model: bands behind attention and pooling, points by kind, one legend below the axes."""
+"""Figures over the depth of a model: bands behind attention and pooling, points by kind, one legend beside the panels."""
 
 from __future__ import annotations
 
@@ -6,12 +6,15 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
-from vitscope.plotting.style import KIND_FORMATS
+from vitscope.plotting.canvas import Canvas, kind_color
+from vitscope.plotting.style import KIND_LABELS, KIND_MARKERS
 
 #: color and label of the bands: grey behind attention, blue behind pooling and subsampling, as in the paper
-BANDS = {"msa": ("0.85", "MSA"), "pool": ("#cfe3f5", "pooling, subsampling")}
+BANDS = {"msa": ("0.85", "MSA block"), "pool": ("#cfe3f5", "Pooling, subsampling")}
+
+#: label of the horizontal axis: 0 at the first tap, 1 at the last
+DEPTH_LABEL = "Normalized depth"
 
 
 def shade_bands(
@@ -38,7 +41,7 @@ def shade_bands(
 def points_by_kind(
     ax: Axes, depths: np.ndarray, kinds: Sequence[str], values: np.ndarray, half_widths: np.ndarray
 ) -> None:
-    """Draw finite values over depth with their intervals, in the format of each kind.
+    """Draw finite values over depth with their intervals, in the marker and color of each kind.
 
     Args:
         ax: axes with depth as x.
@@ -50,12 +53,24 @@ def points_by_kind(
     for kind in dict.fromkeys(kinds):
         at = np.flatnonzero((np.array(kinds) == kind) & np.isfinite(values))
         if len(at):
-            style = {"fmt": KIND_FORMATS[kind], "markersize": 3.5, "elinewidth": 0.8, "label": kind, "zorder": 3}
-            ax.errorbar(depths[at], values[at], half_widths[at], **style)
+            ax.errorbar(
+                depths[at],
+                values[at],
+                half_widths[at],
+                marker=KIND_MARKERS[kind],
+                color=kind_color(kind),
+                linestyle="none",
+                markersize=3.5,
+                elinewidth=0.8,
+                label=KIND_LABELS[kind],
+                zorder=3,
+            )
 
 
-def shared_legend(figure: Figure, axes: Iterable[Axes]) -> None:
-    """Put one legend below the figure, each label once."""
+def shared_legend(canvas: Canvas, axes: Iterable[Axes]) -> None:
+    """Put one legend below the panels, each label once."""
     handles = {label: handle for ax in axes for handle, label in zip(*ax.get_legend_handles_labels())}
     if handles:
-        figure.legend(handles.values(), handles.keys(), loc="outside lower right", ncols=len(handles), fontsize="small")
+        # handles of errorbar: a line of four short entries at most fits under one column
+        columns = min(len(handles), 4 if canvas.figure.get_figwidth() < 5 else 8)
+        canvas.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=columns)

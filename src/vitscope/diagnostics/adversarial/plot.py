@@ -8,6 +8,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from vitscope.diagnostics.adversarial.adversarial import AdversarialResult
+from vitscope.plotting.canvas import COLUMN_WIDTH, new_canvas, result_color
 
 NORM = {"linf": r"$\ell_\infty$", "l2": r"$\ell_2$"}
 LINES = {"fgsm": "--", "pgd": "-", "suite": "-", "square": ":"}
@@ -29,9 +30,10 @@ def adversarial(results: Mapping[str, AdversarialResult]) -> Figure:
     norms = sorted({result.norm for result in results.values()})
     if len(norms) > 1:
         raise ValueError(f"Expected results of one norm, received {' and '.join(norms)}.")
-    figure = Figure(figsize=(3.4, 2.7), layout="constrained")
-    ax = figure.subplots()
+    canvas = new_canvas(COLUMN_WIDTH, 2.7)
+    ax = canvas.axes()
     for index, (name, result) in enumerate(results.items()):
+        color = result_color(index)
         for attack, accuracy, low, high in zip(
             result.attacks, result.accuracy, result.accuracy_low, result.accuracy_high
         ):
@@ -40,17 +42,17 @@ def adversarial(results: Mapping[str, AdversarialResult]) -> Figure:
                 [100 * result.clean_accuracy, *(100 * accuracy)],
                 # an end may miss the share itself by a rounding
                 yerr=100 * np.maximum([[0, *(accuracy - low)], [0, *(high - accuracy)]], 0.0),
-                color=f"C{index}",
+                color=color,
                 linestyle=LINES.get(attack, "-."),
                 marker=MARKERS.get(attack, "^"),
-                markerfacecolor=f"C{index}" if attack in ("pgd", "suite") else "white",
+                markerfacecolor=result_color(index) if attack in ("pgd", "suite") else "white",
                 elinewidth=0.7,
                 label=" ".join(filter(None, (name, _named(attack, result)))),
             )
     ax.set(xlabel=f"{NORM[norms[0]]} radius (gray levels, 1/255)", ylabel="Accuracy (%)")
     ax.set_ylim(bottom=-1)
-    figure.legend(loc="outside upper center", ncols=2)
-    return figure
+    canvas.legend(loc="outside upper center", ncols=2)
+    return canvas.figure
 
 
 def _named(attack: str, result: AdversarialResult) -> str:

@@ -9,6 +9,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from vitscope.diagnostics.attention.attention_distance import AttentionDistanceResult
+from vitscope.plotting.canvas import COLUMN_WIDTH, new_canvas, result_color
+from vitscope.plotting.depth_axis import DEPTH_LABEL
 
 
 def attention_distance(results: Mapping[str, AttentionDistanceResult]) -> Figure:
@@ -19,20 +21,20 @@ def attention_distance(results: Mapping[str, AttentionDistanceResult]) -> Figure
     Args:
         results: one or more results by name.
     """
-    figure = Figure(figsize=(3.4, 3.8), layout="constrained")
-    upper, lower = figure.subplots(2, 1, sharex=True)
+    canvas = new_canvas(COLUMN_WIDTH, 3.8)
+    upper, lower = canvas.grid(2, 1, sharex=True)[:, 0]
     for index, (name, result) in enumerate(results.items()):
-        color = f"C{index}"
+        color = result_color(index)
         share = [heads / np.log(keys) for heads, keys in zip(result.entropy, result.n_keys)]
-        _heads(upper, result.depths, result.distance, color, name or "mean over heads")
+        _heads(upper, result.depths, result.distance, color, name or "Mean over heads")
         _heads(lower, result.depths, share, color, name)
-        label = "equal weights" if index == 0 else None
+        label = "Equal weights" if index == 0 else None
         upper.plot(result.depths, result.uniform_distance, color=color, linestyle=":", label=label)
-    upper.set(ylabel="Distance (pixels)")
-    lower.set(ylabel="Entropy / ln(keys)", xlabel="Normalised depth", ylim=(0, 1.03))
+    upper.set(ylabel="Attention distance (pixels)")
+    lower.set(ylabel="Entropy / ln(number of keys)", xlabel=DEPTH_LABEL, ylim=(0, 1.03))
     upper.set_ylim(0, 1.08 * max(upper.dataLim.y1, 1e-9))
-    figure.legend(*upper.get_legend_handles_labels(), loc="outside upper center", ncols=3)
-    return figure
+    canvas.legend(*upper.get_legend_handles_labels(), loc="outside upper center", ncols=3)
+    return canvas.figure
 
 
 def _heads(ax: Axes, depths: np.ndarray, values: Sequence[np.ndarray], color: str, label: str) -> None:

@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 
 from vitscope.diagnostics.calibration._bins import accuracy_interval
 from vitscope.diagnostics.calibration.calibration import CalibrationResult
+from vitscope.plotting.canvas import COLUMN_WIDTH, new_canvas, result_color
 
 
 def calibration(results: Mapping[str, CalibrationResult], *, show_scaled: bool = True) -> Figure:
@@ -21,12 +22,12 @@ def calibration(results: Mapping[str, CalibrationResult], *, show_scaled: bool =
         results: one or more results by name.
         show_scaled: whether to draw the curve after temperature scaling where there is one.
     """
-    figure = Figure(figsize=(3.4, 4.2), layout="constrained")
-    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    canvas = new_canvas(COLUMN_WIDTH, 4.2)
+    upper, lower = canvas.grid(2, 1, sharex=True, height_ratios=(3, 1))[:, 0]
     upper.plot([0, 100], [0, 100], color="0.6", linestyle=":", linewidth=1, zorder=0)
     for index, (name, result) in enumerate(results.items()):
-        color = f"C{index}"
-        label = name or "as trained"
+        color = result_color(index)
+        label = name or "As trained"
         _curve(upper, result.bin_count, result.bin_confidence, result.bin_accuracy, color, "-", label, result.ece)
         if show_scaled and result.temperature is not None and result.scaled_ece is not None:
             counts = result.scaled_bin_count, result.scaled_bin_confidence, result.scaled_bin_accuracy
@@ -34,12 +35,10 @@ def calibration(results: Mapping[str, CalibrationResult], *, show_scaled: bool =
             _curve(upper, *counts, color, "--", scaled, result.scaled_ece)
         share = 100 * result.bin_count / result.bin_count.sum()
         lower.stairs(share, 100 * result.bin_edges, color=color, fill=len(results) == 1, alpha=0.8)
-    upper.set(xlim=(0, 100), ylim=(0, 100), ylabel="Accuracy (%)")
-    figure.legend(
-        loc="outside upper center", fontsize="small", title="Expected calibration error", title_fontsize="small"
-    )
+    upper.set(xlim=(0, 100), ylim=(0, 103), ylabel="Accuracy (%)")
+    canvas.legend(loc="outside upper center", title="Expected calibration error")
     lower.set(ylim=(0, None), xlabel="Confidence (%)", ylabel="Images (%)")
-    return figure
+    return canvas.figure
 
 
 def _curve(

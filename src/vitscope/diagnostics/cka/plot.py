@@ -11,28 +11,28 @@ from matplotlib.image import AxesImage
 from matplotlib.ticker import MaxNLocator
 
 from vitscope.diagnostics.cka.cka import CKAResult
+from vitscope.plotting.canvas import COLUMN_WIDTH, new_canvas
 
 
-def cka(results: Mapping[str, CKAResult], *, vmin: float = 0.0, vmax: float = 1.0) -> Figure:
+def cka(results: Mapping[str, CKAResult], *, vmin: float = 0.0, vmax: float = 1.0, cmap: str = "magma") -> Figure:
     """Draw each similarity matrix, first layers at the lower left, with lines between stages (Fig 10a).
 
     Layers whose similarity is null are grey.
 
     Args:
         results: one panel each, by name.
-        vmin: similarity of the darkest colour.
-        vmax: similarity of the brightest colour.
+        vmin: similarity of the darkest color.
+        vmax: similarity of the brightest color.
+        cmap: name of the color map.
     """
     n = len(results)
     columns = min(n, 3)
     rows = -(-n // columns)
-    figure = Figure(
-        figsize=(3.4 if columns == 1 else 2.3 * columns, 2.9 if columns == 1 else 2.5 * rows), layout="constrained"
-    )
-    axes = figure.subplots(rows, columns, squeeze=False).flatten()
+    canvas = new_canvas(COLUMN_WIDTH if columns == 1 else 2.3 * columns, 2.9 if columns == 1 else 2.5 * rows)
+    axes = canvas.grid(rows, columns).flatten()
     image: AxesImage | None = None
     for ax, (name, result) in zip(axes, results.items()):
-        image = ax.imshow(result.similarity.T, origin="lower", vmin=vmin, vmax=vmax, cmap="magma", aspect="auto")
+        image = ax.imshow(result.similarity.T, origin="lower", vmin=vmin, vmax=vmax, cmap=cmap, aspect="auto")
         ax.set_facecolor("0.6")
         for axis in (ax.xaxis, ax.yaxis):
             axis.set_major_locator(MaxNLocator(integer=True))
@@ -42,8 +42,8 @@ def cka(results: Mapping[str, CKAResult], *, vmin: float = 0.0, vmax: float = 1.
     for ax in axes[n:]:
         ax.remove()
     if image is not None:
-        figure.colorbar(image, ax=list(axes[:n]), label="CKA", shrink=0.8, extend="neither")
-    return figure
+        canvas.colorbar(image, ax=list(axes[:n]), label="CKA similarity", shrink=0.8, extend="neither")
+    return canvas.figure
 
 
 def _stages(ax: Axes, stages: np.ndarray, others: np.ndarray) -> None:

@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from vitscope.diagnostics.corruption.corruption import CorruptionResult
+from vitscope.plotting.canvas import COLUMN_WIDTH, new_canvas, result_color
 
 
 def corruption(results: Mapping[str, CorruptionResult], *, view: str = "both") -> Figure:
@@ -26,27 +27,26 @@ def corruption(results: Mapping[str, CorruptionResult], *, view: str = "both") -
     if view not in ("both", "severity", "type"):
         raise ValueError(f"Expected view to be one of both, severity, type, received {view!r}.")
     if view == "severity":
-        figure = Figure(figsize=(3.4, 2.6), layout="constrained")
-        _by_severity(figure.subplots(), results)
+        canvas = new_canvas(COLUMN_WIDTH, 2.6)
+        _by_severity(canvas.axes(), results)
     elif view == "type":
-        figure = Figure(figsize=(5.0, 2.8), layout="constrained")
-        _by_type(figure.subplots(), results)
+        canvas = new_canvas(5.0, 2.8)
+        _by_type(canvas.axes(), results)
     else:
-        figure = Figure(figsize=(6.8, 2.8), layout="constrained")
-        mean_axes, type_axes = figure.subplots(1, 2, sharey=True, width_ratios=(1, 2))
+        canvas = new_canvas(6.8, 2.8)
+        mean_axes, type_axes = canvas.grid(1, 2, sharey=True, width_ratios=(1, 2))[0]
         _by_severity(mean_axes, results)
         _by_type(type_axes, results)
         type_axes.set_ylabel("")
-    handles, labels = figure.axes[0].get_legend_handles_labels()
     if any(results):
-        figure.legend(handles, labels, loc="outside upper center", ncols=4)
-    return figure
+        canvas.legend(loc="outside upper center", ncols=4)
+    return canvas.figure
 
 
 def _by_severity(ax: Axes, results: Mapping[str, CorruptionResult]) -> None:
     for index, (name, result) in enumerate(results.items()):
         mean = [result.clean_accuracy, *result.accuracy.mean(axis=0)]
-        ax.plot([0, *result.severities], 100 * np.array(mean), "o-", color=f"C{index}", label=name)
+        ax.plot([0, *result.severities], 100 * np.array(mean), "o-", color=result_color(index), label=name or None)
     ax.set(xlabel="Severity (0: clean)", ylabel="Accuracy (%)", xticks=range(6))
     ax.set_ylim(bottom=0)
 
@@ -57,8 +57,8 @@ def _by_type(ax: Axes, results: Mapping[str, CorruptionResult]) -> None:
     for index, (name, result) in enumerate(results.items()):
         x = np.arange(len(types)) - 0.4 + width * (index + 0.5)
         mean = [100 * result.accuracy[result.types.index(t)].mean() for t in types]
-        ax.bar(x, mean, width=0.9 * width, color=f"C{index}", label=name)
-        ax.axhline(100 * result.clean_accuracy, color=f"C{index}", linestyle="--", linewidth=0.8)
+        ax.bar(x, mean, width=0.9 * width, color=result_color(index), label=name or None)
+        ax.axhline(100 * result.clean_accuracy, color=result_color(index), linestyle="--", linewidth=0.8)
     ax.set_xticks(
         range(len(types)), [t.replace("_", " ") for t in types], rotation=60, ha="right", rotation_mode="anchor"
     )

@@ -7,29 +7,31 @@ from collections.abc import Mapping
 from matplotlib.figure import Figure
 
 from vitscope.diagnostics.critical_point.critical_point import CriticalPointResult
+from vitscope.plotting.canvas import COLUMN_WIDTH, new_canvas, result_color
 
 
 def critical_point(results: Mapping[str, CriticalPointResult]) -> Figure:
     """Draw the smallest eigenvalue over the number of images, and the loss along its eigenvector on all of them."""
-    figure = Figure(figsize=(3.4, 3.6 + 0.14 * len(results)))
-    ends, slices = figure.subplots(2)
-    for name, result in results.items():
+    canvas = new_canvas(COLUMN_WIDTH, 3.6 + 0.14 * len(results))
+    ends, slices = canvas.grid(2, 1)[:, 0]
+    for index, (name, result) in enumerate(results.items()):
         label = f"{name}: {result.verdict}" if name else result.verdict
         ends.errorbar(
             result.n_images,
             result.smallest_eigenvalue,
             yerr=result.smallest_residual,
-            fmt="o-",
+            marker="o",
             linewidth=0.8,
+            color=result_color(index),
             label=label,
         )
-        slices.plot(result.distance, result.slice_loss)
+        slices.plot(result.distance, result.slice_loss, color=result_color(index))
     ends.set_xscale("log", base=2)
     ends.axhline(0, color="0.6", linewidth=0.6, zorder=0)
-    ends.set_xlabel("Images")
-    ends.set_ylabel("Smallest eigenvalue")
+    ends.set_xlabel("Number of images")
+    ends.set_ylabel("Smallest Hessian eigenvalue")
     slices.axvline(0, color="0.6", linewidth=0.6, zorder=0)
-    slices.set_xlabel("Distance along its eigenvector")
-    slices.set_ylabel("Objective")
-    figure.legend(loc="outside upper left", ncols=2)
-    return figure
+    slices.set_xlabel("Distance along its eigenvector (norm of the weights' change)")
+    slices.set_ylabel("Objective (nats)")
+    canvas.legend(loc="outside upper left", ncols=2)
+    return canvas.figure

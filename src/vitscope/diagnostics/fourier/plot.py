@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import numpy as np
+from matplotlib import rcParams
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
@@ -12,7 +13,9 @@ from matplotlib.figure import Figure
 
 from vitscope.diagnostics.fourier.plot_branch_transfer import branch_transfer as branch_transfer
 from vitscope.diagnostics.fourier.relative_log_amplitude import RelativeLogAmplitudeResult
-from vitscope.plotting.depth_axis import points_by_kind, shade_bands, shared_legend
+from vitscope.plotting.canvas import COLUMN_WIDTH, Canvas, new_canvas, result_color
+from vitscope.plotting.depth_axis import DEPTH_LABEL, points_by_kind, shade_bands, shared_legend
+from vitscope.plotting.style import MARKERS
 
 #: which curve to draw, by the name of its field and what stands at the axis
 CURVES = {
@@ -50,34 +53,39 @@ def relative_log_amplitude(
     if view == "depth" and len(results) > 1:
         return _overlay(results, curve)
     views = ("frequency", "depth") if view == "both" else (view,)
-    figure = Figure(figsize=(3.4 * len(views), 2.6 * len(results)), layout="constrained")
-    axes = figure.subplots(len(results), len(views), squeeze=False, sharey="col")
+    canvas = new_canvas(COLUMN_WIDTH * len(views), 0.3 + 2.3 * len(results))
+    axes = canvas.grid(len(results), len(views), sharex="col", sharey="col")
     for row, (name, result) in zip(axes, results.items()):
         for ax, what in zip(row, views):
             ax.set_title(name)
-            _over_frequency(figure, ax, result, curve, axis) if what == "frequency" else _over_depth(ax, result, curve)
+            _over_frequency(canvas, ax, result, curve, axis) if what == "frequency" else _over_depth(ax, result, curve)
     if "frequency" in views:  # the lines set the limits, also where intervals are wider
         plotted_values = np.concatenate([y for result in results.values() for y in getattr(result, CURVES[curve][0])])
         plotted_values = (
             plotted_values[np.isfinite(plotted_values)] if np.isfinite(plotted_values).any() else np.zeros(1)
         )
         axes[0, 0].set_ylim(plotted_values.min() - 0.3, plotted_values.max() + 0.3)
-    shared_legend(figure, [row[-1] for row in axes])
-    return figure
+    for ax, what in zip(axes[-1], views):
+        ax.set_xlabel(DEPTH_LABEL if what == "depth" else _frequency_label(axis))
+    shared_legend(canvas, [row[-1] for row in axes])
+    return canvas.figure
 
 
-def _over_frequency(figure: Figure, ax: Axes, result: RelativeLogAmplitudeResult, curve: str, axis: str) -> None:
+def _frequency_label(axis: str) -> str:
+    return r"Frequency ($\times\pi$ rad/pixel)" + ("" if axis == "true" else ", stretched")
+
+
+def _over_frequency(canvas: Canvas, ax: Axes, result: RelativeLogAmplitudeResult, curve: str, axis: str) -> None:
     field, label = CURVES[curve]
-    colours = ScalarMappable(Normalize(0, 1), "viridis")
+    colors = ScalarMappable(Normalize(0, 1), rcParams["image.cmap"])
     shade = 1 - 0.5 ** (1 / max(len(result.taps), 1))  # all intervals on top of each other are half opaque
     grid = result.normalized_frequency if axis == "true" else result.paper_frequency
     for depth, x, y, half in zip(result.depths, grid, getattr(result, field), result.log_amplitude_half_width):
-        colour = colours.to_rgba(depth)
-        ax.plot(x, y, color=colour, linewidth=1.0)
-        ax.fill_between(x, y - half, y + half, color=colour, alpha=shade, linewidth=0)
-    figure.colorbar(colours, ax=ax, label="normalised depth", pad=0.02)
+        color = colors.to_rgba(depth)
+        ax.plot(x, y, color=color, linewidth=1.0)
+        ax.fill_between(x, y - half, y + half, color=color, alpha=shade, linewidth=0)
+    canvas.colorbar(colors, ax=ax, label=DEPTH_LABEL, pad=0.02)
     ax.set_xlim(0, 1)
-    ax.set_xlabel(r"frequency ($\times\pi$ rad/pixel)" + ("" if axis == "true" else ", stretched"))
     ax.set_ylabel(label)
 
 
@@ -91,20 +99,27 @@ def _over_depth(ax: Axes, result: RelativeLogAmplitudeResult, curve: str) -> Non
 
 
 def _overlay(results: Mapping[str, RelativeLogAmplitudeResult], curve: str) -> Figure:
-    figure = Figure(figsize=(3.4, 2.6), layout="constrained")
-    ax = figure.subplots()
-    for name, result in results.items():
-        half_width = result.high_frequency_half_width
-        ax.errorbar(result.depths, _last(result, curve), half_width, marker="o", markersize=3, label=name)
-        _label_depth(ax, curve)
-    ax.legend(fontsize="small")
-    return figure
+    canvas = new_canvas(COLUMN_WIDTH, 2.6)
+    ax = canvas.axes()
+    for index, (name, result) in enumerate(results.items()):
+        ax.errorbar(
+            result.depths,
+            _last(result, curve),
+            result.high_frequency_half_width,
+            marker=MARKERS[index % len(MARKERS)],
+            markersize=3,
+            color=result_color(index),
+            label=name,
+        )
+    _label_depth(ax, curve)
+    ax.set_xlabel(DEPTH_LABEL)
+    ax.legend()
+    return canvas.figure
 
 
 def _label_depth(ax: Axes, curve: str) -> None:
     ax.set_xlim(-0.02, 1.02)
-    ax.set_xlabel("normalised depth")
-    ax.set_ylabel(CURVES[curve][1] + " at the last bin")
+    ax.set_ylabel(CURVES[curve][1] + "\nat the highest frequency")
 
 
 def _last(result: RelativeLogAmplitudeResult, curve: str) -> np.ndarray:

@@ -17,6 +17,7 @@ from vitscope.diagnostics.hessian.plot_spectra import (
     hessian_trace,
     spectral_density,
 )
+from vitscope.plotting.canvas import COLUMN_WIDTH, new_canvas, result_color
 from vitscope.plotting.style import COLORS
 
 __all__ = [
@@ -37,23 +38,24 @@ def hessian_max_eigenvalue_spectrum(
 ) -> Figure:
     """Draw the density of the pooled top eigenvalues, one curve a result, as in Figs 1c, 4, 6 and 7 of the paper.
 
-    Ticks below the axis mark the values themselves. The curve is drawn between the smallest and the largest of them: a tail
-    on the other side of zero would look like eigenvalues of a sign that none has.
+    Ticks below the axis mark the values themselves, and the legend counts them. The curve is drawn between the smallest and
+    the largest of them: a tail on the other side of zero would look like eigenvalues of a sign that none has.
 
     Args:
         results: by the name shown in the legend.
         log: a symmetric logarithmic eigenvalue axis, for results of very different magnitude.
     """
-    figure = Figure(figsize=(3.4, 2.1 + 0.14 * len(results)))
-    axes = figure.subplots()
+    canvas = new_canvas(COLUMN_WIDTH, 2.2 + 0.28 * len(results))
+    axes = canvas.axes()
     tallest = max(float(r.density.max()) for r in results.values())
     step = 0.05 * tallest
     for row, (name, result) in enumerate(results.items()):
         pooled = result.eigenvalues.reshape(-1)
         grid, density = _drawn(result)
-        (line,) = axes.plot(grid, density, label=add_legend(name, result))
-        axes.fill_between(grid, density, color=line.get_color(), alpha=0.15, linewidth=0)
-        axes.plot(pooled, [-step * (row + 0.8)] * len(pooled), "|", color=line.get_color(), markersize=4, alpha=0.7)
+        color = result_color(row)
+        axes.plot(grid, density, color=color, label=_legend_text(name, result))
+        axes.fill_between(grid, density, color=color, alpha=0.15, linewidth=0)
+        axes.plot(pooled, [-step * (row + 0.8)] * len(pooled), "|", color=color, markersize=4, alpha=0.7)
     axes.axvline(0, color="0.6", linewidth=0.6, zorder=0)
     axes.set_ylim(-step * (len(results) + 0.6), 1.08 * tallest)
     if log:
@@ -62,9 +64,9 @@ def hessian_max_eigenvalue_spectrum(
         axes.xaxis.set_major_locator(MaxNLocator(6))
     axes.yaxis.set_major_locator(MaxNLocator(4, prune="lower"))
     axes.set_xlabel("Hessian max eigenvalue")
-    axes.set_ylabel("Density")
-    figure.legend(loc="outside upper left", ncols=1)
-    return figure
+    axes.set_ylabel("Density (per unit of eigenvalue)")
+    canvas.legend(loc="outside upper left", ncols=1)
+    return canvas.figure
 
 
 def plotly_hessian_max_eigenvalue_spectrum(results: Mapping[str, HessianMaxEigenvalueSpectrumResult]) -> go.Figure:
@@ -73,10 +75,10 @@ def plotly_hessian_max_eigenvalue_spectrum(results: Mapping[str, HessianMaxEigen
     step = 0.05 * max(float(r.density.max()) for r in results.values())
     for row, (name, result) in enumerate(results.items()):
         grid, density = _drawn(result)
-        color = COLORS[row % len(COLORS)]
+        color, text = COLORS[row % len(COLORS)], _legend_text(name, result).replace("\n", "<br>")
         figure.add_trace(
             go.Scatter(
-                x=grid, y=density, name=add_legend(name, result), legendgroup=str(row), mode="lines", line_color=color,
+                x=grid, y=density, name=text, legendgroup=str(row), mode="lines", line_color=color,
                 fill="tozeroy", hovertemplate="eigenvalue %{x:.4g}<br>density %{y:.3g}",
             )
         )  # fmt: skip
@@ -101,7 +103,9 @@ def _drawn(result: HessianMaxEigenvalueSpectrumResult) -> tuple[np.ndarray, np.n
     return result.grid[inside], result.density[inside]
 
 
-def add_legend(name: str, result: HessianMaxEigenvalueSpectrumResult) -> str:
+def _legend_text(name: str, result: HessianMaxEigenvalueSpectrumResult) -> str:
+    n_batches, n_top = result.eigenvalues.shape
+    count = f"{result.eigenvalues.size} values: top {n_top} of {n_batches} {'batch' if n_batches == 1 else 'batches'}"
     nep, ape = result.negative_eigenvalue_proportion, result.average_positive_eigenvalue
-    facts = f"NEP {nep:.2f}, APE {ape:.3g}"
-    return f"{name} ({facts})" if name else facts
+    facts = f"{100 * nep:.0f}% negative, mean of the positive {ape:.3g}"
+    return f"{name}: {count}\n{facts}" if name else f"{count}\n{facts}"

@@ -11,45 +11,47 @@ from matplotlib.ticker import MaxNLocator
 from vitscope.diagnostics.hessian.bn_policy import BnPolicyResult
 from vitscope.diagnostics.hessian.nep_stability import NepStabilityResult
 from vitscope.diagnostics.hessian.rayleigh_split import RayleighSplitResult
+from vitscope.plotting.canvas import COLUMN_WIDTH, kind_color, new_canvas, result_color
+from vitscope.plotting.style import KIND_LABELS
 
-#: a kind has the same colour in every figure
-_KINDS = ("stem", "conv", "msa", "mlp", "pool", "head", "unknown")
+#: what BatchNorm normalizes with, by the name of the policy
+STATISTICS = {"eval": "running", "batch": "batch"}
 
 
 def rayleigh_split(results: Mapping[str, RayleighSplitResult]) -> Figure:
-    """Draw each eigenvalue as the sum of its parts, and the eigenvectors' mass by kind; one row a result."""
-    figure = Figure(figsize=(3.4, 0.4 + 2.2 * len(results)))
-    for row, (name, result) in enumerate(results.items()):
-        values, mass = (
-            figure.add_subplot(len(results), 2, 2 * row + 1),
-            figure.add_subplot(len(results), 2, 2 * row + 2),
-        )
+    """Draw each eigenvalue as the sum of its parts, and its eigenvector's squared norm by kind; one row a result."""
+    canvas = new_canvas(2 * COLUMN_WIDTH, 0.6 + 2.0 * len(results))
+    panels = canvas.grid(len(results), 2, sharex=True, sharey="col")
+    for row, ((values, mass), (name, result)) in enumerate(zip(panels, results.items())):
         order = np.argsort(-result.eigenvalues, kind="stable")
         ranks = np.arange(1, len(order) + 1)
-        values.bar(ranks - 0.2, result.gauss_newton[order], 0.4, label="$v^TGv$" if row == 0 else None)
-        values.bar(ranks + 0.2, result.remainder[order], 0.4, label="$v^T(H-G)v$" if row == 0 else None)
-        values.plot(ranks, result.eigenvalues[order], "k_", label="eigenvalue" if row == 0 else None)
+        for side, part, text in (
+            (-0.2, result.gauss_newton, "Gauss-Newton part $v^TGv$"),
+            (0.2, result.remainder, "Remainder $v^T(H-G)v$"),
+        ):
+            values.bar(ranks + side, part[order], 0.4, color=result_color(int(side > 0)), label=text)
+        values.plot(ranks, result.eigenvalues[order], "k_", label="Eigenvalue")
         values.axhline(0, color="0.6", linewidth=0.6)
         bottom = np.zeros(len(order))
         for kind, column in zip(result.kinds, result.mass[order].T):
-            color = f"C{_KINDS.index(kind)}"
-            mass.bar(ranks, column, 0.8, bottom=bottom, color=color, label=kind)
+            mass.bar(ranks, column, 0.8, bottom=bottom, color=kind_color(kind), label=KIND_LABELS[kind])
             bottom += column
         mass.set_ylim(0, 1)
-        mass.legend(loc="upper center", bbox_to_anchor=(0.5, 1.28), ncols=3, fontsize=6, columnspacing=0.8)
-        values.set_ylabel(f"{name}\nCurvature" if name else "Curvature")
-        mass.set_ylabel("Squared mass")
+        values.set_title(name)
+        values.set_ylabel("Curvature along eigenvector")
+        mass.set_ylabel("Share of its squared norm")
         for axes in (values, mass):
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-            axes.set_xlabel("Eigenvector")
-    figure.legend(loc="outside upper left", ncols=3)
-    return figure
+            if row == len(results) - 1:
+                axes.set_xlabel("Eigenvector, by eigenvalue")
+    canvas.legend(loc="outside upper left", ncols=4)
+    return canvas.figure
 
 
 def nep_stability(results: Mapping[str, NepStabilityResult]) -> Figure:
     """Draw NEP over k, batch size and tolerance, one panel each; crosses are with mixup."""
-    figure = Figure(figsize=(3.4, 2.0 + 0.14 * len(results)))
-    panels = figure.subplots(1, 3, sharey=True)
+    canvas = new_canvas(1.6 * COLUMN_WIDTH, 2.0 + 0.14 * len(results))
+    panels = canvas.grid(1, 3, sharey=True)[0]
     for number, (name, result) in enumerate(results.items()):
         base = _base(result)
         for axes, key in zip(panels, ("k", "batch_size", "tol")):
@@ -63,21 +65,20 @@ def nep_stability(results: Mapping[str, NepStabilityResult]) -> Figure:
                 yerr=np.nan_to_num(spread),
                 fmt="o-",
                 linewidth=0.8,
-                color=f"C{number}",
-                label=name if axes is panels[0] else None,
+                color=result_color(number),
+                label=(name or None) if axes is panels[0] else None,
             )
         mixed = np.flatnonzero(result.mixup)
-        panels[0].plot(result.k[mixed], result.nep[mixed], "x", color=f"C{number}", markersize=6)
-    for axes, label in zip(panels, ("$k$", "Batch size", "Tolerance")):
+        label = "with mixup" if number == 0 and len(mixed) else None
+        panels[0].plot(result.k[mixed], result.nep[mixed], "x", color=result_color(number), markersize=6, label=label)
+    for axes, label in zip(panels, ("Eigenvalues a batch", "Batch size", "Tolerance")):
         axes.set_xlabel(label)
         axes.set_xscale("log", base=10 if label == "Tolerance" else 2)
-        axes.tick_params(labelsize=6)
         axes.minorticks_off()
-    panels[0].set_ylabel("NEP (cross: mixup)")
+    panels[0].set_ylabel("Negative share (NEP)")
     panels[0].set_ylim(-0.03, None)
-    if any(results):
-        figure.legend(loc="outside upper left", ncols=3)
-    return figure
+    canvas.legend(loc="outside upper left", ncols=3)
+    return canvas.figure
 
 
 def _base(result: NepStabilityResult) -> dict[str, float]:
@@ -93,16 +94,17 @@ def _base(result: NepStabilityResult) -> dict[str, float]:
 
 def bn_policy(results: Mapping[str, BnPolicyResult]) -> Figure:
     """Draw the pooled top eigenvalues under running and under batch statistics."""
-    figure = Figure(figsize=(3.4, 0.7 + 0.55 * len(results)))
-    axes = figure.subplots()
+    canvas = new_canvas(COLUMN_WIDTH, 0.7 + 0.6 * len(results))
+    axes = canvas.axes()
     labels = []
     for row, (name, result) in enumerate(results.items()):
         for side, policy in enumerate(("eval", "batch")):
             pooled = (result.eigenvalues_eval, result.eigenvalues_batch)[side].reshape(-1)
-            axes.plot(pooled, np.full(len(pooled), 2 * row + side), "|", color=f"C{side}", markersize=9)
-            labels.append(f"{name} {policy}".strip() + f"\nNEP {result.nep[side]:.2f}")
+            axes.plot(pooled, np.full(len(pooled), 2 * row + side), "|", color=result_color(side), markersize=9)
+            text = f"{name}, {STATISTICS[policy]}".removeprefix(", ")
+            labels.append(f"{text}\n{len(pooled)} values, {100 * result.nep[side]:.0f}% < 0")
     axes.set_yticks(range(len(labels)), labels)
     axes.set_ylim(len(labels) - 0.5, -0.5)
     axes.axvline(0, color="0.6", linewidth=0.6, zorder=0)
     axes.set_xlabel("Hessian max eigenvalue")
-    return figure
+    return canvas.figure

@@ -1,4 +1,4 @@
-"""Figures of whole spectra and single eigenvalues: density, extreme eigenvalues, normalised and preconditioned ones."""
+"""Figures of whole spectra and single eigenvalues: density, extreme eigenvalues, normalized and preconditioned ones."""
 
 from __future__ import annotations
 
@@ -11,31 +11,39 @@ from vitscope.diagnostics.hessian.hessian_by_kind import HessianByKindResult
 from vitscope.diagnostics.hessian.hessian_eigenvalues import HessianEigenvaluesResult
 from vitscope.diagnostics.hessian.hessian_trace import HessianTraceResult
 from vitscope.diagnostics.hessian.spectral_density import SpectralDensityResult
-from vitscope.plotting.ranked_values import add_legend, ranked_values, sized_figure
+from vitscope.plotting.canvas import COLUMN_WIDTH, new_canvas, result_color
+from vitscope.plotting.ranked_values import ranked_values, sized_canvas
+from vitscope.plotting.style import KIND_LABELS
 
 
 def spectral_density(results: Mapping[str, SpectralDensityResult], *, floor: float = 1e-7) -> Figure:
     """Draw the density of all eigenvalues on a logarithmic axis, with its interval over probe vectors.
 
+    The legend states how many eigenvalues the Hessian has, and from how many quadrature nodes the density is made.
+
     Args:
         results: by the name shown in the legend.
         floor: the smallest density shown, as a share of the highest.
     """
-    figure = sized_figure(results)
-    axes = figure.subplots()
+    canvas = sized_canvas(results)
+    axes = canvas.axes()
     top = max(float(r.density.max()) for r in results.values())
-    for name, result in results.items():
-        (line,) = axes.plot(result.grid, np.maximum(result.density, floor * top), label=name)
+    for index, (name, result) in enumerate(results.items()):
+        n_vectors, n_steps = result.nodes.shape
+        count = f"{result.size:,} eigenvalues, {n_vectors} x {n_steps} nodes"
+        color = result_color(index)
+        shown_density = np.maximum(result.density, floor * top)
+        axes.plot(result.grid, shown_density, color=color, label=f"{name}: {count}" if name else count)
         if len(result.nodes) > 1:
             low, high = (np.clip(d, floor * top, None) for d in (result.density_low, result.density_high))
-            axes.fill_between(result.grid, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
+            axes.fill_between(result.grid, low, high, color=color, alpha=0.2, linewidth=0)
     axes.set_yscale("log")
     axes.set_ylim(floor * top, 3 * top)
     axes.axvline(0, color="0.6", linewidth=0.6, zorder=0)
     axes.set_xlabel("Hessian eigenvalue")
-    axes.set_ylabel("Density")
-    add_legend(figure, results)
-    return figure
+    axes.set_ylabel("Density (per unit of eigenvalue)")
+    canvas.legend(loc="outside upper left", ncols=1)
+    return canvas.figure
 
 
 def hessian_eigenvalues(results: Mapping[str, HessianEigenvaluesResult]) -> Figure:
@@ -45,34 +53,38 @@ def hessian_eigenvalues(results: Mapping[str, HessianEigenvaluesResult]) -> Figu
 
 def hessian_trace(results: Mapping[str, HessianTraceResult]) -> Figure:
     """Draw the trace of each result with its 95 % interval, where there is one."""
-    figure = Figure(figsize=(3.4, 0.8 + 0.3 * len(results)))
-    axes = figure.subplots()
+    canvas = new_canvas(COLUMN_WIDTH, 0.8 + 0.3 * len(results))
+    axes = canvas.axes()
     for row, result in enumerate(results.values()):
         error = np.nan_to_num(result.half_width)
-        axes.errorbar(result.trace, row, xerr=error, fmt="o", color="C0")
+        axes.errorbar(result.trace, row, xerr=error, marker="o", color=result_color(row))
     axes.set_yticks(range(len(results)), [name or "model" for name in results])
     axes.set_ylim(len(results) - 0.5, -0.5)
     axes.axvline(0, color="0.6", linewidth=0.6, zorder=0)
-    axes.set_xlabel("Hessian trace (bar: 95 % interval)")
-    return figure
+    axes.set_xlabel("Hessian trace (bar: 95% interval)")
+    return canvas.figure
 
 
 def hessian_by_kind(results: Mapping[str, HessianByKindResult]) -> Figure:
-    """Draw each group's pooled top eigenvalues as ticks on a symmetric logarithmic axis; a dot marks their median."""
+    """Draw each group's pooled top eigenvalues as ticks on a symmetric logarithmic axis; a dot marks their median.
+
+    Beside each group stands how many values it has, and the share of them below zero.
+    """
     rows = [(name, result, i) for name, result in results.items() for i in range(len(result.groups))]
-    figure = Figure(figsize=(3.4, 0.8 + 0.3 * len(rows)))
-    axes = figure.subplots()
+    canvas = new_canvas(COLUMN_WIDTH, 0.8 + 0.3 * len(rows))
+    axes = canvas.axes()
     labels = []
     for row, (name, result, i) in enumerate(rows):
         pooled = result.eigenvalues[i].reshape(-1)
-        color = f"C{list(results).index(name) % 7}"
+        color = result_color(list(results).index(name))
         axes.plot(pooled, np.full(len(pooled), row), "|", color=color, markersize=7, alpha=0.8)
         axes.plot(np.median(pooled), row, "o", color=color, markersize=3)
-        labels.append(f"{name} {result.groups[i]}".strip() + f" (NEP {result.nep[i]:.2f})")
-    axes.set_yticks(range(len(labels)), labels, fontsize=6)
+        group = KIND_LABELS.get(result.groups[i], result.groups[i])
+        labels.append(f"{name}, {group}".removeprefix(", ") + f"\n{len(pooled)} values, {100 * result.nep[i]:.0f}% < 0")
+    axes.set_yticks(range(len(labels)), labels)
     axes.set_ylim(len(labels) - 0.5, -0.5)
     smallest = min(float(np.abs(result.eigenvalues).max(axis=(1, 2)).min()) for result in results.values())
     axes.set_xscale("symlog", linthresh=max(10.0 ** np.floor(np.log10(max(smallest, 1e-30))), 1e-12))
     axes.axvline(0, color="0.6", linewidth=0.6, zorder=0)
-    axes.set_xlabel("Block max eigenvalue (dot: median)")
-    return figure
+    axes.set_xlabel("Max eigenvalue of the block (dot: median)")
+    return canvas.figure

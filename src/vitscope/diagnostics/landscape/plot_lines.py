@@ -13,13 +13,14 @@ from matplotlib.ticker import MaxNLocator
 from vitscope.diagnostics.landscape.linear_interpolation import LinearInterpolationResult
 from vitscope.diagnostics.landscape.loss_barrier import LossBarrierResult
 from vitscope.diagnostics.landscape.loss_slice import LossSliceResult
+from vitscope.plotting.canvas import COLUMN_WIDTH, new_canvas, result_color
 from vitscope.plotting.loss_label import loss_label
 
 LABELS = {
     "nll": "NLL (nats)",
     "l2_half_sq": "½ wd Σ‖w‖² (nats)",
     "l2_sum_norm": "wd Σ‖w‖ (nats)",
-    "accuracy": "accuracy",
+    "accuracy": "Accuracy",
     "ece": "ECE",
 }
 
@@ -32,17 +33,17 @@ def loss_slice(results: Mapping[str, LossSliceResult], *, value: str = "nll", lo
     Args:
         results: by the name in the legend.
         value: ``nll``, ``l2_half_sq``, ``l2_sum_norm``, ``accuracy`` or ``ece``.
-        log: a logarithmic axis; by default for NLLs that span more than a ratio of 20.
+        log: a logarithmic axis; by default for the NLLs of one result that span more than a ratio of 20.
 
     Raises:
         ValueError: an unknown value.
     """
     if value not in LABELS:
         raise ValueError(f"Expected value to be one of {', '.join(LABELS)}, received {value!r}.")
-    figure = Figure(figsize=(3.4, 2.5))
-    axes = figure.add_subplot()
+    canvas = new_canvas(COLUMN_WIDTH, 2.5)
+    axes = canvas.axes()
     for index, (name, result) in enumerate(results.items()):
-        curve, color = getattr(result, value), f"C{index}"
+        curve, color = getattr(result, value), result_color(index)
         count = f" ({result.n_nonfinite} points not finite)" if result.n_nonfinite else ""
         axes.plot(
             result.x, np.where(np.isfinite(curve), curve, np.nan), color=color, label=f"{name}{count}" or None, zorder=3
@@ -61,14 +62,14 @@ def loss_slice(results: Mapping[str, LossSliceResult], *, value: str = "nll", lo
         broken = ~np.isfinite(result.nll_by_direction).all(axis=0)
         _crosses(axes, result.x[broken], color)
     axes.xaxis.set_major_locator(MaxNLocator(5))
-    axes.set(xlabel="x (in units of the direction)", ylabel=loss_label(LABELS[value], results.values()))
-    if log or (log is None and value == "nll" and _wide(results)):
+    axes.set(xlabel="Distance (in units of the direction)", ylabel=loss_label(LABELS[value], results.values()))
+    if log or (log is None and value == "nll" and len(results) == 1 and _wide(results)):
         axes.set_yscale("log")
         lowest = min(np.nanmin(np.where(r.nll_by_direction > 0, r.nll_by_direction, np.nan)) for r in results.values())
         axes.set_ylim(bottom=0.8 * lowest)  # an interval may reach below zero
     if any(label for label in results) or any(r.n_nonfinite for r in results.values()):
         axes.legend()
-    return figure
+    return canvas.figure
 
 
 def plotly_loss_slice(results: Mapping[str, LossSliceResult]) -> go.Figure:
@@ -99,18 +100,19 @@ def linear_interpolation(results: Mapping[str, LinearInterpolationResult]) -> Fi
     Args:
         results: by the name in the legend.
     """
-    figure = Figure(figsize=(3.4, 3.6))
-    upper, lower = figure.subplots(2, 1, sharex=True)
+    canvas = new_canvas(COLUMN_WIDTH, 3.6)
+    upper, lower = canvas.grid(2, 1, sharex=True)[:, 0]
     for index, (name, r) in enumerate(results.items()):
         label = f"{name}: {r.start} to {r.end}" if name else f"{r.start} to {r.end}"
         count = f" ({r.n_nonfinite} points not finite)" if r.n_nonfinite else ""
-        upper.plot(r.t, np.where(np.isfinite(r.nll), r.nll, np.nan), "o-", color=f"C{index}", label=label + count)
-        lower.plot(r.t, r.accuracy, "o-", color=f"C{index}")
-        _crosses(upper, r.t[~np.isfinite(r.nll)], f"C{index}")
+        color = result_color(index)
+        upper.plot(r.t, np.where(np.isfinite(r.nll), r.nll, np.nan), "o-", color=color, label=label + count)
+        lower.plot(r.t, r.accuracy, "o-", color=color)
+        _crosses(upper, r.t[~np.isfinite(r.nll)], color)
     upper.set(ylabel=loss_label(LABELS["nll"], results.values()))
-    lower.set(xlabel="t (0: start, 1: end)", ylabel="accuracy")
-    upper.legend(fontsize=6)
-    return figure
+    lower.set(xlabel="Position on the line (0: start, 1: end)", ylabel="Accuracy")
+    upper.legend()
+    return canvas.figure
 
 
 def loss_barrier(results: Mapping[str, LossBarrierResult]) -> Figure:
@@ -119,11 +121,11 @@ def loss_barrier(results: Mapping[str, LossBarrierResult]) -> Figure:
     Args:
         results: by the name in the legend.
     """
-    figure = Figure(figsize=(3.4, 2.5))
-    axes = figure.add_subplot()
+    canvas = new_canvas(COLUMN_WIDTH, 2.5)
+    axes = canvas.axes()
     for index, (name, r) in enumerate(results.items()):
         label = f"{name}: {r.start} to {r.end}" if name else f"{r.start} to {r.end}"
-        color = f"C{index}"
+        color = result_color(index)
         finite_nll = np.where(np.isfinite(r.nll), r.nll, np.nan)
         count = f" ({r.n_nonfinite} points not finite)" if r.n_nonfinite else ""
         axes.plot(r.t, finite_nll, "o-", color=color, label=f"{label}: {r.barrier:.3g}{count}")
@@ -132,9 +134,9 @@ def loss_barrier(results: Mapping[str, LossBarrierResult]) -> Figure:
             at = int(np.abs(r.t - r.t_barrier).argmin())
             axes.plot([r.t[at], r.t[at]], [r.chord[at], r.nll[at]], "_-", color=color, linewidth=0.8, markersize=8)
         _crosses(axes, r.t[~np.isfinite(r.nll)], color)
-    axes.set(xlabel="t (0: start, 1: end)", ylabel=loss_label(LABELS["nll"], results.values()))
-    axes.legend(title="barrier (nats)", title_fontsize=6, fontsize=6)
-    return figure
+    axes.set(xlabel="Position on the line (0: start, 1: end)", ylabel=loss_label(LABELS["nll"], results.values()))
+    axes.legend(title=loss_label("Barrier (nats)", results.values()))
+    return canvas.figure
 
 
 def plotly_linear_interpolation(results: Mapping[str, LinearInterpolationResult]) -> go.Figure:

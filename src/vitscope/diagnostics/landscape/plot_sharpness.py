@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
 from vitscope.diagnostics.landscape.sharpness import SharpnessResult
+from vitscope.plotting.canvas import COLUMN_WIDTH, new_canvas, result_color
 from vitscope.plotting.loss_label import loss_label
 
 #: entries of a legend that fit into the axes
@@ -28,31 +29,29 @@ def sharpness(results: Mapping[str, SharpnessResult]) -> Figure:
         results: by the name in the legend.
     """
     worst = any((np.isfinite(r.worst_rise) & (r.worst_rise > 0)).any() for r in results.values())
-    figure = Figure(figsize=(3.4, 4.2 if worst else 2.7))
+    canvas = new_canvas(COLUMN_WIDTH, 4.2 if worst else 2.7)
     # apart: the worst rises of deep networks are orders of magnitude above the means
-    panels = figure.subplots(
-        2 if worst else 1, 1, sharex=True, squeeze=False, height_ratios=[1.5, 1] if worst else None
-    )
+    panels = canvas.grid(2 if worst else 1, 1, sharex=True, height_ratios=[1.5, 1] if worst else None)
     axes: Axes = panels[0, 0]
-    axes.set(xscale="log", yscale="log", ylabel=loss_label("mean rise of the NLL (nats)", results.values()))
+    axes.set(xscale="log", yscale="log", ylabel=loss_label("Mean rise of the NLL (nats)", results.values()))
     for index, (name, r) in enumerate(results.items()):
-        _mean(axes, name, r, f"C{index}")
+        _mean(axes, name, r, result_color(index))
         if worst:
             is_plottable = np.isfinite(r.worst_rise) & (r.worst_rise > 0)
             panels[1, 0].plot(
-                r.radii[is_plottable], r.worst_rise[is_plottable], "^--", color=f"C{index}", linewidth=0.8
+                r.radii[is_plottable], r.worst_rise[is_plottable], "^--", color=result_color(index), linewidth=0.8
             )
     if worst:
-        panels[1, 0].set(yscale="log", ylabel="worst rise\nfound (nats)")
+        panels[1, 0].set(yscale="log", ylabel="Worst rise\nfound (nats)")
     _shade(list(panels[:, 0]), results)
-    panels[-1, 0].set_xlabel("radius (share of each filter's norm)")
+    panels[-1, 0].set_xlabel("Radius (share of each filter's norm)")
     handles, labels = axes.get_legend_handles_labels()
     if len(labels) > MOST_INSIDE:  # above, where it hides no curve
-        figure.set_figheight(figure.get_figheight() + 0.13 * len(labels))
-        figure.legend(handles, labels, loc="outside upper center", fontsize=6, ncols=1)
+        canvas.add_height(0.13 * len(labels))
+        canvas.legend(handles, labels, loc="outside upper center", ncols=1)
     elif labels:
-        axes.legend(fontsize=6)
-    return figure
+        axes.legend()
+    return canvas.figure
 
 
 def _mean(axes: Axes, name: str, r: SharpnessResult, color: str) -> None:
@@ -92,7 +91,9 @@ def _shade(panels: Sequence[Axes], results: Mapping[str, SharpnessResult]) -> No
         axes.axvspan(0.85 * min(saturated), 1.2 * radii.max(), color="0.92", zorder=0, linewidth=0)
     if saturated:
         axes = panels[0]
-        axes.text(0.99, 0.98, "saturated", transform=axes.transAxes, ha="right", va="top", fontsize=6, color="0.4")
+        axes.text(
+            0.99, 0.98, "saturated", transform=axes.transAxes, ha="right", va="top", fontsize="small", color="0.4"
+        )
     for axes in panels:
         axes.set_xlim(0.85 * radii.min(), 1.2 * radii.max())
         axes.xaxis.set_minor_locator(NullLocator())

@@ -7,15 +7,16 @@ from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
-from matplotlib import colormaps
+from matplotlib import colormaps, rcParams
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm, Normalize
-from matplotlib.figure import Figure, SubFigure
+from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 from plotly.subplots import make_subplots
 
 from vitscope.diagnostics.landscape.loss_landscape import LossLandscapeResult
+from vitscope.plotting.canvas import COLUMN_WIDTH, RECTILINEAR, Canvas, new_canvas
 from vitscope.plotting.loss_label import loss_label
 
 LABELS = {
@@ -24,7 +25,7 @@ LABELS = {
     "l2_sum_norm": "wd Σ‖w‖ (nats)",
     "nll+l2_half_sq": "NLL + ½ wd Σ‖w‖² (nats)",
     "nll+l2_sum_norm": "NLL + wd Σ‖w‖ (nats)",
-    "accuracy": "accuracy",
+    "accuracy": "Accuracy",
     "ece": "ECE",
 }
 
@@ -36,7 +37,7 @@ LOG_RATIO = 20.0
 
 
 def loss_landscape(
-    results: Mapping[str, LossLandscapeResult], *, value: str | None = None, kind: str = "both"
+    results: Mapping[str, LossLandscapeResult], *, value: str | None = None, kind: str = "both", log: bool | None = None
 ) -> Figure:
     """Draw each surface in three dimensions and as contours, one column a result, on one scale.
 
@@ -49,6 +50,7 @@ def loss_landscape(
         value: ``nll``, ``l2_half_sq``, ``l2_sum_norm``, ``nll+l2_half_sq``, ``nll+l2_sum_norm``, ``accuracy`` or ``ece``;
             by default the official surface for the official preset, else ``nll``.
         kind: ``surface``, ``contour`` or ``both``.
+        log: a logarithmic scale; by default for surfaces that span more than a ratio of 20.
 
     Raises:
         ValueError: an unknown value or kind.
@@ -57,18 +59,20 @@ def loss_landscape(
     if kind not in ("surface", "contour", "both"):
         raise ValueError(f"Expected kind to be surface, contour or both, received {kind!r}.")
     grids = {name: grid(result, value) for name, result in results.items()}
-    scale = _scale(list(grids.values()))
+    scale = _scale(list(grids.values()), log)
     kinds = ["surface", "contour"] if kind == "both" else [kind]
     heights = [HEIGHTS[k] for k in kinds]
-    figure = Figure(figsize=(3.4 * len(results), sum(heights)))
-    cells = np.atleast_2d(figure.subfigures(len(kinds), len(results), squeeze=False, height_ratios=heights))
-    for column, (name, result) in enumerate(results.items()):
-        for row, k in enumerate(kinds):
-            draw = _surface if k == "surface" else _contours
-            draw(cells[row, column], result, grids[name], scale, value)
-            if row == 0:
-                cells[row, column].suptitle(_title(name, result))
-    return figure
+    canvas = new_canvas(COLUMN_WIDTH * len(results), sum(heights))
+    projections = [["3d" if k == "surface" else RECTILINEAR] * len(results) for k in kinds]
+    cells = canvas.grid(len(kinds), len(results), projections=projections, height_ratios=heights)
+    for column, (name, result) in zip(cells.T, results.items()):
+        for axes, k in zip(column, kinds):
+            if k == "surface":
+                _surface(axes, result, grids[name], scale, value)
+            else:
+                _contours(canvas, axes, result, grids[name], scale, value)
+        column[0].set_title("\n".join(filter(None, [_title(name, result), column[0].get_title()])))
+    return canvas.figure
 
 
 def plotly_loss_landscape(results: Mapping[str, LossLandscapeResult], *, value: str | None = None) -> go.Figure:
@@ -152,30 +156,29 @@ def _title(name: str, result: LossLandscapeResult) -> str:
     return "\n".join(lines)
 
 
-def _scale(grids: list[np.ndarray]) -> Normalize:
-    """Return one colour scale for all grids: logarithmic where they span a large ratio."""
+def _scale(grids: list[np.ndarray], log: bool | None = None) -> Normalize:
+    """Return one color scale for all grids: logarithmic where they span a large ratio, unless the caller decides."""
     finite = np.concatenate([g[np.isfinite(g)] for g in grids])
     low, high = (finite.min(), finite.max()) if finite.size else (0.0, 1.0)
-    if low > 0 and high / low > LOG_RATIO:
+    if low > 0 and high > low and (high / low > LOG_RATIO if log is None else log):
         return LogNorm(low, high)
     return Normalize(low, high if high > low else low + 1.0)
 
 
-def _surface(figure: SubFigure, result: LossLandscapeResult, z: np.ndarray, scale: Normalize, value: str) -> None:
-    axes: Any = figure.add_subplot(projection="3d")
+def _surface(axes: Any, result: LossLandscapeResult, z: np.ndarray, scale: Normalize, value: str) -> None:
     logarithmic = isinstance(scale, LogNorm)
     finite_values = np.where(np.isfinite(z), z, np.nan)
     bounds = np.array([scale.vmin, scale.vmax])
     height, bounds = (np.log10(finite_values), np.log10(bounds)) if logarithmic else (finite_values, bounds)
     x, y = np.meshgrid(result.x, result.y, indexing="ij")
-    colors = colormaps["viridis"](scale(np.ma.masked_invalid(finite_values)))
+    colors = colormaps[rcParams["image.cmap"]](scale(np.ma.masked_invalid(finite_values)))
     axes.plot_surface(x, y, height, facecolors=colors, rstride=1, cstride=1, linewidth=0, shade=False)
     axes.plot_wireframe(x, y, height, color="black", linewidth=0.2, alpha=0.4, rstride=1, cstride=1)
     broken = ~np.isfinite(z)
     if broken.any():
         floor = np.full(broken.sum(), bounds[0])
         axes.scatter(x[broken], y[broken], floor, marker="x", color="#D55E00", s=8, linewidths=0.7)
-    axes.set(xlabel="x", ylabel="y", zlim=tuple(bounds))
+    axes.set(xlabel="Direction 1", ylabel="Direction 2", zlim=tuple(bounds))
     axes.set_zlabel(loss_label(LABELS[value], [result]))
     axes.view_init(elev=25, azim=-55)
     axes.zaxis.set_major_locator(MaxNLocator(5))
@@ -188,18 +191,19 @@ def _surface(figure: SubFigure, result: LossLandscapeResult, z: np.ndarray, scal
     axes.zaxis.labelpad = -1
 
 
-def _contours(figure: SubFigure, result: LossLandscapeResult, z: np.ndarray, scale: Normalize, value: str) -> None:
-    axes = figure.add_subplot()
+def _contours(
+    canvas: Canvas, axes: Axes, result: LossLandscapeResult, z: np.ndarray, scale: Normalize, value: str
+) -> None:
     finite = np.ma.masked_invalid(z.T)  # matplotlib wants (y, x)
     space = np.geomspace if isinstance(scale, LogNorm) else np.linspace
     levels = space(float(scale.vmin or 0.0), float(scale.vmax or 1.0), 16)
     levels[-1] = np.nextafter(levels[-1], np.inf)  # contourf leaves out what lies on the last level
-    bar_norm = type(scale)(scale.vmin, scale.vmax)  # a colour bar listens to its norm: a shared one would be reset
-    drawn = axes.contourf(result.x, result.y, finite, levels=levels, norm=bar_norm, cmap="viridis")
+    bar_norm = type(scale)(scale.vmin, scale.vmax)  # a color bar listens to its norm: a shared one would be reset
+    drawn = axes.contourf(result.x, result.y, finite, levels=levels, norm=bar_norm, cmap=rcParams["image.cmap"])
     axes.contour(result.x, result.y, finite, levels=levels, colors="black", linewidths=0.3, alpha=0.6)
     if not np.isfinite(z).all():
         _hatch(axes, result, ~np.isfinite(z))
-    bar = figure.colorbar(drawn, ax=axes, label=loss_label(LABELS[value], [result]), pad=0.02)
+    bar = canvas.colorbar(drawn, ax=axes, label=loss_label(LABELS[value], [result]), pad=0.02)
     bar.set_ticks(levels[::3].tolist(), labels=_apart(levels[::3]))
     bar.ax.yaxis.set_minor_locator(NullLocator())
     if len(result.path):
@@ -208,9 +212,7 @@ def _contours(figure: SubFigure, result: LossLandscapeResult, z: np.ndarray, sca
     _mark_best(axes, result, z, value)
     reach = np.abs(np.concatenate([result.path, [[0.0, 0.0]]])).max(axis=0) * 1.05
     x_end, y_end = max(result.x[-1], reach[0]), max(result.y[-1], reach[1])
-    axes.set(
-        xlabel="x (direction 1)", ylabel="y (direction 2)", aspect="equal", xlim=(-x_end, x_end), ylim=(-y_end, y_end)
-    )
+    axes.set(xlabel="Direction 1", ylabel="Direction 2", aspect="equal", xlim=(-x_end, x_end), ylim=(-y_end, y_end))
 
 
 def _path(axes: Axes, result: LossLandscapeResult) -> None:
@@ -221,7 +223,7 @@ def _path(axes: Axes, result: LossLandscapeResult) -> None:
     for index in {0, len(result.path) - 1}:
         at = (float(result.path[index, 0]), float(result.path[index, 1]))
         axes.annotate(
-            result.labels[index], at, xytext=(-4, 2), textcoords="offset points", ha="right", color="white", fontsize=6,
+            result.labels[index], at, xytext=(-4, 2), textcoords="offset points", ha="right", color="white", fontsize="small",
             path_effects=outline,
         )  # fmt: skip
 
@@ -233,7 +235,7 @@ def _mark_best(axes: Axes, result: LossLandscapeResult, z: np.ndarray, value: st
     i, j = np.unravel_index(best(np.where(np.isfinite(z), z, np.nan)), z.shape)
     x, y = float(result.x[i]), float(result.y[j])
     axes.plot(x, y, "*", color="#E69F00", markeredgecolor="black", markeredgewidth=0.4, markersize=7)
-    axes.set_title(f"star: {word} {z[i, j]:.3g} at ({x:.2g}, {y:.2g})", fontsize=7)
+    axes.set_title(f"Star: {word} {z[i, j]:.3g} at ({x:.2g}, {y:.2g})", fontsize="small")
 
 
 def _hatch(axes: Axes, result: LossLandscapeResult, broken: np.ndarray) -> None:

@@ -10,8 +10,9 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from vitscope.diagnostics.lesion.lesion import LesionResult
+from vitscope.plotting.canvas import COLUMN_WIDTH, kind_color, new_canvas
 from vitscope.plotting.loss_label import loss_label
-from vitscope.plotting.style import KIND_COLORS
+from vitscope.plotting.style import KIND_LABELS
 
 #: value -> factor, axis label, and whether a loss is below zero
 VALUES = {"accuracy": (100.0, "Accuracy change (points)"), "nll": (1.0, "NLL change (nats)")}
@@ -36,18 +37,16 @@ def lesion(results: Mapping[str, LesionResult], *, value: str = "accuracy") -> F
     if value not in VALUES:
         raise ValueError(f"Expected value to be one of {', '.join(VALUES)}, received {value!r}.")
     wide = max(len(result.units) for result in results.values()) > 20
-    figure = Figure(figsize=(6.8 if wide else 3.4, 0.6 + 1.9 * len(results)), layout="constrained")
-    axes = figure.subplots(len(results), 1, squeeze=False, sharey=True)[:, 0]
+    canvas = new_canvas(2 * COLUMN_WIDTH if wide else COLUMN_WIDTH, 0.6 + 1.9 * len(results))
+    axes = canvas.grid(len(results), 1, sharey=True)[:, 0]
     for ax, (name, result) in zip(axes, results.items()):
         _bars(ax, result, value)
         ax.set(title=name, ylabel=loss_label(VALUES[value][1], results.values()))
     kinds = [kind for kind in LESION_KINDS if any(kind in result.kinds for result in results.values())]
-    handles: list = [
-        Patch(color=KIND_COLORS[kind], label={"msa": "MSA", "mlp": "MLP"}.get(kind, kind)) for kind in kinds
-    ]
+    handles: list = [Patch(color=kind_color(kind), label=KIND_LABELS[kind]) for kind in kinds]
     circles = [ax.get_legend_handles_labels()[0][0] for ax in axes if ax.get_legend_handles_labels()[0]]
-    figure.legend(handles=handles + circles[:1], loc="outside upper center", ncols=4)
-    return figure
+    canvas.legend(handles + circles[:1], loc="outside upper center", ncols=4)
+    return canvas.figure
 
 
 def _bars(ax: Axes, result: LesionResult, value: str) -> None:
@@ -56,7 +55,7 @@ def _bars(ax: Axes, result: LesionResult, value: str) -> None:
     change, half = (factor * getattr(result, f"{value}_{field}") for field in ("change", "half_width"))
     half = np.nan_to_num(half)  # where there is no interval there is no bar
     ax.bar(
-        x, change, yerr=half, color=[KIND_COLORS[kind] for kind in result.kinds], width=0.8, error_kw={"linewidth": 0.7}
+        x, change, yerr=half, color=[kind_color(kind) for kind in result.kinds], width=0.8, error_kw={"linewidth": 0.7}
     )
     ax.axhline(0, color="black", linewidth=0.6)
     for end in np.flatnonzero(np.diff(result.stages)):
@@ -64,6 +63,14 @@ def _bars(ax: Axes, result: LesionResult, value: str) -> None:
     if result.identity_units:
         place = [result.units.index(name) for name in result.identity_units]
         identity = factor * getattr(result, f"identity_{value}_change")
-        ax.plot(place, identity, "o", color="black", markerfacecolor="white", markersize=4, label="3x3 as identity")
-    ax.set_xticks(x, result.units, rotation=90, fontsize="x-small" if len(x) > 12 else "small")
+        ax.plot(
+            place,
+            identity,
+            "o",
+            color="black",
+            markerfacecolor="white",
+            markersize=4,
+            label="3x3 convolution as identity",
+        )
+    ax.set_xticks(x, result.units, rotation=90, fontsize="xx-small" if len(x) > 12 else "x-small")
     ax.set_xlim(-0.7, len(x) - 0.3)

@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 
 from vitscope.diagnostics.preconditioned_hessian.normalized_hessian import NormalizedHessianResult
 from vitscope.diagnostics.preconditioned_hessian.preconditioned_sharpness import PreconditionedSharpnessResult
+from vitscope.plotting.canvas import COLUMN_WIDTH, new_canvas, result_color
 from vitscope.plotting.ranked_values import ranked_values
 
 
@@ -19,15 +20,24 @@ def normalized_hessian(results: Mapping[str, NormalizedHessianResult]) -> Figure
 
 def preconditioned_sharpness(results: Mapping[str, PreconditionedSharpnessResult]) -> Figure:
     """Draw the largest eigenvalue of P^-1 H of each result, and the optimizer's limit of stability."""
-    figure = Figure(figsize=(3.4, 0.9 + 0.3 * len(results)))
-    axes = figure.subplots()
+    canvas = new_canvas(COLUMN_WIDTH, 0.9 + 0.3 * len(results))
+    axes = canvas.axes()
     for row, result in enumerate(results.values()):
-        axes.plot(result.eigenvalues[0], row, "o", color="C0", label="largest eigenvalue" if row == 0 else None)
+        axes.plot(
+            result.eigenvalues[0], row, "o", color=result_color(0), label="Largest eigenvalue" if row == 0 else None
+        )
         if np.isfinite(result.threshold):
-            axes.plot(result.threshold, row, "|", color="C1", markersize=12, label="limit" if row == 0 else None)
+            axes.plot(
+                result.threshold,
+                row,
+                "|",
+                color=result_color(1),
+                markersize=12,
+                label="Limit of stability" if row == 0 else None,
+            )
     axes.set_yticks(range(len(results)), [name or "model" for name in results])
     axes.set_ylim(len(results) - 0.5, -0.5)
     axes.set_xscale("log" if all(r.eigenvalues[0] > 0 for r in results.values()) else "linear")
     axes.set_xlabel("Eigenvalue of $P^{-1}H$")
-    figure.legend(loc="outside upper left", ncols=2)
-    return figure
+    canvas.legend(loc="outside upper left", ncols=2)
+    return canvas.figure

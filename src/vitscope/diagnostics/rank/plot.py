@@ -10,13 +10,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from vitscope.diagnostics.rank.effective_rank import EffectiveRankResult
-from vitscope.plotting.depth_axis import shade_bands
+from vitscope.plotting.canvas import COLUMN_WIDTH, new_canvas, result_color
+from vitscope.plotting.depth_axis import DEPTH_LABEL, shade_bands
 
 QUANTITIES = {"effective_rank": "Effective rank", "participation_ratio": "Participation ratio"}
 
 
 def effective_rank(results: Mapping[str, EffectiveRankResult], *, share: bool = True) -> Figure:
-    """Draw both quantities over normalised depth, by default as a share of the number of channels.
+    """Draw both quantities over normalized depth, by default as a share of the number of channels.
 
     Bands mark attention (grey) and pooling (blue) where a single result is drawn.
 
@@ -24,25 +25,25 @@ def effective_rank(results: Mapping[str, EffectiveRankResult], *, share: bool = 
         results: one or more results by name.
         share: divide by the number of channels, so that stages of different widths compare.
     """
-    figure = Figure(figsize=(3.4, 3.8), layout="constrained")
-    axes = figure.subplots(2, 1, sharex=True)
+    canvas = new_canvas(COLUMN_WIDTH, 3.8)
+    axes = canvas.grid(2, 1, sharex=True)[:, 0]
     for ax, (field, label) in zip(axes, QUANTITIES.items()):
-        for name, result in results.items():
+        for index, (name, result) in enumerate(results.items()):
             values = getattr(result, field) / result.channels if share else getattr(result, field)
-            ax.plot(result.depths, values, "o-", label=name)
+            ax.plot(result.depths, values, "o-", color=result_color(index), label=name)
             if len(results) == 1:
                 _bands(ax, result)
         ax.set_ylabel(f"{label}\n(share of channels)" if share else label)
         highest = max((np.nan_to_num(np.asarray(line.get_ydata(), float)).max() for line in ax.lines), default=0.0)
         ax.set_ylim(0, 1.08 * highest or 1.0)
-    axes[-1].set_xlabel("Normalised depth")
-    if any(results):
-        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
-    return figure
+    axes[-1].set_xlabel(DEPTH_LABEL)
+    if any(results) or len(results) == 1:
+        canvas.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
+    return canvas.figure
 
 
 def _bands(ax: Axes, result: EffectiveRankResult) -> None:
     """Shade from the tap before to the tap after each attention, pooling or first unit of a later stage."""
     stages = result.stages
     opens_stage = [False, *(after > before > 0 for before, after in pairwise(stages))]
-    shade_bands(ax, result.depths, result.kinds, opens_stage, labels=False)
+    shade_bands(ax, result.depths, result.kinds, opens_stage, labels=True)

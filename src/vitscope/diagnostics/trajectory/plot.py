@@ -7,12 +7,15 @@ from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
+from matplotlib import rcParams
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm, Normalize
-from matplotlib.figure import Figure, SubFigure
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator, NullLocator
 
 from vitscope.diagnostics.trajectory.trajectory import TrajectoryResult
+from vitscope.plotting.canvas import COLUMN_WIDTH, Canvas, new_canvas, result_color
 from vitscope.plotting.loss_label import loss_label
 
 #: inches
@@ -37,13 +40,15 @@ def trajectory(results: Mapping[str, TrajectoryResult], *, kind: str = "pca") ->
     if kind == "polar":
         return _polar(results)
     heights = [HEIGHTS["pca"], HEIGHTS["loss"]]
-    figure = Figure(figsize=(3.4 * len(results), sum(heights)))
-    cells = figure.subfigures(2, len(results), squeeze=False, height_ratios=heights)
-    for column, (name, result) in enumerate(results.items()):
-        cells[0, column].suptitle(_title(name, result))
-        _plane(cells[0, column], result)
-        _losses(cells[1, column], result)
-    return figure
+    canvas = new_canvas(COLUMN_WIDTH * len(results), sum(heights))
+    planes, losses = canvas.grid(2, len(results), height_ratios=heights)
+    for axes in losses[1:]:
+        axes.sharey(losses[0])
+    for plane, loss_axes, (name, result) in zip(planes, losses, results.items()):
+        _plane(canvas, plane, result)
+        plane.set_title(_title(name, result))
+        _losses(loss_axes, result)
+    return canvas.figure
 
 
 def plotly_trajectory(results: Mapping[str, TrajectoryResult]) -> go.Figure:
@@ -72,7 +77,7 @@ def _title(name: str, result: TrajectoryResult) -> str:
     held, off = result.explained_variance.sum(), result.projection_error.max()
     lines = [name] if name else []
     lines += [
-        f"the plane holds {held:.1%} of the variance,",
+        f"The plane holds {held:.1%} of the variance,",
         f"checkpoints lie up to {off:.0%} of their distance off it",
     ]
     if result.n_nonfinite:
@@ -80,10 +85,9 @@ def _title(name: str, result: TrajectoryResult) -> str:
     return "\n".join(lines)
 
 
-def _plane(figure: SubFigure, result: TrajectoryResult) -> None:
-    axes = figure.add_subplot()
+def _plane(canvas: Canvas, axes: Axes, result: TrajectoryResult) -> None:
     if result.plane_nll.size:
-        _surface(figure, axes, result)
+        _surface(canvas, axes, result)
     path = np.concatenate([result.coordinates, [[0.0, 0.0]]])
     axes.plot(*path.T, "-", color="black", linewidth=2, alpha=0.6)
     axes.plot(*path.T, "o-", color="white", markeredgecolor="black", markeredgewidth=0.4, linewidth=1, markersize=3)
@@ -97,18 +101,18 @@ def _plane(figure: SubFigure, result: TrajectoryResult) -> None:
         label=result.labels[0],
     )
     axes.plot(
-        *path[-1], "*", color="#E69F00", markeredgecolor="black", markeredgewidth=0.4, markersize=8, label="model"
+        *path[-1], "*", color="#E69F00", markeredgecolor="black", markeredgewidth=0.4, markersize=8, label="Model"
     )
-    axes.legend(loc="upper left", frameon=True, framealpha=0.8, fontsize=6)
+    axes.legend(loc="upper left", frameon=True, framealpha=0.8)
     axes.xaxis.set_major_locator(MaxNLocator(5))
     shares = result.explained_variance
-    axes.set(xlabel=f"direction 1 ({shares[0]:.0%})", ylabel=f"direction 2 ({shares[1]:.0%})")
+    axes.set(xlabel=f"Direction 1 ({shares[0]:.0%})", ylabel=f"Direction 2 ({shares[1]:.0%})")
     if result.plane_nll.size:
         axes.set(xlim=result.x[[0, -1]], ylim=result.y[[0, -1]])
     axes.set_aspect("equal", adjustable="box" if result.plane_nll.size else "datalim", anchor="N")
 
 
-def _surface(figure: SubFigure, axes: Axes, result: TrajectoryResult) -> None:
+def _surface(canvas: Canvas, axes: Axes, result: TrajectoryResult) -> None:
     z = np.ma.masked_invalid(result.plane_nll.T)  # matplotlib wants (y, x)
     if z.count() == 0:
         return
@@ -117,7 +121,7 @@ def _surface(figure: SubFigure, axes: Axes, result: TrajectoryResult) -> None:
     levels = np.geomspace(low, high, 14) if logarithmic else np.linspace(low, max(high, low + 1e-9), 14)
     levels[-1] = np.nextafter(levels[-1], np.inf)  # contourf leaves out what lies on the last level
     scale = LogNorm(levels[0], levels[-1]) if logarithmic else Normalize(levels[0], levels[-1])
-    drawn = axes.contourf(result.x, result.y, z, levels=levels, norm=scale, cmap="viridis")
+    drawn = axes.contourf(result.x, result.y, z, levels=levels, norm=scale, cmap=rcParams["image.cmap"])
     axes.contour(result.x, result.y, z, levels=levels, colors="black", linewidths=0.3, alpha=0.5)
     broken = np.ma.masked_where(~np.ma.getmaskarray(z), np.ones(z.shape))
     if broken.count():
@@ -125,43 +129,47 @@ def _surface(figure: SubFigure, axes: Axes, result: TrajectoryResult) -> None:
             result.x, result.y, broken, shading="nearest", facecolor="none", edgecolor="#D55E00", hatch="////", linewidth=0.0
         )  # fmt: skip
     # in the axes' own frame: they are as flat as the path is, and the bar with them
-    bar = figure.colorbar(
+    bar = canvas.colorbar(
         drawn, cax=axes.inset_axes((1.03, 0.0, 0.05, 1.0)), label=loss_label("NLL in the plane (nats)", [result])
     )
     bar.set_ticks(levels[::3].tolist(), labels=[f"{level:.3g}" for level in levels[::3]])
     bar.ax.yaxis.set_minor_locator(NullLocator())
 
 
-def _losses(figure: SubFigure, result: TrajectoryResult) -> None:
-    axes = figure.add_subplot()
+def _losses(axes: Axes, result: TrajectoryResult) -> None:
     at = np.arange(len(result.labels))
-    axes.plot(at, result.nll, "o-", label="checkpoint itself")
+    axes.plot(at, result.nll, "o-", color=result_color(0), label="Checkpoint itself")
     # an older checkpoint's weights with the last one's statistics are another function, however near the plane is
     borrowed = result.batchnorm and result.card is not None and result.card.bn_policy == "eval"
-    its = "its projection,\nBatchNorm as at the end" if borrowed else "its projection"
-    axes.plot(at, result.in_plane_nll, "s--", label=its)
-    axes.set(xlabel="checkpoint", ylabel=loss_label("NLL (nats)", [result]))
+    its = "Its projection,\nBatchNorm as at the end" if borrowed else "Its projection"
+    axes.plot(at, result.in_plane_nll, "s--", color=result_color(1), label=its)
+    axes.set(xlabel="Checkpoint", ylabel=loss_label("NLL (nats)", [result]))
     step = max(1, len(at) // 6)
     axes.set_xticks(at[::step], [result.labels[i] for i in at[::step]], rotation=30, ha="right")
     other = axes.twinx()
     other.spines["right"].set_visible(True)
-    other.bar(at, result.projection_error, width=0.5, color="C2", alpha=0.25, linewidth=0)
-    other.set(ylim=(0, 1), ylabel="distance off the plane")
+    other.bar(at, result.projection_error, width=0.5, color=result_color(2), alpha=0.25, linewidth=0)
+    other.set(ylim=(0, 1), ylabel="Distance off the plane (share)")
     axes.set_zorder(other.get_zorder() + 1)
     axes.patch.set_visible(False)
     axes.legend(loc="best")
 
 
 def _polar(results: Mapping[str, TrajectoryResult]) -> Figure:
-    figure = Figure(figsize=(3.4, HEIGHTS["polar"]), layout="constrained")
-    axes: Any = figure.add_subplot(projection="polar")
-    if engine := figure.get_layout_engine():
-        engine.set(rect=(0.0, 0.06, 1.0, 0.92))  # pyright: ignore[reportCallIssue]  of constrained layout, which ignores labels of a wedge
-    for name, result in results.items():
-        axes.plot(result.angle, result.radius, "o-", label=name or None)
+    canvas = new_canvas(COLUMN_WIDTH, HEIGHTS["polar"])
+    axes: Any = canvas.axes("polar")
+    if (
+        isinstance(engine := canvas.figure.get_layout_engine(), ConstrainedLayoutEngine)
+        and len(canvas.figure.axes) == 1
+    ):
+        engine.set(rect=(0.0, 0.06, 1.0, 0.92))  # it ignores labels of a wedge
+    for index, (name, result) in enumerate(results.items()):
+        axes.plot(result.angle, result.radius, "o-", color=result_color(index), label=name or None)
     axes.set_thetalim(0, np.pi / 2 if max(np.nanmax(r.angle) for r in results.values()) <= np.pi / 2 else np.pi)
     axes.set_ylim(0, 1.05 * max(r.radius.max() for r in results.values()))
-    figure.suptitle("r: distance from the end, θ: angle to the start\n(two numbers of a long way: for comparison only)")
+    canvas.set_title(
+        "r: distance from the end, θ: angle to the start\n(two numbers of a long way: for comparison only)"
+    )
     if any(results):
         axes.legend(loc="upper right", bbox_to_anchor=(1.12, 1.05))
-    return figure
+    return canvas.figure

@@ -9,15 +9,20 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from vitscope.diagnostics.variance.feature_map_variance import FeatureMapVarianceResult
-from vitscope.plotting.depth_axis import points_by_kind, shade_bands, shared_legend
+from vitscope.plotting.canvas import COLUMN_WIDTH, new_canvas, result_color
+from vitscope.plotting.depth_axis import DEPTH_LABEL, points_by_kind, shade_bands, shared_legend
+from vitscope.plotting.style import MARKERS
 
 
-def feature_map_variance(results: Mapping[str, FeatureMapVarianceResult], *, view: str = "both") -> Figure:
-    """Draw the variance over depth (Fig 9) and each unit's log variance ratio.
+def feature_map_variance(
+    results: Mapping[str, FeatureMapVarianceResult], *, view: str = "both", log: bool | None = None
+) -> Figure:
+    """Draw the variance over depth (Fig 9) and each unit's log variance ratio; the rows of several models share their axes.
 
     Args:
         results: by the name in the title or legend.
         view: ``both``, a row a model; ``variance``, where several models share one pair of axes; or ``ratio``.
+        log: a logarithmic axis of the variance; by default for one model whose values span more than a factor of 30.
 
     Raises:
         ValueError: an unknown view.
@@ -26,50 +31,59 @@ def feature_map_variance(results: Mapping[str, FeatureMapVarianceResult], *, vie
     if view not in ("both", *drawn):
         raise ValueError(f"Expected view to be one of both, variance, ratio, received {view!r}.")
     if view == "variance" and len(results) > 1:
-        return _overlay(results)
+        return _overlay(results, bool(log))
     views = list(drawn) if view == "both" else [view]
-    figure = Figure(figsize=(3.4 * len(views), 2.6 * len(results)), layout="constrained")
-    axes = figure.subplots(len(results), len(views), squeeze=False)
+    canvas = new_canvas(COLUMN_WIDTH * len(views), 0.3 + 2.3 * len(results))
+    axes = canvas.grid(len(results), len(views), sharex="col", sharey="col")
     for row, (name, result) in zip(axes, results.items()):
         for ax, what in zip(row, views):
             _bands(ax, result)
             drawn[what](ax, result)
-            ax.set(title=name, xlim=(-0.02, 1.02), xlabel="normalised depth")
-    shared_legend(figure, axes.flat)
-    return figure
+            ax.set(title=name, xlim=(-0.02, 1.02))
+    if "variance" in views and (log or (log is None and len(results) == 1 and _wide(*results.values()))):
+        axes[0, 0].set_yscale("log")
+    for ax in axes[-1]:
+        ax.set_xlabel(DEPTH_LABEL)
+    shared_legend(canvas, axes.flat)
+    return canvas.figure
 
 
 def _over_depth(ax: Axes, result: FeatureMapVarianceResult) -> None:
     ax.plot(result.depths, result.variance, color="0.4", linewidth=0.8, zorder=2)
     points_by_kind(ax, result.depths, result.kinds, result.variance, result.variance_half_width)
-    _scale(ax, [result])
-    ax.set_ylabel("feature map variance")
+    ax.set_ylabel("Feature map variance")
 
 
 def _ratios(ax: Axes, result: FeatureMapVarianceResult) -> None:
     ax.axhline(0, color="0.5", linewidth=0.6, zorder=1)
     half_width = result.log_variance_ratio_half_width
     points_by_kind(ax, result.depths, result.kinds, result.log_variance_ratio, half_width)
-    ax.set_ylabel("log(variance after / before)")
+    ax.set_ylabel("ln(variance after / before unit)")
 
 
-def _overlay(results: Mapping[str, FeatureMapVarianceResult]) -> Figure:
-    figure = Figure(figsize=(3.4, 2.6), layout="constrained")
-    ax = figure.subplots()
-    for name, result in results.items():
-        ax.errorbar(result.depths, result.variance, result.variance_half_width, marker="o", markersize=3, label=name)
-    _scale(ax, list(results.values()))
-    ax.set(xlim=(-0.02, 1.02), xlabel="normalised depth", ylabel="feature map variance")
-    ax.legend(fontsize="small")
-    return figure
-
-
-def _scale(ax: Axes, results: list[FeatureMapVarianceResult]) -> None:
-    """Take a logarithmic axis where the values span more than a factor of thirty."""
-    values = np.concatenate([result.variance for result in results])
-    values = values[np.isfinite(values)]
-    if len(values) and values.max() > 30 * values.min():
+def _overlay(results: Mapping[str, FeatureMapVarianceResult], log: bool) -> Figure:
+    canvas = new_canvas(COLUMN_WIDTH, 2.6)
+    ax = canvas.axes()
+    for index, (name, result) in enumerate(results.items()):
+        ax.errorbar(
+            result.depths,
+            result.variance,
+            result.variance_half_width,
+            marker=MARKERS[index % len(MARKERS)],
+            markersize=3,
+            color=result_color(index),
+            label=name,
+        )
+    ax.set(xlim=(-0.02, 1.02), xlabel=DEPTH_LABEL, ylabel="Feature map variance")
+    if log:
         ax.set_yscale("log")
+    ax.legend()
+    return canvas.figure
+
+
+def _wide(result: FeatureMapVarianceResult) -> bool:
+    values = result.variance[np.isfinite(result.variance)]
+    return bool(len(values) and values.max() > 30 * values.min())
 
 
 def _bands(ax: Axes, result: FeatureMapVarianceResult) -> None:
