@@ -142,6 +142,39 @@ def test_inputs_and_what_a_pass_registers_are_as_before(mlp_batches: list) -> No
     assert list(model.state_dict()) == list(state)
 
 
+class InstallsHooks(nn.Module):
+    """Doubles a layer's output by a hook that the first pass installs, as models of transformers record hidden states."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.linear = nn.Linear(6, 4).double()
+        self.has_hooks = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.has_hooks:
+            self.linear.register_forward_hook(lambda _m, _a, out: 2 * out)
+            self.has_hooks = True
+        return self.linear(x.flatten(1))
+
+
+def test_hooks_that_a_pass_installs_are_installed_once(mlp_batches: list) -> None:
+    values = [vs.hessian_eigenvalues(vs.Probe(InstallsHooks(), mlp_batches), k=1).eigenvalues]
+    model = InstallsHooks()
+    probe = vs.Probe(model, mlp_batches)
+    vs.loss_slice(probe, n=3)
+    values.append(vs.hessian_eigenvalues(probe, k=1).eigenvalues)
+    assert not model.has_hooks
+    assert not model.linear._forward_hooks
+    model(mlp_batches[0][0])  # a user's own pass
+    values.append(vs.hessian_eigenvalues(vs.Probe(model, mlp_batches), k=1).eigenvalues)
+    assert len(model.linear._forward_hooks) == 1
+    assert values[0] == values[1] == values[2]
+    doubled = nn.Sequential(nn.Flatten(), model.linear)
+    expected = vs.hessian_eigenvalues(vs.Probe(doubled, mlp_batches), k=1).eigenvalues
+    assert values[0] == pytest.approx(expected, rel=2e-3)  # two searches, each to tol=1e-3
+
+
 class Normalizing(nn.Module):
     """Writes to its own weight at each pass, in place or by rebinding."""
 

@@ -24,6 +24,7 @@ from vitscope.runtime.torch_internals import MODULE_ATTRIBUTES, MODULE_REGISTRIE
 
 #: attributes that every module has; hooks, parameters, buffers and submodules are looked after one by one
 _OWN, _TENSORS = MODULE_ATTRIBUTES, MODULE_REGISTRIES
+_HOOKS = tuple(sorted(name for name in MODULE_ATTRIBUTES if "hook" in name))
 #: containers of more entries are data, not tables of a network
 _MOST_ENTRIES = 1000
 _DEPTH = 4
@@ -37,9 +38,12 @@ _FRAMEWORKS = ("torch", "lightning", "pytorch_lightning", "builtins", "functools
 class AttributeSnapshot:
     """The plain attributes of a model's modules, and the containers and objects they hold, as they were.
 
+    Hooks that are registered later are removed with the attributes that may tell of them: modules of transformers install hooks
+    in their first pass, and a flag.
+
     Args:
         model: whose modules are looked at, and those that they hold in plain lists and dictionaries.
-        hooks: also keep the modules' hooks and the attributes that every module has, such as ``training``.
+        hooks: also put back hooks that were removed, and the attributes that every module has, such as ``training``.
         values: also keep copies of tensors on plain attributes, to undo changes in place.
     """
 
@@ -49,6 +53,7 @@ class AttributeSnapshot:
         self._sets: list[tuple[set[Any], set[Any]]] = []
         self._tensors: list[tuple[Tensor, int, Tensor | None]] = []
         self._registered: list[tuple[nn.Module, tuple[dict[str, Any], ...]]] = []
+        self._hook_keys: list[tuple[MutableMapping[int, Any], frozenset[int]]] = []
         self._seen: set[int] = {id(t) for t in (*model.parameters(), *model.buffers())}
         self._hooks, self._values = hooks, values
         self._pending = list(model.modules())
@@ -63,6 +68,9 @@ class AttributeSnapshot:
                 _restore_registered(vars(module)[name], before, rebind=self._hooks or not module.training)
         for entries, before in self._dicts:
             _restore_mapping(entries, before)
+        for entries, keys in self._hook_keys:
+            for key in [key for key in entries if key not in keys]:
+                del entries[key]
         for entries, before in self._lists:
             if len(entries) != len(before) or any(a is not b for a, b in zip(entries, before)):
                 entries[:] = before
@@ -81,6 +89,8 @@ class AttributeSnapshot:
         self._seen.add(id(module))
         attributes = vars(module)
         self._registered.append((module, tuple(dict(attributes[name]) for name in _TENSORS)))
+        hooks = [value for name in _HOOKS if isinstance(value := attributes.get(name), dict)]
+        self._hook_keys.extend((entries, frozenset(entries)) for entries in hooks)
         skipped = frozenset(_TENSORS) if self._hooks else _OWN
         plain = {key: value for key, value in attributes.items() if key not in skipped}
         self._dicts.append((_Plain(attributes, skipped), plain))
