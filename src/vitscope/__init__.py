@@ -33,7 +33,9 @@ _HOME = {
     "style": "plotting.style",
     "CurvatureOptions": "linalg.curvature.curvature_options",
     "load_probe": "runs.api",
+    "load_result": "runs.api",
     "load_results": "runs.api",
+    "Result": "core.results.result",
 }
 
 # core must not import models: the package as a whole connects them, and imports nothing heavy for it

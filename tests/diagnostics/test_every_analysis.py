@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from tests.helpers.analysis_runs import NAMES
+from tests.helpers.result_checks import check_result
 from vitscope.analyses import runner, spec
 from vitscope.analyses.context import AnalysisContext
 from vitscope.config import factories
@@ -108,7 +109,9 @@ def test_numbers_that_are_not_finite(made: AnalysisContext, name: str, tmp_path:
     before = state(network)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        runner.perform(chosen(place, name), place, reuse=False)
+        result = runner.perform(chosen(place, name), place, reuse=False)
+    if result is not None:
+        check_result(result, tmp_path)
     assert any("null" in str(warning.message) for warning in caught), [str(w.message) for w in caught]
     assert_same(before, network)
     (record,) = (folder / "results" / name).glob("*.json")

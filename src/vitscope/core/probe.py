@@ -6,7 +6,7 @@ bit-identical: weights, buffers, modes, gradients and random states.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import fields
 from functools import partial
@@ -30,6 +30,7 @@ from vitscope.core.objective import Objective
 from vitscope.core.objective_card import ObjectiveCard as ObjectiveCard
 from vitscope.core.objective_card import versions
 from vitscope.core.optimizer_state import OptimizerState
+from vitscope.core.results.result_text import html_of, objective_text, shown, text_of
 from vitscope.core.structure_lookup import structure_reader
 from vitscope.runtime import distributed
 
@@ -103,6 +104,27 @@ class Probe:
         self._sizes: tuple[int, int, int] | None = None
         self._seen = SeenBatches()
         self._passes = PassChecks(self.model, self.objective, lambda: next(self.iter_batches(), None))
+
+    def __repr__(self) -> str:
+        """Return the model, the batches, the objective and the taps, as far as they are known without a pass."""
+        return text_of("Probe", self._facts())
+
+    def _repr_html_(self) -> str:
+        return html_of("Probe", self._facts())
+
+    def _facts(self) -> dict[str, str]:
+        counts = f", {self._sizes[0]:,} images" if self._sizes else ""
+        is_sized = isinstance(self.batches.source, Sized)
+        n_batches = f"{len(self.batches)} batches" if is_sized else "counted at the first pass"
+        names = "looked up at the first measure" if self._taps is None else shown([tap.name for tap in self._taps])
+        n_parameters = sum(p.numel() for p in self.model.parameters())
+        return {
+            "model": f"{type(self.model).__name__}, {n_parameters:,} parameters on {self.device}",
+            "batches": n_batches + counts,
+            "objective": objective_text(self.objective),
+            "taps": names or "none",
+            **{key: shown(value) for key, value in self.about.items()},
+        }
 
     @property
     def taps(self) -> list[Any]:

@@ -24,6 +24,20 @@ def load_results(run: str | Path) -> dict[str, dict[str, Any]]:
     return results
 
 
+def load_result(path: str | Path) -> Any:
+    """Return the result that ``result.save(path)`` wrote, or a file in ``results/`` of a run; equal to what was saved.
+
+    Nothing in the file is executed.
+
+    Args:
+        path: the ``.npz`` file.
+
+    Raises:
+        StorageError: no such file, a damaged one, or no result of this package.
+    """
+    return result_store.load(Path(path))
+
+
 def load_probe(
     run: str | Path,
     split: str = "test",

@@ -18,6 +18,7 @@ from vitscope.core.measure_options import record_options
 from vitscope.core.objective import Objective, hard_targets, labeled
 from vitscope.core.objective_card import ObjectiveCard
 from vitscope.core.probe import Probe
+from vitscope.core.results.result import Result
 from vitscope.core.run_inputs import ResumableRows
 from vitscope.diagnostics.adversarial._attacks import NORMS, Ball
 from vitscope.diagnostics.adversarial._losses import LOSSES
@@ -32,7 +33,7 @@ LEVEL = 1 / 255
 
 
 @dataclass(frozen=True)
-class AdversarialResult:
+class AdversarialResult(Result, coordinates={"attack": ("attacks", "suite_attacks"), "epsilon": "epsilons"}):
     """Robust accuracy is an upper bound: a stronger attack may find more.
 
     Attributes:

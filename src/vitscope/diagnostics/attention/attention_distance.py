@@ -11,6 +11,7 @@ from vitscope.core.batches.batch_inputs import images_of
 from vitscope.core.measure_options import record_options
 from vitscope.core.objective_card import ObjectiveCard
 from vitscope.core.probe import Probe
+from vitscope.core.results.result import Result
 from vitscope.core.running_mean import estimates
 from vitscope.core.undefined_values import warn_nulls
 from vitscope.diagnostics.attention._running_sums import Sums
@@ -23,7 +24,7 @@ from vitscope.stats.intervals import few_images
 
 
 @dataclass(frozen=True)
-class AttentionDistanceResult:
+class AttentionDistanceResult(Result, coordinates={"unit": "units", "stage": "stages", "depth": "depths"}):
     """Means over images and over the queries of the map; half widths belong to 95% t-intervals over images.
 
     Attributes:
@@ -32,11 +33,11 @@ class AttentionDistanceResult:
         depths: (n_units,) from 0 to 1, among all units of the model.
         n_heads: (n_units,).
         n_keys: (n_units,) keys of a query, class tokens included.
-        distance: one array (n_heads,) a unit: pixels.
-        distance_half_width: likewise, half their t-intervals over images; NaN with fewer than 128 images.
-        entropy: one array (n_heads,) a unit: nats, at most ln(n_keys).
-        entropy_half_width: likewise.
-        off_map: one array (n_heads,) a unit: share of attention on keys without a place (class tokens, padding).
+        distance: (n_units, n_heads) one array a unit: pixels.
+        distance_half_width: (n_units, n_heads) likewise, half their t-intervals over images; NaN with fewer than 128 images.
+        entropy: (n_units, n_heads) one array a unit: nats, at most ln(n_keys).
+        entropy_half_width: (n_units, n_heads) likewise.
+        off_map: (n_units, n_heads) one array a unit: share of attention on keys without a place (class tokens, padding).
         uniform_distance: (n_units,) pixels that equal weights over the map, or window, would give.
         n_images: images used.
         card: the conditions.

@@ -14,6 +14,7 @@ from vitscope.core.measure_options import record_options
 from vitscope.core.objective import hard_targets, labeled
 from vitscope.core.objective_card import ObjectiveCard
 from vitscope.core.probe import Probe
+from vitscope.core.results.result import Result
 from vitscope.core.run_inputs import ValidationProbe
 from vitscope.core.undefined_values import warn_nulls
 from vitscope.diagnostics.calibration import _bins
@@ -26,7 +27,7 @@ from vitscope.stats.intervals import estimate, few_images, share_interval, where
 
 
 @dataclass(frozen=True)
-class CalibrationResult:
+class CalibrationResult(Result):
     """Calibration of the most probable class; every mean is over images, intervals are of 95 % over images.
 
     Attributes:

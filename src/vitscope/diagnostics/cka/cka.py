@@ -15,6 +15,7 @@ from vitscope.core.feature_pass import run_feature_pass, shares_pass
 from vitscope.core.measure_options import record_options
 from vitscope.core.objective_card import ObjectiveCard
 from vitscope.core.probe import Probe
+from vitscope.core.results.result import TAP_COORDINATES, Result
 from vitscope.core.tap import Tap
 from vitscope.core.undefined_values import warn_nulls
 from vitscope.diagnostics.cka._blocks import block_structure, p_value
@@ -26,9 +27,15 @@ from vitscope.runtime.progress import track
 from vitscope.runtime.stop_flag import Interrupted
 from vitscope.runtime.value_ranges import Seed
 
+#: columns of the second model in tables
+_OTHER_COORDINATES = {f"other_{column}": f"other_{name}" for column, name in TAP_COORDINATES.items()}
+
 
 @dataclass(frozen=True)
-class CKAResult:
+class CKAResult(
+    Result,
+    coordinates=TAP_COORDINATES | {f"other_{column}": f"other_{name}" for column, name in TAP_COORDINATES.items()},
+):
     """Similarities are ratios of averaged unbiased estimates: they may leave [0, 1] by chance and are not clipped.
 
     Attributes:
@@ -36,12 +43,12 @@ class CKAResult:
         kinds: (n_taps,) such as ``msa``.
         stages: (n_taps,) from 0, the stem.
         depths: (n_taps,) from 0 to 1.
-        other_taps: (n_other,) of the second model; those of the first where there is none. Likewise the next three.
-        other_kinds: see above.
-        other_stages: see above.
-        other_depths: see above.
-        similarity: (n_taps, n_other); NaN where a representation does not vary or is not finite.
-        standard_error: (n_taps, n_other), jackknife over batches, whose square is right on average (up to 20 %
+        other_taps: (n_other_taps,) of the second model; those of the first where there is none. Likewise the next three.
+        other_kinds: (n_other_taps,) see above.
+        other_stages: (n_other_taps,) see above.
+        other_depths: (n_other_taps,) see above.
+        similarity: (n_taps, n_other_taps); NaN where a representation does not vary or is not finite.
+        standard_error: (n_taps, n_other_taps) jackknife over batches, whose square is right on average (up to 20 %
             too large for few small batches); NaN with a single batch.
         block_structure: similarity within minus across stages at equal distance; None between two models or within
             one stage.

@@ -13,6 +13,7 @@ from vitscope.core.losses.requirements import check_classes, check_images
 from vitscope.core.measure_options import record_options
 from vitscope.core.objective_card import ObjectiveCard
 from vitscope.core.probe import Probe
+from vitscope.core.results.result import Result
 from vitscope.core.run_inputs import ResumableRows
 from vitscope.core.undefined_values import warn_nulls
 from vitscope.diagnostics.corruption._archives import archive
@@ -26,7 +27,7 @@ SETS = {"common": COMMON, "validation": VALIDATION, "all": COMMON + VALIDATION}
 
 
 @dataclass(frozen=True)
-class CorruptionResult:
+class CorruptionResult(Result, coordinates={"type": "types", "severity": "severities"}):
     """Means go over the fifteen common types that were measured (over the others where none of them was).
 
     Attributes:

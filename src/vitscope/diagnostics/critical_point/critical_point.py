@@ -15,6 +15,7 @@ from vitscope.core.losses.requirements import check_non_negative
 from vitscope.core.measure_options import record_options
 from vitscope.core.objective_card import ObjectiveCard
 from vitscope.core.probe import Batch, Probe
+from vitscope.core.results.result import Result
 from vitscope.diagnostics.critical_point._verdict import (
     ROUNDING,
     TINY,
@@ -51,7 +52,7 @@ COLUMNS = (
 
 
 @dataclass(frozen=True)
-class CriticalPointResult:
+class CriticalPointResult(Result, coordinates={"images": "n_images", "distance": "distance"}):
     """Gradient and extreme curvature on growing parts of the data, and what follows from them.
 
     Attributes:

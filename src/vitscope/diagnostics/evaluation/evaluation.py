@@ -16,6 +16,7 @@ from vitscope.core.measure_options import record_options
 from vitscope.core.objective import hard_targets, labeled
 from vitscope.core.objective_card import ObjectiveCard
 from vitscope.core.probe import Probe
+from vitscope.core.results.result import Result
 from vitscope.runtime import distributed
 from vitscope.runtime.progress import track
 from vitscope.stats.intervals import share_interval
@@ -25,7 +26,7 @@ CHOICES = ("all", "present")
 
 
 @dataclass(frozen=True)
-class EvaluationResult:
+class EvaluationResult(Result, coordinates={"class": "classes", "class_name": "class_names"}):
     """Means over images; NaN where a logit that counts is not finite.
 
     Attributes:

@@ -18,6 +18,7 @@ from torch import Tensor
 from vitscope.core.measure_options import record_options
 from vitscope.core.objective_card import ObjectiveCard
 from vitscope.core.probe import Probe
+from vitscope.core.results.result import UNIT_COORDINATES, Result
 from vitscope.core.run_inputs import UntrainedModel
 from vitscope.core.running_mean import RunningMean, estimates
 from vitscope.core.undefined_values import warn_nulls
@@ -32,7 +33,11 @@ from vitscope.stats.intervals import check_level, few_images
 
 
 @dataclass(frozen=True)
-class BranchTransferResult:
+class BranchTransferResult(
+    Result,
+    coordinates=UNIT_COORDINATES | {"kind": ("kinds", "kind_names"), "frequency": "normalized_frequency"},
+    untabulated=("replicates",),
+):
     """Transfer of each residual unit, in natural logarithms; NaN is null.
 
     Tuples hold one array a unit of ``n_bins`` entries, frequency 0 first (empty for units that change the map's size).
@@ -42,8 +47,9 @@ class BranchTransferResult:
         kinds: (n_units) ``conv msa mlp pool``.
         stages: (n_units,) stage numbers.
         depths: (n_units,) normalised depth in [0, 1].
-        normalized_frequency: true frequency of each bin in units of pi.
-        transfer: mean over images of log|F(branch output)| - log|F(normalised branch input)|, each averaged over channels.
+        normalized_frequency: (n_units, n_bins) true frequency of each bin in units of pi.
+        transfer: (n_units, n_bins) mean over images of log|F(branch output)| - log|F(normalised branch input)|, each averaged
+            over channels.
         contrast: (n_units,) mean transfer in the highest third of the non-constant bins minus that in the lowest third;
             negative: a low-pass filter.
         contrast_half_width: (n_units,) half its t-interval over images; NaN with fewer than 128, as the intervals by kind.

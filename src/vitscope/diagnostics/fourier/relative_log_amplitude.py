@@ -13,6 +13,7 @@ from vitscope.core.feature_pass import run_feature_pass, shares_pass
 from vitscope.core.measure_options import record_options
 from vitscope.core.objective_card import ObjectiveCard
 from vitscope.core.probe import Probe
+from vitscope.core.results.result import TAP_COORDINATES, Result
 from vitscope.core.running_mean import RunningMean, estimates
 from vitscope.core.undefined_values import warn_nulls
 from vitscope.diagnostics.fourier._spectrum import EPS, Spectrum, frequencies, spectrum, varies
@@ -21,7 +22,7 @@ from vitscope.stats.intervals import Estimate, check_level, few_images
 
 
 @dataclass(frozen=True)
-class RelativeLogAmplitudeResult:
+class RelativeLogAmplitudeResult(Result, coordinates=TAP_COORDINATES | {"frequency": "normalized_frequency"}):
     """Spectra of the feature maps after each unit; natural logarithms, frequencies in units of pi.
 
     Tuples hold one array a tap, of ``n_bins`` entries, the constant part (frequency 0) first. NaN is null.
@@ -32,13 +33,15 @@ class RelativeLogAmplitudeResult:
         stages: (n_taps,) stage numbers.
         depths: (n_taps,) normalised depth in [0, 1].
         map_sizes: (n_taps, 2) height and width.
-        normalized_frequency: true frequency of each bin.
-        paper_frequency: the official notebook's axis, which labels the last bin 1 whatever it is.
-        log_amplitude: the paper's curve: mean over images and channels of log(|F| + eps), minus its first bin.
-        log_amplitude_half_width: half its t-interval over images; NaN with fewer than 128, as the half widths that follow.
-        log_amplitude_size_corrected: the curve plus ln(sqrt(h w)) at frequencies above 0: the constant part grows with
-            the map's area, white noise with the root of it, so only this may be compared between map sizes.
-        log_amplitude_first_ac: the mean log amplitude minus that of the first non-constant bin (NaN at frequency 0).
+        normalized_frequency: (n_taps, n_bins) true frequency of each bin.
+        paper_frequency: (n_taps, n_bins) the official notebook's axis, which labels the last bin 1 whatever it is.
+        log_amplitude: (n_taps, n_bins) the paper's curve: mean over images and channels of log(|F| + eps), minus its first bin.
+        log_amplitude_half_width: (n_taps, n_bins) half its t-interval over images; NaN with fewer than 128, as the half widths
+            that follow.
+        log_amplitude_size_corrected: (n_taps, n_bins) the curve plus ln(sqrt(h w)) at frequencies above 0: the constant part
+            grows with the map's area, white noise with the root of it, so only this may be compared between map sizes.
+        log_amplitude_first_ac: (n_taps, n_bins) the mean log amplitude minus that of the first non-constant bin (NaN at
+            frequency 0).
         high_frequency: (n_taps,) the paper's curve at its last bin (Fig 8).
         high_frequency_half_width: (n_taps,) half its t-interval.
         high_frequency_first_ac: (n_taps,) the same relative to the first non-constant bin.

@@ -13,6 +13,7 @@ from vitscope.core.losses.requirements import check_classes, check_images
 from vitscope.core.measure_options import record_options
 from vitscope.core.objective_card import ObjectiveCard
 from vitscope.core.probe import Probe
+from vitscope.core.results.result import Result
 from vitscope.core.run_inputs import ResumableRows
 from vitscope.core.undefined_values import warn_nulls
 from vitscope.diagnostics.frequency_noise._perturbed_evaluation import Means, perturbed
@@ -22,14 +23,14 @@ from vitscope.stats.intervals import check_level
 
 
 @dataclass(frozen=True)
-class FourierHeatmapResult:
+class FourierHeatmapResult(Result, coordinates={"vertical": "vertical", "horizontal": "horizontal"}):
     """Error rates (shares in [0, 1]) under plane waves; the lowest frequency stands in the centre.
 
     A real wave has the frequencies (k, l) and (-k, -l), so the map is symmetric about its centre, ``[h // 2, w // 2]``.
 
     Attributes:
         error_rate: (h, w), or (n, n) where only the lowest frequencies were asked for.
-        error_rate_half_width: half the t-intervals over images, of the same shape; NaN where fewer than 10 are right, or wrong.
+        error_rate_half_width: (h, w) half the t-intervals over images; NaN where fewer than 10 are right, or wrong.
         vertical: (h,) frequency of each row in units of pi, from -1 (or above) to 1.
         horizontal: (w,) frequency of each column.
         clean_error_rate: without a wave.

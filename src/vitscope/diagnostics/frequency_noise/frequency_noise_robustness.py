@@ -12,6 +12,7 @@ from vitscope.core.losses.requirements import check_classes, check_images
 from vitscope.core.measure_options import record_options
 from vitscope.core.objective_card import ObjectiveCard
 from vitscope.core.probe import Probe
+from vitscope.core.results.result import Result
 from vitscope.core.run_inputs import ResumableRows
 from vitscope.core.undefined_values import warn_nulls
 from vitscope.diagnostics.frequency_noise._bands import (
@@ -32,7 +33,7 @@ CONSTRUCTIONS = ("equal_rms", "official")
 
 
 @dataclass(frozen=True)
-class FrequencyNoiseRobustnessResult:
+class FrequencyNoiseRobustnessResult(Result, coordinates={"frequency": "normalized_frequency", "rms": "curve_rms"}):
     """Change under noise of each frequency band; accuracies are shares in [0, 1], frequencies in units of pi.
 
     A band without a bin at this image size is NaN. Half widths are those of t-intervals over images, paired with the clean

@@ -12,6 +12,7 @@ from vitscope.core.losses.requirements import check_classes, check_images
 from vitscope.core.measure_options import record_options
 from vitscope.core.objective_card import ObjectiveCard
 from vitscope.core.probe import Probe
+from vitscope.core.results.result import Result
 from vitscope.core.run_inputs import ResumableRows
 from vitscope.core.undefined_values import warn_nulls
 from vitscope.diagnostics.frequency_noise._bands import filtered, frequency
@@ -20,7 +21,7 @@ from vitscope.stats.intervals import check_level
 
 
 @dataclass(frozen=True)
-class InputFilterResult:
+class InputFilterResult(Result, coordinates={"cutoff": "cutoff"}):
     """Accuracy (shares in [0, 1]) and loss (nats) by cut-off, whose unit is pi.
 
     Attributes:

@@ -13,6 +13,7 @@ from vitscope.core.measure_options import record_options
 from vitscope.core.objective import hard_targets, labeled
 from vitscope.core.objective_card import ObjectiveCard
 from vitscope.core.probe import Probe
+from vitscope.core.results.result import Result
 from vitscope.core.undefined_values import warn_nulls
 from vitscope.runtime.distributed import all_reduce_sum, world_size
 from vitscope.runtime.progress import track
@@ -20,7 +21,7 @@ from vitscope.stats.intervals import check_level, share_interval
 
 
 @dataclass(frozen=True)
-class ShapeBiasResult:
+class ShapeBiasResult(Result):
     """What a model decides for where shape and texture name different classes.
 
     Attributes:

@@ -10,6 +10,7 @@ import numpy as np
 from vitscope.core.measure_options import record_options
 from vitscope.core.objective_card import ObjectiveCard
 from vitscope.core.probe import Probe
+from vitscope.core.results.result import Result
 from vitscope.diagnostics.hessian.hessian_max_eigenvalue_spectrum import hessian_max_eigenvalue_spectrum
 from vitscope.linalg.curvature.curvature_options import CurvatureArguments, curvature_arguments
 from vitscope.runtime.torch_internals import BatchNormBase
@@ -17,16 +18,16 @@ from vitscope.runtime.value_ranges import PositiveInt
 
 
 @dataclass(frozen=True)
-class BnPolicyResult:
+class BnPolicyResult(Result):
     """Top eigenvalues of the same mini-batches under both policies.
 
     Attributes:
         eigenvalues_eval, eigenvalues_batch: (n_batches, n_top) by magnitude descending: running and batch statistics.
-        residuals_eval, residuals_batch: of the same shape.
-        nep: (2,) negative eigenvalue proportion under ``eval`` and ``batch``.
-        nep_intervals: (2, 2) 95 % over batches, NaN with fewer than 8 of them.
-        ape: (2,) average positive eigenvalue.
-        ape_intervals: (2, 2), NaN with fewer than 4.
+        residuals_eval, residuals_batch: (n_batches, n_top) norms of H v - lambda v.
+        nep: (n_policies,) negative eigenvalue proportion under ``eval`` and ``batch``.
+        nep_intervals: (n_policies, 2) 95 % over batches, NaN with fewer than 8 of them.
+        ape: (n_policies,) average positive eigenvalue.
+        ape_intervals: (n_policies, 2), NaN with fewer than 4.
         n_norms: BatchNorm layers in the model.
         card: under which conditions; ``bn_policy`` is ``both``.
     """

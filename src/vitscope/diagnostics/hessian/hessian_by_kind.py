@@ -10,6 +10,7 @@ import numpy as np
 from vitscope.core.measure_options import record_options
 from vitscope.core.objective_card import ObjectiveCard
 from vitscope.core.probe import Probe
+from vitscope.core.results.result import Result
 from vitscope.diagnostics.hessian.hessian_max_eigenvalue_spectrum import hessian_max_eigenvalue_spectrum
 from vitscope.linalg.curvature.curvature_options import CurvatureArguments, CurvatureOptions, curvature_arguments
 from vitscope.linalg.curvature.operator_factory import curvatures
@@ -22,7 +23,7 @@ ORDER = ("stem", "conv", "msa", "mlp", "pool", "head")
 
 
 @dataclass(frozen=True)
-class HessianByKindResult:
+class HessianByKindResult(Result, coordinates={"group": "groups"}):
     """Top eigenvalues of each block by mini-batch; signs and intervals as in `hessian_max_eigenvalue_spectrum`.
 
     Attributes:

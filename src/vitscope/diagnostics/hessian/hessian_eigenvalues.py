@@ -10,6 +10,7 @@ import numpy as np
 from vitscope.core.measure_options import record_options
 from vitscope.core.objective_card import ObjectiveCard
 from vitscope.core.probe import Probe
+from vitscope.core.results.result import Result
 from vitscope.linalg.curvature.curvature_options import CurvatureArguments, CurvatureOptions, curvature_arguments
 from vitscope.linalg.curvature.operator_factory import curvatures
 from vitscope.linalg.solvers import solve
@@ -17,7 +18,7 @@ from vitscope.runtime.value_ranges import PositiveInt
 
 
 @dataclass(frozen=True)
-class HessianEigenvaluesResult:
+class HessianEigenvaluesResult(Result, untabulated=("eigenvectors",)):
     """Eigenvalues of one operator.
 
     Attributes:

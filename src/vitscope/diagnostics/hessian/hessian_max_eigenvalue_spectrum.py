@@ -11,6 +11,7 @@ import numpy as np
 from vitscope.core.measure_options import record_options
 from vitscope.core.objective_card import ObjectiveCard
 from vitscope.core.probe import Probe
+from vitscope.core.results.result import Result
 from vitscope.core.run_inputs import ResumableRows
 from vitscope.diagnostics.hessian import _nep_statistics
 from vitscope.diagnostics.hessian._batchwise_spectrum import BatchwiseSpectrum
@@ -21,7 +22,7 @@ from vitscope.runtime.value_ranges import PositiveFloat, PositiveInt
 
 
 @dataclass(frozen=True)
-class HessianMaxEigenvalueSpectrumResult:
+class HessianMaxEigenvalueSpectrumResult(Result, coordinates={"batch": "batches", "grid": "grid"}):
     """Top eigenvalues by mini-batch, and what the paper makes of them.
 
     A value is negative where it is below minus its residual, positive where it is above it; those within their residual of

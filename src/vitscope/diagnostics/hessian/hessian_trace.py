@@ -12,6 +12,7 @@ from torch import Tensor
 from vitscope.core.measure_options import record_options
 from vitscope.core.objective_card import ObjectiveCard
 from vitscope.core.probe import Probe
+from vitscope.core.results.result import Result
 from vitscope.linalg.curvature.curvature_operator import Curvature
 from vitscope.linalg.curvature.curvature_options import CurvatureArguments, CurvatureOptions, curvature_arguments
 from vitscope.linalg.curvature.operator_factory import curvatures
@@ -28,13 +29,13 @@ LEAST_VECTORS = 20
 
 
 @dataclass(frozen=True)
-class HessianTraceResult:
+class HessianTraceResult(Result):
     """The sum of all eigenvalues.
 
     Attributes:
         trace: the estimate.
         standard_error: of the estimate, over random vectors; NaN for a single one. 0 where no part was random.
-        estimates: (n,) the estimate of each random vector.
+        estimates: (n_vectors,) the estimate of each random vector.
         sketch_trace: the part that ``hutch++`` computes exactly, 0 for ``hutchinson``; included in ``trace``.
         size: number of parameters analysed.
         n_products: products with the operator.

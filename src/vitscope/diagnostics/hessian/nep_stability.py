@@ -16,6 +16,7 @@ from vitscope.core.measure_options import record_options
 from vitscope.core.objective import labeled
 from vitscope.core.objective_card import ObjectiveCard
 from vitscope.core.probe import Batch, Probe
+from vitscope.core.results.result import Result
 from vitscope.core.run_inputs import ResumableRows
 from vitscope.diagnostics.hessian import _nep_statistics
 from vitscope.linalg.curvature.curvature_options import CurvatureArguments, CurvatureOptions, curvature_arguments
@@ -28,7 +29,7 @@ from vitscope.runtime.value_ranges import PositiveInt
 
 
 @dataclass(frozen=True)
-class NepStabilityResult:
+class NepStabilityResult(Result, coordinates={"k": "k", "batch_size": "batch_size", "tol": "tol", "mixup": "mixup"}):
     """NEP and APE under one setting a row.
 
     Attributes:

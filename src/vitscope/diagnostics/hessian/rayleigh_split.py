@@ -14,6 +14,7 @@ from vitscope.core.losses.named_losses import LOSSES
 from vitscope.core.measure_options import record_options
 from vitscope.core.objective_card import ObjectiveCard
 from vitscope.core.probe import Probe
+from vitscope.core.results.result import Result
 from vitscope.linalg.curvature.curvature_options import CurvatureArguments, CurvatureOptions, curvature_arguments
 from vitscope.linalg.curvature.operator_factory import curvatures
 from vitscope.linalg.eigensolver import Eigenpairs
@@ -24,16 +25,16 @@ from vitscope.runtime.value_ranges import PositiveInt
 
 
 @dataclass(frozen=True)
-class RayleighSplitResult:
+class RayleighSplitResult(Result, coordinates={"kind": "kinds"}):
     """Each eigenvalue as a sum, each eigenvector's mass by kind of parameter.
 
     Attributes:
-        eigenvalues: (n,) the top k by magnitude, then those of the n_ends largest and n_ends smallest that are not among them.
-        residuals: of the same shape, norms of H v - lambda v.
-        gauss_newton: v^T G v, never negative: the curvature of the loss in the logits seen through the Jacobian.
-        remainder: v^T (H - G) v without the L2 term: the curvature of the network. Only this part can be negative.
-        l2: v^T H_L2 v. The three add up to the eigenvalue.
-        mass: (n, n_kinds) squared length of v on the parameters of each kind; rows sum to 1.
+        eigenvalues: (k,) the top k by magnitude, then those of the n_ends largest and n_ends smallest that are not among them.
+        residuals: (k,) norms of H v - lambda v.
+        gauss_newton: (k,) v^T G v, never negative: the curvature of the loss in the logits seen through the Jacobian.
+        remainder: (k,) v^T (H - G) v without the L2 term: the curvature of the network. Only this part can be negative.
+        l2: (k,) v^T H_L2 v. The three add up to the eigenvalue.
+        mass: (k, n_kinds) squared length of v on the parameters of each kind; rows sum to 1.
         kinds: (n_kinds,) the kinds that occur.
         share_of_parameters: (n_kinds,) the mass that a random vector would have.
         card: under which conditions.

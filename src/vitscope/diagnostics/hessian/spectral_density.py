@@ -11,6 +11,7 @@ import numpy as np
 from vitscope.core.measure_options import record_options
 from vitscope.core.objective_card import ObjectiveCard
 from vitscope.core.probe import Probe
+from vitscope.core.results.result import Result
 from vitscope.core.run_inputs import ResumableRows
 from vitscope.diagnostics.hessian.hessian_trace import LEAST_VECTORS
 from vitscope.linalg.curvature.curvature_operator import Curvature
@@ -29,7 +30,7 @@ N_MOMENTS = 4
 
 
 @dataclass(frozen=True)
-class SpectralDensityResult:
+class SpectralDensityResult(Result, coordinates={"grid": "grid"}):
     """Quadrature rules of the spectrum and the density they make.
 
     The spectrum as a distribution over the ``size`` eigenvalues, each of mass 1 / size. Intervals are 95 % t-intervals over

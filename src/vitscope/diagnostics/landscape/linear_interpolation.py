@@ -12,6 +12,7 @@ from torch import Tensor
 from vitscope.core.measure_options import record_options
 from vitscope.core.objective_card import ObjectiveCard
 from vitscope.core.probe import Probe
+from vitscope.core.results.result import Result
 from vitscope.core.run_inputs import ResumableRows, RunCheckpoints
 from vitscope.core.weight_space import (
     BatchNormPolicy,
@@ -32,7 +33,7 @@ MODEL = "model"
 
 
 @dataclass(frozen=True)
-class LinearInterpolationResult:
+class LinearInterpolationResult(Result, coordinates={"t": "t"}):
     """What was found at ``(1 - t) * start + t * end``.
 
     Attributes:

@@ -10,6 +10,7 @@ import torch
 from vitscope.core.measure_options import record_options
 from vitscope.core.objective_card import ObjectiveCard
 from vitscope.core.probe import Probe
+from vitscope.core.results.result import Result
 from vitscope.core.run_inputs import ResumableRows, RunCheckpoints
 from vitscope.core.weight_space import BatchNormPolicy
 from vitscope.diagnostics.landscape.linear_interpolation import linear_interpolation
@@ -18,7 +19,7 @@ from vitscope.runtime.value_ranges import PositiveInt
 
 
 @dataclass(frozen=True)
-class LossBarrierResult:
+class LossBarrierResult(Result, coordinates={"t": "t"}):
     """How far the straight way lies above the chord between its ends.
 
     Attributes:

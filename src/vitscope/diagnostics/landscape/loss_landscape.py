@@ -13,6 +13,7 @@ import torch
 from vitscope.core.measure_options import record_options
 from vitscope.core.objective_card import ObjectiveCard
 from vitscope.core.probe import Probe
+from vitscope.core.results.result import Result
 from vitscope.core.run_inputs import ResumableRows, RunCheckpoints
 from vitscope.core.weight_space import BatchNormPolicy
 from vitscope.diagnostics.landscape._axes import Axes, plane_axes
@@ -26,17 +27,17 @@ from vitscope.runtime.value_ranges import PositiveFloat, PositiveInt, Seed
 
 
 @dataclass(frozen=True)
-class LossLandscapeResult:
+class LossLandscapeResult(Result, coordinates={"x": "x", "y": "y", "checkpoint": "labels"}):
     """What was found at each point of the plane ``w + x * d1 + y * d2``.
 
     Attributes:
-        x: (n,) coordinates along the first direction, in units of that direction.
-        y: (n,) coordinates along the second.
-        nll: (n, n) mean cross entropy in nats, first index x; not finite where the model is not.
-        l2_half_sq: (n, n) wd/2 * the sum of squares of all parameters, tied ones once.
-        l2_sum_norm: (n, n) wd * the sum of the tensors' norms (the released code's L2).
-        accuracy: (n, n) share of images classified correctly.
-        ece: (n, n) expected calibration error, ten bins.
+        x: (n_x,) coordinates along the first direction, in units of that direction.
+        y: (n_y,) coordinates along the second.
+        nll: (n_x, n_y) mean cross entropy in nats, first index x; not finite where the model is not.
+        l2_half_sq: (n_x, n_y) wd/2 * the sum of squares of all parameters, tied ones once.
+        l2_sum_norm: (n_x, n_y) wd * the sum of the tensors' norms (the released code's L2).
+        accuracy: (n_x, n_y) share of images classified correctly.
+        ece: (n_x, n_y) expected calibration error, ten bins.
         directions: ``random``, ``eigenvectors``, ``pca``, ``gradient``, ``checkpoints`` or ``given``.
         normalization: of the directions.
         preset: ``official`` where the released code's settings were asked for, else empty.
@@ -46,7 +47,7 @@ class LossLandscapeResult:
         n_nonfinite: the number of points whose nll is NaN or infinite.
         dtype_error: largest absolute difference in nll (nats) that the reduced precision made, over the centre and the
             four corners; None in full precision.
-        labels: of the checkpoints, for ``pca`` and ``checkpoints``.
+        labels: (n_checkpoints,) of the checkpoints, for ``pca`` and ``checkpoints``.
         path: (n_checkpoints, 2) coordinates of the checkpoints, projected on the plane.
         projection_error: (n_checkpoints,) distance from the plane over distance from the centre.
         card: the objective card.

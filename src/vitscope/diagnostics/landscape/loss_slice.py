@@ -13,6 +13,7 @@ import torch
 from vitscope.core.measure_options import record_options
 from vitscope.core.objective_card import ObjectiveCard
 from vitscope.core.probe import Probe
+from vitscope.core.results.result import Result
 from vitscope.core.run_inputs import ResumableRows, RunCheckpoints
 from vitscope.core.weight_space import BatchNormPolicy
 from vitscope.diagnostics.landscape._direction_options import Kind, Preset, Source, preset_source
@@ -24,7 +25,7 @@ from vitscope.stats.intervals import t_half_width_of_rows
 
 
 @dataclass(frozen=True)
-class LossSliceResult:
+class LossSliceResult(Result, coordinates={"x": "x"}):
     """What was found along ``w + x * d``, averaged over the directions d.
 
     Attributes:

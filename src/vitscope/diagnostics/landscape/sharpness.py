@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from vitscope.core.measure_options import record_options
 from vitscope.core.objective_card import ObjectiveCard
 from vitscope.core.probe import Probe
+from vitscope.core.results.result import Result
 from vitscope.core.run_inputs import ResumableRows
 from vitscope.core.weight_space import BatchNormPolicy, guarded_evaluation
 from vitscope.diagnostics.landscape._direction_options import Source
@@ -41,7 +42,7 @@ SATURATED_SHARE = 0.1
 
 
 @dataclass(frozen=True)
-class SharpnessResult:
+class SharpnessResult(Result, coordinates={"radius": "radii"}):
     """Rises of the NLL (nats) above the model's own, at distances relative to the filters' norms.
 
     Attributes:

@@ -13,6 +13,7 @@ from vitscope.core.losses.requirements import check_image_losses
 from vitscope.core.measure_options import record_options
 from vitscope.core.objective_card import ObjectiveCard
 from vitscope.core.probe import Probe
+from vitscope.core.results.result import UNIT_COORDINATES, Result
 from vitscope.core.run_inputs import ResumableRows
 from vitscope.core.running_mean import RunningMean, estimates
 from vitscope.core.undefined_values import warn_nulls
@@ -28,7 +29,9 @@ PREFIXES = {"branch_zero": "", "conv3x3_identity": "identity_", "stage": "stage_
 
 
 @dataclass(frozen=True)
-class LesionResult:
+class LesionResult(
+    Result, coordinates=UNIT_COORDINATES | {"unit": ("units", "identity_units", "stage_units", "head_units")}
+):
     """Changes are lesioned minus whole, over the same images: a part that matters has a negative change of accuracy.
 
     Half widths belong to 95% t-intervals over images, paired. The fields that begin with ``identity_``, ``stage_`` and
@@ -43,21 +46,21 @@ class LesionResult:
         accuracy_half_width: (n_units,); NaN where fewer than 10 answers change.
         nll_change: (n_units,) nats.
         nll_half_width: (n_units,); NaN with fewer than 128 images, or where fewer than 10 are answered wrong before or after.
-        identity_units: names of the units whose 3x3 convolution became an identity (``conv3x3_identity``).
-        identity_accuracy_change: one for each of them; the three that follow likewise.
-        identity_accuracy_half_width: see above.
-        identity_nll_change: see above.
-        identity_nll_half_width: see above.
-        stage_units: names such as ``stage 1 msa``: all branches of a kind in a stage at once.
-        stage_accuracy_change: one for each of them; the three that follow likewise.
-        stage_accuracy_half_width: see above.
-        stage_nll_change: see above.
-        stage_nll_half_width: see above.
-        head_units: names such as ``blocks.1.attn head 0``: single attention heads.
-        head_accuracy_change: one for each of them; the three that follow likewise.
-        head_accuracy_half_width: see above.
-        head_nll_change: see above.
-        head_nll_half_width: see above.
+        identity_units: (n_identity_units,) names of the units whose 3x3 convolution became an identity (``conv3x3_identity``).
+        identity_accuracy_change: (n_identity_units,) in [-1, 1].
+        identity_accuracy_half_width: (n_identity_units,) see ``accuracy_half_width``.
+        identity_nll_change: (n_identity_units,) see ``nll_change``.
+        identity_nll_half_width: (n_identity_units,) see ``nll_half_width``.
+        stage_units: (n_stage_units,) names such as ``stage 1 msa``: all branches of a kind in a stage at once.
+        stage_accuracy_change: (n_stage_units,) in [-1, 1].
+        stage_accuracy_half_width: (n_stage_units,) see ``accuracy_half_width``.
+        stage_nll_change: (n_stage_units,) see ``nll_change``.
+        stage_nll_half_width: (n_stage_units,) see ``nll_half_width``.
+        head_units: (n_head_units,) names such as ``blocks.1.attn head 0``: single attention heads.
+        head_accuracy_change: (n_head_units,) in [-1, 1].
+        head_accuracy_half_width: (n_head_units,) see ``accuracy_half_width``.
+        head_nll_change: (n_head_units,) see ``nll_change``.
+        head_nll_half_width: (n_head_units,) see ``nll_half_width``.
         accuracy: of the whole model.
         nll: of the whole model, nats.
         n_images: images measured.

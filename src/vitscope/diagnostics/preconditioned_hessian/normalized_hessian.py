@@ -12,6 +12,7 @@ from torch import Tensor
 from vitscope.core.measure_options import record_options
 from vitscope.core.objective_card import ObjectiveCard
 from vitscope.core.probe import Probe
+from vitscope.core.results.result import Result
 from vitscope.linalg.curvature.curvature_options import CurvatureArguments, CurvatureOptions, curvature_arguments
 from vitscope.linalg.curvature.operator_factory import curvatures
 from vitscope.linalg.preconditioned_operator import scaled_eigenvalues
@@ -21,7 +22,7 @@ from vitscope.runtime.value_ranges import PositiveInt
 
 
 @dataclass(frozen=True)
-class NormalizedHessianResult:
+class NormalizedHessianResult(Result):
     """Eigenvalues in units of the weights' own size.
 
     Attributes:

@@ -16,6 +16,7 @@ from vitscope.core.measure_options import record_options
 from vitscope.core.objective_card import ObjectiveCard
 from vitscope.core.optimizer_state import OptimizerState, of_optimizer
 from vitscope.core.probe import Probe
+from vitscope.core.results.result import Result
 from vitscope.linalg.curvature.curvature_operator import Curvature
 from vitscope.linalg.curvature.curvature_options import CurvatureArguments, CurvatureOptions, curvature_arguments
 from vitscope.linalg.curvature.operator_factory import Curvatures, curvatures
@@ -27,7 +28,7 @@ from vitscope.runtime.value_ranges import PositiveInt
 
 
 @dataclass(frozen=True)
-class PreconditionedSharpnessResult:
+class PreconditionedSharpnessResult(Result):
     """Eigenvalues of P^-1 H, with P the optimizer's preconditioner, and what its iteration bears.
 
     Attributes:

@@ -13,6 +13,7 @@ from vitscope.core.feature_pass import run_feature_pass, shares_pass
 from vitscope.core.measure_options import record_options
 from vitscope.core.objective_card import ObjectiveCard
 from vitscope.core.probe import Probe
+from vitscope.core.results.result import TAP_COORDINATES, Result
 from vitscope.core.tap import Tap
 from vitscope.core.undefined_values import warn_nulls
 from vitscope.runtime import distributed
@@ -22,7 +23,7 @@ _STRIP = 256
 
 
 @dataclass(frozen=True)
-class EffectiveRankResult:
+class EffectiveRankResult(Result, coordinates=TAP_COORDINATES):
     """Features are the channel vectors at positions of the maps; their covariance is over images and positions.
 
     Attributes:
@@ -34,7 +35,7 @@ class EffectiveRankResult:
         effective_rank: (n_taps,) exp of the entropy of the normalised singular values; NaN where the features do not vary
             or are not finite.
         participation_ratio: (n_taps,) squared sum over sum of squares of the covariance's eigenvalues; NaN likewise.
-        spectrum: one array (channels,) a tap: eigenvalues of the covariance, descending, summing to 1; NaN likewise.
+        spectrum: (n_taps, channels) one array a tap: eigenvalues of the covariance, descending, summing to 1; NaN likewise.
         n_samples: (n_taps,) feature vectors: images times positions.
         n_images: images used.
         card: the conditions.

@@ -12,6 +12,7 @@ from torch import Tensor
 from vitscope.core.measure_options import record_options
 from vitscope.core.objective_card import ObjectiveCard
 from vitscope.core.probe import Probe
+from vitscope.core.results.result import TAP_COORDINATES, Result
 from vitscope.core.undefined_values import warn_nulls
 from vitscope.models.structure.coverage import residual_blocks
 from vitscope.models.structure.found_structure import find_structure
@@ -25,7 +26,7 @@ UNKNOWN = (
 
 
 @dataclass(frozen=True)
-class TapTableResult:
+class TapTableResult(Result, coordinates=TAP_COORDINATES):
     """The taps in the order of the forward pass; `table` gives them as text, which ``analyze.py`` prints.
 
     Attributes:

@@ -12,6 +12,7 @@ from torch import Tensor
 from vitscope.core.measure_options import record_options
 from vitscope.core.objective_card import ObjectiveCard
 from vitscope.core.probe import Probe
+from vitscope.core.results.result import Result
 from vitscope.core.run_inputs import ResumableRows, RunCheckpoints
 from vitscope.core.weight_space import BatchNormPolicy, check_movable, select_checkpoints
 from vitscope.diagnostics.trajectory._checkpoint_rows import checkpoint_rows
@@ -25,11 +26,11 @@ from vitscope.runtime.value_ranges import PositiveInt, Seed
 
 
 @dataclass(frozen=True)
-class TrajectoryResult:
+class TrajectoryResult(Result, coordinates={"checkpoint": "labels", "x": "x", "y": "y"}):
     """Checkpoints seen from the final weights w_end; a difference is ``w_t - w_end`` over all parameters.
 
     Attributes:
-        labels: of the checkpoints, in order.
+        labels: (T,) of the checkpoints, in order.
         radius: (T,) distance from the final weights over that of the first checkpoint (polar r).
         angle: (T,) angle in radians between a checkpoint's difference and the first one's (polar theta); NaN where the
             difference is zero.
@@ -41,10 +42,10 @@ class TrajectoryResult:
         accuracy: (T,) of each checkpoint itself.
         in_plane_accuracy: (T,) of its projection.
         straightness: the first checkpoint's distance over the length of the way through all; 1 for a straight way.
-        x: (n,) coordinates of the surface along the first direction, in units of weights; empty without one.
-        y: (n,) along the second.
-        plane_nll: (n, n) nll over the plane, first index x.
-        plane_accuracy: (n, n) accuracy over the plane.
+        x: (n_x,) coordinates of the surface along the first direction, in units of weights; empty without one.
+        y: (n_y,) along the second.
+        plane_nll: (n_x, n_y) nll over the plane, first index x.
+        plane_accuracy: (n_x, n_y) accuracy over the plane.
         n_nonfinite: the number of measured points whose nll is NaN or infinite.
         batchnorm: whether the model has running statistics, which are the final model's everywhere in the plane.
         card: the objective card.

@@ -14,6 +14,7 @@ from vitscope.core.feature_pass import run_feature_pass, shares_pass
 from vitscope.core.measure_options import record_options
 from vitscope.core.objective_card import ObjectiveCard
 from vitscope.core.probe import Probe
+from vitscope.core.results.result import TAP_COORDINATES, Result
 from vitscope.core.running_mean import RunningMean, estimates
 from vitscope.core.undefined_values import warn_nulls
 from vitscope.runtime.distributed import gather_objects
@@ -24,7 +25,7 @@ _CANCELLED = 1e-2
 
 
 @dataclass(frozen=True)
-class FeatureMapVarianceResult:
+class FeatureMapVarianceResult(Result, coordinates=TAP_COORDINATES):
     """Spatial variance after each unit; NaN is null.
 
     By Parseval it is the power of the non-constant frequencies: no evidence independent of the spectra.

@@ -1,0 +1,1 @@
+"""Results of measures: their tables, their files and their texts."""

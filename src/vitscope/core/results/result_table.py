@@ -1,0 +1,136 @@
+"""Tidy tables of results: a row a number, with its coordinates."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from vitscope.core.results.field_shapes import field_shapes
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+#: column and first value of the index of axes that are ranks
+_RANKS = frozenset({"n_top", "k", "n_ends"})
+
+#: values of the index of an axis of length 2 that holds the ends of an interval
+_ENDS = np.array(["lower", "upper"], dtype=object)
+
+
+def table_of(result: Any) -> DataFrame:
+    """Return the numbers of a result as a tidy table, see `Result.to_dataframe`."""
+    import pandas as pd
+
+    left_out = {name for names in result.table_coordinates.values() for name in _names(names)} | {
+        "card",
+        *result.untabulated_fields,
+    }
+    blocks: list[dict[str, Any]] = []
+    for field in dataclasses.fields(result):
+        if field.name not in left_out:
+            blocks += _blocks(result, field.name)
+    columns = dict.fromkeys(["quantity", *result.table_coordinates])
+    columns |= dict.fromkeys(key for block in blocks for key in block if key != "value")
+    present = [key for key in columns if any(key in block for block in blocks)]
+    table = pd.DataFrame({key: _column(key, blocks) for key in [*present, "value"]})
+    card = getattr(result, "card", None)
+    table.attrs = {"measure": result.measure, "card": card.to_dict() if card is not None else None}
+    return table
+
+
+def _names(names: str | tuple[str, ...]) -> tuple[str, ...]:
+    return (names,) if isinstance(names, str) else names
+
+
+def _column(key: str, blocks: Sequence[Mapping[str, Any]]) -> Any:
+    """Return a column: whole numbers and missing ones as nullable integers, other numbers as floats, the rest as objects."""
+    import pandas as pd
+
+    parts = [np.asarray(block[key]) for block in blocks if key in block and len(block["value"])]
+    kinds = {part.dtype.kind for part in parts}
+    dtype = "float64" if key == "value" or (kinds <= set("fiub") and "f" in kinds) else "object"
+    if key != "value" and kinds and kinds <= set("iub"):
+        dtype = "Int64"
+    missing = None if dtype == "object" else (pd.NA if dtype == "Int64" else np.nan)
+    cells = [
+        np.asarray(block[key], dtype=object) if key in block else np.full(len(block["value"]), missing, dtype=object)
+        for block in blocks
+    ]
+    return pd.Series(np.concatenate(cells) if cells else [], dtype=dtype)
+
+
+def _blocks(result: Any, name: str) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a field as columns: none of text, one of a number, one block of an array or a tuple of arrays."""
+    value = getattr(result, name)
+    if isinstance(value, Mapping):
+        numbers = {key: number for key, number in value.items() if _is_number(number)}
+        for key, number in numbers.items():
+            yield {"quantity": [key], "value": [float(number)]}
+    elif _is_number(value):
+        yield {"quantity": [name], "value": [float(value)]}
+    elif isinstance(value, np.ndarray) and value.dtype.kind in "fiub":
+        yield _rows(result, name, value.ravel().astype(float), list(np.indices(value.shape).reshape(value.ndim, -1)))
+    elif isinstance(value, tuple) and value and all(isinstance(part, np.ndarray) for part in value):
+        places = [np.indices(part.shape).reshape(part.ndim, -1) for part in value]
+        first = np.concatenate([np.full(part.size, i) for i, part in enumerate(value)])
+        indices = [first, *np.concatenate(places, axis=1)]
+        yield _rows(result, name, np.concatenate([part.ravel() for part in value]).astype(float), indices)
+
+
+def _rows(result: Any, name: str, values: np.ndarray, indices: Sequence[np.ndarray]) -> dict[str, Any]:
+    shapes = field_shapes(type(result))
+    axes = shapes.get(name, ())
+    if len(axes) != len(indices):
+        axes = tuple(f"axis_{i}" for i in range(len(indices)))
+    place = dict(zip(axes, indices))
+    block: dict[str, Any] = {"quantity": np.full(len(values), name, dtype=object)}
+    labeled_axes: set[str] = set()
+    for column, fields in result.table_coordinates.items():
+        for coordinate in _names(fields):
+            own_axes = shapes.get(coordinate, ())
+            if own_axes and set(own_axes) <= set(axes) and len(labels := getattr(result, coordinate)):
+                block[column] = _labels(labels, [place[axis] for axis in own_axes])
+                labeled_axes.add(own_axes[-1])
+                break
+    for number, axis in enumerate(axes):
+        if axis not in labeled_axes:
+            column, index = _index(name, axis, number, place[axis])
+            block[column] = index
+    block["value"] = values
+    return block
+
+
+def _labels(labels: Any, indices: Sequence[np.ndarray]) -> np.ndarray:
+    """Return the value of a coordinate at each place."""
+    if isinstance(labels, np.ndarray):
+        return labels[tuple(indices)]
+    if isinstance(labels[0], np.ndarray):
+        return np.array([labels[i][tuple(rest)] for i, *rest in zip(*indices)])
+    return np.array(labels, dtype=object)[indices[0]]
+
+
+def _index(name: str, axis: str, number: int, index: np.ndarray) -> tuple[str, np.ndarray]:
+    """Return the column of an axis without a coordinate, and its values."""
+    if axis == "2" and ("interval" in name or "edges" in name):
+        return "end", _ENDS[index]
+    if axis in _RANKS:
+        return "rank", index + 1
+    if axis.startswith("axis_") or axis.isidentifier():
+        return ("index" if axis == "n" else _singular(axis.removeprefix("n_"))), index
+    return ("component" if axis.isdecimal() else "index") + (
+        f"_{number}" if axis.isdecimal() and number > 1 else ""
+    ), index
+
+
+def _singular(text: str) -> str:
+    for ending, replacement in (("ies", "y"), ("sses", "ss"), ("ches", "ch"), ("s", "")):
+        if text.endswith(ending):
+            return text.removesuffix(ending) + replacement
+    return text
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float | np.number | np.bool_)
