@@ -84,7 +84,9 @@ def test_a_result_is_stopped_at_every_write(tmp_path: Path, full_disk: bool) -> 
     assert stops > 10
 
 
-@pytest.mark.parametrize("lost", ["metrics.jsonl", "results/variance/end-0.json", "figures/variance-end.png"])
+@pytest.mark.parametrize(
+    "lost", ["metrics.jsonl", "results/variance/end-0.json", "figures/variance-end.png", "figures/variance-end.csv"]
+)
 def test_a_result_of_an_earlier_version_that_is_not_whole(tmp_path: Path, lost: str) -> None:
     """Without a mark too, what is missing beside the arrays is made when the result is asked for."""
     result = measured()

@@ -37,7 +37,8 @@ def test_everything_is_written(run: Run, two: list[str], tmp_path: Path, capsys:
     assert run() == 0
     out = tmp_path / "figures"
     assert {p.name for p in out.iterdir()} == {
-        "hessian-end.png", "hessian-end.pdf", "slice-end.png", "slice-end.pdf", "report.html", "tables",
+        "hessian-end.png", "hessian-end.pdf", "hessian-end.csv", "slice-end.png", "slice-end.pdf", "slice-end.csv",
+        "report.html", "tables",
     }  # fmt: skip
     names = ("models", "curvature", "robustness", "buildup", "claims")
     assert {p.name for p in (out / "tables").iterdir()} == {f"{n}.{e}" for n in names for e in ("md", "csv", "tex")}
@@ -76,6 +77,7 @@ def test_a_missing_analysis_fails_strict_figures(
     chosen = [f"runs=[{tmp_path}/runs/{two[0]}]", "analyses=[slice,fourier]", "page=false"]
     assert run(*chosen, "+plot.slice.value=accuracy", "out=${paths.figures}/a") == 0
     assert (tmp_path / "figures" / "a" / "slice-end.png").exists()
+    assert "nll" in (tmp_path / "figures" / "a" / "slice-end.csv").read_text()
     assert run(*chosen, "strict=true") == 3
     assert f"missing: run {two[0]}: fourier (not measured at end)" in capsys.readouterr().err
 

@@ -1,4 +1,4 @@
-"""Write the outputs of an analysis: scalars to the metrics log and W&B, its figure, or the reason of its failure."""
+"""Write the outputs of an analysis: scalars to the metrics log and W&B, its figure and numbers, or why it failed."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from vitscope.analyses.context import AnalysisContext
 from vitscope.analyses.spec import Analysis
 from vitscope.config import loading
 from vitscope.plotting.api import plot, save_figure
+from vitscope.plotting.figure_numbers import save_numbers
 from vitscope.runs import metrics_log, result_store
 from vitscope.runs.metrics_log import Journal
 from vitscope.runtime import atomic_write, redaction, safe_files
@@ -45,11 +46,11 @@ def store(analysis: Analysis, place: AnalysisContext, folder: Path, stem: str, r
 
 
 def complete(analysis: Analysis, place: AnalysisContext, folder: Path, stem: str, result: Any) -> None:
-    """Do what a stop left undone for a result that is on the disk: its ``.json``, its row, its figure, its copy in W&B."""
+    """Do what a stop left undone for a result on the disk: its ``.json``, its row, its figure and numbers, its copy in W&B."""
     figure = _figure_stem(analysis, place)
-    png, pdf = (figure.with_name(f"{figure.name}.{ending}") for ending in ("png", "pdf"))
+    files = [figure.with_name(f"{figure.name}.{ending}") for ending in ("csv", "png", "pdf")]
     whole = not _mark(folder, stem).exists() and result_store.has_readable_copy(folder, stem, result)
-    if whole and _has_row(analysis, place, result) and png.is_file() and pdf.is_file():
+    if whole and _has_row(analysis, place, result) and all(file.is_file() for file in files):
         return
     atomic_write.write_atomically(_mark(folder, stem), b"")
     result_store.save_readable_copy(folder, stem, result)
@@ -81,7 +82,7 @@ def _has_row(analysis: Analysis, place: AnalysisContext, result: Any) -> bool:
 
 
 def publish(analysis: Analysis, place: AnalysisContext, result: Any) -> None:
-    """Metrics log first (unless its last row of this analysis says the same), then the figure and W&B."""
+    """Metrics log first (unless its last row of this analysis says the same), then W&B, the numbers and the figure."""
     row = _row(analysis, place, result)
     scalars = {name: value for name, value in row.items() if name != "tag"}
     with place.run.exclusive():  # another process may have measured the same at the same time
@@ -93,6 +94,7 @@ def publish(analysis: Analysis, place: AnalysisContext, result: Any) -> None:
     eigenvalues = getattr(result, "eigenvalues", None)
     if eigenvalues is not None and np.isfinite(eigenvalues).any():
         place.mirror.histogram(f"{analysis.name}/eigenvalues", eigenvalues[np.isfinite(eigenvalues)], place.step)
+    save_numbers(result, _figure_stem(analysis, place))
     try:
         png, _ = save_figure(plot(result), _figure_stem(analysis, place))
     except Exception as error:  # a figure that cannot be drawn must not cost the numbers

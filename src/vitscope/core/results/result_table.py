@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
+import io
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -24,21 +26,56 @@ def table_of(result: Any) -> DataFrame:
     """Return the numbers of a result as a tidy table, see `Result.to_dataframe`."""
     import pandas as pd
 
-    left_out = {name for names in result.table_coordinates.values() for name in _names(names)} | {
-        "card",
-        *result.untabulated_fields,
-    }
-    blocks: list[dict[str, Any]] = []
-    for field in dataclasses.fields(result):
-        if field.name not in left_out:
-            blocks += _blocks(result, field.name)
-    columns = dict.fromkeys(["quantity", *result.table_coordinates])
-    columns |= dict.fromkeys(key for block in blocks for key in block if key != "value")
-    present = [key for key in columns if any(key in block for block in blocks)]
-    table = pd.DataFrame({key: _column(key, blocks) for key in [*present, "value"]})
+    blocks = _blocks_of(result)
+    table = pd.DataFrame({key: _column(key, blocks) for key in _columns([result], blocks)})
     card = getattr(result, "card", None)
     table.attrs = {"measure": result.measure, "card": card.to_dict() if card is not None else None}
     return table
+
+
+def csv_of(results: Mapping[str, Any]) -> str:
+    """Return the numbers of several results as comma-separated values: the rows of `table_of`, after the result's name.
+
+    A missing coordinate and a null are empty. pandas is not needed.
+
+    Args:
+        results: results of one measure by name; a single one without a name has no such column.
+    """
+    blocks = [
+        {**({"result": [name] * len(block["value"])} if any(results) else {}), **block}
+        for name, result in results.items()
+        for block in _blocks_of(result)
+    ]
+    columns = [*(["result"] if any(results) else []), *_columns(list(results.values()), blocks)]
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(dict.fromkeys(columns))
+    for block in blocks:
+        empty = [""] * len(block["value"])
+        writer.writerows(zip(*(map(_cell, block[key]) if key in block else empty for key in dict.fromkeys(columns))))
+    return text.getvalue()
+
+
+def _cell(value: Any) -> Any:
+    if isinstance(value, np.generic):
+        value = value.item()
+    return "" if value is None or value != value else value
+
+
+def _blocks_of(result: Any) -> list[dict[str, Any]]:
+    coordinates = getattr(result, "table_coordinates", {})
+    left_out = {"card", *getattr(result, "untabulated_fields", ())}
+    left_out |= {name for names in coordinates.values() for name in _names(names)}
+    names = [field.name for field in dataclasses.fields(result) if field.name not in left_out]
+    return [block for name in names for block in _blocks(result, name)]
+
+
+def _columns(results: Sequence[Any], blocks: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the columns that some row fills: the quantity, coordinates in the order of their declaration, indices, the value."""
+    declared = dict.fromkeys(key for result in results for key in getattr(result, "table_coordinates", {}))
+    used = dict.fromkeys(key for block in blocks for key in block if key not in ("value", "result"))
+    ordered = dict.fromkeys(["quantity", *declared]) | used
+    return [*(key for key in ordered if key in used or key == "quantity"), "value"]
 
 
 def _names(names: str | tuple[str, ...]) -> tuple[str, ...]:
@@ -88,7 +125,7 @@ def _rows(result: Any, name: str, values: np.ndarray, indices: Sequence[np.ndarr
     place = dict(zip(axes, indices))
     block: dict[str, Any] = {"quantity": np.full(len(values), name, dtype=object)}
     labeled_axes: set[str] = set()
-    for column, fields in result.table_coordinates.items():
+    for column, fields in getattr(result, "table_coordinates", {}).items():
         for coordinate in _names(fields):
             own_axes = shapes.get(coordinate, ())
             if own_axes and set(own_axes) <= set(axes) and len(labels := getattr(result, coordinate)):

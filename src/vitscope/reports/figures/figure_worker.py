@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from vitscope.plotting.api import plot, save_figure
+from vitscope.plotting.figure_numbers import save_numbers
 from vitscope.runs import result_store
 from vitscope.runtime.errors import StorageError, first_line
 from vitscope.runtime.logging import command_logging
@@ -48,6 +49,7 @@ class Picture:
     Attributes:
         png: File of the picture; None if it could not be drawn.
         pdf: File for print; None if it was not requested.
+        csv: File of the numbers behind the picture; None without readable results.
         labels: Names of the results in the figure.
         lost: Reasons why results were left out, one text a result.
         interactive: A plotly figure as JSON; None if the measure has none.
@@ -56,6 +58,7 @@ class Picture:
 
     png: Path | None = None
     pdf: Path | None = None
+    csv: Path | None = None
     labels: tuple[str, ...] = ()
     lost: tuple[str, ...] = ()
     interactive: str | None = None
@@ -95,7 +98,7 @@ def _draw_in_worker(job: Job) -> Picture:
 
 
 def draw(job: Job) -> Picture:
-    """Draw one figure as ``<stem>.png`` and, where asked for, ``<stem>.pdf``.
+    """Draw one figure as ``<stem>.png`` and, where asked for, ``<stem>.pdf``; write its numbers as ``<stem>.csv``.
 
     A damaged result is left out and named; a figure that cannot be drawn is a picture with a problem.
 
@@ -112,6 +115,10 @@ def draw(job: Job) -> Picture:
     if not loaded:
         return Picture(lost=tuple(lost), problem=" ".join(lost))
     try:
+        csv = save_numbers(loaded, job.stem)
+    except StorageError as error:
+        raise StorageError("out", job.stem.parent, error.why, "free space or choose another") from None
+    try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what a layout engine says of a crowded figure is no news to a reader
             figure = plot(loaded, allow_different=True, **job.options)
@@ -121,8 +128,8 @@ def draw(job: Job) -> Picture:
         raise StorageError("out", folder, f"not writable ({error.strerror})", "free space or choose another") from None
     except Exception as error:  # one figure that cannot be drawn must not cost the report
         problem = f"not drawn: {type(error).__name__}: {first_line(error)}"
-        return Picture(lost=tuple(lost), problem=problem)
-    return Picture(png, pdf[0] if pdf else None, tuple(loaded), tuple(lost), _interactive(loaded))
+        return Picture(csv=csv, lost=tuple(lost), problem=problem)
+    return Picture(png, pdf[0] if pdf else None, csv, tuple(loaded), tuple(lost), _interactive(loaded))
 
 
 def _interactive(named: Mapping[str, Any]) -> str | None:
