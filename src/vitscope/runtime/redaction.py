@@ -8,6 +8,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from typing import Any
 from urllib.parse import quote
 
@@ -64,6 +65,8 @@ _OPTION = re.compile(r"(?<![\w-])(?P<quote>)--?(?P<name>[A-Za-z][\w-]*)(?P<plain
 
 #: values that stood under a secret's key in a configuration or on the command line of this process
 _remembered: set[str] = set()
+#: secrets of the environment while a tree is redacted, whose texts are thousands; None otherwise
+_environment_of_tree: ContextVar[frozenset[str] | None] = ContextVar("environment_of_tree", default=None)
 
 
 @functools.lru_cache(maxsize=4096)  # the environment's names are asked for with each text
@@ -90,7 +93,11 @@ def redacted(value: Any) -> Any:
     replaced inside of texts.
     """
     _remember(_under_secret_keys(value))
-    return _clean(value)
+    token = _environment_of_tree.set(_environment_secrets())
+    try:
+        return _clean(value)
+    finally:
+        _environment_of_tree.reset(token)
 
 
 def masked(text: str) -> str:
@@ -211,14 +218,23 @@ def _remember(values: Any) -> None:
     _remembered.update(value for value in values if len(value) >= _SHORTEST and value != REDACTED)
 
 
-def _known() -> list[str]:
-    """Return the secrets of the environment and of this process as they may be written, longest first.
+def _known() -> tuple[str, ...]:
+    """Return the secrets of the environment and of this process as they may be written, longest first."""
+    return _written_forms(_environment_secrets() | _remembered)
 
-    One that begins with another must go first: else the rest of it would stay.
-    """
-    values = {v for name, v in os.environ.items() if len(v) >= _SHORTEST and is_secret(name)} | _remembered
+
+def _environment_secrets() -> frozenset[str]:
+    """Return the values of the environment's secret variables; while a tree is redacted they are read once."""
+    if (read_before := _environment_of_tree.get()) is not None:
+        return read_before
+    return frozenset(value for name, value in os.environ.items() if len(value) >= _SHORTEST and is_secret(name))
+
+
+@functools.lru_cache(maxsize=16)
+def _written_forms(values: frozenset[str]) -> tuple[str, ...]:
+    """Return the forms in which secrets may be written, longest first: else the rest of one that begins with another stays."""
     forms = {form for value in values for form in _forms(value) if len(form) >= _SHORTEST}
-    return sorted(forms, key=len, reverse=True)
+    return tuple(sorted(forms, key=len, reverse=True))
 
 
 def _forms(value: str) -> Iterator[str]:
