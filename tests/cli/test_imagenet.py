@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -21,8 +22,10 @@ MODEL = ["model=timm", "model.name=resnet10t.c3_in1k", "data=imagenet", "data.tr
          "device=cpu"]  # fmt: skip
 
 
+@cache
 def wnids() -> list[str]:
-    return [ImageNetInfo("imagenet-1k").label_names()[i] for i in PRESENT]
+    names = ImageNetInfo("imagenet-1k").label_names()
+    return [names[i] for i in PRESENT]
 
 
 @pytest.fixture

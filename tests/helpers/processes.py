@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType, SimpleNamespace
 
 import torch.multiprocessing
+from pytorch_lightning.strategies.launchers import subprocess_script
 
+from vitscope.cli import exit_codes, train
 from vitscope.runs import metrics_log
 
 ROOT = Path(__file__).parents[2]
@@ -35,6 +39,73 @@ def start(*command: str, **environment: str) -> subprocess.Popen[str]:
         text=True,
         start_new_session=True,
     )
+
+
+class ForkedProcess:
+    """A function in a forked process with its own environment, standard error and signal handlers.
+
+    A new interpreter would take ten seconds to import the package. The methods are those of `subprocess.Popen` that tests
+    and Lightning's launcher call.
+    """
+
+    def __init__(
+        self, function: Callable[[], int], errors: Path, environment: Mapping[str, str] = MappingProxyType({})
+    ) -> None:
+        self.errors = errors
+        self._function = function
+        self._environment = dict(environment)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # a fork beside threads, which only wait
+            self._process = torch.multiprocessing.get_context("fork").Process(target=self._run)
+            self._process.start()
+        assert self._process.pid is not None
+        self.pid: int = self._process.pid
+
+    def _run(self) -> None:
+        os.environ.update(self._environment)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        os.dup2(os.open(self.errors, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
+        sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        code = self._function()
+        sys.stderr.flush()
+        os._exit(code)
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def wait(self, seconds: float) -> tuple[int | None, str]:
+        """Return the exit code, None if it still runs after that time, and what was written to standard error."""
+        self._process.join(seconds)
+        return self.poll(), self.errors.read_text()
+
+
+def train_in_fork(arguments: Sequence[str], errors: Path) -> ForkedProcess:
+    """Start ``train.py`` with arguments in a forked process; ranks that Lightning launches from it are forks of it."""
+
+    def run() -> int:
+        subprocess_script.subprocess = SimpleNamespace(Popen=start_rank)
+        os.environ.pop("VITSCOPE_RUN_DIR", None)
+        sys.modules["__main__"].__spec__ = None  # a script, not pytest's module
+        sys.argv = [str(ROOT / "train.py"), *arguments]
+        return exit_codes.run_command(train._command)
+
+    def start_rank(command: list[str], env: Mapping[str, str], cwd: str | None) -> ForkedProcess:
+        assert Path(command[0]).samefile(sys.executable)
+
+        def run_rank() -> int:
+            os.chdir(cwd or ".")
+            sys.argv = command[1:]
+            return exit_codes.run_command(train._command)
+
+        return ForkedProcess(run_rank, errors, env)
+
+    return ForkedProcess(run, errors)
 
 
 def run_of(root: Path, seconds: float = 60.0) -> Path:

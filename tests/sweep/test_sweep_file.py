@@ -232,6 +232,7 @@ def test_distributions_name_what_they_need() -> None:
     assert distributions.distribution("a", {"min": 0.0, "max": 1}) == "uniform"
 
 
+@pytest.mark.slow  # test_wandb_agents.py trains in a trial, and test_local_runner.py runs sweeps of a small program
 def test_a_trial_of_the_real_train(tmp_path: Path) -> None:
     file = tmp_path / "x.yaml"
     file.write_text(GOOD)

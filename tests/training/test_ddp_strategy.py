@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.helpers.processes import ENVIRONMENT, ROOT, on_ranks, run_of
+from tests.helpers.processes import ENVIRONMENT, ROOT, on_ranks, run_of, train_in_fork
 from vitscope.cli import exit_codes, train
 from vitscope.runs import metrics_log
 from vitscope.runs.checkpoints import checkpoint_io
@@ -52,13 +52,13 @@ def test_two_processes_give_one_process_s_numbers(tmp_path: Path, monkeypatch: p
     """The same global batch in float64: losses, gradient norms, metrics over uneven shares (512 images by 100), diagnostics."""
     shared = [*SMALL, "trainer.precision=64-true", "analysis=[fourier]", "analysis.fourier.probe.n_images=24",
               "analysis.fourier.probe.batch_size=8", "trainer.limit_test_batches=3"]  # fmt: skip
-    process = start(*shared, *PAIR, "data.batch_size=4", f"run_dir={tmp_path}/two")
+    process = train_in_fork([*shared, *PAIR, "data.batch_size=4", f"run_dir={tmp_path}/two"], tmp_path / "errors.txt")
     arguments = ["train.py", *shared, "trainer=cpu", "data.batch_size=8", f"run_dir={tmp_path}/one"]
     monkeypatch.setattr(sys, "argv", arguments)
     monkeypatch.delenv("VITSCOPE_RUN_DIR", raising=False)
     assert exit_codes.run_command(train._command) == 0
-    _, err = process.communicate(timeout=180)
-    assert process.returncode == 0, err
+    code, errors = process.wait(180)
+    assert code == 0, errors
     one, two = numbers(tmp_path / "one"), numbers(tmp_path / "two")
     assert one.keys() == two.keys()
     assert {key for _, key in one} >= {
@@ -75,7 +75,7 @@ def test_two_processes_give_one_process_s_numbers(tmp_path: Path, monkeypatch: p
 
 
 def train_as_rank(rank: int, arguments: list[str], port: int) -> None:
-    """Train as one of two ranks that were started from outside, in a forked process; the other test has ranks launched."""
+    """Train as one of two ranks that were started from outside, in a forked process; in the other test Lightning launches them."""
     place = {"LOCAL_RANK": rank, "NODE_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ |= {key: str(value) for key, value in place.items()}
     os.environ.pop("VITSCOPE_RUN_DIR", None)

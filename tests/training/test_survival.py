@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.helpers.processes import ROOT, TINY, run_of, start
+from tests.helpers.processes import ROOT, TINY, run_of, start, train_in_fork
 from vitscope.runs import metrics_log
 from vitscope.runs.checkpoints import checkpoint_io
 
@@ -63,11 +63,12 @@ def losses(run: Path) -> dict[int, str]:
 
 def test_sigterm_in_a_real_process(tmp_path: Path) -> None:
     """The one guard of the signals in a real process: saved, 143, no traceback, nothing left behind."""
-    process = start("train.py", *TINY, "logger=none", "trainer.max_epochs=50", f"paths.runs={tmp_path}/runs")
+    arguments = [*TINY, "logger=none", "trainer.max_epochs=50", f"paths.runs={tmp_path}/runs"]
+    process = train_in_fork(arguments, tmp_path / "errors.txt")
     run = run_of(tmp_path / "runs")
     process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 143, err
+    code, err = process.wait(60)
+    assert code == 143, err
     assert "Traceback" not in err
     assert "ckpt_path=last" in err
     last = checkpoint_io.read(run / "checkpoints" / "last.ckpt")
