@@ -45,7 +45,8 @@ def pretend(monkeypatch: pytest.MonkeyPatch, folder: Path, *overrides: str, **la
 
 
 @pytest.mark.parametrize(
-    ("rates", "n"), [("-2,-1", 0), pytest.param("1e-3,-1", 1, marks=pytest.mark.slow)]  # a training takes 20 s
+    ("rates", "n"),
+    [("-2,-1", 0), pytest.param("1e-3,-1", 1, marks=pytest.mark.slow)],  # a training takes 20 s
 )
 def test_a_multirun_of_two_jobs(tmp_path: Path, rates: str, n: int) -> None:
     small = ["model=vit", "model.depth=1", "model.patch_size=8", "data=digits", "analysis=[]", "test=false", "caps=smoke",
