@@ -7,6 +7,7 @@ neither the graph of packages nor the graph of modules has a cycle.
 from __future__ import annotations
 
 import ast
+import functools
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -42,6 +43,7 @@ def module_name(file: Path) -> str:
 MODULES = {module_name(file): file for file in FILES}
 
 
+@functools.cache
 def imported_names(file: Path) -> set[str]:
     """Return the dotted names that a file imports, wherever the import stands."""
     names: set[str] = set()

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from matplotlib.figure import Figure
 from omegaconf import OmegaConf
 from torch import nn
 
@@ -25,9 +24,7 @@ torch.set_num_threads(1)
 ANALYSIS = Analysis("variance", vs.feature_map_variance, {}, {})
 
 
-@pytest.fixture(autouse=True)
-def _small_figure(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(outputs, "plot", lambda _: Figure(figsize=(0.2, 0.2)))
+pytestmark = pytest.mark.usefixtures("small_figures")
 
 
 def measured() -> Any:

@@ -15,12 +15,10 @@ import pytest
 import sklearn.datasets  # noqa: F401 (likewise)
 import torch
 from hydra import compose, initialize_config_dir
-from matplotlib.figure import Figure
 from omegaconf import DictConfig
 
 from tests.helpers.commands import TINY
 from tests.helpers.kills import in_child, snapshots
-from vitscope.analyses import outputs
 from vitscope.cli import exit_codes
 from vitscope.config import loading
 from vitscope.runs import metrics_log, result_store
@@ -96,9 +94,8 @@ def differences(one: Any, other: Any, path: str = "") -> list[str]:
     return [] if equal else [f"{path}: {str(one)[:300]} != {str(other)[:300]}"]
 
 
-@pytest.fixture
-def small_figures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(outputs, "plot", lambda _: Figure(figsize=(0.2, 0.2)))
+@pytest.fixture(autouse=True)
+def own_run_folders(small_figures: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("VITSCOPE_RUN_DIR", raising=False)
 
 
@@ -123,21 +120,19 @@ def differences_after_start(copy: Path, root: Path, expected: Mapping[str, Any],
     return differences(expected, state(finished_run(root))) if code == 0 else [f"exit code {code}"]
 
 
-def test_a_training_is_killed_at_some_writes(small_figures: None, tmp_path: Path) -> None:
+def test_a_training_is_killed_at_some_writes(tmp_path: Path) -> None:
     assert differences_after_kills(tmp_path, *AVERAGED, first=40, step=80) == []
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("arguments", "step"), [([], 1), (AVERAGED, 5)], ids=["plain", "averaged"])
-def test_a_training_is_killed_at_every_write(
-    small_figures: None, tmp_path: Path, arguments: list[str], step: int
-) -> None:
+def test_a_training_is_killed_at_every_write(tmp_path: Path, arguments: list[str], step: int) -> None:
     """Every write, or every fifth one where an average is trained beside the weights."""
     assert differences_after_kills(tmp_path, *arguments, step=step) == []
 
 
 @pytest.mark.slow
-def test_a_training_is_killed_twice(small_figures: None, tmp_path: Path) -> None:
+def test_a_training_is_killed_twice(tmp_path: Path) -> None:
     """The second kill comes at the writes of the start after the first one, which repairs what that left."""
     root = tmp_path / "runs"
     root.mkdir()

@@ -23,6 +23,8 @@ from vitscope.config import factories
 from vitscope.core import feature_pass
 from vitscope.runs.run_dir import Run
 
+pytestmark = pytest.mark.usefixtures("small_figures")
+
 MEASURES = {
     "relative_log_amplitude": {},
     "feature_map_variance": {},

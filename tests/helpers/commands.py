@@ -44,6 +44,12 @@ def command_messages() -> Iterator[None]:
 
 
 @pytest.fixture
+def small_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Write small and empty figures beside results."""
+    monkeypatch.setattr(outputs, "plot", small_figure)
+
+
+@pytest.fixture
 def call(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
     """Run ``train.py`` or ``analyze.py`` with arguments; return the exit code.
 

@@ -15,10 +15,10 @@ from vitscope.reproduce.trial import composed, perform
 from vitscope.runs.checkpoints import checkpoint_io
 
 # libraries that warn about themselves
-pytestmark = pytest.mark.filterwarnings(
+pytestmark = [pytest.mark.usefixtures("small_figures"), pytest.mark.filterwarnings(
     "ignore:.*LeafSpec.*", "ignore:.*does not have many workers.*", "ignore:.*smaller than the logging interval.*",
     "ignore:.*GPU available but not used.*", "ignore:.*lr_scheduler.step.*", "ignore:.*torch.jit.*",
-)  # fmt: skip
+)]  # fmt: skip
 
 TINY = (
     "experiment=fig4_hessian_spectra", "profile=smoke", "caps=smoke", "logger=none", "objective=weak", "model=vit",

@@ -75,7 +75,7 @@ def test_two_processes_give_one_process_s_numbers(tmp_path: Path, monkeypatch: p
 
 
 def train_as_rank(rank: int, arguments: list[str], port: int) -> None:
-    """Train as one of two ranks that were started from outside, in a forked process; in the other test Lightning launches them."""
+    """Train as one of two ranks that were started from outside, in a forked process."""
     place = {"LOCAL_RANK": rank, "NODE_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ |= {key: str(value) for key, value in place.items()}
     os.environ.pop("VITSCOPE_RUN_DIR", None)
