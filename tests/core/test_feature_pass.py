@@ -36,8 +36,8 @@ SHARED = ("fourier", "variance", "effective_rank", "cka")
 
 def probe_of(name: str) -> vs.Probe:
     torch.manual_seed(0)
-    model = timm.create_model(name, num_classes=5)
-    size = 96 if "resnet" in name else 224
+    size = 96
+    model = timm.create_model(name, num_classes=5, **({} if "resnet" in name else {"img_size": size}))
     return vs.Probe(model, [(torch.randn(n, 3, size, size), torch.zeros(n, dtype=torch.long)) for n in (5, 4)])
 
 

@@ -84,7 +84,7 @@ def test_a_removed_strided_block_is_its_projected_shortcut() -> None:
 def test_drop_path_squeeze_excitation_and_layer_scale_end_the_branch() -> None:
     for model in (
         models.convnet(drop_path=0.2).double().eval(),
-        timm.create_model("seresnet50", num_classes=2).double().eval(),
+        timm.create_model("legacy_seresnet18", num_classes=2).double().eval(),
         timm.create_model("deit3_small_patch16_224", img_size=32, depth=2).double().eval(),
     ):
         found = units(model)
