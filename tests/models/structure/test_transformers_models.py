@@ -169,3 +169,12 @@ def test_attention_outside_of_units_is_refused() -> None:
         StructureError, match="Pooled: attention module mixer is not part of a known unit; pass structure="
     ):
         parameter_kinds(Pooled().double())
+
+
+@torch.no_grad()
+def test_a_pass_that_adapts_the_model_to_its_images_is_undone() -> None:
+    model, x = built("swin"), images("swin")
+    before = selected(model(x), "swin")
+    with pytest.raises(StructureError, match="its forward pass fails: .*size"):
+        vs.structure(model, x[:, :, :8, :8])  # it makes the windows of its second stage smaller for these images
+    assert torch.equal(selected(model(x), "swin"), before)

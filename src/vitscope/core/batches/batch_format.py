@@ -170,7 +170,7 @@ class BatchFormat:
         if key is None:
             if isinstance(output, Mapping):
                 return output.get("logits", output)
-            is_plain = isinstance(output, Tensor | tuple | list)
+            is_plain = isinstance(output, Tensor | tuple | list) and not hasattr(output, "_fields")  # a named tuple
             return output if is_plain else getattr(output, "logits", output)
         if callable(key):
             return key(output)

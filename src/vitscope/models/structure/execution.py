@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from vitscope.core.guard import probe_guard
 from vitscope.core.guard.eager_execution import eager_execution
+from vitscope.core.guard.module_state import kept_attributes
 from vitscope.models.structure.pointwise import PointwiseBranches
 
 #: products of two tensors, which mix positions by what is in the image where both depend on it
@@ -106,6 +107,7 @@ def enter_guards(stack: ExitStack, model: nn.Module) -> None:
     stack.enter_context(eager_execution(model))
     stack.enter_context(probe_guard.kept_random_states(device))
     stack.enter_context(probe_guard.kept_model(model, None, False))
+    stack.enter_context(kept_attributes(model))  # a pass may adapt them to the size of its images
     stack.enter_context(probe_guard.modes(model, "eval"))
     stack.enter_context(torch.enable_grad())
     for p in model.parameters():  # frozen ones too: the graph shows what they reach
@@ -133,8 +135,12 @@ def trial_images(model: nn.Module, images: Tensor | None) -> Iterator[Tensor]:
 
 
 def _stated_sizes(model: nn.Module) -> Iterator[tuple[int, int]]:
-    """The image sizes that the model or its patch embedding states, and that of timm's pretrained configuration."""
-    places = [(m, key) for m in (model, getattr(model, "patch_embed", None)) for key in ("img_size", "image_size")]
+    """The image sizes that the model, its patch embedding or its configuration states: timm's, or that of transformers."""
+    configurations = (getattr(module, "config", None) for module in model.modules())
+    stated = next((c for c in configurations if isinstance(getattr(c, "image_size", None), int | list | tuple)), None)
+    places = [
+        (m, key) for m in (model, getattr(model, "patch_embed", None), stated) for key in ("img_size", "image_size")
+    ]
     sizes = [getattr(m, key, None) for m, key in places]
     configuration = getattr(model, "pretrained_cfg", None)
     if isinstance(configuration, dict):

@@ -79,9 +79,12 @@ def _found(model: nn.Module, images: Tensor | None) -> FoundStructure:
     traced: TracedStructure | None = None
     try:
         traced = traced_structure(model, trace(model, images))
-    except UntraceableError:
+    except UntraceableError as failure:
         if described is not None:
             return described
+        if error is not None:
+            reason = " ".join(str(failure).split())
+            raise ValueError(f"{str(error).rstrip('.')}; its forward pass fails: {reason}") from failure
     if traced is not None:
         missing = [(text, "") for text in traced.uncovered]
         outside = [name for name, (kind, _) in traced.places.items() if kind in ("stem", "head")]

@@ -12,7 +12,7 @@ from vitscope.core.tap import Kind
 from vitscope.models.structure.coverage import fix_of, model_name, refuse_missing_units, residual_blocks
 from vitscope.models.structure.execution import Execution
 from vitscope.models.structure.found_structure import FoundStructure, find_structure
-from vitscope.models.structure.residual_structure import TOKENS, ModelComponent, is_gate, owns
+from vitscope.models.structure.residual_structure import TOKENS, ModelComponent, in_auxiliary_head, is_gate, owns
 from vitscope.runtime.errors import StructureError
 
 Place = tuple[Kind, int]
@@ -120,10 +120,10 @@ def _by_execution(
         (name for name, _ in model.named_parameters()), key=lambda name: observed.first_use.get(name, 0)
     ):
         time = observed.first_use.get(name, 0)
-        if name in owned:
+        if name in owned and not (not time and in_auxiliary_head(model, name)):
             places[name] = (owned[name].part.kind, owned[name].stage)
             latest = places[name] if time else latest
-        elif time > end:
+        elif time > end or in_auxiliary_head(model, name):
             places[name] = ("head", components[-1].stage + 1)
         elif name not in observed.reaching:
             raise _unclear(
@@ -161,7 +161,7 @@ def _is_token(name: str) -> bool:
 def _check_used(model: nn.Module, owned: Mapping[str, ModelComponent], observed: Execution) -> None:
     unused = [name for name, _ in model.named_parameters() if name not in observed.first_use]
     for name in unused:
-        if name not in owned:
+        if name not in owned and not in_auxiliary_head(model, name):
             raise _unclear(name, "that the forward pass in eval mode does not use")
     _warn_unused(unused)
 

@@ -210,9 +210,12 @@ def _prefix_tokens(ancestors: tuple[nn.Module, ...]) -> int:
 def _structure_without_units(model: nn.Module) -> list[ModelComponent]:
     components: list[ModelComponent] = []
     stage = 1
-    gates = tuple(f"{name}." for name, module in model.named_modules() if is_gate(module))
+    others = tuple(
+        f"{name}." for name, module in model.named_modules() if is_gate(module) or "Aux" in type(module).__name__
+    )
     for name, module in model.named_modules():
-        if name.startswith(gates):  # a gate's convolutions see one average for the whole map
+        # a gate's convolutions see one average for the whole map, an auxiliary head runs in training alone
+        if name.startswith(others):
             continue
         is_subsampling = isinstance(module, nn.Conv2d | nn.MaxPool2d | nn.AvgPool2d) and subsamples(module)
         if is_subsampling and components:
@@ -231,6 +234,13 @@ def is_gate(module: nn.Module) -> bool:
     """Return whether a module is squeeze and excitation, by the names of timm's, torchvision's and usual hand-written ones."""
     name = type(module).__name__.lower()
     return "squeezeexcit" in name or name in ("semodule", "selayer", "seblock", "se")
+
+
+def in_auxiliary_head(model: nn.Module, name: str) -> bool:
+    """Return whether a parameter belongs to a classifier that runs in training alone, by the class names of GoogLeNet's."""
+    words = name.split(".")[:-1]
+    modules = (model.get_submodule(".".join(words[: i + 1])) for i in range(len(words)))
+    return any("Aux" in type(module).__name__ for module in modules)
 
 
 def _is_patch_embedding(module: nn.Module) -> bool:

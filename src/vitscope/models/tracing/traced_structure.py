@@ -8,7 +8,12 @@ from dataclasses import dataclass
 from torch import nn
 
 from vitscope.core.tap import Kind
-from vitscope.models.structure.residual_structure import TOKENS, ModelComponent, ResidualUnit
+from vitscope.models.structure.residual_structure import (
+    TOKENS,
+    ModelComponent,
+    ResidualUnit,
+    in_auxiliary_head,
+)
 from vitscope.models.tracing.graph import Node, Trace
 from vitscope.models.tracing.kinds import mixes_channels
 from vitscope.models.tracing.layers_between import Body, LayerBetween
@@ -186,7 +191,7 @@ def _place_unused(model: nn.Module, places: dict[str, Place], head: Place, uncov
         if around and (kinds == {"stem"} or not kinds & {"stem", "head"}):  # a mask token among embeddings
             places[name] = around[-1]
             told.append(name)
-        elif "head" in name.split(".")[0]:
+        elif "head" in name.split(".")[0] or in_auxiliary_head(model, name):
             places[name] = head
             told.append(name)
         else:
