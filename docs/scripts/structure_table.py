@@ -1,27 +1,57 @@
-"""Write docs/structure.md: the units of one small variant of each of timm's modules.
+"""Write docs/structure.md: the units of small variants of timm's modules and of the models of torchvision and transformers.
 
-Usage: python docs/scripts/structure_table.py [module ...]
+Usage: python docs/scripts/structure_table.py [--all] [module ...]
 
-Models are built without weights on the meta device; nothing is downloaded.
+Without arguments the rows that the page lacks are added, with ``--all`` each row is made again, else those of the modules named.
+The page is written after each row, so that an interrupted run goes on where it stopped. Models are built without weights on the
+meta device where they can be; nothing is downloaded.
 """
 
 from __future__ import annotations
 
+import multiprocessing
 import sys
 import warnings
 from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
+import torchvision
 from torch import nn
 
 import vitscope as vs
 from vitscope.models.structure.structure_table import Structure
+from vitscope.runtime.errors import StructureError
 
 ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "structure.md"
 sys.path.insert(0, str(ROOT))
 from tests.models.structure.timm_families import FAMILIES  # noqa: E402
+
+#: seconds for one model
+TIMEOUT = 240
+HEADER = (
+    "| module | model | msa | conv | mlp | pool | layers between units | stages | taps | msa, conv, mlp | note |\n"
+    "|---|---|---|---|---|---|---|---|---|---|---|\n"
+)
+TORCHVISION = (
+    "alexnet", "convnext_tiny", "densenet121", "efficientnet_b0", "efficientnet_v2_s", "googlenet", "inception_v3", "maxvit_t",
+    "mnasnet0_5", "mobilenet_v2", "mobilenet_v3_small", "regnet_x_400mf", "regnet_y_400mf", "resnet18", "resnet50",
+    "resnext50_32x4d", "shufflenet_v2_x0_5", "squeezenet1_0", "swin_t", "swin_v2_t", "vgg11", "vit_b_16", "wide_resnet50_2",
+)  # fmt: skip
+#: (model, configuration) of transformers, with the configuration's defaults
+TRANSFORMERS = (
+    ("ViTForImageClassification", "ViTConfig"), ("DeiTForImageClassification", "DeiTConfig"),
+    ("BeitForImageClassification", "BeitConfig"), ("SwinForImageClassification", "SwinConfig"),
+    ("Swinv2ForImageClassification", "Swinv2Config"), ("Dinov2ForImageClassification", "Dinov2Config"),
+    ("Dinov2WithRegistersForImageClassification", "Dinov2WithRegistersConfig"),
+    ("ConvNextForImageClassification", "ConvNextConfig"), ("ConvNextV2ForImageClassification", "ConvNextV2Config"),
+    ("SegformerForImageClassification", "SegformerConfig"), ("SegformerForSemanticSegmentation", "SegformerConfig"),
+    ("CLIPVisionModelWithProjection", "CLIPVisionConfig"), ("SiglipVisionModel", "SiglipVisionConfig"),
+)  # fmt: skip
 
 OPENING = """# Structure of networks
 
@@ -51,7 +81,6 @@ import torch
 from torch import nn
 
 import vitscope as vs
-from vitscope.models.structure.structure_table import Structure
 from vitscope.models.structure import UnitDescription
 
 
@@ -89,52 +118,142 @@ structure:
   - {module: "blocks.*.attention", kind: msa, branch_in: "blocks.{0}.norm", after: "blocks.{0}", modules: ["blocks.{0}.norm"]}
 ```
 
-## timm's modules
+## How to read the tables
 
-One small variant of each module. Written by `docs/scripts/structure_table.py` with timm VERSION.
-
-| module | model | msa | conv | mlp | pool | layers between units | stages | taps | share of parameters in msa, conv, mlp |
-|---|---|---|---|---|---|---|---|---|---|
+A row is one small variant of a family without weights. `msa`, `conv`, `mlp` and `pool` count residual units by kind;
+layers between units add to no stream, and a network that is not residual has nothing else. Stages are sizes of the map,
+taps are the places where feature maps are read. The last numbers are the shares of the parameters that have kind `msa`,
+`conv` and `mlp`; the rest is stem, pooling and head. A note says where a model is not residual, where no map can be
+read after some units, or why it is refused.
+Written by `docs/scripts/structure_table.py` with VERSIONS.
 """
 
 
-def built(name: str) -> tuple[nn.Module, Structure]:
+Key = tuple[str, str]
+
+
+def timm_model(name: str) -> nn.Module:
+    """Return a model of timm."""
+    return timm.create_model(name, num_classes=3, pretrained=False)
+
+
+def torchvision_model(name: str) -> nn.Module:
+    """Return a model of torchvision."""
+    return torchvision.models.get_model(name, weights=None)
+
+
+def transformers_model(name: str) -> nn.Module:
+    """Return a model of transformers with the defaults of its configuration."""
+    import transformers
+
+    return getattr(transformers, name)(getattr(transformers, dict(TRANSFORMERS)[name])())
+
+
+def sections() -> Iterator[tuple[str, Callable[[str], nn.Module], list[Key]]]:
+    """Yield title, function that builds a model, and (module, model) of each row of the tables."""
+    yield "timm's modules", timm_model, [(module, FAMILIES[module][0]) for module in FAMILIES]
+    modules = {name: torchvision.models.get_model_builder(name).__module__.split(".")[-1] for name in TORCHVISION}
+    yield "torchvision's models", torchvision_model, [(modules[name], name) for name in TORCHVISION]
+    lowered = [(config.removesuffix("Config").lower(), name) for name, config in TRANSFORMERS]
+    yield "Vision models of transformers", transformers_model, lowered
+
+
+def built(build: Callable[[str], nn.Module], name: str) -> tuple[nn.Module, Structure]:
     """Return a model without weights and its structure, on a real device where the meta device does not build or run it."""
-    reason = ""
+    error: Exception | None = None
     for device in ("meta", "cpu"):
         try:
             with torch.device(device):
-                model = timm.create_model(name, num_classes=3, pretrained=False).eval()
+                model = build(name).eval()
             return model, vs.structure(model)
-        except (RuntimeError, NotImplementedError) as error:  # both devices failing is an error below
-            reason = str(error)
-    raise ValueError(f"Expected a model that runs, received {name}: {reason}")
+        except (RuntimeError, NotImplementedError, ValueError) as raised:
+            error = raised
+    assert error is not None
+    raise error
 
 
-def row(module: str, name: str) -> str:
-    """Return one line of the table."""
-    model, structure = built(name)
+def row(key: Key, build: Callable[[str], nn.Module]) -> str:
+    """Return one line of a table."""
+    try:
+        model, structure = built(build, key[1])
+    except StructureError as error:
+        return f"| {key[0]} | {key[1]} |{' |' * 8} refused: {str(error).partition(';')[0]} |"
     units = Counter(unit.kind for unit in structure.units if unit.residual)
     between = Counter(unit.kind for unit in structure.units if not unit.residual)
-    sizes = {key: p.numel() for key, p in model.named_parameters()}
+    sizes = {name: p.numel() for name, p in model.named_parameters()}
     counts = Counter[str]()
-    for key, kind in structure.parameter_kinds.items():
-        counts[kind] += sizes[key]
-    shares = " ".join(f"{100 * counts[kind] / counts.total():.0f} %" for kind in ("msa", "conv", "mlp"))
-    cells = [f"{units[kind] or ''}" for kind in ("msa", "conv", "mlp", "pool")]
+    for name, kind in structure.parameter_kinds.items():
+        counts[kind] += sizes[name]
+    shares = " ".join(f"{100 * counts[kind] / max(counts.total(), 1):.0f} %" for kind in ("msa", "conv", "mlp"))
+    cells = " | ".join(f"{units[kind] or ''}" for kind in ("msa", "conv", "mlp", "pool"))
     layers = ", ".join(f"{n} {kind}" for kind, n in between.items())
-    if not structure.is_residual:
-        layers = f"not residual: {layers}"
+    notes = [] if structure.is_residual else ["not residual"]
+    notes += [f"refused: {text}" for text in structure.missing[:1]]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        n_taps = len(vs.taps(model))
+    notes += ["no map is read after some units"] if any("no map is read" in str(w.message) for w in caught) else []
     stages = max(unit.stage for unit in structure.units)
-    return f"| {module} | {name} | {' | '.join(cells)} | {layers} | {stages} | {len(vs.taps(model))} | {shares} |"
+    return f"| {key[0]} | {key[1]} | {cells} | {layers} | {stages} | {n_taps} | {shares} | {'; '.join(notes)} |"
 
 
-def main(modules: list[str]) -> None:
+def timed_row(key: Key, build: Callable[[str], nn.Module]) -> str:
+    """Return `row` from a process of its own, which is ended after `TIMEOUT` seconds."""
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+
+    def work() -> None:
+        try:
+            sender.send(row(key, build))
+        except Exception as error:  # a row that fails does not end the others
+            text = " ".join(str(error).split()).replace("|", "/")
+            sender.send(f"| {key[0]} | {key[1]} |{' |' * 8} failed: {type(error).__name__}: {text[:160]} |")
+
+    process = context.Process(target=work)
+    process.start()
+    text = receiver.recv() if receiver.poll(TIMEOUT) else f"| {key[0]} | {key[1]} |{' |' * 8} more than {TIMEOUT} s |"
+    process.terminate()
+    process.join()
+    return text
+
+
+def rows_of_page() -> dict[Key, str]:
+    """Return the rows of the page as it is."""
+    lines = PAGE.read_text().splitlines() if PAGE.is_file() else []
+    cells = [(line, [cell.strip() for cell in line.split("|")]) for line in lines if line.startswith("| ")]
+    return {(c[1], c[2]): line for line, c in cells if len(c) == 13 and c[1] != "module"}
+
+
+def write(rows: dict[Key, str]) -> None:
+    """Write the page with the rows that there are."""
+    versions: list[Any] = [f"timm {timm.__version__}", f"torchvision {torchvision.__version__.partition('+')[0]}"]
+    try:
+        import transformers
+
+        versions.append(f"transformers {transformers.__version__}")
+    except ImportError:
+        pass
+    text = OPENING.replace("VERSIONS", ", ".join(versions))
+    for title, _, keys in sections():
+        lines = [rows[key] for key in keys if key in rows]
+        text += f"\n## {title}\n\n{HEADER}" + "".join(f"{line}\n" for line in lines)
+    PAGE.write_text(text)
+
+
+def main(arguments: list[str]) -> None:
     """Write the page."""
     warnings.simplefilter("ignore")
-    rows = [row(module, FAMILIES[module][0]) for module in modules or FAMILIES]
-    text = OPENING.replace("VERSION", timm.__version__) + "\n".join(rows) + "\n"
-    (ROOT / "docs" / "structure.md").write_text(text)
+    rows = rows_of_page()
+    for _, build, keys in sections():
+        for key in keys:
+            if key in rows and arguments != ["--all"] and not set(key) & set(arguments):
+                continue
+            if arguments and arguments != ["--all"] and not set(key) & set(arguments):
+                continue
+            rows[key] = timed_row(key, build)
+            print(rows[key], flush=True)
+            write(rows)
+    write(rows)
 
 
 if __name__ == "__main__":
