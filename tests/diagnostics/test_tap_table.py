@@ -3,6 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from torchvision.models.resnet import BasicBlock
 
 import vitscope as vs
 from vitscope.core.undefined_values import NullWarning
@@ -53,3 +54,44 @@ def test_figure_shows_side_and_channels():
     figure = vs.plot(result)
     assert [ax.get_ylabel() for ax in figure.axes] == ["Side of the map (positions)", "Channels"]
     np.testing.assert_array_equal(figure.axes[1].get_lines()[0].get_ydata(), result.shapes[:, 0])
+
+
+def test_units_of_a_model():
+    model = vs.models.timm_model("test_vit", num_classes=4, pretrained=False)
+    probe = vs.Probe(model, [(torch.rand(1, 3, 160, 160), torch.zeros(1, dtype=torch.long))])
+    result = vs.tap_table(probe)
+    structure = vs.structure(model)
+    assert result.units == tuple(unit.name for unit in structure.units)
+    assert result.unit_kinds == tuple(unit.kind for unit in structure.units)
+    assert result.scalars()["n_units"] == len(result.units) == result.scalars()["n_units_msa"] * 2
+    owned = {name for unit in structure.units for name in unit.parameters}
+    expected = sum(p.numel() for name, p in model.named_parameters() if name in owned)
+    assert result.unit_parameters.sum() == expected
+    lines = result.unit_table().splitlines()
+    assert lines[0].split() == ["unit", "kind", "stage", "parameters", "branch"]
+    n_parameters = sum(
+        p.numel() for module in (model.blocks[0].norm1, model.blocks[0].attn) for p in module.parameters()
+    )
+    assert lines[1].split() == ["blocks.0.attn", "msa", "1", f"{n_parameters:,}", "residual"]
+    frame = result.to_dataframe()
+    rows = frame[frame.quantity == "unit_parameters"]
+    assert list(rows.unit) == list(result.units)
+    assert list(rows.value) == result.unit_parameters.tolist()
+
+
+def test_attention_without_a_unit_is_listed():
+    class Pooled(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 8, 8), BasicBlock(8, 8))
+            self.mixer = torch.nn.MultiheadAttention(8, 2, batch_first=True)
+
+        def forward(self, x):
+            tokens = self.stem(x).flatten(2).mT
+            return self.mixer(tokens, tokens, tokens, need_weights=False)[0].mean(1)
+
+    with pytest.warns(UserWarning, match="no map is read after attention module mixer"):
+        result = vs.tap_table(probe_of(Pooled()))
+    assert result.units == ("stem.1",)
+    assert result.unit_table().splitlines()[-1] == f"not covered: {result.uncovered[0]}"
+    assert "mixer" in result.uncovered[0]

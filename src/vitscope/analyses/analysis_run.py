@@ -129,6 +129,8 @@ def _perform(
         assert result is not None
         if hasattr(result, "table"):  # a result that reads best as text brings its own rows
             print(result.table())
+        if hasattr(result, "unit_table"):
+            print(result.unit_table())
         values.update({f"{analysis.name}/{key}": value for key, value in result.scalars().items()})
     print_headline(run, values, mirror)
 

@@ -1,9 +1,9 @@
-"""Table of the places where a model's feature maps are read, with the shapes of the maps."""
+"""Tables of the places where a model's feature maps are read, with the shapes of the maps, and of the units of the model."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -14,9 +14,9 @@ from vitscope.core.objective_card import ObjectiveCard
 from vitscope.core.probe import Probe
 from vitscope.core.results.result import TAP_COORDINATES, Result
 from vitscope.core.undefined_values import warn_nulls
-from vitscope.models.structure.coverage import residual_blocks
-from vitscope.models.structure.found_structure import find_structure
+from vitscope.models.structure.structure_table import Structure, StructureUnit, structure
 from vitscope.models.structure.taps import reading
+from vitscope.runtime.errors import StructureError
 
 #: what is said below the table of a model whose blocks are not known
 UNKNOWN = (
@@ -25,9 +25,15 @@ UNKNOWN = (
 )
 
 
+#: values of ``unit_branches``
+BRANCHES = ("residual", "residual, returned by no module", "not residual")
+
+COORDINATES = {**TAP_COORDINATES, "unit": "units", "kind": ("kinds", "unit_kinds"), "stage": ("stages", "unit_stages")}
+
+
 @dataclass(frozen=True)
-class TapTableResult(Result, coordinates=TAP_COORDINATES):
-    """The taps in the order of the forward pass; `table` gives them as text, which ``analyze.py`` prints.
+class TapTableResult(Result, coordinates=COORDINATES):
+    """The taps and units in the order of the forward pass; `table` and `unit_table` are the text that ``analyze.py`` prints.
 
     Attributes:
         taps: (n_taps) names.
@@ -36,6 +42,14 @@ class TapTableResult(Result, coordinates=TAP_COORDINATES):
         depths: (n_taps,) normalised depth in [0, 1].
         shapes: (n_taps, 3) channels, height and width of the maps; 0 where the forward pass does not come by.
         n_units: residual units that vitscope knows in the model; with none, its taps follow convolutions and pooling.
+        units: (n_structure_units) names of residual units and of layers between them; without residual units, of convolutions
+            and pooling.
+        unit_kinds: (n_structure_units) ``conv msa mlp pool``.
+        unit_stages: (n_structure_units,) stage numbers, from 1.
+        unit_parameters: (n_structure_units,) number of elements of the unit's parameters.
+        unit_branches: (n_structure_units) ``residual`` where lesions and branch measures reach the unit, ``residual, returned by
+            no module`` where its branch can neither be read nor removed, ``not residual`` where it adds to no stream.
+        uncovered: (n_uncovered) what belongs to no unit, in words; measures that compare kinds refuse such a model.
         card: under which conditions this was measured.
     """
 
@@ -45,28 +59,48 @@ class TapTableResult(Result, coordinates=TAP_COORDINATES):
     depths: np.ndarray
     shapes: np.ndarray
     n_units: int
+    units: tuple[str, ...] = ()
+    unit_kinds: tuple[str, ...] = ()
+    unit_stages: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=int))
+    unit_parameters: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=int))
+    unit_branches: tuple[str, ...] = ()
+    uncovered: tuple[str, ...] = ()
     card: ObjectiveCard | None = None
 
     def scalars(self) -> dict[str, float]:
-        """Return the number of taps of each kind."""
-        counts = {kind: self.kinds.count(kind) for kind in dict.fromkeys(self.kinds)}
-        return {"n_taps": float(len(self.taps))} | {f"n_{kind}": float(n) for kind, n in counts.items()}
+        """Return the number of taps and of residual units of each kind."""
+        counts = {f"n_{kind}": self.kinds.count(kind) for kind in dict.fromkeys(self.kinds)}
+        residual = [kind for kind, branch in zip(self.unit_kinds, self.unit_branches) if branch != BRANCHES[2]]
+        counts |= {"n_units": self.n_units}
+        counts |= {f"n_units_{kind}": residual.count(kind) for kind in dict.fromkeys(residual)}
+        return {"n_taps": float(len(self.taps))} | {name: float(n) for name, n in counts.items()}
 
     def table(self) -> str:
         """Return the taps as text: name, kind, stage, depth and map (channels x height x width), a line a tap."""
-        rows = [("tap", "kind", "stage", "depth", "map"), *self._rows()]
-        widths = [max(len(row[i]) for row in rows) for i in range(5)]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
+        lines = _aligned([("tap", "kind", "stage", "depth", "map"), *self._rows()])
         return "\n".join(lines if self.n_units else [*lines, UNKNOWN])
+
+    def unit_table(self) -> str:
+        """Return the units as text: name, kind, stage, number of parameters and branch, a line a unit."""
+        columns = (self.units, self.unit_kinds, self.unit_stages, self.unit_parameters, self.unit_branches)
+        rows = [(name, kind, str(stage), f"{n:,}", branch) for name, kind, stage, n, branch in zip(*columns)]
+        lines = _aligned([("unit", "kind", "stage", "parameters", "branch"), *rows])
+        return "\n".join([*lines, *(f"not covered: {text}" for text in self.uncovered)])
 
     def _rows(self) -> Iterator[tuple[str, ...]]:
         for name, kind, stage, depth, shape in zip(self.taps, self.kinds, self.stages, self.depths, self.shapes):
             yield name, kind, str(stage), f"{depth:.3f}", "x".join(str(n) for n in shape)
 
 
+def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    """Return rows of cells as lines, each column as wide as its widest cell."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
+
+
 @record_options
 def tap_table(probe: Probe) -> TapTableResult:
-    """List a probe's taps, with the shapes that one forward pass of the first image gives them.
+    """List a probe's taps, with the shapes that one forward pass of the first image gives them, and the units of its model.
 
     Under ``torch.distributed`` every rank looks at the same image, so no rank waits for another.
 
@@ -84,19 +118,34 @@ def tap_table(probe: Probe) -> TapTableResult:
         model(x[:1])
     missed = {tap.name: "not reached by the forward pass" for tap, shape in zip(probe.taps, shapes) if not shape[0]}
     warn_nulls("tap_table", missed)
+    model_structure = _structure(probe)
+    units = model_structure.units
+    sizes = model_structure.sizes or {}
     return TapTableResult(
         taps=tuple(tap.name for tap in probe.taps),
         kinds=tuple(tap.kind for tap in probe.taps),
         stages=np.array([tap.stage for tap in probe.taps]),
         depths=np.array([tap.depth for tap in probe.taps], dtype=float),
         shapes=shapes,
-        n_units=_n_units(probe),
+        n_units=sum(unit.residual for unit in units),
+        units=tuple(unit.name for unit in units),
+        unit_kinds=tuple(unit.kind for unit in units),
+        unit_stages=np.array([unit.stage for unit in units], dtype=int),
+        unit_parameters=np.array([sum(sizes[name] for name in unit.parameters) for unit in units], dtype=int),
+        unit_branches=tuple(_branch(unit) for unit in units),
+        uncovered=model_structure.missing,
         card=probe.card(),
     )
 
 
-def _n_units(probe: Probe) -> int:
+def _structure(probe: Probe) -> Structure:
     try:
-        return len(residual_blocks(find_structure(probe.model, probe.first_images()).components))
-    except ValueError:  # none, or a model of which nothing is known
-        return 0
+        return structure(probe.model, probe.first_images())
+    except StructureError:  # a model of which nothing is known
+        return Structure("", (), {})
+
+
+def _branch(unit: StructureUnit) -> str:
+    if not unit.residual:
+        return BRANCHES[2]
+    return BRANCHES[0] if unit.branch else BRANCHES[1]
