@@ -1,18 +1,13 @@
-"""Every form in which weights come: accepted with exactly equal outputs, or refused in one line that says why."""
+"""Every form in which weights come is read with exactly equal outputs."""
 
 from __future__ import annotations
 
 import argparse
 import copy
-import pickle
-import tarfile
-import zipfile
-from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -21,34 +16,12 @@ from timm.utils.model import unwrap_model
 from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
-from torchvision import tv_tensors
 
 import vitscope as vs
+from tests.helpers.weight_files import AVERAGES, IMAGES, OTHER, WEIGHTS, S, State, loaded_outputs, network, prefixed
 from vitscope.models import state_dicts
 from vitscope.runs.checkpoints import checkpoint_io, checkpoint_sequence, checkpoint_weights
 from vitscope.runtime.errors import CheckpointError
-
-State = Mapping[str, Any]
-
-
-def network(seed: int, classes: int = 5) -> nn.Module:
-    """Return a network with normalization, whose running statistics are random, and a classifier."""
-    torch.manual_seed(seed)
-    layers = [nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
-    model = nn.Sequential(*layers, nn.Linear(4, classes))
-    model[1].running_mean = torch.rand(4)
-    model[1].running_var = torch.rand(4) + 0.5
-    return model.eval()
-
-
-#: the weights, and those of an average over training steps
-WEIGHTS, AVERAGES = network(1), network(2)
-OTHER = network(3)
-IMAGES = torch.rand(2, 3, 6, 6, generator=torch.Generator().manual_seed(0))
-
-
-def prefixed(prefix: str, state: State) -> OrderedDict[str, Any]:
-    return OrderedDict((prefix + name, value) for name, value in state.items())
 
 
 def of_lightning(prefix: str) -> dict[str, Any]:
@@ -104,7 +77,6 @@ def parameters_of(state: State) -> dict[str, Any]:
     return {name: nn.Parameter(v) if v.is_floating_point() else v for name, v in state.items()}
 
 
-S = WEIGHTS.state_dict()
 #: contents of files that `torch.save` writes; what is loaded without and with ``ckpt=ema``
 CONTENTS: dict[str, tuple[Callable[[Path], Any], nn.Module | None, nn.Module | None]] = {
     "state dict": (lambda _: S, WEIGHTS, None),
@@ -153,13 +125,6 @@ def expected_outputs(model: nn.Module, form: str) -> Tensor:
         return model(IMAGES)
 
 
-def loaded_outputs(path: Path, *, average: bool = False) -> Tensor:
-    model = network(7)
-    checkpoint_weights.load_weights(model, checkpoint_io.read(path), path, average=average)
-    with torch.no_grad():
-        return model(IMAGES)
-
-
 @pytest.mark.parametrize("form", CONTENTS)
 def test_a_form_is_read_with_equal_outputs(form: str, tmp_path: Path) -> None:
     build, weights, averages = CONTENTS[form]
@@ -196,152 +161,6 @@ def test_what_was_taken_is_said(tmp_path: Path, capsys, command_messages) -> Non
     assert "took averages over training steps (state_dict under model.*)" in message(of_our_average())
     taken = message(of_lightning("net."))
     assert "took 9 weights state_dict under net.*; 2 others are left out: criterion.weight, val_accuracy.total" in taken
-
-
-def with_entry(name: str, value: Any) -> dict[str, Any]:
-    return {**S, name: value}
-
-
-class OwnNetwork(nn.Linear):
-    """A module of the user's."""
-
-
-#: contents that are refused, and the reason
-REFUSED: dict[str, tuple[Any, str]] = {
-    "a pickled network": (
-        WEIGHTS,
-        r"holds a pickled module \(torch\.nn\.\S+\), .*; save model\.state_dict\(\) instead",
-    ),
-    "a pickled module of the user's": (
-        {"model": OwnNetwork(1, 1), "epoch": 1},
-        r"holds a pickled module \(\S+OwnNetwork\).*save model.state_dict",
-    ),
-    "a tensor": (torch.ones(2), "holds a Tensor"),
-    "a list": ([S], "holds a list"),
-    "an empty dict": ({}, r"the checkpoint lacks it \(8 such: 0\.bias, 0\.weight, 1\.bias\)"),
-    "one key missing": (
-        {k: v for k, v in S.items() if k != "5.bias"},
-        "5.bias: the checkpoint lacks it; use the model it was made with",
-    ),
-    "one key more": (with_entry("9.weight", torch.ones(1)), "9.weight: the model has no such weight; use the model"),
-    "both": (
-        {"state_dict": prefixed("x_", S)},
-        r"0\.bias: the checkpoint lacks it \(8 such: 0\.bias, .*\), x_0\.bias: the model has no such weight \(9 such",
-    ),
-    "a key more under the prefix": (
-        {"state_dict": {**prefixed("net.", S), "net.9.weight": torch.ones(1)}},
-        r"net\.0\.bias: the model has no such weight",
-    ),
-    "another head": (
-        network(1, 37).state_dict(),
-        r"5\.weight has shape \(37, 4\) in the checkpoint, the model needs \(5, 4\); 5\.bias has shape \(37,\) .*: "
-        r"it was made for 37 classes, the model is for 5; use the model it was made with \(data\.num_classes",
-    ),
-    "another width": (
-        with_entry("0.weight", torch.ones(8, 3, 3, 3)),
-        r"0\.weight has shape \(8, 3, 3, 3\) .*needs \(4, 3, 3, 3\)",
-    ),
-    "two networks": ({"student": S, "teacher": OTHER.state_dict()}, "student and teacher fit the model equally well"),
-    "two prefixes": (
-        {"state_dict": {**prefixed("a.", S), **prefixed("b.", OTHER.state_dict())}},
-        r"under a\.\* and state_dict under b\.\* fit",
-    ),
-    "a tensor subclass": (
-        with_entry("0.weight", tv_tensors.Image(torch.ones(3, 3, 3))),
-        r"not a safe checkpoint \(it names torchvision\.",
-    ),
-    "a number of numpy's": (
-        {"state_dict": S, "best": np.float64(1)},
-        r"not a safe checkpoint \(it names numpy\.\S+, which could execute",
-    ),
-    "complex": (
-        with_entry("5.bias", torch.ones(5, dtype=torch.complex64)),
-        r"5\.bias is of torch\.complex64, the model's is of torch\.float32",
-    ),
-}
-
-
-@pytest.mark.parametrize("form", REFUSED)
-def test_a_form_is_refused_in_one_line(form: str, tmp_path: Path) -> None:
-    content, reason = REFUSED[form]
-    path = tmp_path / "net.pth"
-    for options in ({}, {"_use_new_zipfile_serialization": False}):
-        torch.save(content, path, **options)
-        with pytest.raises(CheckpointError, match=reason) as refusal:
-            loaded_outputs(path)
-        assert "\n" not in str(refusal.value)
-        assert str(refusal.value).startswith(f"ckpt_path={path}: ")
-        assert refusal.value.exit_code == 4
-
-
-def encrypted(path: Path) -> None:
-    """Write a state dict whose archive says of every member that it is encrypted."""
-    torch.save(S, path)
-    content = bytearray(path.read_bytes())
-    for mark, offset in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
-        at = content.find(mark)
-        while at >= 0:
-            content[at + offset] |= 1
-            at = content.find(mark, at + 4)
-    path.write_bytes(content)
-
-
-def of_other_archives(path: Path) -> None:
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("notes.txt", "no weights")
-
-
-def in_a_tar(path: Path) -> None:
-    torch.save(S, path.parent / "inner.pth")
-    with tarfile.open(path, "w") as archive:
-        archive.add(path.parent / "inner.pth", "inner.pth")
-
-
-def scripted(path: Path) -> None:
-    with pytest.warns(FutureWarning):
-        torch.jit.script(nn.Linear(2, 2)).save(path)
-
-
-FILES: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "nothing": (lambda path: None, "no such file"),
-    "a folder": (lambda path: path.mkdir(), "a folder, not a file"),
-    "zero bytes": (lambda path: path.touch(), "the file is empty"),
-    "one byte": (lambda path: path.write_bytes(b"\x80"), "not a safe checkpoint"),
-    "text": (lambda path: path.write_text("weights"), "not a safe checkpoint"),
-    "a page": (lambda path: path.write_text("\n<!DOCTYPE html><html>"), "a page of HTML"),
-    "a pointer": (
-        lambda path: path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0"),
-        "git lfs pull",
-    ),
-    "another archive": (of_other_archives, "not a safe checkpoint"),
-    "a tar archive": (in_a_tar, "not a safe checkpoint"),
-    "encrypted": (encrypted, "an encrypted archive"),
-    "TorchScript": (scripted, r"a TorchScript program.*save model\.state_dict\(\) instead"),
-    "a cut safetensors header": (
-        lambda path: path.write_bytes((20).to_bytes(8, "little") + b"{" + b" " * 30),
-        "not a safe checkpoint",
-    ),
-    "a pickled module alone": (
-        lambda path: path.write_bytes(pickle.dumps(WEIGHTS)),
-        "not a safe checkpoint|holds a pickled module",
-    ),
-}
-
-
-@pytest.mark.parametrize("form", FILES)
-def test_a_file_is_refused_in_one_line(form: str, tmp_path: Path) -> None:
-    write, reason = FILES[form]
-    path = tmp_path / "net.pth"
-    write(path)
-    with pytest.raises(CheckpointError, match=reason) as refusal:
-        checkpoint_io.read(path)
-    assert "\n" not in str(refusal.value)
-
-
-def test_a_link_to_nothing_is_no_file(tmp_path: Path) -> None:
-    (tmp_path / "net.pth").symlink_to(tmp_path / "none.pth")
-    with pytest.raises(CheckpointError, match="no such file"):
-        checkpoint_io.read(tmp_path / "net.pth")
 
 
 def test_files_of_a_path_between_networks_come_in_every_form(tmp_path: Path) -> None:
