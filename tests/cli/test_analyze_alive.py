@@ -109,7 +109,7 @@ def test_two_processes_measure_one_run(call, run: Path) -> None:  # noqa: F811
     (file,) = run.glob("results/fourier/*.npz")
     assert result_store.has_readable_copy(file.parent, file.stem, result_store.load(file))
     assert sorted(other.name for other in file.parent.iterdir()) == [f"{file.stem}.json", file.name]
-    assert sorted(other.suffix for other in (run / "figures").iterdir()) == [".pdf", ".png"]
+    assert sorted(other.suffix for other in (run / "figures").iterdir()) == [".csv", ".pdf", ".png"]
     lines = (run / "metrics.jsonl").read_text().splitlines()
     assert len(lines) == len(metrics_log.read(run / "metrics.jsonl")) == rows  # training had measured the same
 

@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 import vitscope as vs
 from tests.helpers.sample_results import eigenvalues, landscape, loss_slice, variance
 from vitscope.plotting import api
+from vitscope.plotting.canvas import panels_of
 from vitscope.plotting.style import COLORS, KIND_COLORS
 
 TWO = {"ViT": eigenvalues(), "ResNet": eigenvalues(2.0)}
@@ -140,7 +141,7 @@ def test_a_subfigure_is_filled() -> None:
     vs.plot(landscape(), ax=right, title=False)
     assert len(left.axes) == 4
     assert left.legends
-    assert [ax.name for ax in right.axes][:2] == ["3d", "rectilinear"]
+    assert [ax.name for ax in panels_of(right)][:2] == ["3d", "rectilinear"]
     figure.draw_without_rendering()
 
 

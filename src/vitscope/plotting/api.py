@@ -16,10 +16,11 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure, SubFigure
 
 from vitscope.core.objective_card import check_comparable
-from vitscope.plotting.canvas import Drawing, drawing_target, drawing_with
+from vitscope.plotting.canvas import Drawing, drawing_target, drawing_with, panels_of
 from vitscope.plotting.named_results import chosen_colors, named_results
 from vitscope.plotting.style import STYLE as STYLE
 from vitscope.plotting.style import figure_style, parameters_context
+from vitscope.plotting.text_fit import fit_labels
 from vitscope.runtime import safe_files
 from vitscope.runtime.atomic_write import temporary_path
 
@@ -97,7 +98,9 @@ def plot(
         result_colors, kind_colors = chosen_colors(colors, list(named), cycle)
         with drawing_with(Drawing(target, figsize, result_colors, kind_colors)):
             figure = draw(named, **options)
-        panels = target if isinstance(target, Sequence) else (target or figure).axes
+        panels = target if isinstance(target, Sequence) else panels_of(target or figure)
+        if target is None:
+            fit_labels(figure)
         _set_titles(figure if target is None else target, panels, list(named), title)
     return figure
 

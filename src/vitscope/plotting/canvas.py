@@ -17,6 +17,7 @@ from matplotlib.figure import Figure, FigureBase, SubFigure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from vitscope.plotting.style import KIND_COLORS, style
+from vitscope.plotting.text_fit import fit_legend
 
 #: width in inches of a column of a two-column page
 COLUMN_WIDTH = 3.4
@@ -112,6 +113,13 @@ def _size_of_the_user() -> tuple[float, float] | None:
     return None if size in (list(rcParamsDefault["figure.figsize"]), list(style()["figure.figsize"])) else (*size,)
 
 
+def panels_of(figure: Figure | SubFigure) -> list[Axes]:
+    """Return the axes of a figure or subfigure and of the subfigures in it."""
+    if isinstance(figure, Figure):
+        return list(figure.axes)
+    return [*figure.axes, *(axes for part in figure.subfigs for axes in panels_of(part))]
+
+
 class Canvas:
     """A figure of its own, a subfigure of the user, or axes of the user, under the same methods.
 
@@ -161,10 +169,11 @@ class Canvas:
             return panels
         if all(name == RECTILINEAR for row in projections for name in row):
             return self._parent.subplots(rows, columns, squeeze=False, sharex=sharex, sharey=sharey, **options)
-        cells = self._parent.add_gridspec(rows, columns, **options)
+        # subfigures, as constrained layout does not see the labels of axes in three dimensions
+        cells: Any = self._parent.subfigures(rows, columns, squeeze=False, **options)
         panels = np.empty((rows, columns), dtype=object)
         for row, column in np.ndindex(rows, columns):
-            panels[row, column] = self._parent.add_subplot(cells[row, column], projection=projections[row][column])
+            panels[row, column] = cells[row, column].add_subplot(projection=projections[row][column])
         return panels
 
     def _axes_of_the_user(self, rows: int, columns: int, projections: Sequence[Sequence[str]]) -> np.ndarray:
@@ -193,6 +202,7 @@ class Canvas:
         labels: Sequence[str] | None = None,
         *,
         loc: Any = "outside upper left",
+        ncols: int = 1,
         **options: Any,
     ) -> None:
         """Put one legend beside the panels, each label once; on axes of the user, into the last of them.
@@ -201,9 +211,10 @@ class Canvas:
             handles: artists; None for all labeled ones.
             labels: texts of the handles; None for their own labels.
             loc: place beside the panels of a figure with constrained layout.
+            ncols: number of columns, fewer where they do not fit.
             options: of ``Figure.legend``.
         """
-        panels: list[Axes] = self._axes or cast(Any, self._parent).axes
+        panels = self._axes or panels_of(cast(Figure | SubFigure, self._parent))
         if handles is None:
             entries = {text: item for ax in panels for item, text in zip(*ax.get_legend_handles_labels())}
             handles, labels = list(entries.values()), list(entries)
@@ -213,7 +224,9 @@ class Canvas:
             return
         engine = self.figure.get_layout_engine()
         if self._parent is not None and isinstance(engine, ConstrainedLayoutEngine):
-            self._parent.legend(handles, labels, loc=loc, **options)
+            width = self._parent.bbox.width / self.figure.dpi
+            labels, ncols = fit_legend(list(labels or ()), ncols, width)
+            self._parent.legend(handles, labels, loc=loc, ncols=ncols, **options)
         else:
             panels[-1].legend(handles, labels, **options)
 

@@ -15,7 +15,7 @@ def critical_point(results: Mapping[str, CriticalPointResult]) -> Figure:
     canvas = new_canvas(COLUMN_WIDTH, 3.6 + 0.14 * len(results))
     ends, slices = canvas.grid(2, 1)[:, 0]
     for index, (name, result) in enumerate(results.items()):
-        label = f"{name}: {result.verdict}" if name else result.verdict
+        label = f"{name}: {result.verdict}" if name else f"Verdict: {result.verdict}"
         ends.errorbar(
             result.n_images,
             result.smallest_eigenvalue,
@@ -29,9 +29,9 @@ def critical_point(results: Mapping[str, CriticalPointResult]) -> Figure:
     ends.set_xscale("log", base=2)
     ends.axhline(0, color="0.6", linewidth=0.6, zorder=0)
     ends.set_xlabel("Number of images")
-    ends.set_ylabel("Smallest Hessian eigenvalue")
+    ends.set_ylabel("Smallest eigenvalue")
     slices.axvline(0, color="0.6", linewidth=0.6, zorder=0)
-    slices.set_xlabel("Distance along its eigenvector (norm of the weights' change)")
+    slices.set_xlabel("Distance along its eigenvector")
     slices.set_ylabel("Objective (nats)")
     canvas.legend(loc="outside upper left", ncols=2)
     return canvas.figure

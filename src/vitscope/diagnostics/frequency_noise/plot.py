@@ -74,7 +74,7 @@ def input_filter(results: Mapping[str, InputFilterResult]) -> Figure:
         chance = min(result.chance for result in results.values())
         ax.axhline(100 * chance, color="0.5", linestyle="--", linewidth=0.8)
         at = {"xytext": (0, 2), "textcoords": "offset points", "ha": side, "fontsize": "small"}
-        ax.annotate("chance", (x, 100 * chance), color="0.4", **at)
+        ax.annotate("Chance", (x, 100 * chance), color="0.4", **at)
         ax.set_xlim(0, 1)
         ax.set_xlabel(rf"Frequencies kept {passband} ($\times\pi$ rad/pixel)")
     low.set_ylabel("Accuracy (%)")
@@ -95,7 +95,7 @@ def fourier_heatmap(results: Mapping[str, FourierHeatmapResult]) -> Figure:
             *edges, 100 * result.error_rate, vmin=0, vmax=100, cmap=rcParams["image.cmap"], rasterized=True
         )
         ax.set_aspect("equal")
-        ax.set_title(f"{name}\n".lstrip("\n") + f"clean error {100 * result.clean_error_rate:.1f}%")
+        ax.set_title(f"{name}\n".lstrip("\n") + f"Clean error {100 * result.clean_error_rate:.1f}%")
         ax.set_xlabel(r"Horizontal frequency ($\times\pi$ rad/pixel)")
     axes[0].set_ylabel(r"Vertical frequency ($\times\pi$ rad/pixel)")
     if image is not None:
@@ -112,7 +112,7 @@ def shape_bias(results: Mapping[str, ShapeBiasResult]) -> Figure:
         ax.errorbar([result.shape_bias], [row], xerr=ends, marker=MARKERS[row % len(MARKERS)], color=result_color(row))
         other = 1 - (result.shape_decisions + result.texture_decisions) / result.n_conflicts
         at = {"xytext": (0, 6), "textcoords": "offset points", "ha": "center", "fontsize": "small"}
-        ax.annotate(f"neither cue: {100 * other:.0f}%", (np.clip(result.shape_bias, 0.2, 0.8), row), **at)
+        ax.annotate(f"Neither cue: {100 * other:.0f}%", (np.clip(result.shape_bias, 0.2, 0.8), row), **at)
     ax.axvline(0.5, color="0.6", linewidth=0.6, zorder=0)
     ax.set_yticks(range(len(results)), [name or "model" for name in results])
     ax.set_ylim(len(results) - 0.5, -0.5)
@@ -137,7 +137,9 @@ def _over_rms(results: Mapping[str, FrequencyNoiseRobustnessResult]) -> Figure:
 
 
 def _construction(result: FrequencyNoiseRobustnessResult) -> str:
-    return f"rms {result.rms:g}" if result.construction == "equal_rms" else f"official noise, eps {result.rms:g}"
+    return (
+        f"Noise of rms {result.rms:g}" if result.construction == "equal_rms" else f"Official noise, eps {result.rms:g}"
+    )
 
 
 def _edges(centres: np.ndarray) -> np.ndarray:

@@ -64,7 +64,7 @@ def hessian_max_eigenvalue_spectrum(
         axes.xaxis.set_major_locator(MaxNLocator(6))
     axes.yaxis.set_major_locator(MaxNLocator(4, prune="lower"))
     axes.set_xlabel("Hessian max eigenvalue")
-    axes.set_ylabel("Density (per unit of eigenvalue)")
+    axes.set_ylabel("Density (1/eigenvalue)")
     canvas.legend(loc="outside upper left", ncols=1)
     return canvas.figure
 

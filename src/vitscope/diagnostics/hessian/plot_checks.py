@@ -29,7 +29,7 @@ def rayleigh_split(results: Mapping[str, RayleighSplitResult]) -> Figure:
             (-0.2, result.gauss_newton, "Gauss-Newton part $v^TGv$"),
             (0.2, result.remainder, "Remainder $v^T(H-G)v$"),
         ):
-            values.bar(ranks + side, part[order], 0.4, color=result_color(int(side > 0)), label=text)
+            values.bar(ranks + side, part[order], 0.4, color="0.45" if side < 0 else "0.75", label=text)
         values.plot(ranks, result.eigenvalues[order], "k_", label="Eigenvalue")
         values.axhline(0, color="0.6", linewidth=0.6)
         bottom = np.zeros(len(order))
@@ -44,7 +44,7 @@ def rayleigh_split(results: Mapping[str, RayleighSplitResult]) -> Figure:
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
             if row == len(results) - 1:
                 axes.set_xlabel("Eigenvector, by eigenvalue")
-    canvas.legend(loc="outside upper left", ncols=4)
+    canvas.legend(loc="outside upper left", ncols=3)
     return canvas.figure
 
 
@@ -69,7 +69,7 @@ def nep_stability(results: Mapping[str, NepStabilityResult]) -> Figure:
                 label=(name or None) if axes is panels[0] else None,
             )
         mixed = np.flatnonzero(result.mixup)
-        label = "with mixup" if number == 0 and len(mixed) else None
+        label = "With mixup" if number == 0 and len(mixed) else None
         panels[0].plot(result.k[mixed], result.nep[mixed], "x", color=result_color(number), markersize=6, label=label)
     for axes, label in zip(panels, ("Eigenvalues a batch", "Batch size", "Tolerance")):
         axes.set_xlabel(label)

@@ -41,7 +41,7 @@ def spectral_density(results: Mapping[str, SpectralDensityResult], *, floor: flo
     axes.set_ylim(floor * top, 3 * top)
     axes.axvline(0, color="0.6", linewidth=0.6, zorder=0)
     axes.set_xlabel("Hessian eigenvalue")
-    axes.set_ylabel("Density (per unit of eigenvalue)")
+    axes.set_ylabel("Density (1/eigenvalue)")
     canvas.legend(loc="outside upper left", ncols=1)
     return canvas.figure
 

@@ -92,7 +92,7 @@ def _shade(panels: Sequence[Axes], results: Mapping[str, SharpnessResult]) -> No
     if saturated:
         axes = panels[0]
         axes.text(
-            0.99, 0.98, "saturated", transform=axes.transAxes, ha="right", va="top", fontsize="small", color="0.4"
+            0.99, 0.02, "Saturated", transform=axes.transAxes, ha="right", va="bottom", fontsize="small", color="0.4"
         )
     for axes in panels:
         axes.set_xlim(0.85 * radii.min(), 1.2 * radii.max())

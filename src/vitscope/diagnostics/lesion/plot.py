@@ -17,6 +17,9 @@ from vitscope.plotting.style import KIND_LABELS
 #: value -> factor, axis label, and whether a loss is below zero
 VALUES = {"accuracy": (100.0, "Accuracy change (points)"), "nll": (1.0, "NLL change (nats)")}
 
+#: number of images below which a single unit's change of accuracy is mostly chance
+FEW_IMAGES = 128
+
 #: kinds of unit in the order of the legend
 LESION_KINDS = ("conv", "msa", "mlp", "pool")
 
@@ -25,7 +28,8 @@ def lesion(results: Mapping[str, LesionResult], *, value: str = "accuracy") -> F
     """Draw the change for each removed branch as a bar by depth, one panel a model (Fig 10b).
 
     Colors tell the kind of unit, vertical lines the stages, circles the same unit's ``conv3x3_identity``. Bars are means,
-    whiskers 95% intervals over images.
+    whiskers 95% intervals over images; a dash stands for no change. With fewer than 128 images the title says that they are too
+    few to tell single units apart.
 
     Args:
         results: one or more results by name.
@@ -41,7 +45,8 @@ def lesion(results: Mapping[str, LesionResult], *, value: str = "accuracy") -> F
     axes = canvas.grid(len(results), 1, sharey=True)[:, 0]
     for ax, (name, result) in zip(axes, results.items()):
         _bars(ax, result, value)
-        ax.set(title=name, ylabel=loss_label(VALUES[value][1], results.values()))
+        few = f"{result.n_images} images: too few to tell" if result.n_images < FEW_IMAGES else ""
+        ax.set(title=": ".join(filter(None, [name, few])), ylabel=loss_label(VALUES[value][1], results.values()))
     kinds = [kind for kind in LESION_KINDS if any(kind in result.kinds for result in results.values())]
     handles: list = [Patch(color=kind_color(kind), label=KIND_LABELS[kind]) for kind in kinds]
     circles = [ax.get_legend_handles_labels()[0][0] for ax in axes if ax.get_legend_handles_labels()[0]]
@@ -58,6 +63,8 @@ def _bars(ax: Axes, result: LesionResult, value: str) -> None:
         x, change, yerr=half, color=[kind_color(kind) for kind in result.kinds], width=0.8, error_kw={"linewidth": 0.7}
     )
     ax.axhline(0, color="black", linewidth=0.6)
+    unchanged = x[change == 0]
+    ax.plot(unchanged, np.zeros(len(unchanged)), "_", color="black", markersize=5)  # no bar would look forgotten
     for end in np.flatnonzero(np.diff(result.stages)):
         ax.axvline(end + 0.5, color="0.8", linewidth=0.6, zorder=0)
     if result.identity_units:

@@ -37,7 +37,12 @@ def preconditioned_sharpness(results: Mapping[str, PreconditionedSharpnessResult
             )
     axes.set_yticks(range(len(results)), [name or "model" for name in results])
     axes.set_ylim(len(results) - 0.5, -0.5)
-    axes.set_xscale("log" if all(r.eigenvalues[0] > 0 for r in results.values()) else "linear")
+    marks = np.array([[r.eigenvalues[0], r.threshold] for r in results.values()])
+    marks = marks[np.isfinite(marks)]
+    if marks.size and marks.min() > 0 and marks.max() > 30 * marks.min():
+        axes.set_xscale("log")
+    else:
+        axes.set_xlim(min(0.0, 1.1 * float(marks.min(initial=0.0))), 1.1 * float(marks.max(initial=1e-9)))
     axes.set_xlabel("Eigenvalue of $P^{-1}H$")
     canvas.legend(loc="outside upper left", ncols=2)
     return canvas.figure

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from vitscope.diagnostics.rank.effective_rank import EffectiveRankResult
 from vitscope.plotting.canvas import COLUMN_WIDTH, new_canvas, result_color
-from vitscope.plotting.depth_axis import DEPTH_LABEL, shade_bands
+from vitscope.plotting.depth_axis import DEPTH_LABEL, shade_bands, shared_legend
 
 QUANTITIES = {"effective_rank": "Effective rank", "participation_ratio": "Participation ratio"}
 
@@ -30,15 +30,14 @@ def effective_rank(results: Mapping[str, EffectiveRankResult], *, share: bool = 
     for ax, (field, label) in zip(axes, QUANTITIES.items()):
         for index, (name, result) in enumerate(results.items()):
             values = getattr(result, field) / result.channels if share else getattr(result, field)
-            ax.plot(result.depths, values, "o-", color=result_color(index), label=name)
+            ax.plot(result.depths, values, "o-", color=result_color(index), label=name or None)
             if len(results) == 1:
                 _bands(ax, result)
         ax.set_ylabel(f"{label}\n(share of channels)" if share else label)
         highest = max((np.nan_to_num(np.asarray(line.get_ydata(), float)).max() for line in ax.lines), default=0.0)
         ax.set_ylim(0, 1.08 * highest or 1.0)
     axes[-1].set_xlabel(DEPTH_LABEL)
-    if any(results) or len(results) == 1:
-        canvas.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
+    shared_legend(canvas, axes[:1])
     return canvas.figure
 
 
