@@ -36,7 +36,7 @@ def tap_table(results: Mapping[str, TapTableResult]) -> Figure:
             ax.yaxis.set_major_formatter("{x:g}")
         column[0].set_title(name)
         column[1].set_xlabel("Tap, in the order of the forward pass")
-    axes[0, 0].set_ylabel("Side of the map (positions)")
+    axes[0, 0].set_ylabel("Map side (positions)")
     axes[1, 0].set_ylabel("Channels")
     shared_legend(canvas, axes[0])
     return canvas.figure
