@@ -9,12 +9,15 @@ from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from matplotlib.figure import Figure
+from omegaconf import DictConfig
 
 from vitscope.analyses import outputs
 from vitscope.cli import analyze, exit_codes, train
+from vitscope.config import loading, model_facts
 from vitscope.data.sources import photos
 from vitscope.runtime.logging import command_logging
 
@@ -26,6 +29,18 @@ TINY = [
     "data.batch_size=16",
     "data.eval_batch_size=64",
 ]
+
+_count_model = model_facts.of_model
+_facts_of_models: dict[str, dict[str, Any]] = {}
+
+
+def facts_of_model(cfg: DictConfig) -> dict[str, Any]:
+    """Return what a run records of its model, counted once a process: it is built and run a second time for that."""
+    key = loading.digest([loading.plain(cfg.model), loading.plain(cfg.get("data") or {})], 64)
+    if key not in _facts_of_models:
+        _facts_of_models[key] = _count_model(cfg)
+    return dict(_facts_of_models[key])
+
 
 #: the crops of a split are the same for every command of this process
 CACHED_CROPS = cache(photos._crops)
@@ -56,6 +71,7 @@ def call(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Cal
     Figures are small and empty, unless the test is marked ``real_figures``.
     """
     monkeypatch.setattr(photos, "_crops", CACHED_CROPS)
+    monkeypatch.setattr(model_facts, "of_model", facts_of_model)
     # a full collection before each command takes 0.4 s in the process of the tests, which holds thousands of objects
     monkeypatch.setattr(exit_codes, "gc", SimpleNamespace(collect=lambda: gc.collect(1)))
     if request.node.get_closest_marker("real_figures") is None:
