@@ -11,9 +11,9 @@ from vitscope.diagnostics.hessian.hessian_by_kind import HessianByKindResult
 from vitscope.diagnostics.hessian.hessian_eigenvalues import HessianEigenvaluesResult
 from vitscope.diagnostics.hessian.hessian_trace import HessianTraceResult
 from vitscope.diagnostics.hessian.spectral_density import SpectralDensityResult
-from vitscope.plotting.canvas import COLUMN_WIDTH, new_canvas, result_color
+from vitscope.plotting.canvas import COLUMN_WIDTH, kind_color, new_canvas, result_color
 from vitscope.plotting.ranked_values import ranked_values, sized_canvas
-from vitscope.plotting.style import KIND_LABELS
+from vitscope.plotting.style import KIND_COLORS, KIND_LABELS
 
 
 def spectral_density(results: Mapping[str, SpectralDensityResult], *, floor: float = 1e-7) -> Figure:
@@ -68,7 +68,7 @@ def hessian_trace(results: Mapping[str, HessianTraceResult]) -> Figure:
 def hessian_by_kind(results: Mapping[str, HessianByKindResult]) -> Figure:
     """Draw each group's pooled top eigenvalues as ticks on a symmetric logarithmic axis; a dot marks their median.
 
-    Beside each group stands how many values it has, and the share of them below zero.
+    Beside each group stands how many values it has, and the share of them below zero. Kinds of one result have their colors.
     """
     rows = [(name, result, i) for name, result in results.items() for i in range(len(result.groups))]
     canvas = new_canvas(COLUMN_WIDTH, 0.8 + 0.3 * len(rows))
@@ -76,10 +76,12 @@ def hessian_by_kind(results: Mapping[str, HessianByKindResult]) -> Figure:
     labels = []
     for row, (name, result, i) in enumerate(rows):
         pooled = result.eigenvalues[i].reshape(-1)
-        color = result_color(list(results).index(name))
+        group_name = result.groups[i]
+        by_kind = len(results) == 1 and group_name in KIND_COLORS
+        color = kind_color(group_name) if by_kind else result_color(list(results).index(name))
         axes.plot(pooled, np.full(len(pooled), row), "|", color=color, markersize=7, alpha=0.8)
         axes.plot(np.median(pooled), row, "o", color=color, markersize=3)
-        group = KIND_LABELS.get(result.groups[i], result.groups[i])
+        group = KIND_LABELS.get(group_name, group_name)
         labels.append(f"{name}, {group}".removeprefix(", ") + f"\n{len(pooled)} values, {100 * result.nep[i]:.0f}% < 0")
     axes.set_yticks(range(len(labels)), labels)
     axes.set_ylim(len(labels) - 0.5, -0.5)
