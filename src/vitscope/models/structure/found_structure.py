@@ -60,7 +60,7 @@ def find_structure(model: nn.Module, images: Tensor | None = None) -> FoundStruc
         model_structure = _found(model, images)
     except ValueError:
         model_structure = FoundStructure([], [])
-    return _amended(model, model_structure, declared)
+    return _amended(model, model_structure, declared, images)
 
 
 def _found(model: nn.Module, images: Tensor | None) -> FoundStructure:
@@ -108,7 +108,9 @@ def _found(model: nn.Module, images: Tensor | None) -> FoundStructure:
     return FoundStructure(components, list(missing_from(model, components, observed)), None, observed)
 
 
-def _amended(model: nn.Module, model_structure: FoundStructure, declared: Sequence[ModelComponent]) -> FoundStructure:
+def _amended(
+    model: nn.Module, model_structure: FoundStructure, declared: Sequence[ModelComponent], images: Tensor | None
+) -> FoundStructure:
     """Put declared units in the place of those that share parameters with them."""
     declared_names = {name for component in declared for name in component.parameters or ()}
     inside = tuple(component.name for component in declared)
@@ -123,7 +125,7 @@ def _amended(model: nn.Module, model_structure: FoundStructure, declared: Sequen
     missing = [
         (t, b) for t, b in model_structure.missing if not any(_mentions(t, name) for name in (*inside, *declared_names))
     ]
-    return FoundStructure(components, missing, _declared_places(model, model_structure, components, owned))
+    return FoundStructure(components, missing, _declared_places(model, model_structure, components, owned, images))
 
 
 def _owned_by_path(model: nn.Module, component: ModelComponent) -> list[str]:
@@ -139,12 +141,19 @@ def _declared_places(
     model_structure: FoundStructure,
     components: Sequence[ModelComponent],
     owned: Callable[[ModelComponent], set[str]],
+    images: Tensor | None,
 ) -> dict[str, Place]:
-    """Return kinds by declared and found units; other parameters have the kind that was found, else that of their order."""
+    """Return kinds by declared and found units; other parameters have the kind that was found, else that of their order.
+
+    It is the order of first use in a forward pass; that of registration for parameters that the pass does not use, and where
+    the model does not run.
+    """
     places: dict[str, Place] = {}
     for component in components:
         places.update(dict.fromkeys(owned(component), (component.part.kind, component.stage)))
     names = [name for name, _ in model.named_parameters()]
+    if model_structure.places is None and (observed := execution(model, (), images)) is not None:
+        names = _by_first_use(names, observed)
     last = max((i for i, name in enumerate(names) if name in places), default=-1)
     latest: Place = ("stem", 0)
     head: Place = ("head", max(c.stage for c in components) + 1)
@@ -156,4 +165,14 @@ def _declared_places(
             complete[name] = places.get(name) or (latest if i <= last else head)
         elif name in model_structure.places:
             complete[name] = model_structure.places[name]
-    return complete
+    return {name: complete[name] for name, _ in model.named_parameters() if name in complete}
+
+
+def _by_first_use(names: Sequence[str], observed: Execution) -> list[str]:
+    """Return names of parameters in the order of their first use; one that is not used stays behind the one before it."""
+    times: dict[str, int] = {}
+    latest = 0
+    for name in names:
+        latest = observed.first_use.get(name, latest)
+        times[name] = latest
+    return sorted(names, key=lambda name: times[name])
