@@ -15,12 +15,11 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import timm
 import torch
 import torchvision
-from torch import nn
+from torch import Tensor, nn
 
 import vitscope as vs
 from vitscope.models.structure.structure_table import Structure
@@ -129,7 +128,9 @@ Written by `docs/scripts/structure_table.py` with VERSIONS.
 """
 
 
-Key = tuple[str, str]
+#: title of the table, module and model
+Key = tuple[str, str, str]
+Build = Callable[[str], nn.Module]
 
 
 def timm_model(name: str) -> nn.Module:
@@ -149,41 +150,47 @@ def transformers_model(name: str) -> nn.Module:
     return getattr(transformers, name)(getattr(transformers, dict(TRANSFORMERS)[name])())
 
 
-def sections() -> Iterator[tuple[str, Callable[[str], nn.Module], list[Key]]]:
-    """Yield title, function that builds a model, and (module, model) of each row of the tables."""
-    yield "timm's modules", timm_model, [(module, FAMILIES[module][0]) for module in FAMILIES]
+def sections() -> Iterator[tuple[str, Build, list[Key]]]:
+    """Yield title, function that builds a model, and the keys of the rows of each table."""
+    title = "timm's modules"
+    yield title, timm_model, [(title, module, FAMILIES[module][0]) for module in FAMILIES]
+    title = "torchvision's models"
     modules = {name: torchvision.models.get_model_builder(name).__module__.split(".")[-1] for name in TORCHVISION}
-    yield "torchvision's models", torchvision_model, [(modules[name], name) for name in TORCHVISION]
-    lowered = [(config.removesuffix("Config").lower(), name) for name, config in TRANSFORMERS]
-    yield "Vision models of transformers", transformers_model, lowered
+    yield title, torchvision_model, [(title, modules[name], name) for name in TORCHVISION]
+    title = "Vision models of transformers"
+    keys = [(title, config.removesuffix("Config").lower(), name) for name, config in TRANSFORMERS]
+    yield title, transformers_model, keys
 
 
-def built(build: Callable[[str], nn.Module], name: str) -> tuple[nn.Module, Structure]:
-    """Return a model without weights and its structure, on a real device where the meta device does not build or run it."""
+def built(build: Build, name: str) -> tuple[nn.Module, Tensor | None, Structure]:
+    """Return a model without weights, its images and structure, on a real device where the meta device does not run it."""
     error: Exception | None = None
     for device in ("meta", "cpu"):
         try:
             with torch.device(device):
                 model = build(name).eval()
-            return model, vs.structure(model)
+                # SegFormer states no size; on small images its last map is one token
+                images = torch.rand(1, 3, 224, 224) if build is transformers_model else None
+            return model, images, vs.structure(model, images)
         except (RuntimeError, NotImplementedError, ValueError) as raised:
             error = raised
     assert error is not None
     raise error
 
 
-def row(key: Key, build: Callable[[str], nn.Module]) -> str:
+def row(key: Key, build: Build) -> str:
     """Return one line of a table."""
+    _, module, name = key
     try:
-        model, structure = built(build, key[1])
+        model, images, structure = built(build, name)
     except StructureError as error:
-        return f"| {key[0]} | {key[1]} |{' |' * 8} refused: {str(error).partition(';')[0]} |"
+        return f"| {module} | {name} |{' |' * 8} refused: {str(error).partition(';')[0]} |"
     units = Counter(unit.kind for unit in structure.units if unit.residual)
     between = Counter(unit.kind for unit in structure.units if not unit.residual)
-    sizes = {name: p.numel() for name, p in model.named_parameters()}
+    sizes = {parameter: p.numel() for parameter, p in model.named_parameters()}
     counts = Counter[str]()
-    for name, kind in structure.parameter_kinds.items():
-        counts[kind] += sizes[name]
+    for parameter, kind in structure.parameter_kinds.items():
+        counts[kind] += sizes[parameter]
     shares = " ".join(f"{100 * counts[kind] / max(counts.total(), 1):.0f} %" for kind in ("msa", "conv", "mlp"))
     cells = " | ".join(f"{units[kind] or ''}" for kind in ("msa", "conv", "mlp", "pool"))
     layers = ", ".join(f"{n} {kind}" for kind, n in between.items())
@@ -191,13 +198,13 @@ def row(key: Key, build: Callable[[str], nn.Module]) -> str:
     notes += [f"refused: {text}" for text in structure.missing[:1]]
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        n_taps = len(vs.taps(model))
+        n_taps = len(vs.taps(model, images))
     notes += ["no map is read after some units"] if any("no map is read" in str(w.message) for w in caught) else []
     stages = max(unit.stage for unit in structure.units)
-    return f"| {key[0]} | {key[1]} | {cells} | {layers} | {stages} | {n_taps} | {shares} | {'; '.join(notes)} |"
+    return f"| {module} | {name} | {cells} | {layers} | {stages} | {n_taps} | {shares} | {'; '.join(notes)} |"
 
 
-def timed_row(key: Key, build: Callable[[str], nn.Module]) -> str:
+def timed_row(key: Key, build: Build) -> str:
     """Return `row` from a process of its own, which is ended after `TIMEOUT` seconds."""
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
@@ -207,11 +214,11 @@ def timed_row(key: Key, build: Callable[[str], nn.Module]) -> str:
             sender.send(row(key, build))
         except Exception as error:  # a row that fails does not end the others
             text = " ".join(str(error).split()).replace("|", "/")
-            sender.send(f"| {key[0]} | {key[1]} |{' |' * 8} failed: {type(error).__name__}: {text[:160]} |")
+            sender.send(f"| {key[1]} | {key[2]} |{' |' * 8} failed: {type(error).__name__}: {text[:160]} |")
 
     process = context.Process(target=work)
     process.start()
-    text = receiver.recv() if receiver.poll(TIMEOUT) else f"| {key[0]} | {key[1]} |{' |' * 8} more than {TIMEOUT} s |"
+    text = receiver.recv() if receiver.poll(TIMEOUT) else f"| {key[1]} | {key[2]} |{' |' * 8} more than {TIMEOUT} s |"
     process.terminate()
     process.join()
     return text
@@ -219,14 +226,19 @@ def timed_row(key: Key, build: Callable[[str], nn.Module]) -> str:
 
 def rows_of_page() -> dict[Key, str]:
     """Return the rows of the page as it is."""
-    lines = PAGE.read_text().splitlines() if PAGE.is_file() else []
-    cells = [(line, [cell.strip() for cell in line.split("|")]) for line in lines if line.startswith("| ")]
-    return {(c[1], c[2]): line for line, c in cells if len(c) == 13 and c[1] != "module"}
+    rows: dict[Key, str] = {}
+    title = ""
+    for line in PAGE.read_text().splitlines() if PAGE.is_file() else ():
+        title = line[3:] if line.startswith("## ") else title
+        cells = [cell.strip() for cell in line.split("|")]
+        if line.startswith("| ") and len(cells) == 13 and cells[1] != "module":
+            rows[title, cells[1], cells[2]] = line
+    return rows
 
 
 def write(rows: dict[Key, str]) -> None:
     """Write the page with the rows that there are."""
-    versions: list[Any] = [f"timm {timm.__version__}", f"torchvision {torchvision.__version__.partition('+')[0]}"]
+    versions = [f"timm {timm.__version__}", f"torchvision {torchvision.__version__.partition('+')[0]}"]
     try:
         import transformers
 
