@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import csv
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -69,6 +70,26 @@ def test_a_missing_cell_is_named_and_fails_a_strict_table(
     assert f"missing: run {bare}: test/ece (not in the journal)" in lines
     assert "missing: alternet: test/accuracy (no run of this model)" in lines
     assert lines[-1].startswith("error: table=models: 10 missing and 1 failed, named above;")
+
+
+@pytest.mark.parametrize("with_run", [True, False])
+def test_a_saved_result_is_drawn_beside_those_of_runs(
+    run: Run, two: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], with_run: bool
+) -> None:
+    path = curve(depth=2.0).save(tmp_path / "mine")
+    named = [f"{tmp_path}/runs/{two[0]}"] if with_run else []
+    assert run(f"runs=[{','.join([*named, str(path)])}]", "analyses=[slice]", "pdf=false") == 0
+    assert "1 figures" in capsys.readouterr().out
+    with (tmp_path / "figures" / "slice-end.csv").open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["quantity"] == "nll"]
+    heights = [float(row["value"]) for row in rows if row["result"] == "mine"]
+    assert heights == curve(depth=2.0).nll.tolist()
+    assert {row["result"] for row in rows} == ({"vit-tiny", "mine"} if with_run else {"mine"})
+
+
+def test_a_file_that_is_no_result_is_named(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(f"runs=[{tmp_path}/mine.npz]") == 6
+    assert f"{tmp_path}/mine.npz: no such file; pass a file that result.save" in capsys.readouterr().err
 
 
 def test_a_missing_analysis_fails_strict_figures(

@@ -10,7 +10,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from vitscope.config import loading
-from vitscope.reports import run_entry, run_index
+from vitscope.reports import run_entry, run_index, saved_results
 from vitscope.reports.claims import claim_verdicts
 from vitscope.reports.claims.effect_sizes import ReportRuns
 from vitscope.reports.figures import figure_captions, figure_plan, figure_worker, html_page
@@ -56,11 +56,12 @@ def report(cfg: DictConfig) -> Path:
     entries = run_index.collect(_folders(cfg, damaged), damaged)
     for damage in damaged:
         log_problem(_logger, str(damage))
-    if not entries:
+    saved = saved_results.saved_entries(_saved_files(cfg), cfg.tag, entries)
+    if not entries and not saved:
         raise DataError(
             "runs" if cfg.runs is not None else "paths.runs", None, "no run that can be read", "name others"
         )
-    panels = [] if cfg.table else _panels(cfg, entries)
+    panels = [] if cfg.table else _panels(cfg, [*entries, *saved])
     lacking: list[Problem] = []
     if cfg.baselines and not cfg.table:
         beside, lacking = baselines.panels(entries, _analyses(cfg), bool(cfg.allow_different))
@@ -104,10 +105,16 @@ def _check(cfg: DictConfig) -> None:
         raise ConfigError("runs", "[]", "no run named", "name run folders, or leave it out for all of paths.runs")
 
 
+def _saved_files(cfg: DictConfig) -> list[Path]:
+    """Return those of ``runs`` that are files of ``result.save``."""
+    return [Path(path) for path in cfg.runs or [] if Path(path).suffix == saved_results.SUFFIX]
+
+
 def _folders(cfg: DictConfig, damaged: list[run_index.Damage]) -> list[run_dir.Run]:
     """Return the runs to read; folders that look like runs without what makes one are added to ``damaged``."""
     if cfg.runs is not None:
-        return list(dict.fromkeys(run_dir.find(path) for path in cfg.runs))
+        folders = [path for path in cfg.runs if Path(path) not in _saved_files(cfg)]
+        return list(dict.fromkeys(run_dir.find(path) for path in folders))
     root = Path(cfg.paths.runs)
     incomplete = run_dir.incomplete(root)
     damaged += [run_index.Damage(path, f"has no {name}") for path, name in incomplete]
