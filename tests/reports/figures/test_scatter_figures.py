@@ -55,7 +55,11 @@ def test_categories_keep_numbers_first(make_run: Callable, tmp_path: Path) -> No
         make_run("convit", model__kernel_size=kernel)
     points, _ = scatter_figures.collect(selection(tmp_path), "model.kernel_size", ("test/accuracy",), "numbers")
     figure = scatter_figures.draw(points, "model.kernel_size", ("test/accuracy",))
-    assert [t.get_text() for t in figure.axes[0].get_xticklabels()] == ["3", "5", "global"]
+    axes = figure.axes[0]
+    assert [t.get_text() for t in axes.get_xticklabels()] == ["3", "5", "global"]
+    assert axes.lines[0].get_linestyle() == "None"  # nothing lies between categories
+    assert axes.get_ylim()[0] <= 0
+    assert [text.get_text() for text in axes.texts] == ["No interval: one seed"]
 
 
 def test_objectives_by_their_names(make_run: Callable, tmp_path: Path) -> None:

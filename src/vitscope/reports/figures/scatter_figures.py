@@ -114,7 +114,9 @@ def value_of(selection: Selection, entry: Entry, quantity: str) -> Value:
 
 
 def draw(points: Sequence[Point], x: str, y: Sequence[str]) -> Figure:
-    """Draw a panel a quantity; experiments of one model are connected where x is a key of the configuration.
+    """Draw a panel a quantity; experiments of one model are connected where x is a number of the configuration.
+
+    Points of categories stand beside each other on an axis that includes 0. A note says where no experiment has an interval.
 
     Args:
         points: Experiments, at least one of them with a number.
@@ -146,14 +148,21 @@ def _draw_panel(ax: Axes, points: Sequence[Point], panel: int, x: str, series: S
         series_points = [
             p for p in points if p.series == name and p.y[panel] is not None and (p.x is not None or not measured)
         ]
-        positions = [_place(p.x, categories) for p in series_points]
+        shift = 0.12 * (number - (len(series) - 1) / 2) if categories else 0.0  # points of one category side by side
+        positions = [_place(p.x, categories) + shift for p in series_points]
         order = sorted(range(len(series_points)), key=lambda i: positions[i])
         heights = [h for i in order if (h := series_points[i].y[panel]) is not None]
         xerr = [_width(p.x) for p in (series_points[i] for i in order)] if measured else None
+        line = "none" if measured or categories else "-"
         ax.errorbar([positions[i] for i in order], [h.mean for h in heights], yerr=[_width(h) for h in heights], xerr=xerr,
-                    fmt=MARKERS[number % len(MARKERS)], linestyle="none" if measured else "-", label=name)  # fmt: skip
+                    fmt=MARKERS[number % len(MARKERS)], linestyle=line, label=name)  # fmt: skip
+    if not any(_width(point.y[panel]) for point in points):
+        ax.text(0.02, 0.02, "No interval: one seed", transform=ax.transAxes, fontsize="small", color="0.4")
     if categories:
         ax.set_xticks(range(len(categories)), categories, rotation=30 if max(map(len, categories)) > 6 else 0)
+        ax.set_xlim(-0.5, len(categories) - 0.5)
+        low, high = ax.get_ylim()
+        ax.set_ylim(min(low, 0.0), max(high, 0.0))
     elif not measured:
         ax.set_xscale("log" if x == "data.fraction" else "linear")
         values = sorted({float(point.x) for point in points})
