@@ -178,3 +178,14 @@ def test_a_pass_that_adapts_the_model_to_its_images_is_undone() -> None:
     with pytest.raises(StructureError, match="its forward pass fails: .*size"):
         vs.structure(model, x[:, :, :8, :8])  # it makes the windows of its second stage smaller for these images
     assert torch.equal(selected(model(x), "swin"), before)
+
+
+def test_a_model_that_states_no_size_is_tried_on_images_of_which_a_map_is_left() -> None:
+    import transformers
+
+    config = transformers.PoolFormerConfig(
+        depths=[1, 1, 1, 1], hidden_sizes=[8, 8, 8, 8]
+    )  # 1/32 of the images in the end
+    structure = vs.structure(transformers.PoolFormerForImageClassification(config).eval())
+    assert Counter(unit.kind for unit in structure.units if unit.residual) == {"pool": 4, "mlp": 4}
+    assert max(unit.stage for unit in structure.units) == 4

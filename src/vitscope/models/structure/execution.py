@@ -26,8 +26,8 @@ _ATTENTION = frozenset({
 })  # fmt: skip
 #: sums and concatenations, at which parallel branches meet
 _MERGES = frozenset({"add", "add_", "__add__", "__radd__", "__iadd__", "cat", "concat", "concatenate"})
-#: sides of the images that are tried where a model states none
-_SIDES = (32, 64, 224, 28, 16, 8)
+#: sides of the images that are tried where a model states none; of smaller ones the last map of many networks is one position
+_SIDES = (64, 32, 224, 28, 16, 8)
 
 Stack = tuple[tuple[str, nn.Module], ...]
 
