@@ -103,8 +103,11 @@ class Network(nn.Module):
         return self.head(self.blocks(self.patches(x).flatten(2).mT).mean(1))
 
 
-units = [UnitDescription("blocks.*.attention", "msa", branch_in="blocks.{0}.norm", after="blocks.{0}",
-                         modules=("blocks.{0}.norm",))]
+units = [
+    UnitDescription(
+        "blocks.*.attention", "msa", branch_in="blocks.{0}.norm", after="blocks.{0}", modules=("blocks.{0}.norm",)
+    )
+]
 probe = vs.Probe(Network(), [(torch.rand(4, 3, 16, 16), torch.arange(4))], structure=units)
 print(vs.structure(probe.model))
 ```
