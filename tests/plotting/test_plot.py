@@ -108,6 +108,10 @@ def test_the_style_is_a_context_and_a_sheet() -> None:
         vs.style(font__sise=1)
 
 
+def test_a_notebook_shows_a_figure_without_pyplot() -> None:
+    assert vs.plot(TWO)._repr_png_().startswith(b"\x89PNG")
+
+
 def test_axes_of_the_user() -> None:
     figure, (left, right) = plt.subplots(1, 2)
     assert vs.plot(TWO, ax=right) is figure
@@ -192,6 +196,13 @@ def test_what_is_not_understood_is_named(options: dict, message: str) -> None:
         vs.plot(TWO, **options)
 
 
+class Scored:
+    """A result of a measure without a file of plots beside it."""
+
+    def scalars(self) -> dict[str, float]:
+        return {}
+
+
 def test_what_is_no_result_is_refused() -> None:
     with pytest.raises(ValueError, match="at least one result"):
         vs.plot({})
@@ -199,6 +210,8 @@ def test_what_is_no_result_is_refused() -> None:
         vs.plot({"a": eigenvalues(), "b": variance()})
     with pytest.raises(ValueError, match="results of a measure such as .* received ndarray"):
         vs.plot(np.zeros(3))
+    with pytest.raises(ValueError, match="results of a measure such as .* received Scored"):
+        vs.plot(Scored())
     other = dataclasses.replace(eigenvalues(), card=dataclasses.replace(eigenvalues().card, n_images=9))
     with pytest.raises(ValueError, match="differ in n_images: 8 and 9"):
         vs.plot({"a": eigenvalues(), "b": other})

@@ -113,7 +113,11 @@ def _plot_function(named: Mapping[str, Any]) -> tuple[str, Callable[..., Figure]
     topic, _, measure = modules.pop().rpartition(".")
     draw = None
     if topic and all(hasattr(result, "scalars") for result in named.values()):
-        draw = getattr(importlib.import_module(f"{topic}.plot"), measure, None)
+        try:
+            draw = getattr(importlib.import_module(f"{topic}.plot"), measure, None)
+        except ModuleNotFoundError as error:
+            if error.name != f"{topic}.plot":
+                raise
     if draw is None:
         kinds = ", ".join(sorted({type(result).__name__ for result in named.values()}))
         raise ValueError(f"Expected results of a measure such as vs.hessian_eigenvalues(probe), received {kinds}.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
@@ -104,7 +105,16 @@ def new_canvas(width: float = COLUMN_WIDTH, height: float = 2.4) -> Canvas:
     if drawing.target is not None:
         return Canvas(drawing.target)
     size = drawing.figsize or _size_of_the_user() or (width, height)
-    return Canvas(Figure(figsize=size, layout="constrained"), resizable=drawing.figsize is None)
+    return Canvas(NotebookFigure(figsize=size, layout="constrained"), resizable=drawing.figsize is None)
+
+
+class NotebookFigure(Figure):
+    """A figure that notebooks show also where pyplot, which would tell them how, was not imported."""
+
+    def _repr_png_(self) -> bytes:
+        picture = io.BytesIO()
+        self.savefig(picture, format="png", dpi=self.dpi)
+        return picture.getvalue()
 
 
 def _size_of_the_user() -> tuple[float, float] | None:
