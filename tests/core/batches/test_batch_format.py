@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -171,3 +171,18 @@ def test_a_card_states_output_and_forward() -> None:
         if name.startswith(("output", "triple", "pair", "mapping"))
     }
     assert len(texts) == 8  # all mappings have the default's text
+
+
+class TwoOutputs(NamedTuple):
+    """As the outputs of torchvision's GoogLeNet in training."""
+
+    logits: Tensor
+    aux_logits: Tensor
+
+
+def test_the_logits_of_a_named_tuple_are_measured() -> None:
+    named = vs.Probe(Network(lambda z: TwoOutputs(z, 2 * z)), [(X, Y)])
+    expected = vs.hessian_eigenvalues(vs.Probe(Network(), [(X, Y)]), k=1).eigenvalues
+    assert np.array_equal(vs.hessian_eigenvalues(named, k=1).eigenvalues, expected)
+    second = vs.Probe(Network(lambda z: TwoOutputs(2 * z, z)), [(X, Y)], output=1)
+    assert np.array_equal(vs.hessian_eigenvalues(second, k=1).eigenvalues, expected)
