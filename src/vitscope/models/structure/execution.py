@@ -26,6 +26,7 @@ _ATTENTION = frozenset({
 })  # fmt: skip
 #: sums and concatenations, at which parallel branches meet
 _MERGES = frozenset({"add", "add_", "__add__", "__radd__", "__iadd__", "cat", "concat", "concatenate"})
+_SUMS = _MERGES - {"cat", "concat", "concatenate"}
 #: sides of the images that are tried where a model states none; of smaller ones the last map of many networks is one position
 _SIDES = (64, 32, 224, 28, 16, 8)
 
@@ -62,6 +63,8 @@ class Execution:
         pointwise: (stack, time) of 1x1 convolutions that end residual branches without any other kernel, see
             `vitscope.models.structure.pointwise`.
         reaching: Names of the parameters on which the output of any of the blocks depends.
+        has_other_sums: Whether values of one shape that depend on the images are added outside of the blocks.
+        splits_images: Whether a block takes parts of an image, such as windows, in the place of images.
     """
 
     first_use: dict[str, int] = field(default_factory=dict)
@@ -71,6 +74,8 @@ class Execution:
     token_layers: list[tuple[Stack, int]] = field(default_factory=list)
     pointwise: list[tuple[Stack, int]] = field(default_factory=list)
     reaching: set[str] = field(default_factory=set)
+    has_other_sums: bool = False
+    splits_images: bool = False
 
 
 def execution(model: nn.Module, blocks: Collection[nn.Module], images: Tensor | None = None) -> Execution | None:
@@ -193,7 +198,9 @@ class _Recorder(TorchFunctionMode):
         self.seen.ends[module] = self.time
         self.stack.pop()
         if module in self.blocks:
-            self.block_ends.append((self.time, [t.grad_fn for t in _tensors(output)]))
+            results = list(_tensors(output))
+            self.block_ends.append((self.time, [t.grad_fn for t in results]))
+            self.seen.splits_images |= bool(results) and results[0].shape[:1] != (1,)  # one image was passed
 
     def finish(self, output: Any) -> None:
         """Find which parameters reach the last block's output, and what only the graph shows of their use."""
@@ -227,6 +234,8 @@ class _Recorder(TorchFunctionMode):
         if not varying:
             self.constant.update((id(tensor), tensor) for tensor in results)
         self._note(func, varying, tensors, results[0])
+        if getattr(func, "__name__", "") in _SUMS and len(varying) == 2 and varying[0].shape == varying[1].shape:
+            self.seen.has_other_sums |= not any(module in self.blocks for _, module in self.stack)
         if (end := self.branches.see(func, varying, tensors, results, tuple(self.stack))) is not None:
             self.seen.pointwise.append((end, self.time))
         if getattr(func, "__name__", "") in _MERGES and results[0].ndim == 4 and results[0][0, 0].numel() > 1:

@@ -74,7 +74,8 @@ def _found(model: nn.Module, images: Tensor | None) -> FoundStructure:
     if any(piece.part.is_residual for piece in components):
         observed = execution(model, residual_blocks(components), images)
         described = FoundStructure(components, list(missing_from(model, components, observed)), None, observed)
-        if not described.missing:
+        is_partial = observed is not None and (observed.has_other_sums or observed.splits_images)
+        if not described.missing and not is_partial:
             return described
     traced: TracedStructure | None = None
     try:
@@ -85,6 +86,8 @@ def _found(model: nn.Module, images: Tensor | None) -> FoundStructure:
         if error is not None:
             reason = " ".join(str(failure).split())
             raise ValueError(f"{str(error).rstrip('.')}; its forward pass fails: {reason}") from failure
+    if traced is not None and described is not None and not described.missing and not _completes(traced, described):
+        return described
     if traced is not None:
         missing = [(text, "") for text in traced.uncovered]
         outside = [name for name, (kind, _) in traced.places.items() if kind in ("stem", "head")]
@@ -106,6 +109,16 @@ def _found(model: nn.Module, images: Tensor | None) -> FoundStructure:
         raise error
     observed = execution(model, residual_blocks(components), images)
     return FoundStructure(components, list(missing_from(model, components, observed)), None, observed)
+
+
+def _completes(traced: TracedStructure, described: FoundStructure) -> bool:
+    """Whether a traced pass shows units outside of the described blocks, or blocks that do not see whole images."""
+    if traced.unclear or traced.uncovered or described.observed is None:
+        return False
+    n_traced, n_described = (
+        sum(c.part.is_residual for c in parts) for parts in (traced.components, described.components)
+    )
+    return n_traced > n_described or (n_traced == n_described and described.observed.splits_images)
 
 
 def _amended(

@@ -107,10 +107,11 @@ def _oriented(trace: Trace, result: int, stream: int, branch: int, accepted: dic
     region -= {i for other in accepted.values() if start != stream and other.result <= stream for i in other.region}
     if not any(_computes(trace.nodes[i]) for i in region):
         return None
-    if any(_has_layer(trace.nodes[i]) for i in shortcut) and not _has_positions(trace.nodes[source]):
-        return None  # two classifiers of one vector
+    has_map = _has_positions(trace.nodes[source]) and len(trace.nodes[result].shape) > 2
+    if any(_has_layer(trace.nodes[i]) for i in shortcut) and not has_map:
+        return None  # two classifiers, of one vector or of two tokens
     parallel = any(trace.nodes[i].parameters for i in shortcut) or _is_sum(trace, branch)
-    if parallel and not any(_is_nonlinear(trace, i) for i in region):
+    if parallel and not any(is_nonlinear(trace, i) for i in region):
         return None  # parallel kernels that are one layer (structural reparameterization)
     block = trace.calls[trace.nodes[result].stack[-1]]
     if any(trace.nodes[i].parameters and i < block.start for i in shortcut):
@@ -237,11 +238,13 @@ def _is_sum(trace: Trace, index: int) -> bool:
     return node.op in _ADDITIONS and sum(trace.nodes[i].varying for i in set(node.inputs)) > 1
 
 
-def _is_nonlinear(trace: Trace, index: int) -> bool:
+def is_nonlinear(trace: Trace, index: int) -> bool:
+    """Whether a function is an activation, a normalization over channels, attention or a product of activations."""
     node = trace.nodes[index]
     factors = sum(trace.nodes[i].varying for i in set(node.inputs))
     product = node.op in ("mul", "__mul__", "__imul__", "mul_", "matmul", "__matmul__") and factors > 1
-    return node.op in ACTIVATIONS or node.op in ("softmax", "layer_norm", "rms_norm") or product or bool(node.attention)
+    others = ("softmax", "layer_norm", "rms_norm", "glu", "square", "pow", "__pow__", "exp", "sin", "cos", "abs", "erf")
+    return node.op in ACTIVATIONS or node.op in others or product or bool(node.attention)
 
 
 def _has_positions(node: Node) -> bool:

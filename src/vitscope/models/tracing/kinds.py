@@ -6,7 +6,8 @@ The rules, in this order:
    across channels or without a softmax. In a part without a spatial kernel also attention of one query (a class token), and
    a sum over positions that weighs them by activations (separable and additive attention).
 2. ``conv``: a kernel that covers more than one position, a Fourier filter.
-3. ``mlp``: linear layers, 1x1 convolutions and recurrent layers, across channels or across tokens.
+3. ``mlp``: linear layers, 1x1 convolutions and recurrent layers, across channels or across tokens; 1x1 convolutions without a
+   nonlinearity are ``conv``.
 4. ``pool``: pooling or shifting without weights.
 
 A branch that expands channels, applies a depthwise kernel and projects back is ``conv``, as in MobileNets. Directly behind an
@@ -19,6 +20,7 @@ from collections.abc import Collection
 
 from vitscope.core.tap import Kind
 from vitscope.models.structure.residual_structure import is_gate
+from vitscope.models.tracing.additions import is_nonlinear
 from vitscope.models.tracing.graph import Node, Trace
 
 _PRODUCTS = frozenset({"mul", "__mul__", "__rmul__", "mul_", "__imul__"})
@@ -40,7 +42,8 @@ def kind_of(trace: Trace, region: Collection[int]) -> Kind | None:
     pools = any("pool" in node.op and node.shape[-2:] != (1, 1) for node in nodes if node.varying)
     mixers = [node for node in nodes if node.varying and (_is_layer(node) or node.op in _RECURRENT)]
     if mixers:
-        return "mlp"
+        is_linear = not any(is_nonlinear(trace, node.index) for node in nodes)
+        return "conv" if is_linear and all(node.op.startswith("conv") for node in mixers) else "mlp"
     if pools or any(node.op == "roll" for node in nodes):
         return "pool"
     return None
