@@ -5,7 +5,24 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from torch import nn
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True, eq=False)
+class TokenOrder:
+    """Order in which a tensor holds the positions of a map, as one forward pass has shown it.
+
+    Attributes:
+        channel: Axis of the channels; the others, flattened, hold images and in each image its tokens.
+        n_tokens: Tokens of an image, with those that have no position.
+        index: (h, w) number of the token at each position.
+        image_size: (H, W) of the images for which the order holds.
+    """
+
+    channel: int
+    n_tokens: int
+    index: Tensor
+    image_size: tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -25,6 +42,7 @@ class Tap:
         call: Which of the module's calls in a forward pass is read, from 0.
         n_calls: Number of its calls in a pass.
         subsamples: Whether the unit made the map smaller (strided blocks, pooling, patch merging).
+        order: Order of the tokens of a tensor of unknown layout or grid, or why it is not certain; None where it was not sought.
     """
 
     name: str
@@ -39,6 +57,7 @@ class Tap:
     subsamples: bool = False
     call: int = 0
     n_calls: int = 1
+    order: TokenOrder | str | None = None
 
 
 Kind = Literal["stem", "conv", "msa", "mlp", "pool", "head"]

@@ -210,8 +210,11 @@ def test_gates_of_an_unknown_convnet_are_not_read() -> None:
 
 def test_maps_that_are_not_one_an_image_are_refused() -> None:
     model = timm.create_model("mobilevit_xxs", num_classes=3).eval()  # its blocks see 4 sets of pixels an image
-    with pytest.raises(ValueError, match=r"tap 'stem' reads 8 maps of 2 images; pass taps=\[...\] without it"):
-        maps(model, torch.rand(2, 3, 64, 64))
+    x = torch.rand(2, 3, 64, 64)
+    block = model.stages[2][1].transformer[0]
+    with pytest.raises(ValueError, match=r"tap 'pixels' reads 8 maps of 2 images; pass taps=\[...\] without it"):
+        maps(model, x, [Tap("pixels", "msa", 1, 0.0, block, layout="NLC")])
+    assert maps(model, x, taps(model, x))["stages.2.1.transformer.0.mlp"].shape == (2, 64, 8, 8)  # put in order
 
 
 def test_an_unknown_convnet_is_read_at_its_convolutions_and_pooling() -> None:

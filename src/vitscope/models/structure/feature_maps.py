@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from vitscope.core.batches.batch_inputs import BatchInputs
 from vitscope.core.guard.eager_execution import eager_execution, unwrapped
-from vitscope.core.tap import Layout
+from vitscope.core.tap import Layout, TokenOrder
 from vitscope.runtime.errors import StructureError
 
 #: modules whose outputs are maps (B, C, h, w)
-_SPATIAL = (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
+SPATIAL = (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
 
 
 class ForwardPass:
@@ -27,6 +27,7 @@ class ForwardPass:
     Attributes:
         number: Number of passes that have begun, 0 before the first.
         n_images: Images of this pass; None where the model was not called with one tensor of images in front.
+        image_size: (H, W) of its images; None likewise.
         sizes: (h, w) of the maps that were seen in this pass.
         order: The names that `ran` was told in this pass, in that order.
     """
@@ -34,6 +35,7 @@ class ForwardPass:
     def __init__(self) -> None:
         self.number = 0
         self.n_images: int | None = None
+        self.image_size: tuple[int, int] | None = None
         self.sizes: set[tuple[int, int]] = set()
         self.order: list[str] = []
 
@@ -43,6 +45,9 @@ class ForwardPass:
         images = args[0] if args else None
         has_rows = isinstance(images, BatchInputs) or (isinstance(images, Tensor) and images.ndim > 0)
         self.n_images = len(images) if images is not None and has_rows else None
+        self.image_size = None
+        if isinstance(images, Tensor) and images.ndim == 4:
+            self.image_size = (int(images.shape[-2]), int(images.shape[-1]))
         self.sizes.clear()
         self.order.clear()
 
@@ -88,7 +93,7 @@ def observed_pass(model: nn.Module, names: Collection[str] = ()) -> Iterator[For
     handles += [
         module.register_forward_hook(lambda _, args, output: forward_pass.see(output))
         for module in model.modules()
-        if isinstance(module, _SPATIAL)
+        if isinstance(module, SPATIAL)
     ]
     try:
         with eager_execution(model):
@@ -99,7 +104,13 @@ def observed_pass(model: nn.Module, names: Collection[str] = ()) -> Iterator[For
 
 
 def to_map(
-    value: Tensor, name: str, layout: Layout, n_prefix: int, grid: tuple[int, int] | None, forward_pass: ForwardPass
+    value: Tensor,
+    name: str,
+    layout: Layout,
+    n_prefix: int,
+    grid: tuple[int, int] | None,
+    forward_pass: ForwardPass,
+    order: TokenOrder | str | None = None,
 ) -> Tensor:
     """Bring a tensor of the given layout into (B, C, h, w), without prefix tokens.
 
@@ -110,15 +121,19 @@ def to_map(
         n_prefix: Tokens in front that are no part of the map.
         grid: Rows and columns of the tokens as a user declares them; None to find them among the maps of the pass.
         forward_pass: The pass in which it was read.
+        order: Order of the tokens of an unknown layout or grid, or why it is not certain.
 
     Raises:
         StructureError: A layout that is not known.
         ValueError: A tensor of another number of axes, tokens whose grid is not certain, or not one map an image.
     """
+    if isinstance(order, TokenOrder):
+        return _ordered_map(value, name, forward_pass, order)
     if layout == "unknown":
+        reason = f": {order}" if order else ""
         raise StructureError(
             name,
-            "its tensor is no map whose axes the forward pass shows (tokens that are cut into windows or put in another order)",
+            f"its tensor is no map whose axes the forward pass shows{reason}",
             "pass taps=[...] or units=[...] without it",
         )
     expected_ndim = 4 if layout in ("NCHW", "NHWC") else 3
@@ -134,12 +149,39 @@ def to_map(
         return value
     if layout == "NLC":
         value = value.transpose(1, 2)
-    h, w = token_grid(name, value.shape[-1], n_prefix, grid, forward_pass.sizes)
+    h, w = token_grid(name, value.shape[-1], n_prefix, grid, forward_pass.sizes, order or "")
     return value[:, :, n_prefix:].reshape(*value.shape[:2], h, w)  # (B, C, h * w) before
 
 
+def _ordered_map(value: Tensor, name: str, forward_pass: ForwardPass, order: TokenOrder) -> Tensor:
+    """Bring tokens in another order than that of rows into (B, C, h, w)."""
+    if forward_pass.image_size != order.image_size:
+        received = "x".join(map(str, forward_pass.image_size or ())) or "other inputs"
+        expected = "x".join(map(str, order.image_size))
+        raise StructureError(
+            name,
+            f"the order of its tokens was found for images of {expected}, received {received}",
+            "find taps for them: vitscope.taps(model, images)",
+        )
+    tokens = value.movedim(order.channel, -1)
+    tokens = tokens.reshape(-1, order.n_tokens, tokens.shape[-1])  # (B, n_tokens, C)
+    if len(tokens) != forward_pass.n_images:
+        raise StructureError(
+            name,
+            f"it holds {len(tokens)} maps of {forward_pass.n_images} images",
+            "pass taps=[...] or units=[...] without it",
+        )
+    rows = tokens[:, order.index.flatten().to(tokens.device)]  # (B, h * w, C)
+    return rows.transpose(1, 2).unflatten(2, tuple(order.index.shape))
+
+
 def token_grid(
-    name: str, n_tokens: int, n_prefix: int, grid: tuple[int, int] | None, sizes: Collection[tuple[int, int]]
+    name: str,
+    n_tokens: int,
+    n_prefix: int,
+    grid: tuple[int, int] | None,
+    sizes: Collection[tuple[int, int]],
+    reason: str = "",
 ) -> tuple[int, int]:
     """Return rows and columns of the tokens: those declared, else the one map of the pass with as many positions.
 
@@ -149,6 +191,7 @@ def token_grid(
         n_prefix: Those of them in front of the grid.
         grid: Rows and columns that a user declared.
         sizes: (h, w) of the maps that the pass has shown.
+        reason: Why the order of the tokens is not certain, where it was sought.
 
     Raises:
         ValueError: No such map, several, or a declared grid of another size.
@@ -168,6 +211,8 @@ def token_grid(
         explanation = (
             f"while no convolution or pooling of the forward pass has a map of {n} positions (maps seen: {shapes})"
         )
+    if reason and grid is None:
+        explanation += f" and {reason}"
     raise ValueError(
         f"Expected at {name!r} tokens of a known grid, received {received} {explanation}; declare them: "
         f"taps=[vitscope.Tap({name!r}, ..., n_prefix=..., grid=(rows, columns))]."

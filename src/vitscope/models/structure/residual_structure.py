@@ -9,7 +9,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from vitscope.core.tap import Kind, Layout
+from vitscope.core.tap import Kind, Layout, TokenOrder
 from vitscope.runtime.torch_internals import original_function
 
 #: parameters that stand in front of the patches in models that do not state how many do
@@ -26,7 +26,10 @@ class Read:
     ``NCHW`` and ``NHWC`` are maps; ``NLC`` (tokens, channels) and ``NCL`` (channels, tokens) are sequences. Of a module that
     runs ``n_calls`` times in a forward pass, call number ``call`` is read, counted from 0. ``n_prefix`` is the number of
     prefix tokens of this tensor where a forward pass has shown it; None where the unit states it. ``has_map`` is false for a
-    tensor without positions, such as a class token alone.
+    tensor without positions, such as a class token alone. ``exact`` is false where the tensor is scaled or cut before it is used.
+    ``shows_grid`` is false for a sequence if no convolution or pooling of the traced pass has a map of as many positions.
+    ``order`` is that of the tokens of such a sequence or of an unknown layout, or why it is not certain; None where it was not
+    sought.
     """
 
     module: nn.Module
@@ -36,6 +39,9 @@ class Read:
     n_calls: int = 1
     n_prefix: int | None = None
     has_map: bool = True
+    exact: bool = True
+    shows_grid: bool = True
+    order: TokenOrder | str | None = None
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from vitscope.models.structure.feature_maps import observed_pass, to_map
 from vitscope.models.structure.found_structure import FoundStructure, find_structure
 from vitscope.models.structure.residual_structure import Read
 from vitscope.models.structure.taps import attach, counted_calls
+from vitscope.models.tracing.token_orders import with_orders
 from vitscope.runtime.errors import StructureError
 
 Side = Literal["input", "output"]
@@ -92,7 +93,7 @@ def units(model: nn.Module, images: Tensor | None = None) -> list[Unit]:
     """
     inner = unwrapped(model)
     model_structure = find_structure(inner, images)
-    residual_units = _units(inner, model_structure)
+    residual_units = _units(inner, model_structure, images)
     refuse_missing_units(inner, model_structure.missing)
     return residual_units
 
@@ -103,10 +104,10 @@ def known_units(model: nn.Module, images: Tensor | None = None) -> list[Unit]:
     Depths and stages are counted over these units alone. Arguments and errors are those of `units`.
     """
     inner = unwrapped(model)
-    return _units(inner, find_structure(inner, images))
+    return _units(inner, find_structure(inner, images), images)
 
 
-def _units(model: nn.Module, model_structure: FoundStructure) -> list[Unit]:
+def _units(model: nn.Module, model_structure: FoundStructure, images: Tensor | None) -> list[Unit]:
     components = [p for p in model_structure.components if p.part.is_residual]
     if not components:
         raise ValueError(
@@ -114,11 +115,13 @@ def _units(model: nn.Module, model_structure: FoundStructure) -> list[Unit]:
             "pass units=[vitscope.models.structure.Unit(...), ...]."
         )
     last_index = max(len(components) - 1, 1)
+    reads = [(piece.part.branch_in, piece.part.branch_out) for piece in components]
+    ordered = iter(with_orders(model, [read for pair in reads for read in pair], images))
     residual_units = []
     for i, piece in enumerate(components):
         part = piece.part
         residual_units.append(Unit(
-            piece.name, part.kind, piece.stage, i / last_index, piece.block, part.branch_in, part.branch_out, piece.n_prefix,
+            piece.name, part.kind, piece.stage, i / last_index, piece.block, next(ordered), next(ordered), piece.n_prefix,
             None, part.subsamples, part.attention, part.conv3x3,
         ))  # fmt: skip
     return residual_units
@@ -140,7 +143,8 @@ def reading_branches(
         def read(index: int, unit: Unit, side: Side, place: Read, value: Tensor) -> None:
             forward_pass.ran(f"{unit.name} ({side})")
             n_prefix = unit.n_prefix if place.n_prefix is None else place.n_prefix
-            fn(index, unit, side, to_map(value, unit.name, place.layout, n_prefix, unit.grid, forward_pass))
+            layout, order = place.layout, place.order
+            fn(index, unit, side, to_map(value, unit.name, layout, n_prefix, unit.grid, forward_pass, order))
 
         for i, unit in enumerate(units):
             places: tuple[tuple[Side, Read], ...] = (

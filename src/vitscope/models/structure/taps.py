@@ -14,6 +14,7 @@ from vitscope.models.structure.coverage import warn_missing_units
 from vitscope.models.structure.feature_maps import observed_pass, to_map
 from vitscope.models.structure.found_structure import FoundStructure, find_structure
 from vitscope.models.structure.residual_structure import ModelComponent, Read
+from vitscope.models.tracing.token_orders import with_orders
 
 
 def taps(model: nn.Module, images: Tensor | None = None) -> list[Tap]:
@@ -35,12 +36,12 @@ def taps(model: nn.Module, images: Tensor | None = None) -> list[Tap]:
     """
     model_structure = find_structure(unwrapped(model), images)
     warn_missing_units(model, [*model_structure.missing, *_without_tap(model_structure)])
-    return _taps(model_structure)
+    return _taps(unwrapped(model), model_structure, images)
 
 
 def known_taps(model: nn.Module, images: Tensor | None = None) -> list[Tap]:
     """Return the taps as `taps` does, without a warning of attention outside of the known units."""
-    return _taps(find_structure(unwrapped(model), images))
+    return _taps(unwrapped(model), find_structure(unwrapped(model), images), images)
 
 
 def missing_units(model: nn.Module, images: Tensor | None = None) -> list[tuple[str, str]]:
@@ -61,7 +62,7 @@ def _without_tap(model_structure: FoundStructure) -> list[tuple[str, str]]:
     return [(f"unit {piece.name}, whose sum is no module's input or output", "") for piece in units]
 
 
-def _taps(model_structure: FoundStructure) -> list[Tap]:
+def _taps(model: nn.Module, model_structure: FoundStructure, images: Tensor | None) -> list[Tap]:
     pieces = [
         piece for piece in model_structure.components if piece.part.after is not None and piece.part.after.has_map
     ]
@@ -69,18 +70,21 @@ def _taps(model_structure: FoundStructure) -> list[Tap]:
     first = next((p for p in pieces if p.part.branch_in is not None), None)
     if first is not None and first.part.branch_in is not None:
         stream = Read(first.block, "input", first.part.branch_in.layout)
-        if first.parameters is not None:  # the pass has shown where the stream is
-            stream = first.part.stream or stream
+        if (
+            first.parameters is not None
+        ):  # the pass has shown where the stream is, also before layers in front of the first unit
+            stream = pieces[0].part.stream or first.part.stream or stream
         places.append(("stem", "stem", 0, stream, first))
     places.extend((p.name, p.part.kind, p.stage, p.part.after, p) for p in pieces if p.part.after is not None)
     last = max(len(places) - 1, 1)
+    reads = with_orders(model, [read for *_, read, _ in places], images)
     return [
         Tap(
             name, kind, stage, i / last, read.module, read.at, read.layout,
             piece.n_prefix if read.n_prefix is None else read.n_prefix, call=read.call, n_calls=read.n_calls,
-            subsamples=kind != "stem" and piece.part.subsamples,
+            subsamples=kind != "stem" and piece.part.subsamples, order=read.order,
         )
-        for i, (name, kind, stage, read, piece) in enumerate(places)
+        for i, ((name, kind, stage, _, piece), read) in enumerate(zip(places, reads)) if read is not None
     ]  # fmt: skip
 
 
@@ -108,7 +112,7 @@ def reading(model: nn.Module, taps: Sequence[Tap], fn: Callable[[int, Tap, Tenso
                     "pass taps=[...] in the order of execution."
                 )
             forward_pass.ran(tap.name)
-            fn(index, tap, to_map(value, tap.name, tap.layout, tap.n_prefix, tap.grid, forward_pass))
+            fn(index, tap, to_map(value, tap.name, tap.layout, tap.n_prefix, tap.grid, forward_pass, tap.order))
 
         for i, tap in enumerate(taps):
             attach(

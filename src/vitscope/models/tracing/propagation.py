@@ -28,6 +28,11 @@ _PERMUTATIONS = frozenset(
     {"permute", "transpose", "swapaxes", "swapdims", "movedim", "moveaxis", "t", "T", "mT", "H", "mH"}
 )
 _PIECES = frozenset({"chunk", "split", "tensor_split", "split_with_sizes", "unsafe_chunk", "unsafe_split"})
+#: functions after which positions may stand in another order
+_REORDERINGS = frozenset({
+    "gather", "take_along_dim", "sort", "argsort", "topk", "index_select", "scatter", "scatter_", "index_put", "index_put_",
+    "masked_select", "flip",
+})  # fmt: skip
 _JOINS = frozenset({"cat", "concat", "concatenate"})
 
 
@@ -73,6 +78,8 @@ def _single(
     operands: Sequence[tuple[Tensor, Axes]],
     result: Tensor,
 ) -> Axes:
+    if op in _REORDERINGS:
+        return ax.unknown(result.ndim)
     if op in _RESHAPES:
         return ax.reshaped(axes, x.shape, result.shape)
     if op in _PERMUTATIONS:
@@ -80,7 +87,7 @@ def _single(
         return ax.permuted(axes, order) if order is not None else ax.unknown(result.ndim)
     if op == "__getitem__":
         return ax.indexed(axes, x.shape, args[1])
-    if op in ("unsqueeze", "squeeze", "expand", "select", "unbind", "narrow", "index_select"):
+    if op in ("unsqueeze", "squeeze", "expand", "select", "unbind", "narrow"):
         return _resized(op, args, kwargs, x, axes, result)
     if op == "linear":
         return _linear_axes(axes, result)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
+from dataclasses import replace
 from typing import Literal
 
 from vitscope.core.tap import Layout
+from vitscope.models.structure.feature_maps import SPATIAL
 from vitscope.models.structure.residual_structure import Read
 from vitscope.models.tracing.additions import IDENTITIES, Addition, is_norm, is_norm_module
 from vitscope.models.tracing.axes import Axes, unknown
@@ -37,7 +39,7 @@ def read_branch(trace: Trace, addition: Addition) -> Read | None:
         returning = [c for c in inside if c.output == index]
         if returning:
             axes = trace.nodes[index].axes if same_values else unknown(len(trace.nodes[index].shape))
-            return _read(trace, returning[-1], "output", axes)
+            return replace(_read(trace, returning[-1], "output", axes), exact=same_values)
     return None
 
 
@@ -104,11 +106,24 @@ def read_sum(trace: Trace, result: int, blocks: Collection[int] = ()) -> Read | 
 
 
 def _read(trace: Trace, call: Call, at: Literal["output", "input"], axes: Axes) -> Read:
-    layout: Layout = axes.layout or "unknown"
     index = call.output if at == "output" else call.first_input
     node = trace.nodes[index] if index >= 0 else None
+    layout: Layout = axes.layout or "unknown"
+    if node is not None and len(node.shape) == len(axes.names) and node.shape[:1] != trace.nodes[0].shape[:1]:
+        layout = "unknown"  # windows or pixels of one image stand in the place of the batch
     has_map = node is None or layout != "unknown" or node.n_values > node.shape[0] * max(node.shape[1:], default=1)
-    return Read(call.module, at, layout, call.number, trace.n_calls[call.module], axes.n_prefix, has_map)
+    shows_grid = (
+        node is None or "L" not in axes.names or _is_shown(trace, node.shape[axes.names.index("L")] - axes.n_prefix)
+    )
+    n_calls = trace.n_calls[call.module]
+    return Read(call.module, at, layout, call.number, n_calls, axes.n_prefix, has_map, shows_grid=shows_grid)
+
+
+def _is_shown(trace: Trace, n_positions: int) -> bool:
+    """Whether one size of the maps of convolutions and pooling has this number of positions."""
+    outputs = (call.output for call in trace.calls if isinstance(call.module, SPATIAL) and call.output >= 0)
+    sizes = {trace.nodes[index].shape[2:] for index in outputs if len(trace.nodes[index].shape) == 4}
+    return sum(h * w == n_positions for h, w in sizes) == 1
 
 
 def _norm_output(trace: Trace, call: Call) -> Read:
@@ -183,6 +198,7 @@ def _ancestors(trace: Trace, call: Call) -> Iterator[int]:
         call = trace.calls[call.parent]
 
 
-def read_call(trace: Trace, call: Call) -> Read | None:
-    """Return where the result of a module between units is read."""
-    return _read(trace, call, "output", trace.nodes[call.output].axes) if call.output >= 0 else None
+def read_call(trace: Trace, call: Call, at: Literal["output", "input"] = "output") -> Read | None:
+    """Return where the result, or the input, of a module between units is read."""
+    index = call.output if at == "output" else call.first_input
+    return _read(trace, call, at, trace.nodes[index].axes) if index >= 0 else None

@@ -139,7 +139,7 @@ class _Recorder(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        op = _name(func)
+        op = function_name(func)
         results = [args[0]] if op == "__setitem__" else list(tensors(result))
         if results:
             self._note(op, args, kwargs, results)
@@ -230,9 +230,10 @@ class _Recorder(TorchFunctionMode):
             self.weighed.add(node.index)
 
 
-def _name(func: Any) -> str:
+def function_name(func: Any) -> str:
+    """Return the name of a function as it is called; of an attribute that is a tensor, such as ``x.mT``, the attribute's."""
     name = getattr(func, "__name__", "")
-    if name == "__get__":  # an attribute that is a tensor, such as x.mT
+    if name == "__get__":
         return getattr(getattr(func, "__self__", None), "__name__", name)
     return name
 

@@ -93,7 +93,9 @@ def _components(trace: Trace, units: Sequence[TracedUnit], layers: Sequence[Laye
         if isinstance(c, TracedUnit):
             components.append(ModelComponent(c.name, described(trace, c), c.block, stage, c.n_prefix, c.parameters))
         else:
-            part = ResidualUnit(c.kind, read_call(trace, c.call), subsamples=c.subsamples)
+            part = ResidualUnit(
+                c.kind, read_call(trace, c.call), subsamples=c.subsamples, stream=read_call(trace, c.call, "input")
+            )
             prefix = trace.nodes[c.call.output].axes.n_prefix
             components.append(ModelComponent(c.call.path, part, c.call.module, stage, prefix, c.parameters))
     return components

@@ -1,0 +1,266 @@
+"""Positions of a tensor's elements in the image, carried from function to function.
+
+Each value of a pass is accompanied by two tensors of its shape: the number of the image and the row, and the column, both as
+fractions of the image's sides. Functions that rearrange are applied to them; pooling averages them; layers of weights keep
+them where they mix channels of one position alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vitscope.models.tracing.additions import ACTIVATIONS
+
+#: an element that was made of constants, such as a class token or padding
+CONSTANT = float("nan")
+#: an element that mixes positions or whose position is not known
+MIXED = float("inf")
+
+_REARRANGEMENTS = frozenset({
+    "view", "reshape", "flatten", "unflatten", "permute", "transpose", "swapaxes", "swapdims", "movedim", "moveaxis", "t", "T",
+    "mT", "squeeze", "unsqueeze", "expand", "expand_as", "repeat", "tile", "roll", "flip", "rot90", "narrow", "select",
+    "unbind", "chunk", "split", "split_with_sizes", "tensor_split", "cat", "concat", "concatenate", "stack", "__getitem__",
+    "index_select", "unfold", "fold", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "repeat_interleave", "gather",
+    "take_along_dim", "__setitem__", "view_as", "reshape_as", "_unsafe_view", "broadcast_to",
+})  # fmt: skip
+_SAME = frozenset({
+    "contiguous", "clone", "to", "float", "half", "double", "bfloat16", "type", "type_as", "detach", "alias", "cpu", "cuda",
+    "requires_grad_", "identity", "dropout", "dropout_", "dropout2d", "feature_dropout", "alpha_dropout", "copy_",
+})  # fmt: skip
+_ELEMENTWISE = ACTIVATIONS | frozenset({
+    "add", "__add__", "__radd__", "__iadd__", "add_", "sub", "__sub__", "__rsub__", "__isub__", "sub_", "mul", "__mul__",
+    "__rmul__", "__imul__", "mul_", "div", "__truediv__", "__itruediv__", "div_", "addcmul", "addcmul_", "lerp", "exp", "log",
+    "abs", "square", "pow", "__pow__", "sqrt", "rsqrt", "neg", "sin", "cos", "erf", "softmax", "log_softmax", "normalize",
+    "maximum", "minimum", "where", "masked_fill", "masked_fill_", "nan_to_num", "hardsigmoid", "logsigmoid", "celu", "selu",
+    "clamp_min", "clamp_max", "softsign", "threshold", "threshold_", "hardswish_", "hardtanh_", "elu_", "sigmoid_", "tanh_",
+    "gelu_", "mish_", "relu6_", "silu_", "layer_norm", "rms_norm", "batch_norm", "group_norm", "instance_norm",
+    "multi_head_attention_forward",
+})  # fmt: skip
+_REDUCTIONS = frozenset({"mean", "sum", "amax", "amin", "max", "min"})
+_MAP_FUNCTIONS = ("conv2d", "conv_transpose2d", "pool2d", "interpolate", "upsample")
+
+
+class Positions(NamedTuple):
+    """Positions of the elements of a tensor.
+
+    Attributes:
+        rows: Of the tensor's shape: the row as a fraction of the image's height, plus twice the number of the image.
+        columns: Of the tensor's shape: the column as a fraction of the image's width.
+        is_mean: Whether they are means over positions that a layer has mixed, such as the pixels of a patch.
+    """
+
+    rows: Tensor
+    columns: Tensor
+    is_mean: bool = False
+
+
+def map_positions(n_images: int, height: int, width: int) -> Positions:
+    """Return the positions of a whole map ``(n_images, 1, height, width)``."""
+    rows = (torch.arange(height, dtype=torch.float64) + 0.5) / height
+    columns = (torch.arange(width, dtype=torch.float64) + 0.5) / width
+    first = 2 * torch.arange(n_images, dtype=torch.float64)[:, None, None, None] + rows[:, None]
+    shape = (n_images, 1, height, width)
+    return Positions(first.expand(shape), columns.expand(shape))
+
+
+def expanded(positions: Positions, shape: Sequence[int]) -> Positions:
+    """Return positions as tensors of a shape to which they can be broadcast."""
+    return Positions(positions.rows.expand(shape), positions.columns.expand(shape), positions.is_mean)
+
+
+def result_positions(
+    op: str,
+    func: Callable[..., Any],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    positions_of: Callable[[Tensor], Positions | None],
+    results: Sequence[Tensor],
+) -> list[Positions | None]:
+    """Return the positions of each tensor that a function returned; None where they are not known.
+
+    Args:
+        op: The function's name.
+        func: The function.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
+        positions_of: Gives the positions of a tensor; `CONSTANT` ones for constants, None where they are not known.
+        results: Tensors that it returned.
+    """
+    unknown: list[Positions | None] = [None for _ in results]
+    if op in _REARRANGEMENTS:
+        return _rearranged(func, args, kwargs, positions_of, results) or unknown
+    if op == "pad":
+        padded = {**kwargs, "value": CONSTANT} if kwargs.get("mode", "constant") == "constant" else kwargs
+        return _rearranged(func, args[:2], padded, positions_of, results) or unknown if len(args) < 3 else unknown
+    first = next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), None)
+    x = positions_of(first) if first is not None else None
+    if op in _SAME:
+        source = args[1] if op == "copy_" else first
+        same = positions_of(source) if isinstance(source, Tensor) else None
+        return [same if same is not None and same.rows.shape == results[0].shape else None, *unknown[1:]]
+    if op in _ELEMENTWISE:
+        operands = [first] if op.endswith(("norm", "forward")) else [*args, *kwargs.values()]
+        tensors = [a for a in operands if isinstance(a, Tensor)]
+        return [_combined([(t.shape, positions_of(t)) for t in tensors], results[0].shape), *unknown[1:]]
+    if x is None:
+        return unknown
+    if op in _REDUCTIONS:
+        return [_reduced(x, args, kwargs, results[0].shape), *unknown[1:]]
+    if any(word in op for word in _MAP_FUNCTIONS) or op in ("boolean_dispatch", "fn"):
+        return [_next_map(x, results[0].shape), *unknown[1:]]
+    if op in ("linear", "scaled_dot_product_attention"):
+        return [_over_channels(x, results[0].shape, op == "linear"), *unknown[1:]]
+    if op in ("matmul", "__matmul__", "bmm"):
+        return [_product(x, args, positions_of, results[0].shape), *unknown[1:]]
+    return unknown
+
+
+def is_constant(positions: Positions) -> bool:
+    """Whether nothing of a tensor comes from the images."""
+    return bool(positions.rows.isnan().all())
+
+
+def _rearranged(
+    func: Callable[..., Any],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    positions_of: Callable[[Tensor], Positions | None],
+    results: Sequence[Tensor],
+) -> list[Positions | None] | None:
+    """Apply the function to the positions of its floating-point arguments; indices must not depend on the images."""
+
+    def replaced(value: Any, side: int) -> Any:
+        if isinstance(value, Tensor):
+            positions = positions_of(value)
+            if positions is None:
+                raise LookupError
+            if not value.is_floating_point() and not value.is_complex():
+                if not is_constant(positions):
+                    raise LookupError
+                return value.cpu()
+            nonlocal is_mean
+            is_mean = is_mean or positions.is_mean
+            values = positions.columns if side else positions.rows
+            return values.clone() if func is Tensor.__setitem__ else values
+        if isinstance(value, tuple | list):
+            return type(value)([replaced(entry, side) for entry in value])
+        return value
+
+    sides: list[list[Tensor]] = []
+    is_mean = False
+    try:
+        for side in (0, 1):
+            arguments = replaced(tuple(args), side)
+            options = {key: replaced(value, side) for key, value in kwargs.items()}
+            output = func(*arguments, **options)
+            value = arguments[0] if func is Tensor.__setitem__ else output
+            sides.append([value] if isinstance(value, Tensor) else list(value))
+    except (LookupError, RuntimeError, TypeError, ValueError):
+        return None
+    if [t.shape for t in sides[0]] != [t.shape for t in results]:
+        return None
+    return [Positions(rows, columns, is_mean) for rows, columns in zip(*sides)]
+
+
+def _combined(operands: Sequence[tuple[torch.Size, Positions | None]], shape: torch.Size) -> Positions | None:
+    """Return the positions of an elementwise result: those of its arguments of the same shape, as far as they agree."""
+    candidates = [positions for size, positions in operands if size == shape and positions is not None]
+    candidates = [positions for positions in candidates if not is_constant(positions)]
+    candidates = [positions for positions in candidates if not positions.is_mean] or candidates
+    if not candidates:
+        candidates = [expanded(p, shape) for size, p in operands if size != shape and p is not None]
+    result: Positions | None = None
+    for p in candidates:
+        merged = (_merged(result.rows, p.rows), _merged(result.columns, p.columns)) if result is not None else p[:2]
+        result = Positions(*merged, p.is_mean)
+    return result
+
+
+def _merged(a: Tensor, b: Tensor) -> Tensor:
+    mixed = torch.full((), MIXED, dtype=a.dtype)
+    equal = torch.isclose(a, b, rtol=0, atol=1e-6, equal_nan=True)
+    merged = torch.where(equal, a, mixed)
+    merged = torch.where(a.isnan() | (a.isinf() & ~b.isnan()), b, merged)
+    return torch.where(b.isnan() | (b.isinf() & ~a.isnan()), a, merged)
+
+
+def _reduced(x: Positions, args: Sequence[Any], kwargs: Mapping[str, Any], shape: torch.Size) -> Positions | None:
+    """Return the mean position over the axes that a reduction removes."""
+    dims = args[1] if len(args) > 1 else kwargs.get("dim", kwargs.get("axis"))
+    if not isinstance(dims, int | tuple | list) or isinstance(dims, bool):
+        return None
+    return Positions(_mean(x.rows, dims).reshape(shape), _mean(x.columns, dims).reshape(shape), x.is_mean)
+
+
+def _mean(side: Tensor, dims: Any) -> Tensor:
+    constant = side.isnan()
+    some, every = constant.sum(dims) > 0, (~constant).sum(dims) == 0
+    mean = side.nan_to_num(nan=0.0, posinf=MIXED).mean(dims)
+    mean = torch.where(some, torch.full((), MIXED, dtype=side.dtype), mean)
+    return torch.where(every, torch.full((), CONSTANT, dtype=side.dtype), mean)
+
+
+def _over_channels(x: Positions, shape: torch.Size, mixes: bool) -> Positions | None:
+    """Return the positions of a result whose last axis is made of the last axis of an argument.
+
+    Where that axis holds several positions and a layer ``mixes`` them, as the pixels of a patch, their mean is the position,
+    unless it is the same for the whole image.
+    """
+    if x.rows.shape[:-1] != shape[:-1]:
+        return None
+    if is_same_along(x, x.rows.ndim - 1):
+        return expanded(Positions(x.rows[..., :1], x.columns[..., :1], x.is_mean), shape)
+    if not mixes:
+        return None
+    rows, columns = _mean(x.rows, -1), _mean(x.columns, -1)
+    if len(torch.stack((rows % 2, columns)).flatten(1).unique(dim=1).T) < 2:
+        return None
+    return expanded(Positions(rows[..., None], columns[..., None], True), shape)
+
+
+def _product(
+    x: Positions, args: Sequence[Any], positions_of: Callable[[Tensor], Positions | None], shape: torch.Size
+) -> Positions | None:
+    """Return the positions of a matrix product.
+
+    A matrix of weights acts as a linear layer. Of two factors that depend on the images, the first one gives the positions of
+    rows, as queries do, or the second one those of columns, if it has one position along the axis that is summed.
+    """
+    second = positions_of(args[1]) if len(args) > 1 and isinstance(args[1], Tensor) else None
+    is_layer = second is not None and second.rows.ndim == 2 and is_constant(second)
+    by_rows = _over_channels(x, shape, is_layer)
+    if by_rows is not None or second is None or second.rows.ndim < 2 or not is_same_along(second, second.rows.ndim - 2):
+        return by_rows
+    columns = Positions(second.rows[..., :1, :], second.columns[..., :1, :], second.is_mean)
+    return expanded(columns, shape) if second.rows.shape[:-2] == shape[:-2] else None
+
+
+def is_same_along(x: Positions, axis: int) -> bool:
+    """Whether all elements along an axis have one position."""
+    return all(
+        side.stride(axis) == 0
+        or bool(torch.isclose(side, side.narrow(axis, 0, 1), rtol=0, atol=1e-6, equal_nan=True).all())
+        for side in x[:2]
+    )
+
+
+def _next_map(x: Positions, shape: torch.Size) -> Positions | None:
+    """Return the positions of a map ``(B, C, h, w)`` that a convolution, pooling or resampling made of another one."""
+    if x.rows.ndim != 4 or len(shape) != 4 or not is_same_along(x, 1):
+        return None
+    sides = Positions(x.rows[:, :1], x.columns[:, :1], x.is_mean)
+    n, _, height, width = sides.rows.shape
+    whole = map_positions(n, height, width)
+    if all(bool(torch.isclose(a, b, rtol=0, atol=1e-6).all()) for a, b in zip(sides[:2], whole[:2])):
+        return expanded(map_positions(n, shape[2], shape[3]), shape)
+    if (height, width) == tuple(shape[2:]):
+        return expanded(sides, shape)
+    if height % shape[2] or width % shape[3]:
+        return None
+    rows, columns = (F.adaptive_avg_pool2d(side, (shape[2], shape[3])) for side in sides[:2])
+    return expanded(Positions(rows, columns, x.is_mean), shape)
