@@ -35,7 +35,7 @@ class Tap:
         stage: 0 for the stem, then from 1.
         depth: Normalised depth, index / (number of taps - 1), from 0 to 1.
         module: The module whose output or first input is the map.
-        at: Which of the two.
+        at: Which of the two; ``sum`` for an addition in the module's forward that no module returns or takes.
         layout: Axes of that tensor: ``NCHW``, ``NHWC``, ``NLC`` (tokens) or ``NCL``; ``unknown`` for one that is no map.
         n_prefix: Class, distillation and register tokens in front of the grid, dropped from the map.
         grid: Rows and columns of the tokens, to be declared where no convolution or pooling of the forward pass shows them.
@@ -43,6 +43,7 @@ class Tap:
         n_calls: Number of its calls in a pass.
         subsamples: Whether the unit made the map smaller (strided blocks, pooling, patch merging).
         order: Order of the tokens of a tensor of unknown layout or grid, or why it is not certain; None where it was not sought.
+        number: Number of a sum among the additions that the module's call makes itself, from 0.
     """
 
     name: str
@@ -50,7 +51,7 @@ class Tap:
     stage: int
     depth: float
     module: nn.Module
-    at: Literal["output", "input"] = "output"
+    at: Literal["output", "input", "sum"] = "output"
     layout: Layout = "NCHW"
     n_prefix: int = 0
     grid: tuple[int, int] | None = None
@@ -58,6 +59,7 @@ class Tap:
     call: int = 0
     n_calls: int = 1
     order: TokenOrder | str | None = None
+    number: int = 0
 
 
 Kind = Literal["stem", "conv", "msa", "mlp", "pool", "head"]

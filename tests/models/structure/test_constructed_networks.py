@@ -173,3 +173,99 @@ def test_grids_come_from_the_pass_that_is_measured() -> None:
         model(torch.rand(1, 3, 64, 96))
     assert shapes["stages.0.blocks.0.attn"][2:] == (16, 24)
     assert shapes["stages.3.blocks.1.mlp"][2:] == (2, 3)
+
+
+class Mixer(nn.Module):
+    """Attention that nothing but its products tells, and an MLP, in one block; ``way`` says how they are added."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.way = way
+        self.norm, self.out = nn.LayerNorm(C), nn.Linear(C, C)
+        self.parts = nn.ModuleList(nn.Linear(C, C) for _ in range(3))
+        self.wide, self.narrow = nn.Linear(C, 2 * C), nn.Linear(2 * C, C)
+        self.gamma = nn.Parameter(torch.full((C,), 0.3))
+
+    def mix(self, x: Tensor) -> Tensor:
+        q, k, v = (part(x) for part in self.parts)
+        return self.out(torch.bmm(torch.softmax(torch.bmm(q, k.mT), -1), v))
+
+    def first_sum(self, x: Tensor) -> Tensor:
+        branch = self.mix(self.norm(x))
+        if self.way == "alpha":
+            return torch.add(x, branch, alpha=0.3)
+        if self.way == "addcmul":
+            return torch.addcmul(x, self.gamma, branch)
+        if self.way == "lerp":
+            return torch.lerp(x, branch, 0.3)
+        if self.way == "gated":
+            return 0.9 * x + self.gamma * branch
+        return x + branch
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first_sum(x)
+        return y + self.narrow(F.gelu(self.wide(self.norm(x if self.way == "parallel" else y))))
+
+
+class OneForward(nn.Module):
+    """A network whose last sum is no module's output."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.embed, self.block, self.head = nn.Conv2d(3, C, 2, 2), Mixer(way), nn.Linear(C, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x).flatten(2).mT
+        for _ in range(2):
+            x = Mixer.forward(self.block, x)
+        return self.head(x.mean(1))
+
+
+@pytest.mark.parametrize("way", ["plain", "parallel", "alpha", "addcmul", "lerp", "gated"])
+@torch.no_grad()
+def test_sums_that_no_module_returns_are_read(way: str) -> None:
+    torch.manual_seed(0)
+    model = OneForward(way).double().eval()
+    found = vs.taps(model, X)
+    assert [tap.kind for tap in found] == ["stem", "msa", "mlp", "msa", "mlp"]
+    read: dict[int, Tensor] = {}
+    with vs.models.structure.reading(model, found, lambda i, tap, x: read.update({i: x.clone()})):
+        for _ in range(2):  # the second pass reads the same sums
+            read.clear()
+            model(X)
+    stream, block = model.embed(X).flatten(2).mT, model.block
+    for i in (1, 3):
+        expected = (block.first_sum(stream), Mixer.forward(block, stream))
+        for k, value in enumerate(expected):
+            assert torch.equal(read[i + k], value.mT.unflatten(2, (6, 5)))
+        stream = expected[1]
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("way", ["alpha", "addcmul", "lerp", "gated"])
+def test_a_branch_that_is_scaled_where_it_is_added_is_not_read_as_the_branch(way: str) -> None:
+    model = nn.Sequential(
+        nn.Conv2d(3, C, 2, 2), nn.Flatten(2), Transposed(), Mixer(way), nn.Flatten(), nn.Linear(240, 4)
+    )
+    model.double().eval()
+    attention = known_units(model, X)[0]
+    assert (attention.kind, attention.branch_out is not None) == ("msa", True)
+    with (
+        pytest.raises(StructureError, match="scaled or cut before it is added"),
+        torch.no_grad(),
+        vs.models.structure.residual_units.reading_branches(model, [attention], lambda *_: None),
+    ):
+        model(X)
+    tokens = model[:3](X)
+    weight = 0.7 if way == "lerp" else 0.9 if way == "gated" else 1.0
+    block = model[3]
+    assert isinstance(block, Mixer)
+    stream = weight * tokens
+    without = stream + block.narrow(F.gelu(block.wide(block.norm(stream))))
+    with zeroed(attention):
+        assert (model(X) - model[4:](without)).abs().max() < 1e-12
+
+
+class Transposed(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mT

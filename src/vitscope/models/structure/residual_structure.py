@@ -21,7 +21,7 @@ TOKENS = (
 
 @dataclass(frozen=True)
 class Read:
-    """A tensor of the forward pass: the output or the first input of a module, and the meaning of its axes.
+    """A tensor of the forward pass: the output, the first input or a sum in a module, and the meaning of its axes.
 
     ``NCHW`` and ``NHWC`` are maps; ``NLC`` (tokens, channels) and ``NCL`` (channels, tokens) are sequences. Of a module that
     runs ``n_calls`` times in a forward pass, call number ``call`` is read, counted from 0. ``n_prefix`` is the number of
@@ -29,11 +29,11 @@ class Read:
     tensor without positions, such as a class token alone. ``exact`` is false where the tensor is scaled or cut before it is used.
     ``shows_grid`` is false for a sequence if no convolution or pooling of the traced pass has a map of as many positions.
     ``order`` is that of the tokens of such a sequence or of an unknown layout, or why it is not certain; None where it was not
-    sought.
+    sought. A sum is addition ``number`` of those that the module's call makes itself, counted from 0.
     """
 
     module: nn.Module
-    at: Literal["output", "input"] = "output"
+    at: Literal["output", "input", "sum"] = "output"
     layout: Layout = "NCHW"
     call: int = 0
     n_calls: int = 1
@@ -42,6 +42,7 @@ class Read:
     exact: bool = True
     shows_grid: bool = True
     order: TokenOrder | str | None = None
+    number: int = 0
 
 
 @dataclass(frozen=True)

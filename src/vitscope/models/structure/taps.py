@@ -14,6 +14,7 @@ from vitscope.models.structure.coverage import warn_missing_units
 from vitscope.models.structure.feature_maps import observed_pass, to_map
 from vitscope.models.structure.found_structure import FoundStructure, find_structure
 from vitscope.models.structure.residual_structure import ModelComponent, Read
+from vitscope.models.tracing.running_sums import SumPlace, SumReader
 from vitscope.models.tracing.token_orders import with_orders
 
 
@@ -82,7 +83,7 @@ def _taps(model: nn.Module, model_structure: FoundStructure, images: Tensor | No
         Tap(
             name, kind, stage, i / last, read.module, read.at, read.layout,
             piece.n_prefix if read.n_prefix is None else read.n_prefix, call=read.call, n_calls=read.n_calls,
-            subsamples=kind != "stem" and piece.part.subsamples, order=read.order,
+            subsamples=kind != "stem" and piece.part.subsamples, order=read.order, number=read.number,
         )
         for i, ((name, kind, stage, _, piece), read) in enumerate(zip(places, reads)) if read is not None
     ]  # fmt: skip
@@ -114,12 +115,20 @@ def reading(model: nn.Module, taps: Sequence[Tap], fn: Callable[[int, Tap, Tenso
             forward_pass.ran(tap.name)
             fn(index, tap, to_map(value, tap.name, tap.layout, tap.n_prefix, tap.grid, forward_pass, tap.order))
 
+        sums: dict[SumPlace, Callable[[Tensor], None]] = {}
         for i, tap in enumerate(taps):
-            attach(
-                stack,
-                Read(tap.module, tap.at, tap.layout, tap.call, tap.n_calls),
-                lambda value, i=i, tap=tap: read(i, tap, value),
-            )
+
+            def fn_of_tap(value: Tensor, i: int = i, tap: Tap = tap) -> None:
+                read(i, tap, value)
+
+            if tap.at == "sum":
+                sums[tap.module, tap.call, tap.n_calls, tap.number] = fn_of_tap
+            else:
+                attach(stack, Read(tap.module, tap.at, tap.layout, tap.call, tap.n_calls), fn_of_tap)
+        if sums:
+            reader = SumReader(sums)
+            stack.enter_context(reader.following(unwrapped(model)))
+            stack.enter_context(reader)
         yield
 
 

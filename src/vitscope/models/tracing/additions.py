@@ -14,7 +14,8 @@ from torch import nn
 
 from vitscope.models.tracing.graph import Node, Trace
 
-_ADDITIONS = frozenset({"add", "add_", "__add__", "__radd__", "__iadd__", "addcmul", "addcmul_"})
+#: functions that add two tensors
+ADDITIONS = frozenset({"add", "add_", "__add__", "__radd__", "__iadd__", "addcmul", "addcmul_", "lerp", "lerp_"})
 #: functions that give the elements of their argument another place or a constant scale
 IDENTITIES = frozenset({
     "view", "reshape", "flatten", "unflatten", "permute", "transpose", "swapaxes", "movedim", "T", "mT", "contiguous", "clone",
@@ -71,7 +72,7 @@ def residual_additions(trace: Trace) -> list[Addition]:
 
 
 def _addition(trace: Trace, node: Node, accepted: dict[int, Addition]) -> Addition | None:
-    if node.op not in _ADDITIONS or not node.varying:
+    if node.op not in ADDITIONS or not node.varying:
         return None
     operands = list(dict.fromkeys(node.inputs))
     if len(operands) != 2 or len(node.inputs) != 2:
@@ -235,7 +236,7 @@ def is_attention_pooling(module: nn.Module) -> bool:
 
 def _is_sum(trace: Trace, index: int) -> bool:
     node = trace.nodes[_through_identities(trace, index)]
-    return node.op in _ADDITIONS and sum(trace.nodes[i].varying for i in set(node.inputs)) > 1
+    return node.op in ADDITIONS and sum(trace.nodes[i].varying for i in set(node.inputs)) > 1
 
 
 def is_nonlinear(trace: Trace, index: int) -> bool:

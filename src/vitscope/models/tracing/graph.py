@@ -29,6 +29,7 @@ class Node:
         axis: Meaning of the axis that a linear layer mixes or a reduction removes: ``C`` for channels, ``?`` if not known.
         attention: 0, or the number of queries where the function is attention (or its product with the values).
         fused: Whether it is attention as one call.
+        scales: Whether an addition scales what it adds (``alpha``, `torch.addcmul`, `torch.lerp`).
     """
 
     index: int
@@ -44,6 +45,7 @@ class Node:
     axis: str = "?"
     attention: int = 0
     fused: bool = False
+    scales: bool = False
 
     @property
     def n_values(self) -> int:

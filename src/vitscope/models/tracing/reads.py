@@ -9,7 +9,7 @@ from typing import Literal
 from vitscope.core.tap import Layout
 from vitscope.models.structure.feature_maps import SPATIAL
 from vitscope.models.structure.residual_structure import Read
-from vitscope.models.tracing.additions import IDENTITIES, Addition, is_norm, is_norm_module
+from vitscope.models.tracing.additions import ADDITIONS, IDENTITIES, Addition, is_norm, is_norm_module
 from vitscope.models.tracing.axes import Axes, unknown
 from vitscope.models.tracing.graph import Call, Trace
 
@@ -34,7 +34,9 @@ def read_branch(trace: Trace, addition: Addition) -> Read | None:
     axes = _axes_at(trace, addition)
     exact = [c for c in inside if c.output == addition.branch]
     if exact:
-        return _read(trace, exact[-1], "output", axes)
+        scales = trace.nodes[addition.result].scales
+        layout_axes = unknown(len(axes.names)) if scales else axes
+        return replace(_read(trace, exact[-1], "output", layout_axes), exact=not scales)
     for index, same_values in _backward(trace, addition.branch):
         returning = [c for c in inside if c.output == index]
         if returning:
@@ -102,11 +104,23 @@ def read_sum(trace: Trace, result: int, blocks: Collection[int] = ()) -> Read | 
                 return _read(trace, c, "input", layout_axes)
             if c.index and c.output == user:
                 return _read(trace, c, "output", layout_axes)
-    return None
+    return _read_running(trace, result)
+
+
+def _read_running(trace: Trace, result: int) -> Read:
+    """Return a sum as one of the additions in the call of a module."""
+    node = trace.nodes[result]
+    call = trace.calls[node.stack[-1]]
+    number = sum(other.op in ADDITIONS and other.stack == node.stack for other in trace.nodes[call.start : result])
+    read = _read_at(trace, call, "sum", result, node.axes)
+    return replace(read, number=number)
 
 
 def _read(trace: Trace, call: Call, at: Literal["output", "input"], axes: Axes) -> Read:
-    index = call.output if at == "output" else call.first_input
+    return _read_at(trace, call, at, call.output if at == "output" else call.first_input, axes)
+
+
+def _read_at(trace: Trace, call: Call, at: Literal["output", "input", "sum"], index: int, axes: Axes) -> Read:
     node = trace.nodes[index] if index >= 0 else None
     layout: Layout = axes.layout or "unknown"
     if node is not None and len(node.shape) == len(axes.names) and node.shape[:1] != trace.nodes[0].shape[:1]:

@@ -168,6 +168,7 @@ class _Recorder(TorchFunctionMode):
         except (TypeError, ValueError, IndexError, RuntimeError):
             axes = [unknown(r.ndim) for r in results]
         added = self._add(op, results, inputs, parameters, varying, axes)
+        added[0].scales = op.startswith(("addcmul", "lerp")) or kwargs.get("alpha", 1) != 1
         if op == "linear" or op.startswith("conv"):
             self._note_layer(added[0], args, kwargs, operands)
         elif op in ("sum", "mean") and operands:

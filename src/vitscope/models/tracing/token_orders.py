@@ -36,7 +36,11 @@ def with_orders(model: nn.Module, reads: Sequence[Read | None], images: Tensor |
     sought = {
         str(i): read
         for i, read in enumerate(reads)
-        if read is not None and read.exact and read.has_map and (read.layout == "unknown" or not read.shows_grid)
+        if read is not None
+        and read.at != "sum"
+        and read.exact
+        and read.has_map
+        and (read.layout == "unknown" or not read.shows_grid)
     }
     orders = token_orders(model, sought, images) if sought else {}
     return [
@@ -49,6 +53,8 @@ def _reason(read: Read) -> str | None:
     """Return why no order is sought for a tensor, if its layout is unknown."""
     if read.layout != "unknown":
         return None
+    if read.at == "sum":
+        return "its positions are not followed inside of a module"
     return "it is scaled or cut before it is added" if read.has_map else "it holds no map, as a class token alone"
 
 
