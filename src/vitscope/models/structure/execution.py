@@ -198,13 +198,13 @@ class _Recorder(TorchFunctionMode):
         self.seen.ends[module] = self.time
         self.stack.pop()
         if module in self.blocks:
-            results = list(_tensors(output))
+            results = list(tensors(output))
             self.block_ends.append((self.time, [t.grad_fn for t in results]))
             self.seen.splits_images |= bool(results) and results[0].shape[:1] != (1,)  # one image was passed
 
     def finish(self, output: Any) -> None:
         """Find which parameters reach the last block's output, and what only the graph shows of their use."""
-        ends = [t.grad_fn for t in _tensors(output)]
+        ends = [t.grad_fn for t in tensors(output)]
         last, last_nodes = self.block_ends[-1] if self.block_ends else (0, [])
         # a map that is added to what the last block made, as in networks with parallel branches, belongs to the body too
         merged = [node for time, node in self.merges if time > last and _ancestors([node]) & set(last_nodes)]
@@ -222,21 +222,21 @@ class _Recorder(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        results = list(_tensors(result))
+        results = list(tensors(result))
         if not results:  # a shape or a type: nothing was computed
             return result
         self.time += 1
-        tensors = list(_tensors((args, tuple(kwargs.values()))))
-        for tensor in tensors:
+        arguments = list(tensors((args, tuple(kwargs.values()))))
+        for tensor in arguments:
             if id(tensor) in self.names:
                 self.seen.first_use.setdefault(self.names[id(tensor)], self.time)
-        varying = [tensor for tensor in tensors if id(tensor) not in self.constant]
+        varying = [tensor for tensor in arguments if id(tensor) not in self.constant]
         if not varying:
             self.constant.update((id(tensor), tensor) for tensor in results)
-        self._note(func, varying, tensors, results[0])
+        self._note(func, varying, arguments, results[0])
         if getattr(func, "__name__", "") in _SUMS and len(varying) == 2 and varying[0].shape == varying[1].shape:
             self.seen.has_other_sums |= not any(module in self.blocks for _, module in self.stack)
-        if (end := self.branches.see(func, varying, tensors, results, tuple(self.stack))) is not None:
+        if (end := self.branches.see(func, varying, arguments, results, tuple(self.stack))) is not None:
             self.seen.pointwise.append((end, self.time))
         if getattr(func, "__name__", "") in _MERGES and results[0].ndim == 4 and results[0][0, 0].numel() > 1:
             self.merges.append((self.time, results[0].grad_fn))
@@ -260,14 +260,15 @@ def _has_weights(name: str) -> bool:
     return name == "linear" or name.startswith("conv") or name.endswith("norm")
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
+def tensors(value: Any) -> Iterator[Tensor]:
+    """Yield the tensors in nested arguments or results."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, dict):
-        yield from _tensors(tuple(value.values()))
+        yield from tensors(tuple(value.values()))
     elif isinstance(value, tuple | list):
         for entry in value:
-            yield from _tensors(entry)
+            yield from tensors(entry)
 
 
 def _leaves(ends: Sequence[Any], names: dict[int, str]) -> set[str]:

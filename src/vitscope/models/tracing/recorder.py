@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import Any
 
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from vitscope.core.guard.eager_execution import unwrapped
-from vitscope.models.structure.execution import enter_guards, trial_images
+from vitscope.models.structure.execution import enter_guards, tensors, trial_images
 from vitscope.models.tracing.axes import Axes, unknown
 from vitscope.models.tracing.graph import Call, Node, Trace
 from vitscope.models.tracing.propagation import result_axes
@@ -254,14 +253,3 @@ def _reduced_axes(operand: tuple[Tensor, Axes], args: Any, kwargs: Any) -> str:
     if not isinstance(dims, tuple | list):
         return names
     return "".join(names[d] for d in dims if isinstance(d, int) and -len(names) <= d < len(names))
-
-
-def tensors(value: Any) -> Iterator[Tensor]:
-    """Yield the tensors in nested arguments or results."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, dict):
-        yield from tensors(tuple(value.values()))
-    elif isinstance(value, tuple | list):
-        for entry in value:
-            yield from tensors(entry)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from vitscope.core.tap import TokenOrder
-from vitscope.models.structure.execution import enter_guards, trial_images
+from vitscope.models.structure.execution import enter_guards, tensors, trial_images
 from vitscope.models.structure.residual_structure import Read
 from vitscope.models.tracing.positions import (
     CONSTANT,
@@ -22,7 +22,7 @@ from vitscope.models.tracing.positions import (
     map_positions,
     result_positions,
 )
-from vitscope.models.tracing.recorder import function_name, tensors
+from vitscope.models.tracing.recorder import function_name
 
 #: functions whose results have the shape of their argument and none of its values
 _NEW = ("new_", "empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like")
