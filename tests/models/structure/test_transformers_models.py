@@ -189,3 +189,19 @@ def test_a_model_that_states_no_size_is_tried_on_images_of_which_a_map_is_left()
     structure = vs.structure(transformers.PoolFormerForImageClassification(config).eval())
     assert Counter(unit.kind for unit in structure.units if unit.residual) == {"pool": 4, "mlp": 4}
     assert max(unit.stage for unit in structure.units) == 4
+
+
+def test_a_block_without_a_shortcut_is_one_layer() -> None:
+    import transformers
+
+    config = transformers.EfficientNetConfig(
+        width_coefficient=0.2, depth_coefficient=0.6, image_size=64, hidden_dim=256, num_labels=3
+    )
+    model = transformers.EfficientNetForImageClassification(config).eval()  # its additions run in a part of the block
+    structure = vs.structure(model)
+    assert structure.is_complete, structure.missing
+    owners = [key for unit in structure.units for key in unit.parameters]
+    assert len(owners) == len(set(owners))
+    kinds = structure.parameter_kinds
+    assert {kinds[key] for key in kinds if ".blocks." in key} == {"conv"}
+    assert {kinds[key] for key in kinds if ".embeddings." in key} == {"stem"}

@@ -51,9 +51,17 @@ class Body:
         marks = [index in self.owners for index in range(len(trace.nodes))]
         self._counts = list(accumulate(marks, initial=0))
         self._results = [unit.addition.result for unit in units]
-        self._block_types = tuple({type(unit.block) for unit in units if type(unit.block) not in _CONTAINERS})
+        self._block_types = tuple({kind for unit in units if (kind := type(self._block(unit))) not in _CONTAINERS})
         self.last = max(self._results)
         self._before = trace.ancestors(self._results)
+
+    def _block(self, unit: TracedUnit) -> nn.Module:
+        """Return the module of a unit's addition, or the one around it that holds all layers of the branch."""
+        call = self.trace.calls[self.trace.nodes[unit.addition.result].stack[-1]]
+        layers = [i for i in unit.addition.region if self.trace.nodes[i].weight and self.trace.nodes[i].varying]
+        while call.parent > 0 and min(layers, default=call.start) < call.start:
+            call = self.trace.calls[call.parent]
+        return call.module
 
     def precedes(self, node: Node) -> bool:
         """Whether the sum of a unit depends on a node."""
