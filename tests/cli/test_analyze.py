@@ -8,15 +8,14 @@ import numpy as np
 import pytest
 
 import vitscope as vs
+from tests.helpers.commands import FOURIER
 from tests.helpers.run_folders import only_run
 from vitscope.runs import result_store
 
-FOURIER = ["analysis=[fourier]", "analysis.fourier.probe.n_images=8"]
-
 
 @pytest.fixture
-def run(trained) -> Path:
-    return trained(*FOURIER, "trainer.max_epochs=1", "test=false")
+def run(fourier_run: Path) -> Path:
+    return fourier_run
 
 
 def test_a_run_gives_the_numbers_of_training_and_they_are_reused(call, run, monkeypatch, tmp_path, capsys) -> None:

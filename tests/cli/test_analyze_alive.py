@@ -14,12 +14,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.cli.test_analyze import FOURIER, run  # noqa: F401 (a fixture)
+from tests.helpers.commands import FOURIER
 from vitscope.runs import api, metrics_log, partial_results, result_store, run_dir, run_lock
 from vitscope.runs.checkpoints import checkpoint_content, checkpoint_io
 from vitscope.runtime import safe_files
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture
+def run(fourier_run: Path) -> Path:
+    return fourier_run
 
 
 @pytest.fixture
@@ -38,7 +43,7 @@ def lock(folder: Path, age: float, **facts: object) -> None:
     os.utime(folder / run_lock.FILE, (time.time() - age,) * 2)
 
 
-def test_a_run_that_trains_elsewhere(call, run: Path, other_process, capsys) -> None:  # noqa: F811
+def test_a_run_that_trains_elsewhere(call, run: Path, other_process, capsys) -> None:
     """Checkpoints that the training replaces are refused, nothing is written; those that stay are measured beside it."""
     number = other_process.pid
     capsys.readouterr()
@@ -60,7 +65,7 @@ def test_a_run_that_trains_elsewhere(call, run: Path, other_process, capsys) -> 
         assert set(api.load_results(run)["fourier"]) == {"init", "end"}
 
 
-def test_a_stale_lock_does_not_count(call, run: Path) -> None:  # noqa: F811
+def test_a_stale_lock_does_not_count(call, run: Path) -> None:
     for age, facts in (
         (0, {"pid": 999_999_999}),
         (0, {"pid": os.getppid(), "started": -1}),
@@ -71,7 +76,7 @@ def test_a_stale_lock_does_not_count(call, run: Path) -> None:  # noqa: F811
     assert call("analyze", f"run={run}", *FOURIER) == 0
 
 
-def test_the_end_of_a_run_that_is_not_finished(call, run: Path, capsys) -> None:  # noqa: F811
+def test_the_end_of_a_run_that_is_not_finished(call, run: Path, capsys) -> None:
     """Its last weights are not the trained network's: their result has the name of the epoch or the step."""
     shutil.rmtree(run / "results")
     run_dir.Run(run).note(status="stopped")
@@ -89,7 +94,7 @@ def test_the_end_of_a_run_that_is_not_finished(call, run: Path, capsys) -> None:
     assert set(api.load_results(run)["fourier"]) == {"epoch-0000", "step-00000004", "end"}
 
 
-def test_two_processes_measure_one_run(call, run: Path) -> None:  # noqa: F811
+def test_two_processes_measure_one_run(call, run: Path) -> None:
     """Both end with the same numbers; each row is there once and whole, nothing temporary is left."""
     shutil.rmtree(run / "results")
     shutil.rmtree(run / "figures")
@@ -135,7 +140,7 @@ def test_one_process_deletes_the_rows_that_another_adds_to(tmp_path: Path) -> No
 
 def test_equal_rows_of_two_processes(tmp_path: Path) -> None:
     """A row that another process adds between the look and the writing is not added again."""
-    run = run_dir.Run(tmp_path)  # noqa: F811
+    run = run_dir.Run(tmp_path)
     inside, ended = os.pipe()
 
     def add_once() -> int:

@@ -14,7 +14,6 @@ from PIL import Image
 from timm.data.imagenet_info import ImageNetInfo
 
 import vitscope as vs
-from tests.helpers.data_files import write_cifar  # noqa: F401  a fixture
 from tests.helpers.run_folders import only_run
 
 PRESENT = (7, 402, 990)
@@ -49,7 +48,7 @@ def weights(tmp_path: Path) -> tuple[Path, torch.nn.Module]:
     """A network whose logits differ between images, and the file of its weights."""
     torch.manual_seed(0)
     model = timm.create_model("resnet10t.c3_in1k").eval()
-    torch.nn.init.normal_(model.fc.weight, std=0.5)  # type: ignore[union-attr, arg-type]
+    torch.nn.init.normal_(model.fc.weight, std=0.5)  # type: ignore[union-attr, arg-type]  a linear layer
     torch.save(model.state_dict(), tmp_path / "resnet10t.pth")
     return tmp_path / "resnet10t.pth", model
 
@@ -147,7 +146,7 @@ def test_a_folder_that_is_no_class_is_named(call: Callable[..., int], tree: Path
 
 
 @pytest.mark.slow
-def test_the_headline_experiment_on_an_archive(call: Callable[..., int], write_cifar, tmp_path: Path) -> None:  # noqa: F811
+def test_the_headline_experiment_on_an_archive(call: Callable[..., int], write_cifar, tmp_path: Path) -> None:
     sums = write_cifar(tmp_path, "cifar100", archive=True)
     checksums = ",".join(f"{name}:'{md5}'" for name, md5 in sums.items())
     arguments = ["experiment=cifar100_alternet50", "caps=smoke", f"data.root={tmp_path}", "data.batch_size=4",

@@ -171,4 +171,4 @@ def test_one_key_keeps_the_start_the_end_of_warm_up_and_log_spaced_epochs(run: P
     assert [epoch for epoch in range(20) if schedule._is_snapshot(epoch, endless)] == [0, 1, 3, 4, 7, 15]
     assert not any(Checkpoints(warmup_epochs=5)._is_snapshot(epoch, trainer) for epoch in range(305))
     with pytest.raises(ValueError, match="'log', a list of epochs or None, received 'lgo'"):
-        Checkpoints(snapshots="lgo")  # type: ignore[arg-type]
+        Checkpoints(snapshots="lgo")  # type: ignore[arg-type]  a wrong value

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas  # noqa: F401 (each child would import it)
+import pandas  # noqa: F401  each child would import it
 import pytest
-import sklearn.datasets  # noqa: F401 (likewise)
+import sklearn.datasets  # noqa: F401  each child would import it
 import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig

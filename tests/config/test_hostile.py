@@ -112,7 +112,7 @@ REFUSED = [
 def test_refused_in_one_line(text: str, tmp_path: Path) -> None:
     """Wrong types, wrong ranges, unknown keys with and without plus, in every group: one line that names the key, exit 2."""
     given = text.split()
-    with pytest.raises(Exception) as caught:  # noqa: PT011 (Hydra's own errors are among them)
+    with pytest.raises(Exception) as caught:  # noqa: PT011  Hydra's own errors are among them
         cfg = composed("train", *([] if "paths.runs" in text else [f"paths.runs={tmp_path}"]), *given)
         caps.apply_caps(cfg)
         validate(cfg)

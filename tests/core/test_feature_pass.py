@@ -14,7 +14,6 @@ import torch
 import torch.distributed as dist
 
 import vitscope as vs
-from tests.helpers.analysis_runs import made as made  # a run, its network and data
 from tests.helpers.configurations import composed
 from tests.helpers.processes import on_ranks
 from vitscope.analyses import runner, spec

@@ -103,7 +103,7 @@ def test_what_cannot_be_analysed_at_once_is_refused():
 def test_a_wrong_product_under_vmap_is_noticed(monkeypatch: pytest.MonkeyPatch):
     model, x, y = make("conv", n=6)
     right = SideBySide._product
-    wrong = lambda self, *a: {name: 1.001 * part for name, part in right(self, *a).items()}  # noqa: E731
+    wrong = lambda self, *a: {name: 1.001 * part for name, part in right(self, *a).items()}  # noqa: E731  patched in one line
     monkeypatch.setattr(SideBySide, "_product", wrong)
     with pytest.raises(CannotBatch, match="differ by 1.0e-03 of their length: set batches_at_once=1"):
         vs.hessian_max_eigenvalue_spectrum(probe_of(model, x, y), batches_at_once=2)

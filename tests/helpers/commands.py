@@ -42,6 +42,9 @@ def facts_of_model(cfg: DictConfig) -> dict[str, Any]:
     return dict(_facts_of_models[key])
 
 
+#: one cheap analysis
+FOURIER = ["analysis=[fourier]", "analysis.fourier.probe.n_images=8"]
+
 #: the crops of a split are the same for every command of this process
 CACHED_CROPS = cache(photos._crops)
 
@@ -125,3 +128,9 @@ def tiny(tmp_path: Path) -> list[str]:
     """Return overrides for a training of seconds."""
     limits = ["trainer.limit_train_batches=4", "trainer.limit_val_batches=1", "trainer.limit_test_batches=1"]
     return [*TINY, *limits, "trainer.accelerator=cpu", "trainer.log_every_n_steps=1", f"paths.runs={tmp_path}/runs"]
+
+
+@pytest.fixture
+def fourier_run(trained: Callable[..., Path]) -> Path:
+    """Return a run of one epoch with one analysis at its end."""
+    return trained(*FOURIER, "trainer.max_epochs=1", "test=false")

@@ -11,6 +11,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
+from tests.helpers.configurations import composed
 from tests.helpers.run_folders import losses, only_run
 from vitscope.config import experiment_identity
 from vitscope.runs import metrics_log, resume_changes, run_dir
@@ -182,8 +183,6 @@ def test_a_seed_that_the_checkpoint_does_not_have(call, finished, capsys) -> Non
 
 
 def test_the_table_names_keys_that_there_are() -> None:
-    from tests.config.test_configs import composed
-
     cfg = composed("train", "trainer=ddp", "callbacks=[checkpoint,lr_monitor]")
     flat = {change.key for change in resume_changes._differences({}, OmegaConf.to_container(cfg, resolve=False), "")}
     leaves = set(every_key(OmegaConf.to_container(cfg, resolve=False))) | flat
