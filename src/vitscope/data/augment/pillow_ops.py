@@ -148,7 +148,7 @@ def _gather_pixels(images: Bytes, pixel_indices: NDArray[np.int32]) -> Floats:
     """Return the pixels at `places` (of all images' pixels in a row), channels and an idle one last."""
     batch, _, height, width = images.shape
     pixels = np.zeros((batch, height, width, 4), dtype=np.uint8)
-    pixels[..., :3] = images.transpose(0, 2, 3, 1)
+    pixels[..., :3] = images.transpose(0, 2, 3, 1)  # (B, 3, H, W) to (B, H, W, 3)
     packed = pixels.view(np.int32).ravel()  # a pixel is fetched at once
     return packed.take(pixel_indices)[..., None].view(np.uint8).astype(np.float64)
 
@@ -190,7 +190,7 @@ def _apply_table(table: Bytes, images: Bytes) -> Bytes:
 
 def _luma(images: Bytes) -> NDArray[np.int32]:
     """Return the gray version `(B, 1, H, W)`, ITU-R 601-2 in 16-bit fixed point."""
-    red, green, blue = images.astype(np.int32).transpose(1, 0, 2, 3)
+    red, green, blue = images.astype(np.int32).transpose(1, 0, 2, 3)  # (B, H, W) each
     return ((19595 * red + 38470 * green + 7471 * blue + 0x8000) >> 16)[:, None]
 
 

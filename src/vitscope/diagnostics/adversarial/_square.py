@@ -95,6 +95,7 @@ class _Windows:
 
     def of(self, change: Tensor) -> Tensor:
         """Return the windows' content ``(B, C, side, side)``."""
+        # (B, C, H, W) to (B, H, W, C), whose first three axes are indexed: (B, side, side, C)
         return change.movedim(1, -1)[self._images, self._rows, self._columns].movedim(-1, 1)
 
     def put(self, change: Tensor, content: Tensor | float) -> None:

@@ -99,7 +99,7 @@ def diagonal(x: Tensor) -> Tensor:
         parts = x.flatten(2) @ _phases(h, True, x.dtype, x.device)
     else:
         parts = _folded(x) @ _phases(h, False, x.dtype, x.device)
-    return parts.unflatten(-1, (2, -1)).square().sum(-2)
+    return parts.unflatten(-1, (2, -1)).square().sum(-2)  # real and imaginary parts: (B, C, 2, n_bins)
 
 
 def _folded(x: Tensor) -> Tensor:

@@ -92,4 +92,4 @@ class SelfAttention(nn.Module):
             k, v = F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1))
             mask = self._zero_token_mask(q)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # (B, heads, N, dim_head)
-        return self.proj(out.transpose(1, 2).reshape(b, n, -1))
+        return self.proj(out.transpose(1, 2).reshape(b, n, -1))  # (B, N, heads * dim_head)

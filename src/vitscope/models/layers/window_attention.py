@@ -22,7 +22,7 @@ def partition(x: Tensor, size: int) -> Tensor:
 def merge(windows: Tensor, size: int, height: int, width: int) -> Tensor:
     """Put windows (B * n_windows, size * size, C) back into a map (B, H, W, C)."""
     c = windows.shape[-1]
-    x = windows.reshape(-1, height // size, width // size, size, size, c).transpose(2, 3)
+    x = windows.reshape(-1, height // size, width // size, size, size, c).transpose(2, 3)  # (B, H/p, p, W/p, p, C)
     return x.reshape(-1, height, width, c)
 
 
@@ -87,7 +87,7 @@ class WindowAttention(nn.Module):
         qkv = self.qkv(windows).reshape(n, length, 3, self.num_heads, self.head_dim)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B * n_windows, heads, p * p, dim_head)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=self._mask(h, w, n).to(q.dtype))
-        out = self.proj(out.transpose(1, 2).reshape(n, length, -1))
+        out = self.proj(out.transpose(1, 2).reshape(n, length, -1))  # (B * n_windows, p * p, heads * dim_head)
         return merge(out, p, h + bottom, w + right)[:, :h, :w]
 
     def _mask(self, height: int, width: int, n: int) -> Tensor:
@@ -137,5 +137,6 @@ class FixedMixing(nn.Module):
 def box_blur(x: Tensor, size: int) -> Tensor:
     """Mean over size x size positions at unchanged map size, (B, H, W, C); the edge is repeated outward."""
     before = (size - 1) // 2
+    # (B, H, W, C) to (B, C, H, W) and back
     padded = F.pad(x.permute(0, 3, 1, 2), (before, size - 1 - before) * 2, mode="replicate")
     return F.avg_pool2d(padded, size, stride=1).permute(0, 2, 3, 1)

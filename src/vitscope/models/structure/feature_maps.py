@@ -144,11 +144,11 @@ def to_map(
             f"tap {name!r} reads {len(value)} maps of {forward_pass.n_images} images; pass taps=[...] without it."
         )
     if expected_ndim == 4:
-        value = value if layout == "NCHW" else value.permute(0, 3, 1, 2)
+        value = value if layout == "NCHW" else value.permute(0, 3, 1, 2)  # (B, H, W, C) to (B, C, H, W)
         forward_pass.see(value)
         return value
     if layout == "NLC":
-        value = value.transpose(1, 2)
+        value = value.transpose(1, 2)  # (B, N, C) to (B, C, N)
     h, w = token_grid(name, value.shape[-1], n_prefix, grid, forward_pass.sizes, order or "")
     return value[:, :, n_prefix:].reshape(*value.shape[:2], h, w)  # (B, C, h * w) before
 
