@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.factorial_runs import write as crossed
-from tests.helpers.report_runs import curve, spectrum, write_run
+from tests.helpers.report_runs import curve, evaluation, spectrum, write_run
 from vitscope.cli import exit_codes, report
 
 Run = Callable[..., int]
@@ -100,7 +100,7 @@ def test_a_missing_analysis_fails_strict_figures(
     assert (tmp_path / "figures" / "a" / "slice-end.png").exists()
     assert "nll" in (tmp_path / "figures" / "a" / "slice-end.csv").read_text()
     assert run(*chosen, "strict=true") == 3
-    assert f"missing: run {two[0]}: fourier (not measured at end)" in capsys.readouterr().err
+    assert f"missing: run {two[0]}: fourier (not measured)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -154,3 +154,55 @@ def test_without_crossed_factors_their_table_is_missing(
 ) -> None:
     assert run("table=factors", "strict=true") == 3
     assert "missing: landscape_objective" in capsys.readouterr().err
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> list[str]:
+    """Write analyses of two checkpoint files, whose tags are the files' stems; return their ids."""
+    ids = []
+    for model, tag in (("vit", "vit_best"), ("pit", "model_ema")):
+        accuracy = 0.5 if model == "vit" else 0.25
+        measured = {f"hessian@{tag}": spectrum(), f"evaluation@{tag}": evaluation(accuracy)}
+        facts = {"command": "analyze", "status": "finished"}
+        ids.append(
+            write_run(tmp_path / "runs", model, measured=measured, facts=facts, metrics={}, ckpt_path=f"{tag}.pth").id
+        )
+    return ids
+
+
+@pytest.mark.real_figures
+def test_results_of_own_checkpoints_are_overlaid_whatever_their_tags(
+    run: Run, own: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = [f"labels={{{own[0]}: ViT-Ti, pit-tiny: PiT}}", "order=[ViT-Ti]", "colors={PiT: '#ff0000', msa: blue}"]
+    assert run(*names) == 0
+    printed = capsys.readouterr()
+    assert printed.err == ""
+    assert " 0.500 |" in printed.out
+    figures = tmp_path / "figures"
+    assert (figures / "hessian-newest.pdf").exists()
+    header, *rows = (figures / "hessian-newest.csv").read_text().splitlines()
+    assert list(dict.fromkeys(row.split(",")[0] for row in rows)) == ["ViT-Ti", "PiT"], header
+    assert run("tag=model_ema", "analyses=[hessian]") == 0
+    assert f"missing: run {own[0]}: hessian (not measured at model_ema)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "line"),
+    [
+        (["tag=end"], 3, "error: tag=end: no run has a result of it ("),
+        (["analyses=[cka]"], 3, "error: analyses=['cka']: no run has a result of it ("),
+        (["order=[ViT]"], 2, "error: order=ViT: no such name in a legend; "),
+        (["colors={ViT: redd}"], 2, "error: colors.ViT=redd: no color of matplotlib"),
+        (["colors={vit: red}"], 2, "error: colors=vit: no such name in a legend"),
+        (["labels=[a]"], 2, "error: labels="),
+        (["order=vit"], 2, "error: order=vit: not a list of names"),
+    ],
+)
+def test_what_cannot_be_drawn_is_one_line(
+    run: Run, own: list[str], capsys: pytest.CaptureFixture[str], arguments: list[str], code: int, line: str
+) -> None:
+    assert run(*arguments) == code
+    printed = capsys.readouterr().err
+    assert printed.startswith(line)
+    assert code != 3 or f"{own[0]}: hessian at vit_best, evaluation at vit_best" in printed

@@ -12,6 +12,7 @@ import numpy as np
 import yaml
 
 from vitscope.core.objective_card import ObjectiveCard
+from vitscope.diagnostics.evaluation.evaluation import EvaluationResult
 from vitscope.diagnostics.hessian.hessian_max_eigenvalue_spectrum import HessianMaxEigenvalueSpectrumResult
 from vitscope.diagnostics.landscape.loss_slice import LossSliceResult
 from vitscope.diagnostics.landscape.sharpness import SharpnessResult
@@ -95,6 +96,17 @@ def rise(value: float, nll: float = 1.0, card: ObjectiveCard = CARD) -> Sharpnes
         l2_half_sq_rise_by_pair=one[:, None], l2_sum_norm_rise_by_pair=one[:, None], accuracy=one,
         saturated=np.array([False]), worst_rise=one, worst_rise_by_start=one[:, None], nll_center=nll,
         accuracy_center=0.5, n_nonfinite=0, card=card,
+    )  # fmt: skip
+
+
+def evaluation(accuracy: float) -> EvaluationResult:
+    """Return an evaluation of 100 test images."""
+    half = np.array([accuracy, accuracy])
+    return EvaluationResult(
+        accuracy=accuracy, accuracy_top5=1.0, accuracy_lower=accuracy - 0.1, accuracy_upper=accuracy + 0.1,
+        mean_class_accuracy=accuracy, nll=1.5, classes=np.arange(2), class_names=("a", "b"),
+        class_count=np.array([50, 50]), class_accuracy=half, n_logits=2, n_images=100,
+        card=dataclasses.replace(CARD, split="test", augmentation="none"),
     )  # fmt: skip
 
 

@@ -7,9 +7,11 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from omegaconf import DictConfig
+from matplotlib.colors import is_color_like
+from omegaconf import DictConfig, OmegaConf
 
 from vitscope.config import loading
+from vitscope.plotting.style import KIND_COLORS
 from vitscope.reports import run_entry, run_index, saved_results
 from vitscope.reports.claims import claim_verdicts
 from vitscope.reports.claims.effect_sizes import ReportRuns
@@ -18,7 +20,7 @@ from vitscope.reports.model_costs import Costs
 from vitscope.reports.tables import baselines, factorial_tables, headline_tables
 from vitscope.reports.tables import table as cells
 from vitscope.reports.tables.table import Problem, Table
-from vitscope.reports.value_lookup import Selection
+from vitscope.reports.value_lookup import FAILED, Selection
 from vitscope.runs import run_dir
 from vitscope.runtime import errors, stop_flag
 from vitscope.runtime.errors import ConfigError, DataError
@@ -61,13 +63,17 @@ def report(cfg: DictConfig) -> Path:
         raise DataError(
             "runs" if cfg.runs is not None else "paths.runs", None, "no run that can be read", "name others"
         )
-    panels = [] if cfg.table else _panels(cfg, [*entries, *saved])
+    drawable = [*entries, *saved]
+    panels = [] if cfg.table else _panels(cfg, drawable)
+    if not (cfg.table or panels or cfg.baselines or _analyses(cfg) == []):
+        _refuse_no_figure(cfg, drawable)
     lacking: list[Problem] = []
     if cfg.baselines and not cfg.table:
         beside, lacking = baselines.panels(entries, _analyses(cfg), bool(cfg.allow_different))
         panels += beside
     options = loading.plain(cfg.plot) or {}
-    jobs = [figure_captions.drawing_job(panel, out, options.get(panel.analysis), cfg.pdf) for panel in panels]
+    colors = loading.plain(cfg.colors)
+    jobs = [figure_captions.drawing_job(panel, out, options.get(panel.analysis), cfg.pdf, colors) for panel in panels]
     with figure_worker.drawing(jobs) as finish:
         tables, judged = _tables(cfg, entries, out)
         stop_flag.check()
@@ -86,7 +92,7 @@ def report(cfg: DictConfig) -> Path:
         if cfg.page:
             target = html_page.write(out / f"{cfg.name}.html", entries, tables, judged, drawn, problems)
             print(f"\n{len(drawn)} figures, {len(tables)} tables: {target}")
-    _log_problems(list(dict.fromkeys(problems)), bool(cfg.strict), cfg.table)
+    _log_problems(list(dict.fromkeys(problems)), bool(cfg.strict), cfg)
     if damaged:
         reason = f"{len(damaged)} run folder{'s' * (len(damaged) != 1)} damaged and left out, named above"
         raise DataError("runs", None, reason, "mend or delete them; the report holds the others")
@@ -94,6 +100,14 @@ def report(cfg: DictConfig) -> Path:
 
 
 def _check(cfg: DictConfig) -> None:
+    for key in ("labels", "colors"):
+        if cfg[key] is not None and not OmegaConf.is_dict(cfg[key]):
+            raise ConfigError(key, cfg[key], "not a mapping from names", f"write '{key}={{convnet-18: ResNet-18}}'")
+    if cfg.order is not None and not OmegaConf.is_list(cfg.order):
+        raise ConfigError("order", cfg.order, "not a list of names", "write 'order=[vit-tiny,convnet-18]'")
+    for name, color in (cfg.colors or {}).items():
+        if not is_color_like(color):
+            raise ConfigError(f"colors.{name}", color, "no color of matplotlib", "write a name or '#1f77b4'")
     for key, value, names in (("table", cfg.table, TABLES), ("group_by", cfg.group_by, GROUP_BY)):
         if value not in names and not (key == "table" and value is None):
             raise ConfigError(key, value, "no such choice", errors.nearest(str(value), names))
@@ -127,7 +141,8 @@ def _tables(
     cfg: DictConfig, entries: Sequence[run_entry.Entry], out: Path
 ) -> tuple[dict[str, Table], list[claim_verdicts.ClaimVerdict]]:
     """Build and write the tables that were asked for; return them, and the claims where they are among them."""
-    selection = Selection(entries, cfg.tag if cfg.tag != "all" else "end", bool(cfg.allow_different))
+    tag = cfg.tag if cfg.tag not in (None, "all") else run_entry.END
+    selection = Selection(entries, tag, bool(cfg.allow_different), or_newest=cfg.tag is None)
     costs = Costs()
     crossed = (
         factorial_tables.write_factorial_tables(selection, out) if cfg.table in (None, *factorial_tables.NAMES) else {}
@@ -159,18 +174,56 @@ def _analyses(cfg: DictConfig) -> list[str] | None:
 
 
 def _panels(cfg: DictConfig, entries: Sequence[run_entry.Entry]) -> list[figure_plan.Panel]:
-    return figure_plan.panels(
-        entries, tag=cfg.tag, analyses=_analyses(cfg), group_by=cfg.group_by, allow_different=bool(cfg.allow_different)
+    planned = figure_plan.panels(
+        entries,
+        tag=cfg.tag,
+        analyses=_analyses(cfg),
+        group_by=cfg.group_by,
+        labels=loading.plain(cfg.labels),
+        order=list(cfg.order or []),
+        allow_different=bool(cfg.allow_different),
+    )
+    names = {curve.label for panel in planned for curve in panel.curves}
+    for key, given in (("order", cfg.order or []), ("colors", cfg.colors or {})):
+        for name in given if planned else []:
+            if name not in names and not (key == "colors" and name in KIND_COLORS):
+                raise ConfigError(key, name, "no such name in a legend", errors.nearest(str(name), names))
+    return planned
+
+
+def _refuse_no_figure(cfg: DictConfig, entries: Sequence[run_entry.Entry]) -> None:
+    """Refuse a report of runs with results none of which can be drawn; runs that were trained alone have tables.
+
+    Raises:
+        DataError: with what each run has at which moment.
+    """
+    held = [(entry, [m for m in entry.results if not m.error]) for entry in entries if not entry.superseded]
+    if not any(results for _, results in held) and any(entry.trained for entry, _ in held):
+        return
+    listed = "; ".join(
+        f"{entry.id}: " + (", ".join(dict.fromkeys(f"{m.analysis} at {m.tag}" for m in results)) or "nothing")
+        for entry, results in held
+    )
+    key, value = ("analyses", list(cfg.analyses)) if cfg.tag is None and cfg.analyses else ("tag", cfg.tag)
+    raise DataError(
+        key, value, f"no run has a result of it ({listed})", "choose from these, or measure them: analyze.py"
     )
 
 
-def _log_problems(problems: Sequence[Problem], strict: bool, table: str | None) -> None:
-    """Log what is missing or failed; with ``strict`` end with an error."""
-    listed_problems = problems if strict or table else problems[:MOST_LINES]
+def _log_problems(problems: Sequence[Problem], strict: bool, cfg: DictConfig) -> None:
+    """Log what failed and what is missing of that which was asked for; with ``strict`` end with an error.
+
+    An analysis that nobody named is not asked for: the page alone says that a table lacks it.
+    """
+    table, analyses = cfg.table, _analyses(cfg) or []
+    asked_problems = [
+        problem for problem in problems if strict or table or problem.kind == FAILED or problem.metric in analyses
+    ]
+    listed_problems = asked_problems if strict or table else asked_problems[:MOST_LINES]
     for problem in listed_problems:
         log_problem(_logger, str(problem))
-    if len(listed_problems) < len(problems):
-        log_problem(_logger, f"... and {len(problems) - len(listed_problems)} more; the page names them all")
+    if len(listed_problems) < len(asked_problems):
+        log_problem(_logger, f"... and {len(asked_problems) - len(listed_problems)} more; the page names them all")
     if strict and problems:
         kinds = {kind: sum(p.kind == kind for p in problems) for kind in ("missing", "failed")}
         counted = " and ".join(f"{n} {kind}" for kind, n in kinds.items() if n)

@@ -11,6 +11,9 @@ from vitscope.reports import model_family
 from vitscope.reports.measured_results import Measured, moment
 from vitscope.runs.run_dir import Run
 
+#: the moment after training
+END = "end"
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -81,6 +84,29 @@ class Entry:
         node = self.config.get("data") or {}
         fraction = node.get("fraction", 1.0)
         return f"{node.get('name', '?')}" + (f" ({fraction:g})" if fraction != 1 else "")
+
+    def results_at(self, tag: str | None) -> list[Measured]:
+        """Return the results of one moment, by age.
+
+        Args:
+            tag: The moment; ``all`` for every one; None for `newest_tag` of each measure.
+        """
+        if tag is not None:
+            return [m for m in self.results if tag in ("all", m.tag)]
+        return [m for m in self.results if m.tag == self.newest_tag(m.analysis, m.measure)]
+
+    def newest_tag(self, analysis: str | None, measure: str | None = None) -> str | None:
+        """Return ``end`` where something was measured there, else the moment of its newest result, None without one.
+
+        Args:
+            analysis: The configuration's name; None for any.
+            measure: The measure; None for any.
+        """
+        results = [m for m in self.results if analysis in (None, m.analysis) and measure in (None, m.measure)]
+        successes = [m for m in results if not m.error] or results
+        if any(m.tag == END for m in successes):
+            return END
+        return max(successes, key=lambda m: m.time).tag if successes else None
 
     def tags(self) -> list[str]:
         """Return the moments at which something was measured, in their order."""

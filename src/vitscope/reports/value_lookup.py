@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from vitscope.core.objective_card import ObjectiveCard, shown_value
 from vitscope.reports.measured_results import NAMED_BY_ROWS, OF_THE_RUN, Conditions, Measured, differing, majority
-from vitscope.reports.run_entry import Entry
+from vitscope.reports.run_entry import END, Entry
 
 MISSING, FAILED = "missing", "failed"
 
@@ -37,11 +37,13 @@ class Selection:
         entries: Superseded ones are left out.
         tag: The moment that tables show.
         allow_different: Take results whose objective cards differ.
+        or_newest: Take a run's newest result where it has none at ``tag``, as analyses of other checkpoints have.
     """
 
     entries: Sequence[Entry]
-    tag: str = "end"
+    tag: str = END
     allow_different: bool = False
+    or_newest: bool = False
     _conditions: dict[str, Conditions | None] = field(default_factory=dict, repr=False)
     _asked: dict[str, dict[str, Entry]] = field(default_factory=dict, repr=False)
     _by_analysis: dict[str, Conditions | None] = field(default_factory=dict, repr=False)
@@ -59,8 +61,10 @@ class Selection:
         return groups
 
     def metric(self, entry: Entry, name: str) -> Value:
-        """Return a metric's last value."""
+        """Return a metric's last value; of a run without metrics that of `vs.evaluation` on the same split."""
         if name not in entry.metrics:
+            if not entry.trained and (number := evaluated(entry, name)) is not None:
+                return Value(number)
             failed = entry.status == FAILED
             return Value(None, FAILED if failed else MISSING, "the run failed" if failed else "not in the journal")
         number = entry.metrics[name]
@@ -75,7 +79,7 @@ class Selection:
 
     def measured(self, entry: Entry, measure: str, tag: str | None = None) -> tuple[Measured | None, Value]:
         """Return the newest result of a measure under the shared conditions, or why there is none."""
-        tag = self.tag if tag is None else tag
+        tag = self._tag_of(entry, None, measure) if tag is None else tag
         self._asked.setdefault(measure, {})[entry.id] = entry
         results = [m for m in entry.results if m.measure == measure and m.tag == tag]
         return self._of_shared(entry, results, self.conditions(measure), NAMED_BY_ROWS, tag)
@@ -88,8 +92,13 @@ class Selection:
         if analysis not in self._by_analysis:
             results_by_run = {e.id: [m for m in e.results if m.analysis == analysis] for e in self.entries}
             self._by_analysis[analysis] = majority(results_by_run, OF_THE_RUN)
-        results = [m for m in entry.results if m.analysis == analysis and m.tag == self.tag]
-        return self._of_shared(entry, results, self._by_analysis[analysis], OF_THE_RUN, self.tag)
+        tag = self._tag_of(entry, analysis, None)
+        results = [m for m in entry.results if m.analysis == analysis and m.tag == tag]
+        return self._of_shared(entry, results, self._by_analysis[analysis], OF_THE_RUN, tag)
+
+    def _tag_of(self, entry: Entry, analysis: str | None, measure: str | None) -> str:
+        """Return the moment at which a run's results are looked up."""
+        return (self.or_newest and entry.newest_tag(analysis, measure)) or self.tag
 
     def _of_shared(
         self, entry: Entry, results: Sequence[Measured], shared: Conditions | None, without: Sequence[str], tag: str
@@ -117,7 +126,7 @@ class Selection:
 
     def fresh_copy(self, allow_different: bool = False) -> Selection:
         """Return a copy of the selection without its record of requested results."""
-        return Selection(self.entries, self.tag, allow_different)
+        return Selection(self.entries, self.tag, allow_different, self.or_newest)
 
     def sharing_among_requested(self) -> Selection:
         """Return a selection whose shared conditions are those of the runs that this one was asked for, measure by measure.
@@ -128,7 +137,7 @@ class Selection:
             measure: _majority_conditions(measure, list(requested.values()))
             for measure, requested in self._asked.items()
         }
-        return Selection(self.entries, self.tag, _conditions=shared)
+        return Selection(self.entries, self.tag, or_newest=self.or_newest, _conditions=shared)
 
     def refusals(self) -> list[str]:
         """Return in words which results were asked for and left out because their conditions differ, and how many."""
@@ -189,3 +198,12 @@ def seeds_of(groups: Iterable[Mapping[int, Entry]]) -> list[int]:
     """Return the seeds that every group has."""
     sets = [set(group) for group in groups]
     return sorted(set.intersection(*sets)) if sets else []
+
+
+def evaluated(entry: Entry, metric: str) -> float | None:
+    """Return the number of the newest `vs.evaluation` that a metric such as ``test/accuracy`` names, None without one."""
+    split, _, name = metric.partition("/")
+    results = [
+        m for m in entry.results if m.measure == "evaluation" and not m.error and m.card and m.card.split == split
+    ]
+    return results[-1].scalars.get(name) if results else None

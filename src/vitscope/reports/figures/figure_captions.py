@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vitscope.core.objective_card import ObjectiveCard, differing_keys
+from vitscope.plotting.style import KIND_COLORS
 from vitscope.reports.figures.figure_plan import Curve, Panel
 from vitscope.reports.figures.figure_worker import Job, Picture
 from vitscope.reports.tables.table import Cell, over_seeds
@@ -31,9 +32,26 @@ class DrawnPanel:
     caption: str
 
 
-def drawing_job(panel: Panel, folder: Path, options: Mapping[str, Any] | None = None, pdf: bool | None = None) -> Job:
-    """Return the job that draws a panel; with ``pdf`` None all panels but overviews are also written as PDF."""
+def drawing_job(
+    panel: Panel,
+    folder: Path,
+    options: Mapping[str, Any] | None = None,
+    pdf: bool | None = None,
+    colors: Mapping[str, str] | None = None,
+) -> Job:
+    """Return the job that draws a panel.
+
+    Args:
+        panel: The panel.
+        folder: Folder of the figure's files.
+        options: Options of the measure's figure.
+        pdf: Whether to write a PDF; None for all panels but overviews.
+        colors: Colors by name in the legend or by kind of unit; names that the panel does not have are passed over.
+    """
     files = {c.label: c.measured.path for c in panel.curves}
+    own_colors = {name: color for name, color in (colors or {}).items() if name in files or name in KIND_COLORS}
+    if own_colors:
+        options = {**(options or {}), "colors": own_colors}
     return Job(folder / panel.name, files, dict(options or {}), not panel.overview if pdf is None else pdf)
 
 

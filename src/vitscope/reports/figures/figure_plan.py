@@ -12,6 +12,8 @@ from vitscope.reports.run_entry import Entry
 from vitscope.reports.tables.table import Problem
 from vitscope.reports.value_lookup import FAILED, MISSING
 
+#: in place of a moment: results of several moments, each run's newest
+NEWEST = "newest"
 #: experiments in one figure; more are spread over several
 PER_FIGURE = 6
 
@@ -57,9 +59,11 @@ class Panel:
 def panels(
     entries: Sequence[Entry],
     *,
-    tag: str = "end",
+    tag: str | None = None,
     analyses: Sequence[str] | None = None,
     group_by: str = "model",
+    labels: Mapping[str, str] | None = None,
+    order: Sequence[str] = (),
     allow_different: bool = False,
 ) -> list[Panel]:
     """Return the figures to draw, by analysis and moment.
@@ -70,26 +74,32 @@ def panels(
 
     Args:
         entries: The runs.
-        tag: A moment, or ``all``: each moment, and each model's moments overlaid.
+        tag: A moment; ``all``: each moment, and each model's moments overlaid; None: ``end``, or where a run has nothing
+            there its newest result, all in one figure.
         analyses: Analyses to draw; None for all.
         group_by: ``model`` (an experiment) or ``run``.
+        labels: Names in the legend, by run or by the name that this report gives an experiment.
+        order: Names in the legend of the curves that come first.
         allow_different: Overlay results whose cards differ, the differing keys in their names.
     """
+    names, ranks = labels or {}, {name: rank for rank, name in enumerate(order)}
     results_by_figure: dict[tuple[str, str, str], dict[str, list[tuple[Entry, Measured]]]] = {}
     for entry in entries:
         if entry.superseded:
             continue
         label = entry.label if group_by == "model" else f"{entry.label}, {entry.id}"
-        for m in entry.results:
-            if not m.error and (tag == "all" or m.tag == tag) and (analyses is None or m.analysis in analyses):
-                results_by_figure.setdefault((m.analysis, m.measure, m.tag), {}).setdefault(label, []).append(
-                    (entry, m)
-                )
+        label = names.get(entry.id, names.get(label, label))
+        for m in entry.results_at(tag):
+            if not m.error and (analyses is None or m.analysis in analyses):
+                figure = (m.analysis, m.measure, NEWEST if tag is None else m.tag)
+                results_by_figure.setdefault(figure, {}).setdefault(label, []).append((entry, m))
+    results_by_figure = {_with_shared_tag(key, results): results for key, results in results_by_figure.items()}
     planned: list[Panel] = []
     for (analysis, _, result_tag), by_label in sorted(
         results_by_figure.items(), key=lambda item: (item[0][0], moment(item[0][2]))
     ):
-        planned += _panels_of_moment(analysis, result_tag, by_label, allow_different)
+        by_rank = dict(sorted(by_label.items(), key=lambda item: ranks.get(item[0], len(ranks))))
+        planned += _panels_of_moment(analysis, result_tag, by_rank, allow_different)
     planned += _panels_along_training(results_by_figure) if tag == "all" else []
     used_names: set[str] = set()
     for index, panel in enumerate(planned):  # two measures under one analysis's name
@@ -99,14 +109,23 @@ def panels(
     return planned
 
 
-def missing_results(entries: Sequence[Entry], analyses: Sequence[str], tag: str) -> list[Problem]:
-    """Return a problem for each named analysis that a run does not have at a moment."""
+def _with_shared_tag(
+    key: tuple[str, str, str], by_label: Mapping[str, Sequence[tuple[Entry, Measured]]]
+) -> tuple[str, str, str]:
+    """Return the key of a figure with the moment that all of its results share, where it is of the newest ones."""
+    tags = {m.tag for results in by_label.values() for _, m in results}
+    return (*key[:2], tags.pop()) if key[2] == NEWEST and len(tags) == 1 else key
+
+
+def missing_results(entries: Sequence[Entry], analyses: Sequence[str], tag: str | None) -> list[Problem]:
+    """Return a problem for each named analysis that a run does not have at a moment, at any with None."""
     problems = []
     for entry in entries:
         for analysis in analyses if not entry.superseded else ():
-            attempts = [m for m in entry.results if m.analysis == analysis and tag in (m.tag, "all")]
+            attempts = [m for m in entry.results_at(tag) if m.analysis == analysis]
             if not any(not m.error for m in attempts):
-                kind, reason = (FAILED, attempts[-1].error) if attempts else (MISSING, f"not measured at {tag}")
+                absent = "not measured" if tag in (None, "all") else f"not measured at {tag}"
+                kind, reason = (FAILED, attempts[-1].error) if attempts else (MISSING, absent)
                 problems.append(Problem(kind, f"run {entry.id}", analysis, reason))
     return problems
 

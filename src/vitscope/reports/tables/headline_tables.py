@@ -11,7 +11,7 @@ from vitscope.models.alternet_layout import DEFAULT_MSA
 from vitscope.reports.model_costs import Costs
 from vitscope.reports.run_entry import Entry
 from vitscope.reports.tables.table import Cell, Problem, Table, over_seeds
-from vitscope.reports.value_lookup import FAILED, MISSING, Selection, Value
+from vitscope.reports.value_lookup import FAILED, MISSING, Selection, Value, evaluated
 
 #: sources of a column's number besides measures: the metrics log, or the model itself
 METRIC, MODEL = "metric", "model"
@@ -107,7 +107,7 @@ def build(
         expect_models: Families that must have a row; one that no run has is a row of missing cells.
         expect_seeds: Seeds that every row must have.
     """
-    accepts = _in_build_up if name == "buildup" else (lambda entry: entry.trained)
+    accepts = _in_build_up if name == "buildup" else (lambda entry: entry.trained or _has_any(entry, TABLES[name]))
     groups = list(selection.groups(accepts).values())
     if name == "buildup":
         groups.sort(key=lambda runs: (_first(runs).data, sum(n_msa(_first(runs))), n_msa(_first(runs))))
@@ -180,10 +180,19 @@ def _first(runs: Mapping[int, Entry]) -> Entry:
 
 def _is_measured(selection: Selection, column: Column) -> bool:
     """Return whether some run has the scalar, or a failed analysis of it."""
-    attempts = (
-        m for e in selection.entries for m in e.results if m.measure == column.source and m.tag == selection.tag
-    )
+    tag = None if selection.or_newest else selection.tag
+    attempts = (m for e in selection.entries for m in e.results_at(tag) if m.measure == column.source)
     return any(m.error or column.key in m.scalars for m in attempts)
+
+
+def _has_any(entry: Entry, columns: Sequence[Column]) -> bool:
+    """Return whether a trained model that was analysed has a number for one of the columns that are measured."""
+    if entry.untrained:
+        return False
+    measures = {column.source for column in columns}
+    return any(not m.error and m.measure in measures for m in entry.results) or any(
+        evaluated(entry, column.key) is not None for column in columns if column.source == METRIC
+    )
 
 
 def _in_build_up(entry: Entry) -> bool:
@@ -206,4 +215,5 @@ def _note(groups: Sequence[Mapping[int, Entry]], columns: Sequence[Column], sele
     interval = ", ± half of the 95% t-interval where they differ" if counts[-1] > 1 else ""
     flops = " FLOPs: forward pass of one image, two for each multiply-add." if _COST[1] in columns else ""
     robust = " Robust accuracy: mean over types and severities of corruption." if _ROBUST in columns else ""
-    return f"Means over seeds ({seeds} a row){interval}; measures at {selection.tag}.{flops}{robust}"
+    newest = ", or the newest of a run that has none there" if selection.or_newest else ""
+    return f"Means over seeds ({seeds} a row){interval}; measures at {selection.tag}{newest}.{flops}{robust}"
