@@ -9,7 +9,7 @@ from pathlib import Path
 from vitscope.config import loading
 from vitscope.core.results import result_file
 from vitscope.reports.measured_results import Measured
-from vitscope.reports.run_entry import Entry
+from vitscope.reports.run_entry import END, Entry
 from vitscope.runs import result_store
 from vitscope.runs.run_dir import Run
 
@@ -17,14 +17,14 @@ from vitscope.runs.run_dir import Run
 SUFFIX = ".npz"
 
 
-def saved_entries(paths: Sequence[Path], tag: str, entries: Sequence[Entry]) -> list[Entry]:
+def saved_entries(paths: Sequence[Path], tag: str | None, entries: Sequence[Entry]) -> list[Entry]:
     """Return an entry for each saved result, named by its file.
 
     It has the moment of the report, so that it shares figures with results of runs, and no metrics: tables are of runs alone.
 
     Args:
         paths: Files of ``result.save``.
-        tag: Moment of the report; ``end`` for ``all``.
+        tag: Moment of the report; ``end`` for ``all`` and None.
         entries: Runs of the report, whose names are not used again.
 
     Raises:
@@ -35,7 +35,7 @@ def saved_entries(paths: Sequence[Path], tag: str, entries: Sequence[Entry]) -> 
     for path in dict.fromkeys(paths):
         label = path.stem if path.stem not in labels else f"{path.parent.name}/{path.name}"
         labels.add(label)
-        saved.append(_entry(path, label, "end" if tag == "all" else tag))
+        saved.append(_entry(path, label, END if tag in (None, "all") else tag))
     return saved
 
 
