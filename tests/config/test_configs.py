@@ -13,7 +13,13 @@ from tests.helpers.model_configs import CONFIGS
 from vitscope.analyses import spec
 from vitscope.config import caps, experiment_identity, factories, loading
 from vitscope.config.validation import validate
+from vitscope.reproduce import plan
 from vitscope.runtime.errors import ConfigError
+
+#: experiments of the trials of every figure and table
+PLANNED = frozenset(
+    trial.overrides[0] for name in plan.read()["targets"] for trial in plan.target(name, plan.read(), "smoke").trials
+)
 
 
 @pytest.mark.parametrize(
@@ -32,10 +38,20 @@ def test_every_option_composes_and_validates(group: str, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("experiment", options("experiment"))
-def test_every_experiment_composes_in_smoke_size(experiment: str, tmp_path: Path) -> None:
+def test_every_experiment_states_its_claim_and_cost(experiment: str) -> None:
     text = (CONF / "experiment" / f"{experiment}.yaml").read_text()
     for line in ("Claim", "Command", "Cost", "Expected"):
         assert f"# {line}" in text, f"{experiment}.yaml does not open with its {line.lower()}"
+
+
+@pytest.mark.parametrize(
+    "experiment",
+    [  # tests/reproduce/test_plan.py composes those that a figure or table of the paper needs
+        pytest.param(name, marks=pytest.mark.slow if f"experiment={name}" in PLANNED else ())
+        for name in options("experiment")
+    ],
+)
+def test_every_experiment_composes_in_smoke_size(experiment: str, tmp_path: Path) -> None:
     cfg = composed("train", f"experiment={experiment}", "caps=smoke", f"paths.runs={tmp_path}")
     caps.apply_caps(cfg)
     validate(cfg)

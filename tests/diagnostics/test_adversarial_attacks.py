@@ -64,8 +64,18 @@ def robust(model: nn.Module, pixels: torch.Tensor, labels: torch.Tensor, epsilon
     return (worst.scatter(1, labels[:, None], -torch.inf) < 0).all(1)
 
 
-@pytest.mark.parametrize("norm", ["linf", "l2"])
-@pytest.mark.parametrize("attack", ["pgd", "apgd_ce", "apgd_dlr", "apgd_cw", "apgd_t", "suite"])
+LINEAR = ("pgd", "apgd_ce", "apgd_dlr", "apgd_cw", "apgd_t", "suite")
+
+
+# the suite in l2 makes each of its attacks
+@pytest.mark.parametrize(
+    ("attack", "norm"),
+    [
+        pytest.param(attack, norm, marks=() if norm == "linf" or attack in ("pgd", "suite") else pytest.mark.slow)
+        for attack in LINEAR
+        for norm in ("linf", "l2")
+    ],
+)
 def test_the_robust_accuracy_of_a_linear_model_is_found_exactly(attack: str, norm: str) -> None:
     model, pixels, labels = linear()
     epsilons = (2, 6) if norm == "linf" else (16, 48)

@@ -142,12 +142,17 @@ def test_convnext_starts_at_image_over_patch(patch: int, sizes: list[int]) -> No
     ("build", "options"),
     [
         (models.convnet, {}),
-        (models.preresnet, {"depth": 18}),
         (models.vit, {"patch_size": 8, "depth": 3}),
-        (models.convit, {"patch_size": 8, "depth": 2}),
         (models.swin, {"patch_size": 4, "size": "tiny"}),
-        (models.mixer, {"patch_size": 8}),
-        (models.convnext, {}),
+        *(
+            pytest.param(build, options, marks=pytest.mark.slow)
+            for build, options in [
+                (models.preresnet, {"depth": 18}),
+                (models.convit, {"patch_size": 8, "depth": 2}),
+                (models.mixer, {"patch_size": 8}),
+                (models.convnext, {}),
+            ]
+        ),
     ],
 )
 def test_gradient_checkpointing_gives_the_same_gradients(build, options: dict) -> None:
