@@ -92,13 +92,6 @@ def recorded_cost(facts: Mapping[str, Any]) -> Cost:
     return Cost(sizes[0], sizes[1])
 
 
-def recorded_family(facts: Mapping[str, Any]) -> str:
-    """Return the family that a run's provenance holds, or an empty text."""
-    noted = facts.get(KEY)
-    family = noted.get("family") if isinstance(noted, Mapping) else None
-    return family if isinstance(family, str) else ""
-
-
 def family_of(model_taps: Sequence[Tap]) -> str:
     """Return the family that units and stages tell, or an empty text.
 

@@ -7,8 +7,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import torch
-
 #: the card's keys in which two results must agree to be overlaid, beside the options and what the solver states
 COMPARED = (
     "loss", "l2", "weight_decay", "data", "split", "augmentation", "preprocessing", "n_images", "batch_size",
@@ -132,5 +130,6 @@ def check_comparable(cards: Mapping[str, ObjectiveCard | None]) -> None:
 def versions() -> dict[str, str]:
     """Return the versions of what the numbers depend on."""
     import timm
+    import torch  # reading a card needs neither
 
     return {"python": platform.python_version(), "torch": torch.__version__, "timm": timm.__version__}

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from vitscope.core.objective_card import ObjectiveCard, differing_keys, shown_value
-from vitscope.runs import result_store
 
 #: keys of the card in which results of one table may differ: rows name their data themselves
 NAMED_BY_ROWS = ("data",)
@@ -49,6 +48,8 @@ class Measured:
         Raises:
             StorageError: The file is damaged or gone.
         """
+        from vitscope.runs import result_store  # imports NumPy, which a list of runs does not need
+
         return result_store.load(self.path)
 
     def conditions(self, without: Sequence[str] = ()) -> Conditions:

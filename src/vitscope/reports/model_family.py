@@ -6,9 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from vitscope.config import experiment_identity
-from vitscope.config.model_facts import family_of, recorded_family
-
-__all__ = ["family_of", "kin"]
 
 
 def kin(cfg: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
@@ -21,4 +18,11 @@ def kin(cfg: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
     node = cfg.get("model") or {}
     if not str(node.get("_target_", "")).endswith(".timm_model"):
         return experiment_identity.family(cfg)
-    return recorded_family(facts) or experiment_identity.family(cfg)
+    return _recorded_family(facts) or experiment_identity.family(cfg)
+
+
+def _recorded_family(facts: Mapping[str, Any]) -> str:
+    """Return the family that a run's provenance holds, or an empty text."""
+    noted = facts.get("model")
+    family = noted.get("family") if isinstance(noted, Mapping) else None
+    return family if isinstance(family, str) else ""

@@ -27,7 +27,6 @@ from omegaconf.errors import OmegaConfBaseException
 from vitscope.config import experiment_identity, loading
 from vitscope.core.objective_card import versions
 from vitscope.runs import metrics_log, run_lock
-from vitscope.runs.checkpoints import checkpoint_io
 from vitscope.runtime import atomic_write, redaction, safe_files
 from vitscope.runtime.errors import CheckpointError, ConfigError, StorageError
 
@@ -159,6 +158,8 @@ def _described(cfg: DictConfig, command: str, run: Run) -> Run:
 
     A folder that a kill left without the second, and in which nothing was trained, is written anew.
     """
+    from vitscope.runs.checkpoints import checkpoint_io  # imports torch, which a reader of run folders does not need
+
     path = run.path
     is_begun = (path / "provenance.json").exists() or run.journal.exists() or checkpoint_io.present(run.checkpoints)
     if (path / "config.yaml").exists() and is_begun and _job_id() is None:
@@ -185,6 +186,8 @@ def reopen(run: Run, cfg: DictConfig, command: str) -> None:
         StorageError: another process trains in it.
         CheckpointError: its manifest cannot be trusted.
     """
+    from vitscope.runs.checkpoints import checkpoint_io
+
     run_lock.acquire(run.path)
     try:
         checkpoint_io.repair(run.checkpoints)
@@ -234,6 +237,8 @@ def incomplete(root: Path) -> list[tuple[Path, str]]:
 
 def unfinished(root: Path, config_hash: str) -> Run | None:
     """Return the newest run below ``root`` of that configuration that has a checkpoint and is not finished."""
+    from vitscope.runs.checkpoints import checkpoint_io
+
     same = (run for run in _alike(root, config_hash) if run.provenance().get("status") != "finished")
     return next((run for run in same if checkpoint_io.present(run.checkpoints)), None)
 
