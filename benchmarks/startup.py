@@ -24,6 +24,7 @@ COMMANDS = (
     ("python train.py model=alternett", ["train.py", "model=alternett"], 2),
     ("python train.py nokey=1", ["train.py", "nokey=1"], 2),
     ("python train.py optimizer.lr=abc", ["train.py", "optimizer.lr=abc"], 2),
+    ("vitscope runs --help", ["-m", "vitscope", "runs", "--help"], 0),
     ("import vitscope", ["-c", "import vitscope"], 0),
 )
 

@@ -6,10 +6,12 @@ import json
 import subprocess
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 
 from tests.helpers.processes import ENVIRONMENT, ROOT
+from tests.helpers.report_runs import spectrum, write_run
 
 #: libraries that take from tenths of a second to seconds to import
 HEAVY = {"torch", "torchvision", "torchmetrics", "pytorch_lightning", "lightning_fabric", "timm", "numpy", "scipy", "pandas",
@@ -61,6 +63,12 @@ def test_an_answer_that_needs_no_training_library(arguments: Sequence[str], code
     assert (actual_code, libraries & HEAVY) == (code, set()), stderr
     assert stderr.startswith(error)
     assert stderr.count("\n") == bool(error)
+
+
+def test_a_list_of_runs_loads_no_training_library(tmp_path: Path) -> None:
+    write_run(tmp_path, "vit", name="vit-run", measured={"hessian": spectrum()})
+    code, libraries, stderr = libraries_of("runs", "list", str(tmp_path), "json=true")
+    assert (code, libraries & HEAVY, stderr) == (0, {"numpy"}, "")
 
 
 def test_the_package_itself_imports_no_library() -> None:

@@ -1,4 +1,4 @@
-"""The commands: ``vitscope train | analyze | report``, and ``train.py analyze.py report.py`` in a checkout."""
+"""The commands: ``vitscope train | analyze | report | runs``, and ``train.py analyze.py report.py`` in a checkout."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import importlib
 import os
 import sys
 
-COMMANDS = ("train", "analyze", "report", "doctor", "sweep", "reproduce")
+COMMANDS = ("train", "analyze", "report", "doctor", "sweep", "reproduce", "runs")
 _COMMAND = "VITSCOPE_COMMAND"
 
 
