@@ -184,8 +184,8 @@ def _panels(cfg: DictConfig, entries: Sequence[run_entry.Entry]) -> list[figure_
         allow_different=bool(cfg.allow_different),
     )
     names = {curve.label for panel in planned for curve in panel.curves}
-    for key, given in (("order", cfg.order or []), ("colors", cfg.colors or {})):
-        for name in given if planned else []:
+    for key, stated_names in (("order", cfg.order or []), ("colors", cfg.colors or {})):
+        for name in stated_names if planned else []:
             if name not in names and not (key == "colors" and name in KIND_COLORS):
                 raise ConfigError(key, name, "no such name in a legend", errors.nearest(str(name), names))
     return planned
