@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import fields
-from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +16,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from vitscope.core.batches.batch_format import BatchFormat, Key
-from vitscope.core.batches.batch_inputs import BatchInputs, tensors_of
+from vitscope.core.batches.prepared_batches import Batch as Batch
+from vitscope.core.batches.prepared_batches import are_pairs, count_examples, prepare_batch
 from vitscope.core.guard import probe_guard
 from vitscope.core.guard.eager_execution import eager_execution, unwrapped
 from vitscope.core.guard.fingerprints import SeenBatches
@@ -30,12 +30,9 @@ from vitscope.core.objective import Objective
 from vitscope.core.objective_card import ObjectiveCard as ObjectiveCard
 from vitscope.core.objective_card import versions
 from vitscope.core.optimizer_state import OptimizerState
-from vitscope.core.results.result_text import html_of, objective_text, shown, text_of
+from vitscope.core.results.result_text import html_of, probe_facts, text_of
 from vitscope.core.structure_lookup import structure_reader
 from vitscope.runtime import distributed
-
-#: inputs and targets of one batch, as a probe gives them to a measure: images ``(B, C, H, W)``, or `BatchInputs` of more entries
-Batch = tuple[Any, Tensor]
 
 
 class Probe:
@@ -113,18 +110,9 @@ class Probe:
         return html_of("Probe", self._facts())
 
     def _facts(self) -> dict[str, str]:
-        counts = f", {self._sizes[0]:,} images" if self._sizes else ""
-        is_sized = isinstance(self.batches.source, Sized)
-        n_batches = f"{len(self.batches)} batches" if is_sized else "counted at the first pass"
-        names = "looked up at the first measure" if self._taps is None else shown([tap.name for tap in self._taps])
-        n_parameters = sum(p.numel() for p in self.model.parameters())
-        return {
-            "model": f"{type(self.model).__name__}, {n_parameters:,} parameters on {self.device}",
-            "batches": n_batches + counts,
-            "objective": objective_text(self.objective),
-            "taps": names or "none",
-            **{key: shown(value) for key, value in self.about.items()},
-        }
+        n_batches = len(self.batches) if isinstance(self.batches.source, Sized) else None
+        n_images = self._sizes[0] if self._sizes else None
+        return probe_facts(self.model, self.device, self.objective, n_batches, n_images, self._taps, self.about)
 
     @property
     def taps(self) -> list[Any]:
@@ -347,33 +335,12 @@ class Probe:
                 self._dtype = outer
 
     def _counted(self) -> tuple[int, int, int]:
-        """Return the images in all batches, those in the first, and the examples with a label."""
         if self._sizes is None:
-            counts = [(len(x), self.objective.n_examples(y)) for x, y in self._seen.checked(self.batches)]
-            sizes = [size for size, _ in counts]
-            if not sizes:
-                raise ValueError("Expected at least one batch (x, y), received none.")
-            self._sizes = sum(sizes), sizes[0], sum(count for _, count in counts)
+            self._sizes = count_examples(self._seen.checked(self.batches), self.objective)
         return self._sizes
 
     def _has_pairs(self) -> bool:
-        """Return whether batches are known to be pairs, without reading one."""
-        source = getattr(self.batches, "source", self.batches)
-        return type(source) in (list, tuple) and all(isinstance(batch, list | tuple) for batch in source)
+        return are_pairs(getattr(self.batches, "source", self.batches))
 
     def _prepared(self, index: int, batch: Batch) -> Batch:
-        x, y = batch
-        for tensor in (*tensors_of(x), y):
-            if tensor.device != self.device:
-                raise ValueError(
-                    f"Expected batch {index} on the model's device {self.device}, received {tensor.device}: "
-                    "move it there first."
-                )
-        usable = partial(_usable, dtype=self.dtype)
-        return (x.map(usable) if isinstance(x, BatchInputs) else usable(x)), usable(y)
-
-
-def _usable(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    if tensor.is_inference():  # made under inference mode: autograd may not save it
-        tensor = tensor.clone()
-    return tensor.to(dtype) if tensor.is_floating_point() else tensor
+        return prepare_batch(index, batch, self.device, self.dtype)

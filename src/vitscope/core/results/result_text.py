@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
 import numpy as np
+import torch
+from torch import nn
 
 from vitscope.core.objective import Objective
 from vitscope.core.objective_card import ObjectiveCard
@@ -115,3 +117,35 @@ def _several(values: tuple[Any, ...] | list[Any]) -> str:
 
 def _cut(text: str) -> str:
     return text if len(text) <= WIDTH else text[: WIDTH - 3] + "..."
+
+
+def probe_facts(
+    model: nn.Module,
+    device: torch.device,
+    objective: Objective,
+    n_batches: int | None,
+    n_images: int | None,
+    taps: Sequence[Any] | None,
+    about: Mapping[str, Any],
+) -> dict[str, str]:
+    """Return what the text of a probe says, as far as it is known without a pass.
+
+    Args:
+        model: the model.
+        device: its device.
+        objective: the objective.
+        n_batches: number of batches; None where they have to be counted.
+        n_images: number of images; None where they have to be counted.
+        taps: the taps; None before they are looked up.
+        about: further facts of the probe.
+    """
+    counts = f", {n_images:,} images" if n_images is not None else ""
+    names = "looked up at the first measure" if taps is None else shown([tap.name for tap in taps])
+    n_parameters = sum(p.numel() for p in model.parameters())
+    return {
+        "model": f"{type(model).__name__}, {n_parameters:,} parameters on {device}",
+        "batches": (f"{n_batches} batches" if n_batches is not None else "counted at the first pass") + counts,
+        "objective": objective_text(objective),
+        "taps": names or "none",
+        **{key: shown(value) for key, value in about.items()},
+    }
