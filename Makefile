@@ -4,6 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 SETUP := $(VENV)/.installed
 RUN := $(BIN)/python
+# uv installs several packages at a time, pip one after the other
+UV := $(shell command -v uv 2>/dev/null)
+INSTALL := $(if $(UV),$(UV) pip install --quiet --python $(RUN),$(BIN)/pip install --quiet --disable-pip-version-check)
 PROFILE ?= smoke
 SEEDS ?= 1
 REPRODUCE := $(RUN) -m vitscope reproduce
@@ -25,10 +28,10 @@ help: ## list the targets
 $(SETUP): pyproject.toml constraints.txt
 	@test -x $(RUN) || $(PYTHON) -m venv $(VENV)
 	@echo "installing into $(VENV) (torch and its CUDA libraries are several GB; once)"
-	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@$(INSTALL) -c constraints.txt -e '.[dev]'
 	@touch $@
 
-setup: $(SETUP) ## create .venv and install what was tested
+setup: $(SETUP) ## create .venv and install what was tested, with uv where there is one
 
 demo: $(SETUP) ## the main job: train an AlterNet on photographs, diagnose it, minutes on two cores
 	$(RUN) train.py model=alternet
