@@ -67,7 +67,7 @@ class Hybrid(nn.Module):
 
     def __init__(self, mixing: nn.Module | None, first: bool = False) -> None:
         super().__init__()
-        self.stem, self.block = nn.Conv2d(3, 8, 3, padding=1), BasicBlock(8, 8)
+        self.stem, self.block = nn.Conv2d(3, 8, 3, stride=2, padding=1), BasicBlock(8, 8)
         self.mixing, self.first, self.head = mixing, first, nn.Linear(8, 4)
 
     def mixed(self, x: Tensor) -> Tensor:
