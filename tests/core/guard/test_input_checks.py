@@ -50,7 +50,7 @@ class Output:
     scores: Tensor
 
 
-Named = namedtuple("Named", "logits features")
+Named = namedtuple("Named", "scores features")
 
 OUTPUTS: dict[str, tuple[Callable[[Tensor], Any], str]] = {
     "tuple": (lambda z: (z, z), r"received a tuple of 2 \(Tensor, Tensor\): wrap it .* self\.model\(x\)\[0\]"),
