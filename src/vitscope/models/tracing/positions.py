@@ -73,6 +73,14 @@ def expanded(positions: Positions, shape: Sequence[int]) -> Positions:
     return Positions(positions.rows.expand(shape), positions.columns.expand(shape), positions.is_mean)
 
 
+def compact(positions: Positions) -> Positions:
+    """Return the same positions, in the memory of one number where no element has a position of its own."""
+    rows, columns = positions.rows, positions.columns
+    if rows.numel() > 1 and all(bool(side.isinf().all()) for side in _distinct(rows, columns)):
+        return Positions(*(side.new_full((), MIXED).expand(side.shape) for side in (rows, columns)), positions.is_mean)
+    return positions
+
+
 def result_positions(
     op: str,
     func: Callable[..., Any],
@@ -122,7 +130,16 @@ def result_positions(
 
 def is_constant(positions: Positions) -> bool:
     """Whether nothing of a tensor comes from the images."""
-    return bool(positions.rows.isnan().all())
+    return bool(_distinct(positions.rows)[0].isnan().all())
+
+
+def _distinct(*sides: Tensor) -> list[Tensor]:
+    """Return tensors of one shape with one element along each axis that repeats it in all of them without memory."""
+    repeated = [axis for axis in range(sides[0].ndim) if all(side.stride(axis) == 0 for side in sides)]
+    shortened = list(sides)
+    for axis in repeated:
+        shortened = [side[(slice(None),) * axis + (slice(0, 1),)] for side in shortened]  # also of an axis of length 0
+    return shortened
 
 
 def _rearranged(
@@ -182,11 +199,12 @@ def _combined(operands: Sequence[tuple[torch.Size, Positions | None]], shape: to
 
 
 def _merged(a: Tensor, b: Tensor) -> Tensor:
-    mixed = torch.full((), MIXED, dtype=a.dtype)
+    shape, mixed = a.shape, torch.full((), MIXED, dtype=a.dtype)
+    a, b = _distinct(a, b)
     equal = torch.isclose(a, b, rtol=0, atol=1e-6, equal_nan=True)
     merged = torch.where(equal, a, mixed)
     merged = torch.where(a.isnan() | (a.isinf() & ~b.isnan()), b, merged)
-    return torch.where(b.isnan() | (b.isinf() & ~a.isnan()), a, merged)
+    return torch.where(b.isnan() | (b.isinf() & ~a.isnan()), a, merged).expand(shape)
 
 
 def _reduced(x: Positions, args: Sequence[Any], kwargs: Mapping[str, Any], shape: torch.Size) -> Positions | None:
@@ -244,8 +262,8 @@ def is_same_along(x: Positions, axis: int) -> bool:
     """Whether all elements along an axis have one position."""
     return all(
         side.stride(axis) == 0
-        or bool(torch.isclose(side, side.narrow(axis, 0, 1), rtol=0, atol=1e-6, equal_nan=True).all())
-        for side in x[:2]
+        or bool(torch.isclose(distinct, distinct.narrow(axis, 0, 1), rtol=0, atol=1e-6, equal_nan=True).all())
+        for side, distinct in ((side, _distinct(side)[0]) for side in x[:2])
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakIdKeyDictionary
 
 from vitscope.core.tap import TokenOrder
 from vitscope.models.structure.execution import enter_guards, tensors, trial_images
@@ -17,7 +18,9 @@ from vitscope.models.structure.residual_structure import Read
 from vitscope.models.tracing.positions import (
     CONSTANT,
     Positions,
+    compact,
     expanded,
+    is_constant,
     is_same_along,
     map_positions,
     result_positions,
@@ -100,10 +103,9 @@ class _Recorder(TorchFunctionMode):
         super().__init__()
         self.model, self.reads = model, reads
         self.size = (int(images.shape[-2]), int(images.shape[-1]))
-        self.positions: dict[int, Positions | None] = {
-            id(images): expanded(map_positions(len(images), *self.size), images.shape)
-        }
-        self.held: list[Any] = [images]  # so that no id is used twice
+        # entries end with their tensors: all activations of a large network would not fit into memory
+        self.positions: MutableMapping[Tensor, Positions | None] = WeakIdKeyDictionary()
+        self.positions[images] = expanded(map_positions(len(images), *self.size), images.shape)
         self.calls: dict[nn.Module, int] = {}
         self.read_positions: dict[str, Positions | None] = {}
 
@@ -143,24 +145,22 @@ class _Recorder(TorchFunctionMode):
             positions: list[Positions | None] = [_constant(t) for t in results]
         else:
             positions = result_positions(name, func, args, kwargs, self._known, results)
-        self.held.extend(results)
         for tensor, values in zip(results, positions):
-            self.positions[id(tensor)] = values
+            self.positions[tensor] = None if values is None else compact(values)
         base = getattr(results[0], "_base", None)
         if name in ("copy_", "__setitem__") and base is not None and base is not results[0]:
-            self.positions[id(base)] = None
-            self.held.append(base)
+            self.positions[base] = None
         return result
 
     def _known(self, tensor: Tensor) -> Positions | None:
         """Return the positions of a tensor; one that no function of the pass made is a constant if it has no gradient."""
-        if id(tensor) in self.positions:
-            return self.positions[id(tensor)]
+        if tensor in self.positions:
+            return self.positions[tensor]
         return None if tensor.grad_fn is not None else _constant(tensor)
 
     def _varies(self, tensor: Tensor) -> bool:
         positions = self._known(tensor)
-        return positions is None or not bool(positions.rows.isnan().all())
+        return positions is None or not is_constant(positions)
 
 
 def _constant(tensor: Tensor) -> Positions:
