@@ -179,6 +179,7 @@ def test_results_of_own_checkpoints_are_overlaid_whatever_their_tags(
     printed = capsys.readouterr()
     assert printed.err == ""
     assert " 0.500 |" in printed.out
+    assert "evaluation on 32 test images" in printed.out
     figures = tmp_path / "figures"
     assert (figures / "hessian-newest.pdf").exists()
     header, *rows = (figures / "hessian-newest.csv").read_text().splitlines()
@@ -196,6 +197,8 @@ def test_results_of_own_checkpoints_are_overlaid_whatever_their_tags(
         (["colors={ViT: redd}"], 2, "error: colors.ViT=redd: no color of matplotlib"),
         (["colors={vit: red}"], 2, "error: colors=vit: no such name in a legend"),
         (["labels=[a]"], 2, "error: labels="),
+        (["labels={vit: ViT}"], 2, "error: labels=vit: no run or model of this name"),
+        (["labels={vit-tiny: A, pit-tiny: A}"], 2, "error: labels=A: the label of two experiments"),
         (["order=vit"], 2, "error: order=vit: not a list of names"),
     ],
 )

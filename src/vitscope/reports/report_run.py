@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from matplotlib.colors import is_color_like
@@ -174,6 +174,7 @@ def _analyses(cfg: DictConfig) -> list[str] | None:
 
 
 def _panels(cfg: DictConfig, entries: Sequence[run_entry.Entry]) -> list[figure_plan.Panel]:
+    _check_labels(loading.plain(cfg.labels) or {}, entries)
     planned = figure_plan.panels(
         entries,
         tag=cfg.tag,
@@ -189,6 +190,23 @@ def _panels(cfg: DictConfig, entries: Sequence[run_entry.Entry]) -> list[figure_
             if name not in names and not (key == "colors" and name in KIND_COLORS):
                 raise ConfigError(key, name, "no such name in a legend", errors.nearest(str(name), names))
     return planned
+
+
+def _check_labels(labels: Mapping[str, str], entries: Sequence[run_entry.Entry]) -> None:
+    """Refuse names that no run has, and one label for two experiments, which would pass for seeds of one.
+
+    Raises:
+        ConfigError: with the name or the label.
+    """
+    known_names = {name for entry in entries for name in (entry.id, entry.label, f"{entry.label}, {entry.id}")}
+    for name in labels:
+        if name not in known_names:
+            raise ConfigError("labels", name, "no run or model of this name", errors.nearest(str(name), known_names))
+    experiments: dict[str, str] = {}
+    for entry in entries:
+        label = labels.get(entry.id, labels.get(entry.label, entry.label))
+        if experiments.setdefault(label, entry.group) != entry.group:
+            raise ConfigError("labels", label, "the label of two experiments", "give each a label of its own")
 
 
 def _refuse_no_figure(cfg: DictConfig, entries: Sequence[run_entry.Entry]) -> None:

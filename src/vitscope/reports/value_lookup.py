@@ -63,12 +63,23 @@ class Selection:
     def metric(self, entry: Entry, name: str) -> Value:
         """Return a metric's last value; of a run without metrics that of `vs.evaluation` on the same split."""
         if name not in entry.metrics:
-            if not entry.trained and (number := evaluated(entry, name)) is not None:
-                return Value(number)
+            if not entry.trained and (result := self.evaluation(entry, name)) is not None:
+                return scalar_of_result(result, name.partition("/")[2])
             failed = entry.status == FAILED
             return Value(None, FAILED if failed else MISSING, "the run failed" if failed else "not in the journal")
         number = entry.metrics[name]
         return Value(None, FAILED, "not finite") if number is None or not math.isfinite(number) else Value(number)
+
+    def evaluation(self, entry: Entry, metric: str) -> Measured | None:
+        """Return the `vs.evaluation` of an analysed model that stands for a metric such as ``test/accuracy``, if there is one.
+
+        It is that of the tables' moment, under the conditions that most runs share, on the metric's split and over all classes.
+        """
+        split, _, name = metric.partition("/")
+        result, _ = self.measured(entry, "evaluation")
+        if result is None or result.card is None or result.card.split != split or name not in result.scalars:
+            return None
+        return result if (result.card.options or {}).get("classes", "all") == "all" else None
 
     def scalar(self, entry: Entry, measure: str, name: str, tag: str | None = None) -> Value:
         """Return a measure's scalar, at the tables' moment by default."""
@@ -198,12 +209,3 @@ def seeds_of(groups: Iterable[Mapping[int, Entry]]) -> list[int]:
     """Return the seeds that every group has."""
     sets = [set(group) for group in groups]
     return sorted(set.intersection(*sets)) if sets else []
-
-
-def evaluated(entry: Entry, metric: str) -> float | None:
-    """Return the number of the newest `vs.evaluation` that a metric such as ``test/accuracy`` names, None without one."""
-    split, _, name = metric.partition("/")
-    results = [
-        m for m in entry.results if m.measure == "evaluation" and not m.error and m.card and m.card.split == split
-    ]
-    return results[-1].scalars.get(name) if results else None

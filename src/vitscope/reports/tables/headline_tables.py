@@ -11,7 +11,7 @@ from vitscope.models.alternet_layout import DEFAULT_MSA
 from vitscope.reports.model_costs import Costs
 from vitscope.reports.run_entry import Entry
 from vitscope.reports.tables.table import Cell, Problem, Table, over_seeds
-from vitscope.reports.value_lookup import FAILED, MISSING, Selection, Value, evaluated
+from vitscope.reports.value_lookup import FAILED, MISSING, Selection, Value
 
 #: sources of a column's number besides measures: the metrics log, or the model itself
 METRIC, MODEL = "metric", "model"
@@ -107,7 +107,9 @@ def build(
         expect_models: Families that must have a row; one that no run has is a row of missing cells.
         expect_seeds: Seeds that every row must have.
     """
-    accepts = _in_build_up if name == "buildup" else (lambda entry: entry.trained or _has_any(entry, TABLES[name]))
+    accepts = (
+        _in_build_up if name == "buildup" else (lambda entry: entry.trained or _has_any(entry, TABLES[name], selection))
+    )
     groups = list(selection.groups(accepts).values())
     if name == "buildup":
         groups.sort(key=lambda runs: (_first(runs).data, sum(n_msa(_first(runs))), n_msa(_first(runs))))
@@ -185,13 +187,13 @@ def _is_measured(selection: Selection, column: Column) -> bool:
     return any(m.error or column.key in m.scalars for m in attempts)
 
 
-def _has_any(entry: Entry, columns: Sequence[Column]) -> bool:
+def _has_any(entry: Entry, columns: Sequence[Column], selection: Selection) -> bool:
     """Return whether a trained model that was analysed has a number for one of the columns that are measured."""
     if entry.untrained:
         return False
     measures = {column.source for column in columns}
     return any(not m.error and m.measure in measures for m in entry.results) or any(
-        evaluated(entry, column.key) is not None for column in columns if column.source == METRIC
+        selection.evaluation(entry, column.key) is not None for column in columns if column.source == METRIC
     )
 
 
@@ -216,4 +218,13 @@ def _note(groups: Sequence[Mapping[int, Entry]], columns: Sequence[Column], sele
     flops = " FLOPs: forward pass of one image, two for each multiply-add." if _COST[1] in columns else ""
     robust = " Robust accuracy: mean over types and severities of corruption." if _ROBUST in columns else ""
     newest = ", or the newest of a run that has none there" if selection.or_newest else ""
+    evaluations = {
+        m.card.n_images
+        for runs in groups
+        for entry in runs.values()
+        if not entry.trained and (m := selection.evaluation(entry, "test/accuracy")) is not None and m.card
+    }
+    if evaluations and _TEST[0] in columns:
+        counts_text = " or ".join(map(str, sorted(evaluations)))
+        newest += f"; accuracy and NLL of models that were not trained here: evaluation on {counts_text} test images"
     return f"Means over seeds ({seeds} a row){interval}; measures at {selection.tag}{newest}.{flops}{robust}"
