@@ -14,6 +14,7 @@ import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import timm
@@ -242,12 +243,10 @@ def rows_of_page() -> dict[Key, str]:
 def write(rows: dict[Key, str]) -> None:
     """Write the page with the rows that there are."""
     versions = [f"timm {timm.__version__}", f"torchvision {torchvision.__version__.partition('+')[0]}"]
-    try:
+    with suppress(ImportError):  # an optional extra
         import transformers
 
         versions.append(f"transformers {transformers.__version__}")
-    except ImportError:
-        pass
     text = OPENING.replace("VERSIONS", ", ".join(versions))
     for title, _, keys in sections():
         lines = [rows[key] for key in keys if key in rows]
