@@ -77,7 +77,8 @@ def compact(positions: Positions) -> Positions:
     """Return the same positions, in the memory of one number where no element has a position of its own."""
     rows, columns = positions.rows, positions.columns
     if rows.numel() > 1 and all(bool(side.isinf().all()) for side in _distinct(rows, columns)):
-        return Positions(*(side.new_full((), MIXED).expand(side.shape) for side in (rows, columns)), positions.is_mean)
+        mixed = rows.new_full((), MIXED).expand(rows.shape)
+        return Positions(mixed, mixed, positions.is_mean)
     return positions
 
 
