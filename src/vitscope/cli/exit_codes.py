@@ -26,10 +26,9 @@ import traceback
 from collections.abc import Callable
 from types import FrameType
 
-from vitscope.config import target_allowlist
 from vitscope.config.error_translation import INTERRUPTED, code_for, explain
 from vitscope.runs import run_end
-from vitscope.runtime import stop_flag
+from vitscope.runtime import stop_flag, trusted_packages
 from vitscope.runtime.errors import first_line
 from vitscope.runtime.logging import command_logging
 from vitscope.runtime.stop_flag import Interrupted
@@ -50,7 +49,7 @@ def run_command(command: Callable[[], None]) -> int:
     wants_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
     try:
         # Hydra may change the environment as a configuration says: trust and the log level are read before
-        with command_logging(), target_allowlist.held():
+        with command_logging(), trusted_packages.held():
             command()
     except BaseException as error:
         return _ended(error, wants_traceback)

@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf, flag_override
 from omegaconf.errors import OmegaConfBaseException
 
 from vitscope.config import hydra_internals, instantiate, target_allowlist
+from vitscope.runtime import trusted_packages
 from vitscope.runtime.errors import ConfigError
 
 #: what may be created below hydra.callbacks, hydra.launcher and hydra.sweeper
@@ -117,7 +118,7 @@ def check_search_path(entries: Any) -> None:
         if (
             separator
             and scheme not in ("file", "structured")
-            and package not in {"vitscope", "hydra", *target_allowlist.packages()}
+            and package not in {"vitscope", "hydra", *trusted_packages.packages()}
         ):
             raise ConfigError("hydra.searchpath", entry, "would import a package that is not trusted",
                               f"name a folder, or set VITSCOPE_TRUST={package} if it is your own")  # fmt: skip
@@ -166,7 +167,7 @@ def _check_plugin(group: str, place: str, target: Any) -> None:
 
 def _check_trusted(key: str, target: Any, expectation: str) -> None:
     """Refuse a dotted name that does not lead to a package which the user trusts."""
-    if isinstance(target, str) and target.partition(".")[0] in target_allowlist.packages():
+    if isinstance(target, str) and target.partition(".")[0] in trusted_packages.packages():
         target_allowlist.resolve(target, key.removesuffix("._target_"))
         return
     _refuse(key, target, f"not {expectation}")

@@ -17,7 +17,7 @@ from vitscope.core.optimizer_state import OptimizerState, of_checkpoint
 from vitscope.core.probe import Probe
 from vitscope.linalg.optimizer_stability import adam_scale
 from vitscope.models.structure.declared_units import declare_units
-from vitscope.runtime import errors
+from vitscope.runtime import errors, trusted_packages
 from vitscope.runtime.errors import CheckpointError, ConfigError, DataError, StructureError, VitscopeError, first_line
 
 
@@ -39,7 +39,9 @@ def model(cfg: DictConfig) -> nn.Module:
             raise
         except Exception as error:  # of values that the signature did not tell from good ones
             if not cfg.model.get("pretrained"):
-                raise ConfigError("model", cfg.model.get("name"), first_line(error), "check its keys") from error
+                place = trusted_packages.place_of(error)
+                reason = f"{type(error).__name__}: {first_line(error)} ({place})" if place else first_line(error)
+                raise ConfigError("model", cfg.model.get("name"), reason, "check its keys") from error
             raise DataError("model.pretrained", True, first_line(error), "set model.pretrained=false") from error
     if not isinstance(network, nn.Module):
         raise ConfigError(

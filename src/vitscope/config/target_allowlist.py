@@ -6,17 +6,16 @@ the resolved object is judged, not its spelling.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib
 import inspect
-import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from vitscope.config import weight_files
-from vitscope.runtime.errors import ConfigError, nearest
+from vitscope.runtime import trusted_packages
+from vitscope.runtime.errors import ConfigError, first_line, nearest
 
 #: packages from which a `_target_` may come, before its kind is judged
 PACKAGES = ("vitscope", "torch.nn", "torch.optim", "torchvision", "timm", "torchmetrics", "pytorch_lightning")
@@ -79,7 +78,7 @@ def resolve(target: Any, path: str) -> Callable[..., Any]:
     key = f"{path}._target_"
     if not isinstance(target, str) or not all(part.isidentifier() for part in target.split(".")):
         raise ConfigError(key, target, "not a dotted name", "name a callable such as vitscope.models.vit")
-    trusted = packages()
+    trusted = trusted_packages.packages()
     top = target.partition(".")[0]
     if top not in {p.partition(".")[0] for p in PACKAGES} | trusted:
         raise ConfigError(key, target, "its package is not trusted", f"set VITSCOPE_TRUST={top} if it is your own")
@@ -93,34 +92,8 @@ def resolve(target: Any, path: str) -> Callable[..., Any]:
                       "name a model, optimizer, data set, metric, callback or measure")  # fmt: skip
 
 
-#: the environment variable by which a user admits packages
-VARIABLE = "VITSCOPE_TRUST"
-_held: set[str] | None = None
-
-
-def packages() -> set[str]:
-    """Return the packages that the user's environment admits: while a command runs, what it admitted when it began."""
-    return _named() if _held is None else _held
-
-
-@contextlib.contextmanager
-def held() -> Iterator[None]:
-    """Read the environment once, before any configuration is composed; what is set later does not count."""
-    global _held
-    before = _held
-    _held = packages()
-    try:
-        yield
-    finally:
-        _held = before
-
-
-def _named() -> set[str]:
-    return {name.strip() for name in os.environ.get(VARIABLE, "").split(",") if name.strip()}
-
-
 def _trusted(target: Any) -> bool:
-    return (getattr(target, "__module__", None) or "").partition(".")[0] in packages()
+    return trusted_packages.is_trusted(getattr(target, "__module__", None) or "")
 
 
 def _locate(target: str, key: str) -> Any:
@@ -135,9 +108,32 @@ def _locate(target: str, key: str) -> Any:
             located = getattr(located, part)
     except ConfigError:
         raise
-    except Exception:  # modules that make their attributes when asked (torch.ops, torch.classes) raise anything
-        raise ConfigError(key, target, "no such name", _suggest(parts)) from None
+    except (
+        Exception
+    ) as error:  # modules that make their attributes when asked (torch.ops, torch.classes) raise anything
+        raise _not_located(parts, key, error) from error
     return located
+
+
+def _not_located(parts: list[str], key: str, error: Exception) -> ConfigError:
+    """Return the error of a name that was not reached: it is none, or the user's own package raised while it was imported."""
+    target = ".".join(parts)
+    missing_module = error.name if isinstance(error, ModuleNotFoundError) else None
+    if missing_module == parts[0]:
+        return ConfigError(
+            key, target, f"Python finds no package {parts[0]}", "install it, or set PYTHONPATH to the folder it is in"
+        )
+    is_absent = missing_module is not None and f"{target}.".startswith(f"{missing_module}.")
+    if is_absent or not trusted_packages.is_trusted(target) or _is_attribute_missing(error):
+        return ConfigError(key, target, "no such name", _suggest(parts))
+    place = trusted_packages.place_of(error)
+    problem = f"{type(error).__name__}: {first_line(error)}" + (f" ({place})" if place else "")
+    return ConfigError(key, target, f"importing it raised {problem}", "correct that module, or install what it imports")
+
+
+def _is_attribute_missing(error: Exception) -> bool:
+    """Tell whether an error is that of `getattr` here, not one that a module raised while it was imported."""
+    return isinstance(error, AttributeError) and error.__traceback__ is not None and error.__traceback__.tb_next is None
 
 
 def _suggest(parts: list[str]) -> str:
