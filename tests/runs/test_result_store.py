@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,8 +50,46 @@ def test_damaged_results_are_named(tmp_path: Path) -> None:
 
 def test_only_our_types_are_built(tmp_path: Path) -> None:
     np.savez(tmp_path / "x.npz", __meta__=np.array(json.dumps({"type": "os:system", "fields": {}})))
-    with pytest.raises(StorageError, match="not a vitscope measure"):
+    with pytest.raises(
+        StorageError, match=r"not a vitscope measure's\); set VITSCOPE_TRUST=os if that package is your own$"
+    ):
         result_store.load(tmp_path / "x.npz")
+
+
+OWN_RESULT = """
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class MeanResult:
+    mean: np.ndarray
+
+    def scalars(self):
+        return {"mean": float(self.mean)}
+
+
+def no_type(**fields):
+    raise AssertionError("called")
+"""
+
+
+def test_a_type_of_a_trusted_package_is_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = f"lab_{tmp_path.name.replace('-', '_')}"
+    (tmp_path / f"{name}.py").write_text(OWN_RESULT)
+    monkeypatch.syspath_prepend(tmp_path)
+    result = importlib.import_module(name).MeanResult(np.array(2.5))
+    file = result_store.save(tmp_path, "x", result)
+    with pytest.raises(StorageError, match=f"set VITSCOPE_TRUST={name} if"):
+        result_store.load(file)
+    monkeypatch.setenv("VITSCOPE_TRUST", f"{name},other")
+    loaded = result_store.load(file)
+    assert type(loaded) is type(result)
+    assert loaded.scalars() == {"mean": 2.5}
+    np.savez(tmp_path / "y.npz", __meta__=np.array(json.dumps({"type": f"{name}:no_type", "fields": {}})))
+    with pytest.raises(StorageError, match="not readable as a result"):
+        result_store.load(tmp_path / "y.npz")
 
 
 @dataclass(frozen=True)

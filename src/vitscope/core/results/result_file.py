@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from vitscope.core.objective_card import ObjectiveCard
-from vitscope.runtime import safe_files
+from vitscope.runtime import safe_files, trusted_packages
 from vitscope.runtime.atomic_write import write_atomically
 from vitscope.runtime.errors import StorageError
 
@@ -67,7 +67,7 @@ def load(path: Path) -> Any:
     """Return the result that `save` wrote to ``path``.
 
     Raises:
-        StorageError: the file is damaged, or is not a result of this package.
+        StorageError: the file is damaged, or its type is neither of this package nor of one that ``VITSCOPE_TRUST`` names.
     """
     if not path.is_file():
         problem = "a folder" if path.is_dir() else "no such file"
@@ -80,17 +80,31 @@ def load(path: Path) -> Any:
         if meta.get("format", FORMAT) > FORMAT:
             raise ValueError(f"written by vitscope {meta.get('vitscope')}, which is newer")
         module, _, name = meta["type"].partition(":")
-        if not module.startswith("vitscope.diagnostics."):
-            raise ValueError(f"its type {meta['type']!r} is not a vitscope measure's")
+        _check_origin(meta["type"], path)
         kind = getattr(importlib.import_module(module), name)
         field_names = {f.name for f in dataclasses.fields(kind)}
         return kind(**{key: _decode(value, arrays) for key, value in meta["fields"].items() if key in field_names})
+    except StorageError:
+        raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, ImportError) as error:
         raise StorageError(
             "results", path, f"not readable as a result ({error})", "delete it and measure again"
         ) from None
     except Exception as error:  # zipfile and zlib raise their own kinds for damaged archives
         raise StorageError("results", path, f"damaged ({error})", "delete it and measure again") from None
+
+
+def _check_origin(kind: str, path: Path) -> None:
+    """Refuse a result whose type is neither a measure's of vitscope nor of a package that the user trusts."""
+    module = kind.partition(":")[0]
+    if module.startswith("vitscope.diagnostics.") or trusted_packages.is_trusted(module):
+        return
+    package, fix = module.partition(".")[0], "delete it and measure again"
+    if package.isidentifier() and package != "vitscope":
+        fix = f"set {trusted_packages.VARIABLE}={package} if that package is your own"
+    raise StorageError(
+        "results", path, f"not readable as a result (its type {kind!r} is not a vitscope measure's)", fix
+    )
 
 
 def finite(value: Any) -> Any:
