@@ -30,7 +30,7 @@ def hydra_job(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """Pretend that Hydra runs a job of a multirun here; the trivial program stands in for ``train.py``."""
     folder = tmp_path / "multirun" / "0"
     folder.mkdir(parents=True)
-    monkeypatch.setattr(hydra_multirun, "_program", lambda: [sys.executable, str(PROGRAM)])
+    monkeypatch.setattr(trial_process, "train_program", lambda: [sys.executable, str(PROGRAM)])
     monkeypatch.setattr(hydra_multirun, "_folder", folder.parent)
     return folder
 
@@ -117,7 +117,7 @@ def test_a_stop_reaches_the_job_and_no_other_starts(hydra_job: Path, monkeypatch
             ["hydra/launcher=joblib"],
             r"hydra/launcher=joblib: its plugin is not installed; pip install 'vitscope\[joblib\]'",
         ),
-        (["hydra/sweeper=bayes"], r"pip install 'vitscope\[optuna\]'"),
+        (["hydra/sweeper=bayes"], r"pip install 'vitscope\[hydra-optuna\]'"),
         (["hydra/launcher=local"], r"pip install 'vitscope\[submitit\]'"),
         (["hydra.launcher.nodes=2"], "leave it 1 and set trainer.devices"),
     ],

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import os
 import signal
@@ -13,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from vitscope.runtime import stop_flag
 from vitscope.runtime.errors import ConfigError
@@ -198,3 +201,102 @@ def test_the_live_table_has_a_row_a_trial(tmp_path: Path) -> None:
     assert list(shown.columns[3].cells) == ["finished", "failed (3)"]
     assert list(shown.columns[6].cells) == ["0.5", ""]
     assert sweep_file.label(run.sweep, run.trials[0].params) == "do=finish"
+
+
+def test_trials_end_ranked_by_the_metric_with_a_file_of_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sweep = sweep_of(do=["finish", "fail"], accuracy=[0.2, 0.9, 0.4], seed=7)
+    run = local(sweep, tmp_path)
+    assert run.run() == 3
+    assert [trial.index for trial in run.ranking()] == [1, 2, 0]
+    progress_table.report(run)
+    shown = capsys.readouterr().out
+    table = [line.split() for line in shown.split("highest value of each trial:\n")[1].splitlines()]
+    assert table[0] == ["rank", "trial", "do", "accuracy", "val/accuracy", "highest", "state", "run", "folder"]
+    assert [row[:5] for row in table[1:4]] == [
+        ["1", "1", "finish", "0.9", "0.9"], ["2", "2", "finish", "0.4", "0.4"], ["3", "0", "finish", "0.2", "0.2"],
+    ]  # fmt: skip
+    file = run.folder / "trials.csv"
+    assert str(file) in shown
+    with file.open(newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    assert [(row["rank"], row["trial"], row["state"], row["val/accuracy"]) for row in rows[:3]] == [
+        ("1", "1", "finished", "0.9"), ("2", "2", "finished", "0.4"), ("3", "0", "finished", "0.2"),
+    ]  # fmt: skip
+    assert [(row["rank"], row["state"], row["exit_code"]) for row in rows[3:]] == [("", "failed", "3")] * 3
+    assert {row["seed"] for row in rows} == {"7"}
+    assert Path(rows[0]["run_folder"]) == run.trials[1].folder
+
+
+def test_a_metric_to_minimize_ranks_the_lowest_first(tmp_path: Path) -> None:
+    sweep = sweep_of(do="finish", accuracy=[0.2, 0.9, 0.4])
+    content = {**sweep.content, "metric": {"name": "val/accuracy", "goal": "minimize"}}
+    run = local(Sweep(sweep.path, content), tmp_path)
+    assert run.run() == 0
+    assert [trial.index for trial in run.ranking()] == [0, 2, 1]
+
+
+def test_seconds_of_earlier_invocations_are_kept(tmp_path: Path) -> None:
+    sweep = sweep_of(do="finish")
+    first = local(sweep, tmp_path, jobs=1)
+    first.run()
+    again = local(sweep, tmp_path, jobs=1)
+    again.run()
+    assert again.trials[0].seconds == pytest.approx(first.trials[0].seconds, abs=1e-3)
+    assert first.trials[0].seconds > 0
+
+
+def test_without_a_terminal_a_running_trial_is_told_now_and_then(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("vitscope.sweep.local_runner.WATCH", 0.05)
+    monkeypatch.setattr(progress_table, "PLAIN_INTERVAL", 0.1)
+    run = local(sweep_of(do="learn", steps=40), tmp_path, jobs=1, show=progress_table.SweepDisplay())
+    assert run.run() == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"trial 0 (the only trial): running, cpu0, output {run.trials[0].output}"
+    assert lines[-1].startswith("trial 0 (the only trial): finished, cpu0, val/accuracy 0.539")
+    progress = [line for line in lines[1:-1] if "epoch" in line]
+    assert 2 <= len(progress) <= 20
+    assert "val/accuracy 0.5" in progress[-1]
+
+
+def test_the_live_table_fits_the_terminal(tmp_path: Path) -> None:
+    run = local(sweep_of(do=["finish", "fail"], seed=[0, 1, 2]), tmp_path)
+    run.run()
+    shown = progress_table.table(run, n_rows=4)
+    assert list(shown.columns[0].cells) == ["2", "3", "4", "5"]  # all failed ones, then the newest of the others
+    assert shown.caption == "and 2 more trials"
+    console = Console(width=80, file=io.StringIO())
+    console.print(progress_table.table(run, width=console.width))
+    text = console.file.getvalue()
+    assert max(map(len, text.splitlines())) <= 80
+    assert all(trial.folder.name in text for trial in run.trials)
+    assert "failed (3)" in text
+    assert "output: <folder>/output.txt" in text
+
+
+def test_time_left_is_that_of_the_complete_trials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    titles: list[str] = []
+    monkeypatch.setattr("vitscope.sweep.local_runner.WATCH", 0.05)
+    run = local(sweep_of(do="learn", steps=30, seed=[0, 1]), tmp_path, jobs=1,
+                show=lambda sweep, changed: titles.append(str(progress_table.table(sweep).title)))  # fmt: skip
+    run.run()
+    assert "1 running, 1 waiting" in titles[0]
+    assert " left" not in titles[0]  # nothing to go by
+    assert any("1 finished, 1 running, about 1 s left" in title for title in titles)
+    assert titles[-1].endswith(": 2 finished")
+
+
+def test_bayes_runs_trials_of_optuna_and_repeats_none(tmp_path: Path) -> None:
+    pytest.importorskip("optuna")
+    metric = {"name": "val/accuracy", "goal": "maximize"}
+    nodes = {"do": {"value": "finish"}, "accuracy": {"min": 0.0, "max": 1.0}}
+    content = {"program": str(PROGRAM), "method": "bayes", "metric": metric, "run_cap": 6, "parameters": nodes}
+    first = local(Sweep(Path("x.yaml"), content), tmp_path, limit=4)
+    assert first.run() == 0
+    again = local(Sweep(Path("x.yaml"), content), tmp_path)
+    assert again.run() == 0
+    assert [trial.params for trial in again.trials[:4]] == [trial.params for trial in first.trials]
+    assert [len(starts(trial)) for trial in again.trials] == [1] * 6
+    accuracies = [trial.params["accuracy"] for trial in again.trials]
+    assert [trial.index for trial in again.ranking()] == sorted(range(6), key=lambda i: -accuracies[i])

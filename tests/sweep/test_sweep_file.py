@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,8 +17,18 @@ import yaml
 
 from vitscope.cli import exit_codes
 from vitscope.cli import sweep as command
+from vitscope.config import loading
 from vitscope.runtime.errors import ConfigError
-from vitscope.sweep import distributions, early_termination, lint, search_algorithms, sweep_file, trial_process
+from vitscope.sweep import (
+    distributions,
+    early_termination,
+    lint,
+    local_runner,
+    search_algorithms,
+    sweep_file,
+    trial_process,
+    wandb_agents,
+)
 from vitscope.sweep.sweep_file import Sweep
 
 ROOT = Path(__file__).parents[2]
@@ -127,6 +140,54 @@ def test_reading_a_file(tmp_path: Path) -> None:
         sweep_file.read(tmp_path / "none.yaml")
 
 
+def test_a_sweep_of_the_package_is_found_by_name_from_any_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("heads", "heads.yaml", "sweeps/heads.yaml"):
+        assert sweep_file.find(name) == ROOT / "sweeps" / "heads.yaml"
+    own = tmp_path / "heads.yaml"
+    own.write_text(GOOD)
+    assert sweep_file.find("heads.yaml") == Path("heads.yaml")  # a file here comes first
+    assert sweep_file.read(own).name.startswith("heads-")
+    with pytest.raises(
+        ConfigError, match="SWEEP=head: cannot be read .no such file.; name a file, or .* did you mean heads"
+    ):
+        sweep_file.find("head")
+    with pytest.raises(ConfigError, match="cannot be read .no such file."):
+        sweep_file.find(tmp_path / "elsewhere" / "heads.yaml")
+
+
+def test_an_installed_package_has_the_sweeps_and_trains_by_its_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    included = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]
+    assert included["force-include"]["sweeps"] == "vitscope/sweeps"  # beside vitscope/conf
+    shutil.copytree(ROOT / "sweeps", tmp_path / "vitscope" / "sweeps")
+    monkeypatch.setattr(loading, "folder", lambda: tmp_path / "vitscope" / "conf")
+    monkeypatch.chdir(tmp_path)
+    sweep = sweep_file.read("heads")
+    assert sweep.path.is_relative_to(tmp_path)
+    command = [sys.executable, "-m", "vitscope", "train"]
+    assert trial_process.train_program() == command
+    assert local_runner.program_command(sweep) == command
+    assert wandb_agents.content(sweep)["command"] == [
+        "${env}",
+        "python",
+        "-m",
+        "vitscope",
+        "train",
+        "${args_no_hyphens}",
+    ]
+    assert "command" in sweep_file.read("heads").content
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    assert local_runner.program_command(sweep) == [sys.executable, str(ROOT / "train.py")]  # a checkout, from elsewhere
+    monkeypatch.chdir(ROOT)
+    assert local_runner.program_command(sweep) == [sys.executable, "train.py"]
+    assert wandb_agents.content(sweep)["command"] == list(sweep_file.COMMAND)
+
+
 def test_a_grid_varies_its_last_key_fastest() -> None:
     trials = sweep_file.grid(
         sweep_of({"model": {"values": ["vit", "convnet"]}, "seed": {"min": 0, "max": 1}, "test": {"value": False}})
@@ -188,6 +249,13 @@ def test_bayes_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     sweep = sweep_of({"optimizer.lr": {"min": 0.1, "max": 1.0}}, method="bayes", run_cap=3)
     monkeypatch.setitem(sys.modules, "optuna", None)
     with pytest.raises(ConfigError, match="needs optuna, which is not installed; pip install optuna"):
+        search_algorithms.start(sweep, None, {})
+
+
+def test_bayes_refuses_the_optuna_of_hydras_sweeper(monkeypatch: pytest.MonkeyPatch) -> None:
+    sweep = sweep_of({"optimizer.lr": {"min": 0.1, "max": 1.0}}, method="bayes", run_cap=3)
+    monkeypatch.setitem(sys.modules, "optuna", SimpleNamespace(__version__="2.10.1"))
+    with pytest.raises(ConfigError, match=r"needs Optuna >= 4, received 2.10.1 .*; pip install 'vitscope\[optuna\]'"):
         search_algorithms.start(sweep, None, {})
 
 

@@ -1,4 +1,4 @@
-"""``make sweep-local`` and ``make sweep``: the trials of a W&B sweep file, with or without a server."""
+"""``vitscope sweep``, ``make sweep-local`` and ``make sweep``: the trials of a W&B sweep file, with or without a server."""
 
 from __future__ import annotations
 
@@ -13,12 +13,15 @@ from vitscope.sweep import lint, progress_table, sweep_file, trial_process
 
 USAGE = """usage: vitscope sweep FILE [gpus=0,1 | jobs=2] [limit=n] [server=true [sweep_id=ID]] [key=value ...]
 
-  FILE        a W&B sweep file such as sweeps/models.yaml
+  FILE        a W&B sweep file in any folder, or the name of a sweep of the package (below)
   gpus=0,1    one trial at a time on each of these GPUs (0+1: a trial on two)
   jobs=2      so many trials side by side on the CPU, which share its cores
   limit=n     the first n trials only
   server=true create the sweep on the W&B server and start one agent a GPU or job; sweep_id: go on with that one
-  key=value   holds for every trial: profile=smoke caps=smoke trainer.max_epochs=5"""
+  key=value   holds for every trial: profile=smoke caps=smoke trainer.max_epochs=5
+
+Trials lie in runs/sweeps/<name>-<hash>/; trials.csv there ranks them. The same command resumes a sweep.
+method: grid, random, or bayes (Optuna: pip install 'vitscope[optuna]')."""
 OPTIONS = ("gpus", "jobs", "limit", "server", "sweep_id")
 
 
@@ -37,12 +40,15 @@ def command(argv: Sequence[str]) -> int:
         ConfigError: a wrong option, or a sweep that would break.
     """
     if not argv or {"-h", "--help"} & set(argv):
-        print(USAGE)
+        print(f"{USAGE}\n\nsweeps of the package:\n{_bundled_sweeps()}")
         return 0
     file, *rest = argv
     if "=" in file:
         raise ConfigError(
-            "SWEEP", None, "no sweep file named", "write make sweep-local SWEEP=sweeps/models.yaml JOBS=2"
+            "SWEEP",
+            None,
+            "no sweep file named",
+            "write make sweep-local SWEEP=sweeps/models.yaml JOBS=2, or vitscope sweep models jobs=2",
         )
     pairs = [item.partition("=") for item in rest]
     options = {key: value for key, _, value in pairs if key in OPTIONS and value}  # make leaves what was not set empty
@@ -66,6 +72,14 @@ def command(argv: Sequence[str]) -> int:
             raise
     progress_table.report(local)
     return code
+
+
+def _bundled_sweeps() -> str:
+    """Return a line for each sweep of the package: its name, and the first sentence of its file."""
+    files = sweep_file.bundled_files()
+    width = max(map(len, files), default=0)
+    comments = {name: file.read_text().partition("\n")[0].lstrip("# ") for name, file in files.items()}
+    return "\n".join(f"  {name:{width}s}  {comment[:100].rstrip('. ')}" for name, comment in comments.items())
 
 
 def _server(

@@ -27,7 +27,6 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from vitscope.config import loading
 from vitscope.config.hydra_internals import Callback
 from vitscope.runtime import atomic_write, redaction, stop_flag
 from vitscope.runtime.errors import ConfigError
@@ -50,8 +49,8 @@ PLUGINS = {
     ("hydra/launcher", "slurm"): ("hydra_plugins.hydra_submitit_launcher", "submitit"),
     ("hydra/launcher", "submitit_local"): ("hydra_plugins.hydra_submitit_launcher", "submitit"),
     ("hydra/launcher", "submitit_slurm"): ("hydra_plugins.hydra_submitit_launcher", "submitit"),
-    ("hydra/sweeper", "bayes"): ("hydra_plugins.hydra_optuna_sweeper", "optuna"),
-    ("hydra/sweeper", "optuna"): ("hydra_plugins.hydra_optuna_sweeper", "optuna"),
+    ("hydra/sweeper", "bayes"): ("hydra_plugins.hydra_optuna_sweeper", "hydra-optuna"),
+    ("hydra/sweeper", "optuna"): ("hydra_plugins.hydra_optuna_sweeper", "hydra-optuna"),
 }
 _folder: Path | None = None
 
@@ -183,7 +182,7 @@ def job(metric: str) -> float | None:
     slot = trial_process.Slot("job", trial_process.threads(max(1, side_by_side))) if side_by_side > 1 else None
     log = None if launcher.endswith("BasicLauncher") else folder / OUTPUT
     process = trial_process.start(
-        trial_process.training(_program(), overrides, folder), trial_process.environment(slot), log
+        trial_process.training(trial_process.train_program(), overrides, folder), trial_process.environment(slot), log
     )
     signum = None
     try:
@@ -212,8 +211,3 @@ def _redact(file: Path) -> None:
         content = yaml.safe_load(file.read_text())
         if (clean := redaction.redacted(content)) != content:
             atomic_write.write_atomically(file, yaml.safe_dump(clean, sort_keys=False).encode())
-
-
-def _program() -> list[str]:
-    script = loading.folder().parent / "train.py"  # Lightning starts ranks by the script's path, which a module lacks
-    return [sys.executable, str(script)] if script.is_file() else [sys.executable, "-m", "vitscope", "train"]

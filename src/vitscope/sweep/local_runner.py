@@ -6,7 +6,6 @@ import fcntl
 import json
 import math
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -15,15 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from vitscope.runs import metrics_log
-from vitscope.runtime import stop_flag
 from vitscope.runtime.errors import ConfigError, StorageError
-from vitscope.runtime.stop_flag import Interrupted
-from vitscope.sweep import early_termination, search_algorithms, sweep_file, trial_process
+from vitscope.sweep import early_termination, job_scheduler, search_algorithms, sweep_file, trial_process
 from vitscope.sweep.sweep_file import Sweep
-from vitscope.sweep.trial_process import Slot
+from vitscope.sweep.trial_process import OUTPUT, ChildProcess, JobProcess, Slot
 
 JOURNAL = "sweep.jsonl"
-OUTPUT = "output.txt"
 #: seconds between two looks into the running trials' journals
 WATCH = 1.0
 #: states in which a trial needs nothing more
@@ -43,7 +39,7 @@ class Trial:
     state: str = "waiting"
     exit_code: int | None = None
     slot: Slot | None = None
-    process: subprocess.Popen[bytes] | None = None
+    process: ChildProcess | None = None
     started: float = 0.0
     wall_s: float = 0.0
     rung: int | None = None
@@ -51,9 +47,24 @@ class Trial:
     rows: dict[str, Any] = field(default_factory=dict)
 
     @property
+    def output(self) -> Path:
+        """The file of what the trial's process prints."""
+        return self.folder / OUTPUT
+
+    @property
     def why(self) -> str:
         """What the trial's output says of its failure."""
-        return trial_process.last_error(self.folder / OUTPUT)
+        return trial_process.last_error(self.output)
+
+    @property
+    def value(self) -> float | None:
+        """The last value of the sweep's metric, None before the first."""
+        return self.history[-1] if self.history else None
+
+    @property
+    def seconds(self) -> float:
+        """Duration of the running process, else of all processes that have trained this trial."""
+        return time.monotonic() - self.started if self.process is not None else self.wall_s
 
 
 class LocalSweep:
@@ -87,10 +98,9 @@ class LocalSweep:
         terminate = sweep.content.get("early_terminate")
         self.rungs = early_termination.rungs(terminate) if terminate else []
         self.eta = float(terminate.get("eta", 3)) if terminate else 3.0
-        self._lock = _lock(self.folder)
+        self._lock = lock(self.folder, "SWEEP")
         self._watched = 0.0
-        earlier_trials, early = _past(self.folder / JOURNAL)
-        self._early = early
+        earlier_trials, self._early, self._earlier_seconds = _past(self.folder / JOURNAL)
         self.search = search_algorithms.start(sweep, limit, earlier_trials)
 
     def run(self) -> int:
@@ -103,15 +113,9 @@ class LocalSweep:
             Interrupted: asked to stop; the children have saved and ended.
         """
         try:
-            while self._step():
-                time.sleep(0.05)
+            for _ in job_scheduler.run_jobs(self, self.slots):
+                pass
         finally:
-            running = [trial for trial in self.trials if trial.process is not None]
-            trial_process.stop(
-                [trial.process for trial in running if trial.process], stop_flag.requested() or signal.SIGTERM
-            )
-            for trial in running:
-                self._ended(trial, stopping=True)
             self._lock.close()
         return next((trial.exit_code or 1 for trial in self.trials if trial.state not in COMPLETE), 0)
 
@@ -119,27 +123,20 @@ class LocalSweep:
         """Return the trials that failed, by number."""
         return [trial for trial in self.trials if trial.state == "failed"]
 
-    def _step(self) -> bool:
-        """Start, watch and finish trials once; return whether there is more to do."""
-        if (signum := stop_flag.requested()) is not None:
-            raise Interrupted(signum)
-        busy = {trial.slot.name for trial in self.trials if trial.process is not None and trial.slot}
-        for slot in (slot for slot in self.slots if slot.name not in busy):
-            if (trial := self._next()) is None:
-                break
-            self._start(trial, slot)
-        running = [trial for trial in self.trials if trial.process is not None]
-        for trial in running:
-            if trial.process is not None and trial.process.poll() is not None:
-                self._ended(trial)
-        self._watch()
-        return bool(running)  # none although every slot was free: nothing is left to start
+    def ranking(self) -> list[Trial]:
+        """Return the trials that have a value of the metric, the best last value first; equal ones by number."""
+        sign = -1 if self.larger else 1
+        return sorted(
+            (trial for trial in self.trials if trial.value is not None),
+            key=lambda trial: (sign * (trial.value or 0.0), trial.index),
+        )
 
-    def _next(self) -> Trial | None:
+    def next_job(self) -> Trial | None:
         """Return the next trial that is not complete; those that are go straight into the list."""
         while (params := self.search.ask(len(self.trials))) is not None:
             index = len(self.trials)
             trial = Trial(index, params, self.folder / sweep_file.folder_name(index, params))
+            trial.wall_s = self._earlier_seconds.get(index, 0.0)
             self.trials.append(trial)
             if trial_process.outcome(trial.folder).finished:
                 trial.state, trial.exit_code = "finished", 0
@@ -148,25 +145,26 @@ class LocalSweep:
             if trial.state == "waiting":
                 return trial
             self._read(trial)
-            self.search.tell(index, params, self._value(trial))
+            self.search.tell(index, params, trial.value)
             self.show(self, trial)
         return None
 
-    def _start(self, trial: Trial, slot: Slot) -> None:
-        command = trial_process.training(
-            [sys.executable, self.sweep.program], sweep_file.arguments(trial.params), trial.folder
-        )
+    def start(self, trial: Trial, slot: Slot) -> JobProcess:
+        """Start a trial, or resume the one that was begun in its folder."""
+        command = trial_process.training(program_command(self.sweep), sweep_file.arguments(trial.params), trial.folder)
         env = trial_process.environment(slot, WANDB_RUN_GROUP=self.sweep.name)
         self._note(event="start", trial=trial.index, params=trial.params, slot=slot.name)
-        trial.process = trial_process.start(command, env, trial.folder / OUTPUT)
+        trial.process = process = trial_process.start(command, env, trial.output)
         trial.state, trial.slot, trial.started = "running", slot, time.monotonic()
         self.show(self, trial)
+        return process
 
-    def _ended(self, trial: Trial, stopping: bool = False) -> None:
-        assert trial.process is not None
-        code = trial_process.exit_code(trial.process)
+    def end(self, trial: Trial, process: JobProcess, stopping: bool) -> None:
+        """Take note of how a trial ended: what its folder says counts."""
+        code = trial_process.exit_code(process)
         assert code is not None
-        trial.process, trial.wall_s = None, time.monotonic() - trial.started
+        seconds = time.monotonic() - trial.started
+        trial.process, trial.wall_s = None, trial.wall_s + seconds
         outcome = trial_process.outcome(trial.folder)
         if code == 0 and outcome.finished:
             trial.state, trial.exit_code = "finished", 0
@@ -176,12 +174,12 @@ class LocalSweep:
             trial.state = "stopped" if stopping and code in (130, 143) else "failed"
             trial.exit_code = code or outcome.exit_code or 1  # the process said 0, its folder does not
         self._read(trial)
-        self._note(event="end", trial=trial.index, state=trial.state, exit_code=trial.exit_code, wall_s=round(trial.wall_s, 3),
-                   value=self._value(trial), rung=trial.rung)  # fmt: skip
-        self.search.tell(trial.index, trial.params, self._value(trial) if trial.state in COMPLETE else None)
+        self._note(event="end", trial=trial.index, state=trial.state, exit_code=trial.exit_code, wall_s=round(seconds, 3),
+                   value=trial.value, rung=trial.rung)  # fmt: skip
+        self.search.tell(trial.index, trial.params, trial.value if trial.state in COMPLETE else None)
         self.show(self, trial)
 
-    def _watch(self) -> None:
+    def watch(self) -> None:
         """Every now and then: read the running trials' journals and end those that have fallen behind."""
         now = time.monotonic()
         if now - self._watched < WATCH:
@@ -204,16 +202,29 @@ class LocalSweep:
         trial.history = [float(value) for value in by_step.values() if math.isfinite(value)]
         trial.rows = {key: value for row in rows for key, value in row.items() if value is not None}
 
-    def _value(self, trial: Trial) -> float | None:
-        return trial.history[-1] if trial.history else None
-
     def _note(self, **facts: Any) -> None:
         line = json.dumps({"time": time.time(), **facts}) + "\n"
         with (self.folder / JOURNAL).open("a") as file:
             file.write(line)
 
 
-def _lock(folder: Path) -> Any:
+def program_command(sweep: Sweep) -> list[str]:
+    """Return the command of a sweep's program: its file, or ``train.py`` wherever the package has it."""
+    path = Path(sweep.program)
+    return [sys.executable, sweep.program] if path.is_file() else trial_process.train_program()
+
+
+def lock(folder: Path, key: str) -> Any:
+    """Make a folder and hold it; closing the returned file gives it back.
+
+    Args:
+        folder: Folder that one process at a time may use.
+        key: Setting that errors name.
+
+    Raises:
+        StorageError: It cannot be written.
+        ConfigError: Another process holds it.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = (folder / "lock").open("w")
@@ -223,13 +234,17 @@ def _lock(folder: Path) -> Any:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         file.close()
-        raise ConfigError("SWEEP", folder.name, "another process runs it", "wait for it, or stop it") from None
+        raise ConfigError(key, folder.name, "another process runs it", "wait for it, or stop it") from None
     return file
 
 
-def _past(path: Path) -> tuple[Mapping[int, dict[str, Any]], set[int]]:
-    """Return what an earlier invocation proposed, and which trials it stopped early."""
+def _past(path: Path) -> tuple[Mapping[int, dict[str, Any]], set[int], Mapping[int, float]]:
+    """Return what earlier invocations proposed, which trials they stopped early, and the seconds spent on each trial."""
     rows = metrics_log.read(path)
     earlier_trials = {int(row["trial"]): dict(row["params"]) for row in rows if row.get("event") == "start"}
-    ends = {int(row["trial"]): row.get("state") for row in rows if row.get("event") == "end"}
-    return earlier_trials, {index for index, state in ends.items() if state == "stopped early"}
+    ends = [row for row in rows if row.get("event") == "end"]
+    states = {int(row["trial"]): row.get("state") for row in ends}
+    seconds: dict[int, float] = {}
+    for row in ends:
+        seconds[int(row["trial"])] = seconds.get(int(row["trial"]), 0.0) + float(row.get("wall_s") or 0.0)
+    return earlier_trials, {index for index, state in states.items() if state == "stopped early"}, seconds

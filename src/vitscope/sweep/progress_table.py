@@ -1,51 +1,104 @@
-"""Show the progress of a sweep: a live table on a terminal, a line for each change elsewhere."""
+"""Show a sweep while it runs: a live table on a terminal, plain lines elsewhere; failures and ranking at its end."""
 
 from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rich import box
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from vitscope.runtime import redaction
 from vitscope.runtime.logging import log_problem
-from vitscope.sweep import sweep_file
+from vitscope.sweep import sweep_file, trial_ranking
+from vitscope.sweep.trial_process import OUTPUT
 
 if TYPE_CHECKING:
     from vitscope.sweep.local_runner import LocalSweep, Trial
 
 _logger = logging.getLogger(__name__)
 
+#: seconds between two plain lines on a running trial
+PLAIN_INTERVAL = 30.0
+#: columns of a terminal from which on the live table has all its columns
+WIDE = 110
+#: trials of the ranking that are printed; the file has all
+RANKING_ROWS = 20
+
 _STYLES = {"finished": "green", "failed": "bold red", "running": "cyan", "stopped early": "yellow", "stopped": "yellow"}
+#: lines of a terminal that the table's frame, title and caption take
+_FRAME = 8
 
 
-def table(sweep: LocalSweep) -> Table:
-    """Return the state of every trial proposed so far."""
-    rich_table = Table(title=f"{sweep.folder.name}: {_counts(sweep)}", title_justify="left")
-    for name in ("trial", "settings", "on", "state", "epoch", "step", sweep.metric, "seconds"):
+def table(sweep: LocalSweep, n_rows: int | None = None, width: int = WIDE) -> Table:
+    """Return the state of the trials proposed so far.
+
+    Args:
+        sweep: The sweep.
+        n_rows: At most so many trials: those that run, then those that failed, then the newest; None for all.
+        width: Columns of the terminal; below `WIDE` a row leaves out the slot and the step.
+    """
+    rows = _selected(sweep.trials, n_rows)
+    title = f"{short_path(sweep.folder)}: {_counts(sweep)}{_time_left(sweep)}"
+    is_wide = width >= WIDE
+    rich_table = Table(title=title, title_justify="left", caption_justify="left", box=box.SIMPLE_HEAD, pad_edge=False,
+                       padding=(0, 1))  # fmt: skip
+    captions = [f"and {len(sweep.trials) - len(rows)} more trials"] if len(rows) < len(sweep.trials) else []
+    if not is_wide:
+        captions.append(f"output: <folder>/{OUTPUT}")
+    rich_table.caption = "; ".join(captions) or None
+    names = [
+        "trial",
+        "settings",
+        "on",
+        "state",
+        "epoch",
+        "step",
+        sweep.metric,
+        "time",
+        "output" if is_wide else "folder",
+    ]
+    columns = [name for name in names if is_wide or name not in ("on", "step")]
+    for name in columns:
+        is_number = name in ("trial", "epoch", "step", "time", sweep.metric)
         rich_table.add_column(
-            name, justify="right" if name in ("trial", "epoch", "step", "seconds", sweep.metric) else "left"
+            name, justify="right" if is_number else "left", no_wrap=name != "settings", overflow="fold"
         )
-    for trial in sweep.trials:
-        value = f"{trial.history[-1]:.4g}" if trial.history else ""
-        seconds = time.monotonic() - trial.started if trial.process else trial.wall_s
+    for trial in rows:
         state = trial.state if trial.state != "failed" else f"failed ({trial.exit_code})"
-        rich_table.add_row(
-            str(trial.index), sweep_file.label(sweep.sweep, trial.params), trial.slot.name if trial.slot else "", state,
-            str(trial.rows.get("epoch", "")), str(trial.rows.get("step", "")), value, f"{seconds:.0f}" if seconds else "",
-            style=_STYLES.get(trial.state),
-        )  # fmt: skip
+        cells = (str(trial.index), _label(sweep, trial), trial.slot.name if trial.slot else "", state,
+                 str(trial.rows.get("epoch", "")), str(trial.rows.get("step", "")),
+                 f"{trial.value:.4g}" if trial.value is not None else "", duration(trial.seconds),
+                 f"{trial.folder.name}/{OUTPUT}" if is_wide else trial.folder.name)  # fmt: skip
+        texts = dict(zip(names, cells))
+        rich_table.add_row(*(texts[name] for name in columns), style=_STYLES.get(trial.state))
     return rich_table
 
 
-class SweepDisplay:
-    """Shows a sweep; use it as a context, and as the ``show`` of a `LocalSweep`."""
+def _selected(trials: Sequence[Trial], n_rows: int | None) -> list[Trial]:
+    if n_rows is None or len(trials) <= n_rows:
+        return list(trials)
+    ranks = {"running": 0, "failed": 1}
+    first = sorted(trials, key=lambda trial: (ranks.get(trial.state, 2), -trial.index))[: max(1, n_rows)]
+    return sorted(first, key=lambda trial: trial.index)
 
-    def __init__(self) -> None:
-        self._console = Console()
+
+class SweepDisplay:
+    """Shows a sweep; use it as a context, and as the ``show`` of a `LocalSweep`.
+
+    Args:
+        console: Where to draw; standard output by default.
+    """
+
+    def __init__(self, console: Console | None = None) -> None:
+        self._console = console or Console()
         self._live = Live(console=self._console, auto_refresh=False) if self._console.is_terminal else None
+        self._last_lines: dict[int, float] = {}
 
     def __enter__(self) -> SweepDisplay:
         """Take the terminal."""
@@ -59,38 +112,95 @@ class SweepDisplay:
             self._live.stop()
 
     def __call__(self, sweep: LocalSweep, changed: Trial | None) -> None:
-        """Draw the table again, or print what changed."""
+        """Draw the table again; where there is no terminal, print what changed and now and then how far trials are."""
         if self._live:
-            self._live.update(table(sweep), refresh=True)
-        elif changed is not None:
+            n_rows = max(1, self._console.height - _FRAME)
+            self._live.update(table(sweep, n_rows, self._console.width), refresh=True)
+            return
+        now = time.monotonic()
+        if changed is not None:
+            self._last_lines[changed.index] = now
             print(line(sweep, changed), flush=True)
+        for trial in sweep.trials:
+            if trial.state == "running" and now - self._last_lines.get(trial.index, now) >= PLAIN_INTERVAL:
+                self._last_lines[trial.index] = now
+                print(progress_line(sweep, trial), flush=True)
 
 
 def line(sweep: LocalSweep, trial: Trial) -> str:
-    """Return one line on one trial."""
+    """Return one line on a trial whose state has changed."""
     facts = [trial.slot.name] if trial.slot else []
     if trial.state == "failed":
         facts.append(f"exit {trial.exit_code}")
     if trial.state == "stopped early" and trial.rung is not None:
         facts.append(f"behind at iteration {trial.rung}")
-    if trial.history and trial.state != "running":
-        facts.append(f"{sweep.metric} {trial.history[-1]:.4g}")
-    if trial.wall_s:
-        facts.append(f"{trial.wall_s:.0f} s")
-    what = sweep_file.label(sweep.sweep, trial.params)
-    return f"trial {trial.index} ({what}): {trial.state}{', ' * bool(facts)}{', '.join(facts)}"
+    if trial.value is not None and trial.state != "running":
+        facts.append(f"{sweep.metric} {trial.value:.4g}")
+    if trial.state == "running":
+        facts.append(f"output {short_path(trial.output)}")
+    elif trial.wall_s:
+        facts.append(duration(trial.wall_s))
+    return f"trial {trial.index} ({_label(sweep, trial)}): {trial.state}{', ' * bool(facts)}{', '.join(facts)}"
+
+
+def progress_line(sweep: LocalSweep, trial: Trial) -> str:
+    """Return one line on how far a running trial is."""
+    facts = [f"{key} {trial.rows[key]}" for key in ("epoch", "step") if key in trial.rows]
+    if trial.value is not None:
+        facts.append(f"{sweep.metric} {trial.value:.4g}")
+    facts = facts or ["nothing logged yet"]
+    where = "" if trial.value is not None else f", output {short_path(trial.output)}"
+    return f"trial {trial.index} ({_label(sweep, trial)}): {', '.join(facts)}, {duration(trial.seconds)}{where}"
 
 
 def report(sweep: LocalSweep) -> None:
-    """Log the failed trials, and print how many there are of each state and the sweep's folder."""
+    """Log the failed trials; print the ranking by the sweep's metric, write all trials as CSV, and print its path."""
     for trial in sweep.failed():
-        what = sweep_file.label(sweep.sweep, trial.params)
         log_problem(
-            _logger, f"failed: trial {trial.index} ({what}): exit {trial.exit_code}; {trial.folder}: {trial.why}"
+            _logger,
+            f"failed: trial {trial.index} ({_label(sweep, trial)}): exit {trial.exit_code}; {trial.folder}: {trial.why}",
         )
+    ranking = sweep.ranking()
+    if ranking:
+        print(trial_ranking.text(sweep, RANKING_ROWS))
+    if sweep.trials:
+        print(f"all trials, their settings and metrics: {short_path(trial_ranking.write(sweep))}")
     print(f"{_counts(sweep)}; {sweep.folder}", flush=True)
+
+
+def short_path(path: Path) -> str:
+    """Return a path as the user would type it here: relative where it lies below the working directory."""
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
+
+
+def duration(seconds: float) -> str:
+    """Return a time span as people say it: ``45 s``, ``12 min``, ``3.4 h``; an empty text for none."""
+    if seconds < 0.5:
+        return ""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 100 * 60 else f"{seconds / 3600:.1f} h"
+
+
+def _label(sweep: LocalSweep, trial: Trial) -> str:
+    return redaction.masked(sweep_file.label(sweep.sweep, trial.params))
 
 
 def _counts(sweep: LocalSweep) -> str:
     states = [trial.state for trial in sweep.trials]
-    return ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states)) or "no trial"
+    counts = [f"{states.count(state)} {state}" for state in dict.fromkeys(states) if state != "waiting"]
+    if waiting := sweep.search.n_trials - len(states) + states.count("waiting"):
+        counts.append(f"{waiting} waiting")
+    return ", ".join(counts) or "no trial"
+
+
+def _time_left(sweep: LocalSweep) -> str:
+    """Return the time left by the mean of the complete trials, an empty text before the first one."""
+    complete = [trial.wall_s for trial in sweep.trials if trial.state in ("finished", "stopped early") and trial.wall_s]
+    unfinished = [trial for trial in sweep.trials if trial.state == "running"]
+    waiting = sweep.search.n_trials - len(sweep.trials)
+    if not complete or not (unfinished or waiting):
+        return ""
+    mean = sum(complete) / len(complete)
+    rest = sum(max(0.0, mean - trial.seconds) for trial in unfinished) + waiting * mean
+    return f", about {duration(rest / len(sweep.slots)) or '1 s'} left"

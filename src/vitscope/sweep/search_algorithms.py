@@ -1,4 +1,4 @@
-"""Propose the next trial of a sweep: from a list made beforehand, or by Optuna's TPE for ``method: bayes``."""
+"""Propose the next trial of a sweep: from a list, or by Optuna's TPE for ``method: bayes``."""
 
 from __future__ import annotations
 
@@ -12,11 +12,19 @@ from vitscope.runtime.errors import ConfigError
 from vitscope.sweep import distributions, sweep_file
 from vitscope.sweep.sweep_file import Sweep
 
+#: first release of Optuna that is supported
+OLDEST_OPTUNA = 4
+
 _SPACES = ("categorical", "int_uniform", "uniform", "q_uniform", "log_uniform_values")
 
 
 class Search(Protocol):
     """Proposes trials by their number and may learn from their values."""
+
+    @property
+    def n_trials(self) -> int:
+        """The number of trials that it proposes in all."""
+        ...
 
     def ask(self, index: int) -> dict[str, Any] | None:
         """Return the parameters of trial ``index``, None where there is no such trial."""
@@ -54,6 +62,11 @@ class Listed:
     def __init__(self, trials: list[dict[str, Any]]) -> None:
         self.trials = trials
 
+    @property
+    def n_trials(self) -> int:
+        """The length of the list."""
+        return len(self.trials)
+
     def ask(self, index: int) -> dict[str, Any] | None:
         """Return trial ``index``."""
         return self.trials[index] if index < len(self.trials) else None
@@ -66,12 +79,7 @@ class Bayes:
     """Optuna's tree-structured Parzen estimator, seeded by the sweep; trials that run count as bad ones meanwhile."""
 
     def __init__(self, sweep: Sweep, n: int, earlier_trials: Mapping[int, dict[str, Any]]) -> None:
-        try:
-            import optuna  # pyright: ignore[reportMissingImports]  an optional dependency
-        except ImportError:
-            raise ConfigError(
-                "method", "bayes", "needs optuna, which is not installed", "pip install optuna, or use method: random"
-            ) from None
+        optuna = _optuna()
         optuna.logging.set_verbosity(logging.WARNING)
         self._optuna, self._n, self._known, self._asked = optuna, n, dict(earlier_trials), {}
         self._parameters = sweep.parameters
@@ -83,11 +91,16 @@ class Bayes:
         seed = int(sweep.name.rpartition("-")[2], 16) % 2**31
         direction = "maximize" if sweep.metric[1] else "minimize"
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Optuna 2 calls constant_liar experimental
+            warnings.simplefilter("ignore")  # Optuna calls constant_liar experimental
             sampler = optuna.samplers.TPESampler(
                 seed=seed, constant_liar=True, n_startup_trials=min(10, max(2, n // 3))
             )
         self._study = optuna.create_study(direction=direction, sampler=sampler)
+
+    @property
+    def n_trials(self) -> int:
+        """The sweep's ``run_cap``, or the limit where it is lower."""
+        return self._n
 
     def ask(self, index: int) -> dict[str, Any] | None:
         """Return trial ``index``: the earlier proposal where there was one, else a new one."""
@@ -112,6 +125,25 @@ class Bayes:
             self._study.tell(trial, state=self._optuna.trial.TrialState.FAIL)
         else:
             self._study.tell(trial, value)
+
+
+def _optuna() -> Any:
+    """Return the module ``optuna``.
+
+    Raises:
+        ConfigError: It is not installed, or older than 4.
+    """
+    try:
+        import optuna  # pyright: ignore[reportMissingImports]  an optional dependency
+    except ImportError:
+        reason, fix = "needs optuna, which is not installed", "pip install optuna, or use method: random"
+        raise ConfigError("method", "bayes", reason, fix) from None
+    version = str(optuna.__version__)
+    if int(version.partition(".")[0]) < OLDEST_OPTUNA:
+        reason = f"needs Optuna >= {OLDEST_OPTUNA}, received {version} (the one of hydra-optuna-sweeper?)"
+        fix = "pip install 'vitscope[optuna]' in an environment without hydra-optuna-sweeper, or use method: random"
+        raise ConfigError("method", "bayes", reason, fix)
+    return optuna
 
 
 def _suggest(trial: Any, key: str, node: Mapping[str, Any]) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from vitscope.config import loading
+from vitscope.runtime import errors
 from vitscope.runtime.errors import ConfigError
 from vitscope.sweep import distributions
 
@@ -74,18 +75,48 @@ class Sweep:
         return None if cap is None else int(cap)
 
 
+def bundled_files() -> dict[str, Path]:
+    """Return the sweep files of the package by name: the checkout's ``sweeps/``, else those inside the installed package."""
+    return {file.stem: file for file in sorted((loading.folder().parent / "sweeps").glob("*.yaml"))}
+
+
+def find(name: str | Path) -> Path:
+    """Return the path of a sweep file.
+
+    Args:
+        name: A path, or the name of a file of the package: ``heads``, ``heads.yaml`` or ``sweeps/heads.yaml``. A file at that
+            path comes first.
+
+    Raises:
+        ConfigError: There is no such file.
+    """
+    path = Path(name)
+    if path.exists():
+        return path
+    files = bundled_files()
+    if path.suffix in ("", ".yaml") and path.parent in (Path(), Path("sweeps")) and path.stem in files:
+        return files[path.stem]
+    fix = f"name a file, or a sweep of the package: {errors.nearest(path.stem, files)}"
+    raise ConfigError("SWEEP", name, "cannot be read (no such file)", fix)
+
+
 def read(path: str | Path, overrides: Sequence[str] = ()) -> Sweep:
     """Read a sweep file; ``key=value`` overrides hold for every trial and win over the file's single values.
+
+    Args:
+        path: A path or a name, see `find`.
+        overrides: Settings of every trial.
 
     Raises:
         ConfigError: no such file, not YAML, no parameters, or an override of a key that the file varies.
     """
-    path = Path(path)
+    path = find(path)
     try:
         content = yaml.safe_load(path.read_text())
-    except OSError as error:
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not a text file"
         raise ConfigError(
-            "SWEEP", path, f"cannot be read ({error.strerror})", "name a file such as sweeps/models.yaml"
+            "SWEEP", path, f"cannot be read ({reason})", "name a file such as sweeps/models.yaml"
         ) from None
     except yaml.YAMLError as error:
         line = " ".join(str(error).split())[:160]

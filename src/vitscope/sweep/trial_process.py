@@ -12,11 +12,14 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+from vitscope.config import loading
 from vitscope.runtime import safe_files
 from vitscope.runtime.errors import ConfigError
 
+#: file of what a child prints, in the folder of its run
+OUTPUT = "output.txt"
 #: how long a child that was asked to stop may take to save, in seconds
 GRACE = 120.0
 
@@ -35,6 +38,38 @@ class Slot:
 
     name: str
     environment: Mapping[str, str]
+
+
+class JobProcess(Protocol):
+    """A process, here or on another machine, as the scheduler handles it."""
+
+    def poll(self) -> int | None:
+        """Return the exit code, negative after a signal; None while it runs."""
+        ...
+
+    def send_signal(self, sig: int, /) -> None:
+        """Send a signal."""
+        ...
+
+    def wait(self, timeout: float | None = None) -> Any:
+        """Wait for the end.
+
+        Raises:
+            subprocess.TimeoutExpired: It still runs after that time.
+        """
+        ...
+
+    def kill_all(self) -> None:
+        """Kill it with all its own children."""
+        ...
+
+
+class ChildProcess(subprocess.Popen[bytes]):
+    """A child in a session of its own."""
+
+    def kill_all(self) -> None:
+        """Kill it with all its own children."""
+        os.killpg(self.pid, signal.SIGKILL)
 
 
 @dataclass(frozen=True)
@@ -119,22 +154,28 @@ def training(program: Sequence[str], arguments: Sequence[str], folder: Path) -> 
     return [*program, *arguments, f"run_dir={folder}"]
 
 
-def start(command: Sequence[str], env: Mapping[str, str], log: Path | None) -> subprocess.Popen[bytes]:
+def train_program() -> list[str]:
+    """Return the command that trains: the checkout's ``train.py``, else the installed package's."""
+    script = loading.folder().parent / "train.py"  # Lightning starts ranks by the script's path, which a module lacks
+    return [sys.executable, str(script)] if script.is_file() else [sys.executable, "-m", "vitscope", "train"]
+
+
+def start(command: Sequence[str], env: Mapping[str, str], log: Path | None) -> ChildProcess:
     """Start a child in a session of its own, so that Ctrl-C in the terminal reaches only us and is passed on once.
 
     Its output goes to ``log`` (appended), or where ours goes. It gets SIGTERM should we be killed.
     """
     tied = [sys.executable, "-m", "vitscope.sweep.parent_death", str(os.getpid()), *command]
     if log is None:
-        return subprocess.Popen(tied, env=dict(env), stdin=subprocess.DEVNULL, start_new_session=True)
+        return ChildProcess(tied, env=dict(env), stdin=subprocess.DEVNULL, start_new_session=True)
     log.parent.mkdir(parents=True, exist_ok=True)
     with os.fdopen(safe_files.open_to_append(log), "ab") as file:
-        return subprocess.Popen(
+        return ChildProcess(
             tied, env=dict(env), stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
         )
 
 
-def stop(processes: Iterable[subprocess.Popen[bytes]], signum: int, grace: float = GRACE) -> None:
+def stop(processes: Iterable[JobProcess], signum: int, grace: float = GRACE) -> None:
     """Pass a signal on, wait until the children have saved, and kill what is left with all its own children."""
     alive = [process for process in processes if process.poll() is None]
     for process in alive:
@@ -144,11 +185,11 @@ def stop(processes: Iterable[subprocess.Popen[bytes]], signum: int, grace: float
         try:
             process.wait(max(0.0, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
+            process.kill_all()
             process.wait()
 
 
-def exit_code(process: subprocess.Popen[bytes]) -> int | None:
+def exit_code(process: JobProcess) -> int | None:
     """Return a child's exit code as a shell gives it (128 + signal for a killed one), None while it runs."""
     code = process.poll()
     return code if code is None or code >= 0 else 128 - code

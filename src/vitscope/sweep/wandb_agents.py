@@ -57,7 +57,10 @@ def content(sweep: Sweep) -> dict[str, Any]:
     # a preempted trial finds its own checkpoint by its config hash, which must tell it from the other trials
     if all(key.split(".")[0] in RUN_KEYS for key in sweep.swept):
         parameters["ckpt_path"] = {"value": "auto"}
-    return {"name": sweep.path.stem, **sweep.content, "parameters": parameters}
+    served = {"name": sweep.path.stem, **sweep.content, "parameters": parameters}
+    if not Path(sweep.program).is_file():  # no checkout here: the installed package trains
+        served["command"] = ["${env}", "python", "-m", "vitscope", "train", "${args_no_hyphens}"]
+    return served
 
 
 def run(sweep: Sweep, sweep_id: str, folder: Path, slots: Sequence[Slot], limit: int | None = None) -> int:
@@ -77,7 +80,7 @@ def run(sweep: Sweep, sweep_id: str, folder: Path, slots: Sequence[Slot], limit:
         Interrupted: asked to stop; the trials have saved and ended.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    agents: list[subprocess.Popen[bytes]] = []
+    agents: list[trial_process.ChildProcess] = []
     for number, slot in enumerate(slots):
         share = [] if limit is None else ["--count", str(limit // len(slots) + (number < limit % len(slots)))]
         if share[1:] == ["0"]:
