@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import pickle
 import tarfile
 import zipfile
@@ -72,9 +73,17 @@ REFUSED: dict[str, tuple[Any, str]] = {
         with_entry("0.weight", tv_tensors.Image(torch.ones(3, 3, 3))),
         r"not a safe checkpoint \(it names torchvision\.",
     ),
-    "a number of numpy's": (
-        {"state_dict": S, "best": np.float64(1)},
-        r"not a safe checkpoint \(it names numpy\.\S+, which could execute",
+    "an array of objects": (
+        {"state_dict": S, "best": np.array([1, "a"], dtype=object)},
+        r"not a safe checkpoint \(a NumPy value of type 'O8', which is no number\)",
+    ),
+    "a record that holds an address": (
+        {"state_dict": S, "best": np.zeros(1, [("a", "O")])[0]},
+        r"not a safe checkpoint \(a NumPy value of type 'V8', which is no number\)",
+    ),
+    "a function": (
+        {"state_dict": S, "best": functools.partial(int, base=2)},
+        r"not a safe checkpoint \(it names functools\.partial, which could execute",
     ),
     "complex": (
         with_entry("5.bias", torch.ones(5, dtype=torch.complex64)),

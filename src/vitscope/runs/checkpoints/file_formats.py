@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import re
 import zipfile
 from pathlib import Path
@@ -10,13 +9,14 @@ from typing import Any
 
 import torch
 
+from vitscope.runs.checkpoints.plain_objects import SAFE_GLOBALS
 from vitscope.runtime.errors import CheckpointError
 
-#: classes built besides those of torch's own list: timm's training keeps its options in one, a plain holder of attributes
-PLAIN_CLASSES = (argparse.Namespace,)
 #: names of the attributes of a pickled `torch.nn.Module`
 _OF_A_MODULE = (b"_parameters", b"_buffers", b"_modules")
 _GLOBAL = re.compile(r"GLOBAL ([\w.]+)")
+#: what torch's reader says of a pickle, after its advice to load the file without safety
+_PICKLE_REASON = re.compile(r"WeightsUnpickler error:\s*([^\n]+)")
 #: bytes at the beginning of a file that hold its pickle, where it is no archive
 _PICKLE_BYTES = 1 << 22
 _SAVE = "save model.state_dict() instead"
@@ -36,7 +36,7 @@ def load_plain(path: Path) -> Any:
             from safetensors.torch import load_file
 
             return load_file(path, device="cpu")
-        with torch.serialization.safe_globals(list(PLAIN_CLASSES)):
+        with torch.serialization.safe_globals(SAFE_GLOBALS):
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # bytes that are no checkpoint make the readers of archives and pickles raise anything
         raise CheckpointError("ckpt_path", path, *_refusal(path, error)) from None
@@ -83,7 +83,8 @@ def _refusal(path: Path, error: Exception) -> tuple[str, str]:
         return f"holds a pickled module ({named[1]}), which is not loaded since it could execute code", _SAVE
     if named is not None:
         return f"not a safe checkpoint (it names {named[1]}, which could execute code)", "save tensors and plain values"
-    reason = text.splitlines()[0] if text else type(error).__name__
+    stated = _PICKLE_REASON.search(text)
+    reason = stated[1].strip() if stated else text.splitlines()[0] if text else type(error).__name__
     return f"not a safe checkpoint ({reason[:160]})", "use another checkpoint"
 
 
