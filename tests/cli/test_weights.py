@@ -6,6 +6,7 @@ import os
 import pickle
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from omegaconf import OmegaConf
@@ -16,6 +17,7 @@ from tests.helpers.run_folders import only_run
 from vitscope import models
 from vitscope.config import factories
 from vitscope.runs.checkpoints import checkpoint_io, checkpoint_weights
+from vitscope.runs.run_dir import Run
 
 EVALUATE = ["data=digits", "analysis=[evaluation]", "analysis.evaluation.probe.n_images=12", "device=cpu"]
 RESNET = ["model=convnet", "model.depth=18"]
@@ -112,3 +114,61 @@ def test_gradient_checkpointing_and_channels_last_train_the_same_network(call, t
         assert value.dtype in (torch.float64, torch.int64), name
         assert states["saving"][name].is_contiguous()
         assert (states["saving"][name] - value).abs().max() <= bound, name  # running statistics too
+
+
+def test_a_run_s_file_without_its_run(call, trained, tiny, tmp_path, capsys) -> None:
+    """What a new run takes from it is said; a file of another model, or without a step left, leads to the run."""
+    run = trained("analysis=[]", "test=false", "trainer.max_epochs=1")
+    file = run / "checkpoints" / "last.ckpt"
+    options = [*tiny, "analysis=[]", "test=false", f"ckpt_path={file}"]
+    capsys.readouterr()
+    assert call("train", *options, "model.patch_size=16", "trainer.max_epochs=2") == 4
+    err = capsys.readouterr().err.strip()
+    assert err.endswith(f"; the file belongs to a run: use run={run}, which takes that run's model and data")
+    assert len(err.splitlines()) == 1
+    assert call("analyze", "model=vit", "model.depth=2", f"ckpt_path={file}", f"paths.runs={tmp_path}/runs") == 4
+    assert f"use run={run}, which takes" in capsys.readouterr().err
+    assert call("train", *options, "trainer.max_epochs=1") == 2
+    err = capsys.readouterr().err
+    assert f"trainer.max_epochs=1: no step is left to make: ckpt_path={file} holds a training of 4 steps" in err
+    assert f"run={run} resumes that run itself, ckpt_weights_only=true starts anew" in err
+    assert [run] == list((tmp_path / "runs").iterdir())
+    assert call("train", *options, "trainer.max_epochs=2", f"run_dir={tmp_path}/new") == 0
+    err = capsys.readouterr().err
+    assert (
+        f"a new run goes on from step 4 with the optimizer's state; run={run} resumes that run itself, ckpt_weig" in err
+    )
+
+
+def test_training_starts_from_averages(call, tiny, tmp_path, capsys) -> None:
+    states = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        states.append(vs.models.vit("tiny", 16, 32, 8, depth=1).state_dict())
+    file = tmp_path / "last.pth.tar"
+    torch.save({"state_dict": states[0], "state_dict_ema": states[1], "metric": np.float64(71.5)}, file)
+    options = [*tiny, "analysis=[]", "test=false", "trainer.max_epochs=1"]
+    for ckpt, state in (("ema", states[1]), ("last", states[0])):
+        assert call("train", *options, f"ckpt_path={file}", f"ckpt={ckpt}", f"run_dir={tmp_path}/{ckpt}") == 0
+        init = checkpoint_weights.model_state(checkpoint_io.read(tmp_path / ckpt / "checkpoints" / "init.ckpt"))
+        assert all(torch.equal(init[name], value) for name, value in state.items())
+    started = Run(tmp_path / "ema").provenance()["started_from"]
+    assert started == {"checkpoint": str(file), "step": 0, "weights_only": True, "averages": True}
+    capsys.readouterr()
+    run = tmp_path / "ema"
+    for arguments, text in (
+        (
+            [*options, "ckpt=ema"],
+            "error: ckpt=ema: takes the averages of the file that ckpt_path names, and it names none",
+        ),
+        (
+            [*options, f"ckpt_path={file}", "ckpt=best"],
+            "error: ckpt=best: no weights of a file that a training starts from; choose",
+        ),
+        (
+            [f"run={run}", f"ckpt_path={file}", "ckpt=ema"],
+            "error: ckpt=ema: a run that goes on needs the weights that its",
+        ),
+    ):
+        assert call("train", *arguments) == 2
+        assert text in capsys.readouterr().err

@@ -15,7 +15,7 @@ from vitscope.analyses import context, runner, spec
 from vitscope.config import caps, cross_checks, error_translation, factories, loading, model_facts
 from vitscope.config.validation import validate
 from vitscope.models.state_dicts import CURRENT_WEIGHTS
-from vitscope.runs import run_dir, run_end, run_lock, run_overrides, wandb_mirror
+from vitscope.runs import named_weights, run_dir, run_end, run_lock, run_overrides, wandb_mirror
 from vitscope.runs.checkpoints import checkpoint_content, checkpoint_io, checkpoint_manifest, checkpoint_weights
 from vitscope.runs.checkpoints.checkpoint_weights import AVERAGE
 from vitscope.runs.run_dir import Run
@@ -59,7 +59,7 @@ def analyze(cfg: DictConfig, chosen_keys: Sequence[str] = (), run_value_override
     if run is None:
         network = _with_settled_classes(cfg, network, path, content)
     if path is not None and content is not None:
-        checkpoint_weights.load_weights(network, content, path, average=cfg.ckpt == AVERAGE)
+        named_weights.load_named_weights(network, content, path, cfg, average=cfg.ckpt == AVERAGE)
     data = factories.data(cfg)
     data.adapt_to(network)
     if run is None:
@@ -166,16 +166,21 @@ def _with_settled_classes(
     Raises:
         CheckpointError: the checkpoint's number is another one than the data's.
     """
-    count = None
-    if content is not None:
+    if content is None:
+        return factories.model(cfg) if cross_checks.settle_own_network(cfg) else network
+    if "num_classes" in cfg.model:  # loading names what does not fit
+        return network
+    counts = checkpoint_weights.class_counts(network, content, average=cfg.ckpt == AVERAGE)
+    told_cfg = cfg.copy()
+    if counts is None and cross_checks.settle_own_network(told_cfg):  # it fits the network's own default
+        network = factories.model(told_cfg)
         counts = checkpoint_weights.class_counts(network, content, average=cfg.ckpt == AVERAGE)
-        if counts is None or "num_classes" in cfg.model:  # it fits, or loading names what does not
-            return network
-        count = counts[0]
-        if count != cfg.data.num_classes:
-            reason = f"it was made for {count} classes, data.num_classes is {cfg.data.num_classes}"
-            raise CheckpointError("ckpt_path", path, reason, "use the data that it was made for, or another checkpoint")
-    return factories.model(cfg) if cross_checks.settle_own_network(cfg, count) else network
+    if counts is None:
+        return network
+    if counts[0] != cfg.data.num_classes:
+        reason = f"it was made for {counts[0]} classes, {cross_checks.source_of_class_count(cfg)}"
+        raise CheckpointError("ckpt_path", path, reason, "use the data that it was made for, or another checkpoint")
+    return factories.model(cfg) if cross_checks.settle_own_network(cfg, counts[0]) else network
 
 
 def _checkpoint_path(cfg: DictConfig, run: Run) -> Path:

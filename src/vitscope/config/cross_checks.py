@@ -90,6 +90,17 @@ def settle_class_counts(cfg: DictConfig) -> None:
         )
 
 
+def source_of_class_count(cfg: DictConfig) -> str:
+    """Return where the number of classes of the data comes from, for errors: its folder, its list or its key."""
+    data = cfg.get("data") or {}
+    source = data.get("source") or {}
+    if source.get("_target_") != _FOLDER:
+        return f"data.num_classes is {data.get('num_classes')}"
+    if source.get("classes") is not None:
+        return f"data.source.classes names {data.get('num_classes')}"
+    return f"data.root={data.get('root')} has {data.get('num_classes')} class folders"
+
+
 def settle_own_network(cfg: DictConfig, count: int | None = None) -> bool:
     """Set ``model.num_classes`` in place for a network of another package that takes it and is not told it.
 

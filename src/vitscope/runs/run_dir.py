@@ -216,6 +216,13 @@ def find(where: str | Path) -> Run:
     return Run(path)
 
 
+def owner_of(file: Path) -> Run | None:
+    """Return the run in whose folder of checkpoints a file lies; None for a file from elsewhere."""
+    folder = file.absolute().parent.parent
+    is_of_a_run = file.parent.name == "checkpoints" and (folder / "config.yaml").is_file()
+    return Run(folder) if is_of_a_run else None
+
+
 def every(root: Path) -> list[Run]:
     """Return the runs below ``root``, oldest first by name."""
     return [

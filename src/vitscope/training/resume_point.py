@@ -12,7 +12,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from vitscope.config import experiment_identity
-from vitscope.runs import resume_changes, run_dir
+from vitscope.runs import named_weights, resume_changes, run_dir
 from vitscope.runs.checkpoints import checkpoint_content, checkpoint_io, checkpoint_schema, checkpoint_weights
 from vitscope.runs.resume_changes import Change
 from vitscope.runs.run_dir import Run
@@ -20,6 +20,9 @@ from vitscope.runtime.errors import CheckpointError, ConfigError
 from vitscope.runtime.logging import is_main_process
 
 _logger = logging.getLogger(__name__)
+
+#: the value of ``ckpt`` by which the weights of a file are meant, not its averages
+LATEST = "last"
 
 
 @dataclass(frozen=True)
@@ -100,6 +103,9 @@ def allowed_changes(cfg: DictConfig, run: Run | None, checkpoint: Path | None) -
     """
     if run is None:
         return None
+    if cfg.get("ckpt", LATEST) == checkpoint_weights.AVERAGE:
+        fix = "leave it out, or start a new run from the averages: leave out run= and name a file with ckpt_path="
+        raise ConfigError("ckpt", cfg.ckpt, "a run that goes on needs the weights that its optimizer moves", fix)
     if cfg.get("ckpt_weights_only"):
         fix = "leave it out, or start a new run from the weights: leave out run= and name a file with ckpt_path="
         raise ConfigError("ckpt_weights_only", True, "a run that goes on needs the whole state of its checkpoint", fix)
@@ -130,6 +136,11 @@ def has_steps_left(cfg: DictConfig, changes: Sequence[Change] | None, checkpoint
         change.key in ("trainer.max_epochs", "trainer.max_steps", "trainer.max_time") for change in changes or ()
     ):
         return False
+    return _is_below_limits(cfg, checkpoint)
+
+
+def _is_below_limits(cfg: DictConfig, checkpoint: Path) -> bool:
+    """Tell whether a checkpoint has fewer epochs and steps than the training's limits."""
     n_epochs, n_steps = _progress(checkpoint)
     limits = ((cfg.trainer.get("max_epochs"), n_epochs), (cfg.trainer.get("max_steps"), n_steps))
     return all(limit in (None, -1) or limit > count for limit, count in limits)
@@ -143,8 +154,60 @@ def report_nothing_to_do(run: Run, changes: Sequence[Change] | None) -> None:
         _logger.info(f"not applied, for no step is left to make: {keys}; measure it with analyze.py run={run.path}")
 
 
+def check_choice_of_weights(cfg: DictConfig) -> None:
+    """Check ``ckpt``: the weights or the averages of the file that ``ckpt_path`` names.
+
+    Raises:
+        ConfigError: Another value, or averages where no file is named.
+    """
+    chosen_weights = cfg.get("ckpt", LATEST)
+    if chosen_weights not in (LATEST, checkpoint_weights.AVERAGE):
+        fix = f"choose {LATEST} or {checkpoint_weights.AVERAGE}; run=<folder> ckpt_path=last resumes a run"
+        raise ConfigError("ckpt", chosen_weights, "no weights of a file that a training starts from", fix)
+    if chosen_weights == checkpoint_weights.AVERAGE and cfg.ckpt_path in (None, "last", "auto"):
+        reason = "takes the averages of the file that ckpt_path names, and it names none"
+        raise ConfigError("ckpt", chosen_weights, reason, "set ckpt_path=<file>, or leave it out")
+
+
+def takes_weights_only(cfg: DictConfig) -> bool:
+    """Tell whether a new run takes nothing but weights from its file: averages have no state of an optimizer."""
+    return bool(cfg.get("ckpt_weights_only")) or cfg.get("ckpt", LATEST) == checkpoint_weights.AVERAGE
+
+
+def load_start_weights(cfg: DictConfig, network: Any, path: Path) -> None:
+    """Put the weights of the file that a new run starts from into its network, before a folder is made.
+
+    Raises:
+        CheckpointError: They do not fit.
+        ConfigError: The file's training has made every step that this configuration asks for.
+    """
+    content = checkpoint_io.read(path)
+    average = cfg.get("ckpt", LATEST) == checkpoint_weights.AVERAGE
+    named_weights.load_named_weights(network, content, path, cfg, average=average)
+    if takes_weights_only(cfg) or "loops" not in content:
+        return
+    owner, n_steps = run_dir.owner_of(path), checkpoint_content.completed_steps(content)
+    resumed = f"run={owner.path} resumes that run itself, " if owner is not None else ""
+    if not _is_below_limits(cfg, path):
+        reason = f"no step is left to make: ckpt_path={path} holds a training of {n_steps} steps"
+        fix = f"give more; {resumed}ckpt_weights_only=true starts anew from its weights"
+        raise ConfigError("trainer.max_epochs", cfg.trainer.get("max_epochs"), reason, fix)
+    if owner is not None:
+        _logger.info(
+            f"ckpt_path={path}: a new run goes on from step {n_steps} with the optimizer's state; {resumed}"
+            "ckpt_weights_only=true takes the weights alone"
+        )
+
+
 def adopt_checkpoint(
-    path: Path, network: Any, identity: Mapping[str, Any], run: Run, trainer: Any, *, weights_only: bool
+    path: Path,
+    network: Any,
+    identity: Mapping[str, Any],
+    run: Run,
+    trainer: Any,
+    *,
+    weights_only: bool,
+    average: bool = False,
 ) -> Path | None:
     """Load the weights of a file, and return it if training resumes from its whole state.
 
@@ -155,6 +218,7 @@ def adopt_checkpoint(
         run: Run folder, for the command that the error suggests.
         trainer: Trainer whose callbacks read their state from the checkpoint.
         weights_only: Whether to take nothing but the weights.
+        average: Whether these are averages over training steps.
 
     Returns:
         ``path``, or None where only the weights were loaded.
@@ -163,7 +227,9 @@ def adopt_checkpoint(
         CheckpointError: It was written with another optimizer, batch size, seed, number of processes or of classes.
     """
     content = checkpoint_io.read(path)
-    checkpoint_weights.load_weights(network, content, path, report=False)  # refuses another model's in one line
+    checkpoint_weights.load_weights(
+        network, content, path, average=average, report=False
+    )  # refuses another model's in one line
     if weights_only or "loops" not in content:
         return None
     stored = checkpoint_content.facts(content, path)

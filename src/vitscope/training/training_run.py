@@ -20,7 +20,7 @@ from vitscope.config import caps, cross_checks, error_translation, experiment_id
 from vitscope.config.dry_run import rehearse
 from vitscope.config.validation import validate, writable
 from vitscope.runs import resume_changes, run_dir, run_end, run_lock, wandb_mirror
-from vitscope.runs.checkpoints import checkpoint_io, checkpoint_weights
+from vitscope.runs.checkpoints.checkpoint_weights import AVERAGE
 from vitscope.runs.metrics_log import Journal, last_values
 from vitscope.runs.run_dir import Run
 from vitscope.runs.summary_table import print_headline
@@ -34,10 +34,13 @@ from vitscope.training.lightning_module import Classifier
 from vitscope.training.resume_point import (
     ResumePoint,
     adopt_checkpoint,
+    check_choice_of_weights,
     find_resume_point,
+    load_start_weights,
     report_nothing_to_do,
     step_of,
     take_up_run,
+    takes_weights_only,
 )
 from vitscope.training.trainer_factory import build_module, build_trainer
 
@@ -101,6 +104,7 @@ def _validate_training(cfg: DictConfig, *, is_resumed: bool) -> None:
     else:
         caps.apply_caps(cfg)
     validate(cfg)
+    check_choice_of_weights(cfg)
     cross_checks.settle_class_counts(cfg)
     if not is_resumed:
         cross_checks.settle_own_network(cfg)
@@ -141,7 +145,7 @@ def _open_run(cfg: DictConfig, start: ResumePoint, network: nn.Module) -> Run:
     run = start.run
     if run is None:
         if start.checkpoint is not None:  # a file that does not fit is refused before a folder is made
-            checkpoint_weights.load_weights(network, checkpoint_io.read(start.checkpoint), start.checkpoint)
+            load_start_weights(cfg, network, start.checkpoint)
         run = _new_run(cfg)
     run_end.log_tracebacks_to(run)
     if is_main_process() and model_facts.KEY not in run.provenance():
@@ -222,9 +226,14 @@ def _adopt_start(
         identity["seed"] = int(cfg.seed)
     checkpoint = start.checkpoint
     if checkpoint is not None:
-        weights_only = bool(cfg.get("ckpt_weights_only"))
         checkpoint = adopt_checkpoint(
-            checkpoint, parts.network, identity, run, fit_parts.trainer, weights_only=weights_only
+            checkpoint,
+            parts.network,
+            identity,
+            run,
+            fit_parts.trainer,
+            weights_only=takes_weights_only(cfg),
+            average=cfg.get("ckpt") == AVERAGE,
         )
     if is_main_process():
         _note_start(cfg, run, start, checkpoint)
@@ -237,7 +246,10 @@ def _note_start(cfg: DictConfig, run: Run, start: ResumePoint, checkpoint: Path 
         resume_changes.record(run, cfg, start.changes, step)
     elif cfg.ckpt_path not in (None, "last", "auto"):
         weights_only = checkpoint is None
-        run.note(started_from={"checkpoint": str(cfg.ckpt_path), "step": step, "weights_only": weights_only})
+        averages = {"averages": True} if cfg.get("ckpt") == AVERAGE else {}
+        run.note(
+            started_from={"checkpoint": str(cfg.ckpt_path), "step": step, "weights_only": weights_only, **averages}
+        )
 
 
 def _fit(cfg: DictConfig, parts: TrainingParts, fit_parts: FitParts, checkpoint: Path | None) -> None:

@@ -64,7 +64,13 @@ def _without(prefix: str, state: dict[str, torch.Tensor]) -> dict[str, torch.Ten
 
 
 def load_weights(
-    network: nn.Module, content: Mapping[str, Any], path: Path, *, average: bool = False, report: bool = True
+    network: nn.Module,
+    content: Mapping[str, Any],
+    path: Path,
+    *,
+    average: bool = False,
+    report: bool = True,
+    class_count_source: str = "",
 ) -> None:
     """Put a checkpoint's weights into ``network``; every key must be accounted for.
 
@@ -79,6 +85,7 @@ def load_weights(
         path: the file, for errors.
         average: whether to take averages over training steps (EMA, SWA) in place of the weights.
         report: whether to log that message; not where the weights are only compared with the network.
+        class_count_source: where the network's number of classes comes from, for the error; empty where it is not known.
 
     Raises:
         CheckpointError: no averages, two readings that fit equally well, or keys or shapes that do not match, the first of
@@ -106,7 +113,7 @@ def load_weights(
             # the official code's names for another size of the model; otherwise say below which keys differ
             if " has shape " in str(error):
                 raise CheckpointError("ckpt_path", path, str(error).rstrip("."), _OF_THE_MODEL) from error
-    _check_values(state, network_state, path)
+    _check_values(state, network_state, path, class_count_source)
     try:
         incompatible_keys = network.load_state_dict(state, strict=False)
     except (
@@ -132,7 +139,9 @@ def class_counts(network: nn.Module, content: Mapping[str, Any], *, average: boo
     return state_dicts.class_counts(network_state, state)
 
 
-def _check_values(state: Mapping[str, Any], network_state: Mapping[str, Any], path: Path) -> None:
+def _check_values(
+    state: Mapping[str, Any], network_state: Mapping[str, Any], path: Path, class_count_source: str
+) -> None:
     """Refuse tensors of another shape than the model's, naming the first ones, and complex ones for real weights."""
     shared = {name: value for name, value in network_state.items() if name in state and isinstance(value, Tensor)}
     differing = [name for name, value in shared.items() if getattr(state[name], "shape", None) != value.shape]
@@ -143,7 +152,8 @@ def _check_values(state: Mapping[str, Any], network_state: Mapping[str, Any], pa
         ]
         more = f" (and {len(differing) - 2} more)" if len(differing) > 2 else ""
         classes = state_dicts.class_counts(network_state, state)
-        counts = f": it was made for {classes[0]} classes, the model is for {classes[1]}" if classes else ""
+        source = f" ({class_count_source})" if class_count_source else ""
+        counts = f": it was made for {classes[0]} classes, the model is for {classes[1]}{source}" if classes else ""
         raise CheckpointError("ckpt_path", path, "; ".join(named) + more + counts, _OF_THE_MODEL)
     for name, value in shared.items():
         if state[name].is_complex() and not value.is_complex():
