@@ -121,19 +121,20 @@ def test_numbers_of_classes_follow_from_the_folder_and_the_checkpoint(
     capsys.readouterr()
     default = {"fc.weight": torch.rand(1000, 4), "fc.bias": torch.rand(1000)}  # fits the network that is told nothing
     torch.save({**state, **default}, tmp_path / "default.pth")
+    folders = f"data.root={tmp_path}/images-3 has 3 class folders"
     other = [*images[:1], f"data.root={folder(3)}", *images[2:]]
     for arguments, code, text in (
         (
             [*vit, *other, f"ckpt_path={tmp_path}/vit.pth"],
             4,
-            "made for 7 classes, the model is for 3 (data.root={root} has 3 class folders); use",
+            f"made for 7 classes, the model is for 3 ({folders}); use",
         ),
         (
             [*own, *other, f"ckpt_path={tmp_path}/own.pth"],
             4,
-            "it was made for 7 classes, data.root={root} has 3 class folders; use the data",
+            f"made for 7 classes, {folders}; use the data",
         ),
-        ([*own, *other, f"ckpt_path={tmp_path}/default.pth"], 4, "made for 1000 classes, data.root={root} has 3 class"),
+        ([*own, *other, f"ckpt_path={tmp_path}/default.pth"], 4, f"made for 1000 classes, {folders}; use"),
         ([*vit, *other, "model.num_classes=7"], 2, f"model.num_classes=7: data.root={tmp_path}/images-3 has 3 classes"),
         ([*vit, *images, "data.num_classes=3"], 2, "data.num_classes=3: folder has 7 classes"),
         (
@@ -144,5 +145,5 @@ def test_numbers_of_classes_follow_from_the_folder_and_the_checkpoint(
     ):
         assert call("analyze", *arguments, f"run_dir={tmp_path}/refused") == code
         err = capsys.readouterr().err.strip()
-        assert text.format(root=tmp_path / "images-3") in err
+        assert text in err
         assert len(err.splitlines()) == 1, err

@@ -163,7 +163,7 @@ def test_training_starts_from_averages(call, tiny, tmp_path, capsys) -> None:
         ),
         (
             [*options, f"ckpt_path={file}", "ckpt=best"],
-            "error: ckpt=best: no weights of a file that a training starts from; choose",
+            "error: ckpt=best: no weights of a file that a training starts",
         ),
         (
             [f"run={run}", f"ckpt_path={file}", "ckpt=ema"],

@@ -28,7 +28,7 @@ def load_named_weights(
         average: whether to take averages over training steps.
 
     Raises:
-        CheckpointError: they do not fit. Where the file is a run's, the error says ``run=<folder>``, which takes that run's model.
+        CheckpointError: they do not fit; where the file is a run's, the error names ``run=<folder>``.
     """
     source = cross_checks.source_of_class_count(cfg)
     try:
