@@ -17,6 +17,8 @@ from vitscope.runs import run_dir
 from vitscope.runs.checkpoints import checkpoint_io, checkpoint_weights
 from vitscope.runtime.errors import ConfigError
 
+NEEDS_NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")
+
 
 def one_line(capsys: pytest.CaptureFixture[str]) -> str:
     lines = capsys.readouterr().err.strip().splitlines()
@@ -38,6 +40,12 @@ def one_line(capsys: pytest.CaptureFixture[str]) -> str:
         (["optimizer.schedule.milestones=[a]", "optimizer.schedule.kind=multistep"], "error: optimizer.schedule"),
         (["trainer.accelerator=abacus"], "error: trainer: "),
         (["trainer.devices=0"], "error: trainer: "),
+        pytest.param(
+            ["trainer=ddp"],
+            "error: trainer.accelerator=gpu: torch finds no GPU on this machine; set trainer.accelerator=cpu trainer.devices=2",
+            marks=NEEDS_NO_GPU,
+        ),
+        pytest.param(["trainer=gpu"], "error: trainer.accelerator=gpu: torch finds no GPU", marks=NEEDS_NO_GPU),
         (["trainer.strategy=telepathy"], "error: trainer: "),
         (["trainer.precision=7"], "error: trainer.precision=7"),
         (["trainer.profiler=abc"], "error: trainer: "),

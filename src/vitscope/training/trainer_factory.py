@@ -7,6 +7,7 @@ import sys
 import warnings
 from typing import Any
 
+import torch
 from omegaconf import DictConfig
 from pytorch_lightning import Callback
 from pytorch_lightning.callbacks import EarlyStopping, RichProgressBar
@@ -15,6 +16,7 @@ from vitscope.config import experiment_identity, instantiate, loading
 from vitscope.config.loss import loss_choice
 from vitscope.runs.checkpoints.checkpoint_io import AtomicCheckpointIO
 from vitscope.runs.run_dir import Run
+from vitscope.runtime.errors import ConfigError
 from vitscope.training import lightning_internals
 from vitscope.training.checkpoint_callback import Checkpoints
 from vitscope.training.diagnostics_callback import DiagnosticCallback
@@ -30,6 +32,24 @@ _IGNORED_WARNINGS = (
     ".*The number of training batches .* is smaller than the logging interval.*",
     ".*You're resuming from a checkpoint that ended before the epoch ended.*",
 )
+
+
+def check_accelerator(cfg: DictConfig) -> None:
+    """Refuse a training on GPUs where there is none, before a folder is made.
+
+    Raises:
+        ConfigError: With the keys of the same training on the CPU.
+    """
+    accelerator = cfg.trainer.get("accelerator")
+    if accelerator not in ("gpu", "cuda") or torch.cuda.is_available():
+        return
+    if accelerator == "gpu" and torch.backends.mps.is_available():
+        return
+    is_of_several_processes = cfg.trainer.get("strategy") not in (None, "auto")
+    fix = "set trainer=cpu, or trainer.accelerator=cpu for a run that goes on"
+    if is_of_several_processes:
+        fix = "set trainer.accelerator=cpu trainer.devices=2 for two processes on the CPU"
+    raise ConfigError("trainer.accelerator", accelerator, "torch finds no GPU on this machine", fix)
 
 
 def build_module(cfg: DictConfig, network: Any, data: Any) -> Classifier:

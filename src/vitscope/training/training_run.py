@@ -42,7 +42,7 @@ from vitscope.training.resume_point import (
     take_up_run,
     takes_weights_only,
 )
-from vitscope.training.trainer_factory import build_module, build_trainer
+from vitscope.training.trainer_factory import build_module, build_trainer, check_accelerator
 
 _logger = logging.getLogger(__name__)
 
@@ -105,6 +105,7 @@ def _validate_training(cfg: DictConfig, *, is_resumed: bool) -> None:
         caps.apply_caps(cfg)
     validate(cfg)
     check_choice_of_weights(cfg)
+    check_accelerator(cfg)
     cross_checks.settle_class_counts(cfg)
     if not is_resumed:
         cross_checks.settle_own_network(cfg)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import hashlib
 import os
 import pickle
+import re
 import shutil
 import tarfile
 import time
@@ -70,9 +71,14 @@ def test_missing_files_without_a_network_are_one_quick_line(tmp_path):
 
 
 def test_files_that_are_not_the_published_ones_are_named(tmp_path, write_cifar):
-    write_cifar(tmp_path)
-    with pytest.raises(DataError, match="cifar-10-batches-py there differ from the published files and no network"):
+    sums = write_cifar(tmp_path)
+    text = r"cifar-10-batches-py there differ from the published files and no network to download it \(data_batch_1, .*batches"
+    with pytest.raises(DataError, match=text) as error:
         cifar.load("test", root=tmp_path)
+    named = re.search(r"set 'data\.source\.checksums=\{(.*)\}'$", str(error.value))
+    assert named is not None
+    assert dict(item.split(": ") for item in named[1].split(", ")) == sums
+    assert len(cifar.load("test", root=tmp_path, checksums=sums)) == 20
 
 
 def test_a_changed_file_is_noticed(tmp_path, write_cifar):
@@ -81,7 +87,12 @@ def test_a_changed_file_is_noticed(tmp_path, write_cifar):
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
-    with pytest.raises(DataError, match="differ from the published files"):
+    with pytest.raises(
+        DataError, match=r"differ from the published files .* \(data_batch_2 of cifar-10-batches-py differ\)"
+    ):
+        cifar.load("test", root=tmp_path, checksums=sums)
+    path.unlink()
+    with pytest.raises(DataError, match=r"\(data_batch_2 of cifar-10-batches-py differ\); put (?!.*checksums)"):
         cifar.load("test", root=tmp_path, checksums=sums)
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from filelock import FileLock
 from torchvision.datasets import CIFAR10, CIFAR100
-from torchvision.datasets.utils import check_integrity
+from torchvision.datasets.utils import calculate_md5, check_integrity
 
 from vitscope.data.sources.array_images import ArrayImages
 from vitscope.data.splits import hold_out
@@ -166,7 +166,31 @@ def _need_network(kind: type[CIFAR10], root: Path) -> None:
             f"{' and '.join(damaged)} there differ from the published files" if damaged else f"no {archive.name} there"
         )
         problem += " and no network to download it"
-        raise DataError("data.root", root, problem, _remedy(kind)) from error
+        differing = _differing_files(kind, folder)
+        if differing:
+            problem += f" ({', '.join(differing)} of {kind.base_folder} differ)"
+        fix = _remedy(kind)
+        if differing and None not in differing.values():
+            sums = ", ".join(f"{name}: {md5}" for name, md5 in differing.items())
+            fix += f", or, where those files are what you want, set 'data.source.checksums={{{sums}}}'"
+        raise DataError("data.root", root, problem, fix) from error
+
+
+def _differing_files(kind: type[CIFAR10], folder: Path) -> dict[str, str | None]:
+    """Return the MD5 of each file of a folder that is not the expected one, None for one that is missing or not readable."""
+    if not folder.is_dir():
+        return {}
+    expected = dict(kind.train_list + kind.test_list)
+    expected[kind.meta["filename"]] = kind.meta["md5"]
+    differing: dict[str, str | None] = {}
+    for name, md5 in expected.items():
+        try:
+            stored_md5 = calculate_md5(folder / name)
+        except OSError:
+            stored_md5 = None
+        if stored_md5 != md5:
+            differing[name] = stored_md5
+    return differing
 
 
 def _remedy(kind: type[CIFAR10]) -> str:
