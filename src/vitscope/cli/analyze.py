@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from omegaconf import DictConfig
 
-from vitscope.cli import exit_codes, hydra_command
+from vitscope.cli import exit_codes, hydra_command, other_tools
 from vitscope.config.loss import loss_overrides
 from vitscope.config.validation import validate_plain_values
 from vitscope.runs import run_overrides
@@ -21,6 +21,7 @@ def main() -> None:
 
 def _command() -> None:
     arguments, run_value_overrides = loss_overrides.joined(sys.argv[1:]), []
+    other_tools.refuse_foreign_names("analyze", arguments)
     if run_overrides.value_of(arguments, "run") is not None:
         # the configuration that Hydra composes does not hold the run's own values
         arguments, run_value_overrides = run_overrides.split(arguments, run_overrides.RUN_GROUPS)

@@ -6,7 +6,16 @@ import importlib
 import os
 import sys
 
-COMMANDS = ("train", "analyze", "report", "doctor", "sweep", "reproduce", "runs")
+#: what each command does, as ``vitscope`` alone lists it
+COMMANDS = {
+    "train": "train a network, then evaluate and diagnose it",
+    "analyze": "measure a run, a checkpoint file or a pretrained model",
+    "report": "draw figures, tables and a page that overlay runs",
+    "runs": "list, show, export and delete run folders",
+    "reproduce": "make a figure or a table of the paper by its name",
+    "sweep": "run a sweep file on this machine or with W&B agents",
+    "doctor": "check what works on this machine",
+}
 _COMMAND = "VITSCOPE_COMMAND"
 
 
@@ -16,8 +25,11 @@ def main() -> None:
         # another rank, which Lightning starts with what is left of the arguments
         sys.argv.insert(1, os.environ.pop(_COMMAND))
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
-    if name in ("-h", "--help"):
-        print(f"usage: vitscope {{{','.join(COMMANDS)}}} [overrides]\nvitscope <command> --help shows what can be set")
+    if name in ("-h", "--help", "help"):
+        print(usage())
+        return
+    if name in ("-V", "--version", "version"):
+        print(version_line())
         return
     if name not in COMMANDS:
         from vitscope.runtime.errors import nearest
@@ -27,3 +39,25 @@ def main() -> None:
     os.environ[_COMMAND] = name
     sys.argv = [sys.argv[0], *sys.argv[2:]]
     importlib.import_module(f"vitscope.cli.{name}").main()
+
+
+def usage() -> str:
+    """Return the list of commands, one a line."""
+    width = max(map(len, COMMANDS))
+    rows = [f"  {name:{width}}  {summary}" for name, summary in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: vitscope COMMAND [KEY=VALUE ...]",
+            "",
+            *rows,
+            "",
+            "vitscope COMMAND --help shows examples and what can be set; vitscope --version the version.",
+        ]
+    )
+
+
+def version_line() -> str:
+    """Return the name and the version of the package."""
+    import vitscope
+
+    return f"vitscope {vitscope.__version__}"

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from omegaconf import DictConfig
 
-from vitscope.cli import exit_codes, hydra_command
+from vitscope.cli import exit_codes, hydra_command, other_tools
 from vitscope.config.loss import loss_overrides
 from vitscope.config.validation import validate_plain_values
 from vitscope.runs import run_overrides
@@ -28,6 +28,7 @@ def main() -> None:
 
 def _command() -> None:
     argv = loss_overrides.joined(sys.argv[1:])
+    other_tools.refuse_foreign_names("train", argv)
     named = run_overrides.value_of(argv, "run")
     if named is None or hydra_multirun.asked(argv):
         with hydra_multirun.reported(argv):

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import errno
 import signal
+from collections.abc import Iterator
+from typing import Any
 
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from vitscope.config import loading
+from vitscope.config.keys import equivalent_names
 from vitscope.runtime import errors, stop_flag
 from vitscope.runtime.errors import ConfigError, DistributedError, StorageError, VitscopeError, first_line
 from vitscope.runtime.stop_flag import Interrupted
@@ -75,7 +79,36 @@ def _missing(error: MissingConfigException) -> ConfigError:
     missing_file = error.missing_cfg_file or ""
     group, _, name = missing_file.rpartition("/")
     names = list(error.options or []) or loading.options(group)
-    return ConfigError(group or "config", name, "no such choice", errors.nearest(name, names))
+    fix = errors.nearest(name, names)
+    if group == "model":
+        fix += f" a model of timm is model=timm model.name={name}"
+    return ConfigError(group or "config", name, "no such choice", fix)
+
+
+def _right_key(key: str, parent: Any) -> str:
+    """Return what to write instead of a key that there is not: one of that name in a group, or the nearest ones.
+
+    Args:
+        key: The dotted key.
+        parent: The node that lacks it.
+    """
+    name = key.rpartition(".")[2]
+    keys = [str(sibling) for sibling in parent]
+    if key == name and name not in equivalent_names.NUMBER_OF_EIGENVALUES:
+        within = [dotted for dotted in _dotted_keys(parent) if dotted.rpartition(".")[2] == name]
+        if 0 < len(within) <= 3:
+            return f"write {' or '.join(f'{dotted}=...' for dotted in within)}"
+    return equivalent_names.advice(name, keys)
+
+
+def _dotted_keys(node: Any, prefix: str = "") -> Iterator[str]:
+    """Yield the dotted keys below a node, those of Hydra's own left out."""
+    for key in node if isinstance(node, DictConfig) and not (node._is_none() or node._is_missing()) else ():
+        dotted = f"{prefix}{key}"
+        if dotted == "hydra":
+            continue
+        yield dotted
+        yield from _dotted_keys(node._get_node(key), f"{dotted}.")
 
 
 def _refused(error: BaseException) -> ConfigError:
@@ -83,9 +116,7 @@ def _refused(error: BaseException) -> ConfigError:
         parent = getattr(cause, "parent_node", None)
         key = getattr(cause, "full_key", None)
         if key and parent is not None and "not in struct" in str(cause):
-            return ConfigError(
-                key, None, "no such key", errors.nearest(key.rpartition(".")[2], map(str, parent.keys()))
-            )
+            return ConfigError(key, None, "no such key", _right_key(key, parent))
     text = first_line(error)
     for cause in _chain(error):
         key = getattr(cause, "full_key", None)

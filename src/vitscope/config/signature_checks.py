@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, Union, get_args, get_origin
 
 from vitscope.config import instantiate, loading, target_allowlist
+from vitscope.config.keys import equivalent_names
 from vitscope.config.ranges.number_checks import check_value
 from vitscope.runtime import errors
 from vitscope.runtime.errors import ConfigError
@@ -61,7 +62,8 @@ def check_arguments(
     hints, ranges = _hints(target), _ranges(target)
     for key, value in arguments.items():
         if key not in names and not open_ended:
-            raise ConfigError(f"{path}.{key}", shown(value), "no such key", errors.nearest(key, names - set(supplied)))
+            fix = equivalent_names.advice(key, names - set(supplied))
+            raise ConfigError(f"{path}.{key}", shown(value), "no such key", fix)
         if key in hints and not fits(value, hints[key]):
             if isinstance(value, str) and (names := _choices(hints[key])):
                 raise ConfigError(f"{path}.{key}", value, "no such choice", errors.nearest(value, names))
