@@ -51,4 +51,19 @@ def test_a_timm_model(call, tmp_path) -> None:
 def test_an_impossible_option_names_the_analysis(call, tmp_path, capsys) -> None:
     arguments = ["model=vit", "model.depth=1", "analysis=[hessian]", "caps=smoke", f"paths.runs={tmp_path}/runs"]
     assert call("analyze", *arguments, "analysis.hessian.parameters=no_such_pattern") == 2
-    assert capsys.readouterr().err.startswith("error: analysis.hessian")
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: analysis.hessian")
+
+
+def test_common_images_are_a_setting_of_their_own(call, run, capsys) -> None:
+    """``probe.*`` is seen by what decides that a result is there already."""
+    assert call("analyze", f"run={run}", *FOURIER) == 0
+    assert "already measured: fourier" in capsys.readouterr().err
+    count = len(list((run / "results" / "fourier").glob("end-*.npz")))
+    other = ["analysis=[fourier]", "probe.n_images=6", "probe.split=val"]
+    assert call("analyze", f"run={run}", *other) == 0
+    lines = capsys.readouterr().err.splitlines()
+    assert any(line.startswith("images: 6 of ") and " val images of photos" in line for line in lines)
+    assert "no prediction for fourier" in "".join(lines)
+    assert len(list((run / "results" / "fourier").glob("end-*.npz"))) == count + 1
+    assert call("analyze", f"run={run}", *other) == 0
+    assert "already measured: fourier" in capsys.readouterr().err

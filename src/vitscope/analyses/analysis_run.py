@@ -11,8 +11,9 @@ import torch
 from omegaconf import DictConfig, OmegaConf, open_dict
 from torch import nn
 
-from vitscope.analyses import context, runner, spec
+from vitscope.analyses import announcement, context, runner, spec, time_prediction
 from vitscope.config import caps, cross_checks, error_translation, factories, loading, model_facts
+from vitscope.config.keys import common_probe
 from vitscope.config.validation import validate
 from vitscope.models.state_dicts import CURRENT_WEIGHTS
 from vitscope.runs import named_weights, run_dir, run_end, run_lock, run_overrides, wandb_mirror
@@ -50,6 +51,8 @@ def analyze(cfg: DictConfig, chosen_keys: Sequence[str] = (), run_value_override
         cfg = merged(cfg, run.config(), chosen_keys)
         run_overrides.apply(cfg, run_value_overrides)
         _refuse_changing_checkpoint(_checkpoint_path(cfg, run), run)
+    common_probe.apply_common_probe(cfg, chosen_keys)
+    defaults = common_probe.apply_checkpoint_defaults(cfg, chosen_keys)
     caps.apply_caps(cfg)
     validate(cfg)
     cross_checks.settle_class_counts(cfg)
@@ -70,7 +73,7 @@ def analyze(cfg: DictConfig, chosen_keys: Sequence[str] = (), run_value_override
     mirror = wandb_mirror.start(cfg, run, "analyze")
     code = 1
     try:
-        _perform(cfg, run, network.to(device), data, content, path, mirror)
+        _perform(cfg, run, network.to(device), data, content, path, mirror, defaults)
         code = 0
     except BaseException as error:
         code = error_translation.code_for(error)
@@ -115,6 +118,7 @@ def _perform(
     content: Mapping[str, Any] | None,
     path: Path | None,
     mirror: Any,
+    defaults: Sequence[str],
 ) -> None:
     tag, epoch, step = _moment(path, content, run)
     if cfg.ckpt == AVERAGE and CURRENT_WEIGHTS not in (
@@ -124,6 +128,7 @@ def _perform(
     values: dict[str, Any] = {}
     analyses = [spec.replaced(analysis, on_error="raise") for analysis in spec.parse(cfg.analysis)]
     place = context.AnalysisContext(cfg, run, network, data, tag, epoch, step, mirror, content, analyses)
+    _announce(place, defaults)
     for analysis in analyses:
         result = runner.perform(analysis, place, reuse=bool(cfg.reuse))
         assert result is not None
@@ -133,6 +138,17 @@ def _perform(
             print(result.unit_table())
         values.update({f"{analysis.name}/{key}": value for key, value in result.scalars().items()})
     print_headline(run, values, mirror)
+
+
+def _announce(place: context.AnalysisContext, defaults: Sequence[str]) -> None:
+    """Say what will be measured; rank 0 alone, since the prediction takes two forward passes."""
+    if rank() != 0 or not place.due:
+        return
+    measured = runner.measured_before(place.due, place) if place.cfg.reuse else []
+    announcement.announce(place.cfg, place.due, place.datamodule, defaults=defaults)
+    device = next((parameter.device for parameter in place.network.parameters()), torch.device("cpu"))
+    prediction = time_prediction.predict(place.due, place.network, place.datamodule, measured)
+    announcement.announce_device(device, prediction)
 
 
 def _checkpoint(cfg: DictConfig, run: Run | None) -> tuple[Path | None, Mapping[str, Any] | None]:

@@ -15,7 +15,7 @@ import numpy as np
 
 from vitscope.analyses import arguments, outputs
 from vitscope.analyses.context import AnalysisContext
-from vitscope.analyses.spec import Analysis
+from vitscope.analyses.spec import Analysis, probe_request
 from vitscope.config import factories, loading
 from vitscope.core import feature_pass
 from vitscope.core.probe import Probe
@@ -76,6 +76,18 @@ def perform(analysis: Analysis, place: AnalysisContext, *, reuse: bool = True) -
     return result
 
 
+def measured_before(analyses: Sequence[Analysis], place: AnalysisContext) -> list[str]:
+    """Return the names of the analyses that have a result for the same weights and settings on disk."""
+    weights = checkpoint_weights.weights_hash(place.network)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # `perform` warns of results that cannot be read
+        return [
+            analysis.name
+            for analysis in analyses
+            if _earlier(place.run.results / analysis.name / f"{_stem(analysis, place)}.npz", weights) is not None
+        ]
+
+
 def _stem(analysis: Analysis, place: AnalysisContext) -> str:
     return f"{place.tag}-{settings_hash(analysis, place)}"
 
@@ -112,7 +124,7 @@ def _measured(
     if result is None:
         stop_flag.check()
         facts = {"checkpoint": weights, "epoch": place.epoch}
-        request = _probe_request(analysis, place.datamodule)
+        request = probe_request(analysis, place.datamodule)
         probe = factories.probe(place.cfg, place.network, place.datamodule, request, facts, place.content)
         options = {key: arguments.loaded(key, value, probe) for key, value in analysis.options.items()}
         result = _with_others(analysis, _sharing(analysis, place, weights, reuse), probe, options, place)
@@ -128,13 +140,13 @@ def _sharing(analysis: Analysis, place: AnalysisContext, weights: str, reuse: bo
     """Return the analyses whose turn is still to come and that can share this one's forward pass."""
     if feature_pass.accumulator_of(analysis.measure, analysis.options) is None or analysis.name in place.alone:
         return []
-    request = _probe_request(analysis, place.datamodule)
+    request = probe_request(analysis, place.datamodule)
     names = [other.name for other in place.due]
     later = place.due[names.index(analysis.name) + 1 :] if analysis.name in names else ()
     return [
         other for other in later
         if feature_pass.accumulator_of(other.measure, other.options) is not None and other.name not in place.alone
-        and _probe_request(other, place.datamodule) == request
+        and probe_request(other, place.datamodule) == request
         and not (reuse and _earlier(place.run.results / other.name / f"{_stem(other, place)}.npz", weights))
     ]  # fmt: skip
 
@@ -156,14 +168,6 @@ def _with_others(
         return None
     place.ahead.update(zip((other.name for other in others), shared_results[1:]))
     return shared_results[0]
-
-
-def _probe_request(analysis: Analysis, datamodule: Any) -> dict[str, Any]:
-    request = {"split": "test", "augment": False, "n_images": None, "batch_size": datamodule.eval_batch_size}
-    return {
-        **request,
-        **{key: value for key, value in analysis.probe.items() if value is not None or key == "n_images"},
-    }
 
 
 def _earlier(path: Path, weights: str) -> Any | None:

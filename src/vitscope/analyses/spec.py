@@ -60,6 +60,15 @@ def parse(nodes: Mapping[str, Any] | None) -> list[Analysis]:
     return parsed
 
 
+def probe_request(analysis: Analysis, datamodule: Any) -> dict[str, Any]:
+    """Return which images an analysis measures: ``split, augment, n_images, batch_size`` and what else its probe sets."""
+    request = {"split": "test", "augment": False, "n_images": None, "batch_size": datamodule.eval_batch_size}
+    return {
+        **request,
+        **{key: value for key, value in analysis.probe.items() if value is not None or key == "n_images"},
+    }
+
+
 def replaced(analysis: Analysis, **changes: Any) -> Analysis:
     """Return a copy with some attributes changed."""
     return replace(analysis, **changes)

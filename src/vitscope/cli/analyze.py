@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from omegaconf import DictConfig
 
 from vitscope.cli import exit_codes, hydra_command, other_tools
+from vitscope.config.keys import common_probe
 from vitscope.config.loss import loss_overrides
 from vitscope.config.validation import validate_plain_values
 from vitscope.runs import run_overrides
@@ -30,6 +31,7 @@ def _command() -> None:
 
 
 def _analyze(cfg: DictConfig, overrides: Sequence[str], *, run_value_overrides: Sequence[str]) -> None:
+    common_probe.apply_common_probe(cfg, overrides)
     if not cfg.run:
         validate_plain_values(cfg)
     from vitscope.analyses.analysis_run import analyze  # imports torch

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from omegaconf import DictConfig
 
 from vitscope.cli import exit_codes, hydra_command, other_tools
+from vitscope.config.keys import common_probe
 from vitscope.config.loss import loss_overrides
 from vitscope.config.validation import validate_plain_values
 from vitscope.runs import run_overrides
@@ -39,13 +40,17 @@ def _command() -> None:
 
     run = run_dir.find(named)
     cfg = run.config()
-    run_overrides.apply(cfg, [a for a in argv if not a.startswith("run=")])
+    changes = [argument for argument in argv if not argument.startswith("run=")]
+    with common_probe.provided(cfg):  # an earlier run's configuration has no such keys
+        run_overrides.apply(cfg, changes)
+        common_probe.apply_common_probe(cfg, changes)
     train(cfg, run)
 
 
 def _train(cfg: DictConfig, overrides: Sequence[str]) -> float | None:
     if hydra_multirun.is_job():
         return hydra_multirun.job(METRIC)
+    common_probe.apply_common_probe(cfg, overrides)
     validate_plain_values(cfg)
     from vitscope.training.training_run import train
 

@@ -19,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from vitscope.config import cross_checks, instantiate, loading, target_allowlist
+from vitscope.config.keys.common_probe import checked_probe
 from vitscope.config.loading import DATA_HINTS, MODEL_HINTS, NODE_KEYS
 from vitscope.config.loss import loss_choice
 from vitscope.config.ranges.library_options import MeasurementTimes, ProbeOptions
@@ -78,6 +79,7 @@ def validate_plain_values(cfg: DictConfig) -> None:
 def _check_plain_values(tree: Mapping[str, Any], *, whole: bool) -> None:
     check_numbers(tree)
     _check_roots(tree, whole=whole)
+    checked_probe(tree.get("probe") or {})
     for group in ("objective", "logger", "paths"):
         node = dict(tree.get(group) or {})
         if isinstance(node.get("loss"), Mapping):  # of the user's own, see `vitscope.config.loss.loss_choice`
@@ -99,7 +101,7 @@ def _resolved(cfg: DictConfig) -> dict[str, Any]:
 def _check_roots(tree: Mapping[str, Any], *, whole: bool) -> None:
     """Check the keys outside groups, and that every group is there and is one."""
     groups, keys = _roots("analyze" if {"device", "reuse"} & set(tree) else "train")
-    needed = groups - {"profile", "experiment", "caps", "logger"}
+    needed = groups - {"profile", "experiment", "caps", "logger", "probe"}
     groups = groups | {"optimizer"}  # analyze.py takes it over from the run
     for key, value in tree.items():
         if key not in keys and key not in groups:
@@ -121,6 +123,7 @@ def _roots(root: str) -> tuple[set[str], dict[str, set[Any]]]:
     content: Any = OmegaConf.to_container(OmegaConf.load(loading.folder() / f"{root}.yaml"))
     named = {str(name) for entry in content.pop("defaults") if isinstance(entry, Mapping) for name in entry}
     groups = {name for name in named if not name.startswith("override ")}
+    groups |= {str(key) for key, value in content.items() if isinstance(value, Mapping) and key != "hydra"}
     return groups, {str(key): _kinds(value) for key, value in content.items() if key not in groups and key != "hydra"}
 
 

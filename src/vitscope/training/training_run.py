@@ -15,9 +15,18 @@ from typing import Any
 from omegaconf import DictConfig
 from torch import nn
 
-from vitscope.analyses import spec
-from vitscope.config import caps, cross_checks, error_translation, experiment_identity, factories, loading, model_facts
+from vitscope.analyses import announcement, spec
+from vitscope.config import (
+    caps,
+    cross_checks,
+    error_translation,
+    experiment_identity,
+    factories,
+    loading,
+    model_facts,
+)
 from vitscope.config.dry_run import rehearse
+from vitscope.config.keys import common_probe
 from vitscope.config.validation import validate, writable
 from vitscope.runs import resume_changes, run_dir, run_end, run_lock, wandb_mirror
 from vitscope.runs.checkpoints.checkpoint_weights import AVERAGE
@@ -97,6 +106,7 @@ def train(cfg: DictConfig, run: Run | None = None) -> Run:
 
 
 def _validate_training(cfg: DictConfig, *, is_resumed: bool) -> None:
+    common_probe.apply_common_probe(cfg)
     for name in loading.drop_unchosen(cfg):
         _logger.info(f"analysis.{name}: the experiment sets it, but it was not chosen; left out")
     if is_resumed:  # the run's own limits have been lowered already, and those of this command are meant
@@ -200,6 +210,7 @@ def _train_in_folder(cfg: DictConfig, run: Run, start: ResumePoint, parts: Train
 
 def _build_fit_parts(cfg: DictConfig, run: Run, parts: TrainingParts, mirror: wandb_mirror.WandbMirror) -> FitParts:
     analyses = spec.parse(cfg.analysis)
+    announcement.announce(cfg, analyses, parts.data, count=("train", "val"), of=" of the diagnostics")
     module = build_module(cfg, parts.network, parts.data)
     diagnostics = DiagnosticCallback(cfg, analyses, run, mirror)
     logger = run_logger.RunLogger(run, Journal(run.journal), mirror)

@@ -1,0 +1,153 @@
+"""Prediction of the time of analyses whose number of forward passes follows from their options: one pass is timed.
+
+No time is predicted for the others: how many Hessian-vector products an eigenvalue takes, or how long the statistics of feature
+maps take, is known only once they are computed.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from vitscope.analyses.spec import Analysis, probe_request
+from vitscope.runtime.distributed import world_size
+
+#: forward passes over its images that a measure makes, by its name and from its options
+PASSES: dict[str, Callable[[Mapping[str, Any]], int]] = {
+    "evaluation": lambda options: 1,
+    "tap_table": lambda options: 1,
+    "loss_landscape": lambda options: int(options["n"]) ** 2,
+    "loss_slice": lambda options: int(options["n"]) * int(options["n_directions"]),
+    "linear_interpolation": lambda options: int(options["n"]),
+    "loss_barrier": lambda options: int(options["n"]),
+}
+
+#: options that keep a measure of unknown time within a limit, by its name
+_LIMITS = {"hessian_max_eigenvalue_spectrum": "budget_s=60"}
+
+#: images of the pass that is timed on a CPU, where the time of an image hardly depends on how many there are
+_TIMED_IMAGES = 16
+
+#: seconds; a name of its own so that tests can set the time
+clock: Callable[[], float] = time.perf_counter
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Times of the analyses of a command.
+
+    Attributes:
+        seconds: Predicted time by analysis.
+        unpredicted: Analyses without a prediction.
+        measured: Analyses that have a result already.
+        limits: Option that limits the time of an unpredicted analysis, by its name.
+    """
+
+    seconds: Mapping[str, float]
+    unpredicted: Sequence[str]
+    measured: Sequence[str]
+    limits: Mapping[str, str]
+
+    def __str__(self) -> str:
+        """Return the prediction in words."""
+        parts = []
+        if self.seconds:
+            times = ", ".join(f"{name} {duration_text(seconds)}" for name, seconds in self.seconds.items())
+            parts.append(f"predicted time (one forward pass timed): {times}")
+        if self.unpredicted:
+            limits = ", ".join(f"analysis.{name}.{option}" for name, option in self.limits.items())
+            hint = f" ({limits} sets a limit)" if limits else ""
+            parts.append(f"no prediction for {', '.join(self.unpredicted)}{hint}")
+        if self.measured:
+            parts.append(f"already measured: {', '.join(self.measured)}")
+        return "; ".join(parts) or "nothing to measure"
+
+
+def predict(analyses: Sequence[Analysis], network: nn.Module, data: Any, measured: Sequence[str] = ()) -> Prediction:
+    """Return the predicted times of analyses.
+
+    Args:
+        analyses: What will be measured.
+        network: On its device; modes and random states are left as they are.
+        data: Data module.
+        measured: Names of analyses that have a result already.
+    """
+    seconds: dict[str, float] = {}
+    per_image: dict[tuple[Any, ...], float | None] = {}
+    remaining = [analysis for analysis in analyses if analysis.name not in measured]
+    for analysis in remaining:
+        passes = _n_passes(analysis)
+        if passes is None:
+            continue
+        request = probe_request(analysis, data)
+        key = tuple(sorted((name, str(value)) for name, value in request.items() if name != "n_images"))
+        if key not in per_image:
+            per_image[key] = _seconds_per_image(network, data, request)
+        time_of_image, n_images = per_image[key], _n_images(data, request)
+        if time_of_image is not None and n_images is not None:
+            seconds[analysis.name] = passes * n_images * time_of_image / world_size()
+    unpredicted = [analysis for analysis in remaining if analysis.name not in seconds]
+    limits = {
+        analysis.name: _LIMITS[analysis.measure.__name__]
+        for analysis in unpredicted
+        if analysis.measure.__name__ in _LIMITS and not analysis.options.get("budget_s")
+    }
+    return Prediction(seconds, [analysis.name for analysis in unpredicted], list(measured), limits)
+
+
+def duration_text(seconds: float) -> str:
+    """Return a duration with two digits at most: ``0.4 s``, ``12 s``, ``3 min``, ``5 h``."""
+    if seconds < 10:
+        return f"{seconds:.1g} s"
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.0f} h"
+
+
+def _n_passes(analysis: Analysis) -> int | None:
+    """Return the forward passes of an analysis; None where they do not follow from its options."""
+    passes = PASSES.get(analysis.measure.__name__)
+    if passes is None or analysis.options.get("dtype") is not None:
+        return None
+    return passes(analysis.options) * (2 if analysis.options.get("bn") == "recalibrate" else 1)
+
+
+def _n_images(data: Any, request: Mapping[str, Any]) -> int | None:
+    try:
+        available = len(data.split(request["split"]))
+    except Exception:  # the analysis itself reports it
+        return None
+    return available if request["n_images"] is None else min(available, request["n_images"])
+
+
+def _seconds_per_image(network: nn.Module, data: Any, request: Mapping[str, Any]) -> float | None:
+    """Return the seconds of a forward pass, divided by its images; None where the network cannot take them."""
+    device = next((parameter.device for parameter in network.parameters()), torch.device("cpu"))
+    modes = [(module, module.training) for module in network.modules()]
+    try:
+        most = _TIMED_IMAGES if device.type == "cpu" else request["batch_size"]
+        batch_size = min(most, request["batch_size"], len(data.split(request["split"])))
+        batches = data.probe_batches(split=request["split"], n_images=batch_size, batch_size=batch_size)
+        x = batches[0][0].to(device)
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            network.eval()
+            _synchronized(network, x, device)  # warms caches
+            before = clock()
+            _synchronized(network, x, device)
+            return (clock() - before) / len(x)
+    except Exception:  # whatever a network or a data set raises, the analysis itself reports it
+        return None
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def _synchronized(network: nn.Module, x: torch.Tensor, device: torch.device) -> None:
+    network(x)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
