@@ -54,6 +54,12 @@ def test_an_impossible_option_names_the_analysis(call, tmp_path, capsys) -> None
     assert capsys.readouterr().err.splitlines()[-1].startswith("error: analysis.hessian")
 
 
+@pytest.mark.parametrize(("argument", "key"), [("name=mine", "name"), ("tags=[a]", "tags")])
+def test_results_in_a_run_s_folder_have_no_other_name(call, run, argument: str, key: str, capsys) -> None:
+    assert call("analyze", f"run={run}", *FOURIER, argument) == 2
+    assert capsys.readouterr().err.startswith(f"error: {key}=")
+
+
 def test_common_images_are_a_setting_of_their_own(call, run, capsys) -> None:
     """``probe.*`` is seen by what decides that a result is there already."""
     assert call("analyze", f"run={run}", *FOURIER) == 0

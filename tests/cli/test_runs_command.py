@@ -93,6 +93,17 @@ def test_filters_and_order(command: Command, three: list[Run], arguments: list[s
     assert ids(out) == expected
 
 
+def test_tags_are_shown_and_found(command: Command, three: list[Run], tmp_path: Path) -> None:
+    write_run(tmp_path / "runs", "swin", name="swin-run", tags=["baseline", "seed sweep"])
+    head, _, _, swin, _, _ = command("list")[1].splitlines()
+    assert head.split()[3:6] == ["experiment", "tags", "seed"]
+    assert swin.startswith("swin-run")
+    assert "baseline, seed sweep" in swin
+    for pattern in ("baseline", "seed sweep", "base*", "other,Baseline"):
+        assert ids(command("list", "json=true", f"tags={pattern}")[1]) == ["swin-run"]
+    assert ids(command("list", "json=true", "tags=base")[1]) == []
+
+
 def test_json_holds_metrics_measurements_and_sizes(command: Command, three: list[Run]) -> None:
     (fact,) = json.loads(command("list", "model=vit", "json=true")[1])
     assert fact["measured"] == {"hessian": ["end"]}

@@ -25,6 +25,12 @@ def test_runs_of_one_second_have_folders_of_their_own(tmp_path: Path) -> None:
     assert [run.id for run in run_dir.every(tmp_path / "runs")] == sorted(run.id for run in made)
 
 
+def test_a_name_stands_in_the_id(tmp_path: Path) -> None:
+    run = run_dir.create(cfg(tmp_path, name="vit_baseline-2", tags=["a"]), "train")
+    assert re.fullmatch(r"\d{8}-\d{6}-vit_baseline-2-[0-9a-f]{6}", run.id)
+    assert run.config().tags == ["a"]
+
+
 def test_a_folder_is_not_used_twice(tmp_path: Path) -> None:
     with run_lock.released_at_end():
         run_dir.create(cfg(tmp_path, run_dir=str(tmp_path / "a")), "train")

@@ -50,6 +50,7 @@ def analyze(cfg: DictConfig, chosen_keys: Sequence[str] = (), run_value_override
     if run is not None:
         cfg = merged(cfg, run.config(), chosen_keys)
         run_overrides.apply(cfg, run_value_overrides)
+        _refuse_new_name(cfg)
         _refuse_changing_checkpoint(_checkpoint_path(cfg, run), run)
     common_probe.apply_common_probe(cfg, chosen_keys)
     defaults = common_probe.apply_checkpoint_defaults(cfg, chosen_keys)
@@ -149,6 +150,18 @@ def _announce(place: context.AnalysisContext, defaults: Sequence[str]) -> None:
     device = next((parameter.device for parameter in place.network.parameters()), torch.device("cpu"))
     prediction = time_prediction.predict(place.due, place.network, place.datamodule, measured)
     announcement.announce_device(device, prediction)
+
+
+def _refuse_new_name(cfg: DictConfig) -> None:
+    """Refuse a name and tags where results go into a run's folder, which has its own.
+
+    Raises:
+        ConfigError: Naming the key.
+    """
+    for key in ("name", "tags"):
+        if cfg.get(key):
+            reason = "the results go into the run's folder, which has its own"
+            raise ConfigError(key, loading.plain(cfg[key]), reason, f"leave it out, or set logger.{key} for W&B alone")
 
 
 def _checkpoint(cfg: DictConfig, run: Run | None) -> tuple[Path | None, Mapping[str, Any] | None]:

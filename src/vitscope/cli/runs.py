@@ -19,8 +19,8 @@ from vitscope.runtime.logging import log_problem
 
 _logger = logging.getLogger(__name__)
 
-USAGE = """usage: vitscope runs list [FOLDER] [model=PATTERN] [data=PATTERN] [experiment=PATTERN] [state=STATE] [sort=KEY]
-                     [json=true]
+USAGE = """usage: vitscope runs list [FOLDER] [model=PATTERN] [data=PATTERN] [experiment=PATTERN] [tags=PATTERN]
+                     [state=STATE] [sort=KEY] [json=true]
        vitscope runs show RUN ... [json=true]
        vitscope runs export RUN ... to=bundle.zip|FOLDER [overwrite=true]
        vitscope runs delete RUN ... [keep=results] [dry=true] [yes=true]
@@ -171,8 +171,11 @@ def _named(names: Sequence[str], options: Mapping[str, str]) -> list[Summary]:
 
 def _table(summaries: Sequence[Summary]) -> str:
     """Return an aligned table; numbers and sizes are at the right."""
-    head = ("id", "model", "data", "experiment", "seed", "state", "metrics", "measured", "size", "age")
-    rows = [head, *(_row(summary) for summary in summaries)]
+    head = ["id", "model", "data", "experiment", "tags", "seed", "state", "metrics", "measured", "size", "age"]
+    rows: list[Sequence[str]] = [head, *(_row(summary) for summary in summaries)]
+    if not any(summary.tags for summary in summaries):
+        rows = [[cell for name, cell in zip(head, row) if name != "tags"] for row in rows]
+        head = list(rows[0])
     widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
     right = {head.index(name) for name in ("seed", "size", "age")}
     lines = [
@@ -186,14 +189,14 @@ def _table(summaries: Sequence[Summary]) -> str:
 
 def _row(summary: Summary) -> tuple[str, ...]:
     entry = summary.entry
-    experiment = ", ".join(filter(None, (summary.experiment, *summary.tags)))
     metrics = ", ".join(f"{name} {value:.4g}" for name, value in summary.main_metrics().items())
     measured = ", ".join(
         name if tags == ["end"] else f"{name} ({', '.join(tags)})" for name, tags in summary.measured().items()
     )
     if failures := len(summary.failures()):
         measured = f"{measured}, {failures} failed".removeprefix(", ")
-    cells = (entry.label, entry.data, experiment, str(entry.seed), summary.state, metrics, measured)
+    tags = ", ".join(summary.tags)
+    cells = (entry.label, entry.data, summary.experiment, tags, str(entry.seed), summary.state, metrics, measured)
     return (
         entry.id,
         *(" ".join(c.split()) or "-" for c in cells),

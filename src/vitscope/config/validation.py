@@ -20,6 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from vitscope.config import cross_checks, instantiate, loading, target_allowlist
 from vitscope.config.keys.common_probe import checked_probe
+from vitscope.config.keys.run_words import check_run_words
 from vitscope.config.loading import DATA_HINTS, MODEL_HINTS, NODE_KEYS
 from vitscope.config.loss import loss_choice
 from vitscope.config.ranges.library_options import MeasurementTimes, ProbeOptions
@@ -78,6 +79,7 @@ def validate_plain_values(cfg: DictConfig) -> None:
 
 def _check_plain_values(tree: Mapping[str, Any], *, whole: bool) -> None:
     check_numbers(tree)
+    check_run_words(tree)
     _check_roots(tree, whole=whole)
     checked_probe(tree.get("probe") or {})
     for group in ("objective", "logger", "paths"):

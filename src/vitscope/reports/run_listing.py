@@ -21,7 +21,7 @@ from vitscope.runtime import errors
 from vitscope.runtime.errors import ConfigError
 
 STATES = ("finished", "stopped", "running", "failed", "unknown")
-FILTERS = ("model", "data", "experiment", "state")
+FILTERS = ("model", "data", "experiment", "state", "tags")
 SORT_KEYS = ("id", "model", "data", "experiment", "seed", "state", "size", "age")
 #: main metrics in the order in which they are shown
 MAIN_METRICS = ("test/accuracy", "test/nll", "test/ece", "val/accuracy", "val/nll", "train/loss")
@@ -179,6 +179,7 @@ def _matches(summary: Summary, key: str, pattern: str) -> bool:
         "data": [entry.data, entry.data.partition(" ")[0]],
         "experiment": [summary.experiment, *summary.experiment.split(","), *summary.tags],
         "state": [summary.state],
+        "tags": list(summary.tags),
     }[key]
     alternatives = [pattern, *pattern.split(",")]
     return any(fnmatch.fnmatchcase(v.lower(), a.strip().lower()) for v in values for a in alternatives)

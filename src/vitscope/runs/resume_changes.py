@@ -30,6 +30,7 @@ CHANGEABLE = {
     r"trainer\.(accelerator|devices|num_nodes|strategy\.timeout_s)": "devices; the number of processes is checked by itself",
     r"trainer\.(log_every_n_steps|enable_progress_bar|enable_model_summary|profiler)(\..*)?": "logging and progress",
     r"logger(\..*)?": "logging",
+    r"tags": "words by which runs are found",
     r"probe(\..*)?": "images of diagnostics",
     r"analysis(\..*)?": "diagnostics, which leave no trace in training",
     r"test": "whether the trained network is tested",

@@ -131,8 +131,8 @@ class Run:
 def create(cfg: DictConfig, command: str) -> Run:
     """Make the run's folder, exclusively, and write its configuration and provenance.
 
-    The folder is ``cfg.run_dir`` where a parent named one, else ``<paths.runs>/<time>-<random>``; processes of one
-    ``torchrun`` or SLURM job agree on one by the job's id.
+    The folder is ``cfg.run_dir`` where a parent named one, else ``<paths.runs>/<time>-<random>`` with ``cfg.name`` between
+    the two where the user gave one; processes of one ``torchrun`` or SLURM job agree on one by the job's id.
 
     The folder's lock is taken before anything is written; the caller gives it back with `run_lock.release`.
 
@@ -280,7 +280,7 @@ def requested_run_folder(cfg: DictConfig) -> Path:
     root = Path(cfg.paths.runs).absolute()
     if job := _job_id():
         return root / re.sub(r"[^\w.-]", "_", job)[:100]
-    return root / f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
+    return root / "-".join(filter(None, (time.strftime("%Y%m%d-%H%M%S"), cfg.get("name"), secrets.token_hex(3))))
 
 
 def _job_id() -> str | None:

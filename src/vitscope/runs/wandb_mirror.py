@@ -113,8 +113,8 @@ def start(cfg: DictConfig, run: Run, job_type: str) -> WandbMirror:
     arguments = {
         "project": options.get("project"),
         "entity": options.get("entity"),
-        "group": options.get("group"),
-        "tags": list(options.get("tags") or []) or None,
+        "group": options.get("group") or cfg.get("name"),
+        "tags": list(dict.fromkeys([*(cfg.get("tags") or []), *(options.get("tags") or [])])) or None,
         "job_type": job_type,
         "name": options.get("name") or run.id,
         "id": run.provenance().get("wandb_id"),
