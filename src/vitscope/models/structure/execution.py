@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, MutableMapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakIdKeyDictionary
 
 from vitscope.core.guard import probe_guard
 from vitscope.core.guard.eager_execution import eager_execution
@@ -29,6 +30,9 @@ _MERGES = frozenset({"add", "add_", "__add__", "__radd__", "__iadd__", "cat", "c
 _SUMS = _MERGES - {"cat", "concat", "concatenate"}
 #: sides of the images that are tried where a model states none; of smaller ones the last map of many networks is one position
 _SIDES = (64, 32, 224, 28, 16, 8)
+
+#: bytes of activations that are kept for derivatives which a network takes inside of its own forward pass
+_SAVED_BYTES = 2**30
 
 Stack = tuple[tuple[str, nn.Module], ...]
 
@@ -115,9 +119,32 @@ def enter_guards(stack: ExitStack, model: nn.Module) -> None:
     stack.enter_context(kept_attributes(model))  # a pass may adapt them to the size of its images
     stack.enter_context(probe_guard.modes(model, "eval"))
     stack.enter_context(torch.enable_grad())
+    stack.enter_context(_few_saved_tensors())
     for p in model.parameters():  # frozen ones too: the graph shows what they reach
         if p.is_floating_point() and not p.is_inference():
             p.requires_grad_(True)
+
+
+def _few_saved_tensors() -> torch.autograd.graph.saved_tensors_hooks:
+    """Keep autograd's graph, which is read, but only the first `_SAVED_BYTES` of the activations behind it.
+
+    The pass itself takes no derivatives; a network may take some inside of its forward pass.
+    """
+    n_bytes = 0
+
+    def pack(tensor: Tensor) -> Tensor | None:
+        nonlocal n_bytes
+        if isinstance(tensor, nn.Parameter) or tensor.is_meta:
+            return tensor
+        n_bytes += tensor.numel() * tensor.element_size()
+        return tensor if n_bytes <= _SAVED_BYTES else None
+
+    def unpack(tensor: Tensor | None) -> Tensor:
+        if tensor is None:
+            raise RuntimeError("the network differentiates inside of its forward pass, more than 1 GiB of activations")
+        return tensor
+
+    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
 
 
 def trial_images(model: nn.Module, images: Tensor | None) -> Iterator[Tensor]:
@@ -169,7 +196,7 @@ class _Recorder(TorchFunctionMode):
         # tensors that do not depend on the image; they are held so that no id is used twice
         self.constant: dict[int, Tensor] = {id(t): t for t in (*model.parameters(), *model.buffers())}
         # softmax and products of activations, and what is made of them without a layer: attention multiplies them again
-        self.weights: dict[int, Tensor] = {}
+        self.weights: MutableMapping[Tensor, bool] = WeakIdKeyDictionary()
         self.branches = PointwiseBranches()
         # nodes of the graph at which blocks ended, with their times; the stream may be changed in place later
         self.block_ends: list[tuple[int, list[Any]]] = []
@@ -246,12 +273,12 @@ class _Recorder(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         fused = name in _ATTENTION
         is_product = name in _PRODUCTS and len(varying) > 1
-        weighed = any(id(tensor) in self.weights for tensor in varying)
+        weighed = any(tensor in self.weights for tensor in varying)
         if fused or (is_product and weighed):
             queries = result.shape[-2] if result.ndim > 1 else 1
             self.seen.attention.append(AttentionCall(tuple(self.stack), self.time, int(queries), fused))
         elif is_product or (name == "softmax" and varying) or (weighed and not _has_weights(name)):
-            self.weights[id(result)] = result
+            self.weights[result] = True
         if func is F.linear and varying and tensors[0].ndim > 2 and tensors[0].shape[1:-1].numel() > 1:
             self.seen.token_layers.append((tuple(self.stack), self.time))
 

@@ -7,11 +7,13 @@ not start at the stream; squeeze and excitation starts at an average and is mult
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import count
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 Stack = tuple[tuple[str, nn.Module], ...]
 
@@ -61,9 +63,9 @@ class PointwiseBranches:
     """Follow the functions of one forward pass."""
 
     def __init__(self) -> None:
-        # by tensor: the tensors from which it is made position by position; those are held so that no id is used twice
-        self._ways: dict[int, dict[int, _Path]] = {}
-        self._held: list[Tensor] = []
+        # by tensor, with which the entry ends: its number, and by number the tensors from which it is made position by position
+        self._ways: MutableMapping[Tensor, tuple[int, dict[int, _Path]]] = WeakIdKeyDictionary()
+        self._numbers = count()
 
     def see(
         self, func: Any, varying: Sequence[Tensor], tensors: Sequence[Tensor], results: Sequence[Tensor], stack: Stack
@@ -78,7 +80,6 @@ class PointwiseBranches:
             stack: The modules that are running.
         """
         name = getattr(func, "__name__", "")
-        self._held.extend((*varying, *results))
         ended, ways = None, {}
         if name in _ADDITIONS and len(varying) > 1:
             ended = self._ended(varying[0], varying[1]) or self._ended(varying[1], varying[0])
@@ -89,11 +90,16 @@ class PointwiseBranches:
         elif len(varying) == 1:
             ways = self._next(name, varying[0], tensors, results[0], stack)
         for result in results:
-            self._ways[id(result)] = {**ways, id(result): _Path()}
+            self._set(result, ways)
         return ended
 
     def _of(self, tensor: Tensor) -> dict[int, _Path]:
-        return self._ways.setdefault(id(tensor), {id(tensor): _Path()})
+        return self._ways[tensor][1] if tensor in self._ways else self._set(tensor, {})
+
+    def _set(self, tensor: Tensor, ways: dict[int, _Path]) -> dict[int, _Path]:
+        number = self._ways[tensor][0] if tensor in self._ways else next(self._numbers)  # one that was changed in place
+        self._ways[tensor] = number, {**ways, number: _Path()}
+        return self._ways[tensor][1]
 
     def _next(self, name: str, x: Tensor, tensors: Sequence[Tensor], result: Tensor, stack: Stack) -> dict[int, _Path]:
         ways = self._of(x)
@@ -111,7 +117,8 @@ class PointwiseBranches:
         return {root: replace(way, waiting=True) for root, way in ways.items()} if name in _NONLINEAR else ways
 
     def _ended(self, branch: Tensor, stream: Tensor) -> Stack | None:
-        way = self._of(branch).get(id(stream))
+        self._of(stream)
+        way = self._of(branch).get(self._ways[stream][0])
         return way.end if way is not None and way.convolutions > 1 and way.nonlinear else None
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import MutableMapping
 from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakIdKeyDictionary
 
 from vitscope.core.guard.eager_execution import unwrapped
 from vitscope.models.structure.execution import enter_guards, tensors, trial_images
@@ -81,8 +83,8 @@ class _Recorder(TorchFunctionMode):
         super().__init__()
         self.model, self.trace = model, Trace()
         self.names = {id(p): name for name, p in model.named_parameters()}
-        self.held: list[Any] = [images]  # so that no id is used twice
-        self.node_of: dict[int, int] = {id(images): 0}
+        # by tensor; an entry ends with its tensor, so that the activations of a pass are not kept
+        self.node_of: MutableMapping[Tensor, int] = WeakIdKeyDictionary({images: 0})
         self.weighed: set[int] = set()  # softmax and products of activations, and what is made of them without a layer
         self.running: list[int] = []
         self.counts: dict[nn.Module, int] = {}
@@ -121,7 +123,7 @@ class _Recorder(TorchFunctionMode):
         call = self.trace.calls[self.running.pop()]
         call.end = len(self.trace.nodes)
         first = next(tensors(output), None)
-        if first is not None and id(first) not in self.node_of and first.grad_fn is not None:
+        if first is not None and first not in self.node_of and first.grad_fn is not None:
             self._add(
                 "function",
                 (first,),
@@ -133,7 +135,7 @@ class _Recorder(TorchFunctionMode):
         call.output = self._first_node(output)
 
     def _first_node(self, value: Any) -> int:
-        return next((self.node_of[id(t)] for t in tensors(value) if id(t) in self.node_of), -1)
+        return next((self.node_of[t] for t in tensors(value) if t in self.node_of), -1)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -173,8 +175,8 @@ class _Recorder(TorchFunctionMode):
         elif op in ("sum", "mean") and operands:
             added[0].axis = _reduced_axes(operands[0], args, kwargs)
         self._note_attention(added[0], values, inputs)
-        if changes_in_place and (base := getattr(results[0], "_base", None)) is not None and id(base) in self.node_of:
-            before = self.node_of[id(base)]
+        if changes_in_place and (base := getattr(results[0], "_base", None)) is not None and base in self.node_of:
+            before = self.node_of[base]
             self._add(
                 "write", (base,), [before, added[0].index], [], varying or nodes[before].varying, [nodes[before].axes]
             )
@@ -189,24 +191,22 @@ class _Recorder(TorchFunctionMode):
                 index, op, tuple(inputs), tuple(parameters), tuple(tensor.shape), varying, tuple(self.running), meaning
             )
             self.trace.nodes.append(node)
-            self.node_of[id(tensor)] = index
-            self.held.append(tensor)
+            self.node_of[tensor] = index
             added.append(node)
         return added
 
     def _source(self, tensor: Tensor) -> int:
         """Return the node of a tensor; one that no function of the pass made depends on what the running module was given."""
-        if id(tensor) in self.node_of:
-            return self.node_of[id(tensor)]
-        self.held.append(tensor)
+        if tensor in self.node_of:
+            return self.node_of[tensor]
         call = self.trace.calls[self.running[-1]] if self.running else None
         if tensor.grad_fn is not None and call is not None:
-            self.node_of[id(tensor)] = call.first_input
+            self.node_of[tensor] = call.first_input
             return call.first_input
         return -1
 
     def _is_varying(self, tensor: Tensor) -> bool:
-        source = self.node_of.get(id(tensor), -1)
+        source = self.node_of.get(tensor, -1)
         return source >= 0 and self.trace.nodes[source].varying
 
     def _note_layer(self, node: Node, args: Any, kwargs: Any, operands: list[tuple[Tensor, Axes]]) -> None:
