@@ -14,6 +14,7 @@ from vitscope.diagnostics.hessian.spectral_density import SpectralDensityResult
 from vitscope.plotting.canvas import COLUMN_WIDTH, kind_color, new_canvas, result_color
 from vitscope.plotting.ranked_values import ranked_values, sized_canvas
 from vitscope.plotting.style import KIND_COLORS, KIND_LABELS
+from vitscope.plotting.symmetric_log import symmetric_log_x_axis
 
 
 def spectral_density(results: Mapping[str, SpectralDensityResult], *, floor: float = 1e-7) -> Figure:
@@ -85,8 +86,7 @@ def hessian_by_kind(results: Mapping[str, HessianByKindResult]) -> Figure:
         labels.append(f"{name}, {group}".removeprefix(", ") + f"\n{len(pooled)} values, {100 * result.nep[i]:.0f}% < 0")
     axes.set_yticks(range(len(labels)), labels)
     axes.set_ylim(len(labels) - 0.5, -0.5)
-    smallest = min(float(np.abs(result.eigenvalues).max(axis=(1, 2)).min()) for result in results.values())
-    axes.set_xscale("symlog", linthresh=max(10.0 ** np.floor(np.log10(max(smallest, 1e-30))), 1e-12))
-    axes.axvline(0, color="0.6", linewidth=0.6, zorder=0)
+    magnitudes = [np.abs(result.eigenvalues).max(axis=(1, 2)) for result in results.values()]  # a value a group
+    symmetric_log_x_axis(axes, np.concatenate(magnitudes), [r.eigenvalues for r in results.values()])
     axes.set_xlabel("Max eigenvalue of the block (dot: median)")
     return canvas.figure
