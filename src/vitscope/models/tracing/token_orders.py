@@ -14,6 +14,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from vitscope.core.tap import TokenOrder
 from vitscope.models.structure.execution import enter_guards, tensors, trial_images
+from vitscope.models.structure.feature_maps import SPATIAL
 from vitscope.models.structure.residual_structure import Read
 from vitscope.models.tracing.positions import (
     CONSTANT,
@@ -36,20 +37,20 @@ def with_orders(model: nn.Module, reads: Sequence[Read | None], images: Tensor |
 
     The model runs only where there is such a tensor. Arguments are those of `token_orders`.
     """
-    sought = {
-        str(i): read
-        for i, read in enumerate(reads)
-        if read is not None
-        and read.at != "sum"
-        and read.exact
-        and read.has_map
-        and (read.layout == "unknown" or not read.shows_grid)
-    }
+    has_maps = any(isinstance(module, SPATIAL) for module in model.modules())
+    sought = {str(i): read for i, read in enumerate(reads) if read is not None and _needs_order(read, has_maps)}
     orders = token_orders(model, sought, images) if sought else {}
     return [
         replace(read, order=orders.get(str(i), _reason(read))) if read is not None else None
         for i, read in enumerate(reads)
     ]
+
+
+def _needs_order(read: Read, has_maps: bool) -> bool:
+    """Whether the grid of a tensor is not known; ``has_maps``: the model has convolutions or pooling, which may show it."""
+    if read.at == "sum" or not read.exact or not read.has_map:
+        return False
+    return read.layout == "unknown" or not read.shows_grid or (read.layout in ("NLC", "NCL") and not has_maps)
 
 
 def _reason(read: Read) -> str | None:

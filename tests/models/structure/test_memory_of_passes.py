@@ -1,0 +1,70 @@
+"""Passes that read a network keep none of its activations."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import vitscope as vs
+from vitscope.models.structure import execution
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.wide, self.narrow = nn.BatchNorm2d(4), nn.Conv2d(4, 8, 3, padding=1), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.narrow(torch.relu(self.wide(self.norm(x))))
+
+
+class Watched(nn.Module):
+    """A ResNet that tells how many storages of inner activations are alive at the end of each forward pass."""
+
+    def __init__(self, tell: Callable[[int], None]) -> None:
+        super().__init__()
+        self.tell = tell
+        self.stem, self.blocks = nn.Conv2d(3, 4, 1), nn.ModuleList(Block() for _ in range(6))
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        storages = []
+        handles = [
+            block.wide.register_forward_hook(
+                lambda module, args, output: storages.append(weakref.ref(output.untyped_storage()))
+            )
+            for block in self.blocks
+        ]
+        x = self.stem(x)
+        for block in self.blocks:
+            x = block(x)
+        for handle in handles:
+            handle.remove()
+        self.tell(sum(storage() is not None for storage in storages))
+        return self.head(x.mean((2, 3)))
+
+
+def test_no_activation_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(execution, "_SAVED_BYTES", 0)
+    n_alive: list[int] = []
+    assert len(vs.structure(Watched(n_alive.append)).units) == 6
+    assert n_alive
+    assert max(n_alive) <= 1
+
+
+def test_a_network_may_differentiate_in_its_forward_pass() -> None:
+    class Energy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.block, self.head = nn.Conv2d(3, 4, 1), Block(), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.stem(x)
+            (slope,) = torch.autograd.grad(self.block.wide(x).square().sum(), x, create_graph=True)
+            return self.head(self.block(x - 0.1 * slope).mean((2, 3)))
+
+    assert [unit.kind for unit in vs.structure(Energy()).units] == ["conv"]
