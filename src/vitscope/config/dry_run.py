@@ -10,7 +10,7 @@ import torch
 from omegaconf import DictConfig
 from torch import nn
 
-from vitscope.config import instantiate, loading
+from vitscope.config import factories, instantiate, loading
 from vitscope.config.loss import loss_choice
 from vitscope.core import lr_schedule
 from vitscope.core.batches.batch_format import BatchFormat
@@ -37,7 +37,7 @@ def rehearse(cfg: DictConfig, network: nn.Module, data: Any) -> None:
     callbacks = [_built(node, f"callbacks.{name}") for name, node in cfg.callbacks.items()]
     quiet = {"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
     _built(cfg.trainer, "trainer", logger=False, callbacks=callbacks, **quiet)
-    _optimizer(loading.plain(cfg.optimizer))
+    _optimizer(loading.plain(cfg.optimizer), network)
     _steps(cfg.trainer, data)
     for name, node in cfg.analysis.items():
         split = (node.get("probe") or {}).get("split") or "test"
@@ -56,12 +56,12 @@ def _built(node: Any, path: str, **supplied: Any) -> Any:
         raise ConfigError(path, None, first_line(error).rstrip("."), "correct its values") from error
 
 
-def _optimizer(node: dict[str, Any]) -> None:
+def _optimizer(node: dict[str, Any], network: nn.Module) -> None:
     options = node.pop("schedule", None) or {}
-    make = instantiate.instantiate({**node, "_partial_": True}, "optimizer")
+    build = factories.optimizer_builder(node, network)
     weight = nn.Parameter(torch.ones(1))
 
-    def loss() -> torch.Tensor:
+    def loss() -> Any:
         with torch.enable_grad():
             weight.grad = None
             value = weight.square().sum()
@@ -69,9 +69,13 @@ def _optimizer(node: dict[str, Any]) -> None:
         return value
 
     try:
-        make([weight]).step(loss)
+        build([p for p in network.parameters() if p.requires_grad])
+        if "network" not in build.keywords:  # one that looks at the network cannot train another weight
+            build([weight]).step(loss)
     except REFUSALS as error:
-        raise ConfigError("optimizer", None, first_line(error).rstrip("."), "correct its values") from error
+        is_muon = str(node.get("_target_")) == "torch.optim.Muon"
+        fix = "choose optimizer=muon, which trains the other parameters with AdamW" if is_muon else "correct its values"
+        raise ConfigError("optimizer", None, first_line(error).rstrip("."), fix) from error
     try:
         for step in (0, 99):
             lr_schedule.factor(step, steps_per_epoch=10, total_epochs=10, **options)

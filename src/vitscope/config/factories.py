@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -9,6 +11,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from vitscope.config import instantiate, loading
 from vitscope.config.loss import loss_choice
@@ -79,6 +82,19 @@ def _at_own_size(cfg: DictConfig) -> dict[str, Any]:
 def data(cfg: DictConfig) -> Any:
     """Return the data module that ``cfg.data`` describes."""
     return instantiate.instantiate(cfg.data, "data", drop=loading.DATA_HINTS)
+
+
+def optimizer_builder(node: Mapping[str, Any], network: nn.Module) -> functools.partial[Optimizer]:
+    """Return what builds the optimizer of a node from parameters; one with an argument ``network`` is given the network.
+
+    Args:
+        node: ``_target_`` and its arguments, without the schedule.
+        network: whose parameters will be trained.
+    """
+    build = instantiate.instantiate({**node, "_partial_": True}, "optimizer")
+    if "network" in inspect.signature(build.func).parameters:
+        return functools.partial(build, network=network)
+    return build
 
 
 def named_objective(name: str) -> dict[str, Any]:

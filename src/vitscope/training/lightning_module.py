@@ -221,9 +221,13 @@ class Classifier(pl.LightningModule):
             gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
             self.log("train/grad_norm", get_total_norm(gradients))
 
+    def new_optimizer(self) -> Optimizer:
+        """Return the optimizer over all parameters, before its first step."""
+        return self._optimizer([p for p in self.model.parameters() if p.requires_grad])
+
     def configure_optimizers(self) -> Any:
         """Return the optimizer over all parameters and its schedule by step."""
-        optimizer = self._optimizer([p for p in self.model.parameters() if p.requires_grad])
+        optimizer = self.new_optimizer()
         if self.trainer.num_training_batches == float("inf"):
             # a training of steps alone: Lightning has not looked yet, and an epoch without end would be all warm-up
             lightning_internals.load_training_data(self.trainer)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
+from torch.optim import Optimizer
 
 from vitscope.config import experiment_identity
 from vitscope.runs import named_weights, resume_changes, run_dir
@@ -206,6 +207,7 @@ def adopt_checkpoint(
     run: Run,
     trainer: Any,
     *,
+    optimizer: Optimizer | None = None,
     weights_only: bool,
     average: bool = False,
 ) -> Path | None:
@@ -217,6 +219,7 @@ def adopt_checkpoint(
         identity: Facts of this training that the checkpoint's have to equal: batch size, number of processes, ...
         run: Run folder, for the command that the error suggests.
         trainer: Trainer whose callbacks read their state from the checkpoint.
+        optimizer: New optimizer, whose groups of parameters the checkpoint's have to equal; None for one group of all.
         weights_only: Whether to take nothing but the weights.
         average: Whether these are averages over training steps.
 
@@ -245,5 +248,5 @@ def adopt_checkpoint(
             raise CheckpointError(
                 name, value, f"the checkpoint was made with {stored[key]}", f"use {key} {stored[key]}"
             )
-    checkpoint_schema.check(content, path, network, trainer)
+    checkpoint_schema.check(content, path, network, trainer, optimizer)
     return path

@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 from pytorch_lightning import Callback
 from pytorch_lightning.callbacks import EarlyStopping, RichProgressBar
 
-from vitscope.config import experiment_identity, instantiate, loading
+from vitscope.config import experiment_identity, factories, instantiate, loading
 from vitscope.config.loss import loss_choice
 from vitscope.runs.checkpoints.checkpoint_io import AtomicCheckpointIO
 from vitscope.runs.run_dir import Run
@@ -59,7 +59,7 @@ def build_module(cfg: DictConfig, network: Any, data: Any) -> Classifier:
     return Classifier(
         network,
         num_classes=data.num_classes,
-        optimizer=instantiate.instantiate({**optimizer, "_partial_": True}, "optimizer"),
+        optimizer=factories.optimizer_builder(optimizer, network),
         lr_schedule=lr_schedule,
         label_smoothing=float(cfg.objective.label_smoothing),
         loss=loss_choice.build(cfg.objective),

@@ -244,6 +244,7 @@ def _adopt_start(
             identity,
             run,
             fit_parts.trainer,
+            optimizer=fit_parts.module.new_optimizer(),
             weights_only=takes_weights_only(cfg),
             average=cfg.get("ckpt") == AVERAGE,
         )

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from vitscope.runtime.errors import CheckpointError
 
@@ -16,6 +17,9 @@ _REQUIRED = {"epoch": int, "global_step": int, "state_dict": dict, "loops": dict
              "lr_schedulers": list, "callbacks": dict}  # fmt: skip
 
 _RATES = ("lr", "initial_lr", "eps", "weight_decay", "momentum", "dampening", "alpha", "rho")
+#: moments that torch's optimizers keep in the shape of the parameter; others may have any (Adafactor's rows and columns)
+_OF_ITS_SHAPE = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "square_avg", "grad_avg", "sum", "acc_delta",
+                 "prev", "exp_inf")  # fmt: skip
 _SWITCHES = (
     "amsgrad",
     "maximize",
@@ -28,7 +32,9 @@ _SWITCHES = (
 )
 
 
-def check(content: Mapping[str, Any], path: Path, network: nn.Module, trainer: Any) -> None:
+def check(
+    content: Mapping[str, Any], path: Path, network: nn.Module, trainer: Any, optimizer: Optimizer | None = None
+) -> None:
     """Check everything that Lightning will restore, before any of it is.
 
     Args:
@@ -36,6 +42,7 @@ def check(content: Mapping[str, Any], path: Path, network: nn.Module, trainer: A
         path: for the error.
         network: the model without Lightning's module around it, its weights already compared.
         trainer: Lightning's, not yet fitted: its loops and callbacks say what they would save.
+        optimizer: a new one over the network's parameters, whose groups are compared; None for one group of all of them.
 
     Raises:
         CheckpointError: an entry is missing or of another kind, named by its place.
@@ -52,7 +59,9 @@ def check(content: Mapping[str, Any], path: Path, network: nn.Module, trainer: A
         for name in ("fit_loop", "validate_loop", "test_loop", "predict_loop"):
             _compare(content["loops"].get(name), getattr(trainer, name).state_dict(), f"loops.{name}")
         _check_counters(content)
-        _check_optimizers(content["optimizer_states"], [p for p in network.parameters() if p.requires_grad])
+        trained = [p for p in network.parameters() if p.requires_grad]
+        groups = [trained] if optimizer is None else [group["params"] for group in optimizer.param_groups]
+        _check_optimizers(content["optimizer_states"], groups)
         _check_schedules(content["lr_schedulers"])
         for callback in trainer.callbacks:
             if callback.state_key == "Checkpoints" and callback.state_key not in content["callbacks"]:
@@ -133,7 +142,8 @@ def _check_number(value: Any, place: str) -> None:
         raise _Wrong(place, "is NaN")
 
 
-def _check_optimizers(states: list[Any], parameters: list[nn.Parameter]) -> None:
+def _check_optimizers(states: list[Any], expected_groups: Sequence[Sequence[Tensor]]) -> None:
+    parameters = [p for group in expected_groups for p in group]
     if len(states) != 1:
         raise _Wrong("optimizer_states", f"holds {len(states)} optimizers, not one")
     for state in states:
@@ -148,6 +158,10 @@ def _check_optimizers(states: list[Any], parameters: list[nn.Parameter]) -> None
             raise _Wrong(f"{place}.param_groups", "does not number its parameters")
         if sorted(i for n in numbers for i in n) != list(range(len(parameters))):
             raise _Wrong(f"{place}.param_groups", f"does not hold the model's {len(parameters)} parameters")
+        if [len(n) for n in numbers] != [len(group) for group in expected_groups]:
+            raise _Wrong(
+                f"{place}.param_groups", f"holds groups of other sizes than {len(expected_groups)} of this training"
+            )
         for group in groups:
             for key, value in group.items():
                 if key != "params":
@@ -157,19 +171,32 @@ def _check_optimizers(states: list[Any], parameters: list[nn.Parameter]) -> None
                 raise _Wrong(f"{place}.state", f"has an entry {index!r} that is no parameter's")
             for key, value in moments.items():
                 _check_moment(value, parameters[index], f"{place}.state.{index}.{key}")
-        _check_same_keys(state["state"], f"{place}.state")
+        for n in numbers:
+            _check_same_keys({i: state["state"][i] for i in n if i in state["state"]}, f"{place}.state")
 
 
 def _check_same_keys(states: Mapping[int, Mapping[str, Any]], place: str) -> None:
-    """Every parameter has moments of the same names: one that lacks one, or all of them, was damaged."""
-    names = {frozenset(map(str, moments)) for moments in states.values()}
-    if len(names) > 1:
+    """Every parameter of a group has moments of the same names: one that lacks one, or all of them, was damaged.
+
+    An optimizer that treats parameters in several ways (timm's Muon) notes in a switch which way it is; moments of other shapes
+    than the parameter's (Adafactor's) may be those of matrices alone.
+    """
+    names_by_switches: dict[frozenset[Any], set[frozenset[str]]] = {}
+    for moments in states.values():
+        switches = frozenset((key, value) for key, value in moments.items() if isinstance(value, bool))
+        of_any_shape = {str(name) for name in moments if name not in (*_OF_ITS_SHAPE, "step")}
+        names_by_switches.setdefault(switches, set()).add(frozenset(map(str, moments)) - of_any_shape)
+    if any(len(names) > 1 for names in names_by_switches.values()):
         raise _Wrong(place, "does not hold the same entries for every parameter")
 
 
 def _check_option(value: Any, place: str) -> None:
     """Check an option of an optimizer's group by its name: rates, pairs of rates, switches; others only for NaN."""
     name = place.rpartition(".")[2]
+    if name == "eps" and isinstance(value, tuple) and value:  # Adafactor has two, the first may be None
+        for part in value:
+            _check_option(0.0 if part is None else part, place)
+        return
     if name in _RATES and not (_is_rate(value) or (isinstance(value, Tensor) and value.numel() == 1)):
         raise _Wrong(place, f"is {value!r:.40}, not a number of at least 0")
     if name == "betas" and not (
@@ -181,14 +208,17 @@ def _check_option(value: Any, place: str) -> None:
     _check_number(value, place)
 
 
-def _check_moment(value: Any, parameter: nn.Parameter, place: str) -> None:
+def _check_moment(value: Any, parameter: Tensor, place: str) -> None:
     if isinstance(value, Tensor):
-        if value.ndim and value.shape != parameter.shape:
+        has_shape = place.rpartition(".")[2] in _OF_ITS_SHAPE
+        if has_shape and value.ndim and value.shape != parameter.shape:
             raise _Wrong(place, f"has shape {tuple(value.shape)}, not {tuple(parameter.shape)}")
-        if not value.is_floating_point() and value.ndim:
+        if has_shape and not value.is_floating_point() and value.ndim:
             raise _Wrong(place, f"is of {value.dtype}, not of floating point")
         if not bool(torch.isfinite(value).all()):
             raise _Wrong(place, "is not finite")
+    elif isinstance(value, bool) and place.rpartition(".")[2] not in (*_OF_ITS_SHAPE, "step"):
+        return  # a switch, such as timm's use_muon
     elif value is not None and (not isinstance(value, int | float) or isinstance(value, bool)):
         raise _Wrong(place, f"is a {_kind(value)}, not a tensor")
     if place.endswith((".exp_avg", ".exp_avg_sq", ".max_exp_avg_sq")) and not (isinstance(value, Tensor) and
