@@ -13,7 +13,7 @@ from vitscope.models.structure.taps import reading, taps
 
 
 @pytest.fixture(scope="module")
-def network() -> nn.Module:
+def network() -> NaFlexVit:
     torch.manual_seed(0)
     settings = NaFlexVitCfg(
         patch_size=8, embed_dim=24, depth=2, num_heads=2, class_token=False, reg_tokens=1, global_pool="avg"
@@ -32,14 +32,14 @@ def packed(images: Tensor) -> dict[str, Tensor]:
     }
 
 
-def probe(network: nn.Module, images: Tensor, labels: Tensor) -> vs.Probe:
+def probe(network: NaFlexVit, images: Tensor, labels: Tensor) -> vs.Probe:
     def forward(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         return model({key: value for key, value in batch.items() if key != "labels"})
 
     return vs.Probe(network, [{**packed(images), "labels": labels}], forward=forward, targets="labels")
 
 
-def test_the_grid_of_linear_patches_is_found(network: nn.Module) -> None:
+def test_the_grid_of_linear_patches_is_found(network: NaFlexVit) -> None:
     images, outputs, maps = torch.rand(2, 3, 32, 48), [], {}
     handle = network.blocks[-1].register_forward_hook(lambda module, args, output: outputs.append(output))
     with torch.no_grad(), reading(network, taps(network, images), lambda i, tap, value: maps.update({tap.name: value})):
@@ -50,7 +50,7 @@ def test_the_grid_of_linear_patches_is_found(network: nn.Module) -> None:
     assert len(maps) == 5
 
 
-def test_packed_patches_are_measured_where_no_map_is_needed(network: nn.Module) -> None:
+def test_packed_patches_are_measured_where_no_map_is_needed(network: NaFlexVit) -> None:
     images, labels = torch.rand(3, 3, 32, 48), torch.arange(3)
     with torch.no_grad():
         torch.testing.assert_close(network(packed(images)), network(images))  # the same patches in the same order
@@ -61,6 +61,6 @@ def test_packed_patches_are_measured_where_no_map_is_needed(network: nn.Module) 
 
 
 @pytest.mark.parametrize("measure", ["relative_log_amplitude", "feature_map_variance", "cka"])
-def test_measures_of_maps_refuse_packed_patches(network: nn.Module, measure: str) -> None:
+def test_measures_of_maps_refuse_packed_patches(network: NaFlexVit, measure: str) -> None:
     with pytest.raises(ValueError, match=r"'stem' tokens of a known grid, received 25 tokens.*declare them: taps="):
         getattr(vs, measure)(probe(network, torch.rand(2, 3, 32, 48), torch.arange(2)))
