@@ -2,13 +2,14 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import timm
 import torch
 from torch import nn
 
 import vitscope as vs
 from vitscope.core.undefined_values import NullWarning
 from vitscope.models.structure.residual_structure import Read
-from vitscope.models.structure.residual_units import Unit
+from vitscope.models.structure.residual_units import Unit, known_units
 
 
 class Filter(nn.Module):
@@ -184,3 +185,19 @@ def test_figure_draws_each_unit_and_each_kind():
     assert contrasts.get_ylabel() == "High minus low third (nats)"
     assert [label.get_text() for label in means.get_xticklabels()] == ["MSA", "MLP"]
     assert figure.axes[3].get_title(loc="left") == "b, minus initialization"
+
+
+def test_units_of_the_class_token_alone_are_null() -> None:
+    torch.manual_seed(0)
+    model = timm.create_model(
+        "cait_xxs24_224", pretrained=False, img_size=64, embed_dim=16, num_heads=2, depth=2, num_classes=3
+    ).double()
+    images = noise(3, 3, 64, 64)
+    probe = vs.Probe(model, [(images, torch.arange(3))])
+    with pytest.warns(NullWarning, match=r"blocks_token_only\.0\.mlp, .*\(adds to the class token alone\)"):
+        result = vs.branch_transfer(probe)
+    of_class_token = np.array([name.startswith("blocks_token_only") for name in result.units])
+    assert of_class_token.sum() == 4
+    np.testing.assert_array_equal(np.isnan(result.contrast), of_class_token)
+    units = [unit for unit in known_units(model, images) if not unit.name.startswith("blocks_token_only")]
+    np.testing.assert_array_equal(result.contrast[~of_class_token], vs.branch_transfer(probe, units=units).contrast)

@@ -152,6 +152,8 @@ def branch_transfer(
         seed: of the resampling.
         eps: added to the amplitudes before the logarithm.
 
+    Units that change the class token alone, or whose branch's input no module returns, are null, with one warning.
+
     Raises:
         ValueError: a model without residual units, fewer than one replicate, or a level outside (0, 1).
     """
@@ -177,7 +179,12 @@ def _measured(
     probe: Probe, units: Sequence[Unit], path: str, level: float, n_resamples: int, seed: int, eps: float
 ) -> BranchTransferResult:
     sums = _Sums(len(units), path, eps, n_resamples, seed)
-    with probe.guard(logits=False) as model, reading_branches(model, units, sums.read):
+    unread = {i: reason for i, unit in enumerate(units) if (reason := _unread_reason(unit)) is not None}
+    read = [i for i in range(len(units)) if i not in unread]
+    with (
+        probe.guard(logits=False) as model,
+        reading_branches(model, [units[i] for i in read], lambda i, *value: sums.read(read[i], *value)),
+    ):
         for index, (x, _) in track(probe.local_batches(), "branch transfer", -(-probe.n_batches // world_size())):
             model(x)
             sums.close_batch(index)
@@ -195,7 +202,7 @@ def _measured(
         for i, (unit, curve) in enumerate(zip(units, curves))
         if i in shape and not np.isfinite(contrast[i])
     }
-    warn_nulls("branch_transfer", named)
+    warn_nulls("branch_transfer", named | {units[i].name: reason for i, reason in unread.items()})
     warn_nulls("branch_transfer", few_images(contrasts.count))
     kinds = tuple(unit.kind for unit in units)
     return BranchTransferResult(
@@ -290,6 +297,15 @@ def _contrast(transfer: Tensor | None, n_images: int) -> Tensor:
         return torch.full((n_images,), float("nan"), dtype=torch.float64)
     third = max(1, n_ac // 3)
     return transfer[:, -third:].mean(1) - transfer[:, 1 : 1 + third].mean(1)
+
+
+def _unread_reason(unit: Unit) -> str | None:
+    """Return why the effect of a unit on the map is not defined or cannot be read; None where it can."""
+    if unit.branch_out is not None and not unit.branch_out.has_map:
+        return "adds to the class token alone"
+    if unit.branch_in is None:
+        return "the input of its branch is no module's"
+    return None
 
 
 def _null_reason(curve: np.ndarray, flat: bool) -> str:
