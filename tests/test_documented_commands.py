@@ -27,7 +27,10 @@ from vitscope.runs import run_overrides
 from vitscope.runtime.errors import VitscopeError
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md")] + sorted(ROOT.glob("docs/*.md"))
+#: a document whose commands are run, not only composed, see tests/cli/test_own_code.py
+RUN_ELSEWHERE = ("own_code.md",)
+DOCUMENTS = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md")]
+DOCUMENTS += [path for path in sorted(ROOT.glob("docs/*.md")) if path.name not in RUN_ELSEWHERE]
 HYDRA_OPTIONS = {"-m", "--multirun", "--help", "--cfg", "job", "--resolve"}
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 _PROGRAM = re.compile(

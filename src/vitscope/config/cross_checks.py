@@ -14,7 +14,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from vitscope.config import loading, target_allowlist
-from vitscope.runtime import errors
+from vitscope.runtime import errors, trusted_packages
 from vitscope.runtime.errors import ConfigError
 
 #: metrics of the validation that a checkpoint may follow
@@ -175,10 +175,13 @@ def _check_window(model: Mapping[str, Any], size: Any) -> None:
 
 
 def _check_monitors(callbacks: Mapping[str, Any], loss: Any) -> None:
+    has_own_callback = any(trusted_packages.is_trusted(str(node.get("_target_"))) for node in callbacks.values())
     for name, node in callbacks.items():
         if "monitor" not in node:
             continue
         monitor = node["monitor"]
+        if has_own_callback and str(monitor).startswith("val/"):
+            continue  # which it may log; a name that nothing logs is refused at the end of the first epoch
         metrics = METRICS if name == "checkpoint" else (*METRICS, *TRAINING_METRICS)
         if loss != loading.DEFAULT_LOSS:  # whose outputs are no logits of a softmax
             metrics = tuple(m for m in metrics if m.rpartition("/")[2] not in OF_PROBABILITIES)

@@ -199,13 +199,13 @@ class Classifier(pl.LightningModule):
         with _preserved_buffers(self._run_again):
             super().backward(loss, *args, **kwargs)
 
-    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        """Add a batch to the ``val/`` metrics."""
-        self._evaluate("val", batch)
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> dict[str, Tensor]:
+        """Add a batch to the ``val/`` metrics; return the ``logits`` and ``targets`` of its labeled images for callbacks."""
+        return self._evaluate("val", batch)
 
-    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        """Add a batch to the ``test/`` metrics."""
-        self._evaluate("test", batch)
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> dict[str, Tensor]:
+        """Add a batch to the ``test/`` metrics; return the ``logits`` and ``targets`` of its labeled images for callbacks."""
+        return self._evaluate("test", batch)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Make the gradient that of the mean over the step's images; log its norm before clipping, at the logging interval."""
@@ -265,7 +265,7 @@ class Classifier(pl.LightningModule):
             counts = (facts.get("right", 0), facts.get("seen", 0)) if self.global_rank == 0 else (0, 0)
             self._counts = torch.tensor(counts, dtype=torch.int64)
 
-    def _evaluate(self, stage: str, batch: tuple[Tensor, Tensor]) -> None:
+    def _evaluate(self, stage: str, batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
         x, y = batch
         counts = labeled(y)
         logits = self(x)[counts]
@@ -289,6 +289,7 @@ class Classifier(pl.LightningModule):
         for name, metric in metrics["scores"].items(keep_base=True):
             if name != "ece" or is_likelihood:
                 self.log(f"{stage}/{name}", metric, batch_size=n, prog_bar=name == "accuracy", on_epoch=True)
+        return {"logits": logits.detach(), "targets": y}
 
     def _batches_per_epoch(self) -> int:
         batches = self.trainer.num_training_batches
