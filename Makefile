@@ -10,7 +10,11 @@ INSTALL := $(if $(UV),$(UV) pip install --quiet --python $(RUN),$(BIN)/pip insta
 PROFILE ?= smoke
 SEEDS ?= 1
 REPRODUCE := $(RUN) -m vitscope reproduce
-REPRODUCED = profile=$(PROFILE) seeds=$(SEEDS)
+# empty settings are left out; OVERRIDES='optimizer.lr=1e-3 trainer.max_epochs=5' holds for every run, SLURM='partition=gpu time=600'
+REPRODUCED = profile=$(PROFILE) seeds=$(SEEDS) $(if $(GPUS),gpus=$(GPUS)) $(if $(JOBS),jobs=$(JOBS)) \
+  $(if $(OVERRIDES),overrides='$(OVERRIDES)') $(if $(DRY),dry=$(DRY)) $(if $(LAUNCHER),launcher=$(LAUNCHER)) \
+  $(addprefix slurm.,$(SLURM))
+FIGURES := $(addprefix fig,1 2 3 4 5 6 7 8 9 10 11 12 B C1 C2 C3 C4 C5 C6 C7 D1 D2 D3 D4 E F1 F2)
 QUESTIONS := landscape-objective msa-placement baselines sam
 TABLES := table-models table-curvature table-robustness table-buildup table-claims
 PYTEST ?= $(BIN)/pytest
@@ -24,6 +28,11 @@ BENCH ?= hessian landscape representation attention training data report sweep s
 
 help: ## list the targets
 	@grep -hE '^[a-zA-Z0-9_%-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  %-24s %s\n", $$1, $$2}'
+	@echo
+	@echo "reproduce makes all of these; each is a target with the same settings:"
+	@printf '  %s\n' "$(wordlist 1,16,$(FIGURES))" "$(wordlist 17,99,$(FIGURES))" "$(TABLES)" "$(QUESTIONS)"
+	@echo "settings: PROFILE=smoke|cifar100|imagenet SEEDS=5 GPUS=0,1 or JOBS=2 OVERRIDES='optimizer.lr=1e-3'"
+	@echo "  DRY=1 (list runs, hours and disk) LAUNCHER=slurm SLURM='partition=gpu time=1440'"
 
 $(SETUP): pyproject.toml constraints.txt
 	@test -x $(RUN) || $(PYTHON) -m venv $(VENV)
@@ -75,7 +84,7 @@ format: $(SETUP) ## let ruff rewrite
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-reproduce: $(SETUP) ## every figure and table, and the page (PROFILE=smoke|cifar100|imagenet SEEDS=1)
+reproduce: $(SETUP) ## every figure and table, and the page (PROFILE=smoke|cifar100|imagenet SEEDS=1 GPUS=0,1 JOBS=2 DRY=1)
 	$(REPRODUCE) all $(REPRODUCED)
 
 $(QUESTIONS): $(SETUP)

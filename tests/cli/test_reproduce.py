@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
 import signal
+import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -12,12 +14,14 @@ import pytest
 
 from tests.helpers.report_runs import CARD, curve, spectrum, write_run
 from vitscope.cli import exit_codes, reproduce
+from vitscope.cli.reproduce import Request
 from vitscope.config import error_translation
 from vitscope.reproduce import plan as reproduction
 from vitscope.reproduce.plan import Outcome, Trial
 from vitscope.runtime import stop_flag
 from vitscope.runtime.errors import ConfigError, DataError
 
+ROOT = Path(__file__).parents[2]
 PLAN: dict[str, Any] = {
     "profiles": {"smoke": {"models": {"vit": "model=vit", "convnet": "model=convnet"}}},
     "targets": {
@@ -59,7 +63,7 @@ class Fake:
 
 
 def run(names: Sequence[str], tmp_path: Path, fake: Any) -> None:
-    reproduce.reproduce(names, "smoke", 1, tmp_path / "runs", tmp_path / "figures", fake)
+    reproduce.reproduce(Request(list(names), runs=tmp_path / "runs", out=tmp_path / "figures"), fake)
 
 
 @pytest.mark.usefixtures("command_messages")
@@ -131,40 +135,20 @@ def test_results_with_other_settings_are_not_taken(tmp_path: Path, capsys: pytes
     assert "missing: fig4: run vit-run: hessian (not measured at end)" in capsys.readouterr().err
 
 
-def _tried(trial: Trial, root: Path) -> Outcome:
-    """In the other process: one trial kills it, one fails, one does well."""
-    import os
-
-    if "seed=1" in trial.overrides:
-        os._exit(9)
-    if "seed=2" in trial.overrides:
-        raise ValueError("no such data")
-    return Outcome(root / trial.overrides[0])
-
-
-@pytest.mark.slow  # two processes that import torch
-def test_a_process_that_dies_takes_one_trial_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reproduce, "_serve", _serve_with_tried)
-    trials = [Trial((f"seed={seed}",)) for seed in range(4)]
-    outcomes = [outcome for _, outcome in reproduce.in_processes(trials, tmp_path)]
-    assert [outcome.run and outcome.run.name for outcome in outcomes] == ["seed=0", None, None, "seed=3"]
-    assert "ended with 9" in outcomes[1].problems[0]
-    assert "no such data" in outcomes[2].problems[0]
-
-
-def _serve_with_tried(pipe: Any, trials: Sequence[Trial], root: Path) -> None:
-    from vitscope.reproduce import trial
-
-    trial.perform = _tried
-    reproduce._serve(pipe, trials, root)
-
-
 @pytest.mark.parametrize(
     ("argv", "why"),
     [
         (["fig4", "profil=smoke"], "did you mean profile"),
         (["fig4", "seeds=0"], "at least 1"),
         (["fig4", "seeds=x"], "at least 1"),
+        (["fig4", "jobs=0"], "jobs=0: not a whole number of at least 1; give one, such as jobs=2"),
+        (["fig4", "dry=maybe"], "dry=maybe: not true or false; write dry=true"),
+        (["fig4", "--dry-run"], "--dry-run: no such option; options are key=value, such as dry=true"),
+        (["profile=smoke"], "no figure or table named; write vitscope reproduce all"),
+        (["fig4", "launcher=pbs"], "launcher=pbs: no such launcher; choose local or slurm"),
+        (["fig4", "launcher=slurm", "gpus=0"], "gpus=0: SLURM chooses the GPUs"),
+        (["fig4", "slurm.partition=gpu"], "launcher=slurm is not set"),
+        (["fig4", "overrides=lr"], "overrides=lr: not key=value"),
     ],
 )
 def test_arguments_are_checked(argv: list[str], why: str) -> None:
@@ -172,15 +156,74 @@ def test_arguments_are_checked(argv: list[str], why: str) -> None:
         reproduce.arguments(argv)
 
 
-def test_folders_follow_the_profile() -> None:
-    names, profile, seeds, root, out = reproduce.arguments(["fig4", "table-models", "profile=cifar100", "seeds=5"])
-    assert (names, profile, seeds) == (["fig4", "table-models"], "cifar100", 5)
-    assert (root, out) == (Path("runs/reproduce-cifar100"), Path("figures/cifar100"))
+def test_folders_follow_the_profile_and_the_overrides() -> None:
+    request = reproduce.arguments(["fig4", "table-models", "profile=cifar100", "seeds=5", "gpus=", "jobs="])
+    assert (request.names, request.profile, request.seeds) == (["fig4", "table-models"], "cifar100", 5)
+    assert (request.runs, request.out) == (Path("runs/reproduce-cifar100"), Path("figures/cifar100"))
+    assert (request.gpus, request.jobs, request.dry, request.launcher) == (None, None, False, "local")
+    one = reproduce.arguments(["fig4", "overrides=optimizer.lr=1e-3 trainer.max_epochs=5"])
+    assert one.overrides == ("optimizer.lr=1e-3", "trainer.max_epochs=5")
+    assert one.runs.name.startswith("reproduce-smoke-optimizer.lr-1e-3-trainer.max_epochs-5-")
+    assert one.out.name == one.runs.name.removeprefix("reproduce-")
+    other = reproduce.arguments(["fig4", "overrides=trainer.max_epochs=5 optimizer.lr=1e-3"])
+    assert other.runs == one.runs
+    assert reproduce.arguments(["fig4", "overrides=optimizer.lr=1e-4"]).runs != one.runs
+    assert reproduce.arguments(["fig4", "overrides=data.root=/data"]).runs == Path("runs/reproduce-smoke")
+    slurm = reproduce.arguments(["all", "launcher=slurm", "slurm.partition=gpu", "slurm.time=600", "dry=1"])
+    assert (dict(slurm.slurm), slurm.dry) == ({"partition": "gpu", "time": 600}, True)
+
+
+def test_the_help_lists_every_target(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.undo()
+    with pytest.raises(SystemExit):
+        reproduce.arguments(["--help"])
+    words = set(capsys.readouterr().out.replace(",", " ").replace("(", " ").replace(")", " ").split())
+    plan = reproduction.read()
+    assert {"all", *plan["targets"], *reproduction.groups(plan), *plan["profiles"]} <= words
+    shown = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    assert {"reproduce", *reproduction.groups(plan)} <= set(shown)
+
+
+def test_make_hands_its_settings_over() -> None:
+    settings = ["PROFILE=cifar100", "GPUS=0,1", "JOBS=4", "OVERRIDES=optimizer.lr=1e-3 trainer.max_epochs=5", "DRY=1"]
+    slurm = ["LAUNCHER=slurm", "SLURM=partition=gpu time=600"]
+    for target, name in (("reproduce", "all"), ("fig4", "fig4"), ("table-models", "table-models"), ("sam", "sam")):
+        make = ["make", "-n", target, *settings, *slurm]
+        text = subprocess.run(make, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        (line,) = [line for line in text.splitlines() if "vitscope reproduce" in line]
+        words = shlex.split(line)
+        assert words[words.index("reproduce") + 1 :] == [
+            name, "profile=cifar100", "seeds=1", "gpus=0,1", "jobs=4", "overrides=optimizer.lr=1e-3 trainer.max_epochs=5",
+            "dry=1", "launcher=slurm", "slurm.partition=gpu", "slurm.time=600",
+        ]  # fmt: skip
+
+
+def test_dry_lists_the_work_and_does_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    reproduce.reproduce(reproduce.arguments(["fig9", "fig8", "dry=true", "overrides=optimizer.lr=3e-4", "jobs=2"]))
+    shown = capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == []
+    lines = [line.split() for line in shown.splitlines()]
+    assert ["train", "model=convnet", "seed=0", "29", "s"] in lines  # the profile's stated rate
+    assert ["train", "model=vit", "model.depth=4", "seed=0", "29", "s"] in lines
+    table = {line[0]: line for line in lines if len(line) > 6}
+    assert table["fig9"][1:8] == ["2", "0", "0", "0", "2", "58", "s"]
+    assert table["fig8"][1:8] == ["1", "0", "0", "0", "1", "29", "s"]
+    assert table["together"][1:8] == ["3", "0", "0", "0", "2", "58", "s"]  # the ViT is trained once
+    assert "with 2 jobs side by side about 29 s" in shown
+    assert "time: by README.md: all targets in 45 minutes on two CPU cores" in shown
+    with pytest.raises(ConfigError, match="optimizer.lrr.*did you mean lr"):
+        reproduce.reproduce(reproduce.arguments(["fig9", "dry=true", "overrides=optimizer.lrr=3e-4"]))
+    with pytest.raises(ConfigError, match="weight_decay=-1"):  # composes, and does not validate
+        reproduce.reproduce(reproduce.arguments(["fig9", "dry=true", "overrides=objective.weight_decay=-1"]))
 
 
 def test_an_unknown_target_ends_with_2(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(sys, "argv", ["vitscope reproduce", "fig44"])
-    code = exit_codes.run_command(lambda: reproduce.reproduce(*reproduce.arguments(sys.argv[1:])))
+    code = exit_codes.run_command(lambda: reproduce.reproduce(reproduce.arguments(sys.argv[1:])))
     assert code == 2
     assert "target=fig44: no such figure or table; did you mean fig4" in capsys.readouterr().err
 

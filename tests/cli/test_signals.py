@@ -10,12 +10,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
 from tests.helpers.report_runs import curve, spectrum, write_run
 from tests.helpers.run_folders import losses, only_run
-from vitscope.cli import exit_codes, report, reproduce
+from vitscope.cli import exit_codes, report, reproduce_jobs
 from vitscope.reports.figures import figure_worker
-from vitscope.reproduce.plan import Outcome
+from vitscope.reproduce import trial_jobs
+from vitscope.reproduce.plan import Outcome, Trial
+from vitscope.reproduce.planned_work import TRAIN, PlannedTrial
 from vitscope.runs.checkpoints import checkpoint_io
 from vitscope.runs.wandb_mirror import WandbMirror
 from vitscope.runtime import stop_flag
@@ -152,49 +155,47 @@ def test_report(
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 def test_reproduce(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, signum: int) -> None:
-    """The process that trains is asked to save and waited for; what was finished before is kept."""
-    terminated = []
+    """The processes that train are asked to save and waited for; what was finished before is kept."""
+    events = []
 
-    class Child:
-        exitcode = None
+    class Training:
+        code: int | None = None
 
-        def __init__(self, **_: object) -> None: ...
+        def poll(self) -> int | None:
+            return self.code
 
-        def start(self) -> None: ...
+        def send_signal(self, sig: int, /) -> None:
+            events.append("asked")
 
-        def terminate(self) -> None:
-            terminated.append("asked")
+        def wait(self, timeout: float | None = None) -> None:
+            events.append("waited for")
+            self.code = 143
 
-        def join(self) -> None:
-            terminated.append("waited for")
+        def kill_all(self) -> None:
+            events.append("killed")
 
-    class Pipe:
-        def close(self) -> None: ...
+    def fork(job: trial_jobs.TrialJob, slot: object) -> Training:
+        training = Training()
+        if job.trial.overrides == ("seed=0",):
+            trial_jobs.write_outcome(Outcome(tmp_path / "first"), job.folder)
+            training.code = 0
+        return training
 
-        def poll(self, seconds: float) -> bool:
-            if terminated or sent:
-                os.kill(os.getpid(), signum)
-            return not sent
+    def planned(trials: list[Trial], root: Path, checks: bool) -> list[PlannedTrial]:
+        return [PlannedTrial(trial, OmegaConf.create({}), trial.name, TRAIN, ()) for trial in trials]
 
-        def recv(self) -> Outcome:
-            sent.append(True)
-            return Outcome(tmp_path / "first")
-
-    sent: list[bool] = []
-
-    class Context:
-        Process = Child
-
-        @staticmethod
-        def Pipe() -> tuple[Pipe, Pipe]:
-            return Pipe(), Pipe()
-
-    monkeypatch.setattr(reproduce.multiprocessing, "get_context", lambda kind: Context)
+    monkeypatch.setattr(reproduce_jobs, "fork", fork)
+    monkeypatch.setattr(reproduce_jobs.planned_work, "plan_trials", planned)
+    monkeypatch.setattr(reproduce_jobs.cost_estimates, "estimate", lambda planned, rates: [])
     finished = []
-    trials = [reproduce.Trial((f"seed={seed}",)) for seed in range(2)]
+    trials = [Trial((f"seed={seed}",)) for seed in range(2)]
 
     def command() -> None:
-        finished.extend(reproduce.in_processes(trials, tmp_path))
+        work = reproduce_jobs.work(None, 2, launcher="local", slurm={}, rates=lambda: None, checks=False)
+        for trial, outcome in work(trials, tmp_path):
+            finished.append((trial.name, outcome.run))
+            os.kill(os.getpid(), signum)
 
     assert exit_codes.run_command(command) == CODES[signal.Signals(signum)]
-    assert terminated == ["asked", "waited for"]
+    assert events == ["asked", "waited for"]
+    assert finished == [("seed=0", tmp_path / "first")]

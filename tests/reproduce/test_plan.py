@@ -68,7 +68,18 @@ def test_claims_take_the_seeds_that_verdicts_need() -> None:
     assert len(plan.target("fig1b", PLAN, "smoke", seeds=2).trials) == 2
 
 
+def test_overrides_hold_for_every_run_and_win_over_the_profile() -> None:
+    target = plan.target("fig1a", PLAN, "smoke", 2, ("logger=wandb", "optimizer.lr=1e-3", "++analysis.cka.n=3"))
+    assert [trial.name for trial in target.trials] == [
+        f"experiment=a profile=smoke logger=wandb model=vit model.depth=2 seed={seed} optimizer.lr=1e-3 ++analysis.cka.n=3"
+        for seed in (0, 1)
+    ]
+    with pytest.raises(ConfigError, match=r"data.fraction=0.5: fig1a sets this key itself \(0.1, 1.0\); leave it out"):
+        plan.target("fig1a", PLAN, "big", 1, ("data.fraction=0.5",))
+
+
 def test_names() -> None:
+    assert plan.groups(PLAN) == {"fig1": ["fig1a", "fig1b"], "fig10": ["fig10"], "table-claims": ["table-claims"]}
     assert plan.select(["fig1"], PLAN) == ["fig1a", "fig1b"]  # not fig10
     assert plan.select(["fig1b", "fig1"], PLAN) == ["fig1b", "fig1a"]
     assert plan.select(["all"], PLAN) == list(PLAN["targets"])

@@ -10,9 +10,13 @@ from vitscope.analyses import runner, spec
 from vitscope.cli import reproduce
 from vitscope.core.probe import Probe
 from vitscope.reproduce import plan as reproduction
+from vitscope.reproduce import planned_work
+from vitscope.reproduce.cost_estimates import Rates, estimate
 from vitscope.reproduce.plan import Trial
+from vitscope.reproduce.planned_work import EXISTS, MEASURE, TRAIN
 from vitscope.reproduce.trial import composed, perform
 from vitscope.runs.checkpoints import checkpoint_io
+from vitscope.runs.run_dir import Run
 
 # libraries that warn about themselves
 pytestmark = [pytest.mark.usefixtures("small_figures"), pytest.mark.filterwarnings(
@@ -50,6 +54,36 @@ def test_trained_and_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("vitscope.reproduce.trial.train", forbidden)
     monkeypatch.setattr(runner, "_measured", forbidden)
     assert perform(trial, tmp_path) == first
+    _check_plan_and_estimates(trial, tmp_path, Run(first.run))
+
+
+def _check_plan_and_estimates(trial: Trial, root: Path, run: Run) -> None:
+    """A plan knows the run again, tells it from runs with other settings, and estimates these from its rates."""
+    with_other_seed = Trial((*TINY[:-1], "seed=1"), trial.tags)
+    with_other_lr = Trial((*TINY, "optimizer.lr=0.5"), trial.tags)
+    longer = Trial(tuple(o for o in TINY if o != "caps=smoke"))
+    other_options = Trial((*TINY, "analysis.hessian.n_top=1"), ("end",))
+    planned = planned_work.plan_trials([trial, with_other_seed, with_other_lr, longer, other_options], root)
+    assert [p.state for p in planned] == [EXISTS, TRAIN, TRAIN, TRAIN, MEASURE]
+    assert [p.run for p in planned] == [run, None, None, None, run]
+    assert [len(p.missing) for p in planned] == [0, 2, 2, 1, 1]
+    assert len({p.identity for p in planned}) == 4  # what is measured is no part of it
+    facts = run.provenance()
+    (hessian_s,) = facts["measured_s"].values()
+    rates = Rates([root], {})
+    costs = estimate(planned, rates)
+    assert costs[1].seconds == pytest.approx(facts["wall_s"] + 2 * hessian_s)
+    n_steps = (3, 2 * 16)  # of the run, and of two epochs of the profile's 16 batches
+    assert rates.training_seconds(planned[3]) == pytest.approx(facts["wall_s"] / n_steps[0] * n_steps[1])
+    assert [cost.unknown_time for cost in costs] == [0, 0, 0, 1, 1]  # a spectrum of more images, and of another n_top
+    size = sum(path.stat().st_size for path in run.path.rglob("*") if path.is_file())
+    assert [round(cost.size) for cost in costs] == [0, size, size, size, 0]
+    nothing_known = estimate(planned, Rates([], {}))
+    assert [cost.unknown_time for cost in nothing_known] == [0, 1, 1, 1, 1]
+    assert all(cost.seconds == 0 for cost in nothing_known)
+    stated = estimate(planned, Rates([], {"rates": {"seconds_per_training": 7, "source": "a guess"}}))
+    assert [cost.seconds for cost in stated] == [0, 7, 7, 7, 0]
+    assert stated[4].unknown_time == 1  # a measurement alone has no stated rate
 
 
 def test_an_analysis_that_fails_or_lacks_its_checkpoint_is_named(
@@ -78,7 +112,7 @@ def test_a_figure_for_real(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
     }  # fmt: skip
     monkeypatch.setattr(reproduction, "read", lambda path=None: plan)
     for _ in range(2):
-        reproduce.reproduce(["fig2"], "smoke", 1, tmp_path / "runs", tmp_path / "figures")
+        reproduce.reproduce(reproduce.Request(["fig2"], runs=tmp_path / "runs", out=tmp_path / "figures"))
     assert len(list((tmp_path / "runs").iterdir())) == 1
     drawn = {file.name for file in (tmp_path / "figures" / "fig2a").glob("*.png")}
     assert drawn == {"fourier-end-depth.png", "branch_transfer-end.png", "variance-end.png"}

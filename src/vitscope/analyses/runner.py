@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from omegaconf import DictConfig
 
 from vitscope.analyses import arguments, outputs
 from vitscope.analyses.context import AnalysisContext
@@ -93,11 +94,15 @@ def _stem(analysis: Analysis, place: AnalysisContext) -> str:
 
 
 def settings_hash(analysis: Analysis, place: AnalysisContext) -> str:
-    """Return the 8 digits that name an analysis's settings: its options, its images and the objective.
+    """Return the 8 digits that name an analysis's settings: its options, its images and the objective."""
+    return settings_hash_under(analysis, place.cfg)
+
+
+def settings_hash_under(analysis: Analysis, cfg: DictConfig) -> str:
+    """Return `settings_hash` from a run's configuration alone.
 
     Files that options name count with their content, so that a result is not taken for that of other weights.
     """
-    cfg = place.cfg
     data = {
         k: v for k, v in loading.plain(cfg.data).items() if k not in ("root", "num_workers", "batch_size", "recipe")
     }

@@ -3,171 +3,265 @@
 from __future__ import annotations
 
 import logging
-import multiprocessing
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from vitscope.cli import exit_codes
-from vitscope.config import error_translation, loading
+from vitscope.config import loading
 from vitscope.reproduce import plan as reproduction
+from vitscope.reproduce import run_overrides
 from vitscope.reproduce.plan import Outcome, Target, Trial
-from vitscope.runtime import errors, stop_flag
+from vitscope.runtime import errors
 from vitscope.runtime.errors import ConfigError, DataError
 from vitscope.runtime.logging import log_problem
-from vitscope.runtime.stop_flag import Interrupted
 
 _logger = logging.getLogger(__name__)
 
-OPTIONS = {"profile": "smoke", "seeds": "1", "runs": "", "out": ""}
+USAGE = """usage: vitscope reproduce TARGET ... [profile=smoke] [seeds=1] [gpus=0,1 | jobs=2] [overrides='key=value ...']
+                          [dry=true] [launcher=slurm [slurm.KEY=value ...]] [runs=FOLDER] [out=FOLDER]
+
+  TARGET        all, or figures and tables of the list below; fig1 is fig1a, fig1b and fig1c
+  profile=      {profiles}
+  seeds=5       seeds 0 to 4 of each experiment
+  gpus=0,1      one run at a time on each of these GPUs (0+1: a run on two); jobs=4 beside it: two on each
+  jobs=2        so many runs side by side on the CPU, which share its cores
+  overrides=    settings of every training, such as 'optimizer.lr=1e-3 trainer.max_epochs=50'; such runs have folders of their own
+  dry=true      only list the runs that each target needs, which exist, and the estimated hours and disk space
+  launcher=slurm  submit each run as a SLURM job through submitit; jobs=8: at most 8 at a time; slurm.partition=gpu
+                slurm.time=1440 (minutes) ... are options of sbatch, see docs/reproduce.md
+  runs=         the folder of runs; default: runs/reproduce-<profile>
+  out=          the folder of figures and tables; default: figures/<profile>
+
+The same command resumes: finished runs and results are kept.
+
+figures of the paper:
+{figures}
+tables:
+{tables}
+beyond the paper:
+{questions}"""
+OPTIONS = ("profile", "seeds", "runs", "out", "gpus", "jobs", "overrides", "dry", "launcher")
 
 Work = Callable[[Sequence[Trial], Path], Iterator[tuple[Trial, Outcome]]]
 
 
+@dataclass(frozen=True)
+class Request:
+    """A command line.
+
+    Attributes:
+        names: Targets; ``all``, or a figure for all its parts.
+        profile: Profile of ``conf/reproduce.yaml``.
+        seeds: Number of seeds of each experiment.
+        runs: The folder of runs.
+        out: The folder of figures, a folder a target in it.
+        gpus: GPUs such as ``0,1``; None for none in particular.
+        jobs: Number of jobs side by side; None for one, or one a GPU.
+        overrides: Settings of every run.
+        dry: Whether only to list the work.
+        launcher: ``local`` or ``slurm``.
+        slurm: Options of ``sbatch``.
+    """
+
+    names: list[str]
+    profile: str = "smoke"
+    seeds: int = 1
+    runs: Path = Path("runs/reproduce-smoke")
+    out: Path = Path("figures/smoke")
+    gpus: str | None = None
+    jobs: int | None = None
+    overrides: tuple[str, ...] = ()
+    dry: bool = False
+    launcher: str = "local"
+    slurm: Mapping[str, Any] = field(default_factory=dict)
+
+
 def main() -> None:
     """Run the command with ``sys.argv`` and end the process with its exit code."""
-    exit_codes.run(lambda: reproduce(*arguments(sys.argv[1:])))
+    exit_codes.run(lambda: reproduce(arguments(sys.argv[1:])))
 
 
-def arguments(argv: Sequence[str]) -> tuple[list[str], str, int, Path, Path]:
-    """Return targets, profile, number of seeds, the folder of runs and that of figures from a command line.
+def arguments(argv: Sequence[str]) -> Request:
+    """Return what a command line asks for.
 
     Raises:
-        ConfigError: an unknown option, or seeds that are no number.
+        ConfigError: An unknown option, or a value that does not fit.
+        SystemExit: The help was asked for and has been printed.
     """
-    if not argv or argv[0] in ("-h", "--help"):
-        target_names = " ".join(reproduction.read()["targets"])
-        print("usage: vitscope reproduce TARGET ... [profile=smoke] [seeds=1] [runs=FOLDER] [out=FOLDER]")
-        print(f"targets: all {target_names}")
+    if not argv or {"-h", "--help"} & set(argv):
+        print(usage())
         raise SystemExit(0)
     names = [a for a in argv if "=" not in a]
     options = {key: value for key, _, value in (a.partition("=") for a in argv if "=" in a)}
+    for name in names:
+        if name.startswith("-"):
+            fix = "options are key=value, such as dry=true; see vitscope reproduce --help"
+            raise ConfigError(name, None, "no such option", fix)
     for key in options:
-        if key not in OPTIONS:
+        if key not in OPTIONS and not key.startswith("slurm."):
             raise ConfigError(key, options[key], "no such option", errors.nearest(key, OPTIONS))
-    settings = {**OPTIONS, **options}
-    if not settings["seeds"].isdigit() or int(settings["seeds"]) < 1:
-        raise ConfigError("seeds", settings["seeds"], "not a number of at least 1", "give one, such as seeds=5")
-    root = Path(settings["runs"] or f"runs/reproduce-{settings['profile']}")
-    return (
-        names,
-        settings["profile"],
-        int(settings["seeds"]),
-        root,
-        Path(settings["out"] or f"figures/{settings['profile']}"),
+    if not names:
+        raise ConfigError(
+            "target", None, "no figure or table named", "write vitscope reproduce all, or fig4, or table-models"
+        )
+    settings = {key: value for key, value in options.items() if value}  # make leaves what was not set empty
+    profile = settings.get("profile", "smoke")
+    overrides = run_overrides.checked(settings.get("overrides", ""))
+    suffix = run_overrides.suffix(overrides)
+    launcher = settings.get("launcher", "local")
+    if launcher not in ("local", "slurm"):
+        raise ConfigError("launcher", launcher, "no such launcher", "choose local or slurm")
+    slurm = {
+        key.removeprefix("slurm."): yaml.safe_load(value) for key, value in settings.items() if key.startswith("slurm.")
+    }
+    if slurm and launcher != "slurm":
+        raise ConfigError(f"slurm.{next(iter(slurm))}", None, "launcher=slurm is not set", "add launcher=slurm")
+    if launcher == "slurm" and "gpus" in settings:
+        raise ConfigError(
+            "gpus", settings["gpus"], "SLURM chooses the GPUs", "leave it out; slurm.gpus_per_node=2 asks for two"
+        )
+    return Request(
+        names=names,
+        profile=profile,
+        seeds=_whole("seeds", settings.get("seeds", "1")),
+        runs=Path(settings.get("runs", f"runs/reproduce-{profile}{suffix}")),
+        out=Path(settings.get("out", f"figures/{profile}{suffix}")),
+        gpus=settings.get("gpus"),
+        jobs=_whole("jobs", settings["jobs"]) if "jobs" in settings else None,
+        overrides=overrides,
+        dry=_flag("dry", settings.get("dry", "false")),
+        launcher=launcher,
+        slurm=slurm,
     )
 
 
-def reproduce(names: Sequence[str], profile: str, seeds: int, root: Path, out: Path, work: Work | None = None) -> None:
+def usage() -> str:
+    """Return the help: options, and every target."""
+    plan = reproduction.read()
+    groups = reproduction.groups(plan)
+    figures = [name if parts == [name] else f"{name} ({', '.join(parts)})" for name, parts in groups.items()
+               if name.startswith("fig")]  # fmt: skip
+    tables = [name for name in groups if name.startswith("table-")]
+    questions = [name for name in groups if not name.startswith(("fig", "table-"))]
+    return USAGE.format(
+        profiles=", ".join(plan["profiles"]),
+        figures=_wrapped(figures),
+        tables=_wrapped(tables),
+        questions=_wrapped(questions),
+    )
+
+
+def _wrapped(names: Sequence[str], width: int = 110) -> str:
+    lines = [""]
+    for name in names:
+        if lines[-1] and len(lines[-1]) + len(name) > width:
+            lines.append("")
+        lines[-1] += f"  {name}"
+    return "\n".join(lines)
+
+
+def _whole(name: str, text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise ConfigError(name, text, "not a whole number of at least 1", f"give one, such as {name}=2")
+    return int(text)
+
+
+def _flag(name: str, text: str) -> bool:
+    if text.lower() not in ("true", "false", "1", "0"):
+        raise ConfigError(name, text, "not true or false", f"write {name}=true, or leave it out")
+    return text.lower() in ("true", "1")
+
+
+def reproduce(request: Request, work: Work | None = None) -> None:
     """Train and measure what the targets lack, draw them, and name every cell that is missing.
 
     Args:
-        names: of targets; ``all``, or a figure for all its parts.
-        profile: of ``conf/reproduce.yaml``.
-        seeds: of each experiment.
-        root: the folder of runs.
-        out: the folder of figures, a folder a target in it.
-        work: performs trials; other processes do by default.
+        request: What to make, and how.
+        work: Performs trials; jobs on this machine or on SLURM do by default.
 
     Raises:
-        ConfigError: an unknown target or profile.
-        DataError: numbers or figures are missing; each is named on stderr.
-        Interrupted: a stop was asked for; what was finished is kept.
+        ConfigError: An unknown target or profile, or a setting that does not fit.
+        DataError: Numbers or figures are missing; each is named on stderr.
+        Interrupted: A stop was asked for; what was finished is kept.
     """
     plan = reproduction.read()
-    targets = [reproduction.target(name, plan, profile, seeds) for name in reproduction.select(names, plan)]
+    names = reproduction.select(request.names, plan)
+    targets = [reproduction.target(name, plan, request.profile, request.seeds, request.overrides) for name in names]
     from vitscope.reproduce import draw as drawing  # imports torch; a target that does not exist has been refused
 
     trials = list(dict.fromkeys(trial for target in targets for trial in target.trials))
+    if request.dry:
+        _list_work(request, plan, targets, trials)
+        return
     outcomes: dict[Trial, Outcome] = {}
     waiting = list(targets)
     problems: list[str] = []
     started = time.monotonic()
-    for trial, outcome in (work or in_processes)(trials, root):
+    for trial, outcome in (work or _jobs(request, plan))(trials, request.runs):
         outcomes[trial] = outcome
-        state = "failed" if outcome.problems else "done"
-        _logger.info(f"[{len(outcomes)}/{len(trials)}, {time.monotonic() - started:.0f} s] {state}: {trial.name}")
+        if work is not None:
+            state = "failed" if outcome.problems else "done"
+            _logger.info(f"[{len(outcomes)}/{len(trials)}, {time.monotonic() - started:.0f} s] {state}: {trial.name}")
         for target in [t for t in waiting if all(needed in outcomes for needed in t.trials)]:
             waiting.remove(target)
-            problems += _drawn(target, outcomes, out, drawing.draw)
+            problems += _drawn(target, outcomes, request.out, drawing.draw)
     for target in waiting:
-        problems += _drawn(target, outcomes, out, drawing.draw)
-    if "all" in names:
-        _page(root, out)
+        problems += _drawn(target, outcomes, request.out, drawing.draw)
+    if "all" in request.names:
+        _page(request.runs, request.out)
     problems = list(dict.fromkeys(problems))
     for problem in problems:
         log_problem(_logger, problem)
     if problems:
-        raise DataError("target", " ".join(names), f"{len(problems)} missing or failed, named above",
+        raise DataError("target", " ".join(request.names), f"{len(problems)} missing or failed, named above",
                         "see the runs' log.txt and run the same command again")  # fmt: skip
 
 
-def in_processes(trials: Sequence[Trial], root: Path) -> Iterator[tuple[Trial, Outcome]]:
-    """Perform trials in one other process, which pays for imports once; one that dies is replaced for those left.
+def _rates(request: Request, plan: Mapping[str, Any]) -> Any:
+    from vitscope.reproduce.cost_estimates import Rates
+
+    folders = [request.runs]
+    if request.runs.parent.name == "runs":  # runs of other overrides and profiles tell rates too
+        folders.append(request.runs.parent)
+    return Rates(folders, plan["profiles"][request.profile], plan.get("train_images"))
+
+
+def _list_work(request: Request, plan: Mapping[str, Any], targets: Sequence[Target], trials: Sequence[Trial]) -> None:
+    """Print what is to be done, and do nothing."""
+    from vitscope.reproduce import planned_work, work_listing
+
+    planned = planned_work.plan_trials(trials, request.runs, checks=bool(request.overrides))
+    seeds = f"{request.seeds} seed{'s' * (request.seeds > 1)}"
+    settings = f", {' '.join(request.overrides)}" if request.overrides else ""
+    print(f"profile {request.profile}, {seeds}{settings}; runs in {request.runs}, figures in {request.out}\n")
+    n_slots = max(1, len(request.gpus.split(",")) if request.gpus else 0, request.jobs or 0)
+    by_trial = {p.trial: p for p in planned}
+    print(work_listing.listing(targets, by_trial, _rates(request, plan), n_slots))
+    print("nothing was run (dry)")
+
+
+def _jobs(request: Request, plan: Mapping[str, Any]) -> Work:
+    """Return the work that performs trials as jobs of the sweep's scheduler.
 
     Raises:
-        Interrupted: a stop was asked for; the trial that ran has saved its checkpoint.
+        ConfigError: GPUs that are not here, no submitit, or no SLURM.
     """
-    remaining_trials = list(trials)
-    context = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
-    while remaining_trials:
-        parent_end, child_end = context.Pipe()
-        process = context.Process(target=_serve, args=(child_end, list(remaining_trials), root))
-        process.start()
-        child_end.close()
-        try:
-            while remaining_trials:
-                outcome = _awaited(parent_end)
-                yield remaining_trials.pop(0), outcome
-        except EOFError:  # killed, out of memory, a crash in a library
-            process.join()
-            name = remaining_trials[0].name
-            yield (
-                remaining_trials.pop(0),
-                Outcome(None, (f"failed: {name} (its process ended with {process.exitcode})",)),
-            )
-        except (Interrupted, GeneratorExit):
-            process.terminate()  # it saves, then ends
-            raise
-        finally:
-            process.join()
+    from vitscope.cli import reproduce_jobs
 
-
-def _awaited(pipe: Any) -> Outcome:
-    stop_flag.check()
-    while not pipe.poll(0.5):
-        stop_flag.check()
-    received = pipe.recv()
-    if isinstance(received, int):
-        raise Interrupted(received)
-    return received
-
-
-def _serve(pipe: Any, trials: Sequence[Trial], root: Path) -> None:
-    """Perform trials and send what became of each; stop at a signal."""
-    for trial in trials:
-        outcomes: list[Outcome] = []
-        code = exit_codes.run_command(lambda trial=trial, outcomes=outcomes: outcomes.append(attempted(trial, root)))
-        if stop_flag.requested() is not None:
-            pipe.send(stop_flag.requested())
-            return
-        pipe.send(outcomes[0] if outcomes else Outcome(None, (f"failed: {trial.name} (exit code {code}, see above)",)))
-
-
-def attempted(trial: Trial, root: Path) -> Outcome:
-    """Perform a trial; one that fails is an outcome with its reason, and its traceback goes where errors go."""
-    from vitscope.reproduce.trial import perform  # imports torch, which the process that starts trials does not need
-
-    try:
-        return perform(trial, root)
-    except (Interrupted, KeyboardInterrupt):
-        raise
-    except Exception as error:
-        explained = error_translation.explain(error)
-        _logger.error(str(explained or repr(error)))
-        return Outcome(None, (f"{trial.name} ({explained or repr(error)})",))
+    return reproduce_jobs.work(
+        request.gpus,
+        request.jobs,
+        launcher=request.launcher,
+        slurm={**(plan.get("slurm") or {}), **request.slurm},
+        rates=lambda: _rates(request, plan),
+        checks=bool(request.overrides),
+    )
 
 
 def _drawn(target: Target, outcomes: dict[Trial, Outcome], out: Path, draw: Callable[..., list[str]]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -119,12 +120,24 @@ def select(names: Sequence[str], plan: Mapping[str, Any]) -> list[str]:
     for name in names:
         matches = [k for k in target_names if name == "all" or k == name or re.fullmatch(re.escape(name) + "[a-z]", k)]
         if not matches:
-            raise ConfigError("target", name, "no such figure or table", errors.nearest(name, target_names))
+            possible = dict.fromkeys(["all", *groups(plan), *target_names])
+            close = difflib.get_close_matches(name, possible, n=3, cutoff=0.5)
+            fix = f"did you mean {' or '.join(close)}?" if close else f"choose from all, {', '.join(groups(plan))}"
+            raise ConfigError("target", name, "no such figure or table", fix)
         selected += matches
     return list(dict.fromkeys(selected))
 
 
-def target(name: str, plan: Mapping[str, Any], profile: str, seeds: int = 1) -> Target:
+def groups(plan: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Return the figures and tables with the targets that are their parts: ``fig1`` to ``[fig1a, fig1b, fig1c]``."""
+    names: dict[str, list[str]] = {}
+    for name in plan["targets"]:
+        part = re.fullmatch(r"(fig[A-Z]?\d+)[a-z]", name)
+        names.setdefault(part[1] if part else name, []).append(name)
+    return names
+
+
+def target(name: str, plan: Mapping[str, Any], profile: str, seeds: int = 1, overrides: Sequence[str] = ()) -> Target:
     """Return one target under a profile.
 
     Args:
@@ -132,14 +145,17 @@ def target(name: str, plan: Mapping[str, Any], profile: str, seeds: int = 1) -> 
         plan: The plan that `read` returns.
         profile: One of ``plan["profiles"]``.
         seeds: Number of seeds of each experiment, from 0; claims take at least the profile's ``claim_seeds``.
+        overrides: Settings of every run, ``key=value``; see `run_overrides.checked`.
 
     Raises:
-        ConfigError: An unknown profile, model or moment.
+        ConfigError: An unknown profile, model or moment, or an override of a key that the target sets itself.
     """
     if profile not in plan["profiles"]:
         raise ConfigError("profile", profile, "no such profile", errors.nearest(profile, plan["profiles"]))
     settings = plan["profiles"][profile]
     node = {**plan["targets"][name], **plan["targets"][name].get(profile, {})}
+    own_settings = _pairs(overrides)
+    _refuse_varied(name, node, own_settings)
     if node.get("claims"):
         seeds = max(seeds, settings.get("claim_seeds", 1))
     shared = [f"profile={profile}", *settings.get("overrides", ())]
@@ -148,7 +164,9 @@ def target(name: str, plan: Mapping[str, Any], profile: str, seeds: int = 1) -> 
         tags = _moments(run.get("at", node.get("at", "end")), settings)
         for seed in range(seeds):
             for line in _expanded(run, settings["models"]):
-                settings_of_trial = {"experiment": node["experiment"], **_pairs(shared), **line, "seed": seed}
+                settings_of_trial = {
+                    "experiment": node["experiment"], **_pairs(shared), **line, "seed": seed, **own_settings
+                }  # fmt: skip
                 trials.append(Trial(tuple(f"{key}={value}" for key, value in settings_of_trial.items()), tags))
     return Target(
         name,
@@ -160,6 +178,16 @@ def target(name: str, plan: Mapping[str, Any], profile: str, seeds: int = 1) -> 
         bool(node.get("different", False)),
         bool(node.get("baselines", False)),
     )
+
+
+def _refuse_varied(name: str, node: Mapping[str, Any], own_settings: Mapping[str, str]) -> None:
+    """Refuse an override of a key that a target's runs set, by which they differ."""
+    for run in node["runs"]:
+        for key in run:
+            if key in own_settings and key not in PLAN_KEYS:
+                values = ", ".join(map(str, run[key] if isinstance(run[key], list) else [run[key]]))
+                reason = f"{name} sets this key itself ({values})"
+                raise ConfigError(key, own_settings[key], reason, f"leave it out, or leave out {name}")
 
 
 def _expanded(run: Mapping[str, Any], models: Mapping[str, str]) -> Iterator[dict[str, str]]:

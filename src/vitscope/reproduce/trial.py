@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from hydra import compose
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, OmegaConf
 
 from vitscope.analyses import runner, spec
 from vitscope.analyses.context import AnalysisContext
-from vitscope.config import caps, composition, experiment_identity, factories, hydra_internals, loading
+from vitscope.config import experiment_identity, factories, loading
 from vitscope.reports.value_lookup import undefined_reason
+from vitscope.reproduce import cost_estimates
 from vitscope.reproduce.plan import Outcome, Trial
+from vitscope.reproduce.trial_config import composed as composed
 from vitscope.runs import run_dir
 from vitscope.runs.checkpoints import checkpoint_content, checkpoint_io, checkpoint_manifest, checkpoint_weights
 from vitscope.runs.run_dir import Run
@@ -39,27 +42,16 @@ def perform(trial: Trial, root: Path) -> Outcome:
     """
     cfg = composed(trial, root)
     analyses = cfg.analysis
+    kinds = cost_estimates.measurement_kinds(cfg)
     cfg.analysis = {}
     run = _trained_run(cfg, trial, root)
     problems: list[str] = []
     results: list[str] = []
     for tag in trial.tags:
-        failures, measured = _measure(run, analyses, tag)
+        failures, measured = _measure(run, analyses, tag, kinds)
         problems += failures
         results += measured
     return Outcome(run.path, tuple(problems), tuple(results))
-
-
-def composed(trial: Trial, root: Path) -> DictConfig:
-    """Return the trial's configuration with its sizes lowered to the profile's bounds."""
-    always = [f"paths.runs={root.absolute()}", "skip_finished=true", "ckpt_path=auto"]
-    composition.install()
-    with hydra_internals.composing_from(str(loading.folder()), "reproduce"):
-        cfg = compose("train", overrides=[*trial.overrides, *always])
-    loading.drop_unchosen(cfg)
-    with open_dict(cfg):
-        caps.apply_caps(cfg)
-    return cfg
 
 
 def _trained_run(cfg: DictConfig, trial: Trial, root: Path) -> Run:
@@ -109,7 +101,7 @@ def drop_optimizer_states(run: Run) -> None:
     run.note(slim=True)
 
 
-def _measure(run: Run, requested: Any, tag: str) -> tuple[list[str], list[str]]:
+def _measure(run: Run, requested: Any, tag: str, kinds: Mapping[str, str]) -> tuple[list[str], list[str]]:
     """Measure at one moment; return the failures and the names of the results."""
     cfg = run.config()
     OmegaConf.update(cfg, "analysis", OmegaConf.create(loading.plain(requested)), force_add=True, merge=False)
@@ -121,6 +113,9 @@ def _measure(run: Run, requested: Any, tag: str) -> tuple[list[str], list[str]]:
     problems: list[str] = []
     results: list[str] = []
     for analysis in analyses:
+        name = f"{analysis.name}/{tag}-{runner.settings_hash(analysis, context)}"
+        is_new = not (run.results / f"{name}.npz").is_file()
+        started = time.monotonic()
         try:
             result = runner.perform(analysis, context)
         except (Interrupted, KeyboardInterrupt):
@@ -129,7 +124,9 @@ def _measure(run: Run, requested: Any, tag: str) -> tuple[list[str], list[str]]:
             text = str(error).strip().splitlines()
             problems.append(f"run {run.id}: {analysis.name} at {tag} ({text[0] if text else type(error).__name__})")
             continue
-        results.append(f"{analysis.name}/{tag}-{runner.settings_hash(analysis, context)}")
+        if is_new:
+            _note_seconds(run, kinds[analysis.name], time.monotonic() - started)
+        results.append(name)
         scalars = result.scalars() if result is not None else {}
         measure = analysis.measure.__name__
         not_finite = [
@@ -137,6 +134,12 @@ def _measure(run: Run, requested: Any, tag: str) -> tuple[list[str], list[str]]:
         ]
         problems += [f"run {run.id}: {analysis.name}.{name} at {tag} (not finite)" for name in not_finite]
     return problems, results
+
+
+def _note_seconds(run: Run, kind: str, seconds: float) -> None:
+    """Record how long a result took to measure; `cost_estimates` reads it."""
+    noted = run.provenance().get(cost_estimates.MEASURED_S)
+    run.note(**{cost_estimates.MEASURED_S: {**(noted if isinstance(noted, dict) else {}), kind: round(seconds, 2)}})
 
 
 def _analysis_context(cfg: DictConfig, run: Run, tag: str) -> AnalysisContext:

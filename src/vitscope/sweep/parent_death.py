@@ -10,14 +10,14 @@ import os
 import signal
 import sys
 
-_PR_SET_PDEATHSIG = 1
+PR_SET_PDEATHSIG = 1
 
 
 def main() -> None:
     """Ask for the signal, then become the command."""
     parent, *command = sys.argv[1:]
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
     if os.getppid() != int(parent):  # it died before the request
         sys.exit(128 + signal.SIGTERM)
     os.execvp(command[0], command)

@@ -29,7 +29,7 @@ _PRIVATE = re.compile(
     r"|MASTER_ADDR|MASTER_PORT|TORCHELASTIC_.*|PL_.*|SLURM_(PROCID|LOCALID|NTASKS|NTASKS_PER_NODE|STEP_.*)|VITSCOPE_RUN_DIR"
     r"|HYDRA_FULL_ERROR"
 )
-_THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
 @dataclass(frozen=True)
@@ -133,16 +133,41 @@ def threads(n: int) -> dict[str, str]:
     """Return the variables that give one of ``n`` processes its share of the cores, at least one."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     share = max(1, cores // n)
-    user_settings = {name: os.environ.get(name, "") for name in _THREADS}
+    user_settings = {name: os.environ.get(name, "") for name in THREAD_VARIABLES}
     return {
         name: str(min(share, int(value)) if value.isdigit() and int(value) else share)
         for name, value in user_settings.items()
     }
 
 
+def is_private(name: str) -> bool:
+    """Tell whether an environment variable belongs to one process and must not reach its children."""
+    return _PRIVATE.fullmatch(name) is not None
+
+
+def shared_slots(gpus: str, jobs: int) -> list[Slot]:
+    """Return ``jobs`` slots on GPUs that jobs share in turn: ``gpus=0,1 jobs=4`` is two jobs on each.
+
+    Raises:
+        ConfigError: Fewer jobs than GPUs, or names that are no GPUs.
+    """
+    single = slots(gpus, None)
+    if jobs < len(single):
+        raise ConfigError(
+            "JOBS", jobs, f"fewer than the {len(single)} GPUs", f"give {len(single)} or more, or leave it out"
+        )
+    if jobs == len(single):
+        return single
+    shares = threads(jobs)
+    return [
+        Slot(f"{single[i % len(single)].name}.{i // len(single)}", {**single[i % len(single)].environment, **shares})
+        for i in range(jobs)
+    ]
+
+
 def environment(slot: Slot | None = None, **more: str) -> dict[str, str]:
     """Return a child's environment: this one without what belongs to this process, pinned to a slot."""
-    variables = {key: value for key, value in os.environ.items() if not _PRIVATE.fullmatch(key)}
+    variables = {key: value for key, value in os.environ.items() if not is_private(key)}
     return {**variables, **(slot.environment if slot else {}), **more}
 
 

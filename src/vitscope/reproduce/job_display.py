@@ -1,0 +1,169 @@
+"""Show how far a reproduction is: a bar with the time left and the running jobs on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from rich import box
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+
+from vitscope.reproduce.cost_estimates import last_row
+from vitscope.reproduce.plan import Trial
+from vitscope.reproduce.planned_work import EXISTS
+from vitscope.reproduce.trial_jobs import TrialJob, TrialJobs
+from vitscope.runs import run_dir
+from vitscope.runs.run_dir import Run
+from vitscope.runtime.errors import StorageError
+from vitscope.sweep.progress_table import duration, short_path
+
+_logger = logging.getLogger(__name__)
+
+#: seconds between two plain lines
+PLAIN_INTERVAL = 60.0
+
+
+class TimeLeft:
+    """The time left of a reproduction, from estimates of its trials and the durations of the jobs that have ended.
+
+    Args:
+        seconds: Estimate of each trial; a trial without one takes as long as the mean of those that have ended.
+        n_slots: Number of jobs side by side.
+    """
+
+    def __init__(self, seconds: Mapping[Trial, float], n_slots: int) -> None:
+        self.seconds, self.n_slots = seconds, n_slots
+
+    def text(self, jobs: Sequence[TrialJob]) -> str:
+        """Return the time left in words, ``time left unknown`` before there is anything to go by."""
+        seconds = self.estimate(jobs)
+        return "time left unknown" if seconds is None else f"about {duration(seconds) or '1 s'} left"
+
+    def estimate(self, jobs: Sequence[TrialJob]) -> float | None:
+        """Return the time left in seconds, None before there is anything to go by."""
+        ended = [job for job in jobs if job.outcome is not None]
+        means = {state: _mean([job.seconds for job in ended if (job.planned.state == EXISTS) == state])
+                 for state in (True, False)}  # fmt: skip
+        work = 0.0
+        for job in jobs:
+            if job.outcome is not None:
+                continue
+            expected = self.seconds.get(job.trial)
+            if expected is None:
+                expected = means[job.planned.state == EXISTS]
+            if expected is None and job.planned.state == EXISTS:
+                expected = 1.0
+            if expected is None:
+                return None
+            elapsed = time.monotonic() - job.started if job.process is not None else 0.0
+            work += max(0.0, expected - elapsed)
+        return work / self.n_slots
+
+
+class JobDisplay:
+    """Shows jobs; use it as a context, and as the ``show`` of a `TrialJobs`.
+
+    Args:
+        root: The folder of runs.
+        time_left: Estimates the time left.
+        console: Where to draw; standard error by default.
+    """
+
+    def __init__(self, root: Path, time_left: TimeLeft, console: Console | None = None) -> None:
+        self._root, self._time_left = root, time_left
+        self._console = console or Console(stderr=True)
+        self._live = Live(console=self._console, auto_refresh=False) if self._console.is_terminal else None
+        self._started = self._last_line = time.monotonic()
+        self._runs: dict[str, Run] = {}
+        self._searched: dict[str, float] = {}
+
+    def __enter__(self) -> JobDisplay:
+        """Take the terminal."""
+        if self._live:
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Give it back."""
+        if self._live:
+            self._live.stop()
+
+    def __call__(self, jobs: TrialJobs, changed: TrialJob | None) -> None:
+        """Draw the bar again, and log a line for a job that has ended; without a terminal also now and then one on the others."""
+        if changed is not None and changed.outcome is not None:
+            state = "failed" if changed.outcome.problems else "done"
+            _logger.info(f"[{self.summary(jobs)}] {state}: {changed.trial.name}")
+            self._last_line = time.monotonic()
+        if self._live:
+            self._live.update(self.picture(jobs), refresh=True)
+        elif jobs.running() and time.monotonic() - self._last_line >= PLAIN_INTERVAL:
+            self._last_line = time.monotonic()
+            texts = [f"{job.slot}: {_short_name(job)}, {self._position(job)}" for job in jobs.running()]
+            _logger.info(f"[{self.summary(jobs)}] {'; '.join(texts)}")
+        elif changed is not None and changed.process is not None and not self._live:
+            _logger.info(f"{changed.slot}: {_short_name(changed)}, output {short_path(changed.output)}")
+
+    def summary(self, jobs: TrialJobs) -> str:
+        """Return how many jobs have ended, the time since the start and the time left."""
+        n_ended = sum(job.outcome is not None for job in jobs.jobs)
+        elapsed = duration(time.monotonic() - self._started) or "0 s"
+        time_left = f", {self._time_left.text(jobs.jobs)}" if n_ended < len(jobs.jobs) else ""
+        return f"{n_ended}/{len(jobs.jobs)}, {elapsed}{time_left}"
+
+    def picture(self, jobs: TrialJobs) -> RenderableType:
+        """Return the bar and a row for each running job."""
+        n_ended = sum(job.outcome is not None for job in jobs.jobs)
+        bar = Table.grid(padding=(0, 1))
+        bar.add_row(ProgressBar(len(jobs.jobs), n_ended, width=min(40, self._console.width // 3)), self.summary(jobs))
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
+        for name in ("on", "run", "position", "time", "output"):
+            table.add_column(
+                name, no_wrap=name != "run", justify="right" if name == "time" else "left", overflow="fold"
+            )
+        for job in jobs.running():
+            seconds = time.monotonic() - job.started
+            table.add_row(job.slot, _short_name(job), self._position(job), duration(seconds), job.folder.name)
+        caption = f"output: {short_path(self._root.absolute() / 'jobs')}/<output>/output.txt"
+        return Group(bar, table, caption) if jobs.running() else Group(bar)
+
+    def _position(self, job: TrialJob) -> str:
+        """Return the epoch and step of a job's training, or what it does otherwise."""
+        run = self._run_of(job)
+        if run is None:
+            return "starting" if job.planned.run is None else "measuring"
+        try:
+            is_training = run.provenance().get("status") == "running"
+        except StorageError:
+            is_training = False
+        if not is_training:
+            return "measuring"
+        last = last_row(run)
+        return f"epoch {last['epoch']}, step {last['step']}" if {"epoch", "step"} <= set(last) else "training"
+
+    def _run_of(self, job: TrialJob) -> Run | None:
+        """Return the folder of a job's run, looked for now and then until there is one."""
+        identity, now = job.planned.identity, time.monotonic()
+        if identity not in self._runs and now - self._searched.get(identity, -1e9) > 5:
+            self._searched[identity] = now
+            for run in run_dir.every(self._root):
+                try:
+                    if run.provenance().get("config_hash") == identity:
+                        self._runs[identity] = run
+                except StorageError:  # a damaged folder
+                    continue
+        return self._runs.get(identity)
+
+
+def _short_name(job: TrialJob) -> str:
+    """Return what tells a trial from others of its profile."""
+    hidden = ("profile=", "logger=", "callbacks.checkpoint.snapshots=")
+    return " ".join(override for override in job.trial.overrides if not override.startswith(hidden))
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None

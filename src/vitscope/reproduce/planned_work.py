@@ -1,0 +1,142 @@
+"""Compare the trials of a reproduction with the run folders: what exists, what is left to train and to measure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from vitscope.config import experiment_identity, loading
+from vitscope.config.validation import validate
+from vitscope.reproduce.plan import Trial
+from vitscope.reproduce.trial_config import Composer
+from vitscope.runs import run_dir
+from vitscope.runs.run_dir import Run
+from vitscope.runtime import progress
+from vitscope.runtime.errors import StorageError, VitscopeError
+
+#: states of a trial: all is there; some results are missing; a training is unfinished; nothing is there
+EXISTS, MEASURE, RESUME, TRAIN = "exists", "measure", "resume", "train"
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """A result that a trial asks for.
+
+    Attributes:
+        analysis: Name of the analysis.
+        tag: Moment: ``end``, ``init``, ``epoch-0004``.
+        node: Resolved configuration of the analysis.
+    """
+
+    analysis: str
+    tag: str
+    node: Mapping[str, Any]
+
+    @property
+    def key(self) -> str:
+        """A name that equal measurements of one run share."""
+        return f"{self.analysis}/{self.tag}-{loading.digest(self.node)}"
+
+
+@dataclass(frozen=True)
+class PlannedTrial:
+    """A trial and what exists of it.
+
+    Attributes:
+        trial: The trial.
+        cfg: Its configuration.
+        identity: Hash of its training; trials that share it are trained once.
+        state: One of `EXISTS`, `MEASURE`, `RESUME`, `TRAIN`.
+        missing: Results that do not exist.
+        run: The finished or unfinished run; None where there is none.
+    """
+
+    trial: Trial
+    cfg: DictConfig
+    identity: str
+    state: str
+    missing: tuple[Measurement, ...]
+    run: Run | None = None
+
+
+class StoredRuns:
+    """The newest finished and the newest unfinished run of each training below a folder.
+
+    Args:
+        root: The folder of runs.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.finished: dict[str, Run] = {}
+        self.unfinished: dict[str, Run] = {}
+        self._configs: dict[Path, DictConfig] = {}
+        for run in run_dir.every(root):  # the oldest first
+            try:
+                facts = run.provenance()
+            except StorageError:  # a damaged folder is no run to go on with
+                continue
+            runs = self.finished if facts.get("status") == "finished" else self.unfinished
+            if isinstance(identity := facts.get("config_hash"), str):
+                runs[identity] = run
+
+    def config(self, run: Run) -> DictConfig:
+        """Return a run's configuration, read once."""
+        if run.path not in self._configs:
+            self._configs[run.path] = run.config()
+        return self._configs[run.path]
+
+
+def plan_trials(trials: Sequence[Trial], root: Path, *, checks: bool = False) -> list[PlannedTrial]:
+    """Return each trial with what exists of it.
+
+    Args:
+        trials: Trials; those that differ in their seed alone are composed once.
+        root: The folder of runs.
+        checks: Validate one configuration of each experiment, so that a setting that does not fit is refused before anything
+            is trained.
+
+    Raises:
+        ConfigError: A trial that does not compose or validate.
+    """
+    stored, composer = StoredRuns(root), Composer(root)
+    planned: list[PlannedTrial] = []
+    validated: set[str] = set()
+    for trial in progress.track(trials, "composing the runs' configurations"):
+        cfg = composer.composed(trial)
+        if checks and trial.overrides[0] not in validated:
+            validated.add(trial.overrides[0])
+            validate(cfg.copy())
+        planned.append(_planned(trial, cfg, stored))
+    return planned
+
+
+def _planned(trial: Trial, cfg: DictConfig, stored: StoredRuns) -> PlannedTrial:
+    nodes: Mapping[str, Any] = loading.plain(cfg.analysis)
+    measurements = tuple(Measurement(name, tag, node) for tag in trial.tags for name, node in nodes.items())
+    training = cfg.copy()
+    training.analysis = {}
+    identity = experiment_identity.config_hash(training)
+    if (run := stored.finished.get(identity)) is not None:
+        try:
+            missing = tuple(m for m in measurements if not _is_measured(m, run, cfg, stored))
+        except VitscopeError:  # a damaged folder: the trial's own error says so
+            missing = measurements
+        return PlannedTrial(trial, cfg, identity, MEASURE if missing else EXISTS, missing, run)
+    if (run := stored.unfinished.get(identity)) is not None and (run.checkpoints / "last.ckpt").exists():
+        return PlannedTrial(trial, cfg, identity, RESUME, measurements, run)
+    return PlannedTrial(trial, cfg, identity, TRAIN, measurements)
+
+
+def _is_measured(measurement: Measurement, run: Run, cfg: DictConfig, stored: StoredRuns) -> bool:
+    from vitscope.analyses import runner, spec  # imports torch, which a plan of new runs does not need
+
+    settings = stored.config(run).copy()
+    nodes = {measurement.analysis: OmegaConf.create(dict(measurement.node))}
+    OmegaConf.update(settings, "analysis", nodes, force_add=True, merge=False)
+    (analysis,) = spec.parse(settings.analysis)
+    name = f"{measurement.tag}-{runner.settings_hash_under(analysis, settings)}"
+    return (run.results / measurement.analysis / f"{name}.npz").is_file()

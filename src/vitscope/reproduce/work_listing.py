@@ -1,0 +1,118 @@
+"""List what targets need without doing it: their runs, which of them exist, and the estimated time and disk space."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from vitscope.reports.run_description import size_text
+from vitscope.reproduce.cost_estimates import Estimate, Rates, estimate
+from vitscope.reproduce.plan import Target, Trial
+from vitscope.reproduce.planned_work import EXISTS, MEASURE, RESUME, TRAIN, PlannedTrial
+from vitscope.sweep.progress_table import duration
+
+#: names of missing results that a line shows
+_MOST_RESULTS = 3
+
+
+def listing(targets: Sequence[Target], planned: Mapping[Trial, PlannedTrial], rates: Rates, n_slots: int) -> str:
+    """Return the runs of each target, a table of the targets and the sums.
+
+    Args:
+        targets: Targets in the order in which they are made.
+        planned: What exists of each of their trials.
+        rates: Rates for the estimates.
+        n_slots: Number of jobs side by side.
+    """
+    lines: list[str] = []
+    rows: list[tuple[str, ...]] = [("target", "runs", *_STATES.values(), "time", "disk")]
+    for target in targets:
+        trials = [planned[trial] for trial in target.trials]
+        costs = estimate(trials, rates)
+        lines += [f"{target.name}", *_run_lines(trials, costs), ""]
+        rows.append(_row(target.name, trials, _total(costs)))
+    every = [planned[trial] for trial in dict.fromkeys(trial for target in targets for trial in target.trials)]
+    total = _total(estimate(every, rates))
+    if len(targets) > 1:
+        rows.append(_row("together", every, total))
+    return "\n".join([*lines, *_aligned(rows), "", *_remarks(total, every, rates, n_slots, len(targets))])
+
+
+_STATES = {EXISTS: "exist", MEASURE: "to measure", RESUME: "to resume", TRAIN: "to train"}
+
+
+def time_text(cost: Estimate) -> str:
+    """Return the time of an estimate, in hours from 100 minutes on; ``unknown`` where a part of it is."""
+    text = duration(cost.seconds) or "0 s"
+    if not cost.unknown_time:
+        return text
+    return "unknown" if not cost.seconds else f"{text} + unknown ({cost.unknown_time})"
+
+
+def disk_text(cost: Estimate) -> str:
+    """Return the disk space of an estimate; ``unknown`` where that of a run is."""
+    if not cost.unknown_size:
+        return size_text(cost.size)
+    return "unknown" if not cost.size else f"{size_text(cost.size)} + unknown ({cost.unknown_size})"
+
+
+def _total(costs: Sequence[Estimate]) -> Estimate:
+    return sum(costs, Estimate())
+
+
+def _row(name: str, trials: Sequence[PlannedTrial], cost: Estimate) -> tuple[str, ...]:
+    identities = {state: {p.identity for p in trials if p.state == state} for state in _STATES}
+    n_measured = sum(p.state == MEASURE for p in trials)
+    counts = [str(n_measured if state == MEASURE else len(identities[state])) for state in _STATES]
+    return (name, str(len(trials)), *counts, time_text(cost), disk_text(cost))
+
+
+def _run_lines(trials: Sequence[PlannedTrial], costs: Sequence[Estimate]) -> list[str]:
+    common = set.intersection(*(set(p.trial.overrides) for p in trials)) if len(trials) > 1 else set()
+    rows = []
+    for planned, cost in zip(trials, costs):
+        overrides = [o for o in planned.trial.overrides if o not in common or o.startswith(("model=", "seed="))]
+        name = " ".join(o for o in overrides if not o.startswith("profile="))
+        if planned.state == EXISTS:
+            rows.append((planned.state, name, str(planned.run.id if planned.run else ""), ""))
+            continue
+        shared = "" if cost != Estimate() else "with another run above"
+        rows.append((planned.state, name, shared or time_text(cost), _missing_text(planned)))
+    widths = [max(len(row[i]) for row in rows) for i in range(3)]
+    return ["  " + "  ".join(cell.ljust(w) for cell, w in zip(row, [*widths, 0])).rstrip() for row in rows]
+
+
+def _missing_text(planned: PlannedTrial) -> str:
+    """Return the results that a finished run lacks."""
+    if planned.state != MEASURE:
+        return ""
+    names = [f"{m.analysis} at {m.tag}" for m in planned.missing]
+    more = f" and {len(names) - _MOST_RESULTS} more" if len(names) > _MOST_RESULTS else ""
+    return ", ".join(names[:_MOST_RESULTS]) + more
+
+
+def _remarks(total: Estimate, trials: Sequence[PlannedTrial], rates: Rates, n_slots: int, n_targets: int) -> list[str]:
+    lines = []
+    if n_targets > 1:
+        lines.append("Runs that targets share are trained once: the last row counts them once.")
+    if n_slots > 1 and total.seconds:
+        side_by_side = duration(total.seconds / n_slots)
+        lines.append(f"time: of one job at a time; with {n_slots} jobs side by side about {side_by_side}")
+    lines += [f"time: by {source}" for source in sorted(total.sources)]
+    if total.unknown_time:
+        lines += [
+            "time: unknown where no finished run has the same model, batch and trainer, or no result the same settings,",
+            "      and conf/reproduce.yaml states no rate; a short run measures them: overrides='trainer.max_epochs=1'",
+        ]
+    if any(planned.state in (TRAIN, RESUME) for planned in trials):
+        lines.append(
+            "disk: of finished runs of the same kind, else of the checkpoints by the model's number of parameters"
+        )
+    return lines
+
+
+def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return [
+        "  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))).rstrip()
+        for row in rows
+    ]

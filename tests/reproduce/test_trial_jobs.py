@@ -1,0 +1,285 @@
+"""Trials of a reproduction side by side: order, shared trainings, deaths, stops, SLURM, the bar and the time left."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from omegaconf import OmegaConf
+from rich.console import Console
+
+from tests.helpers import job_functions
+from vitscope.cli import reproduce_jobs
+from vitscope.reproduce import job_display, planned_work, slurm_job, trial_jobs
+from vitscope.reproduce.plan import Outcome, Trial
+from vitscope.reproduce.planned_work import EXISTS, TRAIN, PlannedTrial
+from vitscope.reproduce.trial_jobs import TrialJob, TrialJobs
+from vitscope.runtime import stop_flag
+from vitscope.runtime.errors import ConfigError
+from vitscope.runtime.stop_flag import Interrupted
+from vitscope.sweep import trial_process
+from vitscope.sweep.forked_job import ForkedJob
+from vitscope.sweep.trial_process import JobProcess, Slot
+
+
+def planned(*overrides: str, identity: str = "", state: str = TRAIN) -> PlannedTrial:
+    return PlannedTrial(Trial(overrides), OmegaConf.create({}), identity or " ".join(overrides), state, ())
+
+
+def fork(job: TrialJob, slot: Slot) -> JobProcess:
+    arguments = (job.trial, job.folder.parents[1], job.folder)
+    return ForkedJob(job_functions.tried, arguments, trial_process.environment(slot), job.output, job_functions.IMPORTS)
+
+
+def spans(root: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (root / "spans.jsonl").read_text().splitlines()]
+
+
+def test_trials_run_side_by_side_one_a_gpu_and_those_of_one_training_in_turn(tmp_path: Path) -> None:
+    trials = [planned(f"run={name}", "seconds=0.4", identity=name[0]) for name in ("a1", "a2", "b1", "b2")]
+    jobs = TrialJobs(trials, tmp_path, fork)
+    outcomes = dict(trial_jobs.outcomes(jobs, trial_process.slots("0,1", None)))
+    assert [outcomes[p.trial].results for p in trials] == [("hessian/end-0badcafe",)] * 4
+    assert outcomes[trials[0].trial].run == tmp_path / "run=a1"
+    by_name = {span["name"].split()[0].removeprefix("run="): span for span in spans(tmp_path)}
+    assert {span["gpu"] for span in by_name.values()} == {"0", "1"}
+    assert by_name["a1"]["start"] < by_name["b1"]["end"]  # at the same time
+    assert by_name["b1"]["start"] < by_name["a1"]["end"]
+    for training in "ab":  # one after the other
+        assert by_name[f"{training}1"]["end"] <= by_name[f"{training}2"]["start"]
+
+
+def test_a_job_that_dies_or_fails_takes_no_other_with_it(tmp_path: Path) -> None:
+    trials = [planned("seed=0"), planned("seed=1", "do=die"), planned("seed=2", "do=fail"), planned("seed=3")]
+    jobs = TrialJobs(trials, tmp_path, fork)
+    outcomes = dict(trial_jobs.outcomes(jobs, trial_process.slots(None, 2)))
+    runs = [outcomes[p.trial].run for p in trials]
+    assert [run and run.name for run in runs] == ["seed=0", None, None, "seed=3"]
+    (died,), (failed,) = outcomes[trials[1].trial].problems, outcomes[trials[2].trial].problems
+    assert died == f"seed=1 do=die (its process ended with 9: out of memory; {jobs.jobs[1].output})"
+    assert failed == "seed=2 do=fail (no such data)"
+
+
+class Ending:
+    """A process that runs until it is asked to end."""
+
+    def __init__(self, events: list[str]) -> None:
+        self.events, self.code = events, None
+
+    def poll(self) -> int | None:
+        return self.code
+
+    def send_signal(self, sig: int, /) -> None:
+        self.events.append(f"asked {signal.Signals(sig).name}")
+
+    def wait(self, timeout: float | None = None) -> int:
+        self.events.append("waited for")
+        self.code = 143
+        return 143
+
+    def kill_all(self) -> None:
+        self.events.append("killed")
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_stop_lets_running_trials_save_and_keeps_what_is_finished(tmp_path: Path, signum: int) -> None:
+    events: list[str] = []
+
+    def launch(job: TrialJob, slot: Slot) -> JobProcess:
+        process = Ending(events)
+        if job.trial.overrides == ("seed=0",):
+            trial_jobs.write_outcome(Outcome(tmp_path / "first"), job.folder)
+            process.code = 0
+        return process
+
+    jobs = TrialJobs([planned("seed=0"), planned("seed=1")], tmp_path, launch)
+    finished = []
+    try:
+        with pytest.raises(Interrupted):
+            for trial, outcome in trial_jobs.outcomes(jobs, trial_process.slots(None, 2)):
+                finished.append((trial.name, outcome.run))
+                stop_flag.request(signum)
+    finally:
+        stop_flag.clear()
+    assert finished == [("seed=0", tmp_path / "first")]
+    assert events == [f"asked {signal.Signals(signum).name}", "waited for"]
+    assert jobs.jobs[1].outcome is None
+
+
+def test_an_outcome_of_an_earlier_start_is_not_taken(tmp_path: Path) -> None:
+    jobs = TrialJobs([planned("seed=0", "do=die")], tmp_path, fork)
+    trial_jobs.write_outcome(Outcome(tmp_path / "old"), jobs.jobs[0].folder)
+    ((_, outcome),) = trial_jobs.outcomes(jobs, trial_process.slots(None, 1))
+    assert outcome.run is None
+
+
+def test_time_left_goes_by_estimates_then_by_jobs_that_ended() -> None:
+    def job(name: str, state: str = TRAIN, seconds: float = 0.0) -> TrialJob:
+        ended = Outcome(Path("run")) if seconds else None
+        return TrialJob(planned(name, state=state), Path("folder"), seconds=seconds, outcome=ended)
+
+    unknown = job_display.TimeLeft({}, 2)
+    assert unknown.text([job("a"), job("b")]) == "time left unknown"
+    assert unknown.estimate([job("a", seconds=300.0), job("b"), job("c"), job("d", EXISTS)]) == pytest.approx(300.5)
+    # jobs with nothing to do say nothing of those that train
+    assert unknown.estimate([job("a", EXISTS, seconds=2.0), job("b")]) is None
+    stated = job_display.TimeLeft({Trial(("a",)): 7200.0, Trial(("b",)): 3600.0}, 2)
+    assert stated.text([job("a"), job("b")]) == "about 90 min left"
+
+
+def test_the_bar_names_the_running_jobs_and_their_output(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    console = Console(width=100, height=30, file=io.StringIO(), force_terminal=True)
+    display = job_display.JobDisplay(tmp_path, job_display.TimeLeft({}, 2), console)
+    jobs = TrialJobs(
+        [planned("model=vit", "profile=smoke"), planned("model=swin")], tmp_path, lambda job, slot: Ending([]), display
+    )
+    with display:
+        job = jobs.next_job()
+        assert job is not None
+        jobs.start(job, Slot("gpu0", {}))
+        other = Console(width=100, file=io.StringIO())
+        other.print(display.picture(jobs))
+    text = other.file.getvalue()  # type: ignore[attr-defined]  # a StringIO
+    assert "0/2, 0 s, time left unknown" in text
+    (row,) = [line.split() for line in text.splitlines() if line.startswith(" gpu0")]
+    assert row[:3] == ["gpu0", "model=vit", "starting"]
+    assert row[-1] == job.folder.name
+    assert "jobs/<output>/output.txt" in text
+    assert "model=vit" in console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_without_a_terminal_lines_say_what_ended_and_what_is_left(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    console = Console(file=io.StringIO())
+    trials = [planned(f"seed={seed}") for seed in range(3)]
+    display = job_display.JobDisplay(tmp_path, job_display.TimeLeft({p.trial: 60.0 for p in trials}, 1), console)
+    with caplog.at_level("INFO", logger="vitscope"), display:
+        list(trial_jobs.outcomes(TrialJobs(trials, tmp_path, fork, display), trial_process.slots(None, 1)))
+    lines = [record.getMessage() for record in caplog.records]
+    assert lines[0].startswith("cpu0: seed=0, output ")
+    assert lines[1].startswith("[1/3, ")
+    assert lines[1].endswith(", about 2 min left] done: seed=0")
+    assert lines[-1].endswith("s] done: seed=2")
+
+
+@pytest.fixture
+def submitit_jobs(tmp_path: Path) -> Any:
+    pytest.importorskip("submitit")
+    return lambda: slurm_job.executor(tmp_path / "slurm", {"partition": "gpu", "time": 5}, cluster="local")
+
+
+@pytest.mark.slow  # two new interpreters
+def test_trials_are_submitted_and_their_outcomes_read(
+    submitit_jobs: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """submitit's own executor of this machine: pickling, output files and results are those of SLURM."""
+    monkeypatch.setattr(reproduce_jobs.reproduce_job, "run_submitted_job", job_functions.submitted_tried)
+    trials = [planned("seed=0"), planned("seed=1", "do=fail")]
+    launch = reproduce_jobs.submission(submitit_jobs())
+    jobs = TrialJobs(trials, tmp_path, launch)
+    outcomes = dict(trial_jobs.outcomes(jobs, [Slot("slurm0", {}), Slot("slurm1", {})]))
+    assert outcomes[trials[0].trial].run == tmp_path / "seed=0"
+    assert outcomes[trials[1].trial].problems == ("seed=1 do=fail (no such data)",)
+
+
+def test_a_submitted_job_is_polled_cancelled_and_submitted_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Job:
+        job_id, states, cancelled = "7", ["PENDING", "RUNNING"], 0
+
+        def done(self) -> bool:
+            return not self.states or self.cancelled > 0
+
+        def exception(self) -> Exception | None:
+            return None
+
+        def result(self) -> int:
+            return 3
+
+        def cancel(self, check: bool) -> None:
+            self.cancelled += 1
+
+    monkeypatch.setattr(slurm_job, "POLL_S", 0.0)
+    job = Job()
+    process = slurm_job.SubmittedJob(job)
+    assert process.poll() is None
+    job.states = []
+    assert process.poll() == 3
+    cancelled = slurm_job.SubmittedJob(job := Job())
+    trial_process.stop([cancelled], signal.SIGTERM)
+    assert job.cancelled == 1
+    assert trial_process.exit_code(cancelled) == 143
+    resumable = slurm_job.ResumableJob(max, (1, 5))
+    assert resumable() == 5
+    helpers = SimpleNamespace(helpers=SimpleNamespace(DelayedSubmission=lambda call: ("again", call)))
+    monkeypatch.setattr(slurm_job.importlib, "import_module", lambda name: helpers)
+    assert resumable.checkpoint() == ("again", resumable)
+
+
+def test_what_slurm_needs_is_said_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def without(name: str) -> Any:
+        raise ImportError(name)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(slurm_job.importlib, "import_module", without)
+        with pytest.raises(ConfigError, match=r"submitit is not installed; pip install 'vitscope\[submitit\]'"):
+            slurm_job.executor(tmp_path, {})
+    parameters: dict[str, Any] = {}
+
+    class Executor:
+        def __init__(self, **_: object) -> None: ...
+
+        def update_parameters(self, **changes: Any) -> None:
+            if "slurm_partitoin" in changes:
+                raise NameError("Unknown argument 'slurm_partitoin'")
+            parameters.update(changes)
+
+    monkeypatch.setattr(slurm_job.importlib, "import_module", lambda name: SimpleNamespace(AutoExecutor=Executor))
+    monkeypatch.setattr(slurm_job.shutil, "which", lambda name: None)
+    with pytest.raises(ConfigError, match="no SLURM here .sbatch not found.; run it on a login node"):
+        slurm_job.executor(tmp_path, {})
+    monkeypatch.setattr(slurm_job.shutil, "which", lambda name: "/usr/bin/sbatch")
+    slurm_job.executor(tmp_path, {"partition": "gpu", "time": 600})
+    assert parameters == {"slurm_partition": "gpu", "slurm_time": 600}
+    with pytest.raises(ConfigError, match="slurm.partitoin=gpu: submitit refuses it"):
+        slurm_job.executor(tmp_path, {"partitoin": "gpu"})
+
+
+def test_a_job_on_a_compute_node_trains_as_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_NTASKS", "1")
+    monkeypatch.setenv("SLURM_PROCID", "0")
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    seen: dict[str, str | None] = {}
+
+    def run_job(trial: Trial, root: Path, folder: Path) -> int:
+        names = ("SLURM_NTASKS", "SLURM_PROCID", "SLURM_JOB_ID", "MARK")
+        seen.update({name: os.environ.get(name) for name in names})
+        os.write(1, b"in the job\n")
+        return 0
+
+    monkeypatch.setattr(reproduce_jobs.reproduce_job, "run_job", run_job)
+    folder = tmp_path / "jobs" / "one"
+    assert reproduce_jobs.reproduce_job.run_submitted_job(Trial(("seed=0",)), tmp_path, folder, {"MARK": "1"}) == 0
+    monkeypatch.delenv("MARK", raising=False)
+    assert seen == {"SLURM_NTASKS": None, "SLURM_PROCID": None, "SLURM_JOB_ID": "7", "MARK": "1"}
+    assert (folder / "output.txt").read_text() == "in the job\n"
+
+
+def test_one_reproduction_at_a_time_uses_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        planned_work, "plan_trials", lambda trials, root, checks: [planned(*t.overrides) for t in trials]
+    )
+    monkeypatch.setattr(reproduce_jobs.cost_estimates, "estimate", lambda planned, rates: [])
+    monkeypatch.setattr(reproduce_jobs, "fork", fork)
+    work = reproduce_jobs.work(None, 1, launcher="local", slurm={}, rates=lambda: None, checks=False)  # type: ignore[arg-type, return-value]  # the estimate is replaced
+    first = work([Trial(("seed=0",)), Trial(("seed=1",))], tmp_path)
+    assert next(first)[0].name == "seed=0"
+    with pytest.raises(ConfigError, match="runs=jobs: another process runs it"):
+        next(work([Trial(("seed=0",))], tmp_path))
+    assert [trial.name for trial, _ in first] == ["seed=1"]
