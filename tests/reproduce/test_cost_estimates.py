@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from omegaconf import OmegaConf
@@ -15,7 +16,7 @@ from vitscope.reproduce.planned_work import EXISTS, TRAIN, Measurement, PlannedT
 from vitscope.runs.run_dir import Run
 from vitscope.runtime.errors import ConfigError
 
-CFG = {
+CFG: dict[str, Any] = {
     "seed": 0,
     "model": {"_target_": "vitscope.models.vit", "depth": 12},
     "data": {"name": "cifar100", "image_size": 32, "batch_size": 100, "fraction": 1.0},
@@ -26,9 +27,7 @@ CFG = {
 }
 
 
-def planned(
-    name: str = "a", state: str = TRAIN, missing: tuple[Measurement, ...] = (), **changes: object
-) -> PlannedTrial:
+def planned(name: str = "a", state: str = TRAIN, missing: tuple[Measurement, ...] = (), **changes: Any) -> PlannedTrial:
     cfg = OmegaConf.create(CFG)
     for key, value in changes.items():
         OmegaConf.update(cfg, key.replace("__", "."), value)
@@ -39,7 +38,7 @@ def write_short_run(root: Path, wall_s: float, *, gap: float = 0.0) -> None:
     """Write one epoch of 450 steps: 2 s before the first step, 0.1 s a step, then the test; ``gap`` before the last row."""
     folder = root / "short"
     folder.mkdir(parents=True)
-    content = {**CFG, "trainer": {**CFG["trainer"], "max_epochs": 1}}  # type: ignore[dict-item]  # nested
+    content = {**CFG, "trainer": {**CFG["trainer"], "max_epochs": 1}}
     (folder / "config.yaml").write_text(json.dumps(content))
     facts = {"status": "finished", "wall_s": wall_s, "config_hash": "x", "slim": True, "model": {"parameters": 5}}
     (folder / "provenance.json").write_text(json.dumps(facts))
@@ -57,7 +56,8 @@ def test_a_short_run_tells_the_time_of_a_long_one(tmp_path: Path) -> None:
     assert rates.training_seconds(planned()) == pytest.approx(305 * 450 * 0.1 + 5.0)
     assert rates.training_seconds(planned(trainer__max_steps=1000)) == pytest.approx(105.0)
     assert rates.training_seconds(planned(optimizer__lr=0.5)) is not None  # costs the same
-    for changes in ({"model__depth": 6}, {"data__batch_size": 50}, {"trainer__accelerator": "cpu"}):
+    others: list[dict[str, Any]] = [{"model__depth": 6}, {"data__batch_size": 50}, {"trainer__accelerator": "cpu"}]
+    for changes in others:
         assert rates.training_seconds(planned(**changes)) is None  # another kind
     # another share of the data has fewer steps of the same kind: the data set's size is needed
     assert rates.training_seconds(planned(data__fraction=0.1)) is None

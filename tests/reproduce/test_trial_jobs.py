@@ -134,7 +134,8 @@ def test_time_left_goes_by_estimates_then_by_jobs_that_ended() -> None:
 
 
 def test_the_bar_names_the_running_jobs_and_their_output(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    console = Console(width=100, height=30, file=io.StringIO(), force_terminal=True)
+    screen, printed = io.StringIO(), io.StringIO()
+    console = Console(width=100, height=30, file=screen, force_terminal=True)
     display = job_display.JobDisplay(tmp_path, job_display.TimeLeft({}, 2), console)
     jobs = TrialJobs(
         [planned("model=vit", "profile=smoke"), planned("model=swin")], tmp_path, lambda job, slot: Ending([]), display
@@ -143,15 +144,14 @@ def test_the_bar_names_the_running_jobs_and_their_output(tmp_path: Path, caplog:
         job = jobs.next_job()
         assert job is not None
         jobs.start(job, Slot("gpu0", {}))
-        other = Console(width=100, file=io.StringIO())
-        other.print(display.picture(jobs))
-    text = other.file.getvalue()  # type: ignore[attr-defined]  # a StringIO
+        Console(width=100, file=printed).print(display.picture(jobs))
+    text = printed.getvalue()
     assert "0/2, 0 s, time left unknown" in text
     (row,) = [line.split() for line in text.splitlines() if line.startswith(" gpu0")]
     assert row[:3] == ["gpu0", "model=vit", "starting"]
     assert row[-1] == job.folder.name
     assert "jobs/<output>/output.txt" in text
-    assert "model=vit" in console.file.getvalue()  # type: ignore[attr-defined]
+    assert "model=vit" in screen.getvalue()
 
 
 def test_without_a_terminal_lines_say_what_ended_and_what_is_left(

@@ -266,9 +266,10 @@ def test_the_live_table_fits_the_terminal(tmp_path: Path) -> None:
     shown = progress_table.table(run, n_rows=4)
     assert list(shown.columns[0].cells) == ["2", "3", "4", "5"]  # all failed ones, then the newest of the others
     assert shown.caption == "and 2 more trials"
-    console = Console(width=80, file=io.StringIO())
+    screen = io.StringIO()
+    console = Console(width=80, file=screen)
     console.print(progress_table.table(run, width=console.width))
-    text = console.file.getvalue()
+    text = screen.getvalue()
     assert max(map(len, text.splitlines())) <= 80
     assert all(trial.folder.name in text for trial in run.trials)
     assert "failed (3)" in text
