@@ -93,6 +93,15 @@ def test_one_seed_has_the_interval_over_pairs_and_what_pairs_share_cancels(make_
     assert np.isnan([difference.half_width, difference.p]).all()  # nothing to judge by, and no interval without width
 
 
+def test_tables_of_two_seeds_print_means_and_no_interval(make_run: Callable, tmp_path: Path) -> None:
+    write(make_run, seeds=2, shift=0.5)
+    found = answer(tmp_path)
+    assert found.values["rise", ("weak", "clean", "nll"), "difference"].half_width > 0
+    conditions, factors = factorial_tables.tables(found)
+    assert not any("±" in cell.text or "[" in cell.text for row in (*conditions.rows, *factors.rows) for cell in row)
+    assert "Means of 2 seeds, differences paired by seed; no interval is printed below 3 seeds." in conditions.note
+
+
 def test_several_seeds_have_the_paired_interval_over_seeds(make_run: Callable, tmp_path: Path) -> None:
     write(make_run, seeds=3, shift=0.5)
     found = answer(tmp_path)

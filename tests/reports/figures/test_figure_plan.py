@@ -97,7 +97,7 @@ def test_a_figure_is_drawn_with_its_numbers(make_run: Callable, tmp_path: Path) 
     heads, rows = figure_captions.numbers_over_seeds(panel)
     assert heads == ["convnet-18", "vit-tiny"]
     texts = {row[0].text: [cell.text for cell in row[1:]] for row in rows}
-    assert texts["nll_rise_at_ends"] == ["3", "1.5 ± 6.4"]  # (1 + 2) / 2 and 12.706 x 0.5
+    assert texts["nll_rise_at_ends"] == ["3", "1, 2"]  # two seeds: both values, no interval
     shared, differing = figure_captions.shared_conditions(panel.curves)
     assert shared["data"] == "photos"
     assert differing == []

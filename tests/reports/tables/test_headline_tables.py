@@ -8,7 +8,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from tests.helpers.report_runs import other_card, rise, spectrum
+from tests.helpers.report_runs import CARD, other_card, rise, spectrum
+from vitscope.core.objective_card import ObjectiveCard
+from vitscope.diagnostics.corruption.corruption import CorruptionResult
 from vitscope.reports import run_index
 from vitscope.reports.model_costs import Cost, Costs
 from vitscope.reports.run_entry import Entry
@@ -17,6 +19,18 @@ from vitscope.reports.tables import table as cells
 from vitscope.reports.value_lookup import Selection, Value
 from vitscope.runs import run_dir
 from vitscope.stats.t_tests import t_interval
+
+
+def corruption(accuracy: float, card: ObjectiveCard) -> CorruptionResult:
+    """Return an accuracy under noise and blur at severity 1."""
+    table = np.full((2, 1), accuracy)
+    nothing = np.zeros(0)
+    return CorruptionResult(
+        types=("gaussian_noise", "motion_blur"), severities=np.array([1]), accuracy=table, nll=table, ece=table,
+        clean_accuracy=0.5, clean_nll=1.0, clean_ece=0.1, mean_accuracy=accuracy, mean_accuracy_standard_error=0.01,
+        baseline="", ce=nothing, relative_ce=nothing, mce=None, relative_mce=None, source="generated",
+        n_images=card.n_images, card=card,
+    )  # fmt: skip
 
 
 class Given(Costs):
@@ -169,3 +183,68 @@ def test_equal_seeds_have_a_mean_and_no_half_width(noise: float) -> None:
     frame = cells.frame(table)
     assert list(frame.columns) == ["model", "m_x", "m_x_n"]
     assert frame["m_x_n"][0] == 3
+
+
+@pytest.mark.parametrize(
+    ("numbers", "text", "columns"),
+    [
+        ((0.5,), "0.500", ["m", "m_n"]),
+        ((0.5, 0.75), "0.500, 0.750", ["m", "m_values", "m_n"]),
+        ((0.5, 0.5), "0.500", ["m", "m_values", "m_n"]),
+        ((0.5, 0.6, 0.7), "0.600 ± 0.248", ["m", "m_half_width", "m_n"]),
+    ],
+)
+def test_fewer_than_three_seeds_print_values_and_no_interval(
+    numbers: tuple[float, ...], text: str, columns: list[str]
+) -> None:
+    cell, problems = cells.over_seeds({f"run {i}": Value(v) for i, v in enumerate(numbers)}, "m", ".3f", len(numbers))
+    assert (cell.text, problems) == (text, [])
+    frame = cells.frame(cells.Table("t", "T", ("m",), ("m",), ((cell,),)))
+    assert list(frame.columns) == columns
+    assert frame["m"][0] == pytest.approx(sum(numbers) / len(numbers), rel=1e-12)
+    assert frame["m_n"][0] == len(numbers)
+    if "m_values" in columns:
+        assert [float(value) for value in frame["m_values"][0].split()] == list(numbers)
+
+
+@pytest.mark.parametrize(
+    ("counts", "text"),
+    [
+        ([1, 1], "One seed a row: its values, no interval"),
+        ([2, 2], "2 seeds a row: their values, equal ones once; no interval below 3 seeds"),
+        ([1, 2], "1 to 2 seeds a row: their values, equal ones once; no interval below 3 seeds"),
+        ([5, 5], "Means over seeds (5 a row), ± half of the 95% t-interval where they differ"),
+        ([2, 5], "Means over seeds (2 to 5 a row), ± half of the 95% t-interval where they differ; fewer than 3 seeds: their "
+                 "values, no interval"),
+    ],
+)  # fmt: skip
+def test_a_table_says_how_many_seeds_there_were(counts: list[int], text: str) -> None:
+    assert cells.seeds_text(counts) == text
+
+
+def test_the_caption_says_which_images_a_column_of_robustness_used(make_run: Callable, tmp_path: Path) -> None:
+    for seed in (0, 1):
+        card = dataclasses.replace(CARD, split="test", n_images=16, seed=seed)
+        make_run("vit", seed, measured={"corruption": corruption(0.3, card)}, trainer__limit_test_batches=1,
+                 data__eval_batch_size=256)  # fmt: skip
+    note = build(tmp_path).note
+    assert note.startswith("2 seeds a row: their values")
+    assert (
+        "Robust accuracy (mean over types and severities of corruption): on 16 test images, other ones for each seed where the "
+        "split has more. accuracy, NLL, ECE: on at most 256 test images."
+    ) in note
+    assert "Robust" not in build(tmp_path, "curvature").note
+
+
+def test_the_caption_says_that_all_runs_used_the_same_images(make_run: Callable, tmp_path: Path) -> None:
+    card = dataclasses.replace(CARD, split="test", n_images=10000, seed=7)
+    for seed in (0, 1, 2):
+        make_run("vit", seed, measured={"corruption": corruption(0.3 + 0.1 * seed, card)})
+    table = build(tmp_path, "robustness")
+    assert "on 10,000 test images, the same for every run. accuracy, NLL, ECE: on all test images." in table.note
+    assert table.note.startswith("Means over seeds (3 a row)")
+    published = dataclasses.replace(card, options={"root": "/data/CIFAR-100-C", "n_images": 50000})
+    make_run("convnet", measured={"corruption": corruption(0.3, published)})
+    selection = Selection([e for e in run_index.collect(run_dir.every(tmp_path / "runs")) if e.family == "convnet"])
+    note = headline_tables.build("robustness", selection, Given()).note
+    assert "on at most 50,000 published images a condition (CIFAR-100-C)." in note

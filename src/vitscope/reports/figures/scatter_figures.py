@@ -15,7 +15,7 @@ from vitscope.plotting.api import STYLE
 from vitscope.plotting.style import MARKERS
 from vitscope.reports.run_entry import Entry
 from vitscope.reports.tables.headline_tables import n_msa
-from vitscope.reports.tables.table import Cell, Problem, Table, over_seeds
+from vitscope.reports.tables.table import Cell, Problem, Table, over_seeds, seeds_text
 from vitscope.reports.value_lookup import Selection, Value, scalar_of_result
 from vitscope.stats.t_tests import Interval
 
@@ -89,7 +89,7 @@ def collect(selection: Selection, x: str, y: Sequence[str], name: str) -> tuple[
         points.append(Point(_series(first, x), first.label, position, tuple(heights)))
         rows.append((Cell(first.label), *([Cell(_key_text(key))] if keyed else []), *cells))
     columns = ("model", x, *y)
-    note = "Means over seeds ± half of the 95% t-interval where there are several that differ."
+    note = f"{seeds_text([len(runs) for runs in groups])}." if groups else "No run."
     return points, Table(
         name,
         f"{', '.join(map(axis_label, y))} over {axis_label(x)}",

@@ -21,7 +21,7 @@ from vitscope.reports.claims.factorial_analysis import (
 )
 from vitscope.reports.claims.factorial_runs import MODELS
 from vitscope.reports.figures import factorial_figure
-from vitscope.reports.tables.table import Cell, Problem, Table, interval_text
+from vitscope.reports.tables.table import LEAST_SEEDS, Cell, Problem, Table, interval_text
 from vitscope.reports.value_lookup import MISSING, Selection
 from vitscope.runtime.errors import StorageError
 from vitscope.stats.intervals import LEAST_IMAGES
@@ -121,7 +121,7 @@ def _condition_rows(result: FactorialResult | None) -> list[tuple[Cell, ...]]:
         for q in QUANTITIES:
             three = [result.values.get((q.key, c, column)) for column in (*MODELS, "difference")]
             word = result.undefined.get((q.key, c), "")
-            cells += [_cell(value, c[2] in q.objectives, word) for value in three]
+            cells += [_cell(value, c[2] in q.objectives, word, result.seeds) for value in three]
             cells.append(Cell(_flatter(three[2])))
         rows.append(tuple(cells))
     return rows
@@ -134,14 +134,21 @@ def _factor_rows(result: FactorialResult | None) -> list[tuple[Cell, ...]]:
     for e in result.effects if result is not None else ():
         share = f"{e.share:.0%}" if math.isfinite(e.share) else "–"
         texts = (titles[e.quantity], OBJECTIVES[e.l2].removeprefix("NLL + "), switch_text(e))
-        values = (_cell(value, word=words.get(e.quantity, "")) for value in (e.convnet, e.vit, e.difference))
+        seeds = result.seeds if result is not None else ()
+        values = (
+            _cell(value, word=words.get(e.quantity, ""), seeds=seeds) for value in (e.convnet, e.vit, e.difference)
+        )
         rows.append((*map(Cell, texts), *values, Cell(share), Cell(f"{e.flips} of 4" if share != "–" else "–")))
     return rows
 
 
-def _cell(value: Interval | None, defined: bool = True, word: str = "") -> Cell:
+def _cell(value: Interval | None, defined: bool = True, word: str = "", seeds: Sequence[int] = ()) -> Cell:
     if value is None:
         return Cell(MISSING, None, MISSING) if defined else Cell("–")
+    if (
+        1 < len(seeds) < LEAST_SEEDS
+    ):  # an interval over seeds that tells nothing; that of one seed is over something else
+        value = replace(value, half_width=math.nan, ends=None)
     if math.isfinite(value.mean):
         return Cell(interval_text(value, ".3g"), value)
     return Cell(word) if word else Cell("failed", None, "failed")
@@ -158,7 +165,12 @@ def _flatter(difference: Interval | None) -> str:
 def _notes(result: FactorialResult | None) -> str:
     if result is None:
         return "No runs."
-    if len(result.seeds) > 1:
+    if 1 < len(result.seeds) < LEAST_SEEDS:
+        n_seeds = len(result.seeds)
+        sampled = (
+            f"Means of {n_seeds} seeds, differences paired by seed; no interval is printed below {LEAST_SEEDS} seeds."
+        )
+    elif len(result.seeds) > 1:
         sampled = f"± half of the 95% t-interval over {len(result.seeds)} seeds, differences paired by seed."
     else:
         parts = ", ".join(f"{q.sampled} ({q.title})" for q in QUANTITIES if q.sampled)

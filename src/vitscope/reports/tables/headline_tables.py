@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from vitscope.config.model_facts import UNRECORDED
+from vitscope.core.objective_card import ObjectiveCard
 from vitscope.models.alternet_layout import DEFAULT_MSA
 from vitscope.reports.model_costs import Costs
 from vitscope.reports.run_entry import Entry
-from vitscope.reports.tables.table import Cell, Problem, Table, over_seeds
+from vitscope.reports.tables.table import Cell, Problem, Table, over_seeds, seeds_text
 from vitscope.reports.value_lookup import FAILED, MISSING, Selection, Value
 
 #: sources of a column's number besides measures: the metrics log, or the model itself
@@ -98,7 +100,7 @@ def build(
     expect_models: Sequence[str] = (),
     expect_seeds: Sequence[int] = (),
 ) -> Table:
-    """Return one of `TABLES`: a row an experiment, means and 95% t-intervals over its seeds.
+    """Return one of `TABLES`: a row an experiment, means and 95% t-intervals over its seeds, values of fewer than 3 seeds.
 
     Args:
         name: Name of the table, a key of `TABLES`.
@@ -212,11 +214,8 @@ def n_msa(entry: Entry) -> tuple[int, ...]:
 def _note(groups: Sequence[Mapping[int, Entry]], columns: Sequence[Column], selection: Selection) -> str:
     if not groups:
         return "No run."
-    counts = sorted({len(runs) for runs in groups})
-    seeds = " to ".join(str(n) for n in dict.fromkeys((counts[0], counts[-1])))
-    interval = ", ± half of the 95% t-interval where they differ" if counts[-1] > 1 else ""
     flops = " FLOPs: forward pass of one image, two for each multiply-add." if _COST[1] in columns else ""
-    robust = " Robust accuracy: mean over types and severities of corruption." if _ROBUST in columns else ""
+    robust = _robustness_note(groups, columns, selection)
     newest = ", or the newest of a run that has none there" if selection.or_newest else ""
     evaluations = {
         m.card.n_images
@@ -227,4 +226,61 @@ def _note(groups: Sequence[Mapping[int, Entry]], columns: Sequence[Column], sele
     if evaluations and _TEST[0] in columns:
         counts_text = " or ".join(map(str, sorted(evaluations)))
         newest += f"; accuracy and NLL of models that were not trained here: evaluation on {counts_text} test images"
-    return f"Means over seeds ({seeds} a row){interval}; measures at {selection.tag}{newest}.{flops}{robust}"
+    seeds = seeds_text([len(runs) for runs in groups])
+    return f"{seeds}; measures at {selection.tag}{newest}.{flops}{robust}"
+
+
+#: measures of robustness by the words that a note has for their columns
+_ROBUSTNESS = {
+    "corruption": "Robust accuracy (mean over types and severities of corruption)",
+    "frequency_noise_robustness": "Band noise",
+    "adversarial": "FGSM and PGD",
+    "calibration": "ECE, T scaled",
+    "shape_bias": "Shape bias",
+}
+
+
+def _robustness_note(groups: Sequence[Mapping[int, Entry]], columns: Sequence[Column], selection: Selection) -> str:
+    """Return sentences that say which images each measure of robustness used, beside those of accuracy, NLL and ECE."""
+    sentences = []
+    sources = dict.fromkeys(column.source for column in columns if column.source in _ROBUSTNESS)
+    entries = [entry for runs in groups for entry in runs.values()]
+    for source in sources:
+        results = [measured for entry in entries if (measured := selection.measured(entry, source)[0]) is not None]
+        cards = [measured.card for measured in results if measured.card is not None]
+        if not cards:
+            continue
+        words = _ROBUSTNESS[source]
+        if source == "corruption" and not any(column.key == "mean_accuracy" for column in columns):
+            words = "Corruption"
+        sentences.append(f"{words}: on {_images_text(cards)}.")
+    if not sentences or not any(column in columns for column in _TEST):
+        return "".join(f" {sentence}" for sentence in sentences)
+    limits = {_tested_images(entry) for entry in entries if entry.trained} - {None}
+    tested = f"at most {_range_text([n for n in limits if n is not None])} test images" if limits else "all test images"
+    titles = ", ".join(column.title for column in columns if column in _TEST)
+    return "".join(f" {sentence}" for sentence in [*sentences, f"{titles}: on {tested}."])
+
+
+def _images_text(cards: Sequence[ObjectiveCard]) -> str:
+    """Return in words which images results were measured on."""
+    folders = {str((card.options or {}).get("root")) for card in cards if (card.options or {}).get("root")}
+    if folders:  # a published set of corrupted images
+        largest = _range_text([int((card.options or {}).get("n_images") or card.n_images) for card in cards])
+        return f"at most {largest} published images a condition ({', '.join(Path(folder).name for folder in sorted(folders))})"
+    split = " and ".join(dict.fromkeys(card.split for card in cards))
+    is_drawn = len({card.seed for card in cards}) > 1
+    choice = "other ones for each seed where the split has more" if is_drawn else "the same for every run"
+    return f"{_range_text([card.n_images for card in cards])} {split} images, {choice}"
+
+
+def _tested_images(entry: Entry) -> int | None:
+    """Return the largest number of test images that a run's test can have used, None where it used all."""
+    limit = (entry.config.get("trainer") or {}).get("limit_test_batches")
+    size = (entry.config.get("data") or {}).get("eval_batch_size")
+    is_count = isinstance(limit, int) and not isinstance(limit, bool)
+    return limit * size if is_count and isinstance(size, int) else None
+
+
+def _range_text(numbers: Sequence[int]) -> str:
+    return " to ".join(f"{n:,}" for n in dict.fromkeys((min(numbers), max(numbers))))

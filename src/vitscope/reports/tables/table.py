@@ -14,6 +14,9 @@ from vitscope.reports.value_lookup import FAILED, MISSING, Value
 from vitscope.runtime import atomic_write
 from vitscope.stats.t_tests import Interval, t_interval
 
+#: number of seeds from which on a cell is a mean with an interval; below, it lists the seeds' values
+LEAST_SEEDS = 3
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -44,11 +47,13 @@ class Cell:
         text: The cell as it is printed.
         interval: Mean, half width and number of seeds; None for text.
         problem: ``missing`` or ``failed`` where no seed has a number, or where some lack one.
+        values: The seeds' values where there are fewer than `LEAST_SEEDS`: then they are printed, and no interval.
     """
 
     text: str
     interval: Interval | None = None
     problem: str = ""
+    values: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -79,6 +84,9 @@ class Table:
 def over_seeds(values: Mapping[str, Value], metric: str, style: str, expected: int) -> tuple[Cell, list[Problem]]:
     """Return the cell of one value a seed, and what is wrong with it.
 
+    From `LEAST_SEEDS` seeds on it is their mean with its t-interval. Two seeds give an interval of 12.7 standard errors, which
+    tells a reader nothing: fewer seeds give their values, ``0.31, 0.35``, equal ones once.
+
     Seeds without a number are named, left out of the mean and counted in the cell: ``0.81 ± 0.02 (2 of 3)``. Where the
     measure's definition gives no number, nothing is wrong: the cell says why, such as ``saturated``.
 
@@ -96,10 +104,29 @@ def over_seeds(values: Mapping[str, Value], metric: str, style: str, expected: i
         kind = FAILED if any(p.kind == FAILED for p in problems) else MISSING
         return Cell(kind, None, kind), problems
     interval = t_interval(numbers)
-    text = interval_text(interval, style)
+    few = tuple(numbers) if len(numbers) < LEAST_SEEDS else ()
+    texts = dict.fromkeys(number_text(value, style) for value in few)
+    text = ", ".join(texts) if few else interval_text(interval, style)
     if len(numbers) < expected:
         text += f" ({len(numbers)} of {expected})"
-    return Cell(text, interval, problems[0].kind if problems else ""), problems
+    return Cell(text, interval, problems[0].kind if problems else "", few), problems
+
+
+def seeds_text(counts: Sequence[int]) -> str:
+    """Return a sentence on the seeds of a table's rows and what their numbers are.
+
+    Args:
+        counts: Number of seeds of each row.
+    """
+    fewest, most = min(counts), max(counts)
+    if most == 1:
+        return "One seed a row: its values, no interval"
+    if most < LEAST_SEEDS:
+        n_seeds = f"{most} seeds a row" if fewest == most else f"{fewest} to {most} seeds a row"
+        return f"{n_seeds}: their values, equal ones once; no interval below {LEAST_SEEDS} seeds"
+    n_seeds = str(most) if fewest == most else f"{fewest} to {most}"
+    text = f"Means over seeds ({n_seeds} a row), ± half of the 95% t-interval where they differ"
+    return text if fewest >= LEAST_SEEDS else f"{text}; fewer than {LEAST_SEEDS} seeds: their values, no interval"
 
 
 def interval_text(interval: Interval, style: str) -> str:
@@ -139,6 +166,7 @@ def markdown(table: Table) -> str:
 def frame(table: Table) -> pd.DataFrame:
     """Return the numbers: for each column the mean, ``<id>_half_width`` and ``<id>_n``, and problems as text.
 
+    Fewer than `LEAST_SEEDS` seeds have no half width; several of them have ``<id>_values``, separated by spaces.
     An interval that does not lie evenly about its mean has ``<id>_low`` and ``<id>_high`` instead of a half width.
     """
     rows = []
@@ -149,7 +177,9 @@ def frame(table: Table) -> pd.DataFrame:
                 row[key] = cell.text
                 continue
             row[key] = cell.interval.mean
-            if cell.interval.half_width >= 0:
+            if len(cell.values) > 1:
+                row[f"{key}_values"] = " ".join(map(repr, cell.values))
+            if cell.interval.half_width >= 0 and not cell.values:
                 row[f"{key}_half_width"] = cell.interval.half_width
             if cell.interval.ends is not None:
                 row[f"{key}_low"], row[f"{key}_high"] = cell.interval.ends
