@@ -172,3 +172,29 @@ def test_training_starts_from_averages(call, tiny, tmp_path, capsys) -> None:
     ):
         assert call("train", *arguments) == 2
         assert text in capsys.readouterr().err
+
+
+def test_a_folder_of_a_measured_file_is_measured_again(call, tmp_path, capsys) -> None:
+    """The network was a new one with random weights once, in silence."""
+    states = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        states.append(vs.models.vit("tiny", 10, 32, 8, depth=1).state_dict())
+    file, folder = tmp_path / "net.pth", tmp_path / "measured"
+    torch.save({"model": states[0], "model_ema": states[1]}, file)
+    options = ["model=vit", "model.depth=1", "model.patch_size=8", *EVALUATE]
+    assert call("analyze", *options, f"ckpt_path={file}", "ckpt=ema", f"run_dir={folder}") == 0
+    again = ["analysis=[evaluation,taps]", "reuse=false", "device=cpu", "analysis.evaluation.probe.n_images=12"]
+    before = {name: result.nll for name, result in vs.load_results(folder)["evaluation"].items()}
+    assert call("analyze", f"run={folder}", *again) == 0
+    assert {name: result.nll for name, result in vs.load_results(folder)["evaluation"].items()} == before
+    assert list(before) == ["net-ema"]
+    assert list(vs.load_results(folder)["taps"]) == ["net-ema"]
+    probe = vs.load_probe(folder)
+    assert all(torch.equal(value, states[1][name]) for name, value in probe.model.state_dict().items())
+    capsys.readouterr()
+    assert call("analyze", f"run={folder}", f"ckpt_path={file}", *again) == 2
+    assert f"error: ckpt_path={file}: run={folder} names the weights already; " in capsys.readouterr().err
+    file.unlink()
+    assert call("analyze", f"run={folder}", *again) == 4
+    assert f"ckpt_path={file}: {folder} measured this file, and it is no longer there" in capsys.readouterr().err

@@ -199,6 +199,19 @@ def every_key(node: object, key: str = "") -> list[str]:
     ]
 
 
+def test_a_refused_resume_leaves_the_run_as_it_was(call, finished, tmp_path, capsys) -> None:
+    """A finished run whose checkpoint was refused once counted as failed, and its results had other names."""
+    run = run_dir.Run(finished)
+    before = run.provenance()
+    content = checkpoint_io.read(finished / "checkpoints" / "last.ckpt")
+    content["vitscope"] = {**content["vitscope"], "seed": 9}
+    torch.save(content, tmp_path / "other.ckpt")
+    assert call("train", f"run={finished}", f"ckpt_path={tmp_path}/other.ckpt", "trainer.max_epochs=5") == 4
+    assert "the checkpoint was made with 9" in capsys.readouterr().err
+    assert run.provenance() == before
+    assert run.provenance()["status"] == "finished"
+
+
 def test_json_of_changes_can_be_read(finished) -> None:
     run = run_dir.Run(finished)
     cfg = run.config()

@@ -48,7 +48,9 @@ def analyze(cfg: DictConfig, chosen_keys: Sequence[str] = (), run_value_override
     """
     run = run_dir.find(str(cfg.run)) if cfg.run else None
     if run is not None:
+        _refuse_second_file(cfg, run)
         cfg = merged(cfg, run.config(), chosen_keys)
+        _take_measured_file(cfg, run, chosen_keys)
         run_overrides.apply(cfg, run_value_overrides)
         _refuse_new_name(cfg)
         _refuse_changing_checkpoint(_checkpoint_path(cfg, run), run)
@@ -181,7 +183,10 @@ def _checkpoint(cfg: DictConfig, run: Run | None) -> tuple[Path | None, Mapping[
         return None, None
     if run is not None and not path.is_file():
         names = [Path(name).stem for name in checkpoint_manifest.entries(run.checkpoints)]
-        if not names and not run.checkpoints.exists() and not cfg.ckpt_path:
+        if cfg.ckpt_path:
+            fix = "put the file back, or measure it where it is: ckpt_path= without run="
+            raise CheckpointError("ckpt_path", path, f"{run.path} measured this file, and it is no longer there", fix)
+        if not names and not run.checkpoints.exists():
             return None, None  # a folder that analyze.py made for a model without a checkpoint
         raise CheckpointError("ckpt", cfg.ckpt, "the run has no such checkpoint", errors.nearest(str(cfg.ckpt), names))
     return path, checkpoint_io.read(path)
@@ -214,9 +219,35 @@ def _with_settled_classes(
 
 def _checkpoint_path(cfg: DictConfig, run: Run) -> Path:
     """Return the file of weights that the command names in a run; averages are in the last checkpoint."""
+    if cfg.ckpt_path:  # of a folder that analyze.py made for a file
+        return Path(cfg.ckpt_path)
     if Path(str(cfg.run)).is_file():
         return Path(str(cfg.run))
     return run.checkpoints / f"{'last' if cfg.ckpt == AVERAGE else cfg.ckpt}.ckpt"
+
+
+def _refuse_second_file(cfg: DictConfig, run: Run) -> None:
+    """Refuse ``ckpt_path`` beside ``run``: both name weights.
+
+    Raises:
+        ConfigError: saying how the file is measured.
+    """
+    if cfg.ckpt_path:
+        reason = f"run={run.path} names the weights already"
+        fix = (
+            "set ckpt=<name> for another checkpoint of the run, or leave out run= and name model= and data= of the file"
+        )
+        raise ConfigError("ckpt_path", cfg.ckpt_path, reason, fix)
+
+
+def _take_measured_file(cfg: DictConfig, run: Run, overrides: Sequence[str]) -> None:
+    """Let a folder that analyze.py made for a file of weights measure that file again, in place."""
+    measured_file = run.measured_file()
+    if measured_file is None:
+        return
+    cfg.ckpt_path = str(measured_file[0])
+    if not any(override.lstrip("+").partition("=")[0] == "ckpt" for override in overrides):
+        cfg.ckpt = measured_file[1]
 
 
 def _refuse_changing_checkpoint(path: Path, run: Run) -> None:

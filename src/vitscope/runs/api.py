@@ -69,6 +69,8 @@ def load_probe(
     model = factories.model(cfg)
     average = ckpt == checkpoint_weights.AVERAGE
     path = Path(run) if Path(run).is_file() else find(run).checkpoints / f"{'last' if average else ckpt}.ckpt"
+    if (measured_file := find(run).measured_file()) is not None:  # of a folder that analyze.py made for a file
+        path, average = measured_file[0], average or measured_file[1] == checkpoint_weights.AVERAGE
     content = checkpoint_io.read(path)
     checkpoint_weights.load_weights(model, content, path, average=average)
     data = factories.data(cfg)

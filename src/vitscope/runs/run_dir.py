@@ -70,6 +70,18 @@ class Run:
         """The file of tracebacks and notices."""
         return self.path / "log.txt"
 
+    def measured_file(self) -> tuple[Path, str] | None:
+        """Return the file of weights that ``analyze.py`` measured here and its ``ckpt``; None for a training or no file.
+
+        Raises:
+            CheckpointError: the folder's configuration is missing or damaged.
+        """
+        if self.checkpoints.exists() or self.provenance().get("command") != "analyze":
+            return None
+        stored = self.config()
+        path = stored.get("ckpt_path")
+        return (Path(str(path)), str(stored.get("ckpt", "last"))) if path else None
+
     def config(self) -> DictConfig:
         """Return the configuration that made the run.
 

@@ -186,11 +186,13 @@ def _await_run(path: Path, seconds: float = 60.0) -> Run:
 def _train_in_folder(cfg: DictConfig, run: Run, start: ResumePoint, parts: TrainingParts) -> None:
     """Fit, test and report; note how the training ended, whatever ended it."""
     start_time = time.monotonic()
+    is_refused = start.run is not None  # until its checkpoint is adopted, a resumed run is as it was before
     mirror = wandb_mirror.start(cfg, run, "train")
     code = 1
     try:
         fit_parts = _build_fit_parts(cfg, run, parts, mirror)
         checkpoint = _adopt_start(cfg, run, start, parts, fit_parts)
+        is_refused = False
         _fit(cfg, parts, fit_parts, checkpoint)
         _report(run, mirror)
         code = 0
@@ -203,7 +205,8 @@ def _train_in_folder(cfg: DictConfig, run: Run, start: ResumePoint, parts: Train
         try:
             if is_main_process():
                 os.environ.pop(run_dir.ENVIRONMENT, None)  # the next run of this process makes a folder of its own
-                run_end.note_end(run, code, wall_s=round(time.monotonic() - start_time, 3))
+                if not is_refused:
+                    run_end.note_end(run, code, wall_s=round(time.monotonic() - start_time, 3))
         finally:
             mirror.finish(code)
 

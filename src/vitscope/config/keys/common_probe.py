@@ -71,7 +71,7 @@ def apply_checkpoint_defaults(cfg: DictConfig, overrides: Sequence[str] = ()) ->
 
     How such a checkpoint was trained is not known. What the command line states wins: ``probe.*`` (which is applied before),
     ``analysis.<name>.probe.*``, ``objective`` and ``objective.weight_decay``, and an experiment. An analysis with the settings
-    of the released code keeps its images.
+    of the released code keeps its images. A folder of such a checkpoint that is measured again keeps its objective.
 
     Args:
         cfg: Composed configuration of ``conf/analyze.yaml``.
@@ -81,7 +81,7 @@ def apply_checkpoint_defaults(cfg: DictConfig, overrides: Sequence[str] = ()) ->
         The groups in which a default was set: ``images``, ``objective``.
     """
     keys = overridden_keys(overrides)
-    if not cfg.get("ckpt_path") or cfg.get("run") or "experiment" in keys:
+    if not cfg.get("ckpt_path") or "experiment" in keys:
         return ()
     changed = []
     for name, node in _analysis_nodes(cfg):
@@ -93,7 +93,7 @@ def apply_checkpoint_defaults(cfg: DictConfig, overrides: Sequence[str] = ()) ->
                 changed += ["images"] if is_other else []
                 _set_probe_key(node, key, value)
     objective_keys = {"objective", "objective.weight_decay", "objective.l2"}
-    if not keys & objective_keys and cfg.objective.get("weight_decay"):
+    if not cfg.get("run") and not keys & objective_keys and cfg.objective.get("weight_decay"):
         cfg.objective.weight_decay = 0.0
         changed.append("objective")
     return tuple(dict.fromkeys(changed))
