@@ -35,8 +35,8 @@ from vitscope.runtime.errors import ConfigError
         ("analyze", "split=val", "split=val: no such key; write probe.split=val"),
         ("analyze", "batch_size=8", "batch_size=8: no such key; write analysis.<name>.probe.batch_size=8"),
         ("analyze", "lr=0.1", "lr=0.1: analyze trains nothing; leave it out; train takes optimizer.lr=0.1"),
-        ("train", "--pretrained --wandb",
-         "--pretrained --wandb: arguments are key=value; write model.pretrained=true logger=wandb"),
+        ("train", "--pretrained --tensorboard",
+         "--pretrained --tensorboard: arguments are key=value; write model.pretrained=true logger=tensorboard"),
     ],
 )  # fmt: skip
 def test_a_name_of_another_tool_is_answered_by_the_right_key(command: str, arguments: str, text: str) -> None:

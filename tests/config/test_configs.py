@@ -12,6 +12,7 @@ from tests.helpers.configurations import CONF, composed, options
 from tests.helpers.model_configs import CONFIGS
 from vitscope.analyses import spec
 from vitscope.config import caps, experiment_identity, factories, loading
+from vitscope.config.keys import logger_choice
 from vitscope.config.validation import validate
 from vitscope.reproduce import plan
 from vitscope.runtime.errors import ConfigError
@@ -25,7 +26,8 @@ PLANNED = frozenset(
 @pytest.mark.parametrize(
     "group", ["objective", "optimizer", "trainer", "logger", "caps", "callbacks", "analysis", "profile"]
 )
-def test_every_option_composes_and_validates(group: str, tmp_path: Path) -> None:
+def test_every_option_composes_and_validates(group: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logger_choice, "is_installed", lambda name: True)  # loggers need optional packages
     choices = [f"{group}={option}" for option in options(group)]
     if group == "analysis":  # all in one composition
         choices = [f"analysis=[{','.join(options(group))}]"]

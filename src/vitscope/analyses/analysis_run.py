@@ -16,10 +16,11 @@ from vitscope.config import caps, cross_checks, error_translation, factories, lo
 from vitscope.config.keys import common_probe
 from vitscope.config.validation import validate
 from vitscope.models.state_dicts import CURRENT_WEIGHTS
-from vitscope.runs import named_weights, run_dir, run_end, run_lock, run_overrides, wandb_mirror
+from vitscope.runs import named_weights, run_dir, run_end, run_lock, run_overrides
 from vitscope.runs.checkpoints import checkpoint_content, checkpoint_io, checkpoint_manifest, checkpoint_weights
 from vitscope.runs.checkpoints.checkpoint_weights import AVERAGE
 from vitscope.runs.run_dir import Run
+from vitscope.runs.scalar_loggers import run_mirror
 from vitscope.runs.summary_table import print_headline
 from vitscope.runtime import errors
 from vitscope.runtime.distributed import rank
@@ -73,7 +74,7 @@ def analyze(cfg: DictConfig, chosen_keys: Sequence[str] = (), run_value_override
     run_end.log_tracebacks_to(run)
     if rank() == 0 and model_facts.KEY not in run.provenance() and _is_own_model(cfg, run):
         run.note(**{model_facts.KEY: model_facts.of_model(cfg)})
-    mirror = wandb_mirror.start(cfg, run, "analyze")
+    mirror = run_mirror.start(cfg, run, "analyze")
     code = 1
     try:
         _perform(cfg, run, network.to(device), data, content, path, mirror, defaults)

@@ -53,6 +53,7 @@ _REPLACEMENTS = {
     **dict.fromkeys(("task_name", "exp_name", "experiment_name", "run_name"), "name={}"),
     **dict.fromkeys(("output", "output_dir", "save_dir", "log_dir", "work_dir"), "paths.runs={}"),
     **dict.fromkeys(("wandb", "use_wandb", "log_wandb"), "logger=wandb"),
+    **dict.fromkeys(("tensorboard", "use_tensorboard"), "logger=tensorboard"),
     **dict.fromkeys(("project", "wandb_project"), "logger.project={}"),
 }
 

@@ -20,6 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from vitscope.config import cross_checks, instantiate, loading, target_allowlist
 from vitscope.config.keys.common_probe import checked_probe
+from vitscope.config.keys.logger_choice import PACKAGES, check_loggers, without_loggers
 from vitscope.config.keys.run_words import check_run_words
 from vitscope.config.loading import DATA_HINTS, MODEL_HINTS, NODE_KEYS
 from vitscope.config.loss import loss_choice
@@ -82,8 +83,10 @@ def _check_plain_values(tree: Mapping[str, Any], *, whole: bool) -> None:
     check_run_words(tree)
     _check_roots(tree, whole=whole)
     checked_probe(tree.get("probe") or {})
+    check_loggers(tree.get("logger"), {name: _file("logger", name) for name in PACKAGES})
     for group in ("objective", "logger", "paths"):
         node = dict(tree.get(group) or {})
+        node = without_loggers(node) if group == "logger" else node
         if isinstance(node.get("loss"), Mapping):  # of the user's own, see `vitscope.config.loss.loss_choice`
             del node["loss"]
         _check_plain_group(group, node)
@@ -188,7 +191,7 @@ def _check_capabilities(stated: Any) -> None:
 
 def _check_plain_group(group: str, node: Mapping[str, Any]) -> None:
     allowed_values: dict[str, set[Any]] = {}
-    for name in loading.options(group):
+    for name in set(loading.options(group)) - (set(PACKAGES) if group == "logger" else set()):
         for key, value in _file(group, name).items():
             kinds = _kinds(value)  # a bound, or a number that another file gives with a fraction
             allowed_values.setdefault(key, set()).update(kinds if kinds != {int} else {float})

@@ -39,6 +39,11 @@ class WandbMirror:
         self._run = run
 
     @property
+    def run(self) -> Any:
+        """W&B's own object; None where W&B is off."""
+        return self._run
+
+    @property
     def url(self) -> str | None:
         """The run's page, where there is one."""
         return self._fact("url")

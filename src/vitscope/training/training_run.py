@@ -28,11 +28,13 @@ from vitscope.config import (
 from vitscope.config.dry_run import rehearse
 from vitscope.config.keys import common_probe
 from vitscope.config.validation import validate, writable
-from vitscope.runs import resume_changes, run_dir, run_end, run_lock, wandb_mirror
+from vitscope.runs import resume_changes, run_dir, run_end, run_lock
 from vitscope.runs.checkpoints.checkpoint_weights import AVERAGE
 from vitscope.runs.metrics_log import Journal, last_values
 from vitscope.runs.run_dir import Run
+from vitscope.runs.scalar_loggers import run_mirror
 from vitscope.runs.summary_table import print_headline
+from vitscope.runs.wandb_mirror import WandbMirror
 from vitscope.runtime.errors import CheckpointError, ConfigError, StorageError
 from vitscope.runtime.logging import is_main_process
 from vitscope.runtime.stop_flag import Interrupted
@@ -187,7 +189,7 @@ def _train_in_folder(cfg: DictConfig, run: Run, start: ResumePoint, parts: Train
     """Fit, test and report; note how the training ended, whatever ended it."""
     start_time = time.monotonic()
     is_refused = start.run is not None  # until its checkpoint is adopted, a resumed run is as it was before
-    mirror = wandb_mirror.start(cfg, run, "train")
+    mirror = run_mirror.start(cfg, run, "train")
     code = 1
     try:
         fit_parts = _build_fit_parts(cfg, run, parts, mirror)
@@ -211,7 +213,7 @@ def _train_in_folder(cfg: DictConfig, run: Run, start: ResumePoint, parts: Train
             mirror.finish(code)
 
 
-def _build_fit_parts(cfg: DictConfig, run: Run, parts: TrainingParts, mirror: wandb_mirror.WandbMirror) -> FitParts:
+def _build_fit_parts(cfg: DictConfig, run: Run, parts: TrainingParts, mirror: WandbMirror) -> FitParts:
     analyses = spec.parse(cfg.analysis)
     announcement.announce(cfg, analyses, parts.data, count=("train", "val"), of=" of the diagnostics")
     module = build_module(cfg, parts.network, parts.data)
@@ -297,7 +299,7 @@ def _is_defect(error: BaseException) -> bool:
     return error_translation.explain(error) is None
 
 
-def _report(run: Run, mirror: wandb_mirror.WandbMirror) -> None:
+def _report(run: Run, mirror: WandbMirror) -> None:
     """Print the headline table and write W&B's summary, on rank 0."""
     if is_main_process():
         values = last_values(run.journal)
