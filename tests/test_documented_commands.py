@@ -19,10 +19,12 @@ from PIL import Image
 from timm.data.imagenet_info import ImageNetInfo
 
 from vitscope.analyses import analysis_run
+from vitscope.cli import reproduce
 from vitscope.cli.main import COMMANDS
 from vitscope.config import loading
 from vitscope.config.loss import loss_overrides
 from vitscope.config.validation import validate
+from vitscope.reproduce import plan
 from vitscope.runs import run_overrides
 from vitscope.runtime.errors import VitscopeError
 
@@ -78,7 +80,7 @@ class Checker:
         self.folder = folder
         self.programs: dict[str, Callable[[list[str]], None]] = {
             "python": self.python, "vitscope": self.vitscope, "make": self.make, "torchrun": self.torchrun,
-            "wandb": self.wandb, "pip": self.pip, "pre-commit": self.pre_commit,
+            "wandb": self.wandb, "pip": self.pip, "pre-commit": self.pre_commit, "sbatch": self.sbatch,
         }  # fmt: skip
 
     def check(self, words: Sequence[str]) -> None:
@@ -108,6 +110,10 @@ class Checker:
         assert words[0] in COMMANDS, f"vitscope has no command {words[0]}"
         if words[0] in ("train", "analyze", "report"):
             self.command(words[0], words[1:])
+        if words[0] == "reproduce" and len(words) > 1 and "--help" not in words:
+            request = reproduce.arguments(words[1:])
+            targets = plan.select(request.names, plan.read())
+            assert [plan.target(name, plan.read(), request.profile, 1, request.overrides) for name in targets]
 
     def command(self, name: str, words: list[str]) -> None:
         """Compose and validate what `train`, `analyze` or `report` would run."""
@@ -178,6 +184,13 @@ class Checker:
             for extra in re.findall(r"(?:vitscope|\.)\[([\w,-]+)\]", word):
                 assert set(extra.split(",")) <= set(project["optional-dependencies"]), word
             assert not word.endswith(".txt") or (ROOT / word).is_file(), word
+
+    def sbatch(self, words: list[str]) -> None:
+        script = (ROOT / words[0]).read_text()
+        assert script.startswith("#!/bin/bash\n")
+        subprocess.run(["bash", "-n", str(ROOT / words[0])], check=True)
+        if 'vitscope train "$@"' in script:
+            self.command("train", [*words[1:], "trainer=slurm", "ckpt_path=auto"])
 
     def pre_commit(self, words: list[str]) -> None:
         assert (ROOT / ".pre-commit-config.yaml").is_file()

@@ -6,6 +6,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -235,3 +236,29 @@ def test_lightnings_own_end_at_sigterm_is_no_success() -> None:
 
     assert exit_codes.run_command(command) == error_translation.TERMINATED
     stop_flag.clear()
+
+
+def test_the_sbatch_file_asks_for_what_the_command_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in for `vitscope` writes down its arguments, waits for SIGTERM and ends as a stopped command does."""
+    command = tmp_path / "vitscope"
+    command.write_text(
+        f"#!/bin/bash\nprintf '%s\\n' \"$@\" > {tmp_path}/arguments\ntrap 'sleep 0.2; exit 143' TERM\n"
+        'touch "$0.ready"\nwhile :; do sleep 0.05; done\n'
+    )
+    command.chmod(0o755)
+    environment = {
+        "PATH": f"{tmp_path}:/usr/bin:/bin",
+        "TARGETS": "fig4 table-models",
+        "OVERRIDES": "optimizer.lr=3e-4",
+    }
+    process = subprocess.Popen(["bash", str(ROOT / "docs/slurm/reproduce.sbatch")], cwd=tmp_path, env=environment)
+    deadline = time.monotonic() + 30
+    while not Path(f"{command}.ready").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.terminate()  # SLURM's --signal=B:TERM@120
+    assert process.wait(30) == 143
+    words = (tmp_path / "arguments").read_text().splitlines()
+    assert words[0] == "reproduce"
+    request = reproduce.arguments(words[1:])
+    assert (request.names, request.profile, request.gpus) == (["fig4", "table-models"], "cifar100", "0,1,2,3")
+    assert request.overrides == ("optimizer.lr=3e-4",)
