@@ -135,7 +135,7 @@ def test_time_left_goes_by_estimates_then_by_jobs_that_ended() -> None:
 
 def test_the_bar_names_the_running_jobs_and_their_output(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     screen, printed = io.StringIO(), io.StringIO()
-    console = Console(width=100, height=30, file=screen, force_terminal=True)
+    console = Console(width=120, height=30, file=screen, force_terminal=True)
     display = job_display.JobDisplay(tmp_path, job_display.TimeLeft({}, 2), console)
     jobs = TrialJobs(
         [planned("model=vit", "profile=smoke"), planned("model=swin")], tmp_path, lambda job, slot: Ending([]), display
@@ -144,7 +144,7 @@ def test_the_bar_names_the_running_jobs_and_their_output(tmp_path: Path, caplog:
         job = jobs.next_job()
         assert job is not None
         jobs.start(job, Slot("gpu0", {}))
-        Console(width=100, file=printed).print(display.picture(jobs))
+        Console(width=120, file=printed).print(display.picture(jobs))
     text = printed.getvalue()
     assert "0/2, 0 s, time left unknown" in text
     (row,) = [line.split() for line in text.splitlines() if line.startswith(" gpu0")]

@@ -15,16 +15,16 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from omegaconf import DictConfig
 
 from vitscope.config import loading
+from vitscope.reproduce import run_kinds
 from vitscope.reproduce.planned_work import EXISTS, MEASURE, RESUME, Measurement, PlannedTrial
 from vitscope.runs import run_dir
 from vitscope.runs.run_dir import Run
 from vitscope.runtime import safe_files
 from vitscope.runtime.errors import StorageError
 
-#: key of ``provenance.json``: seconds of measurements by kind, see `measurement_kind`
+#: key of ``provenance.json``: seconds of measurements by kind, see `run_kinds.measurement_kind`
 MEASURED_S = "measured_s"
 #: a run whose journal spans more than this many times its last process's time was resumed, and says nothing of the rate
 _LONGEST_SPAN = 1.2
@@ -97,7 +97,7 @@ class Rates:
     def training_seconds(self, planned: PlannedTrial) -> float | None:
         """Return how long a trial's training takes, or the rest of it; None where it is unknown."""
         cfg = loading.plain(planned.cfg)
-        steps, rate = self._planned_steps(cfg), self._steps.get(_training_kind(cfg))
+        steps, rate = self._planned_steps(cfg), self._steps.get(run_kinds.training_kind(cfg))
         if steps is None or rate is None:
             return None
         n_done = last_row(planned.run).get("step", 0) if planned.state == RESUME and planned.run is not None else 0
@@ -105,22 +105,24 @@ class Rates:
 
     def measurement_seconds(self, planned: PlannedTrial, measurement: Measurement) -> float | None:
         """Return how long a measurement takes; None where it is unknown."""
-        return self._results.get(measurement_kind(loading.plain(planned.cfg), measurement.analysis, measurement.node))
+        return self._results.get(
+            run_kinds.measurement_kind(loading.plain(planned.cfg), measurement.analysis, measurement.node)
+        )
 
     def run_bytes(self, planned: PlannedTrial) -> float | None:
         """Return the size of a new run's folder: that of a run of the same kind, else of its checkpoints; None if unknown."""
         cfg = loading.plain(planned.cfg)
-        if (size := self._sizes.get(_files_kind(cfg))) is not None:
+        if (size := self._sizes.get(run_kinds.files_kind(cfg))) is not None:
             return size
-        parameters = self._parameters.get(_model_kind(cfg)) or _count_parameters(planned)
-        self._parameters[_model_kind(cfg)] = parameters or 0
+        parameters = self._parameters.get(run_kinds.model_kind(cfg)) or _count_parameters(planned)
+        self._parameters[run_kinds.model_kind(cfg)] = parameters or 0
         n_files = _n_checkpoints(cfg)
         return None if not parameters or n_files is None else 4.0 * parameters * (n_files + _n_optimizer_states(cfg))
 
     def _planned_steps(self, cfg: Mapping[str, Any]) -> int | None:
         trainer = cfg["trainer"]
         max_steps, max_epochs = trainer.get("max_steps") or -1, trainer.get("max_epochs") or -1
-        per_epoch = self._epochs.get(_data_kind(cfg)) or _steps_per_epoch(cfg, self.train_images)
+        per_epoch = self._epochs.get(run_kinds.data_kind(cfg)) or _steps_per_epoch(cfg, self.train_images)
         bounds = [max_steps] if max_steps > 0 else []
         if max_epochs > 0 and per_epoch is not None:
             bounds.append(math.ceil(max_epochs * per_epoch))
@@ -130,7 +132,7 @@ class Rates:
         try:
             facts = run.provenance()
             cfg = yaml.load(safe_files.read_text(run.path / "config.yaml", safe_files.LARGEST), _LOADER)
-            model, is_finished = _model_kind(cfg), facts.get("status") == "finished"
+            model, is_finished = run_kinds.model_kind(cfg), facts.get("status") == "finished"
         except (OSError, StorageError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError):
             return  # a damaged folder, or no training of vitscope
         if isinstance(count := (facts.get("model") or {}).get("parameters"), int):
@@ -146,11 +148,11 @@ class Rates:
             return
         self.n_runs += 1
         if facts.get("slim"):  # as a reproduction leaves it
-            self._sizes[_files_kind(cfg)] = _bytes_below(run.path)
+            self._sizes[run_kinds.files_kind(cfg)] = _bytes_below(run.path)
         steps = int(row["step"]) + 1
-        self._epochs[_data_kind(cfg)] = steps / (int(row.get("epoch") or 0) + 1)
+        self._epochs[run_kinds.data_kind(cfg)] = steps / (int(row.get("epoch") or 0) + 1)
         first = _first_row(run)
-        span, kind = row.get("time", 0.0) - first.get("time", 0.0), _training_kind(cfg)
+        span, kind = row.get("time", 0.0) - first.get("time", 0.0), run_kinds.training_kind(cfg)
         if span > _LONGEST_SPAN * wall + 60 or steps < getattr(self._steps.get(kind), "n_steps", 0):
             return
         n_timed = steps - 1 - int(first.get("step") or 0)
@@ -188,53 +190,6 @@ def _estimate(planned: PlannedTrial, rates: Rates, is_new: bool, missing: Sequen
         times, is_unknown, sources = [float(stated)] if is_new else [], False, {str(rates.stated["source"])}
     size = rates.run_bytes(planned) if is_new else 0.0
     return Estimate(sum(times), int(is_unknown), size or 0.0, int(size is None), frozenset(sources))
-
-
-def measurement_kind(cfg: Mapping[str, Any], analysis: str, node: Mapping[str, Any]) -> str:
-    """Return a digest of what decides how long a measurement takes: the model, the size of the images, the settings.
-
-    Args:
-        cfg: Resolved configuration of the run.
-        analysis: Name of the analysis.
-        node: Resolved configuration of the analysis.
-    """
-    settings = {key: value for key, value in node.items() if key not in ("seed", "when", "on_error")}
-    settings["probe"] = {key: value for key, value in (node.get("probe") or {}).items() if key != "seed"}
-    return loading.digest([_model_kind(cfg), cfg["data"].get("image_size"), analysis, settings], 16)
-
-
-def measurement_kinds(cfg: DictConfig) -> dict[str, str]:
-    """Return the kind of each analysis of a composed configuration by the analysis's name."""
-    resolved = loading.plain(cfg)
-    return {name: measurement_kind(resolved, name, node) for name, node in resolved["analysis"].items()}
-
-
-def _model_kind(cfg: Mapping[str, Any]) -> str:
-    return loading.digest({key: value for key, value in cfg["model"].items() if key not in loading.MODEL_HINTS})
-
-
-def _training_kind(cfg: Mapping[str, Any]) -> str:
-    data, trainer = cfg["data"], cfg["trainer"]
-    return loading.digest([
-        _model_kind(cfg), data.get("image_size"), data.get("batch_size"), cfg["optimizer"].get("_target_"),
-        *(trainer.get(key) for key in ("accelerator", "precision", "devices", "num_nodes", "accumulate_grad_batches")),
-        bool(cfg.get("compile")), bool(cfg.get("channels_last")),
-    ])  # fmt: skip
-
-
-def _data_kind(cfg: Mapping[str, Any]) -> str:
-    data, trainer = cfg["data"], cfg["trainer"]
-    source = data.get("source") or {}
-    return loading.digest([
-        data.get("name"), data.get("fraction"), data.get("batch_size"), data.get("drop_last"), source.get("val_share"),
-        *(trainer.get(key) for key in ("limit_train_batches", "devices", "num_nodes", "accumulate_grad_batches")),
-    ])  # fmt: skip
-
-
-def _files_kind(cfg: Mapping[str, Any]) -> str:
-    return loading.digest(
-        [_model_kind(cfg), cfg["optimizer"].get("_target_"), (cfg.get("callbacks") or {}).get("checkpoint")]
-    )
 
 
 def _steps_per_epoch(cfg: Mapping[str, Any], train_images: Mapping[str, int]) -> float | None:

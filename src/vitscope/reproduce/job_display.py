@@ -12,15 +12,17 @@ from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
+from rich.text import Text
 
 from vitscope.reproduce.cost_estimates import last_row
 from vitscope.reproduce.plan import Trial
 from vitscope.reproduce.planned_work import EXISTS
-from vitscope.reproduce.trial_jobs import TrialJob, TrialJobs
+from vitscope.reproduce.trial_jobs import FOLDER, TrialJob, TrialJobs
 from vitscope.runs import run_dir
 from vitscope.runs.run_dir import Run
 from vitscope.runtime.errors import StorageError
-from vitscope.sweep.progress_table import duration, short_path
+from vitscope.sweep.progress_table import WIDE, duration, short_path
+from vitscope.sweep.trial_process import OUTPUT
 
 _logger = logging.getLogger(__name__)
 
@@ -121,14 +123,17 @@ class JobDisplay:
         bar = Table.grid(padding=(0, 1))
         bar.add_row(ProgressBar(len(jobs.jobs), n_ended, width=min(40, self._console.width // 3)), self.summary(jobs))
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
-        for name in ("on", "run", "position", "time", "output"):
+        names = ["on", "run", "position", "time", "output"]
+        shown_names = [name for name in names if name != "run" or self._console.width >= WIDE]
+        for name in shown_names:
             table.add_column(
                 name, no_wrap=name != "run", justify="right" if name == "time" else "left", overflow="fold"
             )
         for job in jobs.running():
-            seconds = time.monotonic() - job.started
-            table.add_row(job.slot, _short_name(job), self._position(job), duration(seconds), job.folder.name)
-        caption = f"output: {short_path(self._root.absolute() / 'jobs')}/<output>/output.txt"
+            elapsed = duration(time.monotonic() - job.started)
+            cells = dict(zip(names, (job.slot, _short_name(job), self._position(job), elapsed, job.folder.name)))
+            table.add_row(*(cells[name] for name in shown_names))
+        caption = Text(f"output: {short_path(self._root.absolute() / FOLDER)}/<output>/{OUTPUT}")
         return Group(bar, table, caption) if jobs.running() else Group(bar)
 
     def _position(self, job: TrialJob) -> str:

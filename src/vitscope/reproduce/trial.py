@@ -18,7 +18,7 @@ from vitscope.analyses import runner, spec
 from vitscope.analyses.context import AnalysisContext
 from vitscope.config import experiment_identity, factories, loading
 from vitscope.reports.value_lookup import undefined_reason
-from vitscope.reproduce import cost_estimates
+from vitscope.reproduce import cost_estimates, run_kinds
 from vitscope.reproduce.plan import Outcome, Trial
 from vitscope.reproduce.trial_config import composed as composed
 from vitscope.runs import run_dir
@@ -42,7 +42,7 @@ def perform(trial: Trial, root: Path) -> Outcome:
     """
     cfg = composed(trial, root)
     analyses = cfg.analysis
-    kinds = cost_estimates.measurement_kinds(cfg)
+    kinds = run_kinds.measurement_kinds(cfg)
     cfg.analysis = {}
     run = _trained_run(cfg, trial, root)
     problems: list[str] = []
