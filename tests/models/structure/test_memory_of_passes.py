@@ -12,6 +12,8 @@ from torch import Tensor, nn
 import vitscope as vs
 from vitscope.models.structure import execution
 
+Reference = weakref.ref[torch.UntypedStorage]
+
 
 class Block(nn.Module):
     def __init__(self) -> None:
@@ -23,9 +25,9 @@ class Block(nn.Module):
 
 
 class Watched(nn.Module):
-    """A ResNet that tells how many storages of inner activations are alive at the end of each forward pass."""
+    """A ResNet that hands weak references to the storages of inner activations on, at the end of each forward pass."""
 
-    def __init__(self, tell: Callable[[int], None]) -> None:
+    def __init__(self, tell: Callable[[list[Reference]], None]) -> None:
         super().__init__()
         self.tell = tell
         self.stem, self.blocks = nn.Conv2d(3, 4, 1), nn.ModuleList(Block() for _ in range(6))
@@ -44,16 +46,27 @@ class Watched(nn.Module):
             x = block(x)
         for handle in handles:
             handle.remove()
-        self.tell(sum(storage() is not None for storage in storages))
+        self.tell(storages)
         return self.head(x.mean((2, 3)))
 
 
-def test_no_activation_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+def n_alive(storages: list[Reference]) -> int:
+    return sum(storage() is not None for storage in storages)
+
+
+def test_a_pass_keeps_no_activation(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(execution, "_SAVED_BYTES", 0)
-    n_alive: list[int] = []
-    assert len(vs.structure(Watched(n_alive.append)).units) == 6
-    assert n_alive
-    assert max(n_alive) <= 1
+    counts: list[int] = []
+    assert len(vs.structure(Watched(lambda storages: counts.append(n_alive(storages)))).units) == 6
+    assert counts
+    assert max(counts) <= 1
+
+
+def test_no_activation_outlives_the_passes() -> None:
+    storages: list[Reference] = []
+    vs.structure(Watched(storages.extend))
+    assert storages
+    assert n_alive(storages) == 0
 
 
 def test_a_network_may_differentiate_in_its_forward_pass() -> None:

@@ -135,9 +135,9 @@ def _few_saved_tensors() -> torch.autograd.graph.saved_tensors_hooks:
     def pack(tensor: Tensor) -> Tensor | None:
         nonlocal n_bytes
         if isinstance(tensor, nn.Parameter) or tensor.is_meta:
-            return tensor
+            return tensor.detach()
         n_bytes += tensor.numel() * tensor.element_size()
-        return tensor if n_bytes <= _SAVED_BYTES else None
+        return tensor.detach() if n_bytes <= _SAVED_BYTES else None  # itself, it would keep its node, which keeps it
 
     def unpack(tensor: Tensor | None) -> Tensor:
         if tensor is None:
