@@ -141,3 +141,18 @@ def test_what_a_task_raises_is_raised(arguments: list[str], capsys: pytest.Captu
 def test_an_unknown_option_is_one_line() -> None:
     with pytest.raises(ConfigError, match="unrecognized arguments: --nope"):
         hydra_command.run_composed("report", ["--nope"], lambda cfg, overrides: None)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reordered"),
+    [
+        ("a=1 --config-dir x=y b=2 ~c", "--config-dir x=y a=1 b=2 ~c"),
+        ("a=1 --cfg job --resolve +b=2", "--cfg job --resolve a=1 +b=2"),
+        ("--info a=1", "--info a=1"),
+        ("a=1 --info searchpath b=2", "--info searchpath a=1 b=2"),
+        ("-m a=1,2 -cd x b=2", "-m -cd x a=1,2 b=2"),
+        ("", ""),
+    ],
+)
+def test_options_may_stand_between_overrides(arguments: str, reordered: str) -> None:
+    assert hydra_command.overrides_last(arguments.split()) == reordered.split()

@@ -24,6 +24,11 @@ from vitscope.config import composition, hydra_internals, loading
 #: variable that lets Hydra raise errors; without it, Hydra prints a text of its own and exits with 1
 FULL_ERROR = "HYDRA_FULL_ERROR"
 
+_OPTIONS_WITH_VALUE = (
+    "--cfg", "-c", "--package", "-p", "--config-dir", "-cd", "--config-path", "-cp", "--config-name", "-cn",
+)  # fmt: skip
+_INFO = ("--info", "-i")  # which may have a value, such as searchpath
+
 #: receives the composed configuration without its ``hydra`` node, and the overrides it was composed with
 Task = Callable[[DictConfig, Sequence[str]], Any]
 
@@ -103,6 +108,17 @@ def _run_hydra_main(config_name: str, arguments: Sequence[str], task: Task) -> N
         raise task_errors[0]
 
 
+def overrides_last(arguments: Sequence[str]) -> list[str]:
+    """Return a command line with its options first: the parser refuses overrides on both sides of one."""
+    previous = ["", *arguments[:-1]]
+    is_override = [
+        not (argument.startswith("-") or option in _OPTIONS_WITH_VALUE or (option in _INFO and "=" not in argument))
+        for option, argument in zip(previous, arguments)
+    ]
+    options = [argument for argument, override in zip(arguments, is_override) if not override]
+    return options + [argument for argument, override in zip(arguments, is_override) if override]
+
+
 def _set_full_error(value: str | None) -> None:
     if value is None:
         os.environ.pop(FULL_ERROR, None)
@@ -113,6 +129,7 @@ def _set_full_error(value: str | None) -> None:
 @contextlib.contextmanager
 def _command_line(arguments: Sequence[str]) -> Iterator[None]:
     """Let `hydra.main` read these arguments, from `sys.argv` as it always does."""
+    arguments = overrides_last(arguments)
     hydra_internals.check_command_line(arguments)
     original = sys.argv
     sys.argv = [original[0], *arguments]
