@@ -64,6 +64,7 @@ def report(cfg: DictConfig) -> Path:
             "runs" if cfg.runs is not None else "paths.runs", None, "no run that can be read", "name others"
         )
     drawable = [*entries, *saved]
+    _check_labels(loading.plain(cfg.labels) or {}, drawable)
     panels = [] if cfg.table else _panels(cfg, drawable)
     if not (cfg.table or panels or cfg.baselines or _analyses(cfg) == []):
         _refuse_no_figure(cfg, drawable)
@@ -153,10 +154,11 @@ def _tables(
     judged = claim_verdicts.judge(ReportRuns(selection, costs)) if "claims" in table_names else []
     models = list(cfg.expect.models or []) if cfg.table else []
     seeds = [int(seed) for seed in cfg.expect.seeds or []] if cfg.table else []
+    labels, order = loading.plain(cfg.labels), list(cfg.order or [])
     tables = {
         name: claim_verdicts.table(judged)
         if name == "claims"
-        else headline_tables.build(name, selection, costs, models, seeds)
+        else headline_tables.build(name, selection, costs, models, seeds, labels, order)
         for name in table_names
     }
     tables |= {name: table for name, table in crossed.items() if table.rows}
@@ -174,7 +176,6 @@ def _analyses(cfg: DictConfig) -> list[str] | None:
 
 
 def _panels(cfg: DictConfig, entries: Sequence[run_entry.Entry]) -> list[figure_plan.Panel]:
-    _check_labels(loading.plain(cfg.labels) or {}, entries)
     planned = figure_plan.panels(
         entries,
         tag=cfg.tag,

@@ -47,6 +47,15 @@ def build(root: Path, name: str = "models", **options: object) -> cells.Table:
     return headline_tables.build(name, selection, Given(), **options)
 
 
+def test_rows_have_the_given_names_in_the_given_order(make_run: Callable, tmp_path: Path) -> None:
+    metrics = {"test/accuracy": 0.5, "test/nll": 1.5, "test/ece": 0.05}
+    run = make_run("vit", 0, metrics=metrics)
+    make_run("pit", 0, metrics=metrics)
+    table = build(tmp_path, labels={run.id: "ViT-Ti/4", "pit-tiny": "PiT-Ti"}, order=["ViT-Ti/4"])
+    assert [row[0].text for row in table.rows] == ["ViT-Ti/4", "PiT-Ti"]
+    assert [row["model"] for row in table.runs] == ["ViT-Ti/4", "PiT-Ti"]
+
+
 def test_means_and_intervals_over_seeds(make_run: Callable, tmp_path: Path) -> None:
     accuracies = [0.5, 0.52, 0.57]
     for seed, accuracy in enumerate(accuracies):
@@ -57,6 +66,10 @@ def test_means_and_intervals_over_seeds(make_run: Callable, tmp_path: Path) -> N
     by_id = dict(zip(table.ids, row))
     assert not table.problems
     assert [cell.text for cell in row[:3]] == ["vit-tiny", "5.40M", "3.34G"]
+    runs = pd.read_csv(next(path for path in cells.write(table, tmp_path) if path.name == "models-runs.csv"))
+    assert runs["test/accuracy"].tolist() == accuracies
+    assert runs["seed"].tolist() == [0, 1, 2]
+    assert set(runs["run"]) == {run.id for run in run_dir.every(tmp_path / "runs")}
     expected = t_interval(accuracies)
     assert by_id["test/accuracy"].text == f"{expected.mean:.3f} ± {expected.half_width:.3f}" == "0.530 ± 0.090"
     assert by_id["test/nll"].text == "1.500"  # no width, no ±

@@ -99,6 +99,8 @@ def build(
     costs: Costs,
     expect_models: Sequence[str] = (),
     expect_seeds: Sequence[int] = (),
+    labels: Mapping[str, str] | None = None,
+    order: Sequence[str] = (),
 ) -> Table:
     """Return one of `TABLES`: a row an experiment, means and 95% t-intervals over its seeds, values of fewer than 3 seeds.
 
@@ -108,6 +110,8 @@ def build(
         costs: Parameters and operations of models.
         expect_models: Families that must have a row; one that no run has is a row of missing cells.
         expect_seeds: Seeds that every row must have.
+        labels: Names of rows, by run or by the name that the report gives an experiment.
+        order: Names of the rows that come first.
     """
     accepts = (
         _in_build_up if name == "buildup" else (lambda entry: entry.trained or _has_any(entry, TABLES[name], selection))
@@ -115,14 +119,28 @@ def build(
     groups = list(selection.groups(accepts).values())
     if name == "buildup":
         groups.sort(key=lambda runs: (_first(runs).data, sum(n_msa(_first(runs))), n_msa(_first(runs))))
+    row_names = [_row_name(_first(runs), labels or {}) for runs in groups]
+    ranks = {row_name: rank for rank, row_name in enumerate(order)}
+    ranked = sorted(zip(row_names, groups), key=lambda row: ranks.get(row[0], len(ranks)))
     columns = [c for c in TABLES[name] if not c.optional or _is_measured(selection, c)]
     has_several_datasets = len({entry.data for runs in groups for entry in runs.values()}) > 1
     rows: list[tuple[Cell, ...]] = []
     problems: list[Problem] = []
-    for runs in groups:
+    run_rows: list[dict[str, object]] = []
+    for row_name, runs in ranked:
         cells, row_problems = _row(runs, columns, selection, costs, expect_seeds)
-        rows.append((*_head(name, _first(runs), has_several_datasets), *cells))
+        rows.append((*_head(name, row_name, _first(runs), has_several_datasets), *cells))
         problems += row_problems
+        run_rows += [
+            {
+                "model": row_name,
+                "data": entry.data,
+                "run": entry.id,
+                "seed": seed,
+                **{column.id: column_value(column, entry, selection, costs).number for column in columns},
+            }
+            for seed, entry in sorted(runs.items())
+        ]
     families = {entry.family for runs in groups for entry in runs.values()}
     for model in [model for model in expect_models if model not in families]:
         rows.append((*(Cell(t) for t in [model, *[""] * (len(_heading(name, has_several_datasets)) - 1)]),
@@ -137,6 +155,7 @@ def build(
         rows=tuple(rows),
         note=_note(groups, columns, selection),
         problems=tuple(dict.fromkeys(problems)),
+        runs=tuple(run_rows),
     )
 
 
@@ -173,8 +192,12 @@ def _heading(name: str, several: bool) -> list[str]:
     return ["model", *(["data"] if several else []), *(["MSAs"] if name == "buildup" else [])]
 
 
-def _head(name: str, entry: Entry, several: bool) -> list[Cell]:
-    texts = [entry.label, *([entry.data] if several else [])]
+def _row_name(entry: Entry, labels: Mapping[str, str]) -> str:
+    return labels.get(entry.id, labels.get(entry.label, entry.label))
+
+
+def _head(name: str, row_name: str, entry: Entry, several: bool) -> list[Cell]:
+    texts = [row_name, *([entry.data] if several else [])]
     return [Cell(t) for t in (*texts, *([",".join(map(str, n_msa(entry)))] if name == "buildup" else []))]
 
 

@@ -69,6 +69,8 @@ class Table:
         problems: Every number that is missing or failed.
         ids: Keys of the columns for the CSV file.
         picture: File of the table's figure; None if it has none.
+        runs: Values of each run behind the means, by the ids of the columns, with the run's ``model``, ``data``, ``run`` and
+            ``seed``.
     """
 
     name: str
@@ -79,6 +81,7 @@ class Table:
     note: str = ""
     problems: tuple[Problem, ...] = ()
     picture: Path | None = None
+    runs: tuple[Mapping[str, object], ...] = ()
 
 
 def over_seeds(values: Mapping[str, Value], metric: str, style: str, expected: int) -> tuple[Cell, list[Problem]]:
@@ -202,15 +205,18 @@ def latex(table: Table) -> str:
 
 
 def write(table: Table, folder: Path) -> list[Path]:
-    """Write ``<name>.md``, ``.csv`` and ``.tex``; return the paths.
+    """Write ``<name>.md``, ``.csv`` and ``.tex``, and ``<name>-runs.csv`` with the values of each run; return the paths.
 
     Raises:
         StorageError: The folder cannot be written.
     """
     texts = {"md": markdown(table), "csv": frame(table).to_csv(index=False), "tex": latex(table)}
+    files = {f"{table.name}.{ending}": text for ending, text in texts.items()}
+    if table.runs:
+        files[f"{table.name}-runs.csv"] = pd.DataFrame(table.runs).to_csv(index=False)
     paths = []
-    for ending, text in texts.items():
-        paths.append(folder / f"{table.name}.{ending}")
+    for name, text in files.items():
+        paths.append(folder / name)
         atomic_write.write_atomically(paths[-1], text.encode())
     return paths
 
