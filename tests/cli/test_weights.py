@@ -198,3 +198,33 @@ def test_a_folder_of_a_measured_file_is_measured_again(call, tmp_path, capsys) -
     file.unlink()
     assert call("analyze", f"run={folder}", *again) == 4
     assert f"ckpt_path={file}: {folder} measured this file, and it is no longer there" in capsys.readouterr().err
+
+
+def test_values_that_an_analysis_would_pass_over_are_refused(call, trained, capsys) -> None:
+    run = trained("analysis=[]", "test=false", "trainer.max_epochs=1")
+    measured = ["analysis=[evaluation]", "analysis.evaluation.probe.n_images=8", "device=cpu"]
+    for override, code, text in (
+        (
+            "optimizer.lr=3",
+            2,
+            "error: optimizer.lr=3: an analysis takes the optimizer as the run's checkpoint holds it",
+        ),
+        (
+            "data.batch_size=7",
+            2,
+            "error: data.batch_size=7: the batch of a training, which no analysis uses; set data.eval",
+        ),
+        (
+            "optimizer=sgd",
+            2,
+            "error: optimizer: no group of this command; leave it out: analyze.py takes the optimizer that",
+        ),
+        ("trainer=cpu", 2, "error: trainer: no group of this command; device=cpu or device=cuda says where"),
+        ("model.depth=2", 4, "use the model it was made with"),
+    ):
+        capsys.readouterr()
+        assert call("analyze", f"run={run}", override, *measured) == code
+        err = capsys.readouterr().err
+        assert text in err
+        assert "belongs to a run" not in err
+    assert not (run / "results").exists()

@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 from vitscope.cli import analyze, exit_codes, report, train
 from vitscope.config import composition, loading, target_allowlist
 from vitscope.reproduce import trial
+from vitscope.runtime import trusted_packages
 from vitscope.runtime.errors import ConfigError
 
 PROOF = "a command of the configuration ran"
@@ -232,12 +233,12 @@ def test_no_pickled_job_is_run_again(
 def test_trust_is_read_before_the_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
     """What appears in the environment while a command runs does not count; what was there before does."""
     monkeypatch.setenv("VITSCOPE_TRUST", "collections, mylab")
-    with target_allowlist.held():
+    with trusted_packages.held():
         monkeypatch.setenv("VITSCOPE_TRUST", "subprocess")
-        assert target_allowlist.packages() == {"collections", "mylab"}
+        assert trusted_packages.packages() == {"collections", "mylab"}
         with pytest.raises(ConfigError, match="VITSCOPE_TRUST=subprocess"):
             target_allowlist.resolve("subprocess.check_output", "model")
-    assert target_allowlist.packages() == {"subprocess"}
+    assert trusted_packages.packages() == {"subprocess"}
 
 
 def composed(*overrides: str) -> object:

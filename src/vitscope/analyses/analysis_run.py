@@ -50,6 +50,7 @@ def analyze(cfg: DictConfig, chosen_keys: Sequence[str] = (), run_value_override
     run = run_dir.find(str(cfg.run)) if cfg.run else None
     if run is not None:
         _refuse_second_file(cfg, run)
+        _refuse_training_values(run_value_overrides)
         cfg = merged(cfg, run.config(), chosen_keys)
         _take_measured_file(cfg, run, chosen_keys)
         run_overrides.apply(cfg, run_value_overrides)
@@ -239,6 +240,22 @@ def _refuse_second_file(cfg: DictConfig, run: Run) -> None:
             "set ckpt=<name> for another checkpoint of the run, or leave out run= and name model= and data= of the file"
         )
         raise ConfigError("ckpt_path", cfg.ckpt_path, reason, fix)
+
+
+def _refuse_training_values(run_value_overrides: Sequence[str]) -> None:
+    """Refuse values of a run that only its training uses: an analysis would pass them over in silence.
+
+    Raises:
+        ConfigError: naming the key and what an analysis has in its place.
+    """
+    for override in run_value_overrides:
+        key, _, value = override.lstrip("+~").partition("=")
+        if key.partition(".")[0] == "optimizer":
+            reason = "an analysis takes the optimizer as the run's checkpoint holds it"
+            raise ConfigError(key, value, reason, "leave it out; preconditioned_sharpness has lr= of its own")
+        if key == "data.batch_size":
+            fix = "set data.eval_batch_size, or analysis.<name>.probe.batch_size"
+            raise ConfigError(key, value, "the batch of a training, which no analysis uses", fix)
 
 
 def _take_measured_file(cfg: DictConfig, run: Run, overrides: Sequence[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import re
 import signal
 from collections.abc import Iterator
 from typing import Any
@@ -20,6 +21,14 @@ from vitscope.runtime.stop_flag import Interrupted
 INTERRUPTED, TERMINATED = 130, 143
 
 _MISCONFIGURATION = "lightning_fabric.utilities.exceptions.MisconfigurationException"
+
+#: what Hydra says of a group that a command's configuration does not choose from
+_NO_GROUP = re.compile(r"Could not override '([\w/]+)'\. No match in the defaults list")
+_IN_PLACE_OF_GROUPS = {
+    "trainer": "device=cpu or device=cuda says where analyze.py measures",
+    "optimizer": "leave it out: analyze.py takes the optimizer that the run's checkpoint holds",
+    "callbacks": "leave it out: callbacks belong to train.py",
+}
 
 _STORAGE = (
     errno.ENOSPC,
@@ -118,6 +127,10 @@ def _refused(error: BaseException) -> ConfigError:
         if key and parent is not None and "not in struct" in str(cause):
             return ConfigError(key, None, "no such key", _right_key(key, parent))
     text = first_line(error)
+    if no_group := _NO_GROUP.match(text):
+        return ConfigError(
+            no_group[1], None, "no group of this command", _IN_PLACE_OF_GROUPS.get(no_group[1], "leave it out")
+        )
     for cause in _chain(error):
         key = getattr(cause, "full_key", None)
         if key:

@@ -35,7 +35,7 @@ def load_named_weights(
         checkpoint_weights.load_weights(network, content, path, average=average, class_count_source=source)
     except CheckpointError as error:
         owner = run_dir.owner_of(path)
-        if owner is None or error.key != "ckpt_path":
+        if owner is None or error.key != "ckpt_path" or cfg.get("run"):
             raise
         fix = f"the file belongs to a run: use run={owner.path}, which takes that run's model and data"
         raise CheckpointError(error.key, error.value, error.why, fix) from error
