@@ -14,9 +14,9 @@ import pytest
 from omegaconf import OmegaConf
 from rich.console import Console
 
-from tests.helpers import job_functions
+from tests.helpers import job_functions, slurm_commands
 from vitscope.cli import reproduce_jobs
-from vitscope.reproduce import job_display, planned_work, slurm_job, trial_jobs
+from vitscope.reproduce import job_display, plan, planned_work, slurm_job, trial_jobs
 from vitscope.reproduce.plan import Outcome, Trial
 from vitscope.reproduce.planned_work import EXISTS, TRAIN, PlannedTrial
 from vitscope.reproduce.trial_jobs import TrialJob, TrialJobs
@@ -26,6 +26,8 @@ from vitscope.runtime.stop_flag import Interrupted
 from vitscope.sweep import trial_process
 from vitscope.sweep.forked_job import ForkedJob
 from vitscope.sweep.trial_process import JobProcess, Slot
+
+ROOT = Path(__file__).parents[2]
 
 
 def planned(*overrides: str, identity: str = "", state: str = TRAIN) -> PlannedTrial:
@@ -169,24 +171,28 @@ def test_without_a_terminal_lines_say_what_ended_and_what_is_left(
     assert lines[-1].endswith("s] done: seed=2")
 
 
-@pytest.fixture
-def submitit_jobs(tmp_path: Path) -> Any:
-    pytest.importorskip("submitit")
-    return lambda: slurm_job.executor(tmp_path / "slurm", {"partition": "gpu", "time": 5}, cluster="local")
-
-
 @pytest.mark.slow  # two new interpreters
-def test_trials_are_submitted_and_their_outcomes_read(
-    submitit_jobs: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """submitit's own executor of this machine: pickling, output files and results are those of SLURM."""
+def test_trials_are_submitted_to_slurm_and_their_outcomes_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The real submitit writes the batch files, asks for the states and reads the results of stand-ins of SLURM's commands."""
+    pytest.importorskip("submitit")
+    commands = slurm_commands.write(tmp_path / "bin")
+    monkeypatch.setenv("PATH", f"{commands}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
+    monkeypatch.setenv("SLURM_STAND_IN", str(tmp_path))
     monkeypatch.setattr(reproduce_jobs.reproduce_job, "run_submitted_job", job_functions.submitted_tried)
+    root = tmp_path / "runs"
+    executor = slurm_job.executor(root / "jobs" / "slurm", {**plan.read()["slurm"], "partition": "gpu", "time": 600})
     trials = [planned("seed=0"), planned("seed=1", "do=fail")]
-    launch = reproduce_jobs.submission(submitit_jobs())
-    jobs = TrialJobs(trials, tmp_path, launch)
+    jobs = TrialJobs(trials, root, reproduce_jobs.submission(executor))
     outcomes = dict(trial_jobs.outcomes(jobs, [Slot("slurm0", {}), Slot("slurm1", {})]))
-    assert outcomes[trials[0].trial].run == tmp_path / "seed=0"
+    assert outcomes[trials[0].trial].run == root / "seed=0"
     assert outcomes[trials[1].trial].problems == ("seed=1 do=fail (no such data)",)
+    scripts = [file.read_text() for file in (tmp_path / "scripts").iterdir()]
+    assert len(scripts) == 2
+    for line in ("--partition=gpu", "--time=600", "--gpus-per-node=1", "--ntasks-per-node=1", "--cpus-per-task=8"):
+        assert all(f"#SBATCH {line}\n" in script for script in scripts), line
+    names = {line for script in scripts for line in script.splitlines() if "--job-name" in line}
+    assert names == {f"#SBATCH --job-name={job.folder.name}" for job in jobs.jobs}
 
 
 def test_a_submitted_job_is_polled_cancelled_and_submitted_again(monkeypatch: pytest.MonkeyPatch) -> None:

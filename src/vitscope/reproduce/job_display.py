@@ -99,7 +99,7 @@ class JobDisplay:
         """Draw the bar again, and log a line for a job that has ended; without a terminal also now and then one on the others."""
         if changed is not None and changed.outcome is not None:
             state = "failed" if changed.outcome.problems else "done"
-            _logger.info(f"[{self.summary(jobs)}] {state}: {changed.trial.name}")
+            _logger.info(f"[{self.summary(jobs)}] {state}: {_short_name(changed)}")
             self._last_line = time.monotonic()
         if self._live:
             self._live.update(self.picture(jobs), refresh=True)

@@ -68,8 +68,8 @@ def suffix(overrides: Sequence[str]) -> str:
     )  # fmt: skip
     if not effective:
         return ""
-    readable = re.sub(r"[^\w.]+", "-", "-".join(o.lstrip("+") for o in effective)).strip("-")
-    return f"-{readable[:60]}-{loading.digest(effective, 6)}"
+    readable = re.sub(r"[^\w.]+", "-", "-".join(o.lstrip("+") for o in effective))[:60].strip("-")
+    return f"-{readable}-{loading.digest(effective, 6)}"
 
 
 def _key(override: str) -> str:
