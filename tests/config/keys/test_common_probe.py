@@ -99,7 +99,7 @@ def test_a_value_that_no_analysis_takes_is_refused(override: str, text: str) -> 
         (["objective.weight_decay=0.05"], ("test", False), 0.05, ("images",)),
         (["objective=strong"], ("test", False), 0.05, ("images",)),
         (["objective.weight_decay=0"], ("test", False), 0.0, ("images",)),
-        (["run=runs/a"], ("train", True), 0.05, ()),
+        (["run=runs/a"], ("test", False), 0.05, ("images",)),  # a folder that was made for the file
         (["experiment=fig4_hessian_spectra"], ("train", True), 0.05, ()),
     ],
 )
