@@ -22,6 +22,8 @@ def main() -> None:
 
 def _command() -> None:
     arguments, run_value_overrides = loss_overrides.joined(sys.argv[1:]), []
+    if hydra_command.answered("analyze", arguments):
+        return
     other_tools.refuse_foreign_names("analyze", arguments)
     if run_overrides.value_of(arguments, "run") is not None:
         # the configuration that Hydra composes does not hold the run's own values

@@ -19,6 +19,8 @@ from hydra import compose
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, flag_override
 
+from vitscope.cli import help_text
+from vitscope.cli.main import version_line
 from vitscope.config import composition, hydra_internals, loading
 
 #: variable that lets Hydra raise errors; without it, Hydra prints a text of its own and exits with 1
@@ -31,6 +33,30 @@ _INFO = ("--info", "-i")  # which may have a value, such as searchpath
 
 #: receives the composed configuration without its ``hydra`` node, and the overrides it was composed with
 Task = Callable[[DictConfig, Sequence[str]], Any]
+
+
+def answered(config_name: str, arguments: Sequence[str]) -> bool:
+    """Answer ``--help`` and ``--version`` on standard output; tell whether a command line asked for one of them.
+
+    Args:
+        config_name: Name of a file in ``conf/`` without its suffix.
+        arguments: Command line without the program's name.
+    """
+    if "--version" in arguments:
+        print(version_line())
+    elif help_text.is_asked(arguments):
+        _print_for_pager(help_text.help_of(config_name, arguments))
+    else:
+        return False
+    return True
+
+
+def _print_for_pager(text: str) -> None:
+    """Print a text of which a reader such as ``head`` may take only the beginning."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes once more at its end
 
 
 def run_composed(config_name: str, arguments: Sequence[str], task: Task) -> None:

@@ -16,7 +16,8 @@ def main() -> None:
 
 
 def _command() -> None:
-    hydra_command.run_composed("report", sys.argv[1:], _report)
+    if not hydra_command.answered("report", sys.argv[1:]):
+        hydra_command.run_composed("report", sys.argv[1:], _report)
 
 
 def _report(cfg: DictConfig, overrides: Sequence[str]) -> None:

@@ -29,6 +29,8 @@ def main() -> None:
 
 def _command() -> None:
     argv = loss_overrides.joined(sys.argv[1:])
+    if hydra_command.answered("train", argv):
+        return
     other_tools.refuse_foreign_names("train", argv)
     named = run_overrides.value_of(argv, "run")
     if named is None or hydra_multirun.asked(argv):

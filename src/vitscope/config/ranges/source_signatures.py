@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -43,6 +44,36 @@ def argument_ranges(target: str) -> dict[str, ValueRange]:
     annotations = {argument.arg: argument.annotation for argument in _arguments(*definition)}
     ranges = {argument: _range(annotation) for argument, annotation in annotations.items() if annotation is not None}
     return {argument: value_range for argument, value_range in ranges.items() if value_range is not None}
+
+
+@functools.cache
+def argument_descriptions(target: str) -> dict[str, str]:
+    """Return what the docstring of a dotted name of this package says of its arguments, by name; empty for other names.
+
+    Args:
+        target: For example ``vitscope.models.vit`` or ``vitscope.hessian_trace``.
+    """
+    package, _, name = target.rpartition(".")
+    lazy_modules = {"vitscope": vitscope.measures, "vitscope.models": models.functions}
+    if package in lazy_modules:
+        package = lazy_modules[package]().get(name, package)
+    definition = _definition(package, name)
+    return _documented_arguments(definition[1]) if definition is not None else {}
+
+
+def _documented_arguments(definition: Definition) -> dict[str, str]:
+    """Return the entries of the sections ``Args`` and ``Attributes`` of a docstring."""
+    descriptions: dict[str, str] = {}
+    is_section, name = False, ""
+    for line in (ast.get_docstring(definition) or "").splitlines():
+        if line and not line.startswith(" "):
+            is_section, name = line in ("Args:", "Attributes:"), ""
+        elif is_section and (entry := re.match(r"    (\w+): (.+)", line)):
+            name = entry[1]
+            descriptions[name] = entry[2]
+        elif is_section and name and line.strip():
+            descriptions[name] += f" {line.strip()}"
+    return {name: text.replace("``", "").rstrip(".") for name, text in descriptions.items()}
 
 
 def _definition(module: str, name: str) -> tuple[str, Definition] | None:
