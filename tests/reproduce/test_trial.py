@@ -11,10 +11,12 @@ from vitscope.cli import reproduce
 from vitscope.core.probe import Probe
 from vitscope.reproduce import plan as reproduction
 from vitscope.reproduce import planned_work
+from vitscope.reproduce import trial as trial_module
 from vitscope.reproduce.cost_estimates import Rates, estimate
 from vitscope.reproduce.plan import Trial
 from vitscope.reproduce.planned_work import EXISTS, MEASURE, TRAIN
 from vitscope.reproduce.trial import composed, perform
+from vitscope.runs import run_dir
 from vitscope.runs.checkpoints import checkpoint_io
 from vitscope.runs.run_dir import Run
 
@@ -103,6 +105,18 @@ def test_an_analysis_that_fails_or_lacks_its_checkpoint_is_named(
     assert failed == f"run {outcome.run.name}: hessian at end (no memory left)"
 
 
+def test_an_interval_that_few_images_do_not_have_is_no_failure() -> None:
+    nan = float("nan")
+    scalars = {
+        "contrast_msa": 0.1,
+        "contrast_msa_low": nan,
+        "contrast_mlp": nan,
+        "contrast_mlp_low": nan,
+        "ece_low": nan,
+    }
+    assert [name for name in scalars if trial_module._is_interval(name, scalars)] == ["contrast_msa_low"]
+
+
 @pytest.mark.slow
 def test_a_figure_for_real(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     plan = {
@@ -113,6 +127,9 @@ def test_a_figure_for_real(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
     monkeypatch.setattr(reproduction, "read", lambda path=None: plan)
     for _ in range(2):
         reproduce.reproduce(reproduce.Request(["fig2"], runs=tmp_path / "runs", out=tmp_path / "figures"))
-    assert len(list((tmp_path / "runs").iterdir())) == 1
+    assert len(run_dir.every(tmp_path / "runs")) == 1
+    assert {path.name for path in (tmp_path / "runs" / "jobs").iterdir() if path.is_dir()} == {
+        path.parent.name for path in (tmp_path / "runs" / "jobs").glob("*/outcome.json")
+    }
     drawn = {file.name for file in (tmp_path / "figures" / "fig2a").glob("*.png")}
     assert drawn == {"fourier-end-depth.png", "branch_transfer-end.png", "variance-end.png"}

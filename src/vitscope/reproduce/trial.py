@@ -28,6 +28,9 @@ from vitscope.runtime.errors import CheckpointError, VitscopeError
 from vitscope.runtime.stop_flag import Interrupted
 from vitscope.training.training_run import train
 
+#: endings of the names of intervals
+_INTERVAL_ENDS = ("_low", "_high", "_lower", "_upper", "_half_width", "_standard_error")
+
 
 def perform(trial: Trial, root: Path) -> Outcome:
     """Train and measure, both only where it has not been done.
@@ -130,10 +133,17 @@ def _measure(run: Run, requested: Any, tag: str, kinds: Mapping[str, str]) -> tu
         scalars = result.scalars() if result is not None else {}
         measure = analysis.measure.__name__
         not_finite = [
-            n for n, value in scalars.items() if not np.isfinite(value) and not undefined_reason(measure, scalars, n)
-        ]
+            n for n, value in scalars.items()
+            if not np.isfinite(value) and not undefined_reason(measure, scalars, n) and not _is_interval(n, scalars)
+        ]  # fmt: skip
         problems += [f"run {run.id}: {analysis.name}.{name} at {tag} (not finite)" for name in not_finite]
     return problems, results
+
+
+def _is_interval(name: str, scalars: Mapping[str, float]) -> bool:
+    """Tell whether a number is an end of the interval of a finite one: a few images give the number and no interval."""
+    base = next((name.removesuffix(end) for end in _INTERVAL_ENDS if name.endswith(end)), None)
+    return base in scalars and bool(np.isfinite(scalars[base]))
 
 
 def _note_seconds(run: Run, kind: str, seconds: float) -> None:
