@@ -143,7 +143,7 @@ def _measure(run: Run, requested: Any, tag: str, kinds: Mapping[str, str]) -> tu
 def _is_interval(name: str, scalars: Mapping[str, float]) -> bool:
     """Tell whether a number is an end of the interval of a finite one: a few images give the number and no interval."""
     base = next((name.removesuffix(end) for end in _INTERVAL_ENDS if name.endswith(end)), None)
-    return base in scalars and bool(np.isfinite(scalars[base]))
+    return base is not None and base in scalars and bool(np.isfinite(scalars[base]))
 
 
 def _note_seconds(run: Run, kind: str, seconds: float) -> None:

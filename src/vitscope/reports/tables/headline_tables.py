@@ -301,8 +301,9 @@ def _tested_images(entry: Entry) -> int | None:
     """Return the largest number of test images that a run's test can have used, None where it used all."""
     limit = (entry.config.get("trainer") or {}).get("limit_test_batches")
     size = (entry.config.get("data") or {}).get("eval_batch_size")
-    is_count = isinstance(limit, int) and not isinstance(limit, bool)
-    return limit * size if is_count and isinstance(size, int) else None
+    if not isinstance(limit, int) or isinstance(limit, bool) or not isinstance(size, int):
+        return None
+    return limit * size
 
 
 def _range_text(numbers: Sequence[int]) -> str:
