@@ -156,6 +156,15 @@ def test_the_bar_names_the_running_jobs_and_their_output(tmp_path: Path, caplog:
     assert "model=vit" in screen.getvalue()
 
 
+def test_names_leave_out_what_all_runs_share(tmp_path: Path) -> None:
+    trials = [planned("model=vit", f"model.depth={depth}", "optimizer.lr=1e-3", "seed=0") for depth in (2, 4)]
+    jobs = TrialJobs(trials, tmp_path, fork).jobs
+    assert [job_display._short_name(job, jobs) for job in jobs] == [
+        "model=vit model.depth=2 seed=0", "model=vit model.depth=4 seed=0",
+    ]  # fmt: skip
+    assert job_display._short_name(jobs[0], jobs[:1]) == jobs[0].trial.name
+
+
 def test_without_a_terminal_lines_say_what_ended_and_what_is_left(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -99,16 +99,16 @@ class JobDisplay:
         """Draw the bar again, and log a line for a job that has ended; without a terminal also now and then one on the others."""
         if changed is not None and changed.outcome is not None:
             state = "failed" if changed.outcome.problems else "done"
-            _logger.info(f"[{self.summary(jobs)}] {state}: {_short_name(changed)}")
+            _logger.info(f"[{self.summary(jobs)}] {state}: {_short_name(changed, jobs.jobs)}")
             self._last_line = time.monotonic()
         if self._live:
             self._live.update(self.picture(jobs), refresh=True)
         elif jobs.running() and time.monotonic() - self._last_line >= PLAIN_INTERVAL:
             self._last_line = time.monotonic()
-            texts = [f"{job.slot}: {_short_name(job)}, {self._position(job)}" for job in jobs.running()]
+            texts = [f"{job.slot}: {_short_name(job, jobs.jobs)}, {self._position(job)}" for job in jobs.running()]
             _logger.info(f"[{self.summary(jobs)}] {'; '.join(texts)}")
         elif changed is not None and changed.process is not None and not self._live:
-            _logger.info(f"{changed.slot}: {_short_name(changed)}, output {short_path(changed.output)}")
+            _logger.info(f"{changed.slot}: {_short_name(changed, jobs.jobs)}, output {short_path(changed.output)}")
 
     def summary(self, jobs: TrialJobs) -> str:
         """Return how many jobs have ended, the time since the start and the time left."""
@@ -131,7 +131,9 @@ class JobDisplay:
             )
         for job in jobs.running():
             elapsed = duration(time.monotonic() - job.started)
-            cells = dict(zip(names, (job.slot, _short_name(job), self._position(job), elapsed, job.folder.name)))
+            cells = dict(
+                zip(names, (job.slot, _short_name(job, jobs.jobs), self._position(job), elapsed, job.folder.name))
+            )
             table.add_row(*(cells[name] for name in shown_names))
         caption = Text(f"output: {short_path(self._root.absolute() / FOLDER)}/<output>/{OUTPUT}")
         return Group(bar, table, caption) if jobs.running() else Group(bar)
@@ -164,10 +166,14 @@ class JobDisplay:
         return self._runs.get(identity)
 
 
-def _short_name(job: TrialJob) -> str:
-    """Return what tells a trial from others of its profile."""
-    hidden = ("profile=", "logger=", "callbacks.checkpoint.snapshots=")
-    return " ".join(override for override in job.trial.overrides if not override.startswith(hidden))
+def _short_name(job: TrialJob, jobs: Sequence[TrialJob]) -> str:
+    """Return what tells a trial from the others: experiment, model, seed, and settings that not all of them have."""
+    shared = set.intersection(*(set(other.trial.overrides) for other in jobs)) if len(jobs) > 1 else set()
+    always, never = ("experiment=", "model=", "seed="), ("profile=", "logger=", "callbacks.checkpoint.snapshots=")
+    overrides = [
+        o for o in job.trial.overrides if o.startswith(always) or (o not in shared and not o.startswith(never))
+    ]
+    return " ".join(overrides) or job.trial.name
 
 
 def _mean(values: Sequence[float]) -> float | None:
