@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from os import PathLike, fspath
 from typing import Any, ParamSpec, TypeVar
@@ -24,18 +24,41 @@ INCIDENTAL = frozenset({
     "eigenvectors", "checkpoints", "initial", "units", "dtype",
 })  # fmt: skip
 
+#: names of one argument, of which each measure has one and accepts the others: how many eigenvalues are computed, ``k`` of the
+#: mean over all batches and ``n_top`` of each
+EQUIVALENT = ("k", "n_top")
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
 
 def record_options(measure: Callable[P, R]) -> Callable[P, R]:
-    """Decorate a measure: its result's card gets the options it was called with, defaults included."""
+    """Decorate a measure: its result's card gets the options it was called with, defaults included.
+
+    An argument may be passed under another of the `EQUIVALENT` names; the card has the measure's own.
+    """
+    parameters = inspect.signature(measure).parameters
 
     @functools.wraps(measure)
     def recording(*args: P.args, **kwargs: P.kwargs) -> R:
+        _rename_equivalent(kwargs, parameters)
         return with_options(measure(*args, **kwargs), recording, *args, **kwargs)
 
     return recording
+
+
+def _rename_equivalent(arguments: dict[str, Any], names: Collection[str]) -> None:
+    """Give an argument that has another of the `EQUIVALENT` names the name that a measure has, in place.
+
+    Raises:
+        TypeError: it is given under both names.
+    """
+    own_names = [name for name in EQUIVALENT if name in names]
+    for other in EQUIVALENT if len(own_names) == 1 else ():
+        if other in arguments and other not in names:
+            if own_names[0] in arguments:
+                raise TypeError(f"Expected {own_names[0]} or {other}, which are the same argument, received both.")
+            arguments[own_names[0]] = arguments.pop(other)
 
 
 def with_options(result: Any, measure: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -63,7 +63,7 @@ def bn_policy(
 
     Args:
         probe: the model, mini-batches and objective; batches are split over ranks.
-        n_top: eigenvalues of each batch.
+        n_top: eigenvalues of each batch (``k`` is accepted too).
         curvature: ``tol``, ``parameters``, ``dtype``, ``max_products``, ``seed``: see
             `vitscope.linalg.curvature.curvature_options.CurvatureOptions`.
 

@@ -78,7 +78,7 @@ def hessian_by_kind(
         probe: the model, frozen augmented mini-batches and the objective; batches are split over ranks.
         by: ``kind`` (stem, conv, msa, mlp, pool, head), ``stage`` (0 is the stem) or ``part`` (q, k, v, proj, mlp_in, mlp_out:
             those that the model has; norms, convolutions and others are in none of them).
-        n_top: eigenvalues of each batch, at most the parameters of the smallest group.
+        n_top: eigenvalues of each batch (``k`` is accepted too), at most the parameters of the smallest group.
         curvature: ``tol``, ``dtype``, ``bn``, ``max_products``, ``seed``: see
             `vitscope.linalg.curvature.curvature_options.CurvatureOptions`.
 

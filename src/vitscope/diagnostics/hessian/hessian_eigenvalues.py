@@ -81,7 +81,7 @@ def hessian_eigenvalues(
 
     Args:
         probe: the model, batches and objective. Under ``torch.distributed`` batches are split over ranks.
-        k: how many; with ``both`` at either end.
+        k: how many (``n_top`` is accepted too); with ``both`` at either end.
         which: ``LM`` by magnitude, ``LA`` the largest, ``SA`` the smallest, ``both`` ends from one run.
         eigenvectors: also return them.
         curvature: the fields of `vitscope.linalg.curvature.curvature_options.CurvatureOptions`.

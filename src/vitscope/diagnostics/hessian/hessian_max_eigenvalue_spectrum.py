@@ -122,7 +122,7 @@ def hessian_max_eigenvalue_spectrum(
 
     Args:
         probe: the model, frozen augmented mini-batches (16 images in the paper) and the objective.
-        n_top: eigenvalues of each batch.
+        n_top: eigenvalues of each batch (``k`` is accepted too).
         n_ends: also this many of the largest and of the smallest, from the same run; 0 for none.
         budget_s: seconds that may be spent: one product is timed first, time and memory are predicted and printed, and as
             many batches are analysed as fit, at least one; the card states what was done. None for all batches.

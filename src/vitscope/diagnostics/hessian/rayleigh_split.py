@@ -80,7 +80,7 @@ def rayleigh_split(
 
     Args:
         probe: the model, batches and objective; batches are split over ranks.
-        k: eigenvalues of largest magnitude.
+        k: eigenvalues of largest magnitude (``n_top`` is accepted too).
         n_ends: also this many of the largest and of the smallest.
         curvature: ``tol``, ``parameters``, ``dtype``, ``bn``, ``micro_batch``, ``max_products``, ``max_memory``,
             ``seed``: see `vitscope.linalg.curvature.curvature_options.CurvatureOptions`.

@@ -84,7 +84,7 @@ def normalized_hessian(
 
     Args:
         probe: the model, batches and objective; batches are split over ranks.
-        k: how many eigenvalues.
+        k: how many eigenvalues (``n_top`` is accepted too).
         which: ``LM``, ``LA``, ``SA`` or ``both``.
         normalization: ``weight`` or ``filter``, see above.
         ignore: what does not move, as for the landscape: ``bias_bn`` (one-dimensional parameters and position tables).

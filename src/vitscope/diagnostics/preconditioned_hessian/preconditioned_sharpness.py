@@ -99,7 +99,7 @@ def preconditioned_sharpness(
         beta1: only without an optimizer: Adam's first momentum coefficient, None for 0.9; with the identity SGD's momentum, None
             leaves the threshold out.
         preconditioner: ``auto``; or, of a stated optimizer instead of the run's: ``adamw`` (its state is needed), ``identity``.
-        k: how many eigenvalues.
+        k: how many eigenvalues (``n_top`` is accepted too).
         curvature: ``tol``, ``parameters``, ``dtype``, ``bn``, ``micro_batch``, ``max_products``, ``max_memory``,
             ``seed``: see `vitscope.linalg.curvature.curvature_options.CurvatureOptions`.
 
