@@ -40,7 +40,7 @@ def test_analyses_of_the_same_images_are_said_once(caplog: pytest.LogCaptureFixt
 
 def test_different_images_and_terms_are_said_with_their_analyses(caplog: pytest.LogCaptureFixture) -> None:
     images, objective = lines(caplog, "analysis=[hessian,slice,fourier]", "objective=strong",
-                              "analysis.fourier.probe.n_images=8")  # fmt: skip
+                              "analysis.fourier.probe.n_images=8", "analysis.hessian.probe.n_images=64")  # fmt: skip
     assert images.startswith("images: hessian, slice: 64 of ")
     assert " train images of digits, augmented (rand-m9-n2-mstd1.0 without flip); fourier: 8 of " in images
     assert images.endswith(" test images of digits, not augmented")

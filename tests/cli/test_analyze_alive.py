@@ -61,6 +61,7 @@ def test_a_run_that_trains_elsewhere(call, run: Path, other_process, capsys) -> 
         assert files(run) == before
         held = (run / run_lock.FILE).read_bytes()
         assert call("analyze", f"run={run}", "ckpt=init", *FOURIER) == 0
+        capsys.readouterr()
         assert (run / run_lock.FILE).read_bytes() == held
         assert set(api.load_results(run)["fourier"]) == {"init", "end"}
 

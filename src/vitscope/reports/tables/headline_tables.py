@@ -236,7 +236,9 @@ def n_msa(entry: Entry) -> tuple[int, ...]:
 
 def _note(groups: Sequence[Mapping[int, Entry]], columns: Sequence[Column], selection: Selection) -> str:
     if not groups:
-        return "No run."
+        if not any(entry.results for entry in selection.entries):
+            return "No run."
+        return "No run that was trained here, or evaluated on the whole test split at this moment."
     flops = " FLOPs: forward pass of one image, two for each multiply-add." if _COST[1] in columns else ""
     robust = _robustness_note(groups, columns, selection)
     newest = ", or the newest of a run that has none there" if selection.or_newest else ""
@@ -250,7 +252,12 @@ def _note(groups: Sequence[Mapping[int, Entry]], columns: Sequence[Column], sele
         counts_text = " or ".join(map(str, sorted(evaluations)))
         newest += f"; accuracy and NLL of models that were not trained here: evaluation on {counts_text} test images"
     seeds = seeds_text([len(runs) for runs in groups])
-    return f"{seeds}; measures at {selection.tag}{newest}.{flops}{robust}"
+    spectrum = (
+        " NEP: negative eigenvalue proportion; APE: average positive eigenvalue (top Hessian eigenvalues of mini-batches)."
+        if any(column.source == SPECTRUM for column in columns)
+        else ""
+    )
+    return f"{seeds}; measures at {selection.tag}{newest}.{flops}{spectrum}{robust}"
 
 
 #: measures of robustness by the words that a note has for their columns
