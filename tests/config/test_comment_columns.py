@@ -7,23 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from vitscope.config.keys.key_comments import comment_column
+
 ROOT = Path(__file__).parents[2]
 FILES = sorted([*ROOT.glob("conf/**/*.yaml"), *ROOT.glob("sweeps/*.yaml")])
 #: a value that is longer has its comment two columns behind it, so that it does not push those of its block away
 LONGEST_VALUE = 36
-
-
-def comment_column(line: str) -> int | None:
-    """Return the column of the comment behind a value; None without one. A # within quotes is none."""
-    quote = ""
-    for column, character in enumerate(line):
-        if quote:
-            quote = "" if character == quote else quote
-        elif character in "\"'" and not line[:column][-1:].isalnum():
-            quote = character
-        elif character == "#" and line[:column].strip() and line[column - 1] == " ":
-            return column
-    return None
 
 
 def blocks(text: str) -> Iterator[list[tuple[int, int]]]:

@@ -34,11 +34,7 @@ def argument_ranges(target: str) -> dict[str, ValueRange]:
     Args:
         target: For example ``vitscope.models.vit`` or ``vitscope.hessian_trace``.
     """
-    package, _, name = target.rpartition(".")
-    lazy_modules = {"vitscope": vitscope.measures, "vitscope.models": models.functions}
-    if package in lazy_modules:
-        package = lazy_modules[package]().get(name, package)
-    definition = _definition(package, name)
+    definition = _definition_of(target)
     if definition is None:
         return {}
     annotations = {argument.arg: argument.annotation for argument in _arguments(*definition)}
@@ -53,11 +49,7 @@ def argument_descriptions(target: str) -> dict[str, str]:
     Args:
         target: For example ``vitscope.models.vit`` or ``vitscope.hessian_trace``.
     """
-    package, _, name = target.rpartition(".")
-    lazy_modules = {"vitscope": vitscope.measures, "vitscope.models": models.functions}
-    if package in lazy_modules:
-        package = lazy_modules[package]().get(name, package)
-    definition = _definition(package, name)
+    definition = _definition_of(target)
     return _documented_arguments(definition[1]) if definition is not None else {}
 
 
@@ -74,6 +66,15 @@ def _documented_arguments(definition: Definition) -> dict[str, str]:
         elif is_section and name and line.strip():
             descriptions[name] += f" {line.strip()}"
     return {name: text.replace("``", "").rstrip(".") for name, text in descriptions.items()}
+
+
+def _definition_of(target: str) -> tuple[str, Definition] | None:
+    """Return the definition of a dotted name, also of one that the package exports lazily; see `_definition`."""
+    package, _, name = target.rpartition(".")
+    lazy_modules = {"vitscope": vitscope.measures, "vitscope.models": models.functions}
+    if package in lazy_modules:
+        package = lazy_modules[package]().get(name, package)
+    return _definition(package, name)
 
 
 def _definition(module: str, name: str) -> tuple[str, Definition] | None:
