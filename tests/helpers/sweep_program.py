@@ -1,7 +1,8 @@
 """A program that behaves as ``train.py`` towards a sweep (run folder, result files, signals) and takes no time.
 
 The behaviour of a trial is the parameter ``do``: ``finish``, ``fail`` (once; the next start finishes), ``lie`` (exit 0 without
-a result), ``wait`` (until a signal; saves, exits 143 or 130; the next start finishes), ``learn`` (a metric row every 20 ms).
+a result), ``wait`` (until a signal; saves, exits 143 or 130; the next start finishes), ``learn`` (a metric row every 20 ms),
+``diverge`` (a last row without a finite metric).
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ def say(status: str, code: int) -> None:
     (folder / "provenance.json").write_text(json.dumps(facts))
 
 
-def log(step: int, value: float) -> None:
+def log(step: int, value: float | None) -> None:
     with (folder / "metrics.jsonl").open("a") as file:
         file.write(json.dumps({"step": step, "epoch": step, "val/accuracy": value}) + "\n")
 
@@ -57,4 +58,6 @@ if do == "lie":
 for step in range(int(settings.get("steps", 1))):
     log(step, float(settings.get("accuracy", 0.5)) + 0.001 * step)
     time.sleep(0.02 if do == "learn" else 0.0)
+if do == "diverge":
+    log(int(settings.get("steps", 1)), None)
 say("finished", 0)

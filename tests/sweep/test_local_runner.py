@@ -20,7 +20,7 @@ from rich.console import Console
 from vitscope.runtime import stop_flag
 from vitscope.runtime.errors import ConfigError
 from vitscope.runtime.stop_flag import Interrupted
-from vitscope.sweep import progress_table, sweep_file, trial_process
+from vitscope.sweep import progress_table, sweep_file, trial_process, trial_ranking
 from vitscope.sweep.local_runner import LocalSweep, Trial
 from vitscope.sweep.sweep_file import Sweep
 
@@ -225,6 +225,17 @@ def test_trials_end_ranked_by_the_metric_with_a_file_of_all(tmp_path: Path, caps
     assert [(row["rank"], row["state"], row["exit_code"]) for row in rows[3:]] == [("", "failed", "3")] * 3
     assert {row["seed"] for row in rows} == {"7"}
     assert Path(rows[0]["run_folder"]) == run.trials[1].folder
+
+
+def test_a_trial_that_diverged_has_no_rank(tmp_path: Path) -> None:
+    run = local(sweep_of(do=["diverge", "finish"], accuracy=[0.9, 0.2]), tmp_path)
+    assert run.run() == 0
+    assert [trial.params["do"] for trial in run.ranking()] == ["finish", "finish"]
+    with trial_ranking.write(run).open(newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    assert [(row["rank"], row["do"], row["val/accuracy"]) for row in rows] == [
+        ("1", "finish", "0.9"), ("2", "finish", "0.2"), ("", "diverge", ""), ("", "diverge", ""),
+    ]  # fmt: skip
 
 
 def test_a_metric_to_minimize_ranks_the_lowest_first(tmp_path: Path) -> None:

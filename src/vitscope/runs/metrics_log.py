@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -93,10 +93,19 @@ def series(path: Path) -> pd.DataFrame:
 
 
 def last_values(path: Path) -> dict[str, Any]:
-    """Return each metric's last value that is not null."""
+    """Return the last value of each metric of a journal; one whose last value was not finite is left out."""
+    return last_values_of(read(path))
+
+
+def last_values_of(rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the last value of each key of some rows; one whose last value was not finite, which is null there, is left out."""
     values: dict[str, Any] = {}
-    for row in read(path):
-        values.update({key: value for key, value in row.items() if value is not None})
+    for row in rows:
+        for key, value in row.items():
+            if value is not None:
+                values[key] = value
+            elif key != "epoch":  # rows between epochs have none
+                values.pop(key, None)
     return values
 
 

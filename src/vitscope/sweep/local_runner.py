@@ -44,6 +44,7 @@ class Trial:
     wall_s: float = 0.0
     rung: int | None = None
     history: list[float] = field(default_factory=list)
+    has_diverged: bool = False
     rows: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -58,8 +59,8 @@ class Trial:
 
     @property
     def value(self) -> float | None:
-        """The last value of the sweep's metric, None before the first."""
-        return self.history[-1] if self.history else None
+        """The last value of the sweep's metric; None before the first, and where the last one is not finite."""
+        return self.history[-1] if self.history and not self.has_diverged else None
 
     @property
     def seconds(self) -> float:
@@ -198,9 +199,11 @@ class LocalSweep:
 
     def _read(self, trial: Trial) -> None:
         rows = metrics_log.read(trial.folder / metrics_log.FILE)
-        by_step = {row.get("step"): row[self.metric] for row in rows if row.get(self.metric) is not None}
-        trial.history = [float(value) for value in by_step.values() if math.isfinite(value)]
-        trial.rows = {key: value for row in rows for key, value in row.items() if value is not None}
+        by_step = {row.get("step"): row[self.metric] for row in rows if self.metric in row}
+        finite = [value is not None and math.isfinite(value) for value in by_step.values()]
+        trial.history = [float(value) for value, is_finite in zip(by_step.values(), finite) if is_finite]
+        trial.has_diverged = not all(finite[-1:])
+        trial.rows = metrics_log.last_values_of(rows)
 
     def _note(self, **facts: Any) -> None:
         line = json.dumps({"time": time.time(), **facts}) + "\n"

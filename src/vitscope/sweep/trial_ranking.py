@@ -50,8 +50,8 @@ def text(sweep: LocalSweep, n_rows: int) -> str:
 def write(sweep: LocalSweep) -> Path:
     """Write all trials to ``trials.csv`` in the sweep's folder, ranked ones first; return its path.
 
-    Columns: rank (empty without a value), trial, state, exit code, every setting, the last value of every metric, the best value
-    of the sweep's metric, epoch, step, seconds, run folder.
+    Columns: rank (empty without a finite last value), trial, state, exit code, every setting, the last value of every metric, the
+    best value of the sweep's metric, epoch, step, seconds, run folder.
 
     Raises:
         StorageError: The file cannot be written.
