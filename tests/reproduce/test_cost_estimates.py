@@ -40,7 +40,14 @@ def write_short_run(root: Path, wall_s: float, *, gap: float = 0.0) -> None:
     folder.mkdir(parents=True)
     content = {**CFG, "trainer": {**CFG["trainer"], "max_epochs": 1}}
     (folder / "config.yaml").write_text(json.dumps(content))
-    facts = {"status": "finished", "wall_s": wall_s, "config_hash": "x", "slim": True, "model": {"parameters": 5}}
+    facts = {
+        "status": "finished",
+        "wall_s": wall_s,
+        "config_hash": "x",
+        "slim": True,
+        "host": "node7",
+        "model": {"parameters": 5},
+    }
     (folder / "provenance.json").write_text(json.dumps(facts))
     times = {step: 1000.0 + 0.1 * step for step in range(9, 450, 20)}
     rows = [{"step": step, "epoch": 0, "time": time, "train/loss": 1.0} for step, time in times.items()]
@@ -122,7 +129,7 @@ def test_nothing_is_made_up(tmp_path: Path) -> None:
     text = work_listing.listing([target], trials, Rates([tmp_path], {}), 4)
     assert "7.6 h" in text  # 2 x (13,725 + 5) s
     assert "with 4 jobs side by side about 1.9 h" in text
-    assert "time: by 1 finished run" in text
+    assert "time: by 1 finished run on node7" in text
 
 
 @pytest.mark.parametrize(

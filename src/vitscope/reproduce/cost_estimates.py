@@ -91,6 +91,7 @@ class Rates:
         self._sizes: dict[str, int] = {}  # kind of files: bytes of a run
         self._parameters: dict[str, int] = {}  # model: number of parameters
         self.n_runs = 0
+        self.hosts: set[str] = set()  # machines on which those runs were made
         for path in dict.fromkeys(run.path for folder in folders for run in run_dir.every(folder)):
             self._read(Run(path))
 
@@ -147,6 +148,7 @@ class Rates:
         if not isinstance(wall, int | float) or not row.get("step"):
             return
         self.n_runs += 1
+        self.hosts |= {str(facts["host"])} if facts.get("host") else set()
         if facts.get("slim"):  # as a reproduction leaves it
             self._sizes[run_kinds.files_kind(cfg)] = _bytes_below(run.path)
         steps = int(row["step"]) + 1
@@ -182,7 +184,8 @@ def _estimate(planned: PlannedTrial, rates: Rates, is_new: bool, missing: Sequen
     parts += [rates.measurement_seconds(planned, m) for m in missing]
     times = [seconds for seconds in parts if seconds is not None]
     is_unknown = len(times) < len(parts)
-    sources = {f"{rates.n_runs} finished run{'s' * (rates.n_runs != 1)}"} if times else set()
+    machines = f" on {', '.join(sorted(rates.hosts))}" if rates.hosts else ""
+    sources = {f"{rates.n_runs} finished run{'s' * (rates.n_runs != 1)}{machines}"} if times else set()
     stated = rates.stated.get("seconds_per_training")
     if (
         is_unknown and stated is not None and planned.state not in (EXISTS, MEASURE)
