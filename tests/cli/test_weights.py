@@ -195,6 +195,9 @@ def test_a_folder_of_a_measured_file_is_measured_again(call, tmp_path, capsys) -
     capsys.readouterr()
     assert call("analyze", f"run={folder}", f"ckpt_path={file}", *again) == 2
     assert f"error: ckpt_path={file}: run={folder} names the weights already; " in capsys.readouterr().err
+    torch.save({"model": states[1], "model_ema": states[0]}, file)
+    assert call("analyze", f"run={folder}", *again) == 4
+    assert "holds results of other weights of this file (evaluation): it was replaced since" in capsys.readouterr().err
     file.unlink()
     assert call("analyze", f"run={folder}", *again) == 4
     assert f"ckpt_path={file}: {folder} measured this file, and it is no longer there" in capsys.readouterr().err

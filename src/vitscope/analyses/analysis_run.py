@@ -130,6 +130,8 @@ def _perform(
         content or {}
     ):  # other weights of the file have results of their own
         tag = f"{tag}-{AVERAGE}"
+    if cfg.ckpt_path and path is not None:
+        named_weights.refuse_other_weights(network, path, run, tag)
     values: dict[str, Any] = {}
     analyses = [spec.replaced(analysis, on_error="raise") for analysis in spec.parse(cfg.analysis)]
     place = context.AnalysisContext(cfg, run, network, data, tag, epoch, step, mirror, content, analyses)
