@@ -9,7 +9,6 @@ from pathlib import Path
 
 from rich import box
 from rich.console import Console, Group, RenderableType
-from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
@@ -21,6 +20,7 @@ from vitscope.reproduce.trial_jobs import FOLDER, TrialJob, TrialJobs
 from vitscope.runs import run_dir
 from vitscope.runs.run_dir import Run
 from vitscope.runtime.errors import StorageError
+from vitscope.runtime.live_display import LiveDisplay
 from vitscope.sweep.progress_table import WIDE, duration, short_path
 from vitscope.sweep.trial_process import OUTPUT
 
@@ -67,7 +67,7 @@ class TimeLeft:
         return work / self.n_slots
 
 
-class JobDisplay:
+class JobDisplay(LiveDisplay):
     """Shows jobs; use it as a context, and as the ``show`` of a `TrialJobs`.
 
     Args:
@@ -77,23 +77,11 @@ class JobDisplay:
     """
 
     def __init__(self, root: Path, time_left: TimeLeft, console: Console | None = None) -> None:
+        super().__init__(console or Console(stderr=True))
         self._root, self._time_left = root, time_left
-        self._console = console or Console(stderr=True)
-        self._live = Live(console=self._console, auto_refresh=False) if self._console.is_terminal else None
         self._started = self._last_line = time.monotonic()
         self._runs: dict[str, Run] = {}
         self._searched: dict[str, float] = {}
-
-    def __enter__(self) -> JobDisplay:
-        """Take the terminal."""
-        if self._live:
-            self._live.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Give it back."""
-        if self._live:
-            self._live.stop()
 
     def __call__(self, jobs: TrialJobs, changed: TrialJob | None) -> None:
         """Draw the bar again, and log a line for a job that has ended; without a terminal also now and then one on the others."""

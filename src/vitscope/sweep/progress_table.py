@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 
 from rich import box
 from rich.console import Console
-from rich.live import Live
 from rich.table import Table
 
 from vitscope.runtime import redaction
+from vitscope.runtime.live_display import LiveDisplay
 from vitscope.runtime.logging import log_problem
 from vitscope.sweep import sweep_file, trial_ranking
 from vitscope.sweep.trial_process import OUTPUT
@@ -88,7 +88,7 @@ def _selected(trials: Sequence[Trial], n_rows: int | None) -> list[Trial]:
     return sorted(first, key=lambda trial: trial.index)
 
 
-class SweepDisplay:
+class SweepDisplay(LiveDisplay):
     """Shows a sweep; use it as a context, and as the ``show`` of a `LocalSweep`.
 
     Args:
@@ -96,20 +96,8 @@ class SweepDisplay:
     """
 
     def __init__(self, console: Console | None = None) -> None:
-        self._console = console or Console()
-        self._live = Live(console=self._console, auto_refresh=False) if self._console.is_terminal else None
+        super().__init__(console or Console())
         self._last_lines: dict[int, float] = {}
-
-    def __enter__(self) -> SweepDisplay:
-        """Take the terminal."""
-        if self._live:
-            self._live.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Give it back."""
-        if self._live:
-            self._live.stop()
 
     def __call__(self, sweep: LocalSweep, changed: Trial | None) -> None:
         """Draw the table again; where there is no terminal, print what changed and now and then how far trials are."""
