@@ -204,7 +204,7 @@ def test_dry_lists_the_work_and_does_none(
 ) -> None:
     monkeypatch.undo()
     monkeypatch.chdir(tmp_path)
-    reproduce.reproduce(reproduce.arguments(["fig9", "fig8", "dry=true", "overrides=optimizer.lr=3e-4", "jobs=2"]))
+    reproduce.reproduce(reproduce.arguments(["fig9", "fig8", "dry=true", "jobs=2"]))
     shown = capsys.readouterr().out
     assert list(tmp_path.iterdir()) == []
     lines = [line.split() for line in shown.splitlines()]
@@ -214,10 +214,17 @@ def test_dry_lists_the_work_and_does_none(
     assert table["fig9"][1:8] == ["2", "0", "0", "0", "2", "58", "s"]
     assert table["fig8"][1:8] == ["1", "0", "0", "0", "1", "29", "s"]
     assert table["together"][1:8] == ["3", "0", "0", "0", "2", "58", "s"]  # the ViT is trained once
-    assert "with 2 jobs side by side about 29 s" in shown
+    assert "with 2 side by side, each as fast as alone, at least 29 s" in shown
     assert "time: by README.md: all targets in 45 minutes on two CPU cores" in shown
+    reproduce.reproduce(reproduce.arguments(["fig9", "dry=true", "overrides=optimizer.lr=3e-4"]))
+    assert "README.md" not in capsys.readouterr().out  # the rate is that of the profile's own settings
     with pytest.raises(ConfigError, match="optimizer.lrr.*did you mean lr"):
         reproduce.reproduce(reproduce.arguments(["fig9", "dry=true", "overrides=optimizer.lrr=3e-4"]))
+    with pytest.raises((ConfigError, ValueError), match="depth"):  # composes, and does not build
+        reproduce.reproduce(reproduce.arguments(["fig9", "dry=true", "overrides=model.depth=2"]))
+    for key in ("data.fraction", "++data.fraction"):
+        with pytest.raises(ConfigError, match="fig5b sets this key itself"):
+            reproduce.reproduce(reproduce.arguments(["fig5b", "dry=true", f"overrides={key}=0.5"]))
     with pytest.raises(ConfigError, match="weight_decay=-1"):  # composes, and does not validate
         reproduce.reproduce(reproduce.arguments(["fig9", "dry=true", "overrides=objective.weight_decay=-1"]))
 

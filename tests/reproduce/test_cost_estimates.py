@@ -72,6 +72,32 @@ def test_a_short_run_tells_the_time_of_a_long_one(tmp_path: Path) -> None:
     assert sized.training_seconds(planned(data__fraction=0.1)) == pytest.approx(305 * 45 * 0.1 + 5.0)
 
 
+def test_what_a_run_does_not_tell(tmp_path: Path) -> None:
+    write_short_run(tmp_path, wall_s=50.0)
+    for changes in ({"trainer": {**CFG["trainer"], "max_epochs": 1, "max_steps": 451}}, {"analysis": {"hessian": {}}}):
+        (tmp_path / "short" / "config.yaml").write_text(json.dumps({**CFG, **changes}))
+        rates = Rates([tmp_path], {})
+        assert rates.training_seconds(planned()) is None, changes  # no whole epoch; the time of an analysis is within
+    (tmp_path / "short" / "config.yaml").write_text(
+        json.dumps({**CFG, "trainer": {**CFG["trainer"], "max_steps": 451}})
+    )
+    sized = Rates([tmp_path], {}, {"cifar100": 45000})
+    assert sized.training_seconds(planned()) == pytest.approx(305 * 450 * 0.1 + 5.0)
+
+
+def test_a_stated_rate_takes_the_place_of_an_unknown_training_alone(tmp_path: Path) -> None:
+    stated = {"rates": {"seconds_per_training": 7, "source": "a page"}}
+    result = Measurement("hessian", "end", {"n_top": 5})
+    write_short_run(tmp_path, wall_s=50.0)
+    known, unknown = estimate(
+        [planned(missing=(result,)), planned("b", missing=(result,), model__depth=6)], Rates([tmp_path], stated)
+    )
+    assert (known.seconds, known.unknown_time) == (pytest.approx(305 * 450 * 0.1 + 5.0), 1)
+    assert (unknown.seconds, unknown.unknown_time, unknown.sources) == (7.0, 0, frozenset({"a page"}))
+    (resumed,) = estimate([planned(state="resume", model__depth=6)], Rates([], stated))
+    assert (resumed.seconds, resumed.unknown_time) == (0.0, 1)
+
+
 def test_a_run_that_was_resumed_tells_no_rate(tmp_path: Path) -> None:
     write_short_run(tmp_path, wall_s=50.0, gap=7200.0)
     assert Rates([tmp_path], {}).training_seconds(planned()) is None
@@ -92,7 +118,8 @@ def test_disk_space_is_a_finished_runs_else_that_of_the_checkpoints(tmp_path: Pa
     write_short_run(tmp_path, wall_s=50.0)
     on_disk = sum(path.stat().st_size for path in (tmp_path / "short").iterdir())
     rates = Rates([tmp_path], {})
-    assert rates.run_bytes(planned()) == on_disk
+    assert rates.run_bytes(planned(trainer__max_epochs=1)) == on_disk
+    assert rates.run_bytes(planned()) == 6 * 5 * 4  # of more epochs, which keep more checkpoints
     # init, best, last and epoch 4 (400 is beyond the end), and AdamW's two states in last: 6 x 5 parameters x 4 bytes
     assert rates.run_bytes(planned(optimizer___target_="torch.optim.Adam")) == 6 * 5 * 4
     assert rates.run_bytes(planned(optimizer___target_="torch.optim.SGD")) == 5 * 5 * 4
@@ -128,7 +155,7 @@ def test_nothing_is_made_up(tmp_path: Path) -> None:
     write_short_run(tmp_path, wall_s=50.0)
     text = work_listing.listing([target], trials, Rates([tmp_path], {}), 4)
     assert "7.6 h" in text  # 2 x (13,725 + 5) s
-    assert "with 4 jobs side by side about 1.9 h" in text
+    assert "with 4 side by side, each as fast as alone, at least 3.8 h" in text  # two jobs
     assert "time: by 1 finished run on node7" in text
 
 

@@ -75,11 +75,12 @@ def _check_plan_and_estimates(trial: Trial, root: Path, run: Run) -> None:
     rates = Rates([root], {})
     costs = estimate(planned, rates)
     assert costs[1].seconds == pytest.approx(facts["wall_s"] + 2 * hessian_s)
-    n_steps = (3, 2 * 16)  # of the run, and of two epochs of the profile's 16 batches
-    assert rates.training_seconds(planned[3]) == pytest.approx(facts["wall_s"] / n_steps[0] * n_steps[1])
+    assert rates.training_seconds(planned[3]) is None  # 32 steps: three tell nothing of them
     assert [cost.unknown_time for cost in costs] == [0, 0, 0, 1, 1]  # a spectrum of more images, and of another n_top
     size = sum(path.stat().st_size for path in run.path.rglob("*") if path.is_file())
-    assert [round(cost.size) for cost in costs] == [0, size, size, size, 0]
+    assert [round(cost.size) for cost in costs[:3]] == [0, size, size]
+    assert costs[3].size > 0  # of more epochs: by the model's parameters
+    assert costs[4].size == 0
     nothing_known = estimate(planned, Rates([], {}))
     assert [cost.unknown_time for cost in nothing_known] == [0, 1, 1, 1, 1]
     assert all(cost.seconds == 0 for cost in nothing_known)

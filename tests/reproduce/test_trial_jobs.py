@@ -128,11 +128,16 @@ def test_time_left_goes_by_estimates_then_by_jobs_that_ended() -> None:
 
     unknown = job_display.TimeLeft({}, 2)
     assert unknown.text([job("a"), job("b")]) == "time left unknown"
-    assert unknown.estimate([job("a", seconds=300.0), job("b"), job("c"), job("d", EXISTS)]) == pytest.approx(300.5)
+    assert unknown.estimate([job("a", seconds=300.0), job("b"), job("c"), job("d", EXISTS)]) == pytest.approx(
+        300.5
+    )  # (300 + 300 + 1) / 2
     # jobs with nothing to do say nothing of those that train
     assert unknown.estimate([job("a", EXISTS, seconds=2.0), job("b")]) is None
     stated = job_display.TimeLeft({Trial(("a",)): 7200.0, Trial(("b",)): 3600.0}, 2)
-    assert stated.text([job("a"), job("b")]) == "about 90 min left"
+    assert stated.text([job("a"), job("b")]) == "about 2.0 h left"  # the longer one: there are two slots
+    failed = job("a", seconds=2.0)
+    failed.outcome = Outcome(None, ("a: failed",))
+    assert unknown.estimate([failed, job("b")]) is None
 
 
 def test_the_bar_names_the_running_jobs_and_their_output(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -238,6 +238,13 @@ def test_a_trial_that_diverged_has_no_rank(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
+def test_trials_that_are_not_complete_have_no_rank(tmp_path: Path) -> None:
+    run = local(sweep_of(do="finish", accuracy=[0.2, 0.9]), tmp_path)
+    run.run()
+    run.trials[1].state = "failed"  # the best value, in the middle of its training
+    assert [trial.index for trial in run.ranking()] == [0]
+
+
 def test_a_metric_to_minimize_ranks_the_lowest_first(tmp_path: Path) -> None:
     sweep = sweep_of(do="finish", accuracy=[0.2, 0.9, 0.4])
     content = {**sweep.content, "metric": {"name": "val/accuracy", "goal": "minimize"}}

@@ -229,7 +229,9 @@ def _rates(request: Request, plan: Mapping[str, Any]) -> Any:
     folders = [request.runs]
     if request.runs.parent.name == "runs":  # runs of other overrides and profiles tell rates too
         folders.append(request.runs.parent)
-    return Rates(folders, plan["profiles"][request.profile], plan.get("train_images"))
+    # the profile's stated rates are those of its own settings
+    stated = {} if run_overrides.suffix(request.overrides) else plan["profiles"][request.profile]
+    return Rates(folders, stated, plan.get("train_images"))
 
 
 def _list_work(request: Request, plan: Mapping[str, Any], targets: Sequence[Target], trials: Sequence[Trial]) -> None:

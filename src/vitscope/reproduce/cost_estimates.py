@@ -18,7 +18,7 @@ import yaml
 
 from vitscope.config import loading
 from vitscope.reproduce import run_kinds
-from vitscope.reproduce.planned_work import EXISTS, MEASURE, RESUME, Measurement, PlannedTrial
+from vitscope.reproduce.planned_work import EXISTS, MEASURE, RESUME, TRAIN, Measurement, PlannedTrial
 from vitscope.runs import run_dir
 from vitscope.runs.run_dir import Run
 from vitscope.runtime import safe_files
@@ -28,7 +28,7 @@ from vitscope.runtime.errors import StorageError
 MEASURED_S = "measured_s"
 #: a run whose journal spans more than this many times its last process's time was resumed, and says nothing of the rate
 _LONGEST_SPAN = 1.2
-#: over fewer steps the journal's times say too little, and the whole run's time is divided by its steps
+#: over fewer steps the journal's times say too little
 _FEWEST_STEPS = 5
 
 
@@ -86,6 +86,7 @@ class Rates:
         self.stated: Mapping[str, Any] = profile.get("rates") or {}
         self.train_images = train_images or {}
         self._steps: dict[str, StepRate] = {}  # kind of training: of the longest run
+        self._whole_s: dict[tuple[str, int], float] = {}  # kind of training and number of steps: seconds of a whole run
         self._epochs: dict[str, float] = {}  # kind of data: steps an epoch
         self._results: dict[str, float] = {}  # kind of measurement: seconds
         self._sizes: dict[str, int] = {}  # kind of files: bytes of a run
@@ -98,9 +99,12 @@ class Rates:
     def training_seconds(self, planned: PlannedTrial) -> float | None:
         """Return how long a trial's training takes, or the rest of it; None where it is unknown."""
         cfg = loading.plain(planned.cfg)
-        steps, rate = self._planned_steps(cfg), self._steps.get(run_kinds.training_kind(cfg))
-        if steps is None or rate is None:
+        kind = run_kinds.training_kind(cfg)
+        steps, rate = self._planned_steps(cfg), self._steps.get(kind)
+        if steps is None:
             return None
+        if rate is None:  # a few steps tell the time of as many alone
+            return self._whole_s.get((kind, steps)) if planned.state != RESUME else None
         n_done = last_row(planned.run).get("step", 0) if planned.state == RESUME and planned.run is not None else 0
         return max(0, steps - int(n_done or 0)) * rate.seconds_per_step + rate.other_s
 
@@ -123,7 +127,7 @@ class Rates:
     def _planned_steps(self, cfg: Mapping[str, Any]) -> int | None:
         trainer = cfg["trainer"]
         max_steps, max_epochs = trainer.get("max_steps") or -1, trainer.get("max_epochs") or -1
-        per_epoch = self._epochs.get(run_kinds.data_kind(cfg)) or _steps_per_epoch(cfg, self.train_images)
+        per_epoch = _steps_per_epoch(cfg, self.train_images) or self._epochs.get(run_kinds.data_kind(cfg))
         bounds = [max_steps] if max_steps > 0 else []
         if max_epochs > 0 and per_epoch is not None:
             bounds.append(math.ceil(max_epochs * per_epoch))
@@ -145,24 +149,25 @@ class Rates:
 
     def _read_training(self, run: Run, facts: Mapping[str, Any], cfg: Mapping[str, Any]) -> None:
         row, wall = last_row(run), facts.get("wall_s")
-        if not isinstance(wall, int | float) or not row.get("step"):
-            return
+        if not isinstance(wall, int | float) or not row.get("step") or cfg.get("analysis"):
+            return  # the time of its analyses is within
         self.n_runs += 1
         self.hosts |= {str(facts["host"])} if facts.get("host") else set()
         if facts.get("slim"):  # as a reproduction leaves it
             self._sizes[run_kinds.files_kind(cfg)] = _bytes_below(run.path)
         steps = int(row["step"]) + 1
-        self._epochs[run_kinds.data_kind(cfg)] = steps / (int(row.get("epoch") or 0) + 1)
+        n_epochs = int(row.get("epoch") or 0) + 1
+        if n_epochs == cfg["trainer"].get("max_epochs") and (cfg["trainer"].get("max_steps") or -1) < 0:  # whole epochs
+            self._epochs[run_kinds.data_kind(cfg)] = steps / n_epochs
         first = _first_row(run)
         span, kind = row.get("time", 0.0) - first.get("time", 0.0), run_kinds.training_kind(cfg)
         if span > _LONGEST_SPAN * wall + 60 or steps < getattr(self._steps.get(kind), "n_steps", 0):
             return
+        self._whole_s[kind, steps] = float(wall)
         n_timed = steps - 1 - int(first.get("step") or 0)
         if n_timed >= _FEWEST_STEPS:
             per_step = span / n_timed
             self._steps[kind] = StepRate(steps, per_step, max(0.0, wall - per_step * steps))
-        else:
-            self._steps[kind] = StepRate(steps, wall / steps, 0.0)
 
 
 def estimate(trials: Sequence[PlannedTrial], rates: Rates) -> list[Estimate]:
@@ -180,15 +185,15 @@ def estimate(trials: Sequence[PlannedTrial], rates: Rates) -> list[Estimate]:
 
 
 def _estimate(planned: PlannedTrial, rates: Rates, is_new: bool, missing: Sequence[Measurement]) -> Estimate:
-    parts = [rates.training_seconds(planned)] if is_new else []
-    parts += [rates.measurement_seconds(planned, m) for m in missing]
+    training = [rates.training_seconds(planned)] if is_new else []
+    parts = training + [rates.measurement_seconds(planned, m) for m in missing]
     times = [seconds for seconds in parts if seconds is not None]
     is_unknown = len(times) < len(parts)
     machines = f" on {', '.join(sorted(rates.hosts))}" if rates.hosts else ""
     sources = {f"{rates.n_runs} finished run{'s' * (rates.n_runs != 1)}{machines}"} if times else set()
     stated = rates.stated.get("seconds_per_training")
     if (
-        is_unknown and stated is not None and planned.state not in (EXISTS, MEASURE)
+        is_unknown and stated is not None and planned.state == TRAIN and training in ([], [None])
     ):  # measurements of all trials included
         times, is_unknown, sources = [float(stated)] if is_new else [], False, {str(rates.stated["source"])}
     size = rates.run_bytes(planned) if is_new else 0.0

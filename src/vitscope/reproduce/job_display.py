@@ -15,12 +15,13 @@ from rich.text import Text
 
 from vitscope.reproduce.cost_estimates import last_row
 from vitscope.reproduce.plan import Trial
-from vitscope.reproduce.planned_work import EXISTS
+from vitscope.reproduce.planned_work import EXISTS, MEASURE, RESUME, TRAIN
 from vitscope.reproduce.trial_jobs import FOLDER, TrialJob, TrialJobs
 from vitscope.runs import run_dir
 from vitscope.runs.run_dir import Run
 from vitscope.runtime.errors import StorageError
 from vitscope.runtime.live_display import LiveDisplay
+from vitscope.sweep.job_scheduler import side_by_side_seconds
 from vitscope.sweep.progress_table import WIDE, duration, short_path
 from vitscope.sweep.trial_process import OUTPUT
 
@@ -34,7 +35,8 @@ class TimeLeft:
     """The time left of a reproduction, from estimates of its trials and the durations of the jobs that have ended.
 
     Args:
-        seconds: Estimate of each trial; a trial without one takes as long as the mean of those that have ended.
+        seconds: Estimate of each trial; a trial without one takes as long as the mean of those of its state that have
+            ended without a problem.
         n_slots: Number of jobs side by side.
     """
 
@@ -47,24 +49,24 @@ class TimeLeft:
         return "time left unknown" if seconds is None else f"about {duration(seconds) or '1 s'} left"
 
     def estimate(self, jobs: Sequence[TrialJob]) -> float | None:
-        """Return the time left in seconds, None before there is anything to go by."""
-        ended = [job for job in jobs if job.outcome is not None]
-        means = {state: _mean([job.seconds for job in ended if (job.planned.state == EXISTS) == state])
-                 for state in (True, False)}  # fmt: skip
-        work = 0.0
-        for job in jobs:
-            if job.outcome is not None:
-                continue
-            expected = self.seconds.get(job.trial)
-            if expected is None:
-                expected = means[job.planned.state == EXISTS]
+        """Return the time left in seconds, None before there is anything to go by, and where a job takes longer than expected."""
+        means = {state: _mean([job.seconds for job in jobs if _is_example(job) and job.planned.state == state])
+                 for state in (EXISTS, MEASURE, RESUME, TRAIN)}  # fmt: skip
+        rests = []
+        for job in (job for job in jobs if job.outcome is None):
+            expected = self.seconds.get(job.trial, means[job.planned.state])
             if expected is None and job.planned.state == EXISTS:
-                expected = 1.0
-            if expected is None:
-                return None
+                expected = 1.0  # its results are read
             elapsed = time.monotonic() - job.started if job.process is not None else 0.0
-            work += max(0.0, expected - elapsed)
-        return work / self.n_slots
+            if expected is None or elapsed > expected:
+                return None
+            rests.append(expected - elapsed)
+        return side_by_side_seconds(rests, self.n_slots)
+
+
+def _is_example(job: TrialJob) -> bool:
+    """Whether a job has ended without a problem, so that others of its state take about as long."""
+    return job.outcome is not None and not job.outcome.problems
 
 
 class JobDisplay(LiveDisplay):

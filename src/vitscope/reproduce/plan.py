@@ -182,12 +182,13 @@ def target(name: str, plan: Mapping[str, Any], profile: str, seeds: int = 1, ove
 
 def _refuse_varied(name: str, node: Mapping[str, Any], own_settings: Mapping[str, str]) -> None:
     """Refuse an override of a key that a target's runs set, by which they differ."""
+    own_keys = {key.lstrip("+"): key for key in own_settings}
     for run in node["runs"]:
         for key in run:
-            if key in own_settings and key not in PLAN_KEYS:
+            if key in own_keys and key not in PLAN_KEYS:
                 values = ", ".join(map(str, run[key] if isinstance(run[key], list) else [run[key]]))
                 reason = f"{name} sets this key itself ({values})"
-                raise ConfigError(key, own_settings[key], reason, f"leave it out, or leave out {name}")
+                raise ConfigError(key, own_settings[own_keys[key]], reason, f"leave it out, or leave out {name}")
 
 
 def _expanded(run: Mapping[str, Any], models: Mapping[str, str]) -> Iterator[dict[str, str]]:

@@ -96,8 +96,8 @@ def plan_trials(trials: Sequence[Trial], root: Path, *, checks: bool = False) ->
     Args:
         trials: Trials; those that differ in their seed alone are composed once.
         root: The folder of runs.
-        checks: Validate one configuration of each experiment, so that a setting that does not fit is refused before anything
-            is trained.
+        checks: Validate one configuration of each experiment and model, and build the model without weights, so that a setting
+            that does not fit is refused before anything is trained.
 
     Raises:
         ConfigError: A trial that does not compose or validate.
@@ -107,11 +107,30 @@ def plan_trials(trials: Sequence[Trial], root: Path, *, checks: bool = False) ->
     validated: set[str] = set()
     for trial in progress.track(trials, "composing the runs' configurations"):
         cfg = composer.composed(trial)
-        if checks and trial.overrides[0] not in validated:
-            validated.add(trial.overrides[0])
+        kind = f"{trial.overrides[0]} {loading.digest(loading.plain(cfg.model))}"
+        if checks and kind not in validated:
+            validated.add(kind)
             validate(cfg.copy())
+            _build(cfg)
         planned.append(_planned(trial, cfg, stored))
     return planned
+
+
+def _build(cfg: DictConfig) -> None:
+    """Build the model of a configuration without weights.
+
+    Raises:
+        ConfigError: Its arguments do not fit.
+    """
+    import torch  # a plan without checks does not need it
+
+    from vitscope.config import factories
+
+    try:
+        with torch.device("meta"):
+            factories.model(cfg)
+    except NotImplementedError:  # it computes with its initial values: its own training says whether it works
+        return
 
 
 def _planned(trial: Trial, cfg: DictConfig, stored: StoredRuns) -> PlannedTrial:

@@ -57,5 +57,11 @@ def data_kind(cfg: Mapping[str, Any]) -> str:
 def files_kind(cfg: Mapping[str, Any]) -> str:
     """Return a digest of what decides the size of a run's folder: the model, the optimizer's state and the kept checkpoints."""
     return loading.digest(
-        [model_kind(cfg), cfg["optimizer"].get("_target_"), (cfg.get("callbacks") or {}).get("checkpoint")]
+        [
+            model_kind(cfg),
+            cfg["optimizer"].get("_target_"),
+            (cfg.get("callbacks") or {}).get("checkpoint"),
+            cfg["trainer"].get("max_epochs"),
+            cfg["trainer"].get("max_steps"),
+        ]  # which decide how many snapshots there are
     )

@@ -117,7 +117,9 @@ def _measure(run: Run, requested: Any, tag: str, kinds: Mapping[str, str]) -> tu
     results: list[str] = []
     for analysis in analyses:
         name = f"{analysis.name}/{tag}-{runner.settings_hash(analysis, context)}"
-        is_new = not (run.results / f"{name}.npz").is_file()
+        folder, _, stem = name.partition("/")
+        is_begun = any((run.results / folder).glob(f".partial-{stem}-*"))  # the rest of it tells no whole duration
+        is_new = not is_begun and not (run.results / f"{name}.npz").is_file()
         started = time.monotonic()
         try:
             result = runner.perform(analysis, context)

@@ -8,6 +8,7 @@ from vitscope.reports.run_description import size_text
 from vitscope.reproduce.cost_estimates import Estimate, Rates, estimate
 from vitscope.reproduce.plan import Target, Trial
 from vitscope.reproduce.planned_work import EXISTS, MEASURE, RESUME, TRAIN, PlannedTrial
+from vitscope.sweep.job_scheduler import side_by_side_seconds
 from vitscope.sweep.progress_table import duration
 
 #: names of missing results that a line shows
@@ -31,10 +32,11 @@ def listing(targets: Sequence[Target], planned: Mapping[Trial, PlannedTrial], ra
         lines += [f"{target.name}", *_run_lines(trials, costs), ""]
         rows.append(_row(target.name, trials, _total(costs)))
     every = [planned[trial] for trial in dict.fromkeys(trial for target in targets for trial in target.trials)]
-    total = _total(estimate(every, rates))
+    costs = estimate(every, rates)
+    total = _total(costs)
     if len(targets) > 1:
         rows.append(_row("together", every, total))
-    return "\n".join([*lines, *_aligned(rows), "", *_remarks(total, every, rates, n_slots, len(targets))])
+    return "\n".join([*lines, *_aligned(rows), "", *_remarks(costs, every, n_slots, len(targets))])
 
 
 _STATES = {EXISTS: "exist", MEASURE: "to measure", RESUME: "to resume", TRAIN: "to train"}
@@ -90,13 +92,15 @@ def _missing_text(planned: PlannedTrial) -> str:
     return ", ".join(names[:_MOST_RESULTS]) + more
 
 
-def _remarks(total: Estimate, trials: Sequence[PlannedTrial], rates: Rates, n_slots: int, n_targets: int) -> list[str]:
-    lines = []
+def _remarks(costs: Sequence[Estimate], trials: Sequence[PlannedTrial], n_slots: int, n_targets: int) -> list[str]:
+    total, lines = _total(costs), []
     if n_targets > 1:
         lines.append("Runs that targets share are trained once: the last row counts them once.")
-    if n_slots > 1 and total.seconds:
-        side_by_side = duration(total.seconds / n_slots)
-        lines.append(f"time: of one job at a time; with {n_slots} jobs side by side about {side_by_side}")
+    if n_slots > 1 and total.seconds and not total.unknown_time:
+        side_by_side = duration(side_by_side_seconds([cost.seconds for cost in costs], n_slots))
+        lines.append(
+            f"time: of one job at a time; with {n_slots} side by side, each as fast as alone, at least {side_by_side}"
+        )
     lines += [f"time: by {source}" for source in sorted(total.sources)]
     if total.unknown_time:
         lines += [

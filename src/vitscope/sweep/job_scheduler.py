@@ -37,6 +37,18 @@ class JobSource(Protocol[Job]):
         ...
 
 
+def side_by_side_seconds(seconds: Sequence[float], n_slots: int) -> float:
+    """Return the least time in seconds that jobs can take side by side, each as fast as alone.
+
+    It is the time of the longest job, or that of all of them shared evenly among the slots.
+
+    Args:
+        seconds: Time of each job in seconds.
+        n_slots: Number of jobs that run at a time.
+    """
+    return max(max(seconds, default=0.0), sum(seconds) / n_slots)
+
+
 def run_jobs(source: JobSource[Job], slots: Sequence[Slot]) -> Iterator[Job]:
     """Run a source's jobs, at most one in each slot at a time; yield each job after its end was noted.
 

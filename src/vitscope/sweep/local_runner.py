@@ -125,10 +125,10 @@ class LocalSweep:
         return [trial for trial in self.trials if trial.state == "failed"]
 
     def ranking(self) -> list[Trial]:
-        """Return the trials that have a value of the metric, the best last value first; equal ones by number."""
+        """Return the complete trials that have a value of the metric, the best last value first; equal ones by number."""
         sign = -1 if self.larger else 1
         return sorted(
-            (trial for trial in self.trials if trial.value is not None),
+            (trial for trial in self.trials if trial.value is not None and trial.state in COMPLETE),
             key=lambda trial: (sign * (trial.value or 0.0), trial.index),
         )
 

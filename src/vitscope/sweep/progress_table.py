@@ -15,7 +15,7 @@ from rich.table import Table
 from vitscope.runtime import redaction
 from vitscope.runtime.live_display import LiveDisplay
 from vitscope.runtime.logging import log_problem
-from vitscope.sweep import sweep_file, trial_ranking
+from vitscope.sweep import job_scheduler, sweep_file, trial_ranking
 from vitscope.sweep.trial_process import OUTPUT
 
 if TYPE_CHECKING:
@@ -190,5 +190,8 @@ def _time_left(sweep: LocalSweep) -> str:
     if not complete or not (unfinished or waiting):
         return ""
     mean = sum(complete) / len(complete)
-    rest = sum(max(0.0, mean - trial.seconds) for trial in unfinished) + waiting * mean
-    return f", about {duration(rest / len(sweep.slots)) or '1 s'} left"
+    rests = [mean - trial.seconds for trial in unfinished]
+    if any(rest < 0 for rest in rests):  # longer than those before
+        return ""
+    rest = job_scheduler.side_by_side_seconds([*rests, *[mean] * waiting], len(sweep.slots))
+    return f", about {duration(rest) or '1 s'} left"

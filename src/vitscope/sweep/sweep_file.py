@@ -91,7 +91,7 @@ def find(name: str | Path) -> Path:
         ConfigError: There is no such file.
     """
     path = Path(name)
-    if path.exists():
+    if path.is_file():
         return path
     files = bundled_files()
     if path.suffix in ("", ".yaml") and path.parent in (Path(), Path("sweeps")) and path.stem in files:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -45,6 +46,26 @@ class Given(Costs):
 def build(root: Path, name: str = "models", **options: object) -> cells.Table:
     selection = Selection(run_index.collect(run_dir.every(root / "runs")))
     return headline_tables.build(name, selection, Given(), **options)
+
+
+@pytest.mark.parametrize(
+    ("trainer", "text"),
+    [
+        ({}, "all test images"),
+        ({"limit_test_batches": 1.0}, "all test images"),
+        ({"limit_test_batches": 0.1}, "a share of 0.1 of the test images"),
+        ({"limit_test_batches": 5, "devices": 1}, "at most 320 test images"),
+        ({"limit_test_batches": 5, "devices": 4}, "at most 5 batches of test images a process"),
+    ],
+)
+def test_the_test_images_of_a_run_are_said(trainer: dict[str, object], text: str) -> None:
+    entry = SimpleNamespace(config={"trainer": trainer, "data": {"eval_batch_size": 64}})
+    assert headline_tables._tested_text(entry) == text  # type: ignore[arg-type]  a stand-in of an entry
+
+
+def test_cells_with_fewer_seeds_than_their_rows_are_said() -> None:
+    assert cells.seeds_text([3, 3]).endswith("where they differ")
+    assert cells.seeds_text([3, 3], has_few=True).endswith("fewer than 3 seeds: their values, no interval")
 
 
 def test_rows_have_the_given_names_in_the_given_order(make_run: Callable, tmp_path: Path) -> None:

@@ -168,7 +168,11 @@ def _need_network(kind: type[CIFAR10], root: Path) -> None:
         problem += " and no network to download it"
         differing = _differing_files(kind, folder)
         if differing:
-            problem += f" ({', '.join(differing)} of {kind.base_folder} differ)"
+            missing = [name for name, md5 in differing.items() if md5 is None]
+            other = [name for name, md5 in differing.items() if md5 is not None]
+            texts = [f"{', '.join(other)} of {kind.base_folder} differ"] if other else []
+            texts += [f"{', '.join(missing)} of {kind.base_folder} missing or not readable"] if missing else []
+            problem += f" ({'; '.join(texts)})"
         fix = _remedy(kind)
         if differing and None not in differing.values():
             sums = ", ".join(f"{name}: {md5}" for name, md5 in differing.items())

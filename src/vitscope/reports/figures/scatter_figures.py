@@ -15,7 +15,7 @@ from vitscope.plotting.api import STYLE
 from vitscope.plotting.style import MARKERS
 from vitscope.reports.run_entry import Entry
 from vitscope.reports.tables.headline_tables import n_msa
-from vitscope.reports.tables.table import Cell, Problem, Table, over_seeds, seeds_text
+from vitscope.reports.tables.table import LEAST_SEEDS, Cell, Problem, Table, over_seeds, seeds_text
 from vitscope.reports.value_lookup import Selection, Value, scalar_of_result
 from vitscope.stats.t_tests import Interval
 
@@ -89,7 +89,8 @@ def collect(selection: Selection, x: str, y: Sequence[str], name: str) -> tuple[
         points.append(Point(_series(first, x), first.label, position, tuple(heights)))
         rows.append((Cell(first.label), *([Cell(_key_text(key))] if keyed else []), *cells))
     columns = ("model", x, *y)
-    note = f"{seeds_text([len(runs) for runs in groups])}." if groups else "No run."
+    has_few = any(cell.values for row in rows for cell in row)
+    note = f"{seeds_text([len(runs) for runs in groups], has_few)}." if groups else "No run."
     return points, Table(
         name,
         f"{', '.join(map(axis_label, y))} over {axis_label(x)}",
@@ -157,7 +158,9 @@ def _draw_panel(ax: Axes, points: Sequence[Point], panel: int, x: str, series: S
         ax.errorbar([positions[i] for i in order], [h.mean for h in heights], yerr=[_width(h) for h in heights], xerr=xerr,
                     fmt=MARKERS[number % len(MARKERS)], linestyle=line, label=name)  # fmt: skip
     if not any(_width(point.y[panel]) for point in points):
-        ax.text(0.02, 0.02, "No interval: one seed", transform=ax.transAxes, fontsize="small", color="0.4")
+        most = max((h.n for point in points if (h := point.y[panel]) is not None), default=1)
+        reason = "one seed" if most == 1 else f"fewer than {LEAST_SEEDS} seeds"
+        ax.text(0.02, 0.02, f"No interval: {reason}", transform=ax.transAxes, fontsize="small", color="0.4")
     if categories:
         ax.set_xticks(range(len(categories)), categories, rotation=30 if max(map(len, categories)) > 6 else 0)
         ax.set_xlim(-0.5, len(categories) - 0.5)
@@ -187,6 +190,9 @@ def _place(x: Any, categories: Sequence[str]) -> float:
 
 
 def _width(interval: Interval | None) -> float:
+    """Return the half width of an interval; 0 where there is none, or where it is of too few seeds."""
+    if interval is not None and interval.n < LEAST_SEEDS:
+        return 0.0
     return interval.half_width if interval is not None and interval.half_width > 0 else 0.0
 
 

@@ -153,7 +153,7 @@ def build(
         columns=(*head, *(c.title for c in columns)),
         ids=(*head, *(c.id for c in columns)),
         rows=tuple(rows),
-        note=_note(groups, columns, selection),
+        note=_note(name, groups, columns, selection, any(cell.values for cells in rows for cell in cells)),
         problems=tuple(dict.fromkeys(problems)),
         runs=tuple(run_rows),
     )
@@ -234,10 +234,16 @@ def n_msa(entry: Entry) -> tuple[int, ...]:
     return tuple(node.get("n_msa") or DEFAULT_MSA.get(node.get("depth", 18), ()))
 
 
-def _note(groups: Sequence[Mapping[int, Entry]], columns: Sequence[Column], selection: Selection) -> str:
+def _note(
+    name: str,
+    groups: Sequence[Mapping[int, Entry]],
+    columns: Sequence[Column],
+    selection: Selection,
+    has_few_seeds: bool,
+) -> str:
     if not groups:
-        if not any(entry.results for entry in selection.entries):
-            return "No run."
+        if name == "buildup" or not any(entry.results for entry in selection.entries):
+            return "No run of a ResNet or an AlterNet that was trained here." if name == "buildup" else "No run."
         return "No run that was trained here, or evaluated on the whole test split at this moment."
     flops = " FLOPs: forward pass of one image, two for each multiply-add." if _COST[1] in columns else ""
     robust = _robustness_note(groups, columns, selection)
@@ -251,7 +257,7 @@ def _note(groups: Sequence[Mapping[int, Entry]], columns: Sequence[Column], sele
     if evaluations and _TEST[0] in columns:
         counts_text = " or ".join(map(str, sorted(evaluations)))
         newest += f"; accuracy and NLL of models that were not trained here: evaluation on {counts_text} test images"
-    seeds = seeds_text([len(runs) for runs in groups])
+    seeds = seeds_text([len(runs) for runs in groups], has_few_seeds)
     spectrum = (
         " NEP: negative eigenvalue proportion; APE: average positive eigenvalue (top Hessian eigenvalues of mini-batches)."
         if any(column.source == SPECTRUM for column in columns)
@@ -286,8 +292,7 @@ def _robustness_note(groups: Sequence[Mapping[int, Entry]], columns: Sequence[Co
         sentences.append(f"{words}: on {_images_text(cards)}.")
     if not sentences or not any(column in columns for column in _TEST):
         return "".join(f" {sentence}" for sentence in sentences)
-    limits = {_tested_images(entry) for entry in entries if entry.trained} - {None}
-    tested = f"at most {_range_text([n for n in limits if n is not None])} test images" if limits else "all test images"
+    tested = " or ".join(sorted({_tested_text(entry) for entry in entries if entry.trained})) or "all test images"
     titles = ", ".join(column.title for column in columns if column in _TEST)
     return "".join(f" {sentence}" for sentence in [*sentences, f"{titles}: on {tested}."])
 
@@ -299,18 +304,26 @@ def _images_text(cards: Sequence[ObjectiveCard]) -> str:
         largest = _range_text([int((card.options or {}).get("n_images") or card.n_images) for card in cards])
         return f"at most {largest} published images a condition ({', '.join(Path(folder).name for folder in sorted(folders))})"
     split = " and ".join(dict.fromkeys(card.split for card in cards))
-    is_drawn = len({card.seed for card in cards}) > 1
-    choice = "other ones for each seed where the split has more" if is_drawn else "the same for every run"
-    return f"{_range_text([card.n_images for card in cards])} {split} images, {choice}"
+    if len({card.seed for card in cards}) > 1:
+        choice = ", other ones for each seed where the split has more"
+    else:
+        is_same = len({(card.split, card.n_images, str(card.data)) for card in cards}) == 1
+        choice = ", the same for every run" if is_same else ""
+    return f"{_range_text([card.n_images for card in cards])} {split} images{choice}"
 
 
-def _tested_images(entry: Entry) -> int | None:
-    """Return the largest number of test images that a run's test can have used, None where it used all."""
-    limit = (entry.config.get("trainer") or {}).get("limit_test_batches")
-    size = (entry.config.get("data") or {}).get("eval_batch_size")
-    if not isinstance(limit, int) or isinstance(limit, bool) or not isinstance(size, int):
-        return None
-    return limit * size
+def _tested_text(entry: Entry) -> str:
+    """Return in words which test images a run's own test used."""
+    trainer = entry.config.get("trainer") or {}
+    limit, size = trainer.get("limit_test_batches"), (entry.config.get("data") or {}).get("eval_batch_size")
+    if limit is None or (isinstance(limit, float) and limit == 1.0):
+        return "all test images"
+    if isinstance(limit, float):
+        return f"a share of {limit:g} of the test images"
+    is_one_process = trainer.get("devices") in (1, "1") and trainer.get("num_nodes", 1) == 1
+    if is_one_process and isinstance(size, int):
+        return f"at most {limit * size:,} test images"
+    return f"at most {limit} batches of test images a process"
 
 
 def _range_text(numbers: Sequence[int]) -> str:

@@ -115,11 +115,12 @@ def over_seeds(values: Mapping[str, Value], metric: str, style: str, expected: i
     return Cell(text, interval, problems[0].kind if problems else "", few), problems
 
 
-def seeds_text(counts: Sequence[int]) -> str:
+def seeds_text(counts: Sequence[int], has_few: bool = False) -> str:
     """Return a sentence on the seeds of a table's rows and what their numbers are.
 
     Args:
         counts: Number of seeds of each row.
+        has_few: Whether some cell has fewer than `LEAST_SEEDS` numbers, such as one where a seed is missing.
     """
     fewest, most = min(counts), max(counts)
     if most == 1:
@@ -129,7 +130,11 @@ def seeds_text(counts: Sequence[int]) -> str:
         return f"{n_seeds}: their values, equal ones once; no interval below {LEAST_SEEDS} seeds"
     n_seeds = str(most) if fewest == most else f"{fewest} to {most}"
     text = f"Means over seeds ({n_seeds} a row), ± half of the 95% t-interval where they differ"
-    return text if fewest >= LEAST_SEEDS else f"{text}; fewer than {LEAST_SEEDS} seeds: their values, no interval"
+    return (
+        text
+        if fewest >= LEAST_SEEDS and not has_few
+        else f"{text}; fewer than {LEAST_SEEDS} seeds: their values, no interval"
+    )
 
 
 def interval_text(interval: Interval, style: str) -> str:
