@@ -93,6 +93,12 @@ def test_the_time_is_the_timed_pass_s_times_the_passes(monkeypatch: pytest.Monke
     assert all(torch.equal(network.state_dict()[name], value) for name, value in before.items())
 
 
+def test_options_that_are_left_to_the_measure_have_its_defaults() -> None:
+    cfg = composed("analyze", *DIGITS, "analysis=[slice]", "~analysis.slice.n", "analysis.slice.probe.n_images=4")
+    prediction = time_prediction.predict(spec.parse(cfg.analysis), Clocked([0.0]), factories.data(cfg))
+    assert list(prediction.seconds) == ["slice"]
+
+
 def test_a_network_that_fails_has_no_prediction() -> None:
     cfg = composed("analyze", *DIGITS, "analysis=[evaluation]")
     prediction = time_prediction.predict(spec.parse(cfg.analysis), nn.Linear(3, 2), factories.data(cfg))
@@ -101,7 +107,16 @@ def test_a_network_that_fails_has_no_prediction() -> None:
 
 @pytest.mark.parametrize(
     ("seconds", "text"),
-    [(0.04, "0.04 s"), (0.42, "0.4 s"), (12.3, "12 s"), (119, "119 s"), (200, "3 min"), (8000, "2 h")],
+    [
+        (1e-5, "0.001 s"),
+        (0.04, "0.04 s"),
+        (9.7, "10 s"),
+        (0.42, "0.4 s"),
+        (12.3, "12 s"),
+        (119, "119 s"),
+        (200, "3 min"),
+        (8000, "2 h"),
+    ],
 )
 def test_durations(seconds: float, text: str) -> None:
     assert time_prediction.duration_text(seconds) == text

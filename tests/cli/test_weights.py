@@ -16,8 +16,10 @@ from tests.helpers import official_layout
 from tests.helpers.run_folders import only_run
 from vitscope import models
 from vitscope.config import factories
+from vitscope.runs import metrics_log
 from vitscope.runs.checkpoints import checkpoint_io, checkpoint_weights
 from vitscope.runs.run_dir import Run
+from vitscope.runtime.errors import CheckpointError
 
 EVALUATE = ["data=digits", "analysis=[evaluation]", "analysis.evaluation.probe.n_images=12", "device=cpu"]
 RESNET = ["model=convnet", "model.depth=18"]
@@ -172,6 +174,10 @@ def test_training_starts_from_averages(call, tiny, tmp_path, capsys) -> None:
     ):
         assert call("train", *arguments) == 2
         assert text in capsys.readouterr().err
+    assert call("train", f"run={run}", "trainer.max_epochs=2") == 0  # from its own checkpoint, not from the file
+    steps = [row["step"] for row in metrics_log.read(run / "metrics.jsonl") if "train/loss" in row]
+    assert steps == sorted(set(steps))
+    assert Run(run).provenance()["started_from"] == started
 
 
 def test_a_folder_of_a_measured_file_is_measured_again(call, tmp_path, capsys) -> None:
@@ -197,7 +203,14 @@ def test_a_folder_of_a_measured_file_is_measured_again(call, tmp_path, capsys) -
     assert f"error: ckpt_path={file}: run={folder} names the weights already; " in capsys.readouterr().err
     torch.save({"model": states[1], "model_ema": states[0]}, file)
     assert call("analyze", f"run={folder}", *again) == 4
-    assert "holds results of other weights of this file (evaluation): it was replaced since" in capsys.readouterr().err
+    assert "holds results of other weights of this file (evaluation/net-ema-" in capsys.readouterr().err
+    with pytest.raises(CheckpointError, match="it was replaced since"):
+        vs.load_probe(folder)
+    for ckpt in ("best", "epoch-0000"):
+        assert call("analyze", f"run={folder}", f"ckpt={ckpt}", *again) == 4
+        assert "holds results of one file" in capsys.readouterr().err
+        with pytest.raises(CheckpointError, match="holds results of one file"):
+            vs.load_probe(folder, ckpt=ckpt)
     file.unlink()
     assert call("analyze", f"run={folder}", *again) == 4
     assert f"ckpt_path={file}: {folder} measured this file, and it is no longer there" in capsys.readouterr().err

@@ -46,8 +46,23 @@ def test_matrices_of_hidden_layers_are_told_by_their_modules() -> None:
     depthwise = hidden_matrices(timm.create_model("test_convnext", num_classes=4))
     assert depthwise
     assert not {name for name in depthwise if name.endswith("conv_dw.weight")}
+    net = network()
+    assert MuonAdamW(net.parameters(), net).summary == (
+        "Muon trains 2 matrices, 2.weight to 5.weight; AdamW all other parameters, among them the matrices 0.weight, 7.weight"
+    )
     attention = nn.Sequential(nn.Linear(4, 4), nn.MultiheadAttention(4, 2), nn.Linear(4, 2))
     assert list(hidden_matrices(attention)) == ["1.in_proj_weight", "1.out_proj.weight"]
+
+
+def test_a_state_without_steps_ends_the_moments_of_before() -> None:
+    net = network()
+    optimizer = MuonAdamW(net.parameters(), net, lr=0.01)
+    start, state = copy.deepcopy(net.state_dict()), copy.deepcopy(optimizer.state_dict())
+    first = trained(net, optimizer, range(2))
+    optimizer.load_state_dict(state)
+    net.load_state_dict(start)
+    for value, other in zip(trained(net, optimizer, range(2)), first):
+        assert torch.equal(value, other)
 
 
 def test_steps_are_those_of_torch_s_muon_and_adamw() -> None:

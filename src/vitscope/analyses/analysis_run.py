@@ -71,6 +71,8 @@ def analyze(cfg: DictConfig, chosen_keys: Sequence[str] = (), run_value_override
     data = factories.data(cfg)
     data.adapt_to(network)
     if run is None:
+        if cfg.ckpt_path:
+            cfg.ckpt_path = str(Path(cfg.ckpt_path).absolute())  # the folder is measured again from anywhere
         run = run_dir.create(cfg, "analyze")
     run_end.log_tracebacks_to(run)
     if rank() == 0 and model_facts.KEY not in run.provenance() and _is_own_model(cfg, run):
@@ -261,10 +263,17 @@ def _refuse_training_values(run_value_overrides: Sequence[str]) -> None:
 
 
 def _take_measured_file(cfg: DictConfig, run: Run, overrides: Sequence[str]) -> None:
-    """Let a folder that analyze.py made for a file of weights measure that file again, in place."""
+    """Let a folder that analyze.py made for a file of weights measure that file again, in place.
+
+    Raises:
+        CheckpointError: ``ckpt`` names a checkpoint, of which the folder has none.
+    """
     measured_file = run.measured_file()
     if measured_file is None:
         return
+    if cfg.ckpt not in ("last", AVERAGE):
+        reason = f"{run.path} holds results of one file, {measured_file[0]}, and no checkpoints"
+        raise CheckpointError("ckpt", cfg.ckpt, reason, "leave it out; ckpt=ema takes the averages that the file holds")
     cfg.ckpt_path = str(measured_file[0])
     if not any(override.lstrip("+").partition("=")[0] == "ckpt" for override in overrides):
         cfg.ckpt = measured_file[1]

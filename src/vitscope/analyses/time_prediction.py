@@ -6,6 +6,7 @@ maps take, is known only once they are computed.
 
 from __future__ import annotations
 
+import inspect
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +21,6 @@ from vitscope.runtime.distributed import world_size
 #: forward passes over its images that a measure makes, by its name and from its options
 PASSES: dict[str, Callable[[Mapping[str, Any]], int]] = {
     "evaluation": lambda options: 1,
-    "tap_table": lambda options: 1,
     "loss_landscape": lambda options: int(options["n"]) ** 2,
     "loss_slice": lambda options: int(options["n"]) * int(options["n_directions"]),
     "linear_interpolation": lambda options: int(options["n"]),
@@ -102,8 +102,8 @@ def predict(analyses: Sequence[Analysis], network: nn.Module, data: Any, measure
 
 def duration_text(seconds: float) -> str:
     """Return a duration with two digits at most: ``0.4 s``, ``12 s``, ``3 min``, ``5 h``."""
-    if seconds < 10:
-        return f"{seconds:.1g} s"
+    if seconds < 9.5:
+        return f"{max(seconds, 0.001):.1g} s"
     if seconds < 120:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.0f} h"
@@ -114,7 +114,9 @@ def _n_passes(analysis: Analysis) -> int | None:
     passes = PASSES.get(analysis.measure.__name__)
     if passes is None or analysis.options.get("dtype") is not None:
         return None
-    return passes(analysis.options) * (2 if analysis.options.get("bn") == "recalibrate" else 1)
+    parameters = inspect.signature(analysis.measure).parameters.values()
+    options = {p.name: p.default for p in parameters if p.default is not p.empty} | dict(analysis.options)
+    return passes(options) * (2 if analysis.options.get("bn") == "recalibrate" else 1)
 
 
 def _n_images(data: Any, request: Mapping[str, Any]) -> int | None:

@@ -107,7 +107,7 @@ def _replaced(command: str, arguments: Sequence[str]) -> Iterator[tuple[str, str
         if not is_option and (not equals or argument.startswith("-")):
             continue
         own_keys = _root_keys(command) if own_keys is None else own_keys
-        if not is_option and name in own_keys:
+        if not is_option and (name in own_keys or (key.startswith("+") and "." in name)):  # + adds a key of one's own
             continue
         template = table.get(name)
         if is_option and name in own_keys:

@@ -38,10 +38,12 @@ def _command() -> None:
             hydra_command.run_composed("train", argv, _train)
         return
     from vitscope.runs import run_dir
+    from vitscope.training import resume_point
     from vitscope.training.training_run import train
 
     run = run_dir.find(named)
     cfg = run.config()
+    resume_point.forget_start_file(cfg, run)
     changes = [argument for argument in argv if not argument.startswith("run=")]
     with common_probe.provided(cfg):  # an earlier run's configuration has no such keys
         run_overrides.apply(cfg, changes)

@@ -9,6 +9,7 @@ from vitscope.core.probe import Probe
 from vitscope.runs import result_store
 from vitscope.runs.checkpoints import checkpoint_io
 from vitscope.runs.run_dir import find
+from vitscope.runtime.errors import CheckpointError
 
 
 def load_results(run: str | Path) -> dict[str, dict[str, Any]]:
@@ -63,6 +64,7 @@ def load_probe(
         DataError: the data are not there.
     """
     from vitscope.config import factories
+    from vitscope.runs import named_weights
     from vitscope.runs.checkpoints import checkpoint_weights
 
     cfg = find(run).config()
@@ -70,9 +72,14 @@ def load_probe(
     average = ckpt == checkpoint_weights.AVERAGE
     path = Path(run) if Path(run).is_file() else find(run).checkpoints / f"{'last' if average else ckpt}.ckpt"
     if (measured_file := find(run).measured_file()) is not None:  # of a folder that analyze.py made for a file
+        if ckpt not in ("last", checkpoint_weights.AVERAGE):
+            reason = f"{find(run).path} holds results of one file, {measured_file[0]}, and no checkpoints"
+            raise CheckpointError("ckpt", ckpt, reason, "leave it out; ema takes the averages that the file holds")
         path, average = measured_file[0], average or measured_file[1] == checkpoint_weights.AVERAGE
     content = checkpoint_io.read(path)
     checkpoint_weights.load_weights(model, content, path, average=average)
+    if measured_file is not None:
+        named_weights.refuse_other_weights(model, path, find(run))
     data = factories.data(cfg)
     data.adapt_to(model)
     size = batch_size or data.eval_batch_size

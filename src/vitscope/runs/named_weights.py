@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -45,29 +44,36 @@ def load_named_weights(
         raise CheckpointError(error.key, error.value, error.why, fix) from error
 
 
-def refuse_other_weights(network: nn.Module, path: Path, run: Run, tag: str) -> None:
-    """Refuse weights under whose name a run folder holds results of other ones: the file was replaced since.
+def refuse_other_weights(network: nn.Module, path: Path, run: Run, tag: str | None = None) -> None:
+    """Refuse weights of a file whose results in a run folder are of other weights: the file was replaced since.
 
     Args:
         network: holds the weights.
         path: the file that they are from.
         run: the folder.
-        tag: the name of the results.
+        tag: the name of the results, all of which are of one file's weights; None: some result has to be of these weights.
 
     Raises:
-        CheckpointError: a result of this name is of other weights.
+        CheckpointError: a result of this name is of other weights, or all results are.
     """
     weights = checkpoint_weights.weights_hash(network)
-    for file in sorted(run.results.glob(f"*/{glob.escape(tag)}-*.json")):
-        if file.stem.rpartition("-")[0] != tag:
+    measured = {name: stored for name, stored in _measured_weights(run, tag).items() if stored is not None}
+    others = [name for name, stored in measured.items() if stored != weights]
+    if others and (tag is not None or len(others) == len(measured)):
+        reason = f"{run.path} holds results of other weights of this file ({others[0]}): it was replaced since"
+        raise CheckpointError("ckpt_path", path, reason, "measure it in a new folder: ckpt_path= without run=")
+
+
+def _measured_weights(run: Run, tag: str | None) -> dict[str, str | None]:
+    """Return the hash of the weights of each result by its name, of one tag or of all."""
+    hashes = {}
+    for file in sorted(run.results.glob("*/*.json")):
+        if tag is not None and file.stem.rpartition("-")[0] != tag:
             continue
         try:
             stored = json.loads(safe_files.read_text(file, safe_files.LARGEST))
         except ValueError:  # the result itself is in the file beside it
             continue
-        measured = (stored.get("card") or {}).get("checkpoint") if isinstance(stored, dict) else None
-        if measured is not None and measured != weights:
-            reason = (
-                f"{run.path} holds results of other weights of this file ({file.parent.name}): it was replaced since"
-            )
-            raise CheckpointError("ckpt_path", path, reason, "measure it in a new folder: ckpt_path= without run=")
+        card = stored.get("card") if isinstance(stored, dict) else None
+        hashes[f"{file.parent.name}/{file.stem}"] = (card or {}).get("checkpoint")
+    return hashes

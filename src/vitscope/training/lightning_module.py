@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -22,11 +23,14 @@ from vitscope.core.batches.batch_format import BatchFormat
 from vitscope.core.objective import Objective, hard_targets, labeled, n_labeled
 from vitscope.runtime.distributed import all_reduce_sum, gather_objects
 from vitscope.runtime.errors import DataError, NumericalError
+from vitscope.runtime.logging import is_main_process
 from vitscope.runtime.torch_internals import BatchNormBase, set_last_rates
 from vitscope.training import lightning_internals, resume_state
 from vitscope.training.accumulation import StepGroup, is_accumulating, is_first
 from vitscope.training.calibration_metric import ExpectedCalibrationError
 from vitscope.training.sam import SAM, still_statistics
+
+_logger = logging.getLogger(__name__)
 
 #: seeds of training steps are kept apart from those of data by this constant
 _STEP_STREAM = 0x5EED
@@ -228,6 +232,8 @@ class Classifier(pl.LightningModule):
     def configure_optimizers(self) -> Any:
         """Return the optimizer over all parameters and its schedule by step."""
         optimizer = self.new_optimizer()
+        if is_main_process() and isinstance(summary := getattr(optimizer, "summary", None), str):
+            _logger.info(f"optimizer: {summary}")
         if self.trainer.num_training_batches == float("inf"):
             # a training of steps alone: Lightning has not looked yet, and an epoch without end would be all warm-up
             lightning_internals.load_training_data(self.trainer)

@@ -68,6 +68,20 @@ def find_resume_point(cfg: DictConfig, run: Run | None) -> ResumePoint:
     return ResumePoint(run, checkpoint, changes, is_finished)
 
 
+def forget_start_file(cfg: DictConfig, run: Run) -> None:
+    """Let a run that has checkpoints resume from them, not from the file that it once started from, in place.
+
+    Args:
+        cfg: The run's stored configuration, before any override.
+        run: The run.
+    """
+    if not checkpoint_io.present(run.checkpoints):
+        return
+    for key, value in (("ckpt_path", None), ("ckpt", LATEST), ("ckpt_weights_only", False)):
+        if key in cfg:
+            cfg[key] = value
+
+
 def _run_to_resume(cfg: DictConfig, run: Run | None) -> Run | None:
     if run is not None or cfg.ckpt_path not in ("last", "auto"):
         return run
@@ -104,10 +118,11 @@ def allowed_changes(cfg: DictConfig, run: Run | None, checkpoint: Path | None) -
     """
     if run is None:
         return None
-    if cfg.get("ckpt", LATEST) == checkpoint_weights.AVERAGE:
+    starts_anew = not checkpoint_io.present(run.checkpoints)  # it ended before its first checkpoint
+    if cfg.get("ckpt", LATEST) == checkpoint_weights.AVERAGE and not starts_anew:
         fix = "leave it out, or start a new run from the averages: leave out run= and name a file with ckpt_path="
         raise ConfigError("ckpt", cfg.ckpt, "a run that goes on needs the weights that its optimizer moves", fix)
-    if cfg.get("ckpt_weights_only"):
+    if cfg.get("ckpt_weights_only") and not starts_anew:
         fix = "leave it out, or start a new run from the weights: leave out run= and name a file with ckpt_path="
         raise ConfigError("ckpt_weights_only", True, "a run that goes on needs the whole state of its checkpoint", fix)
     stored = run.config()

@@ -92,7 +92,9 @@ def test_a_changed_file_is_noticed(tmp_path, write_cifar):
     ):
         cifar.load("test", root=tmp_path, checksums=sums)
     path.unlink()
-    with pytest.raises(DataError, match=r"\(data_batch_2 of cifar-10-batches-py missing or not readable\); put (?!.*checksums)"):
+    with pytest.raises(
+        DataError, match=r"\(data_batch_2 of cifar-10-batches-py missing or not readable\); put (?!.*checksums)"
+    ):
         cifar.load("test", root=tmp_path, checksums=sums)
 
 

@@ -56,6 +56,10 @@ def apply_common_probe(cfg: DictConfig, overrides: Sequence[str] = ()) -> None:
     for name, node in _analysis_nodes(cfg):
         for key, value in values.items():
             if _is_overridden(name, key, keys):
+                if f"analysis.{name}.probe.{key}" not in keys:  # the whole probe is set, perhaps without this key
+                    _logger.info(
+                        f"probe.{key}={_text(value)}: not applied to analysis.{name}: its probe is set as a whole"
+                    )
                 continue
             own_keys, refused, reason = _OWN_IMAGES.get(str(node.get("_target_")), ((), None, ""))
             if key in own_keys and refused in (None, value):

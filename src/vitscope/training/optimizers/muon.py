@@ -60,13 +60,20 @@ class MuonAdamW(Optimizer):
         adamw_names: Sequence[str] = (),
     ) -> None:
         params = list(params)
-        matrices = {id(p) for p in hidden_matrices(network, adamw_names).values()}
+        names = {id(p): name for name, p in hidden_matrices(network, adamw_names).items()}
+        matrices = set(names)
         hidden_weights = [p for p in params if id(p) in matrices]
         if not hidden_weights:
             raise ValueError(
                 "Expected a network with matrices between its first and its last layer, received none to train: use "
                 "optimizer=adamw."
             )
+        other_matrices = [name for name, p in _matrices(network) if id(p) not in matrices]
+        #: which parameters have which optimizer, in a line
+        self.summary = (
+            f"Muon trains {len(hidden_weights)} matrices, {names[id(hidden_weights[0])]} to {names[id(hidden_weights[-1])]}; "
+            f"AdamW all other parameters, among them the matrices {', '.join(other_matrices)}"
+        )
         self._views = [nn.Parameter(p.detach().flatten(1)) for p in hidden_weights]
         self._muon = Muon(
             self._views,
@@ -108,6 +115,8 @@ class MuonAdamW(Optimizer):
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Load the state of both optimizers."""
         super().load_state_dict(dict(state_dict))
+        self._muon.state.clear()
+        self._adamw.state.clear()
         for p, view in zip(self.param_groups[0]["params"], self._views):
             if p in self.state:
                 self._muon.state[view] = {key: value.flatten(1) for key, value in self.state[p].items()}
