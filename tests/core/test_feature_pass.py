@@ -177,3 +177,33 @@ def test_a_measure_shares_its_pass_where_it_declares_an_accumulator_and_no_optio
     probe = vs.Probe(network, [(torch.randn(n, 3, 6, 6), torch.zeros(n, dtype=torch.long)) for n in (3, 2)])
     options = {"step": 2, "reference": None}
     assert feature_pass.collect(probe, [(count, options), (count, {})]) == [10, 5]
+
+
+def test_prefix_tokens_are_read_by_accumulators_that_take_them_alone() -> None:
+    class Calls:
+        def __init__(self) -> None:
+            self.calls: list[tuple[str, int, tuple[int, ...]]] = []
+
+        def read(self, index: int, tap: vs.Tap, x: torch.Tensor) -> None:
+            self.calls.append(("map", index, tuple(x.shape)))
+
+        def close_batch(self, number: int, n_images: int) -> None: ...
+
+        def result(self) -> None: ...
+
+    class PrefixCalls(Calls):
+        def read_prefix(self, index: int, tap: vs.Tap, tokens: torch.Tensor) -> None:
+            self.calls.append(("prefix", index, tuple(tokens.shape)))
+
+    torch.manual_seed(0)
+    network = vs.models.vit(size="tiny", patch_size=8, depth=1, reg_tokens=2, image_size=(16, 24))
+    probe = vs.Probe(network, [(torch.randn(2, 3, 16, 24), torch.zeros(2, dtype=torch.long))])
+    alone, both = Calls(), PrefixCalls()
+    feature_pass.run_feature_pass(probe, [alone, both], "tokens")
+    assert alone.calls == [("map", i, (2, 192, 2, 3)) for i in range(3)]
+    assert both.calls == [call for i in range(3) for call in [("prefix", i, (2, 3, 192)), ("map", i, (2, 192, 2, 3))]]
+    network = timm.create_model("resnet18", num_classes=2)
+    probe = vs.Probe(network, [(torch.randn(2, 3, 32, 32), torch.zeros(2, dtype=torch.long))])
+    both = PrefixCalls()
+    feature_pass.run_feature_pass(probe, [both], "tokens")
+    assert {name for name, *_ in both.calls} == {"map"}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from torch import Tensor
 
@@ -22,7 +22,7 @@ from vitscope.runtime.stop_flag import Interrupted
 
 
 class Accumulator(Protocol):
-    """What a measure keeps between batches."""
+    """What a measure keeps between batches; it may be a `PrefixAccumulator` too."""
 
     def read(self, index: int, tap: Tap, x: Tensor) -> None:
         """Take the maps ``(B, C, h, w)`` of one tap: others read them too, and the model may change them afterwards."""
@@ -32,6 +32,14 @@ class Accumulator(Protocol):
 
     def result(self) -> Any:
         """Return the measure's result, the same on every rank."""
+
+
+@runtime_checkable
+class PrefixAccumulator(Protocol):
+    """An accumulator that also takes the tokens in front of the maps."""
+
+    def read_prefix(self, index: int, tap: Tap, tokens: Tensor) -> None:
+        """Take the class, distillation and register tokens ``(B, n_prefix, C)`` of a tap that has them, before its map."""
 
 
 #: attribute of a measure that holds the function that makes its accumulator
@@ -75,7 +83,13 @@ def run_feature_pass(probe: Probe, accumulators: Sequence[Accumulator], descript
             accumulator.read(index, tap, x)
 
     reading = structure_reader().reading
-    with probe.guard(logits=False) as model, reading(model, probe.taps, read):
+    prefix_readers = [a.read_prefix for a in accumulators if isinstance(a, PrefixAccumulator)]
+
+    def read_prefix(index: int, tap: Tap, tokens: Tensor) -> None:
+        for read_tokens in prefix_readers:
+            read_tokens(index, tap, tokens)
+
+    with probe.guard(logits=False) as model, reading(model, probe.taps, read, read_prefix if prefix_readers else None):
         for number, (x, _) in track(probe.local_batches(), description, -(-probe.n_batches // world_size())):
             model(x)
             for accumulator in accumulators:

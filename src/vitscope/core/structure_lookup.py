@@ -43,9 +43,13 @@ class StructureReader(Protocol):
         ...
 
     def reading(
-        self, model: nn.Module, taps: Sequence[Tap], fn: Callable[[int, Tap, Tensor], None]
+        self,
+        model: nn.Module,
+        taps: Sequence[Tap],
+        fn: Callable[[int, Tap, Tensor], None],
+        prefix_fn: Callable[[int, Tap, Tensor], None] | None = None,
     ) -> AbstractContextManager[None]:
-        """Call ``fn(index, tap, map)`` for each tap of a forward pass."""
+        """Call ``fn(index, tap, map)`` for each tap of a forward pass, before it ``prefix_fn`` with the tokens in front."""
         ...
 
 

@@ -43,6 +43,29 @@ def test_vit_taps_equal_an_explicit_forward_of_each_half(name: str) -> None:
     assert len(read) == 7
 
 
+@pytest.mark.parametrize("name", ["cls", "registers", "distilled", "layer scale"])
+def test_prefix_tokens_of_vit_taps_equal_an_explicit_forward(name: str) -> None:
+    model = VITS[name]().double().eval()
+    torch.manual_seed(0)
+    for p in model.parameters():
+        nn.init.normal_(p, std=0.1)
+    x = image(64, 64) if name in ("distilled", "layer scale") else image(32, 32)
+    read: dict[str, Tensor] = {}
+    with (
+        torch.no_grad(),
+        reading(model, taps(model), lambda *_: None, lambda _, tap, value: read.update({tap.name: value.clone()})),
+    ):
+        model(x)
+    prefix = model.num_prefix_tokens
+    with torch.no_grad():
+        tokens = model.norm_pre(model._pos_embed(model.patch_embed(x)))
+        assert torch.equal(read["stem"], tokens[:, :prefix])
+        for i, block in enumerate(model.blocks):
+            tokens = block(tokens)
+            assert (read[f"blocks.{i}.mlp"] - tokens[:, :prefix]).abs().max() < 1e-12
+    assert len(read) == 7
+
+
 def test_swin_taps_equal_an_explicit_forward_of_each_half() -> None:
     model = from_config("swin")
     x = image(32, 32)

@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import vitscope as vs
+from vitscope.core.tap import TokenOrder
+from vitscope.models.structure.feature_maps import prefix_tokens
 from vitscope.models.structure.residual_units import known_units, reading_branches, zeroed
 from vitscope.models.structure.taps import reading, taps
 from vitscope.runtime.errors import StructureError
@@ -240,3 +242,15 @@ def test_pixels_of_mobilevit_without_branches_are_the_map_of_the_layer_before() 
     for i in range(2):
         assert torch.equal(read[f"stages.2.1.transformer.{i}.attn"], before[-1])
         assert torch.equal(read[f"stages.2.1.transformer.{i}.mlp"], before[-1])
+
+
+def test_prefix_tokens_of_an_observed_order_are_those_before_the_first_position() -> None:
+    order = TokenOrder(2, 6, torch.tensor([[4, 2], [5, 3]]), (8, 8))
+    value = torch.arange(2 * 6 * 3, dtype=torch.float64).reshape(2, 6, 3)
+    assert torch.equal(prefix_tokens(value, "unknown", 0, order), value[:, :2])
+    channels_first = TokenOrder(1, 6, order.index, (8, 8))
+    assert torch.equal(prefix_tokens(value.transpose(1, 2), "unknown", 0, channels_first), value[:, :2])
+    assert torch.equal(prefix_tokens(value.transpose(1, 2), "NCL", 2), value[:, :2])
+    assert prefix_tokens(value, "unknown", 0, TokenOrder(2, 6, torch.arange(6).reshape(2, 3), (8, 8))) is None
+    assert prefix_tokens(value, "NLC", 0) is None
+    assert prefix_tokens(value[None], "NCHW", 0) is None

@@ -175,6 +175,26 @@ def _ordered_map(value: Tensor, name: str, forward_pass: ForwardPass, order: Tok
     return rows.transpose(1, 2).unflatten(2, tuple(order.index.shape))
 
 
+def prefix_tokens(value: Tensor, layout: Layout, n_prefix: int, order: TokenOrder | str | None = None) -> Tensor | None:
+    """Return the tokens in front of the map in a tensor of a tap, ``(B, n_prefix, C)``; None where there is none.
+
+    Args:
+        value: The tensor, from which `to_map` makes a map.
+        layout: Meaning of the tensor's axes.
+        n_prefix: Tokens in front of the grid.
+        order: Order of the tokens of an unknown layout or grid: those before the first one with a position are returned.
+    """
+    if isinstance(order, TokenOrder):
+        tokens = value.movedim(order.channel, -1)
+        tokens = tokens.reshape(-1, order.n_tokens, tokens.shape[-1])  # (B, n_tokens, C)
+        n_prefix = int(order.index.min())
+    elif layout in ("NLC", "NCL"):
+        tokens = value if layout == "NLC" else value.transpose(1, 2)
+    else:
+        return None
+    return tokens[:, :n_prefix] if n_prefix else None
+
+
 def token_grid(
     name: str,
     n_tokens: int,

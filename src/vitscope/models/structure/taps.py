@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from vitscope.core.guard.eager_execution import unwrapped
 from vitscope.core.tap import Kind, Tap
 from vitscope.models.structure.coverage import warn_missing_units
-from vitscope.models.structure.feature_maps import observed_pass, to_map
+from vitscope.models.structure.feature_maps import observed_pass, prefix_tokens, to_map
 from vitscope.models.structure.found_structure import FoundStructure, find_structure
 from vitscope.models.structure.residual_structure import ModelComponent, Read
 from vitscope.models.tracing.running_sums import SumPlace, SumReader
@@ -90,11 +90,23 @@ def _taps(model: nn.Module, model_structure: FoundStructure, images: Tensor | No
 
 
 @contextmanager
-def reading(model: nn.Module, taps: Sequence[Tap], fn: Callable[[int, Tap, Tensor], None]) -> Iterator[None]:
+def reading(
+    model: nn.Module,
+    taps: Sequence[Tap],
+    fn: Callable[[int, Tap, Tensor], None],
+    prefix_fn: Callable[[int, Tap, Tensor], None] | None = None,
+) -> Iterator[None]:
     """Call ``fn(index, tap, feature_map)`` for each tap as its map (B, C, h, w) appears in a forward pass.
 
     Run ``model(images)`` inside; it runs uncompiled. Nothing is kept here; the map may be changed in place by the model once
     ``fn`` has returned, so ``fn`` reduces or copies it.
+
+    Args:
+        model: The model.
+        taps: Its taps.
+        fn: Function of the maps.
+        prefix_fn: Function of the class, distillation and register tokens ``(B, n_prefix, C)``, called before ``fn`` at the
+            taps that have such tokens; None to drop them.
 
     Raises:
         ValueError: In the forward pass: a map that is no map, tokens whose grid is not certain, a tap that runs more than
@@ -113,7 +125,12 @@ def reading(model: nn.Module, taps: Sequence[Tap], fn: Callable[[int, Tap, Tenso
                     "pass taps=[...] in the order of execution."
                 )
             forward_pass.ran(tap.name)
-            fn(index, tap, to_map(value, tap.name, tap.layout, tap.n_prefix, tap.grid, forward_pass, tap.order))
+            feature_map = to_map(value, tap.name, tap.layout, tap.n_prefix, tap.grid, forward_pass, tap.order)
+            if prefix_fn is not None:
+                prefix = prefix_tokens(value, tap.layout, tap.n_prefix, tap.order)
+                if prefix is not None:
+                    prefix_fn(index, tap, prefix)
+            fn(index, tap, feature_map)
 
         sums: dict[SumPlace, Callable[[Tensor], None]] = {}
         for i, tap in enumerate(taps):
