@@ -72,9 +72,10 @@ def table(sweep: LocalSweep, n_rows: int | None = None, width: int = WIDE) -> Ta
         )
     for trial in rows:
         state = trial.state if trial.state != "failed" else f"failed ({trial.exit_code})"
+        elapsed = duration_text(round(trial.seconds)) if trial.seconds else ""
         cells = (str(trial.index), _label(sweep, trial), trial.slot.name if trial.slot else "", state,
                  str(trial.rows.get("epoch", "")), str(trial.rows.get("step", "")),
-                 f"{trial.value:.4g}" if trial.value is not None else "", duration_text(round(trial.seconds)) if trial.seconds else "",
+                 f"{trial.value:.4g}" if trial.value is not None else "", elapsed,
                  f"{trial.folder.name}/{OUTPUT}" if is_wide else trial.folder.name)  # fmt: skip
         texts = dict(zip(names, cells))
         rich_table.add_row(*(texts[name] for name in columns), style=_STYLES.get(trial.state))
