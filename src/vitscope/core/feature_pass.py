@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from torch import Tensor
@@ -22,7 +23,7 @@ from vitscope.runtime.stop_flag import Interrupted
 
 
 class Accumulator(Protocol):
-    """What a measure keeps between batches; it may be a `PrefixAccumulator` too."""
+    """What a measure keeps between batches; it may be a `PrefixAccumulator` and an `AttentionAccumulator` too."""
 
     def read(self, index: int, tap: Tap, x: Tensor) -> None:
         """Take the maps ``(B, C, h, w)`` of one tap: others read them too, and the model may change them afterwards."""
@@ -40,6 +41,26 @@ class PrefixAccumulator(Protocol):
 
     def read_prefix(self, index: int, tap: Tap, tokens: Tensor) -> None:
         """Take the class, distillation and register tokens ``(B, n_prefix, C)`` of a tap that has them, before its map."""
+
+
+@runtime_checkable
+class AttentionAccumulator(Protocol):
+    """An accumulator that takes attention weights.
+
+    Attributes:
+        attention_units: Units from `vitscope.models.structure.attention_units`, for images of the probe's size.
+        reads_maps: Whether it takes the maps of taps too; where no accumulator does, none are read.
+    """
+
+    attention_units: Sequence[Any]
+    reads_maps: bool
+
+    def read_attention(self, index: int, unit: Any, weights: Tensor) -> None:
+        """Take the attention weights ``(B * n_windows, heads, queries, keys)`` of ``attention_units[index]``.
+
+        They are in float32 at least; windows of an image come one after the other. Others read them too, and the model uses
+        them afterwards.
+        """
 
 
 #: attribute of a measure that holds the function that makes its accumulator
@@ -89,11 +110,34 @@ def run_feature_pass(probe: Probe, accumulators: Sequence[Accumulator], descript
         for read_tokens in prefix_readers:
             read_tokens(index, tap, tokens)
 
-    with probe.guard(logits=False) as model, reading(model, probe.taps, read, read_prefix if prefix_readers else None):
+    taps = probe.taps if any(getattr(a, "reads_maps", True) for a in accumulators) else []
+    with (
+        probe.guard(logits=False) as model,
+        reading(model, taps, read, read_prefix if prefix_readers else None),
+        _reading_attention([a for a in accumulators if isinstance(a, AttentionAccumulator)]),
+    ):
         for number, (x, _) in track(probe.local_batches(), description, -(-probe.n_batches // world_size())):
             model(x)
             for accumulator in accumulators:
                 accumulator.close_batch(number, len(x))
+
+
+def _reading_attention(accumulators: Sequence[AttentionAccumulator]) -> AbstractContextManager[None]:
+    """Return a context in which accumulators are given the attention weights of their units, each computed once."""
+    units: dict[str, Any] = {}
+    readers: dict[str, list[tuple[AttentionAccumulator, int]]] = {}
+    for accumulator in accumulators:
+        for index, unit in enumerate(accumulator.attention_units):
+            units.setdefault(unit.name, unit)
+            readers.setdefault(unit.name, []).append((accumulator, index))
+    if not units:
+        return nullcontext()
+
+    def read(_: int, unit: Any, weights: Tensor) -> None:
+        for accumulator, index in readers[unit.name]:
+            accumulator.read_attention(index, accumulator.attention_units[index], weights)
+
+    return structure_reader().reading_attention_units(list(units.values()), read)
 
 
 def one_pass(probe: Probe, measures: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

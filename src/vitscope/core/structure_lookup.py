@@ -52,6 +52,12 @@ class StructureReader(Protocol):
         """Call ``fn(index, tap, map)`` for each tap of a forward pass, before it ``prefix_fn`` with the tokens in front."""
         ...
 
+    def reading_attention_units(
+        self, units: Sequence[Any], fn: Callable[[int, Any, Tensor], None]
+    ) -> AbstractContextManager[None]:
+        """Call ``fn(index, unit, weights)`` with the attention weights of each unit in a forward pass."""
+        ...
+
 
 _load: Callable[[], StructureReader] | None = None
 

@@ -2,16 +2,54 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import inspect
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakIdKeyDictionary
 
-from vitscope.models import timm_internals
 from vitscope.models.structure.residual_units import Unit
+
+#: functions that multiply weights with values
+PRODUCTS = frozenset({"matmul", "__matmul__", "__rmatmul__", "bmm", "einsum"})
+#: functions that leave a softmax as it is, but for its shape and type
+_SAME_WEIGHTS = frozenset({
+    "dropout", "to", "type", "type_as", "float", "half", "bfloat16", "double", "view", "reshape", "flatten", "unflatten",
+    "contiguous", "expand", "squeeze", "unsqueeze", "clone", "transpose", "permute", "swapaxes", "movedim", "view_as",
+    "reshape_as", "mT",
+})  # fmt: skip
+
+Owner = TypeVar("Owner")
+
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """Attention in a forward pass, found as one call or as a softmax that is multiplied with values.
+
+    Attributes:
+        weights: Computes the weights (..., queries, keys), in float32 at least; rows sum to 1.
+        query: (..., queries, channels) of one call; None for a softmax.
+        key: (..., keys, channels) likewise.
+        softmax: (..., queries, keys) the softmax; None for one call.
+        source: The tensor of the weights from which the output is computed, to differentiate by it; of one call only where that
+            is asked for.
+        is_transposed: Whether the source is (..., keys, queries).
+        refusal: Why the weights cannot be read; empty where they can.
+    """
+
+    weights: Callable[[], Tensor]
+    query: Tensor | None = None
+    key: Tensor | None = None
+    softmax: Tensor | None = None
+    source: Tensor | None = None
+    is_transposed: bool = False
+    refusal: str = ""
 
 
 @contextmanager
@@ -20,36 +58,144 @@ def reading_attention(units: Sequence[Unit], fn: Callable[[int, Unit, Tensor], N
 
     ``weights`` are (n, heads, queries, keys), rows sum to 1; n is the batch, or batch * windows where
     ``unit.window`` is not None. Queries and keys start with ``unit.n_prefix`` prefix tokens where attention is
-    global. They are computed eagerly, in float32 at least, from the arguments of
-    ``scaled_dot_product_attention``; the model's output does not change beyond rounding. Attention that
-    does not call that function (Swin V2's cosine attention, torchvision's) is passed over in silence.
+    global. They are those of `AttentionMode`, and the model's output does not change. Attention that is neither
+    one call nor a softmax over four axes is passed over in silence; `attention_units` finds it for more layouts.
     """
-    current: list[tuple[int, Unit]] = []
-    with ExitStack() as stack:
-        for i, unit in enumerate(units):
-            if unit.attention is None:
-                continue
-            # timm's explicit path never calls the function below
-            stack.enter_context(timm_internals.fused_attention(unit.attention))
-            enter = unit.attention.register_forward_pre_hook(lambda *_, i=i, unit=unit: current.append((i, unit)))
-            leave = unit.attention.register_forward_hook(lambda *_: (current.pop(), None)[1])
-            stack.callback(enter.remove)
-            stack.callback(leave.remove)
-        stack.enter_context(_Weights(lambda weights: fn(*current[-1], weights) if current else None))
+
+    def read(index_and_unit: tuple[int, Unit], call: AttentionCall) -> None:
+        weights = call.weights()
+        if weights.ndim == 4:
+            fn(*index_and_unit, weights)
+
+    owners = {unit.attention: (i, unit) for i, unit in enumerate(units) if unit.attention is not None}
+    with reading_calls(owners, read):
         yield
 
 
-class _Weights(TorchFunctionMode):
-    """Compute the weights of every scaled_dot_product_attention and hand them on."""
+@contextmanager
+def reading_calls(
+    owners: Mapping[nn.Module, Owner], fn: Callable[[Owner, AttentionCall], None], explicit: bool = False
+) -> Iterator[None]:
+    """Call ``fn(owner, call)`` for each attention inside of a module; of nested modules the innermost counts.
 
-    def __init__(self, fn: Callable[[Tensor], None]) -> None:
+    Args:
+        owners: What each module's attention belongs to.
+        fn: Takes the owner and the attention.
+        explicit: Whether the output is computed from the weights, so that it can be differentiated by them.
+    """
+    running: list[Owner] = []
+    with ExitStack() as stack:
+        for module, owner in owners.items():
+            enter = module.register_forward_pre_hook(lambda *_, owner=owner: running.append(owner))
+            leave = module.register_forward_hook(lambda *_: (running.pop(), None)[1])
+            stack.callback(enter.remove)
+            stack.callback(leave.remove)
+        stack.enter_context(AttentionMode(lambda call: fn(running[-1], call) if running else None, explicit))
+        yield
+
+
+class AttentionMode(TorchFunctionMode):
+    """Notice each attention of a forward pass.
+
+    Attention is ``scaled_dot_product_attention``, ``multi_head_attention_forward``, or a softmax over one of the last two axes
+    that is multiplied with a tensor that is no parameter. A softmax whose heads are mixed before the product is not noticed: its
+    weights are others. The output of the model does not change, unless it is to be computed from the weights.
+
+    Args:
+        fn: Takes each attention.
+        explicit: Whether the output of attention as one call is computed from its weights.
+    """
+
+    def __init__(self, fn: Callable[[AttentionCall], None], explicit: bool = False) -> None:
         super().__init__()
-        self.fn = fn
+        self.fn, self.explicit = fn, explicit
+        # by tensor: the softmax that it is, as far as no product has used it; None for the tensor itself
+        self.softmax_of: MutableMapping[Tensor, Tensor | None] = WeakIdKeyDictionary()
+        self.used: MutableMapping[Tensor, bool] = WeakIdKeyDictionary()
+        self.over_queries: MutableMapping[Tensor, bool] = WeakIdKeyDictionary()  # (..., keys, queries)
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
-            self.fn(attention_weights(*args, **(kwargs or {})))
-        return func(*args, **(kwargs or {}))
+            return self._one_call(func, args, kwargs)
+        if func is F.multi_head_attention_forward:
+            return self._multi_head(func, args, kwargs)
+        name = getattr(func, "__name__", "")
+        if name in PRODUCTS:
+            self._product(args, kwargs)
+        result = func(*args, **kwargs)
+        if name == "softmax" and isinstance(result, Tensor) and result.ndim > 1:
+            dimension = _dimension(args, kwargs)
+            if isinstance(dimension, int) and dimension % result.ndim >= result.ndim - 2:
+                self.softmax_of[result] = None
+                self.over_queries[result] = dimension % result.ndim == result.ndim - 2
+        elif name == "__get__":
+            name = getattr(getattr(func, "__self__", None), "__name__", "")
+        if name in _SAME_WEIGHTS and isinstance(result, Tensor) and args and args[0] in self.softmax_of:
+            self.softmax_of.setdefault(result, self._softmax(args[0]))  # which may be the argument itself
+        return result
+
+    def _softmax(self, tensor: Tensor) -> Tensor:
+        source = self.softmax_of[tensor]
+        return tensor if source is None else source
+
+    def _product(self, args: Any, kwargs: Any) -> None:
+        operands = args[1:] if args and isinstance(args[0], str) else args
+        operands = operands[0] if operands and isinstance(operands[0], tuple | list) else operands
+        operands = [t for t in (*operands, *kwargs.values()) if isinstance(t, Tensor)]
+        weights = next((self._softmax(t) for t in operands if t in self.softmax_of), None)
+        if weights is None or weights in self.used or any(isinstance(t, nn.Parameter) for t in operands):
+            return
+        self.used[weights] = True
+        is_transposed = self.over_queries[weights]
+        oriented = weights.transpose(-2, -1) if is_transposed else weights
+        self.fn(
+            AttentionCall(
+                lambda: _at_least_single(oriented), softmax=oriented, source=weights, is_transposed=is_transposed
+            )
+        )
+
+    def _one_call(self, func: Any, args: Any, kwargs: Any) -> Any:
+        options = _sdpa_arguments(*args, **kwargs)
+        refusal = _refusal(options)
+        weights = attention_weights(**options) if self.explicit and not refusal else None
+        self.fn(
+            AttentionCall(
+                lambda: attention_weights(**options) if weights is None else weights,
+                options["query"], options["key"], source=weights, refusal=refusal,
+            )
+        )  # fmt: skip
+        return func(*args, **kwargs) if weights is None else weights.to(options["value"].dtype) @ options["value"]
+
+    def _multi_head(self, func: Any, args: Any, kwargs: Any) -> Any:
+        bound = inspect.signature(func).bind(*args, **kwargs)
+        bound.apply_defaults()
+        arguments = bound.arguments
+        unusual = ("bias_k", "bias_v", "static_k", "static_v", "key_padding_mask", "attn_mask")
+        if (
+            arguments["query"].ndim != 3
+            or arguments["add_zero_attn"]
+            or any(arguments[name] is not None for name in unusual)
+        ):
+            self.fn(
+                AttentionCall(
+                    _unread, arguments["query"], arguments["key"], refusal="its attention has additional keys or masks"
+                )
+            )
+            return func(*args, **kwargs)
+        query, key, value = _heads(arguments)
+        weights = attention_weights(query, key, value) if self.explicit else None
+        self.fn(
+            AttentionCall(
+                lambda: attention_weights(query, key, value) if weights is None else weights, query, key, source=weights
+            )
+        )
+        if weights is None:
+            return func(*args, **kwargs)
+        out = (weights.to(value.dtype) @ value).permute(2, 0, 1, 3).flatten(2)  # (B, heads, L, d) to (L, B, heads * d)
+        average = arguments["average_attn_weights"]
+        returned = (weights.mean(1) if average else weights) if arguments["need_weights"] else None
+        return F.linear(out, arguments["out_proj_weight"], arguments["out_proj_bias"]), returned
 
 
 def attention_weights(
@@ -69,9 +215,54 @@ def attention_weights(
     """
     if is_causal or enable_gqa:
         raise ValueError("attention weights are read for full, ungrouped attention only.")
-    q, k = (t if t.element_size() >= 4 else t.float() for t in (query, key))
+    q, k = (_at_least_single(t) for t in (query, key))
     scores = q @ k.transpose(-2, -1) * (q.shape[-1] ** -0.5 if scale is None else scale)
     if attn_mask is not None:
         boolean = attn_mask.dtype == torch.bool
         scores = scores.masked_fill(~attn_mask, float("-inf")) if boolean else scores + attn_mask
     return scores.softmax(-1)
+
+
+def _at_least_single(x: Tensor) -> Tensor:
+    return x if x.element_size() >= 4 else x.float()
+
+
+def _dimension(args: Any, kwargs: Any) -> Any:
+    return args[1] if len(args) > 1 else kwargs.get("dim")
+
+
+def _sdpa_arguments(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> dict[str, Any]:
+    """Return the arguments of ``scaled_dot_product_attention`` by name."""
+    return dict(locals())
+
+
+def _refusal(options: Mapping[str, Any]) -> str:
+    if options["is_causal"]:
+        return "its attention is causal"
+    return "its attention is grouped" if options["enable_gqa"] else ""
+
+
+def _unread() -> Tensor:
+    raise ValueError("Expected attention without additional keys or masks, received others.")
+
+
+def _heads(arguments: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+    """Return query, key and value (B, heads, L, d) of ``multi_head_attention_forward``, whose inputs are (L, B, C)."""
+    if arguments["use_separate_proj_weight"]:
+        layers = [arguments[f"{name}_proj_weight"] for name in "qkv"]
+    else:
+        layers = arguments["in_proj_weight"].chunk(3)
+    biases = [None] * 3 if arguments["in_proj_bias"] is None else arguments["in_proj_bias"].chunk(3)
+    inputs = (arguments["query"], arguments["key"], arguments["value"])
+    projected = [F.linear(x, layer, bias) for x, layer, bias in zip(inputs, layers, biases)]  # (L, B, heads * d)
+    query, key, value = (x.unflatten(2, (arguments["num_heads"], -1)).permute(1, 2, 0, 3) for x in projected)
+    return query, key, value

@@ -171,6 +171,8 @@ def _rearranged(
 
     sides: list[list[Tensor]] = []
     is_mean = False
+    if func is Tensor.view:  # positions are not in memory as the values are
+        func = Tensor.reshape
     try:
         for side in (0, 1):
             arguments = replaced(tuple(args), side)
@@ -274,8 +276,7 @@ def _next_map(x: Positions, shape: torch.Size) -> Positions | None:
         return None
     sides = Positions(x.rows[:, :1], x.columns[:, :1], x.is_mean)
     n, _, height, width = sides.rows.shape
-    whole = map_positions(n, height, width)
-    if all(bool(torch.isclose(a, b, rtol=0, atol=1e-6).all()) for a, b in zip(sides[:2], whole[:2])):
+    if any(_is_whole_map(map_) for map_ in (sides, _without_padding(sides))):
         return expanded(map_positions(n, shape[2], shape[3]), shape)
     if (height, width) == tuple(shape[2:]):
         return expanded(sides, shape)
@@ -283,3 +284,20 @@ def _next_map(x: Positions, shape: torch.Size) -> Positions | None:
         return None
     rows, columns = (F.adaptive_avg_pool2d(side, (shape[2], shape[3])) for side in sides[:2])
     return expanded(Positions(rows, columns, x.is_mean), shape)
+
+
+def _is_whole_map(x: Positions) -> bool:
+    """Whether positions (n, 1, h, w) are those of a whole map of each image."""
+    n, _, height, width = x.rows.shape
+    whole = map_positions(n, height, width)
+    return all(bool(torch.isclose(a, b, rtol=0, atol=1e-6).all()) for a, b in zip(x[:2], whole[:2]))
+
+
+def _without_padding(x: Positions) -> Positions:
+    """Return positions (n, 1, h, w) without the rows and columns at the border that hold constants alone."""
+    is_constant_cell = x.rows.isnan().all(dim=0)[0]  # (h, w)
+    rows, columns = ((~is_constant_cell).any(dim=axis).nonzero()[:, 0] for axis in (1, 0))
+    if not len(rows):
+        return x
+    inside = (slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1))
+    return Positions(x.rows[..., *inside], x.columns[..., *inside], x.is_mean)

@@ -2,34 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
-from torch.utils.weak import WeakIdKeyDictionary
 
 from vitscope.core.tap import TokenOrder
 from vitscope.models.structure.execution import enter_guards, tensors, trial_images
 from vitscope.models.structure.feature_maps import SPATIAL
 from vitscope.models.structure.residual_structure import Read
-from vitscope.models.tracing.positions import (
-    CONSTANT,
-    Positions,
-    compact,
-    expanded,
-    is_constant,
-    is_same_along,
-    map_positions,
-    result_positions,
-)
-from vitscope.models.tracing.recorder import function_name
-
-#: functions whose results have the shape of their argument and none of its values
-_NEW = ("new_", "empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like")
+from vitscope.models.tracing.position_recorder import PositionRecorder
+from vitscope.models.tracing.positions import Positions, is_same_along
 
 
 def with_orders(model: nn.Module, reads: Sequence[Read | None], images: Tensor | None = None) -> list[Read | None]:
@@ -77,7 +63,7 @@ def token_orders(
     """
     for first in trial_images(model, images):
         x = torch.cat((first, first))
-        recorder = _Recorder(model, x, reads)
+        recorder = _Recorder(x, reads)
         try:
             with ExitStack() as stack:
                 enter_guards(stack, model)
@@ -97,16 +83,12 @@ def token_orders(
     return dict.fromkeys(reads, "the model does not run on two images of one size")
 
 
-class _Recorder(TorchFunctionMode):
+class _Recorder(PositionRecorder):
     """Follow the positions of each value, and find the order of those that are read."""
 
-    def __init__(self, model: nn.Module, images: Tensor, reads: Mapping[str, Read]) -> None:
-        super().__init__()
-        self.model, self.reads = model, reads
-        self.size = (int(images.shape[-2]), int(images.shape[-1]))
-        # entries end with their tensors: all activations of a large network would not fit into memory
-        self.positions: MutableMapping[Tensor, Positions | None] = WeakIdKeyDictionary()
-        self.positions[images] = expanded(map_positions(len(images), *self.size), images.shape)
+    def __init__(self, images: Tensor, reads: Mapping[str, Read]) -> None:
+        super().__init__(images)
+        self.reads = reads
         self.calls: dict[nn.Module, int] = {}
         self.read_positions: dict[str, Positions | None] = {}
 
@@ -132,41 +114,7 @@ class _Recorder(TorchFunctionMode):
             value = next(tensors(values), None)
             if value is None or (read.module, read.at, read.call) != (module, at, call):
                 continue
-            self.read_positions[name] = self._known(value)
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        result = func(*args, **kwargs)
-        name = function_name(func)
-        results = [args[0]] if name == "__setitem__" else list(tensors(result))
-        if not results:
-            return result
-        arguments = list(tensors((args, tuple(kwargs.values()))))
-        if name.startswith(_NEW) or not any(self._varies(t) for t in arguments):
-            positions: list[Positions | None] = [_constant(t) for t in results]
-        else:
-            positions = result_positions(name, func, args, kwargs, self._known, results)
-        for tensor, values in zip(results, positions):
-            self.positions[tensor] = None if values is None else compact(values)
-        base = getattr(results[0], "_base", None)
-        if name in ("copy_", "__setitem__") and base is not None and base is not results[0]:
-            self.positions[base] = None
-        return result
-
-    def _known(self, tensor: Tensor) -> Positions | None:
-        """Return the positions of a tensor; one that no function of the pass made is a constant if it has no gradient."""
-        if tensor in self.positions:
-            return self.positions[tensor]
-        return None if tensor.grad_fn is not None else _constant(tensor)
-
-    def _varies(self, tensor: Tensor) -> bool:
-        positions = self._known(tensor)
-        return positions is None or not is_constant(positions)
-
-
-def _constant(tensor: Tensor) -> Positions:
-    values = torch.full((), CONSTANT, dtype=torch.float64).expand(tensor.shape)
-    return Positions(values, values)
+            self.read_positions[name] = self.positions_of(value)
 
 
 def _order(positions: Positions | None, image_size: tuple[int, int]) -> TokenOrder | str:
