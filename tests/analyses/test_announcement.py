@@ -105,23 +105,6 @@ def test_a_network_that_fails_has_no_prediction() -> None:
     assert str(prediction) == "no prediction for evaluation"
 
 
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [
-        (1e-5, "0.001 s"),
-        (0.04, "0.04 s"),
-        (9.7, "10 s"),
-        (0.42, "0.4 s"),
-        (12.3, "12 s"),
-        (119, "119 s"),
-        (200, "3 min"),
-        (8000, "2 h"),
-    ],
-)
-def test_durations(seconds: float, text: str) -> None:
-    assert time_prediction.duration_text(seconds) == text
-
-
 def test_a_checkpoint_without_a_run_says_and_records_what_was_measured(call, tmp_path: Path, capsys) -> None:
     cfg = composed("analyze", *DIGITS)
     torch.save(factories.model(cfg).state_dict(), tmp_path / "my.pth")

@@ -35,6 +35,9 @@ from vitscope.runtime.errors import ConfigError
         ("analyze", "split=val", "split=val: no such key; write probe.split=val"),
         ("analyze", "batch_size=8", "batch_size=8: no such key; write analysis.<name>.probe.batch_size=8"),
         ("analyze", "lr=0.1", "lr=0.1: analyze trains nothing; leave it out; train takes optimizer.lr=0.1"),
+        ("analyze", "batch_size=8 lr=0.1",
+         "batch_size=8 lr=0.1: no such key; write analysis.<name>.probe.batch_size=8, and leave out lr=0.1: analyze trains "
+         "nothing, train takes optimizer.lr=0.1"),
         ("train", "--pretrained --tensorboard",
          "--pretrained --tensorboard: arguments are key=value; write model.pretrained=true logger=tensorboard"),
     ],
@@ -80,8 +83,11 @@ def test_every_replacement_is_a_key_that_there_is() -> None:
         (["train", "depth=18"], "error: depth: no such key; write model.depth=...\n"),
         (["analyze", "analysis=[hessian_eigenvalues]", "analysis.hessian_eigenvalues.n_top=2"],
          "error: analysis.hessian_eigenvalues.n_top: no such key; the number of eigenvalues is k here\n"),
-        (["analyze", "analysis=[hessian]", "+analysis.hessian.k=2"],
-         "error: analysis.hessian.k=2: no such key; the number of eigenvalues is n_top here\n"),
+        pytest.param(  # imports torch
+            ["analyze", "analysis=[hessian]", "+analysis.hessian.k=2"],
+            "error: analysis.hessian.k=2: no such key; the number of eigenvalues is n_top here\n",
+            marks=pytest.mark.slow,
+        ),
         (["train", "model=resnet18"], "error: model=resnet18: no such choice; did you mean resnext or preresnet or "
                                       "alternet? a model of timm is model=timm model.name=resnet18\n"),
     ],

@@ -48,6 +48,7 @@ def lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     forget()
 
 
+@pytest.mark.slow  # its parts are tested one by one in test_own_networks.py and others
 def test_the_document_runs(call, lab: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     n_commands = {"train": 0, "analyze": 0}
     for language, block in _BLOCK.findall(DOCUMENT.read_text()):

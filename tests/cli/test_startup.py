@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -39,18 +40,30 @@ def libraries_of(*arguments: str) -> tuple[int, set[str], str]:
     return code, set(names), process.stderr
 
 
+def slow(*case: Any) -> Any:
+    """Return a case that is one more of a kind: a process of a second."""
+    return pytest.param(*case, marks=pytest.mark.slow)
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "error"),
     [
         (["train", "--help"], 0, ""),
         (["train", "model=alternett"], 2, "error: model=alternett: no such choice; did you mean alternet"),
         (["train", "nokey=1"], 2, "error: nokey: no such key"),
-        (["train", "seed=x"], 2, "error: seed=x: not a whole number"),
-        (["train", "optimizer.lr=abc"], 2, "error: optimizer.lr=abc: not of type float"),
+        slow(["train", "seed=x"], 2, "error: seed=x: not a whole number"),
+        pytest.param(
+            ["train", "optimizer.lr=abc"], 2, "error: optimizer.lr=abc: not of type float", marks=pytest.mark.slow
+        ),
         (["train", "optimizer.lr=-1"], 2, "error: optimizer.lr=-1: not greater than 0"),
-        (["train", "model.depth=0"], 2, "error: model.depth=0: not at least 1"),
-        (["train", "data.fraction=2"], 2, "error: data.fraction=2: not in (0, 1]"),
-        (["train", "analysis.hessian.n_top=0"], 2, "error: analysis.hessian.n_top=0: not at least 1"),
+        slow(["train", "model.depth=0"], 2, "error: model.depth=0: not at least 1"),
+        slow(["train", "data.fraction=2"], 2, "error: data.fraction=2: not in (0, 1]"),
+        pytest.param(
+            ["train", "analysis.hessian.n_top=0"],
+            2,
+            "error: analysis.hessian.n_top=0: not at least 1",
+            marks=pytest.mark.slow,
+        ),
         (["analyze", "data=photo"], 2, "error: data=photo: no such choice; did you mean photos"),
         (["report", "tabel=models"], 2, "error: tabel: no such key; did you mean table"),
         (["reproduce", "fig44"], 2, "error: target=fig44: no such figure or table"),

@@ -56,6 +56,7 @@ def write_photos(folder: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*(the split of folder has 6 images|fewer than 128 images|null for)")
+@pytest.mark.slow
 def test_own_checkpoints(
     call: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -93,6 +94,7 @@ def test_own_checkpoints(
     assert set(pd.read_csv("slices.csv")["model"]) == {"ResNet-18", "ViT-Ti"}
 
 
+@pytest.mark.slow
 def test_the_notebook(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
     cells = json.loads((FOLDER / "own_network.ipynb").read_text())["cells"]

@@ -99,6 +99,7 @@ def test_a_malicious_file_is_refused_and_not_executed(call, tmp_path, capsys, mo
     assert not Path("runs").exists()
 
 
+@pytest.mark.slow  # gradients are compared in tests/models/test_families.py
 def test_gradient_checkpointing_and_channels_last_train_the_same_network(call, tiny, tmp_path) -> None:
     # SGD: checkpoints of this model with AdamW's state take longer to write than the training takes
     shared = [*tiny[3:], "model=alternet", "data=digits", "data.eval_batch_size=2", "trainer.limit_train_batches=2",

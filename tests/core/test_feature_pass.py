@@ -54,7 +54,7 @@ def assert_same(one: object, other: object) -> None:
                 np.testing.assert_array_equal(a, b, err_msg=f.name)
 
 
-@pytest.mark.parametrize("name", ["resnet18", "vit_tiny_patch16_224"])
+@pytest.mark.parametrize("name", ["resnet18", pytest.param("vit_tiny_patch16_224", marks=pytest.mark.slow)])
 def test_results_are_those_of_passes_of_their_own(name: str) -> None:
     probe = probe_of(name)
     passes, handle = passes_of(probe.model)

@@ -13,7 +13,7 @@ from vitscope.data.sources import digits, photos, shapes
 CONF = Path(__file__).parents[2] / "conf" / "data"
 
 
-@pytest.mark.parametrize("family", [photos, digits, shapes])
+@pytest.mark.parametrize("family", [photos, digits, pytest.param(shapes, marks=pytest.mark.slow)])
 def test_configured_statistics_are_the_datas(family):
     name = family.__name__.rsplit(".", 1)[1]
     configured = OmegaConf.load(CONF / f"{name}.yaml")

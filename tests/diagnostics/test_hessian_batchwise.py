@@ -40,8 +40,15 @@ def test_products_at_once_are_those_one_by_one(name: str):
 
 
 @pytest.mark.filterwarnings("ignore:l2='sum_norm':UserWarning")
-@pytest.mark.parametrize("l2", ["half_sq", "sum_norm"])
-@pytest.mark.parametrize("kind", ["conv", "transformer"])
+@pytest.mark.parametrize(
+    ("kind", "l2"),
+    [
+        ("conv", "half_sq"),
+        pytest.param("conv", "sum_norm", marks=pytest.mark.slow),
+        pytest.param("transformer", "half_sq", marks=pytest.mark.slow),
+        ("transformer", "sum_norm"),
+    ],
+)
 def test_spectrum_at_once_is_the_loops(kind: str, l2: str):
     model, x, y = make(kind, n=11, soft=kind == "conv")
     probe = probe_of(model, x, y, weight_decay=0.1, l2=l2)  # batches of 3, 3, 3 and 2 images

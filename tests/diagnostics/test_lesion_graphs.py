@@ -179,8 +179,8 @@ def crossvit() -> nn.Module:
     "make",
     [
         pytest.param(crossvit, id="crossvit"),
-        pytest.param(lambda: timm.create_model("mobilevit_xxs", num_classes=5), id="mobilevit"),
-        pytest.param(lambda: timm.create_model("hrnet_w18_small", num_classes=5), id="hrnet"),
+        pytest.param(lambda: timm.create_model("mobilevit_xxs", num_classes=5), id="mobilevit", marks=pytest.mark.slow),
+        pytest.param(lambda: timm.create_model("hrnet_w18_small", num_classes=5), id="hrnet", marks=pytest.mark.slow),
         pytest.param(lambda: timm.create_model("vit_tiny_r_s16_p8_224", num_classes=5, img_size=32), id="hybrid"),
     ],
 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -44,9 +46,13 @@ def test_density_with_all_steps_holds_every_eigenvalue():
     assert result.n_products == len(dense)
 
 
-@pytest.mark.parametrize("dtype", ["float64", "float32"])
-@pytest.mark.parametrize("width", [8, 64])
-@pytest.mark.parametrize("scale", [1.0, 20.0])
+@pytest.mark.parametrize(
+    ("dtype", "width", "scale"),
+    [
+        pytest.param(*case, marks=() if i in (0, 3, 6) else pytest.mark.slow)
+        for i, case in enumerate(itertools.product(("float64", "float32"), (8, 64), (1.0, 20.0)))
+    ],
+)
 def test_a_semi_definite_matrix_has_no_negative_mass(dtype, width, scale):
     """With large weights the softmax saturates: its curvature is a difference of nearly equal numbers."""
     torch.manual_seed(0)

@@ -49,10 +49,10 @@ def test_a_tap_that_is_never_reached_is_named():
         vs.tap_table(probe_of(model, taps=[]))
 
 
-def test_figure_shows_side_and_channels():
+def test_figure_shows_side_channels_and_units():
     result = vs.tap_table(probe_of(vs.models.vit(size="tiny", patch_size=8, num_classes=4, image_size=32)))
     figure = vs.plot(result)
-    assert [ax.get_ylabel() for ax in figure.axes] == ["Map side (positions)", "Channels"]
+    assert [ax.get_ylabel() for ax in figure.axes] == ["Map side (positions)", "Channels", "Parameters of the unit"]
     np.testing.assert_array_equal(figure.axes[1].get_lines()[0].get_ydata(), result.shapes[:, 0])
 
 

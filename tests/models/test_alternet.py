@@ -53,7 +53,7 @@ def test_build_up_is_the_papers_path() -> None:
     assert build_up(18, overshoot=True) == [(0, 0, 0, 0), (0, 0, 0, 1), (0, 0, 1, 1), (0, 1, 1, 1)]
 
 
-@pytest.mark.parametrize("depth", BLOCKS)
+@pytest.mark.parametrize("depth", [pytest.param(d, marks=pytest.mark.slow) if d > 50 else d for d in BLOCKS])
 def test_every_step_of_the_build_up_path_builds(depth: int) -> None:
     for step in build_up(depth, overshoot=True):
         with torch.device("meta"):

@@ -48,9 +48,9 @@ def test_parameter_counts_for_imagenet(depth: int, millions: float) -> None:
     ("build", "options", "name", "size"),
     [
         (models.convnet, {"depth": 18, "stem": "imagenet"}, "resnet18", 32),
-        (models.convnet, {"depth": 50, "stem": "imagenet"}, "resnet50", 32),
+        pytest.param(models.convnet, {"depth": 50, "stem": "imagenet"}, "resnet50", 32, marks=pytest.mark.slow),
         (models.preresnet, {"depth": 18, "stem": "imagenet"}, "resnetv2_18", 32),
-        (models.preresnet, {"depth": 50, "stem": "imagenet"}, "resnetv2_50", 32),
+        pytest.param(models.preresnet, {"depth": 50, "stem": "imagenet"}, "resnetv2_50", 32, marks=pytest.mark.slow),
         (models.resnext, {"depth": 50, "stem": "imagenet"}, "resnext50_32x4d", 32),
         (models.vit, {"patch_size": 16, "qkv_bias": True}, "vit_tiny_patch16_224", 64),
         (models.pit, {"patch_size": 16}, "pit_ti_224", 64),

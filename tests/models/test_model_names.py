@@ -46,6 +46,7 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
         _ = models.vitt
 
 
+@pytest.mark.slow  # a new interpreter
 def test_a_name_is_the_function_however_its_file_was_imported() -> None:
     statements = [
         "pass",

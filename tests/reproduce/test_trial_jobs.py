@@ -134,7 +134,7 @@ def test_time_left_goes_by_estimates_then_by_jobs_that_ended() -> None:
     # jobs with nothing to do say nothing of those that train
     assert unknown.estimate([job("a", EXISTS, seconds=2.0), job("b")]) is None
     stated = job_display.TimeLeft({Trial(("a",)): 7200.0, Trial(("b",)): 3600.0}, 2)
-    assert stated.text([job("a"), job("b")]) == "about 2.0 h left"  # the longer one: there are two slots
+    assert stated.text([job("a"), job("b")]) == "about 2 h left"  # the longer one: there are two slots
     failed = job("a", seconds=2.0)
     failed.outcome = Outcome(None, ("a: failed",))
     assert unknown.estimate([failed, job("b")]) is None

@@ -163,7 +163,10 @@ def covered_by_factors(n: int, n_batches: int, spread: float) -> dict[str, np.nd
     return {column: np.array(hits) for column, hits in covered.items()}
 
 
-@pytest.mark.parametrize(("n_batches", "spread"), [(4, 0.4), (8, 0.8), (16, 1.0)])
+@pytest.mark.parametrize(
+    ("n_batches", "spread"),
+    [(4, 0.4), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((8, 0.8), (16, 1.0)))],
+)
 def test_each_model_s_ape_of_one_seed_covers_and_few_mini_batches_tell_no_difference(
     n_batches: int, spread: float
 ) -> None:

@@ -26,7 +26,9 @@ def calibrated(squares: np.ndarray, numbers: np.ndarray, lowest: float = 1.0, hi
     assert lowest - 3.3 * noise <= ratio <= highest + 3.3 * noise, f"{ratio:.3f} ± {noise:.3f}"
 
 
-@pytest.mark.parametrize(("batches", "images"), [(2, 16), (4, 16), (16, 16), (6, 40)])
+@pytest.mark.parametrize(
+    ("batches", "images"), [(2, 16), (4, 16), pytest.param(16, 16, marks=pytest.mark.slow), (6, 40)]
+)
 @pytest.mark.parametrize("alike", [0.0, 0.5, 0.9])
 def test_the_jackknife_of_cka_is_calibrated(batches: int, images: int, alike: float) -> None:
     """The jackknife's variance errs upward (Efron and Stein 1981)."""

@@ -65,6 +65,15 @@ def test_a_state_without_steps_ends_the_moments_of_before() -> None:
         assert torch.equal(value, other)
 
 
+def test_a_copy_with_its_network_makes_the_same_steps() -> None:
+    net = network()
+    optimizer = MuonAdamW(net.parameters(), net, lr=0.01)
+    trained(net, optimizer, range(2))
+    net_copy, optimizer_copy = copy.deepcopy((net, optimizer))
+    whole = trained(net, optimizer, range(2, 4))
+    assert all(torch.equal(a, b) for a, b in zip(whole, trained(net_copy, optimizer_copy, range(2, 4))))
+
+
 def test_steps_are_those_of_torch_s_muon_and_adamw() -> None:
     """The reference flattens kernels by hand and runs the two optimizers apart."""
     net = network()
@@ -128,9 +137,11 @@ def test_a_network_without_hidden_matrices_is_one_line() -> None:
 @pytest.mark.parametrize(
     "optimizer",
     [
-        ["optimizer=muon"],
+        ["optimizer=muon", "optimizer.ns_steps=1"],
         ["optimizer._target_=torch.optim.Adafactor", "~optimizer.betas", "~optimizer.eps"],
-        ["optimizer._target_=timm.optim.Muon", "~optimizer.betas", "~optimizer.eps"],
+        pytest.param(
+            ["optimizer._target_=timm.optim.Muon", "~optimizer.betas", "~optimizer.eps"], marks=pytest.mark.slow
+        ),
     ],
     ids=["muon", "adafactor", "muon of timm"],
 )

@@ -17,6 +17,7 @@ from torch import nn
 
 from vitscope.analyses.spec import Analysis, probe_request
 from vitscope.runtime.distributed import world_size
+from vitscope.runtime.text_layout import duration_text
 
 #: forward passes over its images that a measure makes, by its name and from its options
 PASSES: dict[str, Callable[[Mapping[str, Any]], int]] = {
@@ -98,15 +99,6 @@ def predict(analyses: Sequence[Analysis], network: nn.Module, data: Any, measure
         if analysis.measure.__name__ in _LIMITS and not analysis.options.get("budget_s")
     }
     return Prediction(seconds, [analysis.name for analysis in unpredicted], list(measured), limits)
-
-
-def duration_text(seconds: float) -> str:
-    """Return a duration with two digits at most: ``0.4 s``, ``12 s``, ``3 min``, ``5 h``."""
-    if seconds < 9.5:
-        return f"{max(seconds, 0.001):.1g} s"
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.0f} h"
 
 
 def _n_passes(analysis: Analysis) -> int | None:

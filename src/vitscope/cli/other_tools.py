@@ -86,14 +86,19 @@ def refuse_foreign_names(command: str, arguments: Sequence[str]) -> None:
     pairs = list(_replaced(command, arguments))
     if not pairs:
         return
-    written, replacements = zip(*pairs)
-    has_options = any(text.startswith("-") for text in written)
+    written = " ".join(text for text, _ in pairs)
+    has_options = any(text.startswith("-") for text, _ in pairs)
     reason = "arguments are key=value" if has_options else "no such key"
-    trains_only = [text for text in replacements if command == "analyze" and text.startswith(_OF_TRAINING)]
-    if trains_only:
-        reason = "analyze trains nothing"
-        raise ConfigError(" ".join(written), None, reason, f"leave it out; train takes {' '.join(trains_only)}")
-    raise ConfigError(" ".join(written), None, reason, f"write {' '.join(dict.fromkeys(replacements))}")
+    of_training = [pair for pair in pairs if command == "analyze" and pair[1].startswith(_OF_TRAINING)]
+    replacements = dict.fromkeys(text for pair in pairs if pair not in of_training for text in pair[1:])
+    if not of_training:
+        raise ConfigError(written, None, reason, f"write {' '.join(replacements)}")
+    train_keys = " ".join(dict.fromkeys(replacement for _, replacement in of_training))
+    if not replacements:
+        raise ConfigError(written, None, "analyze trains nothing", f"leave it out; train takes {train_keys}")
+    left_out = " ".join(text for text, _ in of_training)
+    fix = f"write {' '.join(replacements)}, and leave out {left_out}: analyze trains nothing, train takes {train_keys}"
+    raise ConfigError(written, None, reason, fix)
 
 
 def _replaced(command: str, arguments: Sequence[str]) -> Iterator[tuple[str, str]]:

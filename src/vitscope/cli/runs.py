@@ -16,6 +16,7 @@ from vitscope.runs import run_dir, run_removal
 from vitscope.runtime import errors, redaction
 from vitscope.runtime.errors import ConfigError, DataError, StorageError
 from vitscope.runtime.logging import log_problem
+from vitscope.runtime.text_layout import aligned, duration_text, size_text
 
 _logger = logging.getLogger(__name__)
 
@@ -130,7 +131,7 @@ def list_runs(names: Sequence[str], options: Mapping[str, str]) -> None:
         print(f"[{lines}]")
     else:
         print(_table(matches))
-        size = run_description.size_text(sum(summary.size for summary in matches))
+        size = size_text(sum(summary.size for summary in matches))
         print(f"{len(matches)} of {len(summaries)} runs in {root}, {size}")
     if damaged:
         for damage in damaged:
@@ -176,15 +177,8 @@ def _table(summaries: Sequence[Summary]) -> str:
     if not any(summary.tags for summary in summaries):
         rows = [[cell for name, cell in zip(head, row) if name != "tags"] for row in rows]
         head = list(rows[0])
-    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
     right = {head.index(name) for name in ("seed", "size", "age")}
-    lines = [
-        "  ".join(
-            cell.rjust(w) if i in right else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths))
-        ).rstrip()
-        for row in rows
-    ]
-    return redaction.masked("\n".join(lines))
+    return redaction.masked("\n".join(aligned(rows, right)))
 
 
 def _row(summary: Summary) -> tuple[str, ...]:
@@ -200,8 +194,8 @@ def _row(summary: Summary) -> tuple[str, ...]:
     return (
         entry.id,
         *(" ".join(c.split()) or "-" for c in cells),
-        run_description.size_text(summary.size),
-        run_description.duration_text(summary.age_s),
+        size_text(summary.size),
+        duration_text(summary.age_s),
     )
 
 
@@ -255,10 +249,8 @@ def delete_runs(names: Sequence[str], options: Mapping[str, str]) -> None:
     removals = [run_removal.plan(run, keep == "results") for run in runs]
     for removal in removals:
         described = "run folder" if removal.whole else "checkpoints of"
-        print(
-            f"{'would delete' if dry else 'delete'}: {described} {removal.run.path}, {run_description.size_text(removal.size)}"
-        )
-    total = run_description.size_text(sum(removal.size for removal in removals))
+        print(f"{'would delete' if dry else 'delete'}: {described} {removal.run.path}, {size_text(removal.size)}")
+    total = size_text(sum(removal.size for removal in removals))
     if dry:
         print(f"{total} in all; nothing was deleted")
         return

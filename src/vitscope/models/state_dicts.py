@@ -26,6 +26,10 @@ _ENTRIES = (
 #: entry in which Lightning's `EMAWeightAveraging` keeps the weights that the optimizer moves, while ``state_dict`` is the average
 CURRENT_WEIGHTS = "current_model_state"
 _AVERAGE = re.compile(r"(^|[._])(ema|swa|averaged|model_average)([._]|$)", re.IGNORECASE)
+#: weights and buffers whose shapes follow from the number of positions, in timm, torchvision and transformers
+_POSITIONS = re.compile(
+    r"(pos|position)_(embed|embedding|embeddings|ids|bias)|rel(ative)?_?pos(ition)?|attn_mask|coords_table|attention_bias"
+)
 #: entries without weights of a network, and how deep entries may stand in each other
 _NO_WEIGHTS = re.compile(r"optimizer.*|lr_scheduler.*|scheduler.*|loops|callbacks|amp_scaler|scaler|args|vitscope")
 _DEPTH = 3
@@ -148,6 +152,23 @@ def class_counts(model_state: Mapping[str, Any], state: Mapping[str, Any]) -> tu
         return None
     counts = {(a[0], b[0]) for a, b in pairs}
     return counts.pop() if len(counts) == 1 else None
+
+
+def differs_in_positions(model_state: Mapping[str, Any], state: Mapping[str, Any]) -> bool:
+    """Return whether a file and a model differ in shapes of position embeddings and biases alone: other images or patches.
+
+    Args:
+        model_state: the model's state dict.
+        state: the file's tensors of the same names.
+    """
+    differing = [
+        name
+        for name, value in model_state.items()
+        if name in state and isinstance(value, Tensor) and value.shape != state[name].shape
+    ]
+    return bool(differing) and all(
+        _POSITIONS.search(name) and model_state[name].ndim == state[name].ndim for name in differing
+    )
 
 
 def _entries(node: Mapping[Any, Any], key: str, depth: int) -> Iterator[tuple[str, dict[str, Any]]]:

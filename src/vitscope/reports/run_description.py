@@ -8,6 +8,7 @@ from typing import Any
 from vitscope.config import experiment_identity
 from vitscope.reports import configuration_differences
 from vitscope.reports.run_listing import Summary
+from vitscope.runtime.text_layout import size_text
 
 
 def describe(summary: Summary) -> dict[str, Any]:
@@ -61,20 +62,3 @@ def _section(title: str, values: Mapping[str, Any]) -> list[str]:
     width = max(map(len, values), default=0)
     texts = {key: f"{v:.6g}" if isinstance(v, float) else " ".join(str(v).split()) for key, v in values.items()}
     return ["", title, *(f"  {key.ljust(width)}  {value}".rstrip() for key, value in texts.items())] if values else []
-
-
-def size_text(n_bytes: float) -> str:
-    """Return a number of bytes in words."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if n_bytes < 1024:
-            return f"{n_bytes:.0f} {unit}" if unit == "B" else f"{n_bytes:.1f} {unit}"
-        n_bytes /= 1024
-    return f"{n_bytes:.1f} TiB"
-
-
-def duration_text(seconds: float) -> str:
-    """Return a duration in words."""
-    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= length:
-            return f"{seconds / length:.0f} {unit}"
-    return f"{seconds:.0f} s"

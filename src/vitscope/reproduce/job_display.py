@@ -21,8 +21,9 @@ from vitscope.runs import run_dir
 from vitscope.runs.run_dir import Run
 from vitscope.runtime.errors import StorageError
 from vitscope.runtime.live_display import LiveDisplay
+from vitscope.runtime.text_layout import duration_text
 from vitscope.sweep.job_scheduler import side_by_side_seconds
-from vitscope.sweep.progress_table import WIDE, duration, short_path
+from vitscope.sweep.progress_table import WIDE, short_path
 from vitscope.sweep.trial_process import OUTPUT
 
 _logger = logging.getLogger(__name__)
@@ -46,7 +47,7 @@ class TimeLeft:
     def text(self, jobs: Sequence[TrialJob]) -> str:
         """Return the time left in words, ``time left unknown`` before there is anything to go by."""
         seconds = self.estimate(jobs)
-        return "time left unknown" if seconds is None else f"about {duration(seconds) or '1 s'} left"
+        return "time left unknown" if seconds is None else f"about {duration_text(max(seconds, 1.0))} left"
 
     def estimate(self, jobs: Sequence[TrialJob]) -> float | None:
         """Return the time left in seconds, None before there is anything to go by, and where a job takes longer than expected."""
@@ -103,7 +104,7 @@ class JobDisplay(LiveDisplay):
     def summary(self, jobs: TrialJobs) -> str:
         """Return how many jobs have ended, the time since the start and the time left."""
         n_ended = sum(job.outcome is not None for job in jobs.jobs)
-        elapsed = duration(time.monotonic() - self._started) or "0 s"
+        elapsed = duration_text(round(time.monotonic() - self._started))
         time_left = f", {self._time_left.text(jobs.jobs)}" if n_ended < len(jobs.jobs) else ""
         return f"{n_ended}/{len(jobs.jobs)}, {elapsed}{time_left}"
 
@@ -120,7 +121,7 @@ class JobDisplay(LiveDisplay):
                 name, no_wrap=name != "run", justify="right" if name == "time" else "left", overflow="fold"
             )
         for job in jobs.running():
-            elapsed = duration(time.monotonic() - job.started)
+            elapsed = duration_text(round(time.monotonic() - job.started))
             cells = dict(
                 zip(names, (job.slot, _short_name(job, jobs.jobs), self._position(job), elapsed, job.folder.name))
             )

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from vitscope.reports.run_description import size_text
 from vitscope.reproduce.cost_estimates import Estimate, Rates, estimate
 from vitscope.reproduce.plan import Target, Trial
 from vitscope.reproduce.planned_work import EXISTS, MEASURE, RESUME, TRAIN, PlannedTrial
+from vitscope.runtime.text_layout import aligned, duration_text, size_text
 from vitscope.sweep.job_scheduler import side_by_side_seconds
-from vitscope.sweep.progress_table import duration
 
 #: names of missing results that a line shows
 _MOST_RESULTS = 3
@@ -36,7 +35,9 @@ def listing(targets: Sequence[Target], planned: Mapping[Trial, PlannedTrial], ra
     total = _total(costs)
     if len(targets) > 1:
         rows.append(_row("together", every, total))
-    return "\n".join([*lines, *_aligned(rows), "", *_remarks(costs, every, n_slots, len(targets))])
+    return "\n".join(
+        [*lines, *aligned(rows, right=range(1, len(rows[0]))), "", *_remarks(costs, every, n_slots, len(targets))]
+    )
 
 
 _STATES = {EXISTS: "exist", MEASURE: "to measure", RESUME: "to resume", TRAIN: "to train"}
@@ -44,7 +45,7 @@ _STATES = {EXISTS: "exist", MEASURE: "to measure", RESUME: "to resume", TRAIN: "
 
 def time_text(cost: Estimate) -> str:
     """Return the time of an estimate, in hours from 100 minutes on; ``unknown`` where a part of it is."""
-    text = duration(cost.seconds) or "0 s"
+    text = duration_text(round(cost.seconds))
     if not cost.unknown_time:
         return text
     return "unknown" if not cost.seconds else f"{text} + unknown ({cost.unknown_time})"
@@ -79,8 +80,7 @@ def _run_lines(trials: Sequence[PlannedTrial], costs: Sequence[Estimate]) -> lis
             continue
         shared = "" if cost != Estimate() else "with another run above"
         rows.append((planned.state, name, shared or time_text(cost), _missing_text(planned)))
-    widths = [max(len(row[i]) for row in rows) for i in range(3)]
-    return ["  " + "  ".join(cell.ljust(w) for cell, w in zip(row, [*widths, 0])).rstrip() for row in rows]
+    return ["  " + line for line in aligned(rows)]
 
 
 def _missing_text(planned: PlannedTrial) -> str:
@@ -97,7 +97,7 @@ def _remarks(costs: Sequence[Estimate], trials: Sequence[PlannedTrial], n_slots:
     if n_targets > 1:
         lines.append("Runs that targets share are trained once: the last row counts them once.")
     if n_slots > 1 and total.seconds and not total.unknown_time:
-        side_by_side = duration(side_by_side_seconds([cost.seconds for cost in costs], n_slots))
+        side_by_side = duration_text(side_by_side_seconds([cost.seconds for cost in costs], n_slots))
         lines.append(
             f"time: of one job at a time; with {n_slots} side by side, each as fast as alone, at least {side_by_side}"
         )
@@ -112,11 +112,3 @@ def _remarks(costs: Sequence[Estimate], trials: Sequence[PlannedTrial], n_slots:
             "disk: of finished runs of the same kind, else of the checkpoints by the model's number of parameters"
         )
     return lines
-
-
-def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return [
-        "  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))).rstrip()
-        for row in rows
-    ]

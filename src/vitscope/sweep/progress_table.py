@@ -15,6 +15,7 @@ from rich.table import Table
 from vitscope.runtime import redaction
 from vitscope.runtime.live_display import LiveDisplay
 from vitscope.runtime.logging import log_problem
+from vitscope.runtime.text_layout import duration_text
 from vitscope.sweep import job_scheduler, sweep_file, trial_ranking
 from vitscope.sweep.trial_process import OUTPUT
 
@@ -71,9 +72,10 @@ def table(sweep: LocalSweep, n_rows: int | None = None, width: int = WIDE) -> Ta
         )
     for trial in rows:
         state = trial.state if trial.state != "failed" else f"failed ({trial.exit_code})"
+        elapsed = duration_text(round(trial.seconds)) if trial.seconds else ""
         cells = (str(trial.index), _label(sweep, trial), trial.slot.name if trial.slot else "", state,
                  str(trial.rows.get("epoch", "")), str(trial.rows.get("step", "")),
-                 f"{trial.value:.4g}" if trial.value is not None else "", duration(trial.seconds),
+                 f"{trial.value:.4g}" if trial.value is not None else "", elapsed,
                  f"{trial.folder.name}/{OUTPUT}" if is_wide else trial.folder.name)  # fmt: skip
         texts = dict(zip(names, cells))
         rich_table.add_row(*(texts[name] for name in columns), style=_STYLES.get(trial.state))
@@ -127,7 +129,7 @@ def line(sweep: LocalSweep, trial: Trial) -> str:
     if trial.state == "running":
         facts.append(f"output {short_path(trial.output)}")
     elif trial.wall_s:
-        facts.append(duration(trial.wall_s))
+        facts.append(duration_text(round(trial.wall_s)))
     return f"trial {trial.index} ({_label(sweep, trial)}): {trial.state}{', ' * bool(facts)}{', '.join(facts)}"
 
 
@@ -138,7 +140,7 @@ def progress_line(sweep: LocalSweep, trial: Trial) -> str:
         facts.append(f"{sweep.metric} {trial.value:.4g}")
     facts = facts or ["nothing logged yet"]
     where = "" if trial.value is not None else f", output {short_path(trial.output)}"
-    return f"trial {trial.index} ({_label(sweep, trial)}): {', '.join(facts)}, {duration(trial.seconds)}{where}"
+    return f"trial {trial.index} ({_label(sweep, trial)}): {', '.join(facts)}, {duration_text(round(trial.seconds))}{where}"
 
 
 def report(sweep: LocalSweep) -> None:
@@ -159,15 +161,6 @@ def report(sweep: LocalSweep) -> None:
 def short_path(path: Path) -> str:
     """Return a path as the user would type it here: relative where it lies below the working directory."""
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
-
-
-def duration(seconds: float) -> str:
-    """Return a time span as people say it: ``45 s``, ``12 min``, ``3.4 h``; an empty text for none."""
-    if seconds < 0.5:
-        return ""
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 100 * 60 else f"{seconds / 3600:.1f} h"
 
 
 def _label(sweep: LocalSweep, trial: Trial) -> str:
@@ -194,4 +187,4 @@ def _time_left(sweep: LocalSweep) -> str:
     if any(rest < 0 for rest in rests):  # longer than those before
         return ""
     rest = job_scheduler.side_by_side_seconds([*rests, *[mean] * waiting], len(sweep.slots))
-    return f", about {duration(rest) or '1 s'} left"
+    return f", about {duration_text(max(rest, 1.0))} left"

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from vitscope.runtime import atomic_write, redaction
 from vitscope.runtime.errors import StorageError
+from vitscope.runtime.text_layout import aligned
 
 if TYPE_CHECKING:
     from vitscope.sweep.local_runner import LocalSweep, Trial
@@ -33,14 +34,8 @@ def text(sweep: LocalSweep, n_rows: int) -> str:
          f"{_best(sweep, trial):.4g}", trial.state, trial.folder.name]
         for rank, trial in enumerate(ranking[:n_rows], start=1)
     ]  # fmt: skip
-    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
     right = {0, 1, *(i for i, name in enumerate(head) if name in (sweep.metric, best))}
-    lines = [
-        "  ".join(
-            cell.rjust(w) if i in right else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths))
-        ).rstrip()
-        for row in [head, *rows]
-    ]
+    lines = aligned([head, *rows], right)
     goal = "maximize" if sweep.larger else "minimize"
     title = f"Ranking by the last {sweep.metric} ({goal}), beside the {best} value of each trial:"
     more = [f"{len(ranking) - n_rows} more in {FILE}"] if len(ranking) > n_rows else []

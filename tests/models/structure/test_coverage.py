@@ -196,7 +196,7 @@ def test_networks_that_do_not_run_are_judged_by_their_class_names() -> None:
         lambda: timm.create_model("resnet18", num_classes=3, block_args={"attn_layer": "cbam"}),
         lambda: timm.create_model("skresnet18", num_classes=3),
         lambda: timm.create_model("efficientnet_b0", num_classes=3),
-        lambda: timm.create_model("vgg11", num_classes=3),
+        pytest.param(lambda: timm.create_model("vgg11", num_classes=3), marks=pytest.mark.slow),
         lambda: timm.create_model("vit_base_patch32_siglip_256", num_classes=3, depth=2),
         lambda: timm.create_model("beit_base_patch16_224", num_classes=3, depth=2),
         lambda: timm.create_model("vit_tiny_r_s16_p8_224", num_classes=3),

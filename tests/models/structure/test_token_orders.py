@@ -47,7 +47,7 @@ def changed_cells(model: nn.Module, size: tuple[int, int], pixel: tuple[int, int
     return cells
 
 
-@pytest.mark.parametrize("patch", [(1, 6), (15, 22)])
+@pytest.mark.parametrize("patch", [(1, 6), pytest.param((15, 22), marks=pytest.mark.slow)])
 def test_the_tokens_of_hiera_lie_where_a_hot_pixel_of_the_image_arrives(patch: tuple[int, int]) -> None:
     torch.manual_seed(0)
     model = timm.create_model("hiera_tiny_224", img_size=(64, 96), num_classes=3).double().eval()

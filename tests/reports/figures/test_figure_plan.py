@@ -135,6 +135,7 @@ def test_what_a_figure_lacks_is_named(make_run: Callable, tmp_path: Path) -> Non
     ]
 
 
+@pytest.mark.slow  # two interpreters are started
 def test_other_processes_draw_the_same(make_run: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_run("vit", measured={"slice": curve()})
     jobs = [figure_captions.drawing_job(p, tmp_path / "here") for p in panels(collect(tmp_path))]

@@ -17,7 +17,8 @@ from torch import nn
 from torchvision import tv_tensors
 
 from tests.helpers.weight_files import OTHER, WEIGHTS, S, loaded_outputs, network, prefixed
-from vitscope.runs.checkpoints import checkpoint_io
+from vitscope import models
+from vitscope.runs.checkpoints import checkpoint_io, checkpoint_weights
 from vitscope.runtime.errors import CheckpointError
 
 
@@ -173,3 +174,16 @@ def test_a_link_to_nothing_is_no_file(tmp_path: Path) -> None:
     (tmp_path / "net.pth").symlink_to(tmp_path / "none.pth")
     with pytest.raises(CheckpointError, match="no such file"):
         checkpoint_io.read(tmp_path / "net.pth")
+
+
+def test_weights_for_images_of_another_size_name_the_size() -> None:
+    made, other = (models.vit(size="tiny", depth=1, patch_size=4, image_size=size, num_classes=3) for size in (16, 24))
+    with pytest.raises(
+        CheckpointError,
+        match=r"pos_embed has shape \(1, 17, 192\) in the checkpoint, the model needs \(1, 37, 192\): it was made for another "
+        r"number of positions; use the image size and the patch size it was made with \(data\.image_size, ",
+    ):
+        checkpoint_weights.load_weights(other, made.state_dict(), Path("vit.pth"))
+    narrow = models.vit(size="small", depth=1, patch_size=4, image_size=24, num_classes=3)
+    with pytest.raises(CheckpointError, match="use the model it was made with"):
+        checkpoint_weights.load_weights(narrow, made.state_dict(), Path("vit.pth"))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +17,7 @@ from vitscope.core.undefined_values import warn_nulls
 from vitscope.models.structure.structure_table import Structure, StructureUnit, structure
 from vitscope.models.structure.taps import reading
 from vitscope.runtime.errors import StructureError
+from vitscope.runtime.text_layout import aligned
 
 #: what is said below the table of a model whose blocks are not known
 UNKNOWN = (
@@ -77,25 +78,19 @@ class TapTableResult(Result, coordinates=COORDINATES):
 
     def table(self) -> str:
         """Return the taps as text: name, kind, stage, depth and map (channels x height x width), a line a tap."""
-        lines = _aligned([("tap", "kind", "stage", "depth", "map"), *self._rows()])
+        lines = aligned([("tap", "kind", "stage", "depth", "map"), *self._rows()])
         return "\n".join(lines if self.n_units else [*lines, UNKNOWN])
 
     def unit_table(self) -> str:
         """Return the units as text: name, kind, stage, number of parameters and branch, a line a unit."""
         columns = (self.units, self.unit_kinds, self.unit_stages, self.unit_parameters, self.unit_branches)
         rows = [(name, kind, str(stage), f"{n:,}", branch) for name, kind, stage, n, branch in zip(*columns)]
-        lines = _aligned([("unit", "kind", "stage", "parameters", "branch"), *rows])
+        lines = aligned([("unit", "kind", "stage", "parameters", "branch"), *rows])
         return "\n".join([*lines, *(f"not covered: {text}" for text in self.uncovered)])
 
     def _rows(self) -> Iterator[tuple[str, ...]]:
         for name, kind, stage, depth, shape in zip(self.taps, self.kinds, self.stages, self.depths, self.shapes):
             yield name, kind, str(stage), f"{depth:.3f}", "x".join(str(n) for n in shape)
-
-
-def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
-    """Return rows of cells as lines, each column as wide as its widest cell."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
 
 
 @record_options

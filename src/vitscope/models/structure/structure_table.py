@@ -12,6 +12,7 @@ from vitscope.models.structure.coverage import fix_of, model_name
 from vitscope.models.structure.found_structure import find_structure
 from vitscope.models.structure.parameter_groups import parameters_of, places_of
 from vitscope.runtime.errors import StructureError
+from vitscope.runtime.text_layout import aligned
 
 
 @dataclass(frozen=True)
@@ -77,8 +78,7 @@ class Structure:
             (u.name, u.kind, str(u.stage), f"{sum(sizes.get(n, 0) for n in u.parameters):,}", _remark(u))
             for u in self.units
         ]
-        widths = [max(len(row[i]) for row in rows) for i in range(5)]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
+        lines = aligned(rows)
         counts: dict[str, int] = {}
         for name, kind in self.parameter_kinds.items():
             counts[kind] = counts.get(kind, 0) + sizes.get(name, 0)

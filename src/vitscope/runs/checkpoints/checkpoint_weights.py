@@ -22,6 +22,7 @@ _NESTED = ("state_dict", "model", "model_state_dict")
 _PREFIXES = ("model.", "module.", "_orig_mod.")
 #: the name of a checkpoint by which the averages over training steps that a file holds are meant
 AVERAGE = "ema"
+_OF_THE_IMAGES = "use the image size and the patch size it was made with (data.image_size, model.patch_size, ...)"
 _OF_THE_MODEL = "use the model it was made with (data.num_classes, model.depth, ...)"
 
 
@@ -154,6 +155,9 @@ def _check_values(
         classes = state_dicts.class_counts(network_state, state)
         source = f" ({class_count_source})" if class_count_source else ""
         counts = f": it was made for {classes[0]} classes, the model is for {classes[1]}{source}" if classes else ""
+        if not classes and state_dicts.differs_in_positions(network_state, state):
+            reason = "; ".join(named) + more + ": it was made for another number of positions"
+            raise CheckpointError("ckpt_path", path, reason, _OF_THE_IMAGES)
         raise CheckpointError("ckpt_path", path, "; ".join(named) + more + counts, _OF_THE_MODEL)
     for name, value in shared.items():
         if state[name].is_complex() and not value.is_complex():

@@ -112,6 +112,11 @@ class MuonAdamW(Optimizer):
                 self.state[p] = self._adamw.state[p]
         return loss
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy or a pickle holds: torch's own entries are those of every optimizer alone."""
+        added_entries = ("summary", "_views", "_muon", "_adamw")
+        return {**super().__getstate__(), **{name: self.__dict__[name] for name in added_entries}}
+
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Load the state of both optimizers."""
         super().load_state_dict(dict(state_dict))

@@ -1,0 +1,43 @@
+"""Texts for terminals: rows of cells in columns, durations and sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+
+def aligned(rows: Sequence[Sequence[str]], right: Collection[int] = ()) -> list[str]:
+    """Return rows of cells as lines, each column as wide as its widest cell, with two spaces between columns.
+
+    Args:
+        rows: Rows of equal length; the first one may be the head.
+        right: Columns whose cells are at the right, as numbers are; the others are at the left.
+    """
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))] if rows else []
+    return [
+        "  ".join(
+            cell.rjust(w) if i in right else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths))
+        ).rstrip()
+        for row in rows
+    ]
+
+
+def duration_text(seconds: float) -> str:
+    """Return a duration with two or three digits: ``0.4 s``, ``45 s``, ``12 min``, ``3.4 h``, ``5 d``."""
+    if seconds <= 0:
+        return "0 s"
+    if seconds < 9.5:
+        return f"{max(seconds, 0.001):.1g} s"
+    if seconds < 119.5:
+        return f"{seconds:.0f} s"
+    if seconds < 119.5 * 60:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.2g} h" if seconds < 48 * 3600 else f"{seconds / 86400:.0f} d"
+
+
+def size_text(n_bytes: float) -> str:
+    """Return a size in bytes with its unit: ``512 B``, ``3.1 MiB``."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if n_bytes < 1024:
+            return f"{n_bytes:.0f} {unit}" if unit == "B" else f"{n_bytes:.1f} {unit}"
+        n_bytes /= 1024
+    return f"{n_bytes:.1f} TiB"
