@@ -23,7 +23,7 @@ LOSSES, SAME = ("mse", "bce", "dense", "own loss"), ("dict output", "dict batch"
 #: measures of feature maps alone, which are those of any loss
 MAPS = {
     "attention_distance", "branch_transfer", "cka", "effective_rank", "feature_map_variance", "relative_log_amplitude",
-    "tap_table",
+    "tap_table", "token_norms",
 }  # fmt: skip
 #: measures that take long: most of their forms are tested among the slow tests
 EXPENSIVE = {

@@ -29,6 +29,7 @@ def measured(n_batches: int) -> dict:
             "fourier": vs.relative_log_amplitude(probe),
             "transfer": vs.branch_transfer(probe, n_resamples=8),
             "variance": vs.feature_map_variance(probe),
+            "tokens": vs.token_norms(probe, norm_images=5),
             "taps": vs.tap_table(probe),
             "noise": vs.frequency_noise_robustness(probe, n_bands=2),
             "filter": vs.input_filter(probe, cutoffs=(0.5,)),

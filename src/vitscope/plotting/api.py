@@ -59,6 +59,7 @@ def plot(
     ``relative_log_amplitude``     ``view``: both, frequency, depth; ``curve``: paper, size_corrected, first_ac;
                                    ``axis``: true, paper
     ``spectral_density``           ``floor``
+    ``token_norms``                ``view``: all, norms, artefacts, massive, maps; ``tap``; ``images``
     ``trajectory``                 ``kind``: pca, polar
     ============================== ==========================================================================
 

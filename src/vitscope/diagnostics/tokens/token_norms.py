@@ -1,0 +1,322 @@
+"""Norms of tokens by depth: artefact tokens (Darcet et al. 2024), massive activations (Sun et al. 2024), attention sinks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from vitscope.core.feature_pass import run_feature_pass, shares_pass
+from vitscope.core.measure_options import record_options
+from vitscope.core.objective_card import ObjectiveCard
+from vitscope.core.probe import Probe
+from vitscope.core.results.result import TAP_COORDINATES, Result
+from vitscope.core.running_mean import estimates
+from vitscope.core.tap import Tap
+from vitscope.core.undefined_values import warn_nulls
+from vitscope.diagnostics.tokens._artefacts import Artefacts, artefacts, first_with_artefacts
+from vitscope.diagnostics.tokens._prefix_kinds import prefix_kinds
+from vitscope.diagnostics.tokens._token_statistics import TapSums, gathered_rows
+from vitscope.runtime import distributed
+from vitscope.runtime.value_ranges import PositiveFloat, PositiveInt
+from vitscope.stats.intervals import Estimate, check_level, few_images
+
+#: levels of the quantiles of the norms of patch tokens
+QUANTILES = np.array([0.0, 0.05, 0.5, 0.95, 1.0])
+#: channels of which a tap's result names the numbers
+_N_CHANNELS = 5
+
+
+@dataclass(frozen=True)
+class TokenNormsResult(
+    Result,
+    coordinates=TAP_COORDINATES | {"quantile": "quantile_levels"},
+    untabulated=("norms_patch", "norms_prefix", "channel_norms"),
+):
+    """Euclidean norms over channels, by tap; NaN is null. Patch tokens are the positions of a map, in rows.
+
+    Attributes:
+        taps: (n_taps) names in the order of the forward pass.
+        kinds: (n_taps) ``stem conv msa mlp pool head``.
+        stages: (n_taps,) stage numbers.
+        depths: (n_taps,) normalized depth in [0, 1].
+        map_sizes: (n_taps, 2) height and width.
+        prefix_kinds: (n_prefix) ``class``, ``distillation``, ``register`` or ``unknown``, in the order of the sequence.
+        norms_patch: (n_taps, n_norm_images, n_tokens) float32; one array (n_norm_images, n_tokens) a tap where the numbers of
+            tokens differ.
+        norms_prefix: (n_taps, n_norm_images, n_prefix) likewise.
+        norm: (n_taps,) mean over patch tokens and images.
+        norm_half_width: (n_taps,) half its t-interval over images; NaN with fewer than 128.
+        norm_quantiles: (n_taps, n_quantiles) of the norms of all patch tokens of the kept images.
+        quantile_levels: (n_quantiles,) in [0, 1].
+        prefix_norm: (n_taps, n_prefix) mean over images of each prefix token; NaN where a tap does not have it.
+        prefix_norm_half_width: (n_taps, n_prefix) half their t-intervals over images.
+        artefact_threshold: (n_taps,) norm above which a patch token is an artefact.
+        artefact_share: (n_taps,) share of patch tokens that are artefacts, mean over the kept images.
+        artefact_share_half_width: (n_taps,) half its t-interval; NaN with fewer than 128 images, or 10 with an artefact.
+        artefact_frequency: (n_taps, h, w) one array a tap: share of the kept images with an artefact at each position.
+        bimodality: (n_taps,) Sarle's coefficient of the logarithms of the norms: 1/3 normal, 5/9 uniform, 1 for two values.
+        first_artefact_tap: index of the tap at which artefacts appear; -1 where no tap has 0.5 % of them.
+        massive_ratio: (n_taps,) largest magnitude of an image's tokens over the median magnitude, mean over images.
+        massive_ratio_half_width: (n_taps,) half its t-interval over images; NaN with fewer than 128.
+        largest_magnitude: (n_taps,) mean over images.
+        massive_share: (n_taps,) share of images with an activation above 100 and above 1000 times the median magnitude.
+        massive_on_prefix: (n_taps,) share of images whose largest magnitude is one of a prefix token.
+        massive_channels: (n_taps, n_channels) numbers of the channels with the largest magnitudes, descending; -1 for none.
+        massive_channel_magnitudes: (n_taps, n_channels) their largest magnitudes, mean over images.
+        channel_norms: (n_taps, C) one array a tap: root mean square of each channel over positions, mean over images.
+        n_norm_images: number of images whose norms are kept.
+        level: coverage of the intervals.
+        n_images: number of images.
+        card: under which conditions this was measured.
+    """
+
+    taps: tuple[str, ...]
+    kinds: tuple[str, ...]
+    stages: np.ndarray
+    depths: np.ndarray
+    map_sizes: np.ndarray
+    prefix_kinds: tuple[str, ...]
+    norms_patch: np.ndarray | tuple[np.ndarray, ...]
+    norms_prefix: np.ndarray | tuple[np.ndarray, ...]
+    norm: np.ndarray
+    norm_half_width: np.ndarray
+    norm_quantiles: np.ndarray
+    quantile_levels: np.ndarray
+    prefix_norm: np.ndarray
+    prefix_norm_half_width: np.ndarray
+    artefact_threshold: np.ndarray
+    artefact_share: np.ndarray
+    artefact_share_half_width: np.ndarray
+    artefact_frequency: tuple[np.ndarray, ...]
+    bimodality: np.ndarray
+    first_artefact_tap: int
+    massive_ratio: np.ndarray
+    massive_ratio_half_width: np.ndarray
+    largest_magnitude: np.ndarray
+    massive_share: np.ndarray
+    massive_on_prefix: np.ndarray
+    massive_channels: np.ndarray
+    massive_channel_magnitudes: np.ndarray
+    channel_norms: tuple[np.ndarray, ...]
+    n_norm_images: int
+    level: float
+    n_images: int
+    card: ObjectiveCard | None = None
+
+    def scalars(self) -> dict[str, float]:
+        """Return the last tap's norm and, over taps, the largest share of artefacts and the largest massive ratio."""
+        values = {
+            "norm_last": float(self.norm[-1]),
+            "artefact_share_max": _largest(self.artefact_share),
+            "massive_ratio_max": _largest(self.massive_ratio),
+            "bimodality_max": _largest(self.bimodality),
+        }
+        if self.first_artefact_tap >= 0:
+            values["first_artefact_depth"] = float(self.depths[self.first_artefact_tap])
+        return values
+
+
+def _largest(values: np.ndarray) -> float:
+    return float(np.nanmax(values)) if np.isfinite(values).any() else np.nan
+
+
+def accumulate(
+    probe: Probe,
+    *,
+    threshold: PositiveFloat | None = None,
+    norm_images: PositiveInt | None = 512,
+    positions: PositiveInt | None = 16,
+    level: float = 0.95,
+) -> _Sums:
+    """Return what `token_norms` keeps between batches; arguments and errors are its own."""
+    check_level(level)
+    for name, value in (("threshold", threshold), ("norm_images", norm_images), ("positions", positions)):
+        if value is not None and not value > 0:
+            raise ValueError(f"Expected {name} to be greater than 0 or None, received {value}.")
+    probe.check_taps()
+    return _Sums(probe, threshold, norm_images, positions, level)
+
+
+@shares_pass(accumulate)
+@record_options
+def token_norms(
+    probe: Probe,
+    *,
+    threshold: PositiveFloat | None = None,
+    norm_images: PositiveInt | None = 512,
+    positions: PositiveInt | None = 16,
+    level: float = 0.95,
+) -> TokenNormsResult:
+    """Measure the norms of tokens at every tap in one forward pass a batch: patch, class, distillation and register tokens.
+
+    In a ConvNet the tokens are the positions of a map. A patch token is an artefact where its norm is above ``threshold``, by
+    default ``exp(m + max(5 * 1.4826 * mad, ln 2))`` with the median m and the median absolute deviation mad of the logarithms
+    of all norms of the tap: at least twice the median (the 150 of Darcet et al. 2024 is right for DINOv2-g alone). Massive
+    activations (Sun et al. 2024) are the largest magnitudes of an image's activations, against the median magnitude.
+
+    Args:
+        probe: model and images.
+        threshold: norm above which a token is an artefact, the same at every tap; None for the rule above at each tap.
+        norm_images: images whose norms are kept, the first ones of the probe, four bytes a token and tap; thresholds,
+            shares, quantiles and frequencies are theirs. None for all.
+        positions: at most this many positions of a map, drawn once, for the median magnitude; None for all.
+        level: coverage of the t-intervals over images.
+
+    Raises:
+        ValueError: no tap, maps of several shapes at a tap, or an option outside of its range.
+    """
+    sums = accumulate(probe, threshold=threshold, norm_images=norm_images, positions=positions, level=level)
+    run_feature_pass(probe, [sums], "token norms")
+    return sums.result()
+
+
+class _Sums:
+    """What is kept between batches: the norms and means of each tap."""
+
+    def __init__(
+        self, probe: Probe, threshold: float | None, norm_images: int | None, positions: int | None, level: float
+    ) -> None:
+        self.probe, self.threshold, self.level = probe, threshold, level
+        self.taps = [TapSums(norm_images, positions) for _ in probe.taps]
+        self._prefix: Tensor | None = None
+
+    def read_prefix(self, index: int, tap: Tap, tokens: Tensor) -> None:
+        """Keep the prefix tokens ``(B, n_prefix, C)`` until the tap's map is read."""
+        self._prefix = tokens
+
+    def read(self, index: int, tap: Tap, x: Tensor) -> None:
+        """Take one tap's feature maps ``(B, C, h, w)``."""
+        prefix, self._prefix = self._prefix, None
+        self.taps[index].read(tap, x, prefix)
+
+    def close_batch(self, number: int, n_images: int) -> None:
+        """Note the number of the batch."""
+        for tap in self.taps:
+            tap.close(number)
+
+    def result(self) -> TokenNormsResult:
+        """Return norms, artefacts, massive activations and their intervals."""
+        return _result(self.probe, self.taps, self.threshold, self.level)
+
+
+def _result(probe: Probe, sums: Sequence[TapSums], threshold: float | None, level: float) -> TokenNormsResult:
+    means = estimates([mean for tap in sums for mean in tap.means], level)
+    by_tap = [means[start : start + 8] for start in range(0, len(means), 8)]
+    norm, prefix_norm, channel, peak, largest, ratio, massive, on_prefix = (list(column) for column in zip(*by_tap))
+    kept_norms = gathered_rows([rows for tap in sums for rows in (tap.patch, tap.prefix)])
+    gathered = distributed.gather_objects([(tap.shape, tap.n_prefix, tap.zero_medians) for tap in sums])
+    facts = [_merged(states) for states in zip(*gathered)]
+    n_images = max(mean.count for mean in norm)
+    n_kept = max((len(rows) for rows in kept_norms[::2] if rows is not None), default=0)
+    patch = [np.zeros((n_kept, 0), np.float32) if rows is None else rows for rows in kept_norms[::2]]
+    prefix = [np.zeros((n_kept, 0), np.float32) if rows is None else rows for rows in kept_norms[1::2]]
+    artefacts_by_tap = [artefacts(rows, threshold, level) for rows in patch]
+    n_prefix = max(n for _, n, _ in facts)
+    shares = np.array([tap.share for tap in artefacts_by_tap])
+    _warn(probe.taps, facts, artefacts_by_tap, ratio, n_images)
+    channels, magnitudes = _largest_channels(peak)
+    return TokenNormsResult(
+        taps=tuple(tap.name for tap in probe.taps),
+        kinds=tuple(tap.kind for tap in probe.taps),
+        stages=np.array([tap.stage for tap in probe.taps]),
+        depths=np.array([tap.depth for tap in probe.taps], dtype=float),
+        map_sizes=np.array([shape[1:] for shape, _, _ in facts]),
+        prefix_kinds=prefix_kinds(probe.model, n_prefix),
+        norms_patch=_stacked(patch),
+        norms_prefix=_stacked(prefix),
+        norm=_numbers(norm, "mean"),
+        norm_half_width=_numbers(norm, "half_width"),
+        norm_quantiles=np.array([_quantiles(rows) for rows in patch]),
+        quantile_levels=QUANTILES.copy(),
+        prefix_norm=_padded([mean.mean for mean in prefix_norm], n_prefix),
+        prefix_norm_half_width=_padded([mean.half_width for mean in prefix_norm], n_prefix),
+        artefact_threshold=np.array([tap.threshold for tap in artefacts_by_tap]),
+        artefact_share=shares,
+        artefact_share_half_width=np.array([tap.share_half_width for tap in artefacts_by_tap]),
+        artefact_frequency=tuple(
+            tap.frequency.reshape(shape[1:]) for tap, (shape, _, _) in zip(artefacts_by_tap, facts)
+        ),
+        bimodality=np.array([tap.bimodality for tap in artefacts_by_tap]),
+        first_artefact_tap=first_with_artefacts(shares),
+        massive_ratio=_numbers(ratio, "mean"),
+        massive_ratio_half_width=_numbers(ratio, "half_width"),
+        largest_magnitude=_numbers(largest, "mean"),
+        massive_share=_numbers(massive, "mean"),
+        massive_on_prefix=_numbers(on_prefix, "mean"),
+        massive_channels=channels,
+        massive_channel_magnitudes=magnitudes,
+        channel_norms=tuple(np.atleast_1d(mean.mean) for mean in channel),
+        n_norm_images=n_kept,
+        level=level,
+        n_images=n_images,
+        card=probe.card(),
+    )
+
+
+def _merged(states: Sequence[tuple[Any, int, int]]) -> tuple[tuple[int, ...], int, int]:
+    """Return the shape and the number of prefix tokens from whichever rank saw them, and the sum of zero medians."""
+    shape = next((shape for shape, _, _ in states if shape is not None), (0, 0, 0))
+    return shape, max(n for _, n, _ in states), sum(zeros for *_, zeros in states)
+
+
+def _numbers(means: Sequence[Estimate], field: str) -> np.ndarray:
+    """Return one number a tap; NaN where it is not finite."""
+    values = np.array([float(getattr(mean, field)) for mean in means])
+    return np.where(np.isfinite(values), values, np.nan)
+
+
+def _stacked(rows: Sequence[np.ndarray]) -> np.ndarray | tuple[np.ndarray, ...]:
+    return np.stack(rows) if len({part.shape for part in rows}) == 1 else tuple(rows)
+
+
+def _quantiles(norms: np.ndarray) -> np.ndarray:
+    if not norms.size or not np.isfinite(norms).all():
+        return np.full(len(QUANTILES), np.nan)
+    return np.quantile(norms.astype(np.float64), QUANTILES)
+
+
+def _padded(rows: Sequence[np.ndarray], n: int) -> np.ndarray:
+    table = np.full((len(rows), n), np.nan)
+    for line, values in zip(table, rows):
+        values = np.atleast_1d(values)[:n]
+        line[: len(values)] = values
+    return np.where(np.isfinite(table), table, np.nan)
+
+
+def _largest_channels(peaks: Sequence[Estimate]) -> tuple[np.ndarray, np.ndarray]:
+    """Return the numbers of the channels with the largest magnitudes and these, ``(n_taps, n_channels)`` each."""
+    channels = np.full((len(peaks), _N_CHANNELS), -1)
+    magnitudes = np.full((len(peaks), _N_CHANNELS), np.nan)
+    for tap, mean in enumerate(peaks):
+        values = np.atleast_1d(mean.mean)
+        if mean.count and np.isfinite(values).all():
+            order = np.argsort(-values, kind="stable")[:_N_CHANNELS]
+            channels[tap, : len(order)], magnitudes[tap, : len(order)] = order, values[order]
+    return channels, magnitudes
+
+
+def _warn(
+    taps: Sequence[Tap],
+    facts: Sequence[tuple[tuple[int, ...], int, int]],
+    artefacts_by_tap: Sequence[Artefacts],
+    ratio: Sequence[Estimate],
+    n_images: int,
+) -> None:
+    reasons = {}
+    for tap, (shape, _, zero_medians), tap_artefacts, tap_ratio in zip(taps, facts, artefacts_by_tap, ratio):
+        if shape == (0, 0, 0):
+            reasons[tap.name] = "not reached by the forward pass"
+        elif not np.isfinite(tap_artefacts.threshold):
+            reasons[tap.name] = "no norm is positive and finite"
+        elif np.isnan(tap_artefacts.share):
+            reasons[tap.name] = "activations are not finite"
+        elif zero_medians:
+            reasons[f"the massive ratio at {tap.name}"] = "an image with more than half of its activations at zero"
+        elif not np.isfinite(tap_ratio.mean):
+            reasons[f"the massive ratio at {tap.name}"] = "activations are not finite"
+    warn_nulls("token_norms", reasons)
+    warn_nulls("token_norms", few_images(n_images))
