@@ -36,6 +36,9 @@ _HOME = {
     "load_result": "runs.api",
     "load_results": "runs.api",
     "Result": "core.results.result",
+    "hessian_operator": "linalg.curvature.scipy_operator",
+    "eigenvalues_of": "diagnostics.hessian._operators_of_others",
+    "spectral_density_of": "diagnostics.hessian._operators_of_others",
 }
 
 # core must not import models: the package as a whole connects them, and imports nothing heavy for it

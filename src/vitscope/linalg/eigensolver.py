@@ -69,6 +69,7 @@ def extreme_eigenvalues(
     shift: float = 0.0,
     shared: bool = False,
     memory: BasisBuffer | None = None,
+    confirmations: int = CONFIRMATIONS,
 ) -> Eigenpairs:
     """Return the ``k`` extreme eigenvalues of a symmetric operator.
 
@@ -86,6 +87,7 @@ def extreme_eigenvalues(
         shift: added to every eigenvalue: the operator is H + shift I.
         shared: every rank runs this on one operator whose products are reduced, so that all must stop together.
         memory: of the basis, to be used again by the next search; None for its own.
+        confirmations: products in a row with which all eigenvalues must be known.
 
     Raises:
         ValueError: fewer dimensions than eigenvalues, an unknown ``which``, ``tol`` or ``max_products`` not positive, or a
@@ -93,7 +95,7 @@ def extreme_eigenvalues(
     """
     search = Search(
         start, k, which=which, n_ends=n_ends, tol=tol, max_products=max_products, max_memory=max_memory,
-        seed=seed, shift=shift, memory=memory,
+        seed=seed, shift=shift, memory=memory, confirmations=confirmations,
     )  # fmt: skip
     while True:
         stop = search.absorb(product(search.lanczos.row))
@@ -124,13 +126,14 @@ class Search:
         seed: int = 0,
         shift: float = 0.0,
         memory: BasisBuffer | None = None,
+        confirmations: int = CONFIRMATIONS,
     ) -> None:
         _check(len(start), k, which, tol, max_products)
         self.k, self.which, self.n_ends, self.tol, self.max_products = k, which, n_ends, tol, max_products
         self.rows = basis_rows(start, count(k, which, n_ends), max_products, max_memory)
         self.lanczos = SemiorthogonalLanczos(None, start, self.rows, seed=seed, shift=shift, memory=memory)
         self._at_breakdown: np.ndarray | None = None
-        self._n_known = 0  # products in a row with which all was known
+        self.confirmations, self._n_known = confirmations, 0  # products in a row with which all was known
 
     def absorb(self, pieces: Tensor | Sequence[Tensor]) -> bool:
         """Take the product with ``lanczos.row``; return whether this is the end."""
@@ -140,7 +143,7 @@ class Search:
         self._chosen, all_known = settled(ritz, self.k, self.which, self.tol, self.n_ends)
         self._n_known = self._n_known + 1 if all_known else 0
         # an eigenvalue that is passed over shows in the next products: residuals rise again
-        is_settled = self._n_known >= CONFIRMATIONS
+        is_settled = self._n_known >= self.confirmations
         if lanczos.breakdowns:
             values = ritz.values[self._chosen]
             is_settled = is_settled and _nothing_new(lanczos, values, self._at_breakdown)

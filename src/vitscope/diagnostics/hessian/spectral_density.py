@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Unpack
+from typing import Protocol, Unpack
 
 import numpy as np
+from torch import Tensor
 
 from vitscope.core.measure_options import record_options
 from vitscope.core.objective_card import ObjectiveCard
@@ -14,10 +16,9 @@ from vitscope.core.probe import Probe
 from vitscope.core.results.result import Result
 from vitscope.core.run_inputs import ResumableRows
 from vitscope.diagnostics.hessian.hessian_trace import LEAST_VECTORS
-from vitscope.linalg.curvature.curvature_operator import Curvature
 from vitscope.linalg.curvature.curvature_options import CurvatureArguments, CurvatureOptions, curvature_arguments
 from vitscope.linalg.curvature.operator_factory import curvatures
-from vitscope.linalg.curvature.start_vector import random_signs, vector_seed
+from vitscope.linalg.curvature.start_vector import VectorSpace, random_signs, vector_seed
 from vitscope.linalg.krylov_basis import BasisBuffer
 from vitscope.linalg.partial_reorthogonalization import SemiorthogonalLanczos
 from vitscope.runtime.progress import track
@@ -122,27 +123,60 @@ def spectral_density(
 
     Source: Ubaru, Chen & Saad (SIAM J. Matrix Anal. Appl. 2017); Ghorbani et al. (ICML 2019); docs/definitions.md section 2.
     """
+    check_quadrature(n_vectors, n_steps, n_grid, sigma)
+    options = CurvatureOptions(**curvature)
+    with curvatures(probe, options) as operators:
+        mean = operators.mean()
+        solver = {"solver": "slq", "n_vectors": n_vectors, "n_steps": min(n_steps, mean.size), "seed": options.seed}
+        return density_of(mean, n_vectors, n_steps, n_grid, sigma, options.seed, partial, operators.card(solver))
+
+
+class SymmetricOperator(VectorSpace, Protocol):
+    """What quadrature needs of an operator: it is `unshifted` plus ``shift`` times the identity."""
+
+    @property
+    def shift(self) -> float:
+        """The multiple of the identity that `unshifted` leaves out."""
+        ...
+
+    def unshifted(self, v: Tensor) -> Tensor | Sequence[Tensor]:
+        """Return the product with ``v (size,)`` without the shift's, as one tensor or in pieces."""
+        ...
+
+
+def check_quadrature(n_vectors: int, n_steps: int, n_grid: int, sigma: float | None) -> None:
+    """Check the options of a density.
+
+    Raises:
+        ValueError: fewer than one vector, step or grid point, a ``sigma`` that is not positive.
+    """
     for name, value in (("n_vectors", n_vectors), ("n_steps", n_steps), ("n_grid", n_grid)):
         if value < 1:
             raise ValueError(f"Expected {name} to be at least 1, received {value}.")
     if sigma is not None and not sigma > 0:
         raise ValueError(f"Expected sigma to be positive or None, received {sigma}.")
-    rules = []
-    options = CurvatureOptions(**curvature)
-    with curvatures(probe, options) as operators:
-        mean = operators.mean()
-        steps, memory = min(n_steps, mean.size), BasisBuffer()
-        for number in track(range(n_vectors), "spectral density"):
-            key = f"vector-{number:04d}"
-            compute = functools.partial(_quadrature, mean, vector_seed(options.seed, number), steps, memory)
-            rules.append(stored_row(partial, key, compute, required=["residuals"]))
-        card = operators.card({"solver": "slq", "n_vectors": n_vectors, "n_steps": steps, "seed": options.seed})
-        size, n_products = mean.size, n_vectors * steps
+
+
+def density_of(
+    operator: SymmetricOperator,
+    n_vectors: int,
+    n_steps: int,
+    n_grid: int,
+    sigma: float | None,
+    seed: int,
+    partial: ResumableRows | None = None,
+    card: ObjectiveCard | None = None,
+) -> SpectralDensityResult:
+    """Return the density of an operator; arguments as in `spectral_density`, and the card of the result."""
+    steps, memory, rules = min(n_steps, operator.size), BasisBuffer(), []
+    for number in track(range(n_vectors), "spectral density"):
+        compute = functools.partial(_quadrature, operator, vector_seed(seed, number), steps, memory)
+        rules.append(stored_row(partial, f"vector-{number:04d}", compute, required=["residuals"]))
     table = {key: np.array([rule[key] for rule in rules]) for key in ("nodes", "weights", "residuals", "resolution")}
-    return _result(table, n_grid, sigma, size, n_products, card)
+    return _result(table, n_grid, sigma, operator.size, n_vectors * steps, card)
 
 
-def _quadrature(operator: Curvature, seed: int, n_steps: int, memory: BasisBuffer) -> Row:
+def _quadrature(operator: SymmetricOperator, seed: int, n_steps: int, memory: BasisBuffer) -> Row:
     """Return the quadrature rule of the random sign vector of ``seed``."""
     start = random_signs(operator, seed)
     process = SemiorthogonalLanczos(operator.unshifted, start, n_steps + 1, shift=operator.shift, memory=memory)
@@ -181,7 +215,7 @@ def _result(
     sigma: float | None,
     size: int,
     n_products: int,
-    card: ObjectiveCard,
+    card: ObjectiveCard | None,
 ) -> SpectralDensityResult:
     nodes, weights = table["nodes"], table["weights"]
     extent = float(nodes.max() - nodes.min())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
@@ -32,7 +34,15 @@ def start_along(gradient: Tensor, seed: int = 0) -> Tensor:
     return gradient.div_(length).add_(random, alpha=RANDOM_SHARE / random_length)
 
 
-def random_signs(operator: Curvature, seed: int) -> Tensor:
+class VectorSpace(Protocol):
+    """The vectors that an operator takes."""
+
+    size: int
+    dtype: torch.dtype
+    device: torch.device
+
+
+def random_signs(operator: VectorSpace, seed: int) -> Tensor:
     """Return independent random signs ``(size,)`` of the operator's type and device, drawn on the CPU with ``seed``."""
     generator = torch.Generator().manual_seed(seed)
     signs = torch.randint(0, 2, (operator.size,), generator=generator, dtype=torch.int8)
