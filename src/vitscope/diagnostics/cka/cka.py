@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from vitscope.core.batches.batch_inputs import tensors_of
 from vitscope.core.feature_pass import run_feature_pass, shares_pass
 from vitscope.core.measure_options import record_options
 from vitscope.core.objective_card import ObjectiveCard
@@ -20,11 +18,8 @@ from vitscope.core.tap import Tap
 from vitscope.core.undefined_values import warn_nulls
 from vitscope.diagnostics.cka._blocks import block_structure, p_value
 from vitscope.diagnostics.cka._hsic import MIN_IMAGES, gram, hsic
-from vitscope.diagnostics.cka._images import image_relation
-from vitscope.models.structure.taps import reading
+from vitscope.diagnostics.cka._two_models import through_both
 from vitscope.runtime import distributed
-from vitscope.runtime.progress import track
-from vitscope.runtime.stop_flag import Interrupted
 from vitscope.runtime.value_ranges import Seed
 
 #: columns of the second model in tables
@@ -116,15 +111,7 @@ def cka(probe: Probe, other: Probe | None = None, *, n_permutations: int = 1000,
     if other is None:
         run_feature_pass(probe, [sums], "cka")
     else:
-        error: Exception | None = None
-        try:
-            _through_both(probe, other, sums)
-        except Interrupted:
-            raise
-        except Exception as raised:  # told to the other ranks, which would wait for this one's sums
-            error = raised
-        if any(distributed.gather_objects(error is not None)):
-            raise error or RuntimeError("another rank failed")
+        through_both(probe, other, sums, "cka")
     return sums.result()
 
 
@@ -191,53 +178,6 @@ class _Sums:
             return {}
         relations = set[str]().union(*distributed.gather_objects(self.relations))
         return {"solver": {"images_of_other": "; ".join(sorted(relations))}}
-
-
-def _through_both(probe: Probe, other: Probe, sums: _Sums) -> None:
-    """Make a forward pass of each model over this rank's batches, the second's taps numbered after the first's."""
-    s = len(probe.taps)
-    with probe.guard(logits=False) as model, other.guard(logits=False) as other_model:
-        for first, second in zip_longest(track(probe.local_batches(), "cka"), other.local_batches()):
-            sums.relations.add(_check_same(first, second))
-            number, (x, _) = first
-            with reading(model, probe.taps, sums.read):
-                model(x)
-            with reading(other_model, other.taps, lambda index, tap, maps: sums.read(s + index, tap, maps)):
-                other_model(second[1][0])
-            sums.close_batch(number, len(x))
-
-
-def _check_same(first: tuple | None, second: tuple | None) -> str:
-    """Return how the two batches' images are related (see `image_relation`); ValueError where they are not the same."""
-    if first is None or second is None:
-        raise ValueError(
-            "Expected the same images in the same batches of both probes, received more batches in one of them."
-        )
-    labels, others = (batch[1][1].cpu() for batch in (first, second))
-    if not torch.equal(labels, others):
-        what = (
-            "that differ"
-            if labels.shape == others.shape
-            else f"of shapes {tuple(labels.shape)} and {tuple(others.shape)}"
-        )
-        raise ValueError(f"Expected the same images in the same batches of both probes, received targets {what}.")
-    inputs = [tensors_of(batch[1][0]) for batch in (first, second)]
-    if [len(tensors) for tensors in inputs] != [1, 1]:
-        return "equal" if _are_equal(*inputs) else _refuse_entries()
-    return image_relation(inputs[0][0], inputs[1][0])
-
-
-def _are_equal(first: Sequence[Tensor], second: Sequence[Tensor]) -> bool:
-    return len(first) == len(second) and all(
-        a.shape == b.shape and torch.equal(a.cpu(), b.cpu()) for a, b in zip(first, second)
-    )
-
-
-def _refuse_entries() -> str:
-    raise ValueError(
-        "Expected equal entries in the same batches of both probes, received others: cka recognizes differently processed images "
-        "where they are all that a model is given."
-    )
 
 
 def _ratio(total: np.ndarray, n_first: int, between: bool) -> np.ndarray:
