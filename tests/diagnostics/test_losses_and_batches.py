@@ -23,7 +23,7 @@ LOSSES, SAME = ("mse", "bce", "dense", "own loss"), ("dict output", "dict batch"
 #: measures of feature maps alone, which are those of any loss
 MAPS = {
     "attention_distance", "branch_transfer", "cka", "effective_rank", "feature_map_variance", "relative_log_amplitude",
-    "tap_table", "token_norms",
+    "similarity", "tap_table", "token_norms",
 }  # fmt: skip
 #: measures that take long: most of their forms are tested among the slow tests
 EXPENSIVE = {
@@ -59,6 +59,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "normalized_hessian": {"k": 1, "tol": 1e-6},
     "preconditioned_sharpness": {"parameters": "*head*"},
     "rayleigh_split": {"k": 1, "n_ends": 0, **HEAD},
+    "similarity": {"measure": ["procrustes", "mutual_knn", "rsa", "linear_regression", "cka"], "n_neighbors": 2},
     "sharpness": {"n_pairs": 2, "radii": (0.1,), "n_steps": 1, "n_starts": 1},
     "spectral_density": {"n_vectors": 1, "n_steps": 3, "parameters": "*head*"},
     "shape_bias": {"texture": [0, 1] * 4},

@@ -61,13 +61,13 @@ def _rename_equivalent(arguments: dict[str, Any], names: Collection[str]) -> Non
             arguments[own_names[0]] = arguments.pop(other)
 
 
-def with_options(result: Any, measure: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def with_options(result: Any, measure: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
     """Return ``result`` with the options of the call ``measure(*args, **kwargs)`` on its card; unchanged without a card."""
     card = getattr(result, "card", None)
     return result if card is None else replace(result, card=replace(card, options=options_of(measure, *args, **kwargs)))
 
 
-def options_of(measure: Callable[..., Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
+def options_of(measure: Callable[..., Any], /, *args: Any, **kwargs: Any) -> dict[str, Any]:
     """Return the arguments of a call by name as plain values, defaults included and `INCIDENTAL` ones left out."""
     bound = inspect.signature(measure).bind(*args, **kwargs)
     bound.apply_defaults()

@@ -58,6 +58,7 @@ def plot(
     ``loss_slice``                 ``value``: nll, l2_half_sq, l2_sum_norm, accuracy, ece; ``log``
     ``relative_log_amplitude``     ``view``: both, frequency, depth; ``curve``: paper, size_corrected, first_ac;
                                    ``axis``: true, paper
+    ``similarity``                 ``minus_null``, ``vmax``, ``cmap``
     ``spectral_density``           ``floor``
     ``token_norms``                ``view``: all, norms, artefacts, massive, maps; ``tap``; ``images``
     ``trajectory``                 ``kind``: pca, polar

@@ -11,6 +11,7 @@ from matplotlib.image import AxesImage
 from matplotlib.ticker import MaxNLocator
 
 from vitscope.diagnostics.cka.cka import CKAResult
+from vitscope.diagnostics.cka.similarity import SimilarityResult
 from vitscope.plotting.canvas import COLUMN_WIDTH, new_canvas
 
 
@@ -44,6 +45,81 @@ def cka(results: Mapping[str, CKAResult], *, vmin: float = 0.0, vmax: float = 1.
     if image is not None:
         canvas.colorbar(image, ax=list(axes[:n]), label="CKA similarity", shrink=0.8, extend="neither")
     return canvas.figure
+
+
+#: labels of color bars, by measure
+LABELS = {
+    "procrustes": "Procrustes similarity",
+    "mutual_knn": "Mutual k-NN (share)",
+    "rsa": "RSA (Spearman)",
+    "linear_regression": "Linear regression ($R^2$)",
+    "cka": "CKA similarity",
+}
+
+
+def similarity(
+    results: Mapping[str, SimilarityResult], *, minus_null: bool = False, vmax: float | None = None, cmap: str = "magma"
+) -> Figure:
+    """Draw a row of similarity matrices for each result and a column for each measure, with lines between stages.
+
+    Layers whose similarity is null are grey. Each measure has its own color bar, the same for all results, from 0: a similarity
+    below 0, which is chance, has the color of 0.
+
+    Args:
+        results: by name.
+        minus_null: whether to draw the similarity minus its mean over permuted images.
+        vmax: similarity of the brightest color; None: 1, or the largest of a measure where it is below a half.
+        cmap: name of the color map.
+    """
+    measures = list(dict.fromkeys(name for result in results.values() for name in result.measures))
+    rows, columns = len(results), len(measures)
+    width = COLUMN_WIDTH if rows * columns == 1 else 0.5 + 2.3 * columns
+    canvas = new_canvas(width, 2.9 if rows * columns == 1 else 0.4 + 2.3 * rows)
+    axes = canvas.grid(rows, columns)
+    for column, measure in enumerate(measures):
+        matrices = {name: _matrix(result, measure, minus_null) for name, result in results.items()}
+        highest = vmax if vmax is not None else _highest(list(matrices.values()))
+        image: AxesImage | None = None
+        for ax, (name, result) in zip(axes[:, column], results.items()):
+            matrix = matrices[name]
+            if matrix is None:
+                ax.set_axis_off()
+                continue
+            image = ax.imshow(matrix.T, origin="lower", vmin=0, vmax=highest, cmap=cmap, aspect="auto")
+            ax.set_facecolor("0.6")
+            _label(ax, name, result, measure, first=column == 0, last=ax is axes[-1, column])
+        if image is not None:
+            label = LABELS.get(measure, measure) + (" minus null" if minus_null else "")
+            canvas.colorbar(image, ax=list(axes[:, column]), label=label, location="top", shrink=0.9, extend="neither")
+    return canvas.figure
+
+
+def _matrix(result: SimilarityResult, measure: str, minus_null: bool) -> np.ndarray | None:
+    if measure not in result.measures:
+        return None
+    index = result.measures.index(measure)
+    return result.similarities[index] - (result.null_means[index] if minus_null else 0)
+
+
+def _highest(matrices: list[np.ndarray | None]) -> float:
+    values = [m[np.isfinite(m)].max(initial=0.0) for m in matrices if m is not None]
+    largest = max(values, default=0.0)
+    return largest if 0 < largest < 0.5 else 1.0
+
+
+def _label(ax: Axes, name: str, result: SimilarityResult, measure: str, *, first: bool, last: bool) -> None:
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set_major_locator(MaxNLocator(integer=True, nbins=5))
+    _stages(ax, result.stages, result.other_stages)
+    within = result.taps == result.other_taps
+    ax.set(title=name if first else "", box_aspect=1)
+    if last:
+        ax.set_xlabel("Predicting layer" if measure == "linear_regression" else "Layer")
+    other = "Layer" if within else "Layer of the other model"
+    if measure == "linear_regression":
+        ax.set_ylabel("Predicted layer" if within else "Predicted layer of the other model")
+    elif first:
+        ax.set_ylabel(other)
 
 
 def _stages(ax: Axes, stages: np.ndarray, others: np.ndarray) -> None:
