@@ -11,7 +11,15 @@ import vitscope as vs
 
 @pytest.mark.parametrize(
     "name",
-    ["cka", "effective_rank", "feature_map_variance", "relative_log_amplitude", "similarity", "tap_table", "token_norms"],
+    [
+        "cka",
+        "effective_rank",
+        "feature_map_variance",
+        "relative_log_amplitude",
+        "similarity",
+        "tap_table",
+        "token_norms",
+    ],
 )
 def test_a_probe_without_taps_is_refused(name: str) -> None:
     model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(8, 3))

@@ -117,7 +117,7 @@ def _label(ax: Axes, name: str, result: SimilarityResult, measure: str, *, first
         ax.set_xlabel("Predicting layer" if measure == "linear_regression" else "Layer")
     other = "Layer" if within else "Layer of the other model"
     if measure == "linear_regression":
-        ax.set_ylabel("Predicted layer" if within else "Predicted layer of the other model")
+        ax.set_ylabel("Predicted layer" if within else "Predicted layer (other model)")
     elif first:
         ax.set_ylabel(other)
 
