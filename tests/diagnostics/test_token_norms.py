@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,8 +17,12 @@ import vitscope as vs
 from tests.helpers.result_checks import check_result
 from vitscope.core.undefined_values import NullWarning
 from vitscope.diagnostics.tokens._artefacts import bimodality_coefficient, first_with_artefacts, robust_threshold
+from vitscope.diagnostics.tokens._attention_sinks import AttentionSinks, sink_fields
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*fewer than 128 images")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*fewer than 128 images"),
+    pytest.mark.filterwarnings(r"ignore:token_norms. null for attention \(the network"),
+]
 
 
 class Sequences(nn.Module):
@@ -99,6 +105,60 @@ def test_norms_are_those_of_an_explicit_forward_pass() -> None:
         rms = state[:, 3:].square().mean(1).sqrt().mean(0)
         np.testing.assert_allclose(result.channel_norms[i], rms, rtol=1e-12)
     np.testing.assert_array_equal(result.map_sizes, [[2, 3]] * 5)
+    assert result.attention_units == ("blocks.0.attn", "blocks.1.attn")
+    for unit, state in enumerate((states[0], states[2])):
+        weights = explicit_attention(model.blocks[unit], state)  # (n_images, heads, queries, keys)
+        received = 9 * weights.mean((1, 2)).numpy()
+        np.testing.assert_allclose(result.attention_received[unit], received[:, 3:], rtol=1e-6)
+        np.testing.assert_allclose(result.attention_prefix[unit], received[:, :3].mean(0), rtol=1e-12)
+        assert result.sink_ratio[unit] == pytest.approx(received.max(axis=1).mean(), rel=1e-12)
+        assert result.sink_on_prefix[unit] == (received.argmax(axis=1) < 3).mean()
+
+
+def explicit_attention(block: Any, x: Tensor) -> Tensor:
+    """Return softmax(q k' / sqrt(d)) of a block of timm's ViT, (B, heads, tokens, tokens)."""
+    heads = block.attn.num_heads
+    with torch.no_grad():
+        q, k, _ = block.attn.qkv(block.norm1(x)).unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
+        return (q @ k.transpose(-2, -1) / q.shape[-1] ** 0.5).softmax(-1)
+
+
+def unit_of(keys: Tensor, queries: Tensor, n_prefix: int = 0) -> Any:
+    unit = SimpleNamespace(n_prefix=n_prefix, depth=0.5)
+    grid = (int(keys[..., 0].max()) + 1, int(keys[..., 1].max()) + 1)
+    return SimpleNamespace(name="b", unit=unit, n_windows=len(keys), keys=keys, queries=queries, key_grid=grid)
+
+
+def test_attention_received_in_windows_is_put_back_in_place_without_padding() -> None:
+    cells = torch.tensor([[[0, 0], [0, 1]], [[0, 2], [-1, -1]]])  # a map of 1 x 3 in windows of 1 x 2
+    sinks = AttentionSinks(unit_of(cells, cells), None)
+    nan = float("nan")
+    first = torch.tensor([[[0.9, 0.1], [0.7, 0.3]], [[0.5, 0.5], [nan, nan]]])  # (windows, queries, keys)
+    second = torch.tensor([[[0.2, 0.8], [0.2, 0.8]], [[1.0, 0.0], [nan, nan]]])
+    weights = torch.stack((first, second))[:, :, None].expand(2, 2, 3, 2, 2)  # (images, windows, heads, ...)
+    sinks.add(weights.flatten(0, 1))
+    sinks.patch.close(0)
+    fields = sink_fields([sinks], ["a", "b"], [np.array([[False, True, False], [True] * 3]), np.zeros((2, 3))], 0, 0.95)
+    expected = np.array([[1.6, 0.4, 1.0], [0.4, 1.6, 2.0]])
+    np.testing.assert_allclose(fields["attention_received"][0], expected, rtol=1e-6)
+    np.testing.assert_allclose(fields["sink_ratio"], [(1.6 + 2.0) / 2], rtol=1e-6)
+    np.testing.assert_allclose(fields["attention_artefacts"], [(0.4 + 0.4 + 1.6 + 2.0) / 4], rtol=1e-6)
+
+
+def test_attention_to_one_token_makes_it_a_sink_and_equal_attention_makes_none() -> None:
+    cells = torch.tensor([[[-1, -1], [0, 0], [0, 1], [1, 0], [1, 1]]])
+    sinks = AttentionSinks(unit_of(cells, cells, n_prefix=1), None)
+    weights = torch.full((2, 2, 5, 5), 0.2)
+    weights[1] = 0.0
+    weights[1, :, :, 0] = 1.0
+    sinks.add(weights)
+    sinks.patch.close(0)
+    fields = sink_fields([sinks], ["b"], [np.zeros((2, 4), bool)], 2, 0.95)
+    np.testing.assert_allclose(fields["attention_received"][0], [[1.0] * 4, [0.0] * 4], rtol=1e-6)
+    np.testing.assert_allclose(fields["attention_prefix"], [[3.0, np.nan]], rtol=1e-6)
+    np.testing.assert_allclose(fields["sink_ratio"], [3.0], rtol=1e-6)
+    assert fields["sink_on_prefix"][0] == 0.5
+    assert np.isnan(fields["attention_artefacts"][0])  # no tap before the unit
 
 
 def test_planted_artefacts_are_found_where_they_are(tmp_path) -> None:
@@ -196,7 +256,7 @@ def test_positions_of_a_convnet_are_its_tokens_and_zeros_have_no_massive_ratio()
     probe = vs.Probe(model, [(noise(3, 3, 64, 64).float(), torch.zeros(3, dtype=torch.long))])
     with torch.no_grad():
         nn.init.constant_(model.layer4[1].bn2.bias, -50.0)  # no sum is positive
-    with pytest.warns(NullWarning, match=r"more than half of its activations at zero\); layer4.1 \(no norm is pos"):
+    with pytest.warns(NullWarning, match=r"attention \(the network has none\).*zero\); layer4.1 \(no norm is pos"):
         result = vs.token_norms(probe)
     with torch.no_grad():
         stem = model.maxpool(model.act1(model.bn1(model.conv1(probe.first_images()))))
@@ -211,7 +271,7 @@ def test_positions_of_a_convnet_are_its_tokens_and_zeros_have_no_massive_ratio()
 def test_activations_that_are_not_finite_are_null() -> None:
     x = unit_tokens(3)
     x[1, 0, 0, 0] = torch.nan
-    with pytest.warns(NullWarning, match=r"null for tap0, tap1 \(activations are not finite\)"):
+    with pytest.warns(NullWarning, match=r"tap0, tap1 \(activations are not finite\)"):
         result = vs.token_norms(Sequences().probe(x))
     assert np.isnan([result.norm, result.artefact_share, result.massive_ratio, result.massive_share]).all()
     assert (result.massive_channels == -1).all()

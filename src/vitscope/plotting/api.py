@@ -60,7 +60,7 @@ def plot(
                                    ``axis``: true, paper
     ``similarity``                 ``minus_null``, ``vmax``, ``cmap``
     ``spectral_density``           ``floor``
-    ``token_norms``                ``view``: all, norms, artefacts, massive, maps; ``tap``; ``images``
+    ``token_norms``                ``view``: all, norms, artefacts, massive, sinks, maps; ``tap``; ``images``
     ``trajectory``                 ``kind``: pca, polar
     ============================== ==========================================================================
 

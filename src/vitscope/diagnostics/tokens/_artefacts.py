@@ -26,6 +26,7 @@ class Artefacts:
         threshold: norm above which a token is an artefact; NaN where no norm is positive and finite.
         share: mean over images of the share of an image's tokens above it.
         share_half_width: half its t-interval; NaN with fewer than 128 images, or fewer than 10 with an artefact.
+        above: (n_images, n_tokens) whether a token is an artefact.
         frequency: (n_tokens,) share of images whose token at a position is an artefact.
         bimodality: Sarle's coefficient of the logarithms of all norms.
     """
@@ -33,6 +34,7 @@ class Artefacts:
     threshold: float
     share: float
     share_half_width: float
+    above: np.ndarray
     frequency: np.ndarray
     bimodality: float
 
@@ -48,13 +50,14 @@ def artefacts(norms: np.ndarray, threshold: float | None, level: float) -> Artef
     logs = _logarithms(norms)
     limit = robust_threshold(logs) if threshold is None else float(threshold)
     if not np.isfinite(norms).all() or not norms.size or not np.isfinite(limit):
-        return Artefacts(limit, np.nan, np.nan, np.full(norms.shape[1], np.nan), np.nan)
+        nothing = np.zeros(norms.shape, bool)
+        return Artefacts(limit, np.nan, np.nan, nothing, np.full(norms.shape[1], np.nan), np.nan)
     above = norms > limit
     shares = above.mean(axis=1)
     mean = estimate(len(shares), shares.sum(), np.square(shares).sum(), level)
     has_enough = np.count_nonzero(shares) >= LEAST_EVENTS
     half_width = float(mean.half_width) if has_enough else np.nan
-    return Artefacts(limit, float(mean.mean), half_width, above.mean(axis=0), bimodality_coefficient(logs))
+    return Artefacts(limit, float(mean.mean), half_width, above, above.mean(axis=0), bimodality_coefficient(logs))
 
 
 def robust_threshold(logs: np.ndarray) -> float:

@@ -31,14 +31,14 @@ _WIDE_COLORS = 5.0
 def token_norms(
     results: Mapping[str, TokenNormsResult], *, view: str = "all", tap: str | None = None, images: int = 5
 ) -> Figure:
-    """Draw norms, artefacts and massive activations over depth, and a row of maps of single images' norms for each result.
+    """Draw norms, artefacts, massive activations and attention sinks over depth, and a row of maps of images for each result.
 
     The band of the norms reaches from the 5 % to the 95 % quantile of the patch tokens; lines of prefix tokens are means over
     the tokens of a kind. Squares in the maps are artefacts.
 
     Args:
         results: by the name in the legend and the titles.
-        view: ``all``, or one of ``norms``, ``artefacts``, ``massive``, ``maps``.
+        view: ``all``, or one of ``norms``, ``artefacts``, ``massive``, ``sinks``, ``maps``.
         tap: whose maps are drawn; by default that with the largest share of artefacts, or the last with more than one position.
         images: number of images with a map, the first ones.
 
@@ -49,12 +49,17 @@ def token_norms(
         "norms": _norms,
         "artefacts": _artefacts,
         "massive": _massive,
+        "sinks": _sinks,
     }
     if view not in ("all", *curves, "maps"):
         raise ValueError(f"Expected view to be one of all, {', '.join(curves)}, maps, received {view!r}.")
     if images < 1:
         raise ValueError(f"Expected at least one image, received {images}.")
     drawn = [view] if view in curves else list(curves) if view == "all" else []
+    if not any(len(result.attention_units) for result in results.values()):
+        if view == "sinks":
+            raise ValueError("Expected a result with attention for view='sinks', received none; pass view='norms'.")
+        drawn = [name for name in drawn if name != "sinks"]
     mapped = results if view in ("all", "maps") else {}
     heights = [*(1.0 for _ in drawn), *(0.85 for _ in mapped)]
     canvas = new_canvas(COLUMN_WIDTH, 0.4 + 1.45 * len(drawn) + 1.25 * len(mapped))
@@ -83,8 +88,8 @@ def _norms(ax: Axes, results: Mapping[str, TokenNormsResult]) -> None:
             columns = np.array(result.prefix_kinds) == kind
             style, label = PREFIX_LINES[kind]
             line_color = color if len(results) > 1 else "black"
-            (line,) = ax.plot(result.depths, result.prefix_norm[:, columns].mean(axis=1), style, color=line_color)
-            line.set(linewidth=1.0, label=label)
+            values = result.prefix_norm[:, columns].mean(axis=1)
+            ax.plot(result.depths, values, style, color=line_color, linewidth=1.0, label=label)
     _bands(ax, results)
     _log_where_wide(ax)
     ax.set_ylabel("Token norm")
@@ -102,7 +107,7 @@ def _artefacts(ax: Axes, results: Mapping[str, TokenNormsResult]) -> None:
 
 def _massive(ax: Axes, results: Mapping[str, TokenNormsResult]) -> None:
     for index, (name, result) in enumerate(results.items()):
-        _curve(ax, index, result, result.massive_ratio, result.massive_ratio_half_width, name or "Patch tokens")
+        _curve(ax, index, result, result.massive_ratio, result.massive_ratio_half_width, name or None)
     _bands(ax, results)
     ax.set_yscale("log")
     low, high = ax.get_ylim()
@@ -113,8 +118,31 @@ def _massive(ax: Axes, results: Mapping[str, TokenNormsResult]) -> None:
     ax.set_ylabel("Largest / median\nmagnitude")
 
 
+def _sinks(ax: Axes, results: Mapping[str, TokenNormsResult]) -> None:
+    ax.axhline(1, color="0.5", linewidth=0.6, zorder=1)
+    for index, (name, result) in enumerate(results.items()):
+        ax.errorbar(
+            result.attention_depths,
+            result.sink_ratio,
+            result.sink_ratio_half_width,
+            marker=MARKERS[index % len(MARKERS)],
+            markersize=3,
+            elinewidth=0.8,
+            color=result_color(index),
+            label=name or None,
+        )
+        for kind in dict.fromkeys(result.prefix_kinds):
+            columns = np.array(result.prefix_kinds) == kind
+            style, label = PREFIX_LINES[kind]
+            color = result_color(index) if len(results) > 1 else "black"
+            values = result.attention_prefix[:, columns].mean(axis=1)
+            ax.plot(result.attention_depths, values, style, color=color, linewidth=1.0, label=label)
+    _log_where_wide(ax)
+    ax.set_ylabel("Largest attention\n/ equal share")
+
+
 def _curve(
-    ax: Axes, index: int, result: TokenNormsResult, values: np.ndarray, half_widths: np.ndarray, label: str
+    ax: Axes, index: int, result: TokenNormsResult, values: np.ndarray, half_widths: np.ndarray, label: str | None
 ) -> None:
     ax.errorbar(
         result.depths,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,28 +13,41 @@ from vitscope.core.feature_pass import run_feature_pass, shares_pass
 from vitscope.core.measure_options import record_options
 from vitscope.core.objective_card import ObjectiveCard
 from vitscope.core.probe import Probe
-from vitscope.core.results.result import TAP_COORDINATES, Result
+from vitscope.core.results.result import Result
 from vitscope.core.running_mean import estimates
 from vitscope.core.tap import Tap
 from vitscope.core.undefined_values import warn_nulls
 from vitscope.diagnostics.tokens._artefacts import Artefacts, artefacts, first_with_artefacts
+from vitscope.diagnostics.tokens._attention_sinks import AttentionSinks, sink_fields
+from vitscope.diagnostics.tokens._attention_units import readable_units
 from vitscope.diagnostics.tokens._prefix_kinds import prefix_kinds
 from vitscope.diagnostics.tokens._token_statistics import TapSums, gathered_rows
+from vitscope.diagnostics.tokens._token_tables import (
+    QUANTILES,
+    largest_channels,
+    merged_facts,
+    numbers,
+    padded,
+    quantiles,
+    stacked,
+)
 from vitscope.runtime import distributed
 from vitscope.runtime.value_ranges import PositiveFloat, PositiveInt
 from vitscope.stats.intervals import Estimate, check_level, few_images
-
-#: levels of the quantiles of the norms of patch tokens
-QUANTILES = np.array([0.0, 0.05, 0.5, 0.95, 1.0])
-#: channels of which a tap's result names the numbers
-_N_CHANNELS = 5
 
 
 @dataclass(frozen=True)
 class TokenNormsResult(
     Result,
-    coordinates=TAP_COORDINATES | {"quantile": "quantile_levels"},
-    untabulated=("norms_patch", "norms_prefix", "channel_norms"),
+    coordinates={
+        "tap": "taps",
+        "kind": "kinds",
+        "stage": "stages",
+        "depth": ("depths", "attention_depths"),
+        "quantile": "quantile_levels",
+        "unit": "attention_units",
+    },
+    untabulated=("norms_patch", "norms_prefix", "channel_norms", "attention_received"),
 ):
     """Euclidean norms over channels, by tap; NaN is null. Patch tokens are the positions of a map, in rows.
 
@@ -68,6 +81,16 @@ class TokenNormsResult(
         massive_channels: (n_taps, n_channels) numbers of the channels with the largest magnitudes, descending; -1 for none.
         massive_channel_magnitudes: (n_taps, n_channels) their largest magnitudes, mean over images.
         channel_norms: (n_taps, C) one array a tap: root mean square of each channel over positions, mean over images.
+        attention_units: (n_units) names of the units whose attention could be read; none in a ConvNet.
+        attention_depths: (n_units,) normalized depth among all units of the model.
+        attention_received: (n_units, n_norm_images, n_keys) float32; one array a unit where the numbers of keys differ: attention
+            that each position of the map of keys receives, mean over heads and queries, times the number of keys, so that
+            equal attention is 1.
+        attention_prefix: (n_units, n_prefix) likewise, of each prefix token, mean over images.
+        attention_artefacts: (n_units,) likewise, mean over the artefacts of the tap before the unit; NaN where it has none.
+        sink_ratio: (n_units,) largest attention that one token of an image receives, likewise; mean over images.
+        sink_ratio_half_width: (n_units,) half its t-interval over images; NaN with fewer than 128.
+        sink_on_prefix: (n_units,) share of images in which that token is a prefix token.
         n_norm_images: number of images whose norms are kept.
         level: coverage of the intervals.
         n_images: number of images.
@@ -102,19 +125,29 @@ class TokenNormsResult(
     massive_channels: np.ndarray
     massive_channel_magnitudes: np.ndarray
     channel_norms: tuple[np.ndarray, ...]
+    attention_units: tuple[str, ...]
+    attention_depths: np.ndarray
+    attention_received: np.ndarray | tuple[np.ndarray, ...]
+    attention_prefix: np.ndarray
+    attention_artefacts: np.ndarray
+    sink_ratio: np.ndarray
+    sink_ratio_half_width: np.ndarray
+    sink_on_prefix: np.ndarray
     n_norm_images: int
     level: float
     n_images: int
     card: ObjectiveCard | None = None
 
     def scalars(self) -> dict[str, float]:
-        """Return the last tap's norm and, over taps, the largest share of artefacts and the largest massive ratio."""
+        """Return the last tap's norm, and the largest share of artefacts, massive ratio, bimodality and sink ratio by depth."""
         values = {
             "norm_last": float(self.norm[-1]),
             "artefact_share_max": _largest(self.artefact_share),
             "massive_ratio_max": _largest(self.massive_ratio),
             "bimodality_max": _largest(self.bimodality),
         }
+        if len(self.attention_units):
+            values["sink_ratio_max"] = _largest(self.sink_ratio)
         if self.first_artefact_tap >= 0:
             values["first_artefact_depth"] = float(self.depths[self.first_artefact_tap])
         return values
@@ -182,6 +215,9 @@ class _Sums:
     ) -> None:
         self.probe, self.threshold, self.level = probe, threshold, level
         self.taps = [TapSums(norm_images, positions) for _ in probe.taps]
+        self.attention_units, self.unread = readable_units(probe)
+        self.sinks = [AttentionSinks(unit, norm_images) for unit in self.attention_units]
+        self.reads_maps = True
         self._prefix: Tensor | None = None
 
     def read_prefix(self, index: int, tap: Tap, tokens: Tensor) -> None:
@@ -193,47 +229,56 @@ class _Sums:
         prefix, self._prefix = self._prefix, None
         self.taps[index].read(tap, x, prefix)
 
+    def read_attention(self, index: int, unit: Any, weights: Tensor) -> None:
+        """Take the attention weights ``(B * n_windows, heads, queries, keys)`` of one unit."""
+        self.sinks[index].add(weights)
+
     def close_batch(self, number: int, n_images: int) -> None:
         """Note the number of the batch."""
         for tap in self.taps:
             tap.close(number)
+        for unit in self.sinks:
+            unit.patch.close(number)
 
     def result(self) -> TokenNormsResult:
         """Return norms, artefacts, massive activations and their intervals."""
-        return _result(self.probe, self.taps, self.threshold, self.level)
+        return _result(self)
 
 
-def _result(probe: Probe, sums: Sequence[TapSums], threshold: float | None, level: float) -> TokenNormsResult:
-    means = estimates([mean for tap in sums for mean in tap.means], level)
+def _result(sums: _Sums) -> TokenNormsResult:
+    probe, level = sums.probe, sums.level
+    means = estimates([mean for tap in sums.taps for mean in tap.means], level)
     by_tap = [means[start : start + 8] for start in range(0, len(means), 8)]
     norm, prefix_norm, channel, peak, largest, ratio, massive, on_prefix = (list(column) for column in zip(*by_tap))
-    kept_norms = gathered_rows([rows for tap in sums for rows in (tap.patch, tap.prefix)])
-    gathered = distributed.gather_objects([(tap.shape, tap.n_prefix, tap.zero_medians) for tap in sums])
-    facts = [_merged(states) for states in zip(*gathered)]
+    kept_norms = gathered_rows([rows for tap in sums.taps for rows in (tap.patch, tap.prefix)])
+    gathered = distributed.gather_objects([(tap.shape, tap.n_prefix, tap.zero_medians) for tap in sums.taps])
+    facts = [merged_facts(states) for states in zip(*gathered)]
     n_images = max(mean.count for mean in norm)
     n_kept = max((len(rows) for rows in kept_norms[::2] if rows is not None), default=0)
     patch = [np.zeros((n_kept, 0), np.float32) if rows is None else rows for rows in kept_norms[::2]]
     prefix = [np.zeros((n_kept, 0), np.float32) if rows is None else rows for rows in kept_norms[1::2]]
-    artefacts_by_tap = [artefacts(rows, threshold, level) for rows in patch]
+    artefacts_by_tap = [artefacts(rows, sums.threshold, level) for rows in patch]
     n_prefix = max(n for _, n, _ in facts)
     shares = np.array([tap.share for tap in artefacts_by_tap])
-    _warn(probe.taps, facts, artefacts_by_tap, ratio, n_images)
-    channels, magnitudes = _largest_channels(peak)
+    names = tuple(tap.name for tap in probe.taps)
+    attention = sink_fields(sums.sinks, names, [tap.above for tap in artefacts_by_tap], n_prefix, level)
+    _warn(probe.taps, facts, artefacts_by_tap, ratio, n_images, sums.unread)
+    channels, magnitudes = largest_channels(peak)
     return TokenNormsResult(
-        taps=tuple(tap.name for tap in probe.taps),
+        taps=names,
         kinds=tuple(tap.kind for tap in probe.taps),
         stages=np.array([tap.stage for tap in probe.taps]),
         depths=np.array([tap.depth for tap in probe.taps], dtype=float),
         map_sizes=np.array([shape[1:] for shape, _, _ in facts]),
         prefix_kinds=prefix_kinds(probe.model, n_prefix),
-        norms_patch=_stacked(patch),
-        norms_prefix=_stacked(prefix),
-        norm=_numbers(norm, "mean"),
-        norm_half_width=_numbers(norm, "half_width"),
-        norm_quantiles=np.array([_quantiles(rows) for rows in patch]),
+        norms_patch=stacked(patch),
+        norms_prefix=stacked(prefix),
+        norm=numbers(norm, "mean"),
+        norm_half_width=numbers(norm, "half_width"),
+        norm_quantiles=np.array([quantiles(rows) for rows in patch]),
         quantile_levels=QUANTILES.copy(),
-        prefix_norm=_padded([mean.mean for mean in prefix_norm], n_prefix),
-        prefix_norm_half_width=_padded([mean.half_width for mean in prefix_norm], n_prefix),
+        prefix_norm=padded([mean.mean for mean in prefix_norm], n_prefix),
+        prefix_norm_half_width=padded([mean.half_width for mean in prefix_norm], n_prefix),
         artefact_threshold=np.array([tap.threshold for tap in artefacts_by_tap]),
         artefact_share=shares,
         artefact_share_half_width=np.array([tap.share_half_width for tap in artefacts_by_tap]),
@@ -242,61 +287,20 @@ def _result(probe: Probe, sums: Sequence[TapSums], threshold: float | None, leve
         ),
         bimodality=np.array([tap.bimodality for tap in artefacts_by_tap]),
         first_artefact_tap=first_with_artefacts(shares),
-        massive_ratio=_numbers(ratio, "mean"),
-        massive_ratio_half_width=_numbers(ratio, "half_width"),
-        largest_magnitude=_numbers(largest, "mean"),
-        massive_share=_numbers(massive, "mean"),
-        massive_on_prefix=_numbers(on_prefix, "mean"),
+        massive_ratio=numbers(ratio, "mean"),
+        massive_ratio_half_width=numbers(ratio, "half_width"),
+        largest_magnitude=numbers(largest, "mean"),
+        massive_share=numbers(massive, "mean"),
+        massive_on_prefix=numbers(on_prefix, "mean"),
         massive_channels=channels,
         massive_channel_magnitudes=magnitudes,
         channel_norms=tuple(np.atleast_1d(mean.mean) for mean in channel),
+        **attention,  # pyright: ignore[reportArgumentType]  fields by name
         n_norm_images=n_kept,
         level=level,
         n_images=n_images,
         card=probe.card(),
     )
-
-
-def _merged(states: Sequence[tuple[Any, int, int]]) -> tuple[tuple[int, ...], int, int]:
-    """Return the shape and the number of prefix tokens from whichever rank saw them, and the sum of zero medians."""
-    shape = next((shape for shape, _, _ in states if shape is not None), (0, 0, 0))
-    return shape, max(n for _, n, _ in states), sum(zeros for *_, zeros in states)
-
-
-def _numbers(means: Sequence[Estimate], field: str) -> np.ndarray:
-    """Return one number a tap; NaN where it is not finite."""
-    values = np.array([float(getattr(mean, field)) for mean in means])
-    return np.where(np.isfinite(values), values, np.nan)
-
-
-def _stacked(rows: Sequence[np.ndarray]) -> np.ndarray | tuple[np.ndarray, ...]:
-    return np.stack(rows) if len({part.shape for part in rows}) == 1 else tuple(rows)
-
-
-def _quantiles(norms: np.ndarray) -> np.ndarray:
-    if not norms.size or not np.isfinite(norms).all():
-        return np.full(len(QUANTILES), np.nan)
-    return np.quantile(norms.astype(np.float64), QUANTILES)
-
-
-def _padded(rows: Sequence[np.ndarray], n: int) -> np.ndarray:
-    table = np.full((len(rows), n), np.nan)
-    for line, values in zip(table, rows):
-        values = np.atleast_1d(values)[:n]
-        line[: len(values)] = values
-    return np.where(np.isfinite(table), table, np.nan)
-
-
-def _largest_channels(peaks: Sequence[Estimate]) -> tuple[np.ndarray, np.ndarray]:
-    """Return the numbers of the channels with the largest magnitudes and these, ``(n_taps, n_channels)`` each."""
-    channels = np.full((len(peaks), _N_CHANNELS), -1)
-    magnitudes = np.full((len(peaks), _N_CHANNELS), np.nan)
-    for tap, mean in enumerate(peaks):
-        values = np.atleast_1d(mean.mean)
-        if mean.count and np.isfinite(values).all():
-            order = np.argsort(-values, kind="stable")[:_N_CHANNELS]
-            channels[tap, : len(order)], magnitudes[tap, : len(order)] = order, values[order]
-    return channels, magnitudes
 
 
 def _warn(
@@ -305,8 +309,9 @@ def _warn(
     artefacts_by_tap: Sequence[Artefacts],
     ratio: Sequence[Estimate],
     n_images: int,
+    unread: Mapping[str, str],
 ) -> None:
-    reasons = {}
+    reasons = dict(unread)
     for tap, (shape, _, zero_medians), tap_artefacts, tap_ratio in zip(taps, facts, artefacts_by_tap, ratio):
         if shape == (0, 0, 0):
             reasons[tap.name] = "not reached by the forward pass"
