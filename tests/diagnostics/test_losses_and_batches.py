@@ -22,8 +22,8 @@ from tests.helpers import forms_of_batches as forms
 LOSSES, SAME = ("mse", "bce", "dense", "own loss"), ("dict output", "dict batch", "triple")
 #: measures of feature maps alone, which are those of any loss
 MAPS = {
-    "attention_distance", "branch_transfer", "cka", "effective_rank", "feature_map_variance", "relative_log_amplitude",
-    "similarity", "tap_table", "token_norms",
+    "attention_distance", "branch_transfer", "cka", "effective_rank", "effective_receptive_field", "feature_map_variance",
+    "relative_log_amplitude", "similarity", "tap_table", "token_norms",
 }  # fmt: skip
 #: measures that take long: most of their forms are tested among the slow tests
 EXPENSIVE = {
@@ -38,6 +38,7 @@ REFUSED: dict[str, dict[str, str]] = {
     **dict.fromkeys(
         ("adversarial", "corruption", "fourier_heatmap", "frequency_noise_robustness", "input_filter"), CLASSES | IMAGES
     ),
+    "effective_receptive_field": IMAGES,
     "lesion": {"dense": r"lesion compares the losses of images and needs a label for every pixel, received 14 ignored"},
     "rayleigh_split": {"own loss": r"rayleigh_split needs the Gauss-Newton matrix, which a loss of your own"},
 }

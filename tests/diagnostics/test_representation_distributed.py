@@ -28,6 +28,7 @@ def measured(n_batches: int) -> dict:
         return {
             "fourier": vs.relative_log_amplitude(probe),
             "transfer": vs.branch_transfer(probe, n_resamples=8),
+            "receptive field": vs.effective_receptive_field(probe, taps="all"),
             "variance": vs.feature_map_variance(probe),
             "tokens": vs.token_norms(probe, norm_images=5),
             "taps": vs.tap_table(probe),

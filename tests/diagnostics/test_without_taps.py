@@ -14,6 +14,7 @@ import vitscope as vs
     [
         "cka",
         "effective_rank",
+        "effective_receptive_field",
         "feature_map_variance",
         "relative_log_amplitude",
         "similarity",

@@ -49,6 +49,7 @@ def plot(
     ``calibration``                ``show_scaled``
     ``corruption``                 ``view``: both, severity, type
     ``effective_rank``             ``share``
+    ``effective_receptive_field``  ``view``: last, taps, depth
     ``feature_map_variance``       ``view``: both, variance, ratio; ``log``
     ``frequency_noise_robustness`` ``view``: bands, rms; ``relative``
     ``hessian_max_eigenvalue_spectrum`` ``log``

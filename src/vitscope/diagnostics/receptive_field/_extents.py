@@ -1,0 +1,109 @@
+"""Extents of a field on an image: radius and square around a point that hold a share of its mass."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vitscope.runtime.distributed import gather_objects
+from vitscope.stats.jackknife import N_GROUPS
+
+#: a share is reached where it is missed by rounding alone
+_ROUNDING = 1e-12
+
+
+def distances(size: tuple[int, int], center: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the Euclidean and the Chebyshev distance of each pixel's center from a point, both ``(H * W,)`` in pixels.
+
+    Args:
+        size: (H, W) of the image.
+        center: (2,) row and column of the point, where whole numbers are centers of pixels.
+    """
+    rows, columns = np.abs(np.arange(size[0]) - center[0]), np.abs(np.arange(size[1]) - center[1])
+    euclidean = np.hypot(rows[:, None], columns[None, :])
+    square = np.maximum(rows[:, None], columns[None, :])
+    return euclidean.round(9).ravel(), square.round(9).ravel()
+
+
+def radii(field: np.ndarray, distance: np.ndarray, shares: np.ndarray) -> np.ndarray:
+    """Return the radii within which lie the shares of a field, NaN for a field that is 0 or not finite.
+
+    The share within a radius is known at the distances of pixel centers and linear between them, so that the radius follows
+    small changes of the field.
+
+    Args:
+        field: (H * W,) at least 0.
+        distance: (H * W,) Euclidean distances from the center.
+        shares: (n_shares,) in (0, 1].
+    """
+    cumulative = _cumulative(field, distance)
+    return np.full(len(shares), np.nan) if cumulative is None else _reached(shares, cumulative[1], cumulative[0])
+
+
+def area_ratios(field: np.ndarray, distance: np.ndarray, shares: np.ndarray) -> np.ndarray:
+    """Return the shares of the image's pixels in the squares that hold the shares of a field, linear between two squares.
+
+    What of a square lies outside of the image is not counted. A flat field has the shares themselves. Arguments are those of
+    `radii`, with Chebyshev distances.
+    """
+    cumulative = _cumulative(field, distance)
+    if cumulative is None:
+        return np.full(len(shares), np.nan)
+    _, held, pixels = cumulative
+    return _reached(shares, np.append(0.0, held), np.append(0.0, pixels))
+
+
+def _reached(shares: np.ndarray, held: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Return where the ascending function ``held`` of ``values`` reaches the shares first, linear between two values."""
+    shares = shares * (1 - _ROUNDING)
+    after = (
+        np.clip(np.searchsorted(held, shares), 1, max(len(held) - 1, 1))
+        if len(held) > 1
+        else np.zeros(len(shares), int)
+    )
+    before = np.maximum(after - 1, 0)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        part = np.clip((shares - held[before]) / (held[after] - held[before]), 0, 1)
+    return np.where(after > 0, values[before] + part * (values[after] - values[before]), values[0])
+
+
+def _cumulative(field: np.ndarray, distance: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+    """Return the distances of pixels, ascending, and the shares of the field and of the pixels within each of them."""
+    total = field.sum()
+    if not (np.isfinite(total) and total > 0):
+        return None
+    values, index = np.unique(distance, return_inverse=True)
+    held = np.bincount(index, field, len(values)).cumsum() / total
+    return values, held, np.bincount(index, minlength=len(values)).cumsum() / len(distance)
+
+
+def centroid(field: np.ndarray) -> np.ndarray:
+    """Return row and column ``(2,)`` of the center of mass of a field ``(H, W)``."""
+    rows, columns = (np.arange(n) for n in field.shape)
+    return np.array([field.sum(axis=1) @ rows, field.sum(axis=0) @ columns]) / field.sum()
+
+
+class GroupSums:
+    """Sums of fields over the images of each group, so that memory does not depend on the number of images."""
+
+    def __init__(self) -> None:
+        self.fields: Tensor | None = None  # (n_groups, H, W)
+
+    def add(self, fields: Tensor, groups: Tensor) -> None:
+        """Add the fields ``(B, H, W)`` of images in float64 to their groups ``(B,)``."""
+        if self.fields is None:
+            self.fields = fields.new_zeros(N_GROUPS, *fields.shape[1:])
+        self.fields.index_add_(0, groups.to(fields.device), fields)
+
+
+def gathered(sums: GroupSums | None) -> np.ndarray | None:
+    """Return the sums ``(n_groups, H, W)`` over all ranks; None where no rank added any."""
+    state = None if sums is None or sums.fields is None else sums.fields.cpu().numpy()
+    states = [fields for fields in gather_objects(state) if fields is not None]
+    return np.sum(states, axis=0) if states else None
+
+
+def image_groups(number: int, n_images: int) -> Tensor:
+    """Return the group ``(n_images,)`` of each image of a batch, which follows from its place alone on whatever rank."""
+    return (number + torch.arange(n_images)) % N_GROUPS

@@ -1,0 +1,186 @@
+"""Gradients of the central position of maps with respect to the images, summed over all images of all ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vitscope.core.guard.probe_guard import refuse_unfit_weights
+from vitscope.core.probe import Probe
+from vitscope.core.structure_lookup import structure_reader
+from vitscope.core.tap import Tap
+from vitscope.diagnostics.receptive_field._extents import (
+    GroupSums,
+    area_ratios,
+    centroid,
+    distances,
+    gathered,
+    image_groups,
+    radii,
+)
+from vitscope.runtime import stop_flag
+from vitscope.runtime.distributed import gather_objects, world_size
+from vitscope.runtime.progress import track
+from vitscope.stats.jackknife import N_GROUPS
+
+#: shares of the field whose radius is given
+RADIUS_SHARES = (0.5, 0.9, 0.99)
+
+
+@dataclass(frozen=True)
+class FieldsOfTaps:
+    """Fields of the taps of one model and their extents, last axis or axes as in the result.
+
+    Attributes:
+        map_sizes: (n_taps, 2).
+        cells: (n_taps, 2) row and column of the center of the central position's cell.
+        centroid: (n_taps, 2) center of mass.
+        centers: (n_taps, 2) points around which extents are measured.
+        field: (n_taps, H, W) sums to 1.
+        radius: (n_taps, n_radius_shares) pixels.
+        area: (n_taps, n_area_shares) share of the image.
+        radius_without: (n_groups, n_taps, n_radius_shares) without the images of a group.
+        area_without: (n_groups, n_taps, n_area_shares) likewise.
+        reasons: why taps are null, by name.
+        n_images: number of images.
+        dtype: of the gradients.
+    """
+
+    map_sizes: np.ndarray
+    cells: np.ndarray
+    centroid: np.ndarray
+    centers: np.ndarray
+    field: np.ndarray
+    radius: np.ndarray
+    area: np.ndarray
+    radius_without: np.ndarray
+    area_without: np.ndarray
+    reasons: dict[str, str]
+    n_images: int
+    dtype: str
+
+
+def measure_fields(
+    probe: Probe, taps: Sequence[Tap], contribution: str, center: str, area_shares: np.ndarray
+) -> FieldsOfTaps:
+    """Return the fields of taps; arguments are those of `effective_receptive_field`.
+
+    Raises:
+        ValueError: images or maps whose size changes, or weights that cannot be differentiated.
+    """
+    refuse_unfit_weights(probe.model, differentiated=True)
+    sums = _Sums(taps, contribution)
+    half = probe.dtype in (torch.bfloat16, torch.float16)
+    with probe.guard(logits=False, dtype=torch.float32 if half else None) as model:
+        dtype = str(probe.dtype).removeprefix("torch.")
+        for p in model.parameters():
+            p.requires_grad_(False)  # only images are differentiated; the guard gives the flags back
+        batches = track(probe.local_batches(), "receptive field", -(-probe.n_batches // world_size()))
+        with structure_reader().reading(model, taps, sums.read):
+            for number, (x, _) in batches:
+                x = x.detach().requires_grad_()
+                with torch.enable_grad():
+                    model(x)
+                    sums.close_batch(number, x)
+    return _extents(taps, sums, center, area_shares, dtype)
+
+
+class _Sums:
+    """What is kept between batches: the sums of each tap's field."""
+
+    def __init__(self, taps: Sequence[Tap], contribution: str) -> None:
+        self.taps, self.contribution = taps, contribution
+        self.sums = {i: GroupSums() for i in range(len(taps))}
+        self.map_sizes: dict[int, tuple[int, int]] = {}
+        self.image_size: tuple[int, int] | None = None
+        self.n_images = 0
+        self._features: dict[int, Tensor] = {}
+
+    def read(self, index: int, tap: Tap, x: Tensor) -> None:
+        """Take one tap's map ``(B, C, h, w)``: its central position is kept with its graph."""
+        size = (int(x.shape[-2]), int(x.shape[-1]))
+        if self.map_sizes.setdefault(index, size) != size:
+            raise ValueError(f"Expected maps of one size at {tap.name}, received {self.map_sizes[index]} and {size}.")
+        # a copy, as the model may change the map in place afterwards
+        self._features[index] = x[:, :, size[0] // 2, size[1] // 2].clone()
+
+    def close_batch(self, number: int, x: Tensor) -> None:
+        """Differentiate each tap's position with respect to the images ``x (B, c, H, W)`` and add the contributions."""
+        size = (int(x.shape[-2]), int(x.shape[-1]))
+        self.image_size = self.image_size or size
+        if self.image_size != size:
+            raise ValueError(f"Expected images of one size, received {self.image_size} and {size}.")
+        groups = image_groups(number, len(x))
+        self.n_images += len(x)
+        features, self._features = self._features, {}
+        while features:
+            stop_flag.check()
+            index = next(iter(features))
+            gradient = self._gradient(features.pop(index), x, retain_graph=bool(features))
+            self.sums[index].add(self._contributions(gradient), groups)
+
+    def _gradient(self, features: Tensor, x: Tensor, retain_graph: bool) -> Tensor:
+        value = features.relu().sum() if self.contribution == "positive" else features.sum()
+        if not value.requires_grad:  # does not depend on the images, or is read where gradients are cut off
+            return torch.zeros_like(x)
+        (gradient,) = torch.autograd.grad(value, x, retain_graph=retain_graph, allow_unused=True)
+        return torch.zeros_like(x) if gradient is None else gradient.detach()
+
+    def _contributions(self, gradient: Tensor) -> Tensor:
+        """Return each pixel's contribution ``(B, H, W)`` in float64."""
+        gradient = gradient.double()
+        return gradient.relu().sum(1) if self.contribution == "positive" else gradient.square().sum(1)
+
+
+def _extents(taps: Sequence[Tap], sums: _Sums, center: str, area_shares: np.ndarray, dtype: str) -> FieldsOfTaps:
+    size, map_sizes, n_images = _sizes(sums)
+    shares, n = np.array(RADIUS_SHARES), len(taps)
+    # the position (h // 2, w // 2) in the image, where whole numbers are centers of pixels; NaN for a tap that was not reached
+    scale = np.divide(size, map_sizes, out=np.full((n, 2), np.nan), where=map_sizes > 0)
+    cells = (map_sizes // 2 + 0.5) * scale - 0.5
+    field, centroids, centers = np.full((n, *size), np.nan), np.full((n, 2), np.nan), np.full((n, 2), np.nan)
+    # all images first, then without each group
+    radius, area = (np.full((1 + N_GROUPS, n, len(s)), np.nan) for s in (shares, area_shares))
+    reasons = {}
+    for i, tap in enumerate(taps):
+        groups = gathered(sums.sums[i])
+        mass = None if groups is None else groups.sum(axis=0)
+        reasons[tap.name] = _null_reason(mass)
+        if reasons[tap.name] or groups is None or mass is None:
+            continue
+        field[i], centroids[i] = mass / mass.sum(), centroid(mass)
+        # in half pixels, so that rounding does not tell pixels at one distance apart
+        centers[i] = np.round(2 * centroids[i]) / 2 if center == "mass" else cells[i]
+        euclidean, square = distances(size, centers[i])
+        for k, part in enumerate((mass, *(mass - group for group in groups))):
+            radius[k, i] = radii(part.ravel(), euclidean, shares)
+            area[k, i] = area_ratios(part.ravel(), square, area_shares)
+    reasons = {name: reason for name, reason in reasons.items() if reason}
+    return FieldsOfTaps(
+        map_sizes, cells, centroids, centers, field, radius[0], area[0], radius[1:], area[1:], reasons, n_images, dtype
+    )  # fmt: skip
+
+
+def _sizes(sums: _Sums) -> tuple[tuple[int, int], np.ndarray, int]:
+    """Return the size of the images, that of each map ``(n_taps, 2)``, 0 where it was not reached, and the number of images."""
+    facts = gather_objects((sums.image_size, sums.map_sizes, sums.n_images))
+    image_sizes = {image_size for image_size, _, _ in facts} - {None}
+    if len(image_sizes) > 1:
+        raise ValueError(f"Expected images of one size, received {' and '.join(map(str, sorted(image_sizes)))}.")
+    map_sizes: dict[int, tuple[int, int]] = {}
+    for _, rank_sizes, _ in facts:
+        map_sizes.update(rank_sizes)
+    rows = np.array([map_sizes.get(i, (0, 0)) for i in range(len(sums.taps))])
+    return image_sizes.pop(), rows, sum(count for _, _, count in facts)
+
+
+def _null_reason(mass: np.ndarray | None) -> str:
+    if mass is None:
+        return "not reached by the forward pass"
+    if not np.isfinite(mass).all():
+        return "gradients are not finite"
+    return "" if mass.any() else "no gradient with respect to the images"
