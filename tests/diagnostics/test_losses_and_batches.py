@@ -34,7 +34,7 @@ EXPENSIVE = {
 CLASSES = dict.fromkeys(LOSSES, r"{name} needs logits \(B, K\) and one class an image")
 IMAGES = {"triple": r"{name} changes images and needs batches of images and targets alone"}
 REFUSED: dict[str, dict[str, str]] = {
-    **dict.fromkeys(("calibration", "evaluation", "shape_bias"), CLASSES),
+    **dict.fromkeys(("calibration", "depth_probes", "evaluation", "shape_bias"), CLASSES),
     **dict.fromkeys(
         ("adversarial", "corruption", "fourier_heatmap", "frequency_noise_robustness", "input_filter"), CLASSES | IMAGES
     ),
@@ -50,6 +50,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "bn_policy": {"n_top": 1, **HEAD},
     "corruption": {"types": ("gaussian_noise",), "severities": (1,)},
     "critical_point": {**HEAD, "n_points": 3},
+    "depth_probes": {"n_neighbors": 2},
     "fourier_heatmap": {"n": 2},
     "frequency_noise_robustness": {"n_bands": 2},
     "hessian_by_kind": {"n_top": 1, "tol": 1e-1, "max_products": 8},

@@ -13,6 +13,7 @@ import vitscope as vs
     "name",
     [
         "cka",
+        "depth_probes",
         "effective_rank",
         "effective_receptive_field",
         "feature_map_variance",

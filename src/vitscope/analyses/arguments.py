@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from omegaconf import DictConfig
@@ -11,6 +11,7 @@ from omegaconf import DictConfig
 from vitscope.analyses.context import AnalysisContext
 from vitscope.analyses.spec import Analysis
 from vitscope.config import factories
+from vitscope.config.validation import CROSS_VALIDATION
 from vitscope.core.probe import Probe
 from vitscope.core.run_inputs import FromRun, run_inputs
 from vitscope.runs import api, partial_results
@@ -25,13 +26,25 @@ def options(analysis: Analysis, place: AnalysisContext, rows: partial_results.Pa
         FromRun.VALIDATION: lambda: _validation_probe(place),
         FromRun.UNTRAINED: lambda: factories.model(_untrained(place.cfg)),
     }
-    inputs = run_inputs(analysis.measure)
-    return {name: supply[kind]() for name, kind in inputs.items() if analysis.options.get(name) is None}
+    supplied: dict[str, Any] = {}
+    for name, kind in run_inputs(analysis.measure).items():
+        value = analysis.options.get(name)
+        if kind is FromRun.TRAINING:
+            supplied[name] = None if value == CROSS_VALIDATION else _training_probe(place, value or {})
+        elif value is None:
+            supplied[name] = supply[kind]()
+    return supplied
 
 
 def _validation_probe(place: AnalysisContext) -> Probe:
     request = {"split": "val", "augment": False, "n_images": None, "batch_size": place.datamodule.eval_batch_size}
     return factories.probe(place.cfg, place.network, place.datamodule, request)
+
+
+def _training_probe(place: AnalysisContext, images: Mapping[str, Any]) -> Probe:
+    """Return a probe of clean training images: ``n_images``, ``batch_size`` and ``seed`` as the analysis states them."""
+    request = {"n_images": None, "batch_size": place.datamodule.eval_batch_size, **images}
+    return factories.probe(place.cfg, place.network, place.datamodule, {**request, "split": "train", "augment": False})
 
 
 def loaded(key: str, value: Any, probe: Probe) -> Any:

@@ -36,6 +36,12 @@ METRICS = cross_checks.METRICS
 PROBE_TYPES = typing.get_type_hints(ProbeOptions)
 WHEN_TYPES = typing.get_type_hints(MeasurementTimes)
 
+#: keys of the training images that a run supplies to an analysis
+TRAINING_KEYS = ("n_images", "batch_size", "seed")
+
+#: word in their place: none, so that the measure divides its own images
+CROSS_VALIDATION = "cross_validation"
+
 
 def validate(cfg: DictConfig) -> None:
     """Check a composed configuration.
@@ -251,12 +257,31 @@ def _check_analyses(nodes: Mapping[str, Any]) -> None:
                 if not fits(value, types_[key]):
                     reason = f"not of type {getattr(types_[key], '__name__', types_[key])}"
                     raise ConfigError(f"{path}.{part}.{key}", shown(value), reason, "correct the value")
+        _check_training_images(path, node.get("train"))
         recipe = (node.get("probe") or {}).get("augment")
         if isinstance(recipe, str) and recipe not in loading.options("objective"):
             reason = errors.nearest(recipe, ["true", "false", *loading.options("objective")])
             raise ConfigError(f"{path}.probe.augment", recipe, "neither true, false nor an objective", reason)
         if node.get("on_error", "warn") not in ("warn", "raise"):
             raise ConfigError(f"{path}.on_error", node["on_error"], "unknown", "choose warn or raise")
+
+
+def _check_training_images(path: str, images: Any) -> None:
+    """Check the option ``train`` of an analysis: which training images the run supplies.
+
+    Raises:
+        ConfigError: an unknown key or word, or a value of another type.
+    """
+    if images is None or images == CROSS_VALIDATION:
+        return
+    if not isinstance(images, Mapping):
+        fix = f"set {', '.join(TRAINING_KEYS)}, or {CROSS_VALIDATION}"
+        raise ConfigError(f"{path}.train", shown(images), "not a group of keys", fix)
+    for key, value in images.items():
+        if key not in TRAINING_KEYS:
+            raise ConfigError(f"{path}.train.{key}", shown(value), "no such key", errors.nearest(key, TRAINING_KEYS))
+        if not fits(value, PROBE_TYPES[key]):
+            raise ConfigError(f"{path}.train.{key}", shown(value), "not a whole number", "set 4096")
 
 
 def _paths_of(path: str, node: Any) -> tuple[str, ...]:

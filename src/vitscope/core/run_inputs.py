@@ -24,12 +24,14 @@ class FromRun(Enum):
     CHECKPOINTS = "the run's checkpoints"
     VALIDATION = "a probe of the validation images"
     UNTRAINED = "the run's model before training"
+    TRAINING = "a probe of training images without augmentation"
 
 
 ResumableRows = Annotated[MutableMapping[str, Mapping[str, Any]], FromRun.ROWS]
 RunCheckpoints = Annotated[Checkpoints, FromRun.CHECKPOINTS]
 ValidationProbe = Annotated[Probe, FromRun.VALIDATION]
 UntrainedModel = Annotated[nn.Module, FromRun.UNTRAINED]
+TrainingProbe = Annotated[Probe, FromRun.TRAINING]
 
 
 def run_inputs(measure: Callable[..., Any]) -> dict[str, FromRun]:

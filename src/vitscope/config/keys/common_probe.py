@@ -31,6 +31,7 @@ _OWN_IMAGES: dict[str, tuple[tuple[str, ...], Any, str]] = {
     "vitscope.shape_bias": (("split",), None, "it needs the images of the split cue_conflict"),
     "vitscope.tap_table": (COMMON_KEYS, None, "it reads shapes from one image"),
     "vitscope.calibration": (("split",), "val", "its temperature is fitted on those images"),
+    "vitscope.depth_probes": (("split",), "train", "its classifiers are fitted on those images"),
 }
 
 

@@ -22,7 +22,7 @@ _OPTIONS: tuple[tuple[str, type], ...] = (
     (r"optimizer(\.base)?", library_options.OptimizerOptions),
     (r"trainer", library_options.TrainerOptions),
     (r"data\.recipe", library_options.DataRecipe),
-    (r"analysis\.[^.]+\.probe", library_options.ProbeOptions),
+    (r"analysis\.[^.]+\.(probe|train)", library_options.ProbeOptions),
     (r"analysis\.[^.]+\.when", library_options.MeasurementTimes),
 )
 

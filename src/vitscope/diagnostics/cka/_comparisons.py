@@ -27,6 +27,7 @@ class Comparison(Protocol):
 
     def similarities(self, pair: Pair, orders: Sequence[Tensor]) -> np.ndarray:
         """Return the similarity of every pair with the second model's images in each of the orders ``(n,)``, ``(P, S, T)``."""
+        ...
 
     def without_groups(self, pair: Pair, groups: np.ndarray) -> np.ndarray:
         """Return the similarity of every pair without the images of each group, ``(G, S, T)``.
@@ -35,6 +36,7 @@ class Comparison(Protocol):
             pair: the representations.
             groups: (n,) the group of each image, from 0 to G - 1.
         """
+        ...
 
 
 @dataclass(frozen=True)

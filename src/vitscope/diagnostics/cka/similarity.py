@@ -277,7 +277,7 @@ class _Sums:
         similarities, half_widths, null_means, p_values = (np.stack(parts) for parts in zip(*blocks))
         finite = np.isfinite(similarities)
         for axis, taps in ((2, self.probe.taps), (1, (self.other or self.probe).taps)):
-            for tap, defined in zip(taps, finite.any(axis=(axis, 0))):
+            for tap, defined in zip(taps, np.atleast_1d(finite.any(axis=(axis, 0)))):
                 if not defined:
                     reasons.setdefault(tap.name, "it does not vary between images, or not enough for the measure")
         warn_nulls("similarity", reasons | (few_images(n_images) if not np.isfinite(half_widths).any() else {}))

@@ -1,0 +1,155 @@
+"""Logit lens: the model's own head on the maps of earlier layers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from vitscope.core.batches.batch_inputs import Inputs
+from vitscope.core.tap import Tap
+from vitscope.models.structure.taps import reading
+
+#: ways in which a head makes one vector of a map or of tokens, beside modules that do it
+POOLINGS = ("none", "mean of positions", "first token", "mean of tokens", "flatten")
+
+#: largest difference of a head's logits from the model's, relative to their magnitude
+_TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True)
+class Head:
+    """The modules of a forward pass after the last tap, in order, with one pooling among them.
+
+    Attributes:
+        modules: those without submodules.
+        place: how many of them run before the pooling.
+        pooling: one of `POOLINGS`.
+        tap: the last tap.
+        channels: of its map.
+        positions: (h, w) of its map.
+    """
+
+    modules: tuple[nn.Module, ...]
+    place: int
+    pooling: str
+    tap: Tap
+    channels: int
+    positions: tuple[int, ...]
+
+    @property
+    def classifier(self) -> nn.Linear | None:
+        """The linear layer that gives the logits; None where another module does."""
+        with_weights = [module for module in self.modules if any(True for _ in module.parameters(recurse=False))]
+        return with_weights[-1] if with_weights and isinstance(with_weights[-1], nn.Linear) else None
+
+    def null_reason(self, tap: Tap, x: Tensor) -> str | None:
+        """Return why the head cannot take the map ``(B, C, h, w)`` of a tap; None where it can."""
+        if x.shape[1] != self.channels:
+            return f"logit lens: the head takes {self.channels} channels"
+        if tap.n_prefix != self.tap.n_prefix:
+            return "logit lens: its tokens are not those of the last layer"
+        if self.pooling == "flatten" and tuple(x.shape[2:]) != self.positions:
+            return "logit lens: the head takes maps of one size"
+        return None
+
+    def apply(self, x: Tensor, prefix: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Return logits ``(B, K)`` and what the classifier takes, ``(B, C')``, of a map and its prefix tokens."""
+        value = _in_layout(x, prefix, self.tap)
+        head_input = None
+        for index, module in enumerate((*self.modules, None)):
+            if index == self.place:
+                value = _pooled(value, self.pooling, self.tap)
+            if module is None:
+                break
+            if module is self.classifier:
+                head_input = value.flatten(1)
+            value = module.forward(value)  # no hooks: the tap may be read at this very module
+        return value, head_input
+
+
+def find_head(model: nn.Module, images: Inputs, taps: list[Tap]) -> Head | None:
+    """Return the model's head, verified to give the model's own logits; None where no such sequence of modules does.
+
+    Args:
+        model: a guarded model.
+        images: the inputs of a batch.
+        taps: of the model, the last of which the head follows.
+    """
+    last = len(taps) - 1
+    modules: list[nn.Module] = []
+    read: dict[str, Tensor] = {}
+
+    def note(index: int, tap: Tap, x: Tensor) -> None:
+        if index == last:
+            modules.clear()
+            read["map"] = x.clone()
+
+    def note_prefix(index: int, tap: Tap, tokens: Tensor) -> None:
+        if index == last:
+            read["prefix"] = tokens.clone()
+
+    with reading(model, taps, note, note_prefix), _called(model, modules):
+        logits = model(images)
+    if "map" not in read or not isinstance(logits, Tensor) or not bool(torch.isfinite(logits).all()):
+        return None
+    x = read["map"]
+    for place in range(len(modules) + 1):
+        for pooling in POOLINGS:
+            head = Head(tuple(modules), place, pooling, taps[last], x.shape[1], tuple(x.shape[2:]))
+            try:
+                head_logits = head.apply(x, read.get("prefix"))[0]
+            except (RuntimeError, IndexError, TypeError, ValueError, NotImplementedError):  # it does not fit
+                continue
+            if head_logits.shape == logits.shape and _is_close(head_logits, logits):
+                return head
+    return None
+
+
+def _is_close(head_logits: Tensor, logits: Tensor) -> bool:
+    return bool((head_logits - logits).abs().max() <= _TOLERANCE * logits.abs().max())
+
+
+@contextmanager
+def _called(model: nn.Module, modules: list[nn.Module]) -> Iterator[None]:
+    """Append the modules without submodules in the order of their calls, after the taps at their inputs were read."""
+
+    def note(module: nn.Module, args: object) -> None:
+        modules.append(module)
+
+    leaves = [module for module in model.modules() if next(module.children(), None) is None]
+    handles = [module.register_forward_pre_hook(note) for module in leaves]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _in_layout(x: Tensor, prefix: Tensor | None, tap: Tap) -> Tensor:
+    """Return a map ``(B, C, h, w)`` in the axes of the tap's own tensor."""
+    if tap.layout == "NHWC":
+        return x.permute(0, 2, 3, 1)
+    if tap.layout not in ("NLC", "NCL"):
+        return x
+    tokens = x.flatten(2).transpose(1, 2)  # (B, h * w, C)
+    tokens = tokens if prefix is None else torch.cat([prefix, tokens], dim=1)
+    return tokens if tap.layout == "NLC" else tokens.transpose(1, 2)
+
+
+def _pooled(value: Tensor, pooling: str, tap: Tap) -> Tensor:
+    if pooling == "none":
+        return value
+    if pooling == "flatten":
+        return value.flatten(1)
+    if value.ndim == 3:
+        tokens = value if tap.layout != "NCL" else value.transpose(1, 2)
+        if pooling == "first token":
+            return tokens[:, 0]
+        return tokens[:, tap.n_prefix if pooling == "mean of positions" else 0 :].mean(dim=1)
+    if pooling != "mean of positions" or value.ndim != 4:
+        raise ValueError("no tokens")
+    return value.mean(dim=(1, 2) if tap.layout == "NHWC" else (2, 3))

@@ -1,0 +1,345 @@
+from __future__ import annotations
+
+import copy
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+import torch.distributed as dist
+from sklearn.linear_model import Ridge, RidgeClassifier, RidgeClassifierCV
+from sklearn.neighbors import KNeighborsClassifier, NearestCentroid
+from torch import nn
+
+import vitscope as vs
+from tests.helpers.processes import on_ranks
+from tests.helpers.result_checks import check_result
+from vitscope.analyses import arguments, spec
+from vitscope.analyses.context import AnalysisContext
+from vitscope.config.validation import validate
+from vitscope.core.undefined_values import NullWarning
+from vitscope.diagnostics.depth_probes._classifiers import (
+    PENALTIES,
+    TEMPERATURE,
+    nearest_center,
+    nearest_neighbors,
+    ridge,
+    ridge_regression,
+)
+from vitscope.diagnostics.depth_probes._intrinsic_dimension import intrinsic_dimension
+from vitscope.diagnostics.depth_probes._logit_lens import find_head
+from vitscope.diagnostics.depth_probes._neural_collapse import LabeledFeatures, neural_collapse
+from vitscope.diagnostics.depth_probes.plot import depth_probes as draw
+from vitscope.runtime import progress
+from vitscope.runtime.errors import ConfigError
+from vitscope.stats.jackknife import group_numbers, jackknife_half_width
+
+
+@pytest.fixture(autouse=True)
+def _quiet(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "enabled", False)
+
+
+def clusters(
+    n: int, width: int, seed: int, n_classes: int = 4, spread: float = 1.0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return features ``(n, width)`` of classes with different means, and the classes."""
+    rng = np.random.default_rng(seed)
+    centers = np.random.default_rng(0).normal(size=(n_classes, width))
+    labels = rng.integers(0, n_classes, n)
+    return torch.from_numpy(centers[labels] + spread * rng.normal(size=(n, width))), torch.from_numpy(labels)
+
+
+# ---- classifiers
+
+
+@pytest.mark.parametrize("width", [6, 90])  # fewer and more features than training images
+def test_ridge_equals_scikit_learn(width: int) -> None:
+    (x, y), (z, _) = clusters(60, width, 1, spread=2.0), clusters(40, width, 2, spread=2.0)
+    coefficients, intercept, penalty = ridge_regression(x, y)
+    peer = Ridge(alpha=penalty).fit(x.numpy(), np.eye(4)[y])
+    np.testing.assert_allclose(x @ coefficients + intercept, peer.predict(x.numpy()), atol=1e-9)
+    np.testing.assert_array_equal(ridge(x, y, z), RidgeClassifier(alpha=penalty).fit(x, y).predict(z))
+    squares = np.square(np.linalg.svd(x - x.mean(0), compute_uv=False)).sum() / min(x.shape)
+    peer_cv = RidgeClassifierCV(alphas=[p * squares for p in PENALTIES]).fit(x.numpy(), y.numpy())
+    assert peer_cv.alpha_ == pytest.approx(penalty)
+
+
+def test_nearest_neighbors_and_centers_equal_scikit_learn() -> None:
+    (x, y), (z, _) = clusters(60, 6, 1, spread=2.0), clusters(40, 6, 2, spread=2.0)
+    peer = KNeighborsClassifier(7, metric="cosine", weights=lambda d: np.exp((1 - d) / TEMPERATURE)).fit(x, y)
+    np.testing.assert_array_equal(nearest_neighbors(7)(x, y, z), peer.predict(z))
+    np.testing.assert_array_equal(nearest_center(x, y, z), NearestCentroid().fit(x, y).predict(z))
+
+
+# ---- neural collapse
+
+
+def labeled(x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor | None = None) -> LabeledFeatures:
+    return LabeledFeatures(x, y, y, x if weight is not None else None, weight)
+
+
+def test_a_simplex_is_collapsed() -> None:
+    n_classes = 5
+    simplex = torch.eye(n_classes, dtype=torch.float64) - 1 / n_classes
+    y = torch.arange(50) % n_classes
+    found = neural_collapse(labeled(2 * simplex[y] + 3.0, y, weight=7 * simplex))
+    np.testing.assert_allclose(found, np.zeros(5), atol=1e-12)
+    wrong = LabeledFeatures(simplex[y], y, (y + 1) % n_classes, None, None)
+    assert neural_collapse(wrong)[4] == 1.0
+    assert np.isnan(neural_collapse(wrong)[3])
+
+
+def test_the_within_class_variability_is_its_definition() -> None:
+    x, y = clusters(80, 7, 1)
+    means = np.stack([x[y == c].mean(0) for c in range(4)])
+    within = x.numpy() - means[y]
+    centered = means - means.mean(0)
+    s_w, s_b = within.T @ within / len(x), centered.T @ centered / 4
+    found = neural_collapse(labeled(x, y))
+    assert found[0] == pytest.approx(np.trace(s_w @ np.linalg.pinv(s_b, rcond=1e-10)) / 4, rel=1e-9)
+    cosines = [
+        centered[a] @ centered[b] / np.linalg.norm(centered[a]) / np.linalg.norm(centered[b])
+        for a in range(4) for b in range(a)
+    ]  # fmt: skip
+    assert found[1] == pytest.approx(np.mean(np.abs(np.add(cosines, 1 / 3))), rel=1e-9)
+    assert found[2] == pytest.approx(
+        np.std(np.linalg.norm(centered, axis=1)) / np.mean(np.linalg.norm(centered, axis=1))
+    )
+
+
+def test_a_class_of_one_image_has_no_variability() -> None:
+    x, y = clusters(20, 3, 1)
+    y[0] = 9
+    assert np.isnan(neural_collapse(labeled(x, y))).all()
+
+
+# ---- intrinsic dimension
+
+
+@pytest.mark.parametrize("dimension", [2, 5])
+def test_the_intrinsic_dimension_of_a_sphere_in_many_dimensions(dimension: int) -> None:
+    rng = np.random.default_rng(0)
+    points = rng.normal(size=(1500, dimension + 1))
+    points /= np.linalg.norm(points, axis=1, keepdims=True)
+    embedded = np.concatenate([points, points**2], axis=1) @ rng.normal(size=(2 * dimension + 2, 30))
+    # the estimate has a relative standard error of (1500 * 0.9)^(-1/2) = 0.027, more as neighbors share distances; curvature adds
+    assert intrinsic_dimension(torch.from_numpy(embedded))[0] == pytest.approx(dimension, rel=0.12)
+
+
+def test_the_intrinsic_dimension_is_its_formula() -> None:
+    points = np.random.default_rng(0).normal(size=(60, 4))
+    points[1] = points[0]  # a duplicate has no ratio
+    distance = np.sort(np.linalg.norm(points[:, None] - points[None], axis=2), axis=1)[:, 1:3]
+    ratios = np.sort(np.log(distance[2:, 1] / distance[2:, 0]))
+    m = int(0.9 * len(ratios))
+    expected = (m - 1) / (ratios[:m].sum() + (len(ratios) - m) * ratios[m - 1])
+    assert intrinsic_dimension(torch.from_numpy(points))[0] == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.slow
+def test_intervals_are_calibrated() -> None:
+    """The stated variance is that of the estimate over samples of images, on average."""
+    numbers: dict[str, list[float]] = {"dimension": [], "nc1": []}
+    squares: dict[str, list[float]] = {"dimension": [], "nc1": []}
+    groups, quantile = group_numbers(200), 2.262  # of Student with 9 degrees of freedom
+    rest = [torch.from_numpy(np.flatnonzero(groups != g)) for g in range(10)]
+    for seed in range(100):
+        x, y = clusters(200, 5, seed + 1)
+        dimension, error = intrinsic_dimension(x)
+        data = labeled(x, y)
+        left_out = np.array([neural_collapse(data.rows(index))[0] for index in rest])
+        numbers["dimension"].append(dimension)
+        squares["dimension"].append(error**2)
+        numbers["nc1"].append(neural_collapse(data)[0])
+        squares["nc1"].append((float(jackknife_half_width(left_out)) / quantile) ** 2)
+    for name, values in numbers.items():
+        # the ratio of variances from 100 samples of each has a standard deviation of about 0.15
+        assert 0.6 < np.mean(squares[name]) / np.var(values, ddof=1) < 1.6, name
+
+
+# ---- the measure
+
+
+class Branch(nn.Module):
+    """Two layers and a head on the mean over positions; takes features as maps of 1 x 1."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.first, self.second = nn.Identity(), nn.Identity()
+        self.head = nn.Linear(width, 4)
+        self.double()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.second(self.first(x).relu()).mean((2, 3)))
+
+
+def probe_of(model: nn.Module, n: int, seed: int, size: int = 25) -> vs.Probe:
+    x, y = clusters(n, 6, seed)
+    taps = [vs.Tap("a", "conv", 1, 0.0, model.first), vs.Tap("b", "conv", 1, 1.0, model.second)]
+    return vs.Probe(model, list(zip(x[:, :, None, None].split(size), y.split(size))), taps=taps)
+
+
+def measured(model: nn.Module, **options) -> vs.Result:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", NullWarning)
+        return vs.depth_probes(probe_of(model, 60, 2), **{"n_neighbors": 5, **options})
+
+
+def test_accuracies_are_those_of_the_training_images_classifiers(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Branch(6)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    found = measured(model, train=probe_of(model, 150, 1))
+    (x, y), (z, labels) = clusters(150, 6, 1), clusters(60, 6, 2)
+    for index, (a, b) in enumerate(((x, z), (x.relu(), z.relu()))):
+        squares = np.square(np.linalg.svd(a - a.mean(0), compute_uv=False)).mean()
+        peer = RidgeClassifierCV(alphas=[p * squares for p in PENALTIES]).fit(a.numpy(), y.numpy())
+        assert found.ridge_accuracy[index] == pytest.approx(peer.score(b.numpy(), labels.numpy()))
+        assert found.center_accuracy[index] == pytest.approx(NearestCentroid().fit(a, y).score(b, labels))
+    with torch.no_grad():
+        lens = (model.head(z).argmax(1) == labels).double().mean().item()
+    assert found.logit_lens_accuracy[0] == pytest.approx(lens)  # the head on the map before the activation
+    assert found.logit_lens_accuracy[1] == found.model_accuracy
+    assert np.isfinite(found.nc3).all()
+    assert np.isnan(found.class_token_ridge_accuracy).all()
+    assert (found.ridge_accuracy_interval[:, 0] < found.ridge_accuracy).all()
+    assert np.isfinite(found.nc1).all()
+    assert found.n_train == 150
+    assert found.training_images == "train"
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    check_result(found, tmp_path)
+    assert len(draw({"one": found, "two": found}).axes) == 6
+
+
+def test_without_training_images_each_fold_is_predicted_from_the_others() -> None:
+    model = Branch(6)
+    found = measured(model)
+    x, y = clusters(60, 6, 2)
+    folds = np.arange(60) % 5
+    right = [(ridge(x[folds != f], y[folds != f], x[folds == f]) == y[folds == f]).sum().item() for f in range(5)]
+    assert found.ridge_accuracy[0] == pytest.approx(sum(right) / 60)
+    assert (
+        found.training_images
+        == found.card.solver["training_images"]
+        == "5 folds of the test images, image i in fold i mod 5"
+    )
+    # labels that nothing in the images tells are predicted at chance, not from the images themselves
+    probe = probe_of(model, 200, 3)
+    noise = torch.randint(0, 4, (200,), generator=torch.Generator().manual_seed(0))
+    shuffled = vs.Probe(
+        model, [(x, noise[25 * i : 25 * i + 25]) for i, (x, _) in enumerate(probe.batches)], taps=probe.taps
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", NullWarning)
+        assert vs.depth_probes(shuffled).knn_accuracy.max() < 0.4
+
+
+def test_training_images_that_are_test_images_are_refused() -> None:
+    model = Branch(6)
+    probe = probe_of(model, 60, 2)
+    same = probe_of(model, 60, 2)
+    for train in (probe, same):
+        with pytest.raises(ValueError, match="needs training images that are not its test images"):
+            vs.depth_probes(probe, train=train, n_neighbors=5)
+    with pytest.raises(ValueError, match="training images of the same model"):
+        vs.depth_probes(probe, train=probe_of(Branch(6), 60, 1))
+    with pytest.raises(ValueError, match="n_neighbors from 1 to the number of training images, 48, received 49"):
+        vs.depth_probes(probe, n_neighbors=49)
+    with pytest.raises(ValueError, match="needs .* GiB for 60 images at 2 taps"):
+        vs.depth_probes(probe, max_memory=100.0)
+    soft = vs.Probe(model, [(x, torch.eye(4, dtype=torch.float64)[y]) for x, y in probe.batches], taps=probe.taps)
+    with pytest.raises(ValueError, match=r"needs class indices \(B,\), received targets \(25, 4\)"):
+        vs.depth_probes(soft)
+    partly = vs.Probe(model, [*probe_of(model, 60, 1).batches, next(iter(probe.batches))], taps=probe.taps)
+    with pytest.warns(UserWarning, match="25 of 60 test images are among the training images"):
+        vs.depth_probes(probe, train=partly, n_neighbors=5)
+
+
+SWIN = {"img_size": 32, "window_size": 2, "depths": (1, 1), "num_heads": (1, 2), "embed_dim": 16}
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "n_lens"),
+    [
+        ("vit_tiny_patch16_224", {"img_size": 32, "depth": 2, "embed_dim": 24, "num_heads": 2}, None),
+        ("vit_base_patch16_siglip_224", {"img_size": 32, "depth": 2, "embed_dim": 24, "num_heads": 2}, 0),
+        ("vit_medium_patch16_reg4_gap_256", {"img_size": 32, "depth": 2, "embed_dim": 24, "num_heads": 2}, None),
+        ("resnet18", {}, 2),
+        ("convnext_atto", {"depths": (1, 1, 1, 2), "dims": (8, 16, 24, 32)}, 3),
+        ("swin_tiny_patch4_window7_224", SWIN, 3),
+    ],
+)  # fmt: skip
+def test_the_head_of_timm_models_is_found_or_null(name: str, options: dict, n_lens: int | None) -> None:
+    """The head has the model's own logits at the last tap; an attention pooling is no sequence of modules."""
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=3, **options)
+    x = torch.randn(20, 3, 32, 32)
+    probe = vs.Probe(model, [(x, torch.arange(20) % 3)])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = vs.depth_probes(probe, n_neighbors=3)
+    finite = np.isfinite(found.logit_lens_accuracy)
+    assert finite.sum() == (len(found.taps) if n_lens is None else n_lens)
+    # the class token is one and the same vector after the stem, without class means that differ
+    has_class_token = name == "vit_tiny_patch16_224"
+    np.testing.assert_array_equal(np.isfinite(found.nc3)[has_class_token:], finite[has_class_token:])
+    if n_lens != 0:
+        assert found.logit_lens_accuracy[-1] == found.model_accuracy
+    assert np.isfinite(found.class_token_ridge_accuracy).any() == has_class_token
+    assert np.isfinite(found.ridge_accuracy).all()
+
+
+def test_a_head_of_no_sequence_of_modules_is_not_guessed() -> None:
+    class Scaled(Branch):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 2 * super().forward(x)
+
+    model = Scaled(6)
+    probe = probe_of(model, 10, 1)
+    with torch.no_grad():
+        assert find_head(model, next(iter(probe.batches))[0], probe.taps) is None
+    with pytest.warns(NullWarning, match="logit_lens_accuracy, nc3 .what follows the last tap is no sequence"):
+        vs.depth_probes(probe, n_neighbors=2)
+
+
+def _rank(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    torch.manual_seed(0)
+    model = Branch(6)
+    torch.save(measured(model, train=probe_of(model, 150, 1)), f"{folder}/rank{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_two_ranks_give_the_numbers_of_one(tmp_path: Path) -> None:
+    on_ranks(_rank, str(tmp_path))
+    torch.manual_seed(0)
+    model = Branch(6)
+    alone = measured(model, train=probe_of(model, 150, 1))
+    for rank in range(2):
+        found = torch.load(tmp_path / f"rank{rank}.pt", weights_only=False)
+        for name, value in vars(alone).items():
+            if isinstance(value, np.ndarray) and value.dtype.kind == "f":
+                np.testing.assert_allclose(getattr(found, name), value, atol=1e-12, err_msg=name)
+
+
+def test_a_run_supplies_clean_training_images(made: AnalysisContext) -> None:
+    (analysis,) = [a for a in spec.parse(made.cfg.analysis) if a.name == "depth_probes"]
+    assert analysis.options["train"]["n_images"] == 32  # capped
+    supplied = arguments.options(analysis, made, None)["train"]
+    assert (supplied.about["split"], supplied.n_images) == ("train", 32)
+    assert supplied.about["augmentation"] == made.datamodule.describe("train", False)["augmentation"]
+    divided = spec.replaced(analysis, options={**analysis.options, "train": "cross_validation"})
+    assert arguments.options(divided, made, None)["train"] is None
+    for value, text in (
+        ({"split": "test"}, "no such key"),
+        ({"n_images": "x"}, "not a whole number"),
+        ("test", "not a group"),
+    ):
+        cfg = copy.deepcopy(made.cfg)
+        cfg.analysis = {"depth_probes": {**cfg.analysis.depth_probes, "train": value}}
+        with pytest.raises(ConfigError, match=text):
+            validate(cfg)
