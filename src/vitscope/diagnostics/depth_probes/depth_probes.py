@@ -188,7 +188,8 @@ def _check_overlap(train: LabeledImages, test: LabeledImages) -> None:
     if 2 * shared > len(test.digests):
         raise ValueError(
             f"depth_probes needs training images that are not its test images, received {shared} of "
-            f"{len(test.digests)} test images in both: pass another split, or train=None to predict each fold from the others."
+            f"{len(test.digests)} test images in both: pass another split, or none "
+            "(train=None; train: cross_validation in a configuration), so that folds of the test images are predicted."
         )
     if shared:
         warnings.warn(
