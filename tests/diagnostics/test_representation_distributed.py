@@ -37,6 +37,7 @@ def measured(n_batches: int) -> dict:
             "heat": vs.fourier_heatmap(probe, n=3),
             "shape": vs.shape_bias(probe),
             "evaluation": vs.evaluation(probe),
+            "attention": vs.attention_maps(probe, images=4),
         }
 
 

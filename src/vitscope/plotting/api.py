@@ -45,6 +45,7 @@ def plot(
     Figures take these options (``view="depth"``); the others take none:
 
     ============================== ==========================================================================
+    ``attention_maps``             ``view``: both, maps, numbers; ``head``
     ``cka``                        ``vmin``, ``vmax``, ``cmap``
     ``calibration``                ``show_scaled``
     ``corruption``                 ``view``: both, severity, type

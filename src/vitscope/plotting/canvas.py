@@ -186,6 +186,27 @@ class Canvas:
             panels[row, column] = cells[row, column].add_subplot(projection=projections[row][column])
         return panels
 
+    def stacked(self, n_panels: Sequence[int], height_ratios: Sequence[float]) -> list[Canvas]:
+        """Return a canvas for each part of the figure, from top to bottom; axes of the user are dealt out in their order.
+
+        Args:
+            n_panels: number of panels of each part.
+            height_ratios: heights of the parts of a figure of its own.
+
+        Raises:
+            ValueError: the user gave another number of axes.
+        """
+        if self._parent is not None:
+            parts = self._parent.subfigures(len(n_panels), 1, squeeze=False, height_ratios=height_ratios)[:, 0]
+            return [Canvas(part) for part in parts]
+        if len(self._axes) != sum(n_panels):
+            raise ValueError(
+                f"Expected {sum(n_panels)} axes, received {len(self._axes)}; pass ax=plt.subplots({sum(n_panels)})[1], or a "
+                "subfigure, which is filled."
+            )
+        ends = np.cumsum(n_panels)
+        return [Canvas(self._axes[end - n : end]) for n, end in zip(n_panels, ends)]
+
     def _axes_of_the_user(self, rows: int, columns: int, projections: Sequence[Sequence[str]]) -> np.ndarray:
         if len(self._axes) != rows * columns:
             fix = (

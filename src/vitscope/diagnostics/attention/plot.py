@@ -1,4 +1,4 @@
-"""Attention distance and entropy by depth."""
+"""Figures of the attention measures."""
 
 from __future__ import annotations
 
@@ -9,8 +9,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from vitscope.diagnostics.attention.attention_distance import AttentionDistanceResult
+from vitscope.diagnostics.attention.plot_attention_maps import attention_maps
 from vitscope.plotting.canvas import COLUMN_WIDTH, new_canvas, result_color
 from vitscope.plotting.depth_axis import DEPTH_LABEL
+
+__all__ = ["attention_distance", "attention_maps"]
 
 
 def attention_distance(results: Mapping[str, AttentionDistanceResult]) -> Figure:

@@ -1,0 +1,83 @@
+"""Choices of layers and heads, and masks of objects, for attention maps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vitscope.core.probe import Probe
+from vitscope.models.structure.attention_units import AttentionUnit
+
+
+def chosen_layers(units: Sequence[AttentionUnit], layers: Sequence[int | str] | None) -> list[int]:
+    """Return the places of the chosen layers in ``units``, by depth.
+
+    Args:
+        units: all units whose attention can be read.
+        layers: names, or numbers from 0, negative ones from the end; None for all.
+
+    Raises:
+        ValueError: none is chosen, or one that is not there.
+    """
+    if layers is None:
+        return list(range(len(units)))
+    names = [unit.name for unit in units]
+    places = set()
+    for layer in layers:
+        if layer in names:
+            places.add(names.index(str(layer)))
+        elif isinstance(layer, int) and -len(units) <= layer < len(units):
+            places.add(layer % len(units))
+        else:
+            raise ValueError(
+                f"Expected layers as numbers below {len(units)} or names such as {names[-1]!r}, received {layer!r}; pass "
+                f"layers=[{len(units) - 1}]."
+            )
+    if not places:
+        raise ValueError(f"Expected at least one layer, received none; pass layers=[{len(units) - 1}].")
+    return sorted(places)
+
+
+def chosen_heads(units: Sequence[AttentionUnit], heads: Sequence[int] | None) -> list[list[int]]:
+    """Return the chosen heads of each unit.
+
+    Args:
+        units: the chosen units.
+        heads: numbers from 0; None for all of each unit.
+
+    Raises:
+        ValueError: none is chosen, or one that a unit does not have.
+    """
+    if heads is None:
+        return [list(range(unit.n_heads)) for unit in units]
+    if not heads:
+        raise ValueError("Expected at least one head, received none; pass heads=[0].")
+    for unit in units:
+        unknown = [head for head in heads if not (isinstance(head, int) and 0 <= head < unit.n_heads)]
+        if unknown:
+            raise ValueError(
+                f"Expected heads in 0 .. {unit.n_heads - 1} of {unit.name!r}, received {unknown[0]!r}; pass heads=[0]."
+            )
+    return [sorted(set(heads)) for _ in units]
+
+
+def object_masks(probe: Probe, masks: Any) -> Tensor | None:
+    """Return masks of objects (n_images, H, W) as booleans.
+
+    Raises:
+        ValueError: masks of another form or number, or batches whose sizes do not tell the images of each apart.
+    """
+    if masks is None:
+        return None
+    tensor = torch.as_tensor(np.asarray(masks.cpu() if isinstance(masks, Tensor) else masks))
+    expected = f"({probe.n_images}, H, W)"
+    if tensor.ndim != 3 or len(tensor) != probe.n_images:
+        raise ValueError(f"Expected masks of shape {expected}, received {tuple(tensor.shape)}.")
+    sizes = [len(x) for x, _ in probe.iter_batches()]
+    if any(size != probe.batch_size for size in sizes[:-1]):
+        raise ValueError(f"Expected batches of one size for masks, the last excepted, received sizes {sizes}.")
+    return tensor > 0
