@@ -22,8 +22,8 @@ from tests.helpers import forms_of_batches as forms
 LOSSES, SAME = ("mse", "bce", "dense", "own loss"), ("dict output", "dict batch", "triple")
 #: measures of feature maps alone, which are those of any loss
 MAPS = {
-    "attention_distance", "branch_transfer", "cka", "effective_rank", "effective_receptive_field", "feature_map_variance",
-    "relative_log_amplitude", "similarity", "tap_table", "token_norms",
+    "attention_distance", "attention_maps", "branch_transfer", "cka", "effective_rank", "effective_receptive_field",
+    "feature_map_variance", "relative_log_amplitude", "similarity", "tap_table", "token_norms",
 }  # fmt: skip
 #: measures that take long: most of their forms are tested among the slow tests
 EXPENSIVE = {

@@ -58,7 +58,7 @@ def relevance(model: nn.Module, x: Tensor, units: Sequence[AttentionUnit], class
         class_index: the class; None for the class of the largest logit of each image.
 
     Raises:
-        ValueError: a class that the model does not have.
+        UnknownClassError: a class that the model does not have.
     """
     sources: list[Tensor] = []
 
@@ -74,7 +74,7 @@ def relevance(model: nn.Module, x: Tensor, units: Sequence[AttentionUnit], class
             return RelevanceResult(None, None)
         n_classes = logits.shape[1]
         if class_index is not None and not 0 <= class_index < n_classes:
-            raise ValueError(f"Expected class_index in 0 .. {n_classes - 1}, received {class_index}.")
+            raise UnknownClassError(f"Expected class_index in 0 .. {n_classes - 1}, received {class_index}.")
         classes = logits.argmax(1) if class_index is None else torch.full_like(logits[:, 0], class_index).long()
         # images do not depend on each other: the sum gives each its own gradient
         gradients = torch.autograd.grad(logits.gather(1, classes[:, None]).sum(), sources)
@@ -84,6 +84,10 @@ def relevance(model: nn.Module, x: Tensor, units: Sequence[AttentionUnit], class
         weighed = (unit.from_source(source.detach()).double() * unit.from_source(gradient).double()).relu()
         total = total + weighed.mean(dim=1) @ total
     return RelevanceResult(total - identity, classes)
+
+
+class UnknownClassError(ValueError):
+    """A class that the model does not have."""
 
 
 class RelevanceResult:

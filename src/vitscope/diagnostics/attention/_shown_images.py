@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from vitscope.core.batches.batch_inputs import images_of
 from vitscope.core.input_normalization import pixels_of
 from vitscope.core.probe import Probe
 from vitscope.diagnostics.attention._placement import Query
-from vitscope.diagnostics.attention._rollout import relevance, row_maps
+from vitscope.diagnostics.attention._rollout import UnknownClassError, relevance, row_maps
 from vitscope.models.structure.attention_units import AttentionUnit
 from vitscope.runtime import distributed
 from vitscope.runtime.progress import track
@@ -48,9 +50,17 @@ def shown_images(
     differentiates: bool,
 ) -> ShownImages:
     """Return the first images of all ranks; with ``differentiates`` one backward pass gives their relevance for a class."""
-    local, error = [], None
+    local, error, refusal = [], None, ""
     try:
-        local = _local_images(probe, n_shown, units, query, class_index, differentiates)
+        try:
+            local = _local_images(probe, n_shown, units, query, class_index, differentiates)
+        except UnknownClassError:
+            raise
+        except ValueError as not_logits:  # of the guard, about outputs of another form
+            if not differentiates:
+                raise
+            refusal = str(not_logits).splitlines()[0].rstrip(".")
+            local = _local_images(probe, n_shown, units, query, class_index, False)
     except Interrupted:
         raise
     except Exception as raised:  # told to the other ranks, which would wait for this one's images
@@ -63,7 +73,7 @@ def shown_images(
     pixels = np.concatenate([batch[1] for batch in batches])[:n_shown]
     maps = [batch[2] for batch in batches if batch[2] is not None]
     if not maps:
-        refusal = "the model's outputs are no logits of classes" if differentiates else ""
+        refusal = refusal or ("the model's outputs are no logits of classes" if differentiates else "")
         return ShownImages(pixels, None, np.zeros(0, dtype=int), refusal)
     classes = np.concatenate([batch[3] for batch in batches if batch[3] is not None])[:n_shown]
     return ShownImages(pixels, np.concatenate(maps)[:n_shown], classes)
@@ -80,12 +90,12 @@ def _local_images(
     """Return number, pixels, relevance and classes of this rank's first batches, as far as they hold ``n_shown`` images."""
     local: list[ShownBatch] = []
     n_seen = 0
-    with probe.guard(logits=False) as model:
+    with probe.guard(logits=differentiates) as model:
         for number, (x, _) in track(probe.local_batches(), "shown images", None):
             if n_seen >= n_shown:
                 break
-            x = x[: n_shown - n_seen] if isinstance(x, Tensor) else x
-            pixels = _pixels(probe, x) if isinstance(x, Tensor) else np.zeros((0, 1, 1, 3), np.uint8)
+            x = x[: n_shown - n_seen]
+            pixels = _pixels(probe, images_of(x, "attention_maps"))
             maps = classes = None
             if differentiates:
                 relevances = relevance(model, x, units, class_index)
@@ -100,9 +110,12 @@ def _local_images(
 def _pixels(probe: Probe, x: Tensor) -> np.ndarray:
     """Return images (B, H, W, 3) of 0 to 255, those of unknown normalization from their smallest to their largest value."""
     x = x.detach().double().cpu()
-    try:
-        pixels = pixels_of(probe).to_pixels(x)
-    except ValueError:  # no normalization is known, or that of other channels
+    normalization = None
+    with suppress(ValueError):  # none is known
+        normalization = pixels_of(probe)
+    if normalization is not None and len(normalization.mean) in (1, x.shape[1]):
+        pixels = normalization.to_pixels(x)
+    else:
         low, high = (bound(x.flatten(1), dim=1)[:, None, None, None] for bound in (torch.amin, torch.amax))
         pixels = (x - low) / (high - low).clamp_min(1e-12)
     pixels = pixels[:, :3] if pixels.shape[1] >= 3 else pixels[:, :1].expand(-1, 3, -1, -1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -88,7 +89,7 @@ class AttentionUnit:
 
 
 def attention_units(
-    model: nn.Module, images: Tensor | None = None, units: Sequence[Unit] | None = None
+    model: nn.Module, images: Any = None, units: Sequence[Unit] | None = None
 ) -> tuple[list[AttentionUnit], dict[str, str]]:
     """Return the units whose attention weights can be read, by depth, and why each other one's cannot, by name.
 
@@ -97,7 +98,8 @@ def attention_units(
 
     Args:
         model: The model.
-        images: (B, C, H, W) that the model takes, of which the first is used; None to try the sizes that the model states.
+        images: (B, C, H, W) that the model takes, or the inputs of a batch that hold them, of which the first is used; None to
+            try the sizes that the model states.
         units: Its residual units; None for those that are found.
 
     Raises:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import ExitStack
 from typing import Any, NamedTuple
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
+from vitscope.core.batches.batch_inputs import BatchInputs, Inputs, images_of, joined
 from vitscope.models.structure.attention_weights import PRODUCTS, AttentionCall, reading_calls
 from vitscope.models.structure.execution import enter_guards, tensors, trial_images
 from vitscope.models.tracing.position_recorder import PositionRecorder, constant_positions
@@ -33,7 +34,7 @@ class AttentionPositions(NamedTuple):
 
 
 def attention_positions(
-    model: nn.Module, owners: Mapping[nn.Module, str], images: Tensor | None = None
+    model: nn.Module, owners: Mapping[nn.Module, str], images: Inputs | None = None
 ) -> tuple[dict[str, list[AttentionPositions | str]], tuple[int, int]]:
     """Return the positions of each attention, or why they are not known, by the name of the module's unit, and the image size.
 
@@ -43,11 +44,14 @@ def attention_positions(
     Args:
         model: The model, not wrapped.
         owners: Names of units by the module in which they attend.
-        images: (B, C, H, W), of which the first is used; None for a random one of a size that the model states or takes.
+        images: (B, C, H, W), of which the first is used, or inputs of a batch that hold them, for a model that takes these; None
+            for a random one of a size that the model states or takes.
+
+    Raises:
+        ValueError: Inputs of a batch without images, or with several entries of their form.
     """
-    for first in trial_images(model, images):
-        x = torch.cat((first, first))
-        recorder = _Recorder(x)
+    for x, pair in _pairs(model, images):
+        recorder = _Recorder(pair)
         observed: dict[str, list[AttentionPositions | str]] = {}
 
         def note(
@@ -69,6 +73,19 @@ def attention_positions(
             continue
         return observed, recorder.size
     return {}, (0, 0)
+
+
+def _pairs(model: nn.Module, images: Inputs | None) -> Iterator[tuple[Any, Tensor]]:
+    """Yield inputs of two equal images, and these images among them."""
+    if isinstance(images, BatchInputs):
+        first = next(model.parameters(), torch.empty(0))
+        inputs = images[:1].to(first.device, first.dtype if first.is_floating_point() else None)
+        pair = joined([inputs, inputs])
+        yield pair, images_of(pair, "attention")
+        return
+    for x in trial_images(model, images):
+        pair = torch.cat((x, x))
+        yield pair, pair
 
 
 class _Recorder(PositionRecorder):
