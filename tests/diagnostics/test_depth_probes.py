@@ -311,6 +311,10 @@ def _rank(rank: int, folder: str) -> None:
     torch.manual_seed(0)
     model = Branch(6)
     torch.save(measured(model, train=probe_of(model, 150, 1)), f"{folder}/rank{rank}.pt")
+    (x, y), *others = probe_of(model, 60, 2).batches
+    one_soft = vs.Probe(model, [(x, torch.eye(4, dtype=torch.float64)[y]), *others], taps=probe_of(model, 60, 2).taps)
+    with pytest.raises((ValueError, RuntimeError), match="class indices|another rank failed"):  # on both
+        vs.depth_probes(one_soft, n_neighbors=5)
     dist.destroy_process_group()
 
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +20,7 @@ from vitscope.models.structure.taps import reading
 from vitscope.runtime import distributed
 from vitscope.runtime.distributed import world_size
 from vitscope.runtime.progress import track
+from vitscope.runtime.stop_flag import Interrupted
 
 #: attributes of models that hold a class token, which comes before all others
 _CLASS_TOKENS = ("cls_token", "class_token", "class_embedding")
@@ -90,57 +90,87 @@ def collect(probe: Probe, taps: list[Tap], head: Head | None, max_memory: float 
     """Return the features of a probe's labeled images.
 
     Raises:
-        ValueError: targets that are no class indices, no labeled image, features that do not fit into memory, or a tap that was
-            not reached.
+        ValueError: on every rank: targets that are no class indices, no labeled image, features that do not fit into memory, or a
+            tap that was not reached.
     """
-    with_class_token = has_class_token(probe.model)
-    current: dict[str, dict[int, Any]] = {}
-
-    def note(index: int, tap: Tap, x: Tensor) -> None:
-        current["pooled"][index] = x.flatten(2).mean(dim=2, dtype=torch.float64)
-        prefix = current["prefix"].pop(index, None)
-        if prefix is not None and with_class_token:
-            current["class_tokens"][index] = prefix[:, 0].clone()
-        if head is not None and head.null_reason(tap, x) is None:
-            logits, head_input = head.apply(x, prefix)
-            current["lens"][index] = _decisions(logits)
-            if head_input is not None:
-                current["head_inputs"][index] = head_input.clone()
-
-    def note_prefix(index: int, tap: Tap, tokens: Tensor) -> None:
-        current["prefix"][index] = tokens
-
     parts: list[BatchFeatures] = []
-    with probe.guard() as model, reading(model, taps, note, note_prefix):
-        for number, (x, y) in track(
-            probe.local_batches(), f"depth probes: {what}", -(-probe.n_batches // world_size())
-        ):
-            if not are_indices(y):
-                raise ValueError(
-                    f"depth_probes needs class indices (B,), received targets {tuple(y.shape)} in batch {number}: measure "
-                    "images without mixup (probe.augment=false)."
-                )
-            current.update({name: {} for name in ("pooled", "prefix", "class_tokens", "lens", "head_inputs")})
-            decisions = _decisions(model(x))
-            if missing := [tap.name for index, tap in enumerate(taps) if index not in current["pooled"]]:
-                raise ValueError(f"Expected a map at tap {missing[0]!r}, received none: the model did not run it.")
-            if not parts:
-                _check_memory(current, probe, max_memory)
-            parts.append(_batch(number, x, y, decisions, current))
+    error: Exception | None = None
+    try:
+        parts.extend(_local_features(probe, taps, head, max_memory, f"depth probes: {what} images"))
+    except Interrupted:
+        raise
+    except Exception as raised:  # told to the other ranks, which would wait for this one's features
+        error = raised
+    if any(distributed.gather_objects(error is not None)):
+        raise error or RuntimeError("another rank failed")
     images = LabeledImages(parts)
     if not len(images.labels):
         raise ValueError(f"Expected at least one {what} image with a label, received none.")
     return images
 
 
+def _local_features(
+    probe: Probe, taps: list[Tap], head: Head | None, max_memory: float | None, description: str
+) -> Iterator[BatchFeatures]:
+    """Yield the features of each batch of this rank."""
+    values = _BatchValues(head, has_class_token(probe.model))
+    is_first = True
+    with probe.guard() as model, reading(model, taps, values.read, values.read_prefix):
+        for number, (x, y) in track(probe.local_batches(), description, -(-probe.n_batches // world_size())):
+            if not are_indices(y):
+                raise ValueError(
+                    f"depth_probes needs class indices (B,), received targets {tuple(y.shape)} in batch {number}: measure "
+                    "images without mixup (probe.augment=false)."
+                )
+            values.clear()
+            decisions = _decisions(model(x))
+            if missing := [tap.name for index, tap in enumerate(taps) if index not in values.by_name["pooled"]]:
+                raise ValueError(f"Expected a map at tap {missing[0]!r}, received none: the model did not run it.")
+            if is_first:
+                _check_memory(values.by_name, probe, max_memory)
+                is_first = False
+            yield _batch(number, x, y, decisions, values.by_name)
+
+
+class _BatchValues:
+    """What is read of one batch: by name of a field of `BatchFeatures`, then by tap."""
+
+    def __init__(self, head: Head | None, with_class_token: bool) -> None:
+        self.head, self.with_class_token = head, with_class_token
+        self.by_name: dict[str, dict[int, Tensor]] = {}
+        self._prefix: dict[int, Tensor] = {}
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget the batch before."""
+        self._prefix = {}
+        self.by_name = {name: {} for name in ("pooled", "class_tokens", "lens", "head_inputs")}
+
+    def read_prefix(self, index: int, tap: Tap, tokens: Tensor) -> None:
+        """Take the tokens in front of the map ``(B, n_prefix, C)``, which comes next."""
+        self._prefix[index] = tokens
+
+    def read(self, index: int, tap: Tap, x: Tensor) -> None:
+        """Take the map ``(B, C, h, w)`` of a tap."""
+        self.by_name["pooled"][index] = x.flatten(2).mean(dim=2, dtype=torch.float64)
+        prefix = self._prefix.pop(index, None)
+        if prefix is not None and self.with_class_token:
+            self.by_name["class_tokens"][index] = prefix[:, 0].clone()
+        if self.head is not None and self.head.null_reason(tap, x) is None:
+            logits, head_input = self.head.apply(x, prefix)
+            self.by_name["lens"][index] = _decisions(logits)
+            if head_input is not None:
+                self.by_name["head_inputs"][index] = head_input.clone()
+
+
 def _batch(
-    number: int, x: Tensor | BatchInputs, y: Tensor, decisions: Tensor, current: dict[str, Any]
+    number: int, x: Tensor | BatchInputs, y: Tensor, decisions: Tensor, values: dict[str, dict[int, Tensor]]
 ) -> BatchFeatures:
     counts = labeled(y).cpu()
     digests = [digest for digest, counted in zip(_digests(x), counts.tolist()) if counted]
     part = BatchFeatures(number, y.cpu()[counts].long().numpy(), decisions.cpu()[counts].numpy(), digests)
     for name in ("pooled", "class_tokens", "lens", "head_inputs"):
-        getattr(part, name).update({index: _kept(value, counts, x) for index, value in current[name].items()})
+        getattr(part, name).update({index: _kept(value, counts, x) for index, value in values[name].items()})
     return part
 
 
@@ -161,15 +191,15 @@ def _digests(inputs: Tensor | BatchInputs) -> list[bytes]:
     return [hashlib.blake2b(b"".join(_exact(v).numpy().tobytes() for v in row), digest_size=8).digest() for row in rows]
 
 
-def _check_memory(current: dict[str, Any], probe: Probe, max_memory: float | None) -> None:
-    values = [v for name in ("pooled", "class_tokens", "head_inputs") for v in current[name].values()]
+def _check_memory(values: dict[str, dict[int, Tensor]], probe: Probe, max_memory: float | None) -> None:
+    features = [v for name in ("pooled", "class_tokens", "head_inputs") for v in values[name].values()]
     size = 8 if probe.dtype == torch.float64 else 4
-    needed = float(probe.n_images * size * sum(value.shape[1] for value in values))
+    needed = float(probe.n_images * size * sum(value.shape[1] for value in features))
     limit = free_memory(torch.device("cpu")) / 4 if max_memory is None else max_memory
     if needed > limit:
         raise ValueError(
             f"depth_probes keeps the pooled features of all images and needs {needed / 2**30:.3g} GiB for "
-            f"{probe.n_images} images at {len(current['pooled'])} taps, received max_memory={limit / 2**30:.3g} GiB: use "
+            f"{probe.n_images} images at {len(values['pooled'])} taps, received max_memory={limit / 2**30:.3g} GiB: use "
             f"n_images={max(1, int(probe.n_images * limit / needed))}, or fewer taps."
         )
 
