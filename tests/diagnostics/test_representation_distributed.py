@@ -29,6 +29,7 @@ def measured(n_batches: int) -> dict:
             "fourier": vs.relative_log_amplitude(probe),
             "transfer": vs.branch_transfer(probe, n_resamples=8),
             "receptive field": vs.effective_receptive_field(probe, taps="all"),
+            "patch PCA": vs.patch_pca(probe, taps="all", images=5, foreground=0.0),
             "variance": vs.feature_map_variance(probe),
             "tokens": vs.token_norms(probe, norm_images=5),
             "taps": vs.tap_table(probe),

@@ -16,6 +16,7 @@ import vitscope as vs
         "depth_probes",
         "effective_rank",
         "effective_receptive_field",
+        "patch_pca",
         "feature_map_variance",
         "relative_log_amplitude",
         "similarity",

@@ -1,10 +1,13 @@
-"""Between a model's normalised inputs and pixels in [0, 1], where noise, corruptions and attacks are defined."""
+"""Between a model's normalised inputs and pixels in [0, 1], where noise, corruptions and attacks are defined,
+and in which figures show images.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -52,3 +55,26 @@ def pixels_of(probe: Probe, mean: Sequence[float] | None = None, std: Sequence[f
             f"Expected one mean and one std above 0 for each channel, received {list(mean)} and {list(std)}."
         )
     return Pixels(m, s)
+
+
+def shown_images(probe: Probe, count: int) -> np.ndarray:
+    """Return the first ``count`` images ``(n, H, W, 3)`` as uint8, the same on every rank.
+
+    Where the probe's facts lack the normalization of these channels, the smallest value of all these images becomes 0 and the
+    largest 255. One channel is gray, of more than three the first three are taken. Empty for a model that takes more than images.
+    """
+    if not probe.takes_images:
+        return np.zeros((0, 0, 0, 3), dtype=np.uint8)
+    parts: list[Tensor] = []
+    for x, _ in probe.batches:
+        parts.append(x[: count - sum(map(len, parts))].detach().cpu().double())
+        if sum(map(len, parts)) >= count:
+            break
+    x = torch.cat(parts)
+    if len(probe.about.get("mean", ())) in (1, x.shape[1]) and "std" in probe.about:
+        x = pixels_of(probe).to_pixels(x)
+    else:
+        low, high = x.min(), x.max()
+        x = (x - low) / (high - low).clamp_min(torch.finfo(x.dtype).tiny)
+    x = x[:, :3] if x.shape[1] >= 3 else x[:, :1].expand(-1, 3, -1, -1)
+    return (x.nan_to_num(0.5).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()

@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from vitscope.core.probe import Probe
 
 #: arguments of measures that do not change what a number means: draws, memory, chunks, finished rows, how a product or a pass
-#: is computed, and what belongs to the model itself (its checkpoints, its initial weights, its units). ``dtype`` is on the
-#: card as the type that was used. Every other argument, also of a measure that is added later, is compared.
+#: is computed, what belongs to the model itself (its checkpoints, its initial weights, its units), and the result that colors are
+#: aligned to. ``dtype`` is on the card as the type that was used. Every other argument, also of a measure that is added later, is
+#: compared.
 INCIDENTAL = frozenset({
     "probe", "partial", "seed", "micro_batch", "max_memory", "batches_at_once", "budget_s", "product", "cache",
-    "eigenvectors", "checkpoints", "initial", "units", "dtype",
+    "eigenvectors", "checkpoints", "initial", "units", "dtype", "reference",
 })  # fmt: skip
 
 #: names of one argument, of which each measure has one and accepts the others: how many eigenvalues are computed, ``k`` of the

@@ -1,7 +1,8 @@
-"""Taps: places of a model where a feature map is read."""
+"""Taps: places of a model where a feature map is read, and the choice of some of them."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -65,3 +66,31 @@ class Tap:
 Kind = Literal["stem", "conv", "msa", "mlp", "pool", "head"]
 
 Layout = Literal["NCHW", "NHWC", "NLC", "NCL", "unknown"]
+
+
+def chosen_taps(taps: Sequence[Tap], choice: str | Sequence[str]) -> list[Tap]:
+    """Return the taps that a measure reads, in their order.
+
+    Args:
+        taps: of the model, at least one.
+        choice: ``stages``, the last tap of each stage after the stem, and the last of all; ``last``; ``all``; or names.
+
+    Raises:
+        ValueError: a name that no tap has, or none.
+    """
+    if choice == "all":
+        return list(taps)
+    if choice == "last":
+        return [taps[-1]]
+    if choice == "stages":
+        last = {tap.stage: i for i, tap in enumerate(taps) if tap.stage > 0}
+        return [taps[i] for i in sorted({*last.values(), len(taps) - 1})]
+    names = [choice] if isinstance(choice, str) else list(choice)
+    taps_by_name = {tap.name: tap for tap in taps}
+    if not names or (unknown := [name for name in names if name not in taps_by_name]):
+        received = repr(unknown[0]) if names else "none"
+        raise ValueError(
+            f"Expected taps to be stages, last, all or names among {', '.join(taps_by_name)}, received {received}; pass "
+            f"taps=[{taps[-1].name}]."
+        )
+    return [tap for tap in taps if tap.name in names]

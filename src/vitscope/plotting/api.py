@@ -58,6 +58,7 @@ def plot(
     ``loss_landscape``             ``value``: nll, l2_half_sq, l2_sum_norm, nll+l2_half_sq, nll+l2_sum_norm, accuracy, ece;
                                    ``kind``: both, surface, contour; ``log``
     ``loss_slice``                 ``value``: nll, l2_half_sq, l2_sum_norm, accuracy, ece; ``log``
+    ``patch_pca``                  ``images``
     ``relative_log_amplitude``     ``view``: both, frequency, depth; ``curve``: paper, size_corrected, first_ac;
                                    ``axis``: true, paper
     ``similarity``                 ``minus_null``, ``vmax``, ``cmap``

@@ -16,10 +16,8 @@ from vitscope.core.probe import Probe
 from vitscope.core.results.result import TAP_COORDINATES, Result
 from vitscope.core.tap import Tap
 from vitscope.core.undefined_values import warn_nulls
+from vitscope.linalg.feature_moments import FeatureMoments, moments_of
 from vitscope.runtime import distributed
-
-#: columns of a scatter matrix that are computed at once
-_STRIP = 256
 
 
 @dataclass(frozen=True)
@@ -98,7 +96,7 @@ class _Sums:
 
     def __init__(self, probe: Probe, positions: int | None) -> None:
         self.probe, self.positions = probe, positions
-        self.moments = [_Moments() for _ in probe.taps]
+        self.moments = [FeatureMoments() for _ in probe.taps]
         self.n_images = 0
 
     def read(self, index: int, tap: Tap, x: Tensor) -> None:
@@ -134,61 +132,6 @@ class _Sums:
         )
 
 
-class _Moments:
-    """Count, mean and scatter matrix of feature vectors, merged part by part (Chan et al. 1979): no cancellation.
-
-    Vectors wait until they are as many as their channels: one large product costs less than many small ones, and fewer
-    vectors than that have fewer eigenvalues to be found.
-    """
-
-    def __init__(self) -> None:
-        self.n = 0
-        self.mean: Tensor | None = None
-        self.scatter: Tensor | None = None
-        self.eps = 0.0  # of the features' own dtype
-        self._waiting: list[Tensor] = []
-
-    def add(self, samples: Tensor) -> None:
-        """Add feature vectors ``(n, C)``."""
-        self.eps = torch.finfo(samples.dtype).eps
-        self._waiting.append(samples.double())
-        if sum(map(len, self._waiting)) >= samples.shape[1]:
-            self.merge(*_moments(torch.cat(self._waiting)))
-            self._waiting.clear()
-
-    def merge(self, n: int, mean: Tensor, scatter: Tensor) -> None:
-        """Add the moments of n other feature vectors."""
-        if self.mean is None or self.scatter is None:
-            self.n, self.mean, self.scatter = n, mean, scatter
-            return
-        total, difference = self.n + n, mean - self.mean
-        self.scatter = self.scatter + scatter + torch.outer(difference, difference) * (self.n * n / total)
-        self.mean = self.mean + difference * (n / total)
-        self.n = total
-
-    def state(self) -> tuple[int, np.ndarray | None, np.ndarray | None, np.ndarray | None, float]:
-        """Return count, mean and scatter, the vectors that wait, and the rounding, as plain arrays."""
-        waiting = torch.cat(self._waiting) if self._waiting else None
-        mean, scatter, vectors = (None if t is None else t.cpu().numpy() for t in (self.mean, self.scatter, waiting))
-        return self.n, mean, scatter, vectors, self.eps
-
-
-def _moments(samples: Tensor) -> tuple[int, Tensor, Tensor]:
-    mean = samples.mean(dim=0)
-    return len(samples), mean, _scatter(samples - mean)
-
-
-def _scatter(centred: Tensor) -> Tensor:
-    """Return ``centred.T @ centred`` of ``(n, C)``; of wide matrices only what lies right of the diagonal is computed."""
-    channels = centred.shape[1]
-    scatter = centred.new_empty(channels, channels)
-    for start in range(0, channels, _STRIP):
-        strip = centred[:, start : start + _STRIP].T @ centred[:, start:]
-        scatter[start : start + _STRIP, start:] = strip
-        scatter[start:, start : start + _STRIP] = strip.T
-    return scatter
-
-
 def _samples(features: Tensor, positions: int | None) -> Tensor:
     """Return feature vectors ``(B * n, C)`` from a map ``(B, C, h, w)``."""
     vectors = features.flatten(2).transpose(1, 2)  # (B, h * w, C)
@@ -205,7 +148,7 @@ def _merged(states: Sequence[tuple]) -> tuple[int, np.ndarray]:
 
     Zero where the samples agree up to the rounding of their own dtype; NaN where they are not finite.
     """
-    total = _Moments()
+    total = FeatureMoments()
     for n, mean, scatter, _, _ in states:
         if n:
             total.merge(n, torch.from_numpy(mean), torch.from_numpy(scatter))
@@ -217,7 +160,7 @@ def _merged(states: Sequence[tuple]) -> tuple[int, np.ndarray]:
         matrix, n, channels = centred @ centred.T, len(rows), rows.shape[1]  # the same eigenvalues but for zeros
     else:
         if rows is not None:
-            total.merge(*_moments(torch.from_numpy(rows)))
+            total.merge(*moments_of(torch.from_numpy(rows)))
         if total.mean is None or total.scatter is None:
             return 0, np.zeros(0)
         mean, matrix, n, channels = total.mean.numpy(), total.scatter.numpy(), total.n, len(total.mean)

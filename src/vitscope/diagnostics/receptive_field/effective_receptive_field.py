@@ -17,7 +17,7 @@ from vitscope.core.objective_card import ObjectiveCard
 from vitscope.core.probe import Probe
 from vitscope.core.results.result import TAP_COORDINATES, Result
 from vitscope.core.run_inputs import UntrainedModel
-from vitscope.core.tap import Tap
+from vitscope.core.tap import Tap, chosen_taps
 from vitscope.core.undefined_values import warn_nulls
 from vitscope.diagnostics.receptive_field._gradients import RADIUS_SHARES, FieldsOfTaps, measure_fields
 from vitscope.stats.intervals import LEAST_IMAGES, check_level, few_images
@@ -155,18 +155,18 @@ def effective_receptive_field(
     _check(contribution, center, area_shares, level)
     check_images(probe, "effective_receptive_field")
     probe.check_taps()
-    chosen_taps = _chosen(probe.taps, taps)
+    read_taps = chosen_taps(probe.taps, taps)
     options = (contribution, center, np.asarray(area_shares, dtype=np.float64))
     n_models = 1 if initial is None else 2
     _logger.info(
-        f"effective_receptive_field: {n_models * len(chosen_taps)} backward pass{'es' * (n_models * len(chosen_taps) > 1)} over "
-        f"the images ({', '.join(tap.name for tap in chosen_taps)}{'; and before training' * (initial is not None)})"
+        f"effective_receptive_field: {n_models * len(read_taps)} backward pass{'es' * (n_models * len(read_taps) > 1)} over "
+        f"the images ({', '.join(tap.name for tap in read_taps)}{'; and before training' * (initial is not None)})"
     )
-    trained = measure_fields(probe, chosen_taps, *options)
-    before = None if initial is None else measure_fields(*_initial_probe(probe, initial, chosen_taps), *options)
+    trained = measure_fields(probe, read_taps, *options)
+    before = None if initial is None else measure_fields(*_initial_probe(probe, initial, read_taps), *options)
     warn_nulls("effective_receptive_field", trained.reasons)
     warn_nulls("effective_receptive_field", few_images(trained.n_images))
-    return _result(probe, chosen_taps, trained, before, options[-1], level)
+    return _result(probe, read_taps, trained, before, options[-1], level)
 
 
 def _check(contribution: str, center: str, area_shares: Sequence[float], level: float) -> None:
@@ -177,25 +177,6 @@ def _check(contribution: str, center: str, area_shares: Sequence[float], level: 
         raise ValueError(f"Expected center to be one of {', '.join(CENTERS)}, received {center!r}.")
     if any(not 0 < share < 1 for share in area_shares):
         raise ValueError(f"Expected area_shares in (0, 1), received {list(area_shares)}; pass area_shares=[0.5].")
-
-
-def _chosen(taps: Sequence[Tap], choice: str | Sequence[str]) -> list[Tap]:
-    if choice == "all":
-        return list(taps)
-    if choice == "last":
-        return [taps[-1]]
-    if choice == "stages":
-        last = {tap.stage: i for i, tap in enumerate(taps) if tap.stage > 0}
-        return [taps[i] for i in sorted({*last.values(), len(taps) - 1})]
-    names = [choice] if isinstance(choice, str) else list(choice)
-    taps_by_name = {tap.name: tap for tap in taps}
-    if not names or (unknown := [name for name in names if name not in taps_by_name]):
-        received = repr(unknown[0]) if names else "none"
-        raise ValueError(
-            f"Expected taps to be stages, last, all or names among {', '.join(taps_by_name)}, received {received}; pass "
-            f"taps=[{taps[-1].name}]."
-        )
-    return [tap for tap in taps if tap.name in names]
 
 
 def _initial_probe(probe: Probe, initial: nn.Module, taps: Sequence[Tap]) -> tuple[Probe, list[Tap]]:
