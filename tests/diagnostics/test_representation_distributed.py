@@ -32,6 +32,7 @@ def measured(n_batches: int) -> dict:
             "patch PCA": vs.patch_pca(probe, taps="all", images=5, foreground=0.0),
             "variance": vs.feature_map_variance(probe),
             "tokens": vs.token_norms(probe, norm_images=5),
+            "smoothing": vs.oversmoothing(probe),
             "taps": vs.tap_table(probe),
             "noise": vs.frequency_noise_robustness(probe, n_bands=2),
             "filter": vs.input_filter(probe, cutoffs=(0.5,)),

@@ -21,6 +21,7 @@ import vitscope as vs
         "relative_log_amplitude",
         "similarity",
         "tap_table",
+        "oversmoothing",
         "token_norms",
     ],
 )

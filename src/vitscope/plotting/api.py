@@ -59,6 +59,7 @@ def plot(
                                    ``kind``: both, surface, contour; ``log``
     ``loss_slice``                 ``value``: nll, l2_half_sq, l2_sum_norm, accuracy, ece; ``log``
     ``patch_pca``                  ``images``
+    ``oversmoothing``              ``view``: depth, layers
     ``relative_log_amplitude``     ``view``: both, frequency, depth; ``curve``: paper, size_corrected, first_ac;
                                    ``axis``: true, paper
     ``similarity``                 ``minus_null``, ``vmax``, ``cmap``

@@ -10,6 +10,7 @@ from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 
+from vitscope.diagnostics.tokens.plot_oversmoothing import oversmoothing as oversmoothing
 from vitscope.diagnostics.tokens.token_norms import TokenNormsResult
 from vitscope.plotting.canvas import COLUMN_WIDTH, Canvas, new_canvas, result_color
 from vitscope.plotting.depth_axis import DEPTH_LABEL, shade_bands, shared_legend

@@ -1,0 +1,138 @@
+"""Similarity of attention among queries, heads and layers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from vitscope.core.running_mean import RunningMean
+from vitscope.models.structure.attention_units import AttentionUnit
+
+#: images whose attention is compared among layers at once
+_CHUNK = 8
+
+
+class AttentionCollapse:
+    """Means over images of one unit; positions alone count, prefix tokens and padding are left out and rows sum to 1 again.
+
+    Attributes:
+        head_nmi: normalized mutual information of query and key positions, of each head.
+        nmi: its mean over heads.
+        head_similarity: mean cosine of the attention of each pair of heads.
+    """
+
+    def __init__(self, unit: AttentionUnit) -> None:
+        self.unit = unit
+        self.head_nmi, self.nmi, self.head_similarity = (RunningMean() for _ in range(3))
+        self._queries, self._keys = (side[..., 0] >= 0 for side in (unit.queries, unit.keys))  # (n_windows, tokens)
+        #: queries and keys with a position, the same in every window; None where windows have paddings of their own
+        self._common = (
+            tuple(mask[0].nonzero()[:, 0] for mask in (self._queries, self._keys))
+            if all(bool((mask == mask[0]).all()) for mask in (self._queries, self._keys))
+            else None
+        )
+
+    def add(self, weights: Tensor) -> Tensor:
+        """Add a batch's weights ``(B * n_windows, heads, queries, keys)`` and return their mean over heads, a row an image."""
+        p = self._on_positions(weights.unflatten(0, (-1, self.unit.n_windows)))  # (B, n_windows, heads, queries, keys)
+        counts = self._queries.sum(1).to(p.device)  # (n_windows,)
+        several = counts > 1
+        if bool(several.any()):
+            nmi = normalized_mutual_information(p, counts[:, None])[:, several].mean(1)  # (B, heads)
+        else:
+            nmi = p.new_full((len(p), p.shape[2]), torch.nan)
+        self.head_nmi.add(nmi)
+        self.nmi.add(nmi.mean(1))
+        heads = p.transpose(1, 2).flatten(2)  # (B, heads, n_windows * queries * keys)
+        self.head_similarity.add(_mean_off_diagonal(_cosines(heads)))
+        return heads.mean(1)
+
+    def _on_positions(self, weights: Tensor) -> Tensor:
+        """Return the weights between positions, divided by their sum over keys; zero in the rows of padding."""
+        if self._common is not None:
+            queries, keys = (side.to(weights.device) for side in self._common)
+            if len(queries) == weights.shape[-2] and len(keys) == weights.shape[-1]:
+                return weights
+            weights = _selected(_selected(weights, queries, 3), keys, 4)
+            return weights / weights.sum(-1, keepdim=True)
+        queries, keys = (mask.to(weights.device) for mask in (self._queries, self._keys))
+        pairs = queries[:, None, :, None] & keys[:, None, None, :]
+        weights = torch.where(pairs, weights, 0.0)  # rows of padding may be NaN
+        sums = weights.sum(-1, keepdim=True)
+        return torch.where(queries[:, None, :, None], weights / sums, 0.0)
+
+
+def _selected(weights: Tensor, numbers: Tensor, dim: int) -> Tensor:
+    """Return the entries with these numbers, as a view where they are neighbors."""
+    if bool((numbers.diff() == 1).all()):
+        return weights.narrow(dim, int(numbers[0]), len(numbers))
+    return weights.index_select(dim, numbers)
+
+
+def normalized_mutual_information(p: Tensor, n_queries: Tensor) -> Tensor:
+    """Return ``I(q, k) / sqrt(H(q) H(k))`` of attention ``p (..., queries, keys)``, with equal probability of all queries.
+
+    ``I = H(k) - H(k|q)``; ``H(q) = ln n_queries``. 1 where each query attends to a key of its own, 0 where all queries attend
+    alike, also where they attend to a single key. NaN for one query.
+
+    Args:
+        p: rows sum to 1, or to 0 for queries that do not count.
+        n_queries: queries that count, of the leading shape of p or to be broadcast to it.
+    """
+    n = n_queries.to(p.dtype)
+    of_rows = -(p * p.clamp_min(torch.finfo(p.dtype).tiny).log()).sum(-1)  # (..., queries)
+    keys = p.sum(-2) / n[..., None]
+    of_keys = torch.special.entr(keys).sum(-1)
+    information = of_keys - of_rows.sum(-1) / n
+    both = (n.log() * of_keys).sqrt()
+    nmi = torch.where(both > 0, information / both, 0.0)
+    return torch.where((n > 1) & of_keys.isfinite(), nmi, torch.nan)
+
+
+def _cosines(vectors: Tensor) -> Tensor:
+    """Return the cosines of all pairs of ``vectors (B, n, d)``: ``(B, n, n)``."""
+    products = vectors @ vectors.transpose(1, 2)
+    norms = products.diagonal(dim1=1, dim2=2).sqrt()
+    return products / (norms[:, :, None] * norms[:, None, :])
+
+
+def _mean_off_diagonal(matrices: Tensor) -> Tensor:
+    """Return the mean of ``(B, n, n)`` off the diagonal; NaN for n = 1."""
+    n = matrices.shape[1]
+    sums = matrices.sum((1, 2)) - matrices.diagonal(dim1=1, dim2=2).sum(1)
+    return sums / (n * (n - 1)) if n > 1 else torch.full_like(sums, torch.nan)
+
+
+def comparable_groups(units: Sequence[AttentionUnit]) -> list[list[int]]:
+    """Return groups of units whose queries and keys have the same positions in the same windows."""
+    groups: list[list[int]] = []
+    for index, unit in enumerate(units):
+        for group in groups:
+            first = units[group[0]]
+            if torch.equal(first.queries, unit.queries) and torch.equal(first.keys, unit.keys):
+                group.append(index)
+                break
+        else:
+            groups.append([index])
+    return groups
+
+
+def layer_cosines(attention: Mapping[int, Tensor], groups: Sequence[Sequence[int]], n_units: int) -> Tensor:
+    """Return the cosines of the attention of units ``(B, n_units, n_units)``; NaN between those of different groups.
+
+    Args:
+        attention: each unit's attention, mean over heads, ``(B, n)``.
+        groups: units that can be compared.
+        n_units: number of units.
+    """
+    first = next(iter(attention.values()))
+    cosines = first.new_full((len(first), n_units, n_units), torch.nan)
+    for group in groups:
+        members = torch.tensor([index for index in group if index in attention])
+        for start in range(0, len(first), _CHUNK):
+            stacked = torch.stack([attention[int(index)][start : start + _CHUNK] for index in members], dim=1)
+            places = (slice(start, start + _CHUNK), members[:, None], members[None, :])
+            cosines[places] = _cosines(stacked)
+    return cosines
