@@ -43,16 +43,12 @@ REFUSED: dict[str, dict[str, str]] = {
     "lesion": {"dense": r"lesion compares the losses of images and needs a label for every pixel, received 14 ignored"},
     "rayleigh_split": {"own loss": r"rayleigh_split needs the Gauss-Newton matrix, which a loss of your own"},
 }
-<<<<<<< HEAD
 #: beginnings of the fields without values where a batch holds more than images, which are shown or by which attention is found
-WITHOUT_ATTENTION = {"token_norms": ("attention", "sink"), "patch_pca": ("images",)}
-=======
-#: beginnings of the fields without values where a batch holds more than images, by which attention is found
 WITHOUT_ATTENTION = {
     "oversmoothing": ("attention", "nmi", "head", "layer"),
+    "patch_pca": ("images",),
     "token_norms": ("attention", "sink"),
 }
->>>>>>> 2c61440 (tokens: measure oversmoothing: cosine and rank-1 residual of tokens, mutual information and similarity of attention)
 HEAD = {"parameters": "*head*", "tol": 1e-6}
 OPTIONS: dict[str, dict[str, Any]] = {
     "adversarial": {"attacks": ("fgsm",), "epsilons": (1,)},
