@@ -1,0 +1,39 @@
+"""The jackknife over groups against its closed form for means, and its coverage for a ratio of skewed numbers."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from vitscope.stats.intervals import t_quantile
+from vitscope.stats.jackknife import N_GROUPS, group_numbers, jackknife_half_width
+
+
+def left_out(values: np.ndarray) -> np.ndarray:
+    groups = group_numbers(len(values))
+    return np.stack([values[groups != group] for group in range(N_GROUPS)])
+
+
+def test_groups_are_of_equal_size_up_to_one() -> None:
+    counts = np.bincount(group_numbers(37))
+    assert len(counts) == N_GROUPS
+    assert counts.max() - counts.min() == 1
+
+
+def test_of_a_mean_it_is_the_interval_of_the_means_of_groups() -> None:
+    values = np.random.default_rng(0).normal(size=(40, 3))
+    means = np.stack([values[group_numbers(40) == group].mean(axis=0) for group in range(N_GROUPS)])
+    expected = t_quantile(N_GROUPS) * means.std(axis=0, ddof=1) / np.sqrt(N_GROUPS)
+    np.testing.assert_allclose(jackknife_half_width(left_out(values).mean(axis=1)), expected, rtol=1e-12)
+
+
+def test_the_interval_of_a_ratio_covers_the_truth() -> None:
+    rng = np.random.default_rng(1)
+    hits = 0
+    for _ in range(1000):
+        x = rng.lognormal(sigma=0.5, size=200)
+        y = 2 * x + rng.normal(size=200)
+        rest_x, rest_y = left_out(x), left_out(y)
+        half_width = float(jackknife_half_width(rest_y.mean(axis=1) / rest_x.mean(axis=1)))
+        hits += abs(y.mean() / x.mean() - 2) <= half_width
+    assert hits / 1000 == pytest.approx(0.95, abs=0.025)  # 3.5 standard errors of 1000 draws
