@@ -62,6 +62,8 @@ def similarity(
 ) -> Figure:
     """Draw a row of similarity matrices for each result and a column for each measure, with lines between stages.
 
+    Results of a single measure stand in rows of three.
+
     Layers whose similarity is null are grey. Each measure has its own color bar, the same for all results, from 0: a similarity
     below 0, which is chance, has the color of 0.
 
@@ -72,25 +74,31 @@ def similarity(
         cmap: name of the color map.
     """
     measures = list(dict.fromkeys(name for result in results.values() for name in result.measures))
-    rows, columns = len(results), len(measures)
+    n = len(results)
+    rows, columns = (n, len(measures)) if len(measures) > 1 else (-(-n // 3), min(n, 3))
     width = COLUMN_WIDTH if rows * columns == 1 else 0.5 + 2.3 * columns
     canvas = new_canvas(width, 2.9 if rows * columns == 1 else 0.4 + 2.3 * rows)
-    axes = canvas.grid(rows, columns)
+    grid = canvas.grid(rows, columns)
+    panels = grid if len(measures) > 1 else grid.reshape(-1, 1)  # (n or more, n_measures)
     for column, measure in enumerate(measures):
         matrices = {name: _matrix(result, measure, minus_null) for name, result in results.items()}
         highest = vmax if vmax is not None else _highest(list(matrices.values()))
         image: AxesImage | None = None
-        for ax, (name, result) in zip(axes[:, column], results.items()):
-            matrix = matrices[name]
+        for index, (name, result) in enumerate(results.items()):
+            ax, matrix = panels[index, column], matrices[name]
             if matrix is None:
-                ax.set_axis_off()
+                ax.remove()
                 continue
             image = ax.imshow(matrix.T, origin="lower", vmin=0, vmax=highest, cmap=cmap, aspect="auto")
             ax.set_facecolor("0.6")
-            _label(ax, name, result, measure, first=column == 0, last=ax is axes[-1, column])
+            has_labels = len(measures) == 1 or index == n - 1, len(measures) == 1 or column == 0
+            _label(ax, name if column == 0 else "", result, measure, has_labels)
         if image is not None:
             label = LABELS.get(measure, measure) + (" minus null" if minus_null else "")
-            canvas.colorbar(image, ax=list(axes[:, column]), label=label, location="top", shrink=0.9, extend="neither")
+            own_panels = [ax for ax in panels[:n, column] if ax.figure is not None]
+            canvas.colorbar(image, ax=own_panels, label=label, location="top", shrink=0.9, extend="neither")
+    for ax in panels[n:].flat:
+        ax.remove()
     return canvas.figure
 
 
@@ -107,19 +115,19 @@ def _highest(matrices: list[np.ndarray | None]) -> float:
     return largest if 0 < largest < 0.5 else 1.0
 
 
-def _label(ax: Axes, name: str, result: SimilarityResult, measure: str, *, first: bool, last: bool) -> None:
+def _label(ax: Axes, title: str, result: SimilarityResult, measure: str, has_labels: tuple[bool, bool]) -> None:
+    """Title a panel and label its axes: x where the first of ``has_labels`` is true, y where the second is or rows predict."""
     for axis in (ax.xaxis, ax.yaxis):
         axis.set_major_locator(MaxNLocator(integer=True, nbins=5))
     _stages(ax, result.stages, result.other_stages)
-    within = result.taps == result.other_taps
-    ax.set(title=name if first else "", box_aspect=1)
-    if last:
-        ax.set_xlabel("Predicting layer" if measure == "linear_regression" else "Layer")
-    other = "Layer" if within else "Layer of the other model"
-    if measure == "linear_regression":
+    ax.set(title=title, box_aspect=1)
+    is_regression, within = measure == "linear_regression", result.taps == result.other_taps
+    if has_labels[0]:
+        ax.set_xlabel("Predicting layer" if is_regression else "Layer")
+    if is_regression:
         ax.set_ylabel("Predicted layer" if within else "Predicted layer (other model)")
-    elif first:
-        ax.set_ylabel(other)
+    elif has_labels[1]:
+        ax.set_ylabel("Layer" if within else "Layer of the other model")
 
 
 def _stages(ax: Axes, stages: np.ndarray, others: np.ndarray) -> None:
