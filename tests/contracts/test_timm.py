@@ -5,6 +5,8 @@ Each test names one need. A failure after an upgrade means that the function it 
 
 from __future__ import annotations
 
+from typing import Any
+
 import huggingface_hub
 import numpy as np
 import pytest
@@ -12,14 +14,14 @@ import timm
 import torch
 import torch.nn.functional as F
 from timm.data.mixup import Mixup
-from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from vitscope.data.augment import mixup
 from vitscope.models import timm_internals
+from vitscope.models.structure.attention_weights import AttentionCall, AttentionMode
 
 
-class AttentionCalls(TorchFunctionMode):
+class FusedCalls(TorchFunctionMode):
     """Counts calls of ``scaled_dot_product_attention``."""
 
     count = 0
@@ -29,23 +31,20 @@ class AttentionCalls(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_attention_calls_the_fused_function_where_it_is_asked_to() -> None:
-    model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1, embed_dim=12, num_heads=1).eval()
+@pytest.mark.parametrize("fused", [False, True])
+def test_attention_is_one_call_or_a_softmax_that_is_multiplied_with_values(fused: bool) -> None:
+    """`models.structure.attention_weights` notices both; the attribute ``fused_attn`` chooses."""
+    model: Any = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1, embed_dim=12, num_heads=1).eval()
     attention, images = model.blocks[0].attn, torch.zeros(1, 3, 32, 32)
-    attention.fused_attn = False
-    with AttentionCalls() as calls:
+    attention.fused_attn = fused
+    with FusedCalls() as calls:
         model(images)
-    assert calls.count == 0
-    with timm_internals.fused_attention(attention), AttentionCalls() as calls:
+    assert calls.count == fused
+    noticed: list[AttentionCall] = []
+    with AttentionMode(noticed.append):
         model(images)
-    assert calls.count == 1
-    assert attention.fused_attn is False
-
-
-def test_a_module_without_the_switch_is_left_alone() -> None:
-    module = nn.Linear(1, 1)
-    with timm_internals.fused_attention(module):
-        assert not hasattr(module, "fused_attn")
+    assert [call.softmax is None for call in noticed] == [fused]
+    assert noticed[0].weights().shape == (1, 1, 5, 5)
 
 
 def test_the_hub_s_client_reads_the_switch_at_each_call(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,28 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, cast
 
 from huggingface_hub import constants
-from torch import nn
-
-
-@contextmanager
-def fused_attention(module: nn.Module) -> Iterator[None]:
-    """Let an attention module of timm call ``scaled_dot_product_attention``; other modules are left as they are.
-
-    `timm.layers.set_fused_attn` is public, but acts on modules that are built after it only.
-    """
-    if not hasattr(module, "fused_attn"):
-        yield
-        return
-    attention = cast(Any, module)
-    previous = attention.fused_attn
-    attention.fused_attn = True
-    try:
-        yield
-    finally:
-        attention.fused_attn = previous
 
 
 def hub_address() -> str:
