@@ -20,6 +20,7 @@ from vitscope.core.undefined_values import NullWarning
 from vitscope.diagnostics.attention._overlap import mass_masks, mean_of_pairs, overlaps
 from vitscope.diagnostics.attention._rollout import Rollout
 from vitscope.models import convnet
+from vitscope.models.structure import attention_weights
 from vitscope.runtime import progress
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*the intervals.*:vitscope.core.undefined_values.NullWarning")
@@ -305,3 +306,20 @@ def test_a_class_token_that_is_not_there() -> None:
     with pytest.raises(ValueError, match="a class token for query='class', received 'blocks.0.attn' without one"):
         vs.attention_maps(probe_of(model, images(16)), query="class")
     assert vs.attention_maps(probe_of(model, images(16))).query == "mean"  # a register is no class token
+
+
+def test_measures_of_one_pass_share_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    probe = probe_of(filled(vit()), images(16))
+    alone = vs.attention_maps(probe, gradient=False)
+    computed: list[torch.Size] = []
+    original = attention_weights.attention_weights
+
+    def counted(*args: Any, **options: Any) -> Tensor:
+        computed.append(original(*args, **options).shape)
+        return original(*args, **options)
+
+    monkeypatch.setattr(attention_weights, "attention_weights", counted)
+    shared = vs.one_pass(probe, {"attention_maps": {"gradient": False}, "token_norms": {}})
+    assert computed == [torch.Size((2, 3, 17, 17))] * 4  # two layers in two batches
+    assert shared["attention_maps"] == alone
+    assert shared["token_norms"].attention_units == ("blocks.0.attn", "blocks.1.attn")
