@@ -14,8 +14,9 @@ from scipy.stats import binom, binomtest
 from tests.helpers.coverage import assert_coverage
 from vitscope.core.running_mean import RunningMean, estimates
 from vitscope.diagnostics.fourier._bootstrap import by_kind, half_width_over_images
-from vitscope.diagnostics.hessian.hessian_trace import LEAST_VECTORS, HessianTraceResult
+from vitscope.diagnostics.hessian.hessian_trace import HessianTraceResult
 from vitscope.diagnostics.hessian.spectral_density import half_width, positive_interval
+from vitscope.linalg.quadrature import LEAST_VECTORS
 from vitscope.stats.intervals import (
     LEAST_EVENTS,
     LEAST_IMAGES,

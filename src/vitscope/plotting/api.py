@@ -53,6 +53,7 @@ def plot(
     ``effective_receptive_field``  ``view``: last, taps, depth
     ``feature_map_variance``       ``view``: both, variance, ratio; ``log``
     ``frequency_noise_robustness`` ``view``: bands, rms; ``relative``
+    ``hessian_block_densities``    ``vmax``, ``cmap``
     ``hessian_max_eigenvalue_spectrum`` ``log``
     ``lesion``                     ``value``: accuracy, nll
     ``loss_landscape``             ``value``: nll, l2_half_sq, l2_sum_norm, nll+l2_half_sq, nll+l2_sum_norm, accuracy, ece;

@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 
 from vitscope.diagnostics.hessian.hessian_eigenvalues import HessianEigenvaluesResult
-from vitscope.diagnostics.hessian.spectral_density import SpectralDensityResult, check_quadrature, density_of
+from vitscope.diagnostics.hessian.spectral_density import SpectralDensityResult, density_of
 from vitscope.linalg.eigensolver import extreme_eigenvalues
 from vitscope.linalg.foreign_operators import ForeignOperator
+from vitscope.linalg.quadrature import check_quadrature
 from vitscope.runtime.value_ranges import PositiveInt, Seed
 
 #: products in a row with which all eigenvalues must be known. Without a gradient the start is random: of 540 searches for the

@@ -15,11 +15,8 @@ from vitscope.diagnostics.hessian.hessian_max_eigenvalue_spectrum import hessian
 from vitscope.linalg.curvature.curvature_options import CurvatureArguments, CurvatureOptions, curvature_arguments
 from vitscope.linalg.curvature.operator_factory import curvatures
 from vitscope.linalg.curvature.parameter_subsets import part_sizes
-from vitscope.models.structure.parameter_groups import parameter_kinds, parameter_stages
+from vitscope.models.structure.parameter_groups import KIND_ORDER, parameter_kinds, parameter_stages
 from vitscope.runtime.value_ranges import PositiveInt
-
-#: the order of kinds in results and figures
-ORDER = ("stem", "conv", "msa", "mlp", "pool", "head")
 
 
 @dataclass(frozen=True)
@@ -132,4 +129,4 @@ def _sizes(probe: Probe, by: str, options: CurvatureOptions) -> dict[str, int]:
     for name, p in probe.parameters().items():
         group = str(places[name])
         sizes[group] = sizes.get(group, 0) + p.numel()
-    return dict(sorted(sizes.items(), key=lambda pair: ORDER.index(pair[0]) if by == "kind" else int(pair[0])))
+    return dict(sorted(sizes.items(), key=lambda pair: KIND_ORDER.index(pair[0]) if by == "kind" else int(pair[0])))

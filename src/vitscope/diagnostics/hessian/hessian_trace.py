@@ -18,14 +18,12 @@ from vitscope.linalg.curvature.curvature_options import CurvatureArguments, Curv
 from vitscope.linalg.curvature.operator_factory import curvatures
 from vitscope.linalg.curvature.start_vector import random_signs, vector_seed
 from vitscope.linalg.krylov_basis import dot
+from vitscope.linalg.quadrature import LEAST_VECTORS
 from vitscope.runtime.progress import track
 from vitscope.runtime.value_ranges import PositiveInt
 from vitscope.stats.intervals import t_quantile
 
 METHODS = ("hutchinson", "hutch++")
-
-#: random vectors below which there is no interval: one large eigenvalue makes the estimates as skewed as chi-square
-LEAST_VECTORS = 20
 
 
 @dataclass(frozen=True)

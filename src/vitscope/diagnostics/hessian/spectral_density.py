@@ -3,26 +3,23 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, Unpack
+from typing import Unpack
 
 import numpy as np
-from torch import Tensor
 
 from vitscope.core.measure_options import record_options
 from vitscope.core.objective_card import ObjectiveCard
 from vitscope.core.probe import Probe
 from vitscope.core.results.result import Result
 from vitscope.core.run_inputs import ResumableRows
-from vitscope.diagnostics.hessian.hessian_trace import LEAST_VECTORS
 from vitscope.linalg.curvature.curvature_options import CurvatureArguments, CurvatureOptions, curvature_arguments
 from vitscope.linalg.curvature.operator_factory import curvatures
-from vitscope.linalg.curvature.start_vector import VectorSpace, random_signs, vector_seed
+from vitscope.linalg.curvature.start_vector import vector_seed
 from vitscope.linalg.krylov_basis import BasisBuffer
-from vitscope.linalg.partial_reorthogonalization import SemiorthogonalLanczos
+from vitscope.linalg.quadrature import LEAST_VECTORS, SymmetricOperator, check_quadrature, quadrature_rule
 from vitscope.runtime.progress import track
-from vitscope.runtime.resumable_map import Row, stored_row
+from vitscope.runtime.resumable_map import stored_row
 from vitscope.runtime.value_ranges import PositiveInt
 from vitscope.stats.intervals import t_half_width_of_rows
 
@@ -131,32 +128,6 @@ def spectral_density(
         return density_of(mean, n_vectors, n_steps, n_grid, sigma, options.seed, partial, operators.card(solver))
 
 
-class SymmetricOperator(VectorSpace, Protocol):
-    """What quadrature needs of an operator: it is `unshifted` plus ``shift`` times the identity."""
-
-    @property
-    def shift(self) -> float:
-        """The multiple of the identity that `unshifted` leaves out."""
-        ...
-
-    def unshifted(self, v: Tensor) -> Tensor | Sequence[Tensor]:
-        """Return the product with ``v (size,)`` without the shift's, as one tensor or in pieces."""
-        ...
-
-
-def check_quadrature(n_vectors: int, n_steps: int, n_grid: int, sigma: float | None) -> None:
-    """Check the options of a density.
-
-    Raises:
-        ValueError: fewer than one vector, step or grid point, a ``sigma`` that is not positive.
-    """
-    for name, value in (("n_vectors", n_vectors), ("n_steps", n_steps), ("n_grid", n_grid)):
-        if value < 1:
-            raise ValueError(f"Expected {name} to be at least 1, received {value}.")
-    if sigma is not None and not sigma > 0:
-        raise ValueError(f"Expected sigma to be positive or None, received {sigma}.")
-
-
 def density_of(
     operator: SymmetricOperator,
     n_vectors: int,
@@ -170,25 +141,10 @@ def density_of(
     """Return the density of an operator; arguments as in `spectral_density`, and the card of the result."""
     steps, memory, rules = min(n_steps, operator.size), BasisBuffer(), []
     for number in track(range(n_vectors), "spectral density"):
-        compute = functools.partial(_quadrature, operator, vector_seed(seed, number), steps, memory)
+        compute = functools.partial(quadrature_rule, operator, vector_seed(seed, number), steps, memory)
         rules.append(stored_row(partial, f"vector-{number:04d}", compute, required=["residuals"]))
     table = {key: np.array([rule[key] for rule in rules]) for key in ("nodes", "weights", "residuals", "resolution")}
     return _result(table, n_grid, sigma, operator.size, n_vectors * steps, card)
-
-
-def _quadrature(operator: SymmetricOperator, seed: int, n_steps: int, memory: BasisBuffer) -> Row:
-    """Return the quadrature rule of the random sign vector of ``seed``."""
-    start = random_signs(operator, seed)
-    process = SemiorthogonalLanczos(operator.unshifted, start, n_steps + 1, shift=operator.shift, memory=memory)
-    for _ in range(n_steps):
-        process.step()
-    ritz = process.ritz()
-    return {
-        "nodes": ritz.values,
-        "weights": ritz.vectors[0] ** 2,
-        "residuals": ritz.residuals,
-        "resolution": process.resolution(ritz),
-    }
 
 
 def masses_by_sign(

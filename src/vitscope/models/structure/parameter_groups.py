@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from typing import get_args
 
 from torch import Tensor, nn
 
@@ -16,6 +17,9 @@ from vitscope.models.structure.residual_structure import TOKENS, ModelComponent,
 from vitscope.runtime.errors import StructureError
 
 Place = tuple[Kind, int]
+
+#: kinds in the order in which results list them
+KIND_ORDER: tuple[Kind, ...] = get_args(Kind)
 
 
 def parameter_kinds(model: nn.Module, images: Tensor | None = None) -> dict[str, Kind]:

@@ -1,0 +1,271 @@
+"""Spectral density of every diagonal block of the Hessian, and how much the blocks differ from each other."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Unpack
+
+import numpy as np
+
+from vitscope.core.measure_options import record_options
+from vitscope.core.objective_card import ObjectiveCard
+from vitscope.core.probe import Probe
+from vitscope.core.results.result import Result
+from vitscope.core.run_inputs import ResumableRows
+from vitscope.core.undefined_values import warn_nulls
+from vitscope.diagnostics.block_spectra._block_distances import AXES, BlockDistances, block_distances
+from vitscope.diagnostics.block_spectra._parameter_blocks import kinds_of_blocks, parameter_blocks
+from vitscope.linalg.curvature.curvature_options import CurvatureArguments, CurvatureOptions, curvature_arguments
+from vitscope.linalg.curvature.operator_factory import curvatures
+from vitscope.linalg.curvature.start_vector import vector_seed
+from vitscope.linalg.krylov_basis import BasisBuffer
+from vitscope.linalg.quadrature import LEAST_VECTORS, check_quadrature, quadrature_rule
+from vitscope.runtime.progress import track
+from vitscope.runtime.resumable_map import Row, stored_row
+from vitscope.runtime.value_ranges import PositiveInt
+from vitscope.stats.intervals import t_half_width_of_rows
+
+#: names of blocks that stand for a division of all parameters
+DIVISIONS = ("layer", "unit", "kind", "stage", "part")
+#: how eigenvalues of blocks are brought to one axis
+SCALES = ("none", "largest")
+#: a distance between halves of the vectors, relative to that between blocks, from which it is said
+LARGEST_NOISE = 0.5
+
+
+@dataclass(frozen=True)
+class HessianBlockDensitiesResult(Result, coordinates={"block": "blocks", "other_block": "blocks", "grid": "grid"}):
+    """Quadrature rules of the blocks' spectra, their densities on one grid, and the distances between these.
+
+    A block is the Hessian of some parameters, all others held fixed. Numbers that are not defined are NaN.
+
+    Attributes:
+        blocks: (n_blocks) names.
+        kinds: (n_blocks) kind of the unit that most of a block's parameters belong to (``stem conv msa mlp pool head``); empty
+            where the model's units are not known.
+        sizes: (n_blocks,) numbers of parameters.
+        nodes: (n_blocks, n_vectors, n_steps) Ritz values, ascending; NaN after the last step of a block of fewer parameters.
+        weights: (n_blocks, n_vectors, n_steps) their masses; each row sums to 1.
+        residuals: (n_blocks, n_vectors, n_steps) of the nodes as Ritz values.
+        grid: (n_grid,) eigenvalues, or with ``scale="largest"`` eigenvalues over the block's largest magnitude; equally spaced
+            along the axis.
+        density: (n_blocks, n_grid) the rules smoothed by a Gaussian of width ``sigma``, mean over vectors; integrates to 1 along
+            the axis: per unit of eigenvalue, or per decade.
+        sigma: the Gaussian's standard deviation, in units of the axis.
+        js_distance: (n_blocks, n_blocks) root of the Jensen-Shannon divergence of two densities, in nats: 0 for equal
+            ones, ``sqrt(log 2) = 0.833`` for disjoint ones.
+        js_distance_low: (n_blocks, n_blocks) lower end of the 95 % basic bootstrap interval over probe vectors; NaN for one
+            vector.
+        js_distance_high: (n_blocks, n_blocks) upper end.
+        js_noise: (n_blocks,) distance between the densities of the two halves of a block's vectors: what estimates of equal
+            spectra differ by, with half of the vectors; NaN for one vector.
+        mean_js: mean distance over all pairs of blocks.
+        mean_js_interval: (2,) its 95 % bootstrap interval; NaN for one vector.
+        trace: (n_blocks,) Hutchinson's estimate, from the same products.
+        trace_half_width: (n_blocks,) half its 95 % t-interval over vectors; NaN with fewer than 20 vectors.
+        largest: (n_blocks,) largest node of all vectors; the largest eigenvalue is at least that minus rounding.
+        largest_residual: (n_blocks,) its residual: an eigenvalue lies within.
+        smallest: (n_blocks,) smallest node of all vectors; the smallest eigenvalue is at most that.
+        n_uncovered: number of trainable parameters that belong to no block.
+        n_products: products with the blocks' operators.
+        card: under which conditions; ``parameters`` is ``by layer`` and so on.
+    """
+
+    blocks: tuple[str, ...]
+    kinds: tuple[str, ...]
+    sizes: np.ndarray
+    nodes: np.ndarray
+    weights: np.ndarray
+    residuals: np.ndarray
+    grid: np.ndarray
+    density: np.ndarray
+    sigma: float
+    js_distance: np.ndarray
+    js_distance_low: np.ndarray
+    js_distance_high: np.ndarray
+    js_noise: np.ndarray
+    mean_js: float
+    mean_js_interval: np.ndarray
+    trace: np.ndarray
+    trace_half_width: np.ndarray
+    largest: np.ndarray
+    largest_residual: np.ndarray
+    smallest: np.ndarray
+    n_uncovered: int
+    n_products: int
+    card: ObjectiveCard | None = None
+
+    def scalars(self) -> dict[str, float]:
+        """Return the mean distance, the decades between the blocks' largest eigenvalues, and the number of products."""
+        positive = self.largest[self.largest > 0]
+        decades = float(np.log10(positive.max() / positive.min())) if len(positive) > 1 else float("nan")
+        return {"mean_js": self.mean_js, "largest_decades": decades, "n_products": float(self.n_products)}
+
+
+@record_options
+@curvature_arguments("operator", "dtype", "bn", "product", "micro_batch", "seed")
+def hessian_block_densities(
+    probe: Probe,
+    *,
+    blocks: str | Sequence[str] | Mapping[str, str | Sequence[str]] = "layer",
+    n_vectors: PositiveInt = 4,
+    n_steps: PositiveInt = 30,
+    n_grid: PositiveInt = 1024,
+    sigma: float | None = None,
+    scale: str = "none",
+    axis: str = "linear",
+    n_resamples: PositiveInt = 200,
+    partial: ResumableRows | None = None,
+    **curvature: Unpack[CurvatureArguments],
+) -> HessianBlockDensitiesResult:
+    """Estimate the spectral density of each diagonal block of the Hessian by `spectral_density`'s quadrature.
+
+    The distance of two blocks is ``sqrt(JSD)`` with ``JSD(p, q) = (KL(p|m) + KL(q|m)) / 2`` and ``m = (p + q) / 2``, natural
+    logarithm, of their densities on one grid. A finite number of vectors makes it larger than it is, see ``js_noise``.
+
+    Args:
+        probe: the model, batches and objective; batches are split over ranks.
+        blocks: ``layer``, a block for each weight matrix or kernel with its bias; ``unit``, for each residual unit; ``kind``,
+            ``stage`` or ``part`` (q, k, v, ...); or a list of subsets as ``parameters=`` takes them
+            (``[kind:msa, layer:blocks.3.attn]``), or a mapping of names to such subsets.
+        n_vectors: probe vectors of each block.
+        n_steps: Lanczos steps of each, at most the number of the block's parameters.
+        n_grid: points of the densities.
+        sigma: width of the smoothing Gaussian along the axis; None for a hundredth of the range of all nodes.
+        scale: ``none``, or ``largest``: eigenvalues over the largest magnitude among the block's nodes, which compares the shapes
+            of spectra and not their sizes.
+        axis: ``linear``, on which distances are made by outliers and by blocks that reach as far as the smoothing, or ``symlog``,
+            signed decades above a millionth of the largest magnitude, on which spectra of another size do not overlap.
+        n_resamples: bootstrap resamples of the vectors.
+        partial: rows of vectors already done, by ``block-<number>-vector-<number>``.
+        curvature: ``operator``, ``dtype``, ``bn``, ``product``, ``micro_batch``, ``seed``: see
+            `vitscope.linalg.curvature.curvature_options.CurvatureOptions`.
+
+    Raises:
+        ValueError: unknown blocks, fewer than two blocks, an unknown ``scale`` or ``axis``; and as `spectral_density`.
+        StructureError: ``unit`` or ``kind`` for a model whose units are not known.
+        NumericalError: a loss that is not finite.
+
+    Source: Zhang et al., Why Transformers Need Adam (NeurIPS 2024), who compare blocks so at initialization (``JS^0``);
+    docs/definitions.md section 2.
+    """
+    check_quadrature(n_vectors, n_steps, n_grid, sigma)
+    if scale not in SCALES:
+        raise ValueError(f"Expected scale to be one of {', '.join(SCALES)}, received {scale!r}.")
+    if axis not in AXES:
+        raise ValueError(f"Expected axis to be one of {', '.join(AXES)}, received {axis!r}.")
+    options = CurvatureOptions(**curvature)
+    subsets = parameter_blocks(probe, blocks, options)
+    if len(subsets) < 2:
+        raise ValueError(f"Expected at least two blocks to compare, received {', '.join(subsets) or 'none'}.")
+    tables: list[dict[str, np.ndarray]] = []
+    names: list[tuple[str, ...]] = []
+    sizes: list[int] = []
+    memory, cards = BasisBuffer(), []
+    for index, subset in enumerate(track(list(subsets.values()), "hessian block densities")):
+        with curvatures(probe, replace(options, parameters=subset)) as operators:
+            mean = operators.mean()
+            rules = [
+                stored_row(
+                    partial,
+                    f"block-{index:04d}-vector-{number:04d}",
+                    functools.partial(
+                        quadrature_rule, mean, vector_seed(options.seed, number), min(n_steps, mean.size), memory
+                    ),
+                )
+                for number in range(n_vectors)
+            ]
+            cards.append(operators.card({"solver": "slq", "n_vectors": n_vectors, "n_steps": n_steps}))
+            names.append(tuple(operators.parameters))
+            sizes.append(mean.size)
+        tables.append(_padded(rules, n_steps))
+    table = {key: np.stack([t[key] for t in tables]) for key in tables[0]}
+    distances = block_distances(
+        table["nodes"], table["weights"], scale=scale, axis=axis, n_grid=n_grid, sigma=sigma, n_resamples=n_resamples,
+        seed=options.seed,
+    )  # fmt: skip
+    _warn_of_nulls(list(subsets), table["nodes"], n_vectors)
+    _warn_of_noise(distances)
+    whole = "by " + blocks if isinstance(blocks, str) else ", ".join(subsets)
+    card = probe.card(parameters=whole, bn_policy=options.bn, dtype=cards[0].dtype, solver=cards[0].solver)
+    n_trainable = sum(p.numel() for p in probe.parameters().values())
+    return _result(
+        tuple(subsets), kinds_of_blocks(probe, names), np.array(sizes), table, distances,
+        max(0, n_trainable - sum(sizes)), card,
+    )  # fmt: skip
+
+
+def _padded(rules: Sequence[Row], n_steps: int) -> dict[str, np.ndarray]:
+    """Return the rules of a block as arrays (n_vectors, n_steps), NaN after the last step of a small block."""
+    arrays = {}
+    for key in ("nodes", "weights", "residuals"):
+        rows = np.array([rule[key] for rule in rules])  # (n_vectors, steps)
+        arrays[key] = np.pad(rows, ((0, 0), (0, n_steps - rows.shape[1])), constant_values=np.nan)
+    return arrays
+
+
+def _warn_of_nulls(blocks: Sequence[str], nodes: np.ndarray, n_vectors: int) -> None:
+    zero = [block for block, values in zip(blocks, nodes) if not np.nanmax(np.abs(values)) > 0]
+    if zero:
+        warnings.warn(f"blocks whose curvature is zero: {', '.join(zero)}", stacklevel=3)
+    if n_vectors == 1:
+        warn_nulls("hessian_block_densities", {"intervals": "one probe vector"})
+
+
+def _warn_of_noise(distances: BlockDistances) -> None:
+    n_blocks = len(distances.distance)
+    mean = float(distances.distance[np.triu_indices(n_blocks, 1)].mean())
+    noise = float(distances.noise.mean())
+    if noise > LARGEST_NOISE * mean:
+        warnings.warn(
+            f"the two halves of a block's probe vectors differ by {noise:.2g} on average, the blocks by {mean:.2g}: use more "
+            "n_vectors, or a larger sigma",
+            stacklevel=3,
+        )
+
+
+def _result(
+    blocks: tuple[str, ...],
+    kinds: tuple[str, ...],
+    sizes: np.ndarray,
+    table: dict[str, np.ndarray],
+    distances: BlockDistances,
+    n_uncovered: int,
+    card: ObjectiveCard,
+) -> HessianBlockDensitiesResult:
+    nodes, weights = table["nodes"], table["weights"]
+    means = (
+        np.nansum(weights * nodes, axis=2) * sizes[:, None]
+    )  # (n_blocks, n_vectors): unbiased estimates of the trace
+    flat = nodes.reshape(len(blocks), -1)
+    top = np.nanargmax(flat, axis=1)
+    pairs = np.triu_indices(len(blocks), 1)
+    half_widths = np.array([float(t_half_width_of_rows(row, LEAST_VECTORS)) for row in means])
+    return HessianBlockDensitiesResult(
+        blocks=blocks,
+        kinds=kinds,
+        sizes=sizes,
+        nodes=nodes,
+        weights=weights,
+        residuals=table["residuals"],
+        grid=distances.grid,
+        density=distances.density,
+        sigma=distances.sigma,
+        js_distance=distances.distance,
+        js_distance_low=distances.low,
+        js_distance_high=distances.high,
+        js_noise=distances.noise,
+        mean_js=float(distances.distance[pairs].mean()),
+        mean_js_interval=distances.mean_interval,
+        trace=means.mean(axis=1),
+        trace_half_width=half_widths,
+        largest=np.take_along_axis(flat, top[:, None], 1)[:, 0],
+        largest_residual=np.take_along_axis(table["residuals"].reshape(len(blocks), -1), top[:, None], 1)[:, 0],
+        smallest=np.nanmin(flat, axis=1),
+        n_uncovered=n_uncovered,
+        n_products=int((~np.isnan(nodes)).sum()),
+        card=card,
+    )
