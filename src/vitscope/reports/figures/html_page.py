@@ -22,6 +22,7 @@ from vitscope.reports.claims.claim_verdicts import NOT_MEASURED, ClaimVerdict, e
 from vitscope.reports.figures import figure_captions
 from vitscope.reports.figures.figure_captions import DrawnPanel
 from vitscope.reports.figures.figure_plan import Curve
+from vitscope.reports.figures.microscope import microscope
 from vitscope.reports.run_entry import Entry
 from vitscope.reports.tables import factorial_tables
 from vitscope.reports.tables.table import Cell, Problem, Table
@@ -96,6 +97,7 @@ def write(
     for figure in drawn:
         sections.setdefault(figure.panel.analysis, []).append(_page_figure(figure))
     compared = comparison(entries)
+    looked_at = microscope(drawn)
     interactive = any(figure.picture.interactive for figure in drawn) or any(run["curves"] for run in compared["runs"])
     counting = [entry for entry in entries if not entry.superseded]
     html = _template().render(
@@ -114,6 +116,9 @@ def write(
         measured=sum(j.verdict != NOT_MEASURED for j in judged),
         said=effect_text,
         sections=sections,
+        microscope=looked_at,
+        microscope_images=_script_json(looked_at.images if looked_at else []),
+        microscope_pictures=_script_json(looked_at.pictures() if looked_at else []),
         problems=problems,
         entries=entries,
         compared=_script_json(compared),

@@ -82,6 +82,21 @@
   const byId = new Map(content.runs.map((run) => [run.id, run]));
   const table = document.getElementById("run-table");
   const rows = [...table.tBodies[0].rows];
+  // ---- microscope: the pictures of the chosen image
+  const imageChoice = document.getElementById("microscope-image");
+  if (imageChoice) {
+    const of = (id) => JSON.parse(document.getElementById(id).textContent);
+    const cells = of("microscope-pictures"), images = of("microscope-images");
+    const source = document.getElementById("microscope-source");
+    const places = [...document.querySelectorAll("table.pictures tbody td")].map((cell) => cell.querySelector("img"));
+    imageChoice.closest(".choice").hidden = false;
+    imageChoice.addEventListener("change", () => {
+      const i = Number(imageChoice.value);
+      if (source) source.src = images[i];
+      places.forEach((img, k) => { if (img) { img.hidden = !cells[k][i]; if (cells[k][i]) img.src = cells[k][i]; } });
+    });
+  }
+
   const chosen = new Set();
   const element = (tag, text, attributes = {}) => Object.assign(document.createElement(tag), { textContent: text, ...attributes });
   const said = (value) => {
