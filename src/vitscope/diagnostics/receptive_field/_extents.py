@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -13,8 +15,23 @@ from vitscope.stats.jackknife import N_GROUPS
 _ROUNDING = 1e-12
 
 
-def distances(size: tuple[int, int], center: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the Euclidean and the Chebyshev distance of each pixel's center from a point, both ``(H * W,)`` in pixels.
+@dataclass(frozen=True)
+class Distances:
+    """Distances of the pixels of an image from a point, sorted once for many fields.
+
+    Attributes:
+        values: (n_distances,) different distances, ascending.
+        index: (H * W,) place of each pixel's distance among them.
+        pixels: (n_distances,) share of the image's pixels within each.
+    """
+
+    values: np.ndarray
+    index: np.ndarray
+    pixels: np.ndarray
+
+
+def distances(size: tuple[int, int], center: np.ndarray) -> tuple[Distances, Distances]:
+    """Return the Euclidean and the Chebyshev distance of each pixel's center from a point, in pixels.
 
     Args:
         size: (H, W) of the image.
@@ -23,10 +40,16 @@ def distances(size: tuple[int, int], center: np.ndarray) -> tuple[np.ndarray, np
     rows, columns = np.abs(np.arange(size[0]) - center[0]), np.abs(np.arange(size[1]) - center[1])
     euclidean = np.hypot(rows[:, None], columns[None, :])
     square = np.maximum(rows[:, None], columns[None, :])
-    return euclidean.round(9).ravel(), square.round(9).ravel()
+    return _sorted(euclidean), _sorted(square)
 
 
-def radii(field: np.ndarray, distance: np.ndarray, shares: np.ndarray) -> np.ndarray:
+def _sorted(distance: np.ndarray) -> Distances:
+    values, index = np.unique(distance.round(9).ravel(), return_inverse=True)
+    index = index.ravel()
+    return Distances(values, index, np.bincount(index, minlength=len(values)).cumsum() / distance.size)
+
+
+def radii(field: np.ndarray, distance: Distances, shares: np.ndarray) -> np.ndarray:
     """Return the radii within which lie the shares of a field, NaN for a field that is 0 or not finite.
 
     The share within a radius is known at the distances of pixel centers and linear between them, so that the radius follows
@@ -34,24 +57,23 @@ def radii(field: np.ndarray, distance: np.ndarray, shares: np.ndarray) -> np.nda
 
     Args:
         field: (H * W,) at least 0.
-        distance: (H * W,) Euclidean distances from the center.
+        distance: Euclidean distances from the center.
         shares: (n_shares,) in (0, 1].
     """
-    cumulative = _cumulative(field, distance)
-    return np.full(len(shares), np.nan) if cumulative is None else _reached(shares, cumulative[1], cumulative[0])
+    held = _held(field, distance)
+    return np.full(len(shares), np.nan) if held is None else _reached(shares, held, distance.values)
 
 
-def area_ratios(field: np.ndarray, distance: np.ndarray, shares: np.ndarray) -> np.ndarray:
+def area_ratios(field: np.ndarray, distance: Distances, shares: np.ndarray) -> np.ndarray:
     """Return the shares of the image's pixels in the squares that hold the shares of a field, linear between two squares.
 
     What of a square lies outside of the image is not counted. A flat field has the shares themselves. Arguments are those of
     `radii`, with Chebyshev distances.
     """
-    cumulative = _cumulative(field, distance)
-    if cumulative is None:
+    held = _held(field, distance)
+    if held is None:
         return np.full(len(shares), np.nan)
-    _, held, pixels = cumulative
-    return _reached(shares, np.append(0.0, held), np.append(0.0, pixels))
+    return _reached(shares, np.append(0.0, held), np.append(0.0, distance.pixels))
 
 
 def _reached(shares: np.ndarray, held: np.ndarray, values: np.ndarray) -> np.ndarray:
@@ -68,14 +90,12 @@ def _reached(shares: np.ndarray, held: np.ndarray, values: np.ndarray) -> np.nda
     return np.where(after > 0, values[before] + part * (values[after] - values[before]), values[0])
 
 
-def _cumulative(field: np.ndarray, distance: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
-    """Return the distances of pixels, ascending, and the shares of the field and of the pixels within each of them."""
+def _held(field: np.ndarray, distance: Distances) -> np.ndarray | None:
+    """Return the share of a field ``(H * W,)`` within each distance ``(n_distances,)``; None where it is 0 or not finite."""
     total = field.sum()
     if not (np.isfinite(total) and total > 0):
         return None
-    values, index = np.unique(distance, return_inverse=True)
-    held = np.bincount(index, field, len(values)).cumsum() / total
-    return values, held, np.bincount(index, minlength=len(values)).cumsum() / len(distance)
+    return np.bincount(distance.index, field, len(distance.values)).cumsum() / total
 
 
 def centroid(field: np.ndarray) -> np.ndarray:
