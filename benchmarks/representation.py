@@ -39,7 +39,12 @@ from vitscope.models.structure.taps import reading
 
 TICK = os.sysconf("SC_CLK_TCK")
 FOREIGN = 0.1  # cores
-CLAIMS = {"relative_log_amplitude": 1.05, "feature_map_variance": 1.02, "all four in one pass": 1.30, "all seven in one pass": 1.60}
+CLAIMS = {
+    "relative_log_amplitude": 1.05,
+    "feature_map_variance": 1.02,
+    "all four in one pass": 1.30,
+    "all seven in one pass": 1.60,
+}
 TOGETHER = ("relative_log_amplitude", "feature_map_variance", "effective_rank", "cka")
 #: measures of attention and tokens, for models that have such
 OF_TOKENS = {"attention_maps": {"images": 1}, "token_norms": {}, "oversmoothing": {}}
