@@ -31,6 +31,7 @@ from vitscope.diagnostics.depth_probes._classifiers import (
 from vitscope.diagnostics.depth_probes._intrinsic_dimension import intrinsic_dimension
 from vitscope.diagnostics.depth_probes._logit_lens import find_head
 from vitscope.diagnostics.depth_probes._neural_collapse import LabeledFeatures, neural_collapse
+from vitscope.diagnostics.depth_probes._tap_measurement import fold_numbers
 from vitscope.diagnostics.depth_probes.plot import depth_probes as draw
 from vitscope.runtime import progress
 from vitscope.runtime.errors import ConfigError
@@ -131,12 +132,19 @@ def test_the_intrinsic_dimension_of_a_sphere_in_many_dimensions(dimension: int) 
 
 def test_the_intrinsic_dimension_is_its_formula() -> None:
     points = np.random.default_rng(0).normal(size=(60, 4))
-    points[1] = points[0]  # a duplicate has no ratio
-    distance = np.sort(np.linalg.norm(points[:, None] - points[None], axis=2), axis=1)[:, 1:3]
-    ratios = np.sort(np.log(distance[2:, 1] / distance[2:, 0]))
+    points[1] = points[0]  # counts once
+    distance = np.sort(np.linalg.norm(points[1:, None] - points[None, 1:], axis=2), axis=1)[:, 1:3]
+    ratios = np.sort(np.log(distance[:, 1] / distance[:, 0]))
     m = int(0.9 * len(ratios))
     expected = (m - 1) / (ratios[:m].sum() + (len(ratios) - m) * ratios[m - 1])
     assert intrinsic_dimension(torch.from_numpy(points))[0] == pytest.approx(expected, rel=1e-9)
+
+
+def test_equal_images_count_once_for_the_intrinsic_dimension() -> None:
+    x = torch.from_numpy(np.random.default_rng(0).normal(size=(300, 3)))
+    repeated = torch.cat([x, x[:200], x[:100]])[torch.randperm(600, generator=torch.Generator().manual_seed(0))]
+    assert intrinsic_dimension(repeated) == pytest.approx(intrinsic_dimension(x), rel=1e-12)
+    assert np.isnan(intrinsic_dimension(x[:3].repeat(100, 1))).all()
 
 
 @pytest.mark.slow
@@ -147,9 +155,9 @@ def test_intervals_are_calibrated() -> None:
     groups, quantile = group_numbers(200), 2.262  # of Student with 9 degrees of freedom
     rest = [torch.from_numpy(np.flatnonzero(groups != g)) for g in range(10)]
     for seed in range(100):
-        x, y = clusters(200, 5, seed + 1)
+        x, _ = clusters(200, 5, seed + 1)
         dimension, error = intrinsic_dimension(x)
-        data = labeled(x, y)
+        data = labeled(*clusters(200, 5, seed + 1, spread=0.5))  # classes far apart: nc1 has no heavy tail
         left_out = np.array([neural_collapse(data.rows(index))[0] for index in rest])
         numbers["dimension"].append(dimension)
         squares["dimension"].append(error**2)
@@ -218,13 +226,13 @@ def test_without_training_images_each_fold_is_predicted_from_the_others() -> Non
     model = Branch(6)
     found = measured(model)
     x, y = clusters(60, 6, 2)
-    folds = np.arange(60) % 5
+    folds = fold_numbers(y).numpy()
     right = [(ridge(x[folds != f], y[folds != f], x[folds == f]) == y[folds == f]).sum().item() for f in range(5)]
     assert found.ridge_accuracy[0] == pytest.approx(sum(right) / 60)
     assert (
         found.training_images
         == found.card.solver["training_images"]
-        == "5 folds of the test images, image i in fold i mod 5"
+        == "5 folds of the test images, each class divided alike"
     )
     # labels that nothing in the images tells are predicted at chance, not from the images themselves
     probe = probe_of(model, 200, 3)
@@ -235,6 +243,19 @@ def test_without_training_images_each_fold_is_predicted_from_the_others() -> Non
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", NullWarning)
         assert vs.depth_probes(shuffled).knn_accuracy.max() < 0.4
+
+
+@pytest.mark.parametrize("order", ["in turn", "sorted", "random"])
+def test_folds_divide_every_class_alike_whatever_the_order_of_images(order: str) -> None:
+    """With image i in fold i mod 5, classes in turn (scikit-learn's digits) were never among the training images."""
+    in_turn = torch.arange(103) % 5
+    y = {"in turn": in_turn, "sorted": in_turn.sort().values, "random": in_turn[torch.randperm(103)]}[order]
+    folds = fold_numbers(y)
+    assert np.ptp(np.bincount(folds)) <= 1
+    for label in range(5):
+        assert np.ptp(np.bincount(folds[y == label], minlength=5)) <= 1
+    torch.testing.assert_close(folds, fold_numbers(y))
+    assert (folds != torch.arange(103) % 5).any()
 
 
 def test_training_images_that_are_test_images_are_refused() -> None:

@@ -20,6 +20,14 @@ def test_groups_are_of_equal_size_up_to_one() -> None:
     assert counts.max() - counts.min() == 1
 
 
+@pytest.mark.parametrize("period", [2, 5, 10])
+def test_classes_that_alternate_do_not_widen_the_interval(period: int) -> None:
+    """With images in turn each group would be of one class, and the interval of 10 classes ten times as wide."""
+    values = (np.arange(2000) % period).astype(float)
+    expected = t_quantile(N_GROUPS) * values.std() / np.sqrt(len(values))
+    assert jackknife_half_width(left_out(values).mean(axis=1)) == pytest.approx(expected, rel=0.5)
+
+
 def test_of_a_mean_it_is_the_interval_of_the_means_of_groups() -> None:
     values = np.random.default_rng(0).normal(size=(40, 3))
     means = np.stack([values[group_numbers(40) == group].mean(axis=0) for group in range(N_GROUPS)])

@@ -24,11 +24,15 @@ def intrinsic_dimension(x: Tensor) -> tuple[float, float]:
 
     With the ratios r of the second to the first distance of n images in ascending order, of which m = 0.9 n are taken at
     their value and the others as at least the m-th: ``d = (m - 1) / T, T = sum_(i <= m) ln r_i + (n - m) ln r_m``, the unbiased
-    estimate from a Pareto distribution. Images with a duplicate are left out.
+    estimate from a Pareto distribution. Equal images count once; those with a duplicate up to rounding are left out.
 
     Images that share neighbors have dependent ratios. The variance is the sum of ``z_i z_j`` over the pairs that share an image
     among themselves and their two neighbors, ``z_i = (1[i <= m] - d min(ln r_i, ln r_m)) / T`` the influence of image i.
     """
+    # an image beside two equal ones would have the ratio 1
+    x = x[torch.from_numpy(np.sort(np.unique(x.numpy(), axis=0, return_index=True)[1]))]
+    if len(x) < 4:
+        return float("nan"), float("nan")
     neighbors, squares = _nearest(x)  # (n, 2) both
     least = _ROUNDING * float((x - x.mean(dim=0)).square().sum(dim=1).mean())
     rows = np.flatnonzero(squares[:, 0] > least)

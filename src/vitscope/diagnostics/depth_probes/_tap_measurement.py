@@ -71,6 +71,18 @@ def measure_tap(train: TapImages | None, test: TapImages, n_neighbors: int) -> d
     return {name: np.asarray(value) for name, value in {"channels": test.pooled.shape[1], **values}.items()}
 
 
+def fold_numbers(labels: Tensor) -> Tensor:
+    """Return the fold of each image ``(n,)``: equal sizes up to one, also within each class, images of a class at random.
+
+    The draw is always the same. A class of two images or more is in every training set.
+    """
+    order = torch.from_numpy(np.random.default_rng(0).permutation(len(labels)))
+    by_class = order[labels[order].argsort(stable=True)]
+    folds = torch.empty_like(by_class)
+    folds[by_class] = torch.arange(len(labels)) % N_FOLDS
+    return folds
+
+
 def _accuracy(
     classifier: Classifier, features: tuple[Tensor | None, Tensor | None], train_labels: Tensor | None, labels: Tensor
 ) -> float:
@@ -80,7 +92,7 @@ def _accuracy(
     if train is not None and train_labels is not None:
         predicted = classifier(train, train_labels, test)
     else:
-        predicted, folds = torch.empty_like(labels), torch.arange(len(labels)) % N_FOLDS
+        predicted, folds = torch.empty_like(labels), fold_numbers(labels)
         for fold in range(min(N_FOLDS, len(labels))):
             predicted[folds == fold] = classifier(test[folds != fold], labels[folds != fold], test[folds == fold])
     return float((predicted == labels).double().mean())

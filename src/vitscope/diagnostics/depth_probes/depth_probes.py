@@ -143,7 +143,7 @@ def depth_probes(
     Args:
         probe: model and the images on which accuracy is measured, with class indices.
         train: training images without augmentation, of the same model, none of which is in ``probe``; in a run its own. None:
-            5 folds of the images of ``probe`` (image i is in fold i mod 5), each predicted by a classifier of the other four;
+            5 folds of the images of ``probe``, classes divided alike, each predicted by a classifier of the other four;
             neural collapse is then of the images of ``probe``.
         n_neighbors: nearest training images that vote; 20 in Caron et al. (2021).
         max_memory: bytes that the features of one probe may take; None: a quarter of what is free.
@@ -245,7 +245,7 @@ def _result(
         for name, values in arrays.items() if name.endswith("accuracy")
     }  # fmt: skip
     decided = bool((test.decisions >= 0).all())
-    rule = "train" if has_train else f"{N_FOLDS} folds of the test images, image i in fold i mod {N_FOLDS}"
+    rule = "train" if has_train else f"{N_FOLDS} folds of the test images, each class divided alike"
     result = DepthProbesResult(
         taps=tuple(tap.name for tap in taps),
         kinds=tuple(tap.kind for tap in taps),
