@@ -195,6 +195,66 @@ def test_invalid_arguments_are_refused_in_one_line(options: dict, text: str) -> 
     assert "\n" not in str(error.value)
 
 
+def test_intervals_leave_enough_neighbors() -> None:
+    x, z = normal(130, 6, 1, 1), normal(130, 6, 1, 1, seed=1)
+    with pytest.raises(ValueError, match="n_neighbors from 1 to below 116"):
+        compared("mutual_knn", size=65, n_permutations=0, n_neighbors=116, x=x, z=z)
+    found = compared("mutual_knn", size=65, n_permutations=0, n_neighbors=115, x=x, z=z)
+    assert np.isfinite(found.half_widths).all()
+
+
+def test_images_without_activation_have_no_neighbors_in_common() -> None:
+    """Equal distances were ordered by the images' numbers, which gave two unrelated layers the same neighbors."""
+    x, z = normal(60, 5, 1, 1), normal(60, 5, 1, 1, seed=1)
+    silent = torch.arange(60)[:, None, None, None] % 2 == 0
+    found = compared("mutual_knn", size=30, n_permutations=0, n_neighbors=5, x=x.where(silent, 0), z=z.where(silent, 0))
+    # the mean over random draws of the neighbors among equally near images, from an independent count
+    rng = np.random.default_rng(0)
+    shares = []
+    for _ in range(300):
+        sets = []
+        for rows in (x, z):
+            rows = rows.where(silent, 0).flatten(1).numpy()
+            length = np.linalg.norm(rows, axis=1, keepdims=True)
+            rows = np.divide(rows, length, out=np.zeros_like(rows), where=length > 0)
+            cosines = np.round(rows @ rows.T, 10)
+            np.fill_diagonal(cosines, -np.inf)
+            order = np.lexsort((rng.random((60, 60)), -cosines))[:, :5]
+            sets.append([set(row) for row in order.tolist()])
+        shares.append(np.mean([len(a & b) / 5 for a, b in zip(*sets)]))
+    assert found.similarity[0, 1] == pytest.approx(np.mean(shares), abs=4 * np.std(shares) / np.sqrt(300))
+    assert found.similarity[0, 1] < 0.2
+
+
+def test_dissimilarities_of_two_features_are_ranked_without_their_rounding() -> None:
+    """Of two features all correlations are 1 or -1."""
+    x, z = normal(40, 2, 1, 1), normal(40, 2, 1, 1, seed=1)
+    z = torch.where(torch.arange(40)[:, None, None, None] < 30, x * normal(40, 1, 1, 1, seed=2).abs(), z)
+    signs = [torch.sign(part[:, 0] - part[:, 1]).flatten().numpy() for part in (x, z)]
+    pairs = [np.outer(part, part)[np.triu_indices(40, 1)] for part in signs]
+    found = compared("rsa", size=20, n_permutations=0, x=x, z=z)
+    assert found.similarity[0, 1] == pytest.approx(scipy.stats.spearmanr(*pairs).statistic, abs=1e-9)
+
+
+def test_a_null_tap_of_one_model_leaves_that_of_the_same_name_in_the_other() -> None:
+    x = normal(16, 6, 2, 2)
+    first, second = (probe_of(8, x=x, z=x**2) for _ in range(2))
+    first.model.parts["z"].register_forward_hook(lambda module, args, out: 0 * out)
+    with pytest.warns(NullWarning, match=r"z \(it does not vary"):
+        found = vs.similarity(first, second, n_permutations=0)
+    assert np.isfinite(found.similarity).tolist() == [[True, True], [False, False]]
+
+
+def test_a_tap_that_one_measure_cannot_compare_is_named() -> None:
+    x = normal(16, 6, 2, 2)
+    with pytest.warns(NullWarning, match=r"rsa at single \(it does not vary enough"):
+        found = vs.similarity(probe_of(8, x=x, single=x[:, :1]), measure=["procrustes", "rsa"], n_permutations=0)
+    with pytest.warns(NullWarning, match="the intervals of cka"):
+        vs.similarity(probe_of(130, x=normal(130, 3, 1, 1)), measure=["procrustes", "cka"], n_permutations=0)
+    assert np.isfinite(found.of("procrustes")).all()
+    assert np.isnan(found.of("rsa")[:, 1]).all()
+
+
 def test_fewer_than_four_images_are_refused() -> None:
     with pytest.raises(ValueError, match="at least 4 images, received 3"):
         vs.similarity(probe_of(3, x=normal(3, 6, 2, 2)))

@@ -21,6 +21,12 @@ from vitscope.runtime import stop_flag
 #: ridge penalties of `LinearRegression`, relative to the mean squared singular value of the centered features
 PENALTIES = tuple(10.0**power for power in range(-4, 3))
 
+#: cosine similarities that differ by less are equal; they are rounded by some 1e-16
+_EQUAL = 1e-12
+
+#: decimals to which dissimilarities are ranked, likewise
+_DIGITS = 10
+
 
 class Comparison(Protocol):
     """A way to compare the representations of n images pair by pair."""
@@ -152,18 +158,24 @@ class _InnerProducts:
 
 
 class MutualKNN(_InnerProducts):
-    """Mean share of an image's k nearest neighbors, by cosine similarity, that both representations have in common."""
+    """Mean share of an image's k nearest neighbors, by cosine similarity, that both representations have in common.
+
+    Of images that are equally near, as many as are missing are drawn at random: the share is its mean over these draws. By their
+    numbers alone, images without any activation would have the same neighbors in every representation.
+    """
 
     def __init__(self, n_neighbors: int) -> None:
         self.n_neighbors = n_neighbors
 
     def _matrix(self, representation: Representation) -> Tensor:
-        """Return the matrix whose rows mark the neighbors of an image."""
+        """Return the matrix whose rows mark the neighbors of an image, the equally near ones by their probability."""
         x = representation.features
         rows = F.normalize(x, dim=1)
-        nearest = (rows @ rows.T).fill_diagonal_(-torch.inf).topk(self.n_neighbors, dim=1).indices
-        marks = torch.zeros(len(x), len(x), dtype=torch.float64)
-        return marks.scatter_(1, nearest, (len(x) * self.n_neighbors) ** -0.5)
+        cosines = (rows @ rows.T).fill_diagonal_(-torch.inf)  # (n, n)
+        farthest = cosines.topk(self.n_neighbors, dim=1).values[:, -1:]
+        nearer, equal = cosines > farthest + _EQUAL, (cosines - farthest).abs() <= _EQUAL
+        probability = (self.n_neighbors - nearer.sum(dim=1, keepdim=True)) / equal.sum(dim=1, keepdim=True)
+        return (nearer.double() + probability * equal) * (len(x) * self.n_neighbors) ** -0.5
 
 
 class RSA(_InnerProducts):
@@ -176,7 +188,8 @@ class RSA(_InnerProducts):
         length = torch.linalg.norm(patterns, dim=1, keepdim=True)
         rows = patterns / length
         upper = np.triu_indices(n, 1)
-        ranks = rankdata(1 - (rows @ rows.T).numpy()[upper])
+        # no order of dissimilarities by their rounding: of two features all are 0 or 2
+        ranks = rankdata(np.round(1 - (rows @ rows.T).numpy()[upper], _DIGITS))
         ranks = ranks - ranks.mean()
         matrix = np.zeros((n, n))
         with np.errstate(invalid="ignore", divide="ignore"):  # all alike: undefined

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from torch import Tensor
@@ -19,6 +18,8 @@ from vitscope.core.undefined_values import warn_nulls
 from vitscope.diagnostics.cka._batch_hsic import BatchHsic
 from vitscope.diagnostics.cka._comparisons import RSA, Comparison, LinearRegression, MutualKNN, Pair, Procrustes
 from vitscope.diagnostics.cka._hsic import MIN_IMAGES, gram
+from vitscope.diagnostics.cka._measure_choice import DEFAULT_FEATURES, FeatureName, MeasureName, check_measures
+from vitscope.diagnostics.cka._null_reasons import missing_intervals, undefined_taps
 from vitscope.diagnostics.cka._representations import (
     FeatureStore,
     Representation,
@@ -32,16 +33,8 @@ from vitscope.diagnostics.cka._resampling import resampled
 from vitscope.diagnostics.cka._two_models import through_both
 from vitscope.runtime import distributed
 from vitscope.runtime.value_ranges import NonNegativeInt, PositiveInt, Seed
-from vitscope.stats.intervals import LEAST_IMAGES, few_images
+from vitscope.stats.intervals import LEAST_IMAGES
 from vitscope.stats.jackknife import jackknife_half_width
-
-MeasureName = Literal["procrustes", "mutual_knn", "rsa", "linear_regression", "cka"]
-FeatureName = Literal["pooled", "flattened"]
-
-#: what each measure compares where ``features`` is None
-DEFAULT_FEATURES: dict[str, FeatureName] = {
-    "procrustes": "pooled", "mutual_knn": "pooled", "rsa": "pooled", "linear_regression": "pooled", "cka": "flattened",
-}  # fmt: skip
 
 _COMPARISONS: dict[str, Callable[[int], Comparison]] = {
     "procrustes": lambda n_neighbors: Procrustes(),
@@ -138,7 +131,7 @@ def accumulate(
 ) -> _Sums:
     """Return what `similarity` within one model keeps between batches; arguments and errors are its own."""
     probe.check_taps()
-    measures = _checked(probe, measure, features, n_neighbors)
+    measures = check_measures(probe, measure, features, n_neighbors)
     return _Sums(probe, None, measures, features, n_neighbors, n_permutations, max_memory, seed)
 
 
@@ -191,39 +184,13 @@ def similarity(
     """
     for each in (probe, other or probe):
         each.check_taps()
-    measures = _checked(probe, measure, features, n_neighbors)
+    measures = check_measures(probe, measure, features, n_neighbors)
     sums = _Sums(probe, other, measures, features, n_neighbors, n_permutations, max_memory, seed)
     if other is None:
         run_feature_pass(probe, [sums], "similarity")
     else:
         through_both(probe, other, sums, "similarity")
     return sums.result()
-
-
-def _checked(probe: Probe, measure: str | Sequence[str], features: str | None, n_neighbors: int) -> tuple[str, ...]:
-    """Return the names of the measures."""
-    measures = (measure,) if isinstance(measure, str) else tuple(measure)
-    names = ", ".join(DEFAULT_FEATURES)
-    for name in measures:
-        if str(name).lower() == "rtd":
-            raise ValueError(
-                f"Expected measure to be one of {names}, received 'rtd': no package on PyPI that is kept up computes the "
-                "representation topology divergence; use measure='mutual_knn', which compares neighborhoods too."
-            )
-        if name not in DEFAULT_FEATURES:
-            raise ValueError(f"Expected measure to be one of {names}, received {name!r}.")
-    if not measures or len(set(measures)) < len(measures):
-        raise ValueError(f"Expected different measures out of {names}, received {list(measures)}.")
-    if features not in (None, "pooled", "flattened"):
-        raise ValueError(f"Expected features to be 'pooled', 'flattened' or None, received {features!r}.")
-    if set(measures) != {"cka"} and probe.n_images < MIN_IMAGES:
-        raise ValueError(f"Expected at least {MIN_IMAGES} images, received {probe.n_images}.")
-    if "mutual_knn" in measures and not 1 <= n_neighbors < probe.n_images - 1:
-        raise ValueError(
-            f"Expected n_neighbors from 1 to below {probe.n_images - 1}, the other images, received {n_neighbors}: "
-            f"use n_neighbors={max(1, min(10, (probe.n_images - 1) // 4))}, or more images."
-        )
-    return measures
 
 
 class _Sums:
@@ -268,19 +235,17 @@ class _Sums:
         """Return the similarities of the images of all ranks."""
         n_images = sum(distributed.gather_objects(self.n_images))
         representations = self._store.representations() if self._store is not None else []
-        reasons = {tap.name: reason for tap, x in zip(self._taps, representations) if (reason := null_reason(x))}
-        comparable = [None if tap.name in reasons else x for tap, x in zip(self._taps, representations)]
+        null_reasons = [null_reason(x) for x in representations]  # by number: both models may have a tap of one name
+        comparable = [None if reason else x for reason, x in zip(null_reasons, representations)]
         blocks = [
             self._cka(n_images) if name == "cka" else self._compared(name, comparable, n_images)
             for name in self.measures
         ]
         similarities, half_widths, null_means, p_values = (np.stack(parts) for parts in zip(*blocks))
-        finite = np.isfinite(similarities)
-        for axis, taps in ((2, self.probe.taps), (1, (self.other or self.probe).taps)):
-            for tap, defined in zip(taps, np.atleast_1d(finite.any(axis=(axis, 0)))):
-                if not defined:
-                    reasons.setdefault(tap.name, "it does not vary between images, or not enough for the measure")
-        warn_nulls("similarity", reasons | (few_images(n_images) if not np.isfinite(half_widths).any() else {}))
+        reasons = {tap.name: reason for tap, reason in zip(self._taps, null_reasons) if reason}
+        sides = self.probe.taps, (self.other or self.probe).taps
+        reasons |= undefined_taps(self.measures, similarities, sides, reasons)
+        warn_nulls("similarity", reasons | missing_intervals(self.measures, similarities, half_widths, n_images))
         return SimilarityResult(
             measures=self.measures,
             features=tuple(self.features[name] for name in self.measures),
