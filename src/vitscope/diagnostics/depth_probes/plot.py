@@ -50,8 +50,9 @@ def depth_probes(results: Mapping[str, DepthProbesResult]) -> Figure:
         if is_logarithmic and any(drawn):
             ax.set_yscale("log")
         elif any(drawn):
-            ax.set_ylim(bottom=0)
+            ax.set_ylim(0, 1.05 * ax.get_ylim()[1])  # the margin is one of the curve's range, which 0 enlarges
         else:
+            ax.set_yticks([])
             ax.text(0.5, 0.5, "not defined", ha="center", va="center", transform=ax.transAxes, color="0.4")
         ax.set_ylabel(label)
     for ax in axes[-1]:
