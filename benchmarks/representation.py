@@ -6,8 +6,8 @@ given is the median over rounds of a measure's time divided by the forward pass'
 other processes used more than 0.1 core are left out, unless that leaves none: then all are used and the line says so.
 
 Claims: relative_log_amplitude <= 1.05, feature_map_variance <= 1.02; Fourier, variance, rank and CKA together, from one
-forward pass (`vs.one_pass`, as ``analyze.py`` makes it for analyses of the same images), <= 1.3; these and the numbers of attention maps, token
-norms and oversmoothing, whose attention weights are computed explicitly, <= 1.6 for a ViT-Ti at 224.
+forward pass (`vs.one_pass`, as ``analyze.py`` makes it for analyses of the same images), <= 1.3. Together with the numbers of
+attention maps, token norms and oversmoothing, whose attention weights are computed explicitly, <= 1.6 for a ViT-Ti at 224.
 
 What the last two add grows with more than the images: a Gram matrix takes batch * features products an image in float64 (at
 batch 8, 46 million for ResNet-50 at 224 against 4.1 billion of its forward pass; at batch 128 sixteen times as many), a scatter

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -90,7 +90,9 @@ def _local_images(
     """Return number, pixels, relevance and classes of this rank's first batches, as far as they hold ``n_shown`` images."""
     local: list[ShownBatch] = []
     n_seen = 0
-    with probe.guard(logits=differentiates) as model:
+    if n_shown == 0:
+        return local
+    with probe.guard(logits=True) if differentiates else nullcontext(probe.model) as model:
         for number, (x, _) in track(probe.local_batches(), "shown images", None):
             if n_seen >= n_shown:
                 break

@@ -20,7 +20,7 @@ from vitscope.diagnostics.attention._map_sums import MapSums
 from vitscope.diagnostics.attention._placement import Query, resolved_query
 from vitscope.diagnostics.attention._rollout import rollout_refusal
 from vitscope.diagnostics.attention._shown_images import shown_images
-from vitscope.models.structure.attention_units import AttentionUnit, attention_units
+from vitscope.models.structure.attention_units import AttentionUnit, attention_units_of
 from vitscope.runtime import distributed
 from vitscope.runtime.value_ranges import NonNegativeInt, PositiveShare
 from vitscope.stats.intervals import few_images
@@ -192,8 +192,7 @@ class _Sums(MapSums):
         masks: Any,
     ) -> None:
         self.probe, self.gradient, self.class_index = probe, gradient, class_index
-        with probe.calling():
-            units, self.unread = attention_units(probe.model, probe.first_images())
+        units, self.unread = attention_units_of(probe)
         self.attention_units: Sequence[AttentionUnit] = units
         self._refuse_none(units)
         places = chosen_layers(units, layers)

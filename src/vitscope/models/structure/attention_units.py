@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from vitscope.core.guard.eager_execution import unwrapped
+from vitscope.core.probe import Probe
 from vitscope.models.structure.attention_weights import AttentionCall, reading_calls
 from vitscope.models.structure.residual_units import Unit
 from vitscope.models.structure.residual_units import units as units_of
@@ -127,6 +129,23 @@ def attention_units(
             except _UncertainPositionsError as error:
                 reasons[unit.name] = str(error)
     return readable, reasons
+
+
+#: units and reasons by probe, see `attention_units_of`
+_found_by_probe: MutableMapping[Probe, tuple[list[AttentionUnit], dict[str, str]]] = WeakKeyDictionary()
+
+
+def attention_units_of(probe: Probe) -> tuple[list[AttentionUnit], dict[str, str]]:
+    """Return `attention_units` of a probe's model and first images, found once a probe: measures of a shared pass use them too.
+
+    Raises:
+        ValueError: As `attention_units`.
+    """
+    if probe not in _found_by_probe:
+        with probe.calling():
+            _found_by_probe[probe] = attention_units(probe.model, probe.first_images())
+    units, reasons = _found_by_probe[probe]
+    return list(units), dict(reasons)
 
 
 @contextmanager
