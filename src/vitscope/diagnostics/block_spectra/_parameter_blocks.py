@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from torch import Tensor
 
@@ -59,7 +59,22 @@ def parameter_blocks(
     )
 
 
-def kinds_of_blocks(probe: Probe, names: Sequence[Sequence[str]]) -> tuple[str, ...]:
+def n_uncovered(sizes: Mapping[str, int], blocks: Sequence[Mapping[str, int]]) -> int:
+    """Return the number of trainable parameters in no block; blocks may overlap.
+
+    Args:
+        sizes: of all trainable parameters by name.
+        blocks: sizes by name in each block; rows of a parameter are ``name[part]``.
+    """
+    covered = {name: size for block in blocks for name, size in block.items()}
+    rest = dict(sizes)
+    for name, size in covered.items():
+        parameter = name if name in sizes else name.rpartition("[")[0]
+        rest[parameter] = max(0, rest[parameter] - size)
+    return sum(rest.values())
+
+
+def kinds_of_blocks(probe: Probe, names: Sequence[Collection[str]]) -> tuple[str, ...]:
     """Return the kind that most parameters of each block have; empty texts for a model whose units are not known.
 
     Args:

@@ -17,7 +17,7 @@ from vitscope.core.results.result import Result
 from vitscope.core.run_inputs import ResumableRows
 from vitscope.core.undefined_values import warn_nulls
 from vitscope.diagnostics.block_spectra._block_distances import AXES, BlockDistances, block_distances
-from vitscope.diagnostics.block_spectra._parameter_blocks import kinds_of_blocks, parameter_blocks
+from vitscope.diagnostics.block_spectra._parameter_blocks import kinds_of_blocks, n_uncovered, parameter_blocks
 from vitscope.linalg.curvature.curvature_options import CurvatureArguments, CurvatureOptions, curvature_arguments
 from vitscope.linalg.curvature.operator_factory import curvatures
 from vitscope.linalg.curvature.start_vector import vector_seed
@@ -57,8 +57,8 @@ class HessianBlockDensitiesResult(Result, coordinates={"block": "blocks", "other
         sigma: the Gaussian's standard deviation, in units of the axis.
         js_distance: (n_blocks, n_blocks) root of the Jensen-Shannon divergence of two densities, in nats: 0 for equal
             ones, ``sqrt(log 2) = 0.833`` for disjoint ones.
-        js_distance_low: (n_blocks, n_blocks) lower end of the 95 % basic bootstrap interval over probe vectors; NaN for one
-            vector.
+        js_distance_low: (n_blocks, n_blocks) lower end of the 95 % bootstrap interval over probe vectors, widened for few of
+            them; NaN for one vector.
         js_distance_high: (n_blocks, n_blocks) upper end.
         js_noise: (n_blocks,) distance between the densities of the two halves of a block's vectors: what estimates of equal
             spectra differ by, with half of the vectors; NaN for one vector.
@@ -162,7 +162,7 @@ def hessian_block_densities(
     if len(subsets) < 2:
         raise ValueError(f"Expected at least two blocks to compare, received {', '.join(subsets) or 'none'}.")
     tables: list[dict[str, np.ndarray]] = []
-    names: list[tuple[str, ...]] = []
+    names: list[dict[str, int]] = []  # sizes by name
     sizes: list[int] = []
     memory, cards = BasisBuffer(), []
     for index, subset in enumerate(track(list(subsets.values()), "hessian block densities")):
@@ -179,7 +179,7 @@ def hessian_block_densities(
                 for number in range(n_vectors)
             ]
             cards.append(operators.card({"solver": "slq", "n_vectors": n_vectors, "n_steps": n_steps}))
-            names.append(tuple(operators.parameters))
+            names.append({name: value.numel() for name, value in operators.parameters.items()})
             sizes.append(mean.size)
         tables.append(_padded(rules, n_steps))
     table = {key: np.stack([t[key] for t in tables]) for key in tables[0]}
@@ -191,10 +191,9 @@ def hessian_block_densities(
     _warn_of_noise(distances)
     whole = "by " + blocks if isinstance(blocks, str) else ", ".join(subsets)
     card = probe.card(parameters=whole, bn_policy=options.bn, dtype=cards[0].dtype, solver=cards[0].solver)
-    n_trainable = sum(p.numel() for p in probe.parameters().values())
     return _result(
         tuple(subsets), kinds_of_blocks(probe, names), np.array(sizes), table, distances,
-        max(0, n_trainable - sum(sizes)), card,
+        n_uncovered({name: p.numel() for name, p in probe.parameters().items()}, names), card,
     )  # fmt: skip
 
 

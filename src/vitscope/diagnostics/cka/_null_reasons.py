@@ -27,10 +27,10 @@ def undefined_taps(
     reasons: dict[str, str] = {}
     finite = np.isfinite(similarities)
     for axis, taps in zip((2, 1), sides):
-        for tap, is_defined in zip(taps, finite.any(axis=axis).T):  # (n_measures,)
-            if tap.name in other_reasons or is_defined.all():
+        for tap, is_defined in zip(taps, np.asarray(finite.any(axis=axis)).T.tolist()):  # n_measures of each tap
+            if tap.name in other_reasons or all(is_defined):
                 continue
-            if not is_defined.any():
+            if not any(is_defined):
                 reasons[tap.name] = "it does not vary between images, or not enough for the measure"
                 continue
             for name in (name for name, defined in zip(measures, is_defined) if not defined):
