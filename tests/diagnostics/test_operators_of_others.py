@@ -110,9 +110,10 @@ def test_a_density_is_that_of_the_probe(probe: vs.Probe) -> None:
         scipy.sparse.csr_matrix,
         lambda m: LinearOperator(m.shape, matvec=lambda v: m @ v),  # type: ignore[call-arg]  SciPy's stub lacks it
         torch.from_numpy,
+        lambda m: torch.from_numpy(m).requires_grad_(),
         lambda m: OperatorOfTensors(torch.from_numpy(m)),
     ],
-    ids=["array", "operator", "sparse", "function", "tensor", "as curvlinops"],
+    ids=["array", "operator", "sparse", "function", "tensor", "tensor with gradient", "as curvlinops"],
 )
 @pytest.mark.parametrize(
     ("which", "expected"),

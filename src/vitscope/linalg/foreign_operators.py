@@ -68,7 +68,7 @@ class ForeignOperator:
         stop_flag.check()
         self.n_products += 1
         if self._multiplies_tensors:
-            return torch.as_tensor(self._operator @ v).reshape(-1)
+            return torch.as_tensor(self._operator @ v).detach().reshape(-1)  # of parameters, it has a graph
         product = np.asarray(self._operator.matvec(v.numpy()), dtype=str(self.dtype).removeprefix("torch."))
         return torch.from_numpy(np.ascontiguousarray(product.reshape(-1)))
 
