@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import timm
 import torch
+import torch.distributed as dist
 from scipy.spatial.distance import jensenshannon
 
 import vitscope as vs
 from tests.helpers.hessian_oracle import dense_hessian, make
+from tests.helpers.processes import on_ranks
 from vitscope.core.undefined_values import NullWarning
 from vitscope.diagnostics.block_spectra._block_distances import block_distances, js_distances
 from vitscope.diagnostics.block_spectra._parameter_blocks import n_uncovered
@@ -231,3 +234,31 @@ def test_the_figure_has_a_panel_of_distances_and_one_of_sizes_for_each_result() 
     assert titles[:2] == ["a", "b"]
     assert [ax.get_yscale() for ax in figure.axes[2:4]] == ["log", "log"]
     assert figure.axes[0].get_images()[0].get_clim() == (0, 0.5)
+
+
+def two_batches() -> dict[str, np.ndarray]:
+    model, x, y = make("transformer")
+    probe = vs.Probe(model, [(x[:3], y[:3]), (x[3:], y[3:])], vs.Objective(weight_decay=0.1))
+    blocks = vs.hessian_block_densities(probe, n_vectors=2, n_steps=4, dtype="float64")
+    hessian = vs.hessian_operator(probe, dtype="float64")
+    numbers = {name: value for name, value in vars(blocks).items() if isinstance(value, np.ndarray)}
+    return numbers | {
+        "product": hessian @ np.linspace(-1, 1, hessian.shape[0]),
+        "eigenvalues": vs.eigenvalues_of(hessian, k=2, tol=1e-8).eigenvalues,
+    }
+
+
+def _rank(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    torch.save(two_batches(), f"{folder}/rank{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_two_ranks_give_the_numbers_of_one(tmp_path: Path) -> None:
+    on_ranks(_rank, str(tmp_path))
+    alone = two_batches()
+    for rank in range(2):
+        numbers = torch.load(tmp_path / f"rank{rank}.pt", weights_only=False)
+        for name, value in alone.items():
+            np.testing.assert_allclose(numbers[name], value, rtol=1e-6, atol=1e-6, err_msg=name)
