@@ -36,7 +36,7 @@ _HARMLESS_BEFORE = {
 }  # fmt: skip
 _HARMLESS_AFTER = {
     "count", "dim", "dims", "drop", "dropout", "embed", "grid", "index", "label", "labels", "len", "length", "mix", "mixer",
-    "mlp", "norm", "num", "pool", "ratio", "shape", "size", "type",
+    "mlp", "norm", "norms", "num", "pool", "ratio", "shape", "size", "type",
 }  # fmt: skip
 #: a user and a password, or a token alone, before a host's name; a signature in a query; what an option of curl names
 _IN_ADDRESS = re.compile(
