@@ -64,7 +64,7 @@ def _name_blocks(ax: Axes, result: HessianBlockDensitiesResult) -> None:
     """Name the blocks on the vertical axis where they are few; otherwise number them."""
     n = len(result.blocks)
     if n <= MOST_NAMES:
-        names = [name if len(name) <= LONGEST_NAME else f"...{name[-LONGEST_NAME:]}" for name in result.blocks]
+        names = [_shortened(name) for name in result.blocks]
         ax.set_yticks(range(n), names)
         ax.set_xticks(range(n), [""] * n)
     else:
@@ -74,6 +74,14 @@ def _name_blocks(ax: Axes, result: HessianBlockDensitiesResult) -> None:
     for label, kind in zip(ax.get_yticklabels(), result.kinds):
         if n <= MOST_NAMES and kind:
             label.set_color(kind_color(kind))
+
+
+def _shortened(name: str) -> str:
+    """Return the end of a long name, from one of its dots where there is one."""
+    if len(name) <= LONGEST_NAME:
+        return name
+    end = name[-LONGEST_NAME:]
+    return f"...{end.partition('.')[2] or end}"
 
 
 def _draw_sizes(ax: Axes, result: HessianBlockDensitiesResult) -> None:
