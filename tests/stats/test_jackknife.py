@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from vitscope.stats.intervals import t_quantile
-from vitscope.stats.jackknife import N_GROUPS, group_numbers, jackknife_half_width
+from vitscope.stats.jackknife import N_GROUPS, group_numbers, group_numbers_of_batch, jackknife_half_width
 
 
 def left_out(values: np.ndarray) -> np.ndarray:
@@ -26,6 +26,15 @@ def test_classes_that_alternate_do_not_widen_the_interval(period: int) -> None:
     values = (np.arange(2000) % period).astype(float)
     expected = t_quantile(N_GROUPS) * values.std() / np.sqrt(len(values))
     assert jackknife_half_width(left_out(values).mean(axis=1)) == pytest.approx(expected, rel=0.5)
+    groups = np.concatenate([group_numbers_of_batch(number, 1000) for number in range(2)])
+    rest = np.array([values[groups != group].mean() for group in range(N_GROUPS)])
+    assert jackknife_half_width(rest) == pytest.approx(expected, rel=0.5)
+
+
+def test_groups_of_batches_are_of_equal_size_and_the_same_on_every_call() -> None:
+    batches = [group_numbers_of_batch(number, 5) for number in range(4)]
+    assert np.bincount(np.concatenate(batches)).tolist() == [2] * N_GROUPS
+    np.testing.assert_array_equal(batches[3], group_numbers_of_batch(3, 5))
 
 
 def test_of_a_mean_it_is_the_interval_of_the_means_of_groups() -> None:

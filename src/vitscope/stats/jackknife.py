@@ -18,6 +18,14 @@ def group_numbers(count: int, n_groups: int = N_GROUPS) -> np.ndarray:
     return np.random.default_rng(0).permutation(np.arange(count) % n_groups)
 
 
+def group_numbers_of_batch(number: int, count: int, n_groups: int = N_GROUPS) -> np.ndarray:
+    """Return the group of each image of batch ``number`` ``(count,)``, as `group_numbers` where the number of images is unknown.
+
+    Of batches of one size the groups are of equal sizes up to one.
+    """
+    return np.random.default_rng(number).permutation((number * count + np.arange(count)) % n_groups)
+
+
 def jackknife_half_width(left_out: np.ndarray, level: float = 0.95) -> np.ndarray:
     """Return half the two-sided t-interval of a statistic from its values without one group each.
 

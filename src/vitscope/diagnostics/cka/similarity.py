@@ -154,8 +154,8 @@ def similarity(
 
     - ``procrustes``: nuclear norm of X'Y, X and Y centered and of unit Frobenius norm; 1 - d^2 / 2 of the Procrustes distance
       d. In [0, 1]; it does not change under rotation, scale and shift. Source: Ding et al. (2021), Williams et al. (2021).
-    - ``mutual_knn``: mean share of an image's nearest neighbors by cosine similarity that X and Y have in common. Source: Huh
-      et al. (2024).
+    - ``mutual_knn``: mean share of an image's nearest neighbors by cosine similarity that X and Y have in common; of equally
+      near images (duplicates) the mean over random draws, also with itself. Source: Huh et al. (2024).
     - ``rsa``: Spearman's correlation of the dissimilarities of all pairs of images, 1 minus the correlation of their features.
       Source: Kriegeskorte et al. (2008).
     - ``linear_regression``: R^2 of Y predicted linearly from X, each image from the ridge regression on all others, so that many

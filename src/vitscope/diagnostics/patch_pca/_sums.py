@@ -11,7 +11,7 @@ from torch import Tensor
 from vitscope.core.tap import Tap
 from vitscope.linalg.feature_moments import FeatureMoments
 from vitscope.runtime.distributed import gather_objects
-from vitscope.stats.jackknife import N_GROUPS
+from vitscope.stats.jackknife import N_GROUPS, group_numbers_of_batch
 
 #: which patches ``(B, h, w)`` of a map ``(B, C, h, w)`` are used
 PatchChoice = Callable[[int, Tensor], Tensor]
@@ -49,7 +49,7 @@ class PatchSums:
     def close_batch(self, number: int, n_images: int) -> None:
         """Add the batch's features to the groups of its images, and keep those of the first images."""
         self.n_images += n_images
-        group_of_image = (number + torch.arange(n_images)) % N_GROUPS
+        group_of_image = torch.from_numpy(group_numbers_of_batch(number, n_images))
         for place, x in sorted(self._batch.items()):
             used = None if self._choice is None else self._choice(place, x)
             vectors = x.permute(0, 2, 3, 1)  # (B, h, w, C)

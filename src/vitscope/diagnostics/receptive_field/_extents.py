@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vitscope.runtime.distributed import gather_objects
-from vitscope.stats.jackknife import N_GROUPS
+from vitscope.stats.jackknife import N_GROUPS, group_numbers_of_batch
 
 #: a share is reached where it is missed by rounding alone
 _ROUNDING = 1e-12
@@ -126,4 +126,4 @@ def gathered(sums: GroupSums | None) -> np.ndarray | None:
 
 def image_groups(number: int, n_images: int) -> Tensor:
     """Return the group ``(n_images,)`` of each image of a batch, which follows from its place alone on whatever rank."""
-    return (number + torch.arange(n_images)) % N_GROUPS
+    return torch.from_numpy(group_numbers_of_batch(number, n_images))
