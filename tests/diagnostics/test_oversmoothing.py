@@ -255,6 +255,19 @@ def test_a_convnet_has_tokens_and_no_attention() -> None:
         vs.plot(result, view="layers")
 
 
+def test_attention_of_a_class_token_alone_has_no_similarity() -> None:
+    torch.manual_seed(0)
+    model = timm.create_model("cait_xxs24_224", img_size=32, depth=1, embed_dim=12, num_heads=3).eval()
+    reason = r"attention of blocks_token_only.0.attn, attention of blocks_token_only.1.attn \(no query or no key with a position"
+    with pytest.warns(NullWarning, match=reason):
+        result = vs.oversmoothing(probe_of(model, noise(3, 3, 32, 32).float()))
+    assert len(result.attention_units) == 2
+    assert np.isnan(result.nmi).all()
+    assert np.isnan(result.head_similarity).all()
+    assert np.isnan(result.layer_similarity).all()
+    assert np.isfinite(result.cosine).all()
+
+
 def test_intervals_a_shared_pass_and_the_figure() -> None:
     torch.manual_seed(0)
     model = vs.models.vit(patch_size=8, depth=2, image_size=16, num_classes=3)

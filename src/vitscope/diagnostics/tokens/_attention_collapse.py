@@ -66,6 +66,8 @@ class AttentionCollapse:
 
 def _selected(weights: Tensor, numbers: Tensor, dim: int) -> Tensor:
     """Return the entries with these numbers, as a view where they are neighbors."""
+    if not len(numbers):
+        return weights.narrow(dim, 0, 0)
     if bool((numbers.diff() == 1).all()):
         return weights.narrow(dim, int(numbers[0]), len(numbers))
     return weights.index_select(dim, numbers)

@@ -265,6 +265,9 @@ def _unit_reasons(units: Sequence[AttentionUnit], nmi: Sequence[Estimate], layer
     """Return why numbers of attention are missing."""
     reasons = {}
     for unit, mean in zip(units, nmi):
+        if not bool((unit.queries[..., 0] >= 0).any() and (unit.keys[..., 0] >= 0).any()):
+            reasons[f"attention of {unit.name}"] = "no query or no key with a position"
+            continue
         if not np.isfinite(mean.mean):
             reasons[f"mutual information of {unit.name}"] = "weights that are not finite, or a single query"
         if unit.n_heads == 1:
