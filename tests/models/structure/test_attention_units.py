@@ -254,6 +254,20 @@ def test_attention_that_cannot_be_read_is_named() -> None:
     assert attention_units(timm.create_model("resnet18").double(), x) == ([], {})
 
 
+def test_heads_mixed_by_a_constant_are_not_taken_for_values() -> None:
+    class MixedHeads(Attention):
+        def forward(self, x: Tensor) -> Tensor:
+            q, k, v = self.heads(x)
+            weights = torch.einsum("bhqk,hg->bgqk", (q @ k.mT).softmax(-1), torch.eye(HEADS).to(x).flip(0))
+            return self.proj((weights @ v).transpose(1, 2).reshape(x.shape))
+
+    layer, tokens = filled(MixedHeads()), torch.ones(2, 16, HEADS * HEAD, dtype=torch.float64)
+    seen: list[Tensor] = []
+    with torch.no_grad(), reading_calls({layer: "layer"}, lambda _, call: seen.append(call.weights())):
+        layer(tokens)
+    assert not seen
+
+
 def test_images_of_another_size_are_refused() -> None:
     model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1, dynamic_img_size=True)
     found, _ = attention_units(model, torch.rand(1, 3, 32, 32))

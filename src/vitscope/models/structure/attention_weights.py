@@ -144,7 +144,7 @@ class AttentionMode(TorchFunctionMode):
         operands = operands[0] if operands and isinstance(operands[0], tuple | list) else operands
         operands = [t for t in (*operands, *kwargs.values()) if isinstance(t, Tensor)]
         weights = next((self._softmax(t) for t in operands if t in self.softmax_of), None)
-        if weights is None or weights in self.used or any(isinstance(t, nn.Parameter) for t in operands):
+        if weights is None or weights in self.used or any(_mixes_heads(t, weights) for t in operands):
             return
         self.used[weights] = True
         is_transposed = self.over_queries[weights]
@@ -221,6 +221,11 @@ def attention_weights(
         boolean = attn_mask.dtype == torch.bool
         scores = scores.masked_fill(~attn_mask, float("-inf")) if boolean else scores + attn_mask
     return scores.softmax(-1)
+
+
+def _mixes_heads(operand: Tensor, weights: Tensor) -> bool:
+    """Tell whether an operand is no values: a parameter, or a matrix that is the same for all images and heads."""
+    return isinstance(operand, nn.Parameter) or operand.ndim <= 2 < weights.ndim
 
 
 def _at_least_single(x: Tensor) -> Tensor:
