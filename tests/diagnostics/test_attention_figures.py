@@ -13,6 +13,7 @@ from timm.models.swin_transformer import SwinTransformer
 import vitscope as vs
 from tests.helpers.attention_probes import filled, images, probe_of, vit
 from tests.helpers.result_checks import check_result
+from vitscope.models import convnet
 from vitscope.plotting.api import save_figure
 
 pytestmark = pytest.mark.filterwarnings("ignore::vitscope.core.undefined_values.NullWarning")
@@ -37,7 +38,13 @@ def test_figures_of_one_and_of_several_results(tmp_path: Path) -> None:
     swin = vs.attention_maps(probe_of(filled(SwinTransformer(num_heads=(2,), num_classes=3, **options)), x), images=3)
     both = vs.plot({"ViT": one, "Swin": swin}, allow_different=True)
     titles = [ax.get_title() for ax in both.axes if ax.get_title()]
-    assert titles == ["Image", "ViT\nblocks.4.attn", "ViT\nRollout", "Swin\nlayers.0.blocks.0.\nattn"]
+    assert titles == [
+        "Image",
+        *(f"ViT\n{name}\nquery: class" for name in ("blocks.4.attn", "Rollout")),
+        "Swin\nlayers.0.blocks.0.\nattn\nquery: mean",
+    ]
+    same = vs.plot({"ViT": one, "other": one})
+    assert [ax.get_title() for ax in same.axes if ax.get_title()][1] == "ViT\nblocks.4.attn"
     numbers = vs.plot({"ViT": one, "Swin": swin}, allow_different=True, view="numbers")
     labels = [ax.get_ylabel() for ax in numbers.axes]
     assert labels == ["Share on prefix tokens", "Entropy / ln(keys)", "IoU of masks"]
@@ -53,3 +60,15 @@ def test_the_result_has_a_table_a_file_and_a_text(tmp_path: Path) -> None:
         check_result(
             vs.attention_maps(probe_of(filled(model), images(64 if hasattr(model, "stages") else 16))), tmp_path
         )
+
+
+def test_a_result_without_attention_has_a_figure_and_a_file(tmp_path: Path) -> None:
+    x = images(16)
+    none = vs.attention_maps(probe_of(convnet(num_classes=3).double(), x), images=3)
+    loaded = check_result(none, tmp_path)
+    assert [text.get_text() for ax in vs.plot(loaded).axes for text in ax.texts] == ["No attention"]
+    vit_maps = vs.attention_maps(probe_of(filled(vit()), x), images=3)
+    figure = vs.plot({"ResNet": none, "ViT": vit_maps}, allow_different=True)
+    assert [ax.get_title() for ax in figure.axes if ax.get_title()] == ["Image", "ViT\nblocks.1.attn", "ViT\nRollout"]
+    labels = [text.get_text() for part in figure.subfigs for legend in part.legends for text in legend.get_texts()]
+    assert labels[:2] == ["ResNet: no attention", "ViT"]

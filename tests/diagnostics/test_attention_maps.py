@@ -278,10 +278,13 @@ def test_images_are_shown_as_pixels() -> None:
     assert (unknown.min(), unknown.max()) == (0, 255)
 
 
-def test_models_without_attention_are_refused() -> None:
-    for model, name in ((convnet(num_classes=3), "ResNet"), (timm.create_model("test_convnext"), "ConvNeXt")):
-        with pytest.raises(ValueError, match=f"attention whose weights can be read, received none in {name}"):
-            vs.attention_maps(probe_of(model.double(), images(32)))
+@pytest.mark.parametrize("options", [{}, {"layers": [0], "query": (1, 1)}])
+def test_a_network_without_attention_has_no_layers(options: dict[str, Any]) -> None:
+    for model in (convnet(num_classes=3), timm.create_model("test_convnext")):
+        with pytest.warns(NullWarning, match=r"attention_maps: null for attention \(the network has none\)"):
+            result = vs.attention_maps(probe_of(model.double(), images(32)), images=2, **options)
+        assert (result.units, len(result.maps), result.rollout, result.scalars()) == ((), 0, None, {})
+        assert (result.layer_iou.shape, result.images.shape, result.n_images) == ((0, 0), (2, 32, 32, 3), 4)
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ def chosen_layers(units: Sequence[AttentionUnit], layers: Sequence[int | str] | 
     Raises:
         ValueError: none is chosen, or one that is not there.
     """
-    if layers is None:
+    if layers is None or not units:
         return list(range(len(units)))
     names = [unit.name for unit in units]
     places = set()

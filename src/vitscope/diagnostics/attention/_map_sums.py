@@ -93,6 +93,8 @@ class MapSums:
     def close_batch(self, number: int, n_images: int) -> None:
         """Add what needs the maps of all layers of a batch, and keep those of the first images."""
         self.n_images += n_images
+        if not self.layers:
+            return
         maps = [self._maps[place] for place in range(len(self.layers))]
         masks = [mass_masks(layer, self.mass) for layer in maps]
         for place, layer in enumerate(masks):

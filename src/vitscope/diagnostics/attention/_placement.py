@@ -33,7 +33,7 @@ def resolved_query(model: nn.Module, units: Sequence[AttentionUnit], query: Quer
     has_class = any(isinstance(getattr(m, name, None), Tensor) for m in model.modules() for name in _CLASS_TOKENS)
     lacking = [unit.name for unit in units if not has_class or not n_prefix(unit, keys=False)]
     if query == "auto":
-        return "mean" if lacking else "class"
+        return "class" if units and not lacking else "mean"
     if query == "class" and lacking:
         raise ValueError(
             f"Expected a class token for query='class', received {lacking[0]!r} without one; pass query='mean' or the pixel of a "

@@ -16,6 +16,8 @@ def rollout_refusal(units: Sequence[AttentionUnit], unread: Mapping[str, str]) -
     if unread:
         name, reason = next(iter(unread.items()))
         return f"{name}: {reason}"
+    if not units:
+        return "no attention"
     first = units[0]
     for unit in units:
         if unit.n_windows > 1:

@@ -37,7 +37,8 @@ class AttentionMapsResult(
 ):
     """Maps of the first images, and means over all images of the probe; half widths belong to 95% t-intervals over images.
 
-    Arrays of layers are a tuple of one array a layer where these have different numbers of heads or positions.
+    Arrays of layers are a tuple of one array a layer where these have different numbers of heads or positions. A network
+    without attention has no layers.
 
     Attributes:
         units: (n_layers,) names of the chosen attention units, by depth.
@@ -151,7 +152,8 @@ def attention_maps(
     Both go through all layers and heads, in global attention over the same tokens in every layer.
 
     A mask is the fewest positions that hold the share ``mass`` of a map (Caron et al. 2021 draw those of 60 %). Masks of two
-    layers are compared on the finer grid. docs/representation.md says how the numbers are read.
+    layers are compared on the finer grid. A network without attention, or whose attention cannot be read, has no layers, with
+    a warning that says why. docs/representation.md says how the numbers are read.
 
     Args:
         probe: model and images.
@@ -166,7 +168,7 @@ def attention_maps(
         masks: (n_images, H, W) boolean masks of the objects in the order of the probe's images, an array or a tensor.
 
     Raises:
-        ValueError: no attention whose weights can be read, an unknown layer or head, a class token that is not there, a pixel
+        ValueError: residual units that are not known, an unknown layer or head, a class token that is not there, a pixel
             outside of the image, a class that the model does not have, or masks of other images.
     """
     sums = _Sums(probe, images, query, layers, heads, mass, gradient, class_index, masks)
@@ -194,7 +196,6 @@ class _Sums(MapSums):
         self.probe, self.gradient, self.class_index = probe, gradient, class_index
         units, self.unread = attention_units_of(probe)
         self.attention_units: Sequence[AttentionUnit] = units
-        self._refuse_none(units)
         places = chosen_layers(units, layers)
         self.refusal = rollout_refusal(units, self.unread)
         super().__init__(
@@ -207,15 +208,6 @@ class _Sums(MapSums):
             follows=images > 0 and not self.refusal,
             masks=object_masks(probe, masks),
             batch_size=probe.batch_size,
-        )
-
-    def _refuse_none(self, units: Sequence[AttentionUnit]) -> None:
-        if units:
-            return
-        reasons = ", ".join(dict.fromkeys(self.unread.values()))
-        raise ValueError(
-            f"Expected attention whose weights can be read, received none in {type(self.probe.model).__name__}"
-            f"{f': {reasons}' if reasons else ''}."
         )
 
     def result(self) -> AttentionMapsResult:
@@ -237,8 +229,8 @@ class _Sums(MapSums):
             depths=np.array([unit.unit.depth for unit in layers], dtype=np.float64),
             n_heads=np.array(n_heads),
             n_keys=np.array([unit.keys.shape[1] for unit in layers]),
-            maps=_of_layers(maps),
-            prefix_attention=_of_layers(prefix),
+            maps=_of_layers(maps, 5),
+            prefix_attention=_of_layers(prefix, 4),
             query=self.query if isinstance(self.query, str) else ", ".join(f"{side:g}" for side in self.query),
             rollout=followed,
             gradient_rollout=first_images.relevance,
@@ -249,9 +241,9 @@ class _Sums(MapSums):
             entropy_half_width=_of_layers([e.half_width for e in entropy]),
             head_iou=np.array([e.mean for e in head_iou]),
             head_iou_half_width=np.array([e.half_width for e in head_iou]),
-            head_iou_pairs=_of_layers([e.mean for e in pairs]),
-            layer_iou=means[-1].mean,
-            layer_iou_half_width=means[-1].half_width,
+            head_iou_pairs=_of_layers([e.mean for e in pairs], 3),
+            layer_iou=means[-1].mean.reshape(n, n) if n else np.zeros((0, 0)),
+            layer_iou_half_width=means[-1].half_width.reshape(n, n) if n else np.zeros((0, 0)),
             mask_iou=_of_layers([_filled(e.mean, heads) for e, heads in zip(mask_iou, n_heads)]),
             mask_iou_half_width=_of_layers([_filled(e.half_width, heads) for e, heads in zip(mask_iou, n_heads)]),
             mass=self.mass,
@@ -263,6 +255,9 @@ class _Sums(MapSums):
     def _say_what_is_null(
         self, layers: Sequence[AttentionUnit], entropies: Sequence[np.ndarray], no_relevance: str, n_images: int
     ) -> None:
+        if not layers:
+            warn_nulls("attention_maps", self.unread or {"attention": "the network has none"})
+            return
         reasons: dict[str, str] = {name: f"{reason}, left out" for name, reason in self.unread.items()}
         reasons |= {u.name: "its weights are not finite" for u, e in zip(layers, entropies) if not np.isfinite(e).all()}
         if self.refusal:
@@ -284,8 +279,10 @@ def _mean(values: np.ndarray) -> float:
     return float(values.mean()) if len(values) else float("nan")
 
 
-def _of_layers(arrays: Sequence[np.ndarray]) -> LayerArrays:
-    """Return one array where all layers have the same shape, else a tuple of them."""
+def _of_layers(arrays: Sequence[np.ndarray], n_axes: int = 2) -> LayerArrays:
+    """Return one array, with ``n_axes`` axes, where all layers have the same shape, else a tuple of them."""
+    if not arrays:
+        return np.zeros((0,) * n_axes)
     return np.stack(arrays) if len({array.shape for array in arrays}) == 1 else tuple(arrays)
 
 

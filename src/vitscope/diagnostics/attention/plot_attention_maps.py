@@ -14,7 +14,7 @@ from matplotlib.image import AxesImage
 from matplotlib.lines import Line2D
 
 from vitscope.diagnostics.attention.attention_maps import AttentionMapsResult
-from vitscope.plotting.canvas import Canvas, new_canvas, result_color
+from vitscope.plotting.canvas import COLUMN_WIDTH, Canvas, new_canvas, result_color
 from vitscope.plotting.depth_axis import DEPTH_LABEL
 
 #: width in inches of a page of two columns
@@ -46,7 +46,8 @@ def attention_maps(
     """Draw a row an image with maps over it, and below what all images show by depth.
 
     Colors are the attention of a position divided by the mean over positions of its map. Of one result up to four layers, evenly
-    spaced in depth, and the rollouts are drawn; of several the last layer and the rollout of each.
+    spaced in depth, and the rollouts are drawn; of several the last layer and the rollout of each, with their queries where these
+    differ.
 
     Args:
         results: one or more results by name, of the same images.
@@ -58,6 +59,8 @@ def attention_maps(
     """
     if view not in ("both", "maps", "numbers"):
         raise ValueError(f"Expected view to be 'both', 'maps' or 'numbers', received {view!r}.")
+    if not any(result.units for result in results.values()):
+        return _without_attention(results)
     panels = _number_panels(results)
     if view == "numbers":
         canvas = new_canvas(2.3 * len(panels), 2.3)
@@ -81,21 +84,35 @@ def attention_maps(
     return canvas.figure
 
 
+def _without_attention(results: Mapping[str, AttentionMapsResult]) -> Figure:
+    canvas = new_canvas(COLUMN_WIDTH, 0.4 + 0.2 * len(results))
+    ax = canvas.grid(1, 1)[0, 0]
+    ax.set_axis_off()
+    text = "\n".join(f"{name}: no attention" if name else "No attention" for name in results)
+    ax.text(0.5, 0.5, text, ha="center", va="center", transform=ax.transAxes)
+    return canvas.figure
+
+
 def _columns(results: Mapping[str, AttentionMapsResult], head: int | None) -> list[Column]:
     columns: list[Column] = []
     is_single = len(results) == 1
+    queries = {name: f"\nquery: {result.query}" for name, result in results.items()}
+    if len({result.query for result in results.values() if result.units}) == 1:
+        queries = dict.fromkeys(results, "")
     for name, result in results.items():
         n_layers = len(result.units)
+        if not n_layers:
+            continue
         n_drawn = _MOST_LAYERS if is_single else 1
         rollouts = [("Rollout", result.rollout), ("Rollout\nof gradients", result.gradient_rollout)]
         layers = np.unique(np.linspace(0, n_layers - 1, n_drawn).round().astype(int)) if is_single else [n_layers - 1]
         if len(results) <= 3 or result.rollout is None:
             for layer in layers:
-                title = result.units[layer] if is_single else f"{name}\n{result.units[layer]}"
+                title = result.units[layer] if is_single else f"{name}\n{result.units[layer]}{queries[name]}"
                 columns.append(Column(title, _of_head(result, int(layer), head)))
         for title, maps in rollouts[: 2 if is_single else 1]:
             if maps is not None:
-                columns.append(Column(title if is_single else f"{name}\n{title}", maps))
+                columns.append(Column(title if is_single else f"{name}\n{title}{queries[name]}", maps))
     return columns
 
 
@@ -197,7 +214,9 @@ def _draw_numbers(
     for index, (name, result) in enumerate(results.items()):
         color = result_color(index)
         if len(results) > 1:
-            handles.append(Line2D([], [], color=color, label=name))
+            handles.append(Line2D([], [], color=color, label=name if result.units else f"{name}: no attention"))
+        if not result.units:
+            continue
         for ax, panel in zip(axes, panels):
             if panel.by_head:
                 _draw_heads(ax, result, panel.field, color)
