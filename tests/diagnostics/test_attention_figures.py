@@ -66,9 +66,9 @@ def test_a_result_without_attention_has_a_figure_and_a_file(tmp_path: Path) -> N
     x = images(16)
     none = vs.attention_maps(probe_of(convnet(num_classes=3).double(), x), images=3)
     loaded = check_result(none, tmp_path)
-    assert [text.get_text() for ax in vs.plot(loaded).axes for text in ax.texts] == ["No attention"]
+    assert [text.get_text() for ax in vs.plot(loaded).axes for text in ax.texts] == ["No attention that can be read"]
     vit_maps = vs.attention_maps(probe_of(filled(vit()), x), images=3)
     figure = vs.plot({"ResNet": none, "ViT": vit_maps}, allow_different=True)
     assert [ax.get_title() for ax in figure.axes if ax.get_title()] == ["Image", "ViT\nblocks.1.attn", "ViT\nRollout"]
     labels = [text.get_text() for part in figure.subfigs for legend in part.legends for text in legend.get_texts()]
-    assert labels[:2] == ["ResNet: no attention", "ViT"]
+    assert labels[:2] == ["ResNet: no attention that can be read", "ViT"]

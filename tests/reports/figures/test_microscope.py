@@ -22,6 +22,7 @@ from torch import nn
 import vitscope as vs
 from tests.helpers.report_runs import Given, write_run
 from tests.reports.figures.test_html_page import CHROMIUM, WATCH, Page
+from vitscope import models as networks
 from vitscope.reports import run_index
 from vitscope.reports.figures import figure_plan, html_page
 from vitscope.reports.figures.figure_captions import DrawnPanel
@@ -99,6 +100,12 @@ def test_pictures_of_all_measures_and_models(tmp_path: Path, results: dict[str, 
     assert f"{norms.min():.3g} to {norms.max():.3g}" in cells["Token norms"][vit].text
     assert len(set(cells["Receptive field"][convnet].pictures)) == 1
     assert all(len(pictures) in (0, 4) for pictures in content.pictures())
+
+
+def test_a_result_without_attention_says_so(tmp_path: Path) -> None:
+    none = measured(probe_of(networks.convnet(num_classes=3)), ("attention_maps",))
+    ((title, cells),) = section(tmp_path, {"convnet": none}).rows
+    assert (title, cells[0].text, cells[0].pictures) == ("Attention", "no attention that can be read", ())
 
 
 def test_images_are_found_by_their_pixels(tmp_path: Path, results: dict[str, dict[str, Any]]) -> None:

@@ -88,7 +88,9 @@ def _without_attention(results: Mapping[str, AttentionMapsResult]) -> Figure:
     canvas = new_canvas(COLUMN_WIDTH, 0.4 + 0.2 * len(results))
     ax = canvas.grid(1, 1)[0, 0]
     ax.set_axis_off()
-    text = "\n".join(f"{name}: no attention" if name else "No attention" for name in results)
+    text = "\n".join(
+        f"{name}: no attention that can be read" if name else "No attention that can be read" for name in results
+    )
     ax.text(0.5, 0.5, text, ha="center", va="center", transform=ax.transAxes)
     return canvas.figure
 
@@ -214,7 +216,9 @@ def _draw_numbers(
     for index, (name, result) in enumerate(results.items()):
         color = result_color(index)
         if len(results) > 1:
-            handles.append(Line2D([], [], color=color, label=name if result.units else f"{name}: no attention"))
+            handles.append(
+                Line2D([], [], color=color, label=name if result.units else f"{name}: no attention that can be read")
+            )
         if not result.units:
             continue
         for ax, panel in zip(axes, panels):

@@ -143,7 +143,7 @@ def _cell(result: Any, is_measured: bool, reference: _Reference, pictures_of: Ca
 
 def _attention(result: Any, reference: _Reference) -> Cell:
     if not len(result.units):
-        return Cell((), "no attention")
+        return Cell((), "no attention that can be read")
     if result.rollout is not None:
         maps, text = np.asarray(result.rollout), "rollout"
     else:
