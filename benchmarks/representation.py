@@ -93,11 +93,15 @@ def peer(read: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[vs.Probe], N
     return run
 
 
-def subjects(has_attention: bool) -> dict[str, Callable[[vs.Probe], object]]:
+def has_attention(probe: vs.Probe) -> bool:
+    return any(unit.kind == "msa" for unit in vs.structure(probe.model).units)
+
+
+def subjects(with_tokens: bool) -> dict[str, Callable[[vs.Probe], object]]:
     ours = {name: getattr(vs, name) for name in TOGETHER if name in vs.measures()}
     options = {name: {} for name in ours}
-    tokens = {name: functools.partial(getattr(vs, name), **given) for name, given in OF_TOKENS.items() if has_attention}
-    seven = {"all seven in one pass": lambda probe: vs.one_pass(probe, options | OF_TOKENS)} if has_attention else {}
+    tokens = {name: functools.partial(getattr(vs, name), **given) for name, given in OF_TOKENS.items() if with_tokens}
+    seven = {"all seven in one pass": lambda probe: vs.one_pass(probe, options | OF_TOKENS)} if with_tokens else {}
     return {
         **ours,
         **tokens,
@@ -127,7 +131,7 @@ def timed(work: Callable[[vs.Probe], object], probe: vs.Probe) -> tuple[float, f
 
 def compare(name: str, rounds: int, images: int, batch: int) -> None:
     probe = probe_of(name, max(1, images // batch), batch, held=True)
-    works = subjects(has_attention=any(unit.kind == "msa" for unit in vs.structure(probe.model).units))
+    works = subjects(has_attention(probe))
     for work in (forward, *works.values()):
         work(probe)
     samples: dict[str, list[tuple[float, float]]] = {key: [] for key in works}
@@ -152,8 +156,9 @@ def compare(name: str, rounds: int, images: int, batch: int) -> None:
 
 def peak(model: str, n_batches: int, batch: int) -> None:
     probe = probe_of(model, n_batches, batch, held=False)
-    for name in TOGETHER:
-        getattr(vs, name)(probe)
+    of_tokens = OF_TOKENS if has_attention(probe) else {}
+    for name, options in ({key: {} for key in TOGETHER} | of_tokens).items():
+        getattr(vs, name)(probe, **options)
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 
 
