@@ -58,6 +58,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "depth_probes": {"n_neighbors": 2},
     "fourier_heatmap": {"n": 2},
     "frequency_noise_robustness": {"n_bands": 2},
+    "hessian_block_densities": {"blocks": ["*head*", "*norm*"], "n_vectors": 2, "n_steps": 2, "n_resamples": 2},
     "hessian_by_kind": {"n_top": 1, "tol": 1e-1, "max_products": 8},
     "hessian_eigenvalues": {"k": 2, **HEAD},
     "hessian_max_eigenvalue_spectrum": {"n_top": 1, **HEAD},
