@@ -72,6 +72,15 @@ def test_hash_and_identity_agree_on_switches(key: str) -> None:
     assert config_hash(OmegaConf.create(off)) != config_hash(OmegaConf.create(on))
 
 
+def test_runs_from_before_synchronized_batch_statistics_keep_their_identity() -> None:
+    base = configuration("vit", 0)
+    off, on = ({**base, "trainer": {**base["trainer"], "sync_batchnorm": value}} for value in (False, True))
+    assert identity(off) == identity(base)
+    assert config_hash(OmegaConf.create(off)) == config_hash(OmegaConf.create(base))
+    assert identity(on) != identity(base)
+    assert config_hash(OmegaConf.create(on)) != config_hash(OmegaConf.create(base))
+
+
 def test_every_key_of_an_experiment_changes_hash_and_identity() -> None:
     base = configuration("vit", 0)
     for key in EXPERIMENT_KEYS:

@@ -12,9 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
+from omegaconf import DictConfig, OmegaConf
 
 from tests.helpers.processes import ENVIRONMENT, ROOT, on_ranks, run_of, train_in_fork
 from vitscope.cli import exit_codes, train
+from vitscope.config import factories
 from vitscope.runs import metrics_log
 from vitscope.runs.checkpoints import checkpoint_io
 
@@ -100,6 +103,57 @@ def test_two_processes_average_weights_with_mixed_batches(tmp_path: Path) -> Non
     assert average.keys() == last.keys()
     assert any(not torch.equal(average[name], last[name]) for name in average)
     assert "test/nll" in metrics_log.last_values(tmp_path / "two" / "metrics.jsonl")
+
+
+def test_each_process_normalizes_by_the_batch_statistics_of_its_own_images(tmp_path: Path) -> None:
+    """README's exception: the first loss is the mean over both shares, each under its own statistics of BatchNorm.
+
+    Running statistics are those of the first process.
+    """
+    arguments = ["model=convnet", *PAIR, "trainer.precision=64-true", "data.batch_size=4", "trainer.max_steps=1",
+                 "trainer.log_every_n_steps=1", "trainer.limit_val_batches=0", "test=false", "analysis=[]", "logger=none",
+                 "callbacks.checkpoint.init=true", "data.image_size=16"]  # fmt: skip
+    code, errors = train_in_fork([*arguments, f"run_dir={tmp_path}/two"], tmp_path / "errors.txt").wait(180)
+    assert code == 0, errors
+
+    cfg = OmegaConf.load(tmp_path / "two" / "config.yaml")
+    assert isinstance(cfg, DictConfig)
+    initial = checkpoint_io.read(tmp_path / "two" / "checkpoints" / "init.ckpt")["state_dict"]
+    network = factories.model(cfg).double().train()
+    weights = {name.removeprefix("model."): value for name, value in initial.items() if name.startswith("model.")}
+    cfg.data.batch_size = 8
+    data = factories.data(cfg)
+    data.setup("fit")
+    x, y = next(iter(data.train_dataloader()))
+    logged = next(
+        row["train/loss"] for row in metrics_log.read(tmp_path / "two" / "metrics.jsonl") if "train/loss" in row
+    )
+
+    def loss(rows: slice) -> float:
+        network.load_state_dict(weights)
+        with torch.no_grad():
+            return float(F.cross_entropy(network(x[rows].double()), y[rows]))
+
+    shares = [loss(slice(1, None, 2)), loss(slice(0, None, 2))]
+    assert logged == pytest.approx(sum(shares) / 2, rel=1e-9)
+    running = {  # of the share of rank 0, the last that was evaluated
+        name: value.clone() for name, value in network.state_dict().items() if "running_" in name
+    }
+    last = checkpoint_io.read(tmp_path / "two" / "checkpoints" / "last.ckpt")["state_dict"]
+    for name, value in running.items():
+        torch.testing.assert_close(last[f"model.{name}"], value, rtol=1e-9, atol=1e-9)
+    assert abs(loss(slice(None)) - logged) > 1e-3 * logged  # one process with the same global batch
+
+
+def test_synchronized_batch_statistics_are_refused_on_the_cpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(
+        sys, "argv", ["train.py", *SMALL, *PAIR, "trainer.sync_batchnorm=true", f"paths.runs={tmp_path}"]
+    )
+    assert exit_codes.run_command(train._command) == 2
+    assert "error: trainer.sync_batchnorm=True: torch's SyncBatchNorm needs CUDA GPUs" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow

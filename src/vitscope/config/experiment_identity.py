@@ -16,7 +16,7 @@ EXPERIMENT_KEYS = ("model", "data", "objective", "optimizer", "trainer", "callba
 RUN_KEYS = (*EXPERIMENT_KEYS, "seed")
 
 #: switches that were added later: where one is off, a run keeps the identity that it had without the key
-_OFF_IS_ABSENT = ("channels_last",)
+_OFF_IS_ABSENT = ("channels_last", "trainer.sync_batchnorm")
 
 #: keys that make no other run: where it is computed, what is shown meanwhile, what is stated of the model
 INCIDENTAL_TO_A_RUN = (
@@ -46,7 +46,7 @@ MOST_KEYS = 3
 
 def identity(cfg: Mapping[str, Any]) -> dict[str, Any]:
     """Return the values that define a run's experiment, the seed left out, as ``{dotted key: value}``."""
-    groups = {key: cfg.get(key) for key in EXPERIMENT_KEYS if cfg.get(key) or key not in ("compile", *_OFF_IS_ABSENT)}
+    groups = _without_off_switches({key: cfg.get(key) for key in EXPERIMENT_KEYS if cfg.get(key) or key != "compile"})
     flat = flattened(groups | {"objective": without_default_loss(plain(groups["objective"]))})
     defining = {k: v for k, v in flat.items() if not any(k == i or k.startswith(f"{i}.") for i in INCIDENTAL)}
     return {k: v for k, v in defining.items() if k.removeprefix("data.") not in REPEATED}
@@ -55,13 +55,24 @@ def identity(cfg: Mapping[str, Any]) -> dict[str, Any]:
 def config_hash(cfg: DictConfig) -> str:
     """Return the hash (16 digits) of the values that define a run; `INCIDENTAL_TO_A_RUN` and other groups are left out."""
     resolved = plain(cfg)
-    defining = {key: resolved.get(key) for key in RUN_KEYS if resolved.get(key) or key not in _OFF_IS_ABSENT}
+    defining = _without_off_switches({key: resolved.get(key) for key in RUN_KEYS})
     defining["objective"] = without_default_loss(defining["objective"])
     for dotted in INCIDENTAL_TO_A_RUN:
         group, _, key = dotted.partition(".")
         if isinstance(defining[group], dict):
             defining[group] = {k: v for k, v in defining[group].items() if k != key}
     return digest(defining, 16)
+
+
+def _without_off_switches(groups: dict[str, Any]) -> dict[str, Any]:
+    """Return groups of a configuration without the switches of `_OFF_IS_ABSENT` that are off."""
+    for dotted in _OFF_IS_ABSENT:
+        group, _, key = dotted.partition(".")
+        if not key:
+            groups = {k: v for k, v in groups.items() if k != group or v}
+        elif isinstance(node := groups.get(group), Mapping):
+            groups = {**groups, group: {k: v for k, v in node.items() if k != key or v}}
+    return groups
 
 
 def setting(cfg: Mapping[str, Any], without: Sequence[str] = ()) -> str:

@@ -41,6 +41,11 @@ def check_accelerator(cfg: DictConfig) -> None:
         ConfigError: With the keys of the same training on the CPU.
     """
     accelerator = cfg.trainer.get("accelerator")
+    is_on_cpu = accelerator == "cpu" or not torch.cuda.is_available()
+    if cfg.trainer.get("sync_batchnorm") and is_on_cpu:
+        raise ConfigError(
+            "trainer.sync_batchnorm", True, "torch's SyncBatchNorm needs CUDA GPUs", "set it to false on the CPU"
+        )
     if accelerator not in ("gpu", "cuda") or torch.cuda.is_available():
         return
     if accelerator == "gpu" and torch.backends.mps.is_available():
