@@ -24,7 +24,7 @@ FUZZ ?= 1000
 BENCH ?= hessian landscape representation attention training data report sweep startup
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-newest lint format bench fuzz soak doctor clean reproduce $(QUESTIONS) $(TABLES) sweep sweep-local
+.PHONY: help setup demo test test-slow test-newest test-extras gpu-check lint format bench fuzz soak doctor clean reproduce $(QUESTIONS) $(TABLES) sweep sweep-local
 
 help: ## list the targets
 	@grep -hE '^[a-zA-Z0-9_%-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  %-24s %s\n", $$1, $$2}'
@@ -73,6 +73,15 @@ test-newest: ## contract tests and a smoke training with the newest allowed vers
 	PYTHONPATH=$(CANDIDATE) $(NEWEST_RUN) -c 'import hydra, omegaconf; print(hydra.__version__, omegaconf.__version__)'
 	OMP_NUM_THREADS=1 PYTHONPATH=$(CANDIDATE) $(NEWEST_TESTS)/test_hydra.py
 	PYTHONPATH=$(CANDIDATE) $(NEWEST_TRAINING) paths.runs=$(NEWEST)/runs
+
+test-extras: ## install each optional extra into a fresh environment and use it (EXTRAS='optuna joblib')
+	$(PYTHON) .ci/check_extras.py .venv-extras $(EXTRAS)
+
+gpu-check: $(SETUP) ## on one CUDA GPU, 25 minutes: the tests marked gpu, then the figures of the card (installs .[bench])
+	@$(RUN) benchmarks/gpu.py --only-check
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
+	$(PYTEST) -m gpu tests/gpu
+	$(RUN) benchmarks/gpu.py
 
 lint: $(SETUP) ## ruff, pyright and the check of names and docstrings
 	$(BIN)/ruff check .
