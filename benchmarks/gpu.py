@@ -324,7 +324,7 @@ def training(bench: Bench) -> Iterator[Row]:
         makers = {"ViT of one layer": lambda: vs.models.vit(num_classes=16, patch_size=8, depth=1)}
     mix = DataModule(**STRONG).mixed
     one = (torch.randn(batch, 3, 32, 32), torch.randint(16, (batch,)))
-    batches = DataLoader([one] * (WARM + n + 1), batch_size=None)  # pyright: ignore[reportArgumentType]  a list is a dataset
+    batches = DataLoader([one] * (WARM + n + 1), batch_size=None)
     options = [{}, {"half": True}, {"half": True, "channels_last": True}] if bench.device.type == "cuda" else [{}]
     for name, build in makers.items():
         for flags in options:
