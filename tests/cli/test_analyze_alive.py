@@ -89,10 +89,10 @@ def test_the_end_of_a_run_that_is_not_finished(call, run: Path, capsys) -> None:
     content.pop(checkpoint_content.CONTENT_DIGEST)
     checkpoint_io.write(content, run / "checkpoints" / "last.ckpt")
     assert call("analyze", f"run={run}", *FOURIER) == 0
-    assert set(api.load_results(run)["fourier"]) == {"epoch-0000", "step-00000004"}
+    assert set(api.load_results(run)["fourier"]) == {"epoch-0000", "step-000004"}
     run_dir.Run(run).note(status="finished")
     assert call("analyze", f"run={run}", *FOURIER) == 0
-    assert set(api.load_results(run)["fourier"]) == {"epoch-0000", "step-00000004", "end"}
+    assert set(api.load_results(run)["fourier"]) == {"epoch-0000", "step-000004", "end"}
 
 
 def test_two_processes_measure_one_run(call, run: Path) -> None:

@@ -308,7 +308,7 @@ def _moment(path: Path | None, content: Mapping[str, Any] | None, run: Run) -> t
     status = run.provenance().get("status", "finished")
     if path.stem != "last" or path.parent != run.checkpoints or status == "finished":
         return {"last": "end"}.get(path.stem, path.stem), epoch, step
-    tag = f"epoch-{epoch:04d}" if epoch is not None and facts.get("batch") == 0 else f"step-{step:08d}"
+    tag = f"epoch-{epoch:04d}" if epoch is not None and facts.get("batch") == 0 else spec.step_tag(step)
     _logger.info(f"{run.path} is not finished ({status}): the result of {path.name} is named {tag}, not end")
     return tag, epoch, step
 

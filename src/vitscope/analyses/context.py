@@ -23,14 +23,16 @@ class AnalysisContext:
         run: its folder.
         network: the model, on its device.
         datamodule: where batches come from.
-        tag: ``init``, ``epoch-0099`` or ``end``.
+        tag: ``init``, ``epoch-0099``, ``step-000120`` or ``end``.
         epoch: of the weights, for the card.
-        step: of the weights, for the journal.
+        step: optimizer steps that the weights have made, for the card and the journal.
         mirror: W&B.
         content: the checkpoint the weights came from, where there is one.
         due: the analyses that will be made here; those of the feature maps of the same images share a forward pass.
         ahead: results of such a pass by name, until their turn comes.
         alone: names of those that such a pass failed for.
+        draws: whether figures are drawn; of a step among many only where ``at_steps`` names it, as a figure takes longer than
+            many a measure.
     """
 
     cfg: DictConfig
@@ -45,3 +47,4 @@ class AnalysisContext:
     due: Sequence[Analysis] = ()
     ahead: dict[str, Any] = field(default_factory=dict)
     alone: set[str] = field(default_factory=set)
+    draws: bool = True

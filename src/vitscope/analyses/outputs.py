@@ -48,7 +48,8 @@ def store(analysis: Analysis, place: AnalysisContext, folder: Path, stem: str, r
 def complete(analysis: Analysis, place: AnalysisContext, folder: Path, stem: str, result: Any) -> None:
     """Do what a stop left undone for a result on the disk: its ``.json``, its row, its figure and numbers, its copy in W&B."""
     figure = _figure_stem(analysis, place)
-    files = [figure.with_name(f"{figure.name}.{ending}") for ending in ("csv", "png", "pdf")]
+    endings = ("csv", "png", "pdf") if _is_drawn(analysis, place) else ()
+    files = [figure.with_name(f"{figure.name}.{ending}") for ending in endings]
     whole = not _mark(folder, stem).exists() and result_store.has_readable_copy(folder, stem, result)
     if whole and _has_row(analysis, place, result) and all(file.is_file() for file in files):
         return
@@ -60,6 +61,10 @@ def complete(analysis: Analysis, place: AnalysisContext, folder: Path, stem: str
 
 def _mark(folder: Path, stem: str) -> Path:
     return folder / f".unpublished-{stem}"
+
+
+def _is_drawn(analysis: Analysis, place: AnalysisContext) -> bool:
+    return place.draws or analysis.lists_step(place.step)
 
 
 def _figure_stem(analysis: Analysis, place: AnalysisContext) -> Path:
@@ -94,6 +99,8 @@ def publish(analysis: Analysis, place: AnalysisContext, result: Any) -> None:
     eigenvalues = getattr(result, "eigenvalues", None)
     if eigenvalues is not None and np.isfinite(eigenvalues).any():
         place.mirror.histogram(f"{analysis.name}/eigenvalues", eigenvalues[np.isfinite(eigenvalues)], place.step)
+    if not _is_drawn(analysis, place):
+        return
     save_numbers(result, _figure_stem(analysis, place))
     try:
         png, _ = save_figure(plot(result), _figure_stem(analysis, place))

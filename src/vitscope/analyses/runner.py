@@ -128,7 +128,7 @@ def _measured(
     result = place.ahead.pop(analysis.name, None)
     if result is None:
         stop_flag.check()
-        facts = {"checkpoint": weights, "epoch": place.epoch}
+        facts = {"checkpoint": weights, "epoch": place.epoch, "step": place.step}
         request = probe_request(analysis, place.datamodule)
         probe = factories.probe(place.cfg, place.network, place.datamodule, request, facts, place.content)
         options = {key: arguments.loaded(key, value, probe) for key, value in analysis.options.items()}

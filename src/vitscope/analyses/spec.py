@@ -19,7 +19,7 @@ class Analysis:
         measure: the function.
         options: its keyword arguments.
         probe: which images.
-        when: ``start, every_n_epochs, end`` of training.
+        when: ``start, every_n_epochs, every_n_steps, at_steps, end`` of training.
         on_error: ``warn`` (training goes on and the result is null) or ``raise``.
     """
 
@@ -44,6 +44,20 @@ class Analysis:
         """Whether to measure after ``epoch``, counted from 0."""
         every = int(self.when.get("every_n_epochs") or 0)
         return every > 0 and (epoch + 1) % every == 0
+
+    def due_at_step(self, step: int) -> bool:
+        """Whether to measure after ``step`` optimizer steps, as Lightning's ``global_step`` counts them."""
+        every = int(self.when.get("every_n_steps") or 0)
+        return step > 0 and ((every > 0 and step % every == 0) or self.lists_step(step))
+
+    def lists_step(self, step: int) -> bool:
+        """Whether ``at_steps`` names the step, so that its figure is drawn."""
+        return step in (self.when.get("at_steps") or ())
+
+
+def step_tag(step: int) -> str:
+    """Return the tag of results after a number of optimizer steps: ``step-000120``."""
+    return f"step-{step:06d}"
 
 
 def parse(nodes: Mapping[str, Any] | None) -> list[Analysis]:

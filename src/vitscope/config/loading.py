@@ -74,4 +74,4 @@ NODE_KEYS = ("_target_", "probe", "when", "on_error")
 
 PROBE_KEYS = ("split", "augment", "n_images", "batch_size", "seed", "mix")
 
-WHEN_KEYS = ("start", "every_n_epochs", "end")
+WHEN_KEYS = ("start", "every_n_epochs", "every_n_steps", "at_steps", "end")

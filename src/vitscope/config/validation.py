@@ -254,6 +254,8 @@ def _check_analyses(nodes: Mapping[str, Any]) -> None:
             for key, value in (node.get(part) or {}).items():
                 if key not in types_:
                     raise ConfigError(f"{path}.{part}.{key}", shown(value), "no such key", errors.nearest(key, types_))
+                if part == "when" and key in ("every_n_steps", "at_steps"):
+                    _check_steps(f"{path}.when", key, value)
                 if not fits(value, types_[key]):
                     reason = f"not of type {getattr(types_[key], '__name__', types_[key])}"
                     raise ConfigError(f"{path}.{part}.{key}", shown(value), reason, "correct the value")
@@ -264,6 +266,27 @@ def _check_analyses(nodes: Mapping[str, Any]) -> None:
             raise ConfigError(f"{path}.probe.augment", recipe, "neither true, false nor an objective", reason)
         if node.get("on_error", "warn") not in ("warn", "raise"):
             raise ConfigError(f"{path}.on_error", node["on_error"], "unknown", "choose warn or raise")
+
+
+def _check_steps(path: str, key: str, value: Any) -> None:
+    """Check the optimizer steps after which an analysis measures.
+
+    Raises:
+        ConfigError: other than a whole number or, for ``at_steps``, a list of them counted from 1.
+    """
+    place = f"{path}.{key}"
+    if key == "every_n_steps":
+        if not fits(value, int | None):
+            raise ConfigError(place, shown(value), "not a whole number of optimizer steps", "set 10, or 0 for none")
+        return
+    if value is not None and not (isinstance(value, list) and all(fits(step, int) for step in value)):
+        written = f"[{', '.join(map(str, value))}]" if isinstance(value, list) else value
+        raise ConfigError(place, written, "not a list of whole numbers of optimizer steps", "set [100, 1000]")
+    if value and min(value) < 1:
+        reason = "steps are counted from 1: the network before its first step is measured by start"
+        raise ConfigError(
+            place, f"[{', '.join(map(str, value))}]", reason, f"set {path}.start=true, and steps such as [1]"
+        )
 
 
 def _check_training_images(path: str, images: Any) -> None:

@@ -34,6 +34,7 @@ class ObjectiveCard:
     Attributes:
         preprocessing: how image files became pixels: the crop, the background of transparent pixels, the samples that are black
             and white; ``default`` for a center crop, white and full scale, and for images that come as arrays.
+        step: optimizer steps that the weights have made, where a run states it.
         options: the measure's arguments, defaults included, but for those of `vitscope.core.measure_options.INCIDENTAL`; None
             where a version saved the result that did not record them.
     """
@@ -54,6 +55,7 @@ class ObjectiveCard:
     seed: int | None = None
     checkpoint: str = "unknown"
     epoch: int | None = None
+    step: int | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
     solver: Mapping[str, Any] = field(default_factory=dict)
     options: Mapping[str, Any] | None = None

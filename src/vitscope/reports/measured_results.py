@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ class Measured:
 
     Attributes:
         analysis: The configuration's name for it.
-        tag: ``init``, ``epoch-0099`` or ``end``.
+        tag: ``init``, ``epoch-0099``, ``step-000120`` or ``end``.
         measure: The function that made it.
         path: The ``.npz``.
         scalars: Numbers by name; None for one that is not finite.
@@ -58,9 +59,20 @@ class Measured:
         return (("analysis", self.analysis), *(pair for pair in compared.items() if pair[0] not in without))
 
 
-def moment(tag: str) -> tuple[int, str]:
-    """Sort key of tags: ``init``, the epochs, ``end``."""
-    return {"init": 0, "end": 2}.get(tag, 1), tag
+def moment(tag: str) -> tuple[int, int, str]:
+    """Sort key of tags: ``init``, the steps, the epochs and other checkpoints, ``end``.
+
+    Steps are in their order whatever the number of digits; a run with both steps and epochs has them apart, as a tag does not
+    say how many steps an epoch takes.
+    """
+    step = step_of_tag(tag)
+    return {"init": 0, "end": 3}.get(tag, 2 if step is None else 1), step or 0, tag
+
+
+def step_of_tag(tag: str) -> int | None:
+    """Return the number of optimizer steps that a tag such as ``step-000120`` states; None for another tag."""
+    matched = re.fullmatch(r"step-(\d+)(-ema)?", tag)
+    return int(matched[1]) if matched else None
 
 
 def differing(conditions: Iterable[Conditions]) -> list[str]:

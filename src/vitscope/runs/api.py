@@ -13,7 +13,7 @@ from vitscope.runtime.errors import CheckpointError
 
 
 def load_results(run: str | Path) -> dict[str, dict[str, Any]]:
-    """Return a run's results as ``{analysis: {tag: result}}``, tags being ``init``, ``epoch-0099`` or ``end``.
+    """Return a run's results as ``{analysis: {tag: result}}``, tags being ``init``, ``epoch-0099``, ``step-000120`` or ``end``.
 
     Where one analysis was made with several settings at a tag, the newest counts.
     """

@@ -15,7 +15,7 @@ from typing import Any
 from omegaconf import DictConfig
 from torch import nn
 
-from vitscope.analyses import announcement, spec
+from vitscope.analyses import announcement, measurement_plan, spec
 from vitscope.config import (
     caps,
     cross_checks,
@@ -216,6 +216,8 @@ def _train_in_folder(cfg: DictConfig, run: Run, start: ResumePoint, parts: Train
 def _build_fit_parts(cfg: DictConfig, run: Run, parts: TrainingParts, mirror: WandbMirror) -> FitParts:
     analyses = spec.parse(cfg.analysis)
     announcement.announce(cfg, analyses, parts.data, count=("train", "val"), of=" of the diagnostics")
+    if is_main_process():
+        measurement_plan.announce_measurements(analyses, cfg.trainer, parts.network, parts.data)
     module = build_module(cfg, parts.network, parts.data)
     diagnostics = DiagnosticCallback(cfg, analyses, run, mirror)
     logger = run_logger.RunLogger(run, Journal(run.journal), mirror)

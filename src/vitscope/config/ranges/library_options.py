@@ -142,9 +142,13 @@ class MeasurementTimes:
     Attributes:
         start: Whether to measure before the first step.
         every_n_epochs: Epochs between measurements during training; 0 or None for none.
+        every_n_steps: Optimizer steps between measurements during training; 0 or None for none.
+        at_steps: Numbers of optimizer steps after which to measure, counted from 1.
         end: Whether to measure at the end.
     """
 
     start: bool
     every_n_epochs: NonNegativeInt | None
+    every_n_steps: NonNegativeInt | None
+    at_steps: list[int] | None
     end: bool
