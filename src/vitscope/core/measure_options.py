@@ -25,6 +25,12 @@ INCIDENTAL = frozenset({
     "eigenvectors", "checkpoints", "initial", "units", "dtype", "reference",
 })  # fmt: skip
 
+#: the same, of one measure: another one has an argument of that name with another meaning
+INCIDENTAL_OF = frozenset({
+    ("hessian_eigenvalues", "start"), ("edge_of_stability", "previous"), ("edge_of_stability", "step"),
+    ("edge_of_stability", "optimizer"),
+})  # fmt: skip
+
 #: names of one argument, of which each measure has one and accepts the others: how many eigenvalues are computed, ``k`` of the
 #: mean over all batches and ``n_top`` of each
 EQUIVALENT = ("k", "n_top")
@@ -73,7 +79,12 @@ def options_of(measure: Callable[..., Any], /, *args: Any, **kwargs: Any) -> dic
     bound = inspect.signature(measure).bind(*args, **kwargs)
     bound.apply_defaults()
     probe = bound.arguments.get("probe")
-    arguments = {key: value for key, value in bound.arguments.items() if key not in INCIDENTAL}
+    own_name = getattr(measure, "__name__", "")
+    arguments = {
+        key: value
+        for key, value in bound.arguments.items()
+        if key not in INCIDENTAL and (own_name, key) not in INCIDENTAL_OF
+    }
     return {key: _plain(value, probe) for key, value in arguments.items()}
 
 

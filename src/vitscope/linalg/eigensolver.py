@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from vitscope.linalg.krylov_basis import BasisBuffer
 from vitscope.linalg.lanczos import Lanczos, Operator
+from vitscope.linalg.missed_eigenvalues import HIGHEST_PROBABILITY, KrylovPolynomial, outer_values
 from vitscope.linalg.partial_reorthogonalization import SemiorthogonalLanczos
 from vitscope.linalg.ritz_values import WHICH, Ritz, count, errors, select_ritz_values, settled, tolerances
 from vitscope.runtime import distributed
@@ -39,10 +40,13 @@ class Eigenpairs:
         values: (k,) Ritz values in the order asked for.
         residuals: (k,) norms of H v - value v, at least `resolution`; an eigenvalue lies within.
         errors: (k,) estimates of |value - eigenvalue|: the residual or, where smaller, residual^2 / gap.
-        converged: (k,) whether the estimate is within the tolerance.
+        converged: (k,) whether the estimate is within the tolerance and, where the probability below is known, that is at most
+            `vitscope.linalg.missed_eigenvalues.HIGHEST_PROBABILITY`.
         n_products: products made.
         vectors: (k, size) orthonormal, or None.
         resolution: values nearer to zero than that may owe their sign to rounding, see `Lanczos.resolution`.
+        missed_probability: bound of the probability that an eigenvalue more than 1 % beyond the outermost of these exists and
+            was passed over, see `vitscope.linalg.missed_eigenvalues`; NaN where the random share of the start is not stated.
     """
 
     values: np.ndarray
@@ -52,6 +56,7 @@ class Eigenpairs:
     n_products: int
     vectors: Tensor | None
     resolution: float = 0.0
+    missed_probability: float = float("nan")
 
 
 def extreme_eigenvalues(
@@ -70,6 +75,7 @@ def extreme_eigenvalues(
     shared: bool = False,
     memory: BasisBuffer | None = None,
     confirmations: int = CONFIRMATIONS,
+    random_share: float | None = None,
 ) -> Eigenpairs:
     """Return the ``k`` extreme eigenvalues of a symmetric operator.
 
@@ -88,6 +94,9 @@ def extreme_eigenvalues(
         shared: every rank runs this on one operator whose products are reduced, so that all must stop together.
         memory: of the basis, to be used again by the next search; None for its own.
         confirmations: products in a row with which all eigenvalues must be known.
+        random_share: length of the random part of ``start`` relative to the rest, which may lie in a wrong invariant subspace;
+            the search then goes on until it is unlikely that a value beyond the wanted ones was passed over. None for a start
+            of which that is not asked.
 
     Raises:
         ValueError: fewer dimensions than eigenvalues, an unknown ``which``, ``tol`` or ``max_products`` not positive, or a
@@ -95,7 +104,7 @@ def extreme_eigenvalues(
     """
     search = Search(
         start, k, which=which, n_ends=n_ends, tol=tol, max_products=max_products, max_memory=max_memory,
-        seed=seed, shift=shift, memory=memory, confirmations=confirmations,
+        seed=seed, shift=shift, memory=memory, confirmations=confirmations, random_share=random_share,
     )  # fmt: skip
     while True:
         stop = search.absorb(product(search.lanczos.row))
@@ -127,6 +136,7 @@ class Search:
         shift: float = 0.0,
         memory: BasisBuffer | None = None,
         confirmations: int = CONFIRMATIONS,
+        random_share: float | None = None,
     ) -> None:
         _check(len(start), k, which, tol, max_products)
         self.k, self.which, self.n_ends, self.tol, self.max_products = k, which, n_ends, tol, max_products
@@ -134,6 +144,8 @@ class Search:
         self.lanczos = SemiorthogonalLanczos(None, start, self.rows, seed=seed, shift=shift, memory=memory)
         self._at_breakdown: np.ndarray | None = None
         self.confirmations, self._n_known = confirmations, 0  # products in a row with which all was known
+        self._random_share = random_share
+        self._polynomial: KrylovPolynomial | None = None  # that of the last product before a restart
 
     def absorb(self, pieces: Tensor | Sequence[Tensor]) -> bool:
         """Take the product with ``lanczos.row``; return whether this is the end."""
@@ -144,6 +156,8 @@ class Search:
         self._n_known = self._n_known + 1 if all_known else 0
         # an eigenvalue that is passed over shows in the next products: residuals rise again
         is_settled = self._n_known >= self.confirmations
+        if is_settled and self._random_share is not None:
+            is_settled = self._missed_probability() <= HIGHEST_PROBABILITY
         if lanczos.breakdowns:
             values = ritz.values[self._chosen]
             is_settled = is_settled and _nothing_new(lanczos, values, self._at_breakdown)
@@ -153,11 +167,29 @@ class Search:
     def make_space(self) -> None:
         """Restart where the basis is full."""
         if self.lanczos.full:
+            if self._polynomial is None:
+                self._polynomial = self.lanczos.polynomial(self._ritz)
             self.lanczos.restart(_kept(self._ritz, self._chosen, self.which, self.rows))
 
     def pairs(self, vectors: bool) -> Eigenpairs:
         """Return what is known after the last product."""
-        return _pairs(self.lanczos, self._ritz, self._chosen, self.tol, vectors)
+        pairs = _pairs(self.lanczos, self._ritz, self._chosen, self.tol, vectors)
+        if self._random_share is None:
+            return pairs
+        probability = self._missed_probability()
+        is_outermost = probability <= HIGHEST_PROBABILITY
+        return replace(pairs, missed_probability=probability, converged=pairs.converged & is_outermost)
+
+    def _missed_probability(self) -> float:
+        """Return the bound for all ends that are looked at; 0 where the basis spans the whole space."""
+        assert self._random_share is not None
+        if self.lanczos.exhausted:
+            return 0.0
+        polynomial = self._polynomial or self.lanczos.polynomial(self._ritz)
+        size = self.lanczos.basis.rows.shape[1]
+        which = "both" if self.n_ends else self.which
+        values = outer_values(self._ritz.values, which)
+        return min(1.0, sum(polynomial.missed_probability(value, size, self._random_share) for value in values))
 
 
 def _nothing_new(lanczos: Lanczos, values: np.ndarray, before: np.ndarray | None) -> bool:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from vitscope.linalg.krylov_basis import Basis, BasisBuffer
+from vitscope.linalg.missed_eigenvalues import KrylovPolynomial
 from vitscope.linalg.ritz_values import Ritz
 from vitscope.runtime.errors import NumericalError
 
@@ -146,6 +147,12 @@ class Lanczos:
         size, eps = self.basis.rows.shape[1], float(torch.finfo(self.basis.rows.dtype).eps)
         norm = float(np.abs(ritz.values).max(initial=0.0))
         return eps * norm * (1.0 + float(np.log2(size))) + DIAGONALS * self.asymmetry
+
+    def polynomial(self, ritz: Ritz) -> KrylovPolynomial:
+        """Return the polynomial that makes the next basis vector from the first one, before any restart."""
+        betas = np.append(np.diag(self.projection, -1), self.coupling[-1:])
+        with np.errstate(divide="ignore"):
+            return KrylovPolynomial(ritz.values, float(np.log(np.abs(betas)).sum()))
 
     def restart(self, keep: np.ndarray) -> None:
         """Compress the basis to the Ritz vectors numbered ``keep`` and the last row."""

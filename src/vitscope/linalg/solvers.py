@@ -45,6 +45,7 @@ def solve(
     shared: bool = False,
     start: Tensor | None = None,
     memory: BasisBuffer | None = None,
+    random_share: float | None = None,
 ) -> Solution:
     """Return extreme eigenvalues of ``operator``; arguments as in `extreme_eigenvalues`.
 
@@ -81,6 +82,7 @@ def solve(
             shift=operator.shift,
             shared=shared,
             memory=memory,
+            random_share=random_share,
         )
     return Solution(pairs, l2_contribution(operator, pairs))
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Unpack
 
 import numpy as np
+from torch import Tensor
 
 from vitscope.core.measure_options import record_options
 from vitscope.core.objective_card import ObjectiveCard
@@ -13,6 +15,7 @@ from vitscope.core.probe import Probe
 from vitscope.core.results.result import Result
 from vitscope.linalg.curvature.curvature_options import CurvatureArguments, CurvatureOptions, curvature_arguments
 from vitscope.linalg.curvature.operator_factory import curvatures
+from vitscope.linalg.curvature.start_vector import RANDOM_SHARE, warm_start
 from vitscope.linalg.solvers import solve
 from vitscope.runtime.value_ranges import PositiveInt
 
@@ -26,11 +29,13 @@ class HessianEigenvaluesResult(Result, untabulated=("eigenvectors",)):
             (2k,), the largest descending and then the smallest ascending.
         residuals: (k,) norms of H v - lambda v: an eigenvalue lies within.
         errors: (k,) estimates of the distance to the eigenvalue, min(residual, residual^2 / gap).
-        converged: (k,) whether that is within the tolerance.
+        converged: (k,) whether that is within the tolerance and, with ``start``, the probability below is at most 5 %.
         l2_contribution: (k,) the L2 term's share of each eigenvalue, v^T H_L2 v; it is an exact part of the sum.
         n_products: products with the operator.
         eigenvectors: (k, size) unit vectors where asked for, else (0, 0).
         parameter_names: of the parameters analysed, in the order of the vectors' entries.
+        missed_probability: with ``start``, a bound of the probability that an eigenvalue lies more than 1 % beyond the outermost
+            of these and was passed over (`vitscope.linalg.missed_eigenvalues`); else NaN.
         card: under which conditions.
     """
 
@@ -42,6 +47,7 @@ class HessianEigenvaluesResult(Result, untabulated=("eigenvectors",)):
     n_products: int
     eigenvectors: np.ndarray = field(repr=False)
     parameter_names: tuple[str, ...] = field(repr=False)
+    missed_probability: float = float("nan")
     card: ObjectiveCard | None = None
 
     def scalars(self) -> dict[str, float]:
@@ -75,6 +81,7 @@ def hessian_eigenvalues(
     k: PositiveInt = 5,
     which: str = "LM",
     eigenvectors: bool = False,
+    start: np.ndarray | Tensor | HessianEigenvaluesResult | None = None,
     **curvature: Unpack[CurvatureArguments],
 ) -> HessianEigenvaluesResult:
     """Compute the ``k`` extreme eigenvalues of the mean over all batches' images.
@@ -84,6 +91,12 @@ def hessian_eigenvalues(
         k: how many (``n_top`` is accepted too); with ``both`` at either end.
         which: ``LM`` by magnitude, ``LA`` the largest, ``SA`` the smallest, ``both`` ends from one run.
         eigenvectors: also return them.
+        start: eigenvectors ``(m, size)`` of an earlier measurement of these parameters, or its result, to begin the search
+            from in place of the gradient: those of a few training steps or of a batch before. They may lie in a wrong invariant
+            subspace, so as much of a random vector is added, and the search goes on until ``missed_probability`` is at most 5 %,
+            or its values are not called converged. Beginning there saves the gradient and about one product in eight of a
+            search for one eigenvalue, which the assurance takes again (docs/definitions.md section 3). Under
+            ``torch.distributed`` all ranks pass the same. Lanczos only.
         curvature: the fields of `vitscope.linalg.curvature.curvature_options.CurvatureOptions`.
 
     Returns:
@@ -91,16 +104,32 @@ def hessian_eigenvalues(
 
     Raises:
         ValueError: no parameters, fewer parameters than ``k``, an unknown name, a compiled or inference-mode model, a
-            batch on another device.
+            batch on another device, a ``start`` of another size or of other parameters, or with ``solver="power"``.
         NumericalError: a loss that is not finite.
 
     Source: Park & Kim (ICLR 2022), section 3 and appendix A; docs/definitions.md section 2.
+
+    Example:
+        >>> before = vs.hessian_eigenvalues(probe, k=1, which="LA", eigenvectors=True)
+        >>> ...  # some training steps
+        >>> after = vs.hessian_eigenvalues(probe, k=1, which="LA", start=before)
     """
     options = CurvatureOptions(**curvature)
+    if start is not None and options.solver != "lanczos":
+        raise ValueError(f"Expected solver='lanczos' with start, received {options.solver!r}.")
     with curvatures(probe, options) as operators:
         mean = operators.mean()
+        first = None if start is None else warm_start(_vectors_of(start, operators.parameters), mean, options.seed)
         solution = solve(
-            mean, k=k, which=which, solver=options.solver, vectors=eigenvectors, shared=True, **options.search()
+            mean,
+            k=k,
+            which=which,
+            solver=options.solver,
+            vectors=eigenvectors,
+            shared=True,
+            start=first,
+            random_share=None if first is None else RANDOM_SHARE,
+            **options.search(),
         )
         pairs = solution.pairs
         return HessianEigenvaluesResult(
@@ -112,6 +141,7 @@ def hessian_eigenvalues(
             n_products=mean.n_products,
             eigenvectors=np.zeros((0, 0)) if not eigenvectors or pairs.vectors is None else pairs.vectors.cpu().numpy(),
             parameter_names=tuple(operators.parameters),
+            missed_probability=pairs.missed_probability,
             card=operators.card(
                 {
                     "solver": options.solver,
@@ -119,6 +149,29 @@ def hessian_eigenvalues(
                     "which": which,
                     **options.values("tol", "seed", "max_products"),
                     "n_products": mean.n_products,
+                    **({} if first is None else {"start": "earlier eigenvectors and a random vector"}),
                 }
             ),
         )
+
+
+def _vectors_of(
+    start: np.ndarray | Tensor | HessianEigenvaluesResult, parameters: Collection[str]
+) -> np.ndarray | Tensor:
+    """Return the vectors ``(m, size)`` to begin from, those of a result after a check that its parameters are the same."""
+    if not isinstance(start, HessianEigenvaluesResult):
+        if not isinstance(start, np.ndarray | Tensor):
+            raise ValueError(
+                f"Expected start to be eigenvectors (m, size), a result that holds them or None, received {start!r}."
+            )
+        return start
+    if not start.eigenvectors.size:
+        raise ValueError(
+            "Expected start to hold eigenvectors, received a result without: pass eigenvectors=True to it."
+        )
+    if tuple(start.parameter_names) != tuple(parameters):
+        raise ValueError(
+            f"Expected start of the {len(parameters)} parameters analysed, received that of {len(start.parameter_names)} others: "
+            "use a result of the same model and subset."
+        )
+    return start.eigenvectors

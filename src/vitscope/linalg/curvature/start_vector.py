@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -32,6 +33,42 @@ def start_along(gradient: Tensor, seed: int = 0) -> Tensor:
     if not length > 0:
         return random
     return gradient.div_(length).add_(random, alpha=RANDOM_SHARE / random_length)
+
+
+def warm_start(vectors: np.ndarray | Tensor, operator: VectorSpace, seed: int = 0) -> Tensor:
+    """Return a first vector in the direction of the sum of earlier eigenvectors, plus as much of a random one.
+
+    The random part is what keeps a search honest. Let the earlier vectors span an invariant subspace S of the operator, such
+    as eigenvectors that are no longer the largest ones. Without a random part every Krylov space lies in S: its Ritz pairs
+    converge, and no residual shows the rest of the spectrum. With it an eigenvector outside of S has about 1 / sqrt(2 size) of
+    the start, which `vitscope.linalg.missed_eigenvalues` turns into a bound of the probability that it was passed over: give
+    `RANDOM_SHARE` to `extreme_eigenvalues` with this vector. A smaller share saves no products (docs/definitions.md section 3).
+
+    Args:
+        vectors: ``(m, size)`` or ``(size,)``, of any length; a row without a direction is left out.
+        operator: whose vectors have ``size`` entries, and their type and device.
+        seed: of the random part.
+
+    Raises:
+        ValueError: other shapes, entries that are not finite, or no direction at all.
+    """
+    rows = torch.as_tensor(vectors)
+    rows = rows[None] if rows.ndim == 1 else rows
+    if rows.ndim != 2 or rows.shape[1] != operator.size or not len(rows):
+        raise ValueError(
+            f"Expected start of shape (m, {operator.size}) (the parameters analysed), received {tuple(rows.shape)}: use the "
+            "eigenvectors of a result of the same model and parameters (eigenvectors=True)."
+        )
+    rows = rows.to(operator.device, operator.dtype)
+    if not bool(torch.isfinite(rows).all()):
+        raise ValueError("Expected finite start vectors, received NaN or infinity.")
+    lengths = [norm(row) for row in rows]
+    total = torch.zeros(operator.size, dtype=operator.dtype, device=operator.device)
+    for row, length in zip(rows, lengths):
+        total.add_(row, alpha=1 / length if length > 0 else 0.0)
+    if not norm(total) > 0:
+        raise ValueError("Expected start vectors with a sum other than zero, received zeros.")
+    return start_along(total, seed)
 
 
 class VectorSpace(Protocol):
