@@ -56,6 +56,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "corruption": {"types": ("gaussian_noise",), "severities": (1,)},
     "critical_point": {**HEAD, "n_points": 3},
     "depth_probes": {"n_neighbors": 2},
+    "edge_of_stability": {"k": 1, **HEAD},
     "fourier_heatmap": {"n": 2},
     "frequency_noise_robustness": {"n_bands": 2},
     "hessian_block_densities": {"blocks": ["*head*", "*norm*"], "n_vectors": 2, "n_steps": 2, "n_resamples": 2},

@@ -8,6 +8,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
+from vitscope.analyses import previous_result
 from vitscope.analyses.context import AnalysisContext
 from vitscope.analyses.spec import Analysis
 from vitscope.config import factories
@@ -18,13 +19,23 @@ from vitscope.runs import api, partial_results
 from vitscope.runs.checkpoints import checkpoint_sequence
 
 
-def options(analysis: Analysis, place: AnalysisContext, rows: partial_results.PartialRows) -> dict[str, Any]:
-    """Return the inputs that a measure takes from its run, see `run_inputs`, and that its node leaves open."""
+def options(
+    analysis: Analysis, place: AnalysisContext, rows: partial_results.PartialRows, settings: Callable[[], str]
+) -> dict[str, Any]:
+    """Return the inputs that a measure takes from its run, see `run_inputs`, and that its node leaves open.
+
+    Args:
+        analysis: what to measure.
+        place: on what.
+        rows: of an interrupted measurement.
+        settings: returns the digits that name the analysis's settings.
+    """
     supply: dict[FromRun, Callable[[], Any]] = {
         FromRun.ROWS: lambda: rows,
         FromRun.CHECKPOINTS: lambda: checkpoint_sequence.of_run(place.run),
         FromRun.VALIDATION: lambda: _validation_probe(place),
         FromRun.UNTRAINED: lambda: factories.model(_untrained(place.cfg)),
+        FromRun.PREVIOUS: lambda: previous_result.previous(place.run.results / analysis.name, place, settings()),
     }
     supplied: dict[str, Any] = {}
     for name, kind in run_inputs(analysis.measure).items():

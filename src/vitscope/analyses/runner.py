@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from omegaconf import DictConfig
 
-from vitscope.analyses import arguments, outputs
+from vitscope.analyses import arguments, outputs, previous_result
 from vitscope.analyses.context import AnalysisContext
 from vitscope.analyses.spec import Analysis, probe_request
 from vitscope.config import factories, loading
@@ -70,7 +70,8 @@ def perform(analysis: Analysis, place: AnalysisContext, *, reuse: bool = True) -
         return None
     if rank() == 0:
         run_lock.check(place.run.path)  # a folder that was deleted is not made anew
-        outputs.store(analysis, place, folder, stem, result)
+        outputs.store(analysis, place, folder, stem, previous_result.set_vectors_aside(folder, stem, result))
+        previous_result.delete_earlier_vectors(folder, stem, result)
     gather_objects(None)  # nobody discards rows before rank 0 has saved
     if rank() == 0:
         shutil.rmtree(folder / f".partial-{stem}-{weights}", ignore_errors=True)
@@ -134,7 +135,9 @@ def _measured(
         options = {key: arguments.loaded(key, value, probe) for key, value in analysis.options.items()}
         result = _with_others(analysis, _sharing(analysis, place, weights, reuse), probe, options, place)
         if result is None:
-            result = analysis.measure(probe, **{**options, **arguments.options(analysis, place, rows)})
+            result = analysis.measure(
+                probe, **{**options, **arguments.options(analysis, place, rows, lambda: settings_hash(analysis, place))}
+            )
     bad = [name for name, value in result.scalars().items() if not np.isfinite(value)]
     if bad:
         warnings.warn(f"analysis.{analysis.name}: {', '.join(bad)} not finite; recorded as null", stacklevel=3)

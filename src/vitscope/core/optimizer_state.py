@@ -18,6 +18,11 @@ _KEYS = {
     "Adam": {"betas", "eps", "amsgrad"},
 }
 
+_MUON = (
+    "Muon's step has one length whatever the gradient's is, so that on a quadratic it neither converges nor diverges at any "
+    "curvature: it has no limit"
+)
+
 
 @dataclass(frozen=True)
 class ParameterState:
@@ -42,11 +47,13 @@ class OptimizerState:
         name: its class in `torch.optim`, such as ``AdamW``; another class's name where it is none of those.
         parameters: what it knows of each parameter that it trains, by name; empty where it cannot be told.
         unknown: why no limit of stability can be derived, or an empty text.
+        ascent_radius: rho of sharpness-aware minimization around this optimizer; 0 without.
     """
 
     name: str
     parameters: Mapping[str, ParameterState]
     unknown: str = ""
+    ascent_radius: float = 0.0
 
     @property
     def decoupled(self) -> bool:
@@ -126,7 +133,7 @@ def _around(base: str, parameters: Mapping[str, ParameterState], rho: float, mod
     reason = (
         f"SAM takes the gradient at the end of an ascent of length rho={rho:g}, which changes the limit of {kind.name}"
     )
-    return replace(kind, unknown=reason)
+    return replace(kind, unknown=kind.unknown or reason, ascent_radius=0.0 if kind.unknown else rho)
 
 
 def _known(name: str, parameters: Mapping[str, ParameterState], module: str) -> OptimizerState:
@@ -140,5 +147,7 @@ def _known(name: str, parameters: Mapping[str, ParameterState], module: str) -> 
     same = not name or name == kind_name or {name, kind_name} == {"Adam", "AdamW"}
     if foreign or not kind_name or not same:
         description = name or "an optimizer of another kind"
-        return OptimizerState(description, {}, f"no limit is known of {description}")
+        return OptimizerState(
+            description, {}, _MUON if "Muon" in description else f"no limit is known of {description}"
+        )
     return OptimizerState(kind_name, parameters)

@@ -25,6 +25,7 @@ class FromRun(Enum):
     VALIDATION = "a probe of the validation images"
     UNTRAINED = "the run's model before training"
     TRAINING = "a probe of training images without augmentation"
+    PREVIOUS = "the result of the same analysis at the step measured before"
 
 
 ResumableRows = Annotated[MutableMapping[str, Mapping[str, Any]], FromRun.ROWS]
@@ -32,6 +33,7 @@ RunCheckpoints = Annotated[Checkpoints, FromRun.CHECKPOINTS]
 ValidationProbe = Annotated[Probe, FromRun.VALIDATION]
 UntrainedModel = Annotated[nn.Module, FromRun.UNTRAINED]
 TrainingProbe = Annotated[Probe, FromRun.TRAINING]
+PreviousResult = Annotated[Any, FromRun.PREVIOUS]
 
 
 def run_inputs(measure: Callable[..., Any]) -> dict[str, FromRun]:

@@ -10,7 +10,8 @@ decoupled and 1 elsewhere):
 - SGD, Nesterov: z^2 - (1 + m) (1 - eta h) z + m (1 - eta h) gives 2 (1 + m) / ((1 + 2 m) eta).
 - Adam, AdamW: z^2 - (a + b - eta (1 - b) h / p) z + a b gives p (1 + a) (1 + b) / ((1 - b) eta), with b = beta1 and
   p = sqrt(v / (1 - beta2^t)) + eps (the largest v so far with amsgrad). The bias correction of the first moment, 1 / (1 - b^t),
-  is transient and taken as 1.
+  is transient and taken as 1, unless ``bias_correction`` asks for the limit of the next step t: the step then has the factor
+  1 / (1 - b^t), and the limit 1 - b^t. Cohen et al. (2022) have this factor in their preconditioner.
 - NAdam: p (1 + a) (1 + b) / ((1 + b - 2 mu b) eta), with mu = b (1 - 0.96^(t md) / 2) of the next step t, md the momentum decay.
 - RMSprop: 2 (1 + m) p / eta, p = sqrt(v) + eps, v less the squared mean of gradients where centered.
 - Adagrad: 2 p / eta with p = sqrt(sum) + eps and eta = lr / (1 + (t - 1) lr_decay) of the next step t.
@@ -19,10 +20,16 @@ Coupled decay adds wd to h. Many weights: with L the diagonal of critical curvat
 symmetric coefficients (multiplied by a diagonal), so that roots leave the unit disc at z = -1 alone, and the iteration is stable
 where the largest eigenvalue of L^-1/2 (H + wd) L^-1/2 is below 1; rates, decays and momenta of several groups may differ
 (Nesterov: not the momenta).
+
+SAM around SGD takes the gradient at w + rho g / |g|. Of a quadratic with Hessian H that is H w + rho / |g| H^2 w, so that with
+|g| held the iteration is the base optimizer's with the curvature h + rho h^2 / |g|, and h is critical where that equals the
+base optimizer's limit L: h = |g| / (2 rho) (sqrt(1 + 4 rho L / |g|) - 1); for L = 2 / eta this is the SAM-edge of Long and
+Bartlett (2023). The limit falls with |g|. Muon's step has one length whatever the gradient's, so that it has no limit.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -59,12 +66,16 @@ class StabilityLimit:
     formula: str
 
 
-def stability_limit(optimizer: OptimizerState, lr: float | None = None) -> StabilityLimit:
+def stability_limit(
+    optimizer: OptimizerState, lr: float | None = None, *, bias_correction: bool = False
+) -> StabilityLimit:
     """Return the limit of a known optimizer.
 
     Args:
         optimizer: class, hyper-parameters and state.
         lr: a rate in place of every group's own.
+        bias_correction: whether Adam's limit is that of its next step, whose first moment is divided by 1 - beta1^t; else that
+            of many steps later.
 
     Raises:
         LookupError: there is no known limit; the message says why.
@@ -84,7 +95,7 @@ def stability_limit(optimizer: OptimizerState, lr: float | None = None) -> Stabi
     rates = {name: _rate(optimizer.name, p, lr) for name, p in parameters.items()}
     if resting := not any(rates.values()):
         rates = dict.fromkeys(rates, 1.0)
-    factors = {name: _factor(optimizer.name, p) for name, p in parameters.items()}
+    factors = {name: _factor(optimizer.name, p, bias_correction) for name, p in parameters.items()}
     critical = {}
     for name, p in parameters.items():
         still = rates[name] == 0 or (optimizer.name != "SGD" and not p.state)  # a weight without gradients has no state
@@ -107,11 +118,36 @@ def stability_limit(optimizer: OptimizerState, lr: float | None = None) -> Stabi
         threshold=float("inf") if resting else factors[first] / rate,
         lr=0.0 if resting else float(group["lr"] if lr is None else lr),
         beta1=float(group["betas"][0]) if "betas" in group else float(group.get("momentum", float("nan"))),
-        formula="infinite: the rate is 0 (give lr)" if resting else _formula(optimizer.name, group),
+        formula="infinite: the rate is 0 (give lr)" if resting else _formula(optimizer.name, group, bias_correction),
     )
 
 
-def _formula(name: str, group: Mapping[str, Any]) -> str:
+def sam_limit(base: StabilityLimit, radius: float, gradient_norm: float) -> float:
+    """Return the critical curvature of sharpness-aware minimization around SGD, the coupled decay included in it.
+
+    Args:
+        base: limit of the optimizer that makes the steps.
+        radius: rho of the ascent.
+        gradient_norm: |g| of the data term, which the ascent divides by; 0 means no ascent.
+
+    Raises:
+        LookupError: the base optimizer has a preconditioner, or groups of different limits or decays.
+    """
+    critical = {float(value) for value in base.critical.values() if value.ndim == 0}
+    if base.name != "SGD" or len(critical) != 1 or len(set(base.decay.values())) != 1:
+        raise LookupError(
+            f"SAM's limit is derived around SGD with one group of parameters, not around this {base.name}"
+        )
+    (limit,), (decay,) = critical, set(base.decay.values())
+    if not gradient_norm > 0 or base.threshold == float("inf"):
+        return base.threshold
+    scale = gradient_norm / (2 * radius)
+    return scale * (math.sqrt(1 + 2 * max(limit - decay, 0.0) / scale) - 1) + decay
+
+
+def _formula(name: str, group: Mapping[str, Any], bias_correction: bool = False) -> str:
+    if bias_correction and name in ("Adam", "AdamW"):
+        return "2 (1 + beta1) (1 - beta1^t) / ((1 - beta1) lr)"
     return "2 (1 + m) / ((1 + 2 m) lr)" if group.get("nesterov") else _FORMULAS[name]
 
 
@@ -152,13 +188,14 @@ def _rate(name: str, p: ParameterState, lr: float | None) -> float:
     return rate
 
 
-def _factor(name: str, p: ParameterState) -> float:
+def _factor(name: str, p: ParameterState, bias_correction: bool = False) -> float:
     """Return the critical curvature times the rate over the preconditioner, without decay."""
     group = p.group
     if name in ("Adam", "AdamW", "NAdam"):
         beta = float(group["betas"][0])
         if name != "NAdam":
-            return 2 * (1 + beta) / (1 - beta)
+            next_step = float(p.state.get("step", 0)) + 1
+            return 2 * (1 + beta) / (1 - beta) * (1 - beta**next_step if bias_correction else 1.0)
         step = float(p.state.get("step", 0)) + 1
         mu = beta * (1 - 0.5 * 0.96 ** (step * float(group["momentum_decay"])))
         return 2 * (1 + beta) / (1 + beta - 2 * mu * beta)

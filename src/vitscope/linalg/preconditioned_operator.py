@@ -15,7 +15,12 @@ from vitscope.linalg.krylov_basis import norm
 
 
 def scaled_eigenvalues(
-    operator: Curvature, scale: Sequence[Tensor], product: Callable[[Tensor], Tensor] | None = None, **solving: Any
+    operator: Curvature,
+    scale: Sequence[Tensor],
+    product: Callable[[Tensor], Tensor] | None = None,
+    *,
+    start: Tensor | None = None,
+    **solving: Any,
 ) -> Eigenpairs:
     """Return extreme eigenvalues of D C D, D diagonal with the entries ``scale`` (one tensor a parameter).
 
@@ -25,11 +30,13 @@ def scaled_eigenvalues(
         operator: C.
         scale: D's entries in the parameters' shapes.
         product: ``v -> C v`` where C is not the operator itself but its data term with another L2 term.
+        start: first vector, in the coordinates u; None for the gradient's direction with a random part.
         solving: as for `extreme_eigenvalues`.
     """
     d = torch.cat([part.expand(p.shape).reshape(-1) for part, p in zip(scale, operator.parameters.values())])
     d = d.to(operator.device, operator.dtype)
-    start = start_vector(operator) * d
+    if start is None:
+        start = start_vector(operator) * d
     if not norm(start) > 0:
         start = torch.zeros_like(start)
     multiply = product or operator

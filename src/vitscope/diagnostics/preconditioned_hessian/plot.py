@@ -8,9 +8,12 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from vitscope.diagnostics.preconditioned_hessian.normalized_hessian import NormalizedHessianResult
+from vitscope.diagnostics.preconditioned_hessian.plot_edge_of_stability import edge_of_stability
 from vitscope.diagnostics.preconditioned_hessian.preconditioned_sharpness import PreconditionedSharpnessResult
 from vitscope.plotting.canvas import COLUMN_WIDTH, new_canvas, result_color
 from vitscope.plotting.ranked_values import ranked_values
+
+__all__ = ["edge_of_stability", "normalized_hessian", "preconditioned_sharpness"]
 
 
 def normalized_hessian(results: Mapping[str, NormalizedHessianResult]) -> Figure:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Unpack
 
 import numpy as np
-import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -17,13 +16,16 @@ from vitscope.core.objective_card import ObjectiveCard
 from vitscope.core.optimizer_state import OptimizerState, of_optimizer
 from vitscope.core.probe import Probe
 from vitscope.core.results.result import Result
-from vitscope.linalg.curvature.curvature_operator import Curvature
+from vitscope.diagnostics.preconditioned_hessian._optimizer_metric import (
+    damaged_state,
+    flat_values,
+    inverse_root,
+    product_with_decay,
+)
 from vitscope.linalg.curvature.curvature_options import CurvatureArguments, CurvatureOptions, curvature_arguments
-from vitscope.linalg.curvature.operator_factory import Curvatures, curvatures
-from vitscope.linalg.curvature.row_slices import rows_of, whole_name, whole_of
+from vitscope.linalg.curvature.operator_factory import curvatures
 from vitscope.linalg.optimizer_stability import StabilityLimit, stability_limit
 from vitscope.linalg.preconditioned_operator import scaled_eigenvalues
-from vitscope.runtime.errors import CheckpointError
 from vitscope.runtime.value_ranges import PositiveInt
 
 
@@ -121,8 +123,8 @@ def preconditioned_sharpness(
     options = CurvatureOptions(**curvature)
     with curvatures(probe, options) as operators:
         mean = operators.mean()
-        scale = [_inverse_root(name, p, plan.scale) for name, p in operators.parameters.items()]
-        product = None if plan.decay is None else _with_decay(mean, _flat(operators, plan.decay))
+        scale = [inverse_root(name, p, plan.scale) for name, p in operators.parameters.items()]
+        product = None if plan.decay is None else product_with_decay(mean, flat_values(operators, plan.decay))
         pairs = scaled_eigenvalues(mean, scale, product, k=k, which="LA", shared=True, **options.search())
         facts = {
             "k": k,
@@ -179,10 +181,10 @@ def _plan(
         limit = stability_limit(state, lr)
     except LookupError as error:
         if isinstance(error, KeyError):
-            raise _damaged(state, error) from None
+            raise damaged_state(state, error) from None
         return _unknown(probe, state, str(error), lr)
     except (TypeError, AttributeError, ValueError) as error:
-        raise _damaged(state, error) from None
+        raise damaged_state(state, error) from None
     if beta1 is not None and beta1 != limit.beta1:
         warnings.warn(
             f"beta1={beta1:g} is not used: {limit.name} has {limit.beta1:g} in its state", UserWarning, stacklevel=4
@@ -246,32 +248,3 @@ def _unknown(probe: Probe, state: OptimizerState, reason: str, lr: float | None)
     )
     nan = float("nan")
     return _Plan("identity", None, None, nan, lr or nan, nan, state.name, f"unknown: {reason}", {})
-
-
-def _damaged(state: OptimizerState, error: Exception) -> CheckpointError:
-    reason = f"the state of {state.name} is damaged ({type(error).__name__}: {error})"
-    return CheckpointError("ckpt_path", None, reason, "use another checkpoint, or preconditioner=identity")
-
-
-def _with_decay(operator: Curvature, decay: Tensor) -> Callable[[Tensor], Tensor]:
-    """Return the product with the data term's curvature plus the diagonal ``decay (size,)``."""
-    return lambda v: operator.data_product(v).addcmul_(v, decay)
-
-
-def _flat(operators: Curvatures, values: Mapping[str, float]) -> Tensor:
-    """Return one number a parameter, expanded to ``(size,)``."""
-    return torch.cat(
-        [torch.full((p.numel(),), values[whole_name(name, p)]).to(p) for name, p in operators.parameters.items()]
-    )
-
-
-def _inverse_root(name: str, p: Tensor, scale: Mapping[str, Tensor] | None) -> Tensor:
-    if scale is None:
-        return torch.ones_like(p)
-    name = whole_name(name, p)
-    if name not in scale:
-        raise ValueError(f"Expected the optimizer's scale for every parameter, received none for {name!r}.")
-    if not bool((scale[name] > 0).all()):
-        raise ValueError(f"Expected a positive scale (sqrt(v) + eps), received one with zeros for {name!r}.")
-    is_expanded = scale[name].ndim > 0 and len(scale[name]) == len(whole_of(p))  # not one number for a whole tensor
-    return (rows_of(scale[name], p) if is_expanded else scale[name]).to(p.device).double().rsqrt()
