@@ -80,9 +80,9 @@ def _set_axes(panels: np.ndarray, results: Mapping[str, EdgeOfStabilityResult]) 
     _set_scale(eigenvalues, _shown_values(results))
     ratio.axhline(1.0, color="0.3", linestyle="--", linewidth=0.9, zorder=0)
     ratio.set_ylabel("Sharpness / limit")
-    known = np.concatenate([r.ratio[np.isfinite(r.ratio)] for r in results.values()])
-    if known.size:
-        _set_scale(ratio, np.append(known, 1.0))
+    ratios = np.concatenate([r.ratio[np.isfinite(r.ratio)] for r in results.values()])
+    if ratios.size:
+        _set_scale(ratio, np.append(ratios, 1.0))
     else:
         ratio.text(0.5, 0.5, "limit unknown", transform=ratio.transAxes, ha="center", va="bottom", color="0.3")
         ratio.set_ylim(0.0, 2.0)
