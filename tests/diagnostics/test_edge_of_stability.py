@@ -93,6 +93,7 @@ def test_adam_has_the_preconditioned_hessian_and_the_bias_correction_of_its_next
     series = vs.edge_of_stability(probe, optimizer=optimizer, step=0, tol=1e-9)
     assert np.isnan(series.limit[0])
     assert "has made no step" in series.formula
+    assert series.card.l2 == "the optimizer's own"  # as at later steps, so that they have one card
     train(model, optimizer, x, y, 6)
     series = vs.edge_of_stability(probe, optimizer=optimizer, step=6, previous=series, tol=1e-9)
     states = [optimizer.state[p] for p in model.parameters()]

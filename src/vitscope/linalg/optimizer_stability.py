@@ -161,6 +161,13 @@ _FORMULAS = {
 }
 
 
+def coupled_decay(optimizer: OptimizerState) -> dict[str, float] | None:
+    """Return the decay that a known optimizer adds to the gradient, by parameter name; None of an unknown one."""
+    if optimizer.unknown and not optimizer.ascent_radius:
+        return None
+    return {name: _coupled(optimizer.name, p) for name, p in optimizer.parameters.items()}
+
+
 def adam_scale(optimizer: OptimizerState) -> dict[str, Tensor] | None:
     """Return sqrt(v) + eps by parameter name, v corrected for its bias; None for another optimizer or before its first step.
 

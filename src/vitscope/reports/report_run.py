@@ -15,7 +15,7 @@ from vitscope.plotting.style import KIND_COLORS
 from vitscope.reports import run_entry, run_index, saved_results
 from vitscope.reports.claims import claim_verdicts
 from vitscope.reports.claims.effect_sizes import ReportRuns
-from vitscope.reports.figures import figure_captions, figure_plan, figure_worker, html_page
+from vitscope.reports.figures import figure_captions, figure_plan, figure_worker, html_page, step_histories
 from vitscope.reports.model_costs import Costs
 from vitscope.reports.tables import baselines, factorial_tables, headline_tables
 from vitscope.reports.tables import table as cells
@@ -79,6 +79,9 @@ def report(cfg: DictConfig) -> Path:
         tables, judged = _tables(cfg, entries, out)
         stop_flag.check()
         drawn = [figure_captions.with_picture(panel, picture) for panel, picture in zip(panels, finish())]
+    if not cfg.table and cfg.tag in (None, "all"):
+        for history in step_histories.step_histories(entries, _analyses(cfg), loading.plain(cfg.labels)):
+            drawn.append(step_histories.draw_history(history, out, pdf=cfg.pdf is not False))
     stop_flag.check()
     print(cells.markdown(next(iter(tables.values()))), end="")
     problems = [problem for table in tables.values() for problem in table.problems]

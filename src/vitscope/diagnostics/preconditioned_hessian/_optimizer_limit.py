@@ -12,7 +12,7 @@ from vitscope.core.optimizer_state import OptimizerState
 from vitscope.diagnostics.preconditioned_hessian._optimizer_metric import damaged_state
 from vitscope.linalg.curvature.curvature_operator import Curvature
 from vitscope.linalg.krylov_basis import norm
-from vitscope.linalg.optimizer_stability import StabilityLimit, sam_limit, stability_limit
+from vitscope.linalg.optimizer_stability import StabilityLimit, coupled_decay, sam_limit, stability_limit
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def limit_of(state: OptimizerState | None, operator: Curvature) -> OptimizerLimi
         CheckpointError: a state that no optimizer writes.
     """
     if state is None:
-        return _unknown("no optimizer is at hand (optimizer=)", float("nan"), "")
+        return _unknown("no optimizer is at hand (optimizer=)", float("nan"), "", None)
     lr = next((float(p.group["lr"]) for p in state.parameters.values() if "lr" in p.group), float("nan"))
     around = state.ascent_radius > 0
     name = f"SAM around {state.name}" if around else state.name
@@ -64,7 +64,7 @@ def limit_of(state: OptimizerState | None, operator: Curvature) -> OptimizerLimi
     except LookupError as error:
         if isinstance(error, KeyError):
             raise damaged_state(state, error) from None
-        return _unknown(str(error), lr, name)
+        return _unknown(str(error), lr, name, coupled_decay(state))
     except (TypeError, AttributeError, ValueError) as error:
         raise damaged_state(state, error) from None
     formula = f"|g| / (2 rho) (sqrt(1 + 4 rho L / |g|) - 1), L = {limit.formula}"
@@ -75,7 +75,6 @@ def _known(limit: StabilityLimit, name: str) -> OptimizerLimit:
     scale = {parameter: critical / limit.unit for parameter, critical in limit.critical.items()}
     is_identity = limit.name == "SGD" and all(float(p) == 1.0 for p in scale.values())
     names = {"AdamW": "adamw", "Adam": "adamw", "SGD": "identity" if is_identity else "groups"}
-    decays = sorted(set(limit.decay.values()))
     return OptimizerLimit(
         threshold=limit.threshold,
         formula=limit.formula,
@@ -84,12 +83,17 @@ def _known(limit: StabilityLimit, name: str) -> OptimizerLimit:
         preconditioner=names.get(limit.name, limit.name.lower()),
         scale=None if is_identity else scale,
         decay=limit.decay,
-        l2={"l2": "the optimizer's own", "weight_decay": decays[-1]},
+        l2=_stated_decay(limit.decay),
     )
 
 
-def _unknown(reason: str, lr: float, name: str) -> OptimizerLimit:
-    return OptimizerLimit(float("nan"), f"unknown: {reason}", lr, name, "identity", None, None, {})
+def _unknown(reason: str, lr: float, name: str, decay: Mapping[str, float] | None) -> OptimizerLimit:
+    """Return a limit that is not known; a known optimizer's decay is in H all the same, as at the other steps of a series."""
+    return OptimizerLimit(float("nan"), f"unknown: {reason}", lr, name, "identity", None, decay, _stated_decay(decay))
+
+
+def _stated_decay(decay: Mapping[str, float] | None) -> Mapping[str, object]:
+    return {} if decay is None else {"l2": "the optimizer's own", "weight_decay": max(decay.values())}
 
 
 def warn_of_unknown(limit: OptimizerLimit, step: int) -> None:

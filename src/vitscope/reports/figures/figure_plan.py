@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from vitscope.reports.measured_results import Conditions, Measured, differing, moment, stated
+from vitscope.reports.measured_results import Conditions, Measured, differing, moment, stated, step_of_tag
 from vitscope.reports.run_entry import Entry
 from vitscope.reports.tables.table import Problem
 from vitscope.reports.value_lookup import FAILED, MISSING
@@ -93,6 +93,7 @@ def panels(
             if not m.error and (analyses is None or m.analysis in analyses):
                 figure = (m.analysis, m.measure, NEWEST if tag is None else m.tag)
                 results_by_figure.setdefault(figure, {}).setdefault(label, []).append((entry, m))
+    results_by_figure = _without_crowded_steps(results_by_figure) if tag == "all" else results_by_figure
     results_by_figure = {_with_shared_tag(key, results): results for key, results in results_by_figure.items()}
     planned: list[Panel] = []
     for (analysis, _, result_tag), by_label in sorted(
@@ -107,6 +108,25 @@ def panels(
         used_names.add(name)
         planned[index] = replace(panel, name=name)
     return planned
+
+
+def _without_crowded_steps(
+    by_figure: Mapping[tuple[str, str, str], dict[str, list[tuple[Entry, Measured]]]],
+) -> dict[tuple[str, str, str], dict[str, list[tuple[Entry, Measured]]]]:
+    """Leave at most `PER_FIGURE` steps of each analysis, evenly spaced from the first to the last.
+
+    The course over all steps is in the figure of its scalars; ``tag=step-000120`` draws a step that is left out.
+    """
+    steps: dict[tuple[str, str], list[str]] = {}
+    for analysis, measure, tag in sorted(by_figure, key=lambda key: moment(key[2])):
+        if step_of_tag(tag) is not None:
+            steps.setdefault((analysis, measure), []).append(tag)
+    shown = {
+        (*key, tags[round(i * (len(tags) - 1) / max(PER_FIGURE - 1, 1))])
+        for key, tags in steps.items()
+        for i in range(PER_FIGURE)
+    }
+    return {key: results for key, results in by_figure.items() if step_of_tag(key[2]) is None or key in shown}
 
 
 def _with_shared_tag(
