@@ -35,7 +35,7 @@ EXPENSIVE = {
 CLASSES = dict.fromkeys(LOSSES, r"{name} needs logits \(B, K\) and one class an image")
 IMAGES = {"triple": r"{name} changes images and needs batches of images and targets alone"}
 REFUSED: dict[str, dict[str, str]] = {
-    **dict.fromkeys(("calibration", "depth_probes", "evaluation", "shape_bias"), CLASSES),
+    **dict.fromkeys(("calibration", "depth_probes", "evaluation", "hessian_class_structure", "shape_bias"), CLASSES),
     **dict.fromkeys(
         ("adversarial", "corruption", "fourier_heatmap", "frequency_noise_robustness", "input_filter"), CLASSES | IMAGES
     ),
@@ -61,6 +61,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "frequency_noise_robustness": {"n_bands": 2},
     "hessian_block_densities": {"blocks": ["*head*", "*norm*"], "n_vectors": 2, "n_steps": 2, "n_resamples": 2},
     "hessian_by_kind": {"n_top": 1, "tol": 1e-1, "max_products": 8},
+    "hessian_class_structure": {"k": 2, "n_splits": 0, "n_vectors": 2, **HEAD},
     "hessian_eigenvalues": {"k": 2, **HEAD},
     "hessian_max_eigenvalue_spectrum": {"n_top": 1, **HEAD},
     "hessian_trace": {"n_vectors": 2, "parameters": "*head*"},

@@ -125,3 +125,10 @@ def joined(parts: Sequence[Inputs]) -> Inputs:
         entries.append(torch.cat(values) if rows else values[0])
     n_images = sum(map(len, batches))
     return BatchInputs(dict(zip(keys, entries)) if isinstance(parts[0].entries, dict) else entries, n_images)
+
+
+def selected_images(inputs: Inputs, indices: Sequence[int]) -> Inputs:
+    """Return the inputs of some images of a batch, in the order of ``indices``, at least one."""
+    if isinstance(inputs, Tensor):
+        return inputs[list(indices)]
+    return joined([inputs[i : i + 1] for i in indices])
