@@ -40,6 +40,9 @@ REFUSED: dict[str, dict[str, str]] = {
         ("adversarial", "corruption", "fourier_heatmap", "frequency_noise_robustness", "input_filter"), CLASSES | IMAGES
     ),
     "effective_receptive_field": IMAGES,
+    "gradient_noise": {
+        "dense": r"gradient_noise compares the losses of images and needs a label for every pixel, received 14 ignored"
+    },
     "lesion": {"dense": r"lesion compares the losses of images and needs a label for every pixel, received 14 ignored"},
     "rayleigh_split": {"own loss": r"rayleigh_split needs the Gauss-Newton matrix, which a loss of your own"},
 }
