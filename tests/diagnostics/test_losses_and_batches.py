@@ -65,6 +65,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "hessian_block_densities": {"blocks": ["*head*", "*norm*"], "n_vectors": 2, "n_steps": 2, "n_resamples": 2},
     "hessian_by_kind": {"n_top": 1, "tol": 1e-1, "max_products": 8},
     "hessian_class_structure": {"k": 2, "n_splits": 0, "n_vectors": 2, **HEAD},
+    "hessian_diagonal": {"n_vectors": 2, "parameters": "*head*"},
     "hessian_eigenvalues": {"k": 2, **HEAD},
     "hessian_max_eigenvalue_spectrum": {"n_top": 1, **HEAD},
     "hessian_trace": {"n_vectors": 2, "parameters": "*head*"},

@@ -178,8 +178,8 @@ def _groups(probe: Probe, options: CurvatureOptions) -> dict[str, list[int]]:
             kinds = parameter_kinds(probe.model, probe.first_images())
     except ValueError:
         return groups
-    own = [str(kinds.get(name, kinds.get(name.rpartition("[")[0], ""))) for name in names]
-    by_kind = {kind: [i for i, k in enumerate(own) if k == kind] for kind in KIND_ORDER}
+    parameter_kinds_in_order = [str(kinds.get(name, kinds.get(name.rpartition("[")[0], ""))) for name in names]
+    by_kind = {kind: [i for i, k in enumerate(parameter_kinds_in_order) if k == kind] for kind in KIND_ORDER}
     return groups | {kind: places for kind, places in by_kind.items() if places}
 
 

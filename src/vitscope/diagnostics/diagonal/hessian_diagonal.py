@@ -1,0 +1,186 @@
+"""Diagonal of the Hessian, of the Gauss-Newton or of a Fisher matrix, estimated or exact."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Unpack
+
+import numpy as np
+import torch
+
+from vitscope.core.measure_options import record_options
+from vitscope.core.objective_card import ObjectiveCard
+from vitscope.core.probe import Probe
+from vitscope.core.results.result import Result
+from vitscope.core.undefined_values import warn_nulls
+from vitscope.diagnostics.diagonal._exact_diagonal import diagonal_by_images, diagonal_by_products
+from vitscope.linalg.curvature.curvature_operator import Curvature
+from vitscope.linalg.curvature.curvature_options import CurvatureArguments, CurvatureOptions, curvature_arguments
+from vitscope.linalg.curvature.operator_factory import Curvatures, curvatures
+from vitscope.linalg.curvature.start_vector import random_signs, vector_seed
+from vitscope.models.structure.parameter_groups import parameter_kinds
+from vitscope.runtime.progress import track
+from vitscope.runtime.value_ranges import PositiveInt
+
+METHODS = ("hutchinson", "exact")
+#: levels of the quantiles of each parameter's entries
+QUANTILES = (0.05, 0.5, 0.95)
+
+
+@dataclass(frozen=True)
+class HessianDiagonalResult(
+    Result, coordinates={"parameter": "parameters"}, untabulated=("diagonal", "standard_error")
+):
+    """The diagonal, in the order of ``named_parameters()``, and its size in each parameter.
+
+    Attributes:
+        parameters: (n_parameters,) names of the tensors.
+        kinds: (n_parameters,) kind of the unit of each; ``unknown`` where the model's units are not known.
+        sizes: (n_parameters,) entries of each.
+        diagonal: (size,) entries of all tensors, flattened, one tensor after the other.
+        standard_error: (size,) over random vectors; 0 where exact, NaN with one vector.
+        mean: (n_parameters,) mean entry of each tensor; times ``sizes`` the trace of its block.
+        mean_standard_error: (n_parameters,) over random vectors, likewise.
+        quantiles: (n_parameters, 3) of the entries of each tensor at 0.05, 0.5 and 0.95; the noise of an estimate widens them.
+        negative_share: (n_parameters,) share of the entries below zero by more than two standard errors.
+        trace: sum of the diagonal.
+        noise_share: share of the variance of the estimated entries, over all of them, that is noise of the random vectors: near 1
+            the single entries say nothing; NaN with one vector.
+        n_products: products made; 0 where gradients of images took their place.
+        card: under which conditions.
+    """
+
+    parameters: tuple[str, ...]
+    kinds: tuple[str, ...]
+    sizes: np.ndarray
+    diagonal: np.ndarray
+    standard_error: np.ndarray
+    mean: np.ndarray
+    mean_standard_error: np.ndarray
+    quantiles: np.ndarray
+    negative_share: np.ndarray
+    trace: float
+    noise_share: float
+    n_products: int
+    card: ObjectiveCard | None = None
+
+    def scalars(self) -> dict[str, float]:
+        """Return what is logged: trace, extremes, and the share of noise where it is known."""
+        logged = {
+            "trace": self.trace,
+            "largest": float(self.diagonal.max()),
+            "smallest": float(self.diagonal.min()),
+            "negative_share": float((self.negative_share * self.sizes).sum() / self.sizes.sum()),
+            "noise_share": self.noise_share,
+        }
+        return {name: value for name, value in logged.items() if np.isfinite(value)}
+
+
+@record_options
+@curvature_arguments("operator", "parameters", "dtype", "bn", "product", "micro_batch", "seed")
+def hessian_diagonal(
+    probe: Probe,
+    *,
+    method: str = "hutchinson",
+    n_vectors: PositiveInt = 100,
+    **curvature: Unpack[CurvatureArguments],
+) -> HessianDiagonalResult:
+    """Compute the diagonal of the curvature of the mean over all batches.
+
+    ``hutchinson`` is the mean over random sign vectors z of ``z * (C z)``, entry by entry. The standard error of entry i is the
+    root of ``sum_{j != i} C_ij^2`` over that of ``n_vectors``: entries that are small beside their row need many vectors, and
+    `noise_share` states how far the estimate is from the noise. ``exact`` costs, for ``operator='hessian'``, one product a
+    parameter (at most 4096), and for ``ggn`` and the Fisher matrices one gradient of every image for each of its outputs.
+
+    Args:
+        probe: the model, batches and objective; batches are split over ranks.
+        method: ``hutchinson`` or ``exact``.
+        n_vectors: products of ``hutchinson``.
+        curvature: ``operator``, ``parameters``, ``dtype``, ``bn``, ``product``, ``micro_batch``, ``seed``: see
+            `vitscope.linalg.curvature.curvature_options.CurvatureOptions`.
+
+    Raises:
+        ValueError: an unknown method, an exact diagonal of too many parameters or outputs, or of ``l2="sum_norm"``; and as
+            `hessian_eigenvalues`.
+        NumericalError: a loss that is not finite.
+
+    Example:
+        ``vs.hessian_diagonal(probe, method="exact", operator="ggn", parameters="*head*").diagonal``
+
+    Source: Bekas, Kokiopoulou and Saad, An Estimator for the Diagonal of a Matrix (Applied Numerical Mathematics 2007); Dangel,
+    Kunstner and Hennig, BackPACK (ICLR 2020) for the exact Gauss-Newton diagonal.
+    """
+    options = CurvatureOptions(**curvature)
+    if method not in METHODS:
+        raise ValueError(f"Expected method to be one of {', '.join(METHODS)}, received {method!r}.")
+    if method == "exact" and probe.objective.l2 == "sum_norm" and probe.objective.weight_decay > 0:
+        raise ValueError(
+            "Expected method='hutchinson' with l2='sum_norm', received 'exact': its diagonal is estimated alone."
+        )
+    with curvatures(probe, options) as operators:
+        operator = operators.mean()
+        sizes = {name: p.numel() for name, p in operators.parameters.items()}
+        starts = np.cumsum([0, *sizes.values()])[:-1]
+        if method == "exact":
+            diagonal, mean_error = _exact(operators, operator), np.zeros(len(sizes))
+            error = np.zeros(operator.size)
+        else:
+            diagonal, error, mean_error = _hutchinson(operator, n_vectors, options.seed, starts)
+        card = operators.card({"solver": method, "n_vectors": n_vectors, "seed": options.seed})
+    if method == "hutchinson" and n_vectors == 1:
+        warn_nulls("hessian_diagonal", {"standard_error": "one random vector"})
+    parts = np.split(diagonal, starts[1:])
+    is_negative = np.split(diagonal < -2 * np.nan_to_num(error), starts[1:])
+    variance = float(diagonal.var())
+    return HessianDiagonalResult(
+        parameters=tuple(sizes),
+        kinds=_kinds(probe, list(sizes)),
+        sizes=np.array(list(sizes.values())),
+        diagonal=diagonal,
+        standard_error=error,
+        mean=np.array([part.mean() for part in parts]),
+        mean_standard_error=mean_error,
+        quantiles=np.array([np.quantile(part, QUANTILES) for part in parts]),
+        negative_share=np.array([part.mean() for part in is_negative]),
+        trace=float(diagonal.sum()),
+        noise_share=min(1.0, float(np.square(error).mean()) / variance) if variance > 0 else float("nan"),
+        n_products=operator.n_products,
+        card=card,
+    )
+
+
+def _exact(operators: Curvatures, operator: Curvature) -> np.ndarray:
+    """Return the exact diagonal, the L2 term's included."""
+    data = diagonal_by_products(operator) if operator.kind == "hessian" else diagonal_by_images(operators)
+    ones = torch.ones(operator.size, dtype=operator.dtype, device=operator.device)
+    return data + operator.l2_product(ones).double().cpu().numpy()  # a diagonal matrix
+
+
+def _hutchinson(
+    operator: Curvature, n_vectors: int, seed: int, starts: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the estimate, its standard error, and that of the mean of each tensor that begins at ``starts``."""
+    mean = torch.zeros(operator.size, dtype=torch.float64, device=operator.device)
+    squares = torch.zeros_like(mean)  # of differences from the mean (Welford)
+    sizes = np.diff([*starts, operator.size])
+    means = []
+    for number in track(range(n_vectors), "diagonal"):
+        z = random_signs(operator, vector_seed(seed, number))
+        sample = (z * operator(z)).double()
+        difference = sample - mean
+        mean += difference / (number + 1)
+        squares += difference * (sample - mean)
+        means.append(np.add.reduceat(sample.cpu().numpy(), starts) / sizes)
+    if n_vectors == 1:
+        return mean.cpu().numpy(), np.full(operator.size, np.nan), np.full(len(starts), np.nan)
+    error = (squares / (n_vectors - 1) / n_vectors).sqrt()
+    return mean.cpu().numpy(), error.cpu().numpy(), np.std(means, axis=0, ddof=1) / np.sqrt(n_vectors)
+
+
+def _kinds(probe: Probe, names: list[str]) -> tuple[str, ...]:
+    try:
+        with probe.calling():
+            kinds = parameter_kinds(probe.model, probe.first_images())
+    except ValueError:
+        return ("unknown",) * len(names)
+    return tuple(str(kinds.get(name, kinds.get(name.rpartition("[")[0], "unknown"))) for name in names)
