@@ -125,6 +125,6 @@ def with_label(x: Inputs, y: Tensor) -> tuple[Inputs, Tensor]:
 
 def _gathered(parts: dict[int, list[Tensor]]) -> np.ndarray:
     """Return the rows of all ranks' batches in the order of the batches ``(n, n_groups)``."""
-    own = {index: torch.cat(rows).cpu().numpy() for index, rows in parts.items()}
-    merged = {index: rows for each in distributed.gather_objects(own) for index, rows in each.items()}
+    own_rows = {index: torch.cat(rows).cpu().numpy() for index, rows in parts.items()}
+    merged = {index: rows for each in distributed.gather_objects(own_rows) for index, rows in each.items()}
     return np.concatenate([merged[index] for index in sorted(merged)])
