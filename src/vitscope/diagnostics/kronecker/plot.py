@@ -1,0 +1,48 @@
+"""Figures of the exponents of curvature and of the spectra of Kronecker factors, by layer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from vitscope.diagnostics.kronecker.curvature_exponents import CurvatureExponentsResult
+from vitscope.plotting.canvas import COLUMN_WIDTH, kind_color, new_canvas
+from vitscope.plotting.style import KIND_LABELS, KIND_MARKERS
+
+
+def curvature_exponents(results: Mapping[str, CurvatureExponentsResult]) -> Figure:
+    """Draw curvature over the singular values of the gradient, and the exponent of each layer; a row a result.
+
+    Bars are 95 % intervals of the fits. Broken lines are the exponents 1 and 2.
+
+    Args:
+        results: by name.
+    """
+    canvas = new_canvas(2 * COLUMN_WIDTH, 0.8 + 2.0 * len(results))
+    axes = canvas.grid(len(results), 2)
+    for (points, layers), (name, result) in zip(axes, results.items()):
+        index = np.arange(len(result.layers))
+        for kind in result.groups:
+            at = np.array(result.kinds) == kind
+            color, marker = kind_color(kind), KIND_MARKERS.get(kind, ".")
+            for s, h in zip(
+                result.singular_values[at], np.where(result.curvatures[at] > 0, result.curvatures[at], np.nan)
+            ):
+                points.plot(s, h, color=color, linewidth=0.8, marker=marker, markersize=2.5, alpha=0.7)
+            half = np.nan_to_num(result.exponent_half_widths[at])
+            layers.errorbar(
+                index[at], result.exponents[at], half, color=color, marker=marker, linestyle="none", markersize=3.5,
+                elinewidth=0.8, label=KIND_LABELS.get(kind, kind),
+            )  # fmt: skip
+        points.set(xscale="log", yscale="log", ylabel="Curvature $h_k$", title=name)
+        for exponent in (1, 2):
+            layers.axhline(exponent, color="0.6", linewidth=0.6, linestyle="--", zorder=0)
+        layers.set_ylabel("Exponent")
+        layers.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axes[-1, 0].set_xlabel("Singular value $\\sigma_k$ of the gradient")
+    axes[-1, 1].set_xlabel("Layer, by depth")
+    canvas.legend(loc="outside upper left", ncols=6)
+    return canvas.figure
