@@ -164,6 +164,8 @@ def test_statistics_need_no_torch() -> None:
             assert libraries(file) <= {
                 "__future__",
                 "collections",
+                "itertools",
+                "functools",
                 "dataclasses",
                 "math",
                 "numpy",

@@ -27,7 +27,7 @@ from vitscope.runs.run_dir import Run
 
 CARD = ObjectiveCard(
     loss="cross entropy", l2="half_sq", weight_decay=0.05, data="photos", split="train", augmentation="crop_flip",
-    n_images=32, batch_size=16, seed=0, checkpoint="0" * 16, epoch=2,
+    n_images=32, batch_size=16, seed=0, checkpoint="0" * 16, epoch=2, options={},
 )  # fmt: skip
 
 

@@ -88,9 +88,10 @@ def test_numbers_come_from_the_conditions_that_most_runs_share(make_run: Callabl
 def test_a_number_under_other_conditions_is_left_out_with_the_keys_named(
     make_run: Callable, tmp_path: Path, changes: dict, said: str
 ) -> None:
+    old = other_card(options=None)
     for seed in range(2):
-        make_run("vit", seed, measured={"hessian": spectrum(0.1)})
-    make_run("vit", 2, measured={"hessian": spectrum(0.3, card=other_card(**changes))})
+        make_run("vit", seed, measured={"hessian": spectrum(0.1, card=old)})
+    make_run("vit", 2, measured={"hessian": spectrum(0.3, card=other_card(**({"options": None} | changes)))})
     selection = Selection(collect(tmp_path))
     values = [selection.scalar(e, SPECTRUM, NEP) for e in selection.entries]
     assert [v.number for v in values] == [0.1, 0.1, None]
@@ -123,7 +124,7 @@ def test_every_option_of_a_measure_is_compared(make_run: Callable, tmp_path: Pat
 
 
 def test_results_without_recorded_options_compare_with_each_other_by_what_their_solver_states() -> None:
-    old = [other_card(solver={"tol": 1e-3, "n_products": n}) for n in (3, 4)]
+    old = [other_card(solver={"tol": 1e-3, "n_products": n}, options=None) for n in (3, 4)]
     check_comparable({"a": old[0], "b": old[1]})
     new = other_card(options={"tol": 1e-3}, solver={"tol": 1e-3})
     with pytest.raises(

@@ -38,12 +38,15 @@ class Selection:
         tag: The moment that tables show.
         allow_different: Take results whose objective cards differ.
         or_newest: Take a run's newest result where it has none at ``tag``, as analyses of other checkpoints have.
+        recorded_only: Leave out results whose conditions are not fully recorded: without a card, or without the measure's
+            options, as older versions saved them. Two such results may differ in anything.
     """
 
     entries: Sequence[Entry]
     tag: str = END
     allow_different: bool = False
     or_newest: bool = False
+    recorded_only: bool = False
     _conditions: dict[str, Conditions | None] = field(default_factory=dict, repr=False)
     _asked: dict[str, dict[str, Entry]] = field(default_factory=dict, repr=False)
     _by_analysis: dict[str, Conditions | None] = field(default_factory=dict, repr=False)
@@ -122,6 +125,12 @@ class Selection:
             return None, Value(
                 None, FAILED if failed else MISSING, "the run failed" if failed else f"not measured at {tag}"
             )
+        if self.recorded_only and not any(map(_is_recorded, successes)):
+            reason = "measured under conditions that were not recorded: measure again"
+            self._refused.append(f"{successes[-1].measure} {reason}")
+            return None, Value(None, MISSING, reason)
+        if self.recorded_only:
+            successes = [m for m in successes if _is_recorded(m)]
         comparable = [m for m in successes if self.allow_different or m.conditions(without) == shared]
         if not comparable:
             reason = f"measured otherwise: {difference_text(successes[-1], shared, without)}"
@@ -142,13 +151,14 @@ class Selection:
     def sharing_among_requested(self) -> Selection:
         """Return a selection whose shared conditions are those of the runs that this one was asked for, measure by measure.
 
-        Runs of another comparison, with more images or another solver, then do not decide what counts in this one.
+        Runs of another comparison, with more images or another solver, then do not decide what counts in this one. Results whose
+        conditions are not recorded do not count.
         """
         shared = {
-            measure: _majority_conditions(measure, list(requested.values()))
+            measure: _majority_conditions(measure, list(requested.values()), recorded_only=True)
             for measure, requested in self._asked.items()
         }
-        return Selection(self.entries, self.tag, or_newest=self.or_newest, _conditions=shared)
+        return Selection(self.entries, self.tag, or_newest=self.or_newest, recorded_only=True, _conditions=shared)
 
     def refusals(self) -> list[str]:
         """Return in words which results were asked for and left out because their conditions differ, and how many."""
@@ -192,8 +202,16 @@ def undefined_reason(
     return ""
 
 
-def _majority_conditions(measure: str, entries: Sequence[Entry]) -> Conditions | None:
-    return majority({entry.id: [m for m in entry.results if m.measure == measure] for entry in entries})
+def _majority_conditions(measure: str, entries: Sequence[Entry], *, recorded_only: bool = False) -> Conditions | None:
+    return majority({
+        entry.id: [m for m in entry.results if m.measure == measure and (_is_recorded(m) or not recorded_only)]
+        for entry in entries
+    })  # fmt: skip
+
+
+def _is_recorded(measured: Measured) -> bool:
+    """Tell whether a result states all conditions of its measurement."""
+    return measured.card is not None and measured.card.options is not None
 
 
 def difference_text(measured: Measured, shared: Conditions | None, without: Sequence[str] = NAMED_BY_ROWS) -> str:

@@ -11,9 +11,12 @@ from vitscope.reports.claims.claims import CLAIMS, Claim, ClaimStatistic
 from vitscope.reports.claims.effect_sizes import Effect, ReportRuns
 from vitscope.reports.model_costs import Costs
 from vitscope.reports.value_lookup import Selection
+from vitscope.stats import location_tests
 
 NOTHING = ReportRuns(Selection([]), Costs())
-CLEAR = {0: 1.0, 1: 1.1, 2: 0.9, 3: 1.05, 4: 0.95}
+CLEAR = {0: 1.0, 1: 1.1, 2: 0.9, 3: 1.05, 4: 0.95, 5: 1.02}
+SEVEN = CLEAR | {6: 0.97}
+FIVE = {seed: CLEAR[seed] for seed in range(5)}
 UNCLEAR = {0: 1.0, 1: -1.1, 2: 0.9, 3: -0.9, 4: 0.2}
 
 
@@ -38,7 +41,9 @@ def test_the_sign_decides_between_supported_and_contradicted() -> None:
     assert "part -1" in against.reason
     negative = {seed: -value for seed, value in CLEAR.items()}
     assert judge(part(negative, -1)).verdict == "supported"
-    assert judge(part(CLEAR)).p == pytest.approx(stats.ttest_1samp(list(CLEAR.values()), 0).pvalue, rel=1e-12)
+    assert judge(part(CLEAR)).p == 2 / 64  # of the sign-flip test: all six seeds have one sign
+    t = judge(part(CLEAR)).p_t_holm
+    assert t == pytest.approx(stats.ttest_1samp(list(CLEAR.values()), 0).pvalue, rel=1e-12)
 
 
 def test_an_interval_that_crosses_zero_decides_nothing() -> None:
@@ -64,7 +69,7 @@ def test_a_claim_needs_all_its_parts_and_falls_with_one() -> None:
     assert judge(part(CLEAR), part(CLEAR, 1)).verdict == "supported"
     assert judge(part(CLEAR), part({})).verdict == "inconclusive"
     assert judge(part(CLEAR), part(UNCLEAR)).verdict == "inconclusive"
-    assert judge(part(CLEAR), part(CLEAR, -1)).verdict == "contradicted"
+    assert judge(part(SEVEN), part(SEVEN, -1)).verdict == "contradicted"
     assert judge(part(CLEAR), part(CLEAR, -1, tested=False)).verdict == "supported"  # shown, not tested
 
 
@@ -93,17 +98,76 @@ def test_seeds_that_do_not_differ_give_no_interval_and_no_verdict(sign: int, noi
 
 
 def test_the_correction_goes_over_the_claims_that_were_measured() -> None:
-    weak = {0: 1.0, 1: 2.0, 2: 0.4, 3: 2.4, 4: 0.7}  # p = 0.026 alone
-    (alone,) = claim_verdicts.judge(NOTHING, [claim(part(weak))])
+    (alone,) = claim_verdicts.judge(NOTHING, [claim(part(CLEAR))])
     assert alone.verdict == "supported"
-    assert alone.p == pytest.approx(stats.ttest_1samp(list(weak.values()), 0).pvalue)
-    three = [claim(part(weak), name="a"), claim(part(UNCLEAR), name="b"), claim(part({}), name="c")]
-    first, second, third = claim_verdicts.judge(NOTHING, three)
-    assert first.p_holm == pytest.approx(2 * alone.p)
-    assert first.verdict == "inconclusive"
-    assert "correction" in first.reason
+    weak = {0: 1.0, 1: 2.0, 2: 0.4, 3: 2.4, 4: 0.7, 5: 1.9, 6: 0.05}  # p = 0.009 by t, 2 / 128 by signs
+    claims = [claim(part(weak), name="a"), claim(part(UNCLEAR), name="b"), claim(part({}), name="c")]
+    first, second, third = claim_verdicts.judge(NOTHING, claims)
+    assert (first.verdict, first.p_holm) == ("supported", 4 / 128)
     assert second.p_holm >= first.p_holm
     assert math.isnan(third.p_holm)
+    claims += [claim(part(UNCLEAR), name=name) for name in "defg"]
+    first = claim_verdicts.judge(NOTHING, claims)[0]
+    assert first.p_holm == pytest.approx(6 * 2 / 128)
+    assert first.verdict == "inconclusive"  # 0.009 x 6 does not pass by t either
+    assert "correction" in first.reason
+
+
+@pytest.mark.parametrize(("sign", "verdict"), [(1, "suggested"), (-1, "suggested against")])
+def test_few_seeds_of_one_sign_suggest_and_do_not_decide(sign: int, verdict: str) -> None:
+    found = judge(part(FIVE, sign))
+    assert found.verdict == verdict
+    assert "5 seeds, and exact tests decide from 6 on" in found.reason
+    assert (found.p, found.p_holm) == (2 / 32, 2 / 32)
+    assert found.p_t_holm < 0.001
+    eleven = [claim(part(values, sign), name=str(i)) for i, values in enumerate([CLEAR] * 11)]
+    judged = claim_verdicts.judge(NOTHING, eleven)  # 2 / 64 passes alone, not at the first step of eleven
+    assert {j.verdict for j in judged} == {verdict}
+    assert "decide from 9 on" in judged[0].reason
+
+
+def test_parts_against_a_claim_need_more_seeds_for_each_other_part() -> None:
+    found = judge(part(CLEAR, -1), part(CLEAR), part(CLEAR))
+    assert found.verdict == "suggested against"  # 3 x 2 / 64
+    assert "exact tests decide from 7 on; part -1" in found.reason
+    assert judge(part(SEVEN, -1), part(SEVEN), part(SEVEN)).verdict == "contradicted"
+
+
+def test_one_seed_of_the_other_sign_is_not_suggested_however_small_it_is() -> None:
+    found = judge(part({0: 1.0, 1: 1.01, 2: 0.99, 3: 1.0, 4: -0.001, 5: 1.0}))
+    assert found.verdict == "inconclusive"
+    assert found.p_t_holm < 0.05
+    assert "sign-flip test" in found.reason
+
+
+def test_a_skewed_effect_whose_median_lies_on_the_other_side_is_not_decided() -> None:
+    values = {seed: -0.1 - 0.001 * seed for seed in range(12)} | {12: 3.0, 13: 3.1, 14: 2.9, 15: 3.2, 16: 3.3, 17: 2.8}
+    found = judge(part(values))
+    assert found.findings[0].interval is not None
+    assert found.findings[0].interval.p < 0.05
+    assert found.findings[0].tests is not None
+    assert found.findings[0].tests.sign == 1.0
+    assert found.verdict == "inconclusive"
+    assert "sign test" in found.reason
+
+
+def test_a_missing_part_leaves_a_clear_claim_undecided_and_says_which() -> None:
+    found = judge(part(CLEAR), part({}))
+    assert found.verdict == "inconclusive"
+    assert "needs runs" in found.reason
+    assert judge(part(CLEAR), part(FIVE)).verdict == "suggested"  # a seed is missing for one part
+
+
+def test_the_table_states_the_power_of_the_design() -> None:
+    ten = {seed: 1.0 + 0.01 * seed for seed in range(10)}
+    claims = [claim(part(ten), name=str(i)) for i in range(11)]
+    note = claim_verdicts.table(claim_verdicts.judge(NOTHING, claims)).note
+    level = 0.05 / 11
+    shares = [f"{100 * location_tests.power(10, level, effect):.0f}% for {effect:g}" for effect in (1, 2, 4)]
+    assert f"correction over 11 claims: with 10 seeds {', '.join(shares)} standard deviations" in note
+    few = claim_verdicts.table(claim_verdicts.judge(NOTHING, [claim(part(FIVE), name=str(i)) for i in range(2)]))
+    assert "5 seeds can decide nothing at this step, 7 are needed" in few.note
+    assert "no power" in claim_verdicts.table(claim_verdicts.judge(NOTHING)).note
 
 
 def test_without_runs_every_claim_of_the_paper_is_not_measured() -> None:
@@ -120,5 +184,5 @@ def test_the_table_lists_parts_where_something_was_measured() -> None:
     )
     texts = [[cell.text for cell in row] for row in table.rows]
     assert [row[0] for row in texts] == ["Statement a", "– " + part(CLEAR).name, "Statement b"]
-    assert texts[1][3] == "1 [0.902, 1.1] nats"  # 2.776 x 0.0791 / 5**.5 = 0.098
+    assert texts[1][3] == "1 [0.929, 1.08] nats"  # 1.00333 ± 2.571 x 0.0712 / 6**.5 = 0.0747
     assert texts[2][2] == "not measured"

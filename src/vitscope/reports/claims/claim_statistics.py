@@ -77,12 +77,14 @@ def _kernels(report_runs: ReportRuns) -> list[tuple[float, Runs]]:
     return [(float(i), runs) for i, (_, runs) in enumerate(sorted(longest.items()))]  # ranks: global has no width
 
 
-def data_trend(report_runs: ReportRuns, read: Reader, sign: int, *, fixed: str, requirement: str) -> Effect:
+def data_trend(
+    report_runs: ReportRuns, readers: Reader | Sequence[Reader], sign: int, *, fixed: str, requirement: str
+) -> Effect:
     """Return the slope over the logarithm of the data fraction, all else equal.
 
     Args:
         report_runs: The runs.
-        read: Returns the number of a run, None if it has none.
+        readers: Return the number of a run, None if it has none. Of several, the first with the most seeds is used for all runs.
         sign: Sign of the claimed slope.
         fixed: Length of training that the compared runs share, ``epochs`` or ``steps``.
         requirement: Name of the analysis or metric that the number needs.
@@ -96,9 +98,12 @@ def data_trend(report_runs: ReportRuns, read: Reader, sign: int, *, fixed: str, 
             chains.setdefault(digest_without(runs, "data.fraction"), {})[math.log(fraction)] = runs
     longest = max(chains.values(), key=lambda c: (len(c), sum(map(len, c.values()))), default={})
     limit = "trainer.max_epochs" if fixed == "epochs" else "trainer.max_steps"
-    return trend(
-        sorted(longest.items()), read, sign, f"ViTs at three data.fraction and one {limit}, with {requirement}"
-    )
+    lacking = f"ViTs at three data.fraction and one {limit}, with {requirement}"
+    effects = [
+        trend(sorted(longest.items()), read, sign, lacking)
+        for read in (readers if isinstance(readers, Sequence) else [readers])
+    ]
+    return max(effects, key=lambda effect: len(effect.values))
 
 
 def mean_by_kind(
@@ -219,9 +224,13 @@ def _recipes(groups: Sequence[Runs], best_runs: Runs) -> int:
     return sum(1 for runs in groups if lowest_seed_run(runs).config.get("model") == model)
 
 
-def training_nll(report_runs: ReportRuns) -> Reader:
-    """Return a reader of the loss on training images at the tables' moment, of the slice where a run has several."""
-    return train_nll(report_runs, report_runs.selection.tag, ("loss_slice", "sharpness", "loss_landscape"))
+def training_nll(report_runs: ReportRuns) -> list[Reader]:
+    """Return readers of the loss on training images at the tables' moment, one a measure, that of the slice first.
+
+    Losses of two measures, over other images and other numbers of them, are never compared.
+    """
+    measures = ("loss_slice", "sharpness", "loss_landscape")
+    return [train_nll(report_runs, report_runs.selection.tag, measure) for measure in measures]
 
 
 def test_error(report_runs: ReportRuns) -> Reader:

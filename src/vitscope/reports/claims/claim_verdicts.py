@@ -1,4 +1,4 @@
-"""Verdicts on the paper's claims: supported, contradicted, inconclusive or not measured."""
+"""Verdicts on the paper's claims: supported, contradicted, suggested, inconclusive or not measured."""
 
 from __future__ import annotations
 
@@ -9,12 +9,21 @@ from dataclasses import dataclass, replace
 from vitscope.reports.claims.claims import CLAIMS, Claim, ClaimStatistic
 from vitscope.reports.claims.effect_sizes import Effect, ReportRuns
 from vitscope.reports.tables.table import Cell, Table
+from vitscope.stats.location_tests import LocationTests, fewest_values, location_tests, power, smallest_p
 from vitscope.stats.t_tests import LEVEL, Interval, holm, t_interval
 
 SUPPORTED, CONTRADICTED, INCONCLUSIVE, NOT_MEASURED = "supported", "contradicted", "inconclusive", "not measured"
+#: verdicts of the t-test alone, where there are too few seeds for the exact tests
+SUGGESTED, SUGGESTED_AGAINST = "suggested", "suggested against"
 
-#: smallest number of seeds on which a claim is decided
+#: smallest number of seeds on which a claim is judged at all
 MIN_SEEDS = 5
+
+#: chance of any false verdict, over all claims
+ALPHA = 1 - LEVEL
+
+#: true effects, in standard deviations between seeds, whose power the table states
+POWER_EFFECTS = (1.0, 2.0, 4.0)
 
 
 @dataclass(frozen=True)
@@ -27,6 +36,7 @@ class StatisticResult:
         interval: Mean over seeds with its t-interval; None where nothing was measured.
         verdict: Verdict of this statistic alone, before the correction over claims; ``shown`` where it tests nothing.
         reason: Reason why it is undecided; empty if it is decided.
+        tests: p-values of the three tests; None where nothing was measured.
     """
 
     part: ClaimStatistic
@@ -34,6 +44,34 @@ class StatisticResult:
     interval: Interval | None
     verdict: str
     reason: str = ""
+    tests: LocationTests | None = None
+
+    @property
+    def is_usable(self) -> bool:
+        """Whether there are enough seeds, which differ, to judge by."""
+        return self.tests is not None and self.tests.n >= MIN_SEEDS and not math.isnan(self.tests.t)
+
+    @property
+    def is_opposite(self) -> bool:
+        """Whether the mean has not the sign that the claim predicts."""
+        return self.interval is not None and self.interval.mean * self.part.sign < 0
+
+
+@dataclass(frozen=True)
+class ClaimEvidence:
+    """What the measured parts of a claim say together.
+
+    Attributes:
+        direction: 1 for the claim, -1 against it, 0 for neither.
+        p: Two-sided p-value by all three tests; NaN where nothing can be judged.
+        p_t: That of the t-test alone.
+        attainable: The smallest ``p`` that so many seeds can give in this direction.
+    """
+
+    direction: int
+    p: float
+    p_t: float
+    attainable: float
 
 
 @dataclass(frozen=True)
@@ -43,10 +81,11 @@ class ClaimVerdict:
     Attributes:
         claim: The claim.
         findings: Results of the claim's statistics.
-        verdict: ``supported``, ``contradicted``, ``inconclusive`` or ``not measured``.
-        p: Uncorrected one-sided p-value; NaN if undecided.
+        verdict: ``supported``, ``contradicted``, ``suggested``, ``suggested against``, ``inconclusive`` or ``not measured``.
+        p: Uncorrected two-sided p-value, the largest of the three tests'; NaN if undecided.
         p_holm: The p-value after Holm's correction over all claims.
         reason: Reason in words.
+        p_t_holm: The p-value of the t-test alone after the correction.
     """
 
     claim: Claim
@@ -55,37 +94,47 @@ class ClaimVerdict:
     p: float
     p_holm: float
     reason: str
+    p_t_holm: float = math.nan
 
 
 def judge(report_runs: ReportRuns, claims: Sequence[Claim] = CLAIMS) -> list[ClaimVerdict]:
     """Return every claim's verdict.
 
-    A claim is the conjunction of its tested parts. It is supported where every one of them was measured on at least
-    `MIN_SEEDS` seeds, has the predicted sign, and the largest of their p-values passes Holm's correction over the claims
-    (an intersection-union test needs no correction within a claim). It is contradicted where one part has the opposite
-    sign and its p-value, times the number of parts, passes. Otherwise it is inconclusive, or not measured.
+    A claim is the conjunction of its tested parts. The p-value of a part is the largest of three two-sided tests over seeds:
+    Student's t-test, the exact sign-flip permutation test and the sign test (`vitscope.stats.location_tests`). A claim is
+    supported where every part was measured on at least `MIN_SEEDS` seeds, has the predicted sign, and the largest of their
+    p-values passes Holm's correction over the claims (an intersection-union test needs no correction within a claim). It is
+    contradicted where one part has the opposite sign and its p-value, times the number of parts, passes.
+
+    Where the t-test alone passes, all seeds agree in sign, and there are too few seeds for the exact tests to pass whatever the
+    effect, the claim is ``suggested`` (or ``suggested against``). Otherwise it is inconclusive, or not measured.
+
+    The chance of any false verdict among all claims is at most 5% where, for each claim without an effect, the effects of seeds
+    are normal, or symmetric about zero (as paired differences of equally distributed runs are), or have the median zero. It is
+    not for a skewed effect whose mean alone is zero: no test is (Bahadur & Savage 1956).
 
     Numbers that a part sets against each other were measured under the same conditions, see
-    `vitscope.core.objective_card`; those that were not are left out and named, unless the selection allows them to differ.
+    `vitscope.core.objective_card`: operator, solver, batch size, objective, images. Those that were not, and those whose
+    conditions were not recorded, are left out and named, also where the selection lets figures overlay them.
     """
     results = {
         claim.name: tuple(_finding(part, _measured_effect(part, report_runs)) for part in claim.parts)
         for claim in claims
     }
     evidence = {claim.name: _evidence(results[claim.name]) for claim in claims}
-    adjusted = holm({name: p for name, (_, p) in evidence.items()})
+    adjusted = holm({name: e.p for name, e in evidence.items()})
+    adjusted_t = holm({name: e.p_t for name, e in evidence.items()})
+    n_tested = sum(not math.isnan(e.p) for e in evidence.values())
     verdicts = []
     for claim in claims:
-        direction, p = evidence[claim.name]
-        verdict, reason = _verdict(results[claim.name], direction, adjusted[claim.name])
-        verdicts.append(ClaimVerdict(claim, results[claim.name], verdict, p, adjusted[claim.name], reason))
+        evidence_of_claim, p, p_t = evidence[claim.name], adjusted[claim.name], adjusted_t[claim.name]
+        verdict, reason = _verdict(results[claim.name], evidence_of_claim, p, p_t, n_tested)
+        verdicts.append(ClaimVerdict(claim, results[claim.name], verdict, evidence_of_claim.p, p, reason, p_t))
     return verdicts
 
 
 def _measured_effect(part: ClaimStatistic, report_runs: ReportRuns) -> Effect:
     """Return the effect of a statistic, over results that share their conditions among the runs it compares."""
-    if report_runs.selection.allow_different:
-        return part.measure(report_runs)
     recording_selection = report_runs.selection.fresh_copy(allow_different=True)
     part.measure(replace(report_runs, selection=recording_selection))
     shared_selection = recording_selection.sharing_among_requested()
@@ -97,57 +146,79 @@ def _finding(part: ClaimStatistic, effect: Effect) -> StatisticResult:
     if not effect.values:
         reasons = [f"needs {effect.lacking}" if effect.lacking else "no values", effect.refused]
         return StatisticResult(part, effect, None, NOT_MEASURED, "; ".join(filter(None, reasons)))
-    interval = t_interval(list(effect.values.values()))
+    values = list(effect.values.values())
+    interval, tests = t_interval(values), location_tests(values)
     if not part.tested:
-        return StatisticResult(part, effect, interval, "shown")
-    reason = _undecided(interval, effect)
-    if reason:
-        return StatisticResult(part, effect, interval, INCONCLUSIVE, reason)
+        return StatisticResult(part, effect, interval, "shown", tests=tests)
     agrees = interval.mean * part.sign > 0
-    if agrees and effect.blocked:
-        return StatisticResult(part, effect, interval, INCONCLUSIVE, effect.blocked)
-    return StatisticResult(part, effect, interval, SUPPORTED if agrees else CONTRADICTED)
+    verdict, reason = _part_verdict(agrees, tests)
+    if agrees and effect.blocked and verdict != INCONCLUSIVE:
+        verdict, reason = INCONCLUSIVE, effect.blocked
+    return StatisticResult(part, effect, interval, verdict, reason, tests)
 
 
-def _undecided(interval: Interval, effect: Effect) -> str:
-    if interval.n < MIN_SEEDS:
-        return f"{interval.n} of {MIN_SEEDS} seeds"
-    if math.isnan(interval.p):
-        return "the seeds do not differ, so there is no interval"
-    return "the interval crosses zero" if interval.p >= 1 - LEVEL else ""
+def _part_verdict(agrees: bool, tests: LocationTests) -> tuple[str, str]:
+    """Return the verdict on one statistic without a correction, and the reason where it is undecided."""
+    if tests.n < MIN_SEEDS:
+        return INCONCLUSIVE, f"{tests.n} of {MIN_SEEDS} seeds"
+    if math.isnan(tests.t):
+        return INCONCLUSIVE, "the seeds do not differ, so there is no interval"
+    if tests.t >= ALPHA:
+        return INCONCLUSIVE, "the interval crosses zero"
+    if tests.largest < ALPHA:
+        return (SUPPORTED if agrees else CONTRADICTED), ""
+    if tests.attainable >= ALPHA and tests.largest <= tests.attainable:
+        return (
+            SUGGESTED if agrees else SUGGESTED_AGAINST
+        ), f"{tests.n} of {fewest_values(ALPHA)} seeds for exact tests"
+    name, p = ("sign-flip", tests.sign_flip) if tests.sign_flip >= ALPHA else ("sign", tests.sign)
+    return INCONCLUSIVE, f"not by the {name} test (p {p:.2g})"
 
 
-def _evidence(findings: Sequence[StatisticResult]) -> tuple[int, float]:
-    """Return the direction that the measured parts take (1 for the claim, -1 against it, 0 for neither) and its p-value.
-
-    Parts on too few seeds are evidence for neither.
-    """
+def _evidence(findings: Sequence[StatisticResult]) -> ClaimEvidence:
+    """Return what the tested parts say together; parts on too few seeds are evidence for neither direction."""
     tested = [f for f in findings if f.part.tested]
-    usable = [
-        f for f in tested if f.interval is not None and f.interval.n >= MIN_SEEDS and not math.isnan(f.interval.p)
-    ]
+    usable = [f for f in tested if f.is_usable]
     if not usable:
-        return 0, math.nan
-    p_values_against = [f.interval.p for f in usable if f.interval and f.interval.mean * f.part.sign < 0]
-    p_against = min(1.0, len(tested) * min(p_values_against)) if p_values_against else 1.0
-    all_support = len(usable) == len(tested) and not p_values_against and not any(f.effect.blocked for f in usable)
-    p_for = max(f.interval.p for f in usable if f.interval) if all_support else 1.0
-    return (1, p_for) if p_for <= p_against and all_support else (-1, p_against) if p_values_against else (0, 1.0)
+        return ClaimEvidence(0, math.nan, math.nan, math.nan)
+    tests = [f.tests for f in usable if f.tests is not None]
+    opposite = [f.tests for f in usable if f.is_opposite and f.tests is not None]
+    if opposite:
+        p, p_t, attainable = (
+            min(1.0, len(tested) * min(values))
+            for values in ([t.largest for t in opposite], [t.t for t in opposite], [t.attainable for t in opposite])
+        )
+        return ClaimEvidence(-1, p, p_t, attainable)
+    if len(usable) < len(tested) or any(f.effect.blocked for f in usable):
+        return ClaimEvidence(0, 1.0, 1.0, 1.0)
+    return ClaimEvidence(1, max(t.largest for t in tests), max(t.t for t in tests), max(t.attainable for t in tests))
 
 
-def _verdict(findings: Sequence[StatisticResult], direction: int, p_holm: float) -> tuple[str, str]:
+def _verdict(
+    findings: Sequence[StatisticResult], evidence_of_claim: ClaimEvidence, p_holm: float, p_t_holm: float, n_tested: int
+) -> tuple[str, str]:
     tested = [f for f in findings if f.part.tested]
-    measured = [f for f in tested if f.interval is not None]
-    if not measured:
+    if all(f.interval is None for f in tested):
         return NOT_MEASURED, "; ".join(dict.fromkeys(f.reason for f in tested))
-    if direction and p_holm < 1 - LEVEL:
-        contradicted = [f.part.name for f in tested if f.verdict == CONTRADICTED]
-        return (SUPPORTED, "") if direction > 0 else (CONTRADICTED, "; ".join(contradicted))
-    reasons = [f"{f.part.name}: {f.verdict if f.verdict == CONTRADICTED else f.reason}" for f in tested
-               if f.verdict != SUPPORTED]  # fmt: skip
+    against = "; ".join(f.part.name for f in tested if f.is_usable and f.is_opposite and f.verdict != INCONCLUSIVE)
+    if evidence_of_claim.direction and p_holm < ALPHA:
+        return (SUPPORTED, "") if evidence_of_claim.direction > 0 else (CONTRADICTED, against)
+    if evidence_of_claim.direction and p_t_holm < ALPHA:
+        needed = _needed_seeds(findings, evidence_of_claim.direction, n_tested)
+        n = min(f.tests.n for f in tested if f.is_usable and f.tests is not None)
+        if n < needed and evidence_of_claim.p <= evidence_of_claim.attainable:  # all seeds agree in sign
+            seeds = f"by the t-test alone: {n} seeds, and exact tests decide from {needed} on"
+            return (SUGGESTED, seeds) if evidence_of_claim.direction > 0 else (SUGGESTED_AGAINST, f"{seeds}; {against}")
+    reasons = [f"{f.part.name}: {f.reason or f.verdict}" for f in tested if f.verdict != SUPPORTED]
     if not reasons:
         reasons = [f"not after the correction over claims (p {p_holm:.2g})"]
     return INCONCLUSIVE, "; ".join(dict.fromkeys(reasons))
+
+
+def _needed_seeds(findings: Sequence[StatisticResult], direction: int, n_tested: int) -> int:
+    """Return the number of seeds from which on exact tests can decide a claim at any step of Holm's correction."""
+    n_parts = 1 if direction > 0 else sum(f.part.tested for f in findings)
+    return fewest_values(ALPHA / (n_tested * n_parts))
 
 
 def table(judged: Sequence[ClaimVerdict]) -> Table:
@@ -166,9 +237,32 @@ def table(judged: Sequence[ClaimVerdict]) -> Table:
         columns=("claim", "figure", "verdict", "effect [95% interval]", "seeds", "p (Holm)", "compared, or why not"),
         ids=("claim", "figure", "verdict", "effect", "seeds", "p_holm", "compared"),
         rows=tuple(rows),
-        note=f"Effects are means over paired seeds with 95% t-intervals; a claim needs all its parts, {MIN_SEEDS} seeds of "
-        "each, and Holm's correction over the claims. Verdicts of parts are before that correction.",
+        note="Effects are means over paired seeds with 95% t-intervals. A verdict needs all parts of a claim and "
+        "three tests over seeds (Student's t, exact sign-flip permutations, sign test) after Holm's correction over the claims; "
+        "p is the largest of the three. Suggested: by the t-test alone, all seeds of one sign, too few seeds for exact tests. "
+        "Verdicts of parts are before that correction. " + power_text(judged),
     )
+
+
+def power_text(judged: Sequence[ClaimVerdict]) -> str:
+    """Return in words the power of the design: the chance to decide a claim of one part by the seeds that were measured."""
+    tested = [j for j in judged if not math.isnan(j.p)]
+    counts = sorted({f.tests.n for j in tested for f in j.findings if f.is_usable and f.part.tested and f.tests})
+    if not counts:
+        return "No claim has enough seeds to be judged, so the design has no power."
+    level = ALPHA / len(tested)
+    texts = [_power_of(n, level) for n in dict.fromkeys((counts[0], counts[-1]))]
+    return (
+        f"Power for a claim of one part and normal noise, at the first step of the correction over {len(tested)} "
+        f"claim{'s' * (len(tested) > 1)}: {'; '.join(texts)}. Claims of several parts have less."
+    )
+
+
+def _power_of(n: int, level: float) -> str:
+    if smallest_p(n) >= level:
+        return f"{n} seeds can decide nothing at this step, {fewest_values(level)} are needed"
+    shares = ", ".join(f"{100 * power(n, level, effect):.0f}% for {effect:g}" for effect in POWER_EFFECTS)
+    return f"with {n} seeds {shares} standard deviations between seeds"
 
 
 def _compared(finding: StatisticResult) -> str:

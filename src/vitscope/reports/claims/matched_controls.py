@@ -107,14 +107,13 @@ def _missing_control(control: str) -> str:
     return f"the same AlterNet with mixer={control}"
 
 
-def train_nll(report_runs: ReportRuns, tag: str, measures: Sequence[str] = TRAIN_NLL) -> Reader:
-    """Return a reader of the loss on training images at a moment, from the first of the measures that knows it."""
+def train_nll(report_runs: ReportRuns, tag: str, measure: str) -> Reader:
+    """Return a reader of the loss on training images at a moment, from one measure that knows it."""
 
     def read(entry: Entry) -> float | None:
-        for measure in measures:
-            measured, _ = report_runs.selection.measured(entry, measure, tag)
-            if measured is not None and measured.card is not None and measured.card.split == "train":
-                return measured.scalars.get("nll_center")
+        measured, _ = report_runs.selection.measured(entry, measure, tag)
+        if measured is not None and measured.card is not None and measured.card.split == "train":
+            return measured.scalars.get("nll_center")
         return None
 
     return read
@@ -138,17 +137,18 @@ def _at_matched_nll(
 def _matched_tags(report_runs: ReportRuns, a: Entry, b: Entry, measure: str) -> tuple[str, str] | None:
     """Return the latest moments of two runs at which their training losses agree.
 
-    The run that ends with the higher loss is taken at its end, the other where its loss is nearest to that.
+    The run that ends with the higher loss is taken at its end, the other where its loss is nearest to that. Both losses are of
+    one measure, the first of `TRAIN_NLL` that both runs have.
     """
-    losses = []
-    for entry in (a, b):
-        losses_by_tag = {
-            tag: train_nll(report_runs, tag)(entry)
-            for tag in report_runs.selection.tags(entry, measure)
-            if tag != "init"
-        }
-        losses.append({tag: nll for tag, nll in losses_by_tag.items() if nll is not None})
-    if any(report_runs.selection.tag not in losses_by_tag for losses_by_tag in losses):
+    losses = next(
+        (
+            losses_of_measure
+            for name in TRAIN_NLL
+            if (losses_of_measure := _losses_by_tag(report_runs, (a, b), measure, name))
+        ),
+        None,
+    )
+    if losses is None:
         return None
     end = report_runs.selection.tag
     later_run = 0 if losses[0][end] >= losses[1][end] else 1
@@ -157,3 +157,15 @@ def _matched_tags(report_runs: ReportRuns, a: Entry, b: Entry, measure: str) -> 
     if abs(losses[1 - later_run][matched_tag] - target) > NLL_TOLERANCE * abs(target):
         return None
     return (end, matched_tag) if later_run == 0 else (matched_tag, end)
+
+
+def _losses_by_tag(
+    report_runs: ReportRuns, runs: Sequence[Entry], measure: str, loss_measure: str
+) -> list[dict[str, float]] | None:
+    """Return each run's training losses by the moments of ``measure``, None where a run has none at the end."""
+    losses = []
+    for entry in runs:
+        moments = [tag for tag in report_runs.selection.tags(entry, measure) if tag != "init"]
+        readings = {tag: train_nll(report_runs, tag, loss_measure)(entry) for tag in moments}
+        losses.append({tag: nll for tag, nll in readings.items() if nll is not None})
+    return losses if all(report_runs.selection.tag in of_run for of_run in losses) else None
