@@ -35,6 +35,8 @@ def test_names_say_what_differs_and_nothing_else() -> None:
     assert short_name(configuration("alternet", 0)) == "alternet-18"
     assert short_name(configuration("vit", 0)) == "vit-tiny"
     assert short_name({"model": {"_target_": "vitscope.models.timm_model", "name": "resnet50"}}) == "resnet50"
+    assert short_name(configuration("vit", 0, model__width=64)) == "vit-w64"
+    assert short_name(configuration("convnet", 0, model__width=8)) == "convnet-18-w8"
     named = labels({
         "a": configuration("alternet", 0), "b": configuration("vit", 0),
         "c": configuration("vit", 0, model__patch_size=4, data__fraction=0.06),

@@ -18,6 +18,9 @@ RUN_KEYS = (*EXPERIMENT_KEYS, "seed")
 #: switches that were added later: where one is off, a run keeps the identity that it had without the key
 _OFF_IS_ABSENT = ("channels_last", "trainer.sync_batchnorm")
 
+#: keys of models that were added later: where one is null, a run keeps the identity that it had without the key
+_NULL_IS_ABSENT = ("model.width", "model.depths", "model.stage_heads")
+
 #: keys that make no other run: where it is computed, what is shown meanwhile, what is stated of the model
 INCIDENTAL_TO_A_RUN = (
     "data.root", "data.num_workers", "trainer.default_root_dir", "trainer.enable_progress_bar",
@@ -48,6 +51,7 @@ def identity(cfg: Mapping[str, Any]) -> dict[str, Any]:
     """Return the values that define a run's experiment, the seed left out, as ``{dotted key: value}``."""
     groups = _without_off_switches({key: cfg.get(key) for key in EXPERIMENT_KEYS if cfg.get(key) or key != "compile"})
     flat = flattened(groups | {"objective": without_default_loss(plain(groups["objective"]))})
+    flat = {k: v for k, v in flat.items() if v is not None or k not in _NULL_IS_ABSENT}
     defining = {k: v for k, v in flat.items() if not any(k == i or k.startswith(f"{i}.") for i in INCIDENTAL)}
     return {k: v for k, v in defining.items() if k.removeprefix("data.") not in REPEATED}
 
@@ -57,7 +61,8 @@ def config_hash(cfg: DictConfig) -> str:
     resolved = plain(cfg)
     defining = _without_off_switches({key: resolved.get(key) for key in RUN_KEYS})
     defining["objective"] = without_default_loss(defining["objective"])
-    for dotted in INCIDENTAL_TO_A_RUN:
+    unset = [key for key in _NULL_IS_ABSENT if (resolved.get("model") or {}).get(key.removeprefix("model.")) is None]
+    for dotted in (*INCIDENTAL_TO_A_RUN, *unset):
         group, _, key = dotted.partition(".")
         if isinstance(defining[group], dict):
             defining[group] = {k: v for k, v in defining[group].items() if k != key}
@@ -107,9 +112,11 @@ def family(cfg: Mapping[str, Any]) -> str:
 
 
 def short_name(cfg: Mapping[str, Any]) -> str:
-    """Return the family and the size, such as ``alternet-18``, ``vit-tiny``."""
+    """Return family and size, such as ``alternet-18``, ``vit-tiny``; with a width of its own ``alternet-18-w8``, ``vit-w64``."""
     node = cfg.get("model") or {}
     size = node.get("depth") if isinstance(node.get("depth"), int) and "size" not in node else node.get("size")
+    if width := node.get("width"):
+        size = f"w{width}" if size is None or "size" in node else f"{size}-w{width}"
     return f"{family(cfg)}-{size}" if size is not None else family(cfg)
 
 

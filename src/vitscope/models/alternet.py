@@ -24,13 +24,12 @@ from vitscope.models.alternet_layout import (
     stage_blocks,
     valid_window_sizes,
 )
+from vitscope.models.convnet import check_width
 from vitscope.models.layers.window_attention import FixedMixing, Mixer, PositionBias, WindowAttention
 from vitscope.models.structure.residual_structure import Read, ResidualUnit, parts
 from vitscope.runtime.value_ranges import ImageSize, PositiveInt, ShareBelowOne
 
 __all__ = ["AlterNet", "MSABlock", "alternet", "build_up", "feature_map_sizes", "valid_window_sizes"]
-
-WIDTHS = (64, 128, 256, 512)
 
 
 class MSABlock(nn.Module):
@@ -115,6 +114,7 @@ def alternet(
     drop_path: ShareBelowOne = 0.0,
     in_chans: int = 3,
     grad_checkpointing: bool = False,
+    width: PositiveInt | None = None,
 ) -> AlterNet:
     """AlterNet of depth 18, 34 (basic blocks), 50, 101 or 152 (bottlenecks), as the official code builds it.
 
@@ -139,6 +139,8 @@ def alternet(
         drop_path: Stochastic depth of the last block; block j of N has ``drop_path * j / (N - 1)``.
         in_chans: Channels of the images.
         grad_checkpointing: Trade a second forward pass for activation memory in training.
+        width: Channels of the stem and of the first stage's 3x3 convolutions, a multiple of 8; the other stages have 2, 4 and 8
+            times as many. None: 64.
 
     Raises:
         ValueError: For an unknown depth or option, or a window that does not fit (the sizes that do are named).
@@ -160,9 +162,11 @@ def alternet(
     )  # fmt: skip
     n_blocks = sum(map(len, sequences))
     rates = iter([drop_path * i / (n_blocks - 1) for i in range(n_blocks)])
-    stages, channels = [], 64
-    for i, (sequence, width) in enumerate(zip(sequences, WIDTHS)):
-        out = width * expansion
+    check_width(width)
+    stages, channels = [], width or 64
+    widths = [channels * factor for factor in (1, 2, 4, 8)]
+    for i, (sequence, stage_width) in enumerate(zip(sequences, widths)):
+        out = stage_width * expansion
         blocks = []
         for j, letter in enumerate(sequence):
             stride = 2 if i > 0 and j == 0 else 1
@@ -176,7 +180,7 @@ def alternet(
             blocks.append(block)
             channels = out
         stages.append(nn.Sequential(*blocks))
-    model = AlterNet(_stem(in_chans, stem), stages, channels, num_classes)
+    model = AlterNet(_stem(in_chans, stem, widths[0]), stages, channels, num_classes)
     model.set_grad_checkpointing(grad_checkpointing)
     return model
 
@@ -209,9 +213,9 @@ def _conv_block(in_chs: int, out_chs: int, stride: int, expansion: int, drop_pat
     )
 
 
-def _stem(in_chans: int, stem: Stem) -> nn.Sequential:
+def _stem(in_chans: int, stem: Stem, width: int) -> nn.Sequential:
     if stem == "imagenet":
         return nn.Sequential(
-            nn.Conv2d(in_chans, 64, 7, stride=2, padding=3, bias=False), nn.MaxPool2d(3, stride=2, padding=1)
+            nn.Conv2d(in_chans, width, 7, stride=2, padding=3, bias=False), nn.MaxPool2d(3, stride=2, padding=1)
         )
-    return nn.Sequential(nn.Conv2d(in_chans, 64, 3, padding=1, bias=False))
+    return nn.Sequential(nn.Conv2d(in_chans, width, 3, padding=1, bias=False))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from timm.models.pit import PoolingVisionTransformer
 
 from vitscope.runtime.value_ranges import ImageSize, PositiveInt, ShareBelowOne
@@ -25,6 +27,9 @@ def pit(
     in_chans: int = 3,
     *,
     distilled: bool = False,
+    width: PositiveInt | None = None,
+    depths: Sequence[PositiveInt] | None = None,
+    stage_heads: Sequence[PositiveInt] | None = None,
 ) -> PoolingVisionTransformer:
     """PiT (Heo et al. 2021), timm's implementation, with the paper's patches for CIFAR.
 
@@ -40,21 +45,31 @@ def pit(
         drop_path: Stochastic depth of the last block.
         in_chans: Channels of the images.
         distilled: A distillation token and its own head.
+        width: Width of the first stage; heads of all stages are as wide as its heads. None: of that size.
+        depths: Blocks of the three stages; None: of that size.
+        stage_heads: Heads of the three stages; None: of that size.
 
     Raises:
-        ValueError: For an unknown size, or patches larger than the image.
+        ValueError: For an unknown size, patches larger than the image, other than three stages, or a width that its heads do
+            not divide.
     """
     if size not in SIZES:
         raise ValueError(f"Unknown size {size!r}: {', '.join(SIZES)}.")
-    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
-    if not 1 <= patch_size <= min(height, width) or (stride is not None and stride < 1):
+    rows, columns = (image_size, image_size) if isinstance(image_size, int) else image_size
+    if not 1 <= patch_size <= min(rows, columns) or (stride is not None and stride < 1):
         raise ValueError(
-            f"patch_size={patch_size} and stride={stride} do not fit the {height}x{width} image: "
+            f"patch_size={patch_size} and stride={stride} do not fit the {rows}x{columns} image: "
             "both must be at least 1 and the patch no larger than the image."
         )
-    base_dims, depth, heads = SIZES[size]
+    base_dims, depth, default_heads = SIZES[size]
+    depth, heads = tuple(depths or depth), tuple(stage_heads or default_heads)
+    if len(depth) != 3 or len(heads) != 3:
+        raise ValueError(f"Expected three stages, received depths={depth} and stage_heads={heads}.")
+    if width is not None and width % heads[0]:
+        raise ValueError(f"Expected width a multiple of the {heads[0]} heads of stage 1, received {width}.")
+    base_dims = base_dims if width is None else (width // heads[0],) * 3
     return PoolingVisionTransformer(
-        img_size=(height, width),  # pyright: ignore[reportArgumentType]  timm takes pairs, and annotates one number
+        img_size=(rows, columns),  # pyright: ignore[reportArgumentType]  timm takes pairs, and annotates one number
         patch_size=patch_size, stride=max(patch_size // 2, 1) if stride is None else stride,
         base_dims=base_dims, depth=depth, heads=heads, mlp_ratio=4, num_classes=num_classes, in_chans=in_chans,
         drop_path_rate=drop_path, distilled=distilled,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from timm.models.swin_transformer import SwinTransformer
 
 from vitscope.models.vit import token_grid
@@ -26,6 +28,9 @@ def swin(
     in_chans: int = 3,
     *,
     grad_checkpointing: bool = False,
+    width: PositiveInt | None = None,
+    depths: Sequence[PositiveInt] | None = None,
+    stage_heads: Sequence[PositiveInt] | None = None,
 ) -> SwinTransformer:
     """Swin (Liu et al. 2021), timm's implementation; at 32x32 and patch 1 the maps are 32, 16, 8 and 4.
 
@@ -41,20 +46,26 @@ def swin(
         drop_path: Stochastic depth of the last block.
         in_chans: Channels of the images.
         grad_checkpointing: Trade a second forward pass for activation memory in training.
+        width: Width of the first stage, which each further one doubles; None: of that size.
+        depths: Blocks of each stage, any number of stages; None: of that size.
+        stage_heads: Heads of each stage, as many as ``depths``; None: of that size.
 
     Raises:
-        ValueError: For an unknown size, or a patch or window that does not divide.
+        ValueError: For an unknown size, a patch or window that does not divide, or heads that do not fit depths or widths.
     """
     if size not in SIZES:
         raise ValueError(f"Unknown size {size!r}: {', '.join(SIZES)}.")
-    maps = _maps(token_grid(image_size, patch_size))
+    default_dim, default_depths, default_heads = SIZES[size]
+    dim = default_dim if width is None else width
+    depths, heads = tuple(depths or default_depths), tuple(stage_heads or default_heads)
+    check_stages(dim, depths, heads)
+    maps = _maps(token_grid(image_size, patch_size), len(depths))
     if not _fits(window_size, maps):
         fitting = [p for p in range(2, min(maps[0]) + 1) if _fits(p, maps)]
         raise ValueError(
             f"window_size={window_size} does not divide the maps {', '.join(f'{h}x{w}' for h, w in maps)}; "
             f"window sizes that do: {', '.join(map(str, fitting))}."
         )
-    dim, depths, heads = SIZES[size]
     model = SwinTransformer(
         img_size=image_size, patch_size=patch_size, in_chans=in_chans, num_classes=num_classes, embed_dim=dim,
         depths=depths, num_heads=heads, window_size=window_size, qkv_bias=qkv_bias, drop_path_rate=drop_path,
@@ -63,9 +74,25 @@ def swin(
     return model
 
 
-def _maps(grid: tuple[int, int]) -> list[tuple[int, int]]:
+def check_stages(width: int, depths: Sequence[int], heads: Sequence[int]) -> None:
+    """Refuse heads that are not one number a stage, or that do not divide a stage's width ``width * 2**stage``.
+
+    Raises:
+        ValueError: With the stage and its width.
+    """
+    if len(heads) != len(depths):
+        raise ValueError(
+            f"Expected as many stage_heads as stages in depths={tuple(depths)}, received stage_heads={tuple(heads)}."
+        )
+    for stage, n_heads in enumerate(heads):
+        if (width << stage) % n_heads:
+            expected = f"heads that divide the width {width << stage} of stage {stage + 1}"
+            raise ValueError(f"Expected {expected}, received stage_heads={tuple(heads)}.")
+
+
+def _maps(grid: tuple[int, int], n_stages: int) -> list[tuple[int, int]]:
     maps = [grid]
-    for _ in range(3):
+    for _ in range(n_stages - 1):
         maps.append(((maps[-1][0] + 1) // 2, (maps[-1][1] + 1) // 2))
     return maps
 

@@ -29,6 +29,7 @@ def vit(
     reg_tokens: int = 0,
     class_token: bool | None = None,
     grad_checkpointing: bool = False,
+    width: PositiveInt | None = None,
 ) -> VisionTransformer:
     """ViT (Dosovitskiy et al. 2021), timm's implementation, with the paper's defaults for CIFAR.
 
@@ -48,15 +49,17 @@ def vit(
         reg_tokens: Number of register tokens.
         class_token: Whether there is a class token; None: only for ``pool="cls"``.
         grad_checkpointing: Trade a second forward pass for activation memory in training.
+        width: Width of the tokens, a multiple of the number of heads, which is then width / 64 (at least 1) by default. None: of
+            that size.
 
     Raises:
-        ValueError: For an unknown size or pool, or a patch that does not divide the image.
+        ValueError: For an unknown size or pool, a patch that does not divide the image, or a width that heads do not divide.
     """
     if size not in SIZES:
         raise ValueError(f"Unknown size {size!r}: {', '.join(SIZES)}.")
     if pool not in ("cls", "gap"):
         raise ValueError(f"Unknown pool {pool!r}: cls or gap.")
-    dim, default_depth, default_heads = SIZES[size]
+    dim, default_depth, default_heads = _layout(size, width, heads)
     grid = token_grid(image_size, patch_size)
     model = VisionTransformer(
         img_size=(grid[0] * patch_size, grid[1] * patch_size), patch_size=patch_size, in_chans=in_chans,
@@ -89,6 +92,7 @@ def convit(
     in_chans: int = 3,
     *,
     grad_checkpointing: bool = False,
+    width: PositiveInt | None = None,
 ) -> VisionTransformer:
     """ViT with convolutional (local) attention, global average pooling and no class token (Figure 7).
 
@@ -110,6 +114,7 @@ def convit(
         drop_path: Stochastic depth of the last block.
         in_chans: Channels of the images.
         grad_checkpointing: Trade a second forward pass for activation memory in training.
+        width: Width of the tokens, see `vit`.
 
     Raises:
         ValueError: For an unknown size, an even kernel, or a patch that does not divide the image.
@@ -117,10 +122,10 @@ def convit(
     if kernel_size != "global" and (not isinstance(kernel_size, int) or kernel_size < 1 or kernel_size % 2 == 0):
         raise ValueError(f"kernel_size must be odd or 'global', got {kernel_size!r}.")
     model = vit(
-        size, num_classes, image_size, patch_size, "gap", None, None, qkv_bias, depth, drop_path, in_chans,
-        grad_checkpointing=grad_checkpointing,
+        size, num_classes, image_size, patch_size, "gap", heads if width else None, None, qkv_bias, depth, drop_path, in_chans,
+        grad_checkpointing=grad_checkpointing, width=width,
     )  # fmt: skip
-    dim, _, default_heads = SIZES[size]
+    dim, _, default_heads = _layout(size, width, heads)
     for block in model.blocks:
         assert isinstance(block, Block)
         block.attn = SelfAttention(
@@ -128,6 +133,19 @@ def convit(
             kernel_size=None if kernel_size == "global" else kernel_size, padding=padding,
         )  # fmt: skip
     return model
+
+
+def _layout(size: str, width: int | None, heads: int | None) -> tuple[int, int, int]:
+    """Return width, depth and heads of a size, or of a width of one's own with the size's depth."""
+    dim, depth, default_heads = SIZES[size]
+    if width is None:
+        return dim, depth, default_heads
+    n_heads = heads or max(1, width // 64)
+    if width % n_heads:
+        raise ValueError(
+            f"Expected width a multiple of {n_heads} heads, received {width}: {n_heads * (width // n_heads)}."
+        )
+    return width, depth, n_heads
 
 
 def token_grid(image_size: int | tuple[int, int], patch_size: int) -> tuple[int, int]:
