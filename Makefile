@@ -11,7 +11,7 @@ PROFILE ?= smoke
 SEEDS ?= 1
 REPRODUCE := $(RUN) -m vitscope reproduce
 # empty settings are left out; OVERRIDES='optimizer.lr=1e-3 trainer.max_epochs=5' holds for every run, SLURM='partition=gpu time=600'
-REPRODUCED = profile=$(PROFILE) seeds=$(SEEDS) $(if $(GPUS),gpus=$(GPUS)) $(if $(JOBS),jobs=$(JOBS)) \
+REPRODUCED = profile=$(PROFILE) seeds=$(SEEDS) $(if $(FROM),from=$(FROM)) $(if $(EXPORT),export=$(EXPORT)) $(if $(GPUS),gpus=$(GPUS)) $(if $(JOBS),jobs=$(JOBS)) \
   $(if $(OVERRIDES),overrides='$(OVERRIDES)') $(if $(DRY),dry=$(DRY)) $(if $(LAUNCHER),launcher=$(LAUNCHER)) \
   $(addprefix slurm.,$(SLURM))
 FIGURES := $(addprefix fig,1 2 3 4 5 6 7 8 9 10 11 12 B C1 C2 C3 C4 C5 C6 C7 D1 D2 D3 D4 E F1 F2)
@@ -31,7 +31,8 @@ help: ## list the targets
 	@echo
 	@echo "reproduce makes all of these; each is a target with the same settings:"
 	@printf '  %s\n' "$(wordlist 1,16,$(FIGURES))" "$(wordlist 17,99,$(FIGURES))" "$(TABLES)" "$(QUESTIONS)"
-	@echo "settings: PROFILE=smoke|cifar100|imagenet SEEDS=5 GPUS=0,1 or JOBS=2 OVERRIDES='optimizer.lr=1e-3'"
+	@echo "settings: PROFILE=smoke|cifar10_small|cifar100|imagenet SEEDS=5 GPUS=0,1 or JOBS=2 OVERRIDES='optimizer.lr=1e-3'"
+	@echo "  EXPORT=results/x (write the numbers as JSON) FROM=results/x (draw from them)"
 	@echo "  DRY=1 (list runs, hours and disk) LAUNCHER=slurm SLURM='partition=gpu time=1440'"
 
 $(SETUP): pyproject.toml constraints.txt

@@ -25,6 +25,7 @@ _logger = logging.getLogger(__name__)
 
 USAGE = """usage: vitscope reproduce TARGET ... [profile=smoke] [seeds=1] [gpus=0,1 | jobs=2] [overrides='key=value ...']
                           [dry=true] [launcher=slurm [slurm.KEY=value ...]] [runs=FOLDER] [out=FOLDER]
+                          [export=FOLDER | from=FOLDER]
 
   TARGET        all, or figures and tables of the list below; fig1 is fig1a, fig1b and fig1c
   profile=      {profiles}
@@ -37,6 +38,8 @@ USAGE = """usage: vitscope reproduce TARGET ... [profile=smoke] [seeds=1] [gpus=
                 slurm.time=1440 (minutes) ... are options of sbatch, see docs/reproduce.md
   runs=         the folder of runs; default: runs/reproduce-<profile>
   out=          the folder of figures and tables; default: figures/<profile>
+  export=FOLDER write the numbers of the targets as small JSON: configurations, metrics, scalars, cards and hashes, no weights
+  from=FOLDER   train and measure nothing: draw the targets' tables and figures of numbers from such a folder
 
 The same command resumes: finished runs and results are kept.
 
@@ -46,7 +49,7 @@ tables:
 {tables}
 beyond the paper:
 {questions}"""
-OPTIONS = ("profile", "seeds", "runs", "out", "gpus", "jobs", "overrides", "dry", "launcher")
+OPTIONS = ("profile", "seeds", "runs", "out", "gpus", "jobs", "overrides", "dry", "launcher", "export", "from")
 
 Work = Callable[[Sequence[Trial], Path], Iterator[tuple[Trial, Outcome]]]
 
@@ -67,6 +70,8 @@ class Request:
         dry: Whether only to list the work.
         launcher: ``local`` or ``slurm``.
         slurm: Options of ``sbatch``.
+        export: Folder to write the numbers of the targets to.
+        source: Folder of a study from which to draw; None to train and measure.
     """
 
     names: list[str]
@@ -80,6 +85,8 @@ class Request:
     dry: bool = False
     launcher: str = "local"
     slurm: Mapping[str, Any] = field(default_factory=dict)
+    export: Path | None = None
+    source: Path | None = None
 
 
 def main() -> None:
@@ -111,6 +118,8 @@ def arguments(argv: Sequence[str]) -> Request:
             "target", None, "no figure or table named", "write vitscope reproduce all, or fig4, or table-models"
         )
     settings = {key: value for key, value in options.items() if value}  # make leaves what was not set empty
+    source = Path(settings["from"]) if "from" in settings else None
+    _refuse_beside_source(settings)
     profile = settings.get("profile", "smoke")
     overrides = run_overrides.checked(settings.get("overrides", ""))
     suffix = run_overrides.suffix(overrides)
@@ -131,14 +140,24 @@ def arguments(argv: Sequence[str]) -> Request:
         profile=profile,
         seeds=_whole("seeds", settings.get("seeds", "1")),
         runs=Path(settings.get("runs", f"runs/reproduce-{profile}{suffix}")),
-        out=Path(settings.get("out", f"figures/{profile}{suffix}")),
+        out=Path(settings.get("out", f"figures/{source.name if source else profile}{suffix}")),
         gpus=settings.get("gpus"),
         jobs=_whole("jobs", settings["jobs"]) if "jobs" in settings else None,
         overrides=overrides,
         dry=_flag("dry", settings.get("dry", "false")),
         launcher=launcher,
         slurm=slurm,
+        export=Path(settings["export"]) if "export" in settings else None,
+        source=source,
     )
+
+
+def _refuse_beside_source(settings: Mapping[str, str]) -> None:
+    """Refuse options that train or measure beside ``from=``; make always gives a profile and seeds, which then have no effect."""
+    others = [key for key in settings if key not in ("from", "out", "profile", "seeds")]
+    if "from" in settings and others:
+        reason = "from= draws from committed numbers and runs nothing"
+        raise ConfigError(others[0], settings[others[0]], reason, "leave one of the two out")
 
 
 def usage() -> str:
@@ -192,6 +211,9 @@ def reproduce(request: Request, work: Work | None = None) -> None:
     """
     plan = reproduction.read()
     names = reproduction.select(request.names, plan)
+    if request.source is not None:
+        _redraw(request, request.source, plan, names)
+        return
     targets = [reproduction.target(name, plan, request.profile, request.seeds, request.overrides) for name in names]
     from vitscope.reproduce import draw as drawing  # imports torch; a target that does not exist has been refused
 
@@ -215,12 +237,55 @@ def reproduce(request: Request, work: Work | None = None) -> None:
         problems += _drawn(target, outcomes, request.out, drawing.draw)
     if "all" in request.names:
         _page(request.runs, request.out)
+    if request.export is not None:
+        _export(request, request.export, targets, outcomes)
+    _raise_problems(request, problems)
+
+
+def _raise_problems(request: Request, problems: Sequence[str]) -> None:
+    """Name what is missing or failed, a line each.
+
+    Raises:
+        DataError: There is any.
+    """
     problems = list(dict.fromkeys(problems))
     for problem in problems:
         log_problem(_logger, problem)
     if problems:
         raise DataError("target", " ".join(request.names), f"{len(problems)} missing or failed, named above",
                         "see the runs' log.txt and run the same command again")  # fmt: skip
+
+
+def _export(request: Request, folder: Path, targets: Sequence[Target], outcomes: Mapping[Trial, Outcome]) -> None:
+    """Write the numbers of the targets' runs as a study."""
+    from vitscope.reports import study_export
+    from vitscope.reproduce import draw as drawing
+    from vitscope.runtime.text_layout import size_text
+
+    by_target = {
+        target.name: drawing.entries([outcomes[trial] for trial in target.trials if trial in outcomes])
+        for target in targets
+    }
+    size = study_export.write(folder, request.profile, by_target)
+    print(f"{folder}: {len({e.id for entries in by_target.values() for e in entries})} runs, {size_text(size)}")
+
+
+def _redraw(request: Request, source: Path, plan: Mapping[str, Any], names: Sequence[str]) -> None:
+    """Draw tables and figures of numbers from a study."""
+    from vitscope.reports import study_export
+    from vitscope.reproduce import draw as drawing
+
+    profile = study_export.profile_of(source)
+    problems: list[str] = []
+    for name in names:
+        target = reproduction.target(name, plan, profile)
+        if target.drawings:
+            figures = ", ".join(d.analysis for d in target.drawings)
+            _logger.info(
+                f"not drawn: {name}: {figures} (figures of arrays, which a study does not hold; train instead)"
+            )
+        problems += drawing.draw_numbers(target, study_export.read(source, name), request.out)
+    _raise_problems(request, problems)
 
 
 def _rates(request: Request, plan: Mapping[str, Any]) -> Any:
@@ -230,7 +295,7 @@ def _rates(request: Request, plan: Mapping[str, Any]) -> Any:
     if request.runs.parent.name == "runs":  # runs of other overrides and profiles tell rates too
         folders.append(request.runs.parent)
     # the profile's stated rates are those of its own settings
-    stated = {} if run_overrides.suffix(request.overrides) else plan["profiles"][request.profile]
+    stated = {} if run_overrides.changes_work(request.overrides) else plan["profiles"][request.profile]
     return Rates(folders, stated, plan.get("train_images"))
 
 

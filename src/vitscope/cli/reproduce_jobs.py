@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from vitscope.cli import reproduce_job
-from vitscope.reproduce import cost_estimates, job_display, planned_work, slurm_job, trial_jobs
+from vitscope.reproduce import cost_estimates, job_display, planned_work, slurm_job, trial_jobs, work_listing
 from vitscope.reproduce.cost_estimates import Rates
 from vitscope.reproduce.plan import Outcome, Trial
 from vitscope.reproduce.trial_jobs import Launcher, TrialJob
 from vitscope.sweep import local_runner, trial_process
 from vitscope.sweep.forked_job import ForkedJob
 from vitscope.sweep.trial_process import JobProcess, Slot
+
+_logger = logging.getLogger(__name__)
 
 
 def work(
@@ -65,6 +68,7 @@ def _performed(
 ) -> Iterator[tuple[Trial, Outcome]]:
     planned = planned_work.plan_trials(trials, root, checks=checks)
     costs = cost_estimates.estimate(planned, rates())
+    _logger.info(work_listing.start_text(planned, costs, len(slots)))
     seconds = {p.trial: c.seconds for p, c in zip(planned, costs) if c.seconds and not c.unknown_time}
     lock = local_runner.lock(root / trial_jobs.FOLDER, "runs")
     try:

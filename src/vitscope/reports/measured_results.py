@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ class Measured:
         card: Conditions of the measurement.
         error: Reason why there is no result, else empty.
         time: Modification time of the file, in seconds, to find the newest result.
+        texts: Fields of the result that are texts, where it comes from a study without arrays (`vitscope.reports.study_export`).
     """
 
     analysis: str
@@ -42,6 +43,7 @@ class Measured:
     card: ObjectiveCard | None
     error: str
     time: float
+    texts: Mapping[str, str] = field(default_factory=dict)
 
     def load(self) -> Any:
         """Return the result with its arrays.

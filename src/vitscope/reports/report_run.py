@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from vitscope.config import loading
 from vitscope.plotting.style import KIND_COLORS
-from vitscope.reports import run_entry, run_index, saved_results
+from vitscope.reports import run_entry, run_index, saved_results, study_export
 from vitscope.reports.claims import claim_verdicts
 from vitscope.reports.claims.effect_sizes import ReportRuns
 from vitscope.reports.figures import figure_captions, figure_plan, figure_worker, html_page, step_histories
@@ -159,7 +159,7 @@ def _tables(
     seeds = [int(seed) for seed in cfg.expect.seeds or []] if cfg.table else []
     labels, order = loading.plain(cfg.labels), list(cfg.order or [])
     tables = {
-        name: claim_verdicts.table(judged)
+        name: claim_verdicts.table(judged, study_export.data_names(entries))
         if name == "claims"
         else headline_tables.build(name, selection, costs, models, seeds, labels, order)
         for name in table_names

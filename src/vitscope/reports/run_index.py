@@ -41,7 +41,11 @@ def collect(runs: Sequence[Run], damaged: list[Damage] | None = None) -> list[En
 
     Where an experiment was run twice with one seed, the newest finished run counts and the others are superseded.
     """
-    entries = [entry for run in runs if (entry := _readable(run, damaged)) is not None]
+    return labeled([entry for run in runs if (entry := _readable(run, damaged)) is not None])
+
+
+def labeled(entries: Sequence[Entry]) -> list[Entry]:
+    """Return entries with their labels, and which of them are superseded, in the order of `collect`."""
     groups = {entry.group: entry.config for entry in entries}
     labels = experiment_identity.labels(groups)
     counting: dict[tuple[str, int], Entry] = {}

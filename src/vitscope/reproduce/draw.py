@@ -9,10 +9,10 @@ from typing import Protocol
 
 from vitscope.config import experiment_identity
 from vitscope.plotting.api import save_figure
-from vitscope.reports import run_index
+from vitscope.reports import run_index, study_export
 from vitscope.reports.claims import claim_verdicts
 from vitscope.reports.claims.effect_sizes import ReportRuns
-from vitscope.reports.figures import figure_captions, figure_plan, figure_worker, scatter_figures
+from vitscope.reports.figures import claims_figure, figure_captions, figure_plan, figure_worker, scatter_figures
 from vitscope.reports.figures.figure_plan import Panel
 from vitscope.reports.model_costs import Costs
 from vitscope.reports.run_entry import Entry
@@ -48,11 +48,22 @@ def draw(target: Target, outcomes: Sequence[TrialOutcome], out: Path) -> list[st
     """
     if not outcomes:
         return [f"missing: {target.name}: no run"]
-    folder = out / target.name
     report_entries = entries(outcomes)
     problems: list[str] = []
     for drawing in target.drawings:
-        problems += _draw_figures(target, drawing, report_entries, folder)
+        problems += _draw_figures(target, drawing, report_entries, out / target.name)
+    return problems + draw_numbers(target, report_entries, out)
+
+
+def draw_numbers(target: Target, report_entries: Sequence[Entry], out: Path) -> list[str]:
+    """Write what a target draws of numbers alone, without arrays: its relations and its table; return what is missing.
+
+    Args:
+        target: Target to draw.
+        report_entries: Its runs.
+        out: The folder of all targets.
+    """
+    folder, problems = out / target.name, list[str]()
     for relation in target.relations:
         problems += _draw_relation(target, relation, report_entries, folder)
     if target.table:
@@ -125,7 +136,11 @@ def _write_table(target: Target, report_entries: Sequence[Entry], folder: Path) 
     if target.table == "factors":
         return _write_factors(target, Selection(report_entries), folder)
     if target.table == "claims":
-        table = claim_verdicts.table(claim_verdicts.judge(ReportRuns(Selection(report_entries), costs)))
+        judged = claim_verdicts.judge(ReportRuns(Selection(report_entries), costs))
+        data = study_export.data_names(report_entries)
+        table = claim_verdicts.table(judged, data)
+        if (figure := claims_figure.draw(judged, data)) is not None:
+            print(save_figure(figure, folder / "effects")[0])
     else:
         table = headline_tables.build(str(target.table), Selection(report_entries), costs)
     cells.write(table, folder)

@@ -72,5 +72,10 @@ def suffix(overrides: Sequence[str]) -> str:
     return f"-{readable}-{loading.digest(effective, 6)}"
 
 
+def changes_work(overrides: Sequence[str]) -> bool:
+    """Tell whether overrides change how long a run takes; name and files of the data set do not."""
+    return bool(suffix([o for o in overrides if _key(o) not in ("data", "data.name", "data.source.checksums")]))
+
+
 def _key(override: str) -> str:
     return override.partition("=")[0].lstrip("+")

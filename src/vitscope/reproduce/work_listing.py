@@ -40,6 +40,26 @@ def listing(targets: Sequence[Target], planned: Mapping[Trial, PlannedTrial], ra
     )
 
 
+def start_text(planned: Sequence[PlannedTrial], costs: Sequence[Estimate], n_slots: int) -> str:
+    """Return in a line what is about to be done, how long it takes, and where that number is from.
+
+    Args:
+        planned: Trials in the order of their start.
+        costs: Their estimates, see `vitscope.reproduce.cost_estimates.estimate`.
+        n_slots: Number of jobs side by side.
+    """
+    n_trainings = len({p.identity for p in planned if p.state in (TRAIN, RESUME)})
+    n_measured = sum(p.state == MEASURE for p in planned)
+    total = _total(costs)
+    text = (
+        f"to do: {n_trainings} trainings, {n_measured} finished runs to measure; one job at a time: {time_text(total)}"
+    )
+    if n_slots > 1 and total.seconds and not total.unknown_time:
+        side_by_side = duration_text(side_by_side_seconds([cost.seconds for cost in costs], n_slots))
+        text += f", {n_slots} side by side: at least {side_by_side}"
+    return text + (f" (by {'; '.join(sorted(total.sources))})" if total.sources else "")
+
+
 _STATES = {EXISTS: "exist", MEASURE: "to measure", RESUME: "to resume", TRAIN: "to train"}
 
 

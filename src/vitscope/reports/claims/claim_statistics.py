@@ -129,6 +129,8 @@ def has_initial_reference(report_runs: ReportRuns) -> Callable[[Entry], bool]:
 
     def keep(entry: Entry) -> bool:
         measured, _ = report_runs.selection.measured(entry, "branch_transfer")
+        if measured is not None and "reference" in measured.texts:
+            return measured.texts["reference"] == "initial"
         try:
             return measured is not None and measured.load().reference == "initial"
         except StorageError:

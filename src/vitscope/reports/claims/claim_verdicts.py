@@ -221,8 +221,13 @@ def _needed_seeds(findings: Sequence[StatisticResult], direction: int, n_tested:
     return fewest_values(ALPHA / (n_tested * n_parts))
 
 
-def table(judged: Sequence[ClaimVerdict]) -> Table:
-    """Return the claims as a table: a row a claim, and a row for each part of those that were measured at all."""
+def table(judged: Sequence[ClaimVerdict], data: Sequence[str] = ()) -> Table:
+    """Return the claims as a table: a row a claim, and a row for each part of those that were measured at all.
+
+    Args:
+        judged: The verdicts.
+        data: Names of the data sets, which the note states.
+    """
     rows: list[tuple[Cell, ...]] = []
     for j in judged:
         p = "" if math.isnan(j.p_holm) else f"{j.p_holm:.2g}"
@@ -237,7 +242,8 @@ def table(judged: Sequence[ClaimVerdict]) -> Table:
         columns=("claim", "figure", "verdict", "effect [95% interval]", "seeds", "p (Holm)", "compared, or why not"),
         ids=("claim", "figure", "verdict", "effect", "seeds", "p_holm", "compared"),
         rows=tuple(rows),
-        note="Effects are means over paired seeds with 95% t-intervals. A verdict needs all parts of a claim and "
+        note=(f"Data: {', '.join(data)}. " if data else "")
+        + "Effects are means over paired seeds with 95% t-intervals. A verdict needs all parts of a claim and "
         "three tests over seeds (Student's t, exact sign-flip permutations, sign test) after Holm's correction over the claims; "
         "p is the largest of the three. Suggested: by the t-test alone, all seeds of one sign, too few seeds for exact tests. "
         "Verdicts of parts are before that correction. " + power_text(judged),
