@@ -118,7 +118,16 @@ def _overview(file: Path, root: dict[str, Any], groups: dict[str, Any], cfg: Dic
 
 
 def _root_keys(file: Path, cfg: DictConfig) -> str:
-    """Return the keys outside of groups with their comments."""
+    return "\n".join(["Keys (KEY=VALUE):", *_key_lines(root_rows(file, cfg))])
+
+
+def root_rows(file: Path, cfg: DictConfig) -> list[tuple[str, str]]:
+    """Return the keys outside of groups with their comments.
+
+    Args:
+        file: Configuration file of a command, such as ``conf/train.yaml``.
+        cfg: Configuration composed from it.
+    """
     comments = comments_of(file)
     rows: list[tuple[str, str]] = []
     for key in map(str, cfg):
@@ -128,7 +137,7 @@ def _root_keys(file: Path, cfg: DictConfig) -> str:
         if leaves and leaves[0][0] != key:
             rows.append((f"{key}.*", comments.keys.get(key, "")))
         rows += [(f"{dotted}={text}", comments.keys.get(dotted, "")) for dotted, text in leaves]
-    return "\n".join(["Keys (KEY=VALUE):", *_key_lines(rows)])
+    return rows
 
 
 def _group_choices(file: Path, group: str) -> str:
@@ -152,7 +161,7 @@ def _group_keys(cfg: DictConfig, group: str, choices: Sequence[str]) -> str:
         file = loading.folder() / group / f"{choice}.yaml"
         description = comments_of(file).description if file.is_file() else ""
         title = f"{group}={choice}" if choice else f"{group}: no choice"
-        rows = _global_rows(cfg, file) if "@package _global_" in _first_line(file) else _choice_rows(cfg, group, file)
+        rows = _global_rows(cfg, file) if "@package _global_" in _first_line(file) else choice_rows(cfg, group, file)
         # an experiment states its claim, command, cost and expectation
         sentences = re.split(r" (?=(?:Claim|Command|Cost|Expected)\b)", f"{title}: {description}".rstrip(": "))
         lines = [line for sentence in sentences for line in _wrapped(sentence, 0)]
@@ -172,8 +181,14 @@ def _global_rows(cfg: DictConfig, file: Path) -> list[tuple[str, str]]:
     ]
 
 
-def _choice_rows(cfg: DictConfig, group: str, file: Path) -> list[tuple[str, str]]:
-    """Return the keys of a choice with their comments."""
+def choice_rows(cfg: DictConfig, group: str, file: Path) -> list[tuple[str, str]]:
+    """Return the keys of a choice, each as ``key=value``, with their comments.
+
+    Args:
+        cfg: Configuration in which the choice was composed.
+        group: Folder of ``conf/``, such as ``analysis``.
+        file: File of the choice in that folder.
+    """
     comments = comments_of(file) if file.is_file() else FileComments()
     place = f"{group}.{file.stem}" if f"@package {group}." in _first_line(file) else group
     node = OmegaConf.select(cfg, place)
