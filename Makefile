@@ -4,9 +4,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 SETUP := $(VENV)/.installed
 RUN := $(BIN)/python
-# uv installs several packages at a time, pip one after the other
+# with uv the packages of locks/ are installed, each file compared with its hash; pip takes the same versions from constraints.txt
 UV := $(shell command -v uv 2>/dev/null)
-INSTALL := $(if $(UV),$(UV) pip install --quiet --python $(RUN),$(BIN)/pip install --quiet --disable-pip-version-check)
+PIP_INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
+UV_INSTALL := $(UV) pip install --quiet --python $(RUN)
+# $(call install,docs): the extra dev, and another one
+install = $(if $(UV),$(UV_INSTALL) --require-hashes $(patsubst %,-r locks/%.txt,$(sort dev $(1))) && \
+  $(UV_INSTALL) --no-deps --no-build-isolation -e .,$(PIP_INSTALL) -e '.[$(1)]')
 PROFILE ?= smoke
 SEEDS ?= 1
 REPRODUCE := $(RUN) -m vitscope reproduce
@@ -24,7 +28,7 @@ FUZZ ?= 1000
 BENCH ?= hessian landscape representation attention training data report sweep startup
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-newest test-extras gpu-check lint format bench fuzz soak doctor clean reproduce $(QUESTIONS) $(TABLES) sweep sweep-local
+.PHONY: help setup demo test test-slow test-newest test-extras gpu-check lint format bench fuzz soak doctor clean reproduce $(QUESTIONS) $(TABLES) sweep sweep-local docs docs-figures locks
 
 help: ## list the targets
 	@grep -hE '^[a-zA-Z0-9_%-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  %-24s %s\n", $$1, $$2}'
@@ -35,10 +39,10 @@ help: ## list the targets
 	@echo "  EXPORT=results/x (write the numbers as JSON) FROM=results/x (draw from them)"
 	@echo "  DRY=1 (list runs, hours and disk) LAUNCHER=slurm SLURM='partition=gpu time=1440'"
 
-$(SETUP): pyproject.toml constraints.txt
+$(SETUP): pyproject.toml constraints.txt locks/dev.txt
 	@test -x $(RUN) || $(PYTHON) -m venv $(VENV)
 	@echo "installing into $(VENV) (torch and its CUDA libraries are several GB; once)"
-	@$(INSTALL) -c constraints.txt -e '.[dev]'
+	@$(call install,dev)
 	@touch $@
 
 setup: $(SETUP) ## create .venv and install what was tested, with uv where there is one
@@ -120,7 +124,7 @@ sweep: $(SETUP) ## a W&B sweep, one agent a GPU (SWEEP=sweeps/x.yaml GPUS=0,1 SW
 	@$(RUN) -m vitscope sweep $(SWEEP) server=true $(if $(SWEEP_ID),sweep_id=$(SWEEP_ID)) $(SWEEP_OPTIONS)
 
 bench: $(SETUP) ## every claim about speed, its peers in the same run (installs .[bench]; BENCH=hessian for one)
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
+	@$(call install,bench)
 	@for name in $(BENCH); do echo "== $$name"; $(RUN) benchmarks/$$name.py || exit $$?; done
 
 fuzz: $(SETUP) ## random input against every guard, a thousand cases each (FUZZ=1000); kills at random moments
@@ -129,6 +133,17 @@ fuzz: $(SETUP) ## random input against every guard, a thousand cases each (FUZZ=
 
 soak: $(SETUP) ## a million rows, 50 killed saves of 300 MB, 8 writers, 2,000 steps, 200 runs: prints figures
 	$(RUN) benchmarks/soak.py
+
+docs: $(SETUP) ## the documentation site in build/site, which opens from disk (installs .[docs])
+	@$(call install,docs)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	@echo "open build/site/index.html"
+
+docs-figures: $(SETUP) ## draw the figures of the diagnostics' pages that are missing (FIGURES_OF='cka fourier' draws these again)
+	$(RUN) docs/scripts/draw_figures.py $(if $(FIGURES_OF),$(FIGURES_OF),--missing)
+
+locks: ## write locks/ from pyproject.toml and constraints.txt (needs uv)
+	$(PYTHON) .ci/make_locks.py $(UV)
 
 doctor: $(SETUP) ## what works on this machine
 	@$(RUN) -m vitscope doctor
