@@ -33,6 +33,7 @@ ROOT = Path(__file__).parents[1]
 RUN_ELSEWHERE = ("own_code.md",)
 DOCUMENTS = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md")]
 DOCUMENTS += [path for path in sorted(ROOT.glob("docs/*.md")) if path.name not in RUN_ELSEWHERE]
+DOCUMENTS += sorted(ROOT.glob("docs/diagnostics/*.md"))
 HYDRA_OPTIONS = {"-m", "--multirun", "--help", "--cfg", "job", "--resolve"}
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 _PROGRAM = re.compile(
@@ -199,8 +200,11 @@ class Checker:
 DOCUMENTED = [(document.name, words) for document in DOCUMENTS for words in commands(document.read_text())]
 
 
-#: every experiment is composed for `all`: two seconds each
-SLOW = [name == "reproduce.md" and "all" in words for name, words in DOCUMENTED]
+#: every experiment is composed for `all`: two seconds each; the pages of diagnostics have many like commands
+SLOW = [
+    (name == "reproduce.md" and "all" in words) or (ROOT / "docs" / "diagnostics" / name).is_file()
+    for name, words in DOCUMENTED
+]
 
 
 @pytest.mark.parametrize(
@@ -223,8 +227,8 @@ def test_a_documented_command_composes(
     Checker(tmp_path).check(words)
 
 
-def test_the_commands_of_readme_are_all_read() -> None:
-    lines = [" ".join(words) for name, words in DOCUMENTED if name == "README.md"]
+def test_the_commands_of_the_documents_are_all_read() -> None:
+    lines = [" ".join(words) for _, words in DOCUMENTED]
     for start in ("make demo", "python train.py model=alternet", "python analyze.py run=runs/<id>", "python report.py",
                   "vitscope train", "torchrun --nproc-per-node=4", "python train.py data=photographs", "pip install -c",
                   "benchmarks/passed_over.py --networks"):  # fmt: skip

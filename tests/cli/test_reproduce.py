@@ -215,9 +215,9 @@ def test_dry_lists_the_work_and_does_none(
     assert table["fig8"][1:8] == ["1", "0", "0", "0", "1", "29", "s"]
     assert table["together"][1:8] == ["3", "0", "0", "0", "2", "58", "s"]  # the ViT is trained once
     assert "with 2 side by side, each as fast as alone, at least 29 s" in shown
-    assert "time: by README.md: all targets in 45 minutes on two CPU cores" in shown
+    assert "time: by docs/reproduce.md: all targets in 45 minutes on two CPU cores" in shown
     reproduce.reproduce(reproduce.arguments(["fig9", "dry=true", "overrides=optimizer.lr=3e-4"]))
-    assert "README.md" not in capsys.readouterr().out  # the rate is that of the profile's own settings
+    assert "docs/reproduce.md" not in capsys.readouterr().out  # the rate is that of the profile's own settings
     with pytest.raises(ConfigError, match="optimizer.lrr.*did you mean lr"):
         reproduce.reproduce(reproduce.arguments(["fig9", "dry=true", "overrides=optimizer.lrr=3e-4"]))
     with pytest.raises((ConfigError, ValueError), match="depth"):  # composes, and does not build

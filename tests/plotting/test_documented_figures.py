@@ -1,4 +1,4 @@
-"""The program of ``docs/figures.md`` and the lines of README on figures run as they stand."""
+"""The program of ``docs/figures.md`` and the Python of README run as they stand."""
 
 from __future__ import annotations
 
@@ -44,11 +44,15 @@ def test_the_page_on_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_the_lines_of_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    section = (ROOT / "README.md").read_text().partition("## Figures and saved results")[2]
-    block = _BLOCK.findall(section)[0]
+    names = run(_BLOCK.findall((ROOT / "README.md").read_text()), tmp_path, monkeypatch, {})
+    assert isinstance(names["figure"], Figure)
+    assert (tmp_path / "fourier.pdf").stat().st_size > 0
+
+
+def test_a_ratio_in_the_order_asked_for(tmp_path: Path) -> None:
     from tests.helpers.sample_results import variance
 
-    names = run([block], tmp_path, monkeypatch, {"vs": vs, "vit": variance(), "resnet": variance(2.0)})
-    assert isinstance(names["figure"], Figure)
-    assert [ax.get_title() for ax in names["figure"].axes] == ["ResNet-50", "ViT-B"]
-    assert names["result"] == variance()
+    results = {"ViT-B": variance(), "ResNet-50": variance(2.0)}
+    figure = vs.plot(results, order=["ResNet-50"], view="ratio", figsize=(3.3, 4), title=False)
+    assert [ax.get_title() for ax in figure.axes] == ["ResNet-50", "ViT-B"]
+    assert vs.load_result(results["ViT-B"].save(tmp_path / "vit.npz")) == variance()
