@@ -53,15 +53,24 @@ def trained(name: str, folder: Path) -> Path:
     return run
 
 
+def measure(analyses: list[str], folder: Path) -> None:
+    """Measure what the figures of some pages show, with one command for each run."""
+    sources = [diagnostic_pages.read_source(analysis) for analysis in analyses]
+    for name in RUNS:
+        chosen = [source for source in sources if name in source.figure.models]
+        if chosen:
+            overrides = [override for source in chosen for override in source.figure.overrides]
+            names = ",".join(source.analysis for source in chosen)
+            run_script("analyze.py", [f"run={trained(name, folder)}", f"analysis=[{names}]", *overrides])
+
+
 def draw(analysis: str, folder: Path) -> Path:
-    """Measure what the figure of a page shows, and draw it."""
+    """Draw the figure of a page from the newest results."""
     settings = diagnostic_pages.read_source(analysis).figure
     results = {}
     for name in settings.models:
-        run = trained(name, folder)
-        run_script("analyze.py", [f"run={run}", f"analysis=[{analysis}]", *settings.overrides])
-        newest = max((run / "results" / analysis).glob("*.npz"), key=lambda file: file.stat().st_mtime)
-        results[RUNS[name][0]] = vs.load_result(newest)
+        files = (folder / name / "results" / analysis).glob("*.npz")
+        results[RUNS[name][0]] = vs.load_result(max(files, key=lambda file: file.stat().st_mtime))
     # the two networks need not share a card: BatchNorm has statistics in one of them alone
     figure = vs.plot(results, allow_different=True, **settings.plot)
     pixels = io.BytesIO()
@@ -82,9 +91,11 @@ def main(arguments: list[str]) -> None:
     for argument in arguments:
         if argument.startswith("--runs="):
             folder = Path(argument.partition("=")[2]).resolve()
-    for analysis in names or diagnostic_pages.analyses():
-        if "--missing" in arguments and (diagnostic_pages.FIGURES / f"{analysis}.webp").is_file():
-            continue
+    names = names or diagnostic_pages.analyses()
+    if "--missing" in arguments:
+        names = [name for name in names if not (diagnostic_pages.FIGURES / f"{name}.webp").is_file()]
+    measure(names, folder)
+    for analysis in names:
         print(draw(analysis, folder), flush=True)
     total = sum(file.stat().st_size for file in diagnostic_pages.FIGURES.iterdir())
     if total > LIMIT:
