@@ -82,6 +82,7 @@ class Checker:
         self.programs: dict[str, Callable[[list[str]], None]] = {
             "python": self.python, "vitscope": self.vitscope, "make": self.make, "torchrun": self.torchrun,
             "wandb": self.wandb, "pip": self.pip, "pre-commit": self.pre_commit, "sbatch": self.sbatch,
+            "srun": self.srun,
         }  # fmt: skip
 
     def check(self, words: Sequence[str]) -> None:
@@ -170,9 +171,18 @@ class Checker:
                 assert (ROOT / word.partition("=")[2]).is_file(), word
 
     def torchrun(self, words: list[str]) -> None:
-        script = next(i for i, word in enumerate(words) if word.endswith(".py"))
+        script = next(i for i, word in enumerate(words) if word.endswith(".py") or word == "-m")
         assert all(re.fullmatch(r"--nproc-per-node=\d+", word) for word in words[:script])
-        self.python(words[script:])
+        if words[script] == "-m":
+            assert words[script + 1] == "vitscope"
+            self.vitscope(words[script + 2 :])
+        else:
+            self.python(words[script:])
+
+    def srun(self, words: list[str]) -> None:
+        program = words.index("vitscope")
+        assert all(re.fullmatch(r"--ntasks=\d+", word) for word in words[:program])
+        self.vitscope(words[program + 1 :])
 
     def wandb(self, words: list[str]) -> None:
         assert words[0] in ("sweep", "agent", "login", "sync")
@@ -192,6 +202,8 @@ class Checker:
         subprocess.run(["bash", "-n", str(ROOT / words[0])], check=True)
         if 'vitscope train "$@"' in script:
             self.command("train", [*words[1:], "trainer=slurm", "ckpt_path=auto"])
+        if 'vitscope analyze "$@"' in script:
+            self.command("analyze", [*words[1:], "trainer=slurm"])
 
     def pre_commit(self, words: list[str]) -> None:
         assert (ROOT / ".pre-commit-config.yaml").is_file()

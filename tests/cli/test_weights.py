@@ -236,7 +236,11 @@ def test_values_that_an_analysis_would_pass_over_are_refused(call, trained, caps
             2,
             "error: optimizer: no group of this command; leave it out: analyze.py takes the optimizer that",
         ),
-        ("trainer=cpu", 2, "error: trainer: no group of this command; device=cpu or device=cuda says where"),
+        (
+            "trainer=cpu",
+            2,
+            "error: trainer: an analysis takes trainer=ddp or trainer=slurm alone; leave it out; device=cpu or",
+        ),
         ("model.depth=2", 4, "use the model it was made with"),
     ):
         capsys.readouterr()

@@ -23,7 +23,7 @@ from vitscope.runs.run_dir import Run
 from vitscope.runs.scalar_loggers import run_mirror
 from vitscope.runs.summary_table import print_headline
 from vitscope.runtime import errors
-from vitscope.runtime.distributed import rank
+from vitscope.runtime.distributed import gather_objects, rank, world_size
 from vitscope.runtime.errors import CheckpointError, ConfigError, StorageError
 
 _logger = logging.getLogger(__name__)
@@ -73,7 +73,7 @@ def analyze(cfg: DictConfig, chosen_keys: Sequence[str] = (), run_value_override
     if run is None:
         if cfg.ckpt_path:
             cfg.ckpt_path = str(Path(cfg.ckpt_path).absolute())  # the folder is measured again from anywhere
-        run = run_dir.create(cfg, "analyze")
+        run = _new_run(cfg)
     run_end.log_tracebacks_to(run)
     if rank() == 0 and model_facts.KEY not in run.provenance() and _is_own_model(cfg, run):
         run.note(**{model_facts.KEY: model_facts.of_model(cfg)})
@@ -86,10 +86,17 @@ def analyze(cfg: DictConfig, chosen_keys: Sequence[str] = (), run_value_override
         code = error_translation.code_for(error)
         raise
     finally:
-        if run.provenance().get("command") == "analyze":
+        if rank() == 0 and run.provenance().get("command") == "analyze":
             run_end.note_end(run, code)
         mirror.finish(code)
     return run
+
+
+def _new_run(cfg: DictConfig) -> Run:
+    """Return a new folder, which rank 0 makes for all."""
+    run = run_dir.create(cfg, "analyze") if rank() == 0 else None
+    path = gather_objects(run.path if run is not None else None)[0]
+    return run or Run(path)
 
 
 def merged(cfg: DictConfig, base: DictConfig, chosen_keys: Sequence[str]) -> DictConfig:
@@ -141,12 +148,15 @@ def _perform(
     for analysis in analyses:
         result = runner.perform(analysis, place, reuse=bool(cfg.reuse))
         assert result is not None
+        if rank() != 0:
+            continue
         if hasattr(result, "table"):  # a result that reads best as text brings its own rows
             print(result.table())
         if hasattr(result, "unit_table"):
             print(result.unit_table())
         values.update({f"{analysis.name}/{key}": value for key, value in result.scalars().items()})
-    print_headline(run, values, mirror)
+    if rank() == 0:
+        print_headline(run, values, mirror)
 
 
 def _announce(place: context.AnalysisContext, defaults: Sequence[str]) -> None:
@@ -315,7 +325,7 @@ def _moment(path: Path | None, content: Mapping[str, Any] | None, run: Run) -> t
 
 def _device(name: str) -> torch.device:
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -324,4 +334,6 @@ def _device(name: str) -> torch.device:
         raise ConfigError("device", name, "no GPU here", "choose cpu")
     if device.type == "meta" or (device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()):
         raise ConfigError("device", name, "no such device", "choose auto, cpu or cuda")
+    if device.type == "cuda" and world_size() > 1:
+        return torch.device("cuda", torch.cuda.current_device())  # the rank's own
     return device

@@ -49,11 +49,10 @@ def perform(analysis: Analysis, place: AnalysisContext, *, reuse: bool = True) -
         checkpoint_weights.weights_hash(place.network),
     )
     # what lies ahead is not looked for: another rank may have saved it already and wait for this one
-    if (
-        reuse
-        and analysis.name not in place.ahead
-        and (earlier_result := _earlier(folder / f"{stem}.npz", weights)) is not None
-    ):
+    is_reusable = reuse and analysis.name not in place.ahead
+    earlier_result = _earlier(folder / f"{stem}.npz", weights) if is_reusable else None
+    # none takes a result that another one does not see, or that rank 0 saves before a slower one looks
+    if is_reusable and all(gather_objects(earlier_result is not None)):
         if rank() == 0:
             outputs.complete(analysis, place, folder, stem, earlier_result)
             shutil.rmtree(folder / f".partial-{stem}-{weights}", ignore_errors=True)

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 
 from omegaconf import DictConfig
 
-from vitscope.cli import exit_codes, hydra_command, other_tools
+from vitscope.analyses import rank_request
+from vitscope.cli import exit_codes, hydra_command, other_tools, rank_launcher
 from vitscope.config.keys import common_probe
 from vitscope.config.loss import loss_overrides
 from vitscope.config.validation import validate_plain_values
@@ -33,9 +34,19 @@ def _command() -> None:
 
 
 def _analyze(cfg: DictConfig, overrides: Sequence[str], *, run_value_overrides: Sequence[str]) -> None:
+    request = rank_request.take_request(cfg, overrides)
     common_probe.apply_common_probe(cfg, overrides)
     if not cfg.run:
         validate_plain_values(cfg)
-    from vitscope.analyses.analysis_run import analyze  # imports torch
+    if request is not None and request.n_ranks > 1:
+        rank_launcher.run_ranks(request.n_ranks, sys.argv[1:])
+        return
+    from vitscope.analyses import process_group  # imports torch
+    from vitscope.analyses.analysis_run import analyze
 
-    analyze(cfg, [override.partition("=")[0] for override in overrides], run_value_overrides)
+    with process_group.joined(request, str(cfg.device)):
+        analyze(cfg, [key for key in map(_key, overrides) if not key.startswith("trainer")], run_value_overrides)
+
+
+def _key(override: str) -> str:
+    return override.partition("=")[0]

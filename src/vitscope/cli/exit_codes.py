@@ -29,8 +29,8 @@ from types import FrameType
 from vitscope.config.error_translation import INTERRUPTED, code_for, explain
 from vitscope.runs import run_end
 from vitscope.runtime import stop_flag, trusted_packages
-from vitscope.runtime.errors import first_line
-from vitscope.runtime.logging import command_logging
+from vitscope.runtime.errors import DistributedError, first_line
+from vitscope.runtime.logging import command_logging, is_main_process
 from vitscope.runtime.stop_flag import Interrupted
 
 
@@ -60,6 +60,8 @@ def _ended(error: BaseException, wants_traceback: bool) -> int:
     stopped = stop_flag.requested()
     if isinstance(error, SystemExit) and stopped is not None:
         error = Interrupted(stopped)  # Lightning's own answer to SIGTERM, where it comes before ours
+    if stopped is not None and code_for(error) == DistributedError.exit_code:
+        error = Interrupted(stopped)  # all ranks were asked to stop, and another one was faster
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else int(error.code is not None)
     run = run_end.current_run()
@@ -70,6 +72,8 @@ def _ended(error: BaseException, wants_traceback: bool) -> int:
     if isinstance(error, KeyboardInterrupt):
         error = Interrupted(signal.SIGINT)
     if isinstance(error, Interrupted):
+        if not is_main_process():
+            return code_for(error)
         _print_on_stderr(f"stopped by {signal.Signals(error.signum).name}{_resume_advice()}")
         return code_for(error)
     explained = explain(error)
@@ -92,7 +96,9 @@ def _resume_advice() -> str:
 
 
 def _print_on_stderr(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    """Print a line; a rank other than the first opens it with its number."""
+    prefix = "" if is_main_process() else f"rank {os.environ.get('RANK', os.environ.get('LOCAL_RANK', '?'))}: "
+    print(f"{prefix}{line}", file=sys.stderr, flush=True)
 
 
 def _install() -> None:

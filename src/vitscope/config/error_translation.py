@@ -25,7 +25,6 @@ _MISCONFIGURATION = "lightning_fabric.utilities.exceptions.MisconfigurationExcep
 #: what Hydra says of a group that a command's configuration does not choose from
 _NO_GROUP = re.compile(r"Could not override '([\w/]+)'\. No match in the defaults list")
 _IN_PLACE_OF_GROUPS = {
-    "trainer": "device=cpu or device=cuda says where analyze.py measures",
     "optimizer": "leave it out: analyze.py takes the optimizer that the run's checkpoint holds",
     "callbacks": "leave it out: callbacks belong to train.py",
 }

@@ -111,8 +111,9 @@ def _resolved(cfg: DictConfig) -> dict[str, Any]:
 
 def _check_roots(tree: Mapping[str, Any], *, whole: bool) -> None:
     """Check the keys outside groups, and that every group is there and is one."""
-    groups, keys = _roots("analyze" if {"device", "reuse"} & set(tree) else "train")
-    needed = groups - {"profile", "experiment", "caps", "logger", "probe"}
+    is_analysis = bool({"device", "reuse"} & set(tree))
+    groups, keys = _roots("analyze" if is_analysis else "train")
+    needed = groups - {"profile", "experiment", "caps", "logger", "probe", *(("trainer",) if is_analysis else ())}
     groups = groups | {"optimizer"}  # analyze.py takes it over from the run
     for key, value in tree.items():
         if key not in keys and key not in groups:

@@ -6,10 +6,37 @@ shares up, so that each rank returns the same numbers.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
+
+_n_collectives = 0
+_is_waiting = False
+
+
+def n_collectives() -> int:
+    """Return how many collective operations this process has finished."""
+    return _n_collectives
+
+
+def is_waiting() -> bool:
+    """Tell whether this process is in a collective operation, where it may wait for another one."""
+    return _is_waiting
+
+
+@contextlib.contextmanager
+def _collective() -> Iterator[None]:
+    """Mark a collective operation for `is_waiting`."""
+    global _is_waiting, _n_collectives
+    _is_waiting = True
+    try:
+        yield
+        _n_collectives += 1
+    finally:
+        _is_waiting = False
 
 
 def _active() -> bool:
@@ -33,14 +60,16 @@ def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
     """
     if world_size() > 1:
         tensor = tensor.contiguous()
-        dist.all_reduce(tensor)
+        with _collective():
+            dist.all_reduce(tensor)
     return tensor
 
 
 def broadcast(tensor: torch.Tensor, source: int = 0) -> torch.Tensor:
     """Return rank ``source``'s values of ``tensor`` on every rank (in place)."""
     if world_size() > 1:
-        dist.broadcast(tensor, source)
+        with _collective():
+            dist.broadcast(tensor, source)
     return tensor
 
 
@@ -49,5 +78,6 @@ def gather_objects(value: Any) -> list[Any]:
     if world_size() == 1:
         return [value]
     values: list[Any] = [None] * world_size()
-    dist.all_gather_object(values, value)
+    with _collective():
+        dist.all_gather_object(values, value)
     return values

@@ -6,6 +6,7 @@ A signal handler calls `request`; loops call `check` once a product, a grid poin
 from __future__ import annotations
 
 _requested: int | None = None
+_n_checks = 0
 
 
 class Interrupted(Exception):
@@ -33,7 +34,14 @@ def clear() -> None:
     _requested = None
 
 
+def n_checks() -> int:
+    """Return how often `check` was called: a number that grows while a loop of this process advances."""
+    return _n_checks
+
+
 def check() -> None:
     """Raise `Interrupted` where a stop was asked for."""
+    global _n_checks
+    _n_checks += 1
     if _requested is not None:
         raise Interrupted(_requested)
