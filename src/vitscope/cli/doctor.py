@@ -18,7 +18,7 @@ from rich.table import Table
 from vitscope.config import loading
 from vitscope.core.objective import Objective
 from vitscope.core.probe import Probe
-from vitscope.linalg.eigensolver import free_memory
+from vitscope.linalg.basis_memory import free_memory
 from vitscope.runs import wandb_mirror
 
 _PACKAGES = (

@@ -16,7 +16,7 @@ COMPARED = (
 #: what ``solver`` states of the course of the computation, not of the meaning of the number: draws, chunks, memory and time,
 #: names of the model's own checkpoints, the model's own preprocessing. Any other fact is compared.
 INCIDENTAL_FACTS = frozenset({
-    "seed", "product", "micro_batch", "max_memory", "batches_at_once", "n_products", "budget_s", "seconds_per_product",
+    "seed", "product", "micro_batch", "max_memory", "basis", "batches_at_once", "n_products", "budget_s", "seconds_per_product",
     "predicted_s", "predicted_bytes", "batches", "dropout", "labels", "start", "end", "std", "images_of_other",
 })  # fmt: skip
 

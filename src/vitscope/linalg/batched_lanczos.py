@@ -15,10 +15,11 @@ from torch.func import grad, grad_and_value, jvp, vmap
 
 from vitscope.core.guard.substituted_call import substituted_call
 from vitscope.core.probe import Batch
+from vitscope.linalg.basis_memory import free_memory
 from vitscope.linalg.curvature.l2_curvature import add_l2_product
 from vitscope.linalg.curvature.operator_factory import Curvatures
 from vitscope.linalg.curvature.start_vector import start_along
-from vitscope.linalg.eigensolver import Search, free_memory
+from vitscope.linalg.eigensolver import Search
 from vitscope.linalg.krylov_basis import norm
 from vitscope.linalg.ritz_values import count
 from vitscope.linalg.solvers import Solution, l2_contribution
@@ -153,7 +154,8 @@ def eigenvalues_side_by_side(
     options = {"n_ends": n_ends, "tol": tol, "max_products": max_products, "seed": seed}
     shift = stacked.operators[0].shift
     runs = {
-        i: Search(start, k, max_memory=memory / len(starts), shift=shift, **options) for i, start in enumerate(starts)
+        i: Search(start, k, max_memory=memory / len(starts), shift=shift, memory=curvatures.basis_memory(), **options)
+        for i, start in enumerate(starts)
     }
     del starts
     needed = curvatures.probe.objective.l2 in ("sum_norm", "adamw")

@@ -9,17 +9,15 @@ products in a row with which all is known.
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from vitscope.linalg.krylov_basis import BasisBuffer
+from vitscope.linalg.basis_memory import BasisBuffer
 from vitscope.linalg.lanczos import Lanczos, Operator
 from vitscope.linalg.missed_eigenvalues import HIGHEST_PROBABILITY, KrylovPolynomial, outer_values
 from vitscope.linalg.partial_reorthogonalization import SemiorthogonalLanczos
@@ -87,12 +85,14 @@ def extreme_eigenvalues(
         n_ends: this many more of the largest, then of the smallest, after the others.
         tol: relative error of each eigenvalue at which to stop (of the largest one's magnitude times 1e-3 where smaller).
         max_products: the most products; what has not converged then says so.
-        max_memory: bytes that the basis may take; thick restarts keep to it. None: a quarter of what is free.
+        max_memory: bytes that the basis may take, on all ranks together; thick restarts keep to it. None: a quarter of what is
+            free.
         vectors: also return the eigenvectors.
         seed: of the random vectors that continue after an invariant subspace.
         shift: added to every eigenvalue: the operator is H + shift I.
-        shared: every rank runs this on one operator whose products are reduced, so that all must stop together.
-        memory: of the basis, to be used again by the next search; None for its own.
+        shared: every rank runs this on one operator whose products are reduced: all must stop together, and each holds a share
+            of the basis.
+        memory: of the basis, to be used again by the next search, with the same ``shared``; None for its own.
         confirmations: products in a row with which all eigenvalues must be known.
         random_share: length of the random part of ``start`` relative to the rest, which may lie in a wrong invariant subspace;
             the search then goes on until it is unlikely that a value beyond the wanted ones was passed over. None for a start
@@ -104,7 +104,8 @@ def extreme_eigenvalues(
     """
     search = Search(
         start, k, which=which, n_ends=n_ends, tol=tol, max_products=max_products, max_memory=max_memory,
-        seed=seed, shift=shift, memory=memory, confirmations=confirmations, random_share=random_share,
+        seed=seed, shift=shift, memory=memory or BasisBuffer(shared=shared), confirmations=confirmations,
+        random_share=random_share,
     )  # fmt: skip
     while True:
         stop = search.absorb(product(search.lanczos.row))
@@ -140,7 +141,9 @@ class Search:
     ) -> None:
         _check(len(start), k, which, tol, max_products)
         self.k, self.which, self.n_ends, self.tol, self.max_products = k, which, n_ends, tol, max_products
-        self.rows = basis_rows(start, count(k, which, n_ends), max_products, max_memory)
+        least = min(2 * count(k, which, n_ends) + 4, len(start) + 1, max_products + 1)
+        memory = memory or BasisBuffer()
+        self.rows = memory.plan(start, least, max_products + 1, max_memory)
         self.lanczos = SemiorthogonalLanczos(None, start, self.rows, seed=seed, shift=shift, memory=memory)
         self._at_breakdown: np.ndarray | None = None
         self.confirmations, self._n_known = confirmations, 0  # products in a row with which all was known
@@ -225,32 +228,6 @@ def check_stopping_rule(tol: float, max_products: int) -> None:
         raise ValueError(f"Expected max_products to be at least 1, received {max_products}.")
 
 
-def basis_rows(start: Tensor, n_values: int, max_products: int, max_memory: float | None) -> int:
-    """Return how many vectors the basis may hold."""
-    row = start.element_size() * len(start)
-    least = min(2 * n_values + 4, len(start) + 1, max_products + 1)
-    free = free_memory(start.device) if max_memory is None else 0.0
-    # a quarter of what is free; where that is too little, as much as Lanczos needs and up to half
-    rows = int((max(free / 4, min(free / 2, least * row)) if max_memory is None else max_memory) // row)
-    if rows < least:
-        raise ValueError(
-            f"Expected max_memory for at least {least} vectors of {row / 2**20:.1f} MiB ({least * row / 2**20:.0f} MiB), "
-            f"received {rows * row / 2**20:.0f} MiB: ask for fewer eigenvalues or parameters, or use a micro_batch."
-        )
-    return min(rows, max_products + 1)
-
-
-def free_memory(device: torch.device) -> float:
-    """Return the bytes that are free on ``device``; on Linux's host with the file cache, which gives way."""
-    if device.type == "cuda":
-        return float(torch.cuda.mem_get_info(device)[0])
-    meminfo = Path("/proc/meminfo")
-    for line in meminfo.read_text().splitlines() if meminfo.exists() else ():
-        if line.startswith("MemAvailable:"):
-            return 1024.0 * int(line.split()[1])
-    return float(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-
-
 def _kept(ritz: Ritz, selected: np.ndarray, which: str, rows: int) -> np.ndarray:
     """Return the Ritz values to restart with: the wanted ones and, for a wider gap, some that follow them."""
     following = select_ritz_values(ritz.values, len(ritz.values), "LM" if which == "both" else which)
@@ -273,7 +250,7 @@ def _beyond(lanczos: Lanczos, ritz: Ritz, bounds: np.ndarray) -> np.ndarray:
     ``autograd.Function`` whose backward pass reads values that autograd takes for constants.
     """
     norm = float(np.abs(ritz.values).max(initial=0.0))
-    if not lanczos.asymmetry > float(torch.finfo(lanczos.basis.rows.dtype).eps) ** 0.5 * norm:
+    if not lanczos.asymmetry > float(torch.finfo(lanczos.basis.dtype).eps) ** 0.5 * norm:
         return np.zeros(len(bounds), dtype=bool)
     warnings.warn(
         f"the products with the matrix are not symmetric (by {lanczos.asymmetry / norm:.2g} of its norm): a part of the network "

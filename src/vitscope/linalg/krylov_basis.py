@@ -14,6 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vitscope.linalg.basis_memory import BasisBuffer
+from vitscope.runtime import distributed
+
 #: columns at once on a CPU: few enough for the cache, enough to hide the loop
 CPU_BLOCK = 1 << 18
 #: entries of several rows at once on a CPU
@@ -24,58 +27,63 @@ GRAM_SHARE = 64
 GPU_BLOCK = 1 << 22
 
 
-class BasisBuffer:
-    """Memory that one basis after another uses: taking pages from the operating system costs as much as filling them."""
-
-    def __init__(self) -> None:
-        self._kept: Tensor | None = None
-
-    def rows(self, capacity: int, like: Tensor) -> Tensor:
-        """Return ``(capacity, size)``, of the size, dtype and device of ``like (size,)``; the rows given before are lost."""
-        buffer, kind = self._kept, (len(like), like.dtype, like.device)
-        if buffer is None or len(buffer) < capacity or (buffer.shape[1], buffer.dtype, buffer.device) != kind:
-            self._kept = None  # freed before its successor is made
-            self._kept = buffer = torch.empty(capacity, len(like), dtype=like.dtype, device=like.device)
-        return buffer[:capacity]
-
-
 class Basis:
     """Rows ``(capacity, size)`` of which the first ``count`` are orthogonal; a row times its scale has length 1.
 
     Args:
         capacity: the most rows.
         like: a vector ``(size,)`` whose size, dtype and device are used.
-        memory: where the rows are; None for a new place.
+        memory: where the rows are, and which columns of them this rank holds; None for a new place with all of them.
 
     Attributes:
-        rows: the memory; on a CPU pages are taken only when a row is first written.
+        rows: (capacity, columns of this rank) the memory; on a CPU pages are taken only when a row is first written.
         scales: (capacity,) one over each row's length.
         count: rows in use.
+        size: columns of all ranks.
+        capacity: the most rows.
+        dtype: of the rows.
     """
 
     def __init__(self, capacity: int, like: Tensor, memory: BasisBuffer | None = None) -> None:
-        self.rows = (memory or BasisBuffer()).rows(capacity, like)
+        self._memory = memory or BasisBuffer()
+        self.size, self.capacity, self.dtype, self._device = len(like), capacity, like.dtype, like.device
+        self._columns = self._memory.columns(self.size)
+        self._padded = self._memory.rows(capacity, like)  # (capacity, share), the same share on all ranks
+        self.rows = self._padded[:, : self._columns.stop - self._columns.start]
         self.scales = np.ones(capacity)
         self.count = 0
-        self.block = GPU_BLOCK if like.device.type == "cuda" else CPU_BLOCK
+        self.block = GPU_BLOCK if self.rows.is_cuda else CPU_BLOCK
 
-    def coefficients(self, pieces: Sequence[Tensor], first: int = 0) -> np.ndarray:
-        """Return the inner products of the unit rows from ``first`` on with the vector that ``pieces`` make up, float64."""
+    def row(self, index: int) -> Tensor:
+        """Return row ``index`` whole, ``(size,)``, on the vectors' device; its length is one over its scale."""
+        return self._whole(self._padded[index])
+
+    def put(self, vector: Tensor) -> None:
+        """Copy ``vector (size,)`` to the row after those in use."""
+        self.rows[self.count].copy_(vector[self._columns])
+
+    def coefficients(self, pieces: Sequence[Tensor] | None, first: int = 0) -> np.ndarray:
+        """Return the inner products of the unit rows from ``first`` on with a vector, float64.
+
+        Args:
+            pieces: what flattened and joined makes up the vector ``(size,)``; None: the row after those in use.
+            first: number of the first row.
+        """
         total = torch.zeros(self.count - first, dtype=torch.float64, device=self.rows.device)
         at_once = self.block if self.rows.is_cuda else min(self.block, CPU_ENTRIES // max(1, self.count - first))
         for block, piece in self._blocks(pieces, at_once):
             rows = self.rows[first : self.count, block]
             total += torch.mv(rows, piece) if rows.is_cuda else (rows * piece).sum(1)
-        return total.cpu().numpy() * self.scales[first : self.count]
+        return self._sum(total).cpu().numpy() * self.scales[first : self.count]
 
-    def write(self, pieces: Sequence[Tensor], factor: float, coefficients: np.ndarray, first: int = 0) -> float:
+    def write(self, pieces: Sequence[Tensor] | None, factor: float, coefficients: np.ndarray, first: int = 0) -> float:
         """Write ``factor * vector - coefficients @ unit rows`` to the row after those in use; return its length.
 
-        The row is in use from the next `accept` on. ``pieces`` may be that row itself; the unit rows are those from ``first``
-        on.
+        The row is in use from the next `accept` on. The vector is given as for `coefficients`; the unit rows are those from
+        ``first`` on.
         """
         target, device = self.rows[self.count], self.rows.device
-        c = torch.from_numpy(coefficients * self.scales[first : self.count]).to(device, self.rows.dtype)
+        c = torch.from_numpy(coefficients * self.scales[first : self.count]).to(device, self.dtype)
         square = torch.zeros((), dtype=torch.float64, device=device)
         for block, piece in self._blocks(pieces, self.block):
             out = target[block]
@@ -84,7 +92,7 @@ class Basis:
             else:
                 torch.mul(piece, factor, out=out)
             square += _inner(out, out)
-        return float(square.sqrt())
+        return float(self._sum(square).sqrt())
 
     def accept(self, length: float) -> None:
         """Take the row that `write` wrote, of that length, into the basis."""
@@ -99,16 +107,21 @@ class Basis:
             part = self.rows[: self.count, start : start + step]
             total += part @ part.T
         scales = self.scales[: self.count]
-        return total.cpu().numpy() * np.outer(scales, scales)
+        return self._sum(total).cpu().numpy() * np.outer(scales, scales)
 
     def combine(self, weights: np.ndarray) -> Tensor:
-        """Return ``weights (k, m) @ the first m unit rows``: new vectors ``(k, size)``."""
+        """Return ``weights (k, m) @ the first m unit rows``: new vectors ``(k, size)``, whole on every rank."""
         m = weights.shape[1]
         w = torch.from_numpy(weights * self.scales[:m]).to(self.rows)
-        out = torch.empty(len(weights), self.rows.shape[1], dtype=self.rows.dtype, device=self.rows.device)
-        for start in range(0, out.shape[1], self.block):
-            block = slice(start, start + self.block)
-            out[:, block] = w @ self.rows[:m, block]
+        own = torch.empty(len(weights), self._padded.shape[1], dtype=self.dtype, device=self.rows.device)
+        for start in range(0, self.rows.shape[1], self.block):
+            block = slice(start, min(start + self.block, self.rows.shape[1]))
+            own[:, block] = w @ self.rows[:m, block]
+        if self._memory.n_shares == 1:
+            return own.to(self._device)
+        out = torch.empty(len(weights), self.size, dtype=self.dtype, device=self._device)
+        for vector, part in zip(out, own):
+            vector.copy_(self._whole(part))
         return out
 
     def compress(self, weights: np.ndarray) -> None:
@@ -122,13 +135,29 @@ class Basis:
         self.scales[:after], self.scales[after] = 1.0, self.scales[before]
         self.count = after + 1
 
-    def _blocks(self, pieces: Sequence[Tensor], at_once: int) -> Iterator[tuple[slice, Tensor]]:
-        """Yield columns and that part of the vector, cut so that no block crosses a piece's border."""
-        at = 0
-        for piece in pieces:
-            for part in piece.reshape(-1).split(at_once):
-                yield slice(at, at + len(part)), part
-                at += len(part)
+    def _blocks(self, pieces: Sequence[Tensor] | None, at_once: int) -> Iterator[tuple[slice, Tensor]]:
+        """Yield columns of this rank and that part of the vector, cut so that no block crosses a piece's border."""
+        if pieces is None:
+            own, start = [self.rows[self.count]], 0
+        else:
+            own, start = pieces, self._columns.start
+        at, end = -start, self.rows.shape[1]  # in this rank's columns
+        for piece in own:
+            flat = piece.reshape(-1)
+            first, last = max(0, -at), min(len(flat), end - at)
+            for begin in range(first, last, at_once):
+                part = flat[begin : min(begin + at_once, last)]
+                yield slice(at + begin, at + begin + len(part)), part.to(self.rows.device)
+            at += len(flat)
+
+    def _sum(self, total: Tensor) -> Tensor:
+        """Return the sum over the ranks that hold the other columns, on the vectors' device, where all backends work."""
+        return distributed.all_reduce_sum(total.to(self._device)) if self._memory.n_shares > 1 else total
+
+    def _whole(self, part: Tensor) -> Tensor:
+        """Return the whole vector ``(size,)`` of which ``part (share,)`` is this rank's."""
+        part = part.to(self._device)
+        return distributed.all_gather(part)[: self.size] if self._memory.n_shares > 1 else part
 
 
 def norm(w: Tensor) -> float:

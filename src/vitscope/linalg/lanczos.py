@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vitscope.linalg.krylov_basis import Basis, BasisBuffer
+from vitscope.linalg.basis_memory import BasisBuffer
+from vitscope.linalg.krylov_basis import Basis
 from vitscope.linalg.missed_eigenvalues import KrylovPolynomial
 from vitscope.linalg.ritz_values import Ritz
 from vitscope.runtime.errors import NumericalError
@@ -81,12 +82,12 @@ class Lanczos:
     @property
     def full(self) -> bool:
         """Whether the basis has no space for another step."""
-        return self.basis.count >= len(self.basis.rows)
+        return self.basis.count >= self.basis.capacity
 
     @property
     def exhausted(self) -> bool:
         """Whether the basis spans the whole space."""
-        return len(self.projection) == self.basis.rows.shape[1]
+        return len(self.projection) == self.basis.size
 
     def step(self) -> None:
         """Make one product and add a row to the basis, a row and a column to T."""
@@ -96,7 +97,7 @@ class Lanczos:
     @property
     def row(self) -> Tensor:
         """The vector ``(size,)`` whose product is next, of any length."""
-        return self.basis.rows[self.basis.count - 1]
+        return self.basis.row(self.basis.count - 1)
 
     def absorb(self, pieces: Tensor | Sequence[Tensor]) -> None:
         """Take the product with `row` and extend the basis and T."""
@@ -111,10 +112,9 @@ class Lanczos:
         diagonal = c[-1] + self.shift
         inner = self._bounds(c, length)
         if inner.max(initial=0.0) > self.threshold:
-            row = [basis.rows[basis.count]]
-            c = basis.coefficients(row)
+            c = basis.coefficients(None)
             diagonal += c[-1]
-            length = basis.write(row, 1.0, c)
+            length = basis.write(None, 1.0, c)
             inner = self._bounds(c, length)
         self._take_bounds(inner)
         self._grow(diagonal, length, size)
@@ -144,7 +144,7 @@ class Lanczos:
         of Numerical Algorithms, section 4.2), relative to the operator's norm; products with a network's curvature by more,
         which `asymmetry` measures: eps |H| (1 + log2 n) + 3 asymmetry.
         """
-        size, eps = self.basis.rows.shape[1], float(torch.finfo(self.basis.rows.dtype).eps)
+        size, eps = self.basis.size, float(torch.finfo(self.basis.dtype).eps)
         norm = float(np.abs(ritz.values).max(initial=0.0))
         return eps * norm * (1.0 + float(np.log2(size))) + DIAGONALS * self.asymmetry
 
@@ -195,7 +195,7 @@ class Lanczos:
         self.coupling = np.zeros(len(self.projection))
         if self.exhausted:
             return
-        if scale == 0.0 or length <= torch.finfo(self.basis.rows.dtype).eps ** BREAKDOWN * scale:
+        if scale == 0.0 or length <= torch.finfo(self.basis.dtype).eps ** BREAKDOWN * scale:
             self.breakdowns.append(self.n_products)
             self._take_random()
             return
@@ -205,9 +205,8 @@ class Lanczos:
     def _take_random(self) -> None:
         """Make a random vector orthogonal to the basis the next row."""
         generator = torch.Generator().manual_seed(self.seed + self.basis.count)
-        row = self.basis.rows[self.basis.count]
-        row.copy_(torch.randn(len(row), generator=generator, dtype=torch.float32))
+        self.basis.put(torch.randn(self.basis.size, generator=generator, dtype=torch.float32))
         length = 0.0
         for _ in range(2):
-            length = self.basis.write([row], 1.0, self.basis.coefficients([row]))
+            length = self.basis.write(None, 1.0, self.basis.coefficients(None))
         self.basis.accept(length)

@@ -55,8 +55,7 @@ class SemiorthogonalLanczos(Lanczos):
         self.basis.compress(self._orthonormal(ritz.vectors[:, keep].T))
         self.basis.count -= 1
         for _ in range(2):  # the last row, which follows those kept
-            row = [self.basis.rows[self.basis.count]]
-            length = self.basis.write(row, 1.0, self.basis.coefficients(row))
+            length = self.basis.write(None, 1.0, self.basis.coefficients(None))
         self.basis.accept(length)
         self.projection, self.coupling = np.diag(ritz.values[keep]), self.coupling @ ritz.vectors[:, keep]
         n = len(keep) + 1
@@ -97,12 +96,11 @@ class SemiorthogonalLanczos(Lanczos):
         level = self._predicted(diagonal, length, norm)
         is_due = self._second or bool(np.abs(level[:-1]).max() > self.threshold)
         if is_due or length < AGAIN * size:
-            row = [basis.rows[basis.count]]
-            c = basis.coefficients(row)
+            c = basis.coefficients(None)
             if is_due and not self._second and last > 0:
                 self._learn(float(np.abs(c).max()) / max(length, 1e-300), float(np.abs(level[:-1]).max()))
             diagonal += c[-1]
-            length = basis.write(row, 1.0, c)
+            length = basis.write(None, 1.0, c)
             level[:-1] = self.noise
             self.cleaned += 1
             self._second = is_due and not self._second

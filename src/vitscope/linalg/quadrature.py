@@ -7,8 +7,8 @@ from typing import Protocol
 
 from torch import Tensor
 
+from vitscope.linalg.basis_memory import BasisBuffer
 from vitscope.linalg.curvature.start_vector import VectorSpace, random_signs
-from vitscope.linalg.krylov_basis import BasisBuffer
 from vitscope.linalg.partial_reorthogonalization import SemiorthogonalLanczos
 from vitscope.runtime.resumable_map import Row
 
@@ -43,8 +43,13 @@ def check_quadrature(n_vectors: int, n_steps: int, n_grid: int, sigma: float | N
 
 
 def quadrature_rule(operator: SymmetricOperator, seed: int, n_steps: int, memory: BasisBuffer) -> Row:
-    """Return the quadrature rule of the random sign vector of ``seed``."""
+    """Return the quadrature rule of the random sign vector of ``seed``.
+
+    Raises:
+        ValueError: the memory holds no ``n_steps + 1`` vectors.
+    """
     start = random_signs(operator, seed)
+    memory.plan(start, n_steps + 1, n_steps + 1)
     process = SemiorthogonalLanczos(operator.unshifted, start, n_steps + 1, shift=operator.shift, memory=memory)
     for _ in range(n_steps):
         process.step()

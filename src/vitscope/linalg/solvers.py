@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vitscope.linalg.basis_memory import BasisBuffer
 from vitscope.linalg.curvature.curvature_operator import Curvature
 from vitscope.linalg.curvature.start_vector import start_vector
 from vitscope.linalg.eigensolver import Eigenpairs, extreme_eigenvalues
-from vitscope.linalg.krylov_basis import BasisBuffer
 from vitscope.linalg.power_iteration import power_iteration
 
 SOLVERS = ("lanczos", "power")

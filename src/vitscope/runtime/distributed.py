@@ -65,6 +65,16 @@ def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
+def all_gather(part: torch.Tensor) -> torch.Tensor:
+    """Return the vectors ``(n,)`` of all ranks, of one length, joined in rank order (the vector itself in a single process)."""
+    if world_size() == 1:
+        return part
+    joined = torch.empty(world_size() * len(part), dtype=part.dtype, device=part.device)
+    with _collective():
+        dist.all_gather_into_tensor(joined, part.contiguous())
+    return joined
+
+
 def broadcast(tensor: torch.Tensor, source: int = 0) -> torch.Tensor:
     """Return rank ``source``'s values of ``tensor`` on every rank (in place)."""
     if world_size() > 1:

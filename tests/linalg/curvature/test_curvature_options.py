@@ -14,8 +14,8 @@ import vitscope as vs
 from vitscope.linalg.curvature.curvature_options import CurvatureArguments, CurvatureOptions, curvature_arguments
 from vitscope.linalg.curvature.operator_factory import curvatures
 
-OPERATOR = ("operator", "parameters", "dtype", "bn", "product", "micro_batch", "seed")
-SEARCH = ("tol", "parameters", "dtype", "bn", "micro_batch", "max_products", "max_memory", "seed")
+OPERATOR = ("operator", "parameters", "dtype", "bn", "product", "micro_batch", "basis", "seed")
+SEARCH = ("tol", "parameters", "dtype", "bn", "micro_batch", "max_products", "max_memory", "basis", "seed")
 #: the shared options of each measure, as they were before they had one definition
 MEASURES = {
     "hessian_eigenvalues": tuple(f.name for f in fields(CurvatureOptions)),
@@ -26,7 +26,7 @@ MEASURES = {
     "preconditioned_sharpness": SEARCH,
     "critical_point": SEARCH,
     "normalized_hessian": tuple(name for name in SEARCH if name != "parameters"),
-    "nep_stability": ("parameters", "dtype", "bn", "max_products", "max_memory", "seed"),
+    "nep_stability": ("parameters", "dtype", "bn", "max_products", "max_memory", "basis", "seed"),
     "hessian_by_kind": ("tol", "dtype", "bn", "max_products", "seed"),
     "bn_policy": ("tol", "parameters", "dtype", "max_products", "seed"),
 }

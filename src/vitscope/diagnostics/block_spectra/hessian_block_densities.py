@@ -21,7 +21,6 @@ from vitscope.diagnostics.block_spectra._parameter_blocks import kinds_of_blocks
 from vitscope.linalg.curvature.curvature_options import CurvatureArguments, CurvatureOptions, curvature_arguments
 from vitscope.linalg.curvature.operator_factory import curvatures
 from vitscope.linalg.curvature.start_vector import vector_seed
-from vitscope.linalg.krylov_basis import BasisBuffer
 from vitscope.linalg.quadrature import LEAST_VECTORS, check_quadrature, quadrature_rule
 from vitscope.runtime.progress import track
 from vitscope.runtime.resumable_map import Row, stored_row
@@ -106,7 +105,7 @@ class HessianBlockDensitiesResult(Result, coordinates={"block": "blocks", "other
 
 
 @record_options
-@curvature_arguments("operator", "dtype", "bn", "product", "micro_batch", "seed")
+@curvature_arguments("operator", "dtype", "bn", "product", "micro_batch", "basis", "seed")
 def hessian_block_densities(
     probe: Probe,
     *,
@@ -164,10 +163,10 @@ def hessian_block_densities(
     tables: list[dict[str, np.ndarray]] = []
     names: list[dict[str, int]] = []  # sizes by name
     sizes: list[int] = []
-    memory, cards = BasisBuffer(), []
+    cards = []
     for index, subset in enumerate(track(list(subsets.values()), "hessian block densities")):
         with curvatures(probe, replace(options, parameters=subset)) as operators:
-            mean = operators.mean()
+            mean, memory = operators.mean(), operators.basis_memory(shared=True)
             rules = [
                 stored_row(
                     partial,

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vitscope.core.probe import Probe
 from vitscope.core.tap import Tap
-from vitscope.linalg.eigensolver import free_memory
+from vitscope.linalg.basis_memory import free_memory
 from vitscope.runtime import distributed
 
 

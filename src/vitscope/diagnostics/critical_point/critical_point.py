@@ -110,7 +110,9 @@ class CriticalPointResult(Result, coordinates={"images": "n_images", "distance":
 
 
 @record_options
-@curvature_arguments("tol", "parameters", "dtype", "bn", "micro_batch", "max_products", "max_memory", "seed", tol=1e-2)
+@curvature_arguments(
+    "tol", "parameters", "dtype", "bn", "micro_batch", "max_products", "max_memory", "basis", "seed", tol=1e-2
+)
 def critical_point(
     probe: Probe,
     *,
@@ -146,7 +148,7 @@ def critical_point(
             a tenth, sqrt(0.2 L / |lambda|); where lambda is within its residual of zero, with the residual in its place and
             no more than the weights' norm (1 where they are zero).
         curvature: ``tol`` (default 1e-2), ``parameters``, ``dtype``, ``bn``, ``micro_batch``, ``max_products``,
-            ``max_memory``, ``seed``: see `vitscope.linalg.curvature.curvature_options.CurvatureOptions`.
+            ``max_memory``, ``basis``, ``seed``: see `vitscope.linalg.curvature.curvature_options.CurvatureOptions`.
 
     Raises:
         ValueError: fewer than 3 points, fewer than 2 parameters, a span or share that is not positive, a negative
@@ -220,7 +222,7 @@ def _part(operators: Curvatures, n_batches: int, decide: bool) -> tuple[Row, Ten
     n_images = int(distributed.all_reduce_sum(n_local.to(operators.probe.device)).item())
     operator = operators.of(batches, n_images, reduce=True)
     gradient = norm(operator.gradient())
-    search = operators.options.search()
+    search = {**operators.options.search(), "memory": operators.basis_memory(shared=True)}
     pairs = solve(operator, k=1, which="both", vectors=True, shared=True, **search).pairs
     converged = bool(pairs.converged.all())
     for share in SHARPER if decide and converged else ():

@@ -15,7 +15,7 @@ from vitscope.core.losses.targets import are_indices, labeled
 from vitscope.core.probe import Probe
 from vitscope.core.tap import Tap
 from vitscope.diagnostics.depth_probes._logit_lens import Head
-from vitscope.linalg.eigensolver import free_memory
+from vitscope.linalg.basis_memory import free_memory
 from vitscope.models.structure.taps import reading
 from vitscope.runtime import distributed
 from vitscope.runtime.distributed import world_size

@@ -11,7 +11,6 @@ from vitscope.core.probe import Batch
 from vitscope.diagnostics.hessian import _budget
 from vitscope.linalg.batched_lanczos import CannotBatch, at_once, eigenvalues_side_by_side, obstacle
 from vitscope.linalg.curvature.operator_factory import Curvatures
-from vitscope.linalg.krylov_basis import BasisBuffer
 from vitscope.linalg.solvers import Solution, solve
 from vitscope.runtime import distributed
 from vitscope.runtime.progress import track
@@ -50,7 +49,7 @@ class BatchwiseSpectrum:
             reason = f"Expected solver='lanczos' with several batches at once, received {solver!r}."
         if (self.batches_at_once or 1) > 1 and reason:
             raise ValueError(reason)
-        self._memory = BasisBuffer()
+        self._memory = self.operators.basis_memory()
         self._automatic = self.batches_at_once is None and not reason
 
     def rows(self, partial: Partial) -> tuple[dict[int, Row], dict[str, Any]]:

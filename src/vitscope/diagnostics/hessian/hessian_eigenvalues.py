@@ -73,6 +73,7 @@ class HessianEigenvaluesResult(Result, untabulated=("eigenvectors",)):
     "micro_batch",
     "max_products",
     "max_memory",
+    "basis",
     "seed",
 )
 def hessian_eigenvalues(
@@ -129,6 +130,7 @@ def hessian_eigenvalues(
             shared=True,
             start=first,
             random_share=None if first is None else RANDOM_SHARE,
+            memory=operators.basis_memory(shared=True),
             **options.search(),
         )
         pairs = solution.pairs

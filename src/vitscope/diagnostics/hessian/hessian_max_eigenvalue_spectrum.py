@@ -103,6 +103,7 @@ class HessianMaxEigenvalueSpectrumResult(Result, coordinates={"batch": "batches"
     "micro_batch",
     "max_products",
     "max_memory",
+    "basis",
     "seed",
 )
 def hessian_max_eigenvalue_spectrum(

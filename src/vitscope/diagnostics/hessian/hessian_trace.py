@@ -13,11 +13,12 @@ from vitscope.core.measure_options import record_options
 from vitscope.core.objective_card import ObjectiveCard
 from vitscope.core.probe import Probe
 from vitscope.core.results.result import Result
+from vitscope.linalg.basis_memory import BasisBuffer
 from vitscope.linalg.curvature.curvature_operator import Curvature
 from vitscope.linalg.curvature.curvature_options import CurvatureArguments, CurvatureOptions, curvature_arguments
 from vitscope.linalg.curvature.operator_factory import curvatures
 from vitscope.linalg.curvature.start_vector import random_signs, vector_seed
-from vitscope.linalg.krylov_basis import dot
+from vitscope.linalg.krylov_basis import Basis, dot
 from vitscope.linalg.quadrature import LEAST_VECTORS
 from vitscope.runtime.progress import track
 from vitscope.runtime.value_ranges import PositiveInt
@@ -69,7 +70,7 @@ class HessianTraceResult(Result):
 
 
 @record_options
-@curvature_arguments("operator", "parameters", "dtype", "bn", "product", "micro_batch", "seed")
+@curvature_arguments("operator", "parameters", "dtype", "bn", "product", "micro_batch", "basis", "seed")
 def hessian_trace(
     probe: Probe,
     *,
@@ -86,8 +87,9 @@ def hessian_trace(
     Args:
         probe: the model, batches and objective; batches are split over ranks.
         method: ``hutchinson`` or ``hutch++``.
-        n_vectors: products in all; at least 3 for ``hutch++``, which holds a third as many vectors in memory.
-        curvature: ``operator``, ``parameters``, ``dtype``, ``bn``, ``product``, ``micro_batch``, ``seed``: see
+        n_vectors: products in all; at least 3 for ``hutch++``, which holds a third as many vectors in memory (of several ranks
+            each a share of them).
+        curvature: ``operator``, ``parameters``, ``dtype``, ``bn``, ``product``, ``micro_batch``, ``basis``, ``seed``: see
             `vitscope.linalg.curvature.curvature_options.CurvatureOptions`.
 
     Raises:
@@ -106,10 +108,10 @@ def hessian_trace(
         mean = operators.mean()
         exact, basis, n_remaining = 0.0, None, n_vectors
         if method == "hutch++":
-            basis = _range(mean, min(n_vectors // 3, mean.size), options.seed)
-            exact = float(sum(dot(q, _product(mean, q)) for q in track(basis, "hutch++ basis")))
+            basis = _range(mean, min(n_vectors // 3, mean.size), options.seed, operators.basis_memory(shared=True))
+            exact = sum(_rayleigh_quotient(mean, basis, i) for i in track(range(basis.count), "hutch++ basis"))
             n_remaining = n_vectors - 2 * (n_vectors // 3)
-        covered = basis is not None and len(basis) == mean.size
+        covered = basis is not None and basis.count == mean.size
         estimates = np.array(
             [0.0] if covered else [_estimate(mean, options.seed, i, basis) for i in track(range(n_remaining), "trace")]
         )
@@ -135,23 +137,30 @@ def _signs(operator: Curvature, seed: int, stream: int, number: int) -> Tensor:
     return random_signs(operator, vector_seed(seed, number) * 2 + stream)
 
 
-def _range(operator: Curvature, rank: int, seed: int) -> list[Tensor]:
-    """Return an orthonormal basis of the operator's image of ``rank`` random vectors."""
-    basis: list[Tensor] = []
+def _range(operator: Curvature, rank: int, seed: int, memory: BasisBuffer) -> Basis:
+    """Return an orthonormal basis of the operator's image of ``rank`` random vectors, with space for one row more."""
+    like = torch.empty(operator.size, dtype=operator.dtype, device=operator.device)
+    memory.plan(like, rank + 1, rank + 1)
+    basis = Basis(rank + 1, like, memory)
     for number in range(rank):
         v = _product(operator, _signs(operator, seed, 1, number))
         before = dot(v, v)
-        for _ in range(2):
-            for q in basis:
-                v -= dot(q, v) * q
-        square = dot(v, v)
-        if square > 1e-10 * before:  # the image of a low-rank operator is exhausted before the sketch
-            basis.append(v / square**0.5)
+        basis.write([v], 1.0, basis.coefficients([v]))
+        length = basis.write(None, 1.0, basis.coefficients(None))
+        if length**2 > 1e-10 * before:  # the image of a low-rank operator is exhausted before the sketch
+            basis.accept(length)
     return basis
 
 
-def _estimate(operator: Curvature, seed: int, number: int, basis: list[Tensor] | None) -> float:
+def _rayleigh_quotient(operator: Curvature, basis: Basis, index: int) -> float:
+    """Return q^T H q of the unit row ``index``."""
+    q = basis.row(index) * float(basis.scales[index])
+    return dot(q, _product(operator, q))
+
+
+def _estimate(operator: Curvature, seed: int, number: int, basis: Basis | None) -> float:
     g = _signs(operator, seed, 0, number)
-    for q in basis or ():
-        g -= dot(q, g) * q
+    if basis is not None:
+        basis.write([g], 1.0, basis.coefficients([g]))
+        g = basis.row(basis.count)
     return dot(g, _product(operator, g))

@@ -19,6 +19,7 @@ from vitscope.core.probe import Batch, Probe
 from vitscope.core.results.result import Result
 from vitscope.core.run_inputs import ResumableRows
 from vitscope.diagnostics.hessian import _nep_statistics
+from vitscope.linalg.basis_memory import BasisBuffer
 from vitscope.linalg.curvature.curvature_options import CurvatureArguments, CurvatureOptions, curvature_arguments
 from vitscope.linalg.curvature.operator_factory import Curvatures, curvatures
 from vitscope.linalg.solvers import solve
@@ -66,7 +67,7 @@ class NepStabilityResult(Result, coordinates={"k": "k", "batch_size": "batch_siz
 
 
 @record_options
-@curvature_arguments("parameters", "dtype", "bn", "max_products", "max_memory", "seed")
+@curvature_arguments("parameters", "dtype", "bn", "max_products", "max_memory", "basis", "seed")
 def nep_stability(
     probe: Probe,
     *,
@@ -92,7 +93,7 @@ def nep_stability(
         mixup: whether to add that setting.
         k: eigenvalues where k is not what varies (``n_top`` is accepted too).
         partial: rows already done.
-        curvature: ``parameters``, ``dtype``, ``bn``, ``max_products``, ``max_memory``, ``seed``: see
+        curvature: ``parameters``, ``dtype``, ``bn``, ``max_products``, ``max_memory``, ``basis``, ``seed``: see
             `vitscope.linalg.curvature.curvature_options.CurvatureOptions`.
 
     Raises:
@@ -132,18 +133,20 @@ def _fits(size: int, probe: Probe) -> bool:
 
 def _rows(operators: Curvatures, run: tuple[int, int, float, bool], partial: Partial | None) -> list[Row]:
     size, k, tol, mixup = run
-    rows = {}
+    memory, rows = operators.basis_memory(), {}
     for number, batch in track(_joined(operators.probe, size), f"batches of {size}"):
         key = f"size-{size}-k-{k}-tol-{tol:g}-mixup-{int(mixup)}-batch-{number:04d}"
-        compute = functools.partial(_extreme_eigenvalues, operators, number, batch, k, tol, mixup)
+        compute = functools.partial(_extreme_eigenvalues, operators, number, batch, k, tol, mixup, memory)
         rows[number] = stored_row(partial, key, compute)
     return [row for _, row in sorted(merge_rows(rows).items())]
 
 
-def _extreme_eigenvalues(operators: Curvatures, number: int, batch: Batch, k: int, tol: float, mixup: bool) -> Row:
+def _extreme_eigenvalues(
+    operators: Curvatures, number: int, batch: Batch, k: int, tol: float, mixup: bool, memory: BasisBuffer
+) -> Row:
     """Return the row of one batch: its eigenvalues of largest magnitude ``(k,)``, their residuals, the products."""
     operator = operators.batch(number, _mixed(batch, number, operators) if mixup else batch)
-    pairs = solve(operator, k=k, **{**operators.options.search(), "tol": tol}).pairs
+    pairs = solve(operator, k=k, memory=memory, **{**operators.options.search(), "tol": tol}).pairs
     return {"values": pairs.values, "residuals": pairs.residuals, "n_products": float(pairs.n_products)}
 
 

@@ -66,7 +66,7 @@ class RayleighSplitResult(Result, coordinates={"kind": "kinds"}):
 
 
 @record_options
-@curvature_arguments("tol", "parameters", "dtype", "bn", "micro_batch", "max_products", "max_memory", "seed")
+@curvature_arguments("tol", "parameters", "dtype", "bn", "micro_batch", "max_products", "max_memory", "basis", "seed")
 def rayleigh_split(
     probe: Probe,
     *,
@@ -82,7 +82,7 @@ def rayleigh_split(
         probe: the model, batches and objective; batches are split over ranks.
         k: eigenvalues of largest magnitude (``n_top`` is accepted too).
         n_ends: also this many of the largest and of the smallest.
-        curvature: ``tol``, ``parameters``, ``dtype``, ``bn``, ``micro_batch``, ``max_products``, ``max_memory``,
+        curvature: ``tol``, ``parameters``, ``dtype``, ``bn``, ``micro_batch``, ``max_products``, ``max_memory``, ``basis``,
             ``seed``: see `vitscope.linalg.curvature.curvature_options.CurvatureOptions`.
 
     Raises:
@@ -99,7 +99,15 @@ def rayleigh_split(
         )
     with curvatures(probe, options) as operators:
         hessian = operators.mean()
-        solution = solve(hessian, k=k, n_ends=n_ends, vectors=True, shared=True, **options.search())
+        solution = solve(
+            hessian,
+            k=k,
+            n_ends=n_ends,
+            vectors=True,
+            shared=True,
+            memory=operators.basis_memory(shared=True),
+            **options.search(),
+        )
         pairs = _distinct(solution.pairs)
         assert pairs.vectors is not None
         l2 = np.array([dot(v, hessian.l2_product(v)) for v in pairs.vectors])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Unpack
 
 import numpy as np
@@ -13,10 +13,10 @@ from vitscope.core.objective_card import ObjectiveCard
 from vitscope.core.probe import Probe
 from vitscope.core.results.result import Result
 from vitscope.core.run_inputs import ResumableRows
+from vitscope.linalg.basis_memory import BasisBuffer
 from vitscope.linalg.curvature.curvature_options import CurvatureArguments, CurvatureOptions, curvature_arguments
 from vitscope.linalg.curvature.operator_factory import curvatures
 from vitscope.linalg.curvature.start_vector import vector_seed
-from vitscope.linalg.krylov_basis import BasisBuffer
 from vitscope.linalg.quadrature import LEAST_VECTORS, SymmetricOperator, check_quadrature, quadrature_rule
 from vitscope.runtime.progress import track
 from vitscope.runtime.resumable_map import stored_row
@@ -86,7 +86,7 @@ class SpectralDensityResult(Result, coordinates={"grid": "grid"}):
 
 
 @record_options
-@curvature_arguments("operator", "parameters", "dtype", "bn", "product", "micro_batch", "seed")
+@curvature_arguments("operator", "parameters", "dtype", "bn", "product", "micro_batch", "basis", "seed")
 def spectral_density(
     probe: Probe,
     *,
@@ -110,7 +110,7 @@ def spectral_density(
         n_grid: points of the density.
         sigma: width of the smoothing Gaussian; None for a hundredth of the nodes' range.
         partial: rows of vectors already done, by ``vector-<number>``.
-        curvature: ``operator``, ``parameters``, ``dtype``, ``bn``, ``product``, ``micro_batch``, ``seed``: see
+        curvature: ``operator``, ``parameters``, ``dtype``, ``bn``, ``product``, ``micro_batch``, ``basis``, ``seed``: see
             `vitscope.linalg.curvature.curvature_options.CurvatureOptions`.
 
     Raises:
@@ -125,7 +125,9 @@ def spectral_density(
     with curvatures(probe, options) as operators:
         mean = operators.mean()
         solver = {"solver": "slq", "n_vectors": n_vectors, "n_steps": min(n_steps, mean.size), "seed": options.seed}
-        return density_of(mean, n_vectors, n_steps, n_grid, sigma, options.seed, partial, operators.card(solver))
+        memory = operators.basis_memory(shared=True)
+        result = density_of(mean, n_vectors, n_steps, n_grid, sigma, options.seed, partial, memory)
+        return replace(result, card=operators.card(solver))
 
 
 def density_of(
@@ -136,15 +138,15 @@ def density_of(
     sigma: float | None,
     seed: int,
     partial: ResumableRows | None = None,
-    card: ObjectiveCard | None = None,
+    memory: BasisBuffer | None = None,
 ) -> SpectralDensityResult:
-    """Return the density of an operator; arguments as in `spectral_density`, and the card of the result."""
-    steps, memory, rules = min(n_steps, operator.size), BasisBuffer(), []
+    """Return the density of an operator, without a card; arguments as in `spectral_density`, and the memory of the bases."""
+    steps, memory, rules = min(n_steps, operator.size), memory or BasisBuffer(), []
     for number in track(range(n_vectors), "spectral density"):
         compute = functools.partial(quadrature_rule, operator, vector_seed(seed, number), steps, memory)
         rules.append(stored_row(partial, f"vector-{number:04d}", compute, required=["residuals"]))
     table = {key: np.array([rule[key] for rule in rules]) for key in ("nodes", "weights", "residuals", "resolution")}
-    return _result(table, n_grid, sigma, operator.size, n_vectors * steps, card)
+    return _result(table, n_grid, sigma, operator.size, n_vectors * steps)
 
 
 def masses_by_sign(
@@ -171,7 +173,6 @@ def _result(
     sigma: float | None,
     size: int,
     n_products: int,
-    card: ObjectiveCard | None,
 ) -> SpectralDensityResult:
     nodes, weights = table["nodes"], table["weights"]
     extent = float(nodes.max() - nodes.min())
@@ -198,7 +199,6 @@ def _result(
         resolution=float(table["resolution"].max()),
         size=size,
         n_products=n_products,
-        card=card,
     )
 
 

@@ -54,7 +54,7 @@ class NormalizedHessianResult(Result):
 
 
 @record_options
-@curvature_arguments("tol", "dtype", "bn", "micro_batch", "max_products", "max_memory", "seed")
+@curvature_arguments("tol", "dtype", "bn", "micro_batch", "max_products", "max_memory", "basis", "seed")
 def normalized_hessian(
     probe: Probe,
     *,
@@ -88,7 +88,7 @@ def normalized_hessian(
         which: ``LM``, ``LA``, ``SA`` or ``both``.
         normalization: ``weight`` or ``filter``, see above.
         ignore: what does not move, as for the landscape: ``bias_bn`` (one-dimensional parameters and position tables).
-        curvature: ``tol``, ``dtype``, ``bn``, ``micro_batch``, ``max_products``, ``max_memory``, ``seed``: see
+        curvature: ``tol``, ``dtype``, ``bn``, ``micro_batch``, ``max_products``, ``max_memory``, ``basis``, ``seed``: see
             `vitscope.linalg.curvature.curvature_options.CurvatureOptions`.
 
     Raises:
@@ -114,7 +114,9 @@ def normalized_hessian(
             * used[name]
             for name, p in parameters.items()
         ]
-        pairs = scaled_eigenvalues(mean, scale, k=k, which=which, shared=True, **options.search())
+        pairs = scaled_eigenvalues(
+            mean, scale, k=k, which=which, shared=True, memory=operators.basis_memory(shared=True), **options.search()
+        )
         return NormalizedHessianResult(
             eigenvalues=pairs.values,
             residuals=pairs.residuals,

@@ -75,7 +75,7 @@ class PreconditionedSharpnessResult(Result):
 
 
 @record_options
-@curvature_arguments("tol", "parameters", "dtype", "bn", "micro_batch", "max_products", "max_memory", "seed")
+@curvature_arguments("tol", "parameters", "dtype", "bn", "micro_batch", "max_products", "max_memory", "basis", "seed")
 def preconditioned_sharpness(
     probe: Probe,
     *,
@@ -102,7 +102,7 @@ def preconditioned_sharpness(
             leaves the threshold out.
         preconditioner: ``auto``; or, of a stated optimizer instead of the run's: ``adamw`` (its state is needed), ``identity``.
         k: how many eigenvalues (``n_top`` is accepted too).
-        curvature: ``tol``, ``parameters``, ``dtype``, ``bn``, ``micro_batch``, ``max_products``, ``max_memory``,
+        curvature: ``tol``, ``parameters``, ``dtype``, ``bn``, ``micro_batch``, ``max_products``, ``max_memory``, ``basis``,
             ``seed``: see `vitscope.linalg.curvature.curvature_options.CurvatureOptions`.
 
     Raises:
@@ -125,7 +125,16 @@ def preconditioned_sharpness(
         mean = operators.mean()
         scale = [inverse_root(name, p, plan.scale) for name, p in operators.parameters.items()]
         product = None if plan.decay is None else product_with_decay(mean, flat_values(operators, plan.decay))
-        pairs = scaled_eigenvalues(mean, scale, product, k=k, which="LA", shared=True, **options.search())
+        pairs = scaled_eigenvalues(
+            mean,
+            scale,
+            product,
+            k=k,
+            which="LA",
+            shared=True,
+            memory=operators.basis_memory(shared=True),
+            **options.search(),
+        )
         facts = {
             "k": k,
             "which": "LA",

@@ -10,6 +10,7 @@ from typing import Any, ParamSpec, TypedDict, TypeVar, get_type_hints
 
 import torch
 
+from vitscope.linalg.basis_memory import check_placement
 from vitscope.linalg.curvature.curvature_operator import check_operator
 from vitscope.linalg.eigensolver import check_stopping_rule
 from vitscope.linalg.solvers import check_solver
@@ -44,7 +45,10 @@ class CurvatureOptions:
         micro_batch: number of images in memory at once; None for a whole batch.
         max_products: the largest number of products with the operator in one search (of one batch where every batch has an
             operator of its own); eigenvalues that have not converged by then are marked.
-        max_memory: bytes that the Lanczos basis may take, after which it is restarted; None for a quarter of the free memory.
+        max_memory: bytes that the Lanczos basis may take (of all ranks together), after which it is restarted; None for a
+            quarter of the free memory.
+        basis: where the Lanczos basis is: ``device``, ``cpu`` (the host's memory), ``disk`` (a file in ``TMPDIR``), or ``auto``
+            for the first of these that has space. Ranks that search together hold a share of its columns each.
         seed: of start vectors, random vectors and drawn labels.
 
     Raises:
@@ -62,12 +66,14 @@ class CurvatureOptions:
     micro_batch: int | None = None
     max_products: int = 200
     max_memory: float | None = None
+    basis: str = "auto"
     seed: Seed = 0
 
     def __post_init__(self) -> None:
         check_solver(self.solver)
         if self.solver == "lanczos":  # power iteration has a stopping rule of its own
             check_stopping_rule(self.tol, self.max_products)
+        check_placement(self.basis)
         check_operator(self.operator, self.product, self.micro_batch)
         parse_float_dtype(self.dtype, DERIVATIVE_DTYPE_NAMES)
         if self.bn == "batch" and self.micro_batch is not None:
@@ -107,6 +113,7 @@ class CurvatureArguments(TypedDict, total=False):
     micro_batch: int | None
     max_products: int
     max_memory: float | None
+    basis: str
     seed: Seed
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Unpack
 
 from torch import Tensor, nn
 
 from vitscope.core.objective_card import ObjectiveCard
 from vitscope.core.probe import Batch, Probe
+from vitscope.linalg.basis_memory import BasisBuffer, placements_of
 from vitscope.linalg.curvature.curvature_operator import Curvature
 from vitscope.linalg.curvature.curvature_options import CurvatureArguments, CurvatureOptions
 from vitscope.linalg.curvature.l2_curvature import warn_of_sum_norm
@@ -31,6 +32,7 @@ class Curvatures:
         parameters: the parameters analyzed, by name.
         options: of the operators.
         n_samples: number of labels drawn for each image by ``fisher_mc``.
+        buffers: memory of bases that `basis_memory` gave.
     """
 
     probe: Probe
@@ -38,6 +40,17 @@ class Curvatures:
     parameters: dict[str, Tensor]
     options: CurvatureOptions
     n_samples: int = 1
+    buffers: list[BasisBuffer] = field(default_factory=list, repr=False)
+
+    def basis_memory(self, *, shared: bool = False) -> BasisBuffer:
+        """Return memory for bases, placed as the options say; `card` states where they are.
+
+        Args:
+            shared: every rank runs one search on the operator of `mean`.
+        """
+        buffer = BasisBuffer(self.options.basis, shared=shared)
+        self.buffers.append(buffer)
+        return buffer
 
     def mean(self) -> Curvature:
         """Return the operator of the mean over all batches; under several ranks its products are reduced."""
@@ -68,6 +81,8 @@ class Curvatures:
         """Return the probe's card with the dtype, subset, BatchNorm policy and solver of these operators."""
         n_random = sum(any(part in type(m).__name__ for part in _RANDOM) for m in self.model.modules())
         facts = {**self.options.values("operator", "product"), **solver}
+        if (placements := placements_of(self.buffers)) is not None:
+            facts["basis"] = placements
         if n_random:
             facts["dropout"] = f"off ({n_random} dropout or drop-path modules)"
         return self.probe.card(

@@ -1,0 +1,94 @@
+"""Memory of curvature measures in several processes: bytes of the Lanczos basis on each rank, and equal eigenvalues.
+
+Each row runs `vs.hessian_eigenvalues` of one network with 1, 2 and 4 gloo ranks on this machine, float64, and counts the bytes that
+hold the rows of the basis. Eigenvalues must agree with one process's to 1e-10 of the largest.
+
+    python benchmarks/scale.py [--ranks 1 2 4] [--products 16] [--basis auto]
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+import vitscope as vs
+from vitscope.linalg.basis_memory import PLACEMENTS, BasisBuffer
+from vitscope.runtime import progress
+
+#: relative to the largest eigenvalue, float64: sums over images and columns in another order
+ALLOWED = 1e-10
+
+
+def network() -> torch.nn.Module:
+    """Return a tiny ViT for 32x32 images with random weights, in float64."""
+    torch.manual_seed(0)
+    return vs.models.vit(size="tiny", patch_size=8, num_classes=10, image_size=32).double()
+
+
+def batches() -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Return four batches of two random images."""
+    generator = torch.Generator().manual_seed(1)
+    return [
+        (
+            torch.randn(2, 3, 32, 32, generator=generator, dtype=torch.float64),
+            torch.randint(10, (2,), generator=generator),
+        )
+        for _ in range(4)
+    ]
+
+
+def measure(rank: int, world: int, products: int, basis: str, folder: str) -> None:
+    """Measure as one of ``world`` ranks, and write what was counted to ``folder``."""
+    torch.set_num_threads(1)
+    progress.enabled = False
+    warnings.simplefilter("ignore")
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet-{world}", rank=rank, world_size=world)
+    stored: list[int] = []
+    rows = BasisBuffer.rows
+
+    def counted(self: BasisBuffer, capacity: int, like: torch.Tensor) -> torch.Tensor:
+        given = rows(self, capacity, like)
+        stored.append(given.untyped_storage().nbytes())
+        return given
+
+    BasisBuffer.rows = counted
+    result = vs.hessian_eigenvalues(vs.Probe(network(), batches()), k=2, tol=1e-12, max_products=products, basis=basis)
+    placement = result.card.solver["basis"] if result.card else "unknown"
+    torch.save((result.eigenvalues, max(stored), placement), f"{folder}/{world}-{rank}.pt")
+    dist.destroy_process_group()
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--products", type=int, default=16)
+    parser.add_argument("--basis", choices=PLACEMENTS, default="auto")
+    options = parser.parse_args()
+    size = sum(p.numel() for p in network().parameters())
+    print(f"{size:,} parameters, float64, {options.products} products, {options.products + 1} rows")
+    print("| ranks | basis | MiB a rank | of one process | largest difference |\n|---|---|---|---|---|")
+    reference: tuple[np.ndarray, int] | None = None
+    with tempfile.TemporaryDirectory() as folder:
+        for world in options.ranks:
+            torch.multiprocessing.spawn(
+                measure, (world, options.products, options.basis, folder), nprocs=world, join=True
+            )
+            results = [torch.load(Path(folder) / f"{world}-{rank}.pt", weights_only=False) for rank in range(world)]
+            values, n_bytes, placement = results[0][0], max(result[1] for result in results), results[0][2]
+            reference = reference or (values, n_bytes)
+            difference = max(float(np.abs(result[0] - reference[0]).max()) for result in results)
+            relative = difference / float(np.abs(reference[0]).max())
+            share = n_bytes / reference[1]
+            print(f"| {world} | {placement} | {n_bytes / 2**20:.1f} | {share:.4f} | {relative:.1e} |", flush=True)
+            assert relative <= ALLOWED, f"{world} ranks differ by {relative:.1e}"
+
+
+if __name__ == "__main__":
+    main()
