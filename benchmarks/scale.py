@@ -1,7 +1,7 @@
 """Memory of curvature measures in several processes: bytes of the Lanczos basis on each rank, and equal eigenvalues.
 
-Each row runs `vs.hessian_eigenvalues` of one network with 1, 2 and 4 gloo ranks on this machine, float64, and counts the bytes that
-hold the rows of the basis. Eigenvalues must agree with one process's to 1e-10 of the largest.
+Each row runs `vs.hessian_eigenvalues` of one network with 1, 2 and 4 gloo ranks on this machine, float64, and counts the bytes
+that hold the rows of the basis. Eigenvalues must agree with one process's to 1e-10 of the largest.
 
     python benchmarks/scale.py [--ranks 1 2 4] [--products 16] [--basis auto]
 """
@@ -77,8 +77,8 @@ def main() -> None:
     reference: tuple[np.ndarray, int] | None = None
     with tempfile.TemporaryDirectory() as folder:
         for world in options.ranks:
-            torch.multiprocessing.spawn(
-                measure, (world, options.products, options.basis, folder), nprocs=world, join=True
+            torch.multiprocessing.start_processes(
+                measure, (world, options.products, options.basis, folder), nprocs=world, start_method="spawn"
             )
             results = [torch.load(Path(folder) / f"{world}-{rank}.pt", weights_only=False) for rank in range(world)]
             values, n_bytes, placement = results[0][0], max(result[1] for result in results), results[0][2]
