@@ -70,6 +70,13 @@ def warn_missing_units(model: nn.Module, missing: Sequence[tuple[str, str]]) -> 
         )
 
 
+def warn_doubts(model: nn.Module, doubts: Sequence[str]) -> None:
+    """Warn once, in one line, of units whose kind is not certain."""
+    if doubts:
+        more = f" (and {len(doubts) - 1} more units)" if len(doubts) > 1 else ""
+        warnings.warn(f"taps of {type(model).__name__}: {doubts[0]}{more}; pass structure=", stacklevel=3)
+
+
 def residual_blocks(components: Sequence[ModelComponent]) -> list[nn.Module]:
     """Return the blocks of the residual units, none for a plain network."""
     return [piece.block for piece in components if piece.part.is_residual]

@@ -29,6 +29,7 @@ class FoundStructure:
         places: Kind and stage of each parameter where a traced pass has shown them; None for described blocks.
         unclear: What is not certain about parameters of a traced pass.
         unused: Names of the parameters that a traced pass does not use.
+        doubts: Texts about units whose kind is not certain.
         observed: The observed pass of described blocks; None where the model does not run.
     """
 
@@ -38,6 +39,7 @@ class FoundStructure:
     observed: Execution | None = None
     unclear: tuple[str, ...] = ()
     unused: tuple[str, ...] = ()
+    doubts: tuple[str, ...] = ()
 
 
 def find_structure(model: nn.Module, images: Tensor | None = None) -> FoundStructure:
@@ -102,6 +104,7 @@ def _found(model: nn.Module, images: Tensor | None) -> FoundStructure:
             None,
             tuple(traced.unclear),
             tuple(traced.unused),
+            tuple(traced.doubts),
         )
     if described is not None:
         return described
@@ -113,7 +116,7 @@ def _found(model: nn.Module, images: Tensor | None) -> FoundStructure:
 
 def _completes(traced: TracedStructure, described: FoundStructure) -> bool:
     """Whether a traced pass shows units outside of the described blocks, or blocks that do not see whole images."""
-    if traced.unclear or traced.uncovered or described.observed is None:
+    if traced.unclear or traced.uncovered or traced.doubts or described.observed is None:
         return False
     n_traced, n_described = (
         sum(c.part.is_residual for c in parts) for parts in (traced.components, described.components)

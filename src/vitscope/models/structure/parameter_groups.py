@@ -73,8 +73,8 @@ def places_of(inner: nn.Module, model_structure: FoundStructure) -> Mapping[str,
     Raises:
         ValueError: A parameter outside of units that is not used, or used between them for something else.
     """
-    if model_structure.unclear:
-        raise StructureError(model_name(inner), model_structure.unclear[0], fix_of(""))
+    for text in (*model_structure.doubts, *model_structure.unclear)[:1]:
+        raise StructureError(model_name(inner), text, fix_of(""))
     if model_structure.places is not None:
         _warn_unused(model_structure.unused)
         return model_structure.places

@@ -94,7 +94,7 @@ def units(model: nn.Module, images: Tensor | None = None) -> list[Unit]:
     inner = unwrapped(model)
     model_structure = find_structure(inner, images)
     residual_units = _units(inner, model_structure, images)
-    refuse_missing_units(inner, model_structure.missing)
+    refuse_missing_units(inner, [*model_structure.missing, *((text, "") for text in model_structure.doubts)])
     return residual_units
 
 

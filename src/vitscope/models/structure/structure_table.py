@@ -118,9 +118,9 @@ def structure(model: nn.Module, images: Tensor | None = None) -> Structure:
         raise StructureError(model_name(inner), str(error).rstrip("."), fix_of("")) from error
     missing = [text for text, _ in model_structure.missing]
     kinds: dict[str, Kind] = {}
-    missing += model_structure.unclear
+    missing += (*model_structure.doubts, *model_structure.unclear)
     try:
-        if model_structure.unclear:
+        if model_structure.doubts or model_structure.unclear:
             kinds = {name: kind for name, (kind, _) in (model_structure.places or {}).items()}
         else:
             kinds = {name: kind for name, (kind, _) in places_of(inner, model_structure).items()}

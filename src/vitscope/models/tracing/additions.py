@@ -119,7 +119,7 @@ def _oriented(trace: Trace, result: int, stream: int, branch: int, accepted: dic
         return None  # streams that parted in an earlier block
     if any(is_attention_pooling(module) for module in trace.modules(trace.nodes[result])):
         return None
-    closed = trace.with_private_sources(region) - shortcut
+    closed = trace.with_private_sources(region, source) - shortcut
     return Addition(result, stream, branch, source, frozenset(closed), shortcut)
 
 
@@ -219,7 +219,7 @@ def fused_part(trace: Trace, outer: Addition, inner: Iterable[Addition]) -> Addi
     if not any(_has_layer(trace.nodes[i]) for i in region):
         return None
     covered = {i for a in inner for i in a.region}
-    closed = trace.with_private_sources(region) - covered - outer.shortcut - {a.result for a in inner}
+    closed = trace.with_private_sources(region, outer.source) - covered - outer.shortcut - {a.result for a in inner}
     closed = {i for i in closed if i > last or not trace.nodes[i].varying}
     return replace(outer, source=last, region=frozenset(closed))
 

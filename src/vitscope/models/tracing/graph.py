@@ -29,6 +29,12 @@ class Node:
         axis: Meaning of the axis that a linear layer mixes or a reduction removes: ``C`` for channels, ``?`` if not known.
         attention: 0, or the number of queries where the function is attention (or its product with the values).
         fused: Whether it is attention as one call.
+        mixture: 0, or the number of queries of a product with a softmax that keeps positions apart, as of experts.
+        unweighed_product: Whether it is a product of activations, without a softmax or another product, over an axis that may be
+            one of positions.
+        weighed: Whether it is made of a softmax or a product of activations without a layer.
+        dims: Indices of the axes that a reduction removes.
+        opaque: Whether the pass does not show what computes it: an operator of an extension, or transformed functions.
         scales: Whether an addition scales what it adds (``alpha``, `torch.addcmul`, `torch.lerp`).
     """
 
@@ -45,6 +51,11 @@ class Node:
     axis: str = "?"
     attention: int = 0
     fused: bool = False
+    mixture: int = 0
+    unweighed_product: bool = False
+    weighed: bool = False
+    dims: tuple[int, ...] = ()
+    opaque: bool = False
     scales: bool = False
 
     @property
@@ -145,12 +156,17 @@ class Trace:
             mask |= self._ancestor_bits[end]
         return {i for i in range(mask.bit_length()) if mask >> i & 1}
 
-    def with_private_sources(self, region: Collection[int]) -> set[int]:
-        """Nodes of a region and those that serve it alone, such as bias tables and what only it reads of another stream."""
+    def with_private_sources(self, region: Collection[int], source: int) -> set[int]:
+        """Nodes of a region and those that serve it alone, such as bias tables and what only it reads of another stream.
+
+        What was computed from the images before the source of the branch is no part of it, as the stem whose map latent
+        vectors read.
+        """
         closed = set(region)
         for index in range(max(region, default=0), -1, -1):
             uses = self.consumers[index]
-            if index not in closed and uses and all(use in closed for use in uses) and index != 0:
+            before = index < source and self.nodes[index].varying
+            if index not in closed and uses and all(use in closed for use in uses) and index != 0 and not before:
                 closed.add(index)
         return closed
 

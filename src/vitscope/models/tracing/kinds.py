@@ -16,7 +16,7 @@ attention or pooling unit of the same block it is that block's feed-forward laye
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 from vitscope.core.tap import Kind
 from vitscope.models.structure.residual_structure import is_gate
@@ -25,19 +25,25 @@ from vitscope.models.tracing.graph import Node, Trace
 
 _PRODUCTS = frozenset({"mul", "__mul__", "__rmul__", "mul_", "__imul__"})
 _RECURRENT = frozenset({"lstm", "gru", "rnn_tanh", "rnn_relu"})
+#: functions that show patches of a map to a layer, as a kernel does
+_PATCHES = frozenset({"unfold", "im2col"})
+#: functions that bring values of other positions to a position
+_MOVES = _PATCHES | {
+    "roll", "pad", "gather", "take_along_dim", "index_select", "flip", "grid_sample", "cumsum", "cumprod", "logcumsumexp",
+}  # fmt: skip
 
 
 def kind_of(trace: Trace, region: Collection[int]) -> Kind | None:
     """Return the kind of the nodes of a branch or module; None where they mix neither positions nor channels."""
     nodes = [trace.nodes[i] for i in sorted(region) if not in_gate(trace, trace.nodes[i])]
-    if any(is_attention(node) for node in nodes):
+    if any(is_attention(node) or _weighs_moved(trace, node, region) for node in nodes):
         return "msa"
     kernels = [
         node for node in nodes if is_spatial(trace, node) or node.op.startswith(("fft", "rfft", "ifft", "irfft"))
     ]
     if not kernels and any(node.attention or weighs_positions(trace, node) for node in nodes):
         return "msa"
-    if kernels:
+    if kernels or any(node.op in _PATCHES and node.varying for node in nodes):
         return "conv"
     pools = any("pool" in node.op and node.shape[-2:] != (1, 1) for node in nodes if node.varying)
     mixers = [node for node in nodes if node.varying and (_is_layer(node) or node.op in _RECURRENT)]
@@ -49,19 +55,63 @@ def kind_of(trace: Trace, region: Collection[int]) -> Kind | None:
     return None
 
 
+def doubt_about(trace: Trace, region: Collection[int]) -> str | None:
+    """Return why the kind of a branch that shows no attention is not certain; None where it is."""
+    nodes = [trace.nodes[i] for i in sorted(region) if not in_gate(trace, trace.nodes[i])]
+    if any(node.opaque and node.varying for node in nodes):
+        return "runs a function that the forward pass does not show (an operator of an extension, torch.func, a compiled part)"
+    if any(node.unweighed_product for node in nodes):
+        return "multiplies activations by activations in a way that is not known"
+    has_kernel = any(is_spatial(trace, node) for node in nodes)
+    sums = [node for node in nodes if "?" in (_sums_products(trace, node) or ())]
+    if not has_kernel and not all(_has_positions(trace, node) for node in sums):
+        return "sums products of activations over an axis that is not known, as state-space models do"
+    return None
+
+
+def _weighs_moved(trace: Trace, node: Node, region: Collection[int]) -> bool:
+    """Whether a softmax weighs values at one position that the branch has moved there from others, as local attention does."""
+    moves = (trace.nodes[i] for i in region if trace.is_ancestor(i, node.index)) if node.mixture > 1 else ()
+    return any(other.op in _MOVES or is_spatial(trace, other) for other in moves)
+
+
 def is_attention(node: Node) -> bool:
     """Whether a function is attention of more than one query."""
     return node.fused or node.attention > 1
 
 
 def weighs_positions(trace: Trace, node: Node) -> bool:
-    """Whether a sum over positions weighs them by activations."""
-    if node.op != "sum" or "C" in node.axis or not node.varying:
+    """Whether a sum over positions weighs them by activations; over an axis that is not known, by a softmax."""
+    axes = _sums_products(trace, node)
+    if axes is None or axes == {"C"}:
         return False
-    return any(
-        trace.nodes[i].op in _PRODUCTS and sum(trace.nodes[k].varying for k in set(trace.nodes[i].inputs)) > 1
-        for i in node.inputs
-    )
+    weighed = any(trace.nodes[i].weighed for i in node.inputs)
+    return bool(axes & set("LHW")) or (weighed and not _has_positions(trace, node))
+
+
+def _has_positions(trace: Trace, node: Node) -> bool:
+    """Whether the positions stay apart in a sum over another axis, so that it mixes experts."""
+    moved = any(trace.nodes[i].op in _MOVES for i in trace.ancestors(node.inputs) if i >= trace.calls[node.stack[-1]].start)
+    return bool(set(node.axes.names) & set("LHW")) and not moved
+
+
+def _sums_products(trace: Trace, node: Node) -> set[str] | None:
+    """Return the meanings of the axes over which products of activations are summed; None for another function."""
+    if node.op not in ("sum", "cumsum") or not node.varying:
+        return None
+    for i in node.inputs:
+        product = trace.nodes[i]
+        factors = [trace.nodes[k] for k in set(product.inputs) if trace.nodes[k].varying]
+        if product.op in _PRODUCTS and len(factors) > 1:
+            return {name for d in node.dims for name in _meanings(product, factors, d - len(product.shape))}
+    return None
+
+
+def _meanings(product: Node, factors: Sequence[Node], axis: int) -> set[str]:
+    """Return what an axis, counted from the last one, means in values that are broadcast to each other."""
+    size = product.shape[axis]
+    nodes = [n for n in factors if len(n.shape) >= -axis and n.shape[axis] == size] or [product]
+    return {n.axes.names[axis] for n in nodes}
 
 
 def is_spatial(trace: Trace, node: Node) -> bool:

@@ -34,6 +34,7 @@ _REORDERINGS = frozenset({
     "masked_select", "flip",
 })  # fmt: skip
 _JOINS = frozenset({"cat", "concat", "concatenate"})
+_REDUCTIONS = frozenset({"sum", "mean", "amax", "amin", "max", "min"})
 
 
 def result_axes(
@@ -65,6 +66,11 @@ def result_axes(
         axes_of = {id(t): a for t, a in operands}
         parts = [(axes_of.get(id(t), ax.unknown(t.ndim)), t.shape) for t in first]
         return [ax.joined(parts, dim)]
+    if op == "stack":
+        dim = _argument(args, kwargs, 1, "dim", 0) % result.ndim
+        return [Axes(axes.names[:dim] + "?" + axes.names[dim:], axes.grid, axes.n_prefix)]
+    if op == "einsum":
+        return [_einsum_axes(args, operands, result)]
     single = _single(op, args, kwargs, x, axes, operands, result)
     return [single if len(single.names) == r.ndim else ax.unknown(r.ndim) for r in results]
 
@@ -95,7 +101,9 @@ def _single(
         return _spatial_axes(axes, result)
     if any(word in op for word in _CHANNELS_LAST):
         return ax.channels_last(axes)
-    if op in ("sum", "mean", "amax", "amin", "max", "min", "softmax", "normalize", "pad", "roll"):
+    if op in _REDUCTIONS and result.ndim < x.ndim:
+        return _reduced(args, kwargs, axes, result)
+    if op in (*_REDUCTIONS, "softmax", "normalize", "pad", "roll"):
         return axes if result.shape == x.shape or op in ("pad", "roll") else ax.unknown(result.ndim)
     if op in ("matmul", "__matmul__", "bmm") and len(operands) == 2 and x is args[0]:
         return ax.multiplied(axes, operands[1][1])
@@ -130,6 +138,45 @@ def _resized(op: str, args: Sequence[Any], kwargs: Mapping[str, Any], x: Tensor,
         names = axes.names[:dim] + axes.names[dim + 1 :]
         return Axes(names, axes.grid if "L" in names else None, axes.n_prefix if "L" in names else 0)
     return axes if result.shape == x.shape else ax.unknown(result.ndim)
+
+
+def _reduced(args: Sequence[Any], kwargs: Mapping[str, Any], axes: Axes, result: Tensor) -> Axes:
+    """Return the axes that a reduction leaves."""
+    dims = _argument(args, kwargs, 1, "dim", kwargs.get("axis"))
+    dims = (dims,) if isinstance(dims, int) else dims
+    if not isinstance(dims, tuple | list) or not all(isinstance(d, int) for d in dims):
+        return ax.unknown(result.ndim)
+    removed = {d % len(axes.names) for d in dims}
+    names = "".join(name for i, name in enumerate(axes.names) if i not in removed)
+    return Axes(names, axes.grid, axes.n_prefix) if "L" in names else Axes(names)
+
+
+def einsum_terms(args: Sequence[Any]) -> tuple[list[str], str] | None:
+    """Return the letters of the operands and of the result of an equation; None for one with an ellipsis or without a result."""
+    equation = args[0].replace(" ", "") if args and isinstance(args[0], str) else ""
+    if "->" not in equation or "." in equation:
+        return None
+    terms, result = equation.split("->")
+    return terms.split(","), result
+
+
+def _einsum_axes(args: Sequence[Any], operands: Sequence[tuple[Tensor, Axes]], result: Tensor) -> Axes:
+    terms = einsum_terms(args)
+    if terms is None:
+        return ax.unknown(result.ndim)
+    values = args[1] if len(args) == 2 and isinstance(args[1], tuple | list) else args[1:]
+    axes_of = {id(t): a for t, a in operands}
+    meaning: dict[str, str] = {}
+    grid, n_prefix = None, 0
+    for letters, tensor in zip(terms[0], values):
+        axes = axes_of.get(id(tensor), ax.unknown(len(letters)))
+        for letter, name in zip(letters, axes.names):
+            if meaning.get(letter, "?") == "?":
+                meaning[letter] = name
+        if "L" in axes.names and grid is None:
+            grid, n_prefix = axes.grid, axes.n_prefix
+    names = "".join(meaning.get(letter, "?") for letter in terms[1])
+    return Axes(names, grid, n_prefix) if names.count("L") == 1 else Axes(names.replace("L", "?"))
 
 
 def _order(op: str, args: Sequence[Any], kwargs: Mapping[str, Any], n_axes: int) -> list[int] | None:

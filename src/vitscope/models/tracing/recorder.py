@@ -15,14 +15,19 @@ from vitscope.core.guard.eager_execution import unwrapped
 from vitscope.models.structure.execution import enter_guards, tensors, trial_images
 from vitscope.models.tracing.axes import Axes, unknown
 from vitscope.models.tracing.graph import Call, Node, Trace
-from vitscope.models.tracing.propagation import result_axes
+from vitscope.models.tracing.propagation import einsum_terms, result_axes
 
 #: attention as one call
 FUSED_ATTENTION = frozenset({
     "scaled_dot_product_attention", "multi_head_attention_forward", "_native_multi_head_attention",
     "_transformer_encoder_layer_fwd",
 })  # fmt: skip
-_PRODUCTS = frozenset({"matmul", "__matmul__", "__rmatmul__", "bmm", "baddbmm", "einsum"})
+#: a tensor plus a product of two others
+_SUMS_WITH_PRODUCTS = frozenset({"baddbmm", "baddbmm_", "addbmm", "addbmm_", "addmm", "addmm_", "addmv", "addmv_"})
+_PRODUCTS = _SUMS_WITH_PRODUCTS | {
+    "matmul", "__matmul__", "__rmatmul__", "linalg_matmul", "bmm", "mm", "mv", "einsum", "tensordot", "inner", "linear", "bilinear",
+    "linalg_multi_dot", "chain_matmul", "linalg_vecdot",
+}  # fmt: skip
 #: functions that may return their argument itself
 RETURNS_ARGUMENT = frozenset({
     "contiguous", "to", "float", "half", "double", "bfloat16", "type", "type_as", "cpu", "cuda", "dropout", "dropout2d",
@@ -85,7 +90,8 @@ class _Recorder(TorchFunctionMode):
         self.names = {id(p): name for name, p in model.named_parameters()}
         # by tensor; an entry ends with its tensor, so that the activations of a pass are not kept
         self.node_of: MutableMapping[Tensor, int] = WeakIdKeyDictionary({images: 0})
-        self.weighed: set[int] = set()  # softmax and products of activations, and what is made of them without a layer
+        # softmax and products of activations, and what is made of them without a layer; whether there is a product among them
+        self.weighed: dict[int, bool] = {}
         self.running: list[int] = []
         self.counts: dict[nn.Module, int] = {}
         names = "BCHW" if images.ndim == 4 else "?" * images.ndim
@@ -124,14 +130,7 @@ class _Recorder(TorchFunctionMode):
         call.end = len(self.trace.nodes)
         first = next(tensors(output), None)
         if first is not None and first not in self.node_of and first.grad_fn is not None:
-            self._add(
-                "function",
-                (first,),
-                [call.first_input] if call.first_input >= 0 else [],
-                [],
-                True,
-                [unknown(first.ndim)],
-            )
+            self._hidden(first, call)
         call.output = self._first_node(output)
 
     def _first_node(self, value: Any) -> int:
@@ -143,10 +142,10 @@ class _Recorder(TorchFunctionMode):
         op = function_name(func)
         results = [args[0]] if op == "__setitem__" else list(tensors(result))
         if results:
-            self._note(op, args, kwargs, results)
+            self._note(op, args, kwargs, results, is_foreign(func))
         return result
 
-    def _note(self, op: str, args: Any, kwargs: Any, results: list[Tensor]) -> None:
+    def _note(self, op: str, args: Any, kwargs: Any, results: list[Tensor], opaque: bool) -> None:
         arguments = list(tensors((args, tuple(kwargs.values()))))
         changes_in_place = op in _IN_PLACE or (op.endswith("_") and not op.endswith("__"))
         if any(results[0] is t for t in arguments) and not changes_in_place:
@@ -169,12 +168,14 @@ class _Recorder(TorchFunctionMode):
         except (TypeError, ValueError, IndexError, RuntimeError):
             axes = [unknown(r.ndim) for r in results]
         added = self._add(op, results, inputs, parameters, varying, axes)
+        added[0].opaque = opaque
         added[0].scales = op.startswith(("addcmul", "lerp")) or kwargs.get("alpha", 1) != 1
         if op == "linear" or op.startswith("conv"):
             self._note_layer(added[0], args, kwargs, operands)
-        elif op in ("sum", "mean") and operands:
-            added[0].axis = _reduced_axes(operands[0], args, kwargs)
-        self._note_attention(added[0], values, inputs)
+        elif op in ("sum", "mean", "cumsum") and operands:
+            added[0].dims = _reduced_dims(operands[0][0].ndim, args, kwargs)
+            added[0].axis = "".join(operands[0][1].names[d] for d in added[0].dims)
+        self._note_attention(added[0], args, inputs)
         if changes_in_place and (base := getattr(results[0], "_base", None)) is not None and base in self.node_of:
             before = self.node_of[base]
             self._add(
@@ -201,9 +202,17 @@ class _Recorder(TorchFunctionMode):
             return self.node_of[tensor]
         call = self.trace.calls[self.running[-1]] if self.running else None
         if tensor.grad_fn is not None and call is not None:
-            self.node_of[tensor] = call.first_input
-            return call.first_input
+            return self._hidden(tensor, call)
         return -1
+
+    def _hidden(self, tensor: Tensor, call: Call) -> int:
+        """Return a node for a tensor that no function of the pass made, of all values of the running call that none has used."""
+        used = {i for node in self.trace.nodes[call.start :] for i in node.inputs}
+        loose = [node.index for node in self.trace.nodes[call.start :] if node.index not in used and node.varying]
+        sources = loose or ([call.first_input] if call.first_input >= 0 else [])
+        node = self._add("function", (tensor,), sources, [], True, [unknown(tensor.ndim)])[0]
+        node.opaque = True
+        return node.index
 
     def _is_varying(self, tensor: Tensor) -> bool:
         source = self.node_of.get(tensor, -1)
@@ -219,15 +228,80 @@ class _Recorder(TorchFunctionMode):
         groups = args[6] if len(args) > 6 and not node.op.startswith("conv_transpose") else kwargs.get("groups", 1)
         node.groups = groups if isinstance(groups, int) else 1
 
-    def _note_attention(self, node: Node, values: list[Tensor], inputs: list[int]) -> None:
-        varying = [i for i in inputs if self.trace.nodes[i].varying]
-        is_product = node.op in _PRODUCTS and len(varying) > 1
-        weighed = any(i in self.weighed for i in varying)
-        if node.op in FUSED_ATTENTION or (is_product and weighed):
-            node.attention = int(node.shape[-2]) if len(node.shape) > 1 else 1
+    def _note_attention(self, node: Node, args: Any, inputs: list[int]) -> None:
+        nodes = self.trace.nodes
+        varying = [i for i in inputs if nodes[i].varying]
+        factors = self._factors(node.op, args) if node.op in _PRODUCTS else []
+        is_product = len(factors) > 1
+        weights = [i for i in varying if i in self.weighed]
+        if node.op in FUSED_ATTENTION or (is_product and weights):
+            queries = int(node.shape[-2]) if len(node.shape) > 1 else 1
             node.fused = node.op in FUSED_ATTENTION
-        elif is_product or (node.op in ("softmax", "softmax_") and varying) or (weighed and not _mixes_channels(node)):
-            self.weighed.add(node.index)
+            if node.fused or any(self.weighed[i] for i in weights) or not self._keeps_positions(node, args, factors):
+                node.attention = queries
+            else:
+                node.mixture = queries
+        elif is_product:
+            self.weighed[node.index] = True
+            node.unweighed_product = self._contracts_other_than_channels(node, args, factors)
+        elif node.op in ("softmax", "softmax_") and varying:
+            self.weighed[node.index] = any(self.weighed.get(i, False) for i in varying)
+        elif weights and not self._mixes_channels(node, weights):
+            self.weighed[node.index] = any(self.weighed[i] for i in weights)
+        node.weighed = node.index in self.weighed
+
+    def _factors(self, op: str, args: Any) -> list[int]:
+        """Return the nodes of the varying tensors that a function multiplies."""
+        multiplied = args[1:] if op in _SUMS_WITH_PRODUCTS else args
+        sources = [self._source(t) for t in tensors(multiplied) if id(t) not in self.names]
+        return [i for i in sources if i >= 0 and self.trace.nodes[i].varying]
+
+    def _contracted(self, op: str, args: Any, factors: list[int]) -> tuple[set[str], set[str]]:
+        """Return the meaning of the axes that a product of two factors sums over, and of those that it keeps."""
+        first, second = (self.trace.nodes[i].axes.names for i in factors[:2])
+        if op == "einsum":
+            terms = einsum_terms(args)
+            if terms is None or len(terms[0]) != len(factors):
+                return {"?"}, set()
+            meaning: dict[str, set[str]] = {}
+            for letters, index in zip(terms[0], factors):
+                for letter, name in zip(letters, self.trace.nodes[index].axes.names):
+                    meaning.setdefault(letter, set()).add(name)
+            summed = set().union(*(names for letter, names in meaning.items() if letter not in terms[1]))
+            shared = set().union(*(meaning.get(letter, set()) for letter in terms[1]))
+            return summed, shared
+        if op in ("tensordot", "inner", "linear", "bilinear", "linalg_vecdot", "linalg_multi_dot", "chain_matmul", "mv"):
+            return {"?"}, set()
+        rows = second[-2:-1] or "?"
+        return {first[-1:] or "?", rows}, set(first[:-2]) & set(second[:-2])
+
+    def _keeps_positions(self, node: Node, args: Any, factors: list[int]) -> bool:
+        """Whether a product keeps the positions of its factors apart, as a mixture of experts does."""
+        if len(factors) != 2:
+            return False
+        summed, shared = self._contracted(node.op, args, factors)
+        return bool(shared & set("LHW")) and not summed & set("LHW")
+
+    def _contracts_other_than_channels(self, node: Node, args: Any, factors: list[int]) -> bool:
+        """Whether a product of activations sums over an axis that may be one of positions."""
+        return len(factors) != 2 or "C" not in self._contracted(node.op, args, factors)[0]
+
+    def _mixes_channels(self, node: Node, weights: list[int]) -> bool:
+        """Whether a function of attention weights makes other values of them; heads may be mixed ("talking heads")."""
+        mixes_heads = len(node.weight) > 1 and node.weight[0] == node.weight[1] and set(node.weight[2:]) <= {1}
+        if node.op == "linear":
+            return not mixes_heads or node.axis == "C"
+        if node.op in _PRODUCTS:  # a product with a parameter
+            return bool(node.parameters) and all(self.trace.nodes[i].shape != node.shape for i in weights)
+        return (node.op.startswith("conv") and not mixes_heads) or node.op.endswith("norm")
+
+
+def is_foreign(func: Any) -> bool:
+    """Whether a function is an operator that an extension has registered, of which nothing is known."""
+    if isinstance(func, torch._ops.HigherOrderOperator):
+        return True
+    name = getattr(func, "_qualified_op_name", "") or getattr(func, "_name", "")
+    return isinstance(name, str) and "::" in name and name.split("::")[0] not in ("aten", "prim", "prims", "torchvision")
 
 
 def function_name(func: Any) -> str:
@@ -238,18 +312,9 @@ def function_name(func: Any) -> str:
     return name
 
 
-def _mixes_channels(node: Node) -> bool:
-    """Whether a function of attention weights makes other values of them; heads may be mixed ("talking heads")."""
-    mixes_heads = len(node.weight) > 1 and node.weight[0] == node.weight[1] and set(node.weight[2:]) <= {1}
-    if node.op == "linear":
-        return not mixes_heads or node.axis == "C"
-    return (node.op.startswith("conv") and not mixes_heads) or node.op.endswith("norm")
-
-
-def _reduced_axes(operand: tuple[Tensor, Axes], args: Any, kwargs: Any) -> str:
+def _reduced_dims(n_axes: int, args: Any, kwargs: Any) -> tuple[int, ...]:
     dims = args[1] if len(args) > 1 else kwargs.get("dim", kwargs.get("axis"))
     dims = (dims,) if isinstance(dims, int) else dims
-    names = operand[1].names
     if not isinstance(dims, tuple | list):
-        return names
-    return "".join(names[d] for d in dims if isinstance(d, int) and -len(names) <= d < len(names))
+        return tuple(range(n_axes))
+    return tuple(d % n_axes for d in dims if isinstance(d, int) and -n_axes <= d < n_axes)

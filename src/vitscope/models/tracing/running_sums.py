@@ -44,7 +44,8 @@ class SumReader(TorchFunctionMode):
         self.running.append([module, number % self.calls_of_pass.get(module, 1), 0])
 
     def _end(self, module: nn.Module, args: Any, output: Any) -> None:
-        self.running.pop()
+        if self.running:  # an error in a hook of the module may have come before the module counted as running
+            self.running.pop()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))

@@ -15,7 +15,7 @@ from vitscope.models.structure.residual_structure import (
     in_auxiliary_head,
 )
 from vitscope.models.tracing.graph import Node, Trace
-from vitscope.models.tracing.kinds import mixes_channels
+from vitscope.models.tracing.kinds import doubt_about, mixes_channels
 from vitscope.models.tracing.layers_between import Body, LayerBetween
 from vitscope.models.tracing.reads import read_call
 from vitscope.models.tracing.units import TracedUnit, described, traced_units
@@ -34,6 +34,7 @@ class TracedStructure:
         uncovered: Messages about modules that belong to no unit; the first one is raised by measures that speak of kinds.
         unclear: Messages about parameters without a certain place.
         unused: Names of the parameters that the pass does not use and that have the place of the module around them.
+        doubts: Messages about units and layers whose kind is not certain.
     """
 
     components: list[ModelComponent]
@@ -41,6 +42,7 @@ class TracedStructure:
     uncovered: list[str]
     unclear: list[str]
     unused: list[str]
+    doubts: list[str]
 
 
 def traced_structure(model: nn.Module, trace: Trace) -> TracedStructure | None:
@@ -68,7 +70,15 @@ def traced_structure(model: nn.Module, trace: Trace) -> TracedStructure | None:
     places, unclear, unused = _places(model, trace, body, layers, components)
     modules = dict.fromkeys(_owner(trace, node) for node in body.uncovered_attention(layers))
     uncovered = [f"attention module {name} is not part of a known unit" for name in modules]
-    return TracedStructure(components, places, uncovered, unclear, unused)
+    return TracedStructure(components, places, uncovered, unclear, unused, _doubts(trace, units, layers))
+
+
+def _doubts(trace: Trace, units: Sequence[TracedUnit], layers: Sequence[LayerBetween]) -> list[str]:
+    """Return messages about parts that are no attention for certain and run what may be it."""
+    regions = [(unit.name, unit.kind, unit.addition.region) for unit in units]
+    regions += [(layer.call.path, layer.kind, frozenset(range(layer.call.start, layer.call.end))) for layer in layers]
+    reasons = [(name, doubt_about(trace, region)) for name, kind, region in regions if kind != "msa"]
+    return [f"the kind of {name} is not certain: it {reason}" for name, reason in reasons if reason is not None]
 
 
 def _n_parameters(model: nn.Module, parts: Sequence[TracedUnit | LayerBetween]) -> int:
@@ -145,7 +155,7 @@ def _place(
     before = [unit for unit in body.units if trace.is_ancestor(unit.addition.result, node.index)]
     if not precedes:
         # the stream that it reads ends here, or there is a later unit on it: a second head in the middle
-        blocks = {trace.nodes[unit.addition.result].stack[-1]: unit for unit in body.units}
+        blocks = {call: unit for unit in body.units if (call := _returning_call(trace, unit)) is not None}
         inside = [blocks[call] for call in node.stack[1:] if call in blocks]
         if inside:  # what the block of a unit computes for the output alone
             return by_name[inside[-1].name]
@@ -159,6 +169,13 @@ def _place(
     if node.op.startswith("conv"):
         return ("conv", latest[1])
     return ("mlp", latest[1]) if node.op == "linear" else latest
+
+
+def _returning_call(trace: Trace, unit: TracedUnit) -> int | None:
+    """Return the call of a unit's block; None if it returns another shape than the stream's, as one that holds the head too."""
+    sum_ = trace.nodes[unit.addition.result]
+    output = trace.calls[sum_.stack[-1]].output
+    return sum_.stack[-1] if output >= 0 and trace.nodes[output].shape == sum_.shape else None
 
 
 def _next_layers(trace: Trace, node: Node) -> set[int]:
