@@ -91,7 +91,9 @@ def weighs_positions(trace: Trace, node: Node) -> bool:
 
 def _has_positions(trace: Trace, node: Node) -> bool:
     """Whether the positions stay apart in a sum over another axis, so that it mixes experts."""
-    moved = any(trace.nodes[i].op in _MOVES for i in trace.ancestors(node.inputs) if i >= trace.calls[node.stack[-1]].start)
+    moved = any(
+        trace.nodes[i].op in _MOVES for i in trace.ancestors(node.inputs) if i >= trace.calls[node.stack[-1]].start
+    )
     return bool(set(node.axes.names) & set("LHW")) and not moved
 
 

@@ -25,8 +25,8 @@ FUSED_ATTENTION = frozenset({
 #: a tensor plus a product of two others
 _SUMS_WITH_PRODUCTS = frozenset({"baddbmm", "baddbmm_", "addbmm", "addbmm_", "addmm", "addmm_", "addmv", "addmv_"})
 _PRODUCTS = _SUMS_WITH_PRODUCTS | {
-    "matmul", "__matmul__", "__rmatmul__", "linalg_matmul", "bmm", "mm", "mv", "einsum", "tensordot", "inner", "linear", "bilinear",
-    "linalg_multi_dot", "chain_matmul", "linalg_vecdot",
+    "matmul", "__matmul__", "__rmatmul__", "linalg_matmul", "bmm", "mm", "mv", "einsum", "tensordot", "inner", "linear",
+    "bilinear", "linalg_multi_dot", "chain_matmul", "linalg_vecdot",
 }  # fmt: skip
 #: functions that may return their argument itself
 RETURNS_ARGUMENT = frozenset({
@@ -270,7 +270,16 @@ class _Recorder(TorchFunctionMode):
             summed = set().union(*(names for letter, names in meaning.items() if letter not in terms[1]))
             shared = set().union(*(meaning.get(letter, set()) for letter in terms[1]))
             return summed, shared
-        if op in ("tensordot", "inner", "linear", "bilinear", "linalg_vecdot", "linalg_multi_dot", "chain_matmul", "mv"):
+        if op in (
+            "tensordot",
+            "inner",
+            "linear",
+            "bilinear",
+            "linalg_vecdot",
+            "linalg_multi_dot",
+            "chain_matmul",
+            "mv",
+        ):
             return {"?"}, set()
         rows = second[-2:-1] or "?"
         return {first[-1:] or "?", rows}, set(first[:-2]) & set(second[:-2])
@@ -301,7 +310,9 @@ def is_foreign(func: Any) -> bool:
     if isinstance(func, torch._ops.HigherOrderOperator):
         return True
     name = getattr(func, "_qualified_op_name", "") or getattr(func, "_name", "")
-    return isinstance(name, str) and "::" in name and name.split("::")[0] not in ("aten", "prim", "prims", "torchvision")
+    return (
+        isinstance(name, str) and "::" in name and name.split("::")[0] not in ("aten", "prim", "prims", "torchvision")
+    )
 
 
 def function_name(func: Any) -> str:
