@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import pytest
 import torch
 
@@ -11,7 +13,10 @@ from vitscope.config import caps, factories, loading
 from vitscope.runs import run_dir
 from vitscope.runs.checkpoints import checkpoint_io
 
-NAMES = loading.options("analysis")
+#: analyses that need a package which is not installed
+MISSING = {"kronecker_factors"} if importlib.util.find_spec("curvlinops") is None else set()
+
+NAMES = [name for name in loading.options("analysis") if name not in MISSING]
 
 
 ARGUMENTS = ["model=vit", "model.depth=1", "model.patch_size=8", "data=shapes", "data.fraction=0.02", "caps=smoke"]

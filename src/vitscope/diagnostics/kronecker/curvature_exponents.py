@@ -95,8 +95,8 @@ def curvature_exponents(
         ``vs.curvature_exponents(probe).mean_exponents`` of ``.groups``.
 
     Source: Calvo, Spectral Asymptotics of Neural Network Loss Landscapes (arXiv 2606.02596), abstract and introduction, for
-    the quantity: about 2 for convolutions, 1 for attention, below 1 for the first layers of MLPs. Directions, the fit and
-    its interval are vitscope's own.
+    the quantity: about 2 for convolutions, 1 for attention, below 1 for the first layers of MLPs. Directions, the fit and its
+    interval are vitscope's own.
     """
     if n_directions < LEAST_POINTS:
         raise ValueError(f"Expected n_directions of at least {LEAST_POINTS}, received {n_directions}; 10 is usual.")

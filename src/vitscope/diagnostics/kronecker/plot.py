@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from vitscope.diagnostics.kronecker.curvature_exponents import CurvatureExponentsResult
+from vitscope.diagnostics.kronecker.kronecker_factors import KroneckerFactorsResult
 from vitscope.plotting.canvas import COLUMN_WIDTH, kind_color, new_canvas
 from vitscope.plotting.style import KIND_LABELS, KIND_MARKERS
 
@@ -44,5 +45,44 @@ def curvature_exponents(results: Mapping[str, CurvatureExponentsResult]) -> Figu
         layers.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     axes[-1, 0].set_xlabel("Singular value $\\sigma_k$ of the gradient")
     axes[-1, 1].set_xlabel("Layer, by depth")
+    canvas.legend(loc="outside upper left", ncols=6)
+    return canvas.figure
+
+
+def kronecker_factors(results: Mapping[str, KroneckerFactorsResult]) -> Figure:
+    """Draw the spectra of both factors of each layer, over their largest eigenvalue, and the decay exponents; a row a result.
+
+    Filled points are exponents of A (inputs), hollow ones of B (gradients of outputs), with 95 % intervals of the fits.
+
+    Args:
+        results: by name.
+    """
+    canvas = new_canvas(2.05 * COLUMN_WIDTH, 0.8 + 2.0 * len(results))
+    axes = canvas.grid(len(results), 3, sharey=False)
+    for row, (name, result) in zip(axes, results.items()):
+        index = np.arange(len(result.layers))
+        parts = (
+            (row[0], result.input_eigenvalues, result.input_exponents, result.input_half_widths, "full"),
+            (row[1], result.output_eigenvalues, result.output_exponents, result.output_half_widths, "none"),
+        )
+        for ax, spectra, exponents, half_widths, fill in parts:
+            for kind in result.groups:
+                at = np.array(result.kinds) == kind
+                color = kind_color(kind)
+                for values in spectra[at]:
+                    positive = np.where(values > 0, values, np.nan)
+                    ax.plot(np.arange(1, len(values) + 1), positive / values[0], color=color, linewidth=0.8, alpha=0.7)
+                row[2].errorbar(
+                    index[at], exponents[at], np.nan_to_num(half_widths[at]), color=color, fillstyle=fill,
+                    marker=KIND_MARKERS.get(kind, "."), linestyle="none", markersize=3.5, elinewidth=0.8,
+                    label=KIND_LABELS.get(kind, kind) if fill == "full" else None,
+                )  # fmt: skip
+            ax.set(xscale="log", yscale="log", ylim=(1e-6, 2))
+        row[0].set(title=", ".join(filter(None, (name, "inputs $A$"))), ylabel="Eigenvalue / largest")
+        row[1].set_title("output gradients $B$")
+        row[2].set_ylabel("Decay exponent")
+        row[2].xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    for ax, text in zip(axes[-1], ("Rank", "Rank", "Layer, by depth")):
+        ax.set_xlabel(text)
     canvas.legend(loc="outside upper left", ncols=6)
     return canvas.figure

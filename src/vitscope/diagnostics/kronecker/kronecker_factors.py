@@ -1,0 +1,198 @@
+"""Spectra of the Kronecker factors (K-FAC) of every linear layer and convolution."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Unpack
+
+import numpy as np
+
+from vitscope.core.losses.requirements import check_classes
+from vitscope.core.measure_options import record_options
+from vitscope.core.objective_card import ObjectiveCard
+from vitscope.core.probe import Probe
+from vitscope.core.results.result import Result
+from vitscope.core.undefined_values import warn_nulls
+from vitscope.diagnostics.kronecker._kfac_factors import (
+    APPROXIMATIONS,
+    FISHERS,
+    covered_layers,
+    kronecker_factors_of,
+    refuse_without_curvlinops,
+)
+from vitscope.diagnostics.kronecker._layers import kinds_of_layers, present_kinds
+from vitscope.diagnostics.kronecker._power_laws import LEAST_POINTS, PowerLaw, fit_power_law, mean_by_kind
+from vitscope.linalg.curvature.curvature_options import CurvatureArguments, CurvatureOptions, curvature_arguments
+from vitscope.runtime.value_ranges import PositiveInt, PositiveShare
+
+
+@dataclass(frozen=True)
+class KroneckerFactorsResult(Result, coordinates={"layer": "layers", "group": "groups"}):
+    """Eigenvalues of both factors of each layer and the exponents of their decay.
+
+    K-FAC approximates a layer's block of the Fisher matrix by ``A x B``: A the second moment of the layer's inputs, B that of the
+    gradients with respect to its outputs.
+
+    Attributes:
+        layers: (n_layers,) names of the modules.
+        kinds: (n_layers,) kind of the unit of each; ``unknown`` where the model's units are not known.
+        input_sizes: (n_layers,) rows of A.
+        output_sizes: (n_layers,) rows of B.
+        input_eigenvalues: (n_layers, n_values) the largest of A, descending; NaN beyond its size.
+        output_eigenvalues: (n_layers, n_values) the largest of B, likewise.
+        input_effective_ranks: (n_layers,) participation ratio ``tr(A)^2 / tr(A^2)``.
+        output_effective_ranks: (n_layers,) of B.
+        input_exponents: (n_layers,) decay a of ``lambda_i ~ i^-a`` of A, over the eigenvalues of at least ``least_share`` of the
+            largest; NaN with fewer than 4.
+        input_half_widths: (n_layers,) half the 95 % interval of the slope in ordinary least squares.
+        output_exponents: (n_layers,) of B.
+        output_half_widths: (n_layers,) likewise.
+        traces: (n_layers,) ``tr(A) tr(B)``.
+        groups: (n_groups,) kinds that occur.
+        mean_input_exponents: (n_groups,) mean over the layers of a kind.
+        mean_input_intervals: (n_groups, 2) 95 % over layers; NaN with fewer than 3.
+        mean_output_exponents: (n_groups,) likewise.
+        mean_output_intervals: (n_groups, 2) likewise.
+        n_uncovered: trained parameters in no layer's weight: biases, norms, tokens, grouped convolutions, weights that are read
+            past their module.
+        card: under which conditions.
+    """
+
+    layers: tuple[str, ...]
+    kinds: tuple[str, ...]
+    input_sizes: np.ndarray
+    output_sizes: np.ndarray
+    input_eigenvalues: np.ndarray
+    output_eigenvalues: np.ndarray
+    input_effective_ranks: np.ndarray
+    output_effective_ranks: np.ndarray
+    input_exponents: np.ndarray
+    input_half_widths: np.ndarray
+    output_exponents: np.ndarray
+    output_half_widths: np.ndarray
+    traces: np.ndarray
+    groups: tuple[str, ...]
+    mean_input_exponents: np.ndarray
+    mean_input_intervals: np.ndarray
+    mean_output_exponents: np.ndarray
+    mean_output_intervals: np.ndarray
+    n_uncovered: int
+    card: ObjectiveCard | None = None
+
+    def scalars(self) -> dict[str, float]:
+        """Return what is logged: the mean exponents of each kind, where there are some."""
+        logged = {f"input_exponent_{group}": value for group, value in zip(self.groups, self.mean_input_exponents)}
+        logged |= {f"output_exponent_{group}": value for group, value in zip(self.groups, self.mean_output_exponents)}
+        return {name: float(value) for name, value in logged.items() if np.isfinite(value)}
+
+
+@record_options
+@curvature_arguments("dtype", "seed")
+def kronecker_factors(
+    probe: Probe,
+    *,
+    fisher: str = "type-2",
+    approximation: str = "expand",
+    n_values: PositiveInt = 64,
+    least_share: PositiveShare = 1e-3,
+    **curvature: Unpack[CurvatureArguments],
+) -> KroneckerFactorsResult:
+    """Compute the spectra of the Kronecker factors of every linear layer and convolution through curvlinops.
+
+    Needs ``pip install 'vitscope[kfac]'``. Under ``torch.distributed`` every rank computes all of it.
+
+    Args:
+        probe: the model, batches of images and classes, and the cross entropy. Images without a label are left out; of soft
+            targets the largest entry is used, which matters for ``empirical`` alone.
+        fisher: gradients of B: ``type-2`` from the loss's Hessian in the outputs (the Gauss-Newton matrix; a backward pass a
+            class), ``mc`` from drawn labels, ``empirical`` from the data's labels.
+        approximation: ``expand`` or ``reduce``, how positions of a layer's input are summed (Eschenhagen et al. 2023).
+        n_values: eigenvalues of each factor that are kept.
+        least_share: the smallest eigenvalue in the fit of the decay, as a share of the largest.
+        curvature: ``dtype``, ``seed``: see `vitscope.linalg.curvature.curvature_options.CurvatureOptions`.
+
+    Raises:
+        ValueError: curvlinops is not installed, another loss than the cross entropy, batches of more than images, an unknown
+            ``fisher`` or ``approximation``, no layer.
+        NumericalError: weights that are not finite.
+
+    Source: Martens and Grosse, Optimizing Neural Networks with Kronecker-Factored Approximate Curvature (ICML 2015); Grosse and
+    Martens (ICML 2016) for convolutions; Eschenhagen et al., K-FAC for Modern Neural Network Architectures (NeurIPS 2023).
+    """
+    options = CurvatureOptions(**curvature)
+    if fisher not in FISHERS:
+        raise ValueError(f"Expected fisher to be one of {', '.join(FISHERS)}, received {fisher!r}.")
+    if approximation not in APPROXIMATIONS:
+        raise ValueError(
+            f"Expected approximation to be one of {', '.join(APPROXIMATIONS)}, received {approximation!r}."
+        )
+    check_classes(probe, "kronecker_factors")
+    if not probe.takes_images:
+        raise ValueError(
+            "kronecker_factors needs batches of images and targets alone, (x, y) or a mapping of both, received batches of more "
+            "entries or a forward=: wrap the model in a module that takes the images."
+        )
+    refuse_without_curvlinops()
+    n_parameters = sum(p.numel() for p in probe.parameters().values())
+    with probe.guard(second_order=True, dtype=options.torch_dtype) as model:
+        layers = covered_layers(model)
+        if not layers:
+            raise ValueError("Expected a model with trained nn.Linear or nn.Conv2d layers, received one without.")
+        factors = kronecker_factors_of(probe, model, layers, fisher, approximation, options.seed)
+        n_covered = sum(layers[name].weight.numel() for name in factors)  # pyright: ignore[reportCallIssue]
+        card = probe.card(
+            parameters="weights of linear layers and convolutions",
+            solver={"operator": f"K-FAC {fisher}", "seed": options.seed},
+        )
+    names = tuple(factors)
+    inputs, outputs = [f.inputs for f in factors.values()], [f.outputs for f in factors.values()]
+    input_fits, output_fits = ([_decay(values, least_share) for values in spectra] for spectra in (inputs, outputs))
+    kinds = kinds_of_layers(probe, [f"{name}.weight".lstrip(".") for name in names])
+    groups = present_kinds(kinds)
+    input_exponents, output_exponents = (np.array([fit.exponent for fit in f]) for f in (input_fits, output_fits))
+    input_means, input_intervals = mean_by_kind(input_exponents, kinds, groups)
+    output_means, output_intervals = mean_by_kind(output_exponents, kinds, groups)
+    is_undefined = np.isnan(input_exponents) | np.isnan(output_exponents)
+    reason = f"fewer than {LEAST_POINTS} eigenvalues for a decay"
+    warn_nulls("kronecker_factors", {name: reason for name, is_null in zip(names, is_undefined) if is_null})
+    return KroneckerFactorsResult(
+        layers=names,
+        kinds=kinds,
+        input_sizes=np.array([len(values) for values in inputs]),
+        output_sizes=np.array([len(values) for values in outputs]),
+        input_eigenvalues=_padded(inputs, n_values),
+        output_eigenvalues=_padded(outputs, n_values),
+        input_effective_ranks=np.array([_participation(values) for values in inputs]),
+        output_effective_ranks=np.array([_participation(values) for values in outputs]),
+        input_exponents=input_exponents,
+        input_half_widths=np.array([fit.half_width for fit in input_fits]),
+        output_exponents=output_exponents,
+        output_half_widths=np.array([fit.half_width for fit in output_fits]),
+        traces=np.array([a.sum() * b.sum() for a, b in zip(inputs, outputs)]),
+        groups=groups,
+        mean_input_exponents=input_means,
+        mean_input_intervals=input_intervals,
+        mean_output_exponents=output_means,
+        mean_output_intervals=output_intervals,
+        n_uncovered=n_parameters - n_covered,
+        card=card,
+    )
+
+
+def _decay(values: np.ndarray, least_share: float) -> PowerLaw:
+    """Return the fit of ``i^-exponent`` to the eigenvalues of at least a share of the largest."""
+    used_values = values[values >= least_share * values[0]] if values[0] > 0 else values[:0]
+    fit = fit_power_law(np.arange(1, len(used_values) + 1), used_values)
+    return PowerLaw(-fit.exponent, fit.half_width, fit.r_squared, fit.n_points)
+
+
+def _padded(spectra: list[np.ndarray], n: int) -> np.ndarray:
+    rows = np.full((len(spectra), min(n, max(map(len, spectra)))), np.nan)
+    for row, values in zip(rows, spectra):
+        row[: len(values)] = values[: len(row)]
+    return rows
+
+
+def _participation(values: np.ndarray) -> float:
+    square = float(np.square(values).sum())
+    return float(values.sum()) ** 2 / square if square > 0 else float("nan")
