@@ -13,6 +13,7 @@ from vitscope.reproduce import run_overrides, work_listing
 from vitscope.reproduce.cost_estimates import Estimate, Rates, estimate
 from vitscope.reproduce.plan import Target, Trial
 from vitscope.reproduce.planned_work import EXISTS, TRAIN, Measurement, PlannedTrial
+from vitscope.reproduce.work_listing import start_text
 from vitscope.runs.run_dir import Run
 from vitscope.runtime.errors import ConfigError
 
@@ -182,3 +183,20 @@ def test_overrides_are_split_as_a_shell_does() -> None:
     )
     assert overrides == ("optimizer.lr=1e-3", "callbacks.checkpoint.snapshots=[0, 4]", "++analysis.hessian.n_top=3")
     assert run_overrides.suffix(()) == run_overrides.suffix(("data.root=/x", "logger=none", "data.num_workers=4")) == ""
+
+
+def test_other_files_of_a_data_set_do_not_change_the_work() -> None:
+    files = "data=cifar10_jpeg data.root=/x data.name=other data.source.checksums={data_batch_1:0}"
+    assert not run_overrides.changes_work(run_overrides.checked(files))
+    assert run_overrides.suffix(run_overrides.checked(files))  # but the runs are others
+    assert run_overrides.changes_work(run_overrides.checked(f"{files} trainer.max_epochs=2"))
+
+
+def test_the_work_is_stated_before_it_starts(tmp_path: Path) -> None:
+    stated = {"rates": {"seconds_per_training": 3600, "source": "a page"}}
+    trials = [planned(), planned("b"), planned("c"), planned("b")]
+    text = start_text(trials, estimate(trials, Rates([], stated)), 2)
+    assert text == (
+        "to do: 3 trainings, 0 finished runs to measure; one job at a time: 3 h, 2 side by side: at least 90 min (by a page)"
+    )
+    assert "unknown" in start_text(trials, estimate(trials, Rates([], {})), 1)

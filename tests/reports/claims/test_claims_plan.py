@@ -27,7 +27,7 @@ from vitscope.runs.metrics_log import Journal
 from vitscope.runs.run_dir import Run
 
 #: training images of each profile's data
-IMAGES = {"smoke": 8192, "cifar100": 45_000, "imagenet": 1_281_167}
+IMAGES = {"smoke": 8192, "cifar10_small": 45_000, "cifar100": 45_000, "imagenet": 1_281_167}
 
 KINDS = ("msa", "conv", "mlp")
 SCALARS = {
@@ -77,9 +77,7 @@ def write(cfg: dict[str, Any], tags: tuple[str, ...], analyses: dict[str, Any], 
             (run.results / name / f"{tag}-{loading.digest(node)}.json").write_text(json.dumps(record))
 
 
-@pytest.mark.parametrize(
-    "profile", [pytest.param(p, marks=pytest.mark.slow) for p in ("cifar100", "smoke", "imagenet")]
-)
+@pytest.mark.parametrize("profile", [pytest.param(p, marks=pytest.mark.slow) for p in IMAGES])
 def test_no_part_of_a_claim_goes_without(profile: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Measured, "load", lambda self: SimpleNamespace(reference="initial"))
     # no claim is about costs, and a pass of each architecture takes half of this test's time

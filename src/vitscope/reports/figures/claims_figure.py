@@ -78,8 +78,9 @@ def draw(judged: Sequence[ClaimVerdict], data: Sequence[str] = ()) -> Figure | N
             axes.plot([], [], LOOKS[name][1], color=LOOKS[name][0], markersize=4, label=name)[0] for name in names
         ]
         figure.legend(
-            handles, [f"{name} (statistic alone)" for name in names], loc="outside lower center", ncols=3, fontsize=7
-        )
+            handles, names, title="each statistic alone, before the correction over claims", title_fontsize=7, fontsize=7,
+            loc="outside lower center", ncols=len(names),
+        )  # fmt: skip
     return figure
 
 
@@ -108,12 +109,12 @@ def _label(axes: Axes, ticks: Sequence[tuple[int, str]], n_rows: int, statements
     axes.tick_params(axis="y", length=0)
     axes.set_ylim(n_rows - 0.5, -0.5)
     axes.axvline(0.0, color="0.3", linewidth=0.7, zorder=1)
-    axes.set_xscale("symlog", linthresh=LINEAR, linscale=1.5)
+    axes.set_xscale("symlog", linthresh=LINEAR, linscale=0.9)
     reach = max(3.0, *np.abs(axes.dataLim.intervalx)) * 1.3 if np.isfinite(axes.dataLim.intervalx).all() else 3.0
     axes.set_xlim(-reach, reach)
-    places = [place for place in (1, 2, 5, 10, 30, 100, 300, 1000) if place <= reach]
+    places = [place for place in (1, 2, 5, 20, 100, 1000) if place <= reach]
     axes.set_xticks(
         [*(-p for p in reversed(places)), 0, *places], [*(f"−{p}" for p in reversed(places)), "0", *map(str, places)]
     )
     axes.minorticks_off()
-    axes.set_xlabel("effect in standard deviations between seeds; right of 0: as claimed")
+    axes.set_xlabel("effect in standard deviations between seeds\n(right of 0: as claimed)", fontsize=7)
