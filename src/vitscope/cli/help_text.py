@@ -199,8 +199,9 @@ def choice_rows(cfg: DictConfig, group: str, file: Path) -> list[tuple[str, str]
     for dotted, text in _leaves(cfg, place) if node is not None else ():
         relative = dotted.removeprefix(f"{place}.")
         if relative.rpartition(".")[2] not in ("_target_", "_partial_") or text == "???":
-            of_parent = comments.keys.get(relative.rpartition(".")[0], "")
-            comment = comments.keys.get(relative) or _comment(group, relative, target) or of_parent
+            comment = comments.keys.get(relative) or _comment(group, relative, target)
+            if not comment and group == "analysis":  # keys of a mapping that is described as a whole
+                comment = comments.keys.get(relative.rpartition(".")[0], "")
             rows.append((f"{dotted}={text}", comment))
     return rows
 
