@@ -3,22 +3,31 @@
 Each row runs `vs.hessian_eigenvalues` of one network with 1, 2 and 4 gloo ranks on this machine, float64, and counts the bytes
 that hold the rows of the basis. Eigenvalues must agree with one process's to 1e-10 of the largest.
 
-    python benchmarks/scale.py [--ranks 1 2 4] [--products 16] [--basis auto]
+Then math attention against attention by blocks at 64 to 1,025 tokens, 6 heads of 64: bytes that the graph of the gradient keeps,
+and the time of a product with the second derivative (the best of five).
+
+    python benchmarks/scale.py [--ranks 1 2 4] [--products 16] [--basis auto] [--tokens 64 197 577 1025]
 """
 
 from __future__ import annotations
 
 import argparse
 import tempfile
+import time
 import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
+from torch.multiprocessing.spawn import start_processes
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import vitscope as vs
 from vitscope.linalg.basis_memory import PLACEMENTS, BasisBuffer
+from vitscope.linalg.curvature import blockwise_attention
 from vitscope.runtime import progress
 
 #: relative to the largest eigenvalue, float64: sums over images and columns in another order
@@ -64,20 +73,59 @@ def measure(rank: int, world: int, products: int, basis: str, folder: str) -> No
     dist.destroy_process_group()
 
 
+def attention_row(attention: Callable[..., torch.Tensor], n_tokens: int) -> tuple[int, float]:
+    """Return the bytes that the graph of the gradient keeps, and the seconds of a product with the second derivative."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(1, 6, n_tokens, 64, generator=generator, requires_grad=True) for _ in range(3)]
+    storages: dict[int, int] = {}
+
+    def pack(t: torch.Tensor) -> torch.Tensor:
+        storages[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with sdpa_kernel(SDPBackend.MATH), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        gradient = torch.autograd.grad(attention(*inputs).square().sum(), inputs, create_graph=True)
+    times = []
+    for _ in range(6):  # the first one warms caches
+        start = time.perf_counter()
+        torch.autograd.grad(gradient, inputs, gradient, retain_graph=True)
+        times.append(time.perf_counter() - start)
+    return sum(storages.values()), min(times[1:])
+
+
+def attention_table(tokens: Sequence[int]) -> None:
+    """Print bytes and times of math attention and of attention by blocks."""
+    torch.set_num_threads(1)
+    blockwise_attention.FEWEST_KEYS = 1
+    print(
+        "\n| tokens | MiB kept, math | MiB kept, blocks | ratio | time of a product, blocks over math |\n|---|---|---|---|---|"
+    )
+    for n in tokens:
+        math_bytes, math_time = attention_row(F.scaled_dot_product_attention, n)
+        block_bytes, block_time = attention_row(blockwise_attention.blockwise_attention, n)
+        print(
+            f"| {n} | {math_bytes / 2**20:.1f} | {block_bytes / 2**20:.1f} | {block_bytes / math_bytes:.3f} | "
+            f"{block_time / math_time:.2f} |",
+            flush=True,
+        )
+
+
 def main() -> None:
-    """Print the table."""
+    """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--products", type=int, default=16)
     parser.add_argument("--basis", choices=PLACEMENTS, default="auto")
+    parser.add_argument("--tokens", type=int, nargs="*", default=[64, 197, 577, 1025])
     options = parser.parse_args()
+    attention_table(options.tokens)
     size = sum(p.numel() for p in network().parameters())
     print(f"{size:,} parameters, float64, {options.products} products, {options.products + 1} rows")
     print("| ranks | basis | MiB a rank | of one process | largest difference |\n|---|---|---|---|---|")
     reference: tuple[np.ndarray, int] | None = None
     with tempfile.TemporaryDirectory() as folder:
         for world in options.ranks:
-            torch.multiprocessing.start_processes(
+            start_processes(
                 measure, (world, options.products, options.basis, folder), nprocs=world, start_method="spawn"
             )
             results = [torch.load(Path(folder) / f"{world}-{rank}.pt", weights_only=False) for rank in range(world)]

@@ -1,4 +1,4 @@
-"""Where the rows of a Lanczos basis are: on the device, in the host's memory or in a file, all columns or a rank's share.
+"""Memory of a Lanczos basis: on the device, in the host's memory or in a file, all columns of its rows or a rank's share.
 
 A basis of m rows takes m times as many bytes as the parameters. Ranks that run one search together, on an operator whose
 products are reduced, each hold some columns of all rows: a rank's memory is the basis divided by the number of ranks, and inner

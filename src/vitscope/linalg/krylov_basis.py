@@ -113,14 +113,14 @@ class Basis:
         """Return ``weights (k, m) @ the first m unit rows``: new vectors ``(k, size)``, whole on every rank."""
         m = weights.shape[1]
         w = torch.from_numpy(weights * self.scales[:m]).to(self.rows)
-        own = torch.empty(len(weights), self._padded.shape[1], dtype=self.dtype, device=self.rows.device)
+        local = torch.empty(len(weights), self._padded.shape[1], dtype=self.dtype, device=self.rows.device)
         for start in range(0, self.rows.shape[1], self.block):
             block = slice(start, min(start + self.block, self.rows.shape[1]))
-            own[:, block] = w @ self.rows[:m, block]
+            local[:, block] = w @ self.rows[:m, block]
         if self._memory.n_shares == 1:
-            return own.to(self._device)
+            return local.to(self._device)
         out = torch.empty(len(weights), self.size, dtype=self.dtype, device=self._device)
-        for vector, part in zip(out, own):
+        for vector, part in zip(out, local):
             vector.copy_(self._whole(part))
         return out
 
@@ -138,11 +138,11 @@ class Basis:
     def _blocks(self, pieces: Sequence[Tensor] | None, at_once: int) -> Iterator[tuple[slice, Tensor]]:
         """Yield columns of this rank and that part of the vector, cut so that no block crosses a piece's border."""
         if pieces is None:
-            own, start = [self.rows[self.count]], 0
+            vector, start = [self.rows[self.count]], 0
         else:
-            own, start = pieces, self._columns.start
+            vector, start = pieces, self._columns.start
         at, end = -start, self.rows.shape[1]  # in this rank's columns
-        for piece in own:
+        for piece in vector:
             flat = piece.reshape(-1)
             first, last = max(0, -at), min(len(flat), end - at)
             for begin in range(first, last, at_once):

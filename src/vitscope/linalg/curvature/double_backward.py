@@ -1,9 +1,10 @@
-"""Convolutions and BatchNorm whose second derivatives cost what they must.
+"""Convolutions, BatchNorm and attention whose second derivatives cost what they must.
 
 PyTorch differentiates a convolution's backward pass by convolutions with the image as kernel, one group at a time. But that
 pass is bilinear in the output's gradient and in (image, kernel), so its derivative is two convolutions and one more backward
 pass with the tangents in the place of image and kernel: a product with the Hessian of a convolutional network then costs two
-gradients, not three. BatchNorm with running statistics is an affine map and is differentiated as one.
+gradients, not three. BatchNorm with running statistics is an affine map and is differentiated as one. Attention over many tokens
+is differentiated by blocks (`vitscope.linalg.curvature.blockwise_attention`).
 
 `BilinearConvDoubleBackward` puts these in the place of the calls a model makes, whatever its modules are.
 """
@@ -17,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+
+from vitscope.linalg.curvature.blockwise_attention import blockwise_attention
 
 aten = torch.ops.aten
 
@@ -156,4 +159,5 @@ REPLACEMENTS: dict[Callable, Callable[..., Any]] = {
     F.conv3d: _convolution,
     F.batch_norm: _batch_norm,
     F.hardsigmoid: _hardsigmoid,
+    F.scaled_dot_product_attention: blockwise_attention,
 }

@@ -1,0 +1,201 @@
+"""Scaled dot-product attention that is differentiated twice by blocks, without a matrix of tokens by tokens in the graph.
+
+With S = s Q K^T + B, P = softmax(S), O = P V and the output's gradient G, the first derivatives are, with dP = G V^T and
+dS = P (dP - rowsum(P dP)),
+
+    Q: s dS K,   K: s dS^T Q,   V: P^T G,   B: dS.
+
+The scalar <U_Q, s dS K> + <U_K, s dS^T Q> + <U_V, P^T G> + <U_B, dS> has, with T = s (U_Q K^T + Q U_K^T) + U_B, t = rowsum(P T),
+C = P (T - t), W = (dP - rowsum(P dP)) T - t dP + G U_V^T and Z = P (W - rowsum(P W)), the derivatives
+
+    Q: s (dS U_K + Z K),   K: s (dS^T U_Q + Z^T Q),   V: C^T G,   G: C V + P U_V,   B: Z.
+
+PyTorch's math attention keeps several such matrices of each layer for the second derivative. Here the graph holds Q, K, V, B and
+G alone, and P is computed again for some heads and rows at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+#: keys from which on attention is taken by blocks; below, the matrices are small and kept
+FEWEST_KEYS = 128
+#: entries of a block of the matrix: of a few megabytes, for a CPU's cache, and enough for a GPU
+CPU_ENTRIES, GPU_ENTRIES = 1 << 20, 1 << 24
+
+
+def blockwise_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Any:
+    """Return what `torch.nn.functional.scaled_dot_product_attention` does, or NotImplemented.
+
+    Args:
+        query: (B, H, N, D).
+        key: (B, H, M, D).
+        value: (B, H, M, E).
+        attn_mask: a mask or a bias that broadcasts to (B, H, N, M); None for none.
+        dropout_p: not supported where it is not 0.
+        is_causal: not supported.
+        scale: None for one over the root of D.
+        enable_gqa: not supported.
+    """
+    tensors = (query, key, value)
+    is_supported = (
+        all(type(t) is Tensor and t.ndim == 4 and t.is_floating_point() for t in tensors)
+        and len({(t.dtype, t.device, t.shape[:2]) for t in tensors}) == 1
+        and not (dropout_p or is_causal or enable_gqa)
+    )
+    if not is_supported or key.shape[2] < FEWEST_KEYS or not torch.is_grad_enabled():
+        return NotImplemented
+    bias = None
+    if attn_mask is not None:
+        if attn_mask.dtype == torch.bool:
+            bias = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill_(~attn_mask, float("-inf"))
+        elif isinstance(attn_mask, Tensor) and attn_mask.dtype == query.dtype:
+            bias = attn_mask
+        if bias is None or bias.ndim > 4:
+            return NotImplemented
+        bias = bias.reshape((1,) * (4 - bias.ndim) + tuple(bias.shape))
+    return _Attention.apply(query, key, value, bias, query.shape[-1] ** -0.5 if scale is None else scale)
+
+
+class _Block(NamedTuple):
+    """Heads and rows of one image: an index for tensors of queries, one for those of keys, one for the bias."""
+
+    queries: tuple[int, slice, slice]
+    keys: tuple[int, slice]
+    bias: tuple[slice, slice, slice] | None
+
+
+def _blocks(q: Tensor, k: Tensor, bias: Tensor | None) -> Iterator[_Block]:
+    n_images, n_heads, n, _ = q.shape
+    m = k.shape[2]
+    entries = GPU_ENTRIES if q.is_cuda else CPU_ENTRIES
+    heads, rows = max(1, min(n_heads, entries // (n * m))), max(1, min(n, entries // m))
+    for image in range(n_images):
+        for h in range(0, n_heads, heads):
+            for r in range(0, n, rows):
+                at, part = slice(h, h + heads), slice(r, r + rows)
+                place = None
+                if bias is not None:  # of a size of 1 the same for all
+                    sizes = bias.shape
+                    place = (
+                        slice(image, image + 1) if sizes[0] > 1 else slice(0, 1),
+                        at if sizes[1] > 1 else slice(0, 1),
+                        part if sizes[2] > 1 else slice(0, 1),
+                    )
+                yield _Block((image, at, part), (image, at), place)
+
+
+def _probabilities(q: Tensor, k: Tensor, bias: Tensor | None, scale: float, block: _Block) -> Tensor:
+    """Return P of a block ``(heads, rows, M)``; a row that is masked everywhere is 0."""
+    scores = (q[block.queries] * scale) @ k[block.keys].transpose(-1, -2)
+    if bias is not None and block.bias is not None:
+        scores += bias[block.bias][0]
+    return torch.ops.aten._safe_softmax(scores, -1)
+
+
+def _centered(p: Tensor, x: Tensor) -> Tensor:
+    """Return P (x - rowsum(P x)), the derivative of a softmax ``p`` applied to ``x``, in the place of ``x``."""
+    return x.sub_((p * x).sum(-1, keepdim=True)).mul_(p)
+
+
+def _add_to_bias(total: Tensor, part: Tensor, block: _Block) -> None:
+    """Add a block ``(heads, rows, M)`` to the bias's derivative, summed where the bias is broadcast."""
+    assert block.bias is not None
+    place = total[block.bias]
+    place += part[None].sum_to_size(place.shape)
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+        ctx.save_for_backward(q, k, v, bias)
+        ctx.scale = scale
+        out = q.new_empty(*q.shape[:3], v.shape[3])
+        for block in _blocks(q, k, bias):
+            out[block.queries] = _probabilities(q, k, bias, scale, block) @ v[block.keys]
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:
+        q, k, v, bias = ctx.saved_tensors
+        return (*_Backward.apply(g, q, k, v, bias, ctx.scale, ctx.needs_input_grad[3]), None)
+
+
+class _Backward(torch.autograd.Function):
+    """The derivatives by Q, K, V and B."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, g: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, needs_bias: bool
+    ) -> Any:
+        ctx.save_for_backward(g, q, k, v, bias)
+        ctx.scale = scale
+        ctx.set_materialize_grads(False)
+        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        db = torch.zeros_like(bias) if bias is not None and needs_bias else None
+        for block in _blocks(q, k, bias):
+            p = _probabilities(q, k, bias, scale, block)
+            g_part = g[block.queries]
+            dv[block.keys] += p.transpose(-1, -2) @ g_part
+            ds = _centered(p, g_part @ v[block.keys].transpose(-1, -2))
+            if db is not None:
+                _add_to_bias(db, ds, block)
+            dq[block.queries] = (ds @ k[block.keys]) * scale
+            dk[block.keys] += ds.transpose(-1, -2) @ (q[block.queries] * scale)
+        return dq, dk, dv, db
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, uq: Tensor | None, uk: Tensor | None, uv: Tensor | None, ub: Tensor | None) -> Any:
+        """Take what is propagated to the derivatives by Q, K, V and B; None for zeros."""
+        g, q, k, v, bias = ctx.saved_tensors
+        scale = ctx.scale
+        dg, dq, dk, dv = torch.empty_like(g), torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        db = torch.zeros_like(bias) if bias is not None and ctx.needs_input_grad[4] else None
+        for block in _blocks(q, k, bias):
+            rows, keys = block.queries, block.keys
+            q_part, g_part = q[rows] * scale, g[rows]
+            p = _probabilities(q, k, bias, scale, block)
+            dp = g_part @ v[keys].transpose(-1, -2)
+            dp_mean = (p * dp).sum(-1, keepdim=True)
+            t = torch.zeros_like(p)
+            if uq is not None:
+                t += (uq[rows] * scale) @ k[keys].transpose(-1, -2)
+            if uk is not None:
+                t += q_part @ uk[keys].transpose(-1, -2)
+            if ub is not None and block.bias is not None:
+                t += ub[block.bias][0]
+            t_mean = (p * t).sum(-1, keepdim=True)
+            w = (dp - dp_mean).mul_(t).sub_(t_mean * dp)
+            if uv is not None:
+                w += g_part @ uv[keys].transpose(-1, -2)
+            z = _centered(p, w)
+            c = t.sub_(t_mean).mul_(p)
+            ds = dp.sub_(dp_mean).mul_(p)
+            dg[rows] = c @ v[keys]
+            dv[keys] += c.transpose(-1, -2) @ g_part
+            if uv is not None:
+                dg[rows] += p @ uv[keys]
+            dq[rows] = (z @ k[keys]) * scale
+            dk[keys] += z.transpose(-1, -2) @ q_part
+            if uk is not None:
+                dq[rows] += (ds @ uk[keys]) * scale
+            if uq is not None:
+                dk[keys] += ds.transpose(-1, -2) @ (uq[rows] * scale)
+            if db is not None:
+                _add_to_bias(db, z, block)
+        return dg, dq, dk, dv, db, None, None
