@@ -60,15 +60,26 @@ their types. In every other network one small forward pass in evaluation mode sh
 device too.
 
 - **A unit** is a residual addition `s + b`: the stream `s` comes from a value by at most one layer, pooling and norms, the
-  branch `b` from the same value by what the unit computes. Additions inside a branch belong to it. An addition that only
-  bridges a series of units is none, nor is a sum of parallel linear kernels (structural reparameterization).
-- **Its kind** is what the branch computes: `msa` for attention (softmax, linear, of channels, in windows, additive), else `conv`
-  for a kernel of more than one position, else `mlp` for linear layers and 1x1 convolutions, also across tokens, else `pool`. A
-  branch that expands channels, applies a depthwise kernel and projects back is `conv`, as in MobileNets; directly behind an
-  attention or pooling unit of the same block it is the block's feed-forward layer and `mlp`, as in PVT v2 and SegFormer.
+  branch `b` from the same value by what the unit computes; `s - b` is one too. Additions inside a branch belong to it. An
+  addition that only bridges a series of units is none, nor is a sum of parallel linear kernels (structural
+  reparameterization). The branch of `x + (attention(x) + mlp(x))` is two units. The two streams of a reversible network have
+  units of their own.
+- **Its kind** is what the branch computes: `msa` for attention (softmax, linear, of channels, in windows, additive), else
+  `conv` for a kernel of more than one position, else `mlp` for linear layers and 1x1 convolutions, also across tokens, else
+  `pool`. A branch that expands channels, applies a depthwise kernel and projects back is `conv`, as in MobileNets; directly
+  behind an attention or pooling unit of the same block it is the block's feed-forward layer and `mlp`, as in PVT v2 and
+  SegFormer. A mixture of experts is `mlp`: its softmax weighs results of one position. A product with patches (`unfold`) is
+  `conv`, and a state-space block is so for its depthwise convolution. A branch that holds attention and an MLP, as in
+  EdgeNeXt, is `msa` with all of its parameters; the table says "holds an MLP too" and measures by kind warn.
+- **A kind that is not certain** is refused by measures that compare kinds: a branch without attention that multiplies
+  activations by activations over an unknown axis (a state-space model without a convolution, unnormalized additive
+  attention), or that runs a function which the pass does not show (an operator of an extension, `torch.func.vmap`, NumPy in a
+  `torch.autograd.Function`).
 - **Layers between units** have a kind as well: `pool` where they make the map smaller without a nonlinearity. They are not
   residual, so that no lesion removes them.
-- `stem` is what comes before the first unit, `head` what comes after the last.
+- `stem` is what comes before the first unit, `head` what comes after the last. Layers of the first unit's own block are no
+  stem where the block's type comes again: the depthwise layer of RepViT's first block is `conv` as in the later ones.
+  Depthwise mixing between the patch embedding and the first block is `stem`, as a position encoding without a shortcut is.
 - **Stages** are numbered from 1 by the size of the map.
 - **Not residual** are networks whose units hold less than the layers between them, mix no channels, or whose sums are
   concatenated. They are read after each convolution and pooling layer.

@@ -81,4 +81,7 @@ def test_a_network_may_differentiate_in_its_forward_pass() -> None:
             (slope,) = torch.autograd.grad(self.block.wide(x).square().sum(), x, create_graph=True)
             return self.head(self.block(x - 0.1 * slope).mean((2, 3)))
 
-    assert [unit.kind for unit in vs.structure(Energy()).units] == ["conv"]
+    assert [unit.kind for unit in vs.structure(Energy()).units] == [
+        "conv",
+        "conv",
+    ]  # the step along the gradient is one

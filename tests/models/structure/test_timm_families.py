@@ -61,6 +61,7 @@ def check_owners(structure: Structure) -> None:
 
 @pytest.mark.parametrize("module", FAST)
 @pytest.mark.filterwarnings("ignore:parameters that the forward pass in eval mode does not use")
+@pytest.mark.filterwarnings("ignore:one branch holds attention and an MLP")
 def test_units_of_a_family(module: str) -> None:
     check_family(module)
 
@@ -68,6 +69,7 @@ def test_units_of_a_family(module: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("module", sorted(set(timm.list_modules()) - set(FAST)))
 @pytest.mark.filterwarnings("ignore:parameters that the forward pass in eval mode does not use")
+@pytest.mark.filterwarnings("ignore:one branch holds attention and an MLP")
 def test_units_of_every_family(module: str) -> None:
     if timm.list_models(module=module):
         check_family(module)

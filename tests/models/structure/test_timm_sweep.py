@@ -61,6 +61,7 @@ def answered(find: Callable[[nn.Module], Any], model: nn.Module) -> Any:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:parameters that the forward pass in eval mode does not use")
+@pytest.mark.filterwarnings("ignore:one branch holds attention and an MLP")
 @pytest.mark.parametrize("module", sorted(set(timm.list_modules())))
 def test_all_attention_of_timms_models_is_msa_or_refused(module: str) -> None:
     name = smallest(module)

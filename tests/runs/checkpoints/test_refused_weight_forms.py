@@ -90,6 +90,10 @@ REFUSED: dict[str, tuple[Any, str]] = {
         with_entry("5.bias", torch.ones(5, dtype=torch.complex64)),
         r"5\.bias is of torch\.complex64, the model's is of torch\.float32",
     ),
+    "quantized": (
+        with_entry("5.bias", torch.ones(5, dtype=torch.int8)),
+        r"5\.bias is of torch\.int8, the model's is of torch\.float32",
+    ),
 }
 
 

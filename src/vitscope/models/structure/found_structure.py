@@ -30,6 +30,7 @@ class FoundStructure:
         unclear: What is not certain about parameters of a traced pass.
         unused: Names of the parameters that a traced pass does not use.
         doubts: Texts about units whose kind is not certain.
+        with_mlp: Names of units of kind ``msa`` whose branch holds an MLP too.
         observed: The observed pass of described blocks; None where the model does not run.
     """
 
@@ -40,6 +41,7 @@ class FoundStructure:
     unclear: tuple[str, ...] = ()
     unused: tuple[str, ...] = ()
     doubts: tuple[str, ...] = ()
+    with_mlp: tuple[str, ...] = ()
 
 
 def find_structure(model: nn.Module, images: Tensor | None = None) -> FoundStructure:
@@ -105,6 +107,7 @@ def _found(model: nn.Module, images: Tensor | None) -> FoundStructure:
             tuple(traced.unclear),
             tuple(traced.unused),
             tuple(traced.doubts),
+            tuple(traced.with_mlp),
         )
     if described is not None:
         return described

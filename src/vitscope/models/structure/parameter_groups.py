@@ -77,6 +77,7 @@ def places_of(inner: nn.Module, model_structure: FoundStructure) -> Mapping[str,
         raise StructureError(model_name(inner), text, fix_of(""))
     if model_structure.places is not None:
         _warn_unused(model_structure.unused)
+        _warn_with_mlp(model_structure.with_mlp)
         return model_structure.places
     components, observed = model_structure.components, model_structure.observed
     original = [name for name, _ in inner.named_parameters()]
@@ -175,6 +176,15 @@ def _warn_unused(unused: Sequence[str]) -> None:
         more = f" and {len(unused) - 3} more" if len(unused) > 3 else ""
         warnings.warn(
             f"parameters that the forward pass in eval mode does not use have their unit's kind: {', '.join(unused[:3])}{more}",
+            stacklevel=6,
+        )
+
+
+def _warn_with_mlp(names: Sequence[str]) -> None:
+    if names:
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        warnings.warn(
+            f"one branch holds attention and an MLP, whose parameters have kind msa: {', '.join(names[:3])}{more}",
             stacklevel=6,
         )
 

@@ -26,6 +26,7 @@ class StructureUnit:
         parameters: Names of its parameters as in ``named_parameters()``.
         residual: Whether it adds to a stream.
         branch: Whether its branch can be read and removed.
+        with_mlp: Whether a branch of kind ``msa`` holds an MLP too, which then counts as ``msa``.
     """
 
     name: str
@@ -34,6 +35,7 @@ class StructureUnit:
     parameters: tuple[str, ...]
     residual: bool = True
     branch: bool = True
+    with_mlp: bool = False
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,8 @@ class Structure:
 def _remark(unit: StructureUnit) -> str:
     if not unit.residual:
         return "not residual"
-    return "" if unit.branch else "branch is no module's output"
+    remarks = ["" if unit.branch else "branch is no module's output", "holds an MLP too" if unit.with_mlp else ""]
+    return ", ".join(filter(None, remarks))
 
 
 def structure(model: nn.Module, images: Tensor | None = None) -> Structure:
@@ -128,7 +131,13 @@ def structure(model: nn.Module, images: Tensor | None = None) -> Structure:
         missing.append(str(error).rstrip("."))
     units = tuple(
         StructureUnit(
-            c.name, c.part.kind, c.stage, parameters_of(inner, c), c.part.is_residual, c.part.branch_out is not None
+            c.name,
+            c.part.kind,
+            c.stage,
+            parameters_of(inner, c),
+            c.part.is_residual,
+            c.part.branch_out is not None,
+            c.name in model_structure.with_mlp,
         )
         for c in model_structure.components
     )

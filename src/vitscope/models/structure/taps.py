@@ -140,7 +140,8 @@ def reading(
                 read(i, tap, value)
 
             if tap.at == "sum":
-                sums[tap.module, tap.call, tap.n_calls, tap.number] = fn_of_tap
+                place = (tap.module, tap.call, tap.n_calls, tap.number)
+                sums[place] = _in_turn(sums[place], fn_of_tap) if place in sums else fn_of_tap  # units side by side
             else:
                 attach(stack, Read(tap.module, tap.at, tap.layout, tap.call, tap.n_calls), fn_of_tap)
         if sums:
@@ -148,6 +149,14 @@ def reading(
             stack.enter_context(reader.following(unwrapped(model)))
             stack.enter_context(reader)
         yield
+
+
+def _in_turn(first: Callable[[Tensor], None], second: Callable[[Tensor], None]) -> Callable[[Tensor], None]:
+    def both(value: Tensor) -> None:
+        first(value)
+        second(value)
+
+    return both
 
 
 def attach(stack: ExitStack, read: Read, fn: Callable[[Tensor], None]) -> None:

@@ -14,8 +14,9 @@ from torch import nn
 
 from vitscope.models.tracing.graph import Node, Trace
 
-#: functions that add two tensors
-ADDITIONS = frozenset({"add", "add_", "__add__", "__radd__", "__iadd__", "addcmul", "addcmul_", "lerp", "lerp_"})
+#: functions that add two tensors, the second with a minus sign
+DIFFERENCES = frozenset({"sub", "sub_", "__sub__", "__isub__", "subtract"})
+ADDITIONS = DIFFERENCES | {"add", "add_", "__add__", "__radd__", "__iadd__", "addcmul", "addcmul_", "lerp", "lerp_"}
 #: functions that give the elements of their argument another place or a constant scale
 IDENTITIES = frozenset({
     "view", "reshape", "flatten", "unflatten", "permute", "transpose", "swapaxes", "movedim", "T", "mT", "contiguous", "clone",
@@ -68,7 +69,7 @@ def residual_additions(trace: Trace) -> list[Addition]:
         addition = _addition(trace, node, accepted)
         if addition is not None:
             accepted[node.index] = addition
-    return _outermost(trace, list(accepted.values()))
+    return [part for addition in _outermost(trace, list(accepted.values())) for part in _side_by_side(trace, addition)]
 
 
 def _addition(trace: Trace, node: Node, accepted: dict[int, Addition]) -> Addition | None:
@@ -81,7 +82,7 @@ def _addition(trace: Trace, node: Node, accepted: dict[int, Addition]) -> Additi
         return None
     options = [
         option
-        for stream, branch in (operands, operands[::-1])
+        for stream, branch in ((operands,) if node.op in DIFFERENCES else (operands, operands[::-1]))
         if trace.nodes[branch].varying
         and (option := _oriented(trace, node.index, stream, branch, accepted)) is not None
     ]
@@ -193,13 +194,49 @@ def _outermost(trace: Trace, additions: list[Addition]) -> list[Addition]:
     return sorted(remaining, key=lambda a: a.result)
 
 
+def _side_by_side(trace: Trace, addition: Addition) -> list[Addition]:
+    """Return the parts of a branch that is a sum of attention and something else, ``x + (attention(x) + mlp(x))``, else itself.
+
+    What both compute first belongs to the first one.
+    """
+    index = _through_identities(trace, addition.branch)
+    node = trace.nodes[index]
+    terms = list(dict.fromkeys(node.inputs))
+    if node.op not in ADDITIONS - DIFFERENCES or node.scales or len(terms) != 2 or len(node.inputs) != 2:
+        return [addition]
+    if any(trace.nodes[i].shape != node.shape or not trace.nodes[i].varying for i in terms):
+        return [addition]
+    ways = [trace.between(addition.source, i) if trace.is_ancestor(addition.source, i) else set() for i in terms]
+    separate_nodes = [ways[0] - ways[1], ways[1] - ways[0]]
+    if terms[0] in ways[1] or terms[1] in ways[0] or not all(_is_branch(trace, nodes) for nodes in separate_nodes):
+        return [addition]
+    if sum(any(trace.nodes[i].attention for i in nodes) for nodes in separate_nodes) != 1:
+        return [addition]
+    rest = trace.with_private_sources(separate_nodes[1], addition.source) - ways[0]
+    parts = [
+        replace(addition, branch=terms[0], region=addition.region - rest - {index, addition.branch}),
+        replace(addition, branch=terms[1], region=frozenset(rest)),
+    ]
+    return [part for half in parts for part in _side_by_side(trace, half)]
+
+
+def _is_branch(trace: Trace, nodes: Iterable[int]) -> bool:
+    """Whether nodes hold layers and what is not linear in them."""
+    members = list(nodes)
+    return any(_has_layer(trace.nodes[i]) for i in members) and any(is_nonlinear(trace, i) for i in members)
+
+
 def _is_bridge(trace: Trace, outer: Addition, inner: Iterable[Addition]) -> bool:
     """Whether a unit inside the outer branch adds to the outer stream itself, or the branch reaches beyond its block."""
     calls = trace.calls
     block = calls[trace.nodes[outer.result].stack[-1]]
+    if any(user > outer.result for a in inner for user in _readers(trace, a.result)):
+        return True  # the inner sum goes on as a stream beside the outer one, as in reversible networks
     if any(_has_layer(trace.nodes[i]) and i < block.start for i in outer.region if trace.nodes[i].varying):
         return True
     for a in inner:
+        if a.stream != outer.source and not trace.is_ancestor(outer.source, a.stream):
+            return True  # it adds to a stream that the outer source is no part of
         index = a.stream
         for _ in range(24):
             if index == outer.source:
@@ -210,6 +247,18 @@ def _is_bridge(trace: Trace, outer: Addition, inner: Iterable[Addition]) -> bool
                 break
             index = sources[0]
     return False
+
+
+def _readers(trace: Trace, index: int) -> set[int]:
+    """Return the functions that read a value, also behind rearrangements of it."""
+    readers, waiting = set[int](), [index]
+    while waiting:
+        for user in trace.consumers[waiting.pop()]:
+            if trace.nodes[user].op in IDENTITIES:
+                waiting.append(user)
+            else:
+                readers.add(user)
+    return readers
 
 
 def fused_part(trace: Trace, outer: Addition, inner: Iterable[Addition]) -> Addition | None:

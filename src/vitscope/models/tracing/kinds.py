@@ -12,6 +12,9 @@ The rules, in this order:
 
 A branch that expands channels, applies a depthwise kernel and projects back is ``conv``, as in MobileNets. Directly behind an
 attention or pooling unit of the same block it is that block's feed-forward layer and ``mlp``, as in PVT v2 and SegFormer.
+
+A softmax that weighs values of one position, as of experts, makes no attention, unless the branch has moved these values there
+from other positions. A layer on patches (``unfold``) is a kernel. `doubt_about` names what these rules do not cover.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ from collections.abc import Collection, Sequence
 
 from vitscope.core.tap import Kind
 from vitscope.models.structure.residual_structure import is_gate
-from vitscope.models.tracing.additions import is_nonlinear
+from vitscope.models.tracing.additions import ACTIVATIONS, ADDITIONS, is_nonlinear
 from vitscope.models.tracing.graph import Node, Trace
 
 _PRODUCTS = frozenset({"mul", "__mul__", "__rmul__", "mul_", "__imul__"})
@@ -60,13 +63,42 @@ def doubt_about(trace: Trace, region: Collection[int]) -> str | None:
     nodes = [trace.nodes[i] for i in sorted(region) if not in_gate(trace, trace.nodes[i])]
     if any(node.opaque and node.varying for node in nodes):
         return "runs a function that the forward pass does not show (an operator of an extension, torch.func, a compiled part)"
-    if any(node.unweighed_product for node in nodes):
+    gates = [node.index for node in nodes if node.attention]  # of one query, as in a gate of positions
+    if any(node.unweighed_product and not any(trace.is_ancestor(node.index, i) for i in gates) for node in nodes):
         return "multiplies activations by activations in a way that is not known"
     has_kernel = any(is_spatial(trace, node) for node in nodes)
     sums = [node for node in nodes if "?" in (_sums_products(trace, node) or ())]
     if not has_kernel and not all(_has_positions(trace, node) for node in sums):
         return "sums products of activations over an axis that is not known, as state-space models do"
     return None
+
+
+def holds_mlp(trace: Trace, region: Collection[int]) -> bool:
+    """Whether a branch with attention holds an MLP too: two layers around an activation that make no queries, keys or values.
+
+    A gate of the attention's result is none.
+    """
+    attention = [i for i in region if trace.nodes[i].attention or weighs_positions(trace, trace.nodes[i])]
+    after = {i for i in region if any(trace.is_ancestor(k, i) for k in attention)}
+    before = {i for i in region if any(trace.is_ancestor(i, k) for k in attention)}
+    behind: dict[
+        int, tuple[bool, bool]
+    ] = {}  # nodes behind a layer: whether one behind attention, and an activation since
+    for index in sorted(region):
+        node = trace.nodes[index]
+        if not node.varying or index in attention or in_gate(trace, node):
+            continue
+        states = [behind[i] for i in node.inputs if i in behind]
+        joins = node.op in _PRODUCTS or node.op in ADDITIONS
+        meets_attention = joins and len({i in after for i in node.inputs if trace.nodes[i].varying}) > 1
+        if _is_layer(node):
+            if any(active and (inside or index not in before) for inside, active in states):
+                return True
+            behind[index] = index in after, False
+        elif states and not meets_attention:
+            active = node.op in ACTIVATIONS or node.op == "glu"
+            behind[index] = any(inside for inside, _ in states), active or any(active for _, active in states)
+    return False
 
 
 def _weighs_moved(trace: Trace, node: Node, region: Collection[int]) -> bool:

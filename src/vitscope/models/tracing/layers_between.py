@@ -52,8 +52,18 @@ class Body:
         self._counts = list(accumulate(marks, initial=0))
         self._results = [unit.addition.result for unit in units]
         self._block_types = tuple({kind for unit in units if (kind := type(self._block(unit))) not in _CONTAINERS})
+        block_calls = {type(call.module): set[int]() for unit in units for call in self._calls_of(unit)}
+        for unit in units:
+            for call in self._calls_of(unit):
+                block_calls[type(call.module)].add(call.index)
+        self._repeated_types = {
+            kind for kind, indices in block_calls.items() if len(indices) > 1 and kind in self._block_types
+        }
         self.last = max(self._results)
         self._before = trace.ancestors(self._results)
+
+    def _calls_of(self, unit: TracedUnit) -> list[Call]:
+        return [self.trace.calls[i] for i in self.trace.nodes[unit.addition.result].stack[1:]]
 
     def _block(self, unit: TracedUnit) -> nn.Module:
         """Return the module of a unit's addition, or the one around it that holds all layers of the branch."""
@@ -89,10 +99,14 @@ class Body:
         block = next((c for c in free if isinstance(c.module, self._block_types)), None) if self._block_types else None
         if block is not None:  # a block like those of the units, without a shortcut
             return block
-        if not free or not (self.precedes(node) and self.follows(node)):
+        if not free or not self.precedes(node) or not (self.follows(node) or self._in_repeated_block(calls)):
             return None
         # the parts of a plain series are layers of their own; a norm belongs to the one layer behind it
         return next((c for c in free if not isinstance(c.module, _CONTAINERS) or self._n_layers(c) == 1), free[-1])
+
+    def _in_repeated_block(self, calls: Sequence[Call]) -> bool:
+        """Whether a module around a node is a block of units: before the first one, layers of its block are no stem."""
+        return any(type(c.module) in self._repeated_types for c in calls)
 
     def _n_layers(self, call: Call) -> int:
         return sum(bool(n.weight) and n.varying for n in self.trace.nodes[call.start : call.end])

@@ -13,6 +13,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from vitscope.core.guard.eager_execution import unwrapped
 from vitscope.models.structure.execution import enter_guards, tensors, trial_images
+from vitscope.models.tracing.additions import DIFFERENCES
 from vitscope.models.tracing.axes import Axes, unknown
 from vitscope.models.tracing.graph import Call, Node, Trace
 from vitscope.models.tracing.propagation import einsum_terms, result_axes
@@ -92,6 +93,7 @@ class _Recorder(TorchFunctionMode):
         self.node_of: MutableMapping[Tensor, int] = WeakIdKeyDictionary({images: 0})
         # softmax and products of activations, and what is made of them without a layer; whether there is a product among them
         self.weighed: dict[int, bool] = {}
+        self.rooted = {0}  # nodes that depend on the images or on parameters
         self.running: list[int] = []
         self.counts: dict[nn.Module, int] = {}
         names = "BCHW" if images.ndim == 4 else "?" * images.ndim
@@ -129,7 +131,11 @@ class _Recorder(TorchFunctionMode):
         call = self.trace.calls[self.running.pop()]
         call.end = len(self.trace.nodes)
         first = next(tensors(output), None)
-        if first is not None and first not in self.node_of and first.grad_fn is not None:
+        if (
+            first is not None
+            and first.grad_fn is not None
+            and (first not in self.node_of or self.node_of[first] not in self.rooted)
+        ):
             self._hidden(first, call)
         call.output = self._first_node(output)
 
@@ -169,7 +175,7 @@ class _Recorder(TorchFunctionMode):
             axes = [unknown(r.ndim) for r in results]
         added = self._add(op, results, inputs, parameters, varying, axes)
         added[0].opaque = opaque
-        added[0].scales = op.startswith(("addcmul", "lerp")) or kwargs.get("alpha", 1) != 1
+        added[0].scales = op.startswith(("addcmul", "lerp")) or kwargs.get("alpha", 1) != 1 or op in DIFFERENCES
         if op == "linear" or op.startswith("conv"):
             self._note_layer(added[0], args, kwargs, operands)
         elif op in ("sum", "mean", "cumsum") and operands:
@@ -192,24 +198,39 @@ class _Recorder(TorchFunctionMode):
                 index, op, tuple(inputs), tuple(parameters), tuple(tensor.shape), varying, tuple(self.running), meaning
             )
             self.trace.nodes.append(node)
+            if varying or parameters or any(i in self.rooted for i in inputs):
+                self.rooted.add(index)
             self.node_of[tensor] = index
             added.append(node)
         return added
 
     def _source(self, tensor: Tensor) -> int:
         """Return the node of a tensor; one that no function of the pass made depends on what the running module was given."""
-        if tensor in self.node_of:
-            return self.node_of[tensor]
+        index = self.node_of.get(tensor, -1)
+        # one that was made of constants and has a gradient all the same, as the result of a torch.autograd.Function in NumPy
+        is_made_elsewhere = index >= 0 and tensor.grad_fn is not None and index not in self.rooted
+        if index >= 0 and not is_made_elsewhere:
+            return index
         call = self.trace.calls[self.running[-1]] if self.running else None
         if tensor.grad_fn is not None and call is not None:
             return self._hidden(tensor, call)
         return -1
 
     def _hidden(self, tensor: Tensor, call: Call) -> int:
-        """Return a node for a tensor that no function of the pass made, of all values of the running call that none has used."""
-        used = {i for node in self.trace.nodes[call.start :] for i in node.inputs}
-        loose = [node.index for node in self.trace.nodes[call.start :] if node.index not in used and node.varying]
-        sources = loose or ([call.first_input] if call.first_input >= 0 else [])
+        """Return a node for a tensor that no function of the pass made.
+
+        It is taken to depend on all values of the innermost running call that none has used yet, or on the call's input.
+        """
+        sources: list[int] = []
+        while not sources:
+            nodes = self.trace.nodes[call.start :]
+            used = {i for node in nodes for i in node.inputs}
+            sources = [node.index for node in nodes if node.varying and node.index not in used]
+            if not sources and call.first_input >= 0:
+                sources = [call.first_input]
+            if call.parent < 0:
+                break
+            call = self.trace.calls[call.parent]
         node = self._add("function", (tensor,), sources, [], True, [unknown(tensor.ndim)])[0]
         node.opaque = True
         return node.index

@@ -15,7 +15,7 @@ from vitscope.models.structure.residual_structure import (
     in_auxiliary_head,
 )
 from vitscope.models.tracing.graph import Node, Trace
-from vitscope.models.tracing.kinds import doubt_about, mixes_channels
+from vitscope.models.tracing.kinds import doubt_about, holds_mlp, mixes_channels
 from vitscope.models.tracing.layers_between import Body, LayerBetween
 from vitscope.models.tracing.reads import read_call
 from vitscope.models.tracing.units import TracedUnit, described, traced_units
@@ -34,6 +34,7 @@ class TracedStructure:
         uncovered: Messages about modules that belong to no unit; the first one is raised by measures that speak of kinds.
         unclear: Messages about parameters without a certain place.
         unused: Names of the parameters that the pass does not use and that have the place of the module around them.
+        with_mlp: Names of units of kind ``msa`` whose branch holds an MLP too.
         doubts: Messages about units and layers whose kind is not certain.
     """
 
@@ -43,6 +44,7 @@ class TracedStructure:
     unclear: list[str]
     unused: list[str]
     doubts: list[str]
+    with_mlp: list[str]
 
 
 def traced_structure(model: nn.Module, trace: Trace) -> TracedStructure | None:
@@ -70,7 +72,8 @@ def traced_structure(model: nn.Module, trace: Trace) -> TracedStructure | None:
     places, unclear, unused = _places(model, trace, body, layers, components)
     modules = dict.fromkeys(_owner(trace, node) for node in body.uncovered_attention(layers))
     uncovered = [f"attention module {name} is not part of a known unit" for name in modules]
-    return TracedStructure(components, places, uncovered, unclear, unused, _doubts(trace, units, layers))
+    with_mlp = [unit.name for unit in units if unit.kind == "msa" and holds_mlp(trace, unit.addition.region)]
+    return TracedStructure(components, places, uncovered, unclear, unused, _doubts(trace, units, layers), with_mlp)
 
 
 def _doubts(trace: Trace, units: Sequence[TracedUnit], layers: Sequence[LayerBetween]) -> list[str]:

@@ -143,7 +143,7 @@ def class_counts(network: nn.Module, content: Mapping[str, Any], *, average: boo
 def _check_values(
     state: Mapping[str, Any], network_state: Mapping[str, Any], path: Path, class_count_source: str
 ) -> None:
-    """Refuse tensors of another shape than the model's, naming the first ones, and complex ones for real weights."""
+    """Refuse tensors of another shape than the model's, naming the first ones, and complex or integer ones for real weights."""
     shared = {name: value for name, value in network_state.items() if name in state and isinstance(value, Tensor)}
     differing = [name for name, value in shared.items() if getattr(state[name], "shape", None) != value.shape]
     if differing:
@@ -160,7 +160,8 @@ def _check_values(
             raise CheckpointError("ckpt_path", path, reason, _OF_THE_IMAGES)
         raise CheckpointError("ckpt_path", path, "; ".join(named) + more + counts, _OF_THE_MODEL)
     for name, value in shared.items():
-        if state[name].is_complex() and not value.is_complex():
+        is_integer = not state[name].is_floating_point() and not state[name].is_complex()
+        if (state[name].is_complex() and not value.is_complex()) or (is_integer and value.is_floating_point()):
             raise CheckpointError(
                 "ckpt_path", path, f"{name} is of {state[name].dtype}, the model's is of {value.dtype}", _OF_THE_MODEL
             )
