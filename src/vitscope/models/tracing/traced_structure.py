@@ -164,7 +164,9 @@ def _place(
             return by_name[inside[-1].name]
         ends = before and not any(trace.is_ancestor(before[-1].addition.result, u.addition.result) for u in body.units)
         after_last = all(i > body.last for i in _next_layers(trace, node))
-        return head if ends or after_last else None
+        if ends or after_last:
+            return head
+        return _place_beside(trace, body, node, by_name[before[-1].name] if before else ("stem", 0))
     key = name.rpartition(".")[2]
     if not follows or key in TOKENS or key in _POSITIONS:
         return ("stem", 0)
@@ -172,6 +174,21 @@ def _place(
     if node.op.startswith("conv"):
         return ("conv", latest[1])
     return ("mlp", latest[1]) if node.op == "linear" else latest
+
+
+def _place_beside(trace: Trace, body: Body, node: Node, latest: Place) -> Place | None:
+    """Return the place of a layer whose way joins that of the last unit in one block, as in cross stage partial networks."""
+    last = trace.nodes[body.last]
+    shared = [a for a, b in zip(node.stack[1:], last.stack[1:]) if a == b]
+    output = trace.calls[shared[-1]].output if shared else -1
+    if output < 0 or not (trace.is_ancestor(node.index, output) and trace.is_ancestor(last.index, output)):
+        return None
+    while not node.weight:
+        sources = [i for i in node.inputs if trace.nodes[i].varying]
+        if len(sources) != 1:
+            return latest
+        node = trace.nodes[sources[0]]
+    return ("conv" if node.op.startswith("conv") else "mlp", latest[1])
 
 
 def _returning_call(trace: Trace, unit: TracedUnit) -> int | None:
@@ -197,7 +214,7 @@ def _next_layers(trace: Trace, node: Node) -> set[int]:
 
 
 def _unclear(name: str, owner: str, node: Node, body: Body) -> str:
-    where = "before the end of the last unit without an effect on its output, as in a second head"
+    where = "before the end of the last unit without an effect on its output, as in a second head or beside it"
     return f"parameter {name} of {owner} is used {where}"
 
 
