@@ -181,6 +181,34 @@ def test_training_starts_from_averages(call, tiny, tmp_path, capsys) -> None:
     assert Run(run).provenance()["started_from"] == started
 
 
+def test_training_starts_with_a_new_classifier(call, trained, tiny, tmp_path, capsys) -> None:
+    """Fine-tuning to other classes: refused with the key to set; then all weights but the classifier's are the file's."""
+    run = trained("analysis=[]", "test=false", "trainer.max_epochs=1")
+    file = run / "checkpoints" / "last.ckpt"
+    options = [*tiny, "analysis=[]", "test=false", f"ckpt_path={file}", "data=shapes", "trainer.max_epochs=1"]
+    capsys.readouterr()
+    assert call("train", *options) == 4
+    assert "; ckpt_head=new trains a new classifier for 8 classes; or use" in capsys.readouterr().err
+    assert call("train", *options, "ckpt_head=fresh") == 2
+    assert "error: ckpt_head=fresh: neither file nor new; set ckpt_head=new" in capsys.readouterr().err
+    assert call("train", *tiny, "ckpt_head=new") == 2
+    assert "ckpt_path names, and it names none; set ckpt_path=<file>" in capsys.readouterr().err
+    assert call("train", *options, "ckpt_head=new", f"run_dir={tmp_path}/tuned") == 0
+    err = capsys.readouterr().err
+    assert err.count("new classifier for 8 classes (head.weight, head.bias); left out model.head.weight (16, ") == 1
+    source = checkpoint_weights.model_state(checkpoint_io.read(file))
+    start = checkpoint_weights.model_state(checkpoint_io.read(tmp_path / "tuned" / "checkpoints" / "init.ckpt"))
+    assert start["head.weight"].shape[0] == 8
+    assert all(start[name].equal(value) for name, value in source.items() if not name.startswith("head."))
+    tuned = Run(tmp_path / "tuned")
+    assert tuned.provenance()["started_from"] == {
+        "checkpoint": str(file), "step": 0, "weights_only": True, "new_head": True
+    }  # fmt: skip
+    assert call("train", f"run={tuned.path}", "trainer.max_epochs=2") == 0  # resumes its own checkpoint
+    assert metrics_log.last_values(tuned.journal)["step"] == 7
+    assert call("train", f"run={tuned.path}", "ckpt_head=new", "trainer.max_epochs=3") == 2
+
+
 def test_a_folder_of_a_measured_file_is_measured_again(call, tmp_path, capsys) -> None:
     """The network was a new one with random weights once, in silence."""
     states = []

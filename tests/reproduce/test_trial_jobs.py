@@ -8,7 +8,7 @@ import os
 import signal
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from omegaconf import OmegaConf
@@ -121,6 +121,25 @@ def test_an_outcome_of_an_earlier_start_is_not_taken(tmp_path: Path) -> None:
     assert outcome.run is None
 
 
+def test_time_in_a_queue_is_none_of_a_job_s_duration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Waits of 500 s before the start and of 300 s after a preemption are left out of 900 s."""
+    process = SimpleNamespace(is_queued=True)
+    jobs = TrialJobs([planned("seed=0")], tmp_path, lambda job, slot: cast(Any, process))
+    clock = 1000.0
+    monkeypatch.setattr(trial_jobs.time, "monotonic", lambda: clock)
+    job = jobs.next_job()
+    assert job is not None
+    jobs.start(job, trial_process.Slot("slurm0", {}))
+    for seconds, is_queued in ((500, True), (60, False), (300, True), (40, False)):
+        process.is_queued = is_queued
+        for _ in range(seconds // 10):
+            clock += 10
+            jobs.watch()
+    trial_jobs.write_outcome(Outcome(None), job.folder)
+    jobs.end(job, cast(Any, process), stopping=False)
+    assert job.seconds == 100.0
+
+
 def test_time_left_goes_by_estimates_then_by_jobs_that_ended() -> None:
     def job(name: str, state: str = TRAIN, seconds: float = 0.0) -> TrialJob:
         ended = Outcome(Path("run")) if seconds else None
@@ -213,6 +232,10 @@ def test_a_submitted_job_is_polled_cancelled_and_submitted_again(monkeypatch: py
     class Job:
         job_id, states, cancelled = "7", ["PENDING", "RUNNING"], 0
 
+        @property
+        def state(self) -> str:
+            return self.states[0] if self.states else "COMPLETED"
+
         def done(self) -> bool:
             return not self.states or self.cancelled > 0
 
@@ -229,8 +252,12 @@ def test_a_submitted_job_is_polled_cancelled_and_submitted_again(monkeypatch: py
     job = Job()
     process = slurm_job.SubmittedJob(job)
     assert process.poll() is None
+    assert process.is_queued
+    job.states = ["RUNNING"]
+    assert not process.is_queued
     job.states = []
     assert process.poll() == 3
+    assert not process.is_queued
     cancelled = slurm_job.SubmittedJob(job := Job())
     trial_process.stop([cancelled], signal.SIGTERM)
     assert job.cancelled == 1

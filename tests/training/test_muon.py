@@ -46,6 +46,12 @@ def test_matrices_of_hidden_layers_are_told_by_their_modules() -> None:
     depthwise = hidden_matrices(timm.create_model("test_convnext", num_classes=4))
     assert depthwise
     assert not {name for name in depthwise if name.endswith("conv_dw.weight")}
+    with torch.device("meta"):
+        coat = hidden_matrices(timm.create_model("coat_tiny", num_classes=4))
+        crossvit = hidden_matrices(timm.create_model("crossvit_9_240", num_classes=4))
+    stages = [name for name in coat if name.startswith("patch_embed")]
+    assert stages == [f"patch_embed{i}.proj.weight" for i in (2, 3, 4)]  # of feature maps; the first sees pixels
+    assert not [name for name in crossvit if name.startswith("patch_embed")]  # one a branch, both of pixels
     net = network()
     assert MuonAdamW(net.parameters(), net).summary == (
         "Muon trains 2 matrices, 2.weight to 5.weight; AdamW all other parameters, among them the matrices 0.weight, 7.weight"

@@ -131,6 +131,8 @@ class JobDisplay(LiveDisplay):
 
     def _position(self, job: TrialJob) -> str:
         """Return the epoch and step of a job's training, or what it does otherwise."""
+        if job.is_queued:
+            return "queued"
         run = self._run_of(job)
         if run is None:
             return "starting" if job.planned.run is None else "measuring"

@@ -15,6 +15,8 @@ from vitscope.runtime.errors import ConfigError
 
 #: seconds between two questions to SLURM while a job is waited for
 POLL_S = 1.0
+#: states of a job that waits for a node; UNKNOWN until SLURM's accounting lists it
+_QUEUED = ("PENDING", "REQUEUED", "REQUEUE_HOLD", "RESV_DEL_HOLD", "CONFIGURING", "QUEUED", "UNKNOWN")
 
 
 def executor(folder: Path, parameters: Mapping[str, Any], cluster: str = "slurm") -> Any:
@@ -83,6 +85,11 @@ class SubmittedJob:
             if self.job.done():
                 self._code = self._exit_code()
         return self._code
+
+    @property
+    def is_queued(self) -> bool:
+        """Whether the job waits for a node, at first or again; submitit asks SLURM for its state about once a minute."""
+        return self._code is None and str(self.job.state).partition(" ")[0] in _QUEUED
 
     def _exit_code(self) -> int:
         if self._is_cancelled:

@@ -30,8 +30,8 @@ class TrialJob:
         planned: The trial and what exists of it.
         folder: Folder of its output and outcome.
         slot: Name of the slot in which it runs or ran.
-        started: ``time.monotonic()`` at its start.
-        seconds: Duration; 0 before its end.
+        started: ``time.monotonic()`` at its start, later by what it waited in a queue of SLURM.
+        seconds: Duration without that wait; 0 before its end.
         process: Its process while it runs.
         outcome: What became of it; None before its end.
     """
@@ -48,6 +48,11 @@ class TrialJob:
     def trial(self) -> Trial:
         """The trial."""
         return self.planned.trial
+
+    @property
+    def is_queued(self) -> bool:
+        """Whether its process waits for a node of SLURM."""
+        return bool(getattr(self.process, "is_queued", False))
 
     @property
     def output(self) -> Path:
@@ -116,6 +121,9 @@ class TrialJobs:
         """Update what is shown."""
         now = time.monotonic()
         if now - self._updated >= UPDATE_S:
+            for job in self.running():
+                if job.is_queued:  # time in a queue says nothing of how long others will take
+                    job.started += min(now - job.started, now - self._updated)
             self._updated = now
             self.show(self, None)
 

@@ -31,12 +31,17 @@ def load_named_weights(
         average: whether to take averages over training steps.
 
     Raises:
-        CheckpointError: they do not fit; where the file is a run's, the error names ``run=<folder>``.
+        CheckpointError: they do not fit; where the file is a run's, the error names ``run=<folder>``, and where a training
+            asks for another number of classes ``ckpt_head=new``.
     """
     source = cross_checks.source_of_class_count(cfg)
     try:
         checkpoint_weights.load_weights(network, content, path, average=average, class_count_source=source)
     except CheckpointError as error:
+        counts = checkpoint_weights.class_counts(network, content, average=average)
+        if counts is not None and "ckpt_head" in cfg and error.key == "ckpt_path":
+            fix = f"ckpt_head=new trains a new classifier for {counts[1]} classes; or use the number it was made with"
+            raise CheckpointError(error.key, error.value, error.why, fix) from error
         owner = run_dir.owner_of(path)
         if owner is None or error.key != "ckpt_path" or cfg.get("run"):
             raise

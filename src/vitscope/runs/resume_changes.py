@@ -22,7 +22,7 @@ from vitscope.runtime import atomic_write
 from vitscope.runtime.errors import CheckpointError, ConfigError
 
 #: keys that say how a command starts, not what a run is: those of the command that made the run stay written down
-INVOCATION = ("run", "run_dir", "ckpt", "ckpt_path", "ckpt_weights_only", "skip_finished")
+INVOCATION = ("run", "run_dir", "ckpt", "ckpt_path", "ckpt_weights_only", "ckpt_head", "skip_finished")
 
 #: regular expressions of the keys that may change on a resume, with the reason
 CHANGEABLE = {

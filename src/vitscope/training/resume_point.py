@@ -13,6 +13,7 @@ from omegaconf import DictConfig
 from torch.optim import Optimizer
 
 from vitscope.config import experiment_identity
+from vitscope.models import classifier_head
 from vitscope.runs import named_weights, resume_changes, run_dir
 from vitscope.runs.checkpoints import checkpoint_content, checkpoint_io, checkpoint_schema, checkpoint_weights
 from vitscope.runs.resume_changes import Change
@@ -24,6 +25,8 @@ _logger = logging.getLogger(__name__)
 
 #: the value of ``ckpt`` by which the weights of a file are meant, not its averages
 LATEST = "last"
+#: values of ``ckpt_head``: the classifier of the file, or a newly initialized one
+FILE_HEAD, NEW_HEAD = "file", "new"
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,7 @@ def forget_start_file(cfg: DictConfig, run: Run) -> None:
     """
     if not checkpoint_io.present(run.checkpoints):
         return
-    for key, value in (("ckpt_path", None), ("ckpt", LATEST), ("ckpt_weights_only", False)):
+    for key, value in (("ckpt_path", None), ("ckpt", LATEST), ("ckpt_weights_only", False), ("ckpt_head", FILE_HEAD)):
         if key in cfg:
             cfg[key] = value
 
@@ -125,6 +128,9 @@ def allowed_changes(cfg: DictConfig, run: Run | None, checkpoint: Path | None) -
     if cfg.get("ckpt_weights_only") and not starts_anew:
         fix = "leave it out, or start a new run from the weights: leave out run= and name a file with ckpt_path="
         raise ConfigError("ckpt_weights_only", True, "a run that goes on needs the whole state of its checkpoint", fix)
+    if cfg.get("ckpt_head", FILE_HEAD) == NEW_HEAD and not starts_anew:
+        fix = "leave it out, or start a new run from the weights: leave out run= and name a file with ckpt_path="
+        raise ConfigError("ckpt_head", NEW_HEAD, "a run that goes on needs the whole state of its checkpoint", fix)
     stored = run.config()
     changes = resume_changes.changes(stored, cfg)
     resume_changes.refuse_another_experiment(changes, stored, cfg, run)
@@ -136,14 +142,12 @@ def allowed_changes(cfg: DictConfig, run: Run | None, checkpoint: Path | None) -
 
 def _progress(checkpoint: Path) -> tuple[int, int]:
     """Return the number of epochs that have begun and of optimizer steps that are made at a checkpoint."""
-    content = checkpoint_io.read(checkpoint)
+    return _progress_of(checkpoint_io.read(checkpoint), checkpoint)
+
+
+def _progress_of(content: Mapping[str, Any], checkpoint: Path) -> tuple[int, int]:
     facts = checkpoint_content.facts(content, checkpoint)
     return facts.get("epoch", 0) + (facts.get("batch", 0) > 0), checkpoint_content.completed_steps(content)
-
-
-def step_of(checkpoint: Path | None) -> int:
-    """Return the number of optimizer steps that are made at a checkpoint; 0 without one."""
-    return 0 if checkpoint is None else _progress(checkpoint)[1]
 
 
 def has_steps_left(cfg: DictConfig, changes: Sequence[Change] | None, checkpoint: Path) -> bool:
@@ -152,12 +156,12 @@ def has_steps_left(cfg: DictConfig, changes: Sequence[Change] | None, checkpoint
         change.key in ("trainer.max_epochs", "trainer.max_steps", "trainer.max_time") for change in changes or ()
     ):
         return False
-    return _is_below_limits(cfg, checkpoint)
+    return _is_below_limits(cfg, _progress(checkpoint))
 
 
-def _is_below_limits(cfg: DictConfig, checkpoint: Path) -> bool:
-    """Tell whether a checkpoint has fewer epochs and steps than the training's limits."""
-    n_epochs, n_steps = _progress(checkpoint)
+def _is_below_limits(cfg: DictConfig, progress: tuple[int, int]) -> bool:
+    """Tell whether the epochs and steps of a checkpoint are fewer than the training's limits."""
+    n_epochs, n_steps = progress
     limits = ((cfg.trainer.get("max_epochs"), n_epochs), (cfg.trainer.get("max_steps"), n_steps))
     return all(limit in (None, -1) or limit > count for limit, count in limits)
 
@@ -171,11 +175,19 @@ def report_nothing_to_do(run: Run, changes: Sequence[Change] | None) -> None:
 
 
 def check_choice_of_weights(cfg: DictConfig) -> None:
-    """Check ``ckpt``: the weights or the averages of the file that ``ckpt_path`` names.
+    """Check ``ckpt``, the weights or the averages of the file that ``ckpt_path`` names, and ``ckpt_head``.
 
     Raises:
-        ConfigError: Another value, or averages where no file is named.
+        ConfigError: Another value, or averages or a new classifier where no file is named.
     """
+    head = cfg.get("ckpt_head", FILE_HEAD)
+    if head not in (FILE_HEAD, NEW_HEAD):
+        raise ConfigError(
+            "ckpt_head", head, f"neither {FILE_HEAD} nor {NEW_HEAD}", f"set ckpt_head={NEW_HEAD}, or leave it out"
+        )
+    if head == NEW_HEAD and cfg.ckpt_path in (None, "last", "auto"):
+        reason = "leaves out the classifier of the file that ckpt_path names, and it names none"
+        raise ConfigError("ckpt_head", head, reason, "set ckpt_path=<file>, or leave it out")
     chosen_weights = cfg.get("ckpt", LATEST)
     if chosen_weights not in (LATEST, checkpoint_weights.AVERAGE):
         fix = f"choose {LATEST} or {checkpoint_weights.AVERAGE}; run=<folder> ckpt_path=last resumes a run"
@@ -186,25 +198,34 @@ def check_choice_of_weights(cfg: DictConfig) -> None:
 
 
 def takes_weights_only(cfg: DictConfig) -> bool:
-    """Tell whether a new run takes nothing but weights from its file: averages have no state of an optimizer."""
-    return bool(cfg.get("ckpt_weights_only")) or cfg.get("ckpt", LATEST) == checkpoint_weights.AVERAGE
+    """Tell whether a new run takes nothing but weights from its file: averages and a new classifier have no optimizer's state."""
+    return (
+        bool(cfg.get("ckpt_weights_only"))
+        or cfg.get("ckpt", LATEST) == checkpoint_weights.AVERAGE
+        or cfg.get("ckpt_head", FILE_HEAD) == NEW_HEAD
+    )
 
 
-def load_start_weights(cfg: DictConfig, network: Any, path: Path) -> None:
+def load_start_weights(cfg: DictConfig, network: Any, path: Path) -> Mapping[str, Any]:
     """Put the weights of the file that a new run starts from into its network, before a folder is made.
+
+    Returns:
+        The contents of the file, with the network's own classifier where the configuration asks for a new one.
 
     Raises:
         CheckpointError: They do not fit.
-        ConfigError: The file's training has made every step that this configuration asks for.
+        ConfigError: The file's training has made every step that this configuration asks for, or the network has no classifier.
     """
-    content = checkpoint_io.read(path)
+    content: Mapping[str, Any] = checkpoint_io.read(path)
+    if cfg.get("ckpt_head", FILE_HEAD) == NEW_HEAD:
+        content = _with_new_head(cfg, network, content, path)
     average = cfg.get("ckpt", LATEST) == checkpoint_weights.AVERAGE
     named_weights.load_named_weights(network, content, path, cfg, average=average)
     if takes_weights_only(cfg) or "loops" not in content:
-        return
+        return content
     owner, n_steps = run_dir.owner_of(path), checkpoint_content.completed_steps(content)
     resumed = f"run={owner.path} resumes that run itself, " if owner is not None else ""
-    if not _is_below_limits(cfg, path):
+    if not _is_below_limits(cfg, _progress_of(content, path)):
         reason = f"no step is left to make: ckpt_path={path} holds a training of {n_steps} steps"
         fix = f"give more; {resumed}ckpt_weights_only=true starts anew from its weights"
         raise ConfigError("trainer.max_epochs", cfg.trainer.get("max_epochs"), reason, fix)
@@ -213,6 +234,23 @@ def load_start_weights(cfg: DictConfig, network: Any, path: Path) -> None:
             f"ckpt_path={path}: a new run goes on from step {n_steps} with the optimizer's state; {resumed}"
             "ckpt_weights_only=true takes the weights alone"
         )
+    return content
+
+
+def _with_new_head(cfg: DictConfig, network: Any, content: Mapping[str, Any], path: Path) -> Mapping[str, Any]:
+    """Return the contents of a file with the network's own classifier, and say what was left out."""
+    num_classes = int(cfg.data.num_classes)
+    try:
+        replaced = classifier_head.with_new_head(network, content, num_classes)
+    except ValueError as error:
+        raise ConfigError("ckpt_head", NEW_HEAD, str(error).rstrip("."), "leave it out") from None
+    left_out = [f"{name} {shape}" for name, shape in replaced.left_out.items()]
+    of_file = f"left out {', '.join(left_out[:4])}" if left_out else "the file has none"
+    more = f" and {len(left_out) - 4} more" if len(left_out) > 4 else ""
+    _logger.info(
+        f"ckpt_path={path}: new classifier for {num_classes} classes ({', '.join(replaced.new_names)}); {of_file}{more}"
+    )
+    return replaced.content
 
 
 def adopt_checkpoint(
@@ -225,7 +263,8 @@ def adopt_checkpoint(
     optimizer: Optimizer | None = None,
     weights_only: bool,
     average: bool = False,
-) -> Path | None:
+    content: Mapping[str, Any] | None = None,
+) -> tuple[Path | None, int]:
     """Load the weights of a file, and return it if training resumes from its whole state.
 
     Args:
@@ -237,19 +276,20 @@ def adopt_checkpoint(
         optimizer: New optimizer, whose groups of parameters the checkpoint's have to equal; None for one group of all.
         weights_only: Whether to take nothing but the weights.
         average: Whether these are averages over training steps.
+        content: Contents of the file, where it has been read.
 
     Returns:
-        ``path``, or None where only the weights were loaded.
+        ``path`` and the number of optimizer steps that are made in it; None and 0 where only the weights were loaded.
 
     Raises:
         CheckpointError: It was written with another optimizer, batch size, seed, number of processes or of classes.
     """
-    content = checkpoint_io.read(path)
+    content = checkpoint_io.read(path) if content is None else content
     checkpoint_weights.load_weights(
         network, content, path, average=average, report=False
     )  # refuses another model's in one line
     if weights_only or "loops" not in content:
-        return None
+        return None, 0
     stored = checkpoint_content.facts(content, path)
     for key, value in identity.items():
         if key == "optimizer" and stored.get(key, value) != value:
@@ -264,4 +304,4 @@ def adopt_checkpoint(
                 name, value, f"the checkpoint was made with {stored[key]}", f"use {key} {stored[key]}"
             )
     checkpoint_schema.check(content, path, network, trainer, optimizer)
-    return path
+    return path, checkpoint_content.completed_steps(content)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,13 +44,13 @@ from vitscope.training.ddp_strategy import end_other_ranks
 from vitscope.training.diagnostics_callback import DiagnosticCallback
 from vitscope.training.lightning_module import Classifier
 from vitscope.training.resume_point import (
+    NEW_HEAD,
     ResumePoint,
     adopt_checkpoint,
     check_choice_of_weights,
     find_resume_point,
     load_start_weights,
     report_nothing_to_do,
-    step_of,
     take_up_run,
     takes_weights_only,
 )
@@ -102,8 +103,12 @@ def train(cfg: DictConfig, run: Run | None = None) -> Run:
     _hold_folder(cfg, start)
     parts = _build_parts(cfg)
     rehearse(cfg, parts.network, parts.data)
-    run = _open_run(cfg, start, parts.network)
-    _train_in_folder(cfg, run, start, parts)
+    content = None
+    if start.checkpoint is not None and (start.run is None or cfg.get("ckpt_head") == NEW_HEAD):
+        # a file that does not fit is refused before a folder is made
+        content = load_start_weights(cfg, parts.network, start.checkpoint)
+    run = _open_run(cfg, start)
+    _train_in_folder(cfg, run, start, parts, content)
     return run
 
 
@@ -153,12 +158,10 @@ def _build_parts(cfg: DictConfig) -> TrainingParts:
     return TrainingParts(network, data)
 
 
-def _open_run(cfg: DictConfig, start: ResumePoint, network: nn.Module) -> Run:
+def _open_run(cfg: DictConfig, start: ResumePoint) -> Run:
     """Return the run to train in, a new one where none is resumed, and write down what its network is."""
     run = start.run
     if run is None:
-        if start.checkpoint is not None:  # a file that does not fit is refused before a folder is made
-            load_start_weights(cfg, network, start.checkpoint)
         run = _new_run(cfg)
     run_end.log_tracebacks_to(run)
     if is_main_process() and model_facts.KEY not in run.provenance():
@@ -185,15 +188,26 @@ def _await_run(path: Path, seconds: float = 60.0) -> Run:
     return Run(path)
 
 
-def _train_in_folder(cfg: DictConfig, run: Run, start: ResumePoint, parts: TrainingParts) -> None:
-    """Fit, test and report; note how the training ended, whatever ended it."""
+def _train_in_folder(
+    cfg: DictConfig, run: Run, start: ResumePoint, parts: TrainingParts, content: Mapping[str, Any] | None
+) -> None:
+    """Fit, test and report; note how the training ended, whatever ended it.
+
+    Args:
+        cfg: Configuration of the training.
+        run: Run folder.
+        start: What it starts from.
+        parts: Network and data.
+        content: Contents of the file that a new run starts from; None where it has not been read.
+    """
     start_time = time.monotonic()
     is_refused = start.run is not None  # until its checkpoint is adopted, a resumed run is as it was before
     mirror = run_mirror.start(cfg, run, "train")
     code = 1
     try:
         fit_parts = _build_fit_parts(cfg, run, parts, mirror)
-        checkpoint = _adopt_start(cfg, run, start, parts, fit_parts)
+        checkpoint = _adopt_start(cfg, run, start, parts, fit_parts, content)
+        content = None  # its memory is the training's
         is_refused = False
         _fit(cfg, parts, fit_parts, checkpoint)
         _report(run, mirror)
@@ -225,7 +239,12 @@ def _build_fit_parts(cfg: DictConfig, run: Run, parts: TrainingParts, mirror: Wa
 
 
 def _adopt_start(
-    cfg: DictConfig, run: Run, start: ResumePoint, parts: TrainingParts, fit_parts: FitParts
+    cfg: DictConfig,
+    run: Run,
+    start: ResumePoint,
+    parts: TrainingParts,
+    fit_parts: FitParts,
+    content: Mapping[str, Any] | None,
 ) -> Path | None:
     """Check the checkpoint to start from and note in the run folder what was resumed or started from.
 
@@ -243,9 +262,9 @@ def _adopt_start(
     fit_parts.module.identity = {**identity, "seed": int(cfg.seed), "config_hash": config_hash}
     if start.changes is not None:
         identity["seed"] = int(cfg.seed)
-    checkpoint = start.checkpoint
+    checkpoint, step = start.checkpoint, 0
     if checkpoint is not None:
-        checkpoint = adopt_checkpoint(
+        checkpoint, step = adopt_checkpoint(
             checkpoint,
             parts.network,
             identity,
@@ -254,22 +273,24 @@ def _adopt_start(
             optimizer=fit_parts.module.new_optimizer(),
             weights_only=takes_weights_only(cfg),
             average=cfg.get("ckpt") == AVERAGE,
+            content=content,
         )
     if is_main_process():
-        _note_start(cfg, run, start, checkpoint)
+        _note_start(cfg, run, start, checkpoint, step)
     return checkpoint
 
 
-def _note_start(cfg: DictConfig, run: Run, start: ResumePoint, checkpoint: Path | None) -> None:
-    step = step_of(checkpoint)
+def _note_start(cfg: DictConfig, run: Run, start: ResumePoint, checkpoint: Path | None, step: int) -> None:
     if start.changes is not None:
         resume_changes.record(run, cfg, start.changes, step)
     elif cfg.ckpt_path not in (None, "last", "auto"):
         weights_only = checkpoint is None
-        averages = {"averages": True} if cfg.get("ckpt") == AVERAGE else {}
-        run.note(
-            started_from={"checkpoint": str(cfg.ckpt_path), "step": step, "weights_only": weights_only, **averages}
-        )
+        facts = {"checkpoint": str(cfg.ckpt_path), "step": step, "weights_only": weights_only}
+        if cfg.get("ckpt") == AVERAGE:
+            facts["averages"] = True
+        if cfg.get("ckpt_head") == NEW_HEAD:
+            facts["new_head"] = True
+        run.note(started_from=facts)
 
 
 def _fit(cfg: DictConfig, parts: TrainingParts, fit_parts: FitParts, checkpoint: Path | None) -> None:

@@ -18,6 +18,8 @@ from torch.optim import AdamW, Muon, Optimizer
 from vitscope.runtime.value_ranges import NonNegativeFloat, PositiveInt
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+#: images have at most four channels (RGBA), feature maps more
+_MOST_IMAGE_CHANNELS = 4
 _PROJECTIONS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 
 
@@ -140,9 +142,10 @@ class MuonAdamW(Optimizer):
 def hidden_matrices(network: nn.Module, excluded: Sequence[str] = ()) -> dict[str, nn.Parameter]:
     """Return the matrices of hidden layers by name, in the order of their modules.
 
-    They are the weights of linear layers, of convolutions without groups and of attention's projections, but for the first layer,
-    which sees pixels, and the classifier: what timm's ``get_classifier`` returns, otherwise the last layer. Embeddings and tables
-    of positions are none.
+    They are the weights of linear layers, of convolutions without groups and of attention's projections, but for the first layer
+    and every other convolution that sees pixels (CrossViT has one a branch), and the classifier: what timm's ``get_classifier``
+    returns, otherwise the last layer. Patch embeddings between stages (CoaT, PVT) take feature maps and are hidden layers, as are
+    other downsampling convolutions. Embeddings and tables of positions are none.
 
     Args:
         network: The network.
@@ -151,13 +154,24 @@ def hidden_matrices(network: nn.Module, excluded: Sequence[str] = ()) -> dict[st
     matrices_by_name = dict(_matrices(network))
     if not matrices_by_name:
         return {}
-    first, last = next(iter(matrices_by_name)), next(reversed(matrices_by_name))
+    last = next(reversed(matrices_by_name))
+    pixel_layers = _pixel_layers(next(iter(matrices_by_name)), matrices_by_name)
     classifier = _classifier_parameters(network) or {id(matrices_by_name[last])}
     return {
         name: p
         for name, p in matrices_by_name.items()
-        if name != first and id(p) not in classifier and not any(fnmatch.fnmatch(name, text) for text in excluded)
+        if name not in pixel_layers
+        and id(p) not in classifier
+        and not any(fnmatch.fnmatch(name, text) for text in excluded)
     }
+
+
+def _pixel_layers(first: str, matrices_by_name: Mapping[str, nn.Parameter]) -> set[str]:
+    """Return the first layer and, where it is a convolution of at most four channels, all convolutions of as many."""
+    shape = matrices_by_name[first].shape  # (out, in, ...)
+    if len(shape) < 3 or shape[1] > _MOST_IMAGE_CHANNELS:
+        return {first}
+    return {name for name, p in matrices_by_name.items() if p.ndim == len(shape) and p.shape[1] == shape[1]}
 
 
 def _matrices(network: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
