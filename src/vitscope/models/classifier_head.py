@@ -43,10 +43,10 @@ def classifier_names(network: nn.Module, num_classes: int) -> list[str]:
     get_classifier = getattr(network, "get_classifier", None)
     returned = get_classifier() if callable(get_classifier) else ()
     modules = returned if isinstance(returned, tuple | list) else (returned,)
-    chosen = {
+    classifier_ids = {
         id(module) for module in modules if isinstance(module, nn.Module) and any(True for _ in module.parameters())
     }
-    names = [name for name, module in network.named_modules() if id(module) in chosen]
+    names = [name for name, module in network.named_modules() if id(module) in classifier_ids]
     if not names:
         named = [(name, module) for name, module in network.named_modules() if isinstance(module, _LAYERS)]
         names = [name for name, module in named if module.weight.shape[0] == num_classes][-1:]
@@ -90,7 +90,7 @@ def _replaced(
     left_out: dict[str, tuple[int, ...]],
 ) -> dict[Any, Any]:
     """Return a mapping with new classifiers beside each tensor of the name ``last``, whatever prefix it has."""
-    kept: dict[Any, Any] = {}
+    entries: dict[Any, Any] = {}
     names = [str(name) for name, value in node.items() if isinstance(value, Tensor)]
     prefixes = [prefix for name in names if name.endswith(last)
                 if not (prefix := name.removesuffix(last)) or prefix.endswith(".")]  # fmt: skip
@@ -99,6 +99,6 @@ def _replaced(
         if isinstance(value, Tensor) and starts and str(name).startswith(starts):
             left_out[str(name)] = tuple(value.shape)
         else:
-            kept[name] = _replaced(value, heads, new, last, left_out) if isinstance(value, Mapping) else value
-    kept.update({prefix + name: value for prefix in prefixes for name, value in new.items()})
-    return kept
+            entries[name] = _replaced(value, heads, new, last, left_out) if isinstance(value, Mapping) else value
+    entries.update({prefix + name: value for prefix in prefixes for name, value in new.items()})
+    return entries

@@ -16,6 +16,7 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure, SubFigure
 
 from vitscope.core.objective_card import check_comparable
+from vitscope.core.results.result import Result
 from vitscope.plotting.canvas import Drawing, drawing_target, drawing_with, panels_of
 from vitscope.plotting.named_results import chosen_colors, named_results
 from vitscope.plotting.style import STYLE as STYLE
@@ -92,7 +93,7 @@ def plot(
             not as many as the figure has panels.
     """
     named = named_results(results, labels, order)
-    measure, draw = _plot_function(named)
+    measure, draw = plot_function(named)
     _check_options(measure, draw, options)
     if not allow_different:
         check_comparable({name: getattr(result, "card", None) for name, result in named.items()})
@@ -112,8 +113,18 @@ def plot(
     return figure
 
 
-def _plot_function(named: Mapping[str, Any]) -> tuple[str, Callable[..., Figure]]:
-    """Return the name of the results' measure and its plot function."""
+def plot_function(named: Mapping[str, Any]) -> tuple[str, Callable[..., Figure]]:
+    """Return the name of the results' measure and its plot function.
+
+    A type of results may have its own, a static method ``plot(results, *, options) -> Figure`` of a mapping from names to
+    results. Otherwise it is the function of the measure's name in the module ``plot`` beside the measure's.
+
+    Raises:
+        ValueError: Results of several measures, or of one without a figure.
+    """
+    types = list({type(result) for result in named.values()})
+    if len(types) == 1 and callable(static_method := getattr(types[0], "plot", None)) and hasattr(types[0], "scalars"):
+        return types[0].__name__, static_method
     modules = {type(result).__module__ for result in named.values()}
     if len(modules) != 1:
         raise ValueError(f"Expected results of one measure, received {sorted(modules)}.")
@@ -123,8 +134,13 @@ def _plot_function(named: Mapping[str, Any]) -> tuple[str, Callable[..., Figure]
         try:
             draw = getattr(importlib.import_module(f"{topic}.plot"), measure, None)
         except ModuleNotFoundError as error:
-            if error.name != f"{topic}.plot":
+            if error.name not in (f"{topic}.plot", topic):
                 raise
+    if draw is None and len(types) == 1 and isinstance(next(iter(named.values())), Result):
+        raise ValueError(
+            f"Expected results of a measure that has a figure, received {types[0].__name__} without one: give the class a "
+            "static method plot(results) that returns a matplotlib Figure (docs/own_code.md)."
+        )
     if draw is None:
         kinds = ", ".join(sorted({type(result).__name__ for result in named.values()}))
         raise ValueError(f"Expected results of a measure such as vs.hessian_eigenvalues(probe), received {kinds}.")

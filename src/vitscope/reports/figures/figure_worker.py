@@ -135,6 +135,8 @@ def draw(job: Job) -> Picture:
 def _interactive(named: Mapping[str, Any]) -> str | None:
     """Return the plotly figure of these results as JSON, None if their measure's subpackage has none."""
     topic, _, measure = type(next(iter(named.values()))).__module__.rpartition(".")
+    if not topic.startswith("vitscope.diagnostics."):  # a measure of the user's package
+        return None
     plot_interactively = getattr(importlib.import_module(f"{topic}.plot"), f"plotly_{measure}", None)
     if plot_interactively is None:
         return None
