@@ -26,6 +26,7 @@ _HOME = {
     "check_comparable": "core.objective_card",
     "Objective": "core.objective",
     "Tap": "core.tap",
+    "align_weights": "models.permutations.weight_alignment",
     "taps": "models.structure.taps",
     "structure": "models.structure.structure_table",
     "one_pass": "core.feature_pass",

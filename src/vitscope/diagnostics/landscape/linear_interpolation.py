@@ -21,6 +21,7 @@ from vitscope.core.weight_space import (
     guarded_evaluation,
     select_checkpoints,
 )
+from vitscope.diagnostics.landscape._alignment import Alignment, aligned_weights, check_alignment
 from vitscope.linalg.weights.directions import norm
 from vitscope.linalg.weights.weight_space_walk import points_on_segment, squared_norms
 from vitscope.models.state_dicts import with_default_keys
@@ -84,6 +85,7 @@ def linear_interpolation(
     t_min: float = 0.0,
     t_max: float = 1.0,
     bn: BatchNormPolicy = "eval",
+    alignment: Alignment = "none",
     dtype: DtypeName | torch.dtype | None = None,
     partial: ResumableRows | None = None,
 ) -> LinearInterpolationResult:
@@ -103,25 +105,33 @@ def linear_interpolation(
         t_max: the last.
         bn: ``eval``: running statistics, interpolated like the weights; ``recalibrate``: recomputed at each point, as networks
             with BatchNorm need between independent solutions.
+        alignment: ``none``; ``weights`` or ``activations``: the start's units are permuted to match the end's before, which
+            leaves its function as it is (`vitscope.align_weights`; activations over the probe's images).
         dtype: ``bfloat16``, ``float64``, or None for the model's own.
         partial: finished points; new ones are stored as soon as they are measured.
 
     Raises:
-        ValueError: an unknown option or label, fewer than two points, or a checkpoint of another model.
+        ValueError: an unknown option or label, fewer than two points, a checkpoint of another model, or a network whose units
+            cannot be followed, with alignment.
     """
     if n < 2 or not t_min < t_max:
         raise ValueError(f"Expected at least 2 points and t_min < t_max, received n={n}, t_min={t_min}, t_max={t_max}.")
     kind = parse_float_dtype(dtype)
     check_movable(probe)
     (first, a), (last, b) = _ends(probe, checkpoints, start, end)
+    aligned = check_alignment(alignment)
+    alignment_facts = {}
+    if aligned:
+        a, alignment_facts = aligned_weights(probe, a, b, alignment)
     t = np.linspace(t_min, t_max, n)
     names = [name for name, _ in probe.model.named_parameters()]
     way = {name: b[name].to(a[name]) - a[name] for name in names}
     norms = squared_norms({name: a[name] for name in names}, None, way)
-    rows = _measure(probe, a, b, t, f"{first} to {last}", kind, bn, partial)
+    way_name = f"{first} to {last}" + (f", aligned by {alignment}" if aligned else "")
+    rows = _measure(probe, a, b, t, way_name, kind, bn, partial)
     values = {key: np.array([row[key] for row in rows]) for key in ("nll", "accuracy", "ece")}
     decay, zero = probe.objective.weight_decay, np.zeros(())
-    facts = {"start": first, "end": last, "t_min": t_min, "t_max": t_max, "n": n}
+    facts = {"start": first, "end": last, "t_min": t_min, "t_max": t_max, "n": n, **alignment_facts}
     return LinearInterpolationResult(
         t=t,
         **values,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,7 +14,8 @@ from vitscope.core.probe import Probe
 from vitscope.core.results.result import Result
 from vitscope.core.run_inputs import ResumableRows, RunCheckpoints
 from vitscope.core.weight_space import BatchNormPolicy
-from vitscope.diagnostics.landscape.linear_interpolation import linear_interpolation
+from vitscope.diagnostics.landscape._alignment import Alignment
+from vitscope.diagnostics.landscape.linear_interpolation import LinearInterpolationResult, linear_interpolation
 from vitscope.runtime.dtypes import DtypeName
 from vitscope.runtime.value_ranges import PositiveInt
 
@@ -35,6 +37,11 @@ class LossBarrierResult(Result, coordinates={"t": "t"}):
         end: label of the weights at t = 1.
         distance: Euclidean distance between the ends.
         n_nonfinite: the number of points whose nll is NaN or infinite.
+        alignment: how the start's units were matched to the end's: ``none``, ``weights`` or ``activations``.
+        nll_unaligned: (n,) the nll on the way without alignment; NaN where there is no alignment.
+        accuracy_unaligned: (n,) the accuracy there.
+        barrier_unaligned: the barrier there.
+        distance_unaligned: Euclidean distance between the ends there.
         card: the objective card.
     """
 
@@ -50,11 +57,18 @@ class LossBarrierResult(Result, coordinates={"t": "t"}):
     end: str
     distance: float
     n_nonfinite: int
+    alignment: str = "none"
+    nll_unaligned: np.ndarray = field(default_factory=lambda: np.empty(0))
+    accuracy_unaligned: np.ndarray = field(default_factory=lambda: np.empty(0))
+    barrier_unaligned: float = float("nan")
+    distance_unaligned: float = float("nan")
     card: ObjectiveCard | None = None
 
     def scalars(self) -> dict[str, float]:
-        """Return both barriers and where the loss's lies."""
+        """Return both barriers, where the loss's lies, and with alignment the loss's barrier without it."""
+        unaligned = {"barrier_unaligned": self.barrier_unaligned} if self.alignment != "none" else {}
         return {
+            **unaligned,
             "barrier": self.barrier,
             "t_barrier": self.t_barrier,
             "accuracy_barrier": self.accuracy_barrier,
@@ -71,13 +85,16 @@ def loss_barrier(
     end: str | None = None,
     n: PositiveInt = 21,
     bn: BatchNormPolicy = "eval",
+    alignment: Alignment = "none",
     dtype: DtypeName | torch.dtype | None = None,
     partial: ResumableRows | None = None,
 ) -> LossBarrierResult:
     """Measure the largest excess of the loss over the chord between two checkpoints; see `linear_interpolation`.
 
     Networks with BatchNorm from independent runs show a barrier that is largely their statistics' doing: compare with
-    ``bn="recalibrate"``.
+    ``bn="recalibrate"``. Networks from independent runs also differ by permutations of their units, which leave the function as
+    it is: ``alignment`` undoes them as far as it can be done by matching (Ainsworth et al., ICLR 2023), and the way without it is
+    measured too. The result is an upper bound of the barrier modulo permutation: the matching is a local optimum.
 
     Args:
         probe: the model and its frozen batches.
@@ -86,21 +103,41 @@ def loss_barrier(
         end: label of the weights at t = 1, or ``model``.
         n: points, ends included.
         bn: ``eval`` or ``recalibrate``.
+        alignment: ``none``, ``weights`` or ``activations``, see `linear_interpolation`.
         dtype: ``bfloat16``, ``float64``, or None for the model's own.
         partial: finished points; new ones are stored as soon as they are measured.
 
     Raises:
         ValueError: as `linear_interpolation`.
     """
-    way = linear_interpolation(
-        probe, checkpoints=checkpoints, start=start, end=end, n=n, bn=bn, dtype=dtype, partial=partial
-    )
-    chord = (1 - way.t) * way.nll[0] + way.t * way.nll[-1]
-    accuracy_chord = (1 - way.t) * way.accuracy[0] + way.t * way.accuracy[-1]
-    with np.errstate(invalid="ignore"):  # an infinite end
-        excess = np.where(np.isfinite(way.nll), way.nll - chord, np.inf)
-    excess[[0, -1]] = np.where(np.isfinite(way.nll[[0, -1]]), 0.0, np.inf)  # free of rounding
+
+    def along(alignment: Alignment) -> LinearInterpolationResult:
+        return linear_interpolation(
+            probe,
+            checkpoints=checkpoints,
+            start=start,
+            end=end,
+            n=n,
+            bn=bn,
+            alignment=alignment,
+            dtype=dtype,
+            partial=partial,
+        )
+
+    way = along(alignment)
+    chord, excess = _excess(way)
     highest = int(np.nan_to_num(excess, nan=np.inf).argmax())
+    accuracy_chord = (1 - way.t) * way.accuracy[0] + way.t * way.accuracy[-1]
+    nans = np.full(n, np.nan)
+    unaligned: dict[str, Any] = {"nll_unaligned": nans, "accuracy_unaligned": nans}
+    if alignment != "none":
+        plain = along("none")
+        unaligned = {
+            "nll_unaligned": plain.nll,
+            "accuracy_unaligned": plain.accuracy,
+            "barrier_unaligned": float(np.nan_to_num(_excess(plain)[1], nan=np.inf).max()),
+            "distance_unaligned": plain.distance,
+        }
     return LossBarrierResult(
         t=way.t,
         nll=way.nll,
@@ -114,5 +151,16 @@ def loss_barrier(
         end=way.end,
         distance=way.distance,
         n_nonfinite=way.n_nonfinite,
+        alignment=alignment,
+        **unaligned,
         card=way.card,
     )
+
+
+def _excess(way: LinearInterpolationResult) -> tuple[np.ndarray, np.ndarray]:
+    """Return the chord and how far the nll lies above it, infinite where the nll is not finite."""
+    chord = (1 - way.t) * way.nll[0] + way.t * way.nll[-1]
+    with np.errstate(invalid="ignore"):  # an infinite end
+        excess = np.where(np.isfinite(way.nll), way.nll - chord, np.inf)
+    excess[[0, -1]] = np.where(np.isfinite(way.nll[[0, -1]]), 0.0, np.inf)  # free of rounding
+    return chord, excess

@@ -116,7 +116,7 @@ def linear_interpolation(results: Mapping[str, LinearInterpolationResult]) -> Fi
 
 
 def loss_barrier(results: Mapping[str, LossBarrierResult]) -> Figure:
-    """Draw each way's NLL, its chord (dashed) and the barrier between them as a bar.
+    """Draw each way's NLL, its chord (dashed) and the barrier between them as a bar; dotted the way without alignment.
 
     Args:
         results: by the name in the legend.
@@ -128,14 +128,25 @@ def loss_barrier(results: Mapping[str, LossBarrierResult]) -> Figure:
         color = result_color(index)
         finite_nll = np.where(np.isfinite(r.nll), r.nll, np.nan)
         count = f" ({r.n_nonfinite} points not finite)" if r.n_nonfinite else ""
-        axes.plot(r.t, finite_nll, "o-", color=color, label=f"{label}: {r.barrier:.3g}{count}")
+        aligned = f", aligned by {r.alignment}" if r.alignment != "none" else ""
+        axes.plot(r.t, finite_nll, "o-", color=color, label=f"{label}{aligned}: {r.barrier:.3g}{count}")
+        if aligned:
+            plain_nll = np.where(np.isfinite(r.nll_unaligned), r.nll_unaligned, np.nan)
+            plain_label = f"{label}, not aligned: {r.barrier_unaligned:.3g}"
+            axes.plot(r.t, plain_nll, "s:", color=color, markerfacecolor="white", markersize=3, label=plain_label)
         axes.plot(r.t, r.chord, "--", color=color, linewidth=0.8)
         if np.isfinite(r.barrier):
             at = int(np.abs(r.t - r.t_barrier).argmin())
             axes.plot([r.t[at], r.t[at]], [r.chord[at], r.nll[at]], "_-", color=color, linewidth=0.8, markersize=8)
         _crosses(axes, r.t[~np.isfinite(r.nll)], color)
     axes.set(xlabel="Position on the line (0: start, 1: end)", ylabel=loss_label(LABELS["nll"], results.values()))
-    axes.legend(title=loss_label("Barrier (nats)", results.values()))
+    handles, labels = axes.get_legend_handles_labels()
+    title = loss_label("Barrier (nats)", results.values())
+    if any(r.alignment != "none" for r in results.values()):  # above, where it hides no curve
+        canvas.add_height(0.13 * (len(labels) + 1))
+        canvas.legend(handles, labels, loc="outside upper center", ncols=1, title=title)
+    else:
+        axes.legend(title=title)
     return canvas.figure
 
 
