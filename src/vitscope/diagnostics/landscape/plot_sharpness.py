@@ -3,23 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import NullLocator
 
 from vitscope.diagnostics.landscape.sharpness import SharpnessResult
 from vitscope.plotting.canvas import COLUMN_WIDTH, new_canvas, result_color
 from vitscope.plotting.loss_label import loss_label
 
+#: labels of both axes by ball of an adaptive measure
+BALLS = {
+    "l2": ("Radius of the adaptive L2 ball", "Worst rise, lower\nbound (nats)"),
+    "linf": ("Radius of the adaptive Linf ball", "Worst rise, lower\nbound (nats)"),
+    "average": ("Standard deviation / scale of the weight", "Average rise (nats)"),
+}
+#: line and whether markers are filled, by scale of an adaptive measure
+KINDS = {"elementwise": ("o-", True), "filter": ("s:", False)}
+
 #: entries of a legend that fit into the axes
 MOST_INSIDE = 4
 
 
 def sharpness(results: Mapping[str, SharpnessResult]) -> Figure:
-    """Draw the mean rise with its 95% interval over the radius, and below it the worst rise found, where there is one.
+    """Draw the mean rise with its 95% interval over the radius, and the worst rise found, where there is one.
+
+    Adaptive measures have a panel for each kind of ball.
 
     Saturated radii are shaded and hollow: every model is near chance there, and the rise says nothing about flatness. Rises
     that are not positive cannot be drawn on the logarithmic axis; they are marked by a triangle at its foot, those that are
@@ -29,29 +42,85 @@ def sharpness(results: Mapping[str, SharpnessResult]) -> Figure:
         results: by the name in the legend.
     """
     worst = any((np.isfinite(r.worst_rise) & (r.worst_rise > 0)).any() for r in results.values())
-    canvas = new_canvas(COLUMN_WIDTH, 4.2 if worst else 2.7)
-    # apart: the worst rises of deep networks are orders of magnitude above the means
-    panels = canvas.grid(2 if worst else 1, 1, sharex=True, height_ratios=[1.5, 1] if worst else None)
-    axes: Axes = panels[0, 0]
+    balls = [ball for ball in BALLS if any(m.endswith(ball) for r in results.values() for m in r.adaptive_measures)]
+    if balls:
+        n_panels = 1 + worst + len(balls)
+        canvas = new_canvas(2 * COLUMN_WIDTH, 2.4 * -(-n_panels // 2))
+        panels = list(canvas.grid(-(-n_panels // 2), 2).flat)
+        for empty in panels[n_panels:]:
+            empty.set_axis_off()
+        panels = panels[:n_panels]
+    else:
+        canvas = new_canvas(COLUMN_WIDTH, 4.2 if worst else 2.7)
+        # apart: the worst rises of deep networks are orders of magnitude above the means
+        grid = canvas.grid(2 if worst else 1, 1, sharex=True, height_ratios=[1.5, 1] if worst else None)
+        panels = list(grid[:, 0])
+    axes: Axes = panels[0]
     axes.set(xscale="log", yscale="log", ylabel=loss_label("Mean rise of the NLL (nats)", results.values()))
     for index, (name, r) in enumerate(results.items()):
         _mean(axes, name, r, result_color(index))
         if worst:
             is_plottable = np.isfinite(r.worst_rise) & (r.worst_rise > 0)
-            panels[1, 0].plot(
+            panels[1].plot(
                 r.radii[is_plottable], r.worst_rise[is_plottable], "^--", color=result_color(index), linewidth=0.8
             )
+    filter_panels = panels[: 1 + worst]
     if worst:
-        panels[1, 0].set(yscale="log", ylabel="Worst rise\nfound (nats)")
-    _shade(list(panels[:, 0]), results)
-    panels[-1, 0].set_xlabel("Radius (share of each filter's norm)")
+        panels[1].set(xscale="log", yscale="log", ylabel="Worst rise\nfound (nats)")
+    _shade(filter_panels, results)
+    for panel in filter_panels if balls else filter_panels[-1:]:
+        panel.set_xlabel("Radius (share of each filter's norm)")
+    for panel, ball in zip(panels[1 + worst :], balls):
+        _adaptive(panel, ball, results)
     handles, labels = axes.get_legend_handles_labels()
-    if len(labels) > MOST_INSIDE:  # above, where it hides no curve
-        canvas.add_height(0.13 * len(labels))
-        canvas.legend(handles, labels, loc="outside upper center", ncols=1)
+    if balls:
+        handles, labels = _with_kinds(handles, labels, results)
+    if len(labels) > MOST_INSIDE or balls:  # above, where it hides no curve
+        n_columns = min(len(labels), 4) if balls else 1
+        canvas.add_height(0.13 * -(-len(labels) // n_columns))
+        canvas.legend(handles, labels, loc="outside upper center", ncols=n_columns)
     elif labels:
         axes.legend()
     return canvas.figure
+
+
+def _adaptive(axes: Axes, ball: str, results: Mapping[str, SharpnessResult]) -> None:
+    """Draw the adaptive rises of one ball over its radii, with 95% intervals over groups of images."""
+    radii = sorted({
+        float(x) for r in results.values() for m, x in zip(r.adaptive_measures, r.adaptive_radii) if m.endswith(ball)
+    })  # fmt: skip
+    for index, r in enumerate(results.values()):
+        for kind, (fmt, fill) in KINDS.items():
+            is_shown = np.array([m == f"{kind}_{ball}" for m in r.adaptive_measures], dtype=bool)
+            x, y = r.adaptive_radii[is_shown], r.adaptive_rise[is_shown]
+            good = np.isfinite(y) & (y > 0)
+            low = np.clip(y - r.adaptive_rise_low[is_shown], 0, 0.999 * np.abs(y))  # a bar may not reach zero
+            bars = np.nan_to_num(np.stack([low, (r.adaptive_rise_high[is_shown] - y).clip(min=0)]))[:, good]
+            color = result_color(index)
+            face = color if fill else "white"
+            axes.errorbar(x[good], y[good], yerr=bars, fmt=fmt, color=color, markerfacecolor=face, markersize=4)
+            if not good.all():
+                foot = np.zeros((~good).sum())
+                axes.plot(x[~good], foot, "v", color=color, transform=axes.get_xaxis_transform(), clip_on=False)
+    axes.set(xscale="log", yscale="log", xlabel=BALLS[ball][0], ylabel=loss_label(BALLS[ball][1], results.values()))
+    axes.set_xlim(0.8 * min(radii), 1.25 * max(radii))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_xticks(radii, [f"{x:g}" for x in radii])
+
+
+def _with_kinds(
+    handles: list[Any], labels: list[str], results: Mapping[str, SharpnessResult]
+) -> tuple[list[Any], list[str]]:
+    """Return the legend's entries with those of the scales of adaptive measures."""
+    kinds = [k for k in KINDS if any(m.startswith(k) for r in results.values() for m in r.adaptive_measures)]
+    for kind in kinds:
+        fmt, fill = KINDS[kind]
+        face = "0.3" if fill else "white"
+        handles.append(
+            Line2D([], [], marker=fmt[0], linestyle=fmt[1:], color="0.3", markerfacecolor=face, markersize=4)
+        )
+        labels.append(f"{kind} scales")
+    return handles, labels
 
 
 def _mean(axes: Axes, name: str, r: SharpnessResult, color: str) -> None:

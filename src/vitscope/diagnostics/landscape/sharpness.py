@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +16,12 @@ from vitscope.core.probe import Probe
 from vitscope.core.results.result import Result
 from vitscope.core.run_inputs import ResumableRows
 from vitscope.core.weight_space import BatchNormPolicy, guarded_evaluation
+from vitscope.diagnostics.landscape._adaptive_sharpness import (
+    AdaptiveMeasure,
+    AdaptiveOptions,
+    AdaptiveRises,
+    adaptive_rises,
+)
 from vitscope.diagnostics.landscape._direction_options import Source
 from vitscope.diagnostics.landscape._lines import measure_lines
 from vitscope.linalg.weights.directions import (
@@ -31,7 +38,7 @@ from vitscope.linalg.weights.weight_space_walk import points_in_plane
 from vitscope.runtime import stop_flag
 from vitscope.runtime.dtypes import DtypeName, parse_float_dtype
 from vitscope.runtime.resumable_map import Partial, Row, map_resumably
-from vitscope.runtime.value_ranges import PositiveInt, Seed
+from vitscope.runtime.value_ranges import PositiveFloat, PositiveInt, Seed
 from vitscope.stats.intervals import t_half_width_of_rows
 
 #: from here on every model tried was near chance: such radii are marked, never compared
@@ -61,6 +68,16 @@ class SharpnessResult(Result, coordinates={"radius": "radii"}):
         nll_center: the model's own nll.
         accuracy_center: the model's own accuracy.
         n_nonfinite: the number of points whose nll is NaN or infinite.
+        adaptive_measures: (n_adaptive,) adaptive measures, one name for each measured radius.
+        adaptive_radii: (n_adaptive,) their radii, relative to the scales of the weights.
+        adaptive_rise: (n_adaptive,) mean rise of the loss over groups of ``m_images`` images, nats. Of a worst case it is a lower
+            bound: the largest rise that the ascents met.
+        adaptive_rise_low: (n_adaptive,) lower end of the 95% t-interval over groups; NaN with fewer than two groups. It holds
+            the mean over images of what the ascent finds, and not what the ascent misses.
+        adaptive_rise_high: (n_adaptive,) its upper end.
+        adaptive_rise_by_group: (n_adaptive, n_groups) each group's rise.
+        adaptive_late_share: (n_adaptive,) the share of the rise that the last quarter of the steps added: near 0 where the
+            ascent has converged; NaN for averages.
         card: the objective card.
     """
 
@@ -78,10 +95,20 @@ class SharpnessResult(Result, coordinates={"radius": "radii"}):
     nll_center: float
     accuracy_center: float
     n_nonfinite: int
+    adaptive_measures: tuple[str, ...] = ()
+    adaptive_radii: np.ndarray = field(default_factory=lambda: np.empty(0))
+    adaptive_rise: np.ndarray = field(default_factory=lambda: np.empty(0))
+    adaptive_rise_low: np.ndarray = field(default_factory=lambda: np.empty(0))
+    adaptive_rise_high: np.ndarray = field(default_factory=lambda: np.empty(0))
+    adaptive_rise_by_group: np.ndarray = field(default_factory=lambda: np.empty((0, 0)))
+    adaptive_late_share: np.ndarray = field(default_factory=lambda: np.empty(0))
     card: ObjectiveCard | None = None
 
     def scalars(self) -> dict[str, float]:
-        """Return rises with intervals, those of the L2 terms, and worst rises, at the radii that are not saturated."""
+        """Return rises with intervals, those of the L2 terms, and worst rises, at the radii that are not saturated.
+
+        Adaptive rises go by their measure and radius (``elementwise_linf_r0.001``).
+        """
         scalars = {"nll_center": self.nll_center, "nonfinite_points": float(self.n_nonfinite)}
         for i in np.flatnonzero(~self.saturated):
             at = f"r{self.radii[i]:g}"
@@ -93,7 +120,10 @@ class SharpnessResult(Result, coordinates={"radius": "radii"}):
             optional = {"rise_low": self.rise_low[i], "rise_high": self.rise_high[i], "worst_rise": self.worst_rise[i]}
             # not there with one pair, or without ascent; a rise that is no number stays and shows
             scalars |= {f"{key}_{at}": float(value) for key, value in optional.items() if not np.isnan(value)}
-        return scalars
+        names = [f"{m}_r{r:g}" for m, r in zip(self.adaptive_measures, self.adaptive_radii)]
+        scalars |= dict(zip(names, map(float, self.adaptive_rise)))
+        late = zip(names, map(float, self.adaptive_late_share))
+        return scalars | {f"{name}_late_share": share for name, share in late if not np.isnan(share)}
 
 
 @record_options
@@ -108,6 +138,13 @@ def sharpness(
     n_starts: int = 2,
     seed: Seed = 0,
     bn: BatchNormPolicy = "eval",
+    adaptive: Sequence[AdaptiveMeasure] = (),
+    l2_radii: Sequence[PositiveFloat] = (0.25, 0.5, 1.0),
+    linf_radii: Sequence[PositiveFloat] = (0.001, 0.002, 0.004),
+    average_radii: Sequence[PositiveFloat] = (0.05, 0.1, 0.2),
+    m_images: PositiveInt = 128,
+    ascent_steps: PositiveInt = 20,
+    logit_normalization: bool = False,
     dtype: DtypeName | torch.dtype | None = None,
     partial: ResumableRows | None = None,
 ) -> SharpnessResult:
@@ -121,16 +158,37 @@ def sharpness(
     filter turns towards its input at once, activations grow from layer to layer, and a briefly trained ResNet-18 met 1e5 nats
     at r = .05. The rise is the NLL's alone; that of either L2 term is given beside it.
 
+    ``adaptive`` adds the measures of Andriushchenko et al. (ICML 2023), over all trainable parameters ``w`` with scales ``c``::
+
+        l2, linf   mean over groups of m images of   max  L(w + d) - L(w)   over   ||d / c||_p <= rho
+        average    mean over groups and normal z of       L(w + rho c z) - L(w)
+
+    ``elementwise``: ``c = |w|``; no rescaling of single weights that leaves the function alone changes the measure, such as that
+    of the layers around a ReLU, or of BatchNorm's scale and the layer after it. ``filter``: ``c`` is the root mean square of the
+    weight's filter (1 / sqrt(size of the filter) of ASAM's, Kwon et al., ICML 2021) and ``|w|`` for parameters that are no
+    filters; rescalings of whole filters do not change it, rescalings of input channels do. Weights that are zero do not move.
+    The maximum is searched by APGD (Croce & Hein, ICML 2020) in ``d / c``, and is a lower bound; ``adaptive_late_share``
+    says how far it had converged. ``logit_normalization`` centers each image's logits and divides them by their norm, before
+    and after the move, so that the scale of the last layer does not count.
+
     Args:
         probe: the model and its frozen batches.
         radii: distances, positive.
-        n_pairs: pairs of directions; at least 20 for a claim.
+        n_pairs: pairs of directions, at least 20 for a claim; and pairs of opposite normal points of the adaptive averages.
         normalization: ``filter`` or ``layer``.
         ignore: what stays (see `vitscope.linalg.weights.directions.moving`).
         n_steps: of gradient ascent; 0 leaves the worst rise out.
-        n_starts: random starts of the ascent.
-        seed: of directions and starts.
-        bn: ``eval`` or ``recalibrate``, for the mean; the ascent uses running statistics.
+        n_starts: random starts of the ascent; of APGD the weights themselves are the first.
+        seed: of directions, starts and normal points.
+        bn: ``eval`` or ``recalibrate``, for the mean; the ascent and the adaptive measures use running statistics.
+        adaptive: some of ``elementwise_l2``, ``elementwise_linf``, ``elementwise_average``, ``filter_l2``, ``filter_linf`` and
+            ``filter_average``; none by default.
+        l2_radii: radii of the L2 balls; a few of those of the paper, as for the other balls.
+        linf_radii: radii of the Linf balls.
+        average_radii: standard deviations, in units of the scales.
+        m_images: images of each group, in the order of the batches; those beyond the last whole group are left out.
+        ascent_steps: steps of APGD (the paper's code takes 20).
+        logit_normalization: normalize the logits in the adaptive measures.
         dtype: ``bfloat16``, ``float64``, or None for the model's own; the ascent never runs in half precision.
         partial: finished points; new ones are stored as soon as they are measured.
 
@@ -146,6 +204,10 @@ def sharpness(
     if normalization not in ("filter", "layer"):
         raise ValueError(f"Expected normalization to be filter or layer, received {normalization!r}.")
     kind = parse_float_dtype(dtype)
+    balls = {"l2": tuple(l2_radii), "linf": tuple(linf_radii), "average": tuple(average_radii)}
+    options = AdaptiveOptions(
+        tuple(adaptive), balls, m_images, ascent_steps, n_starts, n_pairs, logit_normalization, seed
+    )
     source = Source("random", normalization, ignore, seed)
     keys = [(0, 0.0), *((d, s * r) for d in range(2 * n_pairs) for r in radii for s in (-1.0, 1.0))]
     center, *lines = measure_lines(probe, source, keys, dtype=kind, bn=bn, partial=partial, description="sharpness")
@@ -158,6 +220,7 @@ def sharpness(
     half_width = t_half_width_of_rows(by_pair)
     saturated = _saturated(probe, radii, accuracy.mean(axis=(0, 1, 3)), center["accuracy"])
     worst = _worst(probe, source, radii, ~saturated, n_steps, n_starts, kind, partial)
+    rises = adaptive_rises(probe, options, kind, partial)
     facts = {**source.facts(), "radii": list(radii), "n_pairs": n_pairs, "n_steps": n_steps, "n_starts": n_starts}
     return SharpnessResult(
         radii=np.array(radii),
@@ -174,8 +237,28 @@ def sharpness(
         nll_center=center["nll"],
         accuracy_center=center["accuracy"],
         n_nonfinite=int((~np.isfinite(nll)).sum()),
+        **_adaptive_fields(options, rises),
         card=probe.card(bn_policy=bn, solver=facts, **({"dtype": str(kind).removeprefix("torch.")} if kind else {})),
     )
+
+
+def _adaptive_fields(options: AdaptiveOptions, rises: AdaptiveRises) -> dict[str, Any]:
+    """Return the adaptive fields of the result, without any where no adaptive measure was chosen."""
+    if not options.cases:
+        return {}
+    with np.errstate(invalid="ignore"):  # rises that are not finite
+        mean, late = rises.rise.mean(axis=1), rises.late_rise.mean(axis=1)
+        half_width = t_half_width_of_rows(rises.rise.T)
+    return {
+        "adaptive_measures": tuple(measure for measure, _ in options.cases),
+        "adaptive_radii": np.array([radius for _, radius in options.cases]),
+        "adaptive_rise": mean,
+        "adaptive_rise_low": mean - half_width,
+        "adaptive_rise_high": mean + half_width,
+        "adaptive_rise_by_group": rises.rise,
+        # nothing was gained late where nothing was gained at all
+        "adaptive_late_share": np.where(mean != 0, late / np.where(mean != 0, mean, 1.0), late),
+    }
 
 
 def _saturated(probe: Probe, radii: Sequence[float], accuracy: np.ndarray, center: float) -> np.ndarray:
