@@ -19,7 +19,7 @@ REPRODUCED = profile=$(PROFILE) seeds=$(SEEDS) $(if $(FROM),from=$(FROM)) $(if $
   $(if $(OVERRIDES),overrides='$(OVERRIDES)') $(if $(DRY),dry=$(DRY)) $(if $(LAUNCHER),launcher=$(LAUNCHER)) \
   $(addprefix slurm.,$(SLURM))
 FIGURES := $(addprefix fig,1 2 3 4 5 6 7 8 9 10 11 12 B C1 C2 C3 C4 C5 C6 C7 D1 D2 D3 D4 E F1 F2)
-QUESTIONS := landscape-objective msa-placement baselines sam
+QUESTIONS := landscape-objective msa-placement baselines sam sharpness-gap
 TABLES := table-models table-curvature table-robustness table-buildup table-claims
 PYTEST ?= $(BIN)/pytest
 # two worker processes of one thread each: tests of small networks gain nothing from more threads

@@ -12,7 +12,14 @@ from vitscope.plotting.api import save_figure
 from vitscope.reports import run_index, study_export
 from vitscope.reports.claims import claim_verdicts
 from vitscope.reports.claims.effect_sizes import ReportRuns
-from vitscope.reports.figures import claims_figure, figure_captions, figure_plan, figure_worker, scatter_figures
+from vitscope.reports.figures import (
+    claims_figure,
+    figure_captions,
+    figure_plan,
+    figure_worker,
+    run_correlations,
+    scatter_figures,
+)
 from vitscope.reports.figures.figure_plan import Panel
 from vitscope.reports.model_costs import Costs
 from vitscope.reports.run_entry import Entry
@@ -125,8 +132,14 @@ def _draw_relation(target: Target, relation: Relation, report_entries: Sequence[
     points, table = scatter_figures.collect(selection, relation.x, relation.y, name)
     cells.write(table, folder)
     print(cells.markdown(table), end="")
+    correlation_of = run_correlations.correlations(selection, relation.x, relation.y)
+    if correlation_of:
+        correlation_table = run_correlations.table(correlation_of, relation.x, "correlations")
+        cells.write(correlation_table, folder)
+        print(cells.markdown(correlation_table), end="")
     if points:
-        print(save_figure(scatter_figures.draw(points, relation.x, relation.y), folder / name)[0])
+        texts = [run_correlations.text(c) for c in correlation_of.values()]
+        print(save_figure(scatter_figures.draw(points, relation.x, relation.y, texts), folder / name)[0])
     return [_of_target(target, str(problem)) for problem in table.problems]
 
 

@@ -8,11 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from omegaconf import OmegaConf
+from scipy import stats
 
 from tests.helpers.report_runs import curve, other_card, spectrum
 from vitscope.config import loading
 from vitscope.reports import run_index
-from vitscope.reports.figures import scatter_figures
+from vitscope.reports.figures import run_correlations, scatter_figures
 from vitscope.reports.value_lookup import Selection
 from vitscope.runs import run_dir
 from vitscope.stats.t_tests import Interval, t_interval
@@ -103,3 +104,28 @@ def test_a_number_of_other_options_is_no_point_of_the_figure(make_run: Callable,
     assert {p.x: p.y[0].mean for p in points if p.y[0]} == pytest.approx({2: 0.2, 4: 0.4})
     (problem,) = table.problems
     assert "options.solver 'power', most runs 'lanczos'" in str(problem)
+
+
+def test_rank_correlation_over_single_runs(make_run: Callable, tmp_path: Path) -> None:
+    gaps = [0.05, 0.1, 0.12, 0.2, 0.22, 0.3, 0.31, 0.4]
+    heights = [1.0, 3.0, 2.0, 4.0, 6.0, 5.0, 7.0, 8.0]
+    for k, (gap, height) in enumerate(zip(gaps, heights)):
+        metrics = {"train/accuracy": 0.9, "test/accuracy": 0.9 - gap, "test/nll": height}
+        make_run(model="vit" if k % 2 else "convnet", seed=k, metrics=metrics)
+    chosen, x = selection(tmp_path), "train/accuracy-test/accuracy"
+    points, table = scatter_figures.collect(chosen, x, ["test/nll"], "numbers")
+    assert not table.problems
+    assert isinstance(points[0].x, Interval)
+    found = run_correlations.correlations(chosen, x, ["test/nll", "val/nll"])
+    expected = stats.kendalltau(gaps, heights)
+    assert found["test/nll"].tau == pytest.approx(expected.statistic, abs=1e-12)
+    assert found["test/nll"].n == 8
+    assert found["test/nll"].low < expected.statistic < found["test/nll"].high
+    assert found["val/nll"].n == 0
+    cells = run_correlations.table(found, x, "correlations").rows
+    assert [cell.text for cell in cells[0]][1] == f"{expected.statistic:.2f}"
+    assert [cell.text for cell in cells[1]][1:] == ["–", "–", "–", "–", "0"]
+    figure = scatter_figures.draw(points, x, ["test/nll"], [run_correlations.text(found["test/nll"])])
+    assert figure.axes[0].get_title().startswith("tau = 0.86 [")
+    assert figure.axes[0].get_xlabel() == "generalization gap (accuracy)"
+    assert run_correlations.correlations(chosen, "model.depth", ["test/nll"]) == {}

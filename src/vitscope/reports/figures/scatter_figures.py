@@ -23,6 +23,8 @@ from vitscope.stats.t_tests import Interval
 WORDS = {
     "1-test/accuracy": "test error",
     "test/accuracy": "test accuracy",
+    "train/accuracy-test/accuracy": "generalization gap (accuracy)",
+    "test/nll-train/nll": "generalization gap (NLL, nats)",
     "nll_center": "NLL on training images",
     "negative_eigenvalue_proportion": "negative eigenvalue proportion",
     "average_positive_eigenvalue": "average positive eigenvalue",
@@ -61,7 +63,8 @@ def collect(selection: Selection, x: str, y: Sequence[str], name: str) -> tuple[
     """Return the experiments' points, and the table of their numbers with every one that is missing.
 
     A quantity is a metric (``test/accuracy``), one minus it (``1-test/accuracy``), a scalar of an analysis
-    (``hessian.average_positive_eigenvalue``), or a dotted key of the configuration or ``objective``, its name (x only).
+    (``hessian.average_positive_eigenvalue``), a difference of two of them (``train/accuracy-test/accuracy``), or a dotted key
+    of the configuration or ``objective``, its name (x only).
 
     Args:
         selection: The runs.
@@ -107,6 +110,11 @@ def value_of(selection: Selection, entry: Entry, quantity: str) -> Value:
     if quantity.startswith("1-"):
         complement = value_of(selection, entry, quantity[2:])
         return complement if complement.number is None else Value(1 - complement.number)
+    first, _, second = quantity.partition("-")
+    if all("/" in part or "." in part for part in (first, second)):
+        values = [value_of(selection, entry, part) for part in (first, second)]
+        missing = next((value for value in values if value.number is None), None)
+        return missing or Value((values[0].number or 0.0) - (values[1].number or 0.0))
     if "/" in quantity:
         return selection.metric(entry, quantity)
     analysis, _, scalar = quantity.partition(".")
@@ -114,7 +122,12 @@ def value_of(selection: Selection, entry: Entry, quantity: str) -> Value:
     return no_value if measured is None else scalar_of_result(measured, scalar)
 
 
-def draw(points: Sequence[Point], x: str, y: Sequence[str]) -> Figure:
+def is_key(entry: Entry, quantity: str) -> bool:
+    """Tell whether a quantity is a key of a run's configuration, or ``objective``."""
+    return quantity in _keys(entry)
+
+
+def draw(points: Sequence[Point], x: str, y: Sequence[str], texts: Sequence[str] = ()) -> Figure:
     """Draw a panel a quantity; experiments of one model are connected where x is a number of the configuration.
 
     Points of categories stand beside each other on an axis that includes 0. A note says where no experiment has an interval.
@@ -123,6 +136,7 @@ def draw(points: Sequence[Point], x: str, y: Sequence[str]) -> Figure:
         points: Experiments, at least one of them with a number.
         x: Quantity of the x axis.
         y: Quantities of the panels.
+        texts: Line above each panel, such as a correlation.
 
     Raises:
         ValueError: No point.
@@ -138,6 +152,8 @@ def draw(points: Sequence[Point], x: str, y: Sequence[str]) -> Figure:
             _draw_panel(ax, points, panel, x, series)
             ax.set_ylabel(axis_label(quantity).replace(" (", "\n("))
             ax.set_xlabel(axis_label(x))
+            if texts:
+                ax.set_title(texts[panel], fontsize="small")
         figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=2, frameon=False)
     return figure
 
