@@ -139,7 +139,7 @@ def kronecker_factors(
         if not layers:
             raise ValueError("Expected a model with trained nn.Linear or nn.Conv2d layers, received one without.")
         factors = kronecker_factors_of(probe, model, layers, fisher, approximation, options.seed)
-        n_covered = sum(layers[name].weight.numel() for name in factors)  # pyright: ignore[reportCallIssue]
+        n_covered = sum(layers[name].weight.numel() for name in factors)  # pyright: ignore[reportCallIssue]  weights are tensors
         card = probe.card(
             parameters="weights of linear layers and convolutions",
             solver={"operator": f"K-FAC {fisher}", "seed": options.seed},
