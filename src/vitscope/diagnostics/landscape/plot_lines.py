@@ -8,7 +8,7 @@ import numpy as np
 import plotly.graph_objects as go
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from vitscope.diagnostics.landscape.linear_interpolation import LinearInterpolationResult
 from vitscope.diagnostics.landscape.loss_barrier import LossBarrierResult
@@ -65,6 +65,9 @@ def loss_slice(results: Mapping[str, LossSliceResult], *, value: str = "nll", lo
     axes.set(xlabel="Distance (in units of the direction)", ylabel=loss_label(LABELS[value], results.values()))
     if log or (log is None and value == "nll" and len(results) == 1 and _wide(results)):
         axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda loss, _: f"{loss:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
         lowest = min(np.nanmin(np.where(r.nll_by_direction > 0, r.nll_by_direction, np.nan)) for r in results.values())
         axes.set_ylim(bottom=0.8 * lowest)  # an interval may reach below zero
     if any(label for label in results) or any(r.n_nonfinite for r in results.values()):
