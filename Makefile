@@ -28,7 +28,7 @@ FUZZ ?= 1000
 BENCH ?= hessian landscape representation attention training data report sweep startup
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-newest test-extras gpu-check lint format bench fuzz soak doctor clean reproduce $(QUESTIONS) $(TABLES) sweep sweep-local docs docs-figures locks
+.PHONY: help setup demo test test-slow test-newest test-extras gpu-check lint format bench fuzz soak doctor clean reproduce $(QUESTIONS) $(TABLES) sweep sweep-local docs docs-figures locks notebooks
 
 help: ## list the targets
 	@grep -hE '^[a-zA-Z0-9_%-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  %-24s %s\n", $$1, $$2}'
@@ -141,6 +141,9 @@ docs: $(SETUP) ## the documentation site in build/site, which opens from disk (i
 
 docs-figures: $(SETUP) ## draw the figures of the diagnostics' pages that are missing (FIGURES_OF='cka fourier' draws these again)
 	$(RUN) docs/scripts/draw_figures.py $(if $(FIGURES_OF),$(FIGURES_OF),--missing)
+
+notebooks: $(SETUP) ## run the tutorials and the notebook as they stand, with small data
+	$(PYTEST) -m slow tests/cli/test_tutorials.py
 
 locks: ## write locks/ from pyproject.toml and constraints.txt (needs uv)
 	$(PYTHON) .ci/make_locks.py $(UV)
