@@ -25,7 +25,7 @@ def test_a_linear_layer_has_its_constructed_exponent(exponent: float) -> None:
     with torch.no_grad():
         model.weight.copy_(target + torch.diag(moments ** (1 / exponent - 1)))
     probe = vs.Probe(model, [(x, x @ target.T)], vs.Objective(weight_decay=0.3, loss="mse"))
-    result = vs.curvature_exponents(probe, n_directions=8)
+    result = vs.curvature_exponents(probe, n_singular_values=8)
     np.testing.assert_allclose(result.exponents, exponent, rtol=1e-9)
     np.testing.assert_allclose(result.exponent_half_widths, 0, atol=1e-8)
     np.testing.assert_allclose(result.r_squared, 1, rtol=1e-12)
@@ -41,7 +41,7 @@ def test_curvatures_are_those_of_the_dense_hessian() -> None:
     named = dict(model.named_parameters())
     gradients = dict(zip(named, torch.autograd.grad(nn.functional.cross_entropy(model(x), y), list(named.values()))))
     places = dict(zip(named, np.cumsum([0, *(p.numel() for p in named.values())])))
-    result = vs.curvature_exponents(vs.Probe(model, [(x[:3], y[:3]), (x[3:], y[3:])]), n_directions=4)
+    result = vs.curvature_exponents(vs.Probe(model, [(x[:3], y[:3]), (x[3:], y[3:])]), n_singular_values=4)
     assert result.layers == ("conv.weight", "head.weight")
     for name, s, h in zip(result.layers, result.singular_values, result.curvatures):
         rows = slice(places[name], places[name] + named[name].numel())
@@ -81,8 +81,8 @@ def test_means_by_kind() -> None:
 
 def test_what_cannot_be() -> None:
     model, x, y = make("conv")
-    with pytest.raises(ValueError, match="Expected n_directions of at least 4, received 3; 10 is usual"):
-        vs.curvature_exponents(vs.Probe(model, [(x, y)]), n_directions=3)
+    with pytest.raises(ValueError, match="Expected n_singular_values of at least 4, received 3; 10 is usual"):
+        vs.curvature_exponents(vs.Probe(model, [(x, y)]), n_singular_values=3)
     with pytest.raises(ValueError, match="at least one weight of two or more dimensions"):
         vs.curvature_exponents(vs.Probe(model, [(x, y)]), parameters="norm*")
     with pytest.warns(NullWarning, match="fewer than 4 directions of positive curvature"):
@@ -93,6 +93,6 @@ def test_what_cannot_be() -> None:
 @pytest.mark.filterwarnings("ignore:curvature_exponents")
 def test_the_figure_has_a_row_of_two_panels_for_each_result() -> None:
     model, x, y = make("transformer")
-    result = vs.curvature_exponents(vs.Probe(model, [(x, y)]), n_directions=4)
+    result = vs.curvature_exponents(vs.Probe(model, [(x, y)]), n_singular_values=4)
     figure = vs.plot({"a": result, "b": result})
     assert [ax.get_title() for ax in figure.axes[::2]] == ["a", "b"]

@@ -55,7 +55,10 @@ def assert_moments(result: Any, row: int, g: Tensor) -> None:
     assert result.gsnr[row] == pytest.approx(float(signal.mean()), rel=1e-8)
 
 
-@pytest.mark.parametrize("name", ["small convnet", "small vit"])
+@pytest.mark.parametrize(
+    "name",
+    ["small convnet", "small vit", *(pytest.param(name, marks=pytest.mark.slow) for name in ("resnet18", "vit_tiny"))],
+)
 def test_moments_are_those_of_a_loop_over_images(name: str) -> None:
     model, batches = model_of(name), data_of(name, n=7)
     probe = vs.Probe(model, batches, vs.Objective(weight_decay=0.1))

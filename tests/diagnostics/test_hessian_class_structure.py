@@ -44,7 +44,7 @@ def dense_parts(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> dict[str,
     return {"all": gauss_newton, **parts}
 
 
-@pytest.mark.parametrize(("kind", "soft"), [("conv", False), ("transformer", True)])
+@pytest.mark.parametrize(("kind", "soft"), [("conv", False), pytest.param("transformer", True, marks=pytest.mark.slow)])
 def test_parts_are_those_of_dense_matrices(kind: str, soft: bool) -> None:
     """Eigenvectors are exact to the root of the tolerance on values; traces to rounding, `within` to 4 standard errors."""
     model, x, y = make(kind, n=24, soft=soft)
@@ -108,7 +108,10 @@ def linear_probe(n_classes: int, directions: str, n: int = 1000, scale: float = 
 
 @pytest.mark.parametrize(
     ("n_classes", "directions", "k", "count", "verdict"),
-    [(5, "one", 20, 4, "C - 1"), (5, "class", 40, 20, "C (C - 1)")],
+    [
+        (5, "one", 20, 4, "C - 1"),
+        pytest.param(5, "class", 40, 20, "C (C - 1)", marks=pytest.mark.slow),
+    ],
 )
 def test_counts_of_a_constructed_gauss_newton_matrix(
     n_classes: int, directions: str, k: int, count: int, verdict: str

@@ -55,7 +55,7 @@ def test_the_exact_gauss_newton_diagonal_is_that_of_jacobians() -> None:
     [
         ("mse", "ggn"),
         ("bce", "fisher_mc"),
-        ("dense", "ggn"),
+        pytest.param("dense", "ggn", marks=pytest.mark.slow),
         pytest.param("dense", "fisher_empirical", marks=pytest.mark.slow),
         ("own loss", "fisher_empirical"),
         pytest.param("triple", "fisher_mc", marks=pytest.mark.slow),

@@ -60,7 +60,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "bn_policy": {"n_top": 1, **HEAD},
     "corruption": {"types": ("gaussian_noise",), "severities": (1,)},
     "critical_point": {**HEAD, "n_points": 3},
-    "curvature_exponents": {"n_directions": 4, "parameters": "*head*"},
+    "curvature_exponents": {"n_singular_values": 4, "parameters": "*head*"},
     "depth_probes": {"n_neighbors": 2},
     "edge_of_stability": {"k": 1, **HEAD},
     "fourier_heatmap": {"n": 2},

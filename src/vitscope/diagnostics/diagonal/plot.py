@@ -34,7 +34,7 @@ def hessian_diagonal(results: Mapping[str, HessianDiagonalResult]) -> Figure:
         largest = np.nanmax(np.abs(result.mean), initial=0.0)
         if largest > 0:
             ax.set_yscale("symlog", linthresh=10.0 ** (np.floor(np.log10(largest)) - 2))
-        noise = f"{100 * result.noise_share:.0f}% noise" if result.noise_share > 0 else ""
+        noise = f"single entries {100 * result.noise_share:.0f}% noise" if result.noise_share > 0 else ""
         ax.set_title(", ".join(filter(None, (name, noise))))
         ax.set_ylabel("Diagonal entry")
         ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))

@@ -56,7 +56,7 @@ def kronecker_factors_of(
     probe: Probe, model: nn.Module, layers: Mapping[str, nn.Module], fisher: str, approximation: str, seed: int
 ) -> dict[str, KroneckerFactors]:
     """Return the eigenvalues of the factors of the layers that a pass calls as modules, by name."""
-    from curvlinops import KFACLinearOperator  # pyright: ignore[reportMissingImports]  an optional dependency
+    from curvlinops import KFACLinearOperator  # pyright: ignore[reportMissingImports]  an optional package
 
     weights: list[Any] = [module.weight for module in layers.values()]
     operator = KFACLinearOperator(

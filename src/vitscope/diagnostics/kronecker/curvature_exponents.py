@@ -71,19 +71,19 @@ class CurvatureExponentsResult(Result, coordinates={"layer": "layers", "group": 
 def curvature_exponents(
     probe: Probe,
     *,
-    n_directions: PositiveInt = 10,
+    n_singular_values: PositiveInt = 10,
     **curvature: Unpack[CurvatureArguments],
 ) -> CurvatureExponentsResult:
     """Measure how curvature scales with the singular values of the gradient, in every layer.
 
     The gradient of a weight of two or more dimensions is a matrix of its first axis by the rest, ``sum_k s_k u_k v_k^T``. With
     the curvature ``h_k = d_k^T C d_k`` along ``d_k = u_k v_k^T``, other weights fixed, the exponent is the slope a of
-    ``h_k ~ s_k^a`` over the first ``n_directions`` directions with positive curvature. Gradient and curvature are those of the
-    data term; a fused weight of queries, keys and values is one matrix.
+    ``h_k ~ s_k^a`` over the first ``n_singular_values`` directions with positive curvature. Gradient and curvature are those of
+    the data term; a fused weight of queries, keys and values is one matrix.
 
     Args:
         probe: the model, batches and objective; batches are split over ranks.
-        n_directions: singular directions of each layer, at least 4; each costs a product.
+        n_singular_values: singular directions of each layer, at least 4; each costs a product.
         curvature: ``operator``, ``parameters``, ``dtype``, ``bn``, ``micro_batch``, ``seed``: see
             `vitscope.linalg.curvature.curvature_options.CurvatureOptions`.
 
@@ -98,19 +98,21 @@ def curvature_exponents(
     the quantity: about 2 for convolutions, 1 for attention, below 1 for the first layers of MLPs. Directions, the fit and its
     interval are vitscope's own.
     """
-    if n_directions < LEAST_POINTS:
-        raise ValueError(f"Expected n_directions of at least {LEAST_POINTS}, received {n_directions}; 10 is usual.")
+    if n_singular_values < LEAST_POINTS:
+        raise ValueError(
+            f"Expected n_singular_values of at least {LEAST_POINTS}, received {n_singular_values}; 10 is usual."
+        )
     options = CurvatureOptions(**curvature)
     with curvatures(probe, options) as operators:
         matrices = weight_matrices(operators.parameters)
         operator = operators.mean()
         gradient = dict(zip(operators.parameters, operator.split(operator.gradient(data_only=True))))
-        singular_values = np.full((len(matrices), n_directions), np.nan)
+        singular_values = np.full((len(matrices), n_singular_values), np.nan)
         values = np.full_like(singular_values, np.nan)
         for row, name in enumerate(track(matrices, "curvature exponents")):
-            s, h = _curvatures_along(operator, name, gradient[name], n_directions)
+            s, h = _curvatures_along(operator, name, gradient[name], n_singular_values)
             singular_values[row, : len(s)], values[row, : len(h)] = s, h
-        card = operators.card({"n_directions": n_directions, "seed": options.seed})
+        card = operators.card({"n_singular_values": n_singular_values, "seed": options.seed})
     kinds = kinds_of_layers(probe, matrices)
     fits = [fit_power_law(s, h) for s, h in zip(singular_values, values)]
     exponents = np.array([fit.exponent for fit in fits])

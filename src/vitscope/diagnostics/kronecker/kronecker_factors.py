@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Unpack
 
 import numpy as np
+from torch import Tensor, nn
 
 from vitscope.core.losses.requirements import check_classes
 from vitscope.core.measure_options import record_options
@@ -139,7 +140,7 @@ def kronecker_factors(
         if not layers:
             raise ValueError("Expected a model with trained nn.Linear or nn.Conv2d layers, received one without.")
         factors = kronecker_factors_of(probe, model, layers, fisher, approximation, options.seed)
-        n_covered = sum(layers[name].weight.numel() for name in factors)  # pyright: ignore[reportCallIssue]  weights are tensors
+        n_covered = sum(_weight(layers[name]).numel() for name in factors)
         card = probe.card(
             parameters="weights of linear layers and convolutions",
             solver={"operator": f"K-FAC {fisher}", "seed": options.seed},
@@ -177,6 +178,12 @@ def kronecker_factors(
         n_uncovered=n_parameters - n_covered,
         card=card,
     )
+
+
+def _weight(layer: nn.Module) -> Tensor:
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    return weight
 
 
 def _decay(values: np.ndarray, least_share: float) -> PowerLaw:
