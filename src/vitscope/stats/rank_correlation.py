@@ -57,10 +57,9 @@ def kendall_tau(
         )
     if len(a) < 2 or len(set(a)) == 1 or len(set(b)) == 1:
         return RankCorrelation(math.nan, math.nan, math.nan, len(a), math.nan)
-    test = stats.kendalltau(a, b)
-    tau = float(test.statistic)
+    tau, p_value = map(float, stats.kendalltau(a, b))
     if len(a) < LEAST_PAIRS or abs(tau) > 1 - 1e-12:
-        return RankCorrelation(tau, math.nan, math.nan, len(a), float(test.pvalue))
+        return RankCorrelation(tau, math.nan, math.nan, len(a), p_value)
     interval = stats.bootstrap(
         (a, b),
         _tau,
@@ -72,7 +71,7 @@ def kendall_tau(
         method="percentile",
         rng=np.random.default_rng(seed),
     ).confidence_interval
-    return RankCorrelation(tau, float(interval.low), float(interval.high), len(a), float(test.pvalue))
+    return RankCorrelation(tau, float(interval.low), float(interval.high), len(a), p_value)
 
 
 def _tau(a: np.ndarray, b: np.ndarray, axis: int = -1) -> np.ndarray:

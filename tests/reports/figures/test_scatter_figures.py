@@ -116,12 +116,12 @@ def test_rank_correlation_over_single_runs(make_run: Callable, tmp_path: Path) -
     points, table = scatter_figures.collect(chosen, x, ["test/nll"], "numbers")
     assert not table.problems
     assert isinstance(points[0].x, Interval)
-    found = run_correlations.correlations(chosen, x, ["test/nll", "val/nll"])
+    found = run_correlations.correlations(chosen, x, ["test/nll", "val/unknown"])
     expected = stats.kendalltau(gaps, heights)
     assert found["test/nll"].tau == pytest.approx(expected.statistic, abs=1e-12)
     assert found["test/nll"].n == 8
     assert found["test/nll"].low < expected.statistic < found["test/nll"].high
-    assert found["val/nll"].n == 0
+    assert found["val/unknown"].n == 0
     cells = run_correlations.table(found, x, "correlations").rows
     assert [cell.text for cell in cells[0]][1] == f"{expected.statistic:.2f}"
     assert [cell.text for cell in cells[1]][1:] == ["–", "–", "–", "–", "0"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import plotly.graph_objects as go
@@ -22,8 +22,8 @@ BALLS = {
     "linf": ("Radius of the adaptive Linf ball", "Worst rise, lower\nbound (nats)"),
     "average": ("Standard deviation / scale of the weight", "Average rise (nats)"),
 }
-#: line and whether markers are filled, by scale of an adaptive measure
-KINDS = {"elementwise": ("o-", True), "filter": ("s:", False)}
+#: marker, line and whether markers are filled, by scale of an adaptive measure
+KINDS: dict[str, tuple[str, Literal["-", ":"], bool]] = {"elementwise": ("o", "-", True), "filter": ("s", ":", False)}
 
 #: entries of a legend that fit into the axes
 MOST_INSIDE = 4
@@ -90,7 +90,7 @@ def _adaptive(axes: Axes, ball: str, results: Mapping[str, SharpnessResult]) -> 
         float(x) for r in results.values() for m, x in zip(r.adaptive_measures, r.adaptive_radii) if m.endswith(ball)
     })  # fmt: skip
     for index, r in enumerate(results.values()):
-        for kind, (fmt, fill) in KINDS.items():
+        for kind, (marker, line, fill) in KINDS.items():
             is_shown = np.array([m == f"{kind}_{ball}" for m in r.adaptive_measures], dtype=bool)
             x, y = r.adaptive_radii[is_shown], r.adaptive_rise[is_shown]
             good = np.isfinite(y) & (y > 0)
@@ -98,7 +98,9 @@ def _adaptive(axes: Axes, ball: str, results: Mapping[str, SharpnessResult]) -> 
             bars = np.nan_to_num(np.stack([low, (r.adaptive_rise_high[is_shown] - y).clip(min=0)]))[:, good]
             color = result_color(index)
             face = color if fill else "white"
-            axes.errorbar(x[good], y[good], yerr=bars, fmt=fmt, color=color, markerfacecolor=face, markersize=4)
+            axes.errorbar(
+                x[good], y[good], yerr=bars, fmt=marker + line, color=color, markerfacecolor=face, markersize=4
+            )
             if not good.all():
                 foot = np.zeros((~good).sum())
                 axes.plot(x[~good], foot, "v", color=color, transform=axes.get_xaxis_transform(), clip_on=False)
@@ -114,11 +116,9 @@ def _with_kinds(
     """Return the legend's entries with those of the scales of adaptive measures."""
     kinds = [k for k in KINDS if any(m.startswith(k) for r in results.values() for m in r.adaptive_measures)]
     for kind in kinds:
-        fmt, fill = KINDS[kind]
+        marker, line, fill = KINDS[kind]
         face = "0.3" if fill else "white"
-        handles.append(
-            Line2D([], [], marker=fmt[0], linestyle=fmt[1:], color="0.3", markerfacecolor=face, markersize=4)
-        )
+        handles.append(Line2D([], [], marker=marker, linestyle=line, color="0.3", markerfacecolor=face, markersize=4))
         labels.append(f"{kind} scales")
     return handles, labels
 

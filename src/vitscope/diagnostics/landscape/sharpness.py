@@ -38,7 +38,7 @@ from vitscope.linalg.weights.weight_space_walk import points_in_plane
 from vitscope.runtime import stop_flag
 from vitscope.runtime.dtypes import DtypeName, parse_float_dtype
 from vitscope.runtime.resumable_map import Partial, Row, map_resumably
-from vitscope.runtime.value_ranges import PositiveFloat, PositiveInt, Seed
+from vitscope.runtime.value_ranges import NonNegativeInt, PositiveFloat, PositiveInt, Seed
 from vitscope.stats.intervals import t_half_width_of_rows
 
 #: from here on every model tried was near chance: such radii are marked, never compared
@@ -134,7 +134,7 @@ def sharpness(
     n_pairs: int = 20,
     normalization: str = "filter",
     ignore: str | Sequence[str] = "bias_bn",
-    n_steps: PositiveInt = 10,
+    n_steps: NonNegativeInt = 10,
     n_starts: int = 2,
     seed: Seed = 0,
     bn: BatchNormPolicy = "eval",
