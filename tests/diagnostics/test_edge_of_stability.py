@@ -310,8 +310,8 @@ def test_the_figure_shows_limits_and_steps():
 # --- in a run -------------------------------------------------------------------------------------------------------------
 
 WATCHED = ["analysis=[edge_of_stability]", "analysis.edge_of_stability.probe.n_images=8",
-           "analysis.edge_of_stability.when.every_n_steps=2", "trainer.max_epochs=3", "trainer.limit_train_batches=2",
-           "test=false"]  # fmt: skip
+           "analysis.edge_of_stability.when.every_n_steps=2", "analysis.edge_of_stability.warm_start=true",
+           "trainer.max_epochs=3", "trainer.limit_train_batches=2", "test=false"]  # fmt: skip
 
 
 def test_a_run_that_is_stopped_and_resumed_has_the_same_series(call, tiny, tmp_path, monkeypatch) -> None:

@@ -94,10 +94,10 @@ def hessian_eigenvalues(
         eigenvectors: also return them.
         start: eigenvectors ``(m, size)`` of an earlier measurement of these parameters, or its result, to begin the search
             from in place of the gradient: those of a few training steps or of a batch before. They may lie in a wrong invariant
-            subspace, so as much of a random vector is added, and the search goes on until ``missed_probability`` is at most 5 %,
-            or its values are not called converged. Beginning there saves the gradient and about one product in eight of a
-            search for one eigenvalue, which the assurance takes again (docs/definitions.md section 3). Under
-            ``torch.distributed`` all ranks pass the same. Lanczos only.
+            subspace, so as much of a random vector is added, and the search goes on until ``missed_probability`` is at most
+            5 %, or its values are not called converged. Beginning there saves the gradient and about one product in eight of
+            a search for one eigenvalue; the assurance takes them again, and more in a large network (docs/definitions.md
+            section 3). Under ``torch.distributed`` all ranks pass the same. Lanczos only.
         curvature: the fields of `vitscope.linalg.curvature.curvature_options.CurvatureOptions`.
 
     Returns:

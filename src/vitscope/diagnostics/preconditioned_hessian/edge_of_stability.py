@@ -33,12 +33,6 @@ from vitscope.linalg.eigensolver import Eigenpairs, extreme_eigenvalues
 from vitscope.linalg.preconditioned_operator import scaled_eigenvalues
 from vitscope.runtime.value_ranges import NonNegativeInt, PositiveInt
 
-#: fields with one entry for each step
-SERIES = (
-    "steps", "eigenvalues", "errors", "converged", "sharpness", "sharpness_error", "sharpness_converged", "limit", "lr",
-    "overlap", "n_products",
-)  # fmt: skip
-
 
 @dataclass(frozen=True)
 class EdgeOfStabilityResult(Result, coordinates={"step": "steps"}, untabulated=("eigenvectors", "scaled_eigenvector")):
@@ -51,7 +45,7 @@ class EdgeOfStabilityResult(Result, coordinates={"step": "steps"}, untabulated=(
         steps: (n_steps,) optimizer steps that the weights have made.
         eigenvalues: (n_steps, k) the largest of H, descending.
         errors: (n_steps, k) estimates of their distance to an eigenvalue.
-        converged: (n_steps, k) whether that is within the tolerance and it is unlikely that a larger one was passed over.
+        converged: (n_steps, k) whether that is within the tolerance and, from a warm start, no larger one was likely passed over.
         sharpness: (n_steps,) largest eigenvalue of P^-1 H.
         sharpness_error: (n_steps,) estimate of its distance to an eigenvalue.
         sharpness_converged: (n_steps,) likewise.
@@ -122,7 +116,7 @@ def edge_of_stability(
     optimizer: Optimizer | None = None,
     step: NonNegativeInt | None = None,
     previous: PreviousResult | None = None,
-    warm_start: bool = True,
+    warm_start: bool = False,
     **curvature: Unpack[CurvatureArguments],
 ) -> EdgeOfStabilityResult:
     """Add a training step to a series of the largest Hessian eigenvalues and the optimizer's limit of stability.
@@ -145,8 +139,9 @@ def edge_of_stability(
             entries so far.
         previous: result of the step measured before, whose entries are kept; None begins a series. For the same step it is
             returned as it is.
-        warm_start: whether to begin searches at the eigenvectors of ``previous``, see
-            `vitscope.linalg.curvature.start_vector.warm_start`; False begins at the gradient, whatever ``previous`` is.
+        warm_start: False begins each search at the gradient, as `hessian_eigenvalues` does; True at the eigenvectors of
+            ``previous``, and goes on until it is unlikely that a larger eigenvalue was passed over, which takes more products the
+            larger the network is, see `vitscope.linalg.curvature.start_vector.warm_start`.
         curvature: ``tol``, ``parameters``, ``dtype``, ``bn``, ``micro_batch``, ``max_products``, ``max_memory``, ``seed``: see
             `vitscope.linalg.curvature.curvature_options.CurvatureOptions`. The default of ``tol``, 1 %, is below what a step at
             the edge changes; ``max_products`` is the budget of a search: values that it cuts short are marked.
@@ -227,7 +222,8 @@ def _largest(
     options: CurvatureOptions,
 ) -> Eigenpairs:
     """Return the k largest eigenvalues of H with their vectors."""
-    if earlier is not None and earlier.eigenvectors.size:
+    is_warm = earlier is not None and earlier.eigenvectors.size > 0
+    if earlier is not None and is_warm:
         start = warm_start_vector(earlier.eigenvectors, operator, options.seed)
     else:
         start = start_vector(operator, options.seed)
@@ -238,7 +234,7 @@ def _largest(
         which="LA",
         vectors=True,
         shared=True,
-        random_share=RANDOM_SHARE,
+        random_share=RANDOM_SHARE if is_warm else None,
         **options.search(),
     )
 
@@ -253,7 +249,8 @@ def _scaled_largest(
 ) -> Eigenpairs:
     """Return the largest eigenvalue of P^-1/2 H P^-1/2 with its vector."""
     roots = [inverse_root(name, p, scale) for name, p in operators.parameters.items()]
-    if earlier is not None and earlier.scaled_eigenvector.size:
+    is_warm = earlier is not None and earlier.scaled_eigenvector.size > 0
+    if earlier is not None and is_warm:
         start = warm_start_vector(earlier.scaled_eigenvector, operator, options.seed)
     else:
         entries = [root.expand(p.shape).reshape(-1) for root, p in zip(roots, operators.parameters.values())]
@@ -267,7 +264,7 @@ def _scaled_largest(
         which="LA",
         vectors=True,
         shared=True,
-        random_share=RANDOM_SHARE,
+        random_share=RANDOM_SHARE if is_warm else None,
         **options.search(),
     )
 

@@ -121,12 +121,12 @@ def _without_crowded_steps(
     for analysis, measure, tag in sorted(by_figure, key=lambda key: moment(key[2])):
         if step_of_tag(tag) is not None:
             steps.setdefault((analysis, measure), []).append(tag)
-    drawn_keys = {
+    spaced_steps = {
         (*key, tags[round(i * (len(tags) - 1) / max(PER_FIGURE - 1, 1))])
         for key, tags in steps.items()
         for i in range(PER_FIGURE)
     }
-    return {key: results for key, results in by_figure.items() if step_of_tag(key[2]) is None or key in drawn_keys}
+    return {key: results for key, results in by_figure.items() if step_of_tag(key[2]) is None or key in spaced_steps}
 
 
 def _with_shared_tag(
