@@ -45,7 +45,8 @@ def test_scalars_stand_over_their_steps(make_run, tmp_path):
     assert history.name == "hessian-steps"
     assert {label: entry.seed for label, entry in history.entries.items()} == {"convnet-18": 0, "vit-tiny": 0}
     figure = draw(history)
-    axes = {ax.get_ylabel(): ax for ax in figure.axes}
+    axes = {ax.get_ylabel().replace("\n", " "): ax for ax in figure.axes if ax.get_ylabel()}
+    assert set(axes) == {"average positive eigenvalue", "top1 average positive eigenvalue", "eigenvalue max"}
     convnet, vit = axes["average positive eigenvalue"].lines
     np.testing.assert_array_equal(convnet.get_xdata(), [0, 10, 120, 1000000, 2000000])
     np.testing.assert_array_equal(vit.get_ydata(), [100, 101, 102, 103, 109])

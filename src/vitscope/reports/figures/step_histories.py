@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,6 +45,14 @@ class StepHistory:
     analysis: str
     results: Mapping[str, Sequence[tuple[int, Measured]]]
     entries: Mapping[str, Entry]
+
+    def changing_scalars(self) -> list[str]:
+        """Return the `scalars` that change over steps or differ between models; all of them where none does."""
+        names = self.scalars()
+        values = {
+            n: {m.scalars.get(n) for results in self.results.values() for _, m in results} - {None} for n in names
+        }
+        return [name for name in names if len(values[name]) > 1] or names
 
     def scalars(self) -> list[str]:
         """Return the scalars that some result has a number for at ``LEAST_STEPS`` steps or more."""
@@ -108,13 +117,15 @@ def draw_history(history: StepHistory, folder: Path, *, pdf: bool = True) -> Dra
     table = folder / f"{history.name}.csv"
     write_atomically(table, _numbers(history).encode())
     curves = tuple(Curve(label, history.entries[label], results[-1][1]) for label, results in history.results.items())
-    panel = Panel(history.name, history.analysis, STEPS, curves, "Scalars over optimizer steps; one run a model.")
+    panel = Panel(
+        history.name, history.analysis, STEPS, curves, "Scalars that change over optimizer steps; one run a model."
+    )
     return with_picture(panel, Picture(png, print_file[0] if print_file else None, table, tuple(history.results)))
 
 
 def draw(history: StepHistory) -> Figure:
-    """Draw a panel a scalar, a line a model, over the number of optimizer steps."""
-    names = history.scalars()
+    """Draw a panel a scalar, a line a model, over the number of optimizer steps; scalars of one value are left out."""
+    names = history.changing_scalars()
     rows = -(-len(names) // 2)
     with style.context(STYLE):
         figure = Figure(figsize=(2 * COLUMN_WIDTH, 1.6 * rows + 0.4), layout="constrained")
@@ -125,7 +136,7 @@ def draw(history: StepHistory) -> Figure:
                 steps, values = np.array(points, dtype=float).reshape(-1, 2).T
                 ax.plot(steps, values, marker=".", markersize=3, color=result_color(index), label=label)
         for ax, name in zip(axes, names):
-            ax.set_ylabel(name.replace("_", " "))
+            ax.set_ylabel(textwrap.fill(name.replace("_", " "), 20))
             ax.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
         for ax in axes[len(names) :]:
             ax.set_axis_off()
