@@ -21,8 +21,8 @@ from vitscope.core.probe import Probe
 #: aligned to. ``dtype`` is on the card as the type that was used. Every other argument, also of a measure that is added later, is
 #: compared.
 INCIDENTAL = frozenset({
-    "probe", "partial", "seed", "micro_batch", "max_memory", "basis", "batches_at_once", "budget_s", "product", "cache",
-    "eigenvectors", "checkpoints", "initial", "units", "dtype", "reference",
+    "probe", "partial", "seed", "micro_batch", "max_memory", "basis", "checkpoint_blocks", "batches_at_once", "budget_s",
+    "product", "cache", "eigenvectors", "checkpoints", "initial", "units", "dtype", "reference",
 })  # fmt: skip
 
 #: the same, of one measure: another one has an argument of that name with another meaning

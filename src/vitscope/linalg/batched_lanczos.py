@@ -107,7 +107,7 @@ class SideBySide:
 def obstacle(curvatures: Curvatures) -> str:
     """Return why these operators cannot be multiplied at once, or an empty string."""
     options = curvatures.options
-    required = {"operator": "hessian", "product": "reverse", "micro_batch": None}
+    required = {"operator": "hessian", "product": "reverse", "micro_batch": None, "checkpoint_blocks": False}
     for name, value in required.items():
         if getattr(options, name) != value:
             received = getattr(options, name)

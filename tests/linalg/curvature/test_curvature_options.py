@@ -14,7 +14,7 @@ import vitscope as vs
 from vitscope.linalg.curvature.curvature_options import CurvatureArguments, CurvatureOptions, curvature_arguments
 from vitscope.linalg.curvature.operator_factory import curvatures
 
-OPERATOR = ("operator", "parameters", "dtype", "bn", "product", "micro_batch", "basis", "seed")
+OPERATOR = ("operator", "parameters", "dtype", "bn", "product", "micro_batch", "basis", "checkpoint_blocks", "seed")
 SEARCH = ("tol", "parameters", "dtype", "bn", "micro_batch", "max_products", "max_memory", "basis", "seed")
 #: the shared options of each measure, as they were before they had one definition
 MEASURES = {

@@ -74,6 +74,7 @@ class HessianEigenvaluesResult(Result, untabulated=("eigenvectors",)):
     "max_products",
     "max_memory",
     "basis",
+    "checkpoint_blocks",
     "seed",
 )
 def hessian_eigenvalues(

@@ -104,6 +104,7 @@ class HessianMaxEigenvalueSpectrumResult(Result, coordinates={"batch": "batches"
     "max_products",
     "max_memory",
     "basis",
+    "checkpoint_blocks",
     "seed",
 )
 def hessian_max_eigenvalue_spectrum(

@@ -70,7 +70,9 @@ class HessianTraceResult(Result):
 
 
 @record_options
-@curvature_arguments("operator", "parameters", "dtype", "bn", "product", "micro_batch", "basis", "seed")
+@curvature_arguments(
+    "operator", "parameters", "dtype", "bn", "product", "micro_batch", "basis", "checkpoint_blocks", "seed"
+)
 def hessian_trace(
     probe: Probe,
     *,
@@ -89,7 +91,8 @@ def hessian_trace(
         method: ``hutchinson`` or ``hutch++``.
         n_vectors: products in all; at least 3 for ``hutch++``, which holds a third as many vectors in memory (of several ranks
             each a share of them).
-        curvature: ``operator``, ``parameters``, ``dtype``, ``bn``, ``product``, ``micro_batch``, ``basis``, ``seed``: see
+        curvature: ``operator``, ``parameters``, ``dtype``, ``bn``, ``product``, ``micro_batch``, ``basis``,
+            ``checkpoint_blocks``, ``seed``: see
             `vitscope.linalg.curvature.curvature_options.CurvatureOptions`.
 
     Raises:

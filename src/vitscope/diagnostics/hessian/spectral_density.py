@@ -86,7 +86,9 @@ class SpectralDensityResult(Result, coordinates={"grid": "grid"}):
 
 
 @record_options
-@curvature_arguments("operator", "parameters", "dtype", "bn", "product", "micro_batch", "basis", "seed")
+@curvature_arguments(
+    "operator", "parameters", "dtype", "bn", "product", "micro_batch", "basis", "checkpoint_blocks", "seed"
+)
 def spectral_density(
     probe: Probe,
     *,
@@ -110,7 +112,8 @@ def spectral_density(
         n_grid: points of the density.
         sigma: width of the smoothing Gaussian; None for a hundredth of the nodes' range.
         partial: rows of vectors already done, by ``vector-<number>``.
-        curvature: ``operator``, ``parameters``, ``dtype``, ``bn``, ``product``, ``micro_batch``, ``basis``, ``seed``: see
+        curvature: ``operator``, ``parameters``, ``dtype``, ``bn``, ``product``, ``micro_batch``, ``basis``,
+            ``checkpoint_blocks``, ``seed``: see
             `vitscope.linalg.curvature.curvature_options.CurvatureOptions`.
 
     Raises:

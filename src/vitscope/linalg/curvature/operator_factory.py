@@ -17,6 +17,7 @@ from vitscope.linalg.curvature.curvature_options import CurvatureArguments, Curv
 from vitscope.linalg.curvature.l2_curvature import warn_of_sum_norm
 from vitscope.linalg.curvature.logit_curvature import check_output_curvature
 from vitscope.linalg.curvature.parameter_subsets import analyzed_parameters, subset_name
+from vitscope.linalg.curvature.recomputed_blocks import block_modules, recomputed_blocks
 
 #: parts of modules' class names whose randomness the eval mode switches off
 _RANDOM = ("Dropout", "DropPath", "StochasticDepth")
@@ -136,4 +137,6 @@ def curvatures(
         for name, p in model.named_parameters():
             p.requires_grad_(name in parameters)  # the others' gradients are not needed; the guard restores the flags
         warn_of_sum_norm(probe.objective, parameters)
-        yield Curvatures(probe, model, parameters, options, n_samples)
+        modules = block_modules(model, probe.first_images()) if options.checkpoint_blocks else {}
+        with recomputed_blocks(modules):
+            yield Curvatures(probe, model, parameters, options, n_samples)

@@ -1,0 +1,175 @@
+"""Blocks of a model that keep their inputs alone for second derivatives, and are computed again where derivatives are taken.
+
+Activation checkpoints of PyTorch drop the activations of the forward pass, but the graph of the gradient keeps them again, so
+that a product with the Hessian would save little. Here a block is one function of its inputs and parameters: its first derivative
+computes the block again and keeps no graph, and its second derivative computes the block and its gradient again. Of all blocks
+the graph holds the inputs and the output's gradient, and one block at a time has its graph. A product then costs about one
+gradient more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import takewhile
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.func import functional_call
+
+from vitscope.linalg.curvature.double_backward import BilinearConvDoubleBackward
+from vitscope.linalg.curvature.row_slices import RowSlice
+from vitscope.models.structure.structure_table import structure
+
+Call = Callable[[Sequence[Tensor]], Tensor]
+
+
+def block_modules(model: nn.Module, images: Any = None) -> dict[str, nn.Module]:
+    """Return the modules that hold the units of a model's structure, by name: for each unit the smallest that has its parameters.
+
+    Args:
+        model: the model.
+        images: shows where a model of unknown blocks adds, see `vitscope.structure`.
+
+    Raises:
+        ValueError: no unit is inside a module of its own.
+    """
+    names: set[str] = set()
+    for unit in structure(model, images).units:
+        paths = [name.split(".")[:-1] for name in unit.parameters]
+        common = takewhile(lambda parts: len(set(parts)) == 1, zip(*paths))
+        names.add(".".join(parts[0] for parts in common))
+    modules = {name: module for name, module in model.named_modules() if name in names and name}
+    outermost = {n: m for n, m in modules.items() if not any(n.startswith(f"{other}.") for other in modules)}
+    if not outermost:
+        raise ValueError(
+            "Expected a model with residual units for checkpoint_blocks, received one without any: set "
+            "checkpoint_blocks=False, or a smaller micro_batch."
+        )
+    return outermost
+
+
+@contextmanager
+def recomputed_blocks(modules: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Let blocks keep their inputs alone, for derivatives up to the second; their ``forward`` is restored.
+
+    Args:
+        modules: by name; each returns one tensor, and does not call another of them.
+
+    Raises:
+        ValueError: rows of a parameter are analyzed as a parameter of their own.
+    """
+    for name, module in modules.items():
+        if any(isinstance(p, RowSlice) for p in module.parameters()):
+            raise ValueError(
+                f"Expected whole parameters with checkpoint_blocks, received parts of those of {name!r}: set "
+                "checkpoint_blocks=False with parameters='part:...'."
+            )
+    originals = [(module, "forward" in vars(module), module.forward) for module in modules.values()]
+    try:
+        for name, module in modules.items():
+            module.forward = _recomputing(name, module)
+        yield
+    finally:
+        for module, is_own, forward in originals:
+            if is_own:
+                module.forward = forward
+            else:
+                del module.forward
+
+
+def _recomputing(name: str, module: nn.Module) -> Callable[..., Tensor]:
+    """Return a function that takes the place of a module's ``forward``."""
+    forward = module.forward
+    is_inside = False
+
+    def wrapper(*args: Any, **kwargs: Any) -> Tensor:
+        nonlocal is_inside
+        if is_inside or not torch.is_grad_enabled():
+            return forward(*args, **kwargs)
+        parameters = {key: p for key, p in module.named_parameters() if p.requires_grad}
+        places = [i for i, value in enumerate(args) if isinstance(value, Tensor)]
+        if any(isinstance(value, Tensor) and value.requires_grad for value in kwargs.values()):
+            return forward(*args, **kwargs)
+
+        def call(tensors: Sequence[Tensor]) -> Tensor:
+            nonlocal is_inside
+            values = list(args)
+            for place, tensor in zip(places, tensors[len(parameters) :]):
+                values[place] = tensor
+            is_inside = True
+            try:
+                # derivatives on a GPU are taken by threads without the modes of this one
+                with BilinearConvDoubleBackward():
+                    out = functional_call(module, dict(zip(parameters, tensors)), tuple(values), kwargs)
+            finally:
+                is_inside = False
+            if not isinstance(out, Tensor):
+                raise ValueError(
+                    f"Expected blocks that return one tensor with checkpoint_blocks, received {type(out).__name__} from "
+                    f"{name!r}: set checkpoint_blocks=False."
+                )
+            return out
+
+        return _Block.apply(call, *parameters.values(), *(args[place] for place in places))
+
+    return wrapper
+
+
+def _leaves(tensors: Sequence[Tensor], needed: Sequence[bool]) -> list[Tensor]:
+    return [t.detach().requires_grad_(is_needed) for t, is_needed in zip(tensors, needed)]
+
+
+class _Block(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, call: Call, *tensors: Tensor) -> Tensor:
+        ctx.save_for_backward(*tensors)
+        ctx.call = call
+        return call(tensors)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:
+        needed = ctx.needs_input_grad[1:]
+        return None, *_Backward.apply(ctx.call, needed, g, *ctx.saved_tensors)
+
+
+class _Backward(torch.autograd.Function):
+    """The first derivatives of a block; None for those that are not needed."""
+
+    @staticmethod
+    def forward(ctx: Any, call: Call, needed: Sequence[bool], g: Tensor, *tensors: Tensor) -> Any:
+        ctx.save_for_backward(g, *tensors)
+        ctx.call, ctx.needed = call, needed
+        ctx.set_materialize_grads(False)
+        with torch.enable_grad():
+            leaves = _leaves(tensors, needed)
+            out = call(leaves)
+            gradients = torch.autograd.grad(out, [t for t in leaves if t.requires_grad], g, allow_unused=True)
+        rest = iter(gradients)
+        return tuple(next(rest) if is_needed else None for is_needed in needed)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *vectors: Tensor | None) -> Any:
+        g, *tensors = ctx.saved_tensors
+        with torch.enable_grad():
+            inputs = _leaves(tensors, ctx.needed)
+            leaves = [t for t in inputs if t.requires_grad]
+            g_leaf = g.detach().requires_grad_()
+            out = ctx.call(inputs)
+            first = torch.autograd.grad(out, leaves, g_leaf, create_graph=True, allow_unused=True)
+            places = [i for i, is_needed in enumerate(ctx.needed) if is_needed]
+            pairs = [
+                (gradient, vectors[place])
+                for gradient, place in zip(first, places)
+                if gradient is not None and gradient.requires_grad and vectors[place] is not None
+            ]
+            second = (
+                torch.autograd.grad([p[0] for p in pairs], [g_leaf, *leaves], [p[1] for p in pairs], allow_unused=True)
+                if pairs
+                else [None] * (1 + len(leaves))
+            )
+        rest = iter(second[1:])
+        return None, None, second[0], *(next(rest) if is_needed else None for is_needed in ctx.needed)
