@@ -31,7 +31,13 @@ RUNS = {
     "convnet": ("ConvNet-18", ["model=convnet", "data=photos", "trainer.max_epochs=4"]),
     "vit": ("ViT-Ti/4, 6 layers", ["model=vit", "model.depth=6", "data=photos", "trainer.max_epochs=8"]),
     "shapes": ("ConvNet-18", ["model=convnet", "data=shapes"]),
-}
+    # measured while it trains, by full-batch gradient descent
+    "descent": (
+        "ViT-Ti/8, 2 layers",
+        ["experiment=edge_of_stability", "model=vit", "model.depth=2", "model.patch_size=8", "data=photos", "data.fraction=0.02",
+         "optimizer=sgd", "optimizer.momentum=0", "optimizer.lr=0.05"],
+    ),
+}  # fmt: skip
 #: pixels of a figure's larger side at most
 SIZE = 1200
 #: bytes of all figures at most
@@ -49,7 +55,8 @@ def trained(name: str, folder: Path) -> Path:
     """Return the folder of a run, trained where it is not there."""
     run = folder / name
     if not (run / "checkpoints" / "last.ckpt").is_file():
-        run_script("train.py", [*RUNS[name][1], "callbacks.checkpoint.snapshots=log", "analysis=[]", f"run_dir={run}"])
+        analyses = [] if name == "descent" else ["callbacks.checkpoint.snapshots=log", "analysis=[]"]
+        run_script("train.py", [*RUNS[name][1], *analyses, f"run_dir={run}"])
     return run
 
 
@@ -58,7 +65,9 @@ def measure(analyses: list[str], folder: Path) -> None:
     sources = [diagnostic_pages.read_source(analysis) for analysis in analyses]
     for name in RUNS:
         chosen = [source for source in sources if name in source.figure.models]
-        if chosen:
+        if chosen and name == "descent":
+            trained(name, folder)
+        elif chosen:
             overrides = [override for source in chosen for override in source.figure.overrides]
             names = ",".join(source.analysis for source in chosen)
             run_script("analyze.py", [f"run={trained(name, folder)}", f"analysis=[{names}]", *overrides])
