@@ -34,6 +34,7 @@ CHECKS: dict[str, list[list[str]]] = {
          "hydra.sweeper.params={optimizer.lr: 'tag(log, interval(1e-4, 1e-2))'}"],
     ],
     "joblib": [[*_TRAINING, "paths.runs={folder}", "hydra/launcher=parallel", "seed=0,1"]],
+    "kfac": [["-m", "pytest", "tests/diagnostics/test_kronecker_factors.py"]],
     "loggers": [["-m", "pytest", "tests/runs/scalar_loggers"]],
     "optuna": [["-m", "pytest", "tests/sweep/test_local_runner.py", "tests/sweep/test_trial_choices.py"]],
     "submitit": [

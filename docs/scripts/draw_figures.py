@@ -34,8 +34,10 @@ RUNS = {
     # measured while it trains, by full-batch gradient descent
     "descent": (
         "ViT-Ti/8, 2 layers",
-        ["experiment=edge_of_stability", "model=vit", "model.depth=2", "model.patch_size=8", "data=photos", "data.fraction=0.02",
-         "optimizer=sgd", "optimizer.momentum=0", "optimizer.lr=0.05"],
+        ["experiment=edge_of_stability", "model=vit", "model.depth=2", "model.patch_size=8", "data=photos",
+         "data.fraction=0.0125", "data.batch_size=256", "optimizer=sgd", "optimizer.momentum=0", "optimizer.lr=0.02",
+         "trainer.check_val_every_n_epoch=100",
+         "analysis.edge_of_stability.probe.n_images=null", "analysis.edge_of_stability.probe.batch_size=256"],
     ),
 }  # fmt: skip
 #: pixels of a figure's larger side at most

@@ -37,7 +37,7 @@ _HOME = {
     "load_result": "runs.api",
     "load_results": "runs.api",
     "Result": "core.results.result",
-    "hessian_operator": "linalg.curvature.scipy_operator",
+    "hessian_operator": "linalg.interchange.scipy_operator",
     "eigenvalues_of": "diagnostics.hessian._operators_of_others",
     "spectral_density_of": "diagnostics.hessian._operators_of_others",
 }

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from vitscope.core.batches.batch_inputs import BatchInputs, Inputs
 from vitscope.core.guard.substituted_call import substituted_call
-from vitscope.linalg.eigensolver import free_memory
+from vitscope.linalg.basis_memory import free_memory
 from vitscope.runtime import stop_flag
 from vitscope.runtime.torch_internals import BatchNormBase
 

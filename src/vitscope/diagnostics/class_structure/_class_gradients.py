@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from vitscope.core.batches.batch_inputs import Inputs, selected_images
 from vitscope.core.losses.targets import hard_targets, labeled
+from vitscope.linalg.basis_memory import free_memory
 from vitscope.linalg.curvature.double_backward import BilinearConvDoubleBackward
-from vitscope.linalg.eigensolver import free_memory
 from vitscope.linalg.krylov_basis import CPU_BLOCK
 from vitscope.runtime import distributed
 from vitscope.runtime.progress import track

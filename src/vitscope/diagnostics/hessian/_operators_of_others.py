@@ -8,8 +8,8 @@ import numpy as np
 
 from vitscope.diagnostics.hessian.hessian_eigenvalues import HessianEigenvaluesResult
 from vitscope.diagnostics.hessian.spectral_density import SpectralDensityResult, density_of
-from vitscope.linalg.curvature.foreign_operators import ForeignOperator
 from vitscope.linalg.eigensolver import extreme_eigenvalues
+from vitscope.linalg.interchange.foreign_operators import ForeignOperator
 from vitscope.linalg.quadrature import check_quadrature
 from vitscope.runtime.value_ranges import PositiveInt, Seed
 

@@ -34,9 +34,9 @@ class HessianEigenvaluesResult(Result, untabulated=("eigenvectors",)):
         n_products: products with the operator.
         eigenvectors: (k, size) unit vectors where asked for, else (0, 0).
         parameter_names: of the parameters analysed, in the order of the vectors' entries.
+        card: under which conditions.
         missed_probability: with ``start``, a bound of the probability that an eigenvalue lies more than 1 % beyond the outermost
             of these and was passed over (`vitscope.linalg.missed_eigenvalues`); else NaN.
-        card: under which conditions.
     """
 
     eigenvalues: np.ndarray
@@ -47,8 +47,8 @@ class HessianEigenvaluesResult(Result, untabulated=("eigenvectors",)):
     n_products: int
     eigenvectors: np.ndarray = field(repr=False)
     parameter_names: tuple[str, ...] = field(repr=False)
-    missed_probability: float = float("nan")
     card: ObjectiveCard | None = None
+    missed_probability: float = float("nan")
 
     def scalars(self) -> dict[str, float]:
         """Return what is logged."""

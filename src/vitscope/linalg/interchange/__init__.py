@@ -1,0 +1,1 @@
+"""Operators handed to and taken from other libraries."""
