@@ -123,7 +123,8 @@ def plot_function(named: Mapping[str, Any]) -> tuple[str, Callable[..., Figure]]
         ValueError: Results of several measures, or of one without a figure.
     """
     types = list({type(result) for result in named.values()})
-    if len(types) == 1 and callable(static_method := getattr(types[0], "plot", None)) and hasattr(types[0], "scalars"):
+    static_method: Callable[..., Figure] | None = getattr(types[0], "plot", None) if len(types) == 1 else None
+    if callable(static_method) and hasattr(types[0], "scalars"):
         return types[0].__name__, static_method
     modules = {type(result).__module__ for result in named.values()}
     if len(modules) != 1:

@@ -105,7 +105,7 @@ def _label(axes: Axes, ticks: Sequence[tuple[int, str]], n_rows: int, statements
     axes.set_yticks([row for row, _ in ticks], [text for _, text in ticks], fontsize=6)
     for label in axes.get_yticklabels():
         if label.get_text() in statements:
-            label.set_weight("bold")
+            label.set_fontweight("bold")
     axes.tick_params(axis="y", length=0)
     axes.set_ylim(n_rows - 0.5, -0.5)
     axes.axvline(0.0, color="0.3", linewidth=0.7, zorder=1)
