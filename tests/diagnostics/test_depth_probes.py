@@ -216,11 +216,11 @@ def test_two_ranks_give_the_numbers_of_one(tmp_path: Path) -> None:
 def test_a_run_supplies_clean_training_images(made: AnalysisContext) -> None:
     (analysis,) = [a for a in spec.parse(made.cfg.analysis) if a.name == "depth_probes"]
     assert analysis.options["train"]["n_images"] == 32  # capped
-    supplied = arguments.options(analysis, made, None, "")["train"]
+    supplied = arguments.options(analysis, made, None, str)["train"]
     assert (supplied.about["split"], supplied.n_images) == ("train", 32)
     assert supplied.about["augmentation"] == made.datamodule.describe("train", False)["augmentation"]
     divided = spec.replaced(analysis, options={**analysis.options, "train": "cross_validation"})
-    assert arguments.options(divided, made, None)["train"] is None
+    assert arguments.options(divided, made, None, str)["train"] is None
     for value, text in (
         ({"split": "test"}, "no such key"),
         ({"n_images": "x"}, "not a whole number"),
