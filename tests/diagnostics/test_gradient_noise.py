@@ -9,13 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 import vitscope as vs
 from tests.helpers import forms_of_batches as forms
 from tests.helpers.hessian_oracle import dense_hessian, make
-from tests.helpers.processes import on_ranks
+from tests.helpers.processes import results_of_ranks
 from tests.helpers.small_networks import data_of, model_of
 from vitscope.core.undefined_values import NullWarning
 from vitscope.diagnostics.gradient_noise._noise_statistics import effective_images, noise_statistics
@@ -272,19 +271,11 @@ def two_batches() -> dict[str, np.ndarray]:
     return {name: value for name, value in vars(result).items() if isinstance(value, np.ndarray | float)}
 
 
-def _rank(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    torch.save(two_batches(), f"{folder}/rank{rank}.pt")
-    dist.destroy_process_group()
-
-
 def test_two_ranks_give_the_numbers_of_one(tmp_path: Path) -> None:
-    on_ranks(_rank, str(tmp_path))
     expected = two_batches()
     assert np.isfinite(expected["mean_cosine_interval"]).all()
-    for rank in range(2):
-        for name, value in torch.load(tmp_path / f"rank{rank}.pt", weights_only=False).items():
+    for numbers in results_of_ranks(two_batches, tmp_path):
+        for name, value in numbers.items():
             np.testing.assert_allclose(value, expected[name], rtol=1e-9, atol=1e-12, err_msg=name)
 
 

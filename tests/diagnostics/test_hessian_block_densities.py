@@ -9,12 +9,11 @@ import numpy as np
 import pytest
 import timm
 import torch
-import torch.distributed as dist
 from scipy.spatial.distance import jensenshannon
 
 import vitscope as vs
 from tests.helpers.hessian_oracle import dense_hessian, make
-from tests.helpers.processes import on_ranks
+from tests.helpers.processes import results_of_ranks
 from vitscope.core.undefined_values import NullWarning
 from vitscope.diagnostics.block_spectra._block_distances import block_distances, js_distances
 from vitscope.diagnostics.block_spectra._parameter_blocks import n_uncovered
@@ -248,17 +247,8 @@ def two_batches() -> dict[str, np.ndarray]:
     }
 
 
-def _rank(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    torch.save(two_batches(), f"{folder}/rank{rank}.pt")
-    dist.destroy_process_group()
-
-
 def test_two_ranks_give_the_numbers_of_one(tmp_path: Path) -> None:
-    on_ranks(_rank, str(tmp_path))
     alone = two_batches()
-    for rank in range(2):
-        numbers = torch.load(tmp_path / f"rank{rank}.pt", weights_only=False)
+    for numbers in results_of_ranks(two_batches, tmp_path):
         for name, value in alone.items():
             np.testing.assert_allclose(numbers[name], value, rtol=1e-6, atol=1e-6, err_msg=name)

@@ -8,12 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
 
 import vitscope as vs
 from tests.helpers.hessian_oracle import dense_hessian, logit_jacobian, make
-from tests.helpers.processes import on_ranks
+from tests.helpers.processes import results_of_ranks
 from vitscope.diagnostics.class_structure._outlier_count import count_outliers, largest_countable, matched_number
 
 
@@ -201,18 +200,10 @@ def two_batches() -> dict[str, np.ndarray]:
     return {name: value for name, value in vars(result).items() if isinstance(value, np.ndarray)}
 
 
-def _rank(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    torch.save(two_batches(), f"{folder}/rank{rank}.pt")
-    dist.destroy_process_group()
-
-
 def test_two_ranks_give_the_numbers_of_one(tmp_path: Path) -> None:
-    on_ranks(_rank, str(tmp_path))
     expected = two_batches()
-    for rank in range(2):
-        for name, value in torch.load(tmp_path / f"rank{rank}.pt", weights_only=False).items():
+    for numbers in results_of_ranks(two_batches, tmp_path):
+        for name, value in numbers.items():
             if name != "residuals":
                 np.testing.assert_allclose(value, expected[name], atol=1e-8, err_msg=name)
 

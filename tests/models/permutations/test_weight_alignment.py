@@ -13,7 +13,7 @@ from torchvision.models import VisionTransformer as TorchvisionViT
 
 import vitscope as vs
 from tests.helpers.landscapes import assert_untouched, snapshot
-from vitscope.models.permutations.unit_symmetry import Permutations, UnitSymmetry, unit_symmetry
+from vitscope.models.permutations.unit_symmetry import Permutations, UnitSymmetry, run_recorded, unit_symmetry
 from vitscope.runtime.errors import NumericalError, StructureError
 
 
@@ -207,3 +207,12 @@ def test_a_barrier_between_permuted_copies_is_undone():
     with pytest.raises(ValueError, match="Expected alignment to be one of none, weights, activations, received 'x'"):
         vs.loss_barrier(probe, checkpoints=[("copy", copy)], n=3, alignment="x")
     assert_untouched(model, before)
+
+
+def test_memory_that_runs_out_is_no_fault_of_the_model() -> None:
+    class Starved(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        run_recorded(Starved(), torch.zeros(2, 3, 8, 8))

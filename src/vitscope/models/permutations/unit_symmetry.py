@@ -165,7 +165,7 @@ def run_recorded(
                 with recorder:
                     output = model.forward(x)  # the hooks of the model itself belong to its user
                 recorder.finish(output)
-        except StructureError:
+        except (StructureError, torch.OutOfMemoryError):
             raise
         except (RuntimeError, TypeError, AttributeError, LookupError, AssertionError, ValueError) as raised:
             error = error or raised
