@@ -160,9 +160,10 @@ def target(name: str, plan: Mapping[str, Any], profile: str, seeds: int = 1, ove
         seeds = max(seeds, settings.get("claim_seeds", 1))
     shared = [f"profile={profile}", *settings.get("overrides", ())]
     trials = []
-    for run in node["runs"]:
-        tags = _moments(run.get("at", node.get("at", "end")), settings)
-        for seed in range(seeds):
+    # seed by seed, so that a study that is interrupted has whole seeds
+    for seed in range(seeds):
+        for run in node["runs"]:
+            tags = _moments(run.get("at", node.get("at", "end")), settings)
             for line in _expanded(run, settings["models"]):
                 settings_of_trial = {
                     "experiment": node["experiment"], **_pairs(shared), **line, "seed": seed, **own_settings
