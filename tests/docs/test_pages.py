@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ast
+import dataclasses
+import inspect
 import re
 import warnings
 from pathlib import Path
@@ -9,10 +12,13 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import pytest
 from matplotlib import rc_context
+from omegaconf import OmegaConf
 from PIL import Image
 
+import vitscope as vs
 from docs.scripts import diagnostic_pages, draw_figures, reference_pages
 from docs.scripts.diagnostic_pages import analyses, read_source
+from vitscope.linalg.curvature.curvature_options import CurvatureOptions
 
 ROOT = Path(__file__).parents[2]
 #: pages whose blocks of Python are one program, in the order of the page
@@ -56,6 +62,29 @@ def test_every_source_belongs_to_a_diagnostic() -> None:
 def test_the_example_of_a_page_runs(analysis: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run_program(diagnostic_pages.example(read_source(analysis)), tmp_path, monkeypatch)
     assert list(tmp_path.glob("*.pdf")), "the example saves no figure"
+
+
+@pytest.mark.parametrize("analysis", analyses())
+def test_the_example_and_the_figure_of_a_page_name_options_that_exist(analysis: str) -> None:
+    source = read_source(analysis)
+    calls = [node for node in ast.walk(ast.parse(diagnostic_pages.example(source))) if isinstance(node, ast.Call)]
+    for call in calls:
+        if (
+            isinstance(call.func, ast.Attribute)
+            and isinstance(call.func.value, ast.Name)
+            and call.func.value.id == "vs"
+        ):
+            function = getattr(vs, call.func.attr)
+            if call.func.attr != "plot":  # passes options on
+                accepted = inspect.signature(function).parameters.keys() | {
+                    field.name for field in dataclasses.fields(CurvatureOptions)
+                }
+                assert {keyword.arg for keyword in call.keywords} <= accepted, call.func.attr
+    options = diagnostic_pages.composed()
+    for override in source.figure.overrides:
+        assert OmegaConf.select(options, override.partition("=")[0].lstrip("+"), default=options) is not options, (
+            override
+        )
 
 
 @pytest.mark.parametrize(

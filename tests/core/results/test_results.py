@@ -13,6 +13,7 @@ from torch import nn
 
 import vitscope as vs
 from tests.helpers.sample_results import eigenvalues, landscape, loss_slice, variance
+from vitscope.core.results.result import Result
 from vitscope.runtime.errors import StorageError
 
 
@@ -38,6 +39,32 @@ def test_a_table_has_a_row_a_number_with_its_coordinates() -> None:
     ranks = eigenvalues().to_dataframe()
     assert ranks[ranks.quantity == "eigenvalues"]["rank"].tolist() == [1, 2, 3]
     assert "eigenvectors" not in set(ranks.quantity)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Distances(Result, coordinates={"block": "blocks", "other_block": "blocks"}):
+    """Distances of blocks.
+
+    Attributes:
+        blocks: (n_blocks) names.
+        size: (n_blocks,) of each.
+        distance: (n_blocks, n_blocks) of two.
+    """
+
+    measure = "distances"
+    blocks: tuple[str, ...]
+    size: np.ndarray
+    distance: np.ndarray
+
+
+def test_a_field_that_two_columns_name_labels_both_axes_of_its_length() -> None:
+    table = _Distances(("a", "b"), np.array([3, 4]), np.array([[0.0, 0.5], [0.25, 0.0]])).to_dataframe()
+    rows = table[table.quantity == "distance"]
+    assert rows[["block", "other_block", "value"]].values.tolist() == [
+        ["a", "a", 0.0], ["a", "b", 0.5], ["b", "a", 0.25], ["b", "b", 0.0],
+    ]  # fmt: skip
+    assert table[table.quantity == "size"].block.tolist() == ["a", "b"]
+    assert table[table.quantity == "size"].other_block.isna().all()
 
 
 def test_equality_is_of_numbers_and_conditions() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -122,12 +123,16 @@ def _rows(result: Any, name: str, values: np.ndarray, indices: Sequence[np.ndarr
     axes = shapes.get(name, ())
     if len(axes) != len(indices):
         axes = tuple(f"axis_{i}" for i in range(len(indices)))
+    axes = _told_apart(axes)
     place = dict(zip(axes, indices))
     block: dict[str, Any] = {"quantity": np.full(len(values), name, dtype=object)}
     labeled_axes: set[str] = set()
+    uses: Counter[str] = Counter()
     for column, fields in getattr(result, "table_coordinates", {}).items():
         for coordinate in _names(fields):
-            own_axes = shapes.get(coordinate, ())
+            # a field that two columns name labels the first axis of its length and the second
+            own_axes = [_occurrence(axis, uses[coordinate]) for axis in shapes.get(coordinate, ())]
+            uses[coordinate] += 1
             if own_axes and set(own_axes) <= set(axes) and len(labels := getattr(result, coordinate)):
                 block[column] = _labels(labels, [place[axis] for axis in own_axes])
                 labeled_axes.add(own_axes[-1])
@@ -138,6 +143,15 @@ def _rows(result: Any, name: str, values: np.ndarray, indices: Sequence[np.ndarr
             block[column] = index
     block["value"] = values
     return block
+
+
+def _told_apart(axes: Sequence[str]) -> tuple[str, ...]:
+    """Return the axes with a number at the second and further ones of a name."""
+    return tuple(_occurrence(axis, axes[:i].count(axis)) for i, axis in enumerate(axes))
+
+
+def _occurrence(axis: str, times_before: int) -> str:
+    return f"{axis}_{times_before + 1}" if times_before and axis.isidentifier() else axis
 
 
 def _labels(labels: Any, indices: Sequence[np.ndarray]) -> np.ndarray:
