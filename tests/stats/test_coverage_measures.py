@@ -6,7 +6,7 @@ and what it adds up an image is recorded. These are the population: its mean is 
 
 from __future__ import annotations
 
-import importlib
+import sys
 import warnings
 from dataclasses import dataclass, field
 
@@ -26,12 +26,6 @@ from vitscope.stats.intervals import LEAST_EVENTS, where_enough_wrong
 pytestmark = pytest.mark.slow
 
 DRAWS = 2000
-MODULES = (
-    "lesion.lesion",
-    "variance.feature_map_variance",
-    "fourier.relative_log_amplitude",
-    "frequency_noise._perturbed",
-)
 
 
 class RecordedMean(RunningMean):
@@ -65,11 +59,18 @@ class Recorder:
         """Return a measure's running means over the whole population, in the order of their making."""
         if measure not in self.known:
             RecordedMean.every = []
+            function = getattr(vs, measure)  # imports the measure's modules
+            modules = [
+                module
+                for name, module in sys.modules.items()
+                if name.startswith("vitscope.diagnostics.") and vars(module).get("RunningMean") is RunningMean
+            ]
             with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
                 warnings.simplefilter("ignore", NullWarning)  # a tap's map of one position
-                for name in MODULES:
-                    patch.setattr(importlib.import_module(f"vitscope.diagnostics.{name}"), "RunningMean", RecordedMean)
-                getattr(vs, measure)(self.probe, **options)
+                for module in modules:
+                    patch.setattr(module, "RunningMean", RecordedMean)
+                function(self.probe, **options)
+            assert RecordedMean.every, f"{measure} adds nothing up"
             self.known[measure] = RecordedMean.every
         return self.known[measure]
 
