@@ -281,3 +281,82 @@ def test_a_compiled_model_has_the_kinds_of_its_module() -> None:
     compiled = torch.compile(model, backend="eager")
     assert list(parameter_kinds(compiled)) == [name for name, _ in compiled.named_parameters()]
     assert list(parameter_kinds(compiled).values()) == list(parameter_kinds(model).values())
+
+
+class _TwoArguments(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Linear(48, 8)
+
+    def forward(self, patches: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return (self.embed(patches) * mask).mean(1)
+
+
+class _FlexibleAttention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.qkv, self.head = nn.Linear(48, 16), nn.Linear(16, 48), nn.Linear(16, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        from torch.nn.attention.flex_attention import flex_attention
+
+        tokens = self.embed(nn.functional.unfold(x, 4, stride=4).mT)
+        q, k, v = self.qkv(tokens).unsqueeze(1).chunk(3, dim=-1)
+        attended = flex_attention(q, k, v)
+        assert isinstance(attended, torch.Tensor)
+        return self.head((tokens + attended[:, 0]).mean(1))
+
+
+def test_a_model_that_does_not_run_on_images_says_why_and_what_to_do() -> None:
+    with pytest.raises(StructureError) as error:
+        vs.structure(_TwoArguments())
+    text = str(error.value)
+    assert text.startswith("_TwoArguments: its forward pass fails: ")
+    assert "missing 1 required positional argument: 'mask'; pass images that it takes" in text
+    assert "a module around it whose forward takes images (B, C, H, W) alone" in text
+    with pytest.raises(StructureError, match=r"FlexAttention .*; choose another attention for measuring"):
+        vs.structure(_FlexibleAttention(), torch.randn(1, 3, 8, 8))
+
+
+class _CrossStage(nn.Module):
+    """Two ways of which one holds blocks; the blocks of the last stage have no shortcut, as in CSPNeXt."""
+
+    class Block(nn.Module):
+        def __init__(self, width: int, shortcut: bool) -> None:
+            super().__init__()
+            self.conv1, self.conv2 = nn.Conv2d(width, width, 3, padding=1), nn.Conv2d(width, width, 3, padding=1)
+            self.shortcut = shortcut
+
+        def forward(self, x: Tensor) -> Tensor:
+            branch = self.conv2(F.relu(self.conv1(x)))
+            return x + branch if self.shortcut else branch
+
+    def __init__(self, width: int, shortcut: bool) -> None:
+        super().__init__()
+        self.down = nn.Conv2d(width, width, 3, 2, 1)
+        self.main, self.short = nn.Conv2d(width, width, 1), nn.Conv2d(width, width, 1)
+        self.blocks = nn.Sequential(*(self.Block(width, shortcut) for _ in range(3)))
+        self.final = nn.Conv2d(2 * width, width, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.down(x))
+        return F.relu(self.final(torch.cat([self.blocks(self.main(x)), self.short(x)], dim=1)))
+
+
+def test_what_a_stage_makes_of_its_blocks_is_no_head() -> None:
+    stages = [_CrossStage(8, shortcut) for shortcut in (True, True, False)]
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), *stages, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10)
+    )
+    kinds = parameter_kinds(model, torch.randn(1, 3, 32, 32))
+    assert {name for name, kind in kinds.items() if kind == "head"} == {"6.weight", "6.bias"}
+    assert {kinds[name] for name, _ in model.named_parameters() if name.startswith("3.")} == {"conv", "pool"}
+
+
+@pytest.mark.parametrize("name", ["cspnext_m", "cspresnet50", "cs3darknet_m"])
+def test_the_head_of_a_cross_stage_network_is_its_classifier(name: str) -> None:
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    kinds = parameter_kinds(model)
+    classifier = {f"head.fc.{part}" for part in ("weight", "bias")}
+    assert {name for name, kind in kinds.items() if kind == "head"} == classifier

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from vitscope.core.guard.eager_execution import unwrapped
+from vitscope.core.guard.trial_pass import UntraceableError, first_that_runs, observing, trial_images
 from vitscope.models.permutations.channel_labels import Label, leaves
 from vitscope.models.permutations.unit_recorder import Observer, UnitRecorder
-from vitscope.models.structure.execution import enter_guards, trial_images
 from vitscope.runtime.errors import StructureError
 
 #: reasons why an axis stays in place in every network: it is that of images, classes or places of a kernel
@@ -155,23 +154,20 @@ def run_recorded(
     Raises:
         StructureError: A function through which units cannot be followed, or a model that does not run.
     """
-    error: Exception | None = None
-    for x in trial_images(model, None) if images is None else (images[:n_images],):
+
+    def record(x: Tensor) -> UnitRecorder:
         recorder = UnitRecorder(model, x, observe)
-        try:
-            with ExitStack() as stack:
-                enter_guards(stack, model)
-                stack.enter_context(recorder.hooks())
-                with recorder:
-                    output = model.forward(x)  # the hooks of the model itself belong to its user
-                recorder.finish(output)
-        except (StructureError, torch.OutOfMemoryError):
-            raise
-        except (RuntimeError, TypeError, AttributeError, LookupError, AssertionError, ValueError) as raised:
-            error = error or raised
-            continue
+        with observing(model), recorder.hooks():
+            with recorder:
+                output = model.forward(x)  # the hooks of the model itself belong to its user
+            recorder.finish(output)
         return recorder
-    raise StructureError(type(model).__name__, f"it does not run on the images: {error}", "pass images that it takes")
+
+    try:
+        return first_that_runs(trial_images(model, None) if images is None else (images[:n_images],), record)
+    except UntraceableError as error:
+        reason = f"it does not run on the images: {error}"
+        raise StructureError(type(model).__name__, reason, "pass images that it takes") from error
 
 
 def places(name: str, axis: int, label: Label, start: int = 0) -> Iterator[Occurrence]:

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from vitscope.core.guard import probe_guard
 from vitscope.core.guard.eager_execution import eager_execution, unwrapped
+from vitscope.core.guard.trial_pass import trial_images
 from vitscope.models.permutations.activation_similarity import ActivationSimilarity
 from vitscope.models.permutations.unit_matching import inner_product, match_similarities, match_weights
 from vitscope.models.permutations.unit_symmetry import unit_symmetry
 from vitscope.models.state_dicts import with_default_keys
-from vitscope.models.structure.execution import trial_images
 from vitscope.runtime import distributed
 from vitscope.runtime.errors import NumericalError
 from vitscope.runtime.value_ranges import Seed

@@ -7,15 +7,12 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
-from vitscope.core.guard import probe_guard
-from vitscope.core.guard.eager_execution import eager_execution
-from vitscope.core.guard.module_state import kept_attributes
+from vitscope.core.guard.trial_pass import UntraceableError, first_that_runs, observing, trial_images
 from vitscope.models.structure.pointwise import PointwiseBranches
 
 #: products of two tensors, which mix positions by what is in the image where both depend on it
@@ -28,12 +25,6 @@ _ATTENTION = frozenset({
 #: sums and concatenations, at which parallel branches meet
 _MERGES = frozenset({"add", "add_", "__add__", "__radd__", "__iadd__", "cat", "concat", "concatenate"})
 _SUMS = _MERGES - {"cat", "concat", "concatenate"}
-#: sides of the images that are tried where a model states none; of smaller ones the last map of many networks is one position
-_SIDES = (64, 32, 224, 28, 16, 8)
-
-#: bytes of activations that are kept for derivatives which a network takes inside of its own forward pass
-_SAVED_BYTES = 2**30
-
 Stack = tuple[tuple[str, nn.Module], ...]
 
 
@@ -92,96 +83,19 @@ def execution(model: nn.Module, blocks: Collection[nn.Module], images: Tensor | 
         blocks: The residual blocks; `Execution.reaching` is about their outputs, without any about the model's output.
         images: (B, C, H, W), of which the first is used; None for a random one of a size that the model states or takes.
     """
-    for x in trial_images(model, images):
+
+    def observe(x: Tensor) -> Execution:
         recorder = _Recorder(model, set(blocks))
-        try:
-            with ExitStack() as stack:
-                enter_guards(stack, model)
-                stack.enter_context(recorder.hooks())
-                with recorder:
-                    output = model.forward(x)  # the hooks of the model itself belong to its user, who may count passes
-                recorder.finish(output)
-        except torch.OutOfMemoryError:
-            raise
-        except (RuntimeError, TypeError, AttributeError, LookupError, AssertionError, ValueError):
-            continue
+        with observing(model), recorder.hooks():
+            with recorder:
+                output = model.forward(x)  # the hooks of the model itself belong to its user, who may count passes
+            recorder.finish(output)
         return recorder.seen
-    return None
 
-
-def enter_guards(stack: ExitStack, model: nn.Module) -> None:
-    """Make a model safe to observe in eval mode, with gradients of all parameters, while the stack is open."""
-    device = next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
-    stack.enter_context(torch.inference_mode(False))
-    stack.enter_context(eager_execution(model))
-    stack.enter_context(probe_guard.kept_random_states(device))
-    stack.enter_context(probe_guard.kept_model(model, None, False))
-    stack.enter_context(kept_attributes(model))  # a pass may adapt them to the size of its images
-    stack.enter_context(probe_guard.modes(model, "eval"))
-    stack.enter_context(torch.enable_grad())
-    stack.enter_context(_few_saved_tensors())
-    for p in model.parameters():  # frozen ones too: the graph shows what they reach
-        if p.is_floating_point() and not p.is_inference():
-            p.requires_grad_(True)
-
-
-def _few_saved_tensors() -> torch.autograd.graph.saved_tensors_hooks:
-    """Keep autograd's graph, which is read, but only the first `_SAVED_BYTES` of the activations behind it.
-
-    The pass itself takes no derivatives; a network may take some inside of its forward pass.
-    """
-    n_bytes = 0
-
-    def pack(tensor: Tensor) -> Tensor | None:
-        nonlocal n_bytes
-        if isinstance(tensor, nn.Parameter) or tensor.is_meta:
-            return tensor.detach()
-        n_bytes += tensor.numel() * tensor.element_size()
-        return tensor.detach() if n_bytes <= _SAVED_BYTES else None  # itself, it would keep its node, which keeps it
-
-    def unpack(tensor: Tensor | None) -> Tensor:
-        if tensor is None:
-            raise RuntimeError("the network differentiates inside of its forward pass, more than 1 GiB of activations")
-        return tensor
-
-    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
-
-
-def trial_images(model: nn.Module, images: Tensor | None) -> Iterator[Tensor]:
-    """Yield the first of the images; without any, random images of the sizes that the model states, then of usual ones."""
-    first = next(model.parameters(), torch.empty(0))
-    dtype = probe_guard.float_dtype(model)
-    if images is not None:
-        if isinstance(
-            images, Tensor
-        ):  # inputs of another form are not cut to one example here: the model counts as not run
-            yield images[:1].to(first.device, dtype)
-        return
-    first_convolution = next((m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)), 3)
-    configuration = getattr(model, "pretrained_cfg", None)
-    stated = (configuration.get("input_size") or (first_convolution,))[0] if isinstance(configuration, dict) else 0
-    generator = torch.Generator().manual_seed(0)
-    for size in dict.fromkeys((*_stated_sizes(model), *((side, side) for side in _SIDES))):
-        for n_channels in dict.fromkeys((first_convolution, stated or first_convolution)):
-            yield torch.rand(1, n_channels, *size, generator=generator, dtype=torch.float32).to(first.device, dtype)
-
-
-def _stated_sizes(model: nn.Module) -> Iterator[tuple[int, int]]:
-    """The image sizes that the model, its patch embedding or its configuration states: timm's, or that of transformers."""
-    configurations = (getattr(module, "config", None) for module in model.modules())
-    stated = next((c for c in configurations if isinstance(getattr(c, "image_size", None), int | list | tuple)), None)
-    places = [
-        (m, key) for m in (model, getattr(model, "patch_embed", None), stated) for key in ("img_size", "image_size")
-    ]
-    sizes = [getattr(m, key, None) for m, key in places]
-    configuration = getattr(model, "pretrained_cfg", None)
-    if isinstance(configuration, dict):
-        sizes.append((configuration.get("input_size") or ())[-2:])
-    for size in sizes:
-        if isinstance(size, int):
-            yield size, size
-        elif isinstance(size, Sequence) and len(size) == 2 and all(isinstance(side, int) for side in size):
-            yield size[0], size[1]
+    try:
+        return first_that_runs(trial_images(model, images), observe)
+    except UntraceableError:
+        return None
 
 
 class _Recorder(TorchFunctionMode):

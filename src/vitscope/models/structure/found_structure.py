@@ -7,14 +7,16 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from vitscope.core.guard.trial_pass import UntraceableError
 from vitscope.core.tap import Kind
 from vitscope.models.structure import timm_blocks as timm_blocks  # describes timm's and torchvision's blocks
-from vitscope.models.structure.coverage import NOT_COVERED, missing_from, residual_blocks
+from vitscope.models.structure.coverage import NOT_COVERED, missing_from, model_name, residual_blocks
 from vitscope.models.structure.declared_units import declared_components
 from vitscope.models.structure.execution import Execution, execution
 from vitscope.models.structure.residual_structure import ModelComponent, owns, residual_structure
-from vitscope.models.tracing.recorder import UntraceableError, trace
+from vitscope.models.tracing.recorder import trace
 from vitscope.models.tracing.traced_structure import TracedStructure, traced_structure
+from vitscope.runtime.errors import StructureError
 
 Place = tuple[Kind, int]
 
@@ -88,8 +90,10 @@ def _found(model: nn.Module, images: Tensor | None) -> FoundStructure:
         if described is not None:
             return described
         if error is not None:
-            reason = " ".join(str(failure).split())
-            raise ValueError(f"{str(error).rstrip('.')}; its forward pass fails: {reason}") from failure
+            reason = " ".join(str(failure).split()).rstrip(".")
+            raise StructureError(
+                model_name(model), f"its forward pass fails: {reason}", _fix_of_pass(reason)
+            ) from failure
     if traced is not None and described is not None and not described.missing and not _completes(traced, described):
         return described
     if traced is not None:
@@ -115,6 +119,16 @@ def _found(model: nn.Module, images: Tensor | None) -> FoundStructure:
         raise error
     observed = execution(model, residual_blocks(components), images)
     return FoundStructure(components, list(missing_from(model, components, observed)), None, observed)
+
+
+def _fix_of_pass(reason: str) -> str:
+    """Return what to do about a model that does not run on images."""
+    flexible = "choose another attention for measuring (attn_implementation='sdpa' in transformers); or "
+    return (
+        f"{flexible if 'FlexAttention' in reason else ''}pass images that it takes, vs.structure(model, images), or a module "
+        "around it whose forward takes images (B, C, H, W) alone and returns logits; or name its layers, "
+        'Probe(..., taps=[vitscope.Tap("block1", "conv", stage=1, depth=0.0, module=model.block1), ...])'
+    )
 
 
 def _completes(traced: TracedStructure, described: FoundStructure) -> bool:

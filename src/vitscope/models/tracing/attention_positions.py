@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, MutableMapping
-from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 import torch
@@ -11,8 +10,9 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from vitscope.core.batches.batch_inputs import BatchInputs, Inputs, images_of, joined
+from vitscope.core.guard.trial_pass import UntraceableError, first_that_runs, observing, trial_images
 from vitscope.models.structure.attention_weights import PRODUCTS, AttentionCall, reading_calls
-from vitscope.models.structure.execution import enter_guards, tensors, trial_images
+from vitscope.models.structure.execution import tensors
 from vitscope.models.tracing.position_recorder import PositionRecorder, constant_positions
 from vitscope.models.tracing.positions import Positions, expanded, is_same_along, result_positions
 from vitscope.models.tracing.recorder import function_name
@@ -50,29 +50,24 @@ def attention_positions(
     Raises:
         ValueError: Inputs of a batch without images, or with several entries of their form.
     """
-    for x, pair in _pairs(model, images):
+
+    def observe(inputs: tuple[Any, Tensor]) -> tuple[dict[str, list[AttentionPositions | str]], tuple[int, int]]:
+        x, pair = inputs
         recorder = _Recorder(pair)
         observed: dict[str, list[AttentionPositions | str]] = {}
 
-        def note(
-            owner: str, call: AttentionCall, recorder: _Recorder = recorder, observed: dict[str, Any] = observed
-        ) -> None:
+        def note(owner: str, call: AttentionCall) -> None:
             observed.setdefault(owner, []).append(call.refusal or recorder.positions_in(call))
 
-        try:
-            with ExitStack() as stack:
-                enter_guards(stack, model)
-                stack.enter_context(recorder)
-                stack.enter_context(
-                    reading_calls(owners, note)
-                )  # sees each function first, and calls it in the other mode
-                model.forward(x)
-        except torch.OutOfMemoryError:
-            raise
-        except (RuntimeError, TypeError, AttributeError, LookupError, AssertionError, ValueError):
-            continue
+        # the reading of calls sees each function first, and calls it in the other mode
+        with observing(model), recorder, reading_calls(owners, note):
+            model.forward(x)
         return observed, recorder.size
-    return {}, (0, 0)
+
+    try:
+        return first_that_runs(_pairs(model, images), observe)
+    except UntraceableError:
+        return {}, (0, 0)
 
 
 def _pairs(model: nn.Module, images: Inputs | None) -> Iterator[tuple[Any, Tensor]]:

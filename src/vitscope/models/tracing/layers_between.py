@@ -56,11 +56,20 @@ class Body:
         for unit in units:
             for call in self._calls_of(unit):
                 block_calls[type(call.module)].add(call.index)
-        self._repeated_types = {
-            kind for kind, indices in block_calls.items() if len(indices) > 1 and kind in self._block_types
-        }
-        self.last = max(self._results)
-        self._before = trace.ancestors(self._results)
+        repeated = tuple(kind for kind, indices in block_calls.items() if len(indices) > 1 and kind not in _CONTAINERS)
+        self._repeated_types = set(repeated).intersection(self._block_types)
+        # the body may end with blocks like those of units without a shortcut, or with what a stage makes of its blocks
+        like_units = [c for c in trace.calls if isinstance(c.module, self._block_types) and self._is_free(c)]
+        in_block = {i for call in like_units for i in range(call.start, call.end)}
+        self._block_counts = list(accumulate((i in in_block for i in range(len(trace.nodes))), initial=0))
+        stages = [call for call in trace.calls if isinstance(call.module, repeated)]
+        ends = [*self._results, *(call.output for call in (*like_units, *stages) if call.output >= 0)]
+        self.last = max(ends)
+        self._before = trace.ancestors(ends)
+
+    def _is_free(self, call: Call) -> bool:
+        """Whether a call holds no part of a unit."""
+        return self._counts[call.end] == self._counts[call.start]
 
     def _calls_of(self, unit: TracedUnit) -> list[Call]:
         return [self.trace.calls[i] for i in self.trace.nodes[unit.addition.result].stack[1:]]
@@ -95,11 +104,14 @@ class Body:
     def _call_between(self, node: Node) -> Call | None:
         """Return the outermost module call around a node that holds no unit, if it stands in the body."""
         calls = [self.trace.calls[i] for i in node.stack[1:]]
-        free = [c for c in calls if self._counts[c.end] == self._counts[c.start]]
+        free = [c for c in calls if self._is_free(c)]
         block = next((c for c in free if isinstance(c.module, self._block_types)), None) if self._block_types else None
         if block is not None:  # a block like those of the units, without a shortcut
             return block
         if not free or not self.precedes(node) or not (self.follows(node) or self._in_repeated_block(calls)):
+            return None
+        free = [c for c in free if self._block_counts[c.end] == self._block_counts[c.start]]
+        if not free:
             return None
         # the parts of a plain series are layers of their own; a norm belongs to the one layer behind it
         return next((c for c in free if not isinstance(c.module, _CONTAINERS) or self._n_layers(c) == 1), free[-1])

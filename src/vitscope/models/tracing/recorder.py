@@ -12,7 +12,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from vitscope.core.guard.eager_execution import unwrapped
-from vitscope.models.structure.execution import enter_guards, tensors, trial_images
+from vitscope.core.guard.trial_pass import first_that_runs, observing, trial_images
+from vitscope.models.structure.execution import tensors
 from vitscope.models.tracing.additions import DIFFERENCES
 from vitscope.models.tracing.axes import Axes, unknown
 from vitscope.models.tracing.graph import Call, Node, Trace
@@ -37,10 +38,6 @@ RETURNS_ARGUMENT = frozenset({
 _IN_PLACE = frozenset({"__iadd__", "__isub__", "__imul__", "__itruediv__", "__setitem__"})
 
 
-class UntraceableError(Exception):
-    """The model runs on none of the images that were tried."""
-
-
 def trace(model: nn.Module, images: Tensor | None = None) -> Trace:
     """Run the model once in eval mode and return the graph of its values.
 
@@ -55,31 +52,16 @@ def trace(model: nn.Module, images: Tensor | None = None) -> Trace:
         UntraceableError: The model does not run on the images, or on images of any size that was tried.
     """
     model = unwrapped(model)
-    error: Exception | None = None
-    for x in trial_images(model, images):
+
+    def observe(x: Tensor) -> Trace:
         recorder = _Recorder(model, x)
-        try:
-            with ExitStack() as stack:
-                enter_guards(stack, model)
-                stack.enter_context(recorder.hooks())
-                with recorder:
-                    output = model.forward(x)  # the hooks of the model itself belong to its user
-                recorder.finish(output)
-        except torch.OutOfMemoryError:
-            raise
-        except (
-            RuntimeError,
-            TypeError,
-            AttributeError,
-            LookupError,
-            AssertionError,
-            ValueError,
-            NotImplementedError,
-        ) as raised:
-            error = error or raised
-            continue
+        with observing(model), recorder.hooks():
+            with recorder:
+                output = model.forward(x)  # the hooks of the model itself belong to its user
+            recorder.finish(output)
         return recorder.trace
-    raise UntraceableError(str(error or "no images")) from error
+
+    return first_that_runs(trial_images(model, images), observe)
 
 
 class _Recorder(TorchFunctionMode):

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vitscope.core.guard.trial_pass import UntraceableError, first_that_runs, observing, trial_images
 from vitscope.core.tap import TokenOrder
-from vitscope.models.structure.execution import enter_guards, tensors, trial_images
+from vitscope.models.structure.execution import tensors
 from vitscope.models.structure.feature_maps import SPATIAL
 from vitscope.models.structure.residual_structure import Read
 from vitscope.models.tracing.position_recorder import PositionRecorder
@@ -61,26 +62,23 @@ def token_orders(
         reads: The tensors by name.
         images: (B, C, H, W), of which the first is used; None for a random one of a size that the model states or takes.
     """
-    for first in trial_images(model, images):
+
+    def observe(first: Tensor) -> dict[str, TokenOrder | str]:
         x = torch.cat((first, first))
         recorder = _Recorder(x, reads)
-        try:
-            with ExitStack() as stack:
-                enter_guards(stack, model)
-                stack.enter_context(recorder.hooks())
-                with recorder:
-                    model.forward(x)
-        except torch.OutOfMemoryError:
-            raise
-        except (RuntimeError, TypeError, AttributeError, LookupError, AssertionError, ValueError):
-            continue
+        with observing(model), recorder.hooks(), recorder:
+            model.forward(x)
         return {
             name: _order(recorder.read_positions[name], recorder.size)
             if name in recorder.read_positions
             else "the forward pass does not run it"
             for name in reads
         }
-    return dict.fromkeys(reads, "the model does not run on two images of one size")
+
+    try:
+        return first_that_runs(trial_images(model, images), observe)
+    except UntraceableError:
+        return dict.fromkeys(reads, "the model does not run on two images of one size")
 
 
 class _Recorder(PositionRecorder):

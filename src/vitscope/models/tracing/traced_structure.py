@@ -50,9 +50,9 @@ class TracedStructure:
 def traced_structure(model: nn.Module, trace: Trace) -> TracedStructure | None:
     """Return the structure that a traced pass shows; None for a network that is not residual.
 
-    A network is residual if blocks of its units hold more parameters than the layers between them, pooling left out, if its
-    units mix channels, and if its sums go on as a stream: ConvMixer, whose residual depthwise convolutions stand between plain
-    1x1 convolutions, is none, nor is NASNet, whose sums are concatenated.
+    A network is residual if blocks of its units hold more parameters than the layers between them that keep the size of the
+    map, if its units mix channels, and if its sums go on as a stream: ConvMixer, whose residual depthwise convolutions stand
+    between plain 1x1 convolutions, is none, nor is NASNet, whose sums are concatenated.
     """
     units = traced_units(trace)
     concatenated = [unit for unit in units if _is_only_concatenated(trace, unit.addition.result)]
@@ -64,9 +64,8 @@ def traced_structure(model: nn.Module, trace: Trace) -> TracedStructure | None:
         mixes_channels(trace, unit.nodes) for unit in units
     ):
         return None
-    if _n_parameters(model, [c for c in layers if c.kind in ("conv", "mlp") and not c.like_units]) > _n_parameters(
-        model, [*units, *(layer for layer in layers if layer.like_units)]
-    ):
+    plain = [c for c in layers if c.kind in ("conv", "mlp") and not c.like_units and not c.subsamples]
+    if _n_parameters(model, plain) > _n_parameters(model, [*units, *(layer for layer in layers if layer.like_units)]):
         return None
     components = _components(trace, units, layers)
     places, unclear, unused = _places(model, trace, body, layers, components)
