@@ -6,13 +6,13 @@ import shlex
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.helpers.processes import PATIENCE, wait_until
 from tests.helpers.report_runs import CARD, curve, spectrum, write_run
 from vitscope.cli import exit_codes, reproduce
 from vitscope.cli.reproduce import Request
@@ -259,11 +259,9 @@ def test_the_sbatch_file_asks_for_what_the_command_takes(tmp_path: Path, monkeyp
         "OVERRIDES": "optimizer.lr=3e-4",
     }
     process = subprocess.Popen(["bash", str(ROOT / "docs/slurm/reproduce.sbatch")], cwd=tmp_path, env=environment)
-    deadline = time.monotonic() + 30
-    while not Path(f"{command}.ready").exists() and time.monotonic() < deadline:
-        time.sleep(0.02)
+    wait_until(Path(f"{command}.ready").exists, "command that runs")
     process.terminate()  # SLURM's --signal=B:TERM@120
-    assert process.wait(30) == 143
+    assert process.wait(PATIENCE) == 143
     words = (tmp_path / "arguments").read_text().splitlines()
     assert words[0] == "reproduce"
     request = reproduce.arguments(words[1:])

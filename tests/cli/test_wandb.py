@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import wandb
 
+from tests.helpers.processes import wait_until
 from tests.helpers.run_folders import losses, only_run
 from tests.helpers.wandb_server import Server
 from vitscope.runs import wandb_mirror
@@ -52,9 +52,7 @@ def test_a_server_that_goes_away_in_the_middle(call, tiny, server, tmp_path, mon
 
     def dying(self: Classifier, batch: object, batch_idx: int) -> None:
         if batch_idx == 3:
-            deadline = time.monotonic() + 30
-            while not any(run.config for run in server.runs.values()) and time.monotonic() < deadline:
-                time.sleep(0.05)
+            wait_until(lambda: any(run.config for run in server.runs.values()), "configuration on the server")
             server.vanish()
         begin(self, batch, batch_idx)
 

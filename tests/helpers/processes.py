@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType, SimpleNamespace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch.distributed
 import torch.multiprocessing
@@ -21,7 +21,10 @@ from vitscope.cli import exit_codes, train
 from vitscope.runs import metrics_log
 
 ROOT = Path(__file__).parents[2]
+T = TypeVar("T")
 
+#: s that tests wait for a process, which takes seconds on a quiet machine: only what hangs takes so long
+PATIENCE = 600.0
 
 ENVIRONMENT = {**os.environ, "WANDB_MODE": "offline", "WANDB_SILENT": "true", "OMP_NUM_THREADS": "1",
                "PYTHONPATH": str(ROOT / "src"), "HF_HUB_OFFLINE": "1"}  # fmt: skip
@@ -110,15 +113,37 @@ def train_in_fork(arguments: Sequence[str], errors: Path) -> ForkedProcess:
     return ForkedProcess(run, errors)
 
 
-def run_of(root: Path, seconds: float = 60.0) -> Path:
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
+def wait_until(
+    condition: Callable[[], T], what: str, process: subprocess.Popen[str] | ForkedProcess | None = None
+) -> T:
+    """Wait until a condition gives a true value, and return it.
+
+    Args:
+        condition: The condition.
+        what: Name of what is waited for, for the error.
+        process: A process that must not end before.
+    """
+    deadline = time.monotonic() + PATIENCE
+    while not (value := condition()):
+        assert process is None or process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline, f"no {what} after {PATIENCE:.0f} s"
+        time.sleep(0.05)
+    return value
+
+
+def run_of(root: Path) -> Path:
+    """Return the run folder of a training once it has taken its third step."""
+
+    def found() -> Path | None:
         for run in root.glob("*"):
             rows = run / "metrics.jsonl"
             if rows.exists() and sum("train/loss" in row for row in metrics_log.read(rows)) >= 3:
                 return run
-        time.sleep(0.05)
-    raise AssertionError("no run took its third step in time")
+        return None
+
+    run = wait_until(found, "run with three steps")
+    assert run is not None
+    return run
 
 
 def on_ranks(function: Callable[..., None], *arguments: object, n: int = 2) -> None:

