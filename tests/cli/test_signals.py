@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from omegaconf import OmegaConf
 
 from tests.helpers.report_runs import curve, spectrum, write_run
 from tests.helpers.run_folders import losses, only_run
@@ -182,7 +181,7 @@ def test_reproduce(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, signum: int)
         return training
 
     def planned(trials: list[Trial], root: Path, checks: bool) -> list[PlannedTrial]:
-        return [PlannedTrial(trial, OmegaConf.create({}), trial.name, TRAIN, ()) for trial in trials]
+        return [PlannedTrial(trial, {}, trial.name, TRAIN, ()) for trial in trials]
 
     monkeypatch.setattr(reproduce_jobs, "fork", fork)
     monkeypatch.setattr(reproduce_jobs.planned_work, "plan_trials", planned)

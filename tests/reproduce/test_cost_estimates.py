@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
+from vitscope.config import loading
 from vitscope.reproduce import run_overrides, work_listing
 from vitscope.reproduce.cost_estimates import Estimate, Rates, estimate
 from vitscope.reproduce.plan import Target, Trial
@@ -32,7 +33,7 @@ def planned(name: str = "a", state: str = TRAIN, missing: tuple[Measurement, ...
     cfg = OmegaConf.create(CFG)
     for key, value in changes.items():
         OmegaConf.update(cfg, key.replace("__", "."), value)
-    return PlannedTrial(Trial((f"model={name}", "seed=0")), cfg, name, state, missing)
+    return PlannedTrial(Trial((f"model={name}", "seed=0")), loading.plain(cfg), name, state, missing)
 
 
 def write_short_run(root: Path, wall_s: float, *, gap: float = 0.0) -> None:
@@ -111,7 +112,7 @@ def test_the_rest_of_a_training_that_stopped(tmp_path: Path) -> None:
     half = tmp_path / "half"
     half.mkdir()
     (half / "metrics.jsonl").write_text('{"step": 68625, "epoch": 152, "time": 1.0, "train/loss": 1.0}\n')
-    stopped = PlannedTrial(stopped.trial, stopped.cfg, "a", "resume", (), Run(half))
+    stopped = PlannedTrial(stopped.trial, stopped.settings, "a", "resume", (), Run(half))
     assert rates.training_seconds(stopped) == pytest.approx((305 * 450 - 68625) * 0.1 + 5.0)
 
 

@@ -11,7 +11,6 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
-from omegaconf import OmegaConf
 from rich.console import Console
 
 from tests.helpers import job_functions, slurm_commands
@@ -31,7 +30,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def planned(*overrides: str, identity: str = "", state: str = TRAIN) -> PlannedTrial:
-    return PlannedTrial(Trial(overrides), OmegaConf.create({}), identity or " ".join(overrides), state, ())
+    return PlannedTrial(Trial(overrides), {}, identity or " ".join(overrides), state, ())
 
 
 def fork(job: TrialJob, slot: Slot) -> JobProcess:

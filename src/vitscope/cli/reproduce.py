@@ -215,12 +215,12 @@ def reproduce(request: Request, work: Work | None = None) -> None:
         _redraw(request, request.source, plan, names)
         return
     targets = [reproduction.target(name, plan, request.profile, request.seeds, request.overrides) for name in names]
-    from vitscope.reproduce import draw as drawing  # imports torch; a target that does not exist has been refused
-
     trials = list(dict.fromkeys(trial for target in targets for trial in target.trials))
     if request.dry:
         _list_work(request, plan, targets, trials)
         return
+    from vitscope.reproduce import draw as drawing  # imports torch; a target that does not exist has been refused
+
     outcomes: dict[Trial, Outcome] = {}
     waiting = list(targets)
     problems: list[str] = []

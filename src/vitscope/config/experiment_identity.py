@@ -56,9 +56,13 @@ def identity(cfg: Mapping[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in defining.items() if k.removeprefix("data.") not in REPEATED}
 
 
-def config_hash(cfg: DictConfig) -> str:
-    """Return the hash (16 digits) of the values that define a run; `INCIDENTAL_TO_A_RUN` and other groups are left out."""
-    resolved = plain(cfg)
+def config_hash(cfg: DictConfig | Mapping[str, Any]) -> str:
+    """Return the hash (16 digits) of the values that define a run; `INCIDENTAL_TO_A_RUN` and other groups are left out.
+
+    Args:
+        cfg: A run's configuration, or a resolved copy of it.
+    """
+    resolved = plain({key: cfg.get(key) for key in RUN_KEYS} if not OmegaConf.is_config(cfg) else cfg)
     defining = _without_off_switches({key: resolved.get(key) for key in RUN_KEYS})
     defining["objective"] = without_default_loss(defining["objective"])
     unset = [key for key in _NULL_IS_ABSENT if (resolved.get("model") or {}).get(key.removeprefix("model.")) is None]

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from omegaconf import OmegaConf
 
-from vitscope.config import loading
 from vitscope.reproduce import run_kinds
 from vitscope.reproduce.planned_work import EXISTS, MEASURE, RESUME, TRAIN, Measurement, PlannedTrial
 from vitscope.runs import run_dir
@@ -98,7 +98,7 @@ class Rates:
 
     def training_seconds(self, planned: PlannedTrial) -> float | None:
         """Return how long a trial's training takes, or the rest of it; None where it is unknown."""
-        cfg = loading.plain(planned.cfg)
+        cfg = planned.settings
         kind = run_kinds.training_kind(cfg)
         steps, rate = self._planned_steps(cfg), self._steps.get(kind)
         if steps is None:
@@ -110,13 +110,11 @@ class Rates:
 
     def measurement_seconds(self, planned: PlannedTrial, measurement: Measurement) -> float | None:
         """Return how long a measurement takes; None where it is unknown."""
-        return self._results.get(
-            run_kinds.measurement_kind(loading.plain(planned.cfg), measurement.analysis, measurement.node)
-        )
+        return self._results.get(run_kinds.measurement_kind(planned.settings, measurement.analysis, measurement.node))
 
     def run_bytes(self, planned: PlannedTrial) -> float | None:
         """Return the size of a new run's folder: that of a run of the same kind, else of its checkpoints; None if unknown."""
-        cfg = loading.plain(planned.cfg)
+        cfg = planned.settings
         if (size := self._sizes.get(run_kinds.files_kind(cfg))) is not None:
             return size
         parameters = self._parameters.get(run_kinds.model_kind(cfg)) or _count_parameters(planned)
@@ -234,7 +232,8 @@ def _count_parameters(planned: PlannedTrial) -> int | None:
 
     try:
         with torch.device("meta"):
-            return sum(parameter.numel() for parameter in factories.model(planned.cfg).parameters())
+            model = factories.model(OmegaConf.create(dict(planned.settings)))
+        return sum(parameter.numel() for parameter in model.parameters())
     except Exception:  # a model that cannot be built without weights has no computed size
         return None
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from vitscope.config import experiment_identity, loading
+from vitscope.config import experiment_identity, hydra_internals, loading
 from vitscope.config.validation import validate
 from vitscope.reproduce.plan import Trial
 from vitscope.reproduce.trial_config import Composer
@@ -48,7 +48,7 @@ class PlannedTrial:
 
     Attributes:
         trial: The trial.
-        cfg: Its configuration.
+        settings: Its configuration, resolved.
         identity: Hash of its training; trials that share it are trained once.
         state: One of `EXISTS`, `MEASURE`, `RESUME`, `TRAIN`.
         missing: Results that do not exist.
@@ -56,7 +56,7 @@ class PlannedTrial:
     """
 
     trial: Trial
-    cfg: DictConfig
+    settings: Mapping[str, Any]
     identity: str
     state: str
     missing: tuple[Measurement, ...]
@@ -105,14 +105,16 @@ def plan_trials(trials: Sequence[Trial], root: Path, *, checks: bool = False) ->
     stored, composer = StoredRuns(root), Composer(root)
     planned: list[PlannedTrial] = []
     validated: set[str] = set()
-    for trial in progress.track(trials, "composing the runs' configurations"):
-        cfg = composer.composed(trial)
-        kind = f"{trial.overrides[0]} {loading.digest(loading.plain(cfg.model))}"
-        if checks and kind not in validated:
-            validated.add(kind)
-            validate(cfg.copy())
-            _build(cfg)
-        planned.append(_planned(trial, cfg, stored))
+    with hydra_internals.sharing_compositions(str(loading.folder())):
+        for trial in progress.track(trials, "composing the runs' configurations"):
+            cfg = composer.composed(trial)
+            settings: Mapping[str, Any] = loading.plain(cfg)
+            kind = f"{trial.overrides[0]} {loading.digest(settings['model'])}"
+            if checks and kind not in validated:
+                validated.add(kind)
+                validate(cfg.copy())
+                _build(cfg)
+            planned.append(_planned(trial, settings, stored))
     return planned
 
 
@@ -133,24 +135,22 @@ def _build(cfg: DictConfig) -> None:
         return
 
 
-def _planned(trial: Trial, cfg: DictConfig, stored: StoredRuns) -> PlannedTrial:
-    nodes: Mapping[str, Any] = loading.plain(cfg.analysis)
+def _planned(trial: Trial, settings: Mapping[str, Any], stored: StoredRuns) -> PlannedTrial:
+    nodes: Mapping[str, Any] = settings["analysis"]
     measurements = tuple(Measurement(name, tag, node) for tag in trial.tags for name, node in nodes.items())
-    training = cfg.copy()
-    training.analysis = {}
-    identity = experiment_identity.config_hash(training)
+    identity = experiment_identity.config_hash(settings)
     if (run := stored.finished.get(identity)) is not None:
         try:
-            missing = tuple(m for m in measurements if not _is_measured(m, run, cfg, stored))
+            missing = tuple(m for m in measurements if not _is_measured(m, run, stored))
         except VitscopeError:  # a damaged folder: the trial's own error says so
             missing = measurements
-        return PlannedTrial(trial, cfg, identity, MEASURE if missing else EXISTS, missing, run)
+        return PlannedTrial(trial, settings, identity, MEASURE if missing else EXISTS, missing, run)
     if (run := stored.unfinished.get(identity)) is not None and (run.checkpoints / "last.ckpt").exists():
-        return PlannedTrial(trial, cfg, identity, RESUME, measurements, run)
-    return PlannedTrial(trial, cfg, identity, TRAIN, measurements)
+        return PlannedTrial(trial, settings, identity, RESUME, measurements, run)
+    return PlannedTrial(trial, settings, identity, TRAIN, measurements)
 
 
-def _is_measured(measurement: Measurement, run: Run, cfg: DictConfig, stored: StoredRuns) -> bool:
+def _is_measured(measurement: Measurement, run: Run, stored: StoredRuns) -> bool:
     from vitscope.analyses import runner, spec  # imports torch, which a plan of new runs does not need
 
     settings = stored.config(run).copy()
