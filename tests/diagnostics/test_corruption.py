@@ -88,6 +88,10 @@ def test_cifar_arrays(tmp_path: Path, labels: int) -> None:
     assert result.mean_accuracy == pytest.approx(expected.mean())
     wrong = np.mean([predictions(k, s) != LABELS for k in range(2) for s in SEVERITIES], axis=0)
     assert result.mean_accuracy_standard_error == pytest.approx(np.std(wrong, ddof=1) / np.sqrt(10))
+    table = np.array([[predictions(k, s) != LABELS for s in SEVERITIES] for k in range(2)], dtype=float)
+    for errors, axis in ((result.type_standard_error, 1), (result.severity_standard_error, 0)):
+        np.testing.assert_allclose(errors, table.mean(axis=axis).std(axis=1, ddof=1) / np.sqrt(10))
+    assert np.isnan(result.clean_standard_error)  # all images agree
     alexnet = [sum(ALEXNET["cifar10"][name]) for name in ("fog", "snow")]
     np.testing.assert_allclose(result.ce, 100 * (1 - expected).sum(1) / alexnet)
     assert result.mce == pytest.approx(result.ce.mean())

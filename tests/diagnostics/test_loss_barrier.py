@@ -58,4 +58,4 @@ def test_figure_names_the_barrier():
     r = vs.loss_barrier(probe, checkpoints=[("a", {"0.weight": torch.zeros(4, 6, dtype=torch.float64)})], n=3)
     axes = vs.plot({"net": r}).axes[0]
     np.testing.assert_array_equal(axes.lines[1].get_ydata(), r.chord)
-    assert axes.lines[0].get_label() == f"net: a to model: {r.barrier:.3g}"
+    assert axes.lines[0].get_label() == f"net: a to this model: {r.barrier:.3g}"

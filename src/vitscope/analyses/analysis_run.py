@@ -317,7 +317,8 @@ def _moment(path: Path | None, content: Mapping[str, Any] | None, run: Run) -> t
     epoch = max(epoch, 0) if epoch is not None else None
     status = run.provenance().get("status", "finished")
     if path.stem != "last" or path.parent != run.checkpoints or status == "finished":
-        return {"last": "end"}.get(path.stem, path.stem), epoch, step
+        name = path.stem.removesuffix(".pth")  # timm's files end in .pth.tar
+        return {"last": "end"}.get(name, name), epoch, step
     tag = f"epoch-{epoch:04d}" if epoch is not None and facts.get("batch") == 0 else spec.step_tag(step)
     _logger.info(f"{run.path} is not finished ({status}): the result of {path.name} is named {tag}, not end")
     return tag, epoch, step

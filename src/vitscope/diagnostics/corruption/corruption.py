@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -49,6 +49,10 @@ class CorruptionResult(Result, coordinates={"type": "types", "severity": "severi
         relative_mce: mean of ``relative_ce``, percent; None also where the baseline's clean error is not published.
         source: ``generated``, or the layout of the data set: ``arrays`` or ``folders``.
         n_images: images a condition.
+        type_standard_error: (n_types,) of each type's accuracy, averaged over severities, over images like
+            ``mean_accuracy_standard_error``. Empty in results of earlier versions.
+        severity_standard_error: (n_severities,) of each severity's accuracy, averaged over all measured types.
+        clean_standard_error: of the accuracy on the probe's images.
         card: the conditions.
     """
 
@@ -69,6 +73,9 @@ class CorruptionResult(Result, coordinates={"type": "types", "severity": "severi
     relative_mce: float | None
     source: str
     n_images: int
+    type_standard_error: np.ndarray = field(default_factory=lambda: np.empty(0))
+    severity_standard_error: np.ndarray = field(default_factory=lambda: np.empty(0))
+    clean_standard_error: float = float("nan")
     card: ObjectiveCard | None = None
 
     def scalars(self) -> dict[str, float]:
@@ -165,6 +172,9 @@ def corruption(
         relative_mce=_mean(relative, names),
         source="generated" if source is None else type(source).__name__.lower(),
         n_images=len(by_image),
+        type_standard_error=np.array([standard_error(images) for images in correct.mean(axis=1)]),
+        severity_standard_error=np.array([standard_error(images) for images in correct.mean(axis=0)]),
+        clean_standard_error=standard_error(np.asarray(rows[0]["correct"], np.float64)),
         card=probe.card(solver={"corruptions": root or "generated", "seed": seed}),
     )
 

@@ -38,13 +38,15 @@ def hessian_max_eigenvalue_spectrum(
 ) -> Figure:
     """Draw the density of the pooled top eigenvalues, one curve a result, as in Figs 1c, 4, 6 and 7 of the paper.
 
-    Ticks below the axis mark the values themselves, and the legend counts them. The curve is drawn between the smallest and
+    Ticks below the axis mark the values themselves, and the legend counts them, once where all have as many. The curve is drawn between the smallest and
     the largest of them: a tail on the other side of zero would look like eigenvalues of a sign that none has.
 
     Args:
         results: by the name shown in the legend.
         log: a symmetric logarithmic eigenvalue axis, for results of very different magnitude.
     """
+    counts = {_count_text(result) for result in results.values()}
+    shared = counts.pop() if len(results) > 1 and len(counts) == 1 else ""  # above the names
     canvas = new_canvas(COLUMN_WIDTH, 2.2 + 0.28 * len(results))
     axes = canvas.axes()
     tallest = max(float(r.density.max()) for r in results.values())
@@ -53,7 +55,7 @@ def hessian_max_eigenvalue_spectrum(
         pooled = result.eigenvalues.reshape(-1)
         grid, density = _drawn(result)
         color = result_color(row)
-        axes.plot(grid, density, color=color, label=_legend_text(name, result))
+        axes.plot(grid, density, color=color, label=_legend_text(name, result, bool(shared)))
         axes.fill_between(grid, density, color=color, alpha=0.15, linewidth=0)
         axes.plot(pooled, [-step * (row + 0.8)] * len(pooled), "|", color=color, markersize=4, alpha=0.7)
     axes.axvline(0, color="0.6", linewidth=0.6, zorder=0)
@@ -65,7 +67,7 @@ def hessian_max_eigenvalue_spectrum(
     axes.yaxis.set_major_locator(MaxNLocator(4, prune="lower"))
     axes.set_xlabel("Hessian max eigenvalue")
     axes.set_ylabel("Density (1/eigenvalue)")
-    canvas.legend(loc="outside upper left", ncols=1)
+    canvas.legend(loc="outside upper left", ncols=1, **({"title": f"Each: {shared}", "alignment": "left"} if shared else {}))
     return canvas.figure
 
 
@@ -103,9 +105,13 @@ def _drawn(result: HessianMaxEigenvalueSpectrumResult) -> tuple[np.ndarray, np.n
     return result.grid[inside], result.density[inside]
 
 
-def _legend_text(name: str, result: HessianMaxEigenvalueSpectrumResult) -> str:
+def _count_text(result: HessianMaxEigenvalueSpectrumResult) -> str:
     n_batches, n_top = result.eigenvalues.shape
-    count = f"{result.eigenvalues.size} values: top {n_top} of {n_batches} {'batch' if n_batches == 1 else 'batches'}"
+    return f"{result.eigenvalues.size} values: top {n_top} of {n_batches} {'batch' if n_batches == 1 else 'batches'}"
+
+
+def _legend_text(name: str, result: HessianMaxEigenvalueSpectrumResult, is_count_shared: bool = False) -> str:
+    first = ": ".join(filter(None, [name, "" if is_count_shared else _count_text(result)]))
     nep, ape = result.negative_eigenvalue_proportion, result.average_positive_eigenvalue
     facts = f"{100 * nep:.0f}% negative, mean of the positive {ape:.3g}"
-    return f"{name}: {count}\n{facts}" if name else f"{count}\n{facts}"
+    return f"{first}\n{facts}" if first else facts

@@ -48,6 +48,7 @@ class LinearInterpolationResult(Result, coordinates={"t": "t"}):
         end: label of the weights at t = 1; ``model`` for the probe's own.
         distance: Euclidean distance between the ends.
         n_nonfinite: the number of points whose nll is NaN or infinite.
+        alignment: how the start's units were matched to the end's: ``none``, ``weights`` or ``activations``.
         card: the objective card.
     """
 
@@ -61,6 +62,7 @@ class LinearInterpolationResult(Result, coordinates={"t": "t"}):
     end: str
     distance: float
     n_nonfinite: int
+    alignment: str = "none"
     card: ObjectiveCard | None = None
 
     def scalars(self) -> dict[str, float]:
@@ -141,6 +143,7 @@ def linear_interpolation(
         end=last,
         distance=norm(way),
         n_nonfinite=int((~np.isfinite(values["nll"])).sum()),
+        alignment=alignment,
         card=probe.card(bn_policy=bn, solver=facts, **({"dtype": str(kind).removeprefix("torch.")} if kind else {})),
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 import numpy as np
@@ -24,11 +25,15 @@ LABELS = {
     "ece": "ECE",
 }
 
+#: words for labels of weights at the ends of a way
+ENDS = {"model": "this model", "init": "initialization", "last": "last checkpoint", "best": "best checkpoint"}
+
 
 def loss_slice(results: Mapping[str, LossSliceResult], *, value: str = "nll", log: bool | None = None) -> Figure:
     """Draw the mean curve of each result, with every direction's own curve and the 95% interval of the mean as a band.
 
-    Crosses on the x axis mark coordinates where a point is not finite; the legend counts them.
+    The legend says over how many directions the mean goes. Crosses on the x axis mark coordinates where a point is not finite;
+    the legend counts them.
 
     Args:
         results: by the name in the legend.
@@ -42,12 +47,13 @@ def loss_slice(results: Mapping[str, LossSliceResult], *, value: str = "nll", lo
         raise ValueError(f"Expected value to be one of {', '.join(LABELS)}, received {value!r}.")
     canvas = new_canvas(COLUMN_WIDTH, 2.5)
     axes = canvas.axes()
+    counts = {_directions(result) for result in results.values()}
+    shared = counts.pop() if len(counts) == 1 and any(results) else ""  # of all curves: above their names
     for index, (name, result) in enumerate(results.items()):
         curve, color = getattr(result, value), result_color(index)
         count = f" ({result.n_nonfinite} points not finite)" if result.n_nonfinite else ""
-        axes.plot(
-            result.x, np.where(np.isfinite(curve), curve, np.nan), color=color, label=f"{name}{count}" or None, zorder=3
-        )
+        label = ": ".join(filter(None, [name, "" if shared else _directions(result)]))
+        axes.plot(result.x, np.where(np.isfinite(curve), curve, np.nan), color=color, label=label + count, zorder=3)
         if value in ("nll", "accuracy") and len(result.nll_by_direction) > 1:
             for direction_curve in getattr(result, f"{value}_by_direction"):
                 axes.plot(
@@ -70,9 +76,13 @@ def loss_slice(results: Mapping[str, LossSliceResult], *, value: str = "nll", lo
         axes.yaxis.set_minor_formatter(NullFormatter())
         lowest = min(np.nanmin(np.where(r.nll_by_direction > 0, r.nll_by_direction, np.nan)) for r in results.values())
         axes.set_ylim(bottom=0.8 * lowest)  # an interval may reach below zero
-    if any(label for label in results) or any(r.n_nonfinite for r in results.values()):
-        axes.legend()
+    axes.legend(title=shared.capitalize() or None)
     return canvas.figure
+
+
+def _directions(result: LossSliceResult) -> str:
+    n = len(result.nll_by_direction)
+    return "one direction" if n == 1 else f"mean of {n} directions"
 
 
 def plotly_loss_slice(results: Mapping[str, LossSliceResult]) -> go.Figure:
@@ -100,22 +110,44 @@ def plotly_loss_slice(results: Mapping[str, LossSliceResult]) -> go.Figure:
 def linear_interpolation(results: Mapping[str, LinearInterpolationResult]) -> Figure:
     """Draw NLL and accuracy along each way; crosses on the x axis mark points that are not finite.
 
+    The legend names the ends, and how units were matched where they were.
+
     Args:
         results: by the name in the legend.
     """
     canvas = new_canvas(COLUMN_WIDTH, 3.6)
     upper, lower = canvas.grid(2, 1, sharex=True)[:, 0]
     for index, (name, r) in enumerate(results.items()):
-        label = f"{name}: {r.start} to {r.end}" if name else f"{r.start} to {r.end}"
         count = f" ({r.n_nonfinite} points not finite)" if r.n_nonfinite else ""
-        color = result_color(index)
-        upper.plot(r.t, np.where(np.isfinite(r.nll), r.nll, np.nan), "o-", color=color, label=label + count)
+        color, label = result_color(index), f"{_way(name, r)}{_alignment(r)}{count}"
+        upper.plot(r.t, np.where(np.isfinite(r.nll), r.nll, np.nan), "o-", color=color, label=label)
         lower.plot(r.t, r.accuracy, "o-", color=color)
         _crosses(upper, r.t[~np.isfinite(r.nll)], color)
     upper.set(ylabel=loss_label(LABELS["nll"], results.values()))
     lower.set(xlabel="Position on the line (0: start, 1: end)", ylabel="Accuracy")
-    upper.legend()
+    if any(r.alignment != "none" for r in results.values()):  # long texts: above, where they hide no curve
+        handles, labels = upper.get_legend_handles_labels()
+        canvas.add_height(0.13 * len(labels))
+        canvas.legend(handles, labels, loc="outside upper center", ncols=1)
+    else:
+        upper.legend()
     return canvas.figure
+
+
+def _way(name: str, r: LinearInterpolationResult | LossBarrierResult) -> str:
+    ends = f"{_end(r.start)} to {_end(r.end)}"
+    return f"{name}: {ends}" if name else ends
+
+
+def _end(label: str) -> str:
+    """Return words for a label of weights: ``model`` are the weights that were given to the measure."""
+    if epoch := re.fullmatch(r"epoch-(\d+)", label):
+        return f"epoch {int(epoch[1])}"
+    return ENDS.get(label, f"checkpoint {label}" if label.isdigit() else label)
+
+
+def _alignment(r: LinearInterpolationResult | LossBarrierResult) -> str:
+    return f", aligned by {r.alignment}" if r.alignment != "none" else ""
 
 
 def loss_barrier(results: Mapping[str, LossBarrierResult]) -> Figure:
@@ -127,11 +159,10 @@ def loss_barrier(results: Mapping[str, LossBarrierResult]) -> Figure:
     canvas = new_canvas(COLUMN_WIDTH, 2.5)
     axes = canvas.axes()
     for index, (name, r) in enumerate(results.items()):
-        label = f"{name}: {r.start} to {r.end}" if name else f"{r.start} to {r.end}"
-        color = result_color(index)
+        label, color = _way(name, r), result_color(index)
         finite_nll = np.where(np.isfinite(r.nll), r.nll, np.nan)
         count = f" ({r.n_nonfinite} points not finite)" if r.n_nonfinite else ""
-        aligned = f", aligned by {r.alignment}" if r.alignment != "none" else ""
+        aligned = _alignment(r)
         axes.plot(r.t, finite_nll, "o-", color=color, label=f"{label}{aligned}: {r.barrier:.3g}{count}")
         if aligned:
             plain_nll = np.where(np.isfinite(r.nll_unaligned), r.nll_unaligned, np.nan)

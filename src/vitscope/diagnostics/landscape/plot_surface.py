@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
-from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
+from matplotlib.ticker import MaxNLocator, NullLocator
 from plotly.subplots import make_subplots
 
 from vitscope.diagnostics.landscape.loss_landscape import LossLandscapeResult
@@ -165,6 +165,17 @@ def _scale(grids: list[np.ndarray], log: bool | None = None) -> Normalize:
     return Normalize(low, high if high > low else low + 1.0)
 
 
+def _loss_ticks(scale: Normalize) -> np.ndarray:
+    """Return the ticks of the surface's height and of the color bar: round numbers, powers of ten where there are three."""
+    low, high = float(scale.vmin or 0.0), float(scale.vmax or 1.0)
+    candidates = [MaxNLocator(5).tick_values(low, high)]
+    if isinstance(scale, LogNorm):
+        decades = 10.0 ** np.arange(np.floor(np.log10(low)), np.ceil(np.log10(high)) + 1)
+        candidates = [np.outer(decades, steps).ravel() for steps in ([1.0], [1.0, 3.0], [1.0, 2.0, 5.0])] + candidates
+    inside = [c[(c >= low) & (c <= high)] for c in candidates]
+    return next((ticks for ticks in inside if len(ticks) >= 3), inside[-1])
+
+
 def _surface(axes: Any, result: LossLandscapeResult, z: np.ndarray, scale: Normalize, value: str) -> None:
     logarithmic = isinstance(scale, LogNorm)
     finite_values = np.where(np.isfinite(z), z, np.nan)
@@ -181,12 +192,11 @@ def _surface(axes: Any, result: LossLandscapeResult, z: np.ndarray, scale: Norma
     axes.set(xlabel="Direction 1", ylabel="Direction 2", zlim=tuple(bounds))
     axes.set_zlabel(loss_label(LABELS[value], [result]))
     axes.view_init(elev=25, azim=-55)
-    axes.zaxis.set_major_locator(MaxNLocator(5))
+    ticks = _loss_ticks(scale)
+    axes.set_zticks(np.log10(ticks) if logarithmic else ticks, labels=_apart(ticks))
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(MaxNLocator(4))
         axis.labelpad = -4
-    if logarithmic:
-        axes.zaxis.set_major_formatter(FuncFormatter(lambda exponent, _: _short(10**exponent)))
     axes.tick_params(pad=-1)
     axes.zaxis.labelpad = -1
 
@@ -204,7 +214,8 @@ def _contours(
     if not np.isfinite(z).all():
         _hatch(axes, result, ~np.isfinite(z))
     bar = canvas.colorbar(drawn, ax=axes, label=loss_label(LABELS[value], [result]), pad=0.02)
-    bar.set_ticks(levels[::3].tolist(), labels=_apart(levels[::3]))
+    ticks = _loss_ticks(scale)  # those of the surface
+    bar.set_ticks(ticks.tolist(), labels=_apart(ticks))
     bar.ax.yaxis.set_minor_locator(NullLocator())
     if len(result.path):
         _path(axes, result)

@@ -26,6 +26,7 @@ from vitscope.reports.figures.microscope import microscope
 from vitscope.reports.run_entry import Entry
 from vitscope.reports.tables import factorial_tables
 from vitscope.reports.tables.table import Cell, Problem, Table
+from vitscope.reports.value_lookup import Selection
 from vitscope.runs import result_store
 from vitscope.runtime import atomic_write
 
@@ -228,7 +229,8 @@ def _fact(value: Any) -> str:
 
 
 def _metric(entry: Entry, name: str) -> str:
-    value = entry.metrics.get(name)
+    """Return a metric of a run; of one that was not trained here that of its newest `vs.evaluation` of the split."""
+    value = Selection([entry], or_newest=True).metric(entry, name).number
     return "–" if value is None else f"{value:.3f}"
 
 

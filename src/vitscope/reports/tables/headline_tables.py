@@ -122,7 +122,11 @@ def build(
     row_names = [_row_name(_first(runs), labels or {}) for runs in groups]
     ranks = {row_name: rank for rank, row_name in enumerate(order)}
     ranked = sorted(zip(row_names, groups), key=lambda row: ranks.get(row[0], len(ranks)))
-    columns = [c for c in TABLES[name] if not c.optional or _is_measured(selection, c)]
+    columns = [
+        c
+        for c in TABLES[name]
+        if (not c.optional or _is_measured(selection, c)) and (c.source != METRIC or _is_expected(groups, selection, c))
+    ]
     has_several_datasets = len({entry.data for runs in groups for entry in runs.values()}) > 1
     rows: list[tuple[Cell, ...]] = []
     problems: list[Problem] = []
@@ -210,6 +214,12 @@ def _is_measured(selection: Selection, column: Column) -> bool:
     tag = None if selection.or_newest else selection.tag
     attempts = (m for e in selection.entries for m in e.results_at(tag) if m.measure == column.source)
     return any(m.error or column.key in m.scalars for m in attempts)
+
+
+def _is_expected(groups: Sequence[Mapping[int, Entry]], selection: Selection, column: Column) -> bool:
+    """Return whether some run of the rows was trained here, or its evaluation has the metric: else nobody asked for it."""
+    entries = [entry for runs in groups for entry in runs.values()]
+    return not entries or any(e.trained or selection.evaluation(e, column.key) is not None for e in entries)
 
 
 def _has_any(entry: Entry, columns: Sequence[Column], selection: Selection) -> bool:
