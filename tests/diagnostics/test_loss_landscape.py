@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from matplotlib.colors import LogNorm, Normalize
 from torch import nn
 
 import vitscope as vs
@@ -281,12 +282,20 @@ def test_a_missing_label_is_named():
         vs.loss_landscape(bowl(), directions="pca", checkpoints=[("a", {})], labels=["b"])
 
 
-def test_ticks_tell_levels_apart():
-    from vitscope.diagnostics.landscape.plot_surface import _apart
+@pytest.mark.parametrize(
+    ("scale", "expected"),
+    [
+        (LogNorm(0.62, 744), [1, 10, 100]),
+        (LogNorm(0.9, 40), [1, 3, 10, 30]),
+        (LogNorm(1.9, 12), [2, 5, 10]),
+        (Normalize(19.4, 28), [20, 22, 24, 26, 28]),
+        (Normalize(2.26, 2.36), [2.275, 2.3, 2.325, 2.35]),
+    ],
+)
+def test_surface_and_color_bar_have_the_same_round_ticks(scale: Normalize, expected: list[float]) -> None:
+    from vitscope.diagnostics.landscape.plot_surface import _loss_ticks
 
-    assert _apart(np.array([2.26, 2.31, 2.36])) == ["2.26", "2.31", "2.36"]
-    assert _apart(np.array([0.5, 40.0, 1580.0])) == ["0.5", "40", "1580"]
-    assert _apart(np.array([1234.1, 1234.4])) == ["1234.1", "1234.4"]
+    np.testing.assert_allclose(_loss_ticks(scale), expected)
 
 
 def test_figures_show_what_is_broken():

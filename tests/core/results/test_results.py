@@ -100,6 +100,7 @@ def test_paths_that_cannot_be_written_or_read(tmp_path: Path) -> None:
 
 def test_a_file_of_a_newer_version_is_named(tmp_path: Path) -> None:
     path = variance().save(tmp_path / "x")
+    assert vs.load_result(tmp_path / "x") == vs.load_result(path)  # the name that was given to save
     with np.load(path, allow_pickle=False) as archive:
         content = dict(archive)
     meta = json.loads(str(content["__meta__"])) | {"format": 2, "vitscope": "9.0"}

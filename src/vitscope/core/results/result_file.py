@@ -64,11 +64,13 @@ def content(result: Any) -> bytes:
 
 
 def load(path: Path) -> Any:
-    """Return the result that `save` wrote to ``path``.
+    """Return the result that `save` wrote to ``path``; a name without an ending is that of the file with ``.npz``.
 
     Raises:
         StorageError: the file is damaged, or its type is neither of this package nor of one that ``VITSCOPE_TRUST`` names.
     """
+    if not path.suffix and not path.exists():
+        path = path.with_name(f"{path.name}.npz")
     if not path.is_file():
         problem = "a folder" if path.is_dir() else "no such file"
         fix = 'pass a file that result.save("name.npz") wrote; a run folder is read by vs.load_results'

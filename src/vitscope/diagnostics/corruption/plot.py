@@ -62,7 +62,11 @@ def _by_type(ax: Axes, results: Mapping[str, CorruptionResult]) -> None:
         x = np.arange(len(types)) - 0.4 + width * (index + 0.5)
         mean = [100 * result.accuracy[result.types.index(t)].mean() for t in types]
         ax.bar(x, mean, width=0.9 * width, color=result_color(index), label=name or None)
-        errors = [result.type_standard_error[result.types.index(t)] for t in types] if len(result.type_standard_error) else []
+        errors = (
+            [result.type_standard_error[result.types.index(t)] for t in types]
+            if len(result.type_standard_error)
+            else []
+        )
         _whiskers(ax, x, np.array(mean) / 100, errors, "black")
         ax.axhline(100 * result.clean_accuracy, color=result_color(index), linestyle="--", linewidth=0.8)
     ax.set_xticks(
@@ -72,8 +76,9 @@ def _by_type(ax: Axes, results: Mapping[str, CorruptionResult]) -> None:
     _set_accuracy_limits(ax, results)
 
 
-def _whiskers(ax: Axes, x: Sequence[float] | np.ndarray, shares: Sequence[float] | np.ndarray, errors: Sequence[float],
-              color: str) -> None:
+def _whiskers(
+    ax: Axes, x: Sequence[float] | np.ndarray, shares: Sequence[float] | np.ndarray, errors: Sequence[float], color: str
+) -> None:
     """Draw 95% intervals of shares in percent, where there are standard errors."""
     if len(errors) != len(shares):  # a result of an earlier version
         return
@@ -82,6 +87,6 @@ def _whiskers(ax: Axes, x: Sequence[float] | np.ndarray, shares: Sequence[float]
 
 
 def _set_accuracy_limits(ax: Axes, results: Mapping[str, CorruptionResult]) -> None:
-    """Begin at zero, and leave room above the most accurate point."""
+    """Begin at zero, and leave space above the most accurate point."""
     highest = max(max(r.clean_accuracy, float(r.accuracy.max())) for r in results.values())
     ax.set_ylim(0, 100 * min(1.08 * highest + 0.01, 1.02))

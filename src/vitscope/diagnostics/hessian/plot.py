@@ -38,8 +38,9 @@ def hessian_max_eigenvalue_spectrum(
 ) -> Figure:
     """Draw the density of the pooled top eigenvalues, one curve a result, as in Figs 1c, 4, 6 and 7 of the paper.
 
-    Ticks below the axis mark the values themselves, and the legend counts them, once where all have as many. The curve is drawn between the smallest and
-    the largest of them: a tail on the other side of zero would look like eigenvalues of a sign that none has.
+    Ticks below the axis mark the values themselves, and the legend counts them, once where all have as many. The curve is drawn
+    between the smallest and the largest of them: a tail on the other side of zero would look like eigenvalues of a sign that
+    none has.
 
     Args:
         results: by the name shown in the legend.
@@ -47,7 +48,7 @@ def hessian_max_eigenvalue_spectrum(
     """
     counts = {_count_text(result) for result in results.values()}
     shared = counts.pop() if len(results) > 1 and len(counts) == 1 else ""  # above the names
-    canvas = new_canvas(COLUMN_WIDTH, 2.2 + 0.28 * len(results))
+    canvas = new_canvas(COLUMN_WIDTH, 2.2 + (0.16 if shared else 0.28) * len(results))
     axes = canvas.axes()
     tallest = max(float(r.density.max()) for r in results.values())
     step = 0.05 * tallest
@@ -67,7 +68,11 @@ def hessian_max_eigenvalue_spectrum(
     axes.yaxis.set_major_locator(MaxNLocator(4, prune="lower"))
     axes.set_xlabel("Hessian max eigenvalue")
     axes.set_ylabel("Density (1/eigenvalue)")
-    canvas.legend(loc="outside upper left", ncols=1, **({"title": f"Each: {shared}", "alignment": "left"} if shared else {}))
+    canvas.legend(
+        loc="outside upper left",
+        ncols=1,
+        **({"title": shared.replace(" values:", " values each:"), "alignment": "left"} if shared else {}),
+    )
     return canvas.figure
 
 
@@ -114,4 +119,4 @@ def _legend_text(name: str, result: HessianMaxEigenvalueSpectrumResult, is_count
     first = ": ".join(filter(None, [name, "" if is_count_shared else _count_text(result)]))
     nep, ape = result.negative_eigenvalue_proportion, result.average_positive_eigenvalue
     facts = f"{100 * nep:.0f}% negative, mean of the positive {ape:.3g}"
-    return f"{first}\n{facts}" if first else facts
+    return (": " if is_count_shared else "\n").join(filter(None, [first, facts]))

@@ -125,12 +125,10 @@ def linear_interpolation(results: Mapping[str, LinearInterpolationResult]) -> Fi
         _crosses(upper, r.t[~np.isfinite(r.nll)], color)
     upper.set(ylabel=loss_label(LABELS["nll"], results.values()))
     lower.set(xlabel="Position on the line (0: start, 1: end)", ylabel="Accuracy")
-    if any(r.alignment != "none" for r in results.values()):  # long texts: above, where they hide no curve
-        handles, labels = upper.get_legend_handles_labels()
-        canvas.add_height(0.13 * len(labels))
-        canvas.legend(handles, labels, loc="outside upper center", ncols=1)
-    else:
-        upper.legend()
+    lower.set_ylim(top=min(lower.get_ylim()[1], 1.02))
+    handles, labels = upper.get_legend_handles_labels()
+    canvas.add_height(0.13 * len(labels))
+    canvas.legend(handles, labels, loc="outside upper center", ncols=1)  # above, where it hides no curve
     return canvas.figure
 
 
@@ -176,11 +174,8 @@ def loss_barrier(results: Mapping[str, LossBarrierResult]) -> Figure:
     axes.set(xlabel="Position on the line (0: start, 1: end)", ylabel=loss_label(LABELS["nll"], results.values()))
     handles, labels = axes.get_legend_handles_labels()
     title = loss_label("Barrier (nats)", results.values())
-    if any(r.alignment != "none" for r in results.values()):  # above, where it hides no curve
-        canvas.add_height(0.13 * (len(labels) + 1))
-        canvas.legend(handles, labels, loc="outside upper center", ncols=1, title=title)
-    else:
-        axes.legend(title=title)
+    canvas.add_height(0.13 * (len(labels) + 1))
+    canvas.legend(handles, labels, loc="outside upper center", ncols=1, title=title)  # above, where it hides no curve
     return canvas.figure
 
 

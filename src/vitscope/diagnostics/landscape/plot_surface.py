@@ -168,7 +168,7 @@ def _scale(grids: list[np.ndarray], log: bool | None = None) -> Normalize:
 def _loss_ticks(scale: Normalize) -> np.ndarray:
     """Return the ticks of the surface's height and of the color bar: round numbers, powers of ten where there are three."""
     low, high = float(scale.vmin or 0.0), float(scale.vmax or 1.0)
-    candidates = [MaxNLocator(5).tick_values(low, high)]
+    candidates = [np.asarray(MaxNLocator(5).tick_values(low, high))]
     if isinstance(scale, LogNorm):
         decades = 10.0 ** np.arange(np.floor(np.log10(low)), np.ceil(np.log10(high)) + 1)
         candidates = [np.outer(decades, steps).ravel() for steps in ([1.0], [1.0, 3.0], [1.0, 2.0, 5.0])] + candidates
@@ -193,7 +193,7 @@ def _surface(axes: Any, result: LossLandscapeResult, z: np.ndarray, scale: Norma
     axes.set_zlabel(loss_label(LABELS[value], [result]))
     axes.view_init(elev=25, azim=-55)
     ticks = _loss_ticks(scale)
-    axes.set_zticks(np.log10(ticks) if logarithmic else ticks, labels=_apart(ticks))
+    axes.set_zticks(np.log10(ticks) if logarithmic else ticks, labels=[f"{tick:g}" for tick in ticks])
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(MaxNLocator(4))
         axis.labelpad = -4
@@ -215,7 +215,7 @@ def _contours(
         _hatch(axes, result, ~np.isfinite(z))
     bar = canvas.colorbar(drawn, ax=axes, label=loss_label(LABELS[value], [result]), pad=0.02)
     ticks = _loss_ticks(scale)  # those of the surface
-    bar.set_ticks(ticks.tolist(), labels=_apart(ticks))
+    bar.set_ticks(ticks.tolist(), labels=[f"{tick:g}" for tick in ticks])
     bar.ax.yaxis.set_minor_locator(NullLocator())
     if len(result.path):
         _path(axes, result)
@@ -254,20 +254,3 @@ def _hatch(axes: Axes, result: LossLandscapeResult, broken: np.ndarray) -> None:
     axes.pcolor(
         result.x, result.y, cells, shading="nearest", facecolor="none", edgecolor="#D55E00", hatch="////", linewidth=0.0
     )  # fmt: skip
-
-
-def _apart(values: np.ndarray) -> list[str]:
-    """Return the shortest words for ticks that tell them apart."""
-    words = [_short(float(value)) for value in values]
-    for digits in range(3, 7):
-        if len(set(words)) == len(words):
-            break
-        words = [_short(float(value), digits) for value in values]
-    return words
-
-
-def _short(value: float, digits: int = 2) -> str:
-    """Return a number for a tick: 2.5, 40, 1580; no exponent where four digits do."""
-    if 1 <= abs(value) < 1e4:
-        return f"{value:.{max(0, digits - len(str(int(abs(value)))))}f}"
-    return f"{value:.{digits}g}"

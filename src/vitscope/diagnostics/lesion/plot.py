@@ -58,9 +58,16 @@ def _bars(ax: Axes, result: LesionResult, value: str) -> None:
     factor = VALUES[value][0]
     x = np.arange(len(result.units))
     change, half = (factor * getattr(result, f"{value}_{field}") for field in ("change", "half_width"))
-    half = np.nan_to_num(half)  # where there is no interval there is no bar
-    ax.bar(
-        x, change, yerr=half, color=[kind_color(kind) for kind in result.kinds], width=0.8, error_kw={"linewidth": 0.7}
+    ax.bar(x, change, color=[kind_color(kind) for kind in result.kinds], width=0.8)
+    has_interval = np.isfinite(half)  # where there is no interval there is no whisker
+    ax.errorbar(
+        x[has_interval],
+        change[has_interval],
+        yerr=half[has_interval],
+        fmt="none",
+        ecolor="black",
+        elinewidth=0.7,
+        capsize=2,
     )
     ax.axhline(0, color="black", linewidth=0.6)
     unchanged = x[change == 0]
