@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -73,3 +75,14 @@ def test_common_images_are_a_setting_of_their_own(call, run, capsys) -> None:
     assert len(list((run / "results" / "fourier").glob("end-*.npz"))) == count + 1
     assert call("analyze", f"run={run}", *other) == 0
     assert "already measured: fourier" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("file", "tag"),
+    [("net.pth", "net"), ("model_best.pth.tar", "model_best"), ("last.pth.tar", "end"), ("v1.2.pt", "v1.2")],
+)
+def test_results_of_a_file_are_named_by_it_without_its_endings(file: str, tag: str, tmp_path: Path) -> None:
+    from vitscope.analyses import analysis_run
+
+    run = SimpleNamespace(provenance=lambda: {}, checkpoints=tmp_path / "checkpoints")
+    assert analysis_run._moment(tmp_path / file, {"state_dict": {}}, cast(Any, run))[0] == tag

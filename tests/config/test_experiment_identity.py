@@ -4,6 +4,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from tests.helpers.report_runs import configuration
+from vitscope.config import loading
 from vitscope.config.experiment_identity import (
     EXPERIMENT_KEYS,
     INCIDENTAL,
@@ -56,6 +57,17 @@ def test_what_most_share_goes_without_saying() -> None:
         "2": "vit-tiny, fraction 0.06",
         "3": "vit-tiny, digits",
     }
+
+
+def test_an_objective_of_the_package_is_called_by_its_name() -> None:
+    stated = {
+        name: OmegaConf.to_container(OmegaConf.load(loading.folder() / "objective" / f"{name}.yaml"))
+        for name in ("weak", "strong")
+    }
+    weak, strong = ({**configuration("vit", 0), "objective": objective} for objective in stated.values())
+    assert labels({"a": weak, "b": strong}) == {"a": "vit-tiny, objective weak", "b": "vit-tiny, objective strong"}
+    own = {**weak, "objective": {**weak["objective"], "weight_decay": 0.07}}
+    assert labels({"a": weak, "b": own}) == {"a": "vit-tiny, weight_decay 0.05", "b": "vit-tiny, weight_decay 0.07"}
 
 
 def test_names_that_run_out_of_keys_are_numbered() -> None:

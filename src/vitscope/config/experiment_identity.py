@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -131,11 +132,15 @@ def recipe(cfg: Mapping[str, Any]) -> str:
         cfg: a run's configuration.
     """
     node = without_default_loss(plain(cfg.get("objective") or {}))
-    for name in loading.options("objective"):
-        stated_recipe = OmegaConf.to_container(OmegaConf.load(loading.folder() / "objective" / f"{name}.yaml"))
-        if isinstance(stated_recipe, dict) and node == without_default_loss(stated_recipe):
-            return name
-    return ""
+    return next((name for name, stated_recipe in _stated_recipes().items() if node == stated_recipe), "")
+
+
+@functools.cache
+def _stated_recipes() -> dict[str, Any]:
+    """Return the objectives of ``conf/objective`` by name, without the default loss."""
+    paths = {name: loading.folder() / "objective" / f"{name}.yaml" for name in loading.options("objective")}
+    contents = {name: OmegaConf.to_container(OmegaConf.load(path)) for name, path in paths.items()}
+    return {name: without_default_loss(content) for name, content in contents.items() if isinstance(content, dict)}
 
 
 def labels(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
@@ -155,7 +160,7 @@ def labels(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
         named.setdefault(short_name(cfg), []).append(key)
     labels: dict[str, str] = {}
     for name, digests in named.items():
-        facts = [identity(configs[d]) for d in digests]
+        facts = _with_recipes([configs[d] for d in digests])
         varying = [k for k in facts[0] | dict.fromkeys(k for f in facts for k in f) if _varies(k, facts)]
         varying = [k for k in varying if k not in IMPLIED]
         # stable: what is built, then how trained; what only some optimizers have comes last
@@ -172,6 +177,21 @@ def labels(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
         counts[label] = counts.get(label, 0) + 1
         labels[run_key] = label if counts[label] == 1 else f"{label}, no. {counts[label]}"
     return labels
+
+
+def _with_recipes(configs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return the identities of experiments; where each has an objective of ``conf/objective``, its name stands for its keys."""
+    facts = [identity(cfg) for cfg in configs]
+    objectives = {digest([v for k, v in fact.items() if k.startswith("objective.")]) for fact in facts}
+    if len(objectives) < 2:
+        return facts
+    names = [recipe(cfg) for cfg in configs]
+    if not all(names):
+        return facts
+    return [
+        {key: value for key, value in fact.items() if not key.startswith("objective.")} | {"objective": name}
+        for fact, name in zip(facts, names)
+    ]
 
 
 def _varies(key: str, facts: Sequence[Mapping[str, Any]]) -> bool:

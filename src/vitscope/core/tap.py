@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 from torch import Tensor, nn
@@ -61,6 +61,12 @@ class Tap:
     n_calls: int = 1
     order: TokenOrder | str | None = None
     number: int = 0
+
+    def __repr__(self) -> str:
+        """Return the fields that are not their defaults, with the module's class in place of its own text of many lines."""
+        texts = {f.name: repr(getattr(self, f.name)) for f in fields(self) if getattr(self, f.name) != f.default}
+        texts["module"] = type(self.module).__name__
+        return f"Tap({', '.join(f'{name}={text}' for name, text in texts.items() if name != 'order')})"
 
 
 Kind = Literal["stem", "conv", "msa", "mlp", "pool", "head"]

@@ -81,9 +81,13 @@ class Entry:
     @property
     def data(self) -> str:
         """The data set's name, with the share that was trained on."""
-        node = self.config.get("data") or {}
-        fraction = node.get("fraction", 1.0)
-        return f"{node.get('name', '?')}" + (f" ({fraction:g})" if fraction != 1 else "")
+        fraction = (self.config.get("data") or {}).get("fraction", 1.0)
+        return self.data_name + (f" ({fraction:g})" if fraction != 1 else "")
+
+    @property
+    def data_name(self) -> str:
+        """The data set's name."""
+        return str((self.config.get("data") or {}).get("name", "?"))
 
     def results_at(self, tag: str | None) -> list[Measured]:
         """Return the results of one moment, by age.

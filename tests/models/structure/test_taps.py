@@ -300,3 +300,8 @@ def test_hooks_are_gone_after_reading_and_after_an_error() -> None:
     with pytest.raises(RuntimeError, match="stop"), reading(model, taps(model), fail):
         model(torch.zeros(1, 3, 32, 32))
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_a_tap_is_shown_in_one_line() -> None:
+    tap = Tap("blocks.0", "msa", 1, 0.5, nn.Sequential(nn.Linear(2, 2), nn.ReLU()), layout="NLC")
+    assert repr(tap) == "Tap(name='blocks.0', kind='msa', stage=1, depth=0.5, module=Sequential, layout='NLC')"

@@ -19,6 +19,7 @@ from vitscope.reports.figures import factorial_figure
 from vitscope.reports.tables import factorial_tables
 from vitscope.reports.value_lookup import Selection
 from vitscope.runs import run_dir
+from vitscope.stats.t_tests import Interval
 
 
 def answer(tmp_path: Path) -> factorial_analysis.FactorialResult:
@@ -169,3 +170,10 @@ def test_tables_and_figure_say_who_and_why(make_run: Callable, tmp_path: Path) -
     )
     assert made["factors"].picture == tmp_path / "figures" / "factors.png"
     assert made["factors"].picture.stat().st_size > 10_000
+
+
+def test_a_model_at_no_minimum_is_not_called_flat() -> None:
+    falling, rising, difference = (Interval(mean, 0.05, 0.0, 5) for mean in (-0.13, 0.4, 0.53))
+    assert factorial_tables._flatter(falling, rising, difference) == "no minimum: ConvNet"
+    assert factorial_tables._flatter(rising, falling, difference) == "no minimum: ViT"
+    assert factorial_tables._flatter(rising, rising, difference) == "ConvNet"

@@ -203,7 +203,7 @@ def _card(curve: Curve, differing: Sequence[str]) -> dict[str, Any]:
 
 
 def _counts(entries: Sequence[Entry]) -> str:
-    numbers = (len(entries), len({e.group for e in entries}), len({e.data for e in entries}))
+    numbers = (len(entries), len({e.group for e in entries}), len({e.data_name for e in entries}))
     words = ("run", "experiment", "data set")
     return ", ".join(f"{n} {word}{'s' if n != 1 else ''}" for n, word in zip(numbers, words))
 

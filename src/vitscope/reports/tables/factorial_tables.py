@@ -122,7 +122,7 @@ def _condition_rows(result: FactorialResult | None) -> list[tuple[Cell, ...]]:
             three = [result.values.get((q.key, c, column)) for column in (*MODELS, "difference")]
             word = result.undefined.get((q.key, c), "")
             cells += [_cell(value, c[2] in q.objectives, word, result.seeds) for value in three]
-            cells.append(Cell(_flatter(three[2])))
+            cells.append(Cell(_flatter(*three)))
         rows.append(tuple(cells))
     return rows
 
@@ -154,10 +154,16 @@ def _cell(value: Interval | None, defined: bool = True, word: str = "", seeds: S
     return Cell(word) if word else Cell("failed", None, "failed")
 
 
-def _flatter(difference: Interval | None) -> str:
-    """Return the name of the flatter model; a question mark where the interval holds zero or there is none."""
+def _flatter(convnet: Interval | None, vit: Interval | None, difference: Interval | None) -> str:
+    """Return the name of the flatter model; a question mark where the interval holds zero or there is none.
+
+    A model whose value is negative is at no minimum: the loss falls around it, and that is not flatness.
+    """
     if difference is None or not math.isfinite(difference.mean):
         return "–"
+    models = zip(MODELS.values(), (convnet, vit))
+    if at_no_minimum := [name for name, value in models if value is not None and value.mean < 0]:
+        return f"no minimum: {', '.join(at_no_minimum)}"
     name = MODELS["vit" if difference.mean < 0 else "convnet"]
     return name if difference.half_width < abs(difference.mean) else f"{name} ?"
 
@@ -180,7 +186,8 @@ def _notes(result: FactorialResult | None) -> str:
         )
     return (
         f"{result.labels['convnet']} and {result.labels['vit']}; less is flatter; "
-        f"? where the interval holds zero, or there is none. {sampled} "
+        "? where the interval holds zero, or there is none; "
+        f"no minimum: the loss falls around the model (a negative rise), which is not flatness. {sampled} "
         "Both trainings are measured on the same images, augmented ones by the strong recipe. "
         "APE under wd Σ‖w‖ is not measured: that term curves a tensor by wd/‖w‖ of itself."
     )
