@@ -115,9 +115,9 @@ table-%: $(SETUP) ## one table: models, curvature, robustness, buildup, claims (
 
 # empty settings are left out; OVERRIDES="caps=smoke trainer.max_epochs=5" holds for every trial
 SWEEP_OPTIONS = $(if $(GPUS),gpus=$(GPUS)) $(if $(JOBS),jobs=$(JOBS)) $(if $(LIMIT),limit=$(LIMIT)) \
-  $(if $(PROFILE),profile=$(PROFILE)) $(OVERRIDES)
+  $(if $(PROFILE),profile=$(PROFILE)) $(if $(DRY),dry=$(DRY)) $(OVERRIDES)
 
-sweep-local: $(SETUP) ## a sweep on this machine, no server (SWEEP=sweeps/x.yaml GPUS=0,1 or JOBS=2, LIMIT=n PROFILE=smoke)
+sweep-local: $(SETUP) ## a sweep on this machine, no server (SWEEP=sweeps/x.yaml GPUS=0,1 or JOBS=2, LIMIT=n PROFILE=smoke DRY=1)
 	@$(RUN) -m vitscope sweep $(SWEEP) $(SWEEP_OPTIONS)
 
 sweep: $(SETUP) ## a W&B sweep, one agent a GPU (SWEEP=sweeps/x.yaml GPUS=0,1 SWEEP_ID=to-go-on PROFILE=smoke)

@@ -95,6 +95,13 @@ def test_a_file_that_is_no_result_is_named(run: Run, tmp_path: Path, capsys: pyt
     assert f"{tmp_path}/mine.npz: no such file; pass a file that result.save" in capsys.readouterr().err
 
 
+def test_a_folder_of_runs_stands_for_all_of_them(run: Run, two: list[str], tmp_path: Path) -> None:
+    assert run(f"runs=[{tmp_path}/runs]", "analyses=[slice]", "page=false", "pdf=false") == 0
+    drawn = (tmp_path / "figures" / "slice-end.csv").read_text()
+    assert run("analyses=[slice]", "page=false", "pdf=false") == 0
+    assert drawn == (tmp_path / "figures" / "slice-end.csv").read_text()
+
+
 def test_a_missing_analysis_fails_strict_figures(
     run: Run, two: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

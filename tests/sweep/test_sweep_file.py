@@ -170,6 +170,18 @@ def test_an_installed_package_has_the_sweeps_and_trains_by_its_command(
     assert wandb_agents.content(sweep)["command"] == list(sweep_file.COMMAND)
 
 
+def test_a_dry_sweep_lists_its_trials_and_runs_none(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("VITSCOPE_RUNS", str(tmp_path))
+    assert command.command([str(ROOT / "sweeps" / "models.yaml"), "dry=1", "limit=2"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("trial 0  seed=0 model=")
+    assert lines[2:] == ["2 trials", "nothing was run (dry)"]
+    assert not list(tmp_path.iterdir())
+    assert exit_codes.run_command(lambda: command.command([str(ROOT / "sweeps" / "models.yaml"), "dry=maybe"])) == 2
+
+
 def test_the_command_refuses_and_points(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     def code(*argv: str) -> int:
         return exit_codes.run_command(lambda: sys.exit(command.command(argv)))

@@ -11,18 +11,19 @@ from vitscope.cli import exit_codes
 from vitscope.runtime.errors import ConfigError
 from vitscope.sweep import lint, progress_table, sweep_file, trial_process
 
-USAGE = """usage: vitscope sweep FILE [gpus=0,1 | jobs=2] [limit=n] [server=true [sweep_id=ID]] [key=value ...]
+USAGE = """usage: vitscope sweep FILE [gpus=0,1 | jobs=2] [limit=n] [dry=true] [server=true [sweep_id=ID]] [key=value ...]
 
   FILE        a W&B sweep file in any folder, or the name of a sweep of the package (below)
   gpus=0,1    one trial at a time on each of these GPUs (0+1: a trial on two)
   jobs=2      so many trials side by side on the CPU, which share its cores
   limit=n     the first n trials only
+  dry=true    only list the trials
   server=true create the sweep on the W&B server and start one agent a GPU or job; sweep_id: go on with that one
   key=value   holds for every trial: profile=smoke caps=smoke trainer.max_epochs=5
 
 Trials lie in runs/sweeps/<name>-<hash>/; trials.csv there ranks them. The same command resumes a sweep.
 method: grid, random, or bayes (Optuna: pip install 'vitscope[optuna]')."""
-OPTIONS = ("gpus", "jobs", "limit", "server", "sweep_id")
+OPTIONS = ("gpus", "jobs", "limit", "dry", "server", "sweep_id")
 
 
 def main() -> None:
@@ -57,7 +58,10 @@ def command(argv: Sequence[str]) -> int:
     slots = trial_process.slots(options.get("gpus"), _whole("jobs", options.get("jobs")))
     limit = _whole("limit", options.get("limit"))
     trial_process.check_gpus(options.get("gpus"))
-    lint.check(sweep)
+    lint.check(sweep, has_overrides=bool(overrides))
+    if _flag("dry", options.get("dry", "false")):
+        print("\n".join(_listing(sweep, limit)))
+        return 0
     root = Path(os.environ.get("VITSCOPE_RUNS", "runs")) / "sweeps"
     if options.get("server") == "true":
         return _server(sweep, root, slots, limit, options.get("sweep_id"))
@@ -72,6 +76,23 @@ def command(argv: Sequence[str]) -> int:
             raise
     progress_table.report(local)
     return code
+
+
+def _listing(sweep: sweep_file.Sweep, limit: int | None) -> list[str]:
+    """Return the trials that would run, a line each; of Bayesian optimization their number: it chooses them while it runs."""
+    if sweep.method == "bayes":
+        n_trials = sweep_file.count(sweep, limit)
+        number = "trials without end (no run_cap, no limit)" if n_trials is None else f"{n_trials} trials"
+        return [f"{number}, chosen while the sweep runs", "nothing was run (dry)"]
+    trials = sweep_file.planned(sweep, limit)
+    lines = [f"trial {index}  {sweep_file.label(sweep, params)}" for index, params in enumerate(trials)]
+    return [*lines, f"{len(lines)} trial{'s' * (len(lines) != 1)}", "nothing was run (dry)"]
+
+
+def _flag(name: str, text: str) -> bool:
+    if text.lower() not in ("true", "1", "false", "0"):
+        raise ConfigError(name, text, "neither true nor false", f"set {name}=true, or leave it out")
+    return text.lower() in ("true", "1")
 
 
 def _bundled_sweeps() -> str:

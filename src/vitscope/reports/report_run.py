@@ -132,13 +132,19 @@ def _folders(cfg: DictConfig, damaged: list[run_index.Damage]) -> list[run_dir.R
     """Return the runs to read; folders that look like runs without what makes one are added to ``damaged``."""
     if cfg.runs is not None:
         folders = [path for path in cfg.runs if Path(path) not in _saved_files(cfg)]
-        return list(dict.fromkeys(run_dir.find(path) for path in folders))
+        return list(dict.fromkeys(run for path in folders for run in _runs_of(Path(path))))
     root = Path(cfg.paths.runs)
     incomplete = run_dir.incomplete(root)
     damaged += [run_index.Damage(path, f"has no {name}") for path, name in incomplete]
     if (run_folders := run_dir.every(root)) or incomplete:
         return run_folders
     raise DataError("paths.runs", root, "no run there", "train one (python train.py), or name another folder")
+
+
+def _runs_of(path: Path) -> list[run_dir.Run]:
+    """Return the run of a folder, or all runs below one that is none, such as an exported bundle."""
+    runs_below = run_dir.every(path) if path.is_dir() and not (path / "config.yaml").is_file() else []
+    return runs_below or [run_dir.find(path)]
 
 
 def _tables(

@@ -33,8 +33,13 @@ RUN_KEYS = ("run", "run_dir", "ckpt_path", "skip_finished", "paths.runs")
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+")
 
 
-def check(sweep: Sweep, *, thorough: bool = False) -> None:
+def check(sweep: Sweep, *, thorough: bool = False, has_overrides: bool = False) -> None:
     """Refuse a sweep that would break.
+
+    Args:
+        sweep: the sweep.
+        thorough: see `problems`.
+        has_overrides: whether settings of the command hold for every trial, which may be what is wrong.
 
     Raises:
         ConfigError: the first problem; the others follow in its text.
@@ -44,7 +49,8 @@ def check(sweep: Sweep, *, thorough: bool = False) -> None:
         more = (
             f" (and {len(sweep_problems) - 1} more: {'; '.join(sweep_problems[1:])})" if len(sweep_problems) > 1 else ""
         )
-        raise ConfigError("SWEEP", sweep.path, sweep_problems[0] + more, "correct the file")
+        fix = "correct the file, or the settings behind its name" if has_overrides else "correct the file"
+        raise ConfigError("SWEEP", sweep.path, sweep_problems[0] + more, fix)
 
 
 def problems(sweep: Sweep, *, thorough: bool = False) -> list[str]:
