@@ -82,7 +82,7 @@ def test_a_saved_result_is_drawn_beside_those_of_runs(
     path = curve(depth=2.0).save(tmp_path / "mine")
     named = [f"{tmp_path}/runs/{two[0]}"] if with_run else []
     assert run(f"runs=[{','.join([*named, str(path)])}]", "analyses=[slice]", "pdf=false") == 0
-    assert "1 figures" in capsys.readouterr().out
+    assert "1 figure, 5 tables" in capsys.readouterr().out
     with (tmp_path / "figures" / "slice-end.csv").open(newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["quantity"] == "nll"]
     heights = [float(row["value"]) for row in rows if row["result"] == "mine"]

@@ -95,7 +95,7 @@ def report(cfg: DictConfig) -> Path:
         ]
         if cfg.page:
             target = html_page.write(out / f"{cfg.name}.html", entries, tables, judged, drawn, problems)
-            print(f"\n{len(drawn)} figures, {len(tables)} tables: {target}")
+            print(f"\n{len(drawn)} figure{'s' * (len(drawn) != 1)}, {len(tables)} tables: {target}")
     _log_problems(list(dict.fromkeys(problems)), bool(cfg.strict), cfg)
     if damaged:
         reason = f"{len(damaged)} run folder{'s' * (len(damaged) != 1)} damaged and left out, named above"
