@@ -110,7 +110,7 @@ def test_a_checkpoint_without_a_run_says_and_records_what_was_measured(call, tmp
     torch.save(factories.model(cfg).state_dict(), tmp_path / "my.pth")
     arguments = [*DIGITS, f"ckpt_path={tmp_path}/my.pth", "analysis=[slice]", "analysis.slice.n=2", "probe.n_images=6"]
     assert call("analyze", *arguments, f"paths.runs={tmp_path}/runs") == 0
-    first, second, third = capsys.readouterr().err.splitlines()[:3]
+    first, second, third, fourth = capsys.readouterr().err.splitlines()[:4]
     assert first.startswith("images: 6 of ")
     assert first.endswith(f" test images of digits, not augmented{STATED}")
     assert second == (
@@ -119,6 +119,9 @@ def test_a_checkpoint_without_a_run_says_and_records_what_was_measured(call, tmp
     )
     assert third.startswith("device: cpu (")
     assert "predicted time (one forward pass timed): slice " in third
+    assert (
+        fourth == "decoded images (probe.cache=auto) in host memory: slice 72.0 KiB"
+    )  # 6 images of 3 x 32 x 32 float32
     run = only_run(tmp_path)
     card = vs.load_results(run)["slice"]["my"].card
     assert (card.split, card.augmentation, card.n_images, card.weight_decay) == ("test", "none", 6, 0.0)

@@ -150,7 +150,7 @@ def test_measures_state_where_their_basis_is():
 def test_the_first_place_with_space_is_taken(monkeypatch: pytest.MonkeyPatch):
     like = torch.zeros(10, dtype=torch.float64)  # rows of 80 bytes
     free = {"device": 0.0, "cpu": 0.0, "disk": 0.0}
-    monkeypatch.setattr(basis_memory, "_free_bytes", lambda placement, device: free[placement])
+    monkeypatch.setattr(basis_memory, "free_bytes", lambda placement, device: free[placement])
     monkeypatch.setattr(basis_memory, "_candidates", lambda device: ("device", "cpu", "disk"))
 
     def planned(choice: str = "auto", **options) -> tuple[str, int]:
@@ -178,7 +178,7 @@ def test_the_first_place_with_space_is_taken(monkeypatch: pytest.MonkeyPatch):
 def test_ranks_plan_with_the_memory_of_the_poorest(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(distributed, "world_size", lambda: 4)
     monkeypatch.setattr(distributed, "gather_objects", lambda value: [value, 4 * 80.0, value, value])
-    monkeypatch.setattr(basis_memory, "_free_bytes", lambda placement, device: 1e6)
+    monkeypatch.setattr(basis_memory, "free_bytes", lambda placement, device: 1e6)
     like = torch.zeros(10, dtype=torch.float64)
     assert BasisBuffer(shared=True).plan(like, 1, 100) == 4  # a quarter of 320 bytes on each of 4 ranks
     assert BasisBuffer().plan(like, 1, 100) == 100
@@ -187,9 +187,9 @@ def test_ranks_plan_with_the_memory_of_the_poorest(monkeypatch: pytest.MonkeyPat
 def test_processes_of_one_machine_share_its_memory(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(basis_memory, "free_memory", lambda device: 800.0)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    assert basis_memory._free_bytes("device", torch.device("cpu")) == 800.0  # one process: the variable is another's
+    assert basis_memory.free_bytes("device", torch.device("cpu")) == 800.0  # one process: the variable is another's
     monkeypatch.setattr(distributed, "world_size", lambda: 8)
-    assert basis_memory._free_bytes("device", torch.device("cpu")) == 200.0
+    assert basis_memory.free_bytes("device", torch.device("cpu")) == 200.0
 
 
 def test_a_full_disk_is_one_line(monkeypatch: pytest.MonkeyPatch):

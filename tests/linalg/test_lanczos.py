@@ -154,11 +154,11 @@ def test_little_free_memory_is_used_as_far_as_lanczos_needs_it(monkeypatch):
     a = matrix(SPECTRA["both signs"])
     row = a.shape[0] * 8
     monkeypatch.setattr(
-        "vitscope.linalg.basis_memory._free_bytes", lambda *_: 24.0 * row
+        "vitscope.linalg.basis_memory.free_bytes", lambda *_: 24.0 * row
     )  # a quarter is 6 rows, 10 are needed
     pairs = extreme_eigenvalues(product_of(a), start_for(a), 3, tol=1e-6, max_products=2000)
     assert pairs.converged.all()
-    monkeypatch.setattr("vitscope.linalg.basis_memory._free_bytes", lambda *_: 18.0 * row)
+    monkeypatch.setattr("vitscope.linalg.basis_memory.free_bytes", lambda *_: 18.0 * row)
     with pytest.raises(ValueError, match="at least 10 vectors .* received 0 MiB: .* or use a micro_batch"):
         extreme_eigenvalues(product_of(a), start_for(a), 3)
 

@@ -168,6 +168,7 @@ def _announce(place: context.AnalysisContext, defaults: Sequence[str]) -> None:
     device = next((parameter.device for parameter in place.network.parameters()), torch.device("cpu"))
     prediction = time_prediction.predict(place.due, place.network, place.datamodule, measured)
     announcement.announce_device(device, prediction)
+    announcement.announce_image_cache(place.cfg, place.due, place.datamodule, device)
 
 
 def _refuse_new_name(cfg: DictConfig) -> None:

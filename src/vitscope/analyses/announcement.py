@@ -14,11 +14,21 @@ from vitscope.analyses.spec import Analysis, probe_request
 from vitscope.analyses.time_prediction import Prediction
 from vitscope.config import factories
 from vitscope.core.losses.named_losses import LOSSES
+from vitscope.data import DataModule, batch_cache
+from vitscope.runtime.text_layout import size_text
 
 _logger = logging.getLogger(__name__)
 
 #: terms of an objective that hold for augmented images alone, and the words for them
 _TERMS = {"label_smoothing": "label smoothing", "mixup": "mixup", "cutmix": "CutMix"}
+
+#: places of decoded images, and the words for them
+_PLACES = {
+    "host": "in host memory",
+    "device": "in device memory",
+    "disk": "in a file of the folder for temporary files",
+    "none": "not kept, so that every pass reads them again (probe.cache=disk keeps them)",
+}
 
 
 @dataclass(frozen=True)
@@ -87,6 +97,35 @@ def announce_device(device: torch.device, prediction: Prediction) -> None:
         threads = torch.get_num_threads()
         name = f"{device} ({threads} thread{'s' * (threads != 1)})"
     _logger.info(f"device: {name}; {prediction}")
+
+
+def announce_image_cache(cfg: DictConfig, analyses: Sequence[Analysis], data: Any, device: torch.device) -> None:
+    """Log where the decoded images of the analyses are kept, and their bytes.
+
+    Args:
+        cfg: Validated configuration.
+        analyses: What will be measured.
+        data: Data module; of another one than ours nothing is logged, since nothing of it is kept.
+        device: Device of the network.
+
+    Raises:
+        ConfigError: A place with less free space than the images of an analysis take.
+    """
+    if not isinstance(data, DataModule):
+        return
+    choice = factories.image_cache(cfg)
+    groups: dict[str, list[str]] = {}
+    for analysis in analyses:
+        request = probe_request(analysis, data)
+        if isinstance(request["augment"], str):
+            mixing = data.augmented_as(factories.named_objective(request["augment"]))
+            n_bytes = mixing.probe_bytes(**{**request, "augment": True})
+        else:
+            n_bytes = data.probe_bytes(**request)
+        place = batch_cache.choose_place(choice, n_bytes, device)
+        groups.setdefault(place, []).append(f"{analysis.name} {size_text(n_bytes)}")
+    texts = [f"{_PLACES[place]}: {', '.join(names)}" for place, names in groups.items()]
+    _logger.info(f"decoded images (probe.cache={choice}) {'; '.join(texts)}")
 
 
 def _images(cfg: DictConfig, analysis: Analysis, data: Any, count: Collection[str] | None) -> _Images:

@@ -18,6 +18,7 @@ from vitscope.config.loss import loss_choice
 from vitscope.core.objective import Objective
 from vitscope.core.optimizer_state import OptimizerState, of_checkpoint
 from vitscope.core.probe import Probe
+from vitscope.data.probe_batches import ProbeBatches
 from vitscope.linalg.optimizer_stability import adam_scale
 from vitscope.models.structure.declared_units import declare_units
 from vitscope.runtime import errors, trusted_packages
@@ -154,7 +155,9 @@ def probe(
     attributes = getattr(batches, "attributes", {})
     augment = bool(settings.get("augment", False))
     device = next((p.device for p in network.parameters()), torch.device("cpu"))
-    if device.type != "cpu":
+    if isinstance(batches, ProbeBatches):
+        batches = batches.cached(image_cache(cfg), device)
+    elif device.type != "cpu":
         batches = _OnDevice(batches, device)
     soft = next(iter(batches))[1].ndim == 2
     scale = adamw_scale(network, content, cfg) if content is not None and cfg.objective.l2 == "adamw" else None
@@ -168,8 +171,13 @@ def probe(
     return Probe(network, batches, stated, about=about, optimizer=lambda: optimizer_state(network, content, cfg))
 
 
+def image_cache(cfg: Mapping[str, Any]) -> str:
+    """Return ``cfg.probe.cache``, see `vitscope.data.batch_cache`; ``auto`` for configurations without it."""
+    return str((cfg.get("probe") or {}).get("cache") or "auto")
+
+
 class _OnDevice:
-    """Batches moved to the model's device as they are gone through, so that only one is there at a time."""
+    """Batches of another data module, moved to the model's device as they are gone through: only one is there at a time."""
 
     def __init__(self, batches: Any, device: torch.device) -> None:
         self._batches, self._device = batches, device

@@ -69,29 +69,57 @@ def evaluate(
     Raises:
         ValueError: no image that has a label; ``per_image`` with a loss that gives a mean alone.
     """
-    objective = objective or Objective()
-    measure = _classified if objective.loss == "cross_entropy" else _measured
-    sums: Tensor | None = None
-    losses, correct = [], []
+    sums = RunningEvaluation(objective, per_image=per_image)
     for x, y in batches:
-        batch, image_losses, right = measure(objective, forward(x), y, per_image)
-        sums = batch if sums is None else sums + batch
-        if per_image:
-            losses.append(image_losses.cpu().numpy())
-            correct.append(right.cpu().numpy())
-    if sums is None:
-        sums = torch.zeros(3 + 3 * ECE_BINS, dtype=torch.float64, device=device)
-    totals = (distributed.all_reduce_sum(sums) if reduce else sums).cpu().numpy()
-    if totals[0] == 0:
-        raise ValueError("Expected at least one image with a label to evaluate, received none.")
-    return Evaluation(
-        nll=float(totals[1] / totals[0]),
-        accuracy=float(totals[2] / totals[0]),
-        ece=float(calibration_error(torch.from_numpy(totals[3:].reshape(3, ECE_BINS)))),
-        n_images=int(totals[0]),
-        losses=np.concatenate(losses) if losses else np.empty(0),
-        correct=np.concatenate(correct) if correct else np.empty(0, dtype=bool),
-    )
+        sums.add(forward(x), y)
+    return sums.result(reduce=reduce, device=device)
+
+
+class RunningEvaluation:
+    """Sums of an evaluation over batches, which are added in order.
+
+    Args:
+        objective: gives the data term; plain cross entropy by default.
+        per_image: also keep the loss and correctness of each image that has a label.
+    """
+
+    def __init__(self, objective: Objective | None = None, *, per_image: bool = False) -> None:
+        self._objective = objective or Objective()
+        self._measure = _classified if self._objective.loss == "cross_entropy" else _measured
+        self._per_image = per_image
+        self._sums: Tensor | None = None
+        self._losses: list[np.ndarray] = []
+        self._correct: list[np.ndarray] = []
+
+    @torch.no_grad()
+    def add(self, outputs: Any, y: Tensor) -> None:
+        """Add a batch's outputs and targets."""
+        batch, image_losses, right = self._measure(self._objective, outputs, y, self._per_image)
+        self._sums = batch if self._sums is None else self._sums + batch
+        if self._per_image:
+            self._losses.append(image_losses.cpu().numpy())
+            self._correct.append(right.cpu().numpy())
+
+    def result(self, *, reduce: bool = True, device: torch.device | None = None) -> Evaluation:
+        """Return the means; see `evaluate` for the arguments.
+
+        Raises:
+            ValueError: no image that has a label.
+        """
+        sums = self._sums
+        if sums is None:
+            sums = torch.zeros(3 + 3 * ECE_BINS, dtype=torch.float64, device=device)
+        totals = (distributed.all_reduce_sum(sums) if reduce else sums).cpu().numpy()
+        if totals[0] == 0:
+            raise ValueError("Expected at least one image with a label to evaluate, received none.")
+        return Evaluation(
+            nll=float(totals[1] / totals[0]),
+            accuracy=float(totals[2] / totals[0]),
+            ece=float(calibration_error(torch.from_numpy(totals[3:].reshape(3, ECE_BINS)))),
+            n_images=int(totals[0]),
+            losses=np.concatenate(self._losses) if self._losses else np.empty(0),
+            correct=np.concatenate(self._correct) if self._correct else np.empty(0, dtype=bool),
+        )
 
 
 def _classified(objective: Objective, logits: Tensor, y: Tensor, per_image: bool) -> tuple[Tensor, Tensor, Tensor]:

@@ -235,8 +235,16 @@ class Probe:
         return (self._prepared(index, batch) for index, batch in enumerate(self._seen.checked(self.batches)))
 
     def local_batches(self) -> Iterator[tuple[int, Batch]]:
-        """Yield ``(index, batch)`` for this rank's share: the indices that equal the rank modulo the world size."""
+        """Yield ``(index, batch)`` for this rank's share: the indices that equal the rank modulo the world size.
+
+        Batches that can be read one by one are read by the rank of whose share they are alone, all others by every rank.
+        """
         rank, world = distributed.rank(), distributed.world_size()
+        if world > 1 and isinstance(self.batches, CheckedBatches) and self.batches.reads_by_index:
+            share = range(rank, len(self.batches), world)
+            for index, batch in self._seen.checked_share(self.batches.at(share)):
+                yield index, self._prepared(index, batch)
+            return
         for index, batch in enumerate(self._seen.checked(self.batches)):
             if index % world == rank:
                 yield index, self._prepared(index, batch)
@@ -336,7 +344,12 @@ class Probe:
 
     def _counted(self) -> tuple[int, int, int]:
         if self._sizes is None:
-            self._sizes = count_examples(self._seen.checked(self.batches), self.objective)
+            targets = self.batches.targets() if isinstance(self.batches, CheckedBatches) else None
+            if targets is not None:  # at hand without reading an image
+                self._sizes = count_examples(((len(y), y) for y in targets), self.objective)
+            else:
+                counted = ((len(x), y) for x, y in self._seen.checked(self.batches))
+                self._sizes = count_examples(counted, self.objective)
         return self._sizes
 
     def _has_pairs(self) -> bool:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vitscope.core.evaluation import Evaluation, evaluate
+from vitscope.core.evaluation import Evaluation, RunningEvaluation, evaluate
 from vitscope.core.guard.probe_guard import refuse_unfit_weights
 from vitscope.core.probe import Batch, Probe
 from vitscope.core.undefined_values import warn_nulls
@@ -24,6 +24,9 @@ Checkpoints = Sequence[Checkpoint]
 BatchNormPolicy = Literal["eval", "recalibrate"]
 BN_POLICIES = get_args(BatchNormPolicy)
 _HALF = (torch.bfloat16, torch.float16)
+
+#: points that share a pass over batches which are decoded each time; an interruption loses at most so many
+MOST_POINTS_A_PASS = 16
 
 
 def select_checkpoints(checkpoints: Checkpoints | None, labels: Sequence[str] | None = None) -> Iterator[Checkpoint]:
@@ -58,11 +61,11 @@ def check_movable(probe: Probe) -> None:
 @contextmanager
 def guarded_evaluation(
     probe: Probe, *, dtype: torch.dtype | None = None, bn: str = "eval"
-) -> Iterator[tuple[nn.Module, Callable[[], dict[str, float]]]]:
-    """Yield the guarded model and a function that measures it with the weights it has when called.
+) -> Iterator[tuple[nn.Module, WeightEvaluation]]:
+    """Yield the guarded model and what measures it: called, with the weights that it has; with `WeightEvaluation.at`, at others.
 
-    The function returns nll, accuracy and ece over all batches of the probe (not this rank's share alone: ranks share out
-    points, not batches), and polls for termination at each batch.
+    Both return nll, accuracy and ece over all batches of the probe (not this rank's share alone: ranks share out points, not
+    batches), and poll for termination at each batch.
 
     Args:
         probe: the model, batches and objective.
@@ -78,28 +81,82 @@ def guarded_evaluation(
         raise ValueError(f"Expected bn to be one of {', '.join(BN_POLICIES)}, received {bn!r}.")
     half = dtype in _HALF
     with probe.guard(dtype=None if half else dtype, moves_weights=True) as model:
-
-        def batches() -> Iterator[Batch]:
-            for batch in probe.iter_batches():
-                stop_flag.check()
-                yield batch
-
-        def evaluate_current_weights() -> dict[str, float]:
-            if half:  # autocast keeps cast weights until its outermost context ends, which may be the caller's
-                torch.clear_autocast_cache()
-            with torch.autocast(probe.device.type, dtype=dtype if half else None, enabled=half):
-                if bn == "recalibrate":
-                    recalibrate(model, batches())
-                evaluation = evaluate(model, batches(), probe.objective, reduce=False)
-            warn_of_undefined(probe, evaluation)
-            return {"nll": evaluation.nll, "accuracy": evaluation.accuracy, "ece": evaluation.ece}
-
-        warn_of_undefined = _OneWarning()
         try:
-            yield model, evaluate_current_weights
+            yield model, WeightEvaluation(probe, model, dtype if half else None, bn)
         finally:
             if half:
                 torch.clear_autocast_cache()
+
+
+class WeightEvaluation:
+    """Evaluation of a guarded model with the weights that it has, see `guarded_evaluation`.
+
+    Args:
+        probe: its batches and objective.
+        model: the guarded model.
+        autocast: reduced precision of the forward passes; None for the model's own.
+        bn: one of `BN_POLICIES`.
+    """
+
+    def __init__(self, probe: Probe, model: nn.Module, autocast: torch.dtype | None, bn: str) -> None:
+        self._probe, self._model, self._autocast_dtype, self._bn = probe, model, autocast, bn
+        self._warn_of_undefined = _OneWarning()
+
+    def __call__(self) -> dict[str, float]:
+        """Return nll, accuracy and ece with the model's current weights."""
+        with self._autocast():
+            if self._bn == "recalibrate":
+                recalibrate(self._model, self._batches())
+            evaluation = evaluate(self._model, self._batches(), self._probe.objective, reduce=False)
+        return self._row(evaluation)
+
+    @property
+    def group_size(self) -> int:
+        """Number of points that `at` should be given at once: several where each pass would decode the images again, else 1."""
+        is_read_again = getattr(self._probe.batches, "is_read_again", False)
+        return MOST_POINTS_A_PASS if is_read_again and self._bn == "eval" else 1
+
+    @torch.no_grad()
+    def at(self, moves: Sequence[Callable[[], None]]) -> list[dict[str, float]]:
+        """Return nll, accuracy and ece at several points, bit for bit those of one call a point.
+
+        With one pass over the batches: each stays while the weights change, and each point's sums are added in the order of
+        batches. Recalibrated BatchNorm, whose statistics are needed before the first batch is evaluated, takes passes of its own.
+
+        Args:
+            moves: functions that set the weights of the points.
+        """
+        if len(moves) == 1 or self._bn != "eval":
+            return [self._moved(move) for move in moves]
+        sums = [RunningEvaluation(self._probe.objective) for _ in moves]
+        for x, y in self._batches():
+            for move, point in zip(moves, sums):
+                move()
+                with self._autocast():
+                    outputs = self._model(x)
+                    point.add(outputs, y)
+        return [self._row(point.result(reduce=False)) for point in sums]
+
+    def _moved(self, move: Callable[[], None]) -> dict[str, float]:
+        move()
+        return self()
+
+    def _batches(self) -> Iterator[Batch]:
+        for batch in self._probe.iter_batches():
+            stop_flag.check()
+            yield batch
+
+    @contextmanager
+    def _autocast(self) -> Iterator[None]:
+        half = self._autocast_dtype is not None
+        if half:  # autocast keeps cast weights until its outermost context ends, which may be the caller's
+            torch.clear_autocast_cache()
+        with torch.autocast(self._probe.device.type, dtype=self._autocast_dtype, enabled=half):
+            yield
+
+    def _row(self, evaluation: Evaluation) -> dict[str, float]:
+        self._warn_of_undefined(self._probe, evaluation)
+        return {"nll": evaluation.nll, "accuracy": evaluation.accuracy, "ece": evaluation.ece}
 
 
 class _OneWarning:

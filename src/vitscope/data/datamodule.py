@@ -285,8 +285,26 @@ class DataModule(pl.LightningDataModule):
             x, y = images.batch(key, recipe)
             return self.mixed(x, y, (seed, philox.PROBE, b)) if is_mixed else (x, y)
 
+        def targets(b: int) -> Tensor:
+            y = images.labels[torch.from_numpy(order[b * batch_size : (b + 1) * batch_size])]
+            blank = torch.zeros(len(y), 1, recipe.image_size, recipe.image_size)
+            return self.mixed(blank, y, (seed, philox.PROBE, b))[1] if is_mixed else y
+
         attributes = images.select(order).attributes if isinstance(images, ArrayImages) and not is_mixed else {}
-        return ProbeBatches(build, -(-n // batch_size), n, n * 4 * self.channels * self.image_size**2, attributes)
+        n_bytes = n * self._bytes_per_image(is_mixed)
+        return ProbeBatches(build, -(-n // batch_size), n, n_bytes, attributes, targets)
+
+    def probe_bytes(
+        self, split: str, n_images: int | None = None, augment: bool = False, mix: bool | None = None, **_: Any
+    ) -> int:
+        """Return the bytes of the batches that `probe_batches` gives for the same arguments, decoded."""
+        available = len(self.split(split))
+        n = available if n_images is None else min(n_images, available)
+        return n * self._bytes_per_image((augment and self.mixes) if mix is None else mix)
+
+    def _bytes_per_image(self, is_mixed: bool) -> int:
+        """Return the bytes of an image in float32 and of its target, a class index in int64 or a soft one in float32."""
+        return 4 * self.channels * self.image_size**2 + (4 * self.num_classes if is_mixed else 8)
 
     def augmented_as(self, objective: Mapping[str, Any]) -> DataModule:
         """Return this module with the augmentation and the mixing of another objective, its images shared.

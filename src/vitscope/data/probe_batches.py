@@ -2,32 +2,40 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import overload
 
+import torch
 from torch import Tensor
 
-from vitscope.data import range_checks
+from vitscope.data import batch_cache, range_checks
 
 Batch = tuple[Tensor, Tensor]
-
-#: Batches stay in memory once read where all of them together take at most this many bytes.
-KEEP_BYTES = 512 * 2**20
 
 
 class ProbeBatches(Sequence[Batch]):
     """A sequence of `(x, y)` in which batch b is `build(b)`, a pure function.
 
-    Small sequences are built once; every read hands out copies, so nobody can change a batch for the next pass.
+    What is kept of them is said in `vitscope.data.batch_cache`; at first small sequences in the host's memory. Every read hands
+    out copies, so nobody can change a batch for the next pass.
 
     Args:
         build: Makes batch b.
         n_batches: How many there are.
         n_images: Images in all of them.
-        n_bytes: Size of all of them in memory, an estimate.
+        n_bytes: Size of all of them in memory.
         attributes: Further labels by name, each `(n_images,)` in the order of the images: `texture` of `shapes`.
+        targets: Makes the targets of batch b alone, without reading an image; None reads the batch.
+
+    Attributes:
+        place: Where batches are kept once read: `host`, `device`, `disk` or `none`.
+        device: Where batches are given.
+        reads_by_index: True: a rank reads the batches of its share alone.
     """
+
+    reads_by_index = True
 
     def __init__(
         self,
@@ -36,12 +44,42 @@ class ProbeBatches(Sequence[Batch]):
         n_images: int,
         n_bytes: int,
         attributes: Mapping[str, Tensor] | None = None,
+        targets: Callable[[int], Tensor] | None = None,
     ) -> None:
-        self._build = build
+        self._build, self._targets = build, targets
         self._n_batches = n_batches
-        self.n_images = n_images
+        self.n_images, self.n_bytes = n_images, n_bytes
         self.attributes = dict(attributes or {})
-        self._kept: dict[int, Batch] | None = {} if n_bytes <= KEEP_BYTES else None
+        self._keep("host" if n_bytes <= batch_cache.SMALL_BYTES else "none", torch.device("cpu"))
+
+    def _keep(self, place: str, device: torch.device) -> None:
+        self.place, self.device = place, device
+        self._store = batch_cache.new_store(place, self.n_bytes, device)
+
+    @property
+    def is_read_again(self) -> bool:
+        """Whether each pass reads and decodes the images."""
+        return self.place == "none"
+
+    def cached(self, choice: str, device: torch.device) -> ProbeBatches:
+        """Return the same batches on a device, kept where `choice` says; nothing is read yet.
+
+        Args:
+            choice: One of `vitscope.data.cache_choices.CHOICES`.
+            device: The model's.
+
+        Raises:
+            ConfigError: An unknown choice, or a place without the space.
+            StorageError: The disk has no space.
+        """
+        batches = copy.copy(self)
+        batches._keep(batch_cache.choose_place(choice, self.n_bytes, device), device)
+        return batches
+
+    def target_batches(self) -> Iterator[Tensor]:
+        """Yield the targets of each batch; no image is read where `targets` was given."""
+        for index in range(self._n_batches):
+            yield self[index][1] if self._targets is None else self._targets(index)
 
     def __len__(self) -> int:
         return self._n_batches
@@ -61,12 +99,14 @@ class ProbeBatches(Sequence[Batch]):
         if not -self._n_batches <= index < self._n_batches:
             raise IndexError(f"Expected a batch in 0..{self._n_batches - 1}, received {index}.")
         index %= self._n_batches
-        if self._kept is None:
-            return self._build(index)
-        if index not in self._kept:
-            self._kept[index] = self._build(index)
-        x, y = self._kept[index]
-        return x.clone(), y.clone()
+        if self._store is not None and (batch := self._store.get(index)) is not None:
+            return batch
+        x, y = self._build(index)
+        if self._store is not None:
+            self._store.put(index, (x, y))
+            if (batch := self._store.get(index)) is not None:
+                return batch
+        return x.to(self.device), y.to(self.device)
 
 
 def limit_images(n_images: int | None, available: int, name: str | None) -> int:

@@ -115,7 +115,7 @@ class BasisBuffer:
 
     def _free(self, placement: str, device: torch.device) -> float:
         """Return the bytes for the rows of all ranks together, where each rank has as many as the one that has the fewest."""
-        free = _free_bytes(placement, device)
+        free = free_bytes(placement, device)
         if self._kept is not None and placement == self.placement:
             free += self._kept.numel() * self._kept.element_size()
         if self.n_shares == 1:
@@ -153,7 +153,7 @@ def _candidates(device: torch.device) -> tuple[str, ...]:
     return ("device", "disk") if device.type == "cpu" else ("device", "cpu", "disk")
 
 
-def _free_bytes(placement: str, device: torch.device) -> float:
+def free_bytes(placement: str, device: torch.device) -> float:
     """Return the free bytes of one process: what processes share on a machine is divided among them."""
     if placement == "device" and device.type != "cpu":
         return free_memory(device)
@@ -164,16 +164,32 @@ def _free_bytes(placement: str, device: torch.device) -> float:
 
 
 def _mapped(capacity: int, size: int, dtype: torch.dtype) -> Tensor:
-    """Return an uninitialized tensor in a file without a name; its blocks are reserved, so that writing cannot fail."""
-    n_bytes = capacity * size * dtype.itemsize
+    """Return an uninitialized tensor in a file without a name, see `file_tensor`."""
+    raw = file_tensor(capacity * size * dtype.itemsize, "basis", "set TMPDIR to a larger disk, or max_memory to less")
+    return raw.view(dtype).view(capacity, size)
+
+
+def file_tensor(n_bytes: int, key: str, fix: str) -> Tensor:
+    """Return uninitialized bytes ``(n_bytes,)`` in a mapped file without a name in the folder for temporary files (``TMPDIR``).
+
+    Its blocks are reserved, so that writing cannot fail; the file ends with the tensor, or with the process.
+
+    Args:
+        n_bytes: number of bytes.
+        key: the configuration's key that asked for a file, for the error.
+        fix: what to do where there is no space.
+
+    Raises:
+        StorageError: the disk has no space.
+    """
     if n_bytes == 0:
-        return torch.empty(capacity, size, dtype=dtype)
+        return torch.empty(0, dtype=torch.uint8)
     folder = tempfile.gettempdir()
-    with tempfile.TemporaryFile(dir=folder, prefix="vitscope-basis-") as file:
+    with tempfile.TemporaryFile(dir=folder, prefix=f"vitscope-{key.rpartition('.')[2]}-") as file:
         try:
             os.posix_fallocate(file.fileno(), 0, n_bytes)
         except OSError as error:
             reason = f"no {n_bytes / 2**20:.0f} MiB can be reserved in {folder} ({error.strerror})"
-            raise StorageError("basis", "disk", reason, "set TMPDIR to a larger disk, or max_memory to less") from error
+            raise StorageError(key, "disk", reason, fix) from error
         raw = np.memmap(file, dtype=np.uint8, mode="r+", shape=(n_bytes,))
-    return torch.from_numpy(raw).view(dtype).view(capacity, size)
+    return torch.from_numpy(raw)

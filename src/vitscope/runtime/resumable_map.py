@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import Any, TypeVar
 
@@ -21,6 +22,9 @@ def map_resumably(
     name: Callable[[Key], str],
     partial: Partial | None,
     description: str,
+    compute_group: Callable[[Sequence[Key]], Sequence[Row]] | None = None,
+    group: Callable[[Key], Any] | None = None,
+    group_size: int = 1,
 ) -> list[Row]:
     """Return ``compute(key)`` of every key in the order of ``keys``; only rows that ``partial`` lacks are computed.
 
@@ -33,9 +37,12 @@ def map_resumably(
         name: a key's name in ``partial``.
         partial: finished rows; None stores no row.
         description: shown with the progress.
+        compute_group: computes the rows of several keys, equal to those of ``compute``; used where ``group_size`` exceeds 1.
+        group: neighbors with one value may be computed together; all of them by default.
+        group_size: most keys that are computed together.
 
     Raises:
-        Interrupted: a stop was requested; the finished rows are stored.
+        Interrupted: a stop was requested; the finished rows are stored, those of an unfinished group are not.
     """
     names = {key: name(key) for key in keys}
     stored = {n: dict(partial[n]) for n in names.values() if n in partial} if partial is not None else {}
@@ -44,10 +51,26 @@ def map_resumably(
     rank, world = distributed.rank(), distributed.world_size()
     share = missing[rank * len(missing) // world : (rank + 1) * len(missing) // world]
     computed: dict[str, Row] = {}
-    for key in progress.track(share, description):
-        computed[names[key]] = stored_row(partial, names[key], functools.partial(compute, key))
+    if compute_group is not None and group_size > 1:
+        for keys_of_group in progress.track(_groups(share, group, group_size), description):
+            for key, row in zip(keys_of_group, compute_group(keys_of_group), strict=True):
+                computed[names[key]] = stored_row(partial, names[key], functools.partial(dict, row))
+    else:
+        for key in progress.track(share, description):
+            computed[names[key]] = stored_row(partial, names[key], functools.partial(compute, key))
     finished |= merge_rows(computed)
     return [finished[names[key]] for key in keys]
+
+
+def _groups(keys: Sequence[Key], group: Callable[[Key], Any] | None, most: int) -> list[Sequence[Key]]:
+    """Return neighbors with one value of ``group`` together, in parts of nearly equal size of at most ``most``."""
+    parts: list[Sequence[Key]] = []
+    for _, members in itertools.groupby(keys, key=group or (lambda _: None)):
+        members = list(members)
+        n_parts = -(-len(members) // most)
+        ends = [i * len(members) // n_parts for i in range(n_parts + 1)]
+        parts += [members[start:end] for start, end in itertools.pairwise(ends)]
+    return parts
 
 
 def stored_row(partial: Partial | None, name: str, compute: Callable[[], Row], required: Sequence[str] = ()) -> Row:

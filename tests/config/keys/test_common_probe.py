@@ -47,7 +47,7 @@ def test_the_keys_set_all_chosen_analyses(command: str, caplog: pytest.LogCaptur
         "probe.n_images=7: not applied to analysis.taps: it reads shapes from one image",
         "probe.augment=false: not applied to analysis.taps: it reads shapes from one image",
     ]
-    assert loading.plain(cfg.probe) == {"split": None, "n_images": None, "augment": None}
+    assert loading.plain(cfg.probe) == {"split": None, "n_images": None, "augment": None, "cache": "auto"}
     validate_plain_values(cfg)
     before = loading.plain(cfg)
     common_probe.apply_common_probe(cfg)

@@ -1,7 +1,8 @@
 """Images and objective that all chosen analyses share: the keys ``probe.*``, and the defaults for a checkpoint without a run.
 
 Both are written into the nodes of the analyses before anything is validated or hashed, so that results, their names and their
-cards follow from ``analysis.<name>.probe`` and ``objective`` alone. The keys ``probe.*`` are null afterwards.
+cards follow from ``analysis.<name>.probe`` and ``objective`` alone. The keys ``probe.*`` are null afterwards, but for
+``probe.cache``.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from vitscope.config import loading
+from vitscope.data.cache_choices import check_choice
 from vitscope.runtime import errors
 from vitscope.runtime.errors import ConfigError
 
@@ -22,6 +24,9 @@ _logger = logging.getLogger(__name__)
 
 #: keys of ``probe`` at the top of a configuration
 COMMON_KEYS = ("split", "n_images", "augment")
+
+#: key of ``probe`` that changes no number and stays where it is: no part of an analysis, of its result's name or its card
+CACHE = "cache"
 
 #: ``probe.n_images`` that stands for every image of the split; null leaves each analysis its own number
 ALL_IMAGES = "all"
@@ -50,7 +55,7 @@ def apply_common_probe(cfg: DictConfig, overrides: Sequence[str] = ()) -> None:
     common = cfg.get("probe")
     if common is None:
         return
-    values = {key: value for key, value in checked_probe(common).items() if value is not None}
+    values = {key: value for key, value in checked_probe(common).items() if value is not None and key != CACHE}
     if not values:
         return
     keys = overridden_keys(overrides)
@@ -129,14 +134,16 @@ def checked_probe(common: Any) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ConfigError("probe", values, "not a group of keys", "set probe.split=test")
     for key, value in values.items():
-        if key not in COMMON_KEYS:
-            fix = f"{errors.nearest(str(key), COMMON_KEYS)} an analysis alone has analysis.<name>.probe.{key}"
+        if key not in (*COMMON_KEYS, CACHE):
+            fix = f"{errors.nearest(str(key), (*COMMON_KEYS, CACHE))} an analysis alone has analysis.<name>.probe.{key}"
             raise ConfigError(f"probe.{key}", value, "no key of all analyses", fix)
     split, n_images, augment = (values.get(key) for key in COMMON_KEYS)
     if split is not None and not isinstance(split, str):
         raise ConfigError("probe.split", split, "not the name of a split", "set train, val or test")
     if n_images not in (None, ALL_IMAGES) and (type(n_images) is not int or n_images < 1):
         raise ConfigError("probe.n_images", n_images, "not a number of images", "set a number from 1 on, or all")
+    if values.get(CACHE) is not None:
+        check_choice(values[CACHE])
     recipes = loading.options("objective")
     if augment is not None and not isinstance(augment, bool) and augment not in recipes:
         fix = errors.nearest(str(augment), ["true", "false", *recipes])

@@ -38,13 +38,17 @@ def prepare_batch(index: int, batch: Batch, device: torch.device, dtype: torch.d
     return (x.map(cast) if isinstance(x, BatchInputs) else cast(x)), cast(y)
 
 
-def count_examples(batches: Iterable[Batch], objective: Objective) -> tuple[int, int, int]:
+def count_examples(sizes_and_targets: Iterable[tuple[int, Tensor]], objective: Objective) -> tuple[int, int, int]:
     """Return the images in all batches, those in the first, and the examples with a label.
+
+    Args:
+        sizes_and_targets: number of images and targets of each batch.
+        objective: says which examples count.
 
     Raises:
         ValueError: no batch.
     """
-    counts = [(len(x), objective.n_examples(y)) for x, y in batches]
+    counts = [(size, objective.n_examples(y)) for size, y in sizes_and_targets]
     if not counts:
         raise ValueError("Expected at least one batch (x, y), received none.")
     return sum(size for size, _ in counts), counts[0][0], sum(labeled for _, labeled in counts)

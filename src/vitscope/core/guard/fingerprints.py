@@ -101,6 +101,16 @@ class SeenBatches:
             )
         self._length = count
 
+    def checked_share(self, batches: Iterable[tuple[int, Any]]) -> Iterator[tuple[int, Any]]:
+        """Yield the number of a batch and the batch for some of all batches.
+
+        Raises:
+            ValueError: a batch that differs from the one of its number on an earlier pass.
+        """
+        for index, batch in batches:
+            self._check(index, batch)
+            yield index, batch
+
     def _check(self, index: int, batch: Any) -> None:
         tensors = [t for part in batch for t in tensors_of(part)] if isinstance(batch, tuple | list) else []
         earlier_tensors = self._tensors.get(index, [])

@@ -158,6 +158,26 @@ class CheckedBatches:
         """How batches are read and outputs selected."""
         return self._checks.format
 
+    @property
+    def reads_by_index(self) -> bool:
+        """Whether one batch can be read without those before it; batches say so with an attribute of this name."""
+        return bool(getattr(self.source, "reads_by_index", False))
+
+    @property
+    def is_read_again(self) -> bool:
+        """Whether each pass reads and decodes the images; batches say so with an attribute of this name."""
+        return bool(getattr(self.source, "is_read_again", False))
+
+    def at(self, indices: Iterable[int]) -> Iterator[tuple[int, tuple[Any, Tensor]]]:
+        """Yield the number of a batch and the batch for each of some numbers; no other is read."""
+        return ((index, self._checks.batch(index, self.source[index])) for index in indices)
+
+    def targets(self) -> Iterator[Tensor] | None:
+        """Return the targets of each batch, class indices as int64; None where they are not at hand without the images."""
+        if not hasattr(self.source, "target_batches"):
+            return None
+        return (as_indices(self._checks.loss, y) for y in self.source.target_batches())
+
     def __iter__(self) -> Iterator[tuple[Any, Tensor]]:
         """Yield ``(x, y)``, class indices as int64."""
         return (self._checks.batch(index, batch) for index, batch in enumerate(self.source))

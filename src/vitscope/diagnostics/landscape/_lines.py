@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from contextlib import ExitStack
 
@@ -50,20 +51,27 @@ def measure_lines(
             return index, line.enter_context(points_in_plane(probe.parameters(), None, d)), norms, norm(d)
 
         def compute(key: LineKey) -> Row:
-            nonlocal current
-            if current is None or current[0] != key[0]:
-                current = begin(key[0])
-            _, move, norms, length = current
-            move(0.0, key[1])
-            zero, at = np.zeros(()), np.asarray(key[1])
-            l2 = {"l2_half_sq": norms.half_sq(decay, zero, at), "l2_sum_norm": norms.sum_norm(decay, zero, at)}
-            return {
-                **evaluate_current_weights(),
-                **{name: float(value) for name, value in l2.items()},
-                "direction_norm": length,
-            }
+            return compute_line([key])[0]
 
-        return map_resumably(keys, compute, name=_name, partial=partial, description=description)
+        def compute_line(keys_of_line: Sequence[LineKey]) -> list[Row]:
+            nonlocal current
+            index = keys_of_line[0][0]
+            if current is None or current[0] != index:
+                current = begin(index)
+            _, move, norms, length = current
+            measured = evaluate_current_weights.at([functools.partial(move, 0.0, at) for _, at in keys_of_line])
+            zero = np.zeros(())
+            rows = []
+            for (_, coordinate), row in zip(keys_of_line, measured):
+                at = np.asarray(coordinate)
+                l2 = {"l2_half_sq": norms.half_sq(decay, zero, at), "l2_sum_norm": norms.sum_norm(decay, zero, at)}
+                rows.append({**row, **{name: float(v) for name, v in l2.items()}, "direction_norm": length})
+            return rows
+
+        return map_resumably(
+            keys, compute, name=_name, partial=partial, description=description, compute_group=compute_line,
+            group=lambda key: key[0], group_size=evaluate_current_weights.group_size,
+        )  # fmt: skip
 
 
 def _name(key: LineKey) -> str:

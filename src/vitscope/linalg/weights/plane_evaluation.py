@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -49,7 +50,13 @@ def plane_rows(
                 move(*point)
                 return evaluate_current_weights()
 
+            def compute_row(row: Sequence[tuple[float, float]]) -> list[dict[str, float]]:
+                return evaluate_current_weights.at([functools.partial(move, *point) for point in row])
+
             def name(point: tuple[float, float]) -> str:
                 return f"{row_prefix}{point[0]!r},{point[1]!r}"
 
-            return map_resumably(points, compute, name=name, partial=partial, description=description)
+            return map_resumably(
+                points, compute, name=name, partial=partial, description=description, compute_group=compute_row,
+                group=lambda point: point[0], group_size=evaluate_current_weights.group_size,
+            )  # fmt: skip
