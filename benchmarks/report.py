@@ -1,10 +1,13 @@
-"""The report of 200 finished runs: wall time and peak memory of `python report.py`, measured from outside.
+"""The report of 200 finished runs: wall time and peak memory of `python report.py`; lists and tables of 2,000 from their index.
 
     python benchmarks/report.py --runs 200
+    python benchmarks/report.py --runs 2000 --index
 
 Writes run folders with the default analyses' own result types (spectra of 16 batches, 21x21 surfaces, slices, Fourier
 curves of 25 taps) and 2,000 journal rows each: 40 experiments (ten models, four learning rates) of five seeds. Then runs
 the command in a process of its own. Memory is that of all its processes together. Goal: under 60 s and under 2 GB.
+With `--index`: `vitscope runs list` and `vitscope report table=models` without an index, with the one that they wrote, and after
+one run was added; their outputs must be equal byte for byte.
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ from vitscope.diagnostics.fourier.relative_log_amplitude import RelativeLogAmpli
 from vitscope.diagnostics.hessian.hessian_max_eigenvalue_spectrum import HessianMaxEigenvalueSpectrumResult
 from vitscope.diagnostics.landscape.loss_landscape import LossLandscapeResult
 from vitscope.diagnostics.landscape.loss_slice import LossSliceResult
+from vitscope.reports import entry_index
 from vitscope.runs import result_store
 
 SEEDS = 5
@@ -97,7 +101,8 @@ def write_run(root: Path, number: int, rng: np.random.Generator) -> None:
     path = root / f"run-{number:04d}"
     path.mkdir(parents=True)
     (path / "config.yaml").write_text(yaml.safe_dump(cfg))
-    facts = {"command": "train", "status": "finished", "seed": seed, "created": f"2026-01-01T{number:06d}"}
+    created = f"2026-01-01T{number // 3600:02d}:{number // 60 % 60:02d}:{number % 60:02d}+0000"
+    facts = {"command": "train", "status": "finished", "seed": seed, "created": created}
     (path / "provenance.json").write_text(json.dumps(facts))
     loss = 2 * np.exp(-np.arange(2000) / 800) + 0.1 * rng.random(2000)
     rows = [{"step": i, "epoch": i // 700, "time": 0.0, "train/loss": float(v)} for i, v in enumerate(loss)]
@@ -128,14 +133,51 @@ def resident(pid: int) -> int:
     return sum(1024 * int(line.split()[1]) for line in lines if line.startswith("Pss:"))
 
 
+def timed(*arguments: str) -> tuple[float, float, bytes]:
+    """Run a command of vitscope; return its seconds, those of its processor, and its output."""
+    before, started = os.times(), time.perf_counter()
+    process = subprocess.run([sys.executable, "-m", "vitscope", *arguments], stdout=subprocess.PIPE, check=True)
+    wall, after = time.perf_counter() - started, os.times()
+    cpu = after.children_user + after.children_system - before.children_user - before.children_system
+    return wall, cpu, process.stdout
+
+
+def compare_index(root: Path, n: int, rng: np.random.Generator) -> None:
+    """Print the time of lists and tables without and with the index, and check that their outputs are equal."""
+    runs = root / "runs"
+    time.sleep(3)  # runs that were written just now are not kept
+    commands = {
+        "runs list": ("runs", "list", str(runs)),
+        "report table=models": ("report", "table=models", f"paths.runs={runs}", f"out={root}/out"),
+    }
+    for name, command in commands.items():
+        (runs / entry_index.FILE).unlink(missing_ok=True)
+        outputs = []
+        for title in ("without an index", "with it"):
+            wall, cpu, output = timed(*command)
+            outputs.append(output)
+            print(f"{name}, {n} runs, {title}: wall {wall:.1f} s, processor {cpu:.1f} s")
+        if outputs[0] != outputs[1]:
+            raise SystemExit(f"{name}: the output with the index differs")
+    print(f"index: {(runs / entry_index.FILE).stat().st_size / 2**20:.1f} MiB; equal outputs")
+    write_run(runs, n, rng)
+    wall, cpu, _ = timed(*commands["runs list"])
+    print(f"runs list, one run added: wall {wall:.1f} s, processor {cpu:.1f} s")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=200)
-    n = parser.parse_args().runs
+    parser.add_argument("--index", action="store_true", help="compare lists and tables without and with the index")
+    arguments = parser.parse_args()
+    n = arguments.runs
     with tempfile.TemporaryDirectory() as folder:
         root, rng = Path(folder), np.random.default_rng(0)
         for number in range(n):
             write_run(root / "runs", number, rng)
+        if arguments.index:
+            compare_index(root, n, rng)
+            return
         command = [sys.executable, "-m", "vitscope", "report", f"paths.runs={root}/runs", f"out={root}/out"]
         before, started = os.times(), time.perf_counter()
         with open(os.devnull, "w") as null:

@@ -119,7 +119,7 @@ def list_runs(names: Sequence[str], options: Mapping[str, str]) -> None:
         raise ConfigError("runs", " ".join(names), "several folders", "name one")
     root = Path(names[0]) if names else _root(options)
     damaged = [run_index.Damage(path, f"has no {name}") for path, name in run_dir.incomplete(root)]
-    summaries = _summaries(run_dir.every(root), damaged)
+    summaries = _summaries(run_dir.every(root), damaged, root)
     if not summaries and not damaged:
         raise DataError(
             "paths.runs", root, "no run there", "train one (vitscope train), or name another folder: runs=<folder>"
@@ -140,10 +140,10 @@ def list_runs(names: Sequence[str], options: Mapping[str, str]) -> None:
         raise DataError("runs", None, reason, "mend or delete them; the list holds the others")
 
 
-def _summaries(runs: Sequence[run_dir.Run], damaged: list[run_index.Damage]) -> list[Summary]:
-    """Return the summaries of readable runs; the others are added to ``damaged``."""
+def _summaries(runs: Sequence[run_dir.Run], damaged: list[run_index.Damage], root: Path | None = None) -> list[Summary]:
+    """Return the summaries of readable runs; the others are added to ``damaged``. ``root`` has an index of all runs below it."""
     summaries = []
-    for entry in run_index.collect(runs, damaged):
+    for entry in run_index.collect(runs, damaged, root):
         try:
             summaries.append(run_listing.summarize(entry))
         except StorageError as error:

@@ -55,7 +55,8 @@ def report(cfg: DictConfig) -> Path:
     out = Path(cfg.out)
     stop_flag.check()
     damaged: list[run_index.Damage] = []
-    entries = run_index.collect(_folders(cfg, damaged), damaged)
+    index_root = Path(cfg.paths.runs) if cfg.runs is None else None
+    entries = run_index.collect(_folders(cfg, damaged), damaged, index_root)
     for damage in damaged:
         log_problem(_logger, str(damage))
     saved = saved_results.saved_entries(_saved_files(cfg), cfg.tag, entries)

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from vitscope.config import experiment_identity
+from vitscope.reports import entry_index
+from vitscope.reports.entry_index import EntryIndex
 from vitscope.reports.run_entry import Entry
 from vitscope.reports.run_files import read_entry
 from vitscope.runs.run_dir import Run
@@ -32,16 +34,22 @@ class Damage:
         return redaction.masked(" ".join(f"damaged: {self.path}: {self.why}; left out".split()))
 
 
-def collect(runs: Sequence[Run], damaged: list[Damage] | None = None) -> list[Entry]:
+def collect(runs: Sequence[Run], damaged: list[Damage] | None = None, root: Path | None = None) -> list[Entry]:
     """Return the entries of ``runs`` with their labels, runs of one experiment together, by data, label and seed.
 
     Args:
         runs: Run folders.
         damaged: List to which unreadable folders are added; they are left out. None: the first one raises its error.
+        root: Folder of all the runs, whose index spares reading those that are unchanged (`vitscope.reports.entry_index`); None
+            reads each run's files.
 
     Where an experiment was run twice with one seed, the newest finished run counts and the others are superseded.
     """
-    return labeled([entry for run in runs if (entry := _readable(run, damaged)) is not None])
+    index = None if root is None or damaged is None else EntryIndex(root)
+    entries = [entry for run in runs if (entry := _readable(run, damaged, index)) is not None]
+    if index is not None:
+        index.save()
+    return labeled(entries)
 
 
 def labeled(entries: Sequence[Entry]) -> list[Entry]:
@@ -74,12 +82,19 @@ def _natural(text: str) -> tuple[Any, ...]:
     return tuple((0, float(p), "") if p.replace(".", "", 1).isdigit() else (1, 0.0, p) for p in parts)
 
 
-def _readable(run: Run, damaged: list[Damage] | None) -> Entry | None:
+def _readable(run: Run, damaged: list[Damage] | None, index: EntryIndex | None) -> Entry | None:
     """Return a run's entry, None for a damaged one; whatever is derived from it is tried here, not in a table."""
+    signature = None if index is None else entry_index.signature(run)
+    if index is not None and signature is not None:
+        if (known_entry := index.entry(run, signature)) is not None:
+            return known_entry
+        index.begin()
     try:
         entry = read_entry(run, whole=damaged is not None)
         _ = (entry.seed, entry.status, entry.family, entry.kin, entry.data, entry.untrained, entry.tags(), _rank(entry))
         experiment_identity.labels({entry.group: entry.config})
+        if index is not None and signature is not None:
+            index.add(run, signature, entry)
         return entry
     except Exception as error:  # a stranger's folder may hold anything
         if damaged is None:
