@@ -15,7 +15,7 @@ from rich.console import Console
 
 from tests.helpers import job_functions, slurm_commands
 from vitscope.cli import reproduce_jobs
-from vitscope.reproduce import job_display, plan, planned_work, slurm_job, trial_jobs
+from vitscope.reproduce import job_display, plan, slurm_job, trial_jobs
 from vitscope.reproduce.plan import Outcome, Trial
 from vitscope.reproduce.planned_work import EXISTS, TRAIN, PlannedTrial
 from vitscope.reproduce.trial_jobs import TrialJob, TrialJobs
@@ -315,17 +315,3 @@ def test_a_job_on_a_compute_node_trains_as_one_process(tmp_path: Path, monkeypat
     monkeypatch.delenv("MARK", raising=False)
     assert seen == {"SLURM_NTASKS": None, "SLURM_PROCID": None, "SLURM_JOB_ID": "7", "MARK": "1"}
     assert (folder / "output.txt").read_text() == "in the job\n"
-
-
-def test_one_reproduction_at_a_time_uses_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        planned_work, "plan_trials", lambda trials, root, checks: [planned(*t.overrides) for t in trials]
-    )
-    monkeypatch.setattr(reproduce_jobs.cost_estimates, "estimate", lambda planned, rates: [])
-    monkeypatch.setattr(reproduce_jobs, "fork", fork)
-    work = reproduce_jobs.work(None, 1, launcher="local", slurm={}, rates=lambda: None, checks=False)  # type: ignore[arg-type, return-value]  # the estimate is replaced
-    first = work([Trial(("seed=0",)), Trial(("seed=1",))], tmp_path)
-    assert next(first)[0].name == "seed=0"
-    with pytest.raises(ConfigError, match="runs=jobs: another process runs it"):
-        next(work([Trial(("seed=0",))], tmp_path))
-    assert [trial.name for trial, _ in first] == ["seed=1"]

@@ -92,6 +92,12 @@ class Jobs:
 
     def watch(self) -> None: ...
 
+    def ended_elsewhere(self) -> list[int]:
+        return []
+
+    def waits_for_others(self) -> bool:
+        return False
+
 
 def test_jobs_that_have_to_wait_start_once_they_can() -> None:
     jobs = Jobs([0, 1, 2, 3])

@@ -184,13 +184,6 @@ def test_hyperband_ends_the_trial_that_falls_behind(tmp_path: Path, monkeypatch:
     assert [len(starts(trial)) for trial in again.trials] == [1, 1]
 
 
-def test_one_process_a_sweep(tmp_path: Path) -> None:
-    first = local(sweep_of(do="finish"), tmp_path)
-    with pytest.raises(ConfigError, match="another process runs it"):
-        local(sweep_of(do="finish"), tmp_path)
-    assert first.run() == 0
-
-
 def test_the_live_table_has_a_row_a_trial(tmp_path: Path) -> None:
     run = local(sweep_of(do=["finish", "fail"]), tmp_path)
     run.run()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,13 +12,18 @@ from vitscope.cli import exit_codes
 from vitscope.config import error_translation
 from vitscope.reproduce import trial_jobs
 from vitscope.reproduce.plan import Outcome, Trial
+from vitscope.runs import run_lock
 from vitscope.runtime import stop_flag
+from vitscope.runtime.errors import LockHeldError
 from vitscope.runtime.stop_flag import Interrupted
 
 _logger = logging.getLogger(__name__)
 
 #: modules that a server of jobs imports
 IMPORTS = ("vitscope.reproduce.trial", __name__)
+
+#: seconds between two looks at a folder that another process holds
+_WAIT_S = 1.0
 
 
 def run_job(trial: Trial, root: Path, folder: Path) -> int:
@@ -29,12 +35,34 @@ def run_job(trial: Trial, root: Path, folder: Path) -> int:
         folder: Folder of the job.
     """
     outcomes: list[Outcome] = []
-    code = exit_codes.run_command(lambda: outcomes.append(attempted(trial, root)))
+
+    def work() -> None:
+        with run_lock.released_at_end():
+            folder.mkdir(parents=True, exist_ok=True)
+            _hold(folder)
+            outcomes.append(attempted(trial, root))
+
+    code = exit_codes.run_command(work)
     if stop_flag.requested() is not None:
         return code
     outcome = outcomes[0] if outcomes else Outcome(None, (f"{trial.name} (exit code {code}, see {folder}/output.txt)",))
     trial_jobs.write_outcome(outcome, folder)
     return code
+
+
+def _hold(folder: Path) -> None:
+    """Hold a job's folder, so that others wait for this process should the one that started it be killed.
+
+    A process that an earlier start left behind is waited for: it saves what it has.
+    """
+    while True:
+        try:
+            run_lock.acquire(folder)
+        except LockHeldError:
+            stop_flag.check()
+            time.sleep(_WAIT_S)
+        else:
+            return
 
 
 def run_submitted_job(trial: Trial, root: Path, folder: Path, environment: Mapping[str, str]) -> int:

@@ -13,7 +13,7 @@ from vitscope.reproduce import cost_estimates, job_display, planned_work, slurm_
 from vitscope.reproduce.cost_estimates import Rates
 from vitscope.reproduce.plan import Outcome, Trial
 from vitscope.reproduce.trial_jobs import Launcher, TrialJob
-from vitscope.sweep import local_runner, trial_process
+from vitscope.sweep import trial_process
 from vitscope.sweep.forked_job import ForkedJob
 from vitscope.sweep.trial_process import JobProcess, Slot
 
@@ -70,12 +70,8 @@ def _performed(
     costs = cost_estimates.estimate(planned, rates())
     _logger.info(work_listing.start_text(planned, costs, len(slots)))
     seconds = {p.trial: c.seconds for p, c in zip(planned, costs) if c.seconds and not c.unknown_time}
-    lock = local_runner.lock(root / trial_jobs.FOLDER, "runs")
-    try:
-        with job_display.JobDisplay(root, job_display.TimeLeft(seconds, len(slots))) as display:
-            yield from trial_jobs.outcomes(trial_jobs.TrialJobs(planned, root, launch, display), slots)
-    finally:
-        lock.close()
+    with job_display.JobDisplay(root, job_display.TimeLeft(seconds, len(slots))) as display:
+        yield from trial_jobs.outcomes(trial_jobs.TrialJobs(planned, root, launch, display), slots)
 
 
 def fork(job: TrialJob, slot: Slot) -> JobProcess:

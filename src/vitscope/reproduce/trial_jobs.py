@@ -12,7 +12,8 @@ from vitscope.config import loading
 from vitscope.reproduce.plan import Outcome, Trial
 from vitscope.reproduce.planned_work import PlannedTrial
 from vitscope.runtime import atomic_write
-from vitscope.sweep import job_scheduler, trial_process
+from vitscope.sweep import job_scheduler, trial_leases, trial_process
+from vitscope.sweep.trial_leases import TrialLeases
 from vitscope.sweep.trial_process import OUTPUT, JobProcess, Slot
 
 #: folder of the jobs' output below the folder of runs
@@ -67,7 +68,7 @@ Show = Callable[["TrialJobs", "TrialJob | None"], None]
 
 
 class TrialJobs:
-    """Supplies trials to `job_scheduler.run_jobs`; two that share a training never run at the same time.
+    """Supplies trials to `job_scheduler.run_jobs`; two that share a training never run at the same time, in any invocation.
 
     Args:
         planned: Trials in the order in which to start them.
@@ -83,6 +84,8 @@ class TrialJobs:
         self.show = show
         self._launch = launch
         self._waiting = list(self.jobs)
+        self._ended_elsewhere: list[TrialJob] = []
+        self._leases = TrialLeases(root.absolute() / FOLDER)
         self._updated = 0.0
 
     def running(self) -> list[TrialJob]:
@@ -90,12 +93,45 @@ class TrialJobs:
         return [job for job in self.jobs if job.process is not None]
 
     def next_job(self) -> TrialJob | None:
-        """Return the next job whose training no running job performs."""
+        """Return the next job whose training no running job performs, here or in another invocation; None for none now.
+
+        A trial that another invocation has ended meanwhile is not performed again: its outcome counts here too.
+        """
+        self._leases.begin()
         busy = {job.planned.identity for job in self.running()}
-        job = next((job for job in self._waiting if job.planned.identity not in busy), None)
-        if job is not None:
-            self._waiting.remove(job)
-        return job
+        for job in list(self._waiting):
+            if job.planned.identity in busy or not self._leases.acquire(job.planned.identity):
+                continue
+            if self._leases.is_new(job.folder / OUTCOME) and (outcome := read_outcome(job.folder)) is not None:
+                self._leases.release(job.planned.identity)
+                self._waiting.remove(job)
+                job.outcome = outcome
+                self._ended_elsewhere.append(job)
+                self.show(self, job)
+            elif self._has_living_child(job):
+                self._leases.release(job.planned.identity, again_later=True)
+            else:
+                self._waiting.remove(job)
+                return job
+        return None
+
+    def _has_living_child(self, job: TrialJob) -> bool:
+        """Tell whether a process that an invocation left behind still works on the training of a job."""
+        folders = [other.folder for other in self.jobs if other.planned.identity == job.planned.identity]
+        return any(trial_leases.is_in_use(folder) for folder in folders)
+
+    def ended_elsewhere(self) -> list[TrialJob]:
+        """Return the jobs that another invocation has ended since the last call."""
+        jobs, self._ended_elsewhere = self._ended_elsewhere, []
+        return jobs
+
+    def waits_for_others(self) -> bool:
+        """Tell whether another invocation performs a training of these trials."""
+        return bool(self._waiting)
+
+    def close(self) -> None:
+        """Give the leases back."""
+        self._leases.close()
 
     def start(self, job: TrialJob, slot: Slot) -> JobProcess:
         """Start a job."""
@@ -108,6 +144,12 @@ class TrialJobs:
     def end(self, job: TrialJob, process: JobProcess, stopping: bool) -> None:
         """Take note of how a job ended."""
         job.process, job.seconds = None, time.monotonic() - job.started
+        try:
+            self._note_outcome(job, process, stopping)
+        finally:
+            self._leases.release(job.planned.identity)
+
+    def _note_outcome(self, job: TrialJob, process: JobProcess, stopping: bool) -> None:
         if stopping:
             return
         job.outcome = read_outcome(job.folder)
@@ -115,6 +157,7 @@ class TrialJobs:
             code = trial_process.exit_code(process)
             reason = trial_process.last_error(job.output) or "no message"
             job.outcome = Outcome(None, (f"{job.trial.name} (its process ended with {code}: {reason}; {job.output})",))
+            write_outcome(job.outcome, job.folder)  # for other invocations
         self.show(self, job)
 
     def watch(self) -> None:
@@ -134,9 +177,12 @@ def outcomes(jobs: TrialJobs, slots: Sequence[Slot]) -> Iterator[tuple[Trial, Ou
     Raises:
         Interrupted: A stop was asked for; the trials that ran have saved their checkpoints.
     """
-    for job in job_scheduler.run_jobs(jobs, slots):
-        assert job.outcome is not None
-        yield job.trial, job.outcome
+    try:
+        for job in job_scheduler.run_jobs(jobs, slots):
+            assert job.outcome is not None
+            yield job.trial, job.outcome
+    finally:
+        jobs.close()
 
 
 def folder_name(trial: Trial) -> str:

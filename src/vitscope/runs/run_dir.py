@@ -6,7 +6,6 @@ Layout: ``config.yaml provenance.json metrics.jsonl checkpoints/ results/ figure
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import platform
@@ -128,16 +127,12 @@ class Run:
         Raises:
             StorageError: the folder is gone.
         """
-        try:
-            descriptor = os.open(self.path, os.O_RDONLY)
-        except OSError as error:
-            raise StorageError("run", self.path, f"no such folder ({error.strerror})", "start a new run") from None
-        try:
-            with contextlib.suppress(OSError):  # a file system without locks: the last writer wins
-                fcntl.flock(descriptor, fcntl.LOCK_EX)
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(run_lock.exclusive(self.path))
+            except OSError as error:
+                raise StorageError("run", self.path, f"no such folder ({error.strerror})", "start a new run") from None
             yield
-        finally:
-            os.close(descriptor)  # and with it the lock
 
 
 def create(cfg: DictConfig, command: str) -> Run:

@@ -10,6 +10,7 @@ trains, ``analyze.py`` measures its checkpoints that stay as they are (``init``,
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import logging
 import os
@@ -24,7 +25,7 @@ from typing import Any
 
 from vitscope.runtime import safe_files
 from vitscope.runtime.atomic_write import host_identity, is_alive, temporary_path
-from vitscope.runtime.errors import StorageError
+from vitscope.runtime.errors import LockHeldError, StorageError
 
 _logger = logging.getLogger(__name__)
 
@@ -50,7 +51,8 @@ def acquire(folder: Path) -> None:
     """Take the lock of a run folder, which exists, and start its heartbeat.
 
     Raises:
-        StorageError: another training holds it, or the folder cannot be written.
+        LockHeldError: another training holds it.
+        StorageError: the folder cannot be written.
     """
     folder = folder.absolute()
     path = folder / FILE
@@ -62,8 +64,9 @@ def acquire(folder: Path) -> None:
         with candidate.open("x") as file:  # never through a link that waits under that name
             file.write(text)
         try:
-            while not _linked(candidate, path, text):
-                _refuse_or_take_over(path, candidate.stat().st_mtime)
+            with exclusive(folder):
+                while not _linked(candidate, path, text):
+                    _refuse_or_take_over(path, candidate.stat().st_mtime)
         finally:
             candidate.unlink(missing_ok=True)
     except OSError as error:
@@ -82,9 +85,28 @@ def release(folder: Path) -> None:
         return
     held.ended.set()
     path = folder.absolute() / FILE
-    with contextlib.suppress(OSError, StorageError):  # the folder is gone, or something else lies there
+    # the folder is gone, or something else lies there
+    with contextlib.suppress(OSError, StorageError), exclusive(folder.absolute()):
         if safe_files.read_text(path, _LARGEST) == held.text:
             path.unlink()
+
+
+@contextlib.contextmanager
+def exclusive(folder: Path) -> Iterator[None]:
+    """Keep other processes out of the same block: for a moment in which a file is read and then changed.
+
+    The system gives it back when a process dies. On a file system without such locks the last writer wins.
+
+    Raises:
+        OSError: the folder is gone.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)  # and with it the lock
 
 
 @contextlib.contextmanager
@@ -116,6 +138,11 @@ def check(folder: Path) -> None:
         return
     if text != held.text:
         raise StorageError("run", folder, f"{_name_of(_facts(text))} took it over", "let one process train in it")
+
+
+def own_name() -> str:
+    """Return a name for files of this process that no process of this or another machine shares."""
+    return f"{host_identity()}-{os.getpid()}-{secrets.token_hex(4)}"
 
 
 def holds(folder: Path) -> bool:
@@ -171,8 +198,8 @@ def _refuse_or_take_over(path: Path, now: float) -> None:
     if _is_held(facts, age, path.parent):
         reason = f"{_name_of(facts)} trains in this folder (last heartbeat {max(age, 0):.0f} s ago)"
         fix = f"wait until it ends, or choose another folder; a lock is stale after {STALE_AFTER:.0f} s without a heartbeat"
-        raise StorageError("run", path.parent, reason, fix)
-    aside = path.with_name(f".{path.name}.tmp-{host_identity()}-{os.getpid()}-{secrets.token_hex(4)}")
+        raise LockHeldError("run", path.parent, reason, fix)
+    aside = path.with_name(f".{path.name}.tmp-{own_name()}")
     try:
         os.rename(path, aside)
     except FileNotFoundError:  # another process took it over

@@ -89,6 +89,10 @@ class StorageError(VitscopeError):
     exit_code = 6
 
 
+class LockHeldError(StorageError):
+    """A folder that another living process holds (exit code 6)."""
+
+
 class DistributedError(VitscopeError):
     """A rank that failed, hung or disagrees (exit code 7)."""
 

@@ -24,6 +24,14 @@ class JobSource(Protocol[Job]):
         """Return the next job that can start now; None where there is none, which is final only once no job runs."""
         ...
 
+    def ended_elsewhere(self) -> list[Job]:
+        """Return the jobs that another invocation has ended since the last call."""
+        ...
+
+    def waits_for_others(self) -> bool:
+        """Tell whether another invocation performs a job that this one may still have to perform."""
+        ...
+
     def start(self, job: Job, slot: Slot, /) -> JobProcess:
         """Start a job in a slot."""
         ...
@@ -50,7 +58,7 @@ def side_by_side_seconds(seconds: Sequence[float], n_slots: int) -> float:
 
 
 def run_jobs(source: JobSource[Job], slots: Sequence[Slot]) -> Iterator[Job]:
-    """Run a source's jobs, at most one in each slot at a time; yield each job after its end was noted.
+    """Run a source's jobs, at most one in each slot at a time; yield each job after its end was noted, here or elsewhere.
 
     Args:
         source: Supplies the jobs.
@@ -67,7 +75,8 @@ def run_jobs(source: JobSource[Job], slots: Sequence[Slot]) -> Iterator[Job]:
                 if (job := source.next_job()) is None:
                     break
                 running[slot.name] = (job, source.start(job, slot))
-            if not running:
+            yield from source.ended_elsewhere()
+            if not running and not source.waits_for_others():
                 return
             for name, (job, process) in list(running.items()):
                 if process.poll() is not None:

@@ -13,10 +13,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vitscope.runs import metrics_log
+from vitscope.runs import metrics_log, run_lock
 from vitscope.runtime.errors import ConfigError, StorageError
-from vitscope.sweep import early_termination, job_scheduler, search_algorithms, sweep_file, trial_process
+from vitscope.sweep import early_termination, job_scheduler, search_algorithms, sweep_file, trial_leases, trial_process
 from vitscope.sweep.sweep_file import Sweep
+from vitscope.sweep.trial_leases import TrialLeases
 from vitscope.sweep.trial_process import OUTPUT, ChildProcess, JobProcess, Slot
 
 JOURNAL = "sweep.jsonl"
@@ -30,7 +31,8 @@ COMPLETE = ("finished", "stopped early")
 class Trial:
     """One trial and where it stands.
 
-    ``state`` is ``waiting``, ``running``, ``finished``, ``stopped early``, ``failed`` or ``stopped``.
+    ``state`` is ``waiting``, ``running``, ``elsewhere`` (in another invocation), ``finished``, ``stopped early``, ``failed`` or
+    ``stopped``.
     """
 
     index: int
@@ -80,7 +82,7 @@ class LocalSweep:
 
     Raises:
         StorageError: the folder cannot be written.
-        ConfigError: another process runs this sweep.
+        ConfigError: another process runs this sweep, whose method is ``bayes``.
     """
 
     def __init__(
@@ -99,9 +101,17 @@ class LocalSweep:
         terminate = sweep.content.get("early_terminate")
         self.rungs = early_termination.rungs(terminate) if terminate else []
         self.eta = float(terminate.get("eta", 3)) if terminate else 3.0
-        self._lock = lock(self.folder, "SWEEP")
+        # what Bayes proposes depends on what it was told, so that two invocations would propose different trials
+        self._lock = lock(self.folder, "SWEEP") if sweep.method == "bayes" else None
+        self._leases = TrialLeases(self.folder)
+        self._leases.begin()
+        self._elsewhere: list[Trial] = []
+        self._ended_elsewhere: list[Trial] = []
         self._watched = 0.0
-        earlier_trials, self._early, self._earlier_seconds = _past(self.folder / JOURNAL)
+        rows = metrics_log.read(self.folder / JOURNAL)
+        self._n_earlier_rows, self._journal_size = len(rows), -1
+        self._new_ends: Mapping[int, Mapping[str, Any]] = {}
+        earlier_trials, self._early, self._earlier_seconds = _past(rows)
         self.search = search_algorithms.start(sweep, limit, earlier_trials)
 
     def run(self) -> int:
@@ -117,7 +127,9 @@ class LocalSweep:
             for _ in job_scheduler.run_jobs(self, self.slots):
                 pass
         finally:
-            self._lock.close()
+            self._leases.close()
+            if self._lock is not None:
+                self._lock.close()
         return next((trial.exit_code or 1 for trial in self.trials if trial.state not in COMPLETE), 0)
 
     def failed(self) -> list[Trial]:
@@ -133,22 +145,85 @@ class LocalSweep:
         )
 
     def next_job(self) -> Trial | None:
-        """Return the next trial that is not complete; those that are go straight into the list."""
+        """Return the next trial that is not complete and that no other invocation performs.
+
+        Those that are complete go straight into the list; those of other invocations are looked at again until they have ended.
+        """
         while (params := self.search.ask(len(self.trials))) is not None:
             index = len(self.trials)
             trial = Trial(index, params, self.folder / sweep_file.folder_name(index, params))
             trial.wall_s = self._earlier_seconds.get(index, 0.0)
             self.trials.append(trial)
-            if trial_process.outcome(trial.folder).finished:
-                trial.state, trial.exit_code = "finished", 0
-            elif index in self._early:
+            if index in self._early:
                 trial.state, trial.exit_code = "stopped early", 0
-            if trial.state == "waiting":
+            if self._settled(trial):
+                self._noted(trial)
+            elif self._taken(trial):
                 return trial
-            self._read(trial)
-            self.search.tell(index, params, trial.value)
-            self.show(self, trial)
+            elif trial.state == "waiting":
+                trial.state = "elsewhere"
+                self._elsewhere.append(trial)
+                self.show(self, trial)
+            else:
+                self._noted(trial)
+        for trial in list(self._elsewhere):
+            if self._taken(trial):
+                self._elsewhere.remove(trial)
+                trial.state = "waiting"
+                return trial
+            if trial.state != "elsewhere":
+                self._elsewhere.remove(trial)
+                self._ended_elsewhere.append(trial)
+                self._noted(trial)
         return None
+
+    def ended_elsewhere(self) -> list[Trial]:
+        """Return the trials that another invocation has ended since the last call."""
+        trials, self._ended_elsewhere = self._ended_elsewhere, []
+        return trials
+
+    def waits_for_others(self) -> bool:
+        """Tell whether another invocation performs a trial."""
+        return bool(self._elsewhere)
+
+    def _taken(self, trial: Trial) -> bool:
+        """Take a trial's lease; return whether it is to be performed here. One that has ended elsewhere has its state then."""
+        name = trial.folder.name
+        if not self._leases.acquire(name):
+            return False
+        if self._settled(trial):
+            self._leases.release(name)
+            return False
+        if trial_leases.is_in_use(trial.folder):  # the process of an invocation that was killed is still saving
+            self._leases.release(name, again_later=True)
+            return False
+        return True
+
+    def _settled(self, trial: Trial) -> bool:
+        """Tell whether a trial needs no process of this invocation; it has its state then."""
+        if trial_process.outcome(trial.folder).finished:
+            trial.state, trial.exit_code = "finished", 0
+        else:
+            row = self._ends_elsewhere().get(trial.index, {})
+            if row.get("state") in ("stopped early", "failed"):
+                trial.state, trial.exit_code = row["state"], row.get("exit_code")
+        return trial.state in (*COMPLETE, "failed")
+
+    def _ends_elsewhere(self) -> Mapping[int, Mapping[str, Any]]:
+        """Return the last row of each trial that has ended since this invocation began."""
+        path = self.folder / JOURNAL
+        size = path.stat().st_size if path.exists() else 0
+        if size != self._journal_size:
+            self._journal_size = size
+            rows = metrics_log.read(path)[self._n_earlier_rows :]
+            self._new_ends = {int(row["trial"]): row for row in rows if row.get("event") == "end"}
+        return self._new_ends
+
+    def _noted(self, trial: Trial) -> None:
+        """Read the values of a trial that was not performed here."""
+        self._read(trial)
+        self.search.tell(trial.index, trial.params, trial.value)
+        self.show(self, trial)
 
     def start(self, trial: Trial, slot: Slot) -> JobProcess:
         """Start a trial, or resume the one that was begun in its folder."""
@@ -177,6 +252,7 @@ class LocalSweep:
         self._read(trial)
         self._note(event="end", trial=trial.index, state=trial.state, exit_code=trial.exit_code, wall_s=round(seconds, 3),
                    value=trial.value, rung=trial.rung)  # fmt: skip
+        self._leases.release(trial.folder.name)
         self.search.tell(trial.index, trial.params, trial.value if trial.state in COMPLETE else None)
         self.show(self, trial)
 
@@ -187,6 +263,8 @@ class LocalSweep:
             return
         self._watched = now
         for trial in self.trials:
+            if trial.state == "elsewhere":  # its values count for those that run here
+                self._read(trial)
             if trial.process is None:
                 continue
             self._read(trial)
@@ -207,7 +285,7 @@ class LocalSweep:
 
     def _note(self, **facts: Any) -> None:
         line = json.dumps({"time": time.time(), **facts}) + "\n"
-        with (self.folder / JOURNAL).open("a") as file:
+        with run_lock.exclusive(self.folder), (self.folder / JOURNAL).open("a") as file:
             file.write(line)
 
 
@@ -241,9 +319,8 @@ def lock(folder: Path, key: str) -> Any:
     return file
 
 
-def _past(path: Path) -> tuple[Mapping[int, dict[str, Any]], set[int], Mapping[int, float]]:
+def _past(rows: Sequence[Mapping[str, Any]]) -> tuple[Mapping[int, dict[str, Any]], set[int], Mapping[int, float]]:
     """Return what earlier invocations proposed, which trials they stopped early, and the seconds spent on each trial."""
-    rows = metrics_log.read(path)
     earlier_trials = {int(row["trial"]): dict(row["params"]) for row in rows if row.get("event") == "start"}
     ends = [row for row in rows if row.get("event") == "end"]
     states = {int(row["trial"]): row.get("state") for row in ends}
