@@ -29,6 +29,7 @@ _TRAINING = ["train.py", "-m", "model=vit", "model.depth=1", "model.patch_size=8
 CHECKS: dict[str, list[list[str]]] = {
     "bench": [["-m", "pytest", "tests/diagnostics/test_hessian_peers.py", "tests/diagnostics/test_operators_of_others.py"]],
     "docs": [["-m", "pytest", "tests/docs"]],
+    "hf": [["-m", "pytest", "tests/data/sources/test_huggingface.py"]],
     "hydra-optuna": [
         [*_TRAINING, "paths.runs={folder}", "hydra/sweeper=bayes", "hydra.sweeper.n_trials=2",
          "hydra.sweeper.params={optimizer.lr: 'tag(log, interval(1e-4, 1e-2))'}"],

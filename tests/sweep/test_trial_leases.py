@@ -199,5 +199,5 @@ def test_a_trial_that_died_is_told_to_other_invocations(tmp_path: Path) -> None:
     planned = [PlannedTrial(Trial(("seed=0",)), OmegaConf.create({}), "0", TRAIN, ())]
     jobs = TrialJobs(planned, tmp_path, lambda job, slot: ChildProcess(["sh", "-c", "exit 9"]))
     ((_, outcome),) = trial_jobs.outcomes(jobs, trial_process.slots(None, 1))
-    assert outcome.problems == trial_jobs.read_outcome(jobs.jobs[0].folder).problems  # type: ignore[union-attr]
-    assert isinstance(outcome, Outcome)
+    assert outcome.problems
+    assert trial_jobs.read_outcome(jobs.jobs[0].folder) == Outcome(None, outcome.problems, ())

@@ -41,8 +41,9 @@ REFUSED_OF_TRAINER = {
 }
 
 
-#: the source of data whose number of classes is known without reading it
+#: the sources of data whose number of classes is known without reading the images
 _FOLDER = "vitscope.data.sources.folder.load"
+_TABLE = "vitscope.data.sources.huggingface.load"
 #: packages whose functions pass ``num_classes`` on to a class by ``**kwargs``
 _PASSING_ON = ("torchvision.models.", "timm.models.")
 
@@ -75,16 +76,21 @@ def settle_class_counts(cfg: DictConfig) -> None:
     """
     if not _is_counted(cfg):
         return
-    from vitscope.data.sources.folder import class_names  # imports torch
+    from vitscope.data.sources import folder, huggingface  # import torch
 
-    source = cfg.data.source
-    classes: Any = source.get("classes")
-    names = class_names(cfg.data.get("root"), loading.plain(classes) if OmegaConf.is_list(classes) else classes)
+    source, root = cfg.data.source, cfg.data.get("root")
+    if source.get("_target_") == _TABLE:
+        options = {key: source.get(key) for key in ("subset", "revision", "label_column")}
+        names = huggingface.class_names(source.get("path"), root, **options)
+    else:
+        classes: Any = source.get("classes")
+        names = folder.class_names(root, loading.plain(classes) if OmegaConf.is_list(classes) else classes)
     with open_dict(cfg):
         cfg.data.num_classes = len(names)
     stated = cfg.model.get("num_classes")
     if stated is not None and stated != len(names):
-        reason = f"data.root={cfg.data.get('root')} has {len(names)} classes"
+        place = f"data.name={cfg.data.get('name')}" if source.get("_target_") == _TABLE else f"data.root={root}"
+        reason = f"{place} has {len(names)} classes"
         raise ConfigError(
             "model.num_classes", stated, reason, "leave it out, or name all classes in data.source.classes=[...]"
         )
@@ -125,12 +131,12 @@ def settle_own_network(cfg: DictConfig, count: int | None = None) -> bool:
 
 
 def _is_counted(tree: Mapping[str, Any]) -> bool:
-    """Tell whether the number of classes is that of a folder."""
+    """Tell whether the number of classes is that of a folder, or of a table's column."""
     data = tree.get("data")
     if not isinstance(data, Mapping | DictConfig) or data.get("num_classes") is not None or "num_classes" not in data:
         return False
     source = data.get("source")
-    return isinstance(source, Mapping | DictConfig) and source.get("_target_") == _FOLDER
+    return isinstance(source, Mapping | DictConfig) and source.get("_target_") in (_FOLDER, _TABLE)
 
 
 def check(tree: Mapping[str, Any]) -> None:

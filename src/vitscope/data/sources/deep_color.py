@@ -6,6 +6,7 @@ byte of each sample. Read again in the other byte order, the same raw mode takes
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -35,15 +36,17 @@ def can_be_read(raw: str) -> bool:
     return kind in _STORED and order in _SWAPPED
 
 
-def samples(path: str | Path, formats: tuple[str, ...], oriented: Callable[[Image.Image], Image.Image]) -> np.ndarray:
+def samples(
+    file: str | Path | bytes, formats: tuple[str, ...], oriented: Callable[[Image.Image], Image.Image]
+) -> np.ndarray:
     """Return the samples of a color image of 16 bits, `(height, width, 3 or 4)` in uint16, as the file stores them.
 
     Args:
-        path: The file, for which `can_be_read` holds.
+        file: The file's path or its bytes, for which `can_be_read` holds.
         formats: Pillow's decoders to use.
         oriented: Turns an image as its file says, where Pillow has not done so (it does for TIFF).
     """
-    upper, lower = (_bytes(path, formats, oriented, is_swapped) for is_swapped in (False, True))
+    upper, lower = (_bytes(file, formats, oriented, is_swapped) for is_swapped in (False, True))
     return (upper.astype(np.uint16) << 8) | lower
 
 
@@ -53,9 +56,9 @@ def is_premultiplied(raw: str) -> bool:
 
 
 def _bytes(
-    path: str | Path, formats: tuple[str, ...], oriented: Callable[[Image.Image], Image.Image], is_swapped: bool
+    file: str | Path | bytes, formats: tuple[str, ...], oriented: Callable[[Image.Image], Image.Image], is_swapped: bool
 ) -> np.ndarray:
-    with Image.open(path, formats=formats) as image:
+    with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=formats) as image:
         assert isinstance(image, ImageFile.ImageFile)
         image.tile = [tile._replace(args=_read_as(tile.args, is_swapped)) for tile in image.tile]
         image.load()

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import ArrayLike
+from PIL import Image
 from timm.data.config import resolve_model_data_config
 from timm.data.transforms_factory import create_transform
 from torch import Tensor, nn
@@ -48,6 +49,14 @@ class FileImages:
         """Return the same images with other labels."""
         return replace(self, labels=labels)
 
+    def image(self, index: int, recipe: Recipe) -> Image.Image:
+        """Return the image at an index in mode RGB.
+
+        Raises:
+            DataError: A file that cannot be read as an image, see `vitscope.data.sources.image_decoding`.
+        """
+        return read_image(self.paths[index], background=recipe.background, pixel_range=recipe.pixel_range)
+
     def batch(self, key: Key, recipe: Recipe) -> tuple[Tensor, Tensor]:
         """Return augmented, normalized images `(B, 3, H, W)` float32 and their labels `(B,)`.
 
@@ -60,7 +69,7 @@ class FileImages:
         images = []
         with kept_random_states(torch.device("cpu")):
             for index, seed in zip(key.indices, seeds):
-                image = read_image(self.paths[index], background=recipe.background, pixel_range=recipe.pixel_range)
+                image = self.image(int(index), recipe)
                 _seed(seed)
                 images.append(transform(image))
         return torch.stack(images), self.labels[torch.from_numpy(key.indices)]

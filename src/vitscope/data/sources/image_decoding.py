@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import stat
 from collections.abc import Sequence
@@ -48,12 +49,14 @@ class _Conversion:
         background: Red, green and blue, 0 to 255, behind transparent pixels.
         pixel_range: Decoded sample values that become 0 and 255; None: 0 and full scale.
         full_scale: The sample value that is white; None for 8-bit samples and where nothing tells it.
+        content: The file's bytes; None to read it at `path`.
     """
 
     path: str | Path
     background: tuple[int, ...]
     pixel_range: Sequence[float] | None
     full_scale: float | None
+    content: bytes | None = None
 
 
 def read_image(
@@ -62,6 +65,7 @@ def read_image(
     background: Sequence[int] = WHITE,
     pixel_range: Sequence[float] | None = None,
     key: str = "data.root",
+    content: bytes | None = None,
 ) -> Image.Image:
     """Return a file's image in mode RGB.
 
@@ -71,19 +75,20 @@ def read_image(
         pixel_range: Sample values that become 0 and 255, for images whose samples are not of 8 bits; None: 0 and full scale for
             16-bit samples, gray and color, while 32-bit integers and floats are refused.
         key: Configuration key that errors name.
+        content: The file's bytes, where they are at hand; `path` is then a name for errors.
 
     Raises:
         DataError: A file that is missing, damaged, too large, of another format, or of samples without a range.
     """
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would be waited for without end
+        if content is None and not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would be waited for without end
             raise DataError(key, None, f"{path} is not a regular file", "remove it")
-        with Image.open(path, formats=FORMATS) as image:
+        with Image.open(path if content is None else io.BytesIO(content), formats=FORMATS) as image:
             _refuse_signed_bytes(image, path, key)
             _report_frames(image, path)
             full_scale = _full_scale(image)
             pixel_range = _range_as_decoded(image, pixel_range, path)
-            conversion = _Conversion(path, tuple(background), pixel_range, full_scale)
+            conversion = _Conversion(path, tuple(background), pixel_range, full_scale, content)
             if (raw := _raw_sixteen_bits(image, path)) is not None:
                 return _sixteen_bit_color(image, raw, conversion)
             image.load()
@@ -168,9 +173,8 @@ def _raw_sixteen_bits(image: Image.Image, path: str | Path) -> str | None:
 
 def _sixteen_bit_color(image: Image.Image, raw: str, conversion: _Conversion) -> Image.Image:
     """Return color of 16 bits a sample, scaled linearly to 0..255 over the background, with the orientation of the file."""
-    sample_values = deep_color.samples(conversion.path, FORMATS, lambda part: _oriented(part, conversion.path)).astype(
-        np.float64
-    )
+    file = conversion.path if conversion.content is None else conversion.content
+    sample_values = deep_color.samples(file, FORMATS, lambda part: _oriented(part, conversion.path)).astype(np.float64)
     color, alpha = sample_values[..., :3], np.ones((*sample_values.shape[:2], 1))
     if sample_values.shape[2] == 4:
         alpha = sample_values[..., 3:] / 65535
