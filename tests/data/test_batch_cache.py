@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +86,23 @@ def test_targets_are_counted_without_reading_an_image() -> None:
         probe = probe_of("none", **options)
         assert (probe.n_images, probe.n_labeled, probe.batch_size) == (24, 24, 8)
         assert not READS
+
+
+def test_the_images_of_a_probe_are_freed_with_it() -> None:
+    """Without a cycle of references, for which a file of tens of gigabytes would wait until the garbage collector runs."""
+    probe = probe_of("disk")
+    batches = weakref.ref(probe.batches.source)
+    gc.collect()
+    gc.disable()
+    try:
+        result = vs.spectral_density(probe, n_vectors=1, n_steps=3)
+        vs.loss_landscape(probe, n=2)
+        assert batches() is not None
+        del probe
+        assert batches() is None
+    finally:
+        gc.enable()
+    assert result.nodes.size
 
 
 def _reads_of_a_rank() -> tuple[list[tuple[int, int]], list[float], set[int]]:

@@ -80,8 +80,8 @@ def settle_class_counts(cfg: DictConfig) -> None:
 
     source, root = cfg.data.source, cfg.data.get("root")
     if source.get("_target_") == _TABLE:
-        options = {key: source.get(key) for key in ("subset", "revision", "label_column")}
-        names = huggingface.class_names(source.get("path"), root, **options)
+        options = {key: source.get(key) for key in ("subset", "version", "label_column")}
+        names = huggingface.class_names(source.get("dataset"), root, **options)
     else:
         classes: Any = source.get("classes")
         names = folder.class_names(root, loading.plain(classes) if OmegaConf.is_list(classes) else classes)

@@ -6,6 +6,7 @@ bit-identical: weights, buffers, modes, gradients and random states.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import fields
@@ -100,7 +101,14 @@ class Probe:
         self._dtype: torch.dtype | None = None
         self._sizes: tuple[int, int, int] | None = None
         self._seen = SeenBatches()
-        self._passes = PassChecks(self.model, self.objective, lambda: next(self.iter_batches(), None))
+        # weakly, so that a probe that is no longer used is freed at once, and the images that its batches keep with it
+        weak_self = weakref.ref(self)
+
+        def first_batch() -> Batch | None:
+            probe = weak_self()
+            return None if probe is None else next(probe.iter_batches(), None)
+
+        self._passes = PassChecks(self.model, self.objective, first_batch)
 
     def __repr__(self) -> str:
         """Return the model, the batches, the objective and the taps, as far as they are known without a pass."""

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import itertools
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from timm.data.transforms_factory import create_transform
 
 from tests.helpers.image_folders import module
 from vitscope.data import DataModule
@@ -41,6 +43,27 @@ def test_global_random_states_are_left_alone(tmp_path, write_folder):
     assert random.getstate() == states[0]
     assert np.array_equal(np.random.get_state()[1], states[1])
     assert torch.equal(torch.get_rng_state(), states[2])
+
+
+@pytest.mark.parametrize("crop_mode", ["center", "squash", "border"])
+def test_threads_decode_the_same_pixels_in_the_same_order(tmp_path, write_folder, crop_mode, monkeypatch):
+    images = folder.load("train", root=write_folder(tmp_path, ("train",)))
+    recipe = Recipe(image_size=16, crop_mode=crop_mode)
+    key = Key(np.array([5, 0, 3, 3, 7, 1]), 0, AUGMENT, 0)
+    batches = []
+    for n_threads in (1, 4):
+        monkeypatch.setattr(torch, "get_num_threads", lambda n=n_threads: n)
+        batches.append(images.batch(key, recipe))
+    transform = create_transform(
+        16, mean=recipe.mean, std=recipe.std, interpolation="bilinear", crop_pct=0.875, crop_mode=crop_mode
+    )
+    expected = torch.stack([transform(images.image(int(i), recipe)) for i in key.indices])
+    for x, y in batches:
+        assert torch.equal(x, expected)
+        assert torch.equal(y, images.labels[key.indices])
+    Path(images.paths[3]).write_bytes(b"damaged")
+    with pytest.raises(DataError, match=Path(images.paths[3]).name):
+        images.batch(key, recipe)
 
 
 def test_workers_change_nothing(tmp_path, write_folder):

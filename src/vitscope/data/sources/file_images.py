@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -12,8 +13,10 @@ import torch
 from numpy.typing import ArrayLike
 from PIL import Image
 from timm.data.config import resolve_model_data_config
+from timm.data.transforms import MaybeToTensor
 from timm.data.transforms_factory import create_transform
 from torch import Tensor, nn
+from torch.utils.data import get_worker_info
 
 from vitscope.core.guard.probe_guard import kept_random_states
 from vitscope.data.augment.augment import Recipe
@@ -63,6 +66,9 @@ class FileImages:
         Raises:
             DataError: A file that cannot be read as an image, see `vitscope.data.sources.image_decoding`.
         """
+        labels = self.labels[torch.from_numpy(key.indices)]
+        if recipe.augment == "none":
+            return torch.stack(self._plain_images(key.indices, recipe)), labels
         words = uniforms(key.indices, 2, seed=key.seed, stream=key.stream, epoch=key.epoch)
         seeds = (words * 2**32).astype(np.uint64)
         transform = _transform(recipe)
@@ -72,7 +78,33 @@ class FileImages:
                 image = self.image(int(index), recipe)
                 _seed(seed)
                 images.append(transform(image))
-        return torch.stack(images), self.labels[torch.from_numpy(key.indices)]
+        return torch.stack(images), labels
+
+    def _plain_images(self, indices: np.ndarray, recipe: Recipe) -> list[Tensor]:
+        """Return images without augmentation, which draws nothing: decoded and resized by the threads that torch computes with.
+
+        Pillow's decoders and filters let other threads run. A worker process of a loader, one of several, takes one thread.
+        """
+        transform = _transform(recipe)
+        steps = list(transform.transforms)
+        first_on_tensors = next(i for i, step in enumerate(steps) if isinstance(step, MaybeToTensor))
+
+        def resized(index: int) -> Any:
+            image = self.image(index, recipe)
+            for step in steps[:first_on_tensors]:
+                image = step(image)
+            return image
+
+        def tensor(image: Any) -> Tensor:
+            for step in steps[first_on_tensors:]:
+                image = step(image)
+            return image
+
+        n_threads = min(torch.get_num_threads(), len(indices)) if get_worker_info() is None else 1
+        if n_threads <= 1:
+            return [tensor(resized(int(index))) for index in indices]
+        with ThreadPoolExecutor(n_threads) as pool:
+            return [tensor(image) for image in pool.map(resized, map(int, indices))]
 
 
 def model_recipe(model: nn.Module, recipe: Recipe) -> Recipe:
