@@ -107,7 +107,9 @@ def load(
         named["train"] = next(iter(tables))
     if split not in SPLIT_NAMES or (named[split] is None and split in tables):
         if split not in tables:
-            raise DataError("probe.split", split, f"{dataset} has no such split", nearest(split, (*SPLIT_NAMES, *tables)))
+            raise DataError(
+                "probe.split", split, f"{dataset} has no such split", nearest(split, (*SPLIT_NAMES, *tables))
+            )
         return _images(tables[split], split, dataset, image_column, label_column)
     source = named[split]
     if source is None and split == "test" and named["val"] is not None:
@@ -119,7 +121,9 @@ def load(
     if source is not None and source != named["train"]:
         return _images(tables[source], source, dataset, image_column, label_column)
     if named["train"] is None:
-        raise DataError("data.name", dataset, f"there is no train split, which {split} needs", f"it has {listed(tables)}")
+        raise DataError(
+            "data.name", dataset, f"there is no train split, which {split} needs", f"it has {listed(tables)}"
+        )
     if source is None:
         report_once(f"data.name={dataset}: no {split} split: it is held out of {named['train']}")
     images = _images(tables[named["train"]], named["train"], dataset, image_column, label_column)
