@@ -81,7 +81,7 @@ def settle_class_counts(cfg: DictConfig) -> None:
     source, root = cfg.data.source, cfg.data.get("root")
     if source.get("_target_") == _TABLE:
         options = {key: source.get(key) for key in ("subset", "version", "label_column")}
-        names = huggingface.class_names(source.get("dataset"), root, **options)
+        names = huggingface.class_names(source.get("name"), root, **options)
     else:
         classes: Any = source.get("classes")
         names = folder.class_names(root, loading.plain(classes) if OmegaConf.is_list(classes) else classes)

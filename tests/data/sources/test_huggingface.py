@@ -52,7 +52,7 @@ def table(datasets: Any, images: list[Image.Image], labels: list[int], **columns
 
 def module_of(path: Path, tmp_path: Path, **source: Any) -> DataModule:
     def load(split: str, **options: Any) -> Any:
-        return huggingface.load(split, dataset=str(path), **{**options, **source})
+        return huggingface.load(split, name=str(path), **{**options, **source})
 
     return DataModule(load, name=str(path), num_classes=3, image_size=16, batch_size=4, root=str(tmp_path / "cache"))
 
@@ -134,7 +134,7 @@ def test_the_number_of_classes_is_that_of_the_column(library: Any, tmp_path: Pat
 
     path = tmp_path / "set.parquet"
     table(library, pictures(6), [0, 1, 2] * 2).to_parquet(path)
-    source = {"_target_": "vitscope.data.sources.huggingface.load", "dataset": str(path)}
+    source = {"_target_": "vitscope.data.sources.huggingface.load", "name": str(path)}
     cfg = OmegaConf.create({"data": {"name": str(path), "num_classes": None, "source": source}, "model": {}})
     cross_checks.settle_class_counts(cfg)
     assert cfg.data.num_classes == 3
@@ -144,4 +144,4 @@ def test_without_the_package_the_error_names_the_extra(monkeypatch: pytest.Monke
     monkeypatch.setitem(sys.modules, "datasets", None)
     huggingface._tables.cache_clear()
     with pytest.raises(ConfigError, match=r"data=hf: needs the package datasets.*pip install 'vitscope\[hf\]'"):
-        huggingface.load("train", dataset="mnist")
+        huggingface.load("train", name="mnist")

@@ -75,7 +75,7 @@ def load(
     *,
     root: str | Path | None = None,
     split_seed: Seed = 0,
-    dataset: str,
+    name: str,
     subset: str | None = None,
     version: str | None = None,
     image_column: str | None = None,
@@ -89,7 +89,7 @@ def load(
         split: `train`, `val` or `test` (see this module), or a split of the data set by its own name.
         root: Folder of the cache of `datasets`; None for its own default.
         split_seed: Chooses held-out images.
-        dataset: Id on the Hub (`owner/name`), a local folder, or a parquet file.
+        name: Id on the Hub (`owner/name`), a local folder, or a parquet file.
         subset: Configuration of the data set, where it has several.
         version: Commit, tag or branch on the Hub.
         image_column: Column of images; None for the only one with the feature `Image`.
@@ -101,32 +101,31 @@ def load(
         ConfigError: `datasets` is not installed, or a column that there is not.
         DataError: A data set or split that cannot be read, or images without a label.
     """
-    tables = _tables(str(dataset), subset, version, None if root is None else str(root))
-    named = {key: next((name for name in names if name in tables), None) for key, names in SPLIT_NAMES.items()}
+    tables = _tables(str(name), subset, version, None if root is None else str(root))
+    named = {
+        key: next((split_name for split_name in names if split_name in tables), None)
+        for key, names in SPLIT_NAMES.items()
+    }
     if named["train"] is None and len(tables) == 1:
         named["train"] = next(iter(tables))
     if split not in SPLIT_NAMES or (named[split] is None and split in tables):
         if split not in tables:
-            raise DataError(
-                "probe.split", split, f"{dataset} has no such split", nearest(split, (*SPLIT_NAMES, *tables))
-            )
-        return _images(tables[split], split, dataset, image_column, label_column)
+            raise DataError("probe.split", split, f"{name} has no such split", nearest(split, (*SPLIT_NAMES, *tables)))
+        return _images(tables[split], split, name, image_column, label_column)
     source = named[split]
     if source is None and split == "test" and named["val"] is not None:
         source = named["val"]
         report_once(
-            f"data.name={dataset}: no test split: the test split is {source}, which the val split is too; metrics of a "
+            f"data.name={name}: no test split: the test split is {source}, which the val split is too; metrics of a "
             "checkpoint that was chosen on it are optimistic"
         )
     if source is not None and source != named["train"]:
-        return _images(tables[source], source, dataset, image_column, label_column)
+        return _images(tables[source], source, name, image_column, label_column)
     if named["train"] is None:
-        raise DataError(
-            "data.name", dataset, f"there is no train split, which {split} needs", f"it has {listed(tables)}"
-        )
+        raise DataError("data.name", name, f"there is no train split, which {split} needs", f"it has {listed(tables)}")
     if source is None:
-        report_once(f"data.name={dataset}: no {split} split: it is held out of {named['train']}")
-    images = _images(tables[named["train"]], named["train"], dataset, image_column, label_column)
+        report_once(f"data.name={name}: no {split} split: it is held out of {named['train']}")
+    images = _images(tables[named["train"]], named["train"], name, image_column, label_column)
     has_other = named["val"] is not None or named["test"] is not None
     return _held_out(
         images, split, 0.0 if has_other else test_share, 0.0 if named["val"] is not None else val_share, split_seed
@@ -134,7 +133,7 @@ def load(
 
 
 def class_names(
-    dataset: str,
+    name: str,
     root: str | Path | None = None,
     subset: str | None = None,
     version: str | None = None,
@@ -143,7 +142,7 @@ def class_names(
     """Return the names of the classes, in the order of their labels.
 
     Args:
-        dataset: As of `load`.
+        name: As of `load`.
         root: As of `load`.
         subset: As of `load`.
         version: As of `load`.
@@ -153,9 +152,9 @@ def class_names(
         ConfigError: `datasets` is not installed, or there is no column of classes.
         DataError: The data set cannot be read.
     """
-    tables = _tables(str(dataset), subset, version, None if root is None else str(root))
+    tables = _tables(str(name), subset, version, None if root is None else str(root))
     table = next(iter(tables.values()))
-    return tuple(table.features[_column(table, label_column, "ClassLabel", "label_column", dataset)].names)
+    return tuple(table.features[_column(table, label_column, "ClassLabel", "label_column", name)].names)
 
 
 def _held_out(images: TableImages, split: str, test_share: float, val_share: float, seed: int) -> TableImages:
