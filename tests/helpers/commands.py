@@ -112,7 +112,7 @@ def trained(
             root = tmp_path_factory.mktemp("trained")
             here = [f"paths.runs={root}/runs" if option.startswith("paths.runs=") else option for option in tiny]
             assert call("train", *here, *arguments) == 0
-            (trained_runs[arguments],) = (root / "runs").iterdir()
+            (trained_runs[arguments],) = (path for path in (root / "runs").iterdir() if path.is_dir())
         source = trained_runs[arguments]
         target = tmp_path / "runs" / source.name
         shutil.copytree(source, target)

@@ -8,7 +8,7 @@ from vitscope.runs import metrics_log
 
 
 def only_run(root: Path) -> Path:
-    (run,) = (root / "runs").iterdir()
+    (run,) = (path for path in (root / "runs").iterdir() if path.is_dir())
     return run
 
 
