@@ -1,0 +1,296 @@
+"""Fill the numbers of docs/findings.md from a committed study; the prose of the page is written by hand.
+
+Usage: python docs/scripts/write_findings.py [--study FOLDER] [--page FILE] [--figures FOLDER] [--check]
+
+The page has a block ``<!-- study: NAME -->`` ... ``<!-- end of study -->`` for ``summary`` and for each claim. The script
+replaces what stands between the two comments and draws a figure for each claim. Run it again when the study has more seeds.
+``--check`` writes nothing and ends with exit code 1 where the page is not what the study gives. The default study is
+``results/cifar10_small``; where it is missing, the blocks say so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from matplotlib import style
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from vitscope.plotting.api import STYLE
+from vitscope.reports import study_export
+from vitscope.reports.claims import claim_verdicts
+from vitscope.reports.claims.claim_verdicts import ALPHA, MIN_SEEDS, NOT_MEASURED, ClaimVerdict, StatisticResult
+from vitscope.reports.claims.claims import CLAIMS
+from vitscope.reports.claims.effect_sizes import ReportRuns
+from vitscope.reports.figures import claims_figure
+from vitscope.reports.model_costs import Costs
+from vitscope.reports.run_entry import Entry
+from vitscope.reports.value_lookup import Selection
+from vitscope.stats.location_tests import fewest_values
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))
+from docs.scripts.page_images import save_webp  # noqa: E402  needs the path above
+
+PAGE = ROOT / "docs" / "findings.md"
+FIGURES = ROOT / "docs" / "findings"
+STUDY = ROOT / "results" / "cifar10_small"
+TARGET = "table-claims"
+#: colors of what a statistic alone says, as in the figure of all claims
+_COLORS = {name: color for name, (color, _) in claims_figure.LOOKS.items()}
+_BLOCK = re.compile(r"(?P<open><!-- study: (?P<name>[a-z_]+) -->\n).*?(?P<close><!-- end of study -->)", re.DOTALL)
+_HEADING = re.compile(r"^## (.+)$", re.MULTILINE)
+_SIGN = {1: "above 0", -1: "below 0"}
+
+
+def fill(text: str, blocks: Mapping[str, str]) -> str:
+    """Return the page with each block's content replaced.
+
+    Raises:
+        ValueError: The page lacks a block, or has one that is unknown.
+    """
+    names = [match["name"] for match in _BLOCK.finditer(text)]
+    if sorted(names) != sorted(blocks):
+        raise ValueError(f"Expected the blocks {sorted(blocks)}, each once, received {sorted(names)}.")
+    return _BLOCK.sub(lambda match: f"{match['open']}\n{blocks[match['name']].strip()}\n\n{match['close']}", text)
+
+
+def section_links(text: str) -> dict[str, str]:
+    """Return the anchor of the section that each block stands in, as GitHub and the site make it from the heading."""
+    links: dict[str, str] = {}
+    for match in _BLOCK.finditer(text):
+        headings = _HEADING.findall(text[: match.start()])
+        links[match["name"]] = re.sub(r"[^a-z0-9 -]", "", headings[-1].lower()).replace(" ", "-") if headings else ""
+    return links
+
+
+def missing_study(study: str) -> dict[str, str]:
+    """Return the blocks of a page without a study."""
+    text = (
+        f"No numbers yet: the study `{study}` is not in the repository. "
+        f"`make table-claims PROFILE=cifar10_small EXPORT={study}` makes it."
+    )
+    return {"summary": text, **{claim.name: "Not measured yet." for claim in CLAIMS}}
+
+
+def write_blocks(
+    text: str, judged: Sequence[ClaimVerdict], entries: Sequence[Entry], study: str, figures: str
+) -> dict[str, str]:
+    """Return the text of each block.
+
+    Args:
+        text: The page.
+        judged: The verdicts.
+        entries: Runs of the study.
+        study: Name of the study's folder in the text.
+        figures: Path of the figures' folder from the page.
+    """
+    blocks = {"summary": _summary(section_links(text), judged, entries, study, figures)}
+    return blocks | {j.claim.name: _claim_block(j, len(judged), figures) for j in judged}
+
+
+def seed_count(verdict: ClaimVerdict) -> str:
+    """Return the numbers of seeds of a claim's tested statistics, such as ``3`` or ``2 to 3``; empty where there are none."""
+    counts = [f.interval.n for f in verdict.findings if f.interval is not None and f.part.tested]
+    return "" if not counts else str(counts[0]) if len(set(counts)) == 1 else f"{min(counts)} to {max(counts)}"
+
+
+def _summary(
+    links: Mapping[str, str], judged: Sequence[ClaimVerdict], entries: Sequence[Entry], study: str, figures: str
+) -> str:
+    n_seeds = len({entry.seed for entry in entries})
+    trained = [entry for entry in entries if not entry.superseded]
+    hours = sum(float(entry.facts.get("wall_s") or 0.0) for entry in trained) / 3600
+    rows = [
+        f"| [{j.claim.statement}](#{links[j.claim.name]}) | {j.verdict} | {_p_text(j.p_holm)} | {seed_count(j)} |"
+        for j in judged
+    ]
+    lines = [
+        f"Study `{study}`: {', '.join(study_export.data_names(entries))}, {n_seeds} seed{'s' * (n_seeds != 1)}, "
+        f"{len(trained)} trainings{_lengths(trained)}, {hours:.1f} hours of training and measuring. "
+        f"{_what_follows(judged, n_seeds)}",
+        "",
+        "| claim | verdict | p (Holm) | seeds |",
+        "|---|---|---|---|",
+        *rows,
+        "",
+        claim_verdicts.power_text(judged),
+    ]
+    if _has_spread(judged):
+        lines += ["", f"![Effects of all statistics in standard deviations between seeds]({figures}/effects.webp)"]
+    return "\n".join(lines)
+
+
+def _lengths(entries: Sequence[Entry]) -> str:
+    """Return in words how long the trainings were."""
+    epochs = {(entry.config.get("trainer") or {}).get("max_epochs") for entry in entries}
+    values = sorted(float(value) for value in epochs if value is not None and float(value) > 0)
+    return f" of {', '.join(f'{value:g}' for value in values)} epochs or an equal number of steps" if values else ""
+
+
+def _what_follows(judged: Sequence[ClaimVerdict], n_seeds: int) -> str:
+    """Return which verdicts so many seeds allow."""
+    needed = fewest_values(ALPHA / len(judged))
+    if n_seeds < MIN_SEEDS:
+        return (
+            f"Below {MIN_SEEDS} seeds no claim is judged: the table shows effects, and every measured claim is inconclusive. "
+            f"From {MIN_SEEDS} seeds on a claim can be suggested, from {needed} on it can be supported or contradicted."
+        )
+    if n_seeds < needed:
+        return (
+            f"With {n_seeds} seeds a claim can be suggested at most, unless few claims are tested: the exact tests after the "
+            f"correction over {len(judged)} claims need {needed} seeds."
+        )
+    return (
+        f"{n_seeds} seeds are enough for a verdict: the exact tests after the correction over {len(judged)} claims need {needed}."
+        " A contradiction by one of several statistics needs more, as stated with each claim."
+    )
+
+
+def _claim_block(verdict: ClaimVerdict, n_claims: int, figures: str) -> str:
+    if verdict.verdict == NOT_MEASURED:
+        return f"**Verdict: not measured.** {_sentence(verdict.reason)}".strip()
+    p = _p_text(verdict.p_holm)
+    p_text = f" (p = {p} after the correction over claims)" if p else ""
+    n_parts = sum(f.part.tested for f in verdict.findings)
+    lines = [
+        f"**Verdict: {verdict.verdict}**{p_text}. {_sentence(verdict.reason)}".strip(),
+        "",
+        "| statistic | claimed | effect [95 % interval] | seeds | alone |",
+        "|---|---|---|---|---|",
+        *(_row(finding) for finding in verdict.findings),
+        "",
+        f"A verdict for the claim needs {fewest_values(ALPHA / n_claims)} seeds at the first step of the correction, "
+        f"one against it {fewest_values(ALPHA / (n_claims * n_parts))}.",
+        "",
+        f"![Effect of each statistic by seed, with the mean and its 95 % interval]({figures}/{verdict.claim.name}.webp)",
+    ]
+    if compared := "; ".join(dict.fromkeys(f.effect.compared for f in verdict.findings if f.effect.compared)):
+        lines += ["", f"Compared: {_escaped(compared)}."]
+    return "\n".join(lines)
+
+
+def _row(finding: StatisticResult) -> str:
+    n = "" if finding.interval is None else str(finding.interval.n)
+    alone = finding.verdict + (f": {finding.reason}" if finding.reason else "")
+    effect = claim_verdicts.effect_text(finding)
+    return f"| {finding.part.name} | {_SIGN[finding.part.sign]} | {effect} | {n} | {_escaped(alone)} |"
+
+
+def _sentence(text: str) -> str:
+    return f"{_escaped(text[0].upper() + text[1:])}." if text else ""
+
+
+def _escaped(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+def _p_text(p: float) -> str:
+    return "" if np.isnan(p) else f"{p:.2g}"
+
+
+def _has_spread(judged: Sequence[ClaimVerdict]) -> bool:
+    return any(f.interval is not None and f.interval.half_width > 0 for j in judged for f in j.findings)
+
+
+def draw_claim(verdict: ClaimVerdict, data: Sequence[str]) -> Figure | None:
+    """Draw the statistics of a claim, one panel for each unit: seeds as dots, the mean with its 95 % t-interval.
+
+    The side of zero that the claim predicts is shaded. None where nothing was measured.
+    """
+    findings = [f for f in verdict.findings if f.interval is not None]
+    units = list(dict.fromkeys(f.part.unit for f in findings))
+    if not findings:
+        return None
+    by_unit = [[f for f in findings if f.part.unit == unit] for unit in units]
+    rows = [len(group) for group in by_unit]
+    with style.context(STYLE):
+        figure = Figure(figsize=(6.6, 0.75 + 0.55 * len(units) + 0.26 * sum(rows)), layout="constrained")
+        panels = figure.subplots(len(units), squeeze=False, height_ratios=[n + 0.4 for n in rows])[:, 0]
+        for axes, unit, group in zip(panels, units, by_unit):
+            reach = max(abs(value) for f in group for value in _drawn_values(f)) * 1.12 or 1.0
+            for row, finding in enumerate(group):
+                _draw_statistic(axes, row, finding, reach)
+            axes.axvline(0, color="0.3", linewidth=0.7)
+            axes.set(
+                xlim=(-reach, reach), ylim=(len(group) - 0.5, -0.5), xlabel=f"effect ({unit}); gray: the claimed side"
+            )
+            axes.set_yticks(range(len(group)), [f.part.name for f in group], fontsize=6.5)
+            axes.tick_params(axis="y", length=0)
+        figure.suptitle(f"{verdict.claim.statement}: {verdict.verdict} ({', '.join(data)})", fontsize=8)
+    return figure
+
+
+def _drawn_values(finding: StatisticResult) -> list[float]:
+    assert finding.interval is not None
+    below, above = finding.interval.bars
+    return [*finding.effect.values.values(), finding.interval.mean - below, finding.interval.mean + above]
+
+
+def _draw_statistic(axes: Axes, row: int, finding: StatisticResult, reach: float) -> None:
+    assert finding.interval is not None
+    values = list(finding.effect.values.values())  # one a seed
+    color = _COLORS.get(finding.verdict, "0.5")
+    axes.fill_betweenx([row - 0.5, row + 0.5], 0, finding.part.sign * reach, color="0.93", linewidth=0, zorder=0)
+    axes.plot(values, [row] * len(values), ".", color=color, alpha=0.5, markersize=4)
+    bars = np.array(finding.interval.bars)[:, None]  # (2, 1)
+    axes.errorbar(finding.interval.mean, row, xerr=bars, fmt="o", color=color, markersize=4.5, linewidth=1.3)
+
+
+def draw_figures(judged: Sequence[ClaimVerdict], data: Sequence[str], folder: Path) -> None:
+    """Write the figures of the page, and remove those of claims that are no longer measured."""
+    for file in folder.glob("*.webp"):
+        file.unlink()
+    pictures = {verdict.claim.name: draw_claim(verdict, data) for verdict in judged}
+    if _has_spread(judged):
+        pictures["effects"] = claims_figure.draw(judged, data)
+    for name, figure in pictures.items():
+        if figure is not None:
+            print(save_webp(figure, folder / f"{name}.webp"), flush=True)
+
+
+def judge_study(study: Path) -> tuple[list[ClaimVerdict], list[Entry]]:
+    """Return the verdicts of a study and its runs."""
+    entries = study_export.read(study, TARGET)
+    return claim_verdicts.judge(ReportRuns(Selection(entries), Costs())), entries
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Write or check the page."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
+    parser.add_argument("--study", type=Path, default=STUDY, help="a folder that export= has written")
+    parser.add_argument("--page", type=Path, default=PAGE)
+    parser.add_argument("--figures", type=Path, default=FIGURES)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 where the page is out of date")
+    options = parser.parse_args(arguments)
+    matplotlib.use("agg")
+    text = options.page.read_text(encoding="utf-8")
+    study = options.study.resolve()
+    name = study.relative_to(ROOT).as_posix() if study.is_relative_to(ROOT) else study.name
+    if (study / study_export.INDEX).is_file():
+        judged, entries = judge_study(study)
+        figures = Path(os.path.relpath(options.figures.resolve(), options.page.resolve().parent)).as_posix()
+        blocks = write_blocks(text, judged, entries, name, figures)
+    else:
+        judged, entries, blocks = [], [], missing_study(name)
+    filled = fill(text, blocks)
+    if options.check:
+        if filled != text:
+            print(f"{options.page} is out of date: run python docs/scripts/write_findings.py", file=sys.stderr)
+        return int(filled != text)
+    options.page.write_text(filled, encoding="utf-8")
+    print(options.page)
+    if judged:
+        draw_figures(judged, study_export.data_names(entries), options.figures)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,133 @@
+"""docs/findings.md: its blocks are what the script writes from a study, for any number of seeds, and prose is kept."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from docs.scripts import write_findings
+from docs.scripts.page_images import LIMIT
+from tests.helpers.report_runs import rise, spectrum, write_run
+from vitscope.reports import run_index, study_export
+from vitscope.reports.claims import claim_verdicts
+from vitscope.reports.claims.claims import CLAIMS
+from vitscope.runs import run_dir
+
+
+def write_study(root: Path, n_seeds: int) -> Path:
+    """Write a study in which local attention has more accuracy and NEP falls with the bias, and the other claims lack runs."""
+    rng = np.random.default_rng(0)
+    for seed in range(n_seeds):
+        noise = 0.01 * rng.standard_normal(8)
+        for i, model in enumerate(("vit", "pit", "swin", "convnet")):
+            write_run(root / "runs", model, seed, measured={"hessian": spectrum(0.4 - 0.1 * i + noise[i])})
+        for i, kernel in enumerate((3, 5, "global")):
+            write_run(
+                root / "runs", "convit", seed, model__kernel_size=kernel, measured={"hessian": spectrum(0.1 * i + noise[4 + i])},
+                metrics={"test/accuracy": (0.5, 0.6, 0.4)[i] + noise[7 - i]},
+            )  # fmt: skip
+        write_run(root / "runs", "alternet", seed, measured={"sharpness": rise(0.1)})
+    entries = run_index.collect(run_dir.every(root / "runs"))
+    study_export.write(root / "study", "smoke", {write_findings.TARGET: entries})
+    return root / "study"
+
+
+def run_script(page: Path, study: Path, *words: str) -> int:
+    return write_findings.main(
+        ["--study", str(study), "--page", str(page), "--figures", str(page.parent / "findings"), *words]
+    )
+
+
+@pytest.fixture
+def page(tmp_path: Path) -> Path:
+    path = tmp_path / "docs" / "findings.md"
+    path.parent.mkdir()
+    path.write_text(write_findings.PAGE.read_text())
+    return path
+
+
+def block(text: str, name: str) -> str:
+    match = re.search(rf"<!-- study: {name} -->\n(.*?)<!-- end of study -->", text, re.DOTALL)
+    assert match is not None
+    return match[1]
+
+
+def test_the_page_is_what_the_script_writes_from_the_committed_study() -> None:
+    assert write_findings.main(["--check"]) == 0, "run python docs/scripts/write_findings.py"
+
+
+def test_every_claim_has_a_question_controls_limits_and_a_measurement() -> None:
+    text = write_findings.PAGE.read_text()
+    sections = re.split(r"^## ", text, flags=re.MULTILINE)[2:]  # after the opening and the summary
+    assert len(sections) == len(CLAIMS)
+    for claim, section in zip(CLAIMS, sections, strict=True):
+        places = [section.index(f"<!-- study: {claim.name} -->")] + [
+            section.index(f"**{word}")
+            for word in ("Question.", "Controls.", "What it does not show.", "Which measurement would.")
+        ]
+        assert places[1] < places[2] < places[0] < places[3] < places[4]
+
+
+@pytest.mark.parametrize(
+    ("n_seeds", "consequence", "bias_verdict"),
+    [(1, "Below 5 seeds no claim is judged", "inconclusive"), (9, "9 seeds are enough for a verdict", "supported")],
+)
+def test_numbers_figures_and_verdicts_come_from_the_study(
+    n_seeds: int, consequence: str, bias_verdict: str, page: Path, tmp_path: Path
+) -> None:
+    before = page.read_text()
+    (page.parent / "findings").mkdir()
+    (page.parent / "findings" / "msa_variance.webp").touch()  # of an older study, which measured it
+    study = write_study(tmp_path, n_seeds)
+    assert run_script(page, study) == 0
+    text = page.read_text()
+    judged = {j.claim.name: j for j in write_findings.judge_study(study)[0]}
+    assert judged["weak_bias_negatives"].verdict == bias_verdict
+    assert judged["msa_variance"].verdict == claim_verdicts.NOT_MEASURED
+    summary = block(text, "summary")
+    assert f"photos, {n_seeds} seed" in summary
+    assert consequence in summary
+    bias = (
+        f"[{judged['weak_bias_negatives'].claim.statement}](#weak-inductive-bias-brings-negative-hessian-eigenvalues)"
+    )
+    assert f"| {bias} | {bias_verdict} |" in summary
+    for name, verdict in judged.items():
+        written = block(text, name)
+        assert f"**Verdict: {verdict.verdict}" in written
+        figure = page.parent / "findings" / f"{name}.webp"
+        assert (
+            figure.is_file() == (verdict.verdict != claim_verdicts.NOT_MEASURED) == (f"findings/{name}.webp" in written)
+        )
+        for finding in verdict.findings if figure.is_file() else ():
+            assert f"| {finding.part.name} |" in written
+            assert claim_verdicts.effect_text(finding) in written
+    assert ("findings/effects.webp" in summary) == (n_seeds > 1) == (page.parent / "findings/effects.webp").is_file()
+    for file in (page.parent / "findings").iterdir():
+        assert file.stat().st_size <= LIMIT
+        with Image.open(file) as image:
+            assert np.asarray(image).std() > 10
+    # prose is untouched, a second run changes nothing, and a changed number is noticed
+    outside = write_findings._BLOCK.sub(r"\g<open>\g<close>", text)
+    assert outside == write_findings._BLOCK.sub(r"\g<open>\g<close>", before)
+    assert run_script(page, study, "--check") == 0
+    assert run_script(page, study) == 0
+    assert page.read_text() == text
+    page.write_text(text.replace("**Verdict: inconclusive", "**Verdict: supported", 1).replace("seeds", "sees", 1))
+    assert run_script(page, study, "--check") == 1
+
+
+def test_a_page_without_a_block_is_refused(page: Path, tmp_path: Path) -> None:
+    page.write_text(page.read_text().replace("<!-- study: msa_variance -->", ""))
+    with pytest.raises(ValueError, match=r"^Expected the blocks .*'msa_variance'.*each once, received"):
+        run_script(page, tmp_path / "nothing")
+
+
+@pytest.fixture(autouse=True)
+def _quiet(capsys: pytest.CaptureFixture[str]) -> Any:
+    yield
+    capsys.readouterr()
