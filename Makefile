@@ -28,7 +28,7 @@ FUZZ ?= 1000
 BENCH ?= hessian landscape representation attention training data report sweep startup
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-newest test-extras gpu-check lint format bench fuzz soak doctor clean reproduce $(QUESTIONS) $(TABLES) sweep sweep-local docs docs-figures locks notebooks
+.PHONY: help setup demo test test-slow test-newest test-extras gpu-check lint format bench fuzz soak doctor clean reproduce wandb-report $(QUESTIONS) $(TABLES) sweep sweep-local docs docs-figures locks notebooks
 
 help: ## list the targets
 	@grep -hE '^[a-zA-Z0-9_%-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  %-24s %s\n", $$1, $$2}'
@@ -122,6 +122,11 @@ sweep-local: $(SETUP) ## a sweep on this machine, no server (SWEEP=sweeps/x.yaml
 
 sweep: $(SETUP) ## a W&B sweep, one agent a GPU (SWEEP=sweeps/x.yaml GPUS=0,1 SWEEP_ID=to-go-on PROFILE=smoke)
 	@$(RUN) -m vitscope sweep $(SWEEP) server=true $(if $(SWEEP_ID),sweep_id=$(SWEEP_ID)) $(SWEEP_OPTIONS)
+
+wandb-report: $(SETUP) ## a W&B report and a workspace of runs (RUNS=runs FIGURES_FROM=figures TITLE=name SPEC=report.json; installs .[report])
+	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[report]'
+	@$(RUN) -m vitscope wandb-report $(if $(RUNS),runs=$(RUNS)) $(if $(FIGURES_FROM),figures=$(FIGURES_FROM)) \
+	  $(if $(TITLE),title='$(TITLE)') $(if $(ENTITY),entity=$(ENTITY)) $(if $(PROJECT),project=$(PROJECT)) $(if $(SPEC),spec=$(SPEC))
 
 bench: $(SETUP) ## every claim about speed, its peers in the same run (installs .[bench]; BENCH=hessian for one)
 	@$(call install,bench)

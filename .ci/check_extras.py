@@ -38,6 +38,7 @@ CHECKS: dict[str, list[list[str]]] = {
     "kfac": [["-m", "pytest", "tests/diagnostics/test_kronecker_factors.py"]],
     "loggers": [["-m", "pytest", "tests/runs/scalar_loggers"]],
     "optuna": [["-m", "pytest", "tests/sweep/test_local_runner.py", "tests/sweep/test_trial_choices.py"]],
+    "report": [["-m", "pytest", "tests/cli/test_wandb_report.py"]],
     "submitit": [
         ["-m", "pytest", "tests/reproduce/test_trial_jobs.py"],
         [*_TRAINING, "paths.runs={folder}", "hydra/launcher=local", "seed=0,1"],

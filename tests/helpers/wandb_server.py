@@ -73,6 +73,7 @@ class Server(ThreadingHTTPServer):
         self.sweeps: dict[str, ServerSweep] = {}
         self.agents: dict[str, str] = {}
         self.unknown: list[str] = []
+        self.views: list[dict[str, Any]] = []
         self.connections: list[socket.socket] = []
 
     @property
@@ -203,6 +204,29 @@ class Server(ThreadingHTTPServer):
         bounds = {"max_cli_version": "0.99.0", "min_cli_version": "0.1.0"}
         return {"serverInfo": {"features": [], "cliVersionInfo": bounds, "latestLocalVersionInfo": local}}
 
+    def _upsert_view(self, given: dict[str, Any]) -> dict[str, Any]:
+        """Keep a report or a saved workspace."""
+        self.views.append({**given, "spec": json.loads(given["spec"])})
+        project = {"id": _key("Project", PROJECT), "name": given["projectName"], "entityName": given["entityName"]}
+        view = {
+            "id": _key("View", str(len(self.views))), "type": given["type"], "name": given["name"],
+            "displayName": given["displayName"], "description": given["description"], "project": project, "spec": given["spec"],
+            "updatedAt": "2026-01-01T00:00:00",
+        }  # fmt: skip
+        return {"upsertView": {"view": view, "inserted": True}}
+
+    def _project(self, given: dict[str, Any]) -> dict[str, Any]:
+        return {
+            "project": {"internalId": "UHJvamVjdEludGVybmFsSWQ6MQ==", "id": _key("Project", PROJECT), "name": PROJECT}
+        }
+
+    def _projects(self, given: dict[str, Any]) -> dict[str, Any]:
+        node = {"id": _key("Project", PROJECT), "name": PROJECT, "entityName": ENTITY, "createdAt": "2026-01-01T00:00:00",
+                "isBenchmark": False, "user": None}  # fmt: skip
+        return {
+            "models": {"edges": [{"node": node, "cursor": "a"}], "pageInfo": {"endCursor": None, "hasNextPage": False}}
+        }
+
     def stream(self, name: str, sent: dict[str, Any]) -> None:
         """Keep rows and the exit code that a run streams."""
         with self.lock:
@@ -217,10 +241,12 @@ class Server(ThreadingHTTPServer):
 
 #: a pattern of the query, in the order in which they are tried, and who answers
 _FIELDS = (
+    ("upsertView", Server._upsert_view),
     ("upsertSweep", Server._upsert_sweep), ("createAgent", Server._create_agent), ("agentHeartbeat", Server._heartbeat),
     ("upsertBucket", Server._upsert_run), ("createRunFiles", Server._files), (r"\bsweep\(", Server._sweep),
     ("missingOk", Server._resumed), (r"\bviewer\b", Server._viewer), ("features|serverInfo", Server._info),
     (r"\bstopped\b", lambda server, given: {"project": {"run": {"stopped": False}}}),
+    ("internalId", Server._project), (r"\bmodels\(", Server._projects),
 )  # fmt: skip
 
 

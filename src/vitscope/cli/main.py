@@ -14,8 +14,11 @@ COMMANDS = {
     "runs": "list, show, export and delete run folders",
     "reproduce": "make a figure or a table of the paper by its name",
     "sweep": "run a sweep file on this machine or with W&B agents",
+    "wandb-report": "make a W&B report and a workspace of runs",
     "doctor": "check what works on this machine",
 }
+#: modules of commands whose names are not those of their modules
+_MODULES = {"wandb-report": "online.wandb_report"}
 _COMMAND = "VITSCOPE_COMMAND"
 
 
@@ -38,7 +41,7 @@ def main() -> None:
         sys.exit(2)
     os.environ[_COMMAND] = name
     sys.argv = [sys.argv[0], *sys.argv[2:]]
-    importlib.import_module(f"vitscope.cli.{name}").main()
+    importlib.import_module(f"vitscope.cli.{_MODULES.get(name, name)}").main()
 
 
 def usage() -> str:

@@ -5,12 +5,14 @@ Nothing here may stop a training: a server that is gone, a missing key or a dead
 
 from __future__ import annotations
 
+import json
 import logging
 import netrc
 import os
 import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 from urllib.parse import urlparse
@@ -18,10 +20,13 @@ from urllib.parse import urlparse
 import wandb
 from omegaconf import DictConfig, OmegaConf
 
+from vitscope.config.keys.logger_choice import ARTIFACT_KINDS
 from vitscope.runs.run_dir import Run, redacted
 from vitscope.runtime import safe_files
 from vitscope.runtime.distributed import rank
+from vitscope.runtime.errors import ConfigError
 from vitscope.runtime.redaction import cleaned, masked
+from vitscope.runtime.redaction import redacted as redacted_tree
 
 _logger = logging.getLogger(__name__)
 
@@ -35,8 +40,9 @@ PATIENCE = {"WANDB_INIT_TIMEOUT": "60", "WANDB_FINISH_TIMEOUT": "120"}
 class WandbMirror:
     """One W&B run; every method is safe to call, also when W&B is off, offline or broken."""
 
-    def __init__(self, run: Any = None) -> None:
+    def __init__(self, run: Any = None, uploads: RunArtifacts | None = None) -> None:
         self._run = run
+        self._uploads = uploads
 
     @property
     def run(self) -> Any:
@@ -52,6 +58,21 @@ class WandbMirror:
     def id(self) -> str | None:
         """The run's id, by which a resumed run goes on as the same one."""
         return self._fact("id")
+
+    @property
+    def uploads(self) -> RunArtifacts | None:
+        """What is uploaded as artifacts when the run ends; None for nothing."""
+        return self._uploads
+
+    @property
+    def entity(self) -> str | None:
+        """The user or team that the run belongs to."""
+        return self._fact("entity")
+
+    @property
+    def project(self) -> str | None:
+        """The run's project."""
+        return self._fact("project")
 
     def log(self, values: Mapping[str, Any], step: int) -> None:
         """Log scalars; rows carry ``trainer/global_step`` because W&B drops rows whose ``step`` goes backwards."""
@@ -78,7 +99,9 @@ class WandbMirror:
         self._safely(lambda run: run.mark_preempting())
 
     def finish(self, exit_code: int) -> None:
-        """End the run: without it, two runs of one process would merge."""
+        """End the run: without it, two runs of one process would merge. A run that ended well uploads its artifacts."""
+        if exit_code == 0 and self._uploads is not None:
+            self._safely(self._uploads.log_to)
         self._safely(lambda run: run.finish(exit_code=exit_code))
         self._run = None
 
@@ -95,6 +118,68 @@ class WandbMirror:
             action(self._run)
         except Exception as error:  # whatever W&B raises, training goes on
             warnings.warn(f"W&B: {type(error).__name__}: {_one_line(error)}; the journal has every row", stacklevel=3)
+
+
+@dataclass(frozen=True)
+class RunArtifacts:
+    """Files of a run folder that are uploaded as W&B artifacts.
+
+    Attributes:
+        run: The run folder.
+        kinds: ``results`` (numbers and arrays of analyses) and ``checkpoints``.
+    """
+
+    run: Run
+    kinds: Sequence[str]
+
+    def log_to(self, wandb_run: Any) -> None:
+        """Log an artifact ``<run id>-<kind>`` for each kind that has files; JSON files are written without secrets."""
+        for kind in self.kinds:
+            folder, suffixes = getattr(self.run, kind), ARTIFACT_KINDS[kind]
+            files = [file for file in sorted(folder.rglob("*")) if file.suffix in suffixes and not file.is_symlink()]
+            if not files:
+                continue
+            artifact = wandb.Artifact(f"{self.run.id}-{kind}", type="model" if kind == "checkpoints" else kind)
+            for file in files:
+                name = file.relative_to(folder).as_posix()
+                if file.suffix == ".json":
+                    with artifact.new_file(name, encoding="utf-8") as copy:
+                        json.dump(redacted_tree(json.loads(file.read_text(encoding="utf-8"))), copy, indent=1)
+                else:
+                    artifact.add_file(str(file), name=name)
+            wandb_run.log_artifact(artifact)
+
+
+def start_report(entity: str | None, project: str, name: str, folder: Path) -> WandbMirror:
+    """Start a run on the server that holds the figures and tables of a report.
+
+    Args:
+        entity: User or team; None for the account's own.
+        project: Project.
+        name: Name of the run.
+        folder: Where W&B keeps its files until the run ends.
+
+    Raises:
+        ConfigError: No account is configured, or the server cannot be reached.
+    """
+    mode = os.environ.get("WANDB_MODE", "online")
+    if mode != "online" or not has_key():
+        reason = f"WANDB_MODE={mode}" if mode != "online" else "no key is configured"
+        fix = "run wandb login, or write the specification alone: spec=report.json"
+        raise ConfigError("wandb-report", None, f"a report is made on the server, and {reason}", fix)
+    os.environ.setdefault("WANDB_SILENT", "true")
+    for variable, seconds in PATIENCE.items():
+        os.environ.setdefault(variable, seconds)
+    settings = wandb.Settings(x_disable_meta=True, disable_git=True, console="off")
+    try:
+        started = wandb.init(
+            project=project or None, entity=entity, name=masked(name), job_type="report", mode="online", settings=settings,
+            dir=str(folder),
+        )  # fmt: skip
+    except Exception as error:  # whatever W&B raises
+        fix = "check the network and wandb login, or use spec=report.json"
+        raise ConfigError("wandb-report", None, f"W&B did not start ({_one_line(error)})", fix) from None
+    return WandbMirror(started)
 
 
 def start(cfg: DictConfig, run: Run, job_type: str) -> WandbMirror:
@@ -129,12 +214,15 @@ def start(cfg: DictConfig, run: Run, job_type: str) -> WandbMirror:
     }
     if [cleaned(argument) for argument in sys.argv] != sys.argv:  # W&B would upload the command line as it is
         arguments["settings"] = wandb.Settings(x_disable_meta=True)
+    # a measurement has no checkpoints of its own
+    kinds = [kind for kind in options.get("artifacts") or [] if kind == "results" or job_type == "train"]
+    uploads = RunArtifacts(run, kinds) if kinds else None
     for attempt in dict.fromkeys((mode, "offline")):
         try:
             # in a sweep the agent hands over the run's id: leave it alone
             if "WANDB_SWEEP_ID" in os.environ:
                 arguments.pop("id", None)
-            mirror = WandbMirror(wandb.init(**arguments, mode=cast(Any, attempt)))
+            mirror = WandbMirror(wandb.init(**arguments, mode=cast(Any, attempt)), uploads)
             run.note(wandb_id=mirror.id, wandb_url=mirror.url)
             return mirror
         except Exception as error:  # no server, a wrong key, a dead service: try offline, then do without

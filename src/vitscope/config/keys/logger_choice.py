@@ -18,6 +18,9 @@ PACKAGES: dict[str, tuple[str, ...]] = {
     "trackio": ("trackio",),
 }
 
+#: what ``logger.artifacts`` uploads to W&B: folders of a run, and the endings of the files in them
+ARTIFACT_KINDS: dict[str, tuple[str, ...]] = {"results": (".npz", ".json"), "checkpoints": (".ckpt", ".json")}
+
 
 def chosen_loggers(node: Any) -> dict[str, dict[str, Any]]:
     """Return the options of each chosen logger beside W&B by its name.
@@ -35,15 +38,19 @@ def without_loggers(node: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_loggers(node: Any, options: Mapping[str, Mapping[str, Any]]) -> None:
-    """Check the loggers beside W&B.
+    """Check the loggers beside W&B, and what is uploaded to W&B.
 
     Args:
         node: ``logger`` of a resolved configuration.
         options: Options of each logger with their defaults.
 
     Raises:
-        ConfigError: An unknown logger or option, a value of another type, or a package that is not installed.
+        ConfigError: An unknown artifact, logger or option, a value of another type, or a package that is not installed.
     """
+    kinds = node.get("artifacts") or []
+    for kind in kinds if isinstance(kinds, list) else [kinds]:
+        if kind not in ARTIFACT_KINDS:
+            raise ConfigError("logger.artifacts", kind, "no such artifact", errors.nearest(str(kind), ARTIFACT_KINDS))
     for name, values in chosen_loggers(node).items():
         if name not in PACKAGES:
             raise ConfigError(f"logger.{name}", "...", "no such logger", errors.nearest(name, [*PACKAGES, "wandb"]))

@@ -14,7 +14,7 @@ from vitscope.config.keys.logger_choice import chosen_loggers
 from vitscope.runs import wandb_mirror
 from vitscope.runs.run_dir import Run, redacted
 from vitscope.runs.scalar_loggers.logger_factory import start_logger
-from vitscope.runs.wandb_mirror import WandbMirror
+from vitscope.runs.wandb_mirror import RunArtifacts, WandbMirror
 from vitscope.runtime.distributed import rank
 from vitscope.runtime.errors import StorageError
 from vitscope.runtime.redaction import masked
@@ -28,10 +28,11 @@ class RunMirror(WandbMirror):
     Args:
         wandb_run: Run of W&B; None where W&B is off.
         loggers: Started loggers by name.
+        uploads: Files that become artifacts of W&B's run.
     """
 
-    def __init__(self, wandb_run: Any, loggers: Mapping[str, Logger]) -> None:
-        super().__init__(wandb_run)
+    def __init__(self, wandb_run: Any, loggers: Mapping[str, Logger], uploads: RunArtifacts | None = None) -> None:
+        super().__init__(wandb_run, uploads)
         self._loggers = dict(loggers)
 
     def log(self, values: Mapping[str, Any], step: int) -> None:
@@ -77,7 +78,7 @@ def start(cfg: DictConfig, run: Run, job_type: str) -> WandbMirror:
             raise
         except Exception as error:  # no server, a package that does not work
             _warn(name, error, "not started; the metrics log has every row")
-    return RunMirror(mirror.run, loggers) if loggers else mirror
+    return RunMirror(mirror.run, loggers, mirror.uploads) if loggers else mirror
 
 
 def _warn(name: str, error: Exception, consequence: str) -> None:

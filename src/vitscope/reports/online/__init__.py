@@ -1,0 +1,1 @@
+"""Reports on a W&B server."""
