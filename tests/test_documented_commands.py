@@ -29,8 +29,8 @@ from vitscope.runs import run_overrides
 from vitscope.runtime.errors import VitscopeError
 
 ROOT = Path(__file__).parents[1]
-#: a document whose commands are run, not only composed, see tests/cli/test_own_code.py
-RUN_ELSEWHERE = ("own_code.md",)
+#: documents whose commands are run, not only composed: by tests/cli/test_own_code.py, and by docs/scripts/draw_gallery.py
+RUN_ELSEWHERE = ("own_code.md", "gallery.md")
 DOCUMENTS = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md")]
 DOCUMENTS += [path for path in sorted(ROOT.glob("docs/*.md")) if path.name not in RUN_ELSEWHERE]
 DOCUMENTS += sorted(ROOT.glob("docs/diagnostics/*.md"))

@@ -97,6 +97,7 @@ class Shown:
         models: Families of `study_runs.NAMES`; for an AlterNet with something else in attention's place ``alternet:blur``.
         overrides: Settings of the measurement.
         plot: Options of `vitscope.plot`.
+        name: Name of its files; the analysis by default.
     """
 
     analysis: str
@@ -105,6 +106,12 @@ class Shown:
     models: Sequence[str] = ("convnet", "vit", "alternet")
     overrides: Sequence[str] = ()
     plot: Mapping[str, Any] | None = None
+    name: str = ""
+
+    @property
+    def file(self) -> str:
+        """Name of its files without the group."""
+        return self.name or self.analysis
 
 
 STUDY = (
@@ -119,16 +126,15 @@ STUDY = (
     Shown("cka", "Similarity of layers", "Unbiased mini-batch CKA of every pair of feature maps."),
     Shown("frequency_noise", "Noise of one frequency band",
           "Change of accuracy under noise of equal root mean square in each band of frequencies.", ("convnet", "vit")),
-    Shown("sharpness", "Sharpness with and without attention",
-          "Rise of the loss at a radius along filter-normalized directions for AlterNet and for other operations in the places "
-          "of its attention.",
-          ("alternet", "alternet:conv", "alternet:uniform", "alternet:blur")),
+    Shown("hessian", "Leading Hessian eigenvalues with and without attention",
+          "The same for AlterNet and for other operations in the places of its attention.",
+          ("alternet", "alternet:conv", "alternet:uniform", "alternet:blur"), name="mixers"),
     Shown("corruption", "Corrupted images", "Accuracy under 15 corruptions at 5 severities."),
 )  # fmt: skip
 
 RESNET20 = (
     Shown("hessian", "ResNet-20: leading Hessian eigenvalues",
-          "Density of the five leading eigenvalues of each mini-batch Hessian of 16 training images.",
+          "Density of the five leading eigenvalues of each mini-batch Hessian of 16 images.",
           overrides=("analysis.hessian.probe.n_images=160",)),
     Shown("spectral_density", "ResNet-20: density of all eigenvalues",
           "Density of the Hessian's spectrum by stochastic Lanczos quadrature.",
@@ -140,10 +146,11 @@ RESNET20 = (
           "Relative log amplitude of the feature maps over frequency, and at the highest frequency over depth.",
           overrides=("analysis.fourier.probe.n_images=256",)),
     Shown("effective_receptive_field", "ResNet-20: effective receptive field",
-          "Pixels that the central position of the last feature map depends on, with the radii of 50, 90 and 99 %.",
+          "Pixels that the central position of the last feature map depends on, with the radii of 50, 90 and 99 %; below "
+          "it, the change by training.",
           overrides=("analysis.effective_receptive_field.probe.n_images=64",)),
     Shown("lesion", "ResNet-20: removal of single blocks", "Change of accuracy where one block's branch is removed.",
-          overrides=("analysis.lesion.probe.n_images=500",)),
+          overrides=("analysis.lesion.probe.n_images=500",), plot={"title": "ResNet-20, CIFAR-10 (JPEG)"}),
     Shown("cka", "ResNet-20: similarity of layers", "Unbiased mini-batch CKA of every pair of feature maps.",
           overrides=("analysis.cka.probe.n_images=400",)),
     Shown("calibration", "ResNet-20: calibration",
@@ -215,7 +222,7 @@ def _value(value: Any) -> str:
 def read_texts(out: Path) -> list[dict[str, Any]]:
     """Return the texts of all entries in the order of the page."""
     texts = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(out.glob("*.json"))]
-    order = [f"study-{shown.analysis}" for shown in STUDY] + [f"resnet20-{shown.analysis}" for shown in RESNET20]
+    order = [f"study-{shown.file}" for shown in STUDY] + [f"resnet20-{shown.analysis}" for shown in RESNET20]
     return sorted(texts, key=lambda text: order.index(text["name"]) if text["name"] in order else len(order))
 
 
@@ -225,7 +232,7 @@ def draw_study(runs: Path, out: Path) -> list[str]:
     for shown in STUDY:
         chosen = _runs_of(shown, entries)
         if not chosen:
-            missing.append(shown.analysis)
+            missing.append(shown.file)
             continue
         results = {}
         for name, entry in chosen.items():
@@ -233,7 +240,7 @@ def draw_study(runs: Path, out: Path) -> list[str]:
             assert file is not None
             results[name] = vs.load_result(file)
         first = next(iter(chosen.values()))
-        figure = vs.plot(results, allow_different=True, title=f"{shown.title}: {first.data}", **(shown.plot or {}))
+        figure = vs.plot(results, allow_different=True, title=first.data, **(shown.plot or {}))
         folders = ",".join(f"runs/<{name}>" for name in chosen)
         seeds = f"Seed {first.seed}, {(first.config.get('trainer') or {}).get('max_epochs')} epochs."
         accuracies = ", ".join(
@@ -242,7 +249,7 @@ def draw_study(runs: Path, out: Path) -> list[str]:
             if entry.metrics.get("test/accuracy")
         )
         write_entry(out, figure, Text(
-            f"study-{shown.analysis}", "study", shown.title, f"{shown.caption} {seeds} Test accuracy: {accuracies}.",
+            f"study-{shown.file}", "study", shown.title, f"{shown.caption} {seeds} Test accuracy: {accuracies}.",
             f"python report.py 'runs=[{folders}]' 'analyses=[{shown.analysis}]' allow_different=true", card_of(results),
         ))  # fmt: skip
     return missing
@@ -279,9 +286,16 @@ def draw_claims(study: Path, out: Path) -> None:
     ))  # fmt: skip
 
 
-def run_analysis(arguments: Sequence[str], run: Path) -> None:
-    """Run `analyze.py` with a network of this folder; finished results are taken again."""
-    words = [sys.executable, str(ROOT / "analyze.py"), *arguments, f"run_dir={run}"]
+def run_analysis(network: Sequence[str], analyses: Sequence[str], run: Path) -> None:
+    """Run `analyze.py` with a network of this folder; a run folder that is there goes on, with the results that it has.
+
+    Args:
+        network: Arguments that choose the network, its weights and the images.
+        analyses: Arguments that choose the analyses and their settings.
+        run: The run folder.
+    """
+    place = [f"run={run}"] if (run / "config.yaml").is_file() else [*network, "logger=none", f"run_dir={run}"]
+    words = [sys.executable, str(ROOT / "analyze.py"), *place, *analyses]
     path = os.pathsep.join([str(ROOT / "src"), str(ROOT / "docs" / "scripts"), os.environ.get("PYTHONPATH", "")])
     environment = os.environ | {"VITSCOPE_TRUST": "cifar_resnet", "PYTHONPATH": path}
     if subprocess.run(words, cwd=ROOT, env=environment, check=False).returncode:
@@ -304,15 +318,15 @@ def draw_resnet20(checkpoint: Path, data: Path, cache: Path, out: Path) -> None:
     """Measure the public ResNet-20 and draw its figures."""
     model = ["model=module", "model._target_=cifar_resnet.CifarResNet", "data=cifar10_jpeg",
              "data.mean=[0.485,0.456,0.406]", "data.std=[0.229,0.224,0.225]"]  # fmt: skip
-    place = [f"ckpt_path={checkpoint.resolve()}", f"data.root={data.resolve()}", checksums(data), "logger=none"]
+    place = [f"ckpt_path={checkpoint.resolve()}", f"data.root={data.resolve()}", checksums(data)]
     run = (cache / "resnet20").resolve()
     names = ",".join(["evaluation", *(shown.analysis for shown in RESNET20)])
     overrides = [override for shown in RESNET20 for override in shown.overrides]
-    run_analysis([*model, *place, f"analysis=[{names}]", *overrides], run)
+    run_analysis([*model, *place], [f"analysis=[{names}]", *overrides], run)
     accuracy = newest_result(run, "evaluation").accuracy
     for shown in RESNET20:
-        results = {"ResNet-20": newest_result(run, shown.analysis)}
-        figure = vs.plot(results, title=f"{shown.title}, CIFAR-10 (JPEG)", **(shown.plot or {}))
+        results = {"ResNet-20, CIFAR-10 (JPEG)": newest_result(run, shown.analysis)}
+        figure = vs.plot(results, **(shown.plot or {}))
         command = (
             "VITSCOPE_TRUST=cifar_resnet PYTHONPATH=docs/scripts python analyze.py "
             + shlex.join([*model, "ckpt_path=cifar10_resnet20.th", "data.root=data"])
@@ -339,18 +353,18 @@ def draw_timm(cache: Path, out: Path) -> None:
         "python -c \"import timm, vitscope as vs; print(vs.structure(timm.create_model('swin_tiny_patch4_window7_224')))\"",
         {**note, "models": {name: model for model, name in TIMM.items()}},
     ))  # fmt: skip
-    settings = ["data=photographs", "analysis=[effective_receptive_field]", "probe.split=test", "probe.n_images=8"]
+    analysis = ["analysis=[effective_receptive_field]", "probe.split=test", "probe.n_images=8"]
     results = {}
     for model in RECEPTIVE:
-        words = ["model=timm", f"model.name={model}", *settings]
-        run_analysis([*words, "logger=none"], (cache / model).resolve())
+        network = ["model=timm", f"model.name={model}", "data=photographs"]
+        run_analysis(network, analysis, (cache / model).resolve())
         results[TIMM[model]] = newest_result(cache / model, "effective_receptive_field")
     figure = vs.plot(results, title="Random weights, photographs", allow_different=True)
     write_entry(out, figure, Text(
         "timm-receptive-field", "timm", "Effective receptive fields (random weights)",
         "Pixels that the central position of the last feature map depends on, with the radii of 50, 90 and 99 %. With random "
         "weights the field follows from kernels, strides, windows and shortcuts alone.",
-        "python analyze.py model=timm model.name=resnet50 " + shlex.join(settings), {**card_of(results), **note},
+        "python analyze.py model=timm model.name=resnet50 data=photographs " + shlex.join(analysis), {**card_of(results), **note},
     ))  # fmt: skip
 
 

@@ -1,10 +1,10 @@
 """Draw README's three pictures from a study's runs: spectrum, loss landscape and Fourier figure of ConvNet, ViT and AlterNet.
 
-Usage: python docs/scripts/draw_story.py --runs FOLDER [--seed 0] [--out docs/story] [--cache build/story]
+Usage: python docs/scripts/draw_story.py --runs FOLDER [--seed 0] [--out docs/story] [--cache build/story] [--readme README.md]
 
 The spectrum is the runs' own result. Loss landscape and Fourier analysis are measured on the last checkpoints, which takes about
 three minutes on two cores, and saved in the cache by run and settings. Runs are only read. ``story.json`` beside the pictures
-has their conditions.
+has their conditions, and the page between ``<!-- story -->`` and ``<!-- end of story -->`` shows them.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -29,6 +31,7 @@ sys.path.insert(0, str(ROOT))
 from docs.scripts import study_runs  # noqa: E402  needs the path above
 from docs.scripts.page_images import save_webp  # noqa: E402  needs the path above
 
+_BLOCK = re.compile(r"(<!-- story -->\n).*?(<!-- end of story -->)", re.DOTALL)
 FAMILIES = ("convnet", "vit", "alternet")
 
 
@@ -61,7 +64,7 @@ PICTURES = (
     ),
     Picture(
         "landscape",
-        "Loss on a filter-normalized random plane",
+        "NLL (nats) on a filter-normalized random plane",
         measure=vs.loss_landscape,
         images={"split": "train", "augment": True, "n_images": 256, "batch_size": 256},
         settings={"n": 9, "span": 0.5},
@@ -112,6 +115,32 @@ def draw(picture: Picture, entries: Mapping[str, Entry], cache: Path, out: Path)
     return {"title": picture.title, **{key: getattr(card, key) for key in keys}}
 
 
+def page_block(facts: Mapping[str, Any], folder: str) -> str:
+    """Return the pictures with their captions.
+
+    Args:
+        facts: Content of ``story.json``.
+        folder: Path of the pictures from the page.
+    """
+    pictures = facts["pictures"]
+    data = pictures["spectrum"]["data"]
+    epochs = ", ".join(sorted({f"{float(value):g}" for value in facts["epochs"].values()}))
+    accuracies = ", ".join(f"{name} {value:.2f}" for name, value in facts["accuracy"].items())
+    lines = [
+        f"![{picture['title']}, {', '.join(facts['accuracy'])}, {picture['data']}]({folder}/{name}.webp)\n"
+        for name, picture in pictures.items()
+    ]
+    return "\n".join([
+        *lines,
+        f"{data}: the spectrum of {pictures['spectrum']['n_images']} training images, the loss of "
+        f"{pictures['landscape']['n_images']}, the Fourier figure of {pictures['fourier']['n_images']} test images. Small "
+        f"networks after {epochs} epochs, seed {facts['seed']}, test accuracy {accuracies}; one seed is an example.",
+        "[docs/findings.md](docs/findings.md) tests the paper's claims over seeds, [docs/gallery.md](docs/gallery.md) has more "
+        "figures. Drawn by",
+        "`python docs/scripts/draw_story.py --runs runs/reproduce-cifar10_small`.",
+    ])  # fmt: skip
+
+
 def main(arguments: Sequence[str]) -> int:
     """Draw the pictures."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
@@ -119,6 +148,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--seed", type=int, help="seed of the three runs; default: the lowest that all three have")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "story")
     parser.add_argument("--cache", type=Path, default=ROOT / "build" / "story")
+    parser.add_argument("--readme", type=Path, default=ROOT / "README.md", help="the page that shows the pictures")
     options = parser.parse_args(arguments)
     matplotlib.use("agg")
     runs = study_runs.finished_runs(options.runs)
@@ -142,6 +172,12 @@ def main(arguments: Sequence[str]) -> int:
         "pictures": {p.name: draw(p, entries, options.cache, options.out) for p in PICTURES},
     }
     (options.out / "story.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    folder = Path(os.path.relpath(options.out.resolve(), options.readme.resolve().parent)).as_posix()
+    text, n_blocks = _BLOCK.subn(lambda m: f"{m[1]}\n{page_block(facts, folder)}\n{m[2]}", options.readme.read_text())
+    if n_blocks != 1:
+        print(f"error: {options.readme}: expected one block <!-- story -->, received {n_blocks}", file=sys.stderr)
+        return 2
+    options.readme.write_text(text, encoding="utf-8")
     return 0
 
 

@@ -32,7 +32,9 @@ LISTED_ONLY = ("analysis", "experiment", "profile")
 REPOSITORY_PAGES = {
     "CHANGELOG.md": "changelog.md", "SECURITY.md": "security.md", "CONTRIBUTING.md": "contributing.md",
 }  # fmt: skip
-NOTEBOOKS = ("tutorials/own_network",)
+NOTEBOOKS = tuple(
+    f"tutorials/{name}" for name in ("own_network", "comparing_models", "reading_report", "sweep_to_table")
+)
 
 
 def rewrite_links(text: str, page: str) -> str:

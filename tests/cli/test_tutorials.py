@@ -107,6 +107,33 @@ def test_the_notebook(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "figure"),
+    [("comparing_models", "comparison.pdf"), ("reading_report", "depth.pdf"), ("sweep_to_table", "rates.pdf")],
+)
+def test_a_notebook_ends_in_its_figure(
+    name: str, figure: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("VITSCOPE_RUNS", raising=False)
+    cells = json.loads((FOLDER / f"{name}.ipynb").read_text())["cells"]
+    assert not any(cell.get("outputs") or cell.get("execution_count") for cell in cells)
+    names = execute(["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"])
+    assert Path(figure).stat().st_size > 0
+    printed = capfd.readouterr().out
+    if name == "comparing_models":
+        assert "differ in weight_decay: 0.05 and 0.0" in printed
+        accuracy = names["accuracy"]
+        assert isinstance(accuracy, dict)
+        assert min(accuracy.values()) > 0.3  # chance 0.1
+    else:
+        table = names["models" if name == "reading_report" else "table"]
+        assert isinstance(table, pd.DataFrame)
+        assert len(table) == 2
+        assert table["test/accuracy"].between(0, 1).all()
+
+
+@pytest.mark.slow
 def test_a_data_set_on_several_gpus(tmp_path: Path) -> None:
     """The dry run, a sweep of two trials side by side on the CPU, and the table."""
     sweep = blocks("cifar100.md", "yaml")[0]
