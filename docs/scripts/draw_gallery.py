@@ -359,11 +359,11 @@ def draw_timm(cache: Path, out: Path) -> None:
         network = ["model=timm", f"model.name={model}", "data=photographs"]
         run_analysis(network, analysis, (cache / model).resolve())
         results[TIMM[model]] = newest_result(cache / model, "effective_receptive_field")
-    figure = vs.plot(results, title="Random weights, photographs", allow_different=True)
+    figure = vs.plot(results, view="depth", title="Random weights, photographs", allow_different=True)
     write_entry(out, figure, Text(
         "timm-receptive-field", "timm", "Effective receptive fields (random weights)",
-        "Pixels that the central position of the last feature map depends on, with the radii of 50, 90 and 99 %. With random "
-        "weights the field follows from kernels, strides, windows and shortcuts alone.",
+        "Radii around the central position of each stage's map that hold 50, 90 and 99 % of its dependence on the image, over depth. "
+        "With random weights they follow from kernels, strides, windows and shortcuts alone.",
         "python analyze.py model=timm model.name=resnet50 data=photographs " + shlex.join(analysis), {**card_of(results), **note},
     ))  # fmt: skip
 
