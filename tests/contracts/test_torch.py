@@ -18,6 +18,24 @@ from torch.utils.data import DataLoader, TensorDataset
 from vitscope.runtime import torch_internals
 
 
+def test_once_differentiable_ends_the_graph_in_a_node_that_is_known_by_name():
+    class Sine(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.save_for_backward(x)
+            return x.sin()
+
+        @staticmethod
+        @torch.autograd.function.once_differentiable
+        def backward(ctx, g):
+            return g * ctx.saved_tensors[0].cos()
+
+    x = torch.ones(3, requires_grad=True)
+    for function, expected in ((Sine.apply, True), (torch.sin, False)):
+        gradient = torch.autograd.grad((function(x) * x).sum(), x, create_graph=True)
+        assert torch_internals.has_once_differentiable(gradient) is expected
+
+
 @pytest.mark.parametrize("layer", [nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm])
 def test_every_batch_norm_derives_from_the_base_class(layer: type[nn.Module]) -> None:
     assert issubclass(layer, torch_internals.BatchNormBase)

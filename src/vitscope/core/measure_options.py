@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from vitscope.core.probe import Probe
 
 #: arguments of measures that do not change what a number means: draws, memory, chunks, finished rows, how a product or a pass
-#: is computed, what belongs to the model itself (its checkpoints, its initial weights, its units), and the result that colors are
-#: aligned to. ``dtype`` is on the card as the type that was used. Every other argument, also of a measure that is added later, is
-#: compared.
+#: is computed (the card's solver states products by differences), what belongs to the model itself (its checkpoints, its initial
+#: weights, its units), and the result that colors are aligned to. ``dtype`` is on the card as the type that was used. Every
+#: other argument, also of a measure that is added later, is compared.
 INCIDENTAL = frozenset({
     "probe", "partial", "seed", "micro_batch", "max_memory", "basis", "checkpoint_blocks", "batches_at_once", "budget_s",
-    "product", "cache", "eigenvectors", "checkpoints", "initial", "units", "dtype", "reference",
+    "product", "difference_step", "cache", "eigenvectors", "checkpoints", "initial", "units", "dtype", "reference",
 })  # fmt: skip
 
 #: the same, of one measure: another one has an argument of that name with another meaning

@@ -18,7 +18,11 @@ COMPARED = (
 INCIDENTAL_FACTS = frozenset({
     "seed", "product", "micro_batch", "max_memory", "basis", "batches_at_once", "n_products", "budget_s", "seconds_per_product",
     "predicted_s", "predicted_bytes", "batches", "dropout", "labels", "start", "end", "std", "images_of_other",
+    "difference_error", "difference_steps",
 })  # fmt: skip
+
+#: the product that is compared, since its numbers have an error that those of the others do not have
+INEXACT_PRODUCT = ("product", "difference")
 
 #: stands for the options of a result that a version without them on the card has saved
 NOT_RECORDED = "not recorded (a result of an older version)"
@@ -73,7 +77,11 @@ class ObjectiveCard:
         if self.options is None:
             compared["options"] = NOT_RECORDED
         options = {key: _hashable(value) for key, value in sorted((self.options or {}).items())}
-        facts = {key: _hashable(value) for key, value in sorted(self.solver.items()) if key not in INCIDENTAL_FACTS}
+        facts = {
+            key: _hashable(value)
+            for key, value in sorted(self.solver.items())
+            if key not in INCIDENTAL_FACTS or (key, value) == INEXACT_PRODUCT
+        }
         compared |= {f"options.{key}": value for key, value in options.items()}
         return compared | {f"solver.{k}": v for k, v in facts.items() if k not in options or options[k] != v}
 

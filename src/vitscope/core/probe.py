@@ -285,6 +285,7 @@ class Probe:
         logits: bool = True,
         moves_weights: bool = False,
         micro_batch: int | None = None,
+        first_order: bool = False,
     ) -> Iterator[nn.Module]:
         """Yield the model ready to be measured; give it back bit-identical, also after an exception.
 
@@ -307,6 +308,8 @@ class Probe:
             logits: whether the model must return logits; False for measures of feature maps alone.
             moves_weights: whether the model will be evaluated at other weights than its own.
             micro_batch: images that the measure evaluates at once; the check uses no more. None for a whole batch.
+            first_order: with ``second_order``, whether the model will be differentiated once alone: attention then uses the
+                model's own kernels, and frozen integer weights may stand beside trainable ones.
 
         Raises:
             NumericalError: weights that are not finite.
@@ -317,7 +320,7 @@ class Probe:
         if bn not in ("eval", "batch"):
             raise ValueError(f"Expected bn to be 'eval' or 'batch', received {bn!r}.")
         check_weights(self.model)
-        probe_guard.refuse_unfit_weights(self.model, second_order or moves_weights)
+        probe_guard.refuse_unfit_weights(self.model, second_order or moves_weights, frozen_integers=first_order)
         if second_order and dtype is None and self.dtype in (torch.bfloat16, torch.float16):
             dtype = torch.float32
         with ExitStack() as stack:
@@ -331,7 +334,8 @@ class Probe:
             stack.enter_context(probe_guard.modes(self.model, bn))
             stack.enter_context(measured_loss(self.objective.loss, dtype or self.dtype))
             if second_order:
-                stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+                if not first_order:
+                    stack.enter_context(sdpa_kernel(SDPBackend.MATH))
                 stack.enter_context(DifferentiableWeightNorm())
             stack.enter_context(torch.set_grad_enabled(second_order))
             stack.enter_context(self._format.calling(self.model, logits, self._has_pairs()))

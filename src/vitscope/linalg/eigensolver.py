@@ -10,7 +10,7 @@ products in a row with which all is known.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -74,6 +74,7 @@ def extreme_eigenvalues(
     memory: BasisBuffer | None = None,
     confirmations: int = CONFIRMATIONS,
     random_share: float | None = None,
+    product_error: Callable[[], float] = float,
 ) -> Eigenpairs:
     """Return the ``k`` extreme eigenvalues of a symmetric operator.
 
@@ -97,6 +98,8 @@ def extreme_eigenvalues(
         random_share: length of the random part of ``start`` relative to the rest, which may lie in a wrong invariant subspace;
             the search then goes on until it is unlikely that a value beyond the wanted ones was passed over. None for a start
             of which that is not asked.
+        product_error: returns by how much products with unit vectors may be off beyond rounding, after the last product: it is
+            added to residuals and errors. 0 for exact products.
 
     Raises:
         ValueError: fewer dimensions than eigenvalues, an unknown ``which``, ``tol`` or ``max_products`` not positive, or a
@@ -110,7 +113,7 @@ def extreme_eigenvalues(
     while True:
         stop = search.absorb(product(search.lanczos.row))
         if _agreed(stop, shared, start.device):
-            return search.pairs(vectors)
+            return search.pairs(vectors, product_error())
         search.make_space()
 
 
@@ -174,9 +177,9 @@ class Search:
                 self._polynomial = self.lanczos.polynomial(self._ritz)
             self.lanczos.restart(_kept(self._ritz, self._chosen, self.which, self.rows))
 
-    def pairs(self, vectors: bool) -> Eigenpairs:
-        """Return what is known after the last product."""
-        pairs = _pairs(self.lanczos, self._ritz, self._chosen, self.tol, vectors)
+    def pairs(self, vectors: bool, product_error: float = 0.0) -> Eigenpairs:
+        """Return what is known after the last product; products with unit vectors may be off by ``product_error``."""
+        pairs = _pairs(self.lanczos, self._ritz, self._chosen, self.tol, vectors, product_error)
         if self._random_share is None:
             return pairs
         probability = self._missed_probability()
@@ -243,32 +246,37 @@ def _agreed(stop: bool, shared: bool, device: torch.device) -> bool:
     return bool(distributed.broadcast(torch.tensor(float(stop), device=device)).item())
 
 
-def _beyond(lanczos: Lanczos, ritz: Ritz, bounds: np.ndarray) -> np.ndarray:
+def _beyond(lanczos: Lanczos, ritz: Ritz, bounds: np.ndarray, product_error: float) -> np.ndarray:
     """Return which tolerances the operator's asymmetry exceeds, and warn of it: half of the digits are more than rounding.
+
+    Products that are off by ``product_error`` explain twice that.
 
     Such a product is not that of a matrix of second derivatives: a part of the network has a wrong derivative, such as an
     ``autograd.Function`` whose backward pass reads values that autograd takes for constants.
     """
     norm = float(np.abs(ritz.values).max(initial=0.0))
-    if not lanczos.asymmetry > float(torch.finfo(lanczos.basis.dtype).eps) ** 0.5 * norm:
+    explained = float(torch.finfo(lanczos.basis.dtype).eps) ** 0.5 * norm + 2 * product_error
+    if not lanczos.asymmetry > explained:
         return np.zeros(len(bounds), dtype=bool)
     warnings.warn(
         f"the products with the matrix are not symmetric (by {lanczos.asymmetry / norm:.2g} of its norm): a part of the network "
         "has wrong second derivatives, such as an autograd.Function whose backward pass is not differentiable; no eigenvalue is "
-        "nearer than that",
+        "nearer than that (product='difference' uses first derivatives alone)",
         stacklevel=2,
     )
     return lanczos.asymmetry > bounds
 
 
-def _pairs(lanczos: Lanczos, ritz: Ritz, selected: np.ndarray, tol: float, vectors: bool) -> Eigenpairs:
-    estimate, resolution = errors(ritz)[selected], lanczos.resolution(ritz)
+def _pairs(
+    lanczos: Lanczos, ritz: Ritz, selected: np.ndarray, tol: float, vectors: bool, product_error: float
+) -> Eigenpairs:
+    estimate, resolution = errors(ritz)[selected] + product_error, lanczos.resolution(ritz) + product_error
     bounds = tolerances(ritz.values, selected, tol)
     return Eigenpairs(
         values=ritz.values[selected],
-        residuals=np.maximum(ritz.residuals[selected], resolution),
+        residuals=np.maximum(ritz.residuals[selected] + product_error, resolution),
         errors=estimate,
-        converged=(estimate <= bounds) & ~_beyond(lanczos, ritz, bounds),
+        converged=(estimate <= bounds) & ~_beyond(lanczos, ritz, bounds, product_error),
         n_products=lanczos.n_products,
         vectors=lanczos.vectors(ritz, selected) if vectors else None,
         resolution=resolution,

@@ -47,6 +47,7 @@ def quadrature_rule(operator: SymmetricOperator, seed: int, n_steps: int, memory
 
     Raises:
         ValueError: the memory holds no ``n_steps + 1`` vectors.
+        NumericalError: products by differences that are not exact enough.
     """
     start = random_signs(operator, seed)
     memory.plan(start, n_steps + 1, n_steps + 1)
@@ -54,9 +55,12 @@ def quadrature_rule(operator: SymmetricOperator, seed: int, n_steps: int, memory
     for _ in range(n_steps):
         process.step()
     ritz = process.ritz()
+    error = float(getattr(operator, "product_error", 0.0))  # operators of others state none
+    differences = getattr(operator, "differences", None)
     return {
         "nodes": ritz.values,
         "weights": ritz.vectors[0] ** 2,
-        "residuals": ritz.residuals,
-        "resolution": process.resolution(ritz),
+        "residuals": ritz.residuals + error,
+        "resolution": process.resolution(ritz) + error,
+        **({} if differences is None else differences.facts()),
     }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -66,6 +66,8 @@ def solve(
             )
         like = torch.empty(operator.size, dtype=operator.dtype, device=operator.device)
         pairs = power_iteration(operator, like, k, tol=tol, seed=seed)
+        error = operator.product_error
+        pairs = replace(pairs, residuals=pairs.residuals + error, errors=pairs.errors + error)
     else:
         first = start_vector(operator, seed) if start is None else start
         pairs = extreme_eigenvalues(
@@ -83,6 +85,7 @@ def solve(
             shared=shared,
             memory=memory,
             random_share=random_share,
+            product_error=lambda: operator.product_error,
         )
     return Solution(pairs, l2_contribution(operator, pairs))
 

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -48,6 +48,24 @@ def original_function(function: Any) -> Any:
     while getattr(original, "__globals__", {}).get("__name__", "").startswith("torch._dynamo"):
         original = original.__wrapped__
     return original
+
+
+def has_once_differentiable(outputs: Iterable[Tensor]) -> bool:
+    """Tell whether ``once_differentiable`` ends the graph of a tensor.
+
+    Its node raises where a derivative passes through it. A derivative by given tensors skips it without a word, since it leads to
+    none of them.
+    """
+    waiting, visited = [t.grad_fn for t in outputs], set()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in visited:
+            continue
+        if node.name() == "torch::autograd::Error":
+            return True
+        visited.add(node)
+        waiting.extend(parent for parent, _ in node.next_functions)
+    return False
 
 
 def buffer_registry(module: nn.Module) -> dict[str, Tensor | None]:

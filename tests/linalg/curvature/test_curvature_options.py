@@ -14,7 +14,9 @@ import vitscope as vs
 from vitscope.linalg.curvature.curvature_options import CurvatureArguments, CurvatureOptions, curvature_arguments
 from vitscope.linalg.curvature.operator_factory import curvatures
 
-OPERATOR = ("operator", "parameters", "dtype", "bn", "product", "micro_batch", "basis", "checkpoint_blocks", "seed")
+OPERATOR = (
+    "operator", "parameters", "dtype", "bn", "product", "difference_step", "micro_batch", "basis", "checkpoint_blocks", "seed",
+)  # fmt: skip
 SEARCH = ("tol", "parameters", "dtype", "bn", "micro_batch", "max_products", "max_memory", "basis", "seed")
 #: the shared options of each measure, as they were before they had one definition
 MEASURES = {
@@ -27,7 +29,7 @@ MEASURES = {
     "critical_point": SEARCH,
     "normalized_hessian": tuple(name for name in SEARCH if name != "parameters"),
     "nep_stability": ("parameters", "dtype", "bn", "max_products", "max_memory", "basis", "seed"),
-    "hessian_by_kind": ("tol", "dtype", "bn", "max_products", "seed"),
+    "hessian_by_kind": ("tol", "dtype", "bn", "product", "difference_step", "max_products", "seed"),
     "bn_policy": ("tol", "parameters", "dtype", "max_products", "seed"),
 }
 
@@ -55,7 +57,17 @@ def test_typed_arguments_and_fields_are_the_same() -> None:
         ({"max_products": 0}, "Expected max_products to be at least 1, received 0"),
         ({"solver": "arpack"}, "Expected solver to be one of lanczos, power, received 'arpack'"),
         ({"operator": "hesian"}, "Expected operator to be one of hessian, .*, received 'hesian'"),
-        ({"product": "forward"}, "Expected product to be one of reverse, linearize, received 'forward'"),
+        ({"product": "forward"}, "Expected product to be one of reverse, linearize, difference, received 'forward'"),
+        (
+            {"product": "difference", "operator": "ggn"},
+            "Expected operator='hessian' with product='difference', received 'ggn'",
+        ),
+        ({"difference_step": 0.1}, "Expected product='difference' with difference_step, received 'reverse'"),
+        (
+            {"product": "difference", "difference_step": 0.0},
+            "Expected difference_step to be positive or None, received 0.0",
+        ),
+        ({"product": "difference", "checkpoint_blocks": True}, "Expected product='reverse' with checkpoint_blocks"),
         ({"micro_batch": 0}, "Expected micro_batch to be at least 1 or None, received 0"),
         ({"dtype": "float16"}, "Expected dtype to be float32, float64 or None, received 'float16'"),
         ({"dtype": torch.int64}, "Expected dtype to be float32, float64 or None, received 'int64'"),

@@ -25,8 +25,13 @@ def float_dtype(model: nn.Module) -> torch.dtype:
     return torch.get_default_dtype()
 
 
-def refuse_unfit_weights(model: nn.Module, differentiated: bool) -> None:
+def refuse_unfit_weights(model: nn.Module, differentiated: bool, frozen_integers: bool = False) -> None:
     """Raise where no measure, or none that differentiates or moves the weights, can work with them.
+
+    Args:
+        model: the model.
+        differentiated: whether a measure differentiates or moves the weights.
+        frozen_integers: whether integers may stand beside trainable floating-point weights.
 
     Raises:
         NumericalError: a parameter or a buffer holds NaN, or a parameter or a BatchNorm statistic an infinity.
@@ -36,7 +41,7 @@ def refuse_unfit_weights(model: nn.Module, differentiated: bool) -> None:
         if isinstance(p, UninitializedParameter):
             raise ValueError(f"Expected parameters with values, received {name!r} without a shape: run the model once.")
     if differentiated:
-        _refuse_quantized(model)
+        _refuse_quantized(model, frozen_integers and any(p.requires_grad for p in model.parameters()))
         for name, p in model.named_parameters():
             if p.layout != torch.strided:
                 raise ValueError(
@@ -46,15 +51,20 @@ def refuse_unfit_weights(model: nn.Module, differentiated: bool) -> None:
     refuse_nonfinite(model)
 
 
-def _refuse_quantized(model: nn.Module) -> None:
+def _refuse_quantized(model: nn.Module, frozen_integers: bool) -> None:
     for name, module in model.named_modules():
         packed = any(isinstance(value, torch.ScriptObject) for value in vars(module).values())
-        integers = [key for key, p in module.named_parameters(recurse=False) if not _is_continuous(p)]
+        integers = [
+            key
+            for key, p in module.named_parameters(recurse=False)
+            if not _is_continuous(p) and (p.is_quantized or not frozen_integers)
+        ]
         if packed or integers or ".quantized" in type(module).__module__:
             what = f"{name}.{integers[0]}".lstrip(".") if integers else name or "model"
             raise ValueError(
                 f"Expected floating-point weights (integers have no gradient), received {what!r} of "
-                f"{type(module).__name__}: measure the model before it is quantized."
+                f"{type(module).__name__}: measure the model before it is quantized; measures of the Hessian take frozen "
+                "integers beside trainable weights with product='difference'."
             )
 
 

@@ -19,7 +19,7 @@ from vitscope.core.undefined_values import warn_nulls
 from vitscope.diagnostics.block_spectra._block_distances import AXES, BlockDistances, block_distances
 from vitscope.diagnostics.block_spectra._parameter_blocks import kinds_of_blocks, n_uncovered, parameter_blocks
 from vitscope.linalg.curvature.curvature_options import CurvatureArguments, CurvatureOptions, curvature_arguments
-from vitscope.linalg.curvature.operator_factory import curvatures
+from vitscope.linalg.curvature.operator_factory import curvatures, solver_of
 from vitscope.linalg.curvature.start_vector import vector_seed
 from vitscope.linalg.quadrature import LEAST_VECTORS, check_quadrature, quadrature_rule
 from vitscope.runtime.progress import track
@@ -105,7 +105,7 @@ class HessianBlockDensitiesResult(Result, coordinates={"block": "blocks", "other
 
 
 @record_options
-@curvature_arguments("operator", "dtype", "bn", "product", "micro_batch", "basis", "seed")
+@curvature_arguments("operator", "dtype", "bn", "product", "difference_step", "micro_batch", "basis", "seed")
 def hessian_block_densities(
     probe: Probe,
     *,
@@ -140,7 +140,7 @@ def hessian_block_densities(
             signed decades above a millionth of the largest magnitude, on which spectra of another size do not overlap.
         n_resamples: bootstrap resamples of the vectors.
         partial: rows of vectors already done, by ``block-<number>-vector-<number>``.
-        curvature: ``operator``, ``dtype``, ``bn``, ``product``, ``micro_batch``, ``seed``: see
+        curvature: ``operator``, ``dtype``, ``bn``, ``product``, ``difference_step``, ``micro_batch``, ``seed``: see
             `vitscope.linalg.curvature.curvature_options.CurvatureOptions`.
 
     Raises:
@@ -168,12 +168,14 @@ def hessian_block_densities(
         with curvatures(probe, replace(options, parameters=subset)) as operators:
             mean, memory = operators.mean(), operators.basis_memory(shared=True)
             rules = [
-                stored_row(
-                    partial,
-                    f"block-{index:04d}-vector-{number:04d}",
-                    functools.partial(
-                        quadrature_rule, mean, vector_seed(options.seed, number), min(n_steps, mean.size), memory
-                    ),
+                operators.read_row(
+                    stored_row(
+                        partial,
+                        f"block-{index:04d}-vector-{number:04d}",
+                        functools.partial(
+                            quadrature_rule, mean, vector_seed(options.seed, number), min(n_steps, mean.size), memory
+                        ),
+                    )
                 )
                 for number in range(n_vectors)
             ]
@@ -189,7 +191,7 @@ def hessian_block_densities(
     _warn_of_nulls(list(subsets), table["nodes"], n_vectors)
     _warn_of_noise(distances)
     whole = "by " + blocks if isinstance(blocks, str) else ", ".join(subsets)
-    card = probe.card(parameters=whole, bn_policy=options.bn, dtype=cards[0].dtype, solver=cards[0].solver)
+    card = probe.card(parameters=whole, bn_policy=options.bn, dtype=cards[0].dtype, solver=solver_of(cards))
     return _result(
         tuple(subsets), kinds_of_blocks(probe, names), np.array(sizes), table, distances,
         n_uncovered({name: p.numel() for name, p in probe.parameters().items()}, names), card,

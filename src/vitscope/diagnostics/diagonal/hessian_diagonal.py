@@ -77,7 +77,7 @@ class HessianDiagonalResult(
 
 
 @record_options
-@curvature_arguments("operator", "parameters", "dtype", "bn", "product", "micro_batch", "seed")
+@curvature_arguments("operator", "parameters", "dtype", "bn", "product", "difference_step", "micro_batch", "seed")
 def hessian_diagonal(
     probe: Probe,
     *,
@@ -96,8 +96,8 @@ def hessian_diagonal(
         probe: the model, batches and objective; batches are split over ranks.
         method: ``hutchinson`` or ``exact``.
         n_vectors: products of ``hutchinson``.
-        curvature: ``operator``, ``parameters``, ``dtype``, ``bn``, ``product``, ``micro_batch``, ``seed``: see
-            `vitscope.linalg.curvature.curvature_options.CurvatureOptions`.
+        curvature: ``operator``, ``parameters``, ``dtype``, ``bn``, ``product``, ``difference_step``, ``micro_batch``,
+            ``seed``: see `vitscope.linalg.curvature.curvature_options.CurvatureOptions`.
 
     Raises:
         ValueError: an unknown method, an exact diagonal of too many parameters or outputs, or of ``l2="sum_norm"``; and as

@@ -74,7 +74,7 @@ class BatchwiseSpectrum:
             for (index, _), row in zip(missing, self._computed(missing)):
                 partial[_key(index)] = row
             budget.done(len(missing))
-            rank_rows |= {index: partial[_key(index)] for index, _ in group}
+            rank_rows |= {index: self.operators.read_row(partial[_key(index)]) for index, _ in group}
         rows = merge_rows(rank_rows)
         facts = {"batches_at_once": together} if together > 1 else {}
         if self.budget_s is not None:
@@ -114,7 +114,7 @@ class BatchwiseSpectrum:
                 memory=self._memory,
                 **options.search(),
             )
-            yield self._row(solution)
+            yield self._row(solution) | ({} if operator.differences is None else operator.differences.facts())
 
     def _row(self, solution: Solution) -> Row:
         pairs, top, ends = solution.pairs, self.n_top, self.n_ends

@@ -13,7 +13,7 @@ from vitscope.core.probe import Probe
 from vitscope.core.results.result import Result
 from vitscope.diagnostics.hessian.hessian_max_eigenvalue_spectrum import hessian_max_eigenvalue_spectrum
 from vitscope.linalg.curvature.curvature_options import CurvatureArguments, CurvatureOptions, curvature_arguments
-from vitscope.linalg.curvature.operator_factory import curvatures
+from vitscope.linalg.curvature.operator_factory import curvatures, solver_of
 from vitscope.linalg.curvature.parameter_subsets import part_sizes
 from vitscope.models.structure.parameter_groups import KIND_ORDER, parameter_kinds, parameter_stages
 from vitscope.runtime.value_ranges import PositiveInt
@@ -57,7 +57,7 @@ class HessianByKindResult(Result, coordinates={"group": "groups"}):
 
 
 @record_options
-@curvature_arguments("tol", "dtype", "bn", "max_products", "seed")
+@curvature_arguments("tol", "dtype", "bn", "product", "difference_step", "max_products", "seed")
 def hessian_by_kind(
     probe: Probe,
     *,
@@ -76,7 +76,7 @@ def hessian_by_kind(
         by: ``kind`` (stem, conv, msa, mlp, pool, head), ``stage`` (0 is the stem) or ``part`` (q, k, v, proj, mlp_in, mlp_out:
             those that the model has; norms, convolutions and others are in none of them).
         n_top: eigenvalues of each batch (``k`` is accepted too), at most the parameters of the smallest group.
-        curvature: ``tol``, ``dtype``, ``bn``, ``max_products``, ``seed``: see
+        curvature: ``tol``, ``dtype``, ``bn``, ``product``, ``difference_step``, ``max_products``, ``seed``: see
             `vitscope.linalg.curvature.curvature_options.CurvatureOptions`.
 
     Raises:
@@ -105,7 +105,10 @@ def hessian_by_kind(
         ape=np.array([s.average_positive_eigenvalue for s in spectra]),
         ape_intervals=np.stack([s.average_positive_eigenvalue_interval for s in spectra]),
         card=probe.card(
-            parameters=f"by {by}", bn_policy=CurvatureOptions(**curvature).bn, dtype=card.dtype, solver=card.solver
+            parameters=f"by {by}",
+            bn_policy=CurvatureOptions(**curvature).bn,
+            dtype=card.dtype,
+            solver=solver_of([s.card for s in spectra if s.card is not None]),
         ),
     )
 

@@ -70,6 +70,7 @@ class HessianEigenvaluesResult(Result, untabulated=("eigenvectors",)):
     "dtype",
     "bn",
     "product",
+    "difference_step",
     "micro_batch",
     "max_products",
     "max_memory",

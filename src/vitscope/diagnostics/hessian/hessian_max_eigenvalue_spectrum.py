@@ -100,6 +100,7 @@ class HessianMaxEigenvalueSpectrumResult(Result, coordinates={"batch": "batches"
     "dtype",
     "bn",
     "product",
+    "difference_step",
     "micro_batch",
     "max_products",
     "max_memory",

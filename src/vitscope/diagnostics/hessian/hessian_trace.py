@@ -71,7 +71,16 @@ class HessianTraceResult(Result):
 
 @record_options
 @curvature_arguments(
-    "operator", "parameters", "dtype", "bn", "product", "micro_batch", "basis", "checkpoint_blocks", "seed"
+    "operator",
+    "parameters",
+    "dtype",
+    "bn",
+    "product",
+    "difference_step",
+    "micro_batch",
+    "basis",
+    "checkpoint_blocks",
+    "seed",
 )
 def hessian_trace(
     probe: Probe,
@@ -91,7 +100,7 @@ def hessian_trace(
         method: ``hutchinson`` or ``hutch++``.
         n_vectors: products in all; at least 3 for ``hutch++``, which holds a third as many vectors in memory (of several ranks
             each a share of them).
-        curvature: ``operator``, ``parameters``, ``dtype``, ``bn``, ``product``, ``micro_batch``, ``basis``,
+        curvature: ``operator``, ``parameters``, ``dtype``, ``bn``, ``product``, ``difference_step``, ``micro_batch``, ``basis``,
             ``checkpoint_blocks``, ``seed``: see
             `vitscope.linalg.curvature.curvature_options.CurvatureOptions`.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Unpack
 
@@ -19,7 +20,7 @@ from vitscope.linalg.curvature.operator_factory import curvatures
 from vitscope.linalg.curvature.start_vector import vector_seed
 from vitscope.linalg.quadrature import LEAST_VECTORS, SymmetricOperator, check_quadrature, quadrature_rule
 from vitscope.runtime.progress import track
-from vitscope.runtime.resumable_map import stored_row
+from vitscope.runtime.resumable_map import Row, stored_row
 from vitscope.runtime.value_ranges import PositiveInt
 from vitscope.stats.intervals import t_half_width_of_rows
 
@@ -87,7 +88,16 @@ class SpectralDensityResult(Result, coordinates={"grid": "grid"}):
 
 @record_options
 @curvature_arguments(
-    "operator", "parameters", "dtype", "bn", "product", "micro_batch", "basis", "checkpoint_blocks", "seed"
+    "operator",
+    "parameters",
+    "dtype",
+    "bn",
+    "product",
+    "difference_step",
+    "micro_batch",
+    "basis",
+    "checkpoint_blocks",
+    "seed",
 )
 def spectral_density(
     probe: Probe,
@@ -112,7 +122,7 @@ def spectral_density(
         n_grid: points of the density.
         sigma: width of the smoothing Gaussian; None for a hundredth of the nodes' range.
         partial: rows of vectors already done, by ``vector-<number>``.
-        curvature: ``operator``, ``parameters``, ``dtype``, ``bn``, ``product``, ``micro_batch``, ``basis``,
+        curvature: ``operator``, ``parameters``, ``dtype``, ``bn``, ``product``, ``difference_step``, ``micro_batch``, ``basis``,
             ``checkpoint_blocks``, ``seed``: see
             `vitscope.linalg.curvature.curvature_options.CurvatureOptions`.
 
@@ -129,7 +139,7 @@ def spectral_density(
         mean = operators.mean()
         solver = {"solver": "slq", "n_vectors": n_vectors, "n_steps": min(n_steps, mean.size), "seed": options.seed}
         memory = operators.basis_memory(shared=True)
-        result = density_of(mean, n_vectors, n_steps, n_grid, sigma, options.seed, partial, memory)
+        result = density_of(mean, n_vectors, n_steps, n_grid, sigma, options.seed, partial, memory, operators.read_row)
         return replace(result, card=operators.card(solver))
 
 
@@ -142,12 +152,17 @@ def density_of(
     seed: int,
     partial: ResumableRows | None = None,
     memory: BasisBuffer | None = None,
+    read_row: Callable[[Row], Row] | None = None,
 ) -> SpectralDensityResult:
-    """Return the density of an operator, without a card; arguments as in `spectral_density`, and the memory of the bases."""
+    """Return the density of an operator, without a card; arguments as in `spectral_density`, and the memory of the bases.
+
+    ``read_row`` is called with each vector's row.
+    """
     steps, memory, rules = min(n_steps, operator.size), memory or BasisBuffer(), []
     for number in track(range(n_vectors), "spectral density"):
         compute = functools.partial(quadrature_rule, operator, vector_seed(seed, number), steps, memory)
-        rules.append(stored_row(partial, f"vector-{number:04d}", compute, required=["residuals"]))
+        rule = stored_row(partial, f"vector-{number:04d}", compute, required=["residuals"])
+        rules.append(rule if read_row is None else read_row(rule))
     table = {key: np.array([rule[key] for rule in rules]) for key in ("nodes", "weights", "residuals", "resolution")}
     return _result(table, n_grid, sigma, operator.size, n_vectors * steps)
 

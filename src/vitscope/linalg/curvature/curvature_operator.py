@@ -8,6 +8,8 @@ one after the other: about three gradients, in the memory of one chunk.
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 
@@ -18,11 +20,12 @@ from vitscope.core.batches.batch_inputs import Inputs
 from vitscope.core.guard.module_state import parameter_references
 from vitscope.core.objective import Objective
 from vitscope.linalg.curvature.l2_curvature import add_l2_product, l2_gradient, l2_shift
-from vitscope.linalg.curvature.microbatch import Chunk, build_chunk
+from vitscope.linalg.curvature.microbatch import Chunk, build_chunk, data_gradient
+from vitscope.linalg.differences.central_differences import CentralDifferences, moved_weights
 from vitscope.runtime import distributed, stop_flag
 
 KINDS = ("hessian", "ggn", "fisher_mc", "fisher_empirical")
-PRODUCTS = ("reverse", "linearize")
+PRODUCTS = ("reverse", "linearize", "difference")
 
 #: yields ``(number of the batch's first image, (x, y))`` of this rank's share, as often as it is called
 Batches = Callable[[], Iterable[tuple[int, tuple[Inputs, Tensor]]]]
@@ -40,15 +43,19 @@ class Curvature:
         parameters: those analysed, by name: the operator is the diagonal block that belongs to them.
         n_images: examples with a label on all ranks together, by which sums are divided.
         kind: ``hessian``, ``ggn``, ``fisher_mc`` or ``fisher_empirical``; the L2 term's Hessian is added to each.
-        product: for ``hessian``: ``reverse``, or ``linearize`` (forward over reverse, `torch.func.linearize`).
+        product: for ``hessian``: ``reverse``, ``linearize`` (forward over reverse, `torch.func.linearize`), or ``difference``
+            (`vitscope.linalg.differences.central_differences`), which moves the weights and gives them back.
         micro_batch: images held at once; None for a whole batch.
         reduce: add the ranks' shares up; False where each rank has an operator of its own.
         n_samples: labels drawn for each image by ``fisher_mc``.
         seed: of those draws.
+        difference_step: length of the step of ``difference``; None to search for it.
+        tol: relative error that products of ``difference`` may have.
 
     Attributes:
         size: the number of parameters analysed.
         n_products: products made so far.
+        differences: makes the products of ``difference``; None for others.
 
     Raises:
         ValueError: an unknown ``kind`` or ``product``, no parameters, a ``micro_batch`` below 1, no image with a label.
@@ -68,6 +75,8 @@ class Curvature:
         reduce: bool = True,
         n_samples: int = 1,
         seed: int = 0,
+        difference_step: float | None = None,
+        tol: float = 1e-3,
     ) -> None:
         check_operator(kind, product, micro_batch)
         if not parameters:
@@ -96,6 +105,10 @@ class Curvature:
         self._kept: Chunk | None = None
         self._several: bool | None = None
         self._losses: dict[int, float] = {}  # of each chunk of a pass when it was first built
+        self.differences: CentralDifferences | None = None
+        if product == "difference":
+            beside = GradientsBeside(self)
+            self.differences = CentralDifferences(beside, tol=tol, step=difference_step, shared=reduce)
 
     def __call__(self, v: Tensor) -> Tensor:
         """Return ``C v (size,)``.
@@ -109,8 +122,17 @@ class Curvature:
 
     def data_product(self, v: Tensor) -> Tensor:
         """Return the product with the data term's curvature alone, without the L2 term's ``(size,)``."""
+        if self.differences is not None:
+            stop_flag.check()
+            self.n_products += 1
+            return self.differences.product(v)
         parts = self.split(v)
         return self._counted(lambda chunk: chunk.product(parts))
+
+    @property
+    def product_error(self) -> float:
+        """Estimate of the length by which products with unit vectors are off beyond rounding; 0 for exact ones."""
+        return 0.0 if self.differences is None else self.differences.record.error
 
     @property
     def shift(self) -> float:
@@ -119,7 +141,12 @@ class Curvature:
 
     def unshifted(self, v: Tensor) -> Sequence[Tensor]:
         """Return ``C v - shift v`` in pieces, without joining them where that can be spared."""
-        if self._kept is None or (self.reduce and distributed.world_size() > 1) or not self._is_shift:
+        if (
+            self._kept is None
+            or self.differences is not None
+            or (self.reduce and distributed.world_size() > 1)
+            or not self._is_shift
+        ):
             product = self.data_product(v)
             return [
                 product if self._is_shift else add_l2_product(self.objective, self.parameters, self.split(v), product)
@@ -179,9 +206,9 @@ class Curvature:
         if self._kept is not None:
             yield self._kept
             return
-        pieces = self._pieces()
+        pieces = self.pieces()
         if self._several is None:
-            ahead = list(islice(self._pieces(), 2))
+            ahead = list(islice(self.pieces(), 2))
             self._several = len(ahead) > 1
         for number, (first_image, x, y) in enumerate(pieces):
             chunk = build_chunk(self, first_image, x, y)
@@ -200,11 +227,38 @@ class Curvature:
                 "eval mode: make its randomness follow module.training, or fix its seed in forward."
             )
 
-    def _pieces(self) -> Iterator[tuple[int, Inputs, Tensor]]:
+    def pieces(self) -> Iterator[tuple[int, Inputs, Tensor]]:
+        """Yield ``(number of the first image, x, y)`` of each micro-batch of this rank's share."""
         for first_image, (x, y) in self._batches():
             step = self.micro_batch or len(x)
             for a in range(0, len(x), step):
                 yield first_image + a, x[a : a + step], y[a : a + step]
+
+
+class GradientsBeside:
+    """Gradients of an operator's data term beside the weights, see `vitscope.linalg.differences.central_differences`."""
+
+    def __init__(self, operator: Curvature) -> None:
+        self.operator, self.dtype = operator, operator.dtype
+
+    def weight_norm(self) -> float:
+        """Return the length of the analyzed weights."""
+        return math.sqrt(sum(float(p.detach().double().square().sum()) for p in self.operator.parameters.values()))
+
+    def differences(self, direction: Tensor, steps: Sequence[float]) -> list[Tensor]:
+        """Return ``(g(w + h direction) - g(w - h direction)) / 2h (size,)`` for each step h, of all ranks together."""
+        operator = self.operator
+        weights, parts = list(operator.parameters.values()), operator.split(direction)
+        sums = [torch.zeros_like(direction) for _ in steps]
+        for number, (_, x, y) in enumerate(operator.pieces()):
+            if (
+                number and distributed.world_size() == 1
+            ):  # of several ranks none may leave the others' reduction waiting
+                stop_flag.check()
+            for total, step in zip(sums, steps):
+                difference = moved_weights(weights, parts, functools.partial(data_gradient, operator, x, y), step)
+                total += torch.cat([part.reshape(-1) for part in difference])
+        return [distributed.all_reduce_sum(total) for total in sums] if operator.reduce else sums
 
 
 def check_operator(kind: str, product: str, micro_batch: int | None) -> None:
@@ -217,5 +271,7 @@ def check_operator(kind: str, product: str, micro_batch: int | None) -> None:
         raise ValueError(f"Expected operator to be one of {', '.join(KINDS)}, received {kind!r}.")
     if product not in PRODUCTS:
         raise ValueError(f"Expected product to be one of {', '.join(PRODUCTS)}, received {product!r}.")
+    if product == "difference" and kind != "hessian":
+        raise ValueError(f"Expected operator='hessian' with product='difference', received {kind!r}.")
     if micro_batch is not None and micro_batch < 1:
         raise ValueError(f"Expected micro_batch to be at least 1 or None, received {micro_batch}.")

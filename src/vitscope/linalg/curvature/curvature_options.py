@@ -15,7 +15,7 @@ from vitscope.linalg.curvature.curvature_operator import check_operator
 from vitscope.linalg.eigensolver import check_stopping_rule
 from vitscope.linalg.solvers import check_solver
 from vitscope.runtime.dtypes import DERIVATIVE_DTYPE_NAMES, parse_float_dtype
-from vitscope.runtime.value_ranges import Seed
+from vitscope.runtime.value_ranges import PositiveFloat, Seed
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -40,8 +40,11 @@ class CurvatureOptions:
             belongs to it.
         dtype: ``float32`` or ``float64``, the type of weights and products; None for the model's own type.
         bn: statistics of BatchNorm: ``eval`` for the running ones, ``batch`` for those of each batch.
-        product: how a product with the Hessian is computed: ``reverse`` (twice backward, the graph is stored) or ``linearize``
-            (forward over backward).
+        product: how a product with the Hessian is computed: ``reverse`` (twice backward, the graph is stored), ``linearize``
+            (forward over backward), or ``difference``: central differences of the gradient, for networks that cannot be
+            differentiated twice (`vitscope.linalg.differences.central_differences`). Their error is estimated for every
+            product, is on the card, and is refused where it exceeds ``tol``.
+        difference_step: length of the step of ``product='difference'``, for a unit vector; None to search for it.
         micro_batch: number of images in memory at once; None for a whole batch.
         max_products: the largest number of products with the operator in one search (of one batch where every batch has an
             operator of its own); eigenvalues that have not converged by then are marked.
@@ -54,8 +57,9 @@ class CurvatureOptions:
         seed: of start vectors, random vectors and drawn labels.
 
     Raises:
-        ValueError: a value that is not listed above, a ``tol`` outside (0, 1), fewer than one product or image, or micro-batches
-            together with batch statistics, which they would change.
+        ValueError: a value that is not listed above, a ``tol`` outside (0, 1), fewer than one product or image, micro-batches
+            together with batch statistics, which they would change, ``product='difference'`` with another operator than the
+            Hessian, or a ``difference_step`` without it.
     """
 
     tol: float = 1e-3
@@ -65,6 +69,7 @@ class CurvatureOptions:
     dtype: str | torch.dtype | None = None
     bn: str = "eval"
     product: str = "reverse"
+    difference_step: PositiveFloat | None = None
     micro_batch: int | None = None
     max_products: int = 200
     max_memory: float | None = None
@@ -79,6 +84,11 @@ class CurvatureOptions:
         check_placement(self.basis)
         check_operator(self.operator, self.product, self.micro_batch)
         parse_float_dtype(self.dtype, DERIVATIVE_DTYPE_NAMES)
+        if self.difference_step is not None:
+            if self.product != "difference":
+                raise ValueError(f"Expected product='difference' with difference_step, received {self.product!r}.")
+            if not self.difference_step > 0:
+                raise ValueError(f"Expected difference_step to be positive or None, received {self.difference_step}.")
         if self.checkpoint_blocks and self.product != "reverse":
             raise ValueError(f"Expected product='reverse' with checkpoint_blocks, received {self.product!r}.")
         if self.bn == "batch" and self.micro_batch is not None:
@@ -115,6 +125,7 @@ class CurvatureArguments(TypedDict, total=False):
     dtype: str | torch.dtype | None
     bn: str
     product: str
+    difference_step: PositiveFloat | None
     micro_batch: int | None
     max_products: int
     max_memory: float | None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import NamedTuple, Protocol
 
 import torch
@@ -14,6 +15,10 @@ from vitscope.core.guard.substituted_call import substituted_call
 from vitscope.core.objective import Objective
 from vitscope.linalg.curvature.double_backward import BilinearConvDoubleBackward
 from vitscope.linalg.curvature.logit_curvature import output_curvature
+from vitscope.linalg.differences.second_derivative_errors import (
+    named_second_derivative_errors,
+    refuse_once_differentiable,
+)
 from vitscope.runtime.errors import NumericalError
 
 Product = Callable[[Sequence[Tensor]], Sequence[Tensor]]
@@ -56,8 +61,9 @@ def build_chunk(operator: CurvatureSettings, first_image: int, x: Inputs, y: Ten
     """
     parameters = list(operator.parameters.values())
     reverse = operator.kind == "hessian" and operator.product == "reverse"
-    linearized = operator.kind == "hessian" and not reverse
-    with BilinearConvDoubleBackward(convolutions=reverse):
+    by_differences = operator.kind == "hessian" and operator.product == "difference"
+    linearized = operator.kind == "hessian" and operator.product == "linearize"
+    with nullcontext() if by_differences else BilinearConvDoubleBackward(convolutions=reverse):
         logits = operator.model(x)
         if operator.kind != "hessian" and not isinstance(logits, Tensor):
             raise ValueError(
@@ -66,8 +72,13 @@ def build_chunk(operator: CurvatureSettings, first_image: int, x: Inputs, y: Ten
             )
         loss = operator.objective.data_loss(logits, y, "sum") / operator.n_images
         _check_finite(loss, first_image, len(x))
-        gradient = _gradient(loss, parameters, create_graph=reverse, retain_graph=not linearized)
-    if reverse:
+        with named_second_derivative_errors() if reverse else nullcontext():
+            gradient = _gradient(
+                loss, parameters, create_graph=reverse, retain_graph=not (linearized or by_differences)
+            )
+    if by_differences:
+        product = _no_product
+    elif reverse:
         product = _reverse(gradient, parameters)
     elif linearized:
         product = _linearized(operator, x, y)
@@ -85,6 +96,16 @@ def build_chunk(operator: CurvatureSettings, first_image: int, x: Inputs, y: Ten
     return Chunk(loss.detach(), [g.detach() for g in gradient], product)
 
 
+def data_gradient(operator: CurvatureSettings, x: Inputs, y: Tensor) -> list[Tensor]:
+    """Return the gradient of the data term at the current weights, one tensor a parameter, by the model's own kernels."""
+    loss = operator.objective.data_loss(operator.model(x), y, "sum") / operator.n_images
+    return _gradient(loss, list(operator.parameters.values()), create_graph=False)
+
+
+def _no_product(v: Sequence[Tensor]) -> Sequence[Tensor]:
+    raise AssertionError("products of differences are made from several gradients, not from one graph")
+
+
 def _gradient(
     loss: Tensor, parameters: list[Tensor], create_graph: bool, retain_graph: bool | None = None
 ) -> list[Tensor]:
@@ -99,12 +120,13 @@ def _reverse(gradient: list[Tensor], parameters: list[Tensor]) -> Product:
     """Return H v as the derivative of <gradient, v>, the gradient's graph kept."""
     curved = [i for i, g in enumerate(gradient) if g.requires_grad]  # an unused parameter's gradient is a constant 0
     outputs = [gradient[i] for i in curved]
+    refuse_once_differentiable(outputs)
 
     def product(v: Sequence[Tensor]) -> Sequence[Tensor]:
         if not outputs:
             return [torch.zeros_like(p) for p in parameters]
         vectors = [v[i] for i in curved]
-        with BilinearConvDoubleBackward():
+        with named_second_derivative_errors(), BilinearConvDoubleBackward():
             return torch.autograd.grad(outputs, parameters, vectors, retain_graph=True, materialize_grads=True)
 
     return product
@@ -119,7 +141,7 @@ def _linearized(operator: CurvatureSettings, x: Inputs, y: Tensor) -> Product:
         return operator.objective.data_loss(logits, y, "sum") / operator.n_images
 
     point = {name: p.detach() for name, p in operator.parameters.items()}
-    with warnings.catch_warnings():  # torch's own tracing calls a function that torch deprecates
+    with named_second_derivative_errors(), warnings.catch_warnings():  # torch's own tracing calls a deprecated function
         warnings.filterwarnings("ignore", "`torch.jit.script` is", FutureWarning)
         _, tangent = torch.func.linearize(torch.func.grad(loss), point)
 

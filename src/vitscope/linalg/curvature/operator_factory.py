@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Unpack
 
+import numpy as np
+import torch
 from torch import Tensor, nn
 
 from vitscope.core.objective_card import ObjectiveCard
@@ -18,6 +21,12 @@ from vitscope.linalg.curvature.l2_curvature import warn_of_sum_norm
 from vitscope.linalg.curvature.logit_curvature import check_output_curvature
 from vitscope.linalg.curvature.parameter_subsets import analyzed_parameters, subset_name
 from vitscope.linalg.curvature.recomputed_blocks import block_modules, recomputed_blocks
+from vitscope.linalg.differences.central_differences import ROW_ERROR, ROW_STEPS, DifferenceRecord
+from vitscope.linalg.differences.kinks import kinked_functions
+from vitscope.runtime import distributed
+from vitscope.runtime.resumable_map import Row
+
+_logger = logging.getLogger(__name__)
 
 #: parts of modules' class names whose randomness the eval mode switches off
 _RANDOM = ("Dropout", "DropPath", "StochasticDepth")
@@ -34,6 +43,7 @@ class Curvatures:
         options: of the operators.
         n_samples: number of labels drawn for each image by ``fisher_mc``.
         buffers: memory of bases that `basis_memory` gave.
+        records: steps and errors of products by differences, of each operator and each row that was read.
     """
 
     probe: Probe
@@ -42,6 +52,7 @@ class Curvatures:
     options: CurvatureOptions
     n_samples: int = 1
     buffers: list[BasisBuffer] = field(default_factory=list, repr=False)
+    records: list[DifferenceRecord] = field(default_factory=list, repr=False)
 
     def basis_memory(self, *, shared: bool = False) -> BasisBuffer:
         """Return memory for bases, placed as the options say; `card` states where they are.
@@ -79,11 +90,17 @@ class Curvatures:
         return self._operator(lambda: ((i * size, batch) for i, batch in batches()), n_images, reduce=reduce)
 
     def card(self, solver: dict[str, Any], **overrides: Any) -> ObjectiveCard:
-        """Return the probe's card with the dtype, subset, BatchNorm policy and solver of these operators."""
+        """Return the probe's card with the dtype, subset, BatchNorm policy and solver of these operators.
+
+        Raises:
+            NumericalError: products by differences that are not exact enough.
+        """
         n_random = sum(any(part in type(m).__name__ for part in _RANDOM) for m in self.model.modules())
         facts = {**self.options.values("operator", "product"), **solver}
         if (placements := placements_of(self.buffers)) is not None:
             facts["basis"] = placements
+        if self.options.product == "difference":
+            facts |= self._difference_facts()
         if n_random:
             facts["dropout"] = f"off ({n_random} dropout or drop-path modules)"
         return self.probe.card(
@@ -95,8 +112,31 @@ class Curvatures:
             }
         )
 
+    def read_row(self, row: Row) -> Row:
+        """Take in what a row states of products by differences, which may come from an earlier process or another rank."""
+        if ROW_ERROR in row:
+            steps = [float(step) for step in np.atleast_1d(row[ROW_STEPS])]
+            self.records.append(DifferenceRecord(float(row[ROW_ERROR]), 1.0, steps, 1))
+        return row
+
+    def _difference_facts(self) -> dict[str, Any]:
+        """Return the largest relative error and the steps of products by differences, on all ranks, and log them."""
+        records = [record for record in self.records if record.n_products]
+        for record in records:
+            record.check(self.options.tol, next(iter(self.parameters.values())).dtype)
+        rank_pairs = [(record.relative_error, record.steps) for record in records]
+        shares = [pair for pairs in distributed.gather_objects(rank_pairs) for pair in pairs]
+        if not shares:
+            return {}
+        error, steps = max(error for error, _ in shares), [step for _, steps in shares for step in steps]
+        _logger.info(
+            f"product=difference: products within {error:.2g} of the largest one (tol={self.options.tol:g}), steps of "
+            f"{min(steps):.3g} to {max(steps):.3g}"
+        )
+        return {"difference_error": error, "difference_steps": [min(steps), max(steps)]}
+
     def _operator(self, batches: Callable[[], Iterable[tuple[int, Batch]]], n_images: int, reduce: bool) -> Curvature:
-        return Curvature(
+        operator = Curvature(
             self.model,
             batches,
             self.probe.objective,
@@ -105,7 +145,32 @@ class Curvatures:
             reduce=reduce,
             kind=self.options.operator,
             n_samples=self.n_samples,
-            **self.options.values("product", "micro_batch", "seed"),
+            **self.options.values("product", "micro_batch", "seed", "difference_step", "tol"),
+        )
+        if operator.differences is not None:
+            self.records.append(operator.differences.record)
+        return operator
+
+
+def solver_of(cards: Sequence[ObjectiveCard]) -> dict[str, Any]:
+    """Return the facts about the solver of several measurements with equal options: the first one's, and all errors' largest."""
+    solver = dict(cards[0].solver)
+    if "difference_error" in solver:
+        steps = [step for card in cards for step in card.solver["difference_steps"]]
+        solver["difference_error"] = max(card.solver["difference_error"] for card in cards)
+        solver["difference_steps"] = [min(steps), max(steps)]
+    return solver
+
+
+def _refuse_kinks(model: nn.Module, probe: Probe, parameters: dict[str, Tensor]) -> None:
+    """Raise ValueError where differences would count jumps of the gradient: float32 has no step that is free of them."""
+    dtype = next(iter(parameters.values())).dtype
+    inputs = next(iter(probe.iter_batches()))[0][:2]
+    if dtype != torch.float64 and (names := kinked_functions(model, inputs)):
+        raise ValueError(
+            f"Expected dtype='float64' with product='difference' for a network with kinks ({', '.join(names)}), received "
+            f"{str(dtype).removeprefix('torch.')!r}: over a step that rounding allows the gradient jumps, which is no curvature; "
+            "set dtype='float64', or product='reverse'."
         )
 
 
@@ -132,11 +197,21 @@ def curvatures(
     options = replace(options or CurvatureOptions(), **changes)
     check_output_curvature(options.operator, probe.objective)
     all_parameters = probe.parameters()
-    guard = probe.guard(second_order=True, dtype=options.torch_dtype, bn=options.bn, micro_batch=options.micro_batch)
+    by_differences = options.product == "difference"
+    guard = probe.guard(
+        second_order=True,
+        dtype=options.torch_dtype,
+        bn=options.bn,
+        micro_batch=options.micro_batch,
+        moves_weights=by_differences,
+        first_order=by_differences,
+    )
     with guard as model, analyzed_parameters(model, all_parameters, options.subset, probe.first_images) as parameters:
         for name, p in model.named_parameters():
             p.requires_grad_(name in parameters)  # the others' gradients are not needed; the guard restores the flags
         warn_of_sum_norm(probe.objective, parameters)
+        if by_differences:
+            _refuse_kinks(model, probe, parameters)
         modules = block_modules(model, probe.first_images()) if options.checkpoint_blocks else {}
         with recomputed_blocks(modules):
             yield Curvatures(probe, model, parameters, options, n_samples)

@@ -14,6 +14,7 @@ from vitscope.core.probe import Probe
 from vitscope.linalg.curvature.curvature_operator import Curvature
 from vitscope.linalg.curvature.curvature_options import CurvatureArguments, CurvatureOptions, curvature_arguments
 from vitscope.linalg.curvature.operator_factory import curvatures
+from vitscope.linalg.differences.central_differences import DifferenceRecord
 
 
 class HessianOperator(LinearOperator):
@@ -27,6 +28,8 @@ class HessianOperator(LinearOperator):
         dtype: float32 or float64, the type of the products.
         parameter_names: of the parameters analyzed, in the order of a vector's entries.
         n_products: number of products so far.
+        difference_error: with ``product='difference'``, the estimated error of products so far relative to the largest one, see
+            `vitscope.linalg.differences.central_differences`; 0 for exact products.
     """
 
     def __init__(self, probe: Probe, options: CurvatureOptions) -> None:
@@ -34,11 +37,17 @@ class HessianOperator(LinearOperator):
         self.n_products = 0
         self._entered: ExitStack | None = None
         self._curvature: Curvature | None = None
+        self._record = DifferenceRecord()
         with curvatures(probe, options) as operators:
             operator = operators.mean()
             size, dtype = operator.size, operator.dtype
             self.parameter_names = tuple(operators.parameters)
         super().__init__(dtype=np.dtype(str(dtype).removeprefix("torch.")), shape=(size, size))
+
+    @property
+    def difference_error(self) -> float:
+        """The estimated error of products by differences, relative to the largest one."""
+        return self._record.relative_error
 
     def __enter__(self) -> HessianOperator:
         """Enter the probe's guard for all products until the end."""
@@ -53,26 +62,34 @@ class HessianOperator(LinearOperator):
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         """Leave the guard: the model is as it was before."""
-        stack, self._entered, self._curvature = self._entered, None, None
+        stack, operator, self._entered, self._curvature = self._entered, self._curvature, None, None
         if stack is not None:
             stack.__exit__(kind, error, traceback)
+        if kind is None and operator is not None and operator.differences is not None:
+            operator.differences.check()
 
     def _matvec(self, x: np.ndarray) -> np.ndarray:
         if self._curvature is not None:
             return self._product(self._curvature, x)
         with curvatures(self.probe, self.options) as operators:
-            return self._product(operators.mean(), x)
+            operator = operators.mean()
+            product = self._product(operator, x)
+            if operator.differences is not None:
+                operator.differences.check()
+            return product
 
     def _adjoint(self) -> HessianOperator:
         return self  # symmetric
 
     def _product(self, operator: Curvature, x: np.ndarray) -> np.ndarray:
         self.n_products += 1
+        if operator.differences is not None:
+            operator.differences.record = self._record  # of all products: each may have an operator of its own
         v = torch.from_numpy(np.ascontiguousarray(x.reshape(-1), dtype=self.dtype)).to(operator.device)
         return operator(v).cpu().numpy().reshape(x.shape)
 
 
-@curvature_arguments("operator", "parameters", "dtype", "bn", "product", "micro_batch", "seed")
+@curvature_arguments("operator", "parameters", "dtype", "bn", "product", "difference_step", "micro_batch", "seed")
 def hessian_operator(probe: Probe, **curvature: Unpack[CurvatureArguments]) -> HessianOperator:
     """Return the Hessian of the objective's mean over all batches, L2 term included, as a SciPy ``LinearOperator``.
 
@@ -81,7 +98,8 @@ def hessian_operator(probe: Probe, **curvature: Unpack[CurvatureArguments]) -> H
     Args:
         probe: the model, batches and objective.
         curvature: ``operator`` (also ``ggn``, ``fisher_mc``, ``fisher_empirical``), ``parameters``, ``dtype``, ``bn``,
-            ``product``, ``micro_batch``, ``seed``: see `vitscope.linalg.curvature.curvature_options.CurvatureOptions`.
+            ``product``, ``difference_step``, ``micro_batch``, ``seed``: see
+            `vitscope.linalg.curvature.curvature_options.CurvatureOptions`.
 
     Raises:
         ValueError: as `hessian_eigenvalues`.

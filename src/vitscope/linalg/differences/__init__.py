@@ -1,0 +1,1 @@
+"""Products with the Hessian by finite differences of the gradient, for networks that cannot be differentiated twice."""

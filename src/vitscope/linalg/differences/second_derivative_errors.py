@@ -1,0 +1,62 @@
+"""One clear error where a network cannot be differentiated twice."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+from torch import Tensor
+
+from vitscope.runtime.errors import first_line
+from vitscope.runtime.torch_internals import has_once_differentiable
+
+#: what autograd says of operations without a second derivative: functions marked with ``once_differentiable``, fused kernels,
+#: compiled graphs
+_SIGNS = (
+    "differentiate twice",
+    "does not currently support double backward",
+    "double backward",
+    "is not implemented",
+    "not implemented for",
+    "is not differentiable",
+)
+
+
+class NotTwiceDifferentiableError(ValueError):
+    """A network of which an operation has no second derivative."""
+
+
+def refuse_once_differentiable(gradient: Iterable[Tensor]) -> None:
+    """Check that a gradient can be differentiated.
+
+    Raises:
+        NotTwiceDifferentiableError: a part of it comes from a function marked with ``once_differentiable``, which autograd
+            would take for a constant.
+    """
+    if has_once_differentiable(gradient):
+        raise _error("an autograd.Function of it is marked with once_differentiable")
+
+
+def _error(reason: str) -> NotTwiceDifferentiableError:
+    return NotTwiceDifferentiableError(
+        f"Expected a model that can be differentiated twice, received one that cannot ({reason}); set product='difference' "
+        "(differences of first gradients, with their error), or use operations with a second derivative."
+    )
+
+
+@contextmanager
+def named_second_derivative_errors() -> Iterator[None]:
+    """Name ``product='difference'`` where autograd has no second derivative of an operation.
+
+    Raises:
+        NotTwiceDifferentiableError: in place of autograd's error.
+    """
+    try:
+        yield
+    except RuntimeError as error:  # NotImplementedError is one
+        text = str(error)
+        if not ("derivative" in text or "backward" in text or "differentiate" in text) or not any(
+            sign in text for sign in _SIGNS
+        ):
+            raise
+        raise _error(first_line(error, 200)) from error
