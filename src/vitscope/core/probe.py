@@ -32,6 +32,7 @@ from vitscope.core.objective_card import ObjectiveCard as ObjectiveCard
 from vitscope.core.objective_card import versions
 from vitscope.core.optimizer_state import OptimizerState
 from vitscope.core.results.result_text import html_of, probe_facts, text_of
+from vitscope.core.sharding.sharded_parameters import plain_weights
 from vitscope.core.structure_lookup import structure_reader
 from vitscope.runtime import distributed
 
@@ -286,6 +287,7 @@ class Probe:
         moves_weights: bool = False,
         micro_batch: int | None = None,
         first_order: bool = False,
+        keeps_shards: bool = False,
     ) -> Iterator[nn.Module]:
         """Yield the model ready to be measured; give it back bit-identical, also after an exception.
 
@@ -310,6 +312,8 @@ class Probe:
             micro_batch: images that the measure evaluates at once; the check uses no more. None for a whole batch.
             first_order: with ``second_order``, whether the model will be differentiated once alone: attention then uses the
                 model's own kernels, and frozen integer weights may stand beside trainable ones.
+            keeps_shards: of a model whose weights are sharded over ranks: gather them in each pass, in place of once for the time
+                inside (`vitscope.core.sharding`). All ranks then have to make the same passes.
 
         Raises:
             NumericalError: weights that are not finite.
@@ -319,12 +323,13 @@ class Probe:
         """
         if bn not in ("eval", "batch"):
             raise ValueError(f"Expected bn to be 'eval' or 'batch', received {bn!r}.")
-        check_weights(self.model)
-        probe_guard.refuse_unfit_weights(self.model, second_order or moves_weights, frozen_integers=first_order)
-        if second_order and dtype is None and self.dtype in (torch.bfloat16, torch.float16):
-            dtype = torch.float32
         with ExitStack() as stack:
             stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(plain_weights(self.model, keeps_shards=keeps_shards))
+            check_weights(self.model)
+            probe_guard.refuse_unfit_weights(self.model, second_order or moves_weights, frozen_integers=first_order)
+            if second_order and dtype is None and self.dtype in (torch.bfloat16, torch.float16):
+                dtype = torch.float32
             stack.enter_context(eager_execution(self.model))
             stack.enter_context(probe_guard.kept_random_states(self.device))
             stack.enter_context(probe_guard.full_precision(self.device))

@@ -75,6 +75,22 @@ def all_gather(part: torch.Tensor) -> torch.Tensor:
     return joined
 
 
+def gather_rows(part: torch.Tensor, group: Any = None) -> torch.Tensor:
+    """Return ``(world * n, ...)``, the rows ``part (n, ...)`` of all ranks of a group in rank order."""
+    joined = part.new_empty(dist.get_world_size(group) * len(part), *part.shape[1:])
+    with _collective():
+        dist.all_gather_into_tensor(joined, part.contiguous(), group=group)
+    return joined
+
+
+def scatter_summed_rows(rows: torch.Tensor, group: Any = None) -> torch.Tensor:
+    """Return this rank's share ``(n, ...)`` of the sum over a group of ``rows (world * n, ...)``."""
+    share = rows.new_empty(len(rows) // dist.get_world_size(group), *rows.shape[1:])
+    with _collective():
+        dist.reduce_scatter_tensor(share, rows.contiguous(), group=group)
+    return share
+
+
 def broadcast(tensor: torch.Tensor, source: int = 0) -> torch.Tensor:
     """Return rank ``source``'s values of ``tensor`` on every rank (in place)."""
     if world_size() > 1:

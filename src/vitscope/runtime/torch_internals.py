@@ -68,6 +68,42 @@ def has_once_differentiable(outputs: Iterable[Tensor]) -> bool:
     return False
 
 
+def is_dtensor(tensor: Tensor) -> bool:
+    """Tell whether a tensor is a ``DTensor``; its module, which takes a second to import, is not imported for that."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def whole_tensor(tensor: Any) -> Tensor:
+    """Return all of a tensor that is sharded over ranks, which all call this together; any other tensor itself."""
+    return tensor.full_tensor() if is_dtensor(tensor) else tensor
+
+
+def forward_hook_registries(module: nn.Module) -> list[dict[int, Any]]:
+    """Return the dictionaries of a module's forward hooks: those before the pass, and those after it."""
+    return [module._forward_pre_hooks, module._forward_hooks]
+
+
+def is_fully_shard_hook(hook: Any) -> bool:
+    """Tell whether ``fully_shard`` registered a forward hook."""
+    owner = getattr(getattr(hook, "__wrapped__", hook), "__self__", getattr(hook, "__self__", None))
+    return type(owner).__module__.startswith("torch.distributed.fsdp._fully_shard")
+
+
+def unsharded_class(module: nn.Module) -> type[nn.Module] | None:
+    """Return the class that a module had before ``fully_shard`` put its own in front of it; None for any other module."""
+    sharded = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)
+    if sharded is None or not isinstance(module, sharded):
+        return None
+    bases = type(module).__bases__
+    return bases[1] if len(bases) == 2 and bases[0] is sharded else None
+
+
+def parameter_registry(module: nn.Module) -> dict[str, nn.Parameter | None]:
+    """Return the dictionary of a module's own parameters."""
+    return module._parameters
+
+
 def buffer_registry(module: nn.Module) -> dict[str, Tensor | None]:
     """Return the dictionary of a module's own buffers: an entry set here is a buffer whatever the attribute was before."""
     return module._buffers

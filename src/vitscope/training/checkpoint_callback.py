@@ -15,6 +15,7 @@ from torch import Tensor
 from vitscope.runtime import stop_flag
 from vitscope.runtime.errors import ConfigError, NumericalError
 from vitscope.runtime.stop_flag import Interrupted
+from vitscope.runtime.torch_internals import whole_tensor
 from vitscope.runtime.value_ranges import NonNegativeFloat, PositiveInt
 from vitscope.training import resume_state
 from vitscope.training.accumulation import is_accumulating
@@ -188,7 +189,7 @@ def _is_last_epoch(trainer: Trainer) -> bool:
 def _check_finite(pl_module: pl.LightningModule) -> None:
     """Raise NumericalError where a parameter is not finite."""
     for name, p in pl_module.named_parameters():
-        if not bool(torch.isfinite(p).all()):
+        if not bool(torch.isfinite(whole_tensor(p)).all()):
             raise NumericalError(
                 "optimizer.lr", None, f"{name} is not finite", "lower it; the last checkpoint is finite"
             )

@@ -21,10 +21,11 @@ from torchmetrics.classification import MulticlassAccuracy
 from vitscope.core import lr_schedule as schedule
 from vitscope.core.batches.batch_format import BatchFormat
 from vitscope.core.objective import Objective, hard_targets, labeled, n_labeled
+from vitscope.core.sharding.sharded_parameters import is_sharded
 from vitscope.runtime.distributed import all_reduce_sum, gather_objects
 from vitscope.runtime.errors import DataError, NumericalError
 from vitscope.runtime.logging import is_main_process
-from vitscope.runtime.torch_internals import BatchNormBase, set_last_rates
+from vitscope.runtime.torch_internals import BatchNormBase, set_last_rates, whole_tensor
 from vitscope.training import lightning_internals, resume_state
 from vitscope.training.accumulation import StepGroup, is_accumulating, is_first
 from vitscope.training.calibration_metric import ExpectedCalibrationError
@@ -113,6 +114,12 @@ class Classifier(pl.LightningModule):
     def forward(self, x: Tensor) -> Tensor:
         """Return logits ``(B, num_classes)``."""
         return self._outputs.selected(self._compiled[0](x.contiguous(memory_format=self._format)))
+
+    def configure_model(self) -> None:
+        """Shard the network where the strategy asks for it; once, before the optimizer is made."""
+        shard = getattr(self.trainer.strategy, "shard", None)  # that of `vitscope.training.fsdp_strategy.Fsdp`
+        if shard is not None and not is_sharded(self.model):
+            shard(self.model)
 
     def on_fit_start(self) -> None:
         """Move a loss that is a module to the device of the weights."""
@@ -223,7 +230,7 @@ class Classifier(pl.LightningModule):
             and (self.global_step + 1) % max(getattr(self.trainer, "log_every_n_steps", 1), 1) == 0
         ):
             gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-            self.log("train/grad_norm", get_total_norm(gradients))
+            self.log("train/grad_norm", whole_tensor(get_total_norm(gradients)))
 
     def new_optimizer(self) -> Optimizer:
         """Return the optimizer over all parameters, before its first step."""

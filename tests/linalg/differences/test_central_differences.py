@@ -73,6 +73,7 @@ def test_eigenvalues_are_within_their_stated_errors(kind: str, dtype: str, caplo
     assert f"products within {error:.2g} of the largest one (tol=0.001)" in caplog.text
 
 
+@pytest.mark.filterwarnings("ignore:the two halves of a block")  # few vectors are enough to compare
 def test_other_measures_agree_with_the_exact_product() -> None:
     def measured(product: str) -> dict[str, Any]:
         probe = probe_of("conv")

@@ -39,7 +39,7 @@ def compare_passes(
         return worst, 0.0
     weights = [p for p in model.parameters() if p.ndim > 1]
     counts = [t[:, 0].numel() if t.ndim > 1 else t.numel() for t in tensors_of(x)]
-    terms = max([*counts, *(p[0].numel() for p in weights)])
+    terms = max([*counts, *(p.shape[1:].numel() for p in weights)])
     eps = max((torch.finfo(t.dtype).eps for t in first if t.is_floating_point()), default=0.0)
     return worst, 2 * max(1, len(weights)) * terms**0.5 * eps
 

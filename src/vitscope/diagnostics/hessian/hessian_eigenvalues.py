@@ -120,7 +120,7 @@ def hessian_eigenvalues(
     options = CurvatureOptions(**curvature)
     if start is not None and options.solver != "lanczos":
         raise ValueError(f"Expected solver='lanczos' with start, received {options.solver!r}.")
-    with curvatures(probe, options) as operators:
+    with curvatures(probe, options, mean_alone=True) as operators:
         mean = operators.mean()
         first = None if start is None else warm_start(_vectors_of(start, operators.parameters), mean, options.seed)
         solution = solve(

@@ -116,7 +116,7 @@ def hessian_trace(
     if n_vectors < least:
         raise ValueError(f"Expected n_vectors to be at least {least} with method={method!r}, received {n_vectors}.")
     options = CurvatureOptions(**curvature)
-    with curvatures(probe, options) as operators:
+    with curvatures(probe, options, mean_alone=True) as operators:
         mean = operators.mean()
         exact, basis, n_remaining = 0.0, None, n_vectors
         if method == "hutch++":

@@ -135,7 +135,7 @@ def spectral_density(
     """
     check_quadrature(n_vectors, n_steps, n_grid, sigma)
     options = CurvatureOptions(**curvature)
-    with curvatures(probe, options) as operators:
+    with curvatures(probe, options, mean_alone=True) as operators:
         mean = operators.mean()
         solver = {"solver": "slq", "n_vectors": n_vectors, "n_steps": min(n_steps, mean.size), "seed": options.seed}
         memory = operators.basis_memory(shared=True)

@@ -19,9 +19,11 @@ from torch import Tensor, nn
 from vitscope.core.batches.batch_inputs import Inputs
 from vitscope.core.guard.module_state import parameter_references
 from vitscope.core.objective import Objective
+from vitscope.core.sharding.sharded_parameters import LocalShard, in_whole, local_part, whole_shape
 from vitscope.linalg.curvature.l2_curvature import add_l2_product, l2_gradient, l2_shift
-from vitscope.linalg.curvature.microbatch import Chunk, build_chunk, data_gradient
+from vitscope.linalg.curvature.microbatch import FILLER, Chunk, build_chunk, data_gradient
 from vitscope.linalg.differences.central_differences import CentralDifferences, moved_weights
+from vitscope.linalg.krylov_basis import norm
 from vitscope.runtime import distributed, stop_flag
 
 KINDS = ("hessian", "ggn", "fisher_mc", "fisher_empirical")
@@ -51,6 +53,8 @@ class Curvature:
         seed: of those draws.
         difference_step: length of the step of ``difference``; None to search for it.
         tol: relative error that products of ``difference`` may have.
+        filler: returns any ``(x, y)``: with sharded weights ranks with fewer chunks take part in the others' passes with an image
+            that does not count.
 
     Attributes:
         size: the number of parameters analysed.
@@ -77,6 +81,7 @@ class Curvature:
         seed: int = 0,
         difference_step: float | None = None,
         tol: float = 1e-3,
+        filler: Callable[[], tuple[Inputs, Tensor]] | None = None,
     ) -> None:
         check_operator(kind, product, micro_batch)
         if not parameters:
@@ -96,14 +101,19 @@ class Curvature:
         self.kind, self.product, self.n_images, self.reduce = kind, product, n_images, reduce
         self.n_samples, self.seed, self.micro_batch = n_samples, seed, micro_batch
         self._batches = batches
-        self._shapes = [p.shape for p in parameters.values()]
-        self._sizes = [p.numel() for p in parameters.values()]
+        self.is_sharded = any(isinstance(p, LocalShard) for p in parameters.values())
+        if self.is_sharded and not self._is_shift:
+            raise ValueError(f"Expected l2='half_sq' or 'none' for sharded weights, received {objective.l2!r}.")
+        self._shapes = [whole_shape(p) for p in parameters.values()]
+        self._sizes = [shape.numel() for shape in self._shapes]
         self.size = sum(self._sizes)
         first = next(iter(parameters.values()))
         self.dtype, self.device = first.dtype, first.device
         self.n_products = 0
         self._kept: Chunk | None = None
         self._several: bool | None = None
+        self._filler = filler or (lambda: next(iter(batches()))[1])
+        self._n_passes: int | None = None
         self._losses: dict[int, float] = {}  # of each chunk of a pass when it was first built
         self.differences: CentralDifferences | None = None
         if product == "difference":
@@ -117,8 +127,13 @@ class Curvature:
             NumericalError: the loss is not finite.
             Interrupted: a stop was requested.
         """
-        product = self.data_product(v)
-        return add_l2_product(self.objective, self.parameters, self.split(v), product)
+        return self._add_l2(v, self.data_product(v))
+
+    def _add_l2(self, v: Tensor, out: Tensor) -> Tensor:
+        """Add the product with the L2 term's Hessian to ``out (size,)`` in place; return ``out``."""
+        if self.is_sharded:
+            return out.add_(v, alpha=self.shift)
+        return add_l2_product(self.objective, self.parameters, self.split(v), out)
 
     def data_product(self, v: Tensor) -> Tensor:
         """Return the product with the data term's curvature alone, without the L2 term's ``(size,)``."""
@@ -166,7 +181,7 @@ class Curvature:
 
     def l2_product(self, v: Tensor) -> Tensor:
         """Return the product with the L2 term's Hessian alone ``(size,)``."""
-        return add_l2_product(self.objective, self.parameters, self.split(v), torch.zeros_like(v))
+        return self._add_l2(v, torch.zeros_like(v))
 
     def gradient(self, data_only: bool = False) -> Tensor:
         """Return the objective's gradient ``(size,)``, or the data term's."""
@@ -176,8 +191,9 @@ class Curvature:
         return total
 
     def split(self, v: Tensor) -> list[Tensor]:
-        """Return views of ``v (size,)`` in the parameters' shapes."""
-        return [part.view(shape) for part, shape in zip(v.split(self._sizes), self._shapes)]
+        """Return views of ``v (size,)`` in the parameters' shapes; of sharded ones this rank's part."""
+        parts = zip(v.split(self._sizes), self._shapes, self.parameters.values())
+        return [local_part(part.view(shape), p) for part, shape, p in parts]
 
     def release(self) -> None:
         """Free the kept graph."""
@@ -192,7 +208,7 @@ class Curvature:
                 not empty and distributed.world_size() == 1
             ):  # of several ranks none may leave the others' reduction waiting
                 stop_flag.check()
-            flat = [t.reshape(-1) for t in share(chunk)]
+            flat = self.flat(share(chunk))
             if empty:
                 torch.cat(flat, out=out)
             else:
@@ -201,6 +217,10 @@ class Curvature:
         if empty:  # more ranks than batches
             out.zero_()
         return distributed.all_reduce_sum(out) if self.reduce else out
+
+    def flat(self, parts: Iterable[Tensor]) -> list[Tensor]:
+        """Return tensors of the parameters' shapes as pieces of ``(size,)``; of sharded ones other ranks' rows are zero."""
+        return [in_whole(part, p).reshape(-1) for part, p in zip(parts, self.parameters.values())]
 
     def _chunks(self) -> Iterator[Chunk]:
         if self._kept is not None:
@@ -229,10 +249,24 @@ class Curvature:
 
     def pieces(self) -> Iterator[tuple[int, Inputs, Tensor]]:
         """Yield ``(number of the first image, x, y)`` of each micro-batch of this rank's share."""
+        most = self._most_pieces() if self.is_sharded else 0  # all ranks ask before the first piece
+        n_pieces = 0
         for first_image, (x, y) in self._batches():
             step = self.micro_batch or len(x)
             for a in range(0, len(x), step):
                 yield first_image + a, x[a : a + step], y[a : a + step]
+                n_pieces += 1
+        for _ in range(most - n_pieces):  # every pass takes all ranks
+            x, y = self._filler()
+            yield FILLER, x[:1], y[:1]
+
+    def _most_pieces(self) -> int:
+        """Return the number of pieces of the rank that has most of them."""
+        if self._n_passes is None:
+            lengths = [len(x) for _, (x, _) in self._batches()]
+            n_pieces = sum(-(-n // (self.micro_batch or n)) for n in lengths)
+            self._n_passes = max(distributed.gather_objects(n_pieces))
+        return self._n_passes
 
 
 class GradientsBeside:
@@ -243,21 +277,31 @@ class GradientsBeside:
 
     def weight_norm(self) -> float:
         """Return the length of the analyzed weights."""
-        return math.sqrt(sum(float(p.detach().double().square().sum()) for p in self.operator.parameters.values()))
+        operator = self.operator
+        weights = list(operator.parameters.values())
+        if operator.is_sharded:
+            shards = [p.detach() for p in weights if isinstance(p, LocalShard)]
+            total = sum(norm(t.reshape(-1)) ** 2 for t in shards)
+            shared = float(distributed.all_reduce_sum(torch.tensor(total, dtype=torch.float64, device=operator.device)))
+            weights = [p for p in weights if not isinstance(p, LocalShard)]
+            return math.sqrt(shared + sum(norm(p.detach().reshape(-1)) ** 2 for p in weights))
+        return math.sqrt(sum(norm(p.detach().reshape(-1)) ** 2 for p in weights))
 
     def differences(self, direction: Tensor, steps: Sequence[float]) -> list[Tensor]:
         """Return ``(g(w + h direction) - g(w - h direction)) / 2h (size,)`` for each step h, of all ranks together."""
         operator = self.operator
         weights, parts = list(operator.parameters.values()), operator.split(direction)
         sums = [torch.zeros_like(direction) for _ in steps]
-        for number, (_, x, y) in enumerate(operator.pieces()):
+        for number, (first_image, x, y) in enumerate(operator.pieces()):
             if (
                 number and distributed.world_size() == 1
             ):  # of several ranks none may leave the others' reduction waiting
                 stop_flag.check()
             for total, step in zip(sums, steps):
-                difference = moved_weights(weights, parts, functools.partial(data_gradient, operator, x, y), step)
-                total += torch.cat([part.reshape(-1) for part in difference])
+                difference = moved_weights(
+                    weights, parts, functools.partial(data_gradient, operator, first_image, x, y), step
+                )
+                total += torch.cat(operator.flat(difference))
         return [distributed.all_reduce_sum(total) for total in sums] if operator.reduce else sums
 
 

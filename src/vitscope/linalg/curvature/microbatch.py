@@ -21,6 +21,9 @@ from vitscope.linalg.differences.second_derivative_errors import (
 )
 from vitscope.runtime.errors import NumericalError
 
+#: number of the first image of a chunk that counts for nothing
+FILLER = -1
+
 Product = Callable[[Sequence[Tensor]], Sequence[Tensor]]
 NamedProduct = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 
@@ -70,7 +73,7 @@ def build_chunk(operator: CurvatureSettings, first_image: int, x: Inputs, y: Ten
                 f"Expected an output that is one tensor with operator={operator.kind!r}, received a {type(logits).__name__}: use "
                 "operator='hessian'."
             )
-        loss = operator.objective.data_loss(logits, y, "sum") / operator.n_images
+        loss = operator.objective.data_loss(logits, y, "sum") * _scale(operator, first_image)
         _check_finite(loss, first_image, len(x))
         with named_second_derivative_errors() if reverse else nullcontext():
             gradient = _gradient(
@@ -92,13 +95,17 @@ def build_chunk(operator: CurvatureSettings, first_image: int, x: Inputs, y: Ten
             n_samples=operator.n_samples,
             seed=operator.seed,
         )
-        product = _sandwich(logits, parameters, middle, 1 / operator.n_images)
+        product = _sandwich(logits, parameters, middle, _scale(operator, first_image))
     return Chunk(loss.detach(), [g.detach() for g in gradient], product)
 
 
-def data_gradient(operator: CurvatureSettings, x: Inputs, y: Tensor) -> list[Tensor]:
+def _scale(operator: CurvatureSettings, first_image: int) -> float:
+    return 0.0 if first_image == FILLER else 1 / operator.n_images
+
+
+def data_gradient(operator: CurvatureSettings, first_image: int, x: Inputs, y: Tensor) -> list[Tensor]:
     """Return the gradient of the data term at the current weights, one tensor a parameter, by the model's own kernels."""
-    loss = operator.objective.data_loss(operator.model(x), y, "sum") / operator.n_images
+    loss = operator.objective.data_loss(operator.model(x), y, "sum") * _scale(operator, first_image)
     return _gradient(loss, list(operator.parameters.values()), create_graph=False)
 
 

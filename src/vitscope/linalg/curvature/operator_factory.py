@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from vitscope.core.objective_card import ObjectiveCard
 from vitscope.core.probe import Batch, Probe
+from vitscope.core.sharding.sharded_parameters import is_sharded
 from vitscope.linalg.basis_memory import BasisBuffer, placements_of
 from vitscope.linalg.curvature.curvature_operator import Curvature
 from vitscope.linalg.curvature.curvature_options import CurvatureArguments, CurvatureOptions
@@ -145,6 +146,7 @@ class Curvatures:
             reduce=reduce,
             kind=self.options.operator,
             n_samples=self.n_samples,
+            filler=lambda: next(iter(self.probe.iter_batches())),
             **self.options.values("product", "micro_batch", "seed", "difference_step", "tol"),
         )
         if operator.differences is not None:
@@ -160,6 +162,13 @@ def solver_of(cards: Sequence[ObjectiveCard]) -> dict[str, Any]:
         solver["difference_error"] = max(card.solver["difference_error"] for card in cards)
         solver["difference_steps"] = [min(steps), max(steps)]
     return solver
+
+
+def _allows_shards(probe: Probe, options: CurvatureOptions) -> bool:
+    subset = [options.subset] if isinstance(options.subset, str) else options.subset or []
+    has_rows = any(rule.startswith("part:") for rule in subset)
+    is_shift = probe.objective.l2 in ("half_sq", "none") or probe.objective.weight_decay == 0.0
+    return is_shift and not has_rows and options.product != "linearize"
 
 
 def _refuse_kinks(model: nn.Module, probe: Probe, parameters: dict[str, Tensor]) -> None:
@@ -180,6 +189,7 @@ def curvatures(
     options: CurvatureOptions | None = None,
     *,
     n_samples: int = 1,
+    mean_alone: bool = False,
     **changes: Unpack[CurvatureArguments],
 ) -> Iterator[Curvatures]:
     """Enter the probe's second-order guard and yield the factory of operators.
@@ -188,6 +198,8 @@ def curvatures(
         probe: the model, batches and objective.
         options: of the operators; None for the defaults.
         n_samples: number of labels drawn for each image by ``fisher_mc``.
+        mean_alone: whether only `Curvatures.mean` will be used: weights that are sharded over ranks then stay so, where the L2
+            term, the subset and the product allow it. They are whole on every rank otherwise.
         changes: fields of ``options`` to replace.
 
     Raises:
@@ -196,7 +208,8 @@ def curvatures(
     """
     options = replace(options or CurvatureOptions(), **changes)
     check_output_curvature(options.operator, probe.objective)
-    all_parameters = probe.parameters()
+    probe.parameters()  # refuses a model without any, before anything is computed
+    keeps_shards = mean_alone and is_sharded(probe.model) and _allows_shards(probe, options)
     by_differences = options.product == "difference"
     guard = probe.guard(
         second_order=True,
@@ -205,8 +218,12 @@ def curvatures(
         micro_batch=options.micro_batch,
         moves_weights=by_differences,
         first_order=by_differences,
+        keeps_shards=keeps_shards,
     )
-    with guard as model, analyzed_parameters(model, all_parameters, options.subset, probe.first_images) as parameters:
+    with (
+        guard as model,
+        analyzed_parameters(model, probe.parameters(), options.subset, probe.first_images) as parameters,
+    ):
         for name, p in model.named_parameters():
             p.requires_grad_(name in parameters)  # the others' gradients are not needed; the guard restores the flags
         warn_of_sum_norm(probe.objective, parameters)

@@ -38,7 +38,7 @@ class HessianOperator(LinearOperator):
         self._entered: ExitStack | None = None
         self._curvature: Curvature | None = None
         self._record = DifferenceRecord()
-        with curvatures(probe, options) as operators:
+        with curvatures(probe, options, mean_alone=True) as operators:
             operator = operators.mean()
             size, dtype = operator.size, operator.dtype
             self.parameter_names = tuple(operators.parameters)
@@ -54,7 +54,7 @@ class HessianOperator(LinearOperator):
         if self._entered is not None:
             raise RuntimeError("this operator is entered already.")
         with ExitStack() as stack:
-            self._curvature = stack.enter_context(curvatures(self.probe, self.options)).mean()
+            self._curvature = stack.enter_context(curvatures(self.probe, self.options, mean_alone=True)).mean()
             self._entered = stack.pop_all()
         return self
 
@@ -71,7 +71,7 @@ class HessianOperator(LinearOperator):
     def _matvec(self, x: np.ndarray) -> np.ndarray:
         if self._curvature is not None:
             return self._product(self._curvature, x)
-        with curvatures(self.probe, self.options) as operators:
+        with curvatures(self.probe, self.options, mean_alone=True) as operators:
             operator = operators.mean()
             product = self._product(operator, x)
             if operator.differences is not None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from vitscope.models import state_dicts
 from vitscope.models.state_dicts import WeightReading
 from vitscope.runtime.errors import CheckpointError, first_line
+from vitscope.runtime.torch_internals import whole_tensor
 
 _logger = logging.getLogger(__name__)
 
@@ -217,6 +218,7 @@ def weights_hash(network: nn.Module) -> str:
         if not isinstance(tensor, Tensor):  # the extra state of a module
             total.update(repr(tensor).encode())
             continue
+        tensor = whole_tensor(tensor)
         total.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() if tensor.ndim else
                      str(tensor.item()).encode())  # fmt: skip
     return total.hexdigest()[:16]

@@ -1,0 +1,1 @@
+"""Models whose weights are sharded over ranks (PyTorch's ``fully_shard``)."""
