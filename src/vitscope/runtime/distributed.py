@@ -13,6 +13,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+#: names since torch 2.14, and before
+_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_scatter_sum = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 _n_collectives = 0
 _is_waiting = False
 
@@ -71,7 +75,7 @@ def all_gather(part: torch.Tensor) -> torch.Tensor:
         return part
     joined = torch.empty(world_size() * len(part), dtype=part.dtype, device=part.device)
     with _collective():
-        dist.all_gather_into_tensor(joined, part.contiguous())
+        _gather(joined, part.contiguous())
     return joined
 
 
@@ -79,7 +83,7 @@ def gather_rows(part: torch.Tensor, group: Any = None) -> torch.Tensor:
     """Return ``(world * n, ...)``, the rows ``part (n, ...)`` of all ranks of a group in rank order."""
     joined = part.new_empty(dist.get_world_size(group) * len(part), *part.shape[1:])
     with _collective():
-        dist.all_gather_into_tensor(joined, part.contiguous(), group=group)
+        _gather(joined, part.contiguous(), group=group)
     return joined
 
 
@@ -87,7 +91,7 @@ def scatter_summed_rows(rows: torch.Tensor, group: Any = None) -> torch.Tensor:
     """Return this rank's share ``(n, ...)`` of the sum over a group of ``rows (world * n, ...)``."""
     share = rows.new_empty(len(rows) // dist.get_world_size(group), *rows.shape[1:])
     with _collective():
-        dist.reduce_scatter_tensor(share, rows.contiguous(), group=group)
+        _scatter_sum(share, rows.contiguous(), group=group)
     return share
 
 

@@ -56,6 +56,16 @@ class Fsdp(ModelParallelStrategy):
             fully_shard(unit, mesh=mesh)
         fully_shard(network, mesh=mesh)
 
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """Return the optimizer's whole state on rank 0; an optimizer without a state before its first step is left so.
+
+        PyTorch's `get_optimizer_state_dict` makes a state by a step with gradients of zero. AdamW then counts one step too many,
+        and its bias correction is another from the first step on.
+        """
+        if not optimizer.state:
+            return optimizer.state_dict()
+        return super().optimizer_state(optimizer)
+
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         """Write whole weights and states, which rank 0 has gathered, as any other strategy does."""
         if self.is_global_zero:
@@ -69,12 +79,11 @@ class Fsdp(ModelParallelStrategy):
         set_model_state_dict(self.model, content.pop("state_dict"), options=options)
         states: list[Mapping[str, Any]] = content.get("optimizer_states", [])
         for optimizer, state in zip(self.optimizers, states):
-            self._load_optimizer(optimizer, state, options)
+            if state["state"]:
+                self._load_optimizer(optimizer, state, options)
         return content
 
     def _load_optimizer(self, optimizer: Optimizer, state: Mapping[str, Any], options: StateDictOptions) -> None:
         assert self.model is not None
-        by_name = FullyShardedDataParallel.rekey_optim_state_dict(
-            dict(state), OptimStateKeyType.PARAM_NAME, self.model
-        )
+        by_name = FullyShardedDataParallel.rekey_optim_state_dict(dict(state), OptimStateKeyType.PARAM_NAME, self.model)
         set_optimizer_state_dict(self.model, optimizer, by_name, options=options)
