@@ -9,9 +9,12 @@ import pytest
 import torch
 
 import vitscope as vs
+from tests.helpers.configurations import composed
 from tests.helpers.processes import train_in_fork
+from vitscope.config import cross_checks, loading
 from vitscope.runs import metrics_log
 from vitscope.runs.checkpoints import checkpoint_io
+from vitscope.runtime.errors import ConfigError
 
 SMALL = ["model=vit", "model.depth=1", "model.patch_size=8", "data.eval_batch_size=100", "logger=none",
          "trainer.log_every_n_steps=1", "trainer.limit_train_batches=3", "trainer.max_epochs=2", "test=false",
@@ -39,6 +42,25 @@ def numbers(run: Path) -> dict[tuple[int, str], float]:
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
     return checkpoint_io.read(run / "checkpoints" / "last.ckpt")["state_dict"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["trainer.precision=64-true"],
+            "trainer.precision=64-true: trainer=fsdp does not take it; use 32-true, bf16-mixed",
+        ),
+        (["optimizer=sam"], "optimizer=vitscope.training.sam.SAM: it reads whole weights"),
+        (["optimizer=muon"], "optimizer=vitscope.training.optimizers.muon.MuonAdamW: it reads whole weights"),
+        (["compile=true"], "compile=True: trainer=fsdp trains the network as it is"),
+        (["callbacks=[checkpoint,ema]"], "callbacks.ema=.*: it averages whole weights"),
+    ],
+)
+def test_what_needs_whole_weights_is_refused(overrides: list[str], message: str) -> None:
+    cfg = composed("train", "trainer=fsdp", "trainer.accelerator=cpu", *overrides)
+    with pytest.raises(ConfigError, match=message):
+        cross_checks.check(loading.plain(cfg))
 
 
 @pytest.mark.slow

@@ -41,6 +41,10 @@ REFUSED_OF_TRAINER = {
 }
 
 
+#: the strategy of ``conf/trainer/fsdp.yaml``, and the precisions that Lightning takes with it
+_FSDP = "vitscope.training.fsdp_strategy.Fsdp"
+_SHARDED_PRECISIONS = ("32-true", "bf16-mixed", "bf16-true", "16-true")
+
 #: the sources of data whose number of classes is known without reading the images
 _FOLDER = "vitscope.data.sources.folder.load"
 _TABLE = "vitscope.data.sources.huggingface.load"
@@ -150,6 +154,7 @@ def check(tree: Mapping[str, Any]) -> None:
     _check_monitors(tree.get("callbacks") or {}, (tree.get("objective") or {}).get("loss", loading.DEFAULT_LOSS))
     _check_trainer(tree.get("trainer") or {})
     _check_sam(tree.get("optimizer") or {}, tree.get("trainer") or {})
+    _check_sharded_training(tree)
     for name in (*(tree.get("analysis") or {}), *(tree.get("callbacks") or {})):
         if not re.fullmatch(r"[\w-]{1,100}", str(name)):  # it names a folder of the run
             raise ConfigError("analysis", repr(name), "not a name of letters, digits, - and _", "rename it")
@@ -214,3 +219,26 @@ def _check_sam(optimizer: Mapping[str, Any], trainer: Mapping[str, Any]) -> None
     if trainer.get("precision") in ("16-mixed", "16", 16):
         raise ConfigError("trainer.precision", trainer["precision"], "SAM makes two passes, which gradient scaling does not",
                           "use bf16-mixed or 32-true")  # fmt: skip
+
+
+def _check_sharded_training(tree: Mapping[str, Any]) -> None:
+    """Refuse what needs whole weights on every process, or what Lightning's strategy does not know."""
+    trainer = tree.get("trainer") or {}
+    strategy = trainer.get("strategy")
+    if not isinstance(strategy, Mapping) or strategy.get("_target_") != _FSDP:
+        return
+    if trainer.get("precision") not in _SHARDED_PRECISIONS:
+        fix = f"use {', '.join(_SHARDED_PRECISIONS)}"
+        raise ConfigError("trainer.precision", trainer.get("precision"), "trainer=fsdp does not take it", fix)
+    optimizer = tree.get("optimizer") or {}
+    if "rho" in optimizer or str(optimizer.get("_target_", "")).startswith("vitscope.training.optimizers."):
+        reason = "it reads whole weights, and trainer=fsdp keeps shards of them"
+        raise ConfigError("optimizer", optimizer.get("_target_"), reason, "use optimizer=adamw, or trainer=ddp")
+    if tree.get("compile"):
+        raise ConfigError(
+            "compile", True, "trainer=fsdp trains the network as it is", "set compile=false, or trainer=ddp"
+        )
+    for name, callback in (tree.get("callbacks") or {}).items():
+        if isinstance(callback, Mapping) and str(callback.get("_target_", "")).endswith(".EMAWeightAveraging"):
+            reason = "it averages whole weights, and trainer=fsdp keeps shards"
+            raise ConfigError(f"callbacks.{name}", callback["_target_"], reason, "leave it out, or use trainer=ddp")

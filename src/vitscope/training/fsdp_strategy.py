@@ -7,6 +7,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import torch
 from pytorch_lightning.strategies import ModelParallelStrategy
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
@@ -55,6 +56,26 @@ class Fsdp(ModelParallelStrategy):
         for unit in units:
             fully_shard(unit, mesh=mesh)
         fully_shard(network, mesh=mesh)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Make a step with the first process's buffers, such as running statistics, on all, as DDP does."""
+        self._share_buffers()
+        return super().training_step(*args, **kwargs)
+
+    def validation_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Evaluate with the first process's buffers on all."""
+        self._share_buffers()
+        return super().validation_step(*args, **kwargs)
+
+    def test_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Evaluate with the first process's buffers on all."""
+        self._share_buffers()
+        return super().test_step(*args, **kwargs)
+
+    def _share_buffers(self) -> None:
+        network = getattr(self.lightning_module, "model", None)
+        for buffer in network.buffers() if isinstance(network, nn.Module) else ():
+            torch.distributed.broadcast(buffer, 0)
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """Return the optimizer's whole state on rank 0; an optimizer without a state before its first step is left so.

@@ -186,9 +186,20 @@ class Curvature:
     def gradient(self, data_only: bool = False) -> Tensor:
         """Return the objective's gradient ``(size,)``, or the data term's."""
         total = self._sum(lambda chunk: chunk.gradient)
-        if not data_only:
+        if not data_only and self.is_sharded:
+            total.add_(self.whole_weights(), alpha=self.shift)
+        elif not data_only:
             total += torch.cat([g.reshape(-1) for g in l2_gradient(self.objective, self.parameters)])
         return total
+
+    def whole_weights(self) -> Tensor:
+        """Return the analyzed weights ``(size,)``, of which ranks hold shards."""
+        is_first = distributed.rank() == 0  # weights that are not sharded count once
+        parts = [
+            p.detach() if is_first or isinstance(p, LocalShard) else torch.zeros_like(p)
+            for p in self.parameters.values()
+        ]
+        return distributed.all_reduce_sum(torch.cat(self.flat(parts)))
 
     def split(self, v: Tensor) -> list[Tensor]:
         """Return views of ``v (size,)`` in the parameters' shapes; of sharded ones this rank's part."""
@@ -278,14 +289,9 @@ class GradientsBeside:
     def weight_norm(self) -> float:
         """Return the length of the analyzed weights."""
         operator = self.operator
-        weights = list(operator.parameters.values())
         if operator.is_sharded:
-            shards = [p.detach() for p in weights if isinstance(p, LocalShard)]
-            total = sum(norm(t.reshape(-1)) ** 2 for t in shards)
-            shared = float(distributed.all_reduce_sum(torch.tensor(total, dtype=torch.float64, device=operator.device)))
-            weights = [p for p in weights if not isinstance(p, LocalShard)]
-            return math.sqrt(shared + sum(norm(p.detach().reshape(-1)) ** 2 for p in weights))
-        return math.sqrt(sum(norm(p.detach().reshape(-1)) ** 2 for p in weights))
+            return norm(operator.whole_weights())
+        return math.sqrt(sum(norm(p.detach().reshape(-1)) ** 2 for p in operator.parameters.values()))
 
     def differences(self, direction: Tensor, steps: Sequence[float]) -> list[Tensor]:
         """Return ``(g(w + h direction) - g(w - h direction)) / 2h (size,)`` for each step h, of all ranks together."""
