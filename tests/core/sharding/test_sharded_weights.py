@@ -81,6 +81,7 @@ def products_on_rank(kind: str) -> dict[str, Any]:
         "reverse": products(model),
         "micro-batches": products(model, micro_batch=2),
         "ggn": products(model, operator="ggn"),
+        "fisher": products(model, operator="fisher_mc"),
         "blocks": products(model, checkpoint_blocks=True),
         "difference": products(model, product="difference"),
         "whole": products(model, product="linearize") if kind == "vit" else None,
@@ -111,7 +112,7 @@ def expected_products(kind: str) -> tuple[np.ndarray, np.ndarray]:
 def test_products_are_those_of_the_dense_hessian(kind: str, n: int, tmp_path: Path) -> None:
     torch.set_num_threads(1)
     hessian, expected = expected_products(kind)
-    ggn = products(network(kind), operator="ggn")
+    others = {name: products(network(kind), operator=o) for name, o in (("ggn", "ggn"), ("fisher", "fisher_mc"))}
     ranks = results_of_ranks(lambda: products_on_rank(kind), tmp_path, n)
     size = np.abs(expected).max()
     for rank in ranks:
@@ -119,7 +120,8 @@ def test_products_are_those_of_the_dense_hessian(kind: str, n: int, tmp_path: Pa
             if rank[name] is not None:
                 # float64: sums in another order
                 np.testing.assert_allclose(rank[name], expected, rtol=0, atol=1e-11 * size, err_msg=name)
-        np.testing.assert_allclose(rank["ggn"], ggn, rtol=0, atol=1e-11 * np.abs(ggn).max())
+        for name, products_of_one in others.items():
+            np.testing.assert_allclose(rank[name], products_of_one, rtol=0, atol=1e-11 * np.abs(products_of_one).max())
         np.testing.assert_allclose(rank["difference"], expected, rtol=0, atol=1e-8 * size)
         np.testing.assert_array_equal(rank["reverse"], ranks[0]["reverse"])
     x, y = (torch.cat(parts) for parts in zip(*batches()))
