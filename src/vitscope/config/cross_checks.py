@@ -42,7 +42,7 @@ REFUSED_OF_TRAINER = {
 
 
 #: the strategy of ``conf/trainer/fsdp.yaml``, and the precisions that Lightning takes with it
-_FSDP = "vitscope.training.fsdp_strategy.Fsdp"
+_FSDP = "vitscope.training.sharding.fsdp_strategy.Fsdp"
 _SHARDED_PRECISIONS = ("32-true", "bf16-mixed", "bf16-true", "16-true")
 
 #: the sources of data whose number of classes is known without reading the images

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from vitscope.core.evaluation import Evaluation, RunningEvaluation, evaluate
 from vitscope.core.guard.probe_guard import refuse_unfit_weights
 from vitscope.core.probe import Batch, Probe
+from vitscope.core.sharding.sharded_parameters import is_sharded
 from vitscope.core.undefined_values import warn_nulls
 from vitscope.runtime import stop_flag
 from vitscope.runtime.torch_internals import BatchNormBase
@@ -55,6 +56,11 @@ def check_movable(probe: Probe) -> None:
         NumericalError: weights that are not finite.
         ValueError: weights that are quantized or sparse.
     """
+    if is_sharded(probe.model):
+        raise ValueError(
+            "Expected whole weights to move, received weights that are sharded over ranks (fully_shard): measure its checkpoint, "
+            "or a model with full_tensor() weights."
+        )
     refuse_unfit_weights(probe.model, differentiated=True)
 
 

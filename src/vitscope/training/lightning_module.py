@@ -117,7 +117,7 @@ class Classifier(pl.LightningModule):
 
     def configure_model(self) -> None:
         """Shard the network where the strategy asks for it; once, before the optimizer is made."""
-        shard = getattr(self.trainer.strategy, "shard", None)  # that of `vitscope.training.fsdp_strategy.Fsdp`
+        shard = getattr(self.trainer.strategy, "shard", None)  # that of `vitscope.training.sharding.fsdp_strategy.Fsdp`
         if shard is not None and not is_sharded(self.model):
             shard(self.model)
 

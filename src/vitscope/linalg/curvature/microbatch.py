@@ -91,7 +91,7 @@ def build_chunk(operator: CurvatureSettings, first_image: int, x: Inputs, y: Ten
             logits.detach(),
             y,
             operator.objective,
-            first_image=first_image,
+            first_image=max(first_image, 0),  # that of a filler counts for nothing
             n_samples=operator.n_samples,
             seed=operator.seed,
         )
