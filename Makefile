@@ -28,7 +28,7 @@ FUZZ ?= 1000
 BENCH ?= hessian landscape representation attention training data report sweep startup
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-newest test-extras gpu-check lint format bench fuzz soak doctor clean reproduce wandb-report $(QUESTIONS) $(TABLES) sweep sweep-local docs docs-figures locks notebooks
+.PHONY: help setup demo test test-slow test-newest test-extras gpu-check lint format bench fuzz soak doctor clean reproduce reproduce-cost wandb-report $(QUESTIONS) $(TABLES) sweep sweep-local docs docs-figures locks notebooks
 
 help: ## list the targets
 	@grep -hE '^[a-zA-Z0-9_%-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  %-24s %s\n", $$1, $$2}'
@@ -99,6 +99,10 @@ format: $(SETUP) ## let ruff rewrite
 	$(BIN)/ruff format .
 
 reproduce: $(SETUP) ## every figure and table, and the page (PROFILE=smoke|cifar100|imagenet SEEDS=1 GPUS=0,1 JOBS=2 DRY=1)
+	$(REPRODUCE) all $(REPRODUCED)
+
+reproduce-cost: DRY := 1
+reproduce-cost: $(SETUP) ## only list the runs, hours and disk space of `make reproduce` with the same settings
 	$(REPRODUCE) all $(REPRODUCED)
 
 $(QUESTIONS): $(SETUP)

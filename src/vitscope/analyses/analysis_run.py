@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ import torch
 from omegaconf import DictConfig, OmegaConf, open_dict
 from torch import nn
 
-from vitscope.analyses import announcement, context, runner, spec, time_prediction
+from vitscope.analyses import announcement, context, cost_prediction, runner, spec, time_prediction
+from vitscope.analyses.cost_prediction import PredictedCost
 from vitscope.config import caps, cross_checks, error_translation, factories, loading, model_facts
 from vitscope.config.keys import common_probe
 from vitscope.config.validation import validate
@@ -47,6 +49,76 @@ def analyze(cfg: DictConfig, chosen_keys: Sequence[str] = (), run_value_override
     Raises:
         VitscopeError: with the exit code of its kind.
     """
+    settled = _settled(cfg, chosen_keys, run_value_overrides)
+    cfg, run, network, data = settled.cfg, settled.run, settled.network, settled.data
+    if run is None:
+        if cfg.ckpt_path:
+            cfg.ckpt_path = str(Path(cfg.ckpt_path).absolute())  # the folder is measured again from anywhere
+        run = _new_run(cfg)
+    run_end.log_tracebacks_to(run)
+    if rank() == 0 and model_facts.KEY not in run.provenance() and _is_own_model(cfg, run):
+        run.note(**{model_facts.KEY: model_facts.of_model(cfg)})
+    mirror = run_mirror.start(cfg, run, "analyze")
+    code = 1
+    try:
+        _perform(cfg, run, network, data, settled.content, settled.path, mirror, settled.defaults)
+        code = 0
+    except BaseException as error:
+        code = error_translation.code_for(error)
+        raise
+    finally:
+        if rank() == 0 and run.provenance().get("command") == "analyze":
+            run_end.note_end(run, code)
+        mirror.finish(code)
+    return run
+
+
+def predict(
+    cfg: DictConfig, chosen_keys: Sequence[str] = (), run_value_overrides: Sequence[str] = (), n_ranks: int = 1
+) -> list[PredictedCost]:
+    """Return what the analyses that a composed configuration names would cost; nothing is written.
+
+    Args:
+        cfg: As for `analyze`, and likewise the next two.
+        chosen_keys: Keys and groups that the command line set.
+        run_value_overrides: Dotted overrides of the run's groups.
+        n_ranks: Number of processes that would share the work.
+
+    Raises:
+        VitscopeError: As `analyze` does before it measures.
+    """
+    settled = _settled(cfg, chosen_keys, run_value_overrides)
+    analyses = spec.parse(settled.cfg.analysis)
+    return cost_prediction.predict_costs(
+        settled.cfg, analyses, settled.network, settled.data, n_ranks=n_ranks, content=settled.content
+    )
+
+
+@dataclass(frozen=True)
+class _Settled:
+    """What a command measures, before there is a folder for its results.
+
+    Attributes:
+        cfg: Validated configuration, with the run's values.
+        run: The run that the command names; None without one.
+        network: On its device, with its weights.
+        data: Data module.
+        content: The checkpoint.
+        path: Its file.
+        defaults: Groups whose values are the defaults for a checkpoint without a run.
+    """
+
+    cfg: DictConfig
+    run: Run | None
+    network: nn.Module
+    data: Any
+    content: Mapping[str, Any] | None
+    path: Path | None
+    defaults: Sequence[str]
+
+
+def _settled(cfg: DictConfig, chosen_keys: Sequence[str], run_value_overrides: Sequence[str]) -> _Settled:
+    """Return the configuration with the run's values, validated, and the network and data that it names."""
     run = run_dir.find(str(cfg.run)) if cfg.run else None
     if run is not None:
         _refuse_second_file(cfg, run)
@@ -70,26 +142,7 @@ def analyze(cfg: DictConfig, chosen_keys: Sequence[str] = (), run_value_override
         named_weights.load_named_weights(network, content, path, cfg, average=cfg.ckpt == AVERAGE)
     data = factories.data(cfg)
     data.adapt_to(network)
-    if run is None:
-        if cfg.ckpt_path:
-            cfg.ckpt_path = str(Path(cfg.ckpt_path).absolute())  # the folder is measured again from anywhere
-        run = _new_run(cfg)
-    run_end.log_tracebacks_to(run)
-    if rank() == 0 and model_facts.KEY not in run.provenance() and _is_own_model(cfg, run):
-        run.note(**{model_facts.KEY: model_facts.of_model(cfg)})
-    mirror = run_mirror.start(cfg, run, "analyze")
-    code = 1
-    try:
-        _perform(cfg, run, network.to(device), data, content, path, mirror, defaults)
-        code = 0
-    except BaseException as error:
-        code = error_translation.code_for(error)
-        raise
-    finally:
-        if rank() == 0 and run.provenance().get("command") == "analyze":
-            run_end.note_end(run, code)
-        mirror.finish(code)
-    return run
+    return _Settled(cfg, run, network.to(device), data, content, path, defaults)
 
 
 def _new_run(cfg: DictConfig) -> Run:

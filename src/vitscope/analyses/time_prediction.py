@@ -1,12 +1,11 @@
-"""Prediction of the time of analyses whose number of forward passes follows from their options: one pass is timed.
+"""Prediction of the time of analyses that are forward passes alone, when they start: one pass is timed.
 
-No time is predicted for the others: how many Hessian-vector products an eigenvalue takes, or how long the statistics of feature
-maps take, is known only once they are computed.
+Products, gradients and statistics of feature maps are not timed here, since that would take as long as some analyses:
+``cost=true`` does so (`vitscope.analyses.cost_prediction`), by the same formulas.
 """
 
 from __future__ import annotations
 
-import inspect
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,17 +15,10 @@ import torch
 from torch import nn
 
 from vitscope.analyses.spec import Analysis, probe_request
+from vitscope.core.cost.image_passes import EVALUATION, RECALIBRATED_EVALUATION
+from vitscope.core.cost.measure_cost import cost_of, workload_of
 from vitscope.runtime.distributed import world_size
 from vitscope.runtime.text_layout import duration_text
-
-#: forward passes over its images that a measure makes, by its name and from its options
-PASSES: dict[str, Callable[[Mapping[str, Any]], int]] = {
-    "evaluation": lambda options: 1,
-    "loss_landscape": lambda options: int(options["n"]) ** 2,
-    "loss_slice": lambda options: int(options["n"]) * int(options["n_directions"]),
-    "linear_interpolation": lambda options: int(options["n"]),
-    "loss_barrier": lambda options: int(options["n"]),
-}
 
 #: options that keep a measure of unknown time within a limit, by its name
 _LIMITS = {"hessian_max_eigenvalue_spectrum": "budget_s=60"}
@@ -82,16 +74,16 @@ def predict(analyses: Sequence[Analysis], network: nn.Module, data: Any, measure
     per_image: dict[tuple[Any, ...], float | None] = {}
     remaining = [analysis for analysis in analyses if analysis.name not in measured]
     for analysis in remaining:
-        passes = _n_passes(analysis)
-        if passes is None:
-            continue
         request = probe_request(analysis, data)
+        n_images = _n_images(data, request)
+        image_passes = _evaluated_images(analysis, network, request, n_images)
+        if image_passes is None:
+            continue
         key = tuple(sorted((name, str(value)) for name, value in request.items() if name != "n_images"))
         if key not in per_image:
             per_image[key] = _seconds_per_image(network, data, request)
-        time_of_image, n_images = per_image[key], _n_images(data, request)
-        if time_of_image is not None and n_images is not None:
-            seconds[analysis.name] = passes * n_images * time_of_image / world_size()
+        if (time_of_image := per_image[key]) is not None:
+            seconds[analysis.name] = image_passes * time_of_image / world_size()
     unpredicted = [analysis for analysis in remaining if analysis.name not in seconds]
     limits = {
         analysis.name: _LIMITS[analysis.measure.__name__]
@@ -101,14 +93,20 @@ def predict(analyses: Sequence[Analysis], network: nn.Module, data: Any, measure
     return Prediction(seconds, [analysis.name for analysis in unpredicted], list(measured), limits)
 
 
-def _n_passes(analysis: Analysis) -> int | None:
-    """Return the forward passes of an analysis; None where they do not follow from its options."""
-    passes = PASSES.get(analysis.measure.__name__)
-    if passes is None or analysis.options.get("dtype") is not None:
+def _evaluated_images(
+    analysis: Analysis, network: nn.Module, request: Mapping[str, Any], n_images: int | None
+) -> float | None:
+    """Return the images that an analysis evaluates, repeats counted; None where it does something else too.
+
+    The guard's passes over the first batch are left out.
+    """
+    if n_images is None or analysis.options.get("dtype") is not None:
         return None
-    parameters = inspect.signature(analysis.measure).parameters.values()
-    options = {p.name: p.default for p in parameters if p.default is not p.empty} | dict(analysis.options)
-    return passes(options) * (2 if analysis.options.get("bn") == "recalibrate" else 1)
+    cost = cost_of(analysis.measure, analysis.options, workload_of(network, request["batch_size"], n_images))
+    works = [] if cost is None else [work for work in cost.works if not work.is_check]
+    if not works or any(work.unit not in (EVALUATION, RECALIBRATED_EVALUATION) for work in works):
+        return None
+    return sum(work.repeats.expected * work.n_images * work.unit.forwards for work in works)
 
 
 def _n_images(data: Any, request: Mapping[str, Any]) -> int | None:

@@ -14,6 +14,7 @@ from vitscope.config.keys import common_probe
 from vitscope.config.loss import loss_overrides
 from vitscope.config.validation import validate_plain_values
 from vitscope.runs import run_overrides
+from vitscope.runtime.errors import ConfigError
 
 
 def main() -> None:
@@ -38,6 +39,9 @@ def _analyze(cfg: DictConfig, overrides: Sequence[str], *, run_value_overrides: 
     common_probe.apply_common_probe(cfg, overrides)
     if not cfg.run:
         validate_plain_values(cfg)
+    if cfg.cost:
+        _print_costs(cfg, overrides, run_value_overrides, request.n_ranks if request is not None else 1)
+        return
     if request is not None and request.n_ranks > 1:
         rank_launcher.run_ranks(request.n_ranks, sys.argv[1:])
         return
@@ -45,7 +49,28 @@ def _analyze(cfg: DictConfig, overrides: Sequence[str], *, run_value_overrides: 
     from vitscope.analyses.analysis_run import analyze
 
     with process_group.joined(request, str(cfg.device)):
-        analyze(cfg, [key for key in map(_key, overrides) if not key.startswith("trainer")], run_value_overrides)
+        analyze(cfg, _chosen_keys(overrides), run_value_overrides)
+
+
+def _print_costs(cfg: DictConfig, overrides: Sequence[str], run_value_overrides: Sequence[str], n_started: int) -> None:
+    """Print what the analyses would cost each of the processes that ``trainer`` asks for; this one alone predicts it.
+
+    Raises:
+        ConfigError: a launcher started several processes, or ``cost`` is neither true nor false.
+    """
+    if not isinstance(cfg.cost, bool):
+        raise ConfigError("cost", cfg.cost, "neither true nor false", "set cost=true")
+    if rank_request.launched_world_size() > 1:
+        reason = "the prediction is one process's"
+        raise ConfigError("cost", True, reason, "start it without a launcher; trainer=ddp says for how many processes")
+    from vitscope.analyses import analysis_run, cost_table  # imports torch
+
+    costs = analysis_run.predict(cfg, _chosen_keys(overrides), run_value_overrides, max(n_started, 1))
+    print(cost_table.cost_table(costs))
+
+
+def _chosen_keys(overrides: Sequence[str]) -> list[str]:
+    return [key for key in map(_key, overrides) if not key.startswith("trainer")]
 
 
 def _key(override: str) -> str:

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from vitscope.core.cost.image_passes import feature_pass_cost
+from vitscope.core.cost.measure_cost import Options, Workload, declares_cost
 from vitscope.core.feature_pass import run_feature_pass, shares_pass
 from vitscope.core.measure_options import record_options
 from vitscope.core.objective_card import ObjectiveCard
@@ -129,6 +131,12 @@ def accumulate(
     return _Sums(probe, images, query, layers, heads, mass, gradient, class_index, None)
 
 
+def _shown_images(workload: Workload, options: Options) -> int:
+    """Return the number of images to show, which go through the model again."""
+    return min(workload.n_images, int(options["images"]))
+
+
+@declares_cost(feature_pass_cost(accumulate, further_images=_shown_images))
 @shares_pass(accumulate)
 @record_options
 def attention_maps(

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vitscope.core.cost.image_passes import feature_pass_cost
+from vitscope.core.cost.measure_cost import ENTRY, Options, Workload, declares_cost
 from vitscope.core.feature_pass import run_feature_pass, shares_pass
 from vitscope.core.measure_options import record_options
 from vitscope.core.objective_card import ObjectiveCard
@@ -86,6 +88,15 @@ def accumulate(probe: Probe, *, n_permutations: int = 1000, seed: int = 0) -> _S
     return _Sums(probe, None, n_permutations, seed)
 
 
+def _result_bytes(workload: Workload, options: Options) -> float | None:
+    """Return the bytes of stages and depths of both sides and two numbers for each pair of taps."""
+    if workload.map_sizes is None:
+        return None
+    n = len(workload.map_sizes)
+    return ENTRY * (4 * n + 2 * n * n)
+
+
+@declares_cost(feature_pass_cost(accumulate, _result_bytes))
 @shares_pass(accumulate)
 @record_options
 def cka(probe: Probe, other: Probe | None = None, *, n_permutations: int = 1000, seed: Seed = 0) -> CKAResult:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
+from vitscope.core.cost.image_passes import feature_pass_cost
+from vitscope.core.cost.measure_cost import declares_cost
 from vitscope.core.feature_pass import run_feature_pass, shares_pass
 from vitscope.core.measure_options import record_options
 from vitscope.core.objective_card import ObjectiveCard
@@ -135,6 +137,7 @@ def accumulate(
     return _Sums(probe, None, measures, features, n_neighbors, n_permutations, max_memory, seed)
 
 
+@declares_cost(feature_pass_cost(accumulate))
 @shares_pass(accumulate)
 @record_options
 def similarity(

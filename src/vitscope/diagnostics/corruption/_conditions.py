@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import contextmanager
 from functools import partial as with_arguments
 from typing import Any
 
@@ -11,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vitscope.core.cost.measure_cost import Options, WorkUnit
 from vitscope.core.evaluation import evaluate
-from vitscope.core.input_normalization import Pixels
+from vitscope.core.input_normalization import Pixels, pixels_of
 from vitscope.core.objective import Objective, hard_targets
 from vitscope.core.probe import Batch, Probe
 from vitscope.diagnostics.corruption._archives import Arrays, Folders
@@ -22,6 +24,9 @@ from vitscope.runtime import stop_flag
 from vitscope.runtime.resumable_map import map_resumably
 
 Condition = tuple[str, int]
+
+#: types by the name of their set
+SETS = {"common": COMMON, "validation": VALIDATION, "all": COMMON + VALIDATION}
 
 #: the images as they are
 CLEAN: Condition = ("clean", 0)
@@ -101,3 +106,42 @@ def _polled(batches: Iterator[Batch]) -> Iterator[Batch]:
     for batch in batches:
         stop_flag.check()
         yield batch
+
+
+def type_names(types: str | Sequence[str]) -> tuple[str, ...]:
+    """Return the types of corruption that an option names.
+
+    Args:
+        types: ``common``, ``validation``, ``all``, a name or names.
+
+    Raises:
+        ValueError: an unknown name, none, or one twice.
+    """
+    names = SETS.get(types, (types,)) if isinstance(types, str) else tuple(types)
+    unknown = [name for name in names if name not in SETS["all"]]
+    if unknown or not names or len(set(names)) < len(names):
+        raise ValueError(
+            f"Expected types to be common, validation, all, or different names among {', '.join(SETS['all'])}, "
+            f"received {unknown[0] if unknown else list(names)!r}."
+        )
+    return names
+
+
+#: images that the making of corrupted ones is timed with
+_N_TIMED = 4
+
+
+@contextmanager
+def _corrupting(probe: Probe, options: Options) -> Iterator[Callable[[], object]]:
+    pixels = pixels_of(probe, options.get("mean"), options.get("std"))
+    seed = int(options.get("seed") or 0)
+    names, severities = type_names(options["types"]), options["severities"]
+    conditions = [(name, int(severity)) for name in names for severity in severities]
+    with probe.guard(logits=False):
+        yield lambda: [batch for condition in conditions for batch in _made(probe, pixels, condition, seed)]
+
+
+#: the making of the images of all types and severities, on the CPU
+CORRUPTED_IMAGES = WorkUnit(
+    "corruption of images", _corrupting, ("types", "severities", "mean", "std"), forwards=0, n_timed=_N_TIMED
+)

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from vitscope.core.cost.image_passes import EVALUATION, guard_checks
+from vitscope.core.cost.measure_cost import ENTRY, Count, MeasureCost, Options, Work, Workload, declares_cost
 from vitscope.core.input_normalization import pixels_of
 from vitscope.core.losses.requirements import check_classes, check_images
 from vitscope.core.measure_options import record_options
@@ -18,12 +20,10 @@ from vitscope.core.run_inputs import ResumableRows
 from vitscope.core.undefined_values import warn_nulls
 from vitscope.diagnostics.corruption._archives import archive
 from vitscope.diagnostics.corruption._baselines import ALEXNET
-from vitscope.diagnostics.corruption._conditions import CLEAN, measured
+from vitscope.diagnostics.corruption._conditions import CLEAN, CORRUPTED_IMAGES, measured, type_names
 from vitscope.diagnostics.corruption._scores import Baseline, alexnet, corruption_errors, relative_errors
-from vitscope.diagnostics.corruption._severity_table import COMMON, SEVERITIES, VALIDATION
+from vitscope.diagnostics.corruption._severity_table import COMMON, SEVERITIES
 from vitscope.runtime.value_ranges import PositiveInt, Seed
-
-SETS = {"common": COMMON, "validation": VALIDATION, "all": COMMON + VALIDATION}
 
 
 @dataclass(frozen=True)
@@ -87,6 +87,25 @@ class CorruptionResult(Result, coordinates={"type": "types", "severity": "severi
         return {name: value for name, value in scalars.items() if value is not None}
 
 
+def _cost(workload: Workload, options: Options) -> MeasureCost | None:
+    """Return an evaluation of the clean images and of each condition, and the making of the images.
+
+    Published files, which are read from a disk, and the comparison with a second model have no formula.
+    """
+    if options.get("root") is not None or options.get("other") is not None:
+        return None
+    n_types, n_severities = len(type_names(options["types"])), len(tuple(options["severities"]))
+    n_conditions = n_types * n_severities
+    works = [
+        Work(EVALUATION, Count.exactly(1 + n_conditions), workload.n_images),
+        Work(CORRUPTED_IMAGES, Count.exactly(1), workload.n_images),
+        *guard_checks(workload),
+    ]
+    # severities; accuracy, nll and ece of each condition
+    return MeasureCost(works, result_bytes=ENTRY * (n_severities + 3 * n_conditions))
+
+
+@declares_cost(_cost)
 @record_options
 def corruption(
     probe: Probe,
@@ -129,7 +148,7 @@ def corruption(
     """
     check_classes(probe, "corruption")
     check_images(probe, "corruption")
-    names = _names(types)
+    names = type_names(types)
     if not severities or not set(severities) <= set(SEVERITIES):
         raise ValueError(f"Expected severities from 1 to 5, received {list(severities)}.")
     source = archive(root, names, n_images, probe.about.get("class_names")) if root is not None else None
@@ -177,17 +196,6 @@ def corruption(
         clean_standard_error=standard_error(np.asarray(rows[0]["correct"], np.float64)),
         card=probe.card(solver={"corruptions": root or "generated", "seed": seed}),
     )
-
-
-def _names(types: str | Sequence[str]) -> tuple[str, ...]:
-    names = SETS.get(types, (types,)) if isinstance(types, str) else tuple(types)
-    unknown = [name for name in names if name not in SETS["all"]]
-    if unknown or not names or len(set(names)) < len(names):
-        raise ValueError(
-            f"Expected types to be common, validation, all, or different names among {', '.join(SETS['all'])}, "
-            f"received {unknown[0] if unknown else list(names)!r}."
-        )
-    return names
 
 
 def _published(

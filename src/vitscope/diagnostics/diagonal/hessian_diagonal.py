@@ -8,6 +8,7 @@ from typing import Unpack
 import numpy as np
 import torch
 
+from vitscope.core.cost.measure_cost import ENTRY, Count, MeasureCost, Options, Workload, declares_cost
 from vitscope.core.measure_options import record_options
 from vitscope.core.objective_card import ObjectiveCard
 from vitscope.core.probe import Probe
@@ -17,6 +18,7 @@ from vitscope.diagnostics.diagonal._exact_diagonal import diagonal_by_images, di
 from vitscope.linalg.curvature.curvature_operator import Curvature
 from vitscope.linalg.curvature.curvature_options import CurvatureArguments, CurvatureOptions, curvature_arguments
 from vitscope.linalg.curvature.operator_factory import Curvatures, curvatures
+from vitscope.linalg.curvature.product_cost import mean_products
 from vitscope.linalg.curvature.start_vector import random_signs, vector_seed
 from vitscope.models.structure.parameter_groups import parameter_kinds
 from vitscope.runtime.progress import track
@@ -76,6 +78,19 @@ class HessianDiagonalResult(
         return {name: value for name, value in logged.items() if np.isfinite(value)}
 
 
+def _cost(workload: Workload, options: Options) -> MeasureCost | None:
+    """Return a product for each vector; the exact diagonal has no formula."""
+    if options.get("method") != "hutchinson":
+        return None
+    n = int(options["n_vectors"])
+    # mean, squares, the sample and the difference in float64; the vector and its product
+    held = 4.0 * ENTRY * workload.n_parameters + 2.0 * workload.parameter_bytes
+    # the diagonal and its error; size, mean, its error, quantiles and the negative share of each tensor
+    n_bytes = ENTRY * (2 * workload.n_parameters + (4 + len(QUANTILES)) * workload.n_tensors)
+    return MeasureCost(mean_products(workload, options, Count.exactly(n)), held_bytes=held, result_bytes=n_bytes)
+
+
+@declares_cost(_cost)
 @record_options
 @curvature_arguments("operator", "parameters", "dtype", "bn", "product", "difference_step", "micro_batch", "seed")
 def hessian_diagonal(

@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vitscope.core.cost.image_passes import EVALUATION, guard_checks
+from vitscope.core.cost.measure_cost import Count, MeasureCost, Options, Work, Workload, declares_cost
 from vitscope.core.losses.requirements import check_classes
 from vitscope.core.measure_options import record_options
 from vitscope.core.objective import hard_targets, labeled
@@ -65,6 +67,13 @@ class EvaluationResult(Result, coordinates={"class": "classes", "class_name": "c
         return {**{name: getattr(self, name) for name in names}, "n_classes": float(len(self.classes))}
 
 
+def _cost(workload: Workload, options: Options) -> MeasureCost:
+    """Return one evaluation."""
+    works = [Work(EVALUATION, Count.exactly(1), workload.n_images), *guard_checks(workload)]
+    return MeasureCost(works)
+
+
+@declares_cost(_cost)
 @record_options
 def evaluation(probe: Probe, *, classes: str | Sequence[int | str] = "all") -> EvaluationResult:
     """Evaluate a model on the probe's images.

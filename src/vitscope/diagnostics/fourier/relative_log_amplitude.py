@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from vitscope.core.cost.image_passes import feature_pass_cost
+from vitscope.core.cost.measure_cost import ENTRY, Options, Workload, declares_cost
 from vitscope.core.feature_pass import run_feature_pass, shares_pass
 from vitscope.core.measure_options import record_options
 from vitscope.core.objective_card import ObjectiveCard
@@ -99,6 +101,15 @@ def accumulate(probe: Probe, *, path: str = "diagonal", level: float = 0.95, eps
     return _Sums(probe, path, eps, level)
 
 
+def _result_bytes(workload: Workload, options: Options) -> float | None:
+    """Return the bytes of stages, depths, sizes, six numbers a tap and six curves over its bins."""
+    if workload.map_sizes is None:
+        return None
+    n_bins = [len(frequencies(size, str(options["path"]))) for size in workload.map_sizes]
+    return ENTRY * (10 * len(n_bins) + 6 * sum(n_bins))
+
+
+@declares_cost(feature_pass_cost(accumulate, _result_bytes))
 @shares_pass(accumulate)
 @record_options
 def relative_log_amplitude(

@@ -8,6 +8,9 @@ from scipy.stats import gaussian_kde
 
 from vitscope.stats.intervals import exact_ends, t_quantile
 
+#: eigenvalues at which the density is given
+N_GRID = 400
+
 #: mini-batches below which NEP has no interval: with fewer, none of the usual ones covers for clustered shares
 NEP_BATCHES = 8
 
@@ -115,7 +118,7 @@ def _hall_quantile(quantile: float, skewness: float, n: int) -> float:
     return float(np.cbrt(1 + 3 * slope * (quantile - skewness / (6 * np.sqrt(n)))) - 1) / slope
 
 
-def kernel_density(values: np.ndarray, n_grid: int = 400) -> tuple[np.ndarray, np.ndarray]:
+def kernel_density(values: np.ndarray, n_grid: int = N_GRID) -> tuple[np.ndarray, np.ndarray]:
     """Return a grid and the Gaussian kernel density (Scott's bandwidth) of the pooled ``values`` on it.
 
     Values that are all (nearly) equal have no bandwidth: a thousandth of their magnitude is used.

@@ -9,12 +9,14 @@ from typing import Unpack
 import numpy as np
 from torch import Tensor
 
+from vitscope.core.cost.measure_cost import ENTRY, MeasureCost, Options, Workload, declares_cost
 from vitscope.core.measure_options import record_options
 from vitscope.core.objective_card import ObjectiveCard
 from vitscope.core.probe import Probe
 from vitscope.core.results.result import Result
 from vitscope.linalg.curvature.curvature_options import CurvatureArguments, CurvatureOptions, curvature_arguments
 from vitscope.linalg.curvature.operator_factory import curvatures
+from vitscope.linalg.curvature.product_cost import basis_bytes, mean_products, search_products
 from vitscope.linalg.curvature.start_vector import RANDOM_SHARE, warm_start
 from vitscope.linalg.solvers import solve
 from vitscope.runtime.value_ranges import PositiveInt
@@ -61,6 +63,22 @@ class HessianEigenvaluesResult(Result, untabulated=("eigenvectors",)):
         }
 
 
+def _cost(workload: Workload, options: Options) -> MeasureCost | None:
+    """Return the products of the search; None for power iteration and for a start from earlier vectors."""
+    k = int(options["k"]) * (2 if options.get("which") == "both" else 1)
+    products = search_products(workload, options, k)
+    if products is None or options.get("start") is not None:
+        return None
+    vectors = k * workload.parameter_bytes if options.get("eigenvectors") else 0
+    return MeasureCost(
+        mean_products(workload, options, products, gradients=1),
+        held_bytes=float(vectors),
+        held_bytes_shared=basis_bytes(workload, products.expected),
+        result_bytes=ENTRY * 4 * k + k + vectors,  # a flag takes a byte
+    )
+
+
+@declares_cost(_cost)
 @record_options
 @curvature_arguments(
     "tol",

@@ -8,6 +8,7 @@ from typing import Unpack
 
 import numpy as np
 
+from vitscope.core.cost.measure_cost import ENTRY, MeasureCost, Options, Workload, declares_cost
 from vitscope.core.measure_options import record_options
 from vitscope.core.objective_card import ObjectiveCard
 from vitscope.core.probe import Probe
@@ -17,6 +18,7 @@ from vitscope.diagnostics.hessian import _nep_statistics
 from vitscope.diagnostics.hessian._batchwise_spectrum import BatchwiseSpectrum
 from vitscope.linalg.curvature.curvature_options import CurvatureArguments, CurvatureOptions, curvature_arguments
 from vitscope.linalg.curvature.operator_factory import curvatures
+from vitscope.linalg.curvature.product_cost import basis_bytes, batch_products, search_products
 from vitscope.runtime.resumable_map import Row
 from vitscope.runtime.value_ranges import PositiveFloat, PositiveInt
 
@@ -91,6 +93,24 @@ class HessianMaxEigenvalueSpectrumResult(Result, coordinates={"batch": "batches"
         return logged
 
 
+def _cost(workload: Workload, options: Options) -> MeasureCost | None:
+    """Return the products of each batch's search and the basis of the longest one; None for power iteration."""
+    n_top, n_ends = int(options["n_top"]), int(options["n_ends"])
+    products = search_products(workload, options, n_top + 2 * n_ends)
+    if products is None:
+        return None
+    n_batches = workload.n_batches
+    # values, residuals, errors, flags of one byte and L2 shares; both ends; products and numbers of batches; grid and density
+    entries = n_batches * (4 * n_top + 2 * n_ends + 2) + 2 * _nep_statistics.N_GRID + 4
+    return MeasureCost(
+        batch_products(workload, options, products),
+        held_bytes=basis_bytes(workload, products.expected),
+        result_bytes=ENTRY * entries + n_batches * n_top,
+        limit_s=options.get("budget_s"),
+    )
+
+
+@declares_cost(_cost)
 @record_options
 @curvature_arguments(
     "tol",

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vitscope.core.cost.measure_cost import ENTRY, Count, MeasureCost, Options, Workload, declares_cost
 from vitscope.core.measure_options import record_options
 from vitscope.core.objective_card import ObjectiveCard
 from vitscope.core.probe import Probe
@@ -17,6 +18,7 @@ from vitscope.linalg.basis_memory import BasisBuffer
 from vitscope.linalg.curvature.curvature_operator import Curvature
 from vitscope.linalg.curvature.curvature_options import CurvatureArguments, CurvatureOptions, curvature_arguments
 from vitscope.linalg.curvature.operator_factory import curvatures
+from vitscope.linalg.curvature.product_cost import mean_products
 from vitscope.linalg.curvature.start_vector import random_signs, vector_seed
 from vitscope.linalg.krylov_basis import Basis, dot
 from vitscope.linalg.quadrature import LEAST_VECTORS
@@ -69,6 +71,22 @@ class HessianTraceResult(Result):
         return {name: value for name, value in logged.items() if np.isfinite(value)}
 
 
+def _cost(workload: Workload, options: Options) -> MeasureCost:
+    """Return a product for each vector; of Hutch++ a third of them span a basis, fewer where the curvature's rank is smaller."""
+    n = int(options["n_vectors"])
+    is_sketched = options.get("method") == "hutch++"
+    sketch = min(n // 3, workload.n_parameters) if is_sketched else 0
+    n_estimates = n - 2 * (n // 3) if is_sketched else n
+    products = Count(2 * sketch + n_estimates, sketch, 2 * sketch + n_estimates) if is_sketched else Count.exactly(n)
+    return MeasureCost(
+        mean_products(workload, options, products),
+        held_bytes=2.0 * workload.parameter_bytes,
+        held_bytes_shared=float((sketch + 1) * workload.parameter_bytes) if is_sketched else 0.0,
+        result_bytes=ENTRY * n_estimates,
+    )
+
+
+@declares_cost(_cost)
 @record_options
 @curvature_arguments(
     "operator",

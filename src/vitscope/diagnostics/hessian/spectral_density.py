@@ -9,6 +9,7 @@ from typing import Unpack
 
 import numpy as np
 
+from vitscope.core.cost.measure_cost import ENTRY, Count, MeasureCost, Options, Workload, declares_cost
 from vitscope.core.measure_options import record_options
 from vitscope.core.objective_card import ObjectiveCard
 from vitscope.core.probe import Probe
@@ -17,6 +18,7 @@ from vitscope.core.run_inputs import ResumableRows
 from vitscope.linalg.basis_memory import BasisBuffer
 from vitscope.linalg.curvature.curvature_options import CurvatureArguments, CurvatureOptions, curvature_arguments
 from vitscope.linalg.curvature.operator_factory import curvatures
+from vitscope.linalg.curvature.product_cost import basis_bytes, mean_products
 from vitscope.linalg.curvature.start_vector import vector_seed
 from vitscope.linalg.quadrature import LEAST_VECTORS, SymmetricOperator, check_quadrature, quadrature_rule
 from vitscope.runtime.progress import track
@@ -86,6 +88,19 @@ class SpectralDensityResult(Result, coordinates={"grid": "grid"}):
         }
 
 
+def _cost(workload: Workload, options: Options) -> MeasureCost:
+    """Return a product for each step of each vector, and the basis of one."""
+    n_vectors, n_grid = int(options["n_vectors"]), int(options["n_grid"])
+    n_steps = min(int(options["n_steps"]), workload.n_parameters)
+    return MeasureCost(
+        mean_products(workload, options, Count.exactly(n_vectors * n_steps)),
+        held_bytes_shared=basis_bytes(workload, n_steps),
+        # nodes, weights and residuals; the grid and three densities; moments and their half widths
+        result_bytes=ENTRY * (3 * n_vectors * n_steps + 4 * n_grid + 2 * N_MOMENTS),
+    )
+
+
+@declares_cost(_cost)
 @record_options
 @curvature_arguments(
     "operator",

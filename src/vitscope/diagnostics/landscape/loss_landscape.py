@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from vitscope.core.cost.image_passes import GRADIENT, evaluations, guard_checks
+from vitscope.core.cost.measure_cost import ENTRY, Count, MeasureCost, Options, Work, Workload, declares_cost
 from vitscope.core.measure_options import record_options
 from vitscope.core.objective_card import ObjectiveCard
 from vitscope.core.probe import Probe
@@ -105,6 +107,21 @@ class LossLandscapeResult(Result, coordinates={"x": "x", "y": "y", "checkpoint":
         return scalars
 
 
+def _cost(workload: Workload, options: Options) -> MeasureCost:
+    """Return n^2 evaluations; with reduced precision those of the corners and the center in both precisions too."""
+    n, kind = int(options["n"]), parse_float_dtype(options.get("dtype"))
+    is_reduced = kind in (torch.bfloat16, torch.float16)
+    # finished points of the grid are not measured again where rows are stored
+    repeats = Count(n * n + 5, n * n + 5, n * n + 10) if is_reduced else Count.exactly(n * n)
+    works = [evaluations(workload, options, repeats), *guard_checks(workload, moves_weights=True)]
+    if options.get("directions") == "gradient":
+        works.append(Work(GRADIENT, Count.exactly(1), workload.n_images, is_divided=False))
+        works += guard_checks(workload, second_order=True)
+    # x, y; three measured surfaces and two of the L2 term; direction norms
+    return MeasureCost(works, held_bytes=2.0 * workload.parameter_bytes, result_bytes=ENTRY * (2 * n + 5 * n * n + 2))
+
+
+@declares_cost(_cost)
 @record_options
 def loss_landscape(
     probe: Probe,

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from vitscope.core.cost.image_passes import GRADIENT, evaluations, guard_checks
+from vitscope.core.cost.measure_cost import ENTRY, Count, MeasureCost, Options, Work, Workload, declares_cost
 from vitscope.core.measure_options import record_options
 from vitscope.core.objective_card import ObjectiveCard
 from vitscope.core.probe import Probe
@@ -80,6 +82,22 @@ class LossSliceResult(Result, coordinates={"x": "x"}):
         return scalars
 
 
+def _cost(workload: Workload, options: Options) -> MeasureCost:
+    """Return an evaluation for each point of each line."""
+    n, n_lines = int(options["n"]), int(options["n_directions"])
+    works = [
+        evaluations(workload, options, Count.exactly(n * n_lines)),
+        *guard_checks(workload, moves_weights=True),
+    ]
+    if options.get("directions") == "gradient":
+        works.append(Work(GRADIENT, Count.exactly(1), workload.n_images, is_divided=False))
+        works += guard_checks(workload, second_order=True)
+    # x, eight curves, nll and accuracy of each line, its direction's norm
+    entries = 8 * n + 2 * n * n_lines + n_lines
+    return MeasureCost(works, held_bytes=2.0 * workload.parameter_bytes, result_bytes=ENTRY * entries)
+
+
+@declares_cost(_cost)
 @record_options
 def loss_slice(
     probe: Probe,

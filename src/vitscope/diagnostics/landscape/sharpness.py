@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from vitscope.core.cost.image_passes import EVALUATION, GRADIENT, evaluations, guard_checks
+from vitscope.core.cost.measure_cost import ENTRY, Count, MeasureCost, Options, Work, Workload, declares_cost
 from vitscope.core.measure_options import record_options
 from vitscope.core.objective_card import ObjectiveCard
 from vitscope.core.probe import Probe
@@ -126,6 +128,31 @@ class SharpnessResult(Result, coordinates={"radius": "radii"}):
         return scalars | {f"{name}_late_share": share for name, share in late if not np.isnan(share)}
 
 
+def _cost(workload: Workload, options: Options) -> MeasureCost | None:
+    """Return the evaluations of the mean and, for radii that are not saturated, the gradients of the worst rise.
+
+    Which radii are saturated is known only from the accuracies: expected are those below `SATURATED_RADIUS`. An ascent ends
+    early where the loss is not finite. The adaptive measures have no formula.
+    """
+    if options.get("adaptive"):
+        return None
+    radii = [float(radius) for radius in options["radii"]]
+    n_pairs, n_steps, n_starts = int(options["n_pairs"]), int(options["n_steps"]), int(options["n_starts"])
+    n_searches = sum(radius < SATURATED_RADIUS for radius in radii) * n_starts if n_steps else 0
+    n = workload.n_images
+    works = [
+        evaluations(workload, options, Count.exactly(1 + 4 * n_pairs * len(radii))),
+        Work(EVALUATION, Count.exactly(1), 1, is_divided=False),  # the number of classes
+        Work(EVALUATION, Count(n_searches, 0, n_searches), n),
+        Work(GRADIENT, Count(n_searches * (n_steps + 1), 0, n_searches * (n_steps + 1)), n),
+        *guard_checks(workload, moves_weights=True),
+    ]
+    # six fields of a radius, three of each pair, one of each start, and a flag of one byte
+    n_bytes = len(radii) * (ENTRY * (6 + 3 * n_pairs + n_starts) + 1)
+    return MeasureCost(works, held_bytes=4.0 * workload.parameter_bytes, result_bytes=n_bytes)
+
+
+@declares_cost(_cost)
 @record_options
 def sharpness(
     probe: Probe,

@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vitscope.core.cost.image_passes import feature_pass_cost
+from vitscope.core.cost.measure_cost import declares_cost
 from vitscope.core.feature_pass import run_feature_pass, shares_pass
 from vitscope.core.input_normalization import shown_images
 from vitscope.core.measure_options import record_options
@@ -132,6 +134,7 @@ def accumulate(
     return _Accumulator(probe, chosen_taps(probe.taps, taps), images, level)
 
 
+@declares_cost(feature_pass_cost(accumulate))
 @shares_pass(accumulate)
 @record_options
 def patch_pca(

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vitscope.core.cost.image_passes import feature_pass_cost
+from vitscope.core.cost.measure_cost import declares_cost
 from vitscope.core.feature_pass import run_feature_pass, shares_pass
 from vitscope.core.measure_options import record_options
 from vitscope.core.objective_card import ObjectiveCard
@@ -70,6 +72,7 @@ def accumulate(probe: Probe, *, positions: int | None = 16) -> _Sums:
     return _Sums(probe, positions)
 
 
+@declares_cost(feature_pass_cost(accumulate))
 @shares_pass(accumulate)
 @record_options
 def effective_rank(probe: Probe, *, positions: int | None = 16) -> EffectiveRankResult:

@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vitscope.core.cost.image_passes import feature_pass_cost
+from vitscope.core.cost.measure_cost import declares_cost
 from vitscope.core.feature_pass import run_feature_pass, shares_pass
 from vitscope.core.measure_options import record_options
 from vitscope.core.objective_card import ObjectiveCard
@@ -120,6 +122,7 @@ def accumulate(probe: Probe, *, norm: Literal["frobenius", "composite"] = "frobe
     return _Sums(probe, norm, level)
 
 
+@declares_cost(feature_pass_cost(accumulate))
 @shares_pass(accumulate)
 @record_options
 def oversmoothing(

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from vitscope.core.cost.image_passes import feature_pass_cost
+from vitscope.core.cost.measure_cost import declares_cost
 from vitscope.core.feature_pass import run_feature_pass, shares_pass
 from vitscope.core.measure_options import record_options
 from vitscope.core.objective_card import ObjectiveCard
@@ -174,6 +176,7 @@ def accumulate(
     return _Sums(probe, threshold, norm_images, positions, level)
 
 
+@declares_cost(feature_pass_cost(accumulate))
 @shares_pass(accumulate)
 @record_options
 def token_norms(

@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vitscope.core.cost.image_passes import feature_pass_cost
+from vitscope.core.cost.measure_cost import ENTRY, Options, Workload, declares_cost
 from vitscope.core.feature_pass import run_feature_pass, shares_pass
 from vitscope.core.measure_options import record_options
 from vitscope.core.objective_card import ObjectiveCard
@@ -77,6 +79,12 @@ def accumulate(probe: Probe, *, level: float = 0.95) -> _Sums:
     return _Sums(probe, level)
 
 
+def _result_bytes(workload: Workload, options: Options) -> float | None:
+    """Return the bytes of stages, depths, sizes of the maps and four numbers a tap."""
+    return None if workload.map_sizes is None else ENTRY * 8 * len(workload.map_sizes)
+
+
+@declares_cost(feature_pass_cost(accumulate, _result_bytes))
 @shares_pass(accumulate)
 @record_options
 def feature_map_variance(probe: Probe, *, level: float = 0.95) -> FeatureMapVarianceResult:

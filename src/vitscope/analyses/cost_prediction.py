@@ -1,0 +1,257 @@
+"""Prediction of what analyses cost before they start: every piece of work is timed once, and formulas say how often it is done.
+
+The formulas stand beside the measures (`vitscope.core.cost.measure_cost`). A piece of work is done with one batch of the
+analysis's own images: a first time to warm up, some times to be timed and once more to count the bytes that it takes. Nothing is
+measured and nothing is written. Analyses that share a forward pass are predicted as if each made its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from torch import nn
+
+from vitscope.analyses.spec import Analysis, probe_request
+from vitscope.config import factories
+from vitscope.core.cost.image_passes import tap_sizes
+from vitscope.core.cost.measure_cost import (
+    Count,
+    MeasureCost,
+    Work,
+    Workload,
+    WorkUnit,
+    all_options,
+    cost_of,
+    workload_of,
+)
+from vitscope.core.cost.tensor_memory import peak_bytes
+from vitscope.core.probe import Probe
+from vitscope.runtime import stop_flag
+from vitscope.runtime.stop_flag import Interrupted
+
+#: a piece of work is repeated for this long, seconds, or `MOST_REPEATS` times; the median counts
+TIMED_S = 0.5
+MOST_REPEATS = 5
+
+#: seconds of a piece of work from which its first time counts: the warming of caches is a small part of it
+LONG_S = 2.0
+
+#: seconds; a name of its own so that tests can set the time
+clock: Callable[[], float] = time.perf_counter
+
+
+@dataclass(frozen=True)
+class UnitCost:
+    """What a piece of work took.
+
+    Attributes:
+        seconds: Time of one.
+        n_bytes: Bytes of the tensors that it allocates, at most at once.
+        n_images: Number of images that it was timed with.
+    """
+
+    seconds: float
+    n_bytes: float
+    n_images: int
+
+
+@dataclass(frozen=True)
+class PredictedCost:
+    """What an analysis is predicted to cost a process.
+
+    Attributes:
+        name: Its name.
+        seconds: Time, with its bounds where the number of repeats is not known before; None where it is unknown.
+        peak_bytes: Bytes of the device: the model and its batch, what is held beside it and the largest piece of work; None where
+            they are unknown.
+        forward_passes: Number of forward passes over the analysis's images.
+        products: Number of products with the curvature.
+        result_bytes: Bytes of the result's arrays before compression; None where they are unknown.
+        reason: Why the cost is unknown; empty where it is known.
+        units: What each piece of work took, by its name.
+    """
+
+    name: str
+    seconds: Count | None = None
+    peak_bytes: float | None = None
+    forward_passes: Count | None = None
+    products: Count | None = None
+    result_bytes: float | None = None
+    reason: str = ""
+    units: Mapping[str, UnitCost] | None = None
+
+
+def predict_costs(
+    cfg: DictConfig,
+    analyses: Sequence[Analysis],
+    network: nn.Module,
+    data: Any,
+    *,
+    n_ranks: int = 1,
+    content: Mapping[str, Any] | None = None,
+) -> list[PredictedCost]:
+    """Return the predicted cost of every analysis.
+
+    Args:
+        cfg: Validated configuration: the objective and the seed.
+        analyses: What would be measured.
+        network: On its device; it is given back as it was.
+        data: Data module.
+        n_ranks: Number of processes that would share the work.
+        content: Checkpoint of the weights, for an objective that needs the optimizer's state.
+    """
+    times: dict[Any, UnitCost] = {}
+    return [_predicted(cfg, analysis, network, data, n_ranks, content, times) for analysis in analyses]
+
+
+def _predicted(
+    cfg: DictConfig,
+    analysis: Analysis,
+    network: nn.Module,
+    data: Any,
+    n_ranks: int,
+    content: Mapping[str, Any] | None,
+    times: dict[Any, UnitCost],
+) -> PredictedCost:
+    request = probe_request(analysis, data)
+    options = all_options(analysis.measure, analysis.options)
+    try:
+        available = len(data.split(request["split"]))
+        n_images = available if request["n_images"] is None else min(available, int(request["n_images"]))
+        probe = _probe_of(cfg, network, data, request, n_images, request["batch_size"], content)
+        cost = cost_of(analysis.measure, analysis.options, _workload(probe, request["batch_size"], n_images))
+    except Interrupted:
+        raise
+    except Exception as error:  # the analysis itself reports it
+        return PredictedCost(analysis.name, reason=_line(error))
+    if cost is None:
+        return PredictedCost(analysis.name, reason="no formula for it, or for its options")
+    units: dict[str, UnitCost] = {}
+    for work in cost.works:
+        key = (work.unit.key(options), tuple(sorted((name, str(value)) for name, value in request.items())))
+        if key not in times:
+            stop_flag.check()
+            try:
+                n_timed = work.unit.n_timed or request["batch_size"]
+                one_batch = _probe_of(cfg, network, data, request, min(n_images, n_timed), n_timed, content)
+                times[key] = measure_unit(work.unit, one_batch, options)
+            except Interrupted:
+                raise
+            except Exception as error:  # likewise
+                return PredictedCost(analysis.name, reason=f"{work.unit.name}: {_line(error)}")
+        units[work.unit.name] = times[key]
+    return combined(analysis.name, cost, units, n_images, n_ranks, model_bytes(network))
+
+
+def measure_unit(unit: WorkUnit, probe: Probe, options: Mapping[str, Any]) -> UnitCost:
+    """Return the time and the bytes of a piece of work.
+
+    Args:
+        unit: The piece of work.
+        probe: Of one batch.
+        options: All options of the measure.
+    """
+    device = probe.device
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the measurement itself gives them
+        with torch.random.fork_rng(devices=[]), unit.prepare(probe, options) as compute:
+            first = _timed(compute, device)  # warms caches
+            seconds = [first] if first > LONG_S else []
+            while not seconds or (sum(seconds) < TIMED_S and len(seconds) < MOST_REPEATS):
+                seconds.append(_timed(compute, device))
+            n_bytes = peak_bytes(compute, device)
+    return UnitCost(statistics.median(seconds), n_bytes, probe.n_images)
+
+
+def combined(
+    name: str,
+    cost: MeasureCost,
+    units: Mapping[str, UnitCost],
+    n_images: int,
+    n_ranks: int = 1,
+    n_model_bytes: float = 0.0,
+) -> PredictedCost:
+    """Return the cost that a formula's counts and the times of its pieces of work give.
+
+    Args:
+        name: Of the analysis.
+        cost: Counts of the formula.
+        units: Time and bytes by the piece of work's name.
+        n_images: Number of images of the analysis.
+        n_ranks: Number of processes that share the work.
+        n_model_bytes: Bytes of the model.
+    """
+    total = Count.exactly(0)
+    for work in cost.works:
+        total += work.repeats.times(_seconds(work, units[work.unit.name], n_ranks))
+    if cost.limit_s is not None:
+        total = Count(*(min(seconds, cost.limit_s) for seconds in (total.expected, total.low, total.high)))
+    largest = max((units[work.unit.name].n_bytes for work in cost.works), default=0.0)
+    return PredictedCost(
+        name,
+        total,
+        n_model_bytes + cost.held_bytes + cost.held_bytes_shared / n_ranks + largest,
+        cost.forward_images.times(1 / n_images),
+        cost.products,
+        cost.result_bytes,
+        units=dict(units),
+    )
+
+
+def _seconds(work: Work, unit: UnitCost, n_ranks: int) -> float:
+    return unit.seconds * work.n_images / unit.n_images / (n_ranks if work.is_divided else 1)
+
+
+def model_bytes(network: nn.Module) -> float:
+    """Return the bytes of a network's parameters and buffers, tied ones once."""
+    return float(sum(t.numel() * t.element_size() for t in (*network.parameters(), *network.buffers())))
+
+
+def _probe_of(
+    cfg: DictConfig,
+    network: nn.Module,
+    data: Any,
+    request: Mapping[str, Any],
+    n_images: int,
+    batch_size: int,
+    content: Mapping[str, Any] | None,
+) -> Probe:
+    return factories.probe(
+        cfg, network, data, {**request, "n_images": n_images, "batch_size": min(batch_size, n_images)}, None, content
+    )
+
+
+def _workload(probe: Probe, batch_size: int, n_images: int) -> Workload:
+    x, y = next(iter(probe.batches))
+    size, map_sizes = (0, 0), None
+    if isinstance(x, torch.Tensor) and x.ndim >= 2:
+        size = (int(x.shape[-2]), int(x.shape[-1]))
+        with contextlib.suppress(Exception):  # a model without known feature maps has no formula that needs them
+            map_sizes = tap_sizes(Probe(probe.model, [(x[:2], y[:2])], probe.objective))
+    return workload_of(probe.model, batch_size, n_images, size, map_sizes)
+
+
+def _timed(compute: Callable[[], object], device: torch.device) -> float:
+    _wait(device)
+    before = clock()
+    compute()
+    _wait(device)
+    return clock() - before
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _line(error: Exception) -> str:
+    text = str(error).strip()
+    return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__

@@ -1,0 +1,1 @@
+"""Cost of a measure before it starts."""

@@ -1,0 +1,240 @@
+"""The cost of a measure before it starts: passes over images, products and bytes, from closed formulas of its options.
+
+A measure declares its formula with `declares_cost`. The formula says how often which piece of work is done; how long a piece
+takes is measured once, with the model and the images at hand (`vitscope.analyses.cost_prediction`). A measure without a formula
+has an unknown cost.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from torch import nn
+
+from vitscope.core.probe import Probe
+from vitscope.runtime.torch_internals import BatchNormBase
+
+#: options of a measure by name
+Options = Mapping[str, Any]
+
+#: bytes of an entry of a result, which is in float64
+ENTRY = 8
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What a measure works on: the numbers that formulas depend on.
+
+    Attributes:
+        n_images: Number of images.
+        batch_size: Number of images of a batch; the last one may have fewer.
+        image_size: Height and width of an image in pixels.
+        n_parameters: Number of trainable parameters.
+        parameter_bytes: Their bytes.
+        n_tensors: Number of tensors that they are in.
+        map_sizes: Height and width of the feature maps at each place where they are read; None where they are not known.
+        has_batch_norm: Whether the model has BatchNorm layers with running statistics.
+    """
+
+    n_images: int
+    batch_size: int
+    image_size: tuple[int, int]
+    n_parameters: int
+    parameter_bytes: int
+    n_tensors: int = 1
+    map_sizes: Sequence[tuple[int, int]] | None = None
+    has_batch_norm: bool = False
+
+    @property
+    def n_batches(self) -> int:
+        """The number of batches."""
+        return -(-self.n_images // self.batch_size)
+
+    @property
+    def first_batch(self) -> int:
+        """The number of images of the first batch."""
+        return min(self.n_images, self.batch_size)
+
+
+def workload_of(
+    model: nn.Module,
+    batch_size: int,
+    n_images: int,
+    image_size: tuple[int, int] = (0, 0),
+    map_sizes: Sequence[tuple[int, int]] | None = None,
+) -> Workload:
+    """Return the workload of a model and images.
+
+    Args:
+        model: On any device, also on ``meta``.
+        batch_size: Number of images of a batch.
+        n_images: Number of images.
+        image_size: Height and width of an image in pixels; zeros where no formula asks for them.
+        map_sizes: Height and width of the feature maps at each place where they are read, where they are known.
+    """
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    return Workload(
+        n_images,
+        min(batch_size, n_images),
+        image_size,
+        sum(p.numel() for p in parameters),
+        sum(p.numel() * p.element_size() for p in parameters),
+        len(parameters),
+        map_sizes,
+        any(isinstance(m, BatchNormBase) and m.track_running_stats for m in model.modules()),
+    )
+
+
+@dataclass(frozen=True)
+class Count:
+    """A number of repeats, with its bounds where it is not known before.
+
+    Attributes:
+        expected: What is taken for the prediction.
+        low: It is at least this.
+        high: It is at most this.
+    """
+
+    expected: float
+    low: float
+    high: float
+
+    @classmethod
+    def exactly(cls, n: float) -> Count:
+        """Return a number that is known."""
+        return cls(n, n, n)
+
+    def __add__(self, other: Count) -> Count:
+        """Return the sum."""
+        return Count(self.expected + other.expected, self.low + other.low, self.high + other.high)
+
+    def times(self, factor: float) -> Count:
+        """Return a multiple."""
+        return Count(self.expected * factor, self.low * factor, self.high * factor)
+
+    def __contains__(self, n: float) -> bool:
+        """Tell whether a number lies within the bounds."""
+        return self.low <= n <= self.high
+
+
+@dataclass(frozen=True)
+class WorkUnit:
+    """A piece of work that is timed once with one batch of the images.
+
+    Attributes:
+        name: Words for it.
+        prepare: Takes a probe of one batch and the measure's options; returns a context that gives the function that does the
+            work once.
+        options: Options of the measure that change it: pieces that agree in them are timed once.
+        forwards: Number of forward passes in it.
+        n_timed: Number of images to time it with; None for a batch.
+        is_product: Whether it is a product with the curvature.
+    """
+
+    name: str
+    prepare: Callable[[Probe, Options], AbstractContextManager[Callable[[], object]]] = field(repr=False)
+    options: tuple[str, ...] = ()
+    forwards: float = 1
+    n_timed: int | None = None
+    is_product: bool = False
+
+    def key(self, options: Options) -> Hashable:
+        """Return what pieces of work that take the same time have in common."""
+        return self.name, self.prepare, *(str(options.get(name)) for name in self.options)
+
+
+@dataclass(frozen=True)
+class Work:
+    """A piece of work and how often it is done.
+
+    Attributes:
+        unit: The piece of work.
+        repeats: How often it is done.
+        n_images: Number of images of each time.
+        is_divided: Whether the ranks of a process group divide it; each does it whole otherwise.
+        is_check: Whether it is a check before the measurement.
+    """
+
+    unit: WorkUnit
+    repeats: Count
+    n_images: float
+    is_divided: bool = True
+    is_check: bool = False
+
+
+@dataclass(frozen=True)
+class MeasureCost:
+    """What a measure does.
+
+    Attributes:
+        works: Its pieces of work.
+        held_bytes: Bytes of the device beside the model and what a piece of work needs, such as a Lanczos basis or directions.
+        held_bytes_shared: Those of them that the ranks of a process group share out.
+        result_bytes: Bytes of the result's arrays before compression; None where they are not known.
+        limit_s: Seconds after which the measure stops by itself; None without such a limit.
+    """
+
+    works: Sequence[Work]
+    held_bytes: float = 0.0
+    held_bytes_shared: float = 0.0
+    result_bytes: float | None = None
+    limit_s: float | None = None
+
+    @property
+    def forward_images(self) -> Count:
+        """The number of images that go forward through the model, repeats counted."""
+        return self._sum(lambda work: work.repeats.times(work.n_images * work.unit.forwards))
+
+    @property
+    def products(self) -> Count:
+        """The number of products with the curvature."""
+        return self._sum(lambda work: work.repeats.times(work.unit.is_product))
+
+    def _sum(self, part: Callable[[Work], Count]) -> Count:
+        return sum((part(work) for work in self.works), Count.exactly(0))
+
+
+#: takes the workload and all options of the measure, defaults included; None where they leave the cost unknown
+Formula = Callable[[Workload, Options], MeasureCost | None]
+
+#: attribute of a measure that holds its formula
+_ATTRIBUTE = "cost_formula"
+
+Measure = TypeVar("Measure", bound=Callable[..., Any])
+
+
+def declares_cost(formula: Formula) -> Callable[[Measure], Measure]:
+    """Decorate a measure whose cost follows from its options.
+
+    Args:
+        formula: Takes the workload and all options, and returns the cost, or None where the options leave it unknown.
+    """
+
+    def declare(measure: Measure) -> Measure:
+        setattr(measure, _ATTRIBUTE, formula)
+        return measure
+
+    return declare
+
+
+def cost_of(measure: Callable[..., Any], options: Options, workload: Workload) -> MeasureCost | None:
+    """Return the cost of a measure; None where it is unknown.
+
+    Args:
+        measure: The function.
+        options: Its arguments; the defaults take the place of the others.
+        workload: What it works on.
+    """
+    options = all_options(measure, options)
+    formula: Formula | None = getattr(measure, _ATTRIBUTE, None)
+    return formula(workload, options) if formula is not None else None
+
+
+def all_options(measure: Callable[..., Any], options: Options) -> dict[str, Any]:
+    """Return a measure's options with the defaults of those that are not given."""
+    parameters = inspect.signature(measure).parameters.values()
+    return {p.name: p.default for p in parameters if p.default is not p.empty and p.name != "partial"} | dict(options)
