@@ -102,7 +102,11 @@ def test_errors_are_one_kind() -> None:
 
 @pytest.mark.parametrize(
     ("override", "why"),
-    [("trainer.precision=16-mixed", "two passes")],
+    [
+        ("trainer.precision=16-mixed", "two passes"),
+        ("trainer.precision=16-true", "rounding of half-precision"),
+        ("trainer.precision=bf16-true", "rounding of half-precision"),
+    ],
 )
 def test_sam_refuses_what_its_second_pass_cannot_do(override: str, why: str) -> None:
     with pytest.raises(ConfigError, match=why) as caught:

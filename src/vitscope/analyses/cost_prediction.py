@@ -127,7 +127,7 @@ def _predicted(
         available = len(data.split(request["split"]))
         n_images = available if request["n_images"] is None else min(available, int(request["n_images"]))
         probe = _probe_of(cfg, network, data, request, n_images, request["batch_size"], content)
-        cost = cost_of(analysis.measure, analysis.options, _workload(probe, request["batch_size"], n_images))
+        cost = cost_of(analysis.measure, analysis.options, workload(probe, request["batch_size"], n_images))
     except Interrupted:
         raise
     except Exception as error:  # the analysis itself reports it
@@ -229,7 +229,14 @@ def _probe_of(
     )
 
 
-def _workload(probe: Probe, batch_size: int, n_images: int) -> Workload:
+def workload(probe: Probe, batch_size: int, n_images: int) -> Workload:
+    """Return what formulas depend on, of a probe whose first batch has images of the same size as all others.
+
+    Args:
+        probe: Model and images.
+        batch_size: Number of images of a batch.
+        n_images: Number of images.
+    """
     x, y = next(iter(probe.batches))
     size, map_sizes = (0, 0), None
     if isinstance(x, torch.Tensor) and x.ndim >= 2:

@@ -219,6 +219,9 @@ def _check_sam(optimizer: Mapping[str, Any], trainer: Mapping[str, Any]) -> None
     if trainer.get("precision") in ("16-mixed", "16", 16):
         raise ConfigError("trainer.precision", trainer["precision"], "SAM makes two passes, which gradient scaling does not",
                           "use bf16-mixed or 32-true")  # fmt: skip
+    if trainer.get("precision") in ("16-true", "bf16-true"):
+        reason = "SAM's ascent has the length rho over all weights, and is lost in the rounding of half-precision ones"
+        raise ConfigError("trainer.precision", trainer["precision"], reason, "use bf16-mixed or 32-true")
 
 
 def _check_sharded_training(tree: Mapping[str, Any]) -> None:

@@ -21,6 +21,16 @@ from vitscope.runtime.errors import ConfigError, DataError, first_line
 REFUSALS = (TypeError, ValueError, RuntimeError, KeyError, AttributeError)
 
 
+#: layers that `torch.use_deterministic_algorithms` refuses to differentiate on a GPU
+NONDETERMINISTIC_LAYERS = (
+    nn.AdaptiveAvgPool2d,
+    nn.AdaptiveMaxPool2d,
+    nn.FractionalMaxPool2d,
+    nn.MaxUnpool2d,
+    nn.ReflectionPad2d,
+)
+
+
 def rehearse(cfg: DictConfig, network: nn.Module, data: Any) -> None:
     """Build the trainer, callbacks, optimizer, schedule and loaders of a training, and send two images through the network.
 
@@ -37,6 +47,7 @@ def rehearse(cfg: DictConfig, network: nn.Module, data: Any) -> None:
     callbacks = [_built(node, f"callbacks.{name}") for name, node in cfg.callbacks.items()]
     quiet = {"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
     _built(cfg.trainer, "trainer", logger=False, callbacks=callbacks, **quiet)
+    _deterministic(cfg, network)
     _optimizer(loading.plain(cfg.optimizer), network)
     _steps(cfg.trainer, data)
     for name, node in cfg.analysis.items():
@@ -54,6 +65,28 @@ def _built(node: Any, path: str, **supplied: Any) -> Any:
         return instantiate.instantiate(node, path, **supplied)
     except REFUSALS as error:
         raise ConfigError(path, None, first_line(error).rstrip("."), "correct its values") from error
+
+
+def _deterministic(cfg: DictConfig, network: nn.Module) -> None:
+    """Refuse layers and a loss without deterministic gradients on a GPU: torch would stop at the first backward pass.
+
+    Max pooling has them (see `torch.use_deterministic_algorithms`), and so has a mean over all positions.
+    """
+    trainer = cfg.trainer
+    if trainer.get("deterministic") is not True or trainer.get("accelerator") == "cpu" or not torch.cuda.is_available():
+        return
+    fix = "set trainer.deterministic=warn, or replace it"
+    for name, module in network.named_modules():
+        averages_all = isinstance(module, nn.AdaptiveAvgPool2d) and module.output_size in (1, (1, 1), [1, 1])
+        if isinstance(module, NONDETERMINISTIC_LAYERS) and not averages_all:
+            reason = f"{type(module).__name__} {name!r} of the model has no deterministic gradient on a GPU"
+            raise ConfigError("trainer.deterministic", True, reason, fix)
+        if isinstance(module, nn.Upsample) and module.mode != "nearest":
+            reason = f"Upsample {name!r} of the model has no deterministic gradient on a GPU"
+            raise ConfigError("trainer.deterministic", True, reason, "set trainer.deterministic=warn")
+    if cfg.objective.get("loss") == "dense_cross_entropy":
+        reason = "the cross entropy of every pixel is not deterministic on a GPU"
+        raise ConfigError("trainer.deterministic", True, reason, "set trainer.deterministic=warn")
 
 
 def _optimizer(node: dict[str, Any], network: nn.Module) -> None:

@@ -177,7 +177,7 @@ def _hutchinson(
     """Return the estimate, its standard error, and that of the mean of each tensor that begins at ``starts``."""
     mean = torch.zeros(operator.size, dtype=torch.float64, device=operator.device)
     squares = torch.zeros_like(mean)  # of differences from the mean (Welford)
-    sizes = np.diff([*starts, operator.size])
+    sizes = np.diff([*starts, operator.size]).tolist()
     means = []
     for number in track(range(n_vectors), "diagonal"):
         z = random_signs(operator, vector_seed(seed, number))
@@ -185,11 +185,12 @@ def _hutchinson(
         difference = sample - mean
         mean += difference / (number + 1)
         squares += difference * (sample - mean)
-        means.append(np.add.reduceat(sample.cpu().numpy(), starts) / sizes)
+        means.append(torch.stack([part.mean() for part in sample.split(sizes)]))
     if n_vectors == 1:
         return mean.cpu().numpy(), np.full(operator.size, np.nan), np.full(len(starts), np.nan)
     error = (squares / (n_vectors - 1) / n_vectors).sqrt()
-    return mean.cpu().numpy(), error.cpu().numpy(), np.std(means, axis=0, ddof=1) / np.sqrt(n_vectors)
+    spread = torch.stack(means).std(dim=0, correction=1)  # (n_tensors,)
+    return mean.cpu().numpy(), error.cpu().numpy(), spread.cpu().numpy() / np.sqrt(n_vectors)
 
 
 def _kinds(probe: Probe, names: list[str]) -> tuple[str, ...]:

@@ -244,25 +244,26 @@ class _Search:
 
     def _nll(self, group: int) -> float:
         batches = self._batches(group)
-        total = 0.0
+        # added up on the device: a number read for each batch would make the host wait for it
+        losses = []
         for x, y in batches:
             stop_flag.check()
-            total += float(self._loss(x, y).detach().double())
-        return total / self._count(batches)
+            losses.append(self._loss(x, y).detach().double())
+        return float(sum(losses)) / self._count(batches)
 
     def _nll_and_gradient(self, group: int) -> tuple[float, dict[str, Tensor]]:
         batches = self._batches(group)
-        total, count = 0.0, self._count(batches)
+        losses, count = [], self._count(batches)
         gradient = {name: torch.zeros_like(p) for name, p in self._parameters.items()}
         with torch.enable_grad():
             for x, y in batches:
                 stop_flag.check()
                 loss = self._loss(x, y) / count
-                total += float(loss.detach().double())
+                losses.append(loss.detach().double())
                 pieces = torch.autograd.grad(loss, list(self._parameters.values()), materialize_grads=True)
                 for sums, piece in zip(gradient.values(), pieces):
                     sums.add_(piece)
-        return total, gradient
+        return float(sum(losses)), gradient
 
 
 def normalized_logits(logits: Tensor) -> Tensor:

@@ -357,12 +357,12 @@ def _ascended(probe: Probe, model: nn.Module, source: Source, radius: float, sta
 def _nll_and_gradient(probe: Probe, model: nn.Module, parameters: Mapping[str, Tensor]) -> tuple[float, Direction]:
     names, leaves = list(parameters), list(parameters.values())
     total = {name: torch.zeros_like(p) for name, p in parameters.items()}
-    nll = 0.0
+    losses = []  # added up on the device: a number read for each batch would make the host wait for it
     with torch.enable_grad():
         for x, y in probe.iter_batches():
             stop_flag.check()
             loss = probe.objective.data_loss(model(x), y, "sum") / probe.n_labeled
-            nll += float(loss.detach().double())
+            losses.append(loss.detach().double())
             for name, g in zip(names, torch.autograd.grad(loss, leaves, materialize_grads=True)):
                 total[name].add_(g)
-    return nll, total
+    return float(sum(losses)), total

@@ -243,7 +243,7 @@ class Curvature:
             self._several = len(ahead) > 1
         for number, (first_image, x, y) in enumerate(pieces):
             chunk = build_chunk(self, first_image, x, y)
-            self._check_repeated(number, float(chunk.loss), first_image, len(x))
+            self._check_repeated(number, chunk.loss, first_image, len(x))
             if not self._several:
                 self._kept = chunk
             yield chunk

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -45,12 +46,12 @@ class Chunk(NamedTuple):
     """What one pass over some images gives; sums over its images divided by the operator's ``n_images``.
 
     Attributes:
-        loss: the data term, a scalar.
+        loss: the data term, read from the device once.
         gradient: of the data term, one tensor a parameter.
         product: from one tensor a parameter to the data curvature times it; holds the graph.
     """
 
-    loss: Tensor
+    loss: float
     gradient: list[Tensor]
     product: Product
 
@@ -74,7 +75,7 @@ def build_chunk(operator: CurvatureSettings, first_image: int, x: Inputs, y: Ten
                 "operator='hessian'."
             )
         loss = operator.objective.data_loss(logits, y, "sum") * _scale(operator, first_image)
-        _check_finite(loss, first_image, len(x))
+        loss_value = _finite(loss, first_image, len(x))
         with named_second_derivative_errors() if reverse else nullcontext():
             gradient = _gradient(
                 loss, parameters, create_graph=reverse, retain_graph=not (linearized or by_differences)
@@ -96,7 +97,7 @@ def build_chunk(operator: CurvatureSettings, first_image: int, x: Inputs, y: Ten
             seed=operator.seed,
         )
         product = _sandwich(logits, parameters, middle, _scale(operator, first_image))
-    return Chunk(loss.detach(), [g.detach() for g in gradient], product)
+    return Chunk(loss_value, [g.detach() for g in gradient], product)
 
 
 def _scale(operator: CurvatureSettings, first_image: int) -> float:
@@ -204,11 +205,14 @@ def _sandwich(logits: Tensor, parameters: list[Tensor], middle: Callable[[Tensor
     return product
 
 
-def _check_finite(loss: Tensor, first_image: int, n: int) -> None:
-    if not torch.isfinite(loss):
+def _finite(loss: Tensor, first_image: int, n: int) -> float:
+    """Return the value of a loss; raise NumericalError where it is not finite."""
+    value = float(loss.detach())
+    if not math.isfinite(value):
         raise NumericalError(
             "loss",
-            loss.item(),
+            value,
             f"not finite on images {first_image} to {first_image + n - 1}, so it has no curvature",
             "look at the weights and the batch, or use float64",
         )
+    return value
