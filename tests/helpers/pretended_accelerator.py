@@ -270,7 +270,7 @@ def put_module(module: nn.Module) -> nn.Module:
                 if id(parameter) not in moved:
                     values = DeviceTensor(parameter.detach().clone())
                     moved[id(parameter)] = nn.Parameter(values, requires_grad=parameter.requires_grad)
-                part._parameters[name] = moved[id(parameter)]  # pyright: ignore[reportArgumentType]
+                part._parameters[name] = moved[id(parameter)]  # pyright: ignore[reportArgumentType]  a parameter, of the map of both
         for name, buffer in list(part._buffers.items()):
             if buffer is not None and not isinstance(buffer, DeviceTensor):
                 part._buffers[name] = moved.setdefault(id(buffer), DeviceTensor(buffer.detach().clone()))
