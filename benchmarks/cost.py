@@ -29,8 +29,8 @@ from vitscope.core.cost.measure_cost import Count, all_options, cost_of
 
 ANALYSES = ("hessian", "landscape", "slice", "fourier", "corruption")
 MODELS = {
-    "vit": ["model=vit", "model.depth=3"],
-    "convnet": ["model=convnet"],
+    "vit": ["model=vit", "model.depth=2", "model.patch_size=8"],
+    "convnet": ["model=convnet", "model.depth=18"],
     "alternet": ["model=alternet"],
 }
 
