@@ -1,7 +1,7 @@
 """The tables of ``docs/cost.md``, from the formulas of the measures and from models on torch's ``meta`` device, without weights.
 
-    python docs/scripts/cost_tables.py            # print both tables
-    python docs/scripts/cost_tables.py --write    # put them between the marks of docs/cost.md
+python docs/scripts/cost_tables.py            # print both tables
+python docs/scripts/cost_tables.py --write    # put them between the marks of docs/cost.md
 """
 
 from __future__ import annotations
@@ -207,7 +207,7 @@ def product_bytes(model: nn.Module, n_images: int, size: int) -> int:
         return chunk.product([torch.empty_like(p) for p in parameters.values()])
 
     with (
-        mock.patch.object(microbatch, "_finite", lambda *_: 0.0),  # a tensor on `meta` has no value
+        mock.patch.object(microbatch, "_finite", return_value=0.0),  # a tensor on `meta` has no value
         mock.patch.object(blockwise_attention, "CPU_ENTRIES", blockwise_attention.GPU_ENTRIES),  # as on a GPU
     ):
         return peak_bytes(compute, torch.device("cpu"))
@@ -222,6 +222,7 @@ class _Loss(Objective):
 
 
 def main() -> None:
+    """Print the tables, or write them into the page."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--write", action="store_true", help="write docs/cost.md")
     tables = {"growth": growth_table(), "models": model_table()}
