@@ -116,7 +116,7 @@ def held_elsewhere(folder: Path, age: float) -> None:
     path = folder / run_lock.FILE
     path.write_text(json.dumps(ELSEWHERE))
     now = path.stat().st_mtime
-    os.utime(path, (now - age,) * 2)
+    os.utime(path, (now - age, now - age))
 
 
 @pytest.mark.parametrize("skew", [-1e6, 0.0, 1e6])

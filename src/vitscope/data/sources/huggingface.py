@@ -52,8 +52,9 @@ class TableImages(FileImages):
 
     def select(self, indices: ArrayLike) -> TableImages:
         """Return the images at `indices`, in that order."""
-        selected = super().select(indices)
-        return replace(selected, rows=self.rows[np.asarray(indices)])  # pyright: ignore[reportCallIssue]  of this class
+        places = np.asarray(indices)
+        paths = tuple(self.paths[place] for place in places)
+        return replace(self, paths=paths, labels=self.labels[torch.from_numpy(places)], rows=self.rows[places])
 
     def image(self, index: int, recipe: Recipe) -> Any:
         """Return the image at an index in mode RGB."""
