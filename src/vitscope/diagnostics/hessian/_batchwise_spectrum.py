@@ -114,7 +114,8 @@ class BatchwiseSpectrum:
                 memory=self._memory,
                 **options.search(),
             )
-            yield self._row(solution) | ({} if operator.differences is None else operator.differences.facts())
+            facts = {} if operator.differences is None else operator.differences.facts()
+            yield {**self._row(solution), **facts}
 
     def _row(self, solution: Solution) -> Row:
         pairs, top, ends = solution.pairs, self.n_top, self.n_ends

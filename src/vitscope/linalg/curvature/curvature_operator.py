@@ -276,7 +276,8 @@ class Curvature:
         if self._n_passes is None:
             lengths = [len(x) for _, (x, _) in self._batches()]
             n_pieces = sum(-(-n // (self.micro_batch or n)) for n in lengths)
-            self._n_passes = max(distributed.gather_objects(n_pieces))
+            self._n_passes = int(max(distributed.gather_objects(n_pieces)))
+        assert self._n_passes is not None
         return self._n_passes
 
 

@@ -27,7 +27,7 @@ def check_package() -> None:
         ConfigError: It is not.
     """
     try:
-        import wandb_workspaces.reports.v2  # noqa: F401  only its presence is asked for
+        import wandb_workspaces.reports.v2  # noqa: F401 # pyright: ignore[reportMissingImports]  only its presence is asked for
     except ImportError as error:
         fix = "pip install 'vitscope[report]'"
         raise ConfigError("wandb-report", None, f"needs the package wandb-workspaces ({error})", fix) from None
@@ -42,7 +42,7 @@ def build_report(content: ReportContent, entity: str, project: str, figures_run:
         project: Project of the runs.
         figures_run: W&B's id of the run that holds figures and tables; None without one.
     """
-    import wandb_workspaces.reports.v2 as wr
+    import wandb_workspaces.reports.v2 as wr  # pyright: ignore[reportMissingImports]  an optional dependency
 
     runs = _runset(wr, entity, project, "runs", content.run_ids, content)
     blocks: list[Any] = [
@@ -67,8 +67,8 @@ def build_report(content: ReportContent, entity: str, project: str, figures_run:
 
 def build_workspace(content: ReportContent, entity: str, project: str, figures_run: str | None = None) -> Any:
     """Return the saved workspace; arguments are those of `build_report`."""
-    import wandb_workspaces.reports.v2 as wr
-    import wandb_workspaces.workspaces as ws
+    import wandb_workspaces.reports.v2 as wr  # pyright: ignore[reportMissingImports]  an optional dependency
+    import wandb_workspaces.workspaces as ws  # pyright: ignore[reportMissingImports]  an optional dependency
 
     ids = [*content.run_ids, *([figures_run] if figures_run else [])]
     sections = [
