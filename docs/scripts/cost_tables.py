@@ -130,7 +130,7 @@ def model_facts(name: str) -> dict[str, str]:
         if hasattr(module, "fused_attn"):
             module.fused_attn = True
     n_forward = pass_bytes(model, BATCH, size)
-    # affine in the number of images: two numbers tell it
+    # affine in the number of images to within 1 %: two numbers tell it
     n_one, n_two = product_bytes(model, 1, size), product_bytes(model, 2, size)
     per_image = n_two - n_one
     fixed = n_one - per_image
