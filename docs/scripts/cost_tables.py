@@ -155,7 +155,7 @@ def model_facts(name: str) -> dict[str, str]:
         f"forward pass of {BATCH} images": gigabytes(n_forward),
         f"product, {BATCH} images": gigabytes(n_product),
         "a row of a basis": gigabytes(work.parameter_bytes),
-        "`hessian`, basis of 15 products": gigabytes(basis),
+        "`hessian`, basis of 19 products": gigabytes(basis),
         "`spectral_density`, basis of 30 steps": gigabytes(density.held_bytes_shared),
         "`landscape`, beside the model": gigabytes(plane.held_bytes),
         "80 GB: images of a batch of `hessian`": f"{int(most)}" if most >= 1 else "does not fit",

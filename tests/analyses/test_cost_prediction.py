@@ -110,17 +110,17 @@ def test_every_chosen_analysis_is_predicted_or_unknown(monkeypatch: pytest.Monke
     assert all(torch.equal(network.state_dict()[name], value) for name, value in before.items())
     assert torch.equal(torch.get_rng_state(), state)
     assert landscape.forward_passes == Count(9 + 2 + 0.5, 9 + 2 + 0.5, 9 + 3 + 0.5)
-    assert hessian.products == Count(30, 14, 400)
+    assert hessian.products == Count(38, 14, 400)
     size = sum(p.numel() for p in network.parameters())
     assert hessian.peak_bytes is not None
-    assert hessian.peak_bytes > 4 * size * (1 + 15 + 2)  # the model, and a basis of 15 rows with two vectors
+    assert hessian.peak_bytes > 4 * size * (1 + 19 + 2)  # the model, and a basis of 19 rows with two vectors
     assert fourier.seconds is not None
     assert fourier.seconds.expected > 0
     assert trajectory.seconds is None
     text = cost_table([landscape, hessian, fourier, trajectory])
     assert "trajectory: unknown: no formula for it, or for its options" in text
     assert " + unknown (1)" in text
-    assert "30 [14, 400]" in text
+    assert "38 [14, 400]" in text
     halves = predict_costs(cfg, spec.parse(cfg.analysis)[:1], network, data, n_ranks=2)
     assert halves[0].forward_passes == landscape.forward_passes
 

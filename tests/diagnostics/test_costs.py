@@ -136,7 +136,7 @@ def test_attention_maps_reads_the_shown_images_again(n_images: int) -> None:
 
 @pytest.mark.filterwarnings("ignore")
 def test_products_of_a_search_are_near_the_expected_number_on_a_trained_like_spectrum() -> None:
-    """The number taken for the prediction, 5 + 2k, against searches on matrices whose top stands out."""
+    """The number taken for the prediction, 1.27 (5 + 2k), against searches on matrices whose top stands out."""
     from vitscope.linalg.curvature.product_cost import expected_search_products
     from vitscope.linalg.eigensolver import extreme_eigenvalues
 

@@ -31,6 +31,13 @@ def _gradient(probe: Probe, options: Options) -> Iterator[Callable[[], object]]:
         yield lambda: torch.autograd.grad(probe.objective.data_loss(model(x), y), leaves, materialize_grads=True)
 
 
+@contextmanager
+def _taps(probe: Probe, options: Options) -> Iterator[Callable[[], object]]:
+    yield lambda: Probe(probe.model, probe.batches, probe.objective).check_kinds()
+
+
+#: the search for the places where feature maps are read
+TAPS = WorkUnit("search for taps", _taps, forwards=0)
 #: one evaluation of the loss, accuracy and calibration error over images
 EVALUATION = WorkUnit("forward pass", _evaluation, ("dtype", "bn"))
 #: the same with BatchNorm's statistics computed anew before it
@@ -113,6 +120,7 @@ def feature_pass_cost(
             Work(pass_unit, Count.exactly(1), n_more),
             Work(end_unit, Count.exactly(1), workload.first_batch, is_divided=False),
             Work(EVALUATION, Count.exactly(1), further_images(workload, options)),
+            Work(TAPS, Count.exactly(1), workload.first_batch, is_divided=False),
             *guard_checks(workload),
         ]
         return MeasureCost(works, result_bytes=result_bytes(workload, options))

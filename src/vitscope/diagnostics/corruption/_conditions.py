@@ -128,7 +128,7 @@ def type_names(types: str | Sequence[str]) -> tuple[str, ...]:
 
 
 #: images that the making of corrupted ones is timed with
-_N_TIMED = 4
+_N_TIMED = 16
 
 
 @contextmanager

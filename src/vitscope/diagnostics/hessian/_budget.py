@@ -14,6 +14,7 @@ from torch import Tensor
 from vitscope.core.probe import Batch
 from vitscope.linalg.batched_lanczos import SideBySide
 from vitscope.linalg.curvature.operator_factory import Curvatures
+from vitscope.linalg.curvature.product_cost import expected_search_products
 from vitscope.linalg.krylov_basis import norm
 from vitscope.runtime import distributed
 
@@ -59,8 +60,8 @@ def unlimited(n_batches: int) -> Budget:
 def fitted(operators: Curvatures, seconds: float, n_values: int, at_once: int) -> Budget:
     """Time one product, predict time and memory of all batches, say so, and fit the number of batches.
 
-    How many products a batch takes is not known before: 5 and 2 for each value are assumed. The clock decides in the end,
-    see `Budget.allows`.
+    How many products a batch takes is not known before: those of `expected_search_products` are assumed. The clock decides in the
+    end, see `Budget.allows`.
 
     Args:
         operators: the factory of operators.
@@ -78,7 +79,7 @@ def fitted(operators: Curvatures, seconds: float, n_values: int, at_once: int) -
     product, graph = (max(parts) for parts in zip(*_gathered(measured)))
     size = sum(p.numel() for p in operators.parameters.values())
     row = sum(p.numel() * p.element_size() for p in operators.parameters.values())
-    products = min(operators.options.max_products, size, 5 + 2 * n_values)
+    products = min(operators.options.max_products, size, expected_search_products(n_values))
     total, world = operators.probe.n_batches, distributed.world_size()
     rounds = max(1, int(seconds / (product * products))) if product > 0 else total
     limit = min(total, rounds * world)
