@@ -69,7 +69,7 @@ def products(model: nn.Module, **options: Any) -> np.ndarray:
         return torch.stack([operator(v) for v in vectors]).double().numpy()
 
 
-def products_on_rank(kind: str) -> dict[str, Any]:
+def products_on_rank(kind: str, is_thorough: bool) -> dict[str, Any]:
     model = sharded(kind)
     before, hooks = whole_state(model), [len(m._forward_pre_hooks) for m in model.modules()]
     with curvatures(vs.Probe(model, batches(), OBJECTIVE), mean_alone=True) as operators:
@@ -79,13 +79,17 @@ def products_on_rank(kind: str) -> dict[str, Any]:
         "n_local": n_local,
         "objective's gradient": gradient.numpy(),
         "reverse": products(model),
-        "micro-batches": products(model, micro_batch=2),
-        "ggn": products(model, operator="ggn"),
-        "fisher": products(model, operator="fisher_mc"),
-        "blocks": products(model, checkpoint_blocks=True),
-        "difference": products(model, product="difference"),
-        "whole": products(model, product="linearize") if kind == "vit" else None,
     }
+    if is_thorough:
+        results |= {
+            "micro-batches": products(model, micro_batch=2),
+            "ggn": products(model, operator="ggn"),
+            "fisher": products(model, operator="fisher_mc"),
+            "blocks": products(model, checkpoint_blocks=True),
+            "difference": products(model, product="difference"),
+        }
+        if kind == "vit":
+            results["whole"] = products(model, product="linearize")
     after = whole_state(model)
     assert all(torch.equal(after[name], before[name]) for name in before)
     assert [len(m._forward_pre_hooks) for m in model.modules()] == hooks
@@ -105,24 +109,30 @@ def expected_products(kind: str) -> tuple[np.ndarray, np.ndarray]:
     return hessian, vectors.numpy() @ hessian
 
 
-@pytest.mark.parametrize(("kind", "n"), [
-    ("vit", 2), pytest.param("convnet", 2, marks=pytest.mark.slow), pytest.param("vit", 4, marks=pytest.mark.slow),
-    pytest.param("convnet", 4, marks=pytest.mark.slow),
+@pytest.mark.parametrize(("kind", "n", "is_thorough"), [
+    ("vit", 2, False), pytest.param("vit", 2, True, marks=pytest.mark.slow),
+    pytest.param("convnet", 2, True, marks=pytest.mark.slow), pytest.param("vit", 4, True, marks=pytest.mark.slow),
+    pytest.param("convnet", 4, True, marks=pytest.mark.slow),
 ])  # fmt: skip
-def test_products_are_those_of_the_dense_hessian(kind: str, n: int, tmp_path: Path) -> None:
+def test_products_are_those_of_the_dense_hessian(kind: str, n: int, is_thorough: bool, tmp_path: Path) -> None:
     torch.set_num_threads(1)
     hessian, expected = expected_products(kind)
-    others = {name: products(network(kind), operator=o) for name, o in (("ggn", "ggn"), ("fisher", "fisher_mc"))}
-    ranks = results_of_ranks(lambda: products_on_rank(kind), tmp_path, n)
+    others = {
+        name: products(network(kind), operator=o)
+        for name, o in (("ggn", "ggn"), ("fisher", "fisher_mc"))
+        if is_thorough
+    }
+    ranks = results_of_ranks(lambda: products_on_rank(kind, is_thorough), tmp_path, n)
     size = np.abs(expected).max()
     for rank in ranks:
         for name in ("reverse", "micro-batches", "blocks", "whole"):
-            if rank[name] is not None:
+            if name in rank:
                 # float64: sums in another order
                 np.testing.assert_allclose(rank[name], expected, rtol=0, atol=1e-11 * size, err_msg=name)
         for name, products_of_one in others.items():
             np.testing.assert_allclose(rank[name], products_of_one, rtol=0, atol=1e-11 * np.abs(products_of_one).max())
-        np.testing.assert_allclose(rank["difference"], expected, rtol=0, atol=1e-8 * size)
+        if is_thorough:
+            np.testing.assert_allclose(rank["difference"], expected, rtol=0, atol=1e-8 * size)
         np.testing.assert_array_equal(rank["reverse"], ranks[0]["reverse"])
     x, y = (torch.cat(parts) for parts in zip(*batches()))
     model = network(kind)

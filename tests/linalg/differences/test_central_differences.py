@@ -73,6 +73,7 @@ def test_eigenvalues_are_within_their_stated_errors(kind: str, dtype: str, caplo
     assert f"products within {error:.2g} of the largest one (tol=0.001)" in caplog.text
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:the two halves of a block")  # few vectors are enough to compare
 def test_other_measures_agree_with_the_exact_product() -> None:
     def measured(product: str) -> dict[str, Any]:
@@ -98,6 +99,7 @@ def test_other_measures_agree_with_the_exact_product() -> None:
         np.testing.assert_allclose(differences[name], values, rtol=0, atol=1e-8 * np.abs(values).max(), err_msg=name)
 
 
+@pytest.mark.slow
 def test_kinds_and_rows_of_parameters() -> None:
     probe = vs.Probe(model_of("small vit"), data_of("small vit")[:1])
     options: dict[str, Any] = {"n_top": 1, "by": "part", "tol": 1e-2}
