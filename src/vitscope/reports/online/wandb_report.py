@@ -6,6 +6,7 @@ Configurations are logged with flat keys, ``optimizer.lr``, which W&B addresses 
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +15,8 @@ from vitscope.reports.tables import table as cells
 from vitscope.runtime.errors import ConfigError
 from vitscope.runtime.redaction import masked, redacted
 
+#: modules of the package, which is optional
+REPORTS, WORKSPACES = "wandb_workspaces.reports.v2", "wandb_workspaces.workspaces"
 #: key of rows in W&B by which curves are drawn (`vitscope.runs.wandb_mirror`)
 STEP = "trainer/global_step"
 #: longest title that W&B takes
@@ -27,7 +30,7 @@ def check_package() -> None:
         ConfigError: It is not.
     """
     try:
-        import wandb_workspaces.reports.v2  # noqa: F401 # pyright: ignore[reportMissingImports]  only its presence is asked for
+        importlib.import_module(REPORTS)
     except ImportError as error:
         fix = "pip install 'vitscope[report]'"
         raise ConfigError("wandb-report", None, f"needs the package wandb-workspaces ({error})", fix) from None
@@ -42,7 +45,7 @@ def build_report(content: ReportContent, entity: str, project: str, figures_run:
         project: Project of the runs.
         figures_run: W&B's id of the run that holds figures and tables; None without one.
     """
-    import wandb_workspaces.reports.v2 as wr  # pyright: ignore[reportMissingImports]  an optional dependency
+    wr = importlib.import_module(REPORTS)
 
     runs = _runset(wr, entity, project, "runs", content.run_ids, content)
     blocks: list[Any] = [
@@ -67,8 +70,7 @@ def build_report(content: ReportContent, entity: str, project: str, figures_run:
 
 def build_workspace(content: ReportContent, entity: str, project: str, figures_run: str | None = None) -> Any:
     """Return the saved workspace; arguments are those of `build_report`."""
-    import wandb_workspaces.reports.v2 as wr  # pyright: ignore[reportMissingImports]  an optional dependency
-    import wandb_workspaces.workspaces as ws  # pyright: ignore[reportMissingImports]  an optional dependency
+    wr, ws = importlib.import_module(REPORTS), importlib.import_module(WORKSPACES)
 
     ids = [*content.run_ids, *([figures_run] if figures_run else [])]
     sections = [
