@@ -104,7 +104,7 @@ TENSOR_COLLECTIVES = {
 
 
 def test_collectives_of_tensors_are_where_their_device_is_seen_to() -> None:
-    """`vitscope.runtime.distributed` reduces what measures pass; the other module makes its tensor on its network's device."""
+    """`vitscope.runtime.distributed` reduces what measures pass; the others make or take tensors on their network's device."""
     calls = {
         (path.relative_to(SRC).as_posix(), node.func.attr)
         for path in sorted(SRC.rglob("*.py"))
@@ -112,4 +112,8 @@ def test_collectives_of_tensors_are_where_their_device_is_seen_to() -> None:
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in TENSOR_COLLECTIVES
         and ast.unparse(node.func.value).endswith(("dist", "torch.distributed"))
     }  # fmt: skip
-    assert {path for path, _ in calls} == {"runtime/distributed.py", "training/stop_callbacks.py"}
+    assert {path for path, _ in calls} == {
+        "runtime/distributed.py",
+        "training/stop_callbacks.py",
+        "training/sharding/fsdp_strategy.py",
+    }

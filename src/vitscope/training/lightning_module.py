@@ -21,7 +21,6 @@ from torchmetrics.classification import MulticlassAccuracy
 from vitscope.core import lr_schedule as schedule
 from vitscope.core.batches.batch_format import BatchFormat
 from vitscope.core.objective import Objective, hard_targets, labeled, n_labeled
-from vitscope.core.sharding.sharded_parameters import is_sharded
 from vitscope.runtime.distributed import all_reduce_sum, gather_objects
 from vitscope.runtime.errors import DataError, NumericalError
 from vitscope.runtime.logging import is_main_process
@@ -114,12 +113,6 @@ class Classifier(pl.LightningModule):
     def forward(self, x: Tensor) -> Tensor:
         """Return logits ``(B, num_classes)``."""
         return self._outputs.selected(self._compiled[0](x.contiguous(memory_format=self._format)))
-
-    def configure_model(self) -> None:
-        """Shard the network where the strategy asks for it; once, before the optimizer is made."""
-        shard = getattr(self.trainer.strategy, "shard", None)  # that of `vitscope.training.sharding.fsdp_strategy.Fsdp`
-        if shard is not None and not is_sharded(self.model):
-            shard(self.model)
 
     def on_fit_start(self) -> None:
         """Move a loss that is a module to the device of the weights."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import vitscope as vs
-from vitscope.models.structure import execution
+from vitscope.core.guard import trial_pass
 
 Reference = weakref.ref[torch.UntypedStorage]
 
@@ -56,7 +56,7 @@ def n_alive(storages: list[Reference]) -> int:
 
 
 def test_a_pass_keeps_no_activation(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(execution, "_SAVED_BYTES", 0)
+    monkeypatch.setattr(trial_pass, "_SAVED_BYTES", 0)
     counts: list[int] = []
     assert len(vs.structure(Watched(lambda storages: counts.append(n_alive(storages)))).units) == 6
     assert counts

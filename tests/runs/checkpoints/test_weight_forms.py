@@ -227,7 +227,7 @@ def test_averages_in_a_command(call, tmp_path: Path, capsys) -> None:
         assert call("analyze", *options, f"ckpt_path={file}", f"ckpt={ckpt}", f"run_dir={folder}") == 0
         ((tag, result),) = vs.load_results(folder)["evaluation"].items()
         nll[tag] = result.nll
-    assert sorted(nll) == ["last.pth", "last.pth-ema"]
+    assert sorted(nll) == ["end", "end-ema"]
     assert len(set(nll.values())) == 2
     assert "took averages over training steps (state_dict_ema)" in capsys.readouterr().err
     torch.save({"state_dict": states[0]}, file)

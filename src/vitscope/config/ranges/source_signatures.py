@@ -121,7 +121,13 @@ def _arguments(module: str, definition: Definition) -> Iterator[ast.arg]:
     unpacked = getattr(signature.kwarg, "annotation", None)  # **options: Unpack[Options]
     if isinstance(unpacked, ast.Subscript) and isinstance(unpacked.slice, ast.Name):
         fields = _definition(module, unpacked.slice.id)
-        yield from _arguments(*fields) if fields is not None else ()
+        # those that a decorator names, as in @curvature_arguments("tol", "seed"); all without one
+        calls = [node for node in definition.decorator_list if isinstance(node, ast.Call)]
+        selecting = [call for call in calls if ast.unparse(call.func).endswith("_arguments")]
+        named = {a.value for call in selecting for a in call.args if isinstance(a, ast.Constant)}
+        for argument in _arguments(*fields) if fields is not None else ():
+            if not named or argument.arg in named:
+                yield argument
 
 
 def _range(annotation: ast.expr) -> ValueRange | None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pytorch_lightning import LightningModule
 from pytorch_lightning.strategies import ModelParallelStrategy
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
@@ -18,6 +19,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.fsdp import FullyShardedDataParallel, OptimStateKeyType, fully_shard
 from torch.optim import Optimizer
 
+from vitscope.core.sharding.sharded_parameters import is_sharded
 from vitscope.linalg.curvature.recomputed_blocks import block_modules
 from vitscope.runs.checkpoints import checkpoint_io
 
@@ -37,6 +39,16 @@ class Fsdp(ModelParallelStrategy):
             timeout=timedelta(seconds=timeout_s),
             **options,
         )
+
+    def connect(self, model: LightningModule) -> None:
+        """Shard the module's network in its hook ``configure_model``, which Lightning calls before it makes the optimizer.
+
+        The hook is the object's alone: with one of the class, Lightning warns of sharding in every run that averages weights.
+        """
+        super().connect(model)
+        network = model.model
+        if isinstance(network, nn.Module):
+            model.configure_model = lambda: None if is_sharded(network) else self.shard(network)
 
     def setup_environment(self) -> None:
         """Take all processes as data-parallel ones."""
