@@ -19,6 +19,7 @@ CASTS = {"float", "bool", "int"}
 _HOT = re.compile(r"batch|chunk|pieces|n_vectors|n_steps|steps|products|iterations|queries")
 #: methods that `vitscope.core.feature_pass` and curvature operators call for each batch or product
 _HOT_METHODS = {
+    "add",
     "read",
     "read_prefix",
     "read_attention",

@@ -15,10 +15,15 @@ PACKAGES = ("core", "linalg", "diagnostics", "models", "training")
 
 #: reads in hot code, by module and function: their number, and why they are there
 ALLOWED: dict[str, tuple[int, str]] = {
-    "core/evaluation.py::evaluate": (
+    "core/evaluation.py::RunningEvaluation.add": (
         4,
         "losses and answers of each image go to the host where a measure asks for them",
     ),
+    "diagnostics/cka/_batch_hsic.py::BatchHsic.add": (4, "one matrix a mini-batch; permutations are drawn on the host"),
+    "diagnostics/tokens/_attention_collapse.py::AttentionCollapse.add": (1, "images with one position are left out"),
+    "diagnostics/tokens/_attention_sinks.py::AttentionSinks.add": (1, "the largest share of each unit"),
+    "diagnostics/tokens/_token_statistics.py::KeptRows.add": (2, "norms of tokens are kept on the host for histograms"),
+    "training/accumulation.py::StepGroup.add": (3, "groups of several micro-batches alone: weights by labeled images"),
     "core/input_normalization.py::shown_images": (1, "the few images of a figure"),
     "diagnostics/adversarial/_square.py::square": (
         2,

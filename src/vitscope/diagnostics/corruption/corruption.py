@@ -101,8 +101,8 @@ def _cost(workload: Workload, options: Options) -> MeasureCost | None:
         Work(CORRUPTED_IMAGES, Count.exactly(1), workload.n_images),
         *guard_checks(workload),
     ]
-    # severities; accuracy, nll and ece of each condition
-    return MeasureCost(works, result_bytes=ENTRY * (n_severities + 3 * n_conditions))
+    # severities; accuracy, nll and ece of each condition; standard errors of types and of severities
+    return MeasureCost(works, result_bytes=ENTRY * (2 * n_severities + n_types + 3 * n_conditions))
 
 
 @declares_cost(_cost)
