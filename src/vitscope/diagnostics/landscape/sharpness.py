@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
 
 from vitscope.core.cost.image_passes import EVALUATION, GRADIENT, evaluations, guard_checks
 from vitscope.core.cost.measure_cost import ENTRY, Count, MeasureCost, Options, Work, Workload, declares_cost
@@ -17,7 +16,7 @@ from vitscope.core.objective_card import ObjectiveCard
 from vitscope.core.probe import Probe
 from vitscope.core.results.result import Result
 from vitscope.core.run_inputs import ResumableRows
-from vitscope.core.weight_space import BatchNormPolicy, guarded_evaluation
+from vitscope.core.weight_space import BatchNormPolicy
 from vitscope.diagnostics.landscape._adaptive_sharpness import (
     AdaptiveMeasure,
     AdaptiveOptions,
@@ -26,20 +25,8 @@ from vitscope.diagnostics.landscape._adaptive_sharpness import (
 )
 from vitscope.diagnostics.landscape._direction_options import Source
 from vitscope.diagnostics.landscape._lines import measure_lines
-from vitscope.linalg.weights.directions import (
-    Direction,
-    filter_parameters,
-    moving,
-    normalize,
-    project,
-    random_direction,
-    scale,
-)
-from vitscope.linalg.weights.effective_weights import canonical_names, pruning_masks
-from vitscope.linalg.weights.weight_space_walk import points_in_plane
-from vitscope.runtime import stop_flag
+from vitscope.diagnostics.landscape._worst_case import worst_rises
 from vitscope.runtime.dtypes import DtypeName, parse_float_dtype
-from vitscope.runtime.resumable_map import Partial, Row, map_resumably
 from vitscope.runtime.value_ranges import NonNegativeInt, PositiveFloat, PositiveInt, Seed
 from vitscope.stats.intervals import t_half_width_of_rows
 
@@ -246,7 +233,7 @@ def sharpness(
     by_pair = nll.mean(axis=(1, 3)) - center["nll"]
     half_width = t_half_width_of_rows(by_pair)
     saturated = _saturated(probe, radii, accuracy.mean(axis=(0, 1, 3)), center["accuracy"])
-    worst = _worst(probe, source, radii, ~saturated, n_steps, n_starts, kind, partial)
+    worst = worst_rises(probe, source, radii, ~saturated, n_steps, n_starts, kind, partial)
     rises = adaptive_rises(probe, options, kind, partial)
     facts = {**source.facts(), "radii": list(radii), "n_pairs": n_pairs, "n_steps": n_steps, "n_starts": n_starts}
     return SharpnessResult(
@@ -296,73 +283,3 @@ def _saturated(probe: Probe, radii: Sequence[float], accuracy: np.ndarray, cente
         chance = 1.0 / model(x[:1]).shape[1]
     broken = accuracy - chance <= SATURATED_SHARE * max(center - chance, 0.0)
     return broken | (np.array(radii) >= SATURATED_RADIUS)
-
-
-def _worst(
-    probe: Probe,
-    source: Source,
-    radii: Sequence[float],
-    radii_mask: np.ndarray,
-    n_steps: int,
-    n_starts: int,
-    dtype: torch.dtype | None,
-    partial: Partial | None,
-) -> np.ndarray:
-    """Return the largest rise met from each start (n_radii, n_starts), NaN where it is not wanted."""
-    rises = np.full((len(radii), n_starts), np.nan)
-    keys = [(i, start) for i in np.flatnonzero(radii_mask).tolist() for start in range(n_starts)] if n_steps else []
-    kind = dtype if dtype in (torch.float64, torch.float32) else None
-    with guarded_evaluation(probe, dtype=kind) as (model, evaluate_current_weights):
-
-        def compute(key: tuple[int, int]) -> Row:
-            i, start = key
-            return {
-                "rise": -evaluate_current_weights()["nll"] + _ascended(probe, model, source, radii[i], start, n_steps)
-            }
-
-        def name(key: tuple[int, int]) -> str:
-            return f"worst {radii[key[0]]!r} from start {key[1]}"
-
-        values = map_resumably(keys, compute, name=name, partial=partial, description="sharpness, worst case")
-    for key, row in zip(keys, values):
-        rises[key] = row["rise"]
-    return rises
-
-
-def _ascended(probe: Probe, model: nn.Module, source: Source, radius: float, start: int, n_steps: int) -> float:
-    """Return the largest nll met by projected gradient ascent; the weights are back afterwards."""
-    parameters, filters, masks = probe.parameters(), filter_parameters(model), pruning_masks(model)
-    moved = moving(parameters, source.ignored)
-    # a stream of its own: the starts must not be directions of the mean
-    offset = random_direction(moved, source.seed, -1 - start, canonical_names(model))
-    offset = normalize(offset, parameters, source.scaling, filters, masks)
-    offset = scale(offset, radius)
-    # norms that scale and bound are those of the weights on entry, which move while this runs
-    origin = {name: p.detach().clone() for name, p in moved.items()}
-    best = -np.inf
-    with points_in_plane(moved, None, offset) as move:
-        for step in range(n_steps + 1):
-            move(0.0, 1.0)
-            nll, gradient = _nll_and_gradient(probe, model, moved)
-            best = max(best, nll) if np.isfinite(nll) else np.inf
-            if step == n_steps or not np.isfinite(nll):
-                break
-            normalize(gradient, origin, source.scaling, filters, masks)
-            for name, d in offset.items():
-                d.add_(gradient[name], alpha=radius * (1 - step / n_steps))
-            project(offset, origin, radius, source.scaling, filters, masks)
-    return float(best)
-
-
-def _nll_and_gradient(probe: Probe, model: nn.Module, parameters: Mapping[str, Tensor]) -> tuple[float, Direction]:
-    names, leaves = list(parameters), list(parameters.values())
-    total = {name: torch.zeros_like(p) for name, p in parameters.items()}
-    losses = []  # added up on the device: a number read for each batch would make the host wait for it
-    with torch.enable_grad():
-        for x, y in probe.iter_batches():
-            stop_flag.check()
-            loss = probe.objective.data_loss(model(x), y, "sum") / probe.n_labeled
-            losses.append(loss.detach().double())
-            for name, g in zip(names, torch.autograd.grad(loss, leaves, materialize_grads=True)):
-                total[name].add_(g)
-    return float(sum(losses)), total
