@@ -18,7 +18,7 @@ from omegaconf import DictConfig
 from PIL import Image
 from timm.data.imagenet_info import ImageNetInfo
 
-from vitscope.analyses import analysis_run
+from vitscope.analyses import analysis_inputs
 from vitscope.cli import reproduce
 from vitscope.cli.main import COMMANDS
 from vitscope.config import loading
@@ -133,7 +133,7 @@ class Checker:
         elif named:
             outer, inside = run_overrides.split(given, run_overrides.RUN_GROUPS)
             chosen = [argument.partition("=")[0] for argument in outer]
-            cfg = analysis_run.merged(self.composed("analyze", outer), self.composed("train", []), chosen)
+            cfg = analysis_inputs.merge_run_values(self.composed("analyze", outer), self.composed("train", []), chosen)
             run_overrides.apply(cfg, inside)
             validate(cfg)
         else:
