@@ -1,153 +1,25 @@
-"""Follow the axes of units through one forward pass: which axes of parameters must be permuted alike."""
+"""Rules of single functions for the axes of units: which axes of parameters and values must be permuted alike."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, MutableMapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
-from torch.utils.weak import WeakIdKeyDictionary
+from torch import Tensor
 
 from vitscope.models.permutations import axis_rules as rules
-from vitscope.models.permutations.axis_rules import Axes, check_heads, fix_all, joined, plain
+from vitscope.models.permutations import function_families as families
+from vitscope.models.permutations.axis_recorder import AxisRecorder
+from vitscope.models.permutations.axis_rules import Axes, fix_all, joined, plain
 from vitscope.models.permutations.channel_labels import Label, cut_into_blocks, cut_into_heads, fix, merge
+from vitscope.models.permutations.function_families import argument, axis_order
 from vitscope.models.structure.execution import tensors
-from vitscope.models.tracing.recorder import function_name
-from vitscope.runtime.errors import StructureError
-
-#: called with each observed tensor, the number of its axis of units and their label
-Observer = Callable[[Tensor, int, Label], None]
-
-_ELEMENTWISE = frozenset({
-    "relu", "relu_", "relu6", "gelu", "silu", "silu_", "mish", "elu", "selu", "celu", "leaky_relu", "leaky_relu_",
-    "softplus", "hardswish", "hardswish_", "hardsigmoid", "hardsigmoid_", "hardtanh", "hardtanh_", "sigmoid",
-    "sigmoid_", "tanh", "tanh_", "exp", "log", "sqrt", "rsqrt", "square", "abs", "neg", "__neg__", "erf", "clamp",
-    "clamp_", "clamp_min", "clamp_max", "nan_to_num", "reciprocal", "dropout", "dropout_", "dropout2d", "dropout1d",
-    "feature_dropout", "to", "float", "double", "half", "bfloat16", "type", "type_as", "cpu", "cuda", "contiguous",
-    "clone", "detach", "softmax", "log_softmax", "normalize", "requires_grad_", "zeros_like", "ones_like", "empty_like",
-    "sin", "cos", "data", "prelu", "logsigmoid", "hardshrink", "softsign", "positive", "alpha_dropout",
-})  # fmt: skip
-_BINARY = frozenset({
-    "add", "add_", "__add__", "__radd__", "__iadd__", "sub", "sub_", "__sub__", "__rsub__", "__isub__", "mul", "mul_",
-    "__mul__", "__rmul__", "__imul__", "div", "div_", "__truediv__", "__rtruediv__", "__itruediv__", "pow", "__pow__",
-    "__rpow__", "maximum", "minimum", "where", "masked_fill", "masked_fill_", "lerp", "addcmul", "addcdiv", "eq", "ne",
-    "lt", "gt", "le", "ge", "__eq__", "__ne__", "__lt__", "__gt__", "rsub", "multiply", "subtract", "true_divide",
-})  # fmt: skip
-_REDUCTIONS = frozenset({"mean", "sum", "amax", "amin", "var", "std", "norm", "logsumexp", "prod", "vector_norm"})
-_SPATIAL = frozenset({
-    "max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d",
-    "adaptive_avg_pool2d", "adaptive_max_pool2d", "interpolate", "upsample", "pad", "roll", "flip",
-})  # fmt: skip
-_RESHAPES = frozenset(
-    {"view", "reshape", "flatten", "unflatten", "_unsafe_view", "view_as", "reshape_as", "squeeze", "unsqueeze"}
-)
-_PERMUTATIONS = frozenset({"permute", "transpose", "swapaxes", "swapdims", "movedim", "moveaxis", "t", "T", "mT"})
-_PIECES = frozenset({"chunk", "split", "tensor_split", "split_with_sizes", "unsafe_chunk", "unsafe_split"})
-_PRODUCTS = frozenset({"matmul", "__matmul__", "__rmatmul__", "bmm", "mm"})
-_JOINS = frozenset({"cat", "concat", "concatenate"})
 
 
-class UnitRecorder(TorchFunctionMode):
-    """Give the axes of all values labels, and merge the labels of axes that must be permuted alike.
-
-    Args:
-        model: The model that runs.
-        images: Its input.
-        observe: Called with the input and the output of each linear layer and convolution, and with queries and keys.
-    """
-
-    def __init__(self, model: nn.Module, images: Tensor, observe: Observer | None = None) -> None:
-        super().__init__()
-        self.model, self.observe = model, observe
-        self.names = {id(p): name for name, p in (*model.named_parameters(), *model.named_buffers())}
-        self.saved_names = set(model.state_dict(keep_vars=True))
-        self.axes_of_name: dict[str, tuple[Label | None, ...]] = {}
-        self.axes_of: MutableMapping[Tensor, Axes] = WeakIdKeyDictionary({images: (None,) * images.ndim})
-        self.running: list[str] = []
-
-    def hooks(self) -> ExitStack:
-        """Follow which modules run while the returned context is open."""
-        stack = ExitStack()
-        for name, module in self.model.named_modules():
-            before = module.register_forward_pre_hook(lambda *_, name=name: self.running.append(name))
-            after = module.register_forward_hook(lambda *_: self.running.pop() and None)
-            stack.callback(before.remove)
-            stack.callback(after.remove)
-        return stack
-
-    def finish(self, output: Any) -> None:
-        """Leave the axes of the model's output in place."""
-        for tensor in tensors(output):
-            fix_all(self._axes(tensor), "the model's output")
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        op = function_name(func)
-        if op == "multi_head_attention_forward":
-            kwargs = {**kwargs, "need_weights": kwargs.get("need_weights", True)}
-        result = func(*args, **kwargs)
-        results = list(tensors(result))
-        if results or op == "__setitem__":
-            self._note(op, args, kwargs, result, results)
-        return result
-
-    def _note(self, op: str, args: Any, kwargs: Any, result: Any, results: list[Tensor]) -> None:
-        operands = list(tensors((args, tuple(kwargs.values()))))
-        labeled = [t for t in operands if any(self._axes(t))]
-        if not labeled:
-            for t in results:
-                self.axes_of[t] = (None,) * t.ndim
-            return
-        try:
-            axes = self._result_axes(op, args, kwargs, operands, results)
-        except (TypeError, ValueError, IndexError, KeyError, AttributeError) as error:
-            raise self._refusal(op) from error
-        if axes is None:
-            if any(not label.root.fixed for t in labeled for label in plain(self._axes(t)) if label is not None):
-                raise self._refusal(op)
-            axes = [(None,) * t.ndim for t in results]
-        for t, tensor_axes in zip(results, axes):
-            self.axes_of[t] = tensor_axes if len(tensor_axes) == t.ndim else self._lost(op, tensor_axes, t)
-        for t in (*operands, *results):
-            check_heads(self._axes(t), self._place(op))
-
-    def _lost(self, op: str, axes: Axes, result: Tensor) -> Axes:
-        fix_all(axes, self._place(op))
-        return (None,) * result.ndim
-
-    def _refusal(self, op: str) -> StructureError:
-        fix_text = "use alignment=none, or write that part with layers and functions that can be followed"
-        return StructureError(
-            type(self.model).__name__, f"its units cannot be followed through {self._place(op)}", fix_text
-        )
-
-    def _place(self, op: str) -> str:
-        return f"{op} in {self.running[-1] or 'the model itself'}" if self.running else op
-
-    def _axes(self, tensor: Tensor) -> Axes:
-        """Return the axes of a value, a parameter or a constant."""
-        if id(tensor) in self.names:
-            return self.named_axes(self.names[id(tensor)], tensor)
-        if tensor in self.axes_of:
-            return self.axes_of[tensor]
-        if tensor.grad_fn is not None:
-            raise self._refusal("a function of its own")
-        return (None,) * tensor.ndim
-
-    def named_axes(self, name: str, tensor: Tensor) -> tuple[Label | None, ...]:
-        """Return the labels of the axes of a parameter or buffer."""
-        if name not in self.axes_of_name:
-            fixed = "" if name in self.saved_names else f"{name} is not in the state dict"
-            many = tensor.ndim > 1
-            self.axes_of_name[name] = tuple(
-                Label(size, f"{name}, axis {k}" if many else name, fixed) if size > 1 else None
-                for k, size in enumerate(tensor.shape)
-            )
-        return self.axes_of_name[name]
+class UnitRecorder(AxisRecorder):
+    """Merge the labels of axes that must be permuted alike; arguments as those of `AxisRecorder`."""
 
     def _result_axes(
         self, op: str, args: Any, kwargs: Any, operands: list[Tensor], results: list[Tensor]
@@ -161,41 +33,40 @@ class UnitRecorder(TorchFunctionMode):
             return [self._attention(args, kwargs, place_name)]
         if op == "multi_head_attention_forward":
             return self._multi_head_attention(args, kwargs, results)
-        if op.endswith("norm") and op not in _REDUCTIONS:
+        if op.endswith("norm") and op not in families.REDUCTIONS:
             return self._norm(op, args, kwargs, axes, place_name)
-        if op in _ELEMENTWISE and op != "prelu":
+        if op in families.ELEMENTWISE and op != "prelu":
             return [plain(axes) if op in ("softmax", "log_softmax", "normalize") else axes] * len(results)
-        if op in _BINARY or op == "prelu":
+        if op in families.BINARY or op == "prelu":
             return [self._elements(op, operands, results[0], place_name)]
-        if op in _PRODUCTS:
+        if op in families.PRODUCTS:
             first, second = args[0], args[1] if len(args) > 1 else next(iter(kwargs.values()))
             pair = (second, first) if op == "__rmatmul__" else (first, second)
             return [self._product(*pair, place_name)]
         if op == "einsum":
             return [self._einsum(args, place_name)]
-        if op in _JOINS or op == "stack":
+        if op in families.JOINS or op == "stack":
             return [self._join(op, args, kwargs, results[0], place_name)]
-        if op in _RESHAPES:
+        if op in families.RESHAPES:
             return [rules.reshaped(axes, x.shape, results[0].shape, place_name)]
-        if op in _PERMUTATIONS:
-            order = _order(op, args, kwargs, x.ndim)
+        if op in families.PERMUTATIONS:
+            order = axis_order(op, args, kwargs, x.ndim)
             return [tuple(axes[k] for k in order)]
-        if op in _PIECES or op in ("unbind", "select", "narrow"):
+        if op in families.PIECES or op in ("unbind", "select", "narrow"):
             return self._pieces(op, args, kwargs, axes, results, place_name)
         if op == "__getitem__":
             return [rules.indexed(axes, args[1], place_name)]
-        if op in _REDUCTIONS or op in ("max", "min", "argmax", "argmin"):
+        if op in families.REDUCTIONS or op in ("max", "min", "argmax", "argmin"):
             return [self._reduced(args, kwargs, axes, t, x) for t in results]
-        if op in _SPATIAL or op in ("expand", "expand_as", "repeat", "broadcast_to", "repeat_interleave"):
+        if op in families.SPATIAL or op in ("expand", "expand_as", "repeat", "broadcast_to", "repeat_interleave"):
             return [self._resized(op, args, kwargs, axes, t, place_name) for t in results]
         return None
 
     def _layer(self, op: str, args: Any, kwargs: Any, result: Tensor, place_name: str) -> Axes:
-        x, weight, bias = (_argument(args, kwargs, k, name) for k, name in enumerate(("input", "weight", "bias")))
+        """Join the channels of a linear layer or convolution with the axes of its weight (out, in, *kernel) and bias (out,)."""
+        x, weight, bias = (argument(args, kwargs, k, name) for k, name in enumerate(("input", "weight", "bias")))
         place = -1 if op == "linear" else 1 - weight.ndim  # of the channels, for images without a batch too
-        groups = 1 if op == "linear" else _argument(args, kwargs, 8 if "transpose" in op else 6, "groups", 1)
-        if "transpose" in op:
-            groups = _argument(args, kwargs, 6, "groups", 1)
+        groups = 1 if op == "linear" else argument(args, kwargs, 6, "groups", 1)
         axes, kernel = plain(self._axes(x)), plain(self._axes(weight))
         place %= x.ndim
         label, (out, into) = axes[place], kernel[:2] if "transpose" not in op else kernel[1::-1]
@@ -227,14 +98,15 @@ class UnitRecorder(TorchFunctionMode):
         return tuple(rest)
 
     def _norm(self, op: str, args: Any, kwargs: Any, axes: Axes, place_name: str) -> Sequence[Axes] | None:
+        """Join the normalized channels with scale and shift; channels in groups stay in place."""
         result = list(plain(axes))
         if op in ("layer_norm", "rms_norm"):
-            n = len(_argument(args, kwargs, 1, "normalized_shape"))
+            n = len(argument(args, kwargs, 1, "normalized_shape"))
             places = range(len(result) - n, len(result))
             scales = args[2:4] if len(args) > 2 else (kwargs.get("weight"), kwargs.get("bias"))
         elif op in ("batch_norm", "instance_norm", "group_norm"):
             places = range(1, 2)
-            if op == "group_norm" and _argument(args, kwargs, 1, "num_groups") > 1 and result[1] is not None:
+            if op == "group_norm" and argument(args, kwargs, 1, "num_groups") > 1 and result[1] is not None:
                 fix(result[1], f"{place_name} has groups of channels")
             scales = [t for t in (*args[1:], *kwargs.values()) if isinstance(t, Tensor)]
         else:
@@ -246,6 +118,7 @@ class UnitRecorder(TorchFunctionMode):
         return [tuple(result)]
 
     def _elements(self, op: str, operands: list[Tensor], result: Tensor, place_name: str) -> Axes:
+        """Join the axes of operands that broadcast; of `prelu`, the channels with its slopes (channels,)."""
         if op == "prelu":
             x, weight = operands[:2]
             axes = list(plain(self._axes(x)))
@@ -255,8 +128,9 @@ class UnitRecorder(TorchFunctionMode):
         return rules.broadcast([(self._axes(t), t.shape) for t in operands], result.shape, place_name)
 
     def _attention(self, args: Any, kwargs: Any, place_name: str) -> Axes:
-        query, key, value = (_argument(args, kwargs, k, name) for k, name in enumerate(("query", "key", "value")))
-        mask = _argument(args, kwargs, 3, "attn_mask", None)
+        """Join the channels of queries and keys (..., tokens, channels); the result has those of the values."""
+        query, key, value = (argument(args, kwargs, k, name) for k, name in enumerate(("query", "key", "value")))
+        mask = argument(args, kwargs, 3, "attn_mask", None)
         for tensor in (query, key) if self.observe is not None else ():
             self._observe_heads(tensor)
         scores = [*self._batch_axes([query, key], place_name), None, None]
@@ -279,47 +153,44 @@ class UnitRecorder(TorchFunctionMode):
             self.observe(flat, flat.ndim - 1, label)
 
     def _multi_head_attention(self, args: Any, kwargs: Any, results: list[Tensor]) -> Sequence[Axes] | None:
+        """Join the axes of torch's fused attention: rows of the input projection are queries, keys and values, each of all heads.
+
+        Returns None for separate projections and for bias vectors of keys and values.
+        """
         names = ("query", "key", "value", "embed_dim_to_check", "num_heads", "in_proj_weight", "in_proj_bias", "bias_k", "bias_v",
                  "add_zero_attn", "dropout_p", "out_proj_weight", "out_proj_bias")  # fmt: skip
-        call_arguments = {**dict(zip(names, args)), **kwargs}
-        if (
-            call_arguments["bias_k"] is not None
-            or call_arguments["bias_v"] is not None
-            or call_arguments.get("use_separate_proj_weight")
-        ):
+        call = {**dict(zip(names, args)), **kwargs}
+        if call["bias_k"] is not None or call["bias_v"] is not None or call.get("use_separate_proj_weight"):
             return None
-        place_name, weight, bias = (
-            self._place("multi_head_attention_forward"),
-            call_arguments["in_proj_weight"],
-            call_arguments["in_proj_bias"],
-        )
-        rows, columns = plain(self._axes(weight))
+        place_name = self._place("multi_head_attention_forward")
+        query, weight, bias = call["query"], call["in_proj_weight"], call["in_proj_bias"]
+        rows, columns = plain(self._axes(weight))  # (3 * channels, channels)
         for name in ("query", "key", "value"):
-            joined(plain(self._axes(call_arguments[name]))[-1], columns, place_name)
+            joined(plain(self._axes(call[name]))[-1], columns, place_name)
         if bias is not None and rows is not None:
             rows = joined(rows, plain(self._axes(bias))[0], place_name)
-        out, out_in = plain(self._axes(call_arguments["out_proj_weight"]))
+        out, out_in = plain(self._axes(call["out_proj_weight"]))
         assert rows is not None
         assert out_in is not None
-        parts = [
-            cut_into_heads(block, call_arguments["num_heads"]) for block in cut_into_blocks(rows, (rows.size // 3,) * 3)
-        ]
+        blocks = cut_into_blocks(rows, (rows.size // 3,) * 3)  # rows of queries, keys and values
+        parts = [cut_into_heads(block, call["num_heads"]) for block in blocks]  # (heads, channels) of each
         for heads, _ in parts[1:]:
             merge(parts[0][0], heads)
-        merge(parts[0][1], parts[1][1])
+        merge(parts[0][1], parts[1][1])  # the channels of values are their own
         values = Label(out_in.size, place_name)
         values.heads = parts[2]
         merge(out_in, values)
-        if call_arguments["out_proj_bias"] is not None and out is not None:
-            out = joined(out, plain(self._axes(call_arguments["out_proj_bias"]))[0], place_name)
+        if call["out_proj_bias"] is not None and out is not None:
+            out = joined(out, plain(self._axes(call["out_proj_bias"]))[0], place_name)
         if self.observe is not None:
             if columns is not None:
-                self.observe(call_arguments["query"], call_arguments["query"].ndim - 1, columns)
+                self.observe(query, query.ndim - 1, columns)
             with torch.no_grad(), torch._C.DisableTorchFunction():
-                self.observe(F.linear(call_arguments["query"], weight, bias), call_arguments["query"].ndim - 1, rows)
+                self.observe(F.linear(query, weight, bias), query.ndim - 1, rows)
         return [(None, None, out), *((None,) * t.ndim for t in results[1:])]
 
     def _product(self, a: Tensor, b: Tensor, place_name: str) -> Axes:
+        """Join the axes over which a product of matrices (..., n, k) and (..., k, m) sums."""
         first, second = plain(self._axes(a)), plain(self._axes(b))
         if a.ndim < 2 or b.ndim < 2:
             raise ValueError("product with a vector")
@@ -327,10 +198,12 @@ class UnitRecorder(TorchFunctionMode):
         return (*self._batch_axes([a, b], place_name), first[-2], second[-1])
 
     def _batch_axes(self, operands: Sequence[Tensor], place_name: str) -> Axes:
+        """Join the leading axes of matrices that broadcast."""
         shape = torch.broadcast_shapes(*(t.shape[:-2] for t in operands))
         return rules.broadcast([(plain(self._axes(t))[:-2], t.shape[:-2]) for t in operands], shape, place_name)
 
     def _einsum(self, args: Any, place_name: str) -> Axes:
+        """Join the axes that have the same letter."""
         inputs, _, output = args[0].replace(" ", "").partition("->")
         operands = list(tensors(args[1:]))
         label_of: dict[str, Label | None] = {}
@@ -340,8 +213,9 @@ class UnitRecorder(TorchFunctionMode):
         return tuple(label_of[letter] for letter in output)
 
     def _join(self, op: str, args: Any, kwargs: Any, result: Tensor, place_name: str) -> Axes:
-        parts = list(tensors(_argument(args, kwargs, 0, "tensors")))
-        dim = _argument(args, kwargs, 1, "dim", 0) % result.ndim
+        """Return the axes of tensors joined along one axis: its channels are blocks, each of which is permuted by itself."""
+        parts = list(tensors(argument(args, kwargs, 0, "tensors")))
+        dim = argument(args, kwargs, 1, "dim", 0) % result.ndim
         if op == "stack":
             axes = [plain(self._axes(t)) for t in parts]
             merged = rules.broadcast([(a, t.shape) for a, t in zip(axes, parts)], parts[0].shape, place_name)
@@ -362,11 +236,12 @@ class UnitRecorder(TorchFunctionMode):
     def _pieces(
         self, op: str, args: Any, kwargs: Any, axes: Axes, results: list[Tensor], place_name: str
     ) -> Sequence[Axes]:
-        dim = _argument(args, kwargs, 1 if op in ("unbind", "select", "narrow") else 2, "dim", 0) % len(axes)
+        """Return the axes of the pieces of a tensor; an axis of channels is cut into blocks."""
+        dim = argument(args, kwargs, 1 if op in ("unbind", "select", "narrow") else 2, "dim", 0) % len(axes)
         if op == "unbind":
             return [rules.selected(axes, dim, k, place_name) for k in range(len(results))]
         if op == "select":
-            return [rules.selected(axes, dim, _argument(args, kwargs, 2, "index"), place_name)]
+            return [rules.selected(axes, dim, argument(args, kwargs, 2, "index"), place_name)]
         axis = axes[dim]
         if op != "narrow" and isinstance(axis, Label):
             blocks = cut_into_blocks(axis, tuple(t.shape[dim] for t in results))
@@ -379,6 +254,7 @@ class UnitRecorder(TorchFunctionMode):
         return [(*axes[:dim], None, *axes[dim + 1 :]) for _ in results]
 
     def _reduced(self, args: Any, kwargs: Any, axes: Axes, result: Tensor, x: Tensor) -> Axes:
+        """Return the axes that a reduction leaves."""
         tensor_axes = plain(axes)
         dims = kwargs.get("dim", kwargs.get("axis", args[1] if len(args) > 1 else None))
         if dims is None or isinstance(dims, Tensor | float):
@@ -389,9 +265,10 @@ class UnitRecorder(TorchFunctionMode):
         return tuple(axis for k, axis in enumerate(tensor_axes) if k not in places)
 
     def _resized(self, op: str, args: Any, kwargs: Any, axes: Axes, result: Tensor, place_name: str) -> Axes:
+        """Return the axes after a change of size or order of places; channels that it moves stay in place."""
         x = args[0]
         added = result.ndim - x.ndim
-        dims = _argument(args, kwargs, 2 if op in ("roll", "repeat_interleave") else 1, "dims", kwargs.get("dim", ()))
+        dims = argument(args, kwargs, 2 if op in ("roll", "repeat_interleave") else 1, "dims", kwargs.get("dim", ()))
         dims = (dims,) if isinstance(dims, int) else dims
         reordered = {d % x.ndim + added for d in dims} if op in ("roll", "flip", "repeat_interleave") else set()
         remaining: list[Label | None] = [None] * added
@@ -401,37 +278,3 @@ class UnitRecorder(TorchFunctionMode):
                 axis = None
             remaining.append(axis)
         return tuple(remaining)
-
-
-_MISSING = object()
-
-
-def _argument(args: Sequence[Any], kwargs: Any, place: int, name: str, default: Any = _MISSING) -> Any:
-    if len(args) > place:
-        return args[place]
-    value = kwargs.get(name, default)
-    if value is _MISSING:
-        if name == "bias":
-            return None
-        raise TypeError(f"no argument {name}")
-    return value
-
-
-def _order(op: str, args: Sequence[Any], kwargs: Any, n_axes: int) -> list[int]:
-    order = list(range(n_axes))
-    if op in ("t", "T"):
-        return order[::-1]
-    if op == "mT":
-        return [*order[:-2], order[-1], order[-2]]
-    if op == "permute":
-        dims = args[1] if len(args) == 2 and isinstance(args[1], tuple | list) else args[1:] or kwargs["dims"]
-        return [int(d) % n_axes for d in dims]
-    names = {"transpose": ("dim0", "dim1"), "movedim": ("source", "destination"), "moveaxis": ("source", "destination")}
-    first, second = (
-        _argument(args, kwargs, k + 1, n) % n_axes for k, n in enumerate(names.get(op, ("axis0", "axis1")))
-    )
-    if op in ("movedim", "moveaxis"):
-        order.insert(second, order.pop(first))
-    else:
-        order[first], order[second] = second, first
-    return order

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from vitscope.core.guard.eager_execution import unwrapped
 from vitscope.core.guard.trial_pass import UntraceableError, first_that_runs, observing, trial_images
+from vitscope.models.permutations.axis_recorder import Observer
 from vitscope.models.permutations.channel_labels import Label, leaves
-from vitscope.models.permutations.unit_recorder import Observer, UnitRecorder
+from vitscope.models.permutations.unit_recorder import UnitRecorder
 from vitscope.runtime.errors import StructureError
 
 #: reasons why an axis stays in place in every network: it is that of images, classes or places of a kernel
