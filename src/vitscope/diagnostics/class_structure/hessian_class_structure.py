@@ -3,43 +3,22 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import Unpack
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from vitscope.core.batches.batch_inputs import selected_images
 from vitscope.core.losses.requirements import check_classes
 from vitscope.core.measure_options import record_options
 from vitscope.core.objective_card import ObjectiveCard
-from vitscope.core.probe import Batch, Probe
+from vitscope.core.probe import Probe
 from vitscope.core.results.result import Result
 from vitscope.core.undefined_values import warn_nulls
-from vitscope.diagnostics.class_structure._class_gradients import PARTS, ClassGradients, class_gradients
-from vitscope.diagnostics.class_structure._outlier_count import (
-    LEAST_BULK_GAPS,
-    OutlierCount,
-    count_outliers,
-    largest_countable,
-    matched_number,
-)
-from vitscope.linalg.curvature.curvature_operator import Curvature
+from vitscope.diagnostics.class_structure._class_gradients import PARTS
+from vitscope.diagnostics.class_structure._gauss_newton import measure_gauss_newton
+from vitscope.diagnostics.class_structure._hessian_outliers import find_hessian_outliers
 from vitscope.linalg.curvature.curvature_options import CurvatureArguments, CurvatureOptions, curvature_arguments
-from vitscope.linalg.curvature.operator_factory import Curvatures, curvatures
-from vitscope.linalg.curvature.start_vector import random_signs, start_vector, vector_seed
-from vitscope.linalg.eigensolver import Eigenpairs, extreme_eigenvalues
-from vitscope.linalg.krylov_basis import dot
-from vitscope.linalg.solvers import l2_contribution, solve
-from vitscope.runtime.progress import track
 from vitscope.runtime.value_ranges import NonNegativeInt, PositiveInt
-from vitscope.stats.jackknife import group_numbers_of_batch
-
-#: eigenvalues computed without ``k``: twice the classes and ten, at most this many
-MOST_EIGENVALUES = 100
 
 
 @dataclass(frozen=True)
@@ -177,9 +156,9 @@ def hessian_class_structure(
             f"Expected n_splits to be 0 or from 2 to the {probe.n_images} images, received {n_splits}; 2 is usual."
         )
     n_classes = _n_logits(probe, options)
-    hessian = _hessian_outliers(probe, options, k, n_classes, n_splits, n_vectors)
+    hessian = find_hessian_outliers(probe, options, k, n_classes, n_splits, n_vectors)
     values = hessian.pairs.values
-    ggn = _gauss_newton_structure(probe, options, hessian.vectors, n_classes, n_vectors)
+    ggn = measure_gauss_newton(probe, options, hessian.vectors, n_classes, n_vectors)
     n_present = int((ggn.means.weights.sum(1) > 0).sum())
     if n_present < n_classes:
         warnings.warn(
@@ -225,170 +204,7 @@ def hessian_class_structure(
     )
 
 
-@dataclass(frozen=True)
-class _HessianOutliers:
-    """The largest eigenpairs of H, in descending order, their counts and the verdict; fields as those of the result."""
-
-    pairs: Eigenpairs
-    vectors: Tensor
-    overlap: np.ndarray
-    l2: np.ndarray
-    count: OutlierCount
-    split_counts: list[OutlierCount]
-    verdict: str
-    reason: str
-    size: int
-    n_products: int
-    card: ObjectiveCard
-
-
-@dataclass(frozen=True)
-class _GaussNewtonStructure:
-    """The largest eigenvalues of G, quadratic forms of G with eigenvectors of H and with random signs, and class means."""
-
-    eigenvalues: np.ndarray
-    converged: np.ndarray
-    count: OutlierCount
-    forms: np.ndarray
-    random_forms: np.ndarray
-    means: ClassGradients
-    n_products: int
-
-
-def _hessian_outliers(
-    probe: Probe, options: CurvatureOptions, k: int | None, n_classes: int, n_splits: int, n_vectors: int
-) -> _HessianOutliers:
-    with curvatures(probe, options) as operators:
-        hessian = operators.mean()
-        n_values = k if k is not None else min(2 * n_classes + 10, MOST_EIGENVALUES, hessian.size)
-        pairs = _by_value(solve(hessian, k=n_values, which="LA", vectors=True, shared=True, **options.search()).pairs)
-        assert pairs.vectors is not None
-        overlap, l2 = _overlap(hessian.gradient(), pairs.vectors), l2_contribution(hessian, pairs)
-        hessian.release()
-        splits = [_pairs_of_split(operators, number, n_splits, n_values) for number in range(n_splits)]
-        card = operators.card({
-            "k": n_values, "n_splits": n_splits, "n_vectors": n_vectors, "ranking": "largest", "outliers": "last wide gap",
-            **options.values("tol", "max_products", "seed"),
-        })  # fmt: skip
-    count, *split_counts = (count_outliers(p.values - hessian.shift) for p in (pairs, *splits))
-    verdict, reason = _verdict(count, split_counts, pairs, splits, n_classes)
-    n_products = hessian.n_products + sum(split.n_products for split in splits)
-    return _HessianOutliers(
-        pairs, pairs.vectors, overlap, l2, count, split_counts, verdict, reason, hessian.size, n_products, card
-    )
-
-
-def _gauss_newton_structure(
-    probe: Probe, options: CurvatureOptions, vectors: Tensor, n_classes: int, n_vectors: int
-) -> _GaussNewtonStructure:
-    with curvatures(probe, options, operator="ggn") as operators:
-        ggn = operators.mean()
-        start = start_vector(ggn, options.seed)
-        pairs = extreme_eigenvalues(ggn.data_product, start, len(vectors), which="LA", shared=True, **options.search())
-        forms = np.array([dot(v, ggn.data_product(v)) for v in track(vectors, "Gauss-Newton part")])
-        signs = [partial(random_signs, ggn, vector_seed(options.seed, i)) for i in range(n_vectors)]
-        random_forms = np.array([dot(z(), ggn.data_product(z())) for z in track(signs, "trace")])
-        ggn.release()
-        means = class_gradients(
-            operators.model,
-            lambda: (piece for _, batch in probe.local_batches() for piece in _pieces(batch, options.micro_batch)),
-            operators.parameters,
-            n_classes,
-            probe.n_labeled,
-            [*(partial(_row, vectors, i) for i in range(len(vectors))), *signs],
-            options.max_memory,
-        )
-    order = np.argsort(-pairs.values, kind="stable")
-    values = pairs.values[order]
-    return _GaussNewtonStructure(
-        values, pairs.converged[order], count_outliers(values), forms, random_forms, means, ggn.n_products
-    )
-
-
 def _n_logits(probe: Probe, options: CurvatureOptions) -> int:
     with probe.guard(dtype=options.torch_dtype, micro_batch=options.micro_batch) as model:
         x, _ = next(probe.iter_batches())
         return int(model(x[:1]).shape[1])
-
-
-def _by_value(pairs: Eigenpairs) -> Eigenpairs:
-    """Return the pairs in descending order of their values."""
-    order = np.argsort(-pairs.values, kind="stable")
-    assert pairs.vectors is not None
-    return Eigenpairs(
-        pairs.values[order], pairs.residuals[order], pairs.errors[order], pairs.converged[order], pairs.n_products,
-        pairs.vectors[torch.as_tensor(order.copy(), device=pairs.vectors.device)], pairs.resolution,
-    )  # fmt: skip
-
-
-def _overlap(gradient: Tensor, vectors: Tensor) -> np.ndarray:
-    square = dot(gradient, gradient)
-    if not square > 0:
-        return np.full(len(vectors), np.nan)
-    return np.cumsum([dot(gradient, v) ** 2 for v in vectors]) / square
-
-
-def _row(vectors: Tensor, i: int) -> Tensor:
-    return vectors[i]
-
-
-def _pieces(batch: Batch, micro_batch: int | None) -> Iterator[Batch]:
-    x, y = batch
-    step = micro_batch or len(x)
-    return ((x[a : a + step], y[a : a + step]) for a in range(0, len(x), step))
-
-
-def _pairs_of_split(operators: Curvatures, number: int, n_splits: int, n_values: int) -> Eigenpairs:
-    """Return the largest eigenvalues of the Hessian on one part of the images."""
-    probe, options = operators.probe, operators.options
-
-    def selected(index: int, batch: Batch) -> Batch | None:
-        x, y = batch
-        images = np.flatnonzero(group_numbers_of_batch(index, len(x), n_splits) == number).tolist()
-        return (selected_images(x, images), y[images]) if images else None
-
-    def batches() -> Iterator[tuple[int, Batch]]:
-        for index, batch in probe.local_batches():
-            part = selected(index, batch)
-            if part is not None:
-                yield index, part
-
-    parts = (selected(index, batch) for index, batch in enumerate(probe.iter_batches()))
-    n_images = sum(probe.objective.n_examples(part[1]) for part in parts if part is not None)
-    operator: Curvature = operators.of(batches, n_images, reduce=True)
-    pairs = solve(operator, k=n_values, which="LA", shared=True, **options.search()).pairs
-    operator.release()
-    return pairs
-
-
-def _verdict(
-    count: OutlierCount, splits: list[OutlierCount], pairs: Eigenpairs, split_pairs: list[Eigenpairs], n_classes: int
-) -> tuple[str, str]:
-    """Return which number the count matches, or ``undecided`` and the reason."""
-    reasons: list[tuple[bool, Callable[[], str]]] = [
-        (
-            len(pairs.values) <= LEAST_BULK_GAPS + 1,
-            lambda: (
-                f"{len(pairs.values)} eigenvalues are too few to count outliers: k must be {LEAST_BULK_GAPS + 2} or more"
-            ),
-        ),
-        (
-            count.count == 0,
-            lambda: (
-                f"no gap among the first {largest_countable(len(pairs.values))} eigenvalues is wider than those that follow"
-            ),
-        ),
-        (not splits, lambda: "the count was not repeated on parts of the images (n_splits=0)"),
-        (
-            any(split.count != count.count for split in splits),
-            lambda: "parts of the images give " + ", ".join(str(split.count) for split in splits),
-        ),
-        (
-            not all(bool(p.converged[np.argsort(-p.values)][: count.count + 1].all()) for p in (pairs, *split_pairs)),
-            lambda: "eigenvalues around the gap have not converged",
-        ),
-    ]
-    for is_reason, text in reasons:
-        if is_reason:
-            return "undecided", text()
-    return matched_number(count.count, n_classes), ""
