@@ -110,6 +110,9 @@ def _arguments(module: str, definition: Definition) -> Iterator[ast.arg]:
     """Yield the arguments of a function, of a class's constructor, or the fields of a dataclass or typed dictionary."""
     if isinstance(definition, ast.ClassDef):
         constructors = [n for n in definition.body if isinstance(n, ast.FunctionDef) and n.name == "__init__"]
+        for base in definition.bases if not constructors else ():
+            inherited = _definition(module, base.id) if isinstance(base, ast.Name) else None
+            yield from _arguments(*inherited) if inherited is not None else ()
         for node in definition.body if not constructors else ():
             if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
                 yield ast.arg(node.target.id, node.annotation)

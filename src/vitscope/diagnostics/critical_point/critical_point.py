@@ -25,7 +25,7 @@ from vitscope.diagnostics.critical_point._verdict import (
     predicted_decrease,
     slice_drop,
 )
-from vitscope.linalg.curvature.curvature_options import CurvatureArguments, CurvatureOptions, curvature_arguments
+from vitscope.linalg.curvature.curvature_options import CurvatureOptions, SearchArguments, curvature_arguments
 from vitscope.linalg.curvature.operator_factory import Curvatures, curvatures
 from vitscope.linalg.curvature.row_slices import rows_of, whole_name, whole_point
 from vitscope.linalg.krylov_basis import norm
@@ -110,16 +110,14 @@ class CriticalPointResult(Result, coordinates={"images": "n_images", "distance":
 
 
 @record_options
-@curvature_arguments(
-    "tol", "parameters", "dtype", "bn", "micro_batch", "max_products", "max_memory", "basis", "seed", tol=1e-2
-)
+@curvature_arguments(tol=1e-2)
 def critical_point(
     probe: Probe,
     *,
     stationary: float = 1e-3,
     n_points: int = 21,
     span: PositiveFloat = 1.0,
-    **curvature: Unpack[CurvatureArguments],
+    **curvature: Unpack[SearchArguments],
 ) -> CriticalPointResult:
     """Judge whether the model is at a minimum or a saddle of the objective that the probe states.
 

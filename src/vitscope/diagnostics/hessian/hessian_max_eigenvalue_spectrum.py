@@ -112,22 +112,7 @@ def _cost(workload: Workload, options: Options) -> MeasureCost | None:
 
 @declares_cost(_cost)
 @record_options
-@curvature_arguments(
-    "tol",
-    "solver",
-    "operator",
-    "parameters",
-    "dtype",
-    "bn",
-    "product",
-    "difference_step",
-    "micro_batch",
-    "max_products",
-    "max_memory",
-    "basis",
-    "checkpoint_blocks",
-    "seed",
-)
+@curvature_arguments()
 def hessian_max_eigenvalue_spectrum(
     probe: Probe,
     *,

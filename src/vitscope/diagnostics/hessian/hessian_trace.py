@@ -16,7 +16,7 @@ from vitscope.core.probe import Probe
 from vitscope.core.results.result import Result
 from vitscope.linalg.basis_memory import BasisBuffer
 from vitscope.linalg.curvature.curvature_operator import Curvature
-from vitscope.linalg.curvature.curvature_options import CurvatureArguments, CurvatureOptions, curvature_arguments
+from vitscope.linalg.curvature.curvature_options import CurvatureOptions, OperatorArguments, curvature_arguments
 from vitscope.linalg.curvature.operator_factory import curvatures
 from vitscope.linalg.curvature.product_cost import mean_products
 from vitscope.linalg.curvature.start_vector import random_signs, vector_seed
@@ -88,24 +88,13 @@ def _cost(workload: Workload, options: Options) -> MeasureCost:
 
 @declares_cost(_cost)
 @record_options
-@curvature_arguments(
-    "operator",
-    "parameters",
-    "dtype",
-    "bn",
-    "product",
-    "difference_step",
-    "micro_batch",
-    "basis",
-    "checkpoint_blocks",
-    "seed",
-)
+@curvature_arguments()
 def hessian_trace(
     probe: Probe,
     *,
     method: str = "hutchinson",
     n_vectors: PositiveInt = 30,
-    **curvature: Unpack[CurvatureArguments],
+    **curvature: Unpack[OperatorArguments],
 ) -> HessianTraceResult:
     """Estimate the trace of the mean over all batches.
 

@@ -15,7 +15,7 @@ from vitscope.core.measure_options import record_options
 from vitscope.core.objective_card import ObjectiveCard
 from vitscope.core.probe import Probe
 from vitscope.core.results.result import Result
-from vitscope.linalg.curvature.curvature_options import CurvatureArguments, CurvatureOptions, curvature_arguments
+from vitscope.linalg.curvature.curvature_options import CurvatureOptions, SearchArguments, curvature_arguments
 from vitscope.linalg.curvature.operator_factory import curvatures
 from vitscope.linalg.eigensolver import Eigenpairs
 from vitscope.linalg.krylov_basis import dot
@@ -66,13 +66,13 @@ class RayleighSplitResult(Result, coordinates={"kind": "kinds"}):
 
 
 @record_options
-@curvature_arguments("tol", "parameters", "dtype", "bn", "micro_batch", "max_products", "max_memory", "basis", "seed")
+@curvature_arguments()
 def rayleigh_split(
     probe: Probe,
     *,
     k: PositiveInt = 5,
     n_ends: int = 2,
-    **curvature: Unpack[CurvatureArguments],
+    **curvature: Unpack[SearchArguments],
 ) -> RayleighSplitResult:
     """Split the Rayleigh quotient of each extreme eigenvector of the Hessian of the mean over all batches.
 

@@ -16,7 +16,7 @@ from vitscope.core.probe import Probe
 from vitscope.core.results.result import Result
 from vitscope.core.run_inputs import ResumableRows
 from vitscope.linalg.basis_memory import BasisBuffer
-from vitscope.linalg.curvature.curvature_options import CurvatureArguments, CurvatureOptions, curvature_arguments
+from vitscope.linalg.curvature.curvature_options import CurvatureOptions, OperatorArguments, curvature_arguments
 from vitscope.linalg.curvature.operator_factory import curvatures
 from vitscope.linalg.curvature.product_cost import basis_bytes, mean_products
 from vitscope.linalg.curvature.start_vector import vector_seed
@@ -102,18 +102,7 @@ def _cost(workload: Workload, options: Options) -> MeasureCost:
 
 @declares_cost(_cost)
 @record_options
-@curvature_arguments(
-    "operator",
-    "parameters",
-    "dtype",
-    "bn",
-    "product",
-    "difference_step",
-    "micro_batch",
-    "basis",
-    "checkpoint_blocks",
-    "seed",
-)
+@curvature_arguments()
 def spectral_density(
     probe: Probe,
     *,
@@ -122,7 +111,7 @@ def spectral_density(
     n_grid: int = 1024,
     sigma: float | None = None,
     partial: ResumableRows | None = None,
-    **curvature: Unpack[CurvatureArguments],
+    **curvature: Unpack[OperatorArguments],
 ) -> SpectralDensityResult:
     """Estimate the density of all eigenvalues of the mean over all batches.
 

@@ -22,7 +22,7 @@ from vitscope.diagnostics.preconditioned_hessian._optimizer_metric import (
     inverse_root,
     product_with_decay,
 )
-from vitscope.linalg.curvature.curvature_options import CurvatureArguments, CurvatureOptions, curvature_arguments
+from vitscope.linalg.curvature.curvature_options import CurvatureOptions, SearchArguments, curvature_arguments
 from vitscope.linalg.curvature.operator_factory import curvatures
 from vitscope.linalg.optimizer_stability import StabilityLimit, stability_limit
 from vitscope.linalg.preconditioned_operator import scaled_eigenvalues
@@ -75,7 +75,7 @@ class PreconditionedSharpnessResult(Result):
 
 
 @record_options
-@curvature_arguments("tol", "parameters", "dtype", "bn", "micro_batch", "max_products", "max_memory", "basis", "seed")
+@curvature_arguments()
 def preconditioned_sharpness(
     probe: Probe,
     *,
@@ -84,7 +84,7 @@ def preconditioned_sharpness(
     beta1: float | None = None,
     preconditioner: str = "auto",
     k: PositiveInt = 1,
-    **curvature: Unpack[CurvatureArguments],
+    **curvature: Unpack[SearchArguments],
 ) -> PreconditionedSharpnessResult:
     """Compute the largest eigenvalues of P^-1 H and compare them with the optimizer's limit of stability.
 

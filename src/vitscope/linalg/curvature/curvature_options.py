@@ -6,7 +6,7 @@ import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, ParamSpec, TypedDict, TypeVar, get_type_hints
+from typing import Any, ParamSpec, TypedDict, TypeVar, get_args, get_type_hints
 
 import torch
 
@@ -115,41 +115,62 @@ class CurvatureOptions:
         return self.values("tol", "max_products", "max_memory", "seed")
 
 
-class CurvatureArguments(TypedDict, total=False):
-    """The fields of `CurvatureOptions` as keyword arguments of a function."""
+class SharedArguments(TypedDict, total=False):
+    """The fields of `CurvatureOptions` that most measures take, as keyword arguments of a function."""
 
-    tol: float
-    solver: str
-    operator: str
     parameters: str | Sequence[str] | None
     dtype: str | torch.dtype | None
     bn: str
-    product: str
-    difference_step: PositiveFloat | None
     micro_batch: int | None
-    max_products: int
-    max_memory: float | None
     basis: str
-    checkpoint_blocks: bool
     seed: Seed
 
 
-def curvature_arguments(*names: str, **defaults: Any) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Decorate a function that ends in ``**curvature: Unpack[CurvatureArguments]``: it takes the named fields, no others.
+class OperatorArguments(SharedArguments, total=False):
+    """The fields that choose an operator and how its products are computed: all of a measure that searches no eigenvalue."""
 
-    The signature and the annotations of the function list these fields in place of ``curvature``, with their types and
-    defaults, so that `help`, configurations and result cards see ordinary keyword arguments.
+    operator: str
+    product: str
+    difference_step: PositiveFloat | None
+    checkpoint_blocks: bool
+
+
+class SearchArguments(SharedArguments, total=False):
+    """The fields of a search for eigenvalues of the Hessian, with products by reverse mode."""
+
+    tol: float
+    max_products: int
+    max_memory: float | None
+
+
+class CurvatureArguments(OperatorArguments, SearchArguments, total=False):
+    """All fields of `CurvatureOptions`."""
+
+    solver: str
+
+
+def curvature_arguments(*names: str, **defaults: Any) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Decorate a function that ends in ``**curvature: Unpack[CurvatureArguments]``: it takes fields of `CurvatureOptions`.
+
+    Without names, the function takes the fields of the typed dictionary of ``**curvature``, which editors complete as well. The
+    signature and the annotations of the function list the fields in place of ``curvature``, with their types and defaults, so
+    that `help`, configurations and result cards see ordinary keyword arguments.
 
     Args:
-        names: the fields of `CurvatureOptions` that apply to the function.
-        defaults: defaults of these fields that differ from those of `CurvatureOptions`.
+        names: The fields that the function takes where no typed dictionary has just these.
+        defaults: Defaults of fields that differ from those of `CurvatureOptions`.
 
     Raises:
-        TypeError: when the decorated function is called with another field.
+        TypeError: When the decorated function is called with another field.
+
+    Example:
+        ``@curvature_arguments()`` above ``def trace(probe, **curvature: Unpack[OperatorArguments])``, or
+        ``@curvature_arguments("dtype", "seed")`` for these two alone.
     """
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
-        signature = _listing_fields(inspect.signature(function), names, defaults)
+        signature = inspect.signature(function)
+        signature = _listing_fields(signature, names or _typed_fields(function, signature), defaults)
 
         @functools.wraps(function)
         def checked(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -165,6 +186,13 @@ def curvature_arguments(*names: str, **defaults: Any) -> Callable[[Callable[P, R
         return checked
 
     return decorate
+
+
+def _typed_fields(function: Callable[..., Any], signature: inspect.Signature) -> Sequence[str]:
+    """Return the fields of the typed dictionary that annotates the ``**`` parameter of a function."""
+    parameter = next(p for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD)
+    (typed_dict,) = get_args(get_type_hints(function)[parameter.name])  # of Unpack[...]
+    return sorted(typed_dict.__required_keys__ | typed_dict.__optional_keys__)
 
 
 def _listing_fields(
