@@ -13,6 +13,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from vitscope.runtime.stop_flag import Interrupted
+
 #: names since torch 2.14, and before
 _gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _scatter_sum = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -111,3 +113,24 @@ def gather_objects(value: Any) -> list[Any]:
     with _collective():
         dist.all_gather_object(values, value)
     return values
+
+
+@contextlib.contextmanager
+def failing_together() -> Iterator[None]:
+    """Raise an exception of the block on the ranks where it occurred, and a RuntimeError on the others.
+
+    A rank that failed alone would leave the others waiting for its share in the next collective operation. An interruption
+    passes at once: a signal stops all ranks.
+
+    Example:
+        ``with failing_together(): sums = read_local_batches()``
+    """
+    error: Exception | None = None
+    try:
+        yield
+    except Interrupted:
+        raise
+    except Exception as raised:
+        error = raised
+    if any(gather_objects(error is not None)):
+        raise error or RuntimeError("another rank failed")

@@ -18,7 +18,6 @@ from vitscope.diagnostics.attention._rollout import UnknownClassError, relevance
 from vitscope.models.structure.attention_units import AttentionUnit
 from vitscope.runtime import distributed
 from vitscope.runtime.progress import track
-from vitscope.runtime.stop_flag import Interrupted
 
 #: number of a batch; pixels, relevance and classes of its images
 ShownBatch = tuple[int, np.ndarray, "np.ndarray | None", "np.ndarray | None"]
@@ -50,8 +49,8 @@ def shown_images(
     differentiates: bool,
 ) -> ShownImages:
     """Return the first images of all ranks; with ``differentiates`` one backward pass gives their relevance for a class."""
-    local, error, refusal = [], None, ""
-    try:
+    local, refusal = [], ""
+    with distributed.failing_together():
         try:
             local = _local_images(probe, n_shown, units, query, class_index, differentiates)
         except UnknownClassError:
@@ -61,12 +60,6 @@ def shown_images(
                 raise
             refusal = str(not_logits).splitlines()[0].rstrip(".")
             local = _local_images(probe, n_shown, units, query, class_index, False)
-    except Interrupted:
-        raise
-    except Exception as raised:  # told to the other ranks, which would wait for this one's images
-        error = raised
-    if any(distributed.gather_objects(error is not None)):
-        raise error or RuntimeError("another rank failed")
     batches = sorted((batch for share in distributed.gather_objects(local) for batch in share), key=lambda b: b[0])
     if not batches:
         return ShownImages(np.zeros((0, 1, 1, 3), np.uint8), None, np.zeros(0, dtype=int))

@@ -16,7 +16,6 @@ from vitscope.diagnostics.cka._images import image_relation
 from vitscope.models.structure.taps import reading
 from vitscope.runtime import distributed
 from vitscope.runtime.progress import track
-from vitscope.runtime.stop_flag import Interrupted
 
 
 class PairAccumulator(Accumulator, Protocol):
@@ -31,15 +30,8 @@ def through_both(probe: Probe, other: Probe, sums: PairAccumulator, measure: str
     Raises:
         ValueError: images or targets that differ between the probes or come in another order, on every rank.
     """
-    error: Exception | None = None
-    try:
+    with distributed.failing_together():
         _read_batches(probe, other, sums, measure)
-    except Interrupted:
-        raise
-    except Exception as raised:  # told to the other ranks, which would wait for this one's sums
-        error = raised
-    if any(distributed.gather_objects(error is not None)):
-        raise error or RuntimeError("another rank failed")
 
 
 def _read_batches(probe: Probe, other: Probe, sums: PairAccumulator, measure: str) -> None:

@@ -20,7 +20,6 @@ from vitscope.models.structure.taps import reading
 from vitscope.runtime import distributed
 from vitscope.runtime.distributed import world_size
 from vitscope.runtime.progress import track
-from vitscope.runtime.stop_flag import Interrupted
 
 #: attributes of models that hold a class token, which comes before all others
 _CLASS_TOKENS = ("cls_token", "class_token", "class_embedding")
@@ -94,15 +93,8 @@ def collect(probe: Probe, taps: list[Tap], head: Head | None, max_memory: float 
             tap that was not reached.
     """
     parts: list[BatchFeatures] = []
-    error: Exception | None = None
-    try:
+    with distributed.failing_together():
         parts.extend(_local_features(probe, taps, head, max_memory, f"depth probes: {what} images"))
-    except Interrupted:
-        raise
-    except Exception as raised:  # told to the other ranks, which would wait for this one's features
-        error = raised
-    if any(distributed.gather_objects(error is not None)):
-        raise error or RuntimeError("another rank failed")
     images = LabeledImages(parts)
     if not len(images.labels):
         raise ValueError(f"Expected at least one {what} image with a label, received none.")
