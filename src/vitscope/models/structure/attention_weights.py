@@ -223,6 +223,10 @@ def attention_weights(
     return scores.softmax(-1)
 
 
+#: `attention_weights` takes the arguments of ``scaled_dot_product_attention`` in its order
+_SDPA_SIGNATURE = inspect.signature(attention_weights)
+
+
 def _mixes_heads(operand: Tensor, weights: Tensor) -> bool:
     """Tell whether an operand is no values: a parameter, or a matrix that is the same for all images and heads."""
     return isinstance(operand, nn.Parameter) or operand.ndim <= 2 < weights.ndim
@@ -236,18 +240,11 @@ def _dimension(args: Any, kwargs: Any) -> Any:
     return args[1] if len(args) > 1 else kwargs.get("dim")
 
 
-def _sdpa_arguments(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> dict[str, Any]:
-    """Return the arguments of ``scaled_dot_product_attention`` by name."""
-    return dict(locals())
+def _sdpa_arguments(*args: Any, **kwargs: Any) -> dict[str, Any]:
+    """Return the arguments of a call of ``scaled_dot_product_attention`` by name, with the defaults of `attention_weights`."""
+    call = _SDPA_SIGNATURE.bind(*args, **kwargs)
+    call.apply_defaults()
+    return call.arguments
 
 
 def _refusal(options: Mapping[str, Any]) -> str:
