@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -78,19 +79,23 @@ class LinearInterpolationResult(Result, coordinates={"t": "t"}):
         }
 
 
-def _cost(workload: Workload, options: Options) -> MeasureCost | None:
-    """Return an evaluation for each point of the way; the alignment of one end with the other has no formula."""
+def path_cost(workload: Workload, options: Options, *, n_curves: int) -> MeasureCost | None:
+    """Return an evaluation for each point of the way; the alignment of one end with the other has no formula.
+
+    Args:
+        workload: The network and the images.
+        options: Options of the measure.
+        n_curves: Number of arrays of the result with an entry for each point.
+    """
     if options.get("alignment", "none") != "none":
         return None
-    works = [
-        evaluations(workload, options, Count.exactly(int(options["n"]))),
-        *guard_checks(workload, moves_weights=True),
-    ]
-    # t and five curves; both ends and the weights to go back to
-    return MeasureCost(works, held_bytes=3.0 * workload.parameter_bytes, result_bytes=ENTRY * 6 * int(options["n"]))
+    n = int(options["n"])
+    works = [evaluations(workload, options, Count.exactly(n)), *guard_checks(workload, moves_weights=True)]
+    # both ends and the weights to go back to
+    return MeasureCost(works, held_bytes=3.0 * workload.parameter_bytes, result_bytes=ENTRY * n_curves * n)
 
 
-@declares_cost(_cost)
+@declares_cost(functools.partial(path_cost, n_curves=6))  # t and five curves
 @record_options
 def linear_interpolation(
     probe: Probe,

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 
-from vitscope.core.cost.image_passes import evaluations, guard_checks
-from vitscope.core.cost.measure_cost import ENTRY, Count, MeasureCost, Options, Workload, declares_cost
+from vitscope.core.cost.measure_cost import declares_cost
 from vitscope.core.measure_options import record_options
 from vitscope.core.objective_card import ObjectiveCard
 from vitscope.core.probe import Probe
@@ -17,7 +17,11 @@ from vitscope.core.results.result import Result
 from vitscope.core.run_inputs import ResumableRows, RunCheckpoints
 from vitscope.core.weight_space import BatchNormPolicy
 from vitscope.diagnostics.landscape._alignment import Alignment
-from vitscope.diagnostics.landscape.linear_interpolation import LinearInterpolationResult, linear_interpolation
+from vitscope.diagnostics.landscape.linear_interpolation import (
+    LinearInterpolationResult,
+    linear_interpolation,
+    path_cost,
+)
 from vitscope.runtime.dtypes import DtypeName
 from vitscope.runtime.value_ranges import PositiveInt
 
@@ -78,19 +82,7 @@ class LossBarrierResult(Result, coordinates={"t": "t"}):
         }
 
 
-def _cost(workload: Workload, options: Options) -> MeasureCost | None:
-    """Return an evaluation for each point of the way; the alignment of one end with the other has no formula."""
-    if options.get("alignment", "none") != "none":
-        return None
-    works = [
-        evaluations(workload, options, Count.exactly(int(options["n"]))),
-        *guard_checks(workload, moves_weights=True),
-    ]
-    # t, nll, accuracy, both chords, and both curves without alignment
-    return MeasureCost(works, held_bytes=3.0 * workload.parameter_bytes, result_bytes=ENTRY * 7 * int(options["n"]))
-
-
-@declares_cost(_cost)
+@declares_cost(functools.partial(path_cost, n_curves=7))  # t, nll, accuracy, both chords, both curves without alignment
 @record_options
 def loss_barrier(
     probe: Probe,
