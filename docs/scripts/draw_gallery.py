@@ -17,213 +17,28 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import matplotlib
-import matplotlib.pyplot as plt
-from matplotlib.figure import Figure
 
 import vitscope as vs
-from vitscope.core.objective_card import ObjectiveCard
 from vitscope.reports.figures import claims_figure
 from vitscope.reports.run_entry import Entry
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 from docs.scripts import study_runs, write_findings  # noqa: E402  needs the path above
-from docs.scripts.page_images import save_webp  # noqa: E402  needs the path above
+from docs.scripts.gallery_figures import RECEPTIVE, RESNET20, STUDY, TIMM, GalleryFigure  # noqa: E402  needs the path above
+from docs.scripts.gallery_page import Text, card_of, page_text, read_texts, write_entry  # noqa: E402  needs the path above
 from docs.scripts.structure_figure import draw_structures  # noqa: E402  needs the path above
 
 OUT = ROOT / "docs" / "gallery"
-#: headings of the page in their order, by the group of an entry
-GROUPS = {
-    "study": "Small networks on CIFAR-10 (JPEG)",
-    "resnet20": "A public ResNet-20 on CIFAR-10 (JPEG)",
-    "timm": "Structures of timm's families",
-}
-INTRODUCTIONS = {
-    "study": "Networks of the profile `cifar10_small`: 0.3 to 0.6 million parameters, few epochs, one seed a figure. One seed is "
-    "an example and no evidence; [findings.md](findings.md) has intervals over seeds.",
-    "resnet20": "A checkpoint of the ResNet for CIFAR of He et al. (2016), trained by others on the original CIFAR-10 (published "
-    "test error 8.27 %). The images here are CIFAR-10 encoded again as JPEG: no number is comparable with published ones.",
-    "timm": "Random weights: these figures show how the networks are built, and nothing that training has made.",
-}
-OPENING = """# Gallery
-
-Figures of real networks, each with the conditions of its measurement and the command that makes it.
-`python docs/scripts/draw_gallery.py --help` says how the page is made.
-"""
-#: keys of the card that the page states
-CARD_KEYS = ("data", "split", "augmentation", "n_images", "batch_size", "mode", "dtype")
-
-
-@dataclass(frozen=True)
-class Text:
-    """Text of an entry of the gallery.
-
-    Attributes:
-        name: Name of its files.
-        group: Of `GROUPS`.
-        title: Heading.
-        caption: What is seen in the figure.
-        command: The command that measures and draws the same.
-        card: Conditions of the measurement.
-    """
-
-    name: str
-    group: str
-    title: str
-    caption: str
-    command: str
-    card: Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Shown:
-    """A figure of results of one analysis.
-
-    Attributes:
-        analysis: The analysis.
-        title: Heading of the entry and title of the figure.
-        caption: What is seen.
-        models: Families of `study_runs.NAMES`; for an AlterNet with something else in attention's place ``alternet:blur``.
-        overrides: Settings of the measurement.
-        plot: Options of `vitscope.plot`.
-        name: Name of its files; the analysis by default.
-    """
-
-    analysis: str
-    title: str
-    caption: str
-    models: Sequence[str] = ("convnet", "vit", "alternet")
-    overrides: Sequence[str] = ()
-    plot: Mapping[str, Any] | None = None
-    name: str = ""
-
-    @property
-    def file(self) -> str:
-        """Name of its files without the group."""
-        return self.name or self.analysis
-
-
-STUDY = (
-    Shown("hessian", "Leading Hessian eigenvalues",
-          "Density of the five leading eigenvalues of each mini-batch Hessian. Marks on the axis are the eigenvalues.",
-          ("convnet", "vit", "pit", "swin", "alternet")),
-    Shown("branch_transfer", "Frequencies that branches pass",
-          "Transfer of residual branches, highest minus lowest third of the frequencies, trained minus initial, by unit and "
-          "kind."),
-    Shown("variance", "Variance of feature maps", "Spatial variance over depth, and its logarithmic ratio across each unit."),
-    Shown("lesion", "Removal of single units", "Change of accuracy where one residual unit is removed from the trained network."),
-    Shown("cka", "Similarity of layers", "Unbiased mini-batch CKA of every pair of feature maps."),
-    Shown("frequency_noise", "Noise of one frequency band",
-          "Change of accuracy under noise of equal root mean square in each band of frequencies.", ("convnet", "vit")),
-    Shown("hessian", "Leading Hessian eigenvalues with and without attention",
-          "The same for AlterNet and for other operations in the places of its attention.",
-          ("alternet", "alternet:conv", "alternet:uniform", "alternet:blur"), name="mixers"),
-    Shown("corruption", "Corrupted images", "Accuracy under 15 corruptions at 5 severities."),
-)  # fmt: skip
-
-RESNET20 = (
-    Shown("hessian", "ResNet-20: leading Hessian eigenvalues",
-          "Density of the five leading eigenvalues of each mini-batch Hessian of 16 images.",
-          overrides=("analysis.hessian.probe.n_images=160",)),
-    Shown("spectral_density", "ResNet-20: density of all eigenvalues",
-          "Density of the Hessian's spectrum by stochastic Lanczos quadrature.",
-          overrides=("analysis.spectral_density.probe.n_images=64", "analysis.spectral_density.n_vectors=2")),
-    Shown("landscape", "ResNet-20: loss landscape", "Loss over a filter-normalized random plane through the trained weights.",
-          overrides=("analysis.landscape.n=11", "analysis.landscape.span=0.5", "analysis.landscape.probe.n_images=128",
-                     "analysis.landscape.probe.batch_size=128")),
-    Shown("fourier", "ResNet-20: frequencies of feature maps",
-          "Relative log amplitude of the feature maps over frequency, and at the highest frequency over depth.",
-          overrides=("analysis.fourier.probe.n_images=256",)),
-    Shown("effective_receptive_field", "ResNet-20: effective receptive field",
-          "Pixels that the central position of the last feature map depends on, with the radii of 50, 90 and 99 %; below "
-          "it, the change by training.",
-          overrides=("analysis.effective_receptive_field.probe.n_images=64",)),
-    Shown("lesion", "ResNet-20: removal of single blocks", "Change of accuracy where one block's branch is removed.",
-          overrides=("analysis.lesion.probe.n_images=500",), plot={"title": "ResNet-20, CIFAR-10 (JPEG)"}),
-    Shown("cka", "ResNet-20: similarity of layers", "Unbiased mini-batch CKA of every pair of feature maps.",
-          overrides=("analysis.cka.probe.n_images=400",)),
-    Shown("calibration", "ResNet-20: calibration",
-          "Reliability diagram on all test images, before and after temperature scaling fitted on held-out images."),
-)  # fmt: skip
-
-#: timm's models of the structure figures and their names
-TIMM = {
-    "resnet50": "ResNet-50", "convnext_tiny": "ConvNeXt-T", "vit_small_patch16_224": "ViT-S/16",
-    "swin_tiny_patch4_window7_224": "Swin-T", "mixer_b16_224": "Mixer-B/16", "coatnet_0_224": "CoAtNet-0",
-}  # fmt: skip
-RECEPTIVE = ("resnet50", "convnext_tiny", "vit_small_patch16_224", "swin_tiny_patch4_window7_224")
-
-
-def write_entry(out: Path, figure: Figure, text: Text) -> None:
-    """Write an entry's figure and text."""
-    print(save_webp(figure, out / f"{text.name}.webp"), flush=True)
-    plt.close(figure)
-    (out / f"{text.name}.json").write_text(json.dumps(asdict(text), indent=1) + "\n", encoding="utf-8")
-
-
-def card_of(results: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the conditions that results share, the checkpoint of each, and the measure's options."""
-    cards: dict[str, ObjectiveCard] = {name: result.card for name, result in results.items()}
-    first = next(iter(cards.values()))
-    card = {key: getattr(first, key) for key in CARD_KEYS if len({getattr(c, key) for c in cards.values()}) == 1}
-    card["objective"] = f"{first.loss}, l2 {first.l2}, weight decay {first.weight_decay:g}"
-    options = {key: value for key, value in (first.options or {}).items() if isinstance(value, (int, float, str, bool))}
-    return {**card, "options": options, "checkpoints": {name: c.checkpoint for name, c in cards.items()}}
-
-
-def page_text(texts: Iterable[Mapping[str, Any]], folder: str) -> str:
-    """Return the page.
-
-    Args:
-        texts: Texts of the entries, as `Text` has them.
-        folder: Path of the figures from the page.
-    """
-    lines = [OPENING]
-    texts = list(texts)
-    for group, heading in GROUPS.items():
-        members = [text for text in texts if text["group"] == group]
-        if not members:
-            continue
-        lines += [f"## {heading}", "", INTRODUCTIONS[group], ""]
-        for text in members:
-            lines += [
-                f"### {text['title']}", "", f"![{text['title']}]({folder}/{text['name']}.webp)", "", text["caption"], "",
-                "```bash", text["command"], "```", "", f"Card: {_card_text(text['card'])}.", "",
-            ]  # fmt: skip
-    return "\n".join(lines).rstrip() + "\n"
-
-
-def _card_text(card: Mapping[str, Any]) -> str:
-    parts = []
-    for key, value in card.items():
-        if isinstance(value, Mapping):
-            if value:
-                parts.append(f"{key} ({', '.join(f'{name} {_value(v)}' for name, v in value.items())})")
-        else:
-            parts.append(f"{key.replace('_', ' ')} {_value(value)}")
-    return "; ".join(parts)
-
-
-def _value(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def read_texts(out: Path) -> list[dict[str, Any]]:
-    """Return the texts of all entries in the order of the page."""
-    texts = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(out.glob("*.json"))]
-    order = [f"study-{shown.file}" for shown in STUDY] + [f"resnet20-{shown.analysis}" for shown in RESNET20]
-    return sorted(texts, key=lambda text: order.index(text["name"]) if text["name"] in order else len(order))
 
 
 def draw_study(runs: Path, out: Path) -> list[str]:
@@ -255,7 +70,7 @@ def draw_study(runs: Path, out: Path) -> list[str]:
     return missing
 
 
-def _runs_of(shown: Shown, entries: Sequence[Entry]) -> dict[str, Entry]:
+def _runs_of(shown: GalleryFigure, entries: Sequence[Entry]) -> dict[str, Entry]:
     """Return the runs of a figure with their names: of the lowest seed of which all are there, {} without one."""
     for seed in sorted({entry.seed for entry in entries}):
         chosen = {}

@@ -13,7 +13,7 @@ import yaml
 from PIL import Image
 
 import vitscope as vs
-from docs.scripts import draw_gallery, draw_story, study_runs
+from docs.scripts import draw_gallery, draw_story, gallery_page, study_runs
 from docs.scripts.cifar_resnet import CifarResNet
 from docs.scripts.page_images import LIMIT, SIZE
 from docs.scripts.structure_figure import draw_structures
@@ -123,8 +123,8 @@ def test_the_gallery_draws_what_is_there_and_names_what_is_not(
 
 def test_the_committed_page_is_what_its_entries_give() -> None:
     out = draw_gallery.OUT
-    texts = draw_gallery.read_texts(out)
-    assert draw_gallery.page_text(texts, out.name) == (out.parent / "gallery.md").read_text()
+    texts = gallery_page.read_texts(out)
+    assert gallery_page.page_text(texts, out.name) == (out.parent / "gallery.md").read_text()
     assert {file.stem for file in out.glob("*.webp")} == {text["name"] for text in texts}
     for text in texts:
         assert (out / f"{text['name']}.webp").stat().st_size <= LIMIT

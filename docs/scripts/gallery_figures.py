@@ -1,0 +1,103 @@
+"""The figures of the gallery: of a study's networks, of a public ResNet-20, and of timm's families."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+#: headings of the page in their order, by the group of an entry
+GROUPS = {
+    "study": "Small networks on CIFAR-10 (JPEG)",
+    "resnet20": "A public ResNet-20 on CIFAR-10 (JPEG)",
+    "timm": "Structures of timm's families",
+}
+INTRODUCTIONS = {
+    "study": "Networks of the profile `cifar10_small`: 0.3 to 0.6 million parameters, few epochs, one seed a figure. One seed is "
+    "an example and no evidence; [findings.md](findings.md) has intervals over seeds.",
+    "resnet20": "A checkpoint of the ResNet for CIFAR of He et al. (2016), trained by others on the original CIFAR-10 (published "
+    "test error 8.27 %). The images here are CIFAR-10 encoded again as JPEG: no number is comparable with published ones.",
+    "timm": "Random weights: these figures show how the networks are built, and nothing that training has made.",
+}
+
+
+@dataclass(frozen=True)
+class GalleryFigure:
+    """A figure of results of one analysis.
+
+    Attributes:
+        analysis: The analysis.
+        title: Heading of the entry and title of the figure.
+        caption: What is seen.
+        models: Families of `study_runs.NAMES`; for an AlterNet with something else in attention's place ``alternet:blur``.
+        overrides: Settings of the measurement.
+        plot: Options of `vitscope.plot`.
+        name: Name of its files; the analysis by default.
+    """
+
+    analysis: str
+    title: str
+    caption: str
+    models: Sequence[str] = ("convnet", "vit", "alternet")
+    overrides: Sequence[str] = ()
+    plot: Mapping[str, Any] | None = None
+    name: str = ""
+
+    @property
+    def file(self) -> str:
+        """Name of its files without the group."""
+        return self.name or self.analysis
+
+
+STUDY = (
+    GalleryFigure("hessian", "Leading Hessian eigenvalues",
+                  "Density of the five leading eigenvalues of each mini-batch Hessian. Marks on the axis are the eigenvalues.",
+                  ("convnet", "vit", "pit", "swin", "alternet")),
+    GalleryFigure("branch_transfer", "Frequencies that branches pass",
+                  "Transfer of residual branches, highest minus lowest third of the frequencies, trained minus initial, by unit "
+                  "and kind."),
+    GalleryFigure("variance", "Variance of feature maps",
+                  "Spatial variance over depth, and its logarithmic ratio across each unit."),
+    GalleryFigure("lesion", "Removal of single units",
+                  "Change of accuracy where one residual unit is removed from the trained network."),
+    GalleryFigure("cka", "Similarity of layers", "Unbiased mini-batch CKA of every pair of feature maps."),
+    GalleryFigure("frequency_noise", "Noise of one frequency band",
+                  "Change of accuracy under noise of equal root mean square in each band of frequencies.", ("convnet", "vit")),
+    GalleryFigure("hessian", "Leading Hessian eigenvalues with and without attention",
+                  "The same for AlterNet and for other operations in the places of its attention.",
+                  ("alternet", "alternet:conv", "alternet:uniform", "alternet:blur"), name="mixers"),
+    GalleryFigure("corruption", "Corrupted images", "Accuracy under 15 corruptions at 5 severities."),
+)  # fmt: skip
+
+RESNET20 = (
+    GalleryFigure("hessian", "ResNet-20: leading Hessian eigenvalues",
+                  "Density of the five leading eigenvalues of each mini-batch Hessian of 16 images.",
+                  overrides=("analysis.hessian.probe.n_images=160",)),
+    GalleryFigure("spectral_density", "ResNet-20: density of all eigenvalues",
+                  "Density of the Hessian's spectrum by stochastic Lanczos quadrature.",
+                  overrides=("analysis.spectral_density.probe.n_images=64", "analysis.spectral_density.n_vectors=2")),
+    GalleryFigure("landscape", "ResNet-20: loss landscape",
+                  "Loss over a filter-normalized random plane through the trained weights.",
+                  overrides=("analysis.landscape.n=11", "analysis.landscape.span=0.5", "analysis.landscape.probe.n_images=128",
+                             "analysis.landscape.probe.batch_size=128")),
+    GalleryFigure("fourier", "ResNet-20: frequencies of feature maps",
+                  "Relative log amplitude of the feature maps over frequency, and at the highest frequency over depth.",
+                  overrides=("analysis.fourier.probe.n_images=256",)),
+    GalleryFigure("effective_receptive_field", "ResNet-20: effective receptive field",
+                  "Pixels that the central position of the last feature map depends on, with the radii of 50, 90 and 99 %; below "
+                  "it, the change by training.",
+                  overrides=("analysis.effective_receptive_field.probe.n_images=64",)),
+    GalleryFigure("lesion", "ResNet-20: removal of single blocks", "Change of accuracy where one block's branch is removed.",
+                  overrides=("analysis.lesion.probe.n_images=500",), plot={"title": "ResNet-20, CIFAR-10 (JPEG)"}),
+    GalleryFigure("cka", "ResNet-20: similarity of layers", "Unbiased mini-batch CKA of every pair of feature maps.",
+                  overrides=("analysis.cka.probe.n_images=400",)),
+    GalleryFigure("calibration", "ResNet-20: calibration",
+                  "Reliability diagram on all test images, before and after temperature scaling fitted on held-out images."),
+)  # fmt: skip
+
+#: timm's models of the structure figures and their names
+TIMM = {
+    "resnet50": "ResNet-50", "convnext_tiny": "ConvNeXt-T", "vit_small_patch16_224": "ViT-S/16",
+    "swin_tiny_patch4_window7_224": "Swin-T", "mixer_b16_224": "Mixer-B/16", "coatnet_0_224": "CoAtNet-0",
+}  # fmt: skip
+RECEPTIVE = ("resnet50", "convnext_tiny", "vit_small_patch16_224", "swin_tiny_patch4_window7_224")
