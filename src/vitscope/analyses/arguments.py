@@ -12,7 +12,7 @@ from vitscope.analyses import previous_result
 from vitscope.analyses.context import AnalysisContext
 from vitscope.analyses.spec import Analysis
 from vitscope.config import factories
-from vitscope.config.validation import CROSS_VALIDATION
+from vitscope.config.keys.analysis_keys import CROSS_VALIDATION
 from vitscope.core.probe import Probe
 from vitscope.core.run_inputs import FromRun, run_inputs
 from vitscope.runs import api, partial_results

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import copy
 import functools
-import inspect
 import os
 import typing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,28 +18,18 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from vitscope.config import cross_checks, instantiate, loading, target_allowlist
+from vitscope.config.keys.analysis_keys import check_analyses
 from vitscope.config.keys.common_probe import checked_probe
 from vitscope.config.keys.logger_choice import PACKAGES, check_loggers, without_loggers
 from vitscope.config.keys.run_words import check_run_words
-from vitscope.config.loading import DATA_HINTS, MODEL_HINTS, NODE_KEYS
+from vitscope.config.loading import DATA_HINTS, MODEL_HINTS
 from vitscope.config.loss import loss_choice
-from vitscope.config.ranges.library_options import MeasurementTimes, ProbeOptions
 from vitscope.config.ranges.number_checks import check_numbers
 from vitscope.config.signature_checks import check_arguments, check_node, fits, shown
 from vitscope.runtime import errors
-from vitscope.runtime.errors import CheckpointError, ConfigError, DataError, StorageError
+from vitscope.runtime.errors import ConfigError, DataError, StorageError
 
 METRICS = cross_checks.METRICS
-
-#: types of the keys of an analysis that are not options of its measure
-PROBE_TYPES = typing.get_type_hints(ProbeOptions)
-WHEN_TYPES = typing.get_type_hints(MeasurementTimes)
-
-#: keys of the training images that a run supplies to an analysis
-TRAINING_KEYS = ("n_images", "batch_size", "seed")
-
-#: word in their place: none, so that the measure divides its own images
-CROSS_VALIDATION = "cross_validation"
 
 
 def validate(cfg: DictConfig) -> None:
@@ -61,7 +50,7 @@ def validate(cfg: DictConfig) -> None:
     _check_l2_form(tree.get("objective") or {})
     loss_choice.check(tree.get("objective") or {})
     _check_caps(tree.get("caps") or {})
-    _check_analyses(tree.get("analysis") or {})
+    check_analyses(tree.get("analysis") or {})
     for name, node in (tree.get("callbacks") or {}).items():
         check_node(f"callbacks.{name}", node, extra=("_package_",))
     cross_checks.check(tree)
@@ -124,7 +113,7 @@ def _check_roots(tree: Mapping[str, Any], *, whole: bool) -> None:
             raise ConfigError(key, shown(value), f"not {_named(keys[key])}", "correct the value")
     for key in sorted(keys) if whole else ():
         if key not in tree:
-            raise ConfigError(key, None, "is missing", "do not remove it")
+            raise ConfigError(key, None, "is missing", f"leave out ~{key}")
     for group in sorted(needed - {key for key, value in tree.items() if isinstance(value, Mapping)}):
         raise ConfigError(group, None, "is missing", f"choose one of {', '.join(loading.options(group))}")
 
@@ -236,110 +225,10 @@ def _file(group: str, name: str) -> dict[str, Any]:
     return {key: value for key, value in typing.cast(dict[str, Any], loaded).items() if key != "defaults"}
 
 
-def _supplied(measure: Callable[..., Any]) -> tuple[str, ...]:
-    from vitscope.core.run_inputs import run_inputs  # imports torch
-
-    return ("probe", *run_inputs(measure))
-
-
-def _check_analyses(nodes: Mapping[str, Any]) -> None:
-    for name, node in nodes.items():
-        path = f"analysis.{name}"
-        check_node(path, node, extra=(*NODE_KEYS, *_paths_of(path, node)), supplied=_supplied)
-        _check_saved(path, node)
-        for part, types_ in (("probe", PROBE_TYPES), ("when", WHEN_TYPES)):
-            if not isinstance(node.get(part), Mapping | None):
-                raise ConfigError(
-                    f"{path}.{part}", shown(node[part]), "not a group of keys", f"set {', '.join(types_)}"
-                )
-            for key, value in (node.get(part) or {}).items():
-                if key not in types_:
-                    raise ConfigError(f"{path}.{part}.{key}", shown(value), "no such key", errors.nearest(key, types_))
-                if part == "when" and key in ("every_n_steps", "at_steps"):
-                    _check_steps(f"{path}.when", key, value)
-                if not fits(value, types_[key]):
-                    reason = f"not of type {getattr(types_[key], '__name__', types_[key])}"
-                    raise ConfigError(f"{path}.{part}.{key}", shown(value), reason, "correct the value")
-        _check_training_images(path, node.get("train"))
-        recipe = (node.get("probe") or {}).get("augment")
-        if isinstance(recipe, str) and recipe not in loading.options("objective"):
-            reason = errors.nearest(recipe, ["true", "false", *loading.options("objective")])
-            raise ConfigError(f"{path}.probe.augment", recipe, "neither true, false nor an objective", reason)
-        if node.get("on_error", "warn") not in ("warn", "raise"):
-            raise ConfigError(f"{path}.on_error", node["on_error"], "unknown", "choose warn or raise")
-
-
-def _check_steps(path: str, key: str, value: Any) -> None:
-    """Check the optimizer steps after which an analysis measures.
-
-    Raises:
-        ConfigError: other than a whole number or, for ``at_steps``, a list of them counted from 1.
-    """
-    place = f"{path}.{key}"
-    if key == "every_n_steps":
-        if not fits(value, int | None):
-            raise ConfigError(place, shown(value), "not a whole number of optimizer steps", "set 10, or 0 for none")
-        return
-    if value is not None and not (isinstance(value, list) and all(fits(step, int) for step in value)):
-        written = f"[{', '.join(map(str, value))}]" if isinstance(value, list) else value
-        raise ConfigError(place, written, "not a list of whole numbers of optimizer steps", "set [100, 1000]")
-    if value and min(value) < 1:
-        reason = "steps are counted from 1: the network before its first step is measured by start"
-        raise ConfigError(
-            place, f"[{', '.join(map(str, value))}]", reason, f"set {path}.start=true, and steps such as [1]"
-        )
-
-
-def _check_training_images(path: str, images: Any) -> None:
-    """Check the option ``train`` of an analysis: which training images the run supplies.
-
-    Raises:
-        ConfigError: an unknown key or word, or a value of another type.
-    """
-    if images is None or images == CROSS_VALIDATION:
-        return
-    if not isinstance(images, Mapping):
-        fix = f"set {', '.join(TRAINING_KEYS)}, or {CROSS_VALIDATION}"
-        raise ConfigError(f"{path}.train", shown(images), "not a group of keys", fix)
-    for key, value in images.items():
-        if key not in TRAINING_KEYS:
-            raise ConfigError(f"{path}.train.{key}", shown(value), "no such key", errors.nearest(key, TRAINING_KEYS))
-        if not fits(value, PROBE_TYPES[key]):
-            raise ConfigError(f"{path}.train.{key}", shown(value), "not a whole number", "set 4096")
-
-
-def _paths_of(path: str, node: Any) -> tuple[str, ...]:
-    """Return the keys that hold paths where the measure takes what is read from them."""
-    if not isinstance(node, Mapping) or "_target_" not in node:
-        return ()
-    measure = target_allowlist.resolve(node["_target_"], path)
-    return ("checkpoints",) if "checkpoints" in inspect.signature(measure).parameters else ()
-
-
-def _check_saved(path: str, node: Mapping[str, Any]) -> None:
-    """Refuse files of other runs that are not there, before a training that would be the first to miss them."""
-    vectors = node.get("eigenvectors")
-    result = "name a saved result that holds them (analysis=[hessian_eigenvalues] analysis.hessian_eigenvalues.eigenvectors=true)"
-    if isinstance(vectors, str) and not Path(vectors).is_file():
-        raise ConfigError(f"{path}.eigenvectors", vectors, "no such file", result)
-    if node.get("directions") == "eigenvectors" and not vectors:
-        raise ConfigError(f"{path}.eigenvectors", None, "directions=eigenvectors needs them", result)
-    named = node.get("checkpoints")
-    if named is not None and not (isinstance(named, list) and named and all(isinstance(n, str) for n in named)):
-        raise ConfigError(
-            f"{path}.checkpoints", shown(named), "not a list of paths", "name run folders or checkpoint files"
-        )
-    for file in map(Path, named or ()):
-        if not (file.is_file() or (file / "checkpoints" / "last.ckpt").is_file()):
-            raise CheckpointError(
-                f"{path}.checkpoints", file, "no checkpoint there", "name run folders or checkpoint files"
-            )
-
-
 def _check_paths(tree: Mapping[str, Any]) -> None:
     paths = tree["paths"]
     if not paths.get("runs"):
-        raise ConfigError("paths.runs", paths.get("runs"), "no folder", "name one")
+        raise ConfigError("paths.runs", paths.get("runs"), "no folder", "set paths.runs=runs")
     if not writable(Path(paths["runs"])):
         raise StorageError("paths.runs", paths["runs"], "not writable", "choose a folder that is")
     root = (tree.get("data") or {}).get("root")
