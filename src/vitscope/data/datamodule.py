@@ -16,7 +16,7 @@ from vitscope.data import philox, range_checks, splits
 from vitscope.data.augment.augment import Recipe
 from vitscope.data.augment.mixup import Mixing, mix
 from vitscope.data.loader import Augmented, BatchSampler, Loader
-from vitscope.data.probe_batches import Batch, ProbeBatches, limit_images
+from vitscope.data.probe_batches import Batch, ProbeBatches, freeze_batches, limit_images
 from vitscope.data.sources import photos
 from vitscope.data.sources.array_images import ArrayImages
 from vitscope.data.sources.file_images import FileImages, model_recipe
@@ -279,20 +279,10 @@ class DataModule(pl.LightningDataModule):
         else:
             order = philox.permutation(len(images), seed=seed, stream=philox.PROBE)[:n]
         recipe = self.recipe if augment else self.recipe.plain()
-
-        def build(b: int) -> Batch:
-            key = philox.Key(order[b * batch_size : (b + 1) * batch_size], 0, philox.PROBE, seed)
-            x, y = images.batch(key, recipe)
-            return self.mixed(x, y, (seed, philox.PROBE, b)) if is_mixed else (x, y)
-
-        def targets(b: int) -> Tensor:
-            y = images.labels[torch.from_numpy(order[b * batch_size : (b + 1) * batch_size])]
-            blank = torch.zeros(len(y), 1, recipe.image_size, recipe.image_size)
-            return self.mixed(blank, y, (seed, philox.PROBE, b))[1] if is_mixed else y
-
-        attributes = images.select(order).attributes if isinstance(images, ArrayImages) and not is_mixed else {}
-        n_bytes = n * self._bytes_per_image(is_mixed)
-        return ProbeBatches(build, -(-n // batch_size), n, n_bytes, attributes, targets)
+        return freeze_batches(
+            images, order, recipe, batch_size=batch_size, seed=seed, mixed=self.mixed if is_mixed else None,
+            n_bytes=n * self._bytes_per_image(is_mixed),
+        )  # fmt: skip
 
     def probe_bytes(
         self, split: str, n_images: int | None = None, augment: bool = False, mix: bool | None = None, **_: Any

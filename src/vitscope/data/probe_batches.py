@@ -7,10 +7,14 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import overload
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from vitscope.data import batch_cache, range_checks
+from vitscope.data import batch_cache, philox, range_checks
+from vitscope.data.augment.augment import Recipe
+from vitscope.data.sources.array_images import ArrayImages
+from vitscope.data.sources.file_images import FileImages
 
 Batch = tuple[Tensor, Tensor]
 
@@ -107,6 +111,46 @@ class ProbeBatches(Sequence[Batch]):
             if (batch := self._store.get(index)) is not None:
                 return batch
         return x.to(self.device), y.to(self.device)
+
+
+def freeze_batches(
+    images: ArrayImages | FileImages,
+    order: np.ndarray,
+    recipe: Recipe,
+    *,
+    batch_size: int,
+    seed: int,
+    mixed: Callable[[Tensor, Tensor, tuple[int, ...]], Batch] | None,
+    n_bytes: int,
+) -> ProbeBatches:
+    """Return batches of a split, each a function of the seed and its number.
+
+    Args:
+        images: The images of the split.
+        order: (n,) numbers of the images, in the order in which they fill the batches.
+        recipe: Augmentation and normalization.
+        batch_size: Images a batch; the last one may be smaller.
+        seed: Seed of augmentation, by (seed, number of the image), and of mixing, by (seed, number of the batch).
+        mixed: Mixes images and targets of a batch by a seed; None leaves them as they are.
+        n_bytes: Size of all batches in memory.
+    """
+
+    def numbers(index: int) -> np.ndarray:
+        return order[index * batch_size : (index + 1) * batch_size]
+
+    def build(index: int) -> Batch:
+        x, y = images.batch(philox.Key(numbers(index), 0, philox.PROBE, seed), recipe)
+        return mixed(x, y, (seed, philox.PROBE, index)) if mixed is not None else (x, y)
+
+    def targets(index: int) -> Tensor:
+        y = images.labels[torch.from_numpy(numbers(index))]
+        if mixed is None:
+            return y
+        blank = torch.zeros(len(y), 1, recipe.image_size, recipe.image_size)  # mixing takes its boxes from the size
+        return mixed(blank, y, (seed, philox.PROBE, index))[1]
+
+    attributes = images.select(order).attributes if isinstance(images, ArrayImages) and mixed is None else {}
+    return ProbeBatches(build, -(-len(order) // batch_size), len(order), n_bytes, attributes, targets)
 
 
 def limit_images(n_images: int | None, available: int, name: str | None) -> int:
