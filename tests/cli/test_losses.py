@@ -111,7 +111,7 @@ SLIPS = {
     "objective.loss={}.lost": "no such name",
     "objective.loss={{_target_:{}.focal,beta:2}}": "unexpected keyword argument 'beta'",
     "objective.loss={}.Learned": "has parameters, which no optimizer trains here",
-    "objective.loss=torch.nn.Linear": "not a loss such as torch.nn.HuberLoss",
+    "objective.loss=torch.nn.Linear": "not a loss; set objective.loss._target_=torch.nn.HuberLoss",
     "objective.loss=7": "error: objective.loss=7: not ",
     "objective.loss={{gamma:2}}": "neither a name nor a mapping with _target_",
     "objective.loss=mse callbacks.checkpoint.monitor=val/nll": "error: callbacks.checkpoint.monitor=val/nll: no such metric",

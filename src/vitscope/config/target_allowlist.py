@@ -51,22 +51,22 @@ def check_role(node: Mapping[str, Any], path: str) -> None:
 
     place = re.sub(r"^(callbacks|analysis)\.[^.]+$", r"\1", path)
     roles = {
-        "model": (torch.nn.Module, ("vitscope.models.", "timm.", "torchvision."), "a model"),
-        "data": (DataModule, (), "vitscope.data.DataModule"),
-        "data.source": ((), ("vitscope.data.",), "a loader such as vitscope.data.sources.folder.load"),
-        "optimizer": (torch.optim.Optimizer, (), "an optimizer"),
-        "trainer": (pl.Trainer, (), "pytorch_lightning.Trainer"),
-        "callbacks": (pl.Callback, (), "a callback"),
-        "analysis": ((), ("vitscope.diagnostics.",), "a measure"),
-        "objective.loss": (torch.nn.modules.loss._Loss, (), "a loss such as torch.nn.HuberLoss"),
+        "model": (torch.nn.Module, ("vitscope.models.", "timm.", "torchvision."), "a model", "vitscope.models.vit"),
+        "data": (DataModule, (), "the data module", "vitscope.data.DataModule"),
+        "data.source": ((), ("vitscope.data.",), "a loader", "vitscope.data.sources.folder.load"),
+        "optimizer": (torch.optim.Optimizer, (), "an optimizer", "torch.optim.AdamW"),
+        "trainer": (pl.Trainer, (), "a trainer", "pytorch_lightning.Trainer"),
+        "callbacks": (pl.Callback, (), "a callback", "pytorch_lightning.callbacks.EarlyStopping"),
+        "analysis": ((), ("vitscope.diagnostics.",), "a measure", "vitscope.hessian_trace"),
+        "objective.loss": (torch.nn.modules.loss._Loss, (), "a loss", "torch.nn.HuberLoss"),
     }
     if place not in roles:
         return
-    kind, modules, expectation = roles[place]
+    kind, modules, expectation, example = roles[place]
     target = resolve(node["_target_"], path)
     fits = issubclass(target, kind) if inspect.isclass(target) else target.__module__.startswith(modules)
     if not fits and not _trusted(target):
-        raise ConfigError(f"{path}._target_", node["_target_"], f"not {expectation}", "name one")
+        raise ConfigError(f"{path}._target_", node["_target_"], f"not {expectation}", f"set {path}._target_={example}")
 
 
 def resolve(target: Any, path: str) -> Callable[..., Any]:
