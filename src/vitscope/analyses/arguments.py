@@ -25,9 +25,9 @@ def options(
     """Return the inputs that a measure takes from its run, see `run_inputs`, and that its node leaves open.
 
     Args:
-        analysis: what to measure.
-        place: on what.
-        rows: of an interrupted measurement.
+        analysis: the measure, its options and its images.
+        place: run, network and data that are measured.
+        rows: finished rows of an interrupted measurement.
         settings: returns the digits that name the analysis's settings.
     """
     supply: dict[FromRun, Callable[[], Any]] = {

@@ -20,11 +20,11 @@ class AnalysisContext:
 
     Attributes:
         cfg: the run's configuration.
-        run: its folder.
+        run: the run folder.
         network: the model, on its device.
-        datamodule: where batches come from.
+        datamodule: the data module, which gives the batches.
         tag: ``init``, ``epoch-0099``, ``step-000120`` or ``end``.
-        epoch: of the weights, for the card.
+        epoch: epoch of the weights, for the card.
         step: optimizer steps that the weights have made, for the card and the journal.
         mirror: W&B.
         content: the checkpoint the weights came from, where there is one.

@@ -41,7 +41,7 @@ def joined(request: RankRequest | None, device: str) -> Iterator[None]:
     """Be a rank of the process group that a launcher's environment describes; do nothing for one process.
 
     Args:
-        request: as `take_request` returns it; None for one process.
+        request: the request that `take_request` returned; None for one process.
         device: ``auto``, ``cpu`` or ``cuda``; a rank on GPUs takes the one of its local number.
 
     Raises:

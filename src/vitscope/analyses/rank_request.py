@@ -54,7 +54,7 @@ def take_request(cfg: DictConfig, overrides: Sequence[str] = ()) -> RankRequest 
 
     Args:
         cfg: the composed configuration; ``device`` is set to ``cpu`` with ``trainer.accelerator=cpu``.
-        overrides: those of the command line, to refuse settings of a training.
+        overrides: overrides of the command line, to refuse settings of a training.
 
     Raises:
         ConfigError: a trainer of one process, a setting that only a training has, no number of processes for a CPU, a device

@@ -32,8 +32,8 @@ def perform(analysis: Analysis, place: AnalysisContext, *, reuse: bool = True) -
     """Return the analysis's result, from disk where it was made before for the same weights and settings.
 
     Args:
-        analysis: what to measure.
-        place: on what.
+        analysis: the measure, its options and its images.
+        place: run, network and data that are measured.
         reuse: whether an earlier result counts.
 
     Returns:

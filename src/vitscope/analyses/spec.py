@@ -17,8 +17,8 @@ class Analysis:
     Attributes:
         name: the node's key, which names the folder of its results.
         measure: the function.
-        options: its keyword arguments.
-        probe: which images.
+        options: keyword arguments of the measure.
+        probe: which images are measured: keys of ``analysis.<name>.probe``.
         when: ``start, every_n_epochs, every_n_steps, at_steps, end`` of training.
         on_error: ``warn`` (training goes on and the result is null) or ``raise``.
     """

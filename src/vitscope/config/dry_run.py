@@ -36,7 +36,7 @@ def rehearse(cfg: DictConfig, network: nn.Module, data: Any) -> None:
 
     Args:
         cfg: a validated configuration.
-        network: on the CPU; it is left as it was.
+        network: the network, on the CPU; it is left as it was.
         data: the data module, set up for training.
 
     Raises:

@@ -90,7 +90,7 @@ def optimizer_builder(node: Mapping[str, Any], network: nn.Module) -> functools.
 
     Args:
         node: ``_target_`` and its arguments, without the schedule.
-        network: whose parameters will be trained.
+        network: the network whose parameters will be trained.
     """
     build = instantiate.instantiate({**node, "_partial_": True}, "optimizer")
     if "network" in inspect.signature(build.func).parameters:
@@ -141,7 +141,7 @@ def probe(
         datamodule: gives the batches.
         settings: ``split, augment, n_images, batch_size`` and optionally ``seed``; ``augment`` is whether to apply the run's
             training augmentation, or the name of the objective whose augmentation to apply whatever the run was trained with.
-        facts: what the card should say besides: ``checkpoint``, ``epoch``.
+        facts: further facts for the card: ``checkpoint``, ``epoch``.
         content: the checkpoint, for an objective that needs the optimizer's state.
     """
     settings = dict(settings)
@@ -195,7 +195,7 @@ def optimizer_state(
     """Return the optimizer that a checkpoint holds: its class, hyper-parameters by group and state; None where it holds none.
 
     Args:
-        network: whose parameters it trains.
+        network: the network whose parameters it trains.
         content: the checkpoint.
         cfg: the run's configuration, which names the optimizer's class.
 

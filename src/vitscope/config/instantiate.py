@@ -32,7 +32,7 @@ def instantiate(node: Any, path: str, *, drop: Iterable[str] = (), **arguments: 
 
     Args:
         node: a mapping with ``_target_``; nested ones are built first.
-        path: its dotted place in the configuration, for errors.
+        path: dotted place of the node in the configuration, for errors.
         drop: keys that are not arguments.
         arguments: passed on top of the node's.
 

@@ -32,7 +32,8 @@ class Cost:
 
     Attributes:
         parameters: tied ones once.
-        flops: of a forward pass of one image: two for each multiply-add of matrix products, convolutions and attention.
+        flops: floating-point operations of a forward pass of one image: two for each multiply-add of matrix products,
+            convolutions and attention.
         why: the reason where they are not known (both are then None).
     """
 

@@ -29,9 +29,9 @@ def check_node(
 
     Args:
         path: the node's key.
-        node: its plain values.
+        node: plain values of the node.
         extra: keys of the node itself that are not the target's arguments.
-        supplied: from the target of ``path`` to the arguments that vitscope passes, which a configuration need not name.
+        supplied: function from the target of ``path`` to the arguments that vitscope passes, which a configuration need not name.
 
     Raises:
         ConfigError: naming the key.

@@ -37,7 +37,7 @@ def check(node: Mapping[str, Any], path: str, module: str) -> None:
 
     Args:
         node: a mapping with ``_target_``; mappings in it with one of their own are left to their own check.
-        path: its dotted key.
+        path: dotted key of the file.
         module: the module of the object that ``_target_`` names.
 
     Raises:

@@ -20,7 +20,7 @@ class Pixels:
 
     Attributes:
         mean: (C, 1, 1), or (1, 1, 1) for all channels alike.
-        std: of the same shape, above 0.
+        std: standard deviation, of the same shape and above 0.
     """
 
     mean: Tensor

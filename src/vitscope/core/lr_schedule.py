@@ -34,9 +34,9 @@ def factor(
         kind: ``cosine``, ``multistep`` or ``constant``.
         warmup_epochs: length of the warm-up.
         per_epoch: hold the rate within an epoch, as the official code does.
-        min_factor: where the cosine ends.
+        min_factor: factor at which the cosine ends.
         milestones: epochs after warm-up at which the rate is multiplied by ``gamma``.
-        gamma: see ``milestones``.
+        gamma: factor of the rate at each of ``milestones``.
 
     Raises:
         ValueError: an unknown kind.

@@ -38,12 +38,12 @@ class Objective:
         l2: ``half_sq`` wd/2 * sum of squares; ``sum_norm`` wd * sum of the un-squared tensor norms (the released code of
             Park & Kim); ``adamw`` wd/2 * sum of (sqrt(v) + eps) w^2 with v frozen from the optimizer's state, whose
             gradient vanishes together with AdamW's step; ``none``.
-        label_smoothing: of index targets, in [0, 1). Soft targets are never smoothed again.
+        label_smoothing: smoothing of index targets, in [0, 1). Soft targets are never smoothed again.
         loss: ``cross_entropy``, ``mse``, ``bce`` or ``dense_cross_entropy``, see `vitscope.core.losses.named_losses`; or a
             callable ``loss(outputs, targets)`` that returns one value an image ``(B,)``, or their mean, a scalar, which a batch
             then weighs by its images. Images whose class index is ``IGNORED_LABEL`` count in neither. A module's parameters are
             constants: they are no part of the network that is measured.
-        decay_scale: for ``adamw`` only: sqrt(v) + eps for each parameter by name.
+        decay_scale: scale of the decay, for ``adamw`` only: sqrt(v) + eps for each parameter by name.
 
     Raises:
         ValueError: an unknown form or loss, a negative or non-finite factor, ``adamw`` without ``decay_scale``, or

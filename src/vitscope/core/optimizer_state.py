@@ -30,8 +30,8 @@ class ParameterState:
 
     Attributes:
         group: the hyper-parameters of its group.
-        state: its moments and steps; empty before the first step.
-        shape: of the parameter.
+        state: moments and steps of the parameter; empty before the first step.
+        shape: shape of the parameter.
     """
 
     group: Mapping[str, Any]
@@ -44,8 +44,8 @@ class OptimizerState:
     """An optimizer at a point of training.
 
     Attributes:
-        name: its class in `torch.optim`, such as ``AdamW``; another class's name where it is none of those.
-        parameters: what it knows of each parameter that it trains, by name; empty where it cannot be told.
+        name: class of the optimizer in `torch.optim`, such as ``AdamW``; another class's name where it is none of those.
+        parameters: state and settings of each parameter that it trains, by name; empty where it cannot be told.
         unknown: why no limit of stability can be derived, or an empty text.
         ascent_radius: rho of sharpness-aware minimization around this optimizer; 0 without.
     """
@@ -83,7 +83,7 @@ def of_checkpoint(saved: Mapping[str, Any], model: nn.Module, target: Mapping[st
 
     Args:
         saved: ``param_groups`` and ``state``.
-        model: whose trainable parameters the optimizer was given, in their order.
+        model: the model whose trainable parameters the optimizer was given, in their order.
         target: the configuration's optimizer (``_target_``, of SAM with ``rho`` and ``base``), where it is known.
 
     Raises:

@@ -40,7 +40,7 @@ def estimates(means: Sequence[RunningMean], level: float = 0.95) -> list[Estimat
     """Return each mean over all ranks' images, with its t-interval.
 
     Args:
-        means: the same number on every rank; a rank that saw no image leaves its own empty.
+        means: running means, the same number on every rank; a rank that saw no image leaves its own empty.
         level: coverage of the interval, in (0, 1).
 
     Raises:

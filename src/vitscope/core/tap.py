@@ -78,7 +78,7 @@ def chosen_taps(taps: Sequence[Tap], choice: str | Sequence[str]) -> list[Tap]:
     """Return the taps that a measure reads, in their order.
 
     Args:
-        taps: of the model, at least one.
+        taps: taps of the model, at least one.
         choice: ``stages``, the last tap of each stage after the stem, and the last of all; ``last``; ``all``; or names.
 
     Raises:

@@ -98,7 +98,7 @@ class WeightEvaluation:
     """Evaluation of a guarded model with the weights that it has, see `guarded_evaluation`.
 
     Args:
-        probe: its batches and objective.
+        probe: the probe, whose batches and objective are evaluated.
         model: the guarded model.
         autocast: reduced precision of the forward passes; None for the model's own.
         bn: one of `BN_POLICIES`.

@@ -39,8 +39,8 @@ class MemoryStore:
     """Batches in memory.
 
     Args:
-        place: where they are kept; the CPU for the host's memory.
-        device: where `get` gives them. Host memory for a GPU is page-locked, so that copies to it are fast.
+        place: Device on which batches are kept; the CPU for the host's memory.
+        device: Device on which `get` returns them. Host memory for a GPU is page-locked, so that copies to it are fast.
     """
 
     def __init__(self, place: torch.device, device: torch.device) -> None:
@@ -67,7 +67,7 @@ class DiskStore:
 
     Args:
         n_bytes: Bytes of all batches; they are reserved, so that writing cannot fail.
-        device: Where `get` gives them.
+        device: Device on which `get` returns them.
 
     Raises:
         StorageError: The disk has no space.

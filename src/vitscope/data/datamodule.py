@@ -259,7 +259,7 @@ class DataModule(pl.LightningDataModule):
             augment: Apply the training augmentation, mixup and CutMix.
             n_images: How many images; all of them for None.
             batch_size: Images a batch; the last one may be smaller.
-            seed: Of images, augmentation and mixing; the module's for None.
+            seed: Seed of images, augmentation and mixing; the module's for None.
             mix: Mix the batches; None: where `augment` is set and the objective mixes.
 
         Returns:

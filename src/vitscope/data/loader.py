@@ -188,7 +188,7 @@ class Augmented(Dataset[Any]):
     Args:
         images: `ArrayImages` or `FileImages`.
         recipe: What happens to them.
-        seed: Of their augmentation.
+        seed: Seed of their augmentation.
     """
 
     def __init__(self, images: Any, recipe: Recipe, seed: int) -> None:

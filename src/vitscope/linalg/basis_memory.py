@@ -36,7 +36,7 @@ class BasisBuffer:
         shared: every rank runs one search on an operator whose products are reduced; each then holds its share of the columns.
 
     Attributes:
-        placement: where the rows are: ``device``, ``cpu`` or ``disk``; with ``auto`` ``device`` until `plan` has chosen.
+        placement: place of the rows: ``device``, ``cpu`` or ``disk``; with ``auto`` ``device`` until `plan` has chosen.
     """
 
     def __init__(self, choice: str = "auto", *, shared: bool = False) -> None:
@@ -177,7 +177,7 @@ def file_tensor(n_bytes: int, key: str, fix: str) -> Tensor:
     Args:
         n_bytes: number of bytes.
         key: the configuration's key that asked for a file, for the error.
-        fix: what to do where there is no space.
+        fix: advice for the error where there is no space.
 
     Raises:
         StorageError: the disk has no space.

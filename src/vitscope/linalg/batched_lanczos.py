@@ -137,12 +137,12 @@ def eigenvalues_side_by_side(
     Args:
         curvatures: the model, parameters and options.
         group: ``(number, (x, y))`` of each batch.
-        k: how many.
+        k: number of eigenvalues.
         n_ends: also this many of the largest and of the smallest.
         tol: relative error at which to stop.
         max_products: the most products of a batch.
         max_memory: bytes that all bases together may take; None: a quarter of what is free (on a GPU half).
-        seed: of start vectors.
+        seed: seed of start vectors.
 
     Raises:
         CannotBatch: see `SideBySide`; or the model's operations do not allow it, or give other products under vmap.

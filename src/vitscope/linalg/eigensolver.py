@@ -81,7 +81,7 @@ def extreme_eigenvalues(
     Args:
         product: ``v -> H v``, see `Lanczos`.
         start: the first vector ``(size,)``.
-        k: how many eigenvalues; with ``both`` at either end.
+        k: number of eigenvalues; with ``both`` at either end.
         which: ``LM`` by magnitude, ``LA`` the largest, ``SA`` the smallest, ``both`` ends from one run.
         n_ends: this many more of the largest, then of the smallest, after the others.
         tol: relative error of each eigenvalue at which to stop (of the largest one's magnitude times 1e-3 where smaller).
@@ -89,11 +89,11 @@ def extreme_eigenvalues(
         max_memory: bytes that the basis may take, on all ranks together; thick restarts keep to it. None: a quarter of what is
             free.
         vectors: also return the eigenvectors.
-        seed: of the random vectors that continue after an invariant subspace.
+        seed: seed of the random vectors that continue after an invariant subspace.
         shift: added to every eigenvalue: the operator is H + shift I.
         shared: every rank runs this on one operator whose products are reduced: all must stop together, and each holds a share
             of the basis.
-        memory: of the basis, to be used again by the next search, with the same ``shared``; None for its own.
+        memory: memory of the basis, to be used again by the next search, with the same ``shared``; None for its own.
         confirmations: products in a row with which all eigenvalues must be known.
         random_share: length of the random part of ``start`` relative to the rest, which may lie in a wrong invariant subspace;
             the search then goes on until it is unlikely that a value beyond the wanted ones was passed over. None for a start

@@ -33,7 +33,7 @@ class Basis:
     Args:
         capacity: the most rows.
         like: a vector ``(size,)`` whose size, dtype and device are used.
-        memory: where the rows are, and which columns of them this rank holds; None for a new place with all of them.
+        memory: memory of the rows, which says which columns this rank holds; None for new memory with all columns.
 
     Attributes:
         rows: (capacity, columns of this rank) the memory; on a CPU pages are taken only when a row is first written.
@@ -41,7 +41,7 @@ class Basis:
         count: rows in use.
         size: columns of all ranks.
         capacity: the most rows.
-        dtype: of the rows.
+        dtype: type of the rows.
     """
 
     def __init__(self, capacity: int, like: Tensor, memory: BasisBuffer | None = None) -> None:

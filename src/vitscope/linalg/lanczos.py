@@ -38,9 +38,9 @@ class Lanczos:
             products come from outside, to `absorb`.
         start: the first vector ``(size,)``, of any length; a zero one is replaced by a random one.
         capacity: rows of memory; at most ``capacity - 1`` steps between two calls of `restart`.
-        seed: of the random vectors that continue after an invariant subspace.
+        seed: seed of the random vectors that continue after an invariant subspace.
         shift: added to every eigenvalue: the operator is H + shift I.
-        memory: of the basis; None for its own.
+        memory: memory of the basis; None for its own.
 
     Attributes:
         projection: (m, m) float64, T.

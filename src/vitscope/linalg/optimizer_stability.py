@@ -48,12 +48,12 @@ class StabilityLimit:
         name: the optimizer's class.
         critical: the critical curvature by parameter name, float64 and broadcastable; infinite where the weight does not move.
         decay: coupled decay by parameter name, which adds to the curvature.
-        unit: of ``critical``: divided by it they are the preconditioner P of which ``threshold`` is the limit.
-        threshold: of the first group that moves, without p: 2 (1 + beta1) / ((1 - beta1) lr) for Adam; infinite where the rate
-            of every group is 0, and ``critical`` is then that of a rate of 1.
+        unit: unit of ``critical``: divided by it they are the preconditioner P of which ``threshold`` is the limit.
+        threshold: threshold of the first group that moves, without p: 2 (1 + beta1) / ((1 - beta1) lr) for Adam; infinite where
+            the rate of every group is 0, and ``critical`` is then that of a rate of 1.
         lr: the rate of that group.
-        beta1: its momentum coefficient, NaN where it has none.
-        formula: of the threshold.
+        beta1: momentum coefficient of that group, NaN where it has none.
+        formula: formula of the threshold.
     """
 
     name: str

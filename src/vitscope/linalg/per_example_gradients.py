@@ -36,7 +36,7 @@ class PerExampleGradients:
     Args:
         model: the guarded model.
         loss: the scalar of one image.
-        parameters: those analyzed, by name.
+        parameters: the parameters analyzed, by name.
         micro_batch: images at once; None for as many as an eighth of the free memory holds, at most `MOST_IMAGES`.
 
     Raises:

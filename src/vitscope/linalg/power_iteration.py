@@ -32,10 +32,10 @@ def power_iteration(
     Args:
         product: ``v -> H v``.
         like: a vector ``(size,)`` whose size, dtype and device are used.
-        k: how many.
+        k: number of eigenvalues.
         tol: relative change at which to stop.
         max_iterations: products for each eigenvalue at most.
-        seed: of the random vectors.
+        seed: seed of the random vectors.
 
     Raises:
         ValueError: ``k`` not between 1 and the size.

@@ -83,7 +83,7 @@ def plot(
         title: False for no title (of panels that show one result each, the result's name stays); a text for a title of the
             figure.
         allow_different: overlay results whose objective cards differ.
-        options: of the figure, see above.
+        options: options of the figure, see above.
 
     Returns:
         The figure; that of ``ax``, where it is given.

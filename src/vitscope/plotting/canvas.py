@@ -98,8 +98,8 @@ def new_canvas(width: float = COLUMN_WIDTH, height: float = 2.4) -> Canvas:
     """Return the canvas of the next figure.
 
     Args:
-        width: in inches, where the user chose neither a size nor axes.
-        height: likewise.
+        width: width in inches, where the user chose neither a size nor axes.
+        height: height in inches, likewise.
     """
     drawing = _drawing.get() or Drawing()
     if drawing.target is not None:

@@ -14,7 +14,7 @@ def loss_label(text: str, results: Iterable[Any]) -> str:
 
     Args:
         text: such as ``NLL (nats)``.
-        results: those that are drawn; their cards state the loss.
+        results: the results that are drawn; their cards state the loss.
     """
     cards = [getattr(result, "card", None) for result in results]
     if all(card is None or card.loss.startswith(_LIKELIHOODS) for card in cards):

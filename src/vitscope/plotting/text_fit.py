@@ -44,7 +44,7 @@ def fit_legend(labels: Sequence[str], n_columns: int, width: float) -> tuple[lis
     Args:
         labels: texts of the entries.
         n_columns: number of columns that the figure asks for.
-        width: in inches.
+        width: width in inches.
     """
     most = _characters(width, FontProperties(size=rcParams["legend.fontsize"]).get_size_in_points())
     fitted = [broken_lines(label, max(8, most - _HANDLE)) for label in labels]

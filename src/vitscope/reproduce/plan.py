@@ -43,9 +43,9 @@ class Outcome:
     """What became of a trial.
 
     Attributes:
-        run: its folder; None where it could not be trained.
+        run: the run folder; None where it could not be trained.
         problems: every analysis that failed or gave a number that is not finite, named.
-        results: what was measured, as ``analysis/tag-settings``: a run may have the same analysis with other settings.
+        results: names of the results, as ``analysis/tag-settings``: a run may have the same analysis with other settings.
     """
 
     run: Path | None

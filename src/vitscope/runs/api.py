@@ -54,7 +54,7 @@ def load_probe(
         run: a run folder, or a checkpoint file in one (which then wins over ``ckpt``).
         split: ``train``, ``val`` or ``test``.
         augment: apply the run's training augmentation and mixup, frozen; or those of the objective of that name.
-        n_images: how many images; all of the split by default.
+        n_images: number of images; all of the split by default.
         batch_size: images a batch; the run's evaluation batch by default.
         ckpt: the checkpoint's name without its ending; ``ema`` for the averages over training steps that the last one (or
             the file) holds.

@@ -24,7 +24,7 @@ def load_named_weights(
     """Put the weights of a named file into a network built from a configuration, see `checkpoint_weights.load_weights`.
 
     Args:
-        network: its weights are replaced.
+        network: the network whose weights are replaced.
         content: the contents of the file.
         path: the file.
         cfg: the configuration of the network and its data, for errors.

@@ -120,8 +120,8 @@ def record(run: Run, cfg: DictConfig, changes: Sequence[Change], step: int) -> N
     """Write what changed to ``provenance.json`` and the configuration that holds from now on to ``config.yaml``.
 
     Args:
-        run: that goes on.
-        cfg: its configuration from now on.
+        run: the run that is resumed.
+        cfg: configuration of the run from now on.
         changes: the changes.
         step: the optimizer step from which they hold.
     """

@@ -187,8 +187,8 @@ def _refuse_or_take_over(path: Path, now: float) -> None:
     """Raise where the holder lives; else move its lock aside, once, however many processes try.
 
     Args:
-        path: of the lock.
-        now: by the clock of the file system, which also dates the heartbeats.
+        path: file of the lock.
+        now: time by the clock of the file system, which also dates the heartbeats.
     """
     try:
         text, age = safe_files.read_text(path, _LARGEST), now - path.stat().st_mtime

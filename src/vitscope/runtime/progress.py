@@ -33,7 +33,7 @@ def track(iterable: Iterable[T], description: str, total: int | None = None) -> 
     """Yield the items of ``iterable`` while showing how far the work is, and poll for termination.
 
     Args:
-        iterable: what to go through.
+        iterable: the items to go through.
         description: a few words shown before the bar, for example ``"loss landscape"``.
         total: the number of items, where ``len`` does not know it.
 

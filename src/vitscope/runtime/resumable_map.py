@@ -32,7 +32,7 @@ def map_resumably(
     returns all rows. Rows that any rank has are not computed again, also after a restart with another number of ranks.
 
     Args:
-        keys: in the order of the work; neighbors go to one rank.
+        keys: keys in the order of the work; neighbors go to one rank.
         compute: computes one row.
         name: a key's name in ``partial``.
         partial: finished rows; None stores no row.

@@ -66,8 +66,8 @@ def where_enough_wrong(half_width: np.ndarray, wrong: np.ndarray) -> np.ndarray:
     truth (of a classifier that is right on 97.5 % it held the truth at 83 % of 128 and 92 % of 512 images).
 
     Args:
-        half_width: of any shape.
-        wrong: how many images were answered wrong, before a change or after it, of the same shape.
+        half_width: half the width of each interval, of any shape.
+        wrong: number of images that were answered wrong, before a change or after it, of the same shape.
     """
     return np.where(np.asarray(wrong) >= LEAST_EVENTS - 0.5, half_width, np.nan)  # counts come back from means
 

@@ -45,7 +45,7 @@ def kendall_tau(
         y: (n,) numbers of the same runs, such as their generalization gap.
         level: Nominal coverage, in (0, 1).
         n_resamples: Bootstrap samples.
-        seed: Of the bootstrap.
+        seed: Seed of the bootstrap.
 
     Raises:
         ValueError: Sides of different lengths, or numbers that are not finite.

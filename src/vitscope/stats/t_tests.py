@@ -62,7 +62,8 @@ def t_interval(values: Sequence[float], magnitude: float = 0.0) -> Interval:
 
     Args:
         values: one number a seed.
-        magnitude: of the numbers that the values are sums or differences of; that of the values themselves where it is smaller.
+        magnitude: magnitude of the numbers that the values are sums or differences of; that of the values themselves where it
+            is smaller.
 
     Raises:
         ValueError: a value that is not finite.

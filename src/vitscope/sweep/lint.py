@@ -38,7 +38,7 @@ def check(sweep: Sweep, *, thorough: bool = False, has_overrides: bool = False) 
 
     Args:
         sweep: the sweep.
-        thorough: see `problems`.
+        thorough: as for `problems`.
         has_overrides: whether settings of the command hold for every trial, which may be what is wrong.
 
     Raises:

@@ -74,10 +74,10 @@ class LocalSweep:
     """A sweep's folder, its trials, and the loop over them.
 
     Args:
-        sweep: what to run.
+        sweep: the sweep to run.
         root: the folder of sweeps; this one takes ``<root>/<file>-<hash>``.
-        slots: where trials run.
-        limit: at most the first so many trials.
+        slots: GPUs or shares of the CPU's cores, each of which runs one trial at a time.
+        limit: largest number of trials to run, the first ones.
         show: called with this object about every second and whenever something changed.
 
     Raises:

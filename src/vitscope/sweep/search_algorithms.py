@@ -40,7 +40,7 @@ def start(sweep: Sweep, limit: int | None, earlier_trials: Mapping[int, dict[str
 
     Args:
         sweep: the sweep.
-        limit: at most this many trials.
+        limit: largest number of trials.
         earlier_trials: trials that an earlier invocation proposed, by number; a search that learns must propose them again.
 
     Raises:

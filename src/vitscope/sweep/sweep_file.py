@@ -26,7 +26,7 @@ class Sweep:
 
     Attributes:
         path: the file.
-        content: its keys, ``overrides`` already written into ``parameters`` as single values.
+        content: keys of the file, ``overrides`` already written into ``parameters`` as single values.
     """
 
     path: Path

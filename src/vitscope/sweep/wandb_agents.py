@@ -69,9 +69,9 @@ def run(sweep: Sweep, sweep_id: str, folder: Path, slots: Sequence[Slot], limit:
     Args:
         sweep: the file that made it.
         sweep_id: ``entity/project/id`` or ``id``.
-        folder: where the runs and the agents' logs go.
-        slots: where agents run.
-        limit: at most this many trials, shared among the agents.
+        folder: folder of the runs and of the agents' logs.
+        slots: GPUs or shares of the CPU's cores, each of which runs one agent.
+        limit: largest number of trials, shared among the agents.
 
     Returns:
         0 if every trial that an agent started has finished; else the exit code of the first that has not.
@@ -111,8 +111,8 @@ def report(folder: Path, broken: int = 0, *, may_stop: bool = False) -> int:
     (its command line was refused) failed too.
 
     Args:
-        folder: of the sweep.
-        broken: how many agents ended with an error.
+        folder: folder of the sweep.
+        broken: number of agents that ended with an error.
         may_stop: whether the server may stop trials early, so that a stopped one is complete.
     """
     first, finished = 0, 0

@@ -43,14 +43,15 @@ class Classifier(pl.LightningModule):
     run repeats an uninterrupted one bit for bit, with or without diagnostics in between.
 
     Args:
-        network: from images ``(B, C, H, W)`` to logits ``(B, num_classes)``, or to a mapping or an object with ``logits``.
+        network: a module from images ``(B, C, H, W)`` to logits ``(B, num_classes)``, or to a mapping or an object with
+            ``logits``.
         num_classes: K.
-        optimizer: from parameters to an optimizer.
+        optimizer: function from parameters to an optimizer.
         lr_schedule: keyword arguments of `vitscope.core.lr_schedule.factor`.
-        label_smoothing: of index targets.
+        label_smoothing: smoothing of index targets.
         loss: name or callable, as `vitscope.Objective` takes it.
-        mix: from ``(x, y, seed)`` to mixed ``(x, soft y)``; None for no mixup.
-        seed: of the run.
+        mix: function from ``(x, y, seed)`` to mixed ``(x, soft y)``; None for no mixup.
+        seed: seed of the run.
         compile: train through ``torch.compile``; diagnostics always see the uncompiled network.
         channels_last: hand images over in NHWC order, which convolutions keep; weights stay as they are.
         identity: plain facts kept in checkpoints and compared on resume.

@@ -15,7 +15,7 @@ class BatchInputs:
     A tensor whose first axis has as many entries as there are images is cut with them; any other entry is handed over whole.
 
     Args:
-        entries: of the batch, by key or by place.
+        entries: entries of the batch, by key or by place.
         n_images: number of images.
     """
 

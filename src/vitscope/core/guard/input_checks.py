@@ -39,7 +39,7 @@ class InputChecks:
 
     Args:
         loss: the objective's.
-        batch_format: of the batches.
+        batch_format: form of the batches; by default pairs ``(x, y)``.
     """
 
     def __init__(

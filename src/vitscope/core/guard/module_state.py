@@ -42,7 +42,7 @@ class AttributeSnapshot:
     in their first pass, and a flag.
 
     Args:
-        model: whose modules are looked at, and those that they hold in plain lists and dictionaries.
+        model: the model with the modules to look at, and those that they hold in plain lists and dictionaries.
         hooks: also put back hooks that were removed, and the attributes that every module has, such as ``training``.
         values: also keep copies of tensors on plain attributes, to undo changes in place.
     """

@@ -28,7 +28,7 @@ class PassChecks:
 
     Args:
         model: inside a guard, in eval mode, whenever a method is called.
-        objective: whose data term is differentiated.
+        objective: the objective whose data term is differentiated.
         first_batch: reads the probe's first batch; None without one.
     """
 

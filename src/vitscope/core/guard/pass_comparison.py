@@ -28,7 +28,7 @@ def compare_passes(
     Args:
         model: gives L and the layers' numbers of inputs.
         first: tensors of one pass.
-        second: of the other.
+        second: tensors of the other pass.
         drew: whether random numbers were drawn.
         x: the images (B, C, H, W).
     """

@@ -14,7 +14,7 @@ def hooked_passes(model: nn.Module, before: Callable[..., Any], after: Callable[
     """Call ``before`` and ``after`` around every forward pass inside.
 
     Args:
-        model: whose passes are hooked.
+        model: the model whose passes are hooked.
         before: a forward pre-hook ``(model, args)``, called before the model's own; what it returns replaces ``args``.
         after: a forward hook ``(model, args, output)``, also called after a pass that raised, with None for ``output``.
     """

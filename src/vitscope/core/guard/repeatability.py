@@ -29,7 +29,7 @@ class Repeatability:
     Attributes:
         random: modules whose outputs differ between the passes, innermost ones; empty where both passes agree.
         difference: the largest relative difference of an output, the loss or the gradient.
-        bound: what another order of summation may make of it.
+        bound: largest difference that another order of summation explains.
         written: parameters that a pass writes to.
         unread: trainable parameters of modules that run, from which the outputs may be cut off.
         unused: trainable parameters that the outputs in eval mode do not use.
@@ -119,8 +119,8 @@ def examine(
     Args:
         model: inside a guard, in eval mode.
         x: images (B, C, H, W), or the batch of a network that takes more.
-        y: their targets.
-        objective: whose data term is differentiated; None compares outputs alone.
+        y: targets of the images.
+        objective: the objective whose data term is differentiated; None compares outputs alone.
         moves_weights: whether the model will be evaluated at other weights.
     """
     weights = _identities(model)

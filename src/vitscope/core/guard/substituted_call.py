@@ -18,7 +18,7 @@ def substituted_call(model: nn.Module, tensors: Mapping[str, Tensor], inputs: An
 
     Args:
         model: the network.
-        tensors: by name, as in ``model.named_parameters()``.
+        tensors: tensors by name, as in ``model.named_parameters()``.
         inputs: the argument of the network.
     """
     first_names = {id(p): name for name, p in model.named_parameters()}

@@ -26,7 +26,7 @@ def check_output(loss: str | Callable[..., Any], output: Any, n_images: int | No
 
     Args:
         loss: the objective's; a callable takes any output.
-        output: of the network.
+        output: output of the network.
         n_images: images that it was given; None where that is not known.
 
     Returns:

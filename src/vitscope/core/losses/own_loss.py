@@ -63,7 +63,7 @@ def reduced(loss: OwnLoss, outputs: Any, y: Tensor, reduction: str) -> Tensor:
 
     Args:
         loss: returns values ``(B,)`` or their mean.
-        outputs: of the network.
+        outputs: outputs of the network.
         y: targets.
         reduction: ``none``, ``sum`` or ``mean``.
 
@@ -111,7 +111,7 @@ def check_mean_over_images(loss: OwnLoss, outputs: Tensor, y: Tensor) -> None:
 
     Args:
         loss: returns values ``(B,)`` or their mean.
-        outputs: of the network ``(B, ...)``, B at least 2; without a graph.
+        outputs: outputs of the network ``(B, ...)``, B at least 2; without a graph.
         y: targets of the same images.
 
     Raises:

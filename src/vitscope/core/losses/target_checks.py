@@ -28,7 +28,7 @@ def check_targets(loss: str | Callable[..., Any], index: int, n_images: int, y: 
         loss: the objective's.
         index: number of the batch, for the error.
         n_images: images in the batch.
-        y: its targets, class indices as int64.
+        y: targets of the batch, class indices as int64.
 
     Returns:
         The highest class index, -1 for other targets.

@@ -46,7 +46,7 @@ def distributions(y: Tensor, n_classes: int, dtype: torch.dtype, smoothing: floa
     Args:
         y: class indices ``(B,)`` or soft targets ``(B, n_classes)``.
         n_classes: number of classes.
-        dtype: of the result.
+        dtype: type of the result.
         smoothing: share of the mass of an index target that is spread over all classes.
     """
     if y.ndim == 2:

@@ -132,7 +132,7 @@ def probe_facts(
 
     Args:
         model: the model.
-        device: its device.
+        device: device of the model.
         objective: the objective.
         n_batches: number of batches; None where they have to be counted.
         n_images: number of images; None where they have to be counted.

@@ -21,10 +21,10 @@ class ShardLayout:
     """Where a rank's shard lies in the whole weight: ranks hold equal numbers of rows in turn, the last ones fewer or none.
 
     Attributes:
-        shape: of the whole weight.
-        axis: along which it is cut.
-        rank: of this process in the group.
-        world: size of the group.
+        shape: shape of the whole weight.
+        axis: axis along which it is cut.
+        rank: rank of this process in the group.
+        world: number of processes of the group.
         group: the processes that hold shards; None for all.
     """
 

@@ -30,7 +30,7 @@ class LocalShard(nn.Parameter):
     """This rank's rows of a sharded parameter, as a leaf of the graph that shares their memory.
 
     Attributes:
-        layout_of_whole: where they lie in the whole parameter.
+        layout_of_whole: place of the rows in the whole parameter.
     """
 
     layout_of_whole: ShardLayout

@@ -35,8 +35,8 @@ def apgd(
         forward: pixels to logits.
         pixels: ``(B, C, H, W)``.
         labels: ``(B,)``.
-        ball: what is allowed.
-        loss: what is raised.
+        ball: set of allowed images.
+        loss: loss that the attack raises.
         iterations: steps.
         generators: each image's, for the start.
     """

@@ -23,7 +23,7 @@ class Ball:
 
     Attributes:
         norm: ``linf`` (every value) or ``l2`` (an image as one vector).
-        radius: in pixels of [0, 1].
+        radius: radius of the ball, in pixels of [0, 1].
     """
 
     norm: str
@@ -137,11 +137,11 @@ def pgd(
         forward: pixels to logits.
         pixels: ``(B, C, H, W)``.
         labels: ``(B,)``.
-        ball: what is allowed.
-        loss: logits and labels to what is raised.
-        steps: at each start.
-        step_size: in pixels of [0, 1].
-        starts: for each start, each image's generator.
+        ball: set of allowed images.
+        loss: function from logits and labels to the loss that is raised.
+        steps: number of steps at each start.
+        step_size: length of a step, in pixels of [0, 1].
+        starts: random generators of the images, for each start.
     """
     worst, _ = looked_at(forward, pixels, torch.zeros_like(pixels), labels, loss)
     for generators in starts:

@@ -35,7 +35,7 @@ def square(
         forward: pixels to logits; never differentiated.
         pixels: ``(B, C, H, W)``.
         labels: ``(B,)``.
-        ball: what is allowed.
+        ball: set of allowed images.
         queries: the most that an image is shown to the model.
         generators: each image's.
     """

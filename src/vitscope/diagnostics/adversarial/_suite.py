@@ -27,13 +27,13 @@ class Settings:
     """How hard the attacks try.
 
     Attributes:
-        loss: of FGSM and PGD, one of ``ce dlr cw``.
-        steps: of PGD, at each start.
-        step_size: of PGD as a multiple of the radius divided by ``steps``.
+        loss: loss that FGSM and PGD raise, one of ``ce dlr cw``.
+        steps: number of steps of PGD at each start.
+        step_size: length of a step of PGD, as a multiple of the radius divided by ``steps``.
         restarts: random starts of every attack but FGSM.
-        iterations: of each run of APGD.
+        iterations: number of iterations of each run of APGD.
         n_targets: classes that APGD-T tries, those of the largest logits of the clean image.
-        queries: of the Square Attack at each start.
+        queries: number of queries of the Square Attack at each start.
     """
 
     loss: str = "ce"
@@ -64,7 +64,7 @@ class Images:
         pixels: ``(B, C, H, W)`` in [0, 1].
         labels: ``(B,)``.
         places: ``(B,)`` each image's number among all images, which decides its draws.
-        seed: of all draws.
+        seed: seed of all draws.
     """
 
     pixels: Tensor
@@ -89,9 +89,9 @@ def attacked(
     Args:
         attack: one of `ATTACKS`.
         forward: pixels to logits.
-        images: what is attacked.
+        images: images to attack.
         ball: the allowed changes.
-        settings: how hard.
+        settings: loss, steps, restarts and queries of the attacks.
     """
     pixels, labels = images.pixels, images.labels
     if attack == "fgsm":

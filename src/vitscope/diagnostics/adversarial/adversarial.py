@@ -50,12 +50,12 @@ class AdversarialResult(Result, coordinates={"attack": ("attacks", "suite_attack
             blind; NaN for ``square``, which takes none.
         suite_attacks: (n_members,) the attacks that ``suite`` ran in their order, empty without it.
         suite_accuracy: (n_members, n_epsilons) accuracy left after each of them and those before it.
-        settings: for each attack that ran, members of the suite included, its loss, steps, starts and the like.
+        settings: loss, steps, starts and the like of each attack that ran, members of the suite included.
         largest_change: (n_attacks, n_epsilons) the largest norm among the changes, gray levels; at most epsilon.
-        clean_accuracy: on the images as they are.
+        clean_accuracy: accuracy on the images as they are.
         clean_nll: nats.
         n_images: images attacked.
-        card: the conditions.
+        card: conditions of the measurement.
     """
 
     attacks: tuple[str, ...]
@@ -120,17 +120,17 @@ def adversarial(
             left, which is AutoAttack's standard version without FAB-T.
         epsilons: radii in gray levels.
         norm: ``linf``: each value changes by at most epsilon; ``l2``: an image by at most epsilon as a vector.
-        loss: of FGSM and PGD: ``ce`` (cross entropy), ``dlr`` (difference of logits ratio), ``cw`` (Carlini and Wagner's
-            difference of logits).
-        steps: of PGD, at each start.
-        step_size: of PGD as a multiple of epsilon / steps.
+        loss: loss that FGSM and PGD raise: ``ce`` (cross entropy), ``dlr`` (difference of logits ratio), ``cw`` (Carlini and
+            Wagner's difference of logits).
+        steps: number of steps of PGD at each start.
+        step_size: length of a step of PGD, as a multiple of epsilon / steps.
         restarts: random starts of every attack but FGSM; for ``apgd_t`` those of each target class.
-        iterations: of APGD (AutoAttack's 100).
+        iterations: number of iterations of APGD (AutoAttack's 100).
         n_targets: target classes of ``apgd_t`` (AutoAttack's 9), at most all but the label.
-        queries: of ``square`` (AutoAttack's 5000).
+        queries: number of queries of ``square`` (AutoAttack's 5000).
         mean: the data's normalisation; by default the probe's (see `vitscope.core.input_normalization`).
         std: likewise.
-        seed: of the starts; each image has its own draws.
+        seed: seed of the starts; each image has its own draws.
         partial: finished attacks, see `vitscope.core.weight_space`.
 
     Raises:

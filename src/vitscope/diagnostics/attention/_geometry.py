@@ -39,7 +39,7 @@ def geometry(
 
     Args:
         n_queries: rows of one attention map.
-        n_keys: its columns; those beyond the tokens (a padding key) have no place.
+        n_keys: number of columns; those beyond the tokens (a padding key) have no place.
         n_windows: attention maps an image; 1 without windows.
         grid: rows and columns of the feature map.
         window: rows and columns of a window; None for attention over the whole map.

@@ -28,7 +28,7 @@ class MapSums:
         units: all units whose attention can be read, by depth.
         layers: places of the chosen ones in ``units``.
         heads: chosen heads of each of them.
-        query: from `resolved_query`.
+        query: query that `resolved_query` returned.
         mass: share of a map's mass that its mask holds.
         n_shown: images whose maps are kept.
         follows: whether the rollout is followed through all units.

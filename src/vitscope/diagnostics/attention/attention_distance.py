@@ -40,7 +40,7 @@ class AttentionDistanceResult(Result, coordinates={"unit": "units", "stage": "st
         off_map: (n_units, n_heads) one array a unit: share of attention on keys without a place (class tokens, padding).
         uniform_distance: (n_units,) pixels that equal weights over the map, or window, would give.
         n_images: images used.
-        card: the conditions.
+        card: conditions of the measurement.
     """
 
     units: tuple[str, ...]

@@ -70,7 +70,7 @@ class AttentionMapsResult(
         mass: share of a map's attention that its mask holds.
         images: (n_shown, height, width, 3) the images, 0 to 255.
         n_images: images of the means.
-        card: the conditions.
+        card: conditions of the measurement.
     """
 
     units: tuple[str, ...]

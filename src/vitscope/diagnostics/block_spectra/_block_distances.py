@@ -66,7 +66,7 @@ def block_distances(
         n_grid: points of the grid.
         sigma: width of the Gaussian; None for a hundredth of the nodes' range.
         n_resamples: bootstrap resamples of the vectors.
-        seed: of the resamples.
+        seed: seed of the resamples.
 
     Raises:
         ValueError: a grid too coarse for ``sigma``.

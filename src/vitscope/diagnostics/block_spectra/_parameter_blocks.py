@@ -23,8 +23,8 @@ def parameter_blocks(
 
     Args:
         probe: the model and its images.
-        blocks: see `vitscope.hessian_block_densities`.
-        options: of the operators, whose guard the parts of attention are read in.
+        blocks: kind of blocks, see `vitscope.hessian_block_densities`.
+        options: options of the operators, whose guard the parts of attention are read in.
 
     Raises:
         ValueError: an unknown division.
@@ -63,7 +63,7 @@ def n_uncovered(sizes: Mapping[str, int], blocks: Sequence[Mapping[str, int]]) -
     """Return the number of trainable parameters in no block; blocks may overlap.
 
     Args:
-        sizes: of all trainable parameters by name.
+        sizes: numbers of entries of all trainable parameters, by name.
         blocks: sizes by name in each block; rows of a parameter are ``name[part]``.
     """
     covered = {name: size for block in blocks for name, size in block.items()}

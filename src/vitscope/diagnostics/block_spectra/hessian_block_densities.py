@@ -70,7 +70,7 @@ class HessianBlockDensitiesResult(Result, coordinates={"block": "blocks", "other
         smallest: (n_blocks,) smallest node of all vectors; the smallest eigenvalue is at most that.
         n_uncovered: number of trainable parameters that belong to no block.
         n_products: products with the blocks' operators.
-        card: under which conditions; ``parameters`` is ``by layer`` and so on.
+        card: conditions of the measurement; ``parameters`` is ``by layer`` and so on.
     """
 
     blocks: tuple[str, ...]

@@ -28,7 +28,7 @@ def hessian_block_densities(
     """Draw the distance of each pair of blocks above each block's largest eigenvalue and trace; a column a result.
 
     Args:
-        results: by name.
+        results: results by name.
         vmax: distance of the brightest color; None for the largest distance of all results.
         cmap: name of the color map.
     """

@@ -36,8 +36,8 @@ class CalibrationResult(Result):
         brier: mean of the squared distance between the probabilities and the one-hot label, in [0, 2].
         ece: expected calibration error over ``n_bins`` intervals of equal width, as it is usually reported: biased upwards, by
             the most for a calibrated model and few images.
-        ece_debiased: the same without that bias; 0 where the error is no larger than a calibrated model's would be.
-        adaptive_ece: the same over intervals that hold equally many images.
+        ece_debiased: the calibration error without that bias; 0 where the error is no larger than a calibrated model's would be.
+        adaptive_ece: the calibration error over intervals that hold equally many images.
         signed_error: mean confidence minus accuracy: above 0 for an over-confident model.
         cutoff: the confidence above which a prediction counts as confident.
         confident_accuracy: accuracy among confident predictions (Acc-90 at the default cutoff); None without any.
@@ -54,17 +54,17 @@ class CalibrationResult(Result):
         bin_confidence: (n_bins,) mean confidence, 0 in an empty bin.
         bin_accuracy: (n_bins,) accuracy, 0 in an empty bin.
         temperature: fitted on the validation images; None without them, as all that follows.
-        scaled_nll: with logits divided by the temperature; likewise the other ``scaled_`` values.
-        scaled_brier: see ``brier``.
-        scaled_ece: see ``ece``.
-        scaled_ece_debiased: see ``ece_debiased``.
-        scaled_adaptive_ece: see ``adaptive_ece``.
+        scaled_nll: the nll with logits divided by the temperature; likewise the other ``scaled_`` values.
+        scaled_brier: as ``brier``, after scaling.
+        scaled_ece: as ``ece``, after scaling.
+        scaled_ece_debiased: as ``ece_debiased``, after scaling.
+        scaled_adaptive_ece: as ``adaptive_ece``, after scaling.
         scaled_bin_count: (n_bins,), empty without a temperature.
         scaled_bin_confidence: (n_bins,), likewise.
         scaled_bin_accuracy: (n_bins,), likewise.
         n_images: images measured.
         n_validation: images that the temperature was fitted on.
-        card: the conditions.
+        card: conditions of the measurement.
     """
 
     accuracy: float

@@ -19,8 +19,8 @@ class BatchHsic:
     Args:
         n_first: taps of the first model, which come before those of a second one.
         between: whether there is a second model.
-        n_permutations: of each batch.
-        seed: of the permutations.
+        n_permutations: number of permutations of each batch.
+        seed: seed of the permutations.
     """
 
     def __init__(self, n_first: int, between: bool, n_permutations: int, seed: int) -> None:

@@ -46,8 +46,8 @@ class FeatureStore:
     """The features of this rank's images, batch by batch.
 
     Args:
-        names: of the taps.
-        n_images: of all ranks.
+        names: names of the taps.
+        n_images: number of images on all ranks.
         max_memory: bytes that features and Gram matrices of all images may take; None: a quarter of what is free.
     """
 

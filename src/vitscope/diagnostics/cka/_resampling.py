@@ -23,10 +23,10 @@ def resampled(
     """Return the similarity ``(S, T)``, those without a group ``(G or 0, S, T)`` and those of permuted images ``(P, S, T)``.
 
     Args:
-        comparison: how pairs are compared.
+        comparison: the measure, which compares a pair of representations.
         pair: representations of the same images.
         n_permutations: P, orders drawn for the second's images.
-        seed: of the draws.
+        seed: seed of the draws.
         intervals: whether groups are left out.
         description: shown beside the progress.
     """

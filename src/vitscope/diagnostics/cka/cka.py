@@ -52,7 +52,7 @@ class CKAResult(
         block_structure_p: one-sided p-value under stage boundaries drawn at random; None likewise.
         n_images: images used.
         n_batches: batches used.
-        card: the conditions.
+        card: conditions of the measurement.
     """
 
     taps: tuple[str, ...]
@@ -110,7 +110,7 @@ def cka(probe: Probe, other: Probe | None = None, *, n_permutations: int = 1000,
         probe: model, images and taps; at least four images a batch.
         other: a second model with the same images in the same batches (each with its own normalisation).
         n_permutations: stage boundaries drawn for the null of the block structure.
-        seed: of that draw.
+        seed: seed of that draw.
 
     Raises:
         ValueError: a probe without taps, no batch of four images, images or targets that differ between the probes or come in

@@ -68,7 +68,7 @@ def similarity(
     below 0, which is chance, has the color of 0.
 
     Args:
-        results: by name.
+        results: results by name.
         minus_null: whether to draw the similarity minus its mean over permuted images.
         vmax: similarity of the brightest color; None: 1, or the largest of a measure where it is below a half.
         cmap: name of the color map.

@@ -73,7 +73,7 @@ class SimilarityResult(Result, coordinates={"measure": "measures"} | TAP_COORDIN
         p_values: (n_measures, n_taps, n_other_taps) share of similarities of permuted images, the measured one counted, that
             are at least the measured one.
         n_images: images used.
-        card: the conditions.
+        card: conditions of the measurement.
     """
 
     measures: tuple[str, ...]
@@ -176,10 +176,10 @@ def similarity(
         features: ``pooled``: the mean over the positions of a map for each channel, which does not depend on the grid.
             ``flattened``: all positions and channels, of which there are mostly more than images. None: flattened for ``cka``,
             as in its source, else pooled.
-        n_neighbors: of ``mutual_knn``; 10 in Huh et al.
+        n_neighbors: number of neighbors of ``mutual_knn``; 10 in Huh et al.
         n_permutations: orders of the second's images drawn for the null; 20 is the smallest number for p-values below 0.05.
         max_memory: bytes that the features of all images may take; None: a quarter of what is free.
-        seed: of the permutations.
+        seed: seed of the permutations.
 
     Raises:
         ValueError: an unknown measure, a probe without taps, fewer than four images, not more images than neighbors and one,

@@ -91,7 +91,7 @@ def class_gradients(
     Args:
         model: the guarded model.
         batches: yields this rank's ``(x, y)`` on every call.
-        parameters: those analyzed, by name.
+        parameters: the parameters analyzed, by name.
         n_classes: number of logits C.
         n_images: images with a label on all ranks.
         vectors: each returns a vector ``(size,)`` whose inner products are computed; called once for each group of classes.

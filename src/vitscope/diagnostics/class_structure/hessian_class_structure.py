@@ -35,8 +35,9 @@ class HessianClassStructureResult(Result, coordinates={"part": "parts"}):
         gap_ratio: ratio of the last outlier to the eigenvalue below it.
         gap_p_value: probability of such a gap within a bulk, for all places tried.
         n_outliers_of_splits: (n_splits,) the same count on disjoint parts of the images.
-        verdict: which of ``C - 1``, ``C``, ``C (C - 1)`` and ``C^2`` the count is, ``none``, or ``undecided`` where parts of the
-            images give other counts or there are no parts, where no gap stands out, or eigenvalues have not converged.
+        verdict: the number that the count matches: ``C - 1``, ``C``, ``C (C - 1)`` and ``C^2`` the count is, ``none``, or
+            ``undecided`` where parts of the images give other counts or there are no parts, where no gap stands out, or
+            eigenvalues have not converged.
         verdict_reason: why the verdict is ``undecided``; otherwise empty.
         gauss_newton: (k,) v^T G v of each eigenvector of H.
         remainder: (k,) v^T (H - G) v without the L2 term.
@@ -44,19 +45,19 @@ class HessianClassStructureResult(Result, coordinates={"part": "parts"}):
         parts: (n_parts,) names of the parts of G: ``class``, ``cross_class``, ``same_class`` and ``within``.
         part_values: (n_parts, k) v^T A v of each part A; they add up to ``gauss_newton``.
         part_traces: (n_parts,) traces of the parts; they add up to the trace of G.
-        within_standard_error: of the trace of ``within``, the only one that is estimated.
+        within_standard_error: standard error of the trace of ``within``, the only one that is estimated.
         part_shares: (n_parts,) shares of the trace of G.
         gradient_overlap: (k,) share of the squared gradient of the objective in the span of the first 1, 2, ... eigenvectors.
         ggn_eigenvalues: (k,) the largest of G, without the L2 term, in descending order.
         ggn_converged: (k,) as ``converged``.
         ggn_n_outliers: eigenvalues of G above the bulk.
-        ggn_gap_ratio: as ``gap_ratio``.
+        ggn_gap_ratio: as ``gap_ratio``, of G.
         class_eigenvalues: (n_classes,) eigenvalues of the part ``class`` of G.
         n_classes: number of logits C.
         n_classes_present: classes that have images.
         size: number of parameters.
         n_products: products with H or G made.
-        card: under which conditions.
+        card: conditions of the measurement.
     """
 
     eigenvalues: np.ndarray

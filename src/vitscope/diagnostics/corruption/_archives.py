@@ -83,8 +83,8 @@ def archive(
 
     Args:
         root: the folder that holds the types.
-        types: what will be read; all of them must be there.
-        n_images: how many images a condition, spread evenly over the data set; None for all.
+        types: types of corruption to read; all of them must be there.
+        n_images: number of images of a condition, spread evenly over the data set; None for all.
         classes: names of the class folders in the order of the model's outputs; sorted folder names without.
 
     Raises:

@@ -50,7 +50,7 @@ def measured(
         label: tells the rows of several models apart in ``partial``.
         source: a published data set; None makes the corruptions from the probe's images.
         pixels: the model's normalisation.
-        seed: of the made ones.
+        seed: seed of the corruptions that are generated.
         partial: finished rows.
     """
     with probe.guard() as model:

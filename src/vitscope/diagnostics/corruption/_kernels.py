@@ -31,7 +31,7 @@ def streak(radius: float, deviation: float, degrees: float) -> np.ndarray:
 
     Args:
         radius: the line is ``2 * radius + 1`` pixels long.
-        deviation: of the Gaussian, pixels.
+        deviation: standard deviation of the Gaussian, in pixels.
         degrees: angle of the line, 0 to the right, counted downwards.
     """
     along = np.arange(round(2 * radius) + 1)

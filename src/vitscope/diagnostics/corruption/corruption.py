@@ -36,13 +36,13 @@ class CorruptionResult(Result, coordinates={"type": "types", "severity": "severi
         accuracy: (n_types, n_severities).
         nll: (n_types, n_severities) nats.
         ece: (n_types, n_severities), ten equal-width bins.
-        clean_accuracy: on the probe's images.
+        clean_accuracy: accuracy on the probe's images.
         clean_nll: nats.
-        clean_ece: likewise.
+        clean_ece: expected calibration error on the probe's images.
         mean_accuracy: over types and severities.
         mean_accuracy_standard_error: over images: an image's conditions are averaged first, they are not independent. NaN where
             all images agree, and for a single one.
-        baseline: what the errors are divided by; empty for nothing.
+        baseline: network whose errors divide those measured; empty for none.
         ce: (n_types,) corruption error in percent of the baseline's, NaN where it has none; empty without a baseline.
         relative_ce: (n_types,) likewise of the loss against clean images.
         mce: mean of ``ce``, percent; None without a baseline.
@@ -52,8 +52,8 @@ class CorruptionResult(Result, coordinates={"type": "types", "severity": "severi
         type_standard_error: (n_types,) of each type's accuracy, averaged over severities, over images like
             ``mean_accuracy_standard_error``. Empty in results of earlier versions.
         severity_standard_error: (n_severities,) of each severity's accuracy, averaged over all measured types.
-        clean_standard_error: of the accuracy on the probe's images.
-        card: the conditions.
+        clean_standard_error: standard error of the accuracy on the probe's images.
+        card: conditions of the measurement.
     """
 
     types: tuple[str, ...]
@@ -131,14 +131,14 @@ def corruption(
         probe: the model and the clean images.
         root: a folder of CIFAR-10-C or CIFAR-100-C arrays, or of ImageNet-C folders.
         types: ``common`` (15), ``validation`` (4), ``all``, or names.
-        severities: from 1 to 5.
+        severities: severities to measure, from 1 to 5.
         baseline: ``imagenet``, ``cifar10``, ``cifar100`` (AlexNet's published errors), ``none``, or ``auto``: the one of the
             probe's data where ``root`` is given.
         other: a reference model to divide by instead, measured under the same conditions.
         n_images: images a condition of a published data set, spread evenly; None for all.
         mean: the data's normalisation; by default the probe's (see `vitscope.core.input_normalization`).
         std: likewise.
-        seed: of the generated corruptions.
+        seed: seed of the generated corruptions.
         partial: finished conditions, see `vitscope.core.weight_space`.
 
     Raises:

@@ -52,11 +52,11 @@ def judge(
     """Return the verdict that `critical_point` defines, and the reasons, one sentence each.
 
     Args:
-        rows: of growing parts of the data, the last one of all.
+        rows: rows of growing parts of the data, the last one of all.
         decrease: the share of the objective that a gradient step is predicted to gain.
         drop: the share by which the slice falls.
-        limits: what counts.
-        norms: of the gradients under the three forms of the L2 term.
+        limits: thresholds of the verdict.
+        norms: norms of the gradients under the three forms of the L2 term.
         l2: the form in force.
     """
     first, last = rows[0], rows[-1]

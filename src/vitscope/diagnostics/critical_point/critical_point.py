@@ -63,16 +63,16 @@ class CriticalPointResult(Result, coordinates={"images": "n_images", "distance":
         converged: (n_sizes,) whether both ends are within the tolerance.
         distance: (n_points,) along the unit eigenvector of the smallest eigenvalue on all images.
         slice_loss: (n_points,) the objective there.
-        gradient_norm_nll: on all images, of the loss alone.
-        gradient_norm_half_sq: of loss + wd/2 |w|^2, the probe's wd.
-        gradient_norm_adamw: of loss + wd/2 sum (sqrt(v) + eps) w^2, which vanishes where AdamW rests; NaN where
-            the optimizer's state is not at hand.
+        gradient_norm_nll: norm of the loss's gradient on all images.
+        gradient_norm_half_sq: norm of the gradient of loss + wd/2 |w|^2, the probe's wd.
+        gradient_norm_adamw: norm of the gradient of loss + wd/2 sum (sqrt(v) + eps) w^2, which vanishes where AdamW rests; NaN
+            where the optimizer's state is not at hand.
         decrease: the share of the objective that one gradient step of length 1 / largest curvature is predicted to gain.
-        slice_drop: how far the slice falls below its centre, as a share of the objective; 0 where it does not fall by more
+        slice_drop: depth to which the slice falls below its centre, as a share of the objective; 0 where it does not fall by more
             than rounding.
         verdict: ``minimum``, ``saddle``, ``not stationary`` or ``inconclusive``, of the probe's objective.
         reasons: why, one sentence each.
-        card: under which conditions.
+        card: conditions of the measurement.
     """
 
     n_images: np.ndarray
@@ -207,7 +207,7 @@ def _part(operators: Curvatures, n_batches: int, decide: bool) -> tuple[Row, Ten
 
     Args:
         operators: the factory of operators.
-        n_batches: how many batches.
+        n_batches: number of batches.
         decide: search again, with a finer tolerance, where the smallest eigenvalue's sign is not known.
     """
 

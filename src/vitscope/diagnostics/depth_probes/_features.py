@@ -30,10 +30,10 @@ class BatchFeatures:
     """What is kept of a batch: rows of its labeled images, float32 or the model's double precision.
 
     Attributes:
-        number: of the batch.
+        number: number of the batch.
         labels: (B,) classes.
         decisions: (B,) the model's classes; -1 where its logits are not finite.
-        digests: of the images.
+        digests: digests of the images.
         pooled: (B, C) means over positions, by tap.
         class_tokens: (B, C) class tokens, by tap.
         lens: (B,) classes of the model's head, by tap.
@@ -56,7 +56,7 @@ class LabeledImages:
     Attributes:
         labels: (n,) classes.
         decisions: (n,) of the model.
-        digests: of the images.
+        digests: digests of the images.
     """
 
     def __init__(self, local: Sequence[BatchFeatures]) -> None:

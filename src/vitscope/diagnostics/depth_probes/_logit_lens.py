@@ -25,11 +25,11 @@ class Head:
     """The modules of a forward pass after the last tap, in order, with one pooling among them.
 
     Attributes:
-        modules: those without submodules.
-        place: how many of them run before the pooling.
+        modules: the head's modules without submodules.
+        place: number of these modules that run before the pooling.
         pooling: one of `POOLINGS`.
         tap: the last tap.
-        channels: of its map.
+        channels: number of channels of its map.
         positions: (h, w) of its map.
     """
 
@@ -77,7 +77,7 @@ def find_head(model: nn.Module, images: Inputs, taps: list[Tap]) -> Head | None:
     Args:
         model: a guarded model.
         images: the inputs of a batch.
-        taps: of the model, the last of which the head follows.
+        taps: taps of the model, the last of which the head follows.
     """
     last = len(taps) - 1
     modules: list[nn.Module] = []

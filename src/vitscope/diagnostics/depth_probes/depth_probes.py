@@ -64,13 +64,13 @@ class DepthProbesResult(Result, coordinates=TAP_COORDINATES):
         nc4_half_width: (n_taps,) see above.
         intrinsic_dimension: (n_taps,) TwoNN estimate of the test images' pooled features.
         intrinsic_dimension_half_width: (n_taps,) see above.
-        model_accuracy: of the model itself on the test images.
+        model_accuracy: accuracy of the model itself on the test images.
         majority_share: share of the most frequent class of the test images, which a constant answer reaches.
         n_classes: classes among the training images.
         n_train: training images.
         n_images: test images.
         training_images: ``train``, or the rule by which the test images were divided.
-        card: the conditions.
+        card: conditions of the measurement.
     """
 
     taps: tuple[str, ...]

@@ -49,7 +49,7 @@ class HessianDiagonalResult(
         noise_share: share of the variance of the estimated entries, over all of them, that is noise of the random vectors: near 1
             the single entries say nothing; NaN with one vector.
         n_products: products made; 0 where gradients of images took their place.
-        card: under which conditions.
+        card: conditions of the measurement.
     """
 
     parameters: tuple[str, ...]

@@ -44,7 +44,7 @@ class EvaluationResult(Result, coordinates={"class": "classes", "class_name": "c
         class_accuracy: (n_classes,) NaN without an image.
         n_logits: logits of the model.
         n_images: images measured: those that have a label.
-        card: the conditions.
+        card: conditions of the measurement.
     """
 
     accuracy: float
@@ -80,7 +80,7 @@ def evaluation(probe: Probe, *, classes: str | Sequence[int | str] = "all") -> E
 
     Args:
         probe: the images; soft targets count as their most probable class.
-        classes: which logits compete. ``all``; ``present``: the classes that have images in the split, as ImageNet-A and
+        classes: the logits that compete: ``all``; ``present``: the classes that have images in the split, as ImageNet-A and
             ImageNet-R are scored (Hendrycks et al. 2021); or a list of indices or of class names.
 
     Raises:

@@ -39,7 +39,8 @@ def by_kind(
         replicates: (n_resamples, n_units) with images resampled.
         kinds: (n_units) of the units.
         level: coverage.
-        n_images: that were resampled; of fewer than `vitscope.stats.intervals.LEAST_IMAGES` there is no interval.
+        n_images: number of images that were resampled; of fewer than `vitscope.stats.intervals.LEAST_IMAGES` there is no
+            interval.
     """
     names, rows = [], []
     for kind in dict.fromkeys(kinds):

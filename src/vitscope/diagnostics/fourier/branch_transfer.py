@@ -62,9 +62,9 @@ class BranchTransferResult(
         kind_high: (n_kinds,) upper end.
         reference: ``none``; or ``initial``, where an initial model's values were subtracted.
         level: coverage of the intervals.
-        seed: of the resampling.
+        seed: seed of the resampling.
         n_images: number of images.
-        card: under which conditions this was measured.
+        card: conditions of the measurement.
     """
 
     units: tuple[str, ...]
@@ -143,13 +143,12 @@ def branch_transfer(
 
     Args:
         probe: model and images.
-        initial: the same architecture at initialisation; its values on the same images are subtracted (a run supplies
-            it).
+        initial: the model at initialization; its values on the same images are subtracted (a run supplies it).
         units: the residual units of the probe's model, for one that vitscope does not know.
         path: ``radial`` (rings of the whole transform; also serves 4x4 and non-square maps) or ``diagonal``.
         level: coverage of the intervals.
         n_resamples: bootstrap replicates, kept as running sums: each image weighs a Poisson(1) number of times.
-        seed: of the resampling.
+        seed: seed of the resampling.
         eps: added to the amplitudes before the logarithm.
 
     Units that change the class token alone, or whose branch's input no module returns, are null, with one warning.

@@ -35,7 +35,7 @@ def relative_log_amplitude(
     """Draw the curves over frequency (Fig 2a), their last bins over depth (Fig 8), or both, a row a model.
 
     Args:
-        results: by the name in the title or legend.
+        results: results by the name in the title or legend.
         view: ``both``, ``frequency``, or ``depth`` (several models then share one pair of axes).
         curve: ``paper``, ``size_corrected`` or ``first_ac``.
         axis: ``true`` frequencies of the bins, or ``paper``, which stretches them so that the last is 1.

@@ -52,7 +52,7 @@ class RelativeLogAmplitudeResult(Result, coordinates=TAP_COORDINATES | {"frequen
         ac_high_share: (n_taps,) share of the power of all non-constant bins of the path that lies above half of pi.
         level: coverage of the intervals.
         n_images: number of images.
-        card: under which conditions this was measured.
+        card: conditions of the measurement.
     """
 
     taps: tuple[str, ...]

@@ -29,7 +29,7 @@ def perturbed(
 
     Args:
         probe: model and images.
-        names: of the changes, as keys of finished rows.
+        names: names of the changes, as keys of finished rows.
         change: makes the changed images.
         description: shown with the progress.
         partial: finished rows, one for each batch and change.
@@ -78,8 +78,8 @@ class Means:
     """Running means over images, by name, and the number of classes; the same on every rank once `finish`ed.
 
     Args:
-        names: of measurements.
-        answers: of right or wrong answers, or of their changes.
+        names: names of measurements.
+        answers: names of those that count right or wrong answers, or their changes.
     """
 
     def __init__(self, *names: str, answers: Sequence[str] = ()) -> None:

@@ -35,11 +35,11 @@ class FourierHeatmapResult(Result, coordinates={"vertical": "vertical", "horizon
         error_rate_half_width: (h, w) half the t-intervals over images; NaN where fewer than 10 are right, or wrong.
         vertical: (h,) frequency of each row in units of pi, from -1 (or above) to 1.
         horizontal: (w,) frequency of each column.
-        clean_error_rate: without a wave.
+        clean_error_rate: error rate without a wave.
         rms: root mean square of the wave in each channel, in pixels of [0, 1].
         level: coverage of the intervals.
         n_images: number of images.
-        card: under which conditions this was measured.
+        card: conditions of the measurement.
     """
 
     error_rate: np.ndarray
@@ -96,9 +96,9 @@ def fourier_heatmap(
         rms: root mean square a channel, pixels in [0, 1].
         n: only the n by n lowest frequencies (Yin et al. show 63 on ImageNet); all of them by default.
         mean: not needed; accepted so that both values of a normalisation can be passed.
-        std: as for `frequency_noise_robustness`.
+        std: standard deviation of each channel, as for `frequency_noise_robustness`.
         level: coverage of the intervals.
-        seed: of the signs.
+        seed: seed of the signs.
         partial: finished rows of an interrupted measurement.
 
     Raises:

@@ -54,17 +54,18 @@ class FrequencyNoiseRobustnessResult(Result, coordinates={"frequency": "normaliz
         relative_change: (n_bands,) ``accuracy_change`` divided by clean minus chance accuracy; NaN where that is not
             positive.
         high_minus_low: ``accuracy_change`` averaged over the highest third of the bands minus over the lowest third.
-        high_minus_low_half_width: of its interval; NaN with fewer than 128 images, or where it differs from 0 for fewer than 10.
+        high_minus_low_half_width: half width of its interval; NaN with fewer than 128 images, or where it differs from 0 for
+            fewer than 10.
         rms: the noise's scale: its rms (``equal_rms``), or the official eps.
         curve_rms: (n_rms,) all scales that were measured, ascending.
         curve_accuracy_change: (n_rms, n_bands) at each of them.
         construction: ``equal_rms`` or ``official``.
-        clean_accuracy: without noise.
-        clean_nll: without noise, nats.
+        clean_accuracy: accuracy without noise.
+        clean_nll: nll without noise, in nats.
         chance: one over the number of classes.
         level: coverage of the intervals.
         n_images: number of images.
-        card: under which conditions this was measured.
+        card: conditions of the measurement.
     """
 
     normalized_frequency: np.ndarray
@@ -141,7 +142,7 @@ def frequency_noise_robustness(
         std: per channel, of the normalisation the images went through; that of ``probe.about`` by default. Without either,
             the images are taken for pixels, with a warning.
         level: coverage of the intervals.
-        seed: of the noise.
+        seed: seed of the noise.
         partial: finished rows of an interrupted measurement.
 
     Raises:

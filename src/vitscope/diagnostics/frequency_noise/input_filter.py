@@ -35,12 +35,12 @@ class InputFilterResult(Result, coordinates={"cutoff": "cutoff"}):
         high_pass_accuracy: (n_cutoffs,) on images of the constant part and the frequencies above the cut-off.
         high_pass_accuracy_half_width: (n_cutoffs,) likewise.
         high_pass_nll: (n_cutoffs,) the loss there.
-        clean_accuracy: on unfiltered images.
-        clean_nll: on unfiltered images, nats.
+        clean_accuracy: accuracy on unfiltered images.
+        clean_nll: nll on unfiltered images, in nats.
         chance: one over the number of classes.
         level: coverage of the intervals.
         n_images: number of images.
-        card: under which conditions this was measured.
+        card: conditions of the measurement.
     """
 
     cutoff: np.ndarray
@@ -90,7 +90,7 @@ def input_filter(
 
     Args:
         probe: model and images.
-        cutoffs: in [0, 1].
+        cutoffs: frequencies at which the filters cut, in [0, 1].
         level: coverage of the intervals.
         partial: finished rows of an interrupted measurement.
 

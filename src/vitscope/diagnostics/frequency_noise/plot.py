@@ -23,7 +23,7 @@ def frequency_noise_robustness(
     """Draw the change of accuracy over the noise's frequency (Fig 2b), or over its rms.
 
     Args:
-        results: by the name in the legend; several models share one pair of axes.
+        results: results by the name in the legend; several models share one pair of axes.
         view: ``bands``; or ``rms``, a panel a model with a line a scale (needs ``curve_rms``).
         relative: divide by clean minus chance accuracy, so that models of different accuracy can be compared.
 

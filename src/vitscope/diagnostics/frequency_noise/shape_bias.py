@@ -35,7 +35,7 @@ class ShapeBiasResult(Result):
         n_conflicts: number of images whose shape and texture differ; others are left out.
         level: coverage of the interval.
         n_images: number of images in the probe.
-        card: under which conditions this was measured.
+        card: conditions of the measurement.
     """
 
     shape_bias: float

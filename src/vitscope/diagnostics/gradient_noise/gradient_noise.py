@@ -65,9 +65,9 @@ class GradientNoiseResult(Result, coordinates={"group": "groups"}):
         hessian_noise_scale: ``tr(H Sigma) / (G^T H G)`` of all parameters, in images; NaN where it was not asked for, or where
             one of the parts is not positive.
         trace_hessian_covariance: estimate of ``tr(H Sigma)``; NaN likewise.
-        trace_hessian_covariance_error: its standard error over random vectors; NaN likewise.
+        trace_hessian_covariance_error: standard error of that estimate over random vectors; NaN likewise.
         gradient_curvature: unbiased estimate of ``G^T H G`` with ``G = E g_i``; NaN likewise.
-        card: under which conditions.
+        card: conditions of the measurement.
     """
 
     groups: tuple[str, ...]

@@ -31,7 +31,7 @@ class Budget:
     Attributes:
         seconds: the budget; None for no limit.
         limit: batches that fit, counted over all ranks from the first.
-        facts: for the card: the budget, seconds a product, seconds and bytes predicted.
+        facts: facts for the card: the budget, seconds a product, seconds and bytes predicted.
     """
 
     seconds: float | None

@@ -38,13 +38,13 @@ def eigenvalues_of(
     Args:
         operator: a SciPy ``LinearOperator`` or sparse matrix, a symmetric array or tensor ``(size, size)``, or an object with
             ``shape``, ``dtype``, ``device`` and ``@`` for torch vectors, as curvlinops' operators (KFAC, GGN, ...).
-        k: how many; with ``both`` at either end.
+        k: number of eigenvalues; with ``both`` at either end.
         which: ``LM`` by magnitude, ``LA`` the largest, ``SA`` the smallest, ``both`` ends from one run.
         tol: relative error at which the search stops.
         max_products: the largest number of products; eigenvalues that have not converged by then are marked.
         max_memory: bytes of the Lanczos basis; None for a quarter of the free memory.
         eigenvectors: also return them.
-        seed: of the start vector.
+        seed: seed of the start vector.
 
     Raises:
         ValueError: an operator that is not square, real and symmetric, fewer rows than ``k``, an unknown ``which``.
@@ -84,12 +84,12 @@ def spectral_density_of(
     """Estimate the density of the eigenvalues of any symmetric operator, as `spectral_density` does.
 
     Args:
-        operator: as `eigenvalues_of`.
+        operator: the operator, as for `eigenvalues_of`.
         n_vectors: probe vectors; the interval shrinks with their root.
         n_steps: Lanczos steps of each, at most the number of rows.
         n_grid: points of the density.
         sigma: width of the smoothing Gaussian; None for a hundredth of the nodes' range.
-        seed: of the probe vectors.
+        seed: seed of the probe vectors.
 
     Raises:
         ValueError: an operator that is not square, real and symmetric; and as `spectral_density`.

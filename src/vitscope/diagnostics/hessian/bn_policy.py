@@ -29,7 +29,7 @@ class BnPolicyResult(Result):
         ape: (n_policies,) average positive eigenvalue.
         ape_intervals: (n_policies, 2), NaN with fewer than 4.
         n_norms: BatchNorm layers in the model.
-        card: under which conditions; ``bn_policy`` is ``both``.
+        card: conditions of the measurement; ``bn_policy`` is ``both``.
     """
 
     eigenvalues_eval: np.ndarray

@@ -34,7 +34,7 @@ class HessianByKindResult(Result, coordinates={"group": "groups"}):
         nep_intervals: (n_groups, 2) 95 % over batches, NaN with fewer than 8 of them.
         ape: (n_groups,) average positive eigenvalue; NaN where there is none.
         ape_intervals: (n_groups, 2), NaN with fewer than 4.
-        card: under which conditions; ``parameters`` is ``by kind``, ``by stage`` or ``by part``.
+        card: conditions of the measurement; ``parameters`` is ``by kind``, ``by stage`` or ``by part``.
     """
 
     groups: tuple[str, ...]

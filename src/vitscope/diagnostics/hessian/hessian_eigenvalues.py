@@ -35,10 +35,10 @@ class HessianEigenvaluesResult(Result, untabulated=("eigenvectors",)):
         l2_contribution: (k,) the L2 term's share of each eigenvalue, v^T H_L2 v; it is an exact part of the sum.
         n_products: products with the operator.
         eigenvectors: (k, size) unit vectors where asked for, else (0, 0).
-        parameter_names: of the parameters analysed, in the order of the vectors' entries.
-        card: under which conditions.
-        missed_probability: with ``start``, a bound of the probability that an eigenvalue lies more than 1 % beyond the outermost
-            of these and was passed over (`vitscope.linalg.missed_eigenvalues`); else NaN.
+        parameter_names: names of the parameters analyzed, in the order of the vectors' entries.
+        card: conditions of the measurement.
+        missed_probability: with ``start``, an upper bound of the probability that an eigenvalue lies more than 1 % beyond the
+            outermost of these and was passed over (`vitscope.linalg.missed_eigenvalues`); else NaN.
     """
 
     eigenvalues: np.ndarray
@@ -94,7 +94,7 @@ def hessian_eigenvalues(
 
     Args:
         probe: the model, batches and objective. Under ``torch.distributed`` batches are split over ranks.
-        k: how many (``n_top`` is accepted too); with ``both`` at either end.
+        k: number of eigenvalues (``n_top`` is accepted too); with ``both`` at either end.
         which: ``LM`` by magnitude, ``LA`` the largest, ``SA`` the smallest, ``both`` ends from one run.
         eigenvectors: also return them.
         start: eigenvectors ``(m, size)`` of an earlier measurement of these parameters, or its result, to begin the search

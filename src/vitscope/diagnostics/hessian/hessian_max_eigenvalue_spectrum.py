@@ -49,7 +49,7 @@ class HessianMaxEigenvalueSpectrumResult(Result, coordinates={"batch": "batches"
         largest_average: mean over batches of the largest eigenvalue; NaN unless asked for.
         grid: (n_grid,) eigenvalues at which the density is given.
         density: (n_grid,) Gaussian kernel density of the pooled values (for the eye; NEP and APE never come from it).
-        card: under which conditions.
+        card: conditions of the measurement.
     """
 
     eigenvalues: np.ndarray

@@ -35,12 +35,12 @@ class HessianTraceResult(Result):
 
     Attributes:
         trace: the estimate.
-        standard_error: of the estimate, over random vectors; NaN for a single one. 0 where no part was random.
+        standard_error: standard error of the estimate, over random vectors; NaN for a single one. 0 where no part was random.
         estimates: (n_vectors,) the estimate of each random vector.
         sketch_trace: the part that ``hutch++`` computes exactly, 0 for ``hutchinson``; included in ``trace``.
         size: number of parameters analysed.
         n_products: products with the operator.
-        card: under which conditions.
+        card: conditions of the measurement.
     """
 
     trace: float

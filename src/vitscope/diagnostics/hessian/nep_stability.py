@@ -44,7 +44,7 @@ class NepStabilityResult(Result, coordinates={"k": "k", "batch_size": "batch_siz
         ape: (n_settings,) average positive eigenvalue.
         ape_interval: (n_settings, 2), NaN with fewer than 4.
         n_products: products in all.
-        card: under which conditions; ``batch_size`` is the probe's.
+        card: conditions of the measurement; ``batch_size`` is the probe's.
     """
 
     k: np.ndarray

@@ -43,7 +43,7 @@ def hessian_max_eigenvalue_spectrum(
     none has.
 
     Args:
-        results: by the name shown in the legend.
+        results: results by the name shown in the legend.
         log: a symmetric logarithmic eigenvalue axis, for results of very different magnitude.
     """
     counts = {_count_text(result) for result in results.values()}

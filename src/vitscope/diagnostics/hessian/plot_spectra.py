@@ -23,7 +23,7 @@ def spectral_density(results: Mapping[str, SpectralDensityResult], *, floor: flo
     The legend states how many eigenvalues the Hessian has, and from how many quadrature nodes the density is made.
 
     Args:
-        results: by the name shown in the legend.
+        results: results by the name shown in the legend.
         floor: the smallest density shown, as a share of the highest.
     """
     canvas = sized_canvas(results)

@@ -37,7 +37,7 @@ class RayleighSplitResult(Result, coordinates={"kind": "kinds"}):
         mass: (k, n_kinds) squared length of v on the parameters of each kind; rows sum to 1.
         kinds: (n_kinds,) the kinds that occur.
         share_of_parameters: (n_kinds,) the mass that a random vector would have.
-        card: under which conditions.
+        card: conditions of the measurement.
     """
 
     eigenvalues: np.ndarray

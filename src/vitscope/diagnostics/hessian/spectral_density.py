@@ -55,7 +55,7 @@ class SpectralDensityResult(Result, coordinates={"grid": "grid"}):
             are on their side).
         size: number of parameters analysed.
         n_products: products with the operator.
-        card: under which conditions.
+        card: conditions of the measurement.
     """
 
     nodes: np.ndarray

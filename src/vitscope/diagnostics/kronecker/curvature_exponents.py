@@ -43,7 +43,7 @@ class CurvatureExponentsResult(Result, coordinates={"layer": "layers", "group": 
         mean_exponents: (n_groups,) mean over the layers of a kind.
         mean_exponent_intervals: (n_groups, 2) 95 % over layers; NaN with fewer than 3.
         n_products: products made.
-        card: under which conditions.
+        card: conditions of the measurement.
     """
 
     layers: tuple[str, ...]

@@ -56,7 +56,7 @@ class KroneckerFactorsResult(Result, coordinates={"layer": "layers", "group": "g
         mean_output_intervals: (n_groups, 2) likewise.
         n_uncovered: trained parameters in no layer's weight: biases, norms, tokens, grouped convolutions, weights that are read
             past their module.
-        card: under which conditions.
+        card: conditions of the measurement.
     """
 
     layers: tuple[str, ...]

@@ -47,7 +47,7 @@ class AdaptiveOptions:
         n_starts: Its starts: the weights themselves, then random points of the ball.
         n_draws: Pairs of opposite random points of the average.
         logit_normalization: Whether logits are centered and divided by their norm.
-        seed: Of starts and random points.
+        seed: Seed of starts and random points.
     """
 
     measures: tuple[str, ...]

@@ -38,10 +38,10 @@ class Axes:
 
     Attributes:
         first: set aside (see `vitscope.linalg.weights.weight_space_walk.set_aside`).
-        second: on the model's device.
+        second: second direction, on the model's device.
         norms: (2,) Euclidean norms.
         cosine: between the two.
-        labels: of the checkpoints, for ``pca`` and ``checkpoints``.
+        labels: labels of the checkpoints, for ``pca`` and ``checkpoints``.
         path: (n_checkpoints, 2) their coordinates, orthogonally projected.
         projection_error: (n_checkpoints,) distance from the plane over distance from the centre.
     """
@@ -97,10 +97,10 @@ def direction(
     """Return the source's direction number ``index``, scaled, on the model's device.
 
     Args:
-        probe: whose weights it starts from.
+        probe: the probe with the weights at which the plane begins.
         source: the options.
         index: 0 for a line or a plane's first axis.
-        differences: of the checkpoints from the weights, for ``checkpoints`` and ``pca``.
+        differences: differences of the checkpoints from the weights, for ``checkpoints`` and ``pca``.
         other: the plane's first axis, against which the second of ``gradient`` is made orthogonal.
 
     Raises:

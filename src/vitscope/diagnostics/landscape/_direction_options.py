@@ -26,13 +26,14 @@ class Source:
 
     Attributes:
         directions: one of `KINDS`, or directions themselves (mappings by parameter name, or flat vectors).
-        normalization: see `vitscope.linalg.weights.directions.normalize`; None: ``filter`` for random directions and the
-            gradient, which have no scale of their own, ``none`` for the rest.
-        ignore: see `vitscope.linalg.weights.directions.moving`; None: ``bias_bn`` for those two, nothing for the rest.
-        seed: of random directions.
+        normalization: scaling of the directions, see `vitscope.linalg.weights.directions.normalize`; None: ``filter`` for
+            random directions and the gradient, which have no scale of their own, ``none`` for the rest.
+        ignore: parameters that stay, see `vitscope.linalg.weights.directions.moving`; None: ``bias_bn`` for those two, nothing
+            for the rest.
+        seed: seed of random directions.
         eigenvectors: arrays or mappings by parameter name, or the path of a saved result that holds ``eigenvectors`` (k, P).
         checkpoints: pairs of a label and a state dict.
-        labels: which of the checkpoints, in that order; None: all.
+        labels: labels of the checkpoints to use, in that order; None: all.
     """
 
     directions: str | Sequence[Any] = "random"

@@ -51,7 +51,7 @@ class LinearInterpolationResult(Result, coordinates={"t": "t"}):
         end: label of the weights at t = 1; ``model`` for the probe's own.
         distance: Euclidean distance between the ends.
         n_nonfinite: the number of points whose nll is NaN or infinite.
-        alignment: how the start's units were matched to the end's: ``none``, ``weights`` or ``activations``.
+        alignment: rule by which the start's units were matched to the end's: ``none``, ``weights`` or ``activations``.
         card: the objective card.
     """
 

@@ -37,13 +37,13 @@ class LossBarrierResult(Result, coordinates={"t": "t"}):
         accuracy: (n,) accuracy on the way.
         accuracy_chord: (n,) likewise for the accuracy.
         barrier: the largest ``nll - chord``, at least 0; infinite where a point of the way is not finite.
-        t_barrier: where it is reached.
+        t_barrier: position at which it is reached.
         accuracy_barrier: the largest ``accuracy_chord - accuracy``, at least 0.
         start: label of the weights at t = 0.
         end: label of the weights at t = 1.
         distance: Euclidean distance between the ends.
         n_nonfinite: the number of points whose nll is NaN or infinite.
-        alignment: how the start's units were matched to the end's: ``none``, ``weights`` or ``activations``.
+        alignment: rule by which the start's units were matched to the end's: ``none``, ``weights`` or ``activations``.
         nll_unaligned: (n,) the nll on the way without alignment; NaN where there is no alignment.
         accuracy_unaligned: (n,) the accuracy there.
         barrier_unaligned: the barrier there.

@@ -41,7 +41,7 @@ class LossLandscapeResult(Result, coordinates={"x": "x", "y": "y", "checkpoint":
         accuracy: (n_x, n_y) share of images classified correctly.
         ece: (n_x, n_y) expected calibration error, ten bins.
         directions: ``random``, ``eigenvectors``, ``pca``, ``gradient``, ``checkpoints`` or ``given``.
-        normalization: of the directions.
+        normalization: scaling of the directions.
         preset: ``official`` where the released code's settings were asked for, else empty.
         direction_norms: (2,) Euclidean norms of the directions.
         direction_cosine: between them.
@@ -153,11 +153,12 @@ def loss_landscape(
             the ways to the first two (x = 1 is the first one's weights); or two directions themselves.
         normalization: ``filter`` (Li et al., section 4), ``filter_official``, ``layer`` or ``none``; by default ``filter``
             for random directions and the gradient, ``none`` for the rest.
-        ignore: what stays: ``bias_bn`` (one-dimensional parameters and position tables; the default for random directions
-            and the gradient), ``one_dim``, ``positions``, or regular expressions on names; an empty list moves everything.
+        ignore: parameters that stay: ``bias_bn`` (one-dimensional parameters and position tables; the default for random
+            directions and the gradient), ``one_dim``, ``positions``, or regular expressions on names; an empty list moves
+            everything.
         span: half the side of the square, in units of the directions.
         n: points on a side; the centre is one of them where n is odd.
-        seed: of random directions.
+        seed: seed of random directions.
         bn: ``eval`` for BatchNorm's running statistics, ``recalibrate`` to recompute them at each point.
         dtype: ``bfloat16`` runs the forward passes under autocast (the result states the error); ``float64`` casts the model.
         preset: ``official``: the released code's directions (``filter_official``, position tables and one-dimensional
@@ -165,7 +166,7 @@ def loss_landscape(
             augmentations anew at each point and moved some buffers; here both stay.
         eigenvectors: arrays or mappings by parameter name, or the path of a saved result that holds them.
         checkpoints: pairs of a label and a state dict.
-        labels: which of the checkpoints, in that order; all by default.
+        labels: labels of the checkpoints to use, in that order; all by default.
         partial: finished points, by coordinates; new ones are stored as soon as they are measured.
 
     Raises:

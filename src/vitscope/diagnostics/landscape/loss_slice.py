@@ -41,8 +41,8 @@ class LossSliceResult(Result, coordinates={"x": "x"}):
         ece: (n,) expected calibration error.
         nll_by_direction: (n_directions, n) each direction's own curve.
         accuracy_by_direction: (n_directions, n) likewise.
-        directions: where they come from.
-        normalization: of the directions.
+        directions: source of the directions.
+        normalization: scaling of the directions.
         direction_norms: (n_directions,) Euclidean norms.
         n_nonfinite: the number of points, over all directions, whose nll is NaN or infinite.
         card: the objective card.
@@ -123,19 +123,19 @@ def loss_slice(
 
     Args:
         probe: the model, its frozen batches, and the objective whose factor scales the L2 curves.
-        directions: where the lines lead.
+        directions: directions of the lines.
         normalization: scaling of the directions.
         ignore: parameters that stay.
         span: half the length of the lines, in units of the directions.
         n: points on each line.
         n_directions: lines; from two on the mean nll has an interval.
-        seed: of random directions.
+        seed: seed of random directions.
         bn: ``eval`` or ``recalibrate``.
         dtype: ``bfloat16``, ``float64``, or None for the model's own.
         preset: ``official``.
-        eigenvectors: for directions of that kind.
-        checkpoints: for directions of that kind.
-        labels: which of the checkpoints, in that order; all by default.
+        eigenvectors: saved eigenvectors, for directions of that kind.
+        checkpoints: checkpoints of the run, for directions of that kind.
+        labels: labels of the checkpoints to use, in that order; all by default.
         partial: finished points; new ones are stored as soon as they are measured.
 
     Raises:

@@ -46,7 +46,7 @@ def loss_landscape(
     largest projection error in the title.
 
     Args:
-        results: by the name shown above each column.
+        results: results by the name shown above each column.
         value: ``nll``, ``l2_half_sq``, ``l2_sum_norm``, ``nll+l2_half_sq``, ``nll+l2_sum_norm``, ``accuracy`` or ``ece``;
             by default the official surface for the official preset, else ``nll``.
         kind: ``surface``, ``contour`` or ``both``.
@@ -79,8 +79,8 @@ def plotly_loss_landscape(results: Mapping[str, LossLandscapeResult], *, value: 
     """Return the interactive surfaces, one scene a result, with a menu of the measured values.
 
     Args:
-        results: by the name shown above each scene.
-        value: what is shown first; see `loss_landscape`.
+        results: results by the name shown above each scene.
+        value: field that is shown first; see `loss_landscape`.
 
     Raises:
         ValueError: an unknown value.

@@ -190,10 +190,10 @@ def sharpness(
         radii: distances, positive.
         n_pairs: pairs of directions, at least 20 for a claim; and pairs of opposite normal points of the adaptive averages.
         normalization: ``filter`` or ``layer``.
-        ignore: what stays (see `vitscope.linalg.weights.directions.moving`).
-        n_steps: of gradient ascent; 0 leaves the worst rise out.
+        ignore: parameters that stay (see `vitscope.linalg.weights.directions.moving`).
+        n_steps: number of steps of gradient ascent; 0 leaves the worst rise out.
         n_starts: random starts of the ascent; of APGD the weights themselves are the first.
-        seed: of directions, starts and normal points.
+        seed: seed of directions, starts and normal points.
         bn: ``eval`` or ``recalibrate``, for the mean; the ascent and the adaptive measures use running statistics.
         adaptive: some of ``elementwise_l2``, ``elementwise_linf``, ``elementwise_average``, ``filter_l2``, ``filter_linf`` and
             ``filter_average``; none by default.

@@ -19,7 +19,7 @@ class Lesion:
 
     Attributes:
         removal: one of `REMOVALS`.
-        name: of the unit (``blocks.1.attn``), the group (``stage 1 msa``) or the head (``blocks.1.attn head 0``).
+        name: name of the unit (``blocks.1.attn``), the group (``stage 1 msa``) or the head (``blocks.1.attn head 0``).
         first: the first unit it touches: what comes before this unit's block is as in the whole model.
         removed: makes the context in which it is removed.
     """

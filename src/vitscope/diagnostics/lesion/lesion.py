@@ -61,11 +61,11 @@ class LesionResult(
         head_accuracy_half_width: (n_head_units,) see ``accuracy_half_width``.
         head_nll_change: (n_head_units,) see ``nll_change``.
         head_nll_half_width: (n_head_units,) see ``nll_half_width``.
-        accuracy: of the whole model.
-        nll: of the whole model, nats.
+        accuracy: accuracy of the whole model.
+        nll: nll of the whole model, in nats.
         n_images: images measured.
         bn: ``eval`` or ``recalibrate``.
-        card: the conditions.
+        card: conditions of the measurement.
     """
 
     units: tuple[str, ...]
@@ -129,7 +129,7 @@ def lesion(
 
     Args:
         probe: model and images.
-        removals: which of the four; ``branch_zero`` is always among them.
+        removals: ways of removing parts, some of the four above; ``branch_zero`` is always among them.
         bn: ``eval`` keeps BatchNorm's running statistics; ``recalibrate`` recomputes them for each lesion, and for the
             whole model, as the average over the probe's batches.
         cache: start each lesioned pass at the block it changes, from the activations of a whole pass, where the first batch

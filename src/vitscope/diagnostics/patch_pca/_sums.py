@@ -21,9 +21,9 @@ class PatchSums:
     """What is kept between batches; memory does not depend on the number of images.
 
     Args:
-        names: of the chosen taps.
+        names: names of the chosen taps.
         n_shown: first images whose features are kept.
-        choice: which patches count, by the index of the chosen tap and its map; None for all.
+        choice: function that tells which patches count, by the index of the chosen tap and its map; None for all.
     """
 
     def __init__(self, names: Sequence[str], n_shown: int, choice: PatchChoice | None = None) -> None:

@@ -69,7 +69,7 @@ class PatchPcaResult(
         foreground: threshold on the first component in standard deviations; NaN without one.
         level: coverage of the intervals.
         n_images: number of images.
-        card: under which conditions this was measured.
+        card: conditions of the measurement.
     """
 
     taps: tuple[str, ...]

@@ -26,8 +26,8 @@ def patch_pca(results: Mapping[str, PatchPcaResult], *, images: int = 8) -> Figu
     the same only where one was aligned to the other.
 
     Args:
-        results: by the name beside the rows.
-        images: at most this many of the images that the results show.
+        results: results by the name beside the rows.
+        images: largest number of images to show, of those that the results show.
 
     Raises:
         ValueError: fewer than one image.

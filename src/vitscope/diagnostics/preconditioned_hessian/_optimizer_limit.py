@@ -21,13 +21,13 @@ class OptimizerLimit:
 
     Attributes:
         threshold: the limit; NaN where it is unknown.
-        formula: of the threshold, or why it is unknown.
+        formula: formula of the threshold, or the reason why it is unknown.
         lr: learning rate of the next step.
-        optimizer: its class, with SAM around it.
+        optimizer: class of the optimizer, with SAM around it.
         preconditioner: name of P.
         scale: P by parameter name; None for the identity.
         decay: coupled decay by parameter name; None leaves the objective's own L2 term.
-        l2: how the card names the L2 term.
+        l2: name of the L2 term on the card.
     """
 
     threshold: float

@@ -58,7 +58,7 @@ class EdgeOfStabilityResult(Result, coordinates={"step": "steps"}, untabulated=(
         optimizer: the optimizer's class, with SAM around it; empty where none is known.
         preconditioner: ``identity`` where P is none, else ``adamw`` (also of Adam), ``nadam``, ``rmsprop``, ``adagrad`` or, of
             several groups of SGD, ``groups``.
-        formula: of the limit at the last step, or why it is unknown.
+        formula: formula of the limit at the last step, or the reason why it is unknown.
         eigenvectors: (k, size) of H at the last step; (0, 0) in a result that was read from a run folder.
         scaled_eigenvector: (size,) of P^-1/2 H P^-1/2 at the last step; (0,) likewise, and where P is none.
         card: conditions of the last step.
@@ -134,7 +134,7 @@ def edge_of_stability(
         probe: the model, batches and objective; the eigenvalues are those of the mean over all batches. These may be all images
             of the training set, which are gone through one batch, or ``micro_batch`` images, at a time.
         k: number of eigenvalues, and dimension of the subspace that is compared with the one before.
-        optimizer: of the model; None for that of the run's checkpoint.
+        optimizer: optimizer of the model; None for that of the run's checkpoint.
         step: number of optimizer steps that the weights have made; None for what the run states, without a run for the number of
             entries so far.
         previous: result of the step measured before, whose entries are kept; None begins a series. For the same step it is

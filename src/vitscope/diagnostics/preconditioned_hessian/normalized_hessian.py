@@ -32,7 +32,7 @@ class NormalizedHessianResult(Result):
         converged: (k,) booleans.
         n_products: products with the Hessian.
         n_moving: parameters that ``ignore`` leaves to move.
-        card: under which conditions.
+        card: conditions of the measurement.
     """
 
     eigenvalues: np.ndarray
@@ -84,10 +84,10 @@ def normalized_hessian(
 
     Args:
         probe: the model, batches and objective; batches are split over ranks.
-        k: how many eigenvalues (``n_top`` is accepted too).
+        k: number of eigenvalues (``n_top`` is accepted too).
         which: ``LM``, ``LA``, ``SA`` or ``both``.
         normalization: ``weight`` or ``filter``, see above.
-        ignore: what does not move, as for the landscape: ``bias_bn`` (one-dimensional parameters and position tables).
+        ignore: parameters that do not move, as for the landscape: ``bias_bn`` (one-dimensional parameters and position tables).
         curvature: ``tol``, ``dtype``, ``bn``, ``micro_batch``, ``max_products``, ``max_memory``, ``basis``, ``seed``: see
             `vitscope.linalg.curvature.curvature_options.CurvatureOptions`.
 

@@ -47,7 +47,7 @@ class PreconditionedSharpnessResult(Result):
         n_products: products with the Hessian.
         optimizer: the optimizer's class, empty where none is known.
         limit: the threshold's formula, or why it is unknown.
-        card: under which conditions.
+        card: conditions of the measurement.
     """
 
     eigenvalues: np.ndarray
@@ -96,12 +96,12 @@ def preconditioned_sharpness(
 
     Args:
         probe: the model, batches and objective; batches are split over ranks.
-        optimizer: of the model, at the point measured; None for that of the checkpoint the probe was made from.
+        optimizer: optimizer of the model, at the point measured; None for that of the checkpoint the probe was made from.
         lr: the learning rate in place of the optimizer's; without an optimizer, None leaves the threshold out.
         beta1: only without an optimizer: Adam's first momentum coefficient, None for 0.9; with the identity SGD's momentum, None
             leaves the threshold out.
         preconditioner: ``auto``; or, of a stated optimizer instead of the run's: ``adamw`` (its state is needed), ``identity``.
-        k: how many eigenvalues (``n_top`` is accepted too).
+        k: number of eigenvalues (``n_top`` is accepted too).
         curvature: ``tol``, ``parameters``, ``dtype``, ``bn``, ``micro_batch``, ``max_products``, ``max_memory``, ``basis``,
             ``seed``: see `vitscope.linalg.curvature.curvature_options.CurvatureOptions`.
 

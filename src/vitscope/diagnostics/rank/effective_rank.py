@@ -38,7 +38,7 @@ class EffectiveRankResult(Result, coordinates=TAP_COORDINATES):
         spectrum: (n_taps, channels) one array a tap: eigenvalues of the covariance, descending, summing to 1; NaN likewise.
         n_samples: (n_taps,) feature vectors: images times positions.
         n_images: images used.
-        card: the conditions.
+        card: conditions of the measurement.
     """
 
     taps: tuple[str, ...]
@@ -84,7 +84,7 @@ def effective_rank(probe: Probe, *, positions: int | None = 16) -> EffectiveRank
 
     Args:
         probe: model, images and taps.
-        positions: at most this many positions of a map, drawn once, to keep the sums cheap; None for all.
+        positions: largest number of positions of a map, drawn once, to keep the sums cheap; None for all.
 
     Raises:
         ValueError: a probe without taps, fewer than one position, fewer than two feature vectors, or a tap that was not reached.

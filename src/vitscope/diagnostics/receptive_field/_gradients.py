@@ -47,7 +47,7 @@ class FieldsOfTaps:
         area_without: (n_groups, n_taps, n_area_shares) likewise.
         reasons: why taps are null, by name.
         n_images: number of images.
-        dtype: of the gradients.
+        dtype: type of the gradients.
     """
 
     map_sizes: np.ndarray

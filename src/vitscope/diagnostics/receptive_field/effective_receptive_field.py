@@ -69,7 +69,7 @@ class EffectiveReceptiveFieldResult(
         n_backward: backward passes over the images.
         level: coverage of the intervals.
         n_images: number of images.
-        card: under which conditions this was measured.
+        card: conditions of the measurement.
     """
 
     taps: tuple[str, ...]
@@ -140,12 +140,12 @@ def effective_receptive_field(
     Args:
         probe: model, images and taps.
         taps: ``stages``, the last tap of each stage (one of a model without stages); ``last``; ``all``; or names of taps.
-        contribution: of a pixel: ``squared``, as above; or ``positive``, that of Ding et al.: ``sum_c relu(d sum_k
-            relu(F[k, h // 2, w // 2]) / d x[c])``.
-        center: of radii and squares: ``mass``, the field's center of mass in half pixels; or ``cell``, the center of the
+        contribution: measure of a pixel's contribution: ``squared``, as above; or ``positive``, that of Ding et al.: ``sum_c
+            relu(d sum_k relu(F[k, h // 2, w // 2]) / d x[c])``.
+        center: center of radii and squares: ``mass``, the field's center of mass in half pixels; or ``cell``, the center of the
             position's cell, from which strided convolutions shift the field by up to half a cell.
         area_shares: shares of the field for which the smallest square is sought; those of Ding et al.
-        initial: the same architecture before training, measured on the same images (a run supplies it).
+        initial: the model before training, measured on the same images (a run supplies it).
         level: coverage of the t-intervals over images.
 
     Raises:

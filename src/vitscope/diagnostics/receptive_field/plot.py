@@ -41,7 +41,7 @@ def effective_receptive_field(results: Mapping[str, EffectiveReceptiveFieldResul
     """Draw the fields on one color scale and one scale of pixels, with the radii of 50, 90 and 99 %, or the radii over depth.
 
     Args:
-        results: by the name in the title or legend.
+        results: results by the name in the title or legend.
         view: ``last``, the last tap of each model, below it the trained minus the initial field where one was measured;
             ``taps``, a row a model with all of its taps; ``depth``, the radii over depth.
 

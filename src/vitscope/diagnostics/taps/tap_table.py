@@ -51,7 +51,7 @@ class TapTableResult(Result, coordinates=COORDINATES):
         unit_branches: (n_structure_units) ``residual`` where lesions and branch measures reach the unit, ``residual, returned by
             no module`` where its branch can neither be read nor removed, ``not residual`` where it adds to no stream.
         uncovered: (n_uncovered) what belongs to no unit, in words; measures that compare kinds refuse such a model.
-        card: under which conditions this was measured.
+        card: conditions of the measurement.
     """
 
     taps: tuple[str, ...]

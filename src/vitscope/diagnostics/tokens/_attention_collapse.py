@@ -19,7 +19,7 @@ class AttentionCollapse:
 
     Attributes:
         head_nmi: normalized mutual information of query and key positions, of each head.
-        nmi: its mean over heads.
+        nmi: mean over heads of the normalized mutual information.
         head_similarity: mean cosine of the attention of each pair of heads.
     """
 

@@ -73,7 +73,7 @@ def sink_fields(
     """Return the fields of the result that tell about attention.
 
     Args:
-        sinks: what was kept of each unit.
+        sinks: sums of each unit.
         taps: names of the taps.
         above: (n_norm_images, n_tokens) of each tap, whether a patch token is an artefact.
         n_prefix: number of prefix tokens of the model.

@@ -140,7 +140,7 @@ def median_magnitude(x: Tensor, positions: int | None) -> Tensor:
 
     Args:
         x: the maps.
-        positions: at most this many positions of a map, the same for every image; None for all.
+        positions: largest number of positions of a map, the same for every image; None for all.
     """
     n = x.shape[2]
     if positions is not None and positions < n:

@@ -68,7 +68,7 @@ class OversmoothingResult(
         layer_similarity_half_width: (n_units, n_other_units) half their intervals.
         level: coverage of the intervals.
         n_images: number of images.
-        card: under which conditions this was measured.
+        card: conditions of the measurement.
     """
 
     taps: tuple[str, ...]
@@ -138,7 +138,7 @@ def oversmoothing(
 
     Args:
         probe: model and images.
-        norm: of the rank-1 residual.
+        norm: norm of the rank-1 residual.
         level: coverage of the t-intervals over images.
 
     Raises:

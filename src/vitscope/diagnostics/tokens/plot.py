@@ -38,9 +38,10 @@ def token_norms(
     the tokens of a kind. Squares in the maps are artefacts.
 
     Args:
-        results: by the name in the legend and the titles.
+        results: results by the name in the legend and the titles.
         view: ``all``, or one of ``norms``, ``artefacts``, ``massive``, ``sinks``, ``maps``.
-        tap: whose maps are drawn; by default that with the largest share of artefacts, or the last with more than one position.
+        tap: tap whose maps are drawn; by default the one with the largest share of artefacts, or the last with more than one
+            position.
         images: number of images with a map, the first ones.
 
     Raises:

@@ -22,7 +22,7 @@ def oversmoothing(results: Mapping[str, OversmoothingResult], *, view: str = "de
     """Draw tokens and attention over depth, or a matrix of the similarity of layers' attention for each result.
 
     Args:
-        results: by the name in the legend and the titles.
+        results: results by the name in the legend and the titles.
         view: ``depth``, or ``layers`` for the matrices.
 
     Raises:

@@ -96,7 +96,7 @@ class TokenNormsResult(
         n_norm_images: number of images whose norms are kept.
         level: coverage of the intervals.
         n_images: number of images.
-        card: under which conditions this was measured.
+        card: conditions of the measurement.
     """
 
     taps: tuple[str, ...]
@@ -199,7 +199,7 @@ def token_norms(
         threshold: norm above which a token is an artefact, the same at every tap; None for the rule above at each tap.
         norm_images: images whose norms are kept, the first ones of the probe, four bytes a token and tap; thresholds,
             shares, quantiles and frequencies are theirs. None for all.
-        positions: at most this many positions of a map, drawn once, for the median magnitude; None for all.
+        positions: largest number of positions of a map, drawn once, for the median magnitude; None for all.
         level: coverage of the t-intervals over images.
 
     Raises:

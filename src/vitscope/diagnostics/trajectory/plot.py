@@ -29,7 +29,7 @@ def trajectory(results: Mapping[str, TrajectoryResult], *, kind: str = "pca") ->
     form (``kind="polar"``) is Fig 1b of Park & Kim, which its author asked readers to ignore; it is for comparison only.
 
     Args:
-        results: by the name shown above each column.
+        results: results by the name shown above each column.
         kind: ``pca`` or ``polar``.
 
     Raises:

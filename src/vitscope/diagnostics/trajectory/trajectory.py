@@ -112,10 +112,10 @@ def trajectory(
     Args:
         probe: the final model and its frozen batches.
         checkpoints: pairs of a label and a state dict, in the order of training; the final weights may be among them.
-        labels: which of them; all by default.
+        labels: labels of the checkpoints to use; all by default.
         n: points on a side of the surface behind the path; 0 for none.
-        margin: how far the surface reaches beyond the path, as a share of the path's extent.
-        seed: of a random second direction.
+        margin: reach of the surface beyond the path, as a share of the path's extent.
+        seed: seed of a random second direction.
         bn: ``eval``: a checkpoint's own running statistics, and the final model's in the plane; ``recalibrate``: recomputed at
             every point.
         dtype: ``bfloat16``, ``float64``, or None for the model's own.

@@ -45,7 +45,7 @@ class FeatureMapVarianceResult(Result, coordinates=TAP_COORDINATES):
         log_variance_ratio_half_width: (n_taps,) half its t-interval over images; NaN with fewer than 128.
         level: coverage of the intervals.
         n_images: number of images.
-        card: under which conditions this was measured.
+        card: conditions of the measurement.
     """
 
     taps: tuple[str, ...]

@@ -20,7 +20,7 @@ def feature_map_variance(
     """Draw the variance over depth (Fig 9) and each unit's log variance ratio; the rows of several models share their axes.
 
     Args:
-        results: by the name in the title or legend.
+        results: results by the name in the title or legend.
         view: ``both``, a row a model; ``variance``, where several models share one pair of axes; or ``ratio``.
         log: a logarithmic axis of the variance; by default for one model whose values span more than a factor of 30.
 

@@ -31,7 +31,7 @@ class AttentionParts:
     """Rows of attention's parameters by part, and attention in which they are not certain.
 
     Attributes:
-        rows: by part (``q k v proj``) and name.
+        rows: rows by part (``q k v proj``) and name.
         unclear: names of modules with attention whose rows are not certain, with the reason.
         layers: the calls of layers in the pass, in order.
     """

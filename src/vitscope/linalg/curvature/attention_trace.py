@@ -26,8 +26,8 @@ class LayerCall:
         scopes: names of the modules that were running, the innermost first.
         weight: name of the weight.
         bias: the bias, a parameter or made from some; None without one.
-        input: its input.
-        output: its output.
+        input: input of the layer.
+        output: output of the layer.
         channels: axis of the output along which the rows of the weight lie.
     """
 
@@ -50,7 +50,7 @@ class SoftmaxCall:
         scores: ``(..., queries, keys)``, without a mask where it is one call of attention.
         masked: the scores of which the softmax is taken.
         axis: axis of the keys.
-        weights: of the same shape.
+        weights: weights of the same shape.
     """
 
     time: int

@@ -42,15 +42,15 @@ class Curvature:
         model: the guarded model.
         batches: yields this rank's ``(first image, (x, y))`` on every call.
         objective: the data term and the L2 term.
-        parameters: those analysed, by name: the operator is the diagonal block that belongs to them.
+        parameters: the parameters analyzed, by name: the operator is the diagonal block that belongs to them.
         n_images: examples with a label on all ranks together, by which sums are divided.
         kind: ``hessian``, ``ggn``, ``fisher_mc`` or ``fisher_empirical``; the L2 term's Hessian is added to each.
-        product: for ``hessian``: ``reverse``, ``linearize`` (forward over reverse, `torch.func.linearize`), or ``difference``
-            (`vitscope.linalg.differences.central_differences`), which moves the weights and gives them back.
+        product: kind of products of ``hessian``: ``reverse``, ``linearize`` (forward over reverse, `torch.func.linearize`), or
+            ``difference`` (`vitscope.linalg.differences.central_differences`), which moves the weights and gives them back.
         micro_batch: images held at once; None for a whole batch.
         reduce: add the ranks' shares up; False where each rank has an operator of its own.
         n_samples: labels drawn for each image by ``fisher_mc``.
-        seed: of those draws.
+        seed: seed of the drawn labels.
         difference_step: length of the step of ``difference``; None to search for it.
         tol: relative error that products of ``difference`` may have.
         filler: returns any ``(x, y)``: with sharded weights ranks with fewer chunks take part in the others' passes with an image

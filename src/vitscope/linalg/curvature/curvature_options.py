@@ -40,7 +40,7 @@ class CurvatureOptions:
             belongs to it.
         dtype: ``float32`` or ``float64``, the type of weights and products; None for the model's own type.
         bn: statistics of BatchNorm: ``eval`` for the running ones, ``batch`` for those of each batch.
-        product: how a product with the Hessian is computed: ``reverse`` (twice backward, the graph is stored), ``linearize``
+        product: way of computing a product with the Hessian: ``reverse`` (twice backward, the graph is stored), ``linearize``
             (forward over backward), or ``difference``: central differences of the gradient, for networks that cannot be
             differentiated twice (`vitscope.linalg.differences.central_differences`). Their error is estimated for every
             product, is on the card, and is refused where it exceeds ``tol``.
@@ -50,11 +50,11 @@ class CurvatureOptions:
             operator of its own); eigenvalues that have not converged by then are marked.
         max_memory: bytes that the Lanczos basis may take (of all ranks together), after which it is restarted; None for a
             quarter of the free memory.
-        basis: where the Lanczos basis is: ``device``, ``cpu`` (the host's memory), ``disk`` (a file in ``TMPDIR``), or ``auto``
+        basis: place of the Lanczos basis: ``device``, ``cpu`` (the host's memory), ``disk`` (a file in ``TMPDIR``), or ``auto``
             for the first of these that has space. Ranks that search together hold a share of its columns each.
         checkpoint_blocks: keep of each block of the model's structure its inputs alone, and compute it again in every product:
             less memory, about half as much time more.
-        seed: of start vectors, random vectors and drawn labels.
+        seed: seed of start vectors, random vectors and drawn labels.
 
     Raises:
         ValueError: a value that is not listed above, a ``tol`` outside (0, 1), fewer than one product or image, micro-batches

@@ -64,7 +64,7 @@ def output_curvature(
         first_image: the number of the first image in the whole sequence; draws depend on it and on ``seed`` only, not on
             how the images are split into batches.
         n_samples: labels drawn for each image (``fisher_mc``).
-        seed: of those draws.
+        seed: seed of the drawn labels.
 
     Raises:
         ValueError: a loss without this curvature, or ``fisher_empirical`` of a loss that gives a mean alone.

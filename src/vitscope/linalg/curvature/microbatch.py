@@ -47,8 +47,8 @@ class Chunk(NamedTuple):
 
     Attributes:
         loss: the data term, read from the device once.
-        gradient: of the data term, one tensor a parameter.
-        product: from one tensor a parameter to the data curvature times it; holds the graph.
+        gradient: gradient of the data term, one tensor a parameter.
+        product: function from one tensor a parameter to the data curvature times it; holds the graph.
     """
 
     loss: float

@@ -39,9 +39,9 @@ class Curvatures:
 
     Attributes:
         probe: the probe inside its guard.
-        model: its model.
+        model: the probe's model.
         parameters: the parameters analyzed, by name.
-        options: of the operators.
+        options: options of the operators.
         n_samples: number of labels drawn for each image by ``fisher_mc``.
         buffers: memory of bases that `basis_memory` gave.
         records: steps and errors of products by differences, of each operator and each row that was read.
@@ -196,7 +196,7 @@ def curvatures(
 
     Args:
         probe: the model, batches and objective.
-        options: of the operators; None for the defaults.
+        options: options of the operators; None for the defaults.
         n_samples: number of labels drawn for each image by ``fisher_mc``.
         mean_alone: whether only `Curvatures.mean` will be used: weights that are sharded over ranks then stay so, where the L2
             term, the subset and the product allow it. They are whole on every rank otherwise.

@@ -41,8 +41,8 @@ def select_parameters(
     """Return which of ``parameters``, and which of their rows, ``subset`` names, in the model's order.
 
     Args:
-        model: whose parameters they are, in eval mode.
-        parameters: by name.
+        model: the model of the parameters, in eval mode.
+        parameters: the parameters by name.
         subset: None for all; else one or several of ``kind:msa`` (``stem conv msa mlp pool head``), ``stage:2``,
             ``layer:blocks.3.attn`` (a module's own and its children's), ``part:q`` (``q k v proj mlp_in mlp_out``), or a pattern
             such as ``*.qkv.weight``. Several are united.
@@ -69,9 +69,9 @@ def analyzed_parameters(
 
     Args:
         model: the guarded model.
-        parameters: by name.
-        subset: see `select_parameters`.
-        images: see `select_parameters`.
+        parameters: the parameters by name.
+        subset: the subset, as for `select_parameters`.
+        images: the images, as for `select_parameters`.
 
     Raises:
         ValueError: as `select_parameters`.

@@ -56,7 +56,7 @@ def recomputed_blocks(modules: Mapping[str, nn.Module]) -> Iterator[None]:
     """Let blocks keep their inputs alone, for derivatives up to the second; their ``forward`` is restored.
 
     Args:
-        modules: by name; each returns one tensor, and does not call another of them.
+        modules: the modules by name; each returns one tensor, and does not call another of them.
 
     Raises:
         ValueError: rows of a parameter are analyzed as a parameter of their own.

@@ -74,7 +74,7 @@ def sliced_parameters(model: nn.Module, slices: Mapping[str, RowSlice]) -> Itera
 
     Args:
         model: the model.
-        slices: by name, which is that of the whole parameter with an ending that is no attribute's.
+        slices: the slices by name, which is that of the whole parameter with an ending that is no attribute's.
     """
     by_whole = {part.whole_name: (name.rpartition(".")[2], part) for name, part in slices.items()}
     originals = {id(p): by_whole[name] for name, p in model.named_parameters() if name in by_whole}

@@ -46,8 +46,8 @@ def warm_start(vectors: np.ndarray | Tensor, operator: VectorSpace, seed: int = 
 
     Args:
         vectors: ``(m, size)`` or ``(size,)``, of any length; a row without a direction is left out.
-        operator: whose vectors have ``size`` entries, and their type and device.
-        seed: of the random part.
+        operator: the operator, which gives the size, type and device of vectors.
+        seed: seed of the random part.
 
     Raises:
         ValueError: other shapes, entries that are not finite, or no direction at all.

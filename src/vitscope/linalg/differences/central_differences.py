@@ -70,7 +70,7 @@ class DifferenceRecord:
         error: the largest estimate of a product's error, for unit vectors.
         largest: the length of the largest product with a unit vector.
         steps: the smallest and the largest step used; empty before the first product.
-        last_step: that of the last product, with which the next one begins; None before the first.
+        last_step: step of the last product, with which the next one begins; None before the first.
         n_products: products made.
     """
 
@@ -122,7 +122,7 @@ class CentralDifferences:
         shared: whether all ranks make the same products and have to decide alike.
 
     Attributes:
-        record: what is known about steps and errors.
+        record: steps and errors of the products so far.
     """
 
     def __init__(self, gradients: Gradients, *, tol: float, step: float | None = None, shared: bool = False) -> None:

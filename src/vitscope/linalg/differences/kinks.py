@@ -38,8 +38,8 @@ def kinked_functions(model: nn.Module, inputs: Any) -> tuple[str, ...]:
     """Return the names of the functions with a kink that a forward pass calls, in their order.
 
     Args:
-        model: inside a guard.
-        inputs: what the model takes.
+        model: the model, inside a guard.
+        inputs: inputs of the model.
     """
     with torch.no_grad(), _Recorder() as recorder:
         model(inputs)

@@ -22,7 +22,7 @@ class ForeignOperator:
     Args:
         operator: A SciPy ``LinearOperator`` or sparse matrix, a symmetric NumPy array or torch tensor ``(size, size)``, or an
             object with ``shape``, ``dtype``, ``device`` and ``@`` for torch vectors, as curvlinops' operators.
-        seed: Of the two vectors with which symmetry is checked.
+        seed: Seed of the two vectors with which symmetry is checked.
 
     Attributes:
         size: Number of rows.

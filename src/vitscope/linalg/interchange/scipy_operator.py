@@ -26,7 +26,7 @@ class HessianOperator(LinearOperator):
     Attributes:
         shape: (size, size), the number of parameters analyzed.
         dtype: float32 or float64, the type of the products.
-        parameter_names: of the parameters analyzed, in the order of a vector's entries.
+        parameter_names: names of the parameters analyzed, in the order of a vector's entries.
         n_products: number of products so far.
         difference_error: with ``product='difference'``, the estimated error of products so far relative to the largest one, see
             `vitscope.linalg.differences.central_differences`; 0 for exact products.

@@ -46,7 +46,7 @@ def principal_directions(differences: Sequence[Mapping[str, Tensor]], k: int = 2
 
     Args:
         differences: ``checkpoint - final weights`` of each checkpoint.
-        k: how many directions; fewer come back where fewer differences are linearly independent.
+        k: number of directions; fewer come back where fewer differences are linearly independent.
 
     Raises:
         ValueError: no difference that is not zero.

@@ -38,9 +38,9 @@ def random_direction(
     share a parameter's name and shape share its numbers, on every device and in every precision.
 
     Args:
-        parameters: what the direction covers, by name.
-        seed: of the measurement.
-        index: which of the seed's directions.
+        parameters: the parameters that the direction covers, by name.
+        seed: seed of the measurement.
+        index: number of the direction among those of the seed.
         names: the names that the numbers depend on, by the parameters' own (see
             `vitscope.linalg.weights.effective_weights.canonical_names`, which leave wrappers out); by default these.
     """
@@ -58,7 +58,7 @@ def moving(parameters: Mapping[str, Tensor], ignore: str | Sequence[str] = "bias
 
     Args:
         parameters: the candidates, by name.
-        ignore: what stays: ``bias_bn`` (parameters with fewer than two dimensions, and position tables), its two parts
+        ignore: parameters that stay: ``bias_bn`` (parameters with fewer than two dimensions, and position tables), its two parts
             ``one_dim`` and ``positions``, or regular expressions searched in the names; an empty sequence moves everything.
 
     Raises:

@@ -63,7 +63,7 @@ def points_in_plane(
     ``w`` afresh, so its weights do not depend on the points visited before. Moves that keep ``a`` cost one pass over the weights.
 
     Args:
-        parameters: by name; those in neither direction are not touched.
+        parameters: the parameters by name; those in neither direction are not touched.
         first: the first direction, None for a line (a is then not used); pass it `set_aside` to save memory.
         second: the second direction, or the line's.
     """

@@ -55,7 +55,7 @@ def match_weights(
         symmetry: Groups of units.
         fixed: Parameters of the network that stays, by name.
         moving: Those of the network that is permuted.
-        seed: Of the order of the steps.
+        seed: Seed of the order of the steps.
         max_sweeps: Sweeps after which the search ends without convergence.
     """
     starts = [symmetry.identity(), _first_sweep(symmetry, fixed, moving)]

@@ -86,7 +86,7 @@ def align_weights(
         images: (B, C, H, W), or batches of them that can be iterated several times; needed for ``activations``. None: random
             images of a size that the model states.
         target: State dict of weights that take the place of the model's own; None for these.
-        seed: Of the order in which groups of units are matched.
+        seed: Seed of the order in which groups of units are matched.
 
     Raises:
         StructureError: A function through which units cannot be followed (named with its module), or no units.

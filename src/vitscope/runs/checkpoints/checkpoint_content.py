@@ -80,7 +80,7 @@ def check_plain(value: Any, place: str) -> None:
 
     Args:
         value: container, number, text or tensor.
-        place: its path in the checkpoint, for the error.
+        place: path of the value in the checkpoint, for the error.
 
     Raises:
         CheckpointError: a key or an entry of another type, named by its place.

@@ -61,7 +61,7 @@ def write(checkpoint: Mapping[str, Any], path: Path, *, copies: Sequence[str] = 
     """Write a checkpoint of plain containers and tensors to ``path`` and its hash to the manifest.
 
     Args:
-        checkpoint: what to save.
+        checkpoint: contents to save.
         path: the file.
         copies: names of further files of the same folder with the same content. A kill leaves all of them old or all of them
             new: all are on the disk under temporary names before the manifest lists them as pending, which is the commit

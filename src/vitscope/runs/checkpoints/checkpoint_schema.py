@@ -38,8 +38,8 @@ def check(
     """Check everything that Lightning will restore, before any of it is.
 
     Args:
-        content: from `checkpoint.read`.
-        path: for the error.
+        content: contents that `checkpoint_io.read` returned.
+        path: file of the checkpoint, for the error.
         network: the model without Lightning's module around it, its weights already compared.
         trainer: Lightning's, not yet fitted: its loops and callbacks say what they would save.
         optimizer: a new one over the network's parameters, whose groups are compared; None for one group of all of them.

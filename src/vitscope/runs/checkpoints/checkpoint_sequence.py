@@ -18,8 +18,8 @@ class Snapshots(Sequence[tuple[str, Mapping[str, Any]]]):
     """Pairs of a label and the weights (with the names of the network's own), read one at a time.
 
     Args:
-        files: by label, in order.
-        network: whose weights they are, see `checkpoint_weights.model_state`.
+        files: checkpoint files by label, in order.
+        network: the network of the weights, see `checkpoint_weights.model_state`.
     """
 
     def __init__(self, files: Mapping[str, Path], network: nn.Module | None = None) -> None:
@@ -64,8 +64,8 @@ def named(paths: Sequence[str | Path], network: nn.Module | None = None) -> Snap
     A run's label is its folder's name, a file's ``<run>/<name>``, or its name alone outside a run.
 
     Args:
-        paths: of runs and files.
-        network: whose weights the files hold, under any prefix and in any entry.
+        paths: run folders and checkpoint files.
+        network: the network whose weights the files hold, under any prefix and in any entry.
 
     Raises:
         CheckpointError: a path that is neither, or one named twice.

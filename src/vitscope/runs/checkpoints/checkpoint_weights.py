@@ -32,8 +32,8 @@ def model_state(content: Mapping[str, Any], network: nn.Module | None = None) ->
 
     Args:
         content: the contents of the file.
-        network: whose weights they are: the only reading that fits it is taken, see `state_dicts.select_weights`. None, or where
-            nothing fits: the usual entries, without the usual prefixes.
+        network: the network of the weights: the only reading that fits it is taken, see `state_dicts.select_weights`. None, or
+            where nothing fits: the usual entries, without the usual prefixes.
 
     Raises:
         ValueError: two readings fit the network equally well.
@@ -87,7 +87,7 @@ def load_weights(
         path: the file, for errors.
         average: whether to take averages over training steps (EMA, SWA) in place of the weights.
         report: whether to log that message; not where the weights are only compared with the network.
-        class_count_source: where the network's number of classes comes from, for the error; empty where it is not known.
+        class_count_source: words for the error: what decides the network's number of classes; empty where it is not known.
 
     Raises:
         CheckpointError: no averages, two readings that fit equally well, or keys or shapes that do not match, the first of

@@ -40,7 +40,7 @@ class NumberType:
     """The type of a NumPy number: its code, such as ``f8``, and its byte order.
 
     Args:
-        code: of the type.
+        code: type code of the values.
         _: flags that NumPy writes.
 
     Raises:
