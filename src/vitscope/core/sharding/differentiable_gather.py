@@ -35,19 +35,19 @@ class ShardLayout:
     group: Any = None
 
     @property
-    def share(self) -> int:
+    def rows_per_shard(self) -> int:
         """Rows of a full shard."""
         return -(-self.shape[self.axis] // self.world)
 
     @property
     def start(self) -> int:
         """Number of the first row of this rank."""
-        return min(self.rank * self.share, self.shape[self.axis])
+        return min(self.rank * self.rows_per_shard, self.shape[self.axis])
 
     @property
     def n_rows(self) -> int:
         """Rows of this rank."""
-        return min(self.share, self.shape[self.axis] - self.start)
+        return min(self.rows_per_shard, self.shape[self.axis] - self.start)
 
     def local_part(self, whole: Tensor) -> Tensor:
         """Return this rank's rows of a tensor of the whole weight's shape, as a view."""
@@ -55,18 +55,25 @@ class ShardLayout:
 
 
 def gather(shard: Tensor, layout: ShardLayout) -> Tensor:
-    """Return the whole weight of which every rank gives its ``shard``; differentiable any number of times."""
+    """Return the whole weight from the shards of all ranks; differentiable any number of times.
+
+    Args:
+        shard: this rank's rows, ``(n_rows, ...)`` along the axis of the layout.
+        layout: place of the shard in the whole weight.
+    """
     return _Gather.apply(shard, layout)
 
 
 class _Gather(torch.autograd.Function):
+    """The rows of all ranks, joined; its transpose is `_SumScattered`."""
+
     @staticmethod
     def forward(ctx: Any, shard: Tensor, layout: ShardLayout) -> Tensor:
         ctx.layout = layout
         rows = shard.detach().movedim(layout.axis, 0)  # (n_rows, ...)
-        padded = rows.new_zeros(layout.share, *rows.shape[1:])
+        padded = rows.new_zeros(layout.rows_per_shard, *rows.shape[1:])  # collectives take equal numbers of rows
         padded[: len(rows)] = rows
-        joined = distributed.gather_rows(padded, layout.group)  # (world * share, ...)
+        joined = distributed.gather_rows(padded, layout.group)  # (world * rows_per_shard, ...)
         return joined[: layout.shape[layout.axis]].movedim(0, layout.axis).contiguous()
 
     @staticmethod
@@ -75,13 +82,15 @@ class _Gather(torch.autograd.Function):
 
 
 class _SumScattered(torch.autograd.Function):
+    """This rank's rows of the sum over ranks; its transpose is `_Gather`."""
+
     @staticmethod
     def forward(ctx: Any, whole: Tensor, layout: ShardLayout) -> Tensor:
         ctx.layout = layout
-        rows = whole.detach().movedim(layout.axis, 0)
-        padded = rows.new_zeros(layout.world * layout.share, *rows.shape[1:])
+        rows = whole.detach().movedim(layout.axis, 0)  # (all rows, ...)
+        padded = rows.new_zeros(layout.world * layout.rows_per_shard, *rows.shape[1:])
         padded[: len(rows)] = rows
-        summed = distributed.scatter_summed_rows(padded, layout.group)  # (share, ...)
+        summed = distributed.scatter_summed_rows(padded, layout.group)  # (rows_per_shard, ...)
         return summed[: layout.n_rows].movedim(0, layout.axis).contiguous()
 
     @staticmethod

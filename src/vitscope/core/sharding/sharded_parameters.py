@@ -51,8 +51,8 @@ def local_part(whole: Tensor, p: Tensor) -> Tensor:
     return p.layout_of_whole.local_part(whole) if isinstance(p, LocalShard) else whole
 
 
-def in_whole(part: Tensor, p: Tensor) -> Tensor:
-    """Return a tensor in the whole parameter's shape with ``part`` in the place of ``p``, zeros elsewhere."""
+def pad_to_whole(part: Tensor, p: Tensor) -> Tensor:
+    """Return a tensor in the whole parameter's shape: ``part`` in the place of ``p``, zeros elsewhere."""
     if not isinstance(p, LocalShard):
         return part
     whole = part.new_zeros(p.layout_of_whole.shape)
@@ -107,6 +107,10 @@ def plain_weights(model: nn.Module, *, keeps_shards: bool = False) -> Iterator[N
 
 
 def _read_plain(module: nn.Module, places: Mapping[str, nn.Parameter]) -> None:
+    """Give a module plain parameters by name; attributes of those that are shards return the gathered weight.
+
+    A property has to stand in the class, so the module gets a subclass of its own class without the sharding.
+    """
     kind = unsharded_class(module) or type(module)
     properties = {key: _gathered(key, p.layout_of_whole) for key, p in places.items() if isinstance(p, LocalShard)}
     parameter_registry(module).update(places)
@@ -127,6 +131,7 @@ def _gathered(key: str, layout: ShardLayout) -> property:
 
 
 def _whole(p: nn.Parameter) -> nn.Parameter:
+    """Return a copy of a sharded parameter as a whole; any other one itself."""
     if not is_dtensor(p):
         return p
     whole: Any = p.detach()
@@ -134,6 +139,11 @@ def _whole(p: nn.Parameter) -> nn.Parameter:
 
 
 def _local_shard(name: str, p: Any) -> nn.Parameter:
+    """Return this rank's rows of a sharded parameter, which share its memory; a replicated one as it is.
+
+    Raises:
+        ValueError: shards of another layout than equal numbers of rows along one axis over all ranks.
+    """
     mesh, (placement, *others) = p.device_mesh, p.placements
     if others or not (placement.is_shard() or placement.is_replicate()) or mesh.size() != distributed.world_size():
         raise ValueError(

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from vitscope.core.batches.batch_inputs import Inputs
 from vitscope.core.guard.module_state import parameter_references
 from vitscope.core.objective import Objective
-from vitscope.core.sharding.sharded_parameters import LocalShard, in_whole, local_part, whole_shape
+from vitscope.core.sharding.sharded_parameters import LocalShard, local_part, pad_to_whole, whole_shape
 from vitscope.linalg.curvature.l2_curvature import add_l2_product, l2_gradient, l2_shift
 from vitscope.linalg.curvature.microbatch import FILLER, Chunk, build_chunk, data_gradient
-from vitscope.linalg.differences.central_differences import CentralDifferences, moved_weights
+from vitscope.linalg.differences.central_differences import CentralDifferences, gradient_difference
 from vitscope.linalg.krylov_basis import norm
 from vitscope.runtime import distributed, stop_flag
 
@@ -231,7 +231,7 @@ class Curvature:
 
     def flat(self, parts: Iterable[Tensor]) -> list[Tensor]:
         """Return tensors of the parameters' shapes as pieces of ``(size,)``; of sharded ones other ranks' rows are zero."""
-        return [in_whole(part, p).reshape(-1) for part, p in zip(parts, self.parameters.values())]
+        return [pad_to_whole(part, p).reshape(-1) for part, p in zip(parts, self.parameters.values())]
 
     def _chunks(self) -> Iterator[Chunk]:
         if self._kept is not None:
@@ -305,7 +305,7 @@ class GradientsBeside:
             ):  # of several ranks none may leave the others' reduction waiting
                 stop_flag.check()
             for total, step in zip(sums, steps):
-                difference = moved_weights(
+                difference = gradient_difference(
                     weights, parts, functools.partial(data_gradient, operator, first_image, x, y), step
                 )
                 total += torch.cat(operator.flat(difference))

@@ -10,10 +10,10 @@ The estimate compares two steps: E = |D(2h) - D(h)|. Where truncation dominates 
 (Richardson); where rounding dominates, D(2h) has half of the error of D(h), independent of it, and E is 1.1 times it: the error
 is at most about E, and twice E is a safe bound. Each product is checked so: it costs four gradients.
 
-Kinks of a network (ReLU, max-pooling) are another matter. The gradient jumps by J at each kink within h of the weights, which
-adds J / 2h to D(h) and J / 4h to D(2h). Where steps are so small that hardly any kink is within them, as in float64, E shows each
-one. Over float32's steps there are many, their differences average out while their sum remains, and D(h) is far from H u:
-`vitscope.linalg.differences.kinks` refuses that.
+Kinks of a network (ReLU, max-pooling) add an error of another kind. The gradient jumps by J at each kink within h of the weights,
+which adds J / 2h to D(h) and J / 4h to D(2h). Where steps are so small that hardly any kink is within them, as in float64, E
+shows each one. Over float32's steps there are many, their differences average out while their sum remains, and D(h) is far from
+H u: `vitscope.linalg.differences.kinks` refuses that.
 """
 
 from __future__ import annotations
@@ -31,20 +31,18 @@ from vitscope.linalg.krylov_basis import norm
 from vitscope.runtime import distributed
 from vitscope.runtime.errors import NumericalError
 
-#: ratio of neighbouring steps in a search
-RUNG = 4.0
-#: rungs in a row without a smaller estimate after which a search ends
+#: ratio of neighboring steps of a search
+STEP_RATIO = 4.0
+#: steps in a row without a smaller estimate after which a search ends
 PATIENCE = 2
-#: most rungs of a search; twelve lie between its beginning and the size of the weights in float64
-MOST_RUNGS = 20
+#: largest number of steps of a search; twelve lie between its beginning and the size of the weights in float64
+MOST_STEPS = 20
 #: products after which the estimate is held against the tolerance during a computation: a first vector can be nearly
 #: orthogonal to the eigenvectors that the error is relative to
 FIRST_CHECK = 10
 #: share of the tolerance from which on a product's estimate starts another search for a step
 SEARCH_SHARE = 0.5
-
-
-#: of a row of a resumable measurement: the relative error of its products, and the smallest and the largest step
+#: keys of a row of a resumable measurement: the relative error of its products, and the smallest and the largest step
 ROW_ERROR, ROW_STEPS = "difference_error", "difference_steps"
 
 
@@ -67,7 +65,7 @@ class DifferenceRecord:
     """Steps and errors of products by differences.
 
     Attributes:
-        error: the largest estimate of a product's error, for unit vectors.
+        error: largest estimate of a product's error, for unit vectors.
         largest: the length of the largest product with a unit vector.
         steps: the smallest and the largest step used; empty before the first product.
         last_step: step of the last product, with which the next one begins; None before the first.
@@ -88,7 +86,13 @@ class DifferenceRecord:
         return self.error / self.largest if self.largest > 0 else float("inf")
 
     def add(self, error: float, length: float, step: float) -> None:
-        """Take one product in."""
+        """Count one product.
+
+        Args:
+            error: estimate of its error, for a unit vector.
+            length: its length, for a unit vector.
+            step: length of the step.
+        """
         self.error, self.largest = max(self.error, error), max(self.largest, length)
         self.steps = [min([*self.steps, step]), max([*self.steps, step])]
         self.n_products += 1
@@ -154,12 +158,12 @@ class CentralDifferences:
         """Return the product with a unit vector at the step of the one before, or at another one where that is too inexact."""
         step = self.fixed_step or self.record.last_step
         if step is None:
-            trial = self._searched(u, self._least_step())
+            trial = self._search_step(u, self._least_step())
         else:
-            trial = self._at(u, step)
+            trial = self._measure_at(u, step)
             is_exact = trial.error <= SEARCH_SHARE * self.tol * max(self.record.largest, trial.length)
             if self.fixed_step is None and not is_exact:
-                trial = min(trial, self._searched(u, step / RUNG**3), key=lambda one: one.error)
+                trial = min(trial, self._search_step(u, step / STEP_RATIO**3), key=lambda one: one.error)
         return trial
 
     def check(self) -> None:
@@ -184,11 +188,12 @@ class CentralDifferences:
         eps = float(torch.finfo(self.gradients.dtype).eps)
         return eps ** (2 / 3) * (1.0 + self.gradients.weight_norm())
 
-    def _at(self, u: Tensor, step: float) -> _Trial:
+    def _measure_at(self, u: Tensor, step: float) -> _Trial:
+        """Return the product with a unit vector at a step, compared with that at twice the step."""
         single, double = self.gradients.differences(u, (step, 2 * step))
-        return self._compared(step, single, double)
+        return self._compare(step, single, double)
 
-    def _compared(self, step: float, single: Tensor, larger: Tensor) -> _Trial:
+    def _compare(self, step: float, single: Tensor, larger: Tensor) -> _Trial:
         """Return the product at ``step`` with its distance from that at a larger step."""
         facts = torch.tensor([norm(larger - single), norm(single)], dtype=torch.float64)
         if self.shared and distributed.world_size() > 1:  # rounding may differ between ranks, their steps must not
@@ -196,8 +201,8 @@ class CentralDifferences:
         error, length = facts.tolist()
         return _Trial(step, single, error if math.isfinite(error) else math.inf, length)
 
-    def _searched(self, u: Tensor, least: float) -> _Trial:
-        """Return the product at the first step of a ladder upward from ``least`` after which the estimate only rises.
+    def _search_step(self, u: Tensor, least: float) -> _Trial:
+        """Return the product at the first step, going up from ``least`` by `STEP_RATIO`, after which the estimate only rises.
 
         The first minimum, not the lowest: where kinks make gradients jump, steps that no kink lies within come first, and large
         steps average over the jumps, which the second derivative does not contain.
@@ -205,24 +210,31 @@ class CentralDifferences:
         step, n_worse = least, 0
         (product,) = self.gradients.differences(u, (step,))
         best = _Trial(step, product, math.inf, 0.0)
-        for _ in range(MOST_RUNGS):
-            (larger,) = self.gradients.differences(u, (step * RUNG,))
-            trial = self._compared(step, product, larger)
+        for _ in range(MOST_STEPS):
+            (larger,) = self.gradients.differences(u, (step * STEP_RATIO,))
+            trial = self._compare(step, product, larger)
             if trial.error < best.error:
                 best, n_worse = trial, 0
             elif n_worse + 1 >= PATIENCE:
                 break
             else:
                 n_worse += 1
-            product, step = larger, step * RUNG
-        # the rungs' distances overstate truncation: between the best rung and the next one
-        trials = [self._at(u, best.step * factor) for factor in (1.0, RUNG / 2)]
+            product, step = larger, step * STEP_RATIO
+        # a step four times as long overstates truncation: compare with twice the step, at the best one and halfway to the next
+        trials = [self._measure_at(u, best.step * factor) for factor in (1.0, STEP_RATIO / 2)]
         return min(trials, key=lambda trial: trial.error)
 
 
 @dataclass
 class _Trial:
-    """A product with a unit vector at one step."""
+    """A product with a unit vector at one step.
+
+    Attributes:
+        step: length of the step.
+        product: (size,) the product.
+        error: estimate of its error; infinite where it is not finite.
+        length: its length.
+    """
 
     step: float
     product: Tensor
@@ -230,7 +242,7 @@ class _Trial:
     length: float
 
 
-def moved_weights(
+def gradient_difference(
     parameters: Sequence[Tensor], direction: Sequence[Tensor], gradient: Callable[[], Sequence[Tensor]], step: float
 ) -> list[Tensor]:
     """Return ``(g(w + h u) - g(w - h u)) / 2h``, one tensor a parameter; the weights are given back bit for bit.

@@ -85,6 +85,7 @@ class Fsdp(ModelParallelStrategy):
         return super().test_step(*args, **kwargs)
 
     def _share_buffers(self) -> None:
+        """Copy the first process's buffers to all: each saw other images, and their statistics would drift apart."""
         network = getattr(self.lightning_module, "model", None)
         for buffer in network.buffers() if isinstance(network, nn.Module) else ():
             torch.distributed.broadcast(buffer, 0)
@@ -117,6 +118,7 @@ class Fsdp(ModelParallelStrategy):
         return content
 
     def _load_optimizer(self, optimizer: Optimizer, state: Mapping[str, Any], options: StateDictOptions) -> None:
+        """Give an optimizer its shards of a whole state, which numbers parameters; shards are found by name."""
         assert self.model is not None
         by_name = FullyShardedDataParallel.rekey_optim_state_dict(dict(state), OptimStateKeyType.PARAM_NAME, self.model)
         set_optimizer_state_dict(self.model, optimizer, by_name, options=options)
