@@ -61,6 +61,66 @@ def composing_from(folder: str, job_name: str | None = None) -> Iterator[None]:
         yield
 
 
+class _SharedCompositions:
+    """Files, lists of files and merged files of compositions, each made once; takes the place of functions of Hydra.
+
+    Args:
+        folder: The absolute folder of the configuration files.
+    """
+
+    def __init__(self, folder: str) -> None:
+        self._folder = folder
+        self._parse_file = cast(Any, OmegaConf).load
+        self._create_list = cast(Any, config_loader_impl).create_defaults_list
+        self._merge_files = ConfigLoaderImpl._compose_config_from_defaults_list
+        self._files: dict[str, bytes] = {}
+        self._lists: dict[Any, Any] = {}
+        self._merged: dict[Any, bytes] = {}
+
+    def _is_shared(self, repository: Any) -> bool:
+        """Tell whether a repository of configuration files looks into the folder and Hydra's own files alone."""
+        paths = {source.full_path() for source in repository.get_sources()}
+        return paths <= {f"file://{self._folder}", "pkg://hydra.conf", "structured://"}
+
+    def load(self, file: Any) -> Any:
+        """Return a copy of a file's content, in the place of `OmegaConf.load`."""
+        path = str(getattr(file, "name", file))
+        if Path(self._folder) not in Path(path).parents:
+            return self._parse_file(file)
+        if path not in self._files:
+            self._files[path] = pickle.dumps(self._parse_file(file))
+        return pickle.loads(self._files[path])  # of bytes written above; a twentieth of the time of copy.deepcopy
+
+    def create_defaults_list(
+        self,
+        repo: Any,
+        config_name: str | None,
+        overrides_list: list[Override],
+        prepend_hydra: bool,
+        skip_missing: bool,
+    ) -> Any:
+        """Return the list of files for a choice of groups, with the values of this composition; Hydra calls it by keyword."""
+        if not self._is_shared(repo):
+            return self._create_list(repo, config_name, overrides_list, prepend_hydra, skip_missing)
+        groups, values = [], []
+        for override in overrides_list:
+            is_value = isinstance(override.value(), dict) or not repo.group_exists(override.key_or_group)
+            (values if is_value and not override.is_sweep_override() else groups).append(override)
+        key = (config_name, tuple(override.input_line for override in groups), prepend_hydra, skip_missing)
+        if key not in self._lists:
+            self._lists[key] = self._create_list(repo, config_name, groups, prepend_hydra, skip_missing)
+        return dataclasses.replace(self._lists[key], config_overrides=values)
+
+    def merge_files(self, loader: ConfigLoaderImpl, defaults: Sequence[Any], repo: Any) -> DictConfig:
+        """Return a copy of the merged files of a list."""
+        if not self._is_shared(repo):
+            return self._merge_files(loader, list(defaults), repo)
+        key = tuple(tuple(vars(default).items()) for default in defaults)
+        if key not in self._merged:
+            self._merged[key] = pickle.dumps(self._merge_files(loader, list(defaults), repo))
+        return pickle.loads(self._merged[key])
+
+
 @contextmanager
 def sharing_compositions(folder: str) -> Iterator[None]:
     """Let compositions of one process share what they have in common while the context is open; their results are the same.
@@ -74,50 +134,14 @@ def sharing_compositions(folder: str) -> Iterator[None]:
     loader_module, node_module, loaders = cast(Any, config_loader_impl), cast(Any, omegaconf.base), cast(Any, OmegaConf)
     parse_file, create_list = loaders.load, loader_module.create_defaults_list
     merge_files, parse_interpolation = ConfigLoaderImpl._compose_config_from_defaults_list, node_module.parse
-    files: dict[str, bytes] = {}
-    lists: dict[Any, Any] = {}
-    merged: dict[Any, bytes] = {}
+    shared = _SharedCompositions(folder)
 
-    def load(file: Any) -> Any:
-        path = str(getattr(file, "name", file))
-        if Path(folder) not in Path(path).parents:
-            return parse_file(file)
-        if path not in files:
-            files[path] = pickle.dumps(parse_file(file))
-        return pickle.loads(files[path])  # of bytes written above; a twentieth of the time of copy.deepcopy
+    def merge_shared_files(loader: ConfigLoaderImpl, defaults: Sequence[Any], repo: Any) -> DictConfig:
+        return shared.merge_files(loader, defaults, repo)  # a function, which the loader's class binds to a loader
 
-    def is_shared(repository: Any) -> bool:
-        return {s.full_path() for s in repository.get_sources()} <= {
-            f"file://{folder}",
-            "pkg://hydra.conf",
-            "structured://",
-        }
-
-    def create_defaults_list(
-        repo: Any, config_name: str | None, overrides_list: list[Override], prepend_hydra: bool, skip_missing: bool
-    ) -> Any:
-        if not is_shared(repo):
-            return create_list(repo, config_name, overrides_list, prepend_hydra, skip_missing)
-        groups, values = [], []
-        for override in overrides_list:
-            is_value = isinstance(override.value(), dict) or not repo.group_exists(override.key_or_group)
-            (values if is_value and not override.is_sweep_override() else groups).append(override)
-        key = (config_name, tuple(override.input_line for override in groups), prepend_hydra, skip_missing)
-        if key not in lists:
-            lists[key] = create_list(repo, config_name, groups, prepend_hydra, skip_missing)
-        return dataclasses.replace(lists[key], config_overrides=values)
-
-    def compose_files(loader: ConfigLoaderImpl, defaults: Sequence[Any], repo: Any) -> DictConfig:
-        if not is_shared(repo):
-            return merge_files(loader, list(defaults), repo)
-        key = tuple(tuple(vars(default).items()) for default in defaults)
-        if key not in merged:
-            merged[key] = pickle.dumps(merge_files(loader, list(defaults), repo))
-        return pickle.loads(merged[key])
-
-    loaders.load = staticmethod(load)
-    loader_module.create_defaults_list = create_defaults_list
-    ConfigLoaderImpl._compose_config_from_defaults_list = cast(Any, compose_files)
+    loaders.load = staticmethod(shared.load)
+    loader_module.create_defaults_list = shared.create_defaults_list
+    ConfigLoaderImpl._compose_config_from_defaults_list = cast(Any, merge_shared_files)
     node_module.parse = functools.lru_cache(maxsize=4096)(parse_interpolation)
     try:
         yield
