@@ -70,6 +70,11 @@ def find_structure(model: nn.Module, images: Tensor | None = None) -> FoundStruc
 
 
 def _found(model: nn.Module, images: Tensor | None) -> FoundStructure:
+    """Return the structure that the descriptions of known blocks give, or a traced pass where they are incomplete.
+
+    Raises:
+        ValueError: Neither gives a structure.
+    """
     components: list[ModelComponent] = []
     error: ValueError | None = None
     try:
@@ -78,47 +83,54 @@ def _found(model: nn.Module, images: Tensor | None) -> FoundStructure:
         error = raised
     described: FoundStructure | None = None
     if any(piece.part.is_residual for piece in components):
-        observed = execution(model, residual_blocks(components), images)
-        described = FoundStructure(components, list(missing_from(model, components, observed)), None, observed)
-        is_partial = observed is not None and (observed.has_other_sums or observed.splits_images)
+        described = _described(model, components, images)
+        is_partial = described.observed is not None and (
+            described.observed.has_other_sums or described.observed.splits_images
+        )
         if not described.missing and not is_partial:
             return described
     traced: TracedStructure | None = None
     try:
         traced = traced_structure(model, trace(model, images))
     except UntraceableError as failure:
-        if described is not None:
-            return described
-        if error is not None:
+        if described is None and error is not None:
             reason = " ".join(str(failure).split()).rstrip(".")
             raise StructureError(
                 model_name(model), f"its forward pass fails: {reason}", _fix_of_pass(reason)
             ) from failure
-    if traced is not None and described is not None and not described.missing and not _completes(traced, described):
-        return described
-    if traced is not None:
-        missing = [(text, "") for text in traced.uncovered]
-        outside = [name for name, (kind, _) in traced.places.items() if kind in ("stem", "head")]
-        for text, block in described.missing if described is not None else ():
-            path = text.removesuffix(NOT_COVERED).split()[-1]
-            if any(name.startswith(path + ".") for name in outside):
-                missing.append((text, block))
-        return FoundStructure(
-            traced.components,
-            list(dict.fromkeys(missing)),
-            traced.places,
-            None,
-            tuple(traced.unclear),
-            tuple(traced.unused),
-            tuple(traced.doubts),
-            tuple(traced.with_mlp),
-        )
+    if traced is not None and (described is None or described.missing or _completes(traced, described)):
+        return _of_trace(traced, described)
     if described is not None:
         return described
     if error is not None:
         raise error
+    return _described(model, components, images)
+
+
+def _described(model: nn.Module, components: list[ModelComponent], images: Tensor | None) -> FoundStructure:
+    """Return the structure of described components, with what a forward pass shows beside them."""
     observed = execution(model, residual_blocks(components), images)
     return FoundStructure(components, list(missing_from(model, components, observed)), None, observed)
+
+
+def _of_trace(traced: TracedStructure, described: FoundStructure | None) -> FoundStructure:
+    """Return the structure that a traced pass shows; what descriptions miss in stem or head is missing still."""
+    missing = [(text, "") for text in traced.uncovered]
+    outside = [name for name, (kind, _) in traced.places.items() if kind in ("stem", "head")]
+    for text, block in described.missing if described is not None else ():
+        path = text.removesuffix(NOT_COVERED).split()[-1]
+        if any(name.startswith(path + ".") for name in outside):
+            missing.append((text, block))
+    return FoundStructure(
+        traced.components,
+        list(dict.fromkeys(missing)),
+        traced.places,
+        None,
+        tuple(traced.unclear),
+        tuple(traced.unused),
+        tuple(traced.doubts),
+        tuple(traced.with_mlp),
+    )
 
 
 def _fix_of_pass(reason: str) -> str:
