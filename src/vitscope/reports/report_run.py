@@ -55,34 +55,9 @@ def report(cfg: DictConfig) -> Path:
     out = Path(cfg.out)
     stop_flag.check()
     damaged: list[run_index.Damage] = []
-    index_root = Path(cfg.paths.runs) if cfg.runs is None else None
-    entries = run_index.collect(_folders(cfg, damaged), damaged, index_root)
-    for damage in damaged:
-        log_problem(_logger, str(damage))
-    saved = saved_results.saved_entries(_saved_files(cfg), cfg.tag, entries)
-    if not entries and not saved:
-        raise DataError(
-            "runs" if cfg.runs is not None else "paths.runs", None, "no run that can be read", "name others"
-        )
-    drawable = [*entries, *saved]
-    _check_labels(loading.plain(cfg.labels) or {}, drawable)
-    panels = [] if cfg.table else _panels(cfg, drawable)
-    if not (cfg.table or panels or cfg.baselines or _analyses(cfg) == []):
-        _refuse_no_figure(cfg, drawable)
-    lacking: list[Problem] = []
-    if cfg.baselines and not cfg.table:
-        beside, lacking = baselines.panels(entries, _analyses(cfg), bool(cfg.allow_different))
-        panels += beside
-    options = loading.plain(cfg.plot) or {}
-    colors = loading.plain(cfg.colors)
-    jobs = [figure_captions.drawing_job(panel, out, options.get(panel.analysis), cfg.pdf, colors) for panel in panels]
-    with figure_worker.drawing(jobs) as finish:
-        tables, judged = _tables(cfg, entries, out)
-        stop_flag.check()
-        drawn = [figure_captions.with_picture(panel, picture) for panel, picture in zip(panels, finish())]
-    if not cfg.table and cfg.tag in (None, "all"):
-        for history in step_histories.step_histories(entries, _analyses(cfg), loading.plain(cfg.labels)):
-            drawn.append(step_histories.draw_history(history, out, pdf=cfg.pdf is not False))
+    entries, saved = _read_entries(cfg, damaged)
+    panels, lacking = _plan_figures(cfg, entries, saved)
+    tables, judged, figures = _write_tables_and_figures(cfg, entries, panels, out)
     stop_flag.check()
     print(cells.markdown(next(iter(tables.values()))), end="")
     problems = [problem for table in tables.values() for problem in table.problems]
@@ -90,18 +65,75 @@ def report(cfg: DictConfig) -> Path:
     if not cfg.table:
         problems += figure_plan.missing_results(entries, _analyses(cfg) or [], cfg.tag) + lacking
         problems += [
-            Problem("failed", f"figure {d.panel.name}", d.panel.analysis, d.picture.problem)
-            for d in drawn
-            if d.picture.problem
+            Problem("failed", f"figure {figure.panel.name}", figure.panel.analysis, figure.picture.problem)
+            for figure in figures
+            if figure.picture.problem
         ]
         if cfg.page:
-            target = html_page.write(out / f"{cfg.name}.html", entries, tables, judged, drawn, problems)
-            print(f"\n{len(drawn)} figure{'s' * (len(drawn) != 1)}, {len(tables)} tables: {target}")
+            target = html_page.write(out / f"{cfg.name}.html", entries, tables, judged, figures, problems)
+            print(f"\n{len(figures)} figure{'s' * (len(figures) != 1)}, {len(tables)} tables: {target}")
     _log_problems(list(dict.fromkeys(problems)), bool(cfg.strict), cfg)
     if damaged:
         reason = f"{len(damaged)} run folder{'s' * (len(damaged) != 1)} damaged and left out, named above"
         raise DataError("runs", None, reason, "mend or delete them; the report holds the others")
     return target
+
+
+def _read_entries(
+    cfg: DictConfig, damaged: list[run_index.Damage]
+) -> tuple[list[run_entry.Entry], list[run_entry.Entry]]:
+    """Return what the runs and the saved results hold; damaged runs are logged and added to ``damaged``.
+
+    Raises:
+        DataError: Nothing can be read.
+    """
+    index_root = Path(cfg.paths.runs) if cfg.runs is None else None
+    entries = run_index.collect(_folders(cfg, damaged), damaged, index_root)
+    for damage in damaged:
+        log_problem(_logger, str(damage))
+    saved = saved_results.saved_entries(_saved_files(cfg), cfg.tag, entries)
+    if not entries and not saved:
+        key = "runs" if cfg.runs is not None else "paths.runs"
+        raise DataError(key, None, "no run that can be read", "name others")
+    return entries, saved
+
+
+def _plan_figures(
+    cfg: DictConfig, entries: Sequence[run_entry.Entry], saved: Sequence[run_entry.Entry]
+) -> tuple[list[figure_plan.Panel], list[Problem]]:
+    """Return the figures to draw, and what figures beside baselines lack; none where a single table is asked for.
+
+    Raises:
+        ConfigError: A label, a name of ``order`` or a color that fits no run.
+        DataError: No run has a result that can be drawn.
+    """
+    drawable = [*entries, *saved]
+    _check_labels(loading.plain(cfg.labels) or {}, drawable)
+    if cfg.table:
+        return [], []
+    panels = _panels(cfg, drawable)
+    if not (panels or cfg.baselines or _analyses(cfg) == []):
+        _refuse_no_figure(cfg, drawable)
+    if not cfg.baselines:
+        return panels, []
+    beside, lacking = baselines.panels(entries, _analyses(cfg), bool(cfg.allow_different))
+    return [*panels, *beside], lacking
+
+
+def _write_tables_and_figures(
+    cfg: DictConfig, entries: Sequence[run_entry.Entry], panels: Sequence[figure_plan.Panel], out: Path
+) -> tuple[dict[str, Table], list[claim_verdicts.ClaimVerdict], list[figure_captions.DrawnPanel]]:
+    """Write the tables while worker processes draw; return them, the verdicts on the claims, and the figures."""
+    options, colors = loading.plain(cfg.plot) or {}, loading.plain(cfg.colors)
+    jobs = [figure_captions.drawing_job(panel, out, options.get(panel.analysis), cfg.pdf, colors) for panel in panels]
+    with figure_worker.drawing(jobs) as finish:
+        tables, judged = _tables(cfg, entries, out)
+        stop_flag.check()
+        figures = [figure_captions.with_picture(panel, picture) for panel, picture in zip(panels, finish())]
+    if not cfg.table and cfg.tag in (None, "all"):
+        for history in step_histories.step_histories(entries, _analyses(cfg), loading.plain(cfg.labels)):
+            figures.append(step_histories.draw_history(history, out, pdf=cfg.pdf is not False))
+    return tables, judged, figures
 
 
 def _check(cfg: DictConfig) -> None:
