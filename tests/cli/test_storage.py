@@ -146,7 +146,7 @@ def test_a_run_s_folder_that_became_read_only(call, trained, tmp_path, capsys) -
     capsys.readouterr()
     before = losses(run)
     assert call("train", f"run={run}", f"ckpt_path={kept}/last.ckpt", "trainer.max_epochs=2") == 6
-    assert capsys.readouterr().err == f"error: run={run}: not writable; make it so, or start a new run\n"
+    assert capsys.readouterr().err == f"error: run={run}: not writable; give it write permission, or start a new run\n"
     assert losses(run) == before
 
 

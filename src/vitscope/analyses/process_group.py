@@ -26,7 +26,7 @@ from vitscope.runs import run_end
 from vitscope.runtime import distributed, stop_flag
 from vitscope.runtime.errors import ConfigError, DistributedError
 
-#: of the group itself; the watchdog ends a job that does not advance long before
+#: timeout of the group itself; the watchdog ends a job that does not advance long before
 _GROUP_TIMEOUT = datetime.timedelta(days=365)
 #: seconds between two looks of the watchdog at most, and its share of the timeout
 _LONGEST_INTERVAL, _INTERVALS = 5.0, 10.0

@@ -17,7 +17,7 @@ from vitscope.runtime.errors import ConfigError
 #: seconds without progress after which a job ends, where no ``trainer`` was chosen: the value of ``conf/trainer/ddp.yaml``
 DEFAULT_TIMEOUT = 600.0
 
-#: what an analysis takes of a trainer
+#: keys of the trainer that an analysis uses
 _KEYS = ("trainer.accelerator", "trainer.devices", "trainer.num_nodes", "trainer.strategy.timeout_s")
 _DDP = "vitscope.training.ddp_strategy.Ddp"
 _TASKS = "${oc.decode:${oc.env:SLURM_NTASKS_PER_NODE,1}}"

@@ -6,7 +6,7 @@ import importlib
 import os
 import sys
 
-#: what each command does, as ``vitscope`` alone lists it
+#: descriptions of the commands, as ``vitscope`` alone lists it
 COMMANDS = {
     "train": "train a network, then evaluate and diagnose it",
     "analyze": "measure a run, a checkpoint file or a pretrained model",

@@ -17,7 +17,7 @@ from vitscope.runtime.errors import ConfigError
 
 _LAST = "run=runs/<id> ckpt_path=last"
 
-#: what to write instead of a key or an option of that name, ``{}`` standing for its value
+#: replacements for keys and options of other tools; ``{}`` stands for the value
 _REPLACEMENTS = {
     **dict.fromkeys(("lr", "learning_rate", "model.lr", "model.optimizer.lr"), "optimizer.lr={}"),
     **dict.fromkeys(("weight_decay", "wd", "optimizer.wd"), "objective.weight_decay={}"),

@@ -137,7 +137,7 @@ def list_runs(names: Sequence[str], options: Mapping[str, str]) -> None:
         for damage in damaged:
             log_problem(_logger, str(damage))
         reason = f"{len(damaged)} run folder{'s' * (len(damaged) != 1)} damaged and left out, named above"
-        raise DataError("runs", None, reason, "mend or delete them; the list holds the others")
+        raise DataError("runs", None, reason, "restore or delete them; the list holds the others")
 
 
 def _summaries(runs: Sequence[run_dir.Run], damaged: list[run_index.Damage], root: Path | None = None) -> list[Summary]:

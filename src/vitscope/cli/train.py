@@ -18,7 +18,7 @@ from vitscope.config.validation import validate_plain_values
 from vitscope.runs import run_overrides
 from vitscope.sweep import hydra_multirun
 
-#: what a sweeper of Hydra that learns is told of a job
+#: metric of a job that is returned to Hydra's sweepers that learn
 METRIC = "val/accuracy"
 
 

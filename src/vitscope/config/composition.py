@@ -19,7 +19,7 @@ from vitscope.config import hydra_internals, instantiate, target_allowlist
 from vitscope.runtime import trusted_packages
 from vitscope.runtime.errors import ConfigError
 
-#: what may be created below hydra.callbacks, hydra.launcher and hydra.sweeper
+#: targets that may be created below hydra.callbacks, hydra.launcher and hydra.sweeper
 PLUGINS: dict[str, tuple[str, ...]] = {
     "callbacks": (
         "vitscope.sweep.hydra_multirun.Folder",

@@ -20,13 +20,13 @@ from vitscope.runtime.errors import ConfigError
 #: metrics of the validation that a checkpoint may follow
 METRICS = tuple(f"val/{name}" for name in ("loss", "nll", "accuracy", "accuracy_top5", "ece", "brier"))
 
-#: those that take the outputs for logits of a softmax, which only the cross entropy says of them
+#: metrics of probabilities: they take outputs for logits of a softmax, which is right for the cross entropy alone
 OF_PROBABILITIES = ("nll", "ece", "brier")
 
 #: metrics that other callbacks may follow too
 TRAINING_METRICS = ("train/loss", "train/accuracy")
 
-#: what vitscope itself passes to Lightning's Trainer; a value here would be dropped in silence
+#: arguments that vitscope itself passes to Lightning's Trainer; a value in the configuration would have no effect
 SUPPLIED_TO_TRAINER = (
     "logger", "callbacks", "plugins", "default_root_dir", "enable_model_summary", "enable_checkpointing",
     "use_distributed_sampler", "num_sanity_val_steps",

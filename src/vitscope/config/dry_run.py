@@ -17,7 +17,7 @@ from vitscope.core.batches.batch_format import BatchFormat
 from vitscope.core.objective import Objective
 from vitscope.runtime.errors import ConfigError, DataError, first_line
 
-#: what a callee raises for a value that its signature does not tell from a good one
+#: exceptions that a constructor raises for a value that its signature allows and its code does not
 REFUSALS = (TypeError, ValueError, RuntimeError, KeyError, AttributeError)
 
 

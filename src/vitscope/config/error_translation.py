@@ -22,7 +22,7 @@ INTERRUPTED, TERMINATED = 130, 143
 
 _MISCONFIGURATION = "lightning_fabric.utilities.exceptions.MisconfigurationException"
 
-#: what Hydra says of a group that a command's configuration does not choose from
+#: Hydra's message for a group that a command's configuration does not choose from
 _NO_GROUP = re.compile(r"Could not override '([\w/]+)'\. No match in the defaults list")
 _IN_PLACE_OF_GROUPS = {
     "optimizer": "leave it out: analyze.py takes the optimizer that the run's checkpoint holds",

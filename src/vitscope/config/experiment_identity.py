@@ -38,7 +38,7 @@ INCIDENTAL = (
 #: keys of the objective that the data node repeats: named once
 REPEATED = ("augment", "random_erasing", "mixup", "cutmix", "switch_prob", "label_smoothing")
 
-#: what a label says of a value, where key and value would not be plain words
+#: words for values in labels, where key and value would not be plain words
 WORDS = {"data.random_labels": {True: "random labels", False: "true labels"}}
 
 #: keys that follow from the name of the data, which labels say instead

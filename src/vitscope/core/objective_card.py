@@ -13,7 +13,7 @@ COMPARED = (
     "mode", "bn_policy", "parameters", "dtype",
 )  # fmt: skip
 
-#: what ``solver`` states of the course of the computation, not of the meaning of the number: draws, chunks, memory and time,
+#: facts of ``solver`` about the course of the computation, not the meaning of the number: draws, chunks, memory and time,
 #: names of the model's own checkpoints, the model's own preprocessing. Any other fact is compared.
 INCIDENTAL_FACTS = frozenset({
     "seed", "product", "micro_batch", "max_memory", "basis", "batches_at_once", "n_products", "budget_s", "seconds_per_product",

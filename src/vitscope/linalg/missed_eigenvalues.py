@@ -25,7 +25,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-#: how far beyond the outermost wanted value, relative to it, an eigenvalue lies that is looked for
+#: distance beyond the outermost wanted value, relative to it, of an eigenvalue that counts as missed
 MARGIN = 0.01
 #: the highest probability at which a value counts as the outermost one
 HIGHEST_PROBABILITY = 0.05

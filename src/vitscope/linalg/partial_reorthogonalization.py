@@ -24,7 +24,7 @@ from vitscope.runtime.errors import NumericalError
 
 #: orthogonalise against the whole basis where less than this share of a product is left by the last two rows
 AGAIN = 0.1
-#: what the recurrence takes for the rounding of a product, in units of the precision, until it has seen any
+#: assumed rounding of a product, in units of the precision, until the recurrence has observed one
 PESSIMISM = 8.0
 #: from then on it is to predict this many times the inner products that are seen, from no less rounding than that
 CAUTION, LEAST = 4.0, 1 / 64

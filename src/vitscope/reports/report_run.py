@@ -75,7 +75,7 @@ def report(cfg: DictConfig) -> Path:
     _log_problems(list(dict.fromkeys(problems)), bool(cfg.strict), cfg)
     if damaged:
         reason = f"{len(damaged)} run folder{'s' * (len(damaged) != 1)} damaged and left out, named above"
-        raise DataError("runs", None, reason, "mend or delete them; the report holds the others")
+        raise DataError("runs", None, reason, "restore or delete them; the report holds the others")
     return target
 
 
@@ -94,7 +94,7 @@ def _read_entries(
     saved = saved_results.saved_entries(_saved_files(cfg), cfg.tag, entries)
     if not entries and not saved:
         key = "runs" if cfg.runs is not None else "paths.runs"
-        raise DataError(key, None, "no run that can be read", "name others")
+        raise DataError(key, None, "no run that can be read", "name other run folders: runs=[runs/<id>]")
     return entries, saved
 
 

@@ -29,7 +29,7 @@ from vitscope.runs import metrics_log, run_lock
 from vitscope.runtime import atomic_write, redaction, safe_files
 from vitscope.runtime.errors import CheckpointError, ConfigError, StorageError
 
-#: how a parent process hands its run folder to the processes that it starts
+#: environment variable by which a parent process passes its run folder to the processes that it starts
 ENVIRONMENT = "VITSCOPE_RUN_DIR"
 
 

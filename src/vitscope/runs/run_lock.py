@@ -71,7 +71,7 @@ def acquire(folder: Path) -> None:
             candidate.unlink(missing_ok=True)
     except OSError as error:
         raise StorageError(
-            "run", folder, f"not writable ({error.strerror})", "make it so, or start a new run"
+            "run", folder, f"not writable ({error.strerror})", "give it write permission, or start a new run"
         ) from None
     held = _Held(text, threading.Event())
     _held[folder] = held

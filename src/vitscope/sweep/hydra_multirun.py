@@ -36,9 +36,9 @@ from vitscope.sweep import trial_process
 
 _logger = logging.getLogger(__name__)
 
-#: how the folder's name reaches Hydra's configuration (``hydra.sweep.dir``)
+#: environment variable that passes the folder's name to Hydra's configuration (``hydra.sweep.dir``)
 ENVIRONMENT = "VITSCOPE_MULTIRUN"
-#: what a job leaves beside its run's own files
+#: files that a job writes beside its run's own
 JOB = "job.json"
 OUTPUT = "output.txt"
 #: (group, choice) to the plugin's package and the extra that installs it

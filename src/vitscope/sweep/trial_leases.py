@@ -54,8 +54,7 @@ class TrialLeases:
             self._looked[name] = now
             return False
         except OSError as error:
-            fix = "make it so, or choose another folder"
-            raise StorageError("paths.runs", folder, f"not writable ({error.strerror})", fix) from None
+            raise _not_writable(folder, error) from None
         self._held.add(name)
         return True
 
@@ -83,8 +82,7 @@ class TrialLeases:
             self._started_ns = probe.stat().st_mtime_ns
             probe.unlink()
         except OSError as error:
-            fix = "make it so, or choose another folder"
-            raise StorageError("paths.runs", self._folder, f"not writable ({error.strerror})", fix) from None
+            raise _not_writable(self._folder, error) from None
 
     def is_new(self, path: Path) -> bool:
         """Tell whether a file was written after `begin`, by the clock of the file system."""
@@ -92,6 +90,11 @@ class TrialLeases:
             return self._started_ns is not None and path.stat().st_mtime_ns > self._started_ns
         except OSError:
             return False
+
+
+def _not_writable(folder: Path, error: OSError) -> StorageError:
+    fix = "give it write permission, or set paths.runs to another folder"
+    return StorageError("paths.runs", folder, f"not writable ({error.strerror})", fix)
 
 
 def is_in_use(folder: Path) -> bool:

@@ -20,10 +20,10 @@ from vitscope.runtime.errors import ConfigError
 
 #: file of what a child prints, in the folder of its run
 OUTPUT = "output.txt"
-#: how long a child that was asked to stop may take to save, in seconds
+#: seconds that a child which was asked to stop may take to save
 GRACE = 120.0
 
-#: what a parent process sets for itself and children of it must not inherit
+#: environment variables that a parent process sets for itself and its children must not inherit
 _PRIVATE = re.compile(
     r"RANK|LOCAL_RANK|NODE_RANK|GROUP_RANK|ROLE_RANK|WORLD_SIZE|LOCAL_WORLD_SIZE|GROUP_WORLD_SIZE|ROLE_WORLD_SIZE|ROLE_NAME"
     r"|MASTER_ADDR|MASTER_PORT|TORCHELASTIC_.*|PL_.*|SLURM_(PROCID|LOCALID|NTASKS|NTASKS_PER_NODE|STEP_.*)|VITSCOPE_RUN_DIR"

@@ -146,7 +146,7 @@ def _hold_folder(cfg: DictConfig, start: ResumePoint) -> None:
     if not run_lock.holds(start.run.path):  # a finished run that is trained further
         take_up_run(start.run, cfg)
     if not (writable(start.run.path) and writable(start.run.checkpoints)):
-        raise StorageError("run", start.run.path, "not writable", "make it so, or start a new run")
+        raise StorageError("run", start.run.path, "not writable", "give it write permission, or start a new run")
 
 
 def _build_parts(cfg: DictConfig) -> TrainingParts:

@@ -18,7 +18,7 @@ PACKAGES: dict[str, tuple[str, ...]] = {
     "trackio": ("trackio",),
 }
 
-#: what ``logger.artifacts`` uploads to W&B: folders of a run, and the endings of the files in them
+#: files that ``logger.artifacts`` uploads to W&B: folders of a run, and the endings of the files in them
 ARTIFACT_KINDS: dict[str, tuple[str, ...]] = {"results": (".npz", ".json"), "checkpoints": (".ckpt", ".json")}
 
 

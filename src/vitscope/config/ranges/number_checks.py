@@ -26,7 +26,7 @@ _OPTIONS: tuple[tuple[str, type], ...] = (
     (r"analysis\.[^.]+\.when", library_options.MeasurementTimes),
 )
 
-#: what takes the values of nodes without a ``_target_``
+#: functions and classes that take the values of nodes without a ``_target_``
 _TARGETS = {
     "objective": ("vitscope.data.DataModule", "vitscope.core.objective.Objective"),
     "optimizer.schedule": ("vitscope.core.lr_schedule.factor",),

@@ -30,7 +30,7 @@ _MOST_ENTRIES = 1000
 _DEPTH = 4
 _OPAQUE = (type, types.FunctionType, types.MethodType, types.BuiltinFunctionType, types.ModuleType, Tensor)
 
-#: where a table is kept: the module's class and the attribute
+#: place of a table: the module's class and the attribute
 Place = tuple[type, str]
 _FRAMEWORKS = ("torch", "lightning", "pytorch_lightning", "builtins", "functools")
 

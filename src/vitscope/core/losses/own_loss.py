@@ -21,7 +21,7 @@ from vitscope.core.losses.targets import labeled
 #: from outputs and targets to one value an image ``(B,)``, or to their mean (a scalar)
 OwnLoss = Callable[[Any, Tensor], Tensor]
 
-#: what a function raises for outputs or targets that it does not take
+#: exceptions that a loss function raises for outputs or targets that it does not take
 _FAILURES = (RuntimeError, TypeError, AttributeError, LookupError, AssertionError, ValueError)
 #: containers are described to this depth
 _DEPTH = 6

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageFile
 
-#: by the raw mode's letter: that of the other byte order; N is the machine's own, which libtiff decodes to
+#: letter of the other byte order by the raw mode's letter; N is the machine's own order, which libtiff decodes to
 _SWAPPED = {"B": "L", "L": "B", "N": "B" if sys.byteorder == "little" else "L"}
 #: raw modes whose samples can be read as they are stored; the others (gray with alpha, CMYK, single planes) are converted
 _STORED = ("RGB", "RGBX", "RGBA", "RGBa")

@@ -10,11 +10,11 @@ from vitscope.stats.intervals import t_quantile
 
 #: a distance of densities without overlap
 DISJOINT = float(np.sqrt(np.log(2)))
-#: how eigenvalues lie on the axis of densities
+#: scales of the axis of densities
 AXES = ("linear", "symlog")
-#: where the signed logarithmic axis begins to be logarithmic, relative to the largest magnitude of all blocks
+#: magnitude from which the signed logarithmic axis is logarithmic, relative to the largest magnitude of all blocks
 _LINEAR_SHARE = 1e-6
-#: of the two-sided 95 % interval
+#: quantile of the normal distribution for a two-sided 95 % interval
 _NORMAL_QUANTILE = 1.959964
 #: points of the grid that a Gaussian's standard deviation spans at least
 _POINTS_A_SIGMA = 2.0

@@ -29,7 +29,7 @@ from vitscope.stats.intervals import t_half_width_of_rows
 
 #: names of blocks that stand for a division of all parameters
 DIVISIONS = ("layer", "unit", "kind", "stage", "part")
-#: how eigenvalues of blocks are brought to one axis
+#: scalings that bring eigenvalues of blocks to one axis
 SCALES = ("none", "largest")
 #: a distance between halves of the vectors, relative to that between blocks, from which it is said
 LARGEST_NOISE = 0.5

@@ -13,7 +13,7 @@ from vitscope.stats.jackknife import N_GROUPS
 MeasureName = Literal["procrustes", "mutual_knn", "rsa", "linear_regression", "cka"]
 FeatureName = Literal["pooled", "flattened"]
 
-#: what each measure compares where ``features`` is None
+#: features that each measure compares where ``features`` is None
 DEFAULT_FEATURES: dict[str, FeatureName] = {
     "procrustes": "pooled", "mutual_knn": "pooled", "rsa": "pooled", "linear_regression": "pooled", "cka": "flattened",
 }  # fmt: skip

@@ -39,7 +39,7 @@ from vitscope.runtime.value_ranges import PositiveFloat
 NEARER = (0.1, 0.01)
 #: the tolerance's factors in further searches, as long as the sign of the smallest eigenvalue is not known
 SHARPER = (1e-3, 1e-6)
-#: what a row gives to the result
+#: entries of a row that become arrays of the result
 COLUMNS = (
     "n_images",
     "gradient_norm",

@@ -23,7 +23,7 @@ from vitscope.runtime import distributed
 from vitscope.runtime.progress import track
 from vitscope.stats.intervals import share_interval
 
-#: what ``classes`` may say besides a list
+#: values of ``classes`` besides a list
 CHOICES = ("all", "present")
 
 

@@ -14,7 +14,7 @@ from vitscope.diagnostics.hessian.rayleigh_split import RayleighSplitResult
 from vitscope.plotting.canvas import COLUMN_WIDTH, kind_color, new_canvas, result_color
 from vitscope.plotting.style import KIND_LABELS
 
-#: what BatchNorm normalizes with, by the name of the policy
+#: words for BatchNorm's statistics, by the name of the policy
 STATISTICS = {"eval": "running", "batch": "batch"}
 
 

@@ -19,7 +19,7 @@ from vitscope.models.structure.taps import reading
 from vitscope.runtime.errors import StructureError
 from vitscope.runtime.text_layout import aligned
 
-#: what is said below the table of a model whose blocks are not known
+#: line below the table of a model whose blocks are not known
 UNKNOWN = (
     "no residual unit is known in this model: maps are read after convolutions and pooling, not after additions; "
     "pass Probe(..., taps=[vitscope.Tap(name, kind, stage, depth, module), ...]) to read others"

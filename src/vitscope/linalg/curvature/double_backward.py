@@ -152,7 +152,7 @@ def _hardsigmoid(x: Tensor, inplace: bool = False) -> Tensor:
     return F.relu6(x + 3.0) / 6.0
 
 
-#: by the function called: what gives the same numbers, or NotImplemented
+#: replacements by the function called: they return the same numbers, or NotImplemented
 REPLACEMENTS: dict[Callable, Callable[..., Any]] = {
     F.conv1d: _convolution,
     F.conv2d: _convolution,

@@ -10,8 +10,8 @@ from torch import Tensor
 from vitscope.runtime.errors import first_line
 from vitscope.runtime.torch_internals import has_once_differentiable
 
-#: what autograd says of operations without a second derivative: functions marked with ``once_differentiable``, fused kernels,
-#: compiled graphs
+#: parts of autograd's messages for operations without a second derivative: functions marked with ``once_differentiable``, fused
+#: kernels, compiled graphs
 _SIGNS = (
     "differentiate twice",
     "does not currently support double backward",

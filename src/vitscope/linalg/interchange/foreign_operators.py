@@ -12,7 +12,7 @@ from torch import Tensor
 from vitscope.runtime import stop_flag
 from vitscope.runtime.errors import NumericalError
 
-#: how far <u, H v> and <v, H u> may differ, relative to |u| |H v|: half of the digits
+#: largest difference of <u, H v> and <v, H u>, relative to |u| |H v|: half of the digits
 _ASYMMETRY_POWER = 0.5
 
 

@@ -23,7 +23,7 @@ class Stacked:
     is_index: bool
 
 
-#: what is known of an axis: its channels, or None for an axis whose places have a meaning (images, positions, classes)
+#: label of an axis: its channels, or None for an axis whose places have a meaning (images, positions, classes)
 Axis = Label | Stacked | None
 Axes = tuple[Axis, ...]
 

@@ -29,7 +29,7 @@ OBJECTIVES = {"nll": "NLL", "half_sq": "NLL + ½ wd Σ‖w‖²", "sum_norm": "N
 L2_FORMS = ("half_sq", "sum_norm")
 FACTORS = ("training", "images", "objective")
 
-#: of the rise that is compared; 0.5 and 1 are saturated
+#: radius at which the rise is compared; at 0.5 and 1 it is saturated
 RADIUS = 0.1
 
 #: training, images, objective

@@ -29,7 +29,7 @@ from vitscope.stats.t_tests import Interval
 
 NAMES = ("conditions", "factors")
 
-#: what switching a factor means
+#: words for a change of each factor
 SWITCHES = {"training": "trained strong, not weak", "images": "augmented images, not clean"}
 
 NOTHING = Problem(

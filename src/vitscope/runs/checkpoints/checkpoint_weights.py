@@ -18,7 +18,7 @@ from vitscope.runtime.torch_internals import whole_tensor
 
 _logger = logging.getLogger(__name__)
 
-#: where checkpoints keep the weights, and what wrappers put before their names
+#: entries of checkpoints that hold the weights, and prefixes that wrappers put before their names
 _NESTED = ("state_dict", "model", "model_state_dict")
 _PREFIXES = ("model.", "module.", "_orig_mod.")
 #: the name of a checkpoint by which the averages over training steps that a file holds are meant

@@ -15,7 +15,7 @@ from vitscope.runtime.errors import CheckpointError
 #: names of the attributes of a pickled `torch.nn.Module`
 _OF_A_MODULE = (b"_parameters", b"_buffers", b"_modules")
 _GLOBAL = re.compile(r"GLOBAL ([\w.]+)")
-#: what torch's reader says of a pickle, after its advice to load the file without safety
+#: torch's message for a pickle, after its advice to load the file without safety
 _PICKLE_REASON = re.compile(r"WeightsUnpickler error:\s*([^\n]+)")
 #: bytes at the beginning of a file that hold its pickle, where it is no archive
 _PICKLE_BYTES = 1 << 22

@@ -92,7 +92,7 @@ _STAND_INS: dict[Callable[..., Any], tuple[str, ...]] = {
     ),
 }  # fmt: skip
 
-#: what `torch.serialization.safe_globals` takes: a stand-in and the name that it replaces; a Namespace holds attributes alone
+#: entries for `torch.serialization.safe_globals`: a stand-in and the name that it replaces; a Namespace holds attributes alone
 SAFE_GLOBALS: list[Any] = [
     argparse.Namespace,
     *((stand_in, name) for stand_in, names in _STAND_INS.items() for name in names),
