@@ -28,7 +28,7 @@ CHANGING = ("last", "best")
 
 @dataclass(frozen=True)
 class AnalysisInputs:
-    """What an analysis command measures; read before there is a folder for its results.
+    """Inputs of an analysis command, read before there is a folder for its results.
 
     Attributes:
         cfg: Validated configuration, with the run's values.

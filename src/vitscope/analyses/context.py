@@ -16,7 +16,7 @@ from vitscope.runs.wandb_mirror import WandbMirror
 
 @dataclass(frozen=True)
 class AnalysisContext:
-    """Where and about what an analysis is made.
+    """Everything that an analysis needs: configuration, run folder, network, data and checkpoint.
 
     Attributes:
         cfg: the run's configuration.

@@ -50,7 +50,7 @@ clock: Callable[[], float] = time.perf_counter
 
 @dataclass(frozen=True)
 class UnitCost:
-    """What a piece of work took.
+    """Measured time and memory of a piece of work.
 
     Attributes:
         seconds: Time of one.
@@ -65,7 +65,7 @@ class UnitCost:
 
 @dataclass(frozen=True)
 class PredictedCost:
-    """What an analysis is predicted to cost a process.
+    """Predicted cost of an analysis for one process.
 
     Attributes:
         name: Its name.

@@ -28,7 +28,7 @@ UNRECORDED = "not in the run's provenance (an older run): analyze.py run=<folder
 
 @dataclass(frozen=True)
 class Cost:
-    """Of a model.
+    """Size and cost of a model.
 
     Attributes:
         parameters: tied ones once.

@@ -22,7 +22,7 @@ from vitscope.runtime.progress import track
 
 
 class Accumulator(Protocol):
-    """What a measure keeps between batches; it may be a `PrefixAccumulator` and an `AttentionAccumulator` too."""
+    """Sums that a measure keeps between batches; it may be a `PrefixAccumulator` and an `AttentionAccumulator` too."""
 
     def read(self, index: int, tap: Tap, x: Tensor) -> None:
         """Take the maps ``(B, C, h, w)`` of one tap: others read them too, and the model may change them afterwards."""

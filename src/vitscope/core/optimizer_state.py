@@ -26,7 +26,7 @@ _MUON = (
 
 @dataclass(frozen=True)
 class ParameterState:
-    """What an optimizer knows of one parameter.
+    """State and settings of an optimizer for one parameter.
 
     Attributes:
         group: the hyper-parameters of its group.

@@ -17,7 +17,7 @@ LEAST_VECTORS = 20
 
 
 class SymmetricOperator(VectorSpace, Protocol):
-    """What quadrature needs of an operator: it is `unshifted` plus ``shift`` times the identity."""
+    """An operator as quadrature uses it: it is `unshifted` plus ``shift`` times the identity."""
 
     @property
     def shift(self) -> float:

@@ -40,7 +40,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a trial.
+    """Run folder, problems and results of a trial.
 
     Attributes:
         run: the run folder; None where it could not be trained.

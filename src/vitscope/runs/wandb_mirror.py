@@ -61,7 +61,7 @@ class WandbMirror:
 
     @property
     def uploads(self) -> RunArtifacts | None:
-        """What is uploaded as artifacts when the run ends; None for nothing."""
+        """Files that are uploaded as artifacts when the run ends; None for nothing."""
         return self._uploads
 
     @property

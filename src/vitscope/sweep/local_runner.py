@@ -56,7 +56,7 @@ class Trial:
 
     @property
     def why(self) -> str:
-        """What the trial's output says of its failure."""
+        """Reason of the trial's failure, from its output."""
         return trial_process.last_error(self.output)
 
     @property

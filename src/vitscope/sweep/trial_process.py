@@ -74,7 +74,7 @@ class ChildProcess(subprocess.Popen[bytes]):
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run folder's own files say: the state of ``provenance.json`` and its exit code."""
+    """State of a run from the files of its folder: the state of ``provenance.json`` and its exit code."""
 
     status: str | None
     exit_code: int | None

@@ -61,7 +61,7 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TrainingParts:
-    """What a training is about, built from its configuration: the network and the data that it is trained on."""
+    """Network and data of a training, built from its configuration."""
 
     network: nn.Module
     data: Any
@@ -69,7 +69,7 @@ class TrainingParts:
 
 @dataclass(frozen=True)
 class FitParts:
-    """What fits the network, built for one run folder."""
+    """Lightning module, trainer, diagnostics and logger that fit the network, built for one run folder."""
 
     module: Classifier
     trainer: Any

@@ -101,7 +101,7 @@ class TrainerOptions:
 
 @dataclass(frozen=True)
 class DataRecipe:
-    """What trainer, optimizer and models take as their defaults on a data set.
+    """Defaults of trainer, optimizer and models on a data set.
 
     Attributes:
         warmup_epochs: Epochs in which the learning rate rises linearly.

@@ -31,7 +31,7 @@ TARGETS = "labels"
 
 
 class BatchFormat:
-    """How a probe reads its batches and its network's outputs.
+    """Rules by which a probe reads its batches and its network's outputs.
 
     Args:
         output: key, index or attribute of the output, or a function of it; None for the output itself or its ``logits``.

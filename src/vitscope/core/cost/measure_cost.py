@@ -27,7 +27,7 @@ ENTRY = 8
 
 @dataclass(frozen=True)
 class Workload:
-    """What a measure works on: the numbers that formulas depend on.
+    """Sizes of the model and the images of a measurement, on which formulas depend.
 
     Attributes:
         n_images: Number of images.
@@ -168,7 +168,7 @@ class Work:
 
 @dataclass(frozen=True)
 class MeasureCost:
-    """What a measure does.
+    """Work and memory of a measure.
 
     Attributes:
         works: Its pieces of work.

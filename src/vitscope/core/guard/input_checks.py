@@ -35,7 +35,7 @@ _NO_GRADIENT = ("does not require grad", "does not have a grad_fn", "Inference t
 
 
 class InputChecks:
-    """What is known about the batches and outputs of one probe: each batch is checked once.
+    """Checks of the batches and outputs of one probe; each batch is checked once.
 
     Args:
         loss: the objective's.

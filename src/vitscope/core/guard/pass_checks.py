@@ -24,7 +24,7 @@ FirstBatch = Callable[[], tuple[Inputs, Tensor] | None]
 
 
 class PassChecks:
-    """What passes over the first batch showed; each check is made once.
+    """Checks by passes over the first batch; each is made once.
 
     Args:
         model: inside a guard, in eval mode, whenever a method is called.

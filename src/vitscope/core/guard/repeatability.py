@@ -24,7 +24,7 @@ from vitscope.core.objective import Objective
 
 @dataclasses.dataclass(frozen=True)
 class Repeatability:
-    """What two passes over the same images showed.
+    """Comparison of two passes over the same images.
 
     Attributes:
         random: modules whose outputs differ between the passes, innermost ones; empty where both passes agree.

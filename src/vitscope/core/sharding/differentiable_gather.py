@@ -18,7 +18,7 @@ from vitscope.runtime import distributed
 
 @dataclass(frozen=True)
 class ShardLayout:
-    """Where a rank's shard lies in the whole weight: ranks hold equal numbers of rows in turn, the last ones fewer or none.
+    """Place of a rank's shard in the whole weight: ranks hold equal numbers of rows in turn, the last ones fewer or none.
 
     Attributes:
         shape: shape of the whole weight.

@@ -42,7 +42,7 @@ _SAMPLE_FORMAT, _SIGNED = 339, 2  # tag of TIFF, and a value of it
 
 @dataclass(frozen=True)
 class _Conversion:
-    """What decides how the samples of one file become 8-bit RGB.
+    """Settings by which the samples of one file become 8-bit RGB.
 
     Attributes:
         path: The file, for errors.

@@ -24,7 +24,7 @@ Generators = list[np.random.Generator]
 
 @dataclass(frozen=True)
 class Settings:
-    """How hard the attacks try.
+    """Strength of the attacks.
 
     Attributes:
         loss: loss that FGSM and PGD raise, one of ``ce dlr cw``.
@@ -58,7 +58,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Images:
-    """What is attacked.
+    """Images to attack.
 
     Attributes:
         pixels: ``(B, C, H, W)`` in [0, 1].

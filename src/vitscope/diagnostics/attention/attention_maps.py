@@ -185,7 +185,7 @@ def attention_maps(
 
 
 class _Sums(MapSums):
-    """What is kept between batches."""
+    """Sums that are kept between batches."""
 
     reads_maps = False
 

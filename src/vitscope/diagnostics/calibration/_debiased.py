@@ -35,7 +35,7 @@ class DebiasedError(NamedTuple):
 
 
 class Gaps(NamedTuple):
-    """What is known of each bin that has images: share of them, mean of confidence minus correctness, its variance ``(n,)``."""
+    """Numbers of each bin that has images: share of them, mean of confidence minus correctness, its variance ``(n,)``."""
 
     weight: np.ndarray
     gap: np.ndarray

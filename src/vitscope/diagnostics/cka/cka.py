@@ -127,7 +127,7 @@ def cka(probe: Probe, other: Probe | None = None, *, n_permutations: int = 1000,
 
 
 class _Sums:
-    """What is kept between batches: the HSIC of every pair of taps, a small matrix a batch."""
+    """Sums that are kept between batches: the HSIC of every pair of taps, a small matrix a batch."""
 
     def __init__(self, probe: Probe, other: Probe | None, n_permutations: int, seed: int) -> None:
         self.probe, self.other, self.n_permutations, self.seed = probe, other, n_permutations, seed

@@ -197,7 +197,7 @@ def similarity(
 
 
 class _Sums:
-    """What is kept between batches: the features of all images, and the HSIC of every pair of taps for CKA."""
+    """Values that are kept between batches: the features of all images, and the HSIC of every pair of taps for CKA."""
 
     def __init__(
         self, probe: Probe, other: Probe | None, measures: tuple[str, ...], features: FeatureName | None,

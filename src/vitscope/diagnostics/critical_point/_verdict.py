@@ -13,7 +13,7 @@ TINY = 1e-300
 
 
 class Limits(NamedTuple):
-    """What verdicts depend on.
+    """Thresholds of the verdict.
 
     Attributes:
         stationary: the share of the objective that counts.

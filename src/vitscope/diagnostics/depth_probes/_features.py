@@ -27,7 +27,7 @@ _CLASS_TOKENS = ("cls_token", "class_token", "class_embedding")
 
 @dataclass
 class BatchFeatures:
-    """What is kept of a batch: rows of its labeled images, float32 or the model's double precision.
+    """Values that are kept of a batch: rows of its labeled images, float32 or the model's double precision.
 
     Attributes:
         number: number of the batch.
@@ -125,7 +125,7 @@ def _local_features(
 
 
 class _BatchValues:
-    """What is read of one batch: by name of a field of `BatchFeatures`, then by tap."""
+    """Values of one batch: by name of a field of `BatchFeatures`, then by tap."""
 
     def __init__(self, head: Head | None, with_class_token: bool) -> None:
         self.head, self.with_class_token = head, with_class_token

@@ -16,7 +16,7 @@ NAMES = ("nc1", "nc2", "nc2_equinorm", "nc3", "nc4")
 
 @dataclass(frozen=True)
 class LabeledFeatures:
-    """What neural collapse is measured on.
+    """Features and classes on which neural collapse is measured.
 
     Attributes:
         x: (n, C) features.

@@ -231,7 +231,7 @@ def _measured(
 
 
 class _Sums:
-    """What is kept between batches: sums of curves, of contrasts, and of contrasts weighted for each replicate."""
+    """Sums that are kept between batches: those of curves, of contrasts, and of contrasts weighted for each replicate."""
 
     def __init__(self, n_units: int, path: str, eps: float, n_resamples: int, seed: int) -> None:
         self.path, self.eps, self.n_resamples, self.seed = path, eps, n_resamples, seed

@@ -137,7 +137,7 @@ def relative_log_amplitude(
 
 
 class _Sums:
-    """What is kept between batches: sums over images for each tap, its map size, and whether it varied at all."""
+    """Values that are kept between batches: sums over images for each tap, its map size, and whether it varied at all."""
 
     def __init__(self, probe: Probe, path: str, eps: float, level: float) -> None:
         self.probe, self.path, self.eps, self.level = probe, path, eps, level

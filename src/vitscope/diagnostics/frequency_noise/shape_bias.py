@@ -22,7 +22,7 @@ from vitscope.stats.intervals import check_level, share_interval
 
 @dataclass(frozen=True)
 class ShapeBiasResult(Result):
-    """What a model decides for where shape and texture name different classes.
+    """Decisions of a model for shape or texture where these name different classes.
 
     Attributes:
         shape_bias: shape decisions divided by shape and texture decisions; 1 is pure shape. NaN without any.

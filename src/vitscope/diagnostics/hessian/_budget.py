@@ -26,7 +26,7 @@ clock: Callable[[], float] = time.perf_counter
 
 @dataclass
 class Budget:
-    """What was measured and predicted, and how much of the budget is left.
+    """Measured and predicted times, and the number of batches that fit into the budget.
 
     Attributes:
         seconds: the budget; None for no limit.

@@ -68,7 +68,7 @@ class Source:
 
     @property
     def ignored(self) -> tuple[str, ...]:
-        """What stays, in force."""
+        """Parameters that stay, with the default of the kind of directions."""
         if self.ignore is None:
             return ("bias_bn",) if self.kind in ("random", "gradient") else ()
         return (self.ignore,) if isinstance(self.ignore, str) else tuple(self.ignore)

@@ -38,7 +38,7 @@ MODEL = "model"
 
 @dataclass(frozen=True)
 class LinearInterpolationResult(Result, coordinates={"t": "t"}):
-    """What was found at ``(1 - t) * start + t * end``.
+    """Loss, accuracy and calibration at ``(1 - t) * start + t * end``.
 
     Attributes:
         t: (n,) positions, 0 at the start and 1 at the end.

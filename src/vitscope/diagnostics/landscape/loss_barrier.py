@@ -28,7 +28,7 @@ from vitscope.runtime.value_ranges import PositiveInt
 
 @dataclass(frozen=True)
 class LossBarrierResult(Result, coordinates={"t": "t"}):
-    """How far the straight way lies above the chord between its ends.
+    """Excess of the loss on the straight way over the chord between its ends.
 
     Attributes:
         t: (n,) positions, 0 at the start and 1 at the end.

@@ -30,7 +30,7 @@ from vitscope.runtime.value_ranges import PositiveFloat, PositiveInt, Seed
 
 @dataclass(frozen=True)
 class LossLandscapeResult(Result, coordinates={"x": "x", "y": "y", "checkpoint": "labels"}):
-    """What was found at each point of the plane ``w + x * d1 + y * d2``.
+    """Loss and accuracy at each point of the plane ``w + x * d1 + y * d2``.
 
     Attributes:
         x: (n_x,) coordinates along the first direction, in units of that direction.

@@ -28,7 +28,7 @@ from vitscope.stats.intervals import t_half_width_of_rows
 
 @dataclass(frozen=True)
 class LossSliceResult(Result, coordinates={"x": "x"}):
-    """What was found along ``w + x * d``, averaged over the directions d.
+    """Loss, accuracy and calibration along ``w + x * d``, averaged over the directions d.
 
     Attributes:
         x: (n,) coordinates, in units of the direction.

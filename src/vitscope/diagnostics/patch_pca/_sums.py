@@ -18,7 +18,7 @@ PatchChoice = Callable[[int, Tensor], Tensor]
 
 
 class PatchSums:
-    """What is kept between batches; memory does not depend on the number of images.
+    """Sums that are kept between batches; memory does not depend on the number of images.
 
     Args:
         names: names of the chosen taps.

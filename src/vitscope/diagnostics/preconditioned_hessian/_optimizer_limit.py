@@ -17,7 +17,7 @@ from vitscope.linalg.optimizer_stability import StabilityLimit, coupled_decay, s
 
 @dataclass(frozen=True)
 class OptimizerLimit:
-    """What an optimizer bears, and the operator whose largest eigenvalue that is about.
+    """Stability limit of an optimizer, and the operator whose largest eigenvalue it bounds.
 
     Attributes:
         threshold: the limit; NaN where it is unknown.

@@ -162,7 +162,7 @@ def preconditioned_sharpness(
 
 @dataclass(frozen=True)
 class _Plan:
-    """What P and H are, and the limit that belongs to them.
+    """Preconditioner P, L2 term of H, and the limit that belongs to them.
 
     ``scale`` is P by parameter name (None: the identity), ``decay`` the coupled decay that replaces the objective's L2 term
     (None: the objective's own), ``l2`` how the card names that.

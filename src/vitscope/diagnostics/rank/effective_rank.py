@@ -95,7 +95,7 @@ def effective_rank(probe: Probe, *, positions: int | None = 16) -> EffectiveRank
 
 
 class _Sums:
-    """What is kept between batches: the moments of each tap's feature vectors."""
+    """Sums that are kept between batches: the moments of each tap's feature vectors."""
 
     def __init__(self, probe: Probe, positions: int | None) -> None:
         self.probe, self.positions = probe, positions

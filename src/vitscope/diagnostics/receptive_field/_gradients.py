@@ -90,7 +90,7 @@ def measure_fields(
 
 
 class _Sums:
-    """What is kept between batches: the sums of each tap's field."""
+    """Sums of each tap's field, which are kept between batches."""
 
     def __init__(self, taps: Sequence[Tap], contribution: str) -> None:
         self.taps, self.contribution = taps, contribution

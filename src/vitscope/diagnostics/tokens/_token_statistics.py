@@ -58,7 +58,7 @@ def gathered_rows(kept_rows: Sequence[KeptRows]) -> list[np.ndarray | None]:
 
 
 class TapSums:
-    """What is kept of one tap: norms of tokens, and means over images.
+    """Values that are kept of one tap: norms of tokens, and means over images.
 
     Attributes:
         shape: (C, h, w) of its maps; None before the first.

@@ -150,7 +150,7 @@ def oversmoothing(
 
 
 class _Sums:
-    """What is kept between batches: means over images of each tap and of each unit's attention."""
+    """Sums that are kept between batches: means over images of each tap and of each unit's attention."""
 
     def __init__(self, probe: Probe, norm: str, level: float) -> None:
         self.probe, self.norm, self.level = probe, norm, level

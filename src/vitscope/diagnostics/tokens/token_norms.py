@@ -211,7 +211,7 @@ def token_norms(
 
 
 class _Sums:
-    """What is kept between batches: the norms and means of each tap."""
+    """Values that are kept between batches: the norms and means of each tap."""
 
     def __init__(
         self, probe: Probe, threshold: float | None, norm_images: int | None, positions: int | None, level: float

@@ -124,7 +124,7 @@ def spatial_variance(x: Tensor) -> Tensor:
 
 
 class _Sums:
-    """What is kept between batches: sums over images of each tap's variance and log ratio, and its map's shape."""
+    """Values that are kept between batches: sums over images of each tap's variance and log ratio, and its map's shape."""
 
     def __init__(self, probe: Probe, level: float) -> None:
         self.probe, self.level = probe, level

@@ -23,7 +23,7 @@ R = TypeVar("R")
 
 @dataclass(frozen=True)
 class CurvatureOptions:
-    """Which curvature operator is analyzed, on which parameters, in which precision, and how its eigenvalues are computed.
+    """Options of a curvature operator: its kind, parameters and precision, and the search for its eigenvalues.
 
     A measure takes the fields that apply to it as keyword arguments of the same names and defaults.
 

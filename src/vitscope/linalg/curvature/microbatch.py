@@ -43,7 +43,7 @@ class CurvatureSettings(Protocol):
 
 
 class Chunk(NamedTuple):
-    """What one pass over some images gives; sums over its images divided by the operator's ``n_images``.
+    """Loss, gradient and products of one pass over some images; sums over its images divided by the operator's ``n_images``.
 
     Attributes:
         loss: the data term, read from the device once.

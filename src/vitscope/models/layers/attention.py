@@ -12,7 +12,7 @@ Padding = Literal["masked", "zero"]
 
 
 def neighborhood(grid: tuple[int, int], kernel_size: int) -> Tensor:
-    """Which keys each query sees: True inside the k x k square around it, (N, N) for N = h * w tokens."""
+    """Mask of the keys that each query sees: True inside the k x k square around it, (N, N) for N = h * w tokens."""
     rows, columns = torch.meshgrid(torch.arange(grid[0]), torch.arange(grid[1]), indexing="ij")
     place = torch.stack((rows.flatten(), columns.flatten()), -1)
     return (place[:, None] - place[None, :]).abs().amax(-1) <= kernel_size // 2

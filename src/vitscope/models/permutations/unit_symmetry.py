@@ -68,7 +68,7 @@ class UnitGroup:
 
 @dataclass(frozen=True)
 class UnitSymmetry:
-    """Which axes of a network's tensors may be permuted, and which of them together.
+    """Axes of a network's tensors that may be permuted, in groups that must be permuted alike.
 
     Attributes:
         axes: The labels of the axes of each parameter and buffer, by name.

@@ -13,7 +13,7 @@ from vitscope.models.structure.parameter_groups import parameter_kinds
 
 @dataclass(frozen=True)
 class ModelCapabilities:
-    """What a model has of what most models have; ``model.capabilities`` of a configuration states what it lacks.
+    """Parts that most models have; ``model.capabilities`` of a configuration states which of them a model lacks.
 
     Attributes:
         residual_units: Whether vitscope knows residual units of it, which lesions, branch transfer and attention need.

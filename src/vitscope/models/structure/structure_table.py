@@ -40,7 +40,7 @@ class StructureUnit:
 
 @dataclass(frozen=True)
 class Structure:
-    """How a model is put together; `str` gives a table.
+    """Units of a model and kinds of its parameters; `str` gives a table.
 
     Attributes:
         model: Name of the model.

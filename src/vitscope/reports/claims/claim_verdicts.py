@@ -59,7 +59,7 @@ class StatisticResult:
 
 @dataclass(frozen=True)
 class ClaimEvidence:
-    """What the measured parts of a claim say together.
+    """Joint evidence of the measured statistics of a claim.
 
     Attributes:
         direction: 1 for the claim, -1 against it, 0 for neither.
