@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import Literal, TypedDict
 
+import numpy as np
 from torch import Tensor, nn
 
 
@@ -72,6 +73,32 @@ class Tap:
 Kind = Literal["stem", "conv", "msa", "mlp", "pool", "head"]
 
 Layout = Literal["NCHW", "NHWC", "NLC", "NCL", "unknown"]
+
+
+class TapFields(TypedDict):
+    """The fields of a result that name its taps; `vitscope.core.results.result.TAP_COORDINATES` makes them columns of tables.
+
+    Attributes:
+        taps: (n_taps,) names.
+        kinds: (n_taps,) kinds.
+        stages: (n_taps,) stages, 0 for the stem.
+        depths: (n_taps,) normalized depths, from 0 to 1.
+    """
+
+    taps: tuple[str, ...]
+    kinds: tuple[str, ...]
+    stages: np.ndarray
+    depths: np.ndarray
+
+
+def tap_fields(taps: Sequence[Tap]) -> TapFields:
+    """Return names, kinds, stages and depths of taps, as results of measures hold them."""
+    return TapFields(
+        taps=tuple(tap.name for tap in taps),
+        kinds=tuple(tap.kind for tap in taps),
+        stages=np.array([tap.stage for tap in taps]),
+        depths=np.array([tap.depth for tap in taps], dtype=float),
+    )
 
 
 def chosen_taps(taps: Sequence[Tap], choice: str | Sequence[str]) -> list[Tap]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import zip_longest
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from torch import Tensor
 from vitscope.core.batches.batch_inputs import tensors_of
 from vitscope.core.feature_pass import Accumulator
 from vitscope.core.probe import Probe
+from vitscope.core.tap import tap_fields
 from vitscope.diagnostics.cka._images import image_relation
 from vitscope.models.structure.taps import reading
 from vitscope.runtime import distributed
@@ -22,6 +23,11 @@ class PairAccumulator(Accumulator, Protocol):
     """An accumulator that reads the maps of two models and notes how the second's images are related to the first's."""
 
     relations: set[str]
+
+
+def tap_fields_of_both(probe: Probe, other: Probe) -> dict[str, Any]:
+    """Return the fields of a result that name the taps of both models, the second's with ``other_`` before their names."""
+    return {**tap_fields(probe.taps), **{f"other_{name}": value for name, value in tap_fields(other.taps).items()}}
 
 
 def through_both(probe: Probe, other: Probe, sums: PairAccumulator, measure: str) -> None:

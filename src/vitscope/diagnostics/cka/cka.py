@@ -20,7 +20,7 @@ from vitscope.core.tap import Tap
 from vitscope.core.undefined_values import warn_nulls
 from vitscope.diagnostics.cka._blocks import block_structure, p_value
 from vitscope.diagnostics.cka._hsic import MIN_IMAGES, gram, hsic
-from vitscope.diagnostics.cka._two_models import through_both
+from vitscope.diagnostics.cka._two_models import tap_fields_of_both, through_both
 from vitscope.runtime import distributed
 from vitscope.runtime.value_ranges import Seed
 
@@ -173,8 +173,7 @@ class _Sums:
         stages = np.array([tap.stage for tap in probe.taps])
         p = p_value(similarity, stages, self.n_permutations, self.seed) if other is None else None
         return CKAResult(
-            **_describe(probe.taps, ""),
-            **_describe((other or probe).taps, "other_"),
+            **tap_fields_of_both(probe, other or probe),
             similarity=similarity,
             standard_error=_jackknife(weights, values, s, other is not None),
             block_structure=block_structure(similarity, stages) if other is None else None,
@@ -216,12 +215,3 @@ def _say_what_is_null(total: np.ndarray, taps: Sequence[Tap]) -> None:
         elif self_similarity < 0:
             reasons[tap.name] = "its own HSIC is below zero: more images are needed"
     warn_nulls("cka", reasons)
-
-
-def _describe(taps: Sequence[Tap], prefix: str) -> dict:
-    return {
-        f"{prefix}taps": tuple(tap.name for tap in taps),
-        f"{prefix}kinds": tuple(tap.kind for tap in taps),
-        f"{prefix}stages": np.array([tap.stage for tap in taps]),
-        f"{prefix}depths": np.array([tap.depth for tap in taps]),
-    }

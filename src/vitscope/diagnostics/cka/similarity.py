@@ -32,7 +32,7 @@ from vitscope.diagnostics.cka._representations import (
     pooled,
 )
 from vitscope.diagnostics.cka._resampling import resampled
-from vitscope.diagnostics.cka._two_models import through_both
+from vitscope.diagnostics.cka._two_models import tap_fields_of_both, through_both
 from vitscope.runtime import distributed
 from vitscope.runtime.value_ranges import NonNegativeInt, PositiveInt, Seed
 from vitscope.stats.intervals import LEAST_IMAGES
@@ -252,8 +252,7 @@ class _Sums:
         return SimilarityResult(
             measures=self.measures,
             features=tuple(self.features[name] for name in self.measures),
-            **_described(self.probe.taps, ""),
-            **_described((self.other or self.probe).taps, "other_"),
+            **tap_fields_of_both(self.probe, self.other or self.probe),
             similarities=similarities,
             half_widths=half_widths,
             null_means=null_means,
@@ -312,12 +311,3 @@ def _block(value: np.ndarray, half_width: np.ndarray, nulls: np.ndarray) -> _Blo
         return value, half_width, undefined, undefined
     p = (1 + (nulls >= value - _ROUNDING).sum(axis=0)) / (1 + len(nulls))
     return value, half_width, nulls.mean(axis=0), np.where(np.isfinite(value), p, np.nan)
-
-
-def _described(taps: Sequence[Tap], prefix: str) -> dict:
-    return {
-        f"{prefix}taps": tuple(tap.name for tap in taps),
-        f"{prefix}kinds": tuple(tap.kind for tap in taps),
-        f"{prefix}stages": np.array([tap.stage for tap in taps]),
-        f"{prefix}depths": np.array([tap.depth for tap in taps], dtype=np.float64),
-    }

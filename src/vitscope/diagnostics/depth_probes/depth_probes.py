@@ -16,6 +16,7 @@ from vitscope.core.objective_card import ObjectiveCard
 from vitscope.core.probe import Probe
 from vitscope.core.results.result import TAP_COORDINATES, Result
 from vitscope.core.run_inputs import TrainingProbe
+from vitscope.core.tap import tap_fields
 from vitscope.core.undefined_values import warn_nulls
 from vitscope.diagnostics.depth_probes._features import LabeledImages, collect
 from vitscope.diagnostics.depth_probes._logit_lens import Head, find_head
@@ -247,10 +248,7 @@ def _result(
     decided = bool((test.decisions >= 0).all())
     rule = "train" if has_train else f"{N_FOLDS} folds of the test images, each class divided alike"
     result = DepthProbesResult(
-        taps=tuple(tap.name for tap in taps),
-        kinds=tuple(tap.kind for tap in taps),
-        stages=np.array([tap.stage for tap in taps]),
-        depths=np.array([tap.depth for tap in taps], dtype=np.float64),
+        **tap_fields(taps),
         **arrays,
         **intervals,
         model_accuracy=float((test.decisions == test.labels).double().mean()) if decided else np.nan,

@@ -17,6 +17,7 @@ from vitscope.core.objective_card import ObjectiveCard
 from vitscope.core.probe import Probe
 from vitscope.core.results.result import TAP_COORDINATES, Result
 from vitscope.core.running_mean import RunningMean, estimates
+from vitscope.core.tap import tap_fields
 from vitscope.core.undefined_values import warn_nulls
 from vitscope.diagnostics.fourier._spectrum import EPS, Spectrum, frequencies, spectrum, varies
 from vitscope.runtime.distributed import gather_objects
@@ -201,10 +202,7 @@ def _result(
     last = {key: np.array([row[key][-1] if row[key].size > 1 else np.nan for row in rows]) for key in rows[0]}
     columns = {key: tuple(row[key] for row in rows) for key in rows[0]}
     return RelativeLogAmplitudeResult(
-        taps=tuple(tap.name for tap in taps),
-        kinds=tuple(tap.kind for tap in taps),
-        stages=np.array([tap.stage for tap in taps]),
-        depths=np.array([tap.depth for tap in taps], dtype=float),
+        **tap_fields(taps),
         map_sizes=np.array(shapes),
         normalized_frequency=tuple(frequency),
         paper_frequency=tuple(np.linspace(0, 1, len(f)) for f in frequency),

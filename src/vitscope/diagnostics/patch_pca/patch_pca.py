@@ -20,7 +20,7 @@ from vitscope.core.objective_card import ObjectiveCard
 from vitscope.core.probe import Probe
 from vitscope.core.results.result import TAP_COORDINATES, Result
 from vitscope.core.results.result_file import load as load_result
-from vitscope.core.tap import Tap, chosen_taps
+from vitscope.core.tap import Tap, chosen_taps, tap_fields
 from vitscope.core.undefined_values import warn_nulls
 from vitscope.diagnostics.patch_pca._components import (
     N_COMPONENTS,
@@ -218,10 +218,7 @@ class _Accumulator:
         scores = tuple(part.scores(maps) for part, maps in zip(parts, features))
         n_vectors = np.array([part.n_vectors for part in parts])
         return PatchPcaResult(
-            taps=tuple(tap.name for tap in self.taps),
-            kinds=tuple(tap.kind for tap in self.taps),
-            stages=np.array([tap.stage for tap in self.taps]),
-            depths=np.array([tap.depth for tap in self.taps], dtype=float),
+            **tap_fields(self.taps),
             tap_colors=tuple(colors_of(*pair) for pair in zip(scores, masks)),
             scores=scores,
             foreground_masks=tuple(masks),

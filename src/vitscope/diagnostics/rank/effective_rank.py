@@ -16,7 +16,7 @@ from vitscope.core.measure_options import record_options
 from vitscope.core.objective_card import ObjectiveCard
 from vitscope.core.probe import Probe
 from vitscope.core.results.result import TAP_COORDINATES, Result
-from vitscope.core.tap import Tap
+from vitscope.core.tap import Tap, tap_fields
 from vitscope.core.undefined_values import warn_nulls
 from vitscope.linalg.feature_moments import FeatureMoments, moments_of
 from vitscope.runtime import distributed
@@ -121,10 +121,7 @@ class _Sums:
         ranks = [_ranks(values) for _, values in totals]
         _say_what_is_null(taps, totals)
         return EffectiveRankResult(
-            taps=tuple(tap.name for tap in taps),
-            kinds=tuple(tap.kind for tap in taps),
-            stages=np.array([tap.stage for tap in taps]),
-            depths=np.array([tap.depth for tap in taps], dtype=np.float64),
+            **tap_fields(taps),
             channels=np.array([len(values) for _, values in totals]),
             effective_rank=np.array([rank for rank, _, _ in ranks]),
             participation_ratio=np.array([ratio for _, ratio, _ in ranks]),

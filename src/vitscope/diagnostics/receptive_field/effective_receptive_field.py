@@ -17,7 +17,7 @@ from vitscope.core.objective_card import ObjectiveCard
 from vitscope.core.probe import Probe
 from vitscope.core.results.result import TAP_COORDINATES, Result
 from vitscope.core.run_inputs import UntrainedModel
-from vitscope.core.tap import Tap, chosen_taps
+from vitscope.core.tap import Tap, chosen_taps, tap_fields
 from vitscope.core.undefined_values import warn_nulls
 from vitscope.diagnostics.receptive_field._gradients import RADIUS_SHARES, FieldsOfTaps, measure_fields
 from vitscope.stats.intervals import LEAST_IMAGES, check_level, few_images
@@ -216,10 +216,7 @@ def _result(
         change = trained.radius - before.radius
         change_half = _half_width(trained.radius_without - before.radius_without, n, level)
     return EffectiveReceptiveFieldResult(
-        taps=tuple(tap.name for tap in taps),
-        kinds=tuple(tap.kind for tap in taps),
-        stages=np.array([tap.stage for tap in taps]),
-        depths=np.array([tap.depth for tap in taps], dtype=float),
+        **tap_fields(taps),
         map_sizes=trained.map_sizes,
         positions=trained.map_sizes // 2,
         cells=trained.cells,

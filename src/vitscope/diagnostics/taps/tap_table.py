@@ -13,6 +13,7 @@ from vitscope.core.measure_options import record_options
 from vitscope.core.objective_card import ObjectiveCard
 from vitscope.core.probe import Probe
 from vitscope.core.results.result import TAP_COORDINATES, Result
+from vitscope.core.tap import tap_fields
 from vitscope.core.undefined_values import warn_nulls
 from vitscope.models.structure.structure_table import Structure, StructureUnit, structure
 from vitscope.models.structure.taps import reading
@@ -117,10 +118,7 @@ def tap_table(probe: Probe) -> TapTableResult:
     units = model_structure.units
     sizes = model_structure.sizes or {}
     return TapTableResult(
-        taps=tuple(tap.name for tap in probe.taps),
-        kinds=tuple(tap.kind for tap in probe.taps),
-        stages=np.array([tap.stage for tap in probe.taps]),
-        depths=np.array([tap.depth for tap in probe.taps], dtype=float),
+        **tap_fields(probe.taps),
         shapes=shapes,
         n_units=sum(unit.residual for unit in units),
         units=tuple(unit.name for unit in units),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -69,7 +70,7 @@ class AttentionSinks:
 
 def sink_fields(
     sinks: Sequence[AttentionSinks], taps: Sequence[str], above: Sequence[np.ndarray], n_prefix: int, level: float
-) -> dict[str, object]:
+) -> dict[str, Any]:
     """Return the fields of the result that tell about attention.
 
     Args:

@@ -18,7 +18,7 @@ from vitscope.core.objective_card import ObjectiveCard
 from vitscope.core.probe import Probe
 from vitscope.core.results.result import Result
 from vitscope.core.running_mean import RunningMean, estimates
-from vitscope.core.tap import Tap
+from vitscope.core.tap import Tap, tap_fields
 from vitscope.core.undefined_values import warn_nulls
 from vitscope.diagnostics.tokens._attention_collapse import AttentionCollapse, comparable_groups, layer_cosines
 from vitscope.diagnostics.tokens._attention_units import readable_units
@@ -203,10 +203,7 @@ def _result(sums: _Sums) -> OversmoothingResult:
     warn_nulls("oversmoothing", reasons)
     warn_nulls("oversmoothing", few_images(n_images))
     return OversmoothingResult(
-        taps=tuple(tap.name for tap in probe.taps),
-        kinds=tuple(tap.kind for tap in probe.taps),
-        stages=np.array([tap.stage for tap in probe.taps]),
-        depths=np.array([tap.depth for tap in probe.taps], dtype=float),
+        **tap_fields(probe.taps),
         map_sizes=np.array([sizes.get(index, (0, 0)) for index in range(n_taps)]),
         cosine=numbers(cosine, "mean"),
         cosine_half_width=numbers(cosine, "half_width"),

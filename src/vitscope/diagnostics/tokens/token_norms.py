@@ -17,7 +17,7 @@ from vitscope.core.objective_card import ObjectiveCard
 from vitscope.core.probe import Probe
 from vitscope.core.results.result import Result
 from vitscope.core.running_mean import estimates
-from vitscope.core.tap import Tap
+from vitscope.core.tap import Tap, tap_fields
 from vitscope.core.undefined_values import warn_nulls
 from vitscope.diagnostics.tokens._artefacts import Artefacts, artefacts, first_with_artefacts
 from vitscope.diagnostics.tokens._attention_sinks import AttentionSinks, sink_fields
@@ -268,10 +268,7 @@ def _result(sums: _Sums) -> TokenNormsResult:
     _warn(probe.taps, facts, artefacts_by_tap, ratio, n_images, sums.unread)
     channels, magnitudes = largest_channels(peak)
     return TokenNormsResult(
-        taps=names,
-        kinds=tuple(tap.kind for tap in probe.taps),
-        stages=np.array([tap.stage for tap in probe.taps]),
-        depths=np.array([tap.depth for tap in probe.taps], dtype=float),
+        **tap_fields(probe.taps),
         map_sizes=np.array([shape[1:] for shape, _, _ in facts]),
         prefix_kinds=prefix_kinds(probe.model, n_prefix),
         norms_patch=stacked(patch),
@@ -298,7 +295,7 @@ def _result(sums: _Sums) -> TokenNormsResult:
         massive_channels=channels,
         massive_channel_magnitudes=magnitudes,
         channel_norms=tuple(np.atleast_1d(mean.mean) for mean in channel),
-        **attention,  # pyright: ignore[reportArgumentType]  fields by name
+        **attention,
         n_norm_images=n_kept,
         level=level,
         n_images=n_images,

@@ -18,6 +18,7 @@ from vitscope.core.objective_card import ObjectiveCard
 from vitscope.core.probe import Probe
 from vitscope.core.results.result import TAP_COORDINATES, Result
 from vitscope.core.running_mean import RunningMean, estimates
+from vitscope.core.tap import tap_fields
 from vitscope.core.undefined_values import warn_nulls
 from vitscope.runtime.distributed import gather_objects
 from vitscope.stats.intervals import Estimate, check_level, few_images
@@ -174,10 +175,7 @@ def _result(taps: Sequence[Any], sums: _Sums, level: float, card: ObjectiveCard)
     warn_nulls("feature_map_variance", few_images(n_images))
     either |= flat
     return FeatureMapVarianceResult(
-        taps=tuple(tap.name for tap in taps),
-        kinds=tuple(tap.kind for tap in taps),
-        stages=np.array([tap.stage for tap in taps]),
-        depths=np.array([tap.depth for tap in taps], dtype=float),
+        **tap_fields(taps),
         map_sizes=np.array([shapes.get(i, (0, 0, 0))[1:] for i in range(n)]),
         variance=np.where(null, np.nan, [float(v.mean) for v in variances]),
         variance_half_width=np.where(null, np.nan, [float(v.half_width) for v in variances]),
