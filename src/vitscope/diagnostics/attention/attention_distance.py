@@ -108,15 +108,12 @@ def attention_distance(probe: Probe, *, units: Sequence[Unit] | None = None) -> 
     read_units, keys_and_uniform = [units[i] for i in read], sums.keys_and_uniform()
     several = "its module computes attention several times an image, left out"
     unread = "its attention weights cannot be read, left out"
-    reasons = {u.name: several if i in repeated else unread for i, u in enumerate(units) if i not in read}
-    reasons |= {
-        u.name: "its weights are not finite"
-        for u, i in zip(read_units, read)
-        if not np.isfinite(distance[i].mean).all()
-    }
-    reasons |= {
-        u.name: "a single token has no distance" for u, i in zip(read_units, read) if not keys_and_uniform[i][1] > 0
-    }
+    reasons = {unit.name: several if i in repeated else unread for i, unit in enumerate(units) if i not in read}
+    for unit, i in zip(read_units, read):
+        if not keys_and_uniform[i][1] > 0:
+            reasons[unit.name] = "a single token has no distance"
+        elif not np.isfinite(distance[i].mean).all():
+            reasons[unit.name] = "its weights are not finite"
     warn_nulls("attention_distance", reasons)
     n_images = max(estimate.count for estimate in distance)
     warn_nulls("attention_distance", few_images(n_images))

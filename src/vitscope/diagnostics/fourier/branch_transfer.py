@@ -177,6 +177,7 @@ def _units(probe: Probe) -> list[Unit]:
 def _measured(
     probe: Probe, units: Sequence[Unit], path: str, level: float, n_resamples: int, seed: int, eps: float
 ) -> BranchTransferResult:
+    """Measure the branches of one model."""
     sums = _Sums(len(units), path, eps, n_resamples, seed)
     unread = {i: reason for i, unit in enumerate(units) if (reason := _unread_reason(unit)) is not None}
     read = [i for i in range(len(units)) if i not in unread]
@@ -196,25 +197,19 @@ def _measured(
     varying = set().union(*gather_objects(sums.varying))
     flat = [i for i in shape if not {(i, "input"), (i, "output")} <= varying]  # all that is left of it is the eps
     contrast[flat] = half_width[flat] = replicates[:, flat] = np.nan
-    named = {
-        unit.name: _null_reason(curve.mean, i in flat)
-        for i, (unit, curve) in enumerate(zip(units, curves))
-        if i in shape and not np.isfinite(contrast[i])
-    }
+    undefined = [i for i in range(len(units)) if i in shape and not np.isfinite(contrast[i])]
+    named = {units[i].name: _null_reason(curves[i].mean, i in flat) for i in undefined}
     warn_nulls("branch_transfer", named | {units[i].name: reason for i, reason in unread.items()})
     warn_nulls("branch_transfer", few_images(contrasts.count))
-    kinds = tuple(unit.kind for unit in units)
+    kinds, every = tuple(unit.kind for unit in units), range(len(units))
     return BranchTransferResult(
         units=tuple(unit.name for unit in units),
         kinds=kinds,
         stages=np.array([unit.stage for unit in units]),
         depths=np.array([unit.depth for unit in units], dtype=float),
-        normalized_frequency=tuple(
-            frequencies(shape[i], path) if i in shape else np.empty(0) for i in range(len(units))
-        ),
+        normalized_frequency=tuple(frequencies(shape[i], path) if i in shape else np.empty(0) for i in every),
         transfer=tuple(
-            np.where(i in flat, np.nan, np.atleast_1d(c.mean)) if i in shape else np.empty(0)
-            for i, c in enumerate(curves)
+            np.where(i in flat, np.nan, np.atleast_1d(curves[i].mean)) if i in shape else np.empty(0) for i in every
         ),
         contrast=contrast,
         contrast_half_width=half_width,

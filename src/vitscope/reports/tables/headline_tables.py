@@ -135,22 +135,12 @@ def build(
         cells, row_problems = _row(runs, columns, selection, costs, expect_seeds)
         rows.append((*_head(name, row_name, _first(runs), has_several_datasets), *cells))
         problems += row_problems
-        run_rows += [
-            {
-                "model": row_name,
-                "data": entry.data,
-                "run": entry.id,
-                "seed": seed,
-                **{column.id: column_value(column, entry, selection, costs).number for column in columns},
-            }
-            for seed, entry in sorted(runs.items())
-        ]
+        run_rows += _run_rows(row_name, runs, columns, selection, costs)
     families = {entry.family for runs in groups for entry in runs.values()}
-    for model in [model for model in expect_models if model not in families]:
-        rows.append((*(Cell(t) for t in [model, *[""] * (len(_heading(name, has_several_datasets)) - 1)]),
-                     *(Cell(MISSING, None, MISSING) for _ in columns)))  # fmt: skip
-        problems += [Problem(MISSING, model, column.id, "no run of this model") for column in columns]
     head = _heading(name, has_several_datasets)
+    for model in [model for model in expect_models if model not in families]:
+        rows.append((Cell(model), *(Cell("") for _ in head[1:]), *(Cell(MISSING, None, MISSING) for _ in columns)))
+        problems += [Problem(MISSING, model, column.id, "no run of this model") for column in columns]
     return Table(
         name=name,
         title=TITLES[name],
@@ -161,6 +151,22 @@ def build(
         problems=tuple(dict.fromkeys(problems)),
         runs=tuple(run_rows),
     )
+
+
+def _run_rows(
+    row_name: str, runs: Mapping[int, Entry], columns: Sequence[Column], selection: Selection, costs: Costs
+) -> list[dict[str, object]]:
+    """Return the numbers of each run of a row, by seed."""
+    return [
+        {
+            "model": row_name,
+            "data": entry.data,
+            "run": entry.id,
+            "seed": seed,
+            **{column.id: column_value(column, entry, selection, costs).number for column in columns},
+        }
+        for seed, entry in sorted(runs.items())
+    ]
 
 
 def column_value(column: Column, entry: Entry, selection: Selection, costs: Costs) -> Value:
