@@ -71,7 +71,7 @@ class SideBySide:
                     "loss", loss, f"not finite on images {first} to {first + len(x) - 1}, so it has no curvature",
                     "look at the weights and the batch, or use float64",
                 )  # fmt: skip
-        return torch.cat([gradients[name].reshape(len(self.x), -1) for name in self.point], dim=1)
+        return torch.cat([gradients[name].reshape(len(self.x), -1) for name in self.point], dim=1)  # (B, size)
 
     def products(self, vectors: Sequence[Tensor], which: Sequence[int]) -> list[list[Tensor]]:
         """Return H v without the L2 term's shift, in pieces, of the batches numbered ``which`` in the group.

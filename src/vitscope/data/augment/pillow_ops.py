@@ -178,7 +178,8 @@ def _fill_outside(values: Floats, inside: NDArray[np.bool_], fill: Bytes) -> Byt
     """Return the values `(B, H, W, 4)` as bytes `(B, 3, H, W)`, `fill` outside."""
     packed = values.clip(0, 255, out=values).astype(np.uint8).view(np.int32)[..., 0]  # truncated, as Pillow does
     outside = np.append(fill, np.uint8(0)).view(np.int32)
-    return np.where(inside, packed, outside)[..., None].view(np.uint8)[..., :3].transpose(0, 3, 1, 2)
+    pixels = np.where(inside, packed, outside)[..., None].view(np.uint8)[..., :3]  # (B, H, W, 3)
+    return pixels.transpose(0, 3, 1, 2)
 
 
 def _apply_table(table: Bytes, images: Bytes) -> Bytes:

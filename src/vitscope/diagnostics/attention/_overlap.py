@@ -12,7 +12,7 @@ def mass_masks(maps: Tensor, mass: float) -> Tensor:
 
     A map without mass, or that is not finite, has none.
     """
-    values, order = maps.flatten(-2).sort(dim=-1, descending=True, stable=True)
+    values, order = maps.flatten(-2).sort(dim=-1, descending=True, stable=True)  # (..., h * w)
     before = values.cumsum(-1) - values
     # of an even map the sum reaches the share but for rounding
     is_needed = before < mass * values.sum(-1, keepdim=True) * (1 - 1e-9)
@@ -23,7 +23,7 @@ def mass_masks(maps: Tensor, mass: float) -> Tensor:
 def overlaps(masks: Tensor, others: Tensor) -> Tensor:
     """Return the intersection over union of each pair of masks (B, n, h, w) and (B, m, h, w): (B, n, m); NaN of two empty."""
     one, two = (side.flatten(2).double() for side in (masks, others))  # (B, n, h * w)
-    both = one @ two.transpose(1, 2)
+    both = one @ two.transpose(1, 2)  # (B, n, m)
     union = one.sum(-1)[:, :, None] + two.sum(-1)[:, None, :] - both
     return torch.where(union > 0, both / union, torch.nan)
 

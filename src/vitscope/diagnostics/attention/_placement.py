@@ -106,5 +106,5 @@ def placed(weights: Tensor, unit: AttentionUnit, selected: Tensor) -> tuple[Tens
     cells = (unit.keys[..., 0] * width + unit.keys[..., 1]).flatten().to(weights.device)
     is_on_map = (unit.keys[..., 0] >= 0).flatten().to(weights.device)
     maps = by_key.new_zeros(*by_key.shape[:2], height * width)
-    maps.index_add_(2, cells[is_on_map], by_key.flatten(2)[..., is_on_map])
+    maps.index_add_(2, cells[is_on_map], by_key.flatten(2)[..., is_on_map])  # by key: (B, heads, n_windows * keys)
     return maps.unflatten(2, (height, width)), prefix

@@ -62,6 +62,7 @@ def diagonal_by_images(operators: Curvatures) -> np.ndarray:
 
 
 def _along_column(outputs: Tensor, column: Tensor) -> Tensor:
+    """Return the sum of an image's outputs, weighted with a column ``(K,)`` of its factor."""
     return (outputs.reshape(1, -1) * column).sum()
 
 
@@ -90,6 +91,7 @@ def _factors(operators: Curvatures, first_image: int, x: object, y: Tensor) -> T
         seed=options.seed,
     )
     units = torch.eye(n_outputs, dtype=outputs.dtype, device=outputs.device)
+    # M of each image by its columns: (b, K) each
     rows = [
         matrix_product(unit.expand(len(outputs), -1).reshape(outputs.shape)).reshape(len(outputs), -1) for unit in units
     ]

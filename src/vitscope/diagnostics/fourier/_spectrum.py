@@ -105,11 +105,12 @@ def diagonal(x: Tensor) -> Tensor:
 def _folded(x: Tensor) -> Tensor:
     """Return the sums over m + n = j (mod h), ``(B, C, h)``."""
     b, c, h, _ = x.shape
-    maps = x.reshape(b * c, h, h)
+    maps = x.reshape(b * c, h, h)  # (B * C, h, h)
     sums = x.new_empty(b * c, h)
     step = len(maps) if x.is_cuda else max(1, _CHUNK // (h * h))
     for start in range(0, len(maps), step):
         padded = F.pad(maps[start : start + step], (0, 1))  # (n, h, h + 1)
+        # rows of h + 1 entries read as h + 1 rows of h: entry n of row m moves to column m + n (mod h)
         torch.sum(padded.view(-1, h + 1, h), dim=1, out=sums[start : start + step])
     return sums.view(b, c, h)
 

@@ -145,7 +145,7 @@ def curvature_exponents(
 
 def _curvatures_along(operator: Curvature, name: str, gradient: Tensor, n: int) -> tuple[np.ndarray, np.ndarray]:
     """Return the largest singular values of a weight's gradient and the curvatures along their directions."""
-    matrix = gradient.reshape(len(gradient), -1).double()
+    matrix = gradient.reshape(len(gradient), -1).double()  # (outputs, inputs times places of a kernel)
     if not bool(torch.isfinite(matrix).all()):
         warnings.warn(f"the gradient of {name} is not finite", stacklevel=3)
         return np.empty(0), np.empty(0)

@@ -178,5 +178,6 @@ def rotation_to(
 
 
 def _pooled(values: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
-    maps = torch.from_numpy(np.ascontiguousarray(values)).permute(0, 3, 1, 2)
-    return adaptive_avg_pool2d(maps, grid).permute(0, 2, 3, 1).numpy()
+    """Return scores ``(n, h, w, components)`` averaged over the cells of a smaller grid."""
+    maps = torch.from_numpy(np.ascontiguousarray(values)).permute(0, 3, 1, 2)  # (n, components, h, w)
+    return adaptive_avg_pool2d(maps, grid).permute(0, 2, 3, 1).numpy()  # (n, *grid, components)

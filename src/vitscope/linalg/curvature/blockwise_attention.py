@@ -67,7 +67,7 @@ def blockwise_attention(
             bias = attn_mask
         if bias is None or bias.ndim > 4:
             return NotImplemented
-        bias = bias.reshape((1,) * (4 - bias.ndim) + tuple(bias.shape))
+        bias = bias.reshape((1,) * (4 - bias.ndim) + tuple(bias.shape))  # four axes, which broadcast to (B, H, N, M)
     return _Attention.apply(query, key, value, bias, query.shape[-1] ** -0.5 if scale is None else scale)
 
 
@@ -148,8 +148,8 @@ class _Backward(torch.autograd.Function):
         dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
         db = torch.zeros_like(bias) if bias is not None and needs_bias else None
         for block in _blocks(q, k, bias):
-            p = _probabilities(q, k, bias, scale, block)
-            g_part = g[block.queries]
+            p = _probabilities(q, k, bias, scale, block)  # (heads, rows, M), and so ds
+            g_part = g[block.queries]  # (heads, rows, E)
             dv[block.keys] += p.transpose(-1, -2) @ g_part
             ds = _centered(p, g_part @ v[block.keys].transpose(-1, -2))
             if db is not None:
@@ -168,8 +168,8 @@ class _Backward(torch.autograd.Function):
         db = torch.zeros_like(bias) if bias is not None and ctx.needs_input_grad[4] else None
         for block in _blocks(q, k, bias):
             rows, keys = block.queries, block.keys
-            q_part, g_part = q[rows] * scale, g[rows]
-            p = _probabilities(q, k, bias, scale, block)
+            q_part, g_part = q[rows] * scale, g[rows]  # (heads, rows, D) and (heads, rows, E)
+            p = _probabilities(q, k, bias, scale, block)  # (heads, rows, M), and so dp, t, w, z, c and ds
             dp = g_part @ v[keys].transpose(-1, -2)
             dp_mean = (p * dp).sum(-1, keepdim=True)
             t = torch.zeros_like(p)

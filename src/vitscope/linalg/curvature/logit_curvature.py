@@ -104,7 +104,7 @@ def _of_image_gradients(outputs: Tensor, y: Tensor, objective: Objective) -> Out
         leaf = outputs.detach().requires_grad_()
         losses = objective.data_loss(leaf, y, "none")
         (gradients,) = torch.autograd.grad(losses.sum(), leaf)  # an image's loss depends on its own outputs alone
-    residuals = gradients.reshape(len(outputs), -1) * counts.sqrt()[:, None]
+    residuals = gradients.reshape(len(outputs), -1) * counts.sqrt()[:, None]  # (B, K)
     outer = _outer(residuals[:, None])
     return lambda z: outer(z.reshape(len(z), -1)).view_as(z)
 

@@ -93,7 +93,7 @@ class WindowAttention(nn.Module):
     def _mask(self, height: int, width: int, n: int) -> Tensor:
         """Additive mask, (1, heads or 1, p*p, p*p); with padding (B * n_windows, ...)."""
         p = self.window_size
-        bias = self.position_bias.flatten(1)[:, self.position_index].unsqueeze(0)
+        bias = self.position_bias.flatten(1)[:, self.position_index].unsqueeze(0)  # (1, heads or 1, p * p, p * p)
         bottom, right = -height % p, -width % p
         if not (bottom or right):
             return bias

@@ -171,7 +171,7 @@ def _weights_at(
     def similarity(o: Occurrence) -> Tensor:
         if o.name not in fixed:
             return torch.zeros(o.size, o.size, dtype=torch.float64)
-        a = fixed[o.name].narrow(o.axis, o.start, o.size).movedim(o.axis, 0).reshape(o.size, -1)
+        a = fixed[o.name].narrow(o.axis, o.start, o.size).movedim(o.axis, 0).reshape(o.size, -1)  # (n, rest)
         b = symmetry.permuted(o.name, moving[o.name], permutations, but=o.axis)
         b = b.narrow(o.axis, o.start, o.size).movedim(o.axis, 0).reshape(o.size, -1)
         return a.double() @ b.double().T  # (n, rest) @ (rest, n)

@@ -75,7 +75,7 @@ class AttentionUnit:
             StructureError: Weights of other images than those for which the positions hold.
         """
         n_queries, n_keys = self.queries.shape[1], self.keys.shape[1]
-        maps = weights.reshape(-1, *weights.shape[-2:])
+        maps = weights.reshape(-1, *weights.shape[-2:])  # (B * n_windows * heads, queries, keys)
         if maps.shape[1:] != (n_queries, n_keys) or len(maps) % len(self.order):
             height, width = self.image_size
             raise StructureError(
@@ -87,7 +87,7 @@ class AttentionUnit:
         maps = maps.unflatten(0, (-1, len(self.order)))  # (B, n_windows * heads, queries, keys)
         if not torch.equal(self.order, torch.arange(len(self.order))):
             maps = maps[:, self.order.to(maps.device)]
-        return maps.reshape(-1, self.n_heads, n_queries, n_keys)
+        return maps.reshape(-1, self.n_heads, n_queries, n_keys)  # (B * n_windows, heads, queries, keys)
 
 
 def attention_units(

@@ -163,7 +163,7 @@ def _ordered_map(value: Tensor, name: str, forward_pass: ForwardPass, order: Tok
             f"the order of its tokens was found for images of {expected}, received {received}",
             "find taps for them: vitscope.taps(model, images)",
         )
-    tokens = value.movedim(order.channel, -1)
+    tokens = value.movedim(order.channel, -1)  # (..., C)
     tokens = tokens.reshape(-1, order.n_tokens, tokens.shape[-1])  # (B, n_tokens, C)
     if len(tokens) != forward_pass.n_images:
         raise StructureError(
@@ -172,7 +172,7 @@ def _ordered_map(value: Tensor, name: str, forward_pass: ForwardPass, order: Tok
             "pass taps=[...] or units=[...] without it",
         )
     rows = tokens[:, order.index.flatten().to(tokens.device)]  # (B, h * w, C)
-    return rows.transpose(1, 2).unflatten(2, tuple(order.index.shape))
+    return rows.transpose(1, 2).unflatten(2, tuple(order.index.shape))  # (B, C, h, w)
 
 
 def prefix_tokens(value: Tensor, layout: Layout, n_prefix: int, order: TokenOrder | str | None = None) -> Tensor | None:
@@ -185,11 +185,11 @@ def prefix_tokens(value: Tensor, layout: Layout, n_prefix: int, order: TokenOrde
         order: Order of the tokens of an unknown layout or grid: those before the first one with a position are returned.
     """
     if isinstance(order, TokenOrder):
-        tokens = value.movedim(order.channel, -1)
+        tokens = value.movedim(order.channel, -1)  # (..., C)
         tokens = tokens.reshape(-1, order.n_tokens, tokens.shape[-1])  # (B, n_tokens, C)
         n_prefix = int(order.index.min())
     elif layout in ("NLC", "NCL"):
-        tokens = value if layout == "NLC" else value.transpose(1, 2)
+        tokens = value if layout == "NLC" else value.transpose(1, 2)  # (B, N, C)
     else:
         return None
     return tokens[:, :n_prefix] if n_prefix else None
