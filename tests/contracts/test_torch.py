@@ -46,6 +46,12 @@ def test_no_other_norm_derives_from_the_batch_norm_base_class(layer: type[nn.Mod
     assert not issubclass(layer, torch_internals.BatchNormBase)
 
 
+@pytest.mark.parametrize("layer", [nn.BatchNorm2d, nn.SyncBatchNorm, nn.InstanceNorm2d])
+def test_norms_with_running_statistics_derive_from_one_base_class(layer: type[nn.Module]) -> None:
+    assert issubclass(layer, torch_internals.RunningNormBase)
+    assert not issubclass(nn.GroupNorm, torch_internals.RunningNormBase)
+
+
 @pytest.mark.parametrize("layer", [nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d])
 def test_every_convolution_derives_from_the_base_class_and_tells_whether_it_is_transposed(layer: type) -> None:
     assert issubclass(layer, torch_internals.ConvolutionBase)

@@ -38,7 +38,7 @@ class Tap:
         depth: Normalised depth, index / (number of taps - 1), from 0 to 1.
         module: The module whose output or first input is the map.
         at: Which of the two; ``sum`` for an addition in the module's forward that no module returns or takes.
-        layout: Axes of that tensor: ``NCHW``, ``NHWC``, ``NLC`` (tokens) or ``NCL``; ``unknown`` for one that is no map.
+        layout: Axes of that tensor: ``NCHW``, ``NHWC``, ``NLC`` (tokens), ``NCL`` or ``LNC``; ``unknown`` for one that is no map.
         n_prefix: Class, distillation and register tokens in front of the grid, dropped from the map.
         grid: Rows and columns of the tokens, to be declared where no convolution or pooling of the forward pass shows them.
         call: Which of the module's calls in a forward pass is read, from 0.
@@ -72,7 +72,7 @@ class Tap:
 
 Kind = Literal["stem", "conv", "msa", "mlp", "pool", "head"]
 
-Layout = Literal["NCHW", "NHWC", "NLC", "NCL", "unknown"]
+Layout = Literal["NCHW", "NHWC", "NLC", "NCL", "LNC", "unknown"]
 
 
 class TapFields(TypedDict):

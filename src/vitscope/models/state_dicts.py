@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
+
+from vitscope.runtime.torch_internals import RunningNormBase
 
 #: entries that hold the weights of a network in files of known programs, the usual ones first; "" is the file itself
 _ENTRIES = (
@@ -67,7 +68,7 @@ def default_keys(model: nn.Module) -> set[str]:
     return {
         f"{name}.num_batches_tracked" if name else "num_batches_tracked"
         for name, module in model.named_modules(remove_duplicate=False)
-        if isinstance(module, _NormBase) and module.num_batches_tracked is not None
+        if isinstance(module, RunningNormBase) and module.num_batches_tracked is not None
     }
 
 

@@ -10,11 +10,13 @@ from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.conv import _ConvNd
 
 #: base class of all BatchNorm layers; also of those that users derive from it and not from ``nn.BatchNorm2d``
 BatchNormBase = _BatchNorm
+#: base class of all layers that may keep running statistics: BatchNorm and InstanceNorm
+RunningNormBase = _NormBase
 #: base class of all convolutions, transposed ones included
 ConvolutionBase = _ConvNd
 

@@ -133,10 +133,12 @@ def _in_layout(x: Tensor, prefix: Tensor | None, tap: Tap) -> Tensor:
     """Return a map ``(B, C, h, w)`` in the axes of the tap's own tensor."""
     if tap.layout == "NHWC":
         return x.permute(0, 2, 3, 1)
-    if tap.layout not in ("NLC", "NCL"):
+    if tap.layout not in ("NLC", "NCL", "LNC"):
         return x
     tokens = x.flatten(2).transpose(1, 2)  # (B, h * w, C)
     tokens = tokens if prefix is None else torch.cat([prefix, tokens], dim=1)
+    if tap.layout == "LNC":
+        return tokens.transpose(0, 1)
     return tokens if tap.layout == "NLC" else tokens.transpose(1, 2)
 
 
@@ -146,7 +148,8 @@ def _pooled(value: Tensor, pooling: str, tap: Tap) -> Tensor:
     if pooling == "flatten":
         return value.flatten(1)
     if value.ndim == 3:
-        tokens = value if tap.layout != "NCL" else value.transpose(1, 2)
+        swapped = {"NCL": (1, 2), "LNC": (0, 1)}.get(tap.layout)
+        tokens = value if swapped is None else value.transpose(*swapped)  # (B, L, C)
         if pooling == "first token":
             return tokens[:, 0]
         return tokens[:, tap.n_prefix if pooling == "mean of positions" else 0 :].mean(dim=1)

@@ -46,7 +46,7 @@ def select_parameters(
         subset: None for all; else one or several of ``kind:msa`` (``stem conv msa mlp pool head``), ``stage:2``,
             ``layer:blocks.3.attn`` (a module's own and its children's), ``part:q`` (``q k v proj mlp_in mlp_out``), or a pattern
             such as ``*.qkv.weight``. Several are united.
-        images: returns (B, C, H, W) that the model takes; called for ``part:`` alone.
+        images: returns (B, C, H, W) that the model takes; called for ``kind:``, ``stage:`` and ``part:`` alone.
 
     Raises:
         ValueError: nothing matches, with what there is; attention whose queries, keys and values are not certain, by name.
@@ -118,10 +118,14 @@ class _Parts:
 
     @cached_property
     def images(self) -> Tensor:
-        images = self._images() if self._images is not None else None
-        if images is None:
+        if self.known_images is None:
             raise ValueError("Expected images of the model's size to tell parts apart, received None.")
-        return images
+        return self.known_images
+
+    @cached_property
+    def known_images(self) -> Tensor | None:
+        """The images; None where there are none."""
+        return self._images() if self._images is not None else None
 
     @cached_property
     def attention(self) -> AttentionParts:
@@ -192,7 +196,7 @@ def _matching(model: nn.Module, parameters: Mapping[str, Tensor], rule: str, par
     if what in ("kind", "stage") and value:
         from vitscope.models.structure.parameter_groups import parameter_kinds, parameter_stages
 
-        groups = parameter_kinds(model) if what == "kind" else parameter_stages(model)
+        groups = (parameter_kinds if what == "kind" else parameter_stages)(model, parts.known_images)
         matches = {name for name in names if str(groups.get(name)) == value}
         candidates = sorted({str(groups.get(name)) for name in names})
     elif what == "layer" and value:

@@ -16,7 +16,7 @@ from vitscope.models.structure.residual_structure import ModelComponent, Read, R
 from vitscope.runtime.errors import StructureError
 
 _KINDS = ("conv", "msa", "mlp", "pool")
-_LAYOUTS = ("NCHW", "NHWC", "NLC", "NCL")
+_LAYOUTS = ("NCHW", "NHWC", "NLC", "NCL", "LNC")
 _declared: weakref.WeakKeyDictionary[nn.Module, tuple[UnitDescription, ...]] = weakref.WeakKeyDictionary()
 
 
@@ -34,7 +34,7 @@ class UnitDescription:
         branch_in: The branch's normalized input; by default the input of ``module``.
         branch_out: The branch as it is added; by default the output of ``module``.
         after: The map after the addition; empty if it can be read nowhere.
-        layout: Axes of these tensors: ``NCHW NHWC NLC NCL``.
+        layout: Axes of these tensors: ``NCHW NHWC NLC NCL LNC``.
         n_prefix: Tokens in front of the grid.
         stage: Number of the stage, from 1.
         modules: Further modules whose parameters belong to the unit, such as its norm.

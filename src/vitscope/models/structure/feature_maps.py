@@ -139,6 +139,8 @@ def to_map(
     expected_ndim = 4 if layout in ("NCHW", "NHWC") else 3
     if value.ndim != expected_ndim:
         raise ValueError(f"tap {name!r} reads a tensor of shape {tuple(value.shape)}, not a {layout} map.")
+    if layout == "LNC":
+        value = value.transpose(0, 1)  # (N, B, C) to (B, N, C)
     if forward_pass.n_images is not None and len(value) != forward_pass.n_images:
         raise ValueError(
             f"tap {name!r} reads {len(value)} maps of {forward_pass.n_images} images; pass taps=[...] without it."
@@ -147,7 +149,7 @@ def to_map(
         value = value if layout == "NCHW" else value.permute(0, 3, 1, 2)  # (B, H, W, C) to (B, C, H, W)
         forward_pass.see(value)
         return value
-    if layout == "NLC":
+    if layout in ("NLC", "LNC"):
         value = value.transpose(1, 2)  # (B, N, C) to (B, C, N)
     h, w = token_grid(name, value.shape[-1], n_prefix, grid, forward_pass.sizes, order or "")
     return value[:, :, n_prefix:].reshape(*value.shape[:2], h, w)  # (B, C, h * w) before
@@ -188,8 +190,10 @@ def prefix_tokens(value: Tensor, layout: Layout, n_prefix: int, order: TokenOrde
         tokens = value.movedim(order.channel, -1)  # (..., C)
         tokens = tokens.reshape(-1, order.n_tokens, tokens.shape[-1])  # (B, n_tokens, C)
         n_prefix = int(order.index.min())
-    elif layout in ("NLC", "NCL"):
-        tokens = value if layout == "NLC" else value.transpose(1, 2)  # (B, N, C)
+    elif layout in ("NLC", "NCL", "LNC"):
+        tokens = (
+            value if layout == "NLC" else value.transpose(1, 2) if layout == "NCL" else value.transpose(0, 1)
+        )  # (B, N, C)
     else:
         return None
     return tokens[:, :n_prefix] if n_prefix else None

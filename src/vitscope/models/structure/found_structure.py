@@ -17,6 +17,7 @@ from vitscope.models.structure.residual_structure import ModelComponent, owns, r
 from vitscope.models.tracing.recorder import trace
 from vitscope.models.tracing.traced_structure import TracedStructure, traced_structure
 from vitscope.runtime.errors import StructureError
+from vitscope.runtime.torch_internals import RunningNormBase
 
 Place = tuple[Kind, int]
 
@@ -93,7 +94,7 @@ def _found(model: nn.Module, images: Tensor | None) -> FoundStructure:
     try:
         traced = traced_structure(model, trace(model, images))
     except UntraceableError as failure:
-        if described is None and error is not None:
+        if described is None and (error is not None or not _is_plain(model)):
             reason = " ".join(str(failure).split()).rstrip(".")
             raise StructureError(
                 model_name(model), f"its forward pass fails: {reason}", _fix_of_pass(reason)
@@ -131,6 +132,26 @@ def _of_trace(traced: TracedStructure, described: FoundStructure | None) -> Foun
         tuple(traced.doubts),
         tuple(traced.with_mlp),
     )
+
+
+def _is_plain(model: nn.Module) -> bool:
+    """Whether a model that does not run is a series of convolutions with a classifier behind them, by its registered layers.
+
+    Linear layers before the last convolution, more than three behind it and parameters of other layers are those of blocks
+    that only a forward pass can tell.
+    """
+    ignored = (RunningNormBase, nn.GroupNorm, nn.PReLU)
+    layers = [m for m in model.modules() if [*m.parameters(recurse=False)] and not isinstance(m, ignored)]
+    n_behind = 0
+    for layer in layers:
+        if isinstance(layer, nn.Conv2d):
+            if n_behind:
+                return False
+        elif isinstance(layer, nn.Linear):
+            n_behind += 1
+        else:
+            return False
+    return n_behind <= 3
 
 
 def _fix_of_pass(reason: str) -> str:

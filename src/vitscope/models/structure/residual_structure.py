@@ -23,7 +23,8 @@ TOKENS = (
 class Read:
     """A tensor of the forward pass: the output, the first input or a sum in a module, and the meaning of its axes.
 
-    ``NCHW`` and ``NHWC`` are maps; ``NLC`` (tokens, channels) and ``NCL`` (channels, tokens) are sequences. Of a module that
+    ``NCHW`` and ``NHWC`` are maps; ``NLC`` (tokens, channels), ``NCL`` (channels, tokens) and ``LNC`` (tokens before images) are
+    sequences. Of a module that
     runs ``n_calls`` times in a forward pass, call number ``call`` is read, counted from 0. ``n_prefix`` is the number of
     prefix tokens of this tensor where a forward pass has shown it; None where the unit states it. ``has_map`` is false for a
     tensor without positions, such as a class token alone. ``exact`` is false where the tensor is scaled or cut before it is used.

@@ -75,7 +75,7 @@ class Unit:
     def window(self) -> tuple[int, int] | None:
         """Side lengths of the attention window; None if attention sees the whole grid."""
         size = getattr(self.attention, "window_size", None)
-        if self.branch_in is None or self.branch_in.layout == "NLC":  # a sequence is never cut into windows
+        if self.branch_in is None or self.branch_in.layout in ("NLC", "LNC"):  # a sequence is never cut into windows
             return None
         return (size, size) if isinstance(size, int) else size
 

@@ -17,6 +17,8 @@ from vitscope.models.tracing.graph import Node, Trace
 #: functions that add two tensors, the second with a minus sign
 DIFFERENCES = frozenset({"sub", "sub_", "__sub__", "__isub__", "subtract"})
 ADDITIONS = DIFFERENCES | {"add", "add_", "__add__", "__radd__", "__iadd__", "addcmul", "addcmul_", "lerp", "lerp_"}
+#: the sum of a stack of tensors, over the axis of the stack; it adds as well, though no function of that name runs
+STACKED_SUM = "sum of stack"
 #: functions that give the elements of their argument another place or a constant scale
 IDENTITIES = frozenset({
     "view", "reshape", "flatten", "unflatten", "permute", "transpose", "swapaxes", "movedim", "T", "mT", "contiguous", "clone",
@@ -73,7 +75,7 @@ def residual_additions(trace: Trace) -> list[Addition]:
 
 
 def _addition(trace: Trace, node: Node, accepted: dict[int, Addition]) -> Addition | None:
-    if node.op not in ADDITIONS or not node.varying:
+    if node.op not in (*ADDITIONS, STACKED_SUM) or not node.varying:
         return None
     operands = list(dict.fromkeys(node.inputs))
     if len(operands) != 2 or len(node.inputs) != 2:
@@ -183,9 +185,9 @@ def _outermost(trace: Trace, additions: list[Addition]) -> list[Addition]:
         inner = [a for a in remaining if a is not outer and a.result in outer.region]
         if not inner:
             continue
-        if _is_bridge(trace, outer, inner):
+        if _is_bridge(trace, outer, inner) or _is_detour(trace, outer, inner):
             del remaining[outer]
-            fusion = fused_part(trace, outer, inner)
+            fusion = None if _is_detour(trace, outer, inner) else fused_part(trace, outer, inner)
             if fusion is not None:
                 remaining[fusion] = None
         else:
@@ -247,6 +249,38 @@ def _is_bridge(trace: Trace, outer: Addition, inner: Iterable[Addition]) -> bool
                 break
             index = sources[0]
     return False
+
+
+def _is_detour(trace: Trace, outer: Addition, inner: Iterable[Addition]) -> bool:
+    """Whether the outer branch leads through blocks of other units on a smaller map, as the skips of a U-Net that adds them."""
+    size = _n_values_of_channel(trace, outer.source)
+    outside = trace.nodes[outer.result].stack
+    for a in inner:
+        block = trace.calls[trace.nodes[a.result].stack[-1]]
+        is_block = block.index not in outside and block.first_input == a.source and block.output >= a.result
+        if is_block and _n_values_of_channel(trace, a.result) < size and _has_values_of(trace, a.result, block.output):
+            return True
+    return False
+
+
+def _has_values_of(trace: Trace, index: int, output: int) -> bool:
+    """Whether a block returns a sum, behind its activation, its norm or a rearrangement at most."""
+    for _ in range(8):
+        if output == index:
+            return True
+        node = trace.nodes[output]
+        sources = [i for i in node.inputs if trace.nodes[i].varying]
+        if len(sources) != 1 or not (node.op in IDENTITIES or node.op in ACTIVATIONS or is_norm(trace, node)):
+            return False
+        output = sources[0]
+    return False
+
+
+def _n_values_of_channel(trace: Trace, index: int) -> int:
+    """Return the number of positions of a value, channels taken to be last where they are not known."""
+    node = trace.nodes[index]
+    channel = node.axes.channel if node.axes.channel is not None else len(node.shape) - 1
+    return node.n_values // max(node.shape[channel], 1) if node.shape else 1
 
 
 def _readers(trace: Trace, index: int) -> set[int]:

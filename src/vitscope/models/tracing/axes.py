@@ -14,7 +14,7 @@ from typing import Any, Literal
 from vitscope.core.tap import Layout
 
 Axis = Literal["B", "C", "H", "W", "L", "?"]
-_LAYOUTS: dict[str, Layout] = {"BCHW": "NCHW", "BHWC": "NHWC", "BLC": "NLC", "BCL": "NCL"}
+_LAYOUTS: dict[str, Layout] = {"BCHW": "NCHW", "BHWC": "NHWC", "BLC": "NLC", "BCL": "NCL", "LBC": "LNC"}
 
 
 @dataclass(frozen=True)

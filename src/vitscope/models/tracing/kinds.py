@@ -23,10 +23,11 @@ from collections.abc import Collection, Sequence
 
 from vitscope.core.tap import Kind
 from vitscope.models.structure.residual_structure import is_gate
-from vitscope.models.tracing.additions import ACTIVATIONS, ADDITIONS, is_nonlinear
+from vitscope.models.tracing.additions import ACTIVATIONS, ADDITIONS, is_nonlinear, is_norm
 from vitscope.models.tracing.graph import Node, Trace
 
 _PRODUCTS = frozenset({"mul", "__mul__", "__rmul__", "mul_", "__imul__"})
+_MATRIX_PRODUCTS = frozenset({"matmul", "__matmul__", "bmm", "mm"})
 _RECURRENT = frozenset({"lstm", "gru", "rnn_tanh", "rnn_relu"})
 #: functions that show patches of a map to a layer, as a kernel does
 _PATCHES = frozenset({"unfold", "im2col"})
@@ -67,10 +68,72 @@ def doubt_about(trace: Trace, region: Collection[int]) -> str | None:
     if any(node.unweighed_product and not any(trace.is_ancestor(node.index, i) for i in gates) for node in nodes):
         return "multiplies activations by activations in a way that is not known"
     has_kernel = any(is_spatial(trace, node) for node in nodes)
+    if not has_kernel and _mixes_weighed_values(trace, nodes):
+        return "weighs values by activations before it mixes positions by a table, as attention-free transformers do"
     sums = [node for node in nodes if "?" in (_sums_products(trace, node) or ())]
     if not has_kernel and not all(_has_positions(trace, node) for node in sums):
         return "sums products of activations over an axis that is not known, as state-space models do"
+    if not has_kernel and _steps_with_products(trace, nodes):
+        return "runs from position to position with products of activations, as RWKV and linear attention do"
     return None
+
+
+def _mixes_weighed_values(trace: Trace, nodes: Sequence[Node]) -> bool:
+    """Whether a matrix of no layer mixes positions of values that an exponential of activations has weighed."""
+    members = {node.index for node in nodes}
+    exponentials = {node.index for node in nodes if node.varying and node.op in ("exp", "softmax", "sigmoid")}
+    weighed = [
+        node.index
+        for node in nodes
+        if _is_product_of_activations(trace, node) and exponentials & (set(node.inputs) | _before(trace, node, members))
+    ]
+    mixing = [n for n in nodes if n.varying and n.op in _MATRIX_PRODUCTS and n.axis != "C"]
+    return any(
+        trace.is_ancestor(i, n.index) and sum(trace.nodes[k].varying for k in set(n.inputs)) == 1
+        for n in mixing
+        for i in weighed
+    )
+
+
+def _steps_with_products(trace: Trace, nodes: Sequence[Node]) -> bool:
+    """Whether positions are computed one after the other, with a product of activations that several of them depend on."""
+    products = [node.index for node in nodes if _is_product_of_activations(trace, node)]
+    layers = [node for node in nodes if node.op == "linear" and node.varying]
+    n_positions = max((node.n_values // node.shape[-1] for node in layers), default=0)
+    for steps in _step_results(trace, nodes):
+        n_stepped = sum(trace.nodes[i].n_values // max(trace.nodes[i].shape[-1:], default=1) for i in steps)
+        is_series = len(steps) > 2 and n_stepped <= max(n_positions, len(steps))
+        if is_series and any(sum(trace.is_ancestor(i, step) for step in steps) > 1 for i in products):
+            return True
+    return False
+
+
+def _step_results(trace: Trace, nodes: Sequence[Node]) -> list[list[int]]:
+    """Return the values that a stack or concatenation joins, and those that are written to one tensor after another."""
+    joined = [[i for i in node.inputs if trace.nodes[i].varying] for node in nodes if node.op in ("stack", "cat")]
+    writes = [
+        node.inputs[-1]
+        for node in nodes
+        if node.op == "__setitem__" and node.varying and len(node.inputs) < 3 and trace.nodes[node.inputs[-1]].varying
+    ]
+    return [*joined, writes]
+
+
+def _is_product_of_activations(trace: Trace, node: Node) -> bool:
+    is_product = node.op in _PRODUCTS or node.op in _MATRIX_PRODUCTS or node.op == "einsum"
+    factors = sum(trace.nodes[i].varying for i in set(node.inputs))
+    return is_product and factors > 1 and not is_norm(trace, node)
+
+
+def _before(trace: Trace, node: Node, members: set[int]) -> set[int]:
+    """Return the nodes of a branch of which a product's factors are made by elementwise functions and rearrangements alone."""
+    reached, waiting = set[int](), list(node.inputs)
+    while waiting:
+        index = waiting.pop()
+        if index in members and index not in reached and not _is_layer(trace.nodes[index]):
+            reached.add(index)
+            waiting.extend(trace.nodes[index].inputs)
+    return reached
 
 
 def holds_mlp(trace: Trace, region: Collection[int]) -> bool:

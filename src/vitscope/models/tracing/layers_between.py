@@ -155,7 +155,12 @@ class Body:
                 yield node
 
     def _pools_in_head(self, node: Node) -> bool:
-        return node.index > self.last and any(is_attention_pooling(module) for module in self.trace.modules(node))
+        """Whether attention behind the last unit pools tokens: by its module's name, or by queries that no image changes."""
+        named = any(is_attention_pooling(module) for module in self.trace.modules(node))
+        return node.index > self.last and (named or not self._query_varies(node))
+
+    def _query_varies(self, node: Node) -> bool:
+        return not node.fused or self.trace.nodes[node.inputs[0]].varying if node.inputs else True
 
 
 def _pools(trace: Trace, node: Node) -> bool:

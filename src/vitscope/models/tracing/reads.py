@@ -11,7 +11,7 @@ from vitscope.models.structure.feature_maps import SPATIAL
 from vitscope.models.structure.residual_structure import Read
 from vitscope.models.tracing.additions import ADDITIONS, IDENTITIES, Addition, is_norm, is_norm_module
 from vitscope.models.tracing.axes import Axes, unknown
-from vitscope.models.tracing.graph import Call, Trace
+from vitscope.models.tracing.graph import Call, Node, Trace
 
 #: functions that give zeros for zeros, beside rearrangements
 _SCALINGS = frozenset(
@@ -104,7 +104,7 @@ def read_sum(trace: Trace, result: int, blocks: Collection[int] = ()) -> Read | 
                 return _read(trace, c, "input", layout_axes)
             if c.index and c.output == user:
                 return _read(trace, c, "output", layout_axes)
-    return _read_running(trace, result)
+    return _read_running(trace, result) if trace.nodes[result].op in ADDITIONS else None
 
 
 def _read_running(trace: Trace, result: int) -> Read:
@@ -123,7 +123,7 @@ def _read(trace: Trace, call: Call, at: Literal["output", "input"], axes: Axes) 
 def _read_at(trace: Trace, call: Call, at: Literal["output", "input", "sum"], index: int, axes: Axes) -> Read:
     node = trace.nodes[index] if index >= 0 else None
     layout: Layout = axes.layout or "unknown"
-    if node is not None and len(node.shape) == len(axes.names) and node.shape[:1] != trace.nodes[0].shape[:1]:
+    if node is not None and len(node.shape) == len(axes.names) and _n_images(node, axes) != trace.nodes[0].shape[0]:
         layout = "unknown"  # windows or pixels of one image stand in the place of the batch
     has_map = node is None or layout != "unknown" or node.n_values > node.shape[0] * max(node.shape[1:], default=1)
     shows_grid = (
@@ -131,6 +131,11 @@ def _read_at(trace: Trace, call: Call, at: Literal["output", "input", "sum"], in
     )
     n_calls = trace.n_calls[call.module]
     return Read(call.module, at, layout, call.number, n_calls, axes.n_prefix, has_map, shows_grid=shows_grid)
+
+
+def _n_images(node: Node, axes: Axes) -> int:
+    """Return the length of the axis of images, by default the first one."""
+    return node.shape[axes.names.index("B") if "B" in axes.names else 0] if node.shape else 0
 
 
 def _is_shown(trace: Trace, n_positions: int) -> bool:

@@ -14,7 +14,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from vitscope.core.guard.eager_execution import unwrapped
 from vitscope.core.guard.trial_pass import first_that_runs, observing, trial_images
 from vitscope.models.structure.execution import tensors
-from vitscope.models.tracing.additions import DIFFERENCES
+from vitscope.models.tracing.additions import DIFFERENCES, STACKED_SUM
 from vitscope.models.tracing.axes import Axes, unknown
 from vitscope.models.tracing.graph import Call, Node, Trace
 from vitscope.models.tracing.propagation import einsum_terms, result_axes
@@ -26,6 +26,7 @@ FUSED_ATTENTION = frozenset({
 })  # fmt: skip
 #: a tensor plus a product of two others
 _SUMS_WITH_PRODUCTS = frozenset({"baddbmm", "baddbmm_", "addbmm", "addbmm_", "addmm", "addmm_", "addmv", "addmv_"})
+_MATRIX_PRODUCTS = frozenset({"matmul", "__matmul__", "linalg_matmul", "bmm", "mm"})
 _PRODUCTS = _SUMS_WITH_PRODUCTS | {
     "matmul", "__matmul__", "__rmatmul__", "linalg_matmul", "bmm", "mm", "mv", "einsum", "tensordot", "inner", "linear",
     "bilinear", "linalg_multi_dot", "chain_matmul", "linalg_vecdot",
@@ -163,12 +164,28 @@ class _Recorder(TorchFunctionMode):
         elif op in ("sum", "mean", "cumsum") and operands:
             added[0].dims = _reduced_dims(operands[0][0].ndim, args, kwargs)
             added[0].axis = "".join(operands[0][1].names[d] for d in added[0].dims)
+            stack = nodes[inputs[0]] if len(inputs) == 1 else None
+            if op == "sum" and stack is not None and stack.op == "stack" and added[0].dims == stack.dims:
+                added[0].op, added[0].inputs = STACKED_SUM, stack.inputs
+        elif op == "stack":
+            added[0].dims = _stacked_dims(results[0].ndim, args, kwargs)
+        elif op in _MATRIX_PRODUCTS:
+            added[0].axis = self._axis_of_product(args)
         self._note_attention(added[0], args, inputs)
         if changes_in_place and (base := getattr(results[0], "_base", None)) is not None and base in self.node_of:
             before = self.node_of[base]
             self._add(
                 "write", (base,), [before, added[0].index], [], varying or nodes[before].varying, [nodes[before].axes]
             )
+
+    def _axis_of_product(self, args: Any) -> str:
+        """Return the meaning of the axis over which a matrix product of activations with other values sums."""
+        factors = list(tensors(args))[:2]
+        if len(factors) < 2 or self._is_varying(factors[0]) == self._is_varying(factors[1]):
+            return "?"
+        first = self._is_varying(factors[0])
+        names = self.trace.nodes[self._source(factors[0 if first else 1])].axes.names
+        return (names[-1:] if first else names[-2:-1]) or "?"
 
     def _add(
         self, op: str, results: Any, inputs: list[int], parameters: list[str], varying: bool, axes: list[Axes]
@@ -324,6 +341,11 @@ def function_name(func: Any) -> str:
     if name == "__get__":
         return getattr(getattr(func, "__self__", None), "__name__", name)
     return name
+
+
+def _stacked_dims(n_axes: int, args: Any, kwargs: Any) -> tuple[int, ...]:
+    dim = args[1] if len(args) > 1 else kwargs.get("dim", kwargs.get("axis", 0))
+    return (dim % n_axes,) if isinstance(dim, int) else ()
 
 
 def _reduced_dims(n_axes: int, args: Any, kwargs: Any) -> tuple[int, ...]:

@@ -37,7 +37,7 @@ def _needs_order(read: Read, has_maps: bool) -> bool:
     """Whether the grid of a tensor is not known; ``has_maps``: the model has convolutions or pooling, which may show it."""
     if read.at == "sum" or not read.exact or not read.has_map:
         return False
-    return read.layout == "unknown" or not read.shows_grid or (read.layout in ("NLC", "NCL") and not has_maps)
+    return read.layout == "unknown" or not read.shows_grid or (read.layout in ("NLC", "NCL", "LNC") and not has_maps)
 
 
 def _reason(read: Read) -> str | None:

@@ -160,7 +160,10 @@ def _place(
         blocks = {call: unit for unit in body.units if (call := _returning_call(trace, unit)) is not None}
         inside = [blocks[call] for call in node.stack[1:] if call in blocks]
         if inside:  # what the block of a unit computes for the output alone
-            return by_name[inside[-1].name]
+            kind, stage = by_name[inside[-1].name]
+            if kind == "msa" and node.weight and not trace.is_ancestor(node.index, inside[-1].addition.result):
+                kind = "mlp" if node.op == "linear" else "conv"  # attention is in a unit, or reported as not covered
+            return (kind, stage)
         ends = before and not any(trace.is_ancestor(before[-1].addition.result, u.addition.result) for u in body.units)
         after_last = all(i > body.last for i in _next_layers(trace, node))
         if ends or after_last:

@@ -59,7 +59,13 @@ def traced_units(trace: Trace) -> list[TracedUnit]:
         if kind == "conv" and _follows_mixer(trace, addition, units) and is_inverted_bottleneck(trace, addition.region):
             kind = "mlp"
         units.append(_unit(trace, addition, nodes, kind))
+    while len(units) > 1 and len(trace.nodes[units[-1].addition.result].shape) == 2 < _n_axes(trace, units[0]):
+        units.pop()  # a residual layer of the pooled vector is part of the head
     return _uniquely_named(trace, units)
+
+
+def _n_axes(trace: Trace, unit: TracedUnit) -> int:
+    return len(trace.nodes[unit.addition.result].shape)
 
 
 def _unit(trace: Trace, addition: Addition, nodes: frozenset[int], kind: Kind) -> TracedUnit:
@@ -149,7 +155,8 @@ def _lead_in(trace: Trace, addition: Addition, results: Collection[int]) -> set[
     nodes = {*addition.region, *addition.shortcut}
     lead: set[int] = set()
     index = addition.source
-    while addition.shortcut and index not in results:
+    changes = any(not _only_scales(trace, i) for i in addition.shortcut)
+    while changes and index not in results:
         node = trace.nodes[index]
         sources = [i for i in node.inputs if trace.nodes[i].varying]
         alone = all(user in nodes or user in lead for user in trace.consumers[index])
@@ -158,6 +165,13 @@ def _lead_in(trace: Trace, addition: Addition, results: Collection[int]) -> set[
         lead.add(index)
         index = sources[0]
     return lead if any(trace.nodes[i].parameters for i in lead) else set()
+
+
+def _only_scales(trace: Trace, index: int) -> bool:
+    """Whether a function multiplies by a constant, or gives the elements of its argument another place."""
+    node = trace.nodes[index]
+    is_product = node.op in ("mul", "__mul__", "__rmul__", "mul_", "__imul__", "div", "__truediv__")
+    return node.op in IDENTITIES or (is_product and sum(trace.nodes[i].varying for i in set(node.inputs)) < 2)
 
 
 def _is_global(trace: Trace, node: Node, n_tokens: int) -> bool:
