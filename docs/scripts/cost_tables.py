@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import vitscope as vs
 from vitscope.analyses.cost_prediction import UnitCost, combined, model_bytes
-from vitscope.core.cost.measure_cost import MeasureCost, Workload, cost_of, workload_of
+from vitscope.core.cost.measure_cost import MeasureCost, Workload, WorkUnit, cost_of, workload_of
 from vitscope.core.cost.tensor_memory import peak_bytes
 from vitscope.core.objective import Objective
 from vitscope.linalg.curvature import blockwise_attention, microbatch
@@ -39,13 +39,27 @@ MODELS = {
 #: images of a batch of the Hessian spectrum, and memory of a large GPU
 BATCH, CAPACITY = 16, 80 * 10**9
 #: a workload whose factors are doubled one after the other
-BASE = Workload(512, 64, (32, 32), 10**6, 4 * 10**6, 100, [(8, 8)] * 10)
+BASE = Workload(
+    512, 64, (32, 32), 10**6, 4 * 10**6, 100, [(8, 8)] * 10,
+    input_sizes={"checkpoints": 10, "validation": 512, "train": 1024, "initial": 1},
+)  # fmt: skip
 #: options that are doubled, by measure
 SIZES = {
     "loss_landscape": ("n", 21), "loss_slice": ("n", 21), "linear_interpolation": ("n", 21), "loss_barrier": ("n", 21),
     "sharpness": ("n_pairs", 20), "hessian_max_eigenvalue_spectrum": ("n_top", 5), "hessian_eigenvalues": ("k", 5),
     "hessian_trace": ("n_vectors", 30), "spectral_density": ("n_steps", 30), "hessian_diagonal": ("n_vectors", 100),
     "fourier_heatmap": ("n", 8), "frequency_noise_robustness": ("n_bands", 4), "cka": ("n_permutations", 1000),
+    "adversarial": ("steps", 20), "hessian_block_densities": ("n_steps", 30), "hessian_class_structure": ("k", 30),
+    "critical_point": ("n_points", 21), "gradient_noise": ("n_hessian_vectors", 10), "bn_policy": ("n_top", 5),
+    "hessian_by_kind": ("n_top", 5), "nep_stability": ("k", 5), "rayleigh_split": ("k", 5),
+    "curvature_exponents": ("n_singular_values", 10), "edge_of_stability": ("k", 2), "normalized_hessian": ("k", 5),
+    "preconditioned_sharpness": ("k", 1), "trajectory": ("n", 15),
+}  # fmt: skip
+#: time of a piece of work in forward passes, of a network with four classes and taps, where it is not their number
+WEIGHTS = {
+    "gradient": 3.0, "gradient with its graph": 3.0, "gradient in the image": 3.0, "gradient of each image": 3.0,
+    "product": 6.0, "product over several batches": 9.0, "gradients by class and logit": 9.0,
+    "pass with a gradient for each tap": 9.0, "Kronecker factors": 9.0, "Kronecker factors and their eigenvalues": 9.0,
 }  # fmt: skip
 GIVEN: Mapping[str, dict[str, Any]] = {"linear_interpolation": {"checkpoints": ()}, "loss_barrier": {"checkpoints": ()}}
 
@@ -56,13 +70,19 @@ def seconds_and_bytes(cost: MeasureCost, workload: Workload, n_ranks: int = 1) -
     A forward pass counts 1, a gradient 3, a product by a kept graph 6 and one that makes it anew 9: an operation's
     derivatives take about twice its time.
     """
-    weights = {"gradient": 3.0, "gradient with its graph": 3.0, "product": 6.0, "product over several batches": 9.0}
-    units = {work.unit.name: UnitCost(weights.get(work.unit.name, 1.0), 0.0, 1) for work in cost.works}
+    units = {work.unit.name: UnitCost(_weight(work.unit), 0.0, 1) for work in cost.works}
     measured = replace(cost, works=[work for work in cost.works if not work.is_check])
     total = combined("", measured, units, workload.n_images, n_ranks)
     assert total.seconds is not None
     assert total.peak_bytes is not None
     return total.seconds.expected, total.peak_bytes, total.result_bytes or 0.0
+
+
+def _weight(unit: WorkUnit) -> float:
+    """Return the time of a piece of work in forward passes; that of classifiers, which are no passes, is left out."""
+    if unit.name.startswith("classifiers"):
+        return 0.0
+    return WEIGHTS.get(unit.name.partition(", ")[0], max(1.0, float(unit.forwards)))
 
 
 def factor(after: float, before: float) -> str:
@@ -73,8 +93,16 @@ def factor(after: float, before: float) -> str:
     return f"x {2**power:.2g}"
 
 
+def base_workload() -> Workload:
+    """Return `BASE` with a small network, in which formulas count units, kinds and classes."""
+    network = vs.models.vit(size="tiny", patch_size=8, depth=2, num_classes=4, image_size=32)
+    batch = (torch.randn(2, 3, 32, 32), torch.arange(2))
+    return replace(BASE, probe=vs.Probe(network, [batch]))
+
+
 def growth_table() -> str:
     """Return how time, memory and result of each measure grow when one factor doubles."""
+    base = base_workload()
     head = ("measure", "images", "batch size", "parameters", "taps", "ranks", "its own size")
     rows = [head, ("---",) * len(head)]
     unknown = []
@@ -83,28 +111,28 @@ def growth_table() -> str:
         options = dict(GIVEN.get(name, {}))
         key, size = SIZES.get(name, ("", 0))
         options |= {key: size} if key else {}
-        cost = cost_of(measure, options, BASE)
+        cost = cost_of(measure, options, base)
         if cost is None:
             unknown.append(f"`{name}`")
             continue
-        before = seconds_and_bytes(cost, BASE)
+        before = seconds_and_bytes(cost, base)
         changed = {
-            "images": replace(BASE, n_images=2 * BASE.n_images),
-            "batch size": replace(BASE, batch_size=2 * BASE.batch_size),
-            "parameters": replace(BASE, n_parameters=2 * BASE.n_parameters, parameter_bytes=2 * BASE.parameter_bytes),
-            "taps": replace(BASE, map_sizes=[(8, 8)] * 20),
+            "images": replace(base, n_images=2 * base.n_images),
+            "batch size": replace(base, batch_size=2 * base.batch_size),
+            "parameters": replace(base, n_parameters=2 * base.n_parameters, parameter_bytes=2 * base.parameter_bytes),
+            "taps": replace(base, map_sizes=[(8, 8)] * 20),
         }
         cells = []
         for workload in changed.values():
             other = cost_of(measure, options, workload)
             assert other is not None
             cells.append(_cell(seconds_and_bytes(other, workload), before))
-        cells.append(_cell(seconds_and_bytes(cost, BASE, 2), before))
-        own = cost_of(measure, options | {key: 2 * size}, BASE) if key else None
-        cells.append("" if own is None else f"`{key}`: {_cell(seconds_and_bytes(own, BASE), before)}")
+        cells.append(_cell(seconds_and_bytes(cost, base, 2), before))
+        own = cost_of(measure, options | {key: 2 * size}, base) if key else None
+        cells.append("" if own is None else f"`{key}`: {_cell(seconds_and_bytes(own, base), before)}")
         rows.append((f"`{name}`", *cells))
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
-    return f"{table}\n\nWithout a formula: {', '.join(unknown)}."
+    return f"{table}\n\nWithout a formula: {', '.join(unknown)}." if unknown else table
 
 
 def _cell(after: tuple[float, float, float], before: tuple[float, float, float]) -> str:

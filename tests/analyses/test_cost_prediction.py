@@ -118,11 +118,35 @@ def test_every_chosen_analysis_is_predicted_or_unknown(monkeypatch: pytest.Monke
     assert fourier.seconds.expected > 0
     assert trajectory.seconds is None
     text = cost_table([landscape, hessian, fourier, trajectory])
-    assert "trajectory: unknown: no formula for it, or for its options" in text
+    assert "trajectory: unknown: it depends on the number of checkpoints" in text
     assert " + unknown (1)" in text
     assert "38 [14, 400]" in text
     halves = predict_costs(cfg, spec.parse(cfg.analysis)[:1], network, data, n_ranks=2)
     assert halves[0].forward_passes == landscape.forward_passes
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_sizes_of_what_a_run_supplies_are_known_before_it_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cost_prediction, "TIMED_S", 0.0)
+    names = ["calibration", "depth_probes", "receptive_field", "trajectory"]
+    few = [f"analysis.{name}.probe.{key}=4" for name in names for key in ("n_images", "batch_size")]
+    cfg = composed("analyze", *DIGITS, f"analysis=[{','.join(names)}]", *few, "analysis.depth_probes.train.n_images=6",
+                   "analysis.depth_probes.n_neighbors=2", "analysis.trajectory.n=2")  # fmt: skip
+    network, data = factories.model(cfg), factories.data(cfg)
+    costs = predict_costs(cfg, spec.parse(cfg.analysis), network, data, n_checkpoints=3)
+    passes = {cost.name: cost.forward_passes for cost in costs}
+    n_validation = len(data.split("val"))
+    # without the model's tables: two passes of a check each; the last is of two images where the weights move
+    calibration, depth_probes, receptive_field, trajectory = (passes[name] for name in names)
+    assert calibration is not None
+    assert calibration.low == pytest.approx((4 + n_validation + 2 * 4 + 2 * 4) / 4)
+    assert depth_probes is not None
+    assert depth_probes.low == pytest.approx((4 + 4 + 6 + 2 * 4 + 2 * 4) / 4)
+    assert receptive_field is not None
+    assert receptive_field.low == 2 * (1 + 2)  # with the model before training
+    assert trajectory is not None
+    assert trajectory.low == 2 * 3 + 4 + 2 + 0.5
+    assert all(cost.seconds is not None and cost.seconds.expected > 0 for cost in costs)
 
 
 def test_a_network_that_fails_is_unknown_with_its_error() -> None:

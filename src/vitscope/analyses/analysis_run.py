@@ -16,7 +16,7 @@ from vitscope.analyses.cost_prediction import PredictedCost
 from vitscope.config import error_translation, loading, model_facts
 from vitscope.models.state_dicts import CURRENT_WEIGHTS
 from vitscope.runs import named_weights, run_dir, run_end, run_lock
-from vitscope.runs.checkpoints import checkpoint_content
+from vitscope.runs.checkpoints import checkpoint_content, checkpoint_sequence
 from vitscope.runs.checkpoints.checkpoint_weights import AVERAGE
 from vitscope.runs.run_dir import Run
 from vitscope.runs.scalar_loggers import run_mirror
@@ -82,8 +82,15 @@ def predict(
     """
     inputs = prepare_inputs(cfg, chosen_keys, run_value_overrides)
     analyses = spec.parse(inputs.cfg.analysis)
+    n_checkpoints = len(checkpoint_sequence.of_run(inputs.run)) if inputs.run is not None else 0
     return cost_prediction.predict_costs(
-        inputs.cfg, analyses, inputs.network, inputs.data, n_ranks=n_ranks, content=inputs.content
+        inputs.cfg,
+        analyses,
+        inputs.network,
+        inputs.data,
+        n_ranks=n_ranks,
+        content=inputs.content,
+        n_checkpoints=n_checkpoints,
     )
 
 

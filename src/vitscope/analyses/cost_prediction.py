@@ -12,7 +12,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,19 +21,22 @@ from torch import nn
 
 from vitscope.analyses.spec import Analysis, probe_request
 from vitscope.config import factories
+from vitscope.config.validation import CROSS_VALIDATION
 from vitscope.core.cost.image_passes import tap_sizes
 from vitscope.core.cost.measure_cost import (
     Count,
     MeasureCost,
+    UnknownCost,
     Work,
     Workload,
     WorkUnit,
     all_options,
-    cost_of,
+    stated_cost,
     workload_of,
 )
 from vitscope.core.cost.tensor_memory import peak_bytes
 from vitscope.core.probe import Probe
+from vitscope.core.run_inputs import FromRun, run_inputs
 from vitscope.runtime import stop_flag
 from vitscope.runtime.stop_flag import Interrupted
 
@@ -97,6 +100,7 @@ def predict_costs(
     *,
     n_ranks: int = 1,
     content: Mapping[str, Any] | None = None,
+    n_checkpoints: int = 0,
 ) -> list[PredictedCost]:
     """Return the predicted cost of every analysis.
 
@@ -107,9 +111,27 @@ def predict_costs(
         data: Data module.
         n_ranks: Number of processes that would share the work.
         content: Checkpoint of the weights, for an objective that needs the optimizer's state.
+        n_checkpoints: Number of the run's own checkpoints.
     """
     times: dict[Any, UnitCost] = {}
-    return [_predicted(cfg, analysis, network, data, n_ranks, content, times) for analysis in analyses]
+    return [_predicted(cfg, analysis, network, data, n_ranks, content, n_checkpoints, times) for analysis in analyses]
+
+
+def _input_sizes(analysis: Analysis, data: Any, n_checkpoints: int) -> dict[str, int]:
+    """Return the sizes of the arguments that the run supplies, see `vitscope.analyses.arguments`."""
+    sizes = {}
+    for name, kind in run_inputs(analysis.measure).items():
+        value = analysis.options.get(name)
+        if kind is FromRun.TRAINING and value != CROSS_VALIDATION:
+            available, n_images = len(data.split("train")), (value or {}).get("n_images")
+            sizes[name] = available if n_images is None else min(available, int(n_images))
+        elif kind is FromRun.VALIDATION:
+            sizes[name] = len(data.split("val"))
+        elif kind is FromRun.CHECKPOINTS:
+            sizes[name] = n_checkpoints
+        elif kind is FromRun.UNTRAINED:
+            sizes[name] = 1
+    return sizes
 
 
 def _predicted(
@@ -119,6 +141,7 @@ def _predicted(
     data: Any,
     n_ranks: int,
     content: Mapping[str, Any] | None,
+    n_checkpoints: int,
     times: dict[Any, UnitCost],
 ) -> PredictedCost:
     request = probe_request(analysis, data)
@@ -127,13 +150,16 @@ def _predicted(
         available = len(data.split(request["split"]))
         n_images = available if request["n_images"] is None else min(available, int(request["n_images"]))
         probe = _probe_of(cfg, network, data, request, n_images, request["batch_size"], content)
-        cost = cost_of(analysis.measure, analysis.options, workload(probe, request["batch_size"], n_images))
+        work = replace(
+            workload(probe, request["batch_size"], n_images), input_sizes=_input_sizes(analysis, data, n_checkpoints)
+        )
+        cost = stated_cost(analysis.measure, analysis.options, work)
     except Interrupted:
         raise
+    except UnknownCost as error:
+        return PredictedCost(analysis.name, reason=str(error))
     except Exception as error:  # the analysis itself reports it
         return PredictedCost(analysis.name, reason=_line(error))
-    if cost is None:
-        return PredictedCost(analysis.name, reason="no formula for it, or for its options")
     units: dict[str, UnitCost] = {}
     for work in cost.works:
         key = (work.unit.key(options), tuple(sorted((name, str(value)) for name, value in request.items())))
@@ -239,11 +265,12 @@ def workload(probe: Probe, batch_size: int, n_images: int) -> Workload:
     """
     x, y = next(iter(probe.batches))
     size, map_sizes = (0, 0), None
+    few = Probe(probe.model, [(x[:2], y[:2])], probe.objective, about=probe.about, optimizer=probe.optimizer)
     if isinstance(x, torch.Tensor) and x.ndim >= 2:
         size = (int(x.shape[-2]), int(x.shape[-1]))
         with contextlib.suppress(Exception):  # a model without known feature maps has no formula that needs them
-            map_sizes = tap_sizes(Probe(probe.model, [(x[:2], y[:2])], probe.objective))
-    return workload_of(probe.model, batch_size, n_images, size, map_sizes)
+            map_sizes = tap_sizes(few)
+    return replace(workload_of(probe.model, batch_size, n_images, size, map_sizes), probe=few)
 
 
 def _timed(compute: Callable[[], object], device: torch.device) -> float:

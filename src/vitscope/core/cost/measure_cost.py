@@ -8,9 +8,9 @@ has an unknown cost.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence, Sized
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from torch import nn
@@ -38,6 +38,9 @@ class Workload:
         n_tensors: Number of tensors that they are in.
         map_sizes: Height and width of the feature maps at each place where they are read; None where they are not known.
         has_batch_norm: Whether the model has BatchNorm layers with running statistics.
+        probe: The model and some of its images, in which formulas count units, layers or classes; None where it is not at hand.
+        input_sizes: Of the arguments that a run supplies (`vitscope.core.run_inputs`), by name: numbers of images, of
+            checkpoints or of models.
     """
 
     n_images: int
@@ -48,6 +51,8 @@ class Workload:
     n_tensors: int = 1
     map_sizes: Sequence[tuple[int, int]] | None = None
     has_batch_norm: bool = False
+    probe: Probe | None = field(default=None, repr=False)
+    input_sizes: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def n_batches(self) -> int:
@@ -58,6 +63,36 @@ class Workload:
     def first_batch(self) -> int:
         """The number of images of the first batch."""
         return min(self.n_images, self.batch_size)
+
+    def model_probe(self) -> Probe:
+        """Return the probe.
+
+        Raises:
+            UnknownCost: There is none.
+        """
+        if self.probe is None:
+            raise UnknownCost("it depends on the parts of the model, which is not at hand")
+        return self.probe
+
+    def input_size(self, options: Options, name: str) -> int:
+        """Return the size of an argument that a run supplies: that of what is passed, or else of what the run has.
+
+        Args:
+            options: The measure's.
+            name: Of the argument.
+        """
+        value = options.get(name)
+        if isinstance(value, Probe):
+            return value.n_images
+        if isinstance(value, nn.Module):
+            return 1
+        if isinstance(value, Sized) and not isinstance(value, str | Mapping):
+            return len(value)
+        return self.input_sizes.get(name, 0)
+
+
+class UnknownCost(ValueError):
+    """The cost does not follow from the workload and the options; the text says why."""
 
 
 def workload_of(
@@ -194,11 +229,15 @@ class MeasureCost:
         """The number of products with the curvature."""
         return self._sum(lambda work: work.repeats.times(work.unit.is_product))
 
+    def measured(self) -> MeasureCost:
+        """Return the cost without the checks before the measurement, which a probe makes once."""
+        return replace(self, works=[work for work in self.works if not work.is_check])
+
     def _sum(self, part: Callable[[Work], Count]) -> Count:
         return sum((part(work) for work in self.works), Count.exactly(0))
 
 
-#: takes the workload and all options of the measure, defaults included; None where they leave the cost unknown
+#: takes the workload and all options of the measure, defaults included; None, or `UnknownCost`, where they leave the cost unknown
 Formula = Callable[[Workload, Options], MeasureCost | None]
 
 #: attribute of a measure that holds its formula
@@ -229,9 +268,24 @@ def cost_of(measure: Callable[..., Any], options: Options, workload: Workload) -
         options: Its arguments; the defaults take the place of the others.
         workload: What it works on.
     """
+    try:
+        return stated_cost(measure, options, workload)
+    except UnknownCost:
+        return None
+
+
+def stated_cost(measure: Callable[..., Any], options: Options, workload: Workload) -> MeasureCost:
+    """Return the cost of a measure, see `cost_of`.
+
+    Raises:
+        UnknownCost: It is unknown; the text says why.
+    """
     options = all_options(measure, options)
     formula: Formula | None = getattr(measure, _ATTRIBUTE, None)
-    return formula(workload, options) if formula is not None else None
+    cost = formula(workload, options) if formula is not None else None
+    if cost is None:
+        raise UnknownCost("no formula for it, or for its options")
+    return cost
 
 
 def all_options(measure: Callable[..., Any], options: Options) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from vitscope.core.cost.measure_cost import declares_cost
 from vitscope.core.evaluation import evaluate
 from vitscope.core.input_normalization import Pixels, pixels_of
 from vitscope.core.losses.requirements import check_classes, check_images
@@ -21,6 +22,7 @@ from vitscope.core.probe import Probe
 from vitscope.core.results.result import Result
 from vitscope.core.run_inputs import ResumableRows
 from vitscope.diagnostics.adversarial._attacks import NORMS, Ball
+from vitscope.diagnostics.adversarial._cost import attack_cost
 from vitscope.diagnostics.adversarial._losses import LOSSES
 from vitscope.diagnostics.adversarial._suite import ATTACKS, SUITE, Images, Settings, attacked
 from vitscope.runtime import stop_flag
@@ -85,6 +87,7 @@ class AdversarialResult(Result, coordinates={"attack": ("attacks", "suite_attack
         return values
 
 
+@declares_cost(attack_cost)
 @record_options
 def adversarial(
     probe: Probe,

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
 
 from vitscope.core.batches.batch_inputs import images_of
+from vitscope.core.cost.image_passes import TAPS, guard_checks
+from vitscope.core.cost.measure_cost import Count, MeasureCost, Options, Work, Workload, WorkUnit, declares_cost
 from vitscope.core.measure_options import record_options
 from vitscope.core.objective_card import ObjectiveCard
 from vitscope.core.probe import Probe
@@ -71,6 +74,40 @@ class AttentionDistanceResult(Result, coordinates={"unit": "units", "stage": "st
         }
 
 
+@contextmanager
+def _reading_pass(probe: Probe, options: Options) -> Iterator[Callable[[], object]]:
+    units = options.get("units")
+    if units is None:
+        with probe.calling():
+            units = units_of(probe.model, probe.first_images())
+    units = [unit for unit in units if unit.kind == "msa"]
+    with probe.guard(logits=False) as model:
+        x, _ = next(iter(probe.iter_batches()))
+
+        def read() -> None:
+            sums = Sums(units)
+            sums.begin(images_of(x, "attention_distance"))
+            with reading_branches(model, units, sums.note_size), reading_attention(units, sums.add):
+                model(x)
+
+        yield read
+
+
+#: a forward pass in which attention weights are summed
+_READING_PASS = WorkUnit("pass with attention weights", _reading_pass)
+
+
+def _cost(workload: Workload, options: Options) -> MeasureCost:
+    """Return the pass over all images that reads attention weights, after the search for the units."""
+    works = [
+        Work(_READING_PASS, Count.exactly(1), workload.n_images),
+        Work(TAPS, Count.exactly(1), workload.first_batch, is_divided=False),
+        *guard_checks(workload),
+    ]
+    return MeasureCost(works)
+
+
+@declares_cost(_cost)
 @record_options
 def attention_distance(probe: Probe, *, units: Sequence[Unit] | None = None) -> AttentionDistanceResult:
     """Measure the mean distance and the entropy of the attention of every head, from explicit attention weights.

@@ -10,6 +10,7 @@ from typing import Unpack
 
 import numpy as np
 
+from vitscope.core.cost.measure_cost import ENTRY, Count, MeasureCost, Options, Workload, declares_cost
 from vitscope.core.measure_options import record_options
 from vitscope.core.objective_card import ObjectiveCard
 from vitscope.core.probe import Probe
@@ -20,6 +21,15 @@ from vitscope.diagnostics.block_spectra._block_distances import AXES, BlockDista
 from vitscope.diagnostics.block_spectra._parameter_blocks import kinds_of_blocks, n_uncovered, parameter_blocks
 from vitscope.linalg.curvature.curvature_options import CurvatureArguments, CurvatureOptions, curvature_arguments
 from vitscope.linalg.curvature.operator_factory import curvatures, solver_of
+from vitscope.linalg.curvature.product_cost import (
+    basis_bytes,
+    curvature_options,
+    keeps_graph,
+    mean_products,
+    restricted,
+    subset_sizes,
+    with_options,
+)
 from vitscope.linalg.curvature.start_vector import vector_seed
 from vitscope.linalg.quadrature import LEAST_VECTORS, check_quadrature, quadrature_rule
 from vitscope.runtime.progress import track
@@ -104,6 +114,38 @@ class HessianBlockDensitiesResult(Result, coordinates={"block": "blocks", "other
         return {"mean_js": self.mean_js, "largest_decades": decades, "n_products": float(self.n_products)}
 
 
+#: blocks whose products are timed before a measurement; each stands for those nearest to it in the model
+MOST_TIMED_BLOCKS = 4
+
+
+def _cost(workload: Workload, options: Options) -> MeasureCost:
+    """Return a product for each step of each vector of each block, and the basis of one."""
+    subsets = parameter_blocks(workload.model_probe(), options["blocks"], curvature_options(options))
+    sizes = subset_sizes(workload, subsets, options)
+    names, n_vectors, n_grid = list(sizes), int(options["n_vectors"]), int(options["n_grid"])
+    n_steps = {name: min(int(options["n_steps"]), size) for name, size in sizes.items()}
+    works = []
+    n_timed = min(MOST_TIMED_BLOCKS, len(names))
+    for group in np.array_split(np.arange(len(names)), n_timed):
+        members = [names[i] for i in group]
+        timed = members[len(members) // 2]
+        products = Count.exactly(n_vectors * sum(n_steps[name] for name in members))
+        cost = MeasureCost(mean_products(workload, options, products))
+        if keeps_graph(workload, options, workload.n_batches):  # each block has a graph of its own
+            works.append(replace(cost.works[0], repeats=Count.exactly(len(members) - 1)))
+        works += with_options(cost if not group[0] else cost.measured(), timed, parameters=subsets[timed]).works
+    largest = restricted(workload, max(sizes.values()))
+    n = len(names)
+    # rules; sizes, traces and ends of a block; distances with their ends; densities and the grid
+    entries = n * (3 * n_vectors * int(options["n_steps"]) + 7 + 3 * n + n_grid) + n_grid + 2
+    return MeasureCost(
+        works,
+        held_bytes_shared=basis_bytes(largest, max(n_steps.values())),
+        result_bytes=ENTRY * entries,
+    )
+
+
+@declares_cost(_cost)
 @record_options
 @curvature_arguments("operator", "dtype", "bn", "product", "difference_step", "micro_batch", "basis", "seed")
 def hessian_block_densities(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from vitscope.core.cost.image_passes import EVALUATION, evaluations, guard_checks
+from vitscope.core.cost.measure_cost import Count, MeasureCost, Options, Work, Workload, declares_cost
 from vitscope.core.losses.requirements import check_classes
 from vitscope.core.measure_options import record_options
 from vitscope.core.objective import hard_targets, labeled
@@ -114,6 +116,19 @@ class CalibrationResult(Result):
         return {name: value for name in names if (value := getattr(self, name)) is not None}
 
 
+def _cost(workload: Workload, options: Options) -> MeasureCost:
+    """Return a pass over the images and one over those of validation; the temperature is found from their logits."""
+    n_validation = workload.input_size(options, "validation")
+    works = [evaluations(workload, {}, Count.exactly(1)), *guard_checks(workload)]
+    if n_validation:
+        works += [
+            Work(EVALUATION, Count.exactly(1), n_validation),
+            *guard_checks(replace(workload, n_images=n_validation)),
+        ]
+    return MeasureCost(works)
+
+
+@declares_cost(_cost)
 @record_options
 def calibration(
     probe: Probe,

@@ -12,6 +12,7 @@ from torch import Tensor
 from vitscope.core.batches.batch_inputs import selected_images
 from vitscope.core.objective_card import ObjectiveCard
 from vitscope.core.probe import Batch, Probe
+from vitscope.diagnostics.class_structure._cost import n_searched
 from vitscope.diagnostics.class_structure._outlier_count import (
     LEAST_BULK_GAPS,
     OutlierCount,
@@ -26,9 +27,6 @@ from vitscope.linalg.eigensolver import Eigenpairs
 from vitscope.linalg.krylov_basis import dot
 from vitscope.linalg.solvers import l2_contribution, solve
 from vitscope.stats.jackknife import group_numbers_of_batch
-
-#: eigenvalues computed without ``k``: twice the classes and ten, at most this many
-MOST_EIGENVALUES = 100
 
 
 @dataclass(frozen=True)
@@ -70,14 +68,14 @@ def find_hessian_outliers(
     Args:
         probe: The model, batches and objective.
         options: Options of the curvature.
-        k: Number of eigenvalues; None for twice the classes and ten, at most `MOST_EIGENVALUES`.
+        k: Number of eigenvalues; None for twice the classes and ten, at most `vitscope.diagnostics.class_structure._cost.MOST_EIGENVALUES`.
         n_classes: Number of logits C.
         n_splits: Number of disjoint parts of the images on which the count is repeated.
         n_vectors: Number of random vectors of the measure, for the card.
     """
     with curvatures(probe, options) as operators:
         hessian = operators.mean()
-        n_values = k if k is not None else min(2 * n_classes + 10, MOST_EIGENVALUES, hessian.size)
+        n_values = n_searched(k, n_classes, hessian.size)
         pairs = _by_value(solve(hessian, k=n_values, which="LA", vectors=True, shared=True, **options.search()).pairs)
         assert pairs.vectors is not None
         overlap, l2 = _overlap(hessian.gradient(), pairs.vectors), l2_contribution(hessian, pairs)

@@ -8,6 +8,7 @@ from typing import Unpack
 
 import numpy as np
 
+from vitscope.core.cost.measure_cost import declares_cost
 from vitscope.core.losses.requirements import check_classes
 from vitscope.core.measure_options import record_options
 from vitscope.core.objective_card import ObjectiveCard
@@ -15,6 +16,7 @@ from vitscope.core.probe import Probe
 from vitscope.core.results.result import Result
 from vitscope.core.undefined_values import warn_nulls
 from vitscope.diagnostics.class_structure._class_gradients import PARTS
+from vitscope.diagnostics.class_structure._cost import class_structure_cost, n_logits
 from vitscope.diagnostics.class_structure._gauss_newton import measure_gauss_newton
 from vitscope.diagnostics.class_structure._hessian_outliers import find_hessian_outliers
 from vitscope.linalg.curvature.curvature_options import CurvatureArguments, CurvatureOptions, curvature_arguments
@@ -104,6 +106,7 @@ class HessianClassStructureResult(Result, coordinates={"part": "parts"}):
         }
 
 
+@declares_cost(class_structure_cost)
 @record_options
 @curvature_arguments(
     "tol", "parameters", "dtype", "micro_batch", "max_products", "max_memory", "seed", tol=1e-2, max_products=400
@@ -156,7 +159,7 @@ def hessian_class_structure(
         raise ValueError(
             f"Expected n_splits to be 0 or from 2 to the {probe.n_images} images, received {n_splits}; 2 is usual."
         )
-    n_classes = _n_logits(probe, options)
+    n_classes = n_logits(probe, options)
     hessian = find_hessian_outliers(probe, options, k, n_classes, n_splits, n_vectors)
     values = hessian.pairs.values
     ggn = measure_gauss_newton(probe, options, hessian.vectors, n_classes, n_vectors)
@@ -203,9 +206,3 @@ def hessian_class_structure(
         n_products=hessian.n_products + ggn.n_products,
         card=hessian.card,
     )
-
-
-def _n_logits(probe: Probe, options: CurvatureOptions) -> int:
-    with probe.guard(dtype=options.torch_dtype, micro_batch=options.micro_batch) as model:
-        x, _ = next(probe.iter_batches())
-        return int(model(x[:1]).shape[1])

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Unpack
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from vitscope.core.cost.image_passes import evaluations
+from vitscope.core.cost.measure_cost import ENTRY, Count, MeasureCost, Options, Work, Workload, declares_cost
 from vitscope.core.guard.substituted_call import substituted_call
 from vitscope.core.losses.requirements import check_non_negative
 from vitscope.core.measure_options import record_options
@@ -27,6 +29,7 @@ from vitscope.diagnostics.critical_point._verdict import (
 )
 from vitscope.linalg.curvature.curvature_options import CurvatureOptions, SearchArguments, curvature_arguments
 from vitscope.linalg.curvature.operator_factory import Curvatures, curvatures
+from vitscope.linalg.curvature.product_cost import GRAPH, basis_bytes, keeps_graph, lanczos_products, mean_products
 from vitscope.linalg.curvature.row_slices import rows_of, whole_name, whole_point
 from vitscope.linalg.krylov_basis import norm
 from vitscope.linalg.optimizer_stability import adam_scale
@@ -109,6 +112,37 @@ class CriticalPointResult(Result, coordinates={"images": "n_images", "distance":
         return {name: float(value) for name, value in logged.items() if np.isfinite(value)}
 
 
+def _cost(workload: Workload, options: Options) -> MeasureCost:
+    """Return a search on each number of batches, and the evaluations of the slice.
+
+    The last search is repeated more finely where the smallest eigenvalue cannot be told from zero, up to `SHARPER` times.
+    """
+    works: list[Work] = []
+    products = lanczos_products(workload, options, 2)
+    sizes = _sizes(workload.n_batches)
+    for number, n_batches in enumerate(sizes):
+        part = replace(workload, n_images=min(n_batches * workload.batch_size, workload.n_images))
+        repeats, n_gradients = products, Count.exactly(2)
+        if number == len(sizes) - 1:
+            repeats = Count(products.expected, products.low, (1 + len(SHARPER)) * products.high)
+            n_gradients = Count(2, 2, 2 + len(SHARPER))
+        cost = MeasureCost(mean_products(part, options, repeats))
+        works += (cost.measured() if number else cost).works
+        if keeps_graph(part, options, part.n_batches):
+            continue
+        works.append(Work(GRAPH, n_gradients, part.n_images))
+    n_points = int(options["n_points"])
+    works.append(Work(GRAPH, Count.exactly(1), workload.n_images))  # the norms
+    works.append(evaluations(workload, {}, Count.exactly(2 + n_points + 2 * len(NEARER))))
+    return MeasureCost(
+        works,
+        held_bytes=2.0 * workload.parameter_bytes,
+        held_bytes_shared=basis_bytes(workload, products.expected),
+        result_bytes=len(sizes) * (6 * ENTRY + 1) + ENTRY * 2 * n_points,  # a flag takes a byte
+    )
+
+
+@declares_cost(_cost)
 @record_options
 @curvature_arguments(tol=1e-2)
 def critical_point(

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vitscope.core.cost.measure_cost import declares_cost
 from vitscope.core.losses.requirements import check_classes
 from vitscope.core.measure_options import record_options
 from vitscope.core.objective_card import ObjectiveCard
@@ -18,6 +19,7 @@ from vitscope.core.results.result import TAP_COORDINATES, Result
 from vitscope.core.run_inputs import TrainingProbe
 from vitscope.core.tap import tap_fields
 from vitscope.core.undefined_values import warn_nulls
+from vitscope.diagnostics.depth_probes._cost import depth_probes_cost
 from vitscope.diagnostics.depth_probes._features import LabeledImages, collect
 from vitscope.diagnostics.depth_probes._logit_lens import Head, find_head
 from vitscope.diagnostics.depth_probes._tap_measurement import N_FOLDS, TapImages, measure_tap
@@ -119,6 +121,7 @@ class DepthProbesResult(Result, coordinates=TAP_COORDINATES):
         return {name: value for name, value in values.items() if np.isfinite(value)}
 
 
+@declares_cost(depth_probes_cost)
 @record_options
 def depth_probes(
     probe: Probe,

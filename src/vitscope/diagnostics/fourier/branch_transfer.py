@@ -7,7 +7,8 @@ amplitude it needs no constant part, compares maps of one size only, and is not 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,6 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vitscope.core.cost.image_passes import TAPS, guard_checks
+from vitscope.core.cost.measure_cost import Count, MeasureCost, Options, Work, Workload, WorkUnit, declares_cost
 from vitscope.core.measure_options import record_options
 from vitscope.core.objective_card import ObjectiveCard
 from vitscope.core.probe import Probe
@@ -127,6 +130,42 @@ class BranchTransferResult(
         return replace(difference, **by_kind(contrast, replicates, self.kinds, self.level, self.n_images))
 
 
+@contextmanager
+def _reading_pass(probe: Probe, options: Options) -> Iterator[Callable[[], object]]:
+    own_units = options.get("units")
+    units = list(own_units) if own_units is not None else _units(probe)
+    read = [i for i, unit in enumerate(units) if _unread_reason(unit) is None]
+    sums = _Sums(len(units), options["path"], options["eps"], int(options["n_resamples"]), int(options["seed"]))
+    with (
+        probe.guard(logits=False) as model,
+        reading_branches(model, [units[i] for i in read], lambda i, *value: sums.read(read[i], *value)),
+    ):
+        x, _ = next(iter(probe.iter_batches()))
+
+        def read_batch() -> None:
+            model(x)
+            sums.close_batch(0)
+
+        yield read_batch
+
+
+#: a forward pass in which the spectra before and after each residual unit are compared
+_READING_PASS = WorkUnit("pass with residual branches", _reading_pass, ("path", "n_resamples"))
+
+
+def _cost(workload: Workload, options: Options) -> MeasureCost:
+    """Return a pass over all images, and another of the model before training."""
+    n_models = 1 + workload.input_size(options, "initial")
+    checks = [*guard_checks(workload)] * n_models  # each model has a probe of its own
+    works = [
+        Work(_READING_PASS, Count.exactly(n_models), workload.n_images),
+        Work(TAPS, Count.exactly(n_models), workload.first_batch, is_divided=False),
+        *checks,
+    ]
+    return MeasureCost(works, held_bytes=(n_models - 1.0) * workload.parameter_bytes)
+
+
+@declares_cost(_cost)
 @record_options
 def branch_transfer(
     probe: Probe,

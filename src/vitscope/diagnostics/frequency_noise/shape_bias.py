@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from vitscope.core.cost.image_passes import EVALUATION, evaluations, guard_checks
+from vitscope.core.cost.measure_cost import Count, MeasureCost, Options, Work, Workload, declares_cost
 from vitscope.core.losses.requirements import check_classes
 from vitscope.core.measure_options import record_options
 from vitscope.core.objective import hard_targets, labeled
@@ -61,6 +63,17 @@ class ShapeBiasResult(Result):
         }
 
 
+def _cost(workload: Workload, options: Options) -> MeasureCost:
+    """Return a pass over all images, and one with an image that tells the number of classes."""
+    works = [
+        evaluations(workload, {}, Count.exactly(1)),
+        Work(EVALUATION, Count.exactly(1), 1, is_divided=False),
+        *guard_checks(workload),
+    ]
+    return MeasureCost(works)
+
+
+@declares_cost(_cost)
 @record_options
 def shape_bias(probe: Probe, *, texture: Sequence[int] | None = None, level: float = 0.95) -> ShapeBiasResult:
     """Measure how often a model follows shape where shape and texture disagree.

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Unpack
 
 import numpy as np
 import torch
 
+from vitscope.core.cost.image_passes import GRADIENT, TAPS
+from vitscope.core.cost.measure_cost import ENTRY, Count, MeasureCost, Options, Work, Workload, WorkUnit, declares_cost
 from vitscope.core.losses.requirements import check_image_losses
 from vitscope.core.losses.targets import labeled
 from vitscope.core.measure_options import record_options
@@ -25,10 +29,11 @@ from vitscope.diagnostics.gradient_noise._noise_statistics import (
 )
 from vitscope.linalg.curvature.curvature_options import CurvatureArguments, CurvatureOptions, curvature_arguments
 from vitscope.linalg.curvature.operator_factory import Curvatures, curvatures
-from vitscope.linalg.per_example_gradients import PerExampleGradients
+from vitscope.linalg.curvature.product_cost import curvature_options, mean_products, product_checks
+from vitscope.linalg.per_example_gradients import MOST_IMAGES, PerExampleGradients
 from vitscope.models.structure.parameter_groups import KIND_ORDER, parameter_kinds
 from vitscope.runtime.value_ranges import NonNegativeInt
-from vitscope.stats.intervals import few_images
+from vitscope.stats.intervals import LEAST_IMAGES, few_images
 
 #: error of a gradient's direction, in radians, from which images are counted as short
 _DIRECTION_ERROR = 0.01
@@ -100,6 +105,40 @@ class GradientNoiseResult(Result, coordinates={"group": "groups"}):
         return {name: float(value) for name, value in logged.items() if np.isfinite(value)}
 
 
+@contextmanager
+def _image_gradients(probe: Probe, options: Options) -> Iterator[Callable[[], object]]:
+    subset_options = curvature_options(options)
+    groups = _groups(probe, subset_options)
+    with curvatures(probe, subset_options) as operators:
+        gradients = _per_example_gradients(operators)
+        yield lambda: GradientSums(operators, gradients, groups).statistics(2)
+
+
+#: the gradients of each image and their sums
+_IMAGE_GRADIENTS = WorkUnit("gradient of each image", _image_gradients, ("parameters", "dtype", "micro_batch"))
+
+
+def _cost(workload: Workload, options: Options) -> MeasureCost:
+    """Return one pass with the gradients of each image, another for intervals, and what the curvature takes.
+
+    The first images are differentiated once more to check the gradients. A random vector of the curvature takes a gradient and
+    a product, and one product more is along the mean gradient.
+    """
+    n, n_vectors = workload.n_images, int(options["n_hessian_vectors"])
+    n_at_once = min(workload.first_batch, options["micro_batch"] or MOST_IMAGES)
+    works = [
+        Work(_IMAGE_GRADIENTS, Count.exactly(2 if n >= LEAST_IMAGES else 1), n),
+        Work(TAPS, Count.exactly(1), workload.first_batch, is_divided=False),
+        Work(GRADIENT, Count.exactly(1), n_at_once, is_divided=False, is_check=True),
+        *product_checks(workload, options),
+    ]
+    if n_vectors:
+        products = MeasureCost(mean_products(workload, options, Count.exactly(n_vectors + 1)))
+        works += [Work(GRADIENT, Count.exactly(n_vectors), n), *products.measured().works]
+    return MeasureCost(works, held_bytes=4.0 * ENTRY * workload.n_parameters)
+
+
+@declares_cost(_cost)
 @record_options
 @curvature_arguments("parameters", "dtype", "micro_batch", "seed")
 def gradient_noise(
@@ -140,12 +179,7 @@ def gradient_noise(
         raise ValueError(f"Expected at least 3 images with a label for gradient_noise, received {n_images}: pass more.")
     groups = _groups(probe, options)
     with curvatures(probe, options) as operators:
-        gradients = PerExampleGradients(
-            operators.model,
-            lambda outputs, y: probe.objective.data_loss(outputs, y, "none")[0],
-            operators.parameters,
-            options.micro_batch,
-        )
+        gradients = _per_example_gradients(operators)
         sums = GradientSums(operators, gradients, groups)
         statistics, square_norms, gsnr = sums.statistics(n_images)
         curved = hessian_moments(operators, sums.mean, n_images, n_hessian_vectors)
@@ -165,6 +199,16 @@ def gradient_noise(
         trace_hessian_covariance_error=curved.error,
         gradient_curvature=curved.curvature,
         card=card,
+    )
+
+
+def _per_example_gradients(operators: Curvatures) -> PerExampleGradients:
+    objective = operators.probe.objective
+    return PerExampleGradients(
+        operators.model,
+        lambda outputs, y: objective.data_loss(outputs, y, "none")[0],
+        operators.parameters,
+        operators.options.micro_batch,
     )
 
 

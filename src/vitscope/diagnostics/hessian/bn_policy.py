@@ -7,12 +7,21 @@ from typing import Unpack
 
 import numpy as np
 
+from vitscope.core.cost.measure_cost import (
+    ENTRY,
+    MeasureCost,
+    Options,
+    Workload,
+    declares_cost,
+    stated_cost,
+)
 from vitscope.core.measure_options import record_options
 from vitscope.core.objective_card import ObjectiveCard
 from vitscope.core.probe import Probe
 from vitscope.core.results.result import Result
 from vitscope.diagnostics.hessian.hessian_max_eigenvalue_spectrum import hessian_max_eigenvalue_spectrum
 from vitscope.linalg.curvature.curvature_options import CurvatureArguments, curvature_arguments
+from vitscope.linalg.curvature.product_cost import with_options
 from vitscope.runtime.torch_internals import BatchNormBase
 from vitscope.runtime.value_ranges import PositiveInt
 
@@ -49,6 +58,25 @@ class BnPolicyResult(Result):
         return {n: float(v) for n, v in zip(names, [*self.nep, *self.ape]) if np.isfinite(v)}
 
 
+def _cost(workload: Workload, options: Options) -> MeasureCost:
+    """Return the cost of both spectra."""
+    spectrum_options = {name: value for name, value in options.items() if name != "partial"}
+    both = [
+        with_options(
+            stated_cost(hessian_max_eigenvalue_spectrum, {**spectrum_options, "bn": bn}, workload), f"bn={bn}", bn=bn
+        )
+        for bn in ("eval", "batch")
+    ]
+    # values and residuals of both; NEP and APE with their intervals
+    n_bytes = ENTRY * (4 * workload.n_batches * int(options["n_top"]) + 2 * 6)
+    return MeasureCost(
+        [*both[0].works, *both[1].measured().works],
+        held_bytes=max(cost.held_bytes for cost in both),
+        result_bytes=n_bytes,
+    )
+
+
+@declares_cost(_cost)
 @record_options
 @curvature_arguments("tol", "parameters", "dtype", "max_products", "seed")
 def bn_policy(

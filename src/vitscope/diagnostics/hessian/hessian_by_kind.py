@@ -7,6 +7,7 @@ from typing import Unpack
 
 import numpy as np
 
+from vitscope.core.cost.measure_cost import MeasureCost, Options, Workload, declares_cost, stated_cost
 from vitscope.core.measure_options import record_options
 from vitscope.core.objective_card import ObjectiveCard
 from vitscope.core.probe import Probe
@@ -15,6 +16,7 @@ from vitscope.diagnostics.hessian.hessian_max_eigenvalue_spectrum import hessian
 from vitscope.linalg.curvature.curvature_options import CurvatureArguments, CurvatureOptions, curvature_arguments
 from vitscope.linalg.curvature.operator_factory import curvatures, solver_of
 from vitscope.linalg.curvature.parameter_subsets import part_sizes
+from vitscope.linalg.curvature.product_cost import curvature_options, restricted, with_options
 from vitscope.models.structure.parameter_groups import KIND_ORDER, parameter_kinds, parameter_stages
 from vitscope.runtime.value_ranges import PositiveInt
 
@@ -56,6 +58,20 @@ class HessianByKindResult(Result, coordinates={"group": "groups"}):
         return {**logged, "converged": float(self.converged.mean()), "n_products": float(self.n_products.sum())}
 
 
+def _cost(workload: Workload, options: Options) -> MeasureCost:
+    """Return the cost of the spectrum of each group of parameters."""
+    by = options["by"]
+    spectrum_options = {name: value for name, value in options.items() if name != "by"}
+    costs = []
+    for group, size in _sizes(workload.model_probe(), by, curvature_options(options)).items():
+        subset = f"{by}:{group}"
+        cost = stated_cost(hessian_max_eigenvalue_spectrum, spectrum_options, restricted(workload, size))
+        costs.append(with_options(cost, subset, parameters=subset))
+    works = [work for i, cost in enumerate(costs) for work in (cost.measured() if i else cost).works]
+    return MeasureCost(works, held_bytes=max(cost.held_bytes for cost in costs))
+
+
+@declares_cost(_cost)
 @record_options
 @curvature_arguments("tol", "dtype", "bn", "product", "difference_step", "max_products", "seed")
 def hessian_by_kind(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Unpack
 
 import numpy as np
@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 
 from vitscope.core.batches.batch_inputs import joined
+from vitscope.core.cost.image_passes import EVALUATION
+from vitscope.core.cost.measure_cost import ENTRY, Count, MeasureCost, Options, Work, Workload, declares_cost
 from vitscope.core.measure_options import record_options
 from vitscope.core.objective import labeled
 from vitscope.core.objective_card import ObjectiveCard
@@ -22,6 +24,7 @@ from vitscope.diagnostics.hessian import _nep_statistics
 from vitscope.linalg.basis_memory import BasisBuffer
 from vitscope.linalg.curvature.curvature_options import CurvatureArguments, CurvatureOptions, curvature_arguments
 from vitscope.linalg.curvature.operator_factory import Curvatures, curvatures
+from vitscope.linalg.curvature.product_cost import basis_bytes, batch_products, lanczos_products
 from vitscope.linalg.solvers import solve
 from vitscope.runtime import distributed
 from vitscope.runtime.progress import track
@@ -66,6 +69,32 @@ class NepStabilityResult(Result, coordinates={"k": "k", "batch_size": "batch_siz
         return {name: float(value) for name, value in logged.items() if np.isfinite(value)}
 
 
+def _cost(workload: Workload, options: Options) -> MeasureCost:
+    """Return the searches of each setting, batch after batch."""
+    probe, base, k = workload.model_probe(), workload.batch_size, int(options["k"])
+    ks, finest = {*options["ks"], k}, min(options["tols"])
+    sizes = [
+        base,
+        *(s for s in options["batch_sizes"] if s != base and s > 0 and s % base == 0 and s <= workload.n_images),
+    ]
+    sizes += [base] * sum(tol != finest for tol in options["tols"])
+    is_mixed = bool(options["mixup"]) and _is_mixable(probe)
+    works, held = [], 0.0
+    for number, size in enumerate([*sizes, *([base] if is_mixed else [])]):
+        n_groups = workload.n_images // size
+        joined_images = replace(workload, n_images=n_groups * size, batch_size=size)
+        products = lanczos_products(joined_images, options, k if number else max(ks))
+        cost = MeasureCost(batch_products(joined_images, options, products))
+        works += (cost.measured() if number else cost).works
+        held = max(held, basis_bytes(workload, products.expected))
+    if is_mixed:  # the number of classes, for each batch
+        works.append(Work(EVALUATION, Count.exactly(workload.n_images // base), 1))
+    n_settings = len(ks) + len(sizes) - 1 + is_mixed
+    # ten numbers of a setting and a flag of one byte
+    return MeasureCost(works, held_bytes=held, result_bytes=n_settings * (10 * ENTRY + 1))
+
+
+@declares_cost(_cost)
 @record_options
 @curvature_arguments("parameters", "dtype", "bn", "max_products", "max_memory", "basis", "seed")
 def nep_stability(
@@ -107,13 +136,10 @@ def nep_stability(
             raise ValueError(f"Expected {name} to hold positive numbers, received {list(values)}.")
     base = probe.batch_size
     finest = min(tols)
-    is_mixable = (
-        probe.objective.loss == "cross_entropy" and probe.takes_images and next(iter(probe.batches))[1].ndim == 1
-    )
     runs = [(base, max(*ks, k), finest, False)]
     runs += [(size, k, finest, False) for size in batch_sizes if size != base and _fits(size, probe)]
     runs += [(base, k, tol, False) for tol in tols if tol != finest]
-    runs += [(base, k, finest, True)] if mixup and is_mixable else []
+    runs += [(base, k, finest, True)] if mixup and _is_mixable(probe) else []
     settings, products = [], 0
     options = CurvatureOptions(**curvature)
     with curvatures(probe, options) as operators:
@@ -125,6 +151,12 @@ def nep_stability(
         card = operators.card({"solver": "lanczos", **options.values("max_products", "seed")}, mode="eval")
     table = {key: np.array([setting[key] for setting in settings]) for key in settings[0]}
     return NepStabilityResult(**table, n_products=products, card=card)
+
+
+def _is_mixable(probe: Probe) -> bool:
+    """Tell whether images and class indices can be mixed."""
+    is_classes = probe.objective.loss == "cross_entropy" and next(iter(probe.batches))[1].ndim == 1
+    return is_classes and probe.takes_images
 
 
 def _fits(size: int, probe: Probe) -> bool:

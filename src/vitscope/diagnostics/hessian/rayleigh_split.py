@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from vitscope.core.cost.measure_cost import Count, MeasureCost, Options, Workload, declares_cost
 from vitscope.core.losses.named_losses import LOSSES
 from vitscope.core.measure_options import record_options
 from vitscope.core.objective_card import ObjectiveCard
@@ -17,6 +18,7 @@ from vitscope.core.probe import Probe
 from vitscope.core.results.result import Result
 from vitscope.linalg.curvature.curvature_options import CurvatureOptions, SearchArguments, curvature_arguments
 from vitscope.linalg.curvature.operator_factory import curvatures
+from vitscope.linalg.curvature.product_cost import basis_bytes, lanczos_products, mean_products, with_options
 from vitscope.linalg.eigensolver import Eigenpairs
 from vitscope.linalg.krylov_basis import dot
 from vitscope.linalg.solvers import solve
@@ -65,6 +67,27 @@ class RayleighSplitResult(Result, coordinates={"kind": "kinds"}):
         return {name: float(value) for name, value in logged.items()}
 
 
+def _cost(workload: Workload, options: Options) -> MeasureCost:
+    """Return the products of the search, and one of the Gauss-Newton matrix for each eigenvector.
+
+    An eigenvector that is among the largest and at an end counts once.
+    """
+    k, n_ends = int(options["k"]), int(options["n_ends"])
+    products = lanczos_products(workload, options, k + 2 * n_ends)
+    most = min(k + 2 * n_ends, workload.n_parameters)
+    vectors = Count(min(k + n_ends, most), min(k, most), most)
+    gauss_newton = MeasureCost(mean_products(workload, options, vectors)).measured()
+    return MeasureCost(
+        [
+            *mean_products(workload, options, products, gradients=1),
+            *with_options(gauss_newton, "Gauss-Newton", operator="ggn").works,
+        ],
+        held_bytes=vectors.expected * workload.parameter_bytes,
+        held_bytes_shared=basis_bytes(workload, products.expected),
+    )
+
+
+@declares_cost(_cost)
 @record_options
 @curvature_arguments()
 def rayleigh_split(

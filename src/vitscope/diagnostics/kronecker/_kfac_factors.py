@@ -53,9 +53,16 @@ def covered_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def kronecker_factors_of(
-    probe: Probe, model: nn.Module, layers: Mapping[str, nn.Module], fisher: str, approximation: str, seed: int
+    probe: Probe,
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    fisher: str,
+    approximation: str,
+    seed: int,
+    *,
+    with_eigenvalues: bool = True,
 ) -> dict[str, KroneckerFactors]:
-    """Return the eigenvalues of the factors of the layers that a pass calls as modules, by name."""
+    """Return the eigenvalues of the factors of the layers that a pass calls as modules, by name; none without eigenvalues."""
     from curvlinops import KFACLinearOperator  # pyright: ignore[reportMissingImports]  an optional package
 
     weights: list[Any] = [module.weight for module in layers.values()]
@@ -72,6 +79,8 @@ def kronecker_factors_of(
         num_per_example_loss_terms=1,
     )
     operator.compute_kronecker_factors()
+    if not with_eigenvalues:
+        return {}
     state = operator.state_dict()
     factors = {}
     for name in layers:

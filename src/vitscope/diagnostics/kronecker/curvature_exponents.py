@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vitscope.core.cost.measure_cost import Count, MeasureCost, Options, Workload, declares_cost
 from vitscope.core.measure_options import record_options
 from vitscope.core.objective_card import ObjectiveCard
 from vitscope.core.probe import Probe
@@ -20,6 +21,7 @@ from vitscope.diagnostics.kronecker._power_laws import LEAST_POINTS, fit_power_l
 from vitscope.linalg.curvature.curvature_operator import Curvature
 from vitscope.linalg.curvature.curvature_options import CurvatureArguments, CurvatureOptions, curvature_arguments
 from vitscope.linalg.curvature.operator_factory import curvatures
+from vitscope.linalg.curvature.product_cost import curvature_options, mean_products
 from vitscope.linalg.krylov_basis import dot
 from vitscope.runtime.progress import track
 from vitscope.runtime.value_ranges import PositiveInt
@@ -66,6 +68,18 @@ class CurvatureExponentsResult(Result, coordinates={"layer": "layers", "group": 
         return {**{k: v for k, v in logged.items() if np.isfinite(v)}, "n_products": float(self.n_products)}
 
 
+def _cost(workload: Workload, options: Options) -> MeasureCost:
+    """Return a gradient, and a product for each singular value that rounding does not hide: at most as many as the rank."""
+    with curvatures(workload.model_probe(), curvature_options(options)) as operators:
+        matrices = {name: operators.parameters[name] for name in weight_matrices(operators.parameters)}
+        ranks = [min(len(p), p.numel() // len(p), int(options["n_singular_values"])) for p in matrices.values()]
+    most = sum(ranks)
+    return MeasureCost(
+        mean_products(workload, options, Count(most, 0, most), gradients=1), held_bytes=2.0 * workload.parameter_bytes
+    )
+
+
+@declares_cost(_cost)
 @record_options
 @curvature_arguments("operator", "parameters", "dtype", "bn", "micro_batch", "seed")
 def curvature_exponents(

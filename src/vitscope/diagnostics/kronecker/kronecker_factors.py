@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Unpack
 
 import numpy as np
 from torch import Tensor, nn
 
+from vitscope.core.cost.image_passes import guard_checks
+from vitscope.core.cost.measure_cost import Count, MeasureCost, Options, Work, Workload, WorkUnit, declares_cost
 from vitscope.core.losses.requirements import check_classes
 from vitscope.core.measure_options import record_options
 from vitscope.core.objective_card import ObjectiveCard
@@ -24,6 +29,7 @@ from vitscope.diagnostics.kronecker._kfac_factors import (
 from vitscope.diagnostics.kronecker._layers import kinds_of_layers, present_kinds
 from vitscope.diagnostics.kronecker._power_laws import LEAST_POINTS, PowerLaw, fit_power_law, mean_by_kind
 from vitscope.linalg.curvature.curvature_options import CurvatureArguments, CurvatureOptions, curvature_arguments
+from vitscope.linalg.curvature.product_cost import curvature_options
 from vitscope.runtime.value_ranges import PositiveInt, PositiveShare
 
 
@@ -87,6 +93,33 @@ class KroneckerFactorsResult(Result, coordinates={"layer": "layers", "group": "g
         return {name: float(value) for name, value in logged.items() if np.isfinite(value)}
 
 
+@contextmanager
+def _factors(probe: Probe, options: Options, with_eigenvalues: bool) -> Iterator[Callable[[], object]]:
+    refuse_without_curvlinops()
+    with probe.guard(second_order=True, dtype=curvature_options(options).torch_dtype) as model:
+        layers = covered_layers(model)
+        settings = (options["fisher"], options["approximation"], int(options["seed"]))
+        yield lambda: kronecker_factors_of(probe, model, layers, *settings, with_eigenvalues=with_eigenvalues)
+
+
+_OPTIONS = ("dtype", "fisher", "approximation")
+#: the sums of a batch
+_FACTORS = WorkUnit("Kronecker factors", partial(_factors, with_eigenvalues=False), _OPTIONS)
+#: the same and the eigenvalues of all factors
+_SPECTRA = WorkUnit("Kronecker factors and their eigenvalues", partial(_factors, with_eigenvalues=True), _OPTIONS)
+
+
+def _cost(workload: Workload, options: Options) -> MeasureCost:
+    """Return one pass with the sums of the factors, which each rank makes whole, and their eigenvalues."""
+    works = [
+        Work(_FACTORS, Count.exactly(1), workload.n_images - workload.first_batch, is_divided=False),
+        Work(_SPECTRA, Count.exactly(1), workload.first_batch, is_divided=False),
+        *guard_checks(workload, second_order=True),
+    ]
+    return MeasureCost(works)
+
+
+@declares_cost(_cost)
 @record_options
 @curvature_arguments("dtype", "seed")
 def kronecker_factors(

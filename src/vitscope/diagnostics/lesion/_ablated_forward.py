@@ -90,6 +90,14 @@ def lesion_by_lesion(probe: Probe, model: nn.Module, lesions: Sequence[Lesion]) 
     yield _stacked(rows)
 
 
+def batch_passes(
+    probe: Probe, model: nn.Module, lesions: Sequence[Lesion], batch: Batch, units: Sequence[Unit]
+) -> Callable[[], Rows]:
+    """Return the function that makes the passes of one batch: from the images, or with ``units`` from the lesioned block."""
+    passes = _Passes(probe, model, lesions, batch)
+    return (lambda: passes.resumed(units)) if units else passes.full
+
+
 class _Passes:
     """Forward passes of one batch: by the whole model, and with each lesion."""
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from vitscope.core.cost.measure_cost import declares_cost
 from vitscope.core.losses.requirements import check_image_losses
 from vitscope.core.measure_options import record_options
 from vitscope.core.objective_card import ObjectiveCard
@@ -19,9 +20,9 @@ from vitscope.core.running_mean import RunningMean, estimates
 from vitscope.core.undefined_values import warn_nulls
 from vitscope.core.weight_space import BN_POLICIES
 from vitscope.diagnostics.lesion._ablated_forward import batch_by_batch, lesion_by_lesion
-from vitscope.diagnostics.lesion._lesions import Lesion, lesions
+from vitscope.diagnostics.lesion._cost import chosen_lesions, chosen_units, lesion_cost
+from vitscope.diagnostics.lesion._lesions import Lesion
 from vitscope.models.structure.residual_units import Unit
-from vitscope.models.structure.residual_units import units as units_of
 from vitscope.stats.intervals import Estimate, few_images, where_enough_wrong
 
 #: removal -> what its fields begin with
@@ -111,6 +112,7 @@ class LesionResult(
         return scalars | ({"stage_end_msa_nll_excess": float(np.mean(excess))} if excess else {})
 
 
+@declares_cost(lesion_cost)
 @record_options
 def lesion(
     probe: Probe,
@@ -144,11 +146,8 @@ def lesion(
     check_image_losses(probe, "lesion")
     if bn not in BN_POLICIES:
         raise ValueError(f"Expected bn to be one of {', '.join(BN_POLICIES)}, received {bn!r}.")
-    if units is None:
-        with probe.calling():
-            units = units_of(probe.model, probe.first_images())
-    units = list(units)
-    selected_lesions = lesions(units, ("branch_zero", *(r for r in removals if r != "branch_zero")))
+    units = chosen_units(probe, units)
+    selected_lesions = chosen_lesions(units, removals)
     # of each image: the whole model's value, then each change; and whether the answer before or after it is wrong
     one_answer = probe.objective.loss != "dense_cross_entropy"  # for each image; else a share of its pixels
     losses, correct, wrong = RunningMean(), RunningMean(answers=one_answer), RunningMean(answers=one_answer)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from vitscope.core.cost.measure_cost import ENTRY, MeasureCost, Options, Workload, declares_cost
 from vitscope.core.measure_options import record_options
 from vitscope.core.objective_card import ObjectiveCard
 from vitscope.core.optimizer_state import of_optimizer
@@ -27,6 +28,7 @@ from vitscope.diagnostics.preconditioned_hessian._optimizer_metric import (
 from vitscope.linalg.curvature.curvature_operator import Curvature
 from vitscope.linalg.curvature.curvature_options import CurvatureArguments, CurvatureOptions, curvature_arguments
 from vitscope.linalg.curvature.operator_factory import Curvatures, curvatures
+from vitscope.linalg.curvature.product_cost import basis_bytes, curvature_options, lanczos_products, mean_products
 from vitscope.linalg.curvature.start_vector import RANDOM_SHARE, start_along, start_vector, vector_seed
 from vitscope.linalg.curvature.start_vector import warm_start as warm_start_vector
 from vitscope.linalg.eigensolver import Eigenpairs, extreme_eigenvalues
@@ -105,6 +107,30 @@ class EdgeOfStabilityResult(Result, coordinates={"step": "steps"}, untabulated=(
         return {name: float(value) for name, value in last.items() if np.isfinite(value)}
 
 
+def _cost(workload: Workload, options: Options) -> MeasureCost:
+    """Return the products of a new step: one search, and another in the optimizer's metric where it has one."""
+    k = int(options["k"])
+    probe, optimizer = workload.model_probe(), options["optimizer"]
+    state = of_optimizer(optimizer, probe.model) if optimizer is not None else probe.optimizer()
+    with curvatures(probe, curvature_options(options)) as operators:
+        limit = limit_of(state, operators.mean())
+    is_scaled = limit.scale is not None
+    products = lanczos_products(workload, options, k)
+    longest, gradients = products, 1 + (state is not None and state.ascent_radius > 0)
+    if is_scaled:
+        products, gradients = products + lanczos_products(workload, options, 1), gradients + 1
+    n_vectors = k + is_scaled
+    # one row: step, values, errors and flags, the sharpness with its error and flag, limit, rate, overlap, products
+    row = ENTRY * (1 + 2 * k + 2 + 2 + 1 + 1) + k + 1
+    return MeasureCost(
+        mean_products(workload, options, products, gradients=gradients),
+        held_bytes=float(n_vectors + is_scaled) * workload.parameter_bytes,
+        held_bytes_shared=basis_bytes(workload, longest.expected),
+        result_bytes=row + float(n_vectors * workload.parameter_bytes),
+    )
+
+
+@declares_cost(_cost)
 @record_options
 @curvature_arguments(
     "tol", "parameters", "dtype", "bn", "micro_batch", "max_products", "max_memory", "seed", tol=1e-2, max_products=50

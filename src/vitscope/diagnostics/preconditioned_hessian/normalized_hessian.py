@@ -9,12 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vitscope.core.cost.measure_cost import ENTRY, MeasureCost, Options, Workload, declares_cost
 from vitscope.core.measure_options import record_options
 from vitscope.core.objective_card import ObjectiveCard
 from vitscope.core.probe import Probe
 from vitscope.core.results.result import Result
 from vitscope.linalg.curvature.curvature_options import CurvatureArguments, CurvatureOptions, curvature_arguments
 from vitscope.linalg.curvature.operator_factory import curvatures
+from vitscope.linalg.curvature.product_cost import basis_bytes, lanczos_products, mean_products, restricted
 from vitscope.linalg.preconditioned_operator import scaled_eigenvalues
 from vitscope.linalg.weights.directions import filter_parameters, moving
 from vitscope.linalg.weights.effective_weights import pruning_masks, refuse_made_weights
@@ -53,6 +55,22 @@ class NormalizedHessianResult(Result):
         }
 
 
+def _cost(workload: Workload, options: Options) -> MeasureCost:
+    """Return the products of the search among the weights that move."""
+    parameters = workload.model_probe().parameters()
+    names = moving(dict(parameters), options["ignore"])
+    moved = restricted(workload, sum(parameters[name].numel() for name in names))
+    k = int(options["k"]) * (2 if options["which"] == "both" else 1)
+    products = lanczos_products(moved, options, k)
+    return MeasureCost(
+        mean_products(workload, options, products, gradients=1),
+        held_bytes=moved.parameter_bytes,  # D
+        held_bytes_shared=basis_bytes(moved, products.expected),
+        result_bytes=ENTRY * 3 * k + k,  # a flag takes a byte
+    )
+
+
+@declares_cost(_cost)
 @record_options
 @curvature_arguments("tol", "dtype", "bn", "micro_batch", "max_products", "max_memory", "basis", "seed")
 def normalized_hessian(

@@ -11,6 +11,7 @@ import numpy as np
 from torch import Tensor
 from torch.optim import Optimizer
 
+from vitscope.core.cost.measure_cost import ENTRY, MeasureCost, Options, Workload, declares_cost
 from vitscope.core.measure_options import record_options
 from vitscope.core.objective_card import ObjectiveCard
 from vitscope.core.optimizer_state import OptimizerState, of_optimizer
@@ -24,6 +25,7 @@ from vitscope.diagnostics.preconditioned_hessian._optimizer_metric import (
 )
 from vitscope.linalg.curvature.curvature_options import CurvatureOptions, SearchArguments, curvature_arguments
 from vitscope.linalg.curvature.operator_factory import curvatures
+from vitscope.linalg.curvature.product_cost import basis_bytes, lanczos_products, mean_products
 from vitscope.linalg.optimizer_stability import StabilityLimit, stability_limit
 from vitscope.linalg.preconditioned_operator import scaled_eigenvalues
 from vitscope.runtime.value_ranges import PositiveInt
@@ -74,6 +76,19 @@ class PreconditionedSharpnessResult(Result):
         return {name: value for name, value in logged.items() if np.isfinite(value)}
 
 
+def _cost(workload: Workload, options: Options) -> MeasureCost:
+    """Return the products of the search."""
+    k = int(options["k"])
+    products = lanczos_products(workload, options, k)
+    return MeasureCost(
+        mean_products(workload, options, products, gradients=1),
+        held_bytes=2.0 * workload.parameter_bytes,  # P^-1/2, and a coupled decay
+        held_bytes_shared=basis_bytes(workload, products.expected),
+        result_bytes=ENTRY * 2 * k + k,  # a flag takes a byte
+    )
+
+
+@declares_cost(_cost)
 @record_options
 @curvature_arguments()
 def preconditioned_sharpness(

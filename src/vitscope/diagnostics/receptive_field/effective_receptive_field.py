@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from torch import nn
 
+from vitscope.core.cost.image_passes import TAPS, guard_checks
+from vitscope.core.cost.measure_cost import Count, MeasureCost, Options, Work, Workload, WorkUnit, declares_cost
 from vitscope.core.losses.requirements import check_images
 from vitscope.core.measure_options import record_options
 from vitscope.core.objective_card import ObjectiveCard
@@ -19,7 +22,7 @@ from vitscope.core.results.result import TAP_COORDINATES, Result
 from vitscope.core.run_inputs import UntrainedModel
 from vitscope.core.tap import Tap, chosen_taps, tap_fields
 from vitscope.core.undefined_values import warn_nulls
-from vitscope.diagnostics.receptive_field._gradients import RADIUS_SHARES, FieldsOfTaps, measure_fields
+from vitscope.diagnostics.receptive_field._gradients import RADIUS_SHARES, FieldsOfTaps, field_pass, measure_fields
 from vitscope.stats.intervals import LEAST_IMAGES, check_level, few_images
 from vitscope.stats.jackknife import jackknife_half_width
 
@@ -115,6 +118,29 @@ class EffectiveReceptiveFieldResult(
         return values
 
 
+@contextmanager
+def _field_pass(probe: Probe, options: Options) -> Iterator[Callable[[], object]]:
+    with field_pass(probe, chosen_taps(probe.taps, options["taps"]), options["contribution"]) as read_fields:
+        yield read_fields
+
+
+#: a forward pass and a backward pass for each tap
+_FIELD_PASS = WorkUnit("pass with a gradient for each tap", _field_pass, ("taps", "contribution"))
+
+
+def _cost(workload: Workload, options: Options) -> MeasureCost:
+    """Return a pass with the gradients of all taps over all images, and another of the model before training."""
+    n_models = 1 + workload.input_size(options, "initial")
+    checks = [*guard_checks(workload)] * n_models  # each model has a probe of its own
+    works = [
+        Work(_FIELD_PASS, Count.exactly(n_models), workload.n_images),
+        Work(TAPS, Count.exactly(1), workload.first_batch, is_divided=False),
+        *checks,
+    ]
+    return MeasureCost(works, held_bytes=(n_models - 1.0) * workload.parameter_bytes)
+
+
+@declares_cost(_cost)
 @record_options
 def effective_receptive_field(
     probe: Probe,

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from vitscope.core.cost.image_passes import EVALUATION, TAPS, guard_checks
+from vitscope.core.cost.measure_cost import Count, MeasureCost, Options, Work, Workload, declares_cost
 from vitscope.core.measure_options import record_options
 from vitscope.core.objective_card import ObjectiveCard
 from vitscope.core.probe import Probe
@@ -94,6 +96,17 @@ class TapTableResult(Result, coordinates=COORDINATES):
             yield name, kind, str(stage), f"{depth:.3f}", "x".join(str(n) for n in shape)
 
 
+def _cost(workload: Workload, options: Options) -> MeasureCost:
+    """Return the search for taps and a pass with one image."""
+    works = [
+        Work(TAPS, Count.exactly(1), workload.first_batch, is_divided=False),
+        Work(EVALUATION, Count.exactly(1), 1, is_divided=False),
+        *guard_checks(workload),
+    ]
+    return MeasureCost(works)
+
+
+@declares_cost(_cost)
 @record_options
 def tap_table(probe: Probe) -> TapTableResult:
     """List a probe's taps, with the shapes that one forward pass of the first image gives them, and the units of its model.

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vitscope.core.cost.image_passes import evaluations, guard_checks
+from vitscope.core.cost.measure_cost import ENTRY, Count, MeasureCost, Options, UnknownCost, Workload, declares_cost
 from vitscope.core.measure_options import record_options
 from vitscope.core.objective_card import ObjectiveCard
 from vitscope.core.probe import Probe
@@ -82,6 +84,25 @@ class TrajectoryResult(Result, coordinates={"checkpoint": "labels", "x": "x", "y
         }
 
 
+def _cost(workload: Workload, options: Options) -> MeasureCost:
+    """Return two evaluations for each checkpoint, as it was saved and projected, and those of the grid."""
+    n_checkpoints = len(options["labels"] or ()) or workload.input_size(options, "checkpoints")
+    if not n_checkpoints:
+        raise UnknownCost("it depends on the number of checkpoints")
+    n_grid = int(options["n"]) ** 2
+    works = [
+        evaluations(workload, options, Count.exactly(2 * n_checkpoints + n_grid)),
+        *guard_checks(workload, moves_weights=True),
+    ]
+    # nine numbers of a checkpoint, the two shares, the sides and both surfaces; differences, axes and the weights to go back to
+    return MeasureCost(
+        works,
+        held_bytes=(n_checkpoints + 3.0) * workload.parameter_bytes,
+        result_bytes=ENTRY * (9 * n_checkpoints + 2 + 2 * int(options["n"]) + 2 * n_grid),
+    )
+
+
+@declares_cost(_cost)
 @record_options
 def trajectory(
     probe: Probe,

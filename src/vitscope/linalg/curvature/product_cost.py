@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import fields
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
 
 from vitscope.core.cost.image_passes import guard_checks
-from vitscope.core.cost.measure_cost import Count, Options, Work, Workload, WorkUnit
+from vitscope.core.cost.measure_cost import Count, MeasureCost, Options, UnknownCost, Work, Workload, WorkUnit
 from vitscope.core.probe import Probe
 from vitscope.linalg.curvature.curvature_options import CurvatureOptions
 from vitscope.linalg.curvature.operator_factory import Curvatures, curvatures
@@ -122,6 +122,18 @@ def search_products(workload: Workload, options: Options, n_values: int) -> Coun
     return Count(min(most, expected_search_products(n_values)), least, most)
 
 
+def lanczos_products(workload: Workload, options: Options, n_values: int) -> Count:
+    """Return what `search_products` does, of a measure without other solvers.
+
+    Raises:
+        UnknownCost: The options name another solver.
+    """
+    products = search_products(workload, options, n_values)
+    if products is None:
+        raise UnknownCost("the products of power iteration depend on the spectrum")
+    return products
+
+
 def expected_search_products(n_values: int) -> int:
     """Return the number of products that a search for that many eigenvalues is taken to make.
 
@@ -134,3 +146,72 @@ def expected_search_products(n_values: int) -> int:
 def basis_bytes(workload: Workload, n_rows: float) -> float:
     """Return the bytes of a basis of that many rows and of two vectors beside it."""
     return (n_rows + 2) * workload.parameter_bytes
+
+
+def subset_sizes(workload: Workload, subsets: Mapping[str, Any], options: Options) -> dict[str, int]:
+    """Return the number of parameters of each subset of the model.
+
+    Args:
+        workload: What is measured.
+        subsets: What ``parameters=`` takes, by name.
+        options: The measure's other curvature options.
+
+    Raises:
+        UnknownCost: No model is at hand.
+    """
+    probe = workload.model_probe()
+    sizes = {}
+    for name, subset in subsets.items():
+        subset_options = replace(curvature_options(options), parameters=subset)
+        with curvatures(probe, subset_options) as operators:
+            sizes[name] = sum(p.numel() for p in operators.parameters.values())
+    return sizes
+
+
+def restricted(workload: Workload, n_parameters: int) -> Workload:
+    """Return a workload of some parameters of its model.
+
+    Raises:
+        UnknownCost: No model is at hand.
+    """
+    share = n_parameters / sum(p.numel() for p in workload.model_probe().parameters().values())
+    return replace(
+        workload,
+        n_parameters=round(share * workload.n_parameters),
+        parameter_bytes=round(share * workload.parameter_bytes),
+    )
+
+
+def with_options(cost: MeasureCost, text: str, **options: Any) -> MeasureCost:
+    """Return the cost of a part of a measure that is done with other options, which its pieces of work are timed with.
+
+    Args:
+        cost: By the formula, with the other options.
+        text: Words for them, which tell its pieces of work from those of other parts.
+        options: The options that differ.
+    """
+    works = [
+        replace(
+            work,
+            unit=replace(
+                work.unit,
+                name=f"{work.unit.name}, {text}",
+                prepare=_OtherOptions(work.unit.prepare, text, options),
+                options=tuple(name for name in work.unit.options if name not in options),
+            ),
+        )
+        for work in cost.works
+    ]
+    return replace(cost, works=works)
+
+
+@dataclass(frozen=True)
+class _OtherOptions:
+    """The preparation of a piece of work with some options in place of the measure's; equal where ``text`` is."""
+
+    prepare: Callable[[Probe, Options], AbstractContextManager[Callable[[], object]]]
+    text: str
+    options: Mapping[str, Any] = field(compare=False)
+
+    def __call__(self, probe: Probe, options: Options) -> AbstractContextManager[Callable[[], object]]:
+        return self.prepare(probe, {**options, **self.options})
