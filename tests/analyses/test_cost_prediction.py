@@ -128,7 +128,7 @@ def test_every_chosen_analysis_is_predicted_or_unknown(monkeypatch: pytest.Monke
 @pytest.mark.filterwarnings("ignore")
 def test_sizes_of_what_a_run_supplies_are_known_before_it_starts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cost_prediction, "TIMED_S", 0.0)
-    names = ["calibration", "depth_probes", "receptive_field", "trajectory"]
+    names = ["calibration", "depth_probes", "effective_receptive_field", "trajectory"]
     few = [f"analysis.{name}.probe.{key}=4" for name in names for key in ("n_images", "batch_size")]
     cfg = composed("analyze", *DIGITS, f"analysis=[{','.join(names)}]", *few, "analysis.depth_probes.train.n_images=6",
                    "analysis.depth_probes.n_neighbors=2", "analysis.trajectory.n=2")  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -71,25 +72,25 @@ def test_hyperband_rungs_and_verdicts() -> None:
     assert kept == [2, 2, None, None]  # the best half of four
 
 
-def test_bayes_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bayes_says_what_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     sweep = sweep_of({"optimizer.lr": {"min": 0.1, "max": 1.0}}, method="bayes", run_cap=3)
     monkeypatch.setitem(sys.modules, "optuna", None)
     with pytest.raises(ConfigError, match="needs optuna, which is not installed; pip install optuna"):
-        search_algorithms.start(sweep, None, {})
+        search_algorithms.start(sweep, None, {}, tmp_path)
 
 
-def test_bayes_refuses_the_optuna_of_hydras_sweeper(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bayes_refuses_the_optuna_of_hydras_sweeper(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     sweep = sweep_of({"optimizer.lr": {"min": 0.1, "max": 1.0}}, method="bayes", run_cap=3)
     monkeypatch.setitem(sys.modules, "optuna", SimpleNamespace(__version__="2.10.1"))
     with pytest.raises(ConfigError, match=r"needs Optuna >= 4, received 2.10.1 .*; pip install 'vitscope\[optuna\]'"):
-        search_algorithms.start(sweep, None, {})
+        search_algorithms.start(sweep, None, {}, tmp_path)
 
 
-def test_bayes_learns_and_repeats_what_was_asked() -> None:
+def test_bayes_learns_and_repeats_what_was_asked(tmp_path: Path) -> None:
     pytest.importorskip("optuna")
     nodes = {"optimizer.lr": {"min": 0.0, "max": 1.0}, "seed": {"value": 3}}
     sweep = sweep_of(nodes, method="bayes", run_cap=30)
-    first = search_algorithms.start(sweep, None, {})
+    first = search_algorithms.start(sweep, None, {}, tmp_path / "first")
     asked: dict[int, dict[str, Any]] = {}
     for index in range(30):
         params = first.ask(index)
@@ -99,8 +100,24 @@ def test_bayes_learns_and_repeats_what_was_asked() -> None:
     assert first.ask(30) is None
     late = [asked[index]["optimizer.lr"] for index in range(20, 30)]
     assert sum(abs(value - 0.7) for value in late) / 10 < 0.25  # uniform draws: 0.29 on average
-    again = search_algorithms.start(sweep, None, {0: asked[0], 1: asked[1]})
+    again = search_algorithms.start(sweep, None, {0: asked[0], 1: asked[1]}, tmp_path / "without a study")
     assert [again.ask(0), again.ask(1)] == [asked[0], asked[1]]
+    resumed = search_algorithms.start(sweep, None, {}, tmp_path / "first")
+    assert [resumed.ask(index) for index in range(30)] == [asked[index] for index in range(30)]
+
+
+def test_invocations_of_bayes_propose_one_list_of_trials(tmp_path: Path) -> None:
+    pytest.importorskip("optuna")
+    sweep = sweep_of({"optimizer.lr": {"min": 0.0, "max": 1.0}}, method="bayes", run_cap=8)
+    first, second = (search_algorithms.start(sweep, None, {}, tmp_path) for _ in range(2))
+    asked = [(first if index % 2 else second).ask(index) for index in range(8)]
+    assert asked == [(second if index % 2 else first).ask(index) for index in range(8)]
+    rates = [params["optimizer.lr"] for params in asked if params is not None]
+    assert len(set(rates)) == 8  # no draws are repeated
+    first.tell(3, {}, 0.5)
+    second.tell(3, {}, 0.25)  # both have seen it end; the first report counts
+    again = search_algorithms.start(sweep, None, {}, tmp_path)
+    assert [trial.value for trial in again._study.trials if trial.value is not None] == [0.5]  # type: ignore[attr-defined]  # of bayes
 
 
 def test_distributions_name_what_they_need() -> None:

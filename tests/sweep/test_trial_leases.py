@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from tests.sweep.test_local_runner import local, starts, sweep_of
+from tests.helpers.processes import wait_until
+from tests.sweep.test_local_runner import PROGRAM, local, starts, sweep_of
 from vitscope.reproduce import trial_jobs
 from vitscope.reproduce.plan import Outcome, Trial
 from vitscope.reproduce.planned_work import TRAIN, PlannedTrial
@@ -23,6 +24,7 @@ from vitscope.reproduce.trial_jobs import TrialJob, TrialJobs
 from vitscope.runs import run_lock
 from vitscope.runtime import progress
 from vitscope.sweep import sweep_file, trial_leases, trial_process
+from vitscope.sweep.sweep_file import Sweep
 from vitscope.sweep.trial_leases import TrialLeases
 from vitscope.sweep.trial_process import ChildProcess, JobProcess, Slot
 
@@ -193,6 +195,52 @@ def test_two_invocations_share_a_sweep(tmp_path: Path) -> None:
     assert [len(starts(trial)) for trial in again.trials] == [
         2 if trial.params["do"] == "fail" else 1 for trial in again.trials
     ]
+
+
+def bayes_of(do: str, n: int) -> Sweep:
+    metric = {"name": "val/accuracy", "goal": "maximize"}
+    nodes = {"do": {"value": do}, "accuracy": {"min": 0.0, "max": 1.0}}
+    content = {"program": str(PROGRAM), "method": "bayes", "metric": metric, "run_cap": n, "parameters": nodes}
+    return Sweep(Path("x.yaml"), content)
+
+
+def forked_sweep(sweep: Sweep, root: Path) -> int:
+    """Run a sweep with one trial at a time in a forked process, whose number is returned; its exit code is the sweep's."""
+    if (child := os.fork()) == 0:
+        code = 99
+        try:
+            code = local(sweep, root, jobs=1).run()
+        finally:
+            os._exit(code)
+    return child
+
+
+def test_two_invocations_share_a_sweep_that_learns(tmp_path: Path) -> None:
+    pytest.importorskip("optuna")
+    sweep = bayes_of("learn", 8)
+    children = [forked_sweep(sweep, tmp_path) for _ in range(2)]
+    assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0, 0]
+    again = local(sweep, tmp_path)
+    assert again.run() == 0
+    assert [len(starts(trial)) for trial in again.trials] == [1] * 8
+    values = [trial.value for trial in again.search._study.trials]  # type: ignore[attr-defined]  # of bayes
+    assert values == pytest.approx([trial.params["accuracy"] for trial in again.trials])  # each was told once
+
+
+def test_a_killed_invocation_s_trial_of_a_sweep_that_learns_is_taken_over(tmp_path: Path) -> None:
+    pytest.importorskip("optuna")
+    sweep = bayes_of("wait", 1)  # its trial waits until it is killed; the next start finishes
+    killed = forked_sweep(sweep, tmp_path)
+    wait_until(lambda: any(tmp_path.glob("*/*/ready")), "a trial")
+    other = forked_sweep(sweep, tmp_path)
+    time.sleep(0.2)
+    os.kill(killed, signal.SIGKILL)
+    os.waitpid(killed, 0)
+    assert os.waitstatus_to_exitcode(os.waitpid(other, 0)[1]) == 0
+    (trial,) = tmp_path.glob("*/000-*")
+    rows = [json.loads(line) for line in (trial / "starts.txt").read_text().splitlines()]
+    assert [row["resumed"] for row in rows] == [False, True]
+    assert [t.state.name for t in local(sweep, tmp_path).search._study.trials] == ["COMPLETE"]  # type: ignore[attr-defined]  # of bayes
 
 
 def test_a_trial_that_died_is_told_to_other_invocations(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from vitscope.core.measure_options import with_options
 from vitscope.core.probe import Probe
+from vitscope.core.sharding.sharded_parameters import plain_weights
 from vitscope.core.structure_lookup import structure_reader
 from vitscope.core.tap import Tap
 from vitscope.runtime.distributed import failing_together, world_size
@@ -165,14 +166,15 @@ def one_pass(probe: Probe, measures: Mapping[str, Mapping[str, Any]]) -> dict[st
 def collect(probe: Probe, measures: Sequence[tuple[Callable[..., Any], Mapping[str, Any]]]) -> list[Any]:
     """Return the results of pairs of a measure and its options, see `one_pass`; each must have an accumulator."""
     accumulators: list[Accumulator] = []
-    with failing_together():
-        for measure, options in measures:
-            make = accumulator_of(measure, options)
-            assert make is not None
-            unused = _options_of_other_passes(measure, make)  # all None
-            accumulators.append(make(probe, **{key: value for key, value in options.items() if key not in unused}))
-        run_feature_pass(probe, accumulators, "feature maps")
-    return [
-        with_options(accumulator.result(), measure, probe, **options)
-        for accumulator, (measure, options) in zip(accumulators, measures, strict=True)
-    ]
+    with plain_weights(probe.model):
+        with failing_together():
+            for measure, options in measures:
+                make = accumulator_of(measure, options)
+                assert make is not None
+                unused = _options_of_other_passes(measure, make)  # all None
+                accumulators.append(make(probe, **{key: value for key, value in options.items() if key not in unused}))
+            run_feature_pass(probe, accumulators, "feature maps")
+        return [
+            with_options(accumulator.result(), measure, probe, **options)
+            for accumulator, (measure, options) in zip(accumulators, measures, strict=True)
+        ]

@@ -6,15 +6,17 @@ import functools
 import inspect
 import math
 from collections.abc import Callable, Collection, Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from os import PathLike, fspath
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from vitscope.core.probe import Probe
+from vitscope.core.sharding.sharded_parameters import plain_weights
 
 #: arguments of measures that do not change what a number means: draws, memory, chunks, finished rows, how a product or a pass
 #: is computed (the card's solver states products by differences), what belongs to the model itself (its checkpoints, its initial
@@ -31,6 +33,9 @@ INCIDENTAL_OF = frozenset({
     ("edge_of_stability", "optimizer"),
 })  # fmt: skip
 
+#: measures that leave the weights of a sharded model on their ranks where their options allow it
+KEEP_SHARDS = frozenset({"hessian_eigenvalues", "hessian_trace", "spectral_density"})
+
 #: names of one argument, of which each measure has one and accepts the others: how many eigenvalues are computed, ``k`` of the
 #: mean over all batches and ``n_top`` of each
 EQUIVALENT = ("k", "n_top")
@@ -42,14 +47,20 @@ R = TypeVar("R")
 def record_options(measure: Callable[P, R]) -> Callable[P, R]:
     """Decorate a measure: its result's card gets the options it was called with, defaults included.
 
-    An argument may be passed under another of the `EQUIVALENT` names; the card has the measure's own.
+    An argument may be passed under another of the `EQUIVALENT` names; the card has the measure's own. A model whose weights are
+    sharded over ranks has whole copies of them for the time of the measure, but for measures of `KEEP_SHARDS`; all ranks call it
+    together.
     """
     parameters = inspect.signature(measure).parameters
+    keeps_shards = getattr(measure, "__name__", "") in KEEP_SHARDS
 
     @functools.wraps(measure)
     def recording(*args: P.args, **kwargs: P.kwargs) -> R:
         _rename_equivalent(kwargs, parameters)
-        return with_options(measure(*args, **kwargs), recording, *args, **kwargs)
+        probe = args[0] if args else kwargs.get("probe")
+        is_whole = keeps_shards or not isinstance(probe, Probe)
+        with nullcontext() if is_whole else plain_weights(cast(Probe, probe).model):
+            return with_options(measure(*args, **kwargs), recording, *args, **kwargs)
 
     return recording
 

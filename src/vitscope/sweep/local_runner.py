@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import math
 import signal
@@ -14,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from vitscope.runs import metrics_log, run_lock
-from vitscope.runtime.errors import ConfigError, StorageError
 from vitscope.sweep import early_termination, job_scheduler, search_algorithms, sweep_file, trial_leases, trial_process
 from vitscope.sweep.sweep_file import Sweep
 from vitscope.sweep.trial_leases import TrialLeases
@@ -82,7 +80,7 @@ class LocalSweep:
 
     Raises:
         StorageError: the folder cannot be written.
-        ConfigError: another process runs this sweep, whose method is ``bayes``.
+        ConfigError: a search that has no end, or Optuna is not installed.
     """
 
     def __init__(
@@ -101,8 +99,6 @@ class LocalSweep:
         terminate = sweep.content.get("early_terminate")
         self.rungs = early_termination.rungs(terminate) if terminate else []
         self.eta = float(terminate.get("eta", 3)) if terminate else 3.0
-        # what Bayes proposes depends on what it was told, so that two invocations would propose different trials
-        self._lock = lock(self.folder, "SWEEP") if sweep.method == "bayes" else None
         self._leases = TrialLeases(self.folder)
         self._leases.begin()
         self._elsewhere: list[Trial] = []
@@ -112,7 +108,7 @@ class LocalSweep:
         self._n_earlier_rows, self._journal_size = len(rows), -1
         self._new_ends: Mapping[int, Mapping[str, Any]] = {}
         earlier_trials, self._early, self._earlier_seconds = _past(rows)
-        self.search = search_algorithms.start(sweep, limit, earlier_trials)
+        self.search = search_algorithms.start(sweep, limit, earlier_trials, self.folder)
 
     def run(self) -> int:
         """Run what is not complete.
@@ -128,8 +124,6 @@ class LocalSweep:
                 pass
         finally:
             self._leases.close()
-            if self._lock is not None:
-                self._lock.close()
         return next((trial.exit_code or 1 for trial in self.trials if trial.state not in COMPLETE), 0)
 
     def failed(self) -> list[Trial]:
@@ -222,7 +216,8 @@ class LocalSweep:
     def _noted(self, trial: Trial) -> None:
         """Read the values of a trial that was not performed here."""
         self._read(trial)
-        self.search.tell(trial.index, trial.params, trial.value)
+        if trial.state in COMPLETE:  # one that failed is tried again by the next invocation
+            self.search.tell(trial.index, trial.params, trial.value)
         self.show(self, trial)
 
     def start(self, trial: Trial, slot: Slot) -> JobProcess:
@@ -253,7 +248,8 @@ class LocalSweep:
         self._note(event="end", trial=trial.index, state=trial.state, exit_code=trial.exit_code, wall_s=round(seconds, 3),
                    value=trial.value, rung=trial.rung)  # fmt: skip
         self._leases.release(trial.folder.name)
-        self.search.tell(trial.index, trial.params, trial.value if trial.state in COMPLETE else None)
+        if trial.state in COMPLETE:
+            self.search.tell(trial.index, trial.params, trial.value)
         self.show(self, trial)
 
     def watch(self) -> None:
@@ -293,30 +289,6 @@ def program_command(sweep: Sweep) -> list[str]:
     """Return the command of a sweep's program: its file, or ``train.py`` wherever the package has it."""
     path = Path(sweep.program)
     return [sys.executable, sweep.program] if path.is_file() else trial_process.train_program()
-
-
-def lock(folder: Path, key: str) -> Any:
-    """Make a folder and hold it; closing the returned file gives it back.
-
-    Args:
-        folder: Folder that one process at a time may use.
-        key: Setting that errors name.
-
-    Raises:
-        StorageError: It cannot be written.
-        ConfigError: Another process holds it.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / "lock").open("w")
-    except OSError as error:
-        raise StorageError("paths.runs", folder, f"not writable ({error.strerror})", "choose another folder") from None
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        file.close()
-        raise ConfigError(key, folder.name, "another process runs it", "wait for it, or stop it") from None
-    return file
 
 
 def _past(rows: Sequence[Mapping[str, Any]]) -> tuple[Mapping[int, dict[str, Any]], set[int], Mapping[int, float]]:

@@ -6,14 +6,22 @@ import logging
 import math
 import warnings
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any, Protocol
 
-from vitscope.runtime.errors import ConfigError
+import numpy as np
+
+from vitscope.runs import run_lock
+from vitscope.runtime.errors import ConfigError, StorageError
 from vitscope.sweep import distributions, sweep_file
 from vitscope.sweep.sweep_file import Sweep
 
 #: first release of Optuna that is supported
 OLDEST_OPTUNA = 4
+
+#: file of Optuna's study in the folder of a sweep
+STUDY = "study.log"
 
 _SPACES = ("categorical", "int_uniform", "uniform", "q_uniform", "log_uniform_values")
 
@@ -35,13 +43,14 @@ class Search(Protocol):
         ...
 
 
-def start(sweep: Sweep, limit: int | None, earlier_trials: Mapping[int, dict[str, Any]]) -> Search:
+def start(sweep: Sweep, limit: int | None, earlier_trials: Mapping[int, dict[str, Any]], folder: Path) -> Search:
     """Return the search of a sweep's method.
 
     Args:
         sweep: the sweep.
         limit: largest number of trials.
         earlier_trials: trials that an earlier invocation proposed, by number; a search that learns must propose them again.
+        folder: of the sweep, which all invocations share; a search that learns keeps its study there.
 
     Raises:
         ConfigError: a search that has no end, or Optuna is not installed.
@@ -52,7 +61,7 @@ def start(sweep: Sweep, limit: int | None, earlier_trials: Mapping[int, dict[str
             raise ConfigError(
                 "run_cap", None, "a bayes sweep has no end without it", "set run_cap in the file, or LIMIT=n"
             )
-        return Bayes(sweep, n, earlier_trials)
+        return Bayes(sweep, n, earlier_trials, folder)
     return Listed(sweep_file.planned(sweep, limit))
 
 
@@ -76,26 +85,37 @@ class Listed:
 
 
 class Bayes:
-    """Optuna's tree-structured Parzen estimator, seeded by the sweep; trials that run count as bad ones meanwhile."""
+    """Optuna's tree-structured Parzen estimator on a study that several invocations share, also on several machines.
 
-    def __init__(self, sweep: Sweep, n: int, earlier_trials: Mapping[int, dict[str, Any]]) -> None:
+    The study is Optuna's journal file in the sweep's folder. Trial ``index`` is the study's trial of that number: the first
+    invocation that asks for it proposes it, from all values that were told until then, and the others receive the same. The
+    draws are a function of the sweep and the number. Trials that run count as bad ones until they end.
+
+    Args:
+        sweep: the sweep.
+        n: number of trials.
+        earlier_trials: trials that a sweep without a study has proposed, by number.
+        folder: of the sweep.
+    """
+
+    def __init__(self, sweep: Sweep, n: int, earlier_trials: Mapping[int, dict[str, Any]], folder: Path) -> None:
         optuna = _optuna()
         optuna.logging.set_verbosity(logging.WARNING)
-        self._optuna, self._n, self._known, self._asked = optuna, n, dict(earlier_trials), {}
+        self._optuna, self._n, self._known, self._folder = optuna, n, dict(earlier_trials), folder
         self._parameters = sweep.parameters
         self._space = {key: node for key, node in sweep.parameters.items() if "value" not in node}
         for key, node in self._space.items():
             if (name := distributions.distribution(key, node)) not in _SPACES:
                 reason = "has no counterpart in Optuna"
                 raise ConfigError(f"parameters.{key}", name, reason, f"use {', '.join(_SPACES)} (categorical: values)")
-        seed = int(sweep.name.rpartition("-")[2], 16) % 2**31
+        self._seed = int(sweep.name.rpartition("-")[2], 16) % 2**31
         direction = "maximize" if sweep.metric[1] else "minimize"
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Optuna calls constant_liar experimental
-            sampler = optuna.samplers.TPESampler(
-                seed=seed, constant_liar=True, n_startup_trials=min(10, max(2, n // 3))
+        with self._alone():
+            backend = optuna.storages.journal.JournalFileBackend(str(folder / STUDY))
+            storage = optuna.storages.JournalStorage(backend)
+            self._study = optuna.create_study(
+                storage=storage, study_name=sweep.name, direction=direction, load_if_exists=True
             )
-        self._study = optuna.create_study(direction=direction, sampler=sampler)
 
     @property
     def n_trials(self) -> int:
@@ -103,28 +123,52 @@ class Bayes:
         return self._n
 
     def ask(self, index: int) -> dict[str, Any] | None:
-        """Return trial ``index``: the earlier proposal where there was one, else a new one."""
+        """Return trial ``index``: what was proposed before, here or by another invocation, else a new proposal."""
         if index >= self._n:
             return None
-        if index in self._known:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # so it does enqueue_trial
-                self._study.enqueue_trial({key: self._known[index][key] for key in self._space})
+        with self._alone():
+            while (n_proposed := len(self._study.get_trials(deepcopy=False))) <= index:
+                self._propose(n_proposed)
+            drawn = self._study.get_trials(deepcopy=False)[index].params
+        single = {key: node["value"] for key, node in self._parameters.items() if "value" in node}
+        values = {**single, **drawn}
+        return {key: values[key] for key in self._parameters}
+
+    def _propose(self, number: int) -> None:
+        """Add the trial of a number to the study."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Optuna calls constant_liar and enqueue_trial experimental
+            # invocations with one stream of draws each would propose the same trials
+            seed = int(np.random.SeedSequence((self._seed, number)).generate_state(1)[0])
+            self._study.sampler = self._optuna.samplers.TPESampler(
+                seed=seed, constant_liar=True, n_startup_trials=min(10, max(2, self._n // 3))
+            )
+            if number in self._known:
+                self._study.enqueue_trial({key: self._known[number][key] for key in self._space})
         trial = self._study.ask()
         for key, node in self._space.items():
             _suggest(trial, key, node)
-        self._asked[index] = trial
-        single = {key: node["value"] for key, node in self._parameters.items() if "value" in node}
-        drawn = {**single, **trial.params}
-        return {key: drawn[key] for key in self._parameters}
 
     def tell(self, index: int, params: Mapping[str, Any], value: float | None) -> None:
-        """Report a trial's value; a trial without a finite one counts as failed and teaches nothing."""
-        trial = self._asked.pop(index)
-        if value is None or not math.isfinite(value):
-            self._study.tell(trial, state=self._optuna.trial.TrialState.FAIL)
-        else:
-            self._study.tell(trial, value)
+        """Report the value of a complete trial, once; without a finite one it counts as failed and teaches nothing."""
+        with self._alone():
+            if value is None or not math.isfinite(value):
+                self._study.tell(index, state=self._optuna.trial.TrialState.FAIL, skip_if_finished=True)
+            else:
+                self._study.tell(index, value, skip_if_finished=True)
+
+    def _alone(self) -> AbstractContextManager[None]:
+        """Return a context in which no other invocation reads or changes the study.
+
+        Raises:
+            StorageError: The folder cannot be written.
+        """
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            fix = "make it so, or choose another folder"
+            raise StorageError("paths.runs", self._folder, f"not writable ({error.strerror})", fix) from None
+        return run_lock.exclusive(self._folder)
 
 
 def _optuna() -> Any:

@@ -7,12 +7,14 @@ from typing import Any, cast
 
 from omegaconf import DictConfig
 from pytorch_lightning import Callback, LightningModule, Trainer
+from torch import nn
 
 from vitscope.analyses import runner
 from vitscope.analyses.context import AnalysisContext
 from vitscope.analyses.spec import Analysis, step_tag
 from vitscope.runs.run_dir import Run
 from vitscope.runs.wandb_mirror import WandbMirror
+from vitscope.runtime import distributed
 from vitscope.runtime.stop_flag import Interrupted
 from vitscope.training import resume_state
 from vitscope.training.accumulation import is_accumulating
@@ -139,5 +141,16 @@ class DiagnosticCallback(Callback):
             draws=draws,
         )  # fmt: skip
         self.started = self.started or bool(analyses)
+        if analyses:
+            _share_buffers(place.network)
         for analysis in analyses:
             self.results[analysis.name] = runner.perform(analysis, place)
+
+
+def _share_buffers(network: nn.Module) -> None:
+    """Give all ranks the first one's buffers, as the next pass of the training would: the last step left each its own.
+
+    Running statistics of BatchNorm differ between ranks then, and ranks that measure a share each would measure other functions.
+    """
+    for buffer in network.buffers():
+        distributed.broadcast(buffer)

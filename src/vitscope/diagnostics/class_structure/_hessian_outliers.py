@@ -68,7 +68,7 @@ def find_hessian_outliers(
     Args:
         probe: The model, batches and objective.
         options: Options of the curvature.
-        k: Number of eigenvalues; None for twice the classes and ten, at most `vitscope.diagnostics.class_structure._cost.MOST_EIGENVALUES`.
+        k: Number of eigenvalues; None for twice the classes and ten, at most 100.
         n_classes: Number of logits C.
         n_splits: Number of disjoint parts of the images on which the count is repeated.
         n_vectors: Number of random vectors of the measure, for the card.
