@@ -2,8 +2,8 @@
 
 Usage: python .ci/make_locks.py [path of uv]
 
-The versions are those of ``constraints.txt``, the packages those of ``pyproject.toml``. The locks of ``docs`` and ``bench`` have
-what these extras need beside ``dev``. No address of a server is written. Each file states the digest of what it was made from,
+The versions are those of ``constraints.txt``, the packages those of ``pyproject.toml``. The locks of other extras
+than ``dev`` have what they need beside it. No address of a server is written. Each file states the digest of what it was made from,
 which `tests/test_locks.py` compares.
 """
 
@@ -19,8 +19,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 LOCKS = ROOT / "locks"
-#: extras of pyproject.toml that have a lock: `make setup`, `make docs` and `make bench` install them
-EXTRAS = ("dev", "docs", "bench")
+#: extras of pyproject.toml that have a lock; `make setup`, `make docs` and `make bench` install the first three
+EXTRAS = ("dev", "docs", "bench", "hf", "report")
 #: the oldest patch release of Python that every locked package supports
 PYTHON = "3.11.5"
 

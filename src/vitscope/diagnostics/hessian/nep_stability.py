@@ -73,7 +73,7 @@ def _cost(workload: Workload, options: Options) -> MeasureCost:
     """Return the searches of each setting, batch after batch."""
     probe, base, k = workload.model_probe(), workload.batch_size, int(options["k"])
     ks, finest = {*options["ks"], k}, min(options["tols"])
-    sizes = [
+    sizes: list[int] = [
         base,
         *(s for s in options["batch_sizes"] if s != base and s > 0 and s % base == 0 and s <= workload.n_images),
     ]
