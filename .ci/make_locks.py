@@ -3,8 +3,8 @@
 Usage: python .ci/make_locks.py [path of uv]
 
 The versions are those of ``constraints.txt``, the packages those of ``pyproject.toml``. The locks of other extras
-than ``dev`` have what they need beside it. No address of a server is written. Each file states the digest of what it was made from,
-which `tests/test_locks.py` compares.
+than ``dev`` have what they need beside it. No address of a server is written. Each file states the digest of what it was made
+from, which `tests/test_locks.py` compares.
 """
 
 from __future__ import annotations
