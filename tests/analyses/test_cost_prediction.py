@@ -149,6 +149,20 @@ def test_sizes_of_what_a_run_supplies_are_known_before_it_starts(monkeypatch: py
     assert all(cost.seconds is not None and cost.seconds.expected > 0 for cost in costs)
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_the_pieces_of_work_of_all_measures_can_be_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cost_prediction, "TIMED_S", 0.0)
+    names = ["adversarial", "attention_distance", "hessian_block_densities", "hessian_class_structure", "critical_point",
+             "branch_transfer", "gradient_noise", "hessian_by_kind", "nep_stability", "rayleigh_split", "curvature_exponents",
+             "lesion", "edge_of_stability", "normalized_hessian", "preconditioned_sharpness", "taps"]  # fmt: skip
+    few = [f"analysis.{name}.probe.{key}={n}" for name in names for key, n in (("n_images", 8), ("batch_size", 4))]
+    cfg = composed("analyze", *DIGITS, f"analysis=[{','.join(names)}]", *few)
+    costs = predict_costs(cfg, spec.parse(cfg.analysis), factories.model(cfg), factories.data(cfg))
+    assert {cost.name: cost.reason for cost in costs} == dict.fromkeys(names, "")
+    assert all(cost.seconds is not None and cost.seconds.expected > 0 for cost in costs)
+
+
 def test_a_network_that_fails_is_unknown_with_its_error() -> None:
     cfg = composed("analyze", *DIGITS, "analysis=[evaluation]", "analysis.evaluation.probe.n_images=4")
     (cost,) = predict_costs(cfg, spec.parse(cfg.analysis), nn.Linear(3, 2), factories.data(cfg))
