@@ -14,6 +14,7 @@ from vitscope.analyses import announcement, context, cost_prediction, runner, sp
 from vitscope.analyses.analysis_inputs import AnalysisInputs, prepare_inputs
 from vitscope.analyses.cost_prediction import PredictedCost
 from vitscope.config import error_translation, loading, model_facts
+from vitscope.core.cost.measure_cost import Count
 from vitscope.models.state_dicts import CURRENT_WEIGHTS
 from vitscope.runs import named_weights, run_dir, run_end, run_lock
 from vitscope.runs.checkpoints import checkpoint_content, checkpoint_sequence
@@ -136,13 +137,19 @@ def _measure(inputs: AnalysisInputs, run: Run, mirror: WandbMirror) -> None:
 
 
 def _announce(place: context.AnalysisContext, defaults: Sequence[str]) -> None:
-    """Say what will be measured; rank 0 alone, since the prediction takes two forward passes."""
+    """Say what will be measured; rank 0 alone, since the prediction takes forward passes and products of its own."""
     if rank() != 0 or not place.due:
         return
     measured = runner.measured_before(place.due, place) if place.cfg.reuse else []
     announcement.announce(place.cfg, place.due, place.datamodule, defaults=defaults)
     device = next((parameter.device for parameter in place.network.parameters()), torch.device("cpu"))
-    prediction = time_prediction.predict(place.due, place.network, place.datamodule, measured)
+
+    def time_products(analyses: Sequence[spec.Analysis]) -> Mapping[str, Count]:
+        if world_size() != 1:  # they make each product together
+            return {}
+        return cost_prediction.predict_times(place.cfg, analyses, place.network, place.datamodule, place.content)
+
+    prediction = time_prediction.predict(place.due, place.network, place.datamodule, measured, time_products)
     announcement.announce_device(device, prediction)
     announcement.announce_image_cache(place.cfg, place.due, place.datamodule, device)
 

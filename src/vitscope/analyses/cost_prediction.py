@@ -47,6 +47,9 @@ MOST_REPEATS = 5
 #: seconds of a piece of work from which its first time counts: the warming of caches is a small part of it
 LONG_S = 2.0
 
+#: products with one batch that an analysis is expected to make before one is timed at its start, which adds about a tenth at most
+LEAST_PRODUCTS = 20
+
 #: seconds; a name of its own so that tests can set the time
 clock: Callable[[], float] = time.perf_counter
 
@@ -134,6 +137,32 @@ def _input_sizes(analysis: Analysis, data: Any, n_checkpoints: int) -> dict[str,
     return sizes
 
 
+def predict_times(
+    cfg: DictConfig,
+    analyses: Sequence[Analysis],
+    network: nn.Module,
+    data: Any,
+    content: Mapping[str, Any] | None = None,
+) -> dict[str, Count]:
+    """Return the predicted seconds of the analyses that are expected to make at least `LEAST_PRODUCTS` products.
+
+    Each of their pieces of work is done once on one batch, or for half a second where it is short.
+
+    Args:
+        cfg: As for `predict_costs`, and likewise the others.
+        analyses: What will be measured.
+        network: On its device; it is given back as it was.
+        data: Data module.
+        content: Checkpoint of the weights.
+
+    Returns:
+        Seconds by analysis; those that make fewer products, or have no formula, are left out.
+    """
+    times: dict[Any, UnitCost] = {}
+    costs = [_predicted(cfg, analysis, network, data, 1, content, 0, times, in_short=True) for analysis in analyses]
+    return {cost.name: cost.seconds for cost in costs if cost.seconds is not None}
+
+
 def _predicted(
     cfg: DictConfig,
     analysis: Analysis,
@@ -143,6 +172,7 @@ def _predicted(
     content: Mapping[str, Any] | None,
     n_checkpoints: int,
     times: dict[Any, UnitCost],
+    in_short: bool = False,
 ) -> PredictedCost:
     request = probe_request(analysis, data)
     options = all_options(analysis.measure, analysis.options)
@@ -160,6 +190,8 @@ def _predicted(
         return PredictedCost(analysis.name, reason=str(error))
     except Exception as error:  # the analysis itself reports it
         return PredictedCost(analysis.name, reason=_line(error))
+    if in_short and _batch_products(cost, min(n_images, request["batch_size"])) < LEAST_PRODUCTS:
+        return PredictedCost(analysis.name, reason="few products")
     units: dict[str, UnitCost] = {}
     for work in cost.works:
         key = (work.unit.key(options), tuple(sorted((name, str(value)) for name, value in request.items())))
@@ -168,7 +200,7 @@ def _predicted(
             try:
                 n_timed = work.unit.n_timed or request["batch_size"]
                 one_batch = _probe_of(cfg, network, data, request, min(n_images, n_timed), n_timed, content)
-                times[key] = measure_unit(work.unit, one_batch, options)
+                times[key] = measure_unit(work.unit, one_batch, options, count_bytes=not in_short)
             except Interrupted:
                 raise
             except Exception as error:  # likewise
@@ -177,13 +209,19 @@ def _predicted(
     return combined(analysis.name, cost, units, n_images, n_ranks, model_bytes(network))
 
 
-def measure_unit(unit: WorkUnit, probe: Probe, options: Mapping[str, Any]) -> UnitCost:
+def _batch_products(cost: MeasureCost, batch_size: int) -> float:
+    """Return the number of products with a batch that an analysis is expected to make."""
+    return sum(work.repeats.expected * work.n_images / batch_size for work in cost.works if work.unit.is_product)
+
+
+def measure_unit(unit: WorkUnit, probe: Probe, options: Mapping[str, Any], count_bytes: bool = True) -> UnitCost:
     """Return the time and the bytes of a piece of work.
 
     Args:
         unit: The piece of work.
         probe: Of one batch.
         options: All options of the measure.
+        count_bytes: Whether the work is done once more to count its bytes; otherwise they are zero.
     """
     device = probe.device
     with warnings.catch_warnings():
@@ -193,7 +231,7 @@ def measure_unit(unit: WorkUnit, probe: Probe, options: Mapping[str, Any]) -> Un
             seconds = [first] if first > LONG_S else []
             while not seconds or (sum(seconds) < TIMED_S and len(seconds) < MOST_REPEATS):
                 seconds.append(_timed(compute, device))
-            n_bytes = peak_bytes(compute, device)
+            n_bytes = peak_bytes(compute, device) if count_bytes else 0.0
     return UnitCost(statistics.median(seconds), n_bytes, probe.n_images)
 
 

@@ -1,14 +1,14 @@
-"""Prediction of the time of analyses that are forward passes alone, when they start: one pass is timed.
+"""Prediction of the time of analyses when they start: one forward pass is timed, and one product where many follow.
 
-Products, gradients and statistics of feature maps are not timed here, since that would take as long as some analyses:
-``cost=true`` does so (`vitscope.analyses.cost_prediction`), by the same formulas.
+Gradients and statistics of feature maps are not timed here, since that would take as long as some analyses: ``cost=true`` does
+so (`vitscope.analyses.cost_prediction`), by the same formulas.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,12 +16,15 @@ from torch import nn
 
 from vitscope.analyses.spec import Analysis, probe_request
 from vitscope.core.cost.image_passes import EVALUATION, RECALIBRATED_EVALUATION
-from vitscope.core.cost.measure_cost import cost_of, workload_of
+from vitscope.core.cost.measure_cost import Count, cost_of, workload_of
 from vitscope.runtime.distributed import world_size
 from vitscope.runtime.text_layout import duration_text
 
-#: options that keep a measure of unknown time within a limit, by its name
+#: options that keep the time of a measure within a limit, by its name
 _LIMITS = {"hessian_max_eigenvalue_spectrum": "budget_s=60"}
+
+#: seconds of an analysis from which the option that limits it is named
+_LONG_S = 90.0
 
 #: images of the pass that is timed on a CPU, where the time of an image hardly depends on how many there are
 _TIMED_IMAGES = 16
@@ -35,16 +38,18 @@ class Prediction:
     """Times of the analyses of a command.
 
     Attributes:
-        seconds: Predicted time by analysis.
+        seconds: Predicted time by analysis, of forward passes alone.
         unpredicted: Analyses without a prediction.
         measured: Analyses that have a result already.
-        limits: Option that limits the time of an unpredicted analysis, by its name.
+        limits: Option that limits the time of an analysis that is long or not predicted, by its name.
+        product_seconds: Predicted time of analyses of products, with its bounds.
     """
 
     seconds: Mapping[str, float]
     unpredicted: Sequence[str]
     measured: Sequence[str]
     limits: Mapping[str, str]
+    product_seconds: Mapping[str, Count] = field(default_factory=dict)
 
     def __str__(self) -> str:
         """Return the prediction in words."""
@@ -52,16 +57,30 @@ class Prediction:
         if self.seconds:
             times = ", ".join(f"{name} {duration_text(seconds)}" for name, seconds in self.seconds.items())
             parts.append(f"predicted time (one forward pass timed): {times}")
+        if self.product_seconds:
+            times = ", ".join(
+                f"{name} {duration_text(count.expected)} (at most {duration_text(count.high)}){self._limit(name)}"
+                for name, count in self.product_seconds.items()
+            )
+            parts.append(f"predicted time (one product timed): {times}")
         if self.unpredicted:
-            limits = ", ".join(f"analysis.{name}.{option}" for name, option in self.limits.items())
-            hint = f" ({limits} sets a limit)" if limits else ""
+            hint = "".join(self._limit(name) for name in self.unpredicted)
             parts.append(f"no prediction for {', '.join(self.unpredicted)}{hint}")
         if self.measured:
             parts.append(f"already measured: {', '.join(self.measured)}")
         return "; ".join(parts) or "nothing to measure"
 
+    def _limit(self, name: str) -> str:
+        return f" (analysis.{name}.{self.limits[name]} sets a limit)" if name in self.limits else ""
 
-def predict(analyses: Sequence[Analysis], network: nn.Module, data: Any, measured: Sequence[str] = ()) -> Prediction:
+
+def predict(
+    analyses: Sequence[Analysis],
+    network: nn.Module,
+    data: Any,
+    measured: Sequence[str] = (),
+    time_products: Callable[[Sequence[Analysis]], Mapping[str, Count]] | None = None,
+) -> Prediction:
     """Return the predicted times of analyses.
 
     Args:
@@ -69,6 +88,8 @@ def predict(analyses: Sequence[Analysis], network: nn.Module, data: Any, measure
         network: On its device; modes and random states are left as they are.
         data: Data module.
         measured: Names of analyses that have a result already.
+        time_products: Returns the seconds of those of the other analyses whose products can be timed
+            (`vitscope.analyses.cost_prediction.predict_times`); None to time forward passes alone.
     """
     seconds: dict[str, float] = {}
     per_image: dict[tuple[Any, ...], float | None] = {}
@@ -84,13 +105,17 @@ def predict(analyses: Sequence[Analysis], network: nn.Module, data: Any, measure
             per_image[key] = _seconds_per_image(network, data, request)
         if (time_of_image := per_image[key]) is not None:
             seconds[analysis.name] = image_passes * time_of_image / world_size()
-    unpredicted = [analysis for analysis in remaining if analysis.name not in seconds]
+    others = [analysis for analysis in remaining if analysis.name not in seconds]
+    products = dict(time_products(others)) if time_products is not None else {}
     limits = {
         analysis.name: _LIMITS[analysis.measure.__name__]
-        for analysis in unpredicted
-        if analysis.measure.__name__ in _LIMITS and not analysis.options.get("budget_s")
+        for analysis in others
+        if analysis.measure.__name__ in _LIMITS
+        and not analysis.options.get("budget_s")
+        and (analysis.name not in products or products[analysis.name].expected > _LONG_S)
     }
-    return Prediction(seconds, [analysis.name for analysis in unpredicted], list(measured), limits)
+    unpredicted = [analysis.name for analysis in others if analysis.name not in products]
+    return Prediction(seconds, unpredicted, list(measured), limits, products)
 
 
 def _evaluated_images(

@@ -1,8 +1,8 @@
-"""Print the folder and the headline numbers of a run at the end of a command."""
+"""Print the folder, the headline numbers and the figures of a run at the end of a command."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -12,6 +12,7 @@ from vitscope.runs.run_dir import Run
 from vitscope.runs.wandb_mirror import WandbMirror
 
 _FIRST = ("test/accuracy", "test/nll", "test/ece", "val/accuracy", "train/loss")
+_MOST_FIGURES = 8
 _LEFT_OUT = ("step", "epoch", "time", "tag", "trainer/global_step", "lr-")
 
 
@@ -21,6 +22,14 @@ def headline_rows(values: Mapping[str, Any]) -> list[tuple[str, str]]:
     order = [k for k in _FIRST if k in numbers]
     order += sorted(k for k in numbers if k not in order and k.split("/")[0] not in ("train", "val"))
     return [(key, f"{numbers[key]:.4g}") for key in order]
+
+
+def _figure_list(run: Run, names: Sequence[str]) -> str:
+    """Return the path of a figure, or the folder of several with the first names."""
+    if len(names) == 1:
+        return str(run.figures / names[0])
+    more = f" and {len(names) - _MOST_FIGURES} more" if len(names) > _MOST_FIGURES else ""
+    return f"{run.figures}: {', '.join(names[:_MOST_FIGURES])}{more}"
 
 
 def print_headline(run: Run, values: Mapping[str, Any], mirror: WandbMirror) -> None:
@@ -33,6 +42,8 @@ def print_headline(run: Run, values: Mapping[str, Any], mirror: WandbMirror) -> 
         table.add_row(name, number)
     Console(width=None).print(table)
     print(f"run folder: {run.path}")
+    if names := sorted(path.name for path in run.figures.glob("*.png")):
+        print(f"figures (PDF and CSV beside each): {_figure_list(run, names)}")
     if mirror.url:
         print(f"W&B: {mirror.url}")
     mirror.table("headline", ["metric", "value"], [list(row) for row in headline])
