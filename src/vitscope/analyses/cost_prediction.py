@@ -146,7 +146,8 @@ def predict_times(
 ) -> dict[str, Count]:
     """Return the predicted seconds of the analyses that are expected to make at least `LEAST_PRODUCTS` products.
 
-    Each of their pieces of work is done once on one batch, or for half a second where it is short.
+    One product is made with one batch, or several for half a second where it is short; gradients and checks, which are few, are
+    taken to be as long.
 
     Args:
         cfg: As for `predict_costs`, and likewise the others.
@@ -192,19 +193,22 @@ def _predicted(
         return PredictedCost(analysis.name, reason=_line(error))
     if in_short and _batch_products(cost, min(n_images, request["batch_size"])) < LEAST_PRODUCTS:
         return PredictedCost(analysis.name, reason="few products")
+    # in short: gradients and checks, which are few, are taken to be as long as a product
+    product = next((work.unit for work in cost.works if work.unit.is_product), None) if in_short else None
     units: dict[str, UnitCost] = {}
     for work in cost.works:
-        key = (work.unit.key(options), tuple(sorted((name, str(value)) for name, value in request.items())))
+        unit = product or work.unit
+        key = (unit.key(options), tuple(sorted((name, str(value)) for name, value in request.items())))
         if key not in times:
             stop_flag.check()
             try:
-                n_timed = work.unit.n_timed or request["batch_size"]
+                n_timed = unit.n_timed or request["batch_size"]
                 one_batch = _probe_of(cfg, network, data, request, min(n_images, n_timed), n_timed, content)
-                times[key] = measure_unit(work.unit, one_batch, options, count_bytes=not in_short)
+                times[key] = measure_unit(unit, one_batch, options, count_bytes=not in_short)
             except Interrupted:
                 raise
             except Exception as error:  # likewise
-                return PredictedCost(analysis.name, reason=f"{work.unit.name}: {_line(error)}")
+                return PredictedCost(analysis.name, reason=f"{unit.name}: {_line(error)}")
         units[work.unit.name] = times[key]
     return combined(analysis.name, cost, units, n_images, n_ranks, model_bytes(network))
 
