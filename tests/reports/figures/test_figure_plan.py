@@ -135,6 +135,26 @@ def test_what_a_figure_lacks_is_named(make_run: Callable, tmp_path: Path) -> Non
     ]
 
 
+def test_a_figure_says_which_of_several_seeds_it_shows(
+    make_run: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for seed in (0, 1, 2):
+        make_run("vit", seed, measured={"slice": curve()})
+    notes = []
+    monkeypatch.setattr(
+        figure_worker, "save_figure", lambda figure, *_, **__: notes.append(figure.get_supxlabel()) or [Path()]
+    )
+    (panel,) = panels(collect(tmp_path))
+    draw(panel, tmp_path / "out")
+    make_run("convnet", 3, measured={"slice": curve()})
+    (panel,) = panels(collect(tmp_path))
+    draw(panel, tmp_path / "out")
+    (panel,) = panels(collect(tmp_path), group_by="run")[:1]
+    draw(panel, tmp_path / "out")
+    (label,) = (curve.label for curve in panels(collect(tmp_path))[0].curves if curve.others)
+    assert notes == ["shown: seed 0 of 3 seeds", f"shown: {label}: seed 0 of 3 seeds", ""]
+
+
 @pytest.mark.slow  # two interpreters are started
 def test_other_processes_draw_the_same(make_run: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_run("vit", measured={"slice": curve()})

@@ -52,7 +52,23 @@ def drawing_job(
     own_colors = {name: color for name, color in (colors or {}).items() if name in files or name in KIND_COLORS}
     if own_colors:
         options = {**(options or {}), "colors": own_colors}
-    return Job(folder / panel.name, files, dict(options or {}), not panel.overview if pdf is None else pdf)
+    is_printed = not panel.overview if pdf is None else pdf
+    return Job(folder / panel.name, files, dict(options or {}), is_printed, seed_note(panel.curves))
+
+
+def seed_note(curves: Sequence[Curve]) -> str:
+    """Return which seed a figure shows where curves have several; empty where none has.
+
+    A figure of arrays shows one result of each name; the means over seeds with their intervals are in the table below it.
+    """
+    shown = {
+        curve.label: f"seed {curve.entry.seed} of {len(curve.others) + 1} seeds" for curve in curves if curve.others
+    }
+    if not shown:
+        return ""
+    if len(shown) == len(curves) and len(set(shown.values())) == 1:
+        return f"shown: {next(iter(shown.values()))}"
+    return "shown: " + "; ".join(f"{label}: {words}" for label, words in shown.items())
 
 
 def with_picture(panel: Panel, picture: Picture) -> DrawnPanel:

@@ -34,12 +34,14 @@ class Job:
         files: Result files by their names in the figure.
         options: Keyword arguments of the measure's plot function.
         pdf: Whether to write it for print too.
+        note: Words below the figure: which of several seeds it shows.
     """
 
     stem: Path
     files: Mapping[str, Path]
     options: Mapping[str, Any] = field(default_factory=dict)
     pdf: bool = True
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -122,6 +124,8 @@ def draw(job: Job) -> Picture:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what a layout engine says of a crowded figure is no news to a reader
             figure = plot(loaded, allow_different=True, **job.options)
+            if job.note:
+                figure.supxlabel(job.note, x=0.99, ha="right", fontsize="x-small", color="0.4")
             png, *pdf = save_figure(figure, job.stem, formats=("png", "pdf") if job.pdf else ("png",))
     except OSError as error:
         folder = job.stem.parent
