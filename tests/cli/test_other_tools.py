@@ -81,6 +81,8 @@ def test_every_replacement_is_a_key_that_there_is() -> None:
         (["train", "lr=0.1"], "error: lr=0.1: no such key; write optimizer.lr=0.1\n"),
         (["train", "run=runs/none", "epochs=5"], "error: epochs=5: no such key; write trainer.max_epochs=5\n"),
         (["train", "depth=18"], "error: depth: no such key; write model.depth=...\n"),
+        (["analyze", "analysis=[hessian]", "n_top=2"], "error: n_top: no such key; write analysis.hessian.n_top=...\n"),
+        (["analyze", "analysis=[hessian]", "k=2"], "error: k: no such key; write analysis.hessian.n_top=...\n"),
         (["analyze", "analysis=[hessian_eigenvalues]", "analysis.hessian_eigenvalues.n_top=2"],
          "error: analysis.hessian_eigenvalues.n_top: no such key; the number of eigenvalues is k here\n"),
         pytest.param(  # imports torch

@@ -202,7 +202,7 @@ def test_results_of_own_checkpoints_are_overlaid_whatever_their_tags(
     ("arguments", "code", "line"),
     [
         (["tag=end"], 3, "error: tag=end: no run has a result of it ("),
-        (["analyses=[cka]"], 3, "error: analyses=['cka']: no run has a result of it ("),
+        (["analyses=cka"], 3, "error: analyses=['cka']: no run has a result of it ("),
         (["order=[ViT]"], 2, "error: order=ViT: no such name in a legend; "),
         (["colors={ViT: redd}"], 2, "error: colors.ViT=redd: no color of matplotlib"),
         (["colors={vit: red}"], 2, "error: colors=vit: no such name in a legend"),
@@ -210,6 +210,7 @@ def test_results_of_own_checkpoints_are_overlaid_whatever_their_tags(
         (["labels={vit: ViT}"], 2, "error: labels=vit: no run or model of this name"),
         (["labels={vit-tiny: A, pit-tiny: A}"], 2, "error: labels=A: the label of two experiments"),
         (["order=vit"], 2, "error: order=vit: not a list of names"),
+        (["runs=there_is_none"], 4, "error: run=there_is_none: no run there; "),
     ],
 )
 def test_what_cannot_be_drawn_is_one_line(

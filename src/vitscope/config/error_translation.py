@@ -102,8 +102,14 @@ def _right_key(key: str, parent: Any) -> str:
     """
     name = key.rpartition(".")[2]
     keys = [str(sibling) for sibling in parent]
-    if key == name and name not in equivalent_names.NUMBER_OF_EIGENVALUES:
-        within = [dotted for dotted in _dotted_keys(parent) if dotted.rpartition(".")[2] == name]
+    if key == name:
+        eigenvalues = equivalent_names.NUMBER_OF_EIGENVALUES
+        same = eigenvalues if name in eigenvalues else (name,)
+        within = [
+            dotted
+            for dotted in _dotted_keys(parent)
+            if dotted.rpartition(".")[2] in same and not dotted.startswith("caps.")  # those are bounds
+        ]
         if 0 < len(within) <= 3:
             return f"write {' or '.join(f'{dotted}=...' for dotted in within)}"
     return equivalent_names.advice(name, keys)

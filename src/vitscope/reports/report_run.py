@@ -51,6 +51,7 @@ def report(cfg: DictConfig) -> Path:
             a figure that is missing or failed.
         StorageError: the folder cannot be written.
     """
+    cfg = _with_lists(cfg)
     _check(cfg)
     out = Path(cfg.out)
     stop_flag.check()
@@ -77,6 +78,15 @@ def report(cfg: DictConfig) -> Path:
         reason = f"{len(damaged)} run folder{'s' * (len(damaged) != 1)} damaged and left out, named above"
         raise DataError("runs", None, reason, "restore or delete them; the report holds the others")
     return target
+
+
+def _with_lists(cfg: DictConfig) -> DictConfig:
+    """Return the configuration with lists of one where one name was given alone, as in ``runs=runs/a``."""
+    listed = cfg.copy()
+    for key in ("runs", "analyses"):
+        if isinstance(cfg[key], str):
+            listed[key] = [cfg[key]]
+    return listed
 
 
 def _read_entries(

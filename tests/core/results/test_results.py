@@ -131,12 +131,12 @@ def test_a_probe_says_what_it_is_made_of() -> None:
     lines = [line.split(maxsplit=1) for line in repr(probe).splitlines()]
     assert lines[0] == ["Probe"]
     assert lines[1] == ["model", "Sequential, 39 parameters on cpu"]
-    assert lines[2] == ["batches", "1 batches"]
+    assert lines[2] == ["batches", "1 batch"]
     assert "focal, weight decay 0.05 (half_sq)" in lines[3][1]
     assert " at 0x" not in repr(probe)
     assert "<caption>Probe</caption>" in probe._repr_html_()
     assert probe.n_images == 4
-    assert "1 batches, 4 images" in repr(probe)
+    assert "1 batch, 4 images" in repr(probe)
 
 
 def test_a_probe_of_a_stream_is_not_read_for_its_text() -> None:

@@ -29,7 +29,7 @@ from vitscope.data.splits import hold_out
 from vitscope.runtime.errors import ConfigError, DataError, nearest
 from vitscope.runtime.value_ranges import Seed
 
-_LAYOUT = "put images in <root>/train/<class>/ and <root>/val/<class>/ (see data/folder.py for the layouts)"
+_LAYOUT = "put images in <root>/train/<class>/ and <root>/val/<class>/ (docs/data.md has other layouts)"
 SPLITS = ("train", "val", "test")
 
 
