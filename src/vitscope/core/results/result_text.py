@@ -144,7 +144,10 @@ def probe_facts(
     n_parameters = sum(p.numel() for p in model.parameters())
     return {
         "model": f"{type(model).__name__}, {n_parameters:,} parameters on {device}",
-        "batches": (f"{n_batches} batch{'es' * (n_batches != 1)}" if n_batches is not None else "counted at the first pass") + counts,
+        "batches": (
+            f"{n_batches} batch{'es' * (n_batches != 1)}" if n_batches is not None else "counted at the first pass"
+        )
+        + counts,
         "objective": objective_text(objective),
         "taps": names or "none",
         **{key: shown(value) for key, value in about.items()},

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 from torch import Tensor, nn
@@ -119,7 +119,14 @@ def reading(
     with ExitStack() as stack:
         forward_pass = stack.enter_context(observed_pass(model))
 
+        sums: dict[SumPlace, Callable[[Tensor], None]] = {}
+        reader: SumReader | None = None
+
         def read(index: int, tap: Tap, value: Tensor) -> None:
+            with nullcontext() if reader is None else reader.paused():
+                read_map(index, tap, value)
+
+        def read_map(index: int, tap: Tap, value: Tensor) -> None:
             if tap.kind == "stem" and forward_pass.order:
                 raise ValueError(
                     f"Expected the stem {tap.name!r} to run first, received {forward_pass.order[0]!r} before it: "
@@ -133,7 +140,6 @@ def reading(
                     prefix_fn(index, tap, prefix)
             fn(index, tap, feature_map)
 
-        sums: dict[SumPlace, Callable[[Tensor], None]] = {}
         for i, tap in enumerate(taps):
 
             def fn_of_tap(value: Tensor, i: int = i, tap: Tap = tap) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -29,6 +29,16 @@ class SumReader(TorchFunctionMode):
         self.calls_of_pass = {module: n_calls for module, _, n_calls, _ in places}
         self.counts: dict[nn.Module, int] = {}
         self.running: list[list[Any]] = []  # module, number of its call, additions so far
+        self.is_paused = False
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Count no additions inside: what reads a tensor in a hook of the model may compute sums that are not the model's."""
+        was_paused, self.is_paused = self.is_paused, True
+        try:
+            yield
+        finally:
+            self.is_paused = was_paused
 
     def following(self, model: nn.Module) -> ExitStack:
         """Follow which modules run while the returned context is open."""
@@ -49,7 +59,7 @@ class SumReader(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if self.running and isinstance(result, Tensor) and function_name(func) in ADDITIONS:
+        if self.running and not self.is_paused and isinstance(result, Tensor) and function_name(func) in ADDITIONS:
             module, call, number = self.running[-1]
             self.running[-1][2] += 1
             reader = self.readers.get((module, call, number))

@@ -176,7 +176,9 @@ def read(path: Path, *, verify: bool = True) -> dict[str, Any]:
             "ckpt_path", path, "a folder, not a file", "name a file of weights in it, or use run=<folder>"
         )
     if not path.is_file():
-        raise CheckpointError("ckpt_path", path, "no such file", "name a checkpoint file; run=<folder> names a run's own")
+        raise CheckpointError(
+            "ckpt_path", path, "no such file", "name a checkpoint file; run=<folder> names a run's own"
+        )
     if verify and not verified(path):
         raise CheckpointError("ckpt_path", path, "its content is not what was written", "use another checkpoint")
     environment_values = {key: os.environ.pop(key) for key in _FORCED if key in os.environ}
