@@ -122,6 +122,10 @@ def test_one_shot_iterators_are_refused(mlp, mlp_batches) -> None:
 def test_other_refusals(mlp, mlp_batches) -> None:
     with pytest.raises(ValueError, match=r"Expected model to be an nn\.Module"):
         vs.Probe(lambda x: x, mlp_batches)
+    with pytest.raises(
+        ValueError, match=r"Expected objective to be a vs\.Objective, received str: pass vs\.Objective\("
+    ):
+        vs.Probe(mlp, mlp_batches, "cross_entropy")
     with pytest.raises(ValueError, match="Expected bn to be"), vs.Probe(mlp, mlp_batches).guard(bn="train"):
         pytest.fail("entered")
     with pytest.raises(ValueError, match="trainable parameters"):

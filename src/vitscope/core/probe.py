@@ -60,8 +60,8 @@ class Probe:
             mapping with its keys. They stay with the model until others are passed; None leaves them as they are.
 
     Raises:
-        ValueError: a one-shot iterator, no batch, a model that is not a module, or an ``output``, ``forward`` or ``targets`` of
-            another type.
+        ValueError: a one-shot iterator, no batch, a model that is not a module, or an ``objective``, ``output``, ``forward`` or
+            ``targets`` of another type.
     """
 
     def __init__(
@@ -80,6 +80,11 @@ class Probe:
     ) -> None:
         if not isinstance(model, nn.Module):
             raise ValueError(f"Expected model to be an nn.Module, received {type(model).__name__}.")
+        if objective is not None and not isinstance(objective, Objective):
+            raise ValueError(
+                f"Expected objective to be a vs.Objective, received {type(objective).__name__}: pass "
+                "vs.Objective(loss=..., weight_decay=...), or leave it out for plain cross entropy."
+            )
         if isinstance(batches, Iterator):
             raise ValueError(
                 "Expected batches that can be gone through again (a list of (x, y)), received an iterator: list() it."

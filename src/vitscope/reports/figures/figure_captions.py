@@ -61,14 +61,14 @@ def seed_note(curves: Sequence[Curve]) -> str:
 
     A figure of arrays shows one result of each name; the means over seeds with their intervals are in the table below it.
     """
-    shown = {
+    seeds = {
         curve.label: f"seed {curve.entry.seed} of {len(curve.others) + 1} seeds" for curve in curves if curve.others
     }
-    if not shown:
+    if not seeds:
         return ""
-    if len(shown) == len(curves) and len(set(shown.values())) == 1:
-        return f"shown: {next(iter(shown.values()))}"
-    return "shown: " + "; ".join(f"{label}: {words}" for label, words in shown.items())
+    if len(seeds) == len(curves) and len(set(seeds.values())) == 1:
+        return f"shown: {next(iter(seeds.values()))}"
+    return "shown: " + "; ".join(f"{label}: {words}" for label, words in seeds.items())
 
 
 def with_picture(panel: Panel, picture: Picture) -> DrawnPanel:
