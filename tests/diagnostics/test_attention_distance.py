@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+import torchvision
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
@@ -15,6 +16,7 @@ from vitscope import Probe
 from vitscope.core.undefined_values import NullWarning
 from vitscope.diagnostics.attention._geometry import geometry
 from vitscope.diagnostics.attention.attention_distance import attention_distance
+from vitscope.diagnostics.attention.attention_maps import attention_maps
 from vitscope.diagnostics.attention.plot import attention_distance as draw
 from vitscope.models import alternet, convit, convnet
 from vitscope.models.structure.residual_units import units
@@ -200,3 +202,14 @@ def test_plot_shows_every_head() -> None:
     points = np.asarray(figure.axes[0].lines[0].get_ydata())
     np.testing.assert_allclose(points, np.concatenate(result.distance))
     assert len(figure.axes[0].lines) == 6
+
+
+def test_attention_of_torchs_module_is_led_to_the_measure_that_reads_it() -> None:
+    model = torchvision.models.VisionTransformer(16, 4, 2, 2, 16, 32, num_classes=10)
+    probe = Probe(model, [(torch.rand(2, 3, 16, 16), torch.tensor([0, 1]))])
+    unit = r"encoder\.layers\.encoder_layer_0\.self_attention and 1 more units cannot be told apart here"
+    with pytest.raises(
+        ValueError, match=rf"received none in VisionTransformer; heads of {unit}, and vs\.attention_maps"
+    ):
+        attention_distance(probe)
+    assert attention_maps(probe).scalars()["entropy_share"] > 0

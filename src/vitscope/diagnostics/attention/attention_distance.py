@@ -139,6 +139,11 @@ def attention_distance(probe: Probe, *, units: Sequence[Unit] | None = None) -> 
     read = [i for i, estimate in enumerate(distance) if estimate.count and i not in repeated]
     if not read:
         cause = "; their modules compute attention several times an image" if repeated else ""
+        if names := [unit.name for unit in units if unit.attention is None]:
+            cause += (
+                f"; heads of {names[0]}{f' and {len(names) - 1} more units' * (len(names) > 1)} cannot be told apart here, "
+                "and vs.attention_maps reads the attention of more modules, nn.MultiheadAttention among them"
+            )
         raise ValueError(
             f"Expected attention whose weights can be read, received none in {type(probe.model).__name__}{cause}."
         )
