@@ -54,7 +54,7 @@ def test_a_limit_bounds_the_prediction(monkeypatch: pytest.MonkeyPatch) -> None:
     assert seconds["hessian"] == Count(20.0, 20.0, 20.0)
 
 
-@pytest.mark.parametrize(("expected", "hint"), [(30.0, ""), (170.0, " (analysis.hessian.budget_s=60 sets a limit)")])
+@pytest.mark.parametrize(("expected", "hint"), [(30.0, ""), (170.0, "; analysis.hessian.budget_s=60 sets a limit")])
 def test_a_long_time_is_said_with_the_key_that_shortens_it(expected: float, hint: str) -> None:
     cfg = composed("analyze", *DIGITS, "analysis=[hessian,fourier]")
 
@@ -67,7 +67,7 @@ def test_a_long_time_is_said_with_the_key_that_shortens_it(expected: float, hint
     )
     said = {30.0: "30 s", 170.0: "3 min"}[expected]
     assert str(prediction) == (
-        f"predicted time (one product timed): hessian {said} (at most 30 min){hint}; no prediction for fourier"
+        f"predicted time (one product timed): hessian {said} (at most 30 min{hint}); no prediction for fourier"
     )
 
 

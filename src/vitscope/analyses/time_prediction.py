@@ -59,19 +59,20 @@ class Prediction:
             parts.append(f"predicted time (one forward pass timed): {times}")
         if self.product_seconds:
             times = ", ".join(
-                f"{name} {duration_text(count.expected)} (at most {duration_text(count.high)}){self._limit(name)}"
+                f"{name} {duration_text(count.expected)} (at most {duration_text(count.high)}{self._limit(name, '; ')})"
                 for name, count in self.product_seconds.items()
             )
             parts.append(f"predicted time (one product timed): {times}")
         if self.unpredicted:
-            hint = "".join(self._limit(name) for name in self.unpredicted)
+            limits = ", ".join(filter(None, (self._limit(name, "") for name in self.unpredicted)))
+            hint = f" ({limits})" if limits else ""
             parts.append(f"no prediction for {', '.join(self.unpredicted)}{hint}")
         if self.measured:
             parts.append(f"already measured: {', '.join(self.measured)}")
         return "; ".join(parts) or "nothing to measure"
 
-    def _limit(self, name: str) -> str:
-        return f" (analysis.{name}.{self.limits[name]} sets a limit)" if name in self.limits else ""
+    def _limit(self, name: str, separator: str) -> str:
+        return f"{separator}analysis.{name}.{self.limits[name]} sets a limit" if name in self.limits else ""
 
 
 def predict(
