@@ -23,7 +23,7 @@ from vitscope.runs.run_dir import Run
 from vitscope.runs.scalar_loggers import run_mirror
 from vitscope.runs.summary_table import print_headline
 from vitscope.runs.wandb_mirror import WandbMirror
-from vitscope.runtime.distributed import gather_objects, rank
+from vitscope.runtime.distributed import gather_objects, rank, world_size
 
 _logger = logging.getLogger(__name__)
 

@@ -21,7 +21,7 @@ from torch import nn
 
 from vitscope.analyses.spec import Analysis, probe_request
 from vitscope.config import factories
-from vitscope.config.validation import CROSS_VALIDATION
+from vitscope.config.keys.analysis_keys import CROSS_VALIDATION
 from vitscope.core.cost.image_passes import tap_sizes
 from vitscope.core.cost.measure_cost import (
     Count,

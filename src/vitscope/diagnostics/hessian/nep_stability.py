@@ -80,7 +80,7 @@ def _cost(workload: Workload, options: Options) -> MeasureCost:
     sizes += [base] * sum(tol != finest for tol in options["tols"])
     is_mixed = bool(options["mixup"]) and _is_mixable(probe)
     works, held = [], 0.0
-    for number, size in enumerate([*sizes, *([base] if is_mixed else [])]):
+    for number, size in enumerate(sizes + [base] * is_mixed):
         n_groups = workload.n_images // size
         joined_images = replace(workload, n_images=n_groups * size, batch_size=size)
         products = lanczos_products(joined_images, options, k if number else max(ks))

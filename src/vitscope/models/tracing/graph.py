@@ -66,6 +66,11 @@ class Node:
             n *= side
         return n
 
+    @property
+    def n_vectors(self) -> int:
+        """Number of vectors along the last axis; 1 for a number."""
+        return self.n_values // max(self.shape[-1], 1) if self.shape else 1
+
 
 @dataclass
 class Call:

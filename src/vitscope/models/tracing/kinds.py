@@ -99,9 +99,9 @@ def _steps_with_products(trace: Trace, nodes: Sequence[Node]) -> bool:
     """Whether positions are computed one after the other, with a product of activations that several of them depend on."""
     products = [node.index for node in nodes if _is_product_of_activations(trace, node)]
     layers = [node for node in nodes if node.op == "linear" and node.varying]
-    n_positions = max((node.n_values // node.shape[-1] for node in layers), default=0)
+    n_positions = max((node.n_vectors for node in layers), default=0)
     for steps in _step_results(trace, nodes):
-        n_stepped = sum(trace.nodes[i].n_values // max(trace.nodes[i].shape[-1:], default=1) for i in steps)
+        n_stepped = sum(trace.nodes[i].n_vectors for i in steps)
         is_series = len(steps) > 2 and n_stepped <= max(n_positions, len(steps))
         if is_series and any(sum(trace.is_ancestor(i, step) for step in steps) > 1 for i in products):
             return True
