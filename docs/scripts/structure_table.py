@@ -73,13 +73,16 @@ device too.
   EdgeNeXt, is `msa` with all of its parameters; the table says "holds an MLP too" and measures by kind warn.
 - **A kind that is not certain** is refused by measures that compare kinds: a branch without attention that multiplies
   activations by activations over an unknown axis (a state-space model without a convolution, unnormalized additive
-  attention), or that runs a function which the pass does not show (an operator of an extension, `torch.func.vmap`, NumPy in a
-  `torch.autograd.Function`).
+  attention), that runs from position to position with products of activations (RWKV, recurrent linear attention), that weighs
+  values by exponentials of activations before a table mixes positions (AFT), or that runs a function which the pass does not
+  show (an operator of an extension, `torch.func.vmap`, NumPy in a `torch.autograd.Function`).
 - **Layers between units** have a kind as well: `pool` where they make the map smaller without a nonlinearity. They are not
   residual, so that no lesion removes them.
 - `stem` is what comes before the first unit, `head` what comes after the last. Layers of the first unit's own block are no
   stem where the block's type comes again: the depthwise layer of RepViT's first block is `conv` as in the later ones.
   Depthwise mixing between the patch embedding and the first block is `stem`, as a position encoding without a shortcut is.
+  A residual layer of the pooled vector and attention pooling by learned queries behind the last unit are `head`. A U-Net that
+  adds its skips has the units of its blocks alone.
 - **Stages** are numbered from 1 by the size of the map.
 - **Not residual** are networks whose units hold less than the layers between them, mix no channels, or whose sums are
   concatenated. They are read after each convolution and pooling layer.

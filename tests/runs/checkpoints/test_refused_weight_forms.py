@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import pickle
+import re
 import tarfile
 import zipfile
 from collections.abc import Callable
@@ -30,8 +31,21 @@ class OwnNetwork(nn.Linear):
     """A module of the user's."""
 
 
+FIRST = re.escape(next(iter(S)))
 #: contents that are refused, and the reason
 REFUSED: dict[str, tuple[Any, str]] = {
+    "arrays of NumPy": (
+        {name: value.numpy() for name, value in S.items()},
+        rf"{FIRST} is no tensor, but an array or a list \(and \d+ more\); save tensors",
+    ),
+    "tensors without values": (
+        {"state_dict": {name: value.to("meta") for name, value in S.items()}},
+        rf"{FIRST} is a tensor of the meta device, without values \(and \d+ more\)",
+    ),
+    "weights that are not finite": (
+        {name: value * float("nan") if value.is_floating_point() else value for name, value in S.items()},
+        rf"{FIRST} holds values that are not finite: training has diverged \(and \d+ more\); use an earlier checkpoint",
+    ),
     "a pickled network": (
         WEIGHTS,
         r"holds a pickled module \(torch\.nn\.\S+\), .*; save model\.state_dict\(\) instead",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +105,7 @@ def load_weights(
     except ValueError as error:
         raise CheckpointError("ckpt_path", path, str(error), "name that file with ckpt_path") from None
     state = _nearest_state(content, network_state, average) if reading is None else reading.tensors
+    _check_stored_values(state, content, network, path)
     if set(state) != set(network_state):
         try:
             load_official_state_dict(network, state)
@@ -139,6 +140,45 @@ def class_counts(network: nn.Module, content: Mapping[str, Any], *, average: boo
         return None
     state = _nearest_state(content, network_state, average) if reading is None else reading.tensors
     return state_dicts.class_counts(network_state, state)
+
+
+def _check_stored_values(state: Mapping[str, Any], content: Any, network: nn.Module, path: Path) -> None:
+    """Refuse weights that are no tensors, hold no values (of the meta device), or hold NaN, by the name of the first one."""
+    weights = {name for name, _ in network.named_parameters()}
+    named_values = {name: value for name, value in _named_values(content, 3) if name not in state}
+    arrays = [
+        name
+        for name, value in named_values.items()
+        if not isinstance(value, Tensor) and any(name == w or name.endswith(f".{w}") for w in weights)
+    ]
+    tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+    empty = [name for name, value in tensors.items() if value.is_meta]
+    # masks of attention hold -inf
+    broken = [name for name, value in tensors.items() if not value.is_meta and _is_broken(value, name in weights)]
+    for names, reason, way_out in (
+        (arrays, "is no tensor, but an array or a list", "save tensors: torch.save(model.state_dict(), ...)"),
+        (empty, "is a tensor of the meta device, without values", "save the model after its weights were loaded"),
+        (broken, "holds values that are not finite: training has diverged", "use an earlier checkpoint"),
+    ):
+        if names:
+            more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+            raise CheckpointError("ckpt_path", path, f"{names[0]} {reason}{more}", way_out)
+
+
+def _named_values(node: Any, depth: int) -> Iterator[tuple[str, Any]]:
+    """Yield the entries of a file and of the mappings in it by their names there."""
+    if isinstance(node, Mapping):
+        for name, value in node.items():
+            if isinstance(value, Mapping) and depth:
+                yield from _named_values(value, depth - 1)
+            else:
+                yield str(name), value
+
+
+def _is_broken(value: Tensor, is_weight: bool) -> bool:
+    if not (value.is_floating_point() or value.is_complex()) or value.layout != torch.strided or value.is_quantized:
+        return False
+    return bool(value.isnan().any()) or (is_weight and not bool(value.isfinite().all()))
 
 
 def _check_values(
