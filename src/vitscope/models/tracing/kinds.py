@@ -111,11 +111,8 @@ def _steps_with_products(trace: Trace, nodes: Sequence[Node]) -> bool:
 def _step_results(trace: Trace, nodes: Sequence[Node]) -> list[list[int]]:
     """Return the values that a stack or concatenation joins, and those that are written to one tensor after another."""
     joined = [[i for i in node.inputs if trace.nodes[i].varying] for node in nodes if node.op in ("stack", "cat")]
-    writes = [
-        node.inputs[-1]
-        for node in nodes
-        if node.op == "__setitem__" and node.varying and len(node.inputs) < 3 and trace.nodes[node.inputs[-1]].varying
-    ]
+    assignments = [list(node.inputs) for node in nodes if node.op == "__setitem__" and node.varying]
+    writes = [inputs[-1] for inputs in assignments if 0 < len(inputs) < 3 and trace.nodes[inputs[-1]].varying]
     return [*joined, writes]
 
 
