@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,7 +12,7 @@ from torch import Tensor, nn
 
 import vitscope as vs
 from vitscope.models.structure.parameter_groups import parameter_kinds
-from vitscope.models.structure.residual_units import known_units, units, zeroed
+from vitscope.models.structure.residual_units import known_units, reading_branches, units, zeroed
 from vitscope.runtime.errors import StructureError
 
 C = 8
@@ -119,12 +121,17 @@ def test_a_unit_without_parameters_is_pooling(block: type[nn.Module]) -> None:
     assert vs.structure(model).units[1].parameters == ()
 
 
-def test_a_shift_that_no_module_returns_counts_but_is_not_removed() -> None:
+@torch.no_grad()
+def test_a_shift_that_no_module_returns_is_removed_where_it_is_added() -> None:
     model = network(Conv(), Shift(), Mlp())
     shift = vs.structure(model).units[1]
-    assert (shift.kind, shift.branch) == ("pool", False)
-    with pytest.raises(StructureError, match="neither be read nor removed"), zeroed(units(model)[1]):
-        pytest.fail("entered")
+    assert (shift.kind, shift.branch) == ("pool", True)
+    place = next(i for i, module in enumerate(model) if isinstance(module, Shift))
+    without = nn.Sequential(*(module for i, module in enumerate(model) if i != place))
+    x = torch.rand(2, 3, 12, 10).to(next(model.parameters()))
+    with zeroed(units(model)[1]):
+        output = model(x)
+    assert torch.equal(output, without(x))
 
 
 def test_a_subclass_with_another_order_of_its_halves() -> None:
@@ -243,23 +250,28 @@ def test_sums_that_no_module_returns_are_read(way: str) -> None:
 
 
 @pytest.mark.parametrize("way", ["alpha", "addcmul", "lerp", "gated"])
-def test_a_branch_that_is_scaled_where_it_is_added_is_not_read_as_the_branch(way: str) -> None:
+@torch.no_grad()
+def test_a_scaled_branch_is_read_only_as_an_operand(way: str) -> None:
     model = nn.Sequential(
         nn.Conv2d(3, C, 2, 2), nn.Flatten(2), Transposed(), Mixer(way), nn.Flatten(), nn.Linear(240, 4)
     )
     model.double().eval()
     attention = known_units(model, X)[0]
     assert (attention.kind, attention.branch_out is not None) == ("msa", True)
+    read: list[Tensor] = []
+    refused = pytest.raises(StructureError, match="scaled or cut before it is added")
     with (
-        pytest.raises(StructureError, match="scaled or cut before it is added"),
-        torch.no_grad(),
-        vs.models.structure.residual_units.reading_branches(model, [attention], lambda *_: None),
+        nullcontext() if way == "gated" else refused,
+        reading_branches(model, [attention], lambda i, unit, side, x: read.append(x)),
     ):
         model(X)
     tokens = model[:3](X)
     weight = 0.7 if way == "lerp" else 0.9 if way == "gated" else 1.0
     block = model[3]
     assert isinstance(block, Mixer)
+    if way == "gated":
+        added = block.first_sum(tokens) - 0.9 * tokens
+        assert (read[-1].flatten(2).mT - added).abs().max() < 1e-12
     stream = weight * tokens
     without = stream + block.narrow(F.gelu(block.wide(block.norm(stream))))
     with zeroed(attention):

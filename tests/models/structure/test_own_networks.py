@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import vitscope as vs
 from vitscope.linalg.curvature.parameter_subsets import select_parameters
-from vitscope.models.structure.residual_units import units, zeroed
+from vitscope.models.structure.residual_units import reading_branches, units, zeroed
 from vitscope.runtime.errors import StructureError
 
 C, N = 16, 24  # channels; 4 x 6 patches of the images
@@ -143,6 +143,78 @@ PLACES = {
 @pytest.mark.parametrize("way", ["pre", "post", "deep norm", "in place", "stack", "scale"])
 def test_ways_to_add_a_branch(way: str) -> None:
     check(Tokens(Block(way), Block(way)), ["msa", "mlp"] * 2, PLACES)
+
+
+def drop_path(x: Tensor, rate: float, training: bool) -> Tensor:
+    if not training or rate == 0:
+        return x
+    kept = torch.rand(len(x), 1, 1, dtype=x.dtype) + (1 - rate)
+    return x / (1 - rate) * kept.floor()
+
+
+class Scaled(Block):
+    """Layer scale and stochastic depth in the block's own code, beside an addition that is no unit's, in several ways."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__("scale")
+        self.written, self.bias = way, nn.Parameter(torch.rand(C))
+        if way == "no module":
+            del self.mixer, self.gamma
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x) + self.bias
+        if self.written == "no module":
+            x = x + B(torch.fft.fft2(y).real)
+        elif self.written == "in place":
+            branch = self.gamma * self.mixer(y)
+            branch = B(branch).clone()
+            branch += x
+            x = branch
+        elif self.written == "function":
+            x = torch.add(x, other=B(drop_path(self.gamma * self.mixer(y), 0.1, self.training)))
+        else:
+            x = B(self.mixer(y).mul(self.gamma)) + x
+        return x + B(drop_path(self.delta * self.feed(self.b(x)), 0.1, self.training))
+
+
+@pytest.mark.parametrize("twice", [False, True])
+@pytest.mark.parametrize("way", ["no module", "in place", "function", "branch first"])
+def test_a_scaled_branch_is_read_and_removed_where_it_is_added(way: str, twice: bool, monkeypatch) -> None:
+    torch.manual_seed(0)
+    block = Scaled(way)
+    model = Tokens(block, block if twice else Scaled(way))
+    first = "conv" if way == "no module" else "msa"
+    check(model, [first, "mlp"] * 2, {"blocks.*.delta": "mlp", "blocks.*.gamma": "msa"} if first == "msa" else {})
+    found = units(model, X)
+    branches: list[Tensor] = []
+    maps: dict[int, list[Tensor]] = {i: [] for i in range(4)}
+
+    def keep(i: int, unit: object, side: str, value: Tensor) -> None:
+        if side == "output":
+            maps[i].append(value - 0.0 * value.mean())  # sums of a reader are not counted
+
+    monkeypatch.setattr(Branches, "__call__", lambda _, branch: (branches.append(branch.clone()), branch)[1])
+    with torch.no_grad():
+        for _ in range(2):
+            with reading_branches(model, found, keep):
+                model(X)
+    for i in range(4):
+        for number, value in enumerate(maps[i]):
+            tokens = branches[4 * number + i][:, 1:]  # (B, N, C) without the class token
+            assert torch.equal(value, tokens.mT.unflatten(2, (4, 6)))
+        assert len(maps[i]) == 2
+
+
+def test_an_addition_of_other_tensors_than_in_the_traced_pass_is_refused() -> None:
+    model = Tokens(Scaled("function")).double().eval()
+    found = units(model, X)
+    model.train()  # stochastic depth adds a number to random numbers
+    with (
+        torch.no_grad(),
+        pytest.raises(StructureError, match="adds other tensors"),
+        reading_branches(model, found[:1], lambda *_: None),
+    ):
+        model(X)
 
 
 @pytest.mark.parametrize("head", ["residual", "query"])

@@ -30,7 +30,8 @@ class Read:
     tensor without positions, such as a class token alone. ``exact`` is false where the tensor is scaled or cut before it is used.
     ``shows_grid`` is false for a sequence if no convolution or pooling of the traced pass has a map of as many positions.
     ``order`` is that of the tokens of such a sequence or of an unknown layout, or why it is not certain; None where it was not
-    sought. A sum is addition ``number`` of those that the module's call makes itself, counted from 0.
+    sought. A sum is addition ``number`` of those that the module's call makes itself, counted from 0; with an ``operand`` the
+    tensor that it adds is meant, number ``operand`` of the addition's two tensors.
     """
 
     module: nn.Module
@@ -44,6 +45,7 @@ class Read:
     shows_grid: bool = True
     order: TokenOrder | str | None = None
     number: int = 0
+    operand: int | None = None
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,7 @@ class ResidualUnit:
         after: The map after the unit's residual addition; None where no module returns or receives it.
         branch_in: The normalised input of the residual branch; without a norm, the stream. None for pooling.
         branch_out: The branch's output as it is added; its module returns that tensor. None for pooling.
+        added: The operand of the addition, where no module returns the branch as it is added.
         suffix: Name of the unit inside its block, empty if the block is one unit.
         children: The block's children and parameters that belong to this unit; empty for all of them.
         attention: The module that calls ``scaled_dot_product_attention``, for units of kind ``msa``.
@@ -75,6 +78,7 @@ class ResidualUnit:
     subsamples: bool = False
     residual: bool = False
     stream: Read | None = None
+    added: Read | None = None
 
     @property
     def is_residual(self) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,6 +16,7 @@ from vitscope.models.structure.feature_maps import observed_pass, to_map
 from vitscope.models.structure.found_structure import FoundStructure, find_structure
 from vitscope.models.structure.residual_structure import Read
 from vitscope.models.structure.taps import attach, counted_calls
+from vitscope.models.tracing.running_sums import SumFunction, SumPlace, SumReader, sum_place
 from vitscope.models.tracing.token_orders import with_orders
 from vitscope.runtime.errors import StructureError
 
@@ -34,12 +35,14 @@ class Unit:
         block: The block it belongs to, called with the stream as first argument.
         branch_in: The branch's normalized input; where there is no norm before the branch (post-activation
             ResNet, ConvNeXt, post-norm transformers), the stream.
-        branch_out: The branch's output as it is added; None where no module returns it, so that it cannot be read or removed.
+        branch_out: The branch's output as it is added; None where no module returns it.
         n_prefix: Prefix tokens in front of the grid.
         grid: Rows and columns of the tokens, to be declared where no convolution or pooling of the forward pass shows them.
         subsamples: Whether the block makes the map smaller: branch input and output differ in size.
         attention: The attention module of an ``msa`` unit, if its heads can be told apart.
         conv3x3: The 3x3 convolution that `conv3x3_identity` replaces, or None.
+        added: The operand of the addition, where no module returns the branch as it is added. Without it and without an exact
+            ``branch_out`` the branch cannot be read.
     """
 
     name: str
@@ -54,6 +57,7 @@ class Unit:
     subsamples: bool = False
     attention: nn.Module | None = None
     conv3x3: nn.Conv2d | None = None
+    added: Read | None = None
 
     @property
     def n_heads(self) -> int:
@@ -115,14 +119,14 @@ def _units(model: nn.Module, model_structure: FoundStructure, images: Tensor | N
             "pass units=[vitscope.models.structure.Unit(...), ...]."
         )
     last_index = max(len(components) - 1, 1)
-    reads = [(piece.part.branch_in, piece.part.branch_out) for piece in components]
-    ordered = iter(with_orders(model, [read for pair in reads for read in pair], images))
+    reads = [(piece.part.branch_in, piece.part.branch_out, piece.part.added) for piece in components]
+    ordered = iter(with_orders(model, [read for places in reads for read in places], images))
     residual_units = []
     for i, piece in enumerate(components):
         part = piece.part
         residual_units.append(Unit(
             piece.name, part.kind, piece.stage, i / last_index, piece.block, next(ordered), next(ordered), piece.n_prefix,
-            None, part.subsamples, part.attention, part.conv3x3,
+            None, part.subsamples, part.attention, part.conv3x3, next(ordered),
         ))  # fmt: skip
     return residual_units
 
@@ -140,11 +144,15 @@ def reading_branches(
         sides = [(unit, side) for unit in units for side in ("input", "output")]
         forward_pass = stack.enter_context(observed_pass(model, [f"{unit.name} ({side})" for unit, side in sides]))
 
+        readers: dict[SumPlace, SumFunction] = {}
+        reader: SumReader | None = None
+
         def read(index: int, unit: Unit, side: Side, place: Read, value: Tensor) -> None:
             forward_pass.ran(f"{unit.name} ({side})")
             n_prefix = unit.n_prefix if place.n_prefix is None else place.n_prefix
             layout, order = place.layout, place.order
-            fn(index, unit, side, to_map(value, unit.name, layout, n_prefix, unit.grid, forward_pass, order))
+            with nullcontext() if reader is None else reader.paused():
+                fn(index, unit, side, to_map(value, unit.name, layout, n_prefix, unit.grid, forward_pass, order))
 
         for i, unit in enumerate(units):
             places: tuple[tuple[Side, Read], ...] = (
@@ -152,10 +160,20 @@ def reading_branches(
                 ("output", _place(unit, "output")),
             )
             for side, place in places:
-                attach(
-                    stack, place,
-                    lambda value, i=i, unit=unit, side=side, place=place: read(i, unit, side, place, value),
-                )  # fmt: skip
+
+                def fn_of_side(
+                    value: Tensor, i: int = i, unit: Unit = unit, side: Side = side, place: Read = place
+                ) -> None:
+                    read(i, unit, side, place, value)
+
+                if place.at == "sum":
+                    readers[sum_place(place)] = fn_of_side
+                else:
+                    attach(stack, place, fn_of_side)
+        if readers:
+            reader = SumReader(readers)
+            stack.enter_context(reader.following(unwrapped(model)))
+            stack.enter_context(reader)
         yield
 
 
@@ -165,7 +183,7 @@ def _place(unit: Unit, side: Side) -> Read:
     Raises:
         StructureError: No module has it as its input or output.
     """
-    place = unit.branch_in if side == "input" else unit.branch_out
+    place = unit.branch_in if side == "input" else unit.added or unit.branch_out
     if place is None:
         raise StructureError(
             unit.name,
@@ -179,11 +197,18 @@ def _place(unit: Unit, side: Side) -> Read:
 def zeroed(*units: Unit) -> Iterator[None]:
     """Remove units: their branches add zero; shortcuts and downsampling stay.
 
+    A module that returns the branch, also before it is scaled, returns zeros; where there is none, the addition gets them.
+
     Raises:
         ValueError: The branch of a unit did not run inside, so that nothing was removed.
     """
     with ExitStack() as stack:
-        ran = {unit.name: _changed_output(stack, _place(unit, "output"), _zeros) for unit in units}
+        ran = {
+            unit.name: _changed_output(stack, unit.branch_out, _zeros)
+            if unit.branch_out is not None
+            else _changed_operand(stack, _place(unit, "output"))
+            for unit in units
+        }
         yield
         _check_ran(ran)
 
@@ -244,6 +269,20 @@ def _changed_output(stack: ExitStack, place: Read, change: Callable[[Any, Any], 
         return change(args, output)
 
     stack.callback(place.module.register_forward_hook(hook).remove)
+    return ran
+
+
+def _changed_operand(stack: ExitStack, place: Read) -> list[bool]:
+    """Let an addition get zeros for an operand while the stack is open; the list grows with each changed addition."""
+    ran: list[bool] = []
+
+    def zeros(value: Tensor) -> Tensor:
+        ran.append(True)
+        return value.new_zeros(value.shape)
+
+    reader = SumReader({sum_place(place): zeros})
+    stack.enter_context(reader.following(place.module))
+    stack.enter_context(reader)
     return ran
 
 

@@ -136,7 +136,7 @@ def structure(model: nn.Module, images: Tensor | None = None) -> Structure:
             c.stage,
             parameters_of(inner, c),
             c.part.is_residual,
-            c.part.branch_out is not None,
+            (c.part.branch_out or c.part.added) is not None,
             c.name in model_structure.with_mlp,
         )
         for c in model_structure.components

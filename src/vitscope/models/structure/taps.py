@@ -14,7 +14,7 @@ from vitscope.models.structure.coverage import warn_doubts, warn_missing_units
 from vitscope.models.structure.feature_maps import observed_pass, prefix_tokens, to_map
 from vitscope.models.structure.found_structure import FoundStructure, find_structure
 from vitscope.models.structure.residual_structure import ModelComponent, Read
-from vitscope.models.tracing.running_sums import SumPlace, SumReader
+from vitscope.models.tracing.running_sums import SumFunction, SumPlace, SumReader
 from vitscope.models.tracing.token_orders import with_orders
 
 
@@ -119,7 +119,7 @@ def reading(
     with ExitStack() as stack:
         forward_pass = stack.enter_context(observed_pass(model))
 
-        sums: dict[SumPlace, Callable[[Tensor], None]] = {}
+        sums: dict[SumPlace, SumFunction] = {}
         reader: SumReader | None = None
 
         def read(index: int, tap: Tap, value: Tensor) -> None:
@@ -146,7 +146,7 @@ def reading(
                 read(i, tap, value)
 
             if tap.at == "sum":
-                place = (tap.module, tap.call, tap.n_calls, tap.number)
+                place = (tap.module, tap.call, tap.n_calls, tap.number, None)
                 sums[place] = _in_turn(sums[place], fn_of_tap) if place in sums else fn_of_tap  # units side by side
             else:
                 attach(stack, Read(tap.module, tap.at, tap.layout, tap.call, tap.n_calls), fn_of_tap)
@@ -157,7 +157,7 @@ def reading(
         yield
 
 
-def _in_turn(first: Callable[[Tensor], None], second: Callable[[Tensor], None]) -> Callable[[Tensor], None]:
+def _in_turn(first: SumFunction, second: SumFunction) -> SumFunction:
     def both(value: Tensor) -> None:
         first(value)
         second(value)

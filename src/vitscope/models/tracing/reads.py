@@ -45,6 +45,15 @@ def read_branch(trace: Trace, addition: Addition) -> Read | None:
     return None
 
 
+def read_addend(trace: Trace, addition: Addition) -> Read | None:
+    """Return the branch as an operand of its addition; None where the addition scales it or adds a sum of two branches."""
+    node = trace.nodes[addition.result]
+    if node.scales or node.op not in ADDITIONS or addition.branch not in node.inputs:
+        return None
+    read = _read_running(trace, addition.result, _axes_at(trace, addition))
+    return replace(read, operand=node.inputs.index(addition.branch))
+
+
 def read_input(trace: Trace, addition: Addition) -> Read | None:
     """Return where the branch's normalized input can be read; without a norm, the stream."""
     entries = set(_entries(trace, addition))
@@ -104,15 +113,15 @@ def read_sum(trace: Trace, result: int, blocks: Collection[int] = ()) -> Read | 
                 return _read(trace, c, "input", layout_axes)
             if c.index and c.output == user:
                 return _read(trace, c, "output", layout_axes)
-    return _read_running(trace, result) if trace.nodes[result].op in ADDITIONS else None
+    return _read_running(trace, result, axes) if trace.nodes[result].op in ADDITIONS else None
 
 
-def _read_running(trace: Trace, result: int) -> Read:
+def _read_running(trace: Trace, result: int, axes: Axes) -> Read:
     """Return a sum as one of the additions in the call of a module."""
     node = trace.nodes[result]
     call = trace.calls[node.stack[-1]]
     number = sum(other.op in ADDITIONS and other.stack == node.stack for other in trace.nodes[call.start : result])
-    read = _read_at(trace, call, "sum", result, node.axes)
+    read = _read_at(trace, call, "sum", result, axes)
     return replace(read, number=number)
 
 

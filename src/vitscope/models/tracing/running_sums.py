@@ -1,4 +1,4 @@
-"""Read sums that no module returns or takes, by their number among the additions of a module's call."""
+"""Read or change what is added, and read sums that no module returns, by their number among the additions of a module's call."""
 
 from __future__ import annotations
 
@@ -9,24 +9,38 @@ from typing import Any
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from vitscope.models.structure.execution import tensors
+from vitscope.models.structure.residual_structure import Read
 from vitscope.models.tracing.additions import ADDITIONS
 from vitscope.models.tracing.recorder import function_name
+from vitscope.runtime.errors import StructureError
 
-#: a module, the number of its call in a pass, the number of its calls in a pass, and that of the addition in the call
-SumPlace = tuple[nn.Module, int, int, int]
+#: a module, the number of its call in a pass, the number of its calls in a pass, that of the addition in the call, and that
+#: of the operand, None for the sum
+SumPlace = tuple[nn.Module, int, int, int, int | None]
+#: function of a sum or operand; it may return the tensor that takes the place of an operand
+SumFunction = Callable[[Tensor], Tensor | None]
+_IN_PLACE = ("__iadd__", "add_")
+
+
+def sum_place(read: Read) -> SumPlace:
+    """Return the key of a sum or of its operand."""
+    return (read.module, read.call, read.n_calls, read.number, read.operand)
 
 
 class SumReader(TorchFunctionMode):
-    """Call functions with sums as they are computed.
+    """Call functions with sums as they are computed, and with their operands before.
 
     Args:
-        places: The function of each sum by its place.
+        places: The function of each sum or operand by its place.
     """
 
-    def __init__(self, places: Mapping[SumPlace, Callable[[Tensor], None]]) -> None:
+    def __init__(self, places: Mapping[SumPlace, SumFunction]) -> None:
         super().__init__()
-        self.readers = {(module, call, number): fn for (module, call, _, number), fn in places.items()}
-        self.calls_of_pass = {module: n_calls for module, _, n_calls, _ in places}
+        self.readers: dict[tuple[nn.Module, int, int], list[tuple[int | None, SumFunction]]] = {}
+        for (module, call, _, number, operand), fn in places.items():
+            self.readers.setdefault((module, call, number), []).append((operand, fn))
+        self.calls_of_pass = {module: n_calls for module, _, n_calls, *_ in places}
         self.counts: dict[nn.Module, int] = {}
         self.running: list[list[Any]] = []  # module, number of its call, additions so far
         self.is_paused = False
@@ -58,11 +72,45 @@ class SumReader(TorchFunctionMode):
             self.running.pop()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if self.running and not self.is_paused and isinstance(result, Tensor) and function_name(func) in ADDITIONS:
-            module, call, number = self.running[-1]
+        options = kwargs or {}
+        if not self.running or self.is_paused or function_name(func) not in ADDITIONS:
+            return func(*args, **options)
+        module, call, number = self.running[-1]
+        readers = self.readers.get((module, call, number), [])
+        for operand, fn in readers:
+            if operand is not None:
+                args, options = _with_operand(module, operand, fn, func, args, options)
+        result = func(*args, **options)
+        if isinstance(result, Tensor):
             self.running[-1][2] += 1
-            reader = self.readers.get((module, call, number))
-            if reader is not None:
-                reader(result)
+            for operand, fn in readers:
+                if operand is None:
+                    fn(result)
         return result
+
+
+def _with_operand(
+    module: nn.Module, operand: int, fn: SumFunction, func: Any, args: Any, options: dict[str, Any]
+) -> tuple[Any, dict[str, Any]]:
+    """Call a function with one of the two tensors of an addition; return the arguments with what it gives instead.
+
+    Raises:
+        StructureError: The addition is not one of two tensors of one shape, as in the pass that has shown it.
+    """
+    values = list(tensors((args, options)))
+    if len(values) != 2 or values[0].shape != values[1].shape:
+        shapes = ", ".join(str(tuple(value.shape)) for value in values)
+        raise StructureError(
+            type(module).__name__,
+            f"its forward adds other tensors, of shapes {shapes}, than in the pass that has shown its residual additions",
+            "measure in eval mode with images of the same size, or pass units=[...] by hand",
+        )
+    value = values[operand]
+    replacement = fn(value)
+    if replacement is None:
+        return args, options
+    if operand == 0 and function_name(func) in _IN_PLACE:  # the sum overwrites this operand
+        value.copy_(replacement)
+        return args, options
+    changed = [replacement if argument is value else argument for argument in args]
+    return changed, {key: replacement if argument is value else argument for key, argument in options.items()}

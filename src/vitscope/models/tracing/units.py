@@ -18,7 +18,7 @@ from vitscope.models.tracing.kinds import (
     kind_of,
     weighs_positions,
 )
-from vitscope.models.tracing.reads import read_branch, read_input, read_stream, read_sum
+from vitscope.models.tracing.reads import read_addend, read_branch, read_input, read_stream, read_sum
 
 
 @dataclass(frozen=True)
@@ -82,11 +82,12 @@ def _unit(trace: Trace, addition: Addition, nodes: frozenset[int], kind: Kind) -
 def described(trace: Trace, unit: TracedUnit) -> ResidualUnit:
     """Return the unit as `vitscope.models.structure` reads and removes it."""
     addition = unit.addition
+    branch = read_branch(trace, addition)
     return ResidualUnit(
         unit.kind,
         read_sum(trace, addition.result),
         read_input(trace, addition),
-        read_branch(trace, addition),
+        branch,
         attention=_attention_module(trace, addition.region, unit.n_positions + unit.n_prefix)
         if unit.kind == "msa"
         else None,
@@ -94,6 +95,7 @@ def described(trace: Trace, unit: TracedUnit) -> ResidualUnit:
         subsamples=n_positions(trace, addition.source) > unit.n_positions,
         residual=True,
         stream=read_stream(trace, addition),
+        added=read_addend(trace, addition) if branch is None or not branch.exact else None,
     )
 
 
