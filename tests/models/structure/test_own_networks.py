@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import vitscope as vs
 from vitscope.linalg.curvature.parameter_subsets import select_parameters
+from vitscope.models.structure.parameter_groups import parameter_kinds
 from vitscope.models.structure.residual_units import reading_branches, units, zeroed
 from vitscope.runtime.errors import StructureError
 
@@ -290,6 +291,38 @@ class UNet(nn.Module):
 def test_the_skips_of_a_u_net_are_no_units() -> None:
     places = {"first.*": "conv", "second.*": "conv", "middle.*": "msa", "third.*": "conv", "up.*": "conv"}
     check(UNet(), ["conv", "conv", "msa", "conv"], {**places, "stem.*": "stem", "classifier.*": "head"})
+
+
+class PlainUNet(nn.Module):
+    """A U-Net of plain convolutions that concatenates its skips; its attention alone is residual."""
+
+    def __init__(self, n: int) -> None:
+        super().__init__()
+        self.first, self.second, self.third = self.pair(3, n), self.pair(n, n), self.pair(2 * n, n)
+        self.middle, self.classifier = Mixing(n), nn.Conv2d(n, 4, 1)
+
+    @staticmethod
+    def pair(n_in: int, n_out: int) -> nn.Module:
+        return nn.Sequential(nn.Conv2d(n_in, n_out, 3, 1, 1), nn.ReLU(), nn.Conv2d(n_out, n_out, 3, 1, 1), nn.ReLU())
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = self.first(x)
+        narrow = F.interpolate(self.middle(self.second(F.max_pool2d(wide, 2))), scale_factor=2)
+        return self.classifier(self.third(torch.cat((wide, narrow), 1)))
+
+
+def test_an_encoder_and_a_decoder_outside_of_residual_units_are_named() -> None:
+    model = PlainUNet(C).double().eval()
+    sizes = {name: p.numel() for name, p in model.named_parameters()}
+    shares = [
+        sum(n for name, n in sizes.items() if name.startswith(places)) / sum(sizes.values())
+        for places in (("first.", "second."), "third.")
+    ]
+    message = rf"hold most of the parameters: 4 of stem \({shares[0]:.0%}\) and 2 of head \({shares[1]:.0%}\)"
+    for read in (lambda: vs.structure(model, X), lambda: vs.taps(model, X), lambda: parameter_kinds(model, X)):
+        with pytest.warns(UserWarning, match=message) as notices:
+            read()
+        assert len(notices) == 1
 
 
 class FullAttentionFree(nn.Module):

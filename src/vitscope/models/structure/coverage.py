@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from torch import nn
 
+from vitscope.core.tap import Kind
 from vitscope.models.structure.execution import Execution, Stack
 from vitscope.models.structure.residual_structure import ModelComponent, is_gate
 from vitscope.models.tracing.additions import is_attention_pooling
 from vitscope.runtime.errors import StructureError
+from vitscope.runtime.torch_internals import ConvolutionBase
 
 #: attention that weighs channels or positions and mixes none, and pooling by attention in a head
 _NO_MIXING = ("channel", "spatial", "split", "coord", "kernel", "pool", "gate", "cbam", "eca", "effective")
@@ -75,6 +77,37 @@ def warn_doubts(model: nn.Module, doubts: Sequence[str]) -> None:
     if doubts:
         more = f" (and {len(doubts) - 1} more units)" if len(doubts) > 1 else ""
         warnings.warn(f"taps of {type(model).__name__}: {doubts[0]}{more}; pass structure=", stacklevel=3)
+
+
+def warn_body_outside(model: nn.Module, kinds: Mapping[str, Kind]) -> None:
+    """Warn once, in one line, if convolutions of more than one position in stem and head hold most of a model's parameters.
+
+    The encoder and decoder of plain convolutions around one residual block are such; patch embeddings, 1x1 convolutions and
+    linear layers, of which classifiers are made, do not count.
+    """
+    sizes = {name: p.numel() for name, p in model.named_parameters()}
+    shares = dict.fromkeys(("stem", "head"), 0.0)
+    n_layers = dict.fromkeys(shares, 0)
+    for path, module in model.named_modules():
+        if not isinstance(module, ConvolutionBase) or not _sees_neighbors(module):
+            continue
+        names = [f"{path}.{name}".removeprefix(".") for name, _ in module.named_parameters()]
+        kind = kinds.get(names[0]) if names else None
+        if kind in shares:
+            shares[kind] += sum(sizes.get(name, 0) for name in names) / sum(sizes.values())
+            n_layers[kind] += 1
+    if sum(shares.values()) > 0.5:
+        places = " and ".join(f"{n_layers[kind]} of {kind} ({share:.0%})" for kind, share in shares.items() if share)
+        warnings.warn(
+            f"{model_name(model)}: convolutions outside of residual units hold most of the parameters: {places}; they have "
+            "kind stem or head and no tap, and no measure of units reads them; pass structure= to give them another kind",
+            stacklevel=4,
+        )
+
+
+def _sees_neighbors(module: ConvolutionBase) -> bool:
+    """Whether a convolution has overlapping windows of several positions."""
+    return any(k > max(s, 1) for k, s in zip(module.kernel_size, module.stride))
 
 
 def residual_blocks(components: Sequence[ModelComponent]) -> list[nn.Module]:

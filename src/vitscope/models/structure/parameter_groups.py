@@ -10,7 +10,13 @@ from torch import Tensor, nn
 
 from vitscope.core.guard.eager_execution import unwrapped
 from vitscope.core.tap import Kind
-from vitscope.models.structure.coverage import fix_of, model_name, refuse_missing_units, residual_blocks
+from vitscope.models.structure.coverage import (
+    fix_of,
+    model_name,
+    refuse_missing_units,
+    residual_blocks,
+    warn_body_outside,
+)
 from vitscope.models.structure.execution import Execution
 from vitscope.models.structure.found_structure import FoundStructure, find_structure
 from vitscope.models.structure.residual_structure import TOKENS, ModelComponent, in_auxiliary_head, is_gate, owns
@@ -78,6 +84,7 @@ def places_of(inner: nn.Module, model_structure: FoundStructure) -> Mapping[str,
     if model_structure.places is not None:
         _warn_unused(model_structure.unused)
         _warn_with_mlp(model_structure.with_mlp)
+        warn_body_outside(inner, {name: kind for name, (kind, _) in model_structure.places.items()})
         return model_structure.places
     components, observed = model_structure.components, model_structure.observed
     original = [name for name, _ in inner.named_parameters()]
@@ -90,7 +97,10 @@ def places_of(inner: nn.Module, model_structure: FoundStructure) -> Mapping[str,
         )
     if observed is None:
         return _by_registration(original, owned, components)
-    return _by_execution(inner, owned, components, observed)
+    places = _by_execution(inner, owned, components, observed)
+    if any(piece.part.is_residual for piece in components):
+        warn_body_outside(inner, {name: kind for name, (kind, _) in places.items()})
+    return places
 
 
 def _by_registration(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from vitscope.core.guard.eager_execution import unwrapped
 from vitscope.core.tap import Kind, Tap
-from vitscope.models.structure.coverage import warn_doubts, warn_missing_units
+from vitscope.models.structure.coverage import warn_body_outside, warn_doubts, warn_missing_units
 from vitscope.models.structure.feature_maps import observed_pass, prefix_tokens, to_map
 from vitscope.models.structure.found_structure import FoundStructure, find_structure
 from vitscope.models.structure.residual_structure import ModelComponent, Read
@@ -38,6 +38,8 @@ def taps(model: nn.Module, images: Tensor | None = None) -> list[Tap]:
     model_structure = find_structure(unwrapped(model), images)
     warn_missing_units(model, [*model_structure.missing, *_without_tap(model_structure)])
     warn_doubts(model, model_structure.doubts)
+    if model_structure.places is not None:
+        warn_body_outside(unwrapped(model), {name: kind for name, (kind, _) in model_structure.places.items()})
     return _taps(unwrapped(model), model_structure, images)
 
 
