@@ -9,12 +9,15 @@ from typing import Any
 #: headings of the page in their order, by the group of an entry
 GROUPS = {
     "study": "Small networks on CIFAR-10 (JPEG)",
+    "curvature": "Curvature of small networks on CIFAR-10 (JPEG)",
     "resnet20": "A public ResNet-20 on CIFAR-10 (JPEG)",
     "timm": "Structures of timm's families",
 }
 INTRODUCTIONS = {
     "study": "Networks of the profile `cifar10_small`: 0.3 to 0.6 million parameters, few epochs, one seed a figure. One seed is "
     "an example and no evidence; [findings.md](findings.md) has intervals over seeds.",
+    "curvature": "Measures of [curvature.md](curvature.md) and [definitions.md](definitions.md), sections 2 to 4. One seed, or "
+    "one pair of seeds, a network: examples and no evidence about kinds of networks.",
     "resnet20": "A checkpoint of the ResNet for CIFAR of He et al. (2016), trained by others on the original CIFAR-10 (published "
     "test error 8.27 %). The images here are CIFAR-10 encoded again as JPEG: no number is comparable with published ones.",
     "timm": "Random weights: these figures show how the networks are built, and nothing that training has made.",
@@ -94,6 +97,9 @@ RESNET20 = (
     GalleryFigure("calibration", "ResNet-20: calibration",
                   "Reliability diagram on all test images, before and after temperature scaling fitted on held-out images."),
 )  # fmt: skip
+
+#: figures of `docs/scripts/draw_curvature.py` in their order
+CURVATURE = ("stability", "blocks", "barrier", "exponents")
 
 #: timm's models of the structure figures and their names
 TIMM = {
