@@ -76,6 +76,10 @@ device too.
   attention), that runs from position to position with products of activations (RWKV, recurrent linear attention), that weighs
   values by exponentials of activations before a table mixes positions (AFT), or that runs a function which the pass does not
   show (an operator of an extension, `torch.func.vmap`, NumPy in a `torch.autograd.Function`).
+- **A branch is read** as the output of the module that returns it. Where its block scales it or drops paths in its own code
+  (`x + self.gamma * f(x)`, `x + drop_path(f(x))` as a function), or where no module returns it (`x + fft2(norm(x)).real`), it is
+  read as the operand of that addition; a lesion gives the addition zeros. A branch that the addition itself scales
+  (`torch.add(..., alpha=)`, `addcmul`, `lerp`, `s - b`) is removed by a lesion and refused by name where its values are read.
 - **Layers between units** have a kind as well: `pool` where they make the map smaller without a nonlinearity. They are not
   residual, so that no lesion removes them.
 - `stem` is what comes before the first unit, `head` what comes after the last. Layers of the first unit's own block are no
@@ -83,6 +87,9 @@ device too.
   Depthwise mixing between the patch embedding and the first block is `stem`, as a position encoding without a shortcut is.
   A residual layer of the pooled vector and attention pooling by learned queries behind the last unit are `head`. A U-Net that
   adds its skips has the units of its blocks alone.
+- Convolutions with overlapping windows in stem and head that hold more than 60 % of a model's parameters are named in one
+  warning: a U-Net of plain convolutions with a single residual attention block counts its encoder as `stem` and its decoder as
+  `head`. The largest share in the tables below is 36 % (`hrnet_w18_small`).
 - **Stages** are numbered from 1 by the size of the map.
 - **Not residual** are networks whose units hold less than the layers between them, mix no channels, or whose sums are
   concatenated. They are read after each convolution and pooling layer.
