@@ -55,7 +55,7 @@ MEASURES: dict[str, Callable[[Sequence[Path]], Any]] = {
     "exponents": lambda paths: vs.curvature_exponents(_training_probe(paths), n_singular_values=10),
     "exponents_ggn": lambda paths: vs.curvature_exponents(_training_probe(paths), n_singular_values=10, operator="ggn"),
     "blocks": lambda paths: vs.hessian_block_densities(
-        _training_probe(paths), n_vectors=2, n_steps=10, axis="symlog", n_resamples=200
+        _training_probe(paths), n_vectors=2, n_steps=10, scale="largest", n_resamples=200
     ),
 }
 

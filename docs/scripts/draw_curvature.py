@@ -112,7 +112,7 @@ def stability_text(series: Mapping[str, Mapping[str, Any]]) -> Text:
         "period two, they are of one phase. ConvNet-18 of width 8 (176,402 parameters), ViT of width 48 with 3 "
         "blocks (90,490), AlterNet-18 of width 8 (95,797). Cross entropy, no augmentation, no weight decay, BatchNorm with the "
         "statistics of the batch of all images. Learning rates were chosen with short runs so that the limit is in reach. "
-        "Sharpness over its limit, first known value, median and range of steps 48 to 90, and last value: "
+        "Sharpness over its limit, first known value, median and range of steps 48 to 84, and last value: "
         + ". ".join(parts)
         + "."
     )
@@ -130,7 +130,7 @@ def stability_text(series: Mapping[str, Mapping[str, Any]]) -> Text:
 def _ratio_text(run: Mapping[str, Any]) -> str:
     steps = np.array(run["steps"])
     ratio = np.array(run["sharpness"], dtype=float) / np.array(run["limit"], dtype=float)
-    late = ratio[(steps >= 48) & (steps <= 90)]
+    late = ratio[(steps >= 48) & (steps < 90)]
     first = ratio[np.isfinite(ratio)][0]
     return f"{first:.2f}, {np.median(late):.2f} [{late.min():.2f}, {late.max():.2f}], {ratio[-1]:.2f}"
 
@@ -202,9 +202,10 @@ def _blocks_text(results: Mapping[str, Any], folder: Path) -> str:
         for name, r in results.items()
     )
     return (
-        "Jensen-Shannon distances between the spectral densities of the Hessian's diagonal blocks, a block a weight matrix "
-        "or kernel with its bias, on a signed logarithmic axis; below, the largest and the mean eigenvalue of each "
-        f"block. Seed 0 after 2 epochs, 32 training images, 2 probe vectors of 10 Lanczos steps a block. {numbers}."
+        "Jensen-Shannon distances between the spectral densities of the Hessian's diagonal blocks (a block: a weight matrix or "
+        "kernel with its bias), eigenvalues over the largest magnitude of their block, so that shapes are compared; below, the "
+        "largest and the mean eigenvalue of each block, without a point where the mean is not positive. Seed 0 after 2 epochs, "
+        f"32 training images, no weight decay, 2 probe vectors of 10 Lanczos steps a block. {numbers}."
     )
 
 
