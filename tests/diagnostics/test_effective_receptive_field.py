@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 
 import numpy as np
@@ -214,5 +215,27 @@ def test_figures_have_a_panel_for_each_field() -> None:
     image = vs.plot(results[0]).axes[0].images[0].get_array()
     largest = results[0].field[-1] * 256
     np.testing.assert_allclose(np.asarray(image), np.maximum(largest, largest.max() / 1e4))
+    texts = [text.get_text() for text in vs.plot(results[0], view="depth").legends[0].get_texts()]
+    assert texts == ["50 %", "90 %", "99 %"]
     with pytest.raises(ValueError, match="Expected view to be one of last, taps, depth, received 'x'"):
         vs.plot(results[0], view="x")
+
+
+@pytest.mark.parametrize(("smallest", "extend"), [(0.5, "neither"), (1e-6, "min")])
+def test_the_color_bar_says_that_pixels_lie_below_its_scale(smallest: float, extend: str) -> None:
+    result = vs.effective_receptive_field(probe_of(small_vit(), images(2, 16)), taps="last")
+    field = np.ones_like(result.field)
+    field[..., 0, 0] = smallest
+    changed = dataclasses.replace(result, field=field / field.sum(), reference=None)
+    bar = next(ax for ax in vs.plot(changed).axes if ax.get_label() == "<colorbar>")
+    assert bar._colorbar.extend == extend
+
+
+@pytest.mark.parametrize(
+    ("half_width", "text"), [(0.3, "1.2 ± 0.3"), (0.012, "1.23 ± 0.01"), (0.004, "1.235 ± 0.004"), (0.0, "1.2 ± 0.0")]
+)
+def test_a_radius_has_the_digits_of_its_interval(half_width: float, text: str) -> None:
+    result = vs.effective_receptive_field(probe_of(small_vit(), images(2, 16)), taps="last")
+    half_widths = np.full_like(result.radius_half_width, half_width)
+    changed = dataclasses.replace(result, radius_50=np.full_like(result.radius_50, 1.2349), radius_half_width=half_widths)
+    assert f"= {text} px" in vs.plot(changed).axes[0].get_title()

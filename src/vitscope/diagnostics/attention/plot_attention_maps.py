@@ -159,6 +159,7 @@ def _draw_image(ax: Axes, image: np.ndarray, values: np.ndarray | None, norm: No
     height, width = image.shape[:2]
     extent = (0, width, height, 0)
     ax.set(xticks=[], yticks=[])
+    ax.spines[:].set_visible(False)
     if values is None:
         return ax.imshow(image, extent=extent)
     ax.imshow(image.mean(axis=-1), extent=extent, cmap="gray", vmin=0, vmax=255)

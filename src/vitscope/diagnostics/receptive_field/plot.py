@@ -62,15 +62,16 @@ def _last_taps(results: Mapping[str, EffectiveReceptiveFieldResult]) -> Figure:
     n_columns = -(-len(results) // -(-len(results) // COLUMNS))  # rows of equal lengths
     n_rows, n_change_rows = -(-len(results) // n_columns), -(-len(changes) // n_columns)
     width = max(COLUMN_WIDTH, 0.9 + 1.55 * n_columns)
-    canvas = new_canvas(width, 0.6 + (2.25 if n_columns > 1 else 2.8) * (n_rows + n_change_rows))
+    canvas = new_canvas(width, 0.6 + (2.0 if n_columns > 1 else 2.8) * (n_rows + n_change_rows))
     axes = canvas.grid(n_rows + n_change_rows, n_columns)
-    colors = _common_colors([_relative(result, result.field[-1]) for result in results.values()])
+    fields = [_relative(result, result.field[-1]) for result in results.values()]
+    colors = _common_colors(fields)
     panels = list(axes[:n_rows].flat)
     for ax, (name, result) in zip(panels, results.items()):
         _draw_field(ax, result, _relative(result, result.field[-1]), len(result.taps) - 1, colors, "white")
         ax.set_title(f"{name}\n".lstrip("\n") + _radius_text(result, len(result.taps) - 1))
     _finish(panels, len(results), n_columns)
-    canvas.colorbar(colors, ax=panels, label=FIELD_LABEL, pad=0.02, shrink=0.9)
+    canvas.colorbar(colors, ax=panels, label=FIELD_LABEL, extend=_extension(colors, fields), pad=0.02, shrink=0.9)
     if changes:
         _draw_changes(canvas, list(axes[n_rows:].flat), n_columns, changes)
     _circle_legend(canvas, next(iter(results.values())))
@@ -98,7 +99,8 @@ def _all_taps(results: Mapping[str, EffectiveReceptiveFieldResult]) -> Figure:
     n_columns, n_rows_each = min(most, 6), -(-most // 6)
     canvas = new_canvas(max(COLUMN_WIDTH, 0.9 + 1.35 * n_columns), 0.6 + 2.1 * n_rows_each * len(results))
     axes = canvas.grid(n_rows_each * len(results), n_columns)
-    colors = _common_colors([_relative(result, field) for result in results.values() for field in result.field])
+    fields = [_relative(result, field) for result in results.values() for field in result.field]
+    colors = _common_colors(fields)
     for row, (name, result) in enumerate(results.items()):
         panels = list(axes[row * n_rows_each : (row + 1) * n_rows_each].flat)
         for i, (ax, tap) in enumerate(zip(panels, result.taps)):
@@ -106,7 +108,10 @@ def _all_taps(results: Mapping[str, EffectiveReceptiveFieldResult]) -> Figure:
             text = "\n".join(textwrap.wrap(tap.replace(".", " ."), 16)).replace(" .", ".")
             ax.set_title(f"{name}\n{text}" if name and i == 0 else text, fontsize="small")
         _finish(panels, len(result.taps), n_columns)
-    canvas.colorbar(colors, ax=list(axes.flat), label=FIELD_LABEL, pad=0.02, shrink=min(1.0, 2.0 / len(axes)))
+    length = min(1.0, 2.0 / len(axes))
+    canvas.colorbar(
+        colors, ax=list(axes.flat), label=FIELD_LABEL, extend=_extension(colors, fields), pad=0.02, shrink=length
+    )
     _circle_legend(canvas, next(iter(results.values())))
     return canvas.figure
 
@@ -119,6 +124,11 @@ def _relative(result: EffectiveReceptiveFieldResult, field: np.ndarray) -> np.nd
 def _common_colors(fields: list[np.ndarray]) -> ScalarMappable:
     largest = max(map(_largest, fields)) or 1.0
     return ScalarMappable(LogNorm(largest / 10**DECADES, largest, clip=True), rcParams["image.cmap"])
+
+
+def _extension(colors: ScalarMappable, fields: list[np.ndarray]) -> str:
+    """Return the end of the color bar that has an arrow: the lower one where pixels lie below the scale."""
+    return "min" if any(bool((field < float(cast(Normalize, colors.norm).vmin or 0.0)).any()) for field in fields) else "neither"
 
 
 def _largest(field: np.ndarray) -> float:
@@ -157,7 +167,10 @@ def _radius_text(result: EffectiveReceptiveFieldResult, i: int) -> str:
     radius, half_width = float(result.radius_50[i]), float(result.radius_half_width[i, 0])
     if not np.isfinite(radius):
         return "null"
-    return f"$r_{{50}}$ = {radius:.1f}" + (f" ± {half_width:.1f}" if np.isfinite(half_width) else "") + " px"
+    digits = 1
+    if np.isfinite(half_width) and 0 < half_width < 0.05:  # would be written as 0.0
+        digits = min(3, int(np.ceil(-np.log10(half_width))))
+    return f"$r_{{50}}$ = {radius:.{digits}f}" + (f" ± {half_width:.{digits}f}" if np.isfinite(half_width) else "") + " px"
 
 
 def _finish(panels: list[Axes], n_used: int, n_columns: int) -> None:
@@ -181,7 +194,7 @@ def _circle_legend(canvas: Canvas, result: EffectiveReceptiveFieldResult) -> Non
 
 
 def _over_depth(results: Mapping[str, EffectiveReceptiveFieldResult]) -> Figure:
-    canvas = new_canvas(COLUMN_WIDTH, 2.6)
+    canvas = new_canvas(COLUMN_WIDTH, 2.5 + 0.2 * -(-(len(results) + len(STYLES)) // 3))
     ax = canvas.axes()
     for index, (name, result) in enumerate(results.items()):
         style: dict[str, Any] = {"marker": MARKERS[index % len(MARKERS)], "markersize": 3, "color": result_color(index)}
@@ -189,8 +202,10 @@ def _over_depth(results: Mapping[str, EffectiveReceptiveFieldResult]) -> Figure:
         for j, (radius, line) in enumerate(zip(radii, STYLES)):
             label = (name or None) if j == 0 else None
             ax.errorbar(result.depths, radius, result.radius_half_width[:, j], linestyle=line, label=label, **style)
-    ax.set(xlim=(-0.02, 1.02), xlabel=DEPTH_LABEL, ylabel="Radius of 50, 90, 99 % (pixels)")
+    ax.set(xlim=(-0.02, 1.02), xlabel=DEPTH_LABEL, ylabel="Radius of a share (pixels)")
     ax.set_ylim(bottom=0)
-    if any(results):
-        ax.legend()
+    shares = next(iter(results.values())).radius_shares
+    handles, labels = ax.get_legend_handles_labels() if any(results) else ([], [])
+    handles += [Line2D([], [], color="0.3", linestyle=style, linewidth=0.9) for style in STYLES]
+    canvas.legend(handles, [*labels, *(f"{100 * share:.0f} %" for share in shares)], loc="outside lower center", ncols=3)
     return canvas.figure
