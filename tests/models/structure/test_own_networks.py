@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from fnmatch import fnmatch
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -204,6 +205,25 @@ def test_a_scaled_branch_is_read_and_removed_where_it_is_added(way: str, twice: 
             tokens = branches[4 * number + i][:, 1:]  # (B, N, C) without the class token
             assert torch.equal(value, tokens.mT.unflatten(2, (4, 6)))
         assert len(maps[i]) == 2
+
+
+@pytest.mark.parametrize("way", ["no module", "function"])
+def test_measures_of_scaled_branches(way: str) -> None:
+    torch.manual_seed(0)
+    scaled = Tokens(Scaled(way), Scaled(way)).eval()
+    probe = vs.Probe(scaled, [(X.float(), torch.tensor([0, 1]))])
+    transfer, lesions = vs.branch_transfer(probe), vs.lesion(probe)
+    kinds = ["conv" if way == "no module" else "msa", "mlp"] * 2
+    assert list(transfer.kinds) == kinds
+    assert np.isfinite(np.concatenate([np.asarray(curve) for curve in transfer.transfer])).all()
+    targets, changes = torch.tensor([0, 1]), []
+    with torch.no_grad():
+        for removed in ({9}, *({i} for i in range(4))):
+            B.number, B.removed = 0, frozenset(removed)
+            changes.append(float(F.cross_entropy(scaled(X.float()), targets)))
+    B.removed = frozenset()
+    # losses near 2 in float32
+    np.testing.assert_allclose(lesions.nll_change, np.array(changes[1:]) - changes[0], atol=1e-5)
 
 
 def test_an_addition_of_other_tensors_than_in_the_traced_pass_is_refused() -> None:

@@ -334,7 +334,8 @@ def _contrast(transfer: Tensor | None, n_images: int) -> Tensor:
 
 def _unread_reason(unit: Unit) -> str | None:
     """Return why the effect of a unit on the map is not defined or cannot be read; None where it can."""
-    if unit.branch_out is not None and not unit.branch_out.has_map:
+    branch = unit.added or unit.branch_out
+    if branch is not None and not branch.has_map:
         return "adds to the class token alone"
     if unit.branch_in is None:
         return "the input of its branch is no module's"
