@@ -59,8 +59,9 @@ def test_pooled_statistics_of_known_values():
     assert _nep_statistics.near_zero_proportion(values, residuals) == 0.25
     assert _nep_statistics.positive_average(values, residuals) == 3.0
     assert np.isnan(_nep_statistics.positive_average(-np.ones((1, 1)), np.zeros((1, 1))))
-    grid, density = _nep_statistics.kernel_density(np.full((2, 2), 5.0))
-    assert np.trapezoid(density, grid) == pytest.approx(1, abs=1e-3)
+    for value in (5.0, 0.0, -1e-200):
+        grid, density = _nep_statistics.kernel_density(np.full((2, 2), value))
+        assert np.trapezoid(density, grid) == pytest.approx(1, abs=1e-3)
 
 
 @pytest.mark.parametrize("method", ["hutchinson", "hutch++"])

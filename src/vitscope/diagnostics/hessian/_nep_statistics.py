@@ -121,10 +121,10 @@ def _hall_quantile(quantile: float, skewness: float, n: int) -> float:
 def kernel_density(values: np.ndarray, n_grid: int = N_GRID) -> tuple[np.ndarray, np.ndarray]:
     """Return a grid and the Gaussian kernel density (Scott's bandwidth) of the pooled ``values`` on it.
 
-    Values that are all (nearly) equal have no bandwidth: a thousandth of their magnitude is used.
+    Values that are all (nearly) equal have no bandwidth: a thousandth of their magnitude is used, of 1 where all are zero.
     """
     pooled = np.asarray(values, dtype=float).reshape(-1)
-    scale = max(float(np.abs(pooled).max()), np.finfo(float).tiny)
+    scale = float(np.abs(pooled).max()) or 1.0
     spread = float(pooled.std(ddof=1)) if pooled.size > 1 else 0.0
     width = spread * pooled.size ** (-1 / 5) if spread > 1e-6 * scale else 1e-3 * scale
     grid = np.linspace(pooled.min() - 4 * width, pooled.max() + 4 * width, n_grid)
