@@ -3,7 +3,7 @@
 Usage: python docs/scripts/draw_gallery.py [--runs FOLDER] [--study FOLDER] [--resnet20 FILE] [--timm] [--data FOLDER]
                                            [--out docs/gallery] [--cache build/gallery]
 
-  --runs      run folders of ``make table-claims PROFILE=cifar10_small``; figures of their own results
+  --runs      run folders of ``make table-claims PROFILE=cifar10_small``; figures of their results, those of ``analyze.py`` too
   --study     a study that ``export=`` has written: the figure of all claims
   --resnet20  a checkpoint of He et al.'s ResNet-20 for CIFAR, measured on the images in ``--data`` (default: those of ``--runs``)
   --timm      structures of timm's families, with random weights
@@ -34,7 +34,7 @@ from vitscope.reports.run_entry import Entry
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 from docs.scripts import study_runs, write_findings  # noqa: E402  needs the path above
-from docs.scripts.gallery_figures import RECEPTIVE, RESNET20, STUDY, TIMM, GalleryFigure  # noqa: E402  needs the path above
+from docs.scripts.gallery_figures import RECEPTIVE, RESNET20, SIGHT, STUDY, TIMM, GalleryFigure  # noqa: E402  needs the path above
 from docs.scripts.gallery_page import Text, card_of, page_text, read_texts, write_entry  # noqa: E402  needs the path above
 from docs.scripts.structure_figure import draw_structures  # noqa: E402  needs the path above
 
@@ -44,7 +44,7 @@ OUT = ROOT / "docs" / "gallery"
 def draw_study(runs: Path, out: Path) -> list[str]:
     """Draw the figures of a study's runs; return the names of those for which runs are missing."""
     entries, missing = study_runs.finished_runs(runs), []
-    for shown in STUDY:
+    for shown in (*STUDY, *SIGHT):
         chosen = _runs_of(shown, entries)
         if not chosen:
             missing.append(shown.file)
@@ -63,11 +63,21 @@ def draw_study(runs: Path, out: Path) -> list[str]:
             for name, entry in chosen.items()
             if entry.metrics.get("test/accuracy")
         )
+        report = f"python report.py 'runs=[{folders}]' 'analyses=[{shown.analysis}]' allow_different=true"
         write_entry(out, figure, Text(
-            f"study-{shown.file}", "study", shown.title, f"{shown.caption} {seeds} Test accuracy: {accuracies}.",
-            f"python report.py 'runs=[{folders}]' 'analyses=[{shown.analysis}]' allow_different=true", card_of(results),
+            f"{shown.group}-{shown.file}", shown.group, shown.title,
+            f"{shown.caption} {seeds} Test accuracy: {accuracies}.",
+            f"{_measurement(shown)}{report}", card_of(results),
         ))  # fmt: skip
     return missing
+
+
+def _measurement(shown: GalleryFigure) -> str:
+    """Return the command that measures what a training of the profile has not measured, empty where it has."""
+    if shown.group == "study":
+        return ""
+    analysis = shlex.join([f"analysis=[{shown.analysis}]", *shown.overrides])
+    return f"python analyze.py 'run=runs/<name>' {analysis}  # of each network\n"
 
 
 def _runs_of(shown: GalleryFigure, entries: Sequence[Entry]) -> dict[str, Entry]:

@@ -9,6 +9,7 @@ from typing import Any
 #: headings of the page in their order, by the group of an entry
 GROUPS = {
     "study": "Small networks on CIFAR-10 (JPEG)",
+    "sight": "What trained networks see",
     "curvature": "Curvature of small networks on CIFAR-10 (JPEG)",
     "resnet20": "A public ResNet-20 on CIFAR-10 (JPEG)",
     "timm": "Structures of timm's families",
@@ -16,6 +17,8 @@ GROUPS = {
 INTRODUCTIONS = {
     "study": "Networks of the profile `cifar10_small`: 0.3 to 0.6 million parameters, few epochs, one seed a figure. One seed is "
     "an example and no evidence; [findings.md](findings.md) has intervals over seeds.",
+    "sight": "The networks of the section above: images of 32 pixels encoded again as JPEG, two epochs, one seed. Intervals are "
+    "over images and say nothing about other seeds or longer training.",
     "curvature": "Measures of [curvature.md](curvature.md) and [definitions.md](definitions.md), sections 2 to 4. One seed, or "
     "one pair of seeds, a network: examples and no evidence about kinds of networks.",
     "resnet20": "A checkpoint of the ResNet for CIFAR of He et al. (2016), trained by others on the original CIFAR-10 (published "
@@ -36,6 +39,7 @@ class GalleryFigure:
         overrides: Settings of the measurement.
         plot: Options of `vitscope.plot`.
         name: Name of its files; the analysis by default.
+        group: Of `GROUPS`; figures of ``sight`` are of analyses that the study's profile does not run.
     """
 
     analysis: str
@@ -45,6 +49,7 @@ class GalleryFigure:
     overrides: Sequence[str] = ()
     plot: Mapping[str, Any] | None = None
     name: str = ""
+    group: str = "study"
 
     @property
     def file(self) -> str:
@@ -70,6 +75,45 @@ STUDY = (
                   "The same for AlterNet and for other operations in the places of its attention.",
                   ("alternet", "alternet:conv", "alternet:uniform", "alternet:blur"), name="mixers"),
     GalleryFigure("corruption", "Corrupted images", "Accuracy under 15 corruptions at 5 severities."),
+)  # fmt: skip
+
+_FIVE = ("convnet", "vit", "pit", "swin", "alternet")
+_THREE = ("convnet", "vit", "alternet")
+SIGHT = (
+    GalleryFigure("attention_maps", "Where attention goes",
+                  "Attention of the last layer over four test images (of the ViT's class token, else the mean over queries), "
+                  "and the ViT's rollout; below, numbers over all images by depth. Attention of ViT and AlterNet is close to "
+                  "uniform: its mean entropy over heads is above 0.9 of the largest possible at every layer, that of the "
+                  "Swin's windows is 0.54 to 0.74. The ViT's rollout is nearly flat, so it says little about the objects.",
+                  ("vit", "swin", "alternet"), ("analysis.attention_maps.probe.n_images=128",), group="sight"),
+    GalleryFigure("effective_receptive_field", "Effective receptive fields, trained and before training",
+                  "Pixels that the central position of the last feature map depends on (mean squared gradient), below it the "
+                  "change by training. Of the ViT's field 99 % lies in the position's own patch, trained and untrained; a "
+                  "likely reason, not tested here, is that its nearly uniform attention gives each other patch a small "
+                  "weight, which the square makes smaller. The radius of 90 % of the other four is 12 to 15 pixels: training "
+                  "has widened it from 4 to 13 in the Swin and from 9 to 15 in the AlterNet, and has not changed it in the "
+                  "ConvNet.",
+                  _FIVE, ("analysis.effective_receptive_field.probe.n_images=128",), group="sight"),
+    GalleryFigure("oversmoothing", "How alike positions become",
+                  "Mean cosine of pairs of positions, residual from equal positions, mutual information of query and key "
+                  "positions, and cosine of attention maps, over depth. The AlterNet's positions become nearly equal in the "
+                  "last stage (cosine 0.93), the ViT's least (0.43). Mutual information is close to 0 except in the Swin: "
+                  "its attention depends on the place of the query, that of the others hardly.",
+                  _FIVE, ("analysis.oversmoothing.probe.n_images=128",), group="sight"),
+    GalleryFigure("depth_probes", "What is known of the classes at each depth",
+                  "Accuracy of ridge and k-NN classifiers on pooled features (horizontal lines: the networks themselves), "
+                  "neural collapse and intrinsic dimension, over depth. In AlterNet and ConvNet the last layer's ridge "
+                  "classifier comes to the network's own accuracy; on the ViT's pooled patches it stays lower, 0.42 (0.49 on "
+                  "the class token, which its head reads). With 256 test images intervals are about 0.06 on either side, and "
+                  "no network is near collapse after two epochs.",
+                  _THREE, ("analysis.depth_probes.probe.n_images=256", "analysis.depth_probes.train.n_images=1024"),
+                  group="sight"),
+    GalleryFigure("patch_pca", "Principal components of patch features",
+                  "The first three components of the last feature map as colors, with their shares of the variance. Each "
+                  "network has components of its own, so colors are compared within a row. The AlterNet's colors tell the "
+                  "images apart and hardly vary within one, as its cosine of 0.93 says; the ViT's vary from patch to patch. "
+                  "No network separates objects as clearly as large self-supervised ones do.",
+                  _FIVE, ("analysis.patch_pca.probe.n_images=128",), group="sight"),
 )  # fmt: skip
 
 RESNET20 = (

@@ -11,7 +11,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
-from docs.scripts.gallery_figures import CURVATURE, GROUPS, INTRODUCTIONS, RESNET20, STUDY
+from docs.scripts.gallery_figures import CURVATURE, GROUPS, INTRODUCTIONS, RESNET20, SIGHT, STUDY
 from docs.scripts.page_images import save_webp
 from vitscope.core.objective_card import ObjectiveCard
 
@@ -103,7 +103,7 @@ def read_texts(out: Path) -> list[dict[str, Any]]:
     """Return the texts of all entries in the order of the page."""
     texts = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(out.glob("*.json"))]
     order = [
-        *(f"study-{shown.file}" for shown in STUDY),
+        *(f"{shown.group}-{shown.file}" for shown in (*STUDY, *SIGHT)),
         *(f"curvature-{name}" for name in CURVATURE),
         *(f"resnet20-{shown.analysis}" for shown in RESNET20),
     ]

@@ -237,5 +237,7 @@ def test_the_color_bar_says_that_pixels_lie_below_its_scale(smallest: float, ext
 def test_a_radius_has_the_digits_of_its_interval(half_width: float, text: str) -> None:
     result = vs.effective_receptive_field(probe_of(small_vit(), images(2, 16)), taps="last")
     half_widths = np.full_like(result.radius_half_width, half_width)
-    changed = dataclasses.replace(result, radius_50=np.full_like(result.radius_50, 1.2349), radius_half_width=half_widths)
+    changed = dataclasses.replace(
+        result, radius_50=np.full_like(result.radius_50, 1.2349), radius_half_width=half_widths
+    )
     assert f"= {text} px" in vs.plot(changed).axes[0].get_title()

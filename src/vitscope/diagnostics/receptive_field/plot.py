@@ -128,7 +128,11 @@ def _common_colors(fields: list[np.ndarray]) -> ScalarMappable:
 
 def _extension(colors: ScalarMappable, fields: list[np.ndarray]) -> str:
     """Return the end of the color bar that has an arrow: the lower one where pixels lie below the scale."""
-    return "min" if any(bool((field < float(cast(Normalize, colors.norm).vmin or 0.0)).any()) for field in fields) else "neither"
+    return (
+        "min"
+        if any(bool((field < float(cast(Normalize, colors.norm).vmin or 0.0)).any()) for field in fields)
+        else "neither"
+    )
 
 
 def _largest(field: np.ndarray) -> float:
@@ -170,7 +174,9 @@ def _radius_text(result: EffectiveReceptiveFieldResult, i: int) -> str:
     digits = 1
     if np.isfinite(half_width) and 0 < half_width < 0.05:  # would be written as 0.0
         digits = min(3, int(np.ceil(-np.log10(half_width))))
-    return f"$r_{{50}}$ = {radius:.{digits}f}" + (f" ± {half_width:.{digits}f}" if np.isfinite(half_width) else "") + " px"
+    return (
+        f"$r_{{50}}$ = {radius:.{digits}f}" + (f" ± {half_width:.{digits}f}" if np.isfinite(half_width) else "") + " px"
+    )
 
 
 def _finish(panels: list[Axes], n_used: int, n_columns: int) -> None:
@@ -207,5 +213,7 @@ def _over_depth(results: Mapping[str, EffectiveReceptiveFieldResult]) -> Figure:
     shares = next(iter(results.values())).radius_shares
     handles, labels = ax.get_legend_handles_labels() if any(results) else ([], [])
     handles += [Line2D([], [], color="0.3", linestyle=style, linewidth=0.9) for style in STYLES]
-    canvas.legend(handles, [*labels, *(f"{100 * share:.0f} %" for share in shares)], loc="outside lower center", ncols=3)
+    canvas.legend(
+        handles, [*labels, *(f"{100 * share:.0f} %" for share in shares)], loc="outside lower center", ncols=3
+    )
     return canvas.figure

@@ -117,6 +117,10 @@ def _massive(ax: Axes, results: Mapping[str, TokenNormsResult]) -> None:
         ax.axhline(1000, color="0.5", linewidth=0.8, zorder=1, label="1000 times the median")
     elif high < 10 * low:
         ax.set_ylim(low / 2, high * 2)
+    if high < 100 * low:
+        ax.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        ax.yaxis.set_major_formatter(FormatStrFormatter("%g"))
+        ax.yaxis.set_minor_formatter(NullFormatter())
     ax.set_ylabel("Largest / median\nmagnitude")
 
 
