@@ -84,7 +84,11 @@ def series_of(run: Path) -> dict[str, Any]:
 
 
 def _rounded(values: np.ndarray) -> list[Any]:
-    return [value if isinstance(value, bool | int) else float(f"{value:.5g}") for value in values.tolist()]
+    """Return numbers of five digits; None for those that are not finite, which JSON has not."""
+    return [
+        value if isinstance(value, bool | int) else float(f"{value:.5g}") if np.isfinite(value) else None
+        for value in values.tolist()
+    ]
 
 
 def main(arguments: Sequence[str]) -> int:

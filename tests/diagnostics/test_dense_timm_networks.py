@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pytest
@@ -55,8 +56,9 @@ def _network(name: str) -> nn.Module:
             img_size=16, patch_size=8, embed_dim=8, depth=1, num_heads=2, mlp_ratio=2, num_classes=N_CLASSES
         )
     else:
+        block: Any = BasicBlock  # timm's annotation wants an instance
         model = ResNet(
-            BasicBlock,
+            block,
             layers=(1, 1, 1, 1),
             channels=(2, 4, 4, 4),
             num_classes=N_CLASSES,
