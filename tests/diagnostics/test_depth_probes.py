@@ -148,7 +148,7 @@ SWIN = {"img_size": 32, "window_size": 2, "depths": (1, 1), "num_heads": (1, 2),
     ("name", "options", "n_lens"),
     [
         ("vit_tiny_patch16_224", {"img_size": 32, "depth": 2, "embed_dim": 24, "num_heads": 2}, None),
-        ("vit_base_patch16_siglip_224", {"img_size": 32, "depth": 2, "embed_dim": 24, "num_heads": 2}, 0),
+        ("vit_base_patch16_siglip_224", {"img_size": 32, "depth": 2, "embed_dim": 24, "num_heads": 2}, None),
         ("vit_medium_patch16_reg4_gap_256", {"img_size": 32, "depth": 2, "embed_dim": 24, "num_heads": 2}, None),
         ("resnet18", {}, 2),
         ("convnext_atto", {"depths": (1, 1, 1, 2), "dims": (8, 16, 24, 32)}, 3),
@@ -156,7 +156,7 @@ SWIN = {"img_size": 32, "window_size": 2, "depths": (1, 1), "num_heads": (1, 2),
     ],
 )  # fmt: skip
 def test_the_head_of_timm_models_is_found_or_null(name: str, options: dict, n_lens: int | None) -> None:
-    """The head has the model's own logits at the last tap; an attention pooling is no sequence of modules."""
+    """The head has the model's own logits at the last tap; an attention pooling is one module of it."""
     torch.manual_seed(0)
     model = timm.create_model(name, num_classes=3, **options)
     x = torch.randn(20, 3, 32, 32)
@@ -173,6 +173,25 @@ def test_the_head_of_timm_models_is_found_or_null(name: str, options: dict, n_le
         assert found.logit_lens_accuracy[-1] == found.model_accuracy
     assert np.isfinite(found.class_token_ridge_accuracy).any() == has_class_token
     assert np.isfinite(found.ridge_accuracy).all()
+
+
+@pytest.mark.parametrize("name", ["alternet", "resnetv2_50", "efficientnet_b0"])
+def test_a_norm_with_an_activation_inside_belongs_to_the_head(name: str) -> None:
+    """With statistics that differ from the initial ones, with which the norm is nearly the identity."""
+    torch.manual_seed(0)
+    options = {"width": 8, "window_size": 2, "n_msa": (0, 1, 1, 1), "dim_head": 4, "image_size": 16}
+    model = (
+        vs.models.alternet(num_classes=3, **options) if name == "alternet" else timm.create_model(name, num_classes=3)
+    )
+    side = 16 if name == "alternet" else 64
+    model.train()(torch.randn(8, 3, side, side) + 1)
+    x = torch.randn(6, 3, side, side)
+    probe = vs.Probe(model.eval(), [(x, torch.arange(6) % 3)])
+    with probe.guard() as guarded:
+        head = find_head(guarded, x, probe.taps)
+    assert head is not None
+    assert any(isinstance(module, nn.BatchNorm2d) for module in head.modules)
+    assert (head.classifier is None) == (name == "resnetv2_50")  # its classifier is a convolution
 
 
 def test_a_head_of_no_sequence_of_modules_is_not_guessed() -> None:

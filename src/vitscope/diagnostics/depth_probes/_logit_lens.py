@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -25,7 +25,7 @@ class Head:
     """The modules of a forward pass after the last tap, in order, with one pooling among them.
 
     Attributes:
-        modules: the head's modules without submodules.
+        modules: the head's outermost modules that have weights or buffers of their own, or no submodules.
         place: number of these modules that run before the pooling.
         pooling: one of `POOLINGS`.
         tap: the last tap.
@@ -80,29 +80,36 @@ def find_head(model: nn.Module, images: Inputs, taps: list[Tap]) -> Head | None:
         taps: taps of the model, the last of which the head follows.
     """
     last = len(taps) - 1
-    modules: list[nn.Module] = []
+    calls = _Calls()
     read: dict[str, Tensor] = {}
 
     def note(index: int, tap: Tap, x: Tensor) -> None:
         if index == last:
-            modules.clear()
+            calls.begin()
             read["map"] = x.clone()
 
     def note_prefix(index: int, tap: Tap, tokens: Tensor) -> None:
         if index == last:
             read["prefix"] = tokens.clone()
 
-    with reading(model, taps, note, note_prefix), _called(model, modules):
+    with reading(model, taps, note, note_prefix), calls.of(model):
         logits = model(images)
     if "map" not in read or not isinstance(logits, Tensor) or not bool(torch.isfinite(logits).all()):
         return None
-    x = read["map"]
+    x, modules = read["map"], calls.modules
     for place in range(len(modules) + 1):
         for pooling in POOLINGS:
             head = Head(tuple(modules), place, pooling, taps[last], x.shape[1], tuple(x.shape[2:]))
             try:
                 head_logits = head.apply(x, read.get("prefix"))[0]
-            except (RuntimeError, IndexError, TypeError, ValueError, NotImplementedError):  # it does not fit
+            except (
+                RuntimeError,
+                IndexError,
+                TypeError,
+                ValueError,
+                AssertionError,
+                NotImplementedError,
+            ):  # does not fit
                 continue
             if head_logits.shape == logits.shape and _is_close(head_logits, logits):
                 return head
@@ -113,20 +120,48 @@ def _is_close(head_logits: Tensor, logits: Tensor) -> bool:
     return bool((head_logits - logits).abs().max() <= _TOLERANCE * logits.abs().max())
 
 
-@contextmanager
-def _called(model: nn.Module, modules: list[nn.Module]) -> Iterator[None]:
-    """Append the modules without submodules in the order of their calls, after the taps at their inputs were read."""
+class _Calls:
+    """Outermost modules that compute something themselves, in the order of their calls.
 
-    def note(module: nn.Module, args: object) -> None:
-        modules.append(module)
+    Such a module has parameters or buffers of its own, or no submodules. What it calls is part of it, as the activation is in
+    timm's ``BatchNormAct2d``.
 
-    leaves = [module for module in model.modules() if next(module.children(), None) is None]
-    handles = [module.register_forward_pre_hook(note) for module in leaves]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    Attributes:
+        modules: called since `begin`.
+    """
+
+    def __init__(self) -> None:
+        self.modules: list[nn.Module] = []
+        self._running: nn.Module | None = None
+
+    def begin(self) -> None:
+        """Forget the calls so far, also one that is still running: a part of what it calls comes after the last tap."""
+        self.modules.clear()
+        self._running = None
+
+    @contextmanager
+    def of(self, model: nn.Module) -> Iterator[None]:
+        """Follow the calls of a model; hooks of taps at the inputs of modules run before."""
+        with ExitStack() as stack:
+            for module in model.modules():
+                if _computes(module):
+                    stack.callback(module.register_forward_pre_hook(self._enter).remove)
+                    stack.callback(module.register_forward_hook(self._leave).remove)
+            yield
+
+    def _enter(self, module: nn.Module, args: object) -> None:
+        if self._running is None:
+            self.modules.append(module)
+            self._running = module
+
+    def _leave(self, module: nn.Module, args: object, output: object) -> None:
+        if self._running is module:
+            self._running = None
+
+
+def _computes(module: nn.Module) -> bool:
+    own = (*module.parameters(recurse=False), *module.buffers(recurse=False))
+    return bool(own) or next(module.children(), None) is None
 
 
 def _in_layout(x: Tensor, prefix: Tensor | None, tap: Tap) -> Tensor:
