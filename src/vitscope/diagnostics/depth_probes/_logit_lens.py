@@ -160,8 +160,8 @@ class _Calls:
 
 
 def _computes(module: nn.Module) -> bool:
-    own = (*module.parameters(recurse=False), *module.buffers(recurse=False))
-    return bool(own) or next(module.children(), None) is None
+    own_tensors = (*module.parameters(recurse=False), *module.buffers(recurse=False))
+    return bool(own_tensors) or next(module.children(), None) is None
 
 
 def _in_layout(x: Tensor, prefix: Tensor | None, tap: Tap) -> Tensor:
