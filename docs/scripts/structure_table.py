@@ -87,7 +87,7 @@ device too.
   Depthwise mixing between the patch embedding and the first block is `stem`, as a position encoding without a shortcut is.
   A residual layer of the pooled vector and attention pooling by learned queries behind the last unit are `head`. A U-Net that
   adds its skips has the units of its blocks alone.
-- Convolutions with overlapping windows in stem and head that hold more than 60 % of a model's parameters are named in one
+- More than four convolutions with overlapping windows in stem and head that hold over 60 % of the parameters are named in one
   warning: a U-Net of plain convolutions with a single residual attention block counts its encoder as `stem` and its decoder as
   `head`. The largest share in the tables below is 36 % (`hrnet_w18_small`).
 - **Stages** are numbered from 1 by the size of the map.

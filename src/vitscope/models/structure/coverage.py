@@ -21,6 +21,8 @@ NOT_COVERED = " is not part of a known unit"
 #: share of the parameters from which convolutions in stem and head are a body; the four-layer stem of the smallest NFNet
 #: (``test_nfnet`` with 3 classes) has 51 %
 _BODY_SHARE = 0.6
+#: number of such convolutions that a stem has at most (NFNet's); in small networks one holds most of the parameters
+_STEM_LAYERS = 4
 _ADVICE = (
     "pass structure=[vitscope.models.structure.UnitDescription(...), ...], {register}or pass "
     "Probe(..., taps=[vitscope.Tap(...), ...]) and units=[vitscope.models.structure.Unit(...), ...] by hand"
@@ -83,7 +85,7 @@ def warn_doubts(model: nn.Module, doubts: Sequence[str]) -> None:
 
 
 def warn_body_outside(model: nn.Module, kinds: Mapping[str, Kind]) -> None:
-    """Warn once, in one line, if convolutions of more than one position in stem and head hold over 60 % of a model's parameters.
+    """Warn if more than four convolutions with overlapping windows in stem and head hold over 60 % of the parameters.
 
     The encoder and decoder of plain convolutions around one residual block are such; patch embeddings, 1x1 convolutions and
     linear layers, of which classifiers are made, do not count.
@@ -99,7 +101,7 @@ def warn_body_outside(model: nn.Module, kinds: Mapping[str, Kind]) -> None:
         if kind in shares:
             shares[kind] += sum(sizes.get(name, 0) for name in names) / sum(sizes.values())
             n_layers[kind] += 1
-    if sum(shares.values()) > _BODY_SHARE:
+    if sum(n_layers.values()) > _STEM_LAYERS and sum(shares.values()) > _BODY_SHARE:
         places = " and ".join(f"{n_layers[kind]} of {kind} ({share:.0%})" for kind, share in shares.items() if share)
         warnings.warn(
             f"{model_name(model)}: convolutions outside of residual units hold most of the parameters: {places}; they have "
