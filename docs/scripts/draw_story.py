@@ -108,6 +108,9 @@ def draw(picture: Picture, entries: Mapping[str, Entry], cache: Path, out: Path)
     data = ", ".join(sorted({entry.data for entry in entries.values()}))
     # BatchNorm has statistics in some of the networks alone, so that their cards differ
     figure = vs.plot(results, allow_different=True, title=f"{picture.title}: {data}", **picture.plot)
+    for axes in figure.axes:
+        if hasattr(axes, "set_zlabel"):  # the title says what the height is; side by side the label is cut
+            axes.set_zlabel("")
     print(save_webp(figure, out / f"{picture.name}.webp"), flush=True)
     plt.close(figure)
     card = next(iter(results.values())).card
