@@ -76,6 +76,28 @@ def guard_checks(
     return [*works, check(GRADIENT, Count.exactly(1), min(2, n))] if moves_weights or second_order else works
 
 
+def trained_and_untrained_passes(
+    workload: Workload, options: Options, unit: WorkUnit, tap_searches_a_model: bool = True
+) -> MeasureCost:
+    """Return a pass over all images, and another of the model before training where the measure has it (``initial``).
+
+    Args:
+        workload: What is measured.
+        options: All options of the measure.
+        unit: The pass over a batch.
+        tap_searches_a_model: Whether the places of feature maps are searched in each model; in the trained one alone otherwise.
+    """
+    n_models = 1 + workload.input_size(options, "initial")
+    checks = guard_checks(workload) * n_models  # each model has a probe of its own
+    n_searches = n_models if tap_searches_a_model else 1
+    works = [
+        Work(unit, Count.exactly(n_models), workload.n_images),
+        Work(TAPS, Count.exactly(n_searches), workload.first_batch, is_divided=False),
+        *checks,
+    ]
+    return MeasureCost(works, held_bytes=(n_models - 1.0) * workload.parameter_bytes)
+
+
 def feature_pass_cost(
     make: Callable[..., feature_pass.Accumulator],
     result_bytes: Callable[[Workload, Options], float | None] = lambda workload, options: None,

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vitscope.core.cost.image_passes import TAPS, guard_checks
-from vitscope.core.cost.measure_cost import Count, MeasureCost, Options, Work, Workload, WorkUnit, declares_cost
+from vitscope.core.cost.image_passes import trained_and_untrained_passes
+from vitscope.core.cost.measure_cost import MeasureCost, Options, Workload, WorkUnit, declares_cost
 from vitscope.core.measure_options import record_options
 from vitscope.core.objective_card import ObjectiveCard
 from vitscope.core.probe import Probe
@@ -155,14 +155,7 @@ _READING_PASS = WorkUnit("pass with residual branches", _reading_pass, ("path", 
 
 def _cost(workload: Workload, options: Options) -> MeasureCost:
     """Return a pass over all images, and another of the model before training."""
-    n_models = 1 + workload.input_size(options, "initial")
-    checks = [*guard_checks(workload)] * n_models  # each model has a probe of its own
-    works = [
-        Work(_READING_PASS, Count.exactly(n_models), workload.n_images),
-        Work(TAPS, Count.exactly(n_models), workload.first_batch, is_divided=False),
-        *checks,
-    ]
-    return MeasureCost(works, held_bytes=(n_models - 1.0) * workload.parameter_bytes)
+    return trained_and_untrained_passes(workload, options, _READING_PASS)
 
 
 @declares_cost(_cost)

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from vitscope.core.cost.image_passes import TAPS, guard_checks
-from vitscope.core.cost.measure_cost import Count, MeasureCost, Options, Work, Workload, WorkUnit, declares_cost
+from vitscope.core.cost.image_passes import trained_and_untrained_passes
+from vitscope.core.cost.measure_cost import MeasureCost, Options, Workload, WorkUnit, declares_cost
 from vitscope.core.losses.requirements import check_images
 from vitscope.core.measure_options import record_options
 from vitscope.core.objective_card import ObjectiveCard
@@ -130,14 +130,7 @@ _FIELD_PASS = WorkUnit("pass with a gradient for each tap", _field_pass, ("taps"
 
 def _cost(workload: Workload, options: Options) -> MeasureCost:
     """Return a pass with the gradients of all taps over all images, and another of the model before training."""
-    n_models = 1 + workload.input_size(options, "initial")
-    checks = [*guard_checks(workload)] * n_models  # each model has a probe of its own
-    works = [
-        Work(_FIELD_PASS, Count.exactly(n_models), workload.n_images),
-        Work(TAPS, Count.exactly(1), workload.first_batch, is_divided=False),
-        *checks,
-    ]
-    return MeasureCost(works, held_bytes=(n_models - 1.0) * workload.parameter_bytes)
+    return trained_and_untrained_passes(workload, options, _FIELD_PASS, tap_searches_a_model=False)
 
 
 @declares_cost(_cost)
