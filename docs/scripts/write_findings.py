@@ -172,8 +172,9 @@ def _claim_block(verdict: ClaimVerdict, n_claims: int, figures: str) -> str:
         "",
         f"![Effect of each statistic by seed, with the mean and its 95 % interval]({figures}/{verdict.claim.name}.webp)",
     ]
-    if compared := "; ".join(dict.fromkeys(f.effect.compared for f in verdict.findings if f.effect.compared)):
-        lines += ["", f"Compared: {_escaped(compared)}."]
+    compared = dict.fromkeys(pair for f in verdict.findings for pair in f.effect.compared.split("; ") if pair)
+    if compared:
+        lines += ["", "Compared:", "", *(f"- {_escaped(pair)}" for pair in compared)]
     return "\n".join(lines)
 
 

@@ -52,6 +52,16 @@ def test_an_interval_that_crosses_zero_decides_nothing() -> None:
     assert "crosses zero" in found.reason
 
 
+def test_statistics_of_one_reason_are_named_where_they_are_few_and_counted_where_they_are_many() -> None:
+    few = {seed: CLEAR[seed] for seed in range(2)}
+    a, b, c = (part({seed: value + shift for seed, value in few.items()}) for shift in (0.0, 0.1, 0.2))
+    assert judge(a, b).reason == f"{a.name} and {b.name}: 2 of 5 seeds"
+    assert judge(a, b, c).reason == "all 3 statistics: 2 of 5 seeds"
+    unclear = part(UNCLEAR)
+    reason = judge(a, b, c, unclear).reason
+    assert reason == f"3 of 4 statistics: 2 of 5 seeds; {unclear.name}: the interval crosses zero"
+
+
 def test_fewer_than_five_seeds_decide_nothing_however_clear() -> None:
     few = {seed: CLEAR[seed] for seed in range(4)}
     for sign in (1, -1):

@@ -22,6 +22,9 @@ MIN_SEEDS = 5
 #: chance of any false verdict, over all claims
 ALPHA = 1 - LEVEL
 
+#: most statistics of one reason that a verdict names; more are counted, and the rows of the table name them
+MAX_NAMED = 2
+
 #: true effects, in standard deviations between seeds, whose power the table states
 POWER_EFFECTS = (1.0, 2.0, 4.0)
 
@@ -209,10 +212,24 @@ def _verdict(
         if n < needed and evidence_of_claim.p <= evidence_of_claim.attainable:  # all seeds agree in sign
             seeds = f"by the t-test alone: {n} seeds, and exact tests decide from {needed} on"
             return (SUGGESTED, seeds) if evidence_of_claim.direction > 0 else (SUGGESTED_AGAINST, f"{seeds}; {against}")
-    reasons = [f"{f.part.name}: {f.reason or f.verdict}" for f in tested if f.verdict != SUPPORTED]
-    if not reasons:
-        reasons = [f"not after the correction over claims (p {p_holm:.2g})"]
-    return INCONCLUSIVE, "; ".join(dict.fromkeys(reasons))
+    if all(f.verdict == SUPPORTED for f in tested):
+        return INCONCLUSIVE, f"not after the correction over claims (p {p_holm:.2g})"
+    return INCONCLUSIVE, _undecided_text(tested)
+
+
+def _undecided_text(tested: Sequence[StatisticResult]) -> str:
+    """Return why statistics do not support a claim; those of one reason are counted, or named where they are few."""
+    names: dict[str, list[str]] = {}
+    for finding in tested:
+        if finding.verdict != SUPPORTED:
+            names.setdefault(finding.reason or finding.verdict, []).append(finding.part.name)
+    return "; ".join(f"{_named_or_counted(group, len(tested))}: {reason}" for reason, group in names.items())
+
+
+def _named_or_counted(names: Sequence[str], total: int) -> str:
+    if len(names) <= MAX_NAMED:
+        return " and ".join(names)
+    return f"all {total} statistics" if len(names) == total else f"{len(names)} of {total} statistics"
 
 
 def _needed_seeds(findings: Sequence[StatisticResult], direction: int, n_tested: int) -> int:
