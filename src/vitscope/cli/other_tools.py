@@ -1,7 +1,8 @@
 """Names that other tools give to what vitscope sets by a key, and the answer that names the right key.
 
 timm's and torchvision's scripts take options (``--data-dir``), templates of Hydra and Lightning other keys (``debug=default``,
-``task_name=``). An argument of such a name is refused with what to write instead, for the whole command line at once.
+``task_name=``), and ``vitscope reproduce`` has keys of its own (``dry=true``, ``out=``). An argument of such a name is refused
+with what to write instead, for the whole command line at once.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from vitscope.config import loading
 from vitscope.runtime.errors import ConfigError
 
 _LAST = "run=runs/<id> ckpt_path=last"
+#: option of Hydra that prints the configuration and runs nothing
+_PRINT_ONLY = "--cfg job"
 
 #: replacements for keys and options of other tools; ``{}`` stands for the value
 _REPLACEMENTS = {
@@ -51,7 +54,8 @@ _REPLACEMENTS = {
     "amp": "trainer.precision=bf16-mixed",
     **dict.fromkeys(("debug", "fast_dev_run", "trainer.fast_dev_run"), "caps=smoke"),
     **dict.fromkeys(("task_name", "exp_name", "experiment_name", "run_name"), "name={}"),
-    **dict.fromkeys(("output", "output_dir", "save_dir", "log_dir", "work_dir"), "paths.runs={}"),
+    **dict.fromkeys(("out", "out_dir", "output", "output_dir", "save_dir", "log_dir", "work_dir"), "paths.runs={}"),
+    **dict.fromkeys(("dry", "dry_run"), _PRINT_ONLY),
     **dict.fromkeys(("wandb", "use_wandb", "log_wandb"), "logger=wandb"),
     **dict.fromkeys(("tensorboard", "use_tensorboard"), "logger=tensorboard"),
     **dict.fromkeys(("project", "wandb_project"), "logger.project={}"),
@@ -65,6 +69,8 @@ _OF_ANALYZE = {
     **dict.fromkeys(("augment", "data.augmentation"), "probe.augment={}"),
     **dict.fromkeys(("gpus", "n_gpus", "devices", "accelerator"), "device=cuda"),
     **dict.fromkeys(("resume", "resume_from_checkpoint"), "run=runs/<id>"),
+    **dict.fromkeys(("out", "out_dir", "output", "output_dir", "save_dir"), "run_dir={}"),
+    **dict.fromkeys(("dry", "dry_run"), "cost=true"),
 }
 
 #: groups that only a training has
