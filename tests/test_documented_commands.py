@@ -270,6 +270,18 @@ def test_photographs_are_measured(call: Callable[..., int], tmp_path: Path) -> N
     assert '"n_images": 16' in result.read_text()
 
 
+def test_a_split_that_lacks_is_refused_before_the_first_analysis(
+    call: Callable[..., int],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    options = ["model=vit", "model.depth=1", "model.patch_size=8", "data.image_size=16", "device=cpu"]
+    analyses = "analysis=[evaluation,depth_probes]"  # the second one reads training images
+    assert call("analyze", *options, "data=photographs", analyses, f"paths.runs={tmp_path}/runs") == 3
+    assert "16 photographs have no train split; measure on split=test" in capsys.readouterr().err
+    assert not list(tmp_path.glob("runs/*/results/*"))
+
+
 def test_training_on_photographs_is_one_line(
     call: Callable[..., int],
     tmp_path: Path,

@@ -30,6 +30,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> AnalysisContext:
     caps.apply_caps(cfg)
     run = run_dir.create(cfg, "train")
     network = factories.model(cfg)
+    with torch.no_grad():
+        for p in network.parameters():
+            p.add_(0.001)  # a training has moved it
     for step, name in enumerate(("init", "last")):
         state = {f"model.{key}": value + 0.01 * (1 - step) for key, value in network.state_dict().items()}
         content = {"epoch": 0, "global_step": step, "state_dict": state}

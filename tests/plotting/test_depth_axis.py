@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from vitscope.plotting.api import STYLE
 from vitscope.plotting.canvas import Canvas
-from vitscope.plotting.depth_axis import points_by_kind, shade_bands, shared_legend
+from vitscope.plotting.depth_axis import points_by_kind, shade_bands, shared_legend, start_at_zero
 from vitscope.plotting.style import COLORS, KIND_COLORS, KIND_LABELS, KIND_MARKERS
 
 KINDS = ("stem", "conv", "msa", "conv", "pool")
@@ -51,3 +51,17 @@ def test_points_without_a_value_are_left_out_and_labels_stand_once() -> None:
     empty = Figure()
     shared_legend(Canvas(empty), [empty.subplots()])
     assert not empty.legends
+
+
+def test_an_axis_from_zero_leaves_room_above_values_that_are_nearly_equal() -> None:
+    ax = Figure().subplots()
+    ax.plot(DEPTHS, [0.83, 0.8301, 0.83, 0.8299, 0.83])
+    start_at_zero(ax)
+    assert ax.get_ylim() == (0, 1.08 * 0.8301)
+    start_at_zero(ax, highest=0.85)
+    assert ax.get_ylim() == (0, 0.85)
+    for values in ([], [np.nan] * 5, [0.0] * 5):
+        empty = Figure().subplots()
+        empty.plot(DEPTHS[: len(values)], values)
+        start_at_zero(empty)
+        assert empty.get_ylim() == (0, 1)

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 
 import vitscope as vs
 from tests.helpers.sample_results import loss_slice, variance
-from vitscope.plotting.text_fit import broken_lines, fit_legend
+from vitscope.plotting.text_fit import broken_lines, broken_names, fit_legend
 
 
 @pytest.mark.parametrize(
@@ -23,6 +23,20 @@ from vitscope.plotting.text_fit import broken_lines, fit_legend
 )
 def test_lines_are_broken_at_spaces(text: str, most: int, lines: list[str]) -> None:
     assert broken_lines(text, most).split("\n") == lines
+
+
+@pytest.mark.parametrize(
+    ("text", "most", "lines"),
+    [
+        ("layers.3.blocks.1.mlp", 18, ["layers.3.blocks.1.", "mlp"]),
+        ("layers.3.blocks.1.mlp", 40, ["layers.3.blocks.1.mlp"]),
+        ("AlterNet of 2 epochs", 12, ["AlterNet of", "2 epochs"]),
+        ("Rollout\nof gradients", 20, ["Rollout", "of gradients"]),
+        ("encoder.attention_projection.key", 10, ["encoder.", "attention_projection.", "key"]),
+    ],
+)
+def test_names_are_broken_after_dots_and_at_spaces(text: str, most: int, lines: list[str]) -> None:
+    assert broken_names(text, most).split("\n") == lines
 
 
 def test_a_legend_has_the_columns_that_fit() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 
-from vitscope.analyses import announcement, context, cost_prediction, runner, spec, time_prediction
+from vitscope.analyses import announcement, arguments, context, cost_prediction, runner, spec, time_prediction
 from vitscope.analyses.analysis_inputs import AnalysisInputs, prepare_inputs
 from vitscope.analyses.cost_prediction import PredictedCost
 from vitscope.config import error_translation, loading, model_facts
@@ -122,6 +122,7 @@ def _measure(inputs: AnalysisInputs, run: Run, mirror: WandbMirror) -> None:
     analyses = [spec.replaced(analysis, on_error="raise") for analysis in spec.parse(cfg.analysis)]
     place = context.AnalysisContext(cfg, run, network, inputs.data, tag, epoch, step, mirror, content, analyses)
     _announce(place, inputs.defaults)
+    _read_splits(place)
     for analysis in analyses:
         result = runner.perform(analysis, place, reuse=bool(cfg.reuse))
         assert result is not None
@@ -152,6 +153,15 @@ def _announce(place: context.AnalysisContext, defaults: Sequence[str]) -> None:
     prediction = time_prediction.predict(place.due, place.network, place.datamodule, measured, time_products)
     announcement.announce_device(device, prediction)
     announcement.announce_image_cache(place.cfg, place.due, place.datamodule, device)
+
+
+def _read_splits(place: context.AnalysisContext) -> None:
+    """Read the splits that the analyses measure, so that a missing one is refused before the first analysis."""
+    measured = runner.measured_before(place.due, place) if place.cfg.reuse else []
+    unmeasured = [analysis for analysis in place.due if analysis.name not in measured]
+    splits = {split for analysis in unmeasured for split in arguments.needed_splits(analysis, place.datamodule)}
+    for split in sorted(splits):
+        place.datamodule.split(split)
 
 
 def _moment(path: Path | None, content: Mapping[str, Any] | None, run: Run) -> tuple[str, int | None, int]:

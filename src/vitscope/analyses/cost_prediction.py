@@ -19,6 +19,7 @@ import torch
 from omegaconf import DictConfig
 from torch import nn
 
+from vitscope.analyses import arguments
 from vitscope.analyses.spec import Analysis, probe_request
 from vitscope.config import factories
 from vitscope.config.keys.analysis_keys import CROSS_VALIDATION
@@ -120,7 +121,9 @@ def predict_costs(
     return [_predicted(cfg, analysis, network, data, n_ranks, content, n_checkpoints, times) for analysis in analyses]
 
 
-def _input_sizes(analysis: Analysis, data: Any, n_checkpoints: int) -> dict[str, int]:
+def _input_sizes(
+    cfg: DictConfig, analysis: Analysis, network: nn.Module, data: Any, n_checkpoints: int
+) -> dict[str, int]:
     """Return the sizes of the arguments that the run supplies, see `vitscope.analyses.arguments`."""
     sizes = {}
     for name, kind in run_inputs(analysis.measure).items():
@@ -133,7 +136,7 @@ def _input_sizes(analysis: Analysis, data: Any, n_checkpoints: int) -> dict[str,
         elif kind is FromRun.CHECKPOINTS:
             sizes[name] = n_checkpoints
         elif kind is FromRun.UNTRAINED:
-            sizes[name] = 1
+            sizes[name] = int(arguments.untrained_model(cfg, network) is not None)
     return sizes
 
 
@@ -181,9 +184,8 @@ def _predicted(
         available = len(data.split(request["split"]))
         n_images = available if request["n_images"] is None else min(available, int(request["n_images"]))
         probe = _probe_of(cfg, network, data, request, n_images, request["batch_size"], content)
-        work = replace(
-            workload(probe, request["batch_size"], n_images), input_sizes=_input_sizes(analysis, data, n_checkpoints)
-        )
+        sizes = _input_sizes(cfg, analysis, network, data, n_checkpoints)
+        work = replace(workload(probe, request["batch_size"], n_images), input_sizes=sizes)
         cost = stated_cost(analysis.measure, analysis.options, work)
     except Interrupted:
         raise

@@ -67,6 +67,19 @@ def points_by_kind(
             )
 
 
+def start_at_zero(ax: Axes, highest: float = np.inf) -> None:
+    """Let the vertical axis go from 0 to 8 % above the largest drawn value.
+
+    Matplotlib's own margin is a share of the range of the values, which leaves points at the upper edge where all are alike.
+
+    Args:
+        ax: axes whose curves and intervals are drawn.
+        highest: upper end of the axis at most.
+    """
+    top = ax.dataLim.y1
+    ax.set_ylim(0, min(highest, 1.08 * top) if np.isfinite(top) and top > 0 else min(highest, 1.0))
+
+
 def shared_legend(canvas: Canvas, axes: Iterable[Axes]) -> None:
     """Put one legend below the panels, each label once."""
     handles = {label: handle for ax in axes for handle, label in zip(*ax.get_legend_handles_labels())}

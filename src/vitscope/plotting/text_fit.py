@@ -83,6 +83,25 @@ def broken_lines(text: str, most: int) -> str:
     return "\n".join(part for line in lines for part in _broken(line, most))
 
 
+def broken_names(text: str, most: int) -> str:
+    """Return a text whose lines have at most ``most`` characters where they can be, broken at spaces and after dots of names.
+
+    Args:
+        text: Names of modules such as ``layers.3.blocks.1.attn``, and words.
+        most: Most characters of a line; a longer part between two dots is not broken.
+    """
+    lines: list[str] = []
+    for line in text.split("\n"):
+        current = ""
+        for part in line.replace(".", ".\0").replace(" ", " \0").split("\0"):
+            if current and len(current) + len(part.rstrip()) > most:
+                lines.append(current.rstrip())
+                current = ""
+            current += part
+        lines.append(current)
+    return "\n".join(lines)
+
+
 def _broken(line: str, most: int) -> list[str]:
     # a formula counts as the characters that it shows
     plain = _FORMULA.sub(lambda match: "\0" * max(1, _length(match.group())), line)

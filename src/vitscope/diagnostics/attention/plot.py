@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from vitscope.diagnostics.attention.attention_distance import AttentionDistanceResult
 from vitscope.diagnostics.attention.plot_attention_maps import attention_maps
 from vitscope.plotting.canvas import COLUMN_WIDTH, new_canvas, result_color
-from vitscope.plotting.depth_axis import DEPTH_LABEL
+from vitscope.plotting.depth_axis import DEPTH_LABEL, start_at_zero
 
 __all__ = ["attention_distance", "attention_maps"]
 
@@ -35,7 +35,7 @@ def attention_distance(results: Mapping[str, AttentionDistanceResult]) -> Figure
         upper.plot(result.depths, result.uniform_distance, color=color, linestyle=":", label=label)
     upper.set(ylabel="Attention distance (pixels)")
     lower.set(ylabel="Entropy / ln(number of keys)", xlabel=DEPTH_LABEL, ylim=(0, 1.03))
-    upper.set_ylim(0, 1.08 * max(upper.dataLim.y1, 1e-9))
+    start_at_zero(upper)
     canvas.legend(*upper.get_legend_handles_labels(), loc="outside upper center", ncols=3)
     return canvas.figure
 

@@ -15,7 +15,8 @@ from matplotlib.lines import Line2D
 
 from vitscope.diagnostics.attention.attention_maps import AttentionMapsResult
 from vitscope.plotting.canvas import COLUMN_WIDTH, Canvas, new_canvas, result_color
-from vitscope.plotting.depth_axis import DEPTH_LABEL
+from vitscope.plotting.depth_axis import DEPTH_LABEL, start_at_zero
+from vitscope.plotting.text_fit import broken_names
 
 #: width in inches of a page of two columns
 _PAGE_WIDTH = 7.0
@@ -143,7 +144,7 @@ def _draw_maps(canvas: Canvas, grid: np.ndarray, images: np.ndarray, columns: Se
         for number, ax in enumerate(axes):
             scale = _draw_image(ax, images[row], None if number == 0 else relative[number - 1][row], norm)
             if row == 0:
-                ax.set_title(_broken(titles[number], int(width / _CHARACTER)), fontsize="x-small")
+                ax.set_title(broken_names(titles[number], int(width / _CHARACTER)), fontsize="x-small")
     assert scale is not None
     canvas.colorbar(
         scale,
@@ -169,20 +170,6 @@ def _draw_image(ax: Axes, image: np.ndarray, values: np.ndarray | None, norm: No
 def _relative(maps: np.ndarray) -> np.ndarray:
     mean = maps.mean(axis=(1, 2), keepdims=True)
     return np.divide(maps, mean, out=np.full(maps.shape, np.nan), where=mean > 0)
-
-
-def _broken(title: str, most: int) -> str:
-    """Return a title whose names are broken after dots and spaces into lines of at most as many characters, if they can be."""
-    lines: list[str] = []
-    for line in title.split("\n"):
-        current = ""
-        for part in line.replace(".", ".\0").replace(" ", " \0").split("\0"):
-            if current and len(current) + len(part) > most:
-                lines.append(current.rstrip())
-                current = ""
-            current += part
-        lines.append(current)
-    return "\n".join(lines)
 
 
 @dataclass(frozen=True)
@@ -230,7 +217,7 @@ def _draw_numbers(
     for ax, panel in zip(axes, panels):
         ax.set(xlabel=DEPTH_LABEL, xlim=(-0.04, 1.04))
         ax.set_ylabel(panel.label, fontsize="small")
-        ax.set_ylim(0, min(1.03, 1.08 * max(ax.dataLim.y1, 1e-3)))
+        start_at_zero(ax, highest=1.03)
     if any(not panel.by_head for panel in panels):
         handles.append(Line2D([], [], color="0.3", marker="o", markersize=2.5, label="IoU of heads"))
         handles.append(

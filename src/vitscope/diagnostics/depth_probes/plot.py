@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from vitscope.diagnostics.depth_probes.depth_probes import DepthProbesResult
 from vitscope.plotting.canvas import new_canvas, result_color
-from vitscope.plotting.depth_axis import DEPTH_LABEL, shared_legend
+from vitscope.plotting.depth_axis import DEPTH_LABEL, shared_legend, start_at_zero
 
 #: accuracies, their labels, markers and styles of line
 ACCURACIES = {
@@ -50,7 +50,7 @@ def depth_probes(results: Mapping[str, DepthProbesResult]) -> Figure:
         if is_logarithmic and any(drawn):
             ax.set_yscale("log")
         elif any(drawn):
-            ax.set_ylim(0, 1.05 * ax.get_ylim()[1])  # the margin is one of the curve's range, which 0 enlarges
+            start_at_zero(ax)
         else:
             ax.set_yticks([])
             ax.text(0.5, 0.5, "not defined", ha="center", va="center", transform=ax.transAxes, color="0.4")

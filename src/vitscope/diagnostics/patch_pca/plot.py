@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Mapping
 
 import numpy as np
@@ -11,6 +10,7 @@ from matplotlib.figure import Figure
 
 from vitscope.diagnostics.patch_pca.patch_pca import PatchPcaResult
 from vitscope.plotting.canvas import COLUMN_WIDTH, new_canvas
+from vitscope.plotting.text_fit import broken_names
 
 #: inches, side of a panel and width of the texts left of the rows
 _PANEL, _TEXT = 0.8, 1.0
@@ -65,10 +65,9 @@ def _hide_frame(ax: Axes) -> None:
 
 def _row_text(name: str, result: PatchPcaResult, i: int) -> str:
     """Return the model's name, the tap where there are several, the shares of variance and the agreement with a reference."""
-    lines = textwrap.wrap(name, 18) if name else []
+    lines = [broken_names(name, 18)] if name else []
     if len(result.taps) > 1 or not name:
-        lines += textwrap.wrap(result.taps[i].replace(".", " ."), 18)
-        lines[-1] = lines[-1].replace(" .", ".")
+        lines.append(broken_names(result.taps[i], 18))
     ratios = result.ratios[i]
     lines.append(", ".join(f"{100 * ratio:.0f}" for ratio in ratios) + " %" if np.isfinite(ratios).all() else "null")
     if np.isfinite(result.alignment_r2[i]):

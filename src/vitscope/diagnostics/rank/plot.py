@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from itertools import pairwise
 
-import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from vitscope.diagnostics.rank.effective_rank import EffectiveRankResult
 from vitscope.plotting.canvas import COLUMN_WIDTH, new_canvas, result_color
-from vitscope.plotting.depth_axis import DEPTH_LABEL, shade_bands, shared_legend
+from vitscope.plotting.depth_axis import DEPTH_LABEL, shade_bands, shared_legend, start_at_zero
 
 QUANTITIES = {"effective_rank": "Effective rank", "participation_ratio": "Participation ratio"}
 
@@ -34,8 +33,7 @@ def effective_rank(results: Mapping[str, EffectiveRankResult], *, share: bool = 
             if len(results) == 1:
                 _bands(ax, result)
         ax.set_ylabel(f"{label}\n(share of channels)" if share else label)
-        highest = max((np.nan_to_num(np.asarray(line.get_ydata(), float)).max() for line in ax.lines), default=0.0)
-        ax.set_ylim(0, 1.08 * highest or 1.0)
+        start_at_zero(ax)
     axes[-1].set_xlabel(DEPTH_LABEL)
     shared_legend(canvas, axes[:1])
     return canvas.figure

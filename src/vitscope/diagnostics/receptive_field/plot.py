@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -17,8 +16,9 @@ from matplotlib.patches import Circle
 
 from vitscope.diagnostics.receptive_field.effective_receptive_field import EffectiveReceptiveFieldResult
 from vitscope.plotting.canvas import COLUMN_WIDTH, Canvas, new_canvas, result_color
-from vitscope.plotting.depth_axis import DEPTH_LABEL
+from vitscope.plotting.depth_axis import DEPTH_LABEL, start_at_zero
 from vitscope.plotting.style import MARKERS
+from vitscope.plotting.text_fit import broken_names
 
 #: decades below the largest value that the colors show
 DECADES = 4
@@ -105,7 +105,7 @@ def _all_taps(results: Mapping[str, EffectiveReceptiveFieldResult]) -> Figure:
         panels = list(axes[row * n_rows_each : (row + 1) * n_rows_each].flat)
         for i, (ax, tap) in enumerate(zip(panels, result.taps)):
             _draw_field(ax, result, _relative(result, result.field[i]), i, colors, "white")
-            text = "\n".join(textwrap.wrap(tap.replace(".", " ."), 16)).replace(" .", ".")
+            text = broken_names(tap, 16)
             ax.set_title(f"{name}\n{text}" if name and i == 0 else text, fontsize="small")
         _finish(panels, len(result.taps), n_columns)
     length = min(1.0, 2.0 / len(axes))
@@ -209,7 +209,7 @@ def _over_depth(results: Mapping[str, EffectiveReceptiveFieldResult]) -> Figure:
             label = (name or None) if j == 0 else None
             ax.errorbar(result.depths, radius, result.radius_half_width[:, j], linestyle=line, label=label, **style)
     ax.set(xlim=(-0.02, 1.02), xlabel=DEPTH_LABEL, ylabel="Radius of a share (pixels)")
-    ax.set_ylim(bottom=0)
+    start_at_zero(ax)
     shares = next(iter(results.values())).radius_shares
     handles, labels = ax.get_legend_handles_labels() if any(results) else ([], [])
     handles += [Line2D([], [], color="0.3", linestyle=style, linewidth=0.9) for style in STYLES]

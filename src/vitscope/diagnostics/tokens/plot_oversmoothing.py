@@ -11,7 +11,7 @@ from matplotlib.ticker import MaxNLocator
 
 from vitscope.diagnostics.tokens.oversmoothing import OversmoothingResult
 from vitscope.plotting.canvas import COLUMN_WIDTH, new_canvas, result_color
-from vitscope.plotting.depth_axis import DEPTH_LABEL, shade_bands, shared_legend
+from vitscope.plotting.depth_axis import DEPTH_LABEL, shade_bands, shared_legend, start_at_zero
 from vitscope.plotting.style import MARKERS
 
 #: largest over smallest value from which the axis of residuals is logarithmic
@@ -103,7 +103,7 @@ def _log_where_wide(ax: Axes) -> None:
     if len(values) and values.max() > _WIDE * values.min():
         ax.set_yscale("log")
     else:
-        ax.set_ylim(bottom=0)
+        start_at_zero(ax)
 
 
 def _matrices(results: Mapping[str, OversmoothingResult]) -> Figure:
