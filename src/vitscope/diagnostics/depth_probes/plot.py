@@ -20,6 +20,9 @@ ACCURACIES = {
     "logit_lens_accuracy": ("Logit lens", "x", ":"),
 }
 
+#: accuracies that several results are compared by, a panel each
+COMPARED = ("ridge_accuracy", "knn_accuracy", "logit_lens_accuracy")
+
 #: the other panels: fields, labels, and whether the axis is logarithmic
 PANELS = {
     "nc1": ("NC1: within over\nbetween classes", True),
@@ -31,54 +34,76 @@ PANELS = {
 
 
 def depth_probes(results: Mapping[str, DepthProbesResult]) -> Figure:
-    """Draw six panels over normalized depth: accuracies of held-out images, NC1 to NC4 and the intrinsic dimension.
+    """Draw panels over normalized depth: accuracies of held-out images, NC1 to NC4 and the intrinsic dimension.
 
-    Bars and bands are 95 % intervals. A horizontal line is the model's own accuracy, in the color of its result. With several
-    results the accuracies are the ridge's and the k-NN's alone.
+    One result has all accuracies in one panel, with bars. Several results have a panel each for the ridge, the k-NN and the logit
+    lens, with bands. Both are 95 % intervals. A horizontal line is the model's own accuracy, in the color of its result.
 
     Args:
         results: one or more results by name.
     """
     canvas = new_canvas(7.0, 4.6)
-    axes = canvas.grid(2, 3, sharex=True)
-    for index, (name, result) in enumerate(results.items()):
-        _accuracies(axes[0, 0], name, result, index, single=len(results) == 1)
-    axes[0, 0].set_ylabel("Accuracy")
-    axes[0, 0].set_ylim(0, 1.02)
-    for ax, (field, (label, is_logarithmic)) in zip(axes.flat[1:], PANELS.items()):
+    if len(results) == 1:
+        axes = canvas.grid(2, 3, sharex=True)
+        accuracy_axes, other_axes = axes.flat[:1], axes.flat[1:]
+        _all_accuracies(accuracy_axes[0], *results.values())
+    else:
+        axes = canvas.grid(2, 4, sharex=True)
+        accuracy_axes, other_axes = axes.flat[: len(COMPARED)], axes.flat[len(COMPARED) :]
+        for ax, field in zip(accuracy_axes, COMPARED):
+            _compared_accuracies(ax, results, field)
+    for ax in accuracy_axes:
+        ax.set_ylim(0, 1.02)
+    for ax, (field, (label, is_logarithmic)) in zip(other_axes, PANELS.items()):
         drawn = [_curve(ax, result, field, index) for index, result in enumerate(results.values())]
         if is_logarithmic and any(drawn):
             ax.set_yscale("log")
         elif any(drawn):
             start_at_zero(ax)
         else:
-            ax.set_yticks([])
-            ax.text(0.5, 0.5, "not defined", ha="center", va="center", transform=ax.transAxes, color="0.4")
+            _mark_undefined(ax)
         ax.set_ylabel(label)
     for ax in axes[-1]:
         ax.set_xlabel(DEPTH_LABEL)
-    shared_legend(canvas, [axes[0, 0]])
+    shared_legend(canvas, accuracy_axes[:1])
     return canvas.figure
 
 
-def _accuracies(ax: Axes, name: str, result: DepthProbesResult, index: int, *, single: bool) -> None:
-    names = list(ACCURACIES) if single else ["ridge_accuracy", "knn_accuracy"]
-    for number, field in enumerate(names):
-        label, marker, line = ACCURACIES[field]
+def _all_accuracies(ax: Axes, result: DepthProbesResult) -> None:
+    """Draw the accuracies of one result, each in a color of its own."""
+    for number, (field, (label, marker, line)) in enumerate(ACCURACIES.items()):
         values, interval = getattr(result, field), getattr(result, f"{field}_interval")
         at = np.flatnonzero(np.isfinite(values))
         if not len(at):
             continue
         bars = np.stack([values[at] - interval[at, 0], interval[at, 1] - values[at]])
-        color = result_color(number if single else index)
-        text = label if single else f"{name}: {label}"
         ax.errorbar(
-            result.depths[at], values[at], np.maximum(bars, 0), fmt=marker, linestyle=line, color=color, label=text,
-            markersize=3, elinewidth=0.8,
+            result.depths[at], values[at], np.maximum(bars, 0), fmt=marker, linestyle=line, color=result_color(number),
+            label=label, markersize=3, elinewidth=0.8,
         )  # fmt: skip
     if np.isfinite(result.model_accuracy):
-        color = "0.3" if single else result_color(index)
-        ax.axhline(result.model_accuracy, color=color, linewidth=0.8, zorder=0, label="The model" if single else None)
+        ax.axhline(result.model_accuracy, color="0.3", linewidth=0.8, zorder=0, label="The model")
+    ax.set_ylabel("Accuracy")
+
+
+def _compared_accuracies(ax: Axes, results: Mapping[str, DepthProbesResult], field: str) -> None:
+    """Draw one kind of accuracy of several results, each in its color."""
+    for index, (name, result) in enumerate(results.items()):
+        values, interval = getattr(result, field), getattr(result, f"{field}_interval")
+        color = result_color(index)
+        at = np.flatnonzero(np.isfinite(values))
+        ax.plot(result.depths[at], values[at], "o-", color=color, markersize=3, label=name)
+        ax.fill_between(result.depths[at], *interval[at].T, color=color, alpha=0.2, linewidth=0)
+        if np.isfinite(result.model_accuracy):
+            ax.axhline(result.model_accuracy, color=color, linewidth=0.8, zorder=0)
+    if not any(np.isfinite(getattr(result, field)).any() for result in results.values()):
+        _mark_undefined(ax)
+    ax.set_ylabel(f"Accuracy ({ACCURACIES[field][0]})")
+
+
+def _mark_undefined(ax: Axes) -> None:
+    ax.set_yticks([])
+    ax.text(0.5, 0.5, "not defined", ha="center", va="center", transform=ax.transAxes, color="0.4")
 
 
 def _curve(ax: Axes, result: DepthProbesResult, field: str, index: int) -> bool:
