@@ -178,7 +178,10 @@ def draw_timm(cache: Path, out: Path) -> None:
         "python -c \"import timm, vitscope as vs; print(vs.structure(timm.create_model('swin_tiny_patch4_window7_224')))\"",
         {**note, "models": {name: model for model, name in TIMM.items()}},
     ))  # fmt: skip
-    analysis = ["analysis=[effective_receptive_field]", "probe.split=test", "probe.n_images=8"]
+    contribution = (
+        "analysis.effective_receptive_field.contribution=channels"  # LayerNorms make gradients of channels cancel
+    )
+    analysis = ["analysis=[effective_receptive_field]", contribution, "probe.split=test", "probe.n_images=8"]
     results = {}
     for model in RECEPTIVE:
         network = ["model=timm", f"model.name={model}", "data=photographs"]

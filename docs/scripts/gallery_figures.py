@@ -100,9 +100,9 @@ SIGHT = (
                   "its attention depends on the place of the query, that of the others hardly.",
                   _FIVE, ("analysis.oversmoothing.probe.n_images=128",), group="sight"),
     GalleryFigure("depth_probes", "What is known of the classes at each depth",
-                  "Accuracy of ridge and k-NN classifiers on pooled features and of the network's own head on earlier layers, where "
-                  "it fits (logit lens; horizontal lines: the networks themselves), neural collapse and intrinsic dimension, "
-                  "over depth. In AlterNet and ConvNet the last layer's ridge "
+                  "Accuracy of ridge and k-NN classifiers on pooled features and of the network's own head on earlier "
+                  "layers, where it fits (logit lens; horizontal lines: the networks themselves), neural collapse and "
+                  "intrinsic dimension, over depth. In AlterNet and ConvNet the last layer's ridge "
                   "classifier comes to the network's own accuracy; on the ViT's pooled patches it stays lower, 0.42 (0.49 on "
                   "the class token, which its head reads). With 256 test images intervals are about 0.06 on either side, and "
                   "no network is near collapse after two epochs.",

@@ -46,6 +46,7 @@ class FieldsOfTaps:
         area: (n_taps, n_area_shares) share of the image.
         radius_without: (n_groups, n_taps, n_radius_shares) without the images of a group.
         area_without: (n_groups, n_taps, n_area_shares) likewise.
+        coherence: (n_taps,) coherence of the channels' gradients in the first batch, NaN where it is not measured.
         reasons: why taps are null, by name.
         n_images: number of images.
         dtype: type of the gradients.
@@ -60,6 +61,7 @@ class FieldsOfTaps:
     area: np.ndarray
     radius_without: np.ndarray
     area_without: np.ndarray
+    coherence: np.ndarray
     reasons: dict[str, str]
     n_images: int
     dtype: str
@@ -104,7 +106,7 @@ def field_pass(probe: Probe, taps: Sequence[Tap], contribution: str) -> Iterator
         def read_batch() -> None:
             with torch.enable_grad():
                 model(x)
-                sums.close_batch(0, x)
+                sums.close_batch(1, x)  # the first batch has further gradients
 
         with structure_reader().reading(model, taps, sums.read):
             yield read_batch
@@ -119,6 +121,8 @@ class _Sums:
         self.map_sizes: dict[int, tuple[int, int]] = {}
         self.image_size: tuple[int, int] | None = None
         self.n_images = 0
+        #: coherence of the channels at each tap, of the first batch
+        self.coherence: dict[int, float] = {}
         self._features: dict[int, Tensor] = {}
 
     def read(self, index: int, tap: Tap, x: Tensor) -> None:
@@ -141,20 +145,49 @@ class _Sums:
         while features:
             stop_flag.check()
             index = next(iter(features))
-            gradient = self._gradient(features.pop(index), x, retain_graph=bool(features))
+            values = features.pop(index)  # (B, C)
+            is_first = number == 0 and self.contribution == "squared"
+            gradient = _gradient(self._differentiated(values, number), x, retain_graph=bool(features) or is_first)
+            if is_first:
+                self.coherence[index] = _coherence(gradient, values, x, retain_graph=bool(features))
             self.sums[index].add(self._contributions(gradient), groups)
 
-    def _gradient(self, features: Tensor, x: Tensor, retain_graph: bool) -> Tensor:
-        value = features.relu().sum() if self.contribution == "positive" else features.sum()
-        if not value.requires_grad:  # does not depend on the images, or is read where gradients are cut off
-            return torch.zeros_like(x)
-        (gradient,) = torch.autograd.grad(value, x, retain_graph=retain_graph, allow_unused=True)
-        return torch.zeros_like(x) if gradient is None else gradient.detach()
+    def _differentiated(self, values: Tensor, number: int) -> Tensor:
+        """Return the number that is differentiated for the values ``(B, C)`` of a position."""
+        if self.contribution == "positive":
+            return values.relu().sum()
+        return (values * _signs(values, number)).sum() if self.contribution == "channels" else values.sum()
 
     def _contributions(self, gradient: Tensor) -> Tensor:
         """Return each pixel's contribution ``(B, H, W)`` in float64."""
         gradient = gradient.double()
         return gradient.relu().sum(1) if self.contribution == "positive" else gradient.square().sum(1)
+
+
+def _gradient(value: Tensor, x: Tensor, retain_graph: bool) -> Tensor:
+    """Return the gradient ``(B, c, H, W)`` of a number with respect to the images; zeros where it does not depend on them."""
+    if not value.requires_grad:  # does not depend on the images, or is read where gradients are cut off
+        return torch.zeros_like(x)
+    (gradient,) = torch.autograd.grad(value, x, retain_graph=retain_graph, allow_unused=True)
+    return torch.zeros_like(x) if gradient is None else gradient.detach()
+
+
+def _signs(values: Tensor, number: int) -> Tensor:
+    """Return random signs ``(B, C)`` that follow from the number of the batch, on whatever rank and device."""
+    generator = torch.Generator().manual_seed(number)
+    signs = torch.randint(0, 2, tuple(values.shape), generator=generator)
+    return (2 * signs - 1).to(values)
+
+
+def _coherence(of_sum: Tensor, values: Tensor, x: Tensor, retain_graph: bool) -> float:
+    """Return the squared gradient of the channels' sum over the sum of the channels' squared gradients.
+
+    It is about 1 for independent channels and 0 where their gradients cancel. The denominator is estimated by random signs: its
+    mean is that of the squared gradient of the signed sum.
+    """
+    of_signs = _gradient((values * _signs(values, 0)).sum(), x, retain_graph)
+    denominator = float(of_signs.double().square().sum())
+    return float(of_sum.double().square().sum()) / denominator if denominator > 0 else float("nan")
 
 
 def _extents(taps: Sequence[Tap], sums: _Sums, center: str, area_shares: np.ndarray, dtype: str) -> FieldsOfTaps:
@@ -181,8 +214,12 @@ def _extents(taps: Sequence[Tap], sums: _Sums, center: str, area_shares: np.ndar
             radius[k, i] = radii(part.ravel(), euclidean, shares)
             area[k, i] = area_ratios(part.ravel(), square, area_shares)
     reasons = {name: reason for name, reason in reasons.items() if reason}
+    coherence = np.full(n, np.nan)
+    for of_rank in gather_objects(sums.coherence):  # of the rank that read the first batch
+        coherence[list(of_rank)] = list(of_rank.values())
     return FieldsOfTaps(
-        map_sizes, cells, centroids, centers, field, radius[0], area[0], radius[1:], area[1:], reasons, n_images, dtype
+        map_sizes, cells, centroids, centers, field, radius[0], area[0], radius[1:], area[1:], coherence, reasons, n_images,
+        dtype,
     )  # fmt: skip
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -29,7 +30,11 @@ from vitscope.stats.jackknife import jackknife_half_width
 _logger = logging.getLogger(__name__)
 
 #: contributions of a pixel
-CONTRIBUTIONS = ("squared", "positive")
+CONTRIBUTIONS = ("squared", "channels", "positive")
+
+#: coherence of channels below which their gradients cancel: networks with residual streams have 0.25 and more, those whose
+#: stream is the output of a LayerNorm and small branches 0.01 and less
+LEAST_COHERENCE = 0.05
 
 #: points around which radii and squares lie
 CENTERS = ("mass", "cell")
@@ -69,10 +74,12 @@ class EffectiveReceptiveFieldResult(
         radius_change: (n_taps, n_radius_shares) radius minus initial radius.
         radius_change_half_width: (n_taps, n_radius_shares) half its t-interval, both models with the same images.
         reference: ``initial`` where an initial model was measured, else ``none``.
-        n_backward: backward passes over the images.
+        n_backward: backward passes over all images.
         level: coverage of the intervals.
         n_images: number of images.
         card: conditions of the measurement.
+        channel_coherence: (n_taps,) squared gradient of the channels' sum over the sum of the channels' squared gradients, in the
+            first batch: near 0 where the gradients of channels cancel. None for other contributions than ``squared``.
     """
 
     taps: tuple[str, ...]
@@ -102,6 +109,7 @@ class EffectiveReceptiveFieldResult(
     level: float
     n_images: int
     card: ObjectiveCard | None = None
+    channel_coherence: np.ndarray | None = None
 
     def scalars(self) -> dict[str, float]:
         """Return the radii and area ratios at the last tap, and the changes of its radii."""
@@ -153,14 +161,20 @@ def effective_receptive_field(
     precision (in double for a model in double) with respect to what the model takes, normalised images; no gradient of a
     parameter is computed.
 
+    Where the map is the output of a LayerNorm and of small branches, as in the first stages of Swin and ConvNeXt, the sum of
+    its channels hardly depends on the image: their gradients cancel, and the field is that of what is left. The first batch tells
+    (``channel_coherence``), and a warning names such taps.
+
     The share of the field within a radius is known at the distances of pixel centers from the field's center, and taken as
     linear between them. Intervals are those of the jackknife over ten groups of images.
 
     Args:
         probe: model, images and taps.
         taps: ``stages``, the last tap of each stage (one of a model without stages); ``last``; ``all``; or names of taps.
-        contribution: measure of a pixel's contribution: ``squared``, as above; or ``positive``, that of Ding et al.: ``sum_c
-            relu(d sum_k relu(F[k, h // 2, w // 2]) / d x[c])``.
+        contribution: measure of a pixel's contribution: ``squared``, as above; ``channels``, ``sum_k sum_c (d F[k, h // 2, w //
+            2] / d x[c])^2``, where gradients of channels cannot cancel, estimated without bias by one draw of random signs of
+            the channels for each image; or ``positive``, that of Ding et al.: ``sum_c relu(d sum_k relu(F[k, h // 2, w // 2]) /
+            d x[c])``.
         center: center of radii and squares: ``mass``, the field's center of mass in half pixels; or ``cell``, the center of the
             position's cell, from which strided convolutions shift the field by up to half a cell.
         area_shares: shares of the field for which the smallest square is sought; those of Ding et al.
@@ -185,7 +199,22 @@ def effective_receptive_field(
     before = None if initial is None else measure_fields(*_initial_probe(probe, initial, read_taps), *options)
     warn_nulls("effective_receptive_field", trained.reasons)
     warn_nulls("effective_receptive_field", few_images(trained.n_images))
+    _warn_of_cancellation(read_taps, trained, before)
     return _result(probe, read_taps, trained, before, options[-1], level)
+
+
+def _warn_of_cancellation(taps: Sequence[Tap], trained: FieldsOfTaps, before: FieldsOfTaps | None) -> None:
+    """Warn once, naming the taps at which the gradients of channels cancel."""
+    names = [tap.name for tap, coherence in zip(taps, trained.coherence) if coherence < LEAST_COHERENCE]
+    if before is not None:
+        cancelled = [tap.name for tap, coherence in zip(taps, before.coherence) if coherence < LEAST_COHERENCE]
+        names += [f"{name} before training" for name in cancelled]
+    if names:
+        warnings.warn(
+            f"effective_receptive_field: the gradients of the channels cancel at {', '.join(names)}, as after a LayerNorm, so "
+            "that the field is that of a small rest; pass contribution=channels",
+            stacklevel=3,
+        )
 
 
 def _check(contribution: str, center: str, area_shares: Sequence[float], level: float) -> None:
@@ -257,6 +286,7 @@ def _result(
         level=level,
         n_images=n,
         card=probe.card(dtype=trained.dtype),
+        channel_coherence=None if np.isnan(trained.coherence).all() else trained.coherence,
     )
 
 

@@ -85,7 +85,7 @@ def _norms(ax: Axes, results: Mapping[str, TokenNormsResult]) -> None:
         ax.fill_between(
             result.depths, result.norm_quantiles[:, 1], result.norm_quantiles[:, 3], color=color, alpha=0.2, linewidth=0
         )
-        _curve(ax, index, result, result.norm, result.norm_half_width, name or "Patch tokens")
+        _curve(ax, index, result, result.norm, result.norm_half_width, name or _position_label(result))
         for kind in dict.fromkeys(result.prefix_kinds):
             columns = np.array(result.prefix_kinds) == kind
             style, label = PREFIX_LINES[kind]
@@ -97,10 +97,14 @@ def _norms(ax: Axes, results: Mapping[str, TokenNormsResult]) -> None:
     ax.set_ylabel("Token norm")
 
 
+def _position_label(result: TokenNormsResult) -> str:
+    return "Patch tokens" if "msa" in result.kinds or len(result.prefix_kinds) else "Positions"
+
+
 def _artefacts(ax: Axes, results: Mapping[str, TokenNormsResult]) -> None:
     for index, (name, result) in enumerate(results.items()):
         half_width = 100 * result.artefact_share_half_width
-        _curve(ax, index, result, 100 * result.artefact_share, half_width, name or "Patch tokens")
+        _curve(ax, index, result, 100 * result.artefact_share, half_width, name or _position_label(result))
     _bands(ax, results)
     highest = max((np.nan_to_num(np.asarray(line.get_ydata(), float)).max() for line in ax.lines), default=0.0)
     ax.set_ylim(-0.05 * (highest or 1.0), 1.15 * highest or 1.0)
