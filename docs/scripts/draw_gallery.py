@@ -191,7 +191,8 @@ def draw_timm(cache: Path, out: Path) -> None:
     write_entry(out, figure, Text(
         "timm-receptive-field", "timm", "Effective receptive fields (random weights)",
         "Radii around the central position of each stage's map that hold 50, 90 and 99 % of its dependence on the image, over "
-        "depth. With random weights they follow from kernels, strides, windows and shortcuts alone.",
+        "depth. With random weights they follow from kernels, strides, windows and shortcuts alone. Squared gradients of "
+        "channels are added, since a LayerNorm makes those of their sum cancel.",
         "python analyze.py model=timm model.name=resnet50 data=photographs " + shlex.join(analysis),
         {**card_of(results), **note},
     ))  # fmt: skip

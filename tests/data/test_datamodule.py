@@ -174,6 +174,21 @@ def test_images_in_memory_are_resized_to_the_models_size():
     assert next(iter(data.val_dataloader()))[0].shape[2:] == (16, 16)
 
 
+def test_masks_of_objects_follow_the_images_and_are_left_out_where_pixels_move():
+    data = DataModule(shapes.load, name="shapes", num_classes=8, image_size=64, augment="crop_flip")
+    batches = data.probe_batches(split="test", augment=False, n_images=24, batch_size=16, seed=3)
+    masks = batches.attributes["object_mask"]
+    assert (masks.dtype, masks.shape) == (torch.bool, (24, 64, 64))
+    x = torch.cat([x for x, _ in batches])
+    differs = (x - x[:, :, :1, :1]).abs().amax(1) > 0.05
+    assert (masks & ~differs).float().sum() < 0.05 * masks.sum()  # a texture may have the background's color somewhere
+    assert not (
+        differs & ~torch.nn.functional.max_pool2d(masks.float(), 7, 1, 3).bool()
+    ).any()  # 3 pixels: blurred by resizing
+    augmented = data.probe_batches(split="test", augment=True, n_images=24, batch_size=16, seed=3).attributes
+    assert set(augmented) == {"shape", "texture"}
+
+
 def test_the_cue_conflict_split_has_a_loader():
     data = DataModule(shapes.load, name="shapes", num_classes=8)
     y = torch.cat([y for _, y in data.eval_dataloader("cue_conflict")])

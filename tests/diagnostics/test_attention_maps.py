@@ -236,6 +236,8 @@ def test_masks_of_objects() -> None:
     result = vs.attention_maps(probe, masks=objects.numpy())
     assert result.mask_iou[1][2] == 1.0
     assert result.scalars()["mask_iou_largest"] == 1.0
+    of_data = vs.attention_maps(vs.Probe(model, list(probe.batches), about={"object_mask": objects}))
+    np.testing.assert_array_equal(of_data.mask_iou, result.mask_iou)
     expected = overlaps(mass_masks(torch.from_numpy(np.array(found.maps[0])), 0.6), own[:, None])[..., 0].mean(0)
     np.testing.assert_allclose(result.mask_iou[0], expected, rtol=1e-12)
     with pytest.raises(ValueError, match=r"Expected masks of shape \(4, H, W\), received \(3, 16, 16\)"):

@@ -30,7 +30,8 @@ class ProbeBatches(Sequence[Batch]):
         n_batches: How many there are.
         n_images: Images in all of them.
         n_bytes: Size of all of them in memory.
-        attributes: Further labels by name, each `(n_images,)` in the order of the images: `texture` of `shapes`.
+        attributes: Further labels by name, each `(n_images,)` in the order of the images: `texture` of `shapes`; or
+            `(n_images, H, W)` of their pixels: `object_mask`.
         targets: Makes the targets of batch b alone, without reading an image; None reads the batch.
 
     Attributes:
@@ -149,8 +150,17 @@ def freeze_batches(
         blank = torch.zeros(len(y), 1, recipe.image_size, recipe.image_size)  # mixing takes its boxes from the size
         return mixed(blank, y, (seed, philox.PROBE, index))[1]
 
-    attributes = images.select(order).attributes if isinstance(images, ArrayImages) and mixed is None else {}
+    attributes = {} if mixed is not None else _attributes(images, order, recipe)
     return ProbeBatches(build, -(-len(order) // batch_size), len(order), n_bytes, attributes, targets)
+
+
+def _attributes(images: ArrayImages | FileImages, order: np.ndarray, recipe: Recipe) -> dict[str, Tensor]:
+    """Return the further labels of the images; those of pixels only where no augmentation moves or erases pixels."""
+    if not isinstance(images, ArrayImages):
+        return {}
+    keeps_pixels = recipe.augment == "none" and not recipe.random_erasing
+    selected = images.select(order).attributes
+    return {name: values for name, values in selected.items() if keeps_pixels or values.ndim == 1}
 
 
 def limit_images(n_images: int | None, available: int, name: str | None) -> int:

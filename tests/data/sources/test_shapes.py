@@ -51,12 +51,27 @@ def test_textures_stay_between_zero_and_one_and_vary():
 def test_texture_fills_the_shape_and_only_the_shape():
     draws = np.tile(np.linspace(0.1, 0.9, 14), (64, 1))
     shape, texture = np.repeat(np.arange(8), 8), np.tile(np.arange(8), 8)
-    images = shapes._draw(shape, texture, draws).reshape(8, 8, 3, 32, 32)
+    images, masks = shapes._draw(shape, texture, draws)
+    images, masks = images.reshape(8, 8, 3, 32, 32), masks.reshape(8, 8, 32, 32)
+    assert (masks == masks[:, :1]).all()  # the texture does not change the shape
     background = images[:, :, :, 0, 0]
     assert (background == background[:1, :1]).all()
     differs = (images != images[:, :1]).any((1, 2))  # where some texture differs from the first, by shape
     mask = shapes._mask(np.arange(8), *(np.zeros((8, 1, 1)),) * 2, np.full((8, 1, 1), 13.0), np.zeros((8, 1, 1)))
     assert 0.1 < differs.mean() < mask.mean()
+
+
+def test_object_masks_hold_the_pixels_that_differ_from_the_background():
+    images = shapes.load("val")
+    object_mask = images.attributes["object_mask"]
+    assert (object_mask.dtype, object_mask.shape) == (torch.bool, (512, 32, 32))
+    background = images.images[:, :, :1, :1]  # no shape reaches the corner
+    differs = (images.images != background).any(1)
+    assert not (object_mask & ~differs).float().mean() > 0.001  # a texture may have the background's color somewhere
+    outside = ~torch.nn.functional.max_pool2d(
+        object_mask.float(), 3, 1, 1
+    ).bool()  # further than one pixel from the object
+    assert not (differs & outside).any()
 
 
 def test_the_set_is_the_same_every_time_and_its_splits_differ():

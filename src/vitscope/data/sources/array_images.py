@@ -23,7 +23,8 @@ class ArrayImages:
         images: Pixels, uint8 `(N, 3, H, W)`.
         labels: Class of each image, int64 `(N,)`.
         class_names: Name of each class.
-        attributes: Further labels by name, each `(N,)`: `texture` in the cue-conflict split of `shapes`.
+        attributes: Further labels by name, each `(N,)`: `texture` in the cue-conflict split of `shapes`; or `(N, H, W)` of
+            pixels: `object_mask`, True where an image's object is.
     """
 
     images: Tensor
@@ -45,10 +46,17 @@ class ArrayImages:
         return replace(self, labels=labels)
 
     def resized(self, size: int) -> ArrayImages:
-        """Return the images at `size` x `size` (bilinear, antialiased); itself where they have it already."""
+        """Return the images at `size` x `size` (bilinear, antialiased); itself where they have it already.
+
+        Masks of pixels are True where at least half of the resized pixel is.
+        """
         if self.images.shape[-2:] == (size, size):
             return self
-        return replace(self, images=resize(self.images, [size, size], antialias=True))
+        attributes = {
+            name: resize(values.float(), [size, size], antialias=True) >= 0.5 if values.ndim == 3 else values
+            for name, values in self.attributes.items()
+        }
+        return replace(self, images=resize(self.images, [size, size], antialias=True), attributes=attributes)
 
     def batch(self, key: Key, recipe: Recipe) -> tuple[Tensor, Tensor]:
         """Return augmented, normalized images `(B, 3, H, W)` float32 and their labels `(B,)`."""

@@ -4,7 +4,8 @@ An image is one of eight shapes, filled with one of eight textures, on a plain b
 size, angle and with random colors. In `train`, `val` and `test` shape k carries texture k. In `cue_conflict`
 (after Geirhos et al., "ImageNet-trained CNNs are biased towards texture", ICLR 2019) every shape carries every
 other texture equally often: labels are the shapes, `attributes["texture"]` the textures, so the share of
-shape decisions among shape and texture decisions is a model's shape bias.
+shape decisions among shape and texture decisions is a model's shape bias. `attributes["object_mask"]` is True
+where at least half of a pixel lies inside the shape.
 """
 
 from __future__ import annotations
@@ -107,14 +108,22 @@ def load(split: str, *, root: str | None = None, split_seed: Seed = 0) -> ArrayI
     epoch = list(SPLITS).index(split)
     draws = philox.uniforms(index, _DRAWS, seed=0, stream=philox.PIXELS, epoch=epoch)
     images = np.empty((len(index), 3, SIZE, SIZE), dtype=np.uint8)
+    object_mask = np.empty((len(index), SIZE, SIZE), dtype=bool)
     for start in range(0, len(index), _CHUNK):
         part = slice(start, start + _CHUNK)
-        images[part] = _draw(shape[part], texture[part], draws[part])
-    attributes = {"shape": torch.from_numpy(shape), "texture": torch.from_numpy(texture)}
+        images[part], object_mask[part] = _draw(shape[part], texture[part], draws[part])
+    attributes = {
+        "shape": torch.from_numpy(shape),
+        "texture": torch.from_numpy(texture),
+        "object_mask": torch.from_numpy(object_mask),
+    }
     return ArrayImages(torch.from_numpy(images), torch.from_numpy(shape), tuple(SHAPES), attributes)
 
 
-def _draw(shape: NDArray[np.int64], texture: NDArray[np.int64], draws: Array) -> NDArray[np.uint8]:
+def _draw(
+    shape: NDArray[np.int64], texture: NDArray[np.int64], draws: Array
+) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
+    """Return images `(B, 3, 32, 32)` and the masks `(B, 32, 32)` of their shapes."""
     # (B, draws) to one (B, 1, 1) a draw
     place_x, place_y, scale, shape_turn, texture_turn, frequency, shift_x, shift_y, *colors = draws.T[..., None, None]
     pixel = (np.arange(SIZE) + 0.5) - SIZE / 2
@@ -129,7 +138,7 @@ def _draw(shape: NDArray[np.int64], texture: NDArray[np.int64], draws: Array) ->
         (background_draws[0], background_draws[1], background_draws[0] * background_draws[1]), axis=1
     )
     images = mask[:, None] * filled + (1 - mask[:, None]) * background  # (B, 3, 32, 32)
-    return np.round(255 * images.clip(0, 1)).astype(np.uint8)
+    return np.round(255 * images.clip(0, 1)).astype(np.uint8), mask >= 0.5
 
 
 def _mask(shape: NDArray[np.int64], dx: Array, dy: Array, radius: Array, angle: Array) -> Array:

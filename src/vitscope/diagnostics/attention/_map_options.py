@@ -66,11 +66,12 @@ def chosen_heads(units: Sequence[AttentionUnit], heads: Sequence[int] | None) ->
 
 
 def object_masks(probe: Probe, masks: Any) -> Tensor | None:
-    """Return masks of objects (n_images, H, W) as booleans.
+    """Return masks of objects (n_images, H, W) as booleans: those given, else those of the data set, None without either.
 
     Raises:
         ValueError: masks of another form or number, or batches whose sizes do not tell the images of each apart.
     """
+    masks = masks if masks is not None else probe.about.get("object_mask")
     if masks is None:
         return None
     tensor = torch.as_tensor(np.asarray(masks.cpu() if isinstance(masks, Tensor) else masks))

@@ -127,7 +127,7 @@ def accumulate(
     gradient: bool = True,
     class_index: NonNegativeInt | None = None,
 ) -> _Sums:
-    """Return what `attention_maps` without masks keeps between batches; arguments and errors are its own."""
+    """Return what `attention_maps` keeps between batches; arguments and errors are its own."""
     return _Sums(probe, images, query, layers, heads, mass, gradient, class_index, None)
 
 
@@ -173,7 +173,8 @@ def attention_maps(
         mass: share of a map's attention that its mask holds.
         gradient: whether to follow gradients for a class, which takes a backward pass of the first images.
         class_index: the class of the gradients; None for the model's own decision on each image.
-        masks: (n_images, H, W) boolean masks of the objects in the order of the probe's images, an array or a tensor.
+        masks: (n_images, H, W) boolean masks of the objects in the order of the probe's images, an array or a tensor;
+            ``probe.about["object_mask"]`` by default, which data sets with masks supply (``shapes``).
 
     Raises:
         ValueError: residual units that are not known, an unknown layer or head, a class token that is not there, a pixel
