@@ -102,6 +102,13 @@ def seed_count(verdict: ClaimVerdict) -> str:
     return "" if not counts else str(counts[0]) if len(set(counts)) == 1 else f"{min(counts)} to {max(counts)}"
 
 
+def sign_count(verdict: ClaimVerdict) -> str:
+    """Return how many of a claim's measured statistics have the claimed sign, such as ``3 of 4``; empty without any."""
+    measured = [f for f in verdict.findings if f.interval is not None and f.part.tested]
+    n_agreeing = sum(f.interval.mean * f.part.sign > 0 for f in measured if f.interval is not None)
+    return f"{n_agreeing} of {len(measured)}" if measured else ""
+
+
 def _summary(
     links: Mapping[str, str], judged: Sequence[ClaimVerdict], entries: Sequence[Entry], study: str, figures: str
 ) -> str:
@@ -109,7 +116,8 @@ def _summary(
     trained = [entry for entry in entries if not entry.superseded]
     hours = sum(float(entry.facts.get("wall_s") or 0.0) for entry in trained) / 3600
     rows = [
-        f"| [{j.claim.statement}](#{links[j.claim.name]}) | {j.verdict} | {_p_text(j.p_holm)} | {seed_count(j)} |"
+        f"| [{j.claim.statement}](#{links[j.claim.name]}) "
+        f"| {j.verdict} | {_p_text(j.p_holm)} | {seed_count(j)} | {sign_count(j)} |"
         for j in judged
     ]
     lines = [
@@ -117,9 +125,12 @@ def _summary(
         f"{len(trained)} trainings{_lengths(trained)}, {hours:.1f} hours of training and measuring. "
         f"{_what_follows(judged, n_seeds)}",
         "",
-        "| claim | verdict | p (Holm) | seeds |",
-        "|---|---|---|---|",
+        "| claim | verdict | p (Holm) | seeds | signs as claimed |",
+        "|---|---|---|---|---|",
         *rows,
+        "",
+        "Signs as claimed: how many of the claim's statistics have a mean with the claimed sign. The count is a description and "
+        "no test.",
         "",
         claim_verdicts.power_text(judged),
     ]

@@ -96,6 +96,9 @@ def test_numbers_figures_and_verdicts_come_from_the_study(
         f"[{judged['weak_bias_negatives'].claim.statement}](#weak-inductive-bias-brings-negative-hessian-eigenvalues)"
     )
     assert f"| {bias} | {bias_verdict} |" in summary
+    signs = [f.interval.mean * f.part.sign > 0 for f in judged["weak_bias_negatives"].findings if f.interval]
+    assert re.search(rf"\| {re.escape(bias)} .*\| {sum(signs)} of {len(signs)} \|", summary)
+    assert write_findings.sign_count(judged["msa_variance"]) == ""
     for name, verdict in judged.items():
         written = block(text, name)
         assert f"**Verdict: {verdict.verdict}" in written
