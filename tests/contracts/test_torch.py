@@ -179,6 +179,23 @@ def test_a_function_mode_sees_the_functional_calls_of_layers() -> None:
     assert {F.conv2d, F.batch_norm, F.hardsigmoid, F.scaled_dot_product_attention} <= set(recorder.functions)
 
 
+def test_unobserved_functions_are_seen_by_no_mode() -> None:
+    """Readers of `models.permutations` compute with what they observe in the midst of a recorded pass."""
+    x = torch.ones(2)
+    with Recorder() as recorder:
+        with torch_internals.UnobservedFunctions():
+            x.relu()
+        x.exp()
+    assert [getattr(function, "__name__", "") for function in recorder.functions] == ["exp"]
+
+
+def test_operators_that_take_functions_have_one_base_class() -> None:
+    """`models.tracing.recorder` tells them by it."""
+    from torch._higher_order_ops.cond import cond_op
+
+    assert isinstance(cond_op, torch_internals.HigherOrderOperator)
+
+
 @pytest.mark.parametrize("groups", [1, 2])
 def test_the_backward_operator_of_convolutions_gives_their_gradients(groups: int) -> None:
     generator = torch.Generator().manual_seed(0)

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.conv import _ConvNd
@@ -19,6 +20,12 @@ BatchNormBase = _BatchNorm
 RunningNormBase = _NormBase
 #: base class of all convolutions, transposed ones included
 ConvolutionBase = _ConvNd
+
+#: base class of operators that take functions, such as those of control flow
+HigherOrderOperator = torch._ops.HigherOrderOperator
+
+#: context manager within which no function mode, own or foreign, sees the calls of torch's functions
+UnobservedFunctions = torch._C.DisableTorchFunction
 
 #: dictionaries of a module that hold its parameters, buffers and submodules
 MODULE_REGISTRIES = ("_parameters", "_buffers", "_modules")

@@ -12,6 +12,7 @@ from vitscope.models.permutations.channel_labels import Label
 from vitscope.models.permutations.unit_symmetry import Occurrence, UnitGroup, UnitSymmetry, places, run_recorded
 from vitscope.runtime import stop_flag
 from vitscope.runtime.errors import StructureError
+from vitscope.runtime.torch_internals import UnobservedFunctions
 
 
 @dataclass
@@ -111,7 +112,7 @@ def _activations(model: nn.Module, x: Tensor) -> list[Tensor]:
     observed_tensors: list[Tensor] = []
 
     def observe(tensor: Tensor, axis: int, label: Label) -> None:
-        with torch.no_grad(), torch._C.DisableTorchFunction():
+        with torch.no_grad(), UnobservedFunctions():
             observed_tensors.append(
                 tensor.detach().movedim(axis, -1).flatten(0, -2).clone()
             )  # (..., n) to (n_positions, n)

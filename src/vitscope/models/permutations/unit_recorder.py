@@ -16,6 +16,7 @@ from vitscope.models.permutations.axis_rules import Axes, fix_all, joined, plain
 from vitscope.models.permutations.channel_labels import Label, cut_into_blocks, cut_into_heads, fix, merge
 from vitscope.models.permutations.function_families import argument, axis_order
 from vitscope.models.structure.execution import tensors
+from vitscope.runtime.torch_internals import UnobservedFunctions
 
 
 class UnitRecorder(AxisRecorder):
@@ -148,7 +149,7 @@ class UnitRecorder(AxisRecorder):
         heads, channels = (axes[-3], axes[-1]) if tensor.ndim > 3 else (None, None)
         if self.observe is not None and heads is not None and channels is not None:
             label = Label(heads.size * channels.size, "queries and keys", heads=(heads, channels))
-            with torch.no_grad(), torch._C.DisableTorchFunction():
+            with torch.no_grad(), UnobservedFunctions():
                 flat = tensor.detach().transpose(-3, -2).flatten(-2)  # (..., tokens, heads * channels)
             self.observe(flat, flat.ndim - 1, label)
 
@@ -185,7 +186,7 @@ class UnitRecorder(AxisRecorder):
         if self.observe is not None:
             if columns is not None:
                 self.observe(query, query.ndim - 1, columns)
-            with torch.no_grad(), torch._C.DisableTorchFunction():
+            with torch.no_grad(), UnobservedFunctions():
                 self.observe(F.linear(query, weight, bias), query.ndim - 1, rows)
         return [(None, None, out), *((None,) * t.ndim for t in results[1:])]
 

@@ -6,7 +6,6 @@ from collections.abc import MutableMapping
 from contextlib import ExitStack
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
@@ -18,6 +17,7 @@ from vitscope.models.tracing.additions import DIFFERENCES, STACKED_SUM
 from vitscope.models.tracing.axes import Axes, unknown
 from vitscope.models.tracing.graph import Call, Node, Trace
 from vitscope.models.tracing.propagation import einsum_terms, result_axes
+from vitscope.runtime.torch_internals import HigherOrderOperator
 
 #: attention as one call
 FUSED_ATTENTION = frozenset({
@@ -327,7 +327,7 @@ class _Recorder(TorchFunctionMode):
 
 def is_foreign(func: Any) -> bool:
     """Whether a function is an operator that an extension has registered, of which nothing is known."""
-    if isinstance(func, torch._ops.HigherOrderOperator):
+    if isinstance(func, HigherOrderOperator):
         return True
     name = getattr(func, "_qualified_op_name", "") or getattr(func, "_name", "")
     return (
