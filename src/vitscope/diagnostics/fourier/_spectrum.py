@@ -62,8 +62,8 @@ def frequencies(size: tuple[int, int], path: str = "diagonal") -> np.ndarray:
 def spectrum(x: Tensor, path: str = "diagonal", eps: float = EPS) -> Spectrum:
     """Return the spectrum of feature maps ``x (B, C, h, w)``, averaged over channels.
 
-    The diagonal holds |F(k, k)| for k = 0 ... ceil(h/2) - 1; ``radial`` averages over rings one bin wide of the whole
-    transform, up to the Nyquist frequency (the corners are left out).
+    The diagonal holds |F(k, k)| for k = 0 ... ceil(h/2) - 1; ``radial`` averages over rings one bin of the
+    shorter side wide of the whole transform, up to the Nyquist frequency (the corners are left out). Ring 0 is the constant part.
 
     Raises:
         ValueError: a diagonal of a map that is not square, or an unknown path.
@@ -132,6 +132,8 @@ def _rings(h: int, w: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     radius = np.hypot(2 * np.abs(np.fft.fftfreq(h))[:, None], 2 * np.fft.rfftfreq(w))
     finest = min(h, w)
     ring = np.round(radius * finest / 2).astype(int)
+    # on maps twice as long as wide the lowest frequencies lie within half a ring of 0: ring 0 is the constant part alone
+    ring[(ring == 0) & (radius > 0)] = 1
     ring[ring > finest // 2] = -1
     columns = np.arange(w // 2 + 1)
     twice = (columns > 0) & (2 * columns != w)  # the mirror image of these columns is not stored
