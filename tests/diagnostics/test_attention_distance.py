@@ -151,6 +151,20 @@ def test_padded_windows_leave_their_padding_out() -> None:
     np.testing.assert_allclose(result.entropy[0], entropy, rtol=1e-10)
 
 
+def test_shifted_windows_measure_in_the_image() -> None:
+    model = SwinTransformer(20, 4, num_classes=3, embed_dim=6, depths=(2,), num_heads=(2,), window_size=4)
+    result = attention_distance(probe_of(uniform(model), side=20))
+    # 5 rows rolled by 2 and padded: windows of rows 2, 3, 4, 0 and of row 1; timm's mask lets row 0 see rows 2 to 4
+    grid = np.stack(np.meshgrid(np.arange(5), np.arange(5), indexing="ij"), -1).reshape(-1, 2)
+    far = 4.0 * np.linalg.norm(grid[:, None] - grid[None], axis=-1)
+    expected = []
+    for window in (grid // 4, grid == 1):  # as cut, and rolled
+        together = (window[:, None] == window[None]).all(-1)
+        expected.append(((far * together).sum(1) / together.sum(1)).mean())
+    np.testing.assert_allclose(result.distance, np.repeat(np.array(expected)[:, None], 2, 1), rtol=1e-10)
+    np.testing.assert_allclose(result.uniform_distance, expected[0], rtol=1e-10)  # of windows that are not shifted
+
+
 @pytest.mark.parametrize("padding", ["masked", "zero"])
 def test_local_attention_stays_in_its_kernel(padding: str) -> None:
     model = convit(num_classes=3, image_size=16, patch_size=4, kernel_size=3, depth=1, padding=padding)

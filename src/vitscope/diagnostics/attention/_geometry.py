@@ -13,10 +13,12 @@ class Geometry:
     """The places of one unit's tokens.
 
     Attributes:
-        distance: (Q, K) pixels between the places of query and key; 0 where one of them has no place.
+        distance: (Q, K) pixels between the places of query and key; 0 where one of them has no place. In shifted windows
+            (n_windows, 1, Q, K), as a window that is wrapped around holds positions of opposite edges of the map.
         queries: (n_windows, Q) True for queries that lie in the map: no class token, no padding.
         keys: (n_windows, K) the same for keys.
-        uniform: mean distance over all pairs in the map, what equal weights would give.
+        uniform: mean over queries of the mean distance of the keys on the map, or in a window that is not shifted: what
+            equal weights would give.
     """
 
     distance: Tensor
@@ -34,6 +36,7 @@ def geometry(
     window: tuple[int, int] | None,
     n_prefix: int,
     image: tuple[int, int],
+    shift: tuple[int, int] = (0, 0),
 ) -> Geometry:
     """Return the places of queries and keys.
 
@@ -45,6 +48,7 @@ def geometry(
         window: rows and columns of a window; None for attention over the whole map.
         n_prefix: tokens without a place in front.
         image: height and width in pixels.
+        shift: rows and columns by which the map is rolled up and left before it is padded and cut into windows.
 
     Raises:
         ValueError: numbers that do not fit together.
@@ -68,7 +72,25 @@ def geometry(
     keys[:, prefix:tokens] &= inside
     queries = keys[:, :n_queries]
     pairs = (queries[:, :, None] & keys[:, None, :]).double()  # (n_windows, Q, K)
-    return Geometry(distance, queries, keys, float((pairs * distance).sum() / pairs.sum()))
+    by_query = (pairs * distance).sum(dim=-1) / pairs.sum(dim=-1).clamp_min(1)  # (n_windows, Q)
+    uniform = float(by_query[queries].mean())
+    if window is not None and any(shift):
+        places = _shifted_places(grid, window, shift) * pitch  # (n_windows, area, 2)
+        distance = torch.zeros(n_windows, 1, n_queries, n_keys, dtype=torch.float64)
+        distance[..., :tokens, :tokens] = torch.cdist(places, places)[:, None]
+    return Geometry(distance, queries, keys, uniform)
+
+
+def _shifted_places(grid: tuple[int, int], window: tuple[int, int], shift: tuple[int, int]) -> Tensor:
+    """Return row and column on the map of each position of each shifted window ``(n_windows, area, 2)``; 0 for padding."""
+    sides = []
+    for size, side, step in zip(grid, window, shift):
+        rolled = torch.zeros(-(-size // side) * side, dtype=torch.float64)
+        rolled[:size] = torch.arange(size).roll(-step)
+        sides.append(rolled.reshape(-1, side))  # (windows along this side, side)
+    rows = sides[0][:, None, :, None].expand(-1, len(sides[1]), -1, window[1])  # (down, right, rows, columns)
+    columns = sides[1][None, :, None, :].expand(len(sides[0]), -1, window[0], -1)
+    return torch.stack([rows, columns], dim=-1).reshape(-1, window[0] * window[1], 2)
 
 
 def _inside(grid: tuple[int, int], window: tuple[int, int], n_windows: int) -> Tensor:

@@ -16,8 +16,9 @@ from vitscope.runtime import distributed
 class Sums:
     """Distance, entropy and share off the map of each unit's heads, and the geometry of its attention."""
 
-    def __init__(self, units: Sequence[Unit]) -> None:
+    def __init__(self, units: Sequence[Unit], shifts: Sequence[tuple[int, int]]) -> None:
         self.means = [[RunningMean() for _ in range(3)] for _ in units]  # distance, entropy, share off the map
+        self._shifts = shifts  # of the windows of each unit
         self._places: dict[int, Geometry] = {}
         self._sizes: dict[int, tuple[int, int]] = {}
         self._image = (0, 0)
@@ -45,7 +46,14 @@ class Sums:
         weights = weights.unflatten(0, (self._n, -1)).double()  # (B, n_windows, heads, Q, K)
         n_windows, q, k = weights.shape[1], weights.shape[3], weights.shape[4]
         place = geometry(
-            q, k, n_windows, grid=self._sizes[index], window=unit.window, n_prefix=unit.n_prefix, image=self._image
+            q,
+            k,
+            n_windows,
+            grid=self._sizes[index],
+            window=unit.window,
+            n_prefix=unit.n_prefix,
+            image=self._image,
+            shift=self._shifts[index],
         )
         self._places[index] = place
         for mean, value in zip(self.means[index], _looked(weights, place)):

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
+from torch import nn
 
 from vitscope.core.batches.batch_inputs import images_of
 from vitscope.core.cost.image_passes import TAPS, guard_checks
@@ -41,7 +42,7 @@ class AttentionDistanceResult(Result, coordinates={"unit": "units", "stage": "st
         entropy: (n_units, n_heads) one array a unit: nats, at most ln(n_keys).
         entropy_half_width: (n_units, n_heads) likewise.
         off_map: (n_units, n_heads) one array a unit: share of attention on keys without a place (class tokens, padding).
-        uniform_distance: (n_units,) pixels that equal weights over the map, or window, would give.
+        uniform_distance: (n_units,) pixels that equal weights over the map, or over windows that are not shifted, would give.
         n_images: images used.
         card: conditions of the measurement.
     """
@@ -85,12 +86,22 @@ def _reading_pass(probe: Probe, options: Options) -> Iterator[Callable[[], objec
         x, _ = next(iter(probe.iter_batches()))
 
         def read() -> None:
-            sums = Sums(units)
+            sums = Sums(units, _shifts(model, units))
             sums.begin(images_of(x, "attention_distance"))
             with reading_branches(model, units, sums.note_size), reading_attention(units, sums.add):
                 model(x)
 
         yield read
+
+
+def _shifts(model: nn.Module, units: Sequence[Unit]) -> list[tuple[int, int]]:
+    """Return the rows and columns by which each unit's block rolls the map before it cuts windows; 0 where it does not."""
+    owner = {id(child): block for block in model.modules() for child in block.children()}
+    shifts = []
+    for unit in units:
+        shift = getattr(owner.get(id(unit.attention)), "shift_size", (0, 0))
+        shifts.append((shift, shift) if isinstance(shift, int) else (int(shift[0]), int(shift[1])))
+    return shifts
 
 
 #: a forward pass in which attention weights are summed
@@ -112,9 +123,10 @@ def _cost(workload: Workload, options: Options) -> MeasureCost:
 def attention_distance(probe: Probe, *, units: Sequence[Unit] | None = None) -> AttentionDistanceResult:
     """Measure the mean distance and the entropy of the attention of every head, from explicit attention weights.
 
-    Distance: pixels between query and key, averaged with the weights over keys that have a place in the map, then over
-    queries and images (Dosovitskiy et al. 2021, Fig 7; there for 128 images). Entropy: of the weights over all keys. A unit
-    whose module computes attention several times an image has no one map: it is left out with a warning.
+    Distance: pixels between the positions of query and key in the image, shifted windows put back in place, averaged
+    with the weights over keys that have a place in the map, then over queries on the map and images (Dosovitskiy et al.
+    2021, Fig 7; there for 128 images). Entropy: of the weights over all keys, mean over the same queries. A unit whose module
+    computes attention several times an image has no one map: it is left out with a warning.
 
     Args:
         probe: model and images.
@@ -127,8 +139,8 @@ def attention_distance(probe: Probe, *, units: Sequence[Unit] | None = None) -> 
         with probe.calling():
             units = units_of(probe.model, probe.first_images())
     units = [unit for unit in units if unit.kind == "msa"]
-    sums = Sums(units)
     with probe.guard(logits=False) as model:
+        sums = Sums(units, _shifts(model, units))
         for _, (x, _) in track(probe.local_batches(), "attention distance"):
             sums.begin(images_of(x, "attention_distance"))
             with reading_branches(model, units, sums.note_size), reading_attention(units, sums.add):
