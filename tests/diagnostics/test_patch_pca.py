@@ -98,6 +98,9 @@ def test_the_foreground_is_the_side_away_from_the_border() -> None:
     with pytest.warns(NullWarning, match="null for features .fewer than two feature vectors"):
         empty = vs.patch_pca(probe_of(x), foreground=50.0)
     assert np.isnan(empty.explained_variance).all()
+    small = mixed(12, size=2)
+    with pytest.raises(ValueError, match=r"at least 3x3 positions for a foreground, received 2x2 at features"):
+        vs.patch_pca(probe_of(small), foreground=0.0)
 
 
 def test_a_reference_undoes_a_rotation() -> None:

@@ -164,7 +164,8 @@ def patch_pca(
         level: coverage of the t-intervals over images.
 
     Raises:
-        ValueError: no tap or an unknown one, maps whose shape changes, or a reference with other images.
+        ValueError: no tap or an unknown one, maps whose shape changes, maps without a position inside of their border and a
+            foreground, or a reference with other images.
     """
     aligned_to = _reference(reference)
     accumulator = accumulate(probe, images=images, taps=taps, level=level)
@@ -197,6 +198,7 @@ class _Accumulator:
         masks = [np.ones((len(maps), *maps.shape[2:]), dtype=bool) for maps in features]
         n_all = np.array([part.n_vectors for part in parts])
         if foreground is not None:
+            _check_border(self.taps, features)
             rules = [_ForegroundRule(part, sums.border_side, foreground) for part, sums in zip(parts, self.sums.border)]
             second = PatchSums(self.sums.names, 0, lambda place, x: rules[place].mask(x))
             run_feature_pass(self.probe, [second], "patch PCA of the foreground")
@@ -246,6 +248,16 @@ class _Accumulator:
 
 def _components(groups: Any, maps: np.ndarray) -> Components:
     return principal_components(gathered_moments(groups), maps.shape[1])
+
+
+def _check_border(taps: Sequence[Tap], features: Sequence[np.ndarray]) -> None:
+    """Refuse maps ``(n_shown, C, h, w)`` whose positions are all at the border, which then says nothing on the background."""
+    for tap, maps in zip(taps, features):
+        if min(maps.shape[2:]) < 3:
+            raise ValueError(
+                f"Expected maps of at least 3x3 positions for a foreground, received {maps.shape[2]}x{maps.shape[3]} at "
+                f"{tap.name}: all lie at the border. Pass foreground=None, or taps= with the names of larger maps."
+            )
 
 
 class _ForegroundRule:
