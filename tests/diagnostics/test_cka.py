@@ -228,6 +228,7 @@ def test_block_structure_matches_distances() -> None:
     assert p is not None
     assert 0.1 < p < 0.3  # one of five places for the boundary
     assert p_value(decay, stages, 20, seed=0) == 1.0
+    assert p_value(blocks, stages, 0, seed=0) is None
 
 
 def test_block_structure_equals_a_loop_over_pairs() -> None:

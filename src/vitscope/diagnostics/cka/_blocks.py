@@ -24,9 +24,10 @@ def p_value(similarity: np.ndarray, stages: np.ndarray, n_permutations: int, see
     """Return how often boundaries drawn at random give at least the block structure of the real ones.
 
     The null keeps the number of stages and draws their boundaries among all positions; one-sided, the real one counted.
+    None without permutations.
     """
     observed = block_structure(similarity, stages)
-    if observed is None:
+    if observed is None or n_permutations < 1:
         return None
     rng = np.random.default_rng(seed)
     places = np.arange(1, len(stages))

@@ -22,7 +22,7 @@ from vitscope.diagnostics.cka._blocks import block_structure, p_value
 from vitscope.diagnostics.cka._hsic import MIN_IMAGES, gram, hsic
 from vitscope.diagnostics.cka._two_models import tap_fields_of_both, through_both
 from vitscope.runtime import distributed
-from vitscope.runtime.value_ranges import Seed
+from vitscope.runtime.value_ranges import NonNegativeInt, Seed
 
 #: columns of the second model in tables
 _OTHER_COORDINATES = {f"other_{column}": f"other_{name}" for column, name in TAP_COORDINATES.items()}
@@ -47,9 +47,11 @@ class CKAResult(
         similarity: (n_taps, n_other_taps); NaN where a representation does not vary or is not finite.
         standard_error: (n_taps, n_other_taps) jackknife over batches, whose square is right on average (up to 20 %
             too large for few small batches); NaN with a single batch.
-        block_structure: similarity within minus across stages at equal distance; None between two models or within
-            one stage.
-        block_structure_p: one-sided p-value under stage boundaries drawn at random; None likewise.
+        block_structure: mean similarity of pairs of taps within a stage minus that of pairs across stages, at each distance in
+            taps, averaged over distances with the smaller of the two numbers of pairs as weight; None between two models or
+            within one stage.
+        block_structure_p: one-sided p-value, the measured value counted, under stage boundaries drawn at random among all
+            places between two taps; None likewise, or without permutations.
         n_images: images used.
         n_batches: batches used.
         card: conditions of the measurement.
@@ -99,7 +101,9 @@ def _result_bytes(workload: Workload, options: Options) -> float | None:
 @declares_cost(feature_pass_cost(accumulate, _result_bytes))
 @shares_pass(accumulate)
 @record_options
-def cka(probe: Probe, other: Probe | None = None, *, n_permutations: int = 1000, seed: Seed = 0) -> CKAResult:
+def cka(
+    probe: Probe, other: Probe | None = None, *, n_permutations: NonNegativeInt = 1000, seed: Seed = 0
+) -> CKAResult:
     """Compare every pair of feature maps, within a model or between two, on the same images.
 
     Centred kernel alignment with linear kernels of the flattened maps (all positions and channels, prefix tokens left
@@ -109,7 +113,7 @@ def cka(probe: Probe, other: Probe | None = None, *, n_permutations: int = 1000,
     Args:
         probe: model, images and taps; at least four images a batch.
         other: a second model with the same images in the same batches (each with its own normalisation).
-        n_permutations: stage boundaries drawn for the null of the block structure.
+        n_permutations: stage boundaries drawn for the null of the block structure; 0 leaves the p-value out.
         seed: seed of that draw.
 
     Raises:
