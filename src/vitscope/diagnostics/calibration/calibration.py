@@ -39,7 +39,7 @@ class CalibrationResult(Result):
         ece: expected calibration error over ``n_bins`` intervals of equal width, as it is usually reported: biased upwards, by
             the most for a calibrated model and few images.
         ece_debiased: the calibration error without that bias; 0 where the error is no larger than a calibrated model's would be.
-        adaptive_ece: the calibration error over intervals that hold equally many images.
+        adaptive_ece: the calibration error over ``n_bins`` intervals that hold equally many images, equal confidences in one.
         signed_error: mean confidence minus accuracy: above 0 for an over-confident model.
         cutoff: the confidence above which a prediction counts as confident.
         confident_accuracy: accuracy among confident predictions (Acc-90 at the default cutoff); None without any.
@@ -48,8 +48,8 @@ class CalibrationResult(Result):
         intervals: ``accuracy_lower``, ``accuracy_upper`` and so on. Of accuracy that of
             `vitscope.stats.intervals.share_interval`, of nll and brier Student's, NaN with fewer than 128 images or
             10 wrong answers. That of ``ece`` is for the error without its bias: it holds 0 for 95 of 100 calibrated models, and
-            always holds both ``ece`` and ``ece_debiased`` (see
-            ``_debiased.py``). NaN with fewer than 30 images for each bin that has any.
+            always holds both ``ece`` and ``ece_debiased``
+            (docs/definitions.md section 8). NaN with fewer than 30 images for each bin that has any.
         binning: ``equal_width`` or ``official``.
         bin_edges: (n_bins + 1,) of the equal-width intervals (a, b].
         bin_count: (n_bins,) images in each.
