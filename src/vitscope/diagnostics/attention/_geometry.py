@@ -7,6 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+#: the mode of `torch.cdist` in which a position is at distance 0 of itself, and not at the root of a rounding error
+_EXACT = "donot_use_mm_for_euclid_dist"
+
 
 @dataclass(frozen=True)
 class Geometry:
@@ -66,7 +69,7 @@ def geometry(
     place[prefix:tokens] = torch.stack([rows.flatten(), columns.flatten()], dim=1) * pitch
     is_on_map = torch.zeros(n_keys, dtype=torch.bool)
     is_on_map[prefix:tokens] = True
-    distance = torch.cdist(place[:n_queries], place) * (is_on_map[:n_queries, None] & is_on_map)  # (queries, keys)
+    distance = torch.cdist(place[:n_queries], place, compute_mode=_EXACT) * (is_on_map[:n_queries, None] & is_on_map)  # (queries, keys)
     inside = _inside(grid, window, n_windows) if window is not None else torch.ones(1, h * w, dtype=torch.bool)
     keys = is_on_map.repeat(n_windows, 1)
     keys[:, prefix:tokens] &= inside
@@ -77,7 +80,7 @@ def geometry(
     if window is not None and any(shift):
         places = _shifted_places(grid, window, shift) * pitch  # (n_windows, area, 2)
         distance = torch.zeros(n_windows, 1, n_queries, n_keys, dtype=torch.float64)
-        distance[..., :tokens, :tokens] = torch.cdist(places, places)[:, None]
+        distance[..., :tokens, :tokens] = torch.cdist(places, places, compute_mode=_EXACT)[:, None]
     return Geometry(distance, queries, keys, uniform)
 
 

@@ -44,7 +44,7 @@ class CorruptionResult(Result, coordinates={"type": "types", "severity": "severi
             all images agree, and for a single one.
         baseline: network whose errors divide those measured; empty for none.
         ce: (n_types,) corruption error in percent of the baseline's, NaN where it has none; empty without a baseline.
-        relative_ce: (n_types,) likewise of the loss against clean images.
+        relative_ce: (n_types,) likewise of the loss against clean images; NaN also where the baseline loses nothing.
         mce: mean of ``ce``, percent; None without a baseline.
         relative_mce: mean of ``relative_ce``, percent; None also where the baseline's clean error is not published.
         source: ``generated``, or the layout of the data set: ``arrays`` or ``folders``.
