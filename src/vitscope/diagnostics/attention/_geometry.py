@@ -69,7 +69,8 @@ def geometry(
     place[prefix:tokens] = torch.stack([rows.flatten(), columns.flatten()], dim=1) * pitch
     is_on_map = torch.zeros(n_keys, dtype=torch.bool)
     is_on_map[prefix:tokens] = True
-    distance = torch.cdist(place[:n_queries], place, compute_mode=_EXACT) * (is_on_map[:n_queries, None] & is_on_map)  # (queries, keys)
+    both_on_map = is_on_map[:n_queries, None] & is_on_map
+    distance = torch.cdist(place[:n_queries], place, compute_mode=_EXACT) * both_on_map  # (queries, keys)
     inside = _inside(grid, window, n_windows) if window is not None else torch.ones(1, h * w, dtype=torch.bool)
     keys = is_on_map.repeat(n_windows, 1)
     keys[:, prefix:tokens] &= inside
