@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 import vitscope as vs
 from tests.helpers.frequency_detectors import Detector, flat, mirrored, probe_of, rho_of
@@ -37,6 +38,22 @@ def test_accuracy_by_cut_off_follows_the_bins_a_model_needs():
     assert result.low_pass_nll[-1] == pytest.approx(result.clean_nll)
     assert result.chance == 0.5
     assert result.scalars()["low_pass_accuracy_mean"] == pytest.approx(0.8)
+
+
+def test_narrow_images_are_filtered_in_single_precision():
+    x = torch.rand(6, 3, 9, 12, generator=torch.Generator().manual_seed(0)).bfloat16()
+    rho = bands.frequency(9, 12)
+    low = bands.filtered(x, rho <= 0.5)
+    assert low.dtype == torch.bfloat16
+    assert torch.equal(low, bands.filtered(x.float(), rho <= 0.5).bfloat16())
+    probe = vs.Probe(nn.Sequential(nn.Flatten(), nn.Linear(324, 2)).bfloat16(), [(x, torch.arange(6) % 2)])
+    narrow = vs.input_filter(probe, cutoffs=(1.0,))
+    assert narrow.low_pass_nll[0] == pytest.approx(
+        narrow.clean_nll, rel=2**-6
+    )  # the round trip: a rounding or two of bfloat16
+    for construction in ("equal_rms", "official"):
+        noisy = vs.frequency_noise_robustness(probe, n_bands=2, construction=construction, std=[1.0] * 3)
+        assert np.isfinite(noisy.nll_change).all()
 
 
 def test_refusals_of_input_filter():

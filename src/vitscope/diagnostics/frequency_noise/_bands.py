@@ -34,9 +34,15 @@ def multiplicity(h: int, w: int) -> np.ndarray:
 
 
 def filtered(x: Tensor, keep: np.ndarray) -> Tensor:
-    """Return ``x (..., h, w)`` with only the bins in ``keep (h, w // 2 + 1)``."""
-    mask = torch.from_numpy(keep).to(x)
-    return torch.fft.irfft2(torch.fft.rfft2(x) * mask, s=tuple(x.shape[-2:]))
+    """Return ``x (..., h, w)`` with only the bins in ``keep (h, w // 2 + 1)``, of x's type, filtered in float32 at least."""
+    wide = widened(x)
+    mask = torch.from_numpy(keep).to(wide)
+    return torch.fft.irfft2(torch.fft.rfft2(wide) * mask, s=tuple(x.shape[-2:])).to(x.dtype)
+
+
+def widened(x: Tensor) -> Tensor:
+    """Return ``x`` in float32 where it is narrower: there is no transform of bfloat16, and none of float16 on a CPU."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def white_noise(shape: tuple[int, ...], seed: int, batch: int) -> Tensor:

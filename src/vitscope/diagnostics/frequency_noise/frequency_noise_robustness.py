@@ -25,6 +25,7 @@ from vitscope.diagnostics.frequency_noise._bands import (
     official_rms,
     rings,
     white_noise,
+    widened,
 )
 from vitscope.diagnostics.frequency_noise._perturbed_evaluation import Means, perturbed
 from vitscope.diagnostics.frequency_noise._scale import pixel_std
@@ -169,9 +170,9 @@ def frequency_noise_robustness(
     def change(images: Tensor, batch: int, v: int) -> Tensor:
         if batch not in white:
             white.clear()
-            white[batch] = white_noise(tuple(images.shape), seed, batch).to(images)
+            white[batch] = white_noise(tuple(images.shape), seed, batch).to(widened(images))
         scale, band = scales[v // len(used)], int(used[v % len(used)])
-        return images + scale * bands.noise(white[batch], band) / deviation.to(images)
+        return (images + scale * bands.noise(white[batch], band) / deviation.to(white[batch])).to(images.dtype)
 
     means = Means("clean_nll", "nll", "contrast", answers=("clean_accuracy", "accuracy", "wrong", "contrasted"))
     for losses, correct, n_classes in perturbed(probe, names, change, "band noise", partial):
