@@ -85,6 +85,20 @@ def test_a_class_of_one_image_has_no_variability() -> None:
     assert np.isnan(neural_collapse(labeled(x, y))).all()
 
 
+def test_class_means_that_differ_by_rounding_have_no_collapse() -> None:
+    x, y = clusters(80, 7, 1)
+    same = torch.full(
+        (len(x), 3), 0.1, dtype=torch.float64
+    )  # means of 0.1 over different numbers of images differ by rounding
+    weight = torch.eye(4, 3, dtype=torch.float64)
+    values = neural_collapse(LabeledFeatures(x, y, y, same, weight))
+    assert np.isnan(values[3])
+    assert np.isfinite(values[[0, 1, 2, 4]]).all()
+    flat = neural_collapse(LabeledFeatures(same, y, y, x[:, :3], weight))
+    assert np.isfinite(flat[3])
+    assert np.isnan(flat[[0, 1, 2, 4]]).all()
+
+
 # ---- intrinsic dimension
 
 

@@ -13,6 +13,9 @@ from vitscope.diagnostics.depth_probes._classifiers import class_means, nearest_
 #: names of the measures in their order
 NAMES = ("nc1", "nc2", "nc2_equinorm", "nc3", "nc4")
 
+#: share of the squared norm of class means below which their differences are rounding of a pass in single precision
+_ROUNDING = 1e-14
+
 
 @dataclass(frozen=True)
 class LabeledFeatures:
@@ -47,16 +50,26 @@ def neural_collapse(data: LabeledFeatures) -> np.ndarray:
     - nc2: mean over pairs of classes of abs(cos(m_c, m_d) + 1 / (K - 1)); nc2_equinorm: standard deviation over mean of norms;
     - nc3: squared distance of the classifier's weights and the class means of what it takes, each of unit Frobenius norm;
     - nc4: share of images on which the network's decision is not the nearest class mean.
+
+    Class means that do not differ beyond rounding, such as those of a class token before the first block, have none.
     """
     counts = data.labels.unique(return_counts=True)[1]
     if len(counts) < 2 or int(counts.min()) < 2 or not bool(torch.isfinite(data.x).all()):
         return np.full(len(NAMES), np.nan)
     classes, means = class_means(data.x, data.labels)
+    duality = _duality(data)
+    if not _differ(means):
+        return np.array([np.nan, np.nan, np.nan, duality, np.nan])
     centered = means - means.mean(dim=0)
     nc2, equinorm = _simplex(centered)
     nearest = nearest_center(data.x, data.labels, data.x)
     mismatch = float((nearest != data.decisions).double().mean())
-    return np.array([_variability(data, classes, means), nc2, equinorm, _duality(data), mismatch])
+    return np.array([_variability(data, classes, means), nc2, equinorm, duality, mismatch])
+
+
+def _differ(means: Tensor) -> bool:
+    """Return whether class means ``(K, C)`` differ by more than rounding."""
+    return bool((means - means.mean(dim=0)).square().sum() > _ROUNDING * means.square().sum())
 
 
 def _variability(data: LabeledFeatures, classes: Tensor, means: Tensor) -> float:
@@ -84,5 +97,7 @@ def _duality(data: LabeledFeatures) -> float:
     if data.head_input is None or data.weight is None:
         return float("nan")
     classes, means = class_means(data.head_input, data.labels)
+    if not _differ(means):
+        return float("nan")
     centered, weight = means - means.mean(dim=0), data.weight[classes]
     return float((weight / torch.linalg.norm(weight) - centered / torch.linalg.norm(centered)).square().sum())

@@ -53,7 +53,7 @@ class DepthProbesResult(Result, coordinates=TAP_COORDINATES):
         logit_lens_accuracy: (n_taps,) the model's own head on the tap's map; NaN where the head does not take it.
         logit_lens_accuracy_interval: (n_taps, 2) see above.
         nc1: (n_taps,) within-class over between-class covariance of the training images, tr(S_W S_B^+) / K; NaN without two
-            images of each class.
+            images of each class, or where class means do not differ.
         nc1_half_width: (n_taps,) half the 95 % interval, a jackknife over 10 groups of images; NaN with fewer than 128 images.
             Likewise those of the next ones.
         nc2: (n_taps,) mean deviation of the cosines of class means from -1 / (K - 1), the simplex.
@@ -61,7 +61,8 @@ class DepthProbesResult(Result, coordinates=TAP_COORDINATES):
         nc2_equinorm: (n_taps,) standard deviation over mean of the norms of class means.
         nc2_equinorm_half_width: (n_taps,) see above.
         nc3: (n_taps,) squared distance of the classifier's weights and the class means of what it takes of this tap, each of
-            unit norm; NaN where the head takes nothing of it.
+            unit norm; NaN where the head takes nothing of it, or the same of every class, as of a class token before the first
+            block.
         nc3_half_width: (n_taps,) see above.
         nc4: (n_taps,) share of training images on which the model's decision is not the nearest class mean.
         nc4_half_width: (n_taps,) see above.
@@ -282,6 +283,9 @@ def _null_reasons(result: DepthProbesResult, head: Head | None) -> dict[str, str
         names = [name for name, null in zip(result.taps, lens) if null and name not in reasons]
         which = ", ".join(names) if len(names) < 4 else f"{len(names)} taps from {names[0]} to {names[-1]}"
         reasons[f"logit_lens_accuracy, nc3 at {which}"] = "other channels or tokens than the head takes"
+    unread = [name for name, null in zip(result.taps, np.isnan(result.nc3) & ~lens & ~np.isnan(result.nc1)) if null]
+    if unread:
+        reasons[f"nc3 at {', '.join(unread)}"] = "class means of what the head takes that do not differ"
     if np.isnan(result.nc1[finite]).any():
         reasons["nc1"] = "fewer than two images of a class, or class means that do not differ"
     if np.isnan(result.intrinsic_dimension[finite]).any():
