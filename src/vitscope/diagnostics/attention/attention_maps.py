@@ -159,9 +159,10 @@ def attention_maps(
     away at the end, with y the logit of a class (Chefer et al. 2021, "Generic attention-model explainability", self-attention).
     Both go through all layers and heads, in global attention over the same tokens in every layer.
 
-    A mask is the fewest positions that hold the share ``mass`` of a map (Caron et al. 2021 draw those of 60 %). Masks of two
-    layers are compared on the finer grid. A network without attention, or whose attention cannot be read, has no layers, with
-    a warning that says why. docs/representation.md says how the numbers are read.
+    A mask is the fewest positions that hold the share ``mass`` of a map (Caron et al. 2021 draw those of 60 %). Masks of
+    two layers are compared on the finest grid of the chosen layers, where each position takes the mask at its center. A
+    network without attention, or whose attention cannot be read, has no layers, with a warning that says why.
+    docs/representation.md says how the numbers are read.
 
     Args:
         probe: model and images.
