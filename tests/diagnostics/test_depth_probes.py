@@ -131,6 +131,8 @@ def test_training_images_that_are_test_images_are_refused() -> None:
         vs.depth_probes(probe, train=probe_of(Branch(6), 60, 1))
     with pytest.raises(ValueError, match="n_neighbors from 1 to the number of training images, 48, received 49"):
         vs.depth_probes(probe, n_neighbors=49)
+    with pytest.raises(ValueError, match="at least 2 test images with a label, received 1"):
+        vs.depth_probes(probe_of(model, 1, 2), n_neighbors=1)
     with pytest.raises(ValueError, match="needs .* GiB for 60 images at 2 taps"):
         vs.depth_probes(probe, max_memory=100.0)
     soft = vs.Probe(model, [(x, torch.eye(4, dtype=torch.float64)[y]) for x, y in probe.batches], taps=probe.taps)

@@ -206,8 +206,10 @@ def _check_overlap(train: LabeledImages, test: LabeledImages) -> None:
 
 def _check_neighbors(n_neighbors: int, train: LabeledImages | None, test: LabeledImages) -> None:
     n = len(test.labels)
+    if n < 2:
+        raise ValueError(f"Expected at least 2 test images with a label, received {n}: use a probe of more images.")
     available = len(train.labels) if train is not None else n - -(-n // N_FOLDS)
-    if not 1 <= n_neighbors <= available or n < 2:
+    if not 1 <= n_neighbors <= available:
         raise ValueError(
             f"Expected n_neighbors from 1 to the number of training images, {available}, received {n_neighbors}: use "
             f"n_neighbors={max(1, available // 4)}, or more images."
