@@ -221,6 +221,9 @@ def test_bimodality_of_known_distributions(draw: str, expected: float) -> None:
 def test_bimodality_needs_four_values_that_differ() -> None:
     assert np.isnan(bimodality_coefficient(np.array([1.0, 2.0, 3.0])))
     assert np.isnan(bimodality_coefficient(np.ones(10)))
+    rounded = np.float32(1.7) * (1 + np.finfo(np.float32).eps * np.tile([0, 1], 10)).astype(np.float32)
+    assert np.ptp(rounded) > 0
+    assert np.isnan(bimodality_coefficient(np.log(rounded.astype(np.float64))))
 
 
 def test_massive_activations_are_counted_by_both_conditions() -> None:

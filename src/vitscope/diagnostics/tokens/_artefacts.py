@@ -77,14 +77,15 @@ def bimodality_coefficient(values: np.ndarray) -> float:
     """Return Sarle's coefficient ``(g^2 + 1) / (k + 3 (n - 1)^2 / ((n - 2) (n - 3)))`` of values ``(n,)``.
 
     g is the skewness and k the excess kurtosis, both corrected for the size of the sample. It is 1 for two values alone, 5/9
-    for a uniform and 1/3 for a normal distribution; long tails raise it too. NaN with fewer than four values, or equal ones.
+    for a uniform and 1/3 for a normal distribution; long tails raise it too. NaN with fewer than four values, or with those
+    that are equal but for rounding: logarithms of norms in single precision.
     """
     n = len(values)
     if n < 4:
         return np.nan
     centered = values - values.mean()
     variance = np.square(centered).mean()
-    if not variance > np.finfo(np.float64).eps * np.square(values).mean():
+    if not variance > np.finfo(np.float32).eps ** 2:
         return np.nan
     skewness = (centered**3).mean() / variance**1.5 * np.sqrt(n * (n - 1)) / (n - 2)
     kurtosis = (n - 1) / ((n - 2) * (n - 3)) * ((n + 1) * ((centered**4).mean() / variance**2 - 3) + 6)

@@ -320,8 +320,10 @@ def _warn(
         elif np.isnan(tap_artefacts.share):
             reasons[tap.name] = "activations are not finite"
         elif zero_medians:
-            reasons[f"the massive ratio at {tap.name}"] = "an image with more than half of its activations at zero"
+            reasons[f"the massive ratio at {tap.name}"] = "an image with half of its activations or more at zero"
         elif not np.isfinite(tap_ratio.mean):
             reasons[f"the massive ratio at {tap.name}"] = "activations are not finite"
+        if np.isfinite(tap_artefacts.threshold) and np.isnan(tap_artefacts.bimodality):
+            reasons[f"the bimodality at {tap.name}"] = "fewer than four norms, or norms that do not differ"
     warn_nulls("token_norms", reasons)
     warn_nulls("token_norms", few_images(n_images))
