@@ -35,7 +35,7 @@ def random_weights(model: nn.Module, seed: int = 0) -> nn.Module:
     generator = torch.Generator().manual_seed(seed)
     for p in model.parameters():
         draw = torch.randn(p.shape, generator=generator, dtype=torch.float64)
-        p.data = draw * (1.3 / p[0].numel() ** 0.5) if p.ndim > 1 else 1.0 * (p.ndim == 1) * 0.3 * draw + p.data
+        p.data = draw * (1.3 / p[0].numel() ** 0.5) if p.ndim > 1 else p.data + 0.3 * draw
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.running_var = 0.5 + torch.rand(module.num_features, generator=generator, dtype=torch.float64)
