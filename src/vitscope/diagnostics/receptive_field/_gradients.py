@@ -15,6 +15,7 @@ from vitscope.core.probe import Probe
 from vitscope.core.structure_lookup import structure_reader
 from vitscope.core.tap import Tap
 from vitscope.diagnostics.receptive_field._extents import (
+    Distances,
     GroupSums,
     area_ratios,
     centroid,
@@ -207,10 +208,15 @@ def _extents(taps: Sequence[Tap], sums: _Sums, center: str, area_shares: np.ndar
         if reasons[tap.name] or groups is None or mass is None:
             continue
         field[i], centroids[i] = mass / mass.sum(), centroid(mass)
-        # in half pixels, so that rounding does not tell pixels at one distance apart
-        centers[i] = np.round(2 * centroids[i]) / 2 if center == "mass" else cells[i]
-        euclidean, square = distances(size, centers[i])
+        centers[i] = _half_pixels(centroids[i]) if center == "mass" else cells[i]
+        around_center: dict[tuple[float, ...], tuple[Distances, Distances]] = {}
         for k, part in enumerate((mass, *(mass - group for group in groups))):
+            # of the mass without a group as well, so that the interval knows of a center that other images would round elsewhere
+            place = _half_pixels(centroid(part)) if center == "mass" and part.sum() > 0 else centers[i]
+            key = tuple(place)
+            if key not in around_center:
+                around_center[key] = distances(size, place)
+            euclidean, square = around_center[key]
             radius[k, i] = radii(part.ravel(), euclidean, shares)
             area[k, i] = area_ratios(part.ravel(), square, area_shares)
     reasons = {name: reason for name, reason in reasons.items() if reason}
@@ -221,6 +227,11 @@ def _extents(taps: Sequence[Tap], sums: _Sums, center: str, area_shares: np.ndar
         map_sizes, cells, centroids, centers, field, radius[0], area[0], radius[1:], area[1:], coherence, reasons, n_images,
         dtype,
     )  # fmt: skip
+
+
+def _half_pixels(place: np.ndarray) -> np.ndarray:
+    """Return a place in half pixels, so that rounding errors do not tell pixels at one distance from it apart."""
+    return np.round(2 * place) / 2
 
 
 def _sizes(sums: _Sums) -> tuple[tuple[int, int], np.ndarray, int]:
