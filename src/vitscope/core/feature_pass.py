@@ -1,7 +1,8 @@
 """Several measures of the feature maps from one forward pass over the images.
 
 A measure that keeps nothing but running sums declares with `shares_pass` the function that makes its `Accumulator` from the
-probe and the measure's options. The measure itself is a pass with that one; `one_pass` makes it with several.
+probe and the measure's options. The measure itself is a pass with that one; `one_pass` makes it with several. What several of
+them need of one map, or of one layer's attention, is computed once (`vitscope.runtime.shared_values`).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from vitscope.core.structure_lookup import structure_reader
 from vitscope.core.tap import Tap
 from vitscope.runtime.distributed import failing_together, world_size
 from vitscope.runtime.progress import track
+from vitscope.runtime.shared_values import sharing_values
 
 
 class Accumulator(Protocol):
@@ -100,8 +102,9 @@ def run_feature_pass(probe: Probe, accumulators: Sequence[Accumulator], descript
     """Make one forward pass over this rank's batches and hand every map to every accumulator."""
 
     def read(index: int, tap: Tap, x: Tensor) -> None:
-        for accumulator in accumulators:
-            accumulator.read(index, tap, x)
+        with sharing_values():
+            for accumulator in accumulators:
+                accumulator.read(index, tap, x)
 
     reading = structure_reader().reading
     prefix_readers = [a.read_prefix for a in accumulators if isinstance(a, PrefixAccumulator)]
@@ -134,8 +137,9 @@ def _reading_attention(accumulators: Sequence[AttentionAccumulator]) -> Abstract
         return nullcontext()
 
     def read(_: int, unit: Any, weights: Tensor) -> None:
-        for accumulator, index in readers[unit.name]:
-            accumulator.read_attention(index, accumulator.attention_units[index], weights)
+        with sharing_values():
+            for accumulator, index in readers[unit.name]:
+                accumulator.read_attention(index, accumulator.attention_units[index], weights)
 
     return structure_reader().reading_attention_units(list(units.values()), read)
 

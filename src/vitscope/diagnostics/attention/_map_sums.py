@@ -11,9 +11,10 @@ from torch import Tensor
 
 from vitscope.core.running_mean import RunningMean
 from vitscope.core.tap import Tap
-from vitscope.diagnostics.attention._overlap import covered, mass_masks, mean_of_pairs, overlaps, resized
+from vitscope.diagnostics.attention._overlap import covered, masks_of_layers, mean_of_pairs, overlaps, resized
 from vitscope.diagnostics.attention._placement import Query, n_prefix, placed, selection
 from vitscope.diagnostics.attention._rollout import Rollout, row_maps
+from vitscope.linalg.entropy_terms import entropy_terms
 from vitscope.models.structure.attention_units import AttentionUnit
 from vitscope.runtime import distributed
 
@@ -70,15 +71,15 @@ class MapSums:
 
     def read_attention(self, index: int, unit: AttentionUnit, weights: Tensor) -> None:
         """Take a unit's attention weights ``(B * n_windows, heads, queries, keys)``."""
-        weights = weights.detach()
         n_needed = self.n_shown - self._n_kept
         if self.follows and n_needed > 0:
-            self._rollout.follow(weights[:n_needed].double())
+            self._rollout.follow(weights[:n_needed].detach().double())
         if index not in self.layers:
             return
         place = self.layers.index(index)
+        entropies = entropy_terms(weights).sum(dim=-1, dtype=torch.float64)  # (B * n_windows, heads, queries)
         if len(self.heads[place]) < unit.n_heads:
-            weights = weights[:, self.heads[place]]
+            weights, entropies = weights[:, self.heads[place]], entropies[:, self.heads[place]]
         self._maps[place], self._prefix[place] = placed(weights, unit, self.selections[place])
         windows = weights.unflatten(0, (-1, unit.n_windows))  # (B, n_windows, heads, queries, keys)
         n_first = n_prefix(unit)
@@ -86,9 +87,7 @@ class MapSums:
             self.sink[place].add(
                 _over_queries(windows[..., :n_first].sum(dim=-1, dtype=torch.float64), self.on_map[place])
             )
-        self.entropy[place].add(
-            _over_queries(torch.special.entr(windows).sum(dim=-1, dtype=torch.float64), self.on_map[place])
-        )
+        self.entropy[place].add(_over_queries(entropies.unflatten(0, (-1, unit.n_windows)), self.on_map[place]))
 
     def close_batch(self, number: int, n_images: int) -> None:
         """Add what needs the maps of all layers of a batch, and keep those of the first images."""
@@ -96,13 +95,13 @@ class MapSums:
         if not self.layers:
             return
         maps = [self._maps[place] for place in range(len(self.layers))]
-        masks = [mass_masks(layer, self.mass) for layer in maps]
+        masks = masks_of_layers(maps, self.mass)
         for place, layer in enumerate(masks):
             overlap = overlaps(layer, layer)
             self.head_pairs[place].add(overlap)
             self.head_iou[place].add(mean_of_pairs(overlap))
         size = (max(layer.shape[2] for layer in maps), max(layer.shape[3] for layer in maps))
-        means = [mass_masks(layer.mean(dim=1, keepdim=True), self.mass) for layer in maps]
+        means = masks_of_layers([layer.mean(dim=1, keepdim=True) for layer in maps], self.mass)
         common = torch.cat([resized(layer, size) for layer in means], dim=1)  # (B, n_layers, h, w)
         self.layer_iou.add(overlaps(common, common))
         if self.masks is not None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from vitscope.core.running_mean import RunningMean
+from vitscope.linalg.entropy_terms import entropy_terms
 from vitscope.models.structure.attention_units import AttentionUnit
 
 #: images whose attention is compared among layers at once
@@ -36,32 +37,45 @@ class AttentionCollapse:
 
     def add(self, weights: Tensor) -> Tensor:
         """Add a batch's weights ``(B * n_windows, heads, queries, keys)`` and return their mean over heads, a row an image."""
-        p = self._on_positions(weights.unflatten(0, (-1, self.unit.n_windows)))  # (B, n_windows, heads, queries, keys)
+        p, of_rows = self._on_positions(weights)  # (B, n_windows, heads, queries, keys), (B, n_windows, heads, queries)
         counts = self._queries.sum(1).to(p.device)  # (n_windows,)
         several = counts > 1
         if bool(several.any()):
-            nmi = normalized_mutual_information(p, counts[:, None])[:, several].mean(1)  # (B, heads)
+            nmi = _normalized_information(p.sum(-2), of_rows, counts[:, None])[:, several].mean(1)  # (B, heads)
         else:
-            nmi = p.new_full((len(p), p.shape[2]), torch.nan)
+            nmi = of_rows.new_full((len(p), p.shape[2]), torch.nan)
         self.head_nmi.add(nmi)
         self.nmi.add(nmi.mean(1))
         heads = p.transpose(1, 2).flatten(2)  # (B, heads, n_windows * queries * keys)
         self.head_similarity.add(_mean_off_diagonal(_cosines(heads)))
         return heads.mean(1)
 
-    def _on_positions(self, weights: Tensor) -> Tensor:
-        """Return the weights between positions, divided by their sum over keys; zero in the rows of padding."""
-        if self._common is not None:
-            queries, keys = (side.to(weights.device) for side in self._common)
-            if len(queries) == weights.shape[-2] and len(keys) == weights.shape[-1]:
-                return weights
-            weights = _selected(_selected(weights, queries, 3), keys, 4)
-            return weights / weights.sum(-1, keepdim=True)
-        queries, keys = (mask.to(weights.device) for mask in (self._queries, self._keys))
+    def _on_positions(self, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the weights p between positions, divided by their sum over keys, and the entropies of their rows in float64.
+
+        Both are zero in the rows of padding. Of weights w with the sum s over some of the keys, the entropy of ``p = w / s`` is
+        ``-sum w ln w / s + ln s``: the logarithms are those of the weights as they are, which other measures need too.
+        """
+        windows = weights.unflatten(0, (-1, self.unit.n_windows))  # (B, n_windows, heads, queries, keys)
+        if self._common is None:
+            p = self._without_padding(windows)
+            return p, _row_entropies(entropy_terms(p))
+        terms = entropy_terms(weights).unflatten(0, (-1, self.unit.n_windows))
+        queries, keys = (side.to(weights.device) for side in self._common)
+        if len(queries) == weights.shape[-2] and len(keys) == weights.shape[-1]:
+            return windows, _row_entropies(terms)
+        windows, terms = (_selected(_selected(part, queries, 3), keys, 4) for part in (windows, terms))
+        sums = windows.sum(-1, keepdim=True)
+        wide = sums[..., 0].double()
+        return windows / sums, _row_entropies(terms) / wide + wide.log()
+
+    def _without_padding(self, windows: Tensor) -> Tensor:
+        """Return weights ``(B, n_windows, heads, queries, keys)`` likewise where windows have paddings of their own."""
+        queries, keys = (mask.to(windows.device) for mask in (self._queries, self._keys))
         pairs = queries[:, None, :, None] & keys[:, None, None, :]
-        weights = torch.where(pairs, weights, 0.0)  # rows of padding may be NaN
-        sums = weights.sum(-1, keepdim=True)
-        return torch.where(queries[:, None, :, None], weights / sums, 0.0)
+        windows = torch.where(pairs, windows, 0.0)  # rows of padding may be NaN
+        sums = windows.sum(-1, keepdim=True)
+        return torch.where(queries[:, None, :, None], windows / sums, 0.0)
 
 
 def _selected(weights: Tensor, numbers: Tensor, dim: int) -> Tensor:
@@ -83,10 +97,21 @@ def normalized_mutual_information(p: Tensor, n_queries: Tensor) -> Tensor:
         p: rows sum to 1, or to 0 for queries that do not count.
         n_queries: queries that count, of the leading shape of p or to be broadcast to it.
     """
-    n = n_queries.to(p.dtype)
-    of_rows = -(p * p.clamp_min(torch.finfo(p.dtype).tiny).log()).sum(-1)  # (..., queries)
-    keys = p.sum(-2) / n[..., None]
-    of_keys = torch.special.entr(keys).sum(-1)
+    return _normalized_information(p.sum(-2), _row_entropies(entropy_terms(p)), n_queries)
+
+
+def _row_entropies(terms: Tensor) -> Tensor:
+    """Return the sums of entropy terms (..., queries, keys) over keys, in float64: terms of single precision are many."""
+    return terms.sum(-1, dtype=torch.float64)
+
+
+def _normalized_information(key_sums: Tensor, of_rows: Tensor, n_queries: Tensor) -> Tensor:
+    """Return `normalized_mutual_information` from the sums of p over queries (..., keys) and entropies (..., queries).
+
+    The information is a small difference of entropies, so that it is computed in float64.
+    """
+    n = n_queries.double()
+    of_keys = torch.special.entr(key_sums.double() / n[..., None]).sum(-1)
     information = of_keys - of_rows.sum(-1) / n
     both = (n.log() * of_keys).sqrt()
     nmi = torch.where(both > 0, information / both, 0.0)

@@ -5,41 +5,45 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from vitscope.linalg.feature_squares import channel_sums, flat_map, token_squares
+
 #: squared residual below this share of the squared norm: single precision sums cancel, so it is computed again in double
 _CANCELLED = 1e-2
 
 
 def mean_cosine(x: Tensor) -> Tensor:
-    """Return the mean cosine over all pairs of different tokens of each image of ``x (B, C, n)``: ``(B,)`` in float64.
+    """Return the mean cosine over all pairs of different tokens of each image of ``x (B, C, h, w)``: ``(B,)`` in float64.
 
     With the unit vectors u of the m tokens that are not zero, ``(|sum u|^2 - m) / (m (m - 1))``: exact, in O(n C). NaN where
     fewer than two tokens have a direction.
     """
-    norms = torch.linalg.vector_norm(x, dim=1) if x.stride(1) == 1 else x.square().sum(1).sqrt()  # (B, n)
+    norms = token_squares(x).sqrt()  # (B, n)
     has_direction = norms != 0
     inverse = torch.where(has_direction, 1 / norms, 0.0)
-    total = (x * inverse[:, None]).sum(2).double()  # (B, C)
+    total = (flat_map(x) * inverse[:, None]).sum(2).double()  # (B, C)
     m = has_direction.sum(1).double()
     return torch.where(m > 1, (total.square().sum(1) - m) / (m * (m - 1)), torch.nan)
 
 
 def rank1_residual(x: Tensor, norm: str) -> Tensor:
-    """Return ``|X - 1 m'| / |X|`` with the mean token m of each image of ``x (B, C, n)``: ``(B,)`` in float64.
+    """Return ``|X - 1 m'| / |X|`` with the mean token m of each image of ``x (B, C, h, w)``: ``(B,)`` in float64.
 
     Args:
-        x: tokens of each image, one a column.
+        x: tokens of each image, one a position.
         norm: ``frobenius``, of which the mean is the minimizer; or ``composite``, ``sqrt(|X|_1 |X|_inf)`` of the largest sums of
             magnitudes over tokens and over channels.
     """
-    mean = x.mean(2)  # (B, C)
+    flat = flat_map(x)  # (B, C, n)
+    n = flat.shape[2]
+    sums = channel_sums(x)  # (B, C)
     if norm == "composite":
-        residual = x - mean[..., None]
-        return _composite(residual) / _composite(x)
-    total = x.square().sum((1, 2)).double()
-    squares = total - x.shape[2] * mean.double().square().sum(1)
+        residual = flat - (sums / n).to(flat.dtype)[..., None]
+        return _composite(residual) / _composite(flat)
+    total = token_squares(x).sum(1, dtype=torch.float64)
+    squares = total - sums.square().sum(1) / n
     cancelled = (squares < _CANCELLED * total).nonzero()[:, 0]
     if len(cancelled):
-        tokens = x[cancelled].double()
+        tokens = flat[cancelled].double()
         squares[cancelled] = (tokens - tokens.mean(2, keepdim=True)).square().sum((1, 2))
     return (squares / total).sqrt()
 

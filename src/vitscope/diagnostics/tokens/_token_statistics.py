@@ -10,6 +10,7 @@ from torch import Tensor
 
 from vitscope.core.running_mean import RunningMean
 from vitscope.core.tap import Tap
+from vitscope.linalg.feature_squares import channel_squares, flat_map, squared_map, token_squares
 from vitscope.runtime import distributed
 
 #: Sun et al. 2024: a massive activation is larger than 100 and than 1000 times the median magnitude
@@ -100,16 +101,15 @@ class TapSums:
             self.shape, self.n_prefix = shape, 0 if prefix is None else prefix.shape[1]
         if self.shape != shape:
             raise ValueError(f"Expected maps of one shape at {tap.name}, received {self.shape} and {shape}.")
-        x = (x if x.dtype == torch.float64 else x.float()).flatten(2)  # (B, C, n)
-        square = x.square()
-        norms = square.sum(1).sqrt()  # (B, n)
+        norms = token_squares(x).sqrt()  # (B, n)
         self.patch.add(norms)
         self.norm.add(norms.double().mean(1))
-        self.channel.add(square.mean(2).sqrt())
-        peak = square.amax(2)  # (B, C)
+        flat = flat_map(x)  # (B, C, n)
+        self.channel.add((channel_squares(x) / flat.shape[2]).sqrt())
+        peak = squared_map(x).amax(2)  # (B, C)
         on_prefix = torch.zeros(len(x), device=x.device)
         if prefix is not None:
-            prefix_square = prefix.to(x.dtype).square()  # (B, n_prefix, C)
+            prefix_square = prefix.to(flat.dtype).square()  # (B, n_prefix, C)
             prefix_norms = prefix_square.sum(2).sqrt()
             self.prefix.add(prefix_norms)
             self.prefix_norm.add(prefix_norms)
@@ -117,7 +117,7 @@ class TapSums:
             on_prefix = (prefix_peak.amax(1) > peak.amax(1)).double()
             peak = torch.maximum(peak, prefix_peak)
         peak = peak.sqrt()
-        self._add_largest(peak, median_magnitude(x, self.positions), on_prefix)
+        self._add_largest(peak, median_magnitude(flat, self.positions), on_prefix)
 
     def _add_largest(self, peak: Tensor, median: Tensor, on_prefix: Tensor) -> None:
         largest = peak.amax(1)  # (B,)

@@ -166,11 +166,10 @@ class _Sums:
     def read(self, index: int, tap: Tap, x: Tensor) -> None:
         """Take one tap's feature maps ``(B, C, h, w)``."""
         self.sizes[index] = (x.shape[2], x.shape[3])
-        x = (x if x.dtype == torch.float64 else x.float()).flatten(2)  # (B, C, n)
         self.cosines[index].add(mean_cosine(x))
         residual = rank1_residual(x, self.norm)
         # a single token is its own mean
-        self.residuals[index].add(residual if x.shape[2] > 1 else torch.full_like(residual, torch.nan))
+        self.residuals[index].add(residual if x.shape[2] * x.shape[3] > 1 else torch.full_like(residual, torch.nan))
 
     def read_attention(self, index: int, unit: Any, weights: Tensor) -> None:
         """Take the attention weights ``(B * n_windows, heads, queries, keys)`` of one unit."""

@@ -20,6 +20,7 @@ from vitscope.core.results.result import TAP_COORDINATES, Result
 from vitscope.core.running_mean import RunningMean, estimates
 from vitscope.core.tap import tap_fields
 from vitscope.core.undefined_values import warn_nulls
+from vitscope.linalg.feature_squares import channel_squares, channel_sums, flat_map
 from vitscope.runtime.distributed import gather_objects
 from vitscope.stats.intervals import Estimate, check_level, few_images
 
@@ -111,17 +112,16 @@ def spatial_variance(x: Tensor) -> Tensor:
 
     Two fast sums; maps whose variance is small beside their mean square are measured again in double precision.
     """
-    x = (x if x.dtype == torch.float64 else x.float()).flatten(2)  # (B, C, n)
-    n = x.shape[-1]
-    if x.is_cuda:
-        return x.var(-1).double().mean(1)
-    # over strided positions (channels last) the norm is eight times slower than square and sum
-    square = torch.linalg.vector_norm(x, dim=-1).double().square() if x.stride(-1) == 1 else x.square().sum(-1).double()
-    centred = square - x.sum(-1).double().square() / n  # (B, C)
+    flat = flat_map(x)  # (B, C, n)
+    n = flat.shape[-1]
+    if flat.is_cuda:
+        return flat.var(-1).double().mean(1)
+    square = channel_squares(x)  # (B, C)
+    centred = square - channel_sums(x).square() / n
     cancelled = (centred < _CANCELLED * square).nonzero(as_tuple=True)
     if len(cancelled[0]):
-        centred[cancelled] = x[cancelled].double().var(-1, correction=0) * n
-    return (centred / (n - 1)).mean(1) if n > 1 else torch.full((len(x),), float("nan"), dtype=torch.float64)
+        centred[cancelled] = flat[cancelled].double().var(-1, correction=0) * n
+    return (centred / (n - 1)).mean(1) if n > 1 else torch.full((len(flat),), float("nan"), dtype=torch.float64)
 
 
 class _Sums:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from vitscope.core.guard.eager_execution import unwrapped
@@ -122,10 +123,10 @@ def reading(
         forward_pass = stack.enter_context(observed_pass(model))
 
         sums: dict[SumPlace, SumFunction] = {}
-        reader: SumReader | None = None
 
         def read(index: int, tap: Tap, value: Tensor) -> None:
-            with nullcontext() if reader is None else reader.paused():
+            # what is computed from a map is no part of the model: no mode that follows the model need see it
+            with torch._C.DisableTorchFunction():
                 read_map(index, tap, value)
 
         def read_map(index: int, tap: Tap, value: Tensor) -> None:
