@@ -2,7 +2,7 @@
 
 A measure that keeps nothing but running sums declares with `shares_pass` the function that makes its `Accumulator` from the
 probe and the measure's options. The measure itself is a pass with that one; `one_pass` makes it with several. What several of
-them need of one map, or of one layer's attention, is computed once (`vitscope.runtime.shared_values`).
+them need of one map, or of one layer's attention, is computed once (`vitscope.core.shared_values`).
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from torch import Tensor
 from vitscope.core.measure_options import with_options
 from vitscope.core.probe import Probe
 from vitscope.core.sharding.sharded_parameters import plain_weights
+from vitscope.core.shared_values.sharing import sharing_values
 from vitscope.core.structure_lookup import structure_reader
 from vitscope.core.tap import Tap
 from vitscope.runtime.distributed import failing_together, world_size
 from vitscope.runtime.progress import track
-from vitscope.runtime.shared_values import sharing_values
 
 
 class Accumulator(Protocol):

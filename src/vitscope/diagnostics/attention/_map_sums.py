@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from vitscope.core.running_mean import RunningMean
+from vitscope.core.shared_values.entropy_terms import entropy_terms
 from vitscope.core.tap import Tap
 from vitscope.diagnostics.attention._overlap import covered, masks_of_layers, mean_of_pairs, overlaps, resized
 from vitscope.diagnostics.attention._placement import Query, n_prefix, placed, selection
 from vitscope.diagnostics.attention._rollout import Rollout, row_maps
-from vitscope.linalg.entropy_terms import entropy_terms
 from vitscope.models.structure.attention_units import AttentionUnit
 from vitscope.runtime import distributed
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from vitscope.core.running_mean import RunningMean
-from vitscope.linalg.entropy_terms import entropy_terms
+from vitscope.core.shared_values.entropy_terms import entropy_terms
 from vitscope.models.structure.attention_units import AttentionUnit
 
 #: images whose attention is compared among layers at once

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vitscope.linalg.feature_squares import channel_sums, flat_map, token_squares
+from vitscope.core.shared_values.feature_squares import channel_sums, flat_map, token_squares
 
 #: squared residual below this share of the squared norm: single precision sums cancel, so it is computed again in double
 _CANCELLED = 1e-2

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from vitscope.core.running_mean import RunningMean
+from vitscope.core.shared_values.feature_squares import channel_squares, flat_map, squared_map, token_squares
 from vitscope.core.tap import Tap
-from vitscope.linalg.feature_squares import channel_squares, flat_map, squared_map, token_squares
 from vitscope.runtime import distributed
 
 #: Sun et al. 2024: a massive activation is larger than 100 and than 1000 times the median magnitude

@@ -18,9 +18,9 @@ from vitscope.core.objective_card import ObjectiveCard
 from vitscope.core.probe import Probe
 from vitscope.core.results.result import TAP_COORDINATES, Result
 from vitscope.core.running_mean import RunningMean, estimates
+from vitscope.core.shared_values.feature_squares import channel_squares, channel_sums, flat_map
 from vitscope.core.tap import tap_fields
 from vitscope.core.undefined_values import warn_nulls
-from vitscope.linalg.feature_squares import channel_squares, channel_sums, flat_map
 from vitscope.runtime.distributed import gather_objects
 from vitscope.stats.intervals import Estimate, check_level, few_images
 

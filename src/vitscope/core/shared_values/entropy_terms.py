@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vitscope.runtime.shared_values import computed_once
+from vitscope.core.shared_values.sharing import computed_once
 
 
 @computed_once
