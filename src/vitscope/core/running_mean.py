@@ -22,18 +22,25 @@ class RunningMean:
 
     def __init__(self, answers: bool = False) -> None:
         self.count, self.answers = 0, answers
-        self._sums: Tensor | None = None
+        self._sum: Tensor | None = None
+        self._square_sum: Tensor | None = None
 
     def add(self, values: Tensor) -> None:
         """Add one row an image: ``values (B, ...)``, the same trailing shape on every call."""
         values = values.detach().double()
-        sums = torch.stack([values.sum(0), values.square().sum(0)])  # (2, ...)
         self.count += len(values)
-        self._sums = sums if self._sums is None else self._sums + sums
+        total, square = values.sum(0), values.square().sum(0)  # (...) each
+        if self._sum is None or self._square_sum is None:
+            self._sum, self._square_sum = total, square
+        else:
+            self._sum += total
+            self._square_sum += square
 
     def state(self) -> tuple[int, np.ndarray | None]:
         """Return the count and the two sums ``(2, ...)`` as plain arrays (None where nothing was added)."""
-        return self.count, None if self._sums is None else self._sums.cpu().numpy()
+        if self._sum is None or self._square_sum is None:
+            return self.count, None
+        return self.count, torch.stack([self._sum, self._square_sum]).cpu().numpy()
 
 
 def estimates(means: Sequence[RunningMean], level: float = 0.95) -> list[Estimate]:

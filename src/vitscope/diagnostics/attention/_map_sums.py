@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vitscope.core.running_mean import RunningMean
-from vitscope.core.shared_values.entropy_terms import entropy_terms
+from vitscope.core.shared_values.entropy_terms import entropy_terms, row_entropies
 from vitscope.core.tap import Tap
 from vitscope.diagnostics.attention._overlap import covered, masks_of_layers, mean_of_pairs, overlaps, resized
 from vitscope.diagnostics.attention._placement import Query, n_prefix, placed, selection
@@ -77,7 +77,7 @@ class MapSums:
         if index not in self.layers:
             return
         place = self.layers.index(index)
-        entropies = entropy_terms(weights).sum(dim=-1, dtype=torch.float64)  # (B * n_windows, heads, queries)
+        entropies = row_entropies(entropy_terms(weights))  # (B * n_windows, heads, queries)
         if len(self.heads[place]) < unit.n_heads:
             weights, entropies = weights[:, self.heads[place]], entropies[:, self.heads[place]]
         self._maps[place], self._prefix[place] = placed(weights, unit, self.selections[place])

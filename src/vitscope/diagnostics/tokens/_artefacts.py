@@ -84,11 +84,13 @@ def bimodality_coefficient(values: np.ndarray) -> float:
     if n < 4:
         return np.nan
     centered = values - values.mean()
-    variance = np.square(centered).mean()
+    squares = np.square(centered)
+    variance = squares.mean()
     if not variance > np.finfo(np.float32).eps ** 2:
         return np.nan
-    skewness = (centered**3).mean() / variance**1.5 * np.sqrt(n * (n - 1)) / (n - 2)
-    kurtosis = (n - 1) / ((n - 2) * (n - 3)) * ((n + 1) * ((centered**4).mean() / variance**2 - 3) + 6)
+    # products: NumPy's powers of three and four take thirty times as long
+    skewness = (squares * centered).mean() / variance**1.5 * np.sqrt(n * (n - 1)) / (n - 2)
+    kurtosis = (n - 1) / ((n - 2) * (n - 3)) * ((n + 1) * (np.square(squares).mean() / variance**2 - 3) + 6)
     return float((skewness**2 + 1) / (kurtosis + 3 * (n - 1) ** 2 / ((n - 2) * (n - 3))))
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from vitscope.core.running_mean import RunningMean
-from vitscope.core.shared_values.entropy_terms import entropy_terms
+from vitscope.core.shared_values.entropy_terms import entropy_terms, row_entropies
 from vitscope.models.structure.attention_units import AttentionUnit
 
 #: images whose attention is compared among layers at once
@@ -59,15 +59,15 @@ class AttentionCollapse:
         windows = weights.unflatten(0, (-1, self.unit.n_windows))  # (B, n_windows, heads, queries, keys)
         if self._common is None:
             p = self._without_padding(windows)
-            return p, _row_entropies(entropy_terms(p))
+            return p, row_entropies(entropy_terms(p))
         terms = entropy_terms(weights).unflatten(0, (-1, self.unit.n_windows))
         queries, keys = (side.to(weights.device) for side in self._common)
         if len(queries) == weights.shape[-2] and len(keys) == weights.shape[-1]:
-            return windows, _row_entropies(terms)
+            return windows, row_entropies(terms)
         windows, terms = (_selected(_selected(part, queries, 3), keys, 4) for part in (windows, terms))
         sums = windows.sum(-1, keepdim=True)
         wide = sums[..., 0].double()
-        return windows / sums, _row_entropies(terms) / wide + wide.log()
+        return windows / sums, row_entropies(terms) / wide + wide.log()
 
     def _without_padding(self, windows: Tensor) -> Tensor:
         """Return weights ``(B, n_windows, heads, queries, keys)`` likewise where windows have paddings of their own."""
@@ -97,12 +97,7 @@ def normalized_mutual_information(p: Tensor, n_queries: Tensor) -> Tensor:
         p: rows sum to 1, or to 0 for queries that do not count.
         n_queries: queries that count, of the leading shape of p or to be broadcast to it.
     """
-    return _normalized_information(p.sum(-2), _row_entropies(entropy_terms(p)), n_queries)
-
-
-def _row_entropies(terms: Tensor) -> Tensor:
-    """Return the sums of entropy terms (..., queries, keys) over keys, in float64: terms of single precision are many."""
-    return terms.sum(-1, dtype=torch.float64)
+    return _normalized_information(p.sum(-2), row_entropies(entropy_terms(p)), n_queries)
 
 
 def _normalized_information(key_sums: Tensor, of_rows: Tensor, n_queries: Tensor) -> Tensor:

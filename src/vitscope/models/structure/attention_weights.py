@@ -216,7 +216,8 @@ def attention_weights(
     if is_causal or enable_gqa:
         raise ValueError("attention weights are read for full, ungrouped attention only.")
     q, k = (_at_least_single(t) for t in (query, key))
-    scores = q @ k.transpose(-2, -1) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    # scaled before the product, since the scores are many more than the queries
+    scores = (q * (q.shape[-1] ** -0.5 if scale is None else scale)) @ k.transpose(-2, -1)
     if attn_mask is not None:
         boolean = attn_mask.dtype == torch.bool
         scores = scores.masked_fill(~attn_mask, float("-inf")) if boolean else scores + attn_mask
