@@ -1,13 +1,17 @@
 """Cost of reading every tap beside the plain forward pass; memory does not grow with the number of images.
 
-Each round times, one after the other in one process, the forward pass alone (same guard, same batches) and each measure;
-the peers are what the measures replace: a full FFT of every map as in the official notebook, and ``Tensor.var``. The number
-given is the median over rounds of a measure's time divided by the forward pass's of the same round. Rounds during which
-other processes used more than 0.1 core are left out, unless that leaves none: then all are used and the line says so.
+Each round times the forward pass alone (same guard, same batches) before and after each measure, in one process; the peers are
+what the measures replace: a full FFT of every map as in the official notebook, and ``Tensor.var``. Times are those that the
+processor spent in this process, so that other processes count as far as they slow memory and caches down. The number given is
+the median over rounds of a measure's time divided by the mean of the two forward passes around it.
+
+`effective_receptive_field` is compared with as many backward passes as it makes, one for each tap. A backward pass over the
+images is a forward pass that keeps its graph, and the gradient of the sum of the model's outputs with respect to the images;
+no gradient of a parameter is computed in either.
 
 Claims: relative_log_amplitude <= 1.05, feature_map_variance <= 1.02; Fourier, variance, rank and CKA together, from one
 forward pass (`vs.one_pass`, as ``analyze.py`` makes it for analyses of the same images), <= 1.3. Together with the numbers of
-attention maps, token norms and oversmoothing, whose attention weights are computed explicitly, <= 1.6 for a ViT-Ti at 224.
+attention maps, token norms and oversmoothing <= 1.75 for a ViT-Ti at 224. The receptive field <= 1.1 backward passes.
 
 What the last two add grows with more than the images: a Gram matrix takes batch * features products an image in float64 (at
 batch 8, 46 million for ResNet-50 at 224 against 4.1 billion of its forward pass; at batch 128 sixteen times as many), a scatter
@@ -22,7 +26,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import os
 import resource
 import statistics
 import subprocess
@@ -37,13 +40,12 @@ import vitscope as vs
 import vitscope.runtime.progress
 from vitscope.models.structure.taps import reading
 
-TICK = os.sysconf("SC_CLK_TCK")
-FOREIGN = 0.1  # cores
 CLAIMS = {
     "relative_log_amplitude": 1.05,
     "feature_map_variance": 1.02,
     "all four in one pass": 1.30,
-    "all seven in one pass": 1.60,
+    "all seven in one pass": 1.75,
+    "effective_receptive_field": 1.10,
 }
 TOGETHER = ("relative_log_amplitude", "feature_map_variance", "effective_rank", "cka")
 #: measures of attention and tokens, for models that have such
@@ -79,6 +81,16 @@ def forward(probe: vs.Probe) -> None:
             model(x)
 
 
+def backward(probe: vs.Probe) -> None:
+    with probe.guard(logits=False) as model:
+        for p in model.parameters():
+            p.requires_grad_(False)  # the guard gives the flags back
+        for _, (x, _) in probe.local_batches():
+            x = x.detach().requires_grad_()
+            with torch.enable_grad():
+                torch.autograd.grad(model(x).sum(), x)
+
+
 def peer(read: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[vs.Probe], None]:
     def run(probe: vs.Probe) -> None:
         sums: dict[int, torch.Tensor | float] = {}
@@ -112,46 +124,43 @@ def subjects(with_tokens: bool) -> dict[str, Callable[[vs.Probe], object]]:
     }
 
 
-def busy() -> tuple[float, float]:
-    """Return the CPU seconds of the whole machine and of this process."""
-    with open("/proc/stat") as file:
-        user, nice, system, _, _, irq, softirq, *_ = (int(n) for n in file.readline().split()[1:])
-    own = os.times()
-    return (user + nice + system + irq + softirq) / TICK, own.user + own.system
-
-
-def timed(work: Callable[[vs.Probe], object], probe: vs.Probe) -> tuple[float, float]:
-    """Return the seconds that ``work`` took, and how many cores others used meanwhile."""
-    machine, own, start = *busy(), time.perf_counter()
+def timed(work: Callable[[vs.Probe], object], probe: vs.Probe) -> float:
+    """Return the processor's seconds that ``work`` took in this process."""
+    start = time.process_time()
     work(probe)
-    seconds = time.perf_counter() - start
-    machine_after, own_after = busy()
-    return seconds, max(0.0, (machine_after - machine) - (own_after - own)) / seconds
+    return time.process_time() - start
+
+
+def ratio(work: Callable[[vs.Probe], object], base: Callable[[vs.Probe], object], probe: vs.Probe) -> float:
+    """Return the time of ``work`` divided by the mean of ``base`` before and after it."""
+    before, seconds, after = (timed(each, probe) for each in (base, work, base))
+    return 2 * seconds / (before + after)
+
+
+def show(name: str, ratios: list[float], unit: str = "x") -> None:
+    claim = f", claimed <= {CLAIMS[name]:.2f}" if name in CLAIMS else ""
+    spread = f"({min(ratios):.3f} to {max(ratios):.3f}, n = {len(ratios)})"
+    print(f"  {name:26s} {statistics.median(ratios):.3f} {unit} {spread}{claim}")
 
 
 def compare(name: str, rounds: int, images: int, batch: int) -> None:
     probe = probe_of(name, max(1, images // batch), batch, held=True)
     works = subjects(has_attention(probe))
-    for work in (forward, *works.values()):
+    fields = vs.effective_receptive_field(probe)  # also warms up
+    for work in (forward, backward, *works.values()):
         work(probe)
-    samples: dict[str, list[tuple[float, float]]] = {key: [] for key in works}
-    plain = []
+    ratios: dict[str, list[float]] = {key: [] for key in works}
+    of_fields, plain = [], []
     for _ in range(rounds):
+        plain.append(timed(forward, probe))
         for key, work in works.items():
-            base, load_base = timed(forward, probe)
-            seconds, load = timed(work, probe)
-            plain.append(base)
-            samples[key].append((seconds / base, max(load, load_base)))
+            ratios[key].append(ratio(work, forward, probe))
+        of_fields.append(ratio(vs.effective_receptive_field, backward, probe) / fields.n_backward)
     print(f"{name}: {probe.n_images} images, batch {batch}, {torch.get_num_threads()} thread(s), ", end="")
-    print(f"forward {statistics.median(plain):.3f} s")
-    for key, found in samples.items():
-        quiet = [ratio for ratio, load in found if load <= FOREIGN]
-        used = quiet or [ratio for ratio, _ in found]
-        claim = f", claimed <= {CLAIMS[key]:.2f}" if key in CLAIMS else ""
-        note = "" if quiet else ", every round disturbed"
-        print(
-            f"  {key:24s} {statistics.median(used):.3f} x ({min(used):.3f} to {max(used):.3f}, n = {len(used)}{note}){claim}"
-        )
+    print(f"forward {statistics.median(plain):.3f} s of the processor")
+    for key, values in ratios.items():
+        show(key, values)
+    show("effective_receptive_field", of_fields, f"x of {fields.n_backward} backward pass(es)")
 
 
 def peak(model: str, n_batches: int, batch: int) -> None:

@@ -66,6 +66,22 @@ def test_results_are_those_of_passes_of_their_own(name: str) -> None:
         assert_same(found[measure], getattr(vs, measure)(probe, **options))
 
 
+@pytest.mark.filterwarnings("ignore:.*null for")
+@pytest.mark.parametrize("kind", ["vit", "swin"])
+def test_measures_of_maps_tokens_and_attention_share_their_values_and_not_a_bit_changes(kind: str) -> None:
+    torch.manual_seed(0)
+    if kind == "vit":
+        network = vs.models.vit(size="tiny", patch_size=8, depth=2, reg_tokens=1, image_size=32)
+    else:
+        options = {"window_size": 4, "embed_dim": 12, "depths": (2,), "num_heads": (2,)}
+        network = timm.models.swin_transformer.SwinTransformer(img_size=32, patch_size=4, num_classes=3, **options)
+    probe = vs.Probe(network, [(torch.randn(n, 3, 32, 32), torch.zeros(n, dtype=torch.long)) for n in (5, 4)])
+    measures = MEASURES | {"attention_maps": {"images": 2}, "token_norms": {}, "oversmoothing": {}}
+    together = vs.one_pass(probe, measures)
+    for measure, options in measures.items():
+        assert together[measure] == getattr(vs, measure)(probe, **options), measure
+
+
 @pytest.mark.parametrize(
     ("name", "options"), [("lesion", {}), ("nothing", {}), ("cka", {"other": object()}), ("Probe", {})]
 )

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import vitscope as vs
 from tests.helpers.attention_probes import filled, images, probe_of, vit
 from vitscope.core.undefined_values import NullWarning
-from vitscope.diagnostics.attention._overlap import mass_masks, mean_of_pairs, overlaps
+from vitscope.diagnostics.attention._overlap import masks_of_layers, mass_masks, mean_of_pairs, overlaps
 from vitscope.diagnostics.attention._rollout import Rollout
 from vitscope.models import convnet
 from vitscope.models.structure import attention_weights
@@ -225,6 +225,23 @@ def test_masks_of_mass_and_their_overlap() -> None:
     assert overlap[0, 0].tolist() == [1.0, 2 / 3, 0.0]
     assert bool(overlap[0, 2, 2].isnan())
     assert mean_of_pairs(overlap[:, :2, :2]).item() == pytest.approx(2 / 3)
+
+
+def test_masks_are_those_of_a_stable_sort() -> None:
+    generator = torch.Generator().manual_seed(0)
+    maps = torch.randint(0, 6, (2, 3, 4, 5), generator=generator).double()  # many equal values
+    maps[0, 0, 1, 2], maps[1, 1, 0, 0] = torch.nan, torch.inf
+    masks = mass_masks(maps, 0.6)
+    for values, mask in zip(maps.reshape(6, 20).tolist(), masks.reshape(6, 20).tolist()):
+        expected, held = [False] * 20, 0.0
+        for place in sorted(range(20), key=lambda i: -values[i]):
+            if held >= 0.6 * sum(values) or not np.isfinite(sum(values)):
+                break
+            expected[place], held = True, held + values[place]
+        assert mask == expected
+    layers = [maps, maps[:, :1], maps + 1]
+    for found, layer in zip(masks_of_layers(layers, 0.6), layers, strict=True):
+        assert torch.equal(found, mass_masks(layer, 0.6))
 
 
 def test_masks_of_objects() -> None:

@@ -147,6 +147,25 @@ def test_padding_and_prefix_tokens_are_left_out_and_rows_sum_to_one_again() -> N
     assert np.isnan(collapse.head_similarity.state()[1][0])  # one head
 
 
+@pytest.mark.parametrize("share", [0.5, 1e-4])
+def test_information_beside_a_class_token_that_takes_most_attention(share: float) -> None:
+    n = 50
+    cells = torch.tensor([[[-1, -1], *([i // 10, i % 10] for i in range(n))]])
+    logits = 3 * noise(2, 3, n + 1, n + 1)
+    logits[..., 0] = logits[..., 1:].logsumexp(-1) + np.log((1 - share) / share)
+    weights = logits.softmax(-1).float()
+    expected = weights.double()[:, :, 1:, 1:]
+    expected = expected / expected.sum(-1, keepdim=True)
+    collapse = windows(cells, 3)
+    collapse.add(weights)
+    nmi = normalized_mutual_information(expected, torch.tensor(n))  # (2 images, 3 heads)
+    # Entropies H of the positions alone come from terms of all, of which they are share * (H - ln share): a rounding of their
+    # sums, of less than 10 eps in all, is one of H - ln share. They are at most ln n, and H(k) is divided by.
+    of_keys = torch.special.entr(expected.mean(2)).sum(-1)
+    error = 10 * torch.finfo(torch.float32).eps * 2 * (np.log(n) - np.log(share)) / (np.log(n) * of_keys).sqrt()
+    assert bool((torch.from_numpy(collapse.head_nmi.state()[1][0]) / 2 - nmi.mean(0)).abs().le(error.amax(0)).all())
+
+
 def test_heads_and_layers_with_known_cosines() -> None:
     identity, uniform = torch.eye(4, dtype=torch.float64), torch.full((4, 4), 0.25, dtype=torch.float64)
     cells = torch.tensor([[[0, 0], [0, 1], [1, 0], [1, 1]]])

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import timm
 import torch
 import torchvision
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 import vitscope as vs
 from tests.helpers.feature_maps import as_map, image, maps
@@ -305,3 +308,22 @@ def test_hooks_are_gone_after_reading_and_after_an_error() -> None:
 def test_a_tap_is_shown_in_one_line() -> None:
     tap = Tap("blocks.0", "msa", 1, 0.5, nn.Sequential(nn.Linear(2, 2), nn.ReLU()), layout="NLC")
     assert repr(tap) == "Tap(name='blocks.0', kind='msa', stage=1, depth=0.5, module=Sequential, layout='NLC')"
+
+
+def test_modes_that_follow_the_model_do_not_see_what_is_computed_from_a_map() -> None:
+    class Names(TorchFunctionMode):
+        def __init__(self) -> None:
+            super().__init__()
+            self.names: set[str] = set()
+
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.names.add(getattr(func, "__name__", ""))
+            return func(*args, **(kwargs or {}))
+
+    network = timm.create_model("test_vit", num_classes=2).eval()
+    values: list[Tensor] = []
+    with Names() as seen, reading(network, taps(network), lambda i, tap, x: values.append(torch.erf(x))):
+        network(torch.randn(1, 3, 160, 160))
+    assert len(values) > 2
+    assert "layer_norm" in seen.names
+    assert "erf" not in seen.names
