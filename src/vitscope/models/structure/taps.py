@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from vitscope.core.guard.eager_execution import unwrapped
@@ -17,6 +16,7 @@ from vitscope.models.structure.found_structure import FoundStructure, find_struc
 from vitscope.models.structure.residual_structure import ModelComponent, Read
 from vitscope.models.tracing.running_sums import SumFunction, SumPlace, SumReader
 from vitscope.models.tracing.token_orders import with_orders
+from vitscope.runtime.torch_internals import UnobservedFunctions
 
 
 def taps(model: nn.Module, images: Tensor | None = None) -> list[Tap]:
@@ -126,7 +126,7 @@ def reading(
 
         def read(index: int, tap: Tap, value: Tensor) -> None:
             # what is computed from a map is no part of the model: no mode that follows the model need see it
-            with torch._C.DisableTorchFunction():
+            with UnobservedFunctions():
                 read_map(index, tap, value)
 
         def read_map(index: int, tap: Tap, value: Tensor) -> None:
