@@ -165,3 +165,14 @@ def test_trials_compose_validate_and_measure_what_is_drawn(profile: str, tmp_pat
 def _is_scalar(quantity: str) -> bool:
     groups = ("model", "data", "objective", "optimizer", "trainer")
     return "/" not in quantity and quantity.partition(".")[0] not in groups
+
+
+def test_the_generalization_gap_is_of_clean_training_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VITSCOPE_DATA", str(tmp_path))
+    target = plan.target("sharpness-gap", REAL, "cifar10_small")
+    assert [relation.x for relation in target.relations] == ["evaluation.accuracy-test/accuracy"]
+    probe = composed(target.trials[0], tmp_path / "runs").analysis.evaluation.probe
+    assert (probe.split, probe.augment) == ("train", False)
+    # of augmented images, while the weights change
+    relations = [relation for name in REAL["targets"] for relation in plan.target(name, REAL, "smoke").relations]
+    assert not [r for r in relations if "train/accuracy" in (*r.x.split("-"), *r.y)]

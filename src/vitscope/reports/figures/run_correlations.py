@@ -17,7 +17,7 @@ def correlations(selection: Selection, x: str, y: Sequence[str]) -> dict[str, Ra
 
     Args:
         selection: The runs.
-        x: The quantity below, such as ``train/accuracy-test/accuracy``.
+        x: The quantity below, such as ``evaluation.accuracy-test/accuracy``.
         y: The quantities of the panels.
     """
     entries = [entry for runs in selection.groups(lambda entry: entry.trained).values() for entry in runs.values()]

@@ -23,8 +23,8 @@ from vitscope.stats.t_tests import Interval
 WORDS = {
     "1-test/accuracy": "test error",
     "test/accuracy": "test accuracy",
-    "train/accuracy-test/accuracy": "generalization gap (accuracy)",
-    "test/nll-train/nll": "generalization gap (NLL, nats)",
+    "evaluation.accuracy-test/accuracy": "generalization gap (accuracy)",
+    "train/accuracy-test/accuracy": "accuracy in the last epoch, augmented, minus test accuracy",
     "nll_center": "NLL on training images",
     "negative_eigenvalue_proportion": "negative eigenvalue proportion",
     "average_positive_eigenvalue": "average positive eigenvalue",
@@ -63,8 +63,8 @@ def collect(selection: Selection, x: str, y: Sequence[str], name: str) -> tuple[
     """Return the experiments' points, and the table of their numbers with every one that is missing.
 
     A quantity is a metric (``test/accuracy``), one minus it (``1-test/accuracy``), a scalar of an analysis
-    (``hessian.average_positive_eigenvalue``), a difference of two of them (``train/accuracy-test/accuracy``), or a dotted key
-    of the configuration or ``objective``, its name (x only).
+    (``hessian.average_positive_eigenvalue``), a difference of two of them (``evaluation.accuracy-test/accuracy``), or a
+    dotted key of the configuration or ``objective``, its name (x only).
 
     Args:
         selection: The runs.
