@@ -1,9 +1,10 @@
 """Draw the gallery's figures of curvature: stability over steps, block spectra, barriers and exponents.
 
-Usage: python docs/scripts/draw_curvature.py [--results FOLDER] [--out docs/gallery]
+Usage: python docs/scripts/draw_curvature.py [--results FOLDER] [--gap FOLDER] [--out docs/gallery]
 
   --results  results of ``docs/scripts/curvature_results.py``; without it only the figure of stability is drawn, from the
              series that ``docs/scripts/stability_runs.py`` has written to ``docs/gallery/series``
+  --gap      run folders of ``make sharpness-gap PROFILE=cifar10_small``
 
 Each entry is a figure and its text, as those of ``docs/scripts/draw_gallery.py``; the page is written anew.
 """
@@ -28,10 +29,13 @@ from matplotlib.ticker import MaxNLocator
 import vitscope as vs
 from vitscope.plotting.api import STYLE
 from vitscope.plotting.style import KIND_LABELS
+from vitscope.reports.figures import run_correlations, scatter_figures
+from vitscope.reports.value_lookup import Selection
+from vitscope.reproduce import plan
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
-from docs.scripts import stability_runs  # noqa: E402  needs the path above
+from docs.scripts import stability_runs, study_runs  # noqa: E402  needs the path above
 from docs.scripts.gallery_page import Text, card_of, page_text, read_texts, write_entry  # noqa: E402  needs the path above
 from docs.scripts.study_runs import NAMES  # noqa: E402  needs the path above
 
@@ -209,14 +213,36 @@ def _blocks_text(results: Mapping[str, Any], folder: Path) -> str:
     )
 
 
+def draw_gap(runs: Path, out: Path) -> None:
+    """Draw measures of sharpness against the generalization gap of the runs of ``make sharpness-gap``."""
+    relation = plan.target("sharpness-gap", plan.read(), "cifar10_small").relations[0]
+    selection = Selection(study_runs.finished_runs(runs))
+    points, _ = scatter_figures.collect(selection, relation.x, relation.y, "gap")
+    correlations = run_correlations.correlations(selection, relation.x, relation.y)
+    texts = [run_correlations.text(correlation) for correlation in correlations.values()]
+    figure = scatter_figures.draw(points, relation.x, relation.y, texts)
+    first = selection.entries[0]
+    write_entry(out, figure, Text(
+        "curvature-gap", "curvature", "Sharpness and the generalization gap",
+        "Adaptive measures of sharpness and the mean rise of the NLL over the accuracy on clean training images minus that on "
+        f"test images; two networks, two recipes and three learning rates, seed {first.seed}. The sampling error of a gap is "
+        "about 0.007.",
+        "make sharpness-gap PROFILE=cifar10_small",
+        {"data": first.data, "runs": len(selection.entries), "epochs": (first.config.get("trainer") or {}).get("max_epochs")},
+    ))  # fmt: skip
+
+
 def main(arguments: Sequence[str]) -> int:
     """Draw what there is, and write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path)
+    parser.add_argument("--gap", type=Path)
     parser.add_argument("--out", type=Path, default=OUT)
     options = parser.parse_args(arguments)
     matplotlib.use("agg")
     options.out.mkdir(parents=True, exist_ok=True)
+    if options.gap:
+        draw_gap(options.gap, options.out)
     if stability_runs.SERIES.is_file():
         series = json.loads(stability_runs.SERIES.read_text(encoding="utf-8"))
         with style.context(STYLE):
