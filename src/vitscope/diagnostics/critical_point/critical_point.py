@@ -70,7 +70,8 @@ class CriticalPointResult(Result, coordinates={"images": "n_images", "distance":
         gradient_norm_half_sq: norm of the gradient of loss + wd/2 |w|^2, the probe's wd.
         gradient_norm_adamw: norm of the gradient of loss + wd/2 sum (sqrt(v) + eps) w^2, which vanishes where AdamW rests; NaN
             where the optimizer's state is not at hand.
-        decrease: the share of the objective that one gradient step of length 1 / largest curvature is predicted to gain.
+        decrease: the share of the objective that one gradient step is predicted to gain: the smaller of |g|^2 / (2 |H|) and
+            |g| max(|w|, 1), over the objective.
         slice_drop: depth to which the slice falls below its centre, as a share of the objective; 0 where it does not fall by more
             than rounding.
         verdict: ``minimum``, ``saddle``, ``not stationary`` or ``inconclusive``, of the probe's objective.

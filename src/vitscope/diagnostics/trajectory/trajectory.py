@@ -38,7 +38,8 @@ class TrajectoryResult(Result, coordinates={"checkpoint": "labels", "x": "x", "y
             difference is zero.
         coordinates: (T, 2) projections on the two principal directions, in units of weights.
         explained_variance: (2,) share of the squared distances that each direction holds.
-        projection_error: (T,) distance from the plane over distance from the final weights, 0 to 1.
+        projection_error: (T,) distance from the plane over distance from the final weights, 0 to 1; 0 where it is below
+            sqrt(8 eps) of the type of the weights, 1e-3 in float32, which rounding of the plane's directions can make.
         nll: (T,) mean cross entropy (nats) of each checkpoint itself, with its own buffers.
         in_plane_nll: (T,) that of its projection on the plane, with the final model's buffers.
         accuracy: (T,) of each checkpoint itself.
@@ -176,7 +177,7 @@ def trajectory(
         angle=angle,
         coordinates=coordinates,
         explained_variance=np.pad(squares[:2], (0, max(0, 2 - len(squares)))) / squares.sum(),
-        projection_error=_off_plane(products, coordinates),
+        projection_error=_off_plane(products, coordinates, max(torch.finfo(d.dtype).eps for d in first.values())),
         nll=_column(rows, "nll"),
         in_plane_nll=_column(projected, "nll"),
         accuracy=_column(rows, "accuracy"),
@@ -209,12 +210,12 @@ def _polar(products: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return lengths / lengths[0], np.arccos(np.clip(cosines, -1, 1))
 
 
-def _off_plane(products: np.ndarray, coordinates: np.ndarray) -> np.ndarray:
+def _off_plane(products: np.ndarray, coordinates: np.ndarray, eps: float) -> np.ndarray:
     squares = np.diag(products)
     squared_distance = np.maximum(squares - (coordinates**2).sum(axis=1), 0.0)
-    # directions are stored in float32: below this share of the square the difference is rounding
+    # directions are rounded to the type of the weights: below some eps of the square the difference is rounding
     share = np.divide(squared_distance, squares, out=np.zeros_like(squared_distance), where=squares > 0)
-    return np.sqrt(np.where(share < 1e-6, 0.0, share))
+    return np.sqrt(np.where(share < 8 * eps, 0.0, share))
 
 
 def _straightness(products: np.ndarray) -> float:
