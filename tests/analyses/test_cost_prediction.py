@@ -133,6 +133,8 @@ def test_sizes_of_what_a_run_supplies_are_known_before_it_starts(monkeypatch: py
     cfg = composed("analyze", *DIGITS, f"analysis=[{','.join(names)}]", *few, "analysis.depth_probes.train.n_images=6",
                    "analysis.depth_probes.n_neighbors=2", "analysis.trajectory.n=2")  # fmt: skip
     network, data = factories.model(cfg), factories.data(cfg)
+    with torch.no_grad():
+        next(network.parameters()).add_(0.01)  # as trained
     costs = predict_costs(cfg, spec.parse(cfg.analysis), network, data, n_checkpoints=3)
     passes = {cost.name: cost.forward_passes for cost in costs}
     n_validation = len(data.split("val"))

@@ -81,7 +81,10 @@ def test_accuracies_are_those_of_the_training_images_classifiers(tmp_path: Path)
     assert found.training_images == "train"
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     check_result(found, tmp_path)
-    assert len(draw({"one": found, "two": found}).axes) == 6
+    assert len(draw({"one": found}).axes) == 6
+    compared = draw({"one": found, "two": found}).axes
+    assert [ax.get_ylabel() for ax in compared[:3]] == ["Accuracy (Ridge)", "Accuracy (k-NN)", "Accuracy (Logit lens)"]
+    assert len(compared) == 8
 
 
 def test_without_training_images_each_fold_is_predicted_from_the_others() -> None:

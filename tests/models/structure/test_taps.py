@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -14,6 +15,7 @@ from tests.helpers.feature_maps import as_map, image, maps
 from tests.helpers.model_configs import from_config
 from vitscope import models
 from vitscope.core.tap import Tap
+from vitscope.models.structure.attention_weights import AttentionCall, AttentionMode
 from vitscope.models.structure.taps import reading, taps
 
 VITS = {
@@ -310,7 +312,7 @@ def test_a_tap_is_shown_in_one_line() -> None:
     assert repr(tap) == "Tap(name='blocks.0', kind='msa', stage=1, depth=0.5, module=Sequential, layout='NLC')"
 
 
-def test_modes_that_follow_the_model_do_not_see_what_is_computed_from_a_map() -> None:
+def test_attention_that_is_computed_from_a_map_is_not_noticed_and_other_modes_see_it() -> None:
     class Names(TorchFunctionMode):
         def __init__(self) -> None:
             super().__init__()
@@ -321,9 +323,18 @@ def test_modes_that_follow_the_model_do_not_see_what_is_computed_from_a_map() ->
             return func(*args, **(kwargs or {}))
 
     network = timm.create_model("test_vit", num_classes=2).eval()
-    values: list[Tensor] = []
-    with Names() as seen, reading(network, taps(network), lambda i, tap, x: values.append(torch.erf(x))):
+    noticed: list[AttentionCall] = []
+    n_maps = 0
+
+    def attend(index: int, tap: Tap, x: Tensor) -> None:
+        nonlocal n_maps
+        n_maps += 1
+        tokens = x.flatten(2).transpose(1, 2)
+        torch.erf(F.scaled_dot_product_attention(tokens, tokens, tokens))
+
+    places = taps(network)  # a pass of its own
+    with Names() as seen, AttentionMode(noticed.append), reading(network, places, attend):
         network(torch.randn(1, 3, 160, 160))
-    assert len(values) > 2
-    assert "layer_norm" in seen.names
-    assert "erf" not in seen.names
+    assert len(noticed) == len(network.blocks)  # the network's own
+    assert n_maps > 2
+    assert {"layer_norm", "erf"} <= seen.names

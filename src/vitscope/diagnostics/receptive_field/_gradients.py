@@ -123,7 +123,7 @@ class _Sums:
         self.image_size: tuple[int, int] | None = None
         self.n_images = 0
         #: coherence of the channels at each tap, of the first batch
-        self.coherence: dict[int, float] = {}
+        self.coherence: dict[int, Tensor] = {}
         self._features: dict[int, Tensor] = {}
 
     def read(self, index: int, tap: Tap, x: Tensor) -> None:
@@ -147,10 +147,10 @@ class _Sums:
             stop_flag.check()
             index = next(iter(features))
             values = features.pop(index)  # (B, C)
-            is_first = number == 0 and self.contribution == "squared"
-            gradient = _gradient(self._differentiated(values, number), x, retain_graph=bool(features) or is_first)
+            has_more, is_first = len(features) > 0, number == 0 and self.contribution == "squared"
+            gradient = _gradient(self._differentiated(values, number), x, retain_graph=has_more or is_first)
             if is_first:
-                self.coherence[index] = _coherence(gradient, values, x, retain_graph=bool(features))
+                self.coherence[index] = _coherence(gradient, values, x, retain_graph=has_more)
             self.sums[index].add(self._contributions(gradient), groups)
 
     def _differentiated(self, values: Tensor, number: int) -> Tensor:
@@ -180,15 +180,14 @@ def _signs(values: Tensor, number: int) -> Tensor:
     return (2 * signs - 1).to(values)
 
 
-def _coherence(of_sum: Tensor, values: Tensor, x: Tensor, retain_graph: bool) -> float:
+def _coherence(of_sum: Tensor, values: Tensor, x: Tensor, retain_graph: bool) -> Tensor:
     """Return the squared gradient of the channels' sum over the sum of the channels' squared gradients.
 
     It is about 1 for independent channels and 0 where their gradients cancel. The denominator is estimated by random signs: its
     mean is that of the squared gradient of the signed sum.
     """
     of_signs = _gradient((values * _signs(values, 0)).sum(), x, retain_graph)
-    denominator = float(of_signs.double().square().sum())
-    return float(of_sum.double().square().sum()) / denominator if denominator > 0 else float("nan")
+    return of_sum.double().square().sum() / of_signs.double().square().sum()  # NaN of two zeros
 
 
 def _extents(taps: Sequence[Tap], sums: _Sums, center: str, area_shares: np.ndarray, dtype: str) -> FieldsOfTaps:
@@ -221,7 +220,8 @@ def _extents(taps: Sequence[Tap], sums: _Sums, center: str, area_shares: np.ndar
             area[k, i] = area_ratios(part.ravel(), square, area_shares)
     reasons = {name: reason for name, reason in reasons.items() if reason}
     coherence = np.full(n, np.nan)
-    for of_rank in gather_objects(sums.coherence):  # of the rank that read the first batch
+    measured = {i: float(value) for i, value in sums.coherence.items()}
+    for of_rank in gather_objects(measured):  # of the rank that read the first batch
         coherence[list(of_rank)] = list(of_rank.values())
     return FieldsOfTaps(
         map_sizes, cells, centroids, centers, field, radius[0], area[0], radius[1:], area[1:], coherence, reasons, n_images,

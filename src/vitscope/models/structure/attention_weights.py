@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
+from vitscope.models.structure.feature_maps import is_outside_of_pass
 from vitscope.models.structure.residual_units import Unit
 
 #: functions that multiply weights with values
@@ -116,6 +117,8 @@ class AttentionMode(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if is_outside_of_pass():
+            return func(*args, **kwargs)
         if func is F.scaled_dot_product_attention:
             return self._one_call(func, args, kwargs)
         if func is F.multi_head_attention_forward:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 from torch import Tensor, nn
@@ -101,6 +102,25 @@ def observed_pass(model: nn.Module, names: Collection[str] = ()) -> Iterator[For
     finally:
         for handle in handles:
             handle.remove()
+
+
+#: whether what runs is computed from values of a pass and no part of it
+_is_outside: ContextVar[bool] = ContextVar("is_outside_of_pass", default=False)
+
+
+@contextmanager
+def outside_of_pass() -> Iterator[None]:
+    """State that what runs inside is computed from values of a pass in progress and no part of the model."""
+    token = _is_outside.set(True)
+    try:
+        yield
+    finally:
+        _is_outside.reset(token)
+
+
+def is_outside_of_pass() -> bool:
+    """Return whether what runs is no part of the model, so that function modes that follow the model pass it on."""
+    return _is_outside.get()
 
 
 def to_map(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 from torch import Tensor, nn
@@ -11,12 +11,11 @@ from torch import Tensor, nn
 from vitscope.core.guard.eager_execution import unwrapped
 from vitscope.core.tap import Kind, Tap
 from vitscope.models.structure.coverage import warn_body_outside, warn_doubts, warn_missing_units
-from vitscope.models.structure.feature_maps import observed_pass, prefix_tokens, to_map
+from vitscope.models.structure.feature_maps import observed_pass, outside_of_pass, prefix_tokens, to_map
 from vitscope.models.structure.found_structure import FoundStructure, find_structure
 from vitscope.models.structure.residual_structure import ModelComponent, Read
 from vitscope.models.tracing.running_sums import SumFunction, SumPlace, SumReader
 from vitscope.models.tracing.token_orders import with_orders
-from vitscope.runtime.torch_internals import UnobservedFunctions
 
 
 def taps(model: nn.Module, images: Tensor | None = None) -> list[Tap]:
@@ -123,10 +122,10 @@ def reading(
         forward_pass = stack.enter_context(observed_pass(model))
 
         sums: dict[SumPlace, SumFunction] = {}
+        reader: SumReader | None = None
 
         def read(index: int, tap: Tap, value: Tensor) -> None:
-            # what is computed from a map is no part of the model: no mode that follows the model need see it
-            with UnobservedFunctions():
+            with outside_of_pass(), nullcontext() if reader is None else reader.paused():
                 read_map(index, tap, value)
 
         def read_map(index: int, tap: Tap, value: Tensor) -> None:
