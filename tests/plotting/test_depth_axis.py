@@ -8,9 +8,9 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
 from vitscope.plotting.api import STYLE
-from vitscope.plotting.canvas import Canvas
+from vitscope.plotting.canvas import Canvas, result_color
 from vitscope.plotting.depth_axis import points_by_kind, shade_bands, shared_legend, start_at_zero
-from vitscope.plotting.style import COLORS, KIND_COLORS, KIND_LABELS, KIND_MARKERS
+from vitscope.plotting.style import COLORS, KIND_COLORS, KIND_LABELS, KIND_MARKERS, MARKERS
 
 KINDS = ("stem", "conv", "msa", "conv", "pool")
 DEPTHS = np.linspace(0, 1, 5)
@@ -24,6 +24,12 @@ def test_colors_are_those_of_the_style_sheet() -> None:
     assert set(KIND_COLORS) == set(KIND_MARKERS) == set(KIND_LABELS) == kinds
     assert [KIND_COLORS[kind] for kind in ("conv", "msa", "mlp")] == ["#0072B2", "#D55E00", "#009E73"]
     assert len(set(KIND_COLORS.values())) == len(set(KIND_MARKERS.values())) == len(kinds)
+
+
+def test_no_two_of_many_models_have_one_color_and_one_marker() -> None:
+    with style.context(STYLE):
+        looks = {(result_color(index), MARKERS[index % len(MARKERS)]) for index in range(56)}
+    assert len(looks) == 56
 
 
 def test_bands_stand_behind_attention_pooling_and_subsampling() -> None:

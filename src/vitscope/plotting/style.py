@@ -18,8 +18,9 @@ STYLE = Path(__file__).with_name("vitscope.mplstyle")
 #: the color cycle of the style sheet (Okabe & Ito), for libraries that do not read it
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 
-#: a marker for each model, so that color is not all that tells models apart
-MARKERS = "osD^vPX*"
+#: a marker for each model, so that color is not all that tells models apart: seven beside the eight colors of the style sheet,
+#: so that no two of 56 models look alike
+MARKERS = "osD^vPX"
 
 #: the color of each kind of unit, the same in every figure and under every style sheet
 KIND_COLORS = {
