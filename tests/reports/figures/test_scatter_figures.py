@@ -127,5 +127,5 @@ def test_rank_correlation_over_single_runs(make_run: Callable, tmp_path: Path) -
     assert [cell.text for cell in cells[1]][1:] == ["–", "–", "–", "–", "0"]
     figure = scatter_figures.draw(points, x, ["test/nll"], [run_correlations.text(found["test/nll"])])
     assert figure.axes[0].get_title().startswith("tau = 0.86 [")
-    assert figure.axes[0].get_xlabel() == "generalization gap (accuracy)"
+    assert figure.axes[0].get_xlabel() == "accuracy in the last epoch, augmented, minus test accuracy"
     assert run_correlations.correlations(chosen, "model.depth", ["test/nll"]) == {}
