@@ -24,7 +24,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from vitscope.plotting.api import STYLE
-from vitscope.reports import study_export
+from vitscope.reports import study_export, study_files
 from vitscope.reports.claims import claim_verdicts
 from vitscope.reports.claims.claim_verdicts import ALPHA, MIN_SEEDS, NOT_MEASURED, ClaimVerdict, StatisticResult
 from vitscope.reports.claims.claims import CLAIMS
@@ -286,7 +286,7 @@ def main(arguments: Sequence[str]) -> int:
     text = options.page.read_text(encoding="utf-8")
     study = options.study.resolve()
     name = study.relative_to(ROOT).as_posix() if study.is_relative_to(ROOT) else study.name
-    if (study / study_export.INDEX).is_file():
+    if (study / study_files.INDEX).is_file():
         judged, entries = judge_study(study)
         figures = Path(os.path.relpath(options.figures.resolve(), options.page.resolve().parent)).as_posix()
         blocks = write_blocks(text, judged, entries, name, figures)

@@ -142,6 +142,8 @@ def test_results_with_other_settings_are_not_taken(tmp_path: Path, capsys: pytes
         (["fig4", "profil=smoke"], "did you mean profile"),
         (["fig4", "seeds=0"], "at least 1"),
         (["fig4", "seeds=x"], "at least 1"),
+        (["fig4", "seeds=5-x"], "seeds=5-x: not a range of seeds; give the first and the last one, such as seeds=5-8"),
+        (["fig4", "seeds=8-5"], "seeds=8-5: not a range of seeds"),
         (["fig4", "jobs=0"], "jobs=0: not a whole number of at least 1; give one, such as jobs=2"),
         (["fig4", "dry=maybe"], "dry=maybe: not true or false; write dry=true"),
         (["fig4", "--dry-run"], "--dry-run: no such option; options are key=value, such as dry=true"),
@@ -169,6 +171,7 @@ def test_folders_follow_the_profile_and_the_overrides() -> None:
     other = reproduce.arguments(["fig4", "overrides=trainer.max_epochs=5 optimizer.lr=1e-3"])
     assert other.runs == one.runs
     assert reproduce.arguments(["fig4", "overrides=optimizer.lr=1e-4"]).runs != one.runs
+    assert reproduce.arguments(["fig4", "seeds=5-8"]).seeds == range(5, 9)
     assert reproduce.arguments(["fig4", "overrides=data.root=/data"]).runs == Path("runs/reproduce-smoke")
     slurm = reproduce.arguments(["all", "launcher=slurm", "slurm.partition=gpu", "slurm.time=600", "dry=1"])
     assert (dict(slurm.slurm), slurm.dry) == ({"partition": "gpu", "time": 600}, True)

@@ -66,6 +66,8 @@ def test_claims_take_the_seeds_that_verdicts_need() -> None:
     assert len(plan.target("table-claims", PLAN, "smoke", seeds=5).trials) == 5
     assert len(plan.target("table-claims", PLAN, "big").trials) == 1
     assert len(plan.target("fig1b", PLAN, "smoke", seeds=2).trials) == 2
+    later = plan.target("table-claims", PLAN, "smoke", seeds=range(5, 7)).trials
+    assert [t.overrides[-1] for t in later] == ["seed=5", "seed=6"]
 
 
 def test_overrides_hold_for_every_run_and_win_over_the_profile() -> None:

@@ -25,11 +25,11 @@ _logger = logging.getLogger(__name__)
 
 USAGE = """usage: vitscope reproduce TARGET ... [profile=smoke] [seeds=1] [gpus=0,1 | jobs=2] [overrides='key=value ...']
                           [dry=true] [launcher=slurm [slurm.KEY=value ...]] [runs=FOLDER] [out=FOLDER]
-                          [export=FOLDER | from=FOLDER]
+                          [export=FOLDER] [from=FOLDER[,FOLDER ...]]
 
   TARGET        all, or figures and tables of the list below; fig1 is fig1a, fig1b and fig1c
   profile=      {profiles}
-  seeds=5       seeds 0 to 4 of each experiment
+  seeds=5       seeds 0 to 4 of each experiment; seeds=5-8: seeds 5, 6, 7 and 8, for instance on another machine
   gpus=0,1      one run at a time on each of these GPUs (0+1: a run on two); jobs=4 beside it: two on each
   jobs=2        so many runs side by side on the CPU, which share its cores
   overrides=    settings of every training, such as 'optimizer.lr=1e-3 trainer.max_epochs=50'; such runs have folders of their own
@@ -39,7 +39,8 @@ USAGE = """usage: vitscope reproduce TARGET ... [profile=smoke] [seeds=1] [gpus=
   runs=         the folder of runs; default: runs/reproduce-<profile>
   out=          the folder of figures and tables; default: figures/<profile>
   export=FOLDER write the numbers of the targets as small JSON: configurations, metrics, scalars, cards and hashes, no weights
-  from=FOLDER   train and measure nothing: draw the targets' tables and figures of numbers from such a folder
+  from=FOLDER   train and measure nothing: draw the targets' tables and figures of numbers from such a folder, or from several
+                with other seeds (from=FOLDER,FOLDER), of which export=FOLDER makes one
 
 The same command resumes: finished runs and results are kept.
 
@@ -61,7 +62,7 @@ class Request:
     Attributes:
         names: Targets; ``all``, or a figure for all its parts.
         profile: Profile of ``conf/reproduce.yaml``.
-        seeds: Number of seeds of each experiment.
+        seeds: Number of seeds of each experiment, or a range of seeds.
         runs: The folder of runs.
         out: The folder of figures, a folder a target in it.
         gpus: GPUs such as ``0,1``; None for none in particular.
@@ -71,12 +72,12 @@ class Request:
         launcher: ``local`` or ``slurm``.
         slurm: Options of ``sbatch``.
         export: Folder to write the numbers of the targets to.
-        source: Folder of a study from which to draw; None to train and measure.
+        sources: Folders of a study's parts from which to draw; none to train and measure.
     """
 
     names: list[str]
     profile: str = "smoke"
-    seeds: int = 1
+    seeds: int | range = 1
     runs: Path = Path("runs/reproduce-smoke")
     out: Path = Path("figures/smoke")
     gpus: str | None = None
@@ -86,7 +87,7 @@ class Request:
     launcher: str = "local"
     slurm: Mapping[str, Any] = field(default_factory=dict)
     export: Path | None = None
-    source: Path | None = None
+    sources: tuple[Path, ...] = ()
 
 
 def main() -> None:
@@ -118,7 +119,7 @@ def arguments(argv: Sequence[str]) -> Request:
             "target", None, "no figure or table named", "write vitscope reproduce all, or fig4, or table-models"
         )
     settings = {key: value for key, value in options.items() if value}  # make leaves what was not set empty
-    source = Path(settings["from"]) if "from" in settings else None
+    sources = tuple(Path(part) for part in settings.get("from", "").split(",") if part)
     _refuse_beside_source(settings)
     profile = settings.get("profile", "smoke")
     overrides = run_overrides.checked(settings.get("overrides", ""))
@@ -138,9 +139,9 @@ def arguments(argv: Sequence[str]) -> Request:
     return Request(
         names=names,
         profile=profile,
-        seeds=_whole("seeds", settings.get("seeds", "1")),
+        seeds=_seeds(settings.get("seeds", "1")),
         runs=Path(settings.get("runs", f"runs/reproduce-{profile}{suffix}")),
-        out=Path(settings.get("out", f"figures/{source.name if source else profile}{suffix}")),
+        out=Path(settings.get("out", f"figures/{sources[0].name if sources else profile}{suffix}")),
         gpus=settings.get("gpus"),
         jobs=_whole("jobs", settings["jobs"]) if "jobs" in settings else None,
         overrides=overrides,
@@ -148,13 +149,13 @@ def arguments(argv: Sequence[str]) -> Request:
         launcher=launcher,
         slurm=slurm,
         export=Path(settings["export"]) if "export" in settings else None,
-        source=source,
+        sources=sources,
     )
 
 
 def _refuse_beside_source(settings: Mapping[str, str]) -> None:
     """Refuse options that train or measure beside ``from=``; make always gives a profile and seeds, which then have no effect."""
-    others = [key for key in settings if key not in ("from", "out", "profile", "seeds")]
+    others = [key for key in settings if key not in ("from", "out", "profile", "seeds", "export")]
     if "from" in settings and others:
         reason = "from= draws from committed numbers and runs nothing"
         raise ConfigError(others[0], settings[others[0]], reason, "leave one of the two out")
@@ -191,6 +192,16 @@ def _whole(name: str, text: str) -> int:
     return int(text)
 
 
+def _seeds(text: str) -> int | range:
+    """Return the number of seeds, or the range of ``5-8``."""
+    first, dash, last = text.partition("-")
+    if not dash:
+        return _whole("seeds", text)
+    if not (first.isdigit() and last.isdigit() and int(first) <= int(last)):
+        raise ConfigError("seeds", text, "not a range of seeds", "give the first and the last one, such as seeds=5-8")
+    return range(int(first), int(last) + 1)
+
+
 def _flag(name: str, text: str) -> bool:
     if text.lower() not in ("true", "false", "1", "0"):
         raise ConfigError(name, text, "not true or false", f"write {name}=true, or leave it out")
@@ -211,8 +222,8 @@ def reproduce(request: Request, work: Work | None = None) -> None:
     """
     plan = reproduction.read()
     names = reproduction.select(request.names, plan)
-    if request.source is not None:
-        _redraw(request, request.source, plan, names)
+    if request.sources:
+        _redraw(request, plan, names)
         return
     targets = [reproduction.target(name, plan, request.profile, request.seeds, request.overrides) for name in names]
     trials = list(dict.fromkeys(trial for target in targets for trial in target.trials))
@@ -270,12 +281,13 @@ def _export(request: Request, folder: Path, targets: Sequence[Target], outcomes:
     print(f"{folder}: {len({e.id for entries in by_target.values() for e in entries})} runs, {size_text(size)}")
 
 
-def _redraw(request: Request, source: Path, plan: Mapping[str, Any], names: Sequence[str]) -> None:
-    """Draw tables and figures of numbers from a study."""
+def _redraw(request: Request, plan: Mapping[str, Any], names: Sequence[str]) -> None:
+    """Draw tables and figures of numbers from a study or its parts, and write the parts as one."""
     from vitscope.reports import study_export
     from vitscope.reproduce import draw as drawing
+    from vitscope.runtime.text_layout import size_text
 
-    profile = study_export.profile_of(source)
+    profile = study_export.profile_of(request.sources[0])
     problems: list[str] = []
     for name in names:
         target = reproduction.target(name, plan, profile)
@@ -284,7 +296,10 @@ def _redraw(request: Request, source: Path, plan: Mapping[str, Any], names: Sequ
             _logger.info(
                 f"not drawn: {name}: {figures} (figures of arrays, which a study does not hold; train instead)"
             )
-        problems += drawing.draw_numbers(target, study_export.read(source, name), request.out)
+        problems += drawing.draw_numbers(target, study_export.read(request.sources, name), request.out)
+    if request.export is not None:
+        size = study_export.join(request.export, request.sources, names)
+        print(f"{request.export}: {' and '.join(map(str, request.sources))}, {size_text(size)}")
     _raise_problems(request, problems)
 
 
@@ -304,13 +319,19 @@ def _list_work(request: Request, plan: Mapping[str, Any], targets: Sequence[Targ
     from vitscope.reproduce import planned_work, work_listing
 
     planned = planned_work.plan_trials(trials, request.runs, checks=bool(request.overrides))
-    seeds = f"{request.seeds} seed{'s' * (request.seeds > 1)}"
+    seeds = _seeds_text(request.seeds)
     settings = f", {' '.join(request.overrides)}" if request.overrides else ""
     print(f"profile {request.profile}, {seeds}{settings}; runs in {request.runs}, figures in {request.out}\n")
     n_slots = max(1, len(request.gpus.split(",")) if request.gpus else 0, request.jobs or 0)
     by_trial = {p.trial: p for p in planned}
     print(work_listing.listing(targets, by_trial, _rates(request, plan), n_slots))
     print("nothing was run (dry)")
+
+
+def _seeds_text(seeds: int | range) -> str:
+    if isinstance(seeds, range):
+        return f"seeds {seeds[0]} to {seeds[-1]}" if len(seeds) > 1 else f"seed {seeds[0]}"
+    return f"{seeds} seed{'s' * (seeds > 1)}"
 
 
 def _jobs(request: Request, plan: Mapping[str, Any]) -> Work:

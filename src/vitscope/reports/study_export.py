@@ -1,32 +1,28 @@
 """A study as small JSON files for a repository: configurations, metrics, scalars, cards and hashes, no weights and no arrays.
 
-Layout: ``study.json`` (profile, data, what each target reads) and ``runs/<id>.json``, one a run. The tables and figures of
-numbers that were drawn from the runs are drawn from it again: ``vitscope reproduce table-claims from=results/cifar10_small``.
+The tables and figures of numbers that were drawn from the runs are drawn from it again: ``vitscope reproduce table-claims
+from=results/cifar10_small``. Seeds that were trained elsewhere are further parts of a study, which `read` and `join` put
+together. `vitscope.reports.study_files` has the layout.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import math
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
 from vitscope.config import experiment_identity, loading
 from vitscope.core.objective_card import ObjectiveCard
-from vitscope.reports import run_index
+from vitscope.reports import run_index, study_files
 from vitscope.reports.measured_results import Measured
 from vitscope.reports.run_entry import Entry
+from vitscope.reports.study_files import Study
 from vitscope.runs.run_dir import Run
-from vitscope.runtime import atomic_write, redaction
 from vitscope.runtime.errors import ConfigError, DataError, StorageError
 
-INDEX = "study.json"
-#: version of the layout
-FORMAT = 1
 #: entries of ``provenance.json`` that are exported: what reports read, and what produced the numbers
 FACTS = (
     "status", "command", "created", "seed", "config_hash", "git_commit", "model", "wall_s", "versions",
@@ -47,40 +43,44 @@ def write(folder: Path, profile: str, targets: Mapping[str, Sequence[Entry]]) ->
     Raises:
         ConfigError: The folder holds something else.
     """
-    if folder.exists() and any(folder.iterdir()) and not (folder / INDEX).is_file():
-        raise ConfigError(
-            "export", folder, f"no study ({INDEX} is not in it), so it is not replaced", "name a new folder"
-        )
     entries: dict[str, Entry] = {}
     results: dict[str, dict[str, Measured]] = {}
     for entry in (entry for of_target in targets.values() for entry in of_target):
         entries.setdefault(entry.id, entry)
         results.setdefault(entry.id, {}).update({_name(m): m for m in entry.results})
-    index = {
-        "format": FORMAT,
-        "profile": profile,
-        "data": data_names(list(entries.values())),
-        "hours": round(sum(float(e.facts.get("wall_s") or 0.0) for e in entries.values()) / 3600, 2),
-        "targets": {
-            name: {e.id: sorted(map(_name, e.results)) for e in of_target} for name, of_target in targets.items()
-        },
+    names = {name: {e.id: sorted(map(_name, e.results)) for e in of_target} for name, of_target in targets.items()}
+    runs = {key: _run(entry, results[key]) for key, entry in entries.items()}
+    return study_files.write(Study(folder, profile, names, runs))
+
+
+def join(folder: Path, parts: Sequence[Path], targets: Sequence[str]) -> int:
+    """Write one study of several, such as seeds 0 to 4 of one machine and 5 to 8 of another; return its size in bytes.
+
+    Args:
+        folder: Where to; it may be one of the parts, which is then replaced.
+        parts: Folders of studies of one profile and the same data sets.
+        targets: Targets to keep.
+
+    Raises:
+        ConfigError: The parts do not go together, see `read`, or the folder holds something else.
+        DataError: There is no study, or no part has one of the targets.
+        StorageError: A file is damaged.
+    """
+    study = _joined(parts)
+    of_targets = {name: _results_of_target(study, name) for name in targets}
+    names: dict[str, set[str]] = {}
+    for key, results in (pair for of_target in of_targets.values() for pair in of_target.items()):
+        names.setdefault(key, set()).update(results)
+    runs = {
+        key: {**study.runs[key], "results": {name: study.runs[key]["results"][name] for name in sorted(results)}}
+        for key, results in names.items()
     }
-    shutil.rmtree(folder / "runs", ignore_errors=True)
-    (folder / "runs").mkdir(parents=True)
-    size = 0
-    for name, content in [
-        (INDEX, index),
-        *((f"runs/{key}.json", _run(entry, results[key])) for key, entry in sorted(entries.items())),
-    ]:
-        text = json.dumps(redaction.redacted(content), indent=1, sort_keys=True, allow_nan=False).encode() + b"\n"
-        atomic_write.write_atomically(folder / name, text)
-        size += len(text)
-    return size
+    return study_files.write(replace(study, folder=folder, targets=of_targets, runs=runs))
 
 
 def data_names(entries: Sequence[Entry]) -> list[str]:
     """Return the names of the data sets of runs."""
-    return sorted({str((entry.config.get("data") or {}).get("name", "?")) for entry in entries})
+    return sorted({study_files.data_name(entry.config) for entry in entries})
 
 
 def profile_of(folder: Path) -> str:
@@ -90,21 +90,53 @@ def profile_of(folder: Path) -> str:
         DataError: There is no study.
         StorageError: It is damaged.
     """
-    return str(_index(folder)["profile"])
+    return str(study_files.read_index(folder)["profile"])
 
 
-def read(folder: Path, target: str) -> list[Entry]:
+def read(folder: Path | Sequence[Path], target: str) -> list[Entry]:
     """Return the runs of a target with their labels, as `vitscope.reports.run_index.collect` gives those of run folders.
 
+    Args:
+        folder: A study, or several that are parts of one: they have one profile and the same data sets. A run that two parts
+            hold counts once, with the results of both.
+        target: Target that at least one part has.
+
     Raises:
+        ConfigError: The parts do not go together: profiles or data sets differ, a run has other numbers in another part, or
+            two parts have different runs of one experiment with one seed.
         DataError: There is no study, or it does not have the target.
         StorageError: A file is damaged.
     """
-    targets = _index(folder)["targets"]
-    if target not in targets:
-        raise DataError("from", folder, f"the study does not hold {target}", f"choose one of {', '.join(targets)}")
-    entries = [_entry(folder, key, set(names)) for key, names in targets[target].items()]
-    return run_index.labeled(entries)
+    study = _joined([folder] if isinstance(folder, Path) else folder)
+    results = _results_of_target(study, target)
+    return run_index.labeled([_entry(study, key, set(names)) for key, names in results.items()])
+
+
+def _joined(parts: Sequence[Path]) -> Study:
+    """Return the study whose parts stand in some folders.
+
+    Raises:
+        ConfigError: They do not go together; a repetition in another part is refused, for either run could be left out.
+    """
+    studies = [study_files.read(part) for part in dict.fromkeys(parts)]
+    run_of: dict[tuple[str, int], tuple[str, Path]] = {}
+    for study in studies:
+        of_study = {key: _experiment(study, key, content) for key, content in study.runs.items()}
+        for key, experiment in of_study.items():
+            other, folder = run_of.get(experiment, (key, study.folder))
+            if other != key and other not in study.runs:
+                reason = f"its run {key} repeats {other} of {folder} (the same experiment with seed {experiment[1]})"
+                fix = "keep each seed in one part; seeds=5-8 trains other seeds than seeds=5"
+                raise ConfigError("from", study.folder, reason, fix)
+        run_of |= {experiment: (key, study.folder) for key, experiment in of_study.items()}
+    return study_files.join(studies)
+
+
+def _results_of_target(study: Study, target: str) -> dict[str, list[str]]:
+    if target not in study.targets:
+        fix = f"choose one of {', '.join(study.targets)}"
+        raise DataError("from", study.folder, f"the study does not hold {target}", fix)
+    return {key: sorted(names) for key, names in study.targets[target].items()}
 
 
 def differing_numbers(first: Path, second: Path, relative: float = 0.0) -> list[str]:
@@ -125,7 +157,7 @@ def differing_numbers(first: Path, second: Path, relative: float = 0.0) -> list[
 
 
 def _numbers(folder: Path) -> Iterator[tuple[str, float | None]]:
-    for target in _index(folder)["targets"]:
+    for target in study_files.read_index(folder)["targets"]:
         for entry in read(folder, target):
             run = f"{entry.group} seed {entry.seed}"
             yield from ((f"{run} {name}", value) for name, value in entry.metrics.items())
@@ -176,47 +208,35 @@ def _checkpoint_hashes(run: Run) -> dict[str, str]:
     return {name: str(entry.get("sha256", "")) for name, entry in checkpoint_manifest.entries(run.checkpoints).items()}
 
 
-def _index(folder: Path) -> dict[str, Any]:
-    path = folder / INDEX
-    if not path.is_file():
-        raise DataError(
-            "from", folder, f"no study there ({INDEX} is missing)", "name a folder that export= has written"
-        )
-    index = _json(path)
-    if index.get("format") != FORMAT or not isinstance(index.get("targets"), Mapping):
-        raise StorageError("from", path, f"not a study of format {FORMAT}", "export it again")
-    return index
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise StorageError(
-            "from", path, f"cannot be read ({type(error).__name__})", "restore it or export again"
-        ) from None
-    if not isinstance(content, dict):
-        raise StorageError("from", path, "holds no mapping", "restore it or export again")
-    return content
-
-
-def _entry(folder: Path, key: str, names: set[str]) -> Entry:
-    path = folder / "runs" / f"{key}.json"
-    content = _json(path)
+def _experiment(study: Study, key: str, content: Mapping[str, Any]) -> tuple[str, int]:
+    """Return the digest of a run's experiment, the seed left out, and its seed."""
     try:
         config, facts = content["config"], content["facts"]
-        results = [_measured(folder / key, name, content["results"][name]) for name in sorted(names)]
         experiment = {
             **experiment_identity.identity(config),
             "weights": config.get("ckpt_path") if facts.get("command") == "analyze" else None,
         }
+        return loading.digest(experiment), int(config.get("seed") or 0)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise _no_run(study, key, error) from None
+
+
+def _entry(study: Study, key: str, names: set[str]) -> Entry:
+    content = study.runs[key]
+    group, _ = _experiment(study, key, content)
+    try:
+        results = [_measured(study.folder / key, name, content["results"][name]) for name in sorted(names)]
         return Entry(
-            Run(folder / key), config, facts, content["metrics"], {}, tuple(sorted(results, key=lambda m: m.time)),
-            loading.digest(experiment),
+            Run(study.folder / key), content["config"], content["facts"], content["metrics"], {},
+            tuple(sorted(results, key=lambda m: m.time)), group,
         )  # fmt: skip
     except (KeyError, TypeError, AttributeError) as error:
-        reason = f"is no run of a study ({type(error).__name__}: {error})"
-        raise StorageError("from", path, reason, "restore it or export again") from None
+        raise _no_run(study, key, error) from None
+
+
+def _no_run(study: Study, key: str, error: Exception) -> StorageError:
+    reason = f"is no run of a study ({type(error).__name__}: {error})"
+    return StorageError("from", study.folder / "runs" / f"{key}.json", reason, "restore it or export again")
 
 
 def _measured(folder: Path, name: str, content: Mapping[str, Any]) -> Measured:

@@ -137,14 +137,17 @@ def groups(plan: Mapping[str, Any]) -> dict[str, list[str]]:
     return names
 
 
-def target(name: str, plan: Mapping[str, Any], profile: str, seeds: int = 1, overrides: Sequence[str] = ()) -> Target:
+def target(
+    name: str, plan: Mapping[str, Any], profile: str, seeds: int | range = 1, overrides: Sequence[str] = ()
+) -> Target:
     """Return one target under a profile.
 
     Args:
         name: Name of the target.
         plan: The plan that `read` returns.
         profile: One of ``plan["profiles"]``.
-        seeds: Number of seeds of each experiment, from 0; claims take at least the profile's ``claim_seeds``.
+        seeds: Number of seeds of each experiment, from 0, or a range of seeds. With a number, claims take at least the
+            profile's ``claim_seeds``.
         overrides: Settings of every run, ``key=value``; see `run_overrides.checked`.
 
     Raises:
@@ -156,12 +159,12 @@ def target(name: str, plan: Mapping[str, Any], profile: str, seeds: int = 1, ove
     node = {**plan["targets"][name], **plan["targets"][name].get(profile, {})}
     own_settings = _pairs(overrides)
     _refuse_varied(name, node, own_settings)
-    if node.get("claims"):
-        seeds = max(seeds, settings.get("claim_seeds", 1))
+    if isinstance(seeds, int):
+        seeds = range(max(seeds, settings.get("claim_seeds", 1)) if node.get("claims") else seeds)
     shared = [f"profile={profile}", *settings.get("overrides", ())]
     trials = []
     # seed by seed, so that a study that is interrupted has whole seeds
-    for seed in range(seeds):
+    for seed in seeds:
         for run in node["runs"]:
             tags = _moments(run.get("at", node.get("at", "end")), settings)
             for line in _expanded(run, settings["models"]):

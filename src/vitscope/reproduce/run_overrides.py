@@ -12,7 +12,7 @@ from vitscope.runtime.errors import ConfigError
 
 #: keys of ``train.py`` that the command sets itself, and what to write instead
 _OF_THE_COMMAND = {
-    "seed": "write seeds=5 for the seeds 0 to 4",
+    "seed": "write seeds=5 for the seeds 0 to 4, seeds=3-3 for seed 3 alone",
     "profile": "write profile=cifar100 beside overrides=",
     "experiment": "conf/reproduce.yaml names the experiment of each target",
     "model": "the profile's models are in conf/reproduce.yaml; a key such as model.depth can be set",

@@ -1,0 +1,108 @@
+"""Parts of a study, such as seeds of two machines, are drawn and written as one; parts that do not go together are refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from tests.helpers.report_runs import spectrum, write_run
+from vitscope.cli import reproduce
+from vitscope.reports import study_export
+from vitscope.reproduce import draw
+from vitscope.runtime.errors import ConfigError, DataError
+
+TARGET = "table-claims"
+MODELS = ("alternet", "convnet", "vit")
+
+
+def runs_of(root: Path, seeds: range, ape: float = 100.0) -> list[SimpleNamespace]:
+    """Return finished runs of all models with their requested results."""
+    return [
+        SimpleNamespace(
+            run=write_run(root, model, seed, measured={"hessian": spectrum(0.1, ape + seed)}).path,
+            results=("hessian/end-0badcafe",),
+        )
+        for seed in seeds
+        for model in MODELS
+    ]
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*.json"))}
+
+
+@pytest.fixture
+def study(tmp_path: Path) -> Callable[..., Path]:
+    """Return a function that exports some runs as a study."""
+
+    def export(name: str, outcomes: list[SimpleNamespace], target: str = TARGET, profile: str = "smoke") -> Path:
+        study_export.write(tmp_path / name, profile, {target: draw.entries(outcomes)})
+        return tmp_path / name
+
+    return export
+
+
+def test_parts_draw_and_write_what_the_whole_study_does(study: Callable[..., Path], tmp_path: Path) -> None:
+    first, later = runs_of(tmp_path / "here", range(3)), runs_of(tmp_path / "there", range(3, 6))
+    a, b, whole = study("a", first), study("b", later), study("whole", [*first, *later])
+    for name, source in (("of-parts", f"from={a},{b}"), ("of-whole", f"from={whole}")):
+        export = [f"export={tmp_path / 'joined'}"] if "," in source else []
+        reproduce.reproduce(reproduce.arguments([TARGET, source, f"out={tmp_path / name}", *export]))
+    texts = [(tmp_path / name / TARGET / "claims.csv").read_text() for name in ("of-parts", "of-whole")]
+    assert texts[0] == texts[1]
+    assert "alternet-18" in texts[0]
+    assert files(tmp_path / "joined") == files(whole)
+    study_export.join(a, [a, b], [TARGET])  # in place of a part
+    assert files(a) == files(whole)
+
+
+def test_a_run_in_two_parts_counts_once_with_the_results_of_both(study: Callable[..., Path], tmp_path: Path) -> None:
+    outcomes = runs_of(tmp_path / "runs", range(2))
+    without = [SimpleNamespace(run=o.run, results=()) for o in outcomes[:3]]
+    entries = study_export.read([study("a", [*without, *outcomes[3:]]), study("b", outcomes)], TARGET)
+    assert len(entries) == len(outcomes)
+    assert all(len(e.results) == 1 and not e.superseded for e in entries)
+
+
+def test_runs_that_supersede_each_other_in_one_part_are_kept(study: Callable[..., Path], tmp_path: Path) -> None:
+    repeated = [*runs_of(tmp_path / "runs", range(1)), *runs_of(tmp_path / "runs", range(1), ape=50.0)]
+    entries = study_export.read([study("a", repeated), study("b", runs_of(tmp_path / "more", range(1, 2)))], TARGET)
+    assert sorted(e.superseded for e in entries) == [False] * 6 + [True] * 3
+
+
+def changed(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    path = next((folder / "runs").iterdir())
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+def test_parts_that_do_not_go_together_are_refused(study: Callable[..., Path], tmp_path: Path) -> None:
+    outcomes = runs_of(tmp_path / "runs", range(2))
+    a = study("a", outcomes)
+    again = study("again", runs_of(tmp_path / "elsewhere", range(1, 2)))
+    with pytest.raises(ConfigError, match=r"its run .* repeats .* of .*/a \(the same experiment with seed 1\)"):
+        study_export.read([a, again], TARGET)
+    other_profile = study("profile", runs_of(tmp_path / "more", range(2, 3)), profile="cifar100")
+    with pytest.raises(ConfigError, match="its profile is cifar100, that of .*/a is smoke"):
+        study_export.read([a, other_profile], TARGET)
+    other_data = study("data", runs_of(tmp_path / "data-runs", range(2, 3)))
+    for path in (other_data / "runs").iterdir():
+        content = json.loads(path.read_text())
+        content["config"]["data"]["name"] = "CIFAR-10"
+        path.write_text(json.dumps(content))
+    with pytest.raises(ConfigError, match=r"its data is \['CIFAR-10'\], that of .*/a is \['photos'\]"):
+        study_export.read([a, other_data], TARGET)
+    edited = Path(shutil.copytree(a, tmp_path / "edited"))
+    changed(edited, lambda content: content["metrics"].update({"test/accuracy": 0.99}))
+    with pytest.raises(ConfigError, match="has other numbers than the same run of another part"):
+        study_export.read([a, edited], TARGET)
+    with pytest.raises(DataError, match="does not hold table-models; choose one of table-claims"):
+        study_export.join(tmp_path / "joined", [a], ["table-models"])
+    assert not (tmp_path / "joined").exists()
