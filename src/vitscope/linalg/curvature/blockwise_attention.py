@@ -6,9 +6,11 @@ dS = P (dP - rowsum(P dP)),
     Q: s dS K,   K: s dS^T Q,   V: P^T G,   B: dS.
 
 The scalar <U_Q, s dS K> + <U_K, s dS^T Q> + <U_V, P^T G> + <U_B, dS> has, with T = s (U_Q K^T + Q U_K^T) + U_B, t = rowsum(P T),
-C = P (T - t), W = (dP - rowsum(P dP)) T - t dP + G U_V^T and Z = P (W - rowsum(P W)), the derivatives
+C = P (T - t), W = (dP - rowsum(P dP)) (T - t) + G U_V^T and Z = P (W - rowsum(P W)), the derivatives
 
     Q: s (dS U_K + Z K),   K: s (dS^T U_Q + Z^T Q),   V: C^T G,   G: C V + P U_V,   B: Z.
+
+W is exact up to a number a row, which Z does not depend on.
 
 PyTorch's math attention keeps several such matrices of each layer for the second derivative. Here the graph holds Q, K, V, B and
 G alone, and P is computed again for some heads and rows at a time.
@@ -112,6 +114,27 @@ def _centered(p: Tensor, x: Tensor) -> Tensor:
     return x.sub_((p * x).sum(-1, keepdim=True)).mul_(p)
 
 
+def _propagated_scores(
+    uq: Tensor | None,
+    uk: Tensor | None,
+    ub: Tensor | None,
+    q_part: Tensor,
+    k: Tensor,
+    scale: float,
+    block: _Block,
+    like: Tensor,
+) -> Tensor:
+    """Return T = s (U_Q K^T + Q U_K^T) + U_B of a block ``(heads, rows, M)``; ``q_part`` is s Q, and ``like`` has its shape."""
+    t = None if uq is None else (uq[block.queries] * scale) @ k[block.keys].transpose(-1, -2)
+    if uk is not None:
+        uk_part = uk[block.keys].transpose(-1, -2)
+        t = q_part @ uk_part if t is None else t.baddbmm_(q_part, uk_part)
+    t = torch.zeros_like(like) if t is None else t
+    if ub is not None and block.bias is not None:
+        t += ub[block.bias][0]
+    return t
+
+
 def _add_to_bias(total: Tensor, part: Tensor, block: _Block) -> None:
     """Add a block ``(heads, rows, M)`` to the bias's derivative, summed where the bias is broadcast."""
     assert block.bias is not None
@@ -171,21 +194,13 @@ class _Backward(torch.autograd.Function):
             q_part, g_part = q[rows] * scale, g[rows]  # (heads, rows, D) and (heads, rows, E)
             p = _probabilities(q, k, bias, scale, block)  # (heads, rows, M), and so dp, t, w, z, c and ds
             dp = g_part @ v[keys].transpose(-1, -2)
-            dp_mean = (p * dp).sum(-1, keepdim=True)
-            t = torch.zeros_like(p)
-            if uq is not None:
-                t += (uq[rows] * scale) @ k[keys].transpose(-1, -2)
-            if uk is not None:
-                t += q_part @ uk[keys].transpose(-1, -2)
-            if ub is not None and block.bias is not None:
-                t += ub[block.bias][0]
-            t_mean = (p * t).sum(-1, keepdim=True)
-            w = (dp - dp_mean).mul_(t).sub_(t_mean * dp)
+            dp.sub_((p * dp).sum(-1, keepdim=True))
+            t = _propagated_scores(uq, uk, ub, q_part, k, scale, block, p)
+            t.sub_((p * t).sum(-1, keepdim=True))
+            w = dp * t
             if uv is not None:
-                w += g_part @ uv[keys].transpose(-1, -2)
-            z = _centered(p, w)
-            c = t.sub_(t_mean).mul_(p)
-            ds = dp.sub_(dp_mean).mul_(p)
+                w.baddbmm_(g_part, uv[keys].transpose(-1, -2))
+            z, c, ds = _centered(p, w), t.mul_(p), dp.mul_(p)
             dg[rows] = c @ v[keys]
             dv[keys] += c.transpose(-1, -2) @ g_part
             if uv is not None:
