@@ -17,7 +17,7 @@ from vitscope.reports.claims import claim_verdicts
 from vitscope.reports.claims.effect_sizes import ReportRuns
 from vitscope.reports.figures import figure_captions, figure_plan, figure_worker, html_page, step_histories
 from vitscope.reports.model_costs import Costs
-from vitscope.reports.tables import baselines, factorial_tables, headline_tables
+from vitscope.reports.tables import baselines, factorial_tables, headline_tables, terminal_table
 from vitscope.reports.tables import table as cells
 from vitscope.reports.tables.table import Problem, Table
 from vitscope.reports.value_lookup import FAILED, Selection
@@ -60,7 +60,7 @@ def report(cfg: DictConfig) -> Path:
     panels, lacking = _plan_figures(cfg, entries, saved)
     tables, judged, figures = _write_tables_and_figures(cfg, entries, panels, out)
     stop_flag.check()
-    print(cells.markdown(next(iter(tables.values()))), end="")
+    terminal_table.show(next(iter(tables.values())))
     problems = [problem for table in tables.values() for problem in table.problems]
     target = out / "tables" / f"{next(iter(tables))}.md"
     if not cfg.table:

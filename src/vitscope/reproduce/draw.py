@@ -23,7 +23,7 @@ from vitscope.reports.figures import (
 from vitscope.reports.figures.figure_plan import Panel
 from vitscope.reports.model_costs import Costs
 from vitscope.reports.run_entry import Entry
-from vitscope.reports.tables import baselines, factorial_tables, headline_tables
+from vitscope.reports.tables import baselines, factorial_tables, headline_tables, terminal_table
 from vitscope.reports.tables import table as cells
 from vitscope.reports.tables.table import Table
 from vitscope.reports.value_lookup import Selection
@@ -131,12 +131,12 @@ def _draw_relation(target: Target, relation: Relation, report_entries: Sequence[
     name = "numbers"
     points, table = scatter_figures.collect(selection, relation.x, relation.y, name)
     cells.write(table, folder)
-    print(cells.markdown(table), end="")
+    terminal_table.show(table)
     correlation_of = run_correlations.correlations(selection, relation.x, relation.y)
     if correlation_of:
         correlation_table = run_correlations.table(correlation_of, relation.x, "correlations")
         cells.write(correlation_table, folder)
-        print(cells.markdown(correlation_table), end="")
+        terminal_table.show(correlation_table)
     if points:
         texts = [run_correlations.text(c) for c in correlation_of.values()]
         print(save_figure(scatter_figures.draw(points, relation.x, relation.y, texts), folder / name)[0])
@@ -157,7 +157,7 @@ def _write_table(target: Target, report_entries: Sequence[Entry], folder: Path) 
     else:
         table = headline_tables.build(str(target.table), Selection(report_entries), costs)
     cells.write(table, folder)
-    print(cells.markdown(table), end="")
+    terminal_table.show(table)
     return [_of_target(target, str(problem)) for problem in table.problems]
 
 
@@ -165,7 +165,7 @@ def _write_factors(target: Target, selection: Selection, folder: Path) -> list[s
     tables = factorial_tables.write_factorial_tables(selection, folder)
     for table in tables.values():
         cells.write(table, folder)
-        print(cells.markdown(table), end="\n")
+        terminal_table.show(table)
     if picture := tables["factors"].picture:
         print(picture)
     return [_of_target(target, str(problem)) for problem in tables["factors"].problems]
