@@ -33,7 +33,7 @@ from vitscope.reports.figures import claims_figure
 from vitscope.reports.model_costs import Costs
 from vitscope.reports.run_entry import Entry
 from vitscope.reports.value_lookup import Selection
-from vitscope.stats.location_tests import fewest_values
+from vitscope.stats.location_tests import fewest_values, smallest_p
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
@@ -123,7 +123,7 @@ def _summary(
     lines = [
         f"Study `{study}`: {', '.join(study_export.data_names(entries))}, {n_seeds} seed{'s' * (n_seeds != 1)}, "
         f"{len(trained)} trainings{_lengths(trained)}, {hours:.1f} hours of training and measuring. "
-        f"{_what_follows(judged, n_seeds)}",
+        f"{_what_follows(judged)}",
         "",
         "| claim | verdict | p (Holm) | seeds | signs as claimed |",
         "|---|---|---|---|---|",
@@ -146,23 +146,40 @@ def _lengths(entries: Sequence[Entry]) -> str:
     return f" of {', '.join(f'{value:g}' for value in values)} epochs or an equal number of steps" if values else ""
 
 
-def _what_follows(judged: Sequence[ClaimVerdict], n_seeds: int) -> str:
-    """Return which verdicts so many seeds allow."""
-    needed = fewest_values(ALPHA / len(judged))
-    if n_seeds < MIN_SEEDS:
-        return (
-            f"Below {MIN_SEEDS} seeds no claim is judged: the table shows effects, and every measured claim is inconclusive. "
-            f"From {MIN_SEEDS} seeds on a claim can be suggested, from {needed} on it can be supported or contradicted."
+def _what_follows(judged: Sequence[ClaimVerdict]) -> str:
+    """Return which verdicts the claims' numbers of seeds allow."""
+    n_claims, needed = len(judged), fewest_values(ALPHA / len(judged))
+    counts = [
+        min(f.interval.n for f in verdict.findings if f.interval is not None and f.part.tested)
+        for verdict in judged
+        if not np.isnan(verdict.p)
+    ]
+    most, n_tested = max(counts, default=0), len(counts)
+    texts = []
+    if most >= needed:
+        n_enough = sum(n >= needed for n in counts)
+        texts.append(
+            f"{n_enough} of {n_claims} claims have {needed} seeds or more, the fewest with which the exact tests can pass the "
+            f"correction over {n_claims} claims. A contradiction by one of several statistics needs more, as stated with each "
+            "claim."
         )
-    if n_seeds < needed:
-        return (
-            f"With {n_seeds} seeds a claim can be suggested at most, unless few claims are tested: the exact tests after the "
-            f"correction over {len(judged)} claims need {needed} seeds."
+    elif n_tested:
+        texts.append(
+            f"With {most} seeds a claim can be suggested at most, unless few claims are tested: the exact tests after the "
+            f"correction over {n_claims} claims need {needed} seeds."
         )
-    return (
-        f"{n_seeds} seeds are enough for a verdict: the exact tests after the correction over {len(judged)} claims need {needed}."
-        " A contradiction by one of several statistics needs more, as stated with each claim."
-    )
+    if n_few := n_claims - sum(n >= MIN_SEEDS for n in counts):
+        texts.append(
+            f"{n_few} of {n_claims} claims have fewer than {MIN_SEEDS} seeds and are not judged: the table shows "
+            f"their effects. From {MIN_SEEDS} seeds on a claim can be suggested, from {needed} on it can be supported or "
+            "contradicted."
+        )
+    if 0 < n_tested < n_claims and most >= needed:
+        texts.append(
+            f"The correction is over the {n_tested} claims that are judged. Over all {n_claims}, with p = 1 for those that are "
+            f"not, a claim whose {needed} seeds all have the claimed sign would have p = {n_claims * smallest_p(needed):.2g}."
+        )
+    return " ".join(texts)
 
 
 def _claim_block(verdict: ClaimVerdict, n_claims: int, figures: str) -> str:

@@ -75,7 +75,11 @@ def test_every_claim_has_a_question_controls_limits_and_a_measurement() -> None:
 
 @pytest.mark.parametrize(
     ("n_seeds", "consequence", "bias_verdict"),
-    [(1, "Below 5 seeds no claim is judged", "inconclusive"), (9, "9 seeds are enough for a verdict", "supported")],
+    [
+        (1, "11 of 11 claims have fewer than 5 seeds and are not judged", "inconclusive"),
+        (6, "With 6 seeds a claim can be suggested at most", "suggested"),
+        (9, "2 of 11 claims have 9 seeds or more", "supported"),
+    ],
 )
 def test_numbers_figures_and_verdicts_come_from_the_study(
     n_seeds: int, consequence: str, bias_verdict: str, page: Path, tmp_path: Path
@@ -92,6 +96,7 @@ def test_numbers_figures_and_verdicts_come_from_the_study(
     summary = block(text, "summary")
     assert f"photos, {n_seeds} seed" in summary
     assert consequence in summary
+    assert ("The correction is over the 2 claims that are judged" in summary) == (n_seeds == 9)
     bias = (
         f"[{judged['weak_bias_negatives'].claim.statement}](#weak-inductive-bias-brings-negative-hessian-eigenvalues)"
     )
