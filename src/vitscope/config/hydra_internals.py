@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import functools
 import os
@@ -13,13 +14,14 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NoReturn, cast
 
 import omegaconf.base
 from hydra import initialize_config_dir
 from hydra._internal import config_loader_impl
+from hydra._internal import utils as hydra_utils
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
-from hydra._internal.utils import get_args_parser
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override as Override
@@ -36,6 +38,23 @@ LOG_JOB_RETURN_CALLBACK = "hydra.experimental.callbacks.LogJobReturnCallback"
 
 #: the release of Hydra whose defaults the configuration files are written for
 VERSION_BASE = "1.3"
+
+
+class CommandLineParser(argparse.ArgumentParser):
+    """Parser of Hydra's options, one of which has a help in Hydra 1.3 that is no string until it is printed.
+
+    argparse of Python 3.14 checks the help of every option that is added, and refuses that one.
+    """
+
+    def _check_help(self, action: argparse.Action) -> None:
+        if isinstance(action.help, str):
+            check = getattr(super(), "_check_help", None)  # since Python 3.14
+            if check is not None:
+                check(action)
+
+
+# the only class that Hydra's module takes from argparse
+cast(Any, hydra_utils).argparse = SimpleNamespace(ArgumentParser=CommandLineParser)
 
 
 @contextmanager
@@ -198,7 +217,7 @@ def check_command_line(arguments: Sequence[str]) -> None:
     def refuse(message: str) -> NoReturn:
         raise ConfigError("arguments", None, message, "see --help")
 
-    parser = get_args_parser()
+    parser = hydra_utils.get_args_parser()
     cast(Any, parser).error = refuse  # of this parser alone
     parser.parse_args(list(arguments))
 

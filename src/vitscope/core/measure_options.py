@@ -62,6 +62,8 @@ def record_options(measure: Callable[P, R]) -> Callable[P, R]:
         with nullcontext() if is_whole else plain_weights(cast(Probe, probe).model):
             return with_options(measure(*args, **kwargs), recording, *args, **kwargs)
 
+    # Python 3.14 copies what computes annotations, which is None where a decorator has set them (`curvature_arguments`)
+    recording.__annotations__ = measure.__annotations__
     return recording
 
 
