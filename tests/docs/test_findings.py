@@ -68,7 +68,7 @@ def test_every_claim_has_a_question_controls_limits_and_a_measurement() -> None:
     for claim, section in zip(CLAIMS, sections, strict=True):
         places = [section.index(f"<!-- study: {claim.name} -->")] + [
             section.index(f"**{word}")
-            for word in ("Question.", "Controls.", "What it does not show.", "Which measurement would.")
+            for word in ("Question.", "Controls.", "What it does not show.", "Which measurement would show it.")
         ]
         assert places[1] < places[2] < places[0] < places[3] < places[4]
 
