@@ -139,6 +139,14 @@ def test_a_page_has_every_option_with_its_default_and_meaning() -> None:
     assert "::: vitscope.diagnostics.hessian.hessian_max_eigenvalue_spectrum.HessianMaxEigenvalueSpectrumResult" in page
 
 
+def test_a_caption_has_code_as_elements_of_html() -> None:
+    # Markdown is not read inside of <figcaption>
+    captions = re.findall(r"<figcaption>(.*?)</figcaption>", diagnostic_pages.render("hessian"), re.DOTALL)
+    assert len(captions) == 1
+    assert "`" not in captions[0]
+    assert "<code>photos</code>" in captions[0]
+
+
 def test_every_option_of_every_diagnostic_has_a_meaning() -> None:
     empty = {
         (analysis, line)
