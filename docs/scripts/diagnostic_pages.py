@@ -190,7 +190,9 @@ def _figure(source: PageSource) -> str:
     # a figure that is not drawn yet leaves no broken link; a test names it
     if not (FIGURES / f"{source.analysis}.webp").is_file():
         return ""
-    caption = re.sub(r"`([^`]+)`", r"<code>\1</code>", source.figure.caption.strip())  # Markdown is not read in a caption
+    caption = re.sub(
+        r"`([^`]+)`", r"<code>\1</code>", source.figure.caption.strip()
+    )  # Markdown is not read in a caption
     return (
         f'<figure markdown="span">\n  ![{source.title}](../figures/{source.analysis}.webp)\n'
         f"  <figcaption>{caption} Drawn by <code>{figure_command(source)}</code>.</figcaption>\n</figure>\n"

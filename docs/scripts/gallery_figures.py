@@ -15,15 +15,18 @@ GROUPS = {
     "timm": "Structures of timm's families",
 }
 INTRODUCTIONS = {
-    "study": "Networks of the profile `cifar10_small`: 0.3 to 0.6 million parameters, few epochs, one seed a figure. One seed is "
-    "an example and no evidence; [findings.md](findings.md) has intervals over seeds.",
-    "sight": "The networks of the section above: images of 32 pixels encoded again as JPEG, two epochs, one seed. Intervals are "
-    "over images and say nothing about other seeds or longer training.",
-    "curvature": "Measures of [curvature.md](curvature.md) and [definitions.md](definitions.md), sections 2 to 4. One seed, or "
-    "one pair of seeds, a network: examples and no evidence about kinds of networks.",
+    "study": "The networks are those of the profile `cifar10_small`, with 0.3 to 0.6 million parameters and few epochs of "
+    "training. Each figure shows one seed, which is an example and no evidence; [Findings](findings.md) has intervals "
+    "over seeds.",
+    "sight": "The networks are those of the section above: images of 32 pixels encoded again as JPEG, two epochs, one seed. "
+    "Intervals are over images and say nothing about other seeds or longer training.",
+    "curvature": "The measures are described in [Curvature](curvature.md) and in [Definitions](definitions.md), sections 2 to 4. "
+    "Each network has one seed or one pair of seeds, so that the figures are examples and no evidence about kinds of "
+    "networks.",
     "resnet20": "A checkpoint of the ResNet for CIFAR of He et al. (2016), trained by others on the original CIFAR-10 (published "
-    "test error 8.27 %). The images here are CIFAR-10 encoded again as JPEG: no number is comparable with published ones.",
-    "timm": "Random weights: these figures show how the networks are built, and nothing that training has made.",
+    "test error 8.27 %). The images here are CIFAR-10 encoded again as JPEG: no number is comparable with published "
+    "ones.",
+    "timm": "The weights are random. These figures show how the networks are built, and nothing that is learned by training.",
 }
 
 

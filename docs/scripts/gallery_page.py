@@ -17,7 +17,7 @@ from vitscope.core.objective_card import ObjectiveCard
 
 OPENING = """# Gallery
 
-Figures of real networks, each with the conditions of its measurement and the command that makes it.
+This page shows figures of real networks, each with the conditions of its measurement and the command that makes it.
 `python docs/scripts/draw_gallery.py --help` says how the page is made.
 """
 #: keys of the card that the page states
