@@ -131,7 +131,7 @@ def depth_probes(
     n_neighbors: PositiveInt = 20,
     max_memory: float | None = None,
 ) -> DepthProbesResult:
-    """Measure at every tap what is known of the classes, on frozen features, in closed form.
+    """Measure how well the classes can be read from the frozen features at every tap, in closed form.
 
     Features are the means of a map over its positions, and the class token where there is one. docs/definitions.md section 7
     gives the formulas.

@@ -171,7 +171,7 @@ def branch_transfer(
     seed: Seed = 0,
     eps: float = EPS,
 ) -> BranchTransferResult:
-    """Measure what each residual unit does to the spectrum, by kind with bootstrap intervals.
+    """Measure the effect of each residual unit on the spatial frequencies of its input, by kind with bootstrap intervals.
 
     Args:
         probe: model and images.
