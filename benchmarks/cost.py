@@ -1,33 +1,39 @@
 """The predicted time of analyses (``analyze.py ... cost=true``) against the time that they take.
 
-Both are processor times of one thread, which other work on the machine changes less than wall times. The analyses are the default
-ones (hessian, landscape, slice, fourier) and corruption, with their default settings but for the number of images, on a network
-that was trained for some steps. A search for eigenvalues ends when they are known: beside its prediction stands the one for the
-number of products that it made, which is what the timed product can answer for.
+Both are processor times of one thread, which other work on the machine changes less than wall times. The main analyses are the
+default ones (hessian, landscape, slice, fourier) and corruption, with their default settings but for the number of images, on a
+network that was trained for some steps; all others have the small settings of `cost_settings.py`. A search for eigenvalues ends
+when they are known: beside its prediction stands the one for the number of products that it made, which is what the timed product
+can answer for. ``--bytes`` counts the tensors of each measurement, on a second run, beside the predicted peak.
 
-    python benchmarks/cost.py [--models vit convnet] [--steps 40] [--images 128]
+    python benchmarks/cost.py [--models vit convnet] [--analyses main] [--steps 40] [--images 128] [--bytes]
 """
 
 from __future__ import annotations
 
 import argparse
 import time
+import traceback
 import warnings
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
+from cost_settings import SETTINGS
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 from torch import nn
 
 import vitscope.runtime.progress
-from vitscope.analyses import cost_prediction, spec
+from vitscope.analyses import arguments, cost_prediction, spec
 from vitscope.config import factories, loading
-from vitscope.core.cost.measure_cost import Count, all_options, cost_of
+from vitscope.core.cost.measure_cost import cost_of
+from vitscope.core.cost.tensor_memory import peak_bytes
+from vitscope.core.run_inputs import FromRun, run_inputs
+from vitscope.linalg.curvature.curvature_operator import Curvature
 
-ANALYSES = ("hessian", "landscape", "slice", "fourier", "corruption")
+MAIN = ("hessian", "landscape", "slice", "fourier", "corruption")
 MODELS = {
     "vit": ["model=vit", "model.depth=2", "model.patch_size=8"],
     "convnet": ["model=convnet", "model.depth=18"],
@@ -35,80 +41,178 @@ MODELS = {
 }
 
 
-def trained(cfg: DictConfig, data: Any, n_steps: int) -> nn.Module:
+@dataclass(frozen=True)
+class TrainedNetwork:
+    """A network after some steps, and what a run would keep of them.
+
+    Attributes:
+        cfg: Configuration, with all chosen analyses.
+        data: Data module.
+        network: The network.
+        checkpoints: Its weights before and during the steps.
+        content: What a checkpoint holds of the optimizer.
+    """
+
+    cfg: DictConfig
+    data: Any
+    network: nn.Module
+    checkpoints: Sequence[tuple[str, Mapping[str, Any]]]
+    content: Mapping[str, Any]
+
+
+def trained(cfg: DictConfig, n_steps: int) -> TrainedNetwork:
     """Return the network after some steps of Adam on the training images."""
-    torch.manual_seed(0)
+    data = factories.data(cfg)
+    torch.manual_seed(cfg.seed)
     network = factories.model(cfg)
     optimizer = torch.optim.Adam(network.parameters(), lr=1e-3)
     batches = data.probe_batches(split="train", n_images=16 * 32, batch_size=32)
+    checkpoints = []
     for step in range(n_steps):
+        if step in (0, n_steps // 2):
+            checkpoints.append((f"step {step}", {name: value.clone() for name, value in network.state_dict().items()}))
         x, y = batches[step % len(batches)]
         optimizer.zero_grad()
         nn.functional.cross_entropy(network(x), y).backward()
         optimizer.step()
-    return network.eval()
+    network.zero_grad(set_to_none=True)
+    return TrainedNetwork(cfg, data, network.eval(), checkpoints, {"optimizer_states": [optimizer.state_dict()]})
 
 
-def measured(cfg: DictConfig, analysis: spec.Analysis, network: nn.Module, data: Any) -> tuple[float, Any]:
-    """Return the processor seconds of a measurement, and its result."""
-    probe = factories.probe(cfg, network, data, spec.probe_request(analysis, data))
-    before = time.process_time()
-    result = analysis.measure(probe, **analysis.options)
-    return time.process_time() - before, result
+def measurement(run: TrainedNetwork, analysis: spec.Analysis) -> Callable[[], Any]:
+    """Return the function that measures, with what a run would supply."""
+    supply: dict[FromRun, Callable[[Any], Any]] = {
+        FromRun.CHECKPOINTS: lambda value: run.checkpoints,
+        FromRun.VALIDATION: lambda value: _clean_images(run, "val", {}),
+        FromRun.TRAINING: lambda value: _clean_images(run, "train", value or {}),
+        FromRun.UNTRAINED: lambda value: arguments.untrained_model(run.cfg, run.network),
+    }
+    request = spec.probe_request(analysis, run.data)
+    probe = factories.probe(run.cfg, run.network, run.data, request, None, run.content)
+    options = dict(analysis.options)
+    for name, kind in run_inputs(analysis.measure).items():
+        if kind in supply:
+            options[name] = supply[kind](options.get(name))
+    return lambda: analysis.measure(probe, **options)
+
+
+def _clean_images(run: TrainedNetwork, split: str, images: Mapping[str, Any]) -> Any:
+    request = {"n_images": None, "batch_size": run.data.eval_batch_size, **images, "split": split, "augment": False}
+    return factories.probe(run.cfg, run.network, run.data, request)
 
 
 def with_counted_products(
-    analysis: spec.Analysis, cost: cost_prediction.PredictedCost, result: Any, probe_facts: Any
-) -> float | None:
-    """Return the prediction for the products that a search made; None for analyses without products."""
-    n_products = int(np.sum(getattr(result, "n_products", 0)))
-    if not n_products or cost.units is None:
-        return None
-    formula = cost_of(analysis.measure, all_options(analysis.measure, analysis.options), probe_facts)
+    run: TrainedNetwork, analysis: spec.Analysis, cost: cost_prediction.PredictedCost, n_products: int
+) -> float:
+    """Return the seconds of the prediction with the products that a search made in place of the expected ones."""
+    request = spec.probe_request(analysis, run.data)
+    probe = factories.probe(run.cfg, run.network, run.data, request, None, run.content)
+    workload = cost_prediction.workload(probe, request["batch_size"], probe.n_images)
+    formula = cost_of(analysis.measure, analysis.options, workload)
     assert formula is not None
-    works = [replace(w, repeats=Count.exactly(n_products)) if w.unit.is_product else w for w in formula.works]
-    exact = cost_prediction.combined(analysis.name, replace(formula, works=works), cost.units, probe_facts.n_images)
+    assert cost.units is not None
+    share = n_products / formula.products.expected
+    works = [replace(w, repeats=w.repeats.times(share)) if w.unit.is_product else w for w in formula.works]
+    exact = cost_prediction.combined(analysis.name, replace(formula, works=works), cost.units, probe.n_images)
     assert exact.seconds is not None
     return exact.seconds.expected
 
 
-def compare(name: str, n_steps: int, n_images: int) -> None:
+def row(run: TrainedNetwork, analysis: spec.Analysis, counts_bytes: bool) -> Iterator[str]:
+    """Yield the parts of an analysis's row: what was predicted and what it took."""
+    (cost,) = cost_prediction.predict_costs(
+        run.cfg, [analysis], run.network, run.data, content=run.content, n_checkpoints=len(run.checkpoints)
+    )
+    if cost.seconds is None or cost.products is None:
+        yield f"unknown: {cost.reason}"
+        return
+    measure, made = measurement(run, analysis), _ProductCount()
+    with made:
+        before = time.process_time()
+        measure()
+        seconds = time.process_time() - before
+    yield f"predicted {cost.seconds.expected:7.2f} s, took {seconds:7.2f} s, ratio {cost.seconds.expected / seconds:5.2f}"
+    if cost.products.low < cost.products.high:
+        exact = with_counted_products(run, analysis, cost, made.n_products)
+        yield f"for the {made.n_products} products made {exact:.2f} s, ratio {exact / seconds:.2f}"
+    if counts_bytes and cost.peak_bytes is not None:
+        peak = peak_bytes(measure, torch.device("cpu")) + cost_prediction.model_bytes(run.network)
+        yield f"predicted {cost.peak_bytes / 1e6:.1f} MB, took {peak / 1e6:.1f} MB, ratio {cost.peak_bytes / peak:.2f}"
+
+
+class _ProductCount:
+    """A context that counts the products with the curvature that are made in it."""
+
+    def __enter__(self) -> None:
+        self._make, self._operators = Curvature.__init__, []
+        make, operators = self._make, self._operators
+
+        def make_noted(operator: Curvature, *arguments: Any, **options: Any) -> None:
+            make(operator, *arguments, **options)
+            operators.append(operator)
+
+        Curvature.__init__ = make_noted
+
+    def __exit__(self, *error: object) -> None:
+        Curvature.__init__ = self._make
+
+    @property
+    def n_products(self) -> int:
+        """The number of products."""
+        return sum(operator.n_products for operator in self._operators)
+
+
+def compare(model: str, chosen: Sequence[str], n_steps: int, n_images: int, counts_bytes: bool) -> None:
     """Print a row for each analysis of a model."""
-    chosen = ",".join(ANALYSES)
-    limits = [f"analysis.{a}.probe.n_images={n_images}" for a in ("fourier", "corruption")]
-    with initialize_config_dir(str(loading.folder()), version_base="1.3"):
-        cfg = compose("analyze", overrides=[*MODELS[name], "data=photos", f"analysis=[{chosen}]", *limits])
-    data = factories.data(cfg)
-    network = trained(cfg, data, n_steps)
-    for analysis in spec.parse(cfg.analysis):
-        (cost,) = cost_prediction.predict_costs(cfg, [analysis], network, data)
-        if cost.seconds is None:
-            print(f"{name:10} {analysis.name:11} unknown: {cost.reason}")
-            continue
-        seconds, result = measured(cfg, analysis, network, data)
-        request = spec.probe_request(analysis, data)
-        probe = factories.probe(cfg, network, data, request)
-        facts = cost_prediction.workload(probe, request["batch_size"], probe.n_images)
-        exact = with_counted_products(analysis, cost, result, facts)
-        text = f"predicted {cost.seconds.expected:8.1f} s, took {seconds:8.1f} s ({cost.seconds.expected / seconds - 1:+.0%})"
-        if exact is not None:
-            made = int(np.sum(result.n_products))
-            text += f"; for the {made} products made {exact:.1f} s ({exact / seconds - 1:+.0%})"
-        print(f"{name:10} {analysis.name:11} {text}", flush=True)
+    overrides: dict[str, list[str]] = {}
+    names: dict[str, list[str]] = {}
+    for name in chosen:
+        data, options = _overrides(model, name, n_images)
+        if options is not None:
+            overrides.setdefault(data, []).extend(options)
+            names.setdefault(data, []).append(name)
+    for data in names:
+        with initialize_config_dir(str(loading.folder()), version_base="1.3"):
+            analyses = f"analysis=[{','.join(names[data])}]"
+            cfg = compose("analyze", overrides=[*MODELS[model], f"data={data}", analyses, *overrides[data]])
+        run = trained(cfg, n_steps)
+        for analysis in spec.parse(cfg.analysis):
+            try:
+                for part in row(run, analysis, counts_bytes):
+                    print(f"{model:8} {analysis.name:26} {part}", flush=True)
+            except Exception:
+                print(f"{model:8} {analysis.name:26} failed: {traceback.format_exc()}", flush=True)
+
+
+def _overrides(model: str, name: str, n_images: int) -> tuple[str, list[str] | None]:
+    """Return the data and the overrides of an analysis; None in their place where it does not apply to the model."""
+    if name not in SETTINGS:
+        is_limited = name in ("fourier", "corruption")
+        return "photos", [f"analysis.{name}.probe.n_images={n_images}"] if is_limited else []
+    setting = SETTINGS[name]
+    n = setting.n_images[model != "vit"]
+    if not n:
+        return setting.data, None
+    batch = [] if setting.batch_size is None else [f"probe.batch_size={min(setting.batch_size, n)}"]
+    return setting.data, [f"analysis.{name}.{text}" for text in (f"probe.n_images={n}", *batch, *setting.options)]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", default=["vit", "convnet"], choices=MODELS)
+    parser.add_argument("--analyses", nargs="+", default=["main"], help="main, all (the others), or names")
     parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--images", type=int, default=128)
+    parser.add_argument("--images", type=int, default=128, help="of fourier and corruption")
+    parser.add_argument("--bytes", action="store_true")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     vitscope.runtime.progress.enabled = False
     cost_prediction.clock = time.process_time
-    for name in arguments.models:
-        compare(name, arguments.steps, arguments.images)
+    groups = {"main": MAIN, "all": tuple(SETTINGS)}
+    chosen = [name for group in arguments.analyses for name in groups.get(group, (group,))]
+    for model in arguments.models:
+        compare(model, chosen, arguments.steps, arguments.images, arguments.bytes)
 
 
 if __name__ == "__main__":

@@ -59,7 +59,8 @@ SIZES = {
 WEIGHTS = {
     "gradient": 3.0, "gradient with its graph": 3.0, "gradient in the image": 3.0, "gradient of each image": 3.0,
     "product": 6.0, "product over several batches": 9.0, "gradients by class and logit": 9.0,
-    "pass with a gradient for each tap": 9.0, "Kronecker factors": 9.0, "Kronecker factors and their eigenvalues": 9.0,
+    "pass with a gradient for each tap": 9.0, "pass with two gradients for each tap": 17.0,
+    "Kronecker factors": 9.0, "Kronecker factors and their eigenvalues": 9.0,
 }  # fmt: skip
 GIVEN: Mapping[str, dict[str, Any]] = {"linear_interpolation": {"checkpoints": ()}, "loss_barrier": {"checkpoints": ()}}
 
@@ -79,8 +80,8 @@ def seconds_and_bytes(cost: MeasureCost, workload: Workload, n_ranks: int = 1) -
 
 
 def _weight(unit: WorkUnit) -> float:
-    """Return the time of a piece of work in forward passes; that of classifiers, which are no passes, is left out."""
-    if unit.name.startswith("classifiers"):
+    """Return the time of a piece of work in forward passes; what is no pass is left out."""
+    if unit.name.startswith(("classifiers", "comparison", "extents")):
         return 0.0
     return WEIGHTS.get(unit.name.partition(", ")[0], max(1.0, float(unit.forwards)))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -77,7 +77,13 @@ def guard_checks(
 
 
 def trained_and_untrained_passes(
-    workload: Workload, options: Options, unit: WorkUnit, tap_searches_a_model: bool = True
+    workload: Workload,
+    options: Options,
+    unit: WorkUnit,
+    *,
+    first_unit: WorkUnit | None = None,
+    evaluation: WorkUnit | None = None,
+    tap_searches_a_model: bool = True,
 ) -> MeasureCost:
     """Return a pass over all images, and another of the model before training where the measure has it (``initial``).
 
@@ -85,13 +91,20 @@ def trained_and_untrained_passes(
         workload: What is measured.
         options: All options of the measure.
         unit: The pass over a batch.
+        first_unit: The pass over the first batch, where more is done with it; None for the same pass.
+        evaluation: The evaluation of each model's sums, timed with those of the first batch; None where it takes no time.
         tap_searches_a_model: Whether the places of feature maps are searched in each model; in the trained one alone otherwise.
     """
     n_models = 1 + workload.input_size(options, "initial")
     checks = guard_checks(workload) * n_models  # each model has a probe of its own
     n_searches = n_models if tap_searches_a_model else 1
+    repeats, n, n_first = Count.exactly(n_models), workload.n_images, workload.first_batch
+    passes = [Work(unit, repeats, n)]
+    if first_unit is not None:
+        passes = [Work(unit, repeats, n - n_first), Work(first_unit, repeats, n_first)]
     works = [
-        Work(unit, Count.exactly(n_models), workload.n_images),
+        *passes,
+        *([Work(evaluation, repeats, n_first, is_divided=False)] if evaluation is not None else []),
         Work(TAPS, Count.exactly(n_searches), workload.first_batch, is_divided=False),
         *checks,
     ]
@@ -102,6 +115,7 @@ def feature_pass_cost(
     make: Callable[..., feature_pass.Accumulator],
     result_bytes: Callable[[Workload, Options], float | None] = lambda workload, options: None,
     further_images: Callable[[Workload, Options], int] = lambda workload, options: 0,
+    evaluation: Callable[[Workload, Options], Sequence[Work] | None] = lambda workload, options: None,
 ) -> Formula:
     """Return the formula of a measure of the feature maps of one pass: the pass with its accumulator, and the sums' evaluation.
 
@@ -110,6 +124,8 @@ def feature_pass_cost(
             take, such as a second model, leave the cost unknown.
         result_bytes: Bytes of the result's arrays, where they follow from the workload and the options.
         further_images: Number of images that go through the model once more when the pass has ended.
+        evaluation: The work of the sums' evaluation, where it depends on the number of images; None where that of the first
+            batch tells its time.
     """
     names = [name for name in inspect.signature(make).parameters if name != "probe"]
 
@@ -137,10 +153,15 @@ def feature_pass_cost(
     def formula(workload: Workload, options: Options) -> MeasureCost | None:
         if any(value is not None for name, value in options.items() if name not in names and name != "partial"):
             return None
-        n_more = workload.n_images - workload.first_batch
+        n, n_first = workload.n_images, workload.first_batch
+        ends = evaluation(workload, options)
+        if ends is not None:
+            passes = [Work(pass_unit, Count.exactly(1), n), *ends]
+        else:
+            end = Work(end_unit, Count.exactly(1), n_first, is_divided=False)
+            passes = [Work(pass_unit, Count.exactly(1), n - n_first), end]
         works = [
-            Work(pass_unit, Count.exactly(1), n_more),
-            Work(end_unit, Count.exactly(1), workload.first_batch, is_divided=False),
+            *passes,
             Work(EVALUATION, Count.exactly(1), further_images(workload, options)),
             Work(TAPS, Count.exactly(1), workload.first_batch, is_divided=False),
             *guard_checks(workload),

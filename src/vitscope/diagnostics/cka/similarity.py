@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from vitscope.core.cost.image_passes import feature_pass_cost
-from vitscope.core.cost.measure_cost import declares_cost
+from vitscope.core.cost.measure_cost import Options, declares_cost
 from vitscope.core.feature_pass import run_feature_pass, shares_pass
 from vitscope.core.measure_options import record_options
 from vitscope.core.objective_card import ObjectiveCard
@@ -18,6 +18,7 @@ from vitscope.core.results.result import TAP_COORDINATES, Result
 from vitscope.core.tap import Tap
 from vitscope.core.undefined_values import warn_nulls
 from vitscope.diagnostics.cka._batch_hsic import BatchHsic
+from vitscope.diagnostics.cka._comparison_cost import comparison_work
 from vitscope.diagnostics.cka._comparisons import RSA, Comparison, LinearRegression, MutualKNN, Pair, Procrustes
 from vitscope.diagnostics.cka._hsic import MIN_IMAGES, gram
 from vitscope.diagnostics.cka._measure_choice import DEFAULT_FEATURES, FeatureName, MeasureName, check_measures
@@ -137,7 +138,12 @@ def accumulate(
     return _Sums(probe, None, measures, features, n_neighbors, n_permutations, max_memory, seed)
 
 
-@declares_cost(feature_pass_cost(accumulate))
+def _sums_of(probe: Probe, measures: tuple[str, ...], options: Options) -> _Sums:
+    settings = (options[name] for name in ("features", "n_neighbors", "n_permutations", "max_memory", "seed"))
+    return _Sums(probe, None, measures, *settings)
+
+
+@declares_cost(feature_pass_cost(accumulate, evaluation=comparison_work(_sums_of)))
 @shares_pass(accumulate)
 @record_options
 def similarity(
@@ -214,7 +220,7 @@ class _Sums:
         self._hsic = BatchHsic(len(probe.taps), other is not None, n_permutations, seed) if "cka" in measures else None
         self._kind = next((self.features[name] for name in measures if name != "cka"), None)
         names = [tap.name for tap in self._taps]
-        self._store = FeatureStore(names, probe.n_images, max_memory) if self._kind is not None else None
+        self.store = FeatureStore(names, probe.n_images, max_memory) if self._kind is not None else None
 
     def read(self, index: int, tap: Tap, x: Tensor) -> None:
         """Take one tap's feature maps ``(B, C, h, w)``."""
@@ -226,18 +232,18 @@ class _Sums:
 
     def close_batch(self, number: int, n_images: int) -> None:
         """Keep the batch's features, and compare its maps for CKA."""
-        if self._store is not None:
-            self._store.add(number, check_reached(self._rows, self._taps))
+        if self.store is not None:
+            self.store.add(number, check_reached(self._rows, self._taps))
         if self._hsic is not None and n_images >= MIN_IMAGES:
             self._hsic.add(number, check_reached(self._grams, self._taps))
-        if self._store is not None or n_images >= MIN_IMAGES:
+        if self.store is not None or n_images >= MIN_IMAGES:
             self.n_images += n_images
         self._rows, self._grams = {}, {}
 
     def result(self) -> SimilarityResult:
         """Return the similarities of the images of all ranks."""
         n_images = sum(distributed.gather_objects(self.n_images))
-        representations = self._store.representations() if self._store is not None else []
+        representations = self.store.representations() if self.store is not None else []
         null_reasons = [null_reason(x) for x in representations]  # by number: both models may have a tap of one name
         comparable = [None if reason else x for reason, x in zip(null_reasons, representations)]
         blocks = [

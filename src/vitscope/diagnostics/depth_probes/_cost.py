@@ -12,8 +12,8 @@ import torch
 from vitscope.core.cost.image_passes import EVALUATION, guard_checks
 from vitscope.core.cost.measure_cost import Count, MeasureCost, Options, Work, Workload, WorkUnit
 from vitscope.core.probe import Probe
-from vitscope.diagnostics.depth_probes._features import LabeledImages, collect
-from vitscope.diagnostics.depth_probes._logit_lens import find_head
+from vitscope.diagnostics.depth_probes._features import collect
+from vitscope.diagnostics.depth_probes._logit_lens import Head, find_head
 from vitscope.diagnostics.depth_probes._tap_measurement import TapImages, measure_tap
 
 #: bytes of a feature that is kept
@@ -22,17 +22,17 @@ FEATURE = 4
 
 @contextmanager
 def _collection(probe: Probe, options: Options) -> Iterator[Callable[[], object]]:
-    yield lambda: _features(probe)
+    head = _head(probe)  # which is searched once, however many images there are
+    yield lambda: collect(probe, probe.taps, head, None, "timed")
 
 
 #: a pass that keeps pooled features at all taps
 COLLECTION = WorkUnit("pass that keeps features", _collection)
 
 
-def _features(probe: Probe) -> LabeledImages:
+def _head(probe: Probe) -> Head | None:
     with probe.guard() as model:
-        head = find_head(model, next(probe.iter_batches())[0], probe.taps)
-    return collect(probe, probe.taps, head, None, "timed")
+        return find_head(model, next(probe.iter_batches())[0], probe.taps)
 
 
 def depth_probes_cost(workload: Workload, options: Options) -> MeasureCost:
@@ -41,7 +41,7 @@ def depth_probes_cost(workload: Workload, options: Options) -> MeasureCost:
     Classifiers are timed on random features as many and as wide as those of the taps, once for each width.
     """
     probe, n_train = workload.model_probe(), workload.input_size(options, "train")
-    images = _features(probe)
+    images = collect(probe, probe.taps, _head(probe), None, "timed")
     with probe.guard() as model:
         n_classes = int(model(next(probe.iter_batches())[0]).shape[1])
     widths: Counter[tuple[int, int]] = Counter()  # of pooled features and of class tokens

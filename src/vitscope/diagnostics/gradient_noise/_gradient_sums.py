@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -21,6 +22,22 @@ from vitscope.stats.intervals import LEAST_IMAGES
 _LEAST_ENTRY = 10
 
 
+class FirstSums(NamedTuple):
+    """Sums of the first pass over the images.
+
+    Attributes:
+        squares: (size,) of the squared gradients.
+        units: (size,) of the gradients divided by their length.
+        kind_units: (size,) of the gradients of each kind of parameter divided by their own length.
+        square_norms: squared norms (b, n_groups) of images, by the number of their batch.
+    """
+
+    squares: Tensor
+    units: Tensor
+    kind_units: Tensor
+    square_norms: dict[int, list[Tensor]]
+
+
 class GradientSums:
     """Sums over the gradients of images, in two passes: the second, for intervals, needs the first one's mean."""
 
@@ -37,6 +54,25 @@ class GradientSums:
 
     def statistics(self, n: int) -> tuple[NoiseStatistics, np.ndarray, np.ndarray]:
         """Return the estimates, the squared norms ``(n, n_groups)`` and the signal-to-noise ratios ``(n_groups,)``."""
+        sums = self.first_pass()
+        for total in (self.mean, sums.squares, sums.units, sums.kind_units):
+            distributed.all_reduce_sum(total)
+        self.mean /= n
+        square_norms = _gathered(sums.square_norms)
+        gsnr = self._gsnr(sums.squares, n)
+        mean_square = self._by_group(self.mean[None].square())[0]
+        unit_square = self._by_group(sums.kind_units[None].square())[0]
+        unit_square[0] = sums.units.square().sum()
+        products = unit_products = np.full_like(square_norms, np.nan)
+        if n >= LEAST_IMAGES:
+            products, unit_products = self.products(sums)
+        statistics = noise_statistics(
+            square_norms, mean_square.cpu().numpy(), products, unit_square.cpu().numpy(), unit_products
+        )
+        return statistics, square_norms, gsnr
+
+    def first_pass(self) -> FirstSums:
+        """Return the sums of this rank's images, and add up their gradients in ``mean``."""
         squares, units, kind_units = (torch.zeros_like(self.mean) for _ in range(3))
         norms: dict[int, list[Tensor]] = {}
         for index, rows in self._rows("gradients of images"):
@@ -47,25 +83,11 @@ class GradientSums:
             units += self._unit(rows, square_norms, False).double().sum(0)
             if self._columns is not None:
                 kind_units += self._unit(rows, square_norms, True).double().sum(0)
-        for total in (self.mean, squares, units, kind_units):
-            distributed.all_reduce_sum(total)
-        self.mean /= n
-        square_norms = _gathered(norms)
-        gsnr = self._gsnr(squares, n)
-        mean_square = self._by_group(self.mean[None].square())[0]
-        unit_square = self._by_group(kind_units[None].square())[0]
-        unit_square[0] = units.square().sum()
-        products = unit_products = np.full_like(square_norms, np.nan)
-        if n >= LEAST_IMAGES:
-            products, unit_products = self._products(units, kind_units)
-        statistics = noise_statistics(
-            square_norms, mean_square.cpu().numpy(), products, unit_square.cpu().numpy(), unit_products
-        )
-        return statistics, square_norms, gsnr
+        return FirstSums(squares, units, kind_units, norms)
 
-    def _products(self, units: Tensor, kind_units: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    def products(self, sums: FirstSums) -> tuple[np.ndarray, np.ndarray]:
         """Return the products of each image's gradient with the mean, and of its unit gradient with the sum of these."""
-        mean, unit, kind_unit = (t.to(self.gradients_dtype) for t in (self.mean, units, kind_units))
+        mean, unit, kind_unit = (t.to(self.gradients_dtype) for t in (self.mean, sums.units, sums.kind_units))
         products: dict[int, list[Tensor]] = {}
         unit_products: dict[int, list[Tensor]] = {}
         for index, rows in self._rows("gradients of images, intervals"):

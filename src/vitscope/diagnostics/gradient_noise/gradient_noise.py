@@ -107,15 +107,30 @@ class GradientNoiseResult(Result, coordinates={"group": "groups"}):
 
 @contextmanager
 def _image_gradients(probe: Probe, options: Options) -> Iterator[Callable[[], object]]:
+    with _gradient_sums(probe, options) as sums:
+        yield sums.first_pass
+
+
+@contextmanager
+def _image_products(probe: Probe, options: Options) -> Iterator[Callable[[], object]]:
+    with _gradient_sums(probe, options) as sums:
+        first = sums.first_pass()
+        yield lambda: sums.products(first)
+
+
+@contextmanager
+def _gradient_sums(probe: Probe, options: Options) -> Iterator[GradientSums]:
     subset_options = curvature_options(options)
     groups = _groups(probe, subset_options)
     with curvatures(probe, subset_options) as operators:
-        gradients = _per_example_gradients(operators)
-        yield lambda: GradientSums(operators, gradients, groups).statistics(2)
+        yield GradientSums(operators, _per_example_gradients(operators), groups)
 
 
+_OPTIONS = ("parameters", "dtype", "micro_batch")
 #: the gradients of each image and their sums
-_IMAGE_GRADIENTS = WorkUnit("gradient of each image", _image_gradients, ("parameters", "dtype", "micro_batch"))
+_IMAGE_GRADIENTS = WorkUnit("gradient of each image", _image_gradients, _OPTIONS)
+#: the gradients of each image and their products with these sums
+_IMAGE_PRODUCTS = WorkUnit("gradient of each image, products with their sums", _image_products, _OPTIONS)
 
 
 def _cost(workload: Workload, options: Options) -> MeasureCost:
@@ -127,7 +142,8 @@ def _cost(workload: Workload, options: Options) -> MeasureCost:
     n, n_vectors = workload.n_images, int(options["n_hessian_vectors"])
     n_at_once = min(workload.first_batch, options["micro_batch"] or MOST_IMAGES)
     works = [
-        Work(_IMAGE_GRADIENTS, Count.exactly(2 if n >= LEAST_IMAGES else 1), n),
+        Work(_IMAGE_GRADIENTS, Count.exactly(1), n),
+        *([Work(_IMAGE_PRODUCTS, Count.exactly(1), n)] if n >= LEAST_IMAGES else []),
         Work(TAPS, Count.exactly(1), workload.first_batch, is_divided=False),
         Work(GRADIENT, Count.exactly(1), n_at_once, is_divided=False, is_check=True),
         *product_checks(workload, options),

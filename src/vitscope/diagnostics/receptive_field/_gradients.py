@@ -94,8 +94,17 @@ def measure_fields(
 
 
 @contextmanager
-def field_pass(probe: Probe, taps: Sequence[Tap], contribution: str) -> Iterator[Callable[[], None]]:
-    """Yield the function that reads the fields of one batch as `measure_fields` does, for its time before it starts."""
+def field_pass(
+    probe: Probe, taps: Sequence[Tap], contribution: str, number: int
+) -> Iterator[tuple[Callable[[], None], Callable[[str, np.ndarray], FieldsOfTaps]]]:
+    """Yield the functions that read the fields of one batch and evaluate them, as `measure_fields` does, to time them.
+
+    Args:
+        probe: Of one batch.
+        taps: As for `measure_fields`, and likewise ``contribution``.
+        contribution: Of a pixel.
+        number: Of the batch: the first one, 0, has further gradients.
+    """
     sums = _Sums(taps, contribution)
     half = probe.dtype in (torch.bfloat16, torch.float16)
     with probe.guard(logits=False, dtype=torch.float32 if half else None) as model:
@@ -107,10 +116,13 @@ def field_pass(probe: Probe, taps: Sequence[Tap], contribution: str) -> Iterator
         def read_batch() -> None:
             with torch.enable_grad():
                 model(x)
-                sums.close_batch(1, x)  # the first batch has further gradients
+                sums.close_batch(number, x)
+
+        def evaluate_extents(center: str, area_shares: np.ndarray) -> FieldsOfTaps:
+            return _extents(taps, sums, center, area_shares, "float32")
 
         with structure_reader().reading(model, taps, sums.read):
-            yield read_batch
+            yield read_batch, evaluate_extents
 
 
 class _Sums:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -127,18 +128,39 @@ class EffectiveReceptiveFieldResult(
 
 
 @contextmanager
-def _field_pass(probe: Probe, options: Options) -> Iterator[Callable[[], object]]:
-    with field_pass(probe, chosen_taps(probe.taps, options["taps"]), options["contribution"]) as read_fields:
+def _field_pass(probe: Probe, options: Options, number: int) -> Iterator[Callable[[], object]]:
+    with field_pass(probe, chosen_taps(probe.taps, options["taps"]), options["contribution"], number) as (
+        read_fields,
+        _,
+    ):
         yield read_fields
 
 
+@contextmanager
+def _field_extents(probe: Probe, options: Options) -> Iterator[Callable[[], object]]:
+    taps = chosen_taps(probe.taps, options["taps"])
+    with field_pass(probe, taps, options["contribution"], 1) as (read_fields, evaluate_extents):
+        read_fields()
+    yield lambda: evaluate_extents(options["center"], np.asarray(options["area_shares"], dtype=np.float64))
+
+
 #: a forward pass and a backward pass for each tap
-_FIELD_PASS = WorkUnit("pass with a gradient for each tap", _field_pass, ("taps", "contribution"))
+_FIELD_PASS = WorkUnit(
+    "pass with a gradient for each tap", functools.partial(_field_pass, number=1), ("taps", "contribution")
+)
+#: that of the first batch, which tells by another backward pass whether the gradients of channels cancel
+_FIRST_FIELD_PASS = WorkUnit(
+    "pass with two gradients for each tap", functools.partial(_field_pass, number=0), ("taps", "contribution")
+)
+#: radii and squares of all taps and groups of images, whose time does not depend on the number of images
+_EXTENTS = WorkUnit("extents of fields", _field_extents, ("taps", "contribution", "center", "area_shares"), forwards=0)
 
 
 def _cost(workload: Workload, options: Options) -> MeasureCost:
     """Return a pass with the gradients of all taps over all images, and another of the model before training."""
-    return trained_and_untrained_passes(workload, options, _FIELD_PASS, tap_searches_a_model=False)
+    return trained_and_untrained_passes(
+        workload, options, _FIELD_PASS, first_unit=_FIRST_FIELD_PASS, evaluation=_EXTENTS, tap_searches_a_model=False
+    )
 
 
 @declares_cost(_cost)
