@@ -37,6 +37,7 @@ MAIN = ("hessian", "landscape", "slice", "fourier", "corruption")
 MODELS = {
     "vit": ["model=vit", "model.depth=2", "model.patch_size=8"],
     "convnet": ["model=convnet", "model.depth=18"],
+    "small_convnet": ["model=convnet", "model.depth=18", "model.width=16"],
     "alternet": ["model=alternet"],
 }
 
@@ -190,8 +191,8 @@ def _overrides(model: str, name: str, n_images: int) -> tuple[str, list[str] | N
         is_limited = name in ("fourier", "corruption")
         return "photos", [f"analysis.{name}.probe.n_images={n_images}"] if is_limited else []
     setting = SETTINGS[name]
-    n = setting.n_images[model != "vit"]
-    if not n:
+    n = setting.n_images
+    if setting.models and model not in setting.models:
         return setting.data, None
     batch = [] if setting.batch_size is None else [f"probe.batch_size={min(setting.batch_size, n)}"]
     return setting.data, [f"analysis.{name}.{text}" for text in (f"probe.n_images={n}", *batch, *setting.options)]
@@ -209,6 +210,8 @@ def main() -> None:
     warnings.simplefilter("ignore")
     vitscope.runtime.progress.enabled = False
     cost_prediction.clock = time.process_time
+    if not arguments.bytes:
+        cost_prediction.peak_bytes = lambda compute, device: 0  # which takes as long as the timing
     groups = {"main": MAIN, "all": tuple(SETTINGS)}
     chosen = [name for group in arguments.analyses for name in groups.get(group, (group,))]
     for model in arguments.models:

@@ -81,7 +81,7 @@ def seconds_and_bytes(cost: MeasureCost, workload: Workload, n_ranks: int = 1) -
 
 def _weight(unit: WorkUnit) -> float:
     """Return the time of a piece of work in forward passes; what is no pass is left out."""
-    if unit.name.startswith(("classifiers", "comparison", "extents")):
+    if unit.name.startswith(("classifiers", "comparison", "extents", "features of all", "search for units")):
         return 0.0
     return WEIGHTS.get(unit.name.partition(", ")[0], max(1.0, float(unit.forwards)))
 

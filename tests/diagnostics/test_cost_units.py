@@ -13,7 +13,9 @@ from torch import nn
 
 import vitscope as vs
 from vitscope.core.cost.measure_cost import MeasureCost, Work, all_options, cost_of, workload_of
-from vitscope.diagnostics.cka._comparisons import Procrustes
+from vitscope.diagnostics.cka import _comparison_cost, _comparisons
+from vitscope.diagnostics.cka._comparisons import RSA
+from vitscope.diagnostics.cka._representations import Representation
 from vitscope.diagnostics.depth_probes import _cost as depth_probes_cost
 from vitscope.diagnostics.gradient_noise._gradient_sums import GradientSums
 from vitscope.diagnostics.receptive_field import _gradients
@@ -50,27 +52,41 @@ def work_of(cost: MeasureCost, text: str) -> Work:
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_similarity_compares_the_features_of_all_images_once_however_many_batches_there_are() -> None:
-    sizes: list[tuple[int, int, int]] = []
-    compare = Procrustes.similarities
+@pytest.mark.parametrize("n_timed", [2, 6])
+def test_similarity_decomposes_the_features_of_all_images_however_many_batches_there_are(
+    n_timed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of some taps, times the ratio of the pairs of taps, or of the taps, to those of all."""
+    monkeypatch.setattr(_comparison_cost, "TIMED_TAPS", n_timed)
+    made: Counter[str] = Counter()
+    norm, matrix = _comparisons._nuclear_norm, RSA._matrix
 
-    def note_sizes(self: Procrustes, pair: Any, orders: Any) -> Any:
-        sizes.extend((*x.features.shape, len(orders)) for x in pair.first)
-        return compare(self, pair, orders)
+    def note_norm(product: torch.Tensor) -> float:
+        made["procrustes"] += 1
+        return norm(product)
 
-    cost = stated("similarity", {"n_permutations": 3}, 22, 4)
-    comparison = work_of(cost, "comparison")
-    assert comparison.repeats.expected == comparison.n_images == 1
+    def note_matrix(self: RSA, representation: Representation) -> torch.Tensor:
+        made["rsa"] += len(representation.features)
+        return matrix(self, representation)
+
+    monkeypatch.setattr(_comparisons, "_nuclear_norm", note_norm)
+    monkeypatch.setattr(_comparisons, "_rounded_nuclear_norm", note_norm)
+    monkeypatch.setattr(RSA, "_matrix", note_matrix)
+    options = all_options(vs.similarity, {"measure": ["procrustes", "rsa", "cka"], "n_permutations": 3})
+    cost = stated("similarity", options, 22, 4)
     assert [w.n_images for w in cost.works if w.unit.name.startswith("feature pass")] == [22]
-    with mock.patch.object(Procrustes, "similarities", note_sizes):
-        options = all_options(vs.similarity, {"n_permutations": 3})
-        with comparison.unit.prepare(probe_of(transformer(), 1, 1), options) as compute:
+    predicted: Counter[str] = Counter()
+    for text in ("features of all", "pairs of taps", "comparison of taps"):
+        work = work_of(cost, text)
+        assert work.n_images == work.unit.n_timed == 1
+        made.clear()
+        with work.unit.prepare(probe_of(transformer(), 1, 1), options) as compute:
             compute()
-        timed = list(sizes)
-        sizes.clear()
-        vs.similarity(probe_of(transformer(), 22, 4), n_permutations=3)
-    assert timed == sizes
-    assert {n for n, _, _ in timed} == {22}
+        predicted.update({name: round(n * work.repeats.expected) for name, n in made.items()})
+    made.clear()
+    vs.similarity(probe_of(transformer(), 22, 4), **options)
+    assert predicted == made
+    assert made["rsa"] % 22 == 0
 
 
 def test_similarity_by_cka_alone_compares_batches_in_the_pass() -> None:

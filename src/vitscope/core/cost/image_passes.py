@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -115,7 +115,7 @@ def feature_pass_cost(
     make: Callable[..., feature_pass.Accumulator],
     result_bytes: Callable[[Workload, Options], float | None] = lambda workload, options: None,
     further_images: Callable[[Workload, Options], int] = lambda workload, options: 0,
-    evaluation: Callable[[Workload, Options], Sequence[Work] | None] = lambda workload, options: None,
+    evaluation: Callable[[Workload, Options], MeasureCost | None] = lambda workload, options: None,
 ) -> Formula:
     """Return the formula of a measure of the feature maps of one pass: the pass with its accumulator, and the sums' evaluation.
 
@@ -124,7 +124,7 @@ def feature_pass_cost(
             take, such as a second model, leave the cost unknown.
         result_bytes: Bytes of the result's arrays, where they follow from the workload and the options.
         further_images: Number of images that go through the model once more when the pass has ended.
-        evaluation: The work of the sums' evaluation, where it depends on the number of images; None where that of the first
+        evaluation: The cost of the sums' evaluation, where it depends on the number of images; None where that of the first
             batch tells its time.
     """
     names = [name for name in inspect.signature(make).parameters if name != "probe"]
@@ -154,9 +154,9 @@ def feature_pass_cost(
         if any(value is not None for name, value in options.items() if name not in names and name != "partial"):
             return None
         n, n_first = workload.n_images, workload.first_batch
-        ends = evaluation(workload, options)
-        if ends is not None:
-            passes = [Work(pass_unit, Count.exactly(1), n), *ends]
+        own_cost = evaluation(workload, options)
+        if own_cost is not None:
+            passes = [Work(pass_unit, Count.exactly(1), n), *own_cost.works]
         else:
             end = Work(end_unit, Count.exactly(1), n_first, is_divided=False)
             passes = [Work(pass_unit, Count.exactly(1), n - n_first), end]
@@ -166,7 +166,8 @@ def feature_pass_cost(
             Work(TAPS, Count.exactly(1), workload.first_batch, is_divided=False),
             *guard_checks(workload),
         ]
-        return MeasureCost(works, result_bytes=result_bytes(workload, options))
+        held_bytes = own_cost.held_bytes if own_cost is not None else 0.0
+        return MeasureCost(works, held_bytes=held_bytes, result_bytes=result_bytes(workload, options))
 
     return formula
 

@@ -5,7 +5,7 @@ Each class prepares the representations once for all orders of the second model'
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -258,3 +258,12 @@ def _left_out_residuals(representation: Representation) -> Iterator[Tensor]:
         shrunk = s.square() / (s.square() + penalty * s.square().mean())
         residual = torch.eye(n, dtype=x.dtype) - 1 / n - (u * shrunk) @ u.T
         yield residual / residual.diagonal()[:, None]
+
+
+#: the comparison of each measure; takes the number of neighbors
+COMPARISONS: dict[str, Callable[[int], Comparison]] = {
+    "procrustes": lambda n_neighbors: Procrustes(),
+    "mutual_knn": MutualKNN,
+    "rsa": lambda n_neighbors: RSA(),
+    "linear_regression": lambda n_neighbors: LinearRegression(),
+}

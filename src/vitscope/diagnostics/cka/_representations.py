@@ -65,10 +65,6 @@ class FeatureStore:
             self._check_memory(features)
         self._batches.append((number, list(features)))
 
-    def first_features(self) -> list[Tensor]:
-        """Return the features ``(B, D)`` of the first batch at every tap."""
-        return list(self._batches[0][1])
-
     def _check_memory(self, features: Sequence[Tensor]) -> None:
         # features, their copies in float64 or as Gram matrices, and the matrices of one measure
         images = self.n_images

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from torch import Tensor
 
 from vitscope.core.cost.image_passes import feature_pass_cost
-from vitscope.core.cost.measure_cost import Options, declares_cost
+from vitscope.core.cost.measure_cost import declares_cost
 from vitscope.core.feature_pass import run_feature_pass, shares_pass
 from vitscope.core.measure_options import record_options
 from vitscope.core.objective_card import ObjectiveCard
@@ -18,8 +18,8 @@ from vitscope.core.results.result import TAP_COORDINATES, Result
 from vitscope.core.tap import Tap
 from vitscope.core.undefined_values import warn_nulls
 from vitscope.diagnostics.cka._batch_hsic import BatchHsic
-from vitscope.diagnostics.cka._comparison_cost import comparison_work
-from vitscope.diagnostics.cka._comparisons import RSA, Comparison, LinearRegression, MutualKNN, Pair, Procrustes
+from vitscope.diagnostics.cka._comparison_cost import comparison_cost
+from vitscope.diagnostics.cka._comparisons import COMPARISONS, Pair
 from vitscope.diagnostics.cka._hsic import MIN_IMAGES, gram
 from vitscope.diagnostics.cka._measure_choice import DEFAULT_FEATURES, FeatureName, MeasureName, check_measures
 from vitscope.diagnostics.cka._null_reasons import missing_intervals, undefined_taps
@@ -38,13 +38,6 @@ from vitscope.runtime import distributed
 from vitscope.runtime.value_ranges import NonNegativeInt, PositiveInt, Seed
 from vitscope.stats.intervals import LEAST_IMAGES
 from vitscope.stats.jackknife import jackknife_half_width
-
-_COMPARISONS: dict[str, Callable[[int], Comparison]] = {
-    "procrustes": lambda n_neighbors: Procrustes(),
-    "mutual_knn": MutualKNN,
-    "rsa": lambda n_neighbors: RSA(),
-    "linear_regression": lambda n_neighbors: LinearRegression(),
-}
 
 _OTHER = {f"other_{column}": f"other_{name}" for column, name in TAP_COORDINATES.items()}
 
@@ -138,12 +131,7 @@ def accumulate(
     return _Sums(probe, None, measures, features, n_neighbors, n_permutations, max_memory, seed)
 
 
-def _sums_of(probe: Probe, measures: tuple[str, ...], options: Options) -> _Sums:
-    settings = (options[name] for name in ("features", "n_neighbors", "n_permutations", "max_memory", "seed"))
-    return _Sums(probe, None, measures, *settings)
-
-
-@declares_cost(feature_pass_cost(accumulate, evaluation=comparison_work(_sums_of)))
+@declares_cost(feature_pass_cost(accumulate, evaluation=comparison_cost))
 @shares_pass(accumulate)
 @record_options
 def similarity(
@@ -220,7 +208,7 @@ class _Sums:
         self._hsic = BatchHsic(len(probe.taps), other is not None, n_permutations, seed) if "cka" in measures else None
         self._kind = next((self.features[name] for name in measures if name != "cka"), None)
         names = [tap.name for tap in self._taps]
-        self.store = FeatureStore(names, probe.n_images, max_memory) if self._kind is not None else None
+        self._store = FeatureStore(names, probe.n_images, max_memory) if self._kind is not None else None
 
     def read(self, index: int, tap: Tap, x: Tensor) -> None:
         """Take one tap's feature maps ``(B, C, h, w)``."""
@@ -232,18 +220,18 @@ class _Sums:
 
     def close_batch(self, number: int, n_images: int) -> None:
         """Keep the batch's features, and compare its maps for CKA."""
-        if self.store is not None:
-            self.store.add(number, check_reached(self._rows, self._taps))
+        if self._store is not None:
+            self._store.add(number, check_reached(self._rows, self._taps))
         if self._hsic is not None and n_images >= MIN_IMAGES:
             self._hsic.add(number, check_reached(self._grams, self._taps))
-        if self.store is not None or n_images >= MIN_IMAGES:
+        if self._store is not None or n_images >= MIN_IMAGES:
             self.n_images += n_images
         self._rows, self._grams = {}, {}
 
     def result(self) -> SimilarityResult:
         """Return the similarities of the images of all ranks."""
         n_images = sum(distributed.gather_objects(self.n_images))
-        representations = self.store.representations() if self.store is not None else []
+        representations = self._store.representations() if self._store is not None else []
         null_reasons = [null_reason(x) for x in representations]  # by number: both models may have a tap of one name
         comparable = [None if reason else x for reason, x in zip(null_reasons, representations)]
         blocks = [
@@ -278,7 +266,7 @@ class _Sums:
         if not rows or not columns:
             return _block(np.full(shape, np.nan), np.full(shape, np.nan), np.zeros((0, *shape)))
         whole, left_out, nulls = resampled(
-            _COMPARISONS[name](self.n_neighbors),
+            COMPARISONS[name](self.n_neighbors),
             Pair(first, first if self.other is None else second, self.other is None),
             n_permutations=self.n_permutations,
             seed=self.seed,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from vitscope.core.cost.image_passes import EVALUATION, TAPS, guard_checks
-from vitscope.core.cost.measure_cost import Count, MeasureCost, Options, Work, Workload, declares_cost
+from vitscope.core.cost.measure_cost import Count, MeasureCost, Options, Work, Workload, WorkUnit, declares_cost
 from vitscope.core.measure_options import record_options
 from vitscope.core.objective_card import ObjectiveCard
 from vitscope.core.probe import Probe
@@ -96,10 +97,20 @@ class TapTableResult(Result, coordinates=COORDINATES):
             yield name, kind, str(stage), f"{depth:.3f}", "x".join(str(n) for n in shape)
 
 
+@contextmanager
+def _structure_search(probe: Probe, options: Options) -> Iterator[Callable[[], object]]:
+    yield lambda: _structure(probe)
+
+
+#: the search for the units of the model, by an image
+_STRUCTURE = WorkUnit("search for units", _structure_search, forwards=0, n_timed=1)
+
+
 def _cost(workload: Workload, options: Options) -> MeasureCost:
-    """Return the search for taps and a pass with one image."""
+    """Return the searches for taps and units and a pass with one image."""
     works = [
         Work(TAPS, Count.exactly(1), workload.first_batch, is_divided=False),
+        Work(_STRUCTURE, Count.exactly(1), 1, is_divided=False),
         Work(EVALUATION, Count.exactly(1), 1, is_divided=False),
         *guard_checks(workload),
     ]
