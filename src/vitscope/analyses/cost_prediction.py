@@ -20,6 +20,7 @@ from omegaconf import DictConfig
 from torch import nn
 
 from vitscope.analyses import arguments
+from vitscope.analyses.image_reading import keeping_images, reading_works
 from vitscope.analyses.spec import Analysis, probe_request
 from vitscope.config import factories
 from vitscope.config.keys.analysis_keys import CROSS_VALIDATION
@@ -187,6 +188,8 @@ def _predicted(
         sizes = _input_sizes(cfg, analysis, network, data, n_checkpoints)
         work = replace(workload(probe, request["batch_size"], n_images), input_sizes=sizes)
         cost = stated_cost(analysis.measure, analysis.options, work)
+        if not in_short:
+            cost = replace(cost, works=[*cost.works, *reading_works(analysis, probe, cost, sizes)])
     except Interrupted:
         raise
     except UnknownCost as error:
@@ -205,7 +208,8 @@ def _predicted(
             stop_flag.check()
             try:
                 n_timed = unit.n_timed or request["batch_size"]
-                one_batch = _probe_of(cfg, network, data, request, min(n_images, n_timed), n_timed, content)
+                n_timed = min(n_images, n_timed)
+                one_batch = _probe_of(keeping_images(cfg), network, data, request, n_timed, n_timed, content)
                 times[key] = measure_unit(unit, one_batch, options, count_bytes=not in_short)
             except Interrupted:
                 raise

@@ -12,7 +12,7 @@ from vitscope.core import feature_pass
 from vitscope.core.cost.measure_cost import Count, Formula, MeasureCost, Options, Work, Workload, WorkUnit
 from vitscope.core.probe import Probe
 from vitscope.core.tap import Tap
-from vitscope.core.weight_space import guarded_evaluation
+from vitscope.core.weight_space import MOST_POINTS_A_PASS, guarded_evaluation
 from vitscope.runtime.dtypes import parse_float_dtype
 
 
@@ -46,10 +46,25 @@ RECALIBRATED_EVALUATION = WorkUnit("recalibrated forward pass", _evaluation, ("d
 GRADIENT = WorkUnit("gradient", _gradient)
 
 
-def evaluations(workload: Workload, options: Options, repeats: Count) -> Work:
-    """Return evaluations over all images, under the options ``dtype`` and ``bn``."""
+def evaluations(workload: Workload, options: Options, repeats: Count, n_in_row: int = 1) -> Work:
+    """Return evaluations over all images, under the options ``dtype`` and ``bn``.
+
+    Args:
+        workload: What is measured.
+        options: The measure's.
+        repeats: Number of points.
+        n_in_row: Number of points of a row or line: where each pass would read the images again, some of a row share a pass.
+    """
     recalibrates = options.get("bn") == "recalibrate" and workload.has_batch_norm
-    return Work(RECALIBRATED_EVALUATION if recalibrates else EVALUATION, repeats, workload.n_images)
+    unit = RECALIBRATED_EVALUATION if recalibrates else EVALUATION
+    n_sharing = 1.0 if options.get("bn") == "recalibrate" else n_in_row / -(-n_in_row // MOST_POINTS_A_PASS)
+    return Work(unit, repeats, workload.n_images, n_sharing=n_sharing)
+
+
+def changed_evaluations(workload: Workload, n_changes: int) -> Work:
+    """Return evaluations of each batch as it is and with each of some changes, for which it is read once."""
+    repeats = 1 + n_changes
+    return Work(EVALUATION, Count.exactly(repeats), workload.n_images, n_sharing=repeats)
 
 
 def guard_checks(

@@ -192,6 +192,8 @@ class Work:
         n_images: Number of images of each time.
         is_divided: Whether the ranks of a process group divide it; each does it whole otherwise.
         is_check: Whether it is a check before the measurement.
+        n_sharing: Number of times that share one reading of the images, on average, where each pass reads them again; infinite
+            where another piece of work has read them.
     """
 
     unit: WorkUnit
@@ -199,6 +201,7 @@ class Work:
     n_images: float
     is_divided: bool = True
     is_check: bool = False
+    n_sharing: float = 1.0
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from math import inf
 
 import torch
 
@@ -43,8 +44,9 @@ def attack_cost(workload: Workload, options: Options) -> MeasureCost:
     differentiates = any(attack != "square" for attack in attacks)
     works = [
         evaluations(workload, {}, Count.exactly(1)),
-        Work(EVALUATION, looks, n),
-        *([Work(IMAGE_GRADIENT, gradients, n)] if differentiates else []),
+        # each attack reads the images once at each radius
+        Work(EVALUATION, looks, n, n_sharing=looks.expected / max(1, len(attacks) * n_epsilons)),
+        *([Work(IMAGE_GRADIENT, gradients, n, n_sharing=inf)] if differentiates else []),
         *guard_checks(workload),
         *(guard_checks(workload, second_order=True)[1:] if differentiates else []),
     ]

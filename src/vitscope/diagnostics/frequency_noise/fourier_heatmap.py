@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vitscope.core.cost.image_passes import EVALUATION, guard_checks
-from vitscope.core.cost.measure_cost import ENTRY, Count, MeasureCost, Options, Work, Workload, declares_cost
+from vitscope.core.cost.image_passes import changed_evaluations, guard_checks
+from vitscope.core.cost.measure_cost import ENTRY, MeasureCost, Options, Workload, declares_cost
 from vitscope.core.losses.requirements import check_classes, check_images
 from vitscope.core.measure_options import record_options
 from vitscope.core.objective_card import ObjectiveCard
@@ -67,7 +67,7 @@ def _cost(workload: Workload, options: Options) -> MeasureCost:
     (h, w), n = workload.image_size, options.get("n")
     rows, columns = _lowest(h, n), _lowest(w, n)
     n_waves = len({_canonical(int(k), int(l), h, w) for k in rows for l in columns})
-    works = [Work(EVALUATION, Count.exactly(1 + n_waves), workload.n_images), *guard_checks(workload)]
+    works = [changed_evaluations(workload, n_waves), *guard_checks(workload)]
     n_bins = len(rows) * len(columns)
     return MeasureCost(works, result_bytes=ENTRY * (2 * n_bins + len(rows) + len(columns)))
 

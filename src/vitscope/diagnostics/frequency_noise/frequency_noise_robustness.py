@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
-from vitscope.core.cost.image_passes import EVALUATION, guard_checks
-from vitscope.core.cost.measure_cost import Count, MeasureCost, Options, Work, Workload, declares_cost
+from vitscope.core.cost.image_passes import changed_evaluations, guard_checks
+from vitscope.core.cost.measure_cost import MeasureCost, Options, Workload, declares_cost
 from vitscope.core.losses.requirements import check_classes, check_images
 from vitscope.core.measure_options import record_options
 from vitscope.core.objective_card import ObjectiveCard
@@ -106,8 +106,8 @@ def _cost(workload: Workload, options: Options) -> MeasureCost:
     """Return an evaluation of the clean images and of each band at each rms; bands without a frequency are left out."""
     bands = _Bands(*workload.image_size, int(options["n_bands"]), str(options["construction"]))
     n_scales = len({float(options["rms"]), *map(float, options["curve_rms"])})
-    repeats = Count.exactly(1 + n_scales * int((bands.sizes > 0).sum()))
-    return MeasureCost([Work(EVALUATION, repeats, workload.n_images), *guard_checks(workload)])
+    n_changes = n_scales * int((bands.sizes > 0).sum())
+    return MeasureCost([changed_evaluations(workload, n_changes), *guard_checks(workload)])
 
 
 @declares_cost(_cost)

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
-from vitscope.core.cost.image_passes import EVALUATION, guard_checks
-from vitscope.core.cost.measure_cost import ENTRY, Count, MeasureCost, Options, Work, Workload, declares_cost
+from vitscope.core.cost.image_passes import changed_evaluations, guard_checks
+from vitscope.core.cost.measure_cost import ENTRY, MeasureCost, Options, Workload, declares_cost
 from vitscope.core.losses.requirements import check_classes, check_images
 from vitscope.core.measure_options import record_options
 from vitscope.core.objective_card import ObjectiveCard
@@ -69,7 +69,7 @@ class InputFilterResult(Result, coordinates={"cutoff": "cutoff"}):
 def _cost(workload: Workload, options: Options) -> MeasureCost:
     """Return an evaluation of the clean images and two for each cut-off."""
     n = len({float(cutoff) for cutoff in options["cutoffs"]})
-    works = [Work(EVALUATION, Count.exactly(1 + 2 * n), workload.n_images), *guard_checks(workload)]
+    works = [changed_evaluations(workload, 2 * n), *guard_checks(workload)]
     return MeasureCost(works, result_bytes=ENTRY * 7 * n)
 
 

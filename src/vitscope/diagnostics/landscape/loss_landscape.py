@@ -113,7 +113,7 @@ def _cost(workload: Workload, options: Options) -> MeasureCost:
     is_reduced = kind in (torch.bfloat16, torch.float16)
     # finished points of the grid are not measured again where rows are stored
     repeats = Count(n * n + 5, n * n + 5, n * n + 10) if is_reduced else Count.exactly(n * n)
-    works = [evaluations(workload, options, repeats), *guard_checks(workload, moves_weights=True)]
+    works = [evaluations(workload, options, repeats, n_in_row=n), *guard_checks(workload, moves_weights=True)]
     if options.get("directions") == "gradient":
         works.append(Work(GRADIENT, Count.exactly(1), workload.n_images, is_divided=False))
         works += guard_checks(workload, second_order=True)

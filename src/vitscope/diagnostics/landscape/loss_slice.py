@@ -86,7 +86,7 @@ def _cost(workload: Workload, options: Options) -> MeasureCost:
     """Return an evaluation for each point of each line."""
     n, n_lines = int(options["n"]), int(options["n_directions"])
     works = [
-        evaluations(workload, options, Count.exactly(n * n_lines)),
+        evaluations(workload, options, Count.exactly(n * n_lines), n_in_row=n),
         *guard_checks(workload, moves_weights=True),
     ]
     if options.get("directions") == "gradient":

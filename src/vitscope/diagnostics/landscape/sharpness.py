@@ -128,7 +128,7 @@ def _cost(workload: Workload, options: Options) -> MeasureCost | None:
     n_searches = sum(radius < SATURATED_RADIUS for radius in radii) * n_starts if n_steps else 0
     n = workload.n_images
     works = [
-        evaluations(workload, options, Count.exactly(1 + 4 * n_pairs * len(radii))),
+        evaluations(workload, options, Count.exactly(1 + 4 * n_pairs * len(radii)), n_in_row=2 * len(radii)),
         Work(EVALUATION, Count.exactly(1), 1, is_divided=False),  # the number of classes
         Work(EVALUATION, Count(n_searches, 0, n_searches), n),
         Work(GRADIENT, Count(n_searches * (n_steps + 1), 0, n_searches * (n_steps + 1)), n),

@@ -90,16 +90,18 @@ def _cost(workload: Workload, options: Options) -> MeasureCost:
     n_checkpoints = len(options["labels"] or ()) or workload.input_size(options, "checkpoints")
     if not n_checkpoints:
         raise UnknownCost("it depends on the number of checkpoints")
-    n_grid = int(options["n"]) ** 2
+    n = int(options["n"])
+    n_grid = n**2
     works = [
-        evaluations(workload, options, Count.exactly(2 * n_checkpoints + n_grid)),
+        evaluations(workload, options, Count.exactly(2 * n_checkpoints)),
+        evaluations(workload, options, Count.exactly(n_grid), n_in_row=max(n, 1)),
         *guard_checks(workload, moves_weights=True),
     ]
     # nine numbers of a checkpoint, the two shares, the sides and both surfaces; differences, axes and the weights to go back to
     return MeasureCost(
         works,
         held_bytes=(n_checkpoints + 3.0) * workload.parameter_bytes,
-        result_bytes=ENTRY * (9 * n_checkpoints + 2 + 2 * int(options["n"]) + 2 * n_grid),
+        result_bytes=ENTRY * (9 * n_checkpoints + 2 + 2 * n + 2 * n_grid),
     )
 
 

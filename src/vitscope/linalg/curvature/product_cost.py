@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, fields, replace
+from math import inf
 from typing import Any
 
 import torch
@@ -101,7 +102,10 @@ def batch_products(workload: Workload, options: Options, products: Count) -> lis
     checks = product_checks(workload, options)
     if keeps_graph(workload, options):
         return [Work(GRAPH, Count.exactly(n_batches), n), Work(PRODUCT, products.times(n_batches), n), *checks]
-    return [Work(GRAPH, Count.exactly(n_batches), n), Work(REBUILT_PRODUCT, products.times(n_batches), n), *checks]
+    rebuilt = Work(
+        REBUILT_PRODUCT, products.times(n_batches), n, n_sharing=inf
+    )  # of the batch that the gradient has read
+    return [Work(GRAPH, Count.exactly(n_batches), n), rebuilt, *checks]
 
 
 def search_products(workload: Workload, options: Options, n_values: int) -> Count | None:
