@@ -54,6 +54,6 @@ def keeping_images(cfg: DictConfig) -> DictConfig:
     """Return the configuration with which pieces of work are timed: without the reading of images, which counts by itself."""
     if factories.image_cache(cfg) != "none":
         return cfg
-    kept: Any = copy.deepcopy(cfg)
-    OmegaConf.update(kept, "probe.cache", "auto", force_add=True)
-    return kept
+    timed_cfg: Any = copy.deepcopy(cfg)
+    OmegaConf.update(timed_cfg, "probe.cache", "auto", force_add=True)
+    return timed_cfg
