@@ -37,7 +37,7 @@ def read_images(cfg: Any, options: dict[str, Any], monkeypatch: pytest.MonkeyPat
     works = image_reading.reading_works(analysis, probe, cost, {})
     predicted = sum(w.repeats.expected * w.n_images for w in works)
     seen.clear()
-    analysis.measure(probe, **all_options(analysis.measure, analysis.options | options))
+    analysis.measure(probe, **all_options(analysis.measure, {**analysis.options, **options}))
     return predicted, seen[1]
 
 
