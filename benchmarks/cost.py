@@ -16,8 +16,10 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
+from unittest import mock
 
 import torch
 from cost_settings import SETTINGS
@@ -127,40 +129,32 @@ def row(run: TrainedNetwork, analysis: spec.Analysis, counts_bytes: bool) -> Ite
     if cost.seconds is None or cost.products is None:
         yield f"unknown: {cost.reason}"
         return
-    measure, made = measurement(run, analysis), _ProductCount()
-    with made:
+    measure = measurement(run, analysis)
+    with counted_products() as n_products:
         before = time.process_time()
         measure()
         seconds = time.process_time() - before
     yield f"predicted {cost.seconds.expected:7.2f} s, took {seconds:7.2f} s, ratio {cost.seconds.expected / seconds:5.2f}"
     if cost.products.low < cost.products.high:
-        exact = with_counted_products(run, analysis, cost, made.n_products)
-        yield f"for the {made.n_products} products made {exact:.2f} s, ratio {exact / seconds:.2f}"
+        exact = with_counted_products(run, analysis, cost, n_products())
+        yield f"for the {n_products()} products made {exact:.2f} s, ratio {exact / seconds:.2f}"
     if counts_bytes and cost.peak_bytes is not None:
         peak = peak_bytes(measure, torch.device("cpu")) + cost_prediction.model_bytes(run.network)
         yield f"predicted {cost.peak_bytes / 1e6:.1f} MB, took {peak / 1e6:.1f} MB, ratio {cost.peak_bytes / peak:.2f}"
 
 
-class _ProductCount:
-    """A context that counts the products with the curvature that are made in it."""
+@contextmanager
+def counted_products() -> Iterator[Callable[[], int]]:
+    """Yield the function that returns the number of products with the curvature that were made inside."""
+    operators: list[Curvature] = []
+    make = Curvature.__init__
 
-    def __enter__(self) -> None:
-        self._make, self._operators = Curvature.__init__, []
-        make, operators = self._make, self._operators
+    def make_noted(operator: Curvature, *values: Any, **options: Any) -> None:
+        make(operator, *values, **options)
+        operators.append(operator)
 
-        def make_noted(operator: Curvature, *arguments: Any, **options: Any) -> None:
-            make(operator, *arguments, **options)
-            operators.append(operator)
-
-        Curvature.__init__ = make_noted
-
-    def __exit__(self, *error: object) -> None:
-        Curvature.__init__ = self._make
-
-    @property
-    def n_products(self) -> int:
-        """The number of products."""
-        return sum(operator.n_products for operator in self._operators)
+    with mock.patch.object(Curvature, "__init__", make_noted):
+        yield lambda: sum(operator.n_products for operator in operators)
 
 
 def compare(model: str, chosen: Sequence[str], n_steps: int, n_images: int, counts_bytes: bool) -> None:
