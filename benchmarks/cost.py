@@ -28,7 +28,8 @@ from omegaconf import DictConfig
 from torch import nn
 
 import vitscope.runtime.progress
-from vitscope.analyses import arguments, cost_prediction, spec
+from vitscope.analyses import arguments, spec
+from vitscope.analyses.prediction import cost_prediction
 from vitscope.config import factories, loading
 from vitscope.core.cost.measure_cost import cost_of
 from vitscope.core.cost.tensor_memory import peak_bytes

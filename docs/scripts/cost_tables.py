@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import vitscope as vs
-from vitscope.analyses.cost_prediction import UnitCost, combined, model_bytes
+from vitscope.analyses.prediction.cost_prediction import UnitCost, combined, model_bytes
 from vitscope.core.cost.measure_cost import MeasureCost, Workload, WorkUnit, cost_of, workload_of
 from vitscope.core.cost.tensor_memory import peak_bytes
 from vitscope.core.objective import Objective

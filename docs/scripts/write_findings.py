@@ -24,11 +24,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from vitscope.plotting.api import STYLE
-from vitscope.reports import study_export, study_files
 from vitscope.reports.claims import claim_verdicts
 from vitscope.reports.claims.claim_verdicts import ALPHA, MIN_SEEDS, NOT_MEASURED, ClaimVerdict, StatisticResult
 from vitscope.reports.claims.claims import CLAIMS
 from vitscope.reports.claims.effect_sizes import ReportRuns
+from vitscope.reports.exports import study_export, study_files
 from vitscope.reports.figures import claims_figure
 from vitscope.reports.model_costs import Costs
 from vitscope.reports.run_entry import Entry

@@ -13,7 +13,8 @@ from torch import nn
 import vitscope as vs
 from tests.helpers.configurations import composed
 from tests.helpers.run_folders import only_run
-from vitscope.analyses import announcement, spec, time_prediction
+from vitscope.analyses import announcement, spec
+from vitscope.analyses.prediction import time_prediction
 from vitscope.config import factories
 from vitscope.runtime.errors import DataError
 

@@ -12,7 +12,7 @@ from torch import nn
 import vitscope as vs
 from vitscope.analyses import arguments, spec
 from vitscope.analyses.context import AnalysisContext
-from vitscope.analyses.cost_prediction import predict_costs
+from vitscope.analyses.prediction.cost_prediction import predict_costs
 from vitscope.config import factories
 from vitscope.core.run_inputs import FromRun, run_inputs
 

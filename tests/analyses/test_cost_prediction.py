@@ -13,9 +13,10 @@ from torch import nn
 
 import vitscope as vs
 from tests.helpers.configurations import composed
-from vitscope.analyses import cost_prediction, spec
-from vitscope.analyses.cost_prediction import UnitCost, combined, measure_unit, predict_costs
-from vitscope.analyses.cost_table import cost_table
+from vitscope.analyses import spec
+from vitscope.analyses.prediction import cost_prediction
+from vitscope.analyses.prediction.cost_prediction import UnitCost, combined, measure_unit, predict_costs
+from vitscope.analyses.prediction.cost_table import cost_table
 from vitscope.config import factories
 from vitscope.core.cost.measure_cost import Count, MeasureCost, Work, WorkUnit
 from vitscope.core.cost.tensor_memory import peak_bytes

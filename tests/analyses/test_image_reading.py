@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from tests.helpers.configurations import composed
-from vitscope.analyses import cost_prediction, image_reading, spec
+from vitscope.analyses import spec
+from vitscope.analyses.prediction import cost_prediction, image_reading
 from vitscope.config import factories
 from vitscope.core.cost.measure_cost import all_options, stated_cost
 from vitscope.data.probe_batches import ProbeBatches

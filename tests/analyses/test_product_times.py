@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from tests.helpers.configurations import composed
-from vitscope.analyses import cost_prediction, spec, time_prediction
+from vitscope.analyses import spec
+from vitscope.analyses.prediction import cost_prediction, time_prediction
 from vitscope.config import factories
 from vitscope.core.cost.measure_cost import Count
 from vitscope.linalg.curvature import product_cost

@@ -13,9 +13,10 @@ from PIL import Image
 from docs.scripts import write_findings
 from docs.scripts.page_images import LIMIT
 from tests.helpers.report_runs import rise, spectrum, write_run
-from vitscope.reports import run_index, study_export
+from vitscope.reports import run_index
 from vitscope.reports.claims import claim_verdicts
 from vitscope.reports.claims.claims import CLAIMS
+from vitscope.reports.exports import study_export
 from vitscope.runs import run_dir
 
 

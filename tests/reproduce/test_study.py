@@ -16,7 +16,7 @@ import pytest
 from tests.helpers.report_runs import other_card, rise, spectrum, write_run
 from vitscope.cli import reproduce
 from vitscope.diagnostics.fourier.branch_transfer import BranchTransferResult
-from vitscope.reports import study_export
+from vitscope.reports.exports import study_export
 from vitscope.reproduce import draw, plan
 from vitscope.reproduce.plan import Target, Trial
 from vitscope.runtime.errors import ConfigError, DataError, StorageError

@@ -13,7 +13,7 @@ import pytest
 
 from tests.helpers.report_runs import spectrum, write_run
 from vitscope.cli import reproduce
-from vitscope.reports import study_export
+from vitscope.reports.exports import study_export
 from vitscope.reproduce import draw
 from vitscope.runtime.errors import ConfigError, DataError
 

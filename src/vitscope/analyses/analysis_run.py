@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 
-from vitscope.analyses import announcement, arguments, context, cost_prediction, runner, spec, time_prediction
+from vitscope.analyses import announcement, arguments, context, runner, spec
 from vitscope.analyses.analysis_inputs import AnalysisInputs, prepare_inputs
-from vitscope.analyses.cost_prediction import PredictedCost
+from vitscope.analyses.prediction import cost_prediction, time_prediction
+from vitscope.analyses.prediction.cost_prediction import PredictedCost
 from vitscope.config import error_translation, loading, model_facts
 from vitscope.core.cost.measure_cost import Count
 from vitscope.models.state_dicts import CURRENT_WEIGHTS

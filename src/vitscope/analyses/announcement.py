@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 
+from vitscope.analyses.prediction.time_prediction import Prediction
 from vitscope.analyses.spec import Analysis, probe_request
-from vitscope.analyses.time_prediction import Prediction
 from vitscope.config import factories
 from vitscope.core.losses.named_losses import LOSSES
 from vitscope.data import DataModule, batch_cache

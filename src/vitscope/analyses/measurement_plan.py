@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from vitscope.analyses import time_prediction
+from vitscope.analyses.prediction import time_prediction
 from vitscope.analyses.spec import Analysis
 from vitscope.runtime.text_layout import duration_text
 

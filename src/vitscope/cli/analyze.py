@@ -63,7 +63,8 @@ def _print_costs(cfg: DictConfig, overrides: Sequence[str], run_value_overrides:
     if rank_request.launched_world_size() > 1:
         reason = "the prediction is one process's"
         raise ConfigError("cost", True, reason, "start it without a launcher; trainer=ddp says for how many processes")
-    from vitscope.analyses import analysis_run, cost_table  # imports torch
+    from vitscope.analyses import analysis_run  # imports torch
+    from vitscope.analyses.prediction import cost_table
 
     costs = analysis_run.predict(cfg, _chosen_keys(overrides), run_value_overrides, max(n_started, 1))
     print(cost_table.cost_table(costs))

@@ -269,7 +269,7 @@ def _raise_problems(request: Request, problems: Sequence[str]) -> None:
 
 def _export(request: Request, folder: Path, targets: Sequence[Target], outcomes: Mapping[Trial, Outcome]) -> None:
     """Write the numbers of the targets' runs as a study."""
-    from vitscope.reports import study_export
+    from vitscope.reports.exports import study_export
     from vitscope.reproduce import draw as drawing
     from vitscope.runtime.text_layout import size_text
 
@@ -283,7 +283,7 @@ def _export(request: Request, folder: Path, targets: Sequence[Target], outcomes:
 
 def _redraw(request: Request, plan: Mapping[str, Any], names: Sequence[str]) -> None:
     """Draw tables and figures of numbers from a study or its parts, and write the parts as one."""
-    from vitscope.reports import study_export
+    from vitscope.reports.exports import study_export
     from vitscope.reproduce import draw as drawing
     from vitscope.runtime.text_layout import size_text
 

@@ -10,7 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from vitscope.cli import exit_codes
-from vitscope.reports import run_bundle, run_description, run_index, run_listing
+from vitscope.reports import run_description, run_index, run_listing
+from vitscope.reports.exports import run_bundle
 from vitscope.reports.run_listing import Summary
 from vitscope.runs import run_dir, run_removal
 from vitscope.runtime import errors, redaction

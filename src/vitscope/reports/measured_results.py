@@ -32,7 +32,8 @@ class Measured:
         card: Conditions of the measurement.
         error: Reason why there is no result, else empty.
         time: Modification time of the file, in seconds, to find the newest result.
-        texts: Fields of the result that are texts, where it comes from a study without arrays (`vitscope.reports.study_export`).
+        texts: Fields of the result that are texts, where it comes from a study without arrays
+            (`vitscope.reports.exports.study_export`).
     """
 
     analysis: str

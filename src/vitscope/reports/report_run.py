@@ -12,9 +12,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from vitscope.config import loading
 from vitscope.plotting.style import KIND_COLORS
-from vitscope.reports import run_entry, run_index, saved_results, study_export
+from vitscope.reports import run_entry, run_index, saved_results
 from vitscope.reports.claims import claim_verdicts
 from vitscope.reports.claims.effect_sizes import ReportRuns
+from vitscope.reports.exports import study_export
 from vitscope.reports.figures import figure_captions, figure_plan, figure_worker, html_page, step_histories
 from vitscope.reports.model_costs import Costs
 from vitscope.reports.tables import baselines, factorial_tables, headline_tables, terminal_table

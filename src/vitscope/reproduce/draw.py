@@ -9,9 +9,10 @@ from typing import Protocol
 
 from vitscope.config import experiment_identity
 from vitscope.plotting.api import save_figure
-from vitscope.reports import run_index, study_export
+from vitscope.reports import run_index
 from vitscope.reports.claims import claim_verdicts
 from vitscope.reports.claims.effect_sizes import ReportRuns
+from vitscope.reports.exports import study_export
 from vitscope.reports.figures import (
     claims_figure,
     figure_captions,

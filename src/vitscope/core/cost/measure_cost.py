@@ -1,8 +1,8 @@
 """The cost of a measure before it starts: passes over images, products and bytes, from closed formulas of its options.
 
 A measure declares its formula with `declares_cost`. The formula says how often which piece of work is done; how long a piece
-takes is measured once, with the model and the images at hand (`vitscope.analyses.cost_prediction`). A measure without a formula
-has an unknown cost.
+takes is measured once, with the model and the images at hand (`vitscope.analyses.prediction.cost_prediction`). A measure without
+a formula has an unknown cost.
 """
 
 from __future__ import annotations

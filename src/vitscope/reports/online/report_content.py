@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from vitscope.config.experiment_identity import identity
-from vitscope.reports import study_export
 from vitscope.reports.claims import claim_verdicts
 from vitscope.reports.claims.effect_sizes import ReportRuns
+from vitscope.reports.exports import study_export
 from vitscope.reports.model_costs import Costs
 from vitscope.reports.run_entry import Entry
 from vitscope.reports.tables.table import Table

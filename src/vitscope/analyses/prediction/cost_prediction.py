@@ -20,7 +20,7 @@ from omegaconf import DictConfig
 from torch import nn
 
 from vitscope.analyses import arguments
-from vitscope.analyses.image_reading import keeping_images, reading_works
+from vitscope.analyses.prediction.image_reading import keeping_images, reading_works
 from vitscope.analyses.spec import Analysis, probe_request
 from vitscope.config import factories
 from vitscope.config.keys.analysis_keys import CROSS_VALIDATION

@@ -1,7 +1,7 @@
 """Prediction of the time of analyses when they start: one forward pass is timed, and one product where many follow.
 
 Gradients and statistics of feature maps are not timed here, since that would take as long as some analyses: ``cost=true`` does
-so (`vitscope.analyses.cost_prediction`), by the same formulas.
+so (`vitscope.analyses.prediction.cost_prediction`), by the same formulas.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def predict(
         data: Data module.
         measured: Names of analyses that have a result already.
         time_products: Returns the seconds of those of the other analyses whose products can be timed
-            (`vitscope.analyses.cost_prediction.predict_times`); None to time forward passes alone.
+            (`vitscope.analyses.prediction.cost_prediction.predict_times`); None to time forward passes alone.
     """
     seconds: dict[str, float] = {}
     per_image: dict[tuple[Any, ...], float | None] = {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from vitscope.analyses.cost_prediction import PredictedCost
+from vitscope.analyses.prediction.cost_prediction import PredictedCost
 from vitscope.core.cost.measure_cost import Count
 from vitscope.runtime.text_layout import aligned, duration_text, size_text
 

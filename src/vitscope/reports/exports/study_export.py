@@ -2,7 +2,7 @@
 
 The tables and figures of numbers that were drawn from the runs are drawn from it again: ``vitscope reproduce table-claims
 from=results/cifar10_small``. Seeds that were trained elsewhere are further parts of a study, which `read` and `join` put
-together. `vitscope.reports.study_files` has the layout.
+together. `vitscope.reports.exports.study_files` has the layout.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ from typing import Any
 
 from vitscope.config import experiment_identity, loading
 from vitscope.core.objective_card import ObjectiveCard
-from vitscope.reports import run_index, study_files
+from vitscope.reports import run_index
+from vitscope.reports.exports import study_files
+from vitscope.reports.exports.study_files import Study
 from vitscope.reports.measured_results import Measured
 from vitscope.reports.run_entry import Entry
-from vitscope.reports.study_files import Study
 from vitscope.runs.run_dir import Run
 from vitscope.runtime.errors import ConfigError, DataError, StorageError
 

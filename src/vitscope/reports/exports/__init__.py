@@ -1,0 +1,1 @@
+"""Runs and studies as files that leave the machine: bundles of run folders, and numbers for a repository."""
