@@ -203,6 +203,9 @@ def _claim_block(verdict: ClaimVerdict, n_claims: int, figures: str) -> str:
     compared = dict.fromkeys(pair for f in verdict.findings for pair in f.effect.compared.split("; ") if pair)
     if compared:
         lines += ["", "Compared:", "", *(f"- {_escaped(pair)}" for pair in compared)]
+    left_out = dict.fromkeys(text for f in verdict.findings for text in f.effect.refused.split("; ") if text)
+    if left_out:
+        lines += ["", "Left out:", "", *(f"- {_escaped(text)}" for text in left_out)]
     return "\n".join(lines)
 
 

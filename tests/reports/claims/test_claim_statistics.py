@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from tests.helpers.report_runs import CARD, Given, bench, curve, other_card, ris
 from vitscope.diagnostics.fourier.branch_transfer import BranchTransferResult
 from vitscope.reports.claims import claim_statistics, claim_verdicts
 from vitscope.reports.claims.claims import CLAIMS
-from vitscope.reports.claims.effect_sizes import Effect, ReportRuns, balanced_means, plainest
+from vitscope.reports.claims.effect_sizes import Effect, ReportRuns, balanced_means, balanced_parts, plainest
 from vitscope.reports.claims.matched_controls import flattening
 from vitscope.reports.model_costs import Cost
 from vitscope.runs import run_dir
@@ -153,7 +154,19 @@ def test_kinds_are_averaged_over_models_that_share_their_seeds(make_run: Callabl
         write_scalars(random, "feature_map_variance", {"log_variance_ratio_msa": 5.0})
     found = claim_statistics.mean_by_kind(bench(tmp_path), "feature_map_variance", "log_variance_ratio_msa")
     assert found.values == pytest.approx({0: -0.3, 1: 0.7}, rel=1e-9)
+    assert "swin" not in found.compared
+    assert re.fullmatch("swin.* left out: it has 1 of the 2 seeds", found.refused)
     assert balanced_means([]) == {}
+
+
+def test_the_models_and_seeds_of_a_mean_are_those_with_the_most_values() -> None:
+    late, early = dict.fromkeys(range(8), 1.0), dict.fromkeys(range(7), -3.0)
+    assert balanced_means([late, early, early]) == dict.fromkeys(range(7), -5 / 3)  # one model is ahead by a seed
+    assert balanced_parts([late, early, early]) == ([0, 1, 2], list(range(7)))
+    assert balanced_parts([{0: 1.0}, late, {}]) == ([1], list(range(8)))
+    assert balanced_parts([{0: 1.0}, {0: 2.0, 1: 2.0}]) == ([0, 1], [0])  # of equal numbers, more models
+    assert balanced_parts([{0: 1.0}, {1: 2.0}]) == ([], [])  # neither comes first
+    assert balanced_parts([]) == ([], [])
 
 
 def test_branch_transfer_counts_only_beside_the_initial_model(make_run: Callable, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from vitscope.reports.claims.effect_sizes import (
     Reader,
     ReportRuns,
     Runs,
-    balanced_means,
+    balanced_effect,
     by_setting,
     digest_without,
     is_family,
@@ -109,7 +109,7 @@ def data_trend(
 def mean_by_kind(
     report_runs: ReportRuns, measure: str, scalar: str, keep: Callable[[Entry], bool] | None = None
 ) -> Effect:
-    """Return a measure's scalar of one kind of unit: mean over the experiments that have it.
+    """Return a measure's scalar of one kind of unit: mean over the experiments that have it, see `balanced_effect`.
 
     AlterNets with something else in attention's place are controls and count for no kind.
     """
@@ -121,7 +121,7 @@ def mean_by_kind(
         if values:
             parts.append(values)
             names.append(lowest_seed_run(runs).label)
-    return Effect(balanced_means(parts), ", ".join(names), "" if parts else f"{measure} of a model with {scalar}")
+    return balanced_effect(parts, names, ", ", f"{measure} of a model with {scalar}")
 
 
 def has_initial_reference(report_runs: ReportRuns) -> Callable[[Entry], bool]:
@@ -180,8 +180,7 @@ def placement_difference(report_runs: ReportRuns) -> Effect:
             if elsewhere and alike and all(sizes) and abs((sizes[1] or 0) / (sizes[0] or 1) - 1) <= EQUAL:
                 differences.append(paired_difference(runs, other, report_runs.metric("test/accuracy")))
                 names.append(f"{report_runs.describe(runs)} − {report_runs.describe(other)}")
-    values = balanced_means(differences)
-    return Effect(values, "; ".join(names), "" if values else "AlterNets that differ in model.placement alone")
+    return balanced_effect(differences, names, "; ", "AlterNets that differ in model.placement alone")
 
 
 def best_model_difference(report_runs: ReportRuns, families: Sequence[str], read: Reader, requirement: str) -> Effect:

@@ -142,7 +142,7 @@ def _measured_effect(part: ClaimStatistic, report_runs: ReportRuns) -> Effect:
     part.measure(replace(report_runs, selection=recording_selection))
     shared_selection = recording_selection.sharing_among_requested()
     effect = part.measure(replace(report_runs, selection=shared_selection))
-    return replace(effect, refused="; ".join(shared_selection.refusals()))
+    return replace(effect, refused="; ".join(filter(None, (effect.refused, *shared_selection.refusals()))))
 
 
 def _finding(part: ClaimStatistic, effect: Effect) -> StatisticResult:

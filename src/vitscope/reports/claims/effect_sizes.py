@@ -33,7 +33,8 @@ class Effect:
         compared: Names of the compared experiments.
         lacking: Trainings or analyses that are missing for it, in words.
         blocked: Reason why it supports no claim whatever its interval is; empty if there is none.
-        refused: Results that were left out because they were measured under other conditions than the rest, in words.
+        refused: Results that were left out because they were measured under other conditions than the rest, and experiments that
+            lack seeds of the rest, in words.
     """
 
     values: Mapping[int, float] = field(default_factory=dict)
@@ -106,15 +107,47 @@ def paired_difference(a: Runs, b: Runs, read: Reader) -> dict[int, float]:
     return values
 
 
-def balanced_means(parts: Sequence[Mapping[int, float]]) -> dict[int, float]:
-    """Return the mean over parts of each seed, over the parts that have the most seeds and over seeds that they share.
+def balanced_parts(parts: Sequence[Mapping[int, float]]) -> tuple[list[int], list[int]]:
+    """Return the indices of the parts over which a mean of each seed is taken, and these seeds.
 
-    A seed for which some parts are missing would mix up seeds with parts.
+    A seed for which some parts are missing would mix up seeds with parts. All parts that are taken have all seeds that are taken.
+    Parts are added in the order of their number of seeds, those of one number together, as long as they share seeds; taken is
+    what has the most values, parts times seeds, and of equal numbers the one of more parts.
     """
-    most = max((len(part) for part in parts), default=0)
-    full = [part for part in parts if len(part) == most and most]
-    shared = set.intersection(*map(set, full)) if full else set()
-    return {seed: float(np.mean([part[seed] for part in full])) for seed in sorted(shared)}
+    best: tuple[list[int], set[int]] = ([], set())
+    for least in sorted({len(part) for part in parts}, reverse=True):
+        indices = [i for i, part in enumerate(parts) if len(part) >= least]
+        shared = set.intersection(*(set(parts[i]) for i in indices))
+        if shared and len(indices) * len(shared) >= len(best[0]) * len(best[1]):
+            best = (indices, shared)
+    return best[0], sorted(best[1])
+
+
+def balanced_means(parts: Sequence[Mapping[int, float]]) -> dict[int, float]:
+    """Return the mean of each seed over the parts, for the parts and seeds of `balanced_parts`."""
+    indices, seeds = balanced_parts(parts)
+    return {seed: float(np.mean([parts[i][seed] for i in indices])) for seed in seeds}
+
+
+def balanced_effect(parts: Sequence[Mapping[int, float]], names: Sequence[str], separator: str, lacking: str) -> Effect:
+    """Return the effect of `balanced_means`, which names the parts that it is taken over, and those that are left out.
+
+    Args:
+        parts: Values by seed of each part.
+        names: Names of the parts.
+        separator: Between the names of parts.
+        lacking: Text of the effect if no part has a value.
+    """
+    indices, seeds = balanced_parts(parts)
+    left_out = [
+        f"{name} left out: it has {len(set(seeds) & set(part))} of the {len(seeds)} seeds"
+        for i, (name, part) in enumerate(zip(names, parts))
+        if i not in indices
+    ]
+    compared = separator.join(names[i] for i in indices) or separator.join(names)
+    return Effect(
+        balanced_means(parts), compared, "" if seeds else lacking, refused="; ".join(left_out if seeds else ())
+    )
 
 
 def slopes(runs: Sequence[tuple[float, Runs]], read: Reader) -> dict[int, float]:

@@ -10,7 +10,7 @@ from vitscope.reports.claims.effect_sizes import (
     Reader,
     ReportRuns,
     Runs,
-    balanced_means,
+    balanced_effect,
     digest_without,
     logarithm_of,
     lowest_seed_run,
@@ -50,15 +50,14 @@ def flattening(report_runs: ReportRuns, measure: str, scalar: str, *, control: s
     lacking = "trained AlterNets" if not alternets else _missing_control(control)
     if not alternets or not pairs:
         return Effect(lacking=lacking)
-    compared = "; ".join(f"{report_runs.describe(a)} − {report_runs.describe(b)}" for a, b in pairs)
+    names = [f"{report_runs.describe(a)} − {report_runs.describe(b)}" for a, b in pairs]
     if matched == "epoch":
         read = report_runs.scalar(measure, scalar)
         parts = [paired_difference(a, b, logarithm_of(read) if log else read) for a, b in pairs]
     else:
         parts = [_at_matched_nll(report_runs, a, b, measure, scalar, log) for a, b in pairs]
-    values = balanced_means(parts)
     moments = "at the end" if matched == "epoch" else "at several epochs, with the training NLL (sharpness or slice)"
-    return Effect(values, compared, "" if values else f"{measure} of both {moments}")
+    return balanced_effect(parts, names, "; ", f"{measure} of both {moments}")
 
 
 def has_attention(entry: Entry) -> bool:
