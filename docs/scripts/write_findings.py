@@ -25,7 +25,15 @@ from matplotlib.figure import Figure
 
 from vitscope.plotting.api import STYLE
 from vitscope.reports.claims import claim_verdicts
-from vitscope.reports.claims.claim_verdicts import ALPHA, MIN_SEEDS, NOT_MEASURED, ClaimVerdict, StatisticResult
+from vitscope.reports.claims.claim_verdicts import (
+    ALPHA,
+    CONTRADICTED,
+    MIN_SEEDS,
+    NOT_MEASURED,
+    SUPPORTED,
+    ClaimVerdict,
+    StatisticResult,
+)
 from vitscope.reports.claims.claims import CLAIMS
 from vitscope.reports.claims.effect_sizes import ReportRuns
 from vitscope.reports.exports import study_export, study_files
@@ -33,7 +41,8 @@ from vitscope.reports.figures import claims_figure
 from vitscope.reports.model_costs import Costs
 from vitscope.reports.run_entry import Entry
 from vitscope.reports.value_lookup import Selection
-from vitscope.stats.location_tests import fewest_values, smallest_p
+from vitscope.stats.location_tests import fewest_values
+from vitscope.stats.t_tests import holm
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
@@ -93,7 +102,8 @@ def write_blocks(
         figures: Path of the figures' folder from the page.
     """
     blocks = {"summary": _summary(section_links(text), judged, entries, study, figures)}
-    return blocks | {j.claim.name: _claim_block(j, len(judged), figures) for j in judged}
+    provisional = provisional_claims(judged)
+    return blocks | {j.claim.name: _claim_block(j, len(judged), figures, j.claim.name in provisional) for j in judged}
 
 
 def seed_count(verdict: ClaimVerdict) -> str:
@@ -115,9 +125,11 @@ def _summary(
     n_seeds = len({entry.seed for entry in entries})
     trained = [entry for entry in entries if not entry.superseded]
     hours = sum(float(entry.facts.get("wall_s") or 0.0) for entry in trained) / 3600
+    provisional = provisional_claims(judged)
+    verdicts = {j.claim.name: j.verdict + (", provisional" if j.claim.name in provisional else "") for j in judged}
     rows = [
         f"| [{j.claim.statement}](#{links[j.claim.name]}) "
-        f"| {j.verdict} | {_p_text(j.p_holm)} | {seed_count(j)} | {sign_count(j)} |"
+        f"| {verdicts[j.claim.name]} | {_p_text(j.p_holm)} | {seed_count(j)} | {sign_count(j)} |"
         for j in judged
     ]
     lines = [
@@ -146,6 +158,16 @@ def _lengths(entries: Sequence[Entry]) -> str:
     return f" of {', '.join(f'{value:g}' for value in values)} epochs or an equal number of steps" if values else ""
 
 
+def provisional_claims(judged: Sequence[ClaimVerdict]) -> set[str]:
+    """Return the names of decided claims that a correction over all claims, with p = 1 for undecided ones, would not decide."""
+    over_all = holm({verdict.claim.name: 1.0 if np.isnan(verdict.p) else verdict.p for verdict in judged})
+    return {
+        verdict.claim.name
+        for verdict in judged
+        if verdict.verdict in (SUPPORTED, CONTRADICTED) and over_all[verdict.claim.name] >= ALPHA
+    }
+
+
 def _what_follows(judged: Sequence[ClaimVerdict]) -> str:
     """Return which verdicts the claims' numbers of seeds allow."""
     n_claims, needed = len(judged), fewest_values(ALPHA / len(judged))
@@ -170,26 +192,31 @@ def _what_follows(judged: Sequence[ClaimVerdict]) -> str:
         )
     if n_few := n_claims - sum(n >= MIN_SEEDS for n in counts):
         texts.append(
-            f"{n_few} of {n_claims} claims have fewer than {MIN_SEEDS} seeds and are not judged: the table shows "
-            f"their effects. From {MIN_SEEDS} seeds on a claim can be suggested, from {needed} on it can be supported or "
-            "contradicted."
+            f"{n_few} of {n_claims} claims have a statistic with fewer than {MIN_SEEDS} seeds. From {MIN_SEEDS} seeds on a claim "
+            f"can be suggested, from {needed} on it can be supported or contradicted."
         )
     if 0 < n_tested < n_claims and most >= needed:
+        provisional = provisional_claims(judged)
+        names = " and ".join(f'"{verdict.claim.statement}"' for verdict in judged if verdict.claim.name in provisional)
         texts.append(
-            f"The correction is over the {n_tested} claims that are judged. Over all {n_claims}, with p = 1 for those that are "
-            f"not, a claim whose {needed} seeds all have the claimed sign would have p = {n_claims * smallest_p(needed):.2g}."
+            f"The correction is over the {n_tested} claims that are judged. "
+            + (
+                f"Over all {n_claims}, with p = 1 for those that are not, {names} would be undecided: the verdict is provisional."
+                if provisional
+                else f"Over all {n_claims}, with p = 1 for those that are not, the verdicts are the same."
+            )
         )
     return " ".join(texts)
 
 
-def _claim_block(verdict: ClaimVerdict, n_claims: int, figures: str) -> str:
+def _claim_block(verdict: ClaimVerdict, n_claims: int, figures: str, is_provisional: bool) -> str:
     if verdict.verdict == NOT_MEASURED:
         return f"**Verdict: not measured.** {_sentence(verdict.reason)}".strip()
     p = _p_text(verdict.p_holm)
     p_text = f" (p = {p} after the correction over claims)" if p else ""
     n_parts = sum(f.part.tested for f in verdict.findings)
     lines = [
-        f"**Verdict: {verdict.verdict}**{p_text}. {_sentence(verdict.reason)}".strip(),
+        f"**Verdict: {verdict.verdict}{', provisional' if is_provisional else ''}**{p_text}. {_sentence(verdict.reason)}".strip(),
         "",
         "| statistic | claimed | effect [95 % interval] | seeds | alone |",
         "|---|---|---|---|---|",
