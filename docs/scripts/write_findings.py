@@ -102,8 +102,8 @@ def write_blocks(
         figures: Path of the figures' folder from the page.
     """
     blocks = {"summary": _summary(section_links(text), judged, entries, study, figures)}
-    provisional = provisional_claims(judged)
-    return blocks | {j.claim.name: _claim_block(j, len(judged), figures, j.claim.name in provisional) for j in judged}
+    verdicts = verdict_texts(judged)
+    return blocks | {j.claim.name: _claim_block(j, len(judged), figures, verdicts[j.claim.name]) for j in judged}
 
 
 def seed_count(verdict: ClaimVerdict) -> str:
@@ -125,8 +125,7 @@ def _summary(
     n_seeds = len({entry.seed for entry in entries})
     trained = [entry for entry in entries if not entry.superseded]
     hours = sum(float(entry.facts.get("wall_s") or 0.0) for entry in trained) / 3600
-    provisional = provisional_claims(judged)
-    verdicts = {j.claim.name: j.verdict + (", provisional" if j.claim.name in provisional else "") for j in judged}
+    verdicts = verdict_texts(judged)
     rows = [
         f"| [{j.claim.statement}](#{links[j.claim.name]}) "
         f"| {verdicts[j.claim.name]} | {_p_text(j.p_holm)} | {seed_count(j)} | {sign_count(j)} |"
@@ -166,6 +165,12 @@ def provisional_claims(judged: Sequence[ClaimVerdict]) -> set[str]:
         for verdict in judged
         if verdict.verdict in (SUPPORTED, CONTRADICTED) and over_all[verdict.claim.name] >= ALPHA
     }
+
+
+def verdict_texts(judged: Sequence[ClaimVerdict]) -> dict[str, str]:
+    """Return each claim's verdict in words, with "provisional" where it is."""
+    provisional = provisional_claims(judged)
+    return {j.claim.name: j.verdict + (", provisional" if j.claim.name in provisional else "") for j in judged}
 
 
 def _what_follows(judged: Sequence[ClaimVerdict]) -> str:
@@ -209,14 +214,14 @@ def _what_follows(judged: Sequence[ClaimVerdict]) -> str:
     return " ".join(texts)
 
 
-def _claim_block(verdict: ClaimVerdict, n_claims: int, figures: str, is_provisional: bool) -> str:
+def _claim_block(verdict: ClaimVerdict, n_claims: int, figures: str, verdict_text: str) -> str:
     if verdict.verdict == NOT_MEASURED:
         return f"**Verdict: not measured.** {_sentence(verdict.reason)}".strip()
     p = _p_text(verdict.p_holm)
     p_text = f" (p = {p} after the correction over claims)" if p else ""
     n_parts = sum(f.part.tested for f in verdict.findings)
     lines = [
-        f"**Verdict: {verdict.verdict}{', provisional' if is_provisional else ''}**{p_text}. {_sentence(verdict.reason)}".strip(),
+        f"**Verdict: {verdict_text}**{p_text}. {_sentence(verdict.reason)}".strip(),
         "",
         "| statistic | claimed | effect [95 % interval] | seeds | alone |",
         "|---|---|---|---|---|",
@@ -259,7 +264,7 @@ def _has_spread(judged: Sequence[ClaimVerdict]) -> bool:
     return any(f.interval is not None and f.interval.half_width > 0 for j in judged for f in j.findings)
 
 
-def draw_claim(verdict: ClaimVerdict, data: Sequence[str]) -> Figure | None:
+def draw_claim(verdict: ClaimVerdict, data: Sequence[str], verdict_text: str) -> Figure | None:
     """Draw the statistics of a claim, one panel for each unit: seeds as dots, the mean with its 95 % t-interval.
 
     The side of zero that the claim predicts is shaded. None where nothing was measured.
@@ -283,7 +288,7 @@ def draw_claim(verdict: ClaimVerdict, data: Sequence[str]) -> Figure | None:
             )
             axes.set_yticks(range(len(group)), [f.part.name for f in group], fontsize=6.5)
             axes.tick_params(axis="y", length=0)
-        figure.suptitle(f"{verdict.claim.statement}: {verdict.verdict} ({', '.join(data)})", fontsize=8)
+        figure.suptitle(f"{verdict.claim.statement}: {verdict_text} ({', '.join(data)})", fontsize=8)
     return figure
 
 
@@ -307,7 +312,8 @@ def draw_figures(judged: Sequence[ClaimVerdict], data: Sequence[str], folder: Pa
     """Write the figures of the page, and remove those of claims that are no longer measured."""
     for file in folder.glob("*.webp"):
         file.unlink()
-    pictures = {verdict.claim.name: draw_claim(verdict, data) for verdict in judged}
+    texts = verdict_texts(judged)
+    pictures = {j.claim.name: draw_claim(j, data, texts[j.claim.name]) for j in judged}
     if _has_spread(judged):
         pictures["effects"] = claims_figure.draw(judged, data)
     for name, figure in pictures.items():
