@@ -19,18 +19,12 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
-from matplotlib import style
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
-from vitscope.plotting.api import STYLE
 from vitscope.reports.claims import claim_verdicts
 from vitscope.reports.claims.claim_verdicts import (
     ALPHA,
-    CONTRADICTED,
     MIN_SEEDS,
     NOT_MEASURED,
-    SUPPORTED,
     ClaimVerdict,
     StatisticResult,
 )
@@ -42,18 +36,16 @@ from vitscope.reports.model_costs import Costs
 from vitscope.reports.run_entry import Entry
 from vitscope.reports.value_lookup import Selection
 from vitscope.stats.location_tests import fewest_values
-from vitscope.stats.t_tests import holm
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
+from docs.scripts.findings_figures import draw_claim  # noqa: E402  needs the path above
 from docs.scripts.page_images import save_webp  # noqa: E402  needs the path above
 
 PAGE = ROOT / "docs" / "findings.md"
 FIGURES = ROOT / "docs" / "findings"
 STUDY = ROOT / "results" / "cifar10_small"
 TARGET = "table-claims"
-#: colors of what a statistic alone says, as in the figure of all claims
-_COLORS = {name: color for name, (color, _) in claims_figure.LOOKS.items()}
 _BLOCK = re.compile(r"(?P<open><!-- study: (?P<name>[a-z_]+) -->\n).*?(?P<close><!-- end of study -->)", re.DOTALL)
 _HEADING = re.compile(r"^## (.+)$", re.MULTILINE)
 _SIGN = {1: "above 0", -1: "below 0"}
@@ -157,19 +149,9 @@ def _lengths(entries: Sequence[Entry]) -> str:
     return f" of {', '.join(f'{value:g}' for value in values)} epochs or an equal number of steps" if values else ""
 
 
-def provisional_claims(judged: Sequence[ClaimVerdict]) -> set[str]:
-    """Return the names of decided claims that a correction over all claims, with p = 1 for undecided ones, would not decide."""
-    over_all = holm({verdict.claim.name: 1.0 if np.isnan(verdict.p) else verdict.p for verdict in judged})
-    return {
-        verdict.claim.name
-        for verdict in judged
-        if verdict.verdict in (SUPPORTED, CONTRADICTED) and over_all[verdict.claim.name] >= ALPHA
-    }
-
-
 def verdict_texts(judged: Sequence[ClaimVerdict]) -> dict[str, str]:
     """Return each claim's verdict in words, with "provisional" where it is."""
-    provisional = provisional_claims(judged)
+    provisional = claim_verdicts.provisional_claims(judged)
     return {j.claim.name: j.verdict + (", provisional" if j.claim.name in provisional else "") for j in judged}
 
 
@@ -201,7 +183,7 @@ def _what_follows(judged: Sequence[ClaimVerdict]) -> str:
             f"can be suggested, from {needed} on it can be supported or contradicted."
         )
     if 0 < n_tested < n_claims and most >= needed:
-        provisional = provisional_claims(judged)
+        provisional = claim_verdicts.provisional_claims(judged)
         names = " and ".join(f'"{verdict.claim.statement}"' for verdict in judged if verdict.claim.name in provisional)
         texts.append(
             f"The correction is over the {n_tested} claims that are judged. "
@@ -262,50 +244,6 @@ def _p_text(p: float) -> str:
 
 def _has_spread(judged: Sequence[ClaimVerdict]) -> bool:
     return any(f.interval is not None and f.interval.half_width > 0 for j in judged for f in j.findings)
-
-
-def draw_claim(verdict: ClaimVerdict, data: Sequence[str], verdict_text: str) -> Figure | None:
-    """Draw the statistics of a claim, one panel for each unit: seeds as dots, the mean with its 95 % t-interval.
-
-    The side of zero that the claim predicts is shaded. None where nothing was measured.
-    """
-    findings = [f for f in verdict.findings if f.interval is not None]
-    units = list(dict.fromkeys(f.part.unit for f in findings))
-    if not findings:
-        return None
-    by_unit = [[f for f in findings if f.part.unit == unit] for unit in units]
-    rows = [len(group) for group in by_unit]
-    with style.context(STYLE):
-        figure = Figure(figsize=(6.6, 0.75 + 0.55 * len(units) + 0.26 * sum(rows)), layout="constrained")
-        panels = figure.subplots(len(units), squeeze=False, height_ratios=[n + 0.4 for n in rows])[:, 0]
-        for axes, unit, group in zip(panels, units, by_unit):
-            reach = max(abs(value) for f in group for value in _drawn_values(f)) * 1.12 or 1.0
-            for row, finding in enumerate(group):
-                _draw_statistic(axes, row, finding, reach)
-            axes.axvline(0, color="0.3", linewidth=0.7)
-            axes.set(
-                xlim=(-reach, reach), ylim=(len(group) - 0.5, -0.5), xlabel=f"effect ({unit}); gray: the claimed side"
-            )
-            axes.set_yticks(range(len(group)), [f.part.name for f in group], fontsize=6.5)
-            axes.tick_params(axis="y", length=0)
-        figure.suptitle(f"{verdict.claim.statement}: {verdict_text} ({', '.join(data)})", fontsize=8)
-    return figure
-
-
-def _drawn_values(finding: StatisticResult) -> list[float]:
-    assert finding.interval is not None
-    below, above = finding.interval.bars
-    return [*finding.effect.values.values(), finding.interval.mean - below, finding.interval.mean + above]
-
-
-def _draw_statistic(axes: Axes, row: int, finding: StatisticResult, reach: float) -> None:
-    assert finding.interval is not None
-    values = list(finding.effect.values.values())  # one a seed
-    color = _COLORS.get(finding.verdict, "0.5")
-    axes.fill_betweenx([row - 0.5, row + 0.5], 0, finding.part.sign * reach, color="0.93", linewidth=0, zorder=0)
-    axes.plot(values, [row] * len(values), ".", color=color, alpha=0.5, markersize=4)
-    bars = np.array(finding.interval.bars)[:, None]  # (2, 1)
-    axes.errorbar(finding.interval.mean, row, xerr=bars, fmt="o", color=color, markersize=4.5, linewidth=1.3)
 
 
 def draw_figures(judged: Sequence[ClaimVerdict], data: Sequence[str], folder: Path) -> None:

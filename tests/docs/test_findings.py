@@ -99,7 +99,7 @@ def test_numbers_figures_and_verdicts_come_from_the_study(
     assert f"photos, {n_seeds} seed" in summary
     assert consequence in summary
     assert ("The correction is over the 2 claims that are judged" in summary) == (n_seeds == 9)
-    assert write_findings.provisional_claims(list(judged.values())) == set()
+    assert claim_verdicts.provisional_claims(list(judged.values())) == set()
     bias = (
         f"[{judged['weak_bias_negatives'].claim.statement}](#weak-inductive-bias-brings-negative-hessian-eigenvalues)"
     )
@@ -149,4 +149,7 @@ def test_verdicts_that_hang_on_how_many_claims_are_judged_are_provisional(tmp_pa
     weaker = [
         dataclasses.replace(j, p=2 * j.p) if j.claim.name == "weak_bias_negatives" else j for j in judged
     ]  # 2/256 is below 0.05 over two claims and above it over eleven
-    assert write_findings.provisional_claims(weaker) == {"weak_bias_negatives"}
+    assert claim_verdicts.provisional_claims(weaker) == {"weak_bias_negatives"}
+    statement = next(j.claim.statement for j in weaker if j.claim.name == "weak_bias_negatives")
+    assert f"over all 11 claims would not decide: {statement}." in claim_verdicts.table(weaker, ["photos"]).note
+    assert "Provisional" not in claim_verdicts.table(judged, ["photos"]).note

@@ -263,7 +263,26 @@ def table(judged: Sequence[ClaimVerdict], data: Sequence[str] = ()) -> Table:
         + "Effects are means over paired seeds with 95% t-intervals. A verdict needs all parts of a claim and "
         "three tests over seeds (Student's t, exact sign-flip permutations, sign test) after Holm's correction over the claims; "
         "p is the largest of the three. Suggested: by the t-test alone, all seeds of one sign, too few seeds for exact tests. "
-        "Verdicts of parts are before that correction. " + power_text(judged),
+        "Verdicts of parts are before that correction. " + _provisional_text(judged) + power_text(judged),
+    )
+
+
+def provisional_claims(judged: Sequence[ClaimVerdict]) -> set[str]:
+    """Return the names of decided claims that a correction over all claims, with p = 1 for undecided ones, would not decide."""
+    over_all = holm({verdict.claim.name: 1.0 if math.isnan(verdict.p) else verdict.p for verdict in judged})
+    return {
+        verdict.claim.name
+        for verdict in judged
+        if verdict.verdict in (SUPPORTED, CONTRADICTED) and over_all[verdict.claim.name] >= ALPHA
+    }
+
+
+def _provisional_text(judged: Sequence[ClaimVerdict]) -> str:
+    """Return a sentence on the provisional verdicts with a space after it; empty without any."""
+    names = provisional_claims(judged)
+    statements = "; ".join(verdict.claim.statement for verdict in judged if verdict.claim.name in names)
+    return (
+        f"Provisional, as a correction over all {len(judged)} claims would not decide: {statements}. " if names else ""
     )
 
 
