@@ -19,12 +19,11 @@ from PIL import Image
 from timm.data.imagenet_info import ImageNetInfo
 
 from vitscope.analyses import analysis_inputs
-from vitscope.cli import reproduce
 from vitscope.cli.main import COMMANDS
 from vitscope.config import loading
 from vitscope.config.loss import loss_overrides
 from vitscope.config.validation import validate
-from vitscope.reproduce import plan
+from vitscope.reproduce import command_line, plan
 from vitscope.runs import run_overrides
 from vitscope.runtime.errors import VitscopeError
 
@@ -113,7 +112,7 @@ class Checker:
         if words[0] in ("train", "analyze", "report"):
             self.command(words[0], words[1:])
         if words[0] == "reproduce" and len(words) > 1 and "--help" not in words:
-            request = reproduce.arguments(words[1:])
+            request = command_line.parse(words[1:])
             targets = plan.select(request.names, plan.read())
             assert [plan.target(name, plan.read(), request.profile, 1, request.overrides) for name in targets]
 

@@ -15,9 +15,10 @@ import pytest
 from tests.helpers.processes import PATIENCE, wait_until
 from tests.helpers.report_runs import CARD, curve, spectrum, write_run
 from vitscope.cli import exit_codes, reproduce
-from vitscope.cli.reproduce import Request
 from vitscope.config import error_translation
+from vitscope.reproduce import command_line
 from vitscope.reproduce import plan as reproduction
+from vitscope.reproduce.command_line import Request
 from vitscope.reproduce.plan import Outcome, Trial
 from vitscope.runtime import stop_flag
 from vitscope.runtime.errors import ConfigError, DataError
@@ -156,31 +157,31 @@ def test_results_with_other_settings_are_not_taken(tmp_path: Path, capsys: pytes
 )
 def test_arguments_are_checked(argv: list[str], why: str) -> None:
     with pytest.raises(ConfigError, match=why):
-        reproduce.arguments(argv)
+        command_line.parse(argv)
 
 
 def test_folders_follow_the_profile_and_the_overrides() -> None:
-    request = reproduce.arguments(["fig4", "table-models", "profile=cifar100", "seeds=5", "gpus=", "jobs="])
+    request = command_line.parse(["fig4", "table-models", "profile=cifar100", "seeds=5", "gpus=", "jobs="])
     assert (request.names, request.profile, request.seeds) == (["fig4", "table-models"], "cifar100", 5)
     assert (request.runs, request.out) == (Path("runs/reproduce-cifar100"), Path("figures/cifar100"))
     assert (request.gpus, request.jobs, request.dry, request.launcher) == (None, None, False, "local")
-    one = reproduce.arguments(["fig4", "overrides=optimizer.lr=1e-3 trainer.max_epochs=5"])
+    one = command_line.parse(["fig4", "overrides=optimizer.lr=1e-3 trainer.max_epochs=5"])
     assert one.overrides == ("optimizer.lr=1e-3", "trainer.max_epochs=5")
     assert one.runs.name.startswith("reproduce-smoke-optimizer.lr-1e-3-trainer.max_epochs-5-")
     assert one.out.name == one.runs.name.removeprefix("reproduce-")
-    other = reproduce.arguments(["fig4", "overrides=trainer.max_epochs=5 optimizer.lr=1e-3"])
+    other = command_line.parse(["fig4", "overrides=trainer.max_epochs=5 optimizer.lr=1e-3"])
     assert other.runs == one.runs
-    assert reproduce.arguments(["fig4", "overrides=optimizer.lr=1e-4"]).runs != one.runs
-    assert reproduce.arguments(["fig4", "seeds=5-8"]).seeds == range(5, 9)
-    assert reproduce.arguments(["fig4", "overrides=data.root=/data"]).runs == Path("runs/reproduce-smoke")
-    slurm = reproduce.arguments(["all", "launcher=slurm", "slurm.partition=gpu", "slurm.time=600", "dry=1"])
+    assert command_line.parse(["fig4", "overrides=optimizer.lr=1e-4"]).runs != one.runs
+    assert command_line.parse(["fig4", "seeds=5-8"]).seeds == range(5, 9)
+    assert command_line.parse(["fig4", "overrides=data.root=/data"]).runs == Path("runs/reproduce-smoke")
+    slurm = command_line.parse(["all", "launcher=slurm", "slurm.partition=gpu", "slurm.time=600", "dry=1"])
     assert (dict(slurm.slurm), slurm.dry) == ({"partition": "gpu", "time": 600}, True)
 
 
 def test_the_help_lists_every_target(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.undo()
     with pytest.raises(SystemExit):
-        reproduce.arguments(["--help"])
+        command_line.parse(["--help"])
     words = set(capsys.readouterr().out.replace(",", " ").replace("(", " ").replace(")", " ").split())
     plan = reproduction.read()
     assert {"all", *plan["targets"], *reproduction.groups(plan), *plan["profiles"]} <= words
@@ -207,7 +208,7 @@ def test_dry_lists_the_work_and_does_none(
 ) -> None:
     monkeypatch.undo()
     monkeypatch.chdir(tmp_path)
-    reproduce.reproduce(reproduce.arguments(["fig9", "fig8", "dry=true", "jobs=2"]))
+    reproduce.reproduce(command_line.parse(["fig9", "fig8", "dry=true", "jobs=2"]))
     shown = capsys.readouterr().out
     assert list(tmp_path.iterdir()) == []
     lines = [line.split() for line in shown.splitlines()]
@@ -219,22 +220,22 @@ def test_dry_lists_the_work_and_does_none(
     assert table["together"][1:8] == ["3", "0", "0", "0", "2", "58", "s"]  # the ViT is trained once
     assert "with 2 side by side, each as fast as alone, at least 29 s" in shown
     assert "time: by docs/reproduce.md: all targets in 45 minutes on two CPU cores" in shown
-    reproduce.reproduce(reproduce.arguments(["fig9", "dry=true", "overrides=optimizer.lr=3e-4"]))
+    reproduce.reproduce(command_line.parse(["fig9", "dry=true", "overrides=optimizer.lr=3e-4"]))
     assert "docs/reproduce.md" not in capsys.readouterr().out  # the rate is that of the profile's own settings
     with pytest.raises(ConfigError, match="optimizer.lrr.*did you mean lr"):
-        reproduce.reproduce(reproduce.arguments(["fig9", "dry=true", "overrides=optimizer.lrr=3e-4"]))
+        reproduce.reproduce(command_line.parse(["fig9", "dry=true", "overrides=optimizer.lrr=3e-4"]))
     with pytest.raises((ConfigError, ValueError), match="depth"):  # composes, and does not build
-        reproduce.reproduce(reproduce.arguments(["fig9", "dry=true", "overrides=model.depth=2"]))
+        reproduce.reproduce(command_line.parse(["fig9", "dry=true", "overrides=model.depth=2"]))
     for key in ("data.fraction", "++data.fraction"):
         with pytest.raises(ConfigError, match="fig5b sets this key itself"):
-            reproduce.reproduce(reproduce.arguments(["fig5b", "dry=true", f"overrides={key}=0.5"]))
+            reproduce.reproduce(command_line.parse(["fig5b", "dry=true", f"overrides={key}=0.5"]))
     with pytest.raises(ConfigError, match="weight_decay=-1"):  # composes, and does not validate
-        reproduce.reproduce(reproduce.arguments(["fig9", "dry=true", "overrides=objective.weight_decay=-1"]))
+        reproduce.reproduce(command_line.parse(["fig9", "dry=true", "overrides=objective.weight_decay=-1"]))
 
 
 def test_an_unknown_target_ends_with_2(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(sys, "argv", ["vitscope reproduce", "fig44"])
-    code = exit_codes.run_command(lambda: reproduce.reproduce(reproduce.arguments(sys.argv[1:])))
+    code = exit_codes.run_command(lambda: reproduce.reproduce(command_line.parse(sys.argv[1:])))
     assert code == 2
     assert "target=fig44: no such figure or table; did you mean fig4" in capsys.readouterr().err
 
@@ -267,6 +268,6 @@ def test_the_sbatch_file_asks_for_what_the_command_takes(tmp_path: Path, monkeyp
     assert process.wait(PATIENCE) == 143
     words = (tmp_path / "arguments").read_text().splitlines()
     assert words[0] == "reproduce"
-    request = reproduce.arguments(words[1:])
+    request = command_line.parse(words[1:])
     assert (request.names, request.profile, request.gpus) == (["fig4", "table-models"], "cifar100", "0,1,2,3")
     assert request.overrides == ("optimizer.lr=3e-4",)

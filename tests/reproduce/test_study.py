@@ -17,7 +17,7 @@ from tests.helpers.report_runs import other_card, rise, spectrum, write_run
 from vitscope.cli import reproduce
 from vitscope.diagnostics.fourier.branch_transfer import BranchTransferResult
 from vitscope.reports.exports import study_export
-from vitscope.reproduce import draw, plan
+from vitscope.reproduce import command_line, draw, plan
 from vitscope.reproduce.plan import Target, Trial
 from vitscope.runtime.errors import ConfigError, DataError, StorageError
 
@@ -62,7 +62,7 @@ def test_a_study_draws_what_its_runs_draw(outcomes: list[SimpleNamespace], tmp_p
     size = study_export.write(tmp_path / "study", "smoke", {TABLE.name: draw.entries(outcomes)})
     for outcome in outcomes:
         (outcome.run / "moved").touch()  # the study reads nothing of the runs any more
-    reproduce.reproduce(reproduce.arguments(["table-claims", f"from={tmp_path / 'study'}", f"out={tmp_path / 'b'}"]))
+    reproduce.reproduce(command_line.parse(["table-claims", f"from={tmp_path / 'study'}", f"out={tmp_path / 'b'}"]))
     drawn, again = files(tmp_path / "a"), files(tmp_path / "b")
     text = drawn["table-claims/claims.md"].decode()
     assert re.search(r"-0\.(6|7)\d* \[-0\.\d+, -0\.\d+\] ln", text)  # ln(100 / 200), six seeds
@@ -136,8 +136,8 @@ def test_damaged_studies_are_one_clear_error(
 
 def test_what_does_not_go_together_is_refused(outcomes: list[SimpleNamespace], tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="draws from committed numbers"):
-        reproduce.arguments(["table-claims", "from=results/x", "jobs=2"])
-    assert str(reproduce.arguments(["table-claims", "from=results/x", "profile=smoke", "seeds=1"]).out) == "figures/x"
+        command_line.parse(["table-claims", "from=results/x", "jobs=2"])
+    assert str(command_line.parse(["table-claims", "from=results/x", "profile=smoke", "seeds=1"]).out) == "figures/x"
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.tex").touch()
     with pytest.raises(ConfigError, match="not replaced"):

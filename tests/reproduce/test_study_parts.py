@@ -14,7 +14,7 @@ import pytest
 from tests.helpers.report_runs import spectrum, write_run
 from vitscope.cli import reproduce
 from vitscope.reports.exports import study_export
-from vitscope.reproduce import draw
+from vitscope.reproduce import command_line, draw
 from vitscope.runtime.errors import ConfigError, DataError
 
 TARGET = "table-claims"
@@ -53,7 +53,7 @@ def test_parts_draw_and_write_what_the_whole_study_does(study: Callable[..., Pat
     a, b, whole = study("a", first), study("b", later), study("whole", [*first, *later])
     for name, source in (("of-parts", f"from={a},{b}"), ("of-whole", f"from={whole}")):
         export = [f"export={tmp_path / 'joined'}"] if "," in source else []
-        reproduce.reproduce(reproduce.arguments([TARGET, source, f"out={tmp_path / name}", *export]))
+        reproduce.reproduce(command_line.parse([TARGET, source, f"out={tmp_path / name}", *export]))
     texts = [(tmp_path / name / TARGET / "claims.csv").read_text() for name in ("of-parts", "of-whole")]
     assert texts[0] == texts[1]
     assert "alternet-18" in texts[0]

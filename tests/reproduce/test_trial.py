@@ -12,6 +12,7 @@ from vitscope.core.probe import Probe
 from vitscope.reproduce import plan as reproduction
 from vitscope.reproduce import planned_work
 from vitscope.reproduce import trial as trial_module
+from vitscope.reproduce.command_line import Request
 from vitscope.reproduce.cost_estimates import Rates, estimate
 from vitscope.reproduce.plan import Trial
 from vitscope.reproduce.planned_work import EXISTS, MEASURE, TRAIN
@@ -127,7 +128,7 @@ def test_a_figure_for_real(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
     }  # fmt: skip
     monkeypatch.setattr(reproduction, "read", lambda path=None: plan)
     for _ in range(2):
-        reproduce.reproduce(reproduce.Request(["fig2"], runs=tmp_path / "runs", out=tmp_path / "figures"))
+        reproduce.reproduce(Request(["fig2"], runs=tmp_path / "runs", out=tmp_path / "figures"))
     assert len(run_dir.every(tmp_path / "runs")) == 1
     folders = {path.name for path in (tmp_path / "runs" / "jobs").iterdir() if path.is_dir()}
     assert folders - {"leases"} == {path.parent.name for path in (tmp_path / "runs" / "jobs").glob("*/outcome.json")}
