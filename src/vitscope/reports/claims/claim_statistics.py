@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
+from vitscope.config import loading
+from vitscope.config.experiment_identity import identity
 from vitscope.reports.claims.effect_sizes import (
     Effect,
     Reader,
@@ -184,45 +186,72 @@ def placement_difference(report_runs: ReportRuns) -> Effect:
 
 
 def best_model_difference(report_runs: ReportRuns, families: Sequence[str], read: Reader, requirement: str) -> Effect:
-    """Return the best AlterNet minus the best model of other families, each chosen by its mean validation accuracy.
+    """Return the best AlterNet minus the best model of other families, of one data set and one length of training.
 
-    Among those that have what is compared. Blocked where only one recipe was tried for a side: then it is not known to be
-    at its best.
+    A recipe is everything else of a training: objective, optimizer, batch size. Candidates are the models that were trained
+    in two recipes or more, each in every recipe, among those that have what is compared. Where a side has no such model, it
+    is not known to be at its best, and the effect is blocked. See `_best_by_validation` for the choice.
     """
-    datasets: dict[str, list[Runs]] = {}
-    for runs in report_runs.groups(lambda e: (has_attention(e) or e.kin in families) and read(e) is not None):
-        datasets.setdefault(lowest_seed_run(runs).data, []).append(runs)
-    for groups in datasets.values():
-        alternets = [g for g in groups if has_attention(lowest_seed_run(g))]
-        rivals = [g for g in groups if lowest_seed_run(g).kin in families]
-        best_alternet, best_rival = _best(report_runs, alternets), _best(report_runs, rivals)
-        if best_alternet and best_rival and (values := paired_difference(best_alternet, best_rival, read)):
-            recipe_counts = (_recipes(alternets, best_alternet), _recipes(rivals, best_rival))
-            caveat = (
-                f"not each at its best recipe: {recipe_counts[0]} and {recipe_counts[1]} tried"
-                if min(recipe_counts) < 2
-                else ""
-            )
-            return Effect(
-                values, f"{report_runs.describe(best_alternet)} − {report_runs.describe(best_rival)}", blocked=caveat
-            )
-    return Effect(lacking=f"AlterNet and {' or '.join(families)} on one data set, with {requirement}")
+
+    def keep(entry: Entry) -> bool:
+        return (has_attention(entry) or entry.kin in families) and read(entry) is not None
+
+    groups = report_runs.groups(keep)
+    of_recipes = {
+        key for runs in groups for key in identity(lowest_seed_run(runs).config) if key.startswith("objective.")
+    }
+    effects = []
+    for alike in by_setting(groups, (*of_recipes, "data.batch_size")).values():
+        n_alternet, alternets = _most_tried([g for g in alike if has_attention(lowest_seed_run(g))])
+        n_rival, rivals = _most_tried([g for g in alike if lowest_seed_run(g).kin in families])
+        if not alternets or not rivals:
+            continue
+        (best_alternet, apart), (best_rival, rivals_apart) = (
+            _best_by_validation(report_runs, side) for side in (alternets, rivals)
+        )
+        few = f"not each at its best recipe: {n_alternet} and {n_rival} tried" if min(n_alternet, n_rival) < 2 else ""
+        compared = f"{report_runs.describe(best_alternet)} − {report_runs.describe(best_rival)}"
+        values = paired_difference(best_alternet, best_rival, read)
+        effects.append(Effect(values, compared, blocked=few, refused="; ".join([*apart, *rivals_apart])))
+    best = max(effects, key=lambda effect: (not effect.blocked, len(effect.values)), default=Effect())
+    if best.values:
+        return best
+    return Effect(
+        lacking=f"AlterNet and {' or '.join(families)} on one data set, trained equally long, with {requirement}"
+    )
 
 
-def _best(report_runs: ReportRuns, groups: Sequence[Runs]) -> Runs | None:
+def _most_tried(groups: Sequence[Runs]) -> tuple[int, list[Runs]]:
+    """Return the experiments of the models that were trained in two recipes or more, and the least number of their recipes.
+
+    All experiments, and 1, if no model was.
+    """
+    by_model: dict[str, list[Runs]] = {}
+    for runs in groups:
+        model = {k: v for k, v in identity(lowest_seed_run(runs).config).items() if k.startswith("model.")}
+        by_model.setdefault(loading.digest(model), []).append(runs)
+    tried = [recipes for recipes in by_model.values() if len(recipes) > 1]
+    if not tried:
+        return 1, list(groups)
+    return min(map(len, tried)), [runs for recipes in tried for runs in recipes]
+
+
+def _best_by_validation(report_runs: ReportRuns, groups: Sequence[Runs]) -> tuple[Runs, list[str]]:
+    """Return the experiment with the highest validation accuracy, and the names of those that share no seed with it.
+
+    Two experiments are compared by the mean difference over the seeds that both have, for a mean over other seeds can differ
+    by the seeds alone. They are taken in the order of their numbers of seeds, the most first, each against the best so far.
+    """
     read = report_runs.metric("val/accuracy")
-
-    def score(runs: Runs) -> float:
-        values = [v for v in map(read, runs.values()) if v is not None]
-        return sum(values) / len(values) if values else -math.inf
-
-    return max(groups, key=score, default=None)
-
-
-def _recipes(groups: Sequence[Runs], best_runs: Runs) -> int:
-    """Return in how many recipes the chosen model was trained."""
-    model = lowest_seed_run(best_runs).config.get("model")
-    return sum(1 for runs in groups if lowest_seed_run(runs).config.get("model") == model)
+    best, *others = sorted(groups, key=lambda runs: (-len(runs), lowest_seed_run(runs).label))
+    apart = []
+    for runs in others:
+        differences = paired_difference(runs, best, read)
+        if not differences:
+            apart.append(f"{lowest_seed_run(runs).label} left out: no validation accuracy at a seed of the best model")
+        elif sum(differences.values()) > 0:
+            best = runs
+    return best, apart
 
 
 def training_nll(report_runs: ReportRuns) -> list[Reader]:
