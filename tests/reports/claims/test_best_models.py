@@ -1,0 +1,73 @@
+"""The choice of the best model and recipe of each side, by validation accuracy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.helpers.report_runs import bench
+from vitscope.reports.claims import claim_statistics
+from vitscope.reports.claims.effect_sizes import Effect
+
+
+def best_against_cnns(folder: Path) -> Effect:
+    b = bench(folder)
+    return claim_statistics.best_model_difference(b, claim_statistics.CNNS, b.metric("test/accuracy"), "test accuracy")
+
+
+@pytest.fixture
+def accuracies(make_run: Callable) -> Callable[..., None]:
+    """Write a run with a validation and a test accuracy."""
+
+    def make(model: str, lr: float, val: float, test: float, seed: int = 0, **changes: Any) -> None:
+        make_run(model, seed, optimizer__lr=lr, metrics={"val/accuracy": val, "test/accuracy": test}, **changes)
+
+    return make
+
+
+def test_winners_are_chosen_on_validation_and_need_two_recipes(accuracies: Callable, tmp_path: Path) -> None:
+    accuracies("alternet", 0.1, 0.6, 0.61)
+    accuracies("alternet", 0.2, 0.5, 0.99)  # better on test images, which do not choose
+    accuracies("convnet", 0.1, 0.4, 0.41)
+    found = best_against_cnns(tmp_path)
+    assert found.values == pytest.approx({0: 0.2}, rel=1e-12)
+    assert found.blocked == "not each at its best recipe: 2 and 1 tried"
+    accuracies("convnet", 0.2, 0.3, 0.5)
+    assert best_against_cnns(tmp_path).blocked == ""
+
+
+def test_winners_are_chosen_on_seeds_that_both_have(accuracies: Callable, tmp_path: Path) -> None:
+    for seed in (0, 1, 2):
+        easy = 0.3 * (seed == 2)
+        accuracies("alternet", 0.1, 0.4 + easy, 0.41 + easy, seed)
+        accuracies("convnet", 0.1, 0.2 + easy, 0.2 + easy, seed)
+        accuracies("convnet", 0.2, 0.1 + easy, 0.1 + easy, seed)
+    accuracies("alternet", 0.2, 0.6, 0.99, 2)  # its mean is higher, since seed 2 is easy; 0.1 worse at that seed
+    found = best_against_cnns(tmp_path)
+    assert found.values == pytest.approx(dict.fromkeys(range(3), 0.21), rel=1e-12)
+    assert found.refused == ""
+
+
+def test_a_model_tried_in_one_recipe_is_no_candidate_beside_one_tried_in_two(
+    accuracies: Callable, tmp_path: Path
+) -> None:
+    for lr in (0.1, 0.2):
+        accuracies("alternet", lr, 0.6 - lr, 0.7 - lr)
+        accuracies("convnet", lr, 0.4 - lr, 0.4 - lr)
+    accuracies("alternet", 0.1, 0.9, 0.9, model__placement="stage_start")
+    found = best_against_cnns(tmp_path)
+    assert found.values == pytest.approx({0: 0.6 - 0.3}, rel=1e-12)
+    assert found.blocked == ""
+
+
+def test_a_shorter_training_is_no_recipe_and_is_compared_with_none(accuracies: Callable, tmp_path: Path) -> None:
+    accuracies("alternet", 0.1, 0.6, 0.6)
+    accuracies("alternet", 0.1, 0.7, 0.7, trainer__max_epochs=1)
+    for lr in (0.1, 0.2):
+        accuracies("convnet", lr, 0.4 - lr, 0.4 - lr, trainer__max_epochs=1)
+    found = best_against_cnns(tmp_path)
+    assert found.values == pytest.approx({0: 0.7 - 0.3}, rel=1e-12)
+    assert found.blocked == "not each at its best recipe: 1 and 2 tried"
