@@ -201,23 +201,35 @@ def best_model_difference(report_runs: ReportRuns, families: Sequence[str], read
         key for runs in groups for key in identity(lowest_seed_run(runs).config) if key.startswith("objective.")
     }
     effects = []
-    for alike in by_setting(groups, (*of_recipes, "data.batch_size")).values():
-        n_alternet, alternets = _most_tried([g for g in alike if has_attention(lowest_seed_run(g))])
-        n_rival, rivals = _most_tried([g for g in alike if lowest_seed_run(g).kin in families])
-        if not alternets or not rivals:
-            continue
-        (best_alternet, apart), (best_rival, rivals_apart) = (
-            _best_by_validation(report_runs, side) for side in (alternets, rivals)
-        )
-        few = f"not each at its best recipe: {n_alternet} and {n_rival} tried" if min(n_alternet, n_rival) < 2 else ""
-        compared = f"{report_runs.describe(best_alternet)} − {report_runs.describe(best_rival)}"
-        values = paired_difference(best_alternet, best_rival, read)
-        effects.append(Effect(values, compared, blocked=few, refused="; ".join([*apart, *rivals_apart])))
+    for same_setting in by_setting(groups, (*of_recipes, "data.batch_size")).values():
+        alternets = [g for g in same_setting if has_attention(lowest_seed_run(g))]
+        rivals = [g for g in same_setting if lowest_seed_run(g).kin in families]
+        if alternets and rivals:
+            effects.append(_difference_of_best(report_runs, alternets, rivals, read))
     best = max(effects, key=lambda effect: (not effect.blocked, len(effect.values)), default=Effect())
     if best.values:
         return best
     return Effect(
         lacking=f"AlterNet and {' or '.join(families)} on one data set, trained equally long, with {requirement}"
+    )
+
+
+def _difference_of_best(
+    report_runs: ReportRuns, alternets: Sequence[Runs], rivals: Sequence[Runs], read: Reader
+) -> Effect:
+    """Return the best AlterNet minus the best rival; blocked where a side has no model that was tried in two recipes."""
+    best, n_recipes, left_out = [], [], []
+    for side in (alternets, rivals):
+        least_recipes, candidates = _most_tried(side)
+        best_of_side, without_shared_seeds = _best_by_validation(report_runs, candidates)
+        best.append(best_of_side)
+        n_recipes.append(least_recipes)
+        left_out += without_shared_seeds
+    caveat = f"not each at its best recipe: {n_recipes[0]} and {n_recipes[1]} tried" if min(n_recipes) < 2 else ""
+    best_alternet, best_rival = best
+    compared = f"{report_runs.describe(best_alternet)} − {report_runs.describe(best_rival)}"
+    return Effect(
+        paired_difference(best_alternet, best_rival, read), compared, blocked=caveat, refused="; ".join(left_out)
     )
 
 
@@ -244,14 +256,15 @@ def _best_by_validation(report_runs: ReportRuns, groups: Sequence[Runs]) -> tupl
     """
     read = report_runs.metric("val/accuracy")
     best, *others = sorted(groups, key=lambda runs: (-len(runs), lowest_seed_run(runs).label))
-    apart = []
+    without_shared_seeds = []
     for runs in others:
         differences = paired_difference(runs, best, read)
         if not differences:
-            apart.append(f"{lowest_seed_run(runs).label} left out: no validation accuracy at a seed of the best model")
+            name = lowest_seed_run(runs).label
+            without_shared_seeds.append(f"{name} left out: no validation accuracy at a seed of the best model")
         elif sum(differences.values()) > 0:
             best = runs
-    return best, apart
+    return best, without_shared_seeds
 
 
 def training_nll(report_runs: ReportRuns) -> list[Reader]:
