@@ -214,13 +214,21 @@ def _claim_block(verdict: ClaimVerdict, n_claims: int, figures: str, verdict_tex
         "",
         f"![Effect of each statistic by seed, with the mean and its 95 % interval]({figures}/{verdict.claim.name}.webp)",
     ]
-    compared = dict.fromkeys(pair for f in verdict.findings for pair in f.effect.compared.split("; ") if pair)
+    compared = _compared(verdict)
     if compared:
         lines += ["", "Compared:", "", *(f"- {_escaped(pair)}" for pair in compared)]
     left_out = dict.fromkeys(text for f in verdict.findings for text in f.effect.refused.split("; ") if text)
     if left_out:
         lines += ["", "Left out:", "", *(f"- {_escaped(text)}" for text in left_out)]
     return "\n".join(lines)
+
+
+def _compared(verdict: ClaimVerdict) -> list[str]:
+    """Return what a claim's statistics compare, each once; by statistic where one is a mean over several experiments."""
+    effects = [(f.part.name, f.effect) for f in verdict.findings if f.effect.compared]
+    if any(effect.parts for _, effect in effects):
+        return [f"{name}: {effect.compared}" for name, effect in effects]
+    return list(dict.fromkeys(pair for _, effect in effects for pair in effect.compared.split("; ")))
 
 
 def _row(finding: StatisticResult) -> str:

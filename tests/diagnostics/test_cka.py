@@ -260,6 +260,17 @@ def test_of_a_model_with_stages() -> None:
     assert np.isnan(result.standard_error).all()
 
 
+def test_a_model_whose_blocks_are_in_one_stage_has_no_block_structure() -> None:
+    from vitscope.models import vit
+
+    x = normal(8, 3, 8, 8).float()
+    result = cka(
+        Probe(vit(depth=3, width=16, heads=2, num_classes=4, image_size=8, patch_size=4), [(x, torch.zeros(8).long())])
+    )
+    assert set(result.stages) == {0, 1}  # the stem counts as stage 0
+    assert (result.block_structure, result.block_structure_p) == (None, None)
+
+
 def test_plot_has_a_panel_a_result() -> None:
     x = normal(12, 2, 2, 2)
     result = cka(probe_of(6, x=x, z=x**2))

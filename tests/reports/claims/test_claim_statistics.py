@@ -156,6 +156,8 @@ def test_kinds_are_averaged_over_models_that_share_their_seeds(make_run: Callabl
     assert found.values == pytest.approx({0: -0.3, 1: 0.7}, rel=1e-9)
     assert "swin" not in found.compared
     assert re.fullmatch("swin.* left out: it has 1 of the 2 seeds", found.refused)
+    assert re.fullmatch("alternet.*: 0.1; vit.*: 0.3|vit.*: 0.3; alternet.*: 0.1", found.compared)  # each one's mean
+    assert sorted(map(len, found.parts.values())) == [2, 2]
     assert balanced_means([]) == {}
 
 
@@ -217,6 +219,25 @@ def test_the_plainest_model_has_the_fewest_changed_options(make_run: Callable, t
     chosen = plainest(groups)
     assert chosen is not None
     assert chosen[0].config["model"]["pool"] == "cls"
+
+
+def test_a_single_stage_has_no_blocks_even_in_results_that_state_some(make_run: Callable, tmp_path: Path) -> None:
+    for model, blocks in (("convnet", 0.2), ("vit", 0.9)):
+        write_scalars(make_run(model), "cka", {"block_structure": blocks})
+    (judged,) = claim_verdicts.judge(bench(tmp_path), [c for c in CLAIMS if c.name == "blocks_by_stage"])
+    assert judged.findings[0].effect.values == pytest.approx({0: 0.2}, rel=1e-12)
+
+
+@pytest.mark.parametrize(("pit", "verdict"), [(-0.1, "inconclusive"), (0.1, "supported")])
+def test_a_mean_supports_nothing_where_one_network_shows_the_opposite(
+    make_run: Callable, tmp_path: Path, pit: float, verdict: str
+) -> None:
+    for seed in range(6):
+        for model, blocks in (("convnet", 0.4), ("pit", pit)):
+            write_scalars(make_run(model, seed), "cka", {"block_structure": blocks * (1 + 0.01 * seed)})
+    (judged,) = claim_verdicts.judge(bench(tmp_path), [c for c in CLAIMS if c.name == "blocks_by_stage"])
+    assert judged.verdict == verdict
+    assert ("the opposite holds for pit-tiny" in judged.reason) == (pit < 0)
 
 
 @pytest.mark.parametrize(

@@ -48,8 +48,8 @@ class CKAResult(
         standard_error: (n_taps, n_other_taps) jackknife over batches, whose square is right on average (up to 20 %
             too large for few small batches); NaN with a single batch.
         block_structure: mean similarity of pairs of taps within a stage minus that of pairs across stages, at each distance in
-            taps, averaged over distances with the smaller of the two numbers of pairs as weight; None between two models or
-            within one stage.
+            taps, averaged over distances with the smaller of the two numbers of pairs as weight; None between two models, and
+            where all blocks are in one stage.
         block_structure_p: one-sided p-value, the measured value counted, under stage boundaries drawn at random among all
             places between two taps; None likewise, or without permutations.
         n_images: images used.
@@ -175,12 +175,15 @@ class _Sums:
         similarity = _ratio(total, s, other is not None)
         _say_what_is_null(total, (*probe.taps, *(other.taps if other else ())))
         stages = np.array([tap.stage for tap in probe.taps])
-        p = p_value(similarity, stages, self.n_permutations, self.seed) if other is None else None
+        has_blocks = (
+            other is None and len(set(stages[stages > 0])) > 1
+        )  # stage 0 is the stem, which is no stage of blocks
+        p = p_value(similarity, stages, self.n_permutations, self.seed) if has_blocks else None
         return CKAResult(
             **tap_fields_of_both(probe, other or probe),
             similarity=similarity,
             standard_error=_jackknife(weights, values, s, other is not None),
-            block_structure=block_structure(similarity, stages) if other is None else None,
+            block_structure=block_structure(similarity, stages) if has_blocks else None,
             block_structure_p=p,
             n_images=int(weights.sum()),
             n_batches=len(gathered),

@@ -33,6 +33,9 @@ NEP = (SPECTRUM, "negative_eigenvalue_proportion")
 BIAS = ("vit", "pit", "swin", "convnet")
 CNNS = ("convnet", "preresnet", "resnext")
 
+#: families whose blocks are all in one stage
+SINGLE_STAGE = ("vit", "convit")
+
 #: equal-parameter models differ by at most this share
 EQUAL = 0.01
 
@@ -123,7 +126,12 @@ def mean_by_kind(
         if values:
             parts.append(values)
             names.append(lowest_seed_run(runs).label)
-    return balanced_effect(parts, names, ", ", f"{measure} of a model with {scalar}")
+    return balanced_effect(parts, names, f"{measure} of a model with {scalar}")
+
+
+def has_stages(entry: Entry) -> bool:
+    """Whether a run's model has several stages; older versions wrote a `block_structure` of other models too."""
+    return entry.kin not in SINGLE_STAGE
 
 
 def has_initial_reference(report_runs: ReportRuns) -> Callable[[Entry], bool]:
@@ -182,7 +190,7 @@ def placement_difference(report_runs: ReportRuns) -> Effect:
             if elsewhere and alike and all(sizes) and abs((sizes[1] or 0) / (sizes[0] or 1) - 1) <= EQUAL:
                 differences.append(paired_difference(runs, other, report_runs.metric("test/accuracy")))
                 names.append(f"{report_runs.describe(runs)} − {report_runs.describe(other)}")
-    return balanced_effect(differences, names, "; ", "AlterNets that differ in model.placement alone")
+    return balanced_effect(differences, names, "AlterNets that differ in model.placement alone")
 
 
 def best_model_difference(report_runs: ReportRuns, families: Sequence[str], read: Reader, requirement: str) -> Effect:

@@ -107,7 +107,8 @@ def judge(report_runs: ReportRuns, claims: Sequence[Claim] = CLAIMS) -> list[Cla
     Student's t-test, the exact sign-flip permutation test and the sign test (`vitscope.stats.location_tests`). A claim is
     supported where every part was measured on at least `MIN_SEEDS` seeds, has the predicted sign, and the largest of their
     p-values passes Holm's correction over the claims (an intersection-union test needs no correction within a claim). It is
-    contradicted where one part has the opposite sign and its p-value, times the number of parts, passes.
+    contradicted where one part has the opposite sign and its p-value, times the number of parts, passes. A part that is a mean
+    over several networks supports nothing where one of them has the opposite sign by all three tests at 5%, uncorrected.
 
     Where the t-test alone passes, all seeds agree in sign, and there are too few seeds for the exact tests to pass whatever the
     effect, the claim is ``suggested`` (or ``suggested against``). Otherwise it is inconclusive, or not measured.
@@ -155,9 +156,18 @@ def _finding(part: ClaimStatistic, effect: Effect) -> StatisticResult:
         return StatisticResult(part, effect, interval, "shown", tests=tests)
     agrees = interval.mean * part.sign > 0
     verdict, reason = _part_verdict(agrees, tests)
+    if agrees and (opposite := _opposite_parts(effect, part.sign)):
+        effect = replace(effect, blocked=f"the opposite holds for {' and '.join(opposite)}")
     if agrees and effect.blocked and verdict != INCONCLUSIVE:
         verdict, reason = INCONCLUSIVE, effect.blocked
     return StatisticResult(part, effect, interval, verdict, reason, tests)
+
+
+def _opposite_parts(effect: Effect, sign: int) -> list[str]:
+    """Return the experiments of a mean that have the opposite of the claimed sign by all three tests, uncorrected."""
+    tests = {name: location_tests(list(values.values())) for name, values in effect.parts.items()}
+    means = {name: sum(values.values()) for name, values in effect.parts.items()}
+    return [name for name, test in tests.items() if means[name] * sign < 0 and test.largest < ALPHA]
 
 
 def _part_verdict(agrees: bool, tests: LocationTests) -> tuple[str, str]:

@@ -199,7 +199,7 @@ CLAIMS: tuple[Claim, ...] = (
         "models with several stages; cka",
         (
             ClaimStatistic("CKA within minus across stages", 1,
-                           lambda report_runs: by.mean_by_kind(report_runs, "cka", "block_structure"), "CKA"),
+                           lambda b: by.mean_by_kind(b, "cka", "block_structure", keep=by.has_stages), "CKA"),
         ),
     ),
     Claim(

@@ -35,6 +35,8 @@ class Effect:
         blocked: Reason why it supports no claim whatever its interval is; empty if there is none.
         refused: Results that were left out because they were measured under other conditions than the rest, and experiments that
             lack seeds of the rest, in words.
+        parts: Values by seed of each experiment, or pair of experiments, that the statistic is a mean over, by name; empty
+            where it is no mean over several.
     """
 
     values: Mapping[int, float] = field(default_factory=dict)
@@ -42,6 +44,7 @@ class Effect:
     lacking: str = ""
     blocked: str = ""
     refused: str = ""
+    parts: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -129,13 +132,12 @@ def balanced_means(parts: Sequence[Mapping[int, float]]) -> dict[int, float]:
     return {seed: float(np.mean([parts[i][seed] for i in indices])) for seed in seeds}
 
 
-def balanced_effect(parts: Sequence[Mapping[int, float]], names: Sequence[str], separator: str, lacking: str) -> Effect:
+def balanced_effect(parts: Sequence[Mapping[int, float]], names: Sequence[str], lacking: str) -> Effect:
     """Return the effect of `balanced_means`, which names the parts that it is taken over, and those that are left out.
 
     Args:
         parts: Values by seed of each part.
-        names: Names of the parts.
-        separator: Between the names of parts.
+        names: Names of the parts; where several are taken, each is followed by its own mean.
         lacking: Text of the effect if no part has a value.
     """
     indices, seeds = balanced_parts(parts)
@@ -144,10 +146,13 @@ def balanced_effect(parts: Sequence[Mapping[int, float]], names: Sequence[str], 
         for i, (name, part) in enumerate(zip(names, parts))
         if i not in indices
     ]
-    compared = separator.join(names[i] for i in indices) or separator.join(names)
-    return Effect(
-        balanced_means(parts), compared, "" if seeds else lacking, refused="; ".join(left_out if seeds else ())
-    )
+    if not seeds:
+        return Effect(compared="; ".join(names), lacking=lacking)
+    taken = {names[i]: {seed: parts[i][seed] for seed in seeds} for i in indices}
+    if len(taken) == 1:
+        return Effect(balanced_means(parts), *taken, refused="; ".join(left_out))
+    compared = "; ".join(f"{name}: {np.mean(list(values.values())):.3g}" for name, values in taken.items())
+    return Effect(balanced_means(parts), compared, refused="; ".join(left_out), parts=taken)
 
 
 def slopes(runs: Sequence[tuple[float, Runs]], read: Reader) -> dict[int, float]:

@@ -57,7 +57,7 @@ def flattening(report_runs: ReportRuns, measure: str, scalar: str, *, control: s
     else:
         parts = [_at_matched_nll(report_runs, a, b, measure, scalar, log) for a, b in pairs]
     moments = "at the end" if matched == "epoch" else "at several epochs, with the training NLL (sharpness or slice)"
-    return balanced_effect(parts, names, "; ", f"{measure} of both {moments}")
+    return balanced_effect(parts, names, f"{measure} of both {moments}")
 
 
 def has_attention(entry: Entry) -> bool:
