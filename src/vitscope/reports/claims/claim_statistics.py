@@ -130,7 +130,10 @@ def mean_by_kind(
 
 
 def has_stages(entry: Entry) -> bool:
-    """Whether a run's model has several stages; older versions wrote a `block_structure` of other models too."""
+    """Whether a run's model has several stages, which claims about stages are about.
+
+    In a single stage its end is that of the network, and older versions wrote a `block_structure` that compared the stem.
+    """
     return entry.kin not in SINGLE_STAGE
 
 

@@ -187,7 +187,7 @@ CLAIMS: tuple[Claim, ...] = (
         "models with two MSAs in a stage, with lesion; AlterNet with placement=stage_end and another",
         (
             ClaimStatistic("NLL change of the last MSA minus the others of its stage", 1,
-                 lambda report_runs: by.mean_by_kind(report_runs, "lesion", "stage_end_msa_nll_excess"), "nats"),
+                 lambda b: by.mean_by_kind(b, "lesion", "stage_end_msa_nll_excess", keep=by.has_stages), "nats"),
             ClaimStatistic("accuracy with MSA at stage ends minus elsewhere", 1, by.placement_difference, "share"),
         ),
     ),
