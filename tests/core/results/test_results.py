@@ -96,6 +96,9 @@ def test_paths_that_cannot_be_written_or_read(tmp_path: Path) -> None:
         vs.load_result(tmp_path / "x.npz")
     with pytest.raises(StorageError, match="a folder; .* a run folder is read by vs.load_results"):
         vs.load_result(tmp_path)
+    (tmp_path / "end-1.json").write_text("{}")
+    with pytest.raises(StorageError, match="not an .npz file; pass end-1.npz, which has the arrays"):
+        vs.load_result(tmp_path / "end-1.json")
 
 
 def test_a_file_of_a_newer_version_is_named(tmp_path: Path) -> None:

@@ -75,6 +75,10 @@ def load(path: Path) -> Any:
         problem = "a folder" if path.is_dir() else "no such file"
         fix = 'pass a file that result.save("name.npz") wrote; a run folder is read by vs.load_results'
         raise StorageError("results", path, problem, fix)
+    if path.suffix != ".npz":
+        raise StorageError(
+            "results", path, "not an .npz file", f"pass {path.with_suffix('.npz').name}, which has the arrays"
+        )
     try:
         with os.fdopen(safe_files.open_to_read(path), "rb") as file, np.load(file, allow_pickle=False) as archive:
             meta = json.loads(str(archive[_META]))
