@@ -234,16 +234,21 @@ def test_claims_about_stages_are_about_networks_with_several(
     assert judged.findings[0].effect.values == pytest.approx({0: 0.2}, rel=1e-12)
 
 
-@pytest.mark.parametrize(("pit", "verdict"), [(-0.1, "inconclusive"), (0.1, "supported")])
-def test_a_mean_supports_nothing_where_one_network_shows_the_opposite(
-    make_run: Callable, tmp_path: Path, pit: float, verdict: str
+@pytest.mark.parametrize(
+    ("convnet", "pit", "verdict"),
+    [(0.4, 0.1, "supported"), (0.4, -0.1, "inconclusive"), (-0.4, -0.1, "contradicted"), (-0.4, 0.1, "inconclusive")],
+)
+def test_a_mean_decides_nothing_where_the_networks_disagree(
+    make_run: Callable, tmp_path: Path, convnet: float, pit: float, verdict: str
 ) -> None:
     for seed in range(6):
-        for model, blocks in (("convnet", 0.4), ("pit", pit)):
+        for model, blocks in (("convnet", convnet), ("pit", pit)):
             write_scalars(make_run(model, seed), "cka", {"block_structure": blocks * (1 + 0.01 * seed)})
     (judged,) = claim_verdicts.judge(bench(tmp_path), [c for c in CLAIMS if c.name == "blocks_by_stage"])
     assert judged.verdict == verdict
-    assert ("the opposite holds for pit-tiny" in judged.reason) == (pit < 0)
+    disagreement = "the networks disagree: the opposite of the mean holds for pit-tiny"
+    assert (disagreement in judged.reason) == (verdict == "inconclusive")
+    assert math.isnan(judged.p_holm) is False  # it counts in the correction over claims
 
 
 @pytest.mark.parametrize(

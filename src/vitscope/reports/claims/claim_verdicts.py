@@ -40,6 +40,7 @@ class StatisticResult:
         verdict: Verdict of this statistic alone, before the correction over claims; ``shown`` where it tests nothing.
         reason: Reason why it is undecided; empty if it is decided.
         tests: p-values of the three tests; None where nothing was measured.
+        disagreeing: Names of networks that have the opposite sign of the mean, which then decides nothing.
     """
 
     part: ClaimStatistic
@@ -48,6 +49,7 @@ class StatisticResult:
     verdict: str
     reason: str = ""
     tests: LocationTests | None = None
+    disagreeing: tuple[str, ...] = ()
 
     @property
     def is_usable(self) -> bool:
@@ -108,7 +110,7 @@ def judge(report_runs: ReportRuns, claims: Sequence[Claim] = CLAIMS) -> list[Cla
     supported where every part was measured on at least `MIN_SEEDS` seeds, has the predicted sign, and the largest of their
     p-values passes Holm's correction over the claims (an intersection-union test needs no correction within a claim). It is
     contradicted where one part has the opposite sign and its p-value, times the number of parts, passes. A part that is a mean
-    over several networks supports nothing where one of them has the opposite sign by all three tests at 5%, uncorrected.
+    over several networks is evidence for neither where one of them has the opposite sign of the mean by the t-test at 5%.
 
     Where the t-test alone passes, all seeds agree in sign, and there are too few seeds for the exact tests to pass whatever the
     effect, the claim is ``suggested`` (or ``suggested against``). Otherwise it is inconclusive, or not measured.
@@ -156,18 +158,26 @@ def _finding(part: ClaimStatistic, effect: Effect) -> StatisticResult:
         return StatisticResult(part, effect, interval, "shown", tests=tests)
     agrees = interval.mean * part.sign > 0
     verdict, reason = _part_verdict(agrees, tests)
-    if agrees and (opposite := _opposite_parts(effect, part.sign)):
-        effect = replace(effect, blocked=f"the opposite holds for {' and '.join(opposite)}")
+    if verdict != INCONCLUSIVE and (disagreeing := _disagreeing_parts(effect, interval.mean)):
+        names = " and ".join(disagreeing)
+        reason = f"the networks disagree: the opposite of the mean holds for {names}"
+        return StatisticResult(part, effect, interval, INCONCLUSIVE, reason, tests, disagreeing)
     if agrees and effect.blocked and verdict != INCONCLUSIVE:
         verdict, reason = INCONCLUSIVE, effect.blocked
     return StatisticResult(part, effect, interval, verdict, reason, tests)
 
 
-def _opposite_parts(effect: Effect, sign: int) -> list[str]:
-    """Return the experiments of a mean that have the opposite of the claimed sign by all three tests, uncorrected."""
-    tests = {name: location_tests(list(values.values())) for name, values in effect.parts.items()}
-    means = {name: sum(values.values()) for name, values in effect.parts.items()}
-    return [name for name, test in tests.items() if means[name] * sign < 0 and test.largest < ALPHA]
+def _disagreeing_parts(effect: Effect, mean: float) -> tuple[str, ...]:
+    """Return the experiments whose own sign is the opposite of their common mean's by the t-test, uncorrected.
+
+    The more sensitive of the tests, since it can only withhold a verdict.
+    """
+    names = []
+    for name, values_by_seed in effect.parts.items():
+        values = list(values_by_seed.values())
+        if sum(values) * mean < 0 and location_tests(values).t < ALPHA:
+            names.append(name)
+    return tuple(names)
 
 
 def _part_verdict(agrees: bool, tests: LocationTests) -> tuple[str, str]:
@@ -189,20 +199,24 @@ def _part_verdict(agrees: bool, tests: LocationTests) -> tuple[str, str]:
 
 
 def _evidence(findings: Sequence[StatisticResult]) -> ClaimEvidence:
-    """Return what the tested parts say together; parts on too few seeds are evidence for neither direction."""
+    """Return what the tested parts say together.
+
+    Parts on too few seeds, and those whose networks disagree, are evidence for neither direction.
+    """
     tested = [f for f in findings if f.part.tested]
     usable = [f for f in tested if f.is_usable]
     if not usable:
         return ClaimEvidence(0, math.nan, math.nan, math.nan)
-    tests = [f.tests for f in usable if f.tests is not None]
-    opposite = [f.tests for f in usable if f.is_opposite and f.tests is not None]
+    agreeing = [f for f in usable if not f.disagreeing]
+    tests = [f.tests for f in agreeing if f.tests is not None]
+    opposite = [f.tests for f in agreeing if f.is_opposite and f.tests is not None]
     if opposite:
         p, p_t, attainable = (
             min(1.0, len(tested) * min(values))
             for values in ([t.largest for t in opposite], [t.t for t in opposite], [t.attainable for t in opposite])
         )
         return ClaimEvidence(-1, p, p_t, attainable)
-    if len(usable) < len(tested) or any(f.effect.blocked for f in usable):
+    if len(agreeing) < len(tested) or any(f.effect.blocked for f in agreeing):
         return ClaimEvidence(0, 1.0, 1.0, 1.0)
     return ClaimEvidence(1, max(t.largest for t in tests), max(t.t for t in tests), max(t.attainable for t in tests))
 
