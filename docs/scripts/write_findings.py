@@ -224,11 +224,11 @@ def _claim_block(verdict: ClaimVerdict, n_claims: int, figures: str, verdict_tex
 
 
 def _compared(verdict: ClaimVerdict) -> list[str]:
-    """Return what a claim's statistics compare, each once; by statistic where one is a mean over several experiments."""
+    """Return what a claim's statistics compare, each once; a mean over several experiments by its statistic's name."""
     effects = [(f.part.name, f.effect) for f in verdict.findings if f.effect.compared]
-    if any(effect.parts for _, effect in effects):
-        return [f"{name}: {effect.compared}" for name, effect in effects]
-    return list(dict.fromkeys(pair for _, effect in effects for pair in effect.compared.split("; ")))
+    means = [f"{name}: {effect.compared}" for name, effect in effects if effect.parts]
+    alone = [pair for _, effect in effects if not effect.parts for pair in effect.compared.split("; ")]
+    return [*means, *dict.fromkeys(alone)]
 
 
 def _row(finding: StatisticResult) -> str:
