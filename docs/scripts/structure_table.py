@@ -56,46 +56,52 @@ TRANSFORMERS = (
 OPENING = """# Structure of networks
 
 `vs.structure(model)` lists the units of a network and the kind of every parameter. Blocks that vitscope describes are found by
-their types. In every other network one small forward pass in evaluation mode shows the residual additions; it runs on the meta
-device too.
+their types. In every other network, one small forward pass in evaluation mode shows the residual additions. The pass also runs
+on the meta device.
 
-- **A unit** is a residual addition `s + b`: the stream `s` comes from a value by at most one layer, pooling and norms, the
-  branch `b` from the same value by what the unit computes; `s - b` is one too. Additions inside a branch belong to it. An
-  addition that only bridges a series of units is none, nor is a sum of parallel linear kernels (structural
-  reparameterization). The branch of `x + (attention(x) + mlp(x))` is two units. The two streams of a reversible network have
-  units of their own.
-- **Its kind** is what the branch computes: `msa` for attention (softmax, linear, of channels, in windows, additive), else
-  `conv` for a kernel of more than one position, else `mlp` for linear layers and 1x1 convolutions, also across tokens, else
-  `pool`. A branch that expands channels, applies a depthwise kernel and projects back is `conv`, as in MobileNets; directly
-  behind an attention or pooling unit of the same block it is the block's feed-forward layer and `mlp`, as in PVT v2 and
-  SegFormer. A mixture of experts is `mlp`: its softmax weighs results of one position. A product with patches (`unfold`) is
-  `conv`, and a state-space block is so for its depthwise convolution. A branch that holds attention and an MLP, as in
-  EdgeNeXt, is `msa` with all of its parameters; the table says "holds an MLP too" and measures by kind warn.
-- **A kind that is not certain** is refused by measures that compare kinds: a branch without attention that multiplies
-  activations by activations over an unknown axis (a state-space model without a convolution, unnormalized additive
-  attention), that runs from position to position with products of activations (RWKV, recurrent linear attention), that weighs
-  values by exponentials of activations before a table mixes positions (AFT), or that runs a function which the pass does not
-  show (an operator of an extension, `torch.func.vmap`, NumPy in a `torch.autograd.Function`).
-- **A branch is read** as the output of the module that returns it. Where its block scales it or drops paths in its own code
-  (`x + self.gamma * f(x)`, `x + drop_path(f(x))` as a function), or where no module returns it (`x + fft2(norm(x)).real`), it is
-  read as the operand of that addition; a lesion gives the addition zeros. A branch that the addition itself scales
-  (`torch.add(..., alpha=)`, `addcmul`, `lerp`, `s - b`) is removed by a lesion and refused by name where its values are read.
-- **Layers between units** have a kind as well: `pool` where they make the map smaller without a nonlinearity. They are not
-  residual, so that no lesion removes them.
-- `stem` is what comes before the first unit, `head` what comes after the last. Layers of the first unit's own block are no
-  stem where the block's type comes again: the depthwise layer of RepViT's first block is `conv` as in the later ones.
-  Depthwise mixing between the patch embedding and the first block is `stem`, as a position encoding without a shortcut is.
-  A residual layer of the pooled vector and attention pooling by learned queries behind the last unit are `head`. A U-Net that
-  adds its skips has the units of its blocks alone.
-- More than four convolutions with overlapping windows in stem and head that hold over 60 % of the parameters are named in one
-  warning: a U-Net of plain convolutions with a single residual attention block counts its encoder as `stem` and its decoder as
-  `head`. The largest share in the tables below is 36 % (`hrnet_w18_small`).
-- **Stages** are numbered from 1 by the size of the map.
-- **Not residual** are networks whose units hold less than the layers between them, mix no channels, or whose sums are
-  concatenated. They are read after each convolution and pooling layer.
+- **A unit** is a residual addition `s + b` or difference `s - b`. The stream `s` comes from a value through at most one layer,
+  pooling and normalizations; the branch `b` comes from the same value through the layers of the unit. Additions inside a branch
+  belong to this branch. Two additions are not units: one that only bridges a series of units, and a sum of parallel linear
+  kernels (structural reparameterization). The branch of `x + (attention(x) + mlp(x))` is two units. The two streams of a
+  reversible network have separate units.
+- **The kind of a unit** is what its branch computes. The first matching rule decides:
+    - `msa`: attention (softmax, linear, of channels, in windows, additive). A softmax over values of one position, as in a
+      mixture of experts, is not attention. A branch with attention and an MLP, as in EdgeNeXt, is `msa` with all of its
+      parameters; the table says "holds an MLP too", and measures by kind give a warning.
+    - `conv`: a kernel of more than one position, a Fourier filter, a product with patches (`unfold`), or 1x1 convolutions without
+      a nonlinearity.
+      A state-space block is `conv` because of its depthwise convolution. A branch that expands channels, applies a depthwise
+      kernel and projects back is `conv`, as in MobileNets. Directly after an attention or pooling unit of the same block, it is
+      the feed-forward layer of the block and `mlp`, as in PVT v2 and SegFormer.
+    - `mlp`: linear layers and 1x1 convolutions, also across tokens, and mixtures of experts.
+    - `pool`: pooling or shifting without weights.
+- **Kinds that are not certain** are refused by measures that compare kinds. This concerns branches without attention in four
+  cases: the branch multiplies activations by activations over an unknown axis (a state-space model without a convolution,
+  unnormalized additive attention); it runs from position to position with products of activations (RWKV, recurrent linear
+  attention); it weighs values by exponentials of activations before a table mixes positions (AFT); or it runs a function that
+  the pass does not show (an operator of an extension, `torch.func.vmap`, NumPy in a `torch.autograd.Function`).
+- **Reading a branch.** The branch is read as the output of the module that returns it. It is read as the operand of the
+  addition if the block itself scales it or drops paths (`x + self.gamma * f(x)`, `x + drop_path(f(x))` as a function), or if no
+  module returns it (`x + fft2(norm(x)).real`). A lesion then passes zeros to the addition. If the addition itself scales the
+  branch (`torch.add(..., alpha=)`, `addcmul`, `lerp`, `s - b`), a lesion removes it, and measures that read its values refuse
+  it with its name.
+- **Layers between units** have a kind as well. They are `pool` if they make the map smaller without a nonlinearity. They are
+  not residual, so that no lesion removes them.
+- **Stem and head.** `stem` is the part before the first unit, and `head` the part after the last unit. Layers in the block of
+  the first unit are not `stem` if blocks of the same type follow: the depthwise layer of RepViT's first block is `conv`, as in
+  the later blocks. Depthwise mixing between the patch embedding and the first block is `stem`, as is a position encoding
+  without a shortcut. After the last unit, a residual layer of the pooled vector and attention pooling by learned queries are
+  `head`. A U-Net that adds its skips has only the units of its blocks.
+- **Large stem or head.** One warning names the convolutions with overlapping windows in stem and head if there are more than
+  four of them and they hold over 60 % of the parameters. For example, a U-Net of plain convolutions with a single residual
+  attention block has its encoder as `stem` and its decoder as `head`. The largest share in the tables below is 36 %
+  (`hrnet_w18_small`).
+- **Stages** are numbered from 1 in the order of decreasing map size.
+- **Networks that are not residual** are those whose units hold fewer parameters than the layers between them, do not mix
+  channels, or whose sums are concatenated. Their maps are read after each convolution and pooling layer.
 
-A measure that compares kinds raises `StructureError` where attention belongs to no unit, and names the module. Such a network can
-be described by hand:
+A measure that compares kinds raises `StructureError` with the name of the module if some attention belongs to no unit. Such a
+network can be described by hand:
 
 ```python
 import torch
@@ -134,8 +140,8 @@ probe = vs.Probe(Network(), [(torch.rand(4, 3, 16, 16), torch.arange(4))], struc
 print(vs.structure(probe.model))
 ```
 
-`*` stands for one part of a module's name and `{0}` for what it stood for; `:input` behind a name means the module's first input.
-The same in YAML, as `model.structure`:
+In these names, `*` stands for one part of a module's name, and `{0}` for the part that matched it. `:input` after a name means
+the module's first input. In YAML, the same description is `model.structure`:
 
 ```yaml
 structure:
@@ -144,12 +150,12 @@ structure:
 
 ## How to read the tables
 
-A row is one small variant of a family without weights. `msa`, `conv`, `mlp` and `pool` count residual units by kind;
-layers between units add to no stream, and a network that is not residual has nothing else. Stages are sizes of the map,
-taps are the places where feature maps are read. The last numbers are the shares of the parameters that have kind `msa`,
-`conv` and `mlp`; the rest is stem, pooling and head. A note says where a model is not residual, where no map can be
-read after some units, or why it is refused.
-Written by `docs/scripts/structure_table.py` with VERSIONS.
+Each row is one small variant of a family, without weights. `msa`, `conv`, `mlp` and `pool` are the numbers of residual units of
+each kind. Layers between units do not add to a stream, and a network that is not residual has only such layers. Stages are the
+different sizes of the map, and taps are the places where feature maps are read. The last numbers are the shares of the
+parameters of kind `msa`, `conv` and `mlp`; the remaining parameters belong to stem, pooling and head. A note says that a model
+is not residual, that no map can be read after some units, or why the model is refused. Written by
+`docs/scripts/structure_table.py` with VERSIONS.
 """
 
 
