@@ -99,14 +99,14 @@ def write_blocks(
 
 
 def seed_count(verdict: ClaimVerdict) -> str:
-    """Return the numbers of seeds of a claim's tested statistics, such as ``3`` or ``2 to 3``; empty where there are none."""
-    counts = [f.interval.n for f in verdict.findings if f.interval is not None and f.part.tested]
+    """Return the numbers of seeds of a claim's statistics, such as ``3`` or ``2 to 3``; empty where there are none."""
+    counts = [f.interval.n for f in verdict.findings if f.interval is not None]
     return "" if not counts else str(counts[0]) if len(set(counts)) == 1 else f"{min(counts)} to {max(counts)}"
 
 
 def sign_count(verdict: ClaimVerdict) -> str:
     """Return how many of a claim's measured statistics have the claimed sign, such as ``3 of 4``; empty without any."""
-    measured = [f for f in verdict.findings if f.interval is not None and f.part.tested]
+    measured = [f for f in verdict.findings if f.interval is not None]
     n_agreeing = sum(f.interval.mean * f.part.sign > 0 for f in measured if f.interval is not None)
     return f"{n_agreeing} of {len(measured)}" if measured else ""
 
@@ -159,7 +159,7 @@ def _what_follows(judged: Sequence[ClaimVerdict]) -> str:
     """Return which verdicts the claims' numbers of seeds allow."""
     n_claims, needed = len(judged), fewest_values(ALPHA / len(judged))
     counts = [
-        min(f.interval.n for f in verdict.findings if f.interval is not None and f.part.tested)
+        min(f.interval.n for f in verdict.findings if f.interval is not None)
         for verdict in judged
         if not np.isnan(verdict.p)
     ]
@@ -201,7 +201,7 @@ def _claim_block(verdict: ClaimVerdict, n_claims: int, figures: str, verdict_tex
         return f"**Verdict: not measured.** {_sentence(verdict.reason)}".strip()
     p = _p_text(verdict.p_holm)
     p_text = f" (p = {p} after the correction over claims)" if p else ""
-    n_parts = sum(f.part.tested for f in verdict.findings)
+    n_parts = len(verdict.findings)
     lines = [
         f"**Verdict: {verdict_text}**{p_text}. {_sentence(verdict.reason)}".strip(),
         "",

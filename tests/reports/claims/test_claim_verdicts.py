@@ -20,9 +20,9 @@ FIVE = {seed: CLEAR[seed] for seed in range(5)}
 UNCLEAR = {0: 1.0, 1: -1.1, 2: 0.9, 3: -0.9, 4: 0.2}
 
 
-def part(values: Mapping[int, float], sign: int = 1, *, blocked: str = "", tested: bool = True) -> ClaimStatistic:
+def part(values: Mapping[int, float], sign: int = 1, *, blocked: str = "") -> ClaimStatistic:
     effect = Effect(values, "a − b", "" if values else "runs", blocked)
-    return ClaimStatistic(f"part {sign} {values}", sign, lambda bench: effect, "nats", tested)
+    return ClaimStatistic(f"part {sign} {values}", sign, lambda bench: effect, "nats")
 
 
 def claim(*parts: ClaimStatistic, name: str = "x") -> Claim:
@@ -80,7 +80,6 @@ def test_a_claim_needs_all_its_parts_and_falls_with_one() -> None:
     assert judge(part(CLEAR), part({})).verdict == "inconclusive"
     assert judge(part(CLEAR), part(UNCLEAR)).verdict == "inconclusive"
     assert judge(part(SEVEN), part(SEVEN, -1)).verdict == "contradicted"
-    assert judge(part(CLEAR), part(CLEAR, -1, tested=False)).verdict == "supported"  # shown, not tested
 
 
 def test_parts_against_a_claim_are_counted_against_its_number_of_parts() -> None:

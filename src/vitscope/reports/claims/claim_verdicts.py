@@ -37,7 +37,7 @@ class StatisticResult:
         part: The statistic.
         effect: Effect of each seed, with the compared experiments.
         interval: Mean over seeds with its t-interval; None where nothing was measured.
-        verdict: Verdict of this statistic alone, before the correction over claims; ``shown`` where it tests nothing.
+        verdict: Verdict of this statistic alone, before the correction over claims.
         reason: Reason why it is undecided; empty if it is decided.
         tests: p-values of the three tests; None where nothing was measured.
         disagreeing: Names of networks that have the opposite sign of the mean, which then decides nothing.
@@ -105,7 +105,7 @@ class ClaimVerdict:
 def judge(report_runs: ReportRuns, claims: Sequence[Claim] = CLAIMS) -> list[ClaimVerdict]:
     """Return every claim's verdict.
 
-    A claim is the conjunction of its tested parts. The p-value of a part is the largest of three two-sided tests over seeds:
+    A claim is the conjunction of its parts. The p-value of a part is the largest of three two-sided tests over seeds:
     Student's t-test, the exact sign-flip permutation test and the sign test (`vitscope.stats.location_tests`). A claim is
     supported where every part was measured on at least `MIN_SEEDS` seeds, has the predicted sign, and the largest of their
     p-values passes Holm's correction over the claims (an intersection-union test needs no correction within a claim). It is
@@ -154,8 +154,6 @@ def _finding(part: ClaimStatistic, effect: Effect) -> StatisticResult:
         return StatisticResult(part, effect, None, NOT_MEASURED, "; ".join(filter(None, reasons)))
     values = list(effect.values.values())
     interval, tests = t_interval(values), location_tests(values)
-    if not part.tested:
-        return StatisticResult(part, effect, interval, "shown", tests=tests)
     agrees = interval.mean * part.sign > 0
     verdict, reason = _part_verdict(agrees, tests)
     if verdict != INCONCLUSIVE and (disagreeing := _disagreeing_parts(effect, interval.mean)):
@@ -199,12 +197,11 @@ def _part_verdict(agrees: bool, tests: LocationTests) -> tuple[str, str]:
 
 
 def _evidence(findings: Sequence[StatisticResult]) -> ClaimEvidence:
-    """Return what the tested parts say together.
+    """Return what the parts say together.
 
     Parts on too few seeds, and those whose networks disagree, are evidence for neither direction.
     """
-    tested = [f for f in findings if f.part.tested]
-    usable = [f for f in tested if f.is_usable]
+    usable = [f for f in findings if f.is_usable]
     if not usable:
         return ClaimEvidence(0, math.nan, math.nan, math.nan)
     agreeing = [f for f in usable if not f.disagreeing]
@@ -212,11 +209,11 @@ def _evidence(findings: Sequence[StatisticResult]) -> ClaimEvidence:
     opposite = [f.tests for f in agreeing if f.is_opposite and f.tests is not None]
     if opposite:
         p, p_t, attainable = (
-            min(1.0, len(tested) * min(values))
+            min(1.0, len(findings) * min(values))
             for values in ([t.largest for t in opposite], [t.t for t in opposite], [t.attainable for t in opposite])
         )
         return ClaimEvidence(-1, p, p_t, attainable)
-    if len(agreeing) < len(tested) or any(f.effect.blocked for f in agreeing):
+    if len(agreeing) < len(findings) or any(f.effect.blocked for f in agreeing):
         return ClaimEvidence(0, 1.0, 1.0, 1.0)
     return ClaimEvidence(1, max(t.largest for t in tests), max(t.t for t in tests), max(t.attainable for t in tests))
 
@@ -224,30 +221,29 @@ def _evidence(findings: Sequence[StatisticResult]) -> ClaimEvidence:
 def _verdict(
     findings: Sequence[StatisticResult], evidence_of_claim: ClaimEvidence, p_holm: float, p_t_holm: float, n_tested: int
 ) -> tuple[str, str]:
-    tested = [f for f in findings if f.part.tested]
-    if all(f.interval is None for f in tested):
-        return NOT_MEASURED, "; ".join(dict.fromkeys(f.reason for f in tested))
-    against = "; ".join(f.part.name for f in tested if f.is_usable and f.is_opposite and f.verdict != INCONCLUSIVE)
+    if all(f.interval is None for f in findings):
+        return NOT_MEASURED, "; ".join(dict.fromkeys(f.reason for f in findings))
+    against = "; ".join(f.part.name for f in findings if f.is_usable and f.is_opposite and f.verdict != INCONCLUSIVE)
     if evidence_of_claim.direction and p_holm < ALPHA:
         return (SUPPORTED, "") if evidence_of_claim.direction > 0 else (CONTRADICTED, against)
     if evidence_of_claim.direction and p_t_holm < ALPHA:
         needed = _needed_seeds(findings, evidence_of_claim.direction, n_tested)
-        n = min(f.tests.n for f in tested if f.is_usable and f.tests is not None)
+        n = min(f.tests.n for f in findings if f.is_usable and f.tests is not None)
         if n < needed and evidence_of_claim.p <= evidence_of_claim.attainable:  # all seeds agree in sign
             seeds = f"by the t-test alone: {n} seeds, and exact tests decide from {needed} on"
             return (SUGGESTED, seeds) if evidence_of_claim.direction > 0 else (SUGGESTED_AGAINST, f"{seeds}; {against}")
-    if all(f.verdict == SUPPORTED for f in tested):
+    if all(f.verdict == SUPPORTED for f in findings):
         return INCONCLUSIVE, f"not after the correction over claims (p {p_holm:.2g})"
-    return INCONCLUSIVE, _undecided_text(tested)
+    return INCONCLUSIVE, _undecided_text(findings)
 
 
-def _undecided_text(tested: Sequence[StatisticResult]) -> str:
+def _undecided_text(findings: Sequence[StatisticResult]) -> str:
     """Return why statistics do not support a claim; those of one reason are counted, or named where they are few."""
     names: dict[str, list[str]] = {}
-    for finding in tested:
+    for finding in findings:
         if finding.verdict != SUPPORTED:
             names.setdefault(finding.reason or finding.verdict, []).append(finding.part.name)
-    return "; ".join(f"{_named_or_counted(group, len(tested))}: {reason}" for reason, group in names.items())
+    return "; ".join(f"{_named_or_counted(group, len(findings))}: {reason}" for reason, group in names.items())
 
 
 def _named_or_counted(names: Sequence[str], total: int) -> str:
@@ -258,7 +254,7 @@ def _named_or_counted(names: Sequence[str], total: int) -> str:
 
 def _needed_seeds(findings: Sequence[StatisticResult], direction: int, n_tested: int) -> int:
     """Return the number of seeds from which on exact tests can decide a claim at any step of Holm's correction."""
-    n_parts = 1 if direction > 0 else sum(f.part.tested for f in findings)
+    n_parts = 1 if direction > 0 else len(findings)
     return fewest_values(ALPHA / (n_tested * n_parts))
 
 
@@ -313,7 +309,7 @@ def _provisional_text(judged: Sequence[ClaimVerdict]) -> str:
 def power_text(judged: Sequence[ClaimVerdict]) -> str:
     """Return in words the power of the design: the chance to decide a claim of one part by the seeds that were measured."""
     tested = [j for j in judged if not math.isnan(j.p)]
-    counts = sorted({f.tests.n for j in tested for f in j.findings if f.is_usable and f.part.tested and f.tests})
+    counts = sorted({f.tests.n for j in tested for f in j.findings if f.is_usable and f.tests})
     if not counts:
         return "No claim has enough seeds to be judged, so the design has no power."
     level = ALPHA / len(tested)

@@ -21,19 +21,17 @@ class ClaimStatistic:
         sign: Sign of the effect that the claim predicts, 1 or -1.
         measure: Computes the effect of each seed.
         unit: Unit of the effect.
-        tested: Whether the claim requires it; otherwise it is only shown.
     """
 
     name: str
     sign: int
     measure: Callable[[ReportRuns], Effect]
     unit: str = ""
-    tested: bool = True
 
 
 @dataclass(frozen=True)
 class Claim:
-    """One claim: true where all its tested parts are.
+    """One claim: true where all its parts are.
 
     Attributes:
         name: Key of the claim.
@@ -52,7 +50,7 @@ class Claim:
     parts: tuple[ClaimStatistic, ...]
 
 
-def _flat(control: str, matched: str, tested: bool = True) -> tuple[ClaimStatistic, ClaimStatistic]:
+def _flat(control: str, matched: str) -> tuple[ClaimStatistic, ClaimStatistic]:
     names = {"cost": "control of equal cost", "conv": "convolution", "uniform": "uniform attention", "blur": "blur"}
     condition = f"against {names[control]}, at matched {'NLL' if matched == 'nll' else matched}"
 
@@ -64,8 +62,9 @@ def _flat(control: str, matched: str, tested: bool = True) -> tuple[ClaimStatist
     def rise(report_runs: ReportRuns) -> Effect:
         return flattening(report_runs, "sharpness", "rise_r0.1", control=control, matched=matched, log=False)
 
-    return ClaimStatistic(f"log APE {condition}", -1, ape, "ln", tested), ClaimStatistic(
-        f"sharpness at r=.1 {condition}", -1, rise, "nats", tested
+    return (
+        ClaimStatistic(f"log APE {condition}", -1, ape, "ln"),
+        ClaimStatistic(f"sharpness at r=.1 {condition}", -1, rise, "nats"),
     )
 
 

@@ -148,11 +148,11 @@ def balanced_effect(parts: Sequence[Mapping[int, float]], names: Sequence[str], 
     ]
     if not seeds:
         return Effect(compared="; ".join(names), lacking=lacking)
-    taken = {names[i]: {seed: parts[i][seed] for seed in seeds} for i in indices}
-    if len(taken) == 1:
-        return Effect(balanced_means(parts), *taken, refused="; ".join(left_out))
-    compared = "; ".join(f"{name}: {np.mean(list(values.values())):.3g}" for name, values in taken.items())
-    return Effect(balanced_means(parts), compared, refused="; ".join(left_out), parts=taken)
+    chosen_parts = {names[i]: {seed: parts[i][seed] for seed in seeds} for i in indices}
+    if len(chosen_parts) == 1:
+        return Effect(balanced_means(parts), *chosen_parts, refused="; ".join(left_out))
+    compared = "; ".join(f"{name}: {np.mean(list(values.values())):.3g}" for name, values in chosen_parts.items())
+    return Effect(balanced_means(parts), compared, refused="; ".join(left_out), parts=chosen_parts)
 
 
 def slopes(runs: Sequence[tuple[float, Runs]], read: Reader) -> dict[int, float]:
