@@ -1,4 +1,4 @@
-"""A number that cannot be given is NaN in the result, null on disk, and never silent: this is the warning."""
+"""The warning about numbers that cannot be given: they are NaN in a result and null on disk."""
 
 from __future__ import annotations
 

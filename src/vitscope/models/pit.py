@@ -34,7 +34,7 @@ def pit(
     """PiT (Heo et al. 2021), timm's implementation, with the paper's patches for CIFAR.
 
     At 32x32, patch 2 and stride 1 the stages have 961, 256 and 64 tokens. (The official code leaves the
-    stride at 8 and so trains on 4x4 tokens; docs/paper.md section 2.)
+    stride at 8 and so trains on 4x4 tokens; docs/paper.md section 4.)
 
     Args:
         size: ``tiny``, ``xsmall``, ``small`` or ``base``.

@@ -1,4 +1,4 @@
-"""Statistics of eigenvalues pooled over mini-batches: NEP, APE, their intervals, and a density for the eye."""
+"""Statistics of eigenvalues pooled over mini-batches: NEP, APE, their intervals, and a density for figures."""
 
 from __future__ import annotations
 
