@@ -48,7 +48,7 @@ class HessianMaxEigenvalueSpectrumResult(Result, coordinates={"batch": "batches"
         smallest_negative_proportion: share of the batches whose smallest eigenvalue is negative; NaN unless asked for.
         largest_average: mean over batches of the largest eigenvalue; NaN unless asked for.
         grid: (n_grid,) eigenvalues at which the density is given.
-        density: (n_grid,) Gaussian kernel density of the pooled values (for figures only; NEP and APE are computed from the values).
+        density: (n_grid,) Gaussian kernel density of the pooled values (for figures only; NEP and APE are from the values).
         card: conditions of the measurement.
     """
 
