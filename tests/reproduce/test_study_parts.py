@@ -106,3 +106,14 @@ def test_parts_that_do_not_go_together_are_refused(study: Callable[..., Path], t
     with pytest.raises(DataError, match="does not hold table-models; choose one of table-claims"):
         study_export.join(tmp_path / "joined", [a], ["table-models"])
     assert not (tmp_path / "joined").exists()
+
+
+def test_a_run_that_was_measured_again_after_an_export_has_the_numbers_of_both(
+    study: Callable[..., Path], tmp_path: Path
+) -> None:
+    whole = study("whole", runs_of(tmp_path / "runs", range(2)))
+    earlier = Path(shutil.copytree(whole, tmp_path / "earlier"))
+    changed(earlier, lambda content: content["metrics"].pop("test/accuracy"))
+    for order in ([whole, earlier], [earlier, whole]):
+        study_export.join(tmp_path / "joined", order, [TARGET])
+        assert study_export.differing_numbers(tmp_path / "joined", whole) == []

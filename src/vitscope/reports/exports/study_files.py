@@ -139,12 +139,17 @@ def join(parts: Sequence[Study]) -> Study:
 
 
 def _joined_run(key: str, run: Mapping[str, Any], copy: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """Return a run with the results that it has in two parts; ``folder`` is the part of the copy."""
-    results = {**run["results"], **copy["results"]}
-    if {**copy, "results": results} != {**run, "results": {**results, **run["results"]}}:
-        reason = f"its run {key} has other numbers than the same run of another part"
-        raise ConfigError("from", folder, reason, "export the parts again from their runs")
-    return {**run, "results": results}
+    """Return a run with the metrics and results that it has in two parts; ``folder`` is the part of the copy.
+
+    One part may have been exported before an analysis of the run, whose metrics and results it then lacks.
+    """
+    joined = {part: {**run[part], **copy[part]} for part in ("metrics", "results")}
+    for content in (run, copy):
+        extended = {part: {**joined[part], **content[part]} for part in joined}
+        if {**content, **extended} != {**run, **joined}:
+            reason = f"its run {key} has other numbers than the same run of another part"
+            raise ConfigError("from", folder, reason, "export the parts again from their runs")
+    return {**run, **joined}
 
 
 def _json(path: Path) -> dict[str, Any]:
