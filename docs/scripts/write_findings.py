@@ -23,6 +23,7 @@ import numpy as np
 from vitscope.reports.claims import claim_verdicts
 from vitscope.reports.claims.claim_verdicts import (
     ALPHA,
+    INCONCLUSIVE,
     MIN_SEEDS,
     NOT_MEASURED,
     ClaimVerdict,
@@ -150,9 +151,14 @@ def _lengths(entries: Sequence[Entry]) -> str:
 
 
 def verdict_texts(judged: Sequence[ClaimVerdict]) -> dict[str, str]:
-    """Return each claim's verdict in words, with "provisional" where it is."""
+    """Return each claim's verdict in words, with "provisional", or "networks disagree" where that leaves it open."""
     provisional = claim_verdicts.provisional_claims(judged)
-    return {j.claim.name: j.verdict + (", provisional" if j.claim.name in provisional else "") for j in judged}
+    texts = {}
+    for verdict in judged:
+        disagree = verdict.verdict == INCONCLUSIVE and any(f.disagreeing for f in verdict.findings)
+        addition = ", networks disagree" if disagree else ", provisional" if verdict.claim.name in provisional else ""
+        texts[verdict.claim.name] = verdict.verdict + addition
+    return texts
 
 
 def _what_follows(judged: Sequence[ClaimVerdict]) -> str:
