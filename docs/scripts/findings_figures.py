@@ -75,7 +75,7 @@ def _rows(finding: StatisticResult) -> list[_Row]:
     assert finding.interval is not None
     color, sign = _COLORS.get(finding.verdict, "0.5"), finding.part.sign
     rows = [_Row(finding.part.name, list(finding.effect.values.values()), finding.interval, sign, color)]
-    for name, values_by_seed in finding.effect.parts.items():
+    for name, values_by_seed in finding.effect.parts:
         if " − " not in name:  # pairs have names of a line and more; the page lists their means
             values = list(values_by_seed.values())
             rows.append(_Row(name, values, t_interval(values), sign, _NETWORK, is_network=True))

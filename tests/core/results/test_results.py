@@ -97,6 +97,9 @@ def test_paths_that_cannot_be_written_or_read(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match="a folder; .* a run folder is read by vs.load_results"):
         vs.load_result(tmp_path)
     (tmp_path / "end-1.json").write_text("{}")
+    with pytest.raises(StorageError, match="not an .npz file; pass a file that result.save wrote"):
+        vs.load_result(tmp_path / "end-1.json")
+    variance().save(tmp_path / "end-1")
     with pytest.raises(StorageError, match="not an .npz file; pass end-1.npz, which has the arrays"):
         vs.load_result(tmp_path / "end-1.json")
 

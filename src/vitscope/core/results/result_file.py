@@ -76,9 +76,9 @@ def load(path: Path) -> Any:
         fix = 'pass a file that result.save("name.npz") wrote; a run folder is read by vs.load_results'
         raise StorageError("results", path, problem, fix)
     if path.suffix != ".npz":
-        raise StorageError(
-            "results", path, "not an .npz file", f"pass {path.with_suffix('.npz').name}, which has the arrays"
-        )
+        beside = path.with_suffix(".npz")
+        fix = f"pass {beside.name}, which has the arrays" if beside.exists() else "pass a file that result.save wrote"
+        raise StorageError("results", path, "not an .npz file", fix)
     try:
         with os.fdopen(safe_files.open_to_read(path), "rb") as file, np.load(file, allow_pickle=False) as archive:
             meta = json.loads(str(archive[_META]))

@@ -175,9 +175,8 @@ class _Sums:
         similarity = _ratio(total, s, other is not None)
         _say_what_is_null(total, (*probe.taps, *(other.taps if other else ())))
         stages = np.array([tap.stage for tap in probe.taps])
-        has_blocks = (
-            other is None and len(set(stages[stages > 0])) > 1
-        )  # stage 0 is the stem, which is no stage of blocks
+        n_stages = len(set(stages[stages > 0]))  # stage 0 is the stem
+        has_blocks = other is None and n_stages > 1
         p = p_value(similarity, stages, self.n_permutations, self.seed) if has_blocks else None
         return CKAResult(
             **tap_fields_of_both(probe, other or probe),

@@ -171,7 +171,7 @@ def _disagreeing_parts(effect: Effect, mean: float) -> tuple[str, ...]:
     The more sensitive of the tests, since it can only withhold a verdict.
     """
     names = []
-    for name, values_by_seed in effect.parts.items():
+    for name, values_by_seed in effect.parts:
         values = list(values_by_seed.values())
         if sum(values) * mean < 0 and location_tests(values).t < ALPHA:
             names.append(name)

@@ -35,7 +35,7 @@ class Effect:
         blocked: Reason why it supports no claim whatever its interval is; empty if there is none.
         refused: Results that were left out because they were measured under other conditions than the rest, and experiments that
             lack seeds of the rest, in words.
-        parts: Values by seed of each experiment, or pair of experiments, that the statistic is a mean over, by name; empty
+        parts: Name and values by seed of each experiment, or pair of experiments, that the statistic is a mean over; empty
             where it is no mean over several.
     """
 
@@ -44,7 +44,7 @@ class Effect:
     lacking: str = ""
     blocked: str = ""
     refused: str = ""
-    parts: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
+    parts: tuple[tuple[str, Mapping[int, float]], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -148,10 +148,11 @@ def balanced_effect(parts: Sequence[Mapping[int, float]], names: Sequence[str], 
     ]
     if not seeds:
         return Effect(compared="; ".join(names), lacking=lacking)
-    chosen_parts = {names[i]: {seed: parts[i][seed] for seed in seeds} for i in indices}
+    # pairs, since two experiments that differ in many options can have one name
+    chosen_parts = tuple((names[i], {seed: parts[i][seed] for seed in seeds}) for i in indices)
     if len(chosen_parts) == 1:
-        return Effect(balanced_means(parts), *chosen_parts, refused="; ".join(left_out))
-    compared = "; ".join(f"{name}: {np.mean(list(values.values())):.3g}" for name, values in chosen_parts.items())
+        return Effect(balanced_means(parts), chosen_parts[0][0], refused="; ".join(left_out))
+    compared = "; ".join(f"{name}: {np.mean(list(values.values())):.3g}" for name, values in chosen_parts)
     return Effect(balanced_means(parts), compared, refused="; ".join(left_out), parts=chosen_parts)
 
 
