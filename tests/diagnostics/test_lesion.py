@@ -213,7 +213,10 @@ def test_stage_end_excess_is_the_last_msa_minus_the_mean_of_the_others() -> None
     msa = result.nll_change[::2]
     assert result.scalars()["stage_end_msa_nll_excess"] == pytest.approx(msa[2] - msa[:2].mean(), abs=1e-12)
     assert result.scalars()["msa_nll_change"] == pytest.approx(msa.mean(), abs=1e-12)
-    assert "stage_end_msa_nll_excess" not in lesion(Probe(resnet(), batches())).scalars()
+    assert result.scalars()["n_stages"] == 1
+    without_attention = lesion(Probe(resnet(), batches())).scalars()
+    assert "stage_end_msa_nll_excess" not in without_attention
+    assert without_attention["n_stages"] == len(set(lesion(Probe(resnet(), batches())).stages)) > 1
 
 
 def test_refusals_and_units_of_ones_own() -> None:

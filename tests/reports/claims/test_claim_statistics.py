@@ -234,6 +234,13 @@ def test_claims_about_stages_are_about_networks_with_several(
     assert judged.findings[0].effect.values == pytest.approx({0: 0.2}, rel=1e-12)
 
 
+def test_a_lesion_of_a_single_stage_says_nothing_about_the_ends_of_stages(make_run: Callable, tmp_path: Path) -> None:
+    for model, n_stages, value in (("swin", 3, 0.2), ("pit", 1, 0.9), ("alternet", 4, 0.4)):
+        write_scalars(make_run(model), "lesion", {"n_stages": n_stages, "stage_end_msa_nll_excess": value})
+    (judged,) = claim_verdicts.judge(bench(tmp_path), [c for c in CLAIMS if c.name == "stage_end_msa"])
+    assert judged.findings[0].effect.values == pytest.approx({0: 0.3}, rel=1e-12)
+
+
 @pytest.mark.parametrize(
     ("convnet", "pit", "verdict"),
     [(0.4, 0.1, "supported"), (0.4, -0.1, "inconclusive"), (-0.4, -0.1, "contradicted"), (-0.4, 0.1, "inconclusive")],

@@ -99,8 +99,8 @@ class LesionResult(
     card: ObjectiveCard | None = None
 
     def scalars(self) -> dict[str, float]:
-        """Return the mean change by kind, and what the last MSA of a stage adds over the stage's others."""
-        scalars = {"accuracy": self.accuracy, "nll": self.nll}
+        """Return the mean change by kind, the number of stages, and what the last MSA of a stage adds over the stage's others."""
+        scalars = {"accuracy": self.accuracy, "nll": self.nll, "n_stages": float(len(np.unique(self.stages)))}
         for kind in sorted(set(self.kinds)):
             of_kind = np.array([k == kind for k in self.kinds])
             scalars[f"{kind}_accuracy_change"] = float(self.accuracy_change[of_kind].mean())

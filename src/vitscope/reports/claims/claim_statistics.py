@@ -129,12 +129,18 @@ def mean_by_kind(
     return balanced_effect(parts, names, f"{measure} of a model with {scalar}")
 
 
-def has_stages(entry: Entry) -> bool:
-    """Whether a run's model has several stages, which claims about stages are about.
+def has_stages(report_runs: ReportRuns, measure: str) -> Callable[[Entry], bool]:
+    """Return a test of whether a run's model has several stages, which claims about stages are about.
 
-    In a single stage its end is that of the network, and older versions wrote a `block_structure` that compared the stem.
+    In a single stage its end is that of the network. The measure states the number of stages; of results without it, the
+    families of one stage are left out, since older versions wrote a `block_structure` that compared the stem.
     """
-    return entry.kin not in SINGLE_STAGE
+
+    def keep(entry: Entry) -> bool:
+        n_stages = report_runs.scalar(measure, "n_stages")(entry)
+        return entry.kin not in SINGLE_STAGE if n_stages is None else n_stages > 1
+
+    return keep
 
 
 def has_initial_reference(report_runs: ReportRuns) -> Callable[[Entry], bool]:

@@ -186,7 +186,7 @@ CLAIMS: tuple[Claim, ...] = (
         "models with two MSAs in a stage, with lesion; AlterNet with placement=stage_end and another",
         (
             ClaimStatistic("NLL change of the last MSA minus the others of its stage", 1,
-                 lambda b: by.mean_by_kind(b, "lesion", "stage_end_msa_nll_excess", keep=by.has_stages), "nats"),
+                 lambda b: by.mean_by_kind(b, "lesion", "stage_end_msa_nll_excess", by.has_stages(b, "lesion")), "nats"),
             ClaimStatistic("accuracy with MSA at stage ends minus elsewhere", 1, by.placement_difference, "share"),
         ),
     ),
@@ -198,7 +198,7 @@ CLAIMS: tuple[Claim, ...] = (
         "models with several stages; cka",
         (
             ClaimStatistic("CKA within minus across stages", 1,
-                           lambda b: by.mean_by_kind(b, "cka", "block_structure", keep=by.has_stages), "CKA"),
+                           lambda b: by.mean_by_kind(b, "cka", "block_structure", by.has_stages(b, "cka")), "CKA"),
         ),
     ),
     Claim(
