@@ -35,7 +35,7 @@ help: ## list the targets
 	@echo
 	@echo "reproduce makes all of these; each is a target with the same settings:"
 	@printf '  %s\n' "$(wordlist 1,16,$(FIGURES))" "$(wordlist 17,99,$(FIGURES))" "$(TABLES)" "$(QUESTIONS)"
-	@echo "settings: PROFILE=smoke|cifar10_small|cifar100|imagenet SEEDS=5 GPUS=0,1 or JOBS=2 OVERRIDES='optimizer.lr=1e-3'"
+	@echo "settings: PROFILE=smoke|cifar10_small|cifar10|cifar100|imagenet SEEDS=5 GPUS=0,1 or JOBS=2 OVERRIDES='optimizer.lr=1e-3'"
 	@echo "  SEEDS=5-8 (these seeds) EXPORT=results/x (write the numbers as JSON) FROM=results/x,results/y (draw from them)"
 	@echo "  DRY=1 (list runs, hours and disk) LAUNCHER=slurm SLURM='partition=gpu time=1440'"
 
@@ -98,7 +98,7 @@ format: $(SETUP) ## let ruff rewrite
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-reproduce: $(SETUP) ## every figure and table, and the page (PROFILE=smoke|cifar100|imagenet SEEDS=1 GPUS=0,1 JOBS=2 DRY=1)
+reproduce: $(SETUP) ## every figure and table, and the page (PROFILE=smoke|cifar10|cifar100|imagenet SEEDS=1 GPUS=0,1 JOBS=2 DRY=1)
 	$(REPRODUCE) all $(REPRODUCED)
 
 reproduce-cost: DRY := 1

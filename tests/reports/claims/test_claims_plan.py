@@ -27,7 +27,7 @@ from vitscope.runs.metrics_log import Journal
 from vitscope.runs.run_dir import Run
 
 #: training images of each profile's data
-IMAGES = {"smoke": 8192, "cifar10_small": 45_000, "cifar100": 45_000, "imagenet": 1_281_167}
+IMAGES = {"smoke": 8192, "cifar10_small": 45_000, "cifar10": 45_000, "cifar100": 45_000, "imagenet": 1_281_167}
 
 KINDS = ("msa", "conv", "mlp")
 SCALARS = {
