@@ -1,11 +1,12 @@
 """Measure two networks of a study, a ConvNet and a ViT, for the figures of curvature in the gallery.
 
-Usage: python docs/scripts/curvature_results.py --runs FOLDER [--out build/curvature] [--only barrier exponents blocks]
+Usage: python docs/scripts/curvature_results.py --runs FOLDER [--out build/curvature] [--only MEASURE ...]
 
   --runs  run folders of ``make table-claims PROFILE=cifar10_small``, with seeds 0 and 1 of both networks
   --out   where the results are kept, each a file ``<measure>-<network>.npz``; those that are there are not measured again
 
-Run folders are only read. All measures together take about 8 minutes of one CPU thread.
+Run folders are only read. Barriers, exponents and ``blocks`` together take about 8 minutes of one CPU thread; ``blocks_unscaled``
+and ``blocks_symlog`` each take as long as ``blocks``.
 """
 
 from __future__ import annotations
@@ -50,13 +51,17 @@ def _training_probe(paths: Sequence[Path]) -> vs.Probe:
     return vs.Probe(loaded.model, list(loaded.iter_batches()), objective, about=loaded.about)
 
 
+def _measure_blocks(paths: Sequence[Path], **options: Any) -> Any:
+    return vs.hessian_block_densities(_training_probe(paths), n_vectors=2, n_steps=10, n_resamples=200, **options)
+
+
 MEASURES: dict[str, Callable[[Sequence[Path]], Any]] = {
     "barrier": measure_barrier,
     "exponents": lambda paths: vs.curvature_exponents(_training_probe(paths), n_singular_values=10),
     "exponents_ggn": lambda paths: vs.curvature_exponents(_training_probe(paths), n_singular_values=10, operator="ggn"),
-    "blocks": lambda paths: vs.hessian_block_densities(
-        _training_probe(paths), n_vectors=2, n_steps=10, scale="largest", n_resamples=200
-    ),
+    "blocks": lambda paths: _measure_blocks(paths, scale="largest"),
+    "blocks_unscaled": lambda paths: _measure_blocks(paths, scale="none"),
+    "blocks_symlog": lambda paths: _measure_blocks(paths, axis="symlog"),
 }
 
 

@@ -1,13 +1,16 @@
 """Train three networks by three optimizers at full batch, and collect their largest Hessian eigenvalues over steps.
 
 Usage: python docs/scripts/stability_runs.py --data FOLDER [--runs build/stability] [--only NETWORK-OPTIMIZER ...]
+       [--at-steps STEP ... --series FILE]
 
-  --data  folder that holds ``cifar-10-batches-py``, CIFAR-10 encoded again as JPEG
-  --runs  where the run folders are; those that are finished are not trained again
-  --only  such as ``convnet-sgd``
+  --data      folder that holds ``cifar-10-batches-py``, CIFAR-10 encoded again as JPEG
+  --runs      where the run folders are; those that are finished are not trained again
+  --only      such as ``convnet-sgd``
+  --at-steps  steps that are measured in place of every sixth
+  --series    file of the series; by default ``docs/gallery/series/edge_of_stability.json``, from which
+              ``docs/scripts/draw_curvature.py`` draws
 
-The series of all finished runs are written to ``docs/gallery/series/edge_of_stability.json``, from which
-``docs/scripts/draw_curvature.py`` draws. One run takes about 1.5 minutes of one CPU thread.
+The series of all finished runs are written to the file. One run takes about 1.5 minutes of one CPU thread.
 """
 
 from __future__ import annotations
@@ -55,17 +58,20 @@ SETTINGS = [
     "optimizer.schedule={kind:multistep,warmup_epochs:0,milestones:[90],gamma:0.5,per_epoch:false}",
     "analysis.edge_of_stability.probe.n_images=null", "analysis.edge_of_stability.probe.batch_size=100",
     "analysis.edge_of_stability.bn=batch", "analysis.edge_of_stability.k=1",
-    "analysis.edge_of_stability.when.every_n_steps=6",
 ]  # fmt: skip
 #: fields of a series that figures need
 FIELDS = ("steps", "sharpness", "sharpness_error", "sharpness_converged", "limit", "lr")
 
 
-def train(network: str, optimizer: str, data: Path, run: Path) -> None:
-    """Train one network; its run folder has the series."""
+def train(network: str, optimizer: str, data: Path, run: Path, at_steps: Sequence[int]) -> None:
+    """Train one network and measure it at some steps, or at every sixth; its run folder has the series."""
+    every = 0 if at_steps else 6
+    when = [
+        f"analysis.edge_of_stability.when.{key}" for key in (f"every_n_steps={every}", f"at_steps={list(at_steps)}")
+    ]
     words = [
         sys.executable, str(ROOT / "train.py"), "experiment=edge_of_stability", *NETWORKS[network][1],
-        *OPTIMIZERS[optimizer][1], f"optimizer.lr={RATES[network][optimizer]}", *SETTINGS,
+        *OPTIMIZERS[optimizer][1], f"optimizer.lr={RATES[network][optimizer]}", *SETTINGS, *when,
         f"data.root={data.resolve()}", checksums(data), "trainer.accelerator=cpu", "logger=none", f"run_dir={run}",
     ]  # fmt: skip
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -97,8 +103,10 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--runs", type=Path, default=ROOT / "build" / "stability")
     parser.add_argument("--only", nargs="*", default=[])
+    parser.add_argument("--at-steps", nargs="*", type=int, default=[])
+    parser.add_argument("--series", type=Path, default=SERIES)
     options = parser.parse_args(arguments)
-    collected = json.loads(SERIES.read_text(encoding="utf-8")) if SERIES.is_file() else {}
+    collected = json.loads(options.series.read_text(encoding="utf-8")) if options.series.is_file() else {}
     for optimizer in OPTIMIZERS:
         for network in NETWORKS:
             name = f"{network}-{optimizer}"
@@ -106,10 +114,10 @@ def main(arguments: Sequence[str]) -> int:
             if options.only and name not in options.only:
                 continue
             if not (run / "checkpoints" / "last.ckpt").is_file():
-                train(network, optimizer, options.data, run)
+                train(network, optimizer, options.data, run, options.at_steps)
             collected[name] = series_of(run)
-            SERIES.parent.mkdir(parents=True, exist_ok=True)
-            SERIES.write_text(json.dumps(collected) + "\n", encoding="utf-8")
+            options.series.parent.mkdir(parents=True, exist_ok=True)
+            options.series.write_text(json.dumps(collected) + "\n", encoding="utf-8")
             print(name, flush=True)
     return 0
 

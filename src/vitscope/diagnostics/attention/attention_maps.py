@@ -162,7 +162,7 @@ def attention_maps(
     A mask is the fewest positions that hold the share ``mass`` of a map (Caron et al. 2021 draw those of 60 %). Masks of
     two layers are compared on the finest grid of the chosen layers, where each position takes the mask at its center. A
     network without attention, or whose attention cannot be read, has no layers, with a warning that says why.
-    docs/representation.md says how the numbers are read.
+    docs/diagnostics/attention_maps.md says how the numbers are read.
 
     Args:
         probe: model and images.

@@ -159,9 +159,9 @@ def similarity(
       features of few images do not give 1 (Kornblith et al. 2019 fit and predict the same images). Not symmetric: rows predict.
     - ``cka``: the estimate of `vs.cka`. Source: Nguyen et al. (2021).
 
-    Values of all but ``cka`` rise with features per image, also of layers with nothing in common: read them beside
-    ``null_means``, and compare those of one number of images only. RTD (Barannikov et al. 2022) is not offered: no package
-    on PyPI that is kept up computes it.
+    Layers with nothing in common have values near 0, but for ``procrustes``, which rises with features per image, and
+    ``mutual_knn`` (k / (n - 1)): read values beside ``null_means``, and compare those of one number of images only. RTD
+    (Barannikov et al. 2022) is not offered: no package on PyPI that is kept up computes it.
 
     Args:
         probe: model, images and taps; at least four images.

@@ -9,8 +9,9 @@ import numpy as np
 from vitscope.stats.intervals import t_quantile
 
 #: ``(sum q)^2 / sum q^2`` of the squared lengths q below which moments have no interval: few images make the sums. Intervals of
-#: 128 and 256 images whose lengths are lognormal held the truth in 89 to 99 % of the cases with a standard deviation of the
-#: logarithm of 0.7; with 1.2, where 72 to 93 % of the sets have no interval by this rule, the others held it in 0 to 98 %
+#: 128 and 256 images whose lengths are lognormal held the truth in 81 to 96 % of the cases with a standard deviation of the
+#: logarithm of 0.7; with 1.2, where 66 to 92 % of the sets have no interval by this rule, the others held it in 0 to 94 %
+#: (``benchmarks/curvature_rules.py --only noise``)
 LEAST_EFFECTIVE_IMAGES = 16
 
 

@@ -9,13 +9,15 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-#: names of functions of torch whose derivative jumps, without the underscore of those that work in place
+#: names of functions of torch whose derivative jumps, without the underscore of those that work in place; comparisons and the
+#: numbers of largest entries, which choose between values
 KINKED = frozenset({
     "relu", "relu6", "leaky_relu", "prelu", "rrelu", "threshold", "hardtanh", "hardswish", "hardsigmoid", "hardshrink",
     "softshrink", "selu", "max_pool1d", "max_pool2d", "max_pool3d", "max_pool2d_with_indices", "adaptive_max_pool1d",
     "adaptive_max_pool2d", "adaptive_max_pool3d", "fractional_max_pool2d", "fractional_max_pool3d", "abs", "absolute", "__abs__",
     "clamp", "clamp_min", "clamp_max", "clip", "maximum", "minimum", "fmax", "fmin", "max", "min", "amax", "amin", "topk", "sort",
-    "median",
+    "median", "nanmedian", "kthvalue", "aminmax", "cummax", "cummin", "argmax", "argmin", "argsort", "sign", "sgn", "heaviside",
+    "gt", "ge", "lt", "le", "greater", "greater_equal", "less", "less_equal",
 })  # fmt: skip
 
 
@@ -35,7 +37,8 @@ class _Recorder(TorchFunctionMode):
         """Call ``func`` and record it."""
         own_name = getattr(func, "__name__", "")
         name = own_name if own_name.endswith("__") else own_name.removesuffix("_")
-        if name in KINKED and any(_depends_on_weights(value) for value in (*args, *(kwargs or {}).values())):
+        has_kink = name in KINKED or (name == "elu" and (kwargs or {}).get("alpha", 1.0) != 1.0)
+        if has_kink and any(_depends_on_weights(value) for value in (*args, *(kwargs or {}).values())):
             self.names[name.strip("_")] = None
         return func(*args, **(kwargs or {}))
 
