@@ -128,20 +128,24 @@ def replaceable_conv3x3(block: nn.Module) -> nn.Conv2d | None:
     return candidates[-1] if candidates else None
 
 
-def residual_structure(model: nn.Module) -> list[ModelComponent]:
+def residual_structure(model: nn.Module, by_children: bool = True) -> list[ModelComponent]:
     """The residual units and pooling layers of a model in the order of registration.
 
     Blocks are recognised by type (`parts`); strided convolutions and pooling between them count as pooling
     layers. A stage is a container of blocks, counted from 1. A model without a known block is read after each
     of its convolutions and pooling layers, with a new stage at each subsampling; it has no residual units.
 
+    Args:
+        model: The model.
+        by_children: Whether the names of children describe hand-written blocks.
+
     Raises:
         ValueError: If there is neither a known block nor a convolution other than a lone patch embedding.
     """
     components: list[ModelComponent] = []
     stages: list[str] = []
-    for name, module, ancestors in _walk(model):
-        for part in _units_of_module(module):
+    for name, module, ancestors in _walk(model, by_children):
+        for part in _units_of_module(module, by_children):
             if part.is_residual and _container(name) not in stages:
                 stages.append(_container(name))
             stage = len(stages) + (not part.is_residual)  # a pooling layer opens the stage after it
@@ -158,9 +162,19 @@ def residual_structure(model: nn.Module) -> list[ModelComponent]:
     return components
 
 
-def _units_of_module(module: nn.Module) -> tuple[ResidualUnit, ...]:
+def is_known_by_children(block: nn.Module) -> bool:
+    """Whether only the names of a block's children describe it, which do not tell in what order its forward runs them."""
+    described = next(cls for cls in type(block).__mro__ if cls in parts.registry)
+    return described is nn.Module and not type(block).__module__.startswith("torchvision.")
+
+
+def _registered_units(module: nn.Module, by_children: bool) -> tuple[ResidualUnit, ...]:
+    return parts(module) if by_children or not is_known_by_children(module) else ()
+
+
+def _units_of_module(module: nn.Module, by_children: bool) -> tuple[ResidualUnit, ...]:
     """What is registered for the type, else pooling for any strided layer that stands between blocks."""
-    registered = parts(module)
+    registered = _registered_units(module, by_children)
     if registered:
         _check_forward(module)
     if not registered and isinstance(module, nn.Conv2d | nn.MaxPool2d | nn.AvgPool2d) and subsamples(module):
@@ -184,13 +198,13 @@ def _check_forward(block: nn.Module) -> None:
         )
 
 
-def _walk(model: nn.Module) -> Iterator[tuple[str, nn.Module, tuple[nn.Module, ...]]]:
+def _walk(model: nn.Module, by_children: bool) -> Iterator[tuple[str, nn.Module, tuple[nn.Module, ...]]]:
     """Modules in registration order with their ancestors; the inside of what is described is left out."""
     stack: list[tuple[str, nn.Module, tuple[nn.Module, ...]]] = [("", model, ())]
     while stack:
         name, module, ancestors = stack.pop()
         yield name, module, ancestors
-        registered = parts(module)
+        registered = _registered_units(module, by_children)
         described = [part.suffix for part in registered]
         if any(part.is_residual for part in registered) or "" in described:
             continue
