@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import singledispatch
 from typing import Literal
 
@@ -30,8 +30,9 @@ class Read:
     tensor without positions, such as a class token alone. ``exact`` is false where the tensor is scaled or cut before it is used.
     ``shows_grid`` is false for a sequence if no convolution or pooling of the traced pass has a map of as many positions.
     ``order`` is that of the tokens of such a sequence or of an unknown layout, or why it is not certain; None where it was not
-    sought. A sum is addition ``number`` of those that the module's call makes itself, counted from 0; with an ``operand`` the
-    tensor that it adds is meant, number ``operand`` of the addition's two tensors.
+    sought. ``guesses_prefix`` is true where the names of the model's tokens alone say how many stand in front; a forward pass
+    then shows the order. A sum is addition ``number`` of those that the module's call makes itself, counted from 0; with an
+    ``operand`` the tensor that it adds is meant, number ``operand`` of the addition's two tensors.
     """
 
     module: nn.Module
@@ -43,6 +44,7 @@ class Read:
     has_map: bool = True
     exact: bool = True
     shows_grid: bool = True
+    guesses_prefix: bool = False
     order: TokenOrder | str | None = None
     number: int = 0
     operand: int | None = None
@@ -150,7 +152,9 @@ def residual_structure(model: nn.Module, by_children: bool = True) -> list[Model
                 stages.append(_container(name))
             stage = len(stages) + (not part.is_residual)  # a pooling layer opens the stage after it
             unit_name = ".".join(filter(None, (name, part.suffix)))
-            components.append(ModelComponent(unit_name, part, module, stage, _prefix_tokens(ancestors)))
+            n_prefix, is_stated = _prefix_tokens(ancestors)
+            part = part if is_stated else _with_guessed_prefix(part, n_prefix)
+            components.append(ModelComponent(unit_name, part, module, stage, n_prefix))
     residual = [i for i, piece in enumerate(components) if piece.part.is_residual]
     # pooling before the first unit belongs to the stem, after the last to the head
     components = components[residual[0] : residual[-1] + 1] if residual else _structure_without_units(model)
@@ -220,17 +224,33 @@ def _container(name: str) -> str:
     return parent[: -len("blocks")].rstrip(".") if parent.split(".")[-1] == "blocks" else parent
 
 
-def _prefix_tokens(ancestors: tuple[nn.Module, ...]) -> int:
-    """Number of prefix tokens, as the innermost ancestor states it or shows by its class, distillation and register tokens."""
+def _prefix_tokens(ancestors: tuple[nn.Module, ...]) -> tuple[int, bool]:
+    """Number of prefix tokens, as the innermost ancestor states it or shows by its class, distillation and register tokens.
+
+    Also whether that is certain: in networks of others such tokens may stand behind the patches, and ``num_tokens`` count these.
+    """
     for module in reversed(ancestors):
-        for name in ("num_prefix_tokens", "num_tokens"):
+        is_known = type(module).__module__.partition(".")[0] in ("timm", "torchvision")
+        for name in ("num_prefix_tokens", "num_tokens") if is_known else ("num_prefix_tokens",):
             stated = getattr(module, name, None)
             if isinstance(stated, int):
-                return stated
+                return stated, True
         tokens = [token for name in TOKENS if isinstance(token := getattr(module, name, None), Tensor)]
         if tokens:
-            return sum(token.shape[-2] if token.ndim > 1 else 1 for token in tokens)  # (1, n, C), (n, C) or (C,)
-    return 0
+            n = sum(token.shape[-2] if token.ndim > 1 else 1 for token in tokens)  # (1, n, C), (n, C) or (C,)
+            return n, is_known
+    return 0, True
+
+
+def _with_guessed_prefix(part: ResidualUnit, n_prefix: int) -> ResidualUnit:
+    """Return a unit whose reads of sequences are to be checked by a forward pass."""
+    reads = {"after": part.after, "branch_in": part.branch_in, "branch_out": part.branch_out}
+    changed = {
+        name: replace(read, n_prefix=n_prefix, guesses_prefix=True)
+        for name, read in reads.items()
+        if read is not None and read.layout in ("NLC", "NCL", "LNC")
+    }
+    return replace(part, **changed)
 
 
 def _structure_without_units(model: nn.Module) -> list[ModelComponent]:
