@@ -29,6 +29,28 @@ class Network(nn.Module):
         return self.head(tokens[:, -1 if self.is_behind else 0])
 
 
+class Written(nn.Module):
+    """A transformer that writes its patches into a new tensor, with a residual branch of its own behind timm's block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches, self.block, self.head = nn.Conv2d(3, 8, 4, 4), Block(8, 2), nn.Linear(8, 3)
+        self.own = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return logits ``(B, 3)``."""
+        patches = self.patches(x).flatten(2).mT
+        tokens = torch.zeros(patches.shape, dtype=x.dtype)
+        tokens[:, :] = patches
+        tokens = self.block(tokens)
+        return self.head((tokens + self.own(tokens)).mean(1))
+
+
+def test_units_behind_values_that_are_written_are_found() -> None:
+    found = units(Written().double(), torch.rand(1, 3, 16, 16, dtype=torch.float64))
+    assert [unit.name for unit in found] == ["block.attn", "block.mlp", "own"]
+
+
 @pytest.mark.parametrize("n_tokens", [None, 17])
 @pytest.mark.parametrize("is_behind", [False, True])
 @torch.no_grad()

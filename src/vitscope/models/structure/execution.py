@@ -164,14 +164,18 @@ class _Recorder(TorchFunctionMode):
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         results = list(tensors(result))
+        arguments = list(tensors((args, tuple(kwargs.values()))))
+        varying = [tensor for tensor in arguments if id(tensor) not in self.constant]
+        if varying:
+            written = args[:1] if getattr(func, "__name__", "") == "__setitem__" else results
+            for tensor in (*written, *(getattr(tensor, "_base", None) for tensor in written)):
+                self.constant.pop(id(tensor), None)  # a constant that values of the images were written to
         if not results:  # a shape or a type: nothing was computed
             return result
         self.time += 1
-        arguments = list(tensors((args, tuple(kwargs.values()))))
         for tensor in arguments:
             if id(tensor) in self.names:
                 self.seen.first_use.setdefault(self.names[id(tensor)], self.time)
-        varying = [tensor for tensor in arguments if id(tensor) not in self.constant]
         if not varying:
             self.constant.update((id(tensor), tensor) for tensor in results)
         self._note(func, varying, arguments, results[0])
