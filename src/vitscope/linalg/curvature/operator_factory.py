@@ -67,16 +67,15 @@ class Curvatures:
 
     def mean(self) -> Curvature:
         """Return the operator of the mean over all batches; under several ranks its products are reduced."""
-        size = self.probe.batch_size
 
         def batches() -> Iterator[tuple[int, Batch]]:
-            return ((index * size, batch) for index, batch in self.probe.local_batches())
+            return ((self.probe.first_image(index), batch) for index, batch in self.probe.local_batches())
 
         return self._operator(batches, self.probe.n_labeled, reduce=True)
 
     def batch(self, index: int, batch: Batch) -> Curvature:
         """Return the operator of one batch alone, on this rank alone."""
-        pairs = [(index * self.probe.batch_size, batch)]
+        pairs = [(self.probe.first_image(index), batch)]
         return self._operator(lambda: pairs, self.probe.objective.n_examples(batch[1]), reduce=False)
 
     def of(self, batches: Callable[[], Iterable[tuple[int, Batch]]], n_images: int, reduce: bool = False) -> Curvature:
@@ -87,8 +86,11 @@ class Curvatures:
             n_images: examples with a label in the pairs of all ranks.
             reduce: whether to add the ranks' shares up.
         """
-        size = self.probe.batch_size
-        return self._operator(lambda: ((i * size, batch) for i, batch in batches()), n_images, reduce=reduce)
+
+        def numbered() -> Iterator[tuple[int, Batch]]:
+            return ((self.probe.first_image(index), batch) for index, batch in batches())
+
+        return self._operator(numbered, n_images, reduce=reduce)
 
     def card(self, solver: dict[str, Any], **overrides: Any) -> ObjectiveCard:
         """Return the probe's card with the dtype, subset, BatchNorm policy and solver of these operators.
