@@ -201,7 +201,7 @@ def modes(model: nn.Module, bn: str) -> Iterator[None]:
     try:
         if bn == "batch":
             for norm in norms:  # training without tracking: batch statistics, buffers neither read nor written
-                norm.train()
+                norm.training = True  # of this layer alone: a dropout that it holds stays off
                 norm.track_running_stats = False
         yield
     finally:
