@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, MutableMapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -206,14 +206,16 @@ def _has_weights(name: str) -> bool:
 
 
 def tensors(value: Any) -> Iterator[Tensor]:
-    """Yield the tensors in nested arguments or results."""
+    """Yield the tensors in nested arguments or results: tuples, lists, mappings and dataclasses of them."""
     if isinstance(value, Tensor):
         yield value
-    elif isinstance(value, dict):
+    elif isinstance(value, Mapping):
         yield from tensors(tuple(value.values()))
     elif isinstance(value, tuple | list):
         for entry in value:
             yield from tensors(entry)
+    elif names := getattr(type(value), "__dataclass_fields__", None):
+        yield from tensors(tuple(getattr(value, name, None) for name in names))
 
 
 def _leaves(ends: Sequence[Any], names: dict[int, str]) -> set[str]:
