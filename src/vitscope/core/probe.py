@@ -132,9 +132,11 @@ class Probe:
     def taps(self) -> list[Any]:
         """The taps that were passed, or those that `vitscope.taps` finds in the model."""
         if self._taps is None:
-            self._taps = structure_reader().known_taps(self.model, self.first_images())
-            missing = [*self._missing_units(), *structure_reader().units_without_tap(self.model, self.first_images())]
-            structure_reader().warn_missing_units(self.model, missing)
+            images = self.first_images()
+            with self.calling():
+                self._taps = structure_reader().known_taps(self.model, images)
+                untapped = structure_reader().units_without_tap(self.model, images)
+            structure_reader().warn_missing_units(self.model, [*self._missing_units(), *untapped])
         return self._taps
 
     def first_images(self) -> Any:
