@@ -133,3 +133,22 @@ def test_a_shortcut_that_fills_channels_with_zeros_is_one() -> None:
     half = F.avg_pool2d(model[0](x), 2)
     with zeroed(unit):
         assert torch.equal(model[1](model[0](x)), F.relu(torch.cat((half, 0 * half), 1)))
+
+
+class Strided(Block):
+    """A block whose shortcut is a 3x3 convolution too."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width)
+        self.conv1 = nn.Conv2d(width, width, 3, 2, padding=1)
+        self.shortcut = nn.Conv2d(width, width, 3, 2, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return ``(B, C, H / 2, W / 2)``."""
+        return F.relu(self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x))))) + self.shortcut(x))
+
+
+def test_the_convolution_that_an_identity_replaces_is_of_the_branch() -> None:
+    model = network(Strided)
+    (unit,) = units(model, image())
+    assert unit.conv3x3 is model[1].conv2

@@ -122,10 +122,12 @@ def subsamples(block: nn.Module) -> bool:
 
 
 def replaceable_conv3x3(block: nn.Module) -> nn.Conv2d | None:
-    """The last 3x3 convolution of the block that keeps the number of channels, or None."""
+    """The last 3x3 convolution of the block's branch that keeps the number of channels, or None."""
+    shortcuts = [getattr(block, name, None) for name in ("shortcut", "downsample")]
+    of_shortcut = {m for shortcut in shortcuts if isinstance(shortcut, nn.Module) for m in shortcut.modules()}
     candidates = [
         m for m in block.modules()
-        if isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3) and m.in_channels == m.out_channels
+        if isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3) and m.in_channels == m.out_channels and m not in of_shortcut
     ]  # fmt: skip
     return candidates[-1] if candidates else None
 
