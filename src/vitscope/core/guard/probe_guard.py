@@ -53,6 +53,8 @@ def refuse_unfit_weights(model: nn.Module, differentiated: bool, frozen_integers
 
 def _refuse_quantized(model: nn.Module, frozen_integers: bool) -> None:
     for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):  # holds an object of its own kind, and is refused as what it is
+            continue
         packed = any(isinstance(value, torch.ScriptObject) for value in vars(module).values())
         integers = [
             key
