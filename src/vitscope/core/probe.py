@@ -105,7 +105,7 @@ class Probe:
         self._own_taps = taps is not None
         self._missing: list[tuple[str, str]] | None = None
         self._dtype: torch.dtype | None = None
-        self._sizes: tuple[int, int, int] | None = None
+        self._sizes: tuple[tuple[int, ...], int] | None = None  # images of each batch, examples with a label
         self._seen = SeenBatches()
         # weakly, so that a probe that is no longer used is freed at once, and the images that its batches keep with it
         weak_self = weakref.ref(self)
@@ -125,16 +125,18 @@ class Probe:
 
     def _facts(self) -> dict[str, str]:
         n_batches = len(self.batches) if isinstance(self.batches.source, Sized) else None
-        n_images = self._sizes[0] if self._sizes else None
+        n_images = sum(self._sizes[0]) if self._sizes else None
         return probe_facts(self.model, self.device, self.objective, n_batches, n_images, self._taps, self.about)
 
     @property
     def taps(self) -> list[Any]:
         """The taps that were passed, or those that `vitscope.taps` finds in the model."""
         if self._taps is None:
-            self._taps = structure_reader().known_taps(self.model, self.first_images())
-            missing = [*self._missing_units(), *structure_reader().units_without_tap(self.model, self.first_images())]
-            structure_reader().warn_missing_units(self.model, missing)
+            images = self.first_images()
+            with self.calling():
+                self._taps = structure_reader().known_taps(self.model, images)
+                untapped = structure_reader().units_without_tap(self.model, images)
+            structure_reader().warn_missing_units(self.model, [*self._missing_units(), *untapped])
         return self._taps
 
     def first_images(self) -> Any:
@@ -195,7 +197,7 @@ class Probe:
     @property
     def n_images(self) -> int:
         """The number of images in all batches (counted on the first request)."""
-        return self._counted()[0]
+        return sum(self._counted()[0])
 
     @property
     def n_labeled(self) -> int:
@@ -206,7 +208,7 @@ class Probe:
         Raises:
             ValueError: none has a label.
         """
-        count = self._counted()[2]
+        count = self._counted()[1]
         if count == 0:
             raise ValueError(
                 "Expected at least one image with a label, received batches in which every label is ignored."
@@ -216,7 +218,11 @@ class Probe:
     @property
     def batch_size(self) -> int:
         """The number of images in the first batch."""
-        return self._counted()[1]
+        return self._counted()[0][0]
+
+    def first_image(self, index: int) -> int:
+        """Return the number of the first image of batch ``index`` among those of all batches, from 0."""
+        return sum(self._counted()[0][:index])
 
     @property
     def n_batches(self) -> int:
@@ -364,7 +370,7 @@ class Probe:
             finally:
                 self._dtype = outer
 
-    def _counted(self) -> tuple[int, int, int]:
+    def _counted(self) -> tuple[tuple[int, ...], int]:
         if self._sizes is None:
             targets = self.batches.targets() if isinstance(self.batches, CheckedBatches) else None
             if targets is not None:  # at hand without reading an image

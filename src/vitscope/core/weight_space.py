@@ -193,10 +193,10 @@ def recalibrate(model: nn.Module, batches: Iterator[Batch]) -> None:
         for norm in norms:
             norm.reset_running_stats()
             norm.momentum = None  # a cumulative average
-            norm.train()
+            norm.training = True  # of this layer alone: a dropout that it holds stays off
         for x, _ in batches if norms else ():
             model(x)
     finally:
         for norm, momentum, training in before:
             norm.momentum = momentum
-            norm.train(training)
+            norm.training = training

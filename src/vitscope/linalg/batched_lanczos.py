@@ -66,7 +66,7 @@ class SideBySide:
         gradients, losses = vmap(grad_and_value(self._loss), in_dims=(None, 0, 0))(self.point, self.x, self.y)
         for (index, (x, _)), loss in zip(self.group, losses.tolist()):
             if not abs(loss) < float("inf"):
-                first = index * self.made.probe.batch_size
+                first = self.made.probe.first_image(index)
                 raise NumericalError(
                     "loss", loss, f"not finite on images {first} to {first + len(x) - 1}, so it has no curvature",
                     "look at the weights and the batch, or use float64",

@@ -149,7 +149,8 @@ def _row(outputs: Any, i: int) -> Any:
     if isinstance(outputs, Mapping):
         return {key: _row(value, i) for key, value in outputs.items()}
     if isinstance(outputs, tuple | list):
-        return type(outputs)(_row(value, i) for value in outputs)
+        rows = [_row(value, i) for value in outputs]
+        return type(outputs)(*rows) if hasattr(outputs, "_fields") else type(outputs)(rows)  # a named tuple
     return outputs
 
 

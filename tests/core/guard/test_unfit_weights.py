@@ -154,3 +154,11 @@ def test_integer_parameters_are_refused() -> None:
     model.codes = nn.Parameter(torch.arange(4, dtype=torch.int8), requires_grad=False)
     with pytest.raises(ValueError, match="received 'codes' of Sequential"):
         WEIGHTS["loss_slice"](probe_of(model))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")
+def test_a_scripted_model_is_not_called_quantized() -> None:
+    model = torch.jit.script(nn.Sequential(nn.Flatten(), nn.Linear(6, 4)))
+    probe = vs.Probe(model, [(torch.rand(2, 1, 2, 3), torch.tensor([0, 1]))])
+    with pytest.raises(ValueError, match=r"received .* made by torch\.jit\.script"):
+        vs.hessian_eigenvalues(probe, k=1)

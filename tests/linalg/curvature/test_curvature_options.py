@@ -112,3 +112,18 @@ def test_operators_take_an_object_and_changes_of_it() -> None:
         assert operators.options == replace(options, operator="ggn")
         assert list(operators.parameters) == ["weight"]
         assert operators.mean().dtype is torch.float64
+
+
+def test_micro_batches_are_refused_where_they_change_the_statistics() -> None:
+    torch.manual_seed(0)
+    norm = nn.BatchNorm2d(4, track_running_stats=False)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), norm, nn.Tanh(), nn.Flatten(), nn.Linear(4 * 36, 3)).double()
+    probe = vs.Probe(model, [(torch.randn(n, 3, 8, 8, dtype=torch.float64), torch.arange(n) % 3) for n in (2, 4)])
+    with pytest.raises(
+        ValueError, match=r"Expected micro_batch=None with BatchNorm that uses the statistics .* received 2"
+    ):
+        vs.hessian_trace(probe, n_vectors=1, micro_batch=2)
+    with curvatures(probe, micro_batch=4) as whole:  # of whole batches the statistics are the same
+        product = whole.mean()(torch.ones(whole.mean().size, dtype=torch.float64))
+    with curvatures(probe) as plain:
+        assert torch.equal(product, plain.mean()(torch.ones(plain.mean().size, dtype=torch.float64)))

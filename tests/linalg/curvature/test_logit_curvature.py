@@ -87,7 +87,7 @@ def matrix(
     loss: str | Callable[..., Tensor],
     y: Tensor,
     kind: str,
-    size: int = 4,
+    size: int | list[int] = 4,
     micro_batch: int | None = 3,
     n_samples: int = 1,
 ) -> np.ndarray:
@@ -122,7 +122,9 @@ def test_the_mean_over_draws_of_the_fisher_is_the_ggn(case: str) -> None:
 def test_draws_do_not_depend_on_the_split_into_batches(case: str) -> None:
     loss, y, *_ = CASES[case]
     whole = matrix(loss, y, "fisher_mc", size=5, micro_batch=None)
-    np.testing.assert_allclose(matrix(loss, y, "fisher_mc", size=5, micro_batch=2), whole, rtol=0, atol=1e-14)
+    for size, micro_batch in ((5, 2), ([1, 3, N - 4], None)):
+        split = matrix(loss, y, "fisher_mc", size=size, micro_batch=micro_batch)
+        np.testing.assert_allclose(split, whole, rtol=0, atol=1e-14)
 
 
 def test_the_empirical_fisher_of_an_own_loss_is_that_of_the_named_one() -> None:

@@ -18,7 +18,7 @@ import vitscope as vs
 from vitscope.linalg.curvature import curvature_operator
 from vitscope.linalg.curvature.microbatch import Chunk, build_chunk
 from vitscope.linalg.curvature.operator_factory import curvatures
-from vitscope.linalg.curvature.recomputed_blocks import block_modules
+from vitscope.linalg.curvature.recomputed_blocks import block_modules, recomputed_blocks
 
 
 def vit(depth: int = 2) -> nn.Module:
@@ -117,3 +117,89 @@ def test_measures_take_it_and_refuse_what_it_does_not_do():
         vs.hessian_eigenvalues(probe, product="linearize", checkpoint_blocks=True)
     with pytest.raises(ValueError, match="Expected whole parameters with checkpoint_blocks, received parts"):
         vs.hessian_eigenvalues(probe, k=1, parameters="part:q", checkpoint_blocks=True)
+
+
+class Residual(nn.Module):
+    """A residual block of two layers and a norm that stands at two places."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm1 = self.norm2 = nn.LayerNorm(width)
+        self.fc1, self.fc2 = nn.Linear(width, width), nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return ``(B, width)`` for ``x (B, width)``."""
+        return x + self.fc2(self.norm2(self.fc1(self.norm1(x)).tanh()))
+
+
+class OfPair(Residual):
+    """The same of a pair, whose second entry scales the branch."""
+
+    def forward(self, pair: tuple[Tensor, Tensor]) -> Tensor:
+        """Return ``(B, width)`` for a pair of tensors ``(B, width)``."""
+        x, scale = pair
+        return x + self.fc2(self.fc1(self.norm1(x)).tanh()) * scale
+
+
+class OfAnotherWeight(Residual):
+    """The same with a weight that is no parameter of the block."""
+
+    def __init__(self, width: int, others: list[nn.Parameter]) -> None:
+        super().__init__(width)
+        self.others = others
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return ``(B, width)`` for ``x (B, width)``."""
+        return x + self.fc2(self.fc1(self.norm1(x)).tanh()) * self.others[0]
+
+
+class InPlace(Residual):
+    """The same with an activation that overwrites the block's input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return ``(B, width)`` for ``x (B, width)``."""
+        return self.fc2(self.fc1(self.norm1(x.relu_()))) + x
+
+
+class Network(nn.Module):
+    """A block between two layers."""
+
+    def __init__(self, kind: type[nn.Module]) -> None:
+        super().__init__()
+        self.first, self.head = nn.Linear(3 * 16 * 16, 6), nn.Linear(6, 4)
+        self.scale = nn.Parameter(torch.rand(6))
+        self.block = OfAnotherWeight(6, [self.scale]) if kind is OfAnotherWeight else kind(6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return logits ``(B, 4)``."""
+        x = self.first(x.flatten(1))
+        return self.head(self.block((x, x.sin() * self.scale) if isinstance(self.block, OfPair) else x) * self.scale)
+
+
+def products_of_block(kind: type[nn.Module], recomputes: bool) -> tuple[nn.Module, list[Tensor]]:
+    probe = probe_of(lambda: Network(kind))
+    ((x, y),) = probe.batches
+    probe = vs.Probe(
+        probe.model, [(x[:2], y[:2]), (x[2:], y[2:])], probe.objective
+    )  # whose graphs are made one after the other
+    modules = {"block": probe.model.block} if recomputes else {}
+    with curvatures(probe) as operators, recomputed_blocks(modules):
+        mean = operators.mean()
+        v = torch.randn(mean.size, generator=torch.Generator().manual_seed(1)).double()
+        return probe.model, [mean(v), mean(v.flip(0)), mean.gradient()]
+
+
+@pytest.mark.parametrize("kind", [Residual, OfPair])
+def test_products_with_blocks_of_other_forms_are_the_same(kind: type[nn.Module]):
+    _, expected = products_of_block(kind, recomputes=False)
+    model, received = products_of_block(kind, recomputes=True)
+    for a, b in zip(received, expected):
+        assert float((a - b).abs().max()) < 1e-11 * float(b.abs().max())  # sums in another order, float64
+    assert type(model.block.norm1.weight) is nn.Parameter  # the model's own, no copy of it
+
+
+def test_blocks_whose_derivatives_would_be_wrong_are_refused():
+    with pytest.raises(ValueError, match=r"received 'block', which reads another weight of shape \(6,\): set"):
+        products_of_block(OfAnotherWeight, recomputes=True)
+    with pytest.raises(ValueError, match="received 'block', which changes one in place: set checkpoint_blocks=False"):
+        products_of_block(InPlace, recomputes=True)

@@ -216,3 +216,24 @@ def test_memory_that_runs_out_is_no_fault_of_the_model() -> None:
 
     with pytest.raises(torch.OutOfMemoryError):
         run_recorded(Starved(), torch.zeros(2, 3, 8, 8))
+
+
+class Fixed(nn.Module):
+    """A network for images of 8x8 that returns a mapping."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.hidden, self.head = nn.Conv2d(3, 4, 3, padding=1), nn.Linear(4 * 8 * 8, 5), nn.Linear(5, 3)
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return logits ``(B, 3)`` of images ``(B, 3, 8, 8)``."""
+        return {"logits": self.head(self.hidden(self.conv(x).relu().flatten(1)).relu())}
+
+
+def test_the_function_of_a_network_with_one_size_and_a_mapping_for_output_is_checked() -> None:
+    torch.manual_seed(0)
+    model, other = Fixed().double(), Fixed().double()
+    for images in (None, torch.rand(2, 3, 8, 8, dtype=torch.float64)):
+        aligned = vs.align_weights(model, other, images=images)
+        assert aligned.function_change < 1e-12
+        assert aligned.distance_after <= aligned.distance_before

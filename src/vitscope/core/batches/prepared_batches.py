@@ -38,8 +38,10 @@ def prepare_batch(index: int, batch: Batch, device: torch.device, dtype: torch.d
     return (x.map(cast) if isinstance(x, BatchInputs) else cast(x)), cast(y)
 
 
-def count_examples(sizes_and_targets: Iterable[tuple[int, Tensor]], objective: Objective) -> tuple[int, int, int]:
-    """Return the images in all batches, those in the first, and the examples with a label.
+def count_examples(
+    sizes_and_targets: Iterable[tuple[int, Tensor]], objective: Objective
+) -> tuple[tuple[int, ...], int]:
+    """Return the images in each batch, and the examples with a label in all batches.
 
     Args:
         sizes_and_targets: number of images and targets of each batch.
@@ -51,7 +53,7 @@ def count_examples(sizes_and_targets: Iterable[tuple[int, Tensor]], objective: O
     counts = [(size, objective.n_examples(y)) for size, y in sizes_and_targets]
     if not counts:
         raise ValueError("Expected at least one batch (x, y), received none.")
-    return sum(size for size, _ in counts), counts[0][0], sum(labeled for _, labeled in counts)
+    return tuple(size for size, _ in counts), sum(labeled for _, labeled in counts)
 
 
 def are_pairs(source: Any) -> bool:

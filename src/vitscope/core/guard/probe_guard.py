@@ -53,6 +53,8 @@ def refuse_unfit_weights(model: nn.Module, differentiated: bool, frozen_integers
 
 def _refuse_quantized(model: nn.Module, frozen_integers: bool) -> None:
     for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):  # holds an object of its own kind, and is refused as what it is
+            continue
         packed = any(isinstance(value, torch.ScriptObject) for value in vars(module).values())
         integers = [
             key
@@ -201,7 +203,7 @@ def modes(model: nn.Module, bn: str) -> Iterator[None]:
     try:
         if bn == "batch":
             for norm in norms:  # training without tracking: batch statistics, buffers neither read nor written
-                norm.train()
+                norm.training = True  # of this layer alone: a dropout that it holds stays off
                 norm.track_running_stats = False
         yield
     finally:

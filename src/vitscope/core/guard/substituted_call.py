@@ -12,20 +12,34 @@ from torch.func import functional_call
 def substituted_call(model: nn.Module, tensors: Mapping[str, Tensor], inputs: Any) -> Any:
     """Return ``model(inputs)`` with ``tensors`` in place of its parameters; the model is as before afterwards.
 
-    `torch.func.functional_call` leaves its tensors in a module that stands at two places, since it takes the two names of each
-    parameter for two parameters and gives the second one's original back, which is the first one's substitute. So each module is
-    named once here, and parameters that several modules share are named at each of these.
-
     Args:
         model: the network.
         tensors: tensors by name, as in ``model.named_parameters()``.
         inputs: the argument of the network.
     """
-    first_names = {id(p): name for name, p in model.named_parameters()}
+    return call_with(model, tensors, (inputs,), {})
+
+
+def call_with(
+    module: nn.Module, tensors: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> Any:
+    """Return ``module(*args, **kwargs)`` with ``tensors`` in place of its parameters; the module is as before afterwards.
+
+    `torch.func.functional_call` leaves its tensors in a module that stands at two places, since it takes the two names of each
+    parameter for two parameters and gives the second one's original back, which is the first one's substitute. So each module is
+    named once here, and parameters that several modules share are named at each of these.
+
+    Args:
+        module: a network, or a part of one.
+        tensors: tensors by name, as in ``module.named_parameters()``.
+        args: positional arguments of the module.
+        kwargs: its keyword arguments.
+    """
+    first_names = {id(p): name for name, p in module.named_parameters()}
     substitutes = dict(tensors)
-    for path, module in model.named_modules():
-        for key, p in module.named_parameters(recurse=False, remove_duplicate=False):
+    for path, part in module.named_modules():
+        for key, p in part.named_parameters(recurse=False, remove_duplicate=False):
             first_name = first_names[id(p)]
             if first_name in tensors:
                 substitutes[f"{path}.{key}".lstrip(".")] = tensors[first_name]
-    return functional_call(model, substitutes, (inputs,), tie_weights=False)
+    return functional_call(module, substitutes, args, dict(kwargs), tie_weights=False)

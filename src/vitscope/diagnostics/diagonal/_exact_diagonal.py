@@ -54,7 +54,7 @@ def diagonal_by_images(operators: Curvatures) -> np.ndarray:
         step = options.micro_batch or len(y)
         for a in range(0, len(y), step):
             part = slice(a, a + step)
-            columns = _factors(operators, index * probe.batch_size + a, x[part], y[part])  # (columns, b, K)
+            columns = _factors(operators, probe.first_image(index) + a, x[part], y[part])  # (columns, b, K)
             for column in columns:
                 for rows in gradients(x[part], column):
                     total += rows.double().square().sum(0)

@@ -156,8 +156,10 @@ def tap_table(probe: Probe) -> TapTableResult:
 
 
 def _structure(probe: Probe) -> Structure:
+    images = probe.first_images()
     try:
-        return structure(probe.model, probe.first_images())
+        with probe.calling():
+            return structure(probe.model, images)
     except StructureError:  # a model of which nothing is known
         return Structure("", (), {})
 

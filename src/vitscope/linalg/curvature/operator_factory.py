@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -26,6 +27,7 @@ from vitscope.linalg.differences.central_differences import ROW_ERROR, ROW_STEPS
 from vitscope.linalg.differences.kinks import kinked_functions
 from vitscope.runtime import distributed
 from vitscope.runtime.resumable_map import Row
+from vitscope.runtime.torch_internals import BatchNormBase
 
 _logger = logging.getLogger(__name__)
 
@@ -67,16 +69,15 @@ class Curvatures:
 
     def mean(self) -> Curvature:
         """Return the operator of the mean over all batches; under several ranks its products are reduced."""
-        size = self.probe.batch_size
 
         def batches() -> Iterator[tuple[int, Batch]]:
-            return ((index * size, batch) for index, batch in self.probe.local_batches())
+            return ((self.probe.first_image(index), batch) for index, batch in self.probe.local_batches())
 
         return self._operator(batches, self.probe.n_labeled, reduce=True)
 
     def batch(self, index: int, batch: Batch) -> Curvature:
         """Return the operator of one batch alone, on this rank alone."""
-        pairs = [(index * self.probe.batch_size, batch)]
+        pairs = [(self.probe.first_image(index), batch)]
         return self._operator(lambda: pairs, self.probe.objective.n_examples(batch[1]), reduce=False)
 
     def of(self, batches: Callable[[], Iterable[tuple[int, Batch]]], n_images: int, reduce: bool = False) -> Curvature:
@@ -87,8 +88,11 @@ class Curvatures:
             n_images: examples with a label in the pairs of all ranks.
             reduce: whether to add the ranks' shares up.
         """
-        size = self.probe.batch_size
-        return self._operator(lambda: ((i * size, batch) for i, batch in batches()), n_images, reduce=reduce)
+
+        def numbered() -> Iterator[tuple[int, Batch]]:
+            return ((self.probe.first_image(index), batch) for index, batch in batches())
+
+        return self._operator(numbered, n_images, reduce=reduce)
 
     def card(self, solver: dict[str, Any], **overrides: Any) -> ObjectiveCard:
         """Return the probe's card with the dtype, subset, BatchNorm policy and solver of these operators.
@@ -183,6 +187,19 @@ def _refuse_kinks(model: nn.Module, probe: Probe, parameters: dict[str, Tensor])
         )
 
 
+def _refuse_batch_statistics(model: nn.Module, probe: Probe, micro_batch: int) -> None:
+    """Raise ValueError where parts of a batch would have statistics of their own: BatchNorm without running ones."""
+    ends = [probe.first_image(index) for index in range(probe.n_batches + 1)]
+    if max(end - start for start, end in itertools.pairwise(ends)) <= micro_batch:
+        return
+    for name, module in model.named_modules():
+        if isinstance(module, BatchNormBase) and module.running_mean is None:
+            raise ValueError(
+                f"Expected micro_batch=None with BatchNorm that uses the statistics of the batch, received {micro_batch} and "
+                f"{name or type(module).__name__!r} without running statistics, which differ for parts of a batch."
+            )
+
+
 @contextmanager
 def curvatures(
     probe: Probe,
@@ -204,7 +221,7 @@ def curvatures(
 
     Raises:
         ValueError: as `CurvatureOptions` and `select_parameters`; a loss without the operator, no parameters, a compiled or
-            inference-mode model, or a batch on another device.
+            inference-mode model, a batch on another device, or micro-batches of a model that uses statistics of the batch.
     """
     options = replace(options or CurvatureOptions(), **changes)
     check_output_curvature(options.operator, probe.objective)
@@ -226,6 +243,8 @@ def curvatures(
     ):
         for name, p in model.named_parameters():
             p.requires_grad_(name in parameters)  # the others' gradients are not needed; the guard restores the flags
+        if options.micro_batch is not None:
+            _refuse_batch_statistics(model, probe, options.micro_batch)
         warn_of_sum_norm(probe.objective, parameters)
         if by_differences:
             _refuse_kinks(model, probe, parameters)

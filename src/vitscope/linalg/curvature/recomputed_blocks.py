@@ -17,10 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.func import functional_call
 
+from vitscope.core.guard.fingerprints import version
+from vitscope.core.guard.substituted_call import call_with
 from vitscope.linalg.curvature.double_backward import BilinearConvDoubleBackward
 from vitscope.linalg.curvature.row_slices import RowSlice
+from vitscope.models.structure.execution import tensors as tensors_in
 from vitscope.models.structure.structure_table import structure
 
 Call = Callable[[Sequence[Tensor]], Tensor]
@@ -59,7 +61,8 @@ def recomputed_blocks(modules: Mapping[str, nn.Module]) -> Iterator[None]:
         modules: the modules by name; each returns one tensor, and does not call another of them.
 
     Raises:
-        ValueError: rows of a parameter are analyzed as a parameter of their own.
+        ValueError: rows of a parameter are analyzed as a parameter of their own; inside, a block that changes its inputs, or
+            whose output depends on other weights than its own and those before its arguments.
     """
     for name, module in modules.items():
         if any(isinstance(p, RowSlice) for p in module.parameters()):
@@ -83,7 +86,7 @@ def recomputed_blocks(modules: Mapping[str, nn.Module]) -> Iterator[None]:
 def _recomputing(name: str, module: nn.Module) -> Callable[..., Tensor]:
     """Return a function that takes the place of a module's ``forward``."""
     forward = module.forward
-    is_inside = False
+    is_inside, is_checked = False, False
 
     def wrapper(*args: Any, **kwargs: Any) -> Tensor:
         nonlocal is_inside
@@ -91,19 +94,21 @@ def _recomputing(name: str, module: nn.Module) -> Callable[..., Tensor]:
             return forward(*args, **kwargs)
         parameters = {key: p for key, p in module.named_parameters() if p.requires_grad}
         places = [i for i, value in enumerate(args) if isinstance(value, Tensor)]
-        if any(isinstance(value, Tensor) and value.requires_grad for value in kwargs.values()):
+        others = [value for i, value in enumerate(args) if i not in places]
+        if any(t.requires_grad for t in tensors_in((others, tuple(kwargs.values())))):  # they would count as constants
             return forward(*args, **kwargs)
 
         def call(tensors: Sequence[Tensor]) -> Tensor:
-            nonlocal is_inside
+            nonlocal is_inside, is_checked
             values = list(args)
             for place, tensor in zip(places, tensors[len(parameters) :]):
                 values[place] = tensor
+            versions = [version(tensor) for tensor in tensors]
             is_inside = True
             try:
                 # derivatives on a GPU are taken by threads without the modes of this one
                 with BilinearConvDoubleBackward():
-                    out = functional_call(module, dict(zip(parameters, tensors)), tuple(values), kwargs)
+                    out = call_with(module, dict(zip(parameters, tensors)), tuple(values), kwargs)
             finally:
                 is_inside = False
             if not isinstance(out, Tensor):
@@ -111,11 +116,38 @@ def _recomputing(name: str, module: nn.Module) -> Callable[..., Tensor]:
                     f"Expected blocks that return one tensor with checkpoint_blocks, received {type(out).__name__} from "
                     f"{name!r}: set checkpoint_blocks=False."
                 )
+            # the next derivative would start from changed values
+            if versions != [version(tensor) for tensor in tensors]:
+                raise ValueError(
+                    f"Expected blocks that leave their inputs as they are with checkpoint_blocks, received {name!r}, which "
+                    "changes one in place: set checkpoint_blocks=False."
+                )
+            if not is_checked and out.grad_fn is not None:
+                _check_sources(name, out, tensors)
+                is_checked = True
             return out
 
         return _Block.apply(call, *parameters.values(), *(args[place] for place in places))
 
     return wrapper
+
+
+def _check_sources(name: str, out: Tensor, leaves: Sequence[Tensor]) -> None:
+    """Raise ValueError where an output depends on other weights than ``leaves``: their derivatives would be lost."""
+    leaf_ids = {id(leaf) for leaf in leaves}
+    waiting, visited = [out.grad_fn], {out.grad_fn}
+    while waiting:
+        node = waiting.pop()
+        assert node is not None
+        variable = getattr(node, "variable", None)  # of a leaf
+        if variable is not None and id(variable) not in leaf_ids:
+            raise ValueError(
+                f"Expected blocks that read their own parameters and arguments alone with checkpoint_blocks, received {name!r}, "
+                f"which reads another weight of shape {tuple(variable.shape)}: set checkpoint_blocks=False."
+            )
+        parents = {parent for parent, _ in node.next_functions if parent is not None} - visited
+        visited |= parents
+        waiting.extend(parents)
 
 
 def _leaves(tensors: Sequence[Tensor], needed: Sequence[bool]) -> list[Tensor]:

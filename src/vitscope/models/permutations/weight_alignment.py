@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from vitscope.core.guard import probe_guard
 from vitscope.core.guard.eager_execution import eager_execution, unwrapped
-from vitscope.core.guard.trial_pass import trial_images
+from vitscope.core.guard.pass_comparison import output_tensors
+from vitscope.core.guard.trial_pass import first_that_runs, trial_images
 from vitscope.models.permutations.activation_similarity import ActivationSimilarity
 from vitscope.models.permutations.unit_matching import inner_product, match_similarities, match_weights
 from vitscope.models.permutations.unit_symmetry import unit_symmetry
@@ -186,11 +187,17 @@ def _function_change(
     model: nn.Module, before: Mapping[str, Tensor], after: Mapping[str, Tensor], images: Tensor | None
 ) -> float:
     """Return the largest change of an output as a share of the largest output, in float64."""
-    outputs: list[Tensor] = []
     with _replaceable(model, torch.float64) as load, torch.no_grad():
-        x = next(iter(trial_images(model, None))) if images is None else images[:_CHECKED_IMAGES]
-        for state in (before, after):
-            load(state)
-            outputs.append(model(x.double()))
-    largest = float(outputs[0].abs().max())
-    return float((outputs[0] - outputs[1]).abs().max()) / largest if largest > 0 else 0.0
+
+        def outputs_of(x: Tensor) -> list[Tensor]:
+            outputs = []
+            for state in (before, after):
+                load(state)
+                values = [t.flatten() for t in output_tensors(model(x.double())) if t.is_floating_point()]
+                outputs.append(torch.cat(values) if values else x.new_zeros(1))
+            return outputs
+
+        trials = trial_images(model, None) if images is None else (images[:_CHECKED_IMAGES],)
+        first, second = first_that_runs(trials, outputs_of)
+    largest = float(first.abs().max())
+    return float((first - second).abs().max()) / largest if largest > 0 else 0.0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, MutableMapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -164,14 +164,18 @@ class _Recorder(TorchFunctionMode):
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         results = list(tensors(result))
+        arguments = list(tensors((args, tuple(kwargs.values()))))
+        varying = [tensor for tensor in arguments if id(tensor) not in self.constant]
+        if varying:
+            written = args[:1] if getattr(func, "__name__", "") == "__setitem__" else results
+            for tensor in (*written, *(getattr(tensor, "_base", None) for tensor in written)):
+                self.constant.pop(id(tensor), None)  # a constant that values of the images were written to
         if not results:  # a shape or a type: nothing was computed
             return result
         self.time += 1
-        arguments = list(tensors((args, tuple(kwargs.values()))))
         for tensor in arguments:
             if id(tensor) in self.names:
                 self.seen.first_use.setdefault(self.names[id(tensor)], self.time)
-        varying = [tensor for tensor in arguments if id(tensor) not in self.constant]
         if not varying:
             self.constant.update((id(tensor), tensor) for tensor in results)
         self._note(func, varying, arguments, results[0])
@@ -202,14 +206,16 @@ def _has_weights(name: str) -> bool:
 
 
 def tensors(value: Any) -> Iterator[Tensor]:
-    """Yield the tensors in nested arguments or results."""
+    """Yield the tensors in nested arguments or results: tuples, lists, mappings and dataclasses of them."""
     if isinstance(value, Tensor):
         yield value
-    elif isinstance(value, dict):
+    elif isinstance(value, Mapping):
         yield from tensors(tuple(value.values()))
     elif isinstance(value, tuple | list):
         for entry in value:
             yield from tensors(entry)
+    elif names := getattr(type(value), "__dataclass_fields__", None):
+        yield from tensors(tuple(getattr(value, name, None) for name in names))
 
 
 def _leaves(ends: Sequence[Any], names: dict[int, str]) -> set[str]:

@@ -13,7 +13,14 @@ from vitscope.models.structure import timm_blocks as timm_blocks  # describes ti
 from vitscope.models.structure.coverage import NOT_COVERED, missing_from, model_name, residual_blocks
 from vitscope.models.structure.declared_units import declared_components
 from vitscope.models.structure.execution import Execution, execution
-from vitscope.models.structure.residual_structure import ModelComponent, owns, residual_structure
+from vitscope.models.structure.residual_structure import (
+    ModelComponent,
+    is_known_by_children,
+    owns,
+    residual_structure,
+)
+from vitscope.models.tracing.graph import Trace
+from vitscope.models.tracing.reads import adds_branch
 from vitscope.models.tracing.recorder import trace
 from vitscope.models.tracing.traced_structure import TracedStructure, traced_structure
 from vitscope.runtime.errors import StructureError
@@ -50,8 +57,9 @@ class FoundStructure:
 def find_structure(model: nn.Module, images: Tensor | None = None) -> FoundStructure:
     """Find the units of a model.
 
-    Descriptions of blocks are used where they cover all attention of the model. Else one traced forward pass shows the residual
-    additions; a network that has none is read at its convolutions. Declared units take the place of found ones.
+    Descriptions of blocks are used where they cover all attention of the model, those by the names of children where a traced
+    forward pass confirms them. Else the traced pass shows the residual additions; a network that has none is read at its
+    convolutions. Declared units take the place of found ones.
 
     Args:
         model: The model, not wrapped.
@@ -76,12 +84,13 @@ def _found(model: nn.Module, images: Tensor | None) -> FoundStructure:
     Raises:
         ValueError: Neither gives a structure.
     """
-    components: list[ModelComponent] = []
-    error: ValueError | None = None
-    try:
-        components = residual_structure(model)
-    except ValueError as raised:
-        error = raised
+    components, error = _components(model)
+    guesses = [piece for piece in components if is_known_by_children(piece.block) and piece.part.is_residual]
+    model_trace, failure = _traced(model, images) if guesses else (None, None)
+    if model_trace is not None and not all(
+        adds_branch(model_trace, piece.block, piece.part, piece.block.get_submodule("conv1")) for piece in guesses
+    ):
+        components, error = _components(model, by_children=False)
     described: FoundStructure | None = None
     if any(piece.part.is_residual for piece in components):
         described = _described(model, components, images)
@@ -90,15 +99,12 @@ def _found(model: nn.Module, images: Tensor | None) -> FoundStructure:
         )
         if not described.missing and not is_partial:
             return described
-    traced: TracedStructure | None = None
-    try:
-        traced = traced_structure(model, trace(model, images))
-    except UntraceableError as failure:
-        if described is None and (error is not None or not _is_plain(model)):
-            reason = " ".join(str(failure).split()).rstrip(".")
-            raise StructureError(
-                model_name(model), f"its forward pass fails: {reason}", _fix_of_pass(reason)
-            ) from failure
+    if not guesses:
+        model_trace, failure = _traced(model, images)
+    traced = traced_structure(model, model_trace) if model_trace is not None else None
+    if failure is not None and described is None and (error is not None or not _is_plain(model)):
+        reason = " ".join(str(failure).split()).rstrip(".")
+        raise StructureError(model_name(model), f"its forward pass fails: {reason}", _fix_of_pass(reason)) from failure
     if traced is not None and (described is None or described.missing or _completes(traced, described)):
         return _of_trace(traced, described)
     if described is not None:
@@ -106,6 +112,22 @@ def _found(model: nn.Module, images: Tensor | None) -> FoundStructure:
     if error is not None:
         raise error
     return _described(model, components, images)
+
+
+def _components(model: nn.Module, by_children: bool = True) -> tuple[list[ModelComponent], ValueError | None]:
+    """Return the components that the descriptions of blocks give, or the error of a model that they do not fit."""
+    try:
+        return residual_structure(model, by_children), None
+    except ValueError as error:
+        return [], error
+
+
+def _traced(model: nn.Module, images: Tensor | None) -> tuple[Trace | None, UntraceableError | None]:
+    """Return a traced pass, or the error of a model that does not run."""
+    try:
+        return trace(model, images), None
+    except UntraceableError as failure:
+        return None, failure
 
 
 def _described(model: nn.Module, components: list[ModelComponent], images: Tensor | None) -> FoundStructure:

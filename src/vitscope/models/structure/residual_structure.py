@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import singledispatch
 from typing import Literal
 
@@ -30,8 +30,9 @@ class Read:
     tensor without positions, such as a class token alone. ``exact`` is false where the tensor is scaled or cut before it is used.
     ``shows_grid`` is false for a sequence if no convolution or pooling of the traced pass has a map of as many positions.
     ``order`` is that of the tokens of such a sequence or of an unknown layout, or why it is not certain; None where it was not
-    sought. A sum is addition ``number`` of those that the module's call makes itself, counted from 0; with an ``operand`` the
-    tensor that it adds is meant, number ``operand`` of the addition's two tensors.
+    sought. ``guesses_prefix`` is true where the names of the model's tokens alone say how many stand in front; a forward pass
+    then shows the order. A sum is addition ``number`` of those that the module's call makes itself, counted from 0; with an
+    ``operand`` the tensor that it adds is meant, number ``operand`` of the addition's two tensors.
     """
 
     module: nn.Module
@@ -43,6 +44,7 @@ class Read:
     has_map: bool = True
     exact: bool = True
     shows_grid: bool = True
+    guesses_prefix: bool = False
     order: TokenOrder | str | None = None
     number: int = 0
     operand: int | None = None
@@ -120,33 +122,41 @@ def subsamples(block: nn.Module) -> bool:
 
 
 def replaceable_conv3x3(block: nn.Module) -> nn.Conv2d | None:
-    """The last 3x3 convolution of the block that keeps the number of channels, or None."""
+    """The last 3x3 convolution of the block's branch that keeps the number of channels, or None."""
+    shortcuts = [getattr(block, name, None) for name in ("shortcut", "downsample")]
+    of_shortcut = {m for shortcut in shortcuts if isinstance(shortcut, nn.Module) for m in shortcut.modules()}
     candidates = [
         m for m in block.modules()
-        if isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3) and m.in_channels == m.out_channels
+        if isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3) and m.in_channels == m.out_channels and m not in of_shortcut
     ]  # fmt: skip
     return candidates[-1] if candidates else None
 
 
-def residual_structure(model: nn.Module) -> list[ModelComponent]:
+def residual_structure(model: nn.Module, by_children: bool = True) -> list[ModelComponent]:
     """The residual units and pooling layers of a model in the order of registration.
 
     Blocks are recognised by type (`parts`); strided convolutions and pooling between them count as pooling
     layers. A stage is a container of blocks, counted from 1. A model without a known block is read after each
     of its convolutions and pooling layers, with a new stage at each subsampling; it has no residual units.
 
+    Args:
+        model: The model.
+        by_children: Whether the names of children describe hand-written blocks.
+
     Raises:
         ValueError: If there is neither a known block nor a convolution other than a lone patch embedding.
     """
     components: list[ModelComponent] = []
     stages: list[str] = []
-    for name, module, ancestors in _walk(model):
-        for part in _units_of_module(module):
+    for name, module, ancestors in _walk(model, by_children):
+        for part in _units_of_module(module, by_children):
             if part.is_residual and _container(name) not in stages:
                 stages.append(_container(name))
             stage = len(stages) + (not part.is_residual)  # a pooling layer opens the stage after it
             unit_name = ".".join(filter(None, (name, part.suffix)))
-            components.append(ModelComponent(unit_name, part, module, stage, _prefix_tokens(ancestors)))
+            n_prefix, is_stated = _prefix_tokens(ancestors)
+            part = part if is_stated else _with_guessed_prefix(part, n_prefix)
+            components.append(ModelComponent(unit_name, part, module, stage, n_prefix))
     residual = [i for i, piece in enumerate(components) if piece.part.is_residual]
     # pooling before the first unit belongs to the stem, after the last to the head
     components = components[residual[0] : residual[-1] + 1] if residual else _structure_without_units(model)
@@ -158,9 +168,19 @@ def residual_structure(model: nn.Module) -> list[ModelComponent]:
     return components
 
 
-def _units_of_module(module: nn.Module) -> tuple[ResidualUnit, ...]:
+def is_known_by_children(block: nn.Module) -> bool:
+    """Whether only the names of a block's children describe it, which do not tell in what order its forward runs them."""
+    described = next(cls for cls in type(block).__mro__ if cls in parts.registry)
+    return described is nn.Module and not type(block).__module__.startswith("torchvision.")
+
+
+def _registered_units(module: nn.Module, by_children: bool) -> tuple[ResidualUnit, ...]:
+    return parts(module) if by_children or not is_known_by_children(module) else ()
+
+
+def _units_of_module(module: nn.Module, by_children: bool) -> tuple[ResidualUnit, ...]:
     """What is registered for the type, else pooling for any strided layer that stands between blocks."""
-    registered = parts(module)
+    registered = _registered_units(module, by_children)
     if registered:
         _check_forward(module)
     if not registered and isinstance(module, nn.Conv2d | nn.MaxPool2d | nn.AvgPool2d) and subsamples(module):
@@ -184,13 +204,13 @@ def _check_forward(block: nn.Module) -> None:
         )
 
 
-def _walk(model: nn.Module) -> Iterator[tuple[str, nn.Module, tuple[nn.Module, ...]]]:
+def _walk(model: nn.Module, by_children: bool) -> Iterator[tuple[str, nn.Module, tuple[nn.Module, ...]]]:
     """Modules in registration order with their ancestors; the inside of what is described is left out."""
     stack: list[tuple[str, nn.Module, tuple[nn.Module, ...]]] = [("", model, ())]
     while stack:
         name, module, ancestors = stack.pop()
         yield name, module, ancestors
-        registered = parts(module)
+        registered = _registered_units(module, by_children)
         described = [part.suffix for part in registered]
         if any(part.is_residual for part in registered) or "" in described:
             continue
@@ -206,17 +226,33 @@ def _container(name: str) -> str:
     return parent[: -len("blocks")].rstrip(".") if parent.split(".")[-1] == "blocks" else parent
 
 
-def _prefix_tokens(ancestors: tuple[nn.Module, ...]) -> int:
-    """Number of prefix tokens, as the innermost ancestor states it or shows by its class, distillation and register tokens."""
+def _prefix_tokens(ancestors: tuple[nn.Module, ...]) -> tuple[int, bool]:
+    """Number of prefix tokens, as the innermost ancestor states it or shows by its class, distillation and register tokens.
+
+    Also whether that is certain: in networks of others such tokens may stand behind the patches, and ``num_tokens`` count these.
+    """
     for module in reversed(ancestors):
-        for name in ("num_prefix_tokens", "num_tokens"):
+        is_known = type(module).__module__.partition(".")[0] in ("timm", "torchvision")
+        for name in ("num_prefix_tokens", "num_tokens") if is_known else ("num_prefix_tokens",):
             stated = getattr(module, name, None)
             if isinstance(stated, int):
-                return stated
+                return stated, True
         tokens = [token for name in TOKENS if isinstance(token := getattr(module, name, None), Tensor)]
         if tokens:
-            return sum(token.shape[-2] if token.ndim > 1 else 1 for token in tokens)  # (1, n, C), (n, C) or (C,)
-    return 0
+            n = sum(token.shape[-2] if token.ndim > 1 else 1 for token in tokens)  # (1, n, C), (n, C) or (C,)
+            return n, is_known
+    return 0, True
+
+
+def _with_guessed_prefix(part: ResidualUnit, n_prefix: int) -> ResidualUnit:
+    """Return a unit whose reads of sequences are to be checked by a forward pass."""
+    reads = {"after": part.after, "branch_in": part.branch_in, "branch_out": part.branch_out}
+    changed = {
+        name: replace(read, n_prefix=n_prefix, guesses_prefix=True)
+        for name, read in reads.items()
+        if read is not None and read.layout in ("NLC", "NCL", "LNC")
+    }
+    return replace(part, **changed)
 
 
 def _structure_without_units(model: nn.Module) -> list[ModelComponent]:

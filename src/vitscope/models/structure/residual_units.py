@@ -289,7 +289,8 @@ def _changed_operand(stack: ExitStack, place: Read) -> list[bool]:
 def _zeros(_: Any, output: Any) -> Any:
     """Return the output with zeros for its first tensor, which is what a branch adds (attention may return weights too)."""
     if isinstance(output, tuple | list) and output:
-        return type(output)([_zeros(None, output[0]), *output[1:]])
+        entries = [_zeros(None, output[0]), *output[1:]]
+        return type(output)(*entries) if hasattr(output, "_fields") else type(output)(entries)  # a named tuple
     if not isinstance(output, Tensor):
         raise ValueError(f"Expected a branch that returns a tensor, received {type(output).__name__}.")
     return output.new_zeros(output.shape)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -73,7 +74,7 @@ def _taps(model: nn.Module, model_structure: FoundStructure, images: Tensor | No
     places: list[tuple[str, Kind, int, Read, ModelComponent]] = []
     first = next((p for p in pieces if p.part.branch_in is not None), None)
     if first is not None and first.part.branch_in is not None:
-        stream = Read(first.block, "input", first.part.branch_in.layout)
+        stream = replace(first.part.branch_in, module=first.block, at="input")
         if (
             first.parameters is not None
         ):  # the pass has shown where the stream is, also before layers in front of the first unit

@@ -6,9 +6,11 @@ from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
 from typing import Literal
 
+from torch import nn
+
 from vitscope.core.tap import Layout
 from vitscope.models.structure.feature_maps import SPATIAL
-from vitscope.models.structure.residual_structure import Read
+from vitscope.models.structure.residual_structure import Read, ResidualUnit
 from vitscope.models.tracing.additions import ADDITIONS, IDENTITIES, Addition, is_norm, is_norm_module
 from vitscope.models.tracing.axes import Axes, unknown
 from vitscope.models.tracing.graph import Call, Node, Trace
@@ -230,3 +232,36 @@ def read_call(trace: Trace, call: Call, at: Literal["output", "input"] = "output
     """Return where the result, or the input, of a module between units is read."""
     index = call.output if at == "output" else call.first_input
     return _read(trace, call, at, trace.nodes[index].axes) if index >= 0 else None
+
+
+def adds_branch(trace: Trace, block: nn.Module, unit: ResidualUnit, first_layer: nn.Module) -> bool:
+    """Return whether a pass shows a unit as its block is described: the branch as it is read is added to a shortcut.
+
+    Args:
+        trace: The pass.
+        block: The block that holds the unit.
+        unit: The unit as the block is described.
+        first_layer: First layer of the branch, on which the shortcut does not depend.
+    """
+    modules = [block, first_layer, *(read.module for read in (unit.branch_in, unit.branch_out) if read is not None)]
+    calls = [[call for call in trace.calls if call.module is module] for module in modules]
+    if len(calls) != 4 or any(len(module_calls) != 1 for module_calls in calls):
+        return False
+    around, layer, first, end = (module_calls[0] for module_calls in calls)
+    stream = around.first_input
+    if stream < 0 or stream not in _same_values(trace, first.first_input):
+        return False
+    sums = [
+        node
+        for node in trace.nodes[around.start : around.end]
+        if node.op in ADDITIONS and not node.scales and any(end.output in _same_values(trace, i) for i in node.inputs)
+    ]
+    if len(sums) != 1 or len(sums[0].inputs) != 2 or around.output not in _forward(trace, sums[0].index, around.end):
+        return False
+    shortcuts = [i for i in sums[0].inputs if end.output not in _same_values(trace, i)]
+    return len(shortcuts) == 1 and not trace.is_ancestor(layer.output, shortcuts[0])
+
+
+def _same_values(trace: Trace, index: int) -> set[int]:
+    """Return a value and those of which it is a rearrangement."""
+    return {index, *(i for i, same_values in _backward(trace, index) if same_values)} if index >= 0 else set()

@@ -28,15 +28,25 @@ def with_orders(model: nn.Module, reads: Sequence[Read | None], images: Tensor |
     sought = {str(i): read for i, read in enumerate(reads) if read is not None and _needs_order(read, has_maps)}
     orders = token_orders(model, sought, images) if sought else {}
     return [
-        replace(read, order=orders.get(str(i), _reason(read))) if read is not None else None
+        _with_order(read, orders.get(str(i), _reason(read))) if read is not None else None
         for i, read in enumerate(reads)
     ]
+
+
+def _with_order(read: Read, order: TokenOrder | str | None) -> Read:
+    """Return a read with an order; without it where it confirms the guessed prefix, whose layout holds for images of any size."""
+    if read.guesses_prefix and isinstance(order, TokenOrder) and read.n_prefix is not None:
+        rows = torch.arange(order.index.numel()) + read.n_prefix  # the order of rows behind the prefix
+        order = None if torch.equal(order.index.flatten(), rows) else order
+    return replace(read, order=order)
 
 
 def _needs_order(read: Read, has_maps: bool) -> bool:
     """Whether the grid of a tensor is not known; ``has_maps``: the model has convolutions or pooling, which may show it."""
     if read.at == "sum" or not read.exact or not read.has_map:
         return False
+    if read.guesses_prefix:
+        return True
     return read.layout == "unknown" or not read.shows_grid or (read.layout in ("NLC", "NCL", "LNC") and not has_maps)
 
 
