@@ -65,3 +65,10 @@ def test_names_from_jobs_stay_inside(tmp_path: Path, monkeypatch: pytest.MonkeyP
     path = run_dir.requested_run_folder(cfg(tmp_path))
     assert path.parent == tmp_path / "runs"
     assert "/" not in path.name
+
+
+def test_a_run_is_made_without_git(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with run_lock.released_at_end():
+        run = run_dir.create(cfg(tmp_path), "train")
+    assert run.provenance()["git_commit"] is None

@@ -8,13 +8,10 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import platform
 import re
 import secrets
-import subprocess
-import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,9 +20,8 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from vitscope.config import experiment_identity, loading
-from vitscope.core.objective_card import versions
-from vitscope.runs import metrics_log, run_lock
+from vitscope.config import loading
+from vitscope.runs import metrics_log, run_lock, run_origin
 from vitscope.runtime import atomic_write, redaction, safe_files
 from vitscope.runtime.errors import CheckpointError, ConfigError, StorageError
 
@@ -176,7 +172,7 @@ def _described(cfg: DictConfig, command: str, run: Run) -> Run:
         atomic_write.write_atomically(path / "config.yaml", OmegaConf.to_yaml(redacted(cfg)).encode())
     except OSError as error:
         raise _no_folder(path, error) from None
-    run.note(**_provenance(cfg, command), status="running")
+    run.note(**run_origin.facts(cfg, command), status="running")
     return run
 
 
@@ -201,7 +197,7 @@ def reopen(run: Run, cfg: DictConfig, command: str) -> None:
         for folder in (run.path, run.figures, run.results, *run.results.glob("*/")):
             atomic_write.sweep(folder)
         if not (run.path / "provenance.json").exists():
-            run.note(**_provenance(cfg, command), status="running")
+            run.note(**run_origin.facts(cfg, command), status="running")
     except BaseException:
         run_lock.release(run.path)
         raise
@@ -297,25 +293,3 @@ def _job_id() -> str | None:
     if "SLURM_JOB_ID" in os.environ and int(os.environ.get("SLURM_NTASKS", "1")) > 1:
         return f"slurm-{os.environ['SLURM_JOB_ID']}"
     return None
-
-
-def _provenance(cfg: DictConfig, command: str) -> Mapping[str, Any]:
-    git = subprocess.run(
-        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent, check=False
-    )
-    return {
-        "command": command,
-        "arguments": [redaction.cleaned(argument) for argument in sys.argv[1:]],
-        "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "config_hash": experiment_identity.config_hash(cfg),
-        "git_commit": git.stdout.strip() or None,
-        "versions": {**versions(), "pytorch_lightning": _version("pytorch_lightning"), "wandb": _version("wandb")},
-        "host": platform.node(),
-        "seed": cfg.get("seed"),
-    }
-
-
-def _version(package: str) -> str:
-    from importlib.metadata import version
-
-    return version(package.replace("_", "-"))
