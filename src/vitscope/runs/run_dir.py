@@ -6,10 +6,12 @@ Layout: ``config.yaml provenance.json metrics.jsonl checkpoints/ results/ figure
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import re
 import secrets
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,7 +22,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from vitscope.config import loading
+from vitscope.config import experiment_identity, loading
 from vitscope.runs import metrics_log, run_lock, run_origin
 from vitscope.runtime import atomic_write, redaction, safe_files
 from vitscope.runtime.errors import CheckpointError, ConfigError, StorageError
@@ -165,7 +167,8 @@ def _described(cfg: DictConfig, command: str, run: Run) -> Run:
 
     path = run.path
     is_begun = (path / "provenance.json").exists() or run.journal.exists() or checkpoint_io.present(run.checkpoints)
-    if (path / "config.yaml").exists() and is_begun and _job_id() is None:
+    is_restarted = _job_id() is not None and not _is_of_another_command(run, cfg)
+    if (path / "config.yaml").exists() and is_begun and not is_restarted:
         raise ConfigError("run_dir", path, "already holds a run", "choose another, or go on with run=<folder>")
     try:
         atomic_write.sweep(path)
@@ -282,8 +285,33 @@ def requested_run_folder(cfg: DictConfig) -> Path:
         return Path(named).absolute()
     root = Path(cfg.paths.runs).absolute()
     if job := _job_id():
-        return root / re.sub(r"[^\w.-]", "_", job)[:100]
+        return _job_folder(root / re.sub(r"[^\w.-]", "_", job)[:100], cfg)
     return root / "-".join(filter(None, (time.strftime("%Y%m%d-%H%M%S"), cfg.get("name"), secrets.token_hex(3))))
+
+
+def _job_folder(first: Path, cfg: DictConfig) -> Path:
+    """Return the first of the folders ``<job>``, ``<job>-2``, ... that no other command uses.
+
+    One job may start several commands (a loop of ``srun`` in a batch script), and ``torchrun`` gives all its jobs the same id
+    where the user states none. A command that its job starts again takes the folder that it had.
+    """
+    folders = (first if n == 1 else first.with_name(f"{first.name}-{n}") for n in itertools.count(1))
+    return next(folder for folder in folders if not _is_of_another_command(Run(folder), cfg))
+
+
+def _is_of_another_command(run: Run, cfg: DictConfig) -> bool:
+    """Tell whether a folder holds a run that is finished, or that another command line or configuration made."""
+    facts = run.provenance()
+    if not facts:
+        return False
+    is_same = _comparable(facts.get("arguments")) == _comparable(sys.argv[1:])
+    is_same = is_same and facts.get("config_hash") == experiment_identity.config_hash(cfg)
+    return facts.get("status") == "finished" or not is_same
+
+
+def _comparable(arguments: Any) -> list[str]:
+    texts = [redaction.cleaned(str(text)) for text in arguments] if isinstance(arguments, list) else []
+    return [text for text in redaction.redacted(texts) if not text.startswith("run_dir=")]
 
 
 def _job_id() -> str | None:
