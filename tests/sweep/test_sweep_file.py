@@ -122,6 +122,14 @@ def test_reading_a_file(tmp_path: Path) -> None:
         sweep_file.read(tmp_path / "none.yaml")
 
 
+def test_a_time_of_the_command_is_no_number_to_the_base_of_60(tmp_path: Path) -> None:
+    file = tmp_path / "s.yaml"
+    file.write_text("parameters: {seed: {values: [0, 1]}}")
+    sweep = sweep_file.read(file, ["trainer.max_time=12:00:00", "optimizer.lr=0.1"])
+    assert sweep.parameters["trainer.max_time"] == {"value": "12:00:00"}
+    assert sweep.parameters["optimizer.lr"] == {"value": 0.1}
+
+
 def test_a_sweep_of_the_package_is_found_by_name_from_any_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

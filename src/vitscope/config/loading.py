@@ -11,6 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import yaml
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 
@@ -35,6 +36,21 @@ def digest(value: Any, length: int = 8) -> str:
     """Return the first hexadecimal digits of the SHA-256 of a plain value's canonical JSON."""
     text = json.dumps(plain(value), sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:length]
+
+
+def typed_value(text: str) -> Any:
+    """Return the value of a text of the command line: a number, true, false, null, a list or a mapping, else the text itself.
+
+    Lists and mappings are written as ``[...]`` and ``{...}``. A time such as ``12:30`` stays a text; for YAML 1.1 it is a number
+    to the base of 60.
+    """
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+    if text.lstrip().startswith(("[", "{")) or value is None or isinstance(value, bool):
+        return value
+    return value if isinstance(value, int | float) and ":" not in text else text
 
 
 def drop_unchosen(cfg: DictConfig) -> list[str]:

@@ -187,7 +187,7 @@ def planned(sweep: Sweep, limit: int | None = None) -> list[dict[str, Any]]:
 
 
 def _scalar(text: str) -> Any:
-    value = yaml.safe_load(text) if text else text
+    value = loading.typed_value(text)
     return value if isinstance(value, bool | int | float) else text
 
 
