@@ -8,11 +8,15 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import yaml
 from omegaconf import DictConfig, OmegaConf, open_dict
+
+#: a path that Hydra's grammar takes without quotes
+_PLAIN_PATH = re.compile(r"[A-Za-z0-9_/.@+-]+")
 
 
 def folder() -> Path:
@@ -51,6 +55,15 @@ def typed_value(text: str) -> Any:
     if text.lstrip().startswith(("[", "{")) or value is None or isinstance(value, bool):
         return value
     return value if isinstance(value, int | float) and ":" not in text else text
+
+
+def path_override(key: str, path: Path) -> str:
+    """Return ``key=path`` as Hydra reads it: in quotes where the path holds what its grammar refuses in a plain value (é, =)."""
+    text = str(path)
+    if _PLAIN_PATH.fullmatch(text):
+        return f"{key}={text}"
+    quoted = re.sub(r"(\\*)('|$)", lambda end: end[1] * 2 + ("\\'" if end[2] else ""), text)
+    return f"{key}='{quoted}'"
 
 
 def drop_unchosen(cfg: DictConfig) -> list[str]:
