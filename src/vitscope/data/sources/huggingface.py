@@ -30,7 +30,7 @@ from vitscope.data.sources.image_decoding import read_image
 from vitscope.data.sources.notices import report_once
 from vitscope.data.splits import hold_out
 from vitscope.runtime.errors import ConfigError, DataError, first_line, nearest
-from vitscope.runtime.value_ranges import Seed
+from vitscope.runtime.value_ranges import Seed, ShareBelowOne
 
 
 @dataclass(frozen=True)
@@ -81,8 +81,8 @@ def load(
     version: str | None = None,
     image_column: str | None = None,
     label_column: str | None = None,
-    val_share: float = 0.1,
-    test_share: float = 0.2,
+    val_share: ShareBelowOne = 0.1,
+    test_share: ShareBelowOne = 0.2,
 ) -> TableImages:
     """Return a split of a data set.
 
