@@ -1,0 +1,42 @@
+"""When checkpoints are written, and which weights they hold; whole trainings are in `tests/cli/test_resume.py`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from vitscope.runtime.errors import ConfigError
+from vitscope.training.checkpoint_callback import Checkpoints
+
+
+def pretended_trainer(batch: int, **metrics: float) -> Any:
+    """Return a trainer of ten batches an epoch after one of them, which notes what it saves."""
+    saved: list[str] = []
+
+    def save_checkpoint(path: Path, storage_options: Any = None) -> None:
+        saved.extend([path.name, *(storage_options or {}).get("copies", ())])
+
+    return SimpleNamespace(
+        fit_loop=SimpleNamespace(batch_idx=batch - 1), num_training_batches=10, accumulate_grad_batches=1,
+        is_last_batch=batch == 10, callback_metrics={f"val/{name}": torch.tensor(value) for name, value in metrics.items()},
+        state=SimpleNamespace(fn="fit"), should_stop=False, current_epoch=0, max_epochs=5, max_steps=-1, global_step=batch,
+        callbacks=[], strategy=SimpleNamespace(handles_gradient_accumulation=False), save_checkpoint=save_checkpoint, saved=saved,
+    )  # fmt: skip
+
+
+def test_a_metric_is_missing_only_after_a_validation() -> None:
+    """A resumed run has the monitored values of its early stopping before its first validation, and no others."""
+    callback, network = Checkpoints(), nn.Linear(2, 2)
+    trainer = pretended_trainer(10, loss=1.0)
+    callback.on_train_epoch_end(trainer, network)  # type: ignore[arg-type]  any module with parameters
+    assert trainer.saved == ["last.ckpt"]
+    callback.on_validation_end(trainer, network)  # type: ignore[arg-type]  likewise
+    with pytest.raises(
+        ConfigError, match="callbacks.checkpoint.monitor=val/accuracy: no such metric; choose from val/loss"
+    ):
+        callback.on_train_epoch_end(trainer, network)  # type: ignore[arg-type]  likewise
