@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,7 +11,8 @@ import pytest
 import torch
 from torch import nn
 
-from vitscope.runtime.errors import ConfigError
+from vitscope.runtime import stop_flag
+from vitscope.runtime.errors import ConfigError, NumericalError
 from vitscope.training.checkpoint_callback import Checkpoints
 
 
@@ -40,3 +42,17 @@ def test_a_metric_is_missing_only_after_a_validation() -> None:
         ConfigError, match="callbacks.checkpoint.monitor=val/accuracy: no such metric; choose from val/loss"
     ):
         callback.on_train_epoch_end(trainer, network)  # type: ignore[arg-type]  likewise
+
+
+@pytest.mark.parametrize("hook", ["on_train_batch_end", "on_validation_batch_end"])
+def test_a_stop_does_not_replace_finite_weights(hook: str) -> None:
+    network, trainer = nn.Linear(2, 2), pretended_trainer(5)
+    with torch.no_grad():
+        network.weight[0, 0] = float("nan")
+    stop_flag.request(signal.SIGTERM)
+    try:
+        with pytest.raises(NumericalError, match="weight is not finite"):
+            getattr(Checkpoints(), hook)(trainer, network)
+    finally:
+        stop_flag.clear()
+    assert trainer.saved == []

@@ -108,6 +108,7 @@ class Checkpoints(Callback):
         self._epoch_unsaved = False
 
     def _save_last(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        _check_finite(pl_module)  # the weights of the last checkpoint are not replaced by ones that are not
         trainer.save_checkpoint(self.folder / "last.ckpt")
         self._epoch_unsaved = False
 
