@@ -31,6 +31,22 @@ def pretended_trainer(batch: int, **metrics: float) -> Any:
     )  # fmt: skip
 
 
+def test_best_is_written_with_the_weights_that_were_validated() -> None:
+    """A validation after batch 9 of 10 is not one of the weights at the epoch's end."""
+    callback, network = Checkpoints(), nn.Linear(2, 2)
+    within = pretended_trainer(9, accuracy=0.5)
+    callback.on_validation_end(within, network)  # type: ignore[arg-type]  any module with parameters
+    assert within.saved == ["best.ckpt"]
+    end = pretended_trainer(10, accuracy=0.5)
+    callback.on_train_epoch_end(end, network)  # type: ignore[arg-type]  likewise
+    assert end.saved == ["last.ckpt"]
+    end = pretended_trainer(10, accuracy=0.75)
+    callback.on_validation_end(end, network)  # type: ignore[arg-type]  likewise
+    assert end.saved == []
+    callback.on_train_epoch_end(end, network)  # type: ignore[arg-type]  likewise
+    assert end.saved == ["last.ckpt", "best.ckpt"]
+
+
 def test_a_metric_is_missing_only_after_a_validation() -> None:
     """A resumed run has the monitored values of its early stopping before its first validation, and no others."""
     callback, network = Checkpoints(), nn.Linear(2, 2)

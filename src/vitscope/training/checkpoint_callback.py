@@ -28,7 +28,8 @@ class Checkpoints(Callback):
     Lightning's own callback needs two instances and metric names in paths for this, and takes NaN for the best value.
 
     Args:
-        monitor: Validation metric; ``best`` is written when it improves.
+        monitor: Validation metric; ``best`` is written when it improves: at the end of the epoch, and after a validation within
+            one at once, since the weights at the epoch's end are others.
         mode: ``max`` or ``min``: whether a higher or a lower value is better.
         every_n_epochs: Number of epochs between two writings of ``last``.
         snapshots: Further epochs to write as ``epoch-0099.ckpt``, counted from 0; ``log`` for those that end 1, 2, 4, ...
@@ -140,10 +141,15 @@ class Checkpoints(Callback):
         self._raise_if_saved()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Store the monitored value until the epoch's end, also across an interruption."""
+        """Store the monitored value until the epoch's end, also across an interruption; write ``best`` within an epoch."""
         self._has_validated = True
-        if self.monitor in trainer.callback_metrics:
-            self._validated = float(trainer.callback_metrics[self.monitor])
+        if self.monitor not in trainer.callback_metrics:
+            return
+        self._validated = float(trainer.callback_metrics[self.monitor])
+        is_within_epoch = trainer.fit_loop.batch_idx + 1 < trainer.num_training_batches
+        if trainer.state.fn == "fit" and is_within_epoch and self._improved(trainer.callback_metrics):
+            _check_finite(pl_module)
+            trainer.save_checkpoint(self.folder / "best.ckpt")
 
     def _raise_if_saved(self) -> None:
         if self._stop:
