@@ -3,7 +3,7 @@
 A data set has one column of images (feature `Image`) and one of classes (feature `ClassLabel`). Its own splits can be measured by
 their names (`probe.split=validation`). The splits that a training needs are, as in `vitscope.data.sources.folder`:
 
-- `train`: the split of that name, or the only one.
+- `train`: the split of that name, or the only one, where its name is none of these.
 - `val`: `val`, `valid`, `validation` or `dev`; where there is none, a part of `train`, held out class by class.
 - `test`: `test`, `testing` or `eval`; where there is none, the validation split, otherwise a part of `train`.
 
@@ -107,7 +107,7 @@ def load(
         key: next((split_name for split_name in names if split_name in tables), None)
         for key, names in SPLIT_NAMES.items()
     }
-    if named["train"] is None and len(tables) == 1:
+    if len(tables) == 1 and not any(named.values()):
         named["train"] = next(iter(tables))
     if split not in SPLIT_NAMES or (named[split] is None and split in tables):
         if split not in tables:
