@@ -114,6 +114,9 @@ def test_reading_a_file(tmp_path: Path) -> None:
     assert sweep.name != sweep_file.read(file).name
     with pytest.raises(ConfigError, match="the sweep varies this key"):
         sweep_file.read(file, ["seed=3"])
+    file.write_text("parameters: {seed: 3}")
+    with pytest.raises(ConfigError, match="parameters.seed=3: not a mapping; write {value: ...} or {values: "):
+        sweep_file.read(file, ["seed=4"])
     for text, why in (("a: [", "not YAML"), ("program: x", "no parameters")):
         file.write_text(text)
         with pytest.raises(ConfigError, match=why):
