@@ -94,3 +94,23 @@ def test_a_run_is_made_without_git(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     with run_lock.released_at_end():
         run = run_dir.create(cfg(tmp_path), "train")
     assert run.provenance()["git_commit"] is None
+
+
+def test_the_newest_run_is_the_one_made_last_whatever_its_name(tmp_path: Path) -> None:
+    """Runs of jobs, of sweeps and of ``run_dir=`` come after those named by their time in the order of names."""
+    runs = tmp_path / "runs"
+    with run_lock.released_at_end():
+        old = run_dir.create(cfg(tmp_path, run_dir=str(runs / "sweeps" / "000-a")), "train")
+        new = run_dir.create(cfg(tmp_path), "train")
+    old.note(created="2026-01-31T12:00:00+0000", status="stopped")
+    new.note(status="stopped")
+    for run in (old, new):
+        run.checkpoints.mkdir()
+        (run.checkpoints / "manifest.json").write_text("{}")
+    identity = new.provenance()["config_hash"]
+    assert run_dir.unfinished(runs, identity) == new
+    for run in (old, new):
+        run.note(status="finished")
+    assert run_dir.finished(runs, identity) == new
+    new.note(created="not a date")
+    assert run_dir.finished(runs, identity) == old

@@ -13,8 +13,9 @@ import re
 import secrets
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -263,7 +264,19 @@ def finished(root: Path, config_hash: str) -> Run | None:
 
 def _alike(root: Path, config_hash: str) -> Iterator[Run]:
     """Yield the runs of that configuration, newest first."""
-    return (run for run in reversed(every(root)) if _recorded_hash(run) == config_hash)
+    return reversed(oldest_first(run for run in every(root) if _recorded_hash(run) == config_hash))
+
+
+def oldest_first(runs: Iterable[Run]) -> list[Run]:
+    """Return runs in the order in which they were made; names, such as those of jobs and of trials, do not tell it."""
+    return sorted(runs, key=lambda run: (_created(run), run.id))
+
+
+def _created(run: Run) -> float:
+    try:
+        return datetime.fromisoformat(str(run.provenance().get("created"))).timestamp()
+    except (StorageError, ValueError):
+        return 0.0
 
 
 def _recorded_hash(run: Run) -> str | None:
