@@ -134,3 +134,12 @@ def test_a_batch_of_one_image_under_batchnorm_is_one_line() -> None:
 def test_a_training_on_one_class_is_refused() -> None:
     with pytest.raises(ConfigError, match="data.num_classes=1: a classifier is trained on two classes or more; add"):
         dry_run.rehearse(composed("train"), nn.Linear(1, 1), SimpleNamespace(num_classes=1))
+
+
+def test_an_average_that_no_checkpoint_holds_is_refused() -> None:
+    """The test metrics would be those of weights that are lost."""
+    swa = "+callbacks.swa={_target_: pytorch_lightning.callbacks.StochasticWeightAveraging, swa_lrs: 0.001}"
+    with pytest.raises(
+        ConfigError, match=r"callbacks.swa=.*: its average is tested and is in no checkpoint; use callbacks="
+    ):
+        validate(composed("train", swa))
