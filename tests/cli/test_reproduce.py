@@ -152,6 +152,7 @@ def test_results_with_other_settings_are_not_taken(tmp_path: Path, capsys: pytes
         (["fig4", "launcher=pbs"], "launcher=pbs: no such launcher; choose local or slurm"),
         (["fig4", "launcher=slurm", "gpus=0"], "gpus=0: SLURM chooses the GPUs"),
         (["fig4", "slurm.partition=gpu"], "launcher=slurm is not set"),
+        (["fig4", "launcher=slurm", "slurm.time=12:00:00"], "slurm.time=12:00:00: not a whole number of minutes"),
         (["fig4", "overrides=lr"], "overrides=lr: not key=value"),
     ],
 )
@@ -176,6 +177,13 @@ def test_folders_follow_the_profile_and_the_overrides() -> None:
     assert command_line.parse(["fig4", "overrides=data.root=/data"]).runs == Path("runs/reproduce-smoke")
     slurm = command_line.parse(["all", "launcher=slurm", "slurm.partition=gpu", "slurm.time=600", "dry=1"])
     assert (dict(slurm.slurm), slurm.dry) == ({"partition": "gpu", "time": 600}, True)
+    values = {"begin": "16:00", "comment": "thesis: part 2", "setup": "[module load cuda]", "exclusive": "true"}
+    slurm = command_line.parse(["all", "launcher=slurm", *(f"slurm.{key}={value}" for key, value in values.items())])
+    assert dict(slurm.slurm) == {
+        **values,
+        "setup": ["module load cuda"],
+        "exclusive": True,
+    }  # no times to the base of 60
 
 
 def test_the_help_lists_every_target(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

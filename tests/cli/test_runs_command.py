@@ -283,6 +283,10 @@ def test_a_deletion_follows_no_link(command: Command, three: list[Run], tmp_path
 
 
 def test_what_vitscope_did_not_write_is_not_deleted(command: Command, three: list[Run]) -> None:
+    for name in ("csv", "tensorboard"):  # of the loggers beside W&B
+        (three[2].path / name).mkdir()
+    (three[2].path / "job.json").write_text("{}")  # of a multirun
+    assert command("delete", three[2].id, "yes=true")[0] == 0
     (three[0].path / "thesis.txt").write_text("text")
     inner = write_run(three[1].path / "inner", "vit")
     for name, foreign in (("vit-run", "thesis.txt"), ("pit-run", "inner")):

@@ -14,7 +14,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from vitscope.cli import analyze, exit_codes, report, train
-from vitscope.config import composition, loading, target_allowlist
+from vitscope.config import composition, hydra_internals, loading, target_allowlist
 from vitscope.reproduce import trial
 from vitscope.runtime import trusted_packages
 from vitscope.runtime.errors import ConfigError
@@ -274,3 +274,11 @@ def test_what_was_judged_is_what_is_created(monkeypatch: pytest.MonkeyPatch) -> 
     assert cfg.hydra.callbacks.x._target_ == FOLDER
     with pytest.raises(ConfigError, match="VITSCOPE_TRUST=subprocess"):
         composition.judge(OmegaConf.create({"hydra": {"callbacks": {"x": {"_target_": "${oc.env:CHANGING}"}}}}))
+
+
+@pytest.mark.parametrize(
+    "text", ["runs/a", "/a b ", "/josé/中", "/a,b", "/lr=0.1", "/study (2)", "/it's", '/"x"', "/a#b&c;d!", "/[x]{y}", "/a\\'"]
+)  # fmt: skip
+def test_commands_hand_any_path_over(text: str) -> None:
+    (override,) = hydra_internals.parse_overrides([loading.path_override("paths.runs", Path(text))])
+    assert (override.value(), override.is_sweep_override()) == (text, False)

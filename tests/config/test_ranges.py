@@ -147,6 +147,16 @@ def test_values_that_other_keys_take_over_are_checked_themselves(group: str, nod
     assert str(caught.value).startswith(f"{key}=-1: not ")
 
 
+@pytest.mark.parametrize("source", ["cifar", "folder", "huggingface"])
+def test_shares_that_are_held_out_are_shares(source: str) -> None:
+    """``val_share=10`` would leave one training image of each class."""
+    for key in ("val_share", "test_share") if source != "cifar" else ("val_share",):
+        for value in (10, 1, -0.1):
+            node = {"source": {"_target_": f"vitscope.data.sources.{source}.load", key: value}}
+            with pytest.raises(ConfigError, match=rf"data.source.{key}={value}: not in \[0, 1\)"):
+                number_checks.check_numbers({"data": node})
+
+
 def test_items_of_a_list_are_checked_by_the_range_of_their_key() -> None:
     with pytest.raises(ConfigError, match=r"^model\.heads\.1=0: not at least 1; give a number at least 1$"):
         validate_plain_values(composed("train", "model.heads=[3,0,12,24]"))

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+from torch import nn
 
 from tests.helpers.configurations import composed
-from vitscope.config import target_allowlist
+from vitscope.config import dry_run, error_translation, target_allowlist
 from vitscope.config.validation import validate
 from vitscope.runtime.errors import ConfigError, StorageError, VitscopeError
 
@@ -116,3 +119,27 @@ def test_sam_refuses_what_its_second_pass_cannot_do(override: str, why: str) -> 
     validate(
         composed("train", "optimizer=sam", "trainer.accumulate_grad_batches=2")
     )  # its second pass makes the group again
+
+
+def test_a_batch_of_one_image_under_batchnorm_is_one_line() -> None:
+    """The last batch of an epoch, where the network ends with one value for each channel."""
+    with pytest.raises(ValueError, match="more than 1 value") as caught:
+        nn.BatchNorm2d(2)(torch.zeros(1, 2, 1, 1))
+    line = error_translation.explain(caught.value)
+    assert str(line).startswith(
+        "data.batch_size: a batch holds one image, over which BatchNorm cannot compute a variance; "
+    )
+
+
+def test_a_training_on_one_class_is_refused() -> None:
+    with pytest.raises(ConfigError, match="data.num_classes=1: a classifier is trained on two classes or more; add"):
+        dry_run.rehearse(composed("train"), nn.Linear(1, 1), SimpleNamespace(num_classes=1))
+
+
+def test_an_average_that_no_checkpoint_holds_is_refused() -> None:
+    """The test metrics would be those of weights that are lost."""
+    swa = "+callbacks.swa={_target_: pytorch_lightning.callbacks.StochasticWeightAveraging, swa_lrs: 0.001}"
+    with pytest.raises(
+        ConfigError, match=r"callbacks.swa=.*: its average is tested and is in no checkpoint; use callbacks="
+    ):
+        validate(composed("train", swa))

@@ -13,7 +13,7 @@ import torch
 
 import vitscope as vs
 from vitscope.runs import metrics_log, partial_results, result_store
-from vitscope.runtime import atomic_write
+from vitscope.runtime import atomic_write, safe_files
 from vitscope.runtime.errors import StorageError
 
 
@@ -134,6 +134,19 @@ def test_rows_outlive_a_kill(tmp_path: Path) -> None:
     assert partial_results.PartialRows(tmp_path / "p")["2"] == {"nll": 3.0}
     again.discard()
     assert not (tmp_path / "p").exists()
+
+
+def test_rows_that_another_process_deletes_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two processes may measure the same: the one that finishes first deletes the rows."""
+    partial_results.PartialRows(tmp_path / "p")["0"] = {"nll": 1.0}
+    read_text = safe_files.read_text
+
+    def deleted_before(path: Path) -> str:
+        path.unlink()
+        return read_text(path)
+
+    monkeypatch.setattr(safe_files, "read_text", deleted_before)
+    assert dict(partial_results.PartialRows(tmp_path / "p")) == {}
 
 
 def test_journal(tmp_path: Path) -> None:

@@ -65,3 +65,52 @@ def test_names_from_jobs_stay_inside(tmp_path: Path, monkeypatch: pytest.MonkeyP
     path = run_dir.requested_run_folder(cfg(tmp_path))
     assert path.parent == tmp_path / "runs"
     assert "/" not in path.name
+
+
+def test_commands_of_one_job_have_folders_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch script may start several trainings, and torchrun calls all its jobs ``none`` on one port."""
+    for name, value in {"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "2", "MASTER_PORT": "29500"}.items():
+        monkeypatch.setenv(name, value)
+    with run_lock.released_at_end():
+        first = run_dir.create(cfg(tmp_path), "train")
+    first.note(status="failed")
+    with run_lock.released_at_end():
+        assert run_dir.create(cfg(tmp_path), "train") == first  # the job starts the same command again
+    first.note(status="finished")
+    before = {file.name: file.read_bytes() for file in first.path.iterdir()}
+    with run_lock.released_at_end():
+        second = run_dir.create(cfg(tmp_path, seed=2), "train")
+        assert run_dir.requested_run_folder(cfg(tmp_path, seed=2)) == second.path  # of the other ranks
+    assert {file.name: file.read_bytes() for file in first.path.iterdir()} == before
+    with run_lock.released_at_end():
+        third = run_dir.create(cfg(tmp_path), "train")
+    assert [run.id for run in (first, second, third)] == [f"torchrun-none-29500{end}" for end in ("", "-2", "-3")]
+    with pytest.raises(ConfigError, match="already holds a run"), run_lock.released_at_end():
+        run_dir.create(cfg(tmp_path, run_dir=str(first.path), seed=3), "train")
+
+
+def test_a_run_is_made_without_git(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with run_lock.released_at_end():
+        run = run_dir.create(cfg(tmp_path), "train")
+    assert run.provenance()["git_commit"] is None
+
+
+def test_the_newest_run_is_the_one_made_last_whatever_its_name(tmp_path: Path) -> None:
+    """Runs of jobs, of sweeps and of ``run_dir=`` come after those named by their time in the order of names."""
+    runs = tmp_path / "runs"
+    with run_lock.released_at_end():
+        old = run_dir.create(cfg(tmp_path, run_dir=str(runs / "sweeps" / "000-a")), "train")
+        new = run_dir.create(cfg(tmp_path), "train")
+    old.note(created="2026-01-31T12:00:00+0000", status="stopped")
+    new.note(status="stopped")
+    for run in (old, new):
+        run.checkpoints.mkdir()
+        (run.checkpoints / "manifest.json").write_text("{}")
+    identity = new.provenance()["config_hash"]
+    assert run_dir.unfinished(runs, identity) == new
+    for run in (old, new):
+        run.note(status="finished")
+    assert run_dir.finished(runs, identity) == new
+    new.note(created="not a date")
+    assert run_dir.finished(runs, identity) == old

@@ -38,6 +38,7 @@ def hydra_job(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 def pretend(monkeypatch: pytest.MonkeyPatch, folder: Path, *overrides: str, **launcher: Any) -> None:
     hydra = {
         "runtime": {"output_dir": str(folder)},
+        "sweep": {"dir": str(folder.parent)},
         "overrides": {"task": list(overrides)},
         "launcher": {"_target_": "x.BasicLauncher", **launcher},
     }
@@ -61,6 +62,19 @@ def test_a_multirun_of_two_jobs(tmp_path: Path, rates: str, n: int) -> None:
     assert f"failed: job 1 (optimizer.lr=-1): exit 2; {folder}/1" in done.stderr
     assert f"{n} of 2 jobs finished" in done.stdout
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.usefixtures("command_messages")
+def test_folders_of_jobs_may_have_names(hydra_job: Path, capsys: Any) -> None:
+    """``hydra.sweep.subdir`` names them, also with a folder above each."""
+    for name, code in (("10", 0), ("2", 3), ("vit/seed-0", 0)):
+        (hydra_job.parent / name).mkdir(parents=True)
+        facts = {"overrides": [f"name={name}"], "exit_code": code}
+        (hydra_job.parent / name / hydra_multirun.JOB).write_text(json.dumps(facts))
+    assert hydra_multirun._log_failed_jobs() == 3
+    shown = capsys.readouterr()
+    assert "2 of 3 jobs finished" in shown.out
+    assert "failed: job 2 (name=2): exit 3" in shown.err
 
 
 @pytest.mark.usefixtures("command_messages")

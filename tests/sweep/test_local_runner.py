@@ -18,6 +18,7 @@ import pytest
 from rich.console import Console
 
 from tests.helpers.processes import wait_until
+from vitscope.runs import metrics_log
 from vitscope.runtime import stop_flag
 from vitscope.runtime.errors import ConfigError
 from vitscope.runtime.stop_flag import Interrupted
@@ -56,6 +57,19 @@ def test_a_finished_sweep_is_not_run_again(tmp_path: Path) -> None:
     assert [trial.history for trial in again.trials] == [[0.5]] * 3  # read back from the folders
     rows = [json.loads(line) for line in (first.folder / "sweep.jsonl").read_text().splitlines()]
     assert [row["event"] for row in rows].count("end") == 3
+
+
+def test_rows_after_one_that_was_cut_short_are_read(tmp_path: Path) -> None:
+    """A full disk or a kill may leave a part of a row at the end of the journal."""
+    sweep = local(sweep_of(do="finish", seed=[0, 1]), tmp_path)
+    journal = sweep.folder / "sweep.jsonl"
+    journal.write_text('{"event": "start", "trial": 0, "params": {}}\n{"event": "end", "tri')
+    sweep._note(event="end", trial=0, state="stopped early", exit_code=0)
+    assert [row["event"] for row in metrics_log.read(journal)] == ["start", "end"]
+    again = local(sweep_of(do="finish", seed=[0, 1]), tmp_path)
+    trial = again.next_job()
+    assert trial is not None
+    assert (trial.index, again.trials[0].state) == (1, "stopped early")
 
 
 def test_limit_takes_the_first_trials(tmp_path: Path) -> None:

@@ -114,12 +114,23 @@ def test_reading_a_file(tmp_path: Path) -> None:
     assert sweep.name != sweep_file.read(file).name
     with pytest.raises(ConfigError, match="the sweep varies this key"):
         sweep_file.read(file, ["seed=3"])
+    file.write_text("parameters: {seed: 3}")
+    with pytest.raises(ConfigError, match="parameters.seed=3: not a mapping; write {value: ...} or {values: "):
+        sweep_file.read(file, ["seed=4"])
     for text, why in (("a: [", "not YAML"), ("program: x", "no parameters")):
         file.write_text(text)
         with pytest.raises(ConfigError, match=why):
             sweep_file.read(file)
     with pytest.raises(ConfigError, match="cannot be read"):
         sweep_file.read(tmp_path / "none.yaml")
+
+
+def test_a_time_of_the_command_is_no_number_to_the_base_of_60(tmp_path: Path) -> None:
+    file = tmp_path / "s.yaml"
+    file.write_text("parameters: {seed: {values: [0, 1]}}")
+    sweep = sweep_file.read(file, ["trainer.max_time=12:00:00", "optimizer.lr=0.1"])
+    assert sweep.parameters["trainer.max_time"] == {"value": "12:00:00"}
+    assert sweep.parameters["optimizer.lr"] == {"value": 0.1}
 
 
 def test_a_sweep_of_the_package_is_found_by_name_from_any_folder(

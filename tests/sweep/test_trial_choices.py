@@ -127,6 +127,17 @@ def test_distributions_name_what_they_need() -> None:
     assert distributions.distribution("a", {"min": 0.0, "max": 1}) == "uniform"
 
 
+def test_steps_and_bounds_are_checked() -> None:
+    for step in ("1e-3", 0, -1.0, None):
+        with pytest.raises(ConfigError, match=r"parameters.a.q.*: not a number greater than 0; write 1.0e-3, not 1e-3"):
+            distributions.distribution("a", {"distribution": "q_uniform", "min": 0, "max": 1, "q": step})
+    with pytest.raises(ConfigError, match=r"parameters.a.min=1.5: not a whole number"):
+        distributions.distribution("a", {"distribution": "int_uniform", "min": 1.5, "max": 8})
+    whole = {"distribution": "int_uniform", "min": 1.0, "max": 3}
+    assert distributions.listed("a", whole) == [1, 2, 3]
+    assert type(distributions.draw({"a": whole}, "seed")["a"]) is int
+
+
 @pytest.mark.parametrize("method", ["grid", "random"])
 @pytest.mark.parametrize(
     ("node", "text"),

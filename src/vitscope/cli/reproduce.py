@@ -181,7 +181,11 @@ def _page(root: Path, out: Path) -> None:
     from vitscope.config import hydra_internals
     from vitscope.reports.report_run import report
 
-    overrides = [f"paths.runs={root.absolute()}", f"out={out.absolute()}", "tag=end"]
+    overrides = [
+        loading.path_override("paths.runs", root.absolute()),
+        loading.path_override("out", out.absolute()),
+        "tag=end",
+    ]
     with hydra_internals.composing_from(str(loading.folder()), "report"):
         cfg = compose("report", overrides=overrides)
     report(cfg)

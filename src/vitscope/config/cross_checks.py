@@ -152,6 +152,7 @@ def check(tree: Mapping[str, Any]) -> None:
     model, data = tree.get("model") or {}, tree.get("data") or {}
     _check_model(model, data)
     _check_monitors(tree.get("callbacks") or {}, (tree.get("objective") or {}).get("loss", loading.DEFAULT_LOSS))
+    _check_averages(tree.get("callbacks") or {})
     _check_trainer(tree.get("trainer") or {})
     _check_sam(tree.get("optimizer") or {}, tree.get("trainer") or {})
     _check_sharded_training(tree)
@@ -199,6 +200,17 @@ def _check_monitors(callbacks: Mapping[str, Any], loss: Any) -> None:
         if monitor not in metrics and not (monitor is None and name != "checkpoint"):
             key = f"callbacks.{name}.monitor"
             raise ConfigError(key, monitor, "no such metric", errors.nearest(str(monitor), metrics))
+
+
+def _check_averages(callbacks: Mapping[str, Any]) -> None:
+    """Refuse Lightning's SWA, which puts its average into the network after the last checkpoint is written."""
+    for name, node in callbacks.items():
+        if str(node.get("_target_", "")).endswith(".StochasticWeightAveraging"):
+            reason, fix = (
+                "its average is tested and is in no checkpoint",
+                "use callbacks=[checkpoint,ema], whose average is saved",
+            )
+            raise ConfigError(f"callbacks.{name}", node["_target_"], reason, fix)
 
 
 def _check_trainer(trainer: Mapping[str, Any]) -> None:

@@ -43,6 +43,9 @@ def rehearse(cfg: DictConfig, network: nn.Module, data: Any) -> None:
         ConfigError: naming the group that does not work.
         DataError: there would be no step.
     """
+    if data.num_classes < 2:
+        fix = "add images of another class, or measure with analyze.py"
+        raise ConfigError("data.num_classes", data.num_classes, "a classifier is trained on two classes or more", fix)
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     callbacks = [_built(node, f"callbacks.{name}") for name, node in cfg.callbacks.items()]
     quiet = {"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}

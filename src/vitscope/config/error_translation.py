@@ -57,6 +57,11 @@ def explain(error: BaseException) -> VitscopeError | None:
         return ConfigError("trainer", None, first_line(error).rstrip("."), "correct its options")
     if isinstance(error, ValueError) and "Config group override must be" in str(error):
         return ConfigError("config", None, "a group was given a value that is no name", "choose a name; see --help")
+    if isinstance(error, ValueError) and "more than 1 value per channel" in str(error):
+        reason = "a batch holds one image, over which BatchNorm cannot compute a variance"
+        return ConfigError(
+            "data.batch_size", None, reason, "give another one, or set data.drop_last=true for the last batch"
+        )
     if isinstance(error, OSError) and error.errno in _STORAGE:
         return StorageError("paths.runs", error.filename, str(error.strerror), "free space or choose another folder")
     if type(error).__module__.startswith("torch.distributed") or "ProcessGroup" in str(error) or "gloo" in str(error):

@@ -8,10 +8,15 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
+import yaml
 from omegaconf import DictConfig, OmegaConf, open_dict
+
+#: a path that Hydra's grammar takes without quotes
+_PLAIN_PATH = re.compile(r"[A-Za-z0-9_/.@+-]+")
 
 
 def folder() -> Path:
@@ -35,6 +40,30 @@ def digest(value: Any, length: int = 8) -> str:
     """Return the first hexadecimal digits of the SHA-256 of a plain value's canonical JSON."""
     text = json.dumps(plain(value), sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:length]
+
+
+def typed_value(text: str) -> Any:
+    """Return the value of a text of the command line: a number, true, false, null, a list or a mapping, else the text itself.
+
+    Lists and mappings are written as ``[...]`` and ``{...}``. A time such as ``12:30`` stays a text; for YAML 1.1 it is a number
+    to the base of 60.
+    """
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+    if text.lstrip().startswith(("[", "{")) or value is None or isinstance(value, bool):
+        return value
+    return value if isinstance(value, int | float) and ":" not in text else text
+
+
+def path_override(key: str, path: Path) -> str:
+    """Return ``key=path`` as Hydra reads it: in quotes where the path holds what its grammar refuses in a plain value (é, =)."""
+    text = str(path)
+    if _PLAIN_PATH.fullmatch(text):
+        return f"{key}={text}"
+    quoted = re.sub(r"(\\*)('|$)", lambda end: end[1] * 2 + ("\\'" if end[2] else ""), text)
+    return f"{key}='{quoted}'"
 
 
 def drop_unchosen(cfg: DictConfig) -> list[str]:

@@ -7,8 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from vitscope.config import loading
 from vitscope.reproduce import plan as reproduction
 from vitscope.reproduce import run_overrides
 from vitscope.runtime import errors
@@ -118,8 +117,12 @@ def parse(argv: Sequence[str]) -> Request:
     if launcher not in ("local", "slurm"):
         raise ConfigError("launcher", launcher, "no such launcher", "choose local or slurm")
     slurm = {
-        key.removeprefix("slurm."): yaml.safe_load(value) for key, value in settings.items() if key.startswith("slurm.")
+        key.removeprefix("slurm."): loading.typed_value(value)
+        for key, value in settings.items()
+        if key.startswith("slurm.")
     }
+    if not isinstance(minutes := slurm.get("time", 1), int):
+        raise ConfigError("slurm.time", minutes, "not a whole number of minutes", "write slurm.time=720 for 12 hours")
     if slurm and launcher != "slurm":
         raise ConfigError(f"slurm.{next(iter(slurm))}", None, "launcher=slurm is not set", "add launcher=slurm")
     if launcher == "slurm" and "gpus" in settings:

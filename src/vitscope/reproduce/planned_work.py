@@ -74,7 +74,7 @@ class StoredRuns:
         self.finished: dict[str, Run] = {}
         self.unfinished: dict[str, Run] = {}
         self._configs: dict[Path, DictConfig] = {}
-        for run in run_dir.every(root):  # the oldest first
+        for run in run_dir.oldest_first(run_dir.every(root)):
             try:
                 facts = run.provenance()
             except StorageError:  # a damaged folder is no run to go on with

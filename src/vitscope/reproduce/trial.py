@@ -67,7 +67,7 @@ def _trained_run(cfg: DictConfig, trial: Trial, root: Path) -> Run:
         overrides = [
             *(o for o in trial.overrides if not o.startswith("analysis")),
             "analysis=[]",
-            f"paths.runs={root.absolute()}",
+            loading.path_override("paths.runs", root.absolute()),
             "skip_finished=true",
             "ckpt_path=auto",
         ]

@@ -23,7 +23,7 @@ def composed(trial: Trial, root: Path) -> DictConfig:
     Raises:
         ConfigError: An override that does not compose.
     """
-    always = [f"paths.runs={root.absolute()}", "skip_finished=true", "ckpt_path=auto"]
+    always = [loading.path_override("paths.runs", root.absolute()), "skip_finished=true", "ckpt_path=auto"]
     composition.install()
     with hydra_internals.composing_from(str(loading.folder()), "reproduce"):
         try:

@@ -61,7 +61,7 @@ class Journal:
     def _open(self) -> int:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         safe_files.refuse_links(self.path)
-        torn = self.path.is_file() and self.path.stat().st_size > 0 and not _ends_with_newline(self.path)
+        torn = is_torn(self.path)
         descriptor = safe_files.open_to_append(self.path)
         if torn:  # a kill cut the last row short: keep it apart from ours
             os.write(descriptor, b"\n")
@@ -109,7 +109,10 @@ def last_values_of(rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     return values
 
 
-def _ends_with_newline(path: Path) -> bool:
+def is_torn(path: Path) -> bool:
+    """Tell whether the last line of a file was cut short by a kill or a full disk."""
+    if not path.is_file() or path.stat().st_size == 0:
+        return False
     with path.open("rb") as file:
         file.seek(-1, os.SEEK_END)
-        return file.read(1) == b"\n"
+        return file.read(1) != b"\n"

@@ -82,7 +82,11 @@ class PartialRows(MutableMapping[str, Mapping[str, Any]]):
 
 def _read_rows(file: Path) -> dict[str, Mapping[str, Any]]:
     rows: dict[str, Mapping[str, Any]] = {}
-    for line in safe_files.read_text(file).splitlines():
+    try:
+        text = safe_files.read_text(file)
+    except FileNotFoundError:  # another process that measured the same has just finished and deleted it
+        return rows
+    for line in text.splitlines():
         try:
             entry = json.loads(line)
             rows[entry["key"]] = {name: _unpack(value) for name, value in entry["row"].items()}

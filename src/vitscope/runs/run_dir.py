@@ -6,16 +6,16 @@ Layout: ``config.yaml provenance.json metrics.jsonl checkpoints/ results/ figure
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
-import platform
 import re
 import secrets
-import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from vitscope.config import experiment_identity, loading
-from vitscope.core.objective_card import versions
-from vitscope.runs import metrics_log, run_lock
+from vitscope.runs import metrics_log, run_lock, run_origin
 from vitscope.runtime import atomic_write, redaction, safe_files
 from vitscope.runtime.errors import CheckpointError, ConfigError, StorageError
 
@@ -169,14 +168,15 @@ def _described(cfg: DictConfig, command: str, run: Run) -> Run:
 
     path = run.path
     is_begun = (path / "provenance.json").exists() or run.journal.exists() or checkpoint_io.present(run.checkpoints)
-    if (path / "config.yaml").exists() and is_begun and _job_id() is None:
+    is_restarted = _job_id() is not None and not _is_of_another_command(run, cfg)
+    if (path / "config.yaml").exists() and is_begun and not is_restarted:
         raise ConfigError("run_dir", path, "already holds a run", "choose another, or go on with run=<folder>")
     try:
         atomic_write.sweep(path)
         atomic_write.write_atomically(path / "config.yaml", OmegaConf.to_yaml(redacted(cfg)).encode())
     except OSError as error:
         raise _no_folder(path, error) from None
-    run.note(**_provenance(cfg, command), status="running")
+    run.note(**run_origin.facts(cfg, command), status="running")
     return run
 
 
@@ -201,7 +201,7 @@ def reopen(run: Run, cfg: DictConfig, command: str) -> None:
         for folder in (run.path, run.figures, run.results, *run.results.glob("*/")):
             atomic_write.sweep(folder)
         if not (run.path / "provenance.json").exists():
-            run.note(**_provenance(cfg, command), status="running")
+            run.note(**run_origin.facts(cfg, command), status="running")
     except BaseException:
         run_lock.release(run.path)
         raise
@@ -264,7 +264,19 @@ def finished(root: Path, config_hash: str) -> Run | None:
 
 def _alike(root: Path, config_hash: str) -> Iterator[Run]:
     """Yield the runs of that configuration, newest first."""
-    return (run for run in reversed(every(root)) if _recorded_hash(run) == config_hash)
+    return reversed(oldest_first(run for run in every(root) if _recorded_hash(run) == config_hash))
+
+
+def oldest_first(runs: Iterable[Run]) -> list[Run]:
+    """Return runs in the order in which they were made; names, such as those of jobs and of trials, do not tell it."""
+    return sorted(runs, key=lambda run: (_created(run), run.id))
+
+
+def _created(run: Run) -> float:
+    try:
+        return datetime.fromisoformat(str(run.provenance().get("created"))).timestamp()
+    except (StorageError, ValueError):
+        return 0.0
 
 
 def _recorded_hash(run: Run) -> str | None:
@@ -286,8 +298,33 @@ def requested_run_folder(cfg: DictConfig) -> Path:
         return Path(named).absolute()
     root = Path(cfg.paths.runs).absolute()
     if job := _job_id():
-        return root / re.sub(r"[^\w.-]", "_", job)[:100]
+        return _job_folder(root / re.sub(r"[^\w.-]", "_", job)[:100], cfg)
     return root / "-".join(filter(None, (time.strftime("%Y%m%d-%H%M%S"), cfg.get("name"), secrets.token_hex(3))))
+
+
+def _job_folder(first: Path, cfg: DictConfig) -> Path:
+    """Return the first of the folders ``<job>``, ``<job>-2``, ... that no other command uses.
+
+    One job may start several commands (a loop of ``srun`` in a batch script), and ``torchrun`` gives all its jobs the same id
+    where the user states none. A command that its job starts again takes the folder that it had.
+    """
+    folders = (first if n == 1 else first.with_name(f"{first.name}-{n}") for n in itertools.count(1))
+    return next(folder for folder in folders if not _is_of_another_command(Run(folder), cfg))
+
+
+def _is_of_another_command(run: Run, cfg: DictConfig) -> bool:
+    """Tell whether a folder holds a run that is finished, or that another command line or configuration made."""
+    facts = run.provenance()
+    if not facts:
+        return False
+    is_same = _comparable(facts.get("arguments")) == _comparable(sys.argv[1:])
+    is_same = is_same and facts.get("config_hash") == experiment_identity.config_hash(cfg)
+    return facts.get("status") == "finished" or not is_same
+
+
+def _comparable(arguments: Any) -> list[str]:
+    texts = [redaction.cleaned(str(text)) for text in arguments] if isinstance(arguments, list) else []
+    return [text for text in redaction.redacted(texts) if not text.startswith("run_dir=")]
 
 
 def _job_id() -> str | None:
@@ -297,25 +334,3 @@ def _job_id() -> str | None:
     if "SLURM_JOB_ID" in os.environ and int(os.environ.get("SLURM_NTASKS", "1")) > 1:
         return f"slurm-{os.environ['SLURM_JOB_ID']}"
     return None
-
-
-def _provenance(cfg: DictConfig, command: str) -> Mapping[str, Any]:
-    git = subprocess.run(
-        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent, check=False
-    )
-    return {
-        "command": command,
-        "arguments": [redaction.cleaned(argument) for argument in sys.argv[1:]],
-        "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "config_hash": experiment_identity.config_hash(cfg),
-        "git_commit": git.stdout.strip() or None,
-        "versions": {**versions(), "pytorch_lightning": _version("pytorch_lightning"), "wandb": _version("wandb")},
-        "host": platform.node(),
-        "seed": cfg.get("seed"),
-    }
-
-
-def _version(package: str) -> str:
-    from importlib.metadata import version
-
-    return version(package.replace("_", "-"))

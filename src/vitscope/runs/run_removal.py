@@ -13,8 +13,8 @@ from vitscope.runs.run_dir import Run
 from vitscope.runtime.errors import ConfigError, StorageError
 
 #: entries of a run folder that vitscope writes; the last two make it a run and are deleted last
-ENTRIES = ("checkpoints", "results", "figures", "tables", "wandb", "log.txt", "output.txt", run_lock.FILE, metrics_log.FILE,
-           "provenance.json", "config.yaml")  # fmt: skip
+ENTRIES = ("checkpoints", "results", "figures", "tables", "wandb", "csv", "tensorboard", "log.txt", "output.txt", "job.json",
+           run_lock.FILE, metrics_log.FILE, "provenance.json", "config.yaml")  # fmt: skip
 
 
 @dataclass(frozen=True)

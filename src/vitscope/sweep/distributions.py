@@ -29,7 +29,7 @@ def distribution(key: str, node: Mapping[str, Any]) -> str:
     """Return the name of a parameter's distribution, inferred as W&B does where it is not stated.
 
     Raises:
-        ConfigError: an unknown one, one whose bounds are missing or not numbers in order, or shares that are no probabilities.
+        ConfigError: an unknown one, one whose bounds or step are missing or no such numbers, or shares that are no probabilities.
     """
     if "distribution" in node:
         name = str(node["distribution"])
@@ -55,9 +55,20 @@ def distribution(key: str, node: Mapping[str, Any]) -> str:
         raise ConfigError(f"parameters.{key}", None, f"min {node['min']} is not below max {node['max']}", "swap them")
     if name == "categorical":
         _check_choices(key, node)
+    if name == "int_uniform":
+        _check_whole(key, node)
+    if name.startswith("q_") and not (_number(step := node.get("q", 1)) and step > 0):
+        raise ConfigError(f"parameters.{key}.q", step, "not a number greater than 0", "write 1.0e-3, not 1e-3")
     if name.endswith("log_uniform_values") and node["min"] <= 0:
         raise ConfigError(f"parameters.{key}.min", node["min"], "not greater than 0", "a logarithm needs that")
     return name
+
+
+def _check_whole(key: str, node: Mapping[str, Any]) -> None:
+    for bound in ("min", "max"):
+        if node[bound] != int(node[bound]):
+            fix = "give a whole number, or use the distribution uniform"
+            raise ConfigError(f"parameters.{key}.{bound}", node[bound], "not a whole number", fix)
 
 
 def _check_choices(key: str, node: Mapping[str, Any]) -> None:
@@ -90,7 +101,7 @@ def listed(key: str, node: Mapping[str, Any]) -> list[Any]:
     if name == "categorical":
         return list(node["values"])
     if name == "int_uniform":
-        return list(range(node["min"], node["max"] + 1))
+        return list(range(int(node["min"]), int(node["max"]) + 1))
     raise ConfigError(f"parameters.{key}", name, "a grid needs a list", "give values, or use method: random")
 
 
@@ -106,7 +117,7 @@ def _value(key: str, node: Mapping[str, Any], source: random.Random) -> Any:
     if name == "categorical":
         return source.choices(list(node["values"]), weights=node.get("probabilities"))[0]
     if name == "int_uniform":
-        return source.randint(node["min"], node["max"])
+        return source.randint(int(node["min"]), int(node["max"]))
     if name in ("normal", "q_normal"):
         drawn = source.gauss(node["mu"], node["sigma"])
     elif name == "log_uniform":  # W&B's bounds are exponents of e here

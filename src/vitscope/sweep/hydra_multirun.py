@@ -134,7 +134,7 @@ def _raise(signum: int, frame: FrameType | None) -> None:
 def _log_failed_jobs() -> int:
     """Log the failed jobs, once; return the first one's exit code."""
     global _folder
-    files = sorted(_folder.glob(f"*/{JOB}"), key=lambda f: int(f.parent.name)) if _folder else []
+    files = sorted(_folder.rglob(JOB), key=_job_order) if _folder else []
     jobs = [(file.parent, json.loads(file.read_text())) for file in files]
     failed = [(folder, job) for folder, job in jobs if job["exit_code"] != 0]
     shared = set.intersection(*(set(job["overrides"]) for _, job in jobs)) if len(jobs) > 1 else set()
@@ -148,6 +148,12 @@ def _log_failed_jobs() -> int:
         print(f"{len(jobs) - len(failed)} of {len(jobs)} jobs finished; {_folder}", flush=True)
     _folder = None
     return failed[0][1]["exit_code"] if failed else 0
+
+
+def _job_order(file: Path) -> tuple[int, str]:
+    """Order jobs by number; ``hydra.sweep.subdir`` may give their folders other names."""
+    name = file.parent.name
+    return (int(name) if name.isdecimal() else -1, str(file))
 
 
 class Folder(Callback):
@@ -175,7 +181,7 @@ def job(metric: str) -> float | None:
     stop_flag.check()
     hydra = HydraConfig.get()
     folder = Path(hydra.runtime.output_dir)
-    _redact(folder.parent / "multirun.yaml")
+    _redact(Path(str(hydra.sweep.dir)) / "multirun.yaml")
     overrides = list(hydra.overrides.task)
     launcher = str(hydra.launcher.get("_target_", ""))
     side_by_side = int(hydra.launcher.get("n_jobs", 1))

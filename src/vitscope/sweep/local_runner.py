@@ -280,9 +280,11 @@ class LocalSweep:
         trial.rows = metrics_log.last_values_of(rows)
 
     def _note(self, **facts: Any) -> None:
-        line = json.dumps({"time": time.time(), **facts}) + "\n"
-        with run_lock.exclusive(self.folder), (self.folder / JOURNAL).open("a") as file:
-            file.write(line)
+        path, line = self.folder / JOURNAL, json.dumps({"time": time.time(), **facts}) + "\n"
+        with run_lock.exclusive(self.folder):
+            start = "\n" if metrics_log.is_torn(path) else ""  # the row that was cut short stays apart
+            with path.open("a") as file:
+                file.write(start + line)
 
 
 def program_command(sweep: Sweep) -> list[str]:

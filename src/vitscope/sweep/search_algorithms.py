@@ -195,7 +195,7 @@ def _suggest(trial: Any, key: str, node: Mapping[str, Any]) -> None:
     if name == "categorical":
         trial.suggest_categorical(key, list(node["values"]))
     elif name == "int_uniform":
-        trial.suggest_int(key, node["min"], node["max"])
+        trial.suggest_int(key, int(node["min"]), int(node["max"]))
     else:
         step = node.get("q", 1) if name == "q_uniform" else None
         trial.suggest_float(key, node["min"], node["max"], step=step, log=name == "log_uniform_values")

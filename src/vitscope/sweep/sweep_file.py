@@ -128,6 +128,9 @@ def read(path: str | Path, overrides: Sequence[str] = ()) -> Sweep:
         key, equals, text = override.partition("=")
         if not equals or not key:
             raise ConfigError("SWEEP", override, "not key=value", "give an override such as trainer.max_epochs=1")
+        if key in parameters and not isinstance(parameters[key], Mapping):
+            fix = "write {value: ...} or {values: [...]}"
+            raise ConfigError(f"parameters.{key}", parameters[key], "not a mapping", fix)
         if key in parameters and "value" not in parameters[key]:
             raise ConfigError(key, text, "the sweep varies this key", "take it out of the command or of the file")
         parameters[key] = {"value": _scalar(text)}
@@ -187,7 +190,7 @@ def planned(sweep: Sweep, limit: int | None = None) -> list[dict[str, Any]]:
 
 
 def _scalar(text: str) -> Any:
-    value = yaml.safe_load(text) if text else text
+    value = loading.typed_value(text)
     return value if isinstance(value, bool | int | float) else text
 
 

@@ -176,7 +176,7 @@ def training(program: Sequence[str], arguments: Sequence[str], folder: Path) -> 
     if (folder / "config.yaml").is_file() and (folder / "provenance.json").is_file():
         return [*program, f"run={folder}", "ckpt_path=auto"]  # with its own configuration
     (folder / "config.yaml").unlink(missing_ok=True)  # a kill between the two files
-    return [*program, *arguments, f"run_dir={folder}"]
+    return [*program, *arguments, loading.path_override("run_dir", folder)]
 
 
 def train_program() -> list[str]:

@@ -28,7 +28,8 @@ class Checkpoints(Callback):
     Lightning's own callback needs two instances and metric names in paths for this, and takes NaN for the best value.
 
     Args:
-        monitor: Validation metric; ``best`` is written when it improves.
+        monitor: Validation metric; ``best`` is written when it improves: at the end of the epoch, and after a validation within
+            one at once, since the weights at the epoch's end are others.
         mode: ``max`` or ``min``: whether a higher or a lower value is better.
         every_n_epochs: Number of epochs between two writings of ``last``.
         snapshots: Further epochs to write as ``epoch-0099.ckpt``, counted from 0; ``log`` for those that end 1, 2, 4, ...
@@ -60,6 +61,7 @@ class Checkpoints(Callback):
         self.snapshots, self.warmup_epochs, self.init = snapshots, warmup_epochs, init
         self.best: float | None = None
         self._validated: float | None = None  # the monitored value of a validation within this epoch
+        self._has_validated = False  # since this process began
         self.folder = Path("checkpoints")
         self._stop = 0
         self._epoch_unsaved = False  # between the end of an epoch whose last.ckpt is not due and the next one's start
@@ -100,13 +102,14 @@ class Checkpoints(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Write ``last`` where a training stops in the diagnostics of an epoch at whose end it was not due."""
         if isinstance(exception, Interrupted) and self._epoch_unsaved:
-            self._save_last(trainer)
+            self._save_last(trainer, pl_module)
 
     def on_train_epoch_start(self, *_: Any) -> None:
         """Note that the epoch before is part of the next ``last``."""
         self._epoch_unsaved = False
 
-    def _save_last(self, trainer: Trainer) -> None:
+    def _save_last(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        _check_finite(pl_module)  # the weights of the last checkpoint are not replaced by ones that are not
         trainer.save_checkpoint(self.folder / "last.ckpt")
         self._epoch_unsaved = False
 
@@ -118,7 +121,7 @@ class Checkpoints(Callback):
         """
         self._stop = 0 if _must_stop_later(trainer) else agreed_signal(pl_module)
         if self._stop:
-            trainer.save_checkpoint(self.folder / "last.ckpt")
+            self._save_last(trainer, pl_module)
 
     def on_train_batch_start(self, *_: Any) -> None:
         """Stop if the last step was saved; it is logged by now."""
@@ -134,13 +137,19 @@ class Checkpoints(Callback):
         self._stop = 0 if is_fitting and _must_stop_later(trainer) else agreed_signal(pl_module)
         if self._stop and is_fitting:
             resume_state.restore_trained_weights(trainer, pl_module)
-            trainer.save_checkpoint(self.folder / "last.ckpt")
+            self._save_last(trainer, pl_module)
         self._raise_if_saved()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Store the monitored value until the epoch's end, also across an interruption."""
-        if self.monitor in trainer.callback_metrics:
-            self._validated = float(trainer.callback_metrics[self.monitor])
+        """Store the monitored value until the epoch's end, also across an interruption; write ``best`` within an epoch."""
+        self._has_validated = True
+        if self.monitor not in trainer.callback_metrics:
+            return
+        self._validated = float(trainer.callback_metrics[self.monitor])
+        is_within_epoch = trainer.fit_loop.batch_idx + 1 < trainer.num_training_batches
+        if trainer.state.fn == "fit" and is_within_epoch and self._improved(trainer.callback_metrics):
+            _check_finite(pl_module)
+            trainer.save_checkpoint(self.folder / "best.ckpt")
 
     def _raise_if_saved(self) -> None:
         if self._stop:
@@ -153,7 +162,7 @@ class Checkpoints(Callback):
     def _improved(self, metrics: Mapping[str, Tensor]) -> bool:
         if self.monitor in metrics:
             value = float(metrics[self.monitor])
-        elif any(name.startswith("val/") for name in metrics):
+        elif self._has_validated and any(name.startswith("val/") for name in metrics):
             names = ", ".join(sorted(metrics))
             raise ConfigError("callbacks.checkpoint.monitor", self.monitor, "no such metric", f"choose from {names}")
         else:  # no validation since this process began

@@ -38,11 +38,12 @@ class PlainProgress(Callback):
     def __init__(self, interval_s: float = 15.0) -> None:
         self.interval_s = interval_s
         self._last_line_time = 0.0
-        self._start_time = 0.0
+        self._start_time, self._start_step = 0.0, 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the clock."""
+        """Start the clock; steps that a resumed run made earlier took other time."""
         self._start_time = self._last_line_time = time.monotonic()
+        self._start_step = trainer.global_step
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Print a line if the interval is over."""
@@ -60,10 +61,11 @@ class PlainProgress(Callback):
     def _print_line(self, trainer: Trainer, now: float) -> None:
         metrics = trainer.callback_metrics
         shown_metrics = [f"{key} {float(metrics[key]):.3f}" for key in ("train/loss", "val/accuracy") if key in metrics]
-        total = int(trainer.estimated_stepping_batches)
-        step = trainer.global_step
-        seconds_left = (now - self._start_time) / max(step, 1) * (total - step)
-        text = (
-            f"epoch {trainer.current_epoch}, step {step}/{total}, {', '.join(shown_metrics)}, {seconds_left:.0f} s left"
-        )
-        print(text, file=sys.stderr, flush=True)
+        total, step = trainer.estimated_stepping_batches, trainer.global_step
+        is_limited = total != float("inf")  # a training with max_time alone is not
+        position = f"epoch {trainer.current_epoch}, step {step}" + (f"/{total}" if is_limited else "")
+        parts = [position, *shown_metrics]
+        if is_limited and step > self._start_step:
+            seconds_left = (now - self._start_time) / (step - self._start_step) * (total - step)
+            parts.append(f"{seconds_left:.0f} s left")
+        print(", ".join(parts), file=sys.stderr, flush=True)

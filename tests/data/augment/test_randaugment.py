@@ -138,3 +138,11 @@ def test_parsing():
 def test_a_section_that_cannot_be_read_is_named(text):
     with pytest.raises(ConfigError, match=r"objective\.augment=rand-.*cannot read the section"):
         randaugment.Policy.parse(text)
+
+
+def test_no_operation_leaves_images_as_they_are():
+    """A sweep over the number of operations may begin at 0, which timm takes too."""
+    images = np.arange(2 * 3 * 4 * 4, dtype=np.uint8).reshape(2, 3, 4, 4)
+    policy = randaugment.Policy.parse("rand-m9-n0")
+    draws = uniforms(np.arange(2), policy.n_draws, seed=0, stream=AUGMENT)
+    assert np.array_equal(randaugment.rand_augment(images.copy(), draws, policy, FILL), images)

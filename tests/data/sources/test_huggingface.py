@@ -101,6 +101,19 @@ def test_splits_of_their_own_are_taken_and_measured_by_name(library: Any, tmp_pa
         data.split("validatoin")
 
 
+def test_the_only_split_is_what_its_name_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ImageNet-R has a test split alone, which was taken for the training images and left no test image."""
+    monkeypatch.setattr(huggingface, "_images", lambda table, *_: table)
+    for own_name, same_images in (("test", ["test"]), ("validation", ["val", "test"])):
+        monkeypatch.setattr(huggingface, "_tables", lambda *_, own_name=own_name: {own_name: "its images"})
+        for split in ("train", "val", "test"):
+            if split in same_images:
+                assert huggingface.load(split, name="owner/set") == "its images"
+                continue
+            with pytest.raises(DataError, match=f"there is no train split, which {split} needs; it has {own_name}"):
+                huggingface.load(split, name="owner/set")
+
+
 def test_columns_are_found_by_their_feature_or_named(library: Any, tmp_path: Path) -> None:
     path = tmp_path / "set.parquet"
     table(library, pictures(6), [0, 1, 2] * 2, image="img", label="fine").to_parquet(path)

@@ -142,8 +142,9 @@ def rand_augment(images: Bytes, draws: Floats, policy: Policy, fill: tuple[int, 
         `images`, augmented.
     """
     fill_bytes = np.array(fill, dtype=np.uint8)
-    for layer in np.split(draws, policy.layers, axis=1):
-        _apply(images, choose(layer, policy), policy, fill_bytes)
+    for layer in range(policy.layers):
+        layer_draws = draws[:, layer * _DRAWS_A_LAYER : (layer + 1) * _DRAWS_A_LAYER]
+        _apply(images, choose(layer_draws, policy), policy, fill_bytes)
     return images
 
 

@@ -21,7 +21,7 @@ from torchvision.datasets.utils import calculate_md5, check_integrity
 from vitscope.data.sources.array_images import ArrayImages
 from vitscope.data.splits import hold_out
 from vitscope.runtime.errors import ConfigError, DataError
-from vitscope.runtime.value_ranges import Seed
+from vitscope.runtime.value_ranges import Seed, ShareBelowOne
 
 VARIANTS: dict[str, type[CIFAR10]] = {"cifar10": CIFAR10, "cifar100": CIFAR100}
 _REACH_SECONDS = 5.0  # how long to wait for the server before saying that there is no network
@@ -33,7 +33,7 @@ def load(
     root: str | Path | None,
     split_seed: Seed = 0,
     variant: str = "cifar10",
-    val_share: float = 0.1,
+    val_share: ShareBelowOne = 0.1,
     checksums: Mapping[str, str] | None = None,
 ) -> ArrayImages:
     """Return a split of CIFAR, downloaded to `root` where it is missing and there is a network.

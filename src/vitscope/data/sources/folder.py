@@ -27,7 +27,7 @@ from vitscope.data.sources.file_images import FileImages
 from vitscope.data.sources.notices import report_once
 from vitscope.data.splits import hold_out
 from vitscope.runtime.errors import ConfigError, DataError, nearest
-from vitscope.runtime.value_ranges import Seed
+from vitscope.runtime.value_ranges import Seed, ShareBelowOne
 
 _LAYOUT = "put images in <root>/train/<class>/ and <root>/val/<class>/ (docs/data.md has other layouts)"
 SPLITS = ("train", "val", "test")
@@ -38,8 +38,8 @@ def load(
     *,
     root: str | Path | None,
     split_seed: Seed = 0,
-    val_share: float = 0.1,
-    test_share: float = 0.2,
+    val_share: ShareBelowOne = 0.1,
+    test_share: ShareBelowOne = 0.2,
     classes: str | Sequence[str] | None = None,
 ) -> FileImages:
     """Return a split of a folder of images.

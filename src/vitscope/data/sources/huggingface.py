@@ -3,7 +3,7 @@
 A data set has one column of images (feature `Image`) and one of classes (feature `ClassLabel`). Its own splits can be measured by
 their names (`probe.split=validation`). The splits that a training needs are, as in `vitscope.data.sources.folder`:
 
-- `train`: the split of that name, or the only one.
+- `train`: the split of that name, or the only one, where its name is none of these.
 - `val`: `val`, `valid`, `validation` or `dev`; where there is none, a part of `train`, held out class by class.
 - `test`: `test`, `testing` or `eval`; where there is none, the validation split, otherwise a part of `train`.
 
@@ -30,7 +30,7 @@ from vitscope.data.sources.image_decoding import read_image
 from vitscope.data.sources.notices import report_once
 from vitscope.data.splits import hold_out
 from vitscope.runtime.errors import ConfigError, DataError, first_line, nearest
-from vitscope.runtime.value_ranges import Seed
+from vitscope.runtime.value_ranges import Seed, ShareBelowOne
 
 
 @dataclass(frozen=True)
@@ -81,8 +81,8 @@ def load(
     version: str | None = None,
     image_column: str | None = None,
     label_column: str | None = None,
-    val_share: float = 0.1,
-    test_share: float = 0.2,
+    val_share: ShareBelowOne = 0.1,
+    test_share: ShareBelowOne = 0.2,
 ) -> TableImages:
     """Return a split of a data set.
 
@@ -107,7 +107,7 @@ def load(
         key: next((split_name for split_name in names if split_name in tables), None)
         for key, names in SPLIT_NAMES.items()
     }
-    if named["train"] is None and len(tables) == 1:
+    if len(tables) == 1 and not any(named.values()):
         named["train"] = next(iter(tables))
     if split not in SPLIT_NAMES or (named[split] is None and split in tables):
         if split not in tables:
