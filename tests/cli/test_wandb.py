@@ -45,6 +45,7 @@ def arguments(tiny: list[str]) -> list[str]:
     return [*(a for a in tiny if a != "logger=none"), *ONLINE]
 
 
+@pytest.mark.slow  # it waits for W&B to give up
 @pytest.mark.filterwarnings("ignore::UserWarning:wandb.*", "ignore:W&B. ")
 def test_a_server_that_goes_away_in_the_middle(call, tiny, server, tmp_path, monkeypatch) -> None:
     """Rows came through before; afterwards they are in the journal alone, and the wait at the end is the one that was set."""
