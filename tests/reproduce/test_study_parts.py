@@ -76,8 +76,12 @@ def test_runs_that_supersede_each_other_in_one_part_are_kept(study: Callable[...
     assert sorted(e.superseded for e in entries) == [False] * 6 + [True] * 3
 
 
+def analysis_of(content: dict[str, Any]) -> str:
+    return next(iter(content["results"])).partition("/")[0]
+
+
 def changed(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
-    path = next((folder / "runs").iterdir())
+    path = min((folder / "runs").iterdir())
     content = json.loads(path.read_text())
     change(content)
     path.write_text(json.dumps(content))
@@ -114,6 +118,10 @@ def test_a_run_that_was_measured_again_after_an_export_has_the_numbers_of_both(
     whole = study("whole", runs_of(tmp_path / "runs", range(2)))
     earlier = Path(shutil.copytree(whole, tmp_path / "earlier"))
     changed(earlier, lambda content: content["metrics"].pop("test/accuracy"))
+    # metrics of an analysis are those of its last moment
+    changed(whole, lambda content: content["metrics"].update({f"{analysis_of(content)}/value": 2.0}))
+    changed(earlier, lambda content: content["metrics"].update({f"{analysis_of(content)}/value": 1.0}))
+    changed(earlier, lambda content: content["results"].popitem())
     for order in ([whole, earlier], [earlier, whole]):
         study_export.join(tmp_path / "joined", order, [TARGET])
         assert study_export.differing_numbers(tmp_path / "joined", whole) == []

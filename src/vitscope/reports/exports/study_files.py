@@ -141,11 +141,18 @@ def join(parts: Sequence[Study]) -> Study:
 def _joined_run(key: str, run: Mapping[str, Any], copy: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """Return a run with the metrics and results that it has in two parts; ``folder`` is the part of the copy.
 
-    One part may have been exported before an analysis of the run, whose metrics and results it then lacks.
+    One part may have been exported before an analysis of the run, whose results and metrics it then lacks. Metrics of an
+    analysis, which are those of its last moment, may differ: results hold its numbers.
     """
-    joined = {part: {**run[part], **copy[part]} for part in ("metrics", "results")}
+    fewer, more = sorted((run, copy), key=lambda content: len(content["results"]))
+    joined = {part: {**fewer[part], **more[part]} for part in ("metrics", "results")}
+    analyses = {name.partition("/")[0] for name in joined["results"]}
     for content in (run, copy):
-        extended = {part: {**joined[part], **content[part]} for part in joined}
+        metrics = {name: v for name, v in content["metrics"].items() if name.partition("/")[0] not in analyses}
+        extended = {
+            "metrics": {**joined["metrics"], **metrics},
+            "results": {**joined["results"], **content["results"]},
+        }
         if {**content, **extended} != {**run, **joined}:
             reason = f"its run {key} has other numbers than the same run of another part"
             raise ConfigError("from", folder, reason, "export the parts again from their runs")
