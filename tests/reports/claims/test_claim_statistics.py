@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -13,29 +12,16 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.helpers.claim_effects import ape, write_scalars
 from tests.helpers.report_runs import CARD, Given, bench, curve, other_card, rise, spectrum
 from vitscope.diagnostics.fourier.branch_transfer import BranchTransferResult
 from vitscope.reports.claims import claim_statistics, claim_verdicts
 from vitscope.reports.claims.claims import CLAIMS
-from vitscope.reports.claims.effect_sizes import Effect, ReportRuns, balanced_means, balanced_parts, plainest
+from vitscope.reports.claims.effect_sizes import balanced_means, balanced_parts, plainest
 from vitscope.reports.claims.matched_controls import flattening
 from vitscope.reports.model_costs import Cost
-from vitscope.runs import run_dir
 
-SPECTRUM = claim_statistics.SPECTRUM
 SEEDS = range(5)
-
-
-def write_scalars(run: run_dir.Run, measure: str, scalars: Mapping[str, float], **card: Any) -> None:
-    """Write what a measure's result looks like from outside."""
-    folder = run.results / measure
-    folder.mkdir(parents=True)
-    record = {"measure": measure, "scalars": scalars, "card": dataclasses.replace(CARD, **card).to_dict()}
-    (folder / "end-0badcafe.json").write_text(json.dumps(record))
-
-
-def ape(control: str = "cost", matched: str = "epoch") -> Callable[[ReportRuns], Effect]:
-    return lambda b: flattening(b, SPECTRUM, "average_positive_eigenvalue", control=control, matched=matched, log=True)
 
 
 def test_alternet_is_paired_by_seed_with_the_control_of_equal_cost(make_run: Callable, tmp_path: Path) -> None:
@@ -270,82 +256,3 @@ def test_a_verdict_follows_the_numbers(make_run: Callable, tmp_path: Path, sign:
             write_scalars(run, "frequency_noise_robustness", scalars, solver={"construction": "equal_rms"})
     judged = claim_verdicts.judge(bench(tmp_path), [c for c in CLAIMS if c.name == "noise_bands"])
     assert [j.verdict for j in judged] == [verdict]
-
-
-@pytest.mark.parametrize(
-    ("changes", "key"),
-    [
-        ({"options": {"solver": "power"}}, "options.solver 'power'"),
-        ({"options": {"operator": "ggn"}}, "options.operator 'ggn'"),
-        ({"options": {"n_top": 9}}, "options.n_top 9"),
-        ({"n_images": 64}, "n_images 64"),
-        ({"preprocessing": "squash crop"}, "preprocessing 'squash crop'"),
-    ],
-)
-def test_spectra_of_other_conditions_are_never_set_against_each_other(
-    make_run: Callable, tmp_path: Path, changes: dict[str, Any], key: str
-) -> None:
-    options = {"solver": "lanczos", "operator": "hessian", "n_top": 5}
-    card = other_card(options=options)
-    other = other_card(**{**changes, "options": {**options, **changes.get("options", {})}})
-    for seed in SEEDS:
-        make_run("convnet", seed, measured={"hessian": spectrum(ape=200.0, card=other)})
-        make_run("alternet", seed, measured={"hessian": spectrum(ape=100.0 + seed, card=card)})
-    (claim,) = [c for c in CLAIMS if c.name == "msa_flattens"]
-    (judged,) = claim_verdicts.judge(bench(tmp_path), [claim])
-    finding = judged.findings[0]
-    assert finding.verdict == claim_verdicts.NOT_MEASURED
-    assert f"measured otherwise: {key}, most runs" in finding.reason
-    assert "(5 left out)" in finding.reason
-    asked = bench(tmp_path)
-    asked.selection.allow_different = True  # figures may overlay them; a verdict is not a matter of asking
-    (judged,) = claim_verdicts.judge(asked, [claim])
-    assert judged.findings[0].verdict == claim_verdicts.NOT_MEASURED
-
-
-def test_spectra_whose_options_are_not_recorded_are_set_against_nothing(make_run: Callable, tmp_path: Path) -> None:
-    old = other_card(options=None)  # one may be of the Gauss-Newton matrix and five values, one of the Hessian and one
-    for seed in SEEDS:
-        make_run("convnet", seed, measured={"hessian": spectrum(ape=200.0, card=old)})
-        make_run("alternet", seed, measured={"hessian": spectrum(ape=100.0 + seed, card=old)})
-    (claim,) = [c for c in CLAIMS if c.name == "msa_flattens"]
-    (judged,) = claim_verdicts.judge(bench(tmp_path), [claim])
-    assert judged.findings[0].verdict == claim_verdicts.NOT_MEASURED
-    assert "conditions that were not recorded: measure again (10 left out)" in judged.findings[0].reason
-
-
-def test_training_losses_of_two_measures_are_not_matched(make_run: Callable, tmp_path: Path) -> None:
-    made = {"hessian@epoch-0000": spectrum(ape=10.0), "hessian": spectrum(ape=20.0)}
-    sharp = {"sharpness@epoch-0000": rise(0.1, nll=1.0), "sharpness": rise(0.1, nll=0.5)}
-    sliced = {"slice": curve()}  # 0.5 at its center, as the other ends
-    make_run("alternet", measured=made | sharp)
-    make_run("convnet", measured=made | sliced)
-    assert ape(matched="nll")(bench(tmp_path)).values == {}
-    make_run("convnet", 1, measured=made | sliced)
-    make_run("alternet", 1, measured=made | sharp | sliced)
-    assert ape(matched="nll")(bench(tmp_path)).values == pytest.approx({1: 0.0})
-
-
-def test_a_trend_of_training_losses_is_of_one_measure(make_run: Callable, tmp_path: Path) -> None:
-    for fraction in (0.01, 0.1, 1.0):
-        card = other_card(data=f"photos, {fraction:g}")
-        measured = {"slice": curve(card)} if fraction < 1 else {"sharpness": rise(0.1, nll=9.0, card=card)}
-        make_run("vit", data__fraction=fraction, measured=measured)
-    b = bench(tmp_path)
-    found = claim_statistics.data_trend(b, claim_statistics.training_nll(b), -1, fixed="epochs", requirement="slice")
-    assert found.values == {}
-
-
-def test_runs_of_another_comparison_do_not_decide_under_which_conditions_this_one_is_made(
-    make_run: Callable, tmp_path: Path
-) -> None:
-    many = other_card(n_images=64)
-    for seed in range(9):  # the majority of all runs
-        make_run("pit", seed, measured={"hessian": spectrum(card=many)})
-    for seed in SEEDS:
-        make_run("alternet", seed, measured={"hessian": spectrum(ape=100.0 + seed)})
-        make_run("convnet", seed, measured={"hessian": spectrum(ape=200.0)})
-    (claim,) = [c for c in CLAIMS if c.name == "msa_flattens"]
-    (judged,) = claim_verdicts.judge(bench(tmp_path), [claim])
-    assert len(judged.findings[0].effect.values) == 5
-    assert judged.findings[0].effect.refused == ""
