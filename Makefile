@@ -28,7 +28,7 @@ FUZZ ?= 1000
 BENCH ?= hessian landscape representation attention training data report sweep startup
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-newest test-extras gpu-check lint format bench fuzz soak doctor clean reproduce reproduce-cost wandb-report $(QUESTIONS) $(TABLES) sweep sweep-local docs docs-figures locks notebooks
+.PHONY: help setup demo test test-slow test-newest test-oldest test-extras gpu-check lint format bench fuzz soak doctor clean reproduce reproduce-cost wandb-report $(QUESTIONS) $(TABLES) sweep sweep-local docs docs-figures locks notebooks
 
 help: ## list the targets
 	@grep -hE '^[a-zA-Z0-9_%-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  %-24s %s\n", $$1, $$2}'
@@ -78,6 +78,17 @@ test-newest: ## contract tests and a smoke training with the newest allowed vers
 	PYTHONPATH=$(CANDIDATE) $(NEWEST_RUN) -c 'import hydra, omegaconf; print(hydra.__version__, omegaconf.__version__)'
 	OMP_NUM_THREADS=1 PYTHONPATH=$(CANDIDATE) $(NEWEST_TESTS)/test_hydra.py
 	PYTHONPATH=$(CANDIDATE) $(NEWEST_TRAINING) paths.runs=$(NEWEST)/runs
+
+# the oldest versions that pyproject.toml allows; what they are built on is newer, and warns about how it is called
+OLDEST := .venv-oldest
+OLDEST_RUN := $(OLDEST)/bin/python
+
+test-oldest: ## the tests with the oldest allowed versions, which uv chooses
+	@test -x $(OLDEST_RUN) || $(PYTHON) -m venv $(OLDEST)
+	@echo "installing into $(OLDEST) (torch and its CUDA libraries are several GB; once)"
+	$(OLDEST_RUN) -m pip install --quiet --disable-pip-version-check uv
+	$(OLDEST)/bin/uv pip install --quiet --python $(OLDEST_RUN) --resolution lowest-direct -e '.[dev]'
+	OMP_NUM_THREADS=1 $(OLDEST_RUN) -m pytest -p no:cacheprovider -o filterwarnings=default $(PARALLEL)
 
 test-extras: ## install each optional extra into a fresh environment and use it (EXTRAS='optuna joblib')
 	$(PYTHON) .ci/check_extras.py .venv-extras $(EXTRAS)
