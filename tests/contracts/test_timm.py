@@ -13,10 +13,10 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from packaging.version import Version
 from timm.data.mixup import Mixup
 from torch.overrides import TorchFunctionMode
 
+from tests.helpers.timm_versions import compares_mixed_images
 from vitscope.data.augment import mixup
 from vitscope.models import timm_internals
 from vitscope.models.structure.attention_weights import AttentionCall, AttentionMode
@@ -58,10 +58,7 @@ def test_the_hub_s_client_reads_the_switch_at_each_call(monkeypatch: pytest.Monk
     assert timm_internals.hub_address().startswith("http")
 
 
-@pytest.mark.skipif(
-    Version(timm.__version__) < Version("1.0.29"),
-    reason="before 1.0.29 timm's boxes of odd sides were one pixel smaller",
-)
+@compares_mixed_images
 @pytest.mark.parametrize("step", range(8))
 def test_mixing_has_the_numbers_of_timm_s(step: int) -> None:
     x, y = torch.randn(6, 3, 9, 11, generator=torch.Generator().manual_seed(0)), torch.arange(6) % 5

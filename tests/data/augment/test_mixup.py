@@ -5,6 +5,7 @@ import pytest
 import torch
 from timm.data.mixup import Mixup
 
+from tests.helpers.timm_versions import compares_mixed_images
 from vitscope.data.augment.mixup import mix
 
 STRONG = {"mixup": 1.0, "cutmix": 0.8, "switch_prob": 0.5, "label_smoothing": 0.1}
@@ -16,6 +17,7 @@ def batch():
     return torch.randn(8, 3, 16, 16, generator=generator), torch.arange(8) % 5
 
 
+@compares_mixed_images
 @pytest.mark.parametrize("options", [STRONG, {"mixup": 0.2}, {"cutmix": 1.0, "label_smoothing": 0.1}])
 @pytest.mark.parametrize("step", range(6))
 def test_equals_timm_on_the_same_random_state(batch, options, step):

@@ -148,7 +148,7 @@ def in_a_tar(path: Path) -> None:
 
 
 def scripted(path: Path) -> None:
-    with pytest.warns(FutureWarning):
+    with pytest.warns((FutureWarning, DeprecationWarning)):
         torch.jit.script(nn.Linear(2, 2)).save(path)
 
 
