@@ -12,6 +12,10 @@ WIDTH, N_HEADS, N_TOKENS, N_CLASSES = 16, 2, 4, 4
 class RotaryAttention(nn.Module):
     """Self-attention whose queries and keys are turned by an angle of their position."""
 
+    freqs_cis: Tensor
+    cos: Tensor
+    sin: Tensor
+
     def __init__(self, is_complex: bool) -> None:
         super().__init__()
         self.is_complex = is_complex
