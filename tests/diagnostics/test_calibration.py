@@ -253,3 +253,27 @@ def test_intervals_hold_both_errors_and_zero_for_a_calibrated_model() -> None:
         0.025 ** (1 / 100), rel=1e-9
     )  # the exact one, not [1, 1]
     assert np.isnan([perfect.intervals[f"{name}_lower"] for name in ("nll", "brier")]).all()  # no wrong answer
+
+
+def test_the_card_states_the_loss_that_is_measured() -> None:
+    """Labels are never smoothed, and of soft targets the most probable class counts: the card does not state the objective's."""
+    logits, labels = drawn()
+    images = logits[:, :, None, None]
+    smoothed = calibration(Probe(Logits(), [(images, labels)], Objective(label_smoothing=0.1)))
+    assert smoothed.card is not None
+    assert smoothed.card.loss == "cross entropy, label smoothing 0"
+    soft = calibration(Probe(Logits(), [(images, logits.softmax(1))]))
+    assert soft.card is not None
+    assert soft.card.loss == "cross entropy, most probable class of soft targets"
+
+
+def test_validation_images_without_a_label_are_not_counted() -> None:
+    logits, labels = drawn()
+    partly = labels.clone()
+    partly[:100] = -100
+    result = calibration(probe_of(logits, labels), validation=probe_of(logits, partly))
+    assert result.n_validation == 300
+    same = calibration(probe_of(logits, labels), validation=probe_of(logits[100:], labels[100:]))
+    assert result.temperature == same.temperature
+    with pytest.raises(ValueError, match="every label is ignored"):
+        calibration(probe_of(logits, labels), validation=probe_of(logits, torch.full_like(labels, -100)))

@@ -221,3 +221,14 @@ def test_plots() -> None:
     assert [len(draw({"": result}, view=view).axes) for view in ("severity", "type")] == [1, 1]
     with pytest.raises(ValueError, match="view to be one of both, severity, type, received 'x'"):
         draw({"": result}, view="x")
+
+
+def test_means_of_the_figure_are_those_of_the_common_types() -> None:
+    """Validation types are measured, and shown by themselves; the mean at a severity leaves them out, as all means do."""
+    result = corruption(probe_of(LABELS), types=("brightness", "saturate"), severities=(1, 5))
+    np.testing.assert_array_equal(result.severity_accuracy, result.accuracy[0])
+    assert result.accuracy[0, 1] != result.accuracy[1, 1]
+    line = draw({"a": result}, view="severity").axes[0].lines[0]
+    np.testing.assert_allclose(line.get_ydata(), 100 * np.array([result.clean_accuracy, *result.accuracy[0]]))
+    alone = corruption(probe_of(LABELS), types=("brightness",), severities=(1, 5))
+    np.testing.assert_array_equal(result.severity_standard_error, alone.severity_standard_error)

@@ -245,6 +245,16 @@ def test_what_has_no_limit_says_why():
 # --- series ---------------------------------------------------------------------------------------------------------------
 
 
+def _stepped(optimizer, model, x, y):
+    """Return the optimizer after one step of its own parameters, which are then put back."""
+    before = [p.detach().clone() for p in model.parameters()]
+    train(model, optimizer, x, y, 1)
+    with torch.no_grad():
+        for p, value in zip(model.parameters(), before):
+            p.copy_(value)
+    return optimizer
+
+
 def test_a_series_refuses_what_does_not_continue_it():
     model, x, y = classifier()
     probe = vs.Probe(model, batches(x, y))
@@ -257,6 +267,10 @@ def test_a_series_refuses_what_does_not_continue_it():
         vs.edge_of_stability(probe, optimizer=optimizer, step=30, k=3, previous=series)
     with pytest.raises(ValueError, match="result of edge_of_stability"):
         vs.edge_of_stability(probe, optimizer=optimizer, step=30, previous=series.eigenvectors)
+    for other in (torch.optim.SGD(model[2].parameters(), lr=0.1), torch.optim.AdamW(model[2].parameters(), lr=0.1)):
+        for measure in (vs.edge_of_stability, vs.preconditioned_sharpness):
+            with pytest.raises(ValueError, match=r"does not train '0\.weight': choose its parameters with parameters="):
+                measure(probe, optimizer=_stepped(other, model, x, y))
     with pytest.raises(ValueError, match="whole number"):
         vs.edge_of_stability(probe, optimizer=optimizer, step=-1)
 

@@ -119,6 +119,9 @@ def test_what_cannot_be() -> None:
     with pytest.warns(NullWarning, match="one random vector"):
         result = vs.hessian_diagonal(vs.Probe(model, [(x, y)]), n_vectors=1)
     assert np.isnan(result.standard_error).all()
+    assert np.isnan(result.noise_share)
+    assert np.isnan(result.negative_share).all()
+    assert not {"noise_share", "negative_share"} & set(result.scalars())
 
 
 def test_the_figure_has_a_row_for_each_result() -> None:

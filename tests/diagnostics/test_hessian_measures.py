@@ -7,6 +7,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 import vitscope as vs
 from tests.helpers.hessian_oracle import by_magnitude, dense_hessian, logit_jacobian, make
@@ -125,6 +126,8 @@ def test_preconditioned_sharpness():
     np.testing.assert_allclose(result.eigenvalues, expected, rtol=1e-6)
     assert result.threshold == pytest.approx(38 / 1e-3)
     assert result.ratio == pytest.approx(expected[0] * 1e-3 / 38, rel=1e-6)
+    figure = vs.plot({"no limit": dataclasses.replace(result, threshold=float("nan")), "limit": result})
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["Largest eigenvalue", "Limit of stability"]
     with pytest.raises(ValueError, match="preconditioner='adamw', received None"):
         vs.preconditioned_sharpness(probe_of(model, x, y), preconditioner="adamw")
 
@@ -158,3 +161,12 @@ def test_bn_policy():
     np.testing.assert_allclose(result.eigenvalues_batch, [by_magnitude(s, 3) for s in spectra(probe)], rtol=1e-3)
     with pytest.raises(ValueError, match="BatchNorm layers, received SmallTransformer without any"):
         vs.bn_policy(probe_of(*make("transformer")))
+
+
+def test_nep_stability_mixes_images_of_batchnorm_on_batch_statistics():
+    """The number of classes is read from all images: of one, BatchNorm of vectors has no variance."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 3)).double()
+    x, y = torch.randn(8, 5, dtype=torch.float64), torch.arange(8) % 3
+    result = vs.nep_stability(probe_of(model, x, y), ks=(1,), batch_sizes=(), tols=(1e-2,), k=1, bn="batch")
+    assert list(result.mixup) == [False, True]

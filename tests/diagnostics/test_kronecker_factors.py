@@ -102,3 +102,60 @@ def test_what_cannot_be(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "curvlinops", None)
     with pytest.raises(ValueError, match=r"kronecker_factors needs curvlinops.*pip install 'vitscope\[kfac\]'"):
         vs.kronecker_factors(probe)
+
+
+@needs_curvlinops
+@pytest.mark.parametrize("kind", ["smoothed", "soft"])
+def test_empirical_factors_are_of_the_stated_targets(kind: str) -> None:
+    """B of the last layer is the mean of (p - t) (p - t)^T with the targets t that the card states."""
+    model, x, y = two_layers()
+    smoothing = 0.3 if kind == "smoothed" else 0.0
+    targets = nn.functional.one_hot(y, 3).double() * (1 - smoothing) + smoothing / 3
+    if kind == "soft":
+        targets = torch.rand(20, 3, dtype=torch.float64).softmax(1)
+    given = y if kind == "smoothed" else targets
+    probe = vs.Probe(model, [(x[:8], given[:8]), (x[8:], given[8:])], vs.Objective(label_smoothing=smoothing))
+    result = vs.kronecker_factors(probe, fisher="empirical")
+    residuals = model(x).softmax(1).detach() - targets
+    expected = torch.linalg.eigvalsh(residuals.T @ residuals / 20).flip(0).numpy()
+    np.testing.assert_allclose(result.output_eigenvalues[1, :3], expected, atol=1e-12)
+    assert result.card is not None
+    assert result.card.loss == f"cross entropy, {'soft targets as given' if kind == 'soft' else 'label smoothing 0.3'}"
+
+
+class SamePadding(nn.Conv2d):
+    """A convolution that pads its input itself, as those of EfficientNets do."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return a map of the size of the input's."""
+        return nn.functional.conv2d(nn.functional.pad(x, (1, 1, 1, 1)), self.weight, self.bias)
+
+
+class UsedTwice(nn.Module):
+    """A layer that a pass calls twice, one that it never calls, and two that share a weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.twice, self.never, self.first, self.second = (nn.Linear(5, 5) for _ in range(4))
+        self.second.weight = self.first.weight
+        self.head = nn.Linear(5, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return logits ``(B, 3)``."""
+        return self.head(self.second(self.first(self.twice(self.twice(x)).tanh())))
+
+
+@needs_curvlinops
+@pytest.mark.filterwarnings("ignore:the outputs in eval mode do not depend on never")
+def test_layers_that_the_formula_does_not_fit_are_not_covered() -> None:
+    """Factors were twice as large for the first, missed the padding of the second, and the rest raised NotImplementedError."""
+    torch.manual_seed(0)
+    y = torch.arange(8) % 3
+    result = vs.kronecker_factors(vs.Probe(UsedTwice(), [(torch.randn(8, 5), y)]))
+    assert result.layers == ("head",)
+    padded = nn.Sequential(SamePadding(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3))
+    result = vs.kronecker_factors(vs.Probe(padded, [(torch.randn(8, 3, 4, 4), y)]))
+    assert result.layers == ("3",)
+    assert result.n_uncovered == 3 * 4 * 9 + 4 + 3
+    made = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(5, 4)), nn.Linear(4, 3))
+    assert vs.kronecker_factors(vs.Probe(made, [(torch.randn(8, 5), y)])).layers == ("1",)

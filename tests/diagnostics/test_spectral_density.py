@@ -104,3 +104,22 @@ def test_masses_by_sign_of_given_nodes():
         (np.full((1, 6), 5.0), 1e-8, (0.2, 0.6)),  # the next nodes on either side, not those beyond
     ):
         assert masses_by_sign(nodes, weights, residuals, np.array([resolution])) == pytest.approx(expected)
+
+
+def test_moments_beyond_the_degree_of_a_rule_are_not_given():
+    """A rule of m nodes is exact to degree 2 m - 1: the mean square of one node is the square of the mean."""
+    model, x, y = make()
+    probe = probe_of(model, x, y)
+    results = {n: vs.spectral_density(probe, n_vectors=3, n_steps=n) for n in (1, 2, 3)}
+    for n, result in results.items():
+        assert list(np.isfinite(result.moments)) == [p <= 2 * n - 1 for p in range(1, 5)]
+        known = np.isfinite(result.moments)
+        np.testing.assert_allclose(result.moments[known], results[3].moments[known], rtol=1e-9)
+    assert "mean_square" not in results[1].scalars()
+    assert results[2].scalars()["mean_square"] == pytest.approx(results[3].moments[1], rel=1e-9)
+
+
+def test_an_invariant_subspace_gives_all_moments():
+    """All eigenvalues are 2: one step spans an invariant subspace."""
+    probe = vs.spectral_density_of(2 * np.eye(5), n_vectors=2, n_steps=1)
+    np.testing.assert_allclose(probe.moments, [2, 4, 8, 16], rtol=1e-12)

@@ -9,6 +9,7 @@ import torch
 import vitscope as vs
 from tests.helpers.landscapes import assert_untouched, bowl, bowl_at, real, snapshot
 from vitscope.core.evaluation import evaluate
+from vitscope.runtime.errors import NumericalError
 
 NAME = "0.weight"
 
@@ -121,3 +122,17 @@ def test_figures_print_the_errors_of_the_plane():
     vs.plot(r, kind="polar").draw_without_rendering()
     with pytest.raises(ValueError, match="received 'flat'"):
         vs.plot(r, kind="flat")
+
+
+def test_a_checkpoint_that_is_not_finite_is_named():
+    """A training that diverged: its checkpoints span no plane (the solver of the plane did not converge, without a name)."""
+    probe, points = way((3, 1, 0), (2, 2, 0), (1, 0, 0))
+    points[1][1][NAME].view(-1)[0] = float("nan")
+    for measure, options in ((vs.trajectory, {}), (vs.loss_landscape, {"n": 3, "directions": "pca"})):
+        with pytest.raises(
+            NumericalError, match=f"checkpoint=epoch 1: weights of '{NAME}' are not finite; leave it out"
+        ):
+            measure(probe, checkpoints=points, **options)
+        assert np.isfinite(
+            measure(probe, checkpoints=points, labels=["epoch 0", "epoch 2"], **options).projection_error
+        ).all()

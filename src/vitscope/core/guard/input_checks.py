@@ -188,15 +188,19 @@ class CheckedBatches:
 
 
 def check_weights(model: nn.Module) -> None:
-    """Raise ValueError for parameters or buffers that no measure can work with: inference, complex or without storage."""
+    """Raise ValueError for weights that no measure can work with: made in inference mode, complex, or without storage.
+
+    Buffers may be complex, as tables of rotations are (rotary position embeddings): nothing is differentiated by them.
+    """
+    for name, p in model.named_parameters():
+        if p.is_complex():
+            raise ValueError(f"Expected real parameters, received {name!r} of type {p.dtype}: use a real model.")
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.is_inference():
             raise ValueError(
                 f"Expected ordinary parameters, received {name!r} made under torch.inference_mode: build or load the model "
                 "outside of it, or pass copy.deepcopy(model)."
             )
-        if tensor.is_complex():
-            raise ValueError(f"Expected real parameters, received {name!r} of type {tensor.dtype}: use a real model.")
         if tensor.device.type == "meta":
             raise ValueError(
                 f"Expected parameters with values, received {name!r} on the device meta: load weights first."

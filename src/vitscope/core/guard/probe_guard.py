@@ -172,8 +172,8 @@ def kept_model(model: nn.Module, dtype: torch.dtype | None, copy_weights: bool) 
     for p in parameters:
         p.grad = None
     try:
-        if cast:
-            model.to(dtype)
+        if dtype is not None and cast:
+            _cast(model, dtype)
         yield copies
     finally:
         for p, data in tensors if cast or copies else ():
@@ -191,6 +191,23 @@ def kept_model(model: nn.Module, dtype: torch.dtype | None, copy_weights: bool) 
         for p, gradient, flag in gradients:
             p.requires_grad_(flag)
             p.grad = gradient
+
+
+def _cast(model: nn.Module, dtype: torch.dtype) -> None:
+    """Cast a model in place; complex buffers, whose imaginary parts `torch.nn.Module.to` drops, to the complex type of it."""
+    complex_buffers = [
+        (registry, key, buffer)
+        for registry in map(buffer_registry, model.modules())
+        for key, buffer in registry.items()
+        if buffer is not None and buffer.is_complex()
+    ]
+    try:
+        for registry, key, _ in complex_buffers:
+            registry[key] = None
+        model.to(dtype)
+    finally:
+        for registry, key, buffer in complex_buffers:
+            registry[key] = buffer.to(torch.complex128 if dtype == torch.float64 else torch.complex64)
 
 
 @contextmanager

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from vitscope.core.losses.own_loss import described, values_of
+from vitscope.core.losses.targets import are_indices
+from vitscope.core.objective import Objective
 from vitscope.core.probe import Probe
 
 
@@ -17,6 +19,19 @@ def check_classes(probe: Probe, measure: str) -> None:
             f"{measure} needs logits (B, K) and one class an image, loss='cross_entropy', received {_name(probe)}: if the "
             "outputs are such logits, pass Probe(model, batches, Objective())."
         )
+
+
+def class_loss(probe: Probe) -> str:
+    """Return the loss that the card of a measure states which gives the negative log likelihood of one class an image.
+
+    Such a measure smooths no label, whatever the objective does, and takes the most probable class of soft targets.
+    """
+    _, targets = next(iter(probe.batches))
+    return (
+        Objective().description(targets)
+        if are_indices(targets)
+        else "cross entropy, most probable class of soft targets"
+    )
 
 
 def check_images(probe: Probe, measure: str) -> None:

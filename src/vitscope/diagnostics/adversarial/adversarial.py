@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from vitscope.core.cost.measure_cost import declares_cost
 from vitscope.core.evaluation import evaluate
 from vitscope.core.input_normalization import Pixels, pixels_of
-from vitscope.core.losses.requirements import check_classes, check_images
+from vitscope.core.losses.requirements import check_classes, check_images, class_loss
 from vitscope.core.measure_options import record_options
 from vitscope.core.objective import Objective, hard_targets, labeled
 from vitscope.core.objective_card import ObjectiveCard
@@ -109,8 +109,9 @@ def adversarial(
 ) -> AdversarialResult:
     """Attack every image and measure what accuracy is left.
 
-    The model stays in eval mode. Changes are measured in pixels, before the normalisation, and pixels stay in [0, 1]. Every
-    attack keeps the worst point that it meets, so more starts or another member of the suite never raise the accuracy.
+    The model stays in eval mode, and is lifted to float32 from half precision. Changes are measured in pixels, before the
+    normalisation, and pixels stay in [0, 1]. Every attack keeps the worst point that it meets, so more starts or another member
+    of the suite never raise the accuracy.
 
     The cross entropy is raised by its log odds, log((1 - p) / p): the same direction, but it does not underflow where the margin
     is large. Where a gradient is exactly zero all the same, the result and a warning say so.
@@ -148,10 +149,12 @@ def adversarial(
     _check(attacks, epsilons, norm, settings)
     pixels = pixels_of(probe, mean, std)
     conditions = [(attack, float(epsilon)) for attack in attacks for epsilon in epsilons]
-    with probe.guard() as model:
+    # one type for all: gray levels are no longer told apart in half precision
+    dtype = torch.float32 if probe.dtype in (torch.bfloat16, torch.float16) else None
+    with probe.guard(dtype=dtype) as model:
         hard = ((x, hard_targets(y)) for _, (x, y) in probe.local_batches())
         clean = evaluate(model, hard, Objective(), device=probe.device)
-    with probe.guard(second_order=any(attack != "square" for attack in attacks)) as model:
+    with probe.guard(second_order=any(attack != "square" for attack in attacks), dtype=dtype) as model:
         for p in model.parameters():
             p.requires_grad_(False)  # only images are differentiated; the guard gives the flags back
 
@@ -190,7 +193,11 @@ def adversarial(
         clean_accuracy=clean.accuracy,
         clean_nll=clean.nll,
         n_images=clean.n_images,
-        card=probe.card(solver={"attacks": stated, "norm": norm, "suite": list(suite), "seed": seed}),
+        card=probe.card(
+            loss=class_loss(probe),
+            solver={"attacks": stated, "norm": norm, "suite": list(suite), "seed": seed},
+            **({} if dtype is None else {"dtype": "float32"}),
+        ),
     )
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vitscope.core.cost.image_passes import EVALUATION, evaluations, guard_checks
 from vitscope.core.cost.measure_cost import Count, MeasureCost, Options, Work, Workload, declares_cost
-from vitscope.core.losses.requirements import check_classes
+from vitscope.core.losses.requirements import check_classes, class_loss
 from vitscope.core.measure_options import record_options
 from vitscope.core.objective import hard_targets, labeled
 from vitscope.core.objective_card import ObjectiveCard
@@ -65,7 +65,7 @@ class CalibrationResult(Result):
         scaled_bin_confidence: (n_bins,), likewise.
         scaled_bin_accuracy: (n_bins,), likewise.
         n_images: images measured.
-        n_validation: images that the temperature was fitted on.
+        n_validation: images with a label that the temperature was fitted on.
         card: conditions of the measurement.
     """
 
@@ -164,8 +164,9 @@ def calibration(
     sure = plain.confidence > cutoff
     temperature, scaled, n_validation = None, None, 0
     if validation is not None:
+        n_validation = validation.n_labeled
         temperature = fit_temperature(*_logits(validation, "temperature")[:2])
-        scaled, n_validation = _scores(logits / temperature, labels, numbers, rule, n_bins), validation.n_images
+        scaled = _scores(logits / temperature, labels, numbers, rule, n_bins)
     empty = np.empty(0)
     warn_nulls("calibration", few_images(len(plain.nll)))
     return CalibrationResult(
@@ -197,7 +198,7 @@ def calibration(
         scaled_bin_accuracy=scaled.bins.accuracy if scaled else empty,
         n_images=len(plain.nll),
         n_validation=n_validation,
-        card=probe.card(),
+        card=probe.card(loss=class_loss(probe)),
     )
 
 
@@ -240,7 +241,7 @@ def _scores(logits: Tensor, labels: Tensor, numbers: Tensor, rule: Callable[...,
     rows = np.concatenate(distributed.gather_objects(local.cpu().numpy()), axis=1)
     if rows.shape[1] == 0:
         raise ValueError("Expected at least one image with a label, received batches in which every label is ignored.")
-    # in the order of the batches, not of the ranks: what the bootstrap draws depends on it
+    # in the order of the batches, not of the ranks, so that sums do not depend on the number of these
     _, nll, brier, sure, right = rows[:, np.argsort(rows[0], kind="stable")]
     sure = np.minimum(sure, 1.0)
     bins, adaptive = rule(sure, right, n_bins), _bins.equal_mass(sure, right, n_bins).error

@@ -11,7 +11,7 @@ import numpy as np
 from vitscope.core.cost.image_passes import EVALUATION, guard_checks
 from vitscope.core.cost.measure_cost import ENTRY, Count, MeasureCost, Options, Work, Workload, declares_cost
 from vitscope.core.input_normalization import pixels_of
-from vitscope.core.losses.requirements import check_classes, check_images
+from vitscope.core.losses.requirements import check_classes, check_images, class_loss
 from vitscope.core.measure_options import record_options
 from vitscope.core.objective_card import ObjectiveCard
 from vitscope.core.probe import Probe
@@ -51,7 +51,7 @@ class CorruptionResult(Result, coordinates={"type": "types", "severity": "severi
         n_images: images a condition.
         type_standard_error: (n_types,) of each type's accuracy, averaged over severities, over images like
             ``mean_accuracy_standard_error``. Empty in results of earlier versions.
-        severity_standard_error: (n_severities,) of each severity's accuracy, averaged over all measured types.
+        severity_standard_error: (n_severities,) of each severity's accuracy, averaged over the same types as all means.
         clean_standard_error: standard error of the accuracy on the probe's images.
         card: conditions of the measurement.
     """
@@ -78,12 +78,16 @@ class CorruptionResult(Result, coordinates={"type": "types", "severity": "severi
     clean_standard_error: float = float("nan")
     card: ObjectiveCard | None = None
 
+    @property
+    def severity_accuracy(self) -> np.ndarray:
+        """The mean accuracy at each severity ``(n_severities,)``."""
+        return self.accuracy[_reported(self.types)].mean(axis=0)
+
     def scalars(self) -> dict[str, float]:
         """Return the means, and the mean accuracy at each severity."""
         scalars: dict[str, float | None] = {"clean_accuracy": self.clean_accuracy, "mean_accuracy": self.mean_accuracy}
         scalars |= {"mce": self.mce, "relative_mce": self.relative_mce}
-        by_severity = self.accuracy[_reported(self.types)].mean(axis=0)
-        scalars |= {f"severity_{s}_accuracy": float(a) for s, a in zip(self.severities, by_severity)}
+        scalars |= {f"severity_{s}_accuracy": float(a) for s, a in zip(self.severities, self.severity_accuracy)}
         return {name: value for name, value in scalars.items() if value is not None}
 
 
@@ -192,9 +196,9 @@ def corruption(
         source="generated" if source is None else type(source).__name__.lower(),
         n_images=len(by_image),
         type_standard_error=np.array([standard_error(images) for images in correct.mean(axis=1)]),
-        severity_standard_error=np.array([standard_error(images) for images in correct.mean(axis=0)]),
+        severity_standard_error=np.array([standard_error(images) for images in correct[_reported(names)].mean(axis=0)]),
         clean_standard_error=standard_error(np.asarray(rows[0]["correct"], np.float64)),
-        card=probe.card(solver={"corruptions": root or "generated", "seed": seed}),
+        card=probe.card(loss=class_loss(probe), solver={"corruptions": root or "generated", "seed": seed}),
     )
 
 

@@ -15,8 +15,9 @@ from vitscope.plotting.canvas import COLUMN_WIDTH, new_canvas, result_color
 def corruption(results: Mapping[str, CorruptionResult], *, view: str = "both") -> Figure:
     """Draw the mean accuracy at each severity, and the accuracy for each type averaged over severities.
 
-    Severity 0 is the clean accuracy. In the second panel bars end at the type's mean, dashes mark the clean accuracy. Whiskers
-    are 95% intervals over images, 1.96 standard errors: models that see the same images differ by less than they suggest.
+    The mean is that of the fifteen common types that were measured, of the others where none of them was. Severity 0 is the clean
+    accuracy. In the second panel bars end at the type's mean, dashes mark the clean accuracy. Whiskers are 95% intervals over
+    images, 1.96 standard errors: models that see the same images differ by less than they suggest.
 
     Args:
         results: one or more results by name, of the same types.
@@ -46,7 +47,7 @@ def corruption(results: Mapping[str, CorruptionResult], *, view: str = "both") -
 
 def _by_severity(ax: Axes, results: Mapping[str, CorruptionResult]) -> None:
     for index, (name, result) in enumerate(results.items()):
-        mean = [result.clean_accuracy, *result.accuracy.mean(axis=0)]
+        mean = [result.clean_accuracy, *result.severity_accuracy]
         color = result_color(index)
         ax.plot([0, *result.severities], 100 * np.array(mean), "o-", color=color, label=name or None)
         errors = [result.clean_standard_error, *result.severity_standard_error]

@@ -67,7 +67,7 @@ def judge(
         f"smallest eigenvalue {low:.3g} (residual {residual:.1g}) on {many} images, "
         f"{first['smallest_eigenvalue']:.3g} on {first['n_images']}; largest {last['largest_eigenvalue']:.3g}",
         f"the slice along its eigenvector falls by {100 * drop:.3g} % of the objective",
-        f"gradient norms: cross entropy {norms['nll']:.3g}, with half_sq {norms['half_sq']:.3g}, "
+        f"gradient norms: loss alone {norms['nll']:.3g}, with half_sq {norms['half_sq']:.3g}, "
         f"with adamw {norms['adamw']:.3g}; the objective judged has l2={l2}",
     )
     if not last["converged"]:

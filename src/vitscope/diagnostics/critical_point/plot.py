@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 
 from vitscope.diagnostics.critical_point.critical_point import CriticalPointResult
 from vitscope.plotting.canvas import COLUMN_WIDTH, new_canvas, result_color
+from vitscope.plotting.loss_label import loss_label
 
 
 def critical_point(results: Mapping[str, CriticalPointResult]) -> Figure:
@@ -32,6 +33,6 @@ def critical_point(results: Mapping[str, CriticalPointResult]) -> Figure:
     ends.set_ylabel("Smallest eigenvalue")
     slices.axvline(0, color="0.6", linewidth=0.6, zorder=0)
     slices.set_xlabel("Distance along its eigenvector")
-    slices.set_ylabel("Objective (nats)")
+    slices.set_ylabel(loss_label("Objective (nats)", results.values()))
     canvas.legend(loc="outside upper left", ncols=2)
     return canvas.figure

@@ -44,7 +44,7 @@ class HessianDiagonalResult(
         mean: (n_parameters,) mean entry of each tensor; times ``sizes`` the trace of its block.
         mean_standard_error: (n_parameters,) over random vectors, likewise.
         quantiles: (n_parameters, 3) of the entries of each tensor at 0.05, 0.5 and 0.95; the noise of an estimate widens them.
-        negative_share: (n_parameters,) share of the entries below zero by more than two standard errors.
+        negative_share: (n_parameters,) share of the entries below zero by more than two standard errors; NaN with one vector.
         trace: sum of the diagonal.
         noise_share: share of the variance of the estimated entries, over all of them, that is noise of the random vectors: near 1
             the single entries say nothing; NaN with one vector.
@@ -143,10 +143,12 @@ def hessian_diagonal(
             diagonal, error, mean_error = _hutchinson(operator, n_vectors, options.seed, starts)
         card = operators.card({"solver": method, "n_vectors": n_vectors, "seed": options.seed})
     if method == "hutchinson" and n_vectors == 1:
-        warn_nulls("hessian_diagonal", {"standard_error": "one random vector"})
+        names = ("standard_error", "negative_share", "noise_share")
+        warn_nulls("hessian_diagonal", dict.fromkeys(names, "one random vector"))
     parts = np.split(diagonal, starts[1:])
-    is_negative = np.split(diagonal < -2 * np.nan_to_num(error), starts[1:])
+    is_negative = np.where(np.isnan(error), np.nan, diagonal < -2 * error)
     variance = float(diagonal.var())
+    noise = float(np.square(error).mean())
     return HessianDiagonalResult(
         parameters=tuple(sizes),
         kinds=_kinds(probe, list(sizes)),
@@ -156,9 +158,9 @@ def hessian_diagonal(
         mean=np.array([part.mean() for part in parts]),
         mean_standard_error=mean_error,
         quantiles=np.array([np.quantile(part, QUANTILES) for part in parts]),
-        negative_share=np.array([part.mean() for part in is_negative]),
+        negative_share=np.array([part.mean() for part in np.split(is_negative, starts[1:])]),
         trace=float(diagonal.sum()),
-        noise_share=min(1.0, float(np.square(error).mean()) / variance) if variance > 0 else float("nan"),
+        noise_share=float(np.minimum(noise / variance, 1.0)) if variance > 0 else float("nan"),
         n_products=operator.n_products,
         card=card,
     )

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vitscope.core.cost.image_passes import EVALUATION, guard_checks
 from vitscope.core.cost.measure_cost import Count, MeasureCost, Options, Work, Workload, declares_cost
-from vitscope.core.losses.requirements import check_classes
+from vitscope.core.losses.requirements import check_classes, class_loss
 from vitscope.core.measure_options import record_options
 from vitscope.core.objective import hard_targets, labeled
 from vitscope.core.objective_card import ObjectiveCard
@@ -157,7 +157,7 @@ def _result(probe: Probe, rows: np.ndarray, classes: np.ndarray, n_logits: int) 
     names: Sequence[str] = probe.about.get("class_names") or ()
     accuracy = float(right.mean())
     lower, upper = (float(end) for end in share_interval(right.sum(), len(right)))  # NaN where an answer is NaN
-    facts: dict[str, Any] = {"solver": {"classes": f"{len(classes)} of {n_logits} logits"}}
+    facts: dict[str, Any] = {"loss": class_loss(probe), "solver": {"classes": f"{len(classes)} of {n_logits} logits"}}
     if len(classes) < n_logits:  # another softmax: not to be overlaid with one over all classes
         facts["loss"] = f"cross entropy over {len(classes)} of {n_logits} classes"
     return EvaluationResult(

@@ -88,7 +88,7 @@ def _cost(workload: Workload, options: Options) -> MeasureCost:
         works += (cost.measured() if number else cost).works
         held = max(held, basis_bytes(workload, products.expected))
     if is_mixed:  # the number of classes, for each batch
-        works.append(Work(EVALUATION, Count.exactly(workload.n_images // base), 1))
+        works.append(Work(EVALUATION, Count.exactly(workload.n_images // base), base))
     n_settings = len(ks) + len(sizes) - 1 + is_mixed
     # ten numbers of a setting and a flag of one byte
     return MeasureCost(works, held_bytes=held, result_bytes=n_settings * (10 * ENTRY + 1))
@@ -201,7 +201,7 @@ def _mixed(batch: Batch, number: int, operators: Curvatures) -> Batch:
     x, y = batch
     share = float(np.random.default_rng((operators.options.seed, number)).beta(1.0, 1.0))
     with torch.no_grad():
-        n_classes = operators.model(x[:1]).shape[1]
+        n_classes = operators.model(x).shape[1]  # of all images: BatchNorm on batch statistics takes no single one
     if not bool(labeled(y).all()):
         raise ValueError(
             "Expected a label for every image with mixup=True, received ignored ones (-100): set mixup=False."

@@ -47,7 +47,8 @@ class SpectralDensityResult(Result, coordinates={"grid": "grid"}):
         density: (n_grid,) the rules smoothed by a Gaussian of width ``sigma``, mean over vectors; integrates to 1.
         density_low, density_high: (n_grid,) its interval, never below 0, see `positive_interval`; NaN for one vector.
         sigma: the Gaussian's standard deviation, in units of the eigenvalues.
-        moments: (4,) means of lambda^p, p = 1 to 4; unbiased, as the rules are exact up to degree 2 n_steps - 1.
+        moments: (4,) means of lambda^p, p = 1 to 4; unbiased, as the rules are exact up to degree 2 n_steps - 1; NaN beyond it,
+            unless the steps span an invariant subspace.
         moments_half_width: (4,) half their t-intervals; NaN with fewer than 20 vectors.
         negative_mass: mass at nodes below zero, those of unknown sign left out.
         near_zero_mass: mass at nodes of unknown sign: those within the resolution of zero, and the next one on either side
@@ -76,12 +77,13 @@ class SpectralDensityResult(Result, coordinates={"grid": "grid"}):
     card: ObjectiveCard | None = None
 
     def scalars(self) -> dict[str, float]:
-        """Return what is logged."""
+        """Return what is logged; the mean square only where the steps give it."""
+        mean_square = {"mean_square": float(self.moments[1])} if np.isfinite(self.moments[1]) else {}
         return {
             "negative_mass": self.negative_mass,
             "near_zero_mass": self.near_zero_mass,
             "mean": float(self.moments[0]),
-            "mean_square": float(self.moments[1]),
+            **mean_square,
             "node_max": float(self.nodes.max()),
             "node_min": float(self.nodes.min()),
             "n_products": float(self.n_products),
@@ -204,6 +206,9 @@ def _result(
     rows = (weights[..., None] * bells).sum(1)  # (n_vectors, n_grid)
     low, high = positive_interval(rows)
     powers = np.stack([(weights * nodes**p).sum(1) for p in range(1, N_MOMENTS + 1)], axis=1)  # (n_vectors, 4)
+    is_invariant = (table["residuals"] <= table["resolution"][:, None]).all(1)  # (n_vectors,)
+    degree = 2 * nodes.shape[1] - 1
+    powers[~is_invariant, degree:] = np.nan
     negative, near_zero = masses_by_sign(nodes, weights, table["residuals"], table["resolution"])
     return SpectralDensityResult(
         nodes=nodes,

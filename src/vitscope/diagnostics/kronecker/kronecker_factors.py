@@ -11,7 +11,8 @@ from typing import Unpack
 import numpy as np
 from torch import Tensor, nn
 
-from vitscope.core.cost.image_passes import guard_checks
+from vitscope.core.batches.batch_inputs import Inputs
+from vitscope.core.cost.image_passes import EVALUATION, guard_checks
 from vitscope.core.cost.measure_cost import Count, MeasureCost, Options, Work, Workload, WorkUnit, declares_cost
 from vitscope.core.losses.requirements import check_classes
 from vitscope.core.measure_options import record_options
@@ -60,8 +61,9 @@ class KroneckerFactorsResult(Result, coordinates={"layer": "layers", "group": "g
         mean_input_intervals: (n_groups, 2) 95 % over layers; NaN with fewer than 3.
         mean_output_exponents: (n_groups,) likewise.
         mean_output_intervals: (n_groups, 2) likewise.
-        n_uncovered: trained parameters in no layer's weight: biases, norms, tokens, grouped convolutions, weights that are read
-            past their module.
+        n_uncovered: trained parameters in no layer's weight: biases, norms, tokens, grouped convolutions, convolutions that pad
+            their input themselves, weights that are made before each pass, read past their module, shared by modules, or used
+            several times in a pass.
         card: conditions of the measurement.
     """
 
@@ -93,11 +95,15 @@ class KroneckerFactorsResult(Result, coordinates={"layer": "layers", "group": "g
         return {name: float(value) for name, value in logged.items() if np.isfinite(value)}
 
 
+#: images that pass through the model once to find the layers that it calls
+_N_SHOWING = 2
+
+
 @contextmanager
 def _factors(probe: Probe, options: Options, with_eigenvalues: bool) -> Iterator[Callable[[], object]]:
     refuse_without_curvlinops()
     with probe.guard(second_order=True, dtype=curvature_options(options).torch_dtype) as model:
-        layers = covered_layers(model)
+        layers = covered_layers(model, _few_images(probe))
         settings = (options["fisher"], options["approximation"], int(options["seed"]))
         yield lambda: kronecker_factors_of(probe, model, layers, *settings, with_eigenvalues=with_eigenvalues)
 
@@ -114,6 +120,7 @@ def _cost(workload: Workload, options: Options) -> MeasureCost:
     works = [
         Work(_FACTORS, Count.exactly(1), workload.n_images - workload.first_batch, is_divided=False),
         Work(_SPECTRA, Count.exactly(1), workload.first_batch, is_divided=False),
+        Work(EVALUATION, Count.exactly(1), min(_N_SHOWING, workload.first_batch), is_divided=False),
         *guard_checks(workload, second_order=True),
     ]
     return MeasureCost(works)
@@ -136,10 +143,9 @@ def kronecker_factors(
     Needs ``pip install 'vitscope[kfac]'``. Under ``torch.distributed`` every rank computes all of it.
 
     Args:
-        probe: the model, batches of images and classes, and the cross entropy. Images without a label are left out; of soft
-            targets the largest entry is used, which matters for ``empirical`` alone.
+        probe: the model, batches of images and classes, and the cross entropy. Images without a label are left out.
         fisher: gradients of B: ``type-2`` from the loss's Hessian in the outputs (the Gauss-Newton matrix; a backward pass a
-            class), ``mc`` from drawn labels, ``empirical`` from the data's labels.
+            class), ``mc`` from drawn labels, ``empirical`` from the data's targets, soft or smoothed as the objective has them.
         approximation: ``expand`` or ``reduce``, how positions of a layer's input are summed (Eschenhagen et al. 2023).
         n_values: eigenvalues of each factor that are kept.
         least_share: the smallest eigenvalue in the fit of the decay, as a share of the largest.
@@ -169,9 +175,11 @@ def kronecker_factors(
     refuse_without_curvlinops()
     n_parameters = sum(p.numel() for p in probe.parameters().values())
     with probe.guard(second_order=True, dtype=options.torch_dtype) as model:
-        layers = covered_layers(model)
+        layers = covered_layers(model, _few_images(probe))
         if not layers:
-            raise ValueError("Expected a model with trained nn.Linear or nn.Conv2d layers, received one without.")
+            raise ValueError(
+                "Expected a model with trained nn.Linear or nn.Conv2d layers that a pass calls once, received one without."
+            )
         factors = kronecker_factors_of(probe, model, layers, fisher, approximation, options.seed)
         n_covered = sum(_weight(layers[name]).numel() for name in factors)
         card = probe.card(
@@ -211,6 +219,12 @@ def kronecker_factors(
         n_uncovered=n_parameters - n_covered,
         card=card,
     )
+
+
+def _few_images(probe: Probe) -> Inputs:
+    """Return two images, which show the layers that a pass calls."""
+    x, _ = next(probe.iter_batches())
+    return x[:_N_SHOWING]
 
 
 def _weight(layer: nn.Module) -> Tensor:

@@ -90,7 +90,7 @@ class AdaptiveRises:
 def adaptive_rises(
     probe: Probe, options: AdaptiveOptions, dtype: torch.dtype | None, partial: Partial | None
 ) -> AdaptiveRises:
-    """Measure the adaptive rises of each group of images.
+    """Measure the adaptive rises of each group of images; ``dtype`` is None for the model's own, or one of full precision.
 
     Raises:
         ValueError: fewer images than a group has, or logit normalization of outputs that are no logits (B, C).
@@ -102,7 +102,7 @@ def adaptive_rises(
             f"Expected m_images to be at most the {probe.n_images} images of the probe, received {options.m_images}."
         )
     keys = [(case, group) for group in range(n_groups) for case in range(len(cases))]
-    with guarded_evaluation(probe, dtype=dtype if dtype in (torch.float64, torch.float32) else None) as (model, _):
+    with guarded_evaluation(probe, dtype=dtype) as (model, _):
         search = _Search(probe, model, options)
 
         def compute(key: _Key) -> Row:

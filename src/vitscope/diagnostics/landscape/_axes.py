@@ -26,6 +26,7 @@ from vitscope.linalg.weights.directions import (
     orthogonalize,
     random_direction,
     scale,
+    wide_dtype,
 )
 from vitscope.linalg.weights.effective_weights import canonical_names, pruning_masks, refuse_made_weights
 from vitscope.linalg.weights.weight_space_walk import set_aside
@@ -127,7 +128,7 @@ def direction(
 
 
 def objective_gradient(probe: Probe) -> Direction:
-    """Return the gradient of the objective (L2 term included) over all batches, in the model's precision.
+    """Return the gradient of the objective (L2 term included) over all batches, in the model's precision, at least float32.
 
     Raises:
         ValueError: see `Probe.guard`; or a gradient that is not finite.
@@ -145,7 +146,7 @@ def objective_gradient(probe: Probe) -> Direction:
         if l2.requires_grad:
             for t, g in zip(total, torch.autograd.grad(l2, leaves, materialize_grads=True)):
                 t.add_(g)
-    gradient = {name: t.to(dtype=probe.dtype) for name, t in zip(names, total)}
+    gradient = {name: t.to(wide_dtype(p)) for name, p, t in zip(names, leaves, total)}
     if not np.isfinite(size := norm(gradient)) or size == 0:
         raise ValueError(f"Expected a finite gradient that is not zero, received one of norm {size}.")
     return gradient

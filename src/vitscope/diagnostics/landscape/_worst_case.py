@@ -36,11 +36,13 @@ def worst_rises(
     dtype: torch.dtype | None,
     partial: Partial | None,
 ) -> np.ndarray:
-    """Return the largest rise met from each start (n_radii, n_starts), NaN where it is not wanted."""
+    """Return the largest rise met from each start (n_radii, n_starts), NaN where it is not wanted.
+
+    ``dtype`` is None for the model's own, or one of full precision.
+    """
     rises = np.full((len(radii), n_starts), np.nan)
     keys = [(i, start) for i in np.flatnonzero(radii_mask).tolist() for start in range(n_starts)] if n_steps else []
-    kind = dtype if dtype in (torch.float64, torch.float32) else None
-    with guarded_evaluation(probe, dtype=kind) as (model, evaluate_current_weights):
+    with guarded_evaluation(probe, dtype=dtype) as (model, evaluate_current_weights):
 
         def compute(key: tuple[int, int]) -> Row:
             i, start = key

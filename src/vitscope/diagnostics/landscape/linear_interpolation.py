@@ -21,11 +21,12 @@ from vitscope.core.weight_space import (
     BatchNormPolicy,
     Checkpoints,
     check_movable,
+    evaluation_dtype,
     guarded_evaluation,
     select_checkpoints,
 )
 from vitscope.diagnostics.landscape._alignment import Alignment, aligned_weights, check_alignment
-from vitscope.linalg.weights.directions import norm
+from vitscope.linalg.weights.directions import norm, wide_dtype
 from vitscope.linalg.weights.weight_space_walk import points_on_segment, squared_norms
 from vitscope.models.state_dicts import with_default_keys
 from vitscope.runtime.dtypes import DtypeName, parse_float_dtype
@@ -146,9 +147,10 @@ def linear_interpolation(
     if aligned:
         a, alignment_facts = aligned_weights(probe, a, b, alignment)
     t = np.linspace(t_min, t_max, n)
-    names = [name for name, _ in probe.model.named_parameters()]
-    way = {name: b[name].to(a[name]) - a[name] for name in names}
-    norms = squared_norms({name: a[name] for name in names}, None, way)
+    # not in the type of the files: one of the checkpoints may have been saved in half precision
+    at_start = {name: a[name].to(wide_dtype(p)) for name, p in probe.model.named_parameters()}
+    way = {name: b[name].to(w) - w for name, w in at_start.items()}
+    norms = squared_norms(at_start, None, way)
     way_name = f"{first} to {last}" + (f", aligned by {alignment}" if aligned else "")
     rows = _measure(probe, a, b, t, way_name, kind, bn, partial)
     values = {key: np.array([row[key] for row in rows]) for key in ("nll", "accuracy", "ece")}
@@ -164,7 +166,7 @@ def linear_interpolation(
         distance=norm(way),
         n_nonfinite=int((~np.isfinite(values["nll"])).sum()),
         alignment=alignment,
-        card=probe.card(bn_policy=bn, solver=facts, **({"dtype": str(kind).removeprefix("torch.")} if kind else {})),
+        card=probe.card(bn_policy=bn, solver=facts, dtype=evaluation_dtype(probe, kind)),
     )
 
 

@@ -17,7 +17,7 @@ from vitscope.core.objective_card import ObjectiveCard
 from vitscope.core.probe import Probe
 from vitscope.core.results.result import Result
 from vitscope.core.run_inputs import ResumableRows, RunCheckpoints
-from vitscope.core.weight_space import BatchNormPolicy
+from vitscope.core.weight_space import BatchNormPolicy, evaluation_dtype
 from vitscope.diagnostics.landscape._axes import Axes, plane_axes
 from vitscope.diagnostics.landscape._direction_options import Kind, Preset, Source, preset_source
 from vitscope.linalg.weights.directions import Normalization
@@ -201,7 +201,7 @@ def loss_landscape(
         labels=axes.labels,
         path=axes.path,
         projection_error=axes.projection_error,
-        card=probe.card(bn_policy=bn, solver=facts, **({"dtype": str(kind).removeprefix("torch.")} if kind else {})),
+        card=probe.card(bn_policy=bn, solver=facts, dtype=evaluation_dtype(probe, kind)),
     )
 
 

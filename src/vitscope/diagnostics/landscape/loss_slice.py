@@ -17,7 +17,7 @@ from vitscope.core.objective_card import ObjectiveCard
 from vitscope.core.probe import Probe
 from vitscope.core.results.result import Result
 from vitscope.core.run_inputs import ResumableRows, RunCheckpoints
-from vitscope.core.weight_space import BatchNormPolicy
+from vitscope.core.weight_space import BatchNormPolicy, evaluation_dtype
 from vitscope.diagnostics.landscape._direction_options import Kind, Preset, Source, preset_source
 from vitscope.diagnostics.landscape._lines import measure_lines
 from vitscope.linalg.weights.directions import Normalization
@@ -168,5 +168,5 @@ def loss_slice(
         normalization=source.scaling,
         direction_norms=lines["direction_norm"][:, 0],
         n_nonfinite=int((~np.isfinite(lines["nll"])).sum()),
-        card=probe.card(bn_policy=bn, solver=facts, **({"dtype": str(kind).removeprefix("torch.")} if kind else {})),
+        card=probe.card(bn_policy=bn, solver=facts, dtype=evaluation_dtype(probe, kind)),
     )

@@ -16,7 +16,7 @@ from vitscope.core.objective_card import ObjectiveCard
 from vitscope.core.probe import Probe
 from vitscope.core.results.result import Result
 from vitscope.core.run_inputs import ResumableRows
-from vitscope.core.weight_space import BatchNormPolicy
+from vitscope.core.weight_space import BatchNormPolicy, evaluation_dtype
 from vitscope.diagnostics.landscape._adaptive_sharpness import (
     AdaptiveMeasure,
     AdaptiveOptions,
@@ -203,7 +203,8 @@ def sharpness(
         m_images: images of each group, in the order of the batches; those beyond the last whole group are left out.
         ascent_steps: steps of APGD (the paper's code takes 20).
         logit_normalization: normalize the logits in the adaptive measures.
-        dtype: ``bfloat16``, ``float64``, or None for the model's own; the ascent never runs in half precision.
+        dtype: ``bfloat16``, ``float64``, or None for the model's own; the ascent and the adaptive measures never run in half
+            precision.
         partial: finished points; new ones are stored as soon as they are measured.
 
     Raises:
@@ -233,8 +234,9 @@ def sharpness(
     by_pair = nll.mean(axis=(1, 3)) - center["nll"]
     half_width = t_half_width_of_rows(by_pair)
     saturated = _saturated(probe, radii, accuracy.mean(axis=(0, 1, 3)), center["accuracy"])
-    worst = worst_rises(probe, source, radii, ~saturated, n_steps, n_starts, kind, partial)
-    rises = adaptive_rises(probe, options, kind, partial)
+    full_kind = kind if kind in (torch.float64, torch.float32) else None
+    worst = worst_rises(probe, source, radii, ~saturated, n_steps, n_starts, full_kind, partial)
+    rises = adaptive_rises(probe, options, full_kind, partial)
     facts = {**source.facts(), "radii": list(radii), "n_pairs": n_pairs, "n_steps": n_steps, "n_starts": n_starts}
     return SharpnessResult(
         radii=np.array(radii),
@@ -252,7 +254,7 @@ def sharpness(
         accuracy_center=center["accuracy"],
         n_nonfinite=int((~np.isfinite(nll)).sum()),
         **_adaptive_fields(options, rises),
-        card=probe.card(bn_policy=bn, solver=facts, **({"dtype": str(kind).removeprefix("torch.")} if kind else {})),
+        card=probe.card(bn_policy=bn, solver=facts, dtype=evaluation_dtype(probe, kind)),
     )
 
 

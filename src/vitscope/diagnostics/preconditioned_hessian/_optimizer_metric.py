@@ -26,9 +26,22 @@ def product_with_decay(operator: Curvature, decay: Tensor) -> Callable[[Tensor],
 
 
 def flat_values(operators: Curvatures, values: Mapping[str, float]) -> Tensor:
-    """Return one number a parameter, expanded to ``(size,)``."""
+    """Return one number a parameter, expanded to ``(size,)``.
+
+    Raises:
+        ValueError: a parameter without a number, which the optimizer does not train.
+    """
+    if missing := [name for name, p in operators.parameters.items() if whole_name(name, p) not in values]:
+        raise _untrained(missing[0])
     return torch.cat(
         [torch.full((p.numel(),), values[whole_name(name, p)]).to(p) for name, p in operators.parameters.items()]
+    )
+
+
+def _untrained(name: str) -> ValueError:
+    return ValueError(
+        f"Expected an optimizer of every parameter analysed, received one that does not train {name!r}: choose its parameters "
+        "with parameters=."
     )
 
 
@@ -38,7 +51,7 @@ def inverse_root(name: str, p: Tensor, scale: Mapping[str, Tensor] | None) -> Te
         return torch.ones_like(p)
     name = whole_name(name, p)
     if name not in scale:
-        raise ValueError(f"Expected the optimizer's scale for every parameter, received none for {name!r}.")
+        raise _untrained(name)
     if not bool((scale[name] > 0).all()):
         raise ValueError(f"Expected a positive scale (sqrt(v) + eps), received one with zeros for {name!r}.")
     is_expanded = scale[name].ndim > 0 and len(scale[name]) == len(whole_of(p))  # not one number for a whole tensor

@@ -25,19 +25,14 @@ def preconditioned_sharpness(results: Mapping[str, PreconditionedSharpnessResult
     """Draw the largest eigenvalue of P^-1 H of each result, and the optimizer's limit of stability."""
     canvas = new_canvas(COLUMN_WIDTH, 0.9 + 0.3 * len(results))
     axes = canvas.axes()
+    label = "Limit of stability"  # of the first result that has one
     for row, result in enumerate(results.values()):
         axes.plot(
             result.eigenvalues[0], row, "o", color=result_color(0), label="Largest eigenvalue" if row == 0 else None
         )
         if np.isfinite(result.threshold):
-            axes.plot(
-                result.threshold,
-                row,
-                "|",
-                color=result_color(1),
-                markersize=12,
-                label="Limit of stability" if row == 0 else None,
-            )
+            axes.plot(result.threshold, row, "|", color=result_color(1), markersize=12, label=label or None)
+            label = ""
     axes.set_yticks(range(len(results)), [name or "model" for name in results])
     axes.set_ylim(len(results) - 0.5, -0.5)
     marks = np.array([[r.eigenvalues[0], r.threshold] for r in results.values()])

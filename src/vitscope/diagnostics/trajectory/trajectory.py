@@ -16,7 +16,7 @@ from vitscope.core.objective_card import ObjectiveCard
 from vitscope.core.probe import Probe
 from vitscope.core.results.result import Result
 from vitscope.core.run_inputs import ResumableRows, RunCheckpoints
-from vitscope.core.weight_space import BatchNormPolicy, check_movable, select_checkpoints
+from vitscope.core.weight_space import BatchNormPolicy, check_movable, evaluation_dtype, select_checkpoints
 from vitscope.diagnostics.trajectory._checkpoint_rows import checkpoint_rows
 from vitscope.linalg.weights.checkpoint_pca import difference, gram, principal_directions
 from vitscope.linalg.weights.directions import Direction, inner, norm, orthogonalize, random_direction, scale
@@ -191,7 +191,7 @@ def trajectory(
         plane_accuracy=_column(surface, "accuracy").reshape(n, n),
         batchnorm=any(getattr(m, "running_mean", None) is not None for m in probe.model.modules()),
         n_nonfinite=int(sum(not np.isfinite(row["nll"]) for row in [*rows, *plane])),
-        card=probe.card(bn_policy=bn, solver=facts, **({"dtype": str(kind).removeprefix("torch.")} if kind else {})),
+        card=probe.card(bn_policy=bn, solver=facts, dtype=evaluation_dtype(probe, kind)),
     )
 
 

@@ -8,13 +8,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vitscope.linalg.weights.directions import Direction, inner
+from vitscope.linalg.weights.directions import Direction, inner, wide_dtype
+from vitscope.runtime.errors import NumericalError
 
 
 def difference(state: Mapping[str, Tensor], parameters: Mapping[str, Tensor], label: str = "checkpoint") -> Direction:
     """Return ``state - parameters``: the direction that leads from the parameters to a checkpoint.
 
     Raises:
+        NumericalError: weights of the checkpoint that are not finite.
         ValueError: a parameter that the checkpoint lacks, or of another shape.
     """
     for name, p in parameters.items():
@@ -24,7 +26,10 @@ def difference(state: Mapping[str, Tensor], parameters: Mapping[str, Tensor], la
             raise ValueError(
                 f"Expected {name!r} of shape {tuple(p.shape)} in checkpoint {label!r}, received {tuple(state[name].shape)}."
             )
-    return {name: state[name].to(p) - p.detach() for name, p in parameters.items()}
+        if not bool(torch.isfinite(state[name].sum(dtype=torch.float64))):
+            fix = "leave it out with labels=, as one from after the training diverged"
+            raise NumericalError("checkpoint", label, f"weights of {name!r} are not finite", fix)
+    return {name: state[name].to(p.device, wide_dtype(p)) - p.detach() for name, p in parameters.items()}
 
 
 def gram(vectors: Sequence[Mapping[str, Tensor]]) -> np.ndarray:

@@ -34,8 +34,8 @@ def random_direction(
 ) -> Direction:
     """Return a direction of independent standard normal entries.
 
-    Each tensor's numbers depend on ``(seed, index, name)`` alone, are drawn on the CPU in float32 and then cast: models that
-    share a parameter's name and shape share its numbers, on every device and in every precision.
+    Each tensor's numbers depend on ``(seed, index, name)`` alone, are drawn on the CPU in float32 and then cast (to
+    `wide_dtype`): models that share a parameter's name and shape share its numbers, on every device and in every precision.
 
     Args:
         parameters: the parameters that the direction covers, by name.
@@ -49,8 +49,15 @@ def random_direction(
         name = parameter_name if names is None else names.get(parameter_name, parameter_name)
         digest = hashlib.sha256(f"{seed}/{index}/{name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-        drawn[parameter_name] = torch.randn(p.shape, generator=generator, dtype=torch.float32).to(p)
+        drawn[parameter_name] = torch.randn(p.shape, generator=generator, dtype=torch.float32).to(
+            p.device, wide_dtype(p)
+        )
     return drawn
+
+
+def wide_dtype(p: Tensor) -> torch.dtype:
+    """Return the type of a direction's entries for a parameter: its own, float32 for half precision."""
+    return torch.promote_types(p.dtype, torch.float32)
 
 
 def moving(parameters: Mapping[str, Tensor], ignore: str | Sequence[str] = "bias_bn") -> dict[str, Tensor]:
@@ -248,4 +255,8 @@ def as_direction(vectors: object, parameters: Mapping[str, Tensor]) -> Direction
             expected, received = tuple(parameters[name].shape), tuple(piece.shape)
             raise ValueError(f"Expected the direction of {name!r} with shape {expected}, received {received}.")
     # into a tensor laid out like the parameter: a copy, so that scaling it leaves the caller's alone
-    return {name: torch.empty_like(parameters[name]).detach().copy_(piece) for name, piece in pieces.items()}
+    return {
+        name: torch.empty_like(p, dtype=wide_dtype(p)).detach().copy_(pieces[name])
+        for name, p in parameters.items()
+        if name in pieces
+    }

@@ -102,8 +102,7 @@ def points_on_segment(
 ) -> Iterator[Callable[[float], None]]:
     """Yield ``move(t)``, which sets the tensors to ``(1 - t) * start + t * end`` in place, exactly so at both ends.
 
-    On exit, also after an exception, they are back bit for bit. Tensors that are not floating point (counters) take the
-    nearer end's values.
+    On exit, also after an exception, they are back bit for bit. Tensors of integers (counters) take the nearer end's values.
 
     Args:
         tensors: parameters and buffers by name.
@@ -119,7 +118,9 @@ def points_on_segment(
     def move(t: float) -> None:
         for name, tensor in tensors.items():
             a, b = ends[name]
-            if t in (0.0, 1.0) or not a.is_floating_point():  # lerp would carry one end's NaN to the other
+            if t in (0.0, 1.0) or not (
+                a.is_floating_point() or a.is_complex()
+            ):  # lerp would carry one end's NaN to the other
                 tensor.copy_(a if t < 0.5 else b)
             elif a.layout != torch.strided:
                 tensor.copy_((1 - t) * a + t * b)

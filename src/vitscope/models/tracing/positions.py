@@ -30,7 +30,8 @@ _REARRANGEMENTS = frozenset({
 })  # fmt: skip
 _SAME = frozenset({
     "contiguous", "clone", "to", "float", "half", "double", "bfloat16", "type", "type_as", "detach", "alias", "cpu", "cuda",
-    "requires_grad_", "identity", "dropout", "dropout_", "dropout2d", "feature_dropout", "alpha_dropout", "copy_",
+    "requires_grad_", "identity", "dropout", "dropout_", "dropout2d", "feature_dropout", "alpha_dropout", "copy_", "real",
+    "imag", "conj", "resolve_conj",
 })  # fmt: skip
 _ELEMENTWISE = ACTIVATIONS | frozenset({
     "add", "__add__", "__radd__", "__iadd__", "add_", "sub", "__sub__", "__rsub__", "__isub__", "sub_", "mul", "__mul__",
@@ -38,7 +39,8 @@ _ELEMENTWISE = ACTIVATIONS | frozenset({
     "abs", "square", "pow", "__pow__", "sqrt", "rsqrt", "neg", "sin", "cos", "erf", "softmax", "log_softmax", "normalize",
     "maximum", "minimum", "where", "masked_fill", "masked_fill_", "nan_to_num", "hardsigmoid", "logsigmoid", "celu", "selu",
     "clamp_min", "clamp_max", "softsign", "threshold", "threshold_", "hardswish_", "hardtanh_", "elu_", "sigmoid_", "tanh_",
-    "gelu_", "mish_", "relu6_", "silu_", "layer_norm", "rms_norm", "batch_norm", "group_norm", "instance_norm",
+    "gelu_", "mish_", "relu6_", "silu_", "complex", "polar", "angle", "layer_norm", "rms_norm", "batch_norm", "group_norm",
+    "instance_norm",
     "multi_head_attention_forward",
 })  # fmt: skip
 _REDUCTIONS = frozenset({"mean", "sum", "amax", "amin", "max", "min"})
@@ -118,6 +120,8 @@ def result_positions(
         return [_combined([(t.shape, positions_of(t)) for t in tensors], results[0].shape), *unknown[1:]]
     if x is None:
         return unknown
+    if op in ("view_as_complex", "view_as_real"):
+        return [_over_parts(x, results[0].shape), *unknown[1:]]
     if op in _REDUCTIONS:
         return [_reduced(x, args, kwargs, results[0].shape), *unknown[1:]]
     if any(word in op for word in _MAP_FUNCTIONS) or op in ("boolean_dispatch", "fn"):
@@ -187,10 +191,25 @@ def _rearranged(
     return [Positions(rows, columns, is_mean) for rows, columns in zip(*sides)]
 
 
+def _over_parts(x: Positions, shape: torch.Size) -> Positions | None:
+    """Return the positions of complex numbers whose two parts lie along the last axis, or of these parts."""
+    if len(shape) > x.rows.ndim:
+        return expanded(Positions(x.rows[..., None], x.columns[..., None], x.is_mean), shape)
+    if not is_same_along(x, x.rows.ndim - 1):
+        return None
+    return Positions(x.rows[..., 0], x.columns[..., 0], x.is_mean)
+
+
 def _combined(operands: Sequence[tuple[torch.Size, Positions | None]], shape: torch.Size) -> Positions | None:
-    """Return the positions of an elementwise result: those of its arguments of the same shape, as far as they agree."""
+    """Return the positions of an elementwise result: those of its arguments of the same shape, as far as they agree.
+
+    They are not known where an argument's are not and all others are constants.
+    """
     candidates = [positions for size, positions in operands if size == shape and positions is not None]
     candidates = [positions for positions in candidates if not is_constant(positions)]
+    is_unknown = any(positions is None for _, positions in operands)
+    if is_unknown and not any(p is not None and not is_constant(p) for _, p in operands):
+        return None
     candidates = [positions for positions in candidates if not positions.is_mean] or candidates
     if not candidates:
         candidates = [expanded(p, shape) for size, p in operands if size != shape and p is not None]
