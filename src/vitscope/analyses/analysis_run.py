@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 
-from vitscope.analyses import announcement, arguments, context, runner, spec
+from vitscope.analyses import announcement, arguments, context, run_changes, runner, spec
 from vitscope.analyses.analysis_inputs import AnalysisInputs, prepare_inputs
 from vitscope.analyses.prediction import cost_prediction, time_prediction
 from vitscope.analyses.prediction.cost_prediction import PredictedCost
@@ -121,7 +121,10 @@ def _measure(inputs: AnalysisInputs, run: Run, mirror: WandbMirror) -> None:
         named_weights.refuse_other_weights(network, inputs.path, run, tag)
     values: dict[str, Any] = {}
     analyses = [spec.replaced(analysis, on_error="raise") for analysis in spec.parse(cfg.analysis)]
-    place = context.AnalysisContext(cfg, run, network, inputs.data, tag, epoch, step, mirror, content, analyses)
+    changes = {} if inputs.run is None else run_changes.changed_values(cfg, run.config())
+    place = context.AnalysisContext(
+        cfg, run, network, inputs.data, tag, epoch, step, mirror, content, analyses, changes=changes
+    )
     _announce(place, inputs.defaults)
     _read_splits(place)
     for analysis in analyses:

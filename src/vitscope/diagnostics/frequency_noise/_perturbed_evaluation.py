@@ -69,9 +69,7 @@ def _row(
         return logits
 
     evaluation = evaluate(forward, [(x, y)], probe.objective, per_image=True, reduce=False)
-    # an answer from logits that are not finite is none
-    correct = np.where(np.isfinite(evaluation.losses), evaluation.correct.astype(float), np.nan)
-    return {"losses": evaluation.losses, "correct": correct, "n_classes": n_classes}
+    return {"losses": evaluation.losses, "correct": evaluation.answers, "n_classes": n_classes}
 
 
 class Means:

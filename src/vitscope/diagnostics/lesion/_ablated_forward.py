@@ -210,5 +210,5 @@ def _measured(probe: Probe, forward: Callable[[Tensor], Tensor], batches: Iterab
     evaluations = [evaluate(forward, [batch], probe.objective, per_image=True, reduce=False) for batch in batches]
     # a rank without a batch has no image
     losses = [np.empty(0), *(evaluation.losses for evaluation in evaluations)]
-    correct = [np.empty(0), *(evaluation.correct for evaluation in evaluations)]
+    correct = [np.empty(0), *(evaluation.answers for evaluation in evaluations)]
     return np.concatenate(losses), np.concatenate(correct)
