@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import shutil
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import torch
@@ -106,6 +107,7 @@ def test_a_seed_of_images_is_not_that_of_the_initial_weights(made: AnalysisConte
     cfg = made.cfg.copy()
     cfg.seed = made.cfg.seed + 5
     place = dataclasses.replace(made, cfg=cfg)
-    initial = arguments.options(analysis, place, None, str)["initial"]  # type: ignore[arg-type]
+    rows = cast(Any, None)
+    initial = arguments.options(analysis, place, rows, str)["initial"]
     expected = factories.model(made.cfg).state_dict()
     assert all(torch.equal(value, expected[key]) for key, value in initial.state_dict().items())

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -165,6 +167,11 @@ def test_figures_show_the_fields():
     assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == ["a", "b"]
     relative = vs.plot(noise, relative=True).axes[0].get_lines()[0].get_ydata()
     np.testing.assert_allclose(relative, noise.relative_change)
+    by_chance = dataclasses.replace(noise, clean_accuracy=noise.chance)
+    below_chance = dataclasses.replace(noise, clean_accuracy=0.0)
+    for useless in (by_chance, below_chance):  # nothing to divide by, as in relative_change
+        figure = vs.plot({"a": noise, "b": useless}, relative=True)
+        assert np.isnan(np.asarray(figure.axes[0].get_lines()[1].get_ydata(), float)).all()
     assert len(vs.plot({"a": noise, "b": noise}, view="rms").axes) == 2
     with pytest.raises(ValueError, match="bands, rms, received 'x'"):
         vs.plot(noise, view="x")

@@ -102,8 +102,8 @@ def loaded(key: str, value: Any, probe: Probe, request: Mapping[str, Any], place
     if loading.plain(cfg.data) == loading.plain(place.cfg.data) and cfg.data.get("transform") != "model":
         batches, about = probe.batches, {**probe.about, **facts}
     else:
-        own = _own_images(cfg, other.model, {**request, "seed": probe.about["seed"]})
-        batches, about = own.batches, {**own.about, **facts}
+        processed_probe = _processed_images(cfg, other.model, {**request, "seed": probe.about["seed"]})
+        batches, about = processed_probe.batches, {**processed_probe.about, **facts}
     return Probe(other.model, batches, probe.objective, about=about, optimizer=other.optimizer)
 
 
@@ -120,7 +120,7 @@ def _processed_as(cfg: DictConfig, other_cfg: DictConfig) -> DictConfig:
     return cfg
 
 
-def _own_images(cfg: DictConfig, network: nn.Module, request: Mapping[str, Any]) -> Probe:
+def _processed_images(cfg: DictConfig, network: nn.Module, request: Mapping[str, Any]) -> Probe:
     """Return a probe of the same images as a configuration processes them for a network."""
     data = factories.data(cfg)
     data.adapt_to(network)

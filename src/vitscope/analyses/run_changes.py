@@ -1,4 +1,4 @@
-"""What a command line changed of a run's network and images, which names the results beside the measure's own settings."""
+"""Find the values of a run's network and images that a command changed: they name its results, beside the measure's settings."""
 
 from __future__ import annotations
 

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import cast
+
 import pytest
 import timm
 import torch
@@ -144,6 +147,36 @@ def test_removing_every_head_leaves_the_output_bias(name: str) -> None:
     assert unit.n_heads > 1
     assert (full - sum(pieces) - bias).abs().max() < 1e-12
     assert all(p.abs().max() > 1e-8 for p in pieces)
+
+
+def coatnet() -> nn.Module:
+    """Return a small CoAtNet, whose attention has its channels on the second axis and a convolution as output projection."""
+    from timm.models.maxxvit import MaxxVit, MaxxVitCfg, MaxxVitTransformerCfg
+
+    transformer = MaxxVitTransformerCfg(dim_head=8)
+    sizes = MaxxVitCfg(
+        embed_dim=(8, 24), depths=(1, 1), block_type=("C", "T"), stem_width=8, transformer_cfg=transformer
+    )
+    return MaxxVit(sizes, img_size=32, num_classes=5).double().eval()
+
+
+@pytest.mark.parametrize("make", [coatnet, lambda: models.vit(patch_size=8, depth=1, num_classes=5).double().eval()])
+def test_without_a_head_the_projection_has_no_weights_for_its_channels(make: Callable[[], nn.Module]) -> None:
+    model = make()
+    unit = next(u for u in units(model, image()) if u.kind == "msa")
+    assert unit.n_heads == 3
+    assert unit.projection is not None
+    weight = cast(Tensor, unit.projection.weight)
+    kept, width = weight.clone(), weight.shape[1] // unit.n_heads
+    with torch.no_grad():
+        clean = model(x := image())
+        for head in range(unit.n_heads):
+            with head_zeroed(unit, head):
+                measured = model(x)
+            weight[:, head * width : (head + 1) * width] = 0
+            torch.testing.assert_close(measured, model(x), rtol=0, atol=1e-13)
+            weight.copy_(kept)
+            assert (measured - clean).abs().max() > 1e-6
 
 
 def test_attention_weights_reproduce_the_attention_of_a_vit() -> None:

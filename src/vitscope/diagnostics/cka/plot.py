@@ -38,7 +38,12 @@ def cka(results: Mapping[str, CKAResult], *, vmin: float = 0.0, vmax: float = 1.
         for axis in (ax.xaxis, ax.yaxis):
             axis.set_major_locator(MaxNLocator(integer=True))
         _stages(ax, result.stages, result.other_stages)
-        ax.set(title=name, xlabel="Layer", ylabel="Layer" if result.is_within_model else "Layer of the other model", box_aspect=1)
+        ax.set(
+            title=name,
+            xlabel="Layer",
+            ylabel="Layer" if result.is_within_model else "Layer of the other model",
+            box_aspect=1,
+        )
     for ax in axes[n:]:
         ax.remove()
     if image is not None:
