@@ -62,6 +62,16 @@ def test_a_change_names_another_result_and_no_change_the_run_s_own(made: Analysi
     assert len(names) == 3
 
 
+def test_the_card_names_another_folder(made: AnalysisContext) -> None:
+    (analysis,) = [a for a in spec.parse(made.cfg.analysis) if a.name == "evaluation"]
+    own = runner.perform(analysis, made, reuse=False)
+    other = runner.perform(analysis, dataclasses.replace(made, changes={"data.root": "/images/b"}), reuse=False)
+    assert own is not None
+    assert other is not None
+    assert (own.card.data, other.card.data) == ("shapes", "shapes, data.root=/images/b")
+    assert own.card.differences(other.card) == ["data"]
+
+
 @pytest.mark.parametrize("option", ["other", "reference", "eigenvectors"])
 def test_a_file_that_changes_names_another_result(made: AnalysisContext, tmp_path: Path, option: str) -> None:
     (analysis,) = [a for a in spec.parse(made.cfg.analysis) if a.name == "fourier"]

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import vitscope as vs
-from tests.helpers.frequency_detectors import Detector, counted, flat, mirrored, probe_of, rho_of
+from tests.helpers.frequency_detectors import PIXELS, Detector, counted, flat, mirrored, probe_of, rho_of
 from vitscope.core.undefined_values import NullWarning
 
 
@@ -101,6 +101,20 @@ def test_bands_without_a_bin_are_null_and_named():
     present = [2, 4, 7, 9]  # rho = 1/4, 1/2, 3/4, 1
     assert np.isfinite(result.accuracy_change[present]).all()
     assert np.isnan(np.delete(result.accuracy_change, present)).all()
+
+
+def test_batches_without_labels_count_nowhere():
+    model, x = Detector(rho_of(16, 16) > 0.5), flat(4, 16, 16)
+    batches, unlabeled = list(zip(x.split(2), torch.zeros(4, dtype=torch.long).split(2))), torch.full((2,), -100)
+    labeled, mixed = (vs.Probe(model, part, about=PIXELS) for part in (batches, [*batches, (x[:2], unlabeled)]))
+    for measure, options in ((vs.frequency_noise_robustness, {"n_bands": 2}), (vs.input_filter, {"cutoffs": (0.5,)})):
+        expected, result = measure(labeled, **options), measure(mixed, **options)
+        assert result.n_images == expected.n_images == 4
+        assert result.chance == expected.chance == 0.5
+        for name in ("accuracy_change", "nll_change", "low_pass_accuracy", "high_pass_nll"):
+            np.testing.assert_array_equal(getattr(result, name, None), getattr(expected, name, None))
+    with pytest.raises(ValueError, match="at least one image with a label to evaluate, received none"):
+        vs.input_filter(vs.Probe(model, [(x[:2], unlabeled)], about=PIXELS))
 
 
 def test_logits_that_are_not_finite_are_null():

@@ -221,6 +221,19 @@ def test_stage_end_excess_is_the_last_msa_minus_the_mean_of_the_others() -> None
     assert without_attention["n_stages"] == len(set(lesion(Probe(resnet(), batches())).stages)) > 1
 
 
+def test_batches_without_labels_count_nowhere() -> None:
+    model, data = vit(), batches()
+    unlabeled = (data[0][0].flip(0), torch.full((5,), -100))
+    expected = lesion(Probe(model, data))
+    for place in (0, 2, 3):
+        result = lesion(Probe(model, [*data[:place], unlabeled, *data[place:]]))
+        np.testing.assert_array_equal(result.nll_change, expected.nll_change)
+        np.testing.assert_array_equal(result.accuracy_change, expected.accuracy_change)
+        assert result.n_images == expected.n_images
+    with pytest.raises(ValueError, match="at least one image with a label to evaluate, received none"):
+        lesion(Probe(model, [unlabeled]))
+
+
 def test_answers_from_logits_that_are_not_finite_are_none() -> None:
     """The class with number 0 would be the most probable one of NaN."""
     model = vit()

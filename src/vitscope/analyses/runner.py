@@ -138,8 +138,12 @@ def _measured(
     result = place.ahead.pop(analysis.name, None)
     if result is None:
         stop_flag.check()
-        facts = {"checkpoint": weights, "epoch": place.epoch, "step": place.step}
         request = probe_request(analysis, place.datamodule)
+        facts: dict[str, Any] = {"checkpoint": weights, "epoch": place.epoch, "step": place.step}
+        if (
+            root := place.changes.get("data.root")
+        ) is not None:  # the name alone does not tell these images from the run's
+            facts["data"] = f"{place.datamodule.describe(request['split'])['data']}, data.root={root}"
         probe = factories.probe(place.cfg, place.network, place.datamodule, request, facts, place.content)
         options = {key: arguments.loaded(key, value, probe, request, place) for key, value in analysis.options.items()}
         result = _with_others(analysis, _sharing(analysis, place, weights, reuse), probe, options, place)

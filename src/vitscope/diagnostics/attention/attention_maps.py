@@ -289,9 +289,9 @@ def _mean(values: np.ndarray) -> float:
     return float(values.mean()) if len(values) else float("nan")
 
 
-def _largest(rows: Sequence[np.ndarray]) -> float:
+def _largest(rows: LayerArrays) -> float:
     """Return the largest finite value of all rows; NaN without one."""
-    values = np.concatenate([np.ravel(row) for row in rows] or [np.zeros(0)])
+    values = np.concatenate([*(np.ravel(row) for row in rows), np.zeros(0)])
     values = values[np.isfinite(values)]
     return float(values.max()) if len(values) else float("nan")
 
