@@ -3,15 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from vitscope.config import experiment_identity, loading
-
-#: modules of sources whose images are the same in every folder: known by checksums or by name, or made here
-_SAME_IN_EVERY_FOLDER = tuple(
-    f"vitscope.data.sources.{name}." for name in ("cifar", "digits", "huggingface", "photos", "shapes")
-)
 
 
 def changed_values(cfg: Mapping[str, Any], run_config: Mapping[str, Any]) -> dict[str, Any]:
@@ -27,19 +21,11 @@ def changed_values(cfg: Mapping[str, Any], run_config: Mapping[str, Any]) -> dic
     model, own_model = (_flat_model(config) for config in (cfg, run_config))
     names = sorted(model.keys() | own_model.keys())
     changes = {name: model.get(name) for name in names if model.get(name) != own_model.get(name)}
-    folder = _folder(cfg)
-    return changes | ({"data.root": folder} if folder != _folder(run_config) else {})
+    folder = experiment_identity.image_folder(cfg)
+    is_another = folder is not None and folder != experiment_identity.image_folder(run_config)
+    return changes | ({"data.root": str(folder)} if is_another else {})
 
 
 def _flat_model(config: Mapping[str, Any]) -> dict[str, Any]:
     flat = experiment_identity.flattened({"model": loading.plain(config.get("model")) or {}})
     return {key: value for key, value in flat.items() if key not in experiment_identity.INCIDENTAL}
-
-
-def _folder(config: Mapping[str, Any]) -> str | None:
-    """Return the folder of images; None where the images do not depend on it."""
-    data = loading.plain(config.get("data")) or {}
-    target = str((data.get("source") or {}).get("_target_"))
-    if data.get("root") is None or target.startswith(_SAME_IN_EVERY_FOLDER):
-        return None
-    return str(Path(str(data["root"])).expanduser().absolute())
