@@ -143,7 +143,8 @@ def _measured(
         if (
             root := place.changes.get("data.root")
         ) is not None:  # the name alone does not tell these images from the run's
-            facts["data"] = f"{place.datamodule.describe(request['split'])['data']}, data.root={root}"
+            described = place.datamodule.describe(request["split"], bool(request["augment"]))
+            facts["data"] = f"{described['data']}, data.root={root}"
         probe = factories.probe(place.cfg, place.network, place.datamodule, request, facts, place.content)
         options = {key: arguments.loaded(key, value, probe, request, place) for key, value in analysis.options.items()}
         result = _with_others(analysis, _sharing(analysis, place, weights, reuse), probe, options, place)
