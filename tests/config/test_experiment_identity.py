@@ -30,6 +30,9 @@ def test_folders_of_images_of_other_names_are_other_experiments() -> None:
     one, copied, other = of("/images/a"), of("/tmp/job-17/a"), of("/images/b")
     assert config_hash(one) == config_hash(copied) != config_hash(other)
     assert identity(one) == identity(copied) != identity(other)
+    assert "data.root" not in identity(
+        of("/anywhere/folder")
+    )  # as the data are called, and as earlier versions have it
     cifar = "vitscope.data.sources.cifar.load"
     assert config_hash(of("/images/a", cifar)) == config_hash(of("/images/b", cifar))
     assert identity(of("/images/a", cifar)) == identity(of("/images/b", cifar))
