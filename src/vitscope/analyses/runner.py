@@ -140,9 +140,8 @@ def _measured(
         stop_flag.check()
         request = probe_request(analysis, place.datamodule)
         facts: dict[str, Any] = {"checkpoint": weights, "epoch": place.epoch, "step": place.step}
-        if (
-            root := place.changes.get("data.root")
-        ) is not None:  # the name alone does not tell these images from the run's
+        root = place.changes.get("data.root")
+        if root is not None:  # the name of the data does not tell these images from the run's
             described = place.datamodule.describe(request["split"], bool(request["augment"]))
             facts["data"] = f"{described['data']}, data.root={root}"
         probe = factories.probe(place.cfg, place.network, place.datamodule, request, facts, place.content)
