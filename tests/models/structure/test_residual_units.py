@@ -1,6 +1,7 @@
 from __future__ import annotations
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Sequence
 from typing import cast
 
 import pytest
@@ -11,6 +12,7 @@ import torchvision
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
+import vitscope as vs
 from tests.helpers.model_configs import from_config
 from vitscope import models
 from vitscope.models.structure.attention_weights import attention_weights, reading_attention
@@ -23,6 +25,7 @@ from vitscope.models.structure.residual_units import (
     units,
     zeroed,
 )
+from vitscope.models.structure.taps import taps
 
 
 def by_name(model: nn.Module) -> dict[str, Unit]:
@@ -147,6 +150,49 @@ def test_removing_every_head_leaves_the_output_bias(name: str) -> None:
     assert unit.n_heads > 1
     assert (full - sum(pieces) - bias).abs().max() < 1e-12
     assert all(p.abs().max() > 1e-8 for p in pieces)
+
+
+class BlocksInAnotherOrder(nn.Module):
+    """A ViT's blocks that are called in a given order, whatever the order of their registration."""
+
+    def __init__(self, order: Sequence[int]) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.order = list(order)
+        self.patch_embed = nn.Conv2d(3, 12, 8, 8)
+        self.blocks = nn.ModuleList(Block(12, 3) for _ in order)
+        self.head = nn.Linear(12, 4)
+        with torch.no_grad():
+            for p in self.parameters():
+                p.copy_(0.3 * torch.randn(p.shape, generator=generator))
+            called = [{key: value.clone() for key, value in block.state_dict().items()} for block in self.blocks]
+            for number, weights in zip(order, called):
+                self.blocks.get_submodule(str(number)).load_state_dict(weights)
+        self.double().eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.patch_embed(x).flatten(2).transpose(1, 2)
+        for number in self.order:
+            tokens = self.blocks[number](tokens)
+        return self.head(tokens.mean(dim=1))
+
+
+@pytest.mark.parametrize("order", [(2, 1, 0), (0, 2, 1)])
+def test_units_and_taps_are_in_the_order_of_calls(order: tuple[int, ...]) -> None:
+    """Numbers by depth are those of the same function with its blocks registered in the order of calls."""
+    model, registered = BlocksInAnotherOrder(order), BlocksInAnotherOrder((0, 1, 2))
+    x, y = image(), torch.tensor([0, 1])
+    with torch.no_grad():
+        assert torch.equal(model(x), registered(x))
+    names = [f"blocks.{number}.{part}" for number in order for part in ("attn", "mlp")]
+    assert [unit.name for unit in units(model, x)] == names
+    assert [tap.name for tap in taps(model, x)] == ["stem", *names]
+    probes = [vs.Probe(each, [(x, y)]) for each in (model, registered)]
+    for measure in (vs.feature_map_variance, vs.lesion):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            scalars, expected = (measure(probe).scalars() for probe in probes)
+        assert scalars == pytest.approx(expected, rel=1e-12, nan_ok=True)
 
 
 def coatnet() -> nn.Module:
