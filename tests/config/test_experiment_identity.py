@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from omegaconf import OmegaConf
 
@@ -15,6 +17,27 @@ from vitscope.config.experiment_identity import (
     setting,
     short_name,
 )
+
+
+def test_folders_of_images_of_other_names_are_other_experiments() -> None:
+    """A sweep over folders, and ``skip_finished=true``, would take the run of one folder for that of the other."""
+
+    def of(root: str, target: str = "vitscope.data.sources.folder.load") -> dict[str, Any]:
+        source = {"_target_": target}
+        groups: dict[str, Any] = {name: {} for name in ("model", "objective", "optimizer", "trainer", "callbacks")}
+        return groups | {"data": {"name": "folder", "root": root, "source": source}, "seed": 0}
+
+    one, copied, other = of("/images/a"), of("/tmp/job-17/a"), of("/images/b")
+    assert config_hash(one) == config_hash(copied) != config_hash(other)
+    assert identity(one) == identity(copied) != identity(other)
+    assert "data.root" not in identity(
+        of("/anywhere/folder")
+    )  # as the data are called, and as earlier versions have it
+    cifar = "vitscope.data.sources.cifar.load"
+    assert config_hash(of("/images/a", cifar)) == config_hash(of("/images/b", cifar))
+    assert identity(of("/images/a", cifar)) == identity(of("/images/b", cifar))
+    own = [one | {"data": {"_target_": "mylab.Images", "root": root}} for root in ("/images/a", "/images/b")]
+    assert config_hash(own[0]) != config_hash(own[1])
 
 
 def test_seeds_and_machines_do_not_make_another_experiment() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -253,6 +254,9 @@ def test_masks_of_objects() -> None:
     result = vs.attention_maps(probe, masks=objects.numpy())
     assert result.mask_iou[1][2] == 1.0
     assert result.scalars()["mask_iou_largest"] == 1.0
+    # of layers with a grid too coarse for the objects there is no value, whichever comes first
+    of_fine_layers = dataclasses.replace(result, mask_iou=tuple(np.array([[np.nan] * 3, [0.25, np.nan, 0.5]])))
+    assert of_fine_layers.scalars()["mask_iou_largest"] == 0.5
     of_data = vs.attention_maps(vs.Probe(model, list(probe.batches), about={"object_mask": objects}))
     np.testing.assert_array_equal(of_data.mask_iou, result.mask_iou)
     expected = overlaps(mass_masks(torch.from_numpy(np.array(found.maps[0])), 0.6), own[:, None])[..., 0].mean(0)

@@ -13,6 +13,7 @@ from vitscope.diagnostics.cka._blocks import block_structure, p_value
 from vitscope.diagnostics.cka._hsic import gram, hsic
 from vitscope.diagnostics.cka.cka import cka
 from vitscope.diagnostics.cka.plot import cka as draw
+from vitscope.diagnostics.cka.similarity import similarity
 from vitscope.runtime import progress
 
 
@@ -116,6 +117,31 @@ def test_two_models_equal_the_block_of_one() -> None:
     assert between.taps == ("x", "xx")
     assert between.other_taps == ("z",)
     assert between.block_structure is None
+
+
+def test_two_models_of_one_architecture_are_not_one_model() -> None:
+    """Their layers of the same name differ, and count in the mean; those of one model are equal to themselves."""
+    x, z = normal(40, 5, 2, 2), normal(40, 5, 2, 2, seed=1)
+    one, other = probe_of(20, a=x, b=x**2), probe_of(20, a=x, b=x**2)
+    model = Branches({"a": 5, "b": 5})
+    first = model.parts["a"].register_forward_hook(lambda module, args, value: value + 0.5 * z[: len(value)])
+    other = Probe(
+        model, other.batches, taps=[Tap(t.name, t.kind, t.stage, t.depth, model.parts[t.name]) for t in other.taps]
+    )
+    between, within = cka(one, other=other), cka(one)
+    first.remove()
+    assert between.taps == between.other_taps
+    assert (between.is_within_model, within.is_within_model) == (False, True)
+    assert between.scalars()["mean_similarity"] == pytest.approx(between.similarity.mean(), rel=1e-12)
+    assert within.scalars()["mean_similarity"] == pytest.approx(within.similarity[0, 1], rel=1e-12)
+    assert draw({"": between}).axes[0].get_ylabel() == "Layer of the other model"
+    assert draw({"": within}).axes[0].get_ylabel() == "Layer"
+    options = {"measure": "procrustes", "n_permutations": 0}
+    by_rotation = similarity(one, other, **options)
+    assert by_rotation.scalars()["procrustes"] == pytest.approx(by_rotation.similarity.mean(), rel=1e-12)
+    assert similarity(one, **options).scalars()["procrustes"] == pytest.approx(
+        similarity(one, **options).similarity[0, 1]
+    )
 
 
 def test_jackknife_equals_leaving_batches_out() -> None:

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
 import vitscope as vs
-from tests.helpers.frequency_detectors import Detector, counted, flat, mirrored, probe_of, rho_of
+from tests.helpers.frequency_detectors import PIXELS, Detector, counted, flat, mirrored, probe_of, rho_of
 from vitscope.core.undefined_values import NullWarning
 
 
@@ -101,6 +103,20 @@ def test_bands_without_a_bin_are_null_and_named():
     assert np.isnan(np.delete(result.accuracy_change, present)).all()
 
 
+def test_batches_without_labels_count_nowhere():
+    model, x = Detector(rho_of(16, 16) > 0.5), flat(4, 16, 16)
+    batches, unlabeled = list(zip(x.split(2), torch.zeros(4, dtype=torch.long).split(2))), torch.full((2,), -100)
+    labeled, mixed = (vs.Probe(model, part, about=PIXELS) for part in (batches, [*batches, (x[:2], unlabeled)]))
+    for measure, options in ((vs.frequency_noise_robustness, {"n_bands": 2}), (vs.input_filter, {"cutoffs": (0.5,)})):
+        expected, result = measure(labeled, **options), measure(mixed, **options)
+        assert result.n_images == expected.n_images == 4
+        assert result.chance == expected.chance == 0.5
+        for name in ("accuracy_change", "nll_change", "low_pass_accuracy", "high_pass_nll"):
+            np.testing.assert_array_equal(getattr(result, name, None), getattr(expected, name, None))
+    with pytest.raises(ValueError, match="at least one image with a label to evaluate, received none"):
+        vs.input_filter(vs.Probe(model, [(x[:2], unlabeled)], about=PIXELS))
+
+
 def test_logits_that_are_not_finite_are_null():
     class Spoiled(Detector):
         def forward(self, x):
@@ -165,6 +181,11 @@ def test_figures_show_the_fields():
     assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == ["a", "b"]
     relative = vs.plot(noise, relative=True).axes[0].get_lines()[0].get_ydata()
     np.testing.assert_allclose(relative, noise.relative_change)
+    by_chance = dataclasses.replace(noise, clean_accuracy=noise.chance)
+    below_chance = dataclasses.replace(noise, clean_accuracy=0.0)
+    for useless in (by_chance, below_chance):  # nothing to divide by, as in relative_change
+        figure = vs.plot({"a": noise, "b": useless}, relative=True)
+        assert np.isnan(np.asarray(figure.axes[0].get_lines()[1].get_ydata(), float)).all()
     assert len(vs.plot({"a": noise, "b": noise}, view="rms").axes) == 2
     with pytest.raises(ValueError, match="bands, rms, received 'x'"):
         vs.plot(noise, view="x")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -13,7 +14,9 @@ from torch import nn
 import vitscope as vs
 from tests.helpers.hessian_oracle import dense_hessian, logit_jacobian, make
 from tests.helpers.processes import results_of_ranks
+from vitscope.diagnostics.class_structure import _class_gradients
 from vitscope.diagnostics.class_structure._outlier_count import count_outliers, largest_countable, matched_number
+from vitscope.runtime import distributed
 
 
 def dense_parts(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> dict[str, np.ndarray]:
@@ -206,6 +209,20 @@ def test_two_ranks_give_the_numbers_of_one(tmp_path: Path) -> None:
         for name, value in numbers.items():
             if name != "residuals":
                 np.testing.assert_allclose(value, expected[name], atol=1e-8, err_msg=name)
+
+
+def two_batches_with_uneven_memory() -> dict[str, np.ndarray]:
+    """Measure with memory for all classes on the first rank and for one class on others."""
+    free = 1e9 if distributed.rank() == 0 else 1.0
+    with mock.patch.object(_class_gradients, "free_bytes", return_value=free):
+        return two_batches()
+
+
+def test_ranks_hold_as_many_classes_as_the_one_with_the_least_memory(tmp_path: Path) -> None:
+    expected = two_batches()
+    for numbers in results_of_ranks(two_batches_with_uneven_memory, tmp_path):
+        np.testing.assert_allclose(numbers["part_traces"], expected["part_traces"], atol=1e-8)
+        np.testing.assert_allclose(numbers["part_values"], expected["part_values"], atol=1e-8)
 
 
 def test_the_figure_has_a_row_of_three_panels_for_each_result() -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import nn
 from torch.optim.swa_utils import update_bn
 
 from vitscope import Probe
+from vitscope.core.undefined_values import NullWarning
 from vitscope.diagnostics.lesion.lesion import lesion
 from vitscope.diagnostics.lesion.plot import lesion as draw
 from vitscope.models.structure import residual_units
@@ -217,6 +219,54 @@ def test_stage_end_excess_is_the_last_msa_minus_the_mean_of_the_others() -> None
     without_attention = lesion(Probe(resnet(), batches())).scalars()
     assert "stage_end_msa_nll_excess" not in without_attention
     assert without_attention["n_stages"] == len(set(lesion(Probe(resnet(), batches())).stages)) > 1
+
+
+def test_batches_without_labels_count_nowhere() -> None:
+    model, data = vit(), batches()
+    unlabeled = (data[0][0].flip(0), torch.full((5,), -100))
+    expected = lesion(Probe(model, data))
+    for place in (0, 2, 3):
+        result = lesion(Probe(model, [*data[:place], unlabeled, *data[place:]]))
+        np.testing.assert_array_equal(result.nll_change, expected.nll_change)
+        np.testing.assert_array_equal(result.accuracy_change, expected.accuracy_change)
+        assert result.n_images == expected.n_images
+    with pytest.raises(ValueError, match="at least one image with a label to evaluate, received none"):
+        lesion(Probe(model, [unlabeled]))
+
+
+def test_answers_from_logits_that_are_not_finite_are_none() -> None:
+    """The class with number 0 would be the most probable one of NaN."""
+    model = vit()
+    with torch.no_grad():
+        model.get_submodule("blocks.1.mlp.fc2").weight.fill_(1e308)  # finite itself, and its products overflow
+    x = batches()[0][0]
+    probe = Probe(model, [(x, torch.zeros(len(x), dtype=torch.long))])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", NullWarning)
+        result = lesion(probe)
+    assert np.isnan([result.accuracy, result.nll]).all()
+    assert np.isnan(result.accuracy_change).all()
+    assert np.isnan(result.nll_change).all()
+
+
+def test_a_lesion_whose_logits_are_not_finite_is_null_alone() -> None:
+    model = vit()
+    with torch.no_grad():
+        model.norm.weight.zero_()
+        model.norm.eps = 0.0
+        for name in ("blocks.0.mlp.fc2", "blocks.0.attn.proj", "blocks.1.mlp.fc2", "blocks.1.attn.proj"):
+            for p in model.get_submodule(name).parameters():
+                p.zero_()
+        for p in (model.cls_token, model.pos_embed, model.get_submodule("blocks.2.attn.proj").weight):
+            p.zero_()  # without the last MLP the class token is 0, and its norm 0 / 0
+        model.get_submodule("blocks.2.attn.proj").bias.zero_()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", NullWarning)
+        result = lesion(Probe(model, batches()))
+    last = list(result.units).index("blocks.2.mlp")
+    assert np.isnan(result.accuracy_change[last])
+    assert np.isfinite(np.delete(result.accuracy_change, last)).all()
+    assert np.isfinite(result.accuracy)
 
 
 def test_refusals_and_units_of_ones_own() -> None:

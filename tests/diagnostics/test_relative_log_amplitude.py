@@ -243,6 +243,30 @@ def test_figure_shows_each_tap(view: str, curve: str):
     assert ("Normalized depth" in axes) == (view != "frequency")
 
 
+@pytest.mark.parametrize(("curve", "has_interval"), [("paper", True), ("size_corrected", True), ("first_ac", False)])
+def test_intervals_are_drawn_at_the_curves_that_they_belong_to(curve: str, has_interval: bool):
+    """That of a difference from frequency 0 is not that of one from the first bin above it, where it is 0."""
+    result = vs.relative_log_amplitude(Taps(3).probe(noise(128, 1, 8, 8)))
+    frequency, depth = vs.plot(result, curve=curve).axes[:2]
+    assert len(frequency.collections) == 3 * has_interval
+    lengths = [np.ptp(path.vertices[:, 1]) for bars in depth.collections for path in bars.get_paths()]
+    assert bool(np.nansum(lengths) > 0) == has_interval
+    assert len(vs.plot({"a": result, "b": result}, curve=curve, view="depth").axes) == 1
+
+
+def test_a_tap_that_was_not_reached_has_no_line():
+    model = Taps(2)
+    probe = model.probe(noise(2, 1, 8, 8))
+    unused = vs.Tap(name="unused", kind="conv", stage=1, depth=1.0, module=nn.Identity())
+    model.add_module("unused", unused.module)
+    probe = vs.Probe(model, probe.batches, taps=[*probe.taps, unused])
+    with pytest.warns(NullWarning, match="unused"):
+        result = vs.relative_log_amplitude(probe)
+    lines = vs.plot(result, view="frequency").axes[0].get_lines()
+    assert len(lines) == 2
+    assert np.isnan(result.high_frequency).tolist() == [False, False, True]
+
+
 def test_figure_refuses_what_it_does_not_know():
     result = measure(noise(3, 2, 8, 8))
     with pytest.raises(ValueError, match="view to be one of both, frequency, depth, received 'side'"):

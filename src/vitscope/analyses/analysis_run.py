@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 
-from vitscope.analyses import announcement, arguments, context, runner, spec
+from vitscope.analyses import announcement, arguments, context, run_changes, runner, spec
 from vitscope.analyses.analysis_inputs import AnalysisInputs, prepare_inputs
 from vitscope.analyses.prediction import cost_prediction, time_prediction
 from vitscope.analyses.prediction.cost_prediction import PredictedCost
@@ -121,7 +121,10 @@ def _measure(inputs: AnalysisInputs, run: Run, mirror: WandbMirror) -> None:
         named_weights.refuse_other_weights(network, inputs.path, run, tag)
     values: dict[str, Any] = {}
     analyses = [spec.replaced(analysis, on_error="raise") for analysis in spec.parse(cfg.analysis)]
-    place = context.AnalysisContext(cfg, run, network, inputs.data, tag, epoch, step, mirror, content, analyses)
+    changes = _announced_changes(inputs)
+    place = context.AnalysisContext(
+        cfg, run, network, inputs.data, tag, epoch, step, mirror, content, analyses, changes=changes
+    )
     _announce(place, inputs.defaults)
     _read_splits(place)
     for analysis in analyses:
@@ -136,6 +139,17 @@ def _measure(inputs: AnalysisInputs, run: Run, mirror: WandbMirror) -> None:
         values.update({f"{analysis.name}/{key}": value for key, value in result.scalars().items()})
     if rank() == 0:
         print_headline(run, values, mirror)
+
+
+def _announced_changes(inputs: AnalysisInputs) -> dict[str, Any]:
+    """Return what the command changed of the run that it names, and say so."""
+    if inputs.run is None:
+        return {}
+    changes = run_changes.changed_values(inputs.cfg, inputs.run.config())
+    if changes and rank() == 0:
+        text = ", ".join(f"{key}={value}" for key, value in changes.items())
+        _logger.info(f"not the run's own: {text}; results of the run are not taken for these")
+    return changes
 
 
 def _announce(place: context.AnalysisContext, defaults: Sequence[str]) -> None:

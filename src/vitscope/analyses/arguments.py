@@ -8,21 +8,26 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, open_dict
 from torch import nn
 
 from vitscope.analyses import previous_result
 from vitscope.analyses.context import AnalysisContext
 from vitscope.analyses.spec import Analysis, probe_request
-from vitscope.config import factories
+from vitscope.config import factories, loading
 from vitscope.config.keys.analysis_keys import CROSS_VALIDATION
 from vitscope.core.probe import Probe
 from vitscope.core.run_inputs import FromRun, run_inputs
 from vitscope.core.sharding.sharded_parameters import is_sharded
-from vitscope.runs import api, partial_results
+from vitscope.runs import api, partial_results, run_dir
 from vitscope.runs.checkpoints import checkpoint_sequence
 
 _logger = logging.getLogger(__name__)
+
+#: keys of the data that say how an image becomes what a network sees
+_PROCESSING = (
+    "image_size", "mean", "std", "crop_pct", "interpolation", "crop_mode", "background", "pixel_range", "transform",
+)  # fmt: skip
 
 
 def options(
@@ -76,25 +81,71 @@ def _training_probe(place: AnalysisContext, images: Mapping[str, Any]) -> Probe:
     return factories.probe(place.cfg, place.network, place.datamodule, {**request, "split": "train", "augment": False})
 
 
-def loaded(key: str, value: Any, probe: Probe) -> Any:
-    """Turn ``other=runs/<id>`` into a probe of that run on the same images, named checkpoints into their weights."""
+def loaded(key: str, value: Any, probe: Probe, request: Mapping[str, Any], place: AnalysisContext) -> Any:
+    """Turn ``other=runs/<id>`` into a probe of that run on the same images, named checkpoints into their weights.
+
+    Args:
+        key: name of the option.
+        value: its value.
+        probe: of the network that is measured.
+        request: which images it has, see `vitscope.analyses.spec.probe_request`.
+        place: run, network and data that are measured.
+    """
     if key == "checkpoints" and value is not None:
         return checkpoint_sequence.named(value, probe.model)
     if key != "other" or not isinstance(value, str):
         return value
     other = api.load_probe(value, split=probe.about["split"])
     other.model.to(probe.device)
-    about = {**probe.about, "checkpoint": other.about["checkpoint"]}
-    return Probe(other.model, probe.batches, probe.objective, about=about, optimizer=other.optimizer)
+    facts = {"checkpoint": other.about["checkpoint"], "epoch": other.about.get("epoch")}
+    cfg = _processed_as(place.cfg, run_dir.find(value).config())
+    if loading.plain(cfg.data) == loading.plain(place.cfg.data) and cfg.data.get("transform") != "model":
+        batches, about = probe.batches, {**probe.about, **facts}
+    else:
+        processed_probe = _processed_images(cfg, other.model, {**request, "seed": probe.about["seed"]})
+        batches, about = processed_probe.batches, {**processed_probe.about, **facts}
+    return Probe(other.model, batches, probe.objective, about=about, optimizer=other.optimizer)
+
+
+def _processed_as(cfg: DictConfig, other_cfg: DictConfig) -> DictConfig:
+    """Return a configuration whose images are processed as another run's, which may have other means and deviations or sizes."""
+    cfg = copy.deepcopy(cfg)
+    if cfg.data.get("_target_") != other_cfg.data.get("_target_"):  # of another package, whose keys are not known
+        return cfg
+    with open_dict(cfg):
+        for name in _PROCESSING:
+            cfg.data.pop(name, None)
+            if name in other_cfg.data:
+                cfg.data[name] = other_cfg.data[name]
+    return cfg
+
+
+def _processed_images(cfg: DictConfig, network: nn.Module, request: Mapping[str, Any]) -> Probe:
+    """Return a probe of the same images as a configuration processes them for a network."""
+    data = factories.data(cfg)
+    data.adapt_to(network)
+    with open_dict(cfg):
+        cfg.objective.l2 = "none"  # needs no state of an optimizer: the objective is that of the measured network
+    return factories.probe(cfg, network, data, request)
 
 
 def _model_before_training(analysis: Analysis, place: AnalysisContext) -> nn.Module | None:
-    initial = untrained_model(place.cfg, place.network)
+    initial = untrained_model(_with_seed_of_run(place), place.network)
     if initial is None:
         _logger.info(
             f"{analysis.name}: the model has the weights that it begins with, so that no change by training is measured"
         )
     return initial
+
+
+def _with_seed_of_run(place: AnalysisContext) -> DictConfig:
+    """Return the configuration with the seed that the run's training began with: ``seed=`` of a command chooses images alone."""
+    seed = place.run.config().get("seed", place.cfg.seed)
+    if seed == place.cfg.seed:
+        return place.cfg
+    cfg = copy.deepcopy(place.cfg)
+    cfg.seed = seed
+    return cfg
 
 
 def untrained_model(cfg: DictConfig, network: nn.Module) -> nn.Module | None:

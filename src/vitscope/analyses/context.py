@@ -31,6 +31,8 @@ class AnalysisContext:
         due: the analyses that will be made here; those of the feature maps of the same images share a forward pass.
         ahead: results of such a pass by name, until their turn comes.
         alone: names of those that such a pass failed for.
+        changes: values of the network and the folder of images that are not the run's, see
+            `vitscope.analyses.run_changes.changed_values`.
         draws: whether figures are drawn; of a step among many only where ``at_steps`` names it, as a figure takes longer than
             many a measure.
     """
@@ -47,4 +49,5 @@ class AnalysisContext:
     due: Sequence[Analysis] = ()
     ahead: dict[str, Any] = field(default_factory=dict)
     alone: set[str] = field(default_factory=set)
+    changes: Mapping[str, Any] = field(default_factory=dict)
     draws: bool = True

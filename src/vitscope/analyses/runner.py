@@ -94,14 +94,21 @@ def _stem(analysis: Analysis, place: AnalysisContext) -> str:
 
 
 def settings_hash(analysis: Analysis, place: AnalysisContext) -> str:
-    """Return the 8 digits that name an analysis's settings: its options, its images and the objective."""
-    return settings_hash_under(analysis, place.cfg)
+    """Return the 8 digits that name an analysis's settings: its options, its images, the objective and changes of the run."""
+    return settings_hash_under(analysis, place.cfg, place.changes)
 
 
-def settings_hash_under(analysis: Analysis, cfg: DictConfig) -> str:
-    """Return `settings_hash` from a run's configuration alone.
+def settings_hash_under(analysis: Analysis, cfg: DictConfig, changes: Mapping[str, Any] | None = None) -> str:
+    """Return `settings_hash` from a configuration alone, by default that of a run without changes.
 
-    Files that options name count with their content, so that a result is not taken for that of other weights.
+    Files that options name count with their content, so that a result is not taken for that of other weights. What belongs to
+    the run itself, its network and the folder of its images, counts where the command changed it: names of the run's own
+    results do not depend on it.
+
+    Args:
+        analysis: the measure, its options and its images.
+        cfg: the configuration.
+        changes: values that are not the run's, see `vitscope.analyses.run_changes.changed_values`.
     """
     data = {
         k: v for k, v in loading.plain(cfg.data).items() if k not in ("root", "num_workers", "batch_size", "recipe")
@@ -111,12 +118,15 @@ def settings_hash_under(analysis: Analysis, cfg: DictConfig) -> str:
     facts = [measure, analysis.options, analysis.probe, objective, data, cfg.seed]
     if isinstance(recipe := analysis.probe.get("augment"), str):
         facts.append(loading.without_default_loss(factories.named_objective(recipe)))
+    if changes:
+        facts.append(dict(changes))
     return loading.digest(facts + [checkpoint_manifest.sha256(path) for path in _files(analysis.options)])
 
 
 def _files(options: Mapping[str, Any]) -> list[Path]:
-    """Return the files that options name: of saved results and of checkpoints."""
-    named = [options.get("eigenvectors"), *(options.get("checkpoints") or [])]
+    """Return the files that options name: of saved results, of checkpoints and of other runs."""
+    named = [options.get(name) for name in ("eigenvectors", "reference", "other")]
+    named += options.get("checkpoints") or []
     paths = [Path(path) for path in named if isinstance(path, str)]
     paths = [path / "checkpoints" / "last.ckpt" if path.is_dir() else path for path in paths]
     return [path for path in paths if path.is_file()]
@@ -128,10 +138,14 @@ def _measured(
     result = place.ahead.pop(analysis.name, None)
     if result is None:
         stop_flag.check()
-        facts = {"checkpoint": weights, "epoch": place.epoch, "step": place.step}
         request = probe_request(analysis, place.datamodule)
+        facts: dict[str, Any] = {"checkpoint": weights, "epoch": place.epoch, "step": place.step}
+        root = place.changes.get("data.root")
+        if root is not None:  # the name of the data does not tell these images from the run's
+            described = place.datamodule.describe(request["split"], bool(request["augment"]))
+            facts["data"] = f"{described['data']}, data.root={root}"
         probe = factories.probe(place.cfg, place.network, place.datamodule, request, facts, place.content)
-        options = {key: arguments.loaded(key, value, probe) for key, value in analysis.options.items()}
+        options = {key: arguments.loaded(key, value, probe, request, place) for key, value in analysis.options.items()}
         result = _with_others(analysis, _sharing(analysis, place, weights, reuse), probe, options, place)
         if result is None:
             result = analysis.measure(

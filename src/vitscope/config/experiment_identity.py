@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -27,6 +28,11 @@ INCIDENTAL_TO_A_RUN = (
     "data.root", "data.num_workers", "trainer.default_root_dir", "trainer.enable_progress_bar",
     "trainer.enable_model_summary", "trainer.profiler", "trainer.logger", "model.capabilities",
 )  # fmt: skip
+
+#: modules of sources whose images are the same in every folder: known by checksums or by name, or made here
+_SAME_IN_EVERY_FOLDER = tuple(
+    f"vitscope.data.sources.{name}." for name in ("cifar", "digits", "huggingface", "photos", "shapes")
+)
 
 #: keys that may differ between two runs of one experiment, in addition
 INCIDENTAL = (
@@ -54,11 +60,36 @@ def identity(cfg: Mapping[str, Any]) -> dict[str, Any]:
     flat = flattened(groups | {"objective": without_default_loss(plain(groups["objective"]))})
     flat = {k: v for k, v in flat.items() if v is not None or k not in _NULL_IS_ABSENT}
     defining = {k: v for k, v in flat.items() if not any(k == i or k.startswith(f"{i}.") for i in INCIDENTAL)}
+    folder_name = _folder_name(cfg)
+    defining |= {} if folder_name is None else {"data.root": folder_name}
     return {k: v for k, v in defining.items() if k.removeprefix("data.") not in REPEATED}
+
+
+def image_folder(cfg: Mapping[str, Any]) -> Path | None:
+    """Return the absolute path of the folder of images; None for images that are the same in every folder, as CIFAR's.
+
+    Its name is a part of an experiment's identity, unless it is that of the data. Its place is not: a job may copy its images to
+    a folder of its own.
+    """
+    data = plain(cfg.get("data")) or {}
+    # a data module of another package has no source; that of this package has photographs without one
+    maker = data["source"] if isinstance(data.get("source"), Mapping) else data
+    target = str(maker.get("_target_", _SAME_IN_EVERY_FOLDER[0]))
+    if not data.get("root") or target.startswith((*_SAME_IN_EVERY_FOLDER, "vitscope.data.DataModule")):
+        return None
+    return Path(str(data["root"])).expanduser().absolute()
+
+
+def _folder_name(cfg: Mapping[str, Any]) -> str | None:
+    """Return the name of the folder of images where it tells more than the name of the data."""
+    folder = image_folder(cfg)
+    return None if folder is None or folder.name == (cfg.get("data") or {}).get("name") else folder.name
 
 
 def config_hash(cfg: DictConfig | Mapping[str, Any]) -> str:
     """Return the hash (16 digits) of the values that define a run; `INCIDENTAL_TO_A_RUN` and other groups are left out.
+
+    Of a folder of images the name counts.
 
     Args:
         cfg: A run's configuration, or a resolved copy of it.
@@ -71,6 +102,8 @@ def config_hash(cfg: DictConfig | Mapping[str, Any]) -> str:
         group, _, key = dotted.partition(".")
         if isinstance(defining[group], dict):
             defining[group] = {k: v for k, v in defining[group].items() if k != key}
+    if (folder_name := _folder_name(resolved)) is not None:
+        defining["data"]["root"] = folder_name
     return digest(defining, 16)
 
 

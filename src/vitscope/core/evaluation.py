@@ -43,6 +43,11 @@ class Evaluation:
     losses: np.ndarray
     correct: np.ndarray
 
+    @property
+    def answers(self) -> np.ndarray:
+        """1 or 0 for each image ``(n_images,)``, right or wrong; NaN where the loss is not finite, which is no answer."""
+        return np.where(np.isfinite(self.losses), self.correct.astype(np.float64), np.nan)
+
 
 @torch.no_grad()
 def evaluate(

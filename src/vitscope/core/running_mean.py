@@ -43,6 +43,12 @@ class RunningMean:
         return self.count, torch.stack([self._sum, self._square_sum]).cpu().numpy()
 
 
+def check_any_image(mean: RunningMean) -> None:
+    """Refuse a mean to which no rank added an image that has a label, with a ValueError."""
+    if not sum(distributed.gather_objects(mean.count)):
+        raise ValueError("Expected at least one image with a label to evaluate, received none.")
+
+
 def estimates(means: Sequence[RunningMean], level: float = 0.95) -> list[Estimate]:
     """Return each mean over all ranks' images, with its t-interval.
 

@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable, Sequence
+from typing import cast
+
 import pytest
 import timm
 import torch
@@ -8,6 +12,7 @@ import torchvision
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
+import vitscope as vs
 from tests.helpers.model_configs import from_config
 from vitscope import models
 from vitscope.models.structure.attention_weights import attention_weights, reading_attention
@@ -20,6 +25,7 @@ from vitscope.models.structure.residual_units import (
     units,
     zeroed,
 )
+from vitscope.models.structure.taps import taps
 
 
 def by_name(model: nn.Module) -> dict[str, Unit]:
@@ -144,6 +150,79 @@ def test_removing_every_head_leaves_the_output_bias(name: str) -> None:
     assert unit.n_heads > 1
     assert (full - sum(pieces) - bias).abs().max() < 1e-12
     assert all(p.abs().max() > 1e-8 for p in pieces)
+
+
+class BlocksInAnotherOrder(nn.Module):
+    """A ViT's blocks that are called in a given order, whatever the order of their registration."""
+
+    def __init__(self, order: Sequence[int]) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.order = list(order)
+        self.patch_embed = nn.Conv2d(3, 12, 8, 8)
+        self.blocks = nn.ModuleList(Block(12, 3) for _ in order)
+        self.head = nn.Linear(12, 4)
+        with torch.no_grad():
+            for p in self.parameters():
+                p.copy_(0.3 * torch.randn(p.shape, generator=generator))
+            called = [{key: value.clone() for key, value in block.state_dict().items()} for block in self.blocks]
+            for number, weights in zip(order, called):
+                self.blocks.get_submodule(str(number)).load_state_dict(weights)
+        self.double().eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.patch_embed(x).flatten(2).transpose(1, 2)
+        for number in self.order:
+            tokens = self.blocks[number](tokens)
+        return self.head(tokens.mean(dim=1))
+
+
+@pytest.mark.parametrize("order", [(2, 1, 0), (0, 2, 1)])
+def test_units_and_taps_are_in_the_order_of_calls(order: tuple[int, ...]) -> None:
+    """Numbers by depth are those of the same function with its blocks registered in the order of calls."""
+    model, registered = BlocksInAnotherOrder(order), BlocksInAnotherOrder((0, 1, 2))
+    x, y = image(), torch.tensor([0, 1])
+    with torch.no_grad():
+        assert torch.equal(model(x), registered(x))
+    names = [f"blocks.{number}.{part}" for number in order for part in ("attn", "mlp")]
+    assert [unit.name for unit in units(model, x)] == names
+    assert [tap.name for tap in taps(model, x)] == ["stem", *names]
+    probes = [vs.Probe(each, [(x, y)]) for each in (model, registered)]
+    for measure in (vs.feature_map_variance, vs.lesion):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            scalars, expected = (measure(probe).scalars() for probe in probes)
+        assert scalars == pytest.approx(expected, rel=1e-12, nan_ok=True)
+
+
+def coatnet() -> nn.Module:
+    """Return a small CoAtNet, whose attention has its channels on the second axis and a convolution as output projection."""
+    from timm.models.maxxvit import MaxxVit, MaxxVitCfg, MaxxVitTransformerCfg
+
+    transformer = MaxxVitTransformerCfg(dim_head=8)
+    sizes = MaxxVitCfg(
+        embed_dim=(8, 24), depths=(1, 1), block_type=("C", "T"), stem_width=8, transformer_cfg=transformer
+    )
+    return MaxxVit(sizes, img_size=32, num_classes=5).double().eval()
+
+
+@pytest.mark.parametrize("make", [coatnet, lambda: models.vit(patch_size=8, depth=1, num_classes=5).double().eval()])
+def test_without_a_head_the_projection_has_no_weights_for_its_channels(make: Callable[[], nn.Module]) -> None:
+    model = make()
+    unit = next(u for u in units(model, image()) if u.kind == "msa")
+    assert unit.n_heads == 3
+    assert unit.projection is not None
+    weight = cast(Tensor, unit.projection.weight)
+    kept, width = weight.clone(), weight.shape[1] // unit.n_heads
+    with torch.no_grad():
+        clean = model(x := image())
+        for head in range(unit.n_heads):
+            with head_zeroed(unit, head):
+                measured = model(x)
+            weight[:, head * width : (head + 1) * width] = 0
+            torch.testing.assert_close(measured, model(x), rtol=0, atol=1e-13)
+            weight.copy_(kept)
+            assert (measured - clean).abs().max() > 1e-6
 
 
 def test_attention_weights_reproduce_the_attention_of_a_vit() -> None:

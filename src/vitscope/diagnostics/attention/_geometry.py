@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from vitscope.models.structure.attention_units import AttentionUnit
+
 #: the mode of `torch.cdist` in which a position is at distance 0 of itself, and not at the root of a rounding error
 _EXACT = "donot_use_mm_for_euclid_dist"
 
@@ -83,6 +85,25 @@ def geometry(
         distance = torch.zeros(n_windows, 1, n_queries, n_keys, dtype=torch.float64)
         distance[..., :tokens, :tokens] = torch.cdist(places, places, compute_mode=_EXACT)[:, None]
     return Geometry(distance, queries, keys, uniform)
+
+
+def geometry_of_tokens(unit: AttentionUnit) -> Geometry:
+    """Return the places of the queries and keys of global attention as a forward pass has shown them.
+
+    Tokens without a place may stand anywhere, and keys may be of a coarser grid.
+
+    Args:
+        unit: attention in one window, the whole map.
+    """
+    places = []
+    for tokens, grid in ((unit.queries[0], unit.query_grid), (unit.keys[0], unit.key_grid)):
+        pitch = torch.tensor([side / cells for side, cells in zip(unit.image_size, grid)], dtype=torch.float64)
+        places.append((tokens + 0.5) * pitch)  # (tokens, 2) centers of the positions
+    queries, keys = unit.queries[..., 0] >= 0, unit.keys[..., 0] >= 0  # (1, tokens)
+    pairs = queries[0, :, None] & keys[0]
+    distance = torch.cdist(*places, compute_mode=_EXACT) * pairs
+    by_query = distance.sum(dim=-1) / pairs.sum(dim=-1).clamp_min(1)
+    return Geometry(distance, queries, keys, float(by_query[queries[0]].mean()))
 
 
 def _shifted_places(grid: tuple[int, int], window: tuple[int, int], shift: tuple[int, int]) -> Tensor:

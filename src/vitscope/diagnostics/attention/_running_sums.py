@@ -2,21 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
 from vitscope.core.running_mean import RunningMean
-from vitscope.diagnostics.attention._geometry import Geometry, geometry
+from vitscope.diagnostics.attention._geometry import Geometry, geometry, geometry_of_tokens
+from vitscope.models.structure.attention_units import AttentionUnit
 from vitscope.models.structure.residual_units import Unit
 from vitscope.runtime import distributed
 
 
 class Sums:
-    """Distance, entropy and share off the map of each unit's heads, and the geometry of its attention."""
+    """Distance, entropy and share off the map of each unit's heads, and the geometry of its attention.
 
-    def __init__(self, units: Sequence[Unit], shifts: Sequence[tuple[int, int]]) -> None:
+    Args:
+        units: the units that are read.
+        shifts: rows and columns by which the windows of each are shifted.
+        traced_units: units whose tokens' positions a forward pass has shown, by name.
+    """
+
+    def __init__(
+        self,
+        units: Sequence[Unit],
+        shifts: Sequence[tuple[int, int]],
+        traced_units: Mapping[str, AttentionUnit] = MappingProxyType({}),
+    ) -> None:
+        self._traced_units = traced_units
         self.means = [[RunningMean() for _ in range(3)] for _ in units]  # distance, entropy, share off the map
         self._shifts = shifts  # of the windows of each unit
         self._places: dict[int, Geometry] = {}
@@ -44,10 +58,21 @@ class Sums:
             return
         self._called.add(index)
         weights = weights.unflatten(0, (self._n, -1)).double()  # (B, n_windows, heads, Q, K)
-        n_windows, q, k = weights.shape[1], weights.shape[3], weights.shape[4]
-        place = geometry(
-            q,
-            k,
+        place = self._places[index] = self._geometry(index, unit, *weights.shape[1:])
+        for mean, value in zip(self.means[index], _looked(weights, place)):
+            mean.add(value)
+
+    def _geometry(self, index: int, unit: Unit, n_windows: int, n_heads: int, n_queries: int, n_keys: int) -> Geometry:
+        """Return the places of tokens; of global attention those of the traced unit, where images are as large as its own."""
+        traced_unit = self._traced_units.get(unit.name)
+        if traced_unit is not None:
+            n_tokens = traced_unit.queries.shape[1], traced_unit.keys.shape[1]
+            traced_sizes = (*traced_unit.image_size, traced_unit.n_windows, *n_tokens)
+            if n_windows == 1 and traced_sizes == (*self._image, n_windows, n_queries, n_keys):
+                return geometry_of_tokens(traced_unit)
+        return geometry(
+            n_queries,
+            n_keys,
             n_windows,
             grid=self._sizes[index],
             window=unit.window,
@@ -55,9 +80,6 @@ class Sums:
             image=self._image,
             shift=self._shifts[index],
         )
-        self._places[index] = place
-        for mean, value in zip(self.means[index], _looked(weights, place)):
-            mean.add(value)
 
     def keys_and_uniform(self) -> dict[int, tuple[int, float]]:
         """Return each unit's number of keys and the distance of equal weights, by index, from whichever rank saw it."""

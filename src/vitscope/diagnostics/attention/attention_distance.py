@@ -19,6 +19,7 @@ from vitscope.core.results.result import Result
 from vitscope.core.running_mean import estimates
 from vitscope.core.undefined_values import warn_nulls
 from vitscope.diagnostics.attention._running_sums import Sums
+from vitscope.models.structure.attention_units import AttentionUnit, attention_units
 from vitscope.models.structure.attention_weights import reading_attention
 from vitscope.models.structure.residual_units import Unit, reading_branches
 from vitscope.models.structure.residual_units import units as units_of
@@ -94,6 +95,13 @@ def _reading_pass(probe: Probe, options: Options) -> Iterator[Callable[[], objec
         yield read
 
 
+def _traced_units(probe: Probe, units: Sequence[Unit]) -> dict[str, AttentionUnit]:
+    """Return the units whose tokens' positions a forward pass shows, by name: no rule tells where class tokens stand."""
+    with probe.calling():
+        traced_units, _ = attention_units(probe.model, probe.first_images(), units)
+    return {unit.name: unit for unit in traced_units}
+
+
 def _shifts(model: nn.Module, units: Sequence[Unit]) -> list[tuple[int, int]]:
     """Return the rows and columns by which each unit's block rolls the map before it cuts windows; 0 where it does not."""
     owner = {id(child): block for block in model.modules() for child in block.children()}
@@ -139,8 +147,9 @@ def attention_distance(probe: Probe, *, units: Sequence[Unit] | None = None) -> 
         with probe.calling():
             units = units_of(probe.model, probe.first_images())
     units = [unit for unit in units if unit.kind == "msa"]
+    traced_units = _traced_units(probe, units)
     with probe.guard(logits=False) as model:
-        sums = Sums(units, _shifts(model, units))
+        sums = Sums(units, _shifts(model, units), traced_units)
         for _, (x, _) in track(probe.local_batches(), "attention distance"):
             sums.begin(images_of(x, "attention_distance"))
             with reading_branches(model, units, sums.note_size), reading_attention(units, sums.add):

@@ -111,7 +111,7 @@ class AttentionMapsResult(
             "entropy_share": _mean(np.array(shares)),
             "head_iou": _mean(self.head_iou),
             "layer_iou": _mean(self.layer_iou[~np.eye(n_layers, dtype=bool)]),
-            "mask_iou_largest": max((float(heads.max()) for heads in self.mask_iou), default=np.nan),
+            "mask_iou_largest": _largest(self.mask_iou),
         }
         return {name: value for name, value in values.items() if np.isfinite(value)}
 
@@ -287,6 +287,13 @@ class _Sums(MapSums):
 def _mean(values: np.ndarray) -> float:
     values = values[np.isfinite(values)]
     return float(values.mean()) if len(values) else float("nan")
+
+
+def _largest(rows: LayerArrays) -> float:
+    """Return the largest finite value of all rows; NaN without one."""
+    values = np.concatenate([*(np.ravel(row) for row in rows), np.zeros(0)])
+    values = values[np.isfinite(values)]
+    return float(values.max()) if len(values) else float("nan")
 
 
 def _of_layers(arrays: Sequence[np.ndarray], n_axes: int = 2) -> LayerArrays:

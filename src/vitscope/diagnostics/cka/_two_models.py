@@ -11,12 +11,16 @@ from torch import Tensor
 
 from vitscope.core.batches.batch_inputs import tensors_of
 from vitscope.core.feature_pass import Accumulator
+from vitscope.core.objective_card import ObjectiveCard
 from vitscope.core.probe import Probe
 from vitscope.core.tap import tap_fields
 from vitscope.diagnostics.cka._images import image_relation
 from vitscope.models.structure.taps import reading
 from vitscope.runtime import distributed
 from vitscope.runtime.progress import track
+
+#: key of the card's solver that says how a second model's images are related to the first's
+IMAGES_OF_OTHER = "images_of_other"
 
 
 class PairAccumulator(Accumulator, Protocol):
@@ -28,6 +32,12 @@ class PairAccumulator(Accumulator, Protocol):
 def tap_fields_of_both(probe: Probe, other: Probe) -> dict[str, Any]:
     """Return the fields of a result that name the taps of both models, the second's with ``other_`` before their names."""
     return {**tap_fields(probe.taps), **{f"other_{name}": value for name, value in tap_fields(other.taps).items()}}
+
+
+def shows_one_model(taps: Sequence[str], other_taps: Sequence[str], card: ObjectiveCard | None) -> bool:
+    """Tell whether both sides of a result are one model: two of one architecture have equal taps, too, and other maps."""
+    is_between = card is not None and IMAGES_OF_OTHER in (card.solver or {})
+    return tuple(taps) == tuple(other_taps) and not is_between
 
 
 def through_both(probe: Probe, other: Probe, sums: PairAccumulator, measure: str) -> None:

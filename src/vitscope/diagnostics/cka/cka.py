@@ -20,7 +20,7 @@ from vitscope.core.tap import Tap
 from vitscope.core.undefined_values import warn_nulls
 from vitscope.diagnostics.cka._blocks import block_structure, p_value
 from vitscope.diagnostics.cka._hsic import MIN_IMAGES, gram, hsic
-from vitscope.diagnostics.cka._two_models import tap_fields_of_both, through_both
+from vitscope.diagnostics.cka._two_models import IMAGES_OF_OTHER, shows_one_model, tap_fields_of_both, through_both
 from vitscope.runtime import distributed
 from vitscope.runtime.value_ranges import NonNegativeInt, Seed
 
@@ -73,10 +73,15 @@ class CKAResult(
     n_batches: int
     card: ObjectiveCard | None = None
 
+    @property
+    def is_within_model(self) -> bool:
+        """Whether layers of one model are compared with each other."""
+        return shows_one_model(self.taps, self.other_taps, self.card)
+
     def scalars(self) -> dict[str, float]:
         """Return the block structure and the mean similarity (of different layers, within one model)."""
         values = self.similarity
-        if self.block_structure is not None or self.taps == self.other_taps:
+        if self.is_within_model:
             values = values[~np.eye(len(values), dtype=bool)]
         values = values[np.isfinite(values)]
         scalars = {"mean_similarity": float(values.mean()) if len(values) else None}
@@ -193,7 +198,7 @@ class _Sums:
         if self.other is None:
             return {}
         relations = set[str]().union(*distributed.gather_objects(self.relations))
-        return {"solver": {"images_of_other": "; ".join(sorted(relations))}}
+        return {"solver": {IMAGES_OF_OTHER: "; ".join(sorted(relations))}}
 
 
 def _ratio(total: np.ndarray, n_first: int, between: bool) -> np.ndarray:

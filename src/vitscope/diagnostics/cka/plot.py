@@ -38,8 +38,12 @@ def cka(results: Mapping[str, CKAResult], *, vmin: float = 0.0, vmax: float = 1.
         for axis in (ax.xaxis, ax.yaxis):
             axis.set_major_locator(MaxNLocator(integer=True))
         _stages(ax, result.stages, result.other_stages)
-        within = result.taps == result.other_taps
-        ax.set(title=name, xlabel="Layer", ylabel="Layer" if within else "Layer of the other model", box_aspect=1)
+        ax.set(
+            title=name,
+            xlabel="Layer",
+            ylabel="Layer" if result.is_within_model else "Layer of the other model",
+            box_aspect=1,
+        )
     for ax in axes[n:]:
         ax.remove()
     if image is not None:
@@ -121,7 +125,7 @@ def _label(ax: Axes, title: str, result: SimilarityResult, measure: str, has_lab
         axis.set_major_locator(MaxNLocator(integer=True, nbins=5))
     _stages(ax, result.stages, result.other_stages)
     ax.set(title=title, box_aspect=1)
-    is_regression, within = measure == "linear_regression", result.taps == result.other_taps
+    is_regression, within = measure == "linear_regression", result.is_within_model
     if has_labels[0]:
         ax.set_xlabel("Predicting layer" if is_regression else "Layer")
     if is_regression:

@@ -33,7 +33,7 @@ from vitscope.diagnostics.cka._representations import (
     pooled,
 )
 from vitscope.diagnostics.cka._resampling import resampled
-from vitscope.diagnostics.cka._two_models import tap_fields_of_both, through_both
+from vitscope.diagnostics.cka._two_models import IMAGES_OF_OTHER, shows_one_model, tap_fields_of_both, through_both
 from vitscope.runtime import distributed
 from vitscope.runtime.value_ranges import NonNegativeInt, PositiveInt, Seed
 from vitscope.stats.intervals import LEAST_IMAGES
@@ -102,10 +102,15 @@ class SimilarityResult(Result, coordinates={"measure": "measures"} | TAP_COORDIN
             raise ValueError(f"Expected one of {', '.join(self.measures)}, received {measure!r}.")
         return self.similarities[self.measures.index(measure)]
 
+    @property
+    def is_within_model(self) -> bool:
+        """Whether layers of one model are compared with each other."""
+        return shows_one_model(self.taps, self.other_taps, self.card)
+
     def scalars(self) -> dict[str, float]:
         """Return each measure's mean over pairs (of different layers, within one model), and that of its null."""
         pairs = np.ones(self.similarities.shape[1:], dtype=bool)
-        if self.taps == self.other_taps:
+        if self.is_within_model:
             np.fill_diagonal(pairs, False)
         values = {}
         for index, name in enumerate(self.measures):
@@ -291,7 +296,7 @@ class _Sums:
         if self.other is None:
             return {}
         relations = set[str]().union(*distributed.gather_objects(self.relations))
-        return {"solver": {"images_of_other": "; ".join(sorted(relations))}}
+        return {"solver": {IMAGES_OF_OTHER: "; ".join(sorted(relations))}}
 
 
 #: similarity, half width, mean of the null and p-value of one measure, ``(S, T)`` each

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from vitscope.core.batches.batch_inputs import Inputs, selected_images
 from vitscope.core.losses.targets import hard_targets, labeled
-from vitscope.linalg.basis_memory import free_memory
+from vitscope.linalg.basis_memory import free_bytes
 from vitscope.linalg.curvature.double_backward import BilinearConvDoubleBackward
 from vitscope.linalg.krylov_basis import CPU_BLOCK
 from vitscope.runtime import distributed
@@ -100,8 +100,7 @@ def class_gradients(
     tensors = list(parameters.values())
     like = tensors[0]
     size = sum(p.numel() for p in tensors)
-    free = free_memory(like.device) / 4 if max_memory is None else max_memory
-    at_once = int(min(max(1, free // (size * n_classes * like.element_size())), n_classes))
+    at_once = _classes_at_once(size * n_classes * like.element_size(), n_classes, like.device, max_memory)
     weights = torch.zeros(n_classes, n_classes, dtype=torch.float64, device=like.device)
     square_norms = np.zeros((n_classes, n_classes))
     projections = np.zeros((len(vectors), n_classes, n_classes))
@@ -132,6 +131,19 @@ def class_gradients(
         inner_products(class_means, class_means),
         projections,
     )
+
+
+def _classes_at_once(class_bytes: int, n_classes: int, device: torch.device, max_memory: float | None) -> int:
+    """Return how many classes are held at once: as many on every rank, which add them up together.
+
+    Args:
+        class_bytes: bytes of the vectors of a class.
+        n_classes: number of classes.
+        device: of the vectors.
+        max_memory: bytes for all of them; None for a quarter of what is free on the rank that has least.
+    """
+    memory = min(distributed.gather_objects(free_bytes("device", device))) / 4 if max_memory is None else max_memory
+    return int(min(max(1, memory // class_bytes), n_classes))
 
 
 def inner_products(rows: Tensor, others: Tensor) -> np.ndarray:

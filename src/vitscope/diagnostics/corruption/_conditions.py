@@ -68,7 +68,7 @@ def measured(
                 "accuracy": evaluation.accuracy,
                 "nll": evaluation.nll,
                 "ece": evaluation.ece,
-                "correct": evaluation.correct,
+                "correct": evaluation.answers,
             }
 
         name = with_arguments("{0} {1[0]} {1[1]}".format, label)

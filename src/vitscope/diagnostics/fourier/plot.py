@@ -37,7 +37,8 @@ def relative_log_amplitude(
     Args:
         results: results by the name in the title or legend.
         view: ``both``, ``frequency``, or ``depth`` (several models then share one pair of axes).
-        curve: ``paper``, ``size_corrected`` or ``first_ac``.
+        curve: ``paper``, ``size_corrected`` or ``first_ac``, which is drawn without intervals: those of the result belong to
+            differences from frequency 0.
         axis: ``true`` frequencies of the bins, or ``paper``, which stretches them so that the last is 1.
 
     Raises:
@@ -82,8 +83,11 @@ def _over_frequency(canvas: Canvas, ax: Axes, result: RelativeLogAmplitudeResult
     grid = result.normalized_frequency if axis == "true" else result.paper_frequency
     for depth, x, y, half in zip(result.depths, grid, getattr(result, field), result.log_amplitude_half_width):
         color = colors.to_rgba(depth)
+        if not len(x):  # not reached by the forward pass
+            continue
         ax.plot(x, y, color=color, linewidth=1.0)
-        ax.fill_between(x, y - half, y + half, color=color, alpha=shade, linewidth=0)
+        if curve != "first_ac":
+            ax.fill_between(x, y - half, y + half, color=color, alpha=shade, linewidth=0)
     canvas.colorbar(colors, ax=ax, label=DEPTH_LABEL, pad=0.02)
     ax.set_xlim(0, 1)
     ax.set_ylabel(label)
@@ -94,7 +98,7 @@ def _over_depth(ax: Axes, result: RelativeLogAmplitudeResult, curve: str) -> Non
     areas = result.map_sizes.prod(axis=1)
     shade_bands(ax, result.depths, result.kinds, np.append(False, areas[1:] < areas[:-1]))
     ax.plot(result.depths, y, color="0.4", linewidth=0.8, zorder=2)
-    points_by_kind(ax, result.depths, result.kinds, y, result.high_frequency_half_width)
+    points_by_kind(ax, result.depths, result.kinds, y, _last_half_width(result, curve))
     _label_depth(ax, curve)
 
 
@@ -105,7 +109,7 @@ def _overlay(results: Mapping[str, RelativeLogAmplitudeResult], curve: str) -> F
         ax.errorbar(
             result.depths,
             _last(result, curve),
-            result.high_frequency_half_width,
+            _last_half_width(result, curve),
             marker=MARKERS[index % len(MARKERS)],
             markersize=3,
             color=result_color(index),
@@ -125,3 +129,8 @@ def _label_depth(ax: Axes, curve: str) -> None:
 def _last(result: RelativeLogAmplitudeResult, curve: str) -> np.ndarray:
     values = getattr(result, CURVES[curve][0])
     return np.array([value[-1] if value.size > 1 else np.nan for value in values])
+
+
+def _last_half_width(result: RelativeLogAmplitudeResult, curve: str) -> np.ndarray:
+    half_width = result.high_frequency_half_width
+    return np.full_like(half_width, np.nan) if curve == "first_ac" else half_width

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vitscope.core.evaluation import evaluate
 from vitscope.core.probe import Probe
-from vitscope.core.running_mean import RunningMean, estimates
+from vitscope.core.running_mean import RunningMean, check_any_image, estimates
 from vitscope.runtime.distributed import gather_objects, world_size
 from vitscope.runtime.progress import track
 from vitscope.runtime.resumable_map import Partial, stored_row
@@ -68,10 +68,11 @@ def _row(
         n_classes = logits.shape[1]
         return logits
 
+    if not probe.objective.n_examples(y):  # counts nowhere, but tells the number of classes
+        forward(x)
+        return {"losses": np.empty(0), "correct": np.empty(0), "n_classes": n_classes}
     evaluation = evaluate(forward, [(x, y)], probe.objective, per_image=True, reduce=False)
-    # an answer from logits that are not finite is none
-    correct = np.where(np.isfinite(evaluation.losses), evaluation.correct.astype(float), np.nan)
-    return {"losses": evaluation.losses, "correct": correct, "n_classes": n_classes}
+    return {"losses": evaluation.losses, "correct": evaluation.answers, "n_classes": n_classes}
 
 
 class Means:
@@ -92,6 +93,11 @@ class Means:
             self._means[name].add(torch.from_numpy(np.ascontiguousarray(value, dtype=np.float64)))
 
     def finish(self, level: float) -> dict[str, Estimate]:
-        """Return the estimates over all ranks' images by name."""
+        """Return the estimates over all ranks' images by name.
+
+        Raises:
+            ValueError: no image that has a label.
+        """
+        check_any_image(next(iter(self._means.values())))
         self.n_classes = max(gather_objects(self.n_classes))
         return dict(zip(self._means, estimates(list(self._means.values()), level)))

@@ -25,7 +25,8 @@ def frequency_noise_robustness(
     Args:
         results: results by the name in the legend; several models share one pair of axes.
         view: ``bands``; or ``rms``, a panel a model with a line a scale (needs ``curve_rms``).
-        relative: divide by clean minus chance accuracy, so that models of different accuracy can be compared.
+        relative: divide by clean minus chance accuracy, so that models of different accuracy can be compared; a model that is
+            not above chance has no values then.
 
     Raises:
         ValueError: an unknown view.
@@ -38,7 +39,7 @@ def frequency_noise_robustness(
     ax = canvas.axes()
     for index, (marker, (name, result)) in enumerate(zip(_cycle(MARKERS), results.items())):
         # the same factor turns both the change and its interval into shares of clean minus chance, or into points
-        factor = 1 / (result.clean_accuracy - result.chance) if relative else 100
+        factor = _share_of_possible(result) if relative else 100
         y, half_width = factor * result.accuracy_change, factor * result.accuracy_change_half_width
         ax.errorbar(
             result.normalized_frequency,
@@ -134,6 +135,12 @@ def _over_rms(results: Mapping[str, FrequencyNoiseRobustnessResult]) -> Figure:
         ax.legend(title="eps" if result.construction == "official" else "rms")
     axes[0].set_ylabel(r"$\Delta$ accuracy (percentage points)")
     return canvas.figure
+
+
+def _share_of_possible(result: FrequencyNoiseRobustnessResult) -> float:
+    """Return what turns a change of accuracy into a share of clean minus chance accuracy; NaN where that is not positive."""
+    above_chance = result.clean_accuracy - result.chance
+    return 1 / above_chance if above_chance > 0 else np.nan
 
 
 def _construction(result: FrequencyNoiseRobustnessResult) -> str:

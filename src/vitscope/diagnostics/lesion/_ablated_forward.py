@@ -207,8 +207,13 @@ def _stacked(rows: Sequence[Rows]) -> Rows:
 
 
 def _measured(probe: Probe, forward: Callable[[Tensor], Tensor], batches: Iterable[Batch]) -> Rows:
-    evaluations = [evaluate(forward, [batch], probe.objective, per_image=True, reduce=False) for batch in batches]
-    # a rank without a batch has no image
+    evaluations = []
+    for x, y in batches:
+        if probe.objective.n_examples(y):
+            evaluations.append(evaluate(forward, [(x, y)], probe.objective, per_image=True, reduce=False))
+        else:
+            forward(x)  # whose outputs are compared
+    # a rank without a batch, and a batch without labels, have no image
     losses = [np.empty(0), *(evaluation.losses for evaluation in evaluations)]
-    correct = [np.empty(0), *(evaluation.correct for evaluation in evaluations)]
+    correct = [np.empty(0), *(evaluation.answers for evaluation in evaluations)]
     return np.concatenate(losses), np.concatenate(correct)

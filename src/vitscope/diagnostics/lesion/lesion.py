@@ -16,7 +16,7 @@ from vitscope.core.objective_card import ObjectiveCard
 from vitscope.core.probe import Probe
 from vitscope.core.results.result import UNIT_COORDINATES, Result
 from vitscope.core.run_inputs import ResumableRows
-from vitscope.core.running_mean import RunningMean, estimates
+from vitscope.core.running_mean import RunningMean, check_any_image, estimates
 from vitscope.core.undefined_values import warn_nulls
 from vitscope.core.weight_space import BN_POLICIES
 from vitscope.diagnostics.lesion._ablated_forward import batch_by_batch, lesion_by_lesion
@@ -162,6 +162,7 @@ def lesion(
                 total.add(torch.cat([values[:1], values[1:] - values[:1]]).T)
             right = torch.from_numpy(pair[1].astype(np.float64))
             wrong.add(1 - (right * right[:1]).T)
+    check_any_image(losses)
     nll, accuracy, either_wrong = estimates([losses, correct, wrong])
     if one_answer and not np.isnan(accuracy.mean[0]):
         half_width = where_enough_wrong(nll.half_width, either_wrong.mean * nll.count)

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from vitscope.core.batches.batch_inputs import BatchInputs
@@ -198,17 +199,21 @@ def _ordered_map(value: Tensor, name: str, forward_pass: ForwardPass, order: Tok
 
 
 def prefix_tokens(value: Tensor, layout: Layout, n_prefix: int, order: TokenOrder | str | None = None) -> Tensor | None:
-    """Return the tokens in front of the map in a tensor of a tap, ``(B, n_prefix, C)``; None where there is none.
+    """Return the class, distillation and register tokens in a tensor of a tap, ``(B, n_prefix, C)``; None where there is none.
 
     Args:
         value: The tensor, from which `to_map` makes a map.
         layout: Meaning of the tensor's axes.
         n_prefix: Tokens in front of the grid.
-        order: Order of the tokens of an unknown layout or grid: those before the first one with a position are returned.
+        order: Order of the tokens of an unknown layout or grid, in which they may stand behind the grid: those without a
+            position, where these are ``n_prefix``, and otherwise those before the first one with a position.
     """
     if isinstance(order, TokenOrder):
         tokens = value.movedim(order.channel, -1)  # (..., C)
         tokens = tokens.reshape(-1, order.n_tokens, tokens.shape[-1])  # (B, n_tokens, C)
+        is_of_map = torch.zeros(order.n_tokens, dtype=torch.bool).index_fill_(0, order.index.flatten().cpu(), True)
+        if 0 < n_prefix == int((~is_of_map).sum()):
+            return tokens[:, (~is_of_map).to(tokens.device)]
         n_prefix = int(order.index.min())
     elif layout in ("NLC", "NCL", "LNC"):
         tokens = (

@@ -133,7 +133,24 @@ def _traced(model: nn.Module, images: Tensor | None) -> tuple[Trace | None, Untr
 def _described(model: nn.Module, components: list[ModelComponent], images: Tensor | None) -> FoundStructure:
     """Return the structure of described components, with what a forward pass shows beside them."""
     observed = execution(model, residual_blocks(components), images)
+    components = _in_order_of_calls(components, observed)
     return FoundStructure(components, list(missing_from(model, components, observed)), None, observed)
+
+
+def _in_order_of_calls(components: list[ModelComponent], observed: Execution | None) -> list[ModelComponent]:
+    """Return components in the order in which a forward pass called their blocks, which is mostly that of registration.
+
+    A block that was not called stays behind the one before it. Of blocks inside of others the order is left as it is.
+    """
+    blocks = {piece.block for piece in components}
+    has_nested = any(inner in blocks for block in blocks for inner in block.modules() if inner is not block)
+    if observed is None or has_nested:
+        return components
+    times, last = [], -1
+    for piece in components:
+        last = observed.starts.get(piece.block, last)
+        times.append(last)
+    return [piece for _, piece in sorted(zip(times, components), key=lambda pair: pair[0])]
 
 
 def _of_trace(traced: TracedStructure, described: FoundStructure | None) -> FoundStructure:

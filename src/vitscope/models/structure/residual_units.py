@@ -22,6 +22,8 @@ from vitscope.runtime.errors import StructureError
 
 Side = Literal["input", "output"]
 
+_Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
+
 
 @dataclass(frozen=True)
 class Unit:
@@ -217,8 +219,11 @@ def zeroed(*units: Unit) -> Iterator[None]:
 def head_zeroed(unit: Unit, head: int) -> Iterator[None]:
     """Remove one attention head: its part of the output projection's input is zero.
 
+    A projection by a convolution, as in timm's ``Attention2d`` (CoAtNet), takes the channels on the second axis, others on the
+    last one.
+
     Raises:
-        ValueError: If the unit has no such head, or its projection did not run inside.
+        ValueError: If the unit has no such head, if its channels cannot be told apart, or its projection did not run inside.
     """
     projection, ran = unit.projection, []
     if not 0 <= head < unit.n_heads or projection is None:
@@ -227,8 +232,13 @@ def head_zeroed(unit: Unit, head: int) -> Iterator[None]:
     def drop(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         ran.append(True)
         x = args[0].clone()
-        width = x.shape[-1] // unit.n_heads
-        x[..., head * width : (head + 1) * width] = 0  # (..., heads * dim_head)
+        axis = 1 if isinstance(projection, _Convolution) else x.ndim - 1  # of heads * dim_head channels
+        if x.shape[axis] % unit.n_heads:
+            raise ValueError(
+                f"Expected channels of {unit.n_heads} heads before the projection of {unit.name!r}, received {x.shape[axis]}."
+            )
+        width = x.shape[axis] // unit.n_heads
+        x.narrow(axis, head * width, width).zero_()
         return (x, *args[1:])
 
     handle = projection.register_forward_pre_hook(drop)
