@@ -16,7 +16,7 @@ from PIL import Image
 from plotly.offline import get_plotlyjs
 
 from vitscope import __version__
-from vitscope.config.experiment_identity import identity
+from vitscope.config.experiment_identity import experiment
 from vitscope.core.objective_card import shown_value
 from vitscope.reports.claims.claim_verdicts import NOT_MEASURED, ClaimVerdict, effect_text
 from vitscope.reports.figures import figure_captions
@@ -133,7 +133,7 @@ def write(
 
 def comparison(entries: Sequence[Entry]) -> dict[str, Any]:
     """Return what the page needs to compare runs: differing configuration, last metrics, thinned curves."""
-    facts = {entry.id: {**identity(entry.config), "seed": entry.seed} for entry in entries}
+    facts = {entry.id: {**experiment(entry.config, entry.facts), "seed": entry.seed} for entry in entries}
     keys = dict.fromkeys(key for fact in facts.values() for key in fact)
     varying = [key for key in keys if len({json.dumps(fact.get(key), default=str) for fact in facts.values()}) > 1]
     return {
@@ -231,7 +231,7 @@ def _fact(value: Any) -> str:
 def _metric(entry: Entry, name: str) -> str:
     """Return a metric of a run; of one that was not trained here that of its newest `vs.evaluation` of the split."""
     value = Selection([entry], or_newest=True).metric(entry, name).number
-    return "–" if value is None else f"{value:.3f}"
+    return "–" if value is None else f"{value:z.3f}"
 
 
 def _rounded(curve: tuple[list[float], list[float]]) -> list[list[float]]:
