@@ -56,6 +56,18 @@ def fit_legend(labels: Sequence[str], n_columns: int, width: float) -> tuple[lis
     return fitted, 1
 
 
+def n_legend_lines(labels: Sequence[str], n_columns: int) -> int:
+    """Return the number of lines that a legend of these labels has, which fill its columns one after another.
+
+    Args:
+        labels: texts of the entries, broken into lines.
+        n_columns: number of columns.
+    """
+    n_rows = max(1, -(-len(labels) // n_columns))
+    columns = [labels[start : start + n_rows] for start in range(0, len(labels), n_rows)]
+    return max((sum(label.count("\n") + 1 for label in column) for column in columns), default=0)
+
+
 def _cell(axes: Axes) -> tuple[float, float]:
     """Return width and height in inches of the cell in which axes stand; of the whole figure for axes without one."""
     parent: Any = axes.get_figure(root=False)
