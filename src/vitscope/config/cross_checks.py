@@ -236,7 +236,7 @@ def check_schedule_length(cfg: Mapping[str, Any]) -> None:
     """
     optimizer, trainer = cfg["optimizer"], cfg["trainer"]
     has_length = any(trainer.get(key) not in (None, -1) for key in ("max_epochs", "max_steps"))
-    kind = (optimizer.get("schedule") or {}).get("kind")
+    kind = (optimizer.get("schedule") or {}).get("kind", "cosine")
     if kind == "cosine" and trainer.get("max_time") is not None and not has_length:
         reason = "a cosine ends with the last step, and trainer.max_time alone does not tell which that is"
         fix = "set trainer.max_epochs=100 or trainer.max_steps=10000 beside it, or optimizer.schedule.kind=constant"
