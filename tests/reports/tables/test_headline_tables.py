@@ -318,3 +318,13 @@ def test_latex_has_no_character_that_pdflatex_does_not_know() -> None:
     latex = cells.latex(table)
     assert latex.isascii()
     assert r"ViT $\rightarrow$ PiT, wd $\Sigma$$\|$w$\|$$^2$, $\frac{1}{2}$ $\geq$ 0.1, 5$\times$5 $-$ 3" in latex
+
+
+def test_prose_is_at_the_left_and_numbers_are_at_the_right() -> None:
+    long = "a reason that is longer than a number with its interval"
+    rows = ((cells.Cell("a"), cells.Cell("1"), cells.Cell(long)), (cells.Cell("b"), cells.Cell("10"), cells.Cell("")))
+    table = cells.Table("t", "T", ("name", "x", "why"), ("name", "x", "why"), rows)
+    rule = cells.markdown(table).splitlines()[3]
+    assert [part.strip()[-1] for part in rule.strip("|").split("|")] == ["-", ":", "-"]
+    assert f"|   1 | {long} |" in cells.markdown(table)
+    assert r"\begin{tabular}{lrl}" in cells.latex(table)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +26,10 @@ _LATEX = {
 
 #: number of seeds from which on a cell is a mean with an interval; below, it lists the seeds' values
 LEAST_SEEDS = 3
+
+
+#: characters from which on a cell without a number holds prose
+PROSE = 45
 
 
 @dataclass(frozen=True)
@@ -179,8 +183,9 @@ def markdown(table: Table) -> str:
     """Return a table that is also readable as text."""
     grid = [list(table.columns), *[[_escaped(cell.text) for cell in row] for row in table.rows]]
     widths = [max(3, *(len(line[i]) for line in grid)) for i in range(len(table.columns))]
-    rule = ["-" * w if i == 0 else "-" * (w - 1) + ":" for i, w in enumerate(widths)]
-    lines = ["| " + " | ".join(_aligned(line, widths)) + " |" for line in (grid[0], rule, *grid[1:])]
+    left_columns = _left_columns(table)
+    rule = ["-" * w if i in left_columns else "-" * (w - 1) + ":" for i, w in enumerate(widths)]
+    lines = ["| " + " | ".join(_aligned(line, widths, left_columns)) + " |" for line in (grid[0], rule, *grid[1:])]
     return "\n".join([f"**{table.title}**", "", *lines, *(["", table.note] if table.note else [])]) + "\n"
 
 
@@ -216,7 +221,9 @@ def latex(table: Table) -> str:
     styler.hide(axis="index")
     styler.format(escape="latex")
     styler.format_index(escape="latex", axis="columns")
-    text = styler.to_latex(hrules=True, column_format="l" + "r" * (len(table.columns) - 1))
+    left_columns = _left_columns(table)
+    columns = "".join("l" if i in left_columns else "r" for i in range(len(table.columns)))
+    text = styler.to_latex(hrules=True, column_format=columns)
     return text.translate(str.maketrans(_LATEX))
 
 
@@ -241,5 +248,11 @@ def _escaped(text: str) -> str:
     return text.replace("|", r"\|")
 
 
-def _aligned(line: Sequence[str], widths: Sequence[int]) -> list[str]:
-    return [text.ljust(w) if i == 0 else text.rjust(w) for i, (text, w) in enumerate(zip(line, widths))]
+def _left_columns(table: Table) -> set[int]:
+    """Return the columns whose cells are at the left: the first one, and those with prose; numbers are at the right."""
+    prose = {i for row in table.rows for i, cell in enumerate(row) if cell.interval is None and len(cell.text) > PROSE}
+    return {0} | prose
+
+
+def _aligned(line: Sequence[str], widths: Sequence[int], left_columns: Collection[int]) -> list[str]:
+    return [text.ljust(w) if i in left_columns else text.rjust(w) for i, (text, w) in enumerate(zip(line, widths))]
