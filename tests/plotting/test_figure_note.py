@@ -20,6 +20,8 @@ def note_and_others(figure: Figure, note: str) -> None:
     assert figure.bbox.y0 <= box.y0
     others = [*figure.legends, *figure.axes]
     assert others
+    lowest_axes = min(axes.get_tightbbox().y0 for axes in figure.axes)
+    assert all(legend.get_window_extent().y1 <= lowest_axes for legend in figure.legends)
     lowest = min(other.get_tightbbox().y0 for other in others)
     assert box.y1 <= lowest
     assert figure.get_figheight() - height < 0.5
