@@ -126,7 +126,7 @@ def _summary(
     ]
     lines = [
         f"Study `{study}`: {', '.join(study_export.data_names(entries))}, {n_seeds} seed{'s' * (n_seeds != 1)}, "
-        f"{len(trained)} trainings{_lengths(trained)}, {hours:.1f} hours of training and measuring. "
+        f"{len(trained)} trainings{_lengths(trained)}, {hours:.1f} hours of training without measuring. "
         f"{_what_follows(judged)}",
         "",
         "| claim | verdict | p (Holm) | seeds | signs as claimed |",

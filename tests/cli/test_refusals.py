@@ -50,6 +50,10 @@ def one_line(capsys: pytest.CaptureFixture[str]) -> str:
         (["trainer.precision=7"], "error: trainer.precision=7"),
         (["trainer.profiler=abc"], "error: trainer: "),
         (["trainer.max_time=abc"], "error: trainer: "),
+        (
+            ["trainer.max_epochs=-1", "trainer.max_time='00:00:01:00'"],
+            "error: optimizer.schedule.kind=cosine: a cosine ends",
+        ),
         (["callbacks.checkpoint.mode=up"], "error: callbacks.checkpoint: Expected mode to be 'min' or 'max'"),
         (["callbacks.lr_monitor.logging_interval=abc"], "error: callbacks.lr_monitor"),
         (["trainer.limit_val_batches=0.0001"], "error: trainer.limit_val_batches=0.0001: no batch"),

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from tests.helpers.configurations import composed
-from vitscope.config import dry_run, error_translation, target_allowlist
+from vitscope.config import cross_checks, dry_run, error_translation, target_allowlist
 from vitscope.config.validation import validate
 from vitscope.runtime.errors import ConfigError, StorageError, VitscopeError
 
@@ -143,3 +143,36 @@ def test_an_average_that_no_checkpoint_holds_is_refused() -> None:
         ConfigError, match=r"callbacks.swa=.*: its average is tested and is in no checkpoint; use callbacks="
     ):
         validate(composed("train", swa))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "is_refused"),
+    [
+        (["trainer.max_epochs=-1", "trainer.max_time='00:01:00:00'"], True),
+        (["trainer.max_epochs=null", "trainer.max_time='00:01:00:00'"], True),
+        (["trainer.max_epochs=-1", "trainer.max_time='00:01:00:00'", "optimizer.schedule.kind=constant"], False),
+        (["trainer.max_epochs=-1", "trainer.max_time='00:01:00:00'", "trainer.max_steps=100"], False),
+        (["trainer.max_epochs=9", "trainer.max_time='00:01:00:00'"], False),
+    ],
+)
+def test_a_cosine_without_an_end_is_refused(overrides: list[str], is_refused: bool) -> None:
+    """The rate of a training that only its time ends would never fall."""
+    cfg = composed("train", *overrides)
+    validate(cfg)
+    if not is_refused:
+        cross_checks.check_schedule_length(cfg)
+        return
+    with pytest.raises(ConfigError) as caught:
+        cross_checks.check_schedule_length(cfg)
+    assert str(caught.value) == (
+        "optimizer.schedule.kind=cosine: a cosine ends with the last step, and trainer.max_time alone does not tell which that "
+        "is; set trainer.max_epochs=100 or trainer.max_steps=10000 beside it, or optimizer.schedule.kind=constant"
+    )
+
+
+def test_only_messages_of_processes_are_errors_of_processes() -> None:
+    """A path may hold the letters of gloo."""
+    assert error_translation.explain(FileNotFoundError(2, "No such file or directory", "/data/igloo/x.png")) is None
+    assert error_translation.explain(KeyError("igloo")) is None
+    lost = RuntimeError("[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:525] Connection closed by peer. ")
+    assert error_translation.code_for(lost) == 7

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 
 import vitscope as vs
 from tests.helpers.sample_results import loss_slice, variance
-from vitscope.plotting.text_fit import broken_lines, broken_names, fit_legend
+from vitscope.plotting.text_fit import broken_lines, broken_names, fit_legend, n_legend_lines
 
 
 @pytest.mark.parametrize(
@@ -62,3 +62,11 @@ def test_labels_stay_inside_of_one_column() -> None:
     with rc_context({"font.size": 12}):
         assert inside(vs.plot(loss_slice(), figsize=(3.3, 2.4)))
         assert inside(vs.plot(variance(), view="ratio", figsize=(3.3, 2.8)))
+
+
+@pytest.mark.parametrize(
+    ("labels", "n_columns", "n_lines"),
+    [([], 1, 0), (["a"], 2, 1), (["a", "b", "c"], 2, 2), (["a", "b\nb", "c"], 2, 3), (["a", "b", "c\nc\nc"], 2, 3)],
+)
+def test_a_legend_is_as_high_as_its_highest_column(labels: list[str], n_columns: int, n_lines: int) -> None:
+    assert n_legend_lines(labels, n_columns) == n_lines

@@ -171,3 +171,11 @@ def test_a_card_of_another_version_is_read_as_far_as_it_is_known(make_run: Calla
     file.write_text(json.dumps(content))
     (entry,) = collect(tmp_path)
     assert entry.results[0].card == CARD
+
+
+def test_of_analyses_of_one_model_the_newest_counts_whatever_its_name(make_run: Callable, tmp_path: Path) -> None:
+    analyzed = {"command": "analyze", "created": "2026-03-01T00:00:00"}
+    make_run("vit", name="a-newer", facts=analyzed, measured={"hessian": spectrum(0.25)})
+    make_run("vit", name="b-older", facts={**analyzed, "created": "2026-02-01T00:00:00"})
+    (group,) = Selection(collect(tmp_path)).groups().values()
+    assert {seed: entry.id for seed, entry in group.items()} == {0: "a-newer"}

@@ -90,3 +90,17 @@ def test_all_three_together_keep_their_level(noise: str, n: int) -> None:
     samples = NOISE[noise](np.random.default_rng(0), (2000, n))
     rejected = sum(tests.location_tests(x.tolist()).largest < 0.05 for x in samples)
     assert rejected <= stats.binom.isf(1e-4, 2000, 0.05)
+
+
+def test_a_mean_of_zero_has_no_side() -> None:
+    """Zeros on the side of a mean of zero once gave the sign test 2 (1 + 22 + 231) / 2^22 = 1.2e-4."""
+    values = [0.0] * 20 + [1.0, -1.0]
+    found = tests.location_tests(values)
+    assert (found.t, found.sign_flip, found.sign) == (1.0, 1.0, 1.0)
+    assert not found.is_one_sign
+
+
+def test_effects_of_one_sign_are_told_from_others() -> None:
+    assert tests.location_tests([1.0, 1.2, 0.9, 1.1, 0.8]).is_one_sign
+    assert not tests.location_tests([1.0, 1.2, 0.9, 1.1, -0.1]).is_one_sign
+    assert not tests.location_tests([1.0, 1.2, 0.9, 1.1, 0.0]).is_one_sign

@@ -204,6 +204,11 @@ def test_the_command_refuses_and_points(capsys: pytest.CaptureFixture[str], monk
         (["sweeps/models.yaml", "jobs=two"], "error: JOBS=two: not a whole number"),
         (["sweeps/models.yaml", "jobs=1", "model.dpth=3"], "did you mean depth"),
         (["sweeps/models.yaml", "gpus=99"], "error: GPUS=99: this machine has"),
+        (["sweeps/models.yaml", "server=maybe"], "error: server=maybe: neither true nor false"),
+        (
+            ["sweeps/models.yaml", "sweep_id=a1b2c3"],
+            "error: sweep_id=a1b2c3: a sweep of this machine has no id; add server=true",
+        ),
     ):
         assert code(*argv) == 2
         assert message in capsys.readouterr().err

@@ -47,6 +47,24 @@ def test_best_is_written_with_the_weights_that_were_validated() -> None:
     assert end.saved == ["last.ckpt", "best.ckpt"]
 
 
+@pytest.mark.parametrize(
+    ("end", "is_written"),
+    [
+        ({}, False),
+        ({"max_epochs": 6}, True),
+        ({"max_epochs": -1, "max_steps": 60}, True),
+        ({"should_stop": True}, True),
+    ],
+)
+def test_snapshots_of_log_hold_the_last_epoch_whatever_ends_the_training(end: dict[str, Any], is_written: bool) -> None:
+    """The sixth epoch is no power of two; steps, a limit of time or early stopping may end the training with it."""
+    trainer = pretended_trainer(10, accuracy=0.5)
+    trainer.current_epoch, trainer.global_step, trainer.max_epochs = 5, 60, 100
+    vars(trainer).update(end)
+    Checkpoints(snapshots="log").on_train_epoch_end(trainer, nn.Linear(2, 2))  # type: ignore[arg-type]  any module with parameters
+    assert ("epoch-0005.ckpt" in trainer.saved) is is_written
+
+
 def test_a_metric_is_missing_only_after_a_validation() -> None:
     """A resumed run has the monitored values of its early stopping before its first validation, and no others."""
     callback, network = Checkpoints(), nn.Linear(2, 2)

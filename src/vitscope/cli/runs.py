@@ -230,9 +230,9 @@ def export_runs(names: Sequence[str], options: Mapping[str, str]) -> None:
     summaries = _named(names, options)
     n_files = run_bundle.export(summaries, target, overwrite)
     runs = f"{len(summaries)} run{'s' * (len(summaries) != 1)}"
-    folder = target.with_suffix("") if target.suffix == ".zip" else target
-    unpack = "; unpack it, then" if target.suffix == ".zip" else ";"
-    print(f"{runs}, {n_files} files, no weights: {target}{unpack} vitscope report paths.runs={folder.name}")
+    is_archive = target.suffix == ".zip"  # which is unpacked anywhere, into a folder of its own
+    unpack, folder = ("; unpack it, then", target.stem) if is_archive else (";", target)
+    print(f"{runs}, {n_files} files, no weights: {target}{unpack} vitscope report paths.runs={folder}")
 
 
 def delete_runs(names: Sequence[str], options: Mapping[str, str]) -> None:

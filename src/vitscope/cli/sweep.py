@@ -54,6 +54,10 @@ def command(argv: Sequence[str]) -> int:
     pairs = [item.partition("=") for item in rest]
     options = {key: value for key, _, value in pairs if key in OPTIONS and value}  # make leaves what was not set empty
     overrides = [item for item, (key, _, _) in zip(rest, pairs) if key not in OPTIONS]
+    is_on_server = _flag("server", options.get("server", "false"))
+    if "sweep_id" in options and not is_on_server:
+        reason = "a sweep of this machine has no id"
+        raise ConfigError("sweep_id", options["sweep_id"], reason, "add server=true, or leave it out")
     sweep = sweep_file.read(file, overrides)
     slots = trial_process.slots(options.get("gpus"), _whole("jobs", options.get("jobs")))
     limit = _whole("limit", options.get("limit"))
@@ -63,7 +67,7 @@ def command(argv: Sequence[str]) -> int:
         print("\n".join(_listing(sweep, limit)))
         return 0
     root = Path(os.environ.get("VITSCOPE_RUNS", "runs")) / "sweeps"
-    if options.get("server") == "true":
+    if is_on_server:
         return _server(sweep, root, slots, limit, options.get("sweep_id"))
     from vitscope.sweep.local_runner import LocalSweep  # imports torch
 
@@ -118,6 +122,6 @@ def _server(
 def _whole(name: str, text: str | None) -> int | None:
     if text is None:
         return None
-    if not text.isdigit() or int(text) < 1:
+    if not text.isdecimal() or int(text) < 1:
         raise ConfigError(name.upper(), text, "not a whole number from 1", "give one, or leave it out")
     return int(text)

@@ -225,6 +225,24 @@ def _check_trainer(trainer: Mapping[str, Any]) -> None:
             raise ConfigError(f"trainer.{key}", trainer[key], reason, fix)
 
 
+def check_schedule_length(cfg: Mapping[str, Any]) -> None:
+    """Refuse a cosine in a new training that only its time ends: the number of steps is not known, and the rate would never fall.
+
+    Args:
+        cfg: a validated configuration of a training.
+
+    Raises:
+        ConfigError: naming the schedule.
+    """
+    optimizer, trainer = cfg["optimizer"], cfg["trainer"]
+    has_length = any(trainer.get(key) not in (None, -1) for key in ("max_epochs", "max_steps"))
+    kind = (optimizer.get("schedule") or {}).get("kind", "cosine")
+    if kind == "cosine" and trainer.get("max_time") is not None and not has_length:
+        reason = "a cosine ends with the last step, and trainer.max_time alone does not tell which that is"
+        fix = "set trainer.max_epochs=100 or trainer.max_steps=10000 beside it, or optimizer.schedule.kind=constant"
+        raise ConfigError("optimizer.schedule.kind", kind, reason, fix)
+
+
 def _check_sam(optimizer: Mapping[str, Any], trainer: Mapping[str, Any]) -> None:
     if "rho" not in optimizer:
         return

@@ -29,6 +29,9 @@ _IN_PLACE_OF_GROUPS = {
     "callbacks": "leave it out: callbacks belong to train.py",
 }
 
+#: what the messages of torch's groups of processes name; a path or a label may hold the same letters
+_OF_PROCESSES = re.compile(r"\bProcessGroup|\bgloo\b|\bNCCL\b")
+
 _STORAGE = (
     errno.ENOSPC,
     errno.EROFS,
@@ -64,7 +67,8 @@ def explain(error: BaseException) -> VitscopeError | None:
         )
     if isinstance(error, OSError) and error.errno in _STORAGE:
         return StorageError("paths.runs", error.filename, str(error.strerror), "free space or choose another folder")
-    if type(error).__module__.startswith("torch.distributed") or "ProcessGroup" in str(error) or "gloo" in str(error):
+    is_of_processes = isinstance(error, RuntimeError) and _OF_PROCESSES.search(str(error)) is not None
+    if type(error).__module__.startswith("torch.distributed") or is_of_processes:
         line = first_line(error)
         reason = line.partition("] ")[2].partition(". ")[0] or line  # after the place in its source
         return DistributedError("trainer.devices", None, f"another process died or hangs ({reason})", "see its output")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -23,6 +23,15 @@ _OFF_IS_ABSENT = ("channels_last", "trainer.sync_batchnorm")
 #: keys of models that were added later: where one is null, a run keeps the identity that it had without the key
 _NULL_IS_ABSENT = ("model.width", "model.depths", "model.stage_heads")
 
+#: limits of a training that were not among the identity's keys: where one is null, it is as without the key
+_NULL_IS_NO_LIMIT = ("trainer.max_time",)
+
+#: limits of a training by which a schedule counts how far it has come
+_LIMITS = ("trainer.max_epochs", "trainer.max_steps")
+
+#: schedules whose learning rate at a step follows from the length of the whole training
+_SCHEDULES_OF_LENGTH = ("cosine",)
+
 #: keys that make no other run: where it is computed, what is shown meanwhile, what is stated of the model
 INCIDENTAL_TO_A_RUN = (
     "data.root", "data.num_workers", "trainer.default_root_dir", "trainer.enable_progress_bar",
@@ -38,7 +47,7 @@ _SAME_IN_EVERY_FOLDER = tuple(
 INCIDENTAL = (
     *INCIDENTAL_TO_A_RUN, "data.seed", "data.eval_batch_size", "data.recipe", "callbacks.checkpoint", "callbacks.lr_monitor",
     "trainer.accelerator", "trainer.devices", "trainer.num_nodes", "trainer.strategy", "trainer.log_every_n_steps",
-    "trainer.benchmark", "trainer.max_time", "model.grad_checkpointing",
+    "trainer.benchmark", "model.grad_checkpointing",
 )  # fmt: skip
 
 #: keys of the objective that the data node repeats: named once
@@ -58,7 +67,7 @@ def identity(cfg: Mapping[str, Any]) -> dict[str, Any]:
     """Return the values that define a run's experiment, the seed left out, as ``{dotted key: value}``."""
     groups = _without_off_switches({key: cfg.get(key) for key in EXPERIMENT_KEYS if cfg.get(key) or key != "compile"})
     flat = flattened(groups | {"objective": without_default_loss(plain(groups["objective"]))})
-    flat = {k: v for k, v in flat.items() if v is not None or k not in _NULL_IS_ABSENT}
+    flat = {k: v for k, v in flat.items() if v is not None or k not in (*_NULL_IS_ABSENT, *_NULL_IS_NO_LIMIT)}
     defining = {k: v for k, v in flat.items() if not any(k == i or k.startswith(f"{i}.") for i in INCIDENTAL)}
     folder_name = _folder_name(cfg)
     defining |= {} if folder_name is None else {"data.root": folder_name}
@@ -84,6 +93,67 @@ def _folder_name(cfg: Mapping[str, Any]) -> str | None:
     """Return the name of the folder of images where it tells more than the name of the data."""
     folder = image_folder(cfg)
     return None if folder is None or folder.name == (cfg.get("data") or {}).get("name") else folder.name
+
+
+def experiment(cfg: Mapping[str, Any], facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what defines the experiment that a run belongs to: its `identity`, and where its weights come from.
+
+    Runs of one experiment differ in their seeds and are averaged. A training from another file's weights, and one whose length
+    was changed on the way, are other experiments than a training from initial weights with the same configuration.
+
+    Args:
+        cfg: A run's configuration.
+        facts: The run's provenance.
+    """
+    if facts.get("command") == "analyze":
+        return {**identity(cfg), "weights": cfg.get("ckpt_path")}
+    changes = changed_lengths(cfg, facts)
+    return {**identity(cfg), "weights": _start(facts), **({"changed_lengths": changes} if changes else {})}
+
+
+def is_from_initial_weights(cfg: Mapping[str, Any], facts: Mapping[str, Any]) -> bool:
+    """Tell whether a training began with initial weights and had one length throughout, as its configuration alone says."""
+    return _start(facts) is None and not changed_lengths(cfg, facts)
+
+
+def start_text(cfg: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
+    """Return in words where a training from other than initial weights began, or the length that it had at first; else ''."""
+    words = []
+    if (start := _start(facts)) is not None:
+        words.append(f"from {start_file(start)}")
+    changes = changed_lengths(cfg, facts)
+    words += [f"{key.rpartition('.')[2]} at first {old}" for key, old, _ in changes[:1]]
+    return ", ".join(words)
+
+
+def start_file(start: Mapping[str, Any]) -> str:
+    """Return the file that a training started from as ``folder/file``, the folder of a run's checkpoints being the run's."""
+    file = PurePath(str(start.get("checkpoint")))
+    folder = file.parent.parent if file.parent.name == "checkpoints" else file.parent
+    return f"{folder.name}/{file.name}" if folder.name else file.name
+
+
+def changed_lengths(cfg: Mapping[str, Any], facts: Mapping[str, Any]) -> list[list[Any]]:
+    """Return the changes of a training's length on a resume that make its learning rates another training's.
+
+    A cosine ends with the training, so that the steps before such a change were made with the rates of another length. Constant
+    rates and milestones do not depend on the length.
+
+    Returns:
+        Key, old and new value of each change.
+    """
+    schedule = (cfg.get("optimizer") or {}).get("schedule") or {}
+    rows = facts.get("changes")
+    if schedule.get("kind", "cosine") not in _SCHEDULES_OF_LENGTH or not isinstance(rows, list):
+        return []
+    limits = [row for row in rows if isinstance(row, Mapping) and row.get("key") in _LIMITS and row.get("step")]
+    return [[row["key"], row.get("old"), row.get("new")] for row in limits]
+
+
+def _start(facts: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """Return what a training's provenance notes of the file that it started from; None for initial weights."""
+    start = facts.get("started_from")
+    return start if isinstance(start, Mapping) else None
 
 
 def config_hash(cfg: DictConfig | Mapping[str, Any]) -> str:
@@ -125,8 +195,8 @@ def setting(cfg: Mapping[str, Any], without: Sequence[str] = ()) -> str:
         cfg: a run's configuration.
         without: dotted keys that may differ all the same.
     """
-    lengths = ("trainer.max_epochs", "trainer.max_steps")
-    shared = {k: v for k, v in identity(cfg).items() if k.startswith(("data.", "objective.")) or k in lengths}
+    lengths = (*_LIMITS, "trainer.max_time")
+    shared = {k: v for k, v in identity(cfg).items() if k.startswith(("data.", "objective.", *lengths))}
     return loading.digest({k: v for k, v in shared.items() if k not in without})
 
 

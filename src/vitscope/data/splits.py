@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vitscope.data import philox
+from vitscope.runtime.errors import ConfigError
 
 
 def hold_out(labels: NDArray[np.int64], share: float, *, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -23,6 +24,18 @@ def hold_out(labels: NDArray[np.int64], share: float, *, seed: int) -> tuple[NDA
     held = np.minimum(np.maximum(np.round(share * sizes), 1), sizes - 1)
     out = ranks < held
     return np.flatnonzero(~out), np.flatnonzero(out)
+
+
+def refuse_empty_validation(split: str, val_share: float) -> None:
+    """Refuse to read the validation split where no image is held out for it: all of them are training images.
+
+    Raises:
+        ConfigError: It is that split, and the share is 0.
+    """
+    if split == "val" and not val_share:
+        reason = "no image is held out for validation, which a training and val/ metrics need"
+        fix = "set 0.1; with 0, analyze.py measures train and test images"
+        raise ConfigError("data.source.val_share", val_share, reason, fix)
 
 
 def fraction(labels: NDArray[np.int64], share: float, *, seed: int) -> NDArray[np.int64]:

@@ -46,7 +46,7 @@ def fit_legend(labels: Sequence[str], n_columns: int, width: float) -> tuple[lis
         n_columns: number of columns that the figure asks for.
         width: width in inches.
     """
-    most = _characters(width, FontProperties(size=rcParams["legend.fontsize"]).get_size_in_points())
+    most = most_characters(width, FontProperties(size=rcParams["legend.fontsize"]).get_size_in_points())
     fitted = [broken_lines(label, max(8, most - _HANDLE)) for label in labels]
     lengths = [max(map(_length, label.split("\n"))) + _HANDLE for label in fitted]
     for columns in range(min(n_columns, len(lengths)), 1, -1):
@@ -54,6 +54,18 @@ def fit_legend(labels: Sequence[str], n_columns: int, width: float) -> tuple[lis
         if sum(max(lengths[start : start + rows]) for start in range(0, len(lengths), rows)) <= most:
             return fitted, -(-len(lengths) // rows)
     return fitted, 1
+
+
+def n_legend_lines(labels: Sequence[str], n_columns: int) -> int:
+    """Return the number of lines that a legend of these labels has, which fill its columns one after another.
+
+    Args:
+        labels: texts of the entries, broken into lines.
+        n_columns: number of columns.
+    """
+    n_rows = max(1, -(-len(labels) // n_columns))
+    columns = [labels[start : start + n_rows] for start in range(0, len(labels), n_rows)]
+    return max((sum(label.count("\n") + 1 for label in column) for column in columns), default=0)
 
 
 def _cell(axes: Axes) -> tuple[float, float]:
@@ -72,7 +84,7 @@ def _cell(axes: Axes) -> tuple[float, float]:
 
 
 def _wrap(text: Text, inches: float) -> None:
-    text.set_text(broken_lines(text.get_text(), max(8, _characters(inches, float(text.get_fontsize())))))
+    text.set_text(broken_lines(text.get_text(), max(8, most_characters(inches, float(text.get_fontsize())))))
 
 
 def broken_lines(text: str, most: int) -> str:
@@ -115,5 +127,6 @@ def _length(text: str) -> int:
     return len(re.sub(r"\\[a-z]+|[{}$^_\\]", lambda match: "x" if match.group()[1:] else "", text))
 
 
-def _characters(inches: float, size: float) -> int:
+def most_characters(inches: float, size: float) -> int:
+    """Return how many characters of a font of a size in points stand in so many inches."""
     return int(72 * inches / (_CHARACTER * size))

@@ -78,6 +78,11 @@ def step_of_tag(tag: str) -> int | None:
     return int(matched[1]) if matched else None
 
 
+def tag_of_step(step: int) -> str:
+    """Return the tag of results after a number of optimizer steps, see `step_of_tag`."""
+    return f"step-{step:06d}"
+
+
 def differing(conditions: Iterable[Conditions]) -> list[str]:
     """Return the keys in which conditions differ."""
     return differing_keys(map(dict, conditions))

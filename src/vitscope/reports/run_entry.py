@@ -62,6 +62,11 @@ class Entry:
         return self.facts.get("command") != "analyze"
 
     @property
+    def from_initial_weights(self) -> bool:
+        """Whether the run is a training from initial weights whose length was never changed, as its configuration alone says."""
+        return self.trained and experiment_identity.is_from_initial_weights(self.config, self.facts)
+
+    @property
     def untrained(self) -> bool:
         """Whether one of our models was analysed as it was built, without weights from anywhere."""
         node = self.config.get("model") or {}

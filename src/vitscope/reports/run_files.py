@@ -8,7 +8,7 @@ import os
 import re
 import stat
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -17,8 +17,8 @@ import yaml
 from vitscope.config import experiment_identity, loading
 from vitscope.config.signature_checks import fits
 from vitscope.core.objective_card import ObjectiveCard
-from vitscope.reports.measured_results import Measured
-from vitscope.reports.run_entry import Entry
+from vitscope.reports.measured_results import Measured, tag_of_step
+from vitscope.reports.run_entry import END, Entry
 from vitscope.runs import metrics_log
 from vitscope.runs.run_dir import Run
 from vitscope.runtime import safe_files
@@ -54,17 +54,15 @@ def read_entry(run: Run, whole: bool = True) -> Entry:
         _require(facts.get(key) or "", str, run.path / "provenance.json", key)
     if not stat.S_ISDIR(os.stat(run.path).st_mode):
         raise StorageError("runs", run.path, "not a folder", "delete it")
-    metrics, curves = _read_metrics(run.journal)
+    metrics, curves, last_step = _read_metrics(run.journal)
     safe_files.refuse_links(run.results / "x")
     if os.path.lexists(run.results) and not run.results.is_dir():
         raise StorageError("runs", run.results, "not a folder", "delete it")
-    measured = [m for path in sorted(run.results.glob("*/*.json")) if (m := _read_result(path, whole))]
+    read_results = (_read_result(path, whole) for path in sorted(run.results.glob("*/*.json")))
+    measured = [_at_its_step(m, last_step) for m in read_results if m is not None]
     results = sorted(measured, key=lambda m: m.time)
-    experiment = {
-        **experiment_identity.identity(cfg),
-        "weights": cfg.get("ckpt_path") if facts.get("command") == "analyze" else None,
-    }
-    return Entry(run, cfg, facts, metrics, curves, tuple(results), loading.digest(experiment))
+    group = loading.digest(experiment_identity.experiment(cfg, facts))
+    return Entry(run, cfg, facts, metrics, curves, tuple(results), group)
 
 
 def _mapping(path: Path) -> dict[str, Any]:
@@ -131,6 +129,17 @@ def _read_result(path: Path, whole: bool) -> Measured | None:
     )
 
 
+def _at_its_step(measured: Measured, last_step: int | None) -> Measured:
+    """Return a result of the end; with the tag of its step where the training went on after it.
+
+    A finished run that is trained further keeps the results of its first end, and whether it measures them again is open.
+    """
+    step = measured.card.step if measured.card is not None else None
+    if step is None or last_step is None or step >= last_step or measured.tag.partition("-")[0] != END:
+        return measured
+    return replace(measured, tag=tag_of_step(step) + measured.tag.removeprefix(END))  # of averages: end-ema
+
+
 def _require_card_value(value: Any, key: str, path: Path) -> None:
     """Refuse a card's value of another kind than its field's, as far as reports sort and compare it."""
     if value is not None and not fits(value, _CARD_TYPES[key]):
@@ -156,15 +165,25 @@ def _require_metric(key: str, value: Any, path: Path) -> None:
         raise StorageError("runs", path, reason, "delete the run, or restore the file from a copy")
 
 
-def _read_metrics(path: Path) -> tuple[dict[str, float | None], dict[str, tuple[list[float], list[float]]]]:
-    """Return each metric's last value (also where it is null), and the curves over epochs."""
+def _read_metrics(
+    path: Path,
+) -> tuple[dict[str, float | None], dict[str, tuple[list[float], list[float]]], int | None]:
+    """Return each metric's last value (also where it is null), the curves over epochs, and the last step of the training.
+
+    Metrics of a test that came before a step of the training are those of other weights than the last ones: a finished run was
+    trained further. They are left out until it has been tested again.
+    """
     last: dict[str, float | None] = {}
+    last_step: int | None = None
     curves: dict[str, tuple[list[float], list[float]]] = {}
     rows = metrics_log.read(path)
     if os.path.lexists(path) and (not path.is_file() or (not rows and path.stat().st_size > 0)):
         raise StorageError("runs", path, "holds no row of metrics", "delete the run")
     for row in rows:
         step = row.get("step")
+        if isinstance(step, int) and any(key.startswith("train/") for key in row):
+            last_step = step
+            last = {key: value for key, value in last.items() if not key.startswith("test/")}
         for key, value in row.items():
             _require_metric(key, value, path)
             if key in ("step", "epoch", "time", "tag") or not (value is None or isinstance(value, int | float)):
@@ -173,9 +192,11 @@ def _read_metrics(path: Path) -> tuple[dict[str, float | None], dict[str, tuple[
             last[key] = None if value is None else float(value)
             if key.startswith(("train/", "val/")) and value is not None and isinstance(step, int):
                 xs, ys = curves.setdefault(key, ([], []))
+                while xs and xs[-1] >= step:  # a resumed run writes steps again
+                    del xs[-1], ys[-1]
                 xs.append(step)
                 ys.append(float(value))
-    return last, {key: _thinned(*curve) for key, curve in curves.items()}
+    return last, {key: _thinned(*curve) for key, curve in curves.items()}, last_step
 
 
 def _thinned(xs: list[float], ys: list[float]) -> tuple[list[float], list[float]]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from vitscope.config import experiment_identity
+from vitscope.config import experiment_identity, loading
 from vitscope.reports import entry_index
 from vitscope.reports.entry_index import EntryIndex
 from vitscope.reports.run_entry import Entry
@@ -54,8 +54,7 @@ def collect(runs: Sequence[Run], damaged: list[Damage] | None = None, root: Path
 
 def labeled(entries: Sequence[Entry]) -> list[Entry]:
     """Return entries with their labels, and which of them are superseded, in the order of `collect`."""
-    groups = {entry.group: entry.config for entry in entries}
-    labels = experiment_identity.labels(groups)
+    labels = _labels(entries)
     counting: dict[tuple[str, int], Entry] = {}
     for entry in entries:
         best = counting.setdefault((entry.group, entry.seed), entry)
@@ -65,12 +64,33 @@ def labeled(entries: Sequence[Entry]) -> list[Entry]:
     labelled = [
         replace(
             entry,
-            label=labels[entry.group] + (", random weights" if entry.untrained else ""),
+            label=labels[entry.group],
             superseded=entry.trained and entry.id not in counting_ids,
         )
         for entry in entries
     ]
     return sorted(labelled, key=lambda e: (e.data, e.family, _natural(e.label), e.group, e.superseded, e.seed, e.id))
+
+
+def _labels(entries: Sequence[Entry]) -> dict[str, str]:
+    """Return the name of each experiment by its digest; no two are equal.
+
+    Those that differ in where their weights come from alone have one configuration, and this in their names.
+    """
+    starts = {e.group: experiment_identity.start_text(e.config, e.facts) if e.trained else "" for e in entries}
+    twins = {
+        e.group: loading.digest(experiment_identity.experiment(e.config, {})) if starts[e.group] else e.group
+        for e in entries
+    }
+    of_configs = experiment_identity.labels({twins[e.group]: e.config for e in entries})
+    untrained = {e.group for e in entries if e.untrained}
+    labels: dict[str, str] = {}
+    for group, start in starts.items():
+        words = [of_configs[twins[group]], start, "random weights" if group in untrained else ""]
+        label = ", ".join(filter(None, words))
+        n_equal = sum(other == label or other.startswith(f"{label}, no. ") for other in labels.values())
+        labels[group] = f"{label}, no. {n_equal + 1}" if start and n_equal else label
+    return labels
 
 
 def _rank(entry: Entry) -> tuple[bool, str, str]:
@@ -79,7 +99,7 @@ def _rank(entry: Entry) -> tuple[bool, str, str]:
 
 def _natural(text: str) -> tuple[Any, ...]:
     parts = [part for part in text.replace(",", " ").split() if part]
-    return tuple((0, float(p), "") if p.replace(".", "", 1).isdigit() else (1, 0.0, p) for p in parts)
+    return tuple((0, float(p), "") if p.replace(".", "", 1).isdecimal() else (1, 0.0, p) for p in parts)
 
 
 def _readable(run: Run, damaged: list[Damage] | None, index: EntryIndex | None) -> Entry | None:

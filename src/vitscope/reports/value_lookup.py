@@ -56,11 +56,12 @@ class Selection:
         self.entries = [entry for entry in self.entries if not entry.superseded]
 
     def groups(self, keep: Callable[[Entry], bool] = lambda _: True) -> dict[str, dict[int, Entry]]:
-        """Return the runs of each experiment by seed, in the order of the entries."""
+        """Return the runs of each experiment by seed, in the order of the entries; of analyses of one model the newest."""
         groups: dict[str, dict[int, Entry]] = {}
-        for entry in self.entries:
-            if keep(entry):
-                groups.setdefault(entry.group, {})[entry.seed] = entry
+        for entry in filter(keep, self.entries):
+            runs = groups.setdefault(entry.group, {})
+            if entry.seed not in runs or _created(runs[entry.seed]) <= _created(entry):
+                runs[entry.seed] = entry
         return groups
 
     def metric(self, entry: Entry, name: str) -> Value:
@@ -167,6 +168,10 @@ class Selection:
     def tags(self, entry: Entry, measure: str) -> list[str]:
         """Return the moments at which a run has the measure."""
         return [tag for tag in entry.tags() if self.measured(entry, measure, tag)[0] is not None]
+
+
+def _created(entry: Entry) -> str:
+    return str(entry.facts.get("created", ""))
 
 
 def scalar_of_result(measured: Measured, name: str) -> Value:

@@ -180,7 +180,7 @@ def _wrapped(names: Sequence[str], width: int = 110) -> str:
 
 
 def _whole(name: str, text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
+    if not text.isdecimal() or int(text) < 1:
         raise ConfigError(name, text, "not a whole number of at least 1", f"give one, such as {name}=2")
     return int(text)
 
@@ -190,7 +190,7 @@ def _seeds(text: str) -> int | range:
     first, dash, last = text.partition("-")
     if not dash:
         return _whole("seeds", text)
-    if not (first.isdigit() and last.isdigit() and int(first) <= int(last)):
+    if not (first.isdecimal() and last.isdecimal() and int(first) <= int(last)):
         raise ConfigError("seeds", text, "not a range of seeds", "give the first and the last one, such as seeds=5-8")
     return range(int(first), int(last) + 1)
 

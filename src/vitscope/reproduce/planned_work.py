@@ -79,7 +79,10 @@ class StoredRuns:
                 facts = run.provenance()
             except StorageError:  # a damaged folder is no run to go on with
                 continue
-            runs = self.finished if facts.get("status") == "finished" else self.unfinished
+            is_finished = facts.get("status") == "finished"
+            if is_finished and not run_dir.is_finished_training(run):
+                continue  # a training from other weights or of another length at first, of the same configuration
+            runs = self.finished if is_finished else self.unfinished
             if isinstance(identity := facts.get("config_hash"), str):
                 runs[identity] = run
 

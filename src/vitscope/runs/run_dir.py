@@ -26,7 +26,7 @@ from omegaconf.errors import OmegaConfBaseException
 from vitscope.config import experiment_identity, loading
 from vitscope.runs import metrics_log, run_lock, run_origin
 from vitscope.runtime import atomic_write, redaction, safe_files
-from vitscope.runtime.errors import CheckpointError, ConfigError, StorageError
+from vitscope.runtime.errors import CheckpointError, ConfigError, StorageError, VitscopeError
 
 #: environment variable by which a parent process passes its run folder to the processes that it starts
 ENVIRONMENT = "VITSCOPE_RUN_DIR"
@@ -258,8 +258,21 @@ def unfinished(root: Path, config_hash: str) -> Run | None:
 
 
 def finished(root: Path, config_hash: str) -> Run | None:
-    """Return the newest finished run below ``root`` of that configuration."""
-    return next((run for run in _alike(root, config_hash) if run.provenance().get("status") == "finished"), None)
+    """Return the newest finished run below ``root`` of that configuration, trained from initial weights at one length."""
+    return next((run for run in _alike(root, config_hash) if is_finished_training(run)), None)
+
+
+def is_finished_training(run: Run) -> bool:
+    """Tell whether a run is finished, began with initial weights and had one length, as its configuration alone says."""
+    facts = run.provenance()
+    if facts.get("status") != "finished":
+        return False
+    if "started_from" not in facts and not facts.get("changes"):
+        return True
+    try:
+        return experiment_identity.is_from_initial_weights(loading.plain(run.config()), facts)
+    except VitscopeError:  # a damaged folder beside ours
+        return False
 
 
 def _alike(root: Path, config_hash: str) -> Iterator[Run]:

@@ -22,7 +22,7 @@ def aligned(rows: Sequence[Sequence[str]], right: Collection[int] = ()) -> list[
 
 
 def duration_text(seconds: float) -> str:
-    """Return a duration with two or three digits: ``0.4 s``, ``45 s``, ``12 min``, ``3.4 h``, ``5 d``."""
+    """Return a duration with one to three digits: ``0.4 s``, ``45 s``, ``12 min``, ``3.4 h``, ``5 d``."""
     if seconds <= 0:
         return "0 s"
     if seconds < 9.5:
@@ -37,7 +37,7 @@ def duration_text(seconds: float) -> str:
 def size_text(n_bytes: float) -> str:
     """Return a size in bytes with its unit: ``512 B``, ``3.1 MiB``."""
     for unit in ("B", "KiB", "MiB", "GiB"):
-        if n_bytes < 1024:
+        if n_bytes < 1023.95 or (unit == "B" and n_bytes < 1024):  # above, one digit after the point rounds to 1024.0
             return f"{n_bytes:.0f} {unit}" if unit == "B" else f"{n_bytes:.1f} {unit}"
         n_bytes /= 1024
     return f"{n_bytes:.1f} TiB"

@@ -44,6 +44,11 @@ class LocationTests:
         return max(self.t, self.sign_flip, self.sign) if not math.isnan(self.t) else math.nan
 
     @property
+    def is_one_sign(self) -> bool:
+        """Whether all effects have the sign of their mean."""
+        return self.sign <= smallest_p(self.n)
+
+    @property
     def attainable(self) -> float:
         """The smallest p-value that the two exact tests can have with so many effects."""
         return smallest_p(self.n)
@@ -98,10 +103,11 @@ def _signed_sums(values: np.ndarray) -> np.ndarray:
 def sign_p(values: Sequence[float]) -> float:
     """Return the two-sided p-value of the sign test in the direction of the mean.
 
-    Twice the chance that so many of ``n`` fair coins fall on the side of the mean, at most 1. A zero counts against it.
+    Twice the chance that so many of ``n`` fair coins fall on the side of the mean, at most 1. A zero counts against it; where
+    the mean is 0 it has no side, and the p-value is 1.
     """
     sample = np.asarray(values, dtype=np.float64)
-    n_agreeing = int((np.sign(sample) == np.sign(sample.mean())).sum()) if sample.any() else 0
+    n_agreeing = int((np.sign(sample) == np.sign(sample.mean())).sum()) if sample.mean() != 0 else 0
     return min(1.0, 2.0 * float(stats.binom.sf(n_agreeing - 1, len(sample), 0.5)))
 
 

@@ -181,7 +181,7 @@ class Checkpoints(Callback):
         if self.warmup_epochs >= 1 and epoch == round(self.warmup_epochs) - 1:
             return True
         if isinstance(self.snapshots, str):  # log: after 1, 2, 4, ... epochs, and the last
-            return (epoch + 1) & epoch == 0 or epoch + 1 == trainer.max_epochs
+            return (epoch + 1) & epoch == 0 or trainer.should_stop or _is_last_epoch(trainer)
         return epoch in self.snapshots
 
 

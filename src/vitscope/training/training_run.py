@@ -125,6 +125,7 @@ def _validate_training(cfg: DictConfig, *, is_resumed: bool) -> None:
     check_accelerator(cfg)
     cross_checks.settle_class_counts(cfg)
     if not is_resumed:
+        cross_checks.check_schedule_length(cfg)
         cross_checks.settle_own_network(cfg)
 
 

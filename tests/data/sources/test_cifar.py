@@ -172,3 +172,17 @@ def test_pickles_whose_keys_are_bytes_are_one_line(tmp_path, write_cifar, varian
     with pytest.raises(DataError, match=r"data\.root=.*not of CIFAR's format \(no key '\w+'.*decode the keys") as error:
         cifar.load("train", root=tmp_path, variant=variant, checksums=sums)
     assert error.value.exit_code == 3
+
+
+def test_a_share_of_zero_holds_no_image_out(tmp_path, write_cifar):
+    """It once held one image of each class out, and trained on the rest."""
+    options = {"root": tmp_path, "checksums": write_cifar(tmp_path)}
+    sizes = [len(cifar.load(split, val_share=0.1, **options)) for split in ("train", "val")]
+    assert sizes == [90, 10]
+    assert len(cifar.load("train", val_share=0.0, **options)) == 100
+    with pytest.raises(ConfigError) as caught:
+        cifar.load("val", val_share=0.0, **options)
+    assert str(caught.value) == (
+        "data.source.val_share=0.0: no image is held out for validation, which a training and val/ metrics need; "
+        "set 0.1; with 0, analyze.py measures train and test images"
+    )

@@ -15,7 +15,7 @@ import pytest
 from tests.helpers.claim_effects import ape, write_scalars
 from tests.helpers.report_runs import CARD, Given, bench, curve, other_card, rise, spectrum
 from vitscope.diagnostics.fourier.branch_transfer import BranchTransferResult
-from vitscope.reports.claims import claim_statistics, claim_verdicts
+from vitscope.reports.claims import claim_statistics, claim_verdicts, effect_sizes
 from vitscope.reports.claims.claims import CLAIMS
 from vitscope.reports.claims.effect_sizes import balanced_means, balanced_parts, plainest
 from vitscope.reports.claims.matched_controls import flattening
@@ -184,6 +184,20 @@ def test_noise_is_relative_to_what_there_was_to_lose(make_run: Callable, tmp_pat
     assert found.values == pytest.approx({0: -0.1 / (0.5 - chance) - 0.2 / (0.6 - chance)}, rel=1e-12)
 
 
+def test_noise_is_compared_in_the_setting_with_the_most_seeds(make_run: Callable, tmp_path: Path) -> None:
+    equal = {"solver": {"construction": "equal_rms"}}
+    for epochs, seeds in ((1, 1), (3, 2), (5, 1)):
+        for model, contrast in (("vit", 0.1 * epochs), ("convnet", 0.0)):
+            for seed in range(seeds):
+                run = make_run(model, seed, trainer__max_epochs=epochs)
+                write_scalars(
+                    run, "frequency_noise_robustness", {"high_minus_low": contrast, "clean_accuracy": 0.5}, **equal
+                )
+    make_run("vit", 0, trainer__max_epochs=3, model__depth=12)  # nearer to the defaults, and not measured
+    found = claim_statistics.noise_interaction(bench(tmp_path))
+    assert found.values == pytest.approx(dict.fromkeys(range(2), -0.3 / (0.5 - 1 / 16)), rel=1e-12)
+
+
 def test_the_official_noise_decides_nothing(make_run: Callable, tmp_path: Path) -> None:
     for model in ("vit", "convnet"):
         scalars = {"high_minus_low": 0.1, "clean_accuracy": 0.5}
@@ -256,3 +270,13 @@ def test_a_verdict_follows_the_numbers(make_run: Callable, tmp_path: Path, sign:
             write_scalars(run, "frequency_noise_robustness", scalars, solver={"construction": "equal_rms"})
     judged = claim_verdicts.judge(bench(tmp_path), [c for c in CLAIMS if c.name == "noise_bands"])
     assert [j.verdict for j in judged] == [verdict]
+
+
+@pytest.mark.parametrize("positions", [[math.log(share) for share in (0.05, 0.135, 0.37, 1.0)], [0.0, 1.0, 2.0, 3.0]])
+def test_equal_numbers_have_a_slope_of_zero_and_no_rounding(positions: list[float]) -> None:
+    """Sums of equal numbers times centered positions left 1e-17 of one sign, which the t-test took for an effect."""
+    runs = [(x, {seed: seed for seed in range(10)}) for x in positions]
+    found = effect_sizes.slopes(runs, lambda seed: 0.1 + 0.037 * seed)  # type: ignore[arg-type]  a reader of seeds
+    assert list(found.values()) == [0.0] * 10
+    rising = effect_sizes.slopes(runs, lambda seed: None if seed > 1 else 0.1)  # type: ignore[arg-type]  likewise
+    assert rising == {0: 0.0, 1: 0.0}

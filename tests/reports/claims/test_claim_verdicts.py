@@ -20,8 +20,10 @@ FIVE = {seed: CLEAR[seed] for seed in range(5)}
 UNCLEAR = {0: 1.0, 1: -1.1, 2: 0.9, 3: -0.9, 4: 0.2}
 
 
-def part(values: Mapping[int, float], sign: int = 1, *, blocked: str = "") -> ClaimStatistic:
-    effect = Effect(values, "a − b", "" if values else "runs", blocked)
+def part(
+    values: Mapping[int, float], sign: int = 1, *, blocked: str = "", decides_nothing: bool = False
+) -> ClaimStatistic:
+    effect = Effect(values, "a − b", "" if values else "runs", blocked, decides_nothing=decides_nothing)
     return ClaimStatistic(f"part {sign} {values}", sign, lambda bench: effect, "nats")
 
 
@@ -92,6 +94,25 @@ def test_what_blocks_an_effect_blocks_support_and_not_contradiction() -> None:
     assert found.verdict == "inconclusive"
     assert "not monotone" in found.reason
     assert judge(part(CLEAR, -1, blocked="not monotone")).verdict == "contradicted"
+
+
+def test_what_decides_nothing_is_no_contradiction_either() -> None:
+    """An AlterNet that was tried in one recipe loses to the best of several ConvNets, which says nothing of the claim."""
+    for sign in (1, -1):
+        found = judge(part(CLEAR, sign, blocked="not each at its best", decides_nothing=True))
+        assert (found.verdict, found.p) == ("inconclusive", 1.0)
+        assert "not each at its best" in found.reason
+
+
+def test_a_suggestion_needs_all_seeds_of_one_sign() -> None:
+    clear = part({seed: 1.0 + 0.01 * seed for seed in range(10)})
+    assert judge(part(FIVE), clear).verdict == "suggested"
+    mixed = {seed: 1.0 + 0.01 * seed for seed in range(9)} | {9: -0.01}  # nine of ten: the sign test has p = 0.0215
+    found = judge(part(FIVE), part(mixed))
+    assert found.p == 0.0625  # that of five seeds of one sign
+    assert found.p_t_holm < 0.05
+    assert found.verdict == "inconclusive"
+    assert judge(part(FIVE, -1)).verdict == "suggested against"
 
 
 @pytest.mark.parametrize("noise", [0.0, 2e-17, 1e-8])  # equal, and equal but for the rounding of float64 and of float32

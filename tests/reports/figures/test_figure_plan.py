@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
 
 from tests.helpers.report_runs import curve, other_card, rise, spectrum
 from vitscope.reports import run_entry, run_index
@@ -141,9 +142,12 @@ def test_a_figure_says_which_of_several_seeds_it_shows(
     for seed in (0, 1, 2):
         make_run("vit", seed, measured={"slice": curve()})
     notes = []
-    monkeypatch.setattr(
-        figure_worker, "save_figure", lambda figure, *_, **__: notes.append(figure.get_supxlabel()) or [Path()]
-    )
+
+    def note_texts(figure: Figure, *_: object, **__: object) -> list[Path]:
+        notes.append(" ".join(text.get_text() for text in figure.texts))
+        return [Path()]
+
+    monkeypatch.setattr(figure_worker, "save_figure", note_texts)
     (panel,) = panels(collect(tmp_path))
     draw(panel, tmp_path / "out")
     make_run("convnet", 3, measured={"slice": curve()})

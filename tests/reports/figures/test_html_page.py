@@ -164,6 +164,16 @@ def test_the_tables_and_problems_are_on_it(written: Path) -> None:
     assert text.count('class="verdict ') == 11
 
 
+def test_a_failed_measurement_is_not_among_what_was_measured(written: Path) -> None:
+    rows = re.findall(r'<tr data-run="[^"]*-vit1">.*?</tr>', written.read_text())
+    assert [re.findall(r'<td class="words">([^<]*)</td>', row)[-1] for row in rows] == ["–"]
+
+
+def test_a_run_whose_process_is_gone_does_not_run(make_run: Callable, tmp_path: Path) -> None:
+    make_run("vit", facts={"status": "running"})
+    assert re.findall(r"<td>(stopped|running)</td>", build(tmp_path).read_text()) == ["stopped"]
+
+
 def test_a_page_without_results_has_no_plotly_and_says_so(make_run: Callable, tmp_path: Path) -> None:
     run = make_run("vit")
     run.journal.unlink()

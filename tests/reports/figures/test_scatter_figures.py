@@ -129,3 +129,62 @@ def test_rank_correlation_over_single_runs(make_run: Callable, tmp_path: Path) -
     assert figure.axes[0].get_title().startswith("tau = 0.86 [")
     assert figure.axes[0].get_xlabel() == "accuracy in the last epoch, augmented, minus test accuracy"
     assert run_correlations.correlations(chosen, "model.depth", ["test/nll"]) == {}
+
+
+def test_many_points_of_one_category_stay_in_its_share_of_the_axis(make_run: Callable, tmp_path: Path) -> None:
+    """Twenty models of three kernels once stood up to 1.1 places beside their own."""
+    for depth in range(1, 21):
+        for kernel in (3, "global"):
+            make_run("convit", model__kernel_size=kernel, model__depth=depth, metrics={"test/accuracy": depth / 100})
+    points, _ = scatter_figures.collect(selection(tmp_path), "model.kernel_size", ("test/accuracy",), "numbers")
+    axes = scatter_figures.draw(points, "model.kernel_size", ("test/accuracy",)).axes[0]
+    places = np.array([drawn.lines[0].get_xdata() for drawn in axes.containers], float)  # (models, kernels)
+    assert places.shape == (20, 2)
+    np.testing.assert_allclose(places[:, 1] - places[:, 0], 1.0, rtol=1e-12)
+    np.testing.assert_allclose(places[:, 0], 0.04 * (np.arange(20) - 9.5), rtol=1e-12, atol=1e-15)
+    assert (axes.get_xlim()[0], axes.get_xlim()[1]) == (-0.5, 1.5)
+
+
+def test_a_model_of_two_recipes_is_one_series_over_objectives(make_run: Callable, tmp_path: Path) -> None:
+    for name in ("weak", "strong"):
+        recipe = OmegaConf.to_container(OmegaConf.load(loading.folder() / "objective" / f"{name}.yaml"))
+        for model in ("vit", "convnet"):
+            make_run(model, objective=recipe)
+    points, _ = scatter_figures.collect(selection(tmp_path), "objective", ("test/accuracy",), "numbers")
+    assert {(point.series, point.x) for point in points} == {
+        (series, name) for series in ("vit-tiny", "convnet-18") for name in ("weak", "strong")
+    }
+
+
+def test_a_legend_of_long_names_is_inside_the_figure(make_run: Callable, tmp_path: Path) -> None:
+    for index in range(12):
+        make_run("vit", model__depth=index + 1, model__size=f"a name of a model that is longer than others {index}")
+    points, _ = scatter_figures.collect(selection(tmp_path), "model.depth", ("test/accuracy",), "numbers")
+    figure = scatter_figures.draw(points, "model.depth", ("test/accuracy",))
+    figure.draw_without_rendering()
+    (legend,) = figure.legends
+    box = legend.get_window_extent().transformed(figure.transFigure.inverted())
+    assert (box.x0, box.y0) >= (0, 0)
+    assert box.x1 <= 1
+    assert box.y1 <= 1
+    assert figure.axes[0].get_position().height * figure.get_figheight() > 1.2
+
+
+def test_a_panel_without_a_number_says_so(make_run: Callable, tmp_path: Path) -> None:
+    for fraction in (0.1, 1.0):
+        make_run("vit", data__fraction=fraction)
+    y = ("test/accuracy", "slice.nll_center")
+    points, _ = scatter_figures.collect(selection(tmp_path), "data.fraction", y, "numbers")
+    there, missing = scatter_figures.draw(points, "data.fraction", y).axes
+    assert [text.get_text() for text in missing.texts] == ["missing"]
+    assert list(missing.get_xticks()) == list(missing.get_yticks()) == []
+    assert [text.get_text() for text in there.texts] == ["No interval: one seed"]
+
+
+def test_points_without_an_interval_among_others_are_said(make_run: Callable, tmp_path: Path) -> None:
+    for seed in range(3):
+        make_run("vit", seed, data__fraction=0.1, metrics={"test/accuracy": 0.1 * seed})
+    make_run("vit", 0, data__fraction=1.0)
+    points, _ = scatter_figures.collect(selection(tmp_path), "data.fraction", ("test/accuracy",), "numbers")
+    axes = scatter_figures.draw(points, "data.fraction", ("test/accuracy",)).axes[0]
+    assert [text.get_text() for text in axes.texts] == ["Without bar: fewer than 3 seeds"]

@@ -56,7 +56,7 @@ def test_what_is_not_measured_is_named_with_its_remedy(make_run: Callable, tmp_p
     made, lacking = baselines.panels(collect(tmp_path), ["slice"])
     assert made == []
     assert [str(p) for p in lacking] == [
-        f"missing: run {run.id}: slice at initialization (to have it: python analyze.py run=runs/{run.id} ckpt=init "
+        f"missing: run {run.id}: slice at initialization (to have it: python analyze.py run={run.path} ckpt=init "
         "'analysis=[slice]')",
         f"missing: run {run.id}: slice trained on random labels (to have it: train the same with data.random_labels=true)",
     ]

@@ -19,7 +19,7 @@ from vitscope.reports.tables import headline_tables
 from vitscope.reports.tables import table as cells
 from vitscope.reports.value_lookup import Selection, Value
 from vitscope.runs import run_dir
-from vitscope.stats.t_tests import t_interval
+from vitscope.stats.t_tests import Interval, t_interval
 
 
 def corruption(accuracy: float, card: ObjectiveCard) -> CorruptionResult:
@@ -202,11 +202,29 @@ def test_files_hold_the_numbers(tmp_path: Path) -> None:
         (1234, "si", "1.23k"),
         (9_499_063, "si", "9.50M"),
         (3.34e12, "si", "3.34T"),
+        (999_994, "si", "999.99k"),
+        (999_996, "si", "1.00M"),
         (0.5, ".3f", "0.500"),
+        (-0.0004, ".3f", "0.000"),
+        (-0.0006, ".3f", "-0.001"),
+        (-0.0, ".4g", "0"),
     ],
 )
 def test_numbers(value: float, style: str, text: str) -> None:
     assert cells.number_text(value, style) == text
+
+
+@pytest.mark.parametrize(
+    ("mean", "half_width", "text"),
+    [
+        (0.81, 0.02, "0.810 ± 0.020"),
+        (0.81, 0.0004, "0.8100 ± 0.0004"),
+        (-0.0001, 0.2, "0.000 ± 0.200"),
+        (0.5, 0.0, "0.500"),
+    ],
+)
+def test_a_half_width_is_never_printed_as_none(mean: float, half_width: float, text: str) -> None:
+    assert cells.interval_text(Interval(mean, half_width, 0.5, 3), ".3f") == text
 
 
 @pytest.mark.parametrize("noise", [0.0, 1e-9])
@@ -283,3 +301,30 @@ def test_the_caption_says_that_all_runs_used_the_same_images(make_run: Callable,
     selection = Selection([e for e in run_index.collect(run_dir.every(tmp_path / "runs")) if e.family == "convnet"])
     note = headline_tables.build("robustness", selection, Given()).note
     assert "on at most 50,000 published images a condition (CIFAR-100-C)." in note
+
+
+def test_what_another_mixer_replaces_is_no_attention(make_run: Callable, tmp_path: Path) -> None:
+    for mixer in ("msa", "conv", "uniform", "blur"):
+        make_run("alternet", model__mixer=mixer, model__n_msa=[0, 1, 1, 2])
+    table = build(tmp_path, "buildup")
+    assert {row[0].text.partition("mixer ")[2]: row[1].text for row in table.rows} == {
+        "msa": "0,1,1,2", "conv": "0,0,0,0", "uniform": "0,0,0,0", "blur": "0,0,0,0"
+    }  # fmt: skip
+
+
+def test_latex_has_no_character_that_pdflatex_does_not_know() -> None:
+    text = "ViT → PiT, wd Σ‖w‖², ½ ≥ 0.1, 5×5 − 3"
+    table = cells.Table("t", "T", ("name", "λ ± Δ"), ("name", "x"), ((cells.Cell(text), cells.Cell("1 ± 2")),))
+    latex = cells.latex(table)
+    assert latex.isascii()
+    assert r"ViT $\rightarrow$ PiT, wd $\Sigma$$\|$w$\|$$^2$, $\frac{1}{2}$ $\geq$ 0.1, 5$\times$5 $-$ 3" in latex
+
+
+def test_prose_is_at_the_left_and_numbers_are_at_the_right() -> None:
+    long = "a reason that is longer than a number with its interval"
+    rows = ((cells.Cell("a"), cells.Cell("1"), cells.Cell(long)), (cells.Cell("b"), cells.Cell("10"), cells.Cell("")))
+    table = cells.Table("t", "T", ("name", "x", "why"), ("name", "x", "why"), rows)
+    rule = cells.markdown(table).splitlines()[3]
+    assert [part.strip()[-1] for part in rule.strip("|").split("|")] == ["-", ":", "-"]
+    assert f"|   1 | {long} |" in cells.markdown(table)
+    assert r"\begin{tabular}{lrl}" in cells.latex(table)

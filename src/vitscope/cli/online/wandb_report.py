@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 import tempfile
@@ -12,6 +13,9 @@ from pathlib import Path
 from vitscope.cli import exit_codes
 from vitscope.runtime import errors
 from vitscope.runtime.errors import ConfigError, DataError
+from vitscope.runtime.logging import log_problem
+
+_logger = logging.getLogger(__name__)
 
 USAGE = """usage: vitscope wandb-report [runs=FOLDER] [figures=FOLDER] [entity=NAME] [project=NAME] [title=TEXT] [spec=FILE]
 
@@ -47,12 +51,15 @@ def command(argv: Sequence[str]) -> int:
         return 0
     options = _options(argv)
     from vitscope.reports.online import report_content, wandb_report  # imports torch
-    from vitscope.reports.run_index import collect
+    from vitscope.reports.run_index import Damage, collect
     from vitscope.runs import run_dir, wandb_mirror
 
     wandb_report.check_package()
     folder = Path(options.get("runs", os.environ.get("VITSCOPE_RUNS", "runs")))
-    entries = collect(run_dir.every(folder), damaged=[])
+    damaged: list[Damage] = []
+    entries = collect(run_dir.every(folder), damaged)
+    for damage in damaged:
+        log_problem(_logger, str(damage))
     content = report_content.collect(
         entries, Path(options.get("figures", "figures")), options.get("title", folder.name)
     )

@@ -19,7 +19,7 @@ from torchvision.datasets import CIFAR10, CIFAR100
 from torchvision.datasets.utils import calculate_md5, check_integrity
 
 from vitscope.data.sources.array_images import ArrayImages
-from vitscope.data.splits import hold_out
+from vitscope.data.splits import hold_out, refuse_empty_validation
 from vitscope.runtime.errors import ConfigError, DataError
 from vitscope.runtime.value_ranges import Seed, ShareBelowOne
 
@@ -43,11 +43,12 @@ def load(
         root: Folder that holds the archive or its extracted folder.
         split_seed: Chooses the held-out images.
         variant: `cifar10` or `cifar100`.
-        val_share: Share of each class's training images that is held out.
+        val_share: Share of each class's training images that is held out, at least one of each class; 0 for none, so that all
+            are training images and there is no validation split.
         checksums: MD5 by file name, for files in CIFAR's format that are not the published ones.
 
     Raises:
-        ConfigError: No root, or an unknown variant.
+        ConfigError: No root, an unknown variant, or the validation split of ``val_share=0``.
         DataError: Unknown split; files missing or changed and no network; a root that cannot be written.
     """
     if variant not in VARIANTS:
@@ -61,6 +62,9 @@ def load(
     images = np.ascontiguousarray(np.asarray(dataset.data).transpose(0, 3, 1, 2))  # (N, 3, 32, 32)
     all_images = ArrayImages(torch.from_numpy(images), torch.from_numpy(labels), tuple(dataset.classes))
     if split == "test":
+        return all_images
+    refuse_empty_validation(split, val_share)
+    if not val_share:
         return all_images
     train_indices, val_indices = hold_out(labels, val_share, seed=split_seed)
     return all_images.select(val_indices if split == "val" else train_indices)

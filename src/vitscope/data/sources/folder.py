@@ -25,7 +25,7 @@ import torch
 from vitscope.data.sources.class_folders import class_folders, image_files, listed, split_folders
 from vitscope.data.sources.file_images import FileImages
 from vitscope.data.sources.notices import report_once
-from vitscope.data.splits import hold_out
+from vitscope.data.splits import hold_out, refuse_empty_validation
 from vitscope.runtime.errors import ConfigError, DataError, nearest
 from vitscope.runtime.value_ranges import Seed, ShareBelowOne
 
@@ -144,6 +144,7 @@ def _report_assumption(root: Path, what: str) -> None:
 
 
 def _held_out(images: FileImages, split: str, *, test_share: float, val_share: float, seed: int) -> FileImages:
+    refuse_empty_validation(split, val_share)
     labels = images.labels.numpy()
     rest, test = np.arange(len(labels)), np.arange(0)
     if test_share:

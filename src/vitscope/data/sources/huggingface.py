@@ -28,7 +28,7 @@ from vitscope.data.sources.class_folders import SPLIT_NAMES, listed
 from vitscope.data.sources.file_images import FileImages
 from vitscope.data.sources.image_decoding import read_image
 from vitscope.data.sources.notices import report_once
-from vitscope.data.splits import hold_out
+from vitscope.data.splits import hold_out, refuse_empty_validation
 from vitscope.runtime.errors import ConfigError, DataError, first_line, nearest
 from vitscope.runtime.value_ranges import Seed, ShareBelowOne
 
@@ -159,6 +159,7 @@ def class_names(
 
 
 def _held_out(images: TableImages, split: str, test_share: float, val_share: float, seed: int) -> TableImages:
+    refuse_empty_validation(split, val_share)
     labels = images.labels.numpy()
     rest, test = np.arange(len(labels)), np.arange(0)
     if test_share:

@@ -70,13 +70,13 @@ class ClaimEvidence:
         direction: 1 for the claim, -1 against it, 0 for neither.
         p: Two-sided p-value by all three tests; NaN where nothing can be judged.
         p_t: That of the t-test alone.
-        attainable: The smallest ``p`` that so many seeds can give in this direction.
+        is_one_sign: Whether all seeds agree in the sign of every statistic that the direction rests on.
     """
 
     direction: int
     p: float
     p_t: float
-    attainable: float
+    is_one_sign: bool = False
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ def _finding(part: ClaimStatistic, effect: Effect) -> StatisticResult:
         names = " and ".join(disagreeing)
         reason = f"the networks disagree: the opposite of the mean holds for {names}"
         return StatisticResult(part, effect, interval, INCONCLUSIVE, reason, tests, disagreeing)
-    if agrees and effect.blocked and verdict != INCONCLUSIVE:
+    if (agrees or effect.decides_nothing) and effect.blocked and verdict != INCONCLUSIVE:
         verdict, reason = INCONCLUSIVE, effect.blocked
     return StatisticResult(part, effect, interval, verdict, reason, tests)
 
@@ -199,23 +199,22 @@ def _part_verdict(agrees: bool, tests: LocationTests) -> tuple[str, str]:
 def _evidence(findings: Sequence[StatisticResult]) -> ClaimEvidence:
     """Return what the parts say together.
 
-    Parts on too few seeds, and those whose networks disagree, are evidence for neither direction.
+    Parts on too few seeds, those whose networks disagree and those that decide nothing are evidence for neither direction.
     """
     usable = [f for f in findings if f.is_usable]
     if not usable:
-        return ClaimEvidence(0, math.nan, math.nan, math.nan)
+        return ClaimEvidence(0, math.nan, math.nan)
     agreeing = [f for f in usable if not f.disagreeing]
     tests = [f.tests for f in agreeing if f.tests is not None]
-    opposite = [f.tests for f in agreeing if f.is_opposite and f.tests is not None]
+    opposite = [f.tests for f in agreeing if f.is_opposite and f.tests is not None and not f.effect.decides_nothing]
     if opposite:
-        p, p_t, attainable = (
-            min(1.0, len(findings) * min(values))
-            for values in ([t.largest for t in opposite], [t.t for t in opposite], [t.attainable for t in opposite])
+        p, p_t = (
+            min(1.0, len(findings) * min(values)) for values in ([t.largest for t in opposite], [t.t for t in opposite])
         )
-        return ClaimEvidence(-1, p, p_t, attainable)
+        return ClaimEvidence(-1, p, p_t, min(opposite, key=lambda t: t.t).is_one_sign)
     if len(agreeing) < len(findings) or any(f.effect.blocked for f in agreeing):
-        return ClaimEvidence(0, 1.0, 1.0, 1.0)
-    return ClaimEvidence(1, max(t.largest for t in tests), max(t.t for t in tests), max(t.attainable for t in tests))
+        return ClaimEvidence(0, 1.0, 1.0)
+    return ClaimEvidence(1, max(t.largest for t in tests), max(t.t for t in tests), all(t.is_one_sign for t in tests))
 
 
 def _verdict(
@@ -229,7 +228,7 @@ def _verdict(
     if evidence_of_claim.direction and p_t_holm < ALPHA:
         needed = _needed_seeds(findings, evidence_of_claim.direction, n_tested)
         n = min(f.tests.n for f in findings if f.is_usable and f.tests is not None)
-        if n < needed and evidence_of_claim.p <= evidence_of_claim.attainable:  # all seeds agree in sign
+        if n < needed and evidence_of_claim.is_one_sign:
             seeds = f"by the t-test alone: {n} seeds, and exact tests decide from {needed} on"
             return (SUGGESTED, seeds) if evidence_of_claim.direction > 0 else (SUGGESTED_AGAINST, f"{seeds}; {against}")
     if all(f.verdict == SUPPORTED for f in findings):
@@ -341,5 +340,5 @@ def effect_text(finding: StatisticResult) -> str:
     interval = finding.interval
     if interval is None:
         return ""
-    ends = f" [{interval.low:.3g}, {interval.high:.3g}]" if interval.half_width >= 0 else ""
-    return f"{interval.mean:.3g}{ends} {finding.part.unit}".strip()
+    ends = f" [{interval.low:z.3g}, {interval.high:z.3g}]" if interval.half_width >= 0 else ""
+    return f"{interval.mean:z.3g}{ends} {finding.part.unit}".strip()

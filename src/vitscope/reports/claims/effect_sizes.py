@@ -33,6 +33,7 @@ class Effect:
         compared: Names of the compared experiments.
         lacking: Trainings or analyses that are missing for it, in words.
         blocked: Reason why it supports no claim whatever its interval is; empty if there is none.
+        decides_nothing: Whether that reason also keeps it from contradicting a claim.
         refused: Results that were left out because they were measured under other conditions than the rest, and experiments that
             lack seeds of the rest, in words.
         parts: Name and values by seed of each experiment, or pair of experiments, that the statistic is a mean over; empty
@@ -44,6 +45,7 @@ class Effect:
     lacking: str = ""
     blocked: str = ""
     refused: str = ""
+    decides_nothing: bool = False
     parts: tuple[tuple[str, Mapping[int, float]], ...] = ()
 
 
@@ -60,8 +62,13 @@ class ReportRuns:
     costs: Costs
 
     def groups(self, keep: Callable[[Entry], bool]) -> list[Runs]:
-        """Return the trained experiments that ``keep`` accepts, by seed, without those trained on random labels."""
-        return list(self.selection.groups(lambda e: e.trained and not _random_labels(e) and keep(e)).values())
+        """Return the experiments that ``keep`` accepts, by seed: trained from initial weights, and not on random labels.
+
+        A training from another file's weights or whose length was changed on the way is no repetition of the experiment that
+        its configuration states (`vitscope.config.experiment_identity.experiment`), and cannot be set against it.
+        """
+        groups = self.selection.groups(lambda e: e.from_initial_weights and not _random_labels(e) and keep(e))
+        return list(groups.values())
 
     def scalar(self, measure: str, name: str, tag: str | None = None) -> Reader:
         """Return a reader of a measure's scalar."""
@@ -152,7 +159,7 @@ def balanced_effect(parts: Sequence[Mapping[int, float]], names: Sequence[str], 
     chosen_parts = tuple((names[i], {seed: parts[i][seed] for seed in seeds}) for i in indices)
     if len(chosen_parts) == 1:
         return Effect(balanced_means(parts), chosen_parts[0][0], refused="; ".join(left_out))
-    compared = "; ".join(f"{name}: {np.mean(list(values.values())):.3g}" for name, values in chosen_parts)
+    compared = "; ".join(f"{name}: {np.mean(list(values.values())):z.3g}" for name, values in chosen_parts)
     return Effect(balanced_means(parts), compared, refused="; ".join(left_out), parts=chosen_parts)
 
 
@@ -163,8 +170,9 @@ def slopes(runs: Sequence[tuple[float, Runs]], read: Reader) -> dict[int, float]
     for seed in seeds_of([group for _, group in runs]):
         y = [read(group[seed]) for _, group in runs]
         if all(v is not None for v in y):
-            centered = x - x.mean()
-            values[seed] = float(centered @ np.array(y, dtype=float) / (centered @ centered))
+            centered, heights = x - x.mean(), np.array(y, dtype=float)
+            # from the first value: equal values have slope 0, and not the rounding of sums, which has one sign for all seeds
+            values[seed] = float(centered @ (heights - heights[0]) / (centered @ centered))
     return values
 
 

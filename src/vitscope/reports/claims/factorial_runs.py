@@ -26,7 +26,7 @@ Results = Mapping[tuple[str, str, str, int], Any]
 
 def find_experiments(selection: Selection) -> dict[tuple[str, str], Runs] | None:
     """Return the experiments by family and training: of the plainest models, in the setting with most seeds."""
-    groups = list(selection.groups(lambda entry: entry.trained and entry.kin in MODELS).values())
+    groups = list(selection.groups(lambda entry: entry.from_initial_weights and entry.kin in MODELS).values())
     objective = {
         key for runs in groups for key in identity(lowest_seed_run(runs).config) if key.startswith("objective.")
     }

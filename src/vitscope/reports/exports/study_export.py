@@ -26,7 +26,7 @@ from vitscope.runtime.errors import ConfigError, DataError, StorageError
 
 #: entries of ``provenance.json`` that are exported: what reports read, and what produced the numbers
 FACTS = (
-    "status", "command", "created", "seed", "config_hash", "git_commit", "model", "wall_s", "versions",
+    "status", "command", "created", "seed", "config_hash", "git_commit", "model", "wall_s", "versions", "started_from", "changes",
 )  # fmt: skip
 #: results whose meaning hangs on a text that is not among their scalars: the measure and its field
 TEXTS = {"branch_transfer": "reference"}
@@ -178,11 +178,19 @@ def _run(entry: Entry, results: Mapping[str, Measured]) -> dict[str, Any]:
     config["data"] = {key: value for key, value in config["data"].items() if key != "root"}
     return {
         "config": config,
-        "facts": {key: entry.facts[key] for key in FACTS if key in entry.facts},
+        "facts": _facts(entry),
         "metrics": dict(entry.metrics),
         "checkpoints": _checkpoint_hashes(entry.run),
         "results": {name: _result(measured) for name, measured in sorted(results.items())},
     }
+
+
+def _facts(entry: Entry) -> dict[str, Any]:
+    """Return the exported entries of a run's provenance; the file that it started from by its name and folder alone."""
+    facts = {key: entry.facts[key] for key in FACTS if key in entry.facts}
+    if isinstance(start := facts.get("started_from"), Mapping):
+        facts["started_from"] = {**start, "checkpoint": experiment_identity.start_file(start)}
+    return facts
 
 
 def _result(measured: Measured) -> dict[str, Any]:
@@ -213,11 +221,7 @@ def _experiment(study: Study, key: str, content: Mapping[str, Any]) -> tuple[str
     """Return the digest of a run's experiment, the seed left out, and its seed."""
     try:
         config, facts = content["config"], content["facts"]
-        experiment = {
-            **experiment_identity.identity(config),
-            "weights": config.get("ckpt_path") if facts.get("command") == "analyze" else None,
-        }
-        return loading.digest(experiment), int(config.get("seed") or 0)
+        return loading.digest(experiment_identity.experiment(config, facts)), int(config.get("seed") or 0)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise _no_run(study, key, error) from None
 

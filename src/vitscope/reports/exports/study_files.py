@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,7 +39,7 @@ class Study:
 
     @property
     def hours(self) -> float:
-        """Hours of all trainings with their measurements, to two digits."""
+        """Hours of all trainings with their tests, to two digits; measurements, and processes before a resume, do not count."""
         return round(sum(float(content["facts"].get("wall_s") or 0.0) for content in self.runs.values()) / 3600, 2)
 
 
@@ -67,13 +66,14 @@ def write(study: Study) -> int:
         "hours": study.hours,
         "targets": study.targets,
     }
-    shutil.rmtree(folder / "runs", ignore_errors=True)
-    (folder / "runs").mkdir(parents=True)
     size = 0
-    for name, content in [(INDEX, index), *((f"runs/{key}.json", study.runs[key]) for key in sorted(study.runs))]:
+    for name, content in [*((f"runs/{key}.json", study.runs[key]) for key in sorted(study.runs)), (INDEX, index)]:
         text = json.dumps(redaction.redacted(content), indent=1, sort_keys=True, allow_nan=False).encode() + b"\n"
         atomic_write.write_atomically(folder / name, text)
         size += len(text)
+    for path in (folder / "runs").glob("*.json"):  # of the study that stood there, once the new one is whole
+        if path.stem not in study.runs:
+            path.unlink()
     return size
 
 

@@ -13,6 +13,8 @@ from matplotlib.ticker import MaxNLocator
 from vitscope.plotting.api import STYLE
 from vitscope.reports.claims.factorial_analysis import L2_FORMS, OBJECTIVES, QUANTITIES, FactorialResult, Quantity
 from vitscope.reports.claims.factorial_runs import IMAGES, MODELS, TRAININGS
+from vitscope.reports.tables.table import LEAST_SEEDS
+from vitscope.stats.t_tests import Interval
 
 #: places on the x axis of the upper rows
 X_POSITIONS = tuple(itertools.product(TRAININGS, IMAGES))
@@ -22,7 +24,7 @@ MARKERS = {"convnet": "o", "vit": "s"}
 def draw(result: FactorialResult) -> Figure:
     """Draw a column a quantity: a row an objective with both models' numbers, and below them the factors' effects.
 
-    Bars are 95% intervals, where seeds, directions or mini-batches give them.
+    Bars are 95% intervals, where three seeds or more give them, or directions or mini-batches of one seed.
 
     Args:
         result: The answer.
@@ -52,7 +54,7 @@ def _draw_values(ax: Axes, result: FactorialResult, quantity: Quantity, objectiv
     for number, (family, name) in enumerate(MODELS.items()):
         values = [result.values[quantity.key, (*place, objective), family] for place in X_POSITIONS]
         positions = np.arange(len(X_POSITIONS)) + 0.16 * (number - 0.5)
-        bars = np.array([v.bars for v in values]).T  # (2, n): below and above
+        bars = np.array([_bars(v, result) for v in values]).T  # (2, n): below and above
         ax.errorbar(positions, [v.mean for v in values], yerr=bars, fmt=MARKERS[family], color=f"C{number}",
                     label=f"{name} ({result.labels[family]})")  # fmt: skip
     ax.axvline(len(IMAGES) - 0.5, color="0.85", linewidth=0.6, zorder=0)
@@ -74,7 +76,7 @@ def _draw_effects(ax: Axes, result: FactorialResult, quantity: Quantity, *, name
             None,
         )
         if effect is not None and np.isfinite(effect.difference.mean):
-            bar = max(effect.difference.bars)
+            bar = max(_bars(effect.difference, result))
             ax.errorbar(effect.difference.mean, place, xerr=bar, fmt="D", color="black")
     ax.axvline(0, color="0.6", linewidth=0.6, zorder=0)
     ax.set_ylim(len(lines) - 0.5, -0.5)
@@ -82,6 +84,11 @@ def _draw_effects(ax: Axes, result: FactorialResult, quantity: Quantity, *, name
     ax.set_yticks(range(len(lines)), words if names else [""] * len(lines))
     ax.xaxis.set_major_locator(MaxNLocator(4))
     ax.set_xlabel("effect on ViT − ConvNet\n(left: ViT looks flatter)")
+
+
+def _bars(interval: Interval, result: FactorialResult) -> tuple[float, float]:
+    """Return the distances to both ends of an interval, 0 for one over too few seeds, which the tables do not print either."""
+    return (0.0, 0.0) if 1 < len(result.seeds) < LEAST_SEEDS else interval.bars
 
 
 def _draw_placeholder(ax: Axes, word: str) -> None:

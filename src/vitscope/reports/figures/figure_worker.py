@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from vitscope.plotting.api import plot, save_figure
+from vitscope.plotting.figure_note import add_note
 from vitscope.plotting.figure_numbers import save_numbers
 from vitscope.runs import result_store
 from vitscope.runtime.errors import StorageError, first_line
@@ -125,7 +126,7 @@ def draw(job: Job) -> Picture:
             warnings.simplefilter("ignore")  # what a layout engine says of a crowded figure is no news to a reader
             figure = plot(loaded, allow_different=True, **job.options)
             if job.note:
-                figure.supxlabel(job.note, x=0.99, ha="right", fontsize="x-small", color="0.4")
+                add_note(figure, job.note)
             png, *pdf = save_figure(figure, job.stem, formats=("png", "pdf") if job.pdf else ("png",))
     except OSError as error:
         folder = job.stem.parent

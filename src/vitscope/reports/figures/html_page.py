@@ -16,8 +16,9 @@ from PIL import Image
 from plotly.offline import get_plotlyjs
 
 from vitscope import __version__
-from vitscope.config.experiment_identity import identity
+from vitscope.config.experiment_identity import experiment
 from vitscope.core.objective_card import shown_value
+from vitscope.reports import run_listing
 from vitscope.reports.claims.claim_verdicts import NOT_MEASURED, ClaimVerdict, effect_text
 from vitscope.reports.figures import figure_captions
 from vitscope.reports.figures.figure_captions import DrawnPanel
@@ -29,6 +30,7 @@ from vitscope.reports.tables.table import Cell, Problem, Table
 from vitscope.reports.value_lookup import Selection
 from vitscope.runs import result_store
 from vitscope.runtime import atomic_write
+from vitscope.runtime.errors import StorageError
 
 #: resolution of figures on the page (CSS pixels per inch) and in their files (dots per inch)
 SHOWN_DPI, SAVED_DPI = 116, 300
@@ -133,7 +135,7 @@ def write(
 
 def comparison(entries: Sequence[Entry]) -> dict[str, Any]:
     """Return what the page needs to compare runs: differing configuration, last metrics, thinned curves."""
-    facts = {entry.id: {**identity(entry.config), "seed": entry.seed} for entry in entries}
+    facts = {entry.id: {**experiment(entry.config, entry.facts), "seed": entry.seed} for entry in entries}
     keys = dict.fromkeys(key for fact in facts.values() for key in fact)
     varying = [key for key in keys if len({json.dumps(fact.get(key), default=str) for fact in facts.values()}) > 1]
     return {
@@ -160,6 +162,7 @@ def _template() -> jinja2.Template:
     )
     environment.filters["fact"] = _fact
     environment.filters["metric"] = _metric
+    environment.filters["state"] = _state
     environment.filters["anchor"] = anchor
     environment.filters["script_json"] = lambda text: text.replace("<", r"\u003c").replace("\u2028", r"\u2028")
     return environment.get_template("report.html.j2")
@@ -231,7 +234,15 @@ def _fact(value: Any) -> str:
 def _metric(entry: Entry, name: str) -> str:
     """Return a metric of a run; of one that was not trained here that of its newest `vs.evaluation` of the split."""
     value = Selection([entry], or_newest=True).metric(entry, name).number
-    return "–" if value is None else f"{value:.3f}"
+    return "–" if value is None else f"{value:z.3f}"
+
+
+def _state(entry: Entry) -> str:
+    """Return the state of a run; of one whose process was killed ``stopped``, although its provenance says ``running``."""
+    try:
+        return run_listing.state(entry)
+    except StorageError:  # its lock is no regular file
+        return entry.status
 
 
 def _rounded(curve: tuple[list[float], list[float]]) -> list[list[float]]:

@@ -59,9 +59,9 @@ def text(correlation: RankCorrelation) -> str:
     if correlation.tau != correlation.tau:
         return f"no tau ({correlation.n} runs)"
     has_interval = correlation.low == correlation.low
-    interval = f" [{correlation.low:.2f}, {correlation.high:.2f}]" if has_interval else ", no interval"
-    return f"tau = {correlation.tau:.2f}{interval} ({correlation.n} runs)"
+    interval = f" [{correlation.low:z.2f}, {correlation.high:z.2f}]" if has_interval else ", no interval"
+    return f"tau = {correlation.tau:z.2f}{interval} ({correlation.n} runs)"
 
 
 def _number(value: float, style: str = ".2f") -> str:
-    return format(value, style) if value == value else "–"
+    return format(value, f"z{style}") if value == value else "–"

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from vitscope.config import experiment_identity
 from vitscope.plotting.api import STYLE
 from vitscope.plotting.style import MARKERS
+from vitscope.plotting.text_fit import fit_legend, n_legend_lines
 from vitscope.reports.run_entry import Entry
 from vitscope.reports.tables.headline_tables import n_msa
 from vitscope.reports.tables.table import LEAST_SEEDS, Cell, Problem, Table, over_seeds, seeds_text
@@ -40,6 +41,12 @@ WORDS = {
     "optimizer.rho": "radius of SAM",
     "trainer.max_epochs": "epochs",
 }
+
+
+#: width of the points of one category, as a share of the distance between two categories
+MOST_SHIFT = 0.8
+#: inches of a line of the legend
+LEGEND_LINE = 0.16
 
 
 @dataclass(frozen=True)
@@ -145,8 +152,9 @@ def draw(points: Sequence[Point], x: str, y: Sequence[str], texts: Sequence[str]
         raise ValueError("Expected at least one experiment, received none.")
     with style.context(STYLE):
         series = list(dict.fromkeys(point.series for point in points))
-        rows = -(-len(series) // 2)
-        figure = Figure(figsize=(max(3.4, 2.6 * len(y)), 2.3 + 0.16 * rows))
+        width = max(3.4, 2.6 * len(y))
+        names, n_columns = fit_legend(series, 2, width)
+        figure = Figure(figsize=(width, 2.3 + LEGEND_LINE * n_legend_lines(names, n_columns)))
         axes = figure.subplots(1, len(y), squeeze=False)[0]
         for panel, (ax, quantity) in enumerate(zip(axes, y)):
             _draw_panel(ax, points, panel, x, series)
@@ -154,7 +162,8 @@ def draw(points: Sequence[Point], x: str, y: Sequence[str], texts: Sequence[str]
             ax.set_xlabel(axis_label(x))
             if texts:
                 ax.set_title(texts[panel], fontsize="small")
-        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=2, frameon=False)
+        handles, _ = axes[0].get_legend_handles_labels()
+        figure.legend(handles, names, loc="outside upper center", ncols=n_columns, frameon=False)
     return figure
 
 
@@ -165,7 +174,8 @@ def _draw_panel(ax: Axes, points: Sequence[Point], panel: int, x: str, series: S
         series_points = [
             p for p in points if p.series == name and p.y[panel] is not None and (p.x is not None or not measured)
         ]
-        shift = 0.12 * (number - (len(series) - 1) / 2) if categories else 0.0  # points of one category side by side
+        # points of one category side by side, within its share of the axis
+        shift = min(0.12, MOST_SHIFT / len(series)) * (number - (len(series) - 1) / 2) if categories else 0.0
         positions = [_place(p.x, categories) + shift for p in series_points]
         order = sorted(range(len(series_points)), key=lambda i: positions[i])
         heights = [h for i in order if (h := series_points[i].y[panel]) is not None]
@@ -173,10 +183,13 @@ def _draw_panel(ax: Axes, points: Sequence[Point], panel: int, x: str, series: S
         line = "none" if measured or categories else "-"
         ax.errorbar([positions[i] for i in order], [h.mean for h in heights], yerr=[_width(h) for h in heights], xerr=xerr,
                     fmt=MARKERS[number % len(MARKERS)], linestyle=line, label=name)  # fmt: skip
-    if not any(_width(point.y[panel]) for point in points):
-        most = max((h.n for point in points if (h := point.y[panel]) is not None), default=1)
-        reason = "one seed" if most == 1 else f"fewer than {LEAST_SEEDS} seeds"
-        ax.text(0.02, 0.02, f"No interval: {reason}", transform=ax.transAxes, fontsize="small", color="0.4")
+    if not any(point.y[panel] is not None and (point.x is not None or not measured) for point in points):
+        ax.text(0.5, 0.5, "missing", transform=ax.transAxes, ha="center", va="center", color="0.5")
+        ax.set_yticks([])
+        ax.set_xticks([])
+        return
+    if note := _note_of_intervals([h for point in points if (h := point.y[panel]) is not None]):
+        ax.text(0.02, 0.02, note, transform=ax.transAxes, fontsize="small", color="0.4")
     if categories:
         ax.set_xticks(range(len(categories)), categories, rotation=30 if max(map(len, categories)) > 6 else 0)
         ax.set_xlim(-0.5, len(categories) - 0.5)
@@ -187,6 +200,14 @@ def _draw_panel(ax: Axes, points: Sequence[Point], panel: int, x: str, series: S
         values = sorted({float(point.x) for point in points})
         ax.set_xticks(values, [f"{v:g}" for v in values], minor=False)
         ax.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
+
+
+def _note_of_intervals(heights: Sequence[Interval]) -> str:
+    """Return why no number of a panel has an interval, or that some have none for lack of seeds; else an empty text."""
+    if not any(map(_width, heights)):
+        most = max(height.n for height in heights)
+        return f"No interval: {'one seed' if most == 1 else f'fewer than {LEAST_SEEDS} seeds'}"
+    return f"Without bar: fewer than {LEAST_SEEDS} seeds" if any(h.n < LEAST_SEEDS for h in heights) else ""
 
 
 def _categories(points: Sequence[Point]) -> list[str]:
@@ -223,7 +244,7 @@ def _keys(entry: Entry) -> Mapping[str, Any]:
 def _series(entry: Entry, x: str) -> str:
     """Return the model's name with what sets its experiment apart, but for the key on the x axis."""
     name, *rest = entry.label.split(", ")
-    keys = experiment_identity.REPEATED if x == "objective" else (x.rpartition(".")[2],)
+    keys = ("objective", *experiment_identity.REPEATED) if x == "objective" else (x.rpartition(".")[2],)
     return ", ".join([name, *(part for part in rest if part.partition(" ")[0] not in keys)])
 
 

@@ -16,6 +16,8 @@ from matplotlib.ticker import MaxNLocator
 
 from vitscope.plotting.api import STYLE, save_figure
 from vitscope.plotting.canvas import COLUMN_WIDTH, result_color
+from vitscope.plotting.style import MARKERS
+from vitscope.plotting.text_fit import fit_legend, n_legend_lines
 from vitscope.reports.figures.figure_captions import DrawnPanel, with_picture
 from vitscope.reports.figures.figure_plan import Curve, Panel
 from vitscope.reports.figures.figure_worker import Picture
@@ -24,6 +26,8 @@ from vitscope.reports.run_entry import Entry
 from vitscope.runtime.atomic_write import write_atomically
 from vitscope.runtime.errors import StorageError
 
+#: inches of a line of the legend
+LEGEND_LINE = 0.15
 #: fewer steps show no course of a training
 LEAST_STEPS = 3
 #: in place of a moment
@@ -128,13 +132,16 @@ def draw(history: StepHistory) -> Figure:
     names = history.changing_scalars()
     rows = -(-len(names) // 2)
     with style.context(STYLE):
-        figure = Figure(figsize=(2 * COLUMN_WIDTH, 1.6 * rows + 0.4), layout="constrained")
+        labels, n_columns = fit_legend(list(history.results), 3, 2 * COLUMN_WIDTH)
+        height = 1.6 * rows + 0.25 + LEGEND_LINE * n_legend_lines(labels, n_columns)
+        figure = Figure(figsize=(2 * COLUMN_WIDTH, height), layout="constrained")
         axes = figure.subplots(rows, 2, squeeze=False, sharex=True).ravel()
         for index, (label, results) in enumerate(history.results.items()):
             for ax, name in zip(axes, names):
                 points = [(step, m.scalars[name]) for step, m in results if m.scalars.get(name) is not None]
                 steps, values = np.array(points, dtype=float).reshape(-1, 2).T
-                ax.plot(steps, values, marker=".", markersize=3, color=result_color(index), label=label)
+                marker = MARKERS[index % len(MARKERS)]
+                ax.plot(steps, values, marker=marker, markersize=2.5, color=result_color(index), label=label)
         for ax, name in zip(axes, names):
             ax.set_ylabel(textwrap.fill(name.replace("_", " "), 20))
             ax.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
@@ -143,8 +150,8 @@ def draw(history: StepHistory) -> Figure:
         for ax in axes[max(len(names) - 2, 0) : len(names)]:
             ax.set_xlabel("Optimizer step")
             ax.tick_params(labelbottom=True)
-        handles, texts = axes[0].get_legend_handles_labels()
-        figure.legend(handles, texts, loc="outside upper center", ncols=3, frameon=False)
+        handles, _ = axes[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside upper center", ncols=n_columns, frameon=False)
     return figure
 
 

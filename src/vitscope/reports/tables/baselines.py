@@ -17,7 +17,7 @@ TRAINED, INITIAL, RANDOM = "trained", "at initialization", "trained on random la
 
 #: command or setting that produces each baseline
 REMEDIES = {
-    INITIAL: "python analyze.py run=runs/{run} ckpt=init 'analysis=[{analysis}]'",
+    INITIAL: "python analyze.py run={run} ckpt=init 'analysis=[{analysis}]'",
     RANDOM: "train the same with data.random_labels=true",
 }
 
@@ -50,7 +50,7 @@ def panels(
                 others = [pair[1].conditions() for pair in results_by_role.get(role, ())]
                 keys = ", ".join(differing([first.measured.conditions(), *others]))
                 reason = f"measured under another objective card ({keys})" if others else ""
-                remedy = REMEDIES[role].format(run=first.entry.id, analysis=analysis)
+                remedy = REMEDIES[role].format(run=first.entry.run.path, analysis=analysis)
                 problems.append(
                     Problem(MISSING, f"run {first.entry.id}", f"{analysis} {role}", reason or f"to have it: {remedy}")
                 )
@@ -69,10 +69,9 @@ def _by_model(
     for entry in entries:
         if entry.superseded:
             continue
-        facts = experiment_identity.identity(entry.config)
+        facts = experiment_identity.experiment(entry.config, entry.facts)
         random = bool(facts.pop("data.random_labels", False))
-        weights = entry.config.get("ckpt_path") if not entry.trained else None
-        key = loading.digest({**facts, "weights": weights})
+        key = loading.digest(facts)
         for m in entry.results:
             if m.error or (analyses is not None and m.analysis not in analyses) or m.tag not in ("init", "end"):
                 continue

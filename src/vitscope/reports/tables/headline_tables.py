@@ -243,9 +243,9 @@ def _in_build_up(entry: Entry) -> bool:
 
 
 def n_msa(entry: Entry) -> tuple[int, ...]:
-    """Return the number of attention blocks in each stage of an AlterNet or a ResNet."""
+    """Return the number of attention blocks in each stage of an AlterNet or a ResNet; none where another mixer replaces them."""
     node = entry.config.get("model") or {}
-    if entry.family != "alternet":
+    if entry.family != "alternet" or (node.get("mixer") or "msa") != "msa":
         return (0, 0, 0, 0)
     return tuple(node.get("n_msa") or DEFAULT_MSA.get(node.get("depth", 18), ()))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,8 +14,22 @@ from vitscope.reports.value_lookup import FAILED, MISSING, Value
 from vitscope.runtime import atomic_write
 from vitscope.stats.t_tests import Interval, t_interval
 
+#: characters of titles, notes and cells that LaTeX does not know in a text, and what stands for them
+_LATEX = {
+    "±": r"$\pm$", "−": "$-$", "×": r"$\times$", "→": r"$\rightarrow$", "≤": r"$\leq$", "≥": r"$\geq$", "≈": r"$\approx$",
+    "∞": r"$\infty$", "‖": r"$\|$", "½": r"$\frac{1}{2}$", "²": "$^2$", "³": "$^3$", "°": r"$^\circ$", "·": r"$\cdot$",
+    "Γ": r"$\Gamma$", "Δ": r"$\Delta$", "Λ": r"$\Lambda$", "Σ": r"$\Sigma$", "Φ": r"$\Phi$", "Ω": r"$\Omega$",
+    "α": r"$\alpha$", "β": r"$\beta$", "γ": r"$\gamma$", "δ": r"$\delta$", "ε": r"$\epsilon$", "η": r"$\eta$",
+    "θ": r"$\theta$", "κ": r"$\kappa$", "λ": r"$\lambda$", "μ": r"$\mu$", "π": r"$\pi$", "ρ": r"$\rho$", "σ": r"$\sigma$",
+    "τ": r"$\tau$", "φ": r"$\phi$", "ω": r"$\omega$",
+}  # fmt: skip
+
 #: number of seeds from which on a cell is a mean with an interval; below, it lists the seeds' values
 LEAST_SEEDS = 3
+
+
+#: characters from which on a cell without a number holds prose
+PROSE = 45
 
 
 @dataclass(frozen=True)
@@ -140,7 +154,8 @@ def seeds_text(counts: Sequence[int], has_few: bool = False) -> str:
 def interval_text(interval: Interval, style: str) -> str:
     """Return ``mean ± half width``, or ``mean [low, high]``; the mean alone where there is no interval or it has no width.
 
-    General styles (``.4g``) give both as many decimals as the smaller needs for two digits.
+    General styles (``.4g``) give both as many decimals as the smaller needs for two digits. A half width that a style of fixed
+    decimals (``.3f``) would round to 0 adds decimals to both up to its first digit, six at most.
     """
     if interval.ends is not None:
         return f"{number_text(interval.mean, style)} [{number_text(interval.low, style)}, {number_text(interval.high, style)}]"
@@ -149,25 +164,28 @@ def interval_text(interval: Interval, style: str) -> str:
     if style.endswith("g") and 1e-4 < interval.half_width < 1e6:
         smaller = min(interval.half_width, abs(interval.mean)) or interval.half_width
         style = f".{min(6, max(0, 1 - math.floor(math.log10(smaller))))}f"
+    elif style.endswith("f") and not float(number_text(interval.half_width, style)):
+        style = f".{min(6, -math.floor(math.log10(interval.half_width)))}f"
     return f"{number_text(interval.mean, style)} ± {number_text(interval.half_width, style)}"
 
 
 def number_text(value: float, style: str) -> str:
-    """Return one number in a style: a format specification, or ``si`` for counts."""
+    """Return one number in a style: a format specification, or ``si`` for counts. What rounds to zero has no sign."""
     if style != "si":
-        return format(value, style)
+        return format(value, f"z{style}")
     for size, suffix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= size:
+        if abs(value) >= 0.999995 * size:  # of the smaller unit there would be 1000.00
             return f"{value / size:.2f}{suffix}"
-    return f"{value:.0f}"
+    return f"{value:z.0f}"
 
 
 def markdown(table: Table) -> str:
     """Return a table that is also readable as text."""
     grid = [list(table.columns), *[[_escaped(cell.text) for cell in row] for row in table.rows]]
     widths = [max(3, *(len(line[i]) for line in grid)) for i in range(len(table.columns))]
-    rule = ["-" * w if i == 0 else "-" * (w - 1) + ":" for i, w in enumerate(widths)]
-    lines = ["| " + " | ".join(_aligned(line, widths)) + " |" for line in (grid[0], rule, *grid[1:])]
+    left_columns = _left_columns(table)
+    rule = ["-" * w if i in left_columns else "-" * (w - 1) + ":" for i, w in enumerate(widths)]
+    lines = ["| " + " | ".join(_aligned(line, widths, left_columns)) + " |" for line in (grid[0], rule, *grid[1:])]
     return "\n".join([f"**{table.title}**", "", *lines, *(["", table.note] if table.note else [])]) + "\n"
 
 
@@ -203,10 +221,10 @@ def latex(table: Table) -> str:
     styler.hide(axis="index")
     styler.format(escape="latex")
     styler.format_index(escape="latex", axis="columns")
-    text = styler.to_latex(hrules=True, column_format="l" + "r" * (len(table.columns) - 1))
-    for sign, command in (("±", r"$\pm$"), ("λ", r"$\lambda$"), ("−", "$-$"), ("≤", r"$\leq$")):
-        text = text.replace(sign, command)
-    return text
+    left_columns = _left_columns(table)
+    columns = "".join("l" if i in left_columns else "r" for i in range(len(table.columns)))
+    text = styler.to_latex(hrules=True, column_format=columns)
+    return text.translate(str.maketrans(_LATEX))
 
 
 def write(table: Table, folder: Path) -> list[Path]:
@@ -230,5 +248,11 @@ def _escaped(text: str) -> str:
     return text.replace("|", r"\|")
 
 
-def _aligned(line: Sequence[str], widths: Sequence[int]) -> list[str]:
-    return [text.ljust(w) if i == 0 else text.rjust(w) for i, (text, w) in enumerate(zip(line, widths))]
+def _left_columns(table: Table) -> set[int]:
+    """Return the columns whose cells are at the left: the first one, and those with prose; numbers are at the right."""
+    prose = {i for row in table.rows for i, cell in enumerate(row) if cell.interval is None and len(cell.text) > PROSE}
+    return {0} | prose
+
+
+def _aligned(line: Sequence[str], widths: Sequence[int], left_columns: Collection[int]) -> list[str]:
+    return [text.ljust(w) if i in left_columns else text.rjust(w) for i, (text, w) in enumerate(zip(line, widths))]

@@ -11,10 +11,10 @@ from rich.table import Table as Layout
 from rich.text import Text
 
 from vitscope.reports.tables import table as cells
-from vitscope.reports.tables.table import Table
+from vitscope.reports.tables.table import PROSE, Table
 
-#: characters from which on a cell holds prose, whose column is wrapped; and those that are shown of it
-PROSE, SHOWN = 45, 90
+#: characters that are shown of a cell of prose, whose column is wrapped
+SHOWN = 90
 #: characters up to which a cell is a number or a word that is not wrapped
 UNBROKEN = 16
 #: the narrowest column of prose; where the terminal has no room for all of them the last ones are left out
