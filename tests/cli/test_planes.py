@@ -164,11 +164,17 @@ def test_one_key_keeps_the_start_the_end_of_warm_up_and_log_spaced_epochs(run: P
     assert found.labels == ["init", "epoch-0000", "epoch-0001", "epoch-0002"]  # last.ckpt repeats the last of them
     assert found[0][0] == "init"
     schedule = Checkpoints(snapshots="log", warmup_epochs=5)
-    trainer: Any = SimpleNamespace(max_epochs=305)
-    kept = [epoch for epoch in range(305) if schedule._is_snapshot(epoch, trainer)]
-    assert kept == [0, 1, 3, 4, 7, 15, 31, 63, 127, 255, 304]
-    endless: Any = SimpleNamespace(max_epochs=-1)
-    assert [epoch for epoch in range(20) if schedule._is_snapshot(epoch, endless)] == [0, 1, 3, 4, 7, 15]
-    assert not any(Checkpoints(warmup_epochs=5)._is_snapshot(epoch, trainer) for epoch in range(305))
+
+    def kept(n_epochs: int, max_epochs: int) -> list[int]:
+        at = [
+            SimpleNamespace(max_epochs=max_epochs, max_steps=-1, current_epoch=e, should_stop=False)
+            for e in range(n_epochs)
+        ]
+        return [trainer.current_epoch for trainer in at if schedule._is_snapshot(trainer.current_epoch, trainer)]
+
+    assert kept(305, 305) == [0, 1, 3, 4, 7, 15, 31, 63, 127, 255, 304]
+    assert kept(20, -1) == [0, 1, 3, 4, 7, 15]
+    schedule = Checkpoints(warmup_epochs=5)
+    assert not kept(305, 305)
     with pytest.raises(ValueError, match="'log', a list of epochs or None, received 'lgo'"):
         Checkpoints(snapshots="lgo")  # type: ignore[arg-type]  a wrong value

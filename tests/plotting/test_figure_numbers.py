@@ -33,7 +33,7 @@ def test_a_single_result_has_the_columns_of_its_table(tmp_path: Path) -> None:
     for result in (variance(), eigenvalues()):
         path = save_numbers(result, tmp_path / "x")
         table = result.to_dataframe()
-        read = pd.read_csv(path, float_precision="round_trip")
+        read = pd.read_csv(path, converters={"value": lambda text: float(text or "nan")})
         assert list(read.columns) == list(table.columns)
         np.testing.assert_array_equal(read.value, table.value)
         assert read.quantity.tolist() == table.quantity.tolist()
