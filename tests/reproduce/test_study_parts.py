@@ -87,6 +87,18 @@ def changed(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
     path.write_text(json.dumps(content))
 
 
+def test_a_measurement_that_was_repeated_with_the_same_numbers_joins(
+    study: Callable[..., Path], tmp_path: Path
+) -> None:
+    a = study("a", runs_of(tmp_path / "runs", range(1)))
+    again = Path(shutil.copytree(a, tmp_path / "again"))
+    changed(again, lambda content: content["results"][next(iter(content["results"]))].update(time=2e9))
+    assert len(study_export.read([a, again], TARGET)) == len(study_export.read([a], TARGET))
+    changed(again, lambda content: content["results"][next(iter(content["results"]))]["scalars"].update(extra=1.0))
+    with pytest.raises(ConfigError, match="has other numbers than the same run of another part"):
+        study_export.read([a, again], TARGET)
+
+
 def test_parts_that_do_not_go_together_are_refused(study: Callable[..., Path], tmp_path: Path) -> None:
     outcomes = runs_of(tmp_path / "runs", range(2))
     a = study("a", outcomes)
