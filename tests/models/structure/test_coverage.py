@@ -7,6 +7,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from packaging.version import Version
 from timm.models.resnet import BasicBlock
 from torch import Tensor, nn
 
@@ -253,5 +254,11 @@ def test_a_model_that_does_not_run_on_images_says_why_and_what_to_do() -> None:
     assert text.startswith("_TwoArguments: its forward pass fails: ")
     assert "missing 1 required positional argument: 'mask'; pass images that it takes" in text
     assert "a module around it whose forward takes images (B, C, H, W) alone" in text
+
+
+@pytest.mark.skipif(
+    Version(torch.__version__) < Version("2.14"), reason="torch 2.10 runs FlexAttention in a traced pass, 2.14 refuses"
+)
+def test_an_attention_that_cannot_be_traced_says_what_to_do() -> None:
     with pytest.raises(StructureError, match=r"FlexAttention .*; choose another attention for measuring"):
         vs.structure(_FlexibleAttention(), torch.randn(1, 3, 8, 8))

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
+from tests.helpers import timm_versions
 from vitscope.models.structure.parameter_groups import parameter_kinds, parameter_stages
 
 
@@ -107,7 +108,7 @@ def test_what_a_stage_makes_of_its_blocks_is_no_head() -> None:
     assert {kinds[name] for name, _ in model.named_parameters() if name.startswith("3.")} == {"conv", "pool"}
 
 
-@pytest.mark.parametrize("name", ["cspnext_m", "cspresnet50", "cs3darknet_m"])
+@pytest.mark.parametrize("name", timm_versions.named("cspnext_m", "cspresnet50", "cs3darknet_m"))
 def test_the_head_of_a_cross_stage_network_is_its_classifier(name: str) -> None:
     with torch.device("meta"):
         model = timm.create_model(name)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import vitscope as vs
+from tests.helpers import timm_versions
 from tests.helpers.attention_rule import attention_parameters
 from tests.helpers.replayed_pass import replayed
 from tests.models.structure.timm_families import FAMILIES, NOT_RESIDUAL
@@ -116,7 +117,7 @@ REAL = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["test_resnet", "test_coatnet", "mobilenetv3_small_050"])
+@pytest.mark.parametrize("name", timm_versions.named("test_resnet", "test_coatnet", "mobilenetv3_small_050"))
 def test_every_unit_adds_its_branch_and_a_lesion_zeroes_it(name: str) -> None:
     check_branches(name)
 
