@@ -167,13 +167,18 @@ def test_one_key_keeps_the_start_the_end_of_warm_up_and_log_spaced_epochs(run: P
 
     def kept(n_epochs: int, max_epochs: int) -> list[int]:
         at = [
-            SimpleNamespace(max_epochs=max_epochs, max_steps=-1, current_epoch=e, should_stop=False)
+            SimpleNamespace(
+                max_epochs=max_epochs, max_steps=-1, current_epoch=e, should_stop=False, num_training_batches=20,
+                accumulate_grad_batches=2,
+            )
             for e in range(n_epochs)
-        ]
+        ]  # fmt: skip
         return [trainer.current_epoch for trainer in at if schedule._is_snapshot(trainer.current_epoch, trainer)]
 
     assert kept(305, 305) == [0, 1, 3, 4, 7, 15, 31, 63, 127, 255, 304]
     assert kept(20, -1) == [0, 1, 3, 4, 7, 15]
+    schedule = Checkpoints(snapshots=[0], warmup_epochs=5, warmup_steps=30)  # of 10 steps an epoch
+    assert kept(305, 305) == [0, 2]
     schedule = Checkpoints(warmup_epochs=5)
     assert not kept(305, 305)
     with pytest.raises(ValueError, match="'log', a list of epochs or None, received 'lgo'"):

@@ -118,6 +118,18 @@ def test_runs_from_before_synchronized_batch_statistics_keep_their_identity() ->
     assert config_hash(OmegaConf.create(on)) != config_hash(OmegaConf.create(base))
 
 
+@pytest.mark.parametrize("key", ["model.width", "optimizer.schedule.warmup_steps"])
+def test_a_null_of_a_key_that_was_added_later_changes_neither_hash_nor_identity(key: str) -> None:
+    """Runs that were made before the key are found by ``skip_finished=true``, and averaged with new ones."""
+    base = configuration("vit", 0, optimizer__schedule={"warmup_epochs": 5})
+    null, given = (
+        OmegaConf.to_container(OmegaConf.merge(base, OmegaConf.from_dotlist([f"{key}={value}"])))
+        for value in ("null", 7)
+    )
+    for digest_of in (config_hash, identity):
+        assert digest_of(null) == digest_of(base) != digest_of(given)
+
+
 def test_every_key_of_an_experiment_changes_hash_and_identity() -> None:
     base = configuration("vit", 0)
     for key in EXPERIMENT_KEYS:

@@ -15,6 +15,15 @@ def test_warm_up_rises_by_iteration_and_starts_moving() -> None:
     assert [factor(step, **CASE) for step in (0, 9, 19)] == pytest.approx([1 / 20, 0.5, 1.0])
 
 
+def test_warm_up_in_steps_does_not_depend_on_the_length_of_an_epoch() -> None:
+    for steps_per_epoch in (1, 10, 300):
+        case = {"steps_per_epoch": steps_per_epoch, "total_epochs": 40 / steps_per_epoch, "warmup_epochs": 2}
+        rates = [factor(step, **case, warmup_steps=4) for step in (0, 3, 4, 22, 40)]
+        assert rates == pytest.approx([0.25, 1.0, 1.0, 0.5, 0.0], abs=1e-15)
+    assert factor(0, **CASE, warmup_steps=0) == 1.0
+    assert [factor(s, **CASE, warmup_steps=20) for s in range(120)] == [factor(s, **CASE) for s in range(120)]
+
+
 def test_cosine() -> None:
     assert factor(20, **CASE) == 1.0
     assert factor(70, **CASE) == pytest.approx(0.5)

@@ -28,6 +28,7 @@ _REPLACEMENTS = {
     **dict.fromkeys(("epochs", "n_epochs", "num_epochs", "max_epochs", "trainer.epochs"), "trainer.max_epochs={}"),
     "max_steps": "trainer.max_steps={}",
     "warmup_epochs": "optimizer.schedule.warmup_epochs={}",
+    **dict.fromkeys(("warmup_steps", "warmup_iters"), "optimizer.schedule.warmup_steps={}"),
     **dict.fromkeys(("opt", "optim"), "optimizer={}"),
     "momentum": "optimizer=sgd optimizer.momentum={}",
     **dict.fromkeys(("clip_grad", "gradient_clip_val"), "trainer.gradient_clip_val={}"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -20,8 +20,10 @@ RUN_KEYS = (*EXPERIMENT_KEYS, "seed")
 #: switches that were added later: where one is off, a run keeps the identity that it had without the key
 _OFF_IS_ABSENT = ("channels_last", "trainer.sync_batchnorm")
 
-#: keys of models that were added later: where one is null, a run keeps the identity that it had without the key
-_NULL_IS_ABSENT = ("model.width", "model.depths", "model.stage_heads")
+#: keys that were added later: where one is null, a run keeps the identity that it had without the key
+_NULL_IS_ABSENT = (
+    "model.width", "model.depths", "model.stage_heads", "optimizer.schedule.warmup_steps", "callbacks.checkpoint.warmup_steps",
+)  # fmt: skip
 
 #: limits of a training that were not among the identity's keys: where one is null, it is as without the key
 _NULL_IS_NO_LIMIT = ("trainer.max_time",)
@@ -65,9 +67,9 @@ MOST_KEYS = 3
 
 def identity(cfg: Mapping[str, Any]) -> dict[str, Any]:
     """Return the values that define a run's experiment, the seed left out, as ``{dotted key: value}``."""
-    groups = _without_off_switches({key: cfg.get(key) for key in EXPERIMENT_KEYS if cfg.get(key) or key != "compile"})
+    groups = _without_later_keys({key: cfg.get(key) for key in EXPERIMENT_KEYS if cfg.get(key) or key != "compile"})
     flat = flattened(groups | {"objective": without_default_loss(plain(groups["objective"]))})
-    flat = {k: v for k, v in flat.items() if v is not None or k not in (*_NULL_IS_ABSENT, *_NULL_IS_NO_LIMIT)}
+    flat = {k: v for k, v in flat.items() if v is not None or k not in _NULL_IS_NO_LIMIT}
     defining = {k: v for k, v in flat.items() if not any(k == i or k.startswith(f"{i}.") for i in INCIDENTAL)}
     folder_name = _folder_name(cfg)
     defining |= {} if folder_name is None else {"data.root": folder_name}
@@ -165,10 +167,9 @@ def config_hash(cfg: DictConfig | Mapping[str, Any]) -> str:
         cfg: A run's configuration, or a resolved copy of it.
     """
     resolved = plain({key: cfg.get(key) for key in RUN_KEYS} if not OmegaConf.is_config(cfg) else cfg)
-    defining = _without_off_switches({key: resolved.get(key) for key in RUN_KEYS})
+    defining = _without_later_keys({key: resolved.get(key) for key in RUN_KEYS})
     defining["objective"] = without_default_loss(defining["objective"])
-    unset = [key for key in _NULL_IS_ABSENT if (resolved.get("model") or {}).get(key.removeprefix("model.")) is None]
-    for dotted in (*INCIDENTAL_TO_A_RUN, *unset):
+    for dotted in INCIDENTAL_TO_A_RUN:
         group, _, key = dotted.partition(".")
         if isinstance(defining[group], dict):
             defining[group] = {k: v for k, v in defining[group].items() if k != key}
@@ -177,15 +178,23 @@ def config_hash(cfg: DictConfig | Mapping[str, Any]) -> str:
     return digest(defining, 16)
 
 
-def _without_off_switches(groups: dict[str, Any]) -> dict[str, Any]:
-    """Return groups of a configuration without the switches of `_OFF_IS_ABSENT` that are off."""
+def _without_later_keys(groups: dict[str, Any]) -> dict[str, Any]:
+    """Return groups of a configuration without switches of `_OFF_IS_ABSENT` that are off and nulls of `_NULL_IS_ABSENT`."""
     for dotted in _OFF_IS_ABSENT:
-        group, _, key = dotted.partition(".")
-        if not key:
-            groups = {k: v for k, v in groups.items() if k != group or v}
-        elif isinstance(node := groups.get(group), Mapping):
-            groups = {**groups, group: {k: v for k, v in node.items() if k != key or v}}
+        groups = _without(groups, dotted.split("."), lambda value: not value)
+    for dotted in _NULL_IS_ABSENT:
+        groups = _without(groups, dotted.split("."), lambda value: value is None)
     return groups
+
+
+def _without(node: dict[str, Any], keys: Sequence[str], is_absent: Callable[[Any], bool]) -> dict[str, Any]:
+    """Return a mapping without the value at a path of keys, where that counts as absent."""
+    key, *inner = keys
+    if not inner:
+        return {k: v for k, v in node.items() if k != key or not is_absent(v)}
+    if isinstance(node.get(key), Mapping):
+        return {**node, key: _without(node[key], inner, is_absent)}
+    return node
 
 
 def setting(cfg: Mapping[str, Any], without: Sequence[str] = ()) -> str:

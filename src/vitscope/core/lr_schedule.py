@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from vitscope.runtime.value_ranges import NonNegativeFloat, UnitInterval
+from vitscope.runtime.value_ranges import NonNegativeFloat, NonNegativeInt, UnitInterval
 
 
 def factor(
@@ -15,6 +15,7 @@ def factor(
     total_epochs: float,
     kind: str = "cosine",
     warmup_epochs: NonNegativeFloat = 0.0,
+    warmup_steps: NonNegativeInt | None = None,
     per_epoch: bool = False,
     min_factor: UnitInterval = 0.0,
     milestones: Sequence[float] = (),
@@ -22,7 +23,7 @@ def factor(
 ) -> float:
     """Return the factor of the base learning rate at optimizer step ``step``, counted from 0.
 
-    During the first ``warmup_epochs`` it rises linearly by iteration and reaches 1 with the last of them; the first step
+    During the warm-up it rises linearly by iteration and reaches 1 with the last of them; the first step
     already moves, unlike the official code's, whose first step has rate 0. Then, with e the epochs since warm-up and E
     those left after it: ``cosine`` is min + (1 - min)(1 + cos(pi e / E)) / 2; ``multistep`` is gamma to the number of
     milestones passed, milestones counted in epochs after warm-up; ``constant`` is 1.
@@ -33,6 +34,8 @@ def factor(
         total_epochs: epochs of training, warm-up included.
         kind: ``cosine``, ``multistep`` or ``constant``.
         warmup_epochs: length of the warm-up.
+        warmup_steps: length of the warm-up in optimizer steps, in place of ``warmup_epochs``: of equal length also where
+            trainings of as many steps see different amounts of data.
         per_epoch: hold the rate within an epoch, as the official code does.
         min_factor: factor at which the cosine ends.
         milestones: epochs after warm-up at which the rate is multiplied by ``gamma``.
@@ -41,7 +44,8 @@ def factor(
     Raises:
         ValueError: an unknown kind.
     """
-    warmup_steps = round(warmup_epochs * steps_per_epoch)
+    if warmup_steps is None:
+        warmup_steps = round(warmup_epochs * steps_per_epoch)
     if step < warmup_steps:
         return (step + 1) / warmup_steps
     epoch = (step - warmup_steps) / steps_per_epoch

@@ -34,7 +34,7 @@ CHANGEABLE = {
     r"probe(\..*)?": "images of diagnostics",
     r"analysis(\..*)?": "diagnostics, which leave no trace in training",
     r"test": "whether the trained network is tested",
-    r"callbacks\.\w+\.(every_n_epochs|snapshots|warmup_epochs|init)": "which checkpoints are kept",
+    r"callbacks\.\w+\.(every_n_epochs|snapshots|warmup_epochs|warmup_steps|init)": "which checkpoints are kept",
     r"data\.(num_workers|root)": "workers and paths",
     r"paths\..*": "paths",
     r"(caps|profile|experiment)(\..*)?": "names of groups; the values that they set are judged by their own keys",

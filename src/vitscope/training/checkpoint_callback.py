@@ -16,7 +16,7 @@ from vitscope.runtime import stop_flag
 from vitscope.runtime.errors import ConfigError, NumericalError
 from vitscope.runtime.stop_flag import Interrupted
 from vitscope.runtime.torch_internals import whole_tensor
-from vitscope.runtime.value_ranges import NonNegativeFloat, PositiveInt
+from vitscope.runtime.value_ranges import NonNegativeFloat, NonNegativeInt, PositiveInt
 from vitscope.training import resume_state
 from vitscope.training.accumulation import is_accumulating
 from vitscope.training.stop_callbacks import agreed_signal
@@ -36,6 +36,7 @@ class Checkpoints(Callback):
             epochs of training and for the last one; None for none.
         warmup_epochs: Length of the warm-up in epochs; with ``snapshots``, the epoch that ends it is written too, where it is
             at least 1.
+        warmup_steps: Length of the warm-up in optimizer steps, in place of ``warmup_epochs``.
         init: Whether to write the network before its first step.
 
     Raises:
@@ -49,6 +50,7 @@ class Checkpoints(Callback):
         every_n_epochs: PositiveInt = 1,
         snapshots: Literal["log"] | Sequence[int] | None = None,
         warmup_epochs: NonNegativeFloat = 0.0,
+        warmup_steps: NonNegativeInt | None = None,
         init: bool = True,
     ) -> None:
         if mode not in ("min", "max"):
@@ -58,7 +60,8 @@ class Checkpoints(Callback):
         if snapshots is not None and any(not isinstance(s, str) and s < 0 for s in snapshots):
             raise ValueError(f"Expected epochs counted from 0 in snapshots, received {list(snapshots)!r}.")
         self.monitor, self.mode, self.every_n_epochs = monitor, mode, every_n_epochs
-        self.snapshots, self.warmup_epochs, self.init = snapshots, warmup_epochs, init
+        self.snapshots, self.init = snapshots, init
+        self.warmup_epochs, self.warmup_steps = warmup_epochs, warmup_steps
         self.best: float | None = None
         self._validated: float | None = None  # the monitored value of a validation within this epoch
         self._has_validated = False  # since this process began
@@ -178,11 +181,19 @@ class Checkpoints(Callback):
         """Tell whether an epoch is written under its own name."""
         if self.snapshots is None:
             return False
-        if self.warmup_epochs >= 1 and epoch == round(self.warmup_epochs) - 1:
+        warmup_epochs = self._warmup_epochs(trainer)
+        if warmup_epochs >= 1 and epoch == round(warmup_epochs) - 1:
             return True
         if isinstance(self.snapshots, str):  # log: after 1, 2, 4, ... epochs, and the last
             return (epoch + 1) & epoch == 0 or trainer.should_stop or _is_last_epoch(trainer)
         return epoch in self.snapshots
+
+    def _warmup_epochs(self, trainer: Trainer) -> float:
+        """Return the length of the warm-up in epochs."""
+        if self.warmup_steps is None:
+            return self.warmup_epochs
+        steps_per_epoch = max(1, -(-trainer.num_training_batches // trainer.accumulate_grad_batches))
+        return self.warmup_steps / steps_per_epoch
 
 
 def _must_stop_later(trainer: Trainer) -> bool:

@@ -106,6 +106,35 @@ def test_kernels_go_from_local_to_global(make_run: Callable, tmp_path: Path) -> 
     assert claim_statistics.kernel_difference(b, read, 7, "").lacking == "convit with kernel_size 7 and global"
 
 
+@pytest.mark.parametrize(
+    ("schedule", "is_comparable"),
+    [
+        ({"warmup_epochs": 5.0}, False),
+        ({"warmup_epochs": 5.0, "warmup_steps": None}, False),
+        ({"warmup_epochs": 5.0, "warmup_steps": 20}, True),
+        ({"warmup_epochs": 5.0, "warmup_steps": 0}, True),
+        ({"warmup_epochs": 0.0, "warmup_steps": None}, True),
+    ],
+)
+def test_trainings_of_equal_steps_are_compared_with_equal_warm_ups(
+    make_run: Callable, tmp_path: Path, schedule: dict, is_comparable: bool
+) -> None:
+    for fraction in (0.01, 0.1, 1.0):
+        card = other_card(data=f"photos, {fraction:g}")
+        make_run(
+            "vit",
+            data__fraction=fraction,
+            trainer__max_steps=100,
+            optimizer__schedule=schedule,
+            measured={"hessian": spectrum(0.2 - 0.05 * math.log10(fraction), card=card)},
+        )
+    b = bench(tmp_path)
+    nep = b.scalar(*claim_statistics.NEP)
+    effect = claim_statistics.data_trend(b, nep, -1, fixed="steps", requirement="hessian")
+    expected = "ViTs at three data.fraction and one trainer.max_steps and optimizer.schedule.warmup_steps, with hessian"
+    assert (bool(effect.values), effect.lacking) == (is_comparable, "" if is_comparable else expected)
+
+
 def test_the_trend_over_data_keeps_epochs_or_steps_fixed(make_run: Callable, tmp_path: Path) -> None:
     for fraction in (0.01, 0.1, 1.0):
         card = other_card(data=f"photos, {fraction:g}")

@@ -13,7 +13,7 @@ from vitscope.core.running_mean import RunningMean
 from vitscope.core.shared_values.entropy_terms import entropy_terms, row_entropies
 from vitscope.core.tap import Tap
 from vitscope.diagnostics.attention._overlap import covered, masks_of_layers, mean_of_pairs, overlaps, resized
-from vitscope.diagnostics.attention._placement import Query, placed, prefix_tokens, selection
+from vitscope.diagnostics.attention._placement import Query, placed, selection
 from vitscope.diagnostics.attention._rollout import Rollout, row_maps
 from vitscope.models.structure.attention_units import AttentionUnit
 from vitscope.runtime import distributed
@@ -82,7 +82,7 @@ class MapSums:
             weights, entropies = weights[:, self.heads[place]], entropies[:, self.heads[place]]
         self._maps[place], self._prefix[place] = placed(weights, unit, self.selections[place])
         windows = weights.unflatten(0, (-1, unit.n_windows))  # (B, n_windows, heads, queries, keys)
-        prefix = prefix_tokens(unit)
+        prefix = unit.prefix_keys
         if len(prefix):
             on_prefix = windows[..., prefix.to(windows.device)].sum(dim=-1, dtype=torch.float64)
             self.sink[place].add(_over_queries(on_prefix, self.on_map[place]))

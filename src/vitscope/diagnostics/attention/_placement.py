@@ -15,20 +15,6 @@ _CLASS_TOKENS = ("cls_token", "class_token", "class_embedding")
 Query = str | Sequence[float]
 
 
-def prefix_tokens(unit: AttentionUnit, keys: bool = True) -> Tensor:
-    """Return the numbers of the prefix tokens among a unit's keys, or queries; none where it attends in windows.
-
-    They stand in front of the patches, in networks of one's own also behind them. Other tokens without a position are padding.
-    """
-    tokens = unit.keys if keys else unit.queries
-    without_position = (tokens[0, :, 0] < 0).nonzero()[:, 0]
-    if unit.n_windows > 1:
-        return without_position[:0]
-    if len(without_position) in (tokens.shape[1], unit.unit.n_prefix):
-        return without_position
-    return without_position[without_position == torch.arange(len(without_position))]
-
-
 def resolved_query(model: nn.Module, units: Sequence[AttentionUnit], query: Query) -> Query:
     """Return the query that is drawn: ``auto`` is the class token where all units have it, else the mean.
 
@@ -36,7 +22,7 @@ def resolved_query(model: nn.Module, units: Sequence[AttentionUnit], query: Quer
         ValueError: a query of another form, or a class token that some unit does not have.
     """
     has_class = any(isinstance(getattr(m, name, None), Tensor) for m in model.modules() for name in _CLASS_TOKENS)
-    lacking = [unit.name for unit in units if not has_class or not len(prefix_tokens(unit, keys=False))]
+    lacking = [unit.name for unit in units if not has_class or not len(unit.prefix_queries)]
     if query == "auto":
         return "class" if units and not lacking else "mean"
     if query == "class" and lacking:
@@ -66,7 +52,7 @@ def selection(unit: AttentionUnit, query: Query) -> Tensor:
     on_map = unit.queries[..., 0] >= 0
     shares = torch.zeros(on_map.shape, dtype=torch.float64)
     if query == "class":
-        shares[0, prefix_tokens(unit, keys=False)[0]] = 1.0  # in front of distillation and register tokens
+        shares[0, unit.prefix_queries[0]] = 1.0  # in front of distillation and register tokens
         return shares
     if not bool(on_map.any()):
         raise ValueError(f"Expected queries on the map, received {unit.name!r}, whose only queries are prefix tokens.")
@@ -106,7 +92,7 @@ def placed(weights: Tensor, unit: AttentionUnit, selected: Tensor) -> tuple[Tens
             windows = torch.where((selected > 0)[:, None, :, None], windows, 0.0)
         by_key = (selected[:, None, None] @ windows)[..., 0, :]
     by_key = by_key.double().transpose(1, 2)  # (B, heads, n_windows, keys)
-    prefix = by_key[:, :, 0, prefix_tokens(unit).to(weights.device)]
+    prefix = by_key[:, :, 0, unit.prefix_keys.to(weights.device)]
     height, width = unit.key_grid
     cells = (unit.keys[..., 0] * width + unit.keys[..., 1]).flatten().to(weights.device)
     is_on_map = (unit.keys[..., 0] >= 0).flatten().to(weights.device)

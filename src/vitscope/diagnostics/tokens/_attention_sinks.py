@@ -33,7 +33,7 @@ class AttentionSinks:
         self.prefix, self.largest, self.on_prefix = RunningMean(), RunningMean(), RunningMean(answers=True)
         rows, columns = unit.keys.unbind(-1)  # (n_windows, n_keys)
         self._cells = torch.where(rows >= 0, rows * unit.key_grid[1] + columns, -1).flatten()
-        self._prefix = _prefix_keys(unit)
+        self._prefix = unit.prefix_keys
         is_query = (unit.queries[..., 0] >= 0).double()  # (n_windows, n_queries); padding asks for nothing
         self._queries = torch.ones_like(is_query) if unit.n_windows == 1 else is_query
 
@@ -66,16 +66,6 @@ class AttentionSinks:
         # the weights of padding may be NaN: they are chosen away, not multiplied by zero
         sums = torch.where(queries > 0, weights, 0.0).sum(2)
         return sums / queries.sum(1).clamp_min(1) * n_keys
-
-
-def _prefix_keys(unit: AttentionUnit) -> Tensor:
-    """Return the numbers of the keys that are class, distillation or register tokens; they may stand behind the patches.
-
-    Windows have none: their keys without a position are padding.
-    """
-    without_position = (unit.keys[0, :, 0] < 0).nonzero()[:, 0]
-    n_prefix = unit.unit.n_prefix if unit.n_windows == 1 else 0
-    return without_position if len(without_position) == n_prefix else without_position[:0]
 
 
 def sink_fields(

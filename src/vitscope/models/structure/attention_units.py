@@ -64,6 +64,29 @@ class AttentionUnit:
         """Attention windows of an image; 1 for global attention."""
         return len(self.queries)
 
+    @property
+    def prefix_queries(self) -> Tensor:
+        """Numbers of the queries that are prefix tokens; none in windows, where a query without a position is padding."""
+        return self._prefix_tokens(self.queries)
+
+    @property
+    def prefix_keys(self) -> Tensor:
+        """Numbers of the keys that are prefix tokens, likewise."""
+        return self._prefix_tokens(self.keys)
+
+    def _prefix_tokens(self, tokens: Tensor) -> Tensor:
+        """Return the numbers of the prefix tokens among (n_windows, n, 2) tokens.
+
+        They stand in front of the patches, in networks of one's own also behind them. Other tokens without a position are
+        padding.
+        """
+        without_position = (tokens[0, :, 0] < 0).nonzero()[:, 0]
+        if self.n_windows > 1:
+            return without_position[:0]
+        if len(without_position) in (tokens.shape[1], self.unit.n_prefix):
+            return without_position
+        return without_position[without_position == torch.arange(len(without_position))]
+
     def from_source(self, source: Tensor) -> Tensor:
         """Return the model's own weights, or a gradient by them, as `arranged` does."""
         return self.arranged(source.transpose(-2, -1) if self.is_transposed else source)

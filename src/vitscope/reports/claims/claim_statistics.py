@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from vitscope.config import loading
 from vitscope.config.experiment_identity import identity
@@ -91,7 +92,8 @@ def data_trend(
         report_runs: The runs.
         readers: Return the number of a run, None if it has none. Of several, the first with the most seeds is used for all runs.
         sign: Sign of the claimed slope.
-        fixed: Length of training that the compared runs share, ``epochs`` or ``steps``.
+        fixed: Length of training and of its warm-up that the compared runs share, ``epochs`` or ``steps``. A warm-up of some
+            epochs is of fewer steps on less data: trainings of equal steps with such a one are not compared.
         requirement: Name of the analysis or metric that the number needs.
     """
     chains: dict[str, dict[float, Runs]] = {}
@@ -99,16 +101,22 @@ def data_trend(
         cfg = lowest_seed_run(runs).config
         by_steps = ((cfg.get("trainer") or {}).get("max_steps") or -1) > 0
         fraction = float((cfg.get("data") or {}).get("fraction") or 1.0)
-        if by_steps == (fixed == "steps"):
+        if by_steps == (fixed == "steps") and not (by_steps and _has_warmup_in_epochs(cfg)):
             chains.setdefault(digest_without(runs, "data.fraction"), {})[math.log(fraction)] = runs
     longest = max(chains.values(), key=lambda c: (len(c), sum(map(len, c.values()))), default={})
-    limit = "trainer.max_epochs" if fixed == "epochs" else "trainer.max_steps"
+    limit = "trainer.max_epochs" if fixed == "epochs" else "trainer.max_steps and optimizer.schedule.warmup_steps"
     lacking = f"ViTs at three data.fraction and one {limit}, with {requirement}"
     effects = [
         trend(sorted(longest.items()), read, sign, lacking)
         for read in (readers if isinstance(readers, Sequence) else [readers])
     ]
     return max(effects, key=lambda effect: len(effect.values))
+
+
+def _has_warmup_in_epochs(cfg: Mapping[str, Any]) -> bool:
+    """Tell whether a configuration's learning rate rises for a number of epochs, rather than of steps or not at all."""
+    schedule = (cfg.get("optimizer") or {}).get("schedule") or {}
+    return schedule.get("warmup_steps") is None and bool(schedule.get("warmup_epochs"))
 
 
 def mean_by_kind(

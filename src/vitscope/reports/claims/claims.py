@@ -132,7 +132,7 @@ CLAIMS: tuple[Claim, ...] = (
         "More data removes negative Hessian eigenvalues",
         "4",
         "trend of NEP over the data fraction, at fixed epochs and at fixed steps",
-        "vit at three or more data.fraction, once with equal max_epochs and once with equal max_steps; hessian",
+        "vit at three or more data.fraction, once with equal max_epochs, once with equal max_steps and warmup_steps; hessian",
         (_data("NEP", "epochs"), _data("NEP", "steps")),
     ),
     Claim(
