@@ -106,6 +106,31 @@ def test_kernels_go_from_local_to_global(make_run: Callable, tmp_path: Path) -> 
     assert claim_statistics.kernel_difference(b, read, 7, "").lacking == "convit with kernel_size 7 and global"
 
 
+def test_a_longer_chain_without_measurements_does_not_hide_a_measured_one(make_run: Callable, tmp_path: Path) -> None:
+    for fraction in (0.01, 0.1, 1.0):
+        card = other_card(data=f"photos, {fraction:g}")
+        nep = 0.2 - 0.05 * math.log10(fraction)
+        make_run("vit", data__fraction=fraction, measured={"hessian": spectrum(nep, card=card)})
+    make_run("vit", data__fraction=0.5)  # a position of the same chain that was not measured
+    for fraction in (0.01, 0.02, 0.1, 0.5, 1.0):
+        make_run("vit", data__fraction=fraction, trainer__max_epochs=9)
+    for kernel, nep in ((3, 0.1), (5, 0.2), ("global", 0.4)):
+        make_run("convit", model__kernel_size=kernel, measured={"hessian": spectrum(nep)})
+    for kernel in (3, 5, 7, "global"):
+        make_run("convit", model__kernel_size=kernel, trainer__max_epochs=9)
+    for model, nep in (("vit", 0.4), ("pit", 0.3), ("swin", 0.2), ("convnet", 0.1)):
+        make_run(model, seed=5, trainer__max_epochs=2, measured={"hessian": spectrum(nep)})
+        for seed in (5, 6):
+            make_run(model, seed=seed, trainer__max_epochs=9)
+    b = bench(tmp_path)
+    nep = b.scalar(*claim_statistics.NEP)
+    effect = claim_statistics.data_trend(b, nep, -1, fixed="epochs", requirement="hessian")
+    assert effect.values == pytest.approx({0: -0.05 / math.log(10)}, rel=1e-9)
+    assert claim_statistics.kernel_trend(b).values == pytest.approx({0: 0.15}, rel=1e-9)
+    assert claim_statistics.kernel_difference(b, nep, 5, "").values == pytest.approx({0: -0.2}, rel=1e-9)
+    assert claim_statistics.bias_trend(b).values == pytest.approx({5: -0.1}, rel=1e-9)
+
+
 @pytest.mark.parametrize(
     ("schedule", "is_comparable"),
     [

@@ -17,11 +17,11 @@ from vitscope.reports.claims.effect_sizes import (
     by_setting,
     digest_without,
     is_family,
+    longest_trend,
     lowest_seed_run,
     option,
     paired_difference,
     plainest,
-    trend,
 )
 from vitscope.reports.claims.matched_controls import has_attention, train_nll
 from vitscope.reports.run_entry import Entry
@@ -43,44 +43,49 @@ EQUAL = 0.01
 
 def bias_trend(report_runs: ReportRuns) -> Effect:
     """Return NEP's slope over ViT, PiT, Swin, ResNet: each family's plainest model, all in one setting."""
-    longest: list[tuple[float, Runs]] = []
+    chains: list[list[tuple[float, Runs]]] = []
     for groups in by_setting(report_runs.groups(is_family(*BIAS))).values():
         plainest_by_position = [
             (i, plainest([g for g in groups if lowest_seed_run(g).kin == name])) for i, name in enumerate(BIAS)
         ]
-        ordered = [(float(i), runs) for i, runs in plainest_by_position if runs is not None]
-        longest = max(longest, ordered, key=lambda o: (len(o), sum(len(runs) for _, runs in o)))
-    return trend(
-        longest, report_runs.scalar(*NEP), -1, "ViT, PiT, Swin and ResNet in one setting, with hessian", min_positions=4
-    )
+        chains.append([(float(i), runs) for i, runs in plainest_by_position if runs is not None])
+    lacking = "ViT, PiT, Swin and ResNet in one setting, with hessian"
+    return longest_trend(chains, report_runs.scalar(*NEP), -1, lacking, min_positions=4)
 
 
 def kernel_trend(report_runs: ReportRuns) -> Effect:
     """Return NEP's slope over kernels 3, 5 (7) and global of local attention, all else equal."""
-    return trend(
-        _kernels(report_runs), report_runs.scalar(*NEP), 1, "convit with kernel_size 3, 5 and global, with hessian"
-    )
+    # ranks: global has no width
+    chains = [
+        [(float(i), by_kernel[k]) for i, k in enumerate(sorted(by_kernel))] for by_kernel in _kernels(report_runs)
+    ]
+    lacking = "convit with kernel_size 3, 5 and global, with hessian"
+    return longest_trend(chains, report_runs.scalar(*NEP), 1, lacking)
 
 
 def kernel_difference(report_runs: ReportRuns, read: Reader, kernel: int, requirement: str) -> Effect:
     """Return the local model of that kernel minus the global one."""
-    by_kernel = {option(lowest_seed_run(runs), "kernel_size"): runs for _, runs in _kernels(report_runs)}
-    if kernel not in by_kernel or "global" not in by_kernel:
+    both = [by_kernel for by_kernel in _kernels(report_runs) if kernel in by_kernel and math.inf in by_kernel]
+    if not both:
         return Effect(lacking=f"convit with kernel_size {kernel} and global")
-    values = paired_difference(by_kernel[kernel], by_kernel["global"], read)
-    compared = f"{report_runs.describe(by_kernel[kernel])} − {report_runs.describe(by_kernel['global'])}"
+    measured = [(paired_difference(by_kernel[kernel], by_kernel[math.inf], read), by_kernel) for by_kernel in both]
+    values, by_kernel = max(measured, key=lambda pair: len(pair[0]))
+    compared = f"{report_runs.describe(by_kernel[kernel])} − {report_runs.describe(by_kernel[math.inf])}"
     return Effect(values, compared, "" if values else f"{requirement} of both")
 
 
-def _kernels(report_runs: ReportRuns) -> list[tuple[float, Runs]]:
+def _kernels(report_runs: ReportRuns) -> list[dict[float, Runs]]:
+    """Return the experiments with local attention by the size of the kernel, infinite for global, of each setting.
+
+    The settings with the most kernels are first, of equals those with the most runs.
+    """
     chains: dict[str, dict[float, Runs]] = {}
     for runs in report_runs.groups(is_family("convit")):
         size = option(lowest_seed_run(runs), "kernel_size")
         chains.setdefault(digest_without(runs, "model.kernel_size"), {})[
             math.inf if size == "global" else float(size)
         ] = runs
-    longest = max(chains.values(), key=lambda c: (len(c), sum(map(len, c.values()))), default={})
-    return [(float(i), runs) for i, (_, runs) in enumerate(sorted(longest.items()))]  # ranks: global has no width
+    return sorted(chains.values(), key=lambda chain: (len(chain), sum(map(len, chain.values()))), reverse=True)
 
 
 def data_trend(
@@ -103,11 +108,10 @@ def data_trend(
         fraction = float((cfg.get("data") or {}).get("fraction") or 1.0)
         if by_steps == (fixed == "steps") and not (by_steps and _has_warmup_in_epochs(cfg)):
             chains.setdefault(digest_without(runs, "data.fraction"), {})[math.log(fraction)] = runs
-    longest = max(chains.values(), key=lambda c: (len(c), sum(map(len, c.values()))), default={})
     limit = "trainer.max_epochs" if fixed == "epochs" else "trainer.max_steps and optimizer.schedule.warmup_steps"
     lacking = f"ViTs at three data.fraction and one {limit}, with {requirement}"
     effects = [
-        trend(sorted(longest.items()), read, sign, lacking)
+        longest_trend([list(chain.items()) for chain in chains.values()], read, sign, lacking)
         for read in (readers if isinstance(readers, Sequence) else [readers])
     ]
     return max(effects, key=lambda effect: len(effect.values))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -180,6 +180,31 @@ def mean_changes(runs: Sequence[tuple[float, Runs]], read: Reader, seeds: Sequen
     """Return the change of the mean over ``seeds`` from each position to the next."""
     means = [float(np.mean([read(group[seed]) or 0.0 for seed in seeds])) for _, group in runs]
     return [b - a for a, b in itertools.pairwise(means)]
+
+
+def longest_trend(
+    chains: Iterable[Sequence[tuple[float, Runs]]], read: Reader, sign: int, lacking: str, min_positions: int = 3
+) -> Effect:
+    """Return the `trend` of the chain of experiments with the most measured positions, of equals the one with the most seeds.
+
+    Args:
+        chains: Of each, ``(position, experiment)`` in any order; positions that no run was measured at are left out.
+        read: Returns the number of a run, None if it has none.
+        sign: Sign of the claimed slope.
+        lacking: Text of the effect if no chain has enough experiments.
+        min_positions: Positions below which there is no trend to speak of.
+    """
+    best, best_size = Effect(lacking=lacking), (0, 0)
+    for chain in chains:
+        measured = sorted(
+            ((position, runs) for position, runs in chain if any(read(run) is not None for run in runs.values())),
+            key=lambda part: part[0],
+        )
+        effect = trend(measured, read, sign, lacking, min_positions)
+        size = (len(measured), len(effect.values))
+        if effect.values and size > best_size:
+            best, best_size = effect, size
+    return best
 
 
 def trend(runs: Sequence[tuple[float, Runs]], read: Reader, sign: int, lacking: str, min_positions: int = 3) -> Effect:
