@@ -114,3 +114,19 @@ def test_the_newest_run_is_the_one_made_last_whatever_its_name(tmp_path: Path) -
     assert run_dir.finished(runs, identity) == new
     new.note(created="not a date")
     assert run_dir.finished(runs, identity) == old
+
+
+def test_a_run_from_other_weights_is_not_taken_up_as_a_training_from_initial_ones(tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    with run_lock.released_at_end():
+        scratch, fine_tuned = run_dir.create(cfg(tmp_path), "train"), run_dir.create(cfg(tmp_path), "train")
+    fine_tuned.note(started_from={"checkpoint": "pretrained.pt", "step": 0, "weights_only": True})
+    for run in (scratch, fine_tuned):
+        run.note(status="stopped")
+        run.checkpoints.mkdir()
+        (run.checkpoints / "manifest.json").write_text("{}")
+    identity = scratch.provenance()["config_hash"]
+    assert fine_tuned.provenance()["config_hash"] == identity
+    assert run_dir.unfinished(runs, identity) == scratch
+    scratch.note(status="finished")
+    assert run_dir.unfinished(runs, identity) is None

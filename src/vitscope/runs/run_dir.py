@@ -250,11 +250,18 @@ def incomplete(root: Path) -> list[tuple[Path, str]]:
 
 
 def unfinished(root: Path, config_hash: str) -> Run | None:
-    """Return the newest run below ``root`` of that configuration that has a checkpoint and is not finished."""
+    """Return the newest run below ``root`` of that configuration that has a checkpoint and is not finished.
+
+    A run that started from another file's weights is another experiment than a training with the same configuration.
+    """
     from vitscope.runs.checkpoints import checkpoint_io
 
-    same = (run for run in _alike(root, config_hash) if run.provenance().get("status") != "finished")
-    return next((run for run in same if checkpoint_io.present(run.checkpoints)), None)
+    for run in _alike(root, config_hash):
+        facts = run.provenance()
+        is_unfinished = facts.get("status") != "finished" and "started_from" not in facts
+        if is_unfinished and checkpoint_io.present(run.checkpoints):
+            return run
+    return None
 
 
 def finished(root: Path, config_hash: str) -> Run | None:
