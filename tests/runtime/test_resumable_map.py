@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from vitscope.runtime import distributed
 from vitscope.runtime.resumable_map import map_resumably, merge_rows, stored_row
 
 
@@ -48,3 +49,13 @@ def test_a_stored_row_that_lacks_a_value_is_computed_again() -> None:
 
 def test_one_rank_merges_its_own_rows() -> None:
     assert merge_rows({3: {"value": 1}, 1: {"value": 2}}) == {3: {"value": 1}, 1: {"value": 2}}
+
+
+def test_the_failure_of_another_rank_is_raised_and_finished_rows_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        distributed, "gather_objects", lambda value: [value, True] if isinstance(value, bool) else [value]
+    )
+    partial: dict[str, dict[str, Any]] = {}
+    with pytest.raises(RuntimeError, match="another rank failed"):
+        map_resumably([1, 2], lambda key: {"value": key}, name=str, partial=partial, description="rows")
+    assert partial == {"1": {"value": 1}, "2": {"value": 2}}

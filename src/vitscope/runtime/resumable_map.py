@@ -43,6 +43,7 @@ def map_resumably(
 
     Raises:
         Interrupted: a stop was requested; the finished rows are stored, those of an unfinished group are not.
+        RuntimeError: computing a row failed on another rank, which raises its own error.
     """
     names = {key: name(key) for key in keys}
     stored = {n: dict(partial[n]) for n in names.values() if n in partial} if partial is not None else {}
@@ -51,13 +52,14 @@ def map_resumably(
     rank, world = distributed.rank(), distributed.world_size()
     share = missing[rank * len(missing) // world : (rank + 1) * len(missing) // world]
     computed: dict[str, Row] = {}
-    if compute_group is not None and group_size > 1:
-        for keys_of_group in progress.track(_groups(share, group, group_size), description):
-            for key, row in zip(keys_of_group, compute_group(keys_of_group), strict=True):
-                computed[names[key]] = stored_row(partial, names[key], functools.partial(dict, row))
-    else:
-        for key in progress.track(share, description):
-            computed[names[key]] = stored_row(partial, names[key], functools.partial(compute, key))
+    with distributed.failing_together():
+        if compute_group is not None and group_size > 1:
+            for keys_of_group in progress.track(_groups(share, group, group_size), description):
+                for key, row in zip(keys_of_group, compute_group(keys_of_group), strict=True):
+                    computed[names[key]] = stored_row(partial, names[key], functools.partial(dict, row))
+        else:
+            for key in progress.track(share, description):
+                computed[names[key]] = stored_row(partial, names[key], functools.partial(compute, key))
     finished |= merge_rows(computed)
     return [finished[names[key]] for key in keys]
 
