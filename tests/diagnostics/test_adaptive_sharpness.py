@@ -79,6 +79,24 @@ def test_average_of_a_bowl_has_its_closed_form():
         assert rise == pytest.approx(exact, rel=1e-9)  # differences of nearby losses keep about ten digits
 
 
+def test_each_group_has_normal_points_of_its_own():
+    probe = bowl()
+    r = vs.sharpness(
+        probe, radii=(0.1,), n_pairs=3, n_steps=0, adaptive=["elementwise_average"], average_radii=(0.1,), m_images=6, seed=3,
+    )  # fmt: skip
+    w, x, names = (
+        probe.model[0].weight.detach().abs(),
+        torch.cat([x for x, _ in batches()]),
+        canonical_names(probe.model),
+    )
+    for group in (0, 1):
+        numbers = range(3 * group, 3 * group + 3)
+        draws = [random_direction(probe.parameters(), 3, -1_000_000 - k, names)["0.weight"].detach() for k in numbers]
+        images = x[6 * group : 6 * group + 6]
+        exact = np.mean([0.5 * 0.01 * float((images @ (w * z).T).square().sum(dim=1).mean()) for z in draws])
+        assert r.adaptive_rise_by_group[0, group] == pytest.approx(exact, rel=1e-9)
+
+
 def test_groups_of_m_images_are_measured_one_by_one():
     probe = real()
     x, y = (torch.cat(parts) for parts in zip(*batches(shape=(3, 6, 6))))

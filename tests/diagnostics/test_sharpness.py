@@ -11,7 +11,7 @@ from scipy import stats
 from torch import nn
 
 import vitscope as vs
-from tests.helpers.landscapes import Squared, assert_untouched, batches, bowl, real, snapshot
+from tests.helpers.landscapes import Squared, assert_untouched, batches, bowl, bowl_at, real, snapshot
 from vitscope.linalg.weights.directions import filter_parameters, normalize, random_direction
 from vitscope.linalg.weights.effective_weights import canonical_names
 
@@ -66,6 +66,23 @@ def test_worst_rise_of_a_slope_is_at_the_edge_of_the_ball():
     np.testing.assert_allclose(r.worst_rise_by_start, exact, rtol=1e-3)  # twenty steps of ascent
     assert (r.worst_rise_by_start <= exact * (1 + 1e-12)).all()
     assert_untouched(model, before)
+
+
+def test_the_ascent_is_that_of_a_loop_over_its_steps():
+    """From r times a normalized direction, steps along the normalized gradient from r to r / n_steps, back into the ball."""
+    probe, radius, n_steps = bowl(), 0.3, 4
+    w, (x, y) = probe.model[0].weight.detach(), (torch.cat(parts) for parts in zip(*batches()))
+    lengths = w.norm(dim=1, keepdim=True)
+    drawn = random_direction(probe.parameters(), 7, -1, canonical_names(probe.model))["0.weight"]
+    offset = radius * drawn * lengths / drawn.norm(dim=1, keepdim=True)
+    met = [bowl_at(w + offset)]
+    for step in range(n_steps):
+        gradient = ((w + offset) @ x.T - torch.eye(4, dtype=torch.float64)[y].T) @ x
+        offset = offset + radius * (1 - step / n_steps) * gradient * lengths / gradient.norm(dim=1, keepdim=True)
+        offset = offset * (radius * lengths / offset.norm(dim=1, keepdim=True)).clamp(max=1)
+        met.append(bowl_at(w + offset))
+    r = vs.sharpness(probe, radii=(radius,), n_pairs=1, n_steps=n_steps, n_starts=1, seed=7)
+    assert r.worst_rise[0] == pytest.approx(max(met) - bowl_at(w), rel=1e-9)
 
 
 def test_worst_is_at_least_every_random_rise_of_its_start():
