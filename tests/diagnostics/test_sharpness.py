@@ -12,6 +12,7 @@ from torch import nn
 
 import vitscope as vs
 from tests.helpers.landscapes import Squared, assert_untouched, batches, bowl, bowl_at, real, snapshot
+from vitscope.diagnostics.landscape.sharpness import _saturated
 from vitscope.linalg.weights.directions import filter_parameters, normalize, random_direction
 from vitscope.linalg.weights.effective_weights import canonical_names
 
@@ -104,6 +105,16 @@ def test_large_radii_and_lost_accuracy_are_saturated():
     with torch.no_grad():
         probe.model[-1].bias[3] = -100.0
     assert vs.sharpness(vs.Probe(probe.model, chance), radii=(0.01,), n_pairs=1, n_steps=0).saturated.all()
+
+
+def test_a_radius_is_saturated_where_a_tenth_of_what_is_above_chance_is_left():
+    accuracy = np.array(
+        [0.85, 0.4, 0.32, 0.30, 0.25, 0.1]
+    )  # of four classes: chance is 0.25, and a tenth of 0.6 is 0.06
+    found = _saturated(bowl(), [0.1] * 6, accuracy, 0.85)
+    assert found.tolist() == [False, False, False, True, True, True]
+    assert _saturated(bowl(), [0.1] * 2, np.array([0.25, 0.3]), 0.2).tolist() == [True, False]  # nothing above chance
+    assert _saturated(bowl(), [0.49, 0.5], np.full(2, 0.85), 0.85).tolist() == [False, True]
 
 
 def test_finished_points_are_not_computed_again():
