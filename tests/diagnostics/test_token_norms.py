@@ -197,6 +197,8 @@ def test_artefacts_appear_at_the_tap_that_makes_them() -> None:
 def test_the_tap_at_which_artefacts_appear_has_half_a_percent_of_them() -> None:
     assert first_with_artefacts(np.array([0.0, 0.02, 0.001, 0.006, np.nan, 0.01, 0.03, 0.02])) == 3
     assert first_with_artefacts(np.array([0.0, 0.004])) == -1
+    assert first_with_artefacts(np.array([0.004, 0.005, 0.01])) == 1  # half a percent itself is enough
+    assert first_with_artefacts(np.array([0.0, 0.005])) == 1
     assert first_with_artefacts(np.array([np.nan, np.nan])) == -1
     assert first_with_artefacts(np.array([0.01, 0.01])) == 0
 

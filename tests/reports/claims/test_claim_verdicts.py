@@ -17,6 +17,7 @@ NOTHING = ReportRuns(Selection([]), Costs())
 CLEAR = {0: 1.0, 1: 1.1, 2: 0.9, 3: 1.05, 4: 0.95, 5: 1.02}
 SEVEN = CLEAR | {6: 0.97}
 FIVE = {seed: CLEAR[seed] for seed in range(5)}
+WEAK_FIVE = {0: 1.0, 1: 2.0, 2: 0.4, 3: 2.4, 4: 0.7}  # p = 0.03 by t
 UNCLEAR = {0: 1.0, 1: -1.1, 2: 0.9, 3: -0.9, 4: 0.2}
 
 
@@ -113,6 +114,25 @@ def test_a_suggestion_needs_all_seeds_of_one_sign() -> None:
     assert found.p_t_holm < 0.05
     assert found.verdict == "inconclusive"
     assert judge(part(FIVE, -1)).verdict == "suggested against"
+
+
+def test_networks_disagree_by_the_t_test_alone() -> None:
+    """Five seeds cannot pass the exact tests; the t-test is the most sensitive, and a disagreement only withholds a verdict."""
+    parts = tuple(
+        (name, {seed: scale * x for seed, x in FIVE.items()}) for name, scale in (("one", 3.0), ("other", -1.0))
+    )
+    effect = Effect(FIVE, "both", parts=parts)
+    found = judge(ClaimStatistic("mean", 1, lambda bench: effect, "nats"))
+    assert found.verdict == "inconclusive"
+    assert "the opposite of the mean holds for other" in found.reason
+
+
+@pytest.mark.parametrize(("agreeing", "verdict"), [(FIVE, "suggested"), (WEAK_FIVE, "inconclusive")])
+def test_every_part_must_pass_for_a_suggestion(agreeing: dict[int, float], verdict: str) -> None:
+    """The p-value of a claim is the largest of its parts', by the t-test as well."""
+    judged = claim_verdicts.judge(NOTHING, [claim(part(FIVE), part(agreeing)), claim(part(UNCLEAR), name="y")])
+    assert judged[0].verdict == verdict
+    assert judged[0].p_t_holm == pytest.approx(2 * stats.ttest_1samp(list(agreeing.values()), 0).pvalue, rel=1e-9)
 
 
 @pytest.mark.parametrize("noise", [0.0, 2e-17, 1e-8])  # equal, and equal but for the rounding of float64 and of float32
