@@ -190,6 +190,15 @@ def test_one_seed_of_the_other_sign_is_not_suggested_however_small_it_is() -> No
     assert "sign-flip test" in found.reason
 
 
+def test_a_statistic_of_seeds_that_disagree_in_sign_is_not_suggested_either() -> None:
+    """Of five seeds four of one sign pass the t-test; the exact tests would not pass with more such seeds either."""
+    found = judge(part({0: 1.0, 1: 1.01, 2: 0.99, 3: 1.0, 4: -0.001}))
+    assert found.findings[0].tests is not None
+    assert found.findings[0].tests.t < 0.05
+    assert found.findings[0].verdict == "inconclusive"
+    assert found.findings[0].reason == "not by the sign-flip test (p 0.12)"
+
+
 def test_a_skewed_effect_whose_median_lies_on_the_other_side_is_not_decided() -> None:
     values = {seed: -0.1 - 0.001 * seed for seed in range(12)} | {12: 3.0, 13: 3.1, 14: 2.9, 15: 3.2, 16: 3.3, 17: 2.8}
     found = judge(part(values))
