@@ -133,7 +133,9 @@ class MapSums:
             if bool(has_object.any()):
                 overlap = overlaps(layer[has_object], object_masks[has_object])  # (B, heads, 1)
                 finite_heads = finite[place][has_object]  # (B, heads)
-                self.mask_iou[place].add(where_finite(overlap, finite_heads, torch.ones_like(finite_heads[:, :1]))[..., 0])
+                self.mask_iou[place].add(
+                    where_finite(overlap, finite_heads, torch.ones_like(finite_heads[:, :1]))[..., 0]
+                )
 
     def _keep(self, number: int, maps: Sequence[Tensor], n_needed: int) -> None:
         first_maps = [layer[:n_needed].cpu().numpy() for layer in maps]
