@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
+import torch.nn.functional as F
 from torchmetrics.functional.classification import multiclass_calibration_error
 
 from vitscope.core.evaluation import ECE_BINS, bin_sums, confidence_bins, evaluate
@@ -40,6 +43,39 @@ def test_certain_and_right_is_calibrated() -> None:
 def test_a_loss_that_is_not_finite_shows() -> None:
     logits = torch.tensor([[float("nan"), 0.0]])
     assert evaluate(lambda x: logits, [(torch.zeros(1, 1), torch.tensor([0]))]).nll != 0.0
+
+
+def test_logits_that_are_not_finite_have_no_accuracy() -> None:
+    """`argmax` would say the first class, which is right for the first image here."""
+    logits = torch.tensor([[float("nan"), 0.0], [0.0, 1.0]])
+    assert math.isnan(evaluate(lambda x: logits, [(torch.zeros(2, 1), torch.tensor([0, 1]))]).accuracy)
+
+
+def test_confidences_of_float32_logits_are_computed_in_float64() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits, y = 4 * torch.randn(300, 5, generator=generator), torch.randint(0, 5, (300,), generator=generator)
+    narrow, wide = (evaluate(lambda x, z=z: z, [(torch.zeros(300, 1), y)]) for z in (logits, logits.double()))
+    assert narrow.ece == wide.ece
+    assert narrow.accuracy == wide.accuracy
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_losses_of_half_precision_logits_are_computed_in_float32(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = (4 * torch.randn(50, 5, generator=generator)).to(dtype)
+    y = torch.randint(0, 5, (50,), generator=generator)
+    expected = F.cross_entropy(logits.double(), y).item()
+    # 50 losses of up to 20 in float32
+    assert evaluate(lambda x: logits, [(torch.zeros(50, 1), y)]).nll == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("n_bins", [3, 7, 10, 15, 49, 100])
+def test_a_confidence_of_k_of_n_is_in_the_k_th_bin(n_bins: int) -> None:
+    """Edges summed from steps of 1 / n, or counted back from 1, miss some of these quotients by a rounding."""
+    confidence = torch.tensor([k / n_bins for k in range(1, n_bins + 1)], dtype=torch.float64)
+    assert confidence_bins(confidence, n_bins).tolist() == list(range(n_bins))
+    above = torch.nextafter(confidence[:-1], torch.ones(()).double())
+    assert confidence_bins(above, n_bins).tolist() == list(range(1, n_bins))
 
 
 def test_no_images() -> None:

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 import vitscope as vs
 from tests.helpers.landscapes import assert_untouched, batches, bowl, real, snapshot
-from vitscope.diagnostics.landscape._adaptive_sharpness import normalized_logits
+from vitscope.diagnostics.landscape._adaptive_sharpness import _scales, normalized_logits
 from vitscope.linalg.weights.directions import random_direction
 from vitscope.linalg.weights.effective_weights import canonical_names
 
@@ -77,6 +78,24 @@ def test_average_of_a_bowl_has_its_closed_form():
     for rise, c in zip(r.adaptive_rise, (w.abs(), w.square().mean(dim=1, keepdim=True).sqrt())):
         exact = np.mean([0.5 * 0.01 * float((x @ (c * z).T).square().sum(dim=1).mean()) for z in draws])
         assert rise == pytest.approx(exact, rel=1e-9)  # differences of nearby losses keep about ten digits
+
+
+def test_each_group_has_normal_points_of_its_own():
+    probe = bowl()
+    r = vs.sharpness(
+        probe, radii=(0.1,), n_pairs=3, n_steps=0, adaptive=["elementwise_average"], average_radii=(0.1,), m_images=6, seed=3,
+    )  # fmt: skip
+    w, x, names = (
+        probe.model[0].weight.detach().abs(),
+        torch.cat([x for x, _ in batches()]),
+        canonical_names(probe.model),
+    )
+    for group in (0, 1):
+        numbers = range(3 * group, 3 * group + 3)
+        draws = [random_direction(probe.parameters(), 3, -1_000_000 - k, names)["0.weight"].detach() for k in numbers]
+        images = x[6 * group : 6 * group + 6]
+        exact = np.mean([0.5 * 0.01 * float((images @ (w * z).T).square().sum(dim=1).mean()) for z in draws])
+        assert r.adaptive_rise_by_group[0, group] == pytest.approx(exact, rel=1e-9)
 
 
 def test_groups_of_m_images_are_measured_one_by_one():
@@ -215,6 +234,21 @@ def test_pruned_weights_stay_and_rows_are_resumed():
     again = vs.sharpness(probe, **options, partial=rows)
     np.testing.assert_array_equal(first.adaptive_rise, again.adaptive_rise)
     assert sum(name.startswith("filter_l2") for name in rows) == 2
+
+
+def test_scales_of_pruned_filters_are_root_mean_squares_of_the_weights_that_are_left():
+    layer = nn.Linear(4, 2).double()
+    with torch.no_grad():
+        layer.weight.copy_(torch.tensor([[3.0, 9.0, 4.0, 9.0], [1.0, -2.0, 2.0, 4.0]]))
+        layer.bias.copy_(torch.tensor([-0.5, 0.25]))
+    prune.custom_from_mask(layer, "weight", torch.tensor([[1.0, 0.0, 1.0, 0.0], [1.0, 1.0, 1.0, 1.0]]))
+    parameters = dict(layer.named_parameters())
+    scales = _scales(layer, parameters, "filter")
+    expected = [[12.5**0.5, 0.0, 12.5**0.5, 0.0], [2.5] * 4]
+    np.testing.assert_allclose(scales["weight_orig"], expected, rtol=1e-14)
+    assert scales["bias"].tolist() == [0.5, 0.25]  # no filter
+    elementwise = _scales(layer, parameters, "elementwise")["weight_orig"]
+    assert elementwise.tolist() == [[3.0, 0.0, 4.0, 0.0], [1.0, 2.0, 2.0, 4.0]]
 
 
 def test_figure_has_a_panel_for_the_adaptive_measures():

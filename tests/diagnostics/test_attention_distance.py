@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from torch import nn
 
 from vitscope import Probe
 from vitscope.core.undefined_values import NullWarning
-from vitscope.diagnostics.attention._geometry import geometry
+from vitscope.diagnostics.attention._geometry import geometry, geometry_of_tokens
 from vitscope.diagnostics.attention.attention_distance import attention_distance
 from vitscope.diagnostics.attention.attention_maps import attention_maps
 from vitscope.diagnostics.attention.plot import attention_distance as draw
@@ -163,6 +164,22 @@ def test_shifted_windows_measure_in_the_image() -> None:
         expected.append(((far * together).sum(1) / together.sum(1)).mean())
     np.testing.assert_allclose(result.distance, np.repeat(np.array(expected)[:, None], 2, 1), rtol=1e-10)
     np.testing.assert_allclose(result.uniform_distance, expected[0], rtol=1e-10)  # of windows that are not shifted
+
+
+def test_keys_of_a_coarser_grid_are_at_the_centers_of_their_cells() -> None:
+    """A pyramid's keys: queries on 4 x 4 cells of 4 pixels, keys on 2 x 2 cells of 8, and a key without a place."""
+    queries = torch.tensor([[[row, column] for row in range(4) for column in range(4)]])
+    keys = torch.tensor([[[-1, -1], *([row, column] for row in range(2) for column in range(2))]])
+    unit = SimpleNamespace(queries=queries, keys=keys, query_grid=(4, 4), key_grid=(2, 2), image_size=(16, 16))
+    found = geometry_of_tokens(unit)  # type: ignore[arg-type]  the fields that it reads
+    centers = [2.0, 6.0, 10.0, 14.0], [4.0, 12.0]
+    expected = [
+        [np.hypot(y - v, x - u) for v in centers[1] for u in centers[1]] for y in centers[0] for x in centers[0]
+    ]
+    np.testing.assert_allclose(found.distance[:, 1:], expected, rtol=1e-12)
+    assert (found.distance[:, 0] == 0).all()
+    assert found.keys.tolist() == [[False, True, True, True, True]]
+    assert found.uniform == pytest.approx(np.mean(expected), rel=1e-12)
 
 
 @pytest.mark.parametrize("padding", ["masked", "zero"])

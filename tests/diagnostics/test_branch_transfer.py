@@ -4,10 +4,12 @@ import numpy as np
 import pytest
 import timm
 import torch
+from scipy import stats
 from torch import nn
 
 import vitscope as vs
 from vitscope.core.undefined_values import NullWarning
+from vitscope.diagnostics.fourier._bootstrap import by_kind
 from vitscope.models.structure.residual_structure import Read
 from vitscope.models.structure.residual_units import Unit, known_units
 
@@ -106,6 +108,31 @@ def test_bootstrap_interval_agrees_with_the_standard_error():
     # 2000 replicates: the spread is known to 1/sqrt(4000) = 1.6%, the ratio of Poisson weights adds order 1/200
     assert result.replicates.std() == pytest.approx(error, rel=0.08)
     assert result.kind_high[0] - result.kind_low[0] == pytest.approx(2 * 1.96 * error, rel=0.12)
+
+
+def test_each_batch_is_resampled_for_itself():
+    # equal batches: with equal draws for all of them the spread of replicates would be twice the standard error
+    x = noise(50, 1, 8, 8).repeat(4, 1, 1, 1)
+    result = measure(Net(Random()), ["conv"], x, batches=4, n_resamples=1000)
+    error = (x.mean((1, 2, 3)) * 3).numpy().std() / np.sqrt(200)  # rings 1 and 4
+    # 1000 replicates: the spread is known to 1 / sqrt(2000) = 2.2 %, the ratio of Poisson weights adds order 1 / 200
+    assert result.replicates.std() == pytest.approx(error, rel=0.1)
+
+
+def test_intervals_by_kind_are_those_over_units_and_over_images():
+    rng = np.random.default_rng(0)
+    contrast = np.array([0.3, 0.7, 0.2, np.nan, 5.0])
+    replicates = rng.normal(size=(7, 5))
+    replicates[2, 0] = np.nan  # a replicate without an image is left out
+    found = by_kind(contrast, replicates, ["msa"] * 4 + ["mlp"], 0.9, n_images=130)
+    quantile = stats.t.ppf(0.95, 129)
+    over_units = stats.t.ppf(0.95, 2) * stats.sem([0.3, 0.7, 0.2])
+    over_images = quantile * np.delete(replicates[:, :3].mean(axis=1), 2).std(ddof=1)
+    halves = np.array([np.hypot(over_units, over_images), quantile * replicates[:, 4].std(ddof=1)])
+    means = np.array([0.4, 5.0])
+    np.testing.assert_allclose(found["kind_contrast"], means, rtol=1e-12)
+    np.testing.assert_allclose(found["kind_low"], means - halves, rtol=1e-12)
+    np.testing.assert_allclose(found["kind_high"], means + halves, rtol=1e-12)
 
 
 def test_trained_minus_initial_is_paired_over_images():

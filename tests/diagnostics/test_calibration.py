@@ -153,6 +153,9 @@ def test_cutoff_shares() -> None:
     assert result.confident_accuracy == 0.5
     assert result.confident_frequency == 0.5
     assert result.unconfidence == 0.5
+    even = calibration(probe_of(torch.zeros(3, 2), torch.tensor([0, 1, 0])), cutoff=0.5)
+    assert even.bin_confidence.max() == 0.5
+    assert (even.confident_frequency, even.confident_accuracy) == (0.0, None)  # above the cutoff, not at it
 
 
 def test_batch_size_soft_targets_and_smoothing_do_not_matter() -> None:

@@ -258,18 +258,20 @@ def test_block_structure_matches_distances() -> None:
 
 
 def test_block_structure_equals_a_loop_over_pairs() -> None:
-    similarity, stages = normal(9, 9).numpy(), np.array([0, 0, 1, 1, 1, 2, 2, 3, 3])
+    similarity, stages = normal(15, 15).numpy(), np.repeat([0, 1, 2, 3], [2, 5, 4, 4])
     similarity = (similarity + similarity.T) / 2
     similarity[4, :] = similarity[:, 4] = np.nan  # a null representation is left out
-    total = weights = 0.0
-    for distance in range(1, 9):
-        pairs = [(i, i + distance) for i in range(9 - distance) if 4 not in (i, i + distance)]
+    total, weights, each = 0.0, 0.0, []
+    for distance in range(1, 15):
+        pairs = [(i, i + distance) for i in range(15 - distance) if 4 not in (i, i + distance)]
         within, across = (
             [similarity[i, j] for i, j in pairs if bool(stages[i] == stages[j]) is same] for same in (True, False)
         )
         weight = min(len(within), len(across))
         total += weight * (np.mean(within) - np.mean(across)) if weight else 0.0
         weights += weight
+        each.append(weight)
+    assert each[:5] == [3, 5, 4, 1, 0]  # distances weigh differently
     assert block_structure(similarity, stages) == pytest.approx(total / weights, rel=1e-12)
 
 

@@ -116,6 +116,9 @@ def test_imagenet_folders(tmp_path: Path) -> None:
     lost = (1 - expected[1]).sum() / (sum(ALEXNET["imagenet"]["contrast"]) - 5 * CLEAN["imagenet"])
     assert result.relative_mce == pytest.approx(100 * lost)  # gaussian_blur is a validation type: not in the means
     assert np.isnan(result.ce[0])
+    assert result.mean_accuracy == pytest.approx(expected[1].mean())
+    wrong = np.array([predictions(1, severity) != LABELS for severity in SEVERITIES], dtype=float)
+    np.testing.assert_allclose(result.severity_standard_error, wrong.std(axis=1, ddof=1) / np.sqrt(10))
     reversed_names = probe_of(LABELS, class_names=tuple(classes[::-1]))
     turned = corruption(reversed_names, root=str(tmp_path), types=("contrast",), severities=(1,))
     assert turned.accuracy[0, 0] != expected[1, 0]  # labels follow the names, not their order

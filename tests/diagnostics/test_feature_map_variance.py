@@ -92,6 +92,20 @@ def test_log_ratio_of_known_gains_by_kind():
     np.testing.assert_array_equal(result.map_sizes, [[8, 8]] * 3 + [[4, 4]] * 2)
 
 
+def test_the_log_ratio_is_the_mean_of_the_images_own():
+    """Gains that differ between images: the logarithm of a mean ratio, or of mean variances, would be larger."""
+    shift = noise(150, 1, 1, 1, seed=1)
+    per_image = 2 * shift.flatten().numpy()  # log of the squared gain exp(shift)^2
+    x = noise(150, 2, 8, 8)
+    # each image carries its gain as its mean, which the variance leaves out
+    x = x - x.mean((1, 2, 3), keepdim=True) + shift
+    net = Chain(same, lambda x: x * x.mean((1, 2, 3), keepdim=True).exp())
+    result = vs.feature_map_variance(net.probe(x[:90], x[90:]))
+    low, high = stats.t.interval(0.95, 149, per_image.mean(), stats.sem(per_image))
+    assert result.log_variance_ratio[1] == pytest.approx(per_image.mean(), rel=1e-10)
+    assert 2 * result.log_variance_ratio_half_width[1] == pytest.approx(high - low, rel=1e-9)
+
+
 @pytest.mark.parametrize(
     ("function", "why"),
     [

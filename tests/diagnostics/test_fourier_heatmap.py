@@ -66,6 +66,21 @@ def test_signs_differ_between_images_and_channels():
     assert 30 < (shift > 0).sum() < 90
 
 
+def test_signs_differ_between_batches():
+    seen = []
+
+    class Record(Detector):
+        def forward(self, x):
+            seen.append(x)
+            return super().forward(x)
+
+    vs.fourier_heatmap(probe_of(Record(np.zeros((4, 4))), flat(40, 4, 4), batches=2), n=1, rms=0.25)
+    clean, first, other_clean, second = seen[-4:]
+    assert first.shape == second.shape == (20, 3, 4, 4)
+    equal = ((first - clean)[..., 0, 0].sign() == (second - other_clean)[..., 0, 0].sign()).sum()
+    assert 12 < equal < 48  # 60 pairs of fair signs: 12 or fewer, or 48 or more, have probability below 1e-5
+
+
 def test_refusals_of_heat_map():
     probe = probe_of(Detector(np.ones((8, 8))), flat(2, 8, 8))
     with pytest.raises(ValueError, match="received rms=-1 and n=None"):

@@ -78,6 +78,22 @@ def test_interval_is_paired_with_the_clean_answer():
     assert np.isnan(result.high_minus_low)
 
 
+@pytest.mark.filterwarnings("ignore:.*is not above chance")
+@pytest.mark.parametrize(
+    ("is_changed", "n_right", "has_interval"),
+    [(True, 5, True), (True, 130, True), (True, 0, True), (False, 121, False), (False, 120, True)],
+)
+def test_a_change_of_the_loss_has_an_interval_where_ten_answers_were_wrong_before_or_after(
+    is_changed: bool, n_right: int, has_interval: bool
+):
+    y = (torch.arange(130) >= n_right).long()  # clean answer 0; with noise that the model sees 1
+    where = np.ones((8, 8)) - mirrored(8, 8, (0, 0)) if is_changed else np.zeros((8, 8))
+    result = vs.frequency_noise_robustness(probe_of(Detector(where), flat(130, 8, 8), y), n_bands=1)
+    assert result.clean_accuracy == n_right / 130
+    assert result.accuracy_change[0] == pytest.approx(1 - 2 * n_right / 130 if is_changed else 0.0, abs=1e-12)
+    assert np.isfinite(result.nll_change_half_width[0]) == has_interval
+
+
 def test_high_minus_low_contrasts_the_outer_thirds():
     rho = rho_of(32, 32)
     result = vs.frequency_noise_robustness(probe_of(Detector((rho > 0.8).astype(float)), flat(4, 32, 32)))

@@ -142,6 +142,19 @@ def test_the_noise_scale_with_the_hessian_is_that_of_dense_matrices() -> None:
     assert result.gradient_curvature == pytest.approx(curvature, rel=1e-9)
 
 
+@pytest.mark.parametrize(("sizes", "micro_batch"), [([6, 4], None), ([4, 4, 2], 3), ([10], 4)])
+def test_moments_with_the_hessian_do_not_depend_on_batches(sizes: list[int], micro_batch: int | None) -> None:
+    """Each image has signs of its own: those of other images would correlate what is averaged."""
+    model, x, y = make("conv", n=10)
+    whole = vs.gradient_noise(vs.Probe(model, [(x, y)]), n_hessian_vectors=3)
+    probe = vs.Probe(model, list(zip(x.split(sizes), y.split(sizes))))
+    parts = vs.gradient_noise(probe, n_hessian_vectors=3, micro_batch=micro_batch)
+    assert parts.trace_hessian_covariance == pytest.approx(whole.trace_hessian_covariance, rel=1e-9)
+    error = whole.trace_hessian_covariance_error
+    assert parts.trace_hessian_covariance_error == pytest.approx(error, rel=1e-9)
+    assert parts.gradient_curvature == pytest.approx(whole.gradient_curvature, rel=1e-9)
+
+
 def test_jackknife_ends_are_those_of_leaving_images_out() -> None:
     rng = np.random.default_rng(0)
     g = rng.standard_normal((40, 5)) + 1.0

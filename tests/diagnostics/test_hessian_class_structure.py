@@ -173,6 +173,25 @@ def test_counts_of_given_values() -> None:
     assert [matched_number(n, 10) for n in (9, 10, 90, 100, 11)] == ["C - 1", "C", "C (C - 1)", "C^2", "none"]
 
 
+@pytest.mark.parametrize(("gap", "count"), [(1.0, 1), (0.85, 1), (0.8, 0)])
+def test_the_probability_of_a_gap_counts_all_places_tried(gap: float, count: int) -> None:
+    """Of 13 gaps 5 have the 8 of a bulk below them; the first is ``10 gap`` times the mean of the 12 that follow."""
+    values = np.exp(-np.cumsum([0.0, gap, *[0.1] * 12]))
+    found = count_outliers(values)
+    p_value = 5 * (1 + 10 * gap / 12) ** -12
+    assert (p_value <= 0.01) == (count == 1)
+    assert found.count == count
+    if count:
+        assert found.p_value == pytest.approx(p_value, rel=1e-9)
+        assert found.gap_ratio == pytest.approx(np.exp(gap), rel=1e-12)
+
+
+def test_a_bulk_of_exponential_gaps_seldom_has_an_outlier() -> None:
+    rng = np.random.default_rng(0)
+    counts = [count_outliers(np.exp(-np.cumsum(rng.exponential(size=29)))).count for _ in range(2000)]
+    assert np.mean(np.array(counts) > 0) < 0.01 + 4 * np.sqrt(0.01 * 0.99 / 2000)
+
+
 def test_reasons_of_an_undecided_count() -> None:
     probe = linear_probe(5, "one", n=200)
     few = vs.hessian_class_structure(probe, k=8, n_vectors=2)

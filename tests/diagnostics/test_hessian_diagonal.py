@@ -49,6 +49,17 @@ def test_the_exact_gauss_newton_diagonal_is_that_of_jacobians() -> None:
     np.testing.assert_allclose(head.diagonal, expected[-len(head.diagonal) :], atol=1e-13)
 
 
+@pytest.mark.parametrize("operator", ["ggn", "fisher_mc"])
+def test_micro_batches_change_no_exact_diagonal(operator: str) -> None:
+    """Labels are drawn by the number of an image among all, wherever batches and their parts begin."""
+    model, x, y = make("conv")
+    batches = [(x[:5], y[:5]), (x[5:], y[5:])]
+    options: dict[str, Any] = {"method": "exact", "operator": operator, "parameters": "head*", "seed": 3}
+    whole = vs.hessian_diagonal(vs.Probe(model, [(x, y)]), **options)
+    parts = vs.hessian_diagonal(vs.Probe(model, batches), micro_batch=2, **options)
+    np.testing.assert_allclose(parts.diagonal, whole.diagonal, rtol=1e-12, atol=1e-16)
+
+
 @pytest.mark.filterwarnings("ignore:Network does not run")  # batches of more than images
 @pytest.mark.parametrize(
     ("form", "operator"),
@@ -95,6 +106,10 @@ def test_the_estimate_is_the_mean_of_signs_times_products() -> None:
     np.testing.assert_allclose(result.mean_standard_error, means.std(0, ddof=1) / np.sqrt(200), atol=1e-10)
     assert result.noise_share == pytest.approx(np.square(result.standard_error).mean() / result.diagonal.var())
     assert result.trace == pytest.approx(samples.mean(0).sum())
+    is_negative = result.diagonal < -2 * result.standard_error
+    shares = np.add.reduceat(is_negative.astype(float), places) / result.sizes
+    np.testing.assert_allclose(result.negative_share, shares, rtol=1e-14)
+    assert 0 < is_negative.sum() < (result.diagonal < 0).sum()
 
 
 def test_l2_terms_are_on_the_diagonal() -> None:

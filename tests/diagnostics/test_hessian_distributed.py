@@ -37,6 +37,7 @@ def curvatures(sizes: tuple[int, ...]) -> dict:
         "spectrum": vs.hessian_max_eigenvalue_spectrum(probe, n_top=3, n_ends=1),
         "density": vs.spectral_density(probe, n_vectors=2, n_steps=8),
         "trace": vs.hessian_trace(probe, n_vectors=4),
+        "diagonal": vs.hessian_diagonal(probe, method="exact", operator="ggn", parameters="layer:head"),
         "hutch++": vs.hessian_trace(probe, n_vectors=9, method="hutch++"),
         "critical point": vs.critical_point(adamw, n_points=5),
         "rayleigh": vs.rayleigh_split(probe, k=2, n_ends=1),
@@ -61,7 +62,7 @@ def others(sizes: tuple[int, ...]) -> dict:
     return {
         "cka": vs.cka(probe),
         "lesion": vs.lesion(probe),
-        "calibration": vs.calibration(probe),
+        "calibration": vs.calibration(probe, validation=_mostly_right(model, x, sizes)),
         "corruption": vs.corruption(probe, types=("gaussian_noise", "contrast"), severities=(1, 5), baseline="none"),
         "landscape": vs.loss_landscape(probe, n=3),
         "sharpness": vs.sharpness(probe, radii=(0.05,), n_pairs=2, n_steps=2),
@@ -72,6 +73,14 @@ def others(sizes: tuple[int, ...]) -> dict:
         "attention": vs.attention_distance(probe),
         "adversarial": vs.adversarial(probe, epsilons=(2,), steps=2),
     }
+
+
+def _mostly_right(model: torch.nn.Module, x: torch.Tensor, sizes: tuple[int, ...]) -> vs.Probe:
+    """Return a probe whose labels are the model's own answers but for every fourth image: its temperature is finite."""
+    with torch.no_grad():
+        y = model.eval()(x).argmax(1)
+    y[::4] = (y[::4] + 1) % 4
+    return vs.Probe(model, list(zip(x.split(sizes), y.split(sizes))))
 
 
 def measured(split: str) -> dict:

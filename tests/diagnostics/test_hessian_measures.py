@@ -12,6 +12,9 @@ from torch import nn
 import vitscope as vs
 from tests.helpers.hessian_oracle import by_magnitude, dense_hessian, logit_jacobian, make
 from vitscope.diagnostics.hessian import _nep_statistics
+from vitscope.diagnostics.hessian.hessian_trace import _signs
+from vitscope.linalg.curvature.operator_factory import curvatures
+from vitscope.models.structure.parameter_groups import parameter_kinds
 
 
 def probe_of(model, x, y, size=4, **objective):
@@ -73,6 +76,23 @@ def test_trace(method):
     result = vs.hessian_trace(probe, method=method, n_vectors=60)
     assert abs(result.trace - trace) < 4 * result.standard_error
     assert result.n_products == 60
+    assert len(result.estimates) == (60 if method == "hutchinson" else 20)
+    assert result.trace == pytest.approx(result.estimates.mean(), rel=1e-12)
+    spread = result.estimates.std(ddof=1) / np.sqrt(len(result.estimates))
+    assert result.standard_error == pytest.approx(spread, rel=1e-12)
+
+
+def test_vectors_of_the_sketch_are_none_of_the_estimates() -> None:
+    """An estimate from a vector of the sketch would be biased: the basis holds its product."""
+    model, x, y = make()
+    with curvatures(probe_of(model, x, y)) as operators:
+        mean = operators.mean()
+        vectors = [_signs(mean, seed, stream, number) for seed in (0, 1) for stream in (0, 1) for number in range(20)]
+    signs = torch.stack(vectors)
+    assert bool((signs.abs() == 1).all())
+    cosines = (signs @ signs.T / mean.size).fill_diagonal_(0)
+    # 3160 inner products of independent signs: six standard deviations are exceeded in 1 of 10^5 cases
+    assert float(cosines.abs().max()) < 6 / mean.size**0.5
 
 
 def test_hutch_plus_plus_is_exact_with_a_full_sketch():
@@ -106,6 +126,15 @@ def test_rayleigh_split_adds_up():
     np.testing.assert_allclose(result.gauss_newton + result.remainder + result.l2, result.eigenvalues, atol=1e-12)
     np.testing.assert_allclose(result.mass.sum(1), 1, atol=1e-12)
     assert (result.gauss_newton >= 0).all()
+    kinds = parameter_kinds(model, x)
+    sizes = {
+        kind: sum(p.numel() for name, p in model.named_parameters() if kinds[name] == kind) for kind in result.kinds
+    }
+    np.testing.assert_allclose(result.share_of_parameters, np.array(list(sizes.values())) / len(dense), rtol=1e-14)
+    parts = np.split(vectors[:, 0], np.cumsum([p.numel() for p in model.parameters()])[:-1])
+    named = list(zip((kinds[name] for name, _ in model.named_parameters()), parts))
+    mass = [sum(np.square(part).sum() for kind, part in named if kind == group) for group in result.kinds]
+    np.testing.assert_allclose(result.mass[-1], mass, atol=1e-3)  # as the eigenvector
 
 
 def test_rayleigh_split_lists_no_pair_twice():

@@ -82,6 +82,7 @@ def test_decay_and_participation_of_given_spectra() -> None:
     values = 3.0 * np.arange(1, 40) ** -1.7
     assert _decay(values, 1e-2).exponent == pytest.approx(1.7)
     assert _decay(values, 1e-2).n_points == int((values >= 0.03).sum())
+    assert _decay(0.5 ** np.arange(9), 2.0**-5).n_points == 6  # at least the share, and so the share itself
     assert np.isnan(_decay(values, 0.5).exponent)
     assert np.isnan(_decay(np.zeros(5), 0.5).exponent)
     assert _participation(np.ones(7)) == pytest.approx(7)
@@ -121,6 +122,18 @@ def test_empirical_factors_are_of_the_stated_targets(kind: str) -> None:
     np.testing.assert_allclose(result.output_eigenvalues[1, :3], expected, atol=1e-12)
     assert result.card is not None
     assert result.card.loss == f"cross entropy, {'soft targets as given' if kind == 'soft' else 'label smoothing 0.3'}"
+
+
+@needs_curvlinops
+@pytest.mark.parametrize("fisher", ["type-2", "empirical"])
+def test_images_without_a_label_are_left_out(fisher: str) -> None:
+    model, x, y = two_layers()
+    counts = torch.arange(20) % 4 != 0
+    marked = torch.where(counts, y, -100)
+    found = vs.kronecker_factors(vs.Probe(model, [(x[:8], marked[:8]), (x[8:], marked[8:])]), fisher=fisher)
+    expected = vs.kronecker_factors(vs.Probe(model, [(x[counts], y[counts])]), fisher=fisher)
+    np.testing.assert_allclose(found.input_eigenvalues, expected.input_eigenvalues, atol=1e-12)
+    np.testing.assert_allclose(found.output_eigenvalues, expected.output_eigenvalues, atol=1e-12)
 
 
 class SamePadding(nn.Conv2d):

@@ -129,6 +129,22 @@ def test_resnet_branches_and_identities_equal_rewritten_weights() -> None:
     assert result.stage_units == ()
 
 
+@pytest.mark.parametrize("right", ["before", "after"])
+def test_answers_that_are_wrong_on_one_side_alone_give_the_loss_an_interval(right: str) -> None:
+    """A mean loss has an interval where 10 images were answered wrong, by the whole model or without the branch."""
+    model = vit()
+    oracle = model if right == "before" else zero(model, "blocks.2.attn.proj")
+    with torch.no_grad():
+        data = [(x, oracle(x).argmax(1)) for x, _ in batches(*MANY)]
+    result = lesion(Probe(model, data))
+    assert result.units[4] == "blocks.2.attn"
+    assert (result.accuracy == 1) == (right == "before")
+    assert (result.accuracy + result.accuracy_change[4] == pytest.approx(1)) == (right == "after")
+    loss, whole = losses(zero(model, "blocks.2.attn.proj"), data)[0], losses(model, data)[0]
+    expected = stats.t.ppf(0.975, len(loss) - 1) * stats.sem(loss - whole)
+    assert result.nll_half_width[4] == pytest.approx(expected, rel=1e-6)
+
+
 def test_a_branch_that_adds_nothing_changes_nothing() -> None:
     model = zero(vit(), "blocks.1.mlp.fc2")
     result = lesion(Probe(model, batches(*MANY)))

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 import vitscope as vs
 from vitscope.core.undefined_values import NullWarning
-from vitscope.diagnostics.patch_pca._components import rotation_to
+from vitscope.diagnostics.patch_pca._components import principal_components, rotation_to
+from vitscope.linalg.feature_moments import FeatureMoments
 
 pytestmark = pytest.mark.filterwarnings("ignore::vitscope.core.undefined_values.NullWarning")
 
@@ -128,6 +129,27 @@ def test_rotations_are_found_on_grids_of_different_sizes() -> None:
     np.testing.assert_allclose(rotation, turn, atol=1e-12)
     assert r2 == pytest.approx(1)
     assert rotation_to(normal(3, 4, 4, 3, seed=5).numpy(), goal_mask, goal, goal_mask)[1] < 0.5
+
+
+def test_variances_without_a_group_are_those_of_the_other_vectors_in_the_plane() -> None:
+    """Groups of different sizes and means; the axes are those of all vectors, turned to the best of their plane."""
+    rng = np.random.default_rng(0)
+    rows = [rng.normal(size=(n, 6)) * [3, 2, 1.5, 1, 0.5, 0.2] + rng.normal(size=6) for n in (12, 30, 7, 21)]
+    groups = [FeatureMoments() for _ in rows]
+    for group, vectors in zip(groups, rows):
+        group.add(torch.from_numpy(vectors))
+    found = principal_components(groups, 6)
+    everything = np.concatenate(rows)
+    values, vectors = np.linalg.eigh(np.cov(everything.T))
+    np.testing.assert_allclose(found.variance, values[::-1][:3], rtol=1e-10)
+    np.testing.assert_allclose(found.ratio, values[::-1][:3] / values.sum(), rtol=1e-10)
+    np.testing.assert_allclose(np.abs(found.axes @ vectors[:, ::-1][:, :3]), np.eye(3), atol=1e-8)
+    for skipped in range(4):
+        rest = np.concatenate([part for number, part in enumerate(rows) if number != skipped])
+        covariance = np.cov(rest.T)
+        inside = np.linalg.eigvalsh(found.axes @ covariance @ found.axes.T)[::-1]
+        np.testing.assert_allclose(found.variance_without[skipped], inside, rtol=1e-10)
+        np.testing.assert_allclose(found.ratio_without[skipped], inside / np.trace(covariance), rtol=1e-10)
 
 
 def test_intervals_hold_the_true_variance() -> None:

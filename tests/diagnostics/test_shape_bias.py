@@ -42,6 +42,13 @@ def test_decisions_are_counted_on_conflicting_images_only():
     assert result.scalars()["decided"] == 6 / 7
 
 
+def test_images_without_a_label_decide_nothing():
+    shapes, texture, answers = [0, -100, 1, -100, 2], [1, 1, 0, 2, 3], [0, 1, 0, 2, 2]
+    found = vs.shape_bias(probe_of(answers, shapes), texture=texture)
+    assert (found.shape_decisions, found.texture_decisions, found.other_decisions) == (2, 1, 0)
+    assert found.n_conflicts == 3
+
+
 @pytest.mark.parametrize(("shape", "texture_count"), [(3, 5), (0, 8), (8, 0), (1, 7), (5, 5), (30, 6)])
 @pytest.mark.parametrize("level", [0.95, 0.8])
 def test_interval_is_wilsons_and_exact_for_few_decisions_either_way(shape: int, texture_count: int, level: float):

@@ -11,7 +11,8 @@ from scipy import stats
 from torch import nn
 
 import vitscope as vs
-from tests.helpers.landscapes import Squared, assert_untouched, batches, bowl, real, snapshot
+from tests.helpers.landscapes import Squared, assert_untouched, batches, bowl, bowl_at, real, snapshot
+from vitscope.diagnostics.landscape.sharpness import _saturated
 from vitscope.linalg.weights.directions import filter_parameters, normalize, random_direction
 from vitscope.linalg.weights.effective_weights import canonical_names
 
@@ -68,6 +69,23 @@ def test_worst_rise_of_a_slope_is_at_the_edge_of_the_ball():
     assert_untouched(model, before)
 
 
+def test_the_ascent_is_that_of_a_loop_over_its_steps():
+    """From r times a normalized direction, steps along the normalized gradient from r to r / n_steps, back into the ball."""
+    probe, radius, n_steps = bowl(), 0.3, 4
+    w, (x, y) = probe.model[0].weight.detach(), (torch.cat(parts) for parts in zip(*batches()))
+    lengths = w.norm(dim=1, keepdim=True)
+    drawn = random_direction(probe.parameters(), 7, -1, canonical_names(probe.model))["0.weight"]
+    offset = radius * drawn * lengths / drawn.norm(dim=1, keepdim=True)
+    met = [bowl_at(w + offset)]
+    for step in range(n_steps):
+        gradient = ((w + offset) @ x.T - torch.eye(4, dtype=torch.float64)[y].T) @ x
+        offset = offset + radius * (1 - step / n_steps) * gradient * lengths / gradient.norm(dim=1, keepdim=True)
+        offset = offset * (radius * lengths / offset.norm(dim=1, keepdim=True)).clamp(max=1)
+        met.append(bowl_at(w + offset))
+    r = vs.sharpness(probe, radii=(radius,), n_pairs=1, n_steps=n_steps, n_starts=1, seed=7)
+    assert r.worst_rise[0] == pytest.approx(max(met) - bowl_at(w), rel=1e-9)
+
+
 def test_worst_is_at_least_every_random_rise_of_its_start():
     r = vs.sharpness(real(), radii=(0.05, 0.2), n_pairs=2, n_steps=5)
     wanted = ~r.saturated
@@ -87,6 +105,16 @@ def test_large_radii_and_lost_accuracy_are_saturated():
     with torch.no_grad():
         probe.model[-1].bias[3] = -100.0
     assert vs.sharpness(vs.Probe(probe.model, chance), radii=(0.01,), n_pairs=1, n_steps=0).saturated.all()
+
+
+def test_a_radius_is_saturated_where_a_tenth_of_what_is_above_chance_is_left():
+    accuracy = np.array(
+        [0.85, 0.4, 0.32, 0.30, 0.25, 0.1]
+    )  # of four classes: chance is 0.25, and a tenth of 0.6 is 0.06
+    found = _saturated(bowl(), [0.1] * 6, accuracy, 0.85)
+    assert found.tolist() == [False, False, False, True, True, True]
+    assert _saturated(bowl(), [0.1] * 2, np.array([0.25, 0.3]), 0.2).tolist() == [True, False]  # nothing above chance
+    assert _saturated(bowl(), [0.49, 0.5], np.full(2, 0.85), 0.85).tolist() == [False, True]
 
 
 def test_finished_points_are_not_computed_again():

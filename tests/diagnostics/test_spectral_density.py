@@ -12,6 +12,8 @@ from torch import nn
 import vitscope as vs
 from tests.helpers.constructed_losses import Quartic, rotated
 from tests.helpers.hessian_oracle import dense_hessian, make
+from vitscope.linalg.basis_memory import BasisBuffer
+from vitscope.linalg.quadrature import quadrature_rule
 
 
 def probe_of(model, x, y, size=4, **objective):
@@ -123,3 +125,20 @@ def test_an_invariant_subspace_gives_all_moments():
     """All eigenvalues are 2: one step spans an invariant subspace."""
     probe = vs.spectral_density_of(2 * np.eye(5), n_vectors=2, n_steps=1)
     np.testing.assert_allclose(probe.moments, [2, 4, 8, 16], rtol=1e-12)
+
+
+class Rough:
+    """A diagonal matrix whose products are stated to be off by 0.25."""
+
+    size, dtype, device, shift, product_error = 6, torch.float64, torch.device("cpu"), 0.0, 0.25
+
+    def unshifted(self, v: torch.Tensor) -> torch.Tensor:
+        return torch.arange(6.0, dtype=torch.float64) * v
+
+
+def test_residuals_and_resolution_hold_the_error_of_products():
+    exact = quadrature_rule(type("Exact", (Rough,), {"product_error": 0.0})(), 0, 3, BasisBuffer())
+    rough = quadrature_rule(Rough(), 0, 3, BasisBuffer())
+    np.testing.assert_array_equal(rough["nodes"], exact["nodes"])
+    np.testing.assert_allclose(rough["residuals"], exact["residuals"] + 0.25, rtol=1e-12)
+    assert rough["resolution"] == pytest.approx(exact["resolution"] + 0.25, rel=1e-12)

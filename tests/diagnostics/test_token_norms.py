@@ -197,6 +197,8 @@ def test_artefacts_appear_at_the_tap_that_makes_them() -> None:
 def test_the_tap_at_which_artefacts_appear_has_half_a_percent_of_them() -> None:
     assert first_with_artefacts(np.array([0.0, 0.02, 0.001, 0.006, np.nan, 0.01, 0.03, 0.02])) == 3
     assert first_with_artefacts(np.array([0.0, 0.004])) == -1
+    assert first_with_artefacts(np.array([0.004, 0.005, 0.01])) == 1  # half a percent itself is enough
+    assert first_with_artefacts(np.array([0.0, 0.005])) == 1
     assert first_with_artefacts(np.array([np.nan, np.nan])) == -1
     assert first_with_artefacts(np.array([0.01, 0.01])) == 0
 
@@ -231,15 +233,20 @@ def test_massive_activations_are_counted_by_both_conditions() -> None:
     with torch.no_grad():
         network.cls_token[0, 0, 5] = 2000.0
     x = torch.ones(4, 8, 4, 5, dtype=torch.float64)
-    x[0] = 3.0  # 2000 is above 100, but not above 1000 times the median of this image
+    x[0] = 3.0  # 2000 is above 100, but not 1000 times the median of this image
+    x[1] = 2.0  # here it is, and no more
     result = vs.token_norms(network.probe(x))
     np.testing.assert_array_equal(result.massive_share, [0.75, 0.75])
-    np.testing.assert_allclose(result.massive_ratio, (3 * 2000 + 2000 / 3) / 4, rtol=1e-12)
+    np.testing.assert_allclose(result.massive_ratio, (2 * 2000 + 1000 + 2000 / 3) / 4, rtol=1e-12)
     np.testing.assert_array_equal(result.massive_on_prefix, [1.0, 1.0])
     np.testing.assert_array_equal(result.massive_channels[:, 0], [5, 5])
     np.testing.assert_allclose(result.largest_magnitude, [2000.0, 200.0])
-    below = vs.token_norms(Sequences(scales=(0.04,), channels=8).probe(x))
-    assert below.massive_share[0] == 0
+    below = Sequences(scales=(0.05,), channels=8)
+    with torch.no_grad():
+        below.cls_token[0, 0, 5] = 2000.0
+    result = vs.token_norms(below.probe(x))
+    assert result.largest_magnitude[0] == 100.0  # which is not above 100
+    assert result.massive_share[0] == 0
 
 
 def test_norms_are_kept_for_the_first_images_alone() -> None:

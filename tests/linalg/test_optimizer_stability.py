@@ -7,12 +7,13 @@ import math
 import numpy as np
 import pytest
 import torch
+from scipy.optimize import brentq
 from torch import nn
 
 import vitscope as vs
 from vitscope.config import factories
 from vitscope.core.optimizer_state import of_checkpoint, of_optimizer
-from vitscope.linalg.optimizer_stability import stability_limit
+from vitscope.linalg.optimizer_stability import sam_limit, stability_limit
 from vitscope.training.sam import SAM
 
 STEPS = 600
@@ -270,6 +271,44 @@ def test_names_in_the_groups_map_states_to_parameters():
     assert {name: p.group["lr"] for name, p in state.parameters.items()} == {
         "1.weight": 0.1, "1.bias": 0.1, "3.weight": 0.5, "3.bias": 0.5,
     }  # fmt: skip
+
+
+def test_the_rate_and_the_momentum_of_a_few_steps_are_those_of_the_next_step():
+    """What torch takes in its next step, read off that step: Adagrad's rate, and NAdam's mu as a factor of its product."""
+    model = model_of(2)
+
+    def step(optimizer):
+        before = model.w.detach().clone()
+        model.w.grad = torch.tensor([0.3, -0.2], dtype=torch.float64)
+        optimizer.step()
+        return model.w.detach() - before
+
+    adagrad = torch.optim.Adagrad(model.parameters(), lr=0.1, lr_decay=0.5)
+    for _ in range(3):
+        step(adagrad)
+    limit = stability_limit(of_optimizer(adagrad, model))
+    moved = step(adagrad)
+    state = adagrad.state[model.w]
+    rate = float((moved.abs() * (state["sum"].sqrt() + 1e-10) / model.w.grad.abs())[0])
+    assert rate == pytest.approx(0.1 / 2.5, rel=1e-12)
+    assert limit.threshold == pytest.approx(2 / rate, rel=1e-12)
+    nadam = torch.optim.NAdam(model.parameters(), lr=0.1, betas=(0.8, 0.99), momentum_decay=3.0)
+    for _ in range(3):
+        step(nadam)
+    limit, product = stability_limit(of_optimizer(nadam, model)), float(nadam.state[model.w]["mu_product"])
+    step(nadam)
+    mu = float(nadam.state[model.w]["mu_product"]) / product
+    assert limit.threshold == pytest.approx(2 * 1.8 / ((1.8 - 2 * mu * 0.8) * 0.1), rel=1e-6)  # mu_product is float32
+
+
+@pytest.mark.parametrize("decay", [0.0, 30.0])
+def test_the_limit_of_sam_solves_its_quadratic_with_the_decay(decay):
+    """``h + rho h^2 / |g| + wd`` is the base optimizer's limit; what is compared with it contains the decay too."""
+    model, radius, length = model_of(), 0.05, 0.7
+    base = stability_limit(of_optimizer(torch.optim.SGD(model.parameters(), lr=0.01, weight_decay=decay), model))
+    critical = brentq(lambda h: h + radius / length * h**2 + decay - 200, 0, 200, xtol=1e-12)
+    assert sam_limit(base, radius, length) == pytest.approx(critical + decay, rel=1e-12)
+    assert sam_limit(base, radius, 0.0) == 200  # no ascent
 
 
 def test_a_rate_of_zero_has_no_limit():

@@ -5,13 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from scipy.special import erf
 from torch import nn
 
 import vitscope as vs
 from vitscope.linalg.curvature.start_vector import RANDOM_SHARE, start_along, warm_start
 from vitscope.linalg.eigensolver import extreme_eigenvalues
 from vitscope.linalg.lanczos import Lanczos
-from vitscope.linalg.missed_eigenvalues import HIGHEST_PROBABILITY, MARGIN
+from vitscope.linalg.missed_eigenvalues import HIGHEST_PROBABILITY, MARGIN, KrylovPolynomial
 
 
 def passed_over(seed, which, tol):
@@ -112,6 +113,22 @@ def test_the_bound_is_that_of_the_polynomial_of_the_products():
         row = lanczos.row / lanczos.row.norm()
         expected = np.log(np.abs(float(first[-1]) / float(row[-1])))
         assert lanczos.polynomial(lanczos.ritz()).log_inverse(float(values[-1])) == pytest.approx(expected, abs=1e-8)
+
+
+@pytest.mark.parametrize("share", [0.1, 1.0, 10.0])
+def test_a_fixed_part_without_the_eigenvector_makes_the_bound_the_probability(share: float):
+    """The start is ``(f + s r) / |f + s r|``; an eigenvector u of which f has nothing has ``s <u, r> / sqrt(1 + s^2)`` of it.
+
+    <u, r> is normal with variance 1 / size: the chance of a share of at most x is an error function, linear for a small x.
+    """
+    size, roots, log_betas = 400, np.array([-1.0, 0.5, 2.0]), np.log(1e-3)
+    for value in (3.0, 5.0):
+        x = 1e-3 / np.prod(value - roots)
+        exact = erf(x * np.sqrt(size / 2) * np.sqrt(1 + share**2) / share)
+        found = KrylovPolynomial(roots, log_betas).missed_probability(value, size, share)
+        assert found == pytest.approx(exact, rel=0.02 if exact < 0.1 else 0.2)
+        assert found >= exact
+    assert KrylovPolynomial(roots, 5.0).missed_probability(3.0, size, share) == 1.0
 
 
 def test_too_few_products_are_not_called_converged():

@@ -31,6 +31,15 @@ def test_classes_that_alternate_do_not_widen_the_interval(period: int) -> None:
     assert jackknife_half_width(rest) == pytest.approx(expected, rel=0.5)
 
 
+def test_images_at_one_place_of_every_batch_are_in_all_groups() -> None:
+    """Where every batch lists its classes in one order, groups of places would be groups of classes."""
+    groups = np.stack([group_numbers_of_batch(number, N_GROUPS) for number in range(200)])  # (batches, places)
+    assert (np.sort(groups, axis=1) == np.arange(N_GROUPS)).all()
+    counts = np.stack([(groups == group).sum(axis=0) for group in range(N_GROUPS)])
+    # 200 draws of 1 in 10: a mean of 20 and a deviation of 4.2, of which 5 is exceeded in 1 of 10^6 counts
+    assert np.abs(counts - 20).max() < 5 * np.sqrt(200 * 0.1 * 0.9)
+
+
 def test_groups_of_batches_are_of_equal_size_and_the_same_on_every_call() -> None:
     batches = [group_numbers_of_batch(number, 5) for number in range(4)]
     assert np.bincount(np.concatenate(batches)).tolist() == [2] * N_GROUPS

@@ -40,6 +40,13 @@ def test_all_of_one_sign_give_the_smallest_p() -> None:
     assert [tests.fewest_values(0.05 / m) for m in (1, 2, 11)] == [6, 7, 9]
 
 
+def test_a_level_that_the_smallest_p_equals_is_not_passed() -> None:
+    """Verdicts need a p-value below the level: of 6 values none is below 2 / 64."""
+    assert [tests.fewest_values(2.0**-k) for k in (1, 5, 9)] == [3, 7, 11]
+    assert tests.power(6, 2.0**-5, 100.0) == 0.0
+    assert tests.power(7, 2.0**-5, 100.0) == 1.0
+
+
 def test_the_sign_test_is_scipys_in_the_direction_of_the_mean() -> None:
     values = [1.0, 2.0, 0.5, 0.2, -0.4, 3.0, 1.0]
     assert tests.sign_p(values) == pytest.approx(stats.binomtest(6, 7).pvalue)
@@ -74,6 +81,15 @@ def test_power_is_that_of_the_sign_test_where_all_signs_must_agree() -> None:
     assert found[2] == pytest.approx(exact[2], abs=0.1 + error)  # the t-test takes some more
     assert found[3] > 0.99
     assert tests.power(8, level, 100.0) == 0.0  # 2 / 256 is above the level
+
+
+@pytest.mark.parametrize(("n", "effect"), [(8, 1.0), (10, 1.5), (20, 0.9)])
+def test_power_is_the_share_of_studies_whose_tests_all_pass(n: int, effect: float) -> None:
+    level = 0.02
+    samples = np.random.default_rng(0).standard_normal((500, n)) + effect
+    passed = [tests.location_tests(sample.tolist()).largest < level for sample in samples]
+    assert 0.2 < np.mean(passed) < 0.95
+    assert tests.power(n, level, effect, n_studies=500) == np.mean(passed)
 
 
 NOISE = {

@@ -6,8 +6,9 @@ import math
 
 import numpy as np
 import pytest
+from scipy import stats
 
-from vitscope.stats.rank_correlation import LEAST_PAIRS, kendall_tau
+from vitscope.stats.rank_correlation import LEAST_PAIRS, _tau, kendall_tau
 
 
 def test_tau_counts_pairs() -> None:
@@ -26,6 +27,14 @@ def test_ties_are_those_of_tau_b() -> None:
     assert kendall_tau([1, 1, 2, 3], [1, 2, 3, 2]).tau == pytest.approx(2 / 5, abs=1e-12)
 
 
+def test_resamples_have_scipys_tau_b() -> None:
+    rng = np.random.default_rng(2)
+    a, b = rng.integers(3, size=(50, 12)), rng.integers(8, size=(50, 12))  # many ties on one side, few on the other
+    expected = [stats.kendalltau(x, y).statistic for x, y in zip(a, b)]
+    np.testing.assert_allclose(_tau(a.astype(float), b.astype(float)), expected, rtol=1e-12, atol=1e-15)
+    assert _tau(np.ones((1, 4)), np.arange(4.0)[None]) == 0
+
+
 def test_interval_is_the_percentiles_of_resampled_pairs() -> None:
     rng = np.random.default_rng(1)
     x = rng.normal(size=20)
@@ -38,6 +47,8 @@ def test_interval_is_the_percentiles_of_resampled_pairs() -> None:
     r = kendall_tau(x, y)
     # both are percentiles of 2000 resamples with other draws: standard errors of about 0.01
     assert [r.low, r.high] == pytest.approx(list(np.percentile(taus, [2.5, 97.5])), abs=0.05)
+    half = kendall_tau(x, y, level=0.5)
+    assert [half.low, half.high] == pytest.approx(list(np.percentile(taus, [25, 75])), abs=0.02)
 
 
 def test_no_interval_where_there_is_none() -> None:

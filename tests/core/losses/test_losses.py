@@ -87,6 +87,19 @@ def test_accuracy_is_that_of_pixels_and_of_class_indices() -> None:
     assert evaluate(lambda z: z, [(Z, VALUES)], vs.Objective(loss="mse")).accuracy != 0
 
 
+def test_images_of_dense_targets_have_means_over_their_own_labeled_pixels() -> None:
+    """Image 1 has no label and is left out; image 2 has labels at four of six pixels."""
+    targets = PIXELS.clone()
+    targets[2, 1, 0] = MAPS[2, :, 1, 0].argmax()
+    found = evaluate(lambda z: z, [(MAPS, targets)], vs.Objective(loss="dense_cross_entropy"), per_image=True)
+    images = [0, 2, 3, 4, 5]
+    losses = [float(F.cross_entropy(MAPS[i : i + 1], targets[i : i + 1])) for i in images]
+    right = [float((MAPS[i].argmax(0) == targets[i])[targets[i] >= 0].double().mean()) for i in images]
+    assert found.losses == pytest.approx(losses, rel=1e-14)
+    assert found.correct == pytest.approx(right, rel=1e-14)
+    assert right[1] > 0
+
+
 def pixel_weights(z: Tensor, y: Tensor) -> Tensor:
     return F.cross_entropy(z, y, weight=torch.arange(1.0, 5.0).to(z))
 

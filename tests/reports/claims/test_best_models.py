@@ -71,3 +71,26 @@ def test_a_shorter_training_is_no_recipe_and_is_compared_with_none(accuracies: C
     found = best_against_cnns(tmp_path)
     assert found.values == pytest.approx({0: 0.7 - 0.3}, rel=1e-12)
     assert found.blocked == "not each at its best recipe: 1 and 2 tried"
+
+
+def test_of_equal_validation_accuracies_the_one_of_more_seeds_stays(accuracies: Callable, tmp_path: Path) -> None:
+    for seed in (0, 1):
+        accuracies("alternet", 0.1, 0.5, 0.61, seed)
+        for lr in (0.1, 0.2):
+            accuracies("convnet", lr, 0.4 - lr, 0.4 - lr, seed)
+    accuracies("alternet", 0.2, 0.5, 0.99)
+    assert best_against_cnns(tmp_path).values == pytest.approx({0: 0.31, 1: 0.31}, rel=1e-12)
+
+
+def test_a_setting_with_two_recipes_a_side_goes_before_one_with_more_seeds(
+    accuracies: Callable, tmp_path: Path
+) -> None:
+    for seed in range(3):
+        accuracies("alternet", 0.1, 0.6, 0.9, seed)
+        accuracies("convnet", 0.1, 0.4, 0.1, seed)
+    for lr in (0.1, 0.2):
+        accuracies("alternet", lr, 0.6 - lr, 0.6 - lr, trainer__max_epochs=1)
+        accuracies("convnet", lr, 0.4 - lr, 0.4 - lr, trainer__max_epochs=1)
+    found = best_against_cnns(tmp_path)
+    assert found.values == pytest.approx({0: 0.2}, rel=1e-12)
+    assert found.blocked == ""

@@ -17,6 +17,7 @@ NOTHING = ReportRuns(Selection([]), Costs())
 CLEAR = {0: 1.0, 1: 1.1, 2: 0.9, 3: 1.05, 4: 0.95, 5: 1.02}
 SEVEN = CLEAR | {6: 0.97}
 FIVE = {seed: CLEAR[seed] for seed in range(5)}
+WEAK_FIVE = {0: 1.0, 1: 2.0, 2: 0.4, 3: 2.4, 4: 0.7}  # p = 0.03 by t
 UNCLEAR = {0: 1.0, 1: -1.1, 2: 0.9, 3: -0.9, 4: 0.2}
 
 
@@ -115,6 +116,25 @@ def test_a_suggestion_needs_all_seeds_of_one_sign() -> None:
     assert judge(part(FIVE, -1)).verdict == "suggested against"
 
 
+def test_networks_disagree_by_the_t_test_alone() -> None:
+    """Five seeds cannot pass the exact tests; the t-test is the most sensitive, and a disagreement only withholds a verdict."""
+    parts = tuple(
+        (name, {seed: scale * x for seed, x in FIVE.items()}) for name, scale in (("one", 3.0), ("other", -1.0))
+    )
+    effect = Effect(FIVE, "both", parts=parts)
+    found = judge(ClaimStatistic("mean", 1, lambda bench: effect, "nats"))
+    assert found.verdict == "inconclusive"
+    assert "the opposite of the mean holds for other" in found.reason
+
+
+@pytest.mark.parametrize(("agreeing", "verdict"), [(FIVE, "suggested"), (WEAK_FIVE, "inconclusive")])
+def test_every_part_must_pass_for_a_suggestion(agreeing: dict[int, float], verdict: str) -> None:
+    """The p-value of a claim is the largest of its parts', by the t-test as well."""
+    judged = claim_verdicts.judge(NOTHING, [claim(part(FIVE), part(agreeing)), claim(part(UNCLEAR), name="y")])
+    assert judged[0].verdict == verdict
+    assert judged[0].p_t_holm == pytest.approx(2 * stats.ttest_1samp(list(agreeing.values()), 0).pvalue, rel=1e-9)
+
+
 @pytest.mark.parametrize("noise", [0.0, 2e-17, 1e-8])  # equal, and equal but for the rounding of float64 and of float32
 @pytest.mark.parametrize("sign", [1, -1])
 def test_seeds_that_do_not_differ_give_no_interval_and_no_verdict(sign: int, noise: float) -> None:
@@ -168,6 +188,15 @@ def test_one_seed_of_the_other_sign_is_not_suggested_however_small_it_is() -> No
     assert found.verdict == "inconclusive"
     assert found.p_t_holm < 0.05
     assert "sign-flip test" in found.reason
+
+
+def test_a_statistic_of_seeds_that_disagree_in_sign_is_not_suggested_either() -> None:
+    """Of five seeds four of one sign pass the t-test; the exact tests would not pass with more such seeds either."""
+    found = judge(part({0: 1.0, 1: 1.01, 2: 0.99, 3: 1.0, 4: -0.001}))
+    assert found.findings[0].tests is not None
+    assert found.findings[0].tests.t < 0.05
+    assert found.findings[0].verdict == "inconclusive"
+    assert found.findings[0].reason == "not by the sign-flip test (p 0.12)"
 
 
 def test_a_skewed_effect_whose_median_lies_on_the_other_side_is_not_decided() -> None:

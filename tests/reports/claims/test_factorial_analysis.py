@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -80,6 +81,23 @@ def test_the_run_s_own_l2_is_taken_off_the_spectrum_first(make_run: Callable, tm
     # the positive values of convnets: 500, 500 and 1
     assert values["ape", ("weak", "clean", "nll"), "convnet"].mean == pytest.approx(1001 / 3)
     assert values["ape", ("weak", "clean", "half_sq"), "convnet"].mean == pytest.approx(1001 / 3 + WD)
+
+
+def test_eigenvalues_within_their_residual_are_no_part_of_the_average() -> None:
+    """The run's own L2 term is taken off, the condition's is added, and then the sign is judged by the residual."""
+    result = SimpleNamespace(
+        eigenvalues=np.array([[5.0, 0.5, -2.0], [3.0, 0.9, -1.0], [100.0, 100.0, 100.0]]),
+        residuals=np.full((3, 3), 0.6),
+        l2_contribution=np.full((3, 3), 0.25),
+        card=SimpleNamespace(weight_decay=0.4),
+    )
+    (ape,) = (q for q in factorial_analysis.QUANTITIES if q.key == "ape")
+    parts = np.array([0, 1])  # the third mini-batch is left out
+    assert ape.value(result, "nll", parts) == pytest.approx(np.mean([4.75, 2.75, 0.65]))
+    assert ape.value(result, "half_sq", parts) == pytest.approx(np.mean([5.15, 0.65, 3.15, 1.05]))
+    assert ape.undefined(result) == ""
+    result.eigenvalues = np.full((3, 3), 0.6)
+    assert ape.undefined(result) == "none positive"
 
 
 def test_one_seed_has_the_interval_over_pairs_and_what_pairs_share_cancels(make_run: Callable, tmp_path: Path) -> None:

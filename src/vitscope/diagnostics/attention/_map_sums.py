@@ -12,7 +12,14 @@ from torch import Tensor
 from vitscope.core.running_mean import RunningMean
 from vitscope.core.shared_values.entropy_terms import entropy_terms, row_entropies
 from vitscope.core.tap import Tap
-from vitscope.diagnostics.attention._overlap import covered, masks_of_layers, mean_of_pairs, overlaps, resized
+from vitscope.diagnostics.attention._overlap import (
+    covered,
+    masks_of_layers,
+    mean_of_pairs,
+    overlaps,
+    resized,
+    where_finite,
+)
 from vitscope.diagnostics.attention._placement import Query, placed, selection
 from vitscope.diagnostics.attention._rollout import Rollout, row_maps
 from vitscope.models.structure.attention_units import AttentionUnit
@@ -95,16 +102,18 @@ class MapSums:
             return
         maps = [self._maps[place] for place in range(len(self.layers))]
         masks = masks_of_layers(maps, self.mass)
+        finite = [layer.flatten(2).isfinite().all(dim=-1) for layer in maps]  # (B, heads) of each layer
         for place, layer in enumerate(masks):
-            overlap = overlaps(layer, layer)
+            overlap = where_finite(overlaps(layer, layer), finite[place], finite[place])
             self.head_pairs[place].add(overlap)
             self.head_iou[place].add(mean_of_pairs(overlap))
         size = (max(layer.shape[2] for layer in maps), max(layer.shape[3] for layer in maps))
         means = masks_of_layers([layer.mean(dim=1, keepdim=True) for layer in maps], self.mass)
         common = torch.cat([resized(layer, size) for layer in means], dim=1)  # (B, n_layers, h, w)
-        self.layer_iou.add(overlaps(common, common))
+        all_finite = torch.stack([heads.all(dim=1) for heads in finite], dim=1)  # (B, n_layers)
+        self.layer_iou.add(where_finite(overlaps(common, common), all_finite, all_finite))
         if self.masks is not None:
-            self._compare_with_masks(masks, number, n_images)
+            self._compare_with_masks(masks, finite, number, n_images)
         n_needed = self.n_shown - self._n_kept
         if n_needed > 0 or not self.kept:  # of no images, the shapes
             self._keep(number, maps, n_needed)
@@ -112,7 +121,9 @@ class MapSums:
         self._prefix.clear()
         self._rollout = Rollout()
 
-    def _compare_with_masks(self, masks: Sequence[Tensor], number: int, n_images: int) -> None:
+    def _compare_with_masks(
+        self, masks: Sequence[Tensor], finite: Sequence[Tensor], number: int, n_images: int
+    ) -> None:
         assert self.masks is not None
         first = number * self.batch_size
         objects = self.masks[first : first + n_images].to(masks[0].device)
@@ -120,7 +131,11 @@ class MapSums:
             object_masks = covered(objects, (layer.shape[2], layer.shape[3]))
             has_object = object_masks.flatten(1).any(dim=1)  # an object smaller than half a position has no mask
             if bool(has_object.any()):
-                self.mask_iou[place].add(overlaps(layer[has_object], object_masks[has_object])[..., 0])
+                overlap = overlaps(layer[has_object], object_masks[has_object])  # (B, heads, 1)
+                finite_heads = finite[place][has_object]  # (B, heads)
+                self.mask_iou[place].add(
+                    where_finite(overlap, finite_heads, torch.ones_like(finite_heads[:, :1]))[..., 0]
+                )
 
     def _keep(self, number: int, maps: Sequence[Tensor], n_needed: int) -> None:
         first_maps = [layer[:n_needed].cpu().numpy() for layer in maps]

@@ -51,6 +51,17 @@ def overlaps(masks: Tensor, others: Tensor) -> Tensor:
     return torch.where(union > 0, both / union, torch.nan)
 
 
+def where_finite(overlap: Tensor, one: Tensor, other: Tensor) -> Tensor:
+    """Return overlaps (B, n, m), NaN for pairs of which a map is not finite: its mask is empty for want of numbers.
+
+    Args:
+        overlap: intersections over unions of the maps' masks.
+        one: (B, n) whether each map is finite.
+        other: (B, m) the same of the second side.
+    """
+    return torch.where(one[:, :, None] & other[:, None, :], overlap, torch.nan)
+
+
 def resized(masks: Tensor, size: tuple[int, int]) -> Tensor:
     """Return masks (B, n, h, w) on a grid of another size: each position takes the mask's value at its center."""
     return F.interpolate(masks.double(), size=size, mode="nearest-exact") > 0.5

@@ -143,8 +143,8 @@ def _expected_sizes(bin_gaps: Gaps) -> np.ndarray:
 
 def _folded_mean(mean: np.ndarray, deviation: np.ndarray) -> np.ndarray:
     """Return E|N(mean, deviation^2)| for means of at least 0."""
-    # beyond 40 deviations the normal is all on one side; the quotient of a tiny deviation would overflow
-    ratio = np.minimum(mean, 40 * deviation) / np.maximum(deviation, 1e-300)
+    # beyond 40 deviations the normal is all on one side, as without any; the quotient of a tiny deviation would overflow
+    ratio = mean / np.maximum(deviation, np.maximum(mean / 40, 1e-300))
     return deviation * np.sqrt(2 / np.pi) * np.exp(-0.5 * ratio**2) + mean * (2 * ndtr(ratio) - 1)
 
 

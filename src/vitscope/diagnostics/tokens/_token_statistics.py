@@ -13,7 +13,7 @@ from vitscope.core.shared_values.feature_squares import channel_squares, flat_ma
 from vitscope.core.tap import Tap
 from vitscope.runtime import distributed
 
-#: Sun et al. 2024: a massive activation is larger than 100 and than 1000 times the median magnitude
+#: Sun et al. 2024: a massive activation is larger than 100, and at least 1000 times the median magnitude
 MASSIVE_MAGNITUDE, MASSIVE_RATIO = 100.0, 1000.0
 
 

@@ -78,7 +78,7 @@ class TokenNormsResult(
         massive_ratio: (n_taps,) largest magnitude of an image's tokens over the median magnitude, mean over images.
         massive_ratio_half_width: (n_taps,) half its t-interval over images; NaN with fewer than 128.
         largest_magnitude: (n_taps,) mean over images.
-        massive_share: (n_taps,) share of images with an activation above 100 and above 1000 times the median magnitude.
+        massive_share: (n_taps,) share of images with an activation above 100 and at least 1000 times the median magnitude.
         massive_on_prefix: (n_taps,) share of images whose largest magnitude is one of a prefix token.
         massive_channels: (n_taps, n_channels) numbers of the channels with the largest magnitudes, descending; -1 for none.
         massive_channel_magnitudes: (n_taps, n_channels) their largest magnitudes, mean over images.
