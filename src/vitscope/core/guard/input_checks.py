@@ -194,7 +194,10 @@ def check_weights(model: nn.Module) -> None:
     """
     for name, p in model.named_parameters():
         if p.is_complex():
-            raise ValueError(f"Expected real parameters, received {name!r} of type {p.dtype}: use a real model.")
+            raise ValueError(
+                f"Expected real parameters, received {name!r} of type {p.dtype}: store torch.view_as_real(...) of it, and use "
+                "torch.view_as_complex of the parameter in the forward."
+            )
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.is_inference():
             raise ValueError(
