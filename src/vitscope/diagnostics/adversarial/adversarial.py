@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from vitscope.core.cost.measure_cost import declares_cost
 from vitscope.core.evaluation import evaluate
+from vitscope.core.guard.independent_images import refuse_dependent_images
 from vitscope.core.input_normalization import Pixels, pixels_of
 from vitscope.core.losses.requirements import check_classes, check_images, class_loss
 from vitscope.core.measure_options import record_options
@@ -157,6 +158,7 @@ def adversarial(
     with probe.guard(second_order=any(attack != "square" for attack in attacks), dtype=dtype) as model:
         for p in model.parameters():
             p.requires_grad_(False)  # only images are differentiated; the guard gives the flags back
+        refuse_dependent_images(model, next(probe.iter_batches())[0][:2], 1, "adversarial")
 
         def row(condition: tuple[str, float]) -> Mapping[str, Any]:
             attack, epsilon = condition

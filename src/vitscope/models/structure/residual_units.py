@@ -15,6 +15,7 @@ from vitscope.models.structure.changed_outputs import changed_operand, changed_o
 from vitscope.models.structure.coverage import refuse_missing_units
 from vitscope.models.structure.feature_maps import observed_pass, to_map
 from vitscope.models.structure.found_structure import FoundStructure, find_structure
+from vitscope.models.structure.head_channels import HeadOutputs
 from vitscope.models.structure.residual_structure import Read
 from vitscope.models.structure.taps import attach
 from vitscope.models.tracing.running_sums import SumFunction, SumPlace, SumReader, sum_place
@@ -221,32 +222,29 @@ def head_zeroed(unit: Unit, head: int) -> Iterator[None]:
     """Remove one attention head: its part of the output projection's input is zero.
 
     A projection by a convolution, as in timm's ``Attention2d`` (CoAtNet), takes the channels on the second axis, others on the
-    last one.
+    last one. Attention of one's own may put the channels of its heads in another order, which the pass inside shows.
 
     Raises:
         ValueError: If the unit has no such head, if its channels cannot be told apart, or its projection did not run inside.
     """
-    projection, ran = unit.projection, []
-    if not 0 <= head < unit.n_heads or projection is None:
+    projection, ran = unit.projection, list[bool]()
+    if not 0 <= head < unit.n_heads or projection is None or unit.attention is None:
         raise ValueError(f"unit {unit.name!r} has {unit.n_heads} heads, there is no head {head}.")
+    with HeadOutputs() as outputs:
 
-    def drop(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        ran.append(True)
-        x = args[0].clone()
-        axis = 1 if isinstance(projection, _Convolution) else x.ndim - 1  # of heads * dim_head channels
-        if x.shape[axis] % unit.n_heads:
-            raise ValueError(
-                f"Expected channels of {unit.n_heads} heads before the projection of {unit.name!r}, received {x.shape[axis]}."
-            )
-        width = x.shape[axis] // unit.n_heads
-        x.narrow(axis, head * width, width).zero_()
-        return (x, *args[1:])
+        def drop(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            ran.append(True)
+            x = args[0].clone()
+            axis = 1 if isinstance(projection, _Convolution) else x.ndim - 1  # of the channels of all heads
+            channels = outputs.channels_of(head, x, axis, unit)
+            x.index_fill_(axis, channels, 0)
+            return (x, *args[1:])
 
-    handle = projection.register_forward_pre_hook(drop)
-    try:
-        yield
-    finally:
-        handle.remove()
+        handle = projection.register_forward_pre_hook(drop)
+        try:
+            yield
+        finally:
+            handle.remove()
     check_ran({unit.name: ran})
 
 
