@@ -275,6 +275,26 @@ def test_a_softmax_over_queries_is_no_mean_of_values(output: Callable[[Tensor, T
     assert reasons == {"attn": "the softmax runs over other positions than those whose values are summed"}
 
 
+def test_rows_of_queries_on_an_axis_of_their_own_are_one_global_attention() -> None:
+    class Rows(Attention):
+        def forward(self, x: Tensor) -> Tensor:
+            q, k, v = self.heads(x)
+            scores = torch.einsum("bnhwd,bnjd->bnhwj", q.unflatten(2, (4, 4)), k)  # (B, heads, 4, 4, 16)
+            out = torch.einsum("bnhwj,bnjd->bnhwd", scores.softmax(-1), v)
+            return self.proj(out.flatten(2, 3).transpose(1, 2).reshape(x.shape))
+
+    x = batch()[0]
+    results = [read(built(layer), x) for layer in (Rows(), Attention())]
+    (rows,), (whole,) = (found for found, _, _ in results)
+    assert (rows.n_windows, rows.n_joined) == (1, 4)
+    assert torch.equal(rows.queries, whole.queries)
+    assert torch.equal(rows.keys, whole.keys)
+    model = built(Rows())
+    with torch.no_grad():
+        q, k, _ = model.attn.heads(model.embed(x).flatten(2).mT)
+    torch.testing.assert_close(results[0][2]["attn"], (q @ k.mT).softmax(-1), rtol=1e-12, atol=1e-14)
+
+
 def test_heads_mixed_by_a_constant_are_not_taken_for_values() -> None:
     class MixedHeads(Attention):
         def forward(self, x: Tensor) -> Tensor:
