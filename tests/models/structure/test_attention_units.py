@@ -289,7 +289,7 @@ def test_rows_of_queries_on_an_axis_of_their_own_are_one_global_attention() -> N
     assert (rows.n_windows, rows.n_joined) == (1, 4)
     assert torch.equal(rows.queries, whole.queries)
     assert torch.equal(rows.keys, whole.keys)
-    model = built(Rows())
+    model: Any = built(Rows())
     with torch.no_grad():
         q, k, _ = model.attn.heads(model.embed(x).flatten(2).mT)
     torch.testing.assert_close(results[0][2]["attn"], (q @ k.mT).softmax(-1), rtol=1e-12, atol=1e-14)

@@ -15,8 +15,8 @@ from vitscope.core.objective import Objective
 
 #: changes of the loss, as shares of it, over which its slope is measured
 _CHANGES = (1e-2, 1e-3)
-#: largest difference of slopes that finite steps explain
-_LARGEST_GAP = 0.02
+#: largest difference of slopes that finite steps and rounding to float32 explain
+_LARGEST_GAP = 2e-3
 
 
 class CutValues(TorchFunctionMode):

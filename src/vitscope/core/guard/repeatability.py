@@ -83,7 +83,7 @@ class Repeatability:
             more = f" and {len(self.cut) - 3} more" if len(self.cut) > 3 else ""
             warnings.warn(
                 f"the loss depends on the weights also through values that are cut off from autograd (detach(), no_grad) in "
-                f"{', '.join(self.cut[:3])}{more}: its slope along the gradient differs by {self.gap:.0%} from the gradient's "
+                f"{', '.join(self.cut[:3])}{more}: its slope along the gradient differs by {self.gap:.1%} from the gradient's "
                 "length, and gradients and curvature are those of autograd",
                 CutGradientsWarning,
                 stacklevel=4,
