@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from vitscope.core.batches.batch_inputs import Inputs
-from vitscope.core.guard.cut_gradients import CutValues, is_large_gap, slope_gap
+from vitscope.core.checks.cut_gradients import CutValues, is_large_gap, slope_gap
 from vitscope.core.guard.fingerprints import Fingerprint, fingerprint
 from vitscope.core.guard.module_state import pure_forward
 from vitscope.core.guard.parameter_use import ineffective_parameters

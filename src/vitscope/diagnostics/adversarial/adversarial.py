@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from vitscope.core.checks.independent_images import refuse_dependent_images
 from vitscope.core.cost.measure_cost import declares_cost
 from vitscope.core.evaluation import evaluate
-from vitscope.core.guard.independent_images import refuse_dependent_images
 from vitscope.core.input_normalization import Pixels, pixels_of
 from vitscope.core.losses.requirements import check_classes, check_images, class_loss
 from vitscope.core.measure_options import record_options

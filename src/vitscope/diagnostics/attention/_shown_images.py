@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vitscope.core.batches.batch_inputs import images_of
-from vitscope.core.guard.independent_images import refuse_dependent_images
+from vitscope.core.checks.independent_images import refuse_dependent_images
 from vitscope.core.input_normalization import pixels_of
 from vitscope.core.probe import Probe
 from vitscope.diagnostics.attention._placement import Query

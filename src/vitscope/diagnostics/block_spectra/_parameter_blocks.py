@@ -10,8 +10,7 @@ from vitscope.core.probe import Probe
 from vitscope.linalg.curvature.curvature_options import CurvatureOptions
 from vitscope.linalg.curvature.operator_factory import curvatures
 from vitscope.linalg.curvature.parameter_subsets import part_sizes
-from vitscope.models.structure.kinds_of_probe import kinds_of_probe
-from vitscope.models.structure.parameter_groups import KIND_ORDER, parameter_kinds, parameter_stages
+from vitscope.models.structure.parameter_groups import KIND_ORDER, kinds_of_probe, parameter_kinds, parameter_stages
 from vitscope.models.structure.structure_table import structure
 
 Subset = str | list[str]

@@ -31,8 +31,7 @@ from vitscope.linalg.curvature.curvature_options import CurvatureArguments, Curv
 from vitscope.linalg.curvature.operator_factory import Curvatures, curvatures
 from vitscope.linalg.curvature.product_cost import curvature_options, mean_products, product_checks
 from vitscope.linalg.per_example_gradients import MOST_IMAGES, PerExampleGradients
-from vitscope.models.structure.kinds_of_probe import kinds_of_probe
-from vitscope.models.structure.parameter_groups import KIND_ORDER
+from vitscope.models.structure.parameter_groups import KIND_ORDER, kinds_of_probe
 from vitscope.runtime.value_ranges import NonNegativeInt
 from vitscope.stats.intervals import LEAST_IMAGES, few_images
 

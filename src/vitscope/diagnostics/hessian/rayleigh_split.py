@@ -22,7 +22,7 @@ from vitscope.linalg.curvature.product_cost import basis_bytes, lanczos_products
 from vitscope.linalg.eigensolver import Eigenpairs
 from vitscope.linalg.krylov_basis import dot
 from vitscope.linalg.solvers import solve
-from vitscope.models.structure.kinds_of_probe import kinds_of_probe
+from vitscope.models.structure.parameter_groups import kinds_of_probe
 from vitscope.runtime.value_ranges import PositiveInt
 
 

@@ -6,8 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from vitscope.models.structure.kinds_of_probe import UNKNOWN
-from vitscope.models.structure.parameter_groups import KIND_ORDER
+from vitscope.models.structure.parameter_groups import KIND_ORDER, UNKNOWN
 
 
 def weight_matrices(parameters: Mapping[str, Tensor]) -> list[str]:

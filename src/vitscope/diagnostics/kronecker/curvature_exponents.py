@@ -23,7 +23,7 @@ from vitscope.linalg.curvature.curvature_options import CurvatureArguments, Curv
 from vitscope.linalg.curvature.operator_factory import curvatures
 from vitscope.linalg.curvature.product_cost import curvature_options, mean_products
 from vitscope.linalg.krylov_basis import dot
-from vitscope.models.structure.kinds_of_probe import kinds_of_probe
+from vitscope.models.structure.parameter_groups import kinds_of_probe
 from vitscope.runtime.progress import track
 from vitscope.runtime.value_ranges import PositiveInt
 

@@ -31,7 +31,7 @@ from vitscope.diagnostics.kronecker._layers import present_kinds
 from vitscope.diagnostics.kronecker._power_laws import LEAST_POINTS, PowerLaw, fit_power_law, mean_by_kind
 from vitscope.linalg.curvature.curvature_options import CurvatureArguments, CurvatureOptions, curvature_arguments
 from vitscope.linalg.curvature.product_cost import curvature_options
-from vitscope.models.structure.kinds_of_probe import kinds_of_probe
+from vitscope.models.structure.parameter_groups import kinds_of_probe
 from vitscope.runtime.value_ranges import PositiveInt, PositiveShare
 
 

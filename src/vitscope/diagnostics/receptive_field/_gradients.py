@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vitscope.core.guard.independent_images import refuse_dependent_images
+from vitscope.core.checks.independent_images import refuse_dependent_images
 from vitscope.core.guard.probe_guard import refuse_unfit_weights
 from vitscope.core.probe import Probe
 from vitscope.core.structure_lookup import structure_reader

@@ -16,7 +16,7 @@ from vitscope.core.guard.substituted_call import substituted_call
 from vitscope.core.objective import Objective
 from vitscope.linalg.curvature.double_backward import BilinearConvDoubleBackward
 from vitscope.linalg.curvature.logit_curvature import output_curvature
-from vitscope.linalg.curvature.own_functions import refuse_wrong_functions
+from vitscope.linalg.differences.own_functions import refuse_wrong_functions
 from vitscope.linalg.differences.second_derivative_errors import (
     named_second_derivative_errors,
     refuse_once_differentiable,

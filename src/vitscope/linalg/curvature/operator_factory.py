@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vitscope.core.guard.independent_images import refuse_dependent_images
+from vitscope.core.checks.independent_images import refuse_dependent_images
 from vitscope.core.objective_card import ObjectiveCard
 from vitscope.core.probe import Batch, Probe
 from vitscope.core.sharding.sharded_parameters import is_sharded

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from vitscope.core.guard.eager_execution import unwrapped
 from vitscope.core.tap import Kind
-from vitscope.models.structure.changed_outputs import changed_operand, changed_output, check_ran, zeros_of
+from vitscope.models.removals.changed_outputs import changed_operand, changed_output, check_ran, zeros_of
+from vitscope.models.removals.head_channels import HeadOutputs
 from vitscope.models.structure.coverage import refuse_missing_units
 from vitscope.models.structure.feature_maps import observed_pass, to_map
 from vitscope.models.structure.found_structure import FoundStructure, find_structure
-from vitscope.models.structure.head_channels import HeadOutputs
 from vitscope.models.structure.residual_structure import Read
 from vitscope.models.structure.taps import attach
 from vitscope.models.tracing.running_sums import SumFunction, SumPlace, SumReader, sum_place
@@ -227,8 +227,8 @@ def head_zeroed(unit: Unit, head: int) -> Iterator[None]:
     Raises:
         ValueError: If the unit has no such head, if its channels cannot be told apart, or its projection did not run inside.
     """
-    projection, ran = unit.projection, list[bool]()
-    if not 0 <= head < unit.n_heads or projection is None or unit.attention is None:
+    projection, attention, ran = unit.projection, unit.attention, list[bool]()
+    if not 0 <= head < unit.n_heads or projection is None or attention is None:
         raise ValueError(f"unit {unit.name!r} has {unit.n_heads} heads, there is no head {head}.")
     with HeadOutputs() as outputs:
 
@@ -236,7 +236,7 @@ def head_zeroed(unit: Unit, head: int) -> Iterator[None]:
             ran.append(True)
             x = args[0].clone()
             axis = 1 if isinstance(projection, _Convolution) else x.ndim - 1  # of the channels of all heads
-            channels = outputs.channels_of(head, x, axis, unit)
+            channels = outputs.channels_of(head, unit.n_heads, x, axis, attention, unit.name)
             x.index_fill_(axis, channels, 0)
             return (x, *args[1:])
 
